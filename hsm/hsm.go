@@ -1,0 +1,322 @@
+// Package hsm keeps keys in a PKCS#11 token (PKCS#11 v3.0 mechanisms for edwards and montgomery curves). Private keys
+// are made inside and never leave. Begin reading at Open and at Store.do, through which every use of the token goes.
+//
+// The module is C code that may be wrong, slow or gone. No call waits for it longer than its context; a session that
+// failed is closed; when that does not help, the module is initialised anew, and handles are found again. What this
+// package can't do in the process that it runs in is survive a crash of the module.
+package hsm
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"sync"
+	"time"
+
+	"countersign/keystore"
+
+	"github.com/miekg/pkcs11"
+)
+
+// Config names a token. Its zero values are not defaults: the caller decides.
+type Config struct {
+	URI         string            // RFC 7512, which token
+	Module      string            // the module's shared object, unless the URI has module-path
+	PINFile     string            // the user's PIN, unless the URI has pin-source
+	Environment map[string]string // set before the module is loaded: modules are configured that way
+	Sessions    int               // operations in flight at the most
+}
+
+// recoverEvery bounds how often a token that does not answer is asked to begin anew.
+const recoverEvery = time.Second
+
+// Store is a keystore.Store on one token.
+type Store struct {
+	uri     tokenURI
+	pinFile string
+	module  *pkcs11.Ctx
+
+	// slots holds one entry for each operation that may be in flight: a session that waits for use.
+	slots chan session
+
+	// using is held for reading during every call into the module, and for writing while the module starts or ends:
+	// C_Finalize while another thread signs brings the process down.
+	using      sync.RWMutex
+	slot       uint   // under using
+	generation uint64 // under using; sessions and handles of another generation are dead
+	closed     bool   // under using
+
+	recovering  sync.Mutex
+	lastRecover time.Time // under recovering
+	authFailed  error     // under recovering: a wrong PIN is never tried twice
+}
+
+// session is a PKCS#11 session; one with another generation than the store's is none.
+type session struct {
+	handle     pkcs11.SessionHandle
+	generation uint64
+}
+
+// Open loads the module, finds the token and logs in.
+func Open(ctx context.Context, c Config) (*Store, error) {
+	uri, pinFile, module, err := load(c)
+	if err != nil {
+		return nil, err
+	}
+	s := &Store{uri: uri, pinFile: pinFile, module: module, slots: make(chan session, c.Sessions)}
+	for range c.Sessions {
+		s.slots <- session{}
+	}
+	// A module may miss a token that another process is just changing (SoftHSM does): ask a few times.
+	for try := 1; ; try++ {
+		err = s.restart(0)
+		if err == nil {
+			return s, nil
+		}
+		if try == 3 || !errors.Is(err, keystore.ErrUnavailable) || ctx.Err() != nil {
+			s.module.Destroy()
+			return nil, err
+		}
+		select {
+		case <-ctx.Done():
+		case <-time.After(200 * time.Millisecond):
+		}
+	}
+}
+
+// load reads the configuration and loads the module, which is not initialised yet.
+func load(c Config) (uri tokenURI, pinFile string, module *pkcs11.Ctx, err error) {
+	fail := func(format string, args ...any) (tokenURI, string, *pkcs11.Ctx, error) {
+		return tokenURI{}, "", nil, fmt.Errorf("hsm: "+format, args...)
+	}
+	if uri, err = parseURI(c.URI); err != nil {
+		return fail("%w", err)
+	}
+	path, err := oneOf("module", c.Module, "module-path", uri.module)
+	if err != nil {
+		return fail("%w", err)
+	}
+	if pinFile, err = oneOf("pin_file", c.PINFile, "pin-source", uri.pin); err != nil {
+		return fail("%w", err)
+	}
+	if _, err := readPIN(pinFile); err != nil {
+		return fail("%w", err)
+	}
+	if _, err := os.Stat(path); err != nil {
+		return fail("PKCS#11 module: %w", err)
+	}
+	for name, value := range c.Environment {
+		if err := os.Setenv(name, value); err != nil {
+			return fail("environment %s: %w", name, err)
+		}
+	}
+	if module = pkcs11.New(path); module == nil {
+		return fail("%s can't be loaded as a PKCS#11 module", path)
+	}
+	return uri, pinFile, module, nil
+}
+
+func oneOf(field, value, attr, fromURI string) (string, error) {
+	if (value == "") == (fromURI == "") {
+		return "", fmt.Errorf("exactly one of %s and the URI's %s must be set", field, attr)
+	}
+	return value + fromURI, nil
+}
+
+// restart initialises the module and logs in, unless another caller has done so since the given generation.
+func (s *Store) restart(since uint64) error {
+	s.recovering.Lock()
+	defer s.recovering.Unlock()
+	if s.authFailed != nil {
+		return s.authFailed
+	}
+	s.using.RLock()
+	current, closed := s.generation, s.closed
+	s.using.RUnlock()
+	if closed {
+		return errClosed
+	} else if current != since {
+		return nil
+	}
+	if since != 0 && time.Since(s.lastRecover) < recoverEvery {
+		return fmt.Errorf("hsm: %w: the last attempt to reach the token failed less than %v ago", keystore.ErrUnavailable, recoverEvery)
+	}
+	s.lastRecover = time.Now()
+
+	s.using.Lock() // waits until the last call into the module has returned
+	defer s.using.Unlock()
+	if s.closed {
+		return errClosed
+	}
+	if since != 0 {
+		s.module.Finalize() // not the first time: this process may use the module elsewhere
+	}
+	if err := s.module.Initialize(); err != nil {
+		return deviceError("C_Initialize", err)
+	}
+	if err := s.logIn(); err != nil {
+		s.module.Finalize()
+		return err
+	}
+	s.generation = since + 1
+	return nil
+}
+
+// logIn finds the token and logs in for the whole application. The caller holds recovering, and using for writing.
+func (s *Store) logIn() error {
+	slot, err := findSlot(s.module, s.uri)
+	if err != nil {
+		return err
+	}
+	// Login holds for all sessions of the application, and ends with the last one: this one stays open until C_Finalize.
+	login, err := s.module.OpenSession(slot, pkcs11.CKF_SERIAL_SESSION|pkcs11.CKF_RW_SESSION)
+	if err != nil {
+		return deviceError("C_OpenSession", err)
+	}
+	pin, err := readPIN(s.pinFile)
+	if err != nil {
+		return fmt.Errorf("hsm: %w", err)
+	}
+	if err := s.module.Login(login, pkcs11.CKU_USER, pin); err != nil && !isCode(err, pkcs11.CKR_USER_ALREADY_LOGGED_IN) {
+		err = deviceError("C_Login", err)
+		if errors.Is(err, keystore.ErrAuth) {
+			s.authFailed = err
+		}
+		return err
+	}
+	s.slot = slot
+	return nil
+}
+
+func findSlot(module *pkcs11.Ctx, uri tokenURI) (uint, error) {
+	ids, err := module.GetSlotList(true)
+	if err != nil {
+		return 0, deviceError("C_GetSlotList", err)
+	}
+	var found []uint
+	for _, id := range ids {
+		info, err := module.GetTokenInfo(id)
+		if err == nil && info.Flags&pkcs11.CKF_TOKEN_INITIALIZED != 0 && uri.matches(id, info) {
+			found = append(found, id)
+		}
+	}
+	switch len(found) {
+	case 1:
+		return found[0], nil
+	case 0:
+		return 0, fmt.Errorf("hsm: %w: no token matches %q (%d tokens are present); look with: pkcs11-tool --module MODULE --list-slots", keystore.ErrUnavailable, uri.text, len(ids))
+	}
+	return 0, fmt.Errorf("hsm: %d tokens match %q; name one by its serial", len(found), uri.text)
+}
+
+// do runs use with a session of the token and waits no longer than ctx. The module may keep the session longer than
+// that; it comes back into use when the module does.
+//
+// use may run twice: after a failure that is the device's, the module is started anew and the use tried once more. What
+// keys do is deterministic, so that is safe; Generate looks first at what is there.
+func (s *Store) do(ctx context.Context, doing string, use func(session) error) error {
+	if ctx.Err() != nil {
+		return fmt.Errorf("hsm: %s: %w: %w", doing, keystore.ErrUnavailable, ctx.Err())
+	}
+	var held session
+	select {
+	case held = <-s.slots:
+	case <-ctx.Done():
+		return fmt.Errorf("hsm: %s: %w: all sessions are busy: %w", doing, keystore.ErrUnavailable, ctx.Err())
+	}
+	done := make(chan error, 1)
+	go func() {
+		err := s.attempt(&held, use)
+		if errors.Is(err, keystore.ErrUnavailable) {
+			if again := s.restart(held.generation); again != nil {
+				err = again
+			} else {
+				err = s.attempt(&held, use)
+			}
+		}
+		s.slots <- held
+		done <- err
+	}()
+	select {
+	case err := <-done:
+		if err != nil {
+			return fmt.Errorf("hsm: %s: %w", doing, err)
+		}
+		return nil
+	case <-ctx.Done():
+		return fmt.Errorf("hsm: %s: %w: the device has not come back: %w", doing, keystore.ErrUnavailable, ctx.Err())
+	}
+}
+
+// attempt runs use once, with a session of the current generation. A session in which something failed is closed.
+func (s *Store) attempt(held *session, use func(session) error) error {
+	s.using.RLock()
+	defer s.using.RUnlock()
+	if s.closed {
+		return errClosed
+	}
+	if held.generation != s.generation || held.handle == 0 {
+		held.generation = s.generation
+		var err error
+		if held.handle, err = s.module.OpenSession(s.slot, pkcs11.CKF_SERIAL_SESSION|pkcs11.CKF_RW_SESSION); err != nil {
+			held.handle = 0
+			return deviceError("C_OpenSession", err)
+		}
+	}
+	err := use(*held)
+	if errors.Is(err, keystore.ErrUnavailable) {
+		s.module.CloseSession(held.handle)
+		held.handle = 0
+	}
+	return err
+}
+
+var errClosed = fmt.Errorf("%w: the store is closed", keystore.ErrUnavailable)
+
+// closeWait bounds how long Close waits for calls that the module does not come back from.
+const closeWait = 5 * time.Second
+
+// Close logs out and unloads the module. Where the module hangs in a call, it is left as it is and the error says so.
+func (s *Store) Close() error {
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		s.using.Lock()
+		defer s.using.Unlock()
+		if !s.closed {
+			s.closed = true
+			s.module.Finalize() // closes all sessions and logs out
+			s.module.Destroy()
+		}
+	}()
+	select {
+	case <-done:
+		return nil
+	case <-time.After(closeWait):
+		return errors.New("hsm: close: the module does not come back from a call")
+	}
+}
+
+// deviceError classes what the module answered, once, here.
+func deviceError(call string, err error) error {
+	class := keystore.ErrUnavailable
+	if isCode(err, pkcs11.CKR_PIN_INCORRECT, pkcs11.CKR_PIN_INVALID, pkcs11.CKR_PIN_LEN_RANGE, pkcs11.CKR_PIN_EXPIRED,
+		pkcs11.CKR_PIN_LOCKED, pkcs11.CKR_USER_PIN_NOT_INITIALIZED) {
+		class = keystore.ErrAuth
+	}
+	return fmt.Errorf("%w: %s: %w", class, call, err)
+}
+
+func isCode(err error, codes ...uint) bool {
+	var e pkcs11.Error
+	if !errors.As(err, &e) {
+		return false
+	}
+	for _, c := range codes {
+		if uint(e) == c {
+			return true
+		}
+	}
+	return false
+}

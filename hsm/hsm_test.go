@@ -1,0 +1,343 @@
+package hsm_test
+
+import (
+	"context"
+	"crypto/ed25519"
+	"errors"
+	"os"
+	"path/filepath"
+	"runtime"
+	"strings"
+	"testing"
+	"time"
+
+	"countersign/hsm"
+	"countersign/keystore"
+	"countersign/keystore/keystoretest"
+
+	"github.com/miekg/pkcs11"
+)
+
+var payments = keystore.Ref{Name: "payments", Version: 1}
+
+func TestConformance(t *testing.T) {
+	keystoretest.Run(t, func(t *testing.T) keystore.Store { return open(t, newToken(t)) })
+}
+
+// raw gives direct access to the token, as another program would have it. The store must be closed.
+func raw(t *testing.T, c hsm.Config, use func(m *pkcs11.Ctx, s pkcs11.SessionHandle)) {
+	t.Helper()
+	m := pkcs11.New(c.Module)
+	defer m.Destroy()
+	must := func(err error) {
+		t.Helper()
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	must(m.Initialize())
+	defer m.Finalize()
+	slots, err := m.GetSlotList(true)
+	must(err)
+	s, err := m.OpenSession(slots[0], pkcs11.CKF_SERIAL_SESSION|pkcs11.CKF_RW_SESSION)
+	must(err)
+	must(m.Login(s, pkcs11.CKU_USER, "test-user-pin"))
+	use(m, s)
+}
+
+func find(t *testing.T, m *pkcs11.Ctx, s pkcs11.SessionHandle, class uint) pkcs11.ObjectHandle {
+	t.Helper()
+	if err := m.FindObjectsInit(s, []*pkcs11.Attribute{pkcs11.NewAttribute(pkcs11.CKA_CLASS, class)}); err != nil {
+		t.Fatal(err)
+	}
+	found, _, err := m.FindObjects(s, 10)
+	if err != nil || len(found) != 1 {
+		t.Fatalf("%d objects, %v", len(found), err)
+	}
+	m.FindObjectsFinal(s)
+	return found[0]
+}
+
+// TestPrivateKeyCannotLeave tries, as another program with the PIN, all that the token offers to get or widen a key.
+func TestPrivateKeyCannotLeave(t *testing.T) {
+	c := newToken(t)
+	store := open(t, c)
+	if _, err := store.Generate(t.Context(), payments, keystore.Ed25519); err != nil {
+		t.Fatal(err)
+	}
+	store.Close()
+	raw(t, c, func(m *pkcs11.Ctx, s pkcs11.SessionHandle) {
+		key := find(t, m, s, pkcs11.CKO_PRIVATE_KEY)
+		if _, err := m.GetAttributeValue(s, key, []*pkcs11.Attribute{pkcs11.NewAttribute(pkcs11.CKA_VALUE, nil)}); err == nil {
+			t.Error("the private key can be read")
+		}
+		for _, a := range []*pkcs11.Attribute{
+			pkcs11.NewAttribute(pkcs11.CKA_EXTRACTABLE, true), pkcs11.NewAttribute(pkcs11.CKA_SENSITIVE, false),
+			pkcs11.NewAttribute(pkcs11.CKA_DERIVE, true), pkcs11.NewAttribute(pkcs11.CKA_DECRYPT, true),
+		} {
+			if err := m.SetAttributeValue(s, key, []*pkcs11.Attribute{a}); err == nil {
+				t.Errorf("attribute %#x of the private key can be changed", a.Type)
+			}
+		}
+		if err := m.SignInit(s, []*pkcs11.Mechanism{pkcs11.NewMechanism(pkcs11.CKM_ECDSA, nil)}, key); err == nil {
+			t.Error("the key can be used with another mechanism")
+		}
+		derive := pkcs11.NewMechanism(pkcs11.CKM_ECDH1_DERIVE, pkcs11.NewECDH1DeriveParams(pkcs11.CKD_NULL, nil, make([]byte, 32)))
+		if _, err := m.DeriveKey(s, []*pkcs11.Mechanism{derive}, key, nil); err == nil {
+			t.Error("a signing key can derive")
+		}
+	})
+}
+
+func TestKeysSurviveReopening(t *testing.T) {
+	c := newToken(t)
+	store := open(t, c)
+	made, err := store.Generate(t.Context(), payments, keystore.Ed25519)
+	if err != nil {
+		t.Fatal(err)
+	}
+	store.Close()
+	if _, err := made.Sign(t.Context(), []byte("m")); !errors.Is(err, keystore.ErrUnavailable) {
+		t.Errorf("after Close: %v", err)
+	}
+	store = open(t, c)
+	defer store.Close()
+	found, err := store.Key(t.Context(), payments)
+	if err != nil {
+		t.Fatal(err)
+	}
+	sig, err := found.Sign(t.Context(), []byte("m"))
+	if err != nil || !ed25519.Verify(made.Info().PublicKey, []byte("m"), sig) {
+		t.Errorf("the key is another after reopening: %v", err)
+	}
+}
+
+// TestUnfitObjects puts objects under our labels that must not be used.
+func TestUnfitObjects(t *testing.T) {
+	edwards := []*pkcs11.Attribute{
+		pkcs11.NewAttribute(pkcs11.CKA_KEY_TYPE, 0x40), pkcs11.NewAttribute(pkcs11.CKA_TOKEN, true),
+		pkcs11.NewAttribute(pkcs11.CKA_LABEL, "countersign/payments/1"),
+	}
+	pair := func(m *pkcs11.Ctx, s pkcs11.SessionHandle, privateID byte, private ...*pkcs11.Attribute) error {
+		pub := append([]*pkcs11.Attribute{pkcs11.NewAttribute(pkcs11.CKA_EC_PARAMS, []byte{6, 3, 0x2b, 0x65, 0x70}), pkcs11.NewAttribute(pkcs11.CKA_ID, []byte{1})}, edwards...)
+		prv := append(append([]*pkcs11.Attribute{pkcs11.NewAttribute(pkcs11.CKA_ID, []byte{privateID})}, edwards...), private...)
+		_, _, err := m.GenerateKeyPair(s, []*pkcs11.Mechanism{pkcs11.NewMechanism(0x1055, nil)}, pub, prv)
+		return err
+	}
+	safe := []*pkcs11.Attribute{pkcs11.NewAttribute(pkcs11.CKA_SENSITIVE, true), pkcs11.NewAttribute(pkcs11.CKA_EXTRACTABLE, false), pkcs11.NewAttribute(pkcs11.CKA_PRIVATE, true)}
+	for _, tc := range []struct {
+		name string
+		make func(m *pkcs11.Ctx, s pkcs11.SessionHandle) error
+		want error
+	}{
+		{"extractable", func(m *pkcs11.Ctx, s pkcs11.SessionHandle) error {
+			return pair(m, s, 1, pkcs11.NewAttribute(pkcs11.CKA_SENSITIVE, true), pkcs11.NewAttribute(pkcs11.CKA_EXTRACTABLE, true))
+		}, keystore.ErrUnfit},
+		{"not sensitive", func(m *pkcs11.Ctx, s pkcs11.SessionHandle) error {
+			return pair(m, s, 1, pkcs11.NewAttribute(pkcs11.CKA_SENSITIVE, false), pkcs11.NewAttribute(pkcs11.CKA_EXTRACTABLE, false))
+		}, keystore.ErrUnfit},
+		{"halves of two pairs", func(m *pkcs11.Ctx, s pkcs11.SessionHandle) error { return pair(m, s, 2, safe...) }, keystore.ErrUnfit},
+		{"half a pair", func(m *pkcs11.Ctx, s pkcs11.SessionHandle) error {
+			if err := pair(m, s, 1, safe...); err != nil {
+				return err
+			}
+			return m.DestroyObject(s, find(t, m, s, pkcs11.CKO_PUBLIC_KEY))
+		}, keystore.ErrUnfit},
+		{"two pairs under one label", func(m *pkcs11.Ctx, s pkcs11.SessionHandle) error {
+			return errors.Join(pair(m, s, 1, safe...), pair(m, s, 1, safe...))
+		}, keystore.ErrAmbiguous},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			c := newToken(t)
+			open(t, c).Close()
+			raw(t, c, func(m *pkcs11.Ctx, s pkcs11.SessionHandle) {
+				if err := tc.make(m, s); err != nil {
+					t.Fatal(err)
+				}
+			})
+			store := open(t, c)
+			defer store.Close()
+			if _, err := store.Key(t.Context(), payments); !errors.Is(err, tc.want) {
+				t.Errorf("Key: %v, want %v", err, tc.want)
+			}
+			if infos, err := store.Keys(t.Context()); err != nil || len(infos) != 0 {
+				t.Errorf("Keys: %v, %v", infos, err)
+			}
+			if _, err := store.Generate(t.Context(), payments, keystore.Ed25519); !errors.Is(err, keystore.ErrExists) {
+				t.Errorf("Generate: %v", err)
+			}
+			// What a crash left half made can be cleared away, and the name used.
+			if err := store.Destroy(t.Context(), payments); err != nil {
+				t.Fatal(err)
+			}
+			if _, err := store.Generate(t.Context(), payments, keystore.Ed25519); err != nil {
+				t.Errorf("Generate after Destroy: %v", err)
+			}
+		})
+	}
+}
+
+// TestTokenPulledOut takes the token away under a running store and gives it back: a bounded "unavailable", then it heals.
+func TestTokenPulledOut(t *testing.T) {
+	c := newToken(t)
+	store := open(t, c)
+	defer store.Close()
+	key, err := store.Generate(t.Context(), payments, keystore.Ed25519)
+	if err != nil {
+		t.Fatal(err)
+	}
+	tokens := filepath.Join(filepath.Dir(c.PINFile), "tokens")
+	if err := os.Rename(tokens, tokens+".away"); err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+	defer cancel()
+	for range 5 {
+		if _, err := key.Sign(ctx, []byte("m")); !errors.Is(err, keystore.ErrUnavailable) {
+			t.Fatalf("without the token: %v, want %v", err, keystore.ErrUnavailable)
+		}
+	}
+	if err := os.Rename(tokens+".away", tokens); err != nil {
+		t.Fatal(err)
+	}
+	for {
+		sig, err := key.Sign(ctx, []byte("m"))
+		if err == nil {
+			if !ed25519.Verify(key.Info().PublicKey, []byte("m"), sig) {
+				t.Error("a wrong signature after healing")
+			}
+			return
+		}
+		if ctx.Err() != nil || !errors.Is(err, keystore.ErrUnavailable) {
+			t.Fatalf("the token is back and the store has not healed: %v", err)
+		}
+	}
+}
+
+// TestLoggedOutBehindOurBack ends the login of the whole process, as another user of the module would.
+func TestLoggedOutBehindOurBack(t *testing.T) {
+	store := open(t, newToken(t))
+	defer store.Close()
+	key, err := store.Generate(t.Context(), payments, keystore.Ed25519)
+	if err != nil {
+		t.Fatal(err)
+	}
+	store.LogOut()
+	sig, err := key.Sign(t.Context(), []byte("m"))
+	if err != nil || !ed25519.Verify(key.Info().PublicKey, []byte("m"), sig) {
+		t.Errorf("after a logout: %v", err)
+	}
+}
+
+func TestWrongPINIsTriedOnce(t *testing.T) {
+	c := newToken(t)
+	write(t, c.PINFile, "wrong-pin\n")
+	_, err := hsm.Open(t.Context(), c)
+	if !errors.Is(err, keystore.ErrAuth) {
+		t.Fatalf("%v, want %v", err, keystore.ErrAuth)
+	}
+	if strings.Contains(err.Error(), "wrong-pin") {
+		t.Error("the error tells the PIN")
+	}
+	// A store that has once been refused never asks the token again, whatever happens.
+	write(t, c.PINFile, "test-user-pin\n")
+	store := open(t, c)
+	defer store.Close()
+	key, err := store.Generate(t.Context(), payments, keystore.Ed25519)
+	if err != nil {
+		t.Fatal(err)
+	}
+	write(t, c.PINFile, "wrong-pin\n")
+	store.LogOut()
+	if _, err := key.Sign(t.Context(), []byte("m")); !errors.Is(err, keystore.ErrAuth) {
+		t.Fatalf("%v, want %v", err, keystore.ErrAuth)
+	}
+	write(t, c.PINFile, "test-user-pin\n")
+	if _, err := key.Sign(t.Context(), []byte("m")); !errors.Is(err, keystore.ErrAuth) {
+		t.Errorf("asked again: %v, want %v", err, keystore.ErrAuth)
+	}
+}
+
+func TestOpenRefuses(t *testing.T) {
+	good := newToken(t)
+	dir := filepath.Dir(good.PINFile)
+	loose := filepath.Join(dir, "loose-pin")
+	if err := os.WriteFile(loose, []byte("test-user-pin"), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	write(t, filepath.Join(dir, "empty-pin"), "\n")
+	write(t, filepath.Join(dir, "two-lines"), "a\nb\n")
+	for _, tc := range []struct {
+		name   string
+		change func(*hsm.Config)
+		want   string
+	}{
+		{"no such token", func(c *hsm.Config) { c.URI = "pkcs11:token=other" }, "no token matches"},
+		{"wrong serial", func(c *hsm.Config) { c.URI += ";serial=0000" }, "no token matches"},
+		{"not a URI", func(c *hsm.Config) { c.URI = "countersign" }, "pkcs11"},
+		{"unknown attribute", func(c *hsm.Config) { c.URI = "pkcs11:tokn=x" }, "tokn"},
+		{"an object's attribute", func(c *hsm.Config) { c.URI += ";object=x" }, "object"},
+		{"the PIN itself", func(c *hsm.Config) { c.URI += "?pin-value=1234" }, "pin_file"},
+		{"unknown query", func(c *hsm.Config) { c.URI += "?x=y" }, `"x"`},
+		{"slot-id", func(c *hsm.Config) { c.URI += ";slot-id=x" }, "slot-id"},
+		{"module twice", func(c *hsm.Config) { c.URI += "?module-path=/x.so" }, "exactly one of module"},
+		{"no module", func(c *hsm.Config) { c.Module = "" }, "exactly one of module"},
+		{"module missing", func(c *hsm.Config) { c.Module = "/nowhere.so" }, "/nowhere.so"},
+		{"module is no library", func(c *hsm.Config) { c.Module = loose }, "can't be loaded"},
+		{"no PIN file", func(c *hsm.Config) { c.PINFile = filepath.Join(dir, "none") }, "PIN file"},
+		{"PIN file open to all", func(c *hsm.Config) { c.PINFile = loose }, "chmod 600"},
+		{"PIN file empty", func(c *hsm.Config) { c.PINFile = filepath.Join(dir, "empty-pin") }, "one line"},
+		{"PIN file with two lines", func(c *hsm.Config) { c.PINFile = filepath.Join(dir, "two-lines") }, "one line"},
+	} {
+		c := good
+		tc.change(&c)
+		s, err := hsm.Open(t.Context(), c)
+		if err == nil {
+			s.Close()
+			t.Errorf("%s: opened", tc.name)
+		} else if !strings.Contains(err.Error(), tc.want) || strings.Contains(err.Error(), "1234") || strings.Contains(err.Error(), "\n") {
+			t.Errorf("%s: %v; want it to name %q", tc.name, err, tc.want)
+		}
+	}
+	if err := hsm.InitToken(good, filepath.Join(dir, "so-pin")); err == nil || !strings.Contains(err.Error(), "already") {
+		t.Errorf("a second token of the same name: %v", err)
+	}
+	// The same by the URI alone.
+	c := good
+	c.URI += "?module-path=" + c.Module + "&pin-source=file:" + c.PINFile
+	c.Module, c.PINFile = "", ""
+	open(t, c).Close()
+}
+
+// TestSlotsAreGivenBack: whatever an operation meets, its place in the queue is free afterwards.
+func TestSlotsAreGivenBack(t *testing.T) {
+	c := newToken(t)
+	store := open(t, c)
+	defer store.Close()
+	key, err := store.Generate(t.Context(), payments, keystore.Ed25519)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for i := range 200 {
+		ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
+		switch {
+		case i%3 == 0:
+			cancel()
+		case i%50 == 1:
+			store.LogOut()
+		case i%2 == 0:
+			time.AfterFunc(100*time.Microsecond, cancel) // in the middle of it
+		}
+		key.Sign(ctx, []byte("m"))
+		cancel()
+	}
+	for deadline := time.Now().Add(10 * time.Second); store.IdleSlots() != c.Sessions; {
+		if time.Now().After(deadline) {
+			t.Fatalf("%d of %d places are free", store.IdleSlots(), c.Sessions)
+		}
+		runtime.Gosched()
+	}
+	if _, err := key.Sign(t.Context(), []byte("m")); err != nil {
+		t.Error(err)
+	}
+}

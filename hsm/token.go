@@ -1,0 +1,74 @@
+package hsm
+
+import (
+	"fmt"
+
+	"github.com/miekg/pkcs11"
+)
+
+// InitToken makes a new token in the first slot that holds an empty one: the label is the URI's token attribute, the
+// user's PIN is that of the configuration, the security officer's is read from soPINFile. An initialised token is never
+// touched. It must not run beside an open Store.
+func InitToken(c Config, soPINFile string) error {
+	uri, pinFile, module, err := load(c)
+	if err != nil {
+		return err
+	}
+	defer module.Destroy()
+	label := uri.attrs["token"]
+	if label == "" || len(label) > 32 {
+		return fmt.Errorf("hsm: new token: the URI must have a token attribute of 1 to 32 bytes, for the label")
+	}
+	pin, err := readPIN(pinFile)
+	if err != nil {
+		return fmt.Errorf("hsm: new token: %w", err)
+	}
+	soPIN, err := readPIN(soPINFile)
+	if err != nil {
+		return fmt.Errorf("hsm: new token: SO %w", err)
+	}
+	if err := module.Initialize(); err != nil {
+		return deviceError("C_Initialize", err)
+	}
+	defer module.Finalize()
+	slots, err := module.GetSlotList(true)
+	if err != nil {
+		return deviceError("C_GetSlotList", err)
+	}
+	for _, slot := range slots {
+		info, err := module.GetTokenInfo(slot)
+		if err != nil {
+			return deviceError("C_GetTokenInfo", err)
+		}
+		if info.Flags&pkcs11.CKF_TOKEN_INITIALIZED != 0 {
+			if uri.matches(slot, info) {
+				return fmt.Errorf("hsm: new token: there is a token that matches %q already", uri.text)
+			}
+			continue
+		}
+		if err := module.InitToken(slot, soPIN, label); err != nil {
+			return deviceError("C_InitToken", err)
+		}
+		return setPIN(module, uri, soPIN, pin)
+	}
+	return fmt.Errorf("hsm: new token: none of the %d slots holds an empty token", len(slots))
+}
+
+// setPIN sets the user's PIN of a token that has just been made; modules may have moved it to another slot.
+func setPIN(module *pkcs11.Ctx, uri tokenURI, soPIN, pin string) error {
+	slot, err := findSlot(module, uri)
+	if err != nil {
+		return err
+	}
+	session, err := module.OpenSession(slot, pkcs11.CKF_SERIAL_SESSION|pkcs11.CKF_RW_SESSION)
+	if err != nil {
+		return deviceError("C_OpenSession", err)
+	}
+	if err := module.Login(session, pkcs11.CKU_SO, soPIN); err != nil {
+		return deviceError("C_Login (SO)", err)
+	}
+	if err := module.InitPIN(session, pin); err != nil {
+		return deviceError("C_InitPIN", err)
+	}
+	return nil
+}

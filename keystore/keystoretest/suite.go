@@ -1,0 +1,224 @@
+// Package keystoretest holds every keystore backend to the contract of package keystore, and has a store in memory for
+// tests of what lies above it.
+package keystoretest
+
+import (
+	"context"
+	"crypto/ecdh"
+	"crypto/ed25519"
+	"crypto/rand"
+	"errors"
+	"slices"
+	"sync"
+	"testing"
+	"time"
+
+	"countersign/keystore"
+)
+
+// LowOrderPoints lists the encodings whose shared secret is zero, top bit clear and set.
+func LowOrderPoints() (points [][32]byte) {
+	low := [][32]byte{{}, {1},
+		{0xe0, 0xeb, 0x7a, 0x7c, 0x3b, 0x41, 0xb8, 0xae, 0x16, 0x56, 0xe3, 0xfa, 0xf1, 0x9f, 0xc4, 0x6a, 0xda, 0x09, 0x8d, 0xeb, 0x9c, 0x32, 0xb1, 0xfd, 0x86, 0x62, 0x05, 0x16, 0x5f, 0x49, 0xb8, 0x00},
+		{0x5f, 0x9c, 0x95, 0xbc, 0xa3, 0x50, 0x8c, 0x24, 0xb1, 0xd0, 0xb1, 0x55, 0x9c, 0x83, 0xef, 0x5b, 0x04, 0x44, 0x5c, 0xc4, 0x58, 0x1c, 0x8e, 0x86, 0xd8, 0x22, 0x4e, 0xdd, 0xd0, 0x9f, 0x11, 0x57},
+	}
+	for _, first := range []byte{0xec, 0xed, 0xee} {
+		p := [32]byte(slices.Repeat([]byte{0xff}, 32))
+		p[0], p[31] = first, 0x7f
+		low = append(low, p)
+	}
+	for _, p := range low {
+		points = append(points, p)
+		p[31] |= 0x80
+		points = append(points, p)
+	}
+	return points
+}
+
+// Run is the conformance suite. open returns an empty store; the suite closes it.
+func Run(t *testing.T, open func(*testing.T) keystore.Store) {
+	store := func(t *testing.T) keystore.Store {
+		s := open(t)
+		t.Cleanup(func() {
+			if err := s.Close(); err != nil {
+				t.Error(err)
+			}
+		})
+		return s
+	}
+	generate := func(t *testing.T, s keystore.Store, name string, version uint32, alg keystore.Algorithm) keystore.Key {
+		t.Helper()
+		k, err := s.Generate(t.Context(), keystore.Ref{Name: name, Version: version}, alg)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return k
+	}
+
+	t.Run("Sign", func(t *testing.T) {
+		k := generate(t, store(t), "a", 1, keystore.Ed25519)
+		for _, n := range []int{0, 1, 31, 32, 33, 64, 1000, 65000} {
+			msg := make([]byte, n)
+			rand.Read(msg)
+			sig, err := k.Sign(t.Context(), msg)
+			if err != nil {
+				t.Fatalf("%d bytes: %v", n, err)
+			}
+			if !ed25519.Verify(k.Info().PublicKey, msg, sig) {
+				t.Errorf("%d bytes: the signature does not verify", n)
+			}
+			again, err := k.Sign(t.Context(), msg)
+			if err != nil || !slices.Equal(sig, again) {
+				t.Errorf("%d bytes: not deterministic (%v)", n, err)
+			}
+		}
+		if _, err := k.Exchange(t.Context(), [32]byte{9}); err == nil {
+			t.Error("a signing key exchanges")
+		}
+	})
+
+	t.Run("Exchange", func(t *testing.T) {
+		k := generate(t, store(t), "a", 1, keystore.X25519)
+		public, err := ecdh.X25519().NewPublicKey(k.Info().PublicKey)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for range 20 {
+			peer, err := ecdh.X25519().GenerateKey(rand.Reader)
+			if err != nil {
+				t.Fatal(err)
+			}
+			want, err := peer.ECDH(public)
+			if err != nil {
+				t.Fatal(err)
+			}
+			got, err := k.Exchange(t.Context(), [32]byte(peer.PublicKey().Bytes()))
+			if err != nil || !slices.Equal(got[:], want) {
+				t.Fatalf("%x, %v; want %x", got, err, want)
+			}
+		}
+		for _, p := range LowOrderPoints() {
+			if _, err := k.Exchange(t.Context(), p); !errors.Is(err, keystore.ErrPeerKey) {
+				t.Errorf("low order %x: %v, want %v", p, err, keystore.ErrPeerKey)
+			}
+		}
+		if _, err := k.Sign(t.Context(), []byte("m")); err == nil {
+			t.Error("an exchange key signs")
+		}
+	})
+
+	t.Run("Find", func(t *testing.T) {
+		s := store(t)
+		made := generate(t, s, "a", 1, keystore.Ed25519)
+		other := generate(t, s, "a", 2, keystore.Ed25519)
+		if slices.Equal(made.Info().PublicKey, other.Info().PublicKey) {
+			t.Error("two keys are one")
+		}
+		found, err := s.Key(t.Context(), keystore.Ref{Name: "a", Version: 1})
+		if err != nil {
+			t.Fatal(err)
+		}
+		info := found.Info()
+		if !slices.Equal(info.PublicKey, made.Info().PublicKey) || info.Ref.String() != "a/1" || info.Algorithm != keystore.Ed25519 || info.Custody == "" {
+			t.Errorf("found %+v, made %+v", info, made.Info())
+		}
+		if !info.Generated || !info.NeverLeft {
+			t.Errorf("provenance of a key made here: %+v", info)
+		}
+		for _, ref := range []keystore.Ref{{Name: "a", Version: 3}, {Name: "b", Version: 1}} {
+			if _, err := s.Key(t.Context(), ref); !errors.Is(err, keystore.ErrNotFound) {
+				t.Errorf("%v: %v, want %v", ref, err, keystore.ErrNotFound)
+			}
+		}
+		generate(t, s, "noise", 1, keystore.X25519)
+		infos, err := s.Keys(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		var names []string
+		for _, i := range infos {
+			names = append(names, i.Ref.String()+" "+string(i.Algorithm))
+		}
+		slices.Sort(names)
+		if !slices.Equal(names, []string{"a/1 ed25519", "a/2 ed25519", "noise/1 x25519"}) {
+			t.Errorf("Keys: %q", names)
+		}
+	})
+
+	t.Run("GenerateRefuses", func(t *testing.T) {
+		s := store(t)
+		first := generate(t, s, "a", 1, keystore.Ed25519)
+		if _, err := s.Generate(t.Context(), keystore.Ref{Name: "a", Version: 1}, keystore.Ed25519); !errors.Is(err, keystore.ErrExists) {
+			t.Errorf("an existing name: %v", err)
+		}
+		if k, err := s.Key(t.Context(), keystore.Ref{Name: "a", Version: 1}); err != nil || !slices.Equal(k.Info().PublicKey, first.Info().PublicKey) {
+			t.Errorf("the refused generation has changed the key: %v", err)
+		}
+		if _, err := s.Generate(t.Context(), keystore.Ref{Name: "b", Version: 1}, "rsa"); err == nil {
+			t.Error("an unknown algorithm is accepted")
+		}
+	})
+
+	t.Run("Destroy", func(t *testing.T) {
+		s := store(t)
+		ref := keystore.Ref{Name: "a", Version: 1}
+		k := generate(t, s, "a", 1, keystore.Ed25519)
+		generate(t, s, "a", 11, keystore.Ed25519)
+		for range 2 { // the second time there is nothing left
+			if err := s.Destroy(t.Context(), ref); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if _, err := s.Key(t.Context(), ref); !errors.Is(err, keystore.ErrNotFound) {
+			t.Errorf("after Destroy: %v", err)
+		}
+		if _, err := k.Sign(t.Context(), []byte("m")); err == nil {
+			t.Error("a destroyed key signs")
+		}
+		if _, err := s.Key(t.Context(), keystore.Ref{Name: "a", Version: 11}); err != nil {
+			t.Errorf("another key went with it: %v", err)
+		}
+		generate(t, s, "a", 1, keystore.Ed25519)
+	})
+
+	t.Run("Context", func(t *testing.T) {
+		k := generate(t, store(t), "a", 1, keystore.Ed25519)
+		ctx, cancel := context.WithCancel(t.Context())
+		cancel()
+		if _, err := k.Sign(ctx, []byte("m")); !errors.Is(err, keystore.ErrUnavailable) {
+			t.Errorf("with an ended context: %v, want %v", err, keystore.ErrUnavailable)
+		}
+		if _, err := k.Sign(t.Context(), []byte("m")); err != nil {
+			t.Errorf("afterwards: %v", err)
+		}
+	})
+
+	t.Run("Concurrent", func(t *testing.T) {
+		s := store(t)
+		sign, exchange := generate(t, s, "a", 1, keystore.Ed25519), generate(t, s, "b", 1, keystore.X25519)
+		peer, err := ecdh.X25519().GenerateKey(rand.Reader)
+		if err != nil {
+			t.Fatal(err)
+		}
+		ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+		defer cancel()
+		var wg sync.WaitGroup
+		for g := range 16 {
+			wg.Go(func() {
+				for i := range 25 {
+					msg := []byte{byte(g), byte(i)}
+					sig, err := sign.Sign(ctx, msg)
+					if err != nil || !ed25519.Verify(sign.Info().PublicKey, msg, sig) {
+						t.Errorf("sign: %v", err)
+						return
+					}
+					if _, err := exchange.Exchange(ctx, [32]byte(peer.PublicKey().Bytes())); err != nil {
+						t.Errorf("exchange: %v", err)
+						return
+					}
+				}
+			})
+		}
+		wg.Wait()
+	})
+}

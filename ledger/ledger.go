@@ -1,0 +1,345 @@
+// Package ledger is the appliance's memory: spent nonces, admissions and their outcomes, the events of the audit log,
+// keys and peers, in one bbolt file. Begin reading at Admit.
+//
+// What is promised:
+//
+//   - When Admit, Append or Update returns without an error, what it wrote is on disk (fsync done) and will be there
+//     after a crash or a power cut.
+//   - A nonce is fresh once in its scope, whatever is killed and whenever.
+//   - After a commit that failed, nobody knows what is on disk. The ledger then refuses everything with ErrUnknownState
+//     and closes Failed; the process must end, and opening the file again is the recovery.
+//
+// One goroutine writes. It gathers the requests that wait into one transaction (group commit), so that callers share an
+// fsync; a lone request waits for nobody.
+package ledger
+
+import (
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"runtime/debug"
+	"sync"
+	"syscall"
+	"time"
+
+	bolt "go.etcd.io/bbolt"
+)
+
+// format is the version of the file's layout. A ledger with a higher one belongs to a newer program.
+const format = 1
+
+// maxBatch bounds the requests in one transaction, and with it the time that a commit takes.
+const maxBatch = 512
+
+// At opening.
+var (
+	ErrMissing = errors.New("ledger: there is no ledger here")
+	ErrExists  = errors.New("ledger: there is a ledger here already")
+	ErrInUse   = errors.New("ledger: another process uses this ledger")
+	ErrFormat  = errors.New("ledger: written by a newer version of countersign")
+	ErrCorrupt = errors.New("ledger: the file is damaged or is not a ledger")
+)
+
+// At use.
+var (
+	ErrClosed       = errors.New("ledger: closed")
+	ErrUnknownState = errors.New("ledger: a commit failed and the state on disk is unknown")
+	ErrNotFound     = errors.New("ledger: no such entry")
+)
+
+// openFile is a seam for tests that break the disk.
+var openFile = os.OpenFile
+
+var (
+	bucketMeta   = []byte("meta")
+	bucketNonces = []byte("nonces")
+	bucketEvents = []byte("events")
+	keyFormat    = []byte("format")
+)
+
+// Table is a named set of records that managing the appliance needs; their bytes belong to the caller.
+type Table string
+
+const (
+	Keys  Table = "keys"
+	Peers Table = "peers"
+)
+
+// Ledger is safe for concurrent use.
+type Ledger struct {
+	db       *bolt.DB
+	requests chan *request
+	done     chan struct{} // closed when the writer has ended
+	failed   chan struct{} // closed at the first failed commit
+
+	closing sync.RWMutex // held for reading while a request is handed in
+	closed  bool
+}
+
+// request is work for the writer: apply runs inside a transaction that others share, or, where alone is set, in one of
+// its own that an error rolls back. done, where somebody waits, gets the result of the commit.
+type request struct {
+	apply func(*bolt.Tx) error
+	alone bool
+	done  chan error
+}
+
+// Create makes an empty ledger at path. It is built under a temporary name, fsynced, renamed, and the folder is fsynced,
+// so that after a crash there is a whole ledger or none. An existing file is never touched.
+func Create(path string) (err error) {
+	defer wrap(&err, "create")
+	dir, err := os.Open(filepath.Dir(path))
+	if err != nil {
+		return err
+	}
+	defer dir.Close()
+	// The lock keeps two creators from replacing each other's work between look and rename.
+	if err := syscall.Flock(int(dir.Fd()), syscall.LOCK_EX|syscall.LOCK_NB); err != nil {
+		return ErrInUse
+	}
+	if _, err := os.Lstat(path); err == nil {
+		return ErrExists
+	} else if !errors.Is(err, os.ErrNotExist) {
+		return err
+	}
+	temp := path + ".new"
+	if err := os.Remove(temp); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return err
+	}
+	if err := build(temp); err != nil {
+		return err
+	}
+	if err := os.Rename(temp, path); err != nil {
+		return err
+	}
+	return dir.Sync()
+}
+
+func build(path string) error {
+	db, err := bolt.Open(path, 0o600, &bolt.Options{Timeout: time.Second})
+	if err != nil {
+		return err
+	}
+	defer db.Close()
+	err = db.Update(func(tx *bolt.Tx) error {
+		for _, name := range [][]byte{bucketMeta, bucketNonces, bucketEvents, []byte(Keys), []byte(Peers)} {
+			if _, err := tx.CreateBucket(name); err != nil {
+				return err
+			}
+		}
+		return tx.Bucket(bucketMeta).Put(keyFormat, binary.BigEndian.AppendUint32(nil, format))
+	})
+	if err != nil {
+		return err
+	}
+	return db.Sync() // bbolt's commit uses fdatasync; this is the fsync before the rename
+}
+
+// Open opens the ledger at path and takes the file's lock.
+func Open(path string) (l *Ledger, err error) {
+	defer wrap(&err, "open")
+	if st, err := os.Stat(path); errors.Is(err, os.ErrNotExist) {
+		return nil, ErrMissing
+	} else if err != nil {
+		return nil, err
+	} else if st.Size() == 0 {
+		return nil, ErrCorrupt // bbolt would make a new database of it
+	}
+	db, err := openBolt(path)
+	if err != nil {
+		return nil, err
+	}
+	l = &Ledger{db: db, requests: make(chan *request, 4*maxBatch), done: make(chan struct{}), failed: make(chan struct{})}
+	go l.write()
+	return l, nil
+}
+
+// openBolt opens the file and looks at everything that a sound ledger has. bbolt answers damage with a panic, and with a
+// memory fault where the file is shorter than it says: both become ErrCorrupt.
+func openBolt(path string) (db *bolt.DB, err error) {
+	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
+	defer func() {
+		if r := recover(); r != nil {
+			db, err = nil, fmt.Errorf("%w: %v", ErrCorrupt, r)
+		}
+	}()
+	db, err = bolt.Open(path, 0o600, &bolt.Options{
+		Timeout:      100 * time.Millisecond,
+		FreelistType: bolt.FreelistMapType,
+		OpenFile:     openFile,
+	})
+	var system syscall.Errno
+	switch {
+	case errors.Is(err, bolt.ErrTimeout):
+		return nil, ErrInUse
+	case errors.As(err, &system):
+		return nil, err
+	case err != nil:
+		return nil, fmt.Errorf("%w: %w", ErrCorrupt, err)
+	}
+	if err := db.View(checkLayout); err != nil {
+		db.Close()
+		return nil, err
+	}
+	return db, nil
+}
+
+func checkLayout(tx *bolt.Tx) error {
+	meta := tx.Bucket(bucketMeta)
+	if meta == nil {
+		return fmt.Errorf("%w: it has no format", ErrCorrupt)
+	}
+	v := meta.Get(keyFormat)
+	if len(v) != 4 {
+		return fmt.Errorf("%w: it has no format", ErrCorrupt)
+	}
+	if f := binary.BigEndian.Uint32(v); f > format {
+		return fmt.Errorf("%w: its format is %d, this program knows %d", ErrFormat, f, format)
+	}
+	for _, name := range [][]byte{bucketNonces, bucketEvents, []byte(Keys), []byte(Peers)} {
+		b := tx.Bucket(name)
+		if b == nil {
+			return fmt.Errorf("%w: its bucket %s is missing", ErrCorrupt, name)
+		}
+		b.Cursor().Last() // walks one path from the root to a leaf
+	}
+	last, _ := tx.Bucket(bucketEvents).Cursor().Last()
+	if n := tx.Bucket(bucketEvents).Sequence(); n > 0 && (len(last) != 8 || binary.BigEndian.Uint64(last) != n-1) {
+		return fmt.Errorf("%w: %d events were written, the last one found is %x", ErrCorrupt, n, last)
+	}
+	return nil
+}
+
+// Close finishes what was handed in and closes the file.
+func (l *Ledger) Close() error {
+	l.closing.Lock()
+	if l.closed {
+		l.closing.Unlock()
+		return nil
+	}
+	l.closed = true
+	close(l.requests)
+	l.closing.Unlock()
+	<-l.done
+	return l.db.Close()
+}
+
+// Failed is closed when a commit has failed: the process must end.
+func (l *Ledger) Failed() <-chan struct{} { return l.failed }
+
+// Alive returns when the writer has come round to this request, without writing anything.
+func (l *Ledger) Alive(ctx context.Context) error {
+	return l.submit(ctx, &request{apply: func(*bolt.Tx) error { return nil }, done: make(chan error, 1)})
+}
+
+// submit hands a request to the writer and waits for its commit, unless nobody wants to know (done is nil). Where ctx
+// ends first, the request may still be carried out.
+func (l *Ledger) submit(ctx context.Context, r *request) error {
+	if err := l.enqueue(ctx, r); err != nil || r.done == nil {
+		return err
+	}
+	select {
+	case err := <-r.done:
+		return err
+	case <-ctx.Done():
+		return fmt.Errorf("ledger: waiting for the disk: %w", ctx.Err())
+	}
+}
+
+func (l *Ledger) enqueue(ctx context.Context, r *request) error {
+	l.closing.RLock()
+	defer l.closing.RUnlock()
+	if l.closed {
+		return ErrClosed
+	}
+	select {
+	case <-l.failed:
+		return ErrUnknownState
+	default:
+	}
+	select {
+	case l.requests <- r:
+		return nil
+	case <-ctx.Done():
+		return fmt.Errorf("ledger: queue: %w", ctx.Err())
+	}
+}
+
+// write is the one writer.
+func (l *Ledger) write() {
+	defer close(l.done)
+	var batch []*request
+	for first := range l.requests {
+		batch = append(batch[:0], first)
+	gather:
+		for len(batch) < maxBatch && !batch[len(batch)-1].alone {
+			select {
+			case r, ok := <-l.requests:
+				if !ok {
+					break gather
+				}
+				batch = append(batch, r)
+			default:
+				break gather
+			}
+		}
+		if last := batch[len(batch)-1]; last.alone {
+			l.commit(batch[:len(batch)-1])
+			l.commit(batch[len(batch)-1:])
+		} else {
+			l.commit(batch)
+		}
+	}
+}
+
+// commit carries out a batch in one transaction and tells each request how it ended.
+func (l *Ledger) commit(batch []*request) {
+	if len(batch) == 0 {
+		return
+	}
+	err := l.transact(batch)
+	for _, r := range batch {
+		if r.done != nil {
+			r.done <- err
+		}
+	}
+}
+
+func (l *Ledger) transact(batch []*request) error {
+	select {
+	case <-l.failed:
+		return ErrUnknownState
+	default:
+	}
+	tx, err := l.db.Begin(true)
+	if err != nil {
+		return l.fail(err)
+	}
+	defer tx.Rollback() // does nothing after a commit
+	for _, r := range batch {
+		if err := r.apply(tx); err != nil && r.alone {
+			return err
+		} else if err != nil {
+			return l.fail(err) // nothing that shares a transaction may fail but for damage
+		}
+	}
+	if err := tx.Commit(); err != nil {
+		return l.fail(err)
+	}
+	return nil
+}
+
+// fail ends the ledger's life. Only the writer calls it, once.
+func (l *Ledger) fail(err error) error {
+	close(l.failed)
+	return fmt.Errorf("%w: %w", ErrUnknownState, err)
+}
+
+func wrap(err *error, doing string) {
+	if *err != nil {
+		*err = fmt.Errorf("ledger: %s: %w", doing, *err)
+	}
+}

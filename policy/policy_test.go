@@ -1,0 +1,116 @@
+package policy_test
+
+import (
+	"errors"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"countersign/policy"
+)
+
+const rules = `
+// The shop signs subscriptions of at most a day, and releases.
+permit (principal == Peer::"shop", action == Action::"sign", resource == Key::"payments")
+when { context.transcript == "paykit-subscription-v2" && context.lifetime <= 86400 };
+
+permit (principal == Peer::"shop", action == Action::"sign", resource == Key::"payments")
+when { context has message_context && context.message_context == "release" };
+
+forbid (principal, action, resource) when { context has currency && context.currency == "USD" };
+`
+
+func parse(t *testing.T, text string) *policy.Policy {
+	t.Helper()
+	p, err := policy.Parse("policy.cedar", []byte(text))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return p
+}
+
+func TestDecide(t *testing.T) {
+	p := parse(t, rules)
+	sub := func(currency string, lifetime int64) map[string]any {
+		return map[string]any{"transcript": "paykit-subscription-v2", "lifetime": lifetime, "size": int64(300), "currency": currency}
+	}
+	msg := func(context string) map[string]any {
+		return map[string]any{"transcript": "message-v1", "lifetime": int64(60), "size": int64(100), "message_context": context}
+	}
+	for _, c := range []struct {
+		name  string
+		r     policy.Request
+		allow bool
+	}{
+		{"as written", policy.Request{Peer: "shop", Action: "sign", Key: "payments", Context: sub("SAT", 86400)}, true},
+		{"too long", policy.Request{Peer: "shop", Action: "sign", Key: "payments", Context: sub("SAT", 86401)}, false},
+		{"forbidden", policy.Request{Peer: "shop", Action: "sign", Key: "payments", Context: sub("USD", 60)}, false},
+		{"other peer", policy.Request{Peer: "cafe", Action: "sign", Key: "payments", Context: sub("SAT", 60)}, false},
+		{"other key", policy.Request{Peer: "shop", Action: "sign", Key: "releases", Context: sub("SAT", 60)}, false},
+		{"other action", policy.Request{Peer: "shop", Action: "sign_raw", Key: "payments", Context: sub("SAT", 60)}, false},
+		{"a release", policy.Request{Peer: "shop", Action: "sign", Key: "payments", Context: msg("release")}, true},
+		{"another message", policy.Request{Peer: "shop", Action: "sign", Key: "payments", Context: msg("login")}, false},
+		{"a name that is a rule", policy.Request{Peer: `shop" || "a" == "a`, Action: "sign", Key: "payments", Context: sub("SAT", 60)}, false},
+	} {
+		err := p.Decide(c.r)
+		if (err == nil) != c.allow || err != nil && !errors.Is(err, policy.ErrDenied) {
+			t.Errorf("%s: %v", c.name, err)
+		}
+	}
+	if err := parse(t, "").Decide(policy.Request{Peer: "shop", Action: "sign", Key: "payments", Context: msg("release")}); !errors.Is(err, policy.ErrDenied) {
+		t.Errorf("no rules at all: %v", err)
+	}
+}
+
+// TestARuleThatFailsDenies: a forbid that can't be evaluated must not let through what it was written against.
+func TestARuleThatFailsDenies(t *testing.T) {
+	p := parse(t, `permit (principal, action, resource);
+forbid (principal, action, resource) when { context.lifetime * 9223372036854775807 > 0 };`)
+	r := policy.Request{Peer: "shop", Action: "sign", Key: "payments", Context: map[string]any{"transcript": "message-v1", "lifetime": int64(60), "size": int64(1)}}
+	if err := p.Decide(r); !errors.Is(err, policy.ErrDenied) {
+		t.Errorf("%v, want %v", err, policy.ErrDenied)
+	}
+}
+
+// TestRawMustBeNamed: no broad rule opens raw.
+func TestRawMustBeNamed(t *testing.T) {
+	r := policy.Request{Peer: "ci", Action: policy.SignRaw, Key: "ssh", Context: map[string]any{"transcript": "raw", "lifetime": int64(60), "size": int64(1)}}
+	for rule, allow := range map[string]bool{
+		`permit (principal, action, resource);`:                                                                                                false,
+		`permit (principal == Peer::"ci", action, resource == Key::"ssh");`:                                                                    false,
+		`permit (principal == Peer::"ci", action == Action::"sign", resource == Key::"ssh");`:                                                  false,
+		`permit (principal, action == Action::"sign_raw", resource == Key::"ssh");`:                                                            false,
+		`permit (principal == Peer::"ci", action == Action::"sign_raw", resource);`:                                                            false,
+		`permit (principal == Peer::"ci", action == Action::"sign_raw", resource == Key::"ssh");`:                                              true,
+		`permit (principal == Peer::"other", action == Action::"sign_raw", resource == Key::"ssh");`:                                           false,
+		"permit (principal, action, resource);\npermit (principal == Peer::\"ci\", action == Action::\"sign_raw\", resource == Key::\"ssh\");": true,
+	} {
+		if err := parse(t, rule).Decide(r); (err == nil) != allow {
+			t.Errorf("%s\n%v", rule, err)
+		}
+	}
+}
+
+func TestLoadRefusesWithTheLine(t *testing.T) {
+	for name, c := range map[string]struct{ text, want string }{
+		"syntax":            {"permit (principal, action, resource)\n\nwhen { oops oops };", "policy.cedar:3"},
+		"unknown attribute": {"\n\npermit (principal, action, resource) when { context.amuont > 5 };", "policy.cedar:3"},
+		"unknown action":    {"permit (principal, action == Action::\"sing\", resource);", "policy.cedar:1"},
+		"unknown entity":    {"\npermit (principal == User::\"shop\", action, resource);", "policy.cedar:2"},
+		"wrong type":        {"permit (principal, action, resource) when { context.lifetime == \"long\" };", "policy.cedar:1"},
+		"optional unasked":  {"permit (principal, action, resource) when { context.currency == \"SAT\" };", "policy.cedar:1"},
+	} {
+		path := filepath.Join(t.TempDir(), "policy.cedar")
+		if err := os.WriteFile(path, []byte(c.text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		_, err := policy.Load(path)
+		if err == nil || !strings.Contains(err.Error(), c.want) || strings.Contains(err.Error(), "\n") {
+			t.Errorf("%s: %v; want one line that names %s", name, err, c.want)
+		}
+	}
+	if _, err := policy.Load(filepath.Join(t.TempDir(), "none")); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("no file: %v", err)
+	}
+}

@@ -1,0 +1,339 @@
+// Package wire is the language that peers and the appliance speak inside a Noise connection: one JSON document a
+// message, requests from the peer, answers from the appliance. It knows fields and their forms and nothing of
+// cryptography. docs/SPEC.md is the full text.
+//
+// Documents are I-JSON (RFC 7493): UTF-8, no duplicate names, no surrogates or noncharacters. Unknown fields are refused
+// on both sides. Bytes are base64url without padding, times are Unix seconds.
+package wire
+
+import (
+	"bytes"
+	"encoding/base64"
+	"errors"
+	"fmt"
+	"io"
+	"strings"
+
+	"github.com/go-json-experiment/json"
+	"github.com/go-json-experiment/json/jsontext"
+)
+
+// MaxDocument is the longest JSON document in bytes: a Noise message of 65,535 bytes less its 16-byte tag.
+const MaxDocument = 65535 - 16
+
+// maxID bounds a request's id in bytes; maxDepth bounds how deep arrays and objects nest.
+const (
+	maxID    = 64
+	maxDepth = 16
+)
+
+// The operations.
+const (
+	OpPing   = "ping"
+	OpKeys   = "keys"
+	OpSign   = "sign"
+	OpVerify = "verify"
+)
+
+// The codes of an error answer. They are stable: programs decide by them.
+const (
+	CodeMalformed        = "malformed"         // the request does not have the form that the specification gives it
+	CodeUnsupported      = "unsupported"       // unknown operation or transcript type
+	CodeTooLarge         = "too_large"         // the request or its answer does not fit into a message
+	CodeUnknownKey       = "unknown_key"       // no such key
+	CodeKeyNotActive     = "key_not_active"    // the key exists, but may not sign now
+	CodeDenied           = "denied"            // policy does not allow it
+	CodeReplay           = "replay"            // the nonce is spent
+	CodeExpired          = "expired"           // expires_at has passed
+	CodeNotYetValid      = "not_yet_valid"     // timestamp lies in the future
+	CodeLifetimeTooLong  = "lifetime_too_long" // expires_at - timestamp is over the maximum
+	CodeInvalidSignature = "invalid_signature" // the signature does not verify, or its key is unusable
+	CodeWrongSigner      = "wrong_signer"      // the key is not one that the document allows to sign it
+	CodeRateLimited      = "rate_limited"      // too many requests of this peer
+	CodeBusy             = "busy"              // too many requests in all
+	CodeUnavailable      = "unavailable"       // the appliance can't answer now; the same request may be sent again
+)
+
+// Bytes is base64url without padding in JSON.
+type Bytes []byte
+
+// Bytes32 is 32 bytes, base64url without padding (43 characters) in JSON.
+type Bytes32 [32]byte
+
+// Document is what gets signed, with the envelope that makes its signature single use and short-lived.
+type Document struct {
+	Type      string         `json:"type"`
+	Payload   jsontext.Value `json:"payload"`
+	Nonce     Bytes32        `json:"nonce"`
+	Timestamp int64          `json:"timestamp"`
+	ExpiresAt int64          `json:"expires_at"`
+}
+
+// Ping asks for a sign of life.
+type Ping struct {
+	ID string `json:"id"`
+	Op string `json:"op"`
+}
+
+// Keys asks which keys can sign.
+type Keys struct {
+	ID string `json:"id"`
+	Op string `json:"op"`
+}
+
+// Sign asks for a signature with the active version of a key.
+type Sign struct {
+	ID  string `json:"id"`
+	Op  string `json:"op"`
+	Key string `json:"key"`
+	Document
+}
+
+// Verify asks whether a signature is good, and spends its nonce. Key is optional: where it is given, the public key must
+// be one of that key's versions.
+type Verify struct {
+	ID        string  `json:"id"`
+	Op        string  `json:"op"`
+	Key       string  `json:"key,omitempty"`
+	PublicKey Bytes32 `json:"public_key"`
+	Signature Bytes   `json:"signature"`
+	Document
+}
+
+// Pong answers Ping. Time is the appliance's clock in Unix seconds.
+type Pong struct {
+	Service string `json:"service"`
+	Time    int64  `json:"time"`
+}
+
+// KeyList answers Keys.
+type KeyList struct {
+	Keys []Key `json:"keys"`
+}
+
+// Key describes one version of a key.
+type Key struct {
+	Name      string  `json:"name"`
+	Version   uint32  `json:"version"`
+	Algorithm string  `json:"algorithm"`
+	State     string  `json:"state"`
+	Custody   string  `json:"custody"`
+	PublicKey Bytes32 `json:"public_key"`
+}
+
+// Signed answers Sign. Event is the index of the admission in the audit log. Repeated says that this request had been
+// admitted before: the signature is the one that belongs to that admission.
+type Signed struct {
+	Signature Bytes   `json:"signature"`
+	PublicKey Bytes32 `json:"public_key"`
+	Key       string  `json:"key"`
+	Version   uint32  `json:"version"`
+	Nonce     Bytes32 `json:"nonce"`
+	Timestamp int64   `json:"timestamp"`
+	ExpiresAt int64   `json:"expires_at"`
+	Event     uint64  `json:"event"`
+	Repeated  bool    `json:"repeated"`
+}
+
+// Verified answers Verify; Valid is always true, since every other outcome is an error with its code.
+type Verified struct {
+	Valid bool   `json:"valid"`
+	Event uint64 `json:"event"`
+}
+
+// Answer is the envelope of every answer: one of Result and Error is set.
+type Answer struct {
+	ID     string         `json:"id"`
+	Result jsontext.Value `json:"result,omitzero"`
+	Error  *Error         `json:"error,omitempty"`
+}
+
+// Error is a refusal. Programs read Code, people read Message.
+type Error struct {
+	Code    string `json:"code"`
+	Message string `json:"message"`
+}
+
+func (e *Error) Error() string { return e.Code + ": " + e.Message }
+
+// required names the fields that each operation must have; Parse refuses a request without one, or with null for one.
+var required = map[string][]string{
+	OpPing:   {},
+	OpKeys:   {},
+	OpSign:   {"key", "type", "payload", "nonce", "timestamp", "expires_at"},
+	OpVerify: {"type", "payload", "nonce", "timestamp", "expires_at", "signature", "public_key"},
+}
+
+// Parse reads a request strictly. It returns a *Ping, *Keys, *Sign or *Verify. The error is an *Error; the id is given
+// back with it whenever the document was sound enough to have one.
+func Parse(b []byte) (id string, request any, err error) {
+	if err := check(b); err != nil {
+		return "", nil, refuse(CodeMalformed, "%v", err)
+	}
+	var members map[string]jsontext.Value
+	if err := json.Unmarshal(b, &members); err != nil {
+		return "", nil, refuse(CodeMalformed, "%v", Explain(err))
+	}
+	if json.Unmarshal(members["id"], &id) != nil || id == "" || len(id) > maxID {
+		return "", nil, refuse(CodeMalformed, "id must be a string of 1 to %d bytes", maxID)
+	}
+	var op string
+	if json.Unmarshal(members["op"], &op) != nil || op == "" {
+		return id, nil, refuse(CodeMalformed, "op must be a string")
+	}
+	switch op {
+	case OpPing:
+		request = new(Ping)
+	case OpKeys:
+		request = new(Keys)
+	case OpSign:
+		request = new(Sign)
+	case OpVerify:
+		request = new(Verify)
+	default:
+		return id, nil, refuse(CodeUnsupported, "unknown op: this appliance knows ping, keys, sign, verify")
+	}
+	for _, name := range required[op] {
+		if v := members[name]; len(v) == 0 || v.Kind() == 'n' {
+			return id, nil, refuse(CodeMalformed, "%s is missing", name)
+		}
+	}
+	if err := json.Unmarshal(b, request, json.RejectUnknownMembers(true)); err != nil {
+		return id, nil, refuse(CodeMalformed, "%v", Explain(err))
+	}
+	return id, request, nil
+}
+
+func refuse(code, format string, args ...any) *Error {
+	return &Error{Code: code, Message: fmt.Sprintf(format, args...)}
+}
+
+// check holds b against I-JSON: one object, well-formed, no duplicate names, no noncharacters, not too deep.
+func check(b []byte) error {
+	if len(b) > MaxDocument {
+		return fmt.Errorf("the document has more than %d bytes", MaxDocument)
+	}
+	d := jsontext.NewDecoder(bytes.NewReader(b))
+	if d.PeekKind() != '{' {
+		return errors.New("the message must be a JSON object")
+	}
+	for first := true; first || d.StackDepth() > 0; first = false {
+		token, err := d.ReadToken()
+		if err != nil {
+			return Explain(err)
+		}
+		if d.StackDepth() > maxDepth {
+			return fmt.Errorf("arrays and objects nest deeper than %d", maxDepth)
+		}
+		if token.Kind() == '"' && strings.ContainsFunc(token.String(), noncharacter) {
+			return errors.New("text contains a Unicode noncharacter (RFC 7493)")
+		}
+	}
+	if _, err := d.ReadToken(); err != io.EOF {
+		return errors.New("something follows the JSON object")
+	}
+	return nil
+}
+
+// noncharacter reports the code points that RFC 7493 section 2.1 forbids.
+func noncharacter(r rune) bool {
+	return r >= 0xfdd0 && r <= 0xfdef || r&0xfffe == 0xfffe
+}
+
+// Explain turns a decoder's error into a sentence for the sender: the place and the reason, no Go types.
+func Explain(err error) error {
+	var semantic *json.SemanticError
+	if errors.As(err, &semantic) {
+		place := clip(string(semantic.JSONPointer))
+		if errors.Is(err, json.ErrUnknownName) {
+			return fmt.Errorf("unknown field %q", place)
+		}
+		if semantic.Err != nil && semantic.JSONKind == '"' {
+			return fmt.Errorf("field %q: %w", place, semantic.Err)
+		}
+		return fmt.Errorf("field %q: a value of this type or size does not fit", place)
+	}
+	var syntactic *jsontext.SyntacticError
+	if errors.As(err, &syntactic) {
+		return fmt.Errorf("broken JSON at byte %d, field %q: %s", syntactic.ByteOffset, clip(string(syntactic.JSONPointer)), clip(syntactic.Err.Error()))
+	}
+	return errors.New("broken JSON: the document ends early")
+}
+
+func clip(s string) string {
+	if len(s) > 80 {
+		s = strings.ToValidUTF8(s[:80], "") + "…"
+	}
+	return s
+}
+
+// Encode writes a request, or an answer's result.
+func Encode(v any) ([]byte, error) { return json.Marshal(v) }
+
+// EncodeAnswer writes the answer to the request with the given id: the result, or where err is not nil the error.
+// An answer that does not fit into a message becomes the error too_large.
+func EncodeAnswer(id string, result any, refusal *Error) []byte {
+	a := Answer{ID: id, Error: refusal}
+	if refusal == nil {
+		b, err := json.Marshal(result)
+		if err != nil {
+			panic("wire: a result that is not JSON: " + err.Error()) // our own types always are
+		}
+		a.Result = b
+	}
+	b, err := json.Marshal(a)
+	if err != nil {
+		panic("wire: an answer that is not JSON: " + err.Error())
+	}
+	if len(b) > MaxDocument {
+		return EncodeAnswer(id, nil, refuse(CodeTooLarge, "the answer does not fit into %d bytes", MaxDocument))
+	}
+	return b
+}
+
+// DecodeAnswer reads an answer strictly.
+func DecodeAnswer(b []byte) (Answer, error) {
+	var a Answer
+	if err := json.Unmarshal(b, &a, json.RejectUnknownMembers(true)); err != nil {
+		return Answer{}, fmt.Errorf("wire: answer: %w", Explain(err))
+	}
+	if (a.Error == nil) == (len(a.Result) == 0) {
+		return Answer{}, errors.New("wire: answer: must have one of result and error")
+	}
+	return a, nil
+}
+
+// Into decodes the result into v strictly.
+func (a Answer) Into(v any) error {
+	if a.Error != nil {
+		return a.Error
+	}
+	if err := json.Unmarshal(a.Result, v, json.RejectUnknownMembers(true)); err != nil {
+		return fmt.Errorf("wire: result: %w", Explain(err))
+	}
+	return nil
+}
+
+func (b Bytes) MarshalText() ([]byte, error) {
+	return base64.RawURLEncoding.AppendEncode(nil, b), nil
+}
+
+func (b *Bytes) UnmarshalText(text []byte) error {
+	v, err := base64.RawURLEncoding.Strict().DecodeString(string(text))
+	if err != nil || bytes.ContainsAny(text, "\r\n") { // the decoder skips line ends
+		return errors.New("must be base64url without padding")
+	}
+	*b = v
+	return nil
+}
+
+func (b Bytes32) MarshalText() ([]byte, error) { return Bytes(b[:]).MarshalText() }
+
+func (b *Bytes32) UnmarshalText(text []byte) error {
+	var v Bytes
+	if err := v.UnmarshalText(text); err != nil || len(v) != len(b) {
+		return errors.New("must be 32 bytes: 43 characters of base64url without padding")
+	}
+	copy(b[:], v)
+	return nil
+}
