@@ -26,6 +26,7 @@ type Admission struct {
 	Peer       [32]byte // who asked
 	KeyVersion uint32   // that the admission is for: a repetition must not be signed with another
 	ExpiresAt  int64    // Unix seconds: the nonce is kept at least until then
+	Once       bool     // a repetition is a replay too
 }
 
 // Verdict is what the ledger found about a nonce.
@@ -36,7 +37,7 @@ const (
 	Fresh Verdict = iota + 1
 	// Repeated: the same peer had asked for the same thing before.
 	Repeated
-	// Replay: the nonce was spent on something else, or by somebody else.
+	// Replay: the nonce was spent on something else, by somebody else, or on something that may be had once only.
 	Replay
 )
 
@@ -46,6 +47,8 @@ type Admitted struct {
 	Verdict   Verdict
 	Event     uint64 // index of the admission; after Replay, of the event that records the refusal
 	Signature []byte // the outcome, where it is known; 64 bytes
+	First     uint64 // after Replay: index of the admission that spent the nonce
+	Own       bool   // after Replay: it was this peer's, for the same request
 }
 
 // Admit spends a nonce. When it returns, the verdict and its event are on disk. event says what to write down for a
@@ -63,7 +66,8 @@ func (l *Ledger) Admit(ctx context.Context, a Admission, event func(Verdict) []b
 			if err != nil {
 				return err
 			}
-			if prior.digest == a.Digest && prior.peer == a.Peer {
+			result.First, result.Own = prior.event, prior.digest == a.Digest && prior.peer == a.Peer
+			if result.Own && !a.Once {
 				result.Verdict, result.KeyVersion, result.Event, result.Signature = Repeated, prior.keyVersion, prior.event, prior.signature
 				return nil
 			}

@@ -118,6 +118,17 @@ func TestNonceIsSingleUseInItsScope(t *testing.T) {
 	mustAdmit(t, l, admission(signer, 1, 1, 1), ledger.Fresh)                // a signer's
 	mustAdmit(t, l, admission(ledger.KeyScope("a"), 2, 1, 1), ledger.Fresh)  // another nonce
 
+	once := admission(ledger.SignerScope([]byte("x")), 1, 1, 1)
+	once.Once = true
+	confirmed := mustAdmit(t, l, once, ledger.Fresh)
+	if r := mustAdmit(t, l, once, ledger.Replay); !r.Own || r.First != confirmed.Event || r.Event == r.First {
+		t.Errorf("what may be had once, by the same peer: %+v", r)
+	}
+	once.Peer = [32]byte{2}
+	if r := mustAdmit(t, l, once, ledger.Replay); r.Own || r.First != confirmed.Event {
+		t.Errorf("what may be had once, by another peer: %+v", r)
+	}
+
 	signature := bytes.Repeat([]byte{9}, 64)
 	if err := l.Settle(t.Context(), first, signature, []byte("signed")); err != nil {
 		t.Fatal(err)
@@ -128,7 +139,7 @@ func TestNonceIsSingleUseInItsScope(t *testing.T) {
 	if r := mustAdmit(t, l, again, ledger.Repeated); !bytes.Equal(r.Signature, signature) {
 		t.Errorf("after settling: %+v", r)
 	}
-	want := []string{"verdict 1", "verdict 3", "verdict 3", "verdict 1", "verdict 1", "verdict 1", "signed"}
+	want := []string{"verdict 1", "verdict 3", "verdict 3", "verdict 1", "verdict 1", "verdict 1", "verdict 1", "verdict 3", "verdict 3", "signed"}
 	for reopened := range 2 {
 		if got := events(t, l); fmt.Sprint(got) != fmt.Sprint(want) {
 			t.Errorf("events %q, want %q (reopened %d)", got, want, reopened)

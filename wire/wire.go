@@ -167,12 +167,9 @@ var required = map[string][]string{
 // Parse reads a request strictly. It returns a *Ping, *Keys, *Sign or *Verify. The error is an *Error; the id is given
 // back with it whenever the document was sound enough to have one.
 func Parse(b []byte) (id string, request any, err error) {
-	if err := check(b); err != nil {
+	members, err := check(b)
+	if err != nil {
 		return "", nil, refuse(CodeMalformed, "%v", err)
-	}
-	var members map[string]jsontext.Value
-	if err := json.Unmarshal(b, &members); err != nil {
-		return "", nil, refuse(CodeMalformed, "%v", Explain(err))
 	}
 	if json.Unmarshal(members["id"], &id) != nil || id == "" || len(id) > maxID {
 		return "", nil, refuse(CodeMalformed, "id must be a string of 1 to %d bytes", maxID)
@@ -193,13 +190,8 @@ func Parse(b []byte) (id string, request any, err error) {
 	default:
 		return id, nil, refuse(CodeUnsupported, "unknown op: this appliance knows ping, keys, sign, verify")
 	}
-	for _, name := range required[op] {
-		if v := members[name]; len(v) == 0 || v.Kind() == 'n' {
-			return id, nil, refuse(CodeMalformed, "%s is missing", name)
-		}
-	}
-	if err := json.Unmarshal(b, request, json.RejectUnknownMembers(true)); err != nil {
-		return id, nil, refuse(CodeMalformed, "%v", Explain(err))
+	if err := decode(b, members, request, required[op]); err != nil {
+		return id, nil, refuse(CodeMalformed, "%v", err)
 	}
 	return id, request, nil
 }
@@ -208,31 +200,35 @@ func refuse(code, format string, args ...any) *Error {
 	return &Error{Code: code, Message: fmt.Sprintf(format, args...)}
 }
 
-// check holds b against I-JSON: one object, well-formed, no duplicate names, no noncharacters, not too deep.
-func check(b []byte) error {
+// check holds b against I-JSON: one object, well-formed, no duplicate names, no noncharacters, not too deep. It returns
+// the object's members.
+func check(b []byte) (members map[string]jsontext.Value, err error) {
 	if len(b) > MaxDocument {
-		return fmt.Errorf("the document has more than %d bytes", MaxDocument)
+		return nil, fmt.Errorf("the document has more than %d bytes", MaxDocument)
 	}
 	d := jsontext.NewDecoder(bytes.NewReader(b))
 	if d.PeekKind() != '{' {
-		return errors.New("the message must be a JSON object")
+		return nil, errors.New("the message must be a JSON object")
 	}
 	for first := true; first || d.StackDepth() > 0; first = false {
 		token, err := d.ReadToken()
 		if err != nil {
-			return Explain(err)
+			return nil, Explain(err)
 		}
 		if d.StackDepth() > maxDepth {
-			return fmt.Errorf("arrays and objects nest deeper than %d", maxDepth)
+			return nil, fmt.Errorf("arrays and objects nest deeper than %d", maxDepth)
 		}
 		if token.Kind() == '"' && strings.ContainsFunc(token.String(), noncharacter) {
-			return errors.New("text contains a Unicode noncharacter (RFC 7493)")
+			return nil, errors.New("text contains a Unicode noncharacter (RFC 7493)")
 		}
 	}
 	if _, err := d.ReadToken(); err != io.EOF {
-		return errors.New("something follows the JSON object")
+		return nil, errors.New("something follows the JSON object")
 	}
-	return nil
+	if err := json.Unmarshal(b, &members); err != nil {
+		return nil, Explain(err)
+	}
+	return members, nil
 }
 
 // noncharacter reports the code points that RFC 7493 section 2.1 forbids.
@@ -269,6 +265,27 @@ func clip(s string) string {
 
 // Encode writes a request, or an answer's result.
 func Encode(v any) ([]byte, error) { return json.Marshal(v) }
+
+// Decode reads a document as strictly as a request is read; it must have the fields that are named, and not null.
+func Decode(b []byte, v any, required ...string) error {
+	members, err := check(b)
+	if err != nil {
+		return err
+	}
+	return decode(b, members, v, required)
+}
+
+func decode(b []byte, members map[string]jsontext.Value, v any, required []string) error {
+	for _, name := range required {
+		if v := members[name]; len(v) == 0 || v.Kind() == 'n' {
+			return fmt.Errorf("%s is missing", name)
+		}
+	}
+	if err := json.Unmarshal(b, v, json.RejectUnknownMembers(true)); err != nil {
+		return Explain(err)
+	}
+	return nil
+}
 
 // EncodeAnswer writes the answer to the request with the given id: the result, or where err is not nil the error.
 // An answer that does not fit into a message becomes the error too_large.

@@ -1,0 +1,23 @@
+# The commands of README.md. Each does its own set-up.
+export REQUIRE_DEVICES = 1
+
+.PHONY: build demo run test clean deps
+
+build: deps
+	go build -o bin/countersignd ./cmd/countersignd
+	CGO_ENABLED=0 go build -o bin/countersign ./cmd/countersign
+
+demo: build
+	@scripts/demo.sh
+
+run: build
+	@scripts/run.sh
+
+test: deps
+	go test ./...
+
+deps:
+	@scripts/deps.sh
+
+clean:
+	rm -rf bin .run

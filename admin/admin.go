@@ -1,0 +1,246 @@
+// Package admin is the local admin API: what an operator's tools do with a running appliance. It is served on a Unix
+// socket whose folder and mode decide who may call it. Begin reading at New.
+package admin
+
+import (
+	"context"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net"
+	"net/http"
+	"os"
+	"strconv"
+	"syscall"
+	"time"
+
+	"countersign/admin/api"
+	"countersign/appliance"
+	"countersign/audit"
+
+	"github.com/labstack/echo/v4"
+)
+
+// maxBody bounds a request's body, maxEvents the events in one answer.
+const (
+	maxBody   = 64 << 10
+	maxEvents = 1000
+)
+
+// New returns the server of the admin API.
+func New(a *appliance.Appliance) *http.Server {
+	e := echo.New()
+	e.HTTPErrorHandler = fail
+	s := server{a}
+	e.POST("/v1/keys", s.createKey)
+	e.GET("/v1/keys", s.keys)
+	e.GET("/v1/keys/:name", s.key)
+	e.GET("/v1/noise-key", s.noiseKey)
+	e.POST("/v1/peers", s.addPeer)
+	e.GET("/v1/peers", s.peers)
+	e.DELETE("/v1/peers/:name", s.removePeer)
+	e.GET("/v1/events", s.events)
+	return &http.Server{
+		Handler:           http.MaxBytesHandler(e, maxBody),
+		ReadHeaderTimeout: 10 * time.Second,
+		ReadTimeout:       30 * time.Second,
+		IdleTimeout:       2 * time.Minute,
+		MaxHeaderBytes:    16 << 10,
+		ConnContext:       withCaller,
+	}
+}
+
+// Listen makes the socket, for its owner only. A socket that nobody listens on any more is replaced.
+func Listen(path string) (net.Listener, error) {
+	if st, err := os.Lstat(path); err == nil {
+		if st.Mode().Type() != os.ModeSocket {
+			return nil, fmt.Errorf("admin socket %s: there is a file of another kind", path)
+		}
+		if conn, err := net.Dial("unix", path); err == nil {
+			conn.Close()
+			return nil, fmt.Errorf("admin socket %s: another process listens on it", path)
+		}
+		if err := os.Remove(path); err != nil {
+			return nil, fmt.Errorf("admin socket: %w", err)
+		}
+	}
+	old := syscall.Umask(0o177) // the socket must not be open to others even for a moment
+	l, err := net.Listen("unix", path)
+	syscall.Umask(old)
+	if err != nil {
+		return nil, fmt.Errorf("admin socket: %w", err)
+	}
+	return l, nil
+}
+
+type server struct{ app *appliance.Appliance }
+
+func (s server) createKey(c echo.Context) error {
+	var r api.NewKey
+	if err := decode(c, &r); err != nil {
+		return err
+	}
+	k, err := s.app.CreateKey(c.Request().Context(), caller(c), r.Name)
+	if err != nil {
+		return err
+	}
+	return c.JSON(http.StatusCreated, keyDoc(k))
+}
+
+func (s server) keys(c echo.Context) error { return c.JSON(http.StatusOK, keyDocs(s.app.Keys())) }
+
+func (s server) key(c echo.Context) error {
+	versions, err := s.app.Key(c.Param("name"))
+	if err != nil {
+		return err
+	}
+	return c.JSON(http.StatusOK, keyDocs(versions))
+}
+
+func (s server) noiseKey(c echo.Context) error {
+	k, err := s.app.NoiseKey()
+	if err != nil {
+		return err
+	}
+	return c.JSON(http.StatusOK, keyDoc(k))
+}
+
+func (s server) addPeer(c echo.Context) error {
+	var r api.NewPeer
+	if err := decode(c, &r); err != nil {
+		return err
+	}
+	key, err := hex.DecodeString(r.PublicKey)
+	if err != nil {
+		return fmt.Errorf("peer %q: %w: its public key must be 64 hex digits", r.Name, appliance.ErrInvalid)
+	}
+	p, err := s.app.AddPeer(c.Request().Context(), caller(c), r.Name, key)
+	if err != nil {
+		return err
+	}
+	return c.JSON(http.StatusCreated, peerDoc(p))
+}
+
+func (s server) peers(c echo.Context) error {
+	docs := []api.Peer{}
+	for _, p := range s.app.Peers() {
+		docs = append(docs, peerDoc(p))
+	}
+	return c.JSON(http.StatusOK, docs)
+}
+
+func (s server) removePeer(c echo.Context) error {
+	if err := s.app.RemovePeer(c.Request().Context(), caller(c), c.Param("name")); err != nil {
+		return err
+	}
+	return c.NoContent(http.StatusNoContent)
+}
+
+func (s server) events(c echo.Context) error {
+	from, limit := uint64(0), maxEvents
+	var err error
+	if v := c.QueryParam("from"); v != "" {
+		if from, err = strconv.ParseUint(v, 10, 64); err != nil {
+			return fmt.Errorf("from: %w: it must be the index of an event", appliance.ErrInvalid)
+		}
+	}
+	if v := c.QueryParam("limit"); v != "" {
+		if limit, err = strconv.Atoi(v); err != nil || limit < 1 || limit > maxEvents {
+			return fmt.Errorf("limit: %w: it must be 1 to %d", appliance.ErrInvalid, maxEvents)
+		}
+	}
+	docs := []api.Event{}
+	err = s.app.Events(from, func(index uint64, e audit.Event) bool {
+		docs = append(docs, api.Event{Index: index, Event: e})
+		return len(docs) < limit
+	})
+	if err != nil {
+		return err
+	}
+	return c.JSON(http.StatusOK, docs)
+}
+
+func keyDoc(k *appliance.Key) api.Key {
+	info := k.Info()
+	return api.Key{
+		Name: k.Name, Version: k.Version, Algorithm: string(info.Algorithm), State: string(k.State), Custody: string(info.Custody),
+		PublicKey: hex.EncodeToString(info.PublicKey), Generated: info.Generated, NeverLeft: info.NeverLeft, Created: k.Created.Unix(),
+	}
+}
+
+func keyDocs(keys []*appliance.Key) []api.Key {
+	docs := []api.Key{}
+	for _, k := range keys {
+		docs = append(docs, keyDoc(k))
+	}
+	return docs
+}
+
+func peerDoc(p appliance.Peer) api.Peer {
+	return api.Peer{Name: p.Name, PublicKey: hex.EncodeToString(p.PublicKey[:]), Added: p.Added.Unix()}
+}
+
+// decode reads a body strictly.
+func decode(c echo.Context, v any) error {
+	d := json.NewDecoder(c.Request().Body)
+	d.DisallowUnknownFields()
+	if err := d.Decode(v); err != nil {
+		return fmt.Errorf("body: %w: %w", appliance.ErrInvalid, err)
+	}
+	if d.More() {
+		return fmt.Errorf("body: %w: something follows the JSON document", appliance.ErrInvalid)
+	}
+	return nil
+}
+
+// fail translates an error into a status and an api.Error, once for all routes.
+func fail(err error, c echo.Context) {
+	status, code := http.StatusServiceUnavailable, "unavailable"
+	var route *echo.HTTPError
+	switch {
+	case errors.As(err, &route):
+		status, code = route.Code, "not_found"
+	case errors.Is(err, appliance.ErrInvalid):
+		status, code = http.StatusBadRequest, "invalid"
+	case errors.Is(err, appliance.ErrExists):
+		status, code = http.StatusConflict, "exists"
+	case errors.Is(err, appliance.ErrNotFound):
+		status, code = http.StatusNotFound, "not_found"
+	}
+	if !c.Response().Committed {
+		c.JSON(status, api.Error{Code: code, Message: err.Error()})
+	}
+}
+
+type callerKey struct{}
+
+// withCaller notes who is at the other end of a Unix connection: net/http has no other place for what belongs to a
+// connection. Handlers take it out at once and pass it on as an argument.
+func withCaller(ctx context.Context, conn net.Conn) context.Context {
+	return context.WithValue(ctx, callerKey{}, peerCredentials(conn))
+}
+
+func caller(c echo.Context) audit.Actor {
+	name, _ := c.Request().Context().Value(callerKey{}).(string)
+	return audit.Operator(name)
+}
+
+// peerCredentials names the process at the other end by what the kernel says of it (SO_PEERCRED).
+func peerCredentials(conn net.Conn) string {
+	unix, ok := conn.(*net.UnixConn)
+	if !ok {
+		return "unknown"
+	}
+	raw, err := unix.SyscallConn()
+	if err != nil {
+		return "unknown"
+	}
+	name := "unknown"
+	raw.Control(func(fd uintptr) {
+		if cred, err := syscall.GetsockoptUcred(int(fd), syscall.SOL_SOCKET, syscall.SO_PEERCRED); err == nil {
+			name = fmt.Sprintf("uid:%d", cred.Uid)
+		}
+	})
+	return name
+}

@@ -1,0 +1,144 @@
+// Package api is the language of the local admin API: the documents that it takes and gives, and a client that speaks
+// it over the Unix socket. It is all that an operator's tool needs; the server is in package admin.
+package api
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/url"
+	"strconv"
+
+	"countersign/audit"
+)
+
+// Key is one version of a key. PublicKey is hex.
+type Key struct {
+	Name      string `json:"name"`
+	Version   uint32 `json:"version"`
+	Algorithm string `json:"algorithm"`
+	State     string `json:"state"`
+	Custody   string `json:"custody"`
+	PublicKey string `json:"public_key"`
+	Generated bool   `json:"generated"`  // made inside the device
+	NeverLeft bool   `json:"never_left"` // was never readable or extractable
+	Created   int64  `json:"created"`    // Unix seconds
+}
+
+// Peer is an enrolled client. PublicKey is hex.
+type Peer struct {
+	Name      string `json:"name"`
+	PublicKey string `json:"public_key"`
+	Added     int64  `json:"added"` // Unix seconds
+}
+
+// Event is an entry of the audit log with its index.
+type Event struct {
+	Index uint64 `json:"index"`
+	audit.Event
+}
+
+// NewKey and NewPeer are what creating takes.
+type NewKey struct {
+	Name string `json:"name"`
+}
+
+type NewPeer struct {
+	Name      string `json:"name"`
+	PublicKey string `json:"public_key"`
+}
+
+// Error is a refusal: invalid, exists, not_found or unavailable.
+type Error struct {
+	Code    string `json:"code"`
+	Message string `json:"message"`
+}
+
+func (e *Error) Error() string { return e.Code + ": " + e.Message }
+
+// Client talks to the appliance's admin socket.
+type Client struct{ http *http.Client }
+
+// NewClient returns a client for the socket at path.
+func NewClient(path string) *Client {
+	return &Client{&http.Client{Transport: &http.Transport{
+		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+			return new(net.Dialer).DialContext(ctx, "unix", path)
+		},
+	}}}
+}
+
+func (c *Client) CreateKey(ctx context.Context, name string) (k Key, err error) {
+	return k, c.do(ctx, http.MethodPost, "/v1/keys", NewKey{Name: name}, &k)
+}
+
+func (c *Client) Keys(ctx context.Context) (keys []Key, err error) {
+	return keys, c.do(ctx, http.MethodGet, "/v1/keys", nil, &keys)
+}
+
+// Key returns all versions of a key.
+func (c *Client) Key(ctx context.Context, name string) (versions []Key, err error) {
+	return versions, c.do(ctx, http.MethodGet, "/v1/keys/"+url.PathEscape(name), nil, &versions)
+}
+
+// NoiseKey returns the key that the listener answers handshakes with.
+func (c *Client) NoiseKey(ctx context.Context) (k Key, err error) {
+	return k, c.do(ctx, http.MethodGet, "/v1/noise-key", nil, &k)
+}
+
+func (c *Client) AddPeer(ctx context.Context, name, publicKey string) (p Peer, err error) {
+	return p, c.do(ctx, http.MethodPost, "/v1/peers", NewPeer{Name: name, PublicKey: publicKey}, &p)
+}
+
+func (c *Client) Peers(ctx context.Context) (peers []Peer, err error) {
+	return peers, c.do(ctx, http.MethodGet, "/v1/peers", nil, &peers)
+}
+
+func (c *Client) RemovePeer(ctx context.Context, name string) error {
+	return c.do(ctx, http.MethodDelete, "/v1/peers/"+url.PathEscape(name), nil, nil)
+}
+
+// Events returns at most limit events from index from on, as far as they are on disk.
+func (c *Client) Events(ctx context.Context, from uint64, limit int) (events []Event, err error) {
+	q := url.Values{"from": {strconv.FormatUint(from, 10)}, "limit": {strconv.Itoa(limit)}}
+	return events, c.do(ctx, http.MethodGet, "/v1/events?"+q.Encode(), nil, &events)
+}
+
+func (c *Client) do(ctx context.Context, method, path string, body, result any) error {
+	var b []byte
+	if body != nil {
+		var err error
+		if b, err = json.Marshal(body); err != nil {
+			return err
+		}
+	}
+	req, err := http.NewRequestWithContext(ctx, method, "http://countersign"+path, bytes.NewReader(b))
+	if err != nil {
+		return err
+	}
+	req.Header.Set("Content-Type", "application/json")
+	resp, err := c.http.Do(req)
+	if err != nil {
+		return err
+	}
+	defer resp.Body.Close()
+	b, err = io.ReadAll(resp.Body)
+	if err != nil {
+		return err
+	}
+	if resp.StatusCode/100 != 2 {
+		refusal := new(Error)
+		if json.Unmarshal(b, refusal) != nil || refusal.Code == "" {
+			return fmt.Errorf("the admin API answers %s", resp.Status)
+		}
+		return refusal
+	}
+	if result == nil {
+		return nil
+	}
+	return json.Unmarshal(b, result)
+}

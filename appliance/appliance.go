@@ -1,0 +1,136 @@
+// Package appliance is the daemon without its edges: it serves peers over Noise, signs and verifies for them, and is
+// managed. Begin reading at Appliance.Sign in sign.go: it is the whole protocol on one screen.
+//
+// Errors have three classes, decided where they are born. Refused: the request is wrong or not allowed; a stable code
+// says why. Unavailable: a device or the disk does not answer in time; the same request may be sent again. Fatal: the
+// ledger's state is unknown; the daemon stops, and starting again is the recovery. refuse.go translates them, once.
+package appliance
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"sync"
+	"time"
+
+	"countersign/audit"
+	"countersign/keystore"
+	"countersign/ledger"
+	"countersign/policy"
+)
+
+// Limits bounds what peers can cost. Every field must be set; cmd/countersignd documents them and has the defaults.
+type Limits struct {
+	Connections      int           // open at once, handshakes included
+	InFlight         int           // requests of one connection that are being served at once
+	HandshakeTimeout time.Duration // from accept to the end of the handshake
+	IdleTimeout      time.Duration // without a request on a connection
+	WriteTimeout     time.Duration // for one answer
+	RequestTimeout   time.Duration // for one request, the device's time included
+	ClockSkew        time.Duration // how far a document's timestamp may lie in the future
+	MaxLifetime      time.Duration // of a document: expires_at - timestamp
+}
+
+// Appliance is safe for concurrent use.
+type Appliance struct {
+	limits Limits
+	ledger *ledger.Ledger
+	store  keystore.Store
+	policy *policy.Policy
+	log    *slog.Logger
+
+	managing sync.Mutex // held during one act of management
+
+	mu       sync.RWMutex
+	keys     map[keystore.Ref]*Key // under mu: all versions that exist on the keystore
+	active   map[string]*Key       // under mu: the version that signs, by name
+	peers    map[[32]byte]Peer     // under mu
+	sessions map[*session]struct{} // under mu
+}
+
+// Peer is who asks: an enrolled client.
+type Peer struct {
+	Name      string
+	PublicKey [32]byte  // its Noise static key
+	Added     time.Time // when it was enrolled
+}
+
+// Key is one version of a key as ledger and keystore agree on it.
+type Key struct {
+	keystore.Key
+	Name    string
+	Version uint32
+	State   State
+	Created time.Time
+}
+
+// New puts an appliance together. It reads keys and peers from the ledger and holds each key against the keystore: one
+// that is missing, ambiguous or another is an error, since serving without it would be a silent loss. A key whose
+// creation was cut off is cleared away; it has never been used.
+func New(ctx context.Context, limits Limits, l *ledger.Ledger, store keystore.Store, p *policy.Policy, log *slog.Logger) (*Appliance, error) {
+	a := &Appliance{
+		limits: limits, ledger: l, store: store, policy: p, log: log,
+		keys: map[keystore.Ref]*Key{}, active: map[string]*Key{}, peers: map[[32]byte]Peer{}, sessions: map[*session]struct{}{},
+	}
+	if err := a.loadPeers(); err != nil {
+		return nil, err
+	}
+	if err := a.loadKeys(ctx); err != nil {
+		return nil, err
+	}
+	return a, nil
+}
+
+// Ready holds an appliance against what serving needs.
+func (a *Appliance) Ready() error {
+	if _, err := a.NoiseKey(); err != nil {
+		return errors.New("the listener has no Noise key: run countersignd init")
+	}
+	return nil
+}
+
+// Alive returns when the ledger's writer has come round: what a watchdog wants to know.
+func (a *Appliance) Alive(ctx context.Context) error { return a.ledger.Alive(ctx) }
+
+// record writes an event down and waits until it is on disk.
+func (a *Appliance) record(ctx context.Context, e audit.Event) error {
+	_, err := a.ledger.Append(ctx, e.Encode(time.Now()))
+	return err
+}
+
+// signingKey returns the active version of a key that peers may ask signatures of.
+func (a *Appliance) signingKey(name string) (*Key, error) {
+	a.mu.RLock()
+	defer a.mu.RUnlock()
+	k := a.active[name]
+	if k == nil || k.Info().Algorithm != keystore.Ed25519 {
+		return nil, fmt.Errorf("%w: there is no signing key %q", errUnknownKey, clip(name))
+	}
+	return k, nil
+}
+
+// keyVersion returns a version of a key that an earlier admission names.
+func (a *Appliance) keyVersion(name string, version uint32) (*Key, error) {
+	a.mu.RLock()
+	defer a.mu.RUnlock()
+	k := a.keys[keystore.Ref{Name: name, Version: version}]
+	if k == nil {
+		return nil, fmt.Errorf("%w: version %d of %q is gone", errKeyNotActive, version, clip(name))
+	}
+	return k, nil
+}
+
+func (a *Appliance) peer(publicKey [32]byte) (Peer, bool) {
+	a.mu.RLock()
+	defer a.mu.RUnlock()
+	p, ok := a.peers[publicKey]
+	return p, ok
+}
+
+func clip(s string) string {
+	if len(s) > 64 {
+		return s[:64] + "…"
+	}
+	return s
+}

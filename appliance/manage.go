@@ -1,0 +1,322 @@
+package appliance
+
+import (
+	"context"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+	"time"
+
+	"countersign/audit"
+	"countersign/keystore"
+	"countersign/ledger"
+)
+
+// State is where a version of a key is in its life.
+type State string
+
+const (
+	// Pending: written down, being made. After a crash nothing of it is in use, and it is cleared away.
+	Pending State = "pending"
+	// Active: the version that signs.
+	Active State = "active"
+)
+
+// NoiseName is the key line whose active version answers handshakes. It is not a signing key.
+const NoiseName = "noise"
+
+// What a management act is refused for.
+var (
+	ErrExists   = errors.New("it exists already")
+	ErrNotFound = errors.New("it does not exist")
+	ErrInvalid  = errors.New("it is not valid")
+)
+
+// keyRecord and peerRecord are the ledger's records, under "name/version" and under the peer's name.
+type keyRecord struct {
+	Algorithm keystore.Algorithm `json:"algorithm"`
+	PublicKey string             `json:"public_key,omitempty"` // hex; none while pending
+	State     State              `json:"state"`
+	Created   int64              `json:"created"` // Unix seconds
+}
+
+type peerRecord struct {
+	PublicKey string `json:"public_key"` // hex
+	Added     int64  `json:"added"`      // Unix seconds
+}
+
+func encode(v any) []byte {
+	b, err := json.Marshal(v)
+	if err != nil {
+		panic("appliance: a record that is not JSON: " + err.Error())
+	}
+	return b
+}
+
+func (a *Appliance) loadPeers() error {
+	return a.ledger.All(ledger.Peers, func(name string, value []byte) error {
+		var r peerRecord
+		if err := json.Unmarshal(value, &r); err != nil {
+			return fmt.Errorf("peer %q in the ledger: %w", name, err)
+		}
+		key, err := hex.DecodeString(r.PublicKey)
+		if err != nil || len(key) != 32 {
+			return fmt.Errorf("peer %q in the ledger has no public key", name)
+		}
+		p := Peer{Name: name, PublicKey: [32]byte(key), Added: time.Unix(r.Added, 0)}
+		a.peers[p.PublicKey] = p
+		return nil
+	})
+}
+
+func (a *Appliance) loadKeys(ctx context.Context) error {
+	records := map[keystore.Ref]keyRecord{}
+	err := a.ledger.All(ledger.Keys, func(name string, value []byte) error {
+		var r keyRecord
+		if err := json.Unmarshal(value, &r); err != nil {
+			return fmt.Errorf("key %q in the ledger: %w", name, err)
+		}
+		ref, err := keystore.ParseRef(name)
+		records[ref] = r
+		return err
+	})
+	if err != nil {
+		return err
+	}
+	for ref, r := range records {
+		if r.State == Pending {
+			if err := a.clearAway(ctx, ref, errors.New("interrupted")); err != nil {
+				return err
+			}
+			continue
+		}
+		k, err := a.store.Key(ctx, ref)
+		if errors.Is(err, keystore.ErrNotFound) {
+			return fmt.Errorf("the ledger has key %v and the token does not: is it the right token? %w", ref, err)
+		} else if err != nil {
+			return err
+		}
+		if got := hex.EncodeToString(k.Info().PublicKey); got != r.PublicKey || k.Info().Algorithm != r.Algorithm {
+			return fmt.Errorf("key %v on the token is %s %s, the ledger has %s %s: is it the right token?", ref, k.Info().Algorithm, got, r.Algorithm, r.PublicKey)
+		}
+		a.install(&Key{Key: k, Name: ref.Name, Version: ref.Version, State: r.State, Created: time.Unix(r.Created, 0)})
+	}
+	return nil
+}
+
+func (a *Appliance) install(k *Key) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.keys[k.Info().Ref] = k
+	if k.State == Active {
+		a.active[k.Name] = k
+	}
+}
+
+// clearAway removes what a creation that did not end well has left behind. The key has never been in use.
+func (a *Appliance) clearAway(ctx context.Context, ref keystore.Ref, why error) error {
+	if err := a.store.Destroy(ctx, ref); err != nil {
+		return fmt.Errorf("clear away the unfinished key %v: %w", ref, err)
+	}
+	return a.ledger.Update(ctx, func(tx *ledger.Tx) error {
+		if err := tx.Delete(ledger.Keys, ref.String()); err != nil {
+			return err
+		}
+		return tx.Append(audit.Event{
+			Type: audit.KeyCreationFailed, Actor: audit.Daemon(), Action: "key create", Resource: ref.String(), Outcome: why.Error(),
+		}.Encode(time.Now()))
+	})
+}
+
+// CreateKey makes version 1 of a signing key in the keystore. The intent is written down first, the key comes into use
+// only when it has been proven and written down: a crash in between leaves nothing that counts.
+func (a *Appliance) CreateKey(ctx context.Context, who audit.Actor, name string) (*Key, error) {
+	if name == NoiseName {
+		return nil, fmt.Errorf("key %q: %w: the name belongs to the listener's Noise key", name, ErrInvalid)
+	}
+	return a.createKey(ctx, who, name, keystore.Ed25519)
+}
+
+// CreateNoiseKey makes the listener's static key; countersignd init calls it.
+func (a *Appliance) CreateNoiseKey(ctx context.Context, who audit.Actor) (*Key, error) {
+	return a.createKey(ctx, who, NoiseName, keystore.X25519)
+}
+
+func (a *Appliance) createKey(ctx context.Context, who audit.Actor, name string, alg keystore.Algorithm) (*Key, error) {
+	if err := keystore.CheckName(name); err != nil {
+		return nil, fmt.Errorf("key %q: %w: %w", clip(name), ErrInvalid, err)
+	}
+	a.managing.Lock()
+	defer a.managing.Unlock()
+	ref := keystore.Ref{Name: name, Version: 1}
+	a.mu.RLock()
+	_, exists := a.keys[ref]
+	a.mu.RUnlock()
+	if exists {
+		return nil, fmt.Errorf("key %q: %w", name, ErrExists)
+	}
+	// Before anything is written down: what is on the token under this name is not ours to clear away later.
+	if _, err := a.store.Key(ctx, ref); err == nil {
+		return nil, fmt.Errorf("key %q: %w on the token, but not in the ledger: does the token belong to another appliance?", name, ErrExists)
+	} else if !errors.Is(err, keystore.ErrNotFound) {
+		return nil, fmt.Errorf("key %q: %w", name, err)
+	}
+	r := keyRecord{Algorithm: alg, State: Pending, Created: time.Now().Unix()}
+	if err := a.ledger.Update(ctx, func(tx *ledger.Tx) error { return tx.Put(ledger.Keys, ref.String(), encode(r)) }); err != nil {
+		return nil, err
+	}
+	made, err := a.store.Generate(ctx, ref, alg)
+	if err != nil {
+		cleanup, cancel := context.WithTimeout(context.WithoutCancel(ctx), a.limits.RequestTimeout)
+		defer cancel()
+		return nil, errors.Join(fmt.Errorf("key %q: %w", name, err), a.clearAway(cleanup, ref, errors.New("failed")))
+	}
+	r.State, r.PublicKey = Active, hex.EncodeToString(made.Info().PublicKey)
+	err = a.ledger.Update(context.WithoutCancel(ctx), func(tx *ledger.Tx) error {
+		if err := tx.Put(ledger.Keys, ref.String(), encode(r)); err != nil {
+			return err
+		}
+		return tx.Append(audit.Event{
+			Type: audit.KeyCreated, Actor: who, Action: "key create", Resource: ref.String(), Outcome: "ok",
+			Metadata: map[string]string{"algorithm": string(alg), "public_key": r.PublicKey, "custody": string(made.Info().Custody)},
+		}.Encode(time.Now()))
+	})
+	if err != nil {
+		return nil, err
+	}
+	k := &Key{Key: made, Name: name, Version: ref.Version, State: Active, Created: time.Unix(r.Created, 0)}
+	a.install(k)
+	return k, nil
+}
+
+// Keys lists all versions of all keys, the listener's Noise key included, by name and version.
+func (a *Appliance) Keys() []*Key {
+	a.mu.RLock()
+	defer a.mu.RUnlock()
+	var all []*Key
+	for _, k := range a.keys {
+		all = append(all, k)
+	}
+	slices.SortFunc(all, func(x, y *Key) int {
+		if x.Name != y.Name {
+			return strings.Compare(x.Name, y.Name)
+		}
+		return int(x.Version) - int(y.Version)
+	})
+	return all
+}
+
+// Key returns all versions of a key, or ErrNotFound.
+func (a *Appliance) Key(name string) ([]*Key, error) {
+	all := slices.DeleteFunc(a.Keys(), func(k *Key) bool { return k.Name != name })
+	if len(all) == 0 {
+		return nil, fmt.Errorf("key %q: %w", clip(name), ErrNotFound)
+	}
+	return all, nil
+}
+
+// NoiseKey returns the key that the listener answers handshakes with.
+func (a *Appliance) NoiseKey() (*Key, error) {
+	a.mu.RLock()
+	defer a.mu.RUnlock()
+	if k := a.active[NoiseName]; k != nil {
+		return k, nil
+	}
+	return nil, fmt.Errorf("the Noise key: %w", ErrNotFound)
+}
+
+// AddPeer enrols a client under a name, by its Noise static public key. Neither may be enrolled already.
+func (a *Appliance) AddPeer(ctx context.Context, who audit.Actor, name string, publicKey []byte) (Peer, error) {
+	if err := keystore.CheckName(name); err != nil {
+		return Peer{}, fmt.Errorf("peer %q: %w: %w", clip(name), ErrInvalid, err)
+	}
+	if len(publicKey) != 32 || keystore.LowOrder([32]byte(publicKey)) {
+		return Peer{}, fmt.Errorf("peer %q: %w: its public key must be 32 bytes of an X25519 key", name, ErrInvalid)
+	}
+	a.managing.Lock()
+	defer a.managing.Unlock()
+	now := time.Now()
+	p := Peer{Name: name, PublicKey: [32]byte(publicKey), Added: now}
+	if other, ok := a.peer(p.PublicKey); ok {
+		return Peer{}, fmt.Errorf("peer %q: %w: the public key is enrolled as %q", name, ErrExists, other.Name)
+	}
+	err := a.ledger.Update(ctx, func(tx *ledger.Tx) error {
+		if len(tx.Get(ledger.Peers, name)) > 0 {
+			return fmt.Errorf("peer %q: %w", name, ErrExists)
+		}
+		r := peerRecord{PublicKey: hex.EncodeToString(publicKey), Added: now.Unix()}
+		if err := tx.Put(ledger.Peers, name, encode(r)); err != nil {
+			return err
+		}
+		return tx.Append(audit.Event{
+			Type: audit.PeerAdded, Actor: who, Action: "peer add", Resource: name, Outcome: "ok", Metadata: map[string]string{"public_key": r.PublicKey},
+		}.Encode(now))
+	})
+	if err != nil {
+		return Peer{}, err
+	}
+	a.mu.Lock()
+	a.peers[p.PublicKey] = p
+	a.mu.Unlock()
+	return p, nil
+}
+
+// RemovePeer takes a client's enrolment back and closes its connections.
+func (a *Appliance) RemovePeer(ctx context.Context, who audit.Actor, name string) error {
+	a.managing.Lock()
+	defer a.managing.Unlock()
+	err := a.ledger.Update(ctx, func(tx *ledger.Tx) error {
+		if len(tx.Get(ledger.Peers, name)) == 0 {
+			return fmt.Errorf("peer %q: %w", clip(name), ErrNotFound)
+		}
+		if err := tx.Delete(ledger.Peers, name); err != nil {
+			return err
+		}
+		return tx.Append(audit.Event{Type: audit.PeerRemoved, Actor: who, Action: "peer remove", Resource: name, Outcome: "ok"}.Encode(time.Now()))
+	})
+	if err != nil {
+		return err
+	}
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	for key, p := range a.peers {
+		if p.Name == name {
+			delete(a.peers, key)
+		}
+	}
+	for s := range a.sessions {
+		if s.peer.Name == name {
+			s.conn.Close()
+		}
+	}
+	return nil
+}
+
+// Peers lists the enrolled clients by name.
+func (a *Appliance) Peers() []Peer {
+	a.mu.RLock()
+	defer a.mu.RUnlock()
+	var all []Peer
+	for _, p := range a.peers {
+		all = append(all, p)
+	}
+	slices.SortFunc(all, func(x, y Peer) int { return strings.Compare(x.Name, y.Name) })
+	return all
+}
+
+// Events calls visit for each event of the audit log from index from on, until visit returns false.
+func (a *Appliance) Events(from uint64, visit func(index uint64, e audit.Event) bool) error {
+	var broken error
+	err := a.ledger.Events(from, func(index uint64, b []byte) bool {
+		e, err := audit.Decode(b)
+		if err != nil {
+			broken = fmt.Errorf("event %d: %w", index, err)
+			return false
+		}
+		return visit(index, e)
+	})
+	return errors.Join(err, broken)
+}

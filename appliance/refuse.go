@@ -1,0 +1,71 @@
+package appliance
+
+import (
+	"context"
+	"errors"
+	"strings"
+
+	"countersign/keystore"
+	"countersign/ledger"
+	"countersign/policy"
+	"countersign/transcript"
+	"countersign/wire"
+)
+
+// The appliance's own refusals; the others are born in the packages that judge.
+var (
+	errUnknownKey       = errors.New("unknown key")
+	errKeyNotActive     = errors.New("the key is not active")
+	errInvalidSignature = errors.New("invalid signature")
+	errReplay           = errors.New("the nonce is spent")
+)
+
+// class is what an error means for the one who gets it and for the daemon.
+type class int
+
+const (
+	refused     class = iota // the request is wrong, or not allowed
+	unavailable              // the same request may be sent again
+	fatal                    // the daemon stops
+)
+
+// table translates errors into codes, once. A message is ours where the error's own text would tell a peer about the
+// inside of the appliance; otherwise it is about the peer's own request and may be told.
+var table = []struct {
+	err     error
+	class   class
+	code    string
+	message string
+}{
+	{ledger.ErrUnknownState, fatal, wire.CodeUnavailable, "the appliance can't answer now"},
+	{transcript.ErrMalformed, refused, wire.CodeMalformed, ""},
+	{transcript.ErrUnsupported, refused, wire.CodeUnsupported, ""},
+	{transcript.ErrExpired, refused, wire.CodeExpired, ""},
+	{transcript.ErrNotYetValid, refused, wire.CodeNotYetValid, ""},
+	{transcript.ErrLifetimeTooLong, refused, wire.CodeLifetimeTooLong, ""},
+	{transcript.ErrWrongSigner, refused, wire.CodeWrongSigner, ""},
+	{errUnknownKey, refused, wire.CodeUnknownKey, ""},
+	{errKeyNotActive, refused, wire.CodeKeyNotActive, ""},
+	{errInvalidSignature, refused, wire.CodeInvalidSignature, ""},
+	{errReplay, refused, wire.CodeReplay, ""},
+	{policy.ErrDenied, refused, wire.CodeDenied, "policy does not allow this peer to sign this with this key"},
+	{ledger.ErrClosed, unavailable, wire.CodeUnavailable, "the appliance is stopping"},
+	{keystore.ErrUnavailable, unavailable, wire.CodeUnavailable, "the key can't be reached now; send the same request again"},
+	{keystore.ErrAuth, unavailable, wire.CodeUnavailable, "the key can't be reached now; send the same request again"},
+	{context.DeadlineExceeded, unavailable, wire.CodeUnavailable, "the appliance took too long; send the same request again"},
+}
+
+// refuse gives an error its class and the answer to the peer. What is in nobody's table is a fault of ours: the peer
+// gets "unavailable", the log gets all of it.
+func refuse(err error) (class, *wire.Error) {
+	for _, row := range table {
+		if errors.Is(err, row.err) {
+			message := row.message
+			if message == "" { // the code says already what kind of error it is
+				message = strings.TrimPrefix(err.Error(), row.err.Error()+": ")
+			}
+			return row.class, &wire.Error{Code: row.code, Message: message}
+		}
+	}
+	return unavailable, &wire.Error{Code: wire.CodeUnavailable, Message: "the appliance can't answer now"}
+}

@@ -1,0 +1,251 @@
+package appliance
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"sync"
+	"time"
+
+	"countersign/audit"
+	"countersign/keystore"
+	"countersign/ledger"
+	"countersign/noise"
+	"countersign/wire"
+)
+
+// session is one connection of an enrolled peer.
+type session struct {
+	conn *noise.Conn
+	peer Peer
+}
+
+// Serve answers peers on listener until ctx ends; then it takes no new requests, finishes those that it has begun, and
+// returns nil. When the ledger's state becomes unknown, it answers nobody any more and returns that error. The listener
+// is closed in any case.
+func (a *Appliance) Serve(ctx context.Context, listener net.Listener) error {
+	if err := a.Ready(); err != nil {
+		return err
+	}
+	if err := a.record(ctx, daemonEvent(audit.Started)); err != nil {
+		return err
+	}
+	stop, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	context.AfterFunc(stop, func() { listener.Close() })
+	go func() {
+		select {
+		case <-a.ledger.Failed():
+			cancel(ledger.ErrUnknownState)
+		case <-stop.Done():
+		}
+	}()
+
+	var serving sync.WaitGroup
+	places := make(chan struct{}, a.limits.Connections)
+	for stop.Err() == nil {
+		conn, err := listener.Accept()
+		if err != nil {
+			if stop.Err() == nil && !a.accepting(stop, err) {
+				cancel(fmt.Errorf("accept: %w", err))
+			}
+			continue
+		}
+		select {
+		case places <- struct{}{}:
+		default:
+			a.log.Warn("too many connections", "limit", a.limits.Connections)
+			conn.Close()
+			continue
+		}
+		serving.Go(func() {
+			defer func() { <-places }()
+			defer conn.Close()
+			a.serveConn(stop, conn)
+		})
+	}
+	serving.Wait()
+	if cause := context.Cause(stop); ctx.Err() == nil && cause != nil {
+		return cause
+	}
+	// What was admitted is settled: this event comes after all of that.
+	return a.record(context.WithoutCancel(ctx), daemonEvent(audit.Stopped))
+}
+
+func daemonEvent(t audit.Type) audit.Event {
+	return audit.Event{Type: t, Actor: audit.Daemon(), Action: "serve", Outcome: "ok"}
+}
+
+// accepting waits out an error of Accept that passes (out of file descriptors, a connection that was reset already).
+func (a *Appliance) accepting(ctx context.Context, err error) bool {
+	if errors.Is(err, net.ErrClosed) {
+		return false
+	}
+	a.log.Error("accept", "err", err)
+	select {
+	case <-ctx.Done():
+	case <-time.After(100 * time.Millisecond):
+	}
+	return true
+}
+
+// serveConn shakes hands and serves one connection.
+func (a *Appliance) serveConn(stop context.Context, raw net.Conn) {
+	from := raw.RemoteAddr().String()
+	hctx, cancel := context.WithTimeout(stop, a.limits.HandshakeTimeout)
+	defer cancel()
+	key, err := a.NoiseKey()
+	if err != nil {
+		return // Serve does not begin without it
+	}
+	conn, err := noise.Accept(hctx, raw, static{key}, noise.PrologueV1, func(peer [32]byte) bool { _, ok := a.peer(peer); return ok })
+	if err != nil {
+		// The peer sees a closed connection, whatever the reason.
+		if errors.Is(err, keystore.ErrUnavailable) || errors.Is(err, keystore.ErrAuth) {
+			a.log.Error("handshake failed", "from", from, "err", err)
+		} else {
+			a.log.Info("handshake refused", "from", from, "err", err)
+		}
+		return
+	}
+	s := &session{conn: conn}
+	if !a.enter(s) {
+		return // removed while it was shaking hands
+	}
+	defer a.leave(s)
+	a.log.Info("connected", "from", from, "peer", s.peer.Name)
+	a.serveSession(stop, s)
+	a.log.Info("disconnected", "from", from, "peer", s.peer.Name)
+}
+
+func (a *Appliance) enter(s *session) bool {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	var ok bool
+	s.peer, ok = a.peers[s.conn.Peer()]
+	if ok {
+		a.sessions[s] = struct{}{}
+	}
+	return ok
+}
+
+func (a *Appliance) leave(s *session) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	delete(a.sessions, s)
+}
+
+// serveSession reads requests until the peer goes or stop ends, and answers each when it is ready. At most InFlight are
+// being served at once; beyond that the connection is not read, and TCP slows the peer down.
+func (a *Appliance) serveSession(stop context.Context, s *session) {
+	s.conn.SetWriteLimit(a.limits.WriteTimeout)
+	stopReading := context.AfterFunc(stop, func() { s.conn.SetReadDeadline(time.Unix(1, 0)) })
+	defer stopReading()
+
+	var serving sync.WaitGroup
+	defer serving.Wait()
+	places := make(chan struct{}, a.limits.InFlight)
+	for {
+		s.conn.SetReadDeadline(time.Now().Add(a.limits.IdleTimeout))
+		if stop.Err() != nil { // after the deadline was set, so that the one of stopReading can't be lost
+			return
+		}
+		message, err := s.conn.ReadMessage()
+		if err != nil {
+			if !errors.Is(err, io.EOF) && stop.Err() == nil {
+				a.log.Info("connection ended", "peer", s.peer.Name, "err", err)
+			}
+			return
+		}
+		places <- struct{}{}
+		serving.Go(func() {
+			defer func() { <-places }()
+			answer := a.handle(s.peer, message)
+			if answer == nil || s.conn.WriteMessage(answer) != nil {
+				s.conn.Close() // no answer can be given, or the peer does not read it
+			}
+		})
+	}
+}
+
+// handle answers one request. After a fatal error there is no answer: nil.
+func (a *Appliance) handle(who Peer, message []byte) []byte {
+	began := time.Now()
+	// Not the connection's context: what has been admitted is finished, even if the peer has gone or the daemon stops.
+	ctx, cancel := context.WithTimeout(context.Background(), a.limits.RequestTimeout)
+	defer cancel()
+	id, request, err := wire.Parse(message)
+	if err != nil {
+		refusal := err.(*wire.Error)
+		a.log.Info("refused", "peer", who.Name, "code", refusal.Code, "err", refusal.Message)
+		return wire.EncodeAnswer(id, nil, refusal)
+	}
+	var op, key string
+	var result any
+	switch r := request.(type) {
+	case *wire.Ping:
+		op, result = wire.OpPing, wire.Pong{Service: "countersign", Time: began.Unix()}
+	case *wire.Keys:
+		op, result = wire.OpKeys, a.signingKeys()
+	case *wire.Sign:
+		op, key = wire.OpSign, r.Key
+		result, err = a.Sign(ctx, who, r)
+	case *wire.Verify:
+		op, key = wire.OpVerify, r.Key
+		result, err = a.Verify(ctx, who, r)
+	}
+	if err == nil {
+		a.log.Debug("served", "peer", who.Name, "op", op, "key", key, "took", time.Since(began))
+		return wire.EncodeAnswer(id, result, nil)
+	}
+	c, refusal := refuse(err)
+	if c == refused {
+		a.log.Info("refused", "peer", who.Name, "op", op, "key", key, "code", refusal.Code, "err", err)
+		if err := a.recordRefusal(ctx, who, op, key, refusal.Code); err != nil {
+			c, refusal = refuse(err)
+		}
+	} else {
+		a.log.Error("not served", "peer", who.Name, "op", op, "key", key, "code", refusal.Code, "err", err)
+	}
+	if c == fatal {
+		return nil
+	}
+	return wire.EncodeAnswer(id, nil, refusal)
+}
+
+// recordRefusal writes a refusal down. A replay has been written down by the ledger, with its verdict; what has no sound
+// form says nothing that is worth keeping.
+func (a *Appliance) recordRefusal(ctx context.Context, who Peer, op, key, code string) error {
+	switch code {
+	case wire.CodeReplay, wire.CodeMalformed, wire.CodeUnsupported, wire.CodeTooLarge:
+		return nil
+	}
+	return a.record(ctx, audit.Event{
+		Type: audit.SignatureRejected, Actor: audit.Peer(who.Name, who.PublicKey), Action: op, Resource: clip(key), Outcome: code,
+	})
+}
+
+// signingKeys lists what peers may see: the keys that sign. All enrolled peers see all of them; policy decides about use.
+func (a *Appliance) signingKeys() wire.KeyList {
+	list := wire.KeyList{Keys: []wire.Key{}}
+	for _, k := range a.Keys() {
+		if info := k.Info(); info.Algorithm == keystore.Ed25519 {
+			list.Keys = append(list.Keys, wire.Key{
+				Name: k.Name, Version: k.Version, Algorithm: string(info.Algorithm), State: string(k.State),
+				Custody: string(info.Custody), PublicKey: [32]byte(info.PublicKey),
+			})
+		}
+	}
+	return list
+}
+
+// static is the listener's key as package noise wants it.
+type static struct{ key *Key }
+
+func (s static) Public() [32]byte { return [32]byte(s.key.Info().PublicKey) }
+
+func (s static) Exchange(ctx context.Context, peer [32]byte) ([32]byte, error) {
+	return s.key.Exchange(ctx, peer)
+}

@@ -1,0 +1,116 @@
+package appliance
+
+import (
+	"context"
+	"encoding/hex"
+	"fmt"
+	"strconv"
+	"time"
+
+	"countersign/audit"
+	"countersign/eddsa"
+	"countersign/keystore"
+	"countersign/ledger"
+	"countersign/transcript"
+	"countersign/wire"
+)
+
+// Sign is the protocol. Whatever adds a step to it belongs somewhere else.
+func (a *Appliance) Sign(ctx context.Context, who Peer, r *wire.Sign) (*wire.Signed, error) {
+	// What is asked for: a key that may sign, and a document that obeys the rules of its type.
+	key, err := a.signingKey(r.Key)
+	if err != nil {
+		return nil, err
+	}
+	doc, err := transcript.Parse(documentOf(r.Document))
+	if err != nil {
+		return nil, err
+	}
+	if err := doc.CheckTime(time.Now(), a.limits.ClockSkew, a.limits.MaxLifetime); err != nil {
+		return nil, err
+	}
+	if err := doc.CheckSigner(key.Info().PublicKey); err != nil {
+		return nil, err
+	}
+	// Whether this peer may have it.
+	if err := a.policy.Decide(decisionOf(who, r.Key, doc)); err != nil {
+		return nil, err
+	}
+	// Up to here nothing has changed. After the next line the nonce is spent and the admission is on disk, come what may.
+	admitted, err := a.ledger.Admit(ctx, ledger.Admission{
+		Scope: ledger.KeyScope(r.Key), Nonce: doc.Nonce, Digest: doc.Digest(), Peer: who.PublicKey, KeyVersion: key.Version, ExpiresAt: doc.ExpiresAt,
+	}, signEvents(who, key, doc))
+	if err != nil {
+		return nil, err
+	}
+	if admitted.Verdict == ledger.Replay {
+		return nil, replayed(admitted)
+	}
+	// A repetition is for the version that was admitted then, and gets the signature of then: Ed25519 is deterministic.
+	if admitted.KeyVersion != key.Version {
+		if key, err = a.keyVersion(r.Key, admitted.KeyVersion); err != nil {
+			return nil, err
+		}
+	}
+	signature := admitted.Signature
+	if signature == nil {
+		signature, err = key.Sign(ctx, doc.Message)
+	}
+	// Nothing is released that a stranger would not accept, whoever made it.
+	if err == nil && eddsa.Verify(key.Info().PublicKey, doc.Message, signature) != nil {
+		err = fmt.Errorf("%w: the signature that came back with %v does not verify", keystore.ErrUnavailable, key.Info().Ref)
+	}
+	if admitted.Signature == nil {
+		if lost := a.settle(ctx, who, key, admitted, signature, err); lost != nil {
+			return nil, lost
+		}
+	}
+	if err != nil {
+		return nil, err
+	}
+	return &wire.Signed{
+		Signature: signature, PublicKey: [32]byte(key.Info().PublicKey), Key: r.Key, Version: key.Version,
+		Nonce: r.Nonce, Timestamp: r.Timestamp, ExpiresAt: r.ExpiresAt, Event: admitted.Event, Repeated: admitted.Verdict == ledger.Repeated,
+	}, nil
+}
+
+// settle records how an admission ended. The answer does not wait for the disk: the admission is there, and says that a
+// signature may exist. What was admitted must not lose its ending because the peer has gone, hence no cancellation.
+func (a *Appliance) settle(ctx context.Context, who Peer, key *Key, admitted ledger.Admitted, signature []byte, failure error) error {
+	e := audit.Event{
+		Type: audit.SignatureCreated, Actor: audit.Peer(who.Name, who.PublicKey), Action: "sign", Resource: key.Info().Ref.String(), Outcome: "ok",
+		Metadata: map[string]string{"admission": strconv.FormatUint(admitted.Event, 10)},
+	}
+	if failure != nil {
+		e.Type, e.Outcome, signature = audit.SignatureFailed, wire.CodeUnavailable, nil
+	}
+	return a.ledger.Settle(context.WithoutCancel(ctx), admitted, signature, e.Encode(time.Now()))
+}
+
+// signEvents says what the ledger writes down about a sign request.
+func signEvents(who Peer, key *Key, doc *transcript.Document) func(ledger.Verdict) []byte {
+	e := audit.Event{
+		Type: audit.SignatureAdmitted, Actor: audit.Peer(who.Name, who.PublicKey), Action: "sign", Resource: key.Info().Ref.String(), Outcome: "ok",
+		Metadata: metadataOf(doc),
+	}
+	return func(v ledger.Verdict) []byte { return verdictEvent(e, v) }
+}
+
+// verdictEvent turns the event of an admission into that of a replay where the ledger found one.
+func verdictEvent(admission audit.Event, v ledger.Verdict) []byte {
+	if v == ledger.Replay {
+		admission.Type, admission.Outcome = audit.ReplayRefused, wire.CodeReplay
+	}
+	return admission.Encode(time.Now())
+}
+
+// metadataOf is what an event keeps of a document: enough to recognise it, nothing of its content.
+func metadataOf(doc *transcript.Document) map[string]string {
+	digest := doc.Digest()
+	return map[string]string{
+		"transcript": doc.Type,
+		"digest":     hex.EncodeToString(digest[:]),
+		"nonce":      hex.EncodeToString(doc.Nonce[:]),
+		"expires_at": strconv.FormatInt(doc.ExpiresAt, 10),
+	}
+}

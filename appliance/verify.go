@@ -1,0 +1,104 @@
+package appliance
+
+import (
+	"context"
+	"encoding/hex"
+	"fmt"
+	"maps"
+	"time"
+
+	"countersign/audit"
+	"countersign/eddsa"
+	"countersign/ledger"
+	"countersign/policy"
+	"countersign/transcript"
+	"countersign/wire"
+)
+
+// Verify judges somebody's signature and spends its nonce, in this order: the signature, the times, the signer, and only
+// then the nonce, so that nobody can burn a nonce without the signer's private key. The second time, the same document
+// is a replay even for the peer that asked first: that is what the nonce is there to tell.
+func (a *Appliance) Verify(ctx context.Context, who Peer, r *wire.Verify) (*wire.Verified, error) {
+	doc, err := transcript.Parse(documentOf(r.Document))
+	if err != nil {
+		return nil, err
+	}
+	if doc.Unbound {
+		return nil, fmt.Errorf("%w: the signature of a %s document does not cover its nonce, so a replay can't be told", transcript.ErrUnsupported, doc.Type)
+	}
+	if err := eddsa.Verify(r.PublicKey[:], doc.Message, r.Signature); err != nil {
+		return nil, fmt.Errorf("%w: %w", errInvalidSignature, err)
+	}
+	if err := doc.CheckTime(time.Now(), a.limits.ClockSkew, a.limits.MaxLifetime); err != nil {
+		return nil, err
+	}
+	if err := doc.CheckSigner(r.PublicKey[:]); err != nil {
+		return nil, err
+	}
+	if err := a.checkNamedKey(r.Key, r.PublicKey); err != nil {
+		return nil, err
+	}
+	admitted, err := a.ledger.Admit(ctx, ledger.Admission{
+		Scope: ledger.SignerScope(r.PublicKey[:]), Nonce: doc.Nonce, Digest: doc.Digest(), Peer: who.PublicKey, ExpiresAt: doc.ExpiresAt, Once: true,
+	}, verifyEvents(who, r, doc))
+	if err != nil {
+		return nil, err
+	}
+	if admitted.Verdict == ledger.Replay {
+		return nil, replayed(admitted)
+	}
+	return &wire.Verified{Valid: true, Event: admitted.Event}, nil
+}
+
+// checkNamedKey holds the public key against the key that the request names, if it names one.
+func (a *Appliance) checkNamedKey(name string, publicKey [32]byte) error {
+	if name == "" {
+		return nil
+	}
+	if _, err := a.signingKey(name); err != nil {
+		return err
+	}
+	a.mu.RLock()
+	defer a.mu.RUnlock()
+	for ref, k := range a.keys {
+		if ref.Name == name && string(k.Info().PublicKey) == string(publicKey[:]) {
+			return nil
+		}
+	}
+	return fmt.Errorf("%w: the public key is no version of %q", transcript.ErrWrongSigner, clip(name))
+}
+
+func verifyEvents(who Peer, r *wire.Verify, doc *transcript.Document) func(ledger.Verdict) []byte {
+	e := audit.Event{
+		Type: audit.SignatureVerified, Actor: audit.Peer(who.Name, who.PublicKey), Action: "verify", Resource: r.Key, Outcome: "ok",
+		Metadata: metadataOf(doc),
+	}
+	e.Metadata["signer"] = hex.EncodeToString(r.PublicKey[:])
+	return func(v ledger.Verdict) []byte { return verdictEvent(e, v) }
+}
+
+func replayed(a ledger.Admitted) error {
+	if a.Own {
+		return fmt.Errorf("%w: it was spent by this same request, admitted as event %d", errReplay, a.First)
+	}
+	return fmt.Errorf("%w", errReplay)
+}
+
+func documentOf(d wire.Document) transcript.Request {
+	return transcript.Request{Type: d.Type, Payload: d.Payload, Nonce: d.Nonce, Timestamp: d.Timestamp, ExpiresAt: d.ExpiresAt}
+}
+
+// decisionOf is what policy sees of a sign request.
+func decisionOf(who Peer, key string, doc *transcript.Document) policy.Request {
+	r := policy.Request{Peer: who.Name, Action: policy.Sign, Key: key, Context: maps.Clone(doc.Fields)}
+	if r.Context == nil {
+		r.Context = map[string]any{}
+	}
+	if doc.Unbound {
+		r.Action = policy.SignRaw
+	}
+	r.Context["transcript"] = doc.Type
+	r.Context["lifetime"] = doc.ExpiresAt - doc.Timestamp
+	r.Context["size"] = int64(len(doc.Canonical))
+	return r
+}

@@ -1,0 +1,430 @@
+// Package client is the SDK for peers of a Countersign appliance: payment servers and tools that sign and verify over
+// Noise. It needs no cgo. Begin reading at New.
+//
+// A Client keeps one connection and shares it: requests are pipelined, and a connection that breaks is replaced. What
+// can be asked again safely is asked again by itself: an identical sign request gets the signature of the first time,
+// marked as repeated. A verify request is not: its nonce may be spent by the try whose answer was lost, and only the
+// caller can judge what that means (see ErrUnknownOutcome).
+package client
+
+import (
+	"context"
+	"crypto/rand"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"math/big"
+	"net"
+	"strconv"
+	"sync"
+	"time"
+
+	"countersign/eddsa"
+	"countersign/noise"
+	"countersign/transcript"
+	"countersign/wire"
+
+	"github.com/go-json-experiment/json/jsontext"
+)
+
+// How a call fails. A refusal of the appliance is an *Error, whose Code says why.
+var (
+	// ErrUnreachable: no connection could be made. Nothing has happened.
+	ErrUnreachable = errors.New("the appliance can't be reached")
+	// ErrHandshake: the appliance closed the connection during the handshake: it does not know this identity, or
+	// ServerKey is not its key. Nothing has happened.
+	ErrHandshake = errors.New("the appliance refused the handshake")
+	// ErrUnknownOutcome: the connection broke after a verify request was sent. The nonce may be spent.
+	ErrUnknownOutcome = errors.New("the connection was lost before the answer: the nonce may be spent")
+	// ErrWrongAnswer: the appliance, or who poses as it, answered something that can't be right.
+	ErrWrongAnswer = errors.New("the appliance's answer can't be right")
+	// ErrClosed: Close was called.
+	ErrClosed = errors.New("the client is closed")
+)
+
+// Error is a refusal of the appliance; see the codes in package wire.
+type Error = wire.Error
+
+// Config says whom to talk to, and as whom.
+type Config struct {
+	// Address is host:port of the listener.
+	Address string
+	// ServerKey is the listener's Noise static public key (countersign admin noise-key, or the file noise.pub).
+	ServerKey [32]byte
+	// Identity is this peer's static key; the appliance must have its public half enrolled (countersign admin peer add).
+	Identity *noise.Identity
+	// ConnectTimeout bounds one attempt to connect and shake hands. Default: 10 s.
+	ConnectTimeout time.Duration
+	// Lifetime is what a document gets that names no expiry of its own. Default: 1 h.
+	Lifetime time.Duration
+	// RetryFor is how long a call tries to reach the appliance anew when the connection can't be made or breaks; the
+	// call's context may end it earlier. Default 0: a broken connection is replaced once, without waiting.
+	RetryFor time.Duration
+}
+
+// Client is safe for concurrent use.
+type Client struct {
+	config Config
+
+	lock   chan struct{} // a mutex that a context can give up waiting for
+	conn   *conn         // under lock; nil while there is none
+	closed bool          // under lock
+}
+
+// New makes a client. It connects at the first call.
+func New(c Config) (*Client, error) {
+	switch {
+	case c.Address == "":
+		return nil, errors.New("client: no address")
+	case c.ServerKey == [32]byte{}:
+		return nil, errors.New("client: no server key")
+	case c.Identity == nil:
+		return nil, errors.New("client: no identity")
+	}
+	if c.ConnectTimeout == 0 {
+		c.ConnectTimeout = 10 * time.Second
+	}
+	if c.Lifetime == 0 {
+		c.Lifetime = time.Hour
+	}
+	return &Client{config: c, lock: make(chan struct{}, 1)}, nil
+}
+
+// Dial makes a client and connects.
+func Dial(ctx context.Context, c Config) (*Client, error) {
+	client, err := New(c)
+	if err != nil {
+		return nil, err
+	}
+	if _, err := client.connection(ctx); err != nil {
+		return nil, err
+	}
+	return client, nil
+}
+
+// Close ends the connection; calls under way fail.
+func (c *Client) Close() error {
+	c.lock <- struct{}{}
+	defer func() { <-c.lock }()
+	c.closed = true
+	if c.conn != nil {
+		c.conn.fail(ErrClosed)
+		c.conn = nil
+	}
+	return nil
+}
+
+// Ping asks for a sign of life and returns the appliance's clock.
+func (c *Client) Ping(ctx context.Context) (time.Time, error) {
+	var pong wire.Pong
+	err := c.call(ctx, true, func(id string) any { return wire.Ping{ID: id, Op: wire.OpPing} }, &pong)
+	return time.Unix(pong.Time, 0), err
+}
+
+// Keys lists the signing keys.
+func (c *Client) Keys(ctx context.Context) ([]wire.Key, error) {
+	var list wire.KeyList
+	err := c.call(ctx, true, func(id string) any { return wire.Keys{ID: id, Op: wire.OpKeys} }, &list)
+	return list.Keys, err
+}
+
+// Document is what gets signed.
+type Document struct {
+	// Type is the transcript type, such as "paykit-subscription-v2" or "message-v1".
+	Type string
+	// Payload is the JSON of the type's payload.
+	Payload []byte
+	// Nonce is single use. Sign fills in a random one where it is zero.
+	Nonce [32]byte
+	// Timestamp and ExpiresAt are Unix seconds. Sign fills in now, and Timestamp plus the client's Lifetime.
+	Timestamp, ExpiresAt int64
+}
+
+func (d *Document) fill(lifetime time.Duration) {
+	if d.Nonce == [32]byte{} {
+		rand.Read(d.Nonce[:])
+	}
+	if d.Timestamp == 0 {
+		d.Timestamp = time.Now().Unix()
+	}
+	if d.ExpiresAt == 0 {
+		d.ExpiresAt = d.Timestamp + int64(lifetime/time.Second)
+	}
+}
+
+func (d *Document) wire() wire.Document {
+	return wire.Document{Type: d.Type, Payload: jsontext.Value(d.Payload), Nonce: d.Nonce, Timestamp: d.Timestamp, ExpiresAt: d.ExpiresAt}
+}
+
+// Signed is a document with its signature: all that a verifier needs. Its JSON form is what countersign sign --json
+// writes and countersign verify reads.
+type Signed struct {
+	Document
+	Signature []byte // 64 bytes
+	PublicKey [32]byte
+	Key       string // its name at the appliance that signed
+	Version   uint32
+	Event     uint64 // index of the admission in the appliance's audit log
+	Repeated  bool   // the appliance had admitted this same request before
+}
+
+// signedDoc is the JSON form of Signed, and of a Document where there is no signature yet.
+type signedDoc struct {
+	wire.Document
+	Key       string       `json:"key,omitempty"`
+	Version   uint32       `json:"version,omitzero"`
+	PublicKey wire.Bytes32 `json:"public_key,omitzero"`
+	Signature wire.Bytes   `json:"signature,omitempty"`
+	Event     uint64       `json:"event"`
+	Repeated  bool         `json:"repeated"`
+}
+
+// Encode writes the JSON form.
+func (s *Signed) Encode() ([]byte, error) {
+	return wire.Encode(signedDoc{s.wire(), s.Key, s.Version, s.PublicKey, s.Signature, s.Event, s.Repeated})
+}
+
+// DecodeSigned reads the JSON form strictly. Whether a type and a signature are there is for the caller to see.
+func DecodeSigned(b []byte) (*Signed, error) {
+	var d signedDoc
+	if err := wire.Decode(b, &d, "payload", "nonce", "timestamp", "expires_at"); err != nil {
+		return nil, err
+	}
+	return &Signed{
+		Document:  Document{Type: d.Type, Payload: d.Payload, Nonce: d.Nonce, Timestamp: d.Timestamp, ExpiresAt: d.ExpiresAt},
+		Signature: d.Signature, PublicKey: d.PublicKey, Key: d.Key, Version: d.Version, Event: d.Event, Repeated: d.Repeated,
+	}, nil
+}
+
+// Sign has a document signed with the active version of a key. Missing envelope fields of the document are filled in.
+// The signature that comes back has been verified over the bytes that this package itself makes of the document.
+func (c *Client) Sign(ctx context.Context, key string, d Document) (*Signed, error) {
+	d.fill(c.config.Lifetime)
+	var s wire.Signed
+	err := c.call(ctx, true, func(id string) any {
+		return wire.Sign{ID: id, Op: wire.OpSign, Key: key, Document: d.wire()}
+	}, &s)
+	if err != nil {
+		return nil, err
+	}
+	doc, err := transcript.Parse(transcript.Request(d))
+	if err != nil {
+		return nil, fmt.Errorf("%w: it signs what is refused here: %w", ErrWrongAnswer, err)
+	}
+	if s.Key != key || s.Nonce != d.Nonce || s.Timestamp != d.Timestamp || s.ExpiresAt != d.ExpiresAt {
+		return nil, fmt.Errorf("%w: it is for another request", ErrWrongAnswer)
+	}
+	if err := eddsa.Verify(s.PublicKey[:], doc.Message, s.Signature); err != nil {
+		return nil, fmt.Errorf("%w: %w", ErrWrongAnswer, err)
+	}
+	return &Signed{Document: d, Signature: s.Signature, PublicKey: s.PublicKey, Key: s.Key, Version: s.Version, Event: s.Event, Repeated: s.Repeated}, nil
+}
+
+// Verify has a signature judged and its nonce spent. It returns the index of the event that records it. Every outcome
+// but a good and fresh signature is an error; an *Error's Code says why. key may be empty; where it is not, the public
+// key must be a version of that key of the appliance. Of s, what the appliance said about the signature is not used.
+func (c *Client) Verify(ctx context.Context, key string, s *Signed) (event uint64, err error) {
+	var v wire.Verified
+	err = c.call(ctx, false, func(id string) any {
+		return wire.Verify{ID: id, Op: wire.OpVerify, Key: key, PublicKey: s.PublicKey, Signature: s.Signature, Document: s.wire()}
+	}, &v)
+	if err == nil && !v.Valid {
+		err = ErrWrongAnswer
+	}
+	return v.Event, err
+}
+
+// call sends a request and decodes the answer. repeatable says that asking again after a lost answer is safe.
+func (c *Client) call(ctx context.Context, repeatable bool, request func(id string) any, result any) error {
+	begin := time.Now()
+	for try := 0; ; try++ {
+		conn, err := c.connection(ctx)
+		if err == nil {
+			var answer wire.Answer
+			var sent bool
+			if answer, sent, err = conn.roundTrip(ctx, request); err == nil {
+				return answer.Into(result)
+			}
+			if sent && !repeatable {
+				return fmt.Errorf("%w: %w", ErrUnknownOutcome, err)
+			}
+		}
+		unreachable := errors.Is(err, ErrUnreachable)
+		if !unreachable && !errors.Is(err, errConnection) || ctx.Err() != nil {
+			return err
+		}
+		// A connection that was there and broke is replaced at once; all else waits, as long as the configuration says.
+		if try == 0 && !unreachable {
+			continue
+		}
+		if time.Since(begin) >= c.config.RetryFor || pause(ctx, try) != nil {
+			return err
+		}
+	}
+}
+
+// pause waits 50 ms, doubling up to 1 s, half of it by chance, so that many clients don't come back at once.
+func pause(ctx context.Context, try int) error {
+	most := min(50*time.Millisecond<<min(try, 5), time.Second)
+	n, err := rand.Int(rand.Reader, big.NewInt(int64(most/2)))
+	if err != nil {
+		return err
+	}
+	select {
+	case <-ctx.Done():
+		return ctx.Err()
+	case <-time.After(most/2 + time.Duration(n.Int64())):
+		return nil
+	}
+}
+
+// connection returns the connection, and makes one where there is none.
+func (c *Client) connection(ctx context.Context) (*conn, error) {
+	select {
+	case c.lock <- struct{}{}:
+		defer func() { <-c.lock }()
+	case <-ctx.Done():
+		return nil, ctx.Err()
+	}
+	if c.closed {
+		return nil, ErrClosed
+	}
+	if c.conn != nil && !c.conn.broken() {
+		return c.conn, nil
+	}
+	ctx, cancel := context.WithTimeout(ctx, c.config.ConnectTimeout)
+	defer cancel()
+	raw, err := new(net.Dialer).DialContext(ctx, "tcp", c.config.Address)
+	if err != nil {
+		return nil, fmt.Errorf("%w: %w", ErrUnreachable, err)
+	}
+	n, err := noise.Connect(ctx, raw, c.config.Identity, noise.PrologueV1, c.config.ServerKey)
+	if errors.Is(err, noise.ErrHandshake) {
+		raw.Close()
+		return nil, fmt.Errorf("%w: %w", ErrHandshake, err)
+	} else if err != nil {
+		raw.Close()
+		return nil, fmt.Errorf("%w: %w", ErrUnreachable, err)
+	}
+	c.conn = newConn(n)
+	return c.conn, nil
+}
+
+// errConnection marks the end of a connection, as opposed to an answer.
+var errConnection = errors.New("connection lost")
+
+// conn is one connection: many callers, one reader.
+type conn struct {
+	noise *noise.Conn
+
+	mu      sync.Mutex
+	next    uint64
+	waiting map[string]chan wire.Answer
+	err     error         // why it ended
+	ended   chan struct{} // closed when err is set
+}
+
+func newConn(n *noise.Conn) *conn {
+	c := &conn{noise: n, waiting: map[string]chan wire.Answer{}, ended: make(chan struct{})}
+	n.SetWriteLimit(30 * time.Second)
+	go c.read()
+	return c
+}
+
+func (c *conn) read() {
+	for {
+		message, err := c.noise.ReadMessage()
+		if err != nil {
+			c.fail(err)
+			return
+		}
+		answer, err := wire.DecodeAnswer(message)
+		if err != nil {
+			c.fail(fmt.Errorf("%w: %w", ErrWrongAnswer, err))
+			return
+		}
+		c.mu.Lock()
+		ch := c.waiting[answer.ID]
+		delete(c.waiting, answer.ID)
+		c.mu.Unlock()
+		if ch != nil { // else its caller has left
+			ch <- answer
+		}
+	}
+}
+
+func (c *conn) fail(err error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.err == nil {
+		c.err = fmt.Errorf("%w: %w", errConnection, err)
+		close(c.ended)
+		c.noise.Close()
+	}
+}
+
+func (c *conn) broken() bool {
+	select {
+	case <-c.ended:
+		return true
+	default:
+		return false
+	}
+}
+
+// roundTrip sends one request and waits for its answer. sent says that the appliance may have got it.
+func (c *conn) roundTrip(ctx context.Context, request func(id string) any) (answer wire.Answer, sent bool, err error) {
+	ch := make(chan wire.Answer, 1)
+	id, err := c.expect(ch)
+	if err != nil {
+		return answer, false, err
+	}
+	defer c.forget(id)
+	message, err := wire.Encode(request(id))
+	if err != nil {
+		return answer, false, fmt.Errorf("client: the request can't be written as JSON: %w", err)
+	}
+	if len(message) > wire.MaxDocument {
+		return answer, false, &Error{Code: wire.CodeTooLarge, Message: fmt.Sprintf("the request has %d bytes, at most %d fit", len(message), wire.MaxDocument)}
+	}
+	if err := c.noise.WriteMessage(message); err != nil {
+		c.fail(err)
+		return answer, true, fmt.Errorf("%w: %w", errConnection, err)
+	}
+	select {
+	case answer = <-ch:
+		return answer, true, nil
+	case <-c.ended:
+		return answer, true, c.err // set before ended was closed
+	case <-ctx.Done():
+		return answer, true, ctx.Err()
+	}
+}
+
+// expect gives a request its id and says where its answer goes.
+func (c *conn) expect(ch chan wire.Answer) (id string, err error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.err != nil {
+		return "", c.err
+	}
+	c.next++
+	id = strconv.FormatUint(c.next, 10)
+	c.waiting[id] = ch
+	return id, nil
+}
+
+func (c *conn) forget(id string) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	delete(c.waiting, id)
+}
+
+// ParseKey reads a 32-byte public key in hex, as noise.pub and countersign admin noise-key have it.
+func ParseKey(s string) (key [32]byte, err error) {
+	b, err := hex.DecodeString(s)
+	if err != nil || len(b) != len(key) {
+		return key, errors.New("a public key has 64 hex digits")
+	}
+	return [32]byte(b), nil
+}

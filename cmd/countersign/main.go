@@ -1,0 +1,155 @@
+// Command countersign is the tool of peers and operators: it makes identities, signs and verifies over Noise, shows what
+// a document signs, and manages an appliance over its admin socket.
+//
+// What it prints on stdout is for programs, what it prints on stderr is for people. Exit status: 0 done; 1 refused or
+// failed; 2 called wrongly; 3 the appliance could not be reached or could not answer: the same may be tried again.
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/signal"
+	"strings"
+	"syscall"
+	"text/tabwriter"
+
+	"countersign/admin/api"
+	"countersign/client"
+	"countersign/transcript"
+
+	"github.com/spf13/cobra"
+)
+
+func main() {
+	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, syscall.SIGINT)
+	context.AfterFunc(ctx, stop)
+	os.Exit(run(ctx, os.Args[1:], os.Stdin, os.Stdout, os.Stderr))
+}
+
+// tool is one call of the command.
+type tool struct {
+	stdin          io.Reader
+	stdout, stderr io.Writer
+	json           bool
+}
+
+// failed marks an error of a command that was called rightly.
+type failed struct{ error }
+
+func (f failed) Unwrap() error { return f.error }
+
+func run(ctx context.Context, args []string, stdin io.Reader, stdout, stderr io.Writer) int {
+	t := &tool{stdin: stdin, stdout: stdout, stderr: stderr}
+	root := &cobra.Command{
+		Use:           "countersign",
+		Short:         "Sign and verify with a Countersign appliance, and manage it",
+		SilenceUsage:  true,
+		SilenceErrors: true,
+	}
+	root.PersistentFlags().BoolVar(&t.json, "json", false, "print JSON on stdout")
+	root.SetArgs(args)
+	root.SetIn(stdin)
+	root.SetOut(stdout)
+	root.SetErr(stderr)
+	root.AddCommand(t.keygen(), t.ping(), t.keys(), t.sign(), t.verify(), t.transcript(), t.admin())
+
+	called, err := root.ExecuteContextC(ctx)
+	if err == nil {
+		return 0
+	}
+	code, status := classify(err)
+	if t.json {
+		t.print(map[string]any{"error": map[string]string{"code": code, "message": message(err)}}, nil)
+	}
+	fmt.Fprintf(stderr, "countersign: %s: %s\n", code, message(err))
+	if status == 2 {
+		fmt.Fprintf(stderr, "countersign: see: %s --help\n", called.CommandPath())
+	}
+	return status
+}
+
+// classify gives an error the code that programs read and the exit status.
+func classify(err error) (code string, status int) {
+	var refusal *client.Error
+	var adminRefusal *api.Error
+	switch {
+	case !errors.As(err, new(failed)):
+		return "usage", 2
+	case errors.As(err, &refusal):
+		if refusal.Code == "unavailable" || refusal.Code == "busy" || refusal.Code == "rate_limited" {
+			return refusal.Code, 3
+		}
+		return refusal.Code, 1
+	case errors.As(err, &adminRefusal):
+		if adminRefusal.Code == "unavailable" {
+			return adminRefusal.Code, 3
+		}
+		return adminRefusal.Code, 1
+	case errors.Is(err, client.ErrHandshake):
+		return "handshake_refused", 1
+	case errors.Is(err, client.ErrUnknownOutcome):
+		return "unknown_outcome", 1
+	case errors.Is(err, client.ErrUnreachable), errors.Is(err, context.DeadlineExceeded), errors.Is(err, syscall.ECONNREFUSED), errors.Is(err, syscall.ENOENT) && errors.As(err, new(socketError)):
+		return "unreachable", 3
+	case errors.Is(err, transcript.ErrUnsupported):
+		return "unsupported", 1
+	case errors.Is(err, transcript.ErrMalformed):
+		return "malformed", 1
+	}
+	return "failed", 1
+}
+
+// message is the error's text on one line, without the code that is printed before it.
+func message(err error) string {
+	text := strings.Join(strings.Fields(err.Error()), " ")
+	var refusal *client.Error
+	if errors.As(err, &refusal) {
+		text = refusal.Message
+	}
+	var adminRefusal *api.Error
+	if errors.As(err, &adminRefusal) {
+		text = adminRefusal.Message
+	}
+	return text
+}
+
+// print writes v as JSON, or calls human with a writer that aligns columns at tabs.
+func (t *tool) print(v any, human func(w io.Writer)) error {
+	if t.json {
+		e := json.NewEncoder(t.stdout)
+		e.SetIndent("", "  ")
+		return e.Encode(v)
+	}
+	w := tabwriter.NewWriter(t.stdout, 0, 0, 2, ' ', 0)
+	human(w)
+	return w.Flush()
+}
+
+// command makes a cobra command whose errors are told apart from wrong calls.
+func command(use, short string, args cobra.PositionalArgs, do func(cmd *cobra.Command, args []string) error) *cobra.Command {
+	return &cobra.Command{Use: use, Short: short, Args: args, RunE: func(cmd *cobra.Command, args []string) error {
+		if err := do(cmd, args); err != nil {
+			var usage usageError
+			if errors.As(err, &usage) {
+				return err
+			}
+			return failed{err}
+		}
+		return nil
+	}}
+}
+
+// usageError is a wrong call that only the command itself can see.
+type usageError struct{ error }
+
+// readInput reads a named file, or stdin for "-" and for no name.
+func (t *tool) readInput(args []string) ([]byte, error) {
+	if len(args) == 0 || args[0] == "-" {
+		return io.ReadAll(t.stdin)
+	}
+	return os.ReadFile(args[0])
+}

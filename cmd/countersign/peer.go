@@ -1,0 +1,312 @@
+package main
+
+import (
+	"context"
+	"crypto/sha256"
+	"encoding/base64"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"time"
+
+	"countersign/client"
+	"countersign/transcript"
+
+	"github.com/spf13/cobra"
+)
+
+// server has the flags of every command that talks to the listener. Each has an environment variable for its default.
+type server struct {
+	address, key, identity string
+	timeout                time.Duration
+}
+
+func (s *server) flags(c *cobra.Command) {
+	f := c.Flags()
+	f.StringVar(&s.address, "server", os.Getenv("COUNTERSIGN_SERVER"), "the appliance's listener, HOST:PORT (or COUNTERSIGN_SERVER)")
+	f.StringVar(&s.key, "server-key", os.Getenv("COUNTERSIGN_SERVER_KEY"), "the listener's public key, 64 hex digits (or COUNTERSIGN_SERVER_KEY)")
+	f.StringVar(&s.identity, "identity", os.Getenv("COUNTERSIGN_IDENTITY"), "this peer's identity file, from keygen (or COUNTERSIGN_IDENTITY)")
+	f.DurationVar(&s.timeout, "timeout", 15*time.Second, "how long to wait in all")
+}
+
+// with connects and calls use.
+func (s *server) with(ctx context.Context, use func(context.Context, *client.Client) error) error {
+	for _, f := range []struct{ name, value string }{{"server", s.address}, {"server-key", s.key}, {"identity", s.identity}} {
+		if f.value == "" {
+			return usageError{fmt.Errorf("--%s is missing", f.name)}
+		}
+	}
+	key, err := client.ParseKey(s.key)
+	if err != nil {
+		return usageError{fmt.Errorf("--server-key: %w", err)}
+	}
+	id, err := client.ReadIdentity(s.identity)
+	if err != nil {
+		return err
+	}
+	ctx, cancel := context.WithTimeout(ctx, s.timeout)
+	defer cancel()
+	c, err := client.Dial(ctx, client.Config{Address: s.address, ServerKey: key, Identity: id})
+	if err != nil {
+		return err
+	}
+	defer c.Close()
+	return use(ctx, c)
+}
+
+func (t *tool) keygen() *cobra.Command {
+	var path string
+	c := command("keygen [FILE]", "Make a peer's identity file and print its public key", cobra.MaximumNArgs(1), func(cmd *cobra.Command, args []string) error {
+		if (len(args) == 1) == (path != "") {
+			return usageError{errors.New("name the file once: keygen FILE, or keygen --identity FILE")}
+		}
+		if len(args) == 1 {
+			path = args[0]
+		}
+		id, err := client.WriteIdentity(path)
+		if err != nil {
+			return err
+		}
+		public := hex.EncodeToString(func() []byte { p := id.Public(); return p[:] }())
+		return t.print(map[string]string{"public_key": public, "file": path}, func(w io.Writer) { fmt.Fprintln(w, public) })
+	})
+	c.Flags().StringVar(&path, "identity", "", "the file to write")
+	return c
+}
+
+func (t *tool) ping() *cobra.Command {
+	var s server
+	c := command("ping", "Ask the appliance for a sign of life", cobra.NoArgs, func(cmd *cobra.Command, _ []string) error {
+		return s.with(cmd.Context(), func(ctx context.Context, c *client.Client) error {
+			begin := time.Now()
+			at, err := c.Ping(ctx)
+			if err != nil {
+				return err
+			}
+			took := time.Since(begin)
+			return t.print(map[string]any{"time": at.Unix(), "round_trip_us": took.Microseconds()}, func(w io.Writer) {
+				fmt.Fprintf(w, "pong in %v, the appliance's clock says %s\n", took.Round(10*time.Microsecond), at.UTC().Format(time.RFC3339))
+			})
+		})
+	})
+	s.flags(c)
+	return c
+}
+
+func (t *tool) keys() *cobra.Command {
+	var s server
+	c := command("keys", "List the signing keys", cobra.NoArgs, func(cmd *cobra.Command, _ []string) error {
+		return s.with(cmd.Context(), func(ctx context.Context, c *client.Client) error {
+			keys, err := c.Keys(ctx)
+			if err != nil {
+				return err
+			}
+			type doc struct {
+				Name      string `json:"name"`
+				Version   uint32 `json:"version"`
+				Algorithm string `json:"algorithm"`
+				State     string `json:"state"`
+				Custody   string `json:"custody"`
+				PublicKey string `json:"public_key"`
+			}
+			docs := []doc{}
+			for _, k := range keys {
+				docs = append(docs, doc{k.Name, k.Version, k.Algorithm, k.State, k.Custody, hex.EncodeToString(k.PublicKey[:])})
+			}
+			return t.print(docs, func(w io.Writer) {
+				fmt.Fprintln(w, "NAME\tVERSION\tALGORITHM\tSTATE\tCUSTODY\tPUBLIC KEY")
+				for _, d := range docs {
+					fmt.Fprintf(w, "%s\t%d\t%s\t%s\t%s\t%s\n", d.Name, d.Version, d.Algorithm, d.State, d.Custody, d.PublicKey)
+				}
+			})
+		})
+	})
+	s.flags(c)
+	return c
+}
+
+func (t *tool) sign() *cobra.Command {
+	var s server
+	var key, typ, msgContext, as, nonce string
+	var expires time.Duration
+	var timestamp int64
+	c := command("sign [FILE|-]", "Have a document signed", cobra.MaximumNArgs(1), func(cmd *cobra.Command, args []string) error {
+		if msgContext != "" && typ == "" {
+			typ = "message-v1"
+		}
+		switch {
+		case key == "" || typ == "":
+			return usageError{errors.New("--key and --type are needed")}
+		case msgContext != "" && typ != "message-v1":
+			return usageError{errors.New("--context is for --type message-v1")}
+		case as != "" && as != "subscriber" && as != "provider":
+			return usageError{errors.New("--as is subscriber or provider")}
+		case expires < time.Second:
+			return usageError{errors.New("--expires must be at least 1s")}
+		}
+		d := client.Document{Type: typ, Timestamp: timestamp}
+		if nonce != "" {
+			b, err := hex.DecodeString(nonce)
+			if err != nil || len(b) != len(d.Nonce) {
+				return usageError{errors.New("--nonce is 64 hex digits")}
+			}
+			d.Nonce = [32]byte(b)
+		}
+		if d.Timestamp == 0 {
+			d.Timestamp = time.Now().Unix()
+		}
+		d.ExpiresAt = d.Timestamp + int64(expires/time.Second)
+		input, err := t.readInput(args)
+		if err != nil {
+			return err
+		}
+		d.Payload = input
+		if msgContext != "" {
+			sum := sha256.Sum256(input)
+			if d.Payload, err = json.Marshal(map[string]string{"context": msgContext, "sha256": base64.RawURLEncoding.EncodeToString(sum[:])}); err != nil {
+				return err
+			}
+		}
+		return s.with(cmd.Context(), func(ctx context.Context, c *client.Client) error {
+			if as != "" {
+				if d.Payload, err = setParty(ctx, c, d.Payload, as, key); err != nil {
+					return err
+				}
+			}
+			if !json.Valid(d.Payload) {
+				return fmt.Errorf("%w: the payload is not JSON; for a file of any kind use --context", transcript.ErrMalformed)
+			}
+			signed, err := c.Sign(ctx, key, d)
+			if err != nil {
+				return err
+			}
+			doc, err := signed.Encode()
+			if err != nil {
+				return err
+			}
+			return t.print(json.RawMessage(doc), func(w io.Writer) {
+				b64 := base64.RawURLEncoding.EncodeToString
+				fmt.Fprintf(w, "signature\t%s\n", b64(signed.Signature))
+				fmt.Fprintf(w, "public key\t%x\n", signed.PublicKey)
+				fmt.Fprintf(w, "key\t%s, version %d\n", signed.Key, signed.Version)
+				fmt.Fprintf(w, "nonce\t%s\n", b64(signed.Nonce[:]))
+				fmt.Fprintf(w, "valid\t%s to %s\n", time.Unix(signed.Timestamp, 0).UTC().Format(time.RFC3339), time.Unix(signed.ExpiresAt, 0).UTC().Format(time.RFC3339))
+				fmt.Fprintf(w, "event\t%d\n", signed.Event)
+				if signed.Repeated {
+					fmt.Fprintf(w, "repeated\tthis request had been admitted before\n")
+				}
+			})
+		})
+	})
+	c.Long = "Has a document signed with the active version of a key. FILE is the payload of the transcript type in JSON.\n" +
+		"With --context it is a file of any kind, and its SHA-256 is signed as message-v1 in that context.\n" +
+		"With --json the signed document is printed, which verify reads."
+	s.flags(c)
+	f := c.Flags()
+	f.StringVar(&key, "key", "", "the name of the key")
+	f.StringVar(&typ, "type", "", "the transcript type (list them with: countersign transcript list)")
+	f.DurationVar(&expires, "expires", time.Hour, "how long the document is valid")
+	f.StringVar(&msgContext, "context", "", "sign a file of any kind in this context (message-v1)")
+	f.StringVar(&as, "as", "", "subscriber or provider: put the signing key's public key into this field of the payload")
+	f.StringVar(&nonce, "nonce", "", "the nonce, 64 hex digits (default: random)")
+	f.Int64Var(&timestamp, "timestamp", 0, "valid from, in Unix seconds (default: now)")
+	return c
+}
+
+// setParty puts the active public key into a field of the payload.
+func setParty(ctx context.Context, c *client.Client, payload []byte, field, key string) ([]byte, error) {
+	keys, err := c.Keys(ctx)
+	if err != nil {
+		return nil, err
+	}
+	var members map[string]json.RawMessage
+	if err := json.Unmarshal(payload, &members); err != nil || members == nil {
+		return nil, fmt.Errorf("%w: the payload is not a JSON object", transcript.ErrMalformed)
+	}
+	for _, k := range keys {
+		if k.Name == key && k.State == "active" {
+			members[field] = json.RawMessage(fmt.Sprintf(`"%x"`, k.PublicKey))
+			return json.Marshal(members)
+		}
+	}
+	return nil, &client.Error{Code: "unknown_key", Message: fmt.Sprintf("there is no signing key %q", key)}
+}
+
+func (t *tool) verify() *cobra.Command {
+	var s server
+	var key string
+	c := command("verify [FILE|-]", "Have a signed document judged, and its nonce spent", cobra.MaximumNArgs(1), func(cmd *cobra.Command, args []string) error {
+		input, err := t.readInput(args)
+		if err != nil {
+			return err
+		}
+		signed, err := client.DecodeSigned(input)
+		if err != nil {
+			return fmt.Errorf("%w: %w", transcript.ErrMalformed, err)
+		}
+		if signed.Signature == nil {
+			return fmt.Errorf("%w: it has no signature", transcript.ErrMalformed)
+		}
+		return s.with(cmd.Context(), func(ctx context.Context, c *client.Client) error {
+			event, err := c.Verify(ctx, key, signed)
+			if err != nil {
+				return err
+			}
+			return t.print(map[string]any{"valid": true, "event": event}, func(w io.Writer) { fmt.Fprintf(w, "valid, recorded as event %d\n", event) })
+		})
+	})
+	c.Long = "Has a signed document judged: signature, times, signer, and that it was not seen before. FILE is what sign --json\n" +
+		"prints. A document is good once; the second time it is a replay."
+	s.flags(c)
+	c.Flags().StringVar(&key, "key", "", "the signature must be by this key of the appliance (default: by any key that the document allows)")
+	return c
+}
+
+func (t *tool) transcript() *cobra.Command {
+	c := &cobra.Command{Use: "transcript", Short: "Show what a document signs, without an appliance"}
+	c.AddCommand(
+		command("list", "List the transcript types", cobra.NoArgs, func(*cobra.Command, []string) error {
+			return t.print(transcript.Types(), func(w io.Writer) {
+				for _, name := range transcript.Types() {
+					fmt.Fprintln(w, name)
+				}
+			})
+		}),
+		command("encode TYPE [FILE|-]", "Show the canonical bytes of a document, and what Ed25519 signs", cobra.RangeArgs(1, 2), func(cmd *cobra.Command, args []string) error {
+			input, err := t.readInput(args[1:])
+			if err != nil {
+				return err
+			}
+			d, err := client.DecodeSigned(input)
+			if err != nil {
+				return fmt.Errorf("%w: %w", transcript.ErrMalformed, err)
+			}
+			if d.Type == "" {
+				d.Type = args[0]
+			}
+			if d.Type != args[0] {
+				return fmt.Errorf("%w: the document's type is %q", transcript.ErrMalformed, d.Type)
+			}
+			doc, err := transcript.Parse(transcript.Request(d.Document))
+			if err != nil {
+				return err
+			}
+			out := map[string]string{"type": doc.Type, "canonical": hex.EncodeToString(doc.Canonical), "message": hex.EncodeToString(doc.Message)}
+			return t.print(out, func(w io.Writer) {
+				fmt.Fprintf(w, "type\t%s\n", doc.Type)
+				for _, name := range []string{"currency", "method", "subscriber", "provider", "message_context"} {
+					if v, ok := doc.Fields[name]; ok {
+						fmt.Fprintf(w, "%s\t%v\n", name, v)
+					}
+				}
+				fmt.Fprintf(w, "nonce\t%x\n", doc.Nonce)
+				fmt.Fprintf(w, "valid\t%d to %d\n", doc.Timestamp, doc.ExpiresAt)
+				fmt.Fprintf(w, "canonical\t%s\nmessage\t%s\n", out["canonical"], out["message"])
+			})
+		}),
+	)
+	return c
+}

@@ -1,0 +1,152 @@
+// Command countersignd is the Countersign daemon: it serves peers over Noise and the operator on a Unix socket. Its
+// configuration is described at Config.
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"os"
+	"os/signal"
+	"strings"
+	"syscall"
+
+	"countersign/appliance"
+	"countersign/hsm"
+	"countersign/keystore"
+	"countersign/ledger"
+	"countersign/policy"
+
+	"github.com/spf13/cobra"
+)
+
+func main() {
+	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, syscall.SIGINT)
+	// The second signal ends the process at once.
+	context.AfterFunc(ctx, stop)
+	os.Exit(run(ctx, os.Args[1:], os.Stdout, os.Stderr))
+}
+
+func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
+	var configPath string
+	root := &cobra.Command{
+		Use:           "countersignd",
+		Short:         "The Countersign daemon: signs and verifies for payment servers, with keys in an HSM",
+		SilenceUsage:  true,
+		SilenceErrors: true,
+	}
+	root.PersistentFlags().StringVar(&configPath, "config", "/etc/countersign/countersign.toml", "the configuration file (TOML)")
+	root.SetArgs(args)
+	root.SetOut(stdout)
+	root.SetErr(stderr)
+
+	var newToken bool
+	var soPINFile string
+	initCmd := &cobra.Command{
+		Use:   "init",
+		Short: "Create the ledger and the listener's Noise key; print the key's public half",
+		Long: "Creates the ledger and, in the token, the listener's Noise key, whose public half it prints: peers need it.\n" +
+			"What is there already is left as it is, so an interrupted init can be run again.",
+		Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			return withConfig(configPath, func(c Config) error { return initialise(cmd.Context(), c, newToken, soPINFile, stdout, stderr) })
+		},
+	}
+	initCmd.Flags().BoolVar(&newToken, "new-token", false, "make the token first, labelled as the URI says, unless it is there")
+	initCmd.Flags().StringVar(&soPINFile, "so-pin-file", "", "with --new-token: the file with the security officer's PIN")
+
+	serveCmd := &cobra.Command{
+		Use:   "serve",
+		Short: "Serve peers and the operator until SIGTERM",
+		Args:  cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			return withConfig(configPath, func(c Config) error { return serve(cmd.Context(), c, stderr) })
+		},
+	}
+	checkCmd := &cobra.Command{
+		Use:   "check",
+		Short: "Say whether serve would start: configuration, policy, token, ledger, keys",
+		Args:  cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			return withConfig(configPath, func(c Config) error { return check(cmd.Context(), configPath, c, stdout) })
+		},
+	}
+	root.AddCommand(initCmd, serveCmd, checkCmd)
+	if err := root.ExecuteContext(ctx); err != nil {
+		fmt.Fprintf(stderr, "countersignd: %s\n", advise(err))
+		return 1
+	}
+	return 0
+}
+
+func withConfig(path string, do func(Config) error) error {
+	c, err := loadConfig(path)
+	if err != nil {
+		return err
+	}
+	return do(c)
+}
+
+// advise makes one line of an error that ended the program and says what to do about it.
+func advise(err error) string {
+	text := strings.Join(strings.Fields(err.Error()), " ")
+	for _, a := range []struct {
+		err    error
+		advice string
+	}{
+		{ledger.ErrMissing, "run: countersignd init"},
+		{ledger.ErrInUse, "stop the other countersignd first"},
+		{ledger.ErrFormat, "install the newer version again"},
+		{ledger.ErrCorrupt, "restore it from a backup; do not replace it with an empty one, its nonces would be forgotten"},
+		{ledger.ErrUnknownState, "look at the disk, then start again: the ledger recovers by being opened"},
+		{keystore.ErrAuth, "correct the PIN file; the PIN was tried once and will not be tried again"},
+		{syscall.EADDRINUSE, "another program listens there; change listen in the configuration"},
+	} {
+		if errors.Is(err, a.err) {
+			return text + "; " + a.advice
+		}
+	}
+	return text
+}
+
+// parts is what init, serve and check open, in the order in which they are cheap to refuse.
+type parts struct {
+	ledger *ledger.Ledger
+	store  *hsm.Store
+	app    *appliance.Appliance
+}
+
+func open(ctx context.Context, c Config, log *slog.Logger) (p parts, err error) {
+	defer func() {
+		if err != nil {
+			p.close(log)
+		}
+	}()
+	rules, err := policy.Load(c.Policy)
+	if err != nil {
+		return p, err
+	}
+	if p.ledger, err = ledger.Open(c.Ledger); err != nil {
+		return p, fmt.Errorf("%s: %w", c.Ledger, err)
+	}
+	if p.store, err = hsm.Open(ctx, c.hsm()); err != nil {
+		return p, err
+	}
+	p.app, err = appliance.New(ctx, c.limits(), p.ledger, p.store, rules, log)
+	return p, err
+}
+
+func (p parts) close(log *slog.Logger) {
+	if p.ledger != nil {
+		if err := p.ledger.Close(); err != nil {
+			log.Error("close the ledger", "err", err)
+		}
+	}
+	if p.store != nil {
+		if err := p.store.Close(); err != nil {
+			log.Error("close the token", "err", err)
+		}
+	}
+}

@@ -1,0 +1,119 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"net/http"
+	"time"
+
+	"countersign/admin"
+	"countersign/appliance"
+
+	"github.com/coreos/go-systemd/v22/daemon"
+	"golang.org/x/sys/unix"
+)
+
+// stopWait bounds how long the admin API may take to finish its requests at the end.
+const stopWait = 5 * time.Second
+
+// serve runs the daemon until ctx ends.
+func serve(ctx context.Context, c Config, stderr io.Writer) error {
+	if err := noCoreFiles(); err != nil {
+		return err
+	}
+	level, err := c.logLevel()
+	if err != nil {
+		return err
+	}
+	log := slog.New(slog.NewTextHandler(stderr, &slog.HandlerOptions{Level: level}))
+	p, err := open(ctx, c, log)
+	if err != nil {
+		return err
+	}
+	defer p.close(log)
+	if err := p.app.Ready(); err != nil {
+		return err
+	}
+	// Go's default would be MPTCP, which the rules of a sandbox on TCP ports do not cover.
+	var lc net.ListenConfig
+	lc.SetMultipathTCP(false)
+	peers, err := lc.Listen(ctx, "tcp", c.Listen)
+	if err != nil {
+		return fmt.Errorf("listen: %w", err)
+	}
+	defer peers.Close()
+	operator, err := admin.Listen(c.AdminSocket)
+	if err != nil {
+		return err
+	}
+
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	api := admin.New(p.app)
+	apiDone := make(chan struct{})
+	go func() {
+		defer close(apiDone)
+		if err := api.Serve(operator); !errors.Is(err, http.ErrServerClosed) {
+			cancel(fmt.Errorf("admin API: %w", err))
+		}
+	}()
+	context.AfterFunc(ctx, func() { daemon.SdNotify(false, daemon.SdNotifyStopping) })
+	go watchdog(ctx, p.app, log)
+	log.Info("serving", "listen", peers.Addr().String(), "admin", c.AdminSocket)
+	daemon.SdNotify(false, daemon.SdNotifyReady)
+
+	err = p.app.Serve(ctx, peers)
+	log.Info("stopping", "err", err)
+	wait, done := context.WithTimeout(context.Background(), stopWait)
+	defer done()
+	if api.Shutdown(wait) != nil {
+		api.Close()
+	}
+	<-apiDone
+	if cause := context.Cause(ctx); err == nil && cause != nil && !errors.Is(cause, context.Canceled) {
+		err = cause
+	}
+	return err
+}
+
+// watchdog tells systemd that the daemon is alive as long as the ledger's writer comes round: a daemon that can't write
+// down can't sign, and is better started anew.
+func watchdog(ctx context.Context, app *appliance.Appliance, log *slog.Logger) {
+	interval, err := daemon.SdWatchdogEnabled(false)
+	if err != nil || interval == 0 {
+		return
+	}
+	ticker := time.NewTicker(interval / 3)
+	defer ticker.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-ticker.C:
+		}
+		alive, cancel := context.WithTimeout(ctx, interval/3)
+		err := app.Alive(alive)
+		cancel()
+		if err != nil {
+			log.Error("watchdog: the ledger does not answer", "err", err)
+			continue
+		}
+		daemon.SdNotify(false, daemon.SdNotifyWatchdog)
+	}
+}
+
+// noCoreFiles keeps the memory of this process, which has seen the PIN, out of core files and from other processes of
+// the same user.
+func noCoreFiles() error {
+	if err := unix.Setrlimit(unix.RLIMIT_CORE, &unix.Rlimit{}); err != nil {
+		return fmt.Errorf("no core files: %w", err)
+	}
+	if err := unix.Prctl(unix.PR_SET_DUMPABLE, 0, 0, 0, 0); err != nil {
+		return fmt.Errorf("no core files: %w", err)
+	}
+	return nil
+}

@@ -1,0 +1,28 @@
+#!/usr/bin/env bash
+# Installs what the build, the tests and the demo need beyond Go: only what is missing, by apt-get.
+set -euo pipefail
+
+missing=()
+need() { # need PACKAGE TEST...: the package is missing where the test fails
+  local package=$1
+  shift
+  "$@" >/dev/null 2>&1 || missing+=("$package")
+}
+need softhsm2 test -e /usr/lib/softhsm/libsofthsm2.so
+need gcc command -v gcc
+need libc6-dev test -e /usr/include/stdlib.h
+need openssl command -v openssl
+need make command -v make
+
+if ((${#missing[@]})); then
+  echo "installing: ${missing[*]}"
+  as_root=()
+  ((EUID == 0)) || as_root=(sudo)
+  export DEBIAN_FRONTEND=noninteractive
+  "${as_root[@]}" apt-get update -qq
+  "${as_root[@]}" apt-get install -y -qq --no-install-recommends "${missing[@]}" >/dev/null
+fi
+command -v go >/dev/null || {
+  echo "Go is missing: install Go 1.26 or later (https://go.dev/dl)" >&2
+  exit 1
+}

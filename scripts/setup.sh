@@ -1,0 +1,75 @@
+#!/usr/bin/env bash
+# Makes .run/: a configuration, a SoftHSM token with its PIN, a ledger, an enrolled peer, a signing key. What is there is
+# left as it is, so that it can run again at any time. Sourced by demo.sh and run.sh; afterwards the daemon is running
+# as process $daemon, and `stop` ends it.
+set -euo pipefail
+umask 077
+
+run=.run
+bin=bin
+listen=127.0.0.1:7700
+here=$(pwd -P)
+
+secret() { # secret FILE: 32 random hex digits, unless the file is there
+  [ -s "$1" ] || { od -An -N16 -tx1 /dev/urandom | tr -d ' \n' >"$1.new" && mv "$1.new" "$1"; }
+}
+
+mkdir -p "$run/tokens"
+secret "$run/pin"
+secret "$run/so-pin"
+
+cat >"$run/softhsm2.conf" <<CONF
+directories.tokendir = $here/$run/tokens
+objectstore.backend = file
+log.level = ERROR
+CONF
+
+cat >"$run/policy.cedar" <<'CONF'
+// The demo peer may use the key "payments" with every transcript but raw: raw would be the action "sign_raw".
+permit (principal == Peer::"demo", action == Action::"sign", resource == Key::"payments");
+CONF
+
+cat >"$run/countersign.toml" <<CONF
+# Made by make run and make demo. Every field is described in cmd/countersignd/config.go.
+listen = "$listen"
+admin_socket = "admin.sock"
+ledger = "ledger.db"
+policy = "policy.cedar"
+
+[token]
+uri = "pkcs11:token=countersign"
+module = "/usr/lib/softhsm/libsofthsm2.so"
+pin_file = "pin"
+environment = { SOFTHSM2_CONF = "$here/$run/softhsm2.conf" }
+CONF
+
+"$bin/countersignd" init --config "$run/countersign.toml" --new-token --so-pin-file "$run/so-pin" >/dev/null
+
+admin() { "$bin/countersign" admin --socket "$run/admin.sock" "$@"; }
+
+"$bin/countersignd" serve --config "$run/countersign.toml" 2>"$run/log" &
+daemon=$!
+stop() {
+  if kill -0 "$daemon" 2>/dev/null; then
+    kill -TERM "$daemon"
+    wait "$daemon"
+  fi
+}
+died() { # the daemon has ended by itself: show why
+  tail -n 5 "$run/log" >&2
+  exit 1
+}
+trap 'stop || true' EXIT
+
+for _ in $(seq 100); do # until it answers, 10 s at the most
+  admin noise-key >"$run/noise.pub.new" 2>/dev/null && break
+  kill -0 "$daemon" 2>/dev/null || died
+  sleep 0.1
+done
+[ -s "$run/noise.pub.new" ] || { echo "the daemon does not answer; see $run/log" >&2; exit 1; }
+mv "$run/noise.pub.new" "$run/noise.pub"
+
+[ -e "$run/demo-peer.key" ] || "$bin/countersign" keygen "$run/demo-peer.key" >/dev/null
+peer=$(sed -n 's/^# public key: //p' "$run/demo-peer.key")
+admin peer list | grep -q "^demo  *$peer" || admin peer add demo "$peer" >/dev/null
+admin key show payments >/dev/null 2>&1 || admin key create payments >/dev/null
