@@ -36,11 +36,11 @@ const maxBatch = 512
 
 // At opening.
 var (
-	ErrMissing = errors.New("ledger: there is no ledger here")
-	ErrExists  = errors.New("ledger: there is a ledger here already")
-	ErrInUse   = errors.New("ledger: another process uses this ledger")
-	ErrFormat  = errors.New("ledger: written by a newer version of countersign")
-	ErrCorrupt = errors.New("ledger: the file is damaged or is not a ledger")
+	ErrMissing = errors.New("there is no ledger here")
+	ErrExists  = errors.New("there is a ledger here already")
+	ErrInUse   = errors.New("another process uses this ledger")
+	ErrFormat  = errors.New("written by a newer version of countersign")
+	ErrCorrupt = errors.New("the file is damaged or is not a ledger")
 )
 
 // At use.

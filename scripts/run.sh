@@ -2,6 +2,7 @@
 # Sets .run/ up and serves until Ctrl-C.
 cd "$(dirname "$0")/.."
 . scripts/setup.sh
+trap 'echo; echo stopping; kill -TERM "$daemon" 2>/dev/null || true' INT TERM
 
 cat <<TEXT
 
@@ -16,8 +17,7 @@ Countersign serves on $listen until Ctrl-C. In another terminal, in this folder,
 
 The log is in $run/log.
 TEXT
-trap 'echo; echo stopping' INT TERM
-wait "$daemon" || true # ends at the first signal
-if ! stop; then died; fi
-if grep -q '^countersignd:' "$run/log"; then died; fi
+while kill -0 "$daemon" 2>/dev/null; do wait "$daemon" || true; done # a signal ends wait before the daemon has ended
+wait "$daemon" || died
+trap - EXIT
 echo stopped
