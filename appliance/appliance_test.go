@@ -1,0 +1,540 @@
+package appliance
+
+import (
+	"bytes"
+	"context"
+	"crypto/ed25519"
+	"encoding/base64"
+	"errors"
+	"fmt"
+	"log/slog"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"countersign/audit"
+	"countersign/eddsa"
+	"countersign/keystore"
+	"countersign/keystore/keystoretest"
+	"countersign/ledger"
+	"countersign/policy"
+	"countersign/transcript"
+	"countersign/wire"
+)
+
+const allowShop = `permit (principal == Peer::"shop", action == Action::"sign", resource == Key::"payments")
+unless { context has message_context && context.message_context == "forbidden" };`
+
+var limits = Limits{
+	Connections: 8, InFlight: 4, HandshakeTimeout: 5 * time.Second, IdleTimeout: time.Minute, WriteTimeout: 5 * time.Second,
+	RequestTimeout: 5 * time.Second, ClockSkew: 30 * time.Second, MaxLifetime: 7 * 24 * time.Hour,
+}
+
+// rig is an appliance on a real ledger and a keystore in memory, with a key and two peers.
+type rig struct {
+	*Appliance
+	store  *keystoretest.Memory
+	path   string
+	shop   Peer
+	cafe   Peer
+	public []byte
+}
+
+func newRig(t *testing.T) *rig {
+	t.Helper()
+	r := &rig{store: keystoretest.NewMemory(), path: filepath.Join(t.TempDir(), "ledger.db")}
+	if err := ledger.Create(r.path); err != nil {
+		t.Fatal(err)
+	}
+	r.open(t)
+	t.Cleanup(func() { r.ledger.Close() })
+	operator := audit.Operator("test")
+	k, err := r.CreateKey(t.Context(), operator, "payments")
+	if err != nil {
+		t.Fatal(err)
+	}
+	r.public = k.Info().PublicKey
+	if r.shop, err = r.AddPeer(t.Context(), operator, "shop", bytes.Repeat([]byte{7}, 32)); err != nil {
+		t.Fatal(err)
+	}
+	if r.cafe, err = r.AddPeer(t.Context(), operator, "cafe", bytes.Repeat([]byte{8}, 32)); err != nil {
+		t.Fatal(err)
+	}
+	return r
+}
+
+func (r *rig) open(t *testing.T) {
+	t.Helper()
+	l, err := ledger.Open(r.path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	p, err := policy.Parse("policy.cedar", []byte(allowShop))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if r.Appliance, err = New(t.Context(), limits, l, r.store, p, slog.New(slog.DiscardHandler)); err != nil {
+		l.Close()
+		t.Fatal(err)
+	}
+}
+
+// message is a sign request for a message that is valid now; n makes its nonce.
+func message(n byte, content string) *wire.Sign {
+	now := time.Now().Unix()
+	return &wire.Sign{ID: "1", Op: "sign", Key: "payments", Document: wire.Document{
+		Type: "message-v1", Payload: fmt.Appendf(nil, `{"context":"test","message":%q}`, base64.RawURLEncoding.EncodeToString([]byte(content))),
+		Nonce: wire.Bytes32{n}, Timestamp: now, ExpiresAt: now + 3600,
+	}}
+}
+
+func (r *rig) sign(t *testing.T, who Peer, req *wire.Sign) *wire.Signed {
+	t.Helper()
+	s, err := r.Sign(t.Context(), who, req)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return s
+}
+
+func (r *rig) refuses(t *testing.T, code string, err error) {
+	t.Helper()
+	if err == nil {
+		t.Errorf("accepted, want %s", code)
+		return
+	}
+	if _, refusal := refuse(err); refusal.Code != code {
+		t.Errorf("%v, want %s", err, code)
+	}
+}
+
+func (r *rig) events(t *testing.T) (types []audit.Type) {
+	t.Helper()
+	if err := r.ledger.Alive(t.Context()); err != nil { // what is waiting is on disk after that
+		t.Fatal(err)
+	}
+	if err := r.Events(0, func(_ uint64, e audit.Event) bool { types = append(types, e.Type); return true }); err != nil {
+		t.Fatal(err)
+	}
+	return types
+}
+
+func verifyOf(s *wire.Sign, signed *wire.Signed) *wire.Verify {
+	return &wire.Verify{ID: "2", Op: "verify", PublicKey: signed.PublicKey, Signature: signed.Signature, Document: s.Document}
+}
+
+// TestAdmittedOnDiskBeforeTheKeyIsUsed looks at the disk from inside the device: promise 1.
+func TestAdmittedOnDiskBeforeTheKeyIsUsed(t *testing.T) {
+	r := newRig(t)
+	used := 0
+	r.store.BeforeSign = func(ref keystore.Ref, _ []byte) error {
+		used++
+		spent, err := r.ledger.Spent(ledger.KeyScope("payments"), [32]byte{byte(used)})
+		if err != nil {
+			t.Errorf("the key is used and the admission is not on disk: %v", err)
+		}
+		found := false
+		r.Events(spent.Event, func(_ uint64, e audit.Event) bool { found = e.Type == audit.SignatureAdmitted; return false })
+		if !found {
+			t.Error("the key is used and the event of the admission is not on disk")
+		}
+		return nil
+	}
+	for n := range byte(10) {
+		r.sign(t, r.shop, message(n+1, "m"))
+	}
+	if used != 10 {
+		t.Errorf("the key was used %d times", used)
+	}
+}
+
+func TestSign(t *testing.T) {
+	r := newRig(t)
+	req := message(1, "hello")
+	s := r.sign(t, r.shop, req)
+	doc, err := transcript.Parse(documentOf(req.Document))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := eddsa.Verify(r.public, doc.Message, s.Signature); err != nil {
+		t.Error(err)
+	}
+	if s.Repeated || s.Key != "payments" || s.Version != 1 || s.Nonce != req.Nonce || !bytes.Equal(s.PublicKey[:], r.public) {
+		t.Errorf("%+v", s)
+	}
+	again := r.sign(t, r.shop, req)
+	if !again.Repeated || !bytes.Equal(again.Signature, s.Signature) || again.Event != s.Event {
+		t.Errorf("the same request again: %+v, first %+v", again, s)
+	}
+	_, err = r.Sign(t.Context(), r.shop, message(1, "other content"))
+	r.refuses(t, "replay", err)
+	want := []audit.Type{audit.KeyCreated, audit.PeerAdded, audit.PeerAdded, audit.SignatureAdmitted, audit.SignatureCreated, audit.ReplayRefused}
+	if got := r.events(t); !slices.Equal(got, want) {
+		t.Errorf("events %v, want %v", got, want)
+	}
+	// All of it through a restart.
+	r.ledger.Close()
+	r.open(t)
+	if again := r.sign(t, r.shop, req); !again.Repeated || !bytes.Equal(again.Signature, s.Signature) || again.Event != s.Event {
+		t.Errorf("after a restart: %+v, first %+v", again, s)
+	}
+	_, err = r.Sign(t.Context(), r.shop, message(1, "other content"))
+	r.refuses(t, "replay", err)
+}
+
+// TestAnotherPeersNonce: the same request from another peer is no repetition.
+func TestAnotherPeersNonce(t *testing.T) {
+	r := newRig(t)
+	p, err := policy.Parse("policy.cedar", []byte(`permit (principal, action, resource);`))
+	if err != nil {
+		t.Fatal(err)
+	}
+	r.policy = p
+	req := message(1, "m")
+	r.sign(t, r.shop, req)
+	_, err = r.Sign(t.Context(), r.cafe, req)
+	r.refuses(t, "replay", err)
+}
+
+// TestRefusalsSpendNothing: what is refused before the admission leaves the nonce fresh.
+func TestRefusalsSpendNothing(t *testing.T) {
+	r := newRig(t)
+	if _, err := r.createKey(t.Context(), audit.Operator("test"), "noise", keystore.X25519); err != nil {
+		t.Fatal(err)
+	}
+	r.store.BeforeSign = func(keystore.Ref, []byte) error { t.Error("the key was used"); return nil }
+	for _, c := range []struct {
+		code   string
+		who    Peer
+		change func(*wire.Sign)
+	}{
+		{"unknown_key", r.shop, func(s *wire.Sign) { s.Key = "nothing" }},
+		{"unknown_key", r.shop, func(s *wire.Sign) { s.Key = "noise" }},
+		{"unsupported", r.shop, func(s *wire.Sign) { s.Type = "nonsense-v1" }},
+		{"malformed", r.shop, func(s *wire.Sign) { s.Payload = []byte(`{"context":7}`) }},
+		{"malformed", r.shop, func(s *wire.Sign) { s.ExpiresAt = s.Timestamp }},
+		{"expired", r.shop, func(s *wire.Sign) { s.Timestamp -= 7200; s.ExpiresAt -= 7200 }},
+		{"not_yet_valid", r.shop, func(s *wire.Sign) { s.Timestamp += 120 }},
+		{"lifetime_too_long", r.shop, func(s *wire.Sign) { s.ExpiresAt = s.Timestamp + 8*86400 }},
+		{"denied", r.cafe, func(*wire.Sign) {}},
+		{"denied", r.shop, func(s *wire.Sign) { s.Payload = []byte(`{"context":"forbidden","message":""}`) }},
+		{"denied", r.shop, func(s *wire.Sign) { s.Type, s.Payload = "raw", []byte(`{"message":"AA"}`) }},
+		{"wrong_signer", r.shop, func(s *wire.Sign) { s.Type, s.Payload = "paykit-subscription-v2", subscription(nil) }},
+	} {
+		req := message(1, "m")
+		c.change(req)
+		_, err := r.Sign(t.Context(), c.who, req)
+		r.refuses(t, c.code, err)
+	}
+	r.store.BeforeSign = nil
+	if s := r.sign(t, r.shop, message(1, "m")); s.Repeated {
+		t.Error("a refusal has spent the nonce")
+	}
+}
+
+// subscription is a payload between two parties, the first of which may be given.
+func subscription(subscriber []byte) []byte {
+	if subscriber == nil {
+		subscriber = ed25519.NewKeyFromSeed(bytes.Repeat([]byte{1}, 32)).Public().(ed25519.PublicKey)
+	}
+	provider := ed25519.NewKeyFromSeed(bytes.Repeat([]byte{2}, 32)).Public().(ed25519.PublicKey)
+	return fmt.Appendf(nil, `{"subscription_id":"s","subscriber":"%x","provider":"%x","terms":{"amount":"1000","currency":"SAT","frequency":"Daily",
+		"method":"lightning","max_amount_per_period":null,"description":""},"metadata":{},"created_at":1,"starts_at":1,"ends_at":null}`, subscriber, provider)
+}
+
+func TestSubscriptionBySubscriber(t *testing.T) {
+	r := newRig(t)
+	req := message(1, "")
+	req.Type, req.Payload = "paykit-subscription-v2", subscription(r.public)
+	s := r.sign(t, r.shop, req)
+	if _, err := r.Verify(t.Context(), r.cafe, verifyOf(req, s)); err != nil {
+		t.Error(err)
+	}
+}
+
+// TestDeviceThatLies: a signature that does not verify is never released, and the request can be asked again.
+func TestDeviceThatLies(t *testing.T) {
+	for name, corrupt := range map[string]func([]byte) []byte{
+		"a flipped bit": func(b []byte) []byte { b[5] ^= 1; return b },
+		"too short":     func(b []byte) []byte { return b[:63] },
+		"nothing":       func(b []byte) []byte { return []byte{} },
+		"zeros":         func(b []byte) []byte { return make([]byte, 64) },
+	} {
+		r := newRig(t)
+		r.store.Corrupt = corrupt
+		req := message(1, "m")
+		s, err := r.Sign(t.Context(), r.shop, req)
+		r.refuses(t, "unavailable", err)
+		if s != nil {
+			t.Fatalf("%s: released", name)
+		}
+		if got := r.events(t); got[len(got)-1] != audit.SignatureFailed {
+			t.Errorf("%s: events %v", name, got)
+		}
+		r.store.Corrupt = nil
+		if s := r.sign(t, r.shop, req); !s.Repeated {
+			t.Errorf("%s: asked again: %+v", name, s)
+		}
+	}
+}
+
+// TestDeviceThatFails: the nonce is spent, the same request gets its signature when the device is back, another does not.
+func TestDeviceThatFails(t *testing.T) {
+	r := newRig(t)
+	r.store.BeforeSign = func(keystore.Ref, []byte) error { return fmt.Errorf("unplugged: %w", keystore.ErrUnavailable) }
+	req := message(1, "m")
+	_, err := r.Sign(t.Context(), r.shop, req)
+	r.refuses(t, "unavailable", err)
+	_, err = r.Sign(t.Context(), r.shop, message(1, "other"))
+	r.refuses(t, "replay", err)
+	r.store.BeforeSign = nil
+	if s := r.sign(t, r.shop, req); !s.Repeated {
+		t.Errorf("%+v", s)
+	}
+}
+
+// TestWhileTheFirstIsStillWaiting: the device holds a request; a second one with its nonce and other content is refused
+// at once, an identical one gets the same signature.
+func TestWhileTheFirstIsStillWaiting(t *testing.T) {
+	r := newRig(t)
+	inDevice, release := make(chan struct{}, 2), make(chan struct{})
+	r.store.BeforeSign = func(keystore.Ref, []byte) error { inDevice <- struct{}{}; <-release; return nil }
+	req := message(1, "m")
+	type result struct {
+		s   *wire.Signed
+		err error
+	}
+	results := make(chan result, 2)
+	ask := func() {
+		s, err := r.Sign(t.Context(), r.shop, req)
+		results <- result{s, err}
+	}
+	go ask()
+	<-inDevice
+	_, err := r.Sign(t.Context(), r.shop, message(1, "other"))
+	r.refuses(t, "replay", err)
+	go ask()
+	<-inDevice
+	close(release)
+	a, b := <-results, <-results
+	if a.err != nil || b.err != nil || !bytes.Equal(a.s.Signature, b.s.Signature) || a.s.Event != b.s.Event || a.s.Repeated == b.s.Repeated {
+		t.Errorf("%+v, %+v", a, b)
+	}
+	created := 0
+	for _, e := range r.events(t) {
+		if e == audit.SignatureCreated {
+			created++
+		}
+	}
+	if created != 1 {
+		t.Errorf("%d outcomes of one admission", created)
+	}
+}
+
+// TestVerifyOrder: nothing but a good signature by an allowed signer spends a nonce: promise 4.
+func TestVerifyOrder(t *testing.T) {
+	r := newRig(t)
+	req := message(1, "")
+	req.Type, req.Payload = "paykit-subscription-v2", subscription(r.public)
+	good := verifyOf(req, r.sign(t, r.shop, req))
+
+	foreign := ed25519.NewKeyFromSeed(bytes.Repeat([]byte{9}, 32))
+	doc, err := transcript.Parse(documentOf(req.Document))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, c := range []struct {
+		code   string
+		change func(*wire.Verify)
+	}{
+		{"invalid_signature", func(v *wire.Verify) { v.Signature[0] ^= 1 }},
+		{"invalid_signature", func(v *wire.Verify) { v.Signature = v.Signature[:63] }},
+		{"invalid_signature", func(v *wire.Verify) { v.PublicKey = wire.Bytes32{1} }},
+		{"invalid_signature", func(v *wire.Verify) { v.PublicKey = [32]byte(foreign.Public().(ed25519.PublicKey)) }},
+		{"invalid_signature", func(v *wire.Verify) { v.ExpiresAt++ }},
+		{"invalid_signature", func(v *wire.Verify) { v.Payload = bytes.Replace(v.Payload, []byte("1000"), []byte("9000"), 1) }},
+		{"wrong_signer", func(v *wire.Verify) {
+			v.PublicKey, v.Signature = [32]byte(foreign.Public().(ed25519.PublicKey)), ed25519.Sign(foreign, doc.Message)
+		}},
+		{"unknown_key", func(v *wire.Verify) { v.Key = "nothing" }},
+		{"malformed", func(v *wire.Verify) { v.Payload = []byte(`{}`) }},
+		{"unsupported", func(v *wire.Verify) { v.Type, v.Payload = "raw", []byte(`{"message":"AA"}`) }},
+	} {
+		v := *good
+		v.Signature = slices.Clone(good.Signature)
+		c.change(&v)
+		_, err := r.Verify(t.Context(), r.cafe, &v)
+		r.refuses(t, c.code, err)
+	}
+	named := *good
+	named.Key = "payments"
+	if v, err := r.Verify(t.Context(), r.cafe, &named); err != nil || !v.Valid {
+		t.Fatalf("after all refusals: %v", err)
+	}
+	_, err = r.Verify(t.Context(), r.cafe, good)
+	r.refuses(t, "replay", err) // the same peer again
+	_, err = r.Verify(t.Context(), r.shop, good)
+	r.refuses(t, "replay", err) // another peer
+}
+
+func TestVerifyWithANamedKeyOfAnother(t *testing.T) {
+	r := newRig(t)
+	if _, err := r.CreateKey(t.Context(), audit.Operator("test"), "other"); err != nil {
+		t.Fatal(err)
+	}
+	req := message(1, "m")
+	v := verifyOf(req, r.sign(t, r.shop, req))
+	v.Key = "other"
+	_, err := r.Verify(t.Context(), r.shop, v)
+	r.refuses(t, "wrong_signer", err)
+}
+
+// TestTimeGoesBy runs on the clock of a bubble: from valid to expired, without waiting.
+func TestTimeGoesBy(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := newRig(t)
+		defer r.ledger.Close()
+		req := message(1, "m")
+		late := message(2, "m")
+		v := verifyOf(req, r.sign(t, r.shop, req))
+		v2 := verifyOf(late, r.sign(t, r.shop, late))
+		time.Sleep(3600 * time.Second) // up to and including expires_at
+		if _, err := r.Verify(t.Context(), r.shop, v); err != nil {
+			t.Errorf("in its last second: %v", err)
+		}
+		time.Sleep(time.Second)
+		_, err := r.Verify(t.Context(), r.shop, v2)
+		r.refuses(t, "expired", err)
+		_, err = r.Sign(t.Context(), r.shop, message(1, "the nonce of an expired document"))
+		r.refuses(t, "replay", err)
+	})
+}
+
+// TestSlowDeviceIsBounded: a device that does not come back costs "unavailable" after the request's time.
+func TestSlowDeviceIsBounded(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := newRig(t)
+		defer r.ledger.Close()
+		ctx, cancel := context.WithTimeout(t.Context(), limits.RequestTimeout)
+		defer cancel()
+		r.store.BeforeSign = func(keystore.Ref, []byte) error {
+			<-ctx.Done()
+			return fmt.Errorf("hsm: %w: %w", keystore.ErrUnavailable, ctx.Err())
+		}
+		_, err := r.Sign(ctx, r.shop, message(1, "m"))
+		r.refuses(t, "unavailable", err)
+		if got := r.events(t); got[len(got)-1] != audit.SignatureFailed {
+			t.Errorf("the ending of the admission is lost with the request's time: %v", got)
+		}
+	})
+}
+
+func TestKeysAreHeldAgainstTheToken(t *testing.T) {
+	reopen := func(r *rig) error {
+		r.ledger.Close()
+		l, err := ledger.Open(r.path)
+		if err != nil {
+			return err
+		}
+		defer l.Close()
+		_, err = New(t.Context(), limits, l, r.store, r.policy, slog.New(slog.DiscardHandler))
+		return err
+	}
+	ref := keystore.Ref{Name: "payments", Version: 1}
+	r := newRig(t)
+	r.store.Destroy(t.Context(), ref)
+	if err := reopen(r); !errors.Is(err, keystore.ErrNotFound) || !strings.Contains(err.Error(), "payments/1") {
+		t.Errorf("a missing key: %v", err)
+	}
+	r.store.Generate(t.Context(), ref, keystore.Ed25519)
+	if err := reopen(r); err == nil || !strings.Contains(err.Error(), "payments/1") {
+		t.Errorf("another key under the name: %v", err)
+	}
+}
+
+// TestUnfinishedKeyIsClearedAway: a crash between the intent and the record leaves a key that has never been used.
+func TestUnfinishedKeyIsClearedAway(t *testing.T) {
+	r := newRig(t)
+	ref := keystore.Ref{Name: "half", Version: 1}
+	if err := r.ledger.Update(t.Context(), func(tx *ledger.Tx) error {
+		return tx.Put(ledger.Keys, ref.String(), encode(keyRecord{Algorithm: keystore.Ed25519, State: Pending}))
+	}); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := r.store.Generate(t.Context(), ref, keystore.Ed25519); err != nil {
+		t.Fatal(err)
+	}
+	r.ledger.Close()
+	r.open(t)
+	if _, err := r.store.Key(t.Context(), ref); !errors.Is(err, keystore.ErrNotFound) {
+		t.Errorf("it is still on the token: %v", err)
+	}
+	if got := r.events(t); got[len(got)-1] != audit.KeyCreationFailed {
+		t.Errorf("events %v", got)
+	}
+	if _, err := r.CreateKey(t.Context(), audit.Operator("test"), "half"); err != nil {
+		t.Errorf("the name can't be used: %v", err)
+	}
+}
+
+func TestManageRefuses(t *testing.T) {
+	r := newRig(t)
+	who := audit.Operator("test")
+	before := len(r.events(t))
+	if _, err := r.CreateKey(t.Context(), who, "payments"); !errors.Is(err, ErrExists) {
+		t.Errorf("an existing key: %v", err)
+	}
+	for _, name := range []string{"", "noise", "UPPER", "a/b", "-a", strings.Repeat("a", 65), "a\n"} {
+		if _, err := r.CreateKey(t.Context(), who, name); !errors.Is(err, ErrInvalid) {
+			t.Errorf("key %q: %v", name, err)
+		}
+	}
+	// Something of this name is on the token that the ledger does not know: it is not ours to replace or to clear away.
+	foreign := keystore.Ref{Name: "foreign", Version: 1}
+	r.store.Generate(t.Context(), foreign, keystore.Ed25519)
+	if _, err := r.CreateKey(t.Context(), who, "foreign"); !errors.Is(err, ErrExists) {
+		t.Errorf("a key of somebody else: %v", err)
+	}
+	if _, err := r.store.Key(t.Context(), foreign); err != nil {
+		t.Errorf("somebody else's key is gone: %v", err)
+	}
+	if _, err := r.AddPeer(t.Context(), who, "shop", bytes.Repeat([]byte{1}, 31)); !errors.Is(err, ErrInvalid) {
+		t.Errorf("a short key: %v", err)
+	}
+	if _, err := r.AddPeer(t.Context(), who, "zero", make([]byte, 32)); !errors.Is(err, ErrInvalid) {
+		t.Errorf("a key of low order: %v", err)
+	}
+	if _, err := r.AddPeer(t.Context(), who, "shop", bytes.Repeat([]byte{3}, 32)); !errors.Is(err, ErrExists) {
+		t.Errorf("a name twice: %v", err)
+	}
+	if _, err := r.AddPeer(t.Context(), who, "shop2", r.shop.PublicKey[:]); !errors.Is(err, ErrExists) {
+		t.Errorf("a key twice: %v", err)
+	}
+	if err := r.RemovePeer(t.Context(), who, "nobody"); !errors.Is(err, ErrNotFound) {
+		t.Errorf("remove nobody: %v", err)
+	}
+	if after := len(r.events(t)); after != before {
+		t.Errorf("%d events of acts that were refused", after-before)
+	}
+	if len(r.Peers()) != 2 || len(r.Keys()) != 1 {
+		t.Errorf("%v, %v", r.Peers(), r.Keys())
+	}
+}
+
+// TestEveryErrorHasOneCode: what a stranger to the table says is "unavailable", and nothing of it reaches the peer.
+func TestEveryErrorHasOneCode(t *testing.T) {
+	secret := errors.New("C_Login: pin 1234 in /etc/countersign")
+	for _, err := range []error{secret, fmt.Errorf("%w: %w", keystore.ErrUnavailable, secret), fmt.Errorf("%w: %w", keystore.ErrAuth, secret),
+		fmt.Errorf("%w: %w", ledger.ErrUnknownState, secret), fmt.Errorf("%w: %w", policy.ErrDenied, secret)} {
+		c, refusal := refuse(err)
+		if strings.Contains(refusal.Message, "1234") || strings.Contains(refusal.Message, "/etc") {
+			t.Errorf("the peer is told %q", refusal.Message)
+		}
+		if (c == fatal) != errors.Is(err, ledger.ErrUnknownState) {
+			t.Errorf("%v: class %d", err, c)
+		}
+	}
+}

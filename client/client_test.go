@@ -1,0 +1,380 @@
+package client_test
+
+import (
+	"context"
+	"crypto"
+	"crypto/rand"
+	"crypto/x509"
+	"crypto/x509/pkix"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"countersign/client"
+	"countersign/noise"
+	"countersign/wire"
+)
+
+func start(t *testing.T) *testAppliance {
+	t.Helper()
+	a, err := startAppliance()
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(a.close)
+	return a
+}
+
+func dial(t *testing.T, c client.Config) *client.Client {
+	t.Helper()
+	cl, err := client.Dial(t.Context(), c)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { cl.Close() })
+	return cl
+}
+
+func message(text string) client.Document {
+	return client.Document{Type: "message-v1", Payload: fmt.Appendf(nil, `{"context":"test","message":%q}`, text)}
+}
+
+func TestManyCallersShareAConnection(t *testing.T) {
+	a := start(t)
+	c := dial(t, a.config())
+	var wg sync.WaitGroup
+	var mu sync.Mutex
+	seen := map[string]bool{}
+	for i := range 64 {
+		wg.Go(func() {
+			s, err := c.Sign(t.Context(), "payments", message(fmt.Sprintf("AA%02d", i)))
+			if err != nil {
+				t.Error(err)
+				return
+			}
+			if _, err := c.Verify(t.Context(), "", s); err != nil {
+				t.Error(err)
+			}
+			mu.Lock()
+			defer mu.Unlock()
+			if seen[string(s.Signature)] {
+				t.Error("one signature for two documents")
+			}
+			seen[string(s.Signature)] = true
+		})
+	}
+	wg.Wait()
+	if at, err := c.Ping(t.Context()); err != nil || time.Since(at).Abs() > time.Minute {
+		t.Errorf("ping: %v, %v", at, err)
+	}
+}
+
+func TestRepeatedSign(t *testing.T) {
+	a := start(t)
+	c := dial(t, a.config())
+	d := message("AAAA")
+	d.Nonce, d.Timestamp, d.ExpiresAt = [32]byte{1}, time.Now().Unix(), time.Now().Unix()+60
+	first, err := c.Sign(t.Context(), "payments", d)
+	if err != nil {
+		t.Fatal(err)
+	}
+	again, err := c.Sign(t.Context(), "payments", d)
+	if err != nil || !again.Repeated || string(again.Signature) != string(first.Signature) || first.Repeated {
+		t.Errorf("%+v, %v", again, err)
+	}
+}
+
+func TestReconnects(t *testing.T) {
+	a := start(t)
+	config := a.config()
+	config.RetryFor = 20 * time.Second
+	c := dial(t, config)
+	if _, err := c.Sign(t.Context(), "payments", message("AAAA")); err != nil {
+		t.Fatal(err)
+	}
+	if err := a.stop(); err != nil {
+		t.Fatal(err)
+	}
+	done := make(chan error)
+	go func() {
+		_, err := c.Sign(t.Context(), "payments", message("BBBB"))
+		done <- err
+	}()
+	if err := a.serve(); err != nil {
+		t.Fatal(err)
+	}
+	if err := <-done; err != nil {
+		t.Errorf("across a restart: %v", err)
+	}
+	// Without RetryFor the call ends when nobody listens, and the next one finds the appliance again.
+	c = dial(t, a.config())
+	if err := a.stop(); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := c.Ping(t.Context()); !errors.Is(err, client.ErrUnreachable) {
+		t.Errorf("nobody listens: %v", err)
+	}
+	if err := a.serve(); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := c.Ping(t.Context()); err != nil {
+		t.Errorf("somebody listens again: %v", err)
+	}
+}
+
+func TestRemovedPeerIsCutOff(t *testing.T) {
+	a := start(t)
+	c := dial(t, a.config())
+	if err := a.app.RemovePeer(t.Context(), operator, "shop"); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := c.Ping(t.Context()); !errors.Is(err, client.ErrHandshake) {
+		t.Errorf("%v, want %v", err, client.ErrHandshake)
+	}
+}
+
+func TestStranger(t *testing.T) {
+	a := start(t)
+	config := a.config()
+	var err error
+	if config.Identity, err = noise.NewIdentity(); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := client.Dial(t.Context(), config); !errors.Is(err, client.ErrHandshake) {
+		t.Errorf("%v, want %v", err, client.ErrHandshake)
+	}
+	config = a.config()
+	config.ServerKey[0] ^= 1
+	if _, err := client.Dial(t.Context(), config); !errors.Is(err, client.ErrHandshake) {
+		t.Errorf("another server: %v, want %v", err, client.ErrHandshake)
+	}
+}
+
+// fake is an appliance that answers as the test says: nil closes the connection instead.
+func fake(t *testing.T, answer func(id string, request any) []byte) client.Config {
+	t.Helper()
+	server, err := noise.NewIdentity()
+	if err != nil {
+		t.Fatal(err)
+	}
+	peer, err := noise.NewIdentity()
+	if err != nil {
+		t.Fatal(err)
+	}
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { l.Close() })
+	go func() {
+		for {
+			raw, err := l.Accept()
+			if err != nil {
+				return
+			}
+			go func() {
+				defer raw.Close()
+				conn, err := noise.Accept(context.Background(), raw, server, noise.PrologueV1, func([32]byte) bool { return true })
+				if err != nil {
+					return
+				}
+				for {
+					m, err := conn.ReadMessage()
+					if err != nil {
+						return
+					}
+					id, request, err := wire.Parse(m)
+					if err != nil {
+						t.Error(err)
+						return
+					}
+					b := answer(id, request)
+					if b == nil || conn.WriteMessage(b) != nil {
+						return
+					}
+				}
+			}()
+		}
+	}()
+	return client.Config{Address: l.Addr().String(), ServerKey: server.Public(), Identity: peer}
+}
+
+func TestAnswersThatCannotBeRight(t *testing.T) {
+	a := start(t)
+	real := dial(t, a.config())
+	good, err := real.Sign(t.Context(), "payments", message("AAAA"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, change := range map[string]func(*wire.Signed){
+		"another signature":      func(s *wire.Signed) { s.Signature[3] ^= 1 },
+		"no signature":           func(s *wire.Signed) { s.Signature = nil },
+		"another public key":     func(s *wire.Signed) { s.PublicKey[0] ^= 1 },
+		"another key's name":     func(s *wire.Signed) { s.Key = "other" },
+		"another nonce":          func(s *wire.Signed) { s.Nonce[0] ^= 1 },
+		"another time":           func(s *wire.Signed) { s.ExpiresAt++ },
+		"a signature of another": func(s *wire.Signed) { s.Signature = make([]byte, 64) },
+	} {
+		c := dial(t, fake(t, func(id string, r any) []byte {
+			s := wire.Signed{Signature: append([]byte(nil), good.Signature...), PublicKey: good.PublicKey, Key: "payments", Version: 1,
+				Nonce: good.Nonce, Timestamp: good.Timestamp, ExpiresAt: good.ExpiresAt}
+			change(&s)
+			return wire.EncodeAnswer(id, s, nil)
+		}))
+		if _, err := c.Sign(t.Context(), "payments", good.Document); !errors.Is(err, client.ErrWrongAnswer) {
+			t.Errorf("%s: %v, want %v", name, err, client.ErrWrongAnswer)
+		}
+	}
+	c := dial(t, fake(t, func(id string, r any) []byte { return []byte(`{"id":"` + id + `"}`) }))
+	if _, err := c.Ping(t.Context()); err == nil {
+		t.Error("an answer without a result is accepted")
+	}
+}
+
+// TestLostAnswers: a sign request is asked again by itself, a verify request never.
+func TestLostAnswers(t *testing.T) {
+	a := start(t)
+	real := dial(t, a.config())
+	good, err := real.Sign(t.Context(), "payments", message("AAAA"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	var mu sync.Mutex
+	asked := map[string]int{}
+	c := dial(t, fake(t, func(id string, r any) []byte {
+		mu.Lock()
+		defer mu.Unlock()
+		asked[fmt.Sprintf("%T", r)]++
+		if asked[fmt.Sprintf("%T", r)] == 1 {
+			return nil
+		}
+		return wire.EncodeAnswer(id, wire.Signed{Signature: good.Signature, PublicKey: good.PublicKey, Key: "payments", Version: 1,
+			Nonce: good.Nonce, Timestamp: good.Timestamp, ExpiresAt: good.ExpiresAt, Repeated: true}, nil)
+	}))
+	if s, err := c.Sign(t.Context(), "payments", good.Document); err != nil || !s.Repeated {
+		t.Errorf("sign: %v", err)
+	}
+	if _, err := c.Verify(t.Context(), "", good); !errors.Is(err, client.ErrUnknownOutcome) {
+		t.Errorf("verify: %v, want %v", err, client.ErrUnknownOutcome)
+	}
+	if asked["*wire.Sign"] != 2 || asked["*wire.Verify"] != 1 {
+		t.Errorf("asked %v", asked)
+	}
+}
+
+func TestContextEndsAWait(t *testing.T) {
+	hang := make(chan struct{})
+	defer close(hang)
+	c := dial(t, fake(t, func(string, any) []byte { <-hang; return nil }))
+	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Millisecond)
+	defer cancel()
+	if _, err := c.Ping(ctx); !errors.Is(err, context.DeadlineExceeded) {
+		t.Errorf("%v", err)
+	}
+	c.Close()
+	if _, err := c.Ping(t.Context()); !errors.Is(err, client.ErrClosed) {
+		t.Errorf("after Close: %v", err)
+	}
+}
+
+// TestSigner lets crypto/x509 use a key of the appliance.
+func TestSigner(t *testing.T) {
+	a := start(t)
+	c := dial(t, a.config())
+	s, err := c.Signer(t.Context(), "certificates")
+	if err != nil {
+		t.Fatal(err)
+	}
+	der, err := x509.CreateCertificateRequest(rand.Reader, &x509.CertificateRequest{Subject: pkix.Name{CommonName: "shop.example"}}, s)
+	if err != nil {
+		t.Fatal(err)
+	}
+	csr, err := x509.ParseCertificateRequest(der)
+	if err != nil || csr.CheckSignature() != nil {
+		t.Errorf("%v, %v", err, csr.CheckSignature())
+	}
+	if _, err := s.Sign(nil, make([]byte, 32), crypto.SHA256); err == nil {
+		t.Error("a hash is signed as if it were the message")
+	}
+	denied, err := c.Signer(t.Context(), "payments")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var refusal *client.Error
+	if _, err := denied.Sign(nil, []byte("m"), crypto.Hash(0)); !errors.As(err, &refusal) || refusal.Code != "denied" {
+		t.Errorf("raw with a key that policy does not name: %v", err)
+	}
+	if _, err := c.Signer(t.Context(), "nothing"); err == nil {
+		t.Error("a signer for a key that does not exist")
+	}
+}
+
+func TestSignedSurvivesJSON(t *testing.T) {
+	a := start(t)
+	c := dial(t, a.config())
+	s, err := c.Sign(t.Context(), "payments", message("AAAA"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	b, err := s.Encode()
+	if err != nil || !json.Valid(b) {
+		t.Fatal(err)
+	}
+	back, err := client.DecodeSigned(b)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := c.Verify(t.Context(), "payments", back); err != nil {
+		t.Error(err)
+	}
+	for _, bad := range []string{``, `[]`, `{}`, strings.Replace(string(b), `"nonce"`, `"nonse"`, 1), strings.Replace(string(b), `"nonce"`, `"x":1,"nonce"`, 1), string(b) + "x"} {
+		if _, err := client.DecodeSigned([]byte(bad)); err == nil {
+			t.Errorf("accepted: %.60s", bad)
+		}
+	}
+}
+
+func TestIdentityFiles(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "peer.key")
+	id, err := client.WriteIdentity(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	st, err := os.Stat(path)
+	if err != nil || st.Mode().Perm() != 0o600 {
+		t.Errorf("mode %v, %v", st.Mode(), err)
+	}
+	b, _ := os.ReadFile(path)
+	lines := strings.Split(string(b), "\n")
+	if len(lines) != 3 || lines[0] != fmt.Sprintf("# public key: %x", id.Public()) || len(lines[1]) != 64 || lines[2] != "" {
+		t.Errorf("the file is %q", strings.ReplaceAll(string(b), lines[1], "(64 digits)"))
+	}
+	back, err := client.ReadIdentity(path)
+	if err != nil || back.Public() != id.Public() {
+		t.Errorf("%v", err)
+	}
+	if _, err := client.WriteIdentity(path); err == nil {
+		t.Error("an identity is overwritten")
+	}
+	secret := lines[1]
+	for name, content := range map[string]string{
+		"empty": "", "comments only": "# x\n", "short": secret[:62] + "\n", "no hex": strings.Repeat("g", 64), "two keys": secret + "\n" + secret + "\n", "trailing word": secret + " x\n",
+	} {
+		p := filepath.Join(t.TempDir(), "bad.key")
+		os.WriteFile(p, []byte(content), 0o600)
+		if _, err := client.ReadIdentity(p); err == nil || strings.Contains(err.Error(), secret[:16]) {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+	os.Chmod(path, 0o644)
+	if _, err := client.ReadIdentity(path); err == nil || !strings.Contains(err.Error(), "chmod 600") {
+		t.Errorf("readable by others: %v", err)
+	}
+}

@@ -1,0 +1,111 @@
+package client_test
+
+import (
+	"context"
+	"log/slog"
+	"net"
+	"os"
+	"path/filepath"
+	"time"
+
+	"countersign/appliance"
+	"countersign/audit"
+	"countersign/client"
+	"countersign/keystore/keystoretest"
+	"countersign/ledger"
+	"countersign/noise"
+	"countersign/policy"
+)
+
+var operator = audit.Operator("test")
+
+const rules = `
+permit (principal == Peer::"shop", action == Action::"sign", resource == Key::"payments");
+permit (principal == Peer::"shop", action == Action::"sign_raw", resource == Key::"certificates");
+`
+
+// testAppliance is an appliance in this process, with keys in memory, on a loopback port.
+type testAppliance struct {
+	app     *appliance.Appliance
+	ledger  *ledger.Ledger
+	store   *keystoretest.Memory
+	address string
+	key     [32]byte
+	shop    *noise.Identity
+	dir     string
+
+	stopServing context.CancelFunc
+	served      chan error
+}
+
+func startAppliance() (a *testAppliance, err error) {
+	a = &testAppliance{store: keystoretest.NewMemory(), address: "127.0.0.1:0"}
+	if a.dir, err = os.MkdirTemp("", "countersign"); err != nil {
+		return nil, err
+	}
+	path := filepath.Join(a.dir, "ledger.db")
+	if err := ledger.Create(path); err != nil {
+		return nil, err
+	}
+	if a.ledger, err = ledger.Open(path); err != nil {
+		return nil, err
+	}
+	p, err := policy.Parse("policy.cedar", []byte(rules))
+	if err != nil {
+		return nil, err
+	}
+	ctx := context.Background()
+	limits := appliance.Limits{
+		Connections: 16, InFlight: 64, HandshakeTimeout: 5 * time.Second, IdleTimeout: time.Minute, WriteTimeout: 5 * time.Second,
+		RequestTimeout: 5 * time.Second, ClockSkew: 30 * time.Second, MaxLifetime: 24 * time.Hour,
+	}
+	if a.app, err = appliance.New(ctx, limits, a.ledger, a.store, p, slog.New(slog.DiscardHandler)); err != nil {
+		return nil, err
+	}
+	k, err := a.app.CreateNoiseKey(ctx, operator)
+	if err != nil {
+		return nil, err
+	}
+	a.key = [32]byte(k.Info().PublicKey)
+	for _, name := range []string{"payments", "certificates"} {
+		if _, err := a.app.CreateKey(ctx, operator, name); err != nil {
+			return nil, err
+		}
+	}
+	if a.shop, err = noise.NewIdentity(); err != nil {
+		return nil, err
+	}
+	public := a.shop.Public()
+	if _, err := a.app.AddPeer(ctx, operator, "shop", public[:]); err != nil {
+		return nil, err
+	}
+	return a, a.serve()
+}
+
+// serve listens at the address of the last time.
+func (a *testAppliance) serve() error {
+	l, err := net.Listen("tcp", a.address)
+	if err != nil {
+		return err
+	}
+	a.address = l.Addr().String()
+	ctx, cancel := context.WithCancel(context.Background())
+	a.stopServing, a.served = cancel, make(chan error, 1)
+	go func() { a.served <- a.app.Serve(ctx, l) }()
+	return nil
+}
+
+func (a *testAppliance) stop() error {
+	a.stopServing()
+	return <-a.served
+}
+
+func (a *testAppliance) close() {
+	a.stop()
+	a.ledger.Close()
+	os.RemoveAll(a.dir)
+}
+
+func (a *testAppliance) config() client.Config {
+	return client.Config{Address: a.address, ServerKey: a.key, Identity: a.shop}
+}
