@@ -29,7 +29,7 @@ func (a *Appliance) Serve(ctx context.Context, listener net.Listener) error {
 	if err := a.Ready(); err != nil {
 		return err
 	}
-	if err := a.record(ctx, daemonEvent(audit.Started)); err != nil {
+	if err := a.recordDaemon(audit.Started); err != nil {
 		return err
 	}
 	stop, cancel := context.WithCancelCause(ctx)
@@ -71,11 +71,14 @@ func (a *Appliance) Serve(ctx context.Context, listener net.Listener) error {
 		return cause
 	}
 	// What was admitted is settled: this event comes after all of that.
-	return a.record(context.WithoutCancel(ctx), daemonEvent(audit.Stopped))
+	return a.recordDaemon(audit.Stopped)
 }
 
-func daemonEvent(t audit.Type) audit.Event {
-	return audit.Event{Type: t, Actor: audit.Daemon(), Action: "serve", Outcome: "ok"}
+// recordDaemon writes down a step of the daemon's own life, even if it is being stopped.
+func (a *Appliance) recordDaemon(t audit.Type) error {
+	ctx, cancel := context.WithTimeout(context.Background(), a.limits.RequestTimeout)
+	defer cancel()
+	return a.record(ctx, audit.Event{Type: t, Actor: audit.Daemon(), Action: "serve", Outcome: "ok"})
 }
 
 // accepting waits out an error of Accept that passes (out of file descriptors, a connection that was reset already).

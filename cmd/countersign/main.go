@@ -13,6 +13,7 @@ import (
 	"io"
 	"os"
 	"os/signal"
+	"slices"
 	"strings"
 	"syscall"
 	"text/tabwriter"
@@ -62,7 +63,8 @@ func run(ctx context.Context, args []string, stdin io.Reader, stdout, stderr io.
 		return 0
 	}
 	code, status := classify(err)
-	if t.json {
+	if t.json || slices.Contains(args, "--json") { // wrong flags may have kept it from being read
+		t.json = true
 		t.print(map[string]any{"error": map[string]string{"code": code, "message": message(err)}}, nil)
 	}
 	fmt.Fprintf(stderr, "countersign: %s: %s\n", code, message(err))

@@ -1,0 +1,237 @@
+package softhsmtests
+
+import (
+	"bytes"
+	"context"
+	"encoding/base64"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"os"
+	"strconv"
+	"sync"
+	"testing"
+	"time"
+
+	"countersign/admin/api"
+	"countersign/client"
+)
+
+// kills is how often TestKilledUnderLoad kills the daemon, unless KILLS says otherwise.
+const kills = 25
+
+// TestKilledUnderLoad kills the daemon with SIGKILL at any moment while eight peers sign, and holds what the peers saw
+// against what the ledger says afterwards:
+//
+//   - it reopens, with its events numbered without gaps;
+//   - every signature that a peer got has its admission in the log, for its nonce and its digest;
+//   - no nonce has two admissions;
+//   - whatever a peer had asked, answered or not, an identical request gets one and the same signature, and another
+//     request under its nonce is a replay, if the first was admitted at all.
+//
+// SIGKILL does not lose what the kernel holds for the disk; that half of promise 1 is bbolt's fsync.
+func TestKilledUnderLoad(t *testing.T) {
+	s := newSystem(t)
+	p := s.serve()
+	s.enrol()
+	seed := uint64(time.Now().UnixNano())
+	t.Logf("seed %d", seed)
+	random := rand.New(rand.NewPCG(seed, 0))
+	rounds := kills
+	if v := os.Getenv("KILLS"); v != "" {
+		var err error
+		if rounds, err = strconv.Atoi(v); err != nil {
+			t.Fatal(err)
+		}
+	}
+
+	config := s.clientConfig()
+	var mu sync.Mutex
+	asked := map[[32]byte]*question{}
+	answers := 0
+	for round := range rounds {
+		ctx, cancel := context.WithCancel(t.Context())
+		var wg sync.WaitGroup
+		for range 8 {
+			c, err := client.Dial(ctx, config)
+			if err != nil {
+				t.Fatal(err)
+			}
+			for range 4 { // pipelined
+				wg.Go(func() {
+					for ctx.Err() == nil {
+						q := newQuestion()
+						mu.Lock()
+						asked[q.d.Nonce] = q
+						mu.Unlock()
+						signed, err := c.Sign(ctx, "payments", q.d)
+						mu.Lock()
+						if err == nil {
+							q.answer = signed
+							answers++
+						}
+						mu.Unlock()
+						if err != nil {
+							return
+						}
+					}
+				})
+			}
+			defer c.Close()
+		}
+		// Somewhere in the work: from the first admissions to a few thousand.
+		time.Sleep(time.Duration(random.IntN(60_000)) * time.Microsecond)
+		p.kill()
+		cancel()
+		wg.Wait()
+		p = s.serve()
+		if round%5 == 4 || round == rounds-1 {
+			s.checkAgainst(asked)
+		}
+	}
+	if answers < rounds {
+		t.Errorf("only %d answers: the test has lost its point", answers)
+	}
+	t.Logf("%d kills, %d requests, %d answers", rounds, len(asked), answers)
+	p.stop()
+}
+
+// question is a request and what came of it.
+type question struct {
+	d       client.Document
+	answer  *client.Signed
+	checked bool
+}
+
+func newQuestion() *question {
+	q := &question{d: message("AAAA")}
+	for i := range q.d.Nonce {
+		q.d.Nonce[i] = byte(rand.Uint32())
+	}
+	q.d.Timestamp = time.Now().Unix()
+	q.d.ExpiresAt = q.d.Timestamp + 3600
+	return q
+}
+
+func (s *system) checkAgainst(asked map[[32]byte]*question) {
+	t := s.t
+	t.Helper()
+	admissions := map[string]api.Event{}
+	for i, e := range s.events() {
+		if e.Index != uint64(i) {
+			t.Fatalf("event %d stands at %d", e.Index, i)
+		}
+		if e.Type == "SignatureAdmitted" {
+			nonce := e.Metadata["nonce"]
+			if other, twice := admissions[nonce]; twice {
+				t.Fatalf("nonce %s is admitted by events %d and %d", nonce, other.Index, e.Index)
+			}
+			admissions[nonce] = e
+		}
+	}
+	c := s.dial()
+	for nonce, q := range asked {
+		if q.checked {
+			continue
+		}
+		q.checked = true
+		admission, admitted := admissions[hex.EncodeToString(nonce[:])]
+		if q.answer != nil && (!admitted || admission.Index != q.answer.Event) {
+			t.Fatalf("a signature was released as event %d; the log has event %d (%v)", q.answer.Event, admission.Index, admitted)
+		}
+		if !admitted {
+			continue
+		}
+		other := q.d
+		other.Payload = message("BBBB").Payload
+		var refusal *client.Error
+		if _, err := c.Sign(t.Context(), "payments", other); !errors.As(err, &refusal) || refusal.Code != "replay" {
+			t.Fatalf("a spent nonce with other content: %v", err)
+		}
+		again, err := c.Sign(t.Context(), "payments", q.d)
+		if err != nil {
+			t.Fatalf("the same request again: %v", err)
+		}
+		if !again.Repeated || again.Event != admission.Index || q.answer != nil && !bytes.Equal(again.Signature, q.answer.Signature) {
+			t.Fatalf("the same request again: event %d, repeated %v", again.Event, again.Repeated)
+		}
+	}
+}
+
+// TestKilledDuringManagement kills the daemon while keys are made: afterwards each key exists whole, in the ledger and
+// in the token, or not at all, and its name can be used.
+func TestKilledDuringManagement(t *testing.T) {
+	s := newSystem(t)
+	p := s.serve()
+	random := rand.New(rand.NewPCG(1, 2))
+	known := map[string]string{} // what the API had confirmed
+	for round := range 10 {
+		names := make(chan string, 100)
+		ctx, cancel := context.WithCancel(t.Context())
+		var wg sync.WaitGroup
+		wg.Go(func() {
+			for i := 0; ctx.Err() == nil; i++ {
+				name := fmt.Sprintf("key-%d-%d", round, i)
+				names <- name
+				k, err := s.admin().CreateKey(ctx, name)
+				if err != nil {
+					return
+				}
+				known[name] = k.PublicKey
+			}
+		})
+		first := <-names
+		time.Sleep(time.Duration(random.IntN(40_000)) * time.Microsecond)
+		p.kill()
+		cancel()
+		wg.Wait()
+		p = s.serve()
+		keys, err := s.admin().Keys(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		have := map[string]string{}
+		for _, k := range keys {
+			have[k.Name] = k.PublicKey
+		}
+		for name, public := range known {
+			if have[name] != public {
+				t.Fatalf("key %s was confirmed as %s, the appliance has %q", name, public, have[name])
+			}
+		}
+		if _, exists := have[first]; !exists {
+			if _, err := s.admin().CreateKey(t.Context(), first); err != nil {
+				t.Fatalf("a name whose creation was cut off can't be used: %v", err)
+			}
+		}
+	}
+	p.stop()
+	if out, code := s.daemon("check"); code != 0 {
+		t.Errorf("check: %d, %s", code, out)
+	}
+}
+
+// TestEventNamesTheNonce: an admission says who, with which key and under which nonce, and nothing of the content.
+func TestEventNamesTheNonce(t *testing.T) {
+	s := newSystem(t)
+	p := s.serve()
+	s.enrol()
+	signed, err := s.dial().Sign(t.Context(), "payments", message("AAAA"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	events, err := s.admin().Events(t.Context(), signed.Event, 1)
+	if err != nil || len(events) != 1 {
+		t.Fatal(err)
+	}
+	b, _ := json.Marshal(events[0])
+	if e := events[0]; e.Metadata["nonce"] != hex.EncodeToString(signed.Nonce[:]) || e.Actor.Name != "demo" || e.Resource != "payments/1" {
+		t.Errorf("%s for nonce %s", b, base64.RawURLEncoding.EncodeToString(signed.Nonce[:]))
+	}
+	if bytes.Contains(b, []byte("AAAA")) || bytes.Contains(b, []byte(`"test"`)) {
+		t.Errorf("the event has the document's content: %s", b)
+	}
+	p.stop()
+}

@@ -1,0 +1,308 @@
+// Package softhsmtests runs the built daemon and the built CLI on a SoftHSM token, as a user would.
+package softhsmtests
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"fmt"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"countersign/admin/api"
+	"countersign/client"
+)
+
+const softHSM = "/usr/lib/softhsm/libsofthsm2.so"
+
+// userPIN is looked for in everything that the daemon writes.
+const userPIN = "pin-that-must-not-be-seen"
+
+var bin string // the folder of the built commands
+
+func TestMain(m *testing.M) {
+	os.Exit(func() int {
+		dir, err := os.MkdirTemp("", "countersign-bin")
+		if err != nil {
+			panic(err)
+		}
+		defer os.RemoveAll(dir)
+		bin = dir
+		for name, cgo := range map[string]string{"countersignd": "1", "countersign": "0"} {
+			build := exec.Command("go", "build", "-o", filepath.Join(dir, name), "countersign/cmd/"+name)
+			build.Env = append(os.Environ(), "CGO_ENABLED="+cgo)
+			if out, err := build.CombinedOutput(); err != nil {
+				fmt.Fprintf(os.Stderr, "build %s: %v\n%s", name, err, out)
+				return 1
+			}
+		}
+		return m.Run()
+	}())
+}
+
+// system is a configured appliance in a folder of its own.
+type system struct {
+	t      testing.TB
+	dir    string
+	listen string
+}
+
+// process is a running daemon.
+type process struct {
+	t      testing.TB
+	cmd    *exec.Cmd
+	stderr *bytes.Buffer
+	notify *net.UnixConn
+	ended  chan error
+}
+
+// newSystem writes a configuration and runs countersignd init.
+func newSystem(t testing.TB) *system {
+	t.Helper()
+	if _, err := os.Stat(softHSM); err != nil {
+		if os.Getenv("REQUIRE_DEVICES") == "1" {
+			t.Fatalf("SoftHSM is required and missing: %v", err)
+		}
+		t.Skipf("SoftHSM is not installed (apt-get install softhsm2): %v", err)
+	}
+	l, err := net.Listen("tcp", "127.0.0.1:0") // a port that is free now
+	if err != nil {
+		t.Fatal(err)
+	}
+	s := &system{t: t, dir: t.TempDir(), listen: l.Addr().String()}
+	l.Close()
+	if err := os.Mkdir(s.path("tokens"), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	s.write("softhsm2.conf", fmt.Sprintf("directories.tokendir = %s\nlog.level = ERROR\n", s.path("tokens")))
+	s.write("pin", userPIN+"\n")
+	s.write("so-pin", "so-"+userPIN+"\n")
+	s.write("policy.cedar", `permit (principal == Peer::"demo", action == Action::"sign", resource == Key::"payments");`)
+	s.write("countersign.toml", fmt.Sprintf(`
+listen = %q
+admin_socket = "admin.sock"
+ledger = "ledger.db"
+policy = "policy.cedar"
+log_level = "debug"
+
+[token]
+uri = "pkcs11:token=system%%20test"
+module = %q
+pin_file = "pin"
+environment = { SOFTHSM2_CONF = %q }
+`, s.listen, softHSM, s.path("softhsm2.conf")))
+	if out, code := s.daemon("init", "--new-token", "--so-pin-file", s.path("so-pin")); code != 0 {
+		t.Fatalf("init: %d\n%s", code, out)
+	}
+	return s
+}
+
+func (s *system) path(name string) string { return filepath.Join(s.dir, name) }
+
+func (s *system) write(name, content string) {
+	s.t.Helper()
+	if err := os.WriteFile(s.path(name), []byte(content), 0o600); err != nil {
+		s.t.Fatal(err)
+	}
+}
+
+// edit replaces a part of a file that must be there.
+func (s *system) edit(name, old, new string) {
+	s.t.Helper()
+	b, err := os.ReadFile(s.path(name))
+	if err != nil || !bytes.Contains(b, []byte(old)) {
+		s.t.Fatalf("%s has no %q (%v)", name, old, err)
+	}
+	s.write(name, strings.Replace(string(b), old, new, 1))
+}
+
+// daemon runs countersignd to its end and returns all that it printed, and its exit status.
+func (s *system) daemon(args ...string) (output string, code int) {
+	s.t.Helper()
+	ctx, cancel := context.WithTimeout(s.t.Context(), time.Minute)
+	defer cancel()
+	cmd := exec.CommandContext(ctx, filepath.Join(bin, "countersignd"), append(args, "--config", s.path("countersign.toml"))...)
+	out, err := cmd.CombinedOutput()
+	if ctx.Err() != nil {
+		s.t.Fatalf("countersignd %v did not end\n%s", args, out)
+	}
+	if _, exited := err.(*exec.ExitError); err != nil && !exited {
+		s.t.Fatal(err)
+	}
+	s.noSecrets(string(out))
+	return string(out), cmd.ProcessState.ExitCode()
+}
+
+func (s *system) noSecrets(output string) {
+	s.t.Helper()
+	if strings.Contains(output, userPIN) {
+		s.t.Error("the PIN was printed")
+	}
+}
+
+// serve starts the daemon and waits until it reports that it is ready, as systemd would.
+func (s *system) serve(environment ...string) *process {
+	s.t.Helper()
+	socket := filepath.Join(s.t.TempDir(), "notify")
+	notify, err := net.ListenUnixgram("unixgram", &net.UnixAddr{Name: socket, Net: "unixgram"})
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	p := &process{t: s.t, stderr: new(bytes.Buffer), notify: notify, ended: make(chan error, 1)}
+	p.cmd = exec.Command(filepath.Join(bin, "countersignd"), "serve", "--config", s.path("countersign.toml"))
+	p.cmd.Env = append(append(os.Environ(), "NOTIFY_SOCKET="+socket), environment...)
+	p.cmd.Stderr = p.stderr
+	if err := p.cmd.Start(); err != nil {
+		s.t.Fatal(err)
+	}
+	go func() { p.ended <- p.cmd.Wait() }()
+	s.t.Cleanup(func() {
+		notify.Close()
+		if p.cmd.ProcessState == nil {
+			p.cmd.Process.Kill()
+			<-p.ended
+		}
+		s.noSecrets(p.stderr.String())
+		if s.t.Failed() {
+			s.t.Logf("the daemon's log:\n%s", tail(p.stderr.String(), 3000))
+		}
+	})
+	if got := p.notified(); got != "READY=1" {
+		s.t.Fatalf("notified %q, want READY=1\n%s", got, p.stderr)
+	}
+	return p
+}
+
+// notified returns the next message to the service manager.
+func (p *process) notified() string {
+	p.t.Helper()
+	buf := make([]byte, 256)
+	p.notify.SetReadDeadline(time.Now().Add(30 * time.Second))
+	n, err := p.notify.Read(buf)
+	if err != nil {
+		p.t.Fatalf("no message to the service manager: %v\n%s", err, p.stderr)
+	}
+	return string(buf[:n])
+}
+
+// stop sends SIGTERM and expects a clean end.
+func (p *process) stop() {
+	p.t.Helper()
+	p.cmd.Process.Signal(syscall.SIGTERM)
+	select {
+	case err := <-p.ended:
+		p.ended <- err
+		if err != nil {
+			p.t.Fatalf("after SIGTERM: %v\n%s", err, tail(p.stderr.String(), 2000))
+		}
+	case <-time.After(30 * time.Second):
+		p.t.Fatal("SIGTERM does not end it")
+	}
+}
+
+// kill ends the daemon as a power cut would, but for the disk's own cache.
+func (p *process) kill() {
+	p.cmd.Process.Kill()
+	err := <-p.ended
+	p.ended <- err
+}
+
+func tail(s string, n int) string {
+	if len(s) > n {
+		return "…" + s[len(s)-n:]
+	}
+	return s
+}
+
+// cli runs countersign.
+func (s *system) cli(stdin string, args ...string) (stdout, stderr string, code int) {
+	s.t.Helper()
+	ctx, cancel := context.WithTimeout(s.t.Context(), time.Minute)
+	defer cancel()
+	var out, errOut bytes.Buffer
+	cmd := exec.CommandContext(ctx, filepath.Join(bin, "countersign"), args...)
+	cmd.Dir, cmd.Stdin, cmd.Stdout, cmd.Stderr = s.dir, strings.NewReader(stdin), &out, &errOut
+	cmd.Env = append(os.Environ(), "COUNTERSIGN_SOCKET="+s.path("admin.sock"))
+	if err := cmd.Run(); err != nil {
+		if _, exited := err.(*exec.ExitError); !exited {
+			s.t.Fatal(err)
+		}
+	}
+	return out.String(), errOut.String(), cmd.ProcessState.ExitCode()
+}
+
+// must runs countersign and expects success.
+func (s *system) must(args ...string) string {
+	s.t.Helper()
+	out, errOut, code := s.cli("", args...)
+	if code != 0 {
+		s.t.Fatalf("countersign %s: %d\n%s", strings.Join(args, " "), code, errOut)
+	}
+	return out
+}
+
+func (s *system) admin() *api.Client { return api.NewClient(s.path("admin.sock")) }
+
+// enrol makes an identity, enrols it as demo, and creates the key payments.
+func (s *system) enrol() {
+	s.t.Helper()
+	public := strings.TrimSpace(s.must("keygen", s.path("demo.key")))
+	s.must("admin", "peer", "add", "demo", public)
+	s.must("admin", "key", "create", "payments")
+}
+
+func (s *system) clientConfig() client.Config {
+	s.t.Helper()
+	k, err := s.admin().NoiseKey(s.t.Context())
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	key, err := client.ParseKey(k.PublicKey)
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	id, err := client.ReadIdentity(s.path("demo.key"))
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	return client.Config{Address: s.listen, ServerKey: key, Identity: id}
+}
+
+func (s *system) dial() *client.Client {
+	s.t.Helper()
+	c, err := client.Dial(s.t.Context(), s.clientConfig())
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	s.t.Cleanup(func() { c.Close() })
+	return c
+}
+
+func message(text string) client.Document {
+	payload, err := json.Marshal(map[string]string{"context": "test", "message": text})
+	if err != nil {
+		panic(err)
+	}
+	return client.Document{Type: "message-v1", Payload: payload}
+}
+
+// events reads the whole audit log.
+func (s *system) events() (all []api.Event) {
+	s.t.Helper()
+	for {
+		some, err := s.admin().Events(s.t.Context(), uint64(len(all)), 1000)
+		if err != nil {
+			s.t.Fatal(err)
+		}
+		all = append(all, some...)
+		if len(some) < 1000 {
+			return all
+		}
+	}
+}
