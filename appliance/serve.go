@@ -26,12 +26,6 @@ type session struct {
 // returns nil. When the ledger's state becomes unknown, it answers nobody any more and returns that error. The listener
 // is closed in any case.
 func (a *Appliance) Serve(ctx context.Context, listener net.Listener) error {
-	if err := a.Ready(); err != nil {
-		return err
-	}
-	if err := a.recordDaemon(audit.Started); err != nil {
-		return err
-	}
 	stop, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 	context.AfterFunc(stop, func() { listener.Close() })
@@ -70,9 +64,19 @@ func (a *Appliance) Serve(ctx context.Context, listener net.Listener) error {
 	if cause := context.Cause(stop); ctx.Err() == nil && cause != nil {
 		return cause
 	}
-	// What was admitted is settled: this event comes after all of that.
-	return a.recordDaemon(audit.Stopped)
+	return nil
 }
+
+// Start says whether serving can begin, and writes down that it does. Stop writes down that it has ended, after
+// everything that was admitted has been settled.
+func (a *Appliance) Start() error {
+	if err := a.Ready(); err != nil {
+		return err
+	}
+	return a.recordDaemon(audit.Started)
+}
+
+func (a *Appliance) Stop() error { return a.recordDaemon(audit.Stopped) }
 
 // recordDaemon writes down a step of the daemon's own life, even if it is being stopped.
 func (a *Appliance) recordDaemon(t audit.Type) error {

@@ -26,6 +26,7 @@ import (
 	"time"
 
 	bolt "go.etcd.io/bbolt"
+	bolterrors "go.etcd.io/bbolt/errors"
 )
 
 // format is the version of the file's layout. A ledger with a higher one belongs to a newer program.
@@ -173,7 +174,7 @@ func openBolt(path string) (db *bolt.DB, err error) {
 	})
 	var system syscall.Errno
 	switch {
-	case errors.Is(err, bolt.ErrTimeout):
+	case errors.Is(err, bolterrors.ErrTimeout):
 		return nil, ErrInUse
 	case errors.As(err, &system):
 		return nil, err

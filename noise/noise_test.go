@@ -35,7 +35,7 @@ func identity(t testing.TB) *Identity {
 
 // vector is an IK exchange with fixed ephemeral keys. Both ends run with their static key behind our handle.
 type vector struct {
-	protocol, prologue                       string
+	prologue                                 string
 	initStatic, initEph, respStatic, respEph []byte
 	payloads, ciphertexts                    [][]byte // handshake first, then alternating from the initiator
 	fromInit                                 []bool

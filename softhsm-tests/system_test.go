@@ -35,7 +35,11 @@ func TestMain(m *testing.M) {
 		defer os.RemoveAll(dir)
 		bin = dir
 		for name, cgo := range map[string]string{"countersignd": "1", "countersign": "0"} {
-			build := exec.Command("go", "build", "-o", filepath.Join(dir, name), "countersign/cmd/"+name)
+			args := []string{"build", "-o", filepath.Join(dir, name)}
+			if cgo == "1" && os.Getenv("RACE") == "1" {
+				args = append(args, "-race")
+			}
+			build := exec.Command("go", append(args, "countersign/cmd/"+name)...)
 			build.Env = append(os.Environ(), "CGO_ENABLED="+cgo)
 			if out, err := build.CombinedOutput(); err != nil {
 				fmt.Fprintf(os.Stderr, "build %s: %v\n%s", name, err, out)
@@ -169,6 +173,10 @@ func (s *system) serve(environment ...string) *process {
 			<-p.ended
 		}
 		s.noSecrets(p.stderr.String())
+		if strings.Contains(p.stderr.String(), "DATA RACE") {
+			s.t.Error("the race detector has found a race in the daemon")
+			s.t.Log(p.stderr)
+		}
 		if s.t.Failed() {
 			s.t.Logf("the daemon's log:\n%s", tail(p.stderr.String(), 3000))
 		}

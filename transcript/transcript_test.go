@@ -183,7 +183,7 @@ func TestSubscriptionRefusals(t *testing.T) {
 		{"starts_at", `99999999999999999999`}, {"starts_at", `253402300800`}, {"ends_at", `1704067200`}, {"ends_at", `-1`},
 		{"extra", `1`}, {"terms.extra", `1`},
 	} {
-		payload := string(c.Subscription)
+		var payload string
 		if outer, inner, ok := strings.Cut(bad.path, "."); ok {
 			payload = replaceField(t, c.Subscription, outer, replaceField(t, field(t, c.Subscription, outer), inner, bad.value))
 		} else {

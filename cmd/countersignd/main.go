@@ -76,6 +76,10 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 	}
 	root.AddCommand(initCmd, serveCmd, checkCmd)
 	if err := root.ExecuteContext(ctx); err != nil {
+		if ctx.Err() != nil && errors.Is(err, context.Canceled) {
+			fmt.Fprintln(stderr, "countersignd: stopped before it served")
+			return 0
+		}
 		fmt.Fprintf(stderr, "countersignd: %s\n", advise(err))
 		return 1
 	}

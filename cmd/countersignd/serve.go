@@ -35,9 +35,6 @@ func serve(ctx context.Context, c Config, stderr io.Writer) error {
 		return err
 	}
 	defer p.close(log)
-	if err := p.app.Ready(); err != nil {
-		return err
-	}
 	// Go's default would be MPTCP, which the rules of a sandbox on TCP ports do not cover.
 	var lc net.ListenConfig
 	lc.SetMultipathTCP(false)
@@ -48,6 +45,10 @@ func serve(ctx context.Context, c Config, stderr io.Writer) error {
 	defer peers.Close()
 	operator, err := admin.Listen(c.AdminSocket)
 	if err != nil {
+		return err
+	}
+	defer operator.Close()
+	if err := p.app.Start(); err != nil {
 		return err
 	}
 
@@ -77,7 +78,10 @@ func serve(ctx context.Context, c Config, stderr io.Writer) error {
 	if cause := context.Cause(ctx); err == nil && cause != nil && !errors.Is(cause, context.Canceled) {
 		err = cause
 	}
-	return err
+	if err != nil {
+		return err
+	}
+	return p.app.Stop()
 }
 
 // watchdog tells systemd that the daemon is alive as long as the ledger's writer comes round: a daemon that can't write

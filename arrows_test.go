@@ -1,0 +1,114 @@
+// Package countersign_test holds what is true of the tree as a whole.
+package countersign_test
+
+import (
+	"encoding/json"
+	"errors"
+	"io"
+	"os/exec"
+	"slices"
+	"strings"
+	"testing"
+)
+
+// arrows says what each package may import: ours by name, and outside modules. The arrows of the design point one way,
+// and each outside module that matters has one place where it is used.
+var arrows = map[string]struct{ ours, outside []string }{
+	"eddsa":                 {nil, []string{"filippo.io/edwards25519"}},
+	"transcript":            {[]string{"eddsa"}, []string{"github.com/go-json-experiment/json"}},
+	"wire":                  {nil, []string{"github.com/go-json-experiment/json"}},
+	"noise":                 {nil, []string{"github.com/flynn/noise"}},
+	"policy":                {nil, []string{"github.com/cedar-policy/cedar-go"}},
+	"ledger":                {nil, []string{"go.etcd.io/bbolt"}},
+	"audit":                 {nil, nil},
+	"keystore":              {nil, nil},
+	"keystore/keystoretest": {[]string{"keystore"}, nil},
+	"hsm":                   {[]string{"keystore"}, []string{"github.com/miekg/pkcs11", "github.com/stefanberger/go-pkcs11uri"}},
+	"appliance":             {[]string{"audit", "eddsa", "keystore", "ledger", "noise", "policy", "transcript", "wire"}, nil},
+	"admin":                 {[]string{"admin/api", "appliance", "audit"}, []string{"github.com/labstack/echo/v4"}},
+	"admin/api":             {[]string{"audit"}, nil},
+	"client":                {[]string{"eddsa", "noise", "transcript", "wire"}, []string{"github.com/go-json-experiment/json"}},
+	"cmd/countersign":       {[]string{"admin/api", "client", "transcript"}, []string{"github.com/spf13/cobra"}},
+	"cmd/countersignd": {[]string{"admin", "appliance", "audit", "hsm", "keystore", "ledger", "policy"},
+		[]string{"github.com/coreos/go-systemd/v22", "github.com/pelletier/go-toml/v2", "github.com/spf13/cobra", "golang.org/x/sys"}},
+	"softhsm-tests": {nil, nil},
+	"":              {nil, nil},
+}
+
+type pkg struct {
+	ImportPath string
+	Imports    []string
+	CgoFiles   []string
+}
+
+func list(t *testing.T, env []string, args ...string) (all []pkg) {
+	t.Helper()
+	cmd := exec.Command("go", append([]string{"list", "-json=ImportPath,Imports,CgoFiles"}, args...)...)
+	cmd.Env = append(cmd.Environ(), env...)
+	out, err := cmd.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	for d := json.NewDecoder(out); ; {
+		var p pkg
+		if err := d.Decode(&p); errors.Is(err, io.EOF) {
+			break
+		} else if err != nil {
+			t.Fatal(err)
+		}
+		all = append(all, p)
+	}
+	if err := cmd.Wait(); err != nil {
+		t.Fatal(err)
+	}
+	return all
+}
+
+func TestImportArrows(t *testing.T) {
+	seen := map[string]bool{}
+	for _, p := range list(t, nil, "./...") {
+		name := strings.TrimPrefix(strings.TrimPrefix(p.ImportPath, "countersign"), "/")
+		allowed, known := arrows[name]
+		if !known {
+			t.Errorf("package %q is new: say here what it may import", name)
+			continue
+		}
+		seen[name] = true
+		if len(p.CgoFiles) > 0 {
+			t.Errorf("%s has cgo files: C is the business of the module that it loads", name)
+		}
+		for _, path := range p.Imports {
+			if ours, ok := strings.CutPrefix(path, "countersign/"); ok {
+				if !slices.Contains(allowed.ours, ours) {
+					t.Errorf("%s imports %s", name, ours)
+				}
+			} else if first, _, _ := strings.Cut(path, "/"); strings.Contains(first, ".") &&
+				!slices.ContainsFunc(allowed.outside, func(m string) bool { return path == m || strings.HasPrefix(path, m+"/") }) {
+				t.Errorf("%s imports %s", name, path)
+			}
+		}
+	}
+	for name := range arrows {
+		if !seen[name] {
+			t.Errorf("package %q is gone: take it out here", name)
+		}
+	}
+}
+
+// TestCLINeedsNoC: peers and operators run countersign anywhere.
+func TestCLINeedsNoC(t *testing.T) {
+	for _, p := range list(t, []string{"CGO_ENABLED=1"}, "-deps", "./cmd/countersign") {
+		first, _, _ := strings.Cut(p.ImportPath, "/")
+		if len(p.CgoFiles) > 0 && strings.Contains(first, ".") {
+			t.Errorf("%s needs cgo", p.ImportPath)
+		}
+		for _, heavy := range []string{"github.com/miekg/pkcs11", "go.etcd.io/bbolt", "github.com/labstack/echo"} {
+			if strings.HasPrefix(p.ImportPath, heavy) {
+				t.Errorf("countersign links %s", p.ImportPath)
+			}
+		}
+	}
+}
