@@ -1,0 +1,121 @@
+package countersign_test
+
+import (
+	"encoding/hex"
+	"errors"
+	"os"
+	"strings"
+	"testing"
+
+	"countersign/eddsa"
+	"countersign/transcript"
+	"countersign/wire"
+)
+
+// blocks returns the fenced blocks of docs/SPEC.md whose info string is "json" and a name.
+func blocks(t *testing.T) (found []struct{ name, text string }) {
+	t.Helper()
+	b, err := os.ReadFile("docs/SPEC.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	parts := strings.Split(string(b), "```")
+	for i := 1; i < len(parts); i += 2 {
+		info, text, _ := strings.Cut(parts[i], "\n")
+		if name, ok := strings.CutPrefix(info, "json "); ok {
+			found = append(found, struct{ name, text string }{name, strings.TrimSpace(text)})
+		}
+	}
+	return found
+}
+
+// TestSpecExamples reads every example of the specification.
+func TestSpecExamples(t *testing.T) {
+	seen := map[string]int{}
+	for _, b := range blocks(t) {
+		kind, code, _ := strings.Cut(b.name, " ")
+		seen[kind]++
+		switch kind {
+		case "request":
+			if _, _, err := wire.Parse([]byte(b.text)); err != nil {
+				t.Errorf("%s\n%v", b.text, err)
+			}
+		case "refused":
+			var refusal *wire.Error
+			if _, _, err := wire.Parse([]byte(b.text)); !errors.As(err, &refusal) || refusal.Code != code {
+				t.Errorf("%s\n%v, want %s", b.text, err, code)
+			}
+		case "answer":
+			checkAnswer(t, b.text)
+		case "vector":
+			checkVector(t, b.text)
+		case "noise": // read by a test of package noise
+		default:
+			t.Errorf("a block named %q", b.name)
+		}
+	}
+	for kind, least := range map[string]int{"request": 4, "refused": 3, "answer": 6, "vector": 4, "noise": 1} {
+		if seen[kind] < least {
+			t.Errorf("%d blocks of kind %q, expected at least %d", seen[kind], kind, least)
+		}
+	}
+}
+
+func checkAnswer(t *testing.T, text string) {
+	t.Helper()
+	a, err := wire.DecodeAnswer([]byte(text))
+	if err != nil {
+		t.Errorf("%s\n%v", text, err)
+		return
+	}
+	if a.Error != nil {
+		return
+	}
+	for _, result := range []any{new(wire.Pong), new(wire.KeyList), new(wire.Signed), new(wire.Verified)} {
+		if a.Into(result) == nil {
+			return
+		}
+	}
+	t.Errorf("%s\nno operation answers this", text)
+}
+
+func checkVector(t *testing.T, text string) {
+	t.Helper()
+	var d struct {
+		wire.Document
+		Canonical string       `json:"canonical"`
+		Message   string       `json:"message"`
+		PublicKey wire.Bytes32 `json:"public_key"`
+		Signature wire.Bytes   `json:"signature"`
+	}
+	if err := wire.Decode([]byte(text), &d); err != nil {
+		t.Fatal(err)
+	}
+	doc, err := transcript.Parse(transcript.Request{Type: d.Type, Payload: d.Payload, Nonce: d.Nonce, Timestamp: d.Timestamp, ExpiresAt: d.ExpiresAt})
+	if err != nil {
+		t.Errorf("%s\n%v", text, err)
+		return
+	}
+	if hex.EncodeToString(doc.Canonical) != d.Canonical || hex.EncodeToString(doc.Message) != d.Message {
+		t.Errorf("%s: canonical %x, message %x", d.Type, doc.Canonical, doc.Message)
+	}
+	if err := eddsa.Verify(d.PublicKey[:], doc.Message, d.Signature); err != nil {
+		t.Errorf("%s: %v", d.Type, err)
+	}
+}
+
+// TestSpecNamesEveryCodeAndType: what a program may meet is in the specification.
+func TestSpecNamesEveryCodeAndType(t *testing.T) {
+	b, err := os.ReadFile("docs/SPEC.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, name := range append(transcript.Types(),
+		wire.CodeMalformed, wire.CodeUnsupported, wire.CodeTooLarge, wire.CodeUnknownKey, wire.CodeKeyNotActive, wire.CodeDenied,
+		wire.CodeReplay, wire.CodeExpired, wire.CodeNotYetValid, wire.CodeLifetimeTooLong, wire.CodeInvalidSignature, wire.CodeWrongSigner,
+		wire.CodeRateLimited, wire.CodeBusy, wire.CodeUnavailable) {
+		if !strings.Contains(string(b), name) {
+			t.Errorf("%s is not in docs/SPEC.md", name)
+		}
+	}
+}
