@@ -1,7 +1,7 @@
 # The commands of README.md. Each does its own set-up.
 export REQUIRE_DEVICES = 1
 
-.PHONY: build demo run test clean deps
+.PHONY: build demo run test bench clean deps
 
 build: deps
 	go build -o bin/countersignd ./cmd/countersignd
@@ -15,6 +15,9 @@ run: build
 
 test: deps
 	go test ./...
+
+bench: deps
+	go test -run '^$$' -bench . -benchtime 1x ./softhsm-tests
 
 deps:
 	@scripts/deps.sh

@@ -8,6 +8,7 @@ import (
 	"testing"
 
 	"countersign/eddsa"
+	"countersign/policy"
 	"countersign/transcript"
 	"countersign/wire"
 )
@@ -101,6 +102,19 @@ func checkVector(t *testing.T, text string) {
 	}
 	if err := eddsa.Verify(d.PublicKey[:], doc.Message, d.Signature); err != nil {
 		t.Errorf("%s: %v", d.Type, err)
+	}
+}
+
+// TestOperationsPolicyIsValid: the rules that an operator is shown fit the schema.
+func TestOperationsPolicyIsValid(t *testing.T) {
+	b, err := os.ReadFile("docs/OPERATIONS.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, text, found := strings.Cut(string(b), "```cedar\n")
+	text, _, _ = strings.Cut(text, "```")
+	if _, err := policy.Parse("docs/OPERATIONS.md", []byte(text)); !found || err != nil {
+		t.Errorf("%v\n%s", err, text)
 	}
 }
 
