@@ -33,3 +33,6 @@ func (l *Ledger) Commits() (n int) {
 	l.db.View(func(tx *bolt.Tx) error { n = tx.ID(); return nil })
 	return n
 }
+
+// Synced reports whether each commit and each growth of the file is followed by a sync.
+func (l *Ledger) Synced() bool { return !l.db.NoSync && !l.db.NoGrowSync }

@@ -408,3 +408,12 @@ func TestCreateAndOpenRefuse(t *testing.T) {
 		t.Error("the temporary file is still there")
 	}
 }
+
+// TestCommitsReachTheDisk: bbolt's fdatasync is on. (What it is worth in a power cut is tested elsewhere than in a process
+// that goes on living.)
+func TestCommitsReachTheDisk(t *testing.T) {
+	l, _ := create(t)
+	if !l.Synced() {
+		t.Error("commits are not synced to disk")
+	}
+}
