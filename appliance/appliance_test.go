@@ -418,16 +418,22 @@ func TestSlowDeviceIsBounded(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		r := newRig(t)
 		defer r.ledger.Close()
-		ctx, cancel := context.WithTimeout(t.Context(), limits.RequestTimeout)
-		defer cancel()
-		r.store.BeforeSign = func(keystore.Ref, []byte) error {
-			<-ctx.Done()
-			return fmt.Errorf("hsm: %w: %w", keystore.ErrUnavailable, ctx.Err())
-		}
-		_, err := r.Sign(ctx, r.shop, message(1, "m"))
-		r.refuses(t, "unavailable", err)
-		if got := r.events(t); got[len(got)-1] != audit.SignatureFailed {
-			t.Errorf("the ending of the admission is lost with the request's time: %v", got)
+		for n := range byte(20) {
+			ctx, cancel := context.WithTimeout(t.Context(), limits.RequestTimeout)
+			r.store.BeforeSign = func(keystore.Ref, []byte) error {
+				<-ctx.Done()
+				return fmt.Errorf("hsm: %w: %w", keystore.ErrUnavailable, ctx.Err())
+			}
+			begin := time.Now()
+			_, err := r.Sign(ctx, r.shop, message(n, "m"))
+			cancel()
+			r.refuses(t, "unavailable", err)
+			if took := time.Since(begin); took != limits.RequestTimeout {
+				t.Errorf("it took %v", took)
+			}
+			if got := r.events(t); got[len(got)-1] != audit.SignatureFailed {
+				t.Fatalf("the ending of the admission is lost with the request's time: %v", got)
+			}
 		}
 	})
 }

@@ -75,7 +75,7 @@ func (a *Appliance) Sign(ctx context.Context, who Peer, r *wire.Sign) (*wire.Sig
 }
 
 // settle records how an admission ended. The answer does not wait for the disk: the admission is there, and says that a
-// signature may exist. What was admitted must not lose its ending because the peer has gone, hence no cancellation.
+// signature may exist. What was admitted must not lose its ending because the request's time is over, hence a time of its own.
 func (a *Appliance) settle(ctx context.Context, who Peer, key *Key, admitted ledger.Admitted, signature []byte, failure error) error {
 	e := audit.Event{
 		Type: audit.SignatureCreated, Actor: audit.Peer(who.Name, who.PublicKey), Action: "sign", Resource: key.Info().Ref.String(), Outcome: "ok",
@@ -84,7 +84,9 @@ func (a *Appliance) settle(ctx context.Context, who Peer, key *Key, admitted led
 	if failure != nil {
 		e.Type, e.Outcome, signature = audit.SignatureFailed, wire.CodeUnavailable, nil
 	}
-	return a.ledger.Settle(context.WithoutCancel(ctx), admitted, signature, e.Encode(time.Now()))
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), a.limits.RequestTimeout)
+	defer cancel()
+	return a.ledger.Settle(ctx, admitted, signature, e.Encode(time.Now()))
 }
 
 // signEvents says what the ledger writes down about a sign request.
