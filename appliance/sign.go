@@ -2,7 +2,6 @@ package appliance
 
 import (
 	"context"
-	"encoding/hex"
 	"fmt"
 	"strconv"
 	"time"
@@ -96,23 +95,4 @@ func signEvents(who Peer, key *Key, doc *transcript.Document) func(ledger.Verdic
 		Metadata: metadataOf(doc),
 	}
 	return func(v ledger.Verdict) []byte { return verdictEvent(e, v) }
-}
-
-// verdictEvent turns the event of an admission into that of a replay where the ledger found one.
-func verdictEvent(admission audit.Event, v ledger.Verdict) []byte {
-	if v == ledger.Replay {
-		admission.Type, admission.Outcome = audit.ReplayRefused, wire.CodeReplay
-	}
-	return admission.Encode(time.Now())
-}
-
-// metadataOf is what an event keeps of a document: enough to recognise it, nothing of its content.
-func metadataOf(doc *transcript.Document) map[string]string {
-	digest := doc.Digest()
-	return map[string]string{
-		"transcript": doc.Type,
-		"digest":     hex.EncodeToString(digest[:]),
-		"nonce":      hex.EncodeToString(doc.Nonce[:]),
-		"expires_at": strconv.FormatInt(doc.ExpiresAt, 10),
-	}
 }

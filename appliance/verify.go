@@ -4,13 +4,11 @@ import (
 	"context"
 	"encoding/hex"
 	"fmt"
-	"maps"
 	"time"
 
 	"countersign/audit"
 	"countersign/eddsa"
 	"countersign/ledger"
-	"countersign/policy"
 	"countersign/transcript"
 	"countersign/wire"
 )
@@ -75,30 +73,4 @@ func verifyEvents(who Peer, r *wire.Verify, doc *transcript.Document) func(ledge
 	}
 	e.Metadata["signer"] = hex.EncodeToString(r.PublicKey[:])
 	return func(v ledger.Verdict) []byte { return verdictEvent(e, v) }
-}
-
-func replayed(a ledger.Admitted) error {
-	if a.Own {
-		return fmt.Errorf("%w: it was spent by this same request, admitted as event %d", errReplay, a.First)
-	}
-	return fmt.Errorf("%w", errReplay)
-}
-
-func documentOf(d wire.Document) transcript.Request {
-	return transcript.Request{Type: d.Type, Payload: d.Payload, Nonce: d.Nonce, Timestamp: d.Timestamp, ExpiresAt: d.ExpiresAt}
-}
-
-// decisionOf is what policy sees of a sign request.
-func decisionOf(who Peer, key string, doc *transcript.Document) policy.Request {
-	r := policy.Request{Peer: who.Name, Action: policy.Sign, Key: key, Context: maps.Clone(doc.Fields)}
-	if r.Context == nil {
-		r.Context = map[string]any{}
-	}
-	if doc.Unbound {
-		r.Action = policy.SignRaw
-	}
-	r.Context["transcript"] = doc.Type
-	r.Context["lifetime"] = doc.ExpiresAt - doc.Timestamp
-	r.Context["size"] = int64(len(doc.Canonical))
-	return r
 }
