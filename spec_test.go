@@ -8,6 +8,7 @@ import (
 	"testing"
 
 	"countersign/eddsa"
+	"countersign/ijson"
 	"countersign/policy"
 	"countersign/transcript"
 	"countersign/wire"
@@ -89,7 +90,7 @@ func checkVector(t *testing.T, text string) {
 		PublicKey wire.Bytes32 `json:"public_key"`
 		Signature wire.Bytes   `json:"signature"`
 	}
-	if err := wire.Decode([]byte(text), &d); err != nil {
+	if err := ijson.Decode([]byte(text), &d); err != nil {
 		t.Fatal(err)
 	}
 	doc, err := transcript.Parse(transcript.Request{Type: d.Type, Payload: d.Payload, Nonce: d.Nonce, Timestamp: d.Timestamp, ExpiresAt: d.ExpiresAt})

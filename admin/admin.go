@@ -5,9 +5,9 @@ package admin
 import (
 	"context"
 	"encoding/hex"
-	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"net/http"
 	"os"
@@ -18,20 +18,24 @@ import (
 	"countersign/admin/api"
 	"countersign/appliance"
 	"countersign/audit"
+	"countersign/ijson"
 
 	"github.com/labstack/echo/v4"
 )
 
-// maxBody bounds a request's body, maxEvents the events in one answer.
+// maxBody bounds a request's body, maxEvents the events in one answer, actTime how long a request waits for the device
+// and the disk.
 const (
 	maxBody   = 64 << 10
 	maxEvents = 1000
+	actTime   = 30 * time.Second
 )
 
 // New returns the server of the admin API.
 func New(a *appliance.Appliance) *http.Server {
 	e := echo.New()
 	e.HTTPErrorHandler = fail
+	e.Use(bounded)
 	s := server{a}
 	e.POST("/v1/keys", s.createKey)
 	e.GET("/v1/keys", s.keys)
@@ -181,15 +185,24 @@ func peerDoc(p appliance.Peer) api.Peer {
 	return api.Peer{Name: p.Name, PublicKey: hex.EncodeToString(p.PublicKey[:]), Added: p.Added.Unix()}
 }
 
+// bounded ends a request's wait after actTime.
+func bounded(next echo.HandlerFunc) echo.HandlerFunc {
+	return func(c echo.Context) error {
+		ctx, cancel := context.WithTimeout(c.Request().Context(), actTime)
+		defer cancel()
+		c.SetRequest(c.Request().WithContext(ctx))
+		return next(c)
+	}
+}
+
 // decode reads a body strictly.
 func decode(c echo.Context, v any) error {
-	d := json.NewDecoder(c.Request().Body)
-	d.DisallowUnknownFields()
-	if err := d.Decode(v); err != nil {
-		return fmt.Errorf("body: %w: %w", appliance.ErrInvalid, err)
+	b, err := io.ReadAll(c.Request().Body)
+	if err == nil {
+		err = ijson.Decode(b, v)
 	}
-	if d.More() {
-		return fmt.Errorf("body: %w: something follows the JSON document", appliance.ErrInvalid)
+	if err != nil {
+		return fmt.Errorf("body: %w: %w", appliance.ErrInvalid, err)
 	}
 	return nil
 }
@@ -199,8 +212,10 @@ func fail(err error, c echo.Context) {
 	status, code := http.StatusServiceUnavailable, "unavailable"
 	var route *echo.HTTPError
 	switch {
-	case errors.As(err, &route):
+	case errors.As(err, &route) && route.Code == http.StatusNotFound:
 		status, code = route.Code, "not_found"
+	case errors.As(err, &route) && route.Code < http.StatusInternalServerError:
+		status, code = route.Code, "invalid"
 	case errors.Is(err, appliance.ErrInvalid):
 		status, code = http.StatusBadRequest, "invalid"
 	case errors.Is(err, appliance.ErrExists):

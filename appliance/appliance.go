@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"countersign/audit"
+	"countersign/ijson"
 	"countersign/keystore"
 	"countersign/ledger"
 	"countersign/policy"
@@ -40,7 +41,8 @@ type Appliance struct {
 	policy *policy.Policy
 	log    *slog.Logger
 
-	managing sync.Mutex // held during one act of management
+	creating  lock // held while a key is made, however long the device takes
+	enrolling lock // held while a peer is added or removed
 
 	mu       sync.RWMutex
 	keys     map[keystore.Ref]*Key // under mu: all versions that exist on the keystore
@@ -65,12 +67,26 @@ type Key struct {
 	Created time.Time
 }
 
+// lock is a mutex that a context can give up waiting for.
+type lock chan struct{}
+
+func (l lock) acquire(ctx context.Context) error {
+	select {
+	case l <- struct{}{}:
+		return nil
+	case <-ctx.Done():
+		return fmt.Errorf("%w: another act of management is not done yet: %w", keystore.ErrUnavailable, ctx.Err())
+	}
+}
+
+func (l lock) release() { <-l }
+
 // New puts an appliance together. It reads keys and peers from the ledger and holds each key against the keystore: one
-// that is missing, ambiguous or another is an error, since serving without it would be a silent loss. A key whose
-// creation was cut off is cleared away; it has never been used.
+// that is missing, ambiguous or another is an error, since serving without it would be a silent loss. It changes nothing.
 func New(ctx context.Context, limits Limits, l *ledger.Ledger, store keystore.Store, p *policy.Policy, log *slog.Logger) (*Appliance, error) {
 	a := &Appliance{
 		limits: limits, ledger: l, store: store, policy: p, log: log,
+		creating: make(lock, 1), enrolling: make(lock, 1),
 		keys: map[keystore.Ref]*Key{}, active: map[string]*Key{}, peers: map[[32]byte]Peer{}, sessions: map[*session]struct{}{},
 	}
 	if err := a.loadPeers(); err != nil {
@@ -105,7 +121,7 @@ func (a *Appliance) signingKey(name string) (*Key, error) {
 	defer a.mu.RUnlock()
 	k := a.active[name]
 	if k == nil || k.Info().Algorithm != keystore.Ed25519 {
-		return nil, fmt.Errorf("%w: there is no signing key %q", errUnknownKey, clip(name))
+		return nil, fmt.Errorf("%w: there is no signing key %q", errUnknownKey, ijson.Clip(name))
 	}
 	return k, nil
 }
@@ -116,7 +132,7 @@ func (a *Appliance) keyVersion(name string, version uint32) (*Key, error) {
 	defer a.mu.RUnlock()
 	k := a.keys[keystore.Ref{Name: name, Version: version}]
 	if k == nil {
-		return nil, fmt.Errorf("%w: version %d of %q is gone", errKeyNotActive, version, clip(name))
+		return nil, fmt.Errorf("%w: version %d of %q is gone", errKeyNotActive, version, ijson.Clip(name))
 	}
 	return k, nil
 }
@@ -126,11 +142,4 @@ func (a *Appliance) peer(publicKey [32]byte) (Peer, bool) {
 	defer a.mu.RUnlock()
 	p, ok := a.peers[publicKey]
 	return p, ok
-}
-
-func clip(s string) string {
-	if len(s) > 64 {
-		return s[:64] + "…"
-	}
-	return s
 }

@@ -5,6 +5,7 @@ import (
 	"context"
 	"crypto/ed25519"
 	"encoding/base64"
+	"encoding/hex"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -359,7 +360,8 @@ func TestVerifyOrder(t *testing.T) {
 		{"wrong_signer", func(v *wire.Verify) {
 			v.PublicKey, v.Signature = [32]byte(foreign.Public().(ed25519.PublicKey)), ed25519.Sign(foreign, doc.Message)
 		}},
-		{"unknown_key", func(v *wire.Verify) { v.Key = "nothing" }},
+		{"unknown_key", func(v *wire.Verify) { v.Key = new("nothing") }},
+		{"unknown_key", func(v *wire.Verify) { v.Key = new("") }},
 		{"malformed", func(v *wire.Verify) { v.Payload = []byte(`{}`) }},
 		{"unsupported", func(v *wire.Verify) { v.Type, v.Payload = "raw", []byte(`{"message":"AA"}`) }},
 	} {
@@ -370,7 +372,7 @@ func TestVerifyOrder(t *testing.T) {
 		r.refuses(t, c.code, err)
 	}
 	named := *good
-	named.Key = "payments"
+	named.Key = new("payments")
 	if v, err := r.Verify(t.Context(), r.cafe, &named); err != nil || !v.Valid {
 		t.Fatalf("after all refusals: %v", err)
 	}
@@ -387,7 +389,7 @@ func TestVerifyWithANamedKeyOfAnother(t *testing.T) {
 	}
 	req := message(1, "m")
 	v := verifyOf(req, r.sign(t, r.shop, req))
-	v.Key = "other"
+	v.Key = new("other")
 	_, err := r.Verify(t.Context(), r.shop, v)
 	r.refuses(t, "wrong_signer", err)
 }
@@ -451,11 +453,11 @@ func TestKeysAreHeldAgainstTheToken(t *testing.T) {
 	}
 	ref := keystore.Ref{Name: "payments", Version: 1}
 	r := newRig(t)
-	r.store.Destroy(t.Context(), ref)
+	r.store.Remove(ref)
 	if err := reopen(r); !errors.Is(err, keystore.ErrNotFound) || !strings.Contains(err.Error(), "payments/1") {
 		t.Errorf("a missing key: %v", err)
 	}
-	r.store.Generate(t.Context(), ref, keystore.Ed25519)
+	r.store.Generate(t.Context(), ref, keystore.Ed25519, keystore.Tag{1})
 	if err := reopen(r); err == nil || !strings.Contains(err.Error(), "payments/1") {
 		t.Errorf("another key under the name: %v", err)
 	}
@@ -464,17 +466,19 @@ func TestKeysAreHeldAgainstTheToken(t *testing.T) {
 // TestUnfinishedKeyIsClearedAway: a crash between the intent and the record leaves a key that has never been used.
 func TestUnfinishedKeyIsClearedAway(t *testing.T) {
 	r := newRig(t)
-	ref := keystore.Ref{Name: "half", Version: 1}
-	if err := r.ledger.Update(t.Context(), func(tx *ledger.Tx) error {
-		return tx.Put(ledger.Keys, ref.String(), encode(keyRecord{Algorithm: keystore.Ed25519, State: Pending}))
-	}); err != nil {
-		t.Fatal(err)
-	}
-	if _, err := r.store.Generate(t.Context(), ref, keystore.Ed25519); err != nil {
+	ref, tag := keystore.Ref{Name: "half", Version: 1}, keystore.Tag{9}
+	r.pending(t, ref, tag)
+	if _, err := r.store.Generate(t.Context(), ref, keystore.Ed25519, tag); err != nil {
 		t.Fatal(err)
 	}
 	r.ledger.Close()
-	r.open(t)
+	r.open(t) // changes nothing by itself
+	if _, err := r.store.Key(t.Context(), ref); err != nil {
+		t.Errorf("opening has cleared it away: %v", err)
+	}
+	if err := r.Recover(t.Context()); err != nil {
+		t.Fatal(err)
+	}
 	if _, err := r.store.Key(t.Context(), ref); !errors.Is(err, keystore.ErrNotFound) {
 		t.Errorf("it is still on the token: %v", err)
 	}
@@ -483,6 +487,107 @@ func TestUnfinishedKeyIsClearedAway(t *testing.T) {
 	}
 	if _, err := r.CreateKey(t.Context(), audit.Operator("test"), "half"); err != nil {
 		t.Errorf("the name can't be used: %v", err)
+	}
+}
+
+// pending writes down the intent to make a key.
+func (r *rig) pending(t *testing.T, ref keystore.Ref, tag keystore.Tag) {
+	t.Helper()
+	if err := r.ledger.Update(t.Context(), func(tx *ledger.Tx) error {
+		return tx.Put(ledger.Keys, ref.String(), encode(keyRecord{Algorithm: keystore.Ed25519, State: Pending, Tag: hex.EncodeToString(tag[:])}))
+	}); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// TestSomebodyElsesKeyIsNotClearedAway: the token was changed for another one that has a key of the same name.
+func TestSomebodyElsesKeyIsNotClearedAway(t *testing.T) {
+	r := newRig(t)
+	ref := keystore.Ref{Name: "orders", Version: 1}
+	r.pending(t, ref, keystore.Tag{1})
+	if _, err := r.store.Generate(t.Context(), ref, keystore.Ed25519, keystore.Tag{2}); err != nil {
+		t.Fatal(err)
+	}
+	if err := r.Recover(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := r.store.Key(t.Context(), ref); err != nil {
+		t.Errorf("somebody else's key is gone: %v", err)
+	}
+}
+
+// TestCallerLeavesACreation: the device takes its time, the caller leaves; the key is whole afterwards, and meanwhile a
+// peer can be removed.
+func TestCallerLeavesACreation(t *testing.T) {
+	r := newRig(t)
+	inDevice, release := make(chan struct{}), make(chan struct{})
+	r.store.BeforeGenerate = func(keystore.Ref) { close(inDevice); <-release }
+	ctx, cancel := context.WithCancel(t.Context())
+	done := make(chan error)
+	go func() {
+		_, err := r.CreateKey(ctx, audit.Operator("test"), "slow")
+		done <- err
+	}()
+	<-inDevice
+	cancel()
+	if err := <-done; !errors.Is(err, keystore.ErrUnavailable) {
+		t.Errorf("%v, want %v", err, keystore.ErrUnavailable)
+	}
+	if err := r.RemovePeer(t.Context(), audit.Operator("test"), "cafe"); err != nil {
+		t.Errorf("remove a peer beside it: %v", err)
+	}
+	again, giveUp := context.WithCancel(t.Context())
+	giveUp()
+	if _, err := r.CreateKey(again, audit.Operator("test"), "other"); !errors.Is(err, keystore.ErrUnavailable) {
+		t.Errorf("another key beside it: %v, want %v", err, keystore.ErrUnavailable)
+	}
+	r.store.BeforeGenerate = nil
+	close(release)
+	if _, err := r.CreateKey(t.Context(), audit.Operator("test"), "slow"); !errors.Is(err, ErrExists) {
+		t.Errorf("the creation that went on: %v, want %v", err, ErrExists)
+	}
+	r.ledger.Close()
+	r.open(t)
+	if _, err := r.Key("slow"); err != nil {
+		t.Error(err)
+	}
+}
+
+// TestCallerLeavesAManagementAct: whether the caller waits or not, memory and ledger agree.
+func TestCallerLeavesAManagementAct(t *testing.T) {
+	r := newRig(t)
+	who := audit.Operator("test")
+	gone, leave := context.WithCancel(t.Context())
+	leave()
+	for n := range byte(20) {
+		name, key := fmt.Sprintf("p%d", n), bytes.Repeat([]byte{100 + n}, 32)
+		r.AddPeer(gone, who, name, key)
+		r.agrees(t)
+		if _, err := r.AddPeer(t.Context(), who, name, key); err != nil && !errors.Is(err, ErrExists) {
+			t.Fatal(err)
+		}
+		r.RemovePeer(gone, who, name)
+		r.agrees(t)
+		if err := r.RemovePeer(t.Context(), who, name); err != nil && !errors.Is(err, ErrNotFound) {
+			t.Fatal(err)
+		}
+		r.agrees(t)
+	}
+	if len(r.Peers()) != 2 {
+		t.Errorf("%d peers are left", len(r.Peers()))
+	}
+}
+
+// agrees compares the peers in memory with those in the ledger.
+func (r *rig) agrees(t *testing.T) {
+	t.Helper()
+	var onDisk, inMemory []string
+	r.ledger.All(ledger.Peers, func(name string, _ []byte) error { onDisk = append(onDisk, name); return nil })
+	for _, p := range r.Peers() {
+		inMemory = append(inMemory, p.Name)
+	}
+	if !slices.Equal(onDisk, inMemory) {
+		t.Fatalf("in the ledger %q, in memory %q", onDisk, inMemory)
 	}
 }
 
@@ -500,7 +605,7 @@ func TestManageRefuses(t *testing.T) {
 	}
 	// Something of this name is on the token that the ledger does not know: it is not ours to replace or to clear away.
 	foreign := keystore.Ref{Name: "foreign", Version: 1}
-	r.store.Generate(t.Context(), foreign, keystore.Ed25519)
+	r.store.Generate(t.Context(), foreign, keystore.Ed25519, keystore.Tag{1})
 	if _, err := r.CreateKey(t.Context(), who, "foreign"); !errors.Is(err, ErrExists) {
 		t.Errorf("a key of somebody else: %v", err)
 	}

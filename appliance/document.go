@@ -19,7 +19,7 @@ import (
 // replayed tells a peer that the nonce is spent, and where it was its own request, by which event.
 func replayed(a ledger.Admitted) error {
 	if a.Own {
-		return fmt.Errorf("%w: it was spent by this same request, admitted as event %d", errReplay, a.First)
+		return fmt.Errorf("%w: your own request for this document spent it, as event %d", errReplay, a.First)
 	}
 	return fmt.Errorf("%w", errReplay)
 }

@@ -2,6 +2,7 @@ package appliance
 
 import (
 	"context"
+	"crypto/rand"
 	"encoding/hex"
 	"encoding/json"
 	"errors"
@@ -11,6 +12,7 @@ import (
 	"time"
 
 	"countersign/audit"
+	"countersign/ijson"
 	"countersign/keystore"
 	"countersign/ledger"
 )
@@ -40,7 +42,8 @@ type keyRecord struct {
 	Algorithm keystore.Algorithm `json:"algorithm"`
 	PublicKey string             `json:"public_key,omitempty"` // hex; none while pending
 	State     State              `json:"state"`
-	Created   int64              `json:"created"` // Unix seconds
+	Created   int64              `json:"created"`       // Unix seconds
+	Tag       string             `json:"tag,omitempty"` // hex; of the creation
 }
 
 type peerRecord struct {
@@ -72,7 +75,8 @@ func (a *Appliance) loadPeers() error {
 	})
 }
 
-func (a *Appliance) loadKeys(ctx context.Context) error {
+// keyRecords reads the ledger's keys in a state that wanted accepts.
+func (a *Appliance) keyRecords(wanted func(State) bool) (map[keystore.Ref]keyRecord, error) {
 	records := map[keystore.Ref]keyRecord{}
 	err := a.ledger.All(ledger.Keys, func(name string, value []byte) error {
 		var r keyRecord
@@ -80,19 +84,20 @@ func (a *Appliance) loadKeys(ctx context.Context) error {
 			return fmt.Errorf("key %q in the ledger: %w", name, err)
 		}
 		ref, err := keystore.ParseRef(name)
-		records[ref] = r
+		if wanted(r.State) {
+			records[ref] = r
+		}
 		return err
 	})
+	return records, err
+}
+
+func (a *Appliance) loadKeys(ctx context.Context) error {
+	records, err := a.keyRecords(func(s State) bool { return s != Pending })
 	if err != nil {
 		return err
 	}
 	for ref, r := range records {
-		if r.State == Pending {
-			if err := a.clearAway(ctx, ref, errors.New("interrupted")); err != nil {
-				return err
-			}
-			continue
-		}
 		k, err := a.store.Key(ctx, ref)
 		if errors.Is(err, keystore.ErrNotFound) {
 			return fmt.Errorf("the ledger has key %v and the token does not: is it the right token? %w", ref, err)
@@ -107,6 +112,21 @@ func (a *Appliance) loadKeys(ctx context.Context) error {
 	return nil
 }
 
+// Recover clears away what creations that were cut off have left behind. Those keys have never been in use, and what
+// carries another tag than theirs is not touched.
+func (a *Appliance) Recover(ctx context.Context) error {
+	pending, err := a.keyRecords(func(s State) bool { return s == Pending })
+	if err != nil {
+		return err
+	}
+	for ref, r := range pending {
+		if err := a.clearAway(ctx, ref, r, "interrupted"); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
 func (a *Appliance) install(k *Key) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -116,9 +136,13 @@ func (a *Appliance) install(k *Key) {
 	}
 }
 
-// clearAway removes what a creation that did not end well has left behind. The key has never been in use.
-func (a *Appliance) clearAway(ctx context.Context, ref keystore.Ref, why error) error {
-	if err := a.store.Destroy(ctx, ref); err != nil {
+// clearAway removes what a creation that did not end well has left behind.
+func (a *Appliance) clearAway(ctx context.Context, ref keystore.Ref, r keyRecord, outcome string) error {
+	tag, err := hex.DecodeString(r.Tag)
+	if err != nil || len(tag) != len(keystore.Tag{}) {
+		return fmt.Errorf("the unfinished key %v in the ledger has no tag", ref)
+	}
+	if err := a.store.Destroy(ctx, ref, keystore.Tag(tag)); err != nil {
 		return fmt.Errorf("clear away the unfinished key %v: %w", ref, err)
 	}
 	return a.ledger.Update(ctx, func(tx *ledger.Tx) error {
@@ -126,13 +150,13 @@ func (a *Appliance) clearAway(ctx context.Context, ref keystore.Ref, why error) 
 			return err
 		}
 		return tx.Append(audit.Event{
-			Type: audit.KeyCreationFailed, Actor: audit.Daemon(), Action: "key create", Resource: ref.String(), Outcome: why.Error(),
+			Type: audit.KeyCreationFailed, Actor: audit.Daemon(), Action: "key create", Resource: ref.String(), Outcome: outcome,
 		}.Encode(time.Now()))
 	})
 }
 
-// CreateKey makes version 1 of a signing key in the keystore. The intent is written down first, the key comes into use
-// only when it has been proven and written down: a crash in between leaves nothing that counts.
+// CreateKey makes version 1 of a signing key in the keystore. When ctx ends first, the creation goes on, and Keys tells
+// how it ended.
 func (a *Appliance) CreateKey(ctx context.Context, who audit.Actor, name string) (*Key, error) {
 	if name == NoiseName {
 		return nil, fmt.Errorf("key %q: %w: the name belongs to the listener's Noise key", name, ErrInvalid)
@@ -147,35 +171,62 @@ func (a *Appliance) CreateNoiseKey(ctx context.Context, who audit.Actor) (*Key, 
 
 func (a *Appliance) createKey(ctx context.Context, who audit.Actor, name string, alg keystore.Algorithm) (*Key, error) {
 	if err := keystore.CheckName(name); err != nil {
-		return nil, fmt.Errorf("key %q: %w: %w", clip(name), ErrInvalid, err)
+		return nil, fmt.Errorf("key %q: %w: %w", ijson.Clip(name), ErrInvalid, err)
 	}
-	a.managing.Lock()
-	defer a.managing.Unlock()
-	ref := keystore.Ref{Name: name, Version: 1}
+	if err := a.creating.acquire(ctx); err != nil {
+		return nil, err
+	}
+	type result struct {
+		key *Key
+		err error
+	}
+	done := make(chan result, 1)
+	go func() {
+		defer a.creating.release()
+		// Not under ctx: a caller that leaves in the middle must not leave the device at something that nobody finishes.
+		k, err := a.create(context.WithoutCancel(ctx), who, keystore.Ref{Name: name, Version: 1}, alg)
+		done <- result{k, err}
+	}()
+	select {
+	case r := <-done:
+		return r.key, r.err
+	case <-ctx.Done():
+		return nil, fmt.Errorf("key %q: %w: the device is still making it; look later with key list", name, keystore.ErrUnavailable)
+	}
+}
+
+// create writes the intent down first; the key comes into use only when it has been proven and written down. A crash in
+// between leaves nothing that counts.
+func (a *Appliance) create(ctx context.Context, who audit.Actor, ref keystore.Ref, alg keystore.Algorithm) (*Key, error) {
 	a.mu.RLock()
 	_, exists := a.keys[ref]
 	a.mu.RUnlock()
 	if exists {
-		return nil, fmt.Errorf("key %q: %w", name, ErrExists)
+		return nil, fmt.Errorf("key %q: %w", ref.Name, ErrExists)
 	}
-	// Before anything is written down: what is on the token under this name is not ours to clear away later.
 	if _, err := a.store.Key(ctx, ref); err == nil {
-		return nil, fmt.Errorf("key %q: %w on the token, but not in the ledger: does the token belong to another appliance?", name, ErrExists)
+		return nil, fmt.Errorf("key %q: %w on the token, but not in the ledger: does the token belong to another appliance?", ref.Name, ErrExists)
 	} else if !errors.Is(err, keystore.ErrNotFound) {
-		return nil, fmt.Errorf("key %q: %w", name, err)
+		return nil, fmt.Errorf("key %q: %w", ref.Name, err)
 	}
-	r := keyRecord{Algorithm: alg, State: Pending, Created: time.Now().Unix()}
-	if err := a.ledger.Update(ctx, func(tx *ledger.Tx) error { return tx.Put(ledger.Keys, ref.String(), encode(r)) }); err != nil {
+	var tag keystore.Tag
+	rand.Read(tag[:])
+	r := keyRecord{Algorithm: alg, State: Pending, Created: time.Now().Unix(), Tag: hex.EncodeToString(tag[:])}
+	err := a.ledger.Update(ctx, func(tx *ledger.Tx) error {
+		if len(tx.Get(ledger.Keys, ref.String())) > 0 { // an earlier one could not be cleared away; the next start does it
+			return fmt.Errorf("key %q: %w: an unfinished creation of it is in the way until the daemon is started again", ref.Name, ErrExists)
+		}
+		return tx.Put(ledger.Keys, ref.String(), encode(r))
+	})
+	if err != nil {
 		return nil, err
 	}
-	made, err := a.store.Generate(ctx, ref, alg)
+	made, err := a.store.Generate(ctx, ref, alg, tag)
 	if err != nil {
-		cleanup, cancel := context.WithTimeout(context.WithoutCancel(ctx), a.limits.RequestTimeout)
-		defer cancel()
-		return nil, errors.Join(fmt.Errorf("key %q: %w", name, err), a.clearAway(cleanup, ref, errors.New("failed")))
+		return nil, errors.Join(fmt.Errorf("key %q: %w", ref.Name, err), a.clearAway(ctx, ref, r, "failed"))
 	}
 	r.State, r.PublicKey = Active, hex.EncodeToString(made.Info().PublicKey)
-	err = a.ledger.Update(context.WithoutCancel(ctx), func(tx *ledger.Tx) error {
+	err = a.ledger.Update(ctx, func(tx *ledger.Tx) error {
 		if err := tx.Put(ledger.Keys, ref.String(), encode(r)); err != nil {
 			return err
 		}
@@ -187,7 +238,7 @@ func (a *Appliance) createKey(ctx context.Context, who audit.Actor, name string,
 	if err != nil {
 		return nil, err
 	}
-	k := &Key{Key: made, Name: name, Version: ref.Version, State: Active, Created: time.Unix(r.Created, 0)}
+	k := &Key{Key: made, Name: ref.Name, Version: ref.Version, State: Active, Created: time.Unix(r.Created, 0)}
 	a.install(k)
 	return k, nil
 }
@@ -213,7 +264,7 @@ func (a *Appliance) Keys() []*Key {
 func (a *Appliance) Key(name string) ([]*Key, error) {
 	all := slices.DeleteFunc(a.Keys(), func(k *Key) bool { return k.Name != name })
 	if len(all) == 0 {
-		return nil, fmt.Errorf("key %q: %w", clip(name), ErrNotFound)
+		return nil, fmt.Errorf("key %q: %w", ijson.Clip(name), ErrNotFound)
 	}
 	return all, nil
 }
@@ -231,23 +282,29 @@ func (a *Appliance) NoiseKey() (*Key, error) {
 // AddPeer enrols a client under a name, by its Noise static public key. Neither may be enrolled already.
 func (a *Appliance) AddPeer(ctx context.Context, who audit.Actor, name string, publicKey []byte) (Peer, error) {
 	if err := keystore.CheckName(name); err != nil {
-		return Peer{}, fmt.Errorf("peer %q: %w: %w", clip(name), ErrInvalid, err)
+		return Peer{}, fmt.Errorf("peer %q: %w: %w", ijson.Clip(name), ErrInvalid, err)
 	}
 	if len(publicKey) != 32 || keystore.LowOrder([32]byte(publicKey)) {
 		return Peer{}, fmt.Errorf("peer %q: %w: its public key must be 32 bytes of an X25519 key", name, ErrInvalid)
 	}
-	a.managing.Lock()
-	defer a.managing.Unlock()
+	if err := a.enrolling.acquire(ctx); err != nil {
+		return Peer{}, err
+	}
+	defer a.enrolling.release()
 	now := time.Now()
 	p := Peer{Name: name, PublicKey: [32]byte(publicKey), Added: now}
 	if other, ok := a.peer(p.PublicKey); ok {
 		return Peer{}, fmt.Errorf("peer %q: %w: the public key is enrolled as %q", name, ErrExists, other.Name)
 	}
-	err := a.ledger.Update(ctx, func(tx *ledger.Tx) error {
-		if len(tx.Get(ledger.Peers, name)) > 0 {
+	r := peerRecord{PublicKey: hex.EncodeToString(publicKey), Added: now.Unix()}
+	err := a.update(ctx, func(tx *ledger.Tx) error {
+		if old := tx.Get(ledger.Peers, name); len(old) > 0 {
+			var known peerRecord
+			if json.Unmarshal(old, &known) == nil && known.PublicKey == r.PublicKey {
+				return nil // an earlier call was told that it failed, and had not
+			}
 			return fmt.Errorf("peer %q: %w", name, ErrExists)
 		}
-		r := peerRecord{PublicKey: hex.EncodeToString(publicKey), Added: now.Unix()}
 		if err := tx.Put(ledger.Peers, name, encode(r)); err != nil {
 			return err
 		}
@@ -264,35 +321,64 @@ func (a *Appliance) AddPeer(ctx context.Context, who audit.Actor, name string, p
 	return p, nil
 }
 
-// RemovePeer takes a client's enrolment back and closes its connections.
+// RemovePeer takes a client's enrolment back. It is cut off first and without the disk: its connections are closed, and
+// what was being served for it has ended, before that is written down. After an error the ledger may still have the
+// peer, and would enrol it again at the next start: ask again.
 func (a *Appliance) RemovePeer(ctx context.Context, who audit.Actor, name string) error {
-	a.managing.Lock()
-	defer a.managing.Unlock()
-	err := a.ledger.Update(ctx, func(tx *ledger.Tx) error {
+	if err := a.enrolling.acquire(ctx); err != nil {
+		return err
+	}
+	defer a.enrolling.release()
+	known, ended := a.cutOff(name)
+	for _, end := range ended {
+		select {
+		case <-end:
+		case <-ctx.Done():
+			return fmt.Errorf("peer %q: %w: a request of its is still with the device; ask again", ijson.Clip(name), keystore.ErrUnavailable)
+		}
+	}
+	return a.update(ctx, func(tx *ledger.Tx) error {
 		if len(tx.Get(ledger.Peers, name)) == 0 {
-			return fmt.Errorf("peer %q: %w", clip(name), ErrNotFound)
+			if known {
+				return nil
+			}
+			return fmt.Errorf("peer %q: %w", ijson.Clip(name), ErrNotFound)
 		}
 		if err := tx.Delete(ledger.Peers, name); err != nil {
 			return err
 		}
 		return tx.Append(audit.Event{Type: audit.PeerRemoved, Actor: who, Action: "peer remove", Resource: name, Outcome: "ok"}.Encode(time.Now()))
 	})
-	if err != nil {
-		return err
-	}
+}
+
+// cutOff forgets a peer and closes its connections. ended has a channel for each, which is closed when nothing is being
+// served on it any more.
+func (a *Appliance) cutOff(name string) (known bool, ended []<-chan struct{}) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	for key, p := range a.peers {
 		if p.Name == name {
 			delete(a.peers, key)
+			known = true
 		}
 	}
 	for s := range a.sessions {
 		if s.peer.Name == name {
 			s.conn.Close()
+			ended = append(ended, s.ended)
 		}
 	}
-	return nil
+	return known, ended
+}
+
+// manageTime bounds how long an act of management waits for the disk. It does not end with its caller: an act that was
+// handed to the ledger may be carried out, and memory has to say the same as the disk.
+const manageTime = 30 * time.Second
+
+func (a *Appliance) update(ctx context.Context, change func(*ledger.Tx) error) error {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), manageTime)
+	defer cancel()
+	return a.ledger.Update(ctx, change)
 }
 
 // Peers lists the enrolled clients by name.

@@ -18,6 +18,7 @@ var (
 	errKeyNotActive     = errors.New("the key is not active")
 	errInvalidSignature = errors.New("invalid signature")
 	errReplay           = errors.New("the nonce is spent")
+	errUnknownOutcome   = errors.New("the nonce may be spent")
 )
 
 // class is what an error means for the one who gets it and for the daemon.
@@ -38,6 +39,7 @@ var table = []struct {
 	message string
 }{
 	{ledger.ErrUnknownState, fatal, wire.CodeUnavailable, "the appliance can't answer now"},
+	{errUnknownOutcome, unavailable, wire.CodeUnavailable, "the appliance took too long; the nonce may be spent, and then the same request is a replay"},
 	{transcript.ErrMalformed, refused, wire.CodeMalformed, ""},
 	{transcript.ErrUnsupported, refused, wire.CodeUnsupported, ""},
 	{transcript.ErrExpired, refused, wire.CodeExpired, ""},

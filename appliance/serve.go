@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"countersign/audit"
+	"countersign/ijson"
 	"countersign/keystore"
 	"countersign/ledger"
 	"countersign/noise"
@@ -18,8 +19,9 @@ import (
 
 // session is one connection of an enrolled peer.
 type session struct {
-	conn *noise.Conn
-	peer Peer
+	conn  *noise.Conn
+	peer  Peer
+	ended chan struct{} // closed when nothing is being served on it any more
 }
 
 // Serve answers peers on listener until ctx ends; then it takes no new requests, finishes those that it has begun, and
@@ -67,9 +69,12 @@ func (a *Appliance) Serve(ctx context.Context, listener net.Listener) error {
 	return nil
 }
 
-// Start says whether serving can begin, and writes down that it does. Stop writes down that it has ended, after
+// Start clears away what was cut off, says whether serving can begin, and writes down that it does. Stop writes down that it has ended, after
 // everything that was admitted has been settled.
-func (a *Appliance) Start() error {
+func (a *Appliance) Start(ctx context.Context) error {
+	if err := a.Recover(ctx); err != nil {
+		return err
+	}
 	if err := a.Ready(); err != nil {
 		return err
 	}
@@ -117,13 +122,23 @@ func (a *Appliance) serveConn(stop context.Context, raw net.Conn) {
 		}
 		return
 	}
-	s := &session{conn: conn}
+	// A recorded message 1 can be replayed without the private key. Only a message that decrypts proves that somebody
+	// has it; until then the connection is a handshake, with a handshake's time.
+	s := &session{conn: conn, ended: make(chan struct{})}
+	defer close(s.ended)
+	stopReading := context.AfterFunc(stop, func() { conn.SetReadDeadline(time.Unix(1, 0)) })
+	defer stopReading()
+	proof, err := a.read(stop, s, a.limits.HandshakeTimeout)
+	if err != nil {
+		a.log.Info("handshake not used", "from", from, "err", err)
+		return
+	}
 	if !a.enter(s) {
 		return // removed while it was shaking hands
 	}
 	defer a.leave(s)
 	a.log.Info("connected", "from", from, "peer", s.peer.Name)
-	a.serveSession(stop, s)
+	a.serveSession(stop, s, proof)
 	a.log.Info("disconnected", "from", from, "peer", s.peer.Name)
 }
 
@@ -144,36 +159,46 @@ func (a *Appliance) leave(s *session) {
 	delete(a.sessions, s)
 }
 
-// serveSession reads requests until the peer goes or stop ends, and answers each when it is ready. At most InFlight are
-// being served at once; beyond that the connection is not read, and TCP slows the peer down.
-func (a *Appliance) serveSession(stop context.Context, s *session) {
-	s.conn.SetWriteLimit(a.limits.WriteTimeout)
-	stopReading := context.AfterFunc(stop, func() { s.conn.SetReadDeadline(time.Unix(1, 0)) })
-	defer stopReading()
+// read waits for a message as long as it may take, and no longer than until stop ends.
+func (a *Appliance) read(stop context.Context, s *session, within time.Duration) ([]byte, error) {
+	s.conn.SetReadDeadline(time.Now().Add(within))
+	if stop.Err() != nil { // looked at after the deadline was set, which may have replaced the one that stop has set
+		return nil, stop.Err()
+	}
+	return s.conn.ReadMessage()
+}
 
+// serveSession answers requests, the first of which has been read, until the peer goes, is removed, or stop ends. At most
+// InFlight are being served at once; beyond that the connection is not read, and TCP slows the peer down.
+func (a *Appliance) serveSession(stop context.Context, s *session, message []byte) {
+	s.conn.SetWriteLimit(a.limits.WriteTimeout)
 	var serving sync.WaitGroup
 	defer serving.Wait()
 	places := make(chan struct{}, a.limits.InFlight)
 	for {
-		s.conn.SetReadDeadline(time.Now().Add(a.limits.IdleTimeout))
-		if stop.Err() != nil { // after the deadline was set, so that the one of stopReading can't be lost
+		select {
+		case places <- struct{}{}:
+		case <-stop.Done():
 			return
 		}
-		message, err := s.conn.ReadMessage()
-		if err != nil {
+		if p, ok := a.peer(s.peer.PublicKey); !ok || p != s.peer {
+			return // removed, with messages still in the buffer
+		}
+		request := message
+		serving.Go(func() {
+			defer func() { <-places }()
+			answer := a.handle(s.peer, request)
+			if answer == nil || s.conn.WriteMessage(answer) != nil {
+				s.conn.Close() // no answer can be given, or the peer does not read it
+			}
+		})
+		var err error
+		if message, err = a.read(stop, s, a.limits.IdleTimeout); err != nil {
 			if !errors.Is(err, io.EOF) && stop.Err() == nil {
 				a.log.Info("connection ended", "peer", s.peer.Name, "err", err)
 			}
 			return
 		}
-		places <- struct{}{}
-		serving.Go(func() {
-			defer func() { <-places }()
-			answer := a.handle(s.peer, message)
-			if answer == nil || s.conn.WriteMessage(answer) != nil {
-				s.conn.Close() // no answer can be given, or the peer does not read it
-			}
-		})
 	}
 }
 
@@ -200,7 +225,7 @@ func (a *Appliance) handle(who Peer, message []byte) []byte {
 		op, key = wire.OpSign, r.Key
 		result, err = a.Sign(ctx, who, r)
 	case *wire.Verify:
-		op, key = wire.OpVerify, r.Key
+		op, key = wire.OpVerify, r.KeyName()
 		result, err = a.Verify(ctx, who, r)
 	}
 	if err == nil {
@@ -209,12 +234,12 @@ func (a *Appliance) handle(who Peer, message []byte) []byte {
 	}
 	c, refusal := refuse(err)
 	if c == refused {
-		a.log.Info("refused", "peer", who.Name, "op", op, "key", key, "code", refusal.Code, "err", err)
+		a.log.Info("refused", "peer", who.Name, "op", op, "key", ijson.Clip(key), "code", refusal.Code, "err", err)
 		if err := a.recordRefusal(ctx, who, op, key, refusal.Code); err != nil {
 			c, refusal = refuse(err)
 		}
 	} else {
-		a.log.Error("not served", "peer", who.Name, "op", op, "key", key, "code", refusal.Code, "err", err)
+		a.log.Error("not served", "peer", who.Name, "op", op, "key", ijson.Clip(key), "code", refusal.Code, "err", err)
 	}
 	if c == fatal {
 		return nil
@@ -230,7 +255,7 @@ func (a *Appliance) recordRefusal(ctx context.Context, who Peer, op, key, code s
 		return nil
 	}
 	return a.record(ctx, audit.Event{
-		Type: audit.SignatureRejected, Actor: audit.Peer(who.Name, who.PublicKey), Action: op, Resource: clip(key), Outcome: code,
+		Type: audit.SignatureRejected, Actor: audit.Peer(who.Name, who.PublicKey), Action: op, Resource: ijson.Clip(key), Outcome: code,
 	})
 }
 

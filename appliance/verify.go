@@ -3,11 +3,13 @@ package appliance
 import (
 	"context"
 	"encoding/hex"
+	"errors"
 	"fmt"
 	"time"
 
 	"countersign/audit"
 	"countersign/eddsa"
+	"countersign/ijson"
 	"countersign/ledger"
 	"countersign/transcript"
 	"countersign/wire"
@@ -33,13 +35,17 @@ func (a *Appliance) Verify(ctx context.Context, who Peer, r *wire.Verify) (*wire
 	if err := doc.CheckSigner(r.PublicKey[:]); err != nil {
 		return nil, err
 	}
-	if err := a.checkNamedKey(r.Key, r.PublicKey); err != nil {
-		return nil, err
+	if r.Key != nil {
+		if err := a.checkNamedKey(*r.Key, r.PublicKey); err != nil {
+			return nil, err
+		}
 	}
 	admitted, err := a.ledger.Admit(ctx, ledger.Admission{
 		Scope: ledger.SignerScope(r.PublicKey[:]), Nonce: doc.Nonce, Digest: doc.Digest(), Peer: who.PublicKey, ExpiresAt: doc.ExpiresAt, Once: true,
 	}, verifyEvents(who, r, doc))
-	if err != nil {
+	if errors.Is(err, context.DeadlineExceeded) {
+		return nil, fmt.Errorf("%w: %w", errUnknownOutcome, err)
+	} else if err != nil {
 		return nil, err
 	}
 	if admitted.Verdict == ledger.Replay {
@@ -48,11 +54,8 @@ func (a *Appliance) Verify(ctx context.Context, who Peer, r *wire.Verify) (*wire
 	return &wire.Verified{Valid: true, Event: admitted.Event}, nil
 }
 
-// checkNamedKey holds the public key against the key that the request names, if it names one.
+// checkNamedKey holds the public key against the key that the request names.
 func (a *Appliance) checkNamedKey(name string, publicKey [32]byte) error {
-	if name == "" {
-		return nil
-	}
 	if _, err := a.signingKey(name); err != nil {
 		return err
 	}
@@ -63,12 +66,12 @@ func (a *Appliance) checkNamedKey(name string, publicKey [32]byte) error {
 			return nil
 		}
 	}
-	return fmt.Errorf("%w: the public key is no version of %q", transcript.ErrWrongSigner, clip(name))
+	return fmt.Errorf("%w: the public key is no version of %q", transcript.ErrWrongSigner, ijson.Clip(name))
 }
 
 func verifyEvents(who Peer, r *wire.Verify, doc *transcript.Document) func(ledger.Verdict) []byte {
 	e := audit.Event{
-		Type: audit.SignatureVerified, Actor: audit.Peer(who.Name, who.PublicKey), Action: "verify", Resource: r.Key, Outcome: "ok",
+		Type: audit.SignatureVerified, Actor: audit.Peer(who.Name, who.PublicKey), Action: "verify", Resource: r.KeyName(), Outcome: "ok",
 		Metadata: metadataOf(doc),
 	}
 	e.Metadata["signer"] = hex.EncodeToString(r.PublicKey[:])

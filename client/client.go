@@ -20,6 +20,7 @@ import (
 	"time"
 
 	"countersign/eddsa"
+	"countersign/ijson"
 	"countersign/noise"
 	"countersign/transcript"
 	"countersign/wire"
@@ -32,10 +33,12 @@ var (
 	// ErrUnreachable: no connection could be made. Nothing has happened.
 	ErrUnreachable = errors.New("the appliance can't be reached")
 	// ErrHandshake: the appliance closed the connection during the handshake: it does not know this identity, or
-	// ServerKey is not its key. Nothing has happened.
+	// ServerKey is not its key. It also does so when it has too many connections, is stopping, or can't reach its token,
+	// and does not say which: with RetryFor, the call tries again. Nothing has happened.
 	ErrHandshake = errors.New("the appliance refused the handshake")
-	// ErrUnknownOutcome: the connection broke after a verify request was sent. The nonce may be spent.
-	ErrUnknownOutcome = errors.New("the connection was lost before the answer: the nonce may be spent")
+	// ErrUnknownOutcome: a verify request was sent, and whether it was served is not known: the connection broke, or the
+	// appliance could not say in time. The nonce may be spent.
+	ErrUnknownOutcome = errors.New("no answer: the nonce may be spent")
 	// ErrWrongAnswer: the appliance, or who poses as it, answered something that can't be right.
 	ErrWrongAnswer = errors.New("the appliance's answer can't be right")
 	// ErrClosed: Close was called.
@@ -66,6 +69,8 @@ type Config struct {
 type Client struct {
 	config Config
 
+	base   context.Context // ended by Close
+	cancel context.CancelFunc
 	lock   chan struct{} // a mutex that a context can give up waiting for
 	conn   *conn         // under lock; nil while there is none
 	closed bool          // under lock
@@ -87,7 +92,8 @@ func New(c Config) (*Client, error) {
 	if c.Lifetime == 0 {
 		c.Lifetime = time.Hour
 	}
-	return &Client{config: c, lock: make(chan struct{}, 1)}, nil
+	base, cancel := context.WithCancel(context.Background())
+	return &Client{config: c, base: base, cancel: cancel, lock: make(chan struct{}, 1)}, nil
 }
 
 // Dial makes a client and connects.
@@ -104,6 +110,7 @@ func Dial(ctx context.Context, c Config) (*Client, error) {
 
 // Close ends the connection; calls under way fail.
 func (c *Client) Close() error {
+	c.cancel() // whoever is connecting
 	c.lock <- struct{}{}
 	defer func() { <-c.lock }()
 	c.closed = true
@@ -140,7 +147,9 @@ type Document struct {
 	Timestamp, ExpiresAt int64
 }
 
-func (d *Document) fill(lifetime time.Duration) {
+// Fill returns the document with the envelope that Sign would give it: a random nonce where it is zero, now, and now plus
+// lifetime. A caller that wants to repeat a request after an error fills it first: only an identical request is one.
+func (d Document) Fill(lifetime time.Duration) Document {
 	if d.Nonce == [32]byte{} {
 		rand.Read(d.Nonce[:])
 	}
@@ -150,6 +159,7 @@ func (d *Document) fill(lifetime time.Duration) {
 	if d.ExpiresAt == 0 {
 		d.ExpiresAt = d.Timestamp + int64(lifetime/time.Second)
 	}
+	return d
 }
 
 func (d *Document) wire() wire.Document {
@@ -187,7 +197,7 @@ func (s *Signed) Encode() ([]byte, error) {
 // DecodeSigned reads the JSON form strictly. Whether a type and a signature are there is for the caller to see.
 func DecodeSigned(b []byte) (*Signed, error) {
 	var d signedDoc
-	if err := wire.Decode(b, &d, "payload", "nonce", "timestamp", "expires_at"); err != nil {
+	if err := ijson.Decode(b, &d, "payload", "nonce", "timestamp", "expires_at"); err != nil {
 		return nil, err
 	}
 	return &Signed{
@@ -199,7 +209,7 @@ func DecodeSigned(b []byte) (*Signed, error) {
 // Sign has a document signed with the active version of a key. Missing envelope fields of the document are filled in.
 // The signature that comes back has been verified over the bytes that this package itself makes of the document.
 func (c *Client) Sign(ctx context.Context, key string, d Document) (*Signed, error) {
-	d.fill(c.config.Lifetime)
+	d = d.Fill(c.config.Lifetime)
 	var s wire.Signed
 	err := c.call(ctx, true, func(id string) any {
 		return wire.Sign{ID: id, Op: wire.OpSign, Key: key, Document: d.wire()}
@@ -226,8 +236,16 @@ func (c *Client) Sign(ctx context.Context, key string, d Document) (*Signed, err
 func (c *Client) Verify(ctx context.Context, key string, s *Signed) (event uint64, err error) {
 	var v wire.Verified
 	err = c.call(ctx, false, func(id string) any {
-		return wire.Verify{ID: id, Op: wire.OpVerify, Key: key, PublicKey: s.PublicKey, Signature: s.Signature, Document: s.wire()}
+		v := wire.Verify{ID: id, Op: wire.OpVerify, PublicKey: s.PublicKey, Signature: s.Signature, Document: s.wire()}
+		if key != "" {
+			v.Key = &key
+		}
+		return v
 	}, &v)
+	var refusal *Error
+	if errors.As(err, &refusal) && refusal.Code == wire.CodeUnavailable {
+		err = fmt.Errorf("%w: %w", ErrUnknownOutcome, err)
+	}
 	if err == nil && !v.Valid {
 		err = ErrWrongAnswer
 	}
@@ -249,7 +267,7 @@ func (c *Client) call(ctx context.Context, repeatable bool, request func(id stri
 				return fmt.Errorf("%w: %w", ErrUnknownOutcome, err)
 			}
 		}
-		unreachable := errors.Is(err, ErrUnreachable)
+		unreachable := errors.Is(err, ErrUnreachable) || errors.Is(err, ErrHandshake)
 		if !unreachable && !errors.Is(err, errConnection) || ctx.Err() != nil {
 			return err
 		}
@@ -294,6 +312,7 @@ func (c *Client) connection(ctx context.Context) (*conn, error) {
 	}
 	ctx, cancel := context.WithTimeout(ctx, c.config.ConnectTimeout)
 	defer cancel()
+	defer context.AfterFunc(c.base, cancel)()
 	raw, err := new(net.Dialer).DialContext(ctx, "tcp", c.config.Address)
 	if err != nil {
 		return nil, fmt.Errorf("%w: %w", ErrUnreachable, err)
@@ -387,17 +406,25 @@ func (c *conn) roundTrip(ctx context.Context, request func(id string) any) (answ
 	if len(message) > wire.MaxDocument {
 		return answer, false, &Error{Code: wire.CodeTooLarge, Message: fmt.Sprintf("the request has %d bytes, at most %d fit", len(message), wire.MaxDocument)}
 	}
-	if err := c.noise.WriteMessage(message); err != nil {
-		c.fail(err)
-		return answer, true, fmt.Errorf("%w: %w", errConnection, err)
-	}
+	// In the background: an appliance that does not read must not hold a caller longer than its context.
+	go func() {
+		if err := c.noise.WriteMessage(message); err != nil {
+			c.fail(err)
+		}
+	}()
 	select {
 	case answer = <-ch:
 		return answer, true, nil
 	case <-c.ended:
-		return answer, true, c.err // set before ended was closed
+		err = c.err // set before ended was closed
 	case <-ctx.Done():
-		return answer, true, ctx.Err()
+		err = ctx.Err()
+	}
+	select { // the answer may have come at the same time
+	case answer = <-ch:
+		return answer, true, nil
+	default:
+		return answer, true, err
 	}
 }
 

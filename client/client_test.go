@@ -3,6 +3,7 @@ package client_test
 import (
 	"context"
 	"crypto"
+	"crypto/ed25519"
 	"crypto/rand"
 	"crypto/x509"
 	"crypto/x509/pkix"
@@ -302,6 +303,12 @@ func TestSigner(t *testing.T) {
 	}
 	if _, err := s.Sign(nil, make([]byte, 32), crypto.SHA256); err == nil {
 		t.Error("a hash is signed as if it were the message")
+	}
+	if _, err := s.Sign(nil, []byte("m"), &ed25519.Options{Context: "x"}); err == nil {
+		t.Error("a context is left out silently")
+	}
+	if _, err := s.Sign(nil, []byte("m"), nil); err == nil {
+		t.Error("no options at all")
 	}
 	denied, err := c.Signer(t.Context(), "payments")
 	if err != nil {

@@ -39,8 +39,8 @@ func (s *Signer) Public() crypto.PublicKey { return s.public }
 
 // Sign signs message itself, as Ed25519 wants it: opts.HashFunc() must be 0. The random source is not used.
 func (s *Signer) Sign(_ io.Reader, message []byte, opts crypto.SignerOpts) ([]byte, error) {
-	if opts.HashFunc() != 0 {
-		return nil, errors.New("client: Ed25519 signs the message, not a hash of it: use crypto.Hash(0)")
+	if o, ok := opts.(*ed25519.Options); opts == nil || opts.HashFunc() != 0 || ok && o.Context != "" {
+		return nil, errors.New("client: pure Ed25519 signs the message, not a hash of it and without a context: use crypto.Hash(0)")
 	}
 	payload, err := json.Marshal(map[string]string{"message": base64.RawURLEncoding.EncodeToString(message)})
 	if err != nil {

@@ -68,18 +68,32 @@ func Open(ctx context.Context, c Config) (*Store, error) {
 	for range c.Sessions {
 		s.slots <- session{}
 	}
-	// A module may miss a token that another process is just changing (SoftHSM does): ask a few times.
-	for try := 1; ; try++ {
-		err = s.restart(0)
-		if err == nil {
-			return s, nil
-		}
-		if try == 3 || !errors.Is(err, keystore.ErrUnavailable) || ctx.Err() != nil {
+	// The module may hang in its first call too.
+	opened := make(chan error, 1)
+	go func() { opened <- s.start(ctx) }()
+	select {
+	case err := <-opened:
+		if err != nil {
 			s.module.Destroy()
 			return nil, err
 		}
+		return s, nil
+	case <-ctx.Done():
+		return nil, fmt.Errorf("hsm: %w: the module does not come back from its start: %w", keystore.ErrUnavailable, ctx.Err())
+	}
+}
+
+// start initialises the module for the first time. A module may miss a token that another process is just changing
+// (SoftHSM does): it is asked a few times.
+func (s *Store) start(ctx context.Context) error {
+	for try := 1; ; try++ {
+		err := s.restart(0)
+		if err == nil || try == 3 || !errors.Is(err, keystore.ErrUnavailable) {
+			return err
+		}
 		select {
 		case <-ctx.Done():
+			return err
 		case <-time.After(200 * time.Millisecond):
 		}
 	}
@@ -144,7 +158,9 @@ func (s *Store) restart(since uint64) error {
 	}
 	s.lastRecover = time.Now()
 
-	s.using.Lock() // waits until the last call into the module has returned
+	if !s.lockModule() {
+		return fmt.Errorf("hsm: %w: another call has not come back from the module", keystore.ErrUnavailable)
+	}
 	defer s.using.Unlock()
 	if s.closed {
 		return errClosed
@@ -161,6 +177,17 @@ func (s *Store) restart(since uint64) error {
 	}
 	s.generation = since + 1
 	return nil
+}
+
+// lockModule waits until no call is in the module, but not for ever: one that hangs must not stop those that don't, and a
+// waiting Lock would.
+func (s *Store) lockModule() bool {
+	for deadline := time.Now().Add(2 * time.Second); !s.using.TryLock(); time.Sleep(time.Millisecond) {
+		if time.Now().After(deadline) {
+			return false
+		}
+	}
+	return true
 }
 
 // logIn finds the token and logs in for the whole application. The caller holds recovering, and using for writing.
@@ -213,6 +240,8 @@ func findSlot(module *pkcs11.Ctx, uri tokenURI) (uint, error) {
 // do runs use with a session of the token and waits no longer than ctx. The module may keep the session longer than
 // that; it comes back into use when the module does.
 //
+// When ctx has ended, nothing new begins; what has begun goes on behind it.
+//
 // use may run twice: after a failure that is the device's, the module is started anew and the use tried once more. What
 // keys do is deterministic, so that is safe; Generate looks first at what is there.
 func (s *Store) do(ctx context.Context, doing string, use func(session) error) error {
@@ -228,7 +257,7 @@ func (s *Store) do(ctx context.Context, doing string, use func(session) error) e
 	done := make(chan error, 1)
 	go func() {
 		err := s.attempt(&held, use)
-		if errors.Is(err, keystore.ErrUnavailable) {
+		if errors.Is(err, keystore.ErrUnavailable) && ctx.Err() == nil {
 			if again := s.restart(held.generation); again != nil {
 				err = again
 			} else {
@@ -302,7 +331,7 @@ func (s *Store) Close() error {
 func deviceError(call string, err error) error {
 	class := keystore.ErrUnavailable
 	if isCode(err, pkcs11.CKR_PIN_INCORRECT, pkcs11.CKR_PIN_INVALID, pkcs11.CKR_PIN_LEN_RANGE, pkcs11.CKR_PIN_EXPIRED,
-		pkcs11.CKR_PIN_LOCKED, pkcs11.CKR_USER_PIN_NOT_INITIALIZED) {
+		pkcs11.CKR_PIN_LOCKED) {
 		class = keystore.ErrAuth
 	}
 	return fmt.Errorf("%w: %s: %w", class, call, err)

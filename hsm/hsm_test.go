@@ -62,7 +62,7 @@ func find(t *testing.T, m *pkcs11.Ctx, s pkcs11.SessionHandle, class uint) pkcs1
 func TestPrivateKeyCannotLeave(t *testing.T) {
 	c := newToken(t)
 	store := open(t, c)
-	if _, err := store.Generate(t.Context(), payments, keystore.Ed25519); err != nil {
+	if _, err := store.Generate(t.Context(), payments, keystore.Ed25519, keystore.Tag{1}); err != nil {
 		t.Fatal(err)
 	}
 	store.Close()
@@ -92,7 +92,7 @@ func TestPrivateKeyCannotLeave(t *testing.T) {
 func TestKeysSurviveReopening(t *testing.T) {
 	c := newToken(t)
 	store := open(t, c)
-	made, err := store.Generate(t.Context(), payments, keystore.Ed25519)
+	made, err := store.Generate(t.Context(), payments, keystore.Ed25519, keystore.Tag{1})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -163,17 +163,40 @@ func TestUnfitObjects(t *testing.T) {
 			if infos, err := store.Keys(t.Context()); err != nil || len(infos) != 0 {
 				t.Errorf("Keys: %v, %v", infos, err)
 			}
-			if _, err := store.Generate(t.Context(), payments, keystore.Ed25519); !errors.Is(err, keystore.ErrExists) {
+			if _, err := store.Generate(t.Context(), payments, keystore.Ed25519, keystore.Tag{1}); !errors.Is(err, keystore.ErrExists) {
 				t.Errorf("Generate: %v", err)
 			}
-			// What a crash left half made can be cleared away, and the name used.
-			if err := store.Destroy(t.Context(), payments); err != nil {
+			// What this store has not made, it does not clear away.
+			if err := store.Destroy(t.Context(), payments, keystore.Tag{1}); err != nil {
 				t.Fatal(err)
 			}
-			if _, err := store.Generate(t.Context(), payments, keystore.Ed25519); err != nil {
-				t.Errorf("Generate after Destroy: %v", err)
+			if _, err := store.Key(t.Context(), payments); !errors.Is(err, tc.want) {
+				t.Errorf("after Destroy with another tag: %v, want %v", err, tc.want)
 			}
 		})
+	}
+}
+
+// TestHalfAKeyIsClearedAway: what a crash during generation leaves behind carries its tag.
+func TestHalfAKeyIsClearedAway(t *testing.T) {
+	c := newToken(t)
+	store := open(t, c)
+	if _, err := store.Generate(t.Context(), payments, keystore.Ed25519, keystore.Tag{7}); err != nil {
+		t.Fatal(err)
+	}
+	store.Close()
+	raw(t, c, func(m *pkcs11.Ctx, s pkcs11.SessionHandle) {
+		if err := m.DestroyObject(s, find(t, m, s, pkcs11.CKO_PUBLIC_KEY)); err != nil {
+			t.Fatal(err)
+		}
+	})
+	store = open(t, c)
+	defer store.Close()
+	if err := store.Destroy(t.Context(), payments, keystore.Tag{7}); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := store.Generate(t.Context(), payments, keystore.Ed25519, keystore.Tag{8}); err != nil {
+		t.Errorf("Generate after Destroy: %v", err)
 	}
 }
 
@@ -182,7 +205,7 @@ func TestTokenPulledOut(t *testing.T) {
 	c := newToken(t)
 	store := open(t, c)
 	defer store.Close()
-	key, err := store.Generate(t.Context(), payments, keystore.Ed25519)
+	key, err := store.Generate(t.Context(), payments, keystore.Ed25519, keystore.Tag{1})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -218,7 +241,7 @@ func TestTokenPulledOut(t *testing.T) {
 func TestLoggedOutBehindOurBack(t *testing.T) {
 	store := open(t, newToken(t))
 	defer store.Close()
-	key, err := store.Generate(t.Context(), payments, keystore.Ed25519)
+	key, err := store.Generate(t.Context(), payments, keystore.Ed25519, keystore.Tag{1})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -243,7 +266,7 @@ func TestWrongPINIsTriedOnce(t *testing.T) {
 	write(t, c.PINFile, "test-user-pin\n")
 	store := open(t, c)
 	defer store.Close()
-	key, err := store.Generate(t.Context(), payments, keystore.Ed25519)
+	key, err := store.Generate(t.Context(), payments, keystore.Ed25519, keystore.Tag{1})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -278,6 +301,8 @@ func TestOpenRefuses(t *testing.T) {
 		{"unknown attribute", func(c *hsm.Config) { c.URI = "pkcs11:tokn=x" }, "tokn"},
 		{"an object's attribute", func(c *hsm.Config) { c.URI += ";object=x" }, "object"},
 		{"the PIN itself", func(c *hsm.Config) { c.URI += "?pin-value=1234" }, "pin_file"},
+		{"the PIN itself, shouted", func(c *hsm.Config) { c.URI += "?PIN-VALUE=1234" }, "pin_file"},
+		{"the PIN as its source", func(c *hsm.Config) { c.URI += "?pin-source=1234" }, "pin-source"},
 		{"unknown query", func(c *hsm.Config) { c.URI += "?x=y" }, `"x"`},
 		{"slot-id", func(c *hsm.Config) { c.URI += ";slot-id=x" }, "slot-id"},
 		{"module twice", func(c *hsm.Config) { c.URI += "?module-path=/x.so" }, "exactly one of module"},
@@ -302,6 +327,11 @@ func TestOpenRefuses(t *testing.T) {
 	if err := hsm.InitToken(good, filepath.Join(dir, "so-pin")); err == nil || !strings.Contains(err.Error(), "already") {
 		t.Errorf("a second token of the same name: %v", err)
 	}
+	other := good
+	other.URI = "pkcs11:token=other;serial=1"
+	if err := hsm.InitToken(other, filepath.Join(dir, "so-pin")); err == nil || !strings.Contains(err.Error(), "no attribute but token") {
+		t.Errorf("a new token with a serial: %v", err)
+	}
 	// The same by the URI alone.
 	c := good
 	c.URI += "?module-path=" + c.Module + "&pin-source=file:" + c.PINFile
@@ -314,7 +344,7 @@ func TestSlotsAreGivenBack(t *testing.T) {
 	c := newToken(t)
 	store := open(t, c)
 	defer store.Close()
-	key, err := store.Generate(t.Context(), payments, keystore.Ed25519)
+	key, err := store.Generate(t.Context(), payments, keystore.Ed25519, keystore.Tag{1})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -340,4 +370,31 @@ func TestSlotsAreGivenBack(t *testing.T) {
 	if _, err := key.Sign(t.Context(), []byte("m")); err != nil {
 		t.Error(err)
 	}
+}
+
+// TestInterruptedInitToken: a token that was made and has no user's PIN yet is finished, not refused.
+func TestInterruptedInitToken(t *testing.T) {
+	c := newToken(t)
+	c.URI = "pkcs11:token=half"
+	open(t, hsm.Config{URI: "pkcs11:token=countersign%20test", Module: c.Module, PINFile: c.PINFile, Environment: c.Environment, Sessions: 1}).Close()
+	m := pkcs11.New(c.Module)
+	if err := m.Initialize(); err != nil {
+		t.Fatal(err)
+	}
+	slots, err := m.GetSlotList(true)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := m.InitToken(slots[len(slots)-1], "test-so-pin", "half"); err != nil {
+		t.Fatal(err)
+	}
+	m.Finalize()
+	m.Destroy()
+	if _, err := hsm.Open(t.Context(), c); !errors.Is(err, keystore.ErrUnavailable) {
+		t.Errorf("without the user's PIN: %v, want %v", err, keystore.ErrUnavailable)
+	}
+	if err := hsm.InitToken(c, filepath.Join(filepath.Dir(c.PINFile), "so-pin")); err != nil {
+		t.Fatal(err)
+	}
+	open(t, c).Close()
 }

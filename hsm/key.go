@@ -23,7 +23,8 @@ const (
 	ckmEdDSA               = 0x1057
 )
 
-// labelPrefix marks our objects on a token that others may use too. CKA_LABEL is the prefix and the reference.
+// labelPrefix marks our objects on a token that others may use too. CKA_LABEL is the prefix and the reference, CKA_ID is
+// the tag of the creation.
 const labelPrefix = "countersign/"
 
 // curve is what an algorithm needs to know of the token. SoftHSM makes X25519 keys of type CKK_EC_EDWARDS too.
@@ -260,7 +261,7 @@ func (st *Store) pair(s session, ref keystore.Ref) (private, public []pkcs11.Obj
 	return private, public, err
 }
 
-func (st *Store) Generate(ctx context.Context, ref keystore.Ref, alg keystore.Algorithm) (keystore.Key, error) {
+func (st *Store) Generate(ctx context.Context, ref keystore.Ref, alg keystore.Algorithm, tag keystore.Tag) (keystore.Key, error) {
 	var c *curve
 	for i := range curves {
 		if curves[i].alg == alg {
@@ -279,13 +280,16 @@ func (st *Store) Generate(ctx context.Context, ref keystore.Ref, alg keystore.Al
 		if err != nil {
 			return err
 		}
+		if ctx.Err() != nil {
+			return fmt.Errorf("%w: %w", keystore.ErrUnavailable, ctx.Err()) // nobody waits for this key any more
+		}
 		if len(private)+len(public) > 0 {
 			return fmt.Errorf("%w: %d objects are labelled %q", keystore.ErrExists, len(private)+len(public), labelPrefix+ref.String())
 		}
-		k, err := st.generate(s, ref, c)
+		k, err := st.generate(s, ref, c, tag)
 		if err != nil {
 			// Best effort: what remains can't be used, since nobody records it, and Destroy removes it later.
-			return errors.Join(err, st.destroy(s, ref))
+			return errors.Join(err, st.destroy(s, ref, tag))
 		}
 		result = k
 		return nil
@@ -298,13 +302,11 @@ func (st *Store) Generate(ctx context.Context, ref keystore.Ref, alg keystore.Al
 
 // generate makes the pair with every usage flag set by name, since the defaults of modules differ and are wide; then it
 // reads back what the token made of it and proves the key by using it.
-func (st *Store) generate(s session, ref keystore.Ref, c *curve) (*key, error) {
-	id := make([]byte, 16)
-	rand.Read(id)
+func (st *Store) generate(s session, ref keystore.Ref, c *curve, tag keystore.Tag) (*key, error) {
 	common := []*pkcs11.Attribute{
 		pkcs11.NewAttribute(pkcs11.CKA_TOKEN, true),
 		pkcs11.NewAttribute(pkcs11.CKA_LABEL, labelPrefix+ref.String()),
-		pkcs11.NewAttribute(pkcs11.CKA_ID, id),
+		pkcs11.NewAttribute(pkcs11.CKA_ID, tag[:]),
 		pkcs11.NewAttribute(pkcs11.CKA_KEY_TYPE, ckkECEdwards),
 		pkcs11.NewAttribute(pkcs11.CKA_MODIFIABLE, false),
 	}
@@ -337,7 +339,7 @@ func (st *Store) generate(s session, ref keystore.Ref, c *curve) (*key, error) {
 	if err != nil {
 		return nil, err
 	}
-	if !bytes.Equal(k.id, id) || k.info.Algorithm != c.alg || !k.info.Generated || !k.info.NeverLeft {
+	if !bytes.Equal(k.id, tag[:]) || k.info.Algorithm != c.alg || !k.info.Generated || !k.info.NeverLeft {
 		return nil, fmt.Errorf("%w: the token made it with other attributes than it was asked for", keystore.ErrUnfit)
 	}
 	return k, st.prove(s, k)
@@ -379,16 +381,17 @@ func (st *Store) prove(s session, k *key) error {
 	return nil
 }
 
-func (st *Store) Destroy(ctx context.Context, ref keystore.Ref) error {
-	return st.do(ctx, fmt.Sprintf("destroy %v", ref), func(s session) error { return st.destroy(s, ref) })
+func (st *Store) Destroy(ctx context.Context, ref keystore.Ref, tag keystore.Tag) error {
+	return st.do(ctx, fmt.Sprintf("destroy %v", ref), func(s session) error { return st.destroy(s, ref, tag) })
 }
 
-func (st *Store) destroy(s session, ref keystore.Ref) error {
-	private, public, err := st.pair(s, ref)
+// destroy removes the objects of a label that carry the tag as their CKA_ID.
+func (st *Store) destroy(s session, ref keystore.Ref, tag keystore.Tag) error {
+	objects, err := st.find(s, pkcs11.NewAttribute(pkcs11.CKA_LABEL, labelPrefix+ref.String()), pkcs11.NewAttribute(pkcs11.CKA_ID, tag[:]))
 	if err != nil {
 		return err
 	}
-	for _, o := range append(private, public...) {
+	for _, o := range objects {
 		if err := st.module.DestroyObject(s.handle, o); err != nil {
 			return deviceError("C_DestroyObject", err)
 		}

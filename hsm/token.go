@@ -7,8 +7,8 @@ import (
 )
 
 // InitToken makes a new token in the first slot that holds an empty one: the label is the URI's token attribute, the
-// user's PIN is that of the configuration, the security officer's is read from soPINFile. An initialised token is never
-// touched. It must not run beside an open Store.
+// user's PIN is that of the configuration, the security officer's is read from soPINFile. An initialised token is not
+// touched, unless it is the one that is asked for and has no user's PIN yet. It must not run beside an open Store.
 func InitToken(c Config, soPINFile string) error {
 	uri, pinFile, module, err := load(c)
 	if err != nil {
@@ -18,6 +18,9 @@ func InitToken(c Config, soPINFile string) error {
 	label := uri.attrs["token"]
 	if label == "" || len(label) > 32 {
 		return fmt.Errorf("hsm: new token: the URI must have a token attribute of 1 to 32 bytes, for the label")
+	}
+	if len(uri.attrs) > 1 || uri.slotID != nil {
+		return fmt.Errorf("hsm: new token: the URI may have no attribute but token: the others are not known before")
 	}
 	pin, err := readPIN(pinFile)
 	if err != nil {
@@ -41,7 +44,9 @@ func InitToken(c Config, soPINFile string) error {
 			return deviceError("C_GetTokenInfo", err)
 		}
 		if info.Flags&pkcs11.CKF_TOKEN_INITIALIZED != 0 {
-			if uri.matches(slot, info) {
+			if uri.matches(slot, info) && info.Flags&pkcs11.CKF_USER_PIN_INITIALIZED == 0 {
+				return setPIN(module, uri, soPIN, pin) // an earlier call was cut off here
+			} else if uri.matches(slot, info) {
 				return fmt.Errorf("hsm: new token: there is a token that matches %q already", uri.text)
 			}
 			continue

@@ -25,15 +25,15 @@ type tokenURI struct {
 // parseURI accepts the attributes that say which token is meant, and of the query module-path and pin-source.
 func parseURI(s string) (u tokenURI, err error) {
 	// The PIN must not be in a file that people copy around; the parser's own errors might quote it.
-	if strings.Contains(s, "pin-value") {
+	if strings.Contains(strings.ToLower(s), "pin-value") {
 		return u, errors.New("pkcs11 uri: pin-value puts the PIN into the configuration: write it to a file and name that with pin_file")
 	}
 	parsed := pkcs11uri.New()
 	if err := parsed.Parse(s); err != nil {
-		return u, fmt.Errorf("pkcs11 uri %q: %w", s, err)
+		return u, fmt.Errorf("pkcs11 uri: %w", err)
 	}
-	u = tokenURI{text: s, attrs: map[string]string{}}
 	path, query, _ := strings.Cut(strings.TrimPrefix(s, "pkcs11:"), "?")
+	u = tokenURI{text: "pkcs11:" + path, attrs: map[string]string{}} // the query may hold what must not be printed
 	for _, attr := range strings.Split(path, ";") {
 		name, _, _ := strings.Cut(attr, "=")
 		value, _ := parsed.GetPathAttribute(name, false)
@@ -43,12 +43,12 @@ func parseURI(s string) (u tokenURI, err error) {
 		case "slot-id":
 			n, err := strconv.ParseUint(value, 10, 32)
 			if err != nil {
-				return u, fmt.Errorf("pkcs11 uri %q: slot-id is not a number", s)
+				return u, fmt.Errorf("pkcs11 uri %q: slot-id is not a number", u.text)
 			}
 			id := uint(n)
 			u.slotID = &id
 		default:
-			return u, fmt.Errorf("pkcs11 uri %q: attribute %q does not name a token: use token, serial, manufacturer, model or slot-id", s, name)
+			return u, fmt.Errorf("pkcs11 uri %q: attribute %q does not name a token: use token, serial, manufacturer, model or slot-id", u.text, name)
 		}
 	}
 	if query == "" {
@@ -63,11 +63,11 @@ func parseURI(s string) (u tokenURI, err error) {
 		case "pin-source":
 			f, err := url.Parse(value)
 			if err != nil || f.Scheme != "" && f.Scheme != "file" || !filepath.IsAbs(f.Path) {
-				return u, fmt.Errorf("pkcs11 uri %q: pin-source must be file: and an absolute path", s)
+				return u, fmt.Errorf("pkcs11 uri %q: pin-source must be file: and an absolute path", u.text)
 			}
 			u.pin = f.Path
 		default:
-			return u, fmt.Errorf("pkcs11 uri %q: unknown query attribute %q", s, name)
+			return u, fmt.Errorf("pkcs11 uri %q: unknown query attribute %q", u.text, name)
 		}
 	}
 	return u, nil

@@ -55,6 +55,9 @@ func ParseRef(s string) (Ref, error) {
 	return Ref{name, uint32(v)}, CheckName(name)
 }
 
+// Tag marks what one creation makes, so that clearing away what it left behind can't touch anything else. It is random.
+type Tag [16]byte
+
 // CheckName refuses what can't be a key's name.
 func CheckName(name string) error {
 	ok := name != "" && len(name) <= 64 && name[0] != '-'
@@ -88,11 +91,11 @@ type Store interface {
 	// Keys lists the keys of this appliance. What is half made or ambiguous is left out.
 	Keys(ctx context.Context) ([]Info, error)
 	// Generate makes a key, reads back its protection, and proves it by using it once. It refuses a name under which
-	// there are objects already (ErrExists). A crash can leave half a key behind: see Destroy.
-	Generate(ctx context.Context, ref Ref, alg Algorithm) (Key, error)
-	// Destroy removes all objects of a name, whole or half made. It is for keys that never came into use, or whose
-	// destruction has been approved. A name without objects is no error.
-	Destroy(ctx context.Context, ref Ref) error
+	// there are objects already (ErrExists). A crash can leave half a key behind, marked by the tag: see Destroy.
+	Generate(ctx context.Context, ref Ref, alg Algorithm, tag Tag) (Key, error)
+	// Destroy removes what Generate made under this name with this tag, whole or half made, and nothing else. It is for
+	// keys that never came into use, or whose destruction has been approved. Nothing to remove is no error.
+	Destroy(ctx context.Context, ref Ref, tag Tag) error
 	Close() error
 }
 

@@ -54,7 +54,8 @@ type Admitted struct {
 // Admit spends a nonce. When it returns, the verdict and its event are on disk. event says what to write down for a
 // fresh nonce and for a replay; it must be pure. A repetition writes nothing: what it asks for is written down already.
 //
-// An error means that no verdict is known. The nonce may be spent all the same; asking again gives Repeated then.
+// An error means that no verdict is known. The nonce may be spent all the same; asking again gives Repeated then, or
+// Replay where the admission is for Once.
 func (l *Ledger) Admit(ctx context.Context, a Admission, event func(Verdict) []byte) (Admitted, error) {
 	result := Admitted{Admission: a}
 	err := l.submit(ctx, &request{done: make(chan error, 1), apply: func(tx *bolt.Tx) error {

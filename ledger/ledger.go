@@ -73,11 +73,10 @@ const (
 type Ledger struct {
 	db       *bolt.DB
 	requests chan *request
+	stopping chan struct{} // closed by Close: no more requests
 	done     chan struct{} // closed when the writer has ended
 	failed   chan struct{} // closed at the first failed commit
-
-	closing sync.RWMutex // held for reading while a request is handed in
-	closed  bool
+	stop     sync.Once
 }
 
 // request is work for the writer: apply runs inside a transaction that others share, or, where alone is set, in one of
@@ -153,7 +152,10 @@ func Open(path string) (l *Ledger, err error) {
 	if err != nil {
 		return nil, err
 	}
-	l = &Ledger{db: db, requests: make(chan *request, 4*maxBatch), done: make(chan struct{}), failed: make(chan struct{})}
+	l = &Ledger{
+		db: db, requests: make(chan *request, 4*maxBatch),
+		stopping: make(chan struct{}), done: make(chan struct{}), failed: make(chan struct{}),
+	}
 	go l.write()
 	return l, nil
 }
@@ -197,7 +199,9 @@ func checkLayout(tx *bolt.Tx) error {
 	if len(v) != 4 {
 		return fmt.Errorf("%w: it has no format", ErrCorrupt)
 	}
-	if f := binary.BigEndian.Uint32(v); f > format {
+	if f := binary.BigEndian.Uint32(v); f == 0 {
+		return fmt.Errorf("%w: its format is 0", ErrCorrupt)
+	} else if f > format {
 		return fmt.Errorf("%w: its format is %d, this program knows %d", ErrFormat, f, format)
 	}
 	for _, name := range [][]byte{bucketNonces, bucketEvents, []byte(Keys), []byte(Peers)} {
@@ -216,14 +220,7 @@ func checkLayout(tx *bolt.Tx) error {
 
 // Close finishes what was handed in and closes the file.
 func (l *Ledger) Close() error {
-	l.closing.Lock()
-	if l.closed {
-		l.closing.Unlock()
-		return nil
-	}
-	l.closed = true
-	close(l.requests)
-	l.closing.Unlock()
+	l.stop.Do(func() { close(l.stopping) })
 	<-l.done
 	return l.db.Close()
 }
@@ -239,60 +236,75 @@ func (l *Ledger) Alive(ctx context.Context) error {
 // submit hands a request to the writer and waits for its commit, unless nobody wants to know (done is nil). Where ctx
 // ends first, the request may still be carried out.
 func (l *Ledger) submit(ctx context.Context, r *request) error {
-	if err := l.enqueue(ctx, r); err != nil || r.done == nil {
-		return err
+	select {
+	case <-l.failed:
+		return ErrUnknownState
+	case <-l.stopping:
+		return ErrClosed
+	default:
+	}
+	select {
+	case l.requests <- r:
+	case <-l.stopping:
+		return ErrClosed
+	case <-ctx.Done():
+		return fmt.Errorf("ledger: queue: %w", ctx.Err())
+	}
+	if r.done == nil {
+		return nil
 	}
 	select {
 	case err := <-r.done:
 		return err
 	case <-ctx.Done():
 		return fmt.Errorf("ledger: waiting for the disk: %w", ctx.Err())
+	case <-l.done:
 	}
-}
-
-func (l *Ledger) enqueue(ctx context.Context, r *request) error {
-	l.closing.RLock()
-	defer l.closing.RUnlock()
-	if l.closed {
-		return ErrClosed
-	}
-	select {
-	case <-l.failed:
-		return ErrUnknownState
+	select { // the writer has ended: it has answered by now, or never will
+	case err := <-r.done:
+		return err
 	default:
-	}
-	select {
-	case l.requests <- r:
-		return nil
-	case <-ctx.Done():
-		return fmt.Errorf("ledger: queue: %w", ctx.Err())
+		return ErrClosed
 	}
 }
 
 // write is the one writer.
 func (l *Ledger) write() {
 	defer close(l.done)
-	var batch []*request
-	for first := range l.requests {
-		batch = append(batch[:0], first)
-	gather:
-		for len(batch) < maxBatch && !batch[len(batch)-1].alone {
-			select {
-			case r, ok := <-l.requests:
-				if !ok {
-					break gather
+	for {
+		select {
+		case first := <-l.requests:
+			l.serve(first)
+		case <-l.stopping:
+			for { // what was handed in before
+				select {
+				case first := <-l.requests:
+					l.serve(first)
+				default:
+					return
 				}
-				batch = append(batch, r)
-			default:
-				break gather
 			}
 		}
-		if last := batch[len(batch)-1]; last.alone {
-			l.commit(batch[:len(batch)-1])
-			l.commit(batch[len(batch)-1:])
-		} else {
-			l.commit(batch)
+	}
+}
+
+// serve carries out a request and all that wait behind it, as far as they fit into one transaction.
+func (l *Ledger) serve(first *request) {
+	batch := []*request{first}
+gather:
+	for len(batch) < maxBatch && !batch[len(batch)-1].alone {
+		select {
+		case r := <-l.requests:
+			batch = append(batch, r)
+		default:
+			break gather
 		}
+	}
+	if last := len(batch) - 1; batch[last].alone {
+		l.commit(batch[:last])
+		l.commit(batch[last:])
+	} else {
+		l.commit(batch)
 	}
 }
 

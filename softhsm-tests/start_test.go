@@ -1,6 +1,9 @@
 package softhsmtests
 
 import (
+	"encoding/hex"
+	"encoding/json"
+	"fmt"
 	"os"
 	"strings"
 	"testing"
@@ -106,8 +109,9 @@ func TestServeCreatesNothing(t *testing.T) {
 func TestInterruptedInit(t *testing.T) {
 	s := newSystem(t)
 	// Cut off after the ledger was made and the Noise key begun: the intent is there, and half a key.
+	tag := s.tagOf("noise/1")
 	s.changeLedger(func(tx *bolt.Tx) error {
-		return tx.Bucket([]byte("keys")).Put([]byte("noise/1"), []byte(`{"algorithm":"x25519","state":"pending","created":1}`))
+		return tx.Bucket([]byte("keys")).Put([]byte("noise/1"), fmt.Appendf(nil, `{"algorithm":"x25519","state":"pending","created":1,"tag":"%x"}`, tag))
 	})
 	s.token(func(m *pkcs11.Ctx, h pkcs11.SessionHandle) { deleteAll(t, m, h, "public") })
 	if out, code := s.daemon("serve"); code != 1 || !strings.Contains(out, "run countersignd init") {
@@ -117,6 +121,22 @@ func TestInterruptedInit(t *testing.T) {
 		t.Errorf("init: %d, %s", code, out)
 	}
 	s.serve().stop()
+}
+
+// tagOf reads the tag of a key's creation from the ledger.
+func (s *system) tagOf(name string) []byte {
+	s.t.Helper()
+	var tag []byte
+	s.changeLedger(func(tx *bolt.Tx) error {
+		var r struct{ Tag string }
+		if err := json.Unmarshal(tx.Bucket([]byte("keys")).Get([]byte(name)), &r); err != nil {
+			return err
+		}
+		var err error
+		tag, err = hex.DecodeString(r.Tag)
+		return err
+	})
+	return tag
 }
 
 // changeLedger changes the ledger's file as a program of another version might.

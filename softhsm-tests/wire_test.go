@@ -285,3 +285,87 @@ func TestTokenPulledOut(t *testing.T) {
 	}
 	p.stop()
 }
+
+// record keeps what is written through it.
+type record struct {
+	net.Conn
+	sent []byte
+}
+
+func (r *record) Write(p []byte) (int, error) {
+	r.sent = append(r.sent, p...)
+	return r.Conn.Write(p)
+}
+
+// TestReplayedHandshake: who recorded a message 1 can hold connections with it for the time of a handshake, no longer,
+// and is never taken for the peer.
+func TestReplayedHandshake(t *testing.T) {
+	s := newSystem(t)
+	s.edit("countersign.toml", "[token]", "[limits]\nconnections = 3\nhandshake_timeout = \"500ms\"\n[token]")
+	p := s.serve()
+	s.enrol()
+	c := s.clientConfig()
+	raw, err := net.Dial("tcp", s.listen)
+	if err != nil {
+		t.Fatal(err)
+	}
+	recorded := &record{Conn: raw}
+	if _, err := noise.Connect(t.Context(), recorded, c.Identity, noise.PrologueV1, c.ServerKey); err != nil {
+		t.Fatal(err)
+	}
+	raw.Close()
+	for range 3 {
+		replay, err := net.Dial("tcp", s.listen)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer replay.Close()
+		replay.Write(recorded.sent)
+	}
+	c.RetryFor = 20 * time.Second
+	peer, err := client.New(c)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer peer.Close()
+	if _, err := peer.Ping(t.Context()); err != nil {
+		t.Errorf("the peer is shut out: %v", err)
+	}
+	p.stop()
+	if n := strings.Count(p.stderr.String(), "msg=connected"); n != 1 {
+		t.Errorf("%d connections of the peer in the log, it made one", n)
+	}
+}
+
+// TestRemovedPeerIsNotServed: what a peer had sent when it was removed is not admitted afterwards.
+func TestRemovedPeerIsNotServed(t *testing.T) {
+	s := newSystem(t)
+	p := s.serve()
+	s.enrol()
+	conn := s.peer()
+	ask(t, conn, `{"id":"1","op":"ping"}`)
+	go func() {
+		for conn.WriteMessage([]byte(signDocument())) == nil {
+		}
+	}()
+	for len(s.events()) < 20 {
+	}
+	s.must("admin", "peer", "remove", "demo")
+	p.stop()
+	p = s.serve()
+	removed := false
+	for _, e := range s.events() {
+		switch e.Type {
+		case "PeerRemoved":
+			removed = true
+		case "SignatureAdmitted":
+			if removed {
+				t.Fatal("a request of the removed peer was admitted")
+			}
+		}
+	}
+	if !removed {
+		t.Error("no event of the removal")
+	}
+	p.stop()
+}

@@ -22,7 +22,7 @@ func message(d *Document) error {
 		Message *string `json:"message"`
 		SHA256  *string `json:"sha256"`
 	}
-	if err := d.decode(&p); err != nil {
+	if err := d.decode(&p, "context"); err != nil {
 		return err
 	}
 	if err := checkText("payload.context", p.Context, MaxContext); err != nil {

@@ -42,8 +42,8 @@ type subscription struct {
 	Provider       publicKey      `json:"provider"`
 	Terms          terms          `json:"terms"`
 	Metadata       map[string]any `json:"metadata"`
-	CreatedAt      *int64         `json:"created_at"`
-	StartsAt       *int64         `json:"starts_at"`
+	CreatedAt      int64          `json:"created_at"`
+	StartsAt       int64          `json:"starts_at"`
 	EndsAt         *int64         `json:"ends_at"`
 }
 
@@ -69,7 +69,8 @@ type frequency struct{ encoded []byte }
 // be positive, and metadata must be such that no two documents share their bytes.
 func paykitSubscription(d *Document) error {
 	var s subscription
-	if err := d.decode(&s); err != nil {
+	// Upstream signs metadata that is null as nothing at all, so it must be there; {} is none.
+	if err := d.decode(&s, "subscription_id", "subscriber", "provider", "terms", "metadata", "created_at", "starts_at"); err != nil {
 		return err
 	}
 	if err := s.check(); err != nil {
@@ -96,9 +97,6 @@ func (s *subscription) check() error {
 		field string
 		key   publicKey
 	}{{"payload.subscriber", s.Subscriber}, {"payload.provider", s.Provider}} {
-		if party.key == (publicKey{}) {
-			return malformed(party.field, "is missing")
-		}
 		if err := eddsa.CheckPublicKey(party.key[:]); err != nil {
 			return malformed(party.field, "is not a usable Ed25519 public key: %v", err)
 		}
@@ -135,22 +133,17 @@ func (s *subscription) check() error {
 	if err := checkMetadata(s.Metadata); err != nil {
 		return err
 	}
-	for _, t := range []struct {
-		field string
-		value *int64
-	}{{"payload.created_at", s.CreatedAt}, {"payload.starts_at", s.StartsAt}} {
-		if t.value == nil {
-			return malformed(t.field, "is missing")
-		}
-		if err := checkTime(t.field, *t.value); err != nil {
-			return err
-		}
+	if err := checkTime("payload.created_at", s.CreatedAt); err != nil {
+		return err
+	}
+	if err := checkTime("payload.starts_at", s.StartsAt); err != nil {
+		return err
 	}
 	if s.EndsAt != nil {
 		if err := checkTime("payload.ends_at", *s.EndsAt); err != nil {
 			return err
 		}
-		if *s.EndsAt <= *s.StartsAt {
+		if *s.EndsAt <= s.StartsAt {
 			return malformed("payload.ends_at", "must be later than payload.starts_at")
 		}
 	}
@@ -159,9 +152,9 @@ func (s *subscription) check() error {
 
 // checkMetadata keeps the canonical form injective. Upstream writes a JSON value without a type tag, so {"k":true} and
 // {"k":1} have the same bytes, and so have many others. Allowed here: text without control characters, and non-empty
-// objects of such text whose keys have 1 to 31 bytes. Then the bytes read back in one way only: a value that begins with
-// a zero length is the empty text; otherwise its second byte is the length of an inner key (1 to 31) where the value is
-// an object, and at least 0x20 where it is text.
+// objects of such text whose keys have 1 to 31 bytes. Then the bytes read back in one way only: a value begins with a
+// varint; where that is zero, the value is the empty text; otherwise the byte after the varint is the length of an inner
+// key (1 to 31) where the value is an object, and at least 0x20 where it is text.
 func checkMetadata(m map[string]any) error {
 	if len(m) > maxMetadataEntries {
 		return malformed("payload.metadata", "must have at most %d entries", maxMetadataEntries)
@@ -210,11 +203,14 @@ func checkMetadataText(field string, value any) error {
 // without the point, at most 28 digits after it, no sign, no exponent, no leading zeros.
 func checkAmount(field, s string) error {
 	whole, fraction, point := strings.Cut(s, ".")
+	if s == "" {
+		return malformed(field, "is missing")
+	}
 	if !digits(whole) || point && !digits(fraction) || len(whole) > 1 && whole[0] == '0' {
 		return malformed(field, "must be a positive decimal number in text, such as \"1000\" or \"0.25\"")
 	}
 	if len(whole) > 29 || len(fraction) > maxAmountScale {
-		return malformed(field, "has too many digits")
+		return malformed(field, "has more than 29 digits before the point or %d after it", maxAmountScale)
 	}
 	n, _ := new(big.Int).SetString(whole+fraction, 10)
 	switch {
@@ -248,8 +244,8 @@ func (s *subscription) canonical(r Request) []byte {
 	}
 	b = appendString(b, *s.Terms.Description)
 	b = appendValue(b, s.Metadata)
-	b = binary.AppendVarint(b, *s.CreatedAt)
-	b = binary.AppendVarint(b, *s.StartsAt)
+	b = binary.AppendVarint(b, s.CreatedAt)
+	b = binary.AppendVarint(b, s.StartsAt)
 	if s.EndsAt == nil {
 		b = append(b, 0)
 	} else {
@@ -301,21 +297,22 @@ func (f *frequency) UnmarshalJSON(b []byte) error {
 			IntervalSeconds uint64 `json:"interval_seconds"`
 		} `json:"Custom"`
 	}
-	if err := json.Unmarshal(b, &v, json.RejectUnknownMembers(true)); err != nil {
+	var members map[string]jsontext.Value
+	if json.Unmarshal(b, &members) != nil || len(members) != 1 || json.Unmarshal(b, &v, json.RejectUnknownMembers(true)) != nil {
 		return errFrequency
 	}
 	switch {
-	case v.Monthly != nil && v.Yearly == nil && v.Custom == nil:
+	case v.Monthly != nil:
 		if v.Monthly.DayOfMonth < 1 || v.Monthly.DayOfMonth > 31 {
 			return errFrequency
 		}
 		f.encoded = []byte{2, v.Monthly.DayOfMonth}
-	case v.Yearly != nil && v.Monthly == nil && v.Custom == nil:
+	case v.Yearly != nil:
 		if m, d := v.Yearly.Month, v.Yearly.Day; m < 1 || m > 12 || d < 1 || d > daysIn[m-1] {
 			return errFrequency
 		}
 		f.encoded = []byte{3, v.Yearly.Month, v.Yearly.Day}
-	case v.Custom != nil && v.Monthly == nil && v.Yearly == nil:
+	case v.Custom != nil:
 		if v.Custom.IntervalSeconds < 1 || v.Custom.IntervalSeconds > MaxTime {
 			return errFrequency
 		}
@@ -330,7 +327,7 @@ func (f *frequency) UnmarshalJSON(b []byte) error {
 var daysIn = [12]uint8{31, 29, 31, 30, 31, 30, 31, 31, 30, 31, 30, 31}
 
 var errFrequency = errors.New(`must be "Daily", "Weekly", {"Monthly":{"day_of_month":1 to 31}}, ` +
-	`{"Yearly":{"month":1 to 12,"day":1 to 31}} or {"Custom":{"interval_seconds":1 or more}}`)
+	`{"Yearly":{"month":1 to 12,"day":1 to 31}} or {"Custom":{"interval_seconds":1 to 253402300799}}`)
 
 // publicKey reads 32 bytes: an array of 32 numbers (as serde writes it), or text in hex, base64url without padding, or
 // z-base-32 (as Pubky writes it).
@@ -344,15 +341,15 @@ var zBase32 = base32.NewEncoding("ybndrfg8ejkmcpqxot1uwisza345h769").WithPadding
 
 func (k *publicKey) UnmarshalJSON(b []byte) error {
 	if jsontext.Value(b).Kind() == '[' {
-		var numbers []uint16 // not uint8: encoding/json reads a []byte from text
+		var numbers []*uint16 // not uint8: encoding/json reads a []byte from text; a pointer, to see null
 		if err := json.Unmarshal(b, &numbers); err != nil || len(numbers) != len(k) {
 			return errPublicKey
 		}
 		for i, n := range numbers {
-			if n > 255 {
+			if n == nil || *n > 255 {
 				return errPublicKey
 			}
-			k[i] = byte(n)
+			k[i] = byte(*n)
 		}
 		return nil
 	}

@@ -6,15 +6,12 @@ package transcript
 // appliance signs raw documents but does not verify them.
 func raw(d *Document) error {
 	var p struct {
-		Message *string `json:"message"`
+		Message string `json:"message"`
 	}
-	if err := d.decode(&p); err != nil {
+	if err := d.decode(&p, "message"); err != nil {
 		return err
 	}
-	if p.Message == nil {
-		return malformed("payload.message", "is missing")
-	}
-	b, err := decodeBase64("payload.message", *p.Message)
+	b, err := decodeBase64("payload.message", p.Message)
 	if err != nil {
 		return err
 	}

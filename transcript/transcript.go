@@ -15,7 +15,7 @@ import (
 	"strings"
 	"time"
 
-	"github.com/go-json-experiment/json"
+	"countersign/ijson"
 )
 
 // MaxTime is the latest time that a document may name: the last second of the year 9999, in Unix seconds.
@@ -79,7 +79,7 @@ func Types() []string {
 func Parse(r Request) (*Document, error) {
 	build, ok := types[r.Type]
 	if !ok {
-		return nil, fmt.Errorf("%w %q: this appliance knows %q", ErrUnsupported, truncate(r.Type), Types())
+		return nil, fmt.Errorf("%w %q: this appliance knows %q", ErrUnsupported, ijson.Clip(r.Type), Types())
 	}
 	if err := checkTime("timestamp", r.Timestamp); err != nil {
 		return nil, err
@@ -128,35 +128,13 @@ func (d *Document) CheckSigner(publicKey []byte) error {
 	return fmt.Errorf("%w: the document names other keys as its parties", ErrWrongSigner)
 }
 
-// decode reads the payload into v: unknown and duplicate fields, wrong types and invalid UTF-8 are refused.
-func (d *Document) decode(v any) error {
-	if err := json.Unmarshal(d.Payload, v, json.RejectUnknownMembers(true)); err != nil {
-		return fmt.Errorf("%w: payload: %w", ErrMalformed, explainJSON(err))
+// decode reads the payload into v: unknown and duplicate fields, wrong types and invalid UTF-8 are refused, and so is a
+// payload without one of the required fields.
+func (d *Document) decode(v any, required ...string) error {
+	if err := ijson.Decode(d.Payload, v, required...); err != nil {
+		return fmt.Errorf("%w: payload: %w", ErrMalformed, err)
 	}
 	return nil
-}
-
-// explainJSON drops the Go types from a decoding error and keeps the place and the reason.
-func explainJSON(err error) error {
-	var semantic *json.SemanticError
-	if errors.As(err, &semantic) {
-		reason := fmt.Sprintf("a JSON %s does not fit here", kindName(semantic.JSONKind.String()))
-		if semantic.Err != nil {
-			reason = semantic.Err.Error()
-		}
-		return fmt.Errorf("at %q: %s", truncate(string(semantic.JSONPointer)), reason)
-	}
-	return err
-}
-
-func kindName(kind string) string {
-	switch kind {
-	case "{":
-		return "object"
-	case "[":
-		return "array"
-	}
-	return kind
 }
 
 func malformed(field, format string, args ...any) error {
@@ -225,11 +203,4 @@ func appendEnvelope(b []byte, r Request) []byte {
 	b = append(b, r.Nonce[:]...)
 	b = binary.BigEndian.AppendUint64(b, uint64(r.Timestamp))
 	return binary.BigEndian.AppendUint64(b, uint64(r.ExpiresAt))
-}
-
-func truncate(s string) string {
-	if len(s) > 64 {
-		return s[:64] + "…"
-	}
-	return s
 }

@@ -139,6 +139,7 @@ func TestKeysInEveryTextForm(t *testing.T) {
 	for name, form := range map[string]string{
 		"31 numbers":                strings.Replace(array, ",", "", 1)[:len(array)-1],
 		"a number over 255":         strings.Replace(array, "[208", "[256", 1),
+		"null among the numbers":    strings.Replace(array, "[208", "[null", 1),
 		"a fraction":                strings.Replace(array, "[208", "[208.5", 1),
 		"hex with a bad digit":      `"` + strings.Repeat("g", 64) + `"`,
 		"padded base64":             `"` + base64.URLEncoding.EncodeToString(key) + `"`,
@@ -174,7 +175,8 @@ func TestSubscriptionRefusals(t *testing.T) {
 		{"terms.frequency", `{"Monthly":{"day_of_month":32}}`}, {"terms.frequency", `{"Monthly":{"day_of_month":1,"x":1}}`},
 		{"terms.frequency", `{"Yearly":{"month":2,"day":30}}`}, {"terms.frequency", `{"Yearly":{"month":13,"day":1}}`},
 		{"terms.frequency", `{"Custom":{"interval_seconds":0}}`}, {"terms.frequency", `{"Custom":{"interval_seconds":-1}}`},
-		{"terms.frequency", `{"Monthly":{"day_of_month":1},"Yearly":{"month":1,"day":1}}`}, {"terms.frequency", `{}`},
+		{"terms.frequency", `{"Monthly":{"day_of_month":1},"Yearly":{"month":1,"day":1}}`}, {"terms.frequency", `{"Monthly":{"day_of_month":1},"Yearly":null}`},
+		{"terms.frequency", `{"Monthly":null}`}, {"terms.frequency", `{"Custom":{"interval_seconds":253402300800}}`}, {"metadata", `null`}, {"terms.frequency", `{}`},
 		{"terms.description", `null`}, {"terms.description", `"` + long + `"`}, {"terms.description", `"\u0007"`},
 		{"metadata", `{"k":true}`}, {"metadata", `{"k":1}`}, {"metadata", `{"k":null}`}, {"metadata", `{"k":["a"]}`}, {"metadata", `{"k":1.5}`},
 		{"metadata", `{"k":{}}`}, {"metadata", `{"k":{"a":{"b":"c"}}}`}, {"metadata", `{"k":"\u0001"}`}, {"metadata", `{"":"x"}`},
@@ -196,7 +198,7 @@ func TestSubscriptionRefusals(t *testing.T) {
 			t.Errorf("%s = %.60s: an error of %d bytes", bad.path, bad.value, len(err.Error()))
 		}
 	}
-	for _, missing := range []string{"subscription_id", "subscriber", "provider", "terms", "created_at", "starts_at"} {
+	for _, missing := range []string{"subscription_id", "subscriber", "provider", "terms", "metadata", "created_at", "starts_at"} {
 		var m map[string]json.RawMessage
 		if err := json.Unmarshal(c.Subscription, &m); err != nil {
 			t.Fatal(err)

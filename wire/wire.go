@@ -11,8 +11,8 @@ import (
 	"encoding/base64"
 	"errors"
 	"fmt"
-	"io"
-	"strings"
+
+	"countersign/ijson"
 
 	"github.com/go-json-experiment/json"
 	"github.com/go-json-experiment/json/jsontext"
@@ -21,11 +21,8 @@ import (
 // MaxDocument is the longest JSON document in bytes: a Noise message of 65,535 bytes less its 16-byte tag.
 const MaxDocument = 65535 - 16
 
-// maxID bounds a request's id in bytes; maxDepth bounds how deep arrays and objects nest.
-const (
-	maxID    = 64
-	maxDepth = 16
-)
+// maxID bounds a request's id in bytes.
+const maxID = 64
 
 // The operations.
 const (
@@ -94,10 +91,18 @@ type Sign struct {
 type Verify struct {
 	ID        string  `json:"id"`
 	Op        string  `json:"op"`
-	Key       string  `json:"key,omitempty"`
+	Key       *string `json:"key,omitempty"`
 	PublicKey Bytes32 `json:"public_key"`
 	Signature Bytes   `json:"signature"`
 	Document
+}
+
+// KeyName returns Key, or "" where it is not given.
+func (v *Verify) KeyName() string {
+	if v.Key == nil {
+		return ""
+	}
+	return *v.Key
 }
 
 // Pong answers Ping. Time is the appliance's clock in Unix seconds.
@@ -167,7 +172,10 @@ var required = map[string][]string{
 // Parse reads a request strictly. It returns a *Ping, *Keys, *Sign or *Verify. The error is an *Error; the id is given
 // back with it whenever the document was sound enough to have one.
 func Parse(b []byte) (id string, request any, err error) {
-	members, err := check(b)
+	if len(b) > MaxDocument {
+		return "", nil, refuse(CodeMalformed, "the document has more than %d bytes", MaxDocument)
+	}
+	members, err := ijson.Members(b)
 	if err != nil {
 		return "", nil, refuse(CodeMalformed, "%v", err)
 	}
@@ -175,7 +183,7 @@ func Parse(b []byte) (id string, request any, err error) {
 		return "", nil, refuse(CodeMalformed, "id must be a string of 1 to %d bytes", maxID)
 	}
 	var op string
-	if json.Unmarshal(members["op"], &op) != nil || op == "" {
+	if v := members["op"]; len(v) == 0 || v.Kind() != '"' || json.Unmarshal(v, &op) != nil {
 		return id, nil, refuse(CodeMalformed, "op must be a string")
 	}
 	switch op {
@@ -190,7 +198,7 @@ func Parse(b []byte) (id string, request any, err error) {
 	default:
 		return id, nil, refuse(CodeUnsupported, "unknown op: this appliance knows ping, keys, sign, verify")
 	}
-	if err := decode(b, members, request, required[op]); err != nil {
+	if err := ijson.Decode(b, request, required[op]...); err != nil {
 		return id, nil, refuse(CodeMalformed, "%v", err)
 	}
 	return id, request, nil
@@ -200,92 +208,8 @@ func refuse(code, format string, args ...any) *Error {
 	return &Error{Code: code, Message: fmt.Sprintf(format, args...)}
 }
 
-// check holds b against I-JSON: one object, well-formed, no duplicate names, no noncharacters, not too deep. It returns
-// the object's members.
-func check(b []byte) (members map[string]jsontext.Value, err error) {
-	if len(b) > MaxDocument {
-		return nil, fmt.Errorf("the document has more than %d bytes", MaxDocument)
-	}
-	d := jsontext.NewDecoder(bytes.NewReader(b))
-	if d.PeekKind() != '{' {
-		return nil, errors.New("the message must be a JSON object")
-	}
-	for first := true; first || d.StackDepth() > 0; first = false {
-		token, err := d.ReadToken()
-		if err != nil {
-			return nil, Explain(err)
-		}
-		if d.StackDepth() > maxDepth {
-			return nil, fmt.Errorf("arrays and objects nest deeper than %d", maxDepth)
-		}
-		if token.Kind() == '"' && strings.ContainsFunc(token.String(), noncharacter) {
-			return nil, errors.New("text contains a Unicode noncharacter (RFC 7493)")
-		}
-	}
-	if _, err := d.ReadToken(); err != io.EOF {
-		return nil, errors.New("something follows the JSON object")
-	}
-	if err := json.Unmarshal(b, &members); err != nil {
-		return nil, Explain(err)
-	}
-	return members, nil
-}
-
-// noncharacter reports the code points that RFC 7493 section 2.1 forbids.
-func noncharacter(r rune) bool {
-	return r >= 0xfdd0 && r <= 0xfdef || r&0xfffe == 0xfffe
-}
-
-// Explain turns a decoder's error into a sentence for the sender: the place and the reason, no Go types.
-func Explain(err error) error {
-	var semantic *json.SemanticError
-	if errors.As(err, &semantic) {
-		place := clip(string(semantic.JSONPointer))
-		if errors.Is(err, json.ErrUnknownName) {
-			return fmt.Errorf("unknown field %q", place)
-		}
-		if semantic.Err != nil && semantic.JSONKind == '"' {
-			return fmt.Errorf("field %q: %w", place, semantic.Err)
-		}
-		return fmt.Errorf("field %q: a value of this type or size does not fit", place)
-	}
-	var syntactic *jsontext.SyntacticError
-	if errors.As(err, &syntactic) {
-		return fmt.Errorf("broken JSON at byte %d, field %q: %s", syntactic.ByteOffset, clip(string(syntactic.JSONPointer)), clip(syntactic.Err.Error()))
-	}
-	return errors.New("broken JSON: the document ends early")
-}
-
-func clip(s string) string {
-	if len(s) > 80 {
-		s = strings.ToValidUTF8(s[:80], "") + "…"
-	}
-	return s
-}
-
 // Encode writes a request, or an answer's result.
 func Encode(v any) ([]byte, error) { return json.Marshal(v) }
-
-// Decode reads a document as strictly as a request is read; it must have the fields that are named, and not null.
-func Decode(b []byte, v any, required ...string) error {
-	members, err := check(b)
-	if err != nil {
-		return err
-	}
-	return decode(b, members, v, required)
-}
-
-func decode(b []byte, members map[string]jsontext.Value, v any, required []string) error {
-	for _, name := range required {
-		if v := members[name]; len(v) == 0 || v.Kind() == 'n' {
-			return fmt.Errorf("%s is missing", name)
-		}
-	}
-	if err := json.Unmarshal(b, v, json.RejectUnknownMembers(true)); err != nil {
-		return Explain(err)
-	}
-	return nil
-}
 
 // EncodeAnswer writes the answer to the request with the given id: the result, or where err is not nil the error.
 // An answer that does not fit into a message becomes the error too_large.
@@ -311,8 +235,8 @@ func EncodeAnswer(id string, result any, refusal *Error) []byte {
 // DecodeAnswer reads an answer strictly.
 func DecodeAnswer(b []byte) (Answer, error) {
 	var a Answer
-	if err := json.Unmarshal(b, &a, json.RejectUnknownMembers(true)); err != nil {
-		return Answer{}, fmt.Errorf("wire: answer: %w", Explain(err))
+	if err := ijson.Decode(b, &a); err != nil {
+		return Answer{}, fmt.Errorf("wire: answer: %w", err)
 	}
 	if (a.Error == nil) == (len(a.Result) == 0) {
 		return Answer{}, errors.New("wire: answer: must have one of result and error")
@@ -325,8 +249,8 @@ func (a Answer) Into(v any) error {
 	if a.Error != nil {
 		return a.Error
 	}
-	if err := json.Unmarshal(a.Result, v, json.RejectUnknownMembers(true)); err != nil {
-		return fmt.Errorf("wire: result: %w", Explain(err))
+	if err := ijson.Decode(a.Result, v); err != nil {
+		return fmt.Errorf("wire: result: %w", err)
 	}
 	return nil
 }

@@ -64,6 +64,7 @@ func TestParseRefuses(t *testing.T) {
 		"id too long":            {sign(`"id":"1"`, `"id":"`+strings.Repeat("i", 65)+`"`), "", "malformed"},
 		"no op":                  {`{"id":"1"}`, "1", "malformed"},
 		"op null":                {`{"id":"1","op":null}`, "1", "malformed"},
+		"op empty":               {`{"id":"1","op":""}`, "1", "unsupported"},
 		"unknown op":             {`{"id":"1","op":"destroy"}`, "1", "unsupported"},
 		"unknown field":          {sign(`"key"`, `"extra":1,"key"`), "1", "malformed"},
 		"field in other case":    {sign(`"key"`, `"Key"`), "1", "malformed"},

@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"countersign/client"
+	"countersign/ijson"
 	"countersign/transcript"
 
 	"github.com/spf13/cobra"
@@ -32,24 +33,30 @@ func (s *server) flags(c *cobra.Command) {
 	f.DurationVar(&s.timeout, "timeout", 15*time.Second, "how long to wait in all")
 }
 
-// with connects and calls use.
-func (s *server) with(ctx context.Context, use func(context.Context, *client.Client) error) error {
+// config reads the flags.
+func (s *server) config() (client.Config, error) {
 	for _, f := range []struct{ name, value string }{{"server", s.address}, {"server-key", s.key}, {"identity", s.identity}} {
 		if f.value == "" {
-			return usageError{fmt.Errorf("--%s is missing", f.name)}
+			return client.Config{}, usageError{fmt.Errorf("--%s is missing", f.name)}
 		}
 	}
 	key, err := client.ParseKey(s.key)
 	if err != nil {
-		return usageError{fmt.Errorf("--server-key: %w", err)}
+		return client.Config{}, usageError{fmt.Errorf("--server-key: %w", err)}
 	}
 	id, err := client.ReadIdentity(s.identity)
+	return client.Config{Address: s.address, ServerKey: key, Identity: id}, err
+}
+
+// with connects and calls use.
+func (s *server) with(ctx context.Context, use func(context.Context, *client.Client) error) error {
+	config, err := s.config()
 	if err != nil {
 		return err
 	}
 	ctx, cancel := context.WithTimeout(ctx, s.timeout)
 	defer cancel()
-	c, err := client.Dial(ctx, client.Config{Address: s.address, ServerKey: key, Identity: id})
+	c, err := client.Dial(ctx, config)
 	if err != nil {
 		return err
 	}
@@ -159,6 +166,9 @@ func (t *tool) sign() *cobra.Command {
 			d.Timestamp = time.Now().Unix()
 		}
 		d.ExpiresAt = d.Timestamp + int64(expires/time.Second)
+		if _, err := s.config(); err != nil { // before anything is read from a terminal
+			return err
+		}
 		input, err := t.readInput(args)
 		if err != nil {
 			return err
@@ -170,14 +180,14 @@ func (t *tool) sign() *cobra.Command {
 				return err
 			}
 		}
+		if _, err := ijson.Members(d.Payload); err != nil {
+			return fmt.Errorf("%w: payload: %w; for a file of any kind use --context", transcript.ErrMalformed, err)
+		}
 		return s.with(cmd.Context(), func(ctx context.Context, c *client.Client) error {
 			if as != "" {
 				if d.Payload, err = setParty(ctx, c, d.Payload, as, key); err != nil {
 					return err
 				}
-			}
-			if !json.Valid(d.Payload) {
-				return fmt.Errorf("%w: the payload is not JSON; for a file of any kind use --context", transcript.ErrMalformed)
 			}
 			signed, err := c.Sign(ctx, key, d)
 			if err != nil {
@@ -222,13 +232,13 @@ func setParty(ctx context.Context, c *client.Client, payload []byte, field, key 
 	if err != nil {
 		return nil, err
 	}
-	var members map[string]json.RawMessage
-	if err := json.Unmarshal(payload, &members); err != nil || members == nil {
-		return nil, fmt.Errorf("%w: the payload is not a JSON object", transcript.ErrMalformed)
+	members, err := ijson.Members(payload)
+	if err != nil {
+		return nil, fmt.Errorf("%w: payload: %w", transcript.ErrMalformed, err)
 	}
 	for _, k := range keys {
 		if k.Name == key && k.State == "active" {
-			members[field] = json.RawMessage(fmt.Sprintf(`"%x"`, k.PublicKey))
+			members[field] = fmt.Appendf(nil, `"%x"`, k.PublicKey)
 			return json.Marshal(members)
 		}
 	}

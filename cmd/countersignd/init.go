@@ -40,7 +40,7 @@ func initialise(ctx context.Context, c Config, newToken bool, soPINFile string, 
 	if err := store.Close(); err != nil {
 		return err
 	}
-	if err := os.MkdirAll(filepath.Dir(c.Ledger), 0o700); err != nil {
+	if err := makeFolder(filepath.Dir(c.Ledger)); err != nil {
 		return fmt.Errorf("ledger: %w", err)
 	}
 	switch err := ledger.Create(c.Ledger); {
@@ -55,6 +55,9 @@ func initialise(ctx context.Context, c Config, newToken bool, soPINFile string, 
 		return err
 	}
 	defer p.close(log)
+	if err := p.app.Recover(ctx); err != nil {
+		return err
+	}
 	key, err := p.app.NoiseKey()
 	if errors.Is(err, appliance.ErrNotFound) {
 		key, err = p.app.CreateNoiseKey(ctx, audit.Operator(fmt.Sprintf("uid:%d", os.Getuid())))
@@ -69,6 +72,21 @@ func initialise(ctx context.Context, c Config, newToken bool, soPINFile string, 
 	}
 	fmt.Fprintln(stdout, hex.EncodeToString(key.Info().PublicKey))
 	return nil
+}
+
+// makeFolder makes one folder, unless it is there, so that it will be there after a power cut.
+func makeFolder(path string) error {
+	if err := os.Mkdir(path, 0o700); errors.Is(err, os.ErrExist) {
+		return nil
+	} else if err != nil {
+		return err
+	}
+	parent, err := os.Open(filepath.Dir(path))
+	if err != nil {
+		return err
+	}
+	defer parent.Close()
+	return parent.Sync()
 }
 
 // makeToken makes the token unless it is there.

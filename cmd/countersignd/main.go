@@ -12,6 +12,7 @@ import (
 	"os/signal"
 	"strings"
 	"syscall"
+	"time"
 
 	"countersign/appliance"
 	"countersign/hsm"
@@ -123,7 +124,12 @@ type parts struct {
 	app    *appliance.Appliance
 }
 
+// startTime bounds how long the token may take until the appliance is put together.
+const startTime = time.Minute
+
 func open(ctx context.Context, c Config, log *slog.Logger) (p parts, err error) {
+	ctx, cancel := context.WithTimeout(ctx, startTime)
+	defer cancel()
 	defer func() {
 		if err != nil {
 			p.close(log)

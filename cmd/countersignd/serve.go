@@ -48,7 +48,7 @@ func serve(ctx context.Context, c Config, stderr io.Writer) error {
 		return err
 	}
 	defer operator.Close()
-	if err := p.app.Start(); err != nil {
+	if err := p.app.Start(ctx); err != nil {
 		return err
 	}
 

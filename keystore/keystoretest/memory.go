@@ -18,6 +18,8 @@ type Memory struct {
 
 	// BeforeSign, where it is set, runs before each signature; its error is the device's.
 	BeforeSign func(ref keystore.Ref, message []byte) error
+	// BeforeGenerate, where it is set, runs before a key is made: a device that takes its time.
+	BeforeGenerate func(ref keystore.Ref)
 	// Corrupt, where it is set, may change a signature: a device that answers wrongly.
 	Corrupt func(signature []byte) []byte
 }
@@ -25,6 +27,7 @@ type Memory struct {
 type memoryKey struct {
 	store *Memory
 	info  keystore.Info
+	tag   keystore.Tag
 	sign  ed25519.PrivateKey
 	dh    *ecdh.PrivateKey
 }
@@ -52,13 +55,16 @@ func (m *Memory) Keys(context.Context) (infos []keystore.Info, err error) {
 	return infos, nil
 }
 
-func (m *Memory) Generate(_ context.Context, ref keystore.Ref, alg keystore.Algorithm) (keystore.Key, error) {
+func (m *Memory) Generate(_ context.Context, ref keystore.Ref, alg keystore.Algorithm, tag keystore.Tag) (keystore.Key, error) {
+	if m.BeforeGenerate != nil {
+		m.BeforeGenerate(ref)
+	}
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	if _, ok := m.keys[ref]; ok {
 		return nil, fmt.Errorf("%v: %w", ref, keystore.ErrExists)
 	}
-	k := &memoryKey{store: m, info: keystore.Info{Ref: ref, Algorithm: alg, Custody: "memory", Generated: true, NeverLeft: true}}
+	k := &memoryKey{store: m, tag: tag, info: keystore.Info{Ref: ref, Algorithm: alg, Custody: "memory", Generated: true, NeverLeft: true}}
 	var err error
 	switch alg {
 	case keystore.Ed25519:
@@ -77,11 +83,20 @@ func (m *Memory) Generate(_ context.Context, ref keystore.Ref, alg keystore.Algo
 	return k, nil
 }
 
-func (m *Memory) Destroy(_ context.Context, ref keystore.Ref) error {
+func (m *Memory) Destroy(_ context.Context, ref keystore.Ref, tag keystore.Tag) error {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if k := m.keys[ref]; k != nil && k.tag == tag {
+		delete(m.keys, ref)
+	}
+	return nil
+}
+
+// Remove takes a key away, as somebody with the token in hand could.
+func (m *Memory) Remove(ref keystore.Ref) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	delete(m.keys, ref)
-	return nil
 }
 
 func (k *memoryKey) Info() keystore.Info { return k.info }

@@ -48,7 +48,7 @@ func Run(t *testing.T, open func(*testing.T) keystore.Store) {
 	}
 	generate := func(t *testing.T, s keystore.Store, name string, version uint32, alg keystore.Algorithm) keystore.Key {
 		t.Helper()
-		k, err := s.Generate(t.Context(), keystore.Ref{Name: name, Version: version}, alg)
+		k, err := s.Generate(t.Context(), keystore.Ref{Name: name, Version: version}, alg, keystore.Tag{1})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -148,13 +148,13 @@ func Run(t *testing.T, open func(*testing.T) keystore.Store) {
 	t.Run("GenerateRefuses", func(t *testing.T) {
 		s := store(t)
 		first := generate(t, s, "a", 1, keystore.Ed25519)
-		if _, err := s.Generate(t.Context(), keystore.Ref{Name: "a", Version: 1}, keystore.Ed25519); !errors.Is(err, keystore.ErrExists) {
+		if _, err := s.Generate(t.Context(), keystore.Ref{Name: "a", Version: 1}, keystore.Ed25519, keystore.Tag{1}); !errors.Is(err, keystore.ErrExists) {
 			t.Errorf("an existing name: %v", err)
 		}
 		if k, err := s.Key(t.Context(), keystore.Ref{Name: "a", Version: 1}); err != nil || !slices.Equal(k.Info().PublicKey, first.Info().PublicKey) {
 			t.Errorf("the refused generation has changed the key: %v", err)
 		}
-		if _, err := s.Generate(t.Context(), keystore.Ref{Name: "b", Version: 1}, "rsa"); err == nil {
+		if _, err := s.Generate(t.Context(), keystore.Ref{Name: "b", Version: 1}, "rsa", keystore.Tag{1}); err == nil {
 			t.Error("an unknown algorithm is accepted")
 		}
 	})
@@ -164,8 +164,14 @@ func Run(t *testing.T, open func(*testing.T) keystore.Store) {
 		ref := keystore.Ref{Name: "a", Version: 1}
 		k := generate(t, s, "a", 1, keystore.Ed25519)
 		generate(t, s, "a", 11, keystore.Ed25519)
+		if err := s.Destroy(t.Context(), ref, keystore.Tag{2}); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := k.Sign(t.Context(), []byte("m")); err != nil {
+			t.Errorf("destroyed with the tag of another creation: %v", err)
+		}
 		for range 2 { // the second time there is nothing left
-			if err := s.Destroy(t.Context(), ref); err != nil {
+			if err := s.Destroy(t.Context(), ref, keystore.Tag{1}); err != nil {
 				t.Fatal(err)
 			}
 		}

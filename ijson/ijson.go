@@ -1,0 +1,137 @@
+// Package ijson reads I-JSON (RFC 7493) strictly: UTF-8, no duplicate names, no surrogates or noncharacters in text, no
+// unknown fields, names matched by case, nothing after the document. Its errors are sentences for the sender.
+package ijson
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"io"
+	"reflect"
+	"strings"
+
+	"github.com/go-json-experiment/json"
+	"github.com/go-json-experiment/json/jsontext"
+)
+
+// MaxDepth bounds how deep arrays and objects nest; the outermost counts as 1.
+const MaxDepth = 16
+
+// Members checks that b is one sound object and returns its members.
+func Members(b []byte) (members map[string]jsontext.Value, err error) {
+	d := jsontext.NewDecoder(bytes.NewReader(b))
+	if d.PeekKind() != '{' {
+		return nil, errors.New("it must be a JSON object")
+	}
+	for first := true; first || d.StackDepth() > 0; first = false {
+		token, err := d.ReadToken()
+		if err != nil {
+			return nil, explain(err)
+		}
+		if d.StackDepth() > MaxDepth {
+			return nil, fmt.Errorf("arrays and objects nest deeper than %d", MaxDepth)
+		}
+		if token.Kind() == '"' && strings.ContainsFunc(token.String(), noncharacter) {
+			return nil, errors.New("text contains a Unicode noncharacter (RFC 7493)")
+		}
+	}
+	if _, err := d.ReadToken(); err != io.EOF {
+		return nil, errors.New("something follows the JSON object")
+	}
+	if err := json.Unmarshal(b, &members); err != nil {
+		return nil, explain(err)
+	}
+	return members, nil
+}
+
+// Decode reads one object into v. The fields that are named must be there, and not null.
+func Decode(b []byte, v any, required ...string) error {
+	members, err := Members(b)
+	if err != nil {
+		return err
+	}
+	for _, name := range required {
+		if m := members[name]; len(m) == 0 || m.Kind() == 'n' {
+			return fmt.Errorf("%s is missing", name)
+		}
+	}
+	if err := json.Unmarshal(b, v, json.RejectUnknownMembers(true)); err != nil {
+		return explain(err)
+	}
+	return nil
+}
+
+// noncharacter reports the code points that RFC 7493 section 2.1 forbids.
+func noncharacter(r rune) bool {
+	return r >= 0xfdd0 && r <= 0xfdef || r&0xfffe == 0xfffe
+}
+
+// explain turns a decoder's error into a sentence: the place and the reason, no Go types, nothing long of the sender's.
+func explain(err error) error {
+	var semantic *json.SemanticError
+	if errors.As(err, &semantic) {
+		place := field(semantic.JSONPointer)
+		switch {
+		case errors.Is(err, json.ErrUnknownName):
+			return fmt.Errorf("unknown field %q", place)
+		case semantic.Err != nil && semantic.GoType != nil && !isNumber(semantic.GoType):
+			return fmt.Errorf("%s: %w", place, semantic.Err)
+		case semantic.GoType != nil:
+			return fmt.Errorf("%s: must be %s", place, expected(semantic.GoType))
+		}
+		return fmt.Errorf("%s: this does not fit here", place)
+	}
+	var syntactic *jsontext.SyntacticError
+	if errors.As(err, &syntactic) {
+		if errors.Is(err, jsontext.ErrDuplicateName) {
+			return fmt.Errorf("duplicate field %q", field(syntactic.JSONPointer))
+		}
+		return fmt.Errorf("broken JSON at byte %d", syntactic.ByteOffset)
+	}
+	return errors.New("broken JSON: it ends early")
+}
+
+func isNumber(t reflect.Type) bool {
+	switch t.Kind() {
+	case reflect.Int64, reflect.Uint64, reflect.Uint32, reflect.Uint16, reflect.Uint8:
+		return true
+	}
+	return false
+}
+
+func expected(t reflect.Type) string {
+	switch t.Kind() {
+	case reflect.String:
+		return "text"
+	case reflect.Bool:
+		return "true or false"
+	case reflect.Struct, reflect.Map:
+		return "an object"
+	case reflect.Slice:
+		return "an array"
+	case reflect.Pointer:
+		return expected(t.Elem())
+	}
+	if isNumber(t) {
+		return "an integer without fraction or exponent, in its range"
+	}
+	return "something else"
+}
+
+// field writes a place as it is named in specifications: payload.terms.amount.
+func field(p jsontext.Pointer) string {
+	var names []string
+	for name := range p.Tokens() {
+		names = append(names, name)
+	}
+	return Clip(strings.Join(names, "."))
+}
+
+// Clip shortens text of a sender's to what fits into a message or a log line.
+func Clip(s string) string {
+	const most = 64
+	if len(s) <= most {
+		return s
+	}
+	return strings.ToValidUTF8(s[:most], "") + "…"
+}
