@@ -16,6 +16,7 @@ import (
 	"math/big"
 	"net"
 	"strconv"
+	"strings"
 	"sync"
 	"time"
 
@@ -178,8 +179,11 @@ type Signed struct {
 	Repeated  bool   // the appliance had admitted this same request before
 }
 
-// signedDoc is the JSON form of Signed, and of a Document where there is no signature yet.
+// signedDoc is the JSON form of Signed, and of a Document where there is no signature yet. A sign request as it is on the
+// wire has this form too.
 type signedDoc struct {
+	ID string `json:"id,omitempty"`
+	Op string `json:"op,omitempty"`
 	wire.Document
 	Key       string       `json:"key,omitempty"`
 	Version   uint32       `json:"version,omitzero"`
@@ -191,7 +195,9 @@ type signedDoc struct {
 
 // Encode writes the JSON form.
 func (s *Signed) Encode() ([]byte, error) {
-	return wire.Encode(signedDoc{s.wire(), s.Key, s.Version, s.PublicKey, s.Signature, s.Event, s.Repeated})
+	return wire.Encode(signedDoc{
+		Document: s.wire(), Key: s.Key, Version: s.Version, PublicKey: s.PublicKey, Signature: s.Signature, Event: s.Event, Repeated: s.Repeated,
+	})
 }
 
 // DecodeSigned reads the JSON form strictly. Whether a type and a signature are there is for the caller to see.
@@ -320,7 +326,7 @@ func (c *Client) connection(ctx context.Context) (*conn, error) {
 	n, err := noise.Connect(ctx, raw, c.config.Identity, noise.PrologueV1, c.config.ServerKey)
 	if errors.Is(err, noise.ErrHandshake) {
 		raw.Close()
-		return nil, fmt.Errorf("%w: %w", ErrHandshake, err)
+		return nil, fmt.Errorf("%w: %s", ErrHandshake, strings.TrimPrefix(err.Error(), noise.ErrHandshake.Error()+": "))
 	} else if err != nil {
 		raw.Close()
 		return nil, fmt.Errorf("%w: %w", ErrUnreachable, err)

@@ -30,7 +30,7 @@ const (
 	minMessage2 = 32 + tagSize                // e, payload (empty)
 )
 
-// Prologue names the profile of a connection; both ends must mean the same one.
+// PrologueV1 names the profile of a connection; both ends must mean the same one.
 const PrologueV1 = "countersign-v1"
 
 // How a handshake or a connection fails. A broken network is none of these and is wrapped as it is.
@@ -120,7 +120,7 @@ func Connect(ctx context.Context, conn net.Conn, static Static, prologue string,
 	// <- e, ee, se
 	message2, err := c.readFrame(minMessage2, minMessage2)
 	if errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) || isReset(err) {
-		return nil, fmt.Errorf("%w: the server closed the connection without an answer: it does not know this identity, or its key is another", ErrHandshake)
+		return nil, fmt.Errorf("%w: it was closed without an answer: the server does not know this identity, or its key is another, or it can't serve now", ErrHandshake)
 	} else if err != nil {
 		return nil, err
 	}
