@@ -69,8 +69,8 @@ func (a *Appliance) Serve(ctx context.Context, listener net.Listener) error {
 	return nil
 }
 
-// Start clears away what was cut off, says whether serving can begin, and writes down that it does. Stop writes down that it has ended, after
-// everything that was admitted has been settled.
+// Start clears away what was cut off, says whether serving can begin, and writes down that it does. Stop writes down that
+// it has ended, after everything that was admitted has been settled.
 func (a *Appliance) Start(ctx context.Context) error {
 	if err := a.Recover(ctx); err != nil {
 		return err

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bytes"
 	"context"
 	"crypto/sha256"
 	"encoding/base64"
@@ -307,10 +308,9 @@ func (t *tool) transcript() *cobra.Command {
 			out := map[string]string{"type": doc.Type, "canonical": hex.EncodeToString(doc.Canonical), "message": hex.EncodeToString(doc.Message)}
 			return t.print(out, func(w io.Writer) {
 				fmt.Fprintf(w, "type\t%s\n", doc.Type)
-				for _, name := range []string{"currency", "method", "subscriber", "provider", "message_context"} {
-					if v, ok := doc.Fields[name]; ok {
-						fmt.Fprintf(w, "%s\t%v\n", name, v)
-					}
+				var compact bytes.Buffer
+				if json.Compact(&compact, doc.Payload) == nil {
+					fmt.Fprintf(w, "payload\t%s\n", compact.Bytes())
 				}
 				fmt.Fprintf(w, "nonce\t%x\n", doc.Nonce)
 				fmt.Fprintf(w, "valid\t%d to %d\n", doc.Timestamp, doc.ExpiresAt)
