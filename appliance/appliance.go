@@ -25,10 +25,10 @@ import (
 type Limits struct {
 	Connections      int           // open at once, handshakes included
 	InFlight         int           // requests of one connection that are being served at once
-	HandshakeTimeout time.Duration // from accept to the end of the handshake
+	HandshakeTimeout time.Duration // for the handshake, and again for the first request
 	IdleTimeout      time.Duration // without a request on a connection
 	WriteTimeout     time.Duration // for one answer
-	RequestTimeout   time.Duration // for one request, the device's time included
+	RequestTimeout   time.Duration // for one request, the device's time included; and for writing down how it ended
 	ClockSkew        time.Duration // how far a document's timestamp may lie in the future
 	MaxLifetime      time.Duration // of a document: expires_at - timestamp
 }
@@ -80,6 +80,30 @@ func (l lock) acquire(ctx context.Context) error {
 }
 
 func (l lock) release() { <-l }
+
+// act runs an act of management to its end, whether its caller waits or not: what was handed to the ledger or the device
+// may be carried out, and memory has to say the same. l is held until then. When ctx ends first, the act goes on, and the
+// caller is told so.
+func (a *Appliance) act(ctx context.Context, l lock, what string, do func(context.Context) error) error {
+	if err := l.acquire(ctx); err != nil {
+		return err
+	}
+	done := make(chan error, 1)
+	go func() {
+		defer l.release()
+		err := do(context.WithoutCancel(ctx))
+		if err != nil && ctx.Err() != nil {
+			a.log.Error("an act of management whose caller has left failed", "act", what, "err", err)
+		}
+		done <- err
+	}()
+	select {
+	case err := <-done:
+		return err
+	case <-ctx.Done():
+		return fmt.Errorf("%s: %w: it goes on; look later how it ended", what, keystore.ErrUnavailable)
+	}
+}
 
 // New puts an appliance together. It reads keys and peers from the ledger and holds each key against the keystore: one
 // that is missing, ambiguous or another is an error, since serving without it would be a silent loss. It changes nothing.

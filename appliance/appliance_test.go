@@ -567,7 +567,9 @@ func TestCallerLeavesAManagementAct(t *testing.T) {
 			t.Fatal(err)
 		}
 		r.RemovePeer(gone, who, name)
-		r.agrees(t)
+		if _, ok := r.peer([32]byte(key)); ok {
+			t.Fatal("the peer is still let in")
+		}
 		if err := r.RemovePeer(t.Context(), who, name); err != nil && !errors.Is(err, ErrNotFound) {
 			t.Fatal(err)
 		}
@@ -578,9 +580,56 @@ func TestCallerLeavesAManagementAct(t *testing.T) {
 	}
 }
 
-// agrees compares the peers in memory with those in the ledger.
+// TestRemovedPeerStaysRemoved: a removal whose caller left while a request was with the device, the same key enrolled
+// under another name, and that removed too. After a restart nobody is back.
+func TestRemovedPeerStaysRemoved(t *testing.T) {
+	r := newRig(t)
+	who := audit.Operator("test")
+	gone, leave := context.WithCancel(t.Context())
+	leave()
+	r.RemovePeer(gone, who, "shop")
+	if _, ok := r.peer(r.shop.PublicKey); ok {
+		t.Error("it is not cut off at once")
+	}
+	if _, err := r.AddPeer(t.Context(), who, "shop2", r.shop.PublicKey[:]); err != nil && !errors.Is(err, ErrExists) {
+		t.Fatal(err)
+	}
+	for _, name := range []string{"shop", "shop2"} {
+		if err := r.RemovePeer(t.Context(), who, name); err != nil && !errors.Is(err, ErrNotFound) {
+			t.Fatal(err)
+		}
+	}
+	r.ledger.Close()
+	r.open(t)
+	if _, ok := r.peer(r.shop.PublicKey); ok {
+		t.Error("it is back after a restart")
+	}
+}
+
+// TestRemovingWaitsForNobody: another act hangs; the peer is cut off all the same.
+func TestRemovingWaitsForNobody(t *testing.T) {
+	r := newRig(t)
+	if err := r.enrolling.acquire(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	if err := r.RemovePeer(ctx, audit.Operator("test"), "shop"); !errors.Is(err, keystore.ErrUnavailable) {
+		t.Errorf("%v, want %v", err, keystore.ErrUnavailable)
+	}
+	if _, ok := r.peer(r.shop.PublicKey); ok {
+		t.Error("the peer is still let in")
+	}
+	r.enrolling.release()
+}
+
+// agrees compares the peers in memory with those in the ledger, when no act is under way.
 func (r *rig) agrees(t *testing.T) {
 	t.Helper()
+	if err := r.enrolling.acquire(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	defer r.enrolling.release()
 	var onDisk, inMemory []string
 	r.ledger.All(ledger.Peers, func(name string, _ []byte) error { onDisk = append(onDisk, name); return nil })
 	for _, p := range r.Peers() {

@@ -70,6 +70,9 @@ func (a *Appliance) loadPeers() error {
 			return fmt.Errorf("peer %q in the ledger has no public key", name)
 		}
 		p := Peer{Name: name, PublicKey: [32]byte(key), Added: time.Unix(r.Added, 0)}
+		if other, ok := a.peers[p.PublicKey]; ok {
+			return fmt.Errorf("peers %q and %q in the ledger have the same public key", other.Name, name)
+		}
 		a.peers[p.PublicKey] = p
 		return nil
 	})
@@ -155,8 +158,8 @@ func (a *Appliance) clearAway(ctx context.Context, ref keystore.Ref, r keyRecord
 	})
 }
 
-// CreateKey makes version 1 of a signing key in the keystore. When ctx ends first, the creation goes on, and Keys tells
-// how it ended.
+// CreateKey makes version 1 of a signing key in the keystore. When ctx ends first, the creation goes on: Keys has the key
+// when it has come into use, and the audit log how it ended.
 func (a *Appliance) CreateKey(ctx context.Context, who audit.Actor, name string) (*Key, error) {
 	if name == NoiseName {
 		return nil, fmt.Errorf("key %q: %w: the name belongs to the listener's Noise key", name, ErrInvalid)
@@ -173,26 +176,15 @@ func (a *Appliance) createKey(ctx context.Context, who audit.Actor, name string,
 	if err := keystore.CheckName(name); err != nil {
 		return nil, fmt.Errorf("key %q: %w: %w", ijson.Clip(name), ErrInvalid, err)
 	}
-	if err := a.creating.acquire(ctx); err != nil {
+	var made *Key
+	err := a.act(ctx, a.creating, fmt.Sprintf("key %q", name), func(ctx context.Context) (err error) {
+		made, err = a.create(ctx, who, keystore.Ref{Name: name, Version: 1}, alg)
+		return err
+	})
+	if err != nil {
 		return nil, err
 	}
-	type result struct {
-		key *Key
-		err error
-	}
-	done := make(chan result, 1)
-	go func() {
-		defer a.creating.release()
-		// Not under ctx: a caller that leaves in the middle must not leave the device at something that nobody finishes.
-		k, err := a.create(context.WithoutCancel(ctx), who, keystore.Ref{Name: name, Version: 1}, alg)
-		done <- result{k, err}
-	}()
-	select {
-	case r := <-done:
-		return r.key, r.err
-	case <-ctx.Done():
-		return nil, fmt.Errorf("key %q: %w: the device is still making it; look later with key list", name, keystore.ErrUnavailable)
-	}
+	return made, nil
 }
 
 // create writes the intent down first; the key comes into use only when it has been proven and written down. A crash in
@@ -204,6 +196,15 @@ func (a *Appliance) create(ctx context.Context, who audit.Actor, ref keystore.Re
 	if exists {
 		return nil, fmt.Errorf("key %q: %w", ref.Name, ErrExists)
 	}
+	pending, err := a.keyRecords(func(s State) bool { return s == Pending })
+	if err != nil {
+		return nil, err
+	}
+	if r, ok := pending[ref]; ok { // an earlier one could not be cleared away then
+		if err := a.clearAway(ctx, ref, r, "failed"); err != nil {
+			return nil, fmt.Errorf("key %q: %w", ref.Name, err)
+		}
+	}
 	if _, err := a.store.Key(ctx, ref); err == nil {
 		return nil, fmt.Errorf("key %q: %w on the token, but not in the ledger: does the token belong to another appliance?", ref.Name, ErrExists)
 	} else if !errors.Is(err, keystore.ErrNotFound) {
@@ -212,13 +213,7 @@ func (a *Appliance) create(ctx context.Context, who audit.Actor, ref keystore.Re
 	var tag keystore.Tag
 	rand.Read(tag[:])
 	r := keyRecord{Algorithm: alg, State: Pending, Created: time.Now().Unix(), Tag: hex.EncodeToString(tag[:])}
-	err := a.ledger.Update(ctx, func(tx *ledger.Tx) error {
-		if len(tx.Get(ledger.Keys, ref.String())) > 0 { // an earlier one could not be cleared away; the next start does it
-			return fmt.Errorf("key %q: %w: an unfinished creation of it is in the way until the daemon is started again", ref.Name, ErrExists)
-		}
-		return tx.Put(ledger.Keys, ref.String(), encode(r))
-	})
-	if err != nil {
+	if err := a.ledger.Update(ctx, func(tx *ledger.Tx) error { return tx.Put(ledger.Keys, ref.String(), encode(r)) }); err != nil {
 		return nil, err
 	}
 	made, err := a.store.Generate(ctx, ref, alg, tag)
@@ -287,79 +282,78 @@ func (a *Appliance) AddPeer(ctx context.Context, who audit.Actor, name string, p
 	if len(publicKey) != 32 || keystore.LowOrder([32]byte(publicKey)) {
 		return Peer{}, fmt.Errorf("peer %q: %w: its public key must be 32 bytes of an X25519 key", name, ErrInvalid)
 	}
-	if err := a.enrolling.acquire(ctx); err != nil {
-		return Peer{}, err
-	}
-	defer a.enrolling.release()
-	now := time.Now()
-	p := Peer{Name: name, PublicKey: [32]byte(publicKey), Added: now}
-	if other, ok := a.peer(p.PublicKey); ok {
-		return Peer{}, fmt.Errorf("peer %q: %w: the public key is enrolled as %q", name, ErrExists, other.Name)
-	}
-	r := peerRecord{PublicKey: hex.EncodeToString(publicKey), Added: now.Unix()}
-	err := a.update(ctx, func(tx *ledger.Tx) error {
-		if old := tx.Get(ledger.Peers, name); len(old) > 0 {
-			var known peerRecord
-			if json.Unmarshal(old, &known) == nil && known.PublicKey == r.PublicKey {
-				return nil // an earlier call was told that it failed, and had not
-			}
-			return fmt.Errorf("peer %q: %w", name, ErrExists)
-		}
-		if err := tx.Put(ledger.Peers, name, encode(r)); err != nil {
-			return err
-		}
-		return tx.Append(audit.Event{
-			Type: audit.PeerAdded, Actor: who, Action: "peer add", Resource: name, Outcome: "ok", Metadata: map[string]string{"public_key": r.PublicKey},
-		}.Encode(now))
-	})
+	p := Peer{Name: name, PublicKey: [32]byte(publicKey), Added: time.Now()}
+	err := a.act(ctx, a.enrolling, fmt.Sprintf("peer %q", name), func(ctx context.Context) error { return a.enrol(ctx, who, &p) })
 	if err != nil {
 		return Peer{}, err
 	}
-	a.mu.Lock()
-	a.peers[p.PublicKey] = p
-	a.mu.Unlock()
 	return p, nil
 }
 
-// RemovePeer takes a client's enrolment back. It is cut off first and without the disk: its connections are closed, and
-// what was being served for it has ended, before that is written down. After an error the ledger may still have the
-// peer, and would enrol it again at the next start: ask again.
-func (a *Appliance) RemovePeer(ctx context.Context, who audit.Actor, name string) error {
-	if err := a.enrolling.acquire(ctx); err != nil {
-		return err
-	}
-	defer a.enrolling.release()
-	known, ended := a.cutOff(name)
-	for _, end := range ended {
-		select {
-		case <-end:
-		case <-ctx.Done():
-			return fmt.Errorf("peer %q: %w: a request of its is still with the device; ask again", ijson.Clip(name), keystore.ErrUnavailable)
+// enrol writes a peer down and lets it in. The ledger decides what is enrolled already, not memory.
+func (a *Appliance) enrol(ctx context.Context, who audit.Actor, p *Peer) error {
+	r := peerRecord{PublicKey: hex.EncodeToString(p.PublicKey[:]), Added: p.Added.Unix()}
+	err := a.ledger.Update(ctx, func(tx *ledger.Tx) error {
+		if len(tx.Get(ledger.Peers, p.Name)) > 0 {
+			return fmt.Errorf("peer %q: %w", p.Name, ErrExists)
 		}
-	}
-	return a.update(ctx, func(tx *ledger.Tx) error {
-		if len(tx.Get(ledger.Peers, name)) == 0 {
-			if known {
-				return nil
+		if err := tx.All(ledger.Peers, func(other string, value []byte) error {
+			var known peerRecord
+			if err := json.Unmarshal(value, &known); err != nil {
+				return fmt.Errorf("peer %q in the ledger: %w", other, err)
 			}
-			return fmt.Errorf("peer %q: %w", ijson.Clip(name), ErrNotFound)
-		}
-		if err := tx.Delete(ledger.Peers, name); err != nil {
+			if known.PublicKey == r.PublicKey {
+				return fmt.Errorf("peer %q: %w: the public key is enrolled as %q", p.Name, ErrExists, other)
+			}
+			return nil
+		}); err != nil {
 			return err
 		}
-		return tx.Append(audit.Event{Type: audit.PeerRemoved, Actor: who, Action: "peer remove", Resource: name, Outcome: "ok"}.Encode(time.Now()))
+		if err := tx.Put(ledger.Peers, p.Name, encode(r)); err != nil {
+			return err
+		}
+		return tx.Append(audit.Event{
+			Type: audit.PeerAdded, Actor: who, Action: "peer add", Resource: p.Name, Outcome: "ok", Metadata: map[string]string{"public_key": r.PublicKey},
+		}.Encode(p.Added))
+	})
+	if err != nil {
+		return err
+	}
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.peers[p.PublicKey] = *p
+	return nil
+}
+
+// RemovePeer takes a client's enrolment back. It is cut off first, without the disk and without waiting for anybody: its
+// connections are closed, and what was being served for it has ended, before the removal is written down. After an error
+// the ledger may still have the peer, and would enrol it again at the next start: ask again.
+func (a *Appliance) RemovePeer(ctx context.Context, who audit.Actor, name string) error {
+	a.cutOff(name)
+	return a.act(ctx, a.enrolling, fmt.Sprintf("peer %q", ijson.Clip(name)), func(ctx context.Context) error {
+		for _, end := range a.cutOff(name) { // again: it may have been enrolled in between
+			<-end // a request's time at the most
+		}
+		return a.ledger.Update(ctx, func(tx *ledger.Tx) error {
+			if len(tx.Get(ledger.Peers, name)) == 0 {
+				return fmt.Errorf("peer %q: %w", ijson.Clip(name), ErrNotFound)
+			}
+			if err := tx.Delete(ledger.Peers, name); err != nil {
+				return err
+			}
+			return tx.Append(audit.Event{Type: audit.PeerRemoved, Actor: who, Action: "peer remove", Resource: name, Outcome: "ok"}.Encode(time.Now()))
+		})
 	})
 }
 
 // cutOff forgets a peer and closes its connections. ended has a channel for each, which is closed when nothing is being
 // served on it any more.
-func (a *Appliance) cutOff(name string) (known bool, ended []<-chan struct{}) {
+func (a *Appliance) cutOff(name string) (ended []<-chan struct{}) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	for key, p := range a.peers {
 		if p.Name == name {
 			delete(a.peers, key)
-			known = true
 		}
 	}
 	for s := range a.sessions {
@@ -368,17 +362,7 @@ func (a *Appliance) cutOff(name string) (known bool, ended []<-chan struct{}) {
 			ended = append(ended, s.ended)
 		}
 	}
-	return known, ended
-}
-
-// manageTime bounds how long an act of management waits for the disk. It does not end with its caller: an act that was
-// handed to the ledger may be carried out, and memory has to say the same as the disk.
-const manageTime = 30 * time.Second
-
-func (a *Appliance) update(ctx context.Context, change func(*ledger.Tx) error) error {
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), manageTime)
-	defer cancel()
-	return a.ledger.Update(ctx, change)
+	return ended
 }
 
 // Peers lists the enrolled clients by name.

@@ -25,8 +25,8 @@ type session struct {
 }
 
 // Serve answers peers on listener until ctx ends; then it takes no new requests, finishes those that it has begun, and
-// returns nil. When the ledger's state becomes unknown, it answers nobody any more and returns that error. The listener
-// is closed in any case.
+// returns nil. When the ledger's state becomes unknown, it stops too, answers nothing that would need the ledger, and
+// returns that error. The listener is closed in any case.
 func (a *Appliance) Serve(ctx context.Context, listener net.Listener) error {
 	stop, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
@@ -81,7 +81,16 @@ func (a *Appliance) Start(ctx context.Context) error {
 	return a.recordDaemon(audit.Started)
 }
 
-func (a *Appliance) Stop() error { return a.recordDaemon(audit.Stopped) }
+func (a *Appliance) Stop() error {
+	ctx, cancel := context.WithTimeout(context.Background(), a.limits.RequestTimeout)
+	defer cancel()
+	for _, l := range []lock{a.creating, a.enrolling} { // no act of management begins any more
+		if err := l.acquire(ctx); err != nil {
+			a.log.Error("stopping during an act of management; the next start clears away what is left of it", "err", err)
+		}
+	}
+	return a.recordDaemon(audit.Stopped)
+}
 
 // recordDaemon writes down a step of the daemon's own life, even if it is being stopped.
 func (a *Appliance) recordDaemon(t audit.Type) error {
@@ -169,7 +178,7 @@ func (a *Appliance) read(stop context.Context, s *session, within time.Duration)
 }
 
 // serveSession answers requests, the first of which has been read, until the peer goes, is removed, or stop ends. At most
-// InFlight are being served at once; beyond that the connection is not read, and TCP slows the peer down.
+// InFlight are being served at once, and one more is read; beyond that TCP slows the peer down.
 func (a *Appliance) serveSession(stop context.Context, s *session, message []byte) {
 	s.conn.SetWriteLimit(a.limits.WriteTimeout)
 	var serving sync.WaitGroup

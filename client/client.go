@@ -267,7 +267,7 @@ func (c *Client) call(ctx context.Context, repeatable bool, request func(id stri
 			var answer wire.Answer
 			var sent bool
 			if answer, sent, err = conn.roundTrip(ctx, request); err == nil {
-				return answer.Into(result)
+				return decode(answer, result)
 			}
 			if sent && !repeatable {
 				return fmt.Errorf("%w: %w", ErrUnknownOutcome, err)
@@ -285,6 +285,14 @@ func (c *Client) call(ctx context.Context, repeatable bool, request func(id stri
 			return err
 		}
 	}
+}
+
+func decode(answer wire.Answer, result any) error {
+	err := answer.Into(result)
+	if err != nil && answer.Error == nil {
+		return fmt.Errorf("%w: %w", ErrWrongAnswer, err)
+	}
+	return err
 }
 
 // pause waits 50 ms, doubling up to 1 s, half of it by chance, so that many clients don't come back at once.
@@ -320,7 +328,15 @@ func (c *Client) connection(ctx context.Context) (*conn, error) {
 	defer cancel()
 	defer context.AfterFunc(c.base, cancel)()
 	raw, err := new(net.Dialer).DialContext(ctx, "tcp", c.config.Address)
-	if err != nil {
+	if c.base.Err() != nil {
+		err = ErrClosed
+	}
+	if errors.Is(err, ErrClosed) {
+		if raw != nil {
+			raw.Close()
+		}
+		return nil, err
+	} else if err != nil {
 		return nil, fmt.Errorf("%w: %w", ErrUnreachable, err)
 	}
 	n, err := noise.Connect(ctx, raw, c.config.Identity, noise.PrologueV1, c.config.ServerKey)
@@ -341,6 +357,7 @@ var errConnection = errors.New("connection lost")
 // conn is one connection: many callers, one reader.
 type conn struct {
 	noise *noise.Conn
+	turn  chan struct{} // held by who writes
 
 	mu      sync.Mutex
 	next    uint64
@@ -350,7 +367,7 @@ type conn struct {
 }
 
 func newConn(n *noise.Conn) *conn {
-	c := &conn{noise: n, waiting: map[string]chan wire.Answer{}, ended: make(chan struct{})}
+	c := &conn{noise: n, turn: make(chan struct{}, 1), waiting: map[string]chan wire.Answer{}, ended: make(chan struct{})}
 	n.SetWriteLimit(30 * time.Second)
 	go c.read()
 	return c
@@ -366,6 +383,10 @@ func (c *conn) read() {
 		answer, err := wire.DecodeAnswer(message)
 		if err != nil {
 			c.fail(fmt.Errorf("%w: %w", ErrWrongAnswer, err))
+			return
+		}
+		if answer.ID == "" {
+			c.fail(fmt.Errorf("%w: it could not read a request", ErrWrongAnswer))
 			return
 		}
 		c.mu.Lock()
@@ -412,8 +433,23 @@ func (c *conn) roundTrip(ctx context.Context, request func(id string) any) (answ
 	if len(message) > wire.MaxDocument {
 		return answer, false, &Error{Code: wire.CodeTooLarge, Message: fmt.Sprintf("the request has %d bytes, at most %d fit", len(message), wire.MaxDocument)}
 	}
-	// In the background: an appliance that does not read must not hold a caller longer than its context.
+	if _, err := ijson.Members(message); err != nil { // the appliance could not say which request it refuses
+		return answer, false, &Error{Code: wire.CodeMalformed, Message: err.Error()}
+	}
+	if ctx.Err() != nil {
+		return answer, false, ctx.Err()
+	}
+	// One request is written at a time. An appliance that does not read holds the next ones here, no longer than their
+	// contexts; the one that is being written goes on behind its caller.
+	select {
+	case c.turn <- struct{}{}:
+	case <-c.ended:
+		return answer, false, c.err
+	case <-ctx.Done():
+		return answer, false, ctx.Err()
+	}
 	go func() {
+		defer func() { <-c.turn }()
 		if err := c.noise.WriteMessage(message); err != nil {
 			c.fail(err)
 		}

@@ -265,8 +265,36 @@ func TestLostAnswers(t *testing.T) {
 	if _, err := c.Verify(t.Context(), "", good); !errors.Is(err, client.ErrUnknownOutcome) {
 		t.Errorf("verify: %v, want %v", err, client.ErrUnknownOutcome)
 	}
+	mu.Lock()
+	defer mu.Unlock()
 	if asked["*wire.Sign"] != 2 || asked["*wire.Verify"] != 1 {
 		t.Errorf("asked %v", asked)
+	}
+}
+
+// TestRequestsThatCannotBeAnswered: what the appliance could not even give an id back for is refused before it is sent.
+func TestRequestsThatCannotBeAnswered(t *testing.T) {
+	a := start(t)
+	c := dial(t, a.config())
+	deep := strings.Repeat("[", 16) + strings.Repeat("]", 16)
+	for name, d := range map[string]client.Document{
+		"a noncharacter": message("\ufffe"),
+		"too deep":       {Type: "message-v1", Payload: []byte(`{"context":` + deep + `}`)},
+		"not JSON":       {Type: "message-v1", Payload: []byte(`{"context":`)},
+		"nothing":        {Type: "message-v1"},
+	} {
+		var refusal *client.Error
+		if _, err := c.Sign(t.Context(), "payments", d); err == nil || errors.As(err, &refusal) && refusal.Code != "malformed" {
+			t.Errorf("sign %s: %v", name, err)
+		}
+		if _, err := c.Verify(t.Context(), "", &client.Signed{Document: d}); err == nil || errors.Is(err, client.ErrUnknownOutcome) {
+			t.Errorf("verify %s: %v", name, err)
+		}
+	}
+	gone, cancel := context.WithCancel(t.Context())
+	cancel()
+	if _, err := c.Verify(gone, "", &client.Signed{Document: message("AAAA")}); !errors.Is(err, context.Canceled) || errors.Is(err, client.ErrUnknownOutcome) {
+		t.Errorf("with an ended context: %v", err)
 	}
 }
 

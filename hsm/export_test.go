@@ -1,5 +1,7 @@
 package hsm
 
+import "time"
+
 // LogOut ends the login of all sessions of the process behind the store's back.
 func (s *Store) LogOut() {
 	held := <-s.slots
@@ -12,7 +14,7 @@ func (s *Store) LogOut() {
 	s.using.RUnlock()
 	s.slots <- held
 	s.recovering.Lock()
-	s.lastRecover = s.lastRecover.Add(-recoverEvery) // a test does not wait for the pause between attempts
+	s.nextRecover = time.Time{} // a test does not wait for the pause between attempts
 	s.recovering.Unlock()
 }
 

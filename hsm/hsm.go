@@ -12,6 +12,7 @@ import (
 	"fmt"
 	"os"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"countersign/keystore"
@@ -28,8 +29,13 @@ type Config struct {
 	Sessions    int               // operations in flight at the most
 }
 
-// recoverEvery bounds how often a token that does not answer is asked to begin anew.
-const recoverEvery = time.Second
+// recoverEvery bounds how often a token that does not answer is asked to begin anew; busyPause does where a call that
+// hangs in the module kept that from happening. drainTime is how long such a call is waited for.
+const (
+	recoverEvery = time.Second
+	busyPause    = 10 * time.Second
+	drainTime    = 2 * time.Second
+)
 
 // Store is a keystore.Store on one token.
 type Store struct {
@@ -47,8 +53,11 @@ type Store struct {
 	generation uint64 // under using; sessions and handles of another generation are dead
 	closed     bool   // under using
 
+	// gate, where it is set, is closed when a restart of the module has ended: nobody begins a call before.
+	gate atomic.Pointer[chan struct{}]
+
 	recovering  sync.Mutex
-	lastRecover time.Time // under recovering
+	nextRecover time.Time // under recovering: not before
 	authFailed  error     // under recovering: a wrong PIN is never tried twice
 }
 
@@ -153,15 +162,18 @@ func (s *Store) restart(since uint64) error {
 	} else if current != since {
 		return nil
 	}
-	if since != 0 && time.Since(s.lastRecover) < recoverEvery {
-		return fmt.Errorf("hsm: %w: the last attempt to reach the token failed less than %v ago", keystore.ErrUnavailable, recoverEvery)
+	if since != 0 && time.Now().Before(s.nextRecover) {
+		return fmt.Errorf("hsm: %w: the token could not be reached a moment ago", keystore.ErrUnavailable)
 	}
-	s.lastRecover = time.Now()
-
+	gate := make(chan struct{})
+	s.gate.Store(&gate)
+	defer func() { s.gate.Store(nil); close(gate) }()
 	if !s.lockModule() {
+		s.nextRecover = time.Now().Add(busyPause)
 		return fmt.Errorf("hsm: %w: another call has not come back from the module", keystore.ErrUnavailable)
 	}
 	defer s.using.Unlock()
+	s.nextRecover = time.Now().Add(recoverEvery)
 	if s.closed {
 		return errClosed
 	}
@@ -179,10 +191,10 @@ func (s *Store) restart(since uint64) error {
 	return nil
 }
 
-// lockModule waits until no call is in the module, but not for ever: one that hangs must not stop those that don't, and a
-// waiting Lock would.
+// lockModule waits until no call is in the module, but not for ever: one that hangs must not stop those that don't. The
+// gate keeps new ones from beginning meanwhile.
 func (s *Store) lockModule() bool {
-	for deadline := time.Now().Add(2 * time.Second); !s.using.TryLock(); time.Sleep(time.Millisecond) {
+	for deadline := time.Now().Add(drainTime); !s.using.TryLock(); time.Sleep(time.Millisecond) {
 		if time.Now().After(deadline) {
 			return false
 		}
@@ -232,7 +244,8 @@ func findSlot(module *pkcs11.Ctx, uri tokenURI) (uint, error) {
 	case 1:
 		return found[0], nil
 	case 0:
-		return 0, fmt.Errorf("hsm: %w: no token matches %q (%d tokens are present); look with: pkcs11-tool --module MODULE --list-slots", keystore.ErrUnavailable, uri.text, len(ids))
+		return 0, fmt.Errorf("hsm: %w: %w %q (%d tokens are present); look with: pkcs11-tool --module MODULE --list-slots",
+			keystore.ErrUnavailable, ErrNoToken, uri.text, len(ids))
 	}
 	return 0, fmt.Errorf("hsm: %d tokens match %q; name one by its serial", len(found), uri.text)
 }
@@ -242,8 +255,8 @@ func findSlot(module *pkcs11.Ctx, uri tokenURI) (uint, error) {
 //
 // When ctx has ended, nothing new begins; what has begun goes on behind it.
 //
-// use may run twice: after a failure that is the device's, the module is started anew and the use tried once more. What
-// keys do is deterministic, so that is safe; Generate looks first at what is there.
+// use may run three times: after a failure that is the device's, with a new session, and then with the module started
+// anew. What keys do is deterministic, so that is safe; Generate looks first at what is there.
 func (s *Store) do(ctx context.Context, doing string, use func(session) error) error {
 	if ctx.Err() != nil {
 		return fmt.Errorf("hsm: %s: %w: %w", doing, keystore.ErrUnavailable, ctx.Err())
@@ -256,15 +269,18 @@ func (s *Store) do(ctx context.Context, doing string, use func(session) error) e
 	}
 	done := make(chan error, 1)
 	go func() {
-		err := s.attempt(&held, use)
-		if errors.Is(err, keystore.ErrUnavailable) && ctx.Err() == nil {
-			if again := s.restart(held.generation); again != nil {
-				err = again
-			} else {
-				err = s.attempt(&held, use)
+		defer func() { s.slots <- held }()
+		err := s.attempt(ctx, &held, use)
+		if errors.Is(err, keystore.ErrUnavailable) { // a new session and fresh handles may do
+			err = s.attempt(ctx, &held, use)
+			if err != nil && ctx.Err() == nil { // whatever it is: without a login a key seems not to be there
+				if again := s.restart(held.generation); again != nil {
+					err = again
+				} else {
+					err = s.attempt(ctx, &held, use)
+				}
 			}
 		}
-		s.slots <- held
 		done <- err
 	}()
 	select {
@@ -279,11 +295,20 @@ func (s *Store) do(ctx context.Context, doing string, use func(session) error) e
 }
 
 // attempt runs use once, with a session of the current generation. A session in which something failed is closed.
-func (s *Store) attempt(held *session, use func(session) error) error {
+func (s *Store) attempt(ctx context.Context, held *session, use func(session) error) error {
+	if gate := s.gate.Load(); gate != nil {
+		select {
+		case <-*gate:
+		case <-ctx.Done():
+		}
+	}
 	s.using.RLock()
 	defer s.using.RUnlock()
 	if s.closed {
 		return errClosed
+	}
+	if ctx.Err() != nil { // the caller has been told already that it failed
+		return fmt.Errorf("%w: %w", keystore.ErrUnavailable, ctx.Err())
 	}
 	if held.generation != s.generation || held.handle == 0 {
 		held.generation = s.generation
@@ -334,8 +359,17 @@ func deviceError(call string, err error) error {
 		pkcs11.CKR_PIN_LOCKED) {
 		class = keystore.ErrAuth
 	}
+	if isCode(err, pkcs11.CKR_USER_PIN_NOT_INITIALIZED) {
+		return fmt.Errorf("%w: %s: %w", class, call, ErrNoUserPIN)
+	}
 	return fmt.Errorf("%w: %s: %w", class, call, err)
 }
+
+// What InitToken can mend.
+var (
+	ErrNoToken   = errors.New("no token matches")
+	ErrNoUserPIN = errors.New("the token has no user PIN yet")
+)
 
 func isCode(err error, codes ...uint) bool {
 	var e pkcs11.Error

@@ -8,6 +8,7 @@ import (
 	"path/filepath"
 	"runtime"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -324,12 +325,12 @@ func TestOpenRefuses(t *testing.T) {
 			t.Errorf("%s: %v; want it to name %q", tc.name, err, tc.want)
 		}
 	}
-	if err := hsm.InitToken(good, filepath.Join(dir, "so-pin")); err == nil || !strings.Contains(err.Error(), "already") {
+	if err := hsm.InitToken(t.Context(), good, filepath.Join(dir, "so-pin")); err == nil || !strings.Contains(err.Error(), "already") {
 		t.Errorf("a second token of the same name: %v", err)
 	}
 	other := good
 	other.URI = "pkcs11:token=other;serial=1"
-	if err := hsm.InitToken(other, filepath.Join(dir, "so-pin")); err == nil || !strings.Contains(err.Error(), "no attribute but token") {
+	if err := hsm.InitToken(t.Context(), other, filepath.Join(dir, "so-pin")); err == nil || !strings.Contains(err.Error(), "no attribute but token") {
 		t.Errorf("a new token with a serial: %v", err)
 	}
 	// The same by the URI alone.
@@ -393,8 +394,51 @@ func TestInterruptedInitToken(t *testing.T) {
 	if _, err := hsm.Open(t.Context(), c); !errors.Is(err, keystore.ErrUnavailable) {
 		t.Errorf("without the user's PIN: %v, want %v", err, keystore.ErrUnavailable)
 	}
-	if err := hsm.InitToken(c, filepath.Join(filepath.Dir(c.PINFile), "so-pin")); err != nil {
+	if err := hsm.InitToken(t.Context(), c, filepath.Join(filepath.Dir(c.PINFile), "so-pin")); err != nil {
 		t.Fatal(err)
 	}
 	open(t, c).Close()
+}
+
+// TestHealsUnderLoad: the login is lost again and again while others use the token without a pause. Nobody gets anything
+// but a signature or "unavailable", and each time the token is back by itself.
+func TestHealsUnderLoad(t *testing.T) {
+	c := newToken(t)
+	c.Sessions = 8
+	store := open(t, c)
+	defer store.Close()
+	key, err := store.Generate(t.Context(), payments, keystore.Ed25519, keystore.Tag{1})
+	if err != nil {
+		t.Fatal(err)
+	}
+	sign := func() error {
+		sig, err := key.Sign(t.Context(), []byte("m"))
+		if err == nil && !ed25519.Verify(key.Info().PublicKey, []byte("m"), sig) {
+			t.Error("a wrong signature")
+		}
+		if err != nil && !errors.Is(err, keystore.ErrUnavailable) {
+			t.Error(err)
+		}
+		return err
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	var wg sync.WaitGroup
+	for range 6 {
+		wg.Go(func() {
+			for ctx.Err() == nil {
+				sign()
+			}
+		})
+	}
+	for range 10 {
+		store.LogOut()
+		deadline := time.Now().Add(20 * time.Second)
+		for sign() != nil {
+			if time.Now().After(deadline) {
+				t.Fatal("it does not heal")
+			}
+		}
+	}
+	cancel()
+	wg.Wait()
 }

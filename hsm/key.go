@@ -143,8 +143,8 @@ func (k *key) use(ctx context.Context, doing string, f func(session, pkcs11.Obje
 		h := k.handle.Load()
 		if h == nil || h.generation != s.generation {
 			found, err := k.store.load(s, k.info.Ref)
-			if err != nil {
-				return err
+			if err != nil { // it was there and whole: the token is away, or nobody is logged in and sees half of it
+				return fmt.Errorf("%w: %w", keystore.ErrUnavailable, err)
 			}
 			if !bytes.Equal(found.info.PublicKey, k.info.PublicKey) || !bytes.Equal(found.id, k.id) {
 				return fmt.Errorf("%w: the token has another key under this name now", keystore.ErrUnfit)
@@ -152,7 +152,11 @@ func (k *key) use(ctx context.Context, doing string, f func(session, pkcs11.Obje
 			h = found.handle.Load()
 			k.handle.Store(h)
 		}
-		return f(s, h.private)
+		err := f(s, h.private)
+		if errors.Is(err, keystore.ErrUnavailable) {
+			k.handle.CompareAndSwap(h, nil) // it may be the handle: find it again
+		}
+		return err
 	})
 }
 

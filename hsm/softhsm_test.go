@@ -36,7 +36,7 @@ func newToken(t testing.TB) hsm.Config {
 		Environment: map[string]string{"SOFTHSM2_CONF": filepath.Join(dir, "softhsm2.conf")},
 		Sessions:    4,
 	}
-	if err := hsm.InitToken(c, filepath.Join(dir, "so-pin")); err != nil {
+	if err := hsm.InitToken(t.Context(), c, filepath.Join(dir, "so-pin")); err != nil {
 		t.Fatal(err)
 	}
 	return c

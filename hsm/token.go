@@ -1,6 +1,7 @@
 package hsm
 
 import (
+	"context"
 	"fmt"
 
 	"github.com/miekg/pkcs11"
@@ -8,19 +9,28 @@ import (
 
 // InitToken makes a new token in the first slot that holds an empty one: the label is the URI's token attribute, the
 // user's PIN is that of the configuration, the security officer's is read from soPINFile. An initialised token is not
-// touched, unless it is the one that is asked for and has no user's PIN yet. It must not run beside an open Store.
-func InitToken(c Config, soPINFile string) error {
+// touched, unless it is the one that is asked for and has no user's PIN yet. It must not run beside an open Store. When
+// ctx ends first, what the module does goes on, and the process should end.
+func InitToken(ctx context.Context, c Config, soPINFile string) error {
+	done := make(chan error, 1)
+	go func() { done <- initToken(c, soPINFile) }()
+	select {
+	case err := <-done:
+		return err
+	case <-ctx.Done():
+		return fmt.Errorf("hsm: new token: %w", ctx.Err())
+	}
+}
+
+func initToken(c Config, soPINFile string) error {
 	uri, pinFile, module, err := load(c)
 	if err != nil {
 		return err
 	}
 	defer module.Destroy()
 	label := uri.attrs["token"]
-	if label == "" || len(label) > 32 {
-		return fmt.Errorf("hsm: new token: the URI must have a token attribute of 1 to 32 bytes, for the label")
-	}
-	if len(uri.attrs) > 1 || uri.slotID != nil {
-		return fmt.Errorf("hsm: new token: the URI may have no attribute but token: the others are not known before")
+	if label == "" || len(label) > 32 || len(uri.attrs) > 1 || uri.slotID != nil {
+		return fmt.Errorf("hsm: new token: the URI must have a token attribute of 1 to 32 bytes, for the label, and no attribute but token")
 	}
 	pin, err := readPIN(pinFile)
 	if err != nil {
@@ -38,25 +48,28 @@ func InitToken(c Config, soPINFile string) error {
 	if err != nil {
 		return deviceError("C_GetSlotList", err)
 	}
+	var empty []uint
 	for _, slot := range slots {
 		info, err := module.GetTokenInfo(slot)
-		if err != nil {
+		switch {
+		case err != nil:
 			return deviceError("C_GetTokenInfo", err)
+		case info.Flags&pkcs11.CKF_TOKEN_INITIALIZED == 0:
+			empty = append(empty, slot)
+		case !uri.matches(slot, info):
+		case info.Flags&pkcs11.CKF_USER_PIN_INITIALIZED == 0:
+			return setPIN(module, uri, soPIN, pin) // an earlier call was cut off here
+		default:
+			return fmt.Errorf("hsm: new token: there is a token that matches %q already", uri.text)
 		}
-		if info.Flags&pkcs11.CKF_TOKEN_INITIALIZED != 0 {
-			if uri.matches(slot, info) && info.Flags&pkcs11.CKF_USER_PIN_INITIALIZED == 0 {
-				return setPIN(module, uri, soPIN, pin) // an earlier call was cut off here
-			} else if uri.matches(slot, info) {
-				return fmt.Errorf("hsm: new token: there is a token that matches %q already", uri.text)
-			}
-			continue
-		}
-		if err := module.InitToken(slot, soPIN, label); err != nil {
-			return deviceError("C_InitToken", err)
-		}
-		return setPIN(module, uri, soPIN, pin)
 	}
-	return fmt.Errorf("hsm: new token: none of the %d slots holds an empty token", len(slots))
+	if len(empty) == 0 {
+		return fmt.Errorf("hsm: new token: none of the %d slots holds an empty token", len(slots))
+	}
+	if err := module.InitToken(empty[0], soPIN, label); err != nil {
+		return deviceError("C_InitToken", err)
+	}
+	return setPIN(module, uri, soPIN, pin)
 }
 
 // setPIN sets the user's PIN of a token that has just been made; modules may have moved it to another slot.

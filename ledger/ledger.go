@@ -21,6 +21,7 @@ import (
 	"os"
 	"path/filepath"
 	"runtime/debug"
+	"slices"
 	"sync"
 	"syscall"
 	"time"
@@ -79,8 +80,8 @@ type Ledger struct {
 	stop     sync.Once
 }
 
-// request is work for the writer: apply runs inside a transaction that others share, or, where alone is set, in one of
-// its own that an error rolls back. done, where somebody waits, gets the result of the commit.
+// request is work for the writer: apply, unless it is nil, runs inside a transaction that others share, or, where alone is
+// set, in one of its own that an error rolls back. done, where somebody waits, gets the result of the commit.
 type request struct {
 	apply func(*bolt.Tx) error
 	alone bool
@@ -230,7 +231,7 @@ func (l *Ledger) Failed() <-chan struct{} { return l.failed }
 
 // Alive returns when the writer has come round to this request, without writing anything.
 func (l *Ledger) Alive(ctx context.Context) error {
-	return l.submit(ctx, &request{apply: func(*bolt.Tx) error { return nil }, done: make(chan error, 1)})
+	return l.submit(ctx, &request{done: make(chan error, 1)})
 }
 
 // submit hands a request to the writer and waits for its commit, unless nobody wants to know (done is nil). Where ctx
@@ -326,6 +327,10 @@ func (l *Ledger) transact(batch []*request) error {
 	case <-l.failed:
 		return ErrUnknownState
 	default:
+	}
+	batch = slices.DeleteFunc(slices.Clone(batch), func(r *request) bool { return r.apply == nil })
+	if len(batch) == 0 {
+		return nil
 	}
 	tx, err := l.db.Begin(true)
 	if err != nil {

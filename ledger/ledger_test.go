@@ -214,6 +214,14 @@ func TestOnDiskWhenItReturns(t *testing.T) {
 	}
 }
 
+func TestAliveWritesNothing(t *testing.T) {
+	l, _ := create(t)
+	before := l.Commits()
+	if err := l.Alive(t.Context()); err != nil || l.Commits() != before {
+		t.Errorf("%d commits, %v", l.Commits()-before, err)
+	}
+}
+
 func TestRequestsShareACommit(t *testing.T) {
 	l, _ := create(t)
 	before := l.Commits()

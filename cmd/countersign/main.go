@@ -81,6 +81,8 @@ func classify(err error) (code string, status int) {
 	switch {
 	case !errors.As(err, new(failed)):
 		return "usage", 2
+	case errors.Is(err, client.ErrUnknownOutcome): // before the refusal that it may wrap: it must not be tried again
+		return "unknown_outcome", 1
 	case errors.As(err, &refusal):
 		if refusal.Code == "unavailable" || refusal.Code == "busy" || refusal.Code == "rate_limited" {
 			return refusal.Code, 3
@@ -93,8 +95,6 @@ func classify(err error) (code string, status int) {
 		return adminRefusal.Code, 1
 	case errors.Is(err, client.ErrHandshake):
 		return "handshake_refused", 1
-	case errors.Is(err, client.ErrUnknownOutcome):
-		return "unknown_outcome", 1
 	case errors.Is(err, client.ErrUnreachable), errors.Is(err, context.DeadlineExceeded), errors.Is(err, syscall.ECONNREFUSED), errors.Is(err, syscall.ENOENT) && errors.As(err, new(socketError)):
 		return "unreachable", 3
 	case errors.Is(err, transcript.ErrUnsupported):

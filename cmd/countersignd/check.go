@@ -14,8 +14,7 @@ import (
 	"countersign/policy"
 )
 
-// check opens everything that serve would, changes nothing but what serve would change too, and says what it found, a
-// line a part. While a daemon runs, the ledger is its own; the rest is checked all the same.
+// check opens everything that serve would, changes nothing, and says what it found, a line a part. While a daemon runs, the ledger is its own; the rest is checked all the same.
 func check(ctx context.Context, path string, c Config, stdout io.Writer) error {
 	say := func(part, format string, args ...any) {
 		fmt.Fprintf(stdout, "%-8s %s\n", part, fmt.Sprintf(format, args...))

@@ -76,13 +76,15 @@ type Limits struct {
 	Connections int `toml:"connections"`
 	// InFlight is how many requests of one connection are served at once; further ones wait unread. Default: 64.
 	InFlight int `toml:"in_flight"`
-	// HandshakeTimeout is from accept to the end of the handshake. Default: 10s.
+	// HandshakeTimeout is for the handshake, and again for the first request after it: until that decrypts, nobody has
+	// proven to be the peer. Default: 10s.
 	HandshakeTimeout Duration `toml:"handshake_timeout"`
 	// IdleTimeout closes a connection on which no request came. Default: 5m.
 	IdleTimeout Duration `toml:"idle_timeout"`
 	// WriteTimeout cuts off a peer that does not read its answers. Default: 10s.
 	WriteTimeout Duration `toml:"write_timeout"`
-	// RequestTimeout is for one request, the device's time included; then the answer is "unavailable". Default: 5s.
+	// RequestTimeout is for one request, the device's time included; then the answer is "unavailable". The ending of an
+	// admission has the same time once more to be written down. Default: 5s.
 	RequestTimeout Duration `toml:"request_timeout"`
 	// ClockSkew is how far a document's timestamp may lie in the future. Default: 30s.
 	ClockSkew Duration `toml:"clock_skew"`

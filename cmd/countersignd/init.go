@@ -13,7 +13,6 @@ import (
 	"countersign/appliance"
 	"countersign/audit"
 	"countersign/hsm"
-	"countersign/keystore"
 	"countersign/ledger"
 	"countersign/policy"
 )
@@ -95,10 +94,10 @@ func makeToken(ctx context.Context, c Config, soPINFile string, stderr io.Writer
 	if err == nil {
 		return store.Close()
 	}
-	if !errors.Is(err, keystore.ErrUnavailable) {
+	if !errors.Is(err, hsm.ErrNoToken) && !errors.Is(err, hsm.ErrNoUserPIN) {
 		return err
 	}
-	if err := hsm.InitToken(c.hsm(), soPINFile); err != nil {
+	if err := hsm.InitToken(ctx, c.hsm(), soPINFile); err != nil {
 		return err
 	}
 	fmt.Fprintf(stderr, "created the token %s\n", c.Token.URI)

@@ -53,7 +53,9 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 			"What is there already is left as it is, so an interrupted init can be run again.",
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			return withConfig(configPath, func(c Config) error { return initialise(cmd.Context(), c, newToken, soPINFile, stdout, stderr) })
+			ctx, cancel := context.WithTimeout(cmd.Context(), startTime)
+			defer cancel()
+			return withConfig(configPath, func(c Config) error { return initialise(ctx, c, newToken, soPINFile, stdout, stderr) })
 		},
 	}
 	initCmd.Flags().BoolVar(&newToken, "new-token", false, "make the token first, labelled as the URI says, unless it is there")
@@ -64,7 +66,12 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 		Short: "Serve peers and the operator until SIGTERM",
 		Args:  cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			return withConfig(configPath, func(c Config) error { return serve(cmd.Context(), c, stderr) })
+			err := withConfig(configPath, func(c Config) error { return serve(cmd.Context(), c, stderr) })
+			if cmd.Context().Err() != nil && errors.Is(err, context.Canceled) {
+				fmt.Fprintln(stderr, "countersignd: stopped before it served")
+				return nil
+			}
+			return err
 		},
 	}
 	checkCmd := &cobra.Command{
@@ -72,15 +79,13 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 		Short: "Say whether serve would start: configuration, policy, token, ledger, keys",
 		Args:  cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			return withConfig(configPath, func(c Config) error { return check(cmd.Context(), configPath, c, stdout) })
+			ctx, cancel := context.WithTimeout(cmd.Context(), startTime)
+			defer cancel()
+			return withConfig(configPath, func(c Config) error { return check(ctx, configPath, c, stdout) })
 		},
 	}
 	root.AddCommand(initCmd, serveCmd, checkCmd)
 	if err := root.ExecuteContext(ctx); err != nil {
-		if ctx.Err() != nil && errors.Is(err, context.Canceled) {
-			fmt.Fprintln(stderr, "countersignd: stopped before it served")
-			return 0
-		}
 		fmt.Fprintf(stderr, "countersignd: %s\n", advise(err))
 		return 1
 	}
