@@ -1,0 +1,68 @@
+package softhsmtests
+
+import (
+	"context"
+	"encoding/json"
+	"io"
+	"net"
+	"net/http"
+	"os"
+	"strings"
+	"testing"
+)
+
+// TestAdminRubbish sends the admin socket what no tool of ours would. Nothing comes of it but a refusal with its code.
+func TestAdminRubbish(t *testing.T) {
+	s := newSystem(t)
+	p := s.serve()
+	if st, err := os.Stat(s.path("admin.sock")); err != nil || st.Mode().Perm() != 0o600 {
+		t.Errorf("the socket's mode is %v, %v", st.Mode(), err)
+	}
+	client := &http.Client{Transport: &http.Transport{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+		return new(net.Dialer).DialContext(ctx, "unix", s.path("admin.sock"))
+	}}}
+	for _, c := range []struct {
+		method, path, body string
+		status             int
+		code               string
+	}{
+		{"POST", "/v1/keys", ``, 400, "invalid"},
+		{"POST", "/v1/keys", `{`, 400, "invalid"},
+		{"POST", "/v1/keys", `[]`, 400, "invalid"},
+		{"POST", "/v1/keys", `{"name":"a"}}`, 400, "invalid"},
+		{"POST", "/v1/keys", `{"name":"a"} x`, 400, "invalid"},
+		{"POST", "/v1/keys", `{"NAME":"a"}`, 400, "invalid"},
+		{"POST", "/v1/keys", `{"name":"a","name":"b"}`, 400, "invalid"},
+		{"POST", "/v1/keys", `{"name":"a","extra":1}`, 400, "invalid"},
+		{"POST", "/v1/keys", `{"name":7}`, 400, "invalid"},
+		{"POST", "/v1/keys", `{"name":"noise"}`, 400, "invalid"},
+		{"POST", "/v1/keys", `{"name":"` + strings.Repeat("a", 100_000) + `"}`, 400, "invalid"},
+		{"POST", "/v1/peers", `{"name":"a","public_key":"zz"}`, 400, "invalid"},
+		{"PUT", "/v1/keys", `{}`, 405, "invalid"},
+		{"GET", "/v1/nothing", ``, 404, "not_found"},
+		{"GET", "/v1/keys/%00%ff", ``, 404, "not_found"},
+		{"DELETE", "/v1/peers/nobody", ``, 404, "not_found"},
+		{"GET", "/v1/events?from=-1", ``, 400, "invalid"},
+		{"GET", "/v1/events?limit=100000", ``, 400, "invalid"},
+	} {
+		req, err := http.NewRequestWithContext(t.Context(), c.method, "http://countersign"+c.path, strings.NewReader(c.body))
+		if err != nil {
+			t.Fatal(err)
+		}
+		resp, err := client.Do(req)
+		if err != nil {
+			t.Fatal(err)
+		}
+		b, _ := io.ReadAll(resp.Body)
+		resp.Body.Close()
+		var refusal struct{ Code, Message string }
+		if err := json.Unmarshal(b, &refusal); err != nil || resp.StatusCode != c.status || refusal.Code != c.code || len(b) > 1000 {
+			t.Errorf("%s %s %.40s: %d %.200s; want %d %s", c.method, c.path, c.body, resp.StatusCode, b, c.status, c.code)
+		}
+	}
+	keys, err := s.admin().Keys(t.Context())
+	if err != nil || len(keys) != 1 {
+		t.Errorf("%v, %v", keys, err)
+	}
+	p.stop()
+}
