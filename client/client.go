@@ -433,7 +433,7 @@ func (c *conn) roundTrip(ctx context.Context, request func(id string) any) (answ
 	if len(message) > wire.MaxDocument {
 		return answer, false, &Error{Code: wire.CodeTooLarge, Message: fmt.Sprintf("the request has %d bytes, at most %d fit", len(message), wire.MaxDocument)}
 	}
-	if _, err := ijson.Members(message); err != nil { // the appliance could not say which request it refuses
+	if _, err := ijson.Parse(message); err != nil { // the appliance could not say which request it refuses
 		return answer, false, &Error{Code: wire.CodeMalformed, Message: err.Error()}
 	}
 	if ctx.Err() != nil {

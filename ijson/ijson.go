@@ -17,48 +17,60 @@ import (
 // MaxDepth bounds how deep arrays and objects nest; the outermost counts as 1.
 const MaxDepth = 16
 
-// Members checks that b is one sound object and returns its members.
-func Members(b []byte) (members map[string]jsontext.Value, err error) {
+// Object is one sound document: checked, and not yet read into anything.
+type Object struct {
+	raw     []byte
+	Members map[string]jsontext.Value
+}
+
+// Parse checks that b is one sound object.
+func Parse(b []byte) (o Object, err error) {
 	d := jsontext.NewDecoder(bytes.NewReader(b))
 	if d.PeekKind() != '{' {
-		return nil, errors.New("it must be a JSON object")
+		return o, errors.New("it must be a JSON object")
 	}
 	for first := true; first || d.StackDepth() > 0; first = false {
 		token, err := d.ReadToken()
 		if err != nil {
-			return nil, explain(err)
+			return o, explain(err)
 		}
 		if d.StackDepth() > MaxDepth {
-			return nil, fmt.Errorf("arrays and objects nest deeper than %d", MaxDepth)
+			return o, fmt.Errorf("arrays and objects nest deeper than %d", MaxDepth)
 		}
 		if token.Kind() == '"' && strings.ContainsFunc(token.String(), noncharacter) {
-			return nil, errors.New("text contains a Unicode noncharacter (RFC 7493)")
+			return o, errors.New("text contains a Unicode noncharacter (RFC 7493)")
 		}
 	}
 	if _, err := d.ReadToken(); err != io.EOF {
-		return nil, errors.New("something follows the JSON object")
+		return o, errors.New("something follows the JSON object")
 	}
-	if err := json.Unmarshal(b, &members); err != nil {
-		return nil, explain(err)
+	o.raw = b
+	if err := json.Unmarshal(b, &o.Members); err != nil {
+		return o, explain(err)
 	}
-	return members, nil
+	return o, nil
 }
 
-// Decode reads one object into v. The fields that are named must be there, and not null.
-func Decode(b []byte, v any, required ...string) error {
-	members, err := Members(b)
-	if err != nil {
-		return err
-	}
+// Into reads the object into v. The fields that are named must be there, and not null.
+func (o Object) Into(v any, required ...string) error {
 	for _, name := range required {
-		if m := members[name]; len(m) == 0 || m.Kind() == 'n' {
+		if m := o.Members[name]; len(m) == 0 || m.Kind() == 'n' {
 			return fmt.Errorf("%s is missing", name)
 		}
 	}
-	if err := json.Unmarshal(b, v, json.RejectUnknownMembers(true)); err != nil {
+	if err := json.Unmarshal(o.raw, v, json.RejectUnknownMembers(true)); err != nil {
 		return explain(err)
 	}
 	return nil
+}
+
+// Decode is Parse and Into.
+func Decode(b []byte, v any, required ...string) error {
+	o, err := Parse(b)
+	if err != nil {
+		return err
+	}
+	return o.Into(v, required...)
 }
 
 // noncharacter reports the code points that RFC 7493 section 2.1 forbids.

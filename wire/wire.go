@@ -175,15 +175,15 @@ func Parse(b []byte) (id string, request any, err error) {
 	if len(b) > MaxDocument {
 		return "", nil, refuse(CodeMalformed, "the document has more than %d bytes", MaxDocument)
 	}
-	members, err := ijson.Members(b)
+	document, err := ijson.Parse(b)
 	if err != nil {
 		return "", nil, refuse(CodeMalformed, "%v", err)
 	}
-	if json.Unmarshal(members["id"], &id) != nil || id == "" || len(id) > maxID {
+	if json.Unmarshal(document.Members["id"], &id) != nil || id == "" || len(id) > maxID {
 		return "", nil, refuse(CodeMalformed, "id must be a string of 1 to %d bytes", maxID)
 	}
 	var op string
-	if v := members["op"]; len(v) == 0 || v.Kind() != '"' || json.Unmarshal(v, &op) != nil {
+	if v := document.Members["op"]; len(v) == 0 || v.Kind() != '"' || json.Unmarshal(v, &op) != nil {
 		return id, nil, refuse(CodeMalformed, "op must be a string")
 	}
 	switch op {
@@ -198,7 +198,7 @@ func Parse(b []byte) (id string, request any, err error) {
 	default:
 		return id, nil, refuse(CodeUnsupported, "unknown op: this appliance knows ping, keys, sign, verify")
 	}
-	if err := ijson.Decode(b, request, required[op]...); err != nil {
+	if err := document.Into(request, required[op]...); err != nil {
 		return id, nil, refuse(CodeMalformed, "%v", err)
 	}
 	return id, request, nil

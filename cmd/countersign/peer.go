@@ -181,7 +181,7 @@ func (t *tool) sign() *cobra.Command {
 				return err
 			}
 		}
-		if _, err := ijson.Members(d.Payload); err != nil {
+		if _, err := ijson.Parse(d.Payload); err != nil {
 			return fmt.Errorf("%w: payload: %w; for a file of any kind use --context", transcript.ErrMalformed, err)
 		}
 		return s.with(cmd.Context(), func(ctx context.Context, c *client.Client) error {
@@ -233,14 +233,14 @@ func setParty(ctx context.Context, c *client.Client, payload []byte, field, key 
 	if err != nil {
 		return nil, err
 	}
-	members, err := ijson.Members(payload)
+	object, err := ijson.Parse(payload)
 	if err != nil {
 		return nil, fmt.Errorf("%w: payload: %w", transcript.ErrMalformed, err)
 	}
 	for _, k := range keys {
 		if k.Name == key && k.State == "active" {
-			members[field] = fmt.Appendf(nil, `"%x"`, k.PublicKey)
-			return json.Marshal(members)
+			object.Members[field] = fmt.Appendf(nil, `"%x"`, k.PublicKey)
+			return json.Marshal(object.Members)
 		}
 	}
 	return nil, &client.Error{Code: "unknown_key", Message: fmt.Sprintf("there is no signing key %q", key)}
