@@ -145,6 +145,19 @@ func command(use, short string, args cobra.PositionalArgs, do func(cmd *cobra.Co
 	}}
 }
 
+// group makes a command that only holds others. Without one of them it is a wrong call: cobra would print the help and
+// end as if all were well.
+func group(use, short string, commands ...*cobra.Command) *cobra.Command {
+	c := &cobra.Command{Use: use, Short: short, Args: cobra.ArbitraryArgs, RunE: func(cmd *cobra.Command, args []string) error {
+		if len(args) > 0 {
+			return fmt.Errorf("unknown command %q for %q", args[0], cmd.CommandPath())
+		}
+		return fmt.Errorf("%q needs a command", cmd.CommandPath())
+	}}
+	c.AddCommand(commands...)
+	return c
+}
+
 // usageError is a wrong call that only the command itself can see.
 type usageError struct{ error }
 

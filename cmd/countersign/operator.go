@@ -19,7 +19,7 @@ func (s socketError) Unwrap() error { return s.error }
 
 func (t *tool) admin() *cobra.Command {
 	var socket string
-	c := &cobra.Command{Use: "admin", Short: "Manage an appliance over its admin socket"}
+	c := group("admin", "Manage an appliance over its admin socket")
 	path := os.Getenv("COUNTERSIGN_SOCKET")
 	if path == "" {
 		path = "/run/countersign/admin.sock"
@@ -38,8 +38,7 @@ func (t *tool) admin() *cobra.Command {
 		})
 	}
 
-	key := &cobra.Command{Use: "key", Short: "Create and show keys"}
-	key.AddCommand(
+	key := group("key", "Create and show keys",
 		act("create NAME", "Create a signing key in the token", cobra.ExactArgs(1), func(ctx context.Context, c *api.Client, args []string) error {
 			k, err := c.CreateKey(ctx, args[0])
 			if err != nil {
@@ -72,8 +71,7 @@ func (t *tool) admin() *cobra.Command {
 		}),
 	)
 
-	peer := &cobra.Command{Use: "peer", Short: "Enrol and remove peers"}
-	peer.AddCommand(
+	peer := group("peer", "Enrol and remove peers",
 		act("add NAME PUBLIC_KEY", "Enrol a peer by the public key that keygen printed", cobra.ExactArgs(2), func(ctx context.Context, c *api.Client, args []string) error {
 			p, err := c.AddPeer(ctx, args[0], args[1])
 			if err != nil {
@@ -118,8 +116,7 @@ func (t *tool) admin() *cobra.Command {
 	})
 	list.Flags().Uint64Var(&from, "from", 0, "the first index")
 	list.Flags().IntVar(&limit, "limit", 100, "how many at the most, up to 1000")
-	audit := &cobra.Command{Use: "audit", Short: "Read the audit log"}
-	audit.AddCommand(list)
+	audit := group("audit", "Read the audit log", list)
 
 	noiseKey := act("noise-key", "Print the listener's public key", cobra.NoArgs, func(ctx context.Context, c *api.Client, _ []string) error {
 		k, err := c.NoiseKey(ctx)

@@ -277,8 +277,7 @@ func (t *tool) verify() *cobra.Command {
 }
 
 func (t *tool) transcript() *cobra.Command {
-	c := &cobra.Command{Use: "transcript", Short: "Show what a document signs, without an appliance"}
-	c.AddCommand(
+	return group("transcript", "Show what a document signs, without an appliance",
 		command("list", "List the transcript types", cobra.NoArgs, func(*cobra.Command, []string) error {
 			return t.print(transcript.Types(), func(w io.Writer) {
 				for _, name := range transcript.Types() {
@@ -318,5 +317,4 @@ func (t *tool) transcript() *cobra.Command {
 			})
 		}),
 	)
-	return c
 }
