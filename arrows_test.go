@@ -25,12 +25,13 @@ var arrows = map[string]struct{ ours, outside []string }{
 	"keystore":              {nil, nil},
 	"keystore/keystoretest": {[]string{"keystore"}, nil},
 	"hsm":                   {[]string{"keystore"}, []string{"github.com/miekg/pkcs11", "github.com/stefanberger/go-pkcs11uri"}},
+	"keystore/worker":       {[]string{"keystore"}, nil},
 	"appliance":             {[]string{"audit", "eddsa", "ijson", "keystore", "ledger", "noise", "policy", "transcript", "wire"}, nil},
-	"admin":                 {[]string{"admin/api", "appliance", "audit", "ijson"}, []string{"github.com/labstack/echo/v4"}},
-	"admin/api":             {[]string{"audit"}, nil},
+	"admin":                 {[]string{"admin/api", "appliance", "audit", "ijson", "keystore"}, []string{"github.com/labstack/echo/v4"}},
+	"admin/api":             {[]string{"audit", "keystore"}, nil},
 	"client":                {[]string{"eddsa", "ijson", "noise", "transcript", "wire"}, []string{"github.com/go-json-experiment/json"}},
 	"cmd/countersign":       {[]string{"admin/api", "client", "ijson", "transcript"}, []string{"github.com/spf13/cobra"}},
-	"cmd/countersignd": {[]string{"admin", "appliance", "audit", "hsm", "keystore", "ledger", "policy"},
+	"cmd/countersignd": {[]string{"admin", "appliance", "audit", "hsm", "keystore", "keystore/worker", "ledger", "policy"},
 		[]string{"github.com/coreos/go-systemd/v22", "github.com/pelletier/go-toml/v2", "github.com/spf13/cobra", "golang.org/x/sys"}},
 	"softhsm-tests": {nil, nil},
 	"":              {nil, nil},
@@ -78,8 +79,8 @@ func TestImportArrows(t *testing.T) {
 			continue
 		}
 		seen[name] = true
-		if len(p.CgoFiles) > 0 {
-			t.Errorf("%s has cgo files: C is the business of the module that it loads", name)
+		if len(p.CgoFiles) > 0 && name != "hsm" {
+			t.Errorf("%s has cgo files: C is the business of package hsm, which key workers use", name)
 		}
 		for _, path := range p.Imports {
 			if ours, ok := strings.CutPrefix(path, "countersign/"); ok {

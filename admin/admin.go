@@ -11,7 +11,9 @@ import (
 	"net"
 	"net/http"
 	"os"
+	"slices"
 	"strconv"
+	"strings"
 	"syscall"
 	"time"
 
@@ -19,6 +21,7 @@ import (
 	"countersign/appliance"
 	"countersign/audit"
 	"countersign/ijson"
+	"countersign/keystore"
 
 	"github.com/labstack/echo/v4"
 )
@@ -41,6 +44,8 @@ func New(a *appliance.Appliance) *http.Server {
 	e.GET("/v1/keys", s.keys)
 	e.GET("/v1/keys/:name", s.key)
 	e.GET("/v1/noise-key", s.noiseKey)
+	e.GET("/v1/tokens", s.tokens)
+	e.POST("/v1/tokens/:name/retry", s.retryToken)
 	e.POST("/v1/peers", s.addPeer)
 	e.GET("/v1/peers", s.peers)
 	e.DELETE("/v1/peers/:name", s.removePeer)
@@ -85,7 +90,9 @@ func (s server) createKey(c echo.Context) error {
 	if err := decode(c, &r); err != nil {
 		return err
 	}
-	k, err := s.app.CreateKey(c.Request().Context(), caller(c), r.Name)
+	k, err := s.app.CreateKey(c.Request().Context(), caller(c), appliance.NewKey{
+		Name: r.Name, Algorithm: keystore.Algorithm(r.Algorithm), Token: r.Token, Seed: r.SeedFile,
+	})
 	if err != nil {
 		return err
 	}
@@ -108,6 +115,22 @@ func (s server) noiseKey(c echo.Context) error {
 		return err
 	}
 	return c.JSON(http.StatusOK, keyDoc(k))
+}
+
+func (s server) tokens(c echo.Context) error {
+	docs := []api.Token{}
+	for name, status := range s.app.Tokens() {
+		docs = append(docs, api.Token{Name: name, Status: status})
+	}
+	slices.SortFunc(docs, func(x, y api.Token) int { return strings.Compare(x.Name, y.Name) })
+	return c.JSON(http.StatusOK, docs)
+}
+
+func (s server) retryToken(c echo.Context) error {
+	if err := s.app.RetryToken(c.Request().Context(), caller(c), c.Param("name")); err != nil {
+		return err
+	}
+	return c.NoContent(http.StatusNoContent)
 }
 
 func (s server) addPeer(c echo.Context) error {
@@ -169,7 +192,8 @@ func keyDoc(k *appliance.Key) api.Key {
 	info := k.Info()
 	return api.Key{
 		Name: k.Name, Version: k.Version, Algorithm: string(info.Algorithm), State: string(k.State), Custody: string(info.Custody),
-		PublicKey: hex.EncodeToString(info.PublicKey), Generated: info.Generated, NeverLeft: info.NeverLeft, Created: k.Created.Unix(),
+		Token:     k.Token,
+		PublicKey: hex.EncodeToString(info.PublicKey), Origin: info.Provenance.String(), Provenance: info.Provenance, Created: k.Created.Unix(),
 	}
 }
 

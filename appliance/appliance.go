@@ -37,7 +37,7 @@ type Limits struct {
 type Appliance struct {
 	limits Limits
 	ledger *ledger.Ledger
-	store  keystore.Store
+	tokens map[string]keystore.Store
 	policy *policy.Policy
 	log    *slog.Logger
 
@@ -63,6 +63,7 @@ type Key struct {
 	keystore.Key
 	Name    string
 	Version uint32
+	Token   string // the name of the one that it is on
 	State   State
 	Created time.Time
 }
@@ -105,11 +106,12 @@ func (a *Appliance) act(ctx context.Context, l lock, what string, do func(contex
 	}
 }
 
-// New puts an appliance together. It reads keys and peers from the ledger and holds each key against the keystore: one
-// that is missing, ambiguous or another is an error, since serving without it would be a silent loss. It changes nothing.
-func New(ctx context.Context, limits Limits, l *ledger.Ledger, store keystore.Store, p *policy.Policy, log *slog.Logger) (*Appliance, error) {
+// New puts an appliance together. It reads keys and peers from the ledger and holds each key against its token: one that
+// is missing, ambiguous or another is an error, since serving without it would be a silent loss. A token that does not
+// answer costs its own keys only, for now, unless the listener's key is on it. New changes nothing.
+func New(ctx context.Context, limits Limits, l *ledger.Ledger, tokens map[string]keystore.Store, p *policy.Policy, log *slog.Logger) (*Appliance, error) {
 	a := &Appliance{
-		limits: limits, ledger: l, store: store, policy: p, log: log,
+		limits: limits, ledger: l, tokens: tokens, policy: p, log: log,
 		creating: make(lock, 1), enrolling: make(lock, 1),
 		keys: map[keystore.Ref]*Key{}, active: map[string]*Key{}, peers: map[[32]byte]Peer{}, sessions: map[*session]struct{}{},
 	}

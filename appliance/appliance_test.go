@@ -5,7 +5,6 @@ import (
 	"context"
 	"crypto/ed25519"
 	"encoding/base64"
-	"encoding/hex"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -53,7 +52,7 @@ func newRig(t *testing.T) *rig {
 	r.open(t)
 	t.Cleanup(func() { r.ledger.Close() })
 	operator := audit.Operator("test")
-	k, err := r.CreateKey(t.Context(), operator, "payments")
+	k, err := r.CreateKey(t.Context(), operator, NewKey{Name: "payments"})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -77,7 +76,7 @@ func (r *rig) open(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if r.Appliance, err = New(t.Context(), limits, l, r.store, p, slog.New(slog.DiscardHandler)); err != nil {
+	if r.Appliance, err = New(t.Context(), limits, l, map[string]keystore.Store{"memory": r.store}, p, slog.New(slog.DiscardHandler)); err != nil {
 		l.Close()
 		t.Fatal(err)
 	}
@@ -203,7 +202,7 @@ func TestAnotherPeersNonce(t *testing.T) {
 // TestRefusalsSpendNothing: what is refused before the admission leaves the nonce fresh.
 func TestRefusalsSpendNothing(t *testing.T) {
 	r := newRig(t)
-	if _, err := r.createKey(t.Context(), audit.Operator("test"), "noise", keystore.X25519); err != nil {
+	if _, err := r.CreateNoiseKey(t.Context(), audit.Operator("test"), "memory"); err != nil {
 		t.Fatal(err)
 	}
 	r.store.BeforeSign = func(keystore.Ref, []byte) error { t.Error("the key was used"); return nil }
@@ -384,7 +383,7 @@ func TestVerifyOrder(t *testing.T) {
 
 func TestVerifyWithANamedKeyOfAnother(t *testing.T) {
 	r := newRig(t)
-	if _, err := r.CreateKey(t.Context(), audit.Operator("test"), "other"); err != nil {
+	if _, err := r.CreateKey(t.Context(), audit.Operator("test"), NewKey{Name: "other"}); err != nil {
 		t.Fatal(err)
 	}
 	req := message(1, "m")
@@ -448,7 +447,7 @@ func TestKeysAreHeldAgainstTheToken(t *testing.T) {
 			return err
 		}
 		defer l.Close()
-		_, err = New(t.Context(), limits, l, r.store, r.policy, slog.New(slog.DiscardHandler))
+		_, err = New(t.Context(), limits, l, map[string]keystore.Store{"memory": r.store}, r.policy, slog.New(slog.DiscardHandler))
 		return err
 	}
 	ref := keystore.Ref{Name: "payments", Version: 1}
@@ -485,7 +484,7 @@ func TestUnfinishedKeyIsClearedAway(t *testing.T) {
 	if got := r.events(t); got[len(got)-1] != audit.KeyCreationFailed {
 		t.Errorf("events %v", got)
 	}
-	if _, err := r.CreateKey(t.Context(), audit.Operator("test"), "half"); err != nil {
+	if _, err := r.CreateKey(t.Context(), audit.Operator("test"), NewKey{Name: "half"}); err != nil {
 		t.Errorf("the name can't be used: %v", err)
 	}
 }
@@ -494,7 +493,7 @@ func TestUnfinishedKeyIsClearedAway(t *testing.T) {
 func (r *rig) pending(t *testing.T, ref keystore.Ref, tag keystore.Tag) {
 	t.Helper()
 	if err := r.ledger.Update(t.Context(), func(tx *ledger.Tx) error {
-		return tx.Put(ledger.Keys, ref.String(), encode(keyRecord{Algorithm: keystore.Ed25519, State: Pending, Tag: hex.EncodeToString(tag[:])}))
+		return tx.Put(ledger.Keys, ref.String(), encode(keyRecord{Token: "memory", Algorithm: keystore.Ed25519, State: Pending, Tag: tag}))
 	}); err != nil {
 		t.Fatal(err)
 	}
@@ -525,7 +524,7 @@ func TestCallerLeavesACreation(t *testing.T) {
 	ctx, cancel := context.WithCancel(t.Context())
 	done := make(chan error)
 	go func() {
-		_, err := r.CreateKey(ctx, audit.Operator("test"), "slow")
+		_, err := r.CreateKey(ctx, audit.Operator("test"), NewKey{Name: "slow"})
 		done <- err
 	}()
 	<-inDevice
@@ -538,12 +537,12 @@ func TestCallerLeavesACreation(t *testing.T) {
 	}
 	again, giveUp := context.WithCancel(t.Context())
 	giveUp()
-	if _, err := r.CreateKey(again, audit.Operator("test"), "other"); !errors.Is(err, keystore.ErrUnavailable) {
+	if _, err := r.CreateKey(again, audit.Operator("test"), NewKey{Name: "other"}); !errors.Is(err, keystore.ErrUnavailable) {
 		t.Errorf("another key beside it: %v, want %v", err, keystore.ErrUnavailable)
 	}
 	r.store.BeforeGenerate = nil
 	close(release)
-	if _, err := r.CreateKey(t.Context(), audit.Operator("test"), "slow"); !errors.Is(err, ErrExists) {
+	if _, err := r.CreateKey(t.Context(), audit.Operator("test"), NewKey{Name: "slow"}); !errors.Is(err, ErrExists) {
 		t.Errorf("the creation that went on: %v, want %v", err, ErrExists)
 	}
 	r.ledger.Close()
@@ -644,18 +643,18 @@ func TestManageRefuses(t *testing.T) {
 	r := newRig(t)
 	who := audit.Operator("test")
 	before := len(r.events(t))
-	if _, err := r.CreateKey(t.Context(), who, "payments"); !errors.Is(err, ErrExists) {
+	if _, err := r.CreateKey(t.Context(), who, NewKey{Name: "payments"}); !errors.Is(err, ErrExists) {
 		t.Errorf("an existing key: %v", err)
 	}
 	for _, name := range []string{"", "noise", "UPPER", "a/b", "-a", strings.Repeat("a", 65), "a\n"} {
-		if _, err := r.CreateKey(t.Context(), who, name); !errors.Is(err, ErrInvalid) {
+		if _, err := r.CreateKey(t.Context(), who, NewKey{Name: name}); !errors.Is(err, ErrInvalid) {
 			t.Errorf("key %q: %v", name, err)
 		}
 	}
 	// Something of this name is on the token that the ledger does not know: it is not ours to replace or to clear away.
 	foreign := keystore.Ref{Name: "foreign", Version: 1}
 	r.store.Generate(t.Context(), foreign, keystore.Ed25519, keystore.Tag{1})
-	if _, err := r.CreateKey(t.Context(), who, "foreign"); !errors.Is(err, ErrExists) {
+	if _, err := r.CreateKey(t.Context(), who, NewKey{Name: "foreign"}); !errors.Is(err, ErrExists) {
 		t.Errorf("a key of somebody else: %v", err)
 	}
 	if _, err := r.store.Key(t.Context(), foreign); err != nil {

@@ -275,7 +275,7 @@ func (a *Appliance) signingKeys() wire.KeyList {
 		if info := k.Info(); info.Algorithm == keystore.Ed25519 {
 			list.Keys = append(list.Keys, wire.Key{
 				Name: k.Name, Version: k.Version, Algorithm: string(info.Algorithm), State: string(k.State),
-				Custody: string(info.Custody), PublicKey: [32]byte(info.PublicKey),
+				Custody: string(info.Custody), Provenance: info.Provenance.String(), PublicKey: [32]byte(info.PublicKey),
 			})
 		}
 	}

@@ -11,6 +11,7 @@ import (
 	"countersign/appliance"
 	"countersign/audit"
 	"countersign/client"
+	"countersign/keystore"
 	"countersign/keystore/keystoretest"
 	"countersign/ledger"
 	"countersign/noise"
@@ -59,16 +60,16 @@ func startAppliance() (a *testAppliance, err error) {
 		Connections: 16, InFlight: 64, HandshakeTimeout: 5 * time.Second, IdleTimeout: time.Minute, WriteTimeout: 5 * time.Second,
 		RequestTimeout: 5 * time.Second, ClockSkew: 30 * time.Second, MaxLifetime: 24 * time.Hour,
 	}
-	if a.app, err = appliance.New(ctx, limits, a.ledger, a.store, p, slog.New(slog.DiscardHandler)); err != nil {
+	if a.app, err = appliance.New(ctx, limits, a.ledger, map[string]keystore.Store{"memory": a.store}, p, slog.New(slog.DiscardHandler)); err != nil {
 		return nil, err
 	}
-	k, err := a.app.CreateNoiseKey(ctx, operator)
+	k, err := a.app.CreateNoiseKey(ctx, operator, "memory")
 	if err != nil {
 		return nil, err
 	}
 	a.key = [32]byte(k.Info().PublicKey)
 	for _, name := range []string{"payments", "certificates"} {
-		if _, err := a.app.CreateKey(ctx, operator, name); err != nil {
+		if _, err := a.app.CreateKey(ctx, operator, appliance.NewKey{Name: name}); err != nil {
 			return nil, err
 		}
 	}

@@ -1,9 +1,10 @@
-// Package hsm keeps keys in a PKCS#11 token (PKCS#11 v3.0 mechanisms for edwards and montgomery curves). Private keys
-// are made inside and never leave. Begin reading at Open and at Store.do, through which every use of the token goes.
+// Package hsm keeps keys in a PKCS#11 token. Private keys are made inside, or imported once, and never leave. Begin
+// reading at Open and at Store.do, through which every use of the token goes.
 //
-// The module is C code that may be wrong, slow or gone. No call waits for it longer than its context; a session that
-// failed is closed; when that does not help, the module is initialised anew, and handles are found again. What this
-// package can't do in the process that it runs in is survive a crash of the module.
+// The module is C code that may be wrong, slow or gone. What fails is tried again on a ladder: a new session, a new
+// login, the module initialised anew; handles are found again on each rung. The last rung is not here: a call that hangs
+// in the module, or a module that crashes, costs the process. Package worker gives it one of its own and replaces it;
+// then contexts bound every wait. Here a context is looked at before the module is entered, and not after.
 package hsm
 
 import (
@@ -22,43 +23,54 @@ import (
 
 // Config names a token. Its zero values are not defaults: the caller decides.
 type Config struct {
-	URI         string            // RFC 7512, which token
-	Module      string            // the module's shared object, unless the URI has module-path
-	PINFile     string            // the user's PIN, unless the URI has pin-source
-	Environment map[string]string // set before the module is loaded: modules are configured that way
-	Sessions    int               // operations in flight at the most
+	URI      string // RFC 7512, which token
+	Module   string // the module's shared object, unless the URI has module-path
+	PINFile  string // the user's PIN, unless the URI has pin-source
+	Sessions int    // operations in flight at the most
+	Share    int    // how many processes share the sessions that the token allows
+	Quirks   Quirks // what is set here goes before what the module's row in the table says
+
+	// LogIn, where it is set, is called around each login and what leads to it, and decides whether there may be one. A
+	// PIN that was refused must not be tried again by any process; and while one process logs in, another that just
+	// initialises the module may not see the token (SoftHSM, which writes the token's file then).
+	LogIn func(ctx context.Context, logIn func() error) error `json:"-"`
 }
 
-// recoverEvery bounds how often a token that does not answer is asked to begin anew; busyPause does where a call that
-// hangs in the module kept that from happening. drainTime is how long such a call is waited for.
-const (
-	recoverEvery = time.Second
-	busyPause    = 10 * time.Second
-	drainTime    = 2 * time.Second
-)
+// restartPause is how long a module that could not be initialised anew is left alone.
+const restartPause = time.Second
 
 // Store is a keystore.Store on one token.
 type Store struct {
+	config  Config
 	uri     tokenURI
 	pinFile string
+	path    string
 	module  *pkcs11.Ctx
+	direct  *direct
+	quirks  quirks
 
 	// slots holds one entry for each operation that may be in flight: a session that waits for use.
 	slots chan session
+	open  atomic.Int64 // sessions that are open, the login's not counted
 
 	// using is held for reading during every call into the module, and for writing while the module starts or ends:
 	// C_Finalize while another thread signs brings the process down.
 	using      sync.RWMutex
 	slot       uint   // under using
-	generation uint64 // under using; sessions and handles of another generation are dead
+	generation uint64 // under using; sessions of another generation are dead
 	closed     bool   // under using
 
-	// gate, where it is set, is closed when a restart of the module has ended: nobody begins a call before.
-	gate atomic.Pointer[chan struct{}]
+	// logins counts the logins. A handle of a private object is good for one login; a number of another may be another key.
+	logins atomic.Uint64
 
 	recovering  sync.Mutex
-	nextRecover time.Time // under recovering: not before
+	nextRestart time.Time // under recovering: not before
 	authFailed  error     // under recovering: a wrong PIN is never tried twice
+
+	login   atomic.Uint64 // the session that keeps the login alive, and copies of keys
+	copying sync.Mutex
+
+	handles sync.Map // keystore.Tag -> *handle
 }
 
 // session is a PKCS#11 session; one with another generation than the store's is none.
@@ -69,75 +81,64 @@ type session struct {
 
 // Open loads the module, finds the token and logs in.
 func Open(ctx context.Context, c Config) (*Store, error) {
-	uri, pinFile, module, err := load(c)
+	s, err := load(c)
 	if err != nil {
 		return nil, err
 	}
-	s := &Store{uri: uri, pinFile: pinFile, module: module, slots: make(chan session, c.Sessions)}
-	for range c.Sessions {
-		s.slots <- session{}
-	}
-	// The module may hang in its first call too.
-	opened := make(chan error, 1)
-	go func() { opened <- s.start(ctx) }()
-	select {
-	case err := <-opened:
-		if err != nil {
-			s.module.Destroy()
+	// A module may miss a token that another process is just changing (SoftHSM does): it is asked a few times.
+	for try := 1; ; try++ {
+		err := s.restart(ctx, 0)
+		if err == nil {
+			break
+		}
+		if try == 3 || !errors.Is(err, keystore.ErrUnavailable) || ctx.Err() != nil {
+			s.unload()
 			return nil, err
 		}
-		return s, nil
-	case <-ctx.Done():
-		return nil, fmt.Errorf("hsm: %w: the module does not come back from its start: %w", keystore.ErrUnavailable, ctx.Err())
+		time.Sleep(100 * time.Millisecond)
 	}
-}
-
-// start initialises the module for the first time. A module may miss a token that another process is just changing
-// (SoftHSM does): it is asked a few times.
-func (s *Store) start(ctx context.Context) error {
-	for try := 1; ; try++ {
-		err := s.restart(0)
-		if err == nil || try == 3 || !errors.Is(err, keystore.ErrUnavailable) {
-			return err
-		}
-		select {
-		case <-ctx.Done():
-			return err
-		case <-time.After(200 * time.Millisecond):
-		}
+	for range s.sessionLimit() {
+		s.slots <- session{}
 	}
+	return s, nil
 }
 
 // load reads the configuration and loads the module, which is not initialised yet.
-func load(c Config) (uri tokenURI, pinFile string, module *pkcs11.Ctx, err error) {
-	fail := func(format string, args ...any) (tokenURI, string, *pkcs11.Ctx, error) {
-		return tokenURI{}, "", nil, fmt.Errorf("hsm: "+format, args...)
-	}
-	if uri, err = parseURI(c.URI); err != nil {
+func load(c Config) (*Store, error) {
+	fail := func(format string, args ...any) (*Store, error) { return nil, fmt.Errorf("hsm: "+format, args...) }
+	s := &Store{config: c, slots: make(chan session, c.Sessions)}
+	var err error
+	if s.uri, err = parseURI(c.URI); err != nil {
 		return fail("%w", err)
 	}
-	path, err := oneOf("module", c.Module, "module-path", uri.module)
-	if err != nil {
+	if err := c.Quirks.Check(); err != nil {
 		return fail("%w", err)
 	}
-	if pinFile, err = oneOf("pin_file", c.PINFile, "pin-source", uri.pin); err != nil {
+	if s.path, err = oneOf("module", c.Module, "module-path", s.uri.module); err != nil {
 		return fail("%w", err)
 	}
-	if _, err := readPIN(pinFile); err != nil {
+	if s.pinFile, err = oneOf("pin_file", c.PINFile, "pin-source", s.uri.pin); err != nil {
 		return fail("%w", err)
 	}
-	if _, err := os.Stat(path); err != nil {
+	if _, err := readPIN(s.pinFile); err != nil {
+		return fail("%w", err)
+	}
+	if _, err := os.Stat(s.path); err != nil {
 		return fail("PKCS#11 module: %w", err)
 	}
-	for name, value := range c.Environment {
-		if err := os.Setenv(name, value); err != nil {
-			return fail("environment %s: %w", name, err)
-		}
+	if s.module = pkcs11.New(s.path); s.module == nil {
+		return fail("%s can't be loaded as a PKCS#11 module", s.path)
 	}
-	if module = pkcs11.New(path); module == nil {
-		return fail("%s can't be loaded as a PKCS#11 module", path)
+	if s.direct, err = loadDirect(s.path); err != nil {
+		s.module.Destroy()
+		return fail("%w", err)
 	}
-	return uri, pinFile, module, nil
+	return s, nil
+}
+
+func (s *Store) unload() {
+	s.direct.close()
+	s.module.Destroy()
 }
 
 func oneOf(field, value, attr, fromURI string) (string, error) {
@@ -147,86 +148,117 @@ func oneOf(field, value, attr, fromURI string) (string, error) {
 	return value + fromURI, nil
 }
 
-// restart initialises the module and logs in, unless another caller has done so since the given generation.
-func (s *Store) restart(since uint64) error {
+// sessionLimit is how many operations may be in flight: what the configuration says, or this process' share of what the
+// token allows, less the session of the login.
+func (s *Store) sessionLimit() int {
+	n := s.config.Sessions
+	info, err := s.module.GetTokenInfo(s.slot)
+	if most := info.MaxSessionCount; err == nil && most != pkcs11.CK_EFFECTIVELY_INFINITE && most != pkcs11.CK_UNAVAILABLE_INFORMATION {
+		n = min(n, max(1, int(most)/max(1, s.config.Share)-1))
+	}
+	return n
+}
+
+// restart initialises the module and logs in, unless another caller has done so since the given generation. It waits
+// for the calls that are in the module; when one of them hangs, this process has had its time.
+func (s *Store) restart(ctx context.Context, since uint64) error {
 	s.recovering.Lock()
 	defer s.recovering.Unlock()
 	if s.authFailed != nil {
 		return s.authFailed
 	}
-	s.using.RLock()
-	current, closed := s.generation, s.closed
-	s.using.RUnlock()
-	if closed {
-		return errClosed
-	} else if current != since {
-		return nil
-	}
-	if since != 0 && time.Now().Before(s.nextRecover) {
-		return fmt.Errorf("hsm: %w: the token could not be reached a moment ago", keystore.ErrUnavailable)
-	}
-	gate := make(chan struct{})
-	s.gate.Store(&gate)
-	defer func() { s.gate.Store(nil); close(gate) }()
-	if !s.lockModule() {
-		s.nextRecover = time.Now().Add(busyPause)
-		return fmt.Errorf("hsm: %w: another call has not come back from the module", keystore.ErrUnavailable)
-	}
+	s.using.Lock()
 	defer s.using.Unlock()
-	s.nextRecover = time.Now().Add(recoverEvery)
 	if s.closed {
 		return errClosed
+	} else if s.generation != since {
+		return nil
 	}
 	if since != 0 {
-		s.module.Finalize() // not the first time: this process may use the module elsewhere
-	}
-	if err := s.module.Initialize(); err != nil {
-		return deviceError("C_Initialize", err)
-	}
-	if err := s.logIn(); err != nil {
-		s.module.Finalize()
-		return err
-	}
-	s.generation = since + 1
-	return nil
-}
-
-// lockModule waits until no call is in the module, but not for ever: one that hangs must not stop those that don't. The
-// gate keeps new ones from beginning meanwhile.
-func (s *Store) lockModule() bool {
-	for deadline := time.Now().Add(drainTime); !s.using.TryLock(); time.Sleep(time.Millisecond) {
-		if time.Now().After(deadline) {
-			return false
+		if time.Now().Before(s.nextRestart) {
+			return fmt.Errorf("%w: the token could not be reached a moment ago", keystore.ErrUnavailable)
 		}
+		s.nextRestart = time.Now().Add(restartPause)
+		s.module.Finalize()
+		s.open.Store(0)
 	}
-	return true
+	err := s.gate(ctx, func() error {
+		if err := s.module.Initialize(); err != nil {
+			return deviceError("C_Initialize", err)
+		}
+		info, err := s.module.GetInfo()
+		if err != nil {
+			err = deviceError("C_GetInfo", err)
+		} else if s.slot, err = findSlot(s.module, s.uri); err == nil {
+			if s.quirks, err = s.quirksOf(info); err == nil {
+				err = s.logIn()
+			}
+		}
+		if err != nil {
+			s.module.Finalize()
+		}
+		return err
+	})
+	if err == nil {
+		s.generation = since + 1
+	}
+	return err
 }
 
-// logIn finds the token and logs in for the whole application. The caller holds recovering, and using for writing.
-func (s *Store) logIn() error {
-	slot, err := findSlot(s.module, s.uri)
-	if err != nil {
-		return err
+// gate runs what ends in a login. The caller holds recovering.
+func (s *Store) gate(ctx context.Context, logIn func() error) error {
+	gate := s.config.LogIn
+	if gate == nil {
+		gate = func(_ context.Context, logIn func() error) error { return logIn() }
 	}
-	// Login holds for all sessions of the application, and ends with the last one: this one stays open until C_Finalize.
-	login, err := s.module.OpenSession(slot, pkcs11.CKF_SERIAL_SESSION|pkcs11.CKF_RW_SESSION)
+	err := gate(ctx, logIn)
+	if errors.Is(err, keystore.ErrAuth) {
+		s.authFailed = err
+	}
+	return err
+}
+
+// logInAgain logs in where the login has been lost behind our back, unless another caller has done so since. It reports
+// whether there is a new login.
+func (s *Store) logInAgain(ctx context.Context, since uint64) (bool, error) {
+	s.recovering.Lock() // before using, as in restart
+	defer s.recovering.Unlock()
+	s.using.RLock()
+	defer s.using.RUnlock()
+	if s.authFailed != nil {
+		return false, s.authFailed
+	} else if s.closed {
+		return false, errClosed
+	} else if s.logins.Load() != since {
+		return true, nil
+	}
+	if info, err := s.module.GetSessionInfo(s.loginSession()); err == nil && info.State == pkcs11.CKS_RW_USER_FUNCTIONS {
+		return false, nil
+	}
+	s.module.CloseSession(s.loginSession())
+	return true, s.gate(ctx, s.logIn)
+}
+
+// logIn logs in for the whole application, in a session that stays open: the login ends with the last one. The caller
+// holds recovering, and using in one way or the other.
+func (s *Store) logIn() error {
+	login, err := s.module.OpenSession(s.slot, pkcs11.CKF_SERIAL_SESSION|pkcs11.CKF_RW_SESSION)
 	if err != nil {
 		return deviceError("C_OpenSession", err)
 	}
+	s.login.Store(uint64(login))
 	pin, err := readPIN(s.pinFile)
 	if err != nil {
 		return fmt.Errorf("hsm: %w", err)
 	}
+	s.logins.Add(1) // before the module may give old numbers to new objects
 	if err := s.module.Login(login, pkcs11.CKU_USER, pin); err != nil && !isCode(err, pkcs11.CKR_USER_ALREADY_LOGGED_IN) {
-		err = deviceError("C_Login", err)
-		if errors.Is(err, keystore.ErrAuth) {
-			s.authFailed = err
-		}
-		return err
+		return deviceError("C_Login", err)
 	}
-	s.slot = slot
 	return nil
 }
+
+func (s *Store) loginSession() pkcs11.SessionHandle { return pkcs11.SessionHandle(s.login.Load()) }
 
 func findSlot(module *pkcs11.Ctx, uri tokenURI) (uint, error) {
 	ids, err := module.GetSlotList(true)
@@ -250,114 +282,155 @@ func findSlot(module *pkcs11.Ctx, uri tokenURI) (uint, error) {
 	return 0, fmt.Errorf("hsm: %d tokens match %q; name one by its serial", len(found), uri.text)
 }
 
-// do runs use with a session of the token and waits no longer than ctx. The module may keep the session longer than
-// that; it comes back into use when the module does.
-//
-// When ctx has ended, nothing new begins; what has begun goes on behind it.
-//
-// use may run three times: after a failure that is the device's, with a new session, and then with the module started
-// anew. What keys do is deterministic, so that is safe; Generate looks first at what is there.
+// do runs use with a session of the token. use may run four times, once on each rung of the ladder: as it is, in a new
+// session, after a new login, after the module was initialised anew. What keys do is deterministic or harmless to do
+// again, so that is safe; Generate and Import look first at what is there.
 func (s *Store) do(ctx context.Context, doing string, use func(session) error) error {
+	fail := func(err error) error { return fmt.Errorf("hsm: %s: %w", doing, err) }
 	if ctx.Err() != nil {
-		return fmt.Errorf("hsm: %s: %w: %w", doing, keystore.ErrUnavailable, ctx.Err())
+		return fail(fmt.Errorf("%w: %w", keystore.ErrUnavailable, ctx.Err()))
 	}
 	var held session
 	select {
 	case held = <-s.slots:
 	case <-ctx.Done():
-		return fmt.Errorf("hsm: %s: %w: all sessions are busy: %w", doing, keystore.ErrUnavailable, ctx.Err())
+		return fail(fmt.Errorf("%w: all sessions are busy: %w", keystore.ErrUnavailable, ctx.Err()))
 	}
-	done := make(chan error, 1)
-	go func() {
-		defer func() { s.slots <- held }()
-		err := s.attempt(ctx, &held, use)
-		if errors.Is(err, keystore.ErrUnavailable) { // a new session and fresh handles may do
-			err = s.attempt(ctx, &held, use)
-			if err != nil && ctx.Err() == nil { // whatever it is: without a login a key seems not to be there
-				if again := s.restart(held.generation); again != nil {
-					err = again
-				} else {
-					err = s.attempt(ctx, &held, use)
-				}
+	defer func() { s.slots <- held }()
+	logins := s.logins.Load()
+	err := s.attempt(ctx, &held, use)
+	for rung := 1; rung <= 3 && again(err); rung++ {
+		switch rung {
+		case 2:
+			in, failed := s.logInAgain(ctx, logins)
+			if errors.Is(failed, keystore.ErrAuth) {
+				return fail(failed)
+			} else if !in || failed != nil {
+				continue // the login was not it
+			}
+		case 3:
+			if failed := s.restart(ctx, held.generation); failed != nil {
+				return fail(failed)
 			}
 		}
-		done <- err
-	}()
-	select {
-	case err := <-done:
-		if err != nil {
-			return fmt.Errorf("hsm: %s: %w", doing, err)
-		}
-		return nil
-	case <-ctx.Done():
-		return fmt.Errorf("hsm: %s: %w: the device has not come back: %w", doing, keystore.ErrUnavailable, ctx.Err())
+		logins = s.logins.Load()
+		err = s.attempt(ctx, &held, use)
 	}
+	if errors.Is(err, errLost) {
+		err = fmt.Errorf("%w: %w", keystore.ErrNotFound, err)
+	}
+	if err != nil {
+		return fail(err)
+	}
+	return nil
 }
+
+// errLost says that a key which was there is not: the device or the login may be the reason.
+var errLost = errors.New("the key is not on the token any more")
+
+// again reports an error after which a higher rung may help.
+func again(err error) bool { return errors.Is(err, keystore.ErrUnavailable) || errors.Is(err, errLost) }
 
 // attempt runs use once, with a session of the current generation. A session in which something failed is closed.
 func (s *Store) attempt(ctx context.Context, held *session, use func(session) error) error {
-	if gate := s.gate.Load(); gate != nil {
-		select {
-		case <-*gate:
-		case <-ctx.Done():
-		}
-	}
 	s.using.RLock()
 	defer s.using.RUnlock()
 	if s.closed {
 		return errClosed
 	}
-	if ctx.Err() != nil { // the caller has been told already that it failed
+	if ctx.Err() != nil {
 		return fmt.Errorf("%w: %w", keystore.ErrUnavailable, ctx.Err())
 	}
 	if held.generation != s.generation || held.handle == 0 {
-		held.generation = s.generation
-		var err error
-		if held.handle, err = s.module.OpenSession(s.slot, pkcs11.CKF_SERIAL_SESSION|pkcs11.CKF_RW_SESSION); err != nil {
-			held.handle = 0
-			return deviceError("C_OpenSession", err)
+		if err := s.openSession(ctx, held); err != nil {
+			return err
 		}
 	}
+	logins := s.logins.Load()
 	err := use(*held)
-	if errors.Is(err, keystore.ErrUnavailable) {
+	if (err == nil || errors.Is(err, errLost)) && s.logins.Load() != logins {
+		err = fmt.Errorf("%w: somebody logged in meanwhile: what it was done with may have been another key", keystore.ErrUnavailable)
+	}
+	if err != nil {
 		s.module.CloseSession(held.handle)
+		s.open.Add(-1)
 		held.handle = 0
 	}
 	return err
 }
 
+// openSession gives held a session. Where the token has no more of them, the operation waits for one that another is
+// done with, and there is one less from then on.
+func (s *Store) openSession(ctx context.Context, held *session) error {
+	handle, err := s.module.OpenSession(s.slot, pkcs11.CKF_SERIAL_SESSION|pkcs11.CKF_RW_SESSION)
+	if err == nil {
+		s.open.Add(1)
+		*held = session{handle, s.generation}
+		return nil
+	}
+	*held = session{0, s.generation}
+	if !isCode(err, pkcs11.CKR_SESSION_COUNT) {
+		return deviceError("C_OpenSession", err)
+	}
+	for s.open.Load() > 0 {
+		var other session
+		select {
+		case other = <-s.slots:
+		case <-ctx.Done():
+			return fmt.Errorf("%w: the token has no more sessions: %w", keystore.ErrUnavailable, ctx.Err())
+		}
+		empty := *held
+		*held = other
+		// The place comes back later: another user of the token may have taken the sessions for a while.
+		time.AfterFunc(restartPause, func() { s.slots <- empty })
+		if other.handle != 0 && other.generation == s.generation {
+			return nil
+		}
+	}
+	return deviceError("C_OpenSession", err)
+}
+
 var errClosed = fmt.Errorf("%w: the store is closed", keystore.ErrUnavailable)
 
-// closeWait bounds how long Close waits for calls that the module does not come back from.
-const closeWait = 5 * time.Second
-
-// Close logs out and unloads the module. Where the module hangs in a call, it is left as it is and the error says so.
+// Close logs out and unloads the module. It waits for the calls that are in it.
 func (s *Store) Close() error {
-	done := make(chan struct{})
-	go func() {
-		defer close(done)
-		s.using.Lock()
-		defer s.using.Unlock()
-		if !s.closed {
-			s.closed = true
-			s.module.Finalize() // closes all sessions and logs out
-			s.module.Destroy()
-		}
-	}()
-	select {
-	case <-done:
-		return nil
-	case <-time.After(closeWait):
-		return errors.New("hsm: close: the module does not come back from a call")
+	s.using.Lock()
+	defer s.using.Unlock()
+	if !s.closed {
+		s.closed = true
+		s.module.Finalize() // closes all sessions and logs out
+		s.unload()
 	}
+	return nil
+}
+
+// Status says whether the module is in use.
+func (s *Store) Status() keystore.Status {
+	s.recovering.Lock()
+	defer s.recovering.Unlock()
+	st := keystore.Status{Up: s.authFailed == nil}
+	if !st.Up {
+		st.Cause = s.authFailed.Error()
+	}
+	return st
+}
+
+func (s *Store) Retry() {
+	s.recovering.Lock()
+	defer s.recovering.Unlock()
+	s.authFailed = nil
 }
 
 // deviceError classes what the module answered, once, here.
 func deviceError(call string, err error) error {
 	class := keystore.ErrUnavailable
-	if isCode(err, pkcs11.CKR_PIN_INCORRECT, pkcs11.CKR_PIN_INVALID, pkcs11.CKR_PIN_LEN_RANGE, pkcs11.CKR_PIN_EXPIRED,
-		pkcs11.CKR_PIN_LOCKED) {
+	switch {
+	case isCode(err, pkcs11.CKR_PIN_INCORRECT, pkcs11.CKR_PIN_INVALID, pkcs11.CKR_PIN_LEN_RANGE, pkcs11.CKR_PIN_EXPIRED, pkcs11.CKR_PIN_LOCKED):
 		class = keystore.ErrAuth
+	case isCode(err, pkcs11.CKR_MECHANISM_INVALID, pkcs11.CKR_MECHANISM_PARAM_INVALID, pkcs11.CKR_KEY_FUNCTION_NOT_PERMITTED,
+		pkcs11.CKR_KEY_TYPE_INCONSISTENT, pkcs11.CKR_DATA_LEN_RANGE, pkcs11.CKR_ARGUMENTS_BAD, pkcs11.CKR_ATTRIBUTE_TYPE_INVALID,
+		pkcs11.CKR_ATTRIBUTE_VALUE_INVALID, pkcs11.CKR_TEMPLATE_INCOMPLETE, pkcs11.CKR_TEMPLATE_INCONSISTENT, pkcs11.CKR_TOKEN_WRITE_PROTECTED):
+		class = keystore.ErrRefused // it is about what was asked, not about the device's state
 	}
 	if isCode(err, pkcs11.CKR_USER_PIN_NOT_INITIALIZED) {
 		return fmt.Errorf("%w: %s: %w", class, call, ErrNoUserPIN)

@@ -377,7 +377,7 @@ func TestSlotsAreGivenBack(t *testing.T) {
 func TestInterruptedInitToken(t *testing.T) {
 	c := newToken(t)
 	c.URI = "pkcs11:token=half"
-	open(t, hsm.Config{URI: "pkcs11:token=countersign%20test", Module: c.Module, PINFile: c.PINFile, Environment: c.Environment, Sessions: 1}).Close()
+	open(t, hsm.Config{URI: "pkcs11:token=countersign%20test", Module: c.Module, PINFile: c.PINFile, Sessions: 1}).Close()
 	m := pkcs11.New(c.Module)
 	if err := m.Initialize(); err != nil {
 		t.Fatal(err)

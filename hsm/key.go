@@ -6,10 +6,12 @@ import (
 	"crypto/ecdh"
 	"crypto/ed25519"
 	"crypto/rand"
+	"crypto/sha256"
+	"encoding/asn1"
 	"errors"
 	"fmt"
+	"math/big"
 	"strings"
-	"sync/atomic"
 
 	"countersign/keystore"
 
@@ -18,168 +20,211 @@ import (
 
 // PKCS#11 v3.0 numbers that miekg/pkcs11 lacks.
 const (
-	ckkECEdwards           = 0x40
-	ckmECEdwardsKeyPairGen = 0x1055
-	ckmEdDSA               = 0x1057
+	ckkECEdwards              = 0x40
+	ckkECMontgomery           = 0x41
+	ckmECEdwardsKeyPairGen    = 0x1055
+	ckmECMontgomeryKeyPairGen = 0x1056
+	ckmEdDSA                  = 0x1057
 )
 
 // labelPrefix marks our objects on a token that others may use too. CKA_LABEL is the prefix and the reference, CKA_ID is
 // the tag of the creation.
 const labelPrefix = "countersign/"
 
-// curve is what an algorithm needs to know of the token. SoftHSM makes X25519 keys of type CKK_EC_EDWARDS too.
+// curve is what an algorithm needs to know of the token.
 type curve struct {
-	alg      keystore.Algorithm
-	oid      []byte // CKA_EC_PARAMS as a DER object identifier (RFC 8410)
-	name     string // CKA_EC_PARAMS as a DER PrintableString
-	use      uint   // the one mechanism that the key may be used with
-	signs    bool
-	exchange bool
+	alg   keystore.Algorithm
+	oid   []byte // CKA_EC_PARAMS as a DER object identifier (RFC 8410, RFC 5480)
+	name  string // CKA_EC_PARAMS as a DER PrintableString
+	make  uint   // the mechanism that generates a pair
+	use   uint   // the one mechanism that the key may be used with
+	kind  uint   // CKA_KEY_TYPE
+	point int    // bytes of a public key
 }
 
 var curves = []curve{
-	{alg: keystore.Ed25519, oid: []byte{0x06, 0x03, 0x2b, 0x65, 0x70}, name: "edwards25519", use: ckmEdDSA, signs: true},
-	{alg: keystore.X25519, oid: []byte{0x06, 0x03, 0x2b, 0x65, 0x6e}, name: "curve25519", use: pkcs11.CKM_ECDH1_DERIVE, exchange: true},
+	{keystore.Ed25519, []byte{0x06, 0x03, 0x2b, 0x65, 0x70}, "edwards25519", ckmECEdwardsKeyPairGen, ckmEdDSA, ckkECEdwards, 32},
+	{keystore.X25519, []byte{0x06, 0x03, 0x2b, 0x65, 0x6e}, "curve25519", ckmECMontgomeryKeyPairGen, pkcs11.CKM_ECDH1_DERIVE, ckkECMontgomery, 32},
+	{keystore.P256, []byte{0x06, 0x08, 0x2a, 0x86, 0x48, 0xce, 0x3d, 0x03, 0x01, 0x07}, "secp256r1", pkcs11.CKM_EC_KEY_PAIR_GEN, pkcs11.CKM_ECDSA, pkcs11.CKK_EC, 65},
 }
 
-// key is a keystore.Key. The handle is a cache: valid in one generation of the module, found again by CKA_ID in another.
+// curveFor returns the curve of an algorithm as this token wants it.
+func (st *Store) curveFor(alg keystore.Algorithm) (curve, error) {
+	for _, c := range curves {
+		if c.alg == alg {
+			if alg == keystore.X25519 && st.quirks.X25519 == "edwards" {
+				c.make, c.kind = ckmECEdwardsKeyPairGen, ckkECEdwards
+			}
+			return c, nil
+		}
+	}
+	return curve{}, fmt.Errorf("hsm: unknown algorithm %q: use one of %v", alg, keystore.Algorithms)
+}
+
+// params gives CKA_EC_PARAMS as this token wants it.
+func (st *Store) params(c curve) []byte {
+	if st.quirks.ECParams == "name" {
+		return c.printable()
+	}
+	return c.oid
+}
+
+func (c curve) printable() []byte { return append([]byte{0x13, byte(len(c.name))}, c.name...) }
+
+// key is a keystore.Key. It holds nothing of the token: the store has a handle for its tag.
 type key struct {
-	store  *Store
-	info   keystore.Info
-	id     []byte
-	handle atomic.Pointer[handle]
+	store *Store
+	info  keystore.Info
 }
 
+// handle is a cached private object, good for one login. missing says that the key was not found with that login.
 type handle struct {
-	private    pkcs11.ObjectHandle
-	generation uint64
+	ref     keystore.Ref
+	public  []byte
+	private pkcs11.ObjectHandle
+	logins  uint64
+	missing bool
 }
 
 func (k *key) Info() keystore.Info { return k.info }
 
+func (st *Store) Bind(info keystore.Info) keystore.Key { return &key{st, info} }
+
 func (k *key) Sign(ctx context.Context, message []byte) (signature []byte, err error) {
-	if k.info.Algorithm != keystore.Ed25519 {
-		return nil, fmt.Errorf("hsm: %v is not a signing key", k.info.Ref)
+	if k.info.Algorithm == keystore.X25519 {
+		return nil, fmt.Errorf("hsm: %v: %w: it is not a signing key", k.info.Ref, keystore.ErrRefused)
 	}
-	var result []byte
 	err = k.use(ctx, "sign", func(s session, private pkcs11.ObjectHandle) (err error) {
-		result, err = k.store.sign(s, private, message)
+		signature, err = k.store.sign(s, k.info.Algorithm, private, message)
 		return err
 	})
-	if err != nil {
-		return nil, err // the module may still be at it: result is not ours to read
-	}
-	return result, nil
+	return signature, err
 }
 
 func (k *key) Exchange(ctx context.Context, peer [32]byte) (shared [32]byte, err error) {
 	if k.info.Algorithm != keystore.X25519 {
-		return shared, fmt.Errorf("hsm: %v is not an exchange key", k.info.Ref)
+		return shared, fmt.Errorf("hsm: %v: %w: it is not an exchange key", k.info.Ref, keystore.ErrRefused)
 	}
 	if keystore.LowOrder(peer) {
 		return shared, keystore.ErrPeerKey
 	}
-	var result [32]byte
 	err = k.use(ctx, "exchange", func(s session, private pkcs11.ObjectHandle) (err error) {
-		result, err = k.store.derive(s, private, peer)
+		shared, err = k.store.direct.derive(s.handle, private, peer)
 		return err
 	})
-	if err != nil {
-		return shared, err
-	}
-	return result, nil
-}
-
-func (st *Store) sign(s session, private pkcs11.ObjectHandle, message []byte) ([]byte, error) {
-	if err := st.module.SignInit(s.handle, []*pkcs11.Mechanism{pkcs11.NewMechanism(ckmEdDSA, nil)}, private); err != nil {
-		return nil, deviceError("C_SignInit", err)
-	}
-	signature, err := st.module.Sign(s.handle, message)
-	if err != nil {
-		return nil, deviceError("C_Sign", err)
-	}
-	if len(signature) != ed25519.SignatureSize {
-		return nil, fmt.Errorf("%w: C_Sign: a signature of %d bytes", keystore.ErrUnavailable, len(signature))
-	}
-	return signature, nil
-}
-
-// derive makes the shared secret as a session object, reads it and destroys it.
-func (st *Store) derive(s session, private pkcs11.ObjectHandle, peer [32]byte) (shared [32]byte, err error) {
-	mechanism := pkcs11.NewMechanism(pkcs11.CKM_ECDH1_DERIVE, pkcs11.NewECDH1DeriveParams(pkcs11.CKD_NULL, nil, peer[:]))
-	secret, err := st.module.DeriveKey(s.handle, []*pkcs11.Mechanism{mechanism}, private, []*pkcs11.Attribute{
-		pkcs11.NewAttribute(pkcs11.CKA_CLASS, pkcs11.CKO_SECRET_KEY),
-		pkcs11.NewAttribute(pkcs11.CKA_KEY_TYPE, pkcs11.CKK_GENERIC_SECRET),
-		pkcs11.NewAttribute(pkcs11.CKA_TOKEN, false),
-		pkcs11.NewAttribute(pkcs11.CKA_SENSITIVE, false),
-		pkcs11.NewAttribute(pkcs11.CKA_EXTRACTABLE, true),
-		pkcs11.NewAttribute(pkcs11.CKA_VALUE_LEN, len(shared)),
-	})
-	if err != nil {
-		return shared, deviceError("C_DeriveKey", err)
-	}
-	value, err := st.attributes(s, secret, pkcs11.CKA_VALUE)
-	if destroyed := st.module.DestroyObject(s.handle, secret); destroyed != nil && err == nil {
-		err = deviceError("C_DestroyObject", destroyed)
-	}
-	if err == nil && len(value[0]) != len(shared) {
-		err = fmt.Errorf("%w: C_DeriveKey: a secret of %d bytes", keystore.ErrUnavailable, len(value[0]))
+	if err == nil && shared == ([32]byte{}) {
+		err = keystore.ErrPeerKey
 	}
 	if err != nil {
-		return shared, err
-	}
-	copy(shared[:], value[0])
-	clear(value[0])
-	if shared == ([32]byte{}) {
-		return shared, keystore.ErrPeerKey
+		return [32]byte{}, err
 	}
 	return shared, nil
 }
 
-// use runs f with a session and the private key's handle, which it finds again where the module has been restarted.
+// sign signs as keystore.Key.Sign has it.
+func (st *Store) sign(s session, alg keystore.Algorithm, private pkcs11.ObjectHandle, message []byte) ([]byte, error) {
+	if alg == keystore.Ed25519 {
+		return st.direct.sign(s.handle, ckmEdDSA, private, message)
+	}
+	digest := sha256.Sum256(message)
+	rs, err := st.direct.sign(s.handle, pkcs11.CKM_ECDSA, private, digest[:])
+	if err != nil {
+		return nil, err
+	}
+	return asn1.Marshal(struct{ R, S *big.Int }{new(big.Int).SetBytes(rs[:32]), new(big.Int).SetBytes(rs[32:])})
+}
+
+// use runs f with a session and the private key's handle. Nothing is searched for on the token while the login that the
+// handle was found with holds.
 func (k *key) use(ctx context.Context, doing string, f func(session, pkcs11.ObjectHandle) error) error {
-	doing = fmt.Sprintf("%s with %v", doing, k.info.Ref)
-	return k.store.do(ctx, doing, func(s session) error {
-		h := k.handle.Load()
-		if h == nil || h.generation != s.generation {
-			found, err := k.store.load(s, k.info.Ref)
-			if err != nil { // it was there and whole: the token is away, or nobody is logged in and sees half of it
-				return fmt.Errorf("%w: %w", keystore.ErrUnavailable, err)
+	st := k.store
+	return st.do(ctx, fmt.Sprintf("%s with %v", doing, k.info.Ref), func(s session) error {
+		cached, _ := st.handles.Load(k.info.Tag)
+		h, _ := cached.(*handle)
+		if logins := st.logins.Load(); h == nil || h.logins != logins || h.missing || !bytes.Equal(h.public, k.info.PublicKey) {
+			found, err := st.find1(s, k.info)
+			lost := errors.Is(err, errLost)
+			if lost && h != nil && h.missing && h.logins == logins {
+				return fmt.Errorf("%w: %w", keystore.ErrNotFound, err) // it has not been there since the last login
 			}
-			if !bytes.Equal(found.info.PublicKey, k.info.PublicKey) || !bytes.Equal(found.id, k.id) {
-				return fmt.Errorf("%w: the token has another key under this name now", keystore.ErrUnfit)
+			if err == nil || lost {
+				h = &handle{k.info.Ref, k.info.PublicKey, found, logins, lost}
+				st.handles.Store(k.info.Tag, h)
 			}
-			h = found.handle.Load()
-			k.handle.Store(h)
+			if err != nil {
+				return err
+			}
 		}
 		err := f(s, h.private)
-		if errors.Is(err, keystore.ErrUnavailable) {
-			k.handle.CompareAndSwap(h, nil) // it may be the handle: find it again
+		if err != nil && !errors.Is(err, keystore.ErrPeerKey) {
+			st.forget(s, k.info.Tag, h) // it may be the handle: find it again
 		}
 		return err
 	})
 }
 
+// forget drops the handle for a tag, and the copy of the key that it may stand for.
+func (st *Store) forget(s session, tag keystore.Tag, h *handle) {
+	if st.handles.CompareAndDelete(tag, h) && st.quirks.Copies == "on" && h.logins == st.logins.Load() && !h.missing {
+		st.module.DestroyObject(s.handle, h.private)
+	}
+}
+
+// find1 finds a key that is known by its CKA_ID, holds it against what is known of it, and returns the object to use:
+// with copies, a copy that the session of the login keeps.
+func (st *Store) find1(s session, info keystore.Info) (pkcs11.ObjectHandle, error) {
+	found, private, err := st.load(s, pkcs11.NewAttribute(pkcs11.CKA_ID, info.Tag[:]), info.Ref)
+	if err != nil { // who is not logged in sees no private objects
+		if state, failed := st.module.GetSessionInfo(s.handle); failed != nil || state.State != pkcs11.CKS_RW_USER_FUNCTIONS {
+			return 0, fmt.Errorf("%v: %w: nobody is logged in to the token", info.Ref, keystore.ErrUnavailable)
+		}
+	}
+	if errors.Is(err, keystore.ErrNotFound) || errors.Is(err, keystore.ErrUnfit) && errors.Is(err, errHalf) {
+		return 0, fmt.Errorf("%v: %w", info.Ref, errLost)
+	} else if errors.Is(err, keystore.ErrAmbiguous) { // seen with SoftHSM while logins come and go: one object under two handles
+		return 0, fmt.Errorf("%w: %w", errLost, err)
+	} else if err != nil {
+		return 0, err
+	}
+	if !bytes.Equal(found.PublicKey, info.PublicKey) || found.Algorithm != info.Algorithm {
+		return 0, fmt.Errorf("%w: the token has another key under this name now", keystore.ErrUnfit)
+	}
+	if st.quirks.Copies == "on" {
+		st.copying.Lock() // a session does one thing at a time
+		defer st.copying.Unlock()
+		if copied, err := st.module.CopyObject(st.loginSession(), private, []*pkcs11.Attribute{pkcs11.NewAttribute(pkcs11.CKA_TOKEN, false)}); err == nil {
+			return copied, nil
+		}
+	}
+	return private, nil
+}
+
 func (st *Store) Key(ctx context.Context, ref keystore.Ref) (keystore.Key, error) {
-	var result *key
+	var info keystore.Info
 	err := st.do(ctx, fmt.Sprintf("find %v", ref), func(s session) (err error) {
-		result, err = st.load(s, ref)
+		if info, _, err = st.load(s, labelOf(ref), ref); err != nil {
+			st.handles.Range(func(tag, h any) bool { // a copy must not outlive its key
+				if h.(*handle).ref == ref {
+					st.forget(s, tag.(keystore.Tag), h.(*handle))
+				}
+				return true
+			})
+		}
 		return err
 	})
 	if err != nil {
 		return nil, err
 	}
-	return result, nil
+	return st.Bind(info), nil
 }
 
-func (st *Store) Keys(ctx context.Context) ([]keystore.Info, error) {
-	var result []keystore.Info
-	err := st.do(ctx, "list keys", func(s session) error {
-		objects, err := st.find(s, pkcs11.NewAttribute(pkcs11.CKA_CLASS, pkcs11.CKO_PRIVATE_KEY))
+func (st *Store) Keys(ctx context.Context) (infos []keystore.Info, err error) {
+	err = st.do(ctx, "list keys", func(s session) error {
+		infos = nil
+		objects, err := st.find(s, pkcs11.NewAttribute(pkcs11.CKA_CLASS, pkcs11.CKO_PRIVATE_KEY), pkcs11.NewAttribute(pkcs11.CKA_TOKEN, true))
 		if err != nil {
 			return err
 		}
-		var infos []keystore.Info
 		for _, o := range objects {
 			v, err := st.attributes(s, o, pkcs11.CKA_LABEL)
 			if err != nil {
@@ -190,176 +235,223 @@ func (st *Store) Keys(ctx context.Context) ([]keystore.Info, error) {
 			if !ours || err != nil {
 				continue
 			}
-			if k, err := st.load(s, ref); err == nil {
-				infos = append(infos, k.info)
+			if info, _, err := st.load(s, labelOf(ref), ref); err == nil {
+				infos = append(infos, info)
 			} else if errors.Is(err, keystore.ErrUnavailable) {
 				return err
 			}
 		}
-		result = infos
 		return nil
 	})
-	if err != nil {
-		return nil, err
-	}
-	return result, nil
+	return infos, err
 }
 
-// load finds the two objects of a key by their label: exactly one private and one public, of one CKA_ID and one curve,
-// the private one sensitive and not extractable.
-func (st *Store) load(s session, ref keystore.Ref) (*key, error) {
-	private, public, err := st.pair(s, ref)
-	if err != nil {
-		return nil, err
+func labelOf(ref keystore.Ref) *pkcs11.Attribute {
+	return pkcs11.NewAttribute(pkcs11.CKA_LABEL, labelPrefix+ref.String())
+}
+
+// errHalf marks a pair of which only one object is there.
+var errHalf = errors.New("only half of the pair is on the token")
+
+// load finds the two objects of a key by one attribute: exactly one private and one public, of one label, one CKA_ID and
+// one curve, the private one sensitive and not extractable.
+func (st *Store) load(s session, by *pkcs11.Attribute, ref keystore.Ref) (info keystore.Info, object pkcs11.ObjectHandle, err error) {
+	unfit := func(format string, args ...any) (keystore.Info, pkcs11.ObjectHandle, error) {
+		return keystore.Info{}, 0, fmt.Errorf("%v: %w: "+format, append([]any{ref, keystore.ErrUnfit}, args...)...)
 	}
+	label := labelPrefix + ref.String()
+	private, public, err := st.pair(s, by)
 	switch {
+	case err != nil:
+		return info, 0, err
 	case len(private) == 0 && len(public) == 0:
-		return nil, fmt.Errorf("%v: %w", ref, keystore.ErrNotFound)
+		return info, 0, fmt.Errorf("%v: %w", ref, keystore.ErrNotFound)
 	case len(private) > 1 || len(public) > 1:
-		return nil, fmt.Errorf("%v: %w: %d private and %d public objects are labelled %q; list them with pkcs11-tool --list-objects and delete what is not ours",
-			ref, keystore.ErrAmbiguous, len(private), len(public), labelPrefix+ref.String())
+		return info, 0, fmt.Errorf("%v: %w: %d private and %d public objects are labelled %q; list them with pkcs11-tool --list-objects and delete what is not ours",
+			ref, keystore.ErrAmbiguous, len(private), len(public), label)
 	case len(private) == 0 || len(public) == 0:
-		return nil, fmt.Errorf("%v: %w: only half of the pair labelled %q is on the token", ref, keystore.ErrUnfit, labelPrefix+ref.String())
+		return unfit("%w, labelled %q", errHalf, label)
 	}
-	pub, err := st.attributes(s, public[0], pkcs11.CKA_ID, pkcs11.CKA_EC_PARAMS, pkcs11.CKA_EC_POINT)
+	pub, err := st.attributes(s, public[0], pkcs11.CKA_ID, pkcs11.CKA_LABEL, pkcs11.CKA_EC_PARAMS, pkcs11.CKA_EC_POINT)
 	if err != nil {
-		return nil, err
+		return info, 0, err
 	}
-	prv, err := st.attributes(s, private[0], pkcs11.CKA_ID, pkcs11.CKA_SENSITIVE, pkcs11.CKA_EXTRACTABLE,
+	prv, err := st.attributes(s, private[0], pkcs11.CKA_ID, pkcs11.CKA_LABEL, pkcs11.CKA_SENSITIVE, pkcs11.CKA_EXTRACTABLE,
 		pkcs11.CKA_LOCAL, pkcs11.CKA_ALWAYS_SENSITIVE, pkcs11.CKA_NEVER_EXTRACTABLE)
 	if err != nil {
-		return nil, err
+		return info, 0, err
 	}
-	if !bytes.Equal(pub[0], prv[0]) || len(prv[0]) == 0 {
-		return nil, fmt.Errorf("%v: %w: its private and public objects do not belong together", ref, keystore.ErrUnfit)
+	if !bytes.Equal(pub[0], prv[0]) || len(prv[0]) != len(info.Tag) || string(prv[1]) != label || string(pub[1]) != label {
+		return unfit("its private and public objects do not belong together, or are not ours")
 	}
-	if !isTrue(prv[1]) || isTrue(prv[2]) {
-		return nil, fmt.Errorf("%v: %w: it must be CKA_SENSITIVE and not CKA_EXTRACTABLE", ref, keystore.ErrUnfit)
+	if !isTrue(prv[2]) || isTrue(prv[3]) {
+		return unfit("it must be CKA_SENSITIVE and not CKA_EXTRACTABLE")
 	}
-	c, ok := curveOf(pub[1])
+	c, ok := curveOf(pub[2])
 	if !ok {
-		return nil, fmt.Errorf("%v: %w: its curve %x is not known here", ref, keystore.ErrUnfit, pub[1])
+		return unfit("its curve %x is not known here", pub[2])
 	}
-	point := pub[2]
-	if len(point) == 34 && point[0] == 0x04 && point[1] == 32 { // DER OCTET STRING
-		point = point[2:]
+	point := c.pointOf(pub[3])
+	if point == nil {
+		return unfit("a public key of %d bytes", len(pub[3]))
 	}
-	if len(point) != 32 {
-		return nil, fmt.Errorf("%v: %w: a public key of %d bytes", ref, keystore.ErrUnfit, len(point))
-	}
-	k := &key{store: st, id: prv[0], info: keystore.Info{
-		Ref: ref, Algorithm: c.alg, PublicKey: point, Custody: keystore.HSMResident,
-		Generated: isTrue(prv[3]), NeverLeft: isTrue(prv[4]) && isTrue(prv[5]),
-	}}
-	k.handle.Store(&handle{private[0], s.generation})
-	return k, nil
+	return keystore.Info{
+		Ref: ref, Algorithm: c.alg, PublicKey: point, Custody: keystore.HSMResident, Tag: keystore.Tag(prv[0]),
+		Provenance: keystore.Provenance{Local: isTrue(prv[4]), AlwaysSensitive: isTrue(prv[5]), NeverExtractable: isTrue(prv[6])},
+	}, private[0], nil
 }
 
-// pair finds all private and all public objects under a name.
-func (st *Store) pair(s session, ref keystore.Ref) (private, public []pkcs11.ObjectHandle, err error) {
-	label := pkcs11.NewAttribute(pkcs11.CKA_LABEL, labelPrefix+ref.String())
-	if private, err = st.find(s, pkcs11.NewAttribute(pkcs11.CKA_CLASS, pkcs11.CKO_PRIVATE_KEY), label); err != nil {
+// pair finds all private and all public objects on the token with an attribute. Copies that sessions keep do not count.
+func (st *Store) pair(s session, by *pkcs11.Attribute) (private, public []pkcs11.ObjectHandle, err error) {
+	onToken := pkcs11.NewAttribute(pkcs11.CKA_TOKEN, true)
+	if private, err = st.find(s, pkcs11.NewAttribute(pkcs11.CKA_CLASS, pkcs11.CKO_PRIVATE_KEY), by, onToken); err != nil {
 		return nil, nil, err
 	}
-	public, err = st.find(s, pkcs11.NewAttribute(pkcs11.CKA_CLASS, pkcs11.CKO_PUBLIC_KEY), label)
+	public, err = st.find(s, pkcs11.NewAttribute(pkcs11.CKA_CLASS, pkcs11.CKO_PUBLIC_KEY), by, onToken)
 	return private, public, err
 }
 
 func (st *Store) Generate(ctx context.Context, ref keystore.Ref, alg keystore.Algorithm, tag keystore.Tag) (keystore.Key, error) {
-	var c *curve
-	for i := range curves {
-		if curves[i].alg == alg {
-			c = &curves[i]
-		}
-	}
-	if c == nil {
-		return nil, fmt.Errorf("hsm: generate %v: unknown algorithm %q", ref, alg)
-	}
+	return st.create(ctx, "generate", ref, alg, tag, func(s session, c curve) error {
+		_, _, err := st.generate(s, ref, c, tag, true)
+		return err
+	})
+}
+
+// create runs one creation: nothing may be there, and what is there afterwards must be what was asked for.
+func (st *Store) create(ctx context.Context, doing string, ref keystore.Ref, alg keystore.Algorithm, tag keystore.Tag, make func(session, curve) error) (keystore.Key, error) {
 	if err := keystore.CheckName(ref.Name); err != nil {
-		return nil, fmt.Errorf("hsm: generate %v: %w", ref, err)
+		return nil, fmt.Errorf("hsm: %s %v: %w", doing, ref, err)
 	}
-	var result *key
-	err := st.do(ctx, fmt.Sprintf("generate %v", ref), func(s session) error {
-		private, public, err := st.pair(s, ref)
+	c, err := st.curveFor(alg)
+	if err != nil {
+		return nil, err
+	}
+	var info keystore.Info
+	err = st.do(ctx, fmt.Sprintf("%s %v", doing, ref), func(s session) error {
+		private, public, err := st.pair(s, labelOf(ref))
 		if err != nil {
 			return err
-		}
-		if ctx.Err() != nil {
-			return fmt.Errorf("%w: %w", keystore.ErrUnavailable, ctx.Err()) // nobody waits for this key any more
 		}
 		if len(private)+len(public) > 0 {
 			return fmt.Errorf("%w: %d objects are labelled %q", keystore.ErrExists, len(private)+len(public), labelPrefix+ref.String())
 		}
-		k, err := st.generate(s, ref, c, tag)
+		if err = make(s, c); err == nil {
+			info, err = st.proven(s, ref, c, tag, doing == "generate")
+		}
 		if err != nil {
 			// Best effort: what remains can't be used, since nobody records it, and Destroy removes it later.
 			return errors.Join(err, st.destroy(s, ref, tag))
 		}
-		result = k
 		return nil
 	})
 	if err != nil {
 		return nil, err
 	}
-	return result, nil
+	return st.Bind(info), nil
 }
 
-// generate makes the pair with every usage flag set by name, since the defaults of modules differ and are wide; then it
-// reads back what the token made of it and proves the key by using it.
-func (st *Store) generate(s session, ref keystore.Ref, c *curve, tag keystore.Tag) (*key, error) {
+// proven reads back what the token made and proves the key by using it.
+func (st *Store) proven(s session, ref keystore.Ref, c curve, tag keystore.Tag, generated bool) (keystore.Info, error) {
+	info, private, err := st.load(s, labelOf(ref), ref)
+	if err != nil {
+		return info, err
+	}
+	if info.Tag != tag || info.Algorithm != c.alg || info.Provenance.Generated() != generated {
+		return info, fmt.Errorf("%w: the token made it with other attributes than it was asked for", keystore.ErrUnfit)
+	}
+	return info, st.prove(s, info, private)
+}
+
+// templates sets every usage flag by name, since the defaults of modules differ and are wide.
+func (st *Store) templates(ref keystore.Ref, c curve, tag keystore.Tag, onToken bool) (public, private []*pkcs11.Attribute) {
+	signs := c.alg != keystore.X25519
 	common := []*pkcs11.Attribute{
-		pkcs11.NewAttribute(pkcs11.CKA_TOKEN, true),
+		pkcs11.NewAttribute(pkcs11.CKA_TOKEN, onToken),
 		pkcs11.NewAttribute(pkcs11.CKA_LABEL, labelPrefix+ref.String()),
 		pkcs11.NewAttribute(pkcs11.CKA_ID, tag[:]),
-		pkcs11.NewAttribute(pkcs11.CKA_KEY_TYPE, ckkECEdwards),
+		pkcs11.NewAttribute(pkcs11.CKA_KEY_TYPE, c.kind),
 		pkcs11.NewAttribute(pkcs11.CKA_MODIFIABLE, false),
 	}
-	public := append([]*pkcs11.Attribute{
+	public = append([]*pkcs11.Attribute{
 		pkcs11.NewAttribute(pkcs11.CKA_CLASS, pkcs11.CKO_PUBLIC_KEY),
-		pkcs11.NewAttribute(pkcs11.CKA_EC_PARAMS, c.oid),
+		pkcs11.NewAttribute(pkcs11.CKA_EC_PARAMS, st.params(c)),
 		pkcs11.NewAttribute(pkcs11.CKA_PRIVATE, false),
-		pkcs11.NewAttribute(pkcs11.CKA_VERIFY, c.signs),
+		pkcs11.NewAttribute(pkcs11.CKA_VERIFY, signs),
 		pkcs11.NewAttribute(pkcs11.CKA_ENCRYPT, false),
 		pkcs11.NewAttribute(pkcs11.CKA_WRAP, false),
 		pkcs11.NewAttribute(pkcs11.CKA_DERIVE, false),
 	}, common...)
-	private := append([]*pkcs11.Attribute{
+	private = append([]*pkcs11.Attribute{
 		pkcs11.NewAttribute(pkcs11.CKA_CLASS, pkcs11.CKO_PRIVATE_KEY),
 		pkcs11.NewAttribute(pkcs11.CKA_PRIVATE, true),
 		pkcs11.NewAttribute(pkcs11.CKA_SENSITIVE, true),
 		pkcs11.NewAttribute(pkcs11.CKA_EXTRACTABLE, false),
-		pkcs11.NewAttribute(pkcs11.CKA_SIGN, c.signs),
-		pkcs11.NewAttribute(pkcs11.CKA_DERIVE, c.exchange),
+		pkcs11.NewAttribute(pkcs11.CKA_SIGN, signs),
+		pkcs11.NewAttribute(pkcs11.CKA_DERIVE, !signs),
 		pkcs11.NewAttribute(pkcs11.CKA_DECRYPT, false),
 		pkcs11.NewAttribute(pkcs11.CKA_SIGN_RECOVER, false),
 		pkcs11.NewAttribute(pkcs11.CKA_UNWRAP, false),
 		pkcs11.NewAttribute(pkcs11.CKA_ALLOWED_MECHANISMS, pkcs11.NewAttribute(0, c.use).Value),
 	}, common...)
-	mechanism := []*pkcs11.Mechanism{pkcs11.NewMechanism(ckmECEdwardsKeyPairGen, nil)}
-	if _, _, err := st.module.GenerateKeyPair(s.handle, mechanism, public, private); err != nil {
-		return nil, deviceError("C_GenerateKeyPair", err)
-	}
-	k, err := st.load(s, ref)
+	return public, private
+}
+
+// generate makes a pair, on the token or for the session's life.
+func (st *Store) generate(s session, ref keystore.Ref, c curve, tag keystore.Tag, onToken bool) (public, private pkcs11.ObjectHandle, err error) {
+	pub, prv := st.templates(ref, c, tag, onToken)
+	public, private, err = st.module.GenerateKeyPair(s.handle, []*pkcs11.Mechanism{pkcs11.NewMechanism(c.make, nil)}, pub, prv)
 	if err != nil {
-		return nil, err
+		return 0, 0, deviceError("C_GenerateKeyPair", err)
 	}
-	if !bytes.Equal(k.id, tag[:]) || k.info.Algorithm != c.alg || !k.info.Generated || !k.info.NeverLeft {
-		return nil, fmt.Errorf("%w: the token made it with other attributes than it was asked for", keystore.ErrUnfit)
+	return public, private, nil
+}
+
+// Import makes a key of a seed that exists elsewhere. Copies of the seed may stay in this process' memory, in the module's
+// if not in ours: package worker ends the process that has imported.
+func (st *Store) Import(ctx context.Context, ref keystore.Ref, path string, tag keystore.Tag) (keystore.Key, error) {
+	seed, err := keystore.ReadSeed(path)
+	if err != nil {
+		return nil, fmt.Errorf("hsm: import %v: %w: %w", ref, keystore.ErrRefused, err)
 	}
-	return k, st.prove(s, k)
+	defer clear(seed[:])
+	return st.create(ctx, "import", ref, keystore.Ed25519, tag, func(s session, c curve) error {
+		_, err := st.importSeed(s, ref, c, tag, seed, true)
+		return err
+	})
+}
+
+// importSeed writes both objects of a key, the private one last: without its public half nothing counts as a key.
+func (st *Store) importSeed(s session, ref keystore.Ref, c curve, tag keystore.Tag, seed [32]byte, onToken bool) (pkcs11.ObjectHandle, error) {
+	private := ed25519.NewKeyFromSeed(seed[:])
+	defer clear(private)
+	point := bytes.Clone(private[32:])
+	if st.quirks.ECPoint == "octet-string" {
+		point = append([]byte{0x04, byte(len(point))}, point...)
+	}
+	pub, prv := st.templates(ref, c, tag, onToken)
+	if _, err := st.module.CreateObject(s.handle, append(pub, pkcs11.NewAttribute(pkcs11.CKA_EC_POINT, point))); err != nil {
+		return 0, deviceError("C_CreateObject (public key)", err)
+	}
+	value := pkcs11.NewAttribute(pkcs11.CKA_VALUE, seed[:])
+	defer clear(value.Value)
+	object, err := st.module.CreateObject(s.handle, append(prv, pkcs11.NewAttribute(pkcs11.CKA_EC_PARAMS, st.params(c)), value))
+	if err != nil {
+		return 0, deviceError("C_CreateObject (private key)", err)
+	}
+	return object, nil
 }
 
 // prove uses a new key once and checks the result in Go: a key that can't do that must not come into use.
-func (st *Store) prove(s session, k *key) error {
-	private := k.handle.Load().private
-	if k.info.Algorithm == keystore.Ed25519 {
-		challenge := []byte("countersign: proof of a new key\x00" + k.info.Ref.String())
-		sig, err := st.sign(s, private, challenge)
+func (st *Store) prove(s session, info keystore.Info, private pkcs11.ObjectHandle) error {
+	if info.Algorithm != keystore.X25519 {
+		challenge := []byte("countersign: proof of a new key\x00" + info.Ref.String())
+		sig, err := st.sign(s, info.Algorithm, private, challenge)
 		if err != nil {
 			return err
 		}
-		if !ed25519.Verify(k.info.PublicKey, challenge, sig) {
-			return fmt.Errorf("%w: the new key signs wrongly", keystore.ErrUnfit)
+		if !info.Verify(challenge, sig) {
+			return fmt.Errorf("%w: the key signs wrongly", keystore.ErrUnfit)
 		}
 		return nil
 	}
@@ -367,7 +459,7 @@ func (st *Store) prove(s session, k *key) error {
 	if err != nil {
 		return err
 	}
-	public, err := ecdh.X25519().NewPublicKey(k.info.PublicKey)
+	public, err := ecdh.X25519().NewPublicKey(info.PublicKey)
 	if err != nil {
 		return err
 	}
@@ -375,12 +467,12 @@ func (st *Store) prove(s session, k *key) error {
 	if err != nil {
 		return err
 	}
-	got, err := st.derive(s, private, [32]byte(peer.PublicKey().Bytes()))
+	got, err := st.direct.derive(s.handle, private, [32]byte(peer.PublicKey().Bytes()))
 	if err != nil {
 		return err
 	}
 	if !bytes.Equal(got[:], want) {
-		return fmt.Errorf("%w: the new key exchanges wrongly", keystore.ErrUnfit)
+		return fmt.Errorf("%w: the key exchanges wrongly", keystore.ErrUnfit)
 	}
 	return nil
 }
@@ -389,9 +481,10 @@ func (st *Store) Destroy(ctx context.Context, ref keystore.Ref, tag keystore.Tag
 	return st.do(ctx, fmt.Sprintf("destroy %v", ref), func(s session) error { return st.destroy(s, ref, tag) })
 }
 
-// destroy removes the objects of a label that carry the tag as their CKA_ID.
+// destroy removes the objects of a label that carry the tag as their CKA_ID, copies included.
 func (st *Store) destroy(s session, ref keystore.Ref, tag keystore.Tag) error {
-	objects, err := st.find(s, pkcs11.NewAttribute(pkcs11.CKA_LABEL, labelPrefix+ref.String()), pkcs11.NewAttribute(pkcs11.CKA_ID, tag[:]))
+	st.handles.Delete(tag)
+	objects, err := st.find(s, labelOf(ref), pkcs11.NewAttribute(pkcs11.CKA_ID, tag[:]))
 	if err != nil {
 		return err
 	}
@@ -444,12 +537,22 @@ func (st *Store) attributes(s session, o pkcs11.ObjectHandle, types ...uint) ([]
 
 func curveOf(params []byte) (curve, bool) {
 	for _, c := range curves {
-		printable := append([]byte{0x13, byte(len(c.name))}, c.name...)
-		if bytes.Equal(params, c.oid) || bytes.Equal(params, printable) {
+		if bytes.Equal(params, c.oid) || bytes.Equal(params, c.printable()) {
 			return c, true
 		}
 	}
 	return curve{}, false
+}
+
+// pointOf reads a CKA_EC_POINT, raw or as a DER OCTET STRING, or returns nil.
+func (c curve) pointOf(b []byte) []byte {
+	if len(b) == c.point+2 && b[0] == 0x04 && int(b[1]) == c.point {
+		b = b[2:]
+	}
+	if len(b) != c.point {
+		return nil
+	}
+	return b
 }
 
 func isTrue(v []byte) bool { return len(v) == 1 && v[0] != 0 }

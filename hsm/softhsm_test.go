@@ -28,13 +28,12 @@ func newToken(t testing.TB) hsm.Config {
 	write(t, filepath.Join(dir, "softhsm2.conf"), fmt.Sprintf("directories.tokendir = %s/tokens\nlog.level = ERROR\n", dir))
 	write(t, filepath.Join(dir, "pin"), "test-user-pin\n")
 	write(t, filepath.Join(dir, "so-pin"), "test-so-pin\n")
-	t.Setenv("SOFTHSM2_CONF", "") // so that what Open sets is taken back after the test
+	t.Setenv("SOFTHSM2_CONF", filepath.Join(dir, "softhsm2.conf"))
 	c := hsm.Config{
-		URI:         "pkcs11:token=countersign%20test",
-		Module:      softHSM,
-		PINFile:     filepath.Join(dir, "pin"),
-		Environment: map[string]string{"SOFTHSM2_CONF": filepath.Join(dir, "softhsm2.conf")},
-		Sessions:    4,
+		URI:      "pkcs11:token=countersign%20test",
+		Module:   softHSM,
+		PINFile:  filepath.Join(dir, "pin"),
+		Sessions: 4,
 	}
 	if err := hsm.InitToken(t.Context(), c, filepath.Join(dir, "so-pin")); err != nil {
 		t.Fatal(err)

@@ -23,16 +23,17 @@ func InitToken(ctx context.Context, c Config, soPINFile string) error {
 }
 
 func initToken(c Config, soPINFile string) error {
-	uri, pinFile, module, err := load(c)
+	s, err := load(c)
 	if err != nil {
 		return err
 	}
-	defer module.Destroy()
+	defer s.unload()
+	uri, module := s.uri, s.module
 	label := uri.attrs["token"]
 	if label == "" || len(label) > 32 || len(uri.attrs) > 1 || uri.slotID != nil {
 		return fmt.Errorf("hsm: new token: the URI must have a token attribute of 1 to 32 bytes, for the label, and no attribute but token")
 	}
-	pin, err := readPIN(pinFile)
+	pin, err := readPIN(s.pinFile)
 	if err != nil {
 		return fmt.Errorf("hsm: new token: %w", err)
 	}

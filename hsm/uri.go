@@ -4,10 +4,11 @@ import (
 	"errors"
 	"fmt"
 	"net/url"
-	"os"
 	"path/filepath"
 	"strconv"
 	"strings"
+
+	"countersign/keystore"
 
 	"github.com/miekg/pkcs11"
 	pkcs11uri "github.com/stefanberger/go-pkcs11uri"
@@ -87,16 +88,9 @@ func (u tokenURI) matches(slot uint, t pkcs11.TokenInfo) bool {
 
 // readPIN reads a PIN file: one line, readable by its owner only.
 func readPIN(path string) (string, error) {
-	st, err := os.Stat(path)
+	b, err := keystore.ReadSecret(path, "PIN file")
 	if err != nil {
-		return "", fmt.Errorf("PIN file: %w", err)
-	}
-	if !st.Mode().IsRegular() || st.Mode().Perm()&0o077 != 0 {
-		return "", fmt.Errorf("PIN file %s: its mode is %v; it must be a file that only its owner can read: chmod 600 %s", path, st.Mode(), path)
-	}
-	b, err := os.ReadFile(path)
-	if err != nil {
-		return "", fmt.Errorf("PIN file: %w", err)
+		return "", err
 	}
 	pin := strings.TrimRight(string(b), "\r\n")
 	clear(b)

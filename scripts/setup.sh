@@ -36,7 +36,7 @@ admin_socket = "admin.sock"
 ledger = "ledger.db"
 policy = "policy.cedar"
 
-[token]
+[tokens.main]
 uri = "pkcs11:token=countersign"
 module = "/usr/lib/softhsm/libsofthsm2.so"
 pin_file = "pin"

@@ -24,10 +24,9 @@ func BenchmarkSign(b *testing.B) {
 	p.stop()
 	s.edit("countersign.toml", `"debug"`, `"warn"`)
 
-	b.Setenv("SOFTHSM2_CONF", "")
+	b.Setenv("SOFTHSM2_CONF", s.path("softhsm2.conf"))
 	store, err := hsm.Open(b.Context(), hsm.Config{
 		URI: "pkcs11:token=system%20test", Module: softHSM, PINFile: s.path("pin"), Sessions: 8,
-		Environment: map[string]string{"SOFTHSM2_CONF": s.path("softhsm2.conf")},
 	})
 	if err != nil {
 		b.Fatal(err)

@@ -42,7 +42,7 @@ func TestCLI(t *testing.T) {
 	s.must("admin", "peer", "add", "demo", public)
 	s.must(with("ping")...)
 	s.must("admin", "key", "create", "payments")
-	if out := s.must("admin", "key", "show", "payments"); !strings.Contains(out, "hsm-resident") || !strings.Contains(out, "made inside the device, never readable or extractable") {
+	if out := s.must("admin", "key", "show", "payments"); !strings.Contains(out, "hsm-resident") || !strings.Contains(out, "generated: made inside the device, never readable, never extractable") {
 		t.Errorf("key show: %s", out)
 	}
 	var keys []struct {

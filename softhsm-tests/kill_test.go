@@ -175,7 +175,7 @@ func TestKilledDuringManagement(t *testing.T) {
 			for i := 0; ctx.Err() == nil; i++ {
 				name := fmt.Sprintf("key-%d-%d", round, i)
 				names <- name
-				k, err := s.admin().CreateKey(ctx, name)
+				k, err := s.admin().CreateKey(ctx, api.NewKey{Name: name})
 				if err != nil {
 					return
 				}
@@ -202,7 +202,7 @@ func TestKilledDuringManagement(t *testing.T) {
 			}
 		}
 		if _, exists := have[first]; !exists {
-			if _, err := s.admin().CreateKey(t.Context(), first); err != nil {
+			if _, err := s.admin().CreateKey(t.Context(), api.NewKey{Name: first}); err != nil {
 				t.Fatalf("a name whose creation was cut off can't be used: %v", err)
 			}
 		}

@@ -21,14 +21,14 @@ func TestRefusesToStart(t *testing.T) {
 	}{
 		{"a typo in the configuration", func(t *testing.T, s *system) { s.edit("countersign.toml", "admin_socket", "admin_sokcet") },
 			[]string{"countersign.toml:3", "admin_sokcet"}},
-		{"a typo in a table", func(t *testing.T, s *system) { s.edit("countersign.toml", "pin_file", "pinfile") }, []string{"countersign.toml:11", "token.pinfile"}},
+		{"a typo in a table", func(t *testing.T, s *system) { s.edit("countersign.toml", "pin_file", "pinfile") }, []string{"countersign.toml:11", "tokens.main.pinfile"}},
 		{"broken TOML", func(t *testing.T, s *system) { s.edit("countersign.toml", `"admin.sock"`, `"admin.sock`) }, []string{"countersign.toml:3"}},
 		{"a wrong type", func(t *testing.T, s *system) { s.edit("countersign.toml", `"ledger.db"`, `7`) }, []string{"countersign.toml:4"}},
 		{"a limit out of range", func(t *testing.T, s *system) {
-			s.edit("countersign.toml", "[token]", "[limits]\nconnections = 0\n[token]")
+			s.edit("countersign.toml", "[tokens.main]", "[limits]\nconnections = 0\n[tokens.main]")
 		}, []string{"limits.connections", "1 to"}},
 		{"a bad duration", func(t *testing.T, s *system) {
-			s.edit("countersign.toml", "[token]", "[limits]\nidle_timeout = \"5 minutes\"\n[token]")
+			s.edit("countersign.toml", "[tokens.main]", "[limits]\nidle_timeout = \"5 minutes\"\n[tokens.main]")
 		}, []string{"countersign.toml:9"}},
 		{"no listen address", func(t *testing.T, s *system) { s.edit("countersign.toml", "listen = ", "#") }, []string{"listen is missing"}},
 		{"a bad listen address", func(t *testing.T, s *system) { s.edit("countersign.toml", s.listen, "nowhere") }, []string{"host:port"}},
@@ -111,7 +111,7 @@ func TestInterruptedInit(t *testing.T) {
 	// Cut off after the ledger was made and the Noise key begun: the intent is there, and half a key.
 	tag := s.tagOf("noise/1")
 	s.changeLedger(func(tx *bolt.Tx) error {
-		return tx.Bucket([]byte("keys")).Put([]byte("noise/1"), fmt.Appendf(nil, `{"algorithm":"x25519","state":"pending","created":1,"tag":"%x"}`, tag))
+		return tx.Bucket([]byte("keys")).Put([]byte("noise/1"), fmt.Appendf(nil, `{"token":"main","algorithm":"x25519","state":"pending","created":1,"tag":"%x"}`, tag))
 	})
 	s.token(func(m *pkcs11.Ctx, h pkcs11.SessionHandle) { deleteAll(t, m, h, "public") })
 	if out, code := s.daemon("serve"); code != 1 || !strings.Contains(out, "run countersignd init") {

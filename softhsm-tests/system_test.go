@@ -95,7 +95,7 @@ ledger = "ledger.db"
 policy = "policy.cedar"
 log_level = "debug"
 
-[token]
+[tokens.main]
 uri = "pkcs11:token=system%%20test"
 module = %q
 pin_file = "pin"

@@ -118,12 +118,13 @@ type KeyList struct {
 
 // Key describes one version of a key.
 type Key struct {
-	Name      string  `json:"name"`
-	Version   uint32  `json:"version"`
-	Algorithm string  `json:"algorithm"`
-	State     string  `json:"state"`
-	Custody   string  `json:"custody"`
-	PublicKey Bytes32 `json:"public_key"`
+	Name       string  `json:"name"`
+	Version    uint32  `json:"version"`
+	Algorithm  string  `json:"algorithm"`
+	State      string  `json:"state"`
+	Custody    string  `json:"custody"`
+	Provenance string  `json:"provenance"` // generated in the device, or imported
+	PublicKey  Bytes32 `json:"public_key"`
 }
 
 // Signed answers Sign. Event is the index of the admission in the audit log. Repeated says that this request had been

@@ -14,6 +14,7 @@ import (
 	"strconv"
 
 	"countersign/audit"
+	"countersign/keystore"
 )
 
 // Key is one version of a key. PublicKey is hex.
@@ -23,10 +24,18 @@ type Key struct {
 	Algorithm string `json:"algorithm"`
 	State     string `json:"state"`
 	Custody   string `json:"custody"`
+	Token     string `json:"token"`
 	PublicKey string `json:"public_key"`
-	Generated bool   `json:"generated"`  // made inside the device
-	NeverLeft bool   `json:"never_left"` // was never readable or extractable
-	Created   int64  `json:"created"`    // Unix seconds
+	// Origin is generated or imported; Provenance is what the device said of the key when it was made.
+	Origin     string              `json:"origin"`
+	Provenance keystore.Provenance `json:"provenance"`
+	Created    int64               `json:"created"` // Unix seconds
+}
+
+// Token is how a token of the appliance is.
+type Token struct {
+	Name string `json:"name"`
+	keystore.Status
 }
 
 // Peer is an enrolled client. PublicKey is hex.
@@ -44,7 +53,10 @@ type Event struct {
 
 // NewKey and NewPeer are what creating takes.
 type NewKey struct {
-	Name string `json:"name"`
+	Name      string `json:"name"`
+	Algorithm string `json:"algorithm,omitempty"` // ed25519 (default) or p256
+	Token     string `json:"token,omitempty"`     // may be left out where there is only one
+	SeedFile  string `json:"seed_file,omitempty"` // import: an absolute path on the appliance
 }
 
 type NewPeer struct {
@@ -72,8 +84,17 @@ func NewClient(path string) *Client {
 	}}}
 }
 
-func (c *Client) CreateKey(ctx context.Context, name string) (k Key, err error) {
-	return k, c.do(ctx, http.MethodPost, "/v1/keys", NewKey{Name: name}, &k)
+func (c *Client) CreateKey(ctx context.Context, n NewKey) (k Key, err error) {
+	return k, c.do(ctx, http.MethodPost, "/v1/keys", n, &k)
+}
+
+func (c *Client) Tokens(ctx context.Context) (tokens []Token, err error) {
+	return tokens, c.do(ctx, http.MethodGet, "/v1/tokens", nil, &tokens)
+}
+
+// RetryToken lets a token be asked for a login again after its PIN was refused.
+func (c *Client) RetryToken(ctx context.Context, name string) error {
+	return c.do(ctx, http.MethodPost, "/v1/tokens/"+url.PathEscape(name)+"/retry", nil, nil)
 }
 
 func (c *Client) Keys(ctx context.Context) (keys []Key, err error) {

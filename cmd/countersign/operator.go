@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"path/filepath"
 	"time"
 
 	"countersign/admin/api"
@@ -38,23 +39,70 @@ func (t *tool) admin() *cobra.Command {
 		})
 	}
 
-	key := group("key", "Create and show keys",
-		act("create NAME", "Create a signing key in the token", cobra.ExactArgs(1), func(ctx context.Context, c *api.Client, args []string) error {
-			k, err := c.CreateKey(ctx, args[0])
+	var algorithm, token string
+	create := act("create NAME", "Create a signing key in a token", cobra.ExactArgs(1), func(ctx context.Context, c *api.Client, args []string) error {
+		k, err := c.CreateKey(ctx, api.NewKey{Name: args[0], Algorithm: algorithm, Token: token})
+		if err != nil {
+			return err
+		}
+		return t.print(k, func(w io.Writer) { showKey(w, k) })
+	})
+	create.Flags().StringVar(&algorithm, "algorithm", "ed25519", "ed25519, or p256 for TLS")
+	importKey := act("import NAME SEED_FILE", "Import an Ed25519 seed from a file on the appliance", cobra.ExactArgs(2), func(ctx context.Context, c *api.Client, args []string) error {
+		path, err := filepath.Abs(args[1])
+		if err != nil {
+			return err
+		}
+		k, err := c.CreateKey(ctx, api.NewKey{Name: args[0], Token: token, SeedFile: path})
+		if err != nil {
+			return err
+		}
+		return t.print(k, func(w io.Writer) { showKey(w, k) })
+	})
+	importKey.Long = "The file holds 32 bytes, or their 64 hex digits, or keypair-seed: and their base64url, and only its owner may be able to\n" +
+		"read it. The key worker reads it, once; this command does not. The key can't be taken out of the token again and is\n" +
+		"shown as imported for ever. Destroy the file afterwards: what is in it can sign without the appliance."
+	for _, c := range []*cobra.Command{create, importKey} {
+		c.Flags().StringVar(&token, "token", "", "the token, where there are several")
+	}
+	tokens := group("token", "Look after tokens",
+		act("list", "Say how the tokens and their key workers are", cobra.NoArgs, func(ctx context.Context, c *api.Client, _ []string) error {
+			tokens, err := c.Tokens(ctx)
 			if err != nil {
 				return err
 			}
-			return t.print(k, func(w io.Writer) { showKey(w, k) })
+			return t.print(tokens, func(w io.Writer) {
+				fmt.Fprintln(w, "TOKEN\tSTATE\tWORKER\tPID\tSERVED\tREPLACED\tCAUSE")
+				for _, tk := range tokens {
+					state := "up"
+					if !tk.Up {
+						state = "down"
+					}
+					for i, worker := range tk.Workers {
+						fmt.Fprintf(w, "%s\t%s\t%d\t%d\t%d\t%d\t%s\n", tk.Name, state, i+1, worker.PID, worker.Served, worker.Restarts, tk.Cause)
+					}
+				}
+			})
 		}),
+		act("retry NAME", "Log in again after the PIN was refused and the PIN file has been corrected", cobra.ExactArgs(1), func(ctx context.Context, c *api.Client, args []string) error {
+			if err := c.RetryToken(ctx, args[0]); err != nil {
+				return err
+			}
+			return t.print(map[string]string{"retried": args[0]}, func(w io.Writer) { fmt.Fprintf(w, "retried\t%s\n", args[0]) })
+		}),
+	)
+
+	key := group("key", "Create and show keys",
+		create, importKey,
 		act("list", "List all keys", cobra.NoArgs, func(ctx context.Context, c *api.Client, _ []string) error {
 			keys, err := c.Keys(ctx)
 			if err != nil {
 				return err
 			}
 			return t.print(keys, func(w io.Writer) {
-				fmt.Fprintln(w, "NAME\tVERSION\tALGORITHM\tSTATE\tCUSTODY\tPUBLIC KEY")
+				fmt.Fprintln(w, "NAME\tVERSION\tALGORITHM\tSTATE\tCUSTODY\tORIGIN\tTOKEN\tPUBLIC KEY")
 				for _, k := range keys {
-					fmt.Fprintf(w, "%s\t%d\t%s\t%s\t%s\t%s\n", k.Name, k.Version, k.Algorithm, k.State, k.Custody, k.PublicKey)
+					fmt.Fprintf(w, "%s\t%d\t%s\t%s\t%s\t%s\t%s\t%s\n", k.Name, k.Version, k.Algorithm, k.State, k.Custody, k.Origin, k.Token, k.PublicKey)
 				}
 			})
 		}),
@@ -125,20 +173,22 @@ func (t *tool) admin() *cobra.Command {
 		}
 		return t.print(k, func(w io.Writer) { fmt.Fprintln(w, k.PublicKey) })
 	})
-	c.AddCommand(key, peer, audit, noiseKey)
+	c.AddCommand(key, peer, tokens, audit, noiseKey)
 	return c
 }
 
 func showKey(w io.Writer, k api.Key) {
-	origin := "imported"
-	if k.Generated {
-		origin = "made inside the device"
+	p := k.Provenance
+	fmt.Fprintf(w, "key\t%s, version %d\nalgorithm\t%s\nstate\t%s\ncustody\t%s, on token %s\norigin\t%s: %s, %s, %s\ncreated\t%s\npublic key\t%s\n",
+		k.Name, k.Version, k.Algorithm, k.State, k.Custody, k.Token, k.Origin, either(p.Local, "made inside the device", "made elsewhere"),
+		either(p.AlwaysSensitive, "never readable", "once readable"), either(p.NeverExtractable, "never extractable", "once extractable"), date(k.Created), k.PublicKey)
+}
+
+func either(is bool, yes, no string) string {
+	if is {
+		return yes
 	}
-	if k.NeverLeft {
-		origin += ", never readable or extractable"
-	}
-	fmt.Fprintf(w, "key\t%s, version %d\nalgorithm\t%s\nstate\t%s\ncustody\t%s\norigin\t%s\ncreated\t%s\npublic key\t%s\n",
-		k.Name, k.Version, k.Algorithm, k.State, k.Custody, origin, date(k.Created), k.PublicKey)
+	return no
 }
 
 func date(unix int64) string { return time.Unix(unix, 0).UTC().Format(time.RFC3339) }

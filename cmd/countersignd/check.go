@@ -7,9 +7,11 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"maps"
+	"slices"
 
 	"countersign/appliance"
-	"countersign/hsm"
+	"countersign/keystore"
 	"countersign/ledger"
 	"countersign/policy"
 )
@@ -25,26 +27,47 @@ func check(ctx context.Context, path string, c Config, stdout io.Writer) error {
 		return err
 	}
 	say("policy", "ok: %s, sha256 %x", c.Policy, rules.Hash)
-	store, err := hsm.Open(ctx, c.hsm())
-	if err != nil {
-		return err
+	log := slog.New(slog.DiscardHandler)
+	tokens := map[string]keystore.Store{}
+	defer func() { closeTokens(tokens, log) }()
+	var lacking []error
+	for _, name := range slices.Sorted(maps.Keys(c.Tokens)) {
+		t := c.Tokens[name]
+		store, err := openToken(ctx, name, t, false, log, nil)
+		if err != nil {
+			return err
+		}
+		tokens[name] = store
+		infos, err := store.Keys(ctx)
+		if err != nil {
+			return fmt.Errorf("token %s: %w", name, err)
+		}
+		say("token", "ok: %s, %s, %d keys of ours", name, t.URI, len(infos))
+		found, err := store.Inspect(ctx)
+		if err != nil {
+			return fmt.Errorf("token %s: %w", name, err)
+		}
+		for _, f := range found {
+			verdict := "ok"
+			if !f.OK {
+				verdict = "LACKING"
+			}
+			say("", "%-9s %-7s %s: %s", f.What, f.For, verdict, f.Text)
+			if !f.OK && (f.For == keystore.Ed25519 || f.For == keystore.X25519 && name == c.NoiseToken) {
+				lacking = append(lacking, fmt.Errorf("token %s lacks what %s keys need: %s", name, f.For, f.Text))
+			}
+		}
 	}
-	defer store.Close()
-	infos, err := store.Keys(ctx)
-	if err != nil {
-		return err
-	}
-	say("token", "ok: %s, %d keys of ours", c.Token.URI, len(infos))
 	l, err := ledger.Open(c.Ledger)
 	if errors.Is(err, ledger.ErrInUse) {
 		say("ledger", "in use: a daemon is running; the ledger and its keys are not checked")
-		return nil
+		return errors.Join(lacking...)
 	} else if err != nil {
 		return fmt.Errorf("%s: %w", c.Ledger, err)
 	}
 	defer l.Close()
 	say("ledger", "ok: %s", c.Ledger)
-	app, err := appliance.New(ctx, c.limits(), l, store, rules, slog.New(slog.DiscardHandler))
+	app, err := appliance.New(ctx, c.limits(), l, tokens, rules, log)
 	if err != nil {
 		return err
 	}
@@ -53,5 +76,8 @@ func check(ctx context.Context, path string, c Config, stdout io.Writer) error {
 		say("key", "ok: %v %s %s %s, public key %s", info.Ref, info.Algorithm, k.State, info.Custody, hex.EncodeToString(info.PublicKey))
 	}
 	say("peers", "%d enrolled", len(app.Peers()))
-	return app.Ready()
+	if err := app.Ready(); err != nil {
+		return err
+	}
+	return errors.Join(lacking...)
 }

@@ -13,6 +13,7 @@ import (
 
 	"countersign/appliance"
 	"countersign/hsm"
+	"countersign/keystore"
 
 	"github.com/pelletier/go-toml/v2"
 )
@@ -40,14 +41,20 @@ type Config struct {
 	// LogLevel is debug, info, warn or error. Default: info. At info each connection and each refusal is a line.
 	LogLevel string `toml:"log_level"`
 
-	// Token is the PKCS#11 token that holds the keys.
-	Token Token `toml:"token"`
+	// Tokens are the PKCS#11 tokens that hold the keys, each as a table [tokens.NAME]. At least one. The name is written
+	// down with each key: it must stay. A token that does not answer costs its own keys only, unless the listener's
+	// Noise key is on it: then nobody can connect.
+	Tokens map[string]*Token `toml:"tokens"`
+
+	// NoiseToken is the name of the token on which countersignd init makes the listener's Noise key. It may be left out
+	// where there is only one token.
+	NoiseToken string `toml:"noise_token"`
 
 	// Limits bounds what peers can cost.
 	Limits Limits `toml:"limits"`
 }
 
-// Token names the PKCS#11 token.
+// Token names a PKCS#11 token and says how it is used.
 type Token struct {
 	// URI says which token, as RFC 7512 has it: pkcs11:token=LABEL, and serial, manufacturer, model or slot-id where
 	// the label is not enough. Required. module-path and pin-source are understood, pin-value is refused.
@@ -61,13 +68,29 @@ type Token struct {
 	// (mode 0600). A PIN that the token refuses is not tried again until the daemon is started again.
 	PINFile string `toml:"pin_file"`
 
-	// Environment is set before the module is loaded: many modules are configured by variables, such as
+	// Environment is set for the key workers, which load the module: many modules are configured by variables, such as
 	// SOFTHSM2_CONF. Default: nothing. Paths in it must be absolute.
 	Environment map[string]string `toml:"environment"`
 
-	// Sessions is how many operations may be in the token at once. Default: 8. A software token gains nothing beyond a
-	// few for each core; a network HSM may want more, up to what it allows.
+	// Workers is how many key workers use the token, each a process of its own. Default: 2, the second a hot standby.
+	// Danger: with 1, requests fail while a worker that hung or crashed is replaced.
+	Workers int `toml:"workers"`
+
+	// Spread is whether all workers are used at the same time. Default: true. Set it to false for a module that serves
+	// one process at a time well; then the others only stand by.
+	Spread bool `toml:"spread"`
+
+	// Sessions is how many operations one worker may have in the token at once. Default: 4. A software token gains
+	// nothing beyond one or two for each core; a network HSM may want many more. What the token allows, shared by the
+	// workers, goes before this.
 	Sessions int `toml:"sessions"`
+
+	// Deadline is for one use of a key by the device. Default: 5s. A worker that misses it is killed and replaced, and
+	// the call goes to another one. Generating, importing and listing keys and the start of a worker have four of them.
+	Deadline Duration `toml:"deadline"`
+
+	// Quirks goes before what is known of the module: see Quirks in package hsm. Default: what countersignd check says.
+	Quirks hsm.Quirks `toml:"quirks"`
 }
 
 // Limits bounds what peers can cost. There is no value for "unlimited".
@@ -84,7 +107,8 @@ type Limits struct {
 	// WriteTimeout cuts off a peer that does not read its answers. Default: 10s.
 	WriteTimeout Duration `toml:"write_timeout"`
 	// RequestTimeout is for one request, the device's time included; then the answer is "unavailable". The ending of an
-	// admission has the same time once more to be written down. Default: 5s.
+	// admission has the same time once more to be written down. Default: 15s. It must be more than two of each token's
+	// deadline, so that a call that hung in one worker can be done by another.
 	RequestTimeout Duration `toml:"request_timeout"`
 	// ClockSkew is how far a document's timestamp may lie in the future. Default: 30s.
 	ClockSkew Duration `toml:"clock_skew"`
@@ -96,6 +120,8 @@ type Limits struct {
 // Duration is a time.Duration that TOML writes like "10s".
 type Duration time.Duration
 
+func (d Duration) std() time.Duration { return time.Duration(d) }
+
 func (d *Duration) UnmarshalText(text []byte) error {
 	v, err := time.ParseDuration(string(text))
 	*d = Duration(v)
@@ -105,11 +131,11 @@ func (d *Duration) UnmarshalText(text []byte) error {
 func defaults() Config {
 	return Config{
 		LogLevel: "info",
-		Token:    Token{Sessions: 8},
+		Tokens:   map[string]*Token{},
 		Limits: Limits{
 			Connections: 1024, InFlight: 64,
 			HandshakeTimeout: Duration(10 * time.Second), IdleTimeout: Duration(5 * time.Minute), WriteTimeout: Duration(10 * time.Second),
-			RequestTimeout: Duration(5 * time.Second), ClockSkew: Duration(30 * time.Second), MaxLifetime: Duration(7 * 24 * time.Hour),
+			RequestTimeout: Duration(15 * time.Second), ClockSkew: Duration(30 * time.Second), MaxLifetime: Duration(7 * 24 * time.Hour),
 		},
 	}
 }
@@ -120,7 +146,14 @@ func loadConfig(path string) (Config, error) {
 	if err != nil {
 		return Config{}, fmt.Errorf("config: %w", err)
 	}
+	var names struct{ Tokens map[string]any }
+	if err := toml.Unmarshal(b, &names); err != nil {
+		return Config{}, fmt.Errorf("config: %s", explainTOML(path, err))
+	}
 	c := defaults()
+	for name := range names.Tokens {
+		c.Tokens[name] = &Token{Workers: 2, Spread: true, Sessions: 4, Deadline: Duration(5 * time.Second)}
+	}
 	if err := toml.NewDecoder(bytes.NewReader(b)).DisallowUnknownFields().Decode(&c); err != nil {
 		return Config{}, fmt.Errorf("config: %s", explainTOML(path, err))
 	}
@@ -128,7 +161,11 @@ func loadConfig(path string) (Config, error) {
 		return Config{}, fmt.Errorf("config: %s: %w", path, err)
 	}
 	dir := filepath.Dir(path)
-	for _, p := range []*string{&c.AdminSocket, &c.Ledger, &c.Policy, &c.Token.Module, &c.Token.PINFile} {
+	paths := []*string{&c.AdminSocket, &c.Ledger, &c.Policy}
+	for _, t := range c.Tokens {
+		paths = append(paths, &t.Module, &t.PINFile)
+	}
+	for _, p := range paths {
 		if *p != "" && !filepath.IsAbs(*p) {
 			*p = filepath.Join(dir, *p)
 		}
@@ -152,7 +189,7 @@ func explainTOML(path string, err error) string {
 
 func (c *Config) check() error {
 	for _, required := range []struct{ field, value string }{
-		{"listen", c.Listen}, {"admin_socket", c.AdminSocket}, {"ledger", c.Ledger}, {"policy", c.Policy}, {"token.uri", c.Token.URI},
+		{"listen", c.Listen}, {"admin_socket", c.AdminSocket}, {"ledger", c.Ledger}, {"policy", c.Policy},
 	} {
 		if required.value == "" {
 			return fmt.Errorf("%s is missing", required.field)
@@ -168,7 +205,6 @@ func (c *Config) check() error {
 		field       string
 		value, most int
 	}{
-		{"token.sessions", c.Token.Sessions, 1024},
 		{"limits.connections", c.Limits.Connections, 100_000},
 		{"limits.in_flight", c.Limits.InFlight, 10_000},
 	} {
@@ -192,6 +228,46 @@ func (c *Config) check() error {
 			return fmt.Errorf("%s must be %v to %v", d.field, d.least, d.most)
 		}
 	}
+	return c.checkTokens()
+}
+
+func (c *Config) checkTokens() error {
+	if len(c.Tokens) == 0 {
+		return errors.New("there is no token: write a table [tokens.NAME]")
+	}
+	if c.NoiseToken == "" && len(c.Tokens) == 1 {
+		for name := range c.Tokens {
+			c.NoiseToken = name
+		}
+	}
+	if c.Tokens[c.NoiseToken] == nil {
+		return fmt.Errorf("noise_token: %q is none of the tokens", c.NoiseToken)
+	}
+	for name, t := range c.Tokens {
+		in := "tokens." + name + "."
+		if err := keystore.CheckName(name); err != nil {
+			return fmt.Errorf("tokens.%q: %w", name, err)
+		}
+		for _, n := range []struct {
+			field       string
+			value, most int
+		}{{"workers", t.Workers, 16}, {"sessions", t.Sessions, 1024}} {
+			if n.value < 1 || n.value > n.most {
+				return fmt.Errorf("%s%s must be 1 to %d", in, n.field, n.most)
+			}
+		}
+		if d := time.Duration(t.Deadline); d < 10*time.Millisecond || d > time.Minute {
+			return fmt.Errorf("%sdeadline must be 10ms to 1m0s", in)
+		} else if time.Duration(c.Limits.RequestTimeout) <= 2*d {
+			return fmt.Errorf("limits.request_timeout must be more than two of %sdeadline, %v", in, 2*d)
+		}
+		if t.URI == "" {
+			return fmt.Errorf("%suri is missing", in)
+		}
+		if err := t.Quirks.Check(); err != nil {
+			return fmt.Errorf("%s%w", in, err)
+		}
+	}
 	return nil
 }
 
@@ -199,8 +275,8 @@ func (c *Config) logLevel() (level slog.Level, err error) {
 	return level, level.UnmarshalText([]byte(c.LogLevel))
 }
 
-func (c *Config) hsm() hsm.Config {
-	return hsm.Config{URI: c.Token.URI, Module: c.Token.Module, PINFile: c.Token.PINFile, Environment: c.Token.Environment, Sessions: c.Token.Sessions}
+func (t *Token) hsm() hsm.Config {
+	return hsm.Config{URI: t.URI, Module: t.Module, PINFile: t.PINFile, Sessions: t.Sessions, Share: t.Workers, Quirks: t.Quirks}
 }
 
 func (c *Config) limits() appliance.Limits {

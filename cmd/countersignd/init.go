@@ -7,8 +7,10 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"maps"
 	"os"
 	"path/filepath"
+	"slices"
 
 	"countersign/appliance"
 	"countersign/audit"
@@ -27,12 +29,15 @@ func initialise(ctx context.Context, c Config, newToken bool, soPINFile string, 
 		return err
 	}
 	if newToken {
-		if err := makeToken(ctx, c, soPINFile, stderr); err != nil {
+		if err := makeTokens(ctx, c, soPINFile, stderr); err != nil {
 			return err
 		}
 	}
 	// Before anything is created here: is there a token to go with it?
-	store, err := hsm.Open(ctx, c.hsm())
+	log := slog.New(slog.NewTextHandler(stderr, &slog.HandlerOptions{Level: slog.LevelError}))
+	token := *c.Tokens[c.NoiseToken]
+	token.Workers = 1
+	store, err := openToken(ctx, c.NoiseToken, &token, false, log, nil)
 	if err != nil {
 		return err
 	}
@@ -48,7 +53,6 @@ func initialise(ctx context.Context, c Config, newToken bool, soPINFile string, 
 	case !errors.Is(err, ledger.ErrExists):
 		return fmt.Errorf("%s: %w", c.Ledger, err)
 	}
-	log := slog.New(slog.NewTextHandler(stderr, &slog.HandlerOptions{Level: slog.LevelWarn}))
 	p, err := open(ctx, c, log)
 	if err != nil {
 		return err
@@ -59,7 +63,7 @@ func initialise(ctx context.Context, c Config, newToken bool, soPINFile string, 
 	}
 	key, err := p.app.NoiseKey()
 	if errors.Is(err, appliance.ErrNotFound) {
-		key, err = p.app.CreateNoiseKey(ctx, audit.Operator(fmt.Sprintf("uid:%d", os.Getuid())))
+		key, err = p.app.CreateNoiseKey(ctx, audit.Operator(fmt.Sprintf("uid:%d", os.Getuid())), c.NoiseToken)
 		if err == nil {
 			fmt.Fprintf(stderr, "created the listener's Noise key in the token\n")
 		}
@@ -88,18 +92,26 @@ func makeFolder(path string) error {
 	return parent.Sync()
 }
 
-// makeToken makes the token unless it is there.
-func makeToken(ctx context.Context, c Config, soPINFile string, stderr io.Writer) error {
-	store, err := hsm.Open(ctx, c.hsm())
-	if err == nil {
-		return store.Close()
+// makeTokens makes the tokens that are not there. It is not the daemon: the module is loaded here.
+func makeTokens(ctx context.Context, c Config, soPINFile string, stderr io.Writer) error {
+	for _, name := range slices.Sorted(maps.Keys(c.Tokens)) {
+		t := c.Tokens[name]
+		for name, value := range t.Environment {
+			if err := os.Setenv(name, value); err != nil {
+				return fmt.Errorf("environment %s: %w", name, err)
+			}
+		}
+		store, err := hsm.Open(ctx, t.hsm())
+		if err == nil {
+			err = store.Close()
+		} else if errors.Is(err, hsm.ErrNoToken) || errors.Is(err, hsm.ErrNoUserPIN) {
+			if err = hsm.InitToken(ctx, t.hsm(), soPINFile); err == nil {
+				fmt.Fprintf(stderr, "created the token %s\n", t.URI)
+			}
+		}
+		if err != nil {
+			return fmt.Errorf("token %s: %w", name, err)
+		}
 	}
-	if !errors.Is(err, hsm.ErrNoToken) && !errors.Is(err, hsm.ErrNoUserPIN) {
-		return err
-	}
-	if err := hsm.InitToken(ctx, c.hsm(), soPINFile); err != nil {
-		return err
-	}
-	fmt.Fprintf(stderr, "created the token %s\n", c.Token.URI)
 	return nil
 }

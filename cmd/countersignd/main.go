@@ -11,11 +11,11 @@ import (
 	"os"
 	"os/signal"
 	"strings"
+	"sync/atomic"
 	"syscall"
 	"time"
 
 	"countersign/appliance"
-	"countersign/hsm"
 	"countersign/keystore"
 	"countersign/ledger"
 	"countersign/policy"
@@ -84,7 +84,11 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 			return withConfig(configPath, func(c Config) error { return check(ctx, configPath, c, stdout) })
 		},
 	}
-	root.AddCommand(initCmd, serveCmd, checkCmd)
+	workerCmd := &cobra.Command{
+		Use: workerCommand, Hidden: true, Args: cobra.ExactArgs(1), // the token's name, for whoever looks at the processes
+		RunE: func(*cobra.Command, []string) error { return keyWorker() },
+	}
+	root.AddCommand(initCmd, serveCmd, checkCmd, workerCmd)
 	if err := root.ExecuteContext(ctx); err != nil {
 		fmt.Fprintf(stderr, "countersignd: %s\n", advise(err))
 		return 1
@@ -125,7 +129,7 @@ func advise(err error) string {
 // parts is what init, serve and check open, in the order in which they are cheap to refuse.
 type parts struct {
 	ledger *ledger.Ledger
-	store  *hsm.Store
+	tokens map[string]keystore.Store
 	app    *appliance.Appliance
 }
 
@@ -147,22 +151,27 @@ func open(ctx context.Context, c Config, log *slog.Logger) (p parts, err error) 
 	if p.ledger, err = ledger.Open(c.Ledger); err != nil {
 		return p, fmt.Errorf("%s: %w", c.Ledger, err)
 	}
-	if p.store, err = hsm.Open(ctx, c.hsm()); err != nil {
+	var app atomic.Pointer[appliance.Appliance]
+	changed := func(token string, up bool, cause error) {
+		if a := app.Load(); a != nil {
+			a.TokenChanged(token, up, cause)
+		}
+	}
+	if p.tokens, err = openTokens(ctx, c, log, changed); err != nil {
 		return p, err
 	}
-	p.app, err = appliance.New(ctx, c.limits(), p.ledger, p.store, rules, log)
-	return p, err
+	if p.app, err = appliance.New(ctx, c.limits(), p.ledger, p.tokens, rules, log); err != nil {
+		return p, err
+	}
+	app.Store(p.app)
+	return p, nil
 }
 
 func (p parts) close(log *slog.Logger) {
+	closeTokens(p.tokens, log) // first: what changes with them is written down
 	if p.ledger != nil {
 		if err := p.ledger.Close(); err != nil {
 			log.Error("close the ledger", "err", err)
-		}
-	}
-	if p.store != nil {
-		if err := p.store.Close(); err != nil {
-			log.Error("close the token", "err", err)
 		}
 	}
 }

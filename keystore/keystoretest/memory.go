@@ -1,10 +1,15 @@
 package keystoretest
 
 import (
+	"bytes"
 	"context"
+	"crypto"
 	"crypto/ecdh"
+	"crypto/ecdsa"
 	"crypto/ed25519"
+	"crypto/elliptic"
 	"crypto/rand"
+	"crypto/sha256"
 	"fmt"
 	"sync"
 
@@ -29,6 +34,7 @@ type memoryKey struct {
 	info  keystore.Info
 	tag   keystore.Tag
 	sign  ed25519.PrivateKey
+	ecdsa *ecdsa.PrivateKey
 	dh    *ecdh.PrivateKey
 }
 
@@ -36,6 +42,10 @@ type memoryKey struct {
 func NewMemory() *Memory { return &Memory{keys: map[keystore.Ref]*memoryKey{}} }
 
 func (m *Memory) Close() error { return nil }
+
+func (m *Memory) Status() keystore.Status { return keystore.Status{Up: true} }
+
+func (m *Memory) Retry() {}
 
 func (m *Memory) Key(_ context.Context, ref keystore.Ref) (keystore.Key, error) {
 	m.mu.Lock()
@@ -55,23 +65,29 @@ func (m *Memory) Keys(context.Context) (infos []keystore.Info, err error) {
 	return infos, nil
 }
 
+func (m *Memory) Bind(info keystore.Info) keystore.Key { return bound{m, info} }
+
+func (m *Memory) Inspect(context.Context) ([]keystore.Finding, error) {
+	return []keystore.Finding{{What: "memory", OK: true, Text: "keys in memory, for tests"}}, nil
+}
+
 func (m *Memory) Generate(_ context.Context, ref keystore.Ref, alg keystore.Algorithm, tag keystore.Tag) (keystore.Key, error) {
 	if m.BeforeGenerate != nil {
 		m.BeforeGenerate(ref)
 	}
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	if _, ok := m.keys[ref]; ok {
-		return nil, fmt.Errorf("%v: %w", ref, keystore.ErrExists)
-	}
-	k := &memoryKey{store: m, tag: tag, info: keystore.Info{Ref: ref, Algorithm: alg, Custody: "memory", Generated: true, NeverLeft: true}}
+	k := &memoryKey{}
+	var public []byte
 	var err error
 	switch alg {
 	case keystore.Ed25519:
-		k.info.PublicKey, k.sign, err = ed25519.GenerateKey(rand.Reader)
+		public, k.sign, err = ed25519.GenerateKey(rand.Reader)
+	case keystore.P256:
+		if k.ecdsa, err = ecdsa.GenerateKey(elliptic.P256(), rand.Reader); err == nil {
+			public, err = k.ecdsa.PublicKey.Bytes()
+		}
 	case keystore.X25519:
 		if k.dh, err = ecdh.X25519().GenerateKey(rand.Reader); err == nil {
-			k.info.PublicKey = k.dh.PublicKey().Bytes()
+			public = k.dh.PublicKey().Bytes()
 		}
 	default:
 		err = fmt.Errorf("unknown algorithm %q", alg)
@@ -79,8 +95,64 @@ func (m *Memory) Generate(_ context.Context, ref keystore.Ref, alg keystore.Algo
 	if err != nil {
 		return nil, err
 	}
+	return m.add(k, ref, alg, public, tag, keystore.Provenance{Local: true, AlwaysSensitive: true, NeverExtractable: true})
+}
+
+func (m *Memory) Import(_ context.Context, ref keystore.Ref, path string, tag keystore.Tag) (keystore.Key, error) {
+	seed, err := keystore.ReadSeed(path)
+	if err != nil {
+		return nil, fmt.Errorf("%w: %w", keystore.ErrRefused, err)
+	}
+	k := &memoryKey{sign: ed25519.NewKeyFromSeed(seed[:])}
+	return m.add(k, ref, keystore.Ed25519, k.sign.Public().(ed25519.PublicKey), tag, keystore.Provenance{})
+}
+
+func (m *Memory) add(k *memoryKey, ref keystore.Ref, alg keystore.Algorithm, public []byte, tag keystore.Tag, p keystore.Provenance) (keystore.Key, error) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if _, ok := m.keys[ref]; ok {
+		return nil, fmt.Errorf("%v: %w", ref, keystore.ErrExists)
+	}
+	k.store, k.tag = m, tag
+	k.info = keystore.Info{Ref: ref, Algorithm: alg, PublicKey: public, Custody: "memory", Provenance: p, Tag: tag}
 	m.keys[ref] = k
 	return k, nil
+}
+
+// bound is a key by its description.
+type bound struct {
+	store *Memory
+	info  keystore.Info
+}
+
+func (b bound) Info() keystore.Info { return b.info }
+
+func (b bound) key() (*memoryKey, error) {
+	b.store.mu.Lock()
+	defer b.store.mu.Unlock()
+	k := b.store.keys[b.info.Ref]
+	if k == nil {
+		return nil, fmt.Errorf("%v: %w", b.info.Ref, keystore.ErrNotFound)
+	} else if !bytes.Equal(k.info.PublicKey, b.info.PublicKey) {
+		return nil, fmt.Errorf("%v: %w: it is another key", b.info.Ref, keystore.ErrUnfit)
+	}
+	return k, nil
+}
+
+func (b bound) Sign(ctx context.Context, message []byte) ([]byte, error) {
+	k, err := b.key()
+	if err != nil {
+		return nil, err
+	}
+	return k.Sign(ctx, message)
+}
+
+func (b bound) Exchange(ctx context.Context, peer [32]byte) ([32]byte, error) {
+	k, err := b.key()
+	if err != nil {
+		return [32]byte{}, err
+	}
+	return k.Exchange(ctx, peer)
 }
 
 func (m *Memory) Destroy(_ context.Context, ref keystore.Ref, tag keystore.Tag) error {
@@ -102,8 +174,8 @@ func (m *Memory) Remove(ref keystore.Ref) {
 func (k *memoryKey) Info() keystore.Info { return k.info }
 
 func (k *memoryKey) Sign(ctx context.Context, message []byte) ([]byte, error) {
-	if k.sign == nil {
-		return nil, fmt.Errorf("%v is not a signing key", k.info.Ref)
+	if k.sign == nil && k.ecdsa == nil {
+		return nil, fmt.Errorf("%v: %w: it is not a signing key", k.info.Ref, keystore.ErrRefused)
 	}
 	if k.store.BeforeSign != nil {
 		if err := k.store.BeforeSign(k.info.Ref, message); err != nil {
@@ -112,6 +184,10 @@ func (k *memoryKey) Sign(ctx context.Context, message []byte) ([]byte, error) {
 	}
 	if err := k.usable(ctx); err != nil {
 		return nil, err
+	}
+	if k.ecdsa != nil {
+		digest := sha256.Sum256(message)
+		return k.ecdsa.Sign(rand.Reader, digest[:], crypto.SHA256)
 	}
 	sig := ed25519.Sign(k.sign, message)
 	if k.store.Corrupt != nil {
@@ -122,7 +198,7 @@ func (k *memoryKey) Sign(ctx context.Context, message []byte) ([]byte, error) {
 
 func (k *memoryKey) Exchange(ctx context.Context, peer [32]byte) (shared [32]byte, err error) {
 	if k.dh == nil {
-		return shared, fmt.Errorf("%v is not an exchange key", k.info.Ref)
+		return shared, fmt.Errorf("%v: %w: it is not an exchange key", k.info.Ref, keystore.ErrRefused)
 	}
 	if keystore.LowOrder(peer) {
 		return shared, keystore.ErrPeerKey

@@ -7,8 +7,13 @@ import (
 	"crypto/ecdh"
 	"crypto/ed25519"
 	"crypto/rand"
+	"encoding/base64"
+	"encoding/hex"
 	"errors"
+	"os"
+	"path/filepath"
 	"slices"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -35,6 +40,12 @@ func LowOrderPoints() (points [][32]byte) {
 	return points
 }
 
+func tagOf(name string, version uint32) (tag keystore.Tag) {
+	tag[0] = byte(version)
+	copy(tag[1:], name)
+	return tag
+}
+
 // Run is the conformance suite. open returns an empty store; the suite closes it.
 func Run(t *testing.T, open func(*testing.T) keystore.Store) {
 	store := func(t *testing.T) keystore.Store {
@@ -46,9 +57,10 @@ func Run(t *testing.T, open func(*testing.T) keystore.Store) {
 		})
 		return s
 	}
+	// Tags are {version, name...}: each creation has one of its own.
 	generate := func(t *testing.T, s keystore.Store, name string, version uint32, alg keystore.Algorithm) keystore.Key {
 		t.Helper()
-		k, err := s.Generate(t.Context(), keystore.Ref{Name: name, Version: version}, alg, keystore.Tag{1})
+		k, err := s.Generate(t.Context(), keystore.Ref{Name: name, Version: version}, alg, tagOf(name, version))
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -74,6 +86,112 @@ func Run(t *testing.T, open func(*testing.T) keystore.Store) {
 		}
 		if _, err := k.Exchange(t.Context(), [32]byte{9}); err == nil {
 			t.Error("a signing key exchanges")
+		}
+	})
+
+	t.Run("SignP256", func(t *testing.T) {
+		k := generate(t, store(t), "tls", 1, keystore.P256)
+		if n := len(k.Info().PublicKey); n != 65 {
+			t.Fatalf("a public key of %d bytes", n)
+		}
+		for _, n := range []int{0, 1, 1000} {
+			msg := make([]byte, n)
+			rand.Read(msg)
+			sig, err := k.Sign(t.Context(), msg)
+			if err != nil || !k.Info().Verify(msg, sig) {
+				t.Errorf("%d bytes: %v, or it does not verify", n, err)
+			}
+			if k.Info().Verify(append(msg, 0), sig) {
+				t.Errorf("%d bytes: it verifies for another message", n)
+			}
+		}
+		if _, err := k.Exchange(t.Context(), [32]byte{9}); !errors.Is(err, keystore.ErrRefused) {
+			t.Errorf("a signing key exchanges: %v", err)
+		}
+	})
+
+	t.Run("Import", func(t *testing.T) {
+		s := store(t)
+		// RFC 8032 section 7.1, test 1: a published vector, nobody's key.
+		const seed = "9d61b19deffd5a60ba844af492ec2cc44449c5697b326919703bac031cae7f60"
+		const public = "d75a980182b10ab7d54bfed3c964073a0ee172f3daa62325af021a68f707511a"
+		path := filepath.Join(t.TempDir(), "seed")
+		raw, _ := hex.DecodeString(seed)
+		for i, content := range [][]byte{raw, []byte(seed + "\n"), []byte("keypair-seed:" + base64.RawURLEncoding.EncodeToString(raw) + "\n")} {
+			if err := os.WriteFile(path, content, 0o600); err != nil {
+				t.Fatal(err)
+			}
+			ref := keystore.Ref{Name: "old", Version: uint32(i + 1)}
+			k, err := s.Import(t.Context(), ref, path, keystore.Tag{byte(i + 1)})
+			if err != nil {
+				t.Fatal(err)
+			}
+			if hex.EncodeToString(k.Info().PublicKey) != public {
+				t.Errorf("public key %x", k.Info().PublicKey)
+			}
+			want := ed25519.Sign(ed25519.NewKeyFromSeed(raw), []byte("m"))
+			if sig, err := k.Sign(t.Context(), []byte("m")); err != nil || !slices.Equal(sig, want) {
+				t.Errorf("sign: %x, %v", sig, err)
+			}
+			if found, err := s.Key(t.Context(), ref); err != nil || found.Info().Provenance.Generated() || found.Info().Provenance.String() != "imported" {
+				t.Errorf("an imported key is not marked as one: %+v, %v", found, err)
+			}
+		}
+		if _, err := s.Import(t.Context(), keystore.Ref{Name: "old", Version: 1}, path, keystore.Tag{9}); !errors.Is(err, keystore.ErrExists) {
+			t.Errorf("over an existing key: %v", err)
+		}
+		for name, content := range map[string]string{"short": seed[:62], "no hex": "zz" + seed[2:], "empty": "", "coded badly": "keypair-seed:!", "coded short": "keypair-seed:AAAA"} {
+			if err := os.WriteFile(path, []byte(content), 0o600); err != nil {
+				t.Fatal(err)
+			}
+			_, err := s.Import(t.Context(), keystore.Ref{Name: "bad", Version: 1}, path, keystore.Tag{9})
+			if err == nil || content != "" && strings.Contains(err.Error(), content) {
+				t.Errorf("%s: %v", name, err)
+			}
+		}
+		os.WriteFile(path, []byte(seed), 0o600)
+		os.Chmod(path, 0o644)
+		if _, err := s.Import(t.Context(), keystore.Ref{Name: "bad", Version: 1}, path, keystore.Tag{9}); err == nil || !strings.Contains(err.Error(), "chmod 600") {
+			t.Errorf("a seed that all can read: %v", err)
+		}
+		if _, err := s.Key(t.Context(), keystore.Ref{Name: "bad", Version: 1}); !errors.Is(err, keystore.ErrNotFound) {
+			t.Errorf("a refused import has left something behind: %v", err)
+		}
+	})
+
+	t.Run("Bind", func(t *testing.T) {
+		s := store(t)
+		made := generate(t, s, "a", 1, keystore.Ed25519)
+		k := s.Bind(made.Info())
+		if sig, err := k.Sign(t.Context(), []byte("m")); err != nil || !k.Info().Verify([]byte("m"), sig) {
+			t.Errorf("bound by its description: %v", err)
+		}
+		other := made.Info()
+		other.PublicKey = slices.Repeat([]byte{7}, 32)
+		if _, err := s.Bind(other).Sign(t.Context(), []byte("m")); err == nil {
+			t.Error("another key than the one that was asked for has signed")
+		}
+		absent := made.Info()
+		absent.Ref.Version, absent.Tag = 2, keystore.Tag{2}
+		if _, err := s.Bind(absent).Sign(t.Context(), []byte("m")); !errors.Is(err, keystore.ErrNotFound) {
+			t.Errorf("a key that is not there: %v, want %v", err, keystore.ErrNotFound)
+		}
+	})
+
+	t.Run("Inspect", func(t *testing.T) {
+		s := store(t)
+		generate(t, s, "a", 1, keystore.Ed25519)
+		found, err := s.Inspect(t.Context())
+		if err != nil || len(found) == 0 {
+			t.Fatalf("%v, %v", found, err)
+		}
+		for _, f := range found {
+			if !f.OK {
+				t.Errorf("%+v", f)
+			}
+		}
+		if infos, err := s.Keys(t.Context()); err != nil || len(infos) != 1 {
+			t.Errorf("it has left keys behind: %v, %v", infos, err)
 		}
 	})
 
@@ -122,7 +240,7 @@ func Run(t *testing.T, open func(*testing.T) keystore.Store) {
 		if !slices.Equal(info.PublicKey, made.Info().PublicKey) || info.Ref.String() != "a/1" || info.Algorithm != keystore.Ed25519 || info.Custody == "" {
 			t.Errorf("found %+v, made %+v", info, made.Info())
 		}
-		if !info.Generated || !info.NeverLeft {
+		if !info.Provenance.Generated() || info.Tag != tagOf("a", 1) {
 			t.Errorf("provenance of a key made here: %+v", info)
 		}
 		for _, ref := range []keystore.Ref{{Name: "a", Version: 3}, {Name: "b", Version: 1}} {
@@ -171,7 +289,7 @@ func Run(t *testing.T, open func(*testing.T) keystore.Store) {
 			t.Errorf("destroyed with the tag of another creation: %v", err)
 		}
 		for range 2 { // the second time there is nothing left
-			if err := s.Destroy(t.Context(), ref, keystore.Tag{1}); err != nil {
+			if err := s.Destroy(t.Context(), ref, tagOf("a", 1)); err != nil {
 				t.Fatal(err)
 			}
 		}

@@ -1,0 +1,97 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"os/exec"
+	"os/signal"
+	"slices"
+	"strings"
+	"syscall"
+
+	"countersign/hsm"
+	"countersign/keystore"
+	"countersign/keystore/worker"
+)
+
+// workerCommand is the hidden subcommand under which countersignd runs itself as a key worker.
+const workerCommand = "key-worker"
+
+// openToken starts the key workers of a token. The daemon's process never loads the module or reads the PIN.
+func openToken(ctx context.Context, name string, t *Token, patient bool, log *slog.Logger, changed func(up bool, cause error)) (keystore.Store, error) {
+	hello, err := json.Marshal(t.hsm())
+	if err != nil {
+		return nil, err
+	}
+	pool, err := worker.Open(ctx, worker.Config{
+		Name: name, Hello: hello, Workers: t.Workers, Spread: t.Spread, InFlight: 2 * t.Sessions,
+		Deadline: t.Deadline.std(), Log: log, OnChange: changed,
+		Command: func(int) *exec.Cmd {
+			// The running binary, even if a package has replaced the file meanwhile.
+			cmd := exec.Command("/proc/self/exe", workerCommand, name)
+			cmd.Args[0] = "countersignd"
+			cmd.Env = slices.DeleteFunc(os.Environ(), func(v string) bool { // the service manager's words are for the daemon
+				return strings.HasPrefix(v, "NOTIFY_SOCKET=") || strings.HasPrefix(v, "WATCHDOG_") || strings.HasPrefix(v, "LISTEN_")
+			})
+			for name, value := range t.Environment {
+				cmd.Env = append(cmd.Env, name+"="+value)
+			}
+			cmd.Env = append(cmd.Env, "GOTRACEBACK=none") // no registers and no stack of a crash in a log: they can hold secrets
+			return cmd
+		},
+	}, patient)
+	if err != nil {
+		return nil, fmt.Errorf("token %s: %w", name, err)
+	}
+	return pool, nil
+}
+
+// keyWorker is the process that a Pool has started.
+func keyWorker() error {
+	if err := noCoreFiles(); err != nil {
+		return err
+	}
+	signal.Ignore(syscall.SIGTERM, syscall.SIGINT, syscall.SIGHUP) // the daemon decides, by closing the socket
+	socket := os.NewFile(3, "key worker")
+	if st, err := socket.Stat(); err != nil || st.Mode().Type() != os.ModeSocket {
+		return errors.New("key-worker is for countersignd itself")
+	}
+	return worker.Serve(socket, func(ctx context.Context, config []byte, gate worker.LogIn) (keystore.Store, error) {
+		var c hsm.Config
+		if err := json.Unmarshal(config, &c); err != nil {
+			return nil, err
+		}
+		c.LogIn = gate
+		store, err := hsm.Open(ctx, c)
+		if err != nil {
+			return nil, err
+		}
+		return store, nil
+	})
+}
+
+// openTokens opens all tokens. That with the Noise key must answer; another one may come later.
+func openTokens(ctx context.Context, c Config, log *slog.Logger, changed func(token string, up bool, cause error)) (map[string]keystore.Store, error) {
+	all := map[string]keystore.Store{}
+	for name, t := range c.Tokens {
+		store, err := openToken(ctx, name, t, name != c.NoiseToken, log, func(up bool, cause error) { changed(name, up, cause) })
+		if err != nil {
+			closeTokens(all, log)
+			return nil, err
+		}
+		all[name] = store
+	}
+	return all, nil
+}
+
+func closeTokens(all map[string]keystore.Store, log *slog.Logger) {
+	for name, store := range all {
+		if err := store.Close(); err != nil {
+			log.Error("close a token", "token", name, "err", err)
+		}
+	}
+}

@@ -1,0 +1,127 @@
+package hsm
+
+import (
+	"context"
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"strings"
+
+	"countersign/keystore"
+
+	"github.com/miekg/pkcs11"
+)
+
+// Inspect says what module and token are, what they can do and lack, which quirks apply, and proves what is needed with
+// throw-away keys that end with their session.
+func (st *Store) Inspect(ctx context.Context) (found []keystore.Finding, err error) {
+	say := func(what string, alg keystore.Algorithm, ok bool, format string, args ...any) {
+		found = append(found, keystore.Finding{What: what, For: alg, OK: ok, Text: fmt.Sprintf(format, args...)})
+	}
+	err = st.do(ctx, "inspect", func(s session) error {
+		found = nil
+		info, err := st.module.GetInfo()
+		if err != nil {
+			return deviceError("C_GetInfo", err)
+		}
+		token, err := st.module.GetTokenInfo(st.slot)
+		if err != nil {
+			return deviceError("C_GetTokenInfo", err)
+		}
+		mechanisms, err := st.mechanisms()
+		if err != nil {
+			return err
+		}
+		say("module", "", true, "%s, %s %d.%d, PKCS#11 %d.%d, %s", info.ManufacturerID, info.LibraryDescription,
+			info.LibraryVersion.Major, info.LibraryVersion.Minor, info.CryptokiVersion.Major, info.CryptokiVersion.Minor, st.path)
+		say("token", "", true, "%s, %s %s, serial %s, firmware %d.%d, at most %s sessions, %d in use here", token.Label, token.ManufacturerID, token.Model,
+			token.SerialNumber, token.FirmwareVersion.Major, token.FirmwareVersion.Minor, limitText(token.MaxSessionCount), st.sessionLimit())
+		q := st.quirks
+		say("quirks", "", true, "ec_params %s, ec_point %s, x25519 %s, copies %s (%s)", q.ECParams, q.ECPoint, q.X25519, q.Copies, q.source)
+		for _, alg := range keystore.Algorithms {
+			c, err := st.curveFor(alg)
+			if err != nil {
+				return err
+			}
+			for _, m := range []uint{c.make, c.use} {
+				if mechanisms[m] {
+					say("mechanism", alg, true, "%s", mechanismName(m))
+				} else {
+					say("mechanism", alg, false, "%s is missing", mechanismName(m))
+				}
+			}
+		}
+		for _, alg := range keystore.Algorithms {
+			c, _ := st.curveFor(alg)
+			if err := st.tryOut(s, c, false); err != nil {
+				say("proof", alg, false, "a throw-away key: %v", oneLine(err))
+			} else {
+				say("proof", alg, true, "a throw-away key was made and used, and the result is right")
+			}
+		}
+		c, _ := st.curveFor(keystore.Ed25519)
+		if err := st.tryOut(s, c, true); err != nil {
+			say("import", "", false, "a throw-away seed: %v", oneLine(err))
+		} else {
+			say("import", "", true, "a throw-away seed became a key that can't be taken out, and signs right")
+		}
+		return nil
+	})
+	return found, err
+}
+
+// tryOut makes a key that ends with its session, uses it and destroys it.
+func (st *Store) tryOut(s session, c curve, imported bool) (err error) {
+	var tag keystore.Tag
+	rand.Read(tag[:])
+	ref := keystore.Ref{Name: "throw-away", Version: 1}
+	var private pkcs11.ObjectHandle
+	if imported {
+		var seed [32]byte
+		rand.Read(seed[:])
+		private, err = st.importSeed(s, ref, c, tag, seed, false)
+	} else {
+		_, private, err = st.generate(s, ref, c, tag, false)
+	}
+	defer func() { err = errors.Join(err, st.destroy(s, ref, tag)) }()
+	if err != nil {
+		return err
+	}
+	public, err := st.find(s, labelOf(ref), pkcs11.NewAttribute(pkcs11.CKA_ID, tag[:]), pkcs11.NewAttribute(pkcs11.CKA_CLASS, pkcs11.CKO_PUBLIC_KEY))
+	if err != nil {
+		return err
+	} else if len(public) != 1 {
+		return fmt.Errorf("it has %d public objects", len(public))
+	}
+	point, err := st.attributes(s, public[0], pkcs11.CKA_EC_POINT)
+	if err != nil {
+		return err
+	}
+	info := keystore.Info{Ref: ref, Algorithm: c.alg, PublicKey: c.pointOf(point[0])}
+	if info.PublicKey == nil {
+		return fmt.Errorf("CKA_EC_POINT has %d bytes", len(point[0]))
+	}
+	if _, err := st.module.GetAttributeValue(s.handle, private, []*pkcs11.Attribute{pkcs11.NewAttribute(pkcs11.CKA_VALUE, nil)}); err == nil {
+		return errors.New("the private key can be read")
+	}
+	return st.prove(s, info, private)
+}
+
+func limitText(n uint) string {
+	switch n {
+	case pkcs11.CK_EFFECTIVELY_INFINITE:
+		return "any number of"
+	case pkcs11.CK_UNAVAILABLE_INFORMATION:
+		return "an unknown number of"
+	}
+	return fmt.Sprint(n)
+}
+
+func mechanismName(m uint) string {
+	return map[uint]string{
+		ckmECEdwardsKeyPairGen: "CKM_EC_EDWARDS_KEY_PAIR_GEN", ckmECMontgomeryKeyPairGen: "CKM_EC_MONTGOMERY_KEY_PAIR_GEN", ckmEdDSA: "CKM_EDDSA",
+		pkcs11.CKM_ECDH1_DERIVE: "CKM_ECDH1_DERIVE", pkcs11.CKM_EC_KEY_PAIR_GEN: "CKM_EC_KEY_PAIR_GEN", pkcs11.CKM_ECDSA: "CKM_ECDSA",
+	}[m]
+}
+
+func oneLine(err error) string { return strings.ReplaceAll(err.Error(), "\n", "; ") }

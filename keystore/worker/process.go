@@ -1,0 +1,267 @@
+package worker
+
+import (
+	"bufio"
+	"context"
+	"encoding/binary"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"os/exec"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"time"
+
+	"countersign/keystore"
+)
+
+// process is one key worker. It lives until something about it is wrong; then it is killed.
+type process struct {
+	name string
+	cmd  *exec.Cmd
+	pipe *pipe
+	gate func(p *process, id uint64, outcome *byte)
+
+	busy int // under the pool's mu: calls that it has and that have not been answered
+
+	mu    sync.Mutex
+	calls map[uint64]*pending // under mu
+	next  uint64              // under mu
+	why   error               // under mu: what was wrong; set before dead is closed
+
+	binding sync.Mutex
+	bound   map[uint32]bool // under binding: the keys that it knows by number
+
+	login chan struct{} // under mu: closed when the login that it was given leave for has ended
+
+	dead   chan struct{} // closed when nothing more is to be expected
+	reaped chan struct{} // closed when the process is gone
+	served atomic.Uint64 // calls that went well
+	used   atomic.Int64  // when the last one did, Unix nanoseconds
+}
+
+// pending is a call that waits for its answer. done runs once, when it has one or never will.
+type pending struct {
+	answer chan answer
+	late   time.Time
+	done   func()
+}
+
+type answer struct {
+	body []byte
+	err  error
+}
+
+// errDied is how calls end whose worker has been given up.
+var errDied = fmt.Errorf("%w: the key worker that had the call was given up", keystore.ErrUnavailable)
+
+// maxLines of what a worker, or the module in it, writes to stderr go to the log.
+const maxLines = 20
+
+// start runs a command as a key worker. The worker is not ready before hello has been answered.
+func start(cmd *exec.Cmd, name string, log *slog.Logger, gate func(p *process, id uint64, outcome *byte)) (*process, error) {
+	fds, err := syscall.Socketpair(syscall.AF_UNIX, syscall.SOCK_STREAM|syscall.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return nil, fmt.Errorf("socketpair: %w", err)
+	}
+	ours, theirs := os.NewFile(uintptr(fds[0]), "key worker"), os.NewFile(uintptr(fds[1]), "key worker")
+	defer ours.Close()
+	defer theirs.Close()
+	p := &process{
+		name: name, cmd: cmd, gate: gate, calls: map[uint64]*pending{}, bound: map[uint32]bool{},
+		dead: make(chan struct{}), reaped: make(chan struct{}),
+	}
+	if p.pipe, err = newPipe(ours); err != nil {
+		return nil, err
+	}
+	cmd.ExtraFiles = []*os.File{theirs}
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true} // a Ctrl-C at the terminal is for the daemon
+	stderr, err := cmd.StderrPipe()
+	if err == nil {
+		err = cmd.Start()
+	}
+	if err != nil {
+		p.pipe.conn.Close()
+		return nil, fmt.Errorf("start a key worker: %w", err)
+	}
+	p.used.Store(time.Now().UnixNano())
+	go func() {
+		defer close(p.reaped)
+		lines := bufio.NewScanner(stderr)
+		for n := 0; lines.Scan(); n++ {
+			if n < maxLines {
+				log.Warn("a key worker says", "worker", name, "pid", cmd.Process.Pid, "text", lines.Text())
+			}
+		}
+		err := cmd.Wait()
+		if err == nil {
+			err = errors.New("it ended")
+		}
+		p.fail(err)
+	}()
+	go p.read()
+	return p, nil
+}
+
+// fail gives the worker up, for the first reason that comes.
+func (p *process) fail(why error) {
+	p.mu.Lock()
+	first := p.why == nil
+	if first {
+		p.why = why
+	}
+	calls := p.calls
+	p.calls = nil
+	p.mu.Unlock()
+	for _, c := range calls {
+		c.answer <- answer{err: errDied}
+		c.done()
+	}
+	if first {
+		close(p.dead)
+		p.cmd.Process.Kill()
+		p.pipe.conn.Close()
+	}
+}
+
+// close lets the worker end by itself.
+func (p *process) close(within time.Duration) {
+	p.pipe.conn.Close()
+	select {
+	case <-p.reaped:
+	case <-time.After(within):
+	}
+	p.fail(errors.New("closed"))
+	select {
+	case <-p.reaped:
+	case <-time.After(within): // the kernel can't end it now: it has nothing of ours to wait for
+	}
+}
+
+func (p *process) read() {
+	for {
+		id, k, body, err := p.pipe.receive()
+		if err != nil {
+			// The process' own end says more than the end of the file: give it a moment to be seen.
+			select {
+			case <-p.reaped:
+			case <-time.After(time.Second):
+			}
+			p.fail(fmt.Errorf("its answers ended: %w", err))
+			return
+		}
+		switch k {
+		case askLogin:
+			go p.gate(p, id, nil)
+			continue
+		case loggedIn:
+			if len(body) == 1 {
+				p.gate(p, id, &body[0])
+			}
+			continue
+		case result, failure:
+		default:
+			p.fail(fmt.Errorf("it sent a frame of kind %d", k))
+			return
+		}
+		p.mu.Lock()
+		c := p.calls[id]
+		delete(p.calls, id)
+		p.mu.Unlock()
+		if c == nil {
+			p.fail(errors.New("it answered what was not asked"))
+			return
+		}
+		if k == failure {
+			c.answer <- answer{err: decodeError(body)}
+		} else {
+			p.served.Add(1)
+			p.used.Store(time.Now().UnixNano())
+			c.answer <- answer{body: body}
+		}
+		c.done()
+	}
+}
+
+// overdue gives the worker up when a call has had its time.
+func (p *process) overdue(now time.Time) {
+	p.mu.Lock()
+	late := false
+	for _, c := range p.calls {
+		late = late || now.After(c.late)
+	}
+	p.mu.Unlock()
+	if late {
+		p.fail(errLate)
+	}
+}
+
+// beginLogin and endLogin bracket a login.
+func (p *process) beginLogin() (ended <-chan struct{}) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.login = make(chan struct{})
+	return p.login
+}
+
+func (p *process) endLogin() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.login != nil {
+		close(p.login)
+		p.login = nil
+	}
+}
+
+var errLate = errors.New("a call did not come back from the device in time")
+
+// do sends a request and waits for its answer, for the worker's end or for ctx's. When ctx ends first the call stays
+// with the worker, so that a device that hangs is noticed all the same. done runs once, in any case.
+func (p *process) do(ctx context.Context, within time.Duration, done func(), k kind, body ...[]byte) ([]byte, error) {
+	c := &pending{answer: make(chan answer, 1), late: time.Now().Add(within), done: done}
+	p.mu.Lock()
+	if p.calls == nil {
+		p.mu.Unlock()
+		done()
+		return nil, errDied
+	}
+	p.next++
+	id := p.next
+	p.calls[id] = c
+	p.mu.Unlock()
+	if err := p.pipe.send(id, k, body...); err != nil {
+		p.fail(err)
+	}
+	select {
+	case a := <-c.answer:
+		return a.body, a.err
+	case <-ctx.Done():
+		return nil, fmt.Errorf("%w: the device has not answered: %w", keystore.ErrUnavailable, ctx.Err())
+	}
+}
+
+// ask is do for a request in JSON, and waits until within.
+func (p *process) ask(ctx context.Context, within time.Duration, done func(), c call) ([]byte, error) {
+	b, err := json.Marshal(c)
+	if err != nil {
+		done()
+		return nil, err
+	}
+	return p.do(ctx, within, done, request, b)
+}
+
+// use is do for a key.
+func (p *process) use(ctx context.Context, within time.Duration, done func(), k kind, key *key, body []byte) ([]byte, error) {
+	p.binding.Lock()
+	if !p.bound[key.number] { // other callers' frames come after; an error is seen with the next frame
+		p.bound[key.number] = true
+		p.pipe.send(uint64(key.number), bind, key.encoded)
+	}
+	p.binding.Unlock()
+	var number [4]byte
+	binary.BigEndian.PutUint32(number[:], key.number)
+	return p.do(ctx, within, done, k, number[:], body)
+}

@@ -1,0 +1,215 @@
+package worker
+
+import (
+	"context"
+	"encoding/binary"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"sync"
+	"time"
+
+	"countersign/keystore"
+)
+
+// call is a request that is not frequent.
+type call struct {
+	Op        string             `json:"op"`
+	Ref       keystore.Ref       `json:"ref,omitzero"`
+	Algorithm keystore.Algorithm `json:"algorithm,omitempty"`
+	Tag       keystore.Tag       `json:"tag,omitzero"`
+	Path      string             `json:"path,omitempty"`
+}
+
+const (
+	opKey, opKeys, opGenerate   = "key", "keys", "generate"
+	opImport, opDestroy, opLook = "import", "destroy", "inspect"
+)
+
+// LogIn decides whether there may be a login, and runs it; see hsm.Config.
+type LogIn func(ctx context.Context, logIn func() error) error
+
+// closeTime is how long a device may take to be closed before the process ends all the same.
+const closeTime = 2 * time.Second
+
+// Serve is the key worker: it opens a store with the configuration that the pool sends and serves it until the pool
+// closes the socket. socket is descriptor 3 of a process that a Pool has started. The process must end when Serve
+// returns, whatever the device is doing.
+func Serve(socket *os.File, open func(ctx context.Context, config []byte, gate LogIn) (keystore.Store, error)) error {
+	p, err := newPipe(socket)
+	if err != nil {
+		return fmt.Errorf("key worker: descriptor 3: %w", err)
+	}
+	socket.Close()
+	w := &server{pipe: p, keys: map[uint32]keystore.Key{}, logins: map[uint64]chan bool{}}
+	ctx, cancel := context.WithCancel(context.Background())
+	defer cancel()
+	for {
+		id, k, body, err := p.receive()
+		switch {
+		case errors.Is(err, io.EOF):
+			cancel()
+			w.close()
+			return nil
+		case err != nil:
+			return fmt.Errorf("key worker: %w", err)
+		}
+		switch k {
+		case hello:
+			w.opening.Go(func() {
+				store, err := open(ctx, body, w.logIn)
+				w.mu.Lock()
+				w.store = store
+				w.mu.Unlock()
+				w.answer(id, nil, err)
+			})
+		case mayLogin:
+			w.mu.Lock()
+			answer := w.logins[id]
+			w.mu.Unlock()
+			if answer != nil {
+				answer <- len(body) == 1 && body[0] == 1
+			}
+		case bind:
+			var info keystore.Info
+			if err := json.Unmarshal(body, &info); err != nil {
+				return fmt.Errorf("key worker: bind: %w", err)
+			}
+			w.keys[uint32(id)] = w.store.Bind(info)
+		case sign, exchange:
+			if len(body) < 4 {
+				return fmt.Errorf("key worker: a request of %d bytes", len(body))
+			}
+			key := w.keys[binary.BigEndian.Uint32(body)]
+			if key == nil {
+				return errors.New("key worker: a key that was not bound")
+			}
+			go func() {
+				if k == sign {
+					signature, err := key.Sign(ctx, body[4:])
+					w.answer(id, signature, err)
+					return
+				}
+				var peer [32]byte
+				copy(peer[:], body[4:])
+				shared, err := key.Exchange(ctx, peer)
+				w.answer(id, shared[:], err)
+			}()
+		case request:
+			var c call
+			if err := json.Unmarshal(body, &c); err != nil {
+				return fmt.Errorf("key worker: %w", err)
+			}
+			go func() {
+				answer, err := w.do(ctx, c)
+				w.answer(id, answer, err)
+			}()
+		default:
+			return fmt.Errorf("key worker: a frame of kind %d", k)
+		}
+	}
+}
+
+type server struct {
+	pipe *pipe
+	keys map[uint32]keystore.Key // the reader's
+
+	opening sync.WaitGroup
+
+	mu     sync.Mutex
+	store  keystore.Store       // under mu until hello is answered
+	logins map[uint64]chan bool // under mu: who waits for leave
+	asked  uint64               // under mu
+}
+
+func (w *server) answer(id uint64, body []byte, err error) {
+	if err != nil {
+		w.pipe.send(id, failure, encodeError(err))
+		return
+	}
+	w.pipe.send(id, result, body)
+}
+
+func (w *server) do(ctx context.Context, c call) ([]byte, error) {
+	var answer any
+	var err error
+	var key keystore.Key
+	switch c.Op {
+	case opKey:
+		key, err = w.store.Key(ctx, c.Ref)
+	case opKeys:
+		answer, err = w.store.Keys(ctx)
+	case opGenerate:
+		key, err = w.store.Generate(ctx, c.Ref, c.Algorithm, c.Tag)
+	case opImport:
+		key, err = w.store.Import(ctx, c.Ref, c.Path, c.Tag)
+	case opDestroy:
+		err = w.store.Destroy(ctx, c.Ref, c.Tag)
+	case opLook:
+		answer, err = w.store.Inspect(ctx)
+	default:
+		err = fmt.Errorf("key worker: there is no operation %q", c.Op)
+	}
+	if err != nil {
+		return nil, err
+	}
+	if key != nil {
+		answer = key.Info()
+	}
+	return json.Marshal(answer)
+}
+
+// logIn asks the pool for leave, since a PIN that another worker has found to be wrong must not be tried again.
+func (w *server) logIn(ctx context.Context, logIn func() error) error {
+	answer := make(chan bool, 1)
+	w.mu.Lock()
+	w.asked++
+	id := w.asked
+	w.logins[id] = answer
+	w.mu.Unlock()
+	defer func() {
+		w.mu.Lock()
+		delete(w.logins, id)
+		w.mu.Unlock()
+	}()
+	if err := w.pipe.send(id, askLogin); err != nil {
+		return fmt.Errorf("%w: %w", keystore.ErrUnavailable, err)
+	}
+	select {
+	case may := <-answer:
+		if !may {
+			return fmt.Errorf("%w: it was refused before and is not tried again until an operator says so", keystore.ErrAuth)
+		}
+	case <-ctx.Done():
+		return fmt.Errorf("%w: %w", keystore.ErrUnavailable, ctx.Err())
+	}
+	err := logIn()
+	outcome := byte(1)
+	if errors.Is(err, keystore.ErrAuth) {
+		outcome = 0
+	}
+	w.pipe.send(id, loggedIn, []byte{outcome})
+	return err
+}
+
+// close ends what the device is at, for a bounded time. A module that is cut off while it logs in can leave its token
+// broken (SoftHSM, whose token file is half written then).
+func (w *server) close() {
+	closed := make(chan struct{})
+	go func() {
+		defer close(closed)
+		w.opening.Wait()
+		w.mu.Lock()
+		store := w.store
+		w.mu.Unlock()
+		if store != nil {
+			store.Close()
+		}
+	}()
+	select {
+	case <-closed:
+	case <-time.After(closeTime):
+	}
+}

@@ -1,0 +1,752 @@
+// Package worker puts a process boundary between the daemon and the code that reaches a device: a key worker is the
+// daemon run again, with the device's module loaded and the PIN read there and nowhere else. Begin reading at Pool.do,
+// through which every use of a key goes; Serve is the other side.
+//
+// What holds: a call has an answer, or an error, by its context's end, whatever the device does. A worker that is late,
+// crashes, answers wrongly or says that its device does not answer is killed and replaced, and the call goes to another
+// one; Ed25519 and X25519 are deterministic, and a second ECDSA signature is as good as the first. What makes or destroys
+// keys is not repeated. When no worker can be had, calls fail at once until one is back.
+package worker
+
+import (
+	"bytes"
+	"context"
+	"crypto/ecdh"
+	"crypto/rand"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"log/slog"
+	mrand "math/rand/v2"
+	"os/exec"
+	"slices"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"countersign/keystore"
+)
+
+// Config says how workers are run. Its zero values are not defaults: the caller decides.
+type Config struct {
+	Name     string                     // of the token, for the log
+	Command  func(number int) *exec.Cmd // the command of a new worker, which calls Serve with descriptor 3
+	Hello    []byte                     // the configuration that the worker opens its device with; no secrets
+	Workers  int                        // how many; each but the first is a hot standby
+	Spread   bool                       // all workers are used at the same time, not only the first that is well
+	InFlight int                        // calls that one worker may have at once
+	Deadline time.Duration              // for one use of a key by the device; what is slow has slowFactor of them
+	Log      *slog.Logger
+	// OnChange, where it is set, hears that no worker can be had any more, and that one has served again. It runs beside
+	// everything else, one call after another.
+	OnChange func(up bool, cause error)
+}
+
+const (
+	// slowFactor is how many deadlines a start, a generation or a look at the token may take.
+	slowFactor = 4
+	// A worker that was well for sound, or has served soundCalls, is replaced at once when it ends; one that keeps dying
+	// is replaced after a pause that doubles from firstPause to longestPause.
+	sound        = time.Second
+	soundCalls   = 100
+	firstPause   = 50 * time.Millisecond
+	longestPause = 3 * time.Second
+	// lookEvery is how long a worker may be idle before it is asked whether its device is there.
+	lookEvery = 15 * time.Second
+	// tries bounds how many workers see one call.
+	tries = 4
+	// recovered is how long a worker must be there for the device to count as back, unless it serves before.
+	recovered = 5 * time.Second
+)
+
+// Pool is a keystore.Store whose device is used by key workers.
+type Pool struct {
+	config Config
+	closed chan struct{}
+	loops  sync.WaitGroup
+	notes  chan note
+
+	login chan struct{} // a place of one: who is logging in
+
+	mu       sync.Mutex
+	slots    []*slot
+	waiting  []*waiter
+	keys     map[string]*key // by what a worker has to know of them
+	authFail error           // a PIN was refused: no login until Retry
+	retry    chan struct{}   // closed by Retry
+	cause    error           // why the last worker could not be had
+	open     bool            // Open has returned
+	down     bool            // no worker can be had
+	told     atomic.Bool     // and that has been said
+}
+
+// slot is the place of one worker.
+type slot struct {
+	number   int
+	process  *process // the one that is ready, or nil
+	starting bool     // one is being started, and there is no reason to think that it will fail
+	fails    int      // processes that have ended badly in a row
+	restarts int
+}
+
+type waiter struct {
+	tried   []*process
+	process chan *process // one that has a place for the waiter, or nil: there is none to be had
+}
+
+type note struct {
+	up    bool
+	cause error
+}
+
+// Open starts the workers. It returns when one of them is ready, or with the error of the first that is not; then the
+// pool is closed. Where patient is true and the device does not answer, there is a pool all the same, and it goes on
+// trying.
+func Open(ctx context.Context, c Config, patient bool) (*Pool, error) {
+	p := &Pool{
+		config: c, closed: make(chan struct{}), notes: make(chan note, 64), login: make(chan struct{}, 1),
+		keys: map[string]*key{}, retry: make(chan struct{}),
+	}
+	first := make(chan error, c.Workers)
+	for n := range c.Workers {
+		s := &slot{number: n, starting: true}
+		p.slots = append(p.slots, s)
+	}
+	p.loops.Go(p.tell)
+	for _, s := range p.slots {
+		p.loops.Go(func() { p.run(s, first) })
+	}
+	var err error
+	for range c.Workers {
+		select {
+		case err = <-first:
+		case <-ctx.Done():
+			err = fmt.Errorf("%w: the device does not come back from its start: %w", keystore.ErrUnavailable, ctx.Err())
+		}
+		if err == nil || !errors.Is(err, keystore.ErrUnavailable) || ctx.Err() != nil {
+			break // another worker can't do better
+		}
+	}
+	if err == nil || patient && errors.Is(err, keystore.ErrUnavailable) {
+		p.mu.Lock()
+		p.open = true
+		p.settle()
+		p.mu.Unlock()
+		return p, nil
+	}
+	p.Close()
+	return nil, err
+}
+
+// Close ends all workers. Calls that are under way fail.
+func (p *Pool) Close() error {
+	p.mu.Lock()
+	select {
+	case <-p.closed:
+		p.mu.Unlock()
+		return nil
+	default:
+	}
+	close(p.closed)
+	for _, w := range p.waiting {
+		w.process <- nil
+	}
+	p.waiting = nil
+	p.mu.Unlock()
+	p.loops.Wait()
+	return nil
+}
+
+func (p *Pool) isClosed() bool {
+	select {
+	case <-p.closed:
+		return true
+	default:
+		return false
+	}
+}
+
+func (p *Pool) Retry() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.authFail = nil
+	close(p.retry)
+	p.retry = make(chan struct{})
+}
+
+func (p *Pool) Status() keystore.Status {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	st := keystore.Status{Up: !p.down}
+	if p.down && p.cause != nil {
+		st.Cause = p.cause.Error()
+	}
+	for _, s := range p.slots {
+		w := keystore.Worker{Restarts: s.restarts}
+		if s.process != nil {
+			w.PID, w.Served = s.process.cmd.Process.Pid, s.process.served.Load()
+		}
+		st.Workers = append(st.Workers, w)
+	}
+	return st
+}
+
+// run keeps one slot filled until the pool is closed.
+func (p *Pool) run(s *slot, first chan<- error) {
+	for {
+		proc, err := p.begin(s.number)
+		if first != nil {
+			first <- err
+			first = nil
+		}
+		if err == nil {
+			began := time.Now()
+			p.ready(s, proc)
+			p.watch(proc)
+			select {
+			case <-proc.dead:
+			case <-p.closed:
+				p.mu.Lock()
+				s.process = nil
+				p.mu.Unlock()
+				proc.close(closeTime + time.Second)
+				return
+			}
+			proc.mu.Lock()
+			err = proc.why
+			proc.mu.Unlock()
+			if proc.served.Load() >= soundCalls || time.Since(began) >= sound {
+				s.fails = -1 // it was well: this is the first time
+			}
+			p.config.Log.Warn("a key worker is given up", "token", p.config.Name, "worker", proc.name, "err", err)
+		}
+		if p.isClosed() {
+			return
+		}
+		p.mu.Lock()
+		s.fails++
+		s.restarts++
+		s.process, s.starting = nil, s.fails == 0
+		p.cause = err
+		retry, auth := p.retry, p.authFail
+		p.settle()
+		p.mu.Unlock()
+		if proc != nil {
+			select {
+			case <-proc.reaped:
+			case <-time.After(closeTime): // the kernel can't end it: others must not wait for that
+			}
+		}
+		if auth != nil {
+			select {
+			case <-retry:
+			case <-p.closed:
+				return
+			}
+		} else if s.fails > 0 {
+			pause := min(firstPause<<min(s.fails-1, 10), longestPause)
+			select {
+			case <-time.After(pause/2 + mrand.N(pause/2)): // so that workers don't come in step
+			case <-retry:
+			case <-p.closed:
+				return
+			}
+		}
+	}
+}
+
+// begin starts a worker, waits until its device is open, and looks whether it does what is right.
+func (p *Pool) begin(number int) (*process, error) {
+	cmd := p.config.Command(number)
+	proc, err := start(cmd, fmt.Sprintf("%s/%d", p.config.Name, number+1), p.config.Log, p.gate)
+	if err != nil {
+		return nil, err
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), slowFactor*p.config.Deadline)
+	defer cancel()
+	go func() {
+		select {
+		case <-p.closed:
+			cancel()
+		case <-ctx.Done():
+		}
+	}()
+	if _, err = proc.do(ctx, slowFactor*p.config.Deadline, func() {}, hello, p.config.Hello); err == nil {
+		err = p.look(ctx, proc)
+	}
+	if err != nil {
+		if errors.Is(err, errDied) {
+			proc.mu.Lock()
+			err = fmt.Errorf("%w: the key worker ended while it opened the device: %w", keystore.ErrUnavailable, proc.why)
+			proc.mu.Unlock()
+		}
+		if errors.Is(err, keystore.ErrAuth) {
+			p.refusedPIN(err)
+		}
+		proc.close(closeTime)
+		return nil, err
+	}
+	return proc, nil
+}
+
+// look asks a worker for something that shows that its device works and that changes nothing: an exchange whose result
+// is known, or, where there is no key for that, what it has of a key.
+func (p *Pool) look(ctx context.Context, proc *process) error {
+	var some *key
+	p.mu.Lock()
+	for _, k := range p.keys {
+		if some == nil || k.info.Algorithm == keystore.X25519 || some.info.Algorithm != keystore.X25519 && mrand.N(2) == 0 {
+			some = k
+		}
+	}
+	p.mu.Unlock()
+	if some == nil {
+		return nil
+	}
+	if some.info.Algorithm != keystore.X25519 {
+		_, err := proc.ask(ctx, slowFactor*p.config.Deadline, func() {}, call{Op: opKey, Ref: some.info.Ref})
+		if errors.Is(err, keystore.ErrNotFound) {
+			err = nil // it may have been deleted; whoever uses it is told
+		}
+		return err
+	}
+	own, err := ecdh.X25519().GenerateKey(rand.Reader)
+	if err != nil {
+		return err
+	}
+	theirs, err := ecdh.X25519().NewPublicKey(some.info.PublicKey)
+	if err != nil {
+		return err
+	}
+	want, err := own.ECDH(theirs)
+	if err != nil {
+		return err
+	}
+	got, err := proc.use(ctx, p.config.Deadline, func() {}, exchange, some, own.PublicKey().Bytes())
+	if err == nil && !bytes.Equal(got, want) {
+		err = errWrong
+	}
+	if errors.Is(err, keystore.ErrNotFound) {
+		err = nil
+	}
+	return err
+}
+
+var errWrong = fmt.Errorf("%w: the device has answered wrongly", keystore.ErrUnavailable)
+
+// watch gives a worker up when it is late, and looks after one that is idle.
+func (p *Pool) watch(proc *process) {
+	p.loops.Go(func() {
+		ticker := time.NewTicker(p.config.Deadline / 8)
+		defer ticker.Stop()
+		ready := time.Now()
+		looking := make(chan struct{}, 1)
+		for {
+			var now time.Time
+			select {
+			case now = <-ticker.C:
+			case <-proc.dead:
+				return
+			case <-p.closed:
+				return
+			}
+			proc.overdue(now)
+			if p.told.Load() && now.Sub(ready) > recovered {
+				p.back()
+			}
+			if now.UnixNano()-proc.used.Load() > int64(lookEvery) {
+				select {
+				case looking <- struct{}{}:
+					go func() {
+						defer func() { <-looking }()
+						ctx, cancel := context.WithTimeout(context.Background(), slowFactor*p.config.Deadline)
+						defer cancel()
+						if err := p.look(ctx, proc); err != nil {
+							proc.fail(err)
+						}
+						proc.used.Store(time.Now().UnixNano())
+					}()
+				default:
+				}
+			}
+		}
+	})
+}
+
+// gate lets one worker at a time log in, and none after a PIN was refused. outcome is nil when a worker asks, and its
+// answer afterwards.
+func (p *Pool) gate(proc *process, id uint64, outcome *byte) {
+	if outcome != nil {
+		if *outcome == 0 {
+			p.refusedPIN(fmt.Errorf("%w: a key worker was told so by the device", keystore.ErrAuth))
+		}
+		proc.endLogin()
+		return
+	}
+	select {
+	case p.login <- struct{}{}:
+	case <-proc.dead:
+		return
+	case <-p.closed:
+		return
+	}
+	p.mu.Lock()
+	may := p.authFail == nil
+	p.mu.Unlock()
+	if !may {
+		<-p.login
+		proc.pipe.send(id, mayLogin, []byte{0})
+		return
+	}
+	ended := proc.beginLogin()
+	proc.pipe.send(id, mayLogin, []byte{1})
+	select {
+	case <-ended:
+	case <-proc.dead: // nobody knows what came of it: a refused PIN would have been told first
+	}
+	<-p.login
+}
+
+func (p *Pool) refusedPIN(err error) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.authFail == nil {
+		p.authFail = err
+	}
+}
+
+// ready puts a worker into its slot.
+func (p *Pool) ready(s *slot, proc *process) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	s.process, s.starting = proc, false
+	p.settle()
+}
+
+// settle is called, under mu, whenever a worker has come, gone or become free: it sees whether there are workers at all,
+// and gives those that wait what there is.
+func (p *Pool) settle() {
+	down := true
+	for _, s := range p.slots {
+		down = down && s.process == nil && !s.starting
+	}
+	p.down = down
+	if down && p.open && p.told.CompareAndSwap(false, true) {
+		select {
+		case p.notes <- note{false, p.cause}:
+		default: // nobody has listened for a long time
+		}
+	}
+	p.waiting = slices.DeleteFunc(p.waiting, func(w *waiter) bool {
+		proc, coming := p.choose(w.tried)
+		if proc != nil || !coming {
+			w.process <- proc
+		}
+		return proc != nil || !coming
+	})
+}
+
+// choose takes a place at a worker that is not among those tried, under mu. Where there is none, coming says whether one
+// can be waited for.
+func (p *Pool) choose(tried []*process) (best *process, coming bool) {
+	for _, s := range p.slots {
+		proc := s.process
+		switch {
+		case proc == nil:
+			coming = coming || s.starting
+		case slices.Contains(tried, proc):
+		case proc.busy >= p.config.InFlight:
+			coming = true
+		case best == nil || p.config.Spread && proc.busy < best.busy:
+			best = proc
+		}
+	}
+	if best != nil {
+		best.busy++
+	}
+	return best, coming
+}
+
+// acquire returns a worker with a place for a call. release gives the place back.
+func (p *Pool) acquire(ctx context.Context, tried []*process) (*process, error) {
+	p.mu.Lock()
+	if p.isClosed() {
+		p.mu.Unlock()
+		return nil, fmt.Errorf("%w: the key workers have been ended", keystore.ErrUnavailable)
+	}
+	proc, coming := p.choose(tried)
+	if proc != nil {
+		p.mu.Unlock()
+		return proc, nil
+	}
+	if !coming {
+		err := p.none()
+		p.mu.Unlock()
+		return nil, err
+	}
+	w := &waiter{tried, make(chan *process, 1)}
+	p.waiting = append(p.waiting, w)
+	p.mu.Unlock()
+	select {
+	case proc = <-w.process:
+	case <-ctx.Done():
+		p.mu.Lock()
+		i := slices.Index(p.waiting, w)
+		if i >= 0 {
+			p.waiting = slices.Delete(p.waiting, i, i+1)
+		}
+		p.mu.Unlock()
+		if i < 0 { // it was given one in this moment
+			if proc := <-w.process; proc != nil {
+				p.release(proc)
+			}
+		}
+		return nil, fmt.Errorf("%w: all key workers are busy: %w", keystore.ErrUnavailable, ctx.Err())
+	}
+	if proc == nil {
+		p.mu.Lock()
+		defer p.mu.Unlock()
+		return nil, p.none()
+	}
+	return proc, nil
+}
+
+// none says why there is no worker, under mu.
+func (p *Pool) none() error {
+	if p.authFail != nil {
+		return p.authFail
+	}
+	return fmt.Errorf("%w: there is no key worker for token %q", keystore.ErrUnavailable, p.config.Name)
+}
+
+func (p *Pool) release(proc *process) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	proc.busy--
+	if len(p.waiting) > 0 {
+		p.settle()
+	}
+}
+
+// do has one worker after another carry a call out until one has done it. check judges an answer. A worker that says that
+// the key is missing or unfit is believed when there is nobody who knows better.
+func (p *Pool) do(ctx context.Context, once bool, send func(proc *process, done func()) ([]byte, error), check func(answer []byte) error) ([]byte, error) {
+	var tried, doubted []*process
+	var failed error
+	for range tries {
+		proc, err := p.acquire(ctx, tried)
+		if err != nil {
+			if failed != nil {
+				err = failed
+			}
+			return nil, err
+		}
+		answer, err := send(proc, func() { p.release(proc) })
+		if err == nil && check != nil {
+			err = check(answer)
+		}
+		if err == nil {
+			for _, d := range doubted {
+				d.fail(errors.New("it could not do what another worker could"))
+			}
+			if p.told.Load() {
+				p.back()
+			}
+			return answer, nil
+		}
+		failed = err
+		tried = append(tried, proc)
+		switch {
+		case ctx.Err() != nil:
+			return nil, err
+		case errors.Is(err, keystore.ErrAuth):
+			p.refusedPIN(err)
+			proc.fail(err)
+		case errors.Is(err, keystore.ErrUnavailable):
+			proc.fail(err)
+		case errors.Is(err, keystore.ErrNotFound), errors.Is(err, keystore.ErrUnfit), errors.Is(err, keystore.ErrAmbiguous), errors.Is(err, keystore.ErrRefused):
+			doubted = append(doubted, proc)
+		default:
+			return nil, err
+		}
+		if once {
+			return nil, err
+		}
+	}
+	return nil, failed
+}
+
+// back says that the device serves again.
+func (p *Pool) back() {
+	if p.told.CompareAndSwap(true, false) {
+		select {
+		case p.notes <- note{up: true}:
+		case <-p.closed:
+		}
+	}
+}
+
+// tell passes on, in order, what the pool has to say.
+func (p *Pool) tell() {
+	for {
+		var n note
+		select {
+		case n = <-p.notes:
+		case <-p.closed:
+			return
+		}
+		if n.up {
+			p.config.Log.Info("the token serves again", "token", p.config.Name)
+		} else {
+			p.config.Log.Error("the token does not serve: its keys are unavailable until it is back", "token", p.config.Name, "err", n.cause)
+		}
+		if p.config.OnChange != nil {
+			p.config.OnChange(n.up, n.cause)
+		}
+	}
+}
+
+// key is a keystore.Key behind the boundary.
+type key struct {
+	pool    *Pool
+	info    keystore.Info
+	number  uint32
+	encoded []byte // info, as bind sends it
+}
+
+// Bind returns one and the same key for one and the same info.
+func (p *Pool) Bind(info keystore.Info) keystore.Key {
+	encoded, err := json.Marshal(info)
+	if err != nil {
+		panic("worker: a key's description that is not JSON: " + err.Error())
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	k := p.keys[string(encoded)]
+	if k == nil {
+		k = &key{p, info, uint32(len(p.keys)), encoded}
+		p.keys[string(encoded)] = k
+	}
+	return k
+}
+
+func (k *key) Info() keystore.Info { return k.info }
+
+func (k *key) Sign(ctx context.Context, message []byte) ([]byte, error) {
+	if k.info.Algorithm == keystore.X25519 {
+		return nil, fmt.Errorf("%v: %w: it is not a signing key", k.info.Ref, keystore.ErrRefused)
+	}
+	return k.use(ctx, sign, message, func(signature []byte) error {
+		if !k.info.Verify(message, signature) {
+			return errWrong
+		}
+		return nil
+	})
+}
+
+func (k *key) Exchange(ctx context.Context, peer [32]byte) (shared [32]byte, err error) {
+	if k.info.Algorithm != keystore.X25519 {
+		return shared, fmt.Errorf("%v: %w: it is not an exchange key", k.info.Ref, keystore.ErrRefused)
+	}
+	if keystore.LowOrder(peer) {
+		return shared, keystore.ErrPeerKey
+	}
+	answer, err := k.use(ctx, exchange, peer[:], func(secret []byte) error {
+		if len(secret) != len(shared) {
+			return errWrong
+		}
+		return nil
+	})
+	if err != nil {
+		return shared, err
+	}
+	defer clear(answer)
+	return [32]byte(answer), nil
+}
+
+func (k *key) use(ctx context.Context, what kind, body []byte, check func([]byte) error) ([]byte, error) {
+	if ctx.Err() != nil {
+		return nil, fmt.Errorf("%v: %w: %w", k.info.Ref, keystore.ErrUnavailable, ctx.Err())
+	}
+	p := k.pool
+	return p.do(ctx, false, func(proc *process, done func()) ([]byte, error) {
+		return proc.use(ctx, p.config.Deadline, done, what, k, body)
+	}, check)
+}
+
+// ask carries out what is not frequent.
+func (p *Pool) ask(ctx context.Context, once bool, c call, into any) error {
+	answer, err := p.do(ctx, once, func(proc *process, done func()) ([]byte, error) {
+		return proc.ask(ctx, slowFactor*p.config.Deadline, done, c)
+	}, nil)
+	if err == nil && into != nil {
+		err = json.Unmarshal(answer, into)
+	}
+	return err
+}
+
+func (p *Pool) Key(ctx context.Context, ref keystore.Ref) (keystore.Key, error) {
+	var info keystore.Info
+	// A worker that does not find it is believed: whoever looks for a key must get an answer when there is none.
+	if err := p.ask(ctx, false, call{Op: opKey, Ref: ref}, &info); err != nil {
+		return nil, err
+	}
+	return p.Bind(info), nil
+}
+
+func (p *Pool) Keys(ctx context.Context) (infos []keystore.Info, err error) {
+	return infos, p.ask(ctx, false, call{Op: opKeys}, &infos)
+}
+
+func (p *Pool) Inspect(ctx context.Context) (found []keystore.Finding, err error) {
+	return found, p.ask(ctx, true, call{Op: opLook}, &found)
+}
+
+func (p *Pool) Generate(ctx context.Context, ref keystore.Ref, alg keystore.Algorithm, tag keystore.Tag) (keystore.Key, error) {
+	var info keystore.Info
+	if err := p.ask(ctx, true, call{Op: opGenerate, Ref: ref, Algorithm: alg, Tag: tag}, &info); err != nil {
+		return nil, err
+	}
+	return p.Bind(info), nil
+}
+
+// Import runs in a worker of its own, which ends afterwards: nothing of the seed stays in a process.
+func (p *Pool) Import(ctx context.Context, ref keystore.Ref, path string, tag keystore.Tag) (keystore.Key, error) {
+	proc, err := p.begin(len(p.slots))
+	if err != nil {
+		return nil, err
+	}
+	defer proc.fail(errors.New("it has imported"))
+	p.watch(proc)
+	answer, err := proc.ask(ctx, slowFactor*p.config.Deadline, func() {}, call{Op: opImport, Ref: ref, Path: path, Tag: tag})
+	if err != nil {
+		return nil, err
+	}
+	var info keystore.Info
+	if err := json.Unmarshal(answer, &info); err != nil {
+		return nil, err
+	}
+	return p.Bind(info), nil
+}
+
+// Destroy has every worker destroy the key: one may have a copy of it.
+func (p *Pool) Destroy(ctx context.Context, ref keystore.Ref, tag keystore.Tag) error {
+	c := call{Op: opDestroy, Ref: ref, Tag: tag}
+	if err := p.ask(ctx, false, c, nil); err != nil {
+		return err
+	}
+	p.mu.Lock()
+	var all []*process
+	for _, s := range p.slots {
+		if s.process != nil {
+			all = append(all, s.process)
+		}
+	}
+	p.mu.Unlock()
+	for _, proc := range all {
+		if _, err := proc.ask(ctx, slowFactor*p.config.Deadline, func() {}, c); err != nil {
+			proc.fail(fmt.Errorf("it may have a copy of a key that was destroyed: %w", err))
+		}
+	}
+	return nil
+}
