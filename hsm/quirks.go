@@ -55,7 +55,7 @@ var table = []struct {
 	quirks       Quirks
 	source       string
 }{
-	{"SoftHSM", [2]byte{2, 0}, Quirks{ECParams: "oid", ECPoint: "octet-string", X25519: "edwards", Copies: "on"}, "SoftHSM 2.6.1, measured"},
+	{"SoftHSM", [2]byte{2, 0}, Quirks{ECParams: "oid", ECPoint: "octet-string", X25519: "edwards", Copies: "off"}, "SoftHSM 2.6.1, measured"},
 }
 
 // quirks are Quirks with every field set, and where they come from.

@@ -1,0 +1,269 @@
+package softhsmtests
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"maps"
+	"math/rand/v2"
+	"os"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"countersign/client"
+	"countersign/wire"
+)
+
+// Where functions stand in CK_FUNCTION_LIST, for the shim's script.
+const (
+	fnGetSlotList, fnOpenSession, fnFindInit = 4, 12, 26
+	fnSignInit, fnSign, fnGetAttribute       = 42, 43, 24
+	fnDeriveKey                              = 62
+)
+
+// codes are return values that the ladder has to deal with (PKCS#11 v2.40, section 5.1).
+var codes = map[string]uint{
+	"CKR_HOST_MEMORY": 0x02, "CKR_SLOT_ID_INVALID": 0x03, "CKR_GENERAL_ERROR": 0x05, "CKR_FUNCTION_FAILED": 0x06, "CKR_DEVICE_ERROR": 0x30,
+	"CKR_DEVICE_MEMORY": 0x31, "CKR_DEVICE_REMOVED": 0x32, "CKR_FUNCTION_CANCELED": 0x50, "CKR_KEY_HANDLE_INVALID": 0x60,
+	"CKR_KEY_FUNCTION_NOT_PERMITTED": 0x68, "CKR_MECHANISM_INVALID": 0x70, "CKR_OBJECT_HANDLE_INVALID": 0x82, "CKR_OPERATION_ACTIVE": 0x90,
+	"CKR_OPERATION_NOT_INITIALIZED": 0x91, "CKR_SESSION_CLOSED": 0xb0, "CKR_SESSION_HANDLE_INVALID": 0xb3, "CKR_TOKEN_NOT_PRESENT": 0xe0,
+	"CKR_TOKEN_NOT_RECOGNIZED": 0xe1, "CKR_USER_NOT_LOGGED_IN": 0x101, "CKR_CRYPTOKI_NOT_INITIALIZED": 0x190,
+}
+
+// fault is a line of the shim's script. The times are since its beginning.
+type fault struct {
+	at, lasts time.Duration
+	function  int
+	kind      string
+	argument  uint
+	count     int
+}
+
+// faultKinds is everything that goes wrong, each by itself.
+func faultKinds() (all []fault) {
+	for i, name := range slices.Sorted(maps.Keys(codes)) {
+		function := []int{fnSignInit, fnSign, fnDeriveKey}[i%3]
+		all = append(all, fault{function: function, kind: "code", argument: codes[name], lasts: 100 * time.Millisecond})
+	}
+	for _, function := range []int{fnOpenSession, fnFindInit, fnGetAttribute, fnGetSlotList} {
+		all = append(all, fault{function: function, kind: "code", argument: codes["CKR_DEVICE_ERROR"], lasts: 100 * time.Millisecond})
+	}
+	for _, function := range []int{fnSignInit, fnSign, fnDeriveKey} {
+		all = append(all,
+			fault{function: function, kind: "hang", count: 1, lasts: 100 * time.Millisecond},
+			fault{function: function, kind: "slow", argument: 20, lasts: 100 * time.Millisecond},
+			fault{function: function, kind: "crash", count: 1, lasts: 100 * time.Millisecond})
+	}
+	return append(all,
+		fault{function: fnSign, kind: "wrong", count: 1, lasts: 100 * time.Millisecond},
+		fault{function: fnSign, kind: "short", count: 1, lasts: 100 * time.Millisecond},
+		fault{function: fnSignInit, kind: "logout", count: 1, lasts: 100 * time.Millisecond},
+		fault{function: fnDeriveKey, kind: "logout", count: 1, lasts: 100 * time.Millisecond},
+		fault{function: -1, kind: "gone", lasts: 150 * time.Millisecond},
+		fault{function: fnOpenSession, kind: "limit", argument: 2, lasts: 200 * time.Millisecond},
+		fault{function: -1, kind: "lost", lasts: 100 * time.Millisecond},
+	)
+}
+
+// chaosSeed states the order of the faults; CHAOS_SEED runs a seen one again.
+func chaosSeed(t *testing.T) uint64 {
+	seed := uint64(time.Now().UnixNano())
+	if v := os.Getenv("CHAOS_SEED"); v != "" {
+		var err error
+		if seed, err = strconv.ParseUint(v, 10, 64); err != nil {
+			t.Fatal(err)
+		}
+	}
+	t.Logf("CHAOS_SEED=%d", seed)
+	return seed
+}
+
+const (
+	chaosDeadline = 300 * time.Millisecond // of the device
+	chaosTimeout  = 10 * time.Second       // of a request
+	chaosBound    = time.Second            // what an answer may take beyond that
+	signatures    = 20_000                 // at the least
+)
+
+// chaos is a system whose token is used through the shim.
+func newChaos(t *testing.T) *system {
+	s := newSystem(t)
+	p := s.serve()
+	s.enrol()
+	p.stop()
+	if err := os.Mkdir(s.path("shim"), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	s.edit("countersign.toml", softHSM, compile(t, "shim.c", "-shared", "-fPIC"))
+	s.edit("countersign.toml", "environment = {", fmt.Sprintf("deadline = %q\nenvironment = { SHIM_DIR = %q, SHIM_SCRIPT = %q,", chaosDeadline, s.path("shim"), s.path("script")))
+	s.edit("countersign.toml", "[tokens.main]", fmt.Sprintf("[limits]\nrequest_timeout = %q\n\n[tokens.main]", chaosTimeout))
+	s.edit("countersign.toml", `"debug"`, `"info"`)
+	return s
+}
+
+// script writes faults down for the shim, one every so often, each for the process that processOf says.
+func (s *system) script(begin time.Time, faults []fault, every time.Duration, processOf func(i int) int) (end time.Time) {
+	var b strings.Builder
+	for i, f := range faults {
+		from := begin.Add(time.Duration(i) * every)
+		fmt.Fprintf(&b, "%d %d %d %d %s %d %d\n", from.UnixMilli(), from.Add(f.lasts).UnixMilli(), processOf(i), f.function, f.kind, f.argument, f.count)
+	}
+	s.write("script", b.String())
+	return begin.Add(time.Duration(len(faults)) * every)
+}
+
+// outcome is what a load has seen.
+type outcome struct {
+	mu     sync.Mutex
+	asked  map[[32]byte]*question
+	failed []error
+
+	answers, handshakes atomic.Int64
+	longest             atomic.Int64 // nanoseconds
+}
+
+func (o *outcome) took(began time.Time) {
+	for took := int64(time.Since(began)); ; {
+		seen := o.longest.Load()
+		if took <= seen || o.longest.CompareAndSwap(seen, took) {
+			return
+		}
+	}
+}
+
+// load has eight peers pipeline signatures and two shake hands again and again, until both end has passed and there are
+// enough answers. The SDK does not try anything again by itself.
+func (s *system) load(t *testing.T, end time.Time) *outcome {
+	o := &outcome{asked: map[[32]byte]*question{}}
+	config := s.clientConfig()
+	config.RetryFor = 0
+	ctx, cancel := context.WithTimeout(t.Context(), 4*time.Minute)
+	defer cancel()
+	more := func() bool {
+		return ctx.Err() == nil && (time.Now().Before(end) || o.answers.Load() < signatures)
+	}
+	fail := func(err error) {
+		o.mu.Lock()
+		o.failed = append(o.failed, err)
+		o.mu.Unlock()
+	}
+	var wg sync.WaitGroup
+	for range 8 {
+		c, err := client.Dial(ctx, config)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer c.Close()
+		for range 4 {
+			wg.Go(func() {
+				for more() {
+					q := newQuestion()
+					o.mu.Lock()
+					o.asked[q.d.Nonce] = q
+					o.mu.Unlock()
+					began := time.Now()
+					signed, err := c.Sign(ctx, "payments", q.d)
+					o.took(began)
+					if err != nil {
+						fail(err)
+						continue
+					}
+					o.mu.Lock()
+					q.answer = signed
+					o.mu.Unlock()
+					o.answers.Add(1)
+				}
+			})
+		}
+	}
+	for range 2 {
+		wg.Go(func() {
+			for more() {
+				began := time.Now()
+				c, err := client.Dial(ctx, config)
+				o.took(began)
+				if err != nil {
+					fail(fmt.Errorf("handshake: %w", err))
+					continue
+				}
+				c.Close()
+				o.handshakes.Add(1)
+			}
+		})
+	}
+	wg.Wait()
+	if ctx.Err() != nil {
+		t.Fatalf("only %d answers in time", o.answers.Load())
+	}
+	if longest := time.Duration(o.longest.Load()); longest > chaosTimeout+chaosBound {
+		t.Errorf("a request took %v", longest)
+	}
+	t.Logf("%d signatures, %d handshakes, %d failures, the longest request took %v", o.answers.Load(), o.handshakes.Load(), len(o.failed), time.Duration(o.longest.Load()))
+	return o
+}
+
+// TestChaosOneWorkerAlive injects every fault, one worker at a time, in turn: no request and no handshake fails, no wrong
+// signature is released (the SDK verifies each), and no nonce is signed for two contents.
+func TestChaosOneWorkerAlive(t *testing.T) {
+	s := newChaos(t)
+	faults := faultKinds()
+	seed := chaosSeed(t)
+	rand.New(rand.NewPCG(seed, 1)).Shuffle(len(faults), func(i, j int) { faults[i], faults[j] = faults[j], faults[i] })
+	end := s.script(time.Now().Add(2*time.Second), faults, 600*time.Millisecond, func(i int) int { return i % 2 })
+	p := s.serve()
+	o := s.load(t, end)
+	for i, err := range o.failed {
+		if i == 5 {
+			break
+		}
+		t.Errorf("failed: %v", err)
+	}
+	s.checkAgainst(o.asked, 2000)
+	p.stop()
+	if n := strings.Count(p.stderr.String(), "a key worker is given up"); n < len(faults)/4 {
+		t.Errorf("only %d key workers were given up for %d faults: the test has lost its point", n, len(faults))
+	} else {
+		t.Logf("%d faults, %d key workers given up", len(faults), n)
+	}
+}
+
+// TestChaos injects the faults into all workers at once: what fails is unavailable and nothing else, and afterwards the
+// appliance serves without having been started anew.
+func TestChaos(t *testing.T) {
+	s := newChaos(t)
+	faults := faultKinds()
+	seed := chaosSeed(t)
+	rand.New(rand.NewPCG(seed, 2)).Shuffle(len(faults), func(i, j int) { faults[i], faults[j] = faults[j], faults[i] })
+	faults = faults[:24]
+	end := s.script(time.Now().Add(2*time.Second), faults, 400*time.Millisecond, func(int) int { return -1 })
+	p := s.serve()
+	o := s.load(t, end)
+	for _, err := range o.failed {
+		var refusal *client.Error
+		if !errors.As(err, &refusal) || refusal.Code != wire.CodeUnavailable {
+			if !strings.Contains(err.Error(), "handshake") {
+				t.Errorf("failed otherwise than unavailable: %v", err)
+				break
+			}
+		}
+	}
+	s.checkAgainst(o.asked, 2000)
+	events := 0
+	for _, e := range s.events() {
+		if e.Type == "TokenUnavailable" {
+			events++
+		}
+	}
+	p.stop()
+	log := p.stderr.String()
+	down, up := strings.Count(log, "the token does not serve"), strings.Count(log, "the token serves again")
+	t.Logf("%d key workers given up, the token was down %d times and back %d times", strings.Count(log, "a key worker is given up"), down, up)
+	if len(o.failed) > 0 && (down == 0 || up != down || events != down) {
+		t.Errorf("%d requests failed; %d times the log says that the token is down, %d times that it is back, %d events", len(o.failed), down, up, events)
+	}
+}
