@@ -34,8 +34,8 @@ func (st *Store) Inspect(ctx context.Context) (found []keystore.Finding, err err
 		}
 		say("module", "", true, "%s, %s %d.%d, PKCS#11 %d.%d, %s", info.ManufacturerID, info.LibraryDescription,
 			info.LibraryVersion.Major, info.LibraryVersion.Minor, info.CryptokiVersion.Major, info.CryptokiVersion.Minor, st.path)
-		say("token", "", true, "%s, %s %s, serial %s, firmware %d.%d, at most %s sessions, %d in use here", token.Label, token.ManufacturerID, token.Model,
-			token.SerialNumber, token.FirmwareVersion.Major, token.FirmwareVersion.Minor, limitText(token.MaxSessionCount), st.sessionLimit())
+		say("token", "", true, "%s, %s %s, serial %s, firmware %d.%d, at most %s sessions, %d open in this process, up to %d used by it", token.Label, token.ManufacturerID, token.Model,
+			token.SerialNumber, token.FirmwareVersion.Major, token.FirmwareVersion.Minor, limitText(token.MaxSessionCount), st.open.Load()+1, st.sessionLimit())
 		q := st.quirks
 		say("quirks", "", true, "ec_params %s, ec_point %s, x25519 %s, copies %s (%s)", q.ECParams, q.ECPoint, q.X25519, q.Copies, q.source)
 		for _, alg := range keystore.Algorithms {

@@ -27,7 +27,7 @@ const (
 	failure                  // the answer: a class, and text
 	askLogin                 // worker to pool: may I log in?
 	mayLogin                 // pool to worker, with askLogin's id; body: 1 yes, 0 no
-	loggedIn                 // worker to pool, with askLogin's id; body: 0 the PIN was refused, 1 anything else
+	loggedIn                 // worker to pool, with askLogin's id; body: as failure, where the PIN was refused; else empty
 )
 
 const (

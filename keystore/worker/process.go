@@ -23,7 +23,7 @@ type process struct {
 	name string
 	cmd  *exec.Cmd
 	pipe *pipe
-	gate func(p *process, id uint64, outcome *byte)
+	gate gate
 
 	busy int // under the pool's mu: calls that it has and that have not been answered
 
@@ -41,6 +41,12 @@ type process struct {
 	reaped chan struct{} // closed when the process is gone
 	served atomic.Uint64 // calls that went well
 	used   atomic.Int64  // when the last one did, Unix nanoseconds
+}
+
+// gate decides about logins.
+type gate interface {
+	ask(p *process, id uint64)         // a worker asks; the answer goes to it
+	done(p *process, refusedPIN error) // its login has ended
 }
 
 // pending is a call that waits for its answer. done runs once, when it has one or never will.
@@ -62,7 +68,7 @@ var errDied = fmt.Errorf("%w: the key worker that had the call was given up", ke
 const maxLines = 20
 
 // start runs a command as a key worker. The worker is not ready before hello has been answered.
-func start(cmd *exec.Cmd, name string, log *slog.Logger, gate func(p *process, id uint64, outcome *byte)) (*process, error) {
+func start(cmd *exec.Cmd, name string, log *slog.Logger, gate gate) (*process, error) {
 	fds, err := syscall.Socketpair(syscall.AF_UNIX, syscall.SOCK_STREAM|syscall.SOCK_CLOEXEC, 0)
 	if err != nil {
 		return nil, fmt.Errorf("socketpair: %w", err)
@@ -155,12 +161,14 @@ func (p *process) read() {
 		}
 		switch k {
 		case askLogin:
-			go p.gate(p, id, nil)
+			go p.gate.ask(p, id)
 			continue
 		case loggedIn:
-			if len(body) == 1 {
-				p.gate(p, id, &body[0])
+			var refused error
+			if len(body) > 0 {
+				refused = decodeError(body)
 			}
+			p.gate.done(p, refused)
 			continue
 		case result, failure:
 		default:

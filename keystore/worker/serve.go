@@ -186,11 +186,11 @@ func (w *server) logIn(ctx context.Context, logIn func() error) error {
 		return fmt.Errorf("%w: %w", keystore.ErrUnavailable, ctx.Err())
 	}
 	err := logIn()
-	outcome := byte(1)
+	var refused []byte
 	if errors.Is(err, keystore.ErrAuth) {
-		outcome = 0
+		refused = encodeError(err)
 	}
-	w.pipe.send(id, loggedIn, []byte{outcome})
+	w.pipe.send(id, loggedIn, refused)
 	return err
 }
 

@@ -258,7 +258,7 @@ func (p *Pool) run(s *slot, first chan<- error) {
 // begin starts a worker, waits until its device is open, and looks whether it does what is right.
 func (p *Pool) begin(number int) (*process, error) {
 	cmd := p.config.Command(number)
-	proc, err := start(cmd, fmt.Sprintf("%s/%d", p.config.Name, number+1), p.config.Log, p.gate)
+	proc, err := start(cmd, fmt.Sprintf("%s/%d", p.config.Name, number+1), p.config.Log, p)
 	if err != nil {
 		return nil, err
 	}
@@ -373,16 +373,8 @@ func (p *Pool) watch(proc *process) {
 	})
 }
 
-// gate lets one worker at a time log in, and none after a PIN was refused. outcome is nil when a worker asks, and its
-// answer afterwards.
-func (p *Pool) gate(proc *process, id uint64, outcome *byte) {
-	if outcome != nil {
-		if *outcome == 0 {
-			p.refusedPIN(fmt.Errorf("%w: a key worker was told so by the device", keystore.ErrAuth))
-		}
-		proc.endLogin()
-		return
-	}
+// ask lets one worker at a time log in, and none after a PIN was refused.
+func (p *Pool) ask(proc *process, id uint64) {
 	select {
 	case p.login <- struct{}{}:
 	case <-proc.dead:
@@ -407,11 +399,22 @@ func (p *Pool) gate(proc *process, id uint64, outcome *byte) {
 	<-p.login
 }
 
+func (p *Pool) done(proc *process, refusedPIN error) {
+	if refusedPIN != nil {
+		p.refusedPIN(refusedPIN)
+	}
+	proc.endLogin()
+}
+
+// refusedPIN ends all logins until Retry.
 func (p *Pool) refusedPIN(err error) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if p.authFail == nil {
 		p.authFail = err
+		if p.open {
+			p.config.Log.Error("the token has refused the PIN; nothing logs in to it until an operator says so", "token", p.config.Name, "err", err)
+		}
 	}
 }
 
@@ -675,7 +678,7 @@ func (k *key) use(ctx context.Context, what kind, body []byte, check func([]byte
 }
 
 // ask carries out what is not frequent.
-func (p *Pool) ask(ctx context.Context, once bool, c call, into any) error {
+func (p *Pool) request(ctx context.Context, once bool, c call, into any) error {
 	answer, err := p.do(ctx, once, func(proc *process, done func()) ([]byte, error) {
 		return proc.ask(ctx, slowFactor*p.config.Deadline, done, c)
 	}, nil)
@@ -688,23 +691,23 @@ func (p *Pool) ask(ctx context.Context, once bool, c call, into any) error {
 func (p *Pool) Key(ctx context.Context, ref keystore.Ref) (keystore.Key, error) {
 	var info keystore.Info
 	// A worker that does not find it is believed: whoever looks for a key must get an answer when there is none.
-	if err := p.ask(ctx, false, call{Op: opKey, Ref: ref}, &info); err != nil {
+	if err := p.request(ctx, false, call{Op: opKey, Ref: ref}, &info); err != nil {
 		return nil, err
 	}
 	return p.Bind(info), nil
 }
 
 func (p *Pool) Keys(ctx context.Context) (infos []keystore.Info, err error) {
-	return infos, p.ask(ctx, false, call{Op: opKeys}, &infos)
+	return infos, p.request(ctx, false, call{Op: opKeys}, &infos)
 }
 
 func (p *Pool) Inspect(ctx context.Context) (found []keystore.Finding, err error) {
-	return found, p.ask(ctx, true, call{Op: opLook}, &found)
+	return found, p.request(ctx, true, call{Op: opLook}, &found)
 }
 
 func (p *Pool) Generate(ctx context.Context, ref keystore.Ref, alg keystore.Algorithm, tag keystore.Tag) (keystore.Key, error) {
 	var info keystore.Info
-	if err := p.ask(ctx, true, call{Op: opGenerate, Ref: ref, Algorithm: alg, Tag: tag}, &info); err != nil {
+	if err := p.request(ctx, true, call{Op: opGenerate, Ref: ref, Algorithm: alg, Tag: tag}, &info); err != nil {
 		return nil, err
 	}
 	return p.Bind(info), nil
@@ -732,7 +735,7 @@ func (p *Pool) Import(ctx context.Context, ref keystore.Ref, path string, tag ke
 // Destroy has every worker destroy the key: one may have a copy of it.
 func (p *Pool) Destroy(ctx context.Context, ref keystore.Ref, tag keystore.Tag) error {
 	c := call{Op: opDestroy, Ref: ref, Tag: tag}
-	if err := p.ask(ctx, false, c, nil); err != nil {
+	if err := p.request(ctx, false, c, nil); err != nil {
 		return err
 	}
 	p.mu.Lock()

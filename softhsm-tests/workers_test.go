@@ -1,0 +1,421 @@
+package softhsmtests
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"encoding/base64"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"runtime"
+	"strconv"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"countersign/client"
+	"countersign/keystore"
+)
+
+// workers returns the processes of the daemon's key workers.
+func (p *process) workers() (pids []int) {
+	p.t.Helper()
+	return children(p.t, p.cmd.Process.Pid)
+}
+
+func children(t testing.TB, pid int) (pids []int) {
+	t.Helper()
+	tasks, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/children", pid))
+	if err != nil || len(tasks) == 0 {
+		t.Fatalf("process %d: %v", pid, err)
+	}
+	for _, path := range tasks {
+		b, err := os.ReadFile(path)
+		if err != nil {
+			continue // the thread has ended
+		}
+		for f := range strings.FieldsSeq(string(b)) {
+			n, err := strconv.Atoi(f)
+			if err != nil {
+				t.Fatal(err)
+			}
+			pids = append(pids, n)
+		}
+	}
+	return pids
+}
+
+// eventually waits for a condition.
+func eventually(t testing.TB, what string, holds func() bool) {
+	t.Helper()
+	for deadline := time.Now().Add(30 * time.Second); !holds(); time.Sleep(10 * time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatalf("it did not come to be: %s", what)
+		}
+	}
+}
+
+// TestDaemonHoldsNoSecrets looks into the memory of the running daemon: the module is not in it, nor the PIN; both are in
+// its key workers.
+func TestDaemonHoldsNoSecrets(t *testing.T) {
+	s := newSystem(t)
+	p := s.serve()
+	s.enrol()
+	if _, err := s.dial().Sign(t.Context(), "payments", message("AAAA")); err != nil {
+		t.Fatal(err)
+	}
+	var workers []int
+	eventually(t, "two workers", func() bool { workers = p.workers(); return len(workers) == 2 })
+	module := func(pid int) bool {
+		maps, err := os.ReadFile(fmt.Sprintf("/proc/%d/maps", pid))
+		if errors.Is(err, os.ErrPermission) {
+			t.Skip("the daemon does not let its own user look into it: run this test as root")
+		} else if err != nil {
+			t.Fatal(err)
+		}
+		return bytes.Contains(maps, []byte("libsofthsm2"))
+	}
+	if module(p.cmd.Process.Pid) {
+		t.Error("the daemon has the module mapped")
+	}
+	if finds(t, p.cmd.Process.Pid, userPIN) {
+		t.Error("the PIN is in the daemon's memory")
+	}
+	for _, pid := range workers {
+		eventually(t, "a worker has the module mapped", func() bool { return module(pid) })
+		if limits, err := os.ReadFile(fmt.Sprintf("/proc/%d/limits", pid)); err != nil || !strings.Contains(string(limits), "Max core file size        0 ") {
+			t.Errorf("a worker may leave a core file: %v", err)
+		}
+		for _, file := range []string{"cmdline", "environ"} {
+			if b, err := os.ReadFile(fmt.Sprintf("/proc/%d/%s", pid, file)); err != nil || bytes.Contains(b, []byte(userPIN)) {
+				t.Errorf("%s of a worker has the PIN: %v", file, err)
+			}
+		}
+	}
+	p.stop()
+	for _, pid := range workers {
+		if err := syscall.Kill(pid, 0); !errors.Is(err, syscall.ESRCH) {
+			t.Errorf("worker %d has outlived the daemon: %v", pid, err)
+		}
+	}
+}
+
+// finds looks for a text in the writable memory of a process.
+func finds(t *testing.T, pid int, text string) bool {
+	t.Helper()
+	maps, err := os.Open(fmt.Sprintf("/proc/%d/maps", pid))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer maps.Close()
+	mem, err := os.Open(fmt.Sprintf("/proc/%d/mem", pid))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer mem.Close()
+	read := 0
+	for lines := bufio.NewScanner(maps); lines.Scan(); {
+		var from, to int64
+		var mode string
+		if _, err := fmt.Sscanf(lines.Text(), "%x-%x %s", &from, &to, &mode); err != nil || !strings.HasPrefix(mode, "rw") {
+			continue
+		}
+		const step = 1 << 20
+		for at := from; at < to; at += step {
+			buf := make([]byte, min(step+int64(len(text)), to-at))
+			n, _ := mem.ReadAt(buf, at)
+			read += n
+			if bytes.Contains(buf[:n], []byte(text)) {
+				return true
+			}
+		}
+	}
+	if read < 1<<20 {
+		t.Fatalf("only %d bytes of the memory could be read", read)
+	}
+	return false
+}
+
+// TestWorkersKilled kills key workers while the daemon serves: one at a time nobody notices; both at once a request waits
+// for the next one.
+func TestWorkersKilled(t *testing.T) {
+	s := newSystem(t)
+	s.edit("countersign.toml", "[tokens.main]", "[tokens.main]\ndeadline = \"500ms\"")
+	p := s.serve()
+	s.enrol()
+	c := s.dial()
+	sign := func() {
+		t.Helper()
+		if _, err := c.Sign(t.Context(), "payments", message("AAAA")); err != nil {
+			t.Error(err)
+		}
+	}
+	for range 5 {
+		var workers []int
+		eventually(t, "two workers", func() bool { workers = p.workers(); return len(workers) == 2 })
+		for range 200 { // so that they were of use, and are replaced without a pause
+			sign()
+		}
+		syscall.Kill(workers[0], syscall.SIGKILL)
+		sign()
+		syscall.Kill(workers[1], syscall.SIGSTOP) // it hangs
+		sign()
+		eventually(t, "two workers, and both others", func() bool {
+			now := p.workers()
+			return len(now) == 2 && now[0] != workers[1] && now[1] != workers[1]
+		})
+		sign()
+	}
+	p.stop()
+}
+
+// TestRefusedPIN: with a PIN that the token refuses, nothing logs in any more, not even new workers, until an operator
+// says so.
+func TestRefusedPIN(t *testing.T) {
+	s := newSystem(t)
+	p := s.serve()
+	s.enrol()
+	c := s.dial()
+	var workers []int
+	eventually(t, "two workers", func() bool { workers = p.workers(); return len(workers) == 2 })
+	s.write("pin", "another-pin\n")
+	for _, pid := range workers {
+		syscall.Kill(pid, syscall.SIGKILL)
+	}
+	unavailable := func() bool {
+		_, err := c.Sign(t.Context(), "payments", message("AAAA"))
+		var refusal *client.Error
+		return errors.As(err, &refusal) && refusal.Code == "unavailable"
+	}
+	eventually(t, "unavailable", unavailable)
+	eventually(t, "the token is down", func() bool {
+		return strings.Contains(s.must("admin", "token", "list"), "down") && strings.Contains(s.must("admin", "token", "list"), "refuses the PIN")
+	})
+	s.write("pin", userPIN+"\n")
+	if !unavailable() {
+		t.Error("somebody logged in without an operator's word")
+	}
+	s.must("admin", "token", "retry", "main")
+	eventually(t, "it signs again", func() bool {
+		_, err := c.Sign(t.Context(), "payments", message("AAAA"))
+		return err == nil
+	})
+	if _, errOut, code := s.cli("", "admin", "token", "retry", "other"); code == 0 || !strings.Contains(errOut, "main") {
+		t.Errorf("retry of a token that is not there: %d %s", code, errOut)
+	}
+	p.stop()
+	if n := strings.Count(p.stderr.String(), "has refused the PIN"); n != 1 {
+		t.Errorf("the log says %d times that the token has refused the PIN", n)
+	}
+}
+
+// TestSeveralTokens: one token that is away costs its own keys only, at start and while serving.
+func TestSeveralTokens(t *testing.T) {
+	s := newSystem(t)
+	if err := os.Mkdir(s.path("tokens2"), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	s.write("softhsm2b.conf", fmt.Sprintf("directories.tokendir = %s\nlog.level = ERROR\n", s.path("tokens2")))
+	s.edit("countersign.toml", "[tokens.main]", fmt.Sprintf(`noise_token = "main"
+
+[tokens.other]
+uri = "pkcs11:token=second"
+module = %q
+pin_file = "pin"
+environment = { SOFTHSM2_CONF = %q }
+
+[tokens.main]`, softHSM, s.path("softhsm2b.conf")))
+	s.write("policy.cedar", `permit (principal == Peer::"demo", action == Action::"sign", resource);`)
+	if out, code := s.daemon("init", "--new-token", "--so-pin-file", s.path("so-pin")); code != 0 {
+		t.Fatalf("init: %d\n%s", code, out)
+	}
+	p := s.serve()
+	public := strings.TrimSpace(s.must("keygen", s.path("demo.key")))
+	s.must("admin", "peer", "add", "demo", public)
+	if _, errOut, code := s.cli("", "admin", "key", "create", "payments"); code == 0 || !strings.Contains(errOut, "main, other") {
+		t.Errorf("a key on no token: %d %s", code, errOut)
+	}
+	s.must("admin", "key", "create", "payments", "--token", "main")
+	s.must("admin", "key", "create", "refunds", "--token", "other")
+	signs := func(c *client.Client, key string) bool {
+		t.Helper()
+		ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+		defer cancel()
+		_, err := c.Sign(ctx, key, message("AAAA"))
+		var refusal *client.Error
+		if err != nil && (!errors.As(err, &refusal) || refusal.Code != "unavailable") {
+			t.Fatalf("%s: %v", key, err)
+		}
+		return err == nil
+	}
+	c := s.dial()
+	if !signs(c, "payments") || !signs(c, "refunds") {
+		t.Error("a key does not sign")
+	}
+	away := func() { os.Rename(s.path("tokens2"), s.path("tokens2.away")) }
+	back := func() { os.Rename(s.path("tokens2.away"), s.path("tokens2")) }
+	away()
+	eventually(t, "refunds is unavailable", func() bool { return !signs(c, "refunds") })
+	if !signs(c, "payments") {
+		t.Error("the other token's key is unavailable too")
+	}
+	back()
+	eventually(t, "refunds signs again", func() bool { return signs(c, "refunds") })
+	p.stop()
+
+	away()
+	p = s.serve()
+	c = s.dial()
+	if !signs(c, "payments") || signs(c, "refunds") {
+		t.Error("started without the second token: payments must sign and refunds must not")
+	}
+	back()
+	eventually(t, "refunds signs after a start without its token", func() bool { return signs(c, "refunds") })
+	p.stop()
+}
+
+// TestImport takes a key over from a seed file, as an operator would.
+func TestImport(t *testing.T) {
+	s := newSystem(t)
+	p := s.serve()
+	s.enrol()
+	seed := bytes.Repeat([]byte{7}, 32)
+	text := base64.RawURLEncoding.EncodeToString(seed)
+	s.write("seed", "keypair-seed:"+text+"\n")
+	out := s.must("admin", "key", "import", "old", s.path("seed"))
+	// The public key of this seed, by OpenSSL 3.0: openssl pkey -pubout -outform DER.
+	if !strings.Contains(out, "ea4a6c63e29c520abef5507b132ec5f9954776aebebe7b92421eea691446d22c") || !strings.Contains(out, "imported") {
+		t.Errorf("import: %s", out)
+	}
+	for _, args := range [][]string{{"admin", "key", "list"}, {"admin", "key", "show", "old"}, {"admin", "audit", "list"}} {
+		if out := s.must(args...); strings.Contains(out, text) || !strings.Contains(strings.ToLower(out), "import") {
+			t.Errorf("%v: %s", args, out)
+		}
+	}
+	if finds(t, p.cmd.Process.Pid, string(seed)) || finds(t, p.cmd.Process.Pid, text) {
+		t.Error("the seed is in the daemon's memory")
+	}
+	for _, pid := range p.workers() {
+		if finds(t, pid, string(seed)) {
+			t.Error("the seed is in a key worker's memory")
+		}
+	}
+	p.stop()
+	p = s.serve() // imported for ever
+	if out := s.must("admin", "key", "show", "old"); !strings.Contains(out, "imported: made elsewhere") {
+		t.Errorf("after a restart: %s", out)
+	}
+	os.Chmod(s.path("seed"), 0o644)
+	if _, errOut, code := s.cli("", "admin", "key", "import", "older", s.path("seed")); code == 0 || !strings.Contains(errOut, "chmod 600") {
+		t.Errorf("a seed that all can read: %d %s", code, errOut)
+	}
+	s.write("seed", "keypair-seed:"+text[:30])
+	if _, errOut, code := s.cli("", "admin", "key", "import", "older", s.path("seed")); code == 0 || strings.Contains(errOut, text[:30]) {
+		t.Errorf("half a seed: %d %s", code, errOut)
+	}
+	p.stop()
+}
+
+// TestNothingLeaks: what a pool and its workers hold is the same after many operations as after a few.
+func TestNothingLeaks(t *testing.T) {
+	s := newSystem(t)
+	t.Setenv("SOFTHSM2_CONF", s.path("softhsm2.conf"))
+	pool := s.pool(t, s.hsmConfig(softHSM, 4), 2)
+	ctx := t.Context()
+	key, err := pool.Generate(ctx, keystore.Ref{Name: "leak", Version: 1}, keystore.Ed25519, keystore.Tag{1})
+	if err != nil {
+		t.Fatal(err)
+	}
+	exchange, err := pool.Generate(ctx, keystore.Ref{Name: "leak-x", Version: 1}, keystore.X25519, keystore.Tag{2})
+	if err != nil {
+		t.Fatal(err)
+	}
+	operations := func(n int) {
+		t.Helper()
+		failed := make(chan error, 16)
+		for range 16 {
+			go func() {
+				for i := range n / 16 {
+					var err error
+					if i%10 == 0 {
+						_, err = exchange.Exchange(ctx, [32]byte{9})
+					} else {
+						_, err = key.Sign(ctx, []byte("m"))
+					}
+					if err != nil {
+						failed <- err
+						return
+					}
+				}
+				failed <- nil
+			}()
+		}
+		for range 16 {
+			if err := <-failed; err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	held := func() (counts map[string]int, memory int) {
+		t.Helper()
+		counts = map[string]int{"goroutines": runtime.NumGoroutine(), "workers": len(pool.Status().Workers)}
+		for i, w := range pool.Status().Workers {
+			fds, err := os.ReadDir(fmt.Sprintf("/proc/%d/fd", w.PID))
+			if err != nil {
+				t.Fatal(err)
+			}
+			counts[fmt.Sprintf("fds of worker %d", i)] = len(fds)
+			counts[fmt.Sprintf("pid of worker %d", i)] = w.PID
+			status, err := os.ReadFile(fmt.Sprintf("/proc/%d/statm", w.PID))
+			if err != nil {
+				t.Fatal(err)
+			}
+			memory += atoi(t, strings.Fields(string(status))[1]) * os.Getpagesize()
+		}
+		fds, err := os.ReadDir("/proc/self/fd")
+		if err != nil {
+			t.Fatal(err)
+		}
+		counts["fds"] = len(fds)
+		found, err := pool.Inspect(ctx)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, f := range found {
+			if _, text, ok := strings.Cut(f.Text, "sessions, "); ok {
+				counts["sessions"] = atoi(t, strings.Fields(text)[0])
+			}
+		}
+		return counts, memory
+	}
+	operations(16_000)
+	before, memoryBefore := held()
+	operations(100_000)
+	eventually(t, "the same as before", func() bool {
+		after, _ := held()
+		same := true
+		for what, n := range after {
+			if n != before[what] {
+				t.Logf("%s: %d, before %d", what, n, before[what])
+				same = false
+			}
+		}
+		return same
+	})
+	if _, memory := held(); memory > memoryBefore+memoryBefore/4 {
+		t.Errorf("the workers have %d KiB of memory, before %d KiB", memory>>10, memoryBefore>>10)
+	}
+	t.Logf("held: %v, %d KiB", before, memoryBefore>>10)
+}
+
+func atoi(t *testing.T, s string) int {
+	t.Helper()
+	n, err := strconv.Atoi(s)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return n
+}
