@@ -10,6 +10,7 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
@@ -319,11 +320,13 @@ func TestImport(t *testing.T) {
 	p.stop()
 }
 
-// TestNothingLeaks: what a pool and its workers hold is the same after many operations as after a few.
+// TestNothingLeaks: what a pool and its workers hold is the same after many operations as after a few. SoftHSM loses
+// memory with every operation, whoever calls it; workers are renewed for that, and no operation fails by it.
 func TestNothingLeaks(t *testing.T) {
+	const memory = 8 << 20
 	s := newSystem(t)
 	t.Setenv("SOFTHSM2_CONF", s.path("softhsm2.conf"))
-	pool := s.pool(t, s.hsmConfig(softHSM, 4), 2)
+	pool := s.pool(t, s.hsmConfig(softHSM, 4), 2, memory)
 	ctx := t.Context()
 	key, err := pool.Generate(ctx, keystore.Ref{Name: "leak", Version: 1}, keystore.Ed25519, keystore.Tag{1})
 	if err != nil {
@@ -359,7 +362,7 @@ func TestNothingLeaks(t *testing.T) {
 			}
 		}
 	}
-	held := func() (counts map[string]int, memory int) {
+	held := func() (counts map[string]int, largest int) {
 		t.Helper()
 		counts = map[string]int{"goroutines": runtime.NumGoroutine(), "workers": len(pool.Status().Workers)}
 		for i, w := range pool.Status().Workers {
@@ -368,12 +371,12 @@ func TestNothingLeaks(t *testing.T) {
 				t.Fatal(err)
 			}
 			counts[fmt.Sprintf("fds of worker %d", i)] = len(fds)
-			counts[fmt.Sprintf("pid of worker %d", i)] = w.PID
 			status, err := os.ReadFile(fmt.Sprintf("/proc/%d/statm", w.PID))
 			if err != nil {
 				t.Fatal(err)
 			}
-			memory += atoi(t, strings.Fields(string(status))[1]) * os.Getpagesize()
+			statm := strings.Fields(string(status))
+			largest = max(largest, (atoi(t, statm[1])-atoi(t, statm[2]))*os.Getpagesize())
 		}
 		fds, err := os.ReadDir("/proc/self/fd")
 		if err != nil {
@@ -389,26 +392,33 @@ func TestNothingLeaks(t *testing.T) {
 				counts["sessions"] = atoi(t, strings.Fields(text)[0])
 			}
 		}
-		return counts, memory
+		return counts, largest
 	}
-	operations(16_000)
+	operations(1000)
 	before, memoryBefore := held()
 	operations(100_000)
 	eventually(t, "the same as before", func() bool {
-		after, _ := held()
-		same := true
+		if slices.ContainsFunc(pool.Status().Workers, func(w keystore.Worker) bool { return w.PID == 0 }) {
+			return false // one is being renewed
+		}
+		after, largest := held()
+		same := largest <= memory+memory/8
 		for what, n := range after {
-			if n != before[what] {
-				t.Logf("%s: %d, before %d", what, n, before[what])
-				same = false
-			}
+			same = same && n <= before[what]
+		}
+		if !same {
+			t.Logf("%v, %d KiB; before %v", after, largest>>10, before)
 		}
 		return same
 	})
-	if _, memory := held(); memory > memoryBefore+memoryBefore/4 {
-		t.Errorf("the workers have %d KiB of memory, before %d KiB", memory>>10, memoryBefore>>10)
+	renewed := 0
+	for _, w := range pool.Status().Workers {
+		renewed += w.Restarts
 	}
-	t.Logf("held: %v, %d KiB", before, memoryBefore>>10)
+	if renewed == 0 {
+		t.Error("no worker was renewed: the limit has lost its point")
+	}
+	t.Logf("held: %v, %d KiB at first; %d workers were renewed", before, memoryBefore>>10, renewed)
 }
 
 func atoi(t *testing.T, s string) int {

@@ -28,7 +28,7 @@ func openToken(ctx context.Context, name string, t *Token, patient bool, log *sl
 		return nil, err
 	}
 	pool, err := worker.Open(ctx, worker.Config{
-		Name: name, Hello: hello, Workers: t.Workers, Spread: t.Spread, InFlight: 2 * t.Sessions,
+		Name: name, Hello: hello, Workers: t.Workers, Spread: t.Spread, InFlight: 2 * t.Sessions, Memory: t.MemoryMiB << 20,
 		Deadline: t.Deadline.std(), Log: log, OnChange: changed,
 		Command: func(int) *exec.Cmd {
 			// The running binary, even if a package has replaced the file meanwhile.

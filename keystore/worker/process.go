@@ -25,7 +25,8 @@ type process struct {
 	pipe *pipe
 	gate gate
 
-	busy int // under the pool's mu: calls that it has and that have not been answered
+	busy     int  // under the pool's mu: calls that it has and that have not been answered
+	retiring bool // under the pool's mu: it gets no more of them
 
 	mu    sync.Mutex
 	calls map[uint64]*pending // under mu
@@ -145,6 +146,28 @@ func (p *process) close(within time.Duration) {
 	case <-p.reaped:
 	case <-time.After(within): // the kernel can't end it now: it has nothing of ours to wait for
 	}
+}
+
+// retire lets a worker that has no calls end by itself.
+func (p *process) retire() {
+	p.mu.Lock()
+	if p.why == nil {
+		p.why = errRenewed
+		close(p.dead)
+	}
+	p.calls = nil
+	p.mu.Unlock()
+	p.pipe.conn.Close()
+}
+
+// memory returns the bytes of memory that the worker has for itself (proc(5), statm: resident less shared), or 0.
+func (p *process) memory() int {
+	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/statm", p.cmd.Process.Pid))
+	var size, resident, shared int
+	if _, scanned := fmt.Sscan(string(b), &size, &resident, &shared); err != nil || scanned != nil {
+		return 0
+	}
+	return (resident - shared) * os.Getpagesize()
 }
 
 func (p *process) read() {

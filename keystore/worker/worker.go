@@ -35,6 +35,7 @@ type Config struct {
 	Workers  int                        // how many; each but the first is a hot standby
 	Spread   bool                       // all workers are used at the same time, not only the first that is well
 	InFlight int                        // calls that one worker may have at once
+	Memory   int                        // bytes of memory at which a worker is renewed, without a call lost: modules leak
 	Deadline time.Duration              // for one use of a key by the device; what is slow has slowFactor of them
 	Log      *slog.Logger
 	// OnChange, where it is set, hears that no worker can be had any more, and that one has served again. It runs beside
@@ -215,10 +216,14 @@ func (p *Pool) run(s *slot, first chan<- error) {
 			proc.mu.Lock()
 			err = proc.why
 			proc.mu.Unlock()
-			if proc.served.Load() >= soundCalls || time.Since(began) >= sound {
+			if proc.served.Load() >= soundCalls || time.Since(began) >= sound || errors.Is(err, errRenewed) {
 				s.fails = -1 // it was well: this is the first time
 			}
-			p.config.Log.Warn("a key worker is given up", "token", p.config.Name, "worker", proc.name, "err", err)
+			if errors.Is(err, errRenewed) {
+				p.config.Log.Info("a key worker is renewed", "token", p.config.Name, "worker", proc.name, "served", proc.served.Load(), "memory", p.config.Memory)
+			} else {
+				p.config.Log.Warn("a key worker is given up", "token", p.config.Name, "worker", proc.name, "err", err)
+			}
 		}
 		if p.isClosed() {
 			return
@@ -351,6 +356,7 @@ func (p *Pool) watch(proc *process) {
 				return
 			}
 			proc.overdue(now)
+			p.renew(proc)
 			if p.told.Load() && now.Sub(ready) > recovered {
 				p.back()
 			}
@@ -371,6 +377,30 @@ func (p *Pool) watch(proc *process) {
 			}
 		}
 	})
+}
+
+var errRenewed = errors.New("it had grown too large")
+
+// renew ends a worker that has grown too large, when it has nothing to do any more and while another one is there.
+func (p *Pool) renew(proc *process) {
+	if proc.memory() <= p.config.Memory {
+		return
+	}
+	p.mu.Lock()
+	if !proc.retiring {
+		others := 0
+		for _, s := range p.slots {
+			if s.process != nil && s.process != proc && !s.process.retiring {
+				others++
+			}
+		}
+		proc.retiring = others > 0 || len(p.slots) == 1
+	}
+	idle := proc.retiring && proc.busy == 0
+	p.mu.Unlock()
+	if idle {
+		proc.retire()
+	}
 }
 
 // ask lets one worker at a time log in, and none after a PIN was refused.
@@ -457,6 +487,8 @@ func (p *Pool) choose(tried []*process) (best *process, coming bool) {
 		switch {
 		case proc == nil:
 			coming = coming || s.starting
+		case proc.retiring:
+			coming = true
 		case slices.Contains(tried, proc):
 		case proc.busy >= p.config.InFlight:
 			coming = true
