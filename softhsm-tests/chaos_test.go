@@ -37,11 +37,11 @@ var codes = map[string]uint{
 
 // fault is a line of the shim's script. The times are since its beginning.
 type fault struct {
-	at, lasts time.Duration
-	function  int
-	kind      string
-	argument  uint
-	count     int
+	lasts    time.Duration
+	function int
+	kind     string
+	argument uint
+	count    int
 }
 
 // faultKinds is everything that goes wrong, each by itself.
