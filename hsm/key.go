@@ -544,10 +544,14 @@ func curveOf(params []byte) (curve, bool) {
 	return curve{}, false
 }
 
-// pointOf reads a CKA_EC_POINT, raw or as a DER OCTET STRING, or returns nil.
+// pointOf reads a CKA_EC_POINT, raw, as a DER OCTET STRING or as a DER BIT STRING, or returns nil. The length decides: a
+// raw key can begin like DER.
 func (c curve) pointOf(b []byte) []byte {
-	if len(b) == c.point+2 && b[0] == 0x04 && int(b[1]) == c.point {
+	switch {
+	case len(b) == c.point+2 && b[0] == 0x04 && int(b[1]) == c.point:
 		b = b[2:]
+	case len(b) == c.point+3 && b[0] == 0x03 && int(b[1]) == c.point+1 && b[2] == 0:
+		b = b[3:]
 	}
 	if len(b) != c.point {
 		return nil

@@ -55,7 +55,13 @@ var table = []struct {
 	quirks       Quirks
 	source       string
 }{
-	{"SoftHSM", [2]byte{2, 0}, Quirks{ECParams: "oid", ECPoint: "octet-string", X25519: "edwards", Copies: "off"}, "SoftHSM 2.6.1, measured"},
+	{"SoftHSM", [2]byte{2, 0}, Quirks{ECParams: "oid", ECPoint: "octet-string", X25519: "edwards", Copies: "off"}, "SoftHSM 2.6.1, tested"},
+	{"Kryoptic", [2]byte{0, 0}, Quirks{ECParams: "oid", ECPoint: "raw", X25519: "montgomery", Copies: "off"}, "Kryoptic, by its source, not tested"},
+	{"Mozilla Foundation", [2]byte{3, 103}, Quirks{ECParams: "oid", ECPoint: "raw", X25519: "montgomery", Copies: "off"}, "NSS, by its source, not tested"},
+	{"Yubico", [2]byte{2, 6}, Quirks{ECParams: "name", ECPoint: "octet-string", X25519: "montgomery", Copies: "off"}, "YubiHSM 2, by its source, not tested"},
+	{"Nitrokey", [2]byte{0, 0}, Quirks{ECParams: "oid", ECPoint: "octet-string", X25519: "montgomery", Copies: "off"}, "NetHSM, by its source, not tested"},
+	{"IBM", [2]byte{3, 27}, Quirks{ECParams: "oid", ECPoint: "raw", X25519: "montgomery", Copies: "off"}, "openCryptoki, by its source, not tested"},
+	{"nCipher", [2]byte{0, 0}, Quirks{ECParams: "name", ECPoint: "raw", X25519: "montgomery", Copies: "off"}, "nShield, by what its clients say, not tested"},
 }
 
 // quirks are Quirks with every field set, and where they come from.

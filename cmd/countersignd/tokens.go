@@ -9,6 +9,7 @@ import (
 	"os"
 	"os/exec"
 	"os/signal"
+	"runtime"
 	"slices"
 	"strings"
 	"syscall"
@@ -66,6 +67,9 @@ func keyWorker() error {
 			return nil, err
 		}
 		c.LogIn = gate
+		// Go takes the place of a thread that waits in C away only after a while: there is one for each that may wait, and
+		// some for those that don't.
+		runtime.GOMAXPROCS(c.Sessions + 2)
 		store, err := hsm.Open(ctx, c)
 		if err != nil {
 			return nil, err
