@@ -323,7 +323,10 @@ func TestImport(t *testing.T) {
 // TestNothingLeaks: what a pool and its workers hold is the same after many operations as after a few. SoftHSM loses
 // memory with every operation, whoever calls it; workers are renewed for that, and no operation fails by it.
 func TestNothingLeaks(t *testing.T) {
-	const memory = 8 << 20
+	memory, many := 8<<20, 100_000
+	if os.Getenv("RACE") == "1" { // the detector takes the memory of ten workers, and its time
+		memory, many = 1<<30, 10_000
+	}
 	s := newSystem(t)
 	t.Setenv("SOFTHSM2_CONF", s.path("softhsm2.conf"))
 	pool := s.pool(t, s.hsmConfig(softHSM, 4), 2, memory)
@@ -396,7 +399,7 @@ func TestNothingLeaks(t *testing.T) {
 	}
 	operations(1000)
 	before, memoryBefore := held()
-	operations(100_000)
+	operations(many)
 	eventually(t, "the same as before", func() bool {
 		if slices.ContainsFunc(pool.Status().Workers, func(w keystore.Worker) bool { return w.PID == 0 }) {
 			return false // one is being renewed
@@ -415,7 +418,7 @@ func TestNothingLeaks(t *testing.T) {
 	for _, w := range pool.Status().Workers {
 		renewed += w.Restarts
 	}
-	if renewed == 0 {
+	if renewed == 0 && memory < 1<<30 {
 		t.Error("no worker was renewed: the limit has lost its point")
 	}
 	t.Logf("held: %v, %d KiB at first; %d workers were renewed", before, memoryBefore>>10, renewed)
