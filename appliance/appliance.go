@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"countersign/audit"
+	"countersign/eddsa"
 	"countersign/ijson"
 	"countersign/keystore"
 	"countersign/ledger"
@@ -66,6 +67,16 @@ type Key struct {
 	Token   string // the name of the one that it is on
 	State   State
 	Created time.Time
+
+	public *eddsa.PublicKey // of an Ed25519 key
+}
+
+// verify judges a signature by the rules that a stranger will judge by.
+func (k *Key) verify(message, signature []byte) error {
+	if k.public == nil {
+		return fmt.Errorf("%v is not an Ed25519 key", k.Info().Ref)
+	}
+	return k.public.Verify(message, signature)
 }
 
 // lock is a mutex that a context can give up waiting for.

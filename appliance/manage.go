@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"countersign/audit"
+	"countersign/eddsa"
 	"countersign/ijson"
 	"countersign/keystore"
 	"countersign/ledger"
@@ -180,6 +181,9 @@ func (a *Appliance) Recover(ctx context.Context) error {
 }
 
 func (a *Appliance) install(k *Key) {
+	if k.Info().Algorithm == keystore.Ed25519 {
+		k.public, _ = eddsa.ParsePublicKey(k.Info().PublicKey) // one that is unusable verifies nothing
+	}
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	a.keys[k.Info().Ref] = k

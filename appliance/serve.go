@@ -183,24 +183,38 @@ func (a *Appliance) serveSession(stop context.Context, s *session, message []byt
 	s.conn.SetWriteLimit(a.limits.WriteTimeout)
 	var serving sync.WaitGroup
 	defer serving.Wait()
-	places := make(chan struct{}, a.limits.InFlight)
-	for {
-		select {
-		case places <- struct{}{}:
-		case <-stop.Done():
-			return
-		}
+	requests := make(chan []byte) // to goroutines that stay: one for each request would grow its stack anew each time
+	defer close(requests)
+	serve := func(request []byte) {
 		if p, ok := a.peer(s.peer.PublicKey); !ok || p != s.peer {
 			return // removed, with messages still in the buffer
 		}
-		request := message
-		serving.Go(func() {
-			defer func() { <-places }()
-			answer := a.handle(s.peer, request)
-			if answer == nil || s.conn.WriteMessage(answer) != nil {
-				s.conn.Close() // no answer can be given, or the peer does not read it
+		answer := a.handle(s.peer, request)
+		if answer == nil || s.conn.WriteMessage(answer) != nil {
+			s.conn.Close() // no answer can be given, or the peer does not read it
+		}
+	}
+	for begun := 0; ; {
+		select {
+		case requests <- message:
+		default:
+			if begun < a.limits.InFlight {
+				begun++
+				request := message
+				serving.Go(func() {
+					serve(request)
+					for request := range requests {
+						serve(request)
+					}
+				})
+				break
 			}
-		})
+			select {
+			case requests <- message:
+			case <-stop.Done():
+				return
+			}
+		}
 		var err error
 		if message, err = a.read(stop, s, a.limits.IdleTimeout); err != nil {
 			if !errors.Is(err, io.EOF) && stop.Err() == nil {

@@ -7,7 +7,6 @@ import (
 	"time"
 
 	"countersign/audit"
-	"countersign/eddsa"
 	"countersign/keystore"
 	"countersign/ledger"
 	"countersign/transcript"
@@ -51,13 +50,13 @@ func (a *Appliance) Sign(ctx context.Context, who Peer, r *wire.Sign) (*wire.Sig
 			return nil, err
 		}
 	}
+	// Nothing is released that a stranger would not accept, whoever made it.
+	verifies := func(signature []byte) bool { return key.verify(doc.Message, signature) == nil }
 	signature := admitted.Signature
 	if signature == nil {
-		signature, err = key.Sign(ctx, doc.Message)
-	}
-	// Nothing is released that a stranger would not accept, whoever made it.
-	if err == nil && eddsa.Verify(key.Info().PublicKey, doc.Message, signature) != nil {
-		err = fmt.Errorf("%w: the signature that came back with %v does not verify", keystore.ErrUnavailable, key.Info().Ref)
+		signature, err = key.Sign(ctx, doc.Message, verifies)
+	} else if !verifies(signature) {
+		err = fmt.Errorf("%w: the signature that the ledger has for %v does not verify", keystore.ErrUnavailable, key.Info().Ref)
 	}
 	if admitted.Signature == nil {
 		if lost := a.settle(ctx, who, key, admitted, signature, err); lost != nil {

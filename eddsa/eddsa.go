@@ -13,6 +13,7 @@ package eddsa
 
 import (
 	"crypto/ed25519"
+	"crypto/sha512"
 	"errors"
 
 	"filippo.io/edwards25519"
@@ -26,50 +27,69 @@ var (
 	ErrSignature     = errors.New("the signature does not verify")
 )
 
-// CheckPublicKey refuses what is not a usable public key: a wrong length, a non-canonical encoding, no point on the
-// curve, or a point of small order.
-func CheckPublicKey(key []byte) error {
-	if len(key) != ed25519.PublicKeySize {
-		return ErrKeySize
-	}
-	p, ok := decode(key)
-	if !ok {
-		return ErrKeyEncoding
-	}
-	if smallOrder(p) {
-		return ErrKeySmallOrder
-	}
-	return nil
+// PublicKey is a usable public key, read once for many signatures. It is safe for concurrent use.
+type PublicKey struct {
+	encoded [ed25519.PublicKeySize]byte
+	minus   edwards25519.Point // -A
 }
 
-// Verify checks a 64-byte signature (R || S) over message by the rules of the package. The error is one of the
-// sentinels above.
-func Verify(key, message, signature []byte) error {
-	if err := CheckPublicKey(key); err != nil {
-		return err
+// ParsePublicKey refuses what is not a usable public key: a wrong length, a non-canonical encoding, no point on the
+// curve, or a point of small order.
+func ParsePublicKey(key []byte) (*PublicKey, error) {
+	if len(key) != ed25519.PublicKeySize {
+		return nil, ErrKeySize
 	}
+	// SetBytes alone takes y >= p and a sign bit on x = 0: only the one encoding that the point has comes back.
+	a, err := new(edwards25519.Point).SetBytes(key)
+	if err != nil || string(a.Bytes()) != string(key) {
+		return nil, ErrKeyEncoding
+	}
+	if smallOrder(a) {
+		return nil, ErrKeySmallOrder
+	}
+	k := &PublicKey{encoded: [ed25519.PublicKeySize]byte(key)}
+	k.minus.Negate(a)
+	return k, nil
+}
+
+// Verify checks a 64-byte signature (R || S) over message by the rules of the package.
+func (k *PublicKey) Verify(message, signature []byte) error {
 	if len(signature) != ed25519.SignatureSize {
 		return ErrSignature
 	}
-	// crypto/ed25519 refuses an S that is not reduced and compares the encoding of R, so a non-canonical R can't pass;
-	// what it lets pass is an R of small order.
-	r, ok := decode(signature[:32])
-	if !ok || smallOrder(r) {
+	s, err := new(edwards25519.Scalar).SetCanonicalBytes(signature[32:])
+	if err != nil {
 		return ErrSignature
 	}
-	if !ed25519.Verify(key, message, signature) {
+	hash := sha512.New()
+	hash.Write(signature[:32])
+	hash.Write(k.encoded[:])
+	hash.Write(message)
+	challenge, err := new(edwards25519.Scalar).SetUniformBytes(hash.Sum(nil))
+	if err != nil {
+		return ErrSignature
+	}
+	// R = [S]B - [k]A. The comparison is of encodings: an R that is not canonical, or no point, has no equal.
+	r := new(edwards25519.Point).VarTimeDoubleScalarBaseMult(challenge, &k.minus, s)
+	if string(r.Bytes()) != string(signature[:32]) || smallOrder(r) {
 		return ErrSignature
 	}
 	return nil
 }
 
-// decode accepts just the one encoding that the point has. SetBytes alone takes y >= p and a sign bit on x = 0.
-func decode(b []byte) (*edwards25519.Point, bool) {
-	p, err := new(edwards25519.Point).SetBytes(b)
+// CheckPublicKey is ParsePublicKey for its error.
+func CheckPublicKey(key []byte) error {
+	_, err := ParsePublicKey(key)
+	return err
+}
+
+// Verify checks a signature by the rules of the package. The error is one of the sentinels above.
+func Verify(key, message, signature []byte) error {
+	k, err := ParsePublicKey(key)
 	if err != nil {
-		return nil, false
+		return err
 	}
-	return p, string(p.Bytes()) == string(b)
+	return k.Verify(message, signature)
 }
 
 func smallOrder(p *edwards25519.Point) bool {

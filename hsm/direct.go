@@ -33,15 +33,26 @@ static void *load(const char *path, functions_t **list) {
 	return module;
 }
 
-// sign writes at most size bytes to signature. failed names the call that failed.
-static ulong_t sign(functions_t *f, ulong_t session, ulong_t mechanism, ulong_t key, void *message, ulong_t length,
-		unsigned char *signature, ulong_t *size, const char **failed) {
-	mechanism_t m = { mechanism, NULL, 0 };
-	*failed = "C_SignInit";
-	ulong_t rv = ((sign_init_t)f->function[SIGN_INIT])(session, &m, key);
-	if (rv != 0) return rv;
-	*failed = "C_Sign";
-	return ((sign_t)f->function[SIGN])(session, message, length, signature, size);
+// item is one signature of a batch: what is signed lies at offset in the batch's data.
+typedef struct { ulong_t mechanism, key, offset, length; } item_t;
+
+// sign makes count signatures of 64 bytes each, one after another, and returns how many it made. When that is not all,
+// rv and size say why, and failed names the call.
+static ulong_t sign(functions_t *f, ulong_t session, item_t *items, ulong_t count, unsigned char *data, unsigned char *signatures,
+		ulong_t *rv, ulong_t *size, const char **failed) {
+	for (ulong_t i = 0; i < count; i++) {
+		mechanism_t m = { items[i].mechanism, NULL, 0 };
+		*failed = "C_SignInit";
+		*rv = ((sign_init_t)f->function[SIGN_INIT])(session, &m, items[i].key);
+		if (*rv != 0) return i;
+		unsigned char signature[256]; // more than asked for: what is longer than it should be is seen as that
+		*size = sizeof signature;
+		*failed = "C_Sign";
+		*rv = ((sign_t)f->function[SIGN])(session, data + items[i].offset, items[i].length, signature, size);
+		if (*rv != 0 || *size != 64) return i;
+		memcpy(signatures + 64 * i, signature, 64);
+	}
+	return count;
 }
 
 // derive makes the shared secret of 32 bytes as a session object, reads it and destroys it.
@@ -75,6 +86,7 @@ import "C"
 
 import (
 	"fmt"
+	"sync"
 	"unsafe"
 
 	"countersign/keystore"
@@ -82,9 +94,9 @@ import (
 	"github.com/miekg/pkcs11"
 )
 
-// direct calls the module for what is hot: a signature or a derivation crosses from Go to C once, and asks the device
-// once for each step. miekg/pkcs11, which does everything else here, asks C_Sign and C_GetAttributeValue twice (for the
-// length first): with a device behind a network that is a third of the time.
+// direct calls the module for what is hot: signatures or a derivation cross from Go to C once, and ask the device once for
+// each step. miekg/pkcs11, which does everything else here, asks C_Sign and C_GetAttributeValue twice (for the length
+// first): with a device behind a network that is a third of the time.
 type direct struct {
 	module    unsafe.Pointer
 	functions *C.functions_t
@@ -103,20 +115,39 @@ func loadDirect(path string) (*direct, error) {
 
 func (d *direct) close() { C.dlclose(d.module) }
 
-// sign returns the signature of 64 bytes that Ed25519 and raw ECDSA on P-256 both have.
-func (d *direct) sign(session pkcs11.SessionHandle, mechanism uint, key pkcs11.ObjectHandle, message []byte) ([]byte, error) {
-	var buf [256]byte // more than asked for: what is longer than it should be is seen as that
-	size := C.ulong_t(len(buf))
+// batch is the memory of a crossing to C. It holds no pointers of Go.
+type batch struct {
+	items      [maxBatch]C.item_t
+	signatures [maxBatch * signatureSize]byte
+	data       []byte
+}
+
+var batches = sync.Pool{New: func() any { return &batch{data: make([]byte, 0, 4096)} }} // modules refuse a null pointer, even to nothing
+
+// sign makes the signatures of 64 bytes that Ed25519 and raw ECDSA on P-256 both have, for at most maxBatch inputs. The
+// first that fails ends it.
+func (d *direct) sign(session pkcs11.SessionHandle, inputs []*signing) error {
+	b := batches.Get().(*batch)
+	defer batches.Put(b)
+	b.data = b.data[:0]
+	for i, in := range inputs {
+		b.items[i] = C.item_t{C.ulong_t(in.mechanism), C.ulong_t(in.handle.private), C.ulong_t(len(b.data)), C.ulong_t(len(in.input))}
+		b.data = append(b.data, in.input...)
+	}
+	var rv, size C.ulong_t
 	var failed *C.char
-	rv := C.sign(d.functions, C.ulong_t(session), C.ulong_t(mechanism), C.ulong_t(key),
-		unsafe.Pointer(unsafe.SliceData(message)), C.ulong_t(len(message)), (*C.uchar)(&buf[0]), &size, &failed)
-	if rv != 0 {
-		return nil, deviceError(C.GoString(failed), pkcs11.Error(rv))
+	done := C.sign(d.functions, C.ulong_t(session), &b.items[0], C.ulong_t(len(inputs)), (*C.uchar)(unsafe.SliceData(b.data)),
+		(*C.uchar)(&b.signatures[0]), &rv, &size, &failed)
+	switch {
+	case rv != 0:
+		return deviceError(C.GoString(failed), pkcs11.Error(rv))
+	case int(done) != len(inputs):
+		return fmt.Errorf("%w: C_Sign: a signature of %d bytes", keystore.ErrUnavailable, size)
 	}
-	if size != 64 {
-		return nil, fmt.Errorf("%w: C_Sign: a signature of %d bytes", keystore.ErrUnavailable, size)
+	for i, in := range inputs {
+		in.signature = [signatureSize]byte(b.signatures[i*signatureSize:])
 	}
-	return append([]byte(nil), buf[:64]...), nil
+	return nil
 }
 
 func (d *direct) derive(session pkcs11.SessionHandle, key pkcs11.ObjectHandle, peer [32]byte) (shared [32]byte, err error) {

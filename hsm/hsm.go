@@ -12,6 +12,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"runtime"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -282,23 +283,47 @@ func findSlot(module *pkcs11.Ctx, uri tokenURI) (uint, error) {
 	return 0, fmt.Errorf("hsm: %d tokens match %q; name one by its serial", len(found), uri.text)
 }
 
+// acquire takes a session, which may be none yet. release gives it back.
+func (s *Store) acquire(ctx context.Context) (held session, err error) {
+	if ctx.Err() == nil {
+		select {
+		case held = <-s.slots:
+			return held, nil
+		case <-ctx.Done():
+		}
+	}
+	return held, fmt.Errorf("%w: all sessions are busy: %w", keystore.ErrUnavailable, ctx.Err())
+}
+
+func (s *Store) release(held *session) {
+	s.slots <- *held
+	// A goroutine that goes into C again and again without ever giving way is taken for one that hangs: every 10 ms the
+	// runtime takes its processor away, and looks for others to take with all its might for a while after that.
+	runtime.Gosched()
+}
+
+// once runs use with a session as it is.
+func (s *Store) once(ctx context.Context, use func(session) error) error {
+	held, err := s.acquire(ctx)
+	if err != nil {
+		return err
+	}
+	defer s.release(&held)
+	return s.attempt(ctx, &held, use)
+}
+
 // do runs use with a session of the token. use may run four times, once on each rung of the ladder: as it is, in a new
 // session, after a new login, after the module was initialised anew. What keys do is deterministic or harmless to do
 // again, so that is safe; Generate and Import look first at what is there.
 func (s *Store) do(ctx context.Context, doing string, use func(session) error) error {
 	fail := func(err error) error { return fmt.Errorf("hsm: %s: %w", doing, err) }
-	if ctx.Err() != nil {
-		return fail(fmt.Errorf("%w: %w", keystore.ErrUnavailable, ctx.Err()))
+	held, err := s.acquire(ctx)
+	if err != nil {
+		return fail(err)
 	}
-	var held session
-	select {
-	case held = <-s.slots:
-	case <-ctx.Done():
-		return fail(fmt.Errorf("%w: all sessions are busy: %w", keystore.ErrUnavailable, ctx.Err()))
-	}
-	defer func() { s.slots <- held }()
+	defer s.release(&held)
 	logins := s.logins.Load()
-	err := s.attempt(ctx, &held, use)
+	err = s.attempt(ctx, &held, use)
 	for rung := 1; rung <= 3 && again(err); rung++ {
 		switch rung {
 		case 2:

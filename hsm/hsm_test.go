@@ -98,7 +98,7 @@ func TestKeysSurviveReopening(t *testing.T) {
 		t.Fatal(err)
 	}
 	store.Close()
-	if _, err := made.Sign(t.Context(), []byte("m")); !errors.Is(err, keystore.ErrUnavailable) {
+	if _, err := made.Sign(t.Context(), []byte("m"), nil); !errors.Is(err, keystore.ErrUnavailable) {
 		t.Errorf("after Close: %v", err)
 	}
 	store = open(t, c)
@@ -107,7 +107,7 @@ func TestKeysSurviveReopening(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	sig, err := found.Sign(t.Context(), []byte("m"))
+	sig, err := found.Sign(t.Context(), []byte("m"), nil)
 	if err != nil || !ed25519.Verify(made.Info().PublicKey, []byte("m"), sig) {
 		t.Errorf("the key is another after reopening: %v", err)
 	}
@@ -217,7 +217,7 @@ func TestTokenPulledOut(t *testing.T) {
 	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
 	defer cancel()
 	for range 5 {
-		if _, err := key.Sign(ctx, []byte("m")); !errors.Is(err, keystore.ErrUnavailable) {
+		if _, err := key.Sign(ctx, []byte("m"), nil); !errors.Is(err, keystore.ErrUnavailable) {
 			t.Fatalf("without the token: %v, want %v", err, keystore.ErrUnavailable)
 		}
 	}
@@ -225,7 +225,7 @@ func TestTokenPulledOut(t *testing.T) {
 		t.Fatal(err)
 	}
 	for {
-		sig, err := key.Sign(ctx, []byte("m"))
+		sig, err := key.Sign(ctx, []byte("m"), nil)
 		if err == nil {
 			if !ed25519.Verify(key.Info().PublicKey, []byte("m"), sig) {
 				t.Error("a wrong signature after healing")
@@ -247,7 +247,7 @@ func TestLoggedOutBehindOurBack(t *testing.T) {
 		t.Fatal(err)
 	}
 	store.LogOut()
-	sig, err := key.Sign(t.Context(), []byte("m"))
+	sig, err := key.Sign(t.Context(), []byte("m"), nil)
 	if err != nil || !ed25519.Verify(key.Info().PublicKey, []byte("m"), sig) {
 		t.Errorf("after a logout: %v", err)
 	}
@@ -273,11 +273,11 @@ func TestWrongPINIsTriedOnce(t *testing.T) {
 	}
 	write(t, c.PINFile, "wrong-pin\n")
 	store.LogOut()
-	if _, err := key.Sign(t.Context(), []byte("m")); !errors.Is(err, keystore.ErrAuth) {
+	if _, err := key.Sign(t.Context(), []byte("m"), nil); !errors.Is(err, keystore.ErrAuth) {
 		t.Fatalf("%v, want %v", err, keystore.ErrAuth)
 	}
 	write(t, c.PINFile, "test-user-pin\n")
-	if _, err := key.Sign(t.Context(), []byte("m")); !errors.Is(err, keystore.ErrAuth) {
+	if _, err := key.Sign(t.Context(), []byte("m"), nil); !errors.Is(err, keystore.ErrAuth) {
 		t.Errorf("asked again: %v, want %v", err, keystore.ErrAuth)
 	}
 }
@@ -359,7 +359,7 @@ func TestSlotsAreGivenBack(t *testing.T) {
 		case i%2 == 0:
 			time.AfterFunc(100*time.Microsecond, cancel) // in the middle of it
 		}
-		key.Sign(ctx, []byte("m"))
+		key.Sign(ctx, []byte("m"), nil)
 		cancel()
 	}
 	for deadline := time.Now().Add(10 * time.Second); store.IdleSlots() != c.Sessions; {
@@ -368,7 +368,7 @@ func TestSlotsAreGivenBack(t *testing.T) {
 		}
 		runtime.Gosched()
 	}
-	if _, err := key.Sign(t.Context(), []byte("m")); err != nil {
+	if _, err := key.Sign(t.Context(), []byte("m"), nil); err != nil {
 		t.Error(err)
 	}
 }
@@ -412,7 +412,7 @@ func TestHealsUnderLoad(t *testing.T) {
 		t.Fatal(err)
 	}
 	sign := func() error {
-		sig, err := key.Sign(t.Context(), []byte("m"))
+		sig, err := key.Sign(t.Context(), []byte("m"), nil)
 		if err == nil && !ed25519.Verify(key.Info().PublicKey, []byte("m"), sig) {
 			t.Error("a wrong signature")
 		}

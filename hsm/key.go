@@ -6,11 +6,8 @@ import (
 	"crypto/ecdh"
 	"crypto/ed25519"
 	"crypto/rand"
-	"crypto/sha256"
-	"encoding/asn1"
 	"errors"
 	"fmt"
-	"math/big"
 	"strings"
 
 	"countersign/keystore"
@@ -77,7 +74,8 @@ type key struct {
 	info  keystore.Info
 }
 
-// handle is a cached private object, good for one login. missing says that the key was not found with that login.
+// handle is a cached private object, good for one login. missing says that the key was not found with that login, on any
+// rung of the ladder.
 type handle struct {
 	ref     keystore.Ref
 	public  []byte
@@ -90,17 +88,6 @@ func (k *key) Info() keystore.Info { return k.info }
 
 func (st *Store) Bind(info keystore.Info) keystore.Key { return &key{st, info} }
 
-func (k *key) Sign(ctx context.Context, message []byte) (signature []byte, err error) {
-	if k.info.Algorithm == keystore.X25519 {
-		return nil, fmt.Errorf("hsm: %v: %w: it is not a signing key", k.info.Ref, keystore.ErrRefused)
-	}
-	err = k.use(ctx, "sign", func(s session, private pkcs11.ObjectHandle) (err error) {
-		signature, err = k.store.sign(s, k.info.Algorithm, private, message)
-		return err
-	})
-	return signature, err
-}
-
 func (k *key) Exchange(ctx context.Context, peer [32]byte) (shared [32]byte, err error) {
 	if k.info.Algorithm != keystore.X25519 {
 		return shared, fmt.Errorf("hsm: %v: %w: it is not an exchange key", k.info.Ref, keystore.ErrRefused)
@@ -108,8 +95,8 @@ func (k *key) Exchange(ctx context.Context, peer [32]byte) (shared [32]byte, err
 	if keystore.LowOrder(peer) {
 		return shared, keystore.ErrPeerKey
 	}
-	err = k.use(ctx, "exchange", func(s session, private pkcs11.ObjectHandle) (err error) {
-		shared, err = k.store.direct.derive(s.handle, private, peer)
+	err = k.use(ctx, "exchange", func(s session, h *handle) (err error) {
+		shared, err = k.store.direct.derive(s.handle, h.private, peer)
 		return err
 	})
 	if err == nil && shared == ([32]byte{}) {
@@ -121,46 +108,43 @@ func (k *key) Exchange(ctx context.Context, peer [32]byte) (shared [32]byte, err
 	return shared, nil
 }
 
-// sign signs as keystore.Key.Sign has it.
-func (st *Store) sign(s session, alg keystore.Algorithm, private pkcs11.ObjectHandle, message []byte) ([]byte, error) {
-	if alg == keystore.Ed25519 {
-		return st.direct.sign(s.handle, ckmEdDSA, private, message)
-	}
-	digest := sha256.Sum256(message)
-	rs, err := st.direct.sign(s.handle, pkcs11.CKM_ECDSA, private, digest[:])
-	if err != nil {
-		return nil, err
-	}
-	return asn1.Marshal(struct{ R, S *big.Int }{new(big.Int).SetBytes(rs[:32]), new(big.Int).SetBytes(rs[32:])})
-}
-
 // use runs f with a session and the private key's handle. Nothing is searched for on the token while the login that the
 // handle was found with holds.
-func (k *key) use(ctx context.Context, doing string, f func(session, pkcs11.ObjectHandle) error) error {
+func (k *key) use(ctx context.Context, doing string, f func(session, *handle) error) error {
 	st := k.store
-	return st.do(ctx, fmt.Sprintf("%s with %v", doing, k.info.Ref), func(s session) error {
-		cached, _ := st.handles.Load(k.info.Tag)
-		h, _ := cached.(*handle)
-		if logins := st.logins.Load(); h == nil || h.logins != logins || h.missing || !bytes.Equal(h.public, k.info.PublicKey) {
+	err := st.do(ctx, doing+" with "+k.info.Ref.String(), func(s session) error {
+		logins := st.logins.Load()
+		h := k.handle(logins)
+		if h == nil {
 			found, err := st.find1(s, k.info)
-			lost := errors.Is(err, errLost)
-			if lost && h != nil && h.missing && h.logins == logins {
-				return fmt.Errorf("%w: %w", keystore.ErrNotFound, err) // it has not been there since the last login
-			}
-			if err == nil || lost {
-				h = &handle{k.info.Ref, k.info.PublicKey, found, logins, lost}
-				st.handles.Store(k.info.Tag, h)
-			}
-			if err != nil {
+			if before, _ := st.handles.Load(k.info.Tag); errors.Is(err, errLost) && before != nil && before.(*handle).missing && before.(*handle).logins == logins {
+				return fmt.Errorf("%w: %v", keystore.ErrNotFound, err) // the ladder was climbed for it already
+			} else if err != nil {
 				return err
 			}
+			h = &handle{ref: k.info.Ref, public: k.info.PublicKey, private: found, logins: logins}
+			st.handles.Store(k.info.Tag, h)
 		}
-		err := f(s, h.private)
+		err := f(s, h)
 		if err != nil && !errors.Is(err, keystore.ErrPeerKey) {
 			st.forget(s, k.info.Tag, h) // it may be the handle: find it again
 		}
 		return err
 	})
+	if errors.Is(err, errLost) {
+		st.handles.Store(k.info.Tag, &handle{ref: k.info.Ref, logins: st.logins.Load(), missing: true})
+	}
+	return err
+}
+
+// handle returns the cached handle that is good with the login of that number, or nil.
+func (k *key) handle(logins uint64) *handle {
+	cached, _ := k.store.handles.Load(k.info.Tag)
+	h, _ := cached.(*handle)
+	if h == nil || h.logins != logins || h.missing || !bytes.Equal(h.public, k.info.PublicKey) {
+		return nil
+	}
+	return h
 }
 
 // forget drops the handle for a tag, and the copy of the key that it may stand for.
@@ -446,11 +430,12 @@ func (st *Store) importSeed(s session, ref keystore.Ref, c curve, tag keystore.T
 func (st *Store) prove(s session, info keystore.Info, private pkcs11.ObjectHandle) error {
 	if info.Algorithm != keystore.X25519 {
 		challenge := []byte("countersign: proof of a new key\x00" + info.Ref.String())
-		sig, err := st.sign(s, info.Algorithm, private, challenge)
-		if err != nil {
+		proof := newSigning(info.Algorithm, challenge)
+		proof.handle = &handle{private: private}
+		if err := st.direct.sign(s.handle, []*signing{proof}); err != nil {
 			return err
 		}
-		if !info.Verify(challenge, sig) {
+		if sig, err := proof.encoded(); err != nil || !info.Verify(challenge, sig) {
 			return fmt.Errorf("%w: the key signs wrongly", keystore.ErrUnfit)
 		}
 		return nil

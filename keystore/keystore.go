@@ -192,15 +192,40 @@ type Finding struct {
 	Text string    `json:"text"`
 }
 
+// Judge reports whether a signature that a device has made can be believed.
+type Judge func(signature []byte) bool
+
+// Accepts is true for what a judge accepts; none accepts everything.
+func (j Judge) Accepts(signature []byte) bool { return j == nil || j(signature) }
+
+// ErrWrong is what a store says of an answer that was judged to be wrong.
+var ErrWrong = fmt.Errorf("%w: the device has answered wrongly", ErrUnavailable)
+
 // Key is one key pair whose private half can be used and not read. It is safe for concurrent use and stays valid until
 // its store is closed, through reconnections of the device.
 type Key interface {
 	Info() Info
 	// Sign makes an Ed25519 signature of 64 bytes, or an ECDSA signature over the message's SHA-256 in ASN.1 DER (RFC
-	// 3279). The caller verifies it before it believes it.
-	Sign(ctx context.Context, message []byte) ([]byte, error)
+	// 3279). What judge does not accept is not returned: a store that has another way to the device tries that, and then
+	// gives ErrUnavailable. judge may be nil, for those who don't need to be sure.
+	Sign(ctx context.Context, message []byte, judge Judge) ([]byte, error)
 	// Exchange makes the X25519 shared secret. A point of low order is refused with ErrPeerKey before the device sees it.
 	Exchange(ctx context.Context, peer [32]byte) ([32]byte, error)
+}
+
+// BatchSigner is a Store that makes several signatures at less cost together than one by one.
+type BatchSigner interface {
+	// SignBatch sets Signature or Err of each element, as Key.Sign without a judge would give it. The keys are all of
+	// this store.
+	SignBatch(ctx context.Context, batch []*Signing)
+}
+
+// Signing is a signature that is asked for.
+type Signing struct {
+	Key       Key
+	Message   []byte
+	Signature []byte
+	Err       error
 }
 
 // lowOrder has the points whose X25519 shared secret is zero whatever the private key: the u-coordinates of order 1, 2,

@@ -40,6 +40,7 @@ policy = "policy.cedar"
 uri = "pkcs11:token=countersign"
 module = "/usr/lib/softhsm/libsofthsm2.so"
 pin_file = "pin"
+sessions = 1 # a software token is used best by one at a time in each key worker
 environment = { SOFTHSM2_CONF = "$here/$run/softhsm2.conf" }
 CONF
 

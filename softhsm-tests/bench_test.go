@@ -1,6 +1,7 @@
 package softhsmtests
 
 import (
+	"bufio"
 	"context"
 	"encoding/json"
 	"fmt"
@@ -8,8 +9,8 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"slices"
-	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -17,17 +18,19 @@ import (
 	"time"
 
 	"countersign/client"
+	"countersign/eddsa"
 	"countersign/hsm"
 	"countersign/keystore"
 	"countersign/keystore/worker"
 )
 
 // Every benchmark prints lines NAME PARAMETERS ratio X, with the two figures that made it. A ratio is taken from rounds
-// in which its two sides take turns, since the machine may be busy with other things: the medians are compared.
+// in which its two sides take turns, short ones, since the machine may be busy with other things: it is the median of
+// the rounds' ratios.
 const (
-	rounds   = 5
-	warmUp   = 200 * time.Millisecond
-	measured = 1500 * time.Millisecond
+	rounds   = 41
+	warmUp   = 30 * time.Millisecond
+	measured = 150 * time.Millisecond
 )
 
 // compile builds a program or a shared object of testdata/ with gcc.
@@ -52,7 +55,7 @@ func (s *system) pool(b testing.TB, c hsm.Config, workers, memory int) *worker.P
 		b.Fatal(err)
 	}
 	p, err := worker.Open(b.Context(), worker.Config{
-		Name: "bench", Hello: hello, Workers: workers, Spread: true, InFlight: 2 * c.Sessions, Memory: memory, Deadline: 5 * time.Second, Log: slog.New(slog.DiscardHandler),
+		Name: "bench", Hello: hello, Workers: workers, Spread: true, InFlight: max(16, 2*c.Sessions), Memory: memory, Deadline: 5 * time.Second, Log: slog.New(slog.DiscardHandler),
 		Command: func(int) *exec.Cmd {
 			cmd := exec.Command(filepath.Join(bin, "countersignd"), "key-worker", "bench")
 			return cmd
@@ -69,38 +72,89 @@ func (s *system) pool(b testing.TB, c hsm.Config, workers, memory int) *worker.P
 type side func() float64
 
 // compare prints the ratio of each side to the first.
-func compare(parameters string, floor side, sides map[string]side) {
-	figures := map[string][]float64{}
+func compare(parameters string, floor side, names []string, sides ...side) {
+	for _, measure := range append(sides, floor) { // once for nothing: sessions are opened, handles found
+		measure()
+	}
+	figures, ratios := make([][]float64, len(sides)), make([][]float64, len(sides))
+	var floors []float64
 	for range rounds {
-		figures[""] = append(figures[""], floor())
-		for name, measure := range sides {
-			figures[name] = append(figures[name], measure())
+		for i, measure := range sides {
+			at := floor()
+			got := measure()
+			floors, figures[i], ratios[i] = append(floors, at), append(figures[i], got), append(ratios[i], got/at)
 		}
 	}
-	median := func(name string) float64 {
-		slices.Sort(figures[name])
-		return figures[name][rounds/2]
-	}
-	for _, name := range slices.Sorted(func(yield func(string) bool) {
-		for name := range sides {
-			if !yield(name) {
-				return
-			}
-		}
-	}) {
-		fmt.Fprintf(os.Stdout, "%s %s ratio %.2f (%.0f/s, floor %.0f/s)\n", name, parameters, median(name)/median(""), median(name), median(""))
+	for i, name := range names {
+		fmt.Fprintf(os.Stdout, "%s %s ratio %.2f (%.0f/s, floor %.0f/s)\n", name, parameters, median(ratios[i]), median(figures[i]), median(floors))
 	}
 }
 
-// signing measures a key with so many callers.
+func median(of []float64) float64 {
+	slices.Sort(of)
+	return of[len(of)/2]
+}
+
+// cLoop starts the loop in C on a module of this system, and returns what measures it with so many sessions.
+func (s *system) cLoop(b *testing.B, program, module string) func(sessions int) side {
+	cmd := exec.Command(program, module, s.path("pin"), "countersign/payments/1")
+	cmd.Stderr = os.Stderr
+	in, err := cmd.StdinPipe()
+	if err != nil {
+		b.Fatal(err)
+	}
+	out, err := cmd.StdoutPipe()
+	if err != nil {
+		b.Fatal(err)
+	}
+	if err := cmd.Start(); err != nil {
+		b.Fatal(err)
+	}
+	b.Cleanup(func() {
+		in.Close()
+		cmd.Wait()
+	})
+	answers := bufio.NewReader(out)
+	return func(sessions int) side {
+		return func() (rate float64) {
+			fmt.Fprintln(in, sessions, int(measured/time.Millisecond))
+			if _, err := fmt.Fscanln(answers, &rate); err != nil {
+				b.Fatalf("the loop in C has ended: %v", err)
+			}
+			return rate
+		}
+	}
+}
+
+// best is the loop with the number of sessions that does most.
+func best(loop func(sessions int) side) (sessions int, floor side) {
+	most := 0.0
+	for _, n := range []int{1, 2, 4, 8, 16} {
+		var seen []float64
+		for range 9 {
+			seen = append(seen, loop(n)())
+		}
+		if r := median(seen); r > most {
+			sessions, most = n, r
+		}
+	}
+	return sessions, loop(sessions)
+}
+
+// signing measures a key with so many callers. Where verify is set, what comes back is judged as in the appliance.
 func signing(b *testing.B, key keystore.Key, callers int, verify bool) side {
 	message := make([]byte, 115) // what message-v1 signs has about this length
+	var judge keystore.Judge
+	if verify {
+		public, err := eddsa.ParsePublicKey(key.Info().PublicKey)
+		if err != nil {
+			b.Fatal(err)
+		}
+		judge = func(signature []byte) bool { return public.Verify(message, signature) == nil }
+	}
 	return func() float64 {
 		return rate(b, callers, func(ctx context.Context, _ int) error {
-			sig, err := key.Sign(ctx, message)
-			if err == nil && verify && !key.Info().Verify(message, sig) {
-				err = fmt.Errorf("a wrong signature")
-			}
+			_, err := key.Sign(ctx, message, judge)
 			return err
 		})
 	}
@@ -115,8 +169,8 @@ func findKey(b *testing.B, store keystore.Store) keystore.Key {
 	return key
 }
 
-// BenchmarkBackend holds package hsm, in this process and behind the boundary, against a loop in C on the same token. The
-// pool verifies each signature, which the floor does not: what that takes is measured too.
+// BenchmarkBackend holds package hsm, in this process and behind the boundary, against a loop in C on the same token, with
+// and without the verification of what comes back.
 func BenchmarkBackend(b *testing.B) {
 	s := newSystem(b)
 	p := s.serve()
@@ -124,37 +178,22 @@ func BenchmarkBackend(b *testing.B) {
 	p.stop()
 	b.Setenv("SOFTHSM2_CONF", s.path("softhsm2.conf"))
 	program := compile(b, "floor.c")
-	floor := func(module string, sessions int) side {
-		return func() float64 {
-			out, err := exec.Command(program, module, s.path("pin"), "countersign/payments/1", strconv.Itoa(sessions), strconv.Itoa(int(measured/time.Millisecond))).CombinedOutput()
-			if err != nil {
-				b.Fatalf("floor: %v\n%s", err, out)
-			}
-			n, err := strconv.ParseFloat(strings.TrimSpace(string(out)), 64)
-			if err != nil {
-				b.Fatal(err)
-			}
-			return n
-		}
-	}
-	best, most := 0, 0.0
-	for _, n := range []int{1, 2, 4, 8, 16} {
-		if r := floor(softHSM, n)(); r > most {
-			best, most = n, r
-		}
-	}
-	store, err := hsm.Open(b.Context(), s.hsmConfig(softHSM, 4))
+	sessions, floor := best(s.cLoop(b, program, softHSM))
+	cores := runtime.NumCPU() // what a software token is best used with
+	store, err := hsm.Open(b.Context(), s.hsmConfig(softHSM, cores))
 	if err != nil {
 		b.Fatal(err)
 	}
-	key, pooled := findKey(b, store), findKey(b, s.pool(b, s.hsmConfig(softHSM, 4), 2, 1<<30))
-	compare(fmt.Sprintf("softhsm %d", best), floor(softHSM, best), map[string]side{
-		"hsm":        signing(b, key, 4, false),
-		"hsm+verify": signing(b, key, 4, true),
-		"worker":     signing(b, pooled, 16, false),
-	})
-
+	// As in a key worker, whose processors wait in C.
+	before := runtime.GOMAXPROCS(cores + 2)
+	key := findKey(b, store)
+	compare(fmt.Sprintf("softhsm %d", sessions), floor, []string{"hsm", "hsm+verify"},
+		signing(b, key, cores, false), signing(b, key, cores, true))
 	store.Close() // the shim is SoftHSM too: there is one of it in a process
+	runtime.GOMAXPROCS(before)
+	pooled := findKey(b, s.pool(b, s.hsmConfig(softHSM, 1), 2, 1<<30))
+	compare(fmt.Sprintf("softhsm %d", sessions), floor, []string{"worker", "worker+verify"},
+		signing(b, pooled, 64, false), signing(b, pooled, 64, true))
 
 	// What a network HSM looks like: each call takes 5 ms more and no CPU.
 	shim := compile(b, "shim.c", "-shared", "-fPIC")
@@ -165,10 +204,8 @@ func BenchmarkBackend(b *testing.B) {
 	}
 	defer slow.Close()
 	one := s.pool(b, s.hsmConfig(shim, 16), 1, 1<<30)
-	compare("softhsm+5ms 16", floor(shim, 16), map[string]side{
-		"hsm":    signing(b, findKey(b, slow), 16, false),
-		"worker": signing(b, findKey(b, one), 32, false),
-	})
+	compare("softhsm+5ms 16", s.cLoop(b, program, shim)(16), []string{"hsm", "worker"},
+		signing(b, findKey(b, slow), 16, false), signing(b, findKey(b, one), 64, false))
 }
 
 // BenchmarkSign compares the whole path (64 requests in flight over 8 connections, admitted on disk, signed, verified by
@@ -179,25 +216,20 @@ func BenchmarkSign(b *testing.B) {
 	s.enrol()
 	p.stop()
 	s.edit("countersign.toml", `"debug"`, `"warn"`)
+	s.edit("countersign.toml", "[tokens.main]", "[tokens.main]\nsessions = 1")
 	b.Setenv("SOFTHSM2_CONF", s.path("softhsm2.conf"))
-	store, err := hsm.Open(b.Context(), s.hsmConfig(softHSM, 4))
-	if err != nil {
-		b.Fatal(err)
-	}
-	defer store.Close()
-	key := findKey(b, store)
-
+	_, floor := best(s.cLoop(b, compile(b, "floor.c"), softHSM))
 	p = s.serve()
 	var clients []*client.Client
 	for range 8 {
 		clients = append(clients, s.dial())
 	}
-	compare("softhsm 64", signing(b, key, 4, false), map[string]side{"sign": func() float64 {
+	compare("softhsm 64", floor, []string{"sign"}, func() float64 {
 		return rate(b, 64, func(ctx context.Context, caller int) error {
 			_, err := clients[caller%len(clients)].Sign(ctx, "payments", message("AAAA"))
 			return err
 		})
-	}})
+	})
 	p.stop()
 }
 

@@ -349,7 +349,7 @@ func TestNothingLeaks(t *testing.T) {
 					if i%10 == 0 {
 						_, err = exchange.Exchange(ctx, [32]byte{9})
 					} else {
-						_, err = key.Sign(ctx, []byte("m"))
+						_, err = key.Sign(ctx, []byte("m"), nil)
 					}
 					if err != nil {
 						failed <- err

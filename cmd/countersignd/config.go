@@ -80,9 +80,9 @@ type Token struct {
 	// one process at a time well; then the others only stand by.
 	Spread bool `toml:"spread"`
 
-	// Sessions is how many operations one worker may have in the token at once. Default: 4. A software token gains
-	// nothing beyond one or two for each core; a network HSM may want many more. What the token allows, shared by the
-	// workers, goes before this.
+	// Sessions is how many operations one worker may have in the token at once. Default: 4. A software token is best
+	// used with 1, since its sessions stand in each other's way inside one process; a network HSM may want many more.
+	// What the token allows, shared by the workers, goes before this.
 	Sessions int `toml:"sessions"`
 
 	// Deadline is for one use of a key by the device. Default: 5s. A worker that misses it is killed and replaced, and

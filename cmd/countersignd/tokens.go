@@ -29,7 +29,7 @@ func openToken(ctx context.Context, name string, t *Token, patient bool, log *sl
 		return nil, err
 	}
 	pool, err := worker.Open(ctx, worker.Config{
-		Name: name, Hello: hello, Workers: t.Workers, Spread: t.Spread, InFlight: 2 * t.Sessions, Memory: t.MemoryMiB << 20,
+		Name: name, Hello: hello, Workers: t.Workers, Spread: t.Spread, InFlight: max(16, 2*t.Sessions), Memory: t.MemoryMiB << 20,
 		Deadline: t.Deadline.std(), Log: log, OnChange: changed,
 		Command: func(int) *exec.Cmd {
 			// The running binary, even if a package has replaced the file meanwhile.
@@ -61,10 +61,10 @@ func keyWorker() error {
 	if st, err := socket.Stat(); err != nil || st.Mode().Type() != os.ModeSocket {
 		return errors.New("key-worker is for countersignd itself")
 	}
-	return worker.Serve(socket, func(ctx context.Context, config []byte, gate worker.LogIn) (keystore.Store, error) {
+	return worker.Serve(socket, func(ctx context.Context, config []byte, gate worker.LogIn) (keystore.Store, int, error) {
 		var c hsm.Config
 		if err := json.Unmarshal(config, &c); err != nil {
-			return nil, err
+			return nil, 0, err
 		}
 		c.LogIn = gate
 		// Go takes the place of a thread that waits in C away only after a while: there is one for each that may wait, and
@@ -72,9 +72,9 @@ func keyWorker() error {
 		runtime.GOMAXPROCS(c.Sessions + 2)
 		store, err := hsm.Open(ctx, c)
 		if err != nil {
-			return nil, err
+			return nil, 0, err
 		}
-		return store, nil
+		return store, c.Sessions, nil
 	})
 }
 

@@ -139,12 +139,12 @@ func (b bound) key() (*memoryKey, error) {
 	return k, nil
 }
 
-func (b bound) Sign(ctx context.Context, message []byte) ([]byte, error) {
+func (b bound) Sign(ctx context.Context, message []byte, judge keystore.Judge) ([]byte, error) {
 	k, err := b.key()
 	if err != nil {
 		return nil, err
 	}
-	return k.Sign(ctx, message)
+	return k.Sign(ctx, message, judge)
 }
 
 func (b bound) Exchange(ctx context.Context, peer [32]byte) ([32]byte, error) {
@@ -173,7 +173,7 @@ func (m *Memory) Remove(ref keystore.Ref) {
 
 func (k *memoryKey) Info() keystore.Info { return k.info }
 
-func (k *memoryKey) Sign(ctx context.Context, message []byte) ([]byte, error) {
+func (k *memoryKey) Sign(ctx context.Context, message []byte, judge keystore.Judge) ([]byte, error) {
 	if k.sign == nil && k.ecdsa == nil {
 		return nil, fmt.Errorf("%v: %w: it is not a signing key", k.info.Ref, keystore.ErrRefused)
 	}
@@ -185,13 +185,21 @@ func (k *memoryKey) Sign(ctx context.Context, message []byte) ([]byte, error) {
 	if err := k.usable(ctx); err != nil {
 		return nil, err
 	}
+	var sig []byte
 	if k.ecdsa != nil {
 		digest := sha256.Sum256(message)
-		return k.ecdsa.Sign(rand.Reader, digest[:], crypto.SHA256)
+		var err error
+		if sig, err = k.ecdsa.Sign(rand.Reader, digest[:], crypto.SHA256); err != nil {
+			return nil, err
+		}
+	} else {
+		sig = ed25519.Sign(k.sign, message)
 	}
-	sig := ed25519.Sign(k.sign, message)
 	if k.store.Corrupt != nil {
 		sig = k.store.Corrupt(sig)
+	}
+	if !judge.Accepts(sig) {
+		return nil, keystore.ErrWrong
 	}
 	return sig, nil
 }

@@ -10,6 +10,7 @@ import (
 	"encoding/base64"
 	"encoding/hex"
 	"errors"
+	"fmt"
 	"os"
 	"path/filepath"
 	"slices"
@@ -72,20 +73,75 @@ func Run(t *testing.T, open func(*testing.T) keystore.Store) {
 		for _, n := range []int{0, 1, 31, 32, 33, 64, 1000, 65000} {
 			msg := make([]byte, n)
 			rand.Read(msg)
-			sig, err := k.Sign(t.Context(), msg)
+			sig, err := k.Sign(t.Context(), msg, nil)
 			if err != nil {
 				t.Fatalf("%d bytes: %v", n, err)
 			}
 			if !ed25519.Verify(k.Info().PublicKey, msg, sig) {
 				t.Errorf("%d bytes: the signature does not verify", n)
 			}
-			again, err := k.Sign(t.Context(), msg)
+			again, err := k.Sign(t.Context(), msg, nil)
 			if err != nil || !slices.Equal(sig, again) {
 				t.Errorf("%d bytes: not deterministic (%v)", n, err)
 			}
 		}
 		if _, err := k.Exchange(t.Context(), [32]byte{9}); err == nil {
 			t.Error("a signing key exchanges")
+		}
+	})
+
+	t.Run("Judge", func(t *testing.T) {
+		k := generate(t, store(t), "a", 1, keystore.Ed25519)
+		judged := 0
+		sig, err := k.Sign(t.Context(), []byte("m"), func(signature []byte) bool {
+			judged++
+			return !ed25519.Verify(k.Info().PublicKey, []byte("m"), signature) // none is good enough
+		})
+		if !errors.Is(err, keystore.ErrUnavailable) || sig != nil || judged == 0 {
+			t.Errorf("judged %d times, and returned %x, %v", judged, sig, err)
+		}
+		sig, err = k.Sign(t.Context(), []byte("m"), func(signature []byte) bool { return ed25519.Verify(k.Info().PublicKey, []byte("m"), signature) })
+		for end := time.Now().Add(20 * time.Second); errors.Is(err, keystore.ErrUnavailable) && time.Now().Before(end); { // it is recovering
+			sig, err = k.Sign(t.Context(), []byte("m"), nil)
+		}
+		if err != nil || len(sig) != ed25519.SignatureSize {
+			t.Errorf("accepted, and returned %x, %v", sig, err)
+		}
+	})
+
+	t.Run("SignBatch", func(t *testing.T) {
+		s := store(t)
+		batches, ok := s.(keystore.BatchSigner)
+		if !ok {
+			t.Skip("this store does not sign in batches")
+		}
+		one, two, p256 := generate(t, s, "a", 1, keystore.Ed25519), generate(t, s, "a", 2, keystore.Ed25519), generate(t, s, "tls", 1, keystore.P256)
+		absent := one.Info()
+		absent.Ref, absent.Tag = keystore.Ref{Name: "absent", Version: 1}, keystore.Tag{99}
+		for what, keys := range map[string][]keystore.Key{
+			"none":              nil,
+			"a single one":      {one},
+			"different keys":    {one, two, p256, one, two},
+			"one that is gone":  {one, s.Bind(absent), two},
+			"one of no use":     {one, generate(t, s, "x", 1, keystore.X25519), two},
+			"more than fits in": slices.Repeat([]keystore.Key{one, p256}, 40),
+		} {
+			for round := range 2 { // the second finds the keys known
+				var batch []*keystore.Signing
+				for i, k := range keys {
+					batch = append(batch, &keystore.Signing{Key: k, Message: fmt.Appendf(nil, "%s %d %d", what, round, i)})
+				}
+				batches.SignBatch(t.Context(), batch)
+				for i, b := range batch {
+					info := b.Key.Info()
+					switch {
+					case info.Ref.Name == "absent" && !errors.Is(b.Err, keystore.ErrNotFound), info.Ref.Name == "x" && !errors.Is(b.Err, keystore.ErrRefused):
+						t.Errorf("%s, number %d: %v", what, i, b.Err)
+					case info.Ref.Name != "absent" && info.Ref.Name != "x" && (b.Err != nil || !info.Verify(b.Message, b.Signature)):
+						t.Errorf("%s, number %d: %v, or it does not verify", what, i, b.Err)
+					}
+				}
+			}
 		}
 	})
 
@@ -97,7 +153,7 @@ func Run(t *testing.T, open func(*testing.T) keystore.Store) {
 		for _, n := range []int{0, 1, 1000} {
 			msg := make([]byte, n)
 			rand.Read(msg)
-			sig, err := k.Sign(t.Context(), msg)
+			sig, err := k.Sign(t.Context(), msg, nil)
 			if err != nil || !k.Info().Verify(msg, sig) {
 				t.Errorf("%d bytes: %v, or it does not verify", n, err)
 			}
@@ -130,7 +186,7 @@ func Run(t *testing.T, open func(*testing.T) keystore.Store) {
 				t.Errorf("public key %x", k.Info().PublicKey)
 			}
 			want := ed25519.Sign(ed25519.NewKeyFromSeed(raw), []byte("m"))
-			if sig, err := k.Sign(t.Context(), []byte("m")); err != nil || !slices.Equal(sig, want) {
+			if sig, err := k.Sign(t.Context(), []byte("m"), nil); err != nil || !slices.Equal(sig, want) {
 				t.Errorf("sign: %x, %v", sig, err)
 			}
 			if found, err := s.Key(t.Context(), ref); err != nil || found.Info().Provenance.Generated() || found.Info().Provenance.String() != "imported" {
@@ -163,17 +219,17 @@ func Run(t *testing.T, open func(*testing.T) keystore.Store) {
 		s := store(t)
 		made := generate(t, s, "a", 1, keystore.Ed25519)
 		k := s.Bind(made.Info())
-		if sig, err := k.Sign(t.Context(), []byte("m")); err != nil || !k.Info().Verify([]byte("m"), sig) {
+		if sig, err := k.Sign(t.Context(), []byte("m"), nil); err != nil || !k.Info().Verify([]byte("m"), sig) {
 			t.Errorf("bound by its description: %v", err)
 		}
 		other := made.Info()
 		other.PublicKey = slices.Repeat([]byte{7}, 32)
-		if _, err := s.Bind(other).Sign(t.Context(), []byte("m")); err == nil {
+		if _, err := s.Bind(other).Sign(t.Context(), []byte("m"), nil); err == nil {
 			t.Error("another key than the one that was asked for has signed")
 		}
 		absent := made.Info()
 		absent.Ref.Version, absent.Tag = 2, keystore.Tag{2}
-		if _, err := s.Bind(absent).Sign(t.Context(), []byte("m")); !errors.Is(err, keystore.ErrNotFound) {
+		if _, err := s.Bind(absent).Sign(t.Context(), []byte("m"), nil); !errors.Is(err, keystore.ErrNotFound) {
 			t.Errorf("a key that is not there: %v, want %v", err, keystore.ErrNotFound)
 		}
 	})
@@ -220,7 +276,7 @@ func Run(t *testing.T, open func(*testing.T) keystore.Store) {
 				t.Errorf("low order %x: %v, want %v", p, err, keystore.ErrPeerKey)
 			}
 		}
-		if _, err := k.Sign(t.Context(), []byte("m")); err == nil {
+		if _, err := k.Sign(t.Context(), []byte("m"), nil); err == nil {
 			t.Error("an exchange key signs")
 		}
 	})
@@ -285,7 +341,7 @@ func Run(t *testing.T, open func(*testing.T) keystore.Store) {
 		if err := s.Destroy(t.Context(), ref, keystore.Tag{2}); err != nil {
 			t.Fatal(err)
 		}
-		if _, err := k.Sign(t.Context(), []byte("m")); err != nil {
+		if _, err := k.Sign(t.Context(), []byte("m"), nil); err != nil {
 			t.Errorf("destroyed with the tag of another creation: %v", err)
 		}
 		for range 2 { // the second time there is nothing left
@@ -296,7 +352,7 @@ func Run(t *testing.T, open func(*testing.T) keystore.Store) {
 		if _, err := s.Key(t.Context(), ref); !errors.Is(err, keystore.ErrNotFound) {
 			t.Errorf("after Destroy: %v", err)
 		}
-		if _, err := k.Sign(t.Context(), []byte("m")); err == nil {
+		if _, err := k.Sign(t.Context(), []byte("m"), nil); err == nil {
 			t.Error("a destroyed key signs")
 		}
 		if _, err := s.Key(t.Context(), keystore.Ref{Name: "a", Version: 11}); err != nil {
@@ -309,10 +365,10 @@ func Run(t *testing.T, open func(*testing.T) keystore.Store) {
 		k := generate(t, store(t), "a", 1, keystore.Ed25519)
 		ctx, cancel := context.WithCancel(t.Context())
 		cancel()
-		if _, err := k.Sign(ctx, []byte("m")); !errors.Is(err, keystore.ErrUnavailable) {
+		if _, err := k.Sign(ctx, []byte("m"), nil); !errors.Is(err, keystore.ErrUnavailable) {
 			t.Errorf("with an ended context: %v, want %v", err, keystore.ErrUnavailable)
 		}
-		if _, err := k.Sign(t.Context(), []byte("m")); err != nil {
+		if _, err := k.Sign(t.Context(), []byte("m"), nil); err != nil {
 			t.Errorf("afterwards: %v", err)
 		}
 	})
@@ -331,7 +387,7 @@ func Run(t *testing.T, open func(*testing.T) keystore.Store) {
 			wg.Go(func() {
 				for i := range 25 {
 					msg := []byte{byte(g), byte(i)}
-					sig, err := sign.Sign(ctx, msg)
+					sig, err := sign.Sign(ctx, msg, nil)
 					if err != nil || !ed25519.Verify(sign.Info().PublicKey, msg, sig) {
 						t.Errorf("sign: %v", err)
 						return

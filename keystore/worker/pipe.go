@@ -56,8 +56,16 @@ func newPipe(file *os.File) (*pipe, error) {
 	return &pipe{conn: conn, r: bufio.NewReaderSize(conn, 64<<10)}, nil
 }
 
-// send gives an error at the latest when the other end is known to be gone. The reader sees that too.
+// send puts a frame and flushes.
 func (p *pipe) send(id uint64, k kind, body ...[]byte) error {
+	if err := p.put(id, k, body...); err != nil {
+		return err
+	}
+	return p.flush()
+}
+
+// put appends a frame to what goes out with the next flush, which the caller owes.
+func (p *pipe) put(id uint64, k kind, body ...[]byte) error {
 	n := headerSize - 4
 	for _, b := range body {
 		n += len(b)
@@ -73,6 +81,14 @@ func (p *pipe) send(id uint64, k kind, body ...[]byte) error {
 	for _, b := range body {
 		p.buf = append(p.buf, b...)
 	}
+	return nil
+}
+
+// flush writes what was put, or leaves it to whoever is writing. It gives an error at the latest when the other end is
+// known to be gone. The reader sees that too.
+func (p *pipe) flush() error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
 	if p.writing {
 		return p.err
 	}

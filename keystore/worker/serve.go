@@ -34,16 +34,17 @@ type LogIn func(ctx context.Context, logIn func() error) error
 // closeTime is how long a device may take to be closed before the process ends all the same.
 const closeTime = 2 * time.Second
 
-// Serve is the key worker: it opens a store with the configuration that the pool sends and serves it until the pool
-// closes the socket. socket is descriptor 3 of a process that a Pool has started. The process must end when Serve
-// returns, whatever the device is doing.
-func Serve(socket *os.File, open func(ctx context.Context, config []byte, gate LogIn) (keystore.Store, error)) error {
+// Serve is the key worker: it opens a store and serves it until the pool closes the socket. socket is descriptor 3 of a
+// process that a Pool has started. open opens the store with the configuration that the pool sends; lanes is how many
+// signatures, or batches of them, are made at the same time. The process must end when Serve returns, whatever the device
+// is doing.
+func Serve(socket *os.File, open func(ctx context.Context, config []byte, gate LogIn) (store keystore.Store, lanes int, err error)) error {
 	p, err := newPipe(socket)
 	if err != nil {
 		return fmt.Errorf("key worker: descriptor 3: %w", err)
 	}
 	socket.Close()
-	w := &server{pipe: p, keys: map[uint32]keystore.Key{}, logins: map[uint64]chan bool{}}
+	w := &server{pipe: p, keys: map[uint32]keystore.Key{}, signings: make(chan signing, maxQueue), logins: map[uint64]chan bool{}}
 	ctx, cancel := context.WithCancel(context.Background())
 	defer cancel()
 	for {
@@ -59,10 +60,13 @@ func Serve(socket *os.File, open func(ctx context.Context, config []byte, gate L
 		switch k {
 		case hello:
 			w.opening.Go(func() {
-				store, err := open(ctx, body, w.logIn)
+				store, lanes, err := open(ctx, body, w.logIn)
 				w.mu.Lock()
 				w.store = store
 				w.mu.Unlock()
+				for range lanes {
+					go w.lane(ctx, lanes)
+				}
 				w.answer(id, nil, err)
 			})
 		case mayLogin:
@@ -86,12 +90,11 @@ func Serve(socket *os.File, open func(ctx context.Context, config []byte, gate L
 			if key == nil {
 				return errors.New("key worker: a key that was not bound")
 			}
+			if k == sign {
+				w.signings <- signing{id, keystore.Signing{Key: key, Message: body[4:]}}
+				continue
+			}
 			go func() {
-				if k == sign {
-					signature, err := key.Sign(ctx, body[4:])
-					w.answer(id, signature, err)
-					return
-				}
 				var peer [32]byte
 				copy(peer[:], body[4:])
 				shared, err := key.Exchange(ctx, peer)
@@ -112,9 +115,13 @@ func Serve(socket *os.File, open func(ctx context.Context, config []byte, gate L
 	}
 }
 
+// maxQueue is more signatures than a pool sends at once.
+const maxQueue = 1024
+
 type server struct {
-	pipe *pipe
-	keys map[uint32]keystore.Key // the reader's
+	pipe     *pipe
+	keys     map[uint32]keystore.Key // the reader's
+	signings chan signing
 
 	opening sync.WaitGroup
 
@@ -124,12 +131,64 @@ type server struct {
 	asked  uint64               // under mu
 }
 
-func (w *server) answer(id uint64, body []byte, err error) {
-	if err != nil {
-		w.pipe.send(id, failure, encodeError(err))
+type signing struct {
+	id uint64
+	keystore.Signing
+}
+
+// lane makes signatures, one of so many lanes. It takes its part of what waits, so that it never does one after another
+// what another lane could do meanwhile, and sends the answers together.
+func (w *server) lane(ctx context.Context, lanes int) {
+	for {
+		var some []signing
+		select {
+		case s := <-w.signings:
+			some = append(some, s)
+		case <-ctx.Done():
+			return
+		}
+		for range (len(w.signings) - 1) / (2 * lanes) {
+			select {
+			case s := <-w.signings:
+				some = append(some, s)
+			default: // another lane was faster
+			}
+		}
+		w.sign(ctx, some)
+		for _, s := range some {
+			w.put(s.id, s.Signature, s.Err)
+		}
+		w.pipe.flush()
+	}
+}
+
+func (w *server) sign(ctx context.Context, some []signing) {
+	if store, ok := w.store.(keystore.BatchSigner); ok {
+		all := make([]*keystore.Signing, len(some))
+		for i := range some {
+			all[i] = &some[i].Signing
+		}
+		store.SignBatch(ctx, all)
 		return
 	}
-	w.pipe.send(id, result, body)
+	for i := range some {
+		s := &some[i]
+		s.Signature, s.Err = s.Key.Sign(ctx, s.Message, nil)
+	}
+}
+
+// answer sends an answer; an error of the pipe is seen by the reader.
+func (w *server) answer(id uint64, body []byte, err error) {
+	w.put(id, body, err)
+	w.pipe.flush()
+}
+
+func (w *server) put(id uint64, body []byte, err error) {
+	if err != nil {
+		w.pipe.put(id, failure, encodeError(err))
+		return
+	}
+	w.pipe.put(id, result, body)
 }
 
 func (w *server) do(ctx context.Context, c call) ([]byte, error) {

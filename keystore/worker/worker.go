@@ -329,15 +329,13 @@ func (p *Pool) look(ctx context.Context, proc *process) error {
 	}
 	got, err := proc.use(ctx, p.config.Deadline, func() {}, exchange, some, own.PublicKey().Bytes())
 	if err == nil && !bytes.Equal(got, want) {
-		err = errWrong
+		err = keystore.ErrWrong
 	}
 	if errors.Is(err, keystore.ErrNotFound) {
 		err = nil
 	}
 	return err
 }
-
-var errWrong = fmt.Errorf("%w: the device has answered wrongly", keystore.ErrUnavailable)
 
 // watch gives a worker up when it is late, and looks after one that is idle.
 func (p *Pool) watch(proc *process) {
@@ -667,13 +665,13 @@ func (p *Pool) Bind(info keystore.Info) keystore.Key {
 
 func (k *key) Info() keystore.Info { return k.info }
 
-func (k *key) Sign(ctx context.Context, message []byte) ([]byte, error) {
+func (k *key) Sign(ctx context.Context, message []byte, judge keystore.Judge) ([]byte, error) {
 	if k.info.Algorithm == keystore.X25519 {
 		return nil, fmt.Errorf("%v: %w: it is not a signing key", k.info.Ref, keystore.ErrRefused)
 	}
 	return k.use(ctx, sign, message, func(signature []byte) error {
-		if !k.info.Verify(message, signature) {
-			return errWrong
+		if !judge.Accepts(signature) {
+			return keystore.ErrWrong
 		}
 		return nil
 	})
@@ -688,7 +686,7 @@ func (k *key) Exchange(ctx context.Context, peer [32]byte) (shared [32]byte, err
 	}
 	answer, err := k.use(ctx, exchange, peer[:], func(secret []byte) error {
 		if len(secret) != len(shared) {
-			return errWrong
+			return keystore.ErrWrong
 		}
 		return nil
 	})

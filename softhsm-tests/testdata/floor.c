@@ -1,5 +1,6 @@
 // The floor that benchmarks are held against: signatures a second by a loop over C_SignInit and C_Sign, with nothing else
-// around it. usage: floor MODULE PIN-FILE KEY-LABEL SESSIONS MILLISECONDS, prints the number of signatures a second.
+// around it. usage: floor MODULE PIN-FILE KEY-LABEL. It reads lines SESSIONS MILLISECONDS, signs for so long in so many
+// sessions, and prints the number of signatures a second.
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <pthread.h>
@@ -36,7 +37,7 @@ static void *run(void *argument) {
 }
 
 int main(int argc, char **argv) {
-	if (argc != 6) return 2;
+	if (argc != 4) return 2;
 	void *module = dlopen(argv[1], RTLD_NOW);
 	CK_RV (*get)(CK_FUNCTION_LIST **) = module ? dlsym(module, "C_GetFunctionList") : NULL;
 	if (get == NULL) return 2;
@@ -57,21 +58,28 @@ int main(int argc, char **argv) {
 	must(f->function[FIND_OBJECTS](session, &key, (CK_ULONG)1, &found), "C_FindObjects");
 	must(f->function[FIND_OBJECTS_FINAL](session), "C_FindObjectsFinal");
 	if (found != 1) return 2;
-	int sessions = atoi(argv[4]);
-	struct loop *loops = calloc(sessions, sizeof *loops);
-	for (int i = 0; i < sessions; i++)
-		must(f->function[OPEN_SESSION](slots[0], (CK_ULONG)CKF_RW_SERIAL, NULL, NULL, &loops[i].session), "C_OpenSession");
-	for (int i = 0; i < sessions; i++) pthread_create(&loops[i].thread, NULL, run, &loops[i]);
-	struct timespec from, to, wait = { atoi(argv[5]) / 1000, atoi(argv[5]) % 1000 * 1000000L };
-	clock_gettime(CLOCK_MONOTONIC, &from);
-	nanosleep(&wait, NULL);
-	stop = 1;
-	long done = 0;
-	for (int i = 0; i < sessions; i++) {
-		pthread_join(loops[i].thread, NULL);
-		done += loops[i].done;
+	static struct loop loops[64];
+	int sessions, ms, opened = 0;
+	while (scanf("%d %d", &sessions, &ms) == 2 && sessions <= 64) {
+		for (; opened < sessions; opened++)
+			must(f->function[OPEN_SESSION](slots[0], (CK_ULONG)CKF_RW_SERIAL, NULL, NULL, &loops[opened].session), "C_OpenSession");
+		struct timespec from, to, wait = { ms / 1000, ms % 1000 * 1000000L };
+		stop = 0;
+		clock_gettime(CLOCK_MONOTONIC, &from);
+		for (int i = 0; i < sessions; i++) {
+			loops[i].done = 0;
+			pthread_create(&loops[i].thread, NULL, run, &loops[i]);
+		}
+		nanosleep(&wait, NULL);
+		stop = 1;
+		long done = 0;
+		for (int i = 0; i < sessions; i++) {
+			pthread_join(loops[i].thread, NULL);
+			done += loops[i].done;
+		}
+		clock_gettime(CLOCK_MONOTONIC, &to);
+		printf("%.0f\n", done / (to.tv_sec - from.tv_sec + (to.tv_nsec - from.tv_nsec) / 1e9));
+		fflush(stdout);
 	}
-	clock_gettime(CLOCK_MONOTONIC, &to);
-	printf("%.0f\n", done / (to.tv_sec - from.tv_sec + (to.tv_nsec - from.tv_nsec) / 1e9));
 	return 0;
 }
