@@ -1,5 +1,7 @@
 # The commands of README.md. Each does its own set-up.
 export REQUIRE_DEVICES = 1
+# Copies that a computation with a secret has made are erased (package runtime/secret): for keys that a TPM seals.
+export GOEXPERIMENT = runtimesecret
 
 .PHONY: build demo run test bench clean deps
 
@@ -23,4 +25,4 @@ deps:
 	@scripts/deps.sh
 
 clean:
-	rm -rf bin .run
+	rm -rf bin .run .run-tpm

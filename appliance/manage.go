@@ -138,8 +138,8 @@ func (a *Appliance) loadKey(ctx context.Context, ref keystore.Ref, r keyRecord) 
 	}
 	there, err := store.Key(ctx, ref)
 	switch {
-	case errors.Is(err, keystore.ErrUnavailable) && ref.Name != NoiseName:
-		a.log.Warn("a key is not held against its token, which does not answer", "key", ref.String(), "token", r.Token, "err", err)
+	case errors.Is(err, keystore.ErrUnavailable) && ref.Name != NoiseName, errors.Is(err, keystore.ErrSealed):
+		a.log.Warn("a key is not held against its token, which does not give it out now", "key", ref.String(), "token", r.Token, "err", err)
 		return store.Bind(info), nil
 	case errors.Is(err, keystore.ErrNotFound):
 		return nil, fmt.Errorf("the ledger has key %v and the token does not: is it the right token? %w", ref, err)

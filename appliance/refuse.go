@@ -54,6 +54,7 @@ var table = []struct {
 	{ledger.ErrClosed, unavailable, wire.CodeUnavailable, "the appliance is stopping"},
 	{keystore.ErrUnavailable, unavailable, wire.CodeUnavailable, "the key can't be reached now; send the same request again"},
 	{keystore.ErrAuth, unavailable, wire.CodeUnavailable, "the key can't be reached now; send the same request again"},
+	{keystore.ErrSealed, unavailable, wire.CodeUnavailable, "the key can't be reached now; send the same request again"},
 	{context.DeadlineExceeded, unavailable, wire.CodeUnavailable, "the appliance took too long; send the same request again"},
 }
 

@@ -124,7 +124,7 @@ func (a *Appliance) serveConn(stop context.Context, raw net.Conn) {
 	conn, err := noise.Accept(hctx, raw, static{key}, noise.PrologueV1, func(peer [32]byte) bool { _, ok := a.peer(peer); return ok })
 	if err != nil {
 		// The peer sees a closed connection, whatever the reason.
-		if errors.Is(err, keystore.ErrUnavailable) || errors.Is(err, keystore.ErrAuth) {
+		if errors.Is(err, keystore.ErrUnavailable) || errors.Is(err, keystore.ErrAuth) || errors.Is(err, keystore.ErrSealed) {
 			a.log.Error("handshake failed", "from", from, "err", err)
 		} else {
 			a.log.Info("handshake refused", "from", from, "err", err)

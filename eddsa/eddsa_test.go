@@ -2,6 +2,7 @@ package eddsa_test
 
 import (
 	"crypto/ed25519"
+	"crypto/rand"
 	"crypto/sha512"
 	"encoding/hex"
 	"errors"
@@ -178,4 +179,37 @@ func signWithZeroNonce(t *testing.T, seed, pub, msg []byte) []byte {
 		t.Fatal(err)
 	}
 	return append(r, new(edwards25519.Scalar).Multiply(k, s).Bytes()...)
+}
+
+// TestSignAsTheStandardLibrary: signing is deterministic, so two right programs agree in every bit.
+func TestSignAsTheStandardLibrary(t *testing.T) {
+	seed := make([]byte, 32)
+	for n := range 300 {
+		rand.Read(seed)
+		message := make([]byte, n*n%4099)
+		rand.Read(message)
+		standard := ed25519.NewKeyFromSeed(seed)
+		expanded, public, signature := make([]byte, eddsa.ExpandedSize), make([]byte, 32), make([]byte, 64)
+		eddsa.Expand(expanded, seed)
+		eddsa.Public(public, expanded)
+		eddsa.Sign(signature, expanded, public, message)
+		if !slices.Equal(public, standard.Public().(ed25519.PublicKey)) || !slices.Equal(signature, ed25519.Sign(standard, message)) {
+			t.Fatalf("another signature with seed %x of %x", seed, message)
+		}
+	}
+}
+
+// TestSignLeavesNothingOnTheHeap: what is there stays until it is overwritten.
+func TestSignLeavesNothingOnTheHeap(t *testing.T) {
+	seed, message := make([]byte, 32), make([]byte, 200)
+	expanded, public, signature := make([]byte, eddsa.ExpandedSize), make([]byte, 32), make([]byte, 64)
+	for what, f := range map[string]func(){
+		"Expand": func() { eddsa.Expand(expanded, seed) },
+		"Public": func() { eddsa.Public(public, expanded) },
+		"Sign":   func() { eddsa.Sign(signature, expanded, public, message) },
+	} {
+		if n := testing.AllocsPerRun(100, f); n != 0 {
+			t.Errorf("%s makes %v allocations", what, n)
+		}
+	}
 }

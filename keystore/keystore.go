@@ -30,8 +30,15 @@ var Algorithms = []Algorithm{Ed25519, X25519, P256}
 // Custody says where a private key is while it rests and while it is used. It is shown wherever a key is shown.
 type Custody string
 
-// HSMResident keys never leave the token.
-const HSMResident Custody = "hsm-resident"
+const (
+	// HSMResident keys never leave the token.
+	HSMResident Custody = "hsm-resident"
+	// TPMResident keys never leave the TPM.
+	TPMResident Custody = "tpm-resident"
+	// TPMSealed keys rest encrypted by the TPM, which gives them out to this machine in the state that they were sealed to;
+	// in use they are in protected memory of a key worker.
+	TPMSealed Custody = "tpm-sealed"
+)
 
 // How a Store fails. Each error of a Store or Key wraps one of them, or says that the caller asked for something
 // impossible.
@@ -41,8 +48,9 @@ var (
 	ErrAmbiguous   = errors.New("the keystore has more than one object under this name")
 	ErrUnfit       = errors.New("the key does not have the protection that is asked of it")
 	ErrRefused     = errors.New("the keystore refuses to do this with the key")
-	ErrUnavailable = errors.New("the keystore does not answer")          // may be tried again later
-	ErrAuth        = errors.New("the keystore refuses the PIN")          // must not be tried again: the PIN would lock
+	ErrUnavailable = errors.New("the keystore does not answer") // may be tried again later
+	ErrAuth        = errors.New("the keystore refuses the PIN") // must not be tried again: the PIN would lock
+	ErrSealed      = errors.New("the machine is not in the state that the key was sealed to")
 	ErrPeerKey     = errors.New("the peer's public key is of low order") // from Exchange
 )
 

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# The main job, once, on real parts: a document is signed by a key in a SoftHSM token, over Noise, and judged by the
-# appliance and by OpenSSL; and what must be refused is refused.
+# The main job, once, on real parts: a document is signed by a key in a SoftHSM token, or with BACKEND=tpm by one that a TPM
+# has sealed, over Noise, and judged by the appliance and by OpenSSL; and what must be refused is refused.
 cd "$(dirname "$0")/.."
 . scripts/setup.sh
 
 work=$(mktemp -d)
-trap 'stop || true; rm -rf "$work"' EXIT
+trap 'finish; rm -rf "$work"' EXIT
 export COUNTERSIGN_SERVER=$listen COUNTERSIGN_SERVER_KEY COUNTERSIGN_IDENTITY=$run/demo-peer.key
 COUNTERSIGN_SERVER_KEY=$(cat "$run/noise.pub")
 signed=0 verified=0 refused=0
@@ -26,7 +26,7 @@ refuse() { # refuse CODE WHAT COMMAND...: the command must fail with that code
 
 sign() { "$bin/countersign" sign --json --key payments --type paykit-subscription-v2 --as subscriber "$@"; }
 
-echo "signing examples/subscription.json with the key \"payments\", which lives in the SoftHSM token:"
+echo "signing examples/subscription.json with the key \"payments\" of $device:"
 admin key show payments | sed 's/^/           /'
 nonce=$(od -An -N32 -tx1 /dev/urandom | tr -d ' \n')
 now=$(date +%s)

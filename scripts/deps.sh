@@ -9,6 +9,8 @@ need() { # need PACKAGE TEST...: the package is missing where the test fails
   "$@" >/dev/null 2>&1 || missing+=("$package")
 }
 need softhsm2 test -e /usr/lib/softhsm/libsofthsm2.so
+need swtpm command -v swtpm
+need tpm2-tools command -v tpm2_pcrextend
 need gcc command -v gcc
 need libc6-dev test -e /usr/include/stdlib.h
 need openssl command -v openssl

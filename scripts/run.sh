@@ -19,5 +19,6 @@ The log is in $run/log.
 TEXT
 while kill -0 "$daemon" 2>/dev/null; do wait "$daemon" || true; done # a signal ends wait before the daemon has ended
 wait "$daemon" || died
+endTPM
 trap - EXIT
 echo stopped

@@ -1,11 +1,16 @@
 #!/usr/bin/env bash
-# Makes .run/: a configuration, a SoftHSM token with its PIN, a ledger, an enrolled peer, a signing key. What is there is
-# left as it is, so that it can run again at any time. Sourced by demo.sh and run.sh; afterwards the daemon is running
-# as process $daemon, and `stop` ends it.
+# Makes .run/: a configuration, a SoftHSM token with its PIN, a ledger, an enrolled peer, a signing key. With BACKEND=tpm it
+# makes .run-tpm/ with a TPM (swtpm) in the token's place. What is there is left as it is, so that it can run again at any
+# time. Sourced by demo.sh and run.sh; afterwards the daemon is running as process $daemon, and `stop` ends it.
 set -euo pipefail
 umask 077
 
-run=.run
+backend=${BACKEND:-softhsm}
+case $backend in
+softhsm) run=.run device="the SoftHSM token" ;;
+tpm) run=.run-tpm device="the TPM (swtpm)" ;;
+*) echo "BACKEND is softhsm or tpm, not $backend" >&2; exit 2 ;;
+esac
 bin=bin
 listen=127.0.0.1:7700
 here=$(pwd -P)
@@ -16,13 +21,38 @@ secret() { # secret FILE: 32 random hex digits, unless the file is there
 
 mkdir -p "$run/tokens"
 secret "$run/pin"
-secret "$run/so-pin"
-
-cat >"$run/softhsm2.conf" <<CONF
+swtpm='' socket=''
+if [ "$backend" = tpm ]; then
+  socket=$(mktemp -d /tmp/swtpm.XXXXXX) # the path of a socket must be short
+  swtpm socket --tpm2 --tpmstate dir="$run/tokens" --server type=unixio,path="$socket/sock" --ctrl type=unixio,path="$socket/ctrl" \
+    --flags not-need-init,startup-clear 2>"$run/swtpm.log" &
+  swtpm=$!
+  for _ in $(seq 100); do [ -S "$socket/sock" ] && break; sleep 0.05; done
+  init=(init)
+  token="tpm = \"$socket/sock\"
+state = \"keys\"
+pcrs = [7, 11]"
+else
+  secret "$run/so-pin"
+  cat >"$run/softhsm2.conf" <<CONF
 directories.tokendir = $here/$run/tokens
 objectstore.backend = file
 log.level = ERROR
 CONF
+  init=(init --new-token --so-pin-file "$run/so-pin")
+  token="uri = \"pkcs11:token=countersign\"
+module = \"/usr/lib/softhsm/libsofthsm2.so\"
+pin_file = \"pin\"
+sessions = 1 # a software token is used best by one at a time in each key worker
+environment = { SOFTHSM2_CONF = \"$here/$run/softhsm2.conf\" }"
+fi
+endTPM() {
+  if [ -n "$swtpm" ]; then
+    kill "$swtpm" 2>/dev/null && wait "$swtpm" 2>/dev/null || true
+    rm -rf "$socket"
+  fi
+}
+trap endTPM EXIT
 
 cat >"$run/policy.cedar" <<'CONF'
 // The demo peer may use the key "payments" with every transcript but raw: raw would be the action "sign_raw".
@@ -37,14 +67,10 @@ ledger = "ledger.db"
 policy = "policy.cedar"
 
 [tokens.main]
-uri = "pkcs11:token=countersign"
-module = "/usr/lib/softhsm/libsofthsm2.so"
-pin_file = "pin"
-sessions = 1 # a software token is used best by one at a time in each key worker
-environment = { SOFTHSM2_CONF = "$here/$run/softhsm2.conf" }
+$token
 CONF
 
-"$bin/countersignd" init --config "$run/countersign.toml" --new-token --so-pin-file "$run/so-pin" >/dev/null
+"$bin/countersignd" "${init[@]}" --config "$run/countersign.toml" >/dev/null
 
 admin() { "$bin/countersign" admin --socket "$run/admin.sock" "$@"; }
 
@@ -56,11 +82,12 @@ stop() {
     wait "$daemon"
   fi
 }
+finish() { stop || true; endTPM; }
 died() { # the daemon has ended by itself: show why
   tail -n 5 "$run/log" >&2
   exit 1
 }
-trap 'stop || true' EXIT
+trap finish EXIT
 
 for _ in $(seq 100); do # until it answers, 10 s at the most
   admin noise-key >"$run/noise.pub.new" 2>/dev/null && break

@@ -42,7 +42,7 @@ func check(ctx context.Context, path string, c Config, stdout io.Writer) error {
 		if err != nil {
 			return fmt.Errorf("token %s: %w", name, err)
 		}
-		say("token", "ok: %s, %s, %d keys of ours", name, t.URI, len(infos))
+		say("token", "ok: %s, %s%s, %d keys of ours", name, t.URI, t.TPM, len(infos))
 		found, err := store.Inspect(ctx)
 		if err != nil {
 			return fmt.Errorf("token %s: %w", name, err)

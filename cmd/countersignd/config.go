@@ -14,6 +14,7 @@ import (
 	"countersign/appliance"
 	"countersign/hsm"
 	"countersign/keystore"
+	"countersign/tpm"
 
 	"github.com/pelletier/go-toml/v2"
 )
@@ -56,16 +57,34 @@ type Config struct {
 
 // Token names a PKCS#11 token and says how it is used.
 type Token struct {
-	// URI says which token, as RFC 7512 has it: pkcs11:token=LABEL, and serial, manufacturer, model or slot-id where
-	// the label is not enough. Required. module-path and pin-source are understood, pin-value is refused.
+	// URI says which PKCS#11 token, as RFC 7512 has it: pkcs11:token=LABEL, and serial, manufacturer, model or slot-id
+	// where the label is not enough. module-path and pin-source are understood, pin-value is refused. A token has a URI or
+	// a TPM.
 	URI string `toml:"uri"`
+
+	// TPM is the path of a TPM 2.0: /dev/tpmrm0, or a Unix socket of swtpm for tests. Ed25519 and X25519 keys are sealed by
+	// it to the state of this machine, and are in the memory of the key workers while they are in use; P-256 keys live in it.
+	TPM string `toml:"tpm"`
+
+	// State is the folder in which a TPM's keys rest, encrypted by it. Required with a TPM. Danger: without it and the TPM
+	// together, the keys are lost.
+	State string `toml:"state"`
+
+	// PCRs are the registers of the TPM's SHA-256 bank that a new key is sealed to, as they are when it is made. Default: [7],
+	// the Secure Boot state. Danger: each register more binds the keys to more of what an update may change; none leaves
+	// them to whoever boots this machine.
+	PCRs []uint `toml:"pcrs"`
+
+	// IdleLock is how long a TPM's key stays unsealed without being used. Default: 0, until the daemon stops.
+	IdleLock Duration `toml:"idle_lock"`
 
 	// Module is the path of the PKCS#11 module, unless the URI has module-path. Danger: it is code of its vendor that
 	// runs with the daemon's rights.
 	Module string `toml:"module"`
 
 	// PINFile has the user's PIN on one line, unless the URI has pin-source. Only its owner may be able to read it
-	// (mode 0600). A PIN that the token refuses is not tried again until the daemon is started again.
+	// (mode 0600). A PIN that the token refuses is not tried again until an operator says so. With a TPM it may be left out;
+	// where it is set, new keys need it, and the TPM counts wrong ones.
 	PINFile string `toml:"pin_file"`
 
 	// Environment is set for the key workers, which load the module: many modules are configured by variables, such as
@@ -156,7 +175,7 @@ func loadConfig(path string) (Config, error) {
 	}
 	c := defaults()
 	for name := range names.Tokens {
-		c.Tokens[name] = &Token{Workers: 2, Spread: true, Sessions: 4, MemoryMiB: 256, Deadline: Duration(5 * time.Second)}
+		c.Tokens[name] = &Token{PCRs: []uint{7}, Workers: 2, Spread: true, Sessions: 4, MemoryMiB: 256, Deadline: Duration(5 * time.Second)}
 	}
 	if err := toml.NewDecoder(bytes.NewReader(b)).DisallowUnknownFields().Decode(&c); err != nil {
 		return Config{}, fmt.Errorf("config: %s", explainTOML(path, err))
@@ -167,7 +186,7 @@ func loadConfig(path string) (Config, error) {
 	dir := filepath.Dir(path)
 	paths := []*string{&c.AdminSocket, &c.Ledger, &c.Policy}
 	for _, t := range c.Tokens {
-		paths = append(paths, &t.Module, &t.PINFile)
+		paths = append(paths, &t.Module, &t.PINFile, &t.TPM, &t.State)
 	}
 	for _, p := range paths {
 		if *p != "" && !filepath.IsAbs(*p) {
@@ -266,11 +285,35 @@ func (c *Config) checkTokens() error {
 		} else if time.Duration(c.Limits.RequestTimeout) <= 2*d {
 			return fmt.Errorf("limits.request_timeout must be more than two of %sdeadline, %v", in, 2*d)
 		}
-		if t.URI == "" {
-			return fmt.Errorf("%suri is missing", in)
+		if err := t.checkBackend(); err != nil {
+			return fmt.Errorf("%s%w", in, err)
 		}
 		if err := t.Quirks.Check(); err != nil {
 			return fmt.Errorf("%s%w", in, err)
+		}
+	}
+	return nil
+}
+
+// checkBackend sees that what is set is about one device.
+func (t *Token) checkBackend() error {
+	switch {
+	case t.URI == "" && t.TPM == "":
+		return errors.New("uri is missing, or tpm")
+	case t.URI != "" && t.TPM != "":
+		return errors.New("uri and tpm exclude each other: a token is in one device")
+	case t.URI != "" && (t.State != "" || t.IdleLock != 0):
+		return errors.New("state and idle_lock are for a TPM")
+	case t.TPM != "" && t.State == "":
+		return errors.New("state is missing: the folder for the TPM's keys")
+	case t.TPM != "" && (t.Module != "" || t.Quirks != hsm.Quirks{}):
+		return errors.New("module and quirks are for a PKCS#11 token")
+	case t.IdleLock < 0:
+		return errors.New("idle_lock must not be negative")
+	}
+	for _, pcr := range t.PCRs {
+		if pcr > 23 {
+			return fmt.Errorf("pcrs: there is no PCR %d", pcr)
 		}
 	}
 	return nil
@@ -282,6 +325,10 @@ func (c *Config) logLevel() (level slog.Level, err error) {
 
 func (t *Token) hsm() hsm.Config {
 	return hsm.Config{URI: t.URI, Module: t.Module, PINFile: t.PINFile, Sessions: t.Sessions, Share: t.Workers, Quirks: t.Quirks}
+}
+
+func (t *Token) tpm() tpm.Config {
+	return tpm.Config{Device: t.TPM, State: t.State, PCRs: t.PCRs, PINFile: t.PINFile, Deadline: t.Deadline.std(), IdleLock: t.IdleLock.std()}
 }
 
 func (c *Config) limits() appliance.Limits {

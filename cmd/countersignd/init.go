@@ -17,6 +17,7 @@ import (
 	"countersign/hsm"
 	"countersign/ledger"
 	"countersign/policy"
+	"countersign/tpm"
 )
 
 // initialise creates what serve needs: the token if asked to, the ledger, the Noise key. Each step is whole or not done,
@@ -31,6 +32,13 @@ func initialise(ctx context.Context, c Config, newToken bool, soPINFile string, 
 	if newToken {
 		if err := makeTokens(ctx, c, soPINFile, stderr); err != nil {
 			return err
+		}
+	}
+	for _, name := range slices.Sorted(maps.Keys(c.Tokens)) {
+		if t := c.Tokens[name]; t.TPM != "" {
+			if err := tpm.Provision(ctx, t.tpm()); err != nil {
+				return fmt.Errorf("token %s: %w", name, err)
+			}
 		}
 	}
 	// Before anything is created here: is there a token to go with it?
@@ -96,6 +104,9 @@ func makeFolder(path string) error {
 func makeTokens(ctx context.Context, c Config, soPINFile string, stderr io.Writer) error {
 	for _, name := range slices.Sorted(maps.Keys(c.Tokens)) {
 		t := c.Tokens[name]
+		if t.TPM != "" {
+			continue // there is nothing to make
+		}
 		for name, value := range t.Environment {
 			if err := os.Setenv(name, value); err != nil {
 				return fmt.Errorf("environment %s: %w", name, err)

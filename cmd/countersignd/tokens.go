@@ -17,6 +17,7 @@ import (
 	"countersign/hsm"
 	"countersign/keystore"
 	"countersign/keystore/worker"
+	"countersign/tpm"
 )
 
 // workerCommand is the hidden subcommand under which countersignd runs itself as a key worker.
@@ -24,12 +25,16 @@ const workerCommand = "key-worker"
 
 // openToken starts the key workers of a token. The daemon's process never loads the module or reads the PIN.
 func openToken(ctx context.Context, name string, t *Token, patient bool, log *slog.Logger, changed func(up bool, cause error)) (keystore.Store, error) {
-	hello, err := json.Marshal(t.hsm())
+	device, inFlight := device{HSM: new(t.hsm())}, max(16, 2*t.Sessions)
+	if t.TPM != "" {
+		device.HSM, device.TPM, inFlight = nil, new(t.tpm()), 256 // most of what is asked of it is done without the TPM
+	}
+	hello, err := json.Marshal(device)
 	if err != nil {
 		return nil, err
 	}
 	pool, err := worker.Open(ctx, worker.Config{
-		Name: name, Hello: hello, Workers: t.Workers, Spread: t.Spread, InFlight: max(16, 2*t.Sessions), Memory: t.MemoryMiB << 20,
+		Name: name, Hello: hello, Workers: t.Workers, Spread: t.Spread, InFlight: inFlight, Memory: t.MemoryMiB << 20,
 		Deadline: t.Deadline.std(), Log: log, OnChange: changed,
 		Command: func(int) *exec.Cmd {
 			// The running binary, even if a package has replaced the file meanwhile.
@@ -62,20 +67,39 @@ func keyWorker() error {
 		return errors.New("key-worker is for countersignd itself")
 	}
 	return worker.Serve(socket, func(ctx context.Context, config []byte, gate worker.LogIn) (keystore.Store, int, error) {
-		var c hsm.Config
-		if err := json.Unmarshal(config, &c); err != nil {
+		var d device
+		if err := json.Unmarshal(config, &d); err != nil {
 			return nil, 0, err
 		}
-		c.LogIn = gate
-		// Go takes the place of a thread that waits in C away only after a while: there is one for each that may wait, and
-		// some for those that don't.
-		runtime.GOMAXPROCS(c.Sessions + 2)
-		store, err := hsm.Open(ctx, c)
+		store, lanes, err := d.open(ctx, gate)
 		if err != nil {
 			return nil, 0, err
 		}
-		return store, c.Sessions, nil
+		return store, lanes, nil
 	})
+}
+
+// device is what a key worker is told: one of its fields is set.
+type device struct {
+	HSM *hsm.Config `json:"hsm,omitempty"`
+	TPM *tpm.Config `json:"tpm,omitempty"`
+}
+
+func (d device) open(ctx context.Context, gate worker.LogIn) (keystore.Store, int, error) {
+	switch {
+	case d.HSM != nil:
+		d.HSM.LogIn = gate
+		// Go takes the place of a thread that waits in C away only after a while: there is one for each that may wait, and
+		// some for those that don't.
+		runtime.GOMAXPROCS(d.HSM.Sessions + 2)
+		store, err := hsm.Open(ctx, *d.HSM)
+		return store, d.HSM.Sessions, err
+	case d.TPM != nil:
+		d.TPM.LogIn = gate
+		store, err := tpm.Open(ctx, *d.TPM)
+		return store, runtime.GOMAXPROCS(0), err
+	}
+	return nil, 0, errors.New("a key worker was told of no device")
 }
 
 // openTokens opens all tokens. That with the Noise key must answer; another one may come later.

@@ -124,7 +124,7 @@ func (p *pipe) receive() (id uint64, k kind, body []byte, err error) {
 // classes are the errors of package keystore that mean the same on both sides.
 var classes = []error{
 	keystore.ErrUnavailable, keystore.ErrAuth, keystore.ErrNotFound, keystore.ErrExists, keystore.ErrAmbiguous, keystore.ErrUnfit,
-	keystore.ErrRefused, keystore.ErrPeerKey,
+	keystore.ErrRefused, keystore.ErrPeerKey, keystore.ErrSealed,
 }
 
 // remoteError is an error of the other side.

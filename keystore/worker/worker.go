@@ -79,6 +79,7 @@ type Pool struct {
 	open     bool            // Open has returned
 	down     bool            // no worker can be had
 	told     atomic.Bool     // and that has been said
+	sealed   atomic.Bool     // the device gives a key out in another state of this machine only
 }
 
 // slot is the place of one worker.
@@ -178,8 +179,8 @@ func (p *Pool) Retry() {
 func (p *Pool) Status() keystore.Status {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	st := keystore.Status{Up: !p.down}
-	if p.down && p.cause != nil {
+	st := keystore.Status{Up: !p.down && !p.sealed.Load()}
+	if !st.Up && p.cause != nil {
 		st.Cause = p.cause.Error()
 	}
 	for _, s := range p.slots {
@@ -310,8 +311,8 @@ func (p *Pool) look(ctx context.Context, proc *process) error {
 	}
 	if some.info.Algorithm != keystore.X25519 {
 		_, err := proc.ask(ctx, slowFactor*p.config.Deadline, func() {}, call{Op: opKey, Ref: some.info.Ref})
-		if errors.Is(err, keystore.ErrNotFound) {
-			err = nil // it may have been deleted; whoever uses it is told
+		if errors.Is(err, keystore.ErrNotFound) || errors.Is(err, keystore.ErrSealed) {
+			err = nil // that is for whoever uses it
 		}
 		return err
 	}
@@ -331,8 +332,8 @@ func (p *Pool) look(ctx context.Context, proc *process) error {
 	if err == nil && !bytes.Equal(got, want) {
 		err = keystore.ErrWrong
 	}
-	if errors.Is(err, keystore.ErrNotFound) {
-		err = nil
+	if errors.Is(err, keystore.ErrNotFound) || errors.Is(err, keystore.ErrSealed) {
+		err = nil // that is for whoever uses it
 	}
 	return err
 }
@@ -355,7 +356,7 @@ func (p *Pool) watch(proc *process) {
 			}
 			proc.overdue(now)
 			p.renew(proc)
-			if p.told.Load() && now.Sub(ready) > recovered {
+			if p.told.Load() && !p.sealed.Load() && now.Sub(ready) > recovered {
 				p.back()
 			}
 			if now.UnixNano()-proc.used.Load() > int64(lookEvery) {
@@ -582,6 +583,7 @@ func (p *Pool) do(ctx context.Context, once bool, send func(proc *process, done 
 			for _, d := range doubted {
 				d.fail(errors.New("it could not do what another worker could"))
 			}
+			p.sealed.Store(false)
 			if p.told.Load() {
 				p.back()
 			}
@@ -597,6 +599,9 @@ func (p *Pool) do(ctx context.Context, once bool, send func(proc *process, done 
 			proc.fail(err)
 		case errors.Is(err, keystore.ErrUnavailable):
 			proc.fail(err)
+		case errors.Is(err, keystore.ErrSealed):
+			p.sealedNow(err)
+			return nil, err // all workers are on this machine
 		case errors.Is(err, keystore.ErrNotFound), errors.Is(err, keystore.ErrUnfit), errors.Is(err, keystore.ErrAmbiguous), errors.Is(err, keystore.ErrRefused):
 			doubted = append(doubted, proc)
 		default:
@@ -607,6 +612,20 @@ func (p *Pool) do(ctx context.Context, once bool, send func(proc *process, done 
 		}
 	}
 	return nil, failed
+}
+
+// sealedNow says, once, that the device does not give its keys out to this machine as it is.
+func (p *Pool) sealedNow(cause error) {
+	p.sealed.Store(true)
+	if p.told.CompareAndSwap(false, true) {
+		p.mu.Lock()
+		p.cause = cause
+		p.mu.Unlock()
+		select {
+		case p.notes <- note{false, cause}:
+		default: // nobody has listened for a long time
+		}
+	}
 }
 
 // back says that the device serves again.

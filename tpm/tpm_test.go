@@ -1,0 +1,310 @@
+package tpm_test
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"countersign/keystore"
+	"countersign/keystore/keystoretest"
+	"countersign/tpm"
+)
+
+var payments = keystore.Ref{Name: "payments", Version: 1}
+
+// TestConformance holds the TPM to the contract of a keystore, without and with a PIN.
+func TestConformance(t *testing.T) {
+	e := newEmulator(t)
+	keystoretest.Run(t, func(t *testing.T) keystore.Store { return open(t, e.config(t)) })
+	t.Run("PIN", func(t *testing.T) {
+		keystoretest.Run(t, func(t *testing.T) keystore.Store { return open(t, e.withPIN(t, e.config(t), "a-pin-of-the-test")) })
+	})
+}
+
+func (e *emulator) withPIN(t testing.TB, c tpm.Config, pin string) tpm.Config {
+	t.Helper()
+	c.PINFile = filepath.Join(t.TempDir(), "pin")
+	if err := os.WriteFile(c.PINFile, []byte(pin+"\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	return c
+}
+
+func generate(t testing.TB, s *tpm.Store, ref keystore.Ref, alg keystore.Algorithm) keystore.Key {
+	t.Helper()
+	k, err := s.Generate(t.Context(), ref, alg, keystore.Tag{byte(ref.Version), byte(len(ref.Name))})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return k
+}
+
+// signs expects a signature that verifies.
+func signs(t testing.TB, k keystore.Key) {
+	t.Helper()
+	m := []byte("a message")
+	if sig, err := k.Sign(t.Context(), m, nil); err != nil || !k.Info().Verify(m, sig) {
+		t.Errorf("%v: %v, or the signature does not verify", k.Info().Ref, err)
+	}
+}
+
+// TestBusShowsNoSecret records all that crosses the bus: neither a seed nor the PIN is in it.
+func TestBusShowsNoSecret(t *testing.T) {
+	e := newEmulator(t)
+	p := newTap(t, e.socket)
+	const pin = "pin-not-for-the-bus"
+	c := e.withPIN(t, e.config(t), pin)
+	c.Device = p.path
+	s := open(t, c)
+	defer s.Close()
+	seed := bytes.Repeat([]byte{0xc5, 0x3a, 0x91, 0x07}, 8)
+	path := filepath.Join(t.TempDir(), "seed")
+	if err := os.WriteFile(path, seed, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	imported, err := s.Import(t.Context(), payments, path, keystore.Tag{9})
+	if err != nil {
+		t.Fatal(err)
+	}
+	made := generate(t, s, keystore.Ref{Name: "made", Version: 1}, keystore.Ed25519)
+	resident := generate(t, s, keystore.Ref{Name: "resident", Version: 1}, keystore.P256)
+	s.Close()
+	if s, err = tpm.Open(t.Context(), c); err != nil {
+		t.Fatal(err)
+	}
+	defer s.Close()
+	for _, k := range []keystore.Key{imported, made, resident} {
+		signs(t, s.Bind(k.Info())) // unsealed anew
+	}
+	seen := p.bytes()
+	if len(seen) < 4000 {
+		t.Fatalf("only %d bytes were seen", len(seen))
+	}
+	for what, secret := range map[string][]byte{"the seed": seed, "a part of the seed": seed[:8], "the PIN": []byte(pin)} {
+		if bytes.Contains(seen, secret) {
+			t.Errorf("%s crosses the bus", what)
+		}
+	}
+}
+
+// TestStateChanged: when a register differs, the error says which and what it measures, and the key is unavailable, not lost.
+func TestStateChanged(t *testing.T) {
+	e := newEmulator(t)
+	c := e.config(t)
+	s := open(t, c)
+	sealed := generate(t, s, payments, keystore.Ed25519)
+	resident := generate(t, s, keystore.Ref{Name: "tls", Version: 1}, keystore.P256)
+	signs(t, sealed)
+	e.extend(t, 11)
+	signs(t, sealed) // in use already
+	s.Close()
+	s, err := tpm.Open(t.Context(), c)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer s.Close()
+	for _, k := range []keystore.Key{sealed, resident} {
+		_, err := s.Bind(k.Info()).Sign(t.Context(), []byte("m"), nil)
+		if !errors.Is(err, keystore.ErrSealed) {
+			t.Errorf("%v: %v", k.Info().Ref, err)
+			continue
+		}
+		if text := err.Error(); !strings.Contains(text, "PCR 11, which measures the unified kernel image") || strings.Contains(text, "PCR 7") {
+			t.Errorf("%v: it does not explain itself: %v", k.Info().Ref, err)
+		}
+	}
+	generate(t, s, keystore.Ref{Name: "new", Version: 1}, keystore.Ed25519) // for the new state
+	e.stop()                                                                // a power cycle: the registers begin anew
+	e.start()
+	signs(t, s.Bind(sealed.Info()))
+	signs(t, s.Bind(resident.Info()))
+}
+
+// TestRecordsAreBound: a record that is given another name, or another history, does not open.
+func TestRecordsAreBound(t *testing.T) {
+	e := newEmulator(t)
+	c := e.config(t)
+	s := open(t, c)
+	defer s.Close()
+	path := filepath.Join(t.TempDir(), "seed")
+	if err := os.WriteFile(path, bytes.Repeat([]byte{3}, 32), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	k, err := s.Import(t.Context(), payments, path, keystore.Tag{1})
+	if err != nil {
+		t.Fatal(err)
+	}
+	file := filepath.Join(c.State, "payments.1.key.json")
+	sound, err := os.ReadFile(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	info := k.Info()
+	for what, change := range map[string][2]string{
+		"another name":       {`"payments/1"`, `"payments/2"`},
+		"another tag":        {`"tag": "01`, `"tag": "02`},
+		"generated":          {`"local": false`, `"local": true`},
+		"another public key": {`"public_key": "`, `"public_key": "AAAA`},
+	} {
+		if !bytes.Contains(sound, []byte(change[0])) {
+			t.Fatalf("%s: the record has no %s", what, change[0])
+		}
+		changed := bytes.Replace(sound, []byte(change[0]), []byte(change[1]), 1)
+		ref := payments
+		if what == "another name" {
+			ref.Version = 2
+		}
+		if err := os.WriteFile(filepath.Join(c.State, strings.ReplaceAll(ref.String(), "/", ".")+".key.json"), changed, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		other, err := tpm.Open(t.Context(), c)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got, err := other.Key(t.Context(), ref); !errors.Is(err, keystore.ErrUnfit) {
+			t.Errorf("%s: %v, %v", what, got, err)
+		}
+		other.Close()
+		if err := os.WriteFile(file, sound, 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	signs(t, s.Bind(info))
+}
+
+// TestAnotherTPM: the folder of one TPM is of no use with another one, and that is said at once.
+func TestAnotherTPM(t *testing.T) {
+	e, other := newEmulator(t), newEmulator(t)
+	c := e.config(t)
+	s := open(t, c)
+	k := generate(t, s, payments, keystore.Ed25519)
+	s.Close()
+	c.Device = other.socket
+	if err := tpm.Provision(t.Context(), c); err != nil { // it is provisioned already: nothing is changed
+		t.Fatal(err)
+	}
+	if _, err := tpm.Open(t.Context(), c); err == nil || !strings.Contains(err.Error(), "another TPM") && !strings.Contains(err.Error(), "no storage root key") {
+		t.Errorf("opened with another TPM: %v", err)
+	}
+	// Even with the other one's name in its place, the seal does not open.
+	theirs := other.config(t)
+	open(t, theirs).Close()
+	pin, err := os.ReadFile(filepath.Join(theirs.State, "tpm.json"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(filepath.Join(c.State, "tpm.json"), pin, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	s, err = tpm.Open(t.Context(), c)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer s.Close()
+	if _, err := s.Bind(k.Info()).Sign(t.Context(), []byte("m"), nil); !errors.Is(err, keystore.ErrUnfit) {
+		t.Errorf("a seal of another TPM: %v", err)
+	}
+}
+
+// TestNotProvisioned: without init there is a clear word.
+func TestNotProvisioned(t *testing.T) {
+	e := newEmulator(t)
+	if _, err := tpm.Open(t.Context(), e.config(t)); !errors.Is(err, tpm.ErrNotProvisioned) || !strings.Contains(err.Error(), "countersignd init") {
+		t.Errorf("opened: %v", err)
+	}
+}
+
+// TestWrongPIN: it is tried once; what needs it is refused from then on, until an operator says so.
+func TestWrongPIN(t *testing.T) {
+	e := newEmulator(t)
+	c := e.withPIN(t, e.config(t), "right")
+	s := open(t, c)
+	k := generate(t, s, payments, keystore.Ed25519)
+	s.Close()
+	wrong := e.withPIN(t, c, "wrong")
+	s, err := tpm.Open(t.Context(), wrong)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer s.Close()
+	for range 20 { // the emulator locks after three
+		if _, err := s.Bind(k.Info()).Sign(t.Context(), []byte("m"), nil); !errors.Is(err, keystore.ErrAuth) {
+			t.Fatalf("with a wrong PIN: %v", err)
+		}
+	}
+	if err := os.WriteFile(wrong.PINFile, []byte("right\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := s.Bind(k.Info()).Sign(t.Context(), []byte("m"), nil); !errors.Is(err, keystore.ErrAuth) {
+		t.Errorf("tried again without an operator's word: %v", err)
+	}
+	s.Retry()
+	signs(t, s.Bind(k.Info()))
+}
+
+// TestIdleLock: what is not used is wiped, and unsealed again when it is wanted.
+func TestIdleLock(t *testing.T) {
+	e := newEmulator(t)
+	c := e.config(t)
+	c.IdleLock = 50 * time.Millisecond
+	s := open(t, c)
+	defer s.Close()
+	k := generate(t, s, payments, keystore.Ed25519)
+	signs(t, k)
+	e.extend(t, 7) // from now on it can't be unsealed any more
+	for deadline := time.Now().Add(20 * time.Second); ; time.Sleep(2 * c.IdleLock) {
+		if _, err := k.Sign(t.Context(), []byte("m"), nil); errors.Is(err, keystore.ErrSealed) {
+			break
+		} else if time.Now().After(deadline) {
+			t.Fatalf("it is not locked: %v", err)
+		}
+	}
+}
+
+// TestSickTPM: absent, killed, hung: unavailable in bounded time, and well again when the TPM is, without a handle left.
+func TestSickTPM(t *testing.T) {
+	e := newEmulator(t)
+	c := e.config(t)
+	c.Deadline = 300 * time.Millisecond
+	s := open(t, c)
+	defer s.Close()
+	k := generate(t, s, payments, keystore.P256)
+	unavailable := func(what string) {
+		t.Helper()
+		began := time.Now()
+		if _, err := k.Sign(t.Context(), []byte("m"), nil); !errors.Is(err, keystore.ErrUnavailable) {
+			t.Errorf("%s: %v", what, err)
+		}
+		if took := time.Since(began); took > 10*time.Second {
+			t.Errorf("%s: it took %v", what, took)
+		}
+	}
+	e.stop()
+	unavailable("killed")
+	e.start()
+	signs(t, k)
+	e.freeze()
+	unavailable("hung")
+	e.thaw()
+	for deadline := time.Now().Add(20 * time.Second); ; {
+		if _, err := k.Sign(t.Context(), []byte("m"), nil); err == nil {
+			break
+		} else if time.Now().After(deadline) {
+			t.Fatalf("it has not healed: %v", err)
+		}
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	if _, err := k.Sign(ctx, []byte("m"), nil); !errors.Is(err, keystore.ErrUnavailable) {
+		t.Errorf("with a context that has ended: %v", err)
+	}
+	signs(t, k)
+	if n := e.handles(t); n != 0 {
+		t.Errorf("%d handles are left in the TPM", n)
+	}
+}
