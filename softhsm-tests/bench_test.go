@@ -3,6 +3,7 @@ package softhsmtests
 import (
 	"bufio"
 	"context"
+	"crypto/ed25519"
 	"encoding/json"
 	"fmt"
 	"log/slog"
@@ -22,6 +23,8 @@ import (
 	"countersign/hsm"
 	"countersign/keystore"
 	"countersign/keystore/worker"
+	"countersign/tpm"
+	"countersign/tpm/tpmtest"
 )
 
 // Every benchmark prints lines NAME PARAMETERS ratio X, with the two figures that made it. A ratio is taken from rounds
@@ -50,16 +53,19 @@ func (s *system) hsmConfig(module string, sessions int) hsm.Config {
 // pool opens the token behind the process boundary as the daemon does, with the daemon's own worker.
 func (s *system) pool(b testing.TB, c hsm.Config, workers, memory int) *worker.Pool {
 	b.Helper()
-	hello, err := json.Marshal(c)
+	return openPool(b, map[string]any{"hsm": c}, workers, memory, max(16, 2*c.Sessions))
+}
+
+func openPool(b testing.TB, device map[string]any, workers, memory, inFlight int) *worker.Pool {
+	b.Helper()
+	hello, err := json.Marshal(device)
 	if err != nil {
 		b.Fatal(err)
 	}
 	p, err := worker.Open(b.Context(), worker.Config{
-		Name: "bench", Hello: hello, Workers: workers, Spread: true, InFlight: max(16, 2*c.Sessions), Memory: memory, Deadline: 5 * time.Second, Log: slog.New(slog.DiscardHandler),
-		Command: func(int) *exec.Cmd {
-			cmd := exec.Command(filepath.Join(bin, "countersignd"), "key-worker", "bench")
-			return cmd
-		},
+		Name: "bench", Hello: hello, Workers: workers, Spread: true, InFlight: inFlight, Memory: memory, Deadline: 5 * time.Second,
+		Log:     slog.New(slog.DiscardHandler),
+		Command: func(int) *exec.Cmd { return exec.Command(filepath.Join(bin, "countersignd"), "key-worker", "bench") },
 	}, false)
 	if err != nil {
 		b.Fatal(err)
@@ -206,6 +212,32 @@ func BenchmarkBackend(b *testing.B) {
 	one := s.pool(b, s.hsmConfig(shim, 16), 1, 1<<30)
 	compare("softhsm+5ms 16", s.cLoop(b, program, shim)(16), []string{"hsm", "worker"},
 		signing(b, findKey(b, slow), 16, false), signing(b, findKey(b, one), 64, false))
+}
+
+// BenchmarkTPM holds keys that a TPM has sealed, behind the boundary, against crypto/ed25519 in this process.
+func BenchmarkTPM(b *testing.B) {
+	e := tpmtest.New(b)
+	c := tpm.Config{Device: e.Socket, State: b.TempDir(), PCRs: []uint{7}, Deadline: 5 * time.Second}
+	if err := tpm.Provision(b.Context(), c); err != nil {
+		b.Fatal(err)
+	}
+	pool := openPool(b, map[string]any{"tpm": c}, 2, 1<<30, 256)
+	key, err := pool.Generate(b.Context(), keystore.Ref{Name: "payments", Version: 1}, keystore.Ed25519, keystore.Tag{1})
+	if err != nil {
+		b.Fatal(err)
+	}
+	_, private, err := ed25519.GenerateKey(nil)
+	if err != nil {
+		b.Fatal(err)
+	}
+	message := make([]byte, 115)
+	plain := func() float64 {
+		return rate(b, runtime.NumCPU(), func(context.Context, int) error {
+			ed25519.Sign(private, message)
+			return nil
+		})
+	}
+	compare("worker 64", plain, []string{"tpm-sealed", "tpm-sealed+verify"}, signing(b, key, 64, false), signing(b, key, 64, true))
 }
 
 // BenchmarkSign compares the whole path (64 requests in flight over 8 connections, admitted on disk, signed, verified by

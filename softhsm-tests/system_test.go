@@ -40,7 +40,7 @@ func TestMain(m *testing.M) {
 				args = append(args, "-race")
 			}
 			build := exec.Command("go", append(args, "countersign/cmd/"+name)...)
-			build.Env = append(os.Environ(), "CGO_ENABLED="+cgo)
+			build.Env = append(os.Environ(), "CGO_ENABLED="+cgo, "GOEXPERIMENT=runtimesecret")
 			if out, err := build.CombinedOutput(); err != nil {
 				fmt.Fprintf(os.Stderr, "build %s: %v\n%s", name, err, out)
 				return 1
@@ -66,7 +66,7 @@ type process struct {
 	ended  chan error
 }
 
-// newSystem writes a configuration and runs countersignd init.
+// newSystem writes a configuration with a SoftHSM token and runs countersignd init.
 func newSystem(t testing.TB) *system {
 	t.Helper()
 	if _, err := os.Stat(softHSM); err != nil {
@@ -75,18 +75,38 @@ func newSystem(t testing.TB) *system {
 		}
 		t.Skipf("SoftHSM is not installed (apt-get install softhsm2): %v", err)
 	}
-	l, err := net.Listen("tcp", "127.0.0.1:0") // a port that is free now
-	if err != nil {
-		t.Fatal(err)
-	}
-	s := &system{t: t, dir: t.TempDir(), listen: l.Addr().String()}
-	l.Close()
+	s := newFolder(t)
 	if err := os.Mkdir(s.path("tokens"), 0o700); err != nil {
 		t.Fatal(err)
 	}
 	s.write("softhsm2.conf", fmt.Sprintf("directories.tokendir = %s\nlog.level = ERROR\n", s.path("tokens")))
 	s.write("pin", userPIN+"\n")
 	s.write("so-pin", "so-"+userPIN+"\n")
+	s.configure(fmt.Sprintf(`uri = "pkcs11:token=system%%20test"
+module = %q
+pin_file = "pin"
+environment = { SOFTHSM2_CONF = %q }`, softHSM, s.path("softhsm2.conf")))
+	if out, code := s.daemon("init", "--new-token", "--so-pin-file", s.path("so-pin")); code != 0 {
+		t.Fatalf("init: %d\n%s", code, out)
+	}
+	return s
+}
+
+// newFolder is a system without a configuration.
+func newFolder(t testing.TB) *system {
+	t.Helper()
+	l, err := net.Listen("tcp", "127.0.0.1:0") // a port that is free now
+	if err != nil {
+		t.Fatal(err)
+	}
+	s := &system{t: t, dir: t.TempDir(), listen: l.Addr().String()}
+	l.Close()
+	return s
+}
+
+// configure writes a configuration with one token.
+func (s *system) configure(token string) {
+	s.t.Helper()
 	s.write("policy.cedar", `permit (principal == Peer::"demo", action == Action::"sign", resource == Key::"payments");`)
 	s.write("countersign.toml", fmt.Sprintf(`
 listen = %q
@@ -96,15 +116,8 @@ policy = "policy.cedar"
 log_level = "debug"
 
 [tokens.main]
-uri = "pkcs11:token=system%%20test"
-module = %q
-pin_file = "pin"
-environment = { SOFTHSM2_CONF = %q }
-`, s.listen, softHSM, s.path("softhsm2.conf")))
-	if out, code := s.daemon("init", "--new-token", "--so-pin-file", s.path("so-pin")); code != 0 {
-		t.Fatalf("init: %d\n%s", code, out)
-	}
-	return s
+%s
+`, s.listen, token))
 }
 
 func (s *system) path(name string) string { return filepath.Join(s.dir, name) }

@@ -6,7 +6,6 @@ import (
 	"crypto/ecdh"
 	"crypto/ed25519"
 	"crypto/sha256"
-	"encoding/asn1"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -114,13 +113,13 @@ func (k *key) signInside(ctx context.Context, message []byte) (signature []byte,
 	}
 	digest := sha256.Sum256(message)
 	err = k.store.withPIN(ctx, r.Sealed.PIN, func(pin []byte) error {
-		return k.store.bus.use(ctx, func(t transport.TPM) error {
-			x, y, err := sign(t, k.store.srk, r.Sealed, pin, digest[:])
-			if err != nil {
-				return explain(t, r.Sealed, err)
+		return k.store.bus.use(ctx, func(t transport.TPM) (err error) {
+			do := quickly
+			if pin != nil { // it comes into what go-tpm computes on the heap
+				do = secretly
 			}
-			signature, err = asn1.Marshal(struct{ R, S *big.Int }{new(big.Int).SetBytes(x), new(big.Int).SetBytes(y)})
-			return err
+			do(func() { signature, err = sign(t, k.store.srk, r.Sealed, pin, digest[:]) })
+			return explain(t, r.Sealed, err)
 		})
 	})
 	return signature, err
@@ -275,12 +274,11 @@ func (s *Store) make(t transport.TPM, r *record, pin []byte, seed func(transport
 		}
 		challenge := []byte("countersign: proof of a new key\x00" + r.Info.Ref.String())
 		digest := sha256.Sum256(challenge)
-		x, y, err := sign(t, s.srk, r.Sealed, pin, digest[:])
+		signature, err := sign(t, s.srk, r.Sealed, pin, digest[:])
 		if err != nil {
 			return err
 		}
-		signature, err := asn1.Marshal(struct{ R, S *big.Int }{new(big.Int).SetBytes(x), new(big.Int).SetBytes(y)})
-		if err != nil || !r.Info.Verify(challenge, signature) {
+		if !r.Info.Verify(challenge, signature) {
 			return fmt.Errorf("%w: the key signs wrongly", keystore.ErrUnfit)
 		}
 		return nil

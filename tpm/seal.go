@@ -4,9 +4,11 @@ import (
 	"bytes"
 	"crypto/rand"
 	"crypto/sha256"
+	"encoding/asn1"
 	"errors"
 	"fmt"
 	"io"
+	"math/big"
 
 	"countersign/keystore"
 
@@ -200,8 +202,8 @@ func unseal(t transport.TPM, srk pinned, d sealed, pin []byte) (data []byte, err
 	return data, err
 }
 
-// sign returns r and s of an ECDSA signature over a SHA-256 digest.
-func sign(t transport.TPM, srk pinned, d sealed, pin, digest []byte) (r, s []byte, err error) {
+// sign returns an ECDSA signature over a SHA-256 digest, in ASN.1 DER.
+func sign(t transport.TPM, srk pinned, d sealed, pin, digest []byte) (signature []byte, err error) {
 	err = with(t, srk, d, pin, tpm2.AESEncryption(128, tpm2.EncryptIn), func(object tpm2.AuthHandle) error {
 		got, err := tpm2.Sign{
 			KeyHandle: object, Digest: tpm2.TPM2BDigest{Buffer: digest}, InScheme: tpm2.TPMTSigScheme{Scheme: tpm2.TPMAlgNull},
@@ -210,14 +212,14 @@ func sign(t transport.TPM, srk pinned, d sealed, pin, digest []byte) (r, s []byt
 		if err != nil {
 			return deviceError("TPM2_Sign", err)
 		}
-		signature, err := got.Signature.Signature.ECDSA()
+		rs, err := got.Signature.Signature.ECDSA()
 		if err != nil {
 			return deviceError("TPM2_Sign", err)
 		}
-		r, s = signature.SignatureR.Buffer, signature.SignatureS.Buffer
-		return nil
+		signature, err = asn1.Marshal(struct{ R, S *big.Int }{new(big.Int).SetBytes(rs.SignatureR.Buffer), new(big.Int).SetBytes(rs.SignatureS.Buffer)})
+		return err
 	})
-	return r, s, err
+	return signature, err
 }
 
 // newSeed mixes the TPM's random numbers, which cross the bus encrypted, with the system's: either alone would do.

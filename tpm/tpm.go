@@ -98,9 +98,11 @@ func Open(ctx context.Context, c Config) (*Store, error) {
 		return nil, err
 	}
 	if c.PINFile != "" {
-		if _, err := keystore.ReadSecret(c.PINFile, "PIN file"); err != nil {
-			return nil, fmt.Errorf("tpm: %w", err)
+		pin, err := readPIN(c.PINFile) // a file that is wrong is better seen now
+		if err != nil {
+			return nil, err
 		}
+		clear(pin)
 	}
 	if s.vault, err = newVault(); err != nil {
 		return nil, fmt.Errorf("tpm: %w", err)

@@ -13,20 +13,21 @@ import (
 	"countersign/keystore"
 	"countersign/keystore/keystoretest"
 	"countersign/tpm"
+	"countersign/tpm/tpmtest"
 )
 
 var payments = keystore.Ref{Name: "payments", Version: 1}
 
 // TestConformance holds the TPM to the contract of a keystore, without and with a PIN.
 func TestConformance(t *testing.T) {
-	e := newEmulator(t)
-	keystoretest.Run(t, func(t *testing.T) keystore.Store { return open(t, e.config(t)) })
+	e := tpmtest.New(t)
+	keystoretest.Run(t, func(t *testing.T) keystore.Store { return open(t, config(t, e)) })
 	t.Run("PIN", func(t *testing.T) {
-		keystoretest.Run(t, func(t *testing.T) keystore.Store { return open(t, e.withPIN(t, e.config(t), "a-pin-of-the-test")) })
+		keystoretest.Run(t, func(t *testing.T) keystore.Store { return open(t, withPIN(t, config(t, e), "a-pin-of-the-test")) })
 	})
 }
 
-func (e *emulator) withPIN(t testing.TB, c tpm.Config, pin string) tpm.Config {
+func withPIN(t testing.TB, c tpm.Config, pin string) tpm.Config {
 	t.Helper()
 	c.PINFile = filepath.Join(t.TempDir(), "pin")
 	if err := os.WriteFile(c.PINFile, []byte(pin+"\n"), 0o600); err != nil {
@@ -55,10 +56,10 @@ func signs(t testing.TB, k keystore.Key) {
 
 // TestBusShowsNoSecret records all that crosses the bus: neither a seed nor the PIN is in it.
 func TestBusShowsNoSecret(t *testing.T) {
-	e := newEmulator(t)
-	p := newTap(t, e.socket)
+	e := tpmtest.New(t)
+	p := newTap(t, e.Socket)
 	const pin = "pin-not-for-the-bus"
-	c := e.withPIN(t, e.config(t), pin)
+	c := withPIN(t, config(t, e), pin)
 	c.Device = p.path
 	s := open(t, c)
 	defer s.Close()
@@ -94,13 +95,13 @@ func TestBusShowsNoSecret(t *testing.T) {
 
 // TestStateChanged: when a register differs, the error says which and what it measures, and the key is unavailable, not lost.
 func TestStateChanged(t *testing.T) {
-	e := newEmulator(t)
-	c := e.config(t)
+	e := tpmtest.New(t)
+	c := config(t, e)
 	s := open(t, c)
 	sealed := generate(t, s, payments, keystore.Ed25519)
 	resident := generate(t, s, keystore.Ref{Name: "tls", Version: 1}, keystore.P256)
 	signs(t, sealed)
-	e.extend(t, 11)
+	e.Extend(t, 11)
 	signs(t, sealed) // in use already
 	s.Close()
 	s, err := tpm.Open(t.Context(), c)
@@ -119,16 +120,16 @@ func TestStateChanged(t *testing.T) {
 		}
 	}
 	generate(t, s, keystore.Ref{Name: "new", Version: 1}, keystore.Ed25519) // for the new state
-	e.stop()                                                                // a power cycle: the registers begin anew
-	e.start()
+	e.Stop()                                                                // a power cycle: the registers begin anew
+	e.Start()
 	signs(t, s.Bind(sealed.Info()))
 	signs(t, s.Bind(resident.Info()))
 }
 
 // TestRecordsAreBound: a record that is given another name, or another history, does not open.
 func TestRecordsAreBound(t *testing.T) {
-	e := newEmulator(t)
-	c := e.config(t)
+	e := tpmtest.New(t)
+	c := config(t, e)
 	s := open(t, c)
 	defer s.Close()
 	path := filepath.Join(t.TempDir(), "seed")
@@ -179,12 +180,12 @@ func TestRecordsAreBound(t *testing.T) {
 
 // TestAnotherTPM: the folder of one TPM is of no use with another one, and that is said at once.
 func TestAnotherTPM(t *testing.T) {
-	e, other := newEmulator(t), newEmulator(t)
-	c := e.config(t)
+	e, other := tpmtest.New(t), tpmtest.New(t)
+	c := config(t, e)
 	s := open(t, c)
 	k := generate(t, s, payments, keystore.Ed25519)
 	s.Close()
-	c.Device = other.socket
+	c.Device = other.Socket
 	if err := tpm.Provision(t.Context(), c); err != nil { // it is provisioned already: nothing is changed
 		t.Fatal(err)
 	}
@@ -192,7 +193,7 @@ func TestAnotherTPM(t *testing.T) {
 		t.Errorf("opened with another TPM: %v", err)
 	}
 	// Even with the other one's name in its place, the seal does not open.
-	theirs := other.config(t)
+	theirs := config(t, other)
 	open(t, theirs).Close()
 	pin, err := os.ReadFile(filepath.Join(theirs.State, "tpm.json"))
 	if err != nil {
@@ -213,20 +214,20 @@ func TestAnotherTPM(t *testing.T) {
 
 // TestNotProvisioned: without init there is a clear word.
 func TestNotProvisioned(t *testing.T) {
-	e := newEmulator(t)
-	if _, err := tpm.Open(t.Context(), e.config(t)); !errors.Is(err, tpm.ErrNotProvisioned) || !strings.Contains(err.Error(), "countersignd init") {
+	e := tpmtest.New(t)
+	if _, err := tpm.Open(t.Context(), config(t, e)); !errors.Is(err, tpm.ErrNotProvisioned) || !strings.Contains(err.Error(), "countersignd init") {
 		t.Errorf("opened: %v", err)
 	}
 }
 
 // TestWrongPIN: it is tried once; what needs it is refused from then on, until an operator says so.
 func TestWrongPIN(t *testing.T) {
-	e := newEmulator(t)
-	c := e.withPIN(t, e.config(t), "right")
+	e := tpmtest.New(t)
+	c := withPIN(t, config(t, e), "right")
 	s := open(t, c)
 	k := generate(t, s, payments, keystore.Ed25519)
 	s.Close()
-	wrong := e.withPIN(t, c, "wrong")
+	wrong := withPIN(t, c, "wrong")
 	s, err := tpm.Open(t.Context(), wrong)
 	if err != nil {
 		t.Fatal(err)
@@ -249,14 +250,14 @@ func TestWrongPIN(t *testing.T) {
 
 // TestIdleLock: what is not used is wiped, and unsealed again when it is wanted.
 func TestIdleLock(t *testing.T) {
-	e := newEmulator(t)
-	c := e.config(t)
+	e := tpmtest.New(t)
+	c := config(t, e)
 	c.IdleLock = 50 * time.Millisecond
 	s := open(t, c)
 	defer s.Close()
 	k := generate(t, s, payments, keystore.Ed25519)
 	signs(t, k)
-	e.extend(t, 7) // from now on it can't be unsealed any more
+	e.Extend(t, 7) // from now on it can't be unsealed any more
 	for deadline := time.Now().Add(20 * time.Second); ; time.Sleep(2 * c.IdleLock) {
 		if _, err := k.Sign(t.Context(), []byte("m"), nil); errors.Is(err, keystore.ErrSealed) {
 			break
@@ -268,8 +269,8 @@ func TestIdleLock(t *testing.T) {
 
 // TestSickTPM: absent, killed, hung: unavailable in bounded time, and well again when the TPM is, without a handle left.
 func TestSickTPM(t *testing.T) {
-	e := newEmulator(t)
-	c := e.config(t)
+	e := tpmtest.New(t)
+	c := config(t, e)
 	c.Deadline = 300 * time.Millisecond
 	s := open(t, c)
 	defer s.Close()
@@ -284,13 +285,13 @@ func TestSickTPM(t *testing.T) {
 			t.Errorf("%s: it took %v", what, took)
 		}
 	}
-	e.stop()
+	e.Stop()
 	unavailable("killed")
-	e.start()
+	e.Start()
 	signs(t, k)
-	e.freeze()
+	e.Freeze()
 	unavailable("hung")
-	e.thaw()
+	e.Thaw()
 	for deadline := time.Now().Add(20 * time.Second); ; {
 		if _, err := k.Sign(t.Context(), []byte("m"), nil); err == nil {
 			break
@@ -304,7 +305,7 @@ func TestSickTPM(t *testing.T) {
 		t.Errorf("with a context that has ended: %v", err)
 	}
 	signs(t, k)
-	if n := e.handles(t); n != 0 {
+	if n := e.Handles(t); n != 0 {
 		t.Errorf("%d handles are left in the TPM", n)
 	}
 }

@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"countersign/admin/api"
+	"countersign/keystore"
 
 	"github.com/spf13/cobra"
 )
@@ -179,9 +180,13 @@ func (t *tool) admin() *cobra.Command {
 
 func showKey(w io.Writer, k api.Key) {
 	p := k.Provenance
-	fmt.Fprintf(w, "key\t%s, version %d\nalgorithm\t%s\nstate\t%s\ncustody\t%s, on token %s\norigin\t%s: %s, %s, %s\ncreated\t%s\npublic key\t%s\n",
-		k.Name, k.Version, k.Algorithm, k.State, k.Custody, k.Token, k.Origin, either(p.Local, "made inside the device", "made elsewhere"),
-		either(p.AlwaysSensitive, "never readable", "once readable"), either(p.NeverExtractable, "never extractable", "once extractable"), date(k.Created), k.PublicKey)
+	made := fmt.Sprintf("%s, %s, %s", either(p.Local, "made inside the device", "made elsewhere"),
+		either(p.AlwaysSensitive, "never readable", "once readable"), either(p.NeverExtractable, "never extractable", "once extractable"))
+	if k.Custody == string(keystore.TPMSealed) { // such a key is in this machine's memory while it is in use
+		made = either(p.Local, "made by a key worker of random numbers of the TPM and the system", "made elsewhere") + ", and sealed by the TPM"
+	}
+	fmt.Fprintf(w, "key\t%s, version %d\nalgorithm\t%s\nstate\t%s\ncustody\t%s, on token %s\norigin\t%s: %s\ncreated\t%s\npublic key\t%s\n",
+		k.Name, k.Version, k.Algorithm, k.State, k.Custody, k.Token, k.Origin, made, date(k.Created), k.PublicKey)
 }
 
 func either(is bool, yes, no string) string {

@@ -11,7 +11,7 @@ import (
 	"os"
 	"os/signal"
 	"strings"
-	"sync/atomic"
+	"sync"
 	"syscall"
 	"time"
 
@@ -151,11 +151,18 @@ func open(ctx context.Context, c Config, log *slog.Logger) (p parts, err error) 
 	if p.ledger, err = ledger.Open(c.Ledger); err != nil {
 		return p, fmt.Errorf("%s: %w", c.Ledger, err)
 	}
-	var app atomic.Pointer[appliance.Appliance]
+	// A token can change before there is an appliance to write that down: then it is written down when there is one.
+	var changing sync.Mutex
+	var app *appliance.Appliance // under changing
+	var early []func(*appliance.Appliance)
 	changed := func(token string, up bool, cause error) {
-		if a := app.Load(); a != nil {
-			a.TokenChanged(token, up, cause)
+		changing.Lock()
+		defer changing.Unlock()
+		if app == nil {
+			early = append(early, func(a *appliance.Appliance) { a.TokenChanged(token, up, cause) })
+			return
 		}
+		app.TokenChanged(token, up, cause)
 	}
 	if p.tokens, err = openTokens(ctx, c, log, changed); err != nil {
 		return p, err
@@ -163,7 +170,12 @@ func open(ctx context.Context, c Config, log *slog.Logger) (p parts, err error) 
 	if p.app, err = appliance.New(ctx, c.limits(), p.ledger, p.tokens, rules, log); err != nil {
 		return p, err
 	}
-	app.Store(p.app)
+	changing.Lock()
+	defer changing.Unlock()
+	app = p.app
+	for _, write := range early {
+		write(app)
+	}
 	return p, nil
 }
 

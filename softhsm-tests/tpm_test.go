@@ -1,0 +1,197 @@
+package softhsmtests
+
+import (
+	"bytes"
+	"crypto/sha512"
+	"fmt"
+	"os"
+	"strings"
+	"testing"
+	"time"
+
+	"countersign/client"
+	"countersign/tpm/tpmtest"
+)
+
+// newTPMSystem is a system whose token is a TPM.
+func newTPMSystem(t testing.TB, e *tpmtest.Emulator, settings string) *system {
+	t.Helper()
+	s := newFolder(t)
+	s.write("pin", userPIN+"\n")
+	s.configure(fmt.Sprintf("tpm = %q\nstate = \"keys\"\npcrs = [7, 11]\n%s", e.Socket, settings))
+	if out, code := s.daemon("init"); code != 0 {
+		t.Fatalf("init: %d\n%s", code, out)
+	}
+	return s
+}
+
+// TestTPM uses the daemon on a TPM as a user would, over a restart.
+func TestTPM(t *testing.T) {
+	e := tpmtest.New(t)
+	s := newTPMSystem(t, e, "")
+	out, code := s.daemon("init") // once more: nothing changes
+	if code != 0 || !strings.Contains(out, "nothing was changed") {
+		t.Errorf("init again: %d %s", code, out)
+	}
+	p := s.serve()
+	s.enrol()
+	first, err := s.dial().Sign(t.Context(), "payments", message("AAAA"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if out := s.must("admin", "key", "show", "payments"); !strings.Contains(out, "tpm-sealed") || strings.Contains(out, "inside the device") {
+		t.Errorf("custody: %s", out)
+	}
+	s.must("admin", "key", "create", "tls", "--algorithm", "p256")
+	if out := s.must("admin", "key", "show", "tls"); !strings.Contains(out, "tpm-resident") {
+		t.Errorf("custody: %s", out)
+	}
+	p.stop()
+	if out, code := s.daemon("check"); code != 0 || !strings.Contains(out, "PCR 11 (the unified kernel image") || !strings.Contains(out, "manufacturer") || !strings.Contains(out, "NV counters") {
+		t.Errorf("check: %d\n%s", code, out)
+	}
+	p = s.serve()
+	again, err := s.dial().Sign(t.Context(), "payments", message("AAAA"))
+	if err != nil || again.PublicKey != first.PublicKey {
+		t.Errorf("after a restart: %v, %v", again, err)
+	}
+	p.stop()
+	if n := e.Handles(t); n != 0 {
+		t.Errorf("%d handles are left in the TPM", n)
+	}
+}
+
+// TestTPMSecretsStayInTheVault looks for a known key in the memory of the daemon and of its key workers, between uses: the
+// seed, what is made of it, and the PIN. /proc shows all but the protected mapping, where the kernel has memfd_secret.
+func TestTPMSecretsStayInTheVault(t *testing.T) {
+	e := tpmtest.New(t)
+	s := newTPMSystem(t, e, "pin_file = \"pin\"")
+	p := s.serve()
+	s.enrol()
+	seed := sha512.Sum512([]byte("a seed that is looked for"))
+	s.write("seed", string(seed[:32]))
+	s.write("policy.cedar", `permit (principal == Peer::"demo", action == Action::"sign", resource);`)
+	s.must("admin", "key", "import", "old", s.path("seed"))
+	p.stop()
+	p = s.serve() // both workers unseal it
+	c := s.dial()
+	for i := range 200 {
+		if _, err := c.Sign(t.Context(), "old", message(fmt.Sprintf("AA%02d", i%100))); err != nil {
+			t.Fatal(err)
+		}
+	}
+	s.dial() // a handshake, with a sealed X25519 key
+	expanded := sha512.Sum512(seed[:32])
+	var workers []int
+	eventually(t, "two workers", func() bool { workers = p.workers(); return len(workers) == 2 })
+	for what, secret := range map[string][]byte{"the seed": seed[:32], "a part of the seed": seed[8:24], "the scalar": expanded[1:31], "the prefix": expanded[32:64], "the PIN": []byte(userPIN)} {
+		for i, pid := range append([]int{p.cmd.Process.Pid}, workers...) {
+			if finds(t, pid, string(secret)) {
+				t.Errorf("%s is in the memory of %s", what, []string{"the daemon", "worker 1", "worker 2"}[i])
+			}
+		}
+	}
+	for _, pid := range workers {
+		maps, err := os.ReadFile(fmt.Sprintf("/proc/%d/maps", pid))
+		if err != nil || !bytes.Contains(maps, []byte("secretmem")) {
+			t.Errorf("worker %d has no protected mapping: %v", pid, err)
+		}
+	}
+	p.stop()
+}
+
+// TestTPMStateChanged: a machine in another state serves "unavailable" and explains itself, with one event; it does not
+// stop. When the state is the former one, it serves again by itself.
+func TestTPMStateChanged(t *testing.T) {
+	e := tpmtest.New(t)
+	s := newTPMSystem(t, e, "")
+	p := s.serve()
+	s.enrol()
+	p.stop()
+	e.Extend(t, 11)
+	p = s.serve()
+	config := s.clientConfig()
+	if _, err := client.Dial(t.Context(), config); err == nil {
+		t.Error("a handshake with a key that is sealed to another state")
+	}
+	unavailable := func() (n int) {
+		for _, ev := range s.events() {
+			if ev.Type == "TokenUnavailable" {
+				n++
+				if !strings.Contains(ev.Metadata["cause"], "PCR 11") {
+					t.Errorf("the event does not explain itself: %v", ev.Metadata)
+				}
+			}
+		}
+		return n
+	}
+	eventually(t, "an event", func() bool { return unavailable() == 1 })
+	if out := s.must("admin", "token", "list"); !strings.Contains(out, "PCR 11, which measures the unified kernel image") {
+		t.Errorf("token list: %s", out)
+	}
+	for range 20 {
+		client.Dial(t.Context(), config)
+	}
+	e.Stop()
+	e.Start() // a power cycle: the registers begin anew
+	config.RetryFor = 20 * time.Second
+	c, err := client.Dial(t.Context(), config)
+	if err != nil {
+		eventually(t, "it serves again", func() bool { c, err = client.Dial(t.Context(), config); return err == nil })
+	}
+	defer c.Close()
+	if _, err := c.Sign(t.Context(), "payments", message("AAAA")); err != nil {
+		t.Errorf("in the former state: %v", err)
+	}
+	if n := unavailable(); n != 1 {
+		t.Errorf("%d events that it is unavailable", n)
+	}
+	p.stop()
+	if n := strings.Count(p.stderr.String(), "a key worker is given up"); n != 0 {
+		t.Errorf("%d key workers were given up, which could not help", n)
+	}
+}
+
+// TestTPMSick takes the TPM away, freezes it and brings it back under a daemon that serves: sealed keys are in use and go on
+// signing; what needs the TPM is unavailable for a bounded time and well again by itself.
+func TestTPMSick(t *testing.T) {
+	e := tpmtest.New(t)
+	s := newTPMSystem(t, e, "deadline = \"500ms\"")
+	p := s.serve()
+	s.enrol()
+	c := s.dial()
+	sign := func() {
+		t.Helper()
+		if _, err := c.Sign(t.Context(), "payments", message("AAAA")); err != nil {
+			t.Error(err)
+		}
+	}
+	for range 20 { // both workers have it
+		sign()
+	}
+	create := func(name string) bool {
+		_, _, code := s.cli("", "admin", "key", "create", name, "--algorithm", "p256")
+		return code == 0
+	}
+	if !create("one") {
+		t.Error("a key can't be made")
+	}
+	e.Stop()
+	if create("two") {
+		t.Error("a key was made without the TPM")
+	}
+	e.Start()
+	eventually(t, "a key can be made", func() bool { return create("three") })
+	eventually(t, "it signs", func() bool { _, err := c.Sign(t.Context(), "payments", message("AAAA")); return err == nil })
+	e.Freeze()
+	if create("four") {
+		t.Error("a key was made by a frozen TPM")
+	}
+	e.Thaw()
+	eventually(t, "a key can be made", func() bool { return create("five") })
+	eventually(t, "it signs", func() bool { _, err := c.Sign(t.Context(), "payments", message("AAAA")); return err == nil })
+	p.stop()
+	if n := e.Handles(t); n > 1 { // one that a killed worker had loaded, until the next one tidies up
+		t.Errorf("%d handles are left in the TPM", n)
+	}
+}
