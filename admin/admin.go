@@ -46,6 +46,8 @@ func New(a *appliance.Appliance) *http.Server {
 	e.GET("/v1/noise-key", s.noiseKey)
 	e.GET("/v1/tokens", s.tokens)
 	e.POST("/v1/tokens/:name/retry", s.retryToken)
+	e.GET("/v1/rollback", s.rollback)
+	e.POST("/v1/rollback/accept", s.acceptRollback)
 	e.POST("/v1/peers", s.addPeer)
 	e.GET("/v1/peers", s.peers)
 	e.DELETE("/v1/peers/:name", s.removePeer)
@@ -128,6 +130,28 @@ func (s server) tokens(c echo.Context) error {
 
 func (s server) retryToken(c echo.Context) error {
 	if err := s.app.RetryToken(c.Request().Context(), caller(c), c.Param("name")); err != nil {
+		return err
+	}
+	return c.NoContent(http.StatusNoContent)
+}
+
+func (s server) rollback(c echo.Context) error {
+	r, err := s.app.Rollback()
+	if err != nil {
+		return err
+	}
+	if r == nil {
+		return c.JSON(http.StatusOK, api.Rollback{})
+	}
+	return c.JSON(http.StatusOK, api.Rollback{Detected: true, Reason: r.Reason, Ledger: r.Ledger, Counter: r.Counter, At: r.At.Unix()})
+}
+
+func (s server) acceptRollback(c echo.Context) error {
+	var r api.AcceptRollback
+	if err := decode(c, &r); err != nil {
+		return err
+	}
+	if err := s.app.AcceptRollback(c.Request().Context(), caller(c), r.Reason); err != nil {
 		return err
 	}
 	return c.NoContent(http.StatusNoContent)

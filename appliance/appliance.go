@@ -37,10 +37,13 @@ type Limits struct {
 // Appliance is safe for concurrent use.
 type Appliance struct {
 	limits Limits
+	anchor Anchor
 	ledger *ledger.Ledger
 	tokens map[string]keystore.Store
 	policy *policy.Policy
 	log    *slog.Logger
+
+	anchored bool // the ledger has been held against its counter; of Start, then of Serve, then of Stop
 
 	creating  lock // held while a key is made, however long the device takes
 	enrolling lock // held while a peer is added or removed
@@ -120,9 +123,9 @@ func (a *Appliance) act(ctx context.Context, l lock, what string, do func(contex
 // New puts an appliance together. It reads keys and peers from the ledger and holds each key against its token: one that
 // is missing, ambiguous or another is an error, since serving without it would be a silent loss. A token that does not
 // answer costs its own keys only, for now, unless the listener's key is on it. New changes nothing.
-func New(ctx context.Context, limits Limits, l *ledger.Ledger, tokens map[string]keystore.Store, p *policy.Policy, log *slog.Logger) (*Appliance, error) {
+func New(ctx context.Context, limits Limits, l *ledger.Ledger, anchor Anchor, tokens map[string]keystore.Store, p *policy.Policy, log *slog.Logger) (*Appliance, error) {
 	a := &Appliance{
-		limits: limits, ledger: l, tokens: tokens, policy: p, log: log,
+		limits: limits, anchor: anchor, ledger: l, tokens: tokens, policy: p, log: log,
 		creating: make(lock, 1), enrolling: make(lock, 1),
 		keys: map[keystore.Ref]*Key{}, active: map[string]*Key{}, peers: map[[32]byte]Peer{}, sessions: map[*session]struct{}{},
 	}

@@ -76,7 +76,7 @@ func (r *rig) open(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if r.Appliance, err = New(t.Context(), limits, l, map[string]keystore.Store{"memory": r.store}, p, slog.New(slog.DiscardHandler)); err != nil {
+	if r.Appliance, err = New(t.Context(), limits, l, Anchor{}, map[string]keystore.Store{"memory": r.store}, p, slog.New(slog.DiscardHandler)); err != nil {
 		l.Close()
 		t.Fatal(err)
 	}
@@ -447,7 +447,7 @@ func TestKeysAreHeldAgainstTheToken(t *testing.T) {
 			return err
 		}
 		defer l.Close()
-		_, err = New(t.Context(), limits, l, map[string]keystore.Store{"memory": r.store}, r.policy, slog.New(slog.DiscardHandler))
+		_, err = New(t.Context(), limits, l, Anchor{}, map[string]keystore.Store{"memory": r.store}, r.policy, slog.New(slog.DiscardHandler))
 		return err
 	}
 	ref := keystore.Ref{Name: "payments", Version: 1}

@@ -39,6 +39,7 @@ var table = []struct {
 	message string
 }{
 	{ledger.ErrUnknownState, fatal, wire.CodeUnavailable, "the appliance can't answer now"},
+	{errRolledBack, unavailable, wire.CodeUnavailable, "the appliance can't answer before an operator has acted"},
 	{errUnknownOutcome, unavailable, wire.CodeUnavailable, "the appliance took too long; the nonce may be spent, and then the same request is a replay"},
 	{transcript.ErrMalformed, refused, wire.CodeMalformed, ""},
 	{transcript.ErrUnsupported, refused, wire.CodeUnsupported, ""},

@@ -39,6 +39,15 @@ func (a *Appliance) Serve(ctx context.Context, listener net.Listener) error {
 		}
 	}()
 
+	if a.anchor.Token != "" {
+		anchoring := make(chan struct{})
+		defer func() { <-anchoring }()
+		defer cancel(nil)
+		go func() {
+			defer close(anchoring)
+			a.keepAnchored(stop)
+		}()
+	}
 	var serving sync.WaitGroup
 	places := make(chan struct{}, a.limits.Connections)
 	for stop.Err() == nil {
@@ -78,6 +87,10 @@ func (a *Appliance) Start(ctx context.Context) error {
 	if err := a.Ready(); err != nil {
 		return err
 	}
+	var err error
+	if a.anchored, err = a.startAnchor(ctx); err != nil {
+		return err
+	}
 	return a.recordDaemon(audit.Started)
 }
 
@@ -89,7 +102,16 @@ func (a *Appliance) Stop() error {
 			a.log.Error("stopping during an act of management; the next start clears away what is left of it", "err", err)
 		}
 	}
-	return a.recordDaemon(audit.Stopped)
+	if err := a.recordDaemon(audit.Stopped); err != nil {
+		return err
+	}
+	if rolled, err := a.Rollback(); err != nil || rolled != nil || a.anchor.Token == "" || !a.anchored {
+		return err
+	}
+	if err := a.advance(ctx); err != nil { // what the start finds is sound all the same
+		a.log.Error("the ledger's counter has not risen at the end", "err", err)
+	}
+	return nil
 }
 
 // recordDaemon writes down a step of the daemon's own life, even if it is being stopped.

@@ -26,6 +26,9 @@ const (
 	TokenUnavailable  Type = "TokenUnavailable"
 	TokenAvailable    Type = "TokenAvailable"
 	TokenRetried      Type = "TokenRetried"
+	LedgerBound       Type = "LedgerBound" // to a counter that only rises
+	RollbackDetected  Type = "RollbackDetected"
+	RollbackAccepted  Type = "RollbackAccepted"
 	PeerAdded         Type = "PeerAdded"
 	PeerRemoved       Type = "PeerRemoved"
 	SignatureAdmitted Type = "SignatureAdmitted"

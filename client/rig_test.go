@@ -60,7 +60,7 @@ func startAppliance() (a *testAppliance, err error) {
 		Connections: 16, InFlight: 64, HandshakeTimeout: 5 * time.Second, IdleTimeout: time.Minute, WriteTimeout: 5 * time.Second,
 		RequestTimeout: 5 * time.Second, ClockSkew: 30 * time.Second, MaxLifetime: 24 * time.Hour,
 	}
-	if a.app, err = appliance.New(ctx, limits, a.ledger, map[string]keystore.Store{"memory": a.store}, p, slog.New(slog.DiscardHandler)); err != nil {
+	if a.app, err = appliance.New(ctx, limits, a.ledger, appliance.Anchor{}, map[string]keystore.Store{"memory": a.store}, p, slog.New(slog.DiscardHandler)); err != nil {
 		return nil, err
 	}
 	k, err := a.app.CreateNoiseKey(ctx, operator, "memory")

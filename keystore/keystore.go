@@ -221,6 +221,16 @@ type Key interface {
 	Exchange(ctx context.Context, peer [32]byte) ([32]byte, error)
 }
 
+// Counter is a Store whose device has a counter that only rises, whoever asks and whatever is restored from a copy.
+type Counter interface {
+	// DefineCounter makes the counter, unless it is there.
+	DefineCounter(ctx context.Context) error
+	// ReadCounter returns its value; ErrNotFound where it has not been defined, or is gone.
+	ReadCounter(ctx context.Context) (uint64, error)
+	// RiseCounter makes it rise by one and returns the value after that. After an error it may have risen.
+	RiseCounter(ctx context.Context) (uint64, error)
+}
+
 // BatchSigner is a Store that makes several signatures at less cost together than one by one.
 type BatchSigner interface {
 	// SignBatch sets Signature or Err of each element, as Key.Sign without a judge would give it. The keys are all of

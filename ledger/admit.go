@@ -57,6 +57,10 @@ type Admitted struct {
 // An error means that no verdict is known. The nonce may be spent all the same; asking again gives Repeated then, or
 // Replay where the admission is for Once.
 func (l *Ledger) Admit(ctx context.Context, a Admission, event func(Verdict) []byte) (Admitted, error) {
+	if err := l.suspended.Load(); err != nil {
+		return Admitted{}, *err
+	}
+	l.admitted.Add(1)
 	result := Admitted{Admission: a}
 	err := l.submit(ctx, &request{done: make(chan error, 1), apply: func(tx *bolt.Tx) error {
 		result = Admitted{Admission: a}

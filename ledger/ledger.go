@@ -23,6 +23,7 @@ import (
 	"runtime/debug"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -68,16 +69,19 @@ type Table string
 const (
 	Keys  Table = "keys"
 	Peers Table = "peers"
+	Meta  Table = "meta" // what is about the ledger itself; its format is there too
 )
 
 // Ledger is safe for concurrent use.
 type Ledger struct {
-	db       *bolt.DB
-	requests chan *request
-	stopping chan struct{} // closed by Close: no more requests
-	done     chan struct{} // closed when the writer has ended
-	failed   chan struct{} // closed at the first failed commit
-	stop     sync.Once
+	db        *bolt.DB
+	requests  chan *request
+	stopping  chan struct{} // closed by Close: no more requests
+	done      chan struct{} // closed when the writer has ended
+	failed    chan struct{} // closed at the first failed commit
+	stop      sync.Once
+	suspended atomic.Pointer[error] // why there are no admissions now
+	admitted  atomic.Uint64         // since it was opened
 }
 
 // request is work for the writer: apply, unless it is nil, runs inside a transaction that others share, or, where alone is
@@ -225,6 +229,18 @@ func (l *Ledger) Close() error {
 	<-l.done
 	return l.db.Close()
 }
+
+// Suspend makes Admit refuse with err, until it is called with nil. All else goes on.
+func (l *Ledger) Suspend(err error) {
+	if err == nil {
+		l.suspended.Store(nil)
+		return
+	}
+	l.suspended.Store(&err)
+}
+
+// Admitted is how many admissions there were since the ledger was opened.
+func (l *Ledger) Admitted() uint64 { return l.admitted.Load() }
 
 // Failed is closed when a commit has failed: the process must end.
 func (l *Ledger) Failed() <-chan struct{} { return l.failed }

@@ -64,6 +64,20 @@ type NewPeer struct {
 	PublicKey string `json:"public_key"`
 }
 
+// Rollback says whether the ledger is older than the counter that it is bound to.
+type Rollback struct {
+	Detected bool   `json:"detected"`
+	Reason   string `json:"reason,omitempty"`
+	Ledger   uint64 `json:"ledger"`  // the counter's value by the ledger
+	Counter  uint64 `json:"counter"` // and by its device
+	At       int64  `json:"at"`      // when it was detected, Unix seconds
+}
+
+// AcceptRollback lets the ledger admit again.
+type AcceptRollback struct {
+	Reason string `json:"reason"`
+}
+
 // Error is a refusal: invalid, exists, not_found or unavailable.
 type Error struct {
 	Code    string `json:"code"`
@@ -109,6 +123,14 @@ func (c *Client) Key(ctx context.Context, name string) (versions []Key, err erro
 // NoiseKey returns the key that the listener answers handshakes with.
 func (c *Client) NoiseKey(ctx context.Context) (k Key, err error) {
 	return k, c.do(ctx, http.MethodGet, "/v1/noise-key", nil, &k)
+}
+
+func (c *Client) Rollback(ctx context.Context) (r Rollback, err error) {
+	return r, c.do(ctx, http.MethodGet, "/v1/rollback", nil, &r)
+}
+
+func (c *Client) AcceptRollback(ctx context.Context, reason string) error {
+	return c.do(ctx, http.MethodPost, "/v1/rollback/accept", AcceptRollback{reason}, nil)
 }
 
 func (c *Client) AddPeer(ctx context.Context, name, publicKey string) (p Peer, err error) {

@@ -167,6 +167,33 @@ func (t *tool) admin() *cobra.Command {
 	list.Flags().IntVar(&limit, "limit", 100, "how many at the most, up to 1000")
 	audit := group("audit", "Read the audit log", list)
 
+	var reason string
+	accept := act("accept", "Let the ledger admit again as it is, although it is older than its counter", cobra.NoArgs, func(ctx context.Context, c *api.Client, _ []string) error {
+		if err := c.AcceptRollback(ctx, reason); err != nil {
+			return err
+		}
+		return t.print(map[string]bool{"accepted": true}, func(w io.Writer) { fmt.Fprintln(w, "accepted\tand written down with the reason") })
+	})
+	accept.Long = "An older copy of the ledger has forgotten nonces: what was signed under them since it was made can be signed again, and what\n" +
+		"was verified can be verified again. Find out first how it came into the place of the newest one, and put that back if you\n" +
+		"have it. See docs/OPERATIONS.md."
+	accept.Flags().StringVar(&reason, "reason", "", "why that is right; it goes into the audit log")
+	rollback := group("rollback", "Look after the ledger's binding to a counter", accept,
+		act("show", "Say whether the ledger is older than its counter", cobra.NoArgs, func(ctx context.Context, c *api.Client, _ []string) error {
+			r, err := c.Rollback(ctx)
+			if err != nil {
+				return err
+			}
+			return t.print(r, func(w io.Writer) {
+				if !r.Detected {
+					fmt.Fprintln(w, "no rollback was detected")
+					return
+				}
+				fmt.Fprintf(w, "detected\t%s\nreason\t%s\nledger\t%d\ncounter\t%d\n", date(r.At), r.Reason, r.Ledger, r.Counter)
+			})
+		}),
+	)
+
 	noiseKey := act("noise-key", "Print the listener's public key", cobra.NoArgs, func(ctx context.Context, c *api.Client, _ []string) error {
 		k, err := c.NoiseKey(ctx)
 		if err != nil {
@@ -174,7 +201,7 @@ func (t *tool) admin() *cobra.Command {
 		}
 		return t.print(k, func(w io.Writer) { fmt.Fprintln(w, k.PublicKey) })
 	})
-	c.AddCommand(key, peer, tokens, audit, noiseKey)
+	c.AddCommand(key, peer, tokens, rollback, audit, noiseKey)
 	return c
 }
 

@@ -67,7 +67,7 @@ func check(ctx context.Context, path string, c Config, stdout io.Writer) error {
 	}
 	defer l.Close()
 	say("ledger", "ok: %s", c.Ledger)
-	app, err := appliance.New(ctx, c.limits(), l, tokens, rules, log)
+	app, err := appliance.New(ctx, c.limits(), l, c.anchor(), tokens, rules, log)
 	if err != nil {
 		return err
 	}

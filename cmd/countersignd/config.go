@@ -8,6 +8,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"time"
 
@@ -50,6 +51,19 @@ type Config struct {
 	// NoiseToken is the name of the token on which countersignd init makes the listener's Noise key. It may be left out
 	// where there is only one token.
 	NoiseToken string `toml:"noise_token"`
+
+	// RollbackToken is the name of the token with a TPM to whose counter the ledger is bound, so that an older copy of the
+	// ledger in its place is noticed at start. Default: the only one with a TPM; without one, nothing notices. none turns
+	// it off.
+	RollbackToken string `toml:"rollback_token"`
+
+	// RollbackInterval is after how long the counter rises, if there were admissions. Default: 1h, 8,760 times a year at the
+	// most; the memory of a TPM bears some 100,000 and more. Danger: the copy of a ledger can hide what was admitted between
+	// the copy and the next rise.
+	RollbackInterval Duration `toml:"rollback_interval"`
+
+	// RollbackAdmissions makes it rise sooner, but not more often than each 5 minutes. Default: 10000.
+	RollbackAdmissions int `toml:"rollback_admissions"`
 
 	// Limits bounds what peers can cost.
 	Limits Limits `toml:"limits"`
@@ -153,8 +167,8 @@ func (d *Duration) UnmarshalText(text []byte) error {
 
 func defaults() Config {
 	return Config{
-		LogLevel: "info",
-		Tokens:   map[string]*Token{},
+		LogLevel: "info", RollbackInterval: Duration(time.Hour), RollbackAdmissions: 10_000,
+		Tokens: map[string]*Token{},
 		Limits: Limits{
 			Connections: 1024, InFlight: 64,
 			HandshakeTimeout: Duration(10 * time.Second), IdleTimeout: Duration(5 * time.Minute), WriteTimeout: Duration(10 * time.Second),
@@ -230,6 +244,7 @@ func (c *Config) check() error {
 	}{
 		{"limits.connections", c.Limits.Connections, 100_000},
 		{"limits.in_flight", c.Limits.InFlight, 10_000},
+		{"rollback_admissions", c.RollbackAdmissions, 1_000_000_000},
 	} {
 		if n.value < 1 || n.value > n.most {
 			return fmt.Errorf("%s must be 1 to %d", n.field, n.most)
@@ -240,6 +255,7 @@ func (c *Config) check() error {
 		value       Duration
 		least, most time.Duration
 	}{
+		{"rollback_interval", c.RollbackInterval, time.Second, 31 * 24 * time.Hour},
 		{"limits.handshake_timeout", c.Limits.HandshakeTimeout, 100 * time.Millisecond, 5 * time.Minute},
 		{"limits.idle_timeout", c.Limits.IdleTimeout, time.Second, 24 * time.Hour},
 		{"limits.write_timeout", c.Limits.WriteTimeout, 100 * time.Millisecond, 5 * time.Minute},
@@ -265,6 +281,20 @@ func (c *Config) checkTokens() error {
 	}
 	if c.Tokens[c.NoiseToken] == nil {
 		return fmt.Errorf("noise_token: %q is none of the tokens", c.NoiseToken)
+	}
+	var tpms []string
+	for name, t := range c.Tokens {
+		if t.TPM != "" {
+			tpms = append(tpms, name)
+		}
+	}
+	switch {
+	case c.RollbackToken == "none":
+		c.RollbackToken = ""
+	case c.RollbackToken == "" && len(tpms) == 1:
+		c.RollbackToken = tpms[0]
+	case c.RollbackToken != "" && !slices.Contains(tpms, c.RollbackToken):
+		return fmt.Errorf("rollback_token: %q is none of the tokens with a TPM", c.RollbackToken)
 	}
 	for name, t := range c.Tokens {
 		in := "tokens." + name + "."
@@ -329,6 +359,10 @@ func (t *Token) hsm() hsm.Config {
 
 func (t *Token) tpm() tpm.Config {
 	return tpm.Config{Device: t.TPM, State: t.State, PCRs: t.PCRs, PINFile: t.PINFile, Deadline: t.Deadline.std(), IdleLock: t.IdleLock.std()}
+}
+
+func (c *Config) anchor() appliance.Anchor {
+	return appliance.Anchor{Token: c.RollbackToken, Interval: c.RollbackInterval.std(), Admissions: uint64(c.RollbackAdmissions)}
 }
 
 func (c *Config) limits() appliance.Limits {

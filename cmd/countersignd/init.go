@@ -69,9 +69,13 @@ func initialise(ctx context.Context, c Config, newToken bool, soPINFile string, 
 	if err := p.app.Recover(ctx); err != nil {
 		return err
 	}
+	operator := audit.Operator(fmt.Sprintf("uid:%d", os.Getuid()))
+	if err := p.app.BindLedger(ctx, operator); err != nil {
+		return err
+	}
 	key, err := p.app.NoiseKey()
 	if errors.Is(err, appliance.ErrNotFound) {
-		key, err = p.app.CreateNoiseKey(ctx, audit.Operator(fmt.Sprintf("uid:%d", os.Getuid())), c.NoiseToken)
+		key, err = p.app.CreateNoiseKey(ctx, operator, c.NoiseToken)
 		if err == nil {
 			fmt.Fprintf(stderr, "created the listener's Noise key in the token\n")
 		}

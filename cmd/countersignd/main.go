@@ -167,7 +167,7 @@ func open(ctx context.Context, c Config, log *slog.Logger) (p parts, err error) 
 	if p.tokens, err = openTokens(ctx, c, log, changed); err != nil {
 		return p, err
 	}
-	if p.app, err = appliance.New(ctx, c.limits(), p.ledger, p.tokens, rules, log); err != nil {
+	if p.app, err = appliance.New(ctx, c.limits(), p.ledger, c.anchor(), p.tokens, rules, log); err != nil {
 		return p, err
 	}
 	changing.Lock()

@@ -26,6 +26,7 @@ type call struct {
 const (
 	opKey, opKeys, opGenerate   = "key", "keys", "generate"
 	opImport, opDestroy, opLook = "import", "destroy", "inspect"
+	opDefine, opRead, opRise    = "define counter", "read counter", "rise counter"
 )
 
 // LogIn decides whether there may be a login, and runs it; see hsm.Config.
@@ -208,6 +209,8 @@ func (w *server) do(ctx context.Context, c call) ([]byte, error) {
 		err = w.store.Destroy(ctx, c.Ref, c.Tag)
 	case opLook:
 		answer, err = w.store.Inspect(ctx)
+	case opDefine, opRead, opRise:
+		answer, err = w.count(ctx, c.Op)
 	default:
 		err = fmt.Errorf("key worker: there is no operation %q", c.Op)
 	}
@@ -218,6 +221,21 @@ func (w *server) do(ctx context.Context, c call) ([]byte, error) {
 		answer = key.Info()
 	}
 	return json.Marshal(answer)
+}
+
+func (w *server) count(ctx context.Context, op string) (value uint64, err error) {
+	counter, ok := w.store.(keystore.Counter)
+	switch {
+	case !ok:
+		err = fmt.Errorf("%w: this device has no counter", keystore.ErrRefused)
+	case op == opDefine:
+		err = counter.DefineCounter(ctx)
+	case op == opRead:
+		value, err = counter.ReadCounter(ctx)
+	default:
+		value, err = counter.RiseCounter(ctx)
+	}
+	return value, err
 }
 
 // logIn asks the pool for leave, since a PIN that another worker has found to be wrong must not be tried again.

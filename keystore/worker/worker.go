@@ -802,3 +802,17 @@ func (p *Pool) Destroy(ctx context.Context, ref keystore.Ref, tag keystore.Tag) 
 	}
 	return nil
 }
+
+// A device without a counter gives ErrRefused.
+
+func (p *Pool) DefineCounter(ctx context.Context) error {
+	return p.request(ctx, false, call{Op: opDefine}, nil)
+}
+
+func (p *Pool) ReadCounter(ctx context.Context) (value uint64, err error) {
+	return value, p.request(ctx, false, call{Op: opRead}, &value)
+}
+
+func (p *Pool) RiseCounter(ctx context.Context) (value uint64, err error) {
+	return value, p.request(ctx, true, call{Op: opRise}, &value)
+}

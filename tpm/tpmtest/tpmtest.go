@@ -2,6 +2,7 @@
 package tpmtest
 
 import (
+	"encoding/binary"
 	"fmt"
 	"net"
 	"os"
@@ -78,10 +79,7 @@ func (e *Emulator) Stop() {
 // Extend changes a register.
 func (e *Emulator) Extend(t testing.TB, pcr int) {
 	t.Helper()
-	out, err := exec.Command("tpm2_pcrextend", "--tcti", "swtpm:path="+e.Socket, fmt.Sprintf("%d:sha256=%064d", pcr, 1)).CombinedOutput()
-	if err != nil {
-		t.Fatalf("tpm2_pcrextend: %v\n%s", err, out)
-	}
+	e.tool(t, "tpm2_pcrextend", fmt.Sprintf("%d:sha256=%064d", pcr, 1))
 }
 
 // Freeze and Thaw stop it from answering, and let it.
@@ -92,11 +90,56 @@ func (e *Emulator) Thaw()   { e.cmd.Process.Signal(syscall.SIGCONT) }
 func (e *Emulator) Handles(t testing.TB) (n int) {
 	t.Helper()
 	for _, kind := range []string{"handles-transient", "handles-loaded-session", "handles-saved-session"} {
-		out, err := exec.Command("tpm2_getcap", "--tcti", "swtpm:path="+e.Socket, kind).CombinedOutput()
-		if err != nil {
-			t.Fatalf("tpm2_getcap: %v\n%s", err, out)
-		}
-		n += strings.Count(string(out), "0x")
+		n += strings.Count(string(e.tool(t, "tpm2_getcap", kind)), "0x")
 	}
 	return n
+}
+
+// counter is where package tpm has its counter.
+const counter = "0x01800c51"
+
+// Counter returns the value of the appliance's counter, as another program sees it.
+func (e *Emulator) Counter(t testing.TB) uint64 {
+	t.Helper()
+	out := e.tool(t, "tpm2_nvread", counter)
+	if len(out) != 8 {
+		t.Fatalf("tpm2_nvread: %d bytes", len(out))
+	}
+	return binary.BigEndian.Uint64(out)
+}
+
+// UndefineCounter removes it, as whoever owns the TPM can.
+func (e *Emulator) UndefineCounter(t testing.TB) { e.tool(t, "tpm2_nvundefine", counter) }
+
+// tool runs a program of tpm2-tools.
+func (e *Emulator) tool(t testing.TB, args ...string) []byte {
+	t.Helper()
+	cmd := exec.Command(args[0], append(args[1:], "--tcti", "swtpm:path="+e.Socket)...)
+	var stderr strings.Builder
+	cmd.Stderr = &stderr
+	out, err := cmd.Output()
+	if err != nil {
+		t.Fatalf("%v: %v\n%s", args, err, stderr.String())
+	}
+	return out
+}
+
+// stateFile is where swtpm keeps what outlives it.
+const stateFile = "tpm2-00.permall"
+
+// State and SetState are what a snapshot of a machine does with its TPM in software.
+func (e *Emulator) State(t testing.TB) []byte {
+	t.Helper()
+	b, err := os.ReadFile(filepath.Join(e.dir, stateFile))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return b
+}
+
+func (e *Emulator) SetState(t testing.TB, state []byte) {
+	t.Helper()
+	if err := os.WriteFile(filepath.Join(e.dir, stateFile), state, 0o600); err != nil {
+		t.Fatal(err)
+	}
 }
