@@ -70,5 +70,5 @@ refuse expired "a document that expired an hour ago" sign --timestamp "$((now - 
 refuse handshake_refused "a stranger" "$bin/countersign" ping --identity "$work/stranger.key"
 
 stop || fail "the daemon did not end well: $(tail -n 3 "$run/log")"
-echo "next:      type \"make run\" to try it yourself; README.md has the commands. \"make clean\" removes bin/ and .run/"
+echo "next:      type \"make run\" to try it yourself; README.md has the commands. \"make clean\" removes bin/, .run/ and .run-tpm/"
 echo "demo: ok, $signed signed, $verified verified, $refused refused as they should be"

@@ -120,7 +120,7 @@ func Open(ctx context.Context, c Config) (*Store, error) {
 		return nil, err
 	}
 	if c.IdleLock > 0 {
-		s.idle = time.AfterFunc(c.IdleLock, s.wipe)
+		s.idle = time.AfterFunc(c.IdleLock, s.Lock)
 	}
 	return s, nil
 }
@@ -137,8 +137,8 @@ func (s *Store) Close() error {
 	return nil
 }
 
-// wipe forgets all seeds until they are wanted again.
-func (s *Store) wipe() {
+// Lock wipes all seeds; each is unsealed again when it is wanted.
+func (s *Store) Lock() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if !s.closed {

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -209,6 +210,52 @@ func TestAnotherTPM(t *testing.T) {
 	defer s.Close()
 	if _, err := s.Bind(k.Info()).Sign(t.Context(), []byte("m"), nil); !errors.Is(err, keystore.ErrUnfit) {
 		t.Errorf("a seal of another TPM: %v", err)
+	}
+}
+
+// TestNoPCRs: a key that is sealed to this TPM and to no state.
+func TestNoPCRs(t *testing.T) {
+	e := tpmtest.New(t)
+	c := config(t, e)
+	c.PCRs = nil
+	s := open(t, c)
+	k := generate(t, s, payments, keystore.Ed25519)
+	s.Close()
+	e.Extend(t, 7)
+	s, err := tpm.Open(t.Context(), c)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer s.Close()
+	signs(t, s.Bind(k.Info()))
+}
+
+// TestManyOperations: nothing is left in the TPM, which has room for three objects. TPM_OPERATIONS sets how many.
+func TestManyOperations(t *testing.T) {
+	n := 300
+	if v := os.Getenv("TPM_OPERATIONS"); v != "" {
+		var err error
+		if n, err = strconv.Atoi(v); err != nil {
+			t.Fatal(err)
+		}
+	}
+	e := tpmtest.New(t)
+	s := open(t, config(t, e))
+	defer s.Close()
+	resident := generate(t, s, payments, keystore.P256)
+	sealed := generate(t, s, keystore.Ref{Name: "sealed", Version: 1}, keystore.Ed25519)
+	for i := range n {
+		signs(t, resident)
+		if i%10 == 0 {
+			s.Lock()
+			signs(t, sealed) // unsealed anew
+		}
+		if t.Failed() {
+			t.Fatalf("operation %d", i)
+		}
+	}
+	if n := e.Handles(t); n != 0 {
+		t.Errorf("%d handles are left in the TPM", n)
 	}
 }
 
