@@ -119,18 +119,36 @@ func (p *process) fail(why error) {
 	first := p.why == nil
 	if first {
 		p.why = why
+		close(p.dead) // whose call ends below must not take it for well
 	}
 	calls := p.calls
 	p.calls = nil
 	p.mu.Unlock()
+	if first {
+		p.cmd.Process.Kill()
+		p.pipe.conn.Close()
+	}
 	for _, c := range calls {
 		c.answer <- answer{err: errDied}
 		c.done()
 	}
-	if first {
-		close(p.dead)
-		p.cmd.Process.Kill()
-		p.pipe.conn.Close()
+}
+
+// isDead reports that the worker has been given up or retired.
+func (p *process) isDead() bool {
+	select {
+	case <-p.dead:
+		return true
+	default:
+		return false
+	}
+}
+
+// gone waits until the process is.
+func (p *process) gone(within time.Duration) {
+	select {
+	case <-p.reaped:
+	case <-time.After(within): // the kernel can't end it: others must not wait for that
 	}
 }
 

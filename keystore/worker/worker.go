@@ -485,7 +485,7 @@ func (p *Pool) choose(tried []*process) (best *process, coming bool) {
 		switch {
 		case proc == nil:
 			coming = coming || s.starting
-		case proc.retiring:
+		case proc.retiring, proc.isDead(): // run decides in a moment what comes after it
 			coming = true
 		case slices.Contains(tried, proc):
 		case proc.busy >= p.config.InFlight:
@@ -589,8 +589,13 @@ func (p *Pool) do(ctx context.Context, once bool, send func(proc *process, done 
 		}
 		failed = err
 		tried = append(tried, proc)
+		if once && errors.Is(err, keystore.ErrUnavailable) { // it must not make a key after the caller has cleared away
+			proc.fail(err)
+			proc.gone(closeTime)
+			return nil, err
+		}
 		switch {
-		case ctx.Err() != nil:
+		case ctx.Err() != nil && errors.Is(err, ctx.Err()):
 			return nil, err
 		case errors.Is(err, keystore.ErrAuth):
 			p.refusedPIN(err)
