@@ -50,11 +50,11 @@ type gate interface {
 	done(p *process, refusedPIN error) // its login has ended
 }
 
-// pending is a call that waits for its answer. done runs once, when it has one or never will.
+// pending is a call that waits for its answer. done runs once, with its error, when it has an answer or never will.
 type pending struct {
 	answer chan answer
 	late   time.Time
-	done   func()
+	done   func(error)
 }
 
 type answer struct {
@@ -130,7 +130,7 @@ func (p *process) fail(why error) {
 	}
 	for _, c := range calls {
 		c.answer <- answer{err: errDied}
-		c.done()
+		c.done(errDied)
 	}
 }
 
@@ -225,13 +225,14 @@ func (p *process) read() {
 			return
 		}
 		if k == failure {
-			c.answer <- answer{err: decodeError(body)}
+			err = decodeError(body)
+			c.answer <- answer{err: err}
 		} else {
 			p.served.Add(1)
 			p.used.Store(time.Now().UnixNano())
 			c.answer <- answer{body: body}
 		}
-		c.done()
+		c.done(err)
 	}
 }
 
@@ -269,12 +270,12 @@ var errLate = errors.New("a call did not come back from the device in time")
 
 // do sends a request and waits for its answer, for the worker's end or for ctx's. When ctx ends first the call stays
 // with the worker, so that a device that hangs is noticed all the same. done runs once, in any case.
-func (p *process) do(ctx context.Context, within time.Duration, done func(), k kind, body ...[]byte) ([]byte, error) {
+func (p *process) do(ctx context.Context, within time.Duration, done func(error), k kind, body ...[]byte) ([]byte, error) {
 	c := &pending{answer: make(chan answer, 1), late: time.Now().Add(within), done: done}
 	p.mu.Lock()
 	if p.calls == nil {
 		p.mu.Unlock()
-		done()
+		done(errDied)
 		return nil, errDied
 	}
 	p.next++
@@ -293,17 +294,17 @@ func (p *process) do(ctx context.Context, within time.Duration, done func(), k k
 }
 
 // ask is do for a request in JSON, and waits until within.
-func (p *process) ask(ctx context.Context, within time.Duration, done func(), c call) ([]byte, error) {
+func (p *process) ask(ctx context.Context, within time.Duration, done func(error), c call) ([]byte, error) {
 	b, err := json.Marshal(c)
 	if err != nil {
-		done()
+		done(err)
 		return nil, err
 	}
 	return p.do(ctx, within, done, request, b)
 }
 
 // use is do for a key.
-func (p *process) use(ctx context.Context, within time.Duration, done func(), k kind, key *key, body []byte) ([]byte, error) {
+func (p *process) use(ctx context.Context, within time.Duration, done func(error), k kind, key *key, body []byte) ([]byte, error) {
 	p.binding.Lock()
 	if !p.bound[key.number] { // other callers' frames come after; an error is seen with the next frame
 		p.bound[key.number] = true

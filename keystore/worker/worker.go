@@ -276,7 +276,7 @@ func (p *Pool) begin(number int) (*process, error) {
 		case <-ctx.Done():
 		}
 	}()
-	if _, err = proc.do(ctx, slowFactor*p.config.Deadline, func() {}, hello, p.config.Hello); err == nil {
+	if _, err = proc.do(ctx, slowFactor*p.config.Deadline, func(error) {}, hello, p.config.Hello); err == nil {
 		err = p.look(ctx, proc)
 	}
 	if err != nil {
@@ -309,7 +309,7 @@ func (p *Pool) look(ctx context.Context, proc *process) error {
 		return nil
 	}
 	if some.info.Algorithm != keystore.X25519 {
-		_, err := proc.ask(ctx, slowFactor*p.config.Deadline, func() {}, call{Op: opKey, Ref: some.info.Ref})
+		_, err := proc.ask(ctx, slowFactor*p.config.Deadline, func(error) {}, call{Op: opKey, Ref: some.info.Ref})
 		if errors.Is(err, keystore.ErrNotFound) {
 			err = nil // it may have been deleted; whoever uses it is told
 		}
@@ -327,7 +327,7 @@ func (p *Pool) look(ctx context.Context, proc *process) error {
 	if err != nil {
 		return err
 	}
-	got, err := proc.use(ctx, p.config.Deadline, func() {}, exchange, some, own.PublicKey().Bytes())
+	got, err := proc.use(ctx, p.config.Deadline, func(error) {}, exchange, some, own.PublicKey().Bytes())
 	if err == nil && !bytes.Equal(got, want) {
 		err = keystore.ErrWrong
 	}
@@ -502,6 +502,9 @@ func (p *Pool) choose(tried []*process) (best *process, coming bool) {
 
 // acquire returns a worker with a place for a call. release gives the place back.
 func (p *Pool) acquire(ctx context.Context, tried []*process) (*process, error) {
+	if ctx.Err() != nil {
+		return nil, fmt.Errorf("%w: %w", keystore.ErrUnavailable, ctx.Err())
+	}
 	p.mu.Lock()
 	if p.isClosed() {
 		p.mu.Unlock()
@@ -563,7 +566,7 @@ func (p *Pool) release(proc *process) {
 
 // do has one worker after another carry a call out until one has done it. check judges an answer. A worker that says that
 // the key is missing or unfit is believed when there is nobody who knows better.
-func (p *Pool) do(ctx context.Context, once bool, send func(proc *process, done func()) ([]byte, error), check func(answer []byte) error) ([]byte, error) {
+func (p *Pool) do(ctx context.Context, once bool, send func(proc *process, done func(error)) ([]byte, error), check func(answer []byte) error) ([]byte, error) {
 	var tried, doubted []*process
 	var failed error
 	for range tries {
@@ -574,7 +577,12 @@ func (p *Pool) do(ctx context.Context, once bool, send func(proc *process, done 
 			}
 			return nil, err
 		}
-		answer, err := send(proc, func() { p.release(proc) })
+		answer, err := send(proc, func(err error) {
+			p.release(proc)
+			if errors.Is(err, keystore.ErrUnavailable) { // though nobody may be waiting for it any more
+				proc.fail(err)
+			}
+		})
 		if err == nil && check != nil {
 			err = check(answer)
 		}
@@ -703,18 +711,15 @@ func (k *key) Exchange(ctx context.Context, peer [32]byte) (shared [32]byte, err
 }
 
 func (k *key) use(ctx context.Context, what kind, body []byte, check func([]byte) error) ([]byte, error) {
-	if ctx.Err() != nil {
-		return nil, fmt.Errorf("%v: %w: %w", k.info.Ref, keystore.ErrUnavailable, ctx.Err())
-	}
 	p := k.pool
-	return p.do(ctx, false, func(proc *process, done func()) ([]byte, error) {
+	return p.do(ctx, false, func(proc *process, done func(error)) ([]byte, error) {
 		return proc.use(ctx, p.config.Deadline, done, what, k, body)
 	}, check)
 }
 
 // ask carries out what is not frequent.
 func (p *Pool) request(ctx context.Context, once bool, c call, into any) error {
-	answer, err := p.do(ctx, once, func(proc *process, done func()) ([]byte, error) {
+	answer, err := p.do(ctx, once, func(proc *process, done func(error)) ([]byte, error) {
 		return proc.ask(ctx, slowFactor*p.config.Deadline, done, c)
 	}, nil)
 	if err == nil && into != nil {
@@ -756,7 +761,7 @@ func (p *Pool) Import(ctx context.Context, ref keystore.Ref, path string, tag ke
 	}
 	defer proc.fail(errors.New("it has imported"))
 	p.watch(proc)
-	answer, err := proc.ask(ctx, slowFactor*p.config.Deadline, func() {}, call{Op: opImport, Ref: ref, Path: path, Tag: tag})
+	answer, err := proc.ask(ctx, slowFactor*p.config.Deadline, func(error) {}, call{Op: opImport, Ref: ref, Path: path, Tag: tag})
 	if err != nil {
 		return nil, err
 	}
@@ -782,7 +787,7 @@ func (p *Pool) Destroy(ctx context.Context, ref keystore.Ref, tag keystore.Tag) 
 	}
 	p.mu.Unlock()
 	for _, proc := range all {
-		if _, err := proc.ask(ctx, slowFactor*p.config.Deadline, func() {}, c); err != nil {
+		if _, err := proc.ask(ctx, slowFactor*p.config.Deadline, func(error) {}, c); err != nil {
 			proc.fail(fmt.Errorf("it may have a copy of a key that was destroyed: %w", err))
 		}
 	}
