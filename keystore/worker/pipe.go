@@ -36,6 +36,8 @@ const (
 	maxFrame   = 1 << 20 // a list of thousands of keys
 )
 
+var errProtocol = errors.New("worker: the other end does not keep to the protocol")
+
 // pipe is one end of the socket. Whoever sends while another is writing leaves the frame to him: what waits goes out in
 // one write. Nobody waits for the other end to read.
 type pipe struct {
@@ -149,7 +151,7 @@ func (p *pipe) receive() (id uint64, k kind, body []byte, err error) {
 	}
 	n := binary.BigEndian.Uint32(header[:])
 	if n < headerSize-4 || n > maxFrame {
-		return 0, 0, nil, fmt.Errorf("worker: a frame of %d bytes", n)
+		return 0, 0, nil, fmt.Errorf("%w: a frame of %d bytes", errProtocol, n)
 	}
 	body = make([]byte, n-(headerSize-4))
 	_, err = io.ReadFull(p.r, body)

@@ -226,6 +226,9 @@ func (p *Pool) run(s *slot, first chan<- error) {
 			}
 		}
 		if p.isClosed() {
+			if proc != nil {
+				proc.close(closeTime)
+			}
 			return
 		}
 		p.mu.Lock()
@@ -237,10 +240,7 @@ func (p *Pool) run(s *slot, first chan<- error) {
 		p.settle()
 		p.mu.Unlock()
 		if proc != nil {
-			select {
-			case <-proc.reaped:
-			case <-time.After(closeTime): // the kernel can't end it: others must not wait for that
-			}
+			proc.close(closeTime)
 		}
 		if auth != nil {
 			select {
@@ -260,7 +260,8 @@ func (p *Pool) run(s *slot, first chan<- error) {
 	}
 }
 
-// begin starts a worker, waits until its device is open, and looks whether it does what is right.
+// begin starts a worker, waits until its device is open, and looks whether it does what is right. What has been started
+// is the caller's to close, also where there is an error.
 func (p *Pool) begin(number int) (*process, error) {
 	cmd := p.config.Command(number)
 	proc, err := start(cmd, fmt.Sprintf("%s/%d", p.config.Name, number+1), p.config.Log, p)
@@ -288,10 +289,8 @@ func (p *Pool) begin(number int) (*process, error) {
 		if errors.Is(err, keystore.ErrAuth) {
 			p.refusedPIN(err)
 		}
-		proc.close(closeTime)
-		return nil, err
 	}
-	return proc, nil
+	return proc, err
 }
 
 // look asks a worker for something that shows that its device works and that changes nothing: an exchange whose result
@@ -385,15 +384,14 @@ func (p *Pool) renew(proc *process) {
 		return
 	}
 	p.mu.Lock()
-	if !proc.retiring {
-		others := 0
-		for _, s := range p.slots {
-			if s.process != nil && s.process != proc && !s.process.retiring {
-				others++
-			}
+	others := 0
+	for _, s := range p.slots {
+		if s.process != nil && s.process != proc && !s.process.retiring && !s.process.isDead() {
+			others++
 		}
-		proc.retiring = others > 0 || len(p.slots) == 1
 	}
+	proc.retiring = others > 0 || len(p.slots) == 1
+	p.settle() // some may be waiting for it, if it stays after all
 	idle := proc.retiring && proc.busy == 0
 	p.mu.Unlock()
 	if idle {
@@ -756,6 +754,9 @@ func (p *Pool) Generate(ctx context.Context, ref keystore.Ref, alg keystore.Algo
 // Import runs in a worker of its own, which ends afterwards: nothing of the seed stays in a process.
 func (p *Pool) Import(ctx context.Context, ref keystore.Ref, path string, tag keystore.Tag) (keystore.Key, error) {
 	proc, err := p.begin(len(p.slots))
+	if proc != nil {
+		defer proc.close(closeTime)
+	}
 	if err != nil {
 		return nil, err
 	}
