@@ -65,7 +65,7 @@ type Pool struct {
 	config Config
 	closed chan struct{}
 	loops  sync.WaitGroup
-	notes  chan note
+	noted  chan struct{} // a place of one: there are notes
 
 	login chan struct{} // a place of one: who is logging in
 
@@ -78,7 +78,8 @@ type Pool struct {
 	cause    error           // why the last worker could not be had
 	open     bool            // Open has returned
 	down     bool            // no worker can be had
-	told     atomic.Bool     // and that has been said
+	told     atomic.Bool     // and that has been noted; set under mu
+	notes    []note          // what is to be said, in turns: down, up, down
 }
 
 // slot is the place of one worker.
@@ -105,7 +106,7 @@ type note struct {
 // trying.
 func Open(ctx context.Context, c Config, patient bool) (*Pool, error) {
 	p := &Pool{
-		config: c, closed: make(chan struct{}), notes: make(chan note, 64), login: make(chan struct{}, 1),
+		config: c, closed: make(chan struct{}), noted: make(chan struct{}, 1), login: make(chan struct{}, 1),
 		keys: map[string]*key{}, retry: make(chan struct{}),
 	}
 	first := make(chan error, c.Workers)
@@ -460,11 +461,9 @@ func (p *Pool) settle() {
 		down = down && s.process == nil && !s.starting
 	}
 	p.down = down
-	if down && p.open && p.told.CompareAndSwap(false, true) {
-		select {
-		case p.notes <- note{false, p.cause}:
-		default: // nobody has listened for a long time
-		}
+	if down && p.open && !p.told.Load() {
+		p.told.Store(true)
+		p.note(note{false, p.cause})
 	}
 	p.waiting = slices.DeleteFunc(p.waiting, func(w *waiter) bool {
 		proc, coming := p.choose(w.tried)
@@ -620,32 +619,56 @@ func (p *Pool) do(ctx context.Context, once bool, send func(proc *process, done 
 	return nil, failed
 }
 
-// back says that the device serves again.
+// back says that the device serves again, unless the call that shows it was the last one before the end.
 func (p *Pool) back() {
-	if p.told.CompareAndSwap(true, false) {
-		select {
-		case p.notes <- note{up: true}:
-		case <-p.closed:
-		}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.told.Load() && !p.down {
+		p.told.Store(false)
+		p.note(note{up: true})
+	}
+}
+
+// maxNotes is how many wait for a listener that takes its time.
+const maxNotes = 64
+
+// note leaves word for tell, under mu. It never waits.
+func (p *Pool) note(n note) {
+	if n.up && len(p.notes) >= maxNotes {
+		p.notes = p.notes[:len(p.notes)-1] // nobody has listened for a long time: this outage has not been
+		return
+	}
+	p.notes = append(p.notes, n)
+	select {
+	case p.noted <- struct{}{}:
+	default:
 	}
 }
 
 // tell passes on, in order, what the pool has to say.
 func (p *Pool) tell() {
 	for {
-		var n note
 		select {
-		case n = <-p.notes:
+		case <-p.noted:
 		case <-p.closed:
 			return
 		}
-		if n.up {
-			p.config.Log.Info("the token serves again", "token", p.config.Name)
-		} else {
-			p.config.Log.Error("the token does not serve: its keys are unavailable until it is back", "token", p.config.Name, "err", n.cause)
-		}
-		if p.config.OnChange != nil {
-			p.config.OnChange(n.up, n.cause)
+		p.mu.Lock()
+		notes := p.notes
+		p.notes = nil
+		p.mu.Unlock()
+		for _, n := range notes {
+			if p.isClosed() {
+				return
+			}
+			if n.up {
+				p.config.Log.Info("the token serves again", "token", p.config.Name)
+			} else {
+				p.config.Log.Error("the token does not serve: its keys are unavailable until it is back", "token", p.config.Name, "err", n.cause)
+			}
+			if p.config.OnChange != nil {
+				p.config.OnChange(n.up, n.cause)
+			}
 		}
 	}
 }
