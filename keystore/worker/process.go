@@ -20,10 +20,11 @@ import (
 
 // process is one key worker. It lives until something about it is wrong; then it is killed.
 type process struct {
-	name string
-	cmd  *exec.Cmd
-	pipe *pipe
-	gate gate
+	name    string
+	cmd     *exec.Cmd
+	pipe    *pipe
+	gate    gate
+	retries int // of the pool, when it was started
 
 	busy     int  // under the pool's mu: calls that it has and that have not been answered
 	retiring bool // under the pool's mu: it gets no more of them
@@ -36,7 +37,8 @@ type process struct {
 	binding sync.Mutex
 	bound   map[uint32]bool // under binding: the keys that it knows by number
 
-	login chan struct{} // under mu: closed when the login that it was given leave for has ended
+	login  chan struct{} // under mu: closed when the login that it was given leave for has ended
+	asking atomic.Bool   // it has asked for a login that has neither ended nor been denied
 
 	dead    chan struct{} // closed when nothing more is to be expected
 	drained chan struct{} // closed when all that it said has been read
@@ -229,9 +231,15 @@ func (p *process) answers() error {
 		}
 		switch k {
 		case askLogin:
+			if !p.asking.CompareAndSwap(false, true) {
+				return fmt.Errorf("%w: it asked for two logins at once", errProtocol)
+			}
 			go p.gate.ask(p, id)
 			continue
 		case loggedIn:
+			if !p.loggingIn() {
+				return fmt.Errorf("%w: it told of a login that it had no leave for", errProtocol)
+			}
 			var refused error
 			if len(body) > 0 {
 				refused = decodeError(body)
@@ -285,10 +293,15 @@ func (p *process) beginLogin() (ended <-chan struct{}) {
 func (p *process) endLogin() {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if p.login != nil {
-		close(p.login)
-		p.login = nil
-	}
+	p.asking.Store(false)
+	close(p.login)
+	p.login = nil
+}
+
+func (p *process) loggingIn() bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.login != nil
 }
 
 var errLate = errors.New("a call did not come back from the device in time")

@@ -123,7 +123,8 @@ type server struct {
 	keys     map[uint32]keystore.Key // the reader's
 	signings chan signing
 
-	opening sync.WaitGroup
+	opening   sync.WaitGroup
+	loggingIn sync.Mutex // the pool gives leave for one login at a time
 
 	mu     sync.Mutex
 	store  keystore.Store       // under mu until hello is answered
@@ -222,6 +223,8 @@ func (w *server) do(ctx context.Context, c call) ([]byte, error) {
 
 // logIn asks the pool for leave, since a PIN that another worker has found to be wrong must not be tried again.
 func (w *server) logIn(ctx context.Context, logIn func() error) error {
+	w.loggingIn.Lock()
+	defer w.loggingIn.Unlock()
 	answer := make(chan bool, 1)
 	w.mu.Lock()
 	w.asked++

@@ -75,6 +75,7 @@ type Pool struct {
 	keys     map[string]*key // by what a worker has to know of them
 	authFail error           // a PIN was refused: no login until Retry
 	retry    chan struct{}   // closed by Retry
+	retries  int             // how often there was one
 	cause    error           // why the last worker could not be had
 	open     bool            // Open has returned
 	down     bool            // no worker can be had
@@ -172,6 +173,7 @@ func (p *Pool) Retry() {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.authFail = nil
+	p.retries++
 	close(p.retry)
 	p.retry = make(chan struct{})
 }
@@ -264,11 +266,14 @@ func (p *Pool) run(s *slot, first chan<- error) {
 // begin starts a worker, waits until its device is open, and looks whether it does what is right. What has been started
 // is the caller's to close, also where there is an error.
 func (p *Pool) begin(number int) (*process, error) {
-	cmd := p.config.Command(number)
-	proc, err := start(cmd, fmt.Sprintf("%s/%d", p.config.Name, number+1), p.config.Log, p)
+	p.mu.Lock()
+	retries := p.retries
+	p.mu.Unlock()
+	proc, err := start(p.config.Command(number), fmt.Sprintf("%s/%d", p.config.Name, number+1), p.config.Log, p)
 	if err != nil {
 		return nil, err
 	}
+	proc.retries = retries
 	ctx, cancel := context.WithTimeout(context.Background(), slowFactor*p.config.Deadline)
 	defer cancel()
 	go func() {
@@ -288,7 +293,7 @@ func (p *Pool) begin(number int) (*process, error) {
 			proc.mu.Unlock()
 		}
 		if errors.Is(err, keystore.ErrAuth) {
-			p.refusedPIN(err)
+			p.refusedPIN(err, retries)
 		}
 	}
 	return proc, err
@@ -414,6 +419,7 @@ func (p *Pool) ask(proc *process, id uint64) {
 	p.mu.Unlock()
 	if !may {
 		<-p.login
+		proc.asking.Store(false)
 		proc.pipe.send(id, mayLogin, []byte{0})
 		return
 	}
@@ -428,20 +434,25 @@ func (p *Pool) ask(proc *process, id uint64) {
 
 func (p *Pool) done(proc *process, refusedPIN error) {
 	if refusedPIN != nil {
-		p.refusedPIN(refusedPIN)
+		p.mu.Lock()
+		retries := p.retries
+		p.mu.Unlock()
+		p.refusedPIN(refusedPIN, retries)
 	}
 	proc.endLogin()
 }
 
-// refusedPIN ends all logins until Retry.
-func (p *Pool) refusedPIN(err error) {
+// refusedPIN ends all logins until Retry, unless there has been one since whoever says so knew of the last.
+func (p *Pool) refusedPIN(err error, retries int) {
 	p.mu.Lock()
-	defer p.mu.Unlock()
-	if p.authFail == nil {
+	news := p.authFail == nil && p.retries == retries
+	if news {
 		p.authFail = err
-		if p.open {
-			p.config.Log.Error("the token has refused the PIN; nothing logs in to it until an operator says so", "token", p.config.Name, "err", err)
-		}
+	}
+	news = news && p.open
+	p.mu.Unlock()
+	if news {
+		p.config.Log.Error("the token has refused the PIN; nothing logs in to it until an operator says so", "token", p.config.Name, "err", err)
 	}
 }
 
@@ -603,7 +614,7 @@ func (p *Pool) do(ctx context.Context, once bool, send func(proc *process, done 
 		case ctx.Err() != nil && errors.Is(err, ctx.Err()):
 			return nil, err
 		case errors.Is(err, keystore.ErrAuth):
-			p.refusedPIN(err)
+			p.refusedPIN(err, proc.retries)
 			proc.fail(err)
 		case errors.Is(err, keystore.ErrUnavailable):
 			proc.fail(err)
