@@ -198,7 +198,7 @@ func (p *Pool) Status() keystore.Status {
 // run keeps one slot filled until the pool is closed.
 func (p *Pool) run(s *slot, first chan<- error) {
 	for {
-		proc, err := p.begin(s.number)
+		proc, err := p.begin(context.Background(), s.number)
 		if first != nil {
 			first <- err
 			first = nil
@@ -265,7 +265,7 @@ func (p *Pool) run(s *slot, first chan<- error) {
 
 // begin starts a worker, waits until its device is open, and looks whether it does what is right. What has been started
 // is the caller's to close, also where there is an error.
-func (p *Pool) begin(number int) (*process, error) {
+func (p *Pool) begin(ctx context.Context, number int) (*process, error) {
 	p.mu.Lock()
 	retries := p.retries
 	p.mu.Unlock()
@@ -274,15 +274,8 @@ func (p *Pool) begin(number int) (*process, error) {
 		return nil, err
 	}
 	proc.retries = retries
-	ctx, cancel := context.WithTimeout(context.Background(), slowFactor*p.config.Deadline)
+	ctx, cancel := p.within(ctx, slowFactor*p.config.Deadline)
 	defer cancel()
-	go func() {
-		select {
-		case <-p.closed:
-			cancel()
-		case <-ctx.Done():
-		}
-	}()
 	if _, err = proc.do(ctx, slowFactor*p.config.Deadline, func(error) {}, hello, p.config.Hello); err == nil {
 		err = p.look(ctx, proc)
 	}
@@ -297,6 +290,19 @@ func (p *Pool) begin(number int) (*process, error) {
 		}
 	}
 	return proc, err
+}
+
+// within returns a context that ends with the pool, too.
+func (p *Pool) within(ctx context.Context, d time.Duration) (context.Context, context.CancelFunc) {
+	ctx, cancel := context.WithTimeout(ctx, d)
+	go func() {
+		select {
+		case <-p.closed:
+			cancel()
+		case <-ctx.Done():
+		}
+	}()
+	return ctx, cancel
 }
 
 // look asks a worker for something that shows that its device works and that changes nothing: an exchange whose result
@@ -508,6 +514,8 @@ func (p *Pool) choose(tried []*process) (best *process, coming bool) {
 	return best, coming
 }
 
+var errClosed = fmt.Errorf("%w: the key workers have been ended", keystore.ErrUnavailable)
+
 // acquire returns a worker with a place for a call. release gives the place back.
 func (p *Pool) acquire(ctx context.Context, tried []*process) (*process, error) {
 	if ctx.Err() != nil {
@@ -516,7 +524,7 @@ func (p *Pool) acquire(ctx context.Context, tried []*process) (*process, error) 
 	p.mu.Lock()
 	if p.isClosed() {
 		p.mu.Unlock()
-		return nil, fmt.Errorf("%w: the key workers have been ended", keystore.ErrUnavailable)
+		return nil, errClosed
 	}
 	proc, coming := p.choose(tried)
 	if proc != nil {
@@ -749,37 +757,60 @@ func (k *key) use(ctx context.Context, what kind, body []byte, check func([]byte
 	}, check)
 }
 
-// ask carries out what is not frequent.
-func (p *Pool) request(ctx context.Context, once bool, c call, into any) error {
-	answer, err := p.do(ctx, once, func(proc *process, done func(error)) ([]byte, error) {
+// request carries out what is not frequent.
+func (p *Pool) request(ctx context.Context, once bool, c call, check func(answer []byte) error) error {
+	_, err := p.do(ctx, once, func(proc *process, done func(error)) ([]byte, error) {
 		return proc.ask(ctx, slowFactor*p.config.Deadline, done, c)
-	}, nil)
-	if err == nil && into != nil {
-		err = json.Unmarshal(answer, into)
-	}
+	}, check)
 	return err
+}
+
+// into reads an answer.
+func into[T any](v *T) func(answer []byte) error {
+	return func(answer []byte) error {
+		var read T
+		if err := json.Unmarshal(answer, &read); err != nil {
+			return keystore.ErrWrong
+		}
+		*v = read
+		return nil
+	}
+}
+
+// about reads an answer that describes the key that was asked for.
+func about(ref keystore.Ref, info *keystore.Info) func(answer []byte) error {
+	return func(answer []byte) error {
+		if err := into(info)(answer); err != nil {
+			return err
+		} else if info.Ref != ref {
+			return keystore.ErrWrong
+		}
+		return nil
+	}
 }
 
 func (p *Pool) Key(ctx context.Context, ref keystore.Ref) (keystore.Key, error) {
 	var info keystore.Info
 	// A worker that does not find it is believed: whoever looks for a key must get an answer when there is none.
-	if err := p.request(ctx, false, call{Op: opKey, Ref: ref}, &info); err != nil {
+	if err := p.request(ctx, false, call{Op: opKey, Ref: ref}, about(ref, &info)); err != nil {
 		return nil, err
 	}
 	return p.Bind(info), nil
 }
 
 func (p *Pool) Keys(ctx context.Context) (infos []keystore.Info, err error) {
-	return infos, p.request(ctx, false, call{Op: opKeys}, &infos)
+	err = p.request(ctx, false, call{Op: opKeys}, into(&infos))
+	return infos, err
 }
 
 func (p *Pool) Inspect(ctx context.Context) (found []keystore.Finding, err error) {
-	return found, p.request(ctx, true, call{Op: opLook}, &found)
+	err = p.request(ctx, true, call{Op: opLook}, into(&found))
+	return found, err
 }
 
 func (p *Pool) Generate(ctx context.Context, ref keystore.Ref, alg keystore.Algorithm, tag keystore.Tag) (keystore.Key, error) {
 	var info keystore.Info
-	if err := p.request(ctx, true, call{Op: opGenerate, Ref: ref, Algorithm: alg, Tag: tag}, &info); err != nil {
+	if err := p.request(ctx, true, call{Op: opGenerate, Ref: ref, Algorithm: alg, Tag: tag}, about(ref, &info)); err != nil {
 		return nil, err
 	}
 	return p.Bind(info), nil
@@ -787,21 +818,34 @@ func (p *Pool) Generate(ctx context.Context, ref keystore.Ref, alg keystore.Algo
 
 // Import runs in a worker of its own, which ends afterwards: nothing of the seed stays in a process.
 func (p *Pool) Import(ctx context.Context, ref keystore.Ref, path string, tag keystore.Tag) (keystore.Key, error) {
-	proc, err := p.begin(len(p.slots))
-	if proc != nil {
-		defer proc.close(closeTime)
+	if ctx.Err() != nil {
+		return nil, fmt.Errorf("%w: %w", keystore.ErrUnavailable, ctx.Err())
 	}
+	p.mu.Lock()
+	if p.isClosed() {
+		p.mu.Unlock()
+		return nil, errClosed
+	}
+	p.loops.Add(1) // Close waits for it
+	p.mu.Unlock()
+	defer p.loops.Done()
+	proc, err := p.begin(ctx, len(p.slots))
 	if err != nil {
+		if proc != nil {
+			p.loops.Go(func() { proc.close(closeTime) }) // it may be logging in
+		}
 		return nil, err
 	}
-	defer proc.fail(errors.New("it has imported"))
-	p.watch(proc)
-	answer, err := proc.ask(ctx, slowFactor*p.config.Deadline, func(error) {}, call{Op: opImport, Ref: ref, Path: path, Tag: tag})
-	if err != nil {
-		return nil, err
-	}
+	ctx, cancel := p.within(ctx, slowFactor*p.config.Deadline)
+	defer cancel()
 	var info keystore.Info
-	if err := json.Unmarshal(answer, &info); err != nil {
+	answer, err := proc.ask(ctx, slowFactor*p.config.Deadline, func(error) {}, call{Op: opImport, Ref: ref, Path: path, Tag: tag})
+	if err == nil {
+		err = about(ref, &info)(answer)
+	}
+	proc.fail(errors.New("it has imported"))
+	proc.gone(closeTime) // it must not make a key after the caller has cleared away
+	if err != nil {
 		return nil, err
 	}
 	return p.Bind(info), nil
