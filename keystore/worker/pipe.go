@@ -34,6 +34,7 @@ const (
 const (
 	headerSize = 4 + 8 + 1
 	maxFrame   = 1 << 20 // a list of thousands of keys
+	maxMessage = maxFrame - headerSize
 )
 
 var errProtocol = errors.New("worker: the other end does not keep to the protocol")

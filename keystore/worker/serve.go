@@ -189,7 +189,9 @@ func (w *server) put(id uint64, body []byte, err error) {
 		w.pipe.put(id, failure, encodeError(err))
 		return
 	}
-	w.pipe.put(id, result, body)
+	if err := w.pipe.put(id, result, body); err != nil { // it is too long: the pool must not wait for it
+		w.pipe.put(id, failure, encodeError(err))
+	}
 }
 
 func (w *server) do(ctx context.Context, c call) ([]byte, error) {

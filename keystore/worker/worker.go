@@ -321,10 +321,7 @@ func (p *Pool) look(ctx context.Context, proc *process) error {
 	}
 	if some.info.Algorithm != keystore.X25519 {
 		_, err := proc.ask(ctx, slowFactor*p.config.Deadline, func(error) {}, call{Op: opKey, Ref: some.info.Ref})
-		if errors.Is(err, keystore.ErrNotFound) {
-			err = nil // it may have been deleted; whoever uses it is told
-		}
-		return err
+		return ofKey(err)
 	}
 	own, err := ecdh.X25519().GenerateKey(rand.Reader)
 	if err != nil {
@@ -342,8 +339,14 @@ func (p *Pool) look(ctx context.Context, proc *process) error {
 	if err == nil && !bytes.Equal(got, want) {
 		err = keystore.ErrWrong
 	}
-	if errors.Is(err, keystore.ErrNotFound) {
-		err = nil
+	return ofKey(err)
+}
+
+// ofKey lets pass what is the matter with one key: it may have been deleted, or changed. Whoever uses it is told; a device
+// that says so works.
+func ofKey(err error) error {
+	if errors.Is(err, keystore.ErrNotFound) || errors.Is(err, keystore.ErrUnfit) || errors.Is(err, keystore.ErrAmbiguous) {
+		return nil
 	}
 	return err
 }
@@ -751,6 +754,9 @@ func (k *key) Exchange(ctx context.Context, peer [32]byte) (shared [32]byte, err
 }
 
 func (k *key) use(ctx context.Context, what kind, body []byte, check func([]byte) error) ([]byte, error) {
+	if len(body) > maxMessage {
+		return nil, fmt.Errorf("%v: %w: a message of %d bytes", k.info.Ref, keystore.ErrRefused, len(body))
+	}
 	p := k.pool
 	return p.do(ctx, false, func(proc *process, done func(error)) ([]byte, error) {
 		return proc.use(ctx, p.config.Deadline, done, what, k, body)
