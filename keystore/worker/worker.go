@@ -4,8 +4,9 @@
 //
 // What holds: a call has an answer, or an error, by its context's end, whatever the device does. A worker that is late,
 // crashes, answers wrongly or says that its device does not answer is killed and replaced, and the call goes to another
-// one; Ed25519 and X25519 are deterministic, and a second ECDSA signature is as good as the first. What makes or destroys
-// keys is not repeated. When no worker can be had, calls fail at once until one is back.
+// one; Ed25519 and X25519 are deterministic, and a second ECDSA signature is as good as the first. What makes keys is not
+// repeated; a destruction is, since it touches only what its tag marks. When no worker can be had, calls fail at once until
+// one is back.
 package worker
 
 import (
@@ -473,8 +474,8 @@ func (p *Pool) ready(s *slot, proc *process) {
 	p.settle()
 }
 
-// settle is called, under mu, whenever a worker has come, gone or become free: it sees whether there are workers at all,
-// and gives those that wait what there is.
+// settle is called, under mu, whenever a worker has come or gone: it sees whether there are workers at all, and gives those
+// that wait what there is.
 func (p *Pool) settle() {
 	down := true
 	for _, s := range p.slots {
@@ -578,8 +579,12 @@ func (p *Pool) release(proc *process) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	proc.busy--
-	if len(p.waiting) > 0 {
-		p.settle()
+	for i, w := range p.waiting { // one place has become free: it is for the first that can use it
+		if proc, _ := p.choose(w.tried); proc != nil {
+			p.waiting = slices.Delete(p.waiting, i, i+1)
+			w.process <- proc
+			return
+		}
 	}
 }
 
