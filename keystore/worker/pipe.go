@@ -9,6 +9,7 @@ import (
 	"net"
 	"os"
 	"sync"
+	"syscall"
 
 	"countersign/keystore"
 )
@@ -33,12 +34,16 @@ const (
 const (
 	headerSize = 4 + 8 + 1
 	maxFrame   = 1 << 20 // a list of thousands of keys
+	maxMessage = maxFrame - headerSize
 )
 
+var errProtocol = errors.New("worker: the other end does not keep to the protocol")
+
 // pipe is one end of the socket. Whoever sends while another is writing leaves the frame to him: what waits goes out in
-// one write.
+// one write. Nobody waits for the other end to read.
 type pipe struct {
-	conn net.Conn
+	conn *net.UnixConn
+	raw  syscall.RawConn
 	r    *bufio.Reader
 
 	mu      sync.Mutex
@@ -53,7 +58,13 @@ func newPipe(file *os.File) (*pipe, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &pipe{conn: conn, r: bufio.NewReaderSize(conn, 64<<10)}, nil
+	unix, ok := conn.(*net.UnixConn)
+	if !ok {
+		conn.Close()
+		return nil, errors.New("it is not a Unix socket")
+	}
+	raw, err := unix.SyscallConn()
+	return &pipe{conn: unix, raw: raw, r: bufio.NewReaderSize(unix, 64<<10)}, err
 }
 
 // send puts a frame and flushes.
@@ -84,8 +95,8 @@ func (p *pipe) put(id uint64, k kind, body ...[]byte) error {
 	return nil
 }
 
-// flush writes what was put, or leaves it to whoever is writing. It gives an error at the latest when the other end is
-// known to be gone. The reader sees that too.
+// flush writes what was put, or leaves it to whoever is writing; what the socket does not take at once is written behind
+// the caller's back. It gives an error at the latest when the other end is known to be gone. The reader sees that too.
 func (p *pipe) flush() error {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -97,13 +108,40 @@ func (p *pipe) flush() error {
 		out := p.buf
 		p.buf = p.spare[:0]
 		p.mu.Unlock()
-		_, err := p.conn.Write(out)
+		n, err := p.try(out)
+		if err == nil && n < len(out) {
+			go p.rest(out, n)
+			p.mu.Lock()
+			return p.err
+		}
 		clear(out) // there may be a shared secret in it
 		p.mu.Lock()
 		p.spare, p.err = out, err
 	}
 	p.writing = false
 	return p.err
+}
+
+// try writes what the socket takes without waiting.
+func (p *pipe) try(out []byte) (n int, err error) {
+	failed := p.raw.Write(func(fd uintptr) bool {
+		n, err = syscall.Write(int(fd), out)
+		return err != syscall.EINTR
+	})
+	if err == syscall.EAGAIN {
+		return 0, nil
+	}
+	return max(n, 0), errors.Join(failed, err)
+}
+
+// rest writes what try has left, and then what has come meanwhile.
+func (p *pipe) rest(out []byte, n int) {
+	_, err := p.conn.Write(out[n:])
+	clear(out)
+	p.mu.Lock()
+	p.spare, p.err, p.writing = out, err, false
+	p.mu.Unlock()
+	p.flush()
 }
 
 // receive returns the next frame; its body is the caller's.
@@ -114,7 +152,7 @@ func (p *pipe) receive() (id uint64, k kind, body []byte, err error) {
 	}
 	n := binary.BigEndian.Uint32(header[:])
 	if n < headerSize-4 || n > maxFrame {
-		return 0, 0, nil, fmt.Errorf("worker: a frame of %d bytes", n)
+		return 0, 0, nil, fmt.Errorf("%w: a frame of %d bytes", errProtocol, n)
 	}
 	body = make([]byte, n-(headerSize-4))
 	_, err = io.ReadFull(p.r, body)

@@ -1,7 +1,7 @@
 package worker
 
 import (
-	"bufio"
+	"bytes"
 	"context"
 	"encoding/binary"
 	"encoding/json"
@@ -20,10 +20,11 @@ import (
 
 // process is one key worker. It lives until something about it is wrong; then it is killed.
 type process struct {
-	name string
-	cmd  *exec.Cmd
-	pipe *pipe
-	gate gate
+	name    string
+	cmd     *exec.Cmd
+	pipe    *pipe
+	gate    gate
+	retries int // of the pool, when it was started
 
 	busy     int  // under the pool's mu: calls that it has and that have not been answered
 	retiring bool // under the pool's mu: it gets no more of them
@@ -36,12 +37,14 @@ type process struct {
 	binding sync.Mutex
 	bound   map[uint32]bool // under binding: the keys that it knows by number
 
-	login chan struct{} // under mu: closed when the login that it was given leave for has ended
+	login  chan struct{} // under mu: closed when the login that it was given leave for has ended
+	asking atomic.Bool   // it has asked for a login that has neither ended nor been denied
 
-	dead   chan struct{} // closed when nothing more is to be expected
-	reaped chan struct{} // closed when the process is gone
-	served atomic.Uint64 // calls that went well
-	used   atomic.Int64  // when the last one did, Unix nanoseconds
+	dead    chan struct{} // closed when nothing more is to be expected
+	drained chan struct{} // closed when all that it said has been read
+	reaped  chan struct{} // closed when the process is gone
+	served  atomic.Uint64 // calls that went well
+	used    atomic.Int64  // when the last one did, Unix nanoseconds
 }
 
 // gate decides about logins.
@@ -50,11 +53,11 @@ type gate interface {
 	done(p *process, refusedPIN error) // its login has ended
 }
 
-// pending is a call that waits for its answer. done runs once, when it has one or never will.
+// pending is a call that waits for its answer. done runs once, with its error, when it has an answer or never will.
 type pending struct {
 	answer chan answer
 	late   time.Time
-	done   func()
+	done   func(error)
 }
 
 type answer struct {
@@ -65,8 +68,38 @@ type answer struct {
 // errDied is how calls end whose worker has been given up.
 var errDied = fmt.Errorf("%w: the key worker that had the call was given up", keystore.ErrUnavailable)
 
-// maxLines of what a worker, or the module in it, writes to stderr go to the log.
-const maxLines = 20
+const (
+	// maxLines of what a worker, or the module in it, writes to stderr go to the log, each of maxLine bytes at the most.
+	maxLines, maxLine = 20, 4096
+	// endTime is how long its last words may take after a worker has ended, and its end after its last words.
+	endTime = time.Second
+)
+
+// lines passes on what is written to it, line by line, and swallows what is too much.
+type lines struct {
+	say  func(text string)
+	left int
+	line []byte
+}
+
+func (l *lines) Write(b []byte) (int, error) {
+	for part := range bytes.Lines(b) {
+		text, ended := bytes.CutSuffix(part, []byte("\n"))
+		l.line = append(l.line, text[:min(len(text), maxLine-len(l.line))]...)
+		if ended {
+			l.end()
+		}
+	}
+	return len(b), nil
+}
+
+func (l *lines) end() {
+	if len(l.line) > 0 && l.left > 0 {
+		l.left--
+		l.say(string(l.line))
+	}
+	l.line = l.line[:0]
+}
 
 // start runs a command as a key worker. The worker is not ready before hello has been answered.
 func start(cmd *exec.Cmd, name string, log *slog.Logger, gate gate) (*process, error) {
@@ -79,33 +112,32 @@ func start(cmd *exec.Cmd, name string, log *slog.Logger, gate gate) (*process, e
 	defer theirs.Close()
 	p := &process{
 		name: name, cmd: cmd, gate: gate, calls: map[uint64]*pending{}, bound: map[uint32]bool{},
-		dead: make(chan struct{}), reaped: make(chan struct{}),
+		dead: make(chan struct{}), drained: make(chan struct{}), reaped: make(chan struct{}),
 	}
 	if p.pipe, err = newPipe(ours); err != nil {
 		return nil, err
 	}
 	cmd.ExtraFiles = []*os.File{theirs}
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true} // a Ctrl-C at the terminal is for the daemon
-	stderr, err := cmd.StderrPipe()
-	if err == nil {
-		err = cmd.Start()
-	}
-	if err != nil {
+	stderr := &lines{left: maxLines, say: func(text string) {
+		log.Warn("a key worker says", "worker", name, "pid", cmd.Process.Pid, "text", text)
+	}}
+	cmd.Stderr, cmd.WaitDelay = stderr, endTime // a child of its own may hold its stderr open
+	if err := cmd.Start(); err != nil {
 		p.pipe.conn.Close()
-		return nil, fmt.Errorf("start a key worker: %w", err)
+		return nil, fmt.Errorf("%w: start a key worker: %w", keystore.ErrUnavailable, err)
 	}
 	p.used.Store(time.Now().UnixNano())
 	go func() {
 		defer close(p.reaped)
-		lines := bufio.NewScanner(stderr)
-		for n := 0; lines.Scan(); n++ {
-			if n < maxLines {
-				log.Warn("a key worker says", "worker", name, "pid", cmd.Process.Pid, "text", lines.Text())
-			}
-		}
 		err := cmd.Wait()
 		if err == nil {
 			err = errors.New("it ended")
+		}
+		stderr.end()
+		select {
+		case <-p.drained: // what it said before its end counts: answers, and that a PIN was refused
+		case <-time.After(endTime):
 		}
 		p.fail(err)
 	}()
@@ -119,45 +151,56 @@ func (p *process) fail(why error) {
 	first := p.why == nil
 	if first {
 		p.why = why
+		close(p.dead) // whose call ends below must not take it for well
 	}
 	calls := p.calls
 	p.calls = nil
 	p.mu.Unlock()
-	for _, c := range calls {
-		c.answer <- answer{err: errDied}
-		c.done()
-	}
 	if first {
-		close(p.dead)
 		p.cmd.Process.Kill()
 		p.pipe.conn.Close()
 	}
+	for _, c := range calls {
+		c.answer <- answer{err: errDied}
+		c.done(errDied)
+	}
 }
 
-// close lets the worker end by itself.
+// isDead reports that the worker has been given up or retired.
+func (p *process) isDead() bool {
+	select {
+	case <-p.dead:
+		return true
+	default:
+		return false
+	}
+}
+
+// gone waits until the process is.
+func (p *process) gone(within time.Duration) {
+	select {
+	case <-p.reaped:
+	case <-time.After(within): // the kernel can't end it: others must not wait for that
+	}
+}
+
+// close lets the worker end by itself. What it still says is read: that a PIN was refused must not be missed.
 func (p *process) close(within time.Duration) {
-	p.pipe.conn.Close()
-	select {
-	case <-p.reaped:
-	case <-time.After(within):
-	}
+	p.pipe.conn.CloseWrite()
+	p.gone(within)
 	p.fail(errors.New("closed"))
-	select {
-	case <-p.reaped:
-	case <-time.After(within): // the kernel can't end it now: it has nothing of ours to wait for
-	}
+	p.cmd.Process.Kill() // one that was retired, too
+	p.gone(within)
 }
 
-// retire lets a worker that has no calls end by itself.
+// retire takes a worker that has no calls out of use; close is the caller's.
 func (p *process) retire() {
 	p.mu.Lock()
-	if p.why == nil {
-		p.why = errRenewed
+	defer p.mu.Unlock()
+	if p.why == nil && len(p.calls) == 0 { // what looks at it, or destroys a key, has no place
+		p.why, p.calls = errRenewed, nil
 		close(p.dead)
 	}
-	p.calls = nil
-	p.mu.Unlock()
-	p.pipe.conn.Close()
 }
 
 // memory returns the bytes of memory that the worker has for itself (proc(5), statm: resident less shared), or 0.
@@ -171,22 +214,32 @@ func (p *process) memory() int {
 }
 
 func (p *process) read() {
+	err := p.answers()
+	close(p.drained)
+	if !errors.Is(err, errProtocol) {
+		p.gone(endTime) // the process' own end says more than the end of what it says
+	}
+	p.fail(err)
+	p.pipe.conn.Close()
+}
+
+func (p *process) answers() error {
 	for {
 		id, k, body, err := p.pipe.receive()
 		if err != nil {
-			// The process' own end says more than the end of the file: give it a moment to be seen.
-			select {
-			case <-p.reaped:
-			case <-time.After(time.Second):
-			}
-			p.fail(fmt.Errorf("its answers ended: %w", err))
-			return
+			return fmt.Errorf("its answers ended: %w", err)
 		}
 		switch k {
 		case askLogin:
+			if !p.asking.CompareAndSwap(false, true) {
+				return fmt.Errorf("%w: it asked for two logins at once", errProtocol)
+			}
 			go p.gate.ask(p, id)
 			continue
 		case loggedIn:
+			if !p.loggingIn() {
+				return fmt.Errorf("%w: it told of a login that it had no leave for", errProtocol)
+			}
 			var refused error
 			if len(body) > 0 {
 				refused = decodeError(body)
@@ -195,25 +248,24 @@ func (p *process) read() {
 			continue
 		case result, failure:
 		default:
-			p.fail(fmt.Errorf("it sent a frame of kind %d", k))
-			return
+			return fmt.Errorf("%w: it sent a frame of kind %d", errProtocol, k)
 		}
 		p.mu.Lock()
 		c := p.calls[id]
 		delete(p.calls, id)
 		p.mu.Unlock()
 		if c == nil {
-			p.fail(errors.New("it answered what was not asked"))
-			return
+			return fmt.Errorf("%w: it answered what was not asked", errProtocol)
 		}
 		if k == failure {
-			c.answer <- answer{err: decodeError(body)}
+			err = decodeError(body)
+			c.answer <- answer{err: err}
 		} else {
 			p.served.Add(1)
 			p.used.Store(time.Now().UnixNano())
 			c.answer <- answer{body: body}
 		}
-		c.done()
+		c.done(err)
 	}
 }
 
@@ -241,22 +293,27 @@ func (p *process) beginLogin() (ended <-chan struct{}) {
 func (p *process) endLogin() {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if p.login != nil {
-		close(p.login)
-		p.login = nil
-	}
+	p.asking.Store(false)
+	close(p.login)
+	p.login = nil
+}
+
+func (p *process) loggingIn() bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.login != nil
 }
 
 var errLate = errors.New("a call did not come back from the device in time")
 
 // do sends a request and waits for its answer, for the worker's end or for ctx's. When ctx ends first the call stays
 // with the worker, so that a device that hangs is noticed all the same. done runs once, in any case.
-func (p *process) do(ctx context.Context, within time.Duration, done func(), k kind, body ...[]byte) ([]byte, error) {
+func (p *process) do(ctx context.Context, within time.Duration, done func(error), k kind, body ...[]byte) ([]byte, error) {
 	c := &pending{answer: make(chan answer, 1), late: time.Now().Add(within), done: done}
 	p.mu.Lock()
 	if p.calls == nil {
 		p.mu.Unlock()
-		done()
+		done(errDied)
 		return nil, errDied
 	}
 	p.next++
@@ -275,17 +332,17 @@ func (p *process) do(ctx context.Context, within time.Duration, done func(), k k
 }
 
 // ask is do for a request in JSON, and waits until within.
-func (p *process) ask(ctx context.Context, within time.Duration, done func(), c call) ([]byte, error) {
+func (p *process) ask(ctx context.Context, within time.Duration, done func(error), c call) ([]byte, error) {
 	b, err := json.Marshal(c)
 	if err != nil {
-		done()
+		done(err)
 		return nil, err
 	}
 	return p.do(ctx, within, done, request, b)
 }
 
 // use is do for a key.
-func (p *process) use(ctx context.Context, within time.Duration, done func(), k kind, key *key, body []byte) ([]byte, error) {
+func (p *process) use(ctx context.Context, within time.Duration, done func(error), k kind, key *key, body []byte) ([]byte, error) {
 	p.binding.Lock()
 	if !p.bound[key.number] { // other callers' frames come after; an error is seen with the next frame
 		p.bound[key.number] = true

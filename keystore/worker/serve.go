@@ -124,7 +124,8 @@ type server struct {
 	keys     map[uint32]keystore.Key // the reader's
 	signings chan signing
 
-	opening sync.WaitGroup
+	opening   sync.WaitGroup
+	loggingIn sync.Mutex // the pool gives leave for one login at a time
 
 	mu     sync.Mutex
 	store  keystore.Store       // under mu until hello is answered
@@ -189,7 +190,9 @@ func (w *server) put(id uint64, body []byte, err error) {
 		w.pipe.put(id, failure, encodeError(err))
 		return
 	}
-	w.pipe.put(id, result, body)
+	if err := w.pipe.put(id, result, body); err != nil { // it is too long: the pool must not wait for it
+		w.pipe.put(id, failure, encodeError(err))
+	}
 }
 
 func (w *server) do(ctx context.Context, c call) ([]byte, error) {
@@ -240,6 +243,8 @@ func (w *server) count(ctx context.Context, op string) (value uint64, err error)
 
 // logIn asks the pool for leave, since a PIN that another worker has found to be wrong must not be tried again.
 func (w *server) logIn(ctx context.Context, logIn func() error) error {
+	w.loggingIn.Lock()
+	defer w.loggingIn.Unlock()
 	answer := make(chan bool, 1)
 	w.mu.Lock()
 	w.asked++

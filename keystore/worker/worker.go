@@ -4,8 +4,9 @@
 //
 // What holds: a call has an answer, or an error, by its context's end, whatever the device does. A worker that is late,
 // crashes, answers wrongly or says that its device does not answer is killed and replaced, and the call goes to another
-// one; Ed25519 and X25519 are deterministic, and a second ECDSA signature is as good as the first. What makes or destroys
-// keys is not repeated. When no worker can be had, calls fail at once until one is back.
+// one; Ed25519 and X25519 are deterministic, and a second ECDSA signature is as good as the first. What makes keys is not
+// repeated; a destruction is, since it touches only what its tag marks. When no worker can be had, calls fail at once until
+// one is back.
 package worker
 
 import (
@@ -65,21 +66,24 @@ type Pool struct {
 	config Config
 	closed chan struct{}
 	loops  sync.WaitGroup
-	notes  chan note
+	noted  chan struct{} // a place of one: there are notes
 
 	login chan struct{} // a place of one: who is logging in
 
 	mu       sync.Mutex
 	slots    []*slot
 	waiting  []*waiter
-	keys     map[string]*key // by what a worker has to know of them
-	authFail error           // a PIN was refused: no login until Retry
-	retry    chan struct{}   // closed by Retry
-	cause    error           // why the last worker could not be had
-	open     bool            // Open has returned
-	down     bool            // no worker can be had
-	told     atomic.Bool     // and that has been said
-	sealed   atomic.Bool     // the device gives a key out in another state of this machine only
+	keys     map[string]*key       // by what a worker has to know of them
+	authFail error                 // a PIN was refused: no login until Retry
+	retry    chan struct{}         // closed by Retry
+	retries  int                   // how often there was one
+	cause    error                 // why the last worker could not be had
+	open     bool                  // Open has returned
+	down     bool                  // no worker can be had
+	told     atomic.Bool           // and that has been noted; set under mu
+	notes    []note                // what is to be said, in turns: down, up, down
+	sealed   map[keystore.Ref]bool // the keys that the device gives out in another state of this machine only
+	sealing  atomic.Int64          // how many these are
 }
 
 // slot is the place of one worker.
@@ -106,8 +110,8 @@ type note struct {
 // trying.
 func Open(ctx context.Context, c Config, patient bool) (*Pool, error) {
 	p := &Pool{
-		config: c, closed: make(chan struct{}), notes: make(chan note, 64), login: make(chan struct{}, 1),
-		keys: map[string]*key{}, retry: make(chan struct{}),
+		config: c, closed: make(chan struct{}), noted: make(chan struct{}, 1), login: make(chan struct{}, 1),
+		keys: map[string]*key{}, sealed: map[keystore.Ref]bool{}, retry: make(chan struct{}),
 	}
 	first := make(chan error, c.Workers)
 	for n := range c.Workers {
@@ -172,6 +176,7 @@ func (p *Pool) Retry() {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.authFail = nil
+	p.retries++
 	close(p.retry)
 	p.retry = make(chan struct{})
 }
@@ -179,7 +184,7 @@ func (p *Pool) Retry() {
 func (p *Pool) Status() keystore.Status {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	st := keystore.Status{Up: !p.down && !p.sealed.Load()}
+	st := keystore.Status{Up: !p.down && len(p.sealed) == 0}
 	if !st.Up && p.cause != nil {
 		st.Cause = p.cause.Error()
 	}
@@ -196,7 +201,7 @@ func (p *Pool) Status() keystore.Status {
 // run keeps one slot filled until the pool is closed.
 func (p *Pool) run(s *slot, first chan<- error) {
 	for {
-		proc, err := p.begin(s.number)
+		proc, err := p.begin(context.Background(), s.number)
 		if first != nil {
 			first <- err
 			first = nil
@@ -227,6 +232,9 @@ func (p *Pool) run(s *slot, first chan<- error) {
 			}
 		}
 		if p.isClosed() {
+			if proc != nil {
+				proc.close(closeTime)
+			}
 			return
 		}
 		p.mu.Lock()
@@ -238,10 +246,7 @@ func (p *Pool) run(s *slot, first chan<- error) {
 		p.settle()
 		p.mu.Unlock()
 		if proc != nil {
-			select {
-			case <-proc.reaped:
-			case <-time.After(closeTime): // the kernel can't end it: others must not wait for that
-			}
+			proc.close(closeTime)
 		}
 		if auth != nil {
 			select {
@@ -261,23 +266,20 @@ func (p *Pool) run(s *slot, first chan<- error) {
 	}
 }
 
-// begin starts a worker, waits until its device is open, and looks whether it does what is right.
-func (p *Pool) begin(number int) (*process, error) {
-	cmd := p.config.Command(number)
-	proc, err := start(cmd, fmt.Sprintf("%s/%d", p.config.Name, number+1), p.config.Log, p)
+// begin starts a worker, waits until its device is open, and looks whether it does what is right. What has been started
+// is the caller's to close, also where there is an error.
+func (p *Pool) begin(ctx context.Context, number int) (*process, error) {
+	p.mu.Lock()
+	retries := p.retries
+	p.mu.Unlock()
+	proc, err := start(p.config.Command(number), fmt.Sprintf("%s/%d", p.config.Name, number+1), p.config.Log, p)
 	if err != nil {
 		return nil, err
 	}
-	ctx, cancel := context.WithTimeout(context.Background(), slowFactor*p.config.Deadline)
+	proc.retries = retries
+	ctx, cancel := p.within(ctx, slowFactor*p.config.Deadline)
 	defer cancel()
-	go func() {
-		select {
-		case <-p.closed:
-			cancel()
-		case <-ctx.Done():
-		}
-	}()
-	if _, err = proc.do(ctx, slowFactor*p.config.Deadline, func() {}, hello, p.config.Hello); err == nil {
+	if _, err = proc.do(ctx, slowFactor*p.config.Deadline, func(error) {}, hello, p.config.Hello); err == nil {
 		err = p.look(ctx, proc)
 	}
 	if err != nil {
@@ -287,12 +289,23 @@ func (p *Pool) begin(number int) (*process, error) {
 			proc.mu.Unlock()
 		}
 		if errors.Is(err, keystore.ErrAuth) {
-			p.refusedPIN(err)
+			p.refusedPIN(err, retries)
 		}
-		proc.close(closeTime)
-		return nil, err
 	}
-	return proc, nil
+	return proc, err
+}
+
+// within returns a context that ends with the pool, too.
+func (p *Pool) within(ctx context.Context, d time.Duration) (context.Context, context.CancelFunc) {
+	ctx, cancel := context.WithTimeout(ctx, d)
+	go func() {
+		select {
+		case <-p.closed:
+			cancel()
+		case <-ctx.Done():
+		}
+	}()
+	return ctx, cancel
 }
 
 // look asks a worker for something that shows that its device works and that changes nothing: an exchange whose result
@@ -310,11 +323,8 @@ func (p *Pool) look(ctx context.Context, proc *process) error {
 		return nil
 	}
 	if some.info.Algorithm != keystore.X25519 {
-		_, err := proc.ask(ctx, slowFactor*p.config.Deadline, func() {}, call{Op: opKey, Ref: some.info.Ref})
-		if errors.Is(err, keystore.ErrNotFound) || errors.Is(err, keystore.ErrSealed) {
-			err = nil // that is for whoever uses it
-		}
-		return err
+		_, err := proc.ask(ctx, slowFactor*p.config.Deadline, func(error) {}, call{Op: opKey, Ref: some.info.Ref})
+		return ofKey(err)
 	}
 	own, err := ecdh.X25519().GenerateKey(rand.Reader)
 	if err != nil {
@@ -328,12 +338,18 @@ func (p *Pool) look(ctx context.Context, proc *process) error {
 	if err != nil {
 		return err
 	}
-	got, err := proc.use(ctx, p.config.Deadline, func() {}, exchange, some, own.PublicKey().Bytes())
+	got, err := proc.use(ctx, p.config.Deadline, func(error) {}, exchange, some, own.PublicKey().Bytes())
 	if err == nil && !bytes.Equal(got, want) {
 		err = keystore.ErrWrong
 	}
-	if errors.Is(err, keystore.ErrNotFound) || errors.Is(err, keystore.ErrSealed) {
-		err = nil // that is for whoever uses it
+	return ofKey(err)
+}
+
+// ofKey lets pass what is the matter with one key: it may have been deleted, or changed. Whoever uses it is told; a device
+// that says so works.
+func ofKey(err error) error {
+	if errors.Is(err, keystore.ErrNotFound) || errors.Is(err, keystore.ErrUnfit) || errors.Is(err, keystore.ErrAmbiguous) || errors.Is(err, keystore.ErrSealed) {
+		return nil
 	}
 	return err
 }
@@ -356,7 +372,7 @@ func (p *Pool) watch(proc *process) {
 			}
 			proc.overdue(now)
 			p.renew(proc)
-			if p.told.Load() && !p.sealed.Load() && now.Sub(ready) > recovered {
+			if p.told.Load() && p.sealing.Load() == 0 && now.Sub(ready) > recovered {
 				p.back()
 			}
 			if now.UnixNano()-proc.used.Load() > int64(lookEvery) {
@@ -386,15 +402,14 @@ func (p *Pool) renew(proc *process) {
 		return
 	}
 	p.mu.Lock()
-	if !proc.retiring {
-		others := 0
-		for _, s := range p.slots {
-			if s.process != nil && s.process != proc && !s.process.retiring {
-				others++
-			}
+	others := 0
+	for _, s := range p.slots {
+		if s.process != nil && s.process != proc && !s.process.retiring && !s.process.isDead() {
+			others++
 		}
-		proc.retiring = others > 0 || len(p.slots) == 1
 	}
+	proc.retiring = others > 0 || len(p.slots) == 1
+	p.settle() // some may be waiting for it, if it stays after all
 	idle := proc.retiring && proc.busy == 0
 	p.mu.Unlock()
 	if idle {
@@ -416,6 +431,7 @@ func (p *Pool) ask(proc *process, id uint64) {
 	p.mu.Unlock()
 	if !may {
 		<-p.login
+		proc.asking.Store(false)
 		proc.pipe.send(id, mayLogin, []byte{0})
 		return
 	}
@@ -430,20 +446,25 @@ func (p *Pool) ask(proc *process, id uint64) {
 
 func (p *Pool) done(proc *process, refusedPIN error) {
 	if refusedPIN != nil {
-		p.refusedPIN(refusedPIN)
+		p.mu.Lock()
+		retries := p.retries
+		p.mu.Unlock()
+		p.refusedPIN(refusedPIN, retries)
 	}
 	proc.endLogin()
 }
 
-// refusedPIN ends all logins until Retry.
-func (p *Pool) refusedPIN(err error) {
+// refusedPIN ends all logins until Retry, unless there has been one since whoever says so knew of the last.
+func (p *Pool) refusedPIN(err error, retries int) {
 	p.mu.Lock()
-	defer p.mu.Unlock()
-	if p.authFail == nil {
+	news := p.authFail == nil && p.retries == retries
+	if news {
 		p.authFail = err
-		if p.open {
-			p.config.Log.Error("the token has refused the PIN; nothing logs in to it until an operator says so", "token", p.config.Name, "err", err)
-		}
+	}
+	news = news && p.open
+	p.mu.Unlock()
+	if news {
+		p.config.Log.Error("the token has refused the PIN; nothing logs in to it until an operator says so", "token", p.config.Name, "err", err)
 	}
 }
 
@@ -455,19 +476,17 @@ func (p *Pool) ready(s *slot, proc *process) {
 	p.settle()
 }
 
-// settle is called, under mu, whenever a worker has come, gone or become free: it sees whether there are workers at all,
-// and gives those that wait what there is.
+// settle is called, under mu, whenever a worker has come or gone: it sees whether there are workers at all, and gives those
+// that wait what there is.
 func (p *Pool) settle() {
 	down := true
 	for _, s := range p.slots {
 		down = down && s.process == nil && !s.starting
 	}
 	p.down = down
-	if down && p.open && p.told.CompareAndSwap(false, true) {
-		select {
-		case p.notes <- note{false, p.cause}:
-		default: // nobody has listened for a long time
-		}
+	if down && p.open && !p.told.Load() {
+		p.told.Store(true)
+		p.note(note{false, p.cause})
 	}
 	p.waiting = slices.DeleteFunc(p.waiting, func(w *waiter) bool {
 		proc, coming := p.choose(w.tried)
@@ -486,7 +505,7 @@ func (p *Pool) choose(tried []*process) (best *process, coming bool) {
 		switch {
 		case proc == nil:
 			coming = coming || s.starting
-		case proc.retiring:
+		case proc.retiring, proc.isDead(): // run decides in a moment what comes after it
 			coming = true
 		case slices.Contains(tried, proc):
 		case proc.busy >= p.config.InFlight:
@@ -501,12 +520,17 @@ func (p *Pool) choose(tried []*process) (best *process, coming bool) {
 	return best, coming
 }
 
+var errClosed = fmt.Errorf("%w: the key workers have been ended", keystore.ErrUnavailable)
+
 // acquire returns a worker with a place for a call. release gives the place back.
 func (p *Pool) acquire(ctx context.Context, tried []*process) (*process, error) {
+	if ctx.Err() != nil {
+		return nil, fmt.Errorf("%w: %w", keystore.ErrUnavailable, ctx.Err())
+	}
 	p.mu.Lock()
 	if p.isClosed() {
 		p.mu.Unlock()
-		return nil, fmt.Errorf("%w: the key workers have been ended", keystore.ErrUnavailable)
+		return nil, errClosed
 	}
 	proc, coming := p.choose(tried)
 	if proc != nil {
@@ -557,14 +581,18 @@ func (p *Pool) release(proc *process) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	proc.busy--
-	if len(p.waiting) > 0 {
-		p.settle()
+	for i, w := range p.waiting { // one place has become free: it is for the first that can use it
+		if proc, _ := p.choose(w.tried); proc != nil {
+			p.waiting = slices.Delete(p.waiting, i, i+1)
+			w.process <- proc
+			return
+		}
 	}
 }
 
 // do has one worker after another carry a call out until one has done it. check judges an answer. A worker that says that
 // the key is missing or unfit is believed when there is nobody who knows better.
-func (p *Pool) do(ctx context.Context, once bool, send func(proc *process, done func()) ([]byte, error), check func(answer []byte) error) ([]byte, error) {
+func (p *Pool) do(ctx context.Context, once bool, send func(proc *process, done func(error)) ([]byte, error), check func(answer []byte) error) ([]byte, error) {
 	var tried, doubted []*process
 	var failed error
 	for range tries {
@@ -575,7 +603,12 @@ func (p *Pool) do(ctx context.Context, once bool, send func(proc *process, done 
 			}
 			return nil, err
 		}
-		answer, err := send(proc, func() { p.release(proc) })
+		answer, err := send(proc, func(err error) {
+			p.release(proc)
+			if errors.Is(err, keystore.ErrUnavailable) { // though nobody may be waiting for it any more
+				proc.fail(err)
+			}
+		})
 		if err == nil && check != nil {
 			err = check(answer)
 		}
@@ -583,7 +616,6 @@ func (p *Pool) do(ctx context.Context, once bool, send func(proc *process, done 
 			for _, d := range doubted {
 				d.fail(errors.New("it could not do what another worker could"))
 			}
-			p.sealed.Store(false)
 			if p.told.Load() {
 				p.back()
 			}
@@ -591,17 +623,19 @@ func (p *Pool) do(ctx context.Context, once bool, send func(proc *process, done 
 		}
 		failed = err
 		tried = append(tried, proc)
+		if once && errors.Is(err, keystore.ErrUnavailable) { // it must not make a key after the caller has cleared away
+			proc.fail(err)
+			proc.gone(closeTime)
+			return nil, err
+		}
 		switch {
-		case ctx.Err() != nil:
+		case ctx.Err() != nil && errors.Is(err, ctx.Err()):
 			return nil, err
 		case errors.Is(err, keystore.ErrAuth):
-			p.refusedPIN(err)
+			p.refusedPIN(err, proc.retries)
 			proc.fail(err)
 		case errors.Is(err, keystore.ErrUnavailable):
 			proc.fail(err)
-		case errors.Is(err, keystore.ErrSealed):
-			p.sealedNow(err)
-			return nil, err // all workers are on this machine
 		case errors.Is(err, keystore.ErrNotFound), errors.Is(err, keystore.ErrUnfit), errors.Is(err, keystore.ErrAmbiguous), errors.Is(err, keystore.ErrRefused):
 			doubted = append(doubted, proc)
 		default:
@@ -614,46 +648,81 @@ func (p *Pool) do(ctx context.Context, once bool, send func(proc *process, done 
 	return nil, failed
 }
 
-// sealedNow says, once, that the device does not give its keys out to this machine as it is.
-func (p *Pool) sealedNow(cause error) {
-	p.sealed.Store(true)
-	if p.told.CompareAndSwap(false, true) {
-		p.mu.Lock()
-		p.cause = cause
-		p.mu.Unlock()
-		select {
-		case p.notes <- note{false, cause}:
-		default: // nobody has listened for a long time
-		}
+// noteSealed keeps count of the keys that the device does not give out to this machine as it is. The first of them is an
+// outage, and the last one's return its end.
+func (p *Pool) noteSealed(ref keystore.Ref, err error) {
+	sealed := errors.Is(err, keystore.ErrSealed)
+	if !sealed && (err != nil || p.sealing.Load() == 0) {
+		return
+	}
+	p.mu.Lock()
+	if sealed {
+		p.sealed[ref] = true
+	} else {
+		delete(p.sealed, ref)
+	}
+	p.sealing.Store(int64(len(p.sealed)))
+	if sealed && !p.told.Load() {
+		p.told.Store(true)
+		p.cause = err
+		p.note(note{false, err})
+	}
+	p.mu.Unlock()
+	if !sealed {
+		p.back()
 	}
 }
 
-// back says that the device serves again.
+// back says that the device serves again, unless the call that shows it was the last one before the end.
 func (p *Pool) back() {
-	if p.told.CompareAndSwap(true, false) {
-		select {
-		case p.notes <- note{up: true}:
-		case <-p.closed:
-		}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.told.Load() && !p.down && len(p.sealed) == 0 {
+		p.told.Store(false)
+		p.note(note{up: true})
+	}
+}
+
+// maxNotes is how many wait for a listener that takes its time.
+const maxNotes = 64
+
+// note leaves word for tell, under mu. It never waits.
+func (p *Pool) note(n note) {
+	if n.up && len(p.notes) >= maxNotes {
+		p.notes = p.notes[:len(p.notes)-1] // nobody has listened for a long time: this outage has not been
+		return
+	}
+	p.notes = append(p.notes, n)
+	select {
+	case p.noted <- struct{}{}:
+	default:
 	}
 }
 
 // tell passes on, in order, what the pool has to say.
 func (p *Pool) tell() {
 	for {
-		var n note
 		select {
-		case n = <-p.notes:
+		case <-p.noted:
 		case <-p.closed:
 			return
 		}
-		if n.up {
-			p.config.Log.Info("the token serves again", "token", p.config.Name)
-		} else {
-			p.config.Log.Error("the token does not serve: its keys are unavailable until it is back", "token", p.config.Name, "err", n.cause)
-		}
-		if p.config.OnChange != nil {
-			p.config.OnChange(n.up, n.cause)
+		p.mu.Lock()
+		notes := p.notes
+		p.notes = nil
+		p.mu.Unlock()
+		for _, n := range notes {
+			if p.isClosed() {
+				return
+			}
+			if n.up {
+				p.config.Log.Info("the token serves again", "token", p.config.Name)
+			} else {
+				p.config.Log.Error("the token does not serve: its keys are unavailable until it is back", "token", p.config.Name, "err", n.cause)
+			}
+			if p.config.OnChange != nil {
+				p.config.OnChange(n.up, n.cause)
+			}
 		}
 	}
 }
@@ -717,46 +786,73 @@ func (k *key) Exchange(ctx context.Context, peer [32]byte) (shared [32]byte, err
 }
 
 func (k *key) use(ctx context.Context, what kind, body []byte, check func([]byte) error) ([]byte, error) {
-	if ctx.Err() != nil {
-		return nil, fmt.Errorf("%v: %w: %w", k.info.Ref, keystore.ErrUnavailable, ctx.Err())
+	if len(body) > maxMessage {
+		return nil, fmt.Errorf("%v: %w: a message of %d bytes", k.info.Ref, keystore.ErrRefused, len(body))
 	}
 	p := k.pool
-	return p.do(ctx, false, func(proc *process, done func()) ([]byte, error) {
+	answer, err := p.do(ctx, false, func(proc *process, done func(error)) ([]byte, error) {
 		return proc.use(ctx, p.config.Deadline, done, what, k, body)
 	}, check)
+	p.noteSealed(k.info.Ref, err)
+	return answer, err
 }
 
-// ask carries out what is not frequent.
-func (p *Pool) request(ctx context.Context, once bool, c call, into any) error {
-	answer, err := p.do(ctx, once, func(proc *process, done func()) ([]byte, error) {
+// request carries out what is not frequent.
+func (p *Pool) request(ctx context.Context, once bool, c call, check func(answer []byte) error) error {
+	_, err := p.do(ctx, once, func(proc *process, done func(error)) ([]byte, error) {
 		return proc.ask(ctx, slowFactor*p.config.Deadline, done, c)
-	}, nil)
-	if err == nil && into != nil {
-		err = json.Unmarshal(answer, into)
-	}
+	}, check)
 	return err
+}
+
+// into reads an answer.
+func into[T any](v *T) func(answer []byte) error {
+	return func(answer []byte) error {
+		var read T
+		if err := json.Unmarshal(answer, &read); err != nil {
+			return keystore.ErrWrong
+		}
+		*v = read
+		return nil
+	}
+}
+
+// about reads an answer that describes the key that was asked for.
+func about(ref keystore.Ref, info *keystore.Info) func(answer []byte) error {
+	return func(answer []byte) error {
+		if err := into(info)(answer); err != nil {
+			return err
+		} else if info.Ref != ref {
+			return keystore.ErrWrong
+		}
+		return nil
+	}
 }
 
 func (p *Pool) Key(ctx context.Context, ref keystore.Ref) (keystore.Key, error) {
 	var info keystore.Info
 	// A worker that does not find it is believed: whoever looks for a key must get an answer when there is none.
-	if err := p.request(ctx, false, call{Op: opKey, Ref: ref}, &info); err != nil {
+	err := p.request(ctx, false, call{Op: opKey, Ref: ref}, about(ref, &info))
+	p.noteSealed(ref, err)
+	if err != nil {
 		return nil, err
 	}
 	return p.Bind(info), nil
 }
 
 func (p *Pool) Keys(ctx context.Context) (infos []keystore.Info, err error) {
-	return infos, p.request(ctx, false, call{Op: opKeys}, &infos)
+	err = p.request(ctx, false, call{Op: opKeys}, into(&infos))
+	return infos, err
 }
 
 func (p *Pool) Inspect(ctx context.Context) (found []keystore.Finding, err error) {
-	return found, p.request(ctx, true, call{Op: opLook}, &found)
+	err = p.request(ctx, true, call{Op: opLook}, into(&found))
+	return found, err
 }
 
 func (p *Pool) Generate(ctx context.Context, ref keystore.Ref, alg keystore.Algorithm, tag keystore.Tag) (keystore.Key, error) {
 	var info keystore.Info
-	if err := p.request(ctx, true, call{Op: opGenerate, Ref: ref, Algorithm: alg, Tag: tag}, &info); err != nil {
+	if err := p.request(ctx, true, call{Op: opGenerate, Ref: ref, Algorithm: alg, Tag: tag}, about(ref, &info)); err != nil {
 		return nil, err
 	}
 	return p.Bind(info), nil
@@ -764,18 +860,34 @@ func (p *Pool) Generate(ctx context.Context, ref keystore.Ref, alg keystore.Algo
 
 // Import runs in a worker of its own, which ends afterwards: nothing of the seed stays in a process.
 func (p *Pool) Import(ctx context.Context, ref keystore.Ref, path string, tag keystore.Tag) (keystore.Key, error) {
-	proc, err := p.begin(len(p.slots))
+	if ctx.Err() != nil {
+		return nil, fmt.Errorf("%w: %w", keystore.ErrUnavailable, ctx.Err())
+	}
+	p.mu.Lock()
+	if p.isClosed() {
+		p.mu.Unlock()
+		return nil, errClosed
+	}
+	p.loops.Add(1) // Close waits for it
+	p.mu.Unlock()
+	defer p.loops.Done()
+	proc, err := p.begin(ctx, len(p.slots))
 	if err != nil {
+		if proc != nil {
+			p.loops.Go(func() { proc.close(closeTime) }) // it may be logging in
+		}
 		return nil, err
 	}
-	defer proc.fail(errors.New("it has imported"))
-	p.watch(proc)
-	answer, err := proc.ask(ctx, slowFactor*p.config.Deadline, func() {}, call{Op: opImport, Ref: ref, Path: path, Tag: tag})
-	if err != nil {
-		return nil, err
-	}
+	ctx, cancel := p.within(ctx, slowFactor*p.config.Deadline)
+	defer cancel()
 	var info keystore.Info
-	if err := json.Unmarshal(answer, &info); err != nil {
+	answer, err := proc.ask(ctx, slowFactor*p.config.Deadline, func(error) {}, call{Op: opImport, Ref: ref, Path: path, Tag: tag})
+	if err == nil {
+		err = about(ref, &info)(answer)
+	}
+	proc.fail(errors.New("it has imported"))
+	proc.gone(closeTime) // it must not make a key after the caller has cleared away
+	if err != nil {
 		return nil, err
 	}
 	return p.Bind(info), nil
@@ -796,7 +908,7 @@ func (p *Pool) Destroy(ctx context.Context, ref keystore.Ref, tag keystore.Tag) 
 	}
 	p.mu.Unlock()
 	for _, proc := range all {
-		if _, err := proc.ask(ctx, slowFactor*p.config.Deadline, func() {}, c); err != nil {
+		if _, err := proc.ask(ctx, slowFactor*p.config.Deadline, func(error) {}, c); err != nil {
 			proc.fail(fmt.Errorf("it may have a copy of a key that was destroyed: %w", err))
 		}
 	}
@@ -810,9 +922,11 @@ func (p *Pool) DefineCounter(ctx context.Context) error {
 }
 
 func (p *Pool) ReadCounter(ctx context.Context) (value uint64, err error) {
-	return value, p.request(ctx, false, call{Op: opRead}, &value)
+	err = p.request(ctx, false, call{Op: opRead}, into(&value))
+	return value, err
 }
 
 func (p *Pool) RiseCounter(ctx context.Context) (value uint64, err error) {
-	return value, p.request(ctx, true, call{Op: opRise}, &value)
+	err = p.request(ctx, true, call{Op: opRise}, into(&value))
+	return value, err
 }
