@@ -356,8 +356,26 @@ var errLost = errors.New("the key is not on the token any more")
 // again reports an error after which a higher rung may help.
 func again(err error) bool { return errors.Is(err, keystore.ErrUnavailable) || errors.Is(err, errLost) }
 
-// attempt runs use once, with a session of the current generation. A session in which something failed is closed.
+// attempt runs use once. Where the token has no more sessions, it waits for one that another operation is done with, and
+// there is one place less for a while. It holds nothing meanwhile: who has that session may need all others to be out of
+// the module.
 func (s *Store) attempt(ctx context.Context, held *session, use func(session) error) error {
+	err := s.enter(ctx, held, use)
+	for isCode(err, pkcs11.CKR_SESSION_COUNT) && s.open.Load() > 0 {
+		select {
+		case *held = <-s.slots:
+		case <-ctx.Done():
+			return fmt.Errorf("%w: the token has no more sessions: %w", keystore.ErrUnavailable, ctx.Err())
+		}
+		// The place comes back later: another user of the token may have taken the sessions for a while.
+		time.AfterFunc(restartPause, func() { s.slots <- session{} })
+		err = s.enter(ctx, held, use)
+	}
+	return err
+}
+
+// enter runs use with a session of the current generation. A session in which something failed is closed.
+func (s *Store) enter(ctx context.Context, held *session, use func(session) error) error {
 	s.using.RLock()
 	defer s.using.RUnlock()
 	if s.closed {
@@ -367,7 +385,7 @@ func (s *Store) attempt(ctx context.Context, held *session, use func(session) er
 		return fmt.Errorf("%w: %w", keystore.ErrUnavailable, ctx.Err())
 	}
 	if held.generation != s.generation || held.handle == 0 {
-		if err := s.openSession(ctx, held); err != nil {
+		if err := s.openSession(held); err != nil {
 			return err
 		}
 	}
@@ -384,35 +402,17 @@ func (s *Store) attempt(ctx context.Context, held *session, use func(session) er
 	return err
 }
 
-// openSession gives held a session. Where the token has no more of them, the operation waits for one that another is
-// done with, and there is one less from then on.
-func (s *Store) openSession(ctx context.Context, held *session) error {
-	handle, err := s.module.OpenSession(s.slot, pkcs11.CKF_SERIAL_SESSION|pkcs11.CKF_RW_SESSION)
-	if err == nil {
-		s.open.Add(1)
-		*held = session{handle, s.generation}
-		return nil
-	}
+// openSession gives held a session.
+func (s *Store) openSession(held *session) error {
 	*held = session{0, s.generation}
-	if !isCode(err, pkcs11.CKR_SESSION_COUNT) {
+	s.open.Add(1) // before it is there: who finds the token full meanwhile waits for this one
+	handle, err := s.module.OpenSession(s.slot, pkcs11.CKF_SERIAL_SESSION|pkcs11.CKF_RW_SESSION)
+	if err != nil {
+		s.open.Add(-1)
 		return deviceError("C_OpenSession", err)
 	}
-	for s.open.Load() > 0 {
-		var other session
-		select {
-		case other = <-s.slots:
-		case <-ctx.Done():
-			return fmt.Errorf("%w: the token has no more sessions: %w", keystore.ErrUnavailable, ctx.Err())
-		}
-		empty := *held
-		*held = other
-		// The place comes back later: another user of the token may have taken the sessions for a while.
-		time.AfterFunc(restartPause, func() { s.slots <- empty })
-		if other.handle != 0 && other.generation == s.generation {
-			return nil
-		}
-	}
-	return deviceError("C_OpenSession", err)
+	held.handle = handle
+	return nil
 }
 
 var errClosed = fmt.Errorf("%w: the store is closed", keystore.ErrUnavailable)
