@@ -325,6 +325,9 @@ func (s *Store) do(ctx context.Context, doing string, use func(session) error) e
 	logins := s.logins.Load()
 	err = s.attempt(ctx, &held, use)
 	for rung := 1; rung <= 3 && again(err); rung++ {
+		if ctx.Err() != nil { // who has left is not worth a new start of the module under all others
+			return fail(fmt.Errorf("%w: %w: %v", keystore.ErrUnavailable, ctx.Err(), err))
+		}
 		switch rung {
 		case 2:
 			in, failed := s.logInAgain(ctx, logins)
