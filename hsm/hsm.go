@@ -394,7 +394,7 @@ func (s *Store) enter(ctx context.Context, held *session, use func(session) erro
 	}
 	logins := s.logins.Load()
 	err := use(*held)
-	if (err == nil || errors.Is(err, errLost)) && s.logins.Load() != logins {
+	if !errors.Is(err, keystore.ErrUnavailable) && s.logins.Load() != logins {
 		err = fmt.Errorf("%w: somebody logged in meanwhile: what it was done with may have been another key", keystore.ErrUnavailable)
 	}
 	if err != nil {
