@@ -158,11 +158,6 @@ func (st *Store) forget(s session, tag keystore.Tag, h *handle) {
 // with copies, a copy that the session of the login keeps.
 func (st *Store) find1(s session, info keystore.Info) (pkcs11.ObjectHandle, error) {
 	found, private, err := st.load(s, pkcs11.NewAttribute(pkcs11.CKA_ID, info.Tag[:]), info.Ref)
-	if err != nil { // who is not logged in sees no private objects
-		if state, failed := st.module.GetSessionInfo(s.handle); failed != nil || state.State != pkcs11.CKS_RW_USER_FUNCTIONS {
-			return 0, fmt.Errorf("%v: %w: nobody is logged in to the token", info.Ref, keystore.ErrUnavailable)
-		}
-	}
 	if errors.Is(err, keystore.ErrNotFound) || errors.Is(err, keystore.ErrUnfit) && errors.Is(err, errHalf) {
 		return 0, fmt.Errorf("%v: %w", info.Ref, errLost)
 	} else if errors.Is(err, keystore.ErrAmbiguous) { // seen with SoftHSM while logins come and go: one object under two handles
@@ -481,7 +476,7 @@ func (st *Store) destroy(s session, ref keystore.Ref, tag keystore.Tag) error {
 	return nil
 }
 
-// find returns all objects that match.
+// find returns all objects that match, or an error where nobody is logged in: private objects can't be seen then.
 func (st *Store) find(s session, template ...*pkcs11.Attribute) (found []pkcs11.ObjectHandle, err error) {
 	if err := st.module.FindObjectsInit(s.handle, template); err != nil {
 		return nil, deviceError("C_FindObjectsInit", err)
@@ -497,6 +492,9 @@ func (st *Store) find(s session, template ...*pkcs11.Attribute) (found []pkcs11.
 			return nil, deviceError("C_FindObjects", err)
 		}
 		if len(some) == 0 {
+			if state, err := st.module.GetSessionInfo(s.handle); err != nil || state.State != pkcs11.CKS_RW_USER_FUNCTIONS {
+				return nil, fmt.Errorf("%w: nobody is logged in to the token", keystore.ErrUnavailable)
+			}
 			return found, nil
 		}
 		found = append(found, some...)
