@@ -154,8 +154,10 @@ func oneOf(field, value, attr, fromURI string) (string, error) {
 func (s *Store) sessionLimit() int {
 	n := s.config.Sessions
 	info, err := s.module.GetTokenInfo(s.slot)
-	if most := info.MaxSessionCount; err == nil && most != pkcs11.CK_EFFECTIVELY_INFINITE && most != pkcs11.CK_UNAVAILABLE_INFORMATION {
-		n = min(n, max(1, int(most)/max(1, s.config.Share)-1))
+	for _, most := range []uint{info.MaxSessionCount, info.MaxRwSessionCount} { // ours are read-write, and count for both
+		if err == nil && most != pkcs11.CK_EFFECTIVELY_INFINITE && most != pkcs11.CK_UNAVAILABLE_INFORMATION {
+			n = min(n, max(1, int(most)/max(1, s.config.Share)-1))
+		}
 	}
 	return n
 }
