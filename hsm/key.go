@@ -15,13 +15,15 @@ import (
 	"github.com/miekg/pkcs11"
 )
 
-// PKCS#11 v3.0 numbers that miekg/pkcs11 lacks.
+// PKCS#11 v2.40 and v3.0 numbers that miekg/pkcs11 lacks.
 const (
 	ckkECEdwards              = 0x40
 	ckkECMontgomery           = 0x41
 	ckmECEdwardsKeyPairGen    = 0x1055
 	ckmECMontgomeryKeyPairGen = 0x1056
 	ckmEdDSA                  = 0x1057
+	ckrActionProhibited       = 0x1b
+	ckrCurveNotSupported      = 0x140
 )
 
 // labelPrefix marks our objects on a token that others may use too. CKA_LABEL is the prefix and the reference, CKA_ID is
