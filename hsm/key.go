@@ -60,9 +60,10 @@ func (st *Store) curveFor(alg keystore.Algorithm) (curve, error) {
 	return curve{}, fmt.Errorf("hsm: unknown algorithm %q: use one of %v", alg, keystore.Algorithms)
 }
 
-// params gives CKA_EC_PARAMS as this token wants it.
+// params gives CKA_EC_PARAMS as this token wants it. Names are for the curves of RFC 8410 only: YubiHSM and SoftHSM take no
+// name for P-256.
 func (st *Store) params(c curve) []byte {
-	if st.quirks.ECParams == "name" {
+	if st.quirks.ECParams == "name" && c.alg != keystore.P256 {
 		return c.printable()
 	}
 	return c.oid

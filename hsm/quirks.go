@@ -12,7 +12,7 @@ import (
 // table says.
 type Quirks struct {
 	// ECParams is how CKA_EC_PARAMS names the curve of a new key: oid (a DER object identifier, RFC 8410) or name (a DER
-	// PrintableString). Both are read.
+	// PrintableString, but for P-256). Both are read.
 	ECParams string `toml:"ec_params" json:"ec_params,omitempty"`
 	// ECPoint is how the CKA_EC_POINT of an imported key is written: raw (PKCS#11 v3.0 section 2.3.5) or octet-string
 	// (DER). Both are read.
