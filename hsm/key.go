@@ -374,8 +374,10 @@ func (st *Store) templates(ref keystore.Ref, c curve, tag keystore.Tag, onToken 
 		pkcs11.NewAttribute(pkcs11.CKA_DECRYPT, false),
 		pkcs11.NewAttribute(pkcs11.CKA_SIGN_RECOVER, false),
 		pkcs11.NewAttribute(pkcs11.CKA_UNWRAP, false),
-		pkcs11.NewAttribute(pkcs11.CKA_ALLOWED_MECHANISMS, pkcs11.NewAttribute(0, c.use).Value),
 	}, common...)
+	if st.quirks.AllowedMechanisms == "on" {
+		private = append(private, pkcs11.NewAttribute(pkcs11.CKA_ALLOWED_MECHANISMS, pkcs11.NewAttribute(0, c.use).Value))
+	}
 	return public, private
 }
 
