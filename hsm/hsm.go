@@ -239,6 +239,7 @@ func (s *Store) logInAgain(ctx context.Context, since uint64) (bool, error) {
 		return false, nil
 	}
 	s.module.CloseSession(s.loginSession())
+	s.login.Store(0) // the number may be another session's from here on
 	return true, s.gate(ctx, s.logIn)
 }
 
