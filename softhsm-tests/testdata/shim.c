@@ -5,6 +5,13 @@
 //   SHIM_SCRIPT  a file with a line for each fault: FROM TO PROCESS FUNCTION FAULT ARGUMENT COUNT SKIP. It is read again
 //                when another file was renamed to it
 //   SHIM_LOG     a file that gets a line for each call that ends: FUNCTION SESSION RETURN-VALUE
+//   SHIM_MAKER, SHIM_VERSION  CK_INFO.manufacturerID and libraryVersion, MAJOR.MINOR
+//   SHIM_MOST    CK_TOKEN_INFO.ulMaxSessionCount and ulMaxRwSessionCount, with a space between
+//   SHIM_DIALECT in what the module differs from SoftHSM, words with commas between. montgomery: X25519 keys are
+//                CKK_EC_MONTGOMERY, made by CKM_EC_MONTGOMERY_KEY_PAIR_GEN, and not otherwise. params-oid, params-name:
+//                CKA_EC_PARAMS is taken in this form only, but for P-256's. reads-oid: and is returned as an OID. point-raw: CKA_EC_POINT
+//                is written and read without DER. point-bits: it is read as a BIT STRING. no-eddsa: CKM_EDDSA is
+//                lacking. no-allowed: CKA_ALLOWED_MECHANISMS is refused
 //
 // FROM and TO are milliseconds since the epoch, PROCESS a number or -1 for all, FUNCTION an index in CK_FUNCTION_LIST or
 // -1, COUNT how many calls it hits, or 0 for all in its time, SKIP how many it lets go before. Faults: code (the return
@@ -150,10 +157,6 @@ static CK_RV get_slot_list(unsigned char present, CK_ULONG *list, CK_ULONG *coun
 	ENTER(GET_SLOT_LIST, 0UL);
 	return real->function[GET_SLOT_LIST](present, list, count);
 }
-static CK_RV get_token_info(CK_ULONG slot, void *info) {
-	ENTER(GET_TOKEN_INFO, 0UL);
-	return real->function[GET_TOKEN_INFO](slot, info);
-}
 static CK_RV open_session(CK_ULONG slot, CK_ULONG flags, void *application, void *notify, CK_ULONG *session) {
 	ENTER(OPEN_SESSION, 0UL);
 	struct fault *f = due(OPEN_SESSION, "limit");
@@ -186,12 +189,11 @@ static CK_RV find_objects(CK_ULONG session, CK_ULONG *objects, CK_ULONG most, CK
 	if (due(FIND_OBJECTS, "lost")) *count = 0;
 	return rv;
 }
-static CK_RV get_attribute_value(CK_ULONG session, CK_ULONG object, CK_ATTRIBUTE *template, CK_ULONG count) {
-	ENTER(GET_ATTRIBUTE_VALUE, session);
-	return real->function[GET_ATTRIBUTE_VALUE](session, object, template, count);
-}
-static CK_RV sign_init(CK_ULONG session, void *mechanism, CK_ULONG key) {
+static int speaks(const char *word);
+
+static CK_RV sign_init(CK_ULONG session, CK_MECHANISM *mechanism, CK_ULONG key) {
 	ENTER(SIGN_INIT, session);
+	if (mechanism->mechanism == CKM_EDDSA && speaks("no-eddsa")) return ended(SIGN_INIT, session, CKR_MECHANISM_INVALID);
 	if (due(SIGN_INIT, "logout")) real->function[LOGOUT](session);
 	if (due(SIGN_INIT, "lost")) return ended(SIGN_INIT, session, CKR_KEY_HANDLE_INVALID);
 	return ended(SIGN_INIT, session, real->function[SIGN_INIT](session, mechanism, key));
@@ -212,22 +214,159 @@ static CK_RV derive_key(CK_ULONG session, void *mechanism, CK_ULONG key, void *t
 	return ended(DERIVE_KEY, session, real->function[DERIVE_KEY](session, mechanism, key, template, count, object));
 }
 
+// The rest is the dialects. speaks reports whether a word is among those of SHIM_DIALECT.
+static int speaks(const char *word) {
+	const char *all = getenv("SHIM_DIALECT");
+	for (const char *at = all; at != NULL && *at != 0; at = strchr(at, ','), at += at != NULL) {
+		size_t length = strcspn(at, ",");
+		if (length == strlen(word) && !strncmp(at, word, length)) return 1;
+	}
+	return 0;
+}
+
+// The curves, as a DER object identifier and as a DER PrintableString.
+static const struct curve { const char *oid, *name; } curves[] = {
+	{ "\x06\x03\x2b\x65\x70", "\x13\x0c" "edwards25519" },
+	{ "\x06\x03\x2b\x65\x6e", "\x13\x0a" "curve25519" },
+	{ "\x06\x08\x2a\x86\x48\xce\x3d\x03\x01\x07", "\x13\x09" "secp256r1" },
+};
+
+static int is(const CK_ATTRIBUTE *a, const char *text) { return a->length == strlen(text) && !memcmp(a->value, text, a->length); }
+
+// into writes a template as SoftHSM wants it. space has room for one CKA_EC_POINT.
+static CK_RV into(const CK_ATTRIBUTE *from, CK_ULONG count, CK_ATTRIBUTE *to, unsigned char *space, int x25519) {
+	static CK_ULONG edwards = CKK_EC_EDWARDS;
+	for (CK_ULONG i = 0; i < count; i++) {
+		CK_ATTRIBUTE *a = &to[i];
+		*a = from[i];
+		if (a->type == CKA_ALLOWED_MECHANISMS && speaks("no-allowed")) return CKR_ATTRIBUTE_TYPE_INVALID;
+		if (a->type == CKA_KEY_TYPE && speaks("montgomery") && (*(CK_ULONG *)a->value == CKK_EC_MONTGOMERY) != x25519) return CKR_TEMPLATE_INCONSISTENT;
+		if (a->type == CKA_KEY_TYPE && speaks("montgomery") && x25519) a->value = &edwards;
+		if (a->type == CKA_EC_PARAMS) {
+			int oid = ((unsigned char *)a->value)[0] == 0x06;
+			if (oid ? speaks("params-name") && !is(a, curves[2].oid) : speaks("params-oid")) return CKR_CURVE_NOT_SUPPORTED;
+			if (speaks("montgomery") && (is(a, curves[1].oid) || is(a, curves[1].name)) != x25519) return CKR_CURVE_NOT_SUPPORTED;
+		}
+		if (a->type == CKA_EC_POINT && speaks("point-raw")) {
+			if (a->length != 32) return CKR_ATTRIBUTE_VALUE_INVALID;
+			space[0] = 0x04, space[1] = 32;
+			memcpy(space + 2, a->value, 32);
+			a->value = space, a->length = 34;
+		}
+	}
+	return CKR_OK;
+}
+
+static CK_RV create_object(CK_ULONG session, CK_ATTRIBUTE *template, CK_ULONG count, CK_ULONG *object) {
+	ENTER(CREATE_OBJECT, session);
+	CK_ATTRIBUTE to[64];
+	unsigned char space[64];
+	CK_RV rv = into(template, count, to, space, 0);
+	return ended(CREATE_OBJECT, session, rv != CKR_OK ? rv : real->function[CREATE_OBJECT](session, to, count, object));
+}
+
+static CK_RV generate_key_pair(CK_ULONG session, CK_MECHANISM *mechanism, CK_ATTRIBUTE *public, CK_ULONG n_public, CK_ATTRIBUTE *private,
+		CK_ULONG n_private, CK_ULONG *public_key, CK_ULONG *private_key) {
+	ENTER(GENERATE_KEY_PAIR, session);
+	CK_ATTRIBUTE to_public[64], to_private[64];
+	unsigned char space[64];
+	CK_MECHANISM m = *mechanism;
+	int x25519 = speaks("montgomery") && m.mechanism == CKM_EC_MONTGOMERY_KEY_PAIR_GEN;
+	if (x25519) m.mechanism = CKM_EC_EDWARDS_KEY_PAIR_GEN;
+	CK_RV rv = into(public, n_public, to_public, space, x25519);
+	if (rv == CKR_OK) rv = into(private, n_private, to_private, space, x25519);
+	if (rv == CKR_OK) rv = real->function[GENERATE_KEY_PAIR](session, &m, to_public, n_public, to_private, n_private, public_key, private_key);
+	return ended(GENERATE_KEY_PAIR, session, rv);
+}
+
+// give returns a value as C_GetAttributeValue and others do: its length alone where there is no buffer.
+static CK_RV give(const void *value, CK_ULONG length, void *buffer, CK_ULONG *size, CK_ULONG unit) {
+	CK_ULONG room = *size;
+	*size = length;
+	if (buffer == NULL) return CKR_OK;
+	if (room < length) return CKR_BUFFER_TOO_SMALL;
+	memcpy(buffer, value, length * unit);
+	return CKR_OK;
+}
+
+// read_attribute reads one attribute as the dialect has it.
+static CK_RV read_attribute(CK_ULONG session, CK_ULONG object, CK_ATTRIBUTE *a) {
+	unsigned char value[256];
+	CK_ATTRIBUTE is_there = { a->type, value + 1, sizeof value - 1 };
+	if (a->type != CKA_EC_PARAMS && a->type != CKA_EC_POINT) return real->function[GET_ATTRIBUTE_VALUE](session, object, a, 1UL);
+	CK_RV rv = real->function[GET_ATTRIBUTE_VALUE](session, object, &is_there, 1UL);
+	if (rv != CKR_OK) return rv;
+	for (int i = 0; a->type == CKA_EC_PARAMS && speaks("reads-oid") && i < 3; i++)
+		if (is(&is_there, curves[i].name)) return give(curves[i].oid, strlen(curves[i].oid), a->value, &a->length, 1);
+	if (a->type == CKA_EC_POINT && speaks("point-raw")) return give(value + 3, is_there.length - 2, a->value, &a->length, 1);
+	if (a->type == CKA_EC_POINT && speaks("point-bits")) { // the length is short enough for one byte
+		value[0] = 0x03, value[1] = value[2] + 1, value[2] = 0;
+		return give(value, is_there.length + 1, a->value, &a->length, 1);
+	}
+	return give(value + 1, is_there.length, a->value, &a->length, 1);
+}
+
+static CK_RV get_attribute_value(CK_ULONG session, CK_ULONG object, CK_ATTRIBUTE *template, CK_ULONG count) {
+	ENTER(GET_ATTRIBUTE_VALUE, session);
+	CK_RV rv = CKR_OK;
+	for (CK_ULONG i = 0; i < count; i++) {
+		CK_RV one = read_attribute(session, object, &template[i]);
+		if (rv == CKR_OK) rv = one;
+	}
+	return ended(GET_ATTRIBUTE_VALUE, session, rv);
+}
+
+static CK_RV get_info(CK_INFO *info) {
+	ENTER(GET_INFO, 0UL);
+	CK_RV rv = real->function[GET_INFO](info);
+	const char *maker = getenv("SHIM_MAKER"), *version = getenv("SHIM_VERSION");
+	if (rv == CKR_OK && maker != NULL) {
+		memset(info->maker, ' ', sizeof info->maker);
+		memcpy(info->maker, maker, strnlen(maker, sizeof info->maker));
+	}
+	if (rv == CKR_OK && version != NULL) sscanf(version, "%hhu.%hhu", &info->version[0], &info->version[1]);
+	return ended(GET_INFO, 0, rv);
+}
+
+static CK_RV get_token_info(CK_ULONG slot, CK_TOKEN_INFO *info) {
+	ENTER(GET_TOKEN_INFO, 0UL);
+	CK_RV rv = real->function[GET_TOKEN_INFO](slot, info);
+	const char *most = getenv("SHIM_MOST");
+	if (rv == CKR_OK && most != NULL) sscanf(most, "%lu %lu", &info->most, &info->most_rw);
+	return ended(GET_TOKEN_INFO, 0, rv);
+}
+
+static CK_RV get_mechanism_list(CK_ULONG slot, CK_ULONG *list, CK_ULONG *count) {
+	ENTER(GET_MECHANISM_LIST, 0UL);
+	CK_ULONG all[256], n = 255, kept = 0;
+	CK_RV rv = real->function[GET_MECHANISM_LIST](slot, all, &n);
+	if (rv != CKR_OK) return ended(GET_MECHANISM_LIST, 0, rv);
+	for (CK_ULONG i = 0; i < n; i++)
+		if (all[i] != CKM_EDDSA || !speaks("no-eddsa")) all[kept++] = all[i];
+	if (speaks("montgomery")) all[kept++] = CKM_EC_MONTGOMERY_KEY_PAIR_GEN;
+	return ended(GET_MECHANISM_LIST, 0, give(all, kept, list, count, sizeof *all));
+}
+
 CK_RV C_GetFunctionList(CK_FUNCTION_LIST **list) {
 	load();
 	ours = *real;
 	ours.function[INITIALIZE] = (CK_FUNCTION)initialize;
 	ours.function[FINALIZE] = (CK_FUNCTION)finalize;
+	ours.function[GET_INFO] = (CK_FUNCTION)get_info;
 	ours.function[GET_SLOT_LIST] = (CK_FUNCTION)get_slot_list;
 	ours.function[GET_TOKEN_INFO] = (CK_FUNCTION)get_token_info;
+	ours.function[GET_MECHANISM_LIST] = (CK_FUNCTION)get_mechanism_list;
 	ours.function[OPEN_SESSION] = (CK_FUNCTION)open_session;
 	ours.function[CLOSE_SESSION] = (CK_FUNCTION)close_session;
 	ours.function[GET_SESSION_INFO] = (CK_FUNCTION)get_session_info;
 	ours.function[LOGIN] = (CK_FUNCTION)login;
+	ours.function[CREATE_OBJECT] = (CK_FUNCTION)create_object;
 	ours.function[FIND_OBJECTS_INIT] = (CK_FUNCTION)find_objects_init;
 	ours.function[FIND_OBJECTS] = (CK_FUNCTION)find_objects;
 	ours.function[GET_ATTRIBUTE_VALUE] = (CK_FUNCTION)get_attribute_value;
 	ours.function[SIGN_INIT] = (CK_FUNCTION)sign_init;
 	ours.function[SIGN] = (CK_FUNCTION)sign;
+	ours.function[GENERATE_KEY_PAIR] = (CK_FUNCTION)generate_key_pair;
 	ours.function[DERIVE_KEY] = (CK_FUNCTION)derive_key;
 	*list = &ours;
 	return CKR_OK;
