@@ -20,21 +20,23 @@ func TestDialects(t *testing.T) {
 		want                          string // what Inspect says of the quirks
 	}{
 		{"the standard", "Acme", "1.0", "montgomery,point-raw,params-oid,reads-oid", hsm.Quirks{},
-			"ec_params oid, ec_point raw, x25519 montgomery, copies off (the standard)"},
+			"ec_params oid, ec_point raw, x25519 montgomery, copies off, allowed_mechanisms on (the standard)"},
 		{"no montgomery", "Acme", "1.0", "point-raw,params-oid", hsm.Quirks{},
-			"ec_params oid, ec_point raw, x25519 edwards, copies off (the standard, without CKM_EC_MONTGOMERY_KEY_PAIR_GEN)"},
+			"ec_params oid, ec_point raw, x25519 edwards, copies off, allowed_mechanisms on (the standard, without CKM_EC_MONTGOMERY_KEY_PAIR_GEN)"},
 		{"SoftHSM", "SoftHSM", "2.6", "params-oid,reads-oid,point-bits", hsm.Quirks{},
-			"ec_params oid, ec_point octet-string, x25519 edwards, copies off (SoftHSM 2.6.1, tested)"},
+			"ec_params oid, ec_point octet-string, x25519 edwards, copies off, allowed_mechanisms on (SoftHSM 2.6.1, tested)"},
 		{"Kryoptic", "Kryoptic", "1.2", "montgomery,point-raw,params-oid", hsm.Quirks{},
-			"ec_params oid, ec_point raw, x25519 montgomery, copies off (Kryoptic, by its source, not tested)"},
+			"ec_params oid, ec_point raw, x25519 montgomery, copies off, allowed_mechanisms on (Kryoptic, by its source, not tested)"},
 		{"NSS", "Mozilla Foundation", "3.103", "montgomery,point-raw,params-oid,reads-oid", hsm.Quirks{},
-			"ec_params oid, ec_point raw, x25519 montgomery, copies off (NSS, by its source, not tested)"},
+			"ec_params oid, ec_point raw, x25519 montgomery, copies off, allowed_mechanisms on (NSS, by its source, not tested)"},
+		{"YubiHSM", "Yubico (www.yubico.com)", "2.6", "montgomery,params-name,no-allowed", hsm.Quirks{},
+			"ec_params name, ec_point octet-string, x25519 montgomery, copies off, allowed_mechanisms off (YubiHSM 2, by its source, not tested)"},
 		{"Nitrokey", "Nitrokey GmbH", "2.0", "montgomery,params-oid,reads-oid", hsm.Quirks{},
-			"ec_params oid, ec_point octet-string, x25519 montgomery, copies off (NetHSM, by its source, not tested)"},
+			"ec_params oid, ec_point octet-string, x25519 montgomery, copies off, allowed_mechanisms on (NetHSM, by its source, not tested)"},
 		{"nShield", "nCipher Corp. Ltd", "13.4", "montgomery,point-raw,params-name,reads-oid", hsm.Quirks{},
-			"ec_params name, ec_point raw, x25519 montgomery, copies off (nShield, by what its clients say, not tested)"},
+			"ec_params name, ec_point raw, x25519 montgomery, copies off, allowed_mechanisms on (nShield, by what its clients say, not tested)"},
 		{"by configuration", "SoftHSM", "2.6", "montgomery,point-raw,params-name", hsm.Quirks{ECParams: "name", ECPoint: "raw", X25519: "montgomery"},
-			"ec_params name, ec_point raw, x25519 montgomery, copies off (SoftHSM 2.6.1, tested, ec_params by configuration, ec_point by configuration, x25519 by configuration)"},
+			"ec_params name, ec_point raw, x25519 montgomery, copies off, allowed_mechanisms on (SoftHSM 2.6.1, tested, ec_params by configuration, ec_point by configuration, x25519 by configuration)"},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			t.Setenv("SHIM_MAKER", tc.maker)
@@ -88,6 +90,7 @@ func TestWrongQuirks(t *testing.T) {
 	}{
 		{"the curve's form", "params-name", keystore.Ed25519},
 		{"X25519 by the mechanism of Ed25519", "montgomery", keystore.X25519},
+		{"CKA_ALLOWED_MECHANISMS", "no-allowed", keystore.P256},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			t.Setenv("SHIM_DIALECT", tc.dialect)

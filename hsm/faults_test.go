@@ -297,7 +297,8 @@ func TestAlreadyLoggedIn(t *testing.T) {
 	signs(t, key)
 	s.meets()
 	wg.Wait()
-	s.meets(fault{function: signInit, kind: "code", argument: ckrDeviceError, count: 2}, fault{function: getSessionInfo, kind: "code", argument: 0xb3, count: 1})
+	// The key is looked for again before the second error, which asks for the state twice; then the login is looked at.
+	s.meets(fault{function: signInit, kind: "code", argument: ckrDeviceError, count: 2}, fault{function: getSessionInfo, kind: "code", argument: 0xb3, count: 1, skip: 2})
 	signs(t, key)
 	if s.count(login, ckrAlreadyLoggedIn) != 1 {
 		t.Error("CKR_USER_ALREADY_LOGGED_IN was not met")
