@@ -300,8 +300,8 @@ func TestAlreadyLoggedIn(t *testing.T) {
 	// The key is looked for again before the second error, which asks for the state twice; then the login is looked at.
 	s.meets(fault{function: signInit, kind: "code", argument: ckrDeviceError, count: 2}, fault{function: getSessionInfo, kind: "code", argument: 0xb3, count: 1, skip: 2})
 	signs(t, key)
-	if s.count(login, ckrAlreadyLoggedIn) != 1 {
-		t.Error("CKR_USER_ALREADY_LOGGED_IN was not met")
+	if s.count(login, ckrAlreadyLoggedIn) != 1 || s.count(initialize) != 1 {
+		t.Errorf("CKR_USER_ALREADY_LOGGED_IN was met %d times, and the module initialised %d times", s.count(login, ckrAlreadyLoggedIn), s.count(initialize))
 	}
 	signs(t, key)
 	if n := s.openSessions(); n > 3 {
