@@ -154,8 +154,10 @@ func oneOf(field, value, attr, fromURI string) (string, error) {
 func (s *Store) sessionLimit() int {
 	n := s.config.Sessions
 	info, err := s.module.GetTokenInfo(s.slot)
-	if most := info.MaxSessionCount; err == nil && most != pkcs11.CK_EFFECTIVELY_INFINITE && most != pkcs11.CK_UNAVAILABLE_INFORMATION {
-		n = min(n, max(1, int(most)/max(1, s.config.Share)-1))
+	for _, most := range []uint{info.MaxSessionCount, info.MaxRwSessionCount} { // ours are read-write, and count for both
+		if err == nil && most != pkcs11.CK_EFFECTIVELY_INFINITE && most != pkcs11.CK_UNAVAILABLE_INFORMATION {
+			n = min(n, max(1, int(most)/max(1, s.config.Share)-1))
+		}
 	}
 	return n
 }
@@ -237,6 +239,7 @@ func (s *Store) logInAgain(ctx context.Context, since uint64) (bool, error) {
 		return false, nil
 	}
 	s.module.CloseSession(s.loginSession())
+	s.login.Store(0) // the number may be another session's from here on
 	return true, s.gate(ctx, s.logIn)
 }
 
@@ -325,6 +328,9 @@ func (s *Store) do(ctx context.Context, doing string, use func(session) error) e
 	logins := s.logins.Load()
 	err = s.attempt(ctx, &held, use)
 	for rung := 1; rung <= 3 && again(err); rung++ {
+		if ctx.Err() != nil { // who has left is not worth a new start of the module under all others
+			return fail(fmt.Errorf("%w: %w: %v", keystore.ErrUnavailable, ctx.Err(), err))
+		}
 		switch rung {
 		case 2:
 			in, failed := s.logInAgain(ctx, logins)
@@ -356,8 +362,26 @@ var errLost = errors.New("the key is not on the token any more")
 // again reports an error after which a higher rung may help.
 func again(err error) bool { return errors.Is(err, keystore.ErrUnavailable) || errors.Is(err, errLost) }
 
-// attempt runs use once, with a session of the current generation. A session in which something failed is closed.
+// attempt runs use once. Where the token has no more sessions, it waits for one that another operation is done with, and
+// there is one place less for a while. It holds nothing meanwhile: who has that session may need all others to be out of
+// the module.
 func (s *Store) attempt(ctx context.Context, held *session, use func(session) error) error {
+	err := s.enter(ctx, held, use)
+	for isCode(err, pkcs11.CKR_SESSION_COUNT) && s.open.Load() > 0 {
+		select {
+		case *held = <-s.slots:
+		case <-ctx.Done():
+			return fmt.Errorf("%w: the token has no more sessions: %w", keystore.ErrUnavailable, ctx.Err())
+		}
+		// The place comes back later: another user of the token may have taken the sessions for a while.
+		time.AfterFunc(restartPause, func() { s.slots <- session{} })
+		err = s.enter(ctx, held, use)
+	}
+	return err
+}
+
+// enter runs use with a session of the current generation. A session in which something failed is closed.
+func (s *Store) enter(ctx context.Context, held *session, use func(session) error) error {
 	s.using.RLock()
 	defer s.using.RUnlock()
 	if s.closed {
@@ -367,13 +391,13 @@ func (s *Store) attempt(ctx context.Context, held *session, use func(session) er
 		return fmt.Errorf("%w: %w", keystore.ErrUnavailable, ctx.Err())
 	}
 	if held.generation != s.generation || held.handle == 0 {
-		if err := s.openSession(ctx, held); err != nil {
+		if err := s.openSession(held); err != nil {
 			return err
 		}
 	}
 	logins := s.logins.Load()
 	err := use(*held)
-	if (err == nil || errors.Is(err, errLost)) && s.logins.Load() != logins {
+	if !errors.Is(err, keystore.ErrUnavailable) && s.logins.Load() != logins {
 		err = fmt.Errorf("%w: somebody logged in meanwhile: what it was done with may have been another key", keystore.ErrUnavailable)
 	}
 	if err != nil {
@@ -384,35 +408,17 @@ func (s *Store) attempt(ctx context.Context, held *session, use func(session) er
 	return err
 }
 
-// openSession gives held a session. Where the token has no more of them, the operation waits for one that another is
-// done with, and there is one less from then on.
-func (s *Store) openSession(ctx context.Context, held *session) error {
-	handle, err := s.module.OpenSession(s.slot, pkcs11.CKF_SERIAL_SESSION|pkcs11.CKF_RW_SESSION)
-	if err == nil {
-		s.open.Add(1)
-		*held = session{handle, s.generation}
-		return nil
-	}
+// openSession gives held a session.
+func (s *Store) openSession(held *session) error {
 	*held = session{0, s.generation}
-	if !isCode(err, pkcs11.CKR_SESSION_COUNT) {
+	s.open.Add(1) // before it is there: who finds the token full meanwhile waits for this one
+	handle, err := s.module.OpenSession(s.slot, pkcs11.CKF_SERIAL_SESSION|pkcs11.CKF_RW_SESSION)
+	if err != nil {
+		s.open.Add(-1)
 		return deviceError("C_OpenSession", err)
 	}
-	for s.open.Load() > 0 {
-		var other session
-		select {
-		case other = <-s.slots:
-		case <-ctx.Done():
-			return fmt.Errorf("%w: the token has no more sessions: %w", keystore.ErrUnavailable, ctx.Err())
-		}
-		empty := *held
-		*held = other
-		// The place comes back later: another user of the token may have taken the sessions for a while.
-		time.AfterFunc(restartPause, func() { s.slots <- empty })
-		if other.handle != 0 && other.generation == s.generation {
-			return nil
-		}
-	}
-	return deviceError("C_OpenSession", err)
+	held.handle = handle
+	return nil
 }
 
 var errClosed = fmt.Errorf("%w: the store is closed", keystore.ErrUnavailable)
@@ -453,7 +459,9 @@ func deviceError(call string, err error) error {
 	case isCode(err, pkcs11.CKR_PIN_INCORRECT, pkcs11.CKR_PIN_INVALID, pkcs11.CKR_PIN_LEN_RANGE, pkcs11.CKR_PIN_EXPIRED, pkcs11.CKR_PIN_LOCKED):
 		class = keystore.ErrAuth
 	case isCode(err, pkcs11.CKR_MECHANISM_INVALID, pkcs11.CKR_MECHANISM_PARAM_INVALID, pkcs11.CKR_KEY_FUNCTION_NOT_PERMITTED,
-		pkcs11.CKR_KEY_TYPE_INCONSISTENT, pkcs11.CKR_DATA_LEN_RANGE, pkcs11.CKR_ARGUMENTS_BAD, pkcs11.CKR_ATTRIBUTE_TYPE_INVALID,
+		pkcs11.CKR_KEY_TYPE_INCONSISTENT, pkcs11.CKR_KEY_SIZE_RANGE, pkcs11.CKR_DOMAIN_PARAMS_INVALID, ckrCurveNotSupported,
+		pkcs11.CKR_FUNCTION_NOT_SUPPORTED, ckrActionProhibited, pkcs11.CKR_DATA_INVALID, pkcs11.CKR_DATA_LEN_RANGE,
+		pkcs11.CKR_ARGUMENTS_BAD, pkcs11.CKR_ATTRIBUTE_READ_ONLY, pkcs11.CKR_ATTRIBUTE_TYPE_INVALID,
 		pkcs11.CKR_ATTRIBUTE_VALUE_INVALID, pkcs11.CKR_TEMPLATE_INCOMPLETE, pkcs11.CKR_TEMPLATE_INCONSISTENT, pkcs11.CKR_TOKEN_WRITE_PROTECTED):
 		class = keystore.ErrRefused // it is about what was asked, not about the device's state
 	}

@@ -37,7 +37,7 @@ func (st *Store) Inspect(ctx context.Context) (found []keystore.Finding, err err
 		say("token", "", true, "%s, %s %s, serial %s, firmware %d.%d, at most %s sessions, %d open in this process, up to %d used by it", token.Label, token.ManufacturerID, token.Model,
 			token.SerialNumber, token.FirmwareVersion.Major, token.FirmwareVersion.Minor, limitText(token.MaxSessionCount), st.open.Load()+1, st.sessionLimit())
 		q := st.quirks
-		say("quirks", "", true, "ec_params %s, ec_point %s, x25519 %s, copies %s (%s)", q.ECParams, q.ECPoint, q.X25519, q.Copies, q.source)
+		say("quirks", "", true, "ec_params %s, ec_point %s, x25519 %s, copies %s, allowed_mechanisms %s (%s)", q.ECParams, q.ECPoint, q.X25519, q.Copies, q.AllowedMechanisms, q.source)
 		for _, alg := range keystore.Algorithms {
 			c, err := st.curveFor(alg)
 			if err != nil {

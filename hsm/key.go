@@ -15,13 +15,15 @@ import (
 	"github.com/miekg/pkcs11"
 )
 
-// PKCS#11 v3.0 numbers that miekg/pkcs11 lacks.
+// PKCS#11 v2.40 and v3.0 numbers that miekg/pkcs11 lacks.
 const (
 	ckkECEdwards              = 0x40
 	ckkECMontgomery           = 0x41
 	ckmECEdwardsKeyPairGen    = 0x1055
 	ckmECMontgomeryKeyPairGen = 0x1056
 	ckmEdDSA                  = 0x1057
+	ckrActionProhibited       = 0x1b
+	ckrCurveNotSupported      = 0x140
 )
 
 // labelPrefix marks our objects on a token that others may use too. CKA_LABEL is the prefix and the reference, CKA_ID is
@@ -58,9 +60,10 @@ func (st *Store) curveFor(alg keystore.Algorithm) (curve, error) {
 	return curve{}, fmt.Errorf("hsm: unknown algorithm %q: use one of %v", alg, keystore.Algorithms)
 }
 
-// params gives CKA_EC_PARAMS as this token wants it.
+// params gives CKA_EC_PARAMS as this token wants it. Names are for the curves of RFC 8410 only: YubiHSM and SoftHSM take no
+// name for P-256.
 func (st *Store) params(c curve) []byte {
-	if st.quirks.ECParams == "name" {
+	if st.quirks.ECParams == "name" && c.alg != keystore.P256 {
 		return c.printable()
 	}
 	return c.oid
@@ -158,11 +161,6 @@ func (st *Store) forget(s session, tag keystore.Tag, h *handle) {
 // with copies, a copy that the session of the login keeps.
 func (st *Store) find1(s session, info keystore.Info) (pkcs11.ObjectHandle, error) {
 	found, private, err := st.load(s, pkcs11.NewAttribute(pkcs11.CKA_ID, info.Tag[:]), info.Ref)
-	if err != nil { // who is not logged in sees no private objects
-		if state, failed := st.module.GetSessionInfo(s.handle); failed != nil || state.State != pkcs11.CKS_RW_USER_FUNCTIONS {
-			return 0, fmt.Errorf("%v: %w: nobody is logged in to the token", info.Ref, keystore.ErrUnavailable)
-		}
-	}
 	if errors.Is(err, keystore.ErrNotFound) || errors.Is(err, keystore.ErrUnfit) && errors.Is(err, errHalf) {
 		return 0, fmt.Errorf("%v: %w", info.Ref, errLost)
 	} else if errors.Is(err, keystore.ErrAmbiguous) { // seen with SoftHSM while logins come and go: one object under two handles
@@ -376,8 +374,10 @@ func (st *Store) templates(ref keystore.Ref, c curve, tag keystore.Tag, onToken 
 		pkcs11.NewAttribute(pkcs11.CKA_DECRYPT, false),
 		pkcs11.NewAttribute(pkcs11.CKA_SIGN_RECOVER, false),
 		pkcs11.NewAttribute(pkcs11.CKA_UNWRAP, false),
-		pkcs11.NewAttribute(pkcs11.CKA_ALLOWED_MECHANISMS, pkcs11.NewAttribute(0, c.use).Value),
 	}, common...)
+	if st.quirks.AllowedMechanisms == "on" {
+		private = append(private, pkcs11.NewAttribute(pkcs11.CKA_ALLOWED_MECHANISMS, pkcs11.NewAttribute(0, c.use).Value))
+	}
 	return public, private
 }
 
@@ -481,7 +481,7 @@ func (st *Store) destroy(s session, ref keystore.Ref, tag keystore.Tag) error {
 	return nil
 }
 
-// find returns all objects that match.
+// find returns all objects that match, or an error where nobody is logged in: private objects can't be seen then.
 func (st *Store) find(s session, template ...*pkcs11.Attribute) (found []pkcs11.ObjectHandle, err error) {
 	if err := st.module.FindObjectsInit(s.handle, template); err != nil {
 		return nil, deviceError("C_FindObjectsInit", err)
@@ -497,6 +497,9 @@ func (st *Store) find(s session, template ...*pkcs11.Attribute) (found []pkcs11.
 			return nil, deviceError("C_FindObjects", err)
 		}
 		if len(some) == 0 {
+			if state, err := st.module.GetSessionInfo(s.handle); err != nil || state.State != pkcs11.CKS_RW_USER_FUNCTIONS {
+				return nil, fmt.Errorf("%w: nobody is logged in to the token", keystore.ErrUnavailable)
+			}
 			return found, nil
 		}
 		found = append(found, some...)

@@ -12,7 +12,7 @@ import (
 // table says.
 type Quirks struct {
 	// ECParams is how CKA_EC_PARAMS names the curve of a new key: oid (a DER object identifier, RFC 8410) or name (a DER
-	// PrintableString). Both are read.
+	// PrintableString, but for P-256). Both are read.
 	ECParams string `toml:"ec_params" json:"ec_params,omitempty"`
 	// ECPoint is how the CKA_EC_POINT of an imported key is written: raw (PKCS#11 v3.0 section 2.3.5) or octet-string
 	// (DER). Both are read.
@@ -24,6 +24,9 @@ type Quirks struct {
 	// copy saves what the module does to look at the token's object each time. It stays as sensitive as the key. A key
 	// that is deleted on the token by other means goes on signing until the key worker's next look, some seconds later.
 	Copies string `toml:"copies" json:"copies,omitempty"`
+	// AllowedMechanisms is on where a new key is bound to the one mechanism that it is for, off where the module refuses
+	// CKA_ALLOWED_MECHANISMS. Then only the usage flags bind it.
+	AllowedMechanisms string `toml:"allowed_mechanisms" json:"allowed_mechanisms,omitempty"`
 }
 
 var quirkWords = []struct {
@@ -35,6 +38,7 @@ var quirkWords = []struct {
 	{"ec_point", func(q *Quirks) *string { return &q.ECPoint }, []string{"raw", "octet-string"}},
 	{"x25519", func(q *Quirks) *string { return &q.X25519 }, []string{"montgomery", "edwards"}},
 	{"copies", func(q *Quirks) *string { return &q.Copies }, []string{"on", "off"}},
+	{"allowed_mechanisms", func(q *Quirks) *string { return &q.AllowedMechanisms }, []string{"on", "off"}},
 }
 
 // Check refuses words that are not known.
@@ -55,13 +59,13 @@ var table = []struct {
 	quirks       Quirks
 	source       string
 }{
-	{"SoftHSM", [2]byte{2, 0}, Quirks{ECParams: "oid", ECPoint: "octet-string", X25519: "edwards", Copies: "off"}, "SoftHSM 2.6.1, tested"},
-	{"Kryoptic", [2]byte{0, 0}, Quirks{ECParams: "oid", ECPoint: "raw", X25519: "montgomery", Copies: "off"}, "Kryoptic, by its source, not tested"},
-	{"Mozilla Foundation", [2]byte{3, 103}, Quirks{ECParams: "oid", ECPoint: "raw", X25519: "montgomery", Copies: "off"}, "NSS, by its source, not tested"},
-	{"Yubico", [2]byte{2, 6}, Quirks{ECParams: "name", ECPoint: "octet-string", X25519: "montgomery", Copies: "off"}, "YubiHSM 2, by its source, not tested"},
-	{"Nitrokey", [2]byte{0, 0}, Quirks{ECParams: "oid", ECPoint: "octet-string", X25519: "montgomery", Copies: "off"}, "NetHSM, by its source, not tested"},
-	{"IBM", [2]byte{3, 27}, Quirks{ECParams: "oid", ECPoint: "raw", X25519: "montgomery", Copies: "off"}, "openCryptoki, by its source, not tested"},
-	{"nCipher", [2]byte{0, 0}, Quirks{ECParams: "name", ECPoint: "raw", X25519: "montgomery", Copies: "off"}, "nShield, by what its clients say, not tested"},
+	{"SoftHSM", [2]byte{2, 0}, Quirks{ECParams: "oid", ECPoint: "octet-string", X25519: "edwards", Copies: "off", AllowedMechanisms: "on"}, "SoftHSM 2.6.1, tested"},
+	{"Kryoptic", [2]byte{0, 0}, Quirks{ECParams: "oid", ECPoint: "raw", X25519: "montgomery", Copies: "off", AllowedMechanisms: "on"}, "Kryoptic, by its source, not tested"},
+	{"Mozilla Foundation", [2]byte{3, 103}, Quirks{ECParams: "oid", ECPoint: "raw", X25519: "montgomery", Copies: "off", AllowedMechanisms: "on"}, "NSS, by its source, not tested"},
+	{"Yubico", [2]byte{2, 6}, Quirks{ECParams: "name", ECPoint: "octet-string", X25519: "montgomery", Copies: "off", AllowedMechanisms: "off"}, "YubiHSM 2, by its source, not tested"},
+	{"Nitrokey", [2]byte{0, 0}, Quirks{ECParams: "oid", ECPoint: "octet-string", X25519: "montgomery", Copies: "off", AllowedMechanisms: "on"}, "NetHSM, by its source, not tested"},
+	{"IBM", [2]byte{3, 27}, Quirks{ECParams: "oid", ECPoint: "raw", X25519: "montgomery", Copies: "off", AllowedMechanisms: "on"}, "openCryptoki, by its source, not tested"},
+	{"nCipher", [2]byte{0, 0}, Quirks{ECParams: "name", ECPoint: "raw", X25519: "montgomery", Copies: "off", AllowedMechanisms: "on"}, "nShield, by what its clients say, not tested"},
 }
 
 // quirks are Quirks with every field set, and where they come from.
@@ -72,7 +76,7 @@ type quirks struct {
 
 // quirksOf chooses the quirks by what the module reports of itself and of its mechanisms, and then by the configuration.
 func (s *Store) quirksOf(info pkcs11.Info) (quirks, error) {
-	q := quirks{Quirks{ECParams: "oid", ECPoint: "raw", X25519: "montgomery", Copies: "off"}, "the standard"}
+	q := quirks{Quirks{ECParams: "oid", ECPoint: "raw", X25519: "montgomery", Copies: "off", AllowedMechanisms: "on"}, "the standard"}
 	version := [2]byte{info.LibraryVersion.Major, info.LibraryVersion.Minor}
 	for _, row := range table {
 		if strings.HasPrefix(info.ManufacturerID, row.manufacturer) && slices.Compare(version[:], row.least[:]) >= 0 {

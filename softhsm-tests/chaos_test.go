@@ -118,7 +118,7 @@ func (s *system) script(begin time.Time, faults []fault, every time.Duration, pr
 	var b strings.Builder
 	for i, f := range faults {
 		from := begin.Add(time.Duration(i) * every)
-		fmt.Fprintf(&b, "%d %d %d %d %s %d %d\n", from.UnixMilli(), from.Add(f.lasts).UnixMilli(), processOf(i), f.function, f.kind, f.argument, f.count)
+		fmt.Fprintf(&b, "%d %d %d %d %s %d %d 0\n", from.UnixMilli(), from.Add(f.lasts).UnixMilli(), processOf(i), f.function, f.kind, f.argument, f.count)
 	}
 	s.write("script", b.String())
 	return begin.Add(time.Duration(len(faults)) * every)

@@ -53,6 +53,10 @@ func TestRefusesToStart(t *testing.T) {
 		{"a second object with a key's label", func(t *testing.T, s *system) {
 			s.token(func(m *pkcs11.Ctx, h pkcs11.SessionHandle) { generate(t, m, h, "countersign/noise/1") })
 		}, []string{"noise/1", "more than one object", "pkcs11-tool"}},
+		{"a second object with a key's label and CKA_ID", func(t *testing.T, s *system) {
+			tag := pkcs11.NewAttribute(pkcs11.CKA_ID, s.tagOf("noise/1"))
+			s.token(func(m *pkcs11.Ctx, h pkcs11.SessionHandle) { generate(t, m, h, "countersign/noise/1", tag) })
+		}, []string{"noise/1", "more than one object", "pkcs11-tool"}},
 		{"half a key", func(t *testing.T, s *system) {
 			s.token(func(m *pkcs11.Ctx, h pkcs11.SessionHandle) { deleteAll(t, m, h, "public") })
 		}, []string{"noise/1", "half"}},
@@ -202,10 +206,10 @@ func deleteAll(t *testing.T, m *pkcs11.Ctx, h pkcs11.SessionHandle, which string
 	}
 }
 
-// generate makes an Ed25519 pair under a label.
-func generate(t *testing.T, m *pkcs11.Ctx, h pkcs11.SessionHandle, label string) {
+// generate makes an Ed25519 pair under a label, with more attributes.
+func generate(t *testing.T, m *pkcs11.Ctx, h pkcs11.SessionHandle, label string, more ...*pkcs11.Attribute) {
 	t.Helper()
-	common := []*pkcs11.Attribute{pkcs11.NewAttribute(pkcs11.CKA_TOKEN, true), pkcs11.NewAttribute(pkcs11.CKA_LABEL, label), pkcs11.NewAttribute(pkcs11.CKA_KEY_TYPE, 0x40)}
+	common := append([]*pkcs11.Attribute{pkcs11.NewAttribute(pkcs11.CKA_TOKEN, true), pkcs11.NewAttribute(pkcs11.CKA_LABEL, label), pkcs11.NewAttribute(pkcs11.CKA_KEY_TYPE, 0x40)}, more...)
 	public := append([]*pkcs11.Attribute{pkcs11.NewAttribute(pkcs11.CKA_EC_PARAMS, []byte{6, 3, 0x2b, 0x65, 0x70})}, common...)
 	if _, _, err := m.GenerateKeyPair(h, []*pkcs11.Mechanism{pkcs11.NewMechanism(0x1055, nil)}, public, common); err != nil {
 		t.Fatal(err)

@@ -1,0 +1,159 @@
+package hsm_test
+
+import (
+	"errors"
+	"strings"
+	"testing"
+
+	"countersign/hsm"
+	"countersign/keystore"
+	"countersign/keystore/keystoretest"
+)
+
+// TestDialects runs the conformance suite on modules that read PKCS#11 in other ways, with the quirks that are chosen by
+// what they report of themselves, or by the configuration where they report the wrong thing.
+func TestDialects(t *testing.T) {
+	module := compileShim(t)
+	for _, tc := range []struct {
+		name, maker, version, dialect string
+		config                        hsm.Quirks
+		want                          string // what Inspect says of the quirks
+	}{
+		{"the standard", "Acme", "1.0", "montgomery,point-raw,params-oid,reads-oid", hsm.Quirks{},
+			"ec_params oid, ec_point raw, x25519 montgomery, copies off, allowed_mechanisms on (the standard)"},
+		{"no montgomery", "Acme", "1.0", "point-raw,params-oid", hsm.Quirks{},
+			"ec_params oid, ec_point raw, x25519 edwards, copies off, allowed_mechanisms on (the standard, without CKM_EC_MONTGOMERY_KEY_PAIR_GEN)"},
+		{"SoftHSM", "SoftHSM", "2.6", "params-oid,reads-oid,point-bits", hsm.Quirks{},
+			"ec_params oid, ec_point octet-string, x25519 edwards, copies off, allowed_mechanisms on (SoftHSM 2.6.1, tested)"},
+		{"Kryoptic", "Kryoptic", "1.2", "montgomery,point-raw,params-oid", hsm.Quirks{},
+			"ec_params oid, ec_point raw, x25519 montgomery, copies off, allowed_mechanisms on (Kryoptic, by its source, not tested)"},
+		{"NSS", "Mozilla Foundation", "3.103", "montgomery,point-raw,params-oid,reads-oid", hsm.Quirks{},
+			"ec_params oid, ec_point raw, x25519 montgomery, copies off, allowed_mechanisms on (NSS, by its source, not tested)"},
+		{"YubiHSM", "Yubico (www.yubico.com)", "2.6", "montgomery,params-name,no-allowed", hsm.Quirks{},
+			"ec_params name, ec_point octet-string, x25519 montgomery, copies off, allowed_mechanisms off (YubiHSM 2, by its source, not tested)"},
+		{"Nitrokey", "Nitrokey GmbH", "2.0", "montgomery,params-oid,reads-oid", hsm.Quirks{},
+			"ec_params oid, ec_point octet-string, x25519 montgomery, copies off, allowed_mechanisms on (NetHSM, by its source, not tested)"},
+		{"nShield", "nCipher Corp. Ltd", "13.4", "montgomery,point-raw,params-name,reads-oid", hsm.Quirks{},
+			"ec_params name, ec_point raw, x25519 montgomery, copies off, allowed_mechanisms on (nShield, by what its clients say, not tested)"},
+		{"by configuration", "SoftHSM", "2.6", "montgomery,point-raw,params-name", hsm.Quirks{ECParams: "name", ECPoint: "raw", X25519: "montgomery"},
+			"ec_params name, ec_point raw, x25519 montgomery, copies off, allowed_mechanisms on (SoftHSM 2.6.1, tested, ec_params by configuration, ec_point by configuration, x25519 by configuration)"},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			t.Setenv("SHIM_MAKER", tc.maker)
+			t.Setenv("SHIM_VERSION", tc.version)
+			t.Setenv("SHIM_DIALECT", tc.dialect)
+			empty := func(t *testing.T) *hsm.Store {
+				c := newToken(t)
+				c.Module, c.Quirks = module, tc.config
+				return open(t, c)
+			}
+			store := empty(t)
+			if got := finding(t, store, "quirks", ""); !strings.HasPrefix(got.Text, tc.want) {
+				t.Errorf("quirks: %s, want %s", got.Text, tc.want)
+			}
+			store.Close()
+			keystoretest.Run(t, func(t *testing.T) keystore.Store { return empty(t) })
+		})
+	}
+}
+
+// TestTableRows: a row counts for the versions that it is known for, and no others.
+func TestTableRows(t *testing.T) {
+	s := newShim(t, 1)
+	for _, tc := range []struct{ maker, version, want string }{
+		{"Mozilla Foundation", "3.102", "(the standard, "},
+		{"Mozilla Foundation", "3.103", "(NSS, "},
+		{"Mozilla Foundation", "4.0", "(NSS, "},
+		{"Yubico (www.yubico.com)", "2.5", "(the standard, "},
+		{"Yubico (www.yubico.com)", "2.6", "(YubiHSM 2, "},
+		{"IBM", "3.26", "(the standard, "},
+		{"IBM", "3.27", "(openCryptoki, "},
+		{"SoftHSMish", "2.0", "(SoftHSM 2.6.1, "},
+		{"A SoftHSM", "2.0", "(the standard, "},
+	} {
+		t.Setenv("SHIM_MAKER", tc.maker)
+		t.Setenv("SHIM_VERSION", tc.version)
+		store := open(t, s.config)
+		if got := finding(t, store, "quirks", ""); !strings.Contains(got.Text, tc.want) {
+			t.Errorf("%s %s: %s, want %q", tc.maker, tc.version, got.Text, tc.want)
+		}
+		store.Close()
+	}
+}
+
+// TestWrongQuirks: with the wrong quirks nothing is made, the answer is not that the device is away, and Inspect says
+// what does not work.
+func TestWrongQuirks(t *testing.T) {
+	for _, tc := range []struct {
+		name, dialect string
+		alg           keystore.Algorithm
+	}{
+		{"the curve's form", "params-name", keystore.Ed25519},
+		{"X25519 by the mechanism of Ed25519", "montgomery", keystore.X25519},
+		{"CKA_ALLOWED_MECHANISMS", "no-allowed", keystore.P256},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			t.Setenv("SHIM_DIALECT", tc.dialect)
+			s := newShim(t, 2)
+			store := open(t, s.config)
+			defer store.Close()
+			if _, err := store.Generate(t.Context(), payments, tc.alg, keystore.Tag{1}); !errors.Is(err, keystore.ErrRefused) {
+				t.Errorf("Generate: %v, want %v", err, keystore.ErrRefused)
+			}
+			if got := finding(t, store, "proof", tc.alg); got.OK {
+				t.Errorf("Inspect: %+v", got)
+			}
+			if n := s.count(initialize); n != 1 {
+				t.Errorf("the module was initialised %d times", n)
+			}
+		})
+	}
+}
+
+// TestWithoutEdDSA: a module that lacks CKM_EDDSA is told from one that has it, by its list and by the proof.
+func TestWithoutEdDSA(t *testing.T) {
+	t.Setenv("SHIM_DIALECT", "no-eddsa")
+	store := open(t, newShim(t, 2).config)
+	defer store.Close()
+	found, err := store.Inspect(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	lacking := map[string]string{}
+	for _, f := range found {
+		if !f.OK {
+			lacking[f.What+" "+string(f.For)] = f.Text
+		}
+	}
+	if len(lacking) != 3 || lacking["mechanism ed25519"] != "CKM_EDDSA is missing" || lacking["proof ed25519"] == "" || lacking["import "] == "" {
+		t.Errorf("%q", lacking)
+	}
+	if _, err := store.Generate(t.Context(), payments, keystore.Ed25519, keystore.Tag{1}); !errors.Is(err, keystore.ErrRefused) {
+		t.Errorf("Generate: %v, want %v", err, keystore.ErrRefused)
+	}
+	// It was made before it was found to be of no use.
+	if _, err := store.Key(t.Context(), payments); !errors.Is(err, keystore.ErrNotFound) {
+		t.Errorf("a key of no use was left behind: %v", err)
+	}
+	generate(t, store, "noise", keystore.X25519)
+}
+
+// finding returns the one finding about something.
+func finding(t *testing.T, store *hsm.Store, what string, alg keystore.Algorithm) (found keystore.Finding) {
+	t.Helper()
+	all, err := store.Inspect(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	n := 0
+	for _, f := range all {
+		if f.What == what && f.For == alg {
+			found = f
+			n++
+		}
+	}
+	if n != 1 {
+		t.Fatalf("%d findings about %s %s: %+v", n, what, alg, all)
+	}
+	return found
+}
