@@ -16,7 +16,7 @@ run: build
 	@scripts/run.sh
 
 test: deps
-	go test ./...
+	go test -timeout 20m ./...
 
 bench: deps
 	go test -run '^$$' -bench . -benchtime 1x ./softhsm-tests
