@@ -173,8 +173,12 @@ func (d *device) suffer(kind string) error {
 	case "wait, unavailable":
 		d.wait()
 		return keystore.ErrUnavailable
+	case "wait, refused":
+		d.wait()
+		return keystore.ErrAuth
+	case "nothing":
 	case "shout":
-		os.Stderr.Write(bytes.Repeat([]byte("a"), 1<<20))
+		os.Stderr.Write(append(bytes.Repeat([]byte("a"), 1<<20), '\n'))
 	case "crash, child":
 		child := exec.Command("sleep", "60")
 		child.Stderr = os.Stderr
@@ -309,6 +313,15 @@ func rawWorker(socket *os.File, number string) error {
 				return err
 			}
 			d = device{dir: c.Dir, number: number}
+			if os.Remove(filepath.Join(d.dir, "open")) == nil { // its last words
+				p.send(1, askLogin)
+				if _, k, _, err := p.receive(); err != nil || k != mayLogin {
+					return fmt.Errorf("%v %w", k, err)
+				}
+				p.put(1, loggedIn, encodeError(keystore.ErrAuth))
+				p.send(id, result)
+				os.Exit(0)
+			}
 			p.send(id, result)
 		case request: // for a key
 			b, err := json.Marshal(payments)
@@ -750,7 +763,7 @@ func TestTooLong(t *testing.T) {
 	}
 }
 
-// TestShouting: a module that writes without end to stderr is not held up, and does not fill the log.
+// TestShouting: a module that writes long lines to stderr is not held up, and does not fill the log.
 func TestShouting(t *testing.T) {
 	h := openPool(t, nil)
 	for range 3 {
@@ -996,7 +1009,10 @@ func TestSlowListener(t *testing.T) {
 	for range 10 * maxNotes {
 		p.slots[0].starting = false
 		p.settle()
-		p.back() // of a call that was answered before: it is down
+		p.back() // of a call that was answered before
+		if !p.told.Load() {
+			t.Fatal("up is noted while it is down")
+		}
 		p.slots[0].starting = true
 		p.settle()
 		p.back()
@@ -1025,29 +1041,24 @@ func TestRefusedPINAtStart(t *testing.T) {
 	}
 }
 
-// TestRefusedPIN: after a refusal nothing logs in, whatever dies, until an operator says so; also where the worker that was
-// refused dies of it.
+// TestRefusedPIN: after a refusal nothing logs in, neither what waits for its turn nor what comes later, until an operator
+// says so; also where the worker that was refused dies of it.
 func TestRefusedPIN(t *testing.T) {
-	for _, after := range []string{"", "exit"} {
+	for _, after := range []string{"nothing", "exit"} {
 		t.Run("then "+after, func(t *testing.T) {
 			h := openPool(t, nil)
-			h.plant("login.always", keystore.ErrAuth.Error())
-			if after != "" {
-				h.plant("denied.always", after)
+			h.plant("login.always", "wait, refused")
+			h.plant("denied.always", after)
+			for _, pid := range h.pids() {
+				syscall.Kill(pid, syscall.SIGKILL)
 			}
+			h.eventually("one logs in, the other one waits", func() bool { return h.count("open") == 4 && h.count("login") == 3 })
+			h.plant("go", "")
 			for round := range 3 { // each with one more try
-				for _, pid := range h.pids() {
-					if pid != 0 {
-						syscall.Kill(pid, syscall.SIGKILL)
-					}
+				h.eventually("both have stopped", func() bool { return h.restarts() == 4+2*round })
+				if err := h.sign(h.within(bound)); !errors.Is(err, keystore.ErrAuth) {
+					t.Errorf("sign: %v, want %v", err, keystore.ErrAuth)
 				}
-				refused := func() bool { return errors.Is(h.sign(h.within(bound)), keystore.ErrAuth) }
-				h.eventually("the PIN is refused", refused)
-				h.eventually("both have stopped", func() bool {
-					h.Pool.mu.Lock()
-					defer h.Pool.mu.Unlock()
-					return !h.slots[0].starting && !h.slots[1].starting && h.slots[0].process == nil && h.slots[1].process == nil
-				})
 				if n := h.count("login"); n != 3+round {
 					t.Fatalf("there were %d logins, want %d", n, 3+round)
 				}
@@ -1081,6 +1092,45 @@ func TestOldRefusal(t *testing.T) {
 	})
 	h.Retry()
 	h.eventually("all workers are there", func() bool { return !slices.Contains(h.pids(), 0) })
+}
+
+// TestLastWords: what a worker has said before it ended counts, though its end is seen first.
+func TestLastWords(t *testing.T) {
+	h := newHarness(t)
+	h.plant("open", "exit")
+	cmd := h.config(raw).Command(0)
+	slow := &slowGate{told: make(chan bool, 1)}
+	p, err := start(cmd, "test", slog.New(slog.DiscardHandler), slow)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer p.close(closeTime)
+	if _, err := p.do(h.within(bound), bound, func(error) {}, hello, h.config(nil).Hello); err != nil {
+		t.Errorf("its answer is lost: %v", err)
+	}
+	if refused := <-slow.told; !refused {
+		t.Error("that it was refused is lost")
+	}
+}
+
+// slowGate is told of a login, and takes until the worker's end would have been seen.
+type slowGate struct{ told chan bool }
+
+func (g *slowGate) ask(p *process, id uint64) {
+	p.beginLogin()
+	p.pipe.send(id, mayLogin, []byte{1})
+}
+
+func (g *slowGate) done(p *process, refused error) {
+	for alive(p.cmd.Process.Pid) {
+		runtime.Gosched()
+	}
+	select {
+	case <-p.dead:
+	case <-time.After(endTime / 4):
+	}
+	p.endLogin()
+	g.told <- errors.Is(refused, keystore.ErrAuth)
 }
 
 // TestDeathInLogin: a worker that dies while it logs in does not keep the others from it.
@@ -1126,7 +1176,15 @@ func TestOneLoginAtATime(t *testing.T) {
 
 // TestClose: callers that wait for the device or for a place have an error, and what comes later too.
 func TestClose(t *testing.T) {
-	h := openPool(t, func(c *Config) { c.Workers = 1; c.InFlight = 2; c.Deadline = time.Minute })
+	var starts atomic.Int64
+	h := openPool(t, func(c *Config) {
+		c.Workers, c.InFlight, c.Deadline = 1, 2, time.Minute
+		command := c.Command
+		c.Command = func(number int) *exec.Cmd {
+			starts.Add(1)
+			return command(number)
+		}
+	})
 	h.plant("sign.always", "hang")
 	ended := make(chan error, 6)
 	for range cap(ended) {
@@ -1147,8 +1205,8 @@ func TestClose(t *testing.T) {
 	if err := h.sign(h.within(bound)); !errors.Is(err, keystore.ErrUnavailable) {
 		t.Errorf("afterwards: %v", err)
 	}
-	if _, err := h.Import(h.within(bound), noise.Ref, filepath.Join(h.dir, "seed"), noise.Tag); !errors.Is(err, keystore.ErrUnavailable) || h.count("open") != 1 {
-		t.Errorf("an import afterwards: %v", err)
+	if _, err := h.Import(h.within(bound), noise.Ref, filepath.Join(h.dir, "seed"), noise.Tag); !errors.Is(err, keystore.ErrUnavailable) || starts.Load() != 1 {
+		t.Errorf("an import afterwards: %v, with %d processes", err, starts.Load())
 	}
 }
 
