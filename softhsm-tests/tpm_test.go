@@ -65,7 +65,7 @@ func TestTPM(t *testing.T) {
 // seed, what is made of it, and the PIN. /proc shows all but the protected mapping, where the kernel has memfd_secret.
 func TestTPMSecretsStayInTheVault(t *testing.T) {
 	e := tpmtest.New(t)
-	s := newTPMSystem(t, e, "pin_file = \"pin\"")
+	s := newTPMSystem(t, e, "pin_file = \"pin\"\nmemory_mib = 4096") // a renewed worker is another process
 	p := s.serve()
 	s.enrol()
 	seed := sha512.Sum512([]byte("a seed that is looked for"))
