@@ -5,6 +5,7 @@ import (
 	"crypto/sha512"
 	"fmt"
 	"os"
+	"os/exec"
 	"strings"
 	"testing"
 	"time"
@@ -149,6 +150,60 @@ func TestTPMStateChanged(t *testing.T) {
 	p.stop()
 	if n := strings.Count(p.stderr.String(), "a key worker is given up"); n != 0 {
 		t.Errorf("%d key workers were given up, which could not help", n)
+	}
+}
+
+// TestTPMUpdate: a machine whose keys are sealed to the word of whoever signs its updates goes on after an update that was
+// approved, by OpenSSL's key and the daemon's own command.
+func TestTPMUpdate(t *testing.T) {
+	e := tpmtest.New(t)
+	s := newFolder(t)
+	s.configure(fmt.Sprintf("tpm = %q\nstate = \"keys\"\npcrs = [7, 11]\npolicy_key = \"update.pub\"", e.Socket))
+	openssl := func(args ...string) {
+		t.Helper()
+		if out, err := exec.Command("openssl", args...).CombinedOutput(); err != nil {
+			t.Fatalf("openssl %v: %v\n%s", args, err, out)
+		}
+	}
+	openssl("genpkey", "-algorithm", "EC", "-pkeyopt", "ec_paramgen_curve:P-256", "-out", s.path("update.key"))
+	openssl("pkey", "-in", s.path("update.key"), "-pubout", "-out", s.path("update.pub"))
+	os.Chmod(s.path("update.key"), 0o600)
+	os.Mkdir(s.path("keys"), 0o700)
+	approve := func(name string) {
+		t.Helper()
+		out, exit := s.daemon("approve-state", "--key", s.path("update.key"), "--pcr", fmt.Sprintf("7=%x", e.PCR(t, 7)), "--pcr", fmt.Sprintf("11=%x", e.PCR(t, 11)))
+		if exit != 0 {
+			t.Fatalf("approve-state: %d %s", exit, out)
+		}
+		s.write("keys/"+name+".approval.json", out)
+	}
+	if out, exit := s.daemon("init"); exit == 0 || !strings.Contains(out, "approve-state") {
+		t.Errorf("init in a state that nobody has approved: %d %s", exit, out)
+	}
+	approve("first")
+	if out, exit := s.daemon("init"); exit != 0 {
+		t.Fatalf("init: %d %s", exit, out)
+	}
+	p := s.serve()
+	s.enrol()
+	p.stop()
+	e.Extend(t, 11)
+	approve("second")
+	p = s.serve()
+	if _, err := s.dial().Sign(t.Context(), "payments", message("AAAA")); err != nil {
+		t.Errorf("after an update that was approved: %v", err)
+	}
+	p.stop()
+	e.Extend(t, 7)
+	p = s.serve()
+	if _, err := client.Dial(t.Context(), s.clientConfig()); err == nil {
+		t.Error("in a state that nobody has approved")
+	}
+	p.stop()
+	for _, args := range [][]string{{}, {"--key", "update.key"}, {"--key", s.path("update.pub"), "--pcr", "7=00"}, {"--key", s.path("update.key"), "--pcr", "7=00"}, {"--key", s.path("update.key"), "--pcr", "99=00"}} {
+		if out, exit := s.daemon(append([]string{"approve-state"}, args...)...); exit == 0 {
+			t.Errorf("approve-state %v: %s", args, out)
+		}
 	}
 }
 

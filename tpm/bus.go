@@ -87,7 +87,16 @@ func (b *bus) use(ctx context.Context, do func(transport.TPM) error) error {
 		b.untidy = false
 	}
 	defer func() { b.untidy = c.broken != nil }()
-	return do(c)
+	err = do(c)
+	for _, full := range []error{tpm2.TPMRCObjectMemory, tpm2.TPMRCSessionMemory, tpm2.TPMRCSessionHandles} {
+		if errors.Is(err, full) { // by what another process has left: nothing was done yet
+			if err := b.tidy(c); err != nil {
+				return err
+			}
+			return do(c)
+		}
+	}
+	return err
 }
 
 // tidy removes what a process that was cut off has left in a TPM without a resource manager.

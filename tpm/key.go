@@ -61,6 +61,12 @@ func (f folder) read(ref keystore.Ref) (r record, err error) {
 	if err := json.Unmarshal(b, &r); err != nil || r.Format != 1 || r.Info.Ref != ref {
 		return r, fmt.Errorf("%v: %w: the file %s is damaged or another key's", ref, keystore.ErrUnfit, fileOf(ref))
 	}
+	if r.Sealed.Approver != nil {
+		if len(r.Sealed.Approver) != 65 {
+			return r, fmt.Errorf("%v: %w: the file %s is damaged", ref, keystore.ErrUnfit, fileOf(ref))
+		}
+		r.Sealed.approvals = f.approvals()
+	}
 	return r, nil
 }
 
@@ -266,7 +272,7 @@ func (s *Store) create(ctx context.Context, doing string, info keystore.Info, se
 // make has the TPM make the object of a record, and uses it once as it will be used.
 func (s *Store) make(t transport.TPM, r *record, pin []byte, seed func(transport.TPM, pinned) ([32]byte, error)) (err error) {
 	if seed == nil {
-		if r.Sealed, err = create(t, s.srk, s.config.PCRs, pin, nil); err != nil {
+		if r.Sealed, err = create(t, s.srk, s.like(), pin, nil); err != nil {
 			return err
 		}
 		if r.Info.PublicKey, err = pointOf(r.Sealed.Public); err != nil {
@@ -303,7 +309,7 @@ func (s *Store) make(t transport.TPM, r *record, pin []byte, seed func(transport
 	}
 	data := content(r.Info, raw[:])
 	defer clear(data)
-	if r.Sealed, err = create(t, s.srk, s.config.PCRs, pin, data); err != nil {
+	if r.Sealed, err = create(t, s.srk, s.like(), pin, data); err != nil {
 		return err
 	}
 	back, err := unseal(t, s.srk, r.Sealed, pin)
@@ -315,6 +321,15 @@ func (s *Store) make(t transport.TPM, r *record, pin []byte, seed func(transport
 		return fmt.Errorf("%w: the TPM gives back something else than it was given", keystore.ErrUnfit)
 	}
 	return nil
+}
+
+// like says what new objects are sealed to.
+func (s *Store) like() sealed {
+	d := sealed{Approver: s.approver, approvals: s.folder.approvals()}
+	for _, index := range s.config.PCRs {
+		d.PCRs = append(d.PCRs, pcr{Index: index})
+	}
+	return d
 }
 
 // pointOf returns the public key of a P-256 object, as an uncompressed point.

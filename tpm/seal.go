@@ -101,16 +101,29 @@ type sealed struct {
 	Private []byte `json:"private"` // TPM2B_PRIVATE, content: encrypted by the TPM
 	PCRs    []pcr  `json:"pcrs"`
 	PIN     bool   `json:"pin"`
+	// Approver is the public key of whoever approves states of the registers; without one, only the state at sealing counts.
+	Approver []byte `json:"approver,omitempty"`
+
+	approvals []Approval // that there are now
 }
 
-// policy is the digest that the TPM will hold a use against: PolicyPCR over the registers, then PolicyAuthValue where there
-// is a PIN (TPM 2.0 Part 3, sections 23.7 and 23.17).
+// policy is the digest that the TPM will hold a use against: PolicyPCR over the registers, or PolicyAuthorize by the approver
+// in its place, then PolicyAuthValue where there is a PIN (TPM 2.0 Part 3, sections 23.7, 23.16 and 23.17).
 func (d sealed) policy() (digest tpm2.TPM2BDigest, err error) {
 	calculator, err := tpm2.NewPolicyCalculator(tpm2.TPMAlgSHA256)
 	if err != nil {
 		return digest, err
 	}
-	if err := (tpm2.PolicyPCR{Pcrs: selection(d.PCRs), PcrDigest: tpm2.TPM2BDigest{Buffer: digestOf(d.PCRs)}}).Update(calculator); err != nil {
+	if d.Approver == nil {
+		err = (tpm2.PolicyPCR{Pcrs: selection(d.PCRs), PcrDigest: tpm2.TPM2BDigest{Buffer: digestOf(d.PCRs)}}).Update(calculator)
+	} else {
+		var name *tpm2.TPM2BName
+		approver := approverOf(d.Approver)
+		if name, err = tpm2.ObjectName(&approver); err == nil {
+			err = (tpm2.PolicyAuthorize{KeySign: *name}).Update(calculator)
+		}
+	}
+	if err != nil {
 		return digest, err
 	}
 	if d.PIN {
@@ -121,10 +134,30 @@ func (d sealed) policy() (digest tpm2.TPM2BDigest, err error) {
 	return tpm2.TPM2BDigest{Buffer: calculator.Hash().Digest}, nil
 }
 
-// create has the TPM make an object under the storage root key: a seal of data, or where that is nil a P-256 key.
-func create(t transport.TPM, srk pinned, pcrs []uint, pin, data []byte) (d sealed, err error) {
+// signingKey is a P-256 key that signs with ECDSA over SHA-256 and stays in its TPM.
+var signingKey = tpm2.TPMTPublic{
+	Type:             tpm2.TPMAlgECC,
+	NameAlg:          tpm2.TPMAlgSHA256,
+	ObjectAttributes: tpm2.TPMAObject{FixedTPM: true, FixedParent: true, SensitiveDataOrigin: true, SignEncrypt: true},
+	Parameters: tpm2.NewTPMUPublicParms(tpm2.TPMAlgECC, &tpm2.TPMSECCParms{
+		Scheme: tpm2.TPMTECCScheme{
+			Scheme:  tpm2.TPMAlgECDSA,
+			Details: tpm2.NewTPMUAsymScheme(tpm2.TPMAlgECDSA, &tpm2.TPMSSigSchemeECDSA{HashAlg: tpm2.TPMAlgSHA256}),
+		},
+		CurveID: tpm2.TPMECCNistP256,
+	}),
+}
+
+// create has the TPM make an object under the storage root key: a seal of data, or where that is nil a P-256 key. like says
+// which registers count, and who approves their states.
+func create(t transport.TPM, srk pinned, like sealed, pin, data []byte) (d sealed, err error) {
+	d = like
 	d.PIN = pin != nil
-	if d.PCRs, err = readPCRs(t, pcrs); err != nil {
+	var indices []uint
+	for _, p := range d.PCRs {
+		indices = append(indices, p.Index)
+	}
+	if d.PCRs, err = readPCRs(t, indices); err != nil {
 		return d, err
 	}
 	policy, err := d.policy()
@@ -142,15 +175,9 @@ func create(t transport.TPM, srk pinned, pcrs []uint, pin, data []byte) (d seale
 	if data != nil {
 		sensitive.Data = tpm2.NewTPMUSensitiveCreate(&tpm2.TPM2BSensitiveData{Buffer: data})
 	} else {
-		public.Type = tpm2.TPMAlgECC
-		public.ObjectAttributes.SensitiveDataOrigin, public.ObjectAttributes.SignEncrypt = true, true
-		public.Parameters = tpm2.NewTPMUPublicParms(tpm2.TPMAlgECC, &tpm2.TPMSECCParms{
-			Scheme: tpm2.TPMTECCScheme{
-				Scheme:  tpm2.TPMAlgECDSA,
-				Details: tpm2.NewTPMUAsymScheme(tpm2.TPMAlgECDSA, &tpm2.TPMSSigSchemeECDSA{HashAlg: tpm2.TPMAlgSHA256}),
-			},
-			CurveID: tpm2.TPMECCNistP256,
-		})
+		attributes := public.ObjectAttributes
+		public.Type, public.Parameters, public.ObjectAttributes = signingKey.Type, signingKey.Parameters, signingKey.ObjectAttributes
+		public.ObjectAttributes.AdminWithPolicy, public.ObjectAttributes.NoDA = attributes.AdminWithPolicy, attributes.NoDA
 	}
 	made, err := tpm2.Create{
 		ParentHandle: srk.object(), InSensitive: tpm2.TPM2BSensitiveCreate{Sensitive: sensitive}, InPublic: tpm2.New2B(public),
@@ -162,31 +189,51 @@ func create(t transport.TPM, srk pinned, pcrs []uint, pin, data []byte) (d seale
 	return d, nil
 }
 
-// with loads an object and runs use with it, authorised by its policy, in a session that encrypts the first parameter as
-// the option says. Nothing stays in the TPM.
-func with(t transport.TPM, srk pinned, d sealed, pin []byte, encryption tpm2.AuthOption, use func(tpm2.AuthHandle) error) error {
-	loaded, err := tpm2.Load{
+// loaded runs use with an object that is loaded, and flushes it.
+func loaded(t transport.TPM, srk pinned, d sealed, use func(handle tpm2.TPMHandle, name tpm2.TPM2BName) error) error {
+	object, err := tpm2.Load{
 		ParentHandle: srk.object(), InPrivate: tpm2.TPM2BPrivate{Buffer: d.Private}, InPublic: tpm2.BytesAs2B[tpm2.TPMTPublic](d.Public),
 	}.Execute(t)
 	if err != nil {
 		return deviceError("TPM2_Load", err)
 	}
-	defer flush(t, loaded.ObjectHandle)
-	// By hand, since go-tpm leaves the session behind when a step of its own policy fails.
-	session, end, err := tpm2.PolicySession(t, tpm2.TPMAlgSHA256, 16, srk.salted(), encryption, tpm2.Auth(pin))
-	if err != nil {
-		return deviceError("TPM2_StartAuthSession", err)
-	}
-	defer end()
-	if _, err := (tpm2.PolicyPCR{PolicySession: session.Handle(), Pcrs: selection(d.PCRs)}).Execute(t); err != nil {
+	defer flush(t, object.ObjectHandle)
+	return use(object.ObjectHandle, object.Name)
+}
+
+// with runs use with an object, authorised by its policy, in a session that encrypts the first parameter as the option
+// says. Nothing stays in the TPM.
+func with(t transport.TPM, srk pinned, d sealed, pin []byte, encryption tpm2.AuthOption, use func(tpm2.AuthHandle) error) error {
+	return loaded(t, srk, d, func(handle tpm2.TPMHandle, name tpm2.TPM2BName) error {
+		// By hand, since go-tpm leaves the session behind when a step of its own policy fails.
+		session, end, err := tpm2.PolicySession(t, tpm2.TPMAlgSHA256, 16, srk.salted(), encryption, tpm2.Auth(pin))
+		if err != nil {
+			return deviceError("TPM2_StartAuthSession", err)
+		}
+		defer end()
+		if err := d.satisfy(t, session.Handle()); err != nil {
+			return err
+		}
+		return use(tpm2.AuthHandle{Handle: handle, Name: name, Auth: session})
+	})
+}
+
+// satisfy takes the steps of policy in a session.
+func (d sealed) satisfy(t transport.TPM, session tpm2.TPMHandle) error {
+	if _, err := (tpm2.PolicyPCR{PolicySession: session, Pcrs: selection(d.PCRs)}).Execute(t); err != nil {
 		return deviceError("TPM2_PolicyPCR", err)
 	}
+	if d.Approver != nil {
+		if err := d.authorize(t, session); err != nil {
+			return err
+		}
+	}
 	if d.PIN {
-		if _, err := (tpm2.PolicyAuthValue{PolicySession: session.Handle()}).Execute(t); err != nil {
+		if _, err := (tpm2.PolicyAuthValue{PolicySession: session}).Execute(t); err != nil {
 			return deviceError("TPM2_PolicyAuthValue", err)
 		}
 	}
-	return use(tpm2.AuthHandle{Handle: loaded.ObjectHandle, Name: loaded.Name, Auth: session})
+	return nil
 }
 
 // unseal returns what was sealed. The caller clears it.
@@ -212,14 +259,19 @@ func sign(t transport.TPM, srk pinned, d sealed, pin, digest []byte) (signature 
 		if err != nil {
 			return deviceError("TPM2_Sign", err)
 		}
-		rs, err := got.Signature.Signature.ECDSA()
-		if err != nil {
-			return deviceError("TPM2_Sign", err)
-		}
-		signature, err = asn1.Marshal(struct{ R, S *big.Int }{new(big.Int).SetBytes(rs.SignatureR.Buffer), new(big.Int).SetBytes(rs.SignatureS.Buffer)})
+		signature, err = signatureOf(got.Signature)
 		return err
 	})
 	return signature, err
+}
+
+// signatureOf writes an ECDSA signature in ASN.1 DER.
+func signatureOf(s tpm2.TPMTSignature) ([]byte, error) {
+	rs, err := s.Signature.ECDSA()
+	if err != nil {
+		return nil, deviceError("a signature", err)
+	}
+	return asn1.Marshal(struct{ R, S *big.Int }{new(big.Int).SetBytes(rs.SignatureR.Buffer), new(big.Int).SetBytes(rs.SignatureS.Buffer)})
 }
 
 // newSeed mixes the TPM's random numbers, which cross the bus encrypted, with the system's: either alone would do.

@@ -31,12 +31,15 @@ import (
 
 // Config names a TPM and a folder. Its zero values are not defaults: the caller decides.
 type Config struct {
-	Device   string        // /dev/tpmrm0, or the path of a Unix socket of swtpm
-	State    string        // the folder of the blobs
-	PCRs     []uint        // the policy of new keys: these registers, of bank SHA-256, must be as they are now
-	PINFile  string        // where it is set, new keys need the PIN too, and the TPM counts wrong ones
-	Deadline time.Duration // for one command
-	IdleLock time.Duration // seeds are wiped when they were not used for so long; 0: never
+	Device string // /dev/tpmrm0, or the path of a Unix socket of swtpm
+	State  string // the folder of the blobs
+	PCRs   []uint // the policy of new keys: these registers, of bank SHA-256, must be as they are now
+	// PolicyKey, where it is set, is the file with the public key of whoever approves states: new keys are usable in each state
+	// that it has approved (see Approval), and in no other.
+	PolicyKey string
+	PINFile   string        // where it is set, new keys need the PIN too, and the TPM counts wrong ones
+	Deadline  time.Duration // for one command
+	IdleLock  time.Duration // seeds are wiped when they were not used for so long; 0: never
 
 	// LogIn, where it is set, is called around each use of the PIN and decides whether there may be one.
 	LogIn func(ctx context.Context, logIn func() error) error `json:"-"`
@@ -47,10 +50,11 @@ var ErrNotProvisioned = errors.New("tpm: the folder belongs to no TPM yet")
 
 // Store is a keystore.Store on one TPM and one folder.
 type Store struct {
-	config Config
-	folder folder
-	srk    pinned
-	bus    *bus
+	config   Config
+	folder   folder
+	srk      pinned
+	approver []byte // of new keys; nil: none
+	bus      *bus
 
 	making sync.Mutex // held while the folder changes
 
@@ -103,6 +107,11 @@ func Open(ctx context.Context, c Config) (*Store, error) {
 			return nil, err
 		}
 		clear(pin)
+	}
+	if c.PolicyKey != "" {
+		if s.approver, err = ReadPolicyKey(c.PolicyKey); err != nil {
+			return nil, err
+		}
 	}
 	if s.vault, err = newVault(); err != nil {
 		return nil, fmt.Errorf("tpm: %w", err)

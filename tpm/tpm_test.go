@@ -3,6 +3,13 @@ package tpm_test
 import (
 	"bytes"
 	"context"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/sha256"
+	"crypto/x509"
+	"encoding/json"
+	"encoding/pem"
 	"errors"
 	"os"
 	"path/filepath"
@@ -257,6 +264,160 @@ func TestManyOperations(t *testing.T) {
 	if n := e.Handles(t); n != 0 {
 		t.Errorf("%d handles are left in the TPM", n)
 	}
+}
+
+// TestApprovedStates: a key that is sealed to an approver's word can be used in each state that it has approved, after an
+// update too, and in no other; an approval by another key is none.
+func TestApprovedStates(t *testing.T) {
+	e := tpmtest.New(t)
+	c := config(t, e)
+	approver, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	public, err := x509.MarshalPKIXPublicKey(approver.Public())
+	if err != nil {
+		t.Fatal(err)
+	}
+	c.PolicyKey = filepath.Join(t.TempDir(), "update.pub")
+	if err := os.WriteFile(c.PolicyKey, pem.EncodeToMemory(&pem.Block{Type: "PUBLIC KEY", Bytes: public}), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	approve := func(name string, key *ecdsa.PrivateKey) {
+		t.Helper()
+		a, err := tpm.Approve(key, map[uint][]byte{7: e.PCR(t, 7), 11: e.PCR(t, 11)})
+		if err != nil {
+			t.Fatal(err)
+		}
+		b, err := json.Marshal(a)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(filepath.Join(c.State, name+".approval.json"), b, 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	s := open(t, c)
+	defer func() { s.Close() }()
+	again := func() { // as after a restart
+		t.Helper()
+		s.Close()
+		if s, err = tpm.Open(t.Context(), c); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if _, err := s.Generate(t.Context(), payments, keystore.Ed25519, keystore.Tag{1}); !errors.Is(err, keystore.ErrSealed) || !strings.Contains(err.Error(), "approve-state") {
+		t.Errorf("a key that can't be used was made: %v", err)
+	}
+	approve("first", approver)
+	sealed := generate(t, s, payments, keystore.Ed25519)
+	resident := generate(t, s, keystore.Ref{Name: "tls", Version: 1}, keystore.P256)
+	e.Extend(t, 11) // an update
+	again()
+	refused := func(what string) {
+		t.Helper()
+		for _, k := range []keystore.Key{sealed, resident} {
+			if _, err := s.Bind(k.Info()).Sign(t.Context(), []byte("m"), nil); !errors.Is(err, keystore.ErrSealed) {
+				t.Errorf("%s: %v: %v", what, k.Info().Ref, err)
+			}
+		}
+	}
+	refused("a state that nobody has approved")
+	stranger, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	approve("second", stranger)
+	refused("a state that a stranger has approved")
+	approve("second", approver)
+	signs(t, s.Bind(sealed.Info()))
+	signs(t, s.Bind(resident.Info()))
+	e.Stop()
+	e.Start() // the update is taken back: the first approval is there still
+	again()
+	signs(t, s.Bind(sealed.Info()))
+	signs(t, s.Bind(resident.Info()))
+	if n := e.Handles(t); n != 0 {
+		t.Errorf("%d handles are left in the TPM", n)
+	}
+}
+
+// TestQuote: what the TPM says of its registers, for a nonce, by one key that stays the same.
+func TestQuote(t *testing.T) {
+	e := tpmtest.New(t)
+	s := open(t, config(t, e))
+	defer s.Close()
+	var key []byte
+	for i, nonce := range []string{"a nonce", "another nonce"} {
+		q, err := s.Quote(t.Context(), []uint{7, 11}, []byte(nonce))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if key == nil {
+			key = q.PublicKey
+		}
+		info := keystore.Info{Algorithm: keystore.P256, PublicKey: key}
+		if !info.Verify(q.Attested, q.Signature) {
+			t.Errorf("quote %d does not verify", i)
+		}
+		registers := sha256.Sum256(append(e.PCR(t, 7), e.PCR(t, 11)...))
+		if !bytes.HasPrefix(q.Attested, []byte("\xffTCG")) || !bytes.Contains(q.Attested, []byte(nonce)) || !bytes.Contains(q.Attested, registers[:]) {
+			t.Errorf("quote %d says something else: %x", i, q.Attested)
+		}
+		e.Extend(t, 11)
+	}
+	if _, err := s.Quote(t.Context(), []uint{7}, make([]byte, 33)); !errors.Is(err, keystore.ErrRefused) {
+		t.Errorf("a nonce of 33 bytes: %v", err)
+	}
+}
+
+// TestCrowdedTPM: slots that somebody else has filled, a lockout and no room for a counter are clear errors, and well again
+// when they are over.
+func TestCrowdedTPM(t *testing.T) {
+	e := tpmtest.New(t)
+	c := config(t, e)
+	s := open(t, c)
+	defer s.Close()
+	k := generate(t, s, payments, keystore.P256)
+	for range 3 {
+		e.Crowd(t) // an object that nobody flushes
+	}
+	if _, err := k.Sign(t.Context(), []byte("m"), nil); err != nil { // what a process that was cut off has left is cleared away
+		t.Errorf("with no slot free: %v", err)
+	}
+	signs(t, k)
+
+	withPIN := withPIN(t, c, "right")
+	p, err := tpm.Open(t.Context(), withPIN)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer p.Close()
+	guarded := generate(t, p, keystore.Ref{Name: "guarded", Version: 1}, keystore.P256)
+	if err := os.WriteFile(withPIN.PINFile, []byte("wrong\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for range 5 { // the emulator locks after three
+		p.Retry()
+		if _, err = guarded.Sign(t.Context(), []byte("m"), nil); err == nil {
+			t.Fatal("signed with a wrong PIN")
+		}
+	}
+	if !errors.Is(err, keystore.ErrUnavailable) || !strings.Contains(err.Error(), "locked after wrong PINs") {
+		t.Errorf("in lockout: %v", err)
+	}
+	signs(t, k) // has no PIN: it is outside of that
+	e.Unlock(t)
+	if err := os.WriteFile(withPIN.PINFile, []byte("right\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	signs(t, guarded)
+
+	e.FillNV(t)
+	if err := s.DefineCounter(t.Context()); !errors.Is(err, keystore.ErrRefused) || !strings.Contains(err.Error(), "no room") {
+		t.Errorf("a counter where there is no room: %v", err)
+	}
+	signs(t, k)
 }
 
 // TestNotProvisioned: without init there is a clear word.

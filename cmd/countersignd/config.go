@@ -89,6 +89,11 @@ type Token struct {
 	// them to whoever boots this machine.
 	PCRs []uint `toml:"pcrs"`
 
+	// PolicyKey is the file with the public key (ECDSA on P-256, PEM) of whoever approves states of this machine: new keys are
+	// sealed to its word instead of to the present state. Approvals are files NAME.approval.json in State, made by countersignd
+	// approve-state. Danger: who has the private key can have the keys unsealed in any state.
+	PolicyKey string `toml:"policy_key"`
+
 	// IdleLock is how long a TPM's key stays unsealed without being used. Default: 0, until the daemon stops.
 	IdleLock Duration `toml:"idle_lock"`
 
@@ -200,7 +205,7 @@ func loadConfig(path string) (Config, error) {
 	dir := filepath.Dir(path)
 	paths := []*string{&c.AdminSocket, &c.Ledger, &c.Policy}
 	for _, t := range c.Tokens {
-		paths = append(paths, &t.Module, &t.PINFile, &t.TPM, &t.State)
+		paths = append(paths, &t.Module, &t.PINFile, &t.TPM, &t.State, &t.PolicyKey)
 	}
 	for _, p := range paths {
 		if *p != "" && !filepath.IsAbs(*p) {
@@ -332,8 +337,8 @@ func (t *Token) checkBackend() error {
 		return errors.New("uri is missing, or tpm")
 	case t.URI != "" && t.TPM != "":
 		return errors.New("uri and tpm exclude each other: a token is in one device")
-	case t.URI != "" && (t.State != "" || t.IdleLock != 0):
-		return errors.New("state and idle_lock are for a TPM")
+	case t.URI != "" && (t.State != "" || t.IdleLock != 0 || t.PolicyKey != ""):
+		return errors.New("state, policy_key and idle_lock are for a TPM")
 	case t.TPM != "" && t.State == "":
 		return errors.New("state is missing: the folder for the TPM's keys")
 	case t.TPM != "" && (t.Module != "" || t.Quirks != hsm.Quirks{}):
@@ -358,7 +363,7 @@ func (t *Token) hsm() hsm.Config {
 }
 
 func (t *Token) tpm() tpm.Config {
-	return tpm.Config{Device: t.TPM, State: t.State, PCRs: t.PCRs, PINFile: t.PINFile, Deadline: t.Deadline.std(), IdleLock: t.IdleLock.std()}
+	return tpm.Config{Device: t.TPM, State: t.State, PCRs: t.PCRs, PolicyKey: t.PolicyKey, PINFile: t.PINFile, Deadline: t.Deadline.std(), IdleLock: t.IdleLock.std()}
 }
 
 func (c *Config) anchor() appliance.Anchor {

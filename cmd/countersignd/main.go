@@ -88,7 +88,20 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 		Use: workerCommand, Hidden: true, Args: cobra.ExactArgs(1), // the token's name, for whoever looks at the processes
 		RunE: func(*cobra.Command, []string) error { return keyWorker() },
 	}
-	root.AddCommand(initCmd, serveCmd, checkCmd, workerCmd)
+	var keyPath string
+	var registers map[string]string
+	approveCmd := &cobra.Command{
+		Use:   "approve-state",
+		Short: "Sign a state of a machine with a TPM, for keys that are sealed to policy_key; print it",
+		Long: "Signs values of PCRs with the private key to policy_key (ECDSA on P-256, PEM) and prints the approval. Written to a file\n" +
+			"NAME.approval.json in the token's state folder, it lets the machine use its keys in that state. It needs no TPM and no\n" +
+			"configuration: run it where the updates are signed. countersignd check prints the values of a machine as it is.",
+		Args: cobra.NoArgs,
+		RunE: func(*cobra.Command, []string) error { return approveState(keyPath, registers, stdout) },
+	}
+	approveCmd.Flags().StringVar(&keyPath, "key", "", "the file with the private key")
+	approveCmd.Flags().StringToStringVar(&registers, "pcr", nil, "N=HEX, a register of bank SHA-256 and its value; for each that the keys are sealed to")
+	root.AddCommand(initCmd, serveCmd, checkCmd, approveCmd, workerCmd)
 	if err := root.ExecuteContext(ctx); err != nil {
 		fmt.Fprintf(stderr, "countersignd: %s\n", advise(err))
 		return 1

@@ -143,3 +143,46 @@ func (e *Emulator) SetState(t testing.TB, state []byte) {
 		t.Fatal(err)
 	}
 }
+
+// PCR returns the value of a register.
+func (e *Emulator) PCR(t testing.TB, index int) []byte {
+	t.Helper()
+	path := filepath.Join(e.dir, "pcr")
+	e.tool(t, "tpm2_pcrread", fmt.Sprintf("sha256:%d", index), "-o", path)
+	b, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return b
+}
+
+// Crowd loads an object that stays: the emulator has room for three.
+func (e *Emulator) Crowd(t testing.TB) {
+	t.Helper()
+	e.tool(t, "tpm2_createprimary", "-C", "n", "-c", filepath.Join(e.dir, "context"), "-Q")
+}
+
+// Unlock ends a lockout.
+func (e *Emulator) Unlock(t testing.TB) {
+	t.Helper()
+	e.tool(t, "tpm2_dictionarylockout", "--clear-lockout")
+}
+
+// FillNV defines indices until no more fit, at the end counters, for which TPMs keep some room.
+func (e *Emulator) FillNV(t testing.TB) {
+	t.Helper()
+	for i, kind := range [][]string{{"-s", "2048"}, {"-s", "64"}, {"-s", "8"}, {"-s", "8", "-a", "ownerread|ownerwrite|authread|authwrite|nt=counter"}} {
+		for n := 0; ; n++ {
+			args := append([]string{fmt.Sprintf("0x%x", 0x01900000+i<<12+n), "-C", "o", "--tcti", "swtpm:path=" + e.Socket}, kind...)
+			if out, err := exec.Command("tpm2_nvdefine", args...).CombinedOutput(); err != nil {
+				if !strings.Contains(string(out), "0x14B") { // TPM_RC_NV_SPACE
+					t.Fatalf("tpm2_nvdefine: %v\n%s", err, out)
+				}
+				break
+			}
+			if n > 500 {
+				t.Fatal("the emulator does not fill up")
+			}
+		}
+	}
+}
