@@ -230,6 +230,8 @@ func (p *Pool) run(s *slot, first chan<- error) {
 			} else {
 				p.config.Log.Warn("a key worker is given up", "token", p.config.Name, "worker", proc.name, "err", err)
 			}
+		} else if s.fails == 0 && !p.isClosed() && !errors.Is(err, keystore.ErrAuth) { // others may serve, and nobody would know
+			p.config.Log.Warn("a key worker can't be started; it is tried again", "token", p.config.Name, "worker", s.number+1, "err", err)
 		}
 		if p.isClosed() {
 			if proc != nil {
