@@ -163,6 +163,13 @@ func (p *Pool) Close() error {
 	return nil
 }
 
+// isOpen reports that Open has returned, and Close has not begun: before, the caller is told of errors.
+func (p *Pool) isOpen() bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.open && !p.isClosed()
+}
+
 func (p *Pool) isClosed() bool {
 	select {
 	case <-p.closed:
@@ -230,7 +237,7 @@ func (p *Pool) run(s *slot, first chan<- error) {
 			} else {
 				p.config.Log.Warn("a key worker is given up", "token", p.config.Name, "worker", proc.name, "err", err)
 			}
-		} else if s.fails == 0 && !p.isClosed() && !errors.Is(err, keystore.ErrAuth) { // others may serve, and nobody would know
+		} else if s.fails == 0 && p.isOpen() && !errors.Is(err, keystore.ErrAuth) { // others may serve, and nobody would know
 			p.config.Log.Warn("a key worker can't be started; it is tried again", "token", p.config.Name, "worker", s.number+1, "err", err)
 		}
 		if p.isClosed() {
