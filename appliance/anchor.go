@@ -26,8 +26,13 @@ type Anchor struct {
 	Admissions uint64        // after which it rises sooner, but not within leastInterval
 }
 
-// leastInterval bounds the wear of the counter's memory: 105,120 rises a year at the very most.
+// leastInterval bounds what admissions wear the counter's memory: 105,120 rises a year at the most.
 const leastInterval = 5 * time.Minute
+
+// due says whether the counter is to rise, so many admissions and so long after the last time.
+func (a Anchor) due(admitted uint64, since time.Duration) bool {
+	return admitted > 0 && (since >= a.Interval || admitted >= a.Admissions && since >= leastInterval)
+}
 
 var (
 	errRolledBack = errors.New("the ledger is older than the counter that it is bound to")
@@ -233,8 +238,7 @@ func (a *Appliance) keepAnchored(ctx context.Context) {
 			}
 			continue
 		}
-		n, since := a.ledger.Admitted()-admitted, time.Since(risen)
-		if n == 0 || since < a.anchor.Interval && (n < a.anchor.Admissions || since < leastInterval) {
+		if !a.anchor.due(a.ledger.Admitted()-admitted, time.Since(risen)) {
 			continue
 		}
 		if err := a.advance(ctx); err != nil {

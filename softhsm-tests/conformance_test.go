@@ -2,9 +2,12 @@ package softhsmtests
 
 import (
 	"testing"
+	"time"
 
 	"countersign/keystore"
 	"countersign/keystore/keystoretest"
+	"countersign/tpm"
+	"countersign/tpm/tpmtest"
 
 	"github.com/miekg/pkcs11"
 )
@@ -16,5 +19,17 @@ func TestConformance(t *testing.T) {
 		s := newSystem(t)
 		s.token(func(m *pkcs11.Ctx, h pkcs11.SessionHandle) { deleteAll(t, m, h, "") })
 		return s.pool(t, s.hsmConfig(softHSM, 4), 2, 1<<30)
+	})
+}
+
+// TestConformanceTPM does so with a TPM: each store has a folder of its own.
+func TestConformanceTPM(t *testing.T) {
+	e := tpmtest.New(t)
+	keystoretest.Run(t, func(t *testing.T) keystore.Store {
+		c := tpm.Config{Device: e.Socket, State: t.TempDir(), PCRs: []uint{7}, Deadline: 5 * time.Second}
+		if err := tpm.Provision(t.Context(), c); err != nil {
+			t.Fatal(err)
+		}
+		return openPool(t, map[string]any{"tpm": c}, 2, 1<<30, 256)
 	})
 }

@@ -507,6 +507,18 @@ func TestSickTPM(t *testing.T) {
 			t.Fatalf("it has not healed: %v", err)
 		}
 	}
+	e.Freeze()
+	asked := make(chan error)
+	go func() {
+		_, err := k.Sign(t.Context(), []byte("m"), nil)
+		asked <- err
+	}()
+	e.Stop() // while it has a command, or before
+	if err := <-asked; !errors.Is(err, keystore.ErrUnavailable) {
+		t.Errorf("restarted meanwhile: %v", err)
+	}
+	e.Start()
+	signs(t, k)
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()
 	if _, err := k.Sign(ctx, []byte("m"), nil); !errors.Is(err, keystore.ErrUnavailable) {

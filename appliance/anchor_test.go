@@ -1,0 +1,27 @@
+package appliance
+
+import (
+	"testing"
+	"time"
+)
+
+// TestCounterIsDue: after the interval with any admission, sooner after many, and never so often that memory wears out.
+func TestCounterIsDue(t *testing.T) {
+	a := Anchor{Interval: time.Hour, Admissions: 100}
+	for _, c := range []struct {
+		admitted uint64
+		since    time.Duration
+		due      bool
+	}{
+		{0, 48 * time.Hour, false},
+		{1, time.Hour - 1, false},
+		{1, time.Hour, true},
+		{99, leastInterval, false},
+		{100, leastInterval, true},
+		{1_000_000, leastInterval - 1, false},
+	} {
+		if got := a.due(c.admitted, c.since); got != c.due {
+			t.Errorf("%d admissions, %v: %v", c.admitted, c.since, got)
+		}
+	}
+}
