@@ -120,8 +120,29 @@ func (s *system) script(begin time.Time, faults []fault, every time.Duration, pr
 		from := begin.Add(time.Duration(i) * every)
 		fmt.Fprintf(&b, "%d %d %d %d %s %d %d 0\n", from.UnixMilli(), from.Add(f.lasts).UnixMilli(), processOf(i), f.function, f.kind, f.argument, f.count)
 	}
-	s.write("script", b.String())
+	s.write("script.new", b.String())
+	if err := os.Rename(s.path("script.new"), s.path("script")); err != nil { // the shim may be reading it
+		s.t.Error(err)
+	}
 	return begin.Add(time.Duration(len(faults)) * every)
+}
+
+// whole returns when both workers are there and stay there for a while.
+func (s *system) whole(ctx context.Context) error {
+	for good := 0; good < 5; {
+		tokens, err := s.admin().Tokens(ctx)
+		if err != nil {
+			return err
+		}
+		good++
+		for _, w := range tokens[0].Workers {
+			if w.PID == 0 {
+				good = 0
+			}
+		}
+		time.Sleep(20 * time.Millisecond)
+	}
+	return nil
 }
 
 // outcome is what a load has seen.
@@ -143,16 +164,16 @@ func (o *outcome) took(began time.Time) {
 	}
 }
 
-// load has eight peers pipeline signatures and two shake hands again and again, until both end has passed and there are
-// enough answers. The SDK does not try anything again by itself.
-func (s *system) load(t *testing.T, end time.Time) *outcome {
+// load has eight peers pipeline signatures and two shake hands again and again, until both the faults are over and there
+// are enough answers. The SDK does not try anything again by itself.
+func (s *system) load(t *testing.T, over func() bool) *outcome {
 	o := &outcome{asked: map[[32]byte]*question{}}
 	config := s.clientConfig()
 	config.RetryFor = 0
 	ctx, cancel := context.WithTimeout(t.Context(), 4*time.Minute)
 	defer cancel()
 	more := func() bool {
-		return ctx.Err() == nil && (time.Now().Before(end) || o.answers.Load() < signatures())
+		return ctx.Err() == nil && (!over() || o.answers.Load() < signatures())
 	}
 	fail := func(err error) {
 		o.mu.Lock()
@@ -221,9 +242,22 @@ func TestChaosOneWorkerAlive(t *testing.T) {
 	faults := faultKinds()
 	seed := chaosSeed(t)
 	rand.New(rand.NewPCG(seed, 1)).Shuffle(len(faults), func(i, j int) { faults[i], faults[j] = faults[j], faults[i] })
-	end := s.script(time.Now().Add(2*time.Second), faults, 600*time.Millisecond, func(i int) int { return i % 2 })
 	p := s.serve()
-	o := s.load(t, end)
+	var over atomic.Bool
+	var injecting sync.WaitGroup
+	defer injecting.Wait()
+	injecting.Go(func() {
+		defer over.Store(true)
+		for i := range faults {
+			if err := s.whole(t.Context()); err != nil {
+				t.Error(err)
+				return
+			}
+			end := s.script(time.Now().Add(10*time.Millisecond), faults[i:i+1], faults[i].lasts, func(int) int { return i % 2 })
+			time.Sleep(time.Until(end) + chaosDeadline) // what the fault begins is noticed by then
+		}
+	})
+	o := s.load(t, over.Load)
 	for i, err := range o.failed {
 		if i == 5 {
 			break
@@ -251,7 +285,7 @@ func TestChaos(t *testing.T) {
 	faults = append(faults[:24], outage)
 	end := s.script(time.Now().Add(2*time.Second), faults, 400*time.Millisecond, func(int) int { return -1 }).Add(outage.lasts)
 	p := s.serve()
-	o := s.load(t, end)
+	o := s.load(t, func() bool { return time.Now().After(end) })
 	for _, err := range o.failed {
 		var refusal *client.Error
 		if !errors.As(err, &refusal) || refusal.Code != wire.CodeUnavailable {
