@@ -52,6 +52,20 @@ func New(a *appliance.Appliance) *http.Server {
 	e.GET("/v1/peers", s.peers)
 	e.DELETE("/v1/peers/:name", s.removePeer)
 	e.GET("/v1/events", s.events)
+	e.GET("/v1/log", s.log)
+	e.POST("/v1/log/epochs", s.endEpoch)
+	e.POST("/v1/log/epochs/:epoch/hold", s.hold)
+	e.POST("/v1/log/epochs/:epoch/release", s.release)
+	e.GET("/v1/retention", s.retention)
+	e.GET("/v1/receipts", s.receipts)
+	e.GET("/v1/receipts/:id", s.receipt)
+	e.GET("/v1/ledger", s.ledger)
+	e.POST("/v1/ledger/compact", s.compact)
+	e.POST("/v1/ledger/accept-time", s.acceptTime)
+	// The audit log as C2SP tlog-tiles has it, under the names of an export.
+	for _, path := range []string{"/checkpoint", "/tile/*", "/epochs/*"} {
+		e.GET(path, s.logFile)
+	}
 	return &http.Server{
 		Handler:           http.MaxBytesHandler(e, maxBody),
 		ReadHeaderTimeout: 10 * time.Second,

@@ -108,8 +108,8 @@ func (a *Appliance) BindLedger(ctx context.Context, who audit.Actor) error {
 		return err
 	}
 	return a.setAnchor(ctx, value, func(tx *ledger.Tx) error {
-		return tx.Append(audit.Event{Type: audit.LedgerBound, Actor: who, Action: "bind", Resource: a.anchor.Token, Outcome: "ok",
-			Metadata: map[string]string{"counter": strconv.FormatUint(value, 10)}}.Encode(time.Now()))
+		return tx.Append(entry(audit.Event{Type: audit.LedgerBound, Actor: who, Action: "bind", Resource: a.anchor.Token, Outcome: "ok",
+			Metadata: map[string]string{"counter": strconv.FormatUint(value, 10)}}))
 	})
 }
 
@@ -177,8 +177,8 @@ func (a *Appliance) rolledBack(ctx context.Context, bound *anchorRecord, value u
 		if err := tx.Put(ledger.Meta, rollbackKey, encode(r)); err != nil {
 			return err
 		}
-		return tx.Append(audit.Event{Type: audit.RollbackDetected, Actor: audit.Daemon(), Action: "start", Outcome: "refused", Metadata: map[string]string{
-			"reason": reason, "ledger": strconv.FormatUint(r.Ledger, 10), "counter": strconv.FormatUint(r.Counter, 10)}}.Encode(time.Now()))
+		return tx.Append(entry(audit.Event{Type: audit.RollbackDetected, Actor: audit.Daemon(), Action: "start", Outcome: "refused", Metadata: map[string]string{
+			"reason": reason, "ledger": strconv.FormatUint(r.Ledger, 10), "counter": strconv.FormatUint(r.Counter, 10)}}))
 	})
 	return errors.Join(errRolledBack, err)
 }
@@ -302,8 +302,8 @@ func (a *Appliance) AcceptRollback(ctx context.Context, who audit.Actor, reason 
 			if err := errors.Join(record(tx), tx.Delete(ledger.Meta, rollbackKey)); err != nil {
 				return err
 			}
-			return tx.Append(audit.Event{Type: audit.RollbackAccepted, Actor: who, Action: "rollback accept", Outcome: "ok", Metadata: map[string]string{
-				"reason": reason, "ledger": strconv.FormatUint(rolled.Ledger, 10), "counter": strconv.FormatUint(value, 10)}}.Encode(time.Now()))
+			return tx.Append(entry(audit.Event{Type: audit.RollbackAccepted, Actor: who, Action: "rollback accept", Outcome: "ok", Metadata: map[string]string{
+				"reason": reason, "ledger": strconv.FormatUint(rolled.Ledger, 10), "counter": strconv.FormatUint(value, 10)}}))
 		})
 		if err != nil {
 			return err

@@ -45,8 +45,11 @@ type Appliance struct {
 
 	anchored bool // the ledger has been held against its counter; of Start, then of Serve, then of Stop
 
-	creating  lock // held while a key is made, however long the device takes
-	enrolling lock // held while a peer is added or removed
+	retention Retention
+	signing   lock  // held while a checkpoint is signed
+	refusals  tally // of strangers
+	creating  lock  // held while a key is made, however long the device takes
+	enrolling lock  // held while a peer is added or removed
 
 	mu       sync.RWMutex
 	keys     map[keystore.Ref]*Key // under mu: all versions that exist on the keystore
@@ -123,10 +126,10 @@ func (a *Appliance) act(ctx context.Context, l lock, what string, do func(contex
 // New puts an appliance together. It reads keys and peers from the ledger and holds each key against its token: one that
 // is missing, ambiguous or another is an error, since serving without it would be a silent loss. A token that does not
 // answer costs its own keys only, for now, unless the listener's key is on it. New changes nothing.
-func New(ctx context.Context, limits Limits, l *ledger.Ledger, anchor Anchor, tokens map[string]keystore.Store, p *policy.Policy, log *slog.Logger) (*Appliance, error) {
+func New(ctx context.Context, limits Limits, l *ledger.Ledger, anchor Anchor, retention Retention, tokens map[string]keystore.Store, p *policy.Policy, log *slog.Logger) (*Appliance, error) {
 	a := &Appliance{
-		limits: limits, anchor: anchor, ledger: l, tokens: tokens, policy: p, log: log,
-		creating: make(lock, 1), enrolling: make(lock, 1),
+		limits: limits, anchor: anchor, retention: retention, ledger: l, tokens: tokens, policy: p, log: log,
+		signing: make(lock, 1), creating: make(lock, 1), enrolling: make(lock, 1),
 		keys: map[keystore.Ref]*Key{}, active: map[string]*Key{}, peers: map[[32]byte]Peer{}, sessions: map[*session]struct{}{},
 	}
 	if err := a.loadPeers(); err != nil {
@@ -143,6 +146,9 @@ func (a *Appliance) Ready() error {
 	if _, err := a.NoiseKey(); err != nil {
 		return errors.New("the listener has no Noise key: run countersignd init")
 	}
+	if _, err := a.LogKey(); err != nil {
+		return errors.New("the audit log has no key: run countersignd init")
+	}
 	return nil
 }
 
@@ -151,16 +157,19 @@ func (a *Appliance) Alive(ctx context.Context) error { return a.ledger.Alive(ctx
 
 // record writes an event down and waits until it is on disk.
 func (a *Appliance) record(ctx context.Context, e audit.Event) error {
-	_, err := a.ledger.Append(ctx, e.Encode(time.Now()))
+	_, err := a.ledger.Append(ctx, entry(e))
 	return err
 }
+
+// entry is an event of now, as the ledger takes it.
+func entry(e audit.Event) ledger.Event { return ledger.NewEvent(e.Encode(time.Now())) }
 
 // signingKey returns the active version of a key that peers may ask signatures of.
 func (a *Appliance) signingKey(name string) (*Key, error) {
 	a.mu.RLock()
 	defer a.mu.RUnlock()
 	k := a.active[name]
-	if k == nil || k.Info().Algorithm != keystore.Ed25519 {
+	if k == nil || k.Info().Algorithm != keystore.Ed25519 || name == LogName {
 		return nil, fmt.Errorf("%w: there is no signing key %q", errUnknownKey, ijson.Clip(name))
 	}
 	return k, nil

@@ -33,6 +33,8 @@ var limits = Limits{
 	RequestTimeout: 5 * time.Second, ClockSkew: 30 * time.Second, MaxLifetime: 7 * 24 * time.Hour,
 }
 
+var kept = Retention{Epoch: Month, Audit: 7 * 365 * 24 * time.Hour, Receipts: 7 * 365 * 24 * time.Hour}
+
 // rig is an appliance on a real ledger and a keystore in memory, with a key and two peers.
 type rig struct {
 	*Appliance
@@ -46,7 +48,7 @@ type rig struct {
 func newRig(t *testing.T) *rig {
 	t.Helper()
 	r := &rig{store: keystoretest.NewMemory(), path: filepath.Join(t.TempDir(), "ledger.db")}
-	if err := ledger.Create(r.path); err != nil {
+	if err := ledger.Create(r.path, ledger.Options{}); err != nil {
 		t.Fatal(err)
 	}
 	r.open(t)
@@ -68,7 +70,7 @@ func newRig(t *testing.T) *rig {
 
 func (r *rig) open(t *testing.T) {
 	t.Helper()
-	l, err := ledger.Open(r.path)
+	l, err := ledger.Open(r.path, ledger.Options{})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -76,7 +78,7 @@ func (r *rig) open(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if r.Appliance, err = New(t.Context(), limits, l, Anchor{}, map[string]keystore.Store{"memory": r.store}, p, slog.New(slog.DiscardHandler)); err != nil {
+	if r.Appliance, err = New(t.Context(), limits, l, Anchor{}, kept, map[string]keystore.Store{"memory": r.store}, p, slog.New(slog.DiscardHandler)); err != nil {
 		l.Close()
 		t.Fatal(err)
 	}
@@ -116,7 +118,7 @@ func (r *rig) events(t *testing.T) (types []audit.Type) {
 	if err := r.ledger.Alive(t.Context()); err != nil { // what is waiting is on disk after that
 		t.Fatal(err)
 	}
-	if err := r.Events(0, func(_ uint64, e audit.Event) bool { types = append(types, e.Type); return true }); err != nil {
+	if err := r.Events(1, func(_ uint64, e audit.Event) bool { types = append(types, e.Type); return true }); err != nil {
 		t.Fatal(err)
 	}
 	return types
@@ -132,7 +134,7 @@ func TestAdmittedOnDiskBeforeTheKeyIsUsed(t *testing.T) {
 	used := 0
 	r.store.BeforeSign = func(ref keystore.Ref, _ []byte) error {
 		used++
-		spent, err := r.ledger.Spent(ledger.KeyScope("payments"), [32]byte{byte(used)})
+		spent, err := r.ledger.Spent(t.Context(), ledger.KeyScope("payments"), [32]byte{byte(used)})
 		if err != nil {
 			t.Errorf("the key is used and the admission is not on disk: %v", err)
 		}
@@ -442,12 +444,12 @@ func TestSlowDeviceIsBounded(t *testing.T) {
 func TestKeysAreHeldAgainstTheToken(t *testing.T) {
 	reopen := func(r *rig) error {
 		r.ledger.Close()
-		l, err := ledger.Open(r.path)
+		l, err := ledger.Open(r.path, ledger.Options{})
 		if err != nil {
 			return err
 		}
 		defer l.Close()
-		_, err = New(t.Context(), limits, l, Anchor{}, map[string]keystore.Store{"memory": r.store}, r.policy, slog.New(slog.DiscardHandler))
+		_, err = New(t.Context(), limits, l, Anchor{}, kept, map[string]keystore.Store{"memory": r.store}, r.policy, slog.New(slog.DiscardHandler))
 		return err
 	}
 	ref := keystore.Ref{Name: "payments", Version: 1}

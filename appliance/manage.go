@@ -34,6 +34,9 @@ const (
 // NoiseName is the key line whose active version answers handshakes. It is not a signing key.
 const NoiseName = "noise"
 
+// LogName is the key line whose active version signs the checkpoints of the audit log. Peers can't use it.
+const LogName = "audit-log"
+
 // What a management act is refused for.
 var (
 	ErrExists   = errors.New("it exists already")
@@ -116,7 +119,9 @@ func (a *Appliance) loadKeys(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	for ref, r := range records {
+	refs := slices.SortedFunc(maps.Keys(records), func(x, y keystore.Ref) int { return strings.Compare(x.String(), y.String()) })
+	for _, ref := range refs {
+		r := records[ref]
 		k, err := a.loadKey(ctx, ref, r)
 		if err != nil {
 			return err
@@ -205,9 +210,9 @@ func (a *Appliance) clearAway(ctx context.Context, ref keystore.Ref, r keyRecord
 		if err := tx.Delete(ledger.Keys, ref.String()); err != nil {
 			return err
 		}
-		return tx.Append(audit.Event{
+		return tx.Append(entry(audit.Event{
 			Type: audit.KeyCreationFailed, Actor: audit.Daemon(), Action: "key create", Resource: ref.String(), Outcome: outcome,
-		}.Encode(time.Now()))
+		}))
 	})
 }
 
@@ -226,8 +231,8 @@ func (a *Appliance) CreateKey(ctx context.Context, who audit.Actor, n NewKey) (*
 		n.Algorithm = keystore.Ed25519
 	}
 	switch {
-	case n.Name == NoiseName:
-		return nil, fmt.Errorf("key %q: %w: the name belongs to the listener's Noise key", n.Name, ErrInvalid)
+	case n.Name == NoiseName || n.Name == LogName:
+		return nil, fmt.Errorf("key %q: %w: the name belongs to the appliance's own key", n.Name, ErrInvalid)
 	case n.Algorithm != keystore.Ed25519 && n.Algorithm != keystore.P256:
 		return nil, fmt.Errorf("key %q: %w: a signing key is %s or %s", ijson.Clip(n.Name), ErrInvalid, keystore.Ed25519, keystore.P256)
 	case n.Seed != "" && (n.Algorithm != keystore.Ed25519 || !filepath.IsAbs(n.Seed)):
@@ -239,6 +244,11 @@ func (a *Appliance) CreateKey(ctx context.Context, who audit.Actor, n NewKey) (*
 // CreateNoiseKey makes the listener's static key; countersignd init calls it.
 func (a *Appliance) CreateNoiseKey(ctx context.Context, who audit.Actor, token string) (*Key, error) {
 	return a.createKey(ctx, who, NewKey{Name: NoiseName, Algorithm: keystore.X25519, Token: token})
+}
+
+// CreateLogKey makes the key that signs the audit log's checkpoints; countersignd init calls it.
+func (a *Appliance) CreateLogKey(ctx context.Context, who audit.Actor, token string) (*Key, error) {
+	return a.createKey(ctx, who, NewKey{Name: LogName, Algorithm: keystore.Ed25519, Token: token})
 }
 
 func (a *Appliance) createKey(ctx context.Context, who audit.Actor, n NewKey) (*Key, error) {
@@ -310,11 +320,11 @@ func (a *Appliance) create(ctx context.Context, who audit.Actor, ref keystore.Re
 		if err := tx.Put(ledger.Keys, ref.String(), encode(r)); err != nil {
 			return err
 		}
-		return tx.Append(audit.Event{
+		return tx.Append(entry(audit.Event{
 			Type: event, Actor: who, Action: action, Resource: ref.String(), Outcome: "ok",
 			Metadata: map[string]string{"algorithm": string(r.Algorithm), "public_key": r.PublicKey, "custody": string(r.Custody),
 				"provenance": r.Provenance.String(), "token": r.Token},
-		}.Encode(time.Now()))
+		}))
 	})
 	if err != nil {
 		return nil, err
@@ -348,9 +358,9 @@ func (a *Appliance) RetryToken(ctx context.Context, who audit.Actor, name string
 
 // TokenChanged writes down that a token does not serve any more, or serves again.
 func (a *Appliance) TokenChanged(name string, up bool, cause error) {
-	e := audit.Event{Type: audit.TokenAvailable, Actor: audit.Daemon(), Action: "serve", Resource: name, Outcome: "ok"}
+	e := audit.Event{Type: audit.DeviceRecovered, Actor: audit.Daemon(), Action: "serve", Resource: name, Outcome: "ok"}
 	if !up {
-		e.Type, e.Outcome = audit.TokenUnavailable, "unavailable"
+		e.Type, e.Outcome = audit.DeviceUnavailable, "unavailable"
 		if cause != nil {
 			e.Metadata = map[string]string{"cause": cause.Error()}
 		}
@@ -398,6 +408,16 @@ func (a *Appliance) NoiseKey() (*Key, error) {
 	return nil, fmt.Errorf("the Noise key: %w", ErrNotFound)
 }
 
+// LogKey returns the key that signs the audit log's checkpoints.
+func (a *Appliance) LogKey() (*Key, error) {
+	a.mu.RLock()
+	defer a.mu.RUnlock()
+	if k := a.active[LogName]; k != nil {
+		return k, nil
+	}
+	return nil, fmt.Errorf("the audit log's key: %w", ErrNotFound)
+}
+
 // AddPeer enrols a client under a name, by its Noise static public key. Neither may be enrolled already.
 func (a *Appliance) AddPeer(ctx context.Context, who audit.Actor, name string, publicKey []byte) (Peer, error) {
 	if err := keystore.CheckName(name); err != nil {
@@ -436,9 +456,9 @@ func (a *Appliance) enrol(ctx context.Context, who audit.Actor, p *Peer) error {
 		if err := tx.Put(ledger.Peers, p.Name, encode(r)); err != nil {
 			return err
 		}
-		return tx.Append(audit.Event{
+		return tx.Append(entry(audit.Event{
 			Type: audit.PeerAdded, Actor: who, Action: "peer add", Resource: p.Name, Outcome: "ok", Metadata: map[string]string{"public_key": r.PublicKey},
-		}.Encode(p.Added))
+		}))
 	})
 	if err != nil {
 		return err
@@ -465,7 +485,7 @@ func (a *Appliance) RemovePeer(ctx context.Context, who audit.Actor, name string
 			if err := tx.Delete(ledger.Peers, name); err != nil {
 				return err
 			}
-			return tx.Append(audit.Event{Type: audit.PeerRemoved, Actor: who, Action: "peer remove", Resource: name, Outcome: "ok"}.Encode(time.Now()))
+			return tx.Append(entry(audit.Event{Type: audit.PeerRemoved, Actor: who, Action: "peer remove", Resource: name, Outcome: "ok"}))
 		})
 	})
 }

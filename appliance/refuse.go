@@ -19,6 +19,7 @@ var (
 	errInvalidSignature = errors.New("invalid signature")
 	errReplay           = errors.New("the nonce is spent")
 	errUnknownOutcome   = errors.New("the nonce may be spent")
+	errNotYours         = errors.New("not yours")
 )
 
 // class is what an error means for the one who gets it and for the daemon.
@@ -51,7 +52,12 @@ var table = []struct {
 	{errKeyNotActive, refused, wire.CodeKeyNotActive, ""},
 	{errInvalidSignature, refused, wire.CodeInvalidSignature, ""},
 	{errReplay, refused, wire.CodeReplay, ""},
+	{errNotYours, refused, wire.CodeDenied, ""},
 	{policy.ErrDenied, refused, wire.CodeDenied, "policy does not allow this peer to sign this with this key"},
+	{ledger.ErrDisk, unavailable, wire.CodeUnavailable, "the appliance can't write anything down now; send the same request again"},
+	{ledger.ErrClock, unavailable, wire.CodeUnavailable, "the appliance's clock is not right; send the same request again"},
+	{ledger.ErrTooMany, unavailable, wire.CodeBusy, "too many nonces are alive; send the same request again when some have expired"},
+	{ledger.ErrDropped, refused, wire.CodeDenied, "the event was dropped by retention"},
 	{ledger.ErrClosed, unavailable, wire.CodeUnavailable, "the appliance is stopping"},
 	{keystore.ErrUnavailable, unavailable, wire.CodeUnavailable, "the key can't be reached now; send the same request again"},
 	{keystore.ErrAuth, unavailable, wire.CodeUnavailable, "the key can't be reached now; send the same request again"},

@@ -39,6 +39,13 @@ func (a *Appliance) Serve(ctx context.Context, listener net.Listener) error {
 		}
 	}()
 
+	keeping := make(chan struct{})
+	defer func() { <-keeping }()
+	defer cancel(nil)
+	go func() {
+		defer close(keeping)
+		a.keepLog(stop)
+	}()
 	if a.anchor.Token != "" {
 		anchoring := make(chan struct{})
 		defer func() { <-anchoring }()
@@ -102,9 +109,11 @@ func (a *Appliance) Stop() error {
 			a.log.Error("stopping during an act of management; the next start clears away what is left of it", "err", err)
 		}
 	}
+	a.refusals.flush(ctx, a)
 	if err := a.recordDaemon(audit.Stopped); err != nil {
 		return err
 	}
+	a.lastCheckpoint(ctx)
 	if rolled, err := a.Rollback(); err != nil || rolled != nil || a.anchor.Token == "" || !a.anchored {
 		return err
 	}
@@ -150,6 +159,7 @@ func (a *Appliance) serveConn(stop context.Context, raw net.Conn) {
 			a.log.Error("handshake failed", "from", from, "err", err)
 		} else {
 			a.log.Info("handshake refused", "from", from, "err", err)
+			a.refusals.count(audit.HandshakeRefused, "handshake", "")
 		}
 		return
 	}
@@ -272,6 +282,9 @@ func (a *Appliance) handle(who Peer, message []byte) []byte {
 	case *wire.Verify:
 		op, key = wire.OpVerify, r.KeyName()
 		result, err = a.Verify(ctx, who, r)
+	case *wire.Proof:
+		op = wire.OpProof
+		result, err = a.Proof(ctx, who, r.Event)
 	}
 	if err == nil {
 		a.log.Debug("served", "peer", who.Name, "op", op, "key", key, "took", time.Since(began))
@@ -308,7 +321,7 @@ func (a *Appliance) recordRefusal(ctx context.Context, who Peer, op, key, code s
 func (a *Appliance) signingKeys() wire.KeyList {
 	list := wire.KeyList{Keys: []wire.Key{}}
 	for _, k := range a.Keys() {
-		if info := k.Info(); info.Algorithm == keystore.Ed25519 {
+		if info := k.Info(); info.Algorithm == keystore.Ed25519 && k.Name != LogName {
 			list.Keys = append(list.Keys, wire.Key{
 				Name: k.Name, Version: k.Version, Algorithm: string(info.Algorithm), State: string(k.State),
 				Custody: string(info.Custody), Provenance: info.Provenance.String(), PublicKey: [32]byte(info.PublicKey),

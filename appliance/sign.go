@@ -59,7 +59,7 @@ func (a *Appliance) Sign(ctx context.Context, who Peer, r *wire.Sign) (*wire.Sig
 		err = fmt.Errorf("%w: the signature that the ledger has for %v does not verify", keystore.ErrUnavailable, key.Info().Ref)
 	}
 	if admitted.Signature == nil {
-		if lost := a.settle(ctx, who, key, admitted, signature, err); lost != nil {
+		if lost := a.settle(ctx, who, key, doc, admitted, signature, err); lost != nil {
 			return nil, lost
 		}
 	}
@@ -69,28 +69,31 @@ func (a *Appliance) Sign(ctx context.Context, who Peer, r *wire.Sign) (*wire.Sig
 	return &wire.Signed{
 		Signature: signature, PublicKey: [32]byte(key.Info().PublicKey), Key: r.Key, Version: key.Version,
 		Nonce: r.Nonce, Timestamp: r.Timestamp, ExpiresAt: r.ExpiresAt, Event: admitted.Event, Repeated: admitted.Verdict == ledger.Repeated,
+		Receipt: receiptFor(doc, signature),
 	}, nil
 }
 
 // settle records how an admission ended. The answer does not wait for the disk: the admission is there, and says that a
 // signature may exist. What was admitted must not lose its ending because the request's time is over, hence a time of its own.
-func (a *Appliance) settle(ctx context.Context, who Peer, key *Key, admitted ledger.Admitted, signature []byte, failure error) error {
+func (a *Appliance) settle(ctx context.Context, who Peer, key *Key, doc *transcript.Document, admitted ledger.Admitted, signature []byte, failure error) error {
+	_, created, failed := audit.OfDocument(doc.Type)
 	e := audit.Event{
-		Type: audit.SignatureCreated, Actor: audit.Peer(who.Name, who.PublicKey), Action: "sign", Resource: key.Info().Ref.String(), Outcome: "ok",
+		Type: created, Actor: audit.Peer(who.Name, who.PublicKey), Action: "sign", Resource: key.Info().Ref.String(), Outcome: "ok",
 		Metadata: map[string]string{"admission": strconv.FormatUint(admitted.Event, 10)},
 	}
 	if failure != nil {
-		e.Type, e.Outcome, signature = audit.SignatureFailed, wire.CodeUnavailable, nil
+		e.Type, e.Outcome, signature = failed, wire.CodeUnavailable, nil
 	}
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), a.limits.RequestTimeout)
 	defer cancel()
-	return a.ledger.Settle(ctx, admitted, signature, e.Encode(time.Now()))
+	return a.ledger.Settle(ctx, admitted, signature, entry(e), receiptRecord(doc, signature, admitted.Event))
 }
 
 // signEvents says what the ledger writes down about a sign request.
 func signEvents(who Peer, key *Key, doc *transcript.Document) func(ledger.Verdict) []byte {
+	admitted, _, _ := audit.OfDocument(doc.Type)
 	e := audit.Event{
-		Type: audit.SignatureAdmitted, Actor: audit.Peer(who.Name, who.PublicKey), Action: "sign", Resource: key.Info().Ref.String(), Outcome: "ok",
+		Type: admitted, Actor: audit.Peer(who.Name, who.PublicKey), Action: "sign", Resource: key.Info().Ref.String(), Outcome: "ok",
 		Metadata: metadataOf(doc),
 	}
 	return func(v ledger.Verdict) []byte { return verdictEvent(e, v) }

@@ -1,5 +1,9 @@
-// Package audit is the schema of the audit log: what an event says and how it is written. The ledger stores the bytes
-// and gives them their index; this package gives them their meaning.
+// Package audit is the audit log: what an event says, the Merkle tree over the events, the checkpoints that are signed of
+// it, and what anyone needs to check all that without trusting the appliance. The ledger stores the bytes; this package
+// gives them their meaning. Begin reading at Event, then at Verify.
+//
+// The log is cut into epochs, each a tree of its own (RFC 6962) in the form of C2SP tlog-tiles, with checkpoints in the form
+// of C2SP tlog-checkpoint. Events are numbered through all epochs; the first event of an epoch names the end of the epoch before.
 //
 // An event holds no payload, no amount and no secret: digests, names and public keys only.
 package audit
@@ -7,37 +11,102 @@ package audit
 import (
 	"encoding/hex"
 	"encoding/json"
+	"errors"
 	"fmt"
+	"strings"
 	"time"
+
+	strict "github.com/go-json-experiment/json"
 )
 
 // Type says what happened.
 type Type string
 
-// The events. A signature leaves three marks at most: SignatureAdmitted is on disk before the key is used;
-// SignatureCreated or SignatureFailed says how it ended. An admission without an ending means that the appliance was
-// cut off in between: assume that the signature exists.
+// The events. A signature leaves two marks: its admission is on disk before the key is used (SignatureAdmitted, or
+// PaymentInitiated where the document is a payment); its outcome says how it ended. An admission without an outcome means
+// that the appliance was cut off in between: assume that the signature exists. Kind says what is what.
 const (
-	Started           Type = "Started"
-	Stopped           Type = "Stopped"
-	KeyCreated        Type = "KeyCreated"
-	KeyImported       Type = "KeyImported"
-	KeyCreationFailed Type = "KeyCreationFailed"
-	TokenUnavailable  Type = "TokenUnavailable"
-	TokenAvailable    Type = "TokenAvailable"
-	TokenRetried      Type = "TokenRetried"
-	LedgerBound       Type = "LedgerBound" // to a counter that only rises
-	RollbackDetected  Type = "RollbackDetected"
-	RollbackAccepted  Type = "RollbackAccepted"
-	PeerAdded         Type = "PeerAdded"
-	PeerRemoved       Type = "PeerRemoved"
-	SignatureAdmitted Type = "SignatureAdmitted"
-	SignatureCreated  Type = "SignatureCreated"
-	SignatureFailed   Type = "SignatureFailed"
-	SignatureRejected Type = "SignatureRejected"
-	SignatureVerified Type = "SignatureVerified"
-	ReplayRefused     Type = "ReplayRefused"
+	EpochBegun          Type = "EpochBegun" // the first event of each epoch; it names the end of the one before
+	Started             Type = "Started"
+	Stopped             Type = "Stopped"
+	SignatureAdmitted   Type = "SignatureAdmitted"
+	SignatureCreated    Type = "SignatureCreated"
+	SignatureFailed     Type = "SignatureFailed"
+	SubscriptionCreated Type = "SubscriptionCreated" // the signature of a subscription
+	PaymentInitiated    Type = "PaymentInitiated"    // the admission of a payment
+	PaymentCompleted    Type = "PaymentCompleted"    // its signature
+	PaymentFailed       Type = "PaymentFailed"
+	SignatureVerified   Type = "SignatureVerified"
+	SignatureRejected   Type = "SignatureRejected"
+	ReplayRefused       Type = "ReplayRefused"
+	RateLimitTriggered  Type = "RateLimitTriggered" // aggregated: metadata count, since, until
+	HandshakeRefused    Type = "HandshakeRefused"   // aggregated
+	KeyCreated          Type = "KeyCreated"
+	KeyImported         Type = "KeyImported"
+	KeyCreationFailed   Type = "KeyCreationFailed"
+	KeyRotated          Type = "KeyRotated"
+	KeyRotationFailed   Type = "KeyRotationFailed"
+	KeyStateChanged     Type = "KeyStateChanged"
+	PeerAdded           Type = "PeerAdded"
+	PeerRemoved         Type = "PeerRemoved"
+	PolicyChanged       Type = "PolicyChanged"
+	OperatorSignedIn    Type = "OperatorSignedIn"
+	ApprovalGiven       Type = "ApprovalGiven"
+	BackupMade          Type = "BackupMade"
+	BackupRestored      Type = "BackupRestored"
+	RetentionApplied    Type = "RetentionApplied" // names the epoch that is dropped, or the time before which receipts are
+	LegalHoldSet        Type = "LegalHoldSet"
+	LegalHoldReleased   Type = "LegalHoldReleased"
+	LedgerCompacted     Type = "LedgerCompacted"
+	DeviceUnavailable   Type = "DeviceUnavailable" // a token, or the ledger's disk
+	DeviceRecovered     Type = "DeviceRecovered"
+	TokenRetried        Type = "TokenRetried"
+	LedgerBound         Type = "LedgerBound" // to a counter that only rises
+	RollbackDetected    Type = "RollbackDetected"
+	RollbackAccepted    Type = "RollbackAccepted"
+	ClockRefused        Type = "ClockRefused" // the clock is behind the ledger's time: nothing is admitted
+	ClockRecovered      Type = "ClockRecovered"
+	ClockAccepted       Type = "ClockAccepted" // an operator says that the clock is right, and the ledger's time follows it
 )
+
+// Kind is what an event means for the rules of the ledger.
+type Kind int
+
+const (
+	Other     Kind = iota // it has no rule
+	Admission             // a nonce was spent, and a signature may follow
+	Outcome               // it ends the admission that it names
+	Spent                 // a nonce was spent, and nothing follows
+)
+
+// kinds lists all types.
+var kinds = map[Type]Kind{
+	EpochBegun: Other, Started: Other, Stopped: Other,
+	SignatureAdmitted: Admission, PaymentInitiated: Admission,
+	SignatureCreated: Outcome, SignatureFailed: Outcome, SubscriptionCreated: Outcome, PaymentCompleted: Outcome, PaymentFailed: Outcome,
+	SignatureVerified: Spent, SignatureRejected: Other, ReplayRefused: Other, RateLimitTriggered: Other, HandshakeRefused: Other,
+	KeyCreated: Other, KeyImported: Other, KeyCreationFailed: Other, KeyRotated: Other, KeyRotationFailed: Other, KeyStateChanged: Other,
+	PeerAdded: Other, PeerRemoved: Other, PolicyChanged: Other, OperatorSignedIn: Other, ApprovalGiven: Other,
+	BackupMade: Other, BackupRestored: Other, RetentionApplied: Other, LegalHoldSet: Other, LegalHoldReleased: Other, LedgerCompacted: Other,
+	DeviceUnavailable: Other, DeviceRecovered: Other, TokenRetried: Other,
+	LedgerBound: Other, RollbackDetected: Other, RollbackAccepted: Other, ClockRefused: Other, ClockRecovered: Other, ClockAccepted: Other,
+}
+
+// Known says whether there is such a type, and Kind what it means.
+func (t Type) Known() bool { _, ok := kinds[t]; return ok }
+
+func (t Type) Kind() Kind { return kinds[t] }
+
+// OfDocument returns the types of the three marks that a signature of a document leaves.
+func OfDocument(transcript string) (admitted, created, failed Type) {
+	switch transcript {
+	case "payment-request-v1":
+		return PaymentInitiated, PaymentCompleted, PaymentFailed
+	case "paykit-subscription-v2":
+		return SignatureAdmitted, SubscriptionCreated, SignatureFailed
+	}
+	return SignatureAdmitted, SignatureCreated, SignatureFailed
+}
 
 // Event is one entry of the log.
 type Event struct {
@@ -81,6 +150,28 @@ func Decode(b []byte) (Event, error) {
 	var e Event
 	if err := json.Unmarshal(b, &e); err != nil {
 		return Event{}, fmt.Errorf("audit: event: %w", err)
+	}
+	return e, nil
+}
+
+// decodeStrict reads an event and holds it against the schema: no other fields, none twice, a known type, an actor, an action, an
+// outcome, a time.
+func decodeStrict(b []byte) (Event, error) {
+	var e Event
+	if err := strict.Unmarshal(b, &e, strict.RejectUnknownMembers(true)); err != nil {
+		return Event{}, errors.New("it is not an event: " + strings.TrimPrefix(err.Error(), "json: "))
+	}
+	switch {
+	case !e.Type.Known():
+		return Event{}, fmt.Errorf("its type %q is unknown", e.Type)
+	case e.TimeMS <= 0:
+		return Event{}, errors.New("it has no time")
+	case e.Actor.Kind != "peer" && e.Actor.Kind != "operator" && e.Actor.Kind != "daemon" || e.Actor.Name == "":
+		return Event{}, errors.New("it has no actor")
+	case e.Actor.Kind == "peer" && len(e.Actor.PublicKey) != 64:
+		return Event{}, errors.New("its actor has no public key")
+	case e.Action == "" || e.Outcome == "":
+		return Event{}, errors.New("it has no action or no outcome")
 	}
 	return e, nil
 }

@@ -20,6 +20,7 @@ import (
 	"sync"
 	"time"
 
+	"countersign/audit"
 	"countersign/eddsa"
 	"countersign/ijson"
 	"countersign/noise"
@@ -42,6 +43,9 @@ var (
 	ErrUnknownOutcome = errors.New("no answer: the nonce may be spent")
 	// ErrWrongAnswer: the appliance, or who poses as it, answered something that can't be right.
 	ErrWrongAnswer = errors.New("the appliance's answer can't be right")
+	// ErrUnproven: the appliance did not prove that what it has signed or verified is in its audit log; see Config.LogKey. The
+	// signature may be good, and is not given out.
+	ErrUnproven = errors.New("the appliance did not prove that this is in its audit log")
 	// ErrClosed: Close was called.
 	ErrClosed = errors.New("the client is closed")
 )
@@ -55,6 +59,10 @@ type Config struct {
 	Address string
 	// ServerKey is the listener's Noise static public key (countersign admin noise-key, or the file noise.pub).
 	ServerKey [32]byte
+	// LogKey is the verifier key of the appliance's audit log (countersign admin audit key), of any epoch. Where it is set, Sign
+	// and Verify ask for the proof that their event is in the log, check it, and fail with ErrUnproven otherwise. That costs one
+	// more exchange, and an appliance that can't sign a checkpoint can't serve. Default: none.
+	LogKey string
 	// Identity is this peer's static key; the appliance must have its public half enrolled (countersign admin peer add).
 	Identity *noise.Identity
 	// ConnectTimeout bounds one attempt to connect and shake hands. Default: 10 s.
@@ -69,6 +77,7 @@ type Config struct {
 // Client is safe for concurrent use.
 type Client struct {
 	config Config
+	log    *audit.Log // of Config.LogKey
 
 	base   context.Context // ended by Close
 	cancel context.CancelFunc
@@ -93,8 +102,16 @@ func New(c Config) (*Client, error) {
 	if c.Lifetime == 0 {
 		c.Lifetime = time.Hour
 	}
+	var log *audit.Log
+	if c.LogKey != "" {
+		l, err := audit.ParseVerifierKey(c.LogKey)
+		if err != nil {
+			return nil, fmt.Errorf("client: LogKey: %w", err)
+		}
+		log = &l
+	}
 	base, cancel := context.WithCancel(context.Background())
-	return &Client{config: c, base: base, cancel: cancel, lock: make(chan struct{}, 1)}, nil
+	return &Client{config: c, log: log, base: base, cancel: cancel, lock: make(chan struct{}, 1)}, nil
 }
 
 // Dial makes a client and connects.
@@ -177,6 +194,8 @@ type Signed struct {
 	Version   uint32
 	Event     uint64 // index of the admission in the appliance's audit log
 	Repeated  bool   // the appliance had admitted this same request before
+	// Receipt is there where the document is a payment. Keep its salt: the appliance does not.
+	Receipt *wire.Receipt
 }
 
 // signedDoc is the JSON form of Signed, and of a Document where there is no signature yet. A sign request as it is on the
@@ -185,18 +204,19 @@ type signedDoc struct {
 	ID string `json:"id,omitempty"`
 	Op string `json:"op,omitempty"`
 	wire.Document
-	Key       string       `json:"key,omitempty"`
-	Version   uint32       `json:"version,omitzero"`
-	PublicKey wire.Bytes32 `json:"public_key,omitzero"`
-	Signature wire.Bytes   `json:"signature,omitempty"`
-	Event     uint64       `json:"event"`
-	Repeated  bool         `json:"repeated"`
+	Key       string        `json:"key,omitempty"`
+	Version   uint32        `json:"version,omitzero"`
+	PublicKey wire.Bytes32  `json:"public_key,omitzero"`
+	Signature wire.Bytes    `json:"signature,omitempty"`
+	Event     uint64        `json:"event"`
+	Repeated  bool          `json:"repeated"`
+	Receipt   *wire.Receipt `json:"receipt,omitempty"`
 }
 
 // Encode writes the JSON form.
 func (s *Signed) Encode() ([]byte, error) {
 	return wire.Encode(signedDoc{
-		Document: s.wire(), Key: s.Key, Version: s.Version, PublicKey: s.PublicKey, Signature: s.Signature, Event: s.Event, Repeated: s.Repeated,
+		Document: s.wire(), Key: s.Key, Version: s.Version, PublicKey: s.PublicKey, Signature: s.Signature, Event: s.Event, Repeated: s.Repeated, Receipt: s.Receipt,
 	})
 }
 
@@ -208,7 +228,7 @@ func DecodeSigned(b []byte) (*Signed, error) {
 	}
 	return &Signed{
 		Document:  Document{Type: d.Type, Payload: d.Payload, Nonce: d.Nonce, Timestamp: d.Timestamp, ExpiresAt: d.ExpiresAt},
-		Signature: d.Signature, PublicKey: d.PublicKey, Key: d.Key, Version: d.Version, Event: d.Event, Repeated: d.Repeated,
+		Signature: d.Signature, PublicKey: d.PublicKey, Key: d.Key, Version: d.Version, Event: d.Event, Repeated: d.Repeated, Receipt: d.Receipt,
 	}, nil
 }
 
@@ -233,7 +253,13 @@ func (c *Client) Sign(ctx context.Context, key string, d Document) (*Signed, err
 	if err := eddsa.Verify(s.PublicKey[:], doc.Message, s.Signature); err != nil {
 		return nil, fmt.Errorf("%w: %w", ErrWrongAnswer, err)
 	}
-	return &Signed{Document: d, Signature: s.Signature, PublicKey: s.PublicKey, Key: s.Key, Version: s.Version, Event: s.Event, Repeated: s.Repeated}, nil
+	if c.log != nil {
+		resource := s.Key + "/" + strconv.FormatUint(uint64(s.Version), 10)
+		if err := c.demand(ctx, s.Event, audit.Admission, func(e audit.Event) bool { return e.Resource == resource && about(e, doc) }); err != nil {
+			return nil, err
+		}
+	}
+	return &Signed{Document: d, Signature: s.Signature, PublicKey: s.PublicKey, Key: s.Key, Version: s.Version, Event: s.Event, Repeated: s.Repeated, Receipt: s.Receipt}, nil
 }
 
 // Verify has a signature judged and its nonce spent. It returns the index of the event that records it. Every outcome
@@ -255,7 +281,16 @@ func (c *Client) Verify(ctx context.Context, key string, s *Signed) (event uint6
 	if err == nil && !v.Valid {
 		err = ErrWrongAnswer
 	}
-	return v.Event, err
+	if err != nil || c.log == nil {
+		return v.Event, err
+	}
+	doc, err := transcript.Parse(transcript.Request(s.Document))
+	if err != nil {
+		return 0, fmt.Errorf("%w: it judged what is refused here: %w", ErrWrongAnswer, err)
+	}
+	return v.Event, c.demand(ctx, v.Event, audit.Spent, func(e audit.Event) bool {
+		return e.Metadata["signer"] == hex.EncodeToString(s.PublicKey[:]) && about(e, doc)
+	})
 }
 
 // call sends a request and decodes the answer. repeatable says that asking again after a lost answer is safe.

@@ -45,10 +45,10 @@ func startAppliance() (a *testAppliance, err error) {
 		return nil, err
 	}
 	path := filepath.Join(a.dir, "ledger.db")
-	if err := ledger.Create(path); err != nil {
+	if err := ledger.Create(path, ledger.Options{}); err != nil {
 		return nil, err
 	}
-	if a.ledger, err = ledger.Open(path); err != nil {
+	if a.ledger, err = ledger.Open(path, ledger.Options{}); err != nil {
 		return nil, err
 	}
 	p, err := policy.Parse("policy.cedar", []byte(rules))
@@ -60,7 +60,10 @@ func startAppliance() (a *testAppliance, err error) {
 		Connections: 16, InFlight: 64, HandshakeTimeout: 5 * time.Second, IdleTimeout: time.Minute, WriteTimeout: 5 * time.Second,
 		RequestTimeout: 5 * time.Second, ClockSkew: 30 * time.Second, MaxLifetime: 24 * time.Hour,
 	}
-	if a.app, err = appliance.New(ctx, limits, a.ledger, appliance.Anchor{}, map[string]keystore.Store{"memory": a.store}, p, slog.New(slog.DiscardHandler)); err != nil {
+	if a.app, err = appliance.New(ctx, limits, a.ledger, appliance.Anchor{}, appliance.Retention{Epoch: appliance.Month, Audit: time.Hour, Receipts: time.Hour}, map[string]keystore.Store{"memory": a.store}, p, slog.New(slog.DiscardHandler)); err != nil {
+		return nil, err
+	}
+	if _, err := a.app.CreateLogKey(ctx, operator, "memory"); err != nil {
 		return nil, err
 	}
 	k, err := a.app.CreateNoiseKey(ctx, operator, "memory")

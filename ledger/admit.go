@@ -2,8 +2,8 @@ package ledger
 
 import (
 	"context"
-	"encoding/binary"
 	"fmt"
+	"slices"
 
 	bolt "go.etcd.io/bbolt"
 )
@@ -25,8 +25,10 @@ type Admission struct {
 	Digest     [32]byte // of the whole request
 	Peer       [32]byte // who asked
 	KeyVersion uint32   // that the admission is for: a repetition must not be signed with another
-	ExpiresAt  int64    // Unix seconds: the nonce is kept at least until then
+	ExpiresAt  int64    // Unix seconds: the nonce is kept until then and the margin after it
 	Once       bool     // a repetition is a replay too
+	// Decide may refuse a fresh nonce by what counters say, and change them; nil admits. It must be pure: it may run again.
+	Decide func(*Counters) error
 }
 
 // Verdict is what the ledger found about a nonce.
@@ -39,123 +41,158 @@ const (
 	Repeated
 	// Replay: the nonce was spent on something else, by somebody else, or on something that may be had once only.
 	Replay
+	// Denied: Decide refused; the nonce is not spent, and no counter has changed.
+	Denied
 )
 
 // Admitted is the answer of Admit. After Repeated, KeyVersion, Event and Signature are those of the first time.
 type Admitted struct {
 	Admission
 	Verdict   Verdict
-	Event     uint64 // index of the admission; after Replay, of the event that records the refusal
-	Signature []byte // the outcome, where it is known; 64 bytes
-	First     uint64 // after Replay: index of the admission that spent the nonce
+	Event     uint64 // number of the admission; after Replay and Denied, of the event that records the refusal
+	Signature []byte // the outcome, where it is known
+	First     uint64 // after Replay: number of the admission that spent the nonce
 	Own       bool   // after Replay: it was this peer's, for the same request
+	Denial    error  // after Denied: what Decide said
 }
 
-// Admit spends a nonce. When it returns, the verdict and its event are on disk. event says what to write down for a
-// fresh nonce and for a replay; it must be pure. A repetition writes nothing: what it asks for is written down already.
+// Counters are numbers that policy counts by, in the transaction of the admission.
+type Counters struct {
+	bucket  *bolt.Bucket
+	changed map[string][]byte
+}
+
+// Get returns what a counter was last set to, or nil.
+func (c *Counters) Get(name string) []byte {
+	if v, ok := c.changed[name]; ok {
+		return v
+	}
+	return slices.Clone(c.bucket.Get([]byte(name)))
+}
+
+// Put sets a counter; nil removes it.
+func (c *Counters) Put(name string, value []byte) { c.changed[name] = value }
+
+func (c *Counters) keep() error {
+	for name, v := range c.changed {
+		var err error
+		if v == nil {
+			err = c.bucket.Delete([]byte(name))
+		} else {
+			err = c.bucket.Put([]byte(name), v)
+		}
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// Admit spends a nonce. When it returns, the verdict and its event are on disk. event says what to write down
+// for a fresh nonce, for a replay and for a denial; it must be pure. A repetition writes nothing: what it asks for is written
+// down already.
 //
-// An error means that no verdict is known. The nonce may be spent all the same; asking again gives Repeated then, or
-// Replay where the admission is for Once.
+// ErrDisk, ErrClock and ErrTooMany mean that nothing was written and the nonce is not spent. Any other error means that no
+// verdict is known. The nonce may be spent all the same; asking again gives Repeated then, or Replay where the admission is
+// for Once.
 func (l *Ledger) Admit(ctx context.Context, a Admission, event func(Verdict) []byte) (Admitted, error) {
 	if err := l.suspended.Load(); err != nil {
 		return Admitted{}, *err
 	}
 	l.admitted.Add(1)
+	print := fingerprintOf(a.Scope, a.Nonce)
+	fresh := NewEvent(event(Fresh)) // here, since the writer has enough to do
+	s := spent{print: print, owner: ownerOf(a.Digest, a.Peer), version: a.KeyVersion}
 	result := Admitted{Admission: a}
-	err := l.submit(ctx, &request{done: make(chan error, 1), apply: func(tx *bolt.Tx) error {
-		result = Admitted{Admission: a}
-		key := nonceKey(a.Scope, a.Nonce)
-		nonces := tx.Bucket(bucketNonces)
-		if b := nonces.Get(key); b != nil {
-			prior, err := decodeEntry(b)
-			if err != nil {
-				return err
+	var refused error
+	err := l.submit(ctx, &request{admission: true, done: make(chan error, 1), apply: func(t *txn) (err error) {
+		result, refused = Admitted{Admission: a}, nil
+		if refused = t.behind; refused != nil {
+			return nil
+		}
+		prior, found, err := t.find(print)
+		switch {
+		case err != nil:
+			return err
+		case !found:
+			result.Verdict = Fresh
+			if a.Decide != nil {
+				counters := &Counters{t.tx.Bucket(bucketCounters), map[string][]byte{}}
+				if result.Denial = a.Decide(counters); result.Denial != nil {
+					result.Verdict = Denied
+				} else if err := counters.keep(); err != nil {
+					return err
+				}
 			}
-			result.First, result.Own = prior.event, prior.digest == a.Digest && prior.peer == a.Peer
+		default:
+			result.First, result.Own = prior.event, prior.owner == s.owner
 			if result.Own && !a.Once {
-				result.Verdict, result.KeyVersion, result.Event, result.Signature = Repeated, prior.keyVersion, prior.event, prior.signature
+				result.Verdict, result.KeyVersion, result.Event = Repeated, prior.version, prior.event
+				result.Signature = t.outcome(prior)
 				return nil
 			}
 			result.Verdict = Replay
-		} else {
-			result.Verdict = Fresh
 		}
-		var err error
-		if result.Event, err = appendEvent(tx, event(result.Verdict)); err != nil || result.Verdict == Replay {
+		if result.Verdict != Fresh {
+			result.Event, err = t.append(NewEvent(event(result.Verdict)))
 			return err
 		}
-		return nonces.Put(key, entry{digest: a.Digest, peer: a.Peer, keyVersion: a.KeyVersion, event: result.Event, expiresAt: a.ExpiresAt}.encode())
+		s.hour = hourOf(a.ExpiresAt)
+		if refused = t.mayKeep(s.hour); refused != nil {
+			return nil
+		}
+		if s.event, err = t.append(fresh); err != nil {
+			return err
+		}
+		result.Event = s.event
+		return t.spend(s)
 	}})
+	if err == nil {
+		err = refused
+	}
 	if err != nil {
 		return Admitted{}, err
 	}
 	return result, nil
 }
 
-// Settle records how an admission ended: the signature, or nil where there is none, and the event that says so. It
-// returns when the writer has taken it; it reaches the disk together with later requests. If a crash comes first, the
-// admission still stands, and a repetition of the request makes the same signature again.
-func (l *Ledger) Settle(ctx context.Context, a Admitted, signature, event []byte) error {
-	return l.submit(ctx, &request{apply: func(tx *bolt.Tx) error {
+// Settle records how an admission ended: the signature, or nil where there is none, the event that says so, and a receipt
+// where there is one. It returns when the writer has taken it; it reaches the disk together with later requests. If a crash
+// comes first, the admission still stands, and a repetition of the request makes the same signature again.
+func (l *Ledger) Settle(ctx context.Context, a Admitted, signature []byte, event Event, receipt *Receipt) error {
+	return l.submit(ctx, &request{apply: func(t *txn) error {
 		if signature != nil {
-			nonces, key := tx.Bucket(bucketNonces), nonceKey(a.Scope, a.Nonce)
-			b := nonces.Get(key)
-			if b == nil {
-				return fmt.Errorf("%w: settling a nonce that is not spent", ErrCorrupt)
+			s := spent{event: a.Event, hour: hourOf(a.ExpiresAt)}
+			if t.outcome(s) != nil {
+				return nil // settled before: two repetitions at once both sign, and sign alike
 			}
-			e, err := decodeEntry(b)
-			if err != nil || e.signature != nil {
-				return err // settled before: two repetitions at once both sign, and sign alike
-			}
-			e.signature = signature
-			if err := nonces.Put(key, e.encode()); err != nil {
+			if err := t.settle(s, signature); err != nil {
 				return err
 			}
 		}
-		_, err := appendEvent(tx, event)
+		if receipt != nil {
+			if err := t.putReceipt(*receipt); err != nil {
+				return err
+			}
+		}
+		_, err := t.append(event)
 		return err
 	}})
 }
 
-func nonceKey(s Scope, nonce [32]byte) []byte { return append([]byte(s), nonce[:]...) }
-
-// entry is the value of a spent nonce:
-//
-//	u8 1 || digest (32) || peer (32) || u32 key version || u64 event || i64 expires_at || signature (0 or 64)
-type entry struct {
-	digest, peer [32]byte
-	keyVersion   uint32
-	event        uint64
-	expiresAt    int64
-	signature    []byte
-}
-
-const entrySize = 1 + 32 + 32 + 4 + 8 + 8
-
-func (e entry) encode() []byte {
-	b := make([]byte, 0, entrySize+64)
-	b = append(b, 1)
-	b = append(b, e.digest[:]...)
-	b = append(b, e.peer[:]...)
-	b = binary.BigEndian.AppendUint32(b, e.keyVersion)
-	b = binary.BigEndian.AppendUint64(b, e.event)
-	b = binary.BigEndian.AppendUint64(b, uint64(e.expiresAt))
-	return append(b, e.signature...)
-}
-
-func decodeEntry(b []byte) (entry, error) {
-	if len(b) != entrySize && len(b) != entrySize+64 || b[0] != 1 {
-		return entry{}, fmt.Errorf("%w: a nonce's entry of %d bytes", ErrCorrupt, len(b))
+// Spent returns the admission that spent a nonce, or ErrNotFound.
+func (l *Ledger) Spent(ctx context.Context, scope Scope, nonce [32]byte) (a Admitted, err error) {
+	var found bool
+	var s spent
+	err = l.submit(ctx, &request{done: make(chan error, 1), apply: func(t *txn) (err error) {
+		if s, found, err = t.find(fingerprintOf(scope, nonce)); found {
+			a = Admitted{Verdict: Repeated, Event: s.event, Signature: t.outcome(s)}
+			a.Scope, a.Nonce, a.KeyVersion = scope, nonce, s.version
+		}
+		return err
+	}})
+	if err == nil && !found {
+		err = fmt.Errorf("nonce: %w", ErrNotFound)
 	}
-	e := entry{
-		digest:     [32]byte(b[1:33]),
-		peer:       [32]byte(b[33:65]),
-		keyVersion: binary.BigEndian.Uint32(b[65:]),
-		event:      binary.BigEndian.Uint64(b[69:]),
-		expiresAt:  int64(binary.BigEndian.Uint64(b[77:])),
-	}
-	if len(b) > entrySize {
-		e.signature = append([]byte(nil), b[entrySize:]...) // b dies with the transaction
-	}
-	return e, nil
+	return a, err
 }

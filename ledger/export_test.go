@@ -1,6 +1,8 @@
 package ledger
 
 import (
+	"context"
+	"encoding/binary"
 	"os"
 
 	bolt "go.etcd.io/bbolt"
@@ -17,10 +19,10 @@ func CaptureFile() (file func() *os.File, restore func()) {
 	return func() *os.File { return last }, func() { openFile = os.OpenFile }
 }
 
-// Hold keeps the writer busy until release is called, so that requests pile up behind it.
-func (l *Ledger) Hold() (release func()) {
+// Occupy keeps the writer busy until release is called, so that requests pile up behind it.
+func (l *Ledger) Occupy() (release func()) {
 	held, ch := make(chan struct{}), make(chan struct{})
-	l.requests <- &request{alone: true, apply: func(*bolt.Tx) error { close(held); <-ch; return nil }}
+	l.requests <- &request{alone: true, apply: func(*txn) error { close(held); <-ch; return nil }}
 	<-held
 	return func() { close(ch) }
 }
@@ -36,3 +38,30 @@ func (l *Ledger) Commits() (n int) {
 
 // Synced reports whether each commit and each growth of the file is followed by a sync.
 func (l *Ledger) Synced() bool { return !l.db.NoSync && !l.db.NoGrowSync }
+
+// Fill spends n nonces that expire at the given time, with an event each, and without waiting for the disk more often than it
+// must.
+func (l *Ledger) Fill(ctx context.Context, n int, expiresAt int64) error {
+	event := NewEvent([]byte("filled"))
+	for done := 0; done < n; {
+		some := min(n-done, 20_000)
+		if err := l.submit(ctx, &request{alone: true, done: make(chan error, 1), apply: func(t *txn) error {
+			for i := range some {
+				var nonce [32]byte
+				binary.BigEndian.PutUint64(nonce[:], uint64(done+i))
+				number, err := t.append(event)
+				if err != nil {
+					return err
+				}
+				if err := t.spend(spent{event: number, hour: hourOf(expiresAt), print: fingerprintOf("filled", nonce)}); err != nil {
+					return err
+				}
+			}
+			return nil
+		}}); err != nil {
+			return err
+		}
+		done += some
+	}
+	return nil
+}

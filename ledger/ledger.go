@@ -1,13 +1,16 @@
-// Package ledger is the appliance's memory: spent nonces, admissions and their outcomes, the events of the audit log,
-// keys and peers, in one bbolt file. Begin reading at Admit.
+// Package ledger is the appliance's memory: spent nonces, admissions and their outcomes, the events of the audit log with
+// the hashes of their tree, receipts, keys and peers, in one bbolt file. Begin reading at Admit, then at transact.
 //
 // What is promised:
 //
 //   - When Admit, Append or Update returns without an error, what it wrote is on disk (fsync done) and will be there
 //     after a crash or a power cut.
-//   - A nonce is fresh once in its scope, whatever is killed and whenever.
-//   - After a commit that failed, nobody knows what is on disk. The ledger then refuses everything with ErrUnknownState
-//     and closes Failed; the process must end, and opening the file again is the recovery.
+//   - A nonce is fresh once in its scope, whatever is killed and whenever, until its own expiry and the margin after it have
+//     passed by the ledger's time. What the clock does can't shorten that: see clock.
+//   - A transaction that could not be written leaves nothing behind: ErrDisk, and the same request may be made again. When
+//     it is not known whether it was written, the ledger refuses everything with ErrUnknownState and closes Failed; the
+//     process must end, and opening the file again is the recovery.
+//   - The hashes of the tree are in the transaction of their events.
 //
 // One goroutine writes. It gathers the requests that wait into one transaction (group commit), so that callers share an
 // fsync; a lone request waits for nobody.
@@ -21,18 +24,19 @@ import (
 	"os"
 	"path/filepath"
 	"runtime/debug"
-	"slices"
 	"sync"
 	"sync/atomic"
 	"syscall"
 	"time"
+
+	"countersign/audit"
 
 	bolt "go.etcd.io/bbolt"
 	bolterrors "go.etcd.io/bbolt/errors"
 )
 
 // format is the version of the file's layout. A ledger with a higher one belongs to a newer program.
-const format = 1
+const format = 2
 
 // maxBatch bounds the requests in one transaction, and with it the time that a commit takes.
 const maxBatch = 512
@@ -42,7 +46,7 @@ var (
 	ErrMissing = errors.New("there is no ledger here")
 	ErrExists  = errors.New("there is a ledger here already")
 	ErrInUse   = errors.New("another process uses this ledger")
-	ErrFormat  = errors.New("written by a newer version of countersign")
+	ErrFormat  = errors.New("written by another version of countersign")
 	ErrCorrupt = errors.New("the file is damaged or is not a ledger")
 )
 
@@ -50,18 +54,38 @@ var (
 var (
 	ErrClosed       = errors.New("ledger: closed")
 	ErrUnknownState = errors.New("ledger: a commit failed and the state on disk is unknown")
+	ErrDisk         = errors.New("ledger: the disk does not take what is to be written; nothing of it was kept")
+	ErrClock        = errors.New("ledger: the clock is behind the ledger's time")
+	ErrTooMany      = errors.New("ledger: too many nonces are alive")
 	ErrNotFound     = errors.New("ledger: no such entry")
+	ErrDropped      = errors.New("ledger: it was dropped by retention")
 )
 
-// openFile is a seam for tests that break the disk.
-var openFile = os.OpenFile
-
+// Seams for tests that break the disk.
 var (
-	bucketMeta   = []byte("meta")
-	bucketNonces = []byte("nonces")
-	bucketEvents = []byte("events")
-	keyFormat    = []byte("format")
+	openFile = os.OpenFile
+	noSync   = func(what string) bool { return false }
 )
+
+// The buckets. Numbers in keys are big-endian.
+var (
+	bucketMeta     = []byte("meta")     // format, time, and the records of the table Meta
+	bucketEvents   = []byte("events")   // a bucket for each segment, u64; in it u64 event -> its bytes
+	bucketHashes   = []byte("hashes")   // u32 epoch || u64 chunk -> up to 64 hashes, in the order that Tree.Append makes them
+	bucketEpochs   = []byte("epochs")   // u32 epoch -> Epoch in JSON
+	bucketNonces   = []byte("nonces")   // a bucket for each u32 hour of expiry || u64 segment; in it u64 event -> spent
+	bucketOutcomes = []byte("outcomes") // the same; in it u64 event of the admission -> signature
+	bucketReceipts = []byte("receipts") // i64 time in ms || id (16) -> Receipt in JSON
+	bucketIDs      = []byte("receipt_ids")
+	bucketCounters = []byte("counters")
+	keyFormat      = []byte("format")
+	keyTime        = []byte("time") // i64 Unix nanoseconds
+)
+
+func buckets() [][]byte {
+	return [][]byte{bucketMeta, bucketEvents, bucketHashes, bucketEpochs, bucketNonces, bucketOutcomes, bucketReceipts, bucketIDs,
+		bucketCounters, []byte(Keys), []byte(Peers)}
+}
 
 // Table is a named set of records that managing the appliance needs; their bytes belong to the caller.
 type Table string
@@ -69,33 +93,80 @@ type Table string
 const (
 	Keys  Table = "keys"
 	Peers Table = "peers"
-	Meta  Table = "meta" // what is about the ledger itself; its format is there too
+	Meta  Table = "meta" // what is about the ledger itself; its format and time are there too
 )
+
+// Options say how long things are kept and what may be trusted. The zero value has the defaults.
+type Options struct {
+	Margin         time.Duration // that a nonce is kept after its own expiry. Default: 24 h
+	MaxLifetime    time.Duration // of what is admitted. Default: 168 h. It bounds how fast a clock may be followed
+	MaxNonces      int           // that may be alive. Default: 20,000,000, for which some 1 GiB of memory is needed
+	ClockTolerance time.Duration // how far the clock may be behind the ledger's time. Default: 2 min
+
+	Wall    func() time.Time     // the system's clock; default: time.Now
+	Elapsed func() time.Duration // a clock that nobody sets; default: the system's monotonic one
+}
+
+func (o *Options) fill() {
+	set := func(d *time.Duration, to time.Duration) {
+		if *d == 0 {
+			*d = to
+		}
+	}
+	set(&o.Margin, 24*time.Hour)
+	set(&o.MaxLifetime, 7*24*time.Hour)
+	set(&o.ClockTolerance, 2*time.Minute)
+	if o.MaxNonces == 0 {
+		o.MaxNonces = 20_000_000
+	}
+	if o.Wall == nil {
+		o.Wall = time.Now
+	}
+	if o.Elapsed == nil {
+		begin := time.Now()
+		o.Elapsed = func() time.Duration { return time.Since(begin) }
+	}
+}
 
 // Ledger is safe for concurrent use.
 type Ledger struct {
-	db        *bolt.DB
+	path      string
+	options   Options
+	clock     clock
 	requests  chan *request
 	stopping  chan struct{} // closed by Close: no more requests
 	done      chan struct{} // closed when the writer has ended
-	failed    chan struct{} // closed at the first failed commit
+	failed    chan struct{} // closed at the first commit whose result is unknown
 	stop      sync.Once
-	suspended atomic.Pointer[error] // why there are no admissions now
-	admitted  atomic.Uint64         // since it was opened
+	suspended atomic.Pointer[error]    // why there are no admissions now
+	admitted  atomic.Uint64            // since it was opened
+	trouble   atomic.Pointer[error]    // why the last transaction was not written
+	shown     atomic.Pointer[logState] // the log as it is on disk
+
+	mu sync.RWMutex // write-locked to replace db
+	db *bolt.DB
+
+	// The writer's own.
+	log     logState
+	nonces  nonces
+	reserve reserve
+	backlog []*request // outcomes that could not be written yet
 }
 
 // request is work for the writer: apply, unless it is nil, runs inside a transaction that others share, or, where alone is
-// set, in one of its own that an error rolls back. done, where somebody waits, gets the result of the commit.
+// set, in one of its own that an error rolls back. It may run again. done, where somebody waits, gets the result of the commit.
 type request struct {
-	apply func(*bolt.Tx) error
-	alone bool
-	done  chan error
+	apply     func(*txn) error
+	alone     bool
+	admission bool // it is refused first when the disk is full
+	done      chan error
 }
 
 // Create makes an empty ledger at path. It is built under a temporary name, fsynced, renamed, and the folder is fsynced,
 // so that after a crash there is a whole ledger or none. An existing file is never touched.
-func Create(path string) (err error) {
+func Create(path string, o Options) (err error) {
 	defer wrap(&err, "create")
+	o.fill()
 	dir, err := os.Open(filepath.Dir(path))
 	if err != nil {
 		return err
@@ -114,38 +185,121 @@ func Create(path string) (err error) {
 	if err := os.Remove(temp); err != nil && !errors.Is(err, os.ErrNotExist) {
 		return err
 	}
-	if err := build(temp); err != nil {
+	if err := build(temp, o.Wall()); err != nil {
 		return err
 	}
-	if err := os.Rename(temp, path); err != nil {
-		return err
-	}
-	return dir.Sync()
+	return moveInto(temp, path)
 }
 
-func build(path string) error {
+// build makes the file with its first event.
+func build(path string, now time.Time) error {
 	db, err := bolt.Open(path, 0o600, &bolt.Options{Timeout: time.Second})
 	if err != nil {
 		return err
 	}
 	defer db.Close()
 	err = db.Update(func(tx *bolt.Tx) error {
-		for _, name := range [][]byte{bucketMeta, bucketNonces, bucketEvents, []byte(Keys), []byte(Peers)} {
+		for _, name := range buckets() {
 			if _, err := tx.CreateBucket(name); err != nil {
 				return err
 			}
 		}
-		return tx.Bucket(bucketMeta).Put(keyFormat, binary.BigEndian.AppendUint32(nil, format))
+		if err := tx.Bucket(bucketMeta).Put(keyFormat, binary.BigEndian.AppendUint32(nil, format)); err != nil {
+			return err
+		}
+		t := &txn{tx: tx, now: now}
+		if err := t.beginEpoch(0, audit.Daemon(), map[string]string{}); err != nil {
+			return err
+		}
+		return t.finish()
+	})
+	return err
+}
+
+// moveInto gives a file that was closed its name, so that after a crash either it or what had the name before is there, whole.
+func moveInto(temp, path string) error {
+	if err := syncPath(temp, "file"); err != nil {
+		return err
+	}
+	if err := os.Rename(temp, path); err != nil {
+		return err
+	}
+	return syncPath(filepath.Dir(path), "folder")
+}
+
+func syncPath(path, what string) error {
+	if noSync(what) {
+		return nil
+	}
+	f, err := os.Open(path)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	return f.Sync()
+}
+
+// Open opens the ledger at path and takes the file's lock. It looks at everything that a sound ledger has at its edges:
+// see checkLayout, checkLog and load; Check looks at all the rest.
+func Open(path string, o Options) (l *Ledger, err error) {
+	defer wrap(&err, "open")
+	o.fill()
+	db, err := openBolt(path)
+	if err != nil {
+		return nil, err
+	}
+	l = &Ledger{
+		path: path, options: o, db: db, requests: make(chan *request, 4*maxBatch),
+		stopping: make(chan struct{}), done: make(chan struct{}), failed: make(chan struct{}),
+	}
+	if err := guard(l.load); err != nil {
+		db.Close()
+		return nil, err
+	}
+	l.reserve = reserve{path: path + ".reserve"}
+	if err := l.reserve.take(); err != nil {
+		l.troubled(err)
+	}
+	go l.write()
+	return l, nil
+}
+
+// load reads what the writer keeps in memory.
+func (l *Ledger) load() error {
+	err := l.db.View(func(tx *bolt.Tx) error {
+		if err := checkLayout(tx); err != nil {
+			return err
+		}
+		v := tx.Bucket(bucketMeta).Get(keyTime)
+		if len(v) != 8 {
+			return fmt.Errorf("%w: it has no time", ErrCorrupt)
+		}
+		l.clock.start(l.options, time.Unix(0, int64(binary.BigEndian.Uint64(v))))
+		var err error
+		l.log, err = loadLog(tx)
+		return err
 	})
 	if err != nil {
 		return err
 	}
-	return db.Sync() // bbolt's commit uses fdatasync; this is the fsync before the rename
+	l.shown.Store(new(l.log))
+	l.nonces.margin = l.options.Margin
+	return l.nonces.load(l.db, l.clock.time(), l.log.next)
 }
 
-// Open opens the ledger at path and takes the file's lock.
-func Open(path string) (l *Ledger, err error) {
-	defer wrap(&err, "open")
+// guard runs what reads a file that may be damaged. bbolt answers damage with a panic, and with a memory fault where the
+// file is shorter than it says: both become ErrCorrupt.
+func guard(read func() error) (err error) {
+	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
+	defer func() {
+		if r := recover(); r != nil {
+			err = fmt.Errorf("%w: %v", ErrCorrupt, r)
+		}
+	}()
+	return read()
+}
+
+func openBolt(path string) (db *bolt.DB, err error) {
 	if st, err := os.Stat(path); errors.Is(err, os.ErrNotExist) {
 		return nil, ErrMissing
 	} else if err != nil {
@@ -153,43 +307,23 @@ func Open(path string) (l *Ledger, err error) {
 	} else if st.Size() == 0 {
 		return nil, ErrCorrupt // bbolt would make a new database of it
 	}
-	db, err := openBolt(path)
-	if err != nil {
-		return nil, err
-	}
-	l = &Ledger{
-		db: db, requests: make(chan *request, 4*maxBatch),
-		stopping: make(chan struct{}), done: make(chan struct{}), failed: make(chan struct{}),
-	}
-	go l.write()
-	return l, nil
-}
-
-// openBolt opens the file and looks at everything that a sound ledger has. bbolt answers damage with a panic, and with a
-// memory fault where the file is shorter than it says: both become ErrCorrupt.
-func openBolt(path string) (db *bolt.DB, err error) {
-	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
-	defer func() {
-		if r := recover(); r != nil {
-			db, err = nil, fmt.Errorf("%w: %v", ErrCorrupt, r)
+	err = guard(func() (err error) {
+		db, err = bolt.Open(path, 0o600, &bolt.Options{
+			Timeout:      100 * time.Millisecond,
+			FreelistType: bolt.FreelistMapType,
+			OpenFile:     openFile,
+			NoSync:       noSync("commit"),
+		})
+		var system syscall.Errno
+		switch {
+		case errors.Is(err, bolterrors.ErrTimeout):
+			return ErrInUse
+		case errors.As(err, &system), err == nil:
+			return err
 		}
-	}()
-	db, err = bolt.Open(path, 0o600, &bolt.Options{
-		Timeout:      100 * time.Millisecond,
-		FreelistType: bolt.FreelistMapType,
-		OpenFile:     openFile,
+		return fmt.Errorf("%w: %w", ErrCorrupt, err)
 	})
-	var system syscall.Errno
-	switch {
-	case errors.Is(err, bolterrors.ErrTimeout):
-		return nil, ErrInUse
-	case errors.As(err, &system):
-		return nil, err
-	case err != nil:
-		return nil, fmt.Errorf("%w: %w", ErrCorrupt, err)
-	}
-	if err := db.View(checkLayout); err != nil {
-		db.Close()
+	if err != nil {
 		return nil, err
 	}
 	return db, nil
@@ -206,19 +340,15 @@ func checkLayout(tx *bolt.Tx) error {
 	}
 	if f := binary.BigEndian.Uint32(v); f == 0 {
 		return fmt.Errorf("%w: its format is 0", ErrCorrupt)
-	} else if f > format {
+	} else if f != format {
 		return fmt.Errorf("%w: its format is %d, this program knows %d", ErrFormat, f, format)
 	}
-	for _, name := range [][]byte{bucketNonces, bucketEvents, []byte(Keys), []byte(Peers)} {
+	for _, name := range buckets() {
 		b := tx.Bucket(name)
 		if b == nil {
 			return fmt.Errorf("%w: its bucket %s is missing", ErrCorrupt, name)
 		}
 		b.Cursor().Last() // walks one path from the root to a leaf
-	}
-	last, _ := tx.Bucket(bucketEvents).Cursor().Last()
-	if n := tx.Bucket(bucketEvents).Sequence(); n > 0 && (len(last) != 8 || binary.BigEndian.Uint64(last) != n-1) {
-		return fmt.Errorf("%w: %d events were written, the last one found is %x", ErrCorrupt, n, last)
 	}
 	return nil
 }
@@ -242,12 +372,36 @@ func (l *Ledger) Suspend(err error) {
 // Admitted is how many admissions there were since the ledger was opened.
 func (l *Ledger) Admitted() uint64 { return l.admitted.Load() }
 
-// Failed is closed when a commit has failed: the process must end.
+// Failed is closed when the state on disk is unknown: the process must end.
 func (l *Ledger) Failed() <-chan struct{} { return l.failed }
+
+// Trouble says why the last transaction was not written, or nil. It wraps ErrDisk.
+func (l *Ledger) Trouble() error {
+	if err := l.trouble.Load(); err != nil {
+		return *err
+	}
+	return nil
+}
+
+func (l *Ledger) troubled(err error) {
+	if err == nil {
+		l.trouble.Store(nil)
+	} else {
+		err = fmt.Errorf("%w: %w", ErrDisk, err)
+		l.trouble.Store(&err)
+	}
+}
 
 // Alive returns when the writer has come round to this request, without writing anything.
 func (l *Ledger) Alive(ctx context.Context) error {
 	return l.submit(ctx, &request{done: make(chan error, 1)})
+}
+
+// view reads what is on disk.
+func (l *Ledger) view(read func(*bolt.Tx) error) error {
+	l.mu.RLock()
+	defer l.mu.RUnlock()
+	return l.db.View(read)
 }
 
 // submit hands a request to the writer and waits for its commit, unless nobody wants to know (done is nil). Where ctx
@@ -298,6 +452,9 @@ func (l *Ledger) write() {
 				case first := <-l.requests:
 					l.serve(first)
 				default:
+					if len(l.backlog) > 0 {
+						l.commit(nil)
+					}
 					return
 				}
 			}
@@ -318,58 +475,13 @@ gather:
 		}
 	}
 	if last := len(batch) - 1; batch[last].alone {
-		l.commit(batch[:last])
+		if last > 0 {
+			l.commit(batch[:last])
+		}
 		l.commit(batch[last:])
 	} else {
 		l.commit(batch)
 	}
-}
-
-// commit carries out a batch in one transaction and tells each request how it ended.
-func (l *Ledger) commit(batch []*request) {
-	if len(batch) == 0 {
-		return
-	}
-	err := l.transact(batch)
-	for _, r := range batch {
-		if r.done != nil {
-			r.done <- err
-		}
-	}
-}
-
-func (l *Ledger) transact(batch []*request) error {
-	select {
-	case <-l.failed:
-		return ErrUnknownState
-	default:
-	}
-	batch = slices.DeleteFunc(slices.Clone(batch), func(r *request) bool { return r.apply == nil })
-	if len(batch) == 0 {
-		return nil
-	}
-	tx, err := l.db.Begin(true)
-	if err != nil {
-		return l.fail(err)
-	}
-	defer tx.Rollback() // does nothing after a commit
-	for _, r := range batch {
-		if err := r.apply(tx); err != nil && r.alone {
-			return err
-		} else if err != nil {
-			return l.fail(err) // nothing that shares a transaction may fail but for damage
-		}
-	}
-	if err := tx.Commit(); err != nil {
-		return l.fail(err)
-	}
-	return nil
-}
-
-// fail ends the ledger's life. Only the writer calls it, once.
-func (l *Ledger) fail(err error) error {
-	close(l.failed)
-	return fmt.Errorf("%w: %w", ErrUnknownState, err)
 }
 
 func wrap(err *error, doing string) {

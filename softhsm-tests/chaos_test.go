@@ -298,7 +298,7 @@ func TestChaos(t *testing.T) {
 	s.checkAgainst(o.asked, 2000)
 	events := 0
 	for _, e := range s.events() {
-		if e.Type == "TokenUnavailable" {
+		if e.Type == "DeviceUnavailable" {
 			events++
 		}
 	}

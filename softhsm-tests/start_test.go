@@ -49,7 +49,7 @@ func TestRefusesToStart(t *testing.T) {
 		{"no module", func(t *testing.T, s *system) { s.edit("countersign.toml", softHSM, "/nowhere.so") }, []string{"/nowhere.so"}},
 		{"the token is another", func(t *testing.T, s *system) {
 			s.token(func(m *pkcs11.Ctx, h pkcs11.SessionHandle) { deleteAll(t, m, h, "") })
-		}, []string{"noise/1", "right token"}},
+		}, []string{"audit-log/1", "right token"}},
 		{"a second object with a key's label", func(t *testing.T, s *system) {
 			s.token(func(m *pkcs11.Ctx, h pkcs11.SessionHandle) { generate(t, m, h, "countersign/noise/1") })
 		}, []string{"noise/1", "more than one object", "pkcs11-tool"}},
@@ -184,12 +184,12 @@ func (s *system) token(use func(*pkcs11.Ctx, pkcs11.SessionHandle)) {
 	use(m, h)
 }
 
-// deleteAll destroys all objects, or the public keys only.
+// deleteAll destroys all objects, or the public half of the Noise key only.
 func deleteAll(t *testing.T, m *pkcs11.Ctx, h pkcs11.SessionHandle, which string) {
 	t.Helper()
 	var template []*pkcs11.Attribute
 	if which == "public" {
-		template = append(template, pkcs11.NewAttribute(pkcs11.CKA_CLASS, pkcs11.CKO_PUBLIC_KEY))
+		template = append(template, pkcs11.NewAttribute(pkcs11.CKA_CLASS, pkcs11.CKO_PUBLIC_KEY), pkcs11.NewAttribute(pkcs11.CKA_LABEL, "countersign/noise/1"))
 	}
 	if err := m.FindObjectsInit(h, template); err != nil {
 		t.Fatal(err)

@@ -118,7 +118,7 @@ func TestTPMStateChanged(t *testing.T) {
 	}
 	unavailable := func() (n int) {
 		for _, ev := range s.events() {
-			if ev.Type == "TokenUnavailable" {
+			if ev.Type == "DeviceUnavailable" {
 				n++
 				if !strings.Contains(ev.Metadata["cause"], "PCR 11") {
 					t.Errorf("the event does not explain itself: %v", ev.Metadata)

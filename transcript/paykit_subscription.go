@@ -76,6 +76,7 @@ func paykitSubscription(d *Document) error {
 	if err := s.check(); err != nil {
 		return err
 	}
+	d.Payment = &Payment{Amount: s.Terms.Amount, Currency: s.Terms.Currency, Method: s.Terms.Method}
 	d.Canonical = s.canonical(d.Request)
 	sum := sha256.Sum256(d.Canonical)
 	d.Message = sum[:]

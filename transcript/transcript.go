@@ -52,10 +52,15 @@ type Document struct {
 	Signers [][]byte
 	// Fields is what policy may look at: strings and whole numbers.
 	Fields map[string]any
+	// Payment is what a receipt is about, where the document moves money.
+	Payment *Payment
 	// Unbound marks a type whose signed bytes do not contain the envelope: a verifier can't tell a replay from a second
 	// signature, so such a document can be signed but not verified here.
 	Unbound bool
 }
+
+// Payment is an amount as the document writes it, and how it is paid.
+type Payment struct{ Amount, Currency, Method string }
 
 // types is the table of all transcripts. Adding one is a new file and a line here.
 var types = map[string]func(*Document) error{

@@ -30,6 +30,7 @@ const (
 	OpKeys   = "keys"
 	OpSign   = "sign"
 	OpVerify = "verify"
+	OpProof  = "proof"
 )
 
 // The codes of an error answer. They are stable: programs decide by them.
@@ -97,6 +98,13 @@ type Verify struct {
 	Document
 }
 
+// Proof asks for the proof that an event is in the audit log. A peer can have that of its own events.
+type Proof struct {
+	ID    string `json:"id"`
+	Op    string `json:"op"`
+	Event uint64 `json:"event"`
+}
+
 // KeyName returns Key, or "" where it is not given.
 func (v *Verify) KeyName() string {
 	if v.Key == nil {
@@ -139,6 +147,26 @@ type Signed struct {
 	ExpiresAt int64   `json:"expires_at"`
 	Event     uint64  `json:"event"`
 	Repeated  bool    `json:"repeated"`
+	// Receipt is there where the document is a payment.
+	Receipt *Receipt `json:"receipt,omitempty"`
+}
+
+// Receipt names the record that the appliance keeps of a payment. It has the amount as a commitment only: SHA-256 of
+// "countersign-receipt-v1", a zero byte, the salt, the amount, a space, and the currency. The salt is with the peer alone.
+type Receipt struct {
+	ID   Bytes `json:"id"`
+	Salt Bytes `json:"salt"`
+}
+
+// Proven answers Proof: the event as it is in the log, its place in its epoch's tree, the path to the root (RFC 6962 section
+// 2.1.1), and a signed checkpoint (C2SP tlog-checkpoint) of that tree.
+type Proven struct {
+	Event      uint64    `json:"event"`
+	Epoch      uint32    `json:"epoch"`
+	Index      uint64    `json:"index"`
+	Leaf       Bytes     `json:"leaf"`
+	Path       []Bytes32 `json:"path"`
+	Checkpoint string    `json:"checkpoint"`
 }
 
 // Verified answers Verify; Valid is always true, since every other outcome is an error with its code.
@@ -168,9 +196,10 @@ var required = map[string][]string{
 	OpKeys:   {},
 	OpSign:   {"key", "type", "payload", "nonce", "timestamp", "expires_at"},
 	OpVerify: {"type", "payload", "nonce", "timestamp", "expires_at", "signature", "public_key"},
+	OpProof:  {"event"},
 }
 
-// Parse reads a request strictly. It returns a *Ping, *Keys, *Sign or *Verify. The error is an *Error; the id is given
+// Parse reads a request strictly. It returns a *Ping, *Keys, *Sign, *Verify or *Proof. The error is an *Error; the id is given
 // back with it whenever the document was sound enough to have one.
 func Parse(b []byte) (id string, request any, err error) {
 	if len(b) > MaxDocument {
@@ -196,8 +225,10 @@ func Parse(b []byte) (id string, request any, err error) {
 		request = new(Sign)
 	case OpVerify:
 		request = new(Verify)
+	case OpProof:
+		request = new(Proof)
 	default:
-		return id, nil, refuse(CodeUnsupported, "unknown op: this appliance knows ping, keys, sign, verify")
+		return id, nil, refuse(CodeUnsupported, "unknown op: this appliance knows ping, keys, sign, verify, proof")
 	}
 	if err := document.Into(request, required[op]...); err != nil {
 		return id, nil, refuse(CodeMalformed, "%v", err)

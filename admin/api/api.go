@@ -8,6 +8,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
+	"io/fs"
 	"net"
 	"net/http"
 	"net/url"
@@ -76,6 +77,67 @@ type Rollback struct {
 // AcceptRollback lets the ledger admit again.
 type AcceptRollback struct {
 	Reason string `json:"reason"`
+}
+
+// Log names the audit log.
+type Log struct {
+	Epoch       uint32 `json:"epoch"`
+	VerifierKey string `json:"verifier_key"` // of that epoch, in the form of C2SP signed-note
+}
+
+// Epoch is a part of the audit log with a tree of its own. Times are Unix seconds, 0 where there is none.
+type Epoch struct {
+	Epoch      uint32 `json:"epoch"`
+	First      uint64 `json:"first"` // number of its first event
+	Size       uint64 `json:"size"`  // events
+	Begun      int64  `json:"begun"`
+	Ended      int64  `json:"ended"`
+	Due        int64  `json:"due"`     // when retention may drop it
+	Dropped    int64  `json:"dropped"` // when it did
+	Hold       string `json:"hold,omitempty"`
+	Checkpoint uint64 `json:"checkpoint"` // events that the newest signed checkpoint covers
+}
+
+// Retention says what retention has done and will do.
+type Retention struct {
+	Epochs         []Epoch `json:"epochs"`
+	ReceiptsBefore int64   `json:"receipts_before"` // receipts of before are dropped
+}
+
+// Hold sets or releases a legal hold.
+type Hold struct {
+	Reason string `json:"reason"`
+}
+
+// Receipt is the minimal record of a signed payment.
+type Receipt struct {
+	ID         string `json:"id"`
+	TimeMS     int64  `json:"time_ms"`
+	Commitment string `json:"commitment"` // hex
+	Method     string `json:"method"`
+	Status     string `json:"status"`
+	Event      uint64 `json:"event"`
+}
+
+// Ledger says how large the ledger is, in bytes where nothing else is said.
+type Ledger struct {
+	FileSize    int64  `json:"file_size"`
+	FreeBytes   int64  `json:"free_bytes"`
+	Events      uint64 `json:"events"`
+	FirstEvent  uint64 `json:"first_event"`
+	Epochs      int    `json:"epochs"`
+	Nonces      int    `json:"nonces"`
+	MaxNonces   int    `json:"max_nonces"`
+	Time        int64  `json:"time"`         // of the ledger, Unix seconds
+	BehindClock int64  `json:"behind_clock"` // seconds that it is behind the system's clock
+	Trouble     string `json:"trouble,omitempty"`
+}
+
+// Compacted says what a compaction has done.
+type Compacted struct {
+	Before int64 `json:"before"`
+	After  int64 `json:"after"`
+	TookMS int64 `json:"took_ms"` // for which nothing was admitted
 }
 
 // Error is a refusal: invalid, exists, not_found or unavailable.
@@ -149,6 +211,77 @@ func (c *Client) RemovePeer(ctx context.Context, name string) error {
 func (c *Client) Events(ctx context.Context, from uint64, limit int) (events []Event, err error) {
 	q := url.Values{"from": {strconv.FormatUint(from, 10)}, "limit": {strconv.Itoa(limit)}}
 	return events, c.do(ctx, http.MethodGet, "/v1/events?"+q.Encode(), nil, &events)
+}
+
+// Log names the audit log.
+func (c *Client) Log(ctx context.Context) (l Log, err error) {
+	return l, c.do(ctx, http.MethodGet, "/v1/log", nil, &l)
+}
+
+// EndEpoch ends the present epoch of the audit log; it returns the next one.
+func (c *Client) EndEpoch(ctx context.Context) (l Log, err error) {
+	return l, c.do(ctx, http.MethodPost, "/v1/log/epochs", nil, &l)
+}
+
+// ReadFile gets a file of the audit log's static form: it makes the client an audit.Source.
+func (c *Client) ReadFile(ctx context.Context, name string) ([]byte, error) {
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://countersign/"+name, nil)
+	if err != nil {
+		return nil, err
+	}
+	resp, err := c.http.Do(req)
+	if err != nil {
+		return nil, err
+	}
+	defer resp.Body.Close()
+	b, err := io.ReadAll(resp.Body)
+	switch {
+	case err != nil:
+		return nil, err
+	case resp.StatusCode == http.StatusNotFound:
+		return nil, fmt.Errorf("%s: %w", name, fs.ErrNotExist)
+	case resp.StatusCode != http.StatusOK:
+		return nil, fmt.Errorf("%s: the admin API answers %s", name, resp.Status)
+	}
+	return b, nil
+}
+
+func (c *Client) Retention(ctx context.Context) (r Retention, err error) {
+	return r, c.do(ctx, http.MethodGet, "/v1/retention", nil, &r)
+}
+
+// Hold keeps an epoch from being dropped; Release lets it go its way again.
+func (c *Client) Hold(ctx context.Context, epoch uint32, reason string) error {
+	return c.do(ctx, http.MethodPost, fmt.Sprintf("/v1/log/epochs/%d/hold", epoch), Hold{reason}, nil)
+}
+
+func (c *Client) Release(ctx context.Context, epoch uint32, reason string) error {
+	return c.do(ctx, http.MethodPost, fmt.Sprintf("/v1/log/epochs/%d/release", epoch), Hold{reason}, nil)
+}
+
+func (c *Client) Receipt(ctx context.Context, id string) (r Receipt, err error) {
+	return r, c.do(ctx, http.MethodGet, "/v1/receipts/"+url.PathEscape(id), nil, &r)
+}
+
+// Receipts returns at most limit receipts from a time up to before another (0: no end), both in Unix milliseconds. Where there
+// were more, the next ones come from the last one's time on, after its id.
+func (c *Client) Receipts(ctx context.Context, from, to int64, after string, limit int) (found []Receipt, err error) {
+	q := url.Values{"from": {strconv.FormatInt(from, 10)}, "to": {strconv.FormatInt(to, 10)}, "after": {after}, "limit": {strconv.Itoa(limit)}}
+	return found, c.do(ctx, http.MethodGet, "/v1/receipts?"+q.Encode(), nil, &found)
+}
+
+func (c *Client) Ledger(ctx context.Context) (l Ledger, err error) {
+	return l, c.do(ctx, http.MethodGet, "/v1/ledger", nil, &l)
+}
+
+// Compact gives the ledger's free space back. Nothing is admitted meanwhile.
+func (c *Client) Compact(ctx context.Context) (done Compacted, err error) {
+	return done, c.do(ctx, http.MethodPost, "/v1/ledger/compact", nil, &done)
+}
+
+// AcceptTime brings the ledger's time forward to the system's clock.
+func (c *Client) AcceptTime(ctx context.Context) error {
+	return c.do(ctx, http.MethodPost, "/v1/ledger/accept-time", nil, nil)
 }
 
 func (c *Client) do(ctx context.Context, method, path string, body, result any) error {

@@ -56,7 +56,7 @@ func run(ctx context.Context, args []string, stdin io.Reader, stdout, stderr io.
 	root.SetIn(stdin)
 	root.SetOut(stdout)
 	root.SetErr(stderr)
-	root.AddCommand(t.keygen(), t.ping(), t.keys(), t.sign(), t.verify(), t.transcript(), t.admin())
+	root.AddCommand(t.keygen(), t.ping(), t.keys(), t.sign(), t.verify(), t.proof(), t.transcript(), t.audit(), t.admin())
 
 	called, err := root.ExecuteContextC(ctx)
 	if err == nil {
@@ -83,6 +83,8 @@ func classify(err error) (code string, status int) {
 		return "usage", 2
 	case errors.Is(err, client.ErrUnknownOutcome): // before the refusal that it may wrap: it must not be tried again
 		return "unknown_outcome", 1
+	case errors.Is(err, client.ErrUnproven):
+		return "unproven", 1
 	case errors.As(err, &refusal):
 		if refusal.Code == "unavailable" || refusal.Code == "busy" || refusal.Code == "rate_limited" {
 			return refusal.Code, 3
@@ -109,7 +111,7 @@ func classify(err error) (code string, status int) {
 func message(err error) string {
 	text := strings.Join(strings.Fields(err.Error()), " ")
 	var refusal *client.Error
-	if errors.As(err, &refusal) {
+	if errors.As(err, &refusal) && !errors.Is(err, client.ErrUnproven) {
 		text = refusal.Message
 	}
 	var adminRefusal *api.Error

@@ -19,6 +19,15 @@ type socketError struct{ error }
 
 func (s socketError) Unwrap() error { return s.error }
 
+// apiCall is what a command does with the admin API, and maker makes the command.
+type (
+	apiCall func(ctx context.Context, c *api.Client, args []string) error
+	maker   func(use, short string, args cobra.PositionalArgs, do apiCall) *cobra.Command
+)
+
+// longTime bounds the acts that may take long: a compaction, an export.
+const longTime = 24 * time.Hour
+
 func (t *tool) admin() *cobra.Command {
 	var socket string
 	c := group("admin", "Manage an appliance over its admin socket")
@@ -29,9 +38,13 @@ func (t *tool) admin() *cobra.Command {
 	c.PersistentFlags().StringVar(&socket, "socket", path, "the admin socket (or COUNTERSIGN_SOCKET)")
 
 	// act makes a command that calls the API.
-	act := func(use, short string, args cobra.PositionalArgs, do func(ctx context.Context, c *api.Client, args []string) error) *cobra.Command {
+	act := func(use, short string, args cobra.PositionalArgs, do apiCall) *cobra.Command {
 		return command(use, short, args, func(cmd *cobra.Command, args []string) error {
-			ctx, cancel := context.WithTimeout(cmd.Context(), time.Minute)
+			wait := time.Minute
+			if cmd.Annotations["long"] != "" {
+				wait = longTime
+			}
+			ctx, cancel := context.WithTimeout(cmd.Context(), wait)
 			defer cancel()
 			if _, err := os.Stat(socket); err != nil {
 				return socketError{fmt.Errorf("no appliance is running there: %w", err)}
@@ -165,7 +178,23 @@ func (t *tool) admin() *cobra.Command {
 	})
 	list.Flags().Uint64Var(&from, "from", 0, "the first index")
 	list.Flags().IntVar(&limit, "limit", 100, "how many at the most, up to 1000")
-	audit := group("audit", "Read the audit log", list)
+	audit := group("audit", "Read the audit log, and give it to others", list,
+		act("key", "Print the log's verifier key, for countersign audit verify and other tools", cobra.NoArgs, func(ctx context.Context, c *api.Client, _ []string) error {
+			l, err := c.Log(ctx)
+			if err != nil {
+				return err
+			}
+			return t.print(l, func(w io.Writer) { fmt.Fprintln(w, l.VerifierKey) })
+		}),
+		t.export(&socket),
+		act("end-epoch", "End the present epoch of the log now, and begin the next one", cobra.NoArgs, func(ctx context.Context, c *api.Client, _ []string) error {
+			l, err := c.EndEpoch(ctx)
+			if err != nil {
+				return err
+			}
+			return t.print(l, func(w io.Writer) { fmt.Fprintf(w, "epoch\t%d has begun\nverifier key\t%s\n", l.Epoch, l.VerifierKey) })
+		}),
+	)
 
 	var reason string
 	accept := act("accept", "Let the ledger admit again as it is, although it is older than its counter", cobra.NoArgs, func(ctx context.Context, c *api.Client, _ []string) error {
@@ -201,7 +230,7 @@ func (t *tool) admin() *cobra.Command {
 		}
 		return t.print(k, func(w io.Writer) { fmt.Fprintln(w, k.PublicKey) })
 	})
-	c.AddCommand(key, peer, tokens, rollback, audit, noiseKey)
+	c.AddCommand(key, peer, tokens, rollback, audit, noiseKey, t.retention(act), t.receipts(act), t.ledger(act))
 	return c
 }
 

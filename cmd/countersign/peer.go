@@ -11,8 +11,10 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"strconv"
 	"time"
 
+	"countersign/audit"
 	"countersign/client"
 	"countersign/ijson"
 	"countersign/transcript"
@@ -22,8 +24,8 @@ import (
 
 // server has the flags of every command that talks to the listener. Each has an environment variable for its default.
 type server struct {
-	address, key, identity string
-	timeout                time.Duration
+	address, key, identity, logKey string
+	timeout                        time.Duration
 }
 
 func (s *server) flags(c *cobra.Command) {
@@ -31,6 +33,7 @@ func (s *server) flags(c *cobra.Command) {
 	f.StringVar(&s.address, "server", os.Getenv("COUNTERSIGN_SERVER"), "the appliance's listener, HOST:PORT (or COUNTERSIGN_SERVER)")
 	f.StringVar(&s.key, "server-key", os.Getenv("COUNTERSIGN_SERVER_KEY"), "the listener's public key, 64 hex digits (or COUNTERSIGN_SERVER_KEY)")
 	f.StringVar(&s.identity, "identity", os.Getenv("COUNTERSIGN_IDENTITY"), "this peer's identity file, from keygen (or COUNTERSIGN_IDENTITY)")
+	f.StringVar(&s.logKey, "log-key", os.Getenv("COUNTERSIGN_LOG_KEY"), "the audit log's verifier key: refuse what is not proven to be in the log (or COUNTERSIGN_LOG_KEY)")
 	f.DurationVar(&s.timeout, "timeout", 15*time.Second, "how long to wait in all")
 }
 
@@ -46,7 +49,7 @@ func (s *server) config() (client.Config, error) {
 		return client.Config{}, usageError{fmt.Errorf("--server-key: %w", err)}
 	}
 	id, err := client.ReadIdentity(s.identity)
-	return client.Config{Address: s.address, ServerKey: key, Identity: id}, err
+	return client.Config{Address: s.address, ServerKey: key, Identity: id, LogKey: s.logKey}, err
 }
 
 // with connects and calls use.
@@ -206,6 +209,9 @@ func (t *tool) sign() *cobra.Command {
 				fmt.Fprintf(w, "nonce\t%s\n", b64(signed.Nonce[:]))
 				fmt.Fprintf(w, "valid\t%s to %s\n", time.Unix(signed.Timestamp, 0).UTC().Format(time.RFC3339), time.Unix(signed.ExpiresAt, 0).UTC().Format(time.RFC3339))
 				fmt.Fprintf(w, "event\t%d\n", signed.Event)
+				if signed.Receipt != nil {
+					fmt.Fprintf(w, "receipt\t%x, salt %x\n", signed.Receipt.ID, signed.Receipt.Salt)
+				}
 				if signed.Repeated {
 					fmt.Fprintf(w, "repeated\tthis request had been admitted before\n")
 				}
@@ -273,6 +279,43 @@ func (t *tool) verify() *cobra.Command {
 		"prints. A document is good once; the second time it is a replay."
 	s.flags(c)
 	c.Flags().StringVar(&key, "key", "", "the signature must be by this key of the appliance (default: by any key that the document allows)")
+	return c
+}
+
+func (t *tool) proof() *cobra.Command {
+	var s server
+	c := command("proof EVENT", "Get the proof that one of your events is in the appliance's audit log", cobra.ExactArgs(1), func(cmd *cobra.Command, args []string) error {
+		event, err := strconv.ParseUint(args[0], 10, 64)
+		if err != nil {
+			return usageError{fmt.Errorf("%q is not the number of an event", args[0])}
+		}
+		return s.with(cmd.Context(), func(ctx context.Context, c *client.Client) error {
+			p, err := c.Proof(ctx, event)
+			if err != nil {
+				return err
+			}
+			checked := "no: without --log-key it can't be"
+			if s.logKey != "" {
+				log, err := audit.ParseVerifierKey(s.logKey)
+				if err != nil {
+					return err
+				}
+				if _, _, err := log.Check(p); err != nil {
+					return fmt.Errorf("%w: %w", client.ErrUnproven, err)
+				}
+				checked = "yes"
+			}
+			out := map[string]any{"event": p.Event, "index": p.Index, "leaf": p.Leaf, "path": p.Path, "checkpoint": string(p.Checkpoint), "checked": s.logKey != ""}
+			return t.print(out, func(w io.Writer) {
+				fmt.Fprintf(w, "event\t%d, leaf %d of its epoch\nleaf\t%s\n", p.Event, p.Index, p.Leaf)
+				for _, h := range p.Path {
+					fmt.Fprintf(w, "path\t%s\n", h)
+				}
+				fmt.Fprintf(w, "checked\t%s\n\n%s", checked, p.Checkpoint)
+			})
+		})
+	})
+	s.flags(c)
 	return c
 }
 

@@ -17,7 +17,7 @@ import (
 )
 
 // check opens everything that serve would, changes nothing, and says what it found, a line a part. While a daemon runs, the ledger is its own; the rest is checked all the same.
-func check(ctx context.Context, path string, c Config, stdout io.Writer) error {
+func check(ctx context.Context, path string, c Config, deep bool, stdout, stderr io.Writer) error {
 	say := func(part, format string, args ...any) {
 		fmt.Fprintf(stdout, "%-8s %s\n", part, fmt.Sprintf(format, args...))
 	}
@@ -58,7 +58,20 @@ func check(ctx context.Context, path string, c Config, stdout io.Writer) error {
 			}
 		}
 	}
-	l, err := ledger.Open(c.Ledger)
+	if deep {
+		err := ledger.Check(c.Ledger, c.ledger(), func(done, all uint64) {
+			if done%65536 == 0 {
+				fmt.Fprintf(stderr, "ledger: %d of %d events\n", done, all)
+			}
+		})
+		if errors.Is(err, ledger.ErrInUse) {
+			return fmt.Errorf("%s: %w: --deep needs it for itself", c.Ledger, err)
+		} else if err != nil {
+			return fmt.Errorf("%s: %w", c.Ledger, err)
+		}
+		say("ledger", "ok: every page, event and hash was read")
+	}
+	l, err := ledger.Open(c.Ledger, c.ledger())
 	if errors.Is(err, ledger.ErrInUse) {
 		say("ledger", "in use: a daemon is running; the ledger and its keys are not checked")
 		return errors.Join(lacking...)
@@ -67,7 +80,7 @@ func check(ctx context.Context, path string, c Config, stdout io.Writer) error {
 	}
 	defer l.Close()
 	say("ledger", "ok: %s", c.Ledger)
-	app, err := appliance.New(ctx, c.limits(), l, c.anchor(), tokens, rules, log)
+	app, err := appliance.New(ctx, c.limits(), l, c.anchor(), c.retention(), tokens, rules, log)
 	if err != nil {
 		return err
 	}

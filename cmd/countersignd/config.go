@@ -15,6 +15,7 @@ import (
 	"countersign/appliance"
 	"countersign/hsm"
 	"countersign/keystore"
+	"countersign/ledger"
 	"countersign/tpm"
 
 	"github.com/pelletier/go-toml/v2"
@@ -65,8 +66,26 @@ type Config struct {
 	// RollbackAdmissions makes it rise sooner, but not more often than each 5 minutes. Default: 10000.
 	RollbackAdmissions int `toml:"rollback_admissions"`
 
+	// Retention says how long what is kept.
+	Retention Retention `toml:"retention"`
+
 	// Limits bounds what peers can cost.
 	Limits Limits `toml:"limits"`
+}
+
+// Retention says how long what is kept. What is over goes by itself; countersign admin retention preview says what and when.
+type Retention struct {
+	// Epoch is after how long the audit log begins a new tree: month, day or hour, by the calendar in UTC. Default: month. Whole
+	// epochs are dropped.
+	Epoch string `toml:"epoch"`
+	// AuditDays is how long after its end an epoch of the audit log is kept. Default: 2557, seven years. Danger: what is
+	// dropped can't be shown any more; its final checkpoint stays.
+	AuditDays int `toml:"audit_days"`
+	// ReceiptDays is how long receipts are kept. Default: 2557, seven years.
+	ReceiptDays int `toml:"receipt_days"`
+	// Nonces is how long a spent nonce is kept after its document has expired. Default: 24h. A nonce is never forgotten before
+	// its document has expired.
+	Nonces Duration `toml:"nonces"`
 }
 
 // Token names a PKCS#11 token and says how it is used.
@@ -157,6 +176,11 @@ type Limits struct {
 	// MaxLifetime of a document, expires_at - timestamp. Default: 168h (7 days, what Paykit's signers use). Danger: a
 	// nonce is kept until its document has expired, so this bounds how much the ledger has to keep.
 	MaxLifetime Duration `toml:"max_lifetime"`
+	// Nonces is how many spent nonces may be alive at once; beyond that requests are refused as busy. Default: 20000000. Each
+	// takes some 40 bytes of the daemon's memory.
+	Nonces int `toml:"nonces"`
+	// ClockTolerance is how far the system's clock may be behind the ledger's time before nothing is admitted. Default: 2m.
+	ClockTolerance Duration `toml:"clock_tolerance"`
 }
 
 // Duration is a time.Duration that TOML writes like "10s".
@@ -173,9 +197,10 @@ func (d *Duration) UnmarshalText(text []byte) error {
 func defaults() Config {
 	return Config{
 		LogLevel: "info", RollbackInterval: Duration(time.Hour), RollbackAdmissions: 10_000,
-		Tokens: map[string]*Token{},
+		Tokens:    map[string]*Token{},
+		Retention: Retention{Epoch: string(appliance.Month), AuditDays: 2557, ReceiptDays: 2557, Nonces: Duration(24 * time.Hour)},
 		Limits: Limits{
-			Connections: 1024, InFlight: 64,
+			Connections: 1024, InFlight: 64, Nonces: 20_000_000, ClockTolerance: Duration(2 * time.Minute),
 			HandshakeTimeout: Duration(10 * time.Second), IdleTimeout: Duration(5 * time.Minute), WriteTimeout: Duration(10 * time.Second),
 			RequestTimeout: Duration(15 * time.Second), ClockSkew: Duration(30 * time.Second), MaxLifetime: Duration(7 * 24 * time.Hour),
 		},
@@ -250,6 +275,9 @@ func (c *Config) check() error {
 		{"limits.connections", c.Limits.Connections, 100_000},
 		{"limits.in_flight", c.Limits.InFlight, 10_000},
 		{"rollback_admissions", c.RollbackAdmissions, 1_000_000_000},
+		{"limits.nonces", c.Limits.Nonces, 1_000_000_000},
+		{"retention.audit_days", c.Retention.AuditDays, 36_525},
+		{"retention.receipt_days", c.Retention.ReceiptDays, 36_525},
 	} {
 		if n.value < 1 || n.value > n.most {
 			return fmt.Errorf("%s must be 1 to %d", n.field, n.most)
@@ -267,10 +295,15 @@ func (c *Config) check() error {
 		{"limits.request_timeout", c.Limits.RequestTimeout, 100 * time.Millisecond, 5 * time.Minute},
 		{"limits.clock_skew", c.Limits.ClockSkew, 0, time.Hour},
 		{"limits.max_lifetime", c.Limits.MaxLifetime, time.Second, 366 * 24 * time.Hour},
+		{"limits.clock_tolerance", c.Limits.ClockTolerance, time.Second, 30 * time.Minute},
+		{"retention.nonces", c.Retention.Nonces, time.Hour, 366 * 24 * time.Hour},
 	} {
 		if v := time.Duration(d.value); v < d.least || v > d.most {
 			return fmt.Errorf("%s must be %v to %v", d.field, d.least, d.most)
 		}
+	}
+	if p := appliance.Period(c.Retention.Epoch); p != appliance.Month && p != appliance.Day && p != appliance.Hour {
+		return fmt.Errorf("retention.epoch: %q is none of month, day, hour", c.Retention.Epoch)
 	}
 	return c.checkTokens()
 }
@@ -368,6 +401,15 @@ func (t *Token) tpm() tpm.Config {
 
 func (c *Config) anchor() appliance.Anchor {
 	return appliance.Anchor{Token: c.RollbackToken, Interval: c.RollbackInterval.std(), Admissions: uint64(c.RollbackAdmissions)}
+}
+
+func (c *Config) retention() appliance.Retention {
+	day := 24 * time.Hour
+	return appliance.Retention{Epoch: appliance.Period(c.Retention.Epoch), Audit: time.Duration(c.Retention.AuditDays) * day, Receipts: time.Duration(c.Retention.ReceiptDays) * day}
+}
+
+func (c *Config) ledger() ledger.Options {
+	return ledger.Options{Margin: c.Retention.Nonces.std(), MaxLifetime: c.Limits.MaxLifetime.std(), MaxNonces: c.Limits.Nonces, ClockTolerance: c.Limits.ClockTolerance.std()}
 }
 
 func (c *Config) limits() appliance.Limits {

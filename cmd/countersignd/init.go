@@ -55,7 +55,7 @@ func initialise(ctx context.Context, c Config, newToken bool, soPINFile string, 
 	if err := makeFolder(filepath.Dir(c.Ledger)); err != nil {
 		return fmt.Errorf("ledger: %w", err)
 	}
-	switch err := ledger.Create(c.Ledger); {
+	switch err := ledger.Create(c.Ledger, c.ledger()); {
 	case err == nil:
 		fmt.Fprintf(stderr, "created the ledger %s\n", c.Ledger)
 	case !errors.Is(err, ledger.ErrExists):
@@ -71,6 +71,14 @@ func initialise(ctx context.Context, c Config, newToken bool, soPINFile string, 
 	}
 	operator := audit.Operator(fmt.Sprintf("uid:%d", os.Getuid()))
 	if err := p.app.BindLedger(ctx, operator); err != nil {
+		return err
+	}
+	if _, err := p.app.LogKey(); errors.Is(err, appliance.ErrNotFound) {
+		if _, err := p.app.CreateLogKey(ctx, operator, c.NoiseToken); err != nil {
+			return err
+		}
+		fmt.Fprintf(stderr, "created the audit log's key in the token\n")
+	} else if err != nil {
 		return err
 	}
 	key, err := p.app.NoiseKey()

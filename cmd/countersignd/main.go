@@ -74,16 +74,22 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 			return err
 		},
 	}
+	var deep bool
 	checkCmd := &cobra.Command{
 		Use:   "check",
 		Short: "Say whether serve would start: configuration, policy, token, ledger, keys",
 		Args:  cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			ctx, cancel := context.WithTimeout(cmd.Context(), startTime)
-			defer cancel()
-			return withConfig(configPath, func(c Config) error { return check(ctx, configPath, c, stdout) })
+			ctx := cmd.Context()
+			if !deep {
+				var cancel context.CancelFunc
+				ctx, cancel = context.WithTimeout(ctx, startTime)
+				defer cancel()
+			}
+			return withConfig(configPath, func(c Config) error { return check(ctx, configPath, c, deep, stdout, stderr) })
 		},
 	}
+	checkCmd.Flags().BoolVar(&deep, "deep", false, "read the whole ledger: each page, each event against its hash, each tree against its root")
 	workerCmd := &cobra.Command{
 		Use: workerCommand, Hidden: true, Args: cobra.ExactArgs(1), // the token's name, for whoever looks at the processes
 		RunE: func(*cobra.Command, []string) error { return keyWorker() },
@@ -161,7 +167,7 @@ func open(ctx context.Context, c Config, log *slog.Logger) (p parts, err error) 
 	if err != nil {
 		return p, err
 	}
-	if p.ledger, err = ledger.Open(c.Ledger); err != nil {
+	if p.ledger, err = ledger.Open(c.Ledger, c.ledger()); err != nil {
 		return p, fmt.Errorf("%s: %w", c.Ledger, err)
 	}
 	// A token can change before there is an appliance to write that down: then it is written down when there is one.
@@ -180,7 +186,7 @@ func open(ctx context.Context, c Config, log *slog.Logger) (p parts, err error) 
 	if p.tokens, err = openTokens(ctx, c, log, changed); err != nil {
 		return p, err
 	}
-	if p.app, err = appliance.New(ctx, c.limits(), p.ledger, c.anchor(), p.tokens, rules, log); err != nil {
+	if p.app, err = appliance.New(ctx, c.limits(), p.ledger, c.anchor(), c.retention(), p.tokens, rules, log); err != nil {
 		return p, err
 	}
 	changing.Lock()

@@ -1,0 +1,283 @@
+package appliance
+
+import (
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io/fs"
+	"strconv"
+	"strings"
+	"time"
+
+	"countersign/audit"
+	"countersign/keystore"
+	"countersign/ledger"
+	"countersign/wire"
+)
+
+// checkpointEvery is how often a checkpoint is signed while there are new events.
+const checkpointEvery = 2 * time.Second
+
+// Log names the audit log by the key of its checkpoints, and says which epoch is the present one.
+func (a *Appliance) Log() (audit.Log, uint32, error) {
+	key, err := a.LogKey()
+	if err != nil {
+		return audit.Log{}, 0, err
+	}
+	log, err := audit.NewLog(key.Info().PublicKey)
+	epoch, _, _ := a.ledger.Head()
+	return log, epoch, err
+}
+
+// checkpoint returns a signed checkpoint of an epoch that has at least so many events. Who asks while one is being signed waits
+// for that.
+func (a *Appliance) checkpoint(ctx context.Context, epoch uint32, size uint64) (ledger.Epoch, error) {
+	e, err := a.ledger.Epoch(epoch)
+	if err != nil || e.Signed >= size {
+		return e, err
+	}
+	if err := a.signing.acquire(ctx); err != nil {
+		return e, err
+	}
+	defer a.signing.release()
+	if e, err = a.ledger.Epoch(epoch); err != nil || e.Signed >= size {
+		return e, err
+	}
+	head := audit.Checkpoint{Epoch: epoch, Size: e.Size}
+	if e.Ended != 0 {
+		copy(head.Root[:], e.Root)
+	} else {
+		now, _, tree := a.ledger.Head()
+		if now != epoch {
+			return e, fmt.Errorf("%w: the epoch has just ended", keystore.ErrUnavailable)
+		}
+		head.Size = tree.Size
+		if head.Root, err = tree.Root(); err != nil {
+			return e, err
+		}
+	}
+	key, err := a.LogKey()
+	if err != nil {
+		return e, err
+	}
+	log, err := audit.NewLog(key.Info().PublicKey)
+	if err != nil {
+		return e, err
+	}
+	text, err := log.Sign(head, func(message []byte) ([]byte, error) {
+		return key.Sign(ctx, message, func(signature []byte) bool { return key.verify(message, signature) == nil })
+	})
+	if err != nil {
+		return e, fmt.Errorf("sign the checkpoint of %d events: %w", head.Size, err)
+	}
+	// What the tree says is on disk already; the checkpoint is too before anybody sees it.
+	if err := a.ledger.SetCheckpoint(ctx, epoch, head.Size, text); err != nil {
+		return e, err
+	}
+	return a.ledger.Epoch(epoch)
+}
+
+// Proof shows a peer that one of its events is in the log.
+func (a *Appliance) Proof(ctx context.Context, who Peer, event uint64) (*wire.Proven, error) {
+	none := fmt.Errorf("%w: event %d is not one of yours", errNotYours, event)
+	e, err := a.ledger.EpochOf(event)
+	if errors.Is(err, ledger.ErrNotFound) {
+		return nil, none
+	} else if err != nil {
+		return nil, err
+	}
+	leaf, err := a.event(event)
+	if errors.Is(err, ledger.ErrNotFound) {
+		return nil, none
+	} else if err != nil {
+		return nil, err
+	}
+	said, err := audit.Decode(leaf)
+	if err != nil {
+		return nil, err
+	}
+	if said.Actor.PublicKey != audit.Peer("", who.PublicKey).PublicKey {
+		return nil, none
+	}
+	index := event - e.First
+	if e, err = a.checkpoint(ctx, e.Number, index+1); err != nil {
+		return nil, err
+	}
+	p := &wire.Proven{Event: event, Epoch: e.Number, Index: index, Leaf: leaf, Path: []wire.Bytes32{}, Checkpoint: e.Checkpoint}
+	return p, a.ledger.Hashes(e.Number, func(stored audit.Reader) error {
+		path, err := audit.Prove(e.Signed, index, stored)
+		for _, h := range path {
+			p.Path = append(p.Path, wire.Bytes32(h))
+		}
+		return err
+	})
+}
+
+// event returns the bytes of one.
+func (a *Appliance) event(index uint64) ([]byte, error) {
+	some, err := a.eventsOf(index, 1)
+	if err != nil {
+		return nil, err
+	}
+	return some[0], nil
+}
+
+// eventsOf returns n events from index first on, or ErrNotFound where one is missing.
+func (a *Appliance) eventsOf(first uint64, n int) (some [][]byte, err error) {
+	err = a.ledger.Events(first, func(index uint64, b []byte) bool {
+		if index == first+uint64(len(some)) {
+			some = append(some, b)
+		}
+		return len(some) < n
+	})
+	if err == nil && len(some) < n {
+		err = fmt.Errorf("event %d: %w", first+uint64(len(some)), ledger.ErrNotFound)
+	}
+	return some, err
+}
+
+// LogFile returns a file of the log's static form (C2SP tlog-tiles): checkpoint, tile/… of the present epoch, and
+// epochs/N/checkpoint, epochs/N/tile/… of any. The error wraps fs.ErrNotExist where there is none.
+func (a *Appliance) LogFile(ctx context.Context, path string) ([]byte, error) {
+	number, _, _ := a.ledger.Head()
+	rest := path
+	if inside, ok := strings.CutPrefix(path, "epochs/"); ok {
+		var text string
+		text, rest, _ = strings.Cut(inside, "/")
+		n, err := strconv.ParseUint(text, 10, 32)
+		if err != nil || text != strconv.FormatUint(n, 10) {
+			return nil, fmt.Errorf("%s: %w", path, fs.ErrNotExist)
+		}
+		number = uint32(n)
+	}
+	e, err := a.ledger.Epoch(number)
+	if errors.Is(err, ledger.ErrNotFound) {
+		return nil, fmt.Errorf("%s: %w", path, fs.ErrNotExist)
+	} else if err != nil {
+		return nil, err
+	}
+	size := e.Size
+	if number, _, tree := a.ledger.Head(); e.Ended == 0 && number == e.Number {
+		size = tree.Size
+	}
+	if rest == "checkpoint" {
+		if newest, err := a.checkpoint(ctx, e.Number, size); err == nil {
+			e = newest
+		} else if e.Signed == 0 {
+			return nil, err
+		}
+		return []byte(e.Checkpoint), nil // of what is there; where none can be signed now, the last one
+	}
+	tile, ok := audit.ParseTile(rest)
+	if !ok || e.Dropping != 0 || !tile.In(size) {
+		return nil, fmt.Errorf("%s: %w", path, fs.ErrNotExist)
+	}
+	if tile.Level >= 0 {
+		var b []byte
+		err := a.ledger.Hashes(e.Number, func(stored audit.Reader) (err error) { b, err = tile.Hashes(stored); return err })
+		return b, err
+	}
+	entries, err := a.eventsOf(e.First+tile.N*audit.TileWidth, tile.Width)
+	if err != nil {
+		return nil, err
+	}
+	var bundle []byte
+	for _, b := range entries {
+		bundle = append(binary.BigEndian.AppendUint16(bundle, uint16(len(b))), b...)
+	}
+	return bundle, nil
+}
+
+// keepLog does until ctx ends what the log needs beside requests: checkpoints, epochs, retention, and the events that say that
+// the disk or the clock is not as it should be.
+func (a *Appliance) keepLog(ctx context.Context) {
+	ticker := time.NewTicker(checkpointEvery)
+	defer ticker.Stop()
+	said := map[string]string{}
+	// once says an error when it begins, not each time.
+	once := func(what string, err error) {
+		if text := fmt.Sprint(err); err == nil {
+			delete(said, what)
+		} else if said[what] != text && ctx.Err() == nil {
+			said[what] = text
+			a.log.Error(what, "err", err)
+		}
+	}
+	var disk, clock bool
+	for {
+		once("the audit log's checkpoint is not signed; it is tried again", a.signLog(ctx))
+		a.refusals.flushDue(ctx, a)
+		a.watch(ctx, &disk, a.ledger.Trouble(), audit.DeviceUnavailable, audit.DeviceRecovered, "ledger")
+		_, _, behind := a.ledger.Clock()
+		a.watch(ctx, &clock, behind, audit.ClockRefused, audit.ClockRecovered, "clock")
+		once("retention could not be applied; it is tried again", a.retain(ctx))
+		select {
+		case <-ctx.Done():
+			return
+		case <-ticker.C:
+		}
+	}
+}
+
+// watch writes down once that something does not serve, and once that it does again.
+func (a *Appliance) watch(ctx context.Context, bad *bool, err error, begins, ends audit.Type, resource string) {
+	if *bad == (err != nil) {
+		return
+	}
+	e := audit.Event{Type: ends, Actor: audit.Daemon(), Action: "serve", Resource: resource, Outcome: "ok"}
+	if err != nil {
+		e.Type, e.Outcome, e.Metadata = begins, wire.CodeUnavailable, map[string]string{"cause": err.Error()}
+		a.log.Error("nothing is admitted", "why", resource, "err", err)
+	} else {
+		a.log.Info("admissions go on", "was", resource)
+	}
+	if a.record(ctx, e) == nil || err != nil { // that it is well again must be in the log
+		*bad = err != nil
+	}
+}
+
+// signLog ends an epoch that is over, and signs what has no checkpoint yet: of ended epochs the final one, first.
+func (a *Appliance) signLog(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, a.limits.RequestTimeout)
+	defer cancel()
+	present, _, tree := a.ledger.Head()
+	e, err := a.ledger.Epoch(present)
+	if err != nil {
+		return err
+	}
+	if tree.Size > 1 && a.retention.over(time.UnixMilli(e.Begun), a.ledger.Time()) {
+		if _, err := a.EndEpoch(ctx, audit.Daemon()); err != nil {
+			return err
+		}
+		present, _, tree = a.ledger.Head()
+	}
+	if present > 0 {
+		if err := a.signEnded(ctx, present); err != nil {
+			return err
+		}
+	}
+	_, err = a.checkpoint(ctx, present, tree.Size)
+	return err
+}
+
+// signEnded signs the final checkpoints that are not signed, which are the newest.
+func (a *Appliance) signEnded(ctx context.Context, present uint32) error {
+	for n := int64(present) - 1; n >= 0; n-- {
+		e, err := a.ledger.Epoch(uint32(n))
+		if err != nil || e.Final() {
+			return err
+		}
+		if _, err := a.checkpoint(ctx, e.Number, e.Size); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// lastCheckpoint covers all events at the end.
+func (a *Appliance) lastCheckpoint(ctx context.Context) {
+	if err := a.signLog(ctx); err != nil { // the next start signs what is there
+		a.log.Error("the last checkpoint is not signed", "err", err)
+	}
+}

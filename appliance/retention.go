@@ -1,0 +1,186 @@
+package appliance
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"strconv"
+	"time"
+
+	"countersign/audit"
+	"countersign/ijson"
+	"countersign/ledger"
+)
+
+// Period is how long an epoch of the audit log lasts, by the calendar in UTC.
+type Period string
+
+const (
+	Hour  Period = "hour"
+	Day   Period = "day"
+	Month Period = "month"
+)
+
+// Retention says how long what is kept. Nonces are kept by the ledger itself: see ledger.Options.
+type Retention struct {
+	Epoch    Period
+	Audit    time.Duration // an epoch is dropped so long after it has ended
+	Receipts time.Duration // a receipt is dropped so long after its time
+}
+
+// over says that an epoch that began then is to end.
+func (r Retention) over(begun, now time.Time) bool {
+	begun, now = begun.UTC(), now.UTC()
+	layout := map[Period]string{Hour: "2006-01-02 15", Day: "2006-01-02", Month: "2006-01"}[r.Epoch]
+	return now.After(begun) && begun.Format(layout) != now.Format(layout)
+}
+
+// Fate is what retention will do with an epoch.
+type Fate struct {
+	ledger.Epoch
+	Due time.Time // when it may be dropped; zero: it has not ended
+}
+
+// Preview says what retention will do: each epoch with its time, and before when receipts are dropped now. It changes nothing.
+func (a *Appliance) Preview() (epochs []Fate, receiptsBefore time.Time, err error) {
+	all, err := a.ledger.Epochs()
+	for _, e := range all {
+		f := Fate{Epoch: e}
+		if e.Ended != 0 {
+			f.Due = time.UnixMilli(e.Ended).Add(a.retention.Audit).UTC()
+		}
+		epochs = append(epochs, f)
+	}
+	return epochs, a.ledger.Time().Add(-a.retention.Receipts).UTC(), err
+}
+
+// receiptsKey is the record of the time before which receipts were dropped last.
+const receiptsKey = "receipts-before"
+
+// retain drops what is due and takes some of what was dropped away. It does little at a time.
+func (a *Appliance) retain(ctx context.Context) error {
+	epochs, before, err := a.Preview()
+	if err != nil {
+		return err
+	}
+	for _, e := range epochs {
+		if e.Dropping != 0 {
+			continue
+		}
+		if e.Due.IsZero() || e.Hold != "" || a.ledger.Time().Before(e.Due) || !e.Final() {
+			break // epochs go in their order
+		}
+		root := audit.Hash(e.Root)
+		event := audit.Event{Type: audit.RetentionApplied, Actor: audit.Daemon(), Action: "retention", Resource: "epoch/" + strconv.FormatUint(uint64(e.Number), 10), Outcome: "ok",
+			Metadata: map[string]string{"first": strconv.FormatUint(e.First, 10), "size": strconv.FormatUint(e.Size, 10), "root": root.String()}}
+		if err := a.ledger.Drop(ctx, e.Number, entry(event)); err != nil {
+			return err
+		}
+		a.log.Info("an epoch of the audit log was dropped", "epoch", e.Number, "events", e.Size)
+	}
+	if err := a.dropReceipts(ctx, before); err != nil {
+		return err
+	}
+	for range 50 { // and on at the next time
+		if more, err := a.ledger.Sweep(ctx, before.UnixMilli()); err != nil || !more {
+			return err
+		}
+	}
+	return nil
+}
+
+// dropReceipts writes down, once a day at the most, that receipts of before a time are dropped.
+func (a *Appliance) dropReceipts(ctx context.Context, before time.Time) error {
+	day := strconv.FormatInt(before.Truncate(24*time.Hour).UnixMilli(), 10)
+	due, err := a.ledger.Receipts(0, before.UnixMilli(), ledger.ReceiptID{}, 1)
+	if err != nil || len(due) == 0 {
+		return err
+	}
+	said := errors.New("said already")
+	err = a.ledger.Update(ctx, func(tx *ledger.Tx) error {
+		if string(tx.Get(ledger.Meta, receiptsKey)) == day {
+			return said
+		}
+		if err := tx.Put(ledger.Meta, receiptsKey, []byte(day)); err != nil {
+			return err
+		}
+		return tx.Append(entry(audit.Event{Type: audit.RetentionApplied, Actor: audit.Daemon(), Action: "retention", Resource: "receipts", Outcome: "ok",
+			Metadata: map[string]string{"before": strconv.FormatInt(before.Unix(), 10)}}))
+	})
+	if errors.Is(err, said) {
+		return nil
+	}
+	return err
+}
+
+// Hold keeps an epoch from being dropped, for a reason that is written down. Release lets it go its way again.
+func (a *Appliance) Hold(ctx context.Context, who audit.Actor, epoch uint32, reason string) error {
+	return a.hold(ctx, audit.LegalHoldSet, who, epoch, reason, reason)
+}
+
+func (a *Appliance) Release(ctx context.Context, who audit.Actor, epoch uint32, reason string) error {
+	return a.hold(ctx, audit.LegalHoldReleased, who, epoch, "", reason)
+}
+
+func (a *Appliance) hold(ctx context.Context, t audit.Type, who audit.Actor, epoch uint32, set, reason string) error {
+	if reason == "" || len(reason) > 500 {
+		return fmt.Errorf("epoch %d: %w: a reason of 1 to 500 bytes must be given; it is written down", epoch, ErrInvalid)
+	}
+	err := a.ledger.Hold(ctx, epoch, set, entry(audit.Event{Type: t, Actor: who, Action: "retention", Resource: "epoch/" + strconv.FormatUint(uint64(epoch), 10), Outcome: "ok",
+		Metadata: map[string]string{"reason": reason}}))
+	if errors.Is(err, ledger.ErrNotFound) {
+		return fmt.Errorf("epoch %d: %w", epoch, ErrNotFound)
+	} else if errors.Is(err, ledger.ErrDropped) {
+		return fmt.Errorf("epoch %d: %w: retention has dropped it", epoch, ErrInvalid)
+	}
+	return err
+}
+
+// EndEpoch ends the present epoch of the audit log now, and signs its final checkpoint.
+func (a *Appliance) EndEpoch(ctx context.Context, who audit.Actor) (next uint32, err error) {
+	if next, err = a.ledger.EndEpoch(ctx, who); err != nil {
+		return 0, err
+	}
+	a.log.Info("an epoch of the audit log has ended", "epoch", next-1)
+	return next, a.signEnded(ctx, next)
+}
+
+// AcceptTime brings the ledger's time forward to the system's clock, which an operator has seen to be right.
+func (a *Appliance) AcceptTime(ctx context.Context, who audit.Actor) error {
+	before, wall, _ := a.ledger.Clock()
+	return a.ledger.AcceptTime(ctx, entry(audit.Event{Type: audit.ClockAccepted, Actor: who, Action: "ledger accept-time", Outcome: "ok",
+		Metadata: map[string]string{"ledger": before.UTC().Format(time.RFC3339), "clock": wall.UTC().Format(time.RFC3339)}}))
+}
+
+// Compact gives the free space of the ledger's file back. Nothing is admitted meanwhile.
+func (a *Appliance) Compact(ctx context.Context, who audit.Actor) (before, after int64, took time.Duration, err error) {
+	return a.ledger.Compact(ctx, entry(audit.Event{Type: audit.LedgerCompacted, Actor: who, Action: "ledger compact", Outcome: "ok"}))
+}
+
+// LedgerStats says how large the ledger is.
+func (a *Appliance) LedgerStats(ctx context.Context) (ledger.Stats, error) {
+	return a.ledger.Stats(ctx)
+}
+
+// Receipt and Receipts look receipts up.
+func (a *Appliance) Receipt(id string) (ledger.Receipt, error) {
+	var key ledger.ReceiptID
+	if err := key.UnmarshalText([]byte(id)); err != nil {
+		return ledger.Receipt{}, fmt.Errorf("receipt %q: %w: %w", ijson.Clip(id), ErrInvalid, err)
+	}
+	r, err := a.ledger.Receipt(key)
+	if errors.Is(err, ledger.ErrNotFound) {
+		err = fmt.Errorf("receipt %q: %w", id, ErrNotFound)
+	}
+	return r, err
+}
+
+func (a *Appliance) Receipts(from, to int64, after string, limit int) ([]ledger.Receipt, error) {
+	var key ledger.ReceiptID
+	if after != "" {
+		if err := key.UnmarshalText([]byte(after)); err != nil {
+			return nil, fmt.Errorf("after: %w: %w", ErrInvalid, err)
+		}
+	}
+	return a.ledger.Receipts(from, to, key, limit)
+}

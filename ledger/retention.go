@@ -1,0 +1,173 @@
+package ledger
+
+import (
+	"context"
+	"encoding/binary"
+	"fmt"
+
+	bolt "go.etcd.io/bbolt"
+)
+
+// stepsAtOnce bounds the records that one transaction of retention removes, and with it how long others wait for it.
+const stepsAtOnce = 2048
+
+// fewFree is how many free pages there may be before retention waits until they have been used again: see enoughFree.
+const fewFree = 8192
+
+// Hold keeps an epoch from being dropped; an empty reason releases it. Event says so in the log.
+func (l *Ledger) Hold(ctx context.Context, epoch uint32, reason string, event Event) error {
+	return l.submit(ctx, &request{alone: true, done: make(chan error, 1), apply: func(t *txn) error {
+		e, err := getEpoch(t.tx, epoch)
+		switch {
+		case err != nil:
+			return err
+		case e.Dropping != 0:
+			return fmt.Errorf("epoch %d: %w", epoch, ErrDropped)
+		}
+		e.Hold = reason
+		if err := putEpoch(t.tx, e); err != nil {
+			return err
+		}
+		_, err = t.append(event)
+		return err
+	}})
+}
+
+// Drop makes an epoch gone for all readers, in the transaction of the event that says so. Its final checkpoint stays. Sweep
+// takes its records away. What is held, has not ended, has no final checkpoint, or follows one that is not dropped, is refused.
+func (l *Ledger) Drop(ctx context.Context, epoch uint32, event Event) error {
+	return l.submit(ctx, &request{alone: true, done: make(chan error, 1), apply: func(t *txn) error {
+		e, err := getEpoch(t.tx, epoch)
+		switch {
+		case err != nil:
+			return err
+		case e.Dropping != 0:
+			return nil
+		case e.Hold != "":
+			return fmt.Errorf("epoch %d is held: %s", epoch, e.Hold)
+		case !e.Final():
+			return fmt.Errorf("epoch %d has no final checkpoint", epoch)
+		}
+		if epoch > 0 {
+			if before, err := getEpoch(t.tx, epoch-1); err != nil {
+				return err
+			} else if before.Dropping == 0 {
+				return fmt.Errorf("epoch %d is older and not dropped", epoch-1)
+			}
+		}
+		e.Dropping = t.now.UnixMilli()
+		if err := putEpoch(t.tx, e); err != nil {
+			return err
+		}
+		_, err = t.append(event)
+		return err
+	}})
+}
+
+// Sweep takes away some of what was dropped, and says whether there may be more. Where many pages are free, it waits: more is
+// true, and nothing is done.
+func (l *Ledger) Sweep(ctx context.Context, receiptsBefore int64) (more bool, err error) {
+	if l.stats().FreePageN > fewFree {
+		return true, nil
+	}
+	var due bool // look first: a transaction of its own costs an fsync
+	if err := l.view(func(tx *bolt.Tx) error {
+		epoch, err := dropping(tx)
+		k, _ := tx.Bucket(bucketReceipts).Cursor().First()
+		due = epoch != nil || k != nil && int64(binary.BigEndian.Uint64(k)) < receiptsBefore
+		return err
+	}); err != nil || !due {
+		return false, err
+	}
+	err = l.submit(ctx, &request{alone: true, done: make(chan error, 1), apply: func(t *txn) error {
+		more = false
+		removed, err := t.removeReceipts(receiptsBefore)
+		if err != nil || removed == stepsAtOnce {
+			more = true
+			return err
+		}
+		e, err := dropping(t.tx)
+		if err != nil || e == nil {
+			return err
+		}
+		more = true
+		if done, err := t.removeEpoch(*e); err != nil || !done {
+			return err
+		}
+		e.Dropped = t.now.UnixMilli()
+		return putEpoch(t.tx, *e)
+	}})
+	return more, err
+}
+
+// dropping returns the first epoch whose records are still there, or nil.
+func dropping(tx *bolt.Tx) (*Epoch, error) {
+	c := tx.Bucket(bucketEpochs).Cursor()
+	for k, _ := c.First(); k != nil; k, _ = c.Next() {
+		e, err := getEpoch(tx, binary.BigEndian.Uint32(k))
+		if err != nil || e.Dropping == 0 {
+			return nil, err
+		}
+		if e.Dropped == 0 {
+			return &e, nil
+		}
+	}
+	return nil, nil
+}
+
+// removeEpoch takes away a segment of events, or what it shares with the next epoch's first one, and then hashes.
+func (t *txn) removeEpoch(e Epoch) (done bool, err error) {
+	end := e.First + e.Size
+	events := t.tx.Bucket(bucketEvents)
+	if name, _ := events.Cursor().First(); name != nil {
+		if n := binary.BigEndian.Uint64(name); (n+1)*segment <= end {
+			return false, events.DeleteBucket(u64(n))
+		} else if n*segment < end {
+			b := events.Bucket(name)
+			for i := range stepsAtOnce {
+				k, _ := b.Cursor().First()
+				if k == nil || binary.BigEndian.Uint64(k) >= end {
+					if i > 0 {
+						return false, nil
+					}
+					break
+				}
+				if err := b.Delete(u64(binary.BigEndian.Uint64(k))); err != nil {
+					return false, err
+				}
+				if i == stepsAtOnce-1 {
+					return false, nil
+				}
+			}
+		}
+	}
+	hashes := t.tx.Bucket(bucketHashes)
+	for range stepsAtOnce / chunkHashes {
+		k, _ := hashes.Cursor().First()
+		if k == nil || binary.BigEndian.Uint32(k) > e.Number {
+			return true, nil
+		}
+		if err := hashes.Delete(append([]byte(nil), k...)); err != nil {
+			return false, err
+		}
+	}
+	return false, nil
+}
+
+func (t *txn) removeReceipts(before int64) (removed int, err error) {
+	b, ids := t.tx.Bucket(bucketReceipts), t.tx.Bucket(bucketIDs)
+	for ; removed < stepsAtOnce; removed++ {
+		k, _ := b.Cursor().First()
+		if k == nil || int64(binary.BigEndian.Uint64(k)) >= before {
+			break
+		}
+		k = append([]byte(nil), k...)
+		if err := b.Delete(k); err != nil {
+			return removed, err
+		}
+		if err := ids.Delete(k[8:]); err != nil {
+			return removed, err
+		}
+	}
+	return removed, nil
+}
