@@ -21,6 +21,7 @@ var arrows = map[string]struct{ ours, outside []string }{
 	"noise":                 {nil, []string{"github.com/flynn/noise"}},
 	"policy":                {nil, []string{"github.com/cedar-policy/cedar-go"}},
 	"ledger":                {[]string{"audit"}, []string{"go.etcd.io/bbolt", "golang.org/x/mod"}},
+	"ledger/disktest":       {nil, []string{"github.com/hanwen/go-fuse/v2", "golang.org/x/sys"}},
 	"audit":                 {nil, []string{"github.com/go-json-experiment/json", "golang.org/x/mod"}},
 	"keystore":              {nil, nil},
 	"keystore/keystoretest": {[]string{"keystore"}, nil},

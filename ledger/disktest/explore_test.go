@@ -1,0 +1,173 @@
+package disktest
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"os"
+	"path/filepath"
+	"slices"
+	"testing"
+	"time"
+
+	bolt "go.etcd.io/bbolt"
+)
+
+// toy keeps a value in a file that it replaces. Without names the fsync it leaves out: "file", "folder" or none.
+type toy struct{ dir, without string }
+
+func (s toy) set(value byte) error {
+	f, err := os.Create(filepath.Join(s.dir, "value.tmp"))
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	for range 3 { // pages
+		if _, err := f.Write(slices.Repeat([]byte{value}, pageSize)); err != nil {
+			return err
+		}
+	}
+	if s.without != "file" {
+		if err := f.Sync(); err != nil {
+			return err
+		}
+	}
+	if err := os.Rename(f.Name(), filepath.Join(s.dir, "value")); err != nil {
+		return err
+	}
+	if s.without != "folder" {
+		return syncDir(s.dir)
+	}
+	return nil
+}
+
+func (s toy) get() (byte, error) {
+	b, err := os.ReadFile(filepath.Join(s.dir, "value"))
+	if errors.Is(err, os.ErrNotExist) {
+		return 0, nil
+	}
+	if err == nil && (len(b) != 3*pageSize || !slices.Equal(b, slices.Repeat(b[:1], len(b)))) {
+		err = fmt.Errorf("%d bytes, not of one value", len(b))
+	}
+	if err != nil {
+		return 0, err
+	}
+	return b[0], nil
+}
+
+func TestToy(t *testing.T) {
+	for _, without := range []string{"", "file", "folder"} {
+		t.Run("without "+without, func(t *testing.T) {
+			d := New(t)
+			var marks []int
+			for i := range 20 {
+				if err := (toy{d.Dir(), without}).set(byte(i + 1)); err != nil {
+					t.Fatal(err)
+				}
+				marks = append(marks, d.Mark())
+			}
+			d.Unmount()
+			result := Search(t, d.Record(), Options{Seed: 1}, func(dir string, at int) error {
+				least := byte(0)
+				for _, m := range marks {
+					if m <= at {
+						least++
+					}
+				}
+				v, err := toy{dir: dir}.get()
+				if err == nil && (v < least || v > least+1) {
+					err = fmt.Errorf("value %d, but %d was set", v, least)
+				}
+				return err
+			})
+			t.Logf("%+v", result)
+			if bad := len(result.Violations) > 0; bad != (without != "") {
+				t.Errorf("violations: %v", bad)
+			}
+		})
+	}
+}
+
+// fill makes n transactions in a database on d, after each of which it marks.
+func fill(t *testing.T, d *Disk, o *bolt.Options, n int) (marks []int) {
+	t.Helper()
+	db, err := bolt.Open(filepath.Join(d.Dir(), "db"), 0o600, o)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := syncDir(d.Dir()); err != nil {
+		t.Fatal(err)
+	}
+	rng := rand.New(rand.NewPCG(1, 1))
+	marks = append(marks, d.Mark())
+	for i := range n {
+		if err := db.Update(func(tx *bolt.Tx) error {
+			b, err := tx.CreateBucketIfNotExists([]byte("b"))
+			if err != nil {
+				return err
+			}
+			if err := b.Put(binary.BigEndian.AppendUint64(nil, uint64(i)), make([]byte, 100+rng.IntN(2000))); err != nil {
+				return err
+			}
+			if i%10 == 9 { // pages become free and are used again
+				return b.Put([]byte("big"), make([]byte, rng.IntN(30_000)))
+			}
+			return nil
+		}); err != nil {
+			t.Fatal(err)
+		}
+		marks = append(marks, d.Mark())
+	}
+	if err := db.Close(); err != nil {
+		t.Fatal(err)
+	}
+	return marks
+}
+
+// check opens the database and looks for what was committed.
+func check(marks []int) func(string, int) error {
+	return func(dir string, at int) (err error) {
+		committed, _ := slices.BinarySearch(marks, at+1)
+		if committed == 0 {
+			return nil // bbolt makes its file in place
+		}
+		committed--
+		db, err := bolt.Open(filepath.Join(dir, "db"), 0o600, &bolt.Options{Timeout: time.Second, ReadOnly: false})
+		if err != nil {
+			return err
+		}
+		defer func() { err = errors.Join(err, db.Close()) }()
+		return db.View(func(tx *bolt.Tx) error {
+			for err := range tx.Check() {
+				return err
+			}
+			b := tx.Bucket([]byte("b"))
+			for i := range committed {
+				if b == nil || b.Get(binary.BigEndian.AppendUint64(nil, uint64(i))) == nil {
+					return fmt.Errorf("transaction %d of %d is lost", i, committed)
+				}
+			}
+			return nil
+		})
+	}
+}
+
+func TestBolt(t *testing.T) {
+	for _, o := range []bolt.Options{{}, {NoSync: true}, {NoFreelistSync: true, FreelistType: bolt.FreelistMapType}, {NoGrowSync: true}} {
+		t.Run(fmt.Sprint("no sync ", o.NoSync, o.NoFreelistSync, o.NoGrowSync), func(t *testing.T) {
+			d := New(t)
+			marks := fill(t, d, &o, 300)
+			d.Unmount()
+			start := time.Now()
+			result := Search(t, d.Record(), Options{Seed: 1, Total: 3000}, check(marks))
+			t.Logf("%d cuts, %d states in %v", result.Cuts, result.States, time.Since(start))
+			for _, v := range result.Violations {
+				t.Log(v)
+			}
+			if bad := len(result.Violations) > 0; bad != o.NoSync {
+				t.Errorf("violations: %v", bad)
+			}
+		})
+	}
+}

@@ -1,0 +1,341 @@
+package disktest
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"net/rpc"
+	"os"
+	"os/signal"
+	"path"
+	"slices"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"time"
+
+	"github.com/hanwen/go-fuse/v2/fs"
+	"github.com/hanwen/go-fuse/v2/fuse"
+	"golang.org/x/sys/unix"
+)
+
+// serveEnv tells a process that it is a file system, and where.
+const serveEnv = "DISKTEST_SERVE"
+
+// Serve is the first call of a TestMain. It returns, unless the process was started by New to be a file system.
+func Serve() {
+	dir := os.Getenv(serveEnv)
+	if dir == "" {
+		return
+	}
+	signal.Ignore(os.Interrupt) // it ends after the test does, or the mount would stay
+	if err := serve(dir); err != nil {
+		fmt.Fprintln(os.Stderr, "disktest:", err)
+		os.Exit(1)
+	}
+	os.Exit(0)
+}
+
+func serve(dir string) error {
+	calls, err := net.FileConn(os.NewFile(3, "calls"))
+	if err != nil {
+		return err
+	}
+	questions, err := net.FileConn(os.NewFile(4, "questions"))
+	if err != nil {
+		return err
+	}
+	s := &server{test: rpc.NewClient(questions)}
+	forever := time.Duration(1<<63 - 1)
+	// The kernel's cache of pages is what makes a mapped file and a write agree. All changes come through the kernel, so
+	// it need never forget them; and it must not hold them back, so there is no writeback cache.
+	s.mount, s.mountErr = fs.Mount(dir, s.newNode(0o700), &fs.Options{
+		MountOptions: fuse.MountOptions{
+			FsName: "disktest", Name: "disktest",
+			DirectMount:              true, // else by fusermount3
+			ExplicitDataCacheControl: true,
+			DisableXAttrs:            true,
+			MaxWrite:                 1 << 20,
+		},
+		EntryTimeout: &forever,
+		AttrTimeout:  &forever,
+	})
+	answers := rpc.NewServer()
+	if err := answers.RegisterName("Server", (*control)(s)); err != nil {
+		return err
+	}
+	answers.ServeConn(calls) // until the test ends, in whatever way
+	if s.mount == nil || s.mount.Unmount() == nil {
+		return nil
+	}
+	return unix.Unmount(dir, unix.MNT_DETACH)
+}
+
+// server is the file system: files in memory, and the record.
+type server struct {
+	test     *rpc.Client
+	mount    *fuse.Server
+	mountErr error
+	ask      atomic.Bool
+
+	turn sync.Mutex // held by the one operation that is carried out
+	// mu is never held while the test is asked: reads must not wait for a process that may wait for a read.
+	mu    sync.RWMutex
+	nodes uint64
+	ops   []Op
+	marks []int
+}
+
+// carry asks whether op may be, does it and writes it down.
+func (s *server) carry(op Op, do func(*Op)) syscall.Errno {
+	s.turn.Lock()
+	defer s.turn.Unlock()
+	if s.ask.Load() {
+		var errno syscall.Errno
+		if err := s.test.Call("Test.Fail", op, &errno); err != nil {
+			return syscall.EIO // the test is gone
+		}
+		if errno != 0 {
+			return errno
+		}
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	do(&op)
+	s.ops = append(s.ops, op)
+	return 0
+}
+
+// control is what the test may call.
+type control server
+
+func (c *control) Ready(int, *int) error { return c.mountErr }
+
+func (c *control) Mark(_ int, n *int) error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	*n = len(c.ops)
+	c.marks = append(c.marks, *n)
+	return nil
+}
+
+func (c *control) Record(_ int, r *Record) error {
+	c.mu.RLock()
+	defer c.mu.RUnlock()
+	*r = Record{slices.Clone(c.ops), slices.Clone(c.marks)}
+	return nil
+}
+
+func (c *control) Ask(on int, _ *int) error {
+	c.ask.Store(on == 1)
+	return nil
+}
+
+func (c *control) Unmount(int, *int) error {
+	if c.mount == nil {
+		return errors.New("not mounted")
+	}
+	err := c.mount.Unmount()
+	if err == nil {
+		c.mount = nil
+	}
+	return err
+}
+
+// node is a file or a folder. What it doesn't implement nobody can do, so nothing is done unseen. The tree of names is
+// go-fuse's.
+type node struct {
+	fs.Inode
+	s     *server
+	id    uint64
+	mode  uint32
+	mtime time.Time
+	data  []byte
+	held  int64 // bytes allocated, at least len(data)
+}
+
+// The caller holds s.mu, except for the root.
+func (s *server) newNode(mode uint32) *node {
+	s.nodes++
+	return &node{s: s, id: s.nodes, mode: mode & 0o7777, mtime: time.Now()}
+}
+
+func (n *node) path(name string) string { return path.Join(".", n.Path(nil), name) }
+
+// op is an operation of n itself.
+func (n *node) op(kind Kind) Op { return Op{Kind: kind, Path: n.path(""), Node: n.id} }
+
+// name is an operation that changes a name in n, and the node that has it.
+func (n *node) name(kind Kind, name string) Op {
+	op := Op{Kind: kind, Path: n.path(name), Dir: n.id}
+	if child := n.GetChild(name); child != nil {
+		op.Node = child.Operations().(*node).id
+	}
+	return op
+}
+
+// The caller holds s.mu.
+func (n *node) attr(out *fuse.Attr) {
+	out.Mode = n.mode
+	out.Size = uint64(len(n.data))
+	out.Blocks = uint64(max(n.held, int64(len(n.data)))+4095) / 4096 * 8
+	out.Blksize = 4096
+	out.Nlink = 1
+	out.Owner = fuse.Owner{Uid: uint32(os.Getuid()), Gid: uint32(os.Getgid())}
+	out.SetTimes(nil, &n.mtime, &n.mtime)
+}
+
+func (n *node) Getattr(_ context.Context, _ fs.FileHandle, out *fuse.AttrOut) syscall.Errno {
+	n.s.mu.RLock()
+	defer n.s.mu.RUnlock()
+	n.attr(&out.Attr)
+	return 0
+}
+
+func (n *node) Setattr(_ context.Context, _ fs.FileHandle, in *fuse.SetAttrIn, out *fuse.AttrOut) syscall.Errno {
+	if size, ok := in.GetSize(); ok {
+		op := n.op(Truncate)
+		op.Size = int64(size)
+		if errno := n.s.carry(op, func(*Op) { n.resize(op.Size) }); errno != 0 {
+			return errno
+		}
+	}
+	n.s.mu.Lock()
+	defer n.s.mu.Unlock()
+	if mode, ok := in.GetMode(); ok {
+		n.mode = mode & 0o7777
+	}
+	n.attr(&out.Attr)
+	return 0
+}
+
+// The caller holds s.mu.
+func (n *node) resize(size int64) {
+	n.mtime = time.Now()
+	if old := int64(len(n.data)); size <= old {
+		n.data = slices.Clip(n.data[:size])
+		n.held = size
+	} else {
+		n.data = append(n.data, make([]byte, size-old)...)
+	}
+}
+
+func (n *node) Open(context.Context, uint32) (fs.FileHandle, uint32, syscall.Errno) {
+	return nil, fuse.FOPEN_KEEP_CACHE, 0
+}
+
+func (n *node) Read(_ context.Context, _ fs.FileHandle, dest []byte, off int64) (fuse.ReadResult, syscall.Errno) {
+	n.s.mu.RLock()
+	defer n.s.mu.RUnlock()
+	if off >= int64(len(n.data)) {
+		return fuse.ReadResultData(nil), 0
+	}
+	return fuse.ReadResultData(dest[:copy(dest, n.data[off:])]), 0
+}
+
+func (n *node) Write(_ context.Context, _ fs.FileHandle, data []byte, off int64) (uint32, syscall.Errno) {
+	op := n.op(Write)
+	op.Offset, op.Data = off, slices.Clone(data) // the buffer is go-fuse's
+	errno := n.s.carry(op, func(*Op) {
+		if end := off + int64(len(data)); end > int64(len(n.data)) {
+			n.resize(end)
+		}
+		n.mtime = time.Now()
+		copy(n.data[off:], data)
+	})
+	return uint32(len(data)), errno
+}
+
+func (n *node) Allocate(_ context.Context, _ fs.FileHandle, off, size uint64, mode uint32) syscall.Errno {
+	if mode&^unix.FALLOC_FL_KEEP_SIZE != 0 {
+		return syscall.EOPNOTSUPP
+	}
+	op := n.op(Allocate)
+	op.Offset, op.Size, op.KeepSize = int64(off), int64(size), mode != 0
+	return n.s.carry(op, func(*Op) {
+		end := op.Offset + op.Size
+		if end > int64(len(n.data)) && !op.KeepSize {
+			n.resize(end)
+		}
+		n.held = max(n.held, end)
+	})
+}
+
+func (n *node) Fsync(_ context.Context, _ fs.FileHandle, flags uint32) syscall.Errno {
+	kind := Sync
+	if n.IsDir() {
+		kind = SyncDir
+	} else if flags&1 != 0 {
+		kind = Datasync
+	}
+	return n.s.carry(n.op(kind), func(*Op) {})
+}
+
+func (n *node) make(ctx context.Context, kind Kind, name string, mode uint32, out *fuse.EntryOut) (*fs.Inode, syscall.Errno) {
+	op := n.name(kind, name)
+	op.Mode = mode & 0o7777
+	var child *node
+	if errno := n.s.carry(op, func(op *Op) {
+		child = n.s.newNode(mode)
+		op.Node = child.id
+		child.attr(&out.Attr)
+	}); errno != 0 {
+		return nil, errno
+	}
+	attr := fs.StableAttr{Mode: syscall.S_IFREG, Ino: child.id}
+	if kind == Mkdir {
+		attr.Mode = syscall.S_IFDIR
+	}
+	return n.NewPersistentInode(ctx, child, attr), 0
+}
+
+func (n *node) Create(ctx context.Context, name string, _, mode uint32, out *fuse.EntryOut) (*fs.Inode, fs.FileHandle, uint32, syscall.Errno) {
+	inode, errno := n.make(ctx, Create, name, mode, out)
+	return inode, nil, fuse.FOPEN_KEEP_CACHE, errno
+}
+
+func (n *node) Mkdir(ctx context.Context, name string, mode uint32, out *fuse.EntryOut) (*fs.Inode, syscall.Errno) {
+	return n.make(ctx, Mkdir, name, mode, out)
+}
+
+func (n *node) Link(_ context.Context, target fs.InodeEmbedder, name string, out *fuse.EntryOut) (*fs.Inode, syscall.Errno) {
+	file := target.(*node)
+	op := Op{Kind: Link, Path: file.path(""), To: n.path(name), Node: file.id, ToDir: n.id}
+	errno := n.s.carry(op, func(*Op) { file.attr(&out.Attr) })
+	return target.EmbeddedInode(), errno
+}
+
+func (n *node) Rename(_ context.Context, name string, newParent fs.InodeEmbedder, newName string, flags uint32) syscall.Errno {
+	if flags&^unix.RENAME_NOREPLACE != 0 {
+		return syscall.EINVAL
+	}
+	to := newParent.(*node)
+	if there := to.GetChild(newName); there != nil && there.IsDir() && len(there.Children()) > 0 {
+		return syscall.ENOTEMPTY
+	}
+	op := n.name(Rename, name)
+	op.To, op.ToDir = to.path(newName), to.id
+	return n.s.carry(op, func(*Op) {})
+}
+
+func (n *node) Unlink(_ context.Context, name string) syscall.Errno {
+	return n.s.carry(n.name(Unlink, name), func(*Op) {})
+}
+
+func (n *node) Rmdir(_ context.Context, name string) syscall.Errno {
+	if child := n.GetChild(name); child != nil && len(child.Children()) > 0 {
+		return syscall.ENOTEMPTY
+	}
+	return n.s.carry(n.name(Rmdir, name), func(*Op) {})
+}
+
+// Statfs tells the room of the machine's temporary folder.
+func (n *node) Statfs(_ context.Context, out *fuse.StatfsOut) syscall.Errno {
+	var st syscall.Statfs_t
+	if err := syscall.Statfs(os.TempDir(), &st); err != nil {
+		return fs.ToErrno(err)
+	}
+	out.FromStatfsT(&st)
+	return 0
+}
