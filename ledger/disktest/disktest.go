@@ -30,22 +30,22 @@ import (
 type Kind int
 
 const (
-	Create   Kind = iota + 1 // a new, empty file
-	Mkdir                    // a new folder
-	Link                     // a further name, To, of a file
-	Rename                   // from Path to To, in place of what was there
-	Unlink                   // of a file
-	Rmdir                    // of an empty folder
-	Write                    // Data at Offset
-	Truncate                 // to Size bytes, which may be longer
-	Allocate                 // Size bytes at Offset; the file grows unless KeepSize
-	Sync                     // fsync of a file
-	Datasync                 // fdatasync of a file
-	SyncDir                  // fsync of a folder
+	Create     Kind = iota + 1 // a new, empty file
+	Mkdir                      // a new folder
+	Rename                     // from Path to To, in place of what was there
+	Unlink                     // of a file
+	Rmdir                      // of an empty folder
+	Write                      // Data at Offset
+	Truncate                   // to Size bytes, which may be longer
+	Allocate                   // Size bytes at Offset; the file grows unless KeepSize
+	Sync                       // fsync of a file
+	Datasync                   // fdatasync of a file
+	FailedSync                 // fsync or fdatasync that Fail refused
+	SyncDir                    // fsync of a folder
 )
 
-var kinds = [...]string{"", "create", "mkdir", "link", "rename", "unlink", "rmdir", "write", "truncate", "allocate", "fsync",
-	"fdatasync", "fsync of folder"}
+var kinds = [...]string{"", "create", "mkdir", "rename", "unlink", "rmdir", "write", "truncate", "allocate", "fsync",
+	"fdatasync", "failed fsync", "fsync of folder"}
 
 func (k Kind) String() string { return kinds[k] }
 
@@ -54,7 +54,7 @@ type Op struct {
 	Kind         Kind
 	Path, To     string // as they were named at the time, relative to the folder, which is itself "."
 	Node         uint64 // the file or folder, whatever it is called; 1 is the folder itself; 0 where it is yet to be made
-	Dir, ToDir   uint64 // the folders that hold Path and To, where names change
+	Dir, ToDir   uint64 // the folders that hold Path and To, where a name changes
 	Offset, Size int64
 	KeepSize     bool
 	Data         []byte
@@ -63,7 +63,7 @@ type Op struct {
 
 func (o Op) String() string {
 	switch o.Kind {
-	case Link, Rename:
+	case Rename:
 		return fmt.Sprintf("%v %s to %s", o.Kind, o.Path, o.To)
 	case Write:
 		return fmt.Sprintf("%v %s [%d +%d)", o.Kind, o.Path, o.Offset, len(o.Data))
@@ -84,7 +84,8 @@ type Record struct {
 // Disk is a recorded folder. It is safe for concurrent use.
 //
 // Operations are carried out one at a time, in the order of the record, and are in it before their system call returns.
-// One that fails changes nothing and is not recorded. A write of more than a mebibyte comes as several.
+// One that fails changes nothing and is not recorded, but for FailedSync. A write of more than a mebibyte comes as
+// several. There are no links, and no holes can be made.
 type Disk struct {
 	t       testing.TB
 	dir     string
@@ -192,7 +193,9 @@ func (d *Disk) end() {
 	if err := d.process.Wait(); err != nil {
 		d.t.Errorf("disktest: the file system's process: %v", err)
 	}
-	unix.Unmount(d.dir, unix.MNT_DETACH) // of a server that died
+	if unix.Unmount(d.dir, unix.MNT_DETACH) == unix.EPERM { // of a server that died
+		exec.Command("fusermount3", "-uzq", d.dir).Run()
+	}
 }
 
 // test answers the server's questions.

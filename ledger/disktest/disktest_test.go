@@ -71,8 +71,9 @@ func TestRecord(t *testing.T) {
 	}
 	must(t, os.Mkdir(in("sub"), 0o755))
 	must(t, os.Rename(in("a"), in("sub/b")))
-	must(t, os.Link(in("sub/b"), in("c")))
-	must(t, os.Remove(in("c")))
+	if err := os.Link(in("sub/b"), in("c")); !errors.Is(err, unix.ENOTSUP) {
+		t.Errorf("a link: %v", err)
+	}
 	if err := os.Remove(in("sub")); !errors.Is(err, syscall.ENOTEMPTY) {
 		t.Errorf("a folder that isn't empty: %v", err)
 	}
@@ -115,8 +116,6 @@ fdatasync a
 truncate a to 5000
 mkdir sub
 rename a to sub/b
-link sub/b to c
-unlink c
 fsync of folder sub
 fsync of folder .
 write sub/b [0 +4)
@@ -227,7 +226,6 @@ func TestFail(t *testing.T) {
 		Datasync: func() error { return unix.Fdatasync(int(f.Fd())) },
 		SyncDir:  func() error { return syncDir(d.Dir()) },
 		Rename:   func() error { return os.Rename(path, path+"3") },
-		Link:     func() error { return os.Link(path, path+"4") },
 		Unlink:   func() error { return os.Remove(path) },
 		Mkdir:    func() error { return os.Mkdir(path+"5", 0o700) },
 	} {
@@ -242,8 +240,13 @@ func TestFail(t *testing.T) {
 			if err := do(); !errors.Is(err, errno) {
 				t.Errorf("%v: %v", kind, err)
 			}
-			if after := d.Mark(); after != before {
-				t.Errorf("%v failed and was recorded", kind)
+			ops := d.Record().Ops[before:]
+			if kind == Sync || kind == Datasync {
+				if len(ops) != 1 || ops[0].Kind != FailedSync {
+					t.Errorf("%v failed and was recorded as %v", kind, ops)
+				}
+			} else if len(ops) > 0 {
+				t.Errorf("%v failed and was recorded as %v", kind, ops)
 			}
 		}
 	}
@@ -321,7 +324,7 @@ func doAnything(t *testing.T, dir string, rng *rand.Rand, n int, after func()) {
 func TestAllSurvives(t *testing.T) {
 	d := New(t)
 	saw := map[int]string{}
-	doAnything(t, d.Dir(), rand.New(rand.NewPCG(1, 2)), 300, func() {
+	doAnything(t, d.Dir(), rand.New(rand.NewPCG(1, 2)), 200, func() {
 		text, err := everything(d.Dir())
 		must(t, err)
 		saw[d.Mark()] = text
@@ -330,7 +333,7 @@ func TestAllSurvives(t *testing.T) {
 	met := map[int]bool{}
 	root := scratch(t)
 	used := newFolder(root)
-	for c := range r.cuts(Options{States: 20, Total: 1 << 20, Seed: 1}) {
+	for c := range r.cuts(Options{States: 15, Total: 1 << 20, Seed: 1}) {
 		fresh := newFolder(root)
 		must(t, fresh.put(c.state))
 		want, err := everything(fresh.dir)
@@ -362,7 +365,7 @@ func TestAllSurvives(t *testing.T) {
 			}
 		}
 	}
-	if len(met) < 200 {
+	if len(met) < 150 {
 		t.Errorf("compared at %d moments only", len(met))
 	}
 }

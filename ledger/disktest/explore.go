@@ -44,7 +44,7 @@ func (v Violation) String() string {
 	if more := len(lost) - 20; more > 0 {
 		lost = append(slices.Clip(lost[:20]), fmt.Sprintf("and %d more", more))
 	}
-	return fmt.Sprintf("%v\n\ta cut after %d operations (disktest.%+v) lost:\n\t%s", v.Err, v.At, v.Options, strings.Join(lost, "\n\t"))
+	return fmt.Sprintf("%v\n\ta cut after %d operations (%#v) lost:\n\t%s", v.Err, v.At, v.Options, strings.Join(lost, "\n\t"))
 }
 
 // enough violations end an exploration.
@@ -66,8 +66,8 @@ func Explore(t testing.TB, r Record, o Options, check func(dir string, at int) e
 // random, as many as the options allow. A disk that was judged before is left out, unless a mark was passed since.
 //
 // Check gets a folder that is its own until it returns, and may change it. It must close what it opens. at is the
-// number of operations before the cut: what was released at marks up to at must be there. A panic and a bad address
-// count as its error.
+// number of operations before the cut: what was released at marks up to at must be there. A panic or a bad address
+// counts as its error, but not in a goroutine that it starts. The folders are in memory where there is /dev/shm.
 func Search(t testing.TB, r Record, o Options, check func(dir string, at int) error) Result {
 	t.Helper()
 	o.States = cmp.Or(o.States, 32)
@@ -160,13 +160,15 @@ func (r Record) cuts(o Options) iter.Seq[cut] {
 			}
 			share := float64(o.Total-number) / float64(len(r.Ops)+1-at)
 			budget := min(o.States, int(share+rng.Float64())) // a share below one is a chance
+			misses := 8 * o.States                            // where many choices make few disks
 			l := m.loose()
-			for c := range l.choices(rng, at-1, budget) {
-				if budget == 0 {
+			for c := range l.choices(rng, at-1, 2*budget) {
+				if budget == 0 || misses == 0 {
 					break
 				}
 				s := m.survive(c)
 				if seen[judged{s.hash, marks}] {
+					misses--
 					continue
 				}
 				seen[judged{s.hash, marks}] = true
@@ -233,63 +235,54 @@ func (l loose) keep(sectors func(piece) uint8, size, name func(op int) bool) cho
 func (l loose) choices(rng *rand.Rand, newest, random int) iter.Seq[choice] {
 	yes, no := func(int) bool { return true }, func(int) bool { return false }
 	bytes, none := func(piece) uint8 { return 0xff }, func(piece) uint8 { return 0 }
-	choices := []choice{l.keep(bytes, yes, yes)}
-	add := func(sectors func(piece) uint8, size, name func(op int) bool) {
-		choices = append(choices, l.keep(sectors, size, name))
+	torn := func(mask, others uint8) func(piece) uint8 {
+		return func(p piece) uint8 {
+			if p.op == newest {
+				return mask
+			}
+			return others
+		}
 	}
-	if len(l.ops) == 0 {
-		return slices.Values(choices)
+	// one is a choice about one operation, that it is lost or that it only survives, or about one piece of a write.
+	one := func(i int) choice {
+		if i >= 2*len(l.ops) {
+			return l.keep(func(p piece) uint8 { return when(p != l.pieces[i-2*len(l.ops)]) }, yes, yes)
+		}
+		op := l.ops[i/2]
+		switch other := func(o int) bool { return o != op }; {
+		case i%2 == 0:
+			return l.keep(func(p piece) uint8 { return when(p.op != op) }, other, other)
+		case slices.Contains(l.names, op):
+			return l.keep(none, no, func(o int) bool { return o <= op })
+		}
+		return l.keep(func(p piece) uint8 { return when(p.op == op) }, func(o int) bool { return o == op }, yes)
 	}
-	add(none, no, no)
-	add(none, no, yes)
-	add(none, yes, yes)
-	add(bytes, no, yes)
-	add(bytes, yes, no)
-	for _, mask := range []uint8{0x01, 0x0f, 0xf0, 0x7f, 0xaa, uint8(rng.Uint32())} {
+	return func(yield func(choice) bool) {
+		if !yield(l.keep(bytes, yes, yes)) || len(l.ops) == 0 || !yield(l.keep(none, no, no)) ||
+			!yield(l.keep(none, no, yes)) || !yield(l.keep(none, yes, yes)) || !yield(l.keep(bytes, no, yes)) {
+			return
+		}
 		if slices.ContainsFunc(l.pieces, func(p piece) bool { return p.op == newest }) {
-			torn := func(otherwise uint8) func(piece) uint8 {
-				return func(p piece) uint8 {
-					if p.op == newest {
-						return mask
-					}
-					return otherwise
+			for _, mask := range []uint8{0x01, 0x0f, 0xf0, 0x7f, 0xaa, uint8(rng.Uint32())} {
+				if !yield(l.keep(torn(mask, 0xff), yes, yes)) || !yield(l.keep(torn(mask, 0), yes, yes)) {
+					return
 				}
 			}
-			add(torn(0xff), yes, yes)
-			add(torn(0), yes, yes)
 		}
-	}
-	first := len(choices)
-	for _, op := range l.ops {
-		other := func(o int) bool { return o != op }
-		add(func(p piece) uint8 { return when(p.op != op) }, other, other)
-		if slices.Contains(l.names, op) {
-			add(none, no, func(o int) bool { return o <= op })
-		} else {
-			add(func(p piece) uint8 { return when(p.op == op) }, func(o int) bool { return o == op }, yes)
-		}
-	}
-	for _, one := range l.pieces {
-		add(func(p piece) uint8 { return when(p != one) }, yes, yes)
-	}
-	rng.Shuffle(len(choices)-first, func(i, j int) {
-		choices[first+i], choices[first+j] = choices[first+j], choices[first+i]
-	})
-	return func(yield func(choice) bool) {
-		for _, c := range choices {
-			if !yield(c) {
+		for _, i := range rng.Perm(2*len(l.ops) + len(l.pieces)) {
+			if !yield(one(i)) {
 				return
 			}
 		}
-		for range 2 * random {
+		for range random {
 			share := []float64{0.1, 0.5, 0.9}[rng.IntN(3)]
 			some := func(int) bool { return rng.Float64() < share }
-			last := newest - rng.IntN(newest-l.ops[0]+1) // of the names
-			if !yield(l.keep(func(piece) uint8 {
+			last := newest - rng.IntN(newest-l.ops[0]+2) // of the names
+			if !yield(l.keep(func(p piece) uint8 {
 				if rng.IntN(8) == 0 {
 					return uint8(rng.Uint32())
 				}
-				return when(some(0))
+				return when(some(p.op))
 			}, some, func(op int) bool { return op <= last })) {
 				return
 			}

@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"syscall"
 	"testing"
 	"time"
 
@@ -90,9 +91,9 @@ func TestToy(t *testing.T) {
 }
 
 // fill makes n transactions in a database on d, after each of which it marks.
-func fill(t *testing.T, d *Disk, o *bolt.Options, n int) (marks []int) {
+func fill(t *testing.T, d *Disk, o bolt.Options, n int) (marks []int) {
 	t.Helper()
-	db, err := bolt.Open(filepath.Join(d.Dir(), "db"), 0o600, o)
+	db, err := bolt.Open(filepath.Join(d.Dir(), "db"), 0o600, &o)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -154,20 +155,66 @@ func check(marks []int) func(string, int) error {
 }
 
 func TestBolt(t *testing.T) {
-	for _, o := range []bolt.Options{{}, {NoSync: true}, {NoFreelistSync: true, FreelistType: bolt.FreelistMapType}, {NoGrowSync: true}} {
-		t.Run(fmt.Sprint("no sync ", o.NoSync, o.NoFreelistSync, o.NoGrowSync), func(t *testing.T) {
+	for _, tt := range []struct {
+		name    string
+		options bolt.Options
+		search  Options
+		bad     bool
+	}{
+		{"as it is", bolt.Options{}, Options{Total: 8000}, false},
+		{"without its list of free pages", bolt.Options{NoFreelistSync: true}, Options{Total: 1500}, false},
+		{"without fsync", bolt.Options{NoSync: true}, Options{}, true},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
 			d := New(t)
-			marks := fill(t, d, &o, 300)
+			marks := fill(t, d, tt.options, 200)
 			d.Unmount()
-			start := time.Now()
-			result := Search(t, d.Record(), Options{Seed: 1, Total: 3000}, check(marks))
-			t.Logf("%d cuts, %d states in %v", result.Cuts, result.States, time.Since(start))
-			for _, v := range result.Violations {
-				t.Log(v)
-			}
-			if bad := len(result.Violations) > 0; bad != o.NoSync {
-				t.Errorf("violations: %v", bad)
-			}
+			judge(t, d, tt.search, marks, tt.bad)
 		})
+	}
+}
+
+// TestFailedSync: a database in which the fsync of a meta page failed is opened again and used.
+func TestFailedSync(t *testing.T) {
+	d := New(t)
+	marks := fill(t, d, bolt.Options{}, 20)
+	db, err := bolt.Open(filepath.Join(d.Dir(), "db"), 0o600, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	put := func(tx *bolt.Tx) error { return tx.Bucket([]byte("b")).Put([]byte("k"), make([]byte, 1000)) }
+	var last Op
+	d.Fail(func(op Op) (errno syscall.Errno) {
+		if op.Kind == Datasync && last.Kind == Write && last.Offset < 2*pageSize {
+			errno = syscall.EIO
+		}
+		last = op
+		return errno
+	})
+	if err := db.Update(put); !errors.Is(err, syscall.EIO) {
+		t.Fatalf("an update of which the fsync fails: %v", err)
+	}
+	d.Fail(nil)
+	if err := db.Close(); err != nil {
+		t.Fatal(err)
+	}
+	marks = append(marks, fill(t, d, bolt.Options{}, 20)...)
+	d.Unmount()
+	judge(t, d, Options{}, marks[:21], true)
+}
+
+// judge tells whether there are violations and whether there should be.
+func judge(t *testing.T, d *Disk, o Options, marks []int, bad bool) {
+	t.Helper()
+	start := time.Now()
+	o.Seed = 1
+	result := Search(t, d.Record(), o, check(marks))
+	took := time.Since(start)
+	t.Logf("%d cuts, %d states, %v each", result.Cuts, result.States, took/time.Duration(result.States))
+	for _, v := range result.Violations {
+		t.Log(v)
+	}
+	if found := len(result.Violations) > 0; found != bad {
+		t.Errorf("violations: %v", found)
 	}
 }

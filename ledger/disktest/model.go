@@ -15,6 +15,8 @@ import (
 //   - The size of the file is what it was at that fsync or after any later operation that changed it, whether the bytes
 //     are there or not; missing bytes are zero. Only a truncation that shortens a file is in order with what is written
 //     to the bytes it cuts off, since it frees their blocks.
+//   - After an fsync that failed, the kernel may take for written what it wasn't able to write: no later fsync makes
+//     a page durable that was last written before. The size is written with the next.
 //   - Names live in folders. The changes in one folder survive in order: a number of them from the first on. Fsync of
 //     the folder makes those before it durable; fsync of a file doesn't make its name durable. A rename is done or not
 //     done. One that moves a file between folders is a change in both.
@@ -87,6 +89,8 @@ type file struct {
 	safeSize int64
 	versions map[int][]version // since then, by page
 	sizings  []sizing          // since then
+	synced   int               // when that was
+	failed   int               // when one failed
 }
 
 func (f *file) write(op int, off int64, data []byte) {
@@ -132,13 +136,14 @@ func (f *file) truncate(op int, size int64) {
 	}
 }
 
-func (f *file) sync() {
-	for i := range f.versions {
-		f.safe.set(i, f.seen.at(i))
+func (f *file) sync(op int) {
+	for i, vs := range f.versions {
+		if vs[len(vs)-1].op >= f.failed {
+			f.safe.set(i, f.seen.at(i))
+			delete(f.versions, i)
+		}
 	}
-	f.safeSize = f.seenSize
-	clear(f.versions)
-	f.sizings = nil
+	f.safeSize, f.sizings, f.synced = f.seenSize, nil, op
 }
 
 // renaming is a change of names.
@@ -178,11 +183,13 @@ func (m *model) do(op int, o Op) {
 			f.grow(op, o.Offset+o.Size)
 		}
 	case Sync, Datasync:
-		f.sync()
+		f.sync(op)
+	case FailedSync:
+		f.failed = op
 	case SyncDir:
 		m.syncDir(o.Node)
 	}
-	if o.Dir != 0 || o.ToDir != 0 {
+	if o.Dir != 0 {
 		m.pending = append(m.pending, renaming{op, o})
 	}
 }
@@ -215,8 +222,6 @@ func rename(folders map[uint64]names, r renaming) {
 		delete(folders[r.Dir], path.Base(r.Path))
 	case Rename:
 		delete(folders[r.Dir], path.Base(r.Path))
-		folders[r.ToDir][path.Base(r.To)] = r.Node
-	case Link:
 		folders[r.ToDir][path.Base(r.To)] = r.Node
 	default:
 		folders[r.Dir][path.Base(r.Path)] = r.Node
@@ -291,7 +296,7 @@ func mix(h, x uint64) uint64 {
 }
 
 func (f *file) survive(c choice) content {
-	size, sizedBy := f.safeSize, -1
+	size, sizedBy := f.safeSize, f.synced
 	for _, z := range f.sizings {
 		if c.whole[z.op] {
 			size, sizedBy = z.size, z.op

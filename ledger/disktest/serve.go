@@ -88,23 +88,24 @@ type server struct {
 }
 
 // carry asks whether op may be, does it and writes it down.
-func (s *server) carry(op Op, do func(*Op)) syscall.Errno {
+func (s *server) carry(op Op, do func(*Op)) (errno syscall.Errno) {
 	s.turn.Lock()
 	defer s.turn.Unlock()
 	if s.ask.Load() {
-		var errno syscall.Errno
 		if err := s.test.Call("Test.Fail", op, &errno); err != nil {
 			return syscall.EIO // the test is gone
 		}
-		if errno != 0 {
-			return errno
-		}
+	}
+	if errno != 0 && (op.Kind == Sync || op.Kind == Datasync) {
+		op.Kind = FailedSync
+	} else if errno != 0 {
+		return errno
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	do(&op)
 	s.ops = append(s.ops, op)
-	return 0
+	return errno
 }
 
 // control is what the test may call.
@@ -297,13 +298,6 @@ func (n *node) Create(ctx context.Context, name string, _, mode uint32, out *fus
 
 func (n *node) Mkdir(ctx context.Context, name string, mode uint32, out *fuse.EntryOut) (*fs.Inode, syscall.Errno) {
 	return n.make(ctx, Mkdir, name, mode, out)
-}
-
-func (n *node) Link(_ context.Context, target fs.InodeEmbedder, name string, out *fuse.EntryOut) (*fs.Inode, syscall.Errno) {
-	file := target.(*node)
-	op := Op{Kind: Link, Path: file.path(""), To: n.path(name), Node: file.id, ToDir: n.id}
-	errno := n.s.carry(op, func(*Op) { file.attr(&out.Attr) })
-	return target.EmbeddedInode(), errno
 }
 
 func (n *node) Rename(_ context.Context, name string, newParent fs.InodeEmbedder, newName string, flags uint32) syscall.Errno {

@@ -1,0 +1,150 @@
+package disktest
+
+import (
+	"maps"
+	"path"
+	"slices"
+	"strings"
+	"testing"
+)
+
+// disks are what the cuts after the last operation could leave, in words: for each file its name and a letter for each
+// sector, which is the sector's first and last byte where they are one, and "." for a zero; else both.
+func disks(ops ...Op) []string {
+	r := Record{Ops: ops, Marks: []int{len(ops)}}
+	found := map[string]bool{}
+	for c := range r.cuts(Options{States: 1000, Total: 1 << 30, Seed: 1}) {
+		if c.at == len(ops) {
+			found[words(c.state)] = true
+		}
+	}
+	return slices.Sorted(maps.Keys(found))
+}
+
+func words(s *state) string {
+	var words []string
+	for name, c := range s.files {
+		var b strings.Builder
+		for at := int64(0); at < c.size; at += sectorSize {
+			page := c.pages[at/pageSize].bytes()
+			in := page[at%pageSize:]
+			first, last := in[0], in[min(sectorSize, c.size-at)-1]
+			switch {
+			case first != last:
+				b.WriteString("(" + string(first) + string(last) + ")")
+			case first == 0:
+				b.WriteByte('.')
+			default:
+				b.WriteByte(first)
+			}
+		}
+		words = append(words, name+":"+b.String())
+	}
+	slices.Sort(words)
+	return strings.Join(words, " ")
+}
+
+// Operations on the folder 1, in which files are known by their first letters. Offsets and sizes are sectors.
+func made(name string) Op { return Op{Kind: Create, Path: name, Node: id(name), Dir: 1} }
+func id(name string) uint64 {
+	return uint64(path.Base(name)[0])
+}
+func wrote(name string, at int64, text string) Op {
+	var data []byte
+	for _, c := range []byte(text) {
+		data = append(data, slices.Repeat([]byte{c}, sectorSize)...)
+	}
+	return Op{Kind: Write, Path: name, Node: id(name), Offset: at * sectorSize, Data: data}
+}
+func sized(name string, size int64) Op {
+	return Op{Kind: Truncate, Path: name, Node: id(name), Size: size * sectorSize}
+}
+func moved(from, to string, file uint64) Op {
+	return Op{Kind: Rename, Path: from, To: to, Node: file, Dir: 1, ToDir: 1}
+}
+func synced(name string) Op      { return Op{Kind: Sync, Path: name, Node: id(name)} }
+func failed(name string) Op      { return Op{Kind: FailedSync, Path: name, Node: id(name)} }
+func syncedFolder(dir uint64) Op { return Op{Kind: SyncDir, Node: dir} }
+func began(name, text string) []Op { // a file that is safe
+	return []Op{made(name), wrote(name, 0, text), synced(name), syncedFolder(1)}
+}
+
+func TestWhatSurvives(t *testing.T) {
+	zeros := strings.Repeat(".", 7)
+	for _, tt := range []struct {
+		name string
+		ops  []Op
+		want []string
+	}{
+		{"safe", began("a", "A"), []string{"a:A"}},
+		{"fsync of a file doesn't keep its name", []Op{made("a"), wrote("a", 0, "A"), synced("a")}, []string{"", "a:A"}},
+		{"fsync of the folder doesn't keep bytes", []Op{made("a"), wrote("a", 0, "A"), syncedFolder(1)}, []string{"a:", "a:.", "a:A"}},
+		{"a write that isn't longer", append(began("a", "A"), wrote("a", 0, "B")), []string{"a:A", "a:B"}},
+		{"a write is torn", append(began("a", "AAA"), wrote("a", 0, "BBB")),
+			[]string{"a:AAA", "a:AAB", "a:ABA", "a:ABB", "a:BAA", "a:BAB", "a:BBA", "a:BBB"}},
+		{"bytes and size are apart", append(began("a", "A"), wrote("a", 1, "B")), []string{"a:A", "a:A.", "a:AB"}},
+		{"each size that was", append(began("a", "A"), sized("a", 2), sized("a", 3)), []string{"a:A", "a:A.", "a:A.."}},
+		{"an allocation sizes", append(began("a", "A"), Op{Kind: Allocate, Node: id("a"), Size: 1024}), []string{"a:A", "a:A."}},
+		{"an allocation that doesn't", append(began("a", "A"), Op{Kind: Allocate, Node: id("a"), Size: 1024, KeepSize: true}), []string{"a:A"}},
+		{"pages in any order", append(began("a", "A"+zeros+"A"), wrote("a", 0, "B"), wrote("a", 8, "B")),
+			[]string{"a:A" + zeros + "A", "a:A" + zeros + "B", "a:B" + zeros + "A", "a:B" + zeros + "B"}},
+		{"a sector is what it was after a write", append(began("a", "A"), wrote("a", 0, "B"),
+			Op{Kind: Write, Node: id("a"), Offset: 256, Data: slices.Repeat([]byte("C"), 256)}, wrote("a", 0, "D")),
+			[]string{"a:(BC)", "a:A", "a:B", "a:D"}},
+		{"shortened", append(began("a", "AA"), sized("a", 1)), []string{"a:A", "a:AA"}},
+		{"shortened and longer again", append(began("a", "AA"), sized("a", 1), sized("a", 2)), []string{"a:A", "a:A.", "a:AA"}},
+		{"shortened and written to", append(began("a", "AA"), sized("a", 0), wrote("a", 0, "B")), []string{"a:", "a:.", "a:AA", "a:B"}},
+		{"two files", append(append(began("a", "A"), began("b", "A")...), wrote("a", 0, "B"), wrote("b", 0, "B"), synced("b")),
+			[]string{"a:A b:B", "a:B b:B"}},
+		{"names in order", []Op{made("a"), made("b"), made("c")}, []string{"", "a:", "a: b:", "a: b: c:"}},
+		{"a rename in place of another file", append(append(began("a", "A"), began("b", "B")...), moved("b", "a", id("b"))),
+			[]string{"a:A b:B", "a:B"}},
+		{"a rename that is safe", append(append(began("a", "A"), began("b", "B")...), moved("b", "a", id("b")), syncedFolder(1)),
+			[]string{"a:B"}},
+		{"unlinked", append(began("a", "A"), Op{Kind: Unlink, Path: "a", Node: id("a"), Dir: 1}), []string{"", "a:A"}},
+		{"a file under its old name gets the bytes", append(began("a", "A"), moved("a", "b", id("a")), wrote("a", 0, "B")),
+			[]string{"a:A", "a:B", "b:A", "b:B"}},
+		{"moved between folders", append(began("a", "A"),
+			Op{Kind: Mkdir, Path: "sub", Node: 2, Dir: 1}, syncedFolder(1),
+			Op{Kind: Create, Path: "sub/b", Node: id("b"), Dir: 2},
+			Op{Kind: Rename, Path: "a", To: "sub/a", Node: id("a"), Dir: 1, ToDir: 2}),
+			[]string{"a:A", "a:A sub/b:", "sub/a:A sub/b:"}},
+		{"moved between folders, and one is safe", append(began("a", "A"),
+			Op{Kind: Mkdir, Path: "sub", Node: 2, Dir: 1}, syncedFolder(1),
+			Op{Kind: Create, Path: "sub/b", Node: id("b"), Dir: 2},
+			Op{Kind: Rename, Path: "a", To: "sub/a", Node: id("a"), Dir: 1, ToDir: 2}, syncedFolder(1)),
+			[]string{"sub/a:A sub/b:"}},
+		{"fsync failed", append(began("a", "A"), wrote("a", 0, "B"), failed("a")), []string{"a:A", "a:B"}},
+		{"fsync failed, and the next doesn't mend it", append(began("a", "A"), wrote("a", 0, "B"), wrote("a", 8, "B"), failed("a"), wrote("a", 8, "C"), synced("a")),
+			[]string{"a:A" + zeros + "C", "a:B" + zeros + "C"}},
+		{"fsync failed, and the page is written again", append(began("a", "A"), wrote("a", 0, "B"), failed("a"), wrote("a", 0, "B"), synced("a")),
+			[]string{"a:B"}},
+	} {
+		if got := disks(tt.ops...); !slices.Equal(got, tt.want) {
+			t.Errorf("%s: %q, want %q", tt.name, got, tt.want)
+		}
+	}
+}
+
+// TestBounds: as many states as the options allow, each once, and of all moments.
+func TestBounds(t *testing.T) {
+	ops := began("a", "A")
+	for range 100 {
+		ops = append(ops, wrote("a", 0, "ABCDEFGHABCDEFGH"))
+	}
+	for _, o := range []Options{{States: 5, Total: 1 << 20}, {States: 100, Total: 300}, {States: 3, Total: 50}} {
+		o.Seed = 1
+		states, last, at := 0, 0, map[int]int{}
+		for c := range (Record{Ops: ops}).cuts(o) {
+			states++
+			at[c.at]++
+			last = c.at
+			if c.number != states {
+				t.Errorf("%+v: state %d has the number %d", o, states, c.number)
+			}
+		}
+		if most := slices.Max(slices.Collect(maps.Values(at))); states > o.Total || most > o.States || last < len(ops)-20 {
+			t.Errorf("%+v: %d states, at most %d of a moment, the last of moment %d", o, states, most, last)
+		}
+	}
+}
