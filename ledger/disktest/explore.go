@@ -67,7 +67,8 @@ func Explore(t testing.TB, r Record, o Options, check func(dir string, at int) e
 //
 // Check gets a folder that is its own until it returns, and may change it. It must close what it opens. at is the
 // number of operations before the cut: what was released at marks up to at must be there. A panic or a bad address
-// counts as its error, but not in a goroutine that it starts. The folders are in memory where there is /dev/shm.
+// counts as its error, but not in a goroutine that it starts; it must not call t.FailNow. The folders are in memory where
+// there is /dev/shm.
 func Search(t testing.TB, r Record, o Options, check func(dir string, at int) error) Result {
 	t.Helper()
 	o.States = cmp.Or(o.States, 32)
@@ -218,7 +219,7 @@ func (m *model) loose() loose {
 
 // keep is the choice that these make: sectors of each piece, and operations of which the size or the name survives.
 func (l loose) keep(sectors func(piece) uint8, size, name func(op int) bool) choice {
-	c := choice{map[piece]uint8{}, map[int]bool{}}
+	c := choice{make(map[piece]uint8, len(l.pieces)), make(map[int]bool, len(l.sizes)+len(l.names))}
 	for _, p := range l.pieces {
 		c.sectors[p] = sectors(p)
 	}

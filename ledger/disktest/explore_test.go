@@ -7,12 +7,15 @@ import (
 	"math/rand/v2"
 	"os"
 	"path/filepath"
+	"runtime"
 	"slices"
+	"strings"
 	"syscall"
 	"testing"
 	"time"
 
 	bolt "go.etcd.io/bbolt"
+	"golang.org/x/sys/unix"
 )
 
 // toy keeps a value in a file that it replaces. Without names the fsync it leaves out: "file", "folder" or none.
@@ -69,7 +72,7 @@ func TestToy(t *testing.T) {
 				marks = append(marks, d.Mark())
 			}
 			d.Unmount()
-			result := Search(t, d.Record(), Options{Seed: 1}, func(dir string, at int) error {
+			judge := func(dir string, at int) error {
 				least := byte(0)
 				for _, m := range marks {
 					if m <= at {
@@ -81,12 +84,55 @@ func TestToy(t *testing.T) {
 					err = fmt.Errorf("value %d, but %d was set", v, least)
 				}
 				return err
-			})
-			t.Logf("%+v", result)
-			if bad := len(result.Violations) > 0; bad != (without != "") {
-				t.Errorf("violations: %v", bad)
+			}
+			result := Search(t, d.Record(), Options{Seed: 1}, judge)
+			if bad := len(result.Violations) > 0; bad != (without != "") || !bad && result.States < 500 {
+				t.Errorf("%+v", result)
+			}
+			if n := len(result.Violations); n >= enough+2*runtime.GOMAXPROCS(0) {
+				t.Errorf("went on to %d violations", n)
+			}
+			for _, v := range result.Violations {
+				again := Search(t, d.Record(), v.Options, judge)
+				if again.States != 1 || len(again.Violations) != 1 || again.Violations[0].String() != v.String() {
+					t.Errorf("%v\nand again it is\n%+v", v, again)
+				}
 			}
 		})
+	}
+}
+
+// TestCheckPanics: what check did wrong is told, and its folder isn't used again.
+func TestCheckPanics(t *testing.T) {
+	ops := append(began("a", "A"), wrote("a", 0, "B"), wrote("a", 1, "B"))
+	var dirs []string
+	result := Search(t, Record{Ops: ops}, Options{Workers: 1}, func(dir string, at int) error {
+		if slices.Contains(dirs, dir) {
+			return fmt.Errorf("%s again", dir)
+		}
+		if at < 4 {
+			return nil
+		}
+		dirs = append(dirs, dir)
+		f, err := os.Open(filepath.Join(dir, "a"))
+		if err != nil {
+			return err
+		}
+		defer f.Close()
+		m, err := unix.Mmap(int(f.Fd()), 0, 2*pageSize, unix.PROT_READ, unix.MAP_SHARED)
+		if err != nil {
+			return err
+		}
+		defer unix.Munmap(m)
+		return fmt.Errorf("read %d", m[pageSize])
+	})
+	if len(result.Violations) < enough {
+		t.Fatalf("%+v", result)
+	}
+	for _, v := range result.Violations {
+		if !strings.Contains(v.Err.Error(), "panic") {
+			t.Error(v)
+		}
 	}
 }
 
@@ -140,8 +186,12 @@ func check(marks []int) func(string, int) error {
 		}
 		defer func() { err = errors.Join(err, db.Close()) }()
 		return db.View(func(tx *bolt.Tx) error {
-			for err := range tx.Check() {
-				return err
+			var bad error
+			for err := range tx.Check() { // to its end: it reads the database
+				bad = err
+			}
+			if bad != nil {
+				return bad
 			}
 			b := tx.Bucket([]byte("b"))
 			for i := range committed {

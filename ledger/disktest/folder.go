@@ -1,6 +1,7 @@
 package disktest
 
 import (
+	"cmp"
 	"io/fs"
 	"os"
 	"path/filepath"
@@ -36,6 +37,8 @@ type laid struct {
 }
 
 var untouched = time.Unix(1e9, 0)
+
+var zeros page
 
 func newFolder(root string) *folder {
 	dir, err := os.MkdirTemp(root, "")
@@ -88,7 +91,7 @@ func (f *folder) putFile(name string, c content) error {
 	delete(f.laid, name)
 	p := filepath.Join(f.dir, name)
 	var st syscall.Stat_t
-	if err := syscall.Lstat(p, &st); err != nil || st.Ino != old.inode || st.Size != old.size || st.Mtim.Nano() != untouched.UnixNano() || st.Nlink > 1 {
+	if err := syscall.Lstat(p, &st); err != nil || st.Ino != old.inode || st.Mtim.Nano() != untouched.UnixNano() || st.Nlink > 1 {
 		os.Remove(p)
 		old = laid{}
 	}
@@ -105,8 +108,7 @@ func (f *folder) putFile(name string, c content) error {
 	for i := 0; i < len(c.pages); {
 		from, run := i, [][]byte(nil)
 		for ; i < len(c.pages) && c.pages[i] != old.pages.at(i) && len(run) < 1024; i++ {
-			b := c.pages[i].bytes()
-			run = append(run, b[:min(pageSize, c.size-int64(i)*pageSize)])
+			run = append(run, cmp.Or(c.pages[i], &zeros).data[:min(pageSize, c.size-int64(i)*pageSize)])
 		}
 		if len(run) == 0 {
 			i++

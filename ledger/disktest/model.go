@@ -1,6 +1,7 @@
 package disktest
 
 import (
+	"cmp"
 	"hash/maphash"
 	"maps"
 	"path"
@@ -337,7 +338,7 @@ func survivor(safe *page, vs []version, sizedBy int, keep func(op int) uint8) *p
 		if !torn {
 			b, torn = whole.bytes(), true
 		}
-		after := v.page.bytes()
+		after := cmp.Or(v.page, &zeros).data[:]
 		for s := range 8 {
 			if kept>>s&1 == 1 {
 				copy(b[s*sectorSize:(s+1)*sectorSize], after[s*sectorSize:])

@@ -2,13 +2,14 @@ package disktest
 
 import (
 	"maps"
+	"math/rand/v2"
 	"path"
 	"slices"
 	"strings"
 	"testing"
 )
 
-// disks are what the cuts after the last operation could leave, in words: for each file its name and a letter for each
+// disks are what the cuts after the last operation could leave, in words: the folders, and for each file its name and for each
 // sector, which is the sector's first and last byte where they are one, and "." for a zero; else both.
 func disks(ops ...Op) []string {
 	r := Record{Ops: ops, Marks: []int{len(ops)}}
@@ -40,6 +41,9 @@ func words(s *state) string {
 		}
 		words = append(words, name+":"+b.String())
 	}
+	for _, p := range s.folders {
+		words = append(words, p+"/")
+	}
 	slices.Sort(words)
 	return strings.Join(words, " ")
 }
@@ -69,6 +73,16 @@ func began(name, text string) []Op { // a file that is safe
 	return []Op{made(name), wrote(name, 0, text), synced(name), syncedFolder(1)}
 }
 
+// movedOver has a file moved from one folder to another, and in each a name that was made before, in the second one after.
+func movedOver() []Op {
+	return append(began("a", "A"),
+		Op{Kind: Mkdir, Path: "sub", Node: 2, Dir: 1}, syncedFolder(1),
+		made("c"),
+		Op{Kind: Create, Path: "sub/b", Node: id("b"), Dir: 2},
+		Op{Kind: Rename, Path: "a", To: "sub/a", Node: id("a"), Dir: 1, ToDir: 2},
+		Op{Kind: Create, Path: "sub/d", Node: id("d"), Dir: 2})
+}
+
 func TestWhatSurvives(t *testing.T) {
 	zeros := strings.Repeat(".", 7)
 	for _, tt := range []struct {
@@ -88,6 +102,8 @@ func TestWhatSurvives(t *testing.T) {
 		{"an allocation that doesn't", append(began("a", "A"), Op{Kind: Allocate, Node: id("a"), Size: 1024, KeepSize: true}), []string{"a:A"}},
 		{"pages in any order", append(began("a", "A"+zeros+"A"), wrote("a", 0, "B"), wrote("a", 8, "B")),
 			[]string{"a:A" + zeros + "A", "a:A" + zeros + "B", "a:B" + zeros + "A", "a:B" + zeros + "B"}},
+		{"like pages in any order", []Op{made("a"), sized("a", 9), synced("a"), syncedFolder(1), wrote("a", 0, "B"), wrote("a", 8, "B")},
+			[]string{"a:." + zeros + ".", "a:." + zeros + "B", "a:B" + zeros + ".", "a:B" + zeros + "B"}},
 		{"a sector is what it was after a write", append(began("a", "A"), wrote("a", 0, "B"),
 			Op{Kind: Write, Node: id("a"), Offset: 256, Data: slices.Repeat([]byte("C"), 256)}, wrote("a", 0, "D")),
 			[]string{"a:(BC)", "a:A", "a:B", "a:D"}},
@@ -104,19 +120,18 @@ func TestWhatSurvives(t *testing.T) {
 		{"unlinked", append(began("a", "A"), Op{Kind: Unlink, Path: "a", Node: id("a"), Dir: 1}), []string{"", "a:A"}},
 		{"a file under its old name gets the bytes", append(began("a", "A"), moved("a", "b", id("a")), wrote("a", 0, "B")),
 			[]string{"a:A", "a:B", "b:A", "b:B"}},
-		{"moved between folders", append(began("a", "A"),
-			Op{Kind: Mkdir, Path: "sub", Node: 2, Dir: 1}, syncedFolder(1),
-			Op{Kind: Create, Path: "sub/b", Node: id("b"), Dir: 2},
-			Op{Kind: Rename, Path: "a", To: "sub/a", Node: id("a"), Dir: 1, ToDir: 2}),
-			[]string{"a:A", "a:A sub/b:", "sub/a:A sub/b:"}},
-		{"moved between folders, and one is safe", append(began("a", "A"),
-			Op{Kind: Mkdir, Path: "sub", Node: 2, Dir: 1}, syncedFolder(1),
-			Op{Kind: Create, Path: "sub/b", Node: id("b"), Dir: 2},
-			Op{Kind: Rename, Path: "a", To: "sub/a", Node: id("a"), Dir: 1, ToDir: 2}, syncedFolder(1)),
-			[]string{"sub/a:A sub/b:"}},
+		{"a folder", []Op{{Kind: Mkdir, Path: "sub", Node: 2, Dir: 1}}, []string{"", "sub/"}},
+		{"a file in a folder that is lost", []Op{{Kind: Mkdir, Path: "sub", Node: 2, Dir: 1},
+			{Kind: Create, Path: "sub/b", Node: id("b"), Dir: 2}, syncedFolder(2)}, []string{"", "sub/ sub/b:"}},
+		{"moved between folders", movedOver(), []string{"a:A c: sub/", "a:A c: sub/ sub/b:", "a:A sub/", "a:A sub/ sub/b:", "c: sub/ sub/a:A sub/b:", "c: sub/ sub/a:A sub/b: sub/d:"}},
+		{"moved from a folder that is safe", append(movedOver(), syncedFolder(1)),
+			[]string{"c: sub/ sub/a:A sub/b:", "c: sub/ sub/a:A sub/b: sub/d:"}},
+		{"moved to a folder that is safe", append(movedOver(), syncedFolder(2)), []string{"c: sub/ sub/a:A sub/b: sub/d:"}},
 		{"fsync failed", append(began("a", "A"), wrote("a", 0, "B"), failed("a")), []string{"a:A", "a:B"}},
 		{"fsync failed, and the next doesn't mend it", append(began("a", "A"), wrote("a", 0, "B"), wrote("a", 8, "B"), failed("a"), wrote("a", 8, "C"), synced("a")),
 			[]string{"a:A" + zeros + "C", "a:B" + zeros + "C"}},
+		{"fsync failed, and the next keeps the size", append(began("a", "A"), wrote("a", 0, "B"), sized("a", 0), sized("a", 1), failed("a"), synced("a")),
+			[]string{"a:."}},
 		{"fsync failed, and the page is written again", append(began("a", "A"), wrote("a", 0, "B"), failed("a"), wrote("a", 0, "B"), synced("a")),
 			[]string{"a:B"}},
 	} {
@@ -126,25 +141,72 @@ func TestWhatSurvives(t *testing.T) {
 	}
 }
 
+// TestChoices: what Search promises comes before what is random.
+func TestChoices(t *testing.T) {
+	m := newModel()
+	ops := append(began("a", "A"), wrote("a", 0, "BBBBBBBBBBBB"), wrote("a", 12, "CC"), made("b"), sized("b", 1), wrote("a", 24, "DDDD"))
+	for i, op := range ops {
+		m.do(i, op)
+	}
+	var found []string
+	for c := range m.loose().choices(rand.New(rand.NewPCG(1, 1)), len(ops)-1, 0) {
+		found = append(found, words(m.survive(c)))
+	}
+	b, c := strings.Repeat("B", 12), "CC.........."
+	if want := []string{ // in any case
+		"a:" + b + c + "DDDD b:.",
+		"a:A",
+		"a:A b:",
+		"a:A" + strings.Repeat(".", 27) + " b:.",
+		"a:B b:",
+	}; !slices.Equal(found[:5], want) {
+		t.Errorf("first %q, want %q", found[:5], want)
+	}
+	for what, want := range map[string]string{
+		"all but the last":             "a:" + b + c + ".... b:.",
+		"all but the second":           "a:" + b + "............DDDD b:.",
+		"all but the first":            "a:A..........." + c + "DDDD b:.",
+		"all but the name":             "a:" + b + c + "DDDD",
+		"all but the size":             "a:" + b + c + "DDDD b:",
+		"the first":                    "a:BBBBBBBBBBBB b:",
+		"the second":                   "a:A...........CC b:",
+		"the last":                     "a:A.......................DDDD b:",
+		"all but a page of the first":  "a:A.......BBBB" + c + "DDDD b:.",
+		"all, the last torn":           "a:" + b + c + "D... b:.",
+		"nothing, and of the last one": "a:A.......................D... b:.",
+	} {
+		if !slices.Contains(found, want) {
+			t.Errorf("%s: no %q", what, want)
+		}
+	}
+}
+
 // TestBounds: as many states as the options allow, each once, and of all moments.
 func TestBounds(t *testing.T) {
 	ops := began("a", "A")
-	for range 100 {
-		ops = append(ops, wrote("a", 0, "ABCDEFGHABCDEFGH"))
+	for i := range 100 {
+		ops = append(ops, wrote("a", 0, string(rune('B'+i%20))+"BCDEFGHABCDEFGH"))
 	}
 	for _, o := range []Options{{States: 5, Total: 1 << 20}, {States: 100, Total: 300}, {States: 3, Total: 50}} {
 		o.Seed = 1
-		states, last, at := 0, 0, map[int]int{}
+		states, early, last, at, seen := 0, 0, 0, map[int]int{}, map[uint64]bool{}
 		for c := range (Record{Ops: ops}).cuts(o) {
 			states++
 			at[c.at]++
 			last = c.at
+			if c.at < len(ops)/2 {
+				early++
+			}
+			if seen[c.state.hash] {
+				t.Errorf("%+v: state %d was there before", o, states)
+			}
+			seen[c.state.hash] = true
 			if c.number != states {
 				t.Errorf("%+v: state %d has the number %d", o, states, c.number)
 			}
 		}
-		if most := slices.Max(slices.Collect(maps.Values(at))); states > o.Total || most > o.States || last < len(ops)-20 {
-			t.Errorf("%+v: %d states, at most %d of a moment, the last of moment %d", o, states, most, last)
+		if most := slices.Max(slices.Collect(maps.Values(at))); states > o.Total || most > o.States || early == 0 || last < len(ops)-20 {
+			t.Errorf("%+v: %d states, %d of the first half, at most %d of a moment, the last of moment %d", o, states, early, most, last)
 		}
 	}
 }

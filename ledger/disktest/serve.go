@@ -54,6 +54,7 @@ func serve(dir string) error {
 		MountOptions: fuse.MountOptions{
 			FsName: "disktest", Name: "disktest",
 			DirectMount:              true, // else by fusermount3
+			DirectMountStrict:        os.Geteuid() == 0,
 			ExplicitDataCacheControl: true,
 			DisableXAttrs:            true,
 			MaxWrite:                 1 << 20,
