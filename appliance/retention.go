@@ -46,6 +46,9 @@ func (a *Appliance) Preview() (epochs []Fate, receiptsBefore time.Time, err erro
 	all, err := a.ledger.Epochs()
 	for _, e := range all {
 		f := Fate{Epoch: e}
+		if number, _, tree := a.ledger.Head(); e.Ended == 0 && number == e.Number {
+			f.Size = tree.Size
+		}
 		if e.Ended != 0 {
 			f.Due = time.UnixMilli(e.Ended).Add(a.retention.Audit).UTC()
 		}

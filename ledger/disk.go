@@ -7,8 +7,11 @@ import (
 	"time"
 )
 
-// reserveSize is room for some ten thousand events.
-const reserveSize = 8 << 20
+// reserveSize is room for some ten thousand events, reserveEvery how often it is tried to have it again. Tests have less.
+var (
+	reserveSize  int64 = 8 << 20
+	reserveEvery       = 200 * time.Millisecond
+)
 
 // reserve is a file that takes room on the disk, to be given up when there is no other: then what was admitted can
 // still be settled, and the log can say what happened. It has no content and needs no fsync: whether it is there is seen
@@ -40,7 +43,7 @@ func (r *reserve) take() error {
 
 // takeAgain tries, but not all the time.
 func (r *reserve) takeAgain() error {
-	if since := time.Since(r.tried); since < 200*time.Millisecond {
+	if since := time.Since(r.tried); since < reserveEvery {
 		return syscall.ENOSPC
 	}
 	r.tried = time.Now()

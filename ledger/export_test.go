@@ -65,3 +65,17 @@ func (l *Ledger) Fill(ctx context.Context, n int, expiresAt int64) error {
 	}
 	return nil
 }
+
+// SkipSync leaves out the fsyncs of one kind: commit, file, folder or meta.
+func SkipSync(kind string) (restore func()) {
+	before := noSync
+	noSync = func(what string) bool { return what == kind }
+	return func() { noSync = before }
+}
+
+// SmallReserve makes the reserve small, to be had again at once.
+func SmallReserve() (restore func()) {
+	size, every := reserveSize, reserveEvery
+	reserveSize, reserveEvery = 64<<10, 0
+	return func() { reserveSize, reserveEvery = size, every }
+}
