@@ -105,16 +105,24 @@ func (l *Ledger) Admit(ctx context.Context, a Admission, event func(Verdict) []b
 	s := spent{print: print, owner: ownerOf(a.Digest, a.Peer), version: a.KeyVersion}
 	result := Admitted{Admission: a}
 	var refused error
-	err := l.submit(ctx, &request{admission: true, done: make(chan error, 1), apply: func(t *txn) (err error) {
+	err := l.submit(ctx, &request{done: make(chan error, 1), apply: func(t *txn) (err error) {
 		result, refused = Admitted{Admission: a}, nil
-		if refused = t.behind; refused != nil {
-			return nil
-		}
 		prior, found, err := t.find(print)
 		switch {
 		case err != nil:
 			return err
+		case found && prior.owner == s.owner && !a.Once: // nothing is written, so nothing can be in the way
+			result.Verdict, result.KeyVersion, result.Event = Repeated, prior.version, prior.event
+			result.Signature = t.outcome(prior)
+			return nil
+		case t.closed != nil:
+			refused = t.closed
+			return nil
 		case !found:
+			s.hour = hourOf(a.ExpiresAt)
+			if refused = t.mayKeep(s.hour); refused != nil {
+				return nil
+			}
 			result.Verdict = Fresh
 			if a.Decide != nil {
 				counters := &Counters{t.tx.Bucket(bucketCounters), map[string][]byte{}}
@@ -125,21 +133,11 @@ func (l *Ledger) Admit(ctx context.Context, a Admission, event func(Verdict) []b
 				}
 			}
 		default:
-			result.First, result.Own = prior.event, prior.owner == s.owner
-			if result.Own && !a.Once {
-				result.Verdict, result.KeyVersion, result.Event = Repeated, prior.version, prior.event
-				result.Signature = t.outcome(prior)
-				return nil
-			}
-			result.Verdict = Replay
+			result.First, result.Own, result.Verdict = prior.event, prior.owner == s.owner, Replay
 		}
 		if result.Verdict != Fresh {
 			result.Event, err = t.append(NewEvent(event(result.Verdict)))
 			return err
-		}
-		s.hour = hourOf(a.ExpiresAt)
-		if refused = t.mayKeep(s.hour); refused != nil {
-			return nil
 		}
 		if s.event, err = t.append(fresh); err != nil {
 			return err

@@ -349,16 +349,16 @@ func (s *story) judge(dir string, at int) error {
 	return nil
 }
 
-// states is how many disks are judged, unless CRASH_STATES says otherwise.
-func states(t *testing.T, usual int) int {
+// some says how many disks are judged: 4,000, unless CRASH_STATES says otherwise.
+func some(t *testing.T, r disktest.Record) disktest.Options {
+	total := 4000
 	if v := os.Getenv("CRASH_STATES"); v != "" {
-		n, err := strconv.Atoi(v)
-		if err != nil {
+		var err error
+		if total, err = strconv.Atoi(v); err != nil {
 			t.Fatal(err)
 		}
-		return n
 	}
-	return usual
+	return disktest.Options{Total: total, States: 2*total/len(r.Ops) + 1}
 }
 
 // TestPowerCuts has the power go at each moment of a ledger's life, and opens every disk that could be left: what was released
@@ -367,7 +367,7 @@ func TestPowerCuts(t *testing.T) {
 	defer ledger.SmallReserve()()
 	s := tell(t, "")
 	s.disk.Unmount()
-	r := disktest.Explore(t, s.disk.Record(), disktest.Options{Total: states(t, 4000)}, s.judge)
+	r := disktest.Explore(t, s.disk.Record(), some(t, s.disk.Record()), s.judge)
 	t.Logf("explored %d states, %d violations", r.States, len(r.Violations))
 	if len(s.facts) < 100 || r.States < 1000 {
 		t.Errorf("%d facts, %d states: the test has lost its point", len(s.facts), r.States)
@@ -383,7 +383,7 @@ func TestPowerCutsFindALostSync(t *testing.T) {
 			s := tell(t, kind)
 			restore()
 			s.disk.Unmount()
-			r := disktest.Search(t, s.disk.Record(), disktest.Options{Total: states(t, 4000)}, s.judge)
+			r := disktest.Search(t, s.disk.Record(), some(t, s.disk.Record()), s.judge)
 			if len(r.Violations) == 0 {
 				t.Errorf("%d states, and nothing was found", r.States)
 			}

@@ -156,10 +156,9 @@ type Ledger struct {
 // request is work for the writer: apply, unless it is nil, runs inside a transaction that others share, or, where alone is
 // set, in one of its own that an error rolls back. It may run again. done, where somebody waits, gets the result of the commit.
 type request struct {
-	apply     func(*txn) error
-	alone     bool
-	admission bool // it is refused first when the disk is full
-	done      chan error
+	apply func(*txn) error
+	alone bool
+	done  chan error
 }
 
 // Create makes an empty ledger at path. It is built under a temporary name, fsynced, renamed, and the folder is fsynced,

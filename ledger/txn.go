@@ -17,7 +17,7 @@ type txn struct {
 	l      *Ledger // nil while the file is being made
 	tx     *bolt.Tx
 	now    time.Time // the ledger's time
-	behind error     // why nothing is admitted: the clock
+	closed error     // why nothing is admitted: the clock, or a full disk
 	wrote  bool
 	log    logState
 	fresh  map[fingerprint]uint64 // spent in this transaction: event of the admission
@@ -35,20 +35,13 @@ type openSegment struct {
 func (l *Ledger) commit(batch []*request) {
 	batch = append(l.backlog, batch...)
 	l.backlog = nil
-	if l.trouble.Load() != nil && !l.reserve.taken {
-		if err := l.reserve.takeAgain(); err != nil { // the disk is as full as it was
-			batch = refuse(batch, func(r *request) bool { return r.admission }, l.Trouble())
-		}
+	var full error // while it is set, nothing is admitted, and the rest lives on what the reserve has given up
+	if l.trouble.Load() != nil && !l.reserve.taken && l.reserve.takeAgain() != nil {
+		full = l.Trouble()
 	}
-	err := l.transact(batch)
+	err := l.transact(batch, full)
 	if noRoom(err) && l.reserve.give() {
-		batch = refuse(batch, func(r *request) bool { return r.admission }, err)
-		if again := l.transact(batch); again != nil {
-			err = again
-		} else {
-			answer(batch, nil)
-			return // and the trouble stays until there is room for the reserve
-		}
+		err = l.transact(batch, err)
 	}
 	if errors.Is(err, ErrDisk) {
 		for _, r := range batch {
@@ -60,17 +53,6 @@ func (l *Ledger) commit(batch []*request) {
 	answer(batch, err)
 }
 
-func refuse(batch []*request, which func(*request) bool, err error) (rest []*request) {
-	for _, r := range batch {
-		if which(r) {
-			answer([]*request{r}, err)
-		} else {
-			rest = append(rest, r)
-		}
-	}
-	return rest
-}
-
 func answer(batch []*request, err error) {
 	for _, r := range batch {
 		if r.done != nil {
@@ -79,9 +61,9 @@ func answer(batch []*request, err error) {
 	}
 }
 
-// transact carries out a batch in one transaction. Its error is that of a request that is alone, or ErrDisk when nothing
+// transact carries out a batch in one transaction; while closed is set, without admissions. Its error is that of a request that is alone, or ErrDisk when nothing
 // was written, or ErrUnknownState.
-func (l *Ledger) transact(batch []*request) error {
+func (l *Ledger) transact(batch []*request, closed error) error {
 	select {
 	case <-l.failed:
 		return ErrUnknownState
@@ -97,7 +79,9 @@ func (l *Ledger) transact(batch []*request) error {
 	defer tx.Rollback() // does nothing after a commit
 	id := tx.ID()
 	t := &txn{l: l, tx: tx, log: l.log.copy(), fresh: map[fingerprint]uint64{}, hours: map[fingerprint]uint32{}}
-	t.now, t.behind = l.clock.tick()
+	if t.now, t.closed = l.clock.tick(); closed != nil {
+		t.closed = closed
+	}
 	l.nonces.expire(t.now)
 	for _, r := range batch {
 		if r.apply == nil {

@@ -17,6 +17,7 @@ import (
 
 	"countersign/admin/api"
 	"countersign/client"
+	"countersign/ledger/disktest"
 )
 
 const softHSM = "/usr/lib/softhsm/libsofthsm2.so"
@@ -27,6 +28,7 @@ const userPIN = "pin-that-must-not-be-seen"
 var bin string // the folder of the built commands
 
 func TestMain(m *testing.M) {
+	disktest.Serve() // in the process of a test's disk
 	os.Exit(func() int {
 		dir, err := os.MkdirTemp("", "countersign-bin")
 		if err != nil {

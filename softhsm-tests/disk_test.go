@@ -1,0 +1,190 @@
+package softhsmtests
+
+import (
+	"os"
+	"path/filepath"
+	"strings"
+	"sync/atomic"
+	"syscall"
+	"testing"
+	"time"
+
+	"countersign/ledger/disktest"
+	"countersign/wire"
+)
+
+// onDisk is a system whose ledger is on a disk that can be spoilt.
+func onDisk(t *testing.T) (*system, *disktest.Disk) {
+	s := newSystem(t)
+	disk := disktest.New(t)
+	s.edit("countersign.toml", `"ledger.db"`, `"`+filepath.Join(disk.Dir(), "ledger.db")+`"`)
+	if out, code := s.daemon("init"); code != 1 || !strings.Contains(out, "belong to another appliance") {
+		t.Fatalf("a new ledger with a token that has keys: %d, %s", code, out)
+	}
+	s.write("softhsm2.conf", "directories.tokendir = "+s.path("tokens2")+"\nlog.level = ERROR\n")
+	mkdir(t, s.path("tokens2"))
+	if out, code := s.daemon("init", "--new-token", "--so-pin-file", s.path("so-pin")); code != 0 {
+		t.Fatalf("init: %d, %s", code, out)
+	}
+	return s, disk
+}
+
+// full is a disk without room: what is written must fit into what the reserve has given up.
+type full struct {
+	on    atomic.Bool
+	given atomic.Bool
+}
+
+func (f *full) fail(op disktest.Op) syscall.Errno {
+	reserve := strings.HasSuffix(op.Path, ".reserve")
+	switch {
+	case reserve && op.Kind == disktest.Truncate && op.Size == 0:
+		f.given.Store(true)
+	case !f.on.Load():
+		if reserve && op.Kind == disktest.Allocate {
+			f.given.Store(false)
+		}
+	case reserve && op.Kind == disktest.Allocate, !reserve && op.Kind == disktest.Write && !f.given.Load():
+		return syscall.ENOSPC
+	}
+	return 0
+}
+
+// until waits for a condition.
+func until(t *testing.T, what string, holds func() bool) {
+	t.Helper()
+	for end := time.Now().Add(30 * time.Second); !holds(); time.Sleep(20 * time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatalf("in vain: %s", what)
+		}
+	}
+}
+
+// has says whether the audit log has an event of a type about something.
+func (s *system) has(event, resource string) bool {
+	for _, e := range s.events() {
+		if string(e.Type) == event && e.Resource == resource {
+			return true
+		}
+	}
+	return false
+}
+
+// TestFullDisk: while there is no room, requests are unavailable and nothing of them is kept; the log says so, by the reserve;
+// with room the same requests are served, by the same daemon.
+func TestFullDisk(t *testing.T) {
+	s, disk := onDisk(t)
+	var f full
+	disk.Fail(f.fail)
+	p := s.serve()
+	s.enrol()
+	c := s.dial()
+	before, err := c.Sign(t.Context(), "payments", message("AAAA").Fill(time.Hour))
+	if err != nil {
+		t.Fatal(err)
+	}
+	f.on.Store(true)
+	refused := message("BBBB").Fill(time.Hour)
+	for range 3 {
+		if _, err := c.Sign(t.Context(), "payments", refused); code(err) != wire.CodeUnavailable {
+			t.Fatalf("with a full disk: %v", err)
+		}
+	}
+	if again, err := c.Sign(t.Context(), "payments", before.Document); err != nil || !again.Repeated {
+		t.Errorf("what needs no room: %v", err)
+	}
+	until(t, "the log says that the disk is full", func() bool { return s.has("DeviceUnavailable", "ledger") })
+	if out := s.must("admin", "ledger", "stats"); !strings.Contains(out, "no space left") {
+		t.Errorf("stats: %s", out)
+	}
+	f.on.Store(false)
+	until(t, "requests are served again", func() bool {
+		signed, err := c.Sign(t.Context(), "payments", refused)
+		return err == nil && !signed.Repeated
+	})
+	until(t, "the log says that the disk has room", func() bool { return s.has("DeviceRecovered", "ledger") })
+	p.stop()
+	if out, code := s.daemon("check", "--deep"); code != 0 {
+		t.Errorf("check: %d, %s", code, out)
+	}
+}
+
+// TestDiskRefuses: a disk that can't be written makes requests unavailable, and no more.
+func TestDiskRefuses(t *testing.T) {
+	s, disk := onDisk(t)
+	p := s.serve()
+	s.enrol()
+	c := s.dial()
+	for _, errno := range []syscall.Errno{syscall.EROFS, syscall.EIO} {
+		disk.Fail(func(op disktest.Op) syscall.Errno {
+			if op.Kind == disktest.Write {
+				return errno
+			}
+			return 0
+		})
+		d := message("AAAA").Fill(time.Hour)
+		for range 3 {
+			if _, err := c.Sign(t.Context(), "payments", d); code(err) != wire.CodeUnavailable {
+				t.Fatalf("%v: %v", errno, err)
+			}
+		}
+		disk.Fail(nil)
+		if signed, err := c.Sign(t.Context(), "payments", d); err != nil || signed.Repeated {
+			t.Errorf("after %v: %v", errno, err)
+		}
+	}
+	p.stop()
+}
+
+// TestUnknownState: when a commit may have happened and may not, the daemon answers nothing more and ends; the next start
+// knows.
+func TestUnknownState(t *testing.T) {
+	s, disk := onDisk(t)
+	p := s.serve()
+	s.enrol()
+	c := s.dial()
+	signed, err := c.Sign(t.Context(), "payments", message("AAAA"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	var meta atomic.Bool
+	disk.Fail(func(op disktest.Op) syscall.Errno {
+		if op.Kind == disktest.Write && op.Offset < 2*4096 { // the page that makes a transaction count
+			meta.Store(true)
+		}
+		if meta.Load() && op.Kind == disktest.Datasync {
+			return syscall.EIO
+		}
+		return 0
+	})
+	d := message("BBBB").Fill(time.Hour)
+	if _, err := c.Sign(t.Context(), "payments", d); err == nil || code(err) != "" {
+		t.Errorf("an answer was given: %v", err)
+	}
+	select {
+	case err := <-p.ended:
+		p.ended <- err
+		if err == nil || !strings.Contains(p.stderr.String(), "look at the disk, then start again") {
+			t.Errorf("%v\n%s", err, tail(p.stderr.String(), 1000))
+		}
+	case <-time.After(30 * time.Second):
+		t.Fatal("the daemon goes on")
+	}
+	disk.Fail(nil)
+	p = s.serve()
+	c = s.dial()
+	if again, err := c.Sign(t.Context(), "payments", signed.Document); err != nil || !again.Repeated {
+		t.Errorf("what was answered: %v", err)
+	}
+	if _, err := c.Sign(t.Context(), "payments", d); err != nil {
+		t.Errorf("what was not answered: %v", err)
+	}
+	p.stop()
+}
+
+func mkdir(t *testing.T, path string) {
+	t.Helper()
+	if err := os.Mkdir(path, 0o700); err != nil {
+		t.Fatal(err)
+	}
+}
