@@ -7,6 +7,7 @@ import (
 	"strings"
 	"testing"
 
+	"countersign/audit"
 	"countersign/eddsa"
 	"countersign/ijson"
 	"countersign/policy"
@@ -49,6 +50,8 @@ func TestSpecExamples(t *testing.T) {
 			}
 		case "answer":
 			checkAnswer(t, b.text)
+		case "proof":
+			checkProof(t, b.text, code)
 		case "vector":
 			checkVector(t, b.text)
 		case "noise": // read by a test of package noise
@@ -56,7 +59,7 @@ func TestSpecExamples(t *testing.T) {
 			t.Errorf("a block named %q", b.name)
 		}
 	}
-	for kind, least := range map[string]int{"request": 4, "refused": 3, "answer": 6, "vector": 4, "noise": 1} {
+	for kind, least := range map[string]int{"request": 5, "refused": 3, "answer": 7, "proof": 1, "vector": 4, "noise": 1} {
 		if seen[kind] < least {
 			t.Errorf("%d blocks of kind %q, expected at least %d", seen[kind], kind, least)
 		}
@@ -79,6 +82,30 @@ func checkAnswer(t *testing.T, text string) {
 		}
 	}
 	t.Errorf("%s\nno operation answers this", text)
+}
+
+// checkProof has the log's verifier key after its name.
+func checkProof(t *testing.T, text, vkey string) {
+	t.Helper()
+	log, err := audit.ParseVerifierKey(vkey)
+	if err != nil {
+		t.Fatal(err)
+	}
+	a, err := wire.DecodeAnswer([]byte(text))
+	if err != nil {
+		t.Fatal(err)
+	}
+	var p wire.Proven
+	if err := a.Into(&p); err != nil {
+		t.Fatal(err)
+	}
+	proof := audit.Proof{Event: p.Event, Index: p.Index, Leaf: p.Leaf, Checkpoint: []byte(p.Checkpoint)}
+	for _, h := range p.Path {
+		proof.Path = append(proof.Path, audit.Hash(h))
+	}
+	if e, c, err := log.Check(proof); err != nil || e.Type != audit.SignatureAdmitted || c.Epoch != p.Epoch {
+		t.Errorf("%+v, %+v, %v", e, c, err)
+	}
 }
 
 func checkVector(t *testing.T, text string) {
@@ -131,6 +158,11 @@ func TestSpecNamesEveryCodeAndType(t *testing.T) {
 		wire.CodeRateLimited, wire.CodeBusy, wire.CodeUnavailable) {
 		if !strings.Contains(string(b), name) {
 			t.Errorf("%s is not in docs/SPEC.md", name)
+		}
+	}
+	for _, event := range audit.Types() {
+		if !strings.Contains(string(b), "`"+string(event)+"`") {
+			t.Errorf("%s is not in docs/SPEC.md", event)
 		}
 	}
 }

@@ -13,6 +13,8 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"maps"
+	"slices"
 	"strings"
 	"time"
 
@@ -91,6 +93,9 @@ var kinds = map[Type]Kind{
 	DeviceUnavailable: Other, DeviceRecovered: Other, TokenRetried: Other,
 	LedgerBound: Other, RollbackDetected: Other, RollbackAccepted: Other, ClockRefused: Other, ClockRecovered: Other, ClockAccepted: Other,
 }
+
+// Types lists all types in alphabetical order.
+func Types() []Type { return slices.Sorted(maps.Keys(kinds)) }
 
 // Known says whether there is such a type, and Kind what it means.
 func (t Type) Known() bool { _, ok := kinds[t]; return ok }

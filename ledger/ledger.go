@@ -325,24 +325,32 @@ func openBolt(path string) (db *bolt.DB, err error) {
 	if err != nil {
 		return nil, err
 	}
-	if err := rewriteMeta(path, int64(db.Info().PageSize)); err != nil {
+	if err := guard(func() error { return settlePages(path, db) }); err != nil {
 		db.Close()
 		return nil, err
 	}
 	return db, nil
 }
 
-// rewriteMeta writes the two pages that say what counts once more, as they are, and syncs. Where the fsync of one has failed
-// before, the system may take it for written and never write it, and what is built on it would not count after a power cut.
-func rewriteMeta(path string, pageSize int64) error {
-	if noSync("meta") {
-		return nil
-	}
+// settlePages looks at the pages of a file that was opened, and sees that what counts is on disk.
+func settlePages(path string, db *bolt.DB) error {
 	f, err := os.OpenFile(path, os.O_RDWR, 0)
 	if err != nil {
 		return err
 	}
 	defer f.Close()
+	if err := checkPages(f, db); err != nil {
+		return err
+	}
+	return rewriteMeta(f, int64(db.Info().PageSize))
+}
+
+// rewriteMeta writes the two pages that say what counts once more, as they are, and syncs. Where the fsync of one has failed
+// before, the system may take it for written and never write it, and what is built on it would not count after a power cut.
+func rewriteMeta(f *os.File, pageSize int64) error {
+	if noSync("meta") {
+		return nil
+	}
 	for _, at := range []int64{0, pageSize} { // one at a time: the other one is whole
 		page := make([]byte, pageSize)
 		if _, err := f.ReadAt(page, at); err != nil {
