@@ -69,6 +69,19 @@ refuse expired "a document that expired an hour ago" sign --timestamp "$((now - 
 "$bin/countersign" keygen "$work/stranger.key" >/dev/null
 refuse handshake_refused "a stranger" "$bin/countersign" ping --identity "$work/stranger.key"
 
+# The log, checked by who has nothing but its key.
+vkey=$(admin audit key)
+"$bin/countersign" proof --log-key "$vkey" "$event" >"$work/out" || fail "proof"
+verified=$((verified + 1))
+echo "verified:  event $event is in the audit log: $(sed -n 's/^event *//p' "$work/out")"
+admin audit export "$work/log" >/dev/null || fail "export"
+"$bin/countersign" audit verify "$work/log" --key "$vkey" >"$work/out" || fail "audit verify"
+verified=$((verified + 1))
+echo "verified:  the whole log: $(sed -n 's/^valid *//p' "$work/out"); $(sed -n 's/^signatures *//p' "$work/out")"
+bundle=$(find "$work/log/epochs/" -path '*entries*' -type f | head -n 1)
+sed -i 's/SignatureRejected/SignatureVerified/; s/SubscriptionCreated/SubscriptionCreat3d/' "$bundle"
+refuse failed "a log with an event that was changed" "$bin/countersign" audit verify "$work/log" --key "$vkey"
+
 stop || fail "the daemon did not end well: $(tail -n 3 "$run/log")"
 echo "next:      type \"make run\" to try it yourself; README.md has the commands. \"make clean\" removes bin/, .run/ and .run-tpm/"
 echo "demo: ok, $signed signed, $verified verified, $refused refused as they should be"

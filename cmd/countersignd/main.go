@@ -132,7 +132,7 @@ func advise(err error) string {
 	}{
 		{ledger.ErrMissing, "run: countersignd init"},
 		{ledger.ErrInUse, "stop the other countersignd first"},
-		{ledger.ErrFormat, "install the newer version again"},
+		{ledger.ErrFormat, "install that version again"},
 		{ledger.ErrCorrupt, "restore it from a backup; do not replace it with an empty one, its nonces would be forgotten"},
 		{ledger.ErrUnknownState, "look at the disk, then start again: the ledger recovers by being opened"},
 		{keystore.ErrAuth, "correct the PIN file; the PIN was tried once and will not be tried again"},

@@ -1,0 +1,303 @@
+package appliance
+
+import (
+	"bytes"
+	"context"
+	"crypto/sha256"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"strconv"
+	"testing"
+	"time"
+
+	"countersign/audit"
+	"countersign/keystore"
+	"countersign/ledger"
+	"countersign/wire"
+)
+
+// logRig is a rig whose audit log has its key.
+func logRig(t *testing.T) (*rig, audit.Log) {
+	t.Helper()
+	r := newRig(t)
+	if _, err := r.CreateLogKey(t.Context(), audit.Operator("test"), "memory"); err != nil {
+		t.Fatal(err)
+	}
+	log, _, err := r.Log()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return r, log
+}
+
+// files makes the appliance an audit.Source.
+type files struct{ *Appliance }
+
+func (f files) ReadFile(ctx context.Context, name string) ([]byte, error) { return f.LogFile(ctx, name) }
+
+// TestReceipt: a payment leaves a receipt without its amount, which the peer alone can show; the same request gets the same one.
+func TestReceipt(t *testing.T) {
+	r, _ := logRig(t)
+	req := message(1, "")
+	req.Type, req.Payload = "paykit-subscription-v2", subscription(r.public)
+	signed := r.sign(t, r.shop, req)
+	again := r.sign(t, r.shop, req)
+	if signed.Receipt == nil || again.Receipt == nil || !bytes.Equal(signed.Receipt.ID, again.Receipt.ID) || !bytes.Equal(signed.Receipt.Salt, again.Receipt.Salt) {
+		t.Fatalf("%+v, again %+v", signed.Receipt, again.Receipt)
+	}
+	if err := r.ledger.Alive(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	all, err := r.Receipts(0, 0, "", 10)
+	if err != nil || len(all) != 1 {
+		t.Fatalf("%+v, %v", all, err)
+	}
+	kept, err := r.Receipt(fmt.Sprintf("%x", signed.Receipt.ID))
+	if err != nil || kept.Event != signed.Event || kept.Status != "completed" || kept.Method != all[0].Method || kept.Method == "" {
+		t.Errorf("%+v, %v", kept, err)
+	}
+	if want := commitmentOf(signed.Receipt.Salt, "1000 SAT"); !bytes.Equal(kept.Commitment, want) {
+		t.Errorf("the commitment is %x, want %x", kept.Commitment, want)
+	}
+	if b, err := os.ReadFile(r.path); err != nil || bytes.Contains(b, signed.Receipt.Salt) || bytes.Contains(b, []byte("1000 SAT")) {
+		t.Errorf("the salt or the amount is in the ledger: %v", err)
+	}
+	if s := r.sign(t, r.shop, message(2, "")); s.Receipt != nil {
+		t.Error("a message has a receipt")
+	}
+	if _, err := r.Receipt("00"); !errors.Is(err, ErrInvalid) {
+		t.Errorf("a bad id: %v", err)
+	}
+	if _, err := r.Receipt(fmt.Sprintf("%032x", 1)); !errors.Is(err, ErrNotFound) {
+		t.Errorf("another id: %v", err)
+	}
+}
+
+// commitmentOf follows docs/SPEC.md.
+func commitmentOf(salt []byte, amount string) []byte {
+	h := sha256Of([]byte("countersign-receipt-v1"), []byte{0}, salt, []byte(amount))
+	return h[:]
+}
+
+// TestProofs: a peer gets the proof of its own events and of no others, at once, and across epochs.
+func TestProofs(t *testing.T) {
+	r, log := logRig(t)
+	first := r.sign(t, r.shop, message(1, ""))
+	if _, err := r.EndEpoch(t.Context(), audit.Operator("test")); err != nil {
+		t.Fatal(err)
+	}
+	second := r.sign(t, r.shop, message(2, ""))
+	for epoch, signed := range []*wire.Signed{first, second} {
+		p, err := r.Proof(t.Context(), r.shop, signed.Event)
+		if err != nil {
+			t.Fatal(err)
+		}
+		proof := audit.Proof{Event: p.Event, Index: p.Index, Leaf: p.Leaf, Checkpoint: []byte(p.Checkpoint)}
+		for _, h := range p.Path {
+			proof.Path = append(proof.Path, audit.Hash(h))
+		}
+		e, c, err := log.Check(proof)
+		if err != nil || e.Type != audit.SignatureAdmitted || int(c.Epoch) != epoch || int(p.Epoch) != epoch {
+			t.Errorf("epoch %d: %+v, %+v, %v", epoch, e, c, err)
+		}
+	}
+	for _, event := range []uint64{0, 1, 1 << 40, 1 << 63} {
+		_, err := r.Proof(t.Context(), r.shop, event)
+		r.refuses(t, wire.CodeDenied, err)
+	}
+	_, err := r.Proof(t.Context(), r.cafe, first.Event)
+	r.refuses(t, wire.CodeDenied, err)
+	r.store.Remove(keystore.Ref{Name: LogName, Version: 1})
+	if _, err := r.Proof(t.Context(), r.shop, first.Event); err != nil {
+		t.Errorf("what a checkpoint covers needs no token: %v", err)
+	}
+}
+
+// TestPeersCantUseTheLogKey: neither by its name nor by listing it.
+func TestPeersCantUseTheLogKey(t *testing.T) {
+	r, _ := logRig(t)
+	req := message(1, "")
+	req.Key = LogName
+	_, err := r.Sign(t.Context(), r.shop, req)
+	r.refuses(t, wire.CodeUnknownKey, err)
+	for _, k := range r.signingKeys().Keys {
+		if k.Name == LogName {
+			t.Error("it is listed")
+		}
+	}
+	if _, err := r.CreateKey(t.Context(), audit.Operator("test"), NewKey{Name: LogName}); !errors.Is(err, ErrInvalid) {
+		t.Errorf("it can be created: %v", err)
+	}
+}
+
+// TestLogFiles: what the appliance serves is a log that anyone can verify, epoch by epoch.
+func TestLogFiles(t *testing.T) {
+	r, log := logRig(t)
+	for n := range byte(150) {
+		r.sign(t, r.shop, message(n, ""))
+	}
+	if _, err := r.EndEpoch(t.Context(), audit.Operator("test")); err != nil {
+		t.Fatal(err)
+	}
+	for n := range byte(3) {
+		r.sign(t, r.shop, message(200+n, ""))
+	}
+	if err := r.ledger.Alive(t.Context()); err != nil { // the last outcome is on disk after that
+		t.Fatal(err)
+	}
+	if report, err := log.Verify(t.Context(), files{r.Appliance}, audit.VerifyOptions{}); err != nil || report.Signatures != 153 || report.Epochs != 2 {
+		t.Errorf("%+v, %v", report, err)
+	}
+	for _, name := range []string{"", "tile", "tile/0/001", "tile/0/000.p/200", "tile/5/000.p/1", "epochs/2/checkpoint", "epochs/00/checkpoint", "epochs/x/checkpoint", "epochs/0", "epochs/0/tile/entries/007", "../ledger.db"} {
+		if _, err := r.LogFile(t.Context(), name); !errors.Is(err, fs.ErrNotExist) {
+			t.Errorf("%q: %v", name, err)
+		}
+	}
+}
+
+// TestRetention: an epoch goes when its time is over, not before, and not while it is held; what is left can be verified.
+func TestRetention(t *testing.T) {
+	r, log := logRig(t)
+	r.sign(t, r.shop, message(1, ""))
+	operator := audit.Operator("test")
+	if _, err := r.EndEpoch(t.Context(), operator); err != nil {
+		t.Fatal(err)
+	}
+	r.sign(t, r.shop, message(2, ""))
+	verify := func(want audit.Report) {
+		t.Helper()
+		got, err := log.Verify(t.Context(), files{r.Appliance}, audit.VerifyOptions{})
+		if err != nil || got.Epochs != want.Epochs || got.Dropped != want.Dropped {
+			t.Errorf("%+v, %v; want %+v", got, err, want)
+		}
+	}
+	retain := func() {
+		t.Helper()
+		if err := r.retain(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+	}
+	retain()
+	verify(audit.Report{Epochs: 2})
+	r.retention.Audit = 0
+	if err := r.Hold(t.Context(), operator, 0, "case 1"); err != nil {
+		t.Fatal(err)
+	}
+	retain()
+	verify(audit.Report{Epochs: 2})
+	if err := r.Release(t.Context(), operator, 0, ""); !errors.Is(err, ErrInvalid) {
+		t.Errorf("released without a reason: %v", err)
+	}
+	if err := r.Release(t.Context(), operator, 0, "over"); err != nil {
+		t.Fatal(err)
+	}
+	retain()
+	verify(audit.Report{Epochs: 1, Dropped: 1})
+	epochs, _, err := r.Preview()
+	if err != nil || len(epochs) != 2 || epochs[0].Dropped == 0 || epochs[1].Dropping != 0 {
+		t.Errorf("%+v, %v", epochs, err)
+	}
+	if err := r.Hold(t.Context(), operator, 0, "too late"); !errors.Is(err, ErrInvalid) {
+		t.Errorf("a dropped epoch is held: %v", err)
+	}
+	if err := r.Hold(t.Context(), operator, 9, "none"); !errors.Is(err, ErrNotFound) {
+		t.Errorf("there is no epoch 9: %v", err)
+	}
+	_, err = r.Proof(t.Context(), r.shop, 4)
+	r.refuses(t, wire.CodeDenied, err)
+	var types []audit.Type
+	if err := r.Events(0, func(_ uint64, e audit.Event) bool { types = append(types, e.Type); return true }); err != nil {
+		t.Fatal(err)
+	}
+	if fmt.Sprint(types) != "[EpochBegun SignatureAdmitted SignatureCreated LegalHoldSet LegalHoldReleased RetentionApplied]" {
+		t.Error(types)
+	}
+}
+
+func TestEpochPeriods(t *testing.T) {
+	at := func(text string) time.Time {
+		v, err := time.Parse(time.RFC3339, text)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return v
+	}
+	for _, c := range []struct {
+		period     Period
+		begun, now string
+		over       bool
+	}{
+		{Month, "2026-11-01T00:00:00Z", "2026-11-30T23:59:59Z", false},
+		{Month, "2026-11-30T23:59:59Z", "2026-12-01T00:00:00Z", true},
+		{Month, "2026-11-10T00:00:00Z", "2027-11-10T00:00:00Z", true},
+		{Month, "2026-12-01T01:00:00+02:00", "2026-11-30T23:30:00Z", false},
+		{Month, "2026-12-01T00:00:00Z", "2026-11-30T00:00:00Z", false}, // time never runs back
+		{Day, "2026-11-01T00:00:00Z", "2026-11-01T23:59:59Z", false},
+		{Day, "2026-11-01T23:00:00Z", "2026-11-02T00:00:00Z", true},
+		{Hour, "2026-11-01T23:00:00Z", "2026-11-01T23:59:59Z", false},
+		{Hour, "2026-11-01T23:00:00Z", "2026-11-02T23:00:00Z", true},
+	} {
+		if got := (Retention{Epoch: c.period}).over(at(c.begun), at(c.now)); got != c.over {
+			t.Errorf("%+v: %v", c, got)
+		}
+	}
+}
+
+// TestKeepLog: what the log needs happens by itself: a checkpoint, the count of refused strangers, and one event each that
+// something does not serve and that it does again.
+func TestKeepLog(t *testing.T) {
+	r, _ := logRig(t)
+	for range 100 {
+		r.refusals.count(audit.HandshakeRefused, "handshake", "")
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	done := make(chan struct{})
+	go func() { r.keepLog(ctx); close(done) }()
+	wait := func(what string, holds func() bool) {
+		t.Helper()
+		for end := time.Now().Add(20 * time.Second); !holds(); time.Sleep(10 * time.Millisecond) {
+			if time.Now().After(end) {
+				t.Fatalf("in vain: %s", what)
+			}
+		}
+	}
+	wait("a checkpoint", func() bool { e, err := r.ledger.Epoch(0); return err == nil && e.Signed > 0 })
+	count := func() (n, events int) {
+		r.Events(0, func(_ uint64, e audit.Event) bool {
+			if e.Type == audit.HandshakeRefused {
+				more, _ := strconv.Atoi(e.Metadata["count"])
+				n, events = n+more, events+1
+			}
+			return true
+		})
+		return n, events
+	}
+	wait("the count", func() bool { n, _ := count(); return n == 100 })
+	for range 50 {
+		r.refusals.count(audit.HandshakeRefused, "handshake", "")
+	}
+	cancel()
+	<-done
+	r.refusals.flush(t.Context(), r.Appliance)
+	if n, events := count(); n != 150 || events != 2 {
+		t.Errorf("%d refusals in %d events", n, events)
+	}
+	var bad bool
+	for _, err := range []error{nil, ledger.ErrClock, ledger.ErrClock, nil, nil} {
+		r.watch(t.Context(), &bad, err, audit.ClockRefused, audit.ClockRecovered, "clock")
+	}
+	var said []audit.Type
+	r.Events(0, func(_ uint64, e audit.Event) bool {
+		if e.Resource == "clock" {
+			said = append(said, e.Type)
+		}
+		return true
+	})
+	if fmt.Sprint(said) != "[ClockRefused ClockRecovered]" {
+		t.Error(said)
+	}
+}
+
+func sha256Of(parts ...[]byte) [32]byte { return sha256.Sum256(bytes.Join(parts, nil)) }
