@@ -19,7 +19,7 @@ test: deps
 	go test -timeout 20m ./...
 
 bench: deps
-	go test -run '^$$' -bench . -benchtime 1x ./softhsm-tests
+	go test -run '^$$' -bench . -benchtime 1x ./softhsm-tests ./ledger ./audit
 
 deps:
 	@scripts/deps.sh

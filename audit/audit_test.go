@@ -10,6 +10,8 @@ import (
 	"fmt"
 	"io/fs"
 	"maps"
+	"os"
+	"runtime"
 	"slices"
 	"strconv"
 	"strings"
@@ -425,13 +427,19 @@ func TestMirror(t *testing.T) {
 	}
 }
 
+// BenchmarkVerify checks a log of 200,000 events, which is in memory, on one core.
 func BenchmarkVerify(b *testing.B) {
+	defer runtime.GOMAXPROCS(runtime.GOMAXPROCS(1))
 	m := newMemory(b)
 	m.epoch(b, signatures(100_000, 1, 0)...)
-	for b.Loop() {
+	var rates []float64
+	for range 9 {
+		begin := time.Now()
 		if _, err := m.verify(audit.VerifyOptions{}); err != nil {
 			b.Fatal(err)
 		}
+		rates = append(rates, float64(m.events)/time.Since(begin).Seconds())
 	}
-	b.ReportMetric(float64(m.events)*float64(b.N)/b.Elapsed().Seconds(), "events/s")
+	slices.Sort(rates)
+	fmt.Fprintf(os.Stdout, "audit-verify events=%d cores=1 %.0f events/s\n", m.events, rates[len(rates)/2])
 }

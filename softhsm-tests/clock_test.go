@@ -1,0 +1,48 @@
+package softhsmtests
+
+import (
+	"strings"
+	"testing"
+	"time"
+
+	"countersign/audit"
+	"countersign/ledger"
+	"countersign/wire"
+)
+
+// TestClockBehind: while the system's clock is behind the ledger's time by more than the tolerance, nothing is admitted, and the
+// log says so; when it has caught up, requests are served, by the same daemon.
+func TestClockBehind(t *testing.T) {
+	s := newSystem(t)
+	s.edit("countersign.toml", "[tokens.main]", "[limits]\nclock_tolerance = \"1s\"\n\n[tokens.main]")
+	p := s.serve()
+	s.enrol()
+	p.stop()
+	// The ledger was in use while the clock was ahead.
+	const ahead = 8 * time.Second
+	l, err := ledger.Open(s.path("ledger.db"), ledger.Options{Wall: func() time.Time { return time.Now().Add(ahead) }})
+	if err != nil {
+		t.Fatal(err)
+	}
+	accepted := audit.Event{Type: audit.ClockAccepted, Actor: audit.Operator("test"), Action: "ledger accept-time", Outcome: "ok"}
+	if err := l.AcceptTime(t.Context(), ledger.NewEvent(accepted.Encode(time.Now()))); err != nil {
+		t.Fatal(err)
+	}
+	l.Close()
+	p = s.serve()
+	c := s.dial()
+	d := message("AAAA").Fill(time.Hour)
+	if _, err := c.Sign(t.Context(), "payments", d); code(err) != wire.CodeUnavailable || !strings.Contains(err.Error(), "clock") {
+		t.Errorf("with a clock behind the ledger's time: %v", err)
+	}
+	until(t, "the log says so", func() bool { return s.has("ClockRefused", "clock") })
+	if out := s.must("admin", "ledger", "stats"); !strings.Contains(out, "-") {
+		t.Errorf("stats: %s", out)
+	}
+	until(t, "requests are served again", func() bool {
+		signed, err := c.Sign(t.Context(), "payments", d)
+		return err == nil && !signed.Repeated
+	})
+	until(t, "the log says that too", func() bool { return s.has("ClockRecovered", "clock") })
+	p.stop()
+}
