@@ -155,6 +155,9 @@ func (l Log) Check(p Proof) (Event, Checkpoint, error) {
 	if err := tlog.CheckRecord(p.Path, int64(c.Size), c.Root, int64(p.Index), LeafHash(p.Leaf)); err != nil {
 		return Event{}, Checkpoint{}, fmt.Errorf("audit: proof: it does not lead to the root of the checkpoint: %w", err)
 	}
-	e, err := Decode(p.Leaf)
-	return e, c, err
+	e, err := decodeStrict(p.Leaf) // as Verify does: there is one way to read it
+	if err != nil {
+		return Event{}, Checkpoint{}, fmt.Errorf("audit: proof: event %d: %w", p.Event, err)
+	}
+	return e, c, nil
 }

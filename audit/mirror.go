@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
@@ -19,12 +20,35 @@ type Source interface {
 type Folder string
 
 func (f Folder) ReadFile(_ context.Context, name string) ([]byte, error) {
-	return os.ReadFile(filepath.Join(string(f), filepath.FromSlash(name)))
+	path := filepath.Join(string(f), filepath.FromSlash(name))
+	if st, err := os.Stat(path); err != nil {
+		return nil, err
+	} else if !st.Mode().IsRegular() { // opening it could wait for ever
+		return nil, fmt.Errorf("%s is not a file", path)
+	}
+	file, err := os.Open(path)
+	if err != nil {
+		return nil, err
+	}
+	defer file.Close()
+	return ReadAll(name, file)
+}
+
+// MaxFile is more than any file of a log has: a bundle of the largest entries.
+const MaxFile = TileWidth * (2 + 1<<16)
+
+// ReadAll reads a file of a log, and no more than one can have.
+func ReadAll(name string, r io.Reader) ([]byte, error) {
+	b, err := io.ReadAll(io.LimitReader(r, MaxFile+1))
+	if err == nil && len(b) > MaxFile {
+		err = fmt.Errorf("%s is larger than a file of a log can be", name)
+	}
+	return b, err
 }
 
 func epochFile(epoch uint32, name string) string { return fmt.Sprintf("epochs/%d/%s", epoch, name) }
 
-// Mirror copies a log into a folder, or brings one that was made before up to date. Each epoch is a static tree of its own in
+// Mirror copies a log into a folder, or brings one that was made before up to date; what it has that was dropped meanwhile stays. Each epoch is a static tree of its own in
 // epochs/N; checkpoint and tile of the folder itself are links to those of the present epoch. What is there and can't change is
 // not copied again. It returns the checkpoint of the present epoch.
 func Mirror(ctx context.Context, from Source, log Log, dir string, progress func(done, all uint64)) (Checkpoint, error) {
@@ -52,13 +76,18 @@ func Mirror(ctx context.Context, from Source, log Log, dir string, progress func
 		if c.Epoch != epoch {
 			return Checkpoint{}, fmt.Errorf("audit: epoch %d: its checkpoint is of epoch %d: the log has gone on meanwhile, so try again", epoch, c.Epoch)
 		}
+		present = c
+		if whole, err := mirrored(log, dir, c); err != nil {
+			return Checkpoint{}, err
+		} else if whole {
+			continue
+		}
 		if err := mirrorEpoch(ctx, from, dir, c, progress); err != nil {
 			return Checkpoint{}, err
 		}
 		if err := writeFile(dir, epochFile(epoch, "checkpoint"), text); err != nil { // last: what it covers is there
 			return Checkpoint{}, err
 		}
-		present = c
 	}
 	for _, name := range []string{"checkpoint", "tile"} {
 		if err := link(epochFile(present.Epoch, name), filepath.Join(dir, name)); err != nil {
@@ -66,6 +95,22 @@ func Mirror(ctx context.Context, from Source, log Log, dir string, progress func
 		}
 	}
 	return present, nil
+}
+
+// mirrored says whether a folder has all of an epoch, or refuses a folder that has another log's.
+func mirrored(log Log, dir string, c Checkpoint) (whole bool, err error) {
+	name := epochFile(c.Epoch, "checkpoint")
+	text, err := Folder(dir).ReadFile(context.Background(), name)
+	if errors.Is(err, fs.ErrNotExist) {
+		return false, nil
+	} else if err != nil {
+		return false, err
+	}
+	before, err := log.Open(text)
+	if err != nil || before.Epoch != c.Epoch || before.Size > c.Size || before.Size == c.Size && before.Root != c.Root {
+		return false, fmt.Errorf("audit: %s has %s of another log than this one, or of a later state of it: export to another folder", dir, name)
+	}
+	return before.Size == c.Size, nil
 }
 
 func mirrorEpoch(ctx context.Context, from Source, dir string, c Checkpoint, progress func(done, all uint64)) error {
@@ -79,6 +124,8 @@ func mirrorEpoch(ctx context.Context, from Source, dir string, c Checkpoint, pro
 		b, err := from.ReadFile(ctx, name)
 		if errors.Is(err, fs.ErrNotExist) && t.Level == -1 && t.N == 0 {
 			return errSkip // dropped by retention: its checkpoint stays
+		} else if errors.Is(err, fs.ErrNotExist) {
+			return fmt.Errorf("audit: epoch %d was dropped when the folder had a part of it, so export to another folder: %w", c.Epoch, err)
 		} else if err != nil {
 			return fmt.Errorf("audit: %w", err)
 		}

@@ -2,12 +2,16 @@ package audit
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/binary"
 	"errors"
 	"fmt"
 	"io/fs"
+	"maps"
+	"slices"
 	"strconv"
+	"strings"
 
 	"golang.org/x/mod/sumdb/tlog"
 )
@@ -27,8 +31,10 @@ type Report struct {
 	Epochs     int        `json:"epochs"`
 	Dropped    int        `json:"dropped"`    // epochs that retention has dropped, as the log itself says
 	Signatures uint64     `json:"signatures"` // each with its admission
-	Unsettled  uint64     `json:"unsettled"`  // admissions whose document lives and whose outcome is not in the log: assume that there is a signature
+	Unsettled  uint64     `json:"unsettled"`  // admissions whose outcome is not in the log: assume that there is a signature
 	Checkpoint Checkpoint `json:"-"`
+	// SinceDropped: the epoch of the older checkpoint was dropped, so nothing shows that the log went on from there.
+	SinceDropped bool `json:"since_dropped,omitempty"`
 }
 
 // VerifyOptions say what to hold the log against beside its own key.
@@ -40,10 +46,16 @@ type VerifyOptions struct {
 // Verify checks a log with nothing but its key: every checkpoint's signature; every entry against the tiles and the root;
 // every epoch against what the next one says of it; the form of every event; and the ledger's rules: no nonce is spent twice
 // while it lives, and each signature has its admission. The error is a *Wrong where one event can be named. It reads one file
-// at a time and keeps in memory what is known of nonces that live.
+// at a time and keeps in memory what is known of nonces that live, and of admissions without an outcome.
 func (l Log) Verify(ctx context.Context, from Source, o VerifyOptions) (Report, error) {
-	v := verifier{ctx: ctx, log: l, from: from, options: o, rules: newRules()}
-	return v.report, v.run()
+	v := verifier{ctx: ctx, log: l, from: from, options: o, rules: newRules(nil)}
+	err := v.run()
+	if back := v.rules.back; back != nil && ctx.Err() == nil {
+		// The log's time went back to when nonces lived that are forgotten by now. Once more, and they are kept until then.
+		v = verifier{ctx: ctx, log: l, from: from, options: o, rules: newRules(back)}
+		err = v.run()
+	}
+	return v.report, err
 }
 
 type verifier struct {
@@ -55,7 +67,7 @@ type verifier struct {
 	rules   *rules
 	since   *Checkpoint
 	total   uint64 // events that will be looked at
-	next    uint64 // number of the next event; known from the first epoch's first event on
+	next    uint64 // number of the next event
 }
 
 func (v *verifier) run() error {
@@ -78,46 +90,73 @@ func (v *verifier) run() error {
 		}
 		v.since = &since
 	}
-	heads := make([]Checkpoint, present.Epoch+1)
-	heads[present.Epoch] = present
+	var heads []Checkpoint // each is read before there is room for it
 	for epoch := range present.Epoch {
-		if heads[epoch], err = v.final(epoch); err != nil {
+		head, err := v.final(epoch)
+		if err != nil {
 			return err
+		}
+		heads = append(heads, head)
+	}
+	heads = append(heads, present)
+	var events uint64
+	for _, c := range heads {
+		if c.Size == 0 {
+			return fmt.Errorf("audit: the checkpoint of epoch %d says that it is empty, and none is", c.Epoch)
+		}
+		if events += c.Size; events >= 1<<62 { // each is less than that
+			return errors.New("audit: the checkpoints say that there are more events than can be")
+		}
+	}
+	if v.since != nil {
+		if ended := heads[v.since.Epoch]; v.since.Size > ended.Size || v.since.Size == ended.Size && v.since.Root != ended.Root {
+			return fmt.Errorf("audit: epoch %d ended otherwise than the older checkpoint says: %w", ended.Epoch, errChanged)
 		}
 	}
 	first := uint32(0) // the first epoch that is there
 	for ; first < present.Epoch; first++ {
-		if there, err := v.has(first); err != nil {
+		if there, err := v.has(heads[first]); err != nil {
 			return err
 		} else if there {
 			break
 		}
+		v.next += heads[first].Size
 	}
-	for _, c := range heads[first:] {
-		v.total += c.Size
-	}
-	for epoch := first; epoch <= present.Epoch; epoch++ {
+	v.total, v.report.First, v.rules.first = events-v.next, v.next, v.next
+	for i, c := range heads[first:] {
 		var before *Checkpoint
-		if epoch > 0 {
-			before = &heads[epoch-1]
+		if c.Epoch > 0 {
+			before = &heads[int(first)+i-1]
 		}
-		if err := v.epoch(heads[epoch], before, epoch == present.Epoch); err != nil {
-			return err
-		}
-	}
-	v.report.Epochs, v.report.Dropped, v.report.Checkpoint = int(present.Epoch-first)+1, int(first), present
-	for epoch := range first {
-		if root, ok := v.rules.dropped[epoch]; !ok {
-			return fmt.Errorf("audit: epoch %d is not there, and the log does not say that retention has dropped it", epoch)
-		} else if root != heads[epoch].Root.String() {
-			return fmt.Errorf("audit: epoch %d was dropped with another root than its final checkpoint has", epoch)
+		if err := v.epoch(c, before, c.Epoch == present.Epoch); err != nil {
+			return v.meanwhile(present, err)
 		}
 	}
-	if v.since != nil && v.since.Epoch < first && (v.since.Size > heads[v.since.Epoch].Size || v.since.Size == heads[v.since.Epoch].Size && v.since.Root != heads[v.since.Epoch].Root) {
-		return fmt.Errorf("audit: epoch %d ended otherwise than the older checkpoint says", v.since.Epoch)
+	v.report.Epochs, v.report.Dropped, v.report.Checkpoint = len(heads)-int(first), int(first), present
+	// Epochs are dropped in their order. So the log says it of the last one; of those before it, its own word may be gone too.
+	if first > 0 && v.rules.dropped[first-1] == (said{}) {
+		return fmt.Errorf("audit: epoch %d is not there, and the log does not say that retention has dropped it", first-1)
 	}
-	v.report.Signatures, v.report.Unsettled = v.rules.signatures, uint64(len(v.rules.open))
+	for _, epoch := range slices.SortedFunc(maps.Keys(v.rules.dropped), func(a, b uint32) int { return cmp.Compare(v.rules.dropped[a].event, v.rules.dropped[b].event) }) {
+		if s := v.rules.dropped[epoch]; epoch >= present.Epoch || s.root != heads[epoch].Root.String() {
+			return &Wrong{s.event, fmt.Sprintf("it drops an epoch %d that has another end than the final checkpoint says, or none", epoch)}
+		}
+	}
+	v.report.SinceDropped = v.since != nil && v.since.Epoch < first && v.since.Size < heads[v.since.Epoch].Size
+	v.report.Signatures, v.report.Unsettled = v.rules.signatures, v.rules.unsettled
 	return nil
+}
+
+// meanwhile says why a running appliance's log may seem wrong: its present epoch has ended while it was read.
+func (v *verifier) meanwhile(present Checkpoint, err error) error {
+	text, readErr := v.from.ReadFile(v.ctx, "checkpoint")
+	if readErr != nil {
+		return err
+	}
+	if now, openErr := v.log.Open(text); openErr == nil && now.Epoch > present.Epoch {
+		return fmt.Errorf("audit: epoch %d has ended meanwhile, so try again: %w", present.Epoch, err)
+	}
+	return err
 }
 
 func (v *verifier) final(epoch uint32) (Checkpoint, error) {
@@ -133,17 +172,9 @@ func (v *verifier) final(epoch uint32) (Checkpoint, error) {
 }
 
 // has says whether an epoch's entries are there.
-func (v *verifier) has(epoch uint32) (bool, error) {
-	_, err := v.from.ReadFile(v.ctx, epochFile(epoch, Tile{0, 0, TileWidth}.Path()))
-	if errors.Is(err, fs.ErrNotExist) {
-		c, err := v.final(epoch)
-		if err != nil || c.Size >= TileWidth {
-			return false, err
-		}
-		_, err = v.from.ReadFile(v.ctx, epochFile(epoch, Tile{0, 0, int(c.Size)}.Path()))
-		return err == nil, ignoreMissing(err)
-	}
-	return err == nil, err
+func (v *verifier) has(c Checkpoint) (bool, error) {
+	_, err := v.from.ReadFile(v.ctx, epochFile(c.Epoch, Tile{0, 0, int(min(TileWidth, c.Size))}.Path()))
+	return err == nil, ignoreMissing(err)
 }
 
 func ignoreMissing(err error) error {
@@ -164,11 +195,21 @@ func (v *verifier) file(epoch uint32, present bool, t Tile) ([]byte, error) {
 
 // epoch checks one tree.
 func (v *verifier) epoch(c Checkpoint, before *Checkpoint, present bool) error {
-	t := tree{read: func(tile Tile) ([]byte, error) { return v.file(c.Epoch, present, tile) }}
+	t := tree{head: c, read: func(tile Tile) ([]byte, error) { return v.file(c.Epoch, present, tile) }}
 	if v.since != nil && v.since.Epoch == c.Epoch {
 		t.since = v.since
 	}
-	var first uint64
+	first := v.next
+	// wrong names an event by its place in the epoch. What could not be read is no event's fault.
+	wrong := func(at uint64, err error) error {
+		if v.ctx.Err() != nil {
+			return v.ctx.Err()
+		}
+		if _, is := errors.AsType[*mismatch](err); is || errors.Is(err, fs.ErrNotExist) {
+			return &Wrong{first + at, err.Error()}
+		}
+		return fmt.Errorf("audit: epoch %d: %w", c.Epoch, err)
+	}
 	for n := uint64(0); n*TileWidth < c.Size; n++ {
 		if err := v.ctx.Err(); err != nil {
 			return err
@@ -176,30 +217,31 @@ func (v *verifier) epoch(c Checkpoint, before *Checkpoint, present bool) error {
 		tile := Tile{-1, n, int(min(TileWidth, c.Size-n*TileWidth))}
 		bundle, err := v.file(c.Epoch, present, tile)
 		if err != nil {
-			return fmt.Errorf("audit: epoch %d: %w", c.Epoch, err)
+			return wrong(n*TileWidth, err)
 		}
-		if n == 0 {
-			if err := v.begin(c, before, bundle); err != nil {
+		entries, form := split(bundle, tile.Width)
+		at, err := t.bundle(n, entries, form)
+		sound := entries // those before the first that is wrong are held against the rules first
+		if err != nil && at/TileWidth == n && at%TileWidth <= uint64(len(entries)) {
+			sound = entries[:at%TileWidth]
+		} else if err != nil {
+			sound = nil
+		}
+		if n == 0 && len(sound) > 0 {
+			if err := v.begin(c, before, sound[0]); err != nil {
 				return err
 			}
-			first = v.next
 		}
-		entries, err := split(bundle, tile.Width)
-		if err != nil {
-			return fmt.Errorf("audit: epoch %d: %s: %w", c.Epoch, tile.Path(), err)
-		}
-		if at, err := t.bundle(entries); errors.Is(err, errChanged) {
-			return fmt.Errorf("audit: epoch %d: %w", c.Epoch, err)
-		} else if err != nil {
-			return &Wrong{first + at, err.Error()}
-		}
-		if err := v.events(entries); err != nil {
+		if err := v.events(n, sound); err != nil {
 			return err
+		}
+		if err != nil {
+			return wrong(at, err)
 		}
 	}
 	root, at, err := t.end()
 	if err != nil {
-		return &Wrong{first + at, err.Error()}
+		return wrong(at, err)
 	}
 	if root != c.Root {
 		return fmt.Errorf("audit: epoch %d: its events and tiles are not those of its checkpoint", c.Epoch)
@@ -208,31 +250,32 @@ func (v *verifier) epoch(c Checkpoint, before *Checkpoint, present bool) error {
 }
 
 // begin reads an epoch's first event: it says where it begins and how the epoch before has ended.
-func (v *verifier) begin(c Checkpoint, before *Checkpoint, bundle []byte) error {
-	entries, err := split(bundle[:min(len(bundle), 2+int(entryLength(bundle)))], 1)
+func (v *verifier) begin(c Checkpoint, before *Checkpoint, entry []byte) error {
+	e, err := decodeStrict(entry)
 	if err != nil {
-		return fmt.Errorf("audit: epoch %d: its first entry: %w", c.Epoch, err)
+		return &Wrong{v.next, err.Error()}
 	}
-	e, err := decodeStrict(entries[0])
-	if err != nil || e.Type != EpochBegun || e.Resource != "epoch/"+strconv.FormatUint(uint64(c.Epoch), 10) {
-		return fmt.Errorf("audit: epoch %d does not begin with an event that says so", c.Epoch)
+	want := map[string]string{"first": strconv.FormatUint(v.next, 10)}
+	if before != nil {
+		want["previous_size"], want["previous_root"] = strconv.FormatUint(before.Size, 10), before.Root.String()
 	}
-	first, err := strconv.ParseUint(e.Metadata["first"], 10, 64)
-	if err != nil || v.report.Events > 0 && first != v.next {
-		return fmt.Errorf("audit: epoch %d begins with event %q, want %d", c.Epoch, e.Metadata["first"], v.next)
-	}
-	if v.report.Events == 0 {
-		v.next, v.report.First, v.rules.first = first, first, first
-	}
-	if before != nil && (e.Metadata["previous_size"] != strconv.FormatUint(before.Size, 10) || e.Metadata["previous_root"] != before.Root.String()) {
-		return &Wrong{first, fmt.Sprintf("it names another end of epoch %d than its final checkpoint", before.Epoch)}
+	switch {
+	case e.Type != EpochBegun || e.Resource != "epoch/"+strconv.FormatUint(uint64(c.Epoch), 10):
+		return &Wrong{v.next, fmt.Sprintf("epoch %d does not begin with an event that says so", c.Epoch)}
+	case e.Metadata["first"] != want["first"]:
+		return &Wrong{v.next, fmt.Sprintf("it says that epoch %d begins with event %q", c.Epoch, e.Metadata["first"])}
+	case !maps.Equal(e.Metadata, want):
+		return &Wrong{v.next, fmt.Sprintf("it names another end of the epoch before %d than that one's final checkpoint", c.Epoch)}
 	}
 	return nil
 }
 
-func (v *verifier) events(entries [][]byte) error {
-	for _, b := range entries {
+func (v *verifier) events(bundle uint64, entries [][]byte) error {
+	for i, b := range entries {
 		e, err := decodeStrict(b)
+		if err == nil && e.Type == EpochBegun && bundle+uint64(i) > 0 {
+			err = errors.New("an epoch begins within another")
+		}
 		if err != nil {
 			return &Wrong{v.next, err.Error()}
 		}
@@ -255,35 +298,51 @@ func entryLength(bundle []byte) uint16 {
 	return binary.BigEndian.Uint16(bundle)
 }
 
-// split takes a bundle apart: u16 length || entry, again and again (C2SP tlog-tiles).
+// split takes a bundle apart: u16 length || entry, again and again (C2SP tlog-tiles). With an error come the entries before it.
 func split(bundle []byte, n int) (entries [][]byte, err error) {
 	entries = make([][]byte, 0, n)
 	for range n {
 		size := int(entryLength(bundle))
 		if len(bundle) < 2+size {
-			return nil, errors.New("it ends within an entry")
+			return entries, errors.New("it ends within an entry")
 		}
 		entries, bundle = append(entries, bundle[2:2+size]), bundle[2+size:]
 	}
 	if len(bundle) > 0 {
-		return nil, fmt.Errorf("%d bytes follow its %d entries", len(bundle), n)
+		return entries, fmt.Errorf("%d bytes follow its %d entries", len(bundle), n)
 	}
 	return entries, nil
 }
 
 // tree makes an epoch's tree of its entries and holds each tile against it.
 type tree struct {
+	head  Checkpoint
 	read  func(Tile) ([]byte, error)
 	since *Checkpoint // an older one of this epoch, or nil
 	tree  Tree
+	sure  []Hash    // the roots of full bundles, from one whose number is a multiple of TileWidth on, that the checkpoint vouches for
 	rows  [8][]byte // the hashes of each level's tile that is not full yet
 	n     [8]uint64 // the full ones
 }
 
 var errChanged = errors.New("the log was changed since the older checkpoint")
 
-// bundle adds entries. The error comes with the place in the epoch of the first entry that it can be about.
-func (t *tree) bundle(entries [][]byte) (at uint64, err error) {
+// mismatch is an error that is about an event.
+type mismatch struct{ reason string }
+
+func (m *mismatch) Error() string { return m.reason }
+
+// bundle adds the entries of a bundle; form is what is wrong with its form. The error comes with the place in the epoch of the
+// first entry that it can be about.
+func (t *tree) bundle(n uint64, entries [][]byte, form error) (at uint64, err error) {
+	if n%TileWidth == 0 { // where there are none, the tiles themselves are compared all the same
+		t.sure, _ = t.hashes(8, n, min(TileWidth, t.head.Size>>8-n))
+	}
+	name := Tile{-1, n, int(min(TileWidth, t.head.Size-n*TileWidth))}.Path()
+	if form != nil {
+		return t.firstWrong(n, entries), &mismatch{fmt.Sprintf("%s: %v", name, form)}
+	}
+	changed := false
 	for _, b := range entries {
 		level := 0
 		t.tree.Append(LeafHash(b), func(h Hash) { // the roots of the subtrees that this leaf completes, by their height
@@ -293,19 +352,68 @@ func (t *tree) bundle(entries [][]byte) (at uint64, err error) {
 			level++
 		})
 		if t.since != nil && t.since.Size == t.tree.Size {
-			if root, err := t.tree.Root(); err != nil || root != t.since.Root {
-				return 0, fmt.Errorf("its first %d events have another tree: %w", t.since.Size, errChanged)
-			}
+			root, err := t.tree.Root()
+			changed = err != nil || root != t.since.Root
 		}
 	}
+	if i := int(n % TileWidth); i < len(t.sure) && !bytes.HasSuffix(t.rows[1], t.sure[i][:]) {
+		return t.firstWrong(n, entries), &mismatch{fmt.Sprintf("it is not what the checkpoint vouches for, by %s", name)}
+	}
 	for level := range t.rows {
-		if len(t.rows[level]) == TileWidth*len(Hash{}) {
+		if len(t.rows[level]) == TileWidth*len(Hash{}) || level == 0 { // the last bundle may not be full
 			if at, err := t.compare(level); err != nil {
 				return at, err
 			}
 		}
 	}
+	if changed {
+		return t.tree.Size, fmt.Errorf("its first %d events have another tree: %w", t.since.Size, errChanged)
+	}
 	return 0, nil
+}
+
+// firstWrong finds the first entry that is not what the checkpoint vouches for. Where the tile is wrong too, it is the bundle's
+// first one.
+func (t *tree) firstWrong(n uint64, entries [][]byte) (at uint64) {
+	width := min(TileWidth, t.head.Size-n*TileWidth)
+	at = n * TileWidth
+	leaves, err := t.hashes(0, at, width)
+	if err != nil {
+		return at
+	}
+	for i, b := range entries {
+		if LeafHash(b) != leaves[i] {
+			return at + uint64(i)
+		}
+	}
+	return at + min(uint64(len(entries)), width-1)
+}
+
+// hashes reads some hashes of a level and checks that the checkpoint vouches for them.
+func (t *tree) hashes(level int, from, n uint64) ([]Hash, error) {
+	indexes := make([]int64, n)
+	for i := range indexes {
+		indexes[i] = tlog.StoredHashIndex(level, int64(from)+int64(i))
+	}
+	return tlog.TileHashReader(tlog.Tree{N: int64(t.head.Size), Hash: t.head.Root}, tiles{t.read}).ReadHashes(indexes)
+}
+
+// tiles is the tlog.TileReader of a tree.
+type tiles struct{ read func(Tile) ([]byte, error) }
+
+func (tiles) Height() int { return 8 }
+
+func (tiles) SaveTiles([]tlog.Tile, [][]byte) {}
+
+func (t tiles) ReadTiles(names []tlog.Tile) (content [][]byte, err error) {
+	for _, name := range names {
+		b, err := t.read(Tile{name.L, uint64(name.N), name.W})
+		if err != nil {
+			return nil, err
+		}
+		content = append(content, b)
+	}
+	return content, nil
 }
 
 // compare holds a level's newest tile against its file.
@@ -315,7 +423,7 @@ func (t *tree) compare(level int) (at uint64, err error) {
 	at = tile.N * TileWidth << (8 * level)
 	b, err := t.read(tile)
 	if err != nil {
-		return at, fmt.Errorf("audit: %w", err)
+		return at, err
 	}
 	if !bytes.Equal(b, row) {
 		same := 0
@@ -323,7 +431,7 @@ func (t *tree) compare(level int) (at uint64, err error) {
 			same++
 		}
 		at = (tile.N*TileWidth + uint64(same/len(Hash{}))) << (8 * level)
-		return at, fmt.Errorf("it is not what %s says", tile.Path())
+		return min(at, t.tree.Size-1), &mismatch{fmt.Sprintf("it is not what %s says", tile.Path())}
 	}
 	if len(row) == TileWidth*len(Hash{}) {
 		t.rows[level], t.n[level] = row[:0], t.n[level]+1
@@ -346,31 +454,73 @@ func (t *tree) end() (root Hash, at uint64, err error) {
 
 // rules are what the ledger promises, as far as the log shows it.
 type rules struct {
-	first      uint64 // events before it are not there
-	hours      map[int64]*hourRules
-	open       map[uint64]uint64 // admissions that may still get an outcome: a hash of who and what
-	now        int64             // hours up to this one are forgotten
-	dropped    map[uint32]string // epochs that retention has dropped, with their roots
+	first      uint64             // events before it are not there
+	nonces     map[[16]byte]nonce // that live
+	hours      map[int64][][16]byte
+	open       map[uint64]admission
+	now        int64 // the hour before the log's: nonces that expired before it are forgotten
+	latest     int64 // the latest hour that the log has told
+	dropped    map[uint32]said
 	signatures uint64
+	unsettled  uint64
+	back       []step // where a nonce was spent before now
+	known      []step // what back was when the log was read before
 }
 
-type hourRules struct {
-	nonces     map[[16]byte]uint64
-	admissions []uint64
+// admission is what may still get an outcome. One that failed may: the same request may succeed later.
+type admission struct {
+	who             [16]byte // a hash of who and what
+	created, failed Type
+	settled         bool
 }
 
-func newRules() *rules {
-	return &rules{hours: map[int64]*hourRules{}, open: map[uint64]uint64{}, dropped: map[uint32]string{}}
+// nonce says who spent one, and the hour of its expiry.
+type nonce struct {
+	event uint64
+	hour  int64
 }
+
+// said is an event that drops an epoch.
+type said struct {
+	event uint64
+	root  string
+}
+
+// step is an event and the hour of its time.
+type step struct {
+	event uint64
+	hour  int64
+}
+
+func newRules(known []step) *rules {
+	return &rules{nonces: map[[16]byte]nonce{}, hours: map[int64][][16]byte{}, open: map[uint64]admission{}, dropped: map[uint32]said{}, known: known}
+}
+
+const (
+	hourMS = 3_600_000
+	// maxLifetime is more than a document may live.
+	maxLifetime = 400 * 24 * 3600
+)
 
 // follow takes the next event.
 func (r *rules) follow(index uint64, e Event) error {
-	if now := e.TimeMS/3_600_000 - 1; now > r.now { // what has expired may be spent again
+	hour := e.TimeMS / hourMS
+	r.latest = max(r.latest, hour)
+	for len(r.known) > 0 && r.known[0].event < index {
+		r.known = r.known[1:]
+	}
+	now := r.latest - 1
+	if len(r.known) > 0 { // in increasing order: no later event goes back further
+		now = min(now, r.known[0].hour)
+	}
+	if now > r.now { // what has expired may be spent again
 		r.now = now
-		for hour, h := range r.hours {
+		for hour, prints := range r.hours {
 			if hour < now {
-				for _, admission := range h.admissions {
-					delete(r.open, admission)
+				for _, print := range prints {
+					if r.nonces[print].hour == hour {
+						delete(r.nonces, print)
+					}
 				}
 				delete(r.hours, hour)
 			}
@@ -378,15 +528,25 @@ func (r *rules) follow(index uint64, e Event) error {
 	}
 	switch e.Type.Kind() {
 	case Admission, Spent:
+		if hour < r.now {
+			for len(r.back) > 0 && r.back[len(r.back)-1].hour >= hour {
+				r.back = r.back[:len(r.back)-1]
+			}
+			r.back = append(r.back, step{index, hour})
+		}
 		return r.spend(index, e)
 	case Outcome:
 		return r.settle(e)
 	}
-	if e.Type == RetentionApplied {
-		var epoch uint32
-		if n, _ := fmt.Sscanf(e.Resource, "epoch/%d", &epoch); n == 1 {
-			r.dropped[epoch] = e.Metadata["root"]
+	if text, ok := strings.CutPrefix(e.Resource, "epoch/"); ok && e.Type == RetentionApplied {
+		epoch, err := strconv.ParseUint(text, 10, 32)
+		if err != nil {
+			return fmt.Errorf("%s of an epoch %q", e.Type, text)
 		}
+		if s, twice := r.dropped[uint32(epoch)]; twice {
+			return fmt.Errorf("epoch %d was dropped by event %d", epoch, s.event)
+		}
+		r.dropped[uint32(epoch)] = said{index, e.Metadata["root"]}
 	}
 	return nil
 }
@@ -401,58 +561,79 @@ func mix(texts ...string) [16]byte {
 	return [16]byte(h[:16])
 }
 
-func owner(e Event) uint64 {
-	h := mix(e.Actor.PublicKey, e.Resource)
-	return binary.BigEndian.Uint64(h[:])
+func owner(e Event) [16]byte { return mix(e.Actor.PublicKey, e.Resource) }
+
+// isHash says that a text is 32 bytes in hex, in the one way that they are written.
+func isHash(s string) bool {
+	for i := range len(s) {
+		if c := s[i]; (c < '0' || c > '9') && (c < 'a' || c > 'f') {
+			return false
+		}
+	}
+	return len(s) == 64
 }
 
 func (r *rules) spend(index uint64, e Event) error {
-	scope := "signer " + e.Metadata["signer"]
-	if e.Type.Kind() == Admission {
-		name, _, _ := bytes.Cut([]byte(e.Resource), []byte("/")) // whatever the version
-		scope = "key " + string(name)
-	}
 	expires, err := strconv.ParseInt(e.Metadata["expires_at"], 10, 64)
-	if err != nil || len(e.Metadata["nonce"]) != 64 || len(e.Metadata["digest"]) != 64 {
+	if err != nil || !isHash(e.Metadata["nonce"]) || !isHash(e.Metadata["digest"]) {
 		return fmt.Errorf("%s without nonce, digest and expires_at", e.Type)
 	}
-	print := mix(scope, e.Metadata["nonce"])
-	for _, h := range r.hours {
-		if before, twice := h.nonces[print]; twice {
-			return fmt.Errorf("its nonce was spent by event %d", before)
-		}
+	if now := e.TimeMS / 1000; expires < now-3600 || expires > now+maxLifetime { // what is closer may be a clock that was set
+		return fmt.Errorf("%s of a document that expires at %d, at %d", e.Type, expires, now)
 	}
-	h := r.hours[expires/3600]
-	if h == nil {
-		h = &hourRules{nonces: map[[16]byte]uint64{}}
-		r.hours[expires/3600] = h
-	}
-	h.nonces[print] = index
+	scope := "signer " + e.Metadata["signer"]
+	admitted, created, failed := OfDocument(e.Metadata["transcript"])
 	if e.Type.Kind() == Admission {
-		r.open[index] = owner(e)
-		h.admissions = append(h.admissions, index)
+		name, version, _ := strings.Cut(e.Resource, "/") // the nonce is spent whatever the version
+		if scope = "key " + name; name == "" || version == "" {
+			return fmt.Errorf("%s without a key and its version", e.Type)
+		}
+		if e.Type != admitted || e.Outcome != "ok" {
+			return fmt.Errorf("%s with outcome %q of a document of type %q", e.Type, e.Outcome, e.Metadata["transcript"])
+		}
+	} else if !isHash(e.Metadata["signer"]) {
+		return fmt.Errorf("%s without a signer", e.Type)
+	}
+	print := mix(scope, e.Metadata["nonce"])
+	if before, twice := r.nonces[print]; twice && before.hour >= e.TimeMS/hourMS {
+		return fmt.Errorf("its nonce was spent by event %d", before.event)
+	}
+	hour := expires / 3600
+	r.nonces[print] = nonce{index, hour}
+	r.hours[hour] = append(r.hours[hour], print)
+	if e.Type.Kind() == Admission {
+		r.open[index] = admission{owner(e), created, failed, false}
+		r.unsettled++
 	}
 	return nil
 }
 
 func (r *rules) settle(e Event) error {
-	admission, err := strconv.ParseUint(e.Metadata["admission"], 10, 64)
+	number, err := strconv.ParseUint(e.Metadata["admission"], 10, 64)
 	if err != nil {
 		return fmt.Errorf("%s names no admission", e.Type)
 	}
-	if admission < r.first {
+	if number < r.first {
 		return nil // it was dropped with its epoch
 	}
-	who, ok := r.open[admission]
+	a, ok := r.open[number]
 	switch {
 	case !ok:
-		return fmt.Errorf("%s: event %d is no admission that could have this outcome", e.Type, admission)
-	case who != owner(e):
-		return fmt.Errorf("%s: event %d is an admission of somebody or something else", e.Type, admission)
+		return fmt.Errorf("%s: event %d is no admission that could have this outcome", e.Type, number)
+	case a.who != owner(e):
+		return fmt.Errorf("%s: event %d is an admission of somebody or something else", e.Type, number)
+	case e.Type != a.created && e.Type != a.failed || (e.Type == a.created) != (e.Outcome == "ok"):
+		return fmt.Errorf("%s with outcome %q: event %d is no admission that could end like this", e.Type, e.Outcome, number)
 	}
-	if e.Outcome == "ok" { // after a failure the same request may succeed
+	if !a.settled {
+		r.unsettled--
+	}
+	if e.Type == a.created {
 		r.signatures++
-		delete(r.open, admission)
+		delete(r.open, number)
+	} else {
+		a.settled = true
+		r.open[number] = a
 	}
 	return nil
 }

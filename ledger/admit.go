@@ -159,11 +159,11 @@ func (l *Ledger) Admit(ctx context.Context, a Admission, event func(Verdict) []b
 // comes first, the admission still stands, and a repetition of the request makes the same signature again.
 func (l *Ledger) Settle(ctx context.Context, a Admitted, signature []byte, event Event, receipt *Receipt) error {
 	return l.submit(ctx, &request{apply: func(t *txn) error {
+		s := spent{event: a.Event, hour: hourOf(a.ExpiresAt)}
+		if t.outcome(s) != nil {
+			return nil // settled before: of two repetitions at once both sign, alike, or one fails when the other has signed
+		}
 		if signature != nil {
-			s := spent{event: a.Event, hour: hourOf(a.ExpiresAt)}
-			if t.outcome(s) != nil {
-				return nil // settled before: two repetitions at once both sign, and sign alike
-			}
 			if err := t.settle(s, signature); err != nil {
 				return err
 			}

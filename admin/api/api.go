@@ -234,7 +234,7 @@ func (c *Client) ReadFile(ctx context.Context, name string) ([]byte, error) {
 		return nil, err
 	}
 	defer resp.Body.Close()
-	b, err := io.ReadAll(resp.Body)
+	b, err := audit.ReadAll(name, resp.Body)
 	switch {
 	case err != nil:
 		return nil, err

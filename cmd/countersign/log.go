@@ -140,6 +140,9 @@ func (t *tool) audit() *cobra.Command {
 			}
 			fmt.Fprintf(w, "signatures\t%d, each with its admission\n", r.Signatures)
 			fmt.Fprintf(w, "unsettled\t%d admissions of which the log does not say how they ended\n", r.Unsettled)
+			if r.SinceDropped {
+				fmt.Fprintln(w, "since\tthe older checkpoint's epoch was dropped, so nothing shows any more that the log went on from it")
+			}
 			fmt.Fprintf(w, "checkpoint\tepoch %d, %d events, root %s\n", r.Checkpoint.Epoch, r.Checkpoint.Size, r.Checkpoint.Root)
 		})
 	})

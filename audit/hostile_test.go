@@ -1,0 +1,416 @@
+package audit_test
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"maps"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"countersign/audit"
+)
+
+// What follows is the work of an operator who has the log's files, and sometimes its key. Each must be found.
+
+func wrongEvent(err error) int64 {
+	var wrong *audit.Wrong
+	if errors.As(err, &wrong) {
+		return int64(wrong.Event)
+	}
+	return -1
+}
+
+func changed(e audit.Event, change func(*audit.Event)) []byte {
+	e.Metadata = maps.Clone(e.Metadata)
+	change(&e)
+	return encode(e)
+}
+
+// TestFirstWrong: whatever the file and the byte, and whatever the rules would say of what comes later, it is the first wrong
+// event that is named.
+func TestFirstWrong(t *testing.T) {
+	m := newMemory(t)
+	m.epoch(t, signatures(333, 1, 0)...) // 667 events in bundles of 256, 256, 155
+	m.epoch(t)
+	clone := func() *memory { c := *m; c.files = maps.Clone(m.files); return &c }
+	edit := func(m *memory, name, old, new string) {
+		b, ok := m.files[name]
+		if !ok || !bytes.Contains(b, []byte(old)) {
+			t.Fatalf("%s has no %q", name, old)
+		}
+		m.files[name] = bytes.Replace(b, []byte(old), []byte(new), 1)
+	}
+	nonce := func(n int) string { return fmt.Sprintf(`"nonce":"%064x"`, n) }
+	for name, c := range map[string]struct {
+		want int64
+		do   func(m *memory)
+	}{
+		"a nonce made that of a later event": {1, func(m *memory) { edit(m, "epochs/0/tile/entries/000", nonce(1), nonce(2)) }},
+		"in a bundle that is not full":       {513, func(m *memory) { edit(m, "epochs/0/tile/entries/002.p/155", nonce(257), nonce(258)) }},
+		"a length":                           {0, func(m *memory) { m.files["epochs/0/tile/entries/000"] = flip(m.files["epochs/0/tile/entries/000"], 1) }},
+		"a later length": {512, func(m *memory) {
+			f := m.files
+			f["epochs/0/tile/entries/002.p/155"] = flip(f["epochs/0/tile/entries/002.p/155"], 0)
+		}},
+		"an entry and its tile": {256, func(m *memory) {
+			edit(m, "epochs/0/tile/entries/001", nonce(140), nonce(999))
+			m.files["epochs/0/tile/0/001"] = flip(m.files["epochs/0/tile/0/001"], 23*32)
+		}},
+		"a tile":              {256 + 23, func(m *memory) { m.files["epochs/0/tile/0/001"] = flip(m.files["epochs/0/tile/0/001"], 23*32) }},
+		"a tile of tiles":     {256, func(m *memory) { m.files["epochs/0/tile/1/000.p/2"] = flip(m.files["epochs/0/tile/1/000.p/2"], 33) }},
+		"a bundle is missing": {256, func(m *memory) { delete(m.files, "epochs/0/tile/entries/001") }},
+		"a tile is missing":   {512, func(m *memory) { delete(m.files, "epochs/0/tile/0/002.p/155") }},
+		"a bundle twice":      {256, func(m *memory) { m.files["epochs/0/tile/entries/001"] = m.files["epochs/0/tile/entries/000"] }},
+		"two bundles swapped": {0, func(m *memory) {
+			f := m.files
+			f["epochs/0/tile/entries/001"], f["epochs/0/tile/entries/000"] = f["epochs/0/tile/entries/000"], f["epochs/0/tile/entries/001"]
+		}},
+		"an entry is too many": {511, func(m *memory) {
+			f := m.files
+			f["epochs/0/tile/entries/001"] = append(bytes.Clone(f["epochs/0/tile/entries/001"]), 0, 0)
+		}},
+		"a bundle is cut off": {511, func(m *memory) {
+			b := m.files["epochs/0/tile/entries/001"]
+			m.files["epochs/0/tile/entries/001"] = b[:len(b)-1]
+		}},
+		"a bundle is empty":                        {512, func(m *memory) { m.files["epochs/0/tile/entries/002.p/155"] = nil }},
+		"a tile of the wrong width":                {512, func(m *memory) { m.files["epochs/0/tile/0/002.p/155"] = m.files["epochs/0/tile/0/001"] }},
+		"the first of the next epoch":              {667, func(m *memory) { m.files["tile/entries/000.p/1"] = flip(m.files["tile/entries/000.p/1"], 20) }},
+		"the first of the next epoch has no place": {667, func(m *memory) { m.files["tile/entries/000.p/1"] = m.files["epochs/0/tile/entries/000"] }},
+	} {
+		spoilt := clone()
+		c.do(spoilt)
+		if _, err := spoilt.verify(audit.VerifyOptions{}); wrongEvent(err) != c.want {
+			t.Errorf("%s: %v, want event %d", name, err, c.want)
+		}
+	}
+	// Every byte of a small log.
+	m = newMemory(t)
+	m.epoch(t, signatures(2, 1, 0)...)
+	name := "tile/entries/000.p/5"
+	whole := m.files[name]
+	event, end := int64(-1), 0
+	for i := range whole {
+		if i == end {
+			event, end = event+1, i+2+int(whole[i])<<8+int(whole[i+1])
+		}
+		m.files[name] = flip(whole, i)
+		if _, err := m.verify(audit.VerifyOptions{}); wrongEvent(err) != event {
+			t.Fatalf("byte %d of event %d: %v", i, event, err)
+		}
+	}
+}
+
+func flip(b []byte, at int) []byte {
+	b = bytes.Clone(b)
+	b[at] ^= 1
+	return b
+}
+
+// TestHostileRules: events that the log's own key has signed and that no sound ledger writes, and such as it does write.
+func TestHostileRules(t *testing.T) {
+	sound := encode(admitted(0, 1))
+	failure := func(second int, admission uint64) audit.Event {
+		e := created(second, admission)
+		e.Type, e.Outcome = audit.SignatureFailed, "unavailable"
+		return e
+	}
+	later := func(e audit.Event, d time.Duration) audit.Event { e.TimeMS += d.Milliseconds(); return e }
+	expiring := func(second, nonce, expires int) []byte {
+		return changed(admitted(second, nonce), func(e *audit.Event) { e.Metadata["expires_at"] = strconv.Itoa(noon + expires) })
+	}
+	subscription := changed(admitted(0, 1), func(e *audit.Event) { e.Metadata["transcript"] = "paykit-subscription-v2" })
+	tick := encode(audit.Event{TimeMS: at(0).Add(9000 * time.Hour).UnixMilli(), Type: audit.Started, Actor: audit.Daemon(), Action: "serve", Outcome: "ok"})
+	for name, c := range map[string]struct {
+		wrong     int64
+		unsettled uint64
+		events    [][]byte
+	}{
+		"the clock leaps between admission and outcome": {-1, 0, [][]byte{sound, encode(later(created(0, 1), 9000*time.Hour))}},
+		"the clock leaps and comes back":                {-1, 0, [][]byte{sound, tick, encode(created(1, 1))}},
+		"time leaps to forget a nonce, and comes back":  {3, 0, [][]byte{sound, tick, encode(admitted(1, 1))}},
+		"that in two leaps":                             {7, 0, [][]byte{sound, tick, encode(admitted(5, 2)), encode(admitted(3600*5, 3)), tick, encode(admitted(6, 4)), encode(admitted(7, 3))}},
+		"and after its expiry":                          {-1, 2, [][]byte{sound, tick, encode(admitted(3*3600, 1))}},
+		"two nonces, of which the later is nearer":      {4, 0, [][]byte{expiring(0, 1, 7200*10), expiring(0, 2, 60), tick, expiring(3600*5, 1, 3600*6)}},
+		"an expired document":                           {1, 0, [][]byte{expiring(0, 1, -2*3600)}},
+		"a document that lives for ever":                {1, 0, [][]byte{expiring(0, 1, 1<<40)}},
+		"a nonce in capitals":                           {1, 0, [][]byte{changed(admitted(0, 0xabc), func(e *audit.Event) { e.Metadata["nonce"] = strings.ToUpper(e.Metadata["nonce"]) })}},
+		"a failure that is ok":                          {2, 0, [][]byte{sound, changed(failure(1, 1), func(e *audit.Event) { e.Outcome = "ok" })}},
+		"a signature that is not ok":                    {2, 0, [][]byte{sound, changed(created(1, 1), func(e *audit.Event) { e.Outcome = "denied" })}},
+		"an admission that is not ok":                   {1, 0, [][]byte{changed(admitted(0, 1), func(e *audit.Event) { e.Outcome = "denied" })}},
+		"a failure only":                                {-1, 0, [][]byte{sound, encode(failure(1, 1))}},
+		"two failures":                                  {-1, 0, [][]byte{sound, encode(failure(1, 1)), encode(failure(1, 1))}},
+		"a failure after the signature":                 {3, 0, [][]byte{sound, encode(created(1, 1)), encode(failure(1, 1))}},
+		"a payment without its initiation":              {2, 0, [][]byte{sound, changed(created(1, 1), func(e *audit.Event) { e.Type = audit.PaymentCompleted })}},
+		"a payment admitted as a message":               {1, 0, [][]byte{changed(admitted(0, 1), func(e *audit.Event) { e.Metadata["transcript"] = "payment-request-v1" })}},
+		"a subscription":                                {-1, 0, [][]byte{subscription, changed(created(1, 1), func(e *audit.Event) { e.Type = audit.SubscriptionCreated })}},
+		"a subscription that ends as a message":         {2, 0, [][]byte{subscription, encode(created(1, 1))}},
+		"an admission without a version":                {1, 0, [][]byte{changed(admitted(0, 1), func(e *audit.Event) { e.Resource = "payments" })}},
+		"verified without a signer":                     {1, 0, [][]byte{changed(admitted(0, 1), func(e *audit.Event) { e.Type = audit.SignatureVerified })}},
+		"an epoch within an epoch":                      {1, 0, [][]byte{encode(audit.Event{TimeMS: 1, Type: audit.EpochBegun, Actor: audit.Daemon(), Action: "epoch", Resource: "epoch/1", Outcome: "ok"})}},
+		"an epoch dropped that has not ended":           {1, 0, [][]byte{retained(0, audit.Hash{})}},
+		"an epoch dropped that never was":               {1, 0, [][]byte{retained(7, audit.Hash{})}},
+	} {
+		m := newMemory(t)
+		m.epoch(t, c.events...)
+		r, err := m.verify(audit.VerifyOptions{})
+		if wrongEvent(err) != c.wrong || c.wrong < 0 && (err != nil || r.Unsettled != c.unsettled) {
+			t.Errorf("%s: %v, %d unsettled, want event %d and %d", name, err, r.Unsettled, c.wrong, c.unsettled)
+		}
+	}
+}
+
+func retained(epoch int, root audit.Hash) []byte {
+	return encode(audit.Event{TimeMS: at(0).UnixMilli(), Type: audit.RetentionApplied, Actor: audit.Daemon(), Action: "retention", Resource: fmt.Sprintf("epoch/%d", epoch), Outcome: "ok",
+		Metadata: map[string]string{"root": root.String()}})
+}
+
+func (m *memory) drop(epoch int) {
+	maps.DeleteFunc(m.files, func(name string, _ []byte) bool {
+		return strings.HasPrefix(name, fmt.Sprintf("epochs/%d/tile/", epoch))
+	})
+}
+
+// TestHostileEpochs plays with whole epochs.
+func TestHostileEpochs(t *testing.T) {
+	three := func() *memory {
+		m := newMemory(t)
+		for range 3 {
+			m.epoch(t, signatures(200, m.events+1, 100*int(m.epochs))...)
+		}
+		return m
+	}
+	copyEpoch := func(m *memory, from, to int, with string) {
+		for name, b := range maps.Clone(m.files) {
+			if rest, ok := strings.CutPrefix(name, fmt.Sprintf("epochs/%d/%s", from, with)); ok {
+				m.files[fmt.Sprintf("epochs/%d/%s%s", to, with, rest)] = b
+			}
+		}
+	}
+	foreign := newMemory(t)
+	foreign.epoch(t, signatures(200, 50_000, 0)...)
+	sign := func(m *memory, c audit.Checkpoint) []byte {
+		text, err := m.log.Sign(c, m.sign)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return text
+	}
+	for name, do := range map[string]func(m *memory){
+		"an epoch is missing":            func(m *memory) { m.drop(0) },
+		"one in the middle":              func(m *memory) { m.drop(1) },
+		"all but the last":               func(m *memory) { m.drop(0); m.drop(1) },
+		"the first tile only":            func(m *memory) { delete(m.files, "epochs/0/tile/0/000") },
+		"a final checkpoint is missing":  func(m *memory) { delete(m.files, "epochs/0/checkpoint") },
+		"an epoch stands twice":          func(m *memory) { copyEpoch(m, 0, 1, "") },
+		"one with the other's entries":   func(m *memory) { copyEpoch(m, 0, 1, "tile/") },
+		"of another log of the same key": func(m *memory) { maps.Copy(m.files, onlyEpochs(foreign.files)) },
+		"the end is an older one":        func(m *memory) { m.files["checkpoint"] = m.files["epochs/1/checkpoint"] },
+		"a checkpoint of nothing":        func(m *memory) { m.files["checkpoint"] = sign(m, audit.Checkpoint{Epoch: 2}) },
+		"a final one of nothing":         func(m *memory) { m.files["epochs/0/checkpoint"] = sign(m, audit.Checkpoint{}) },
+		"the largest epoch":              func(m *memory) { m.files["checkpoint"] = sign(m, audit.Checkpoint{Epoch: 1<<32 - 1, Size: 1}) },
+		"the largest size":               func(m *memory) { m.files["checkpoint"] = sign(m, audit.Checkpoint{Epoch: 2, Size: 1<<62 - 1}) },
+		"sizes whose sum is larger": func(m *memory) {
+			for n := range uint32(3) {
+				m.files[fmt.Sprintf("epochs/%d/checkpoint", n)] = sign(m, audit.Checkpoint{Epoch: n, Size: 1<<62 - 1})
+			}
+		},
+		"a size one less than the bundle": func(m *memory) {
+			m.files["checkpoint"] = sign(m, audit.Checkpoint{Epoch: 2, Size: 255, Root: m.last.Root})
+		},
+	} {
+		m := three()
+		do(m)
+		if _, err := m.verify(audit.VerifyOptions{}); err == nil {
+			t.Errorf("%s: it is believed", name)
+		}
+	}
+	// A log that says where it begins to get rid of its beginning.
+	m := newMemory(t)
+	m.events = 1 << 40
+	m.epoch(t, encode(created(0, 17)))
+	if _, err := m.verify(audit.VerifyOptions{}); wrongEvent(err) != 0 {
+		t.Errorf("a log that begins with event 2^40: %v", err)
+	}
+	// Ended epochs are held against an older checkpoint too.
+	m = three()
+	for name, since := range map[string]audit.Checkpoint{
+		"longer than the epoch":   {Epoch: 0, Size: 402, Root: audit.Hash{1}},
+		"another end":             {Epoch: 0, Size: 401, Root: audit.Hash{1}},
+		"another middle":          {Epoch: 1, Size: 300, Root: audit.Hash{1}},
+		"of the last one":         {Epoch: 2, Size: 402, Root: audit.Hash{1}},
+		"of an epoch after it":    {Epoch: 3, Size: 1, Root: audit.Hash{1}},
+		"of the very last epoch ": {Epoch: 1<<32 - 1, Size: 1, Root: audit.Hash{1}},
+	} {
+		if _, err := m.verify(audit.VerifyOptions{Since: sign(m, since)}); err == nil {
+			t.Errorf("an older checkpoint that is %s: the log is taken for its continuation", name)
+		}
+	}
+}
+
+func onlyEpochs(files map[string][]byte) map[string][]byte {
+	files = maps.Clone(files)
+	maps.DeleteFunc(files, func(name string, _ []byte) bool { return !strings.HasPrefix(name, "epochs/0/") })
+	return files
+}
+
+// TestDroppedOneAfterTheOther: the event that drops an epoch is in a later one, and is dropped with that in its time.
+func TestDroppedOneAfterTheOther(t *testing.T) {
+	m := newMemory(t)
+	var roots []audit.Hash
+	for n := range 6 {
+		var events [][]byte
+		if n >= 2 {
+			events = append(events, retained(n-2, roots[n-2]))
+		}
+		m.epoch(t, append(events, signatures(10, m.events+uint64(len(events))+1, 100*n)...)...)
+		roots = append(roots, m.last.Root)
+		if n >= 2 {
+			m.drop(n - 2)
+		}
+		since := m.files["epochs/0/checkpoint"]
+		if r, err := m.verify(audit.VerifyOptions{Since: since}); err != nil || r.Dropped != max(0, n-1) || r.SinceDropped {
+			t.Errorf("epoch %d: %+v, %v", n, r, err)
+		}
+	}
+	older, err := m.log.Sign(audit.Checkpoint{Epoch: 0, Size: 3}, m.sign)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if r, err := m.verify(audit.VerifyOptions{Since: older}); err != nil || !r.SinceDropped {
+		t.Errorf("%+v, %v: nothing shows that the log went on from a checkpoint within an epoch that was dropped", r, err)
+	}
+	m.drop(4)
+	if _, err := m.verify(audit.VerifyOptions{}); err == nil {
+		t.Error("one more is missing, and that is believed")
+	}
+}
+
+// TestWidths: trees whose last bundle, tile, or tile of tiles is just full, or just not.
+func TestWidths(t *testing.T) {
+	for _, n := range []int{1, 2, 255, 256, 257, 511, 512, 65_535, 65_536, 65_537, 65_792, 65_793} {
+		m := newMemory(t)
+		events := signatures((n-1)/2, 1, 0)
+		if n%2 == 0 {
+			events = append(events, encode(admitted(0, 999_999)))
+		}
+		m.epoch(t, events...)
+		if r, err := m.verify(audit.VerifyOptions{Since: m.files["checkpoint"]}); err != nil || r.Events != uint64(n) {
+			t.Errorf("%d events: %+v, %v", n, r, err)
+		}
+		for name := range m.files {
+			if strings.HasPrefix(name, "epochs/") || n > 1000 && (n == 65_535 || n > 65_537 || !strings.Contains(name, ".p/")) {
+				continue
+			}
+			whole := m.files[name]
+			m.files[name] = flip(whole, len(whole)/2)
+			if _, err := m.verify(audit.VerifyOptions{}); err == nil {
+				t.Errorf("%d events: %s is believed after a change", n, name)
+			}
+			m.files[name] = whole
+		}
+	}
+}
+
+// TestFolderIsHostile: what is no file, or larger than any, is refused at once.
+func TestFolderIsHostile(t *testing.T) {
+	m := newMemory(t)
+	m.epoch(t, signatures(3, 1, 0)...)
+	dir := t.TempDir()
+	if _, err := audit.Mirror(t.Context(), m, m.log, dir, nil); err != nil {
+		t.Fatal(err)
+	}
+	verify := func() error {
+		_, err := m.log.Verify(t.Context(), audit.Folder(dir), audit.VerifyOptions{})
+		return err
+	}
+	if err := verify(); err != nil {
+		t.Fatal(err)
+	}
+	name := filepath.Join(dir, "tile/entries/000.p/7")
+	for what, make := range map[string]func() error{
+		"a device":      func() error { return os.Symlink("/dev/zero", name) },
+		"a pipe":        func() error { return syscall.Mkfifo(name, 0o600) },
+		"a folder":      func() error { return os.Mkdir(name, 0o700) },
+		"a link to it":  func() error { return os.Symlink(name, name) },
+		"a larger file": func() error { return errors.Join(os.WriteFile(name, nil, 0o600), os.Truncate(name, 1<<40)) },
+	} {
+		if err := errors.Join(os.Remove(name), make()); err != nil {
+			t.Fatal(err)
+		}
+		began := time.Now()
+		if err := verify(); err == nil || time.Since(began) > 5*time.Second {
+			t.Errorf("%s: %v after %v", what, err, time.Since(began))
+		}
+	}
+}
+
+// TestMeanwhile: an epoch that ends while the log is read is not taken for a wrong log.
+func TestMeanwhile(t *testing.T) {
+	m := newMemory(t)
+	m.epoch(t, signatures(300, 1, 0)...)
+	reads := 0
+	from := sourceFunc(func(ctx context.Context, name string) ([]byte, error) {
+		if reads++; reads == 4 {
+			m.epoch(t)
+		}
+		return m.ReadFile(ctx, name)
+	})
+	if _, err := m.log.Verify(t.Context(), from, audit.VerifyOptions{}); err == nil || wrongEvent(err) < 0 || !strings.Contains(err.Error(), "try again") {
+		t.Errorf("%v", err)
+	}
+	if _, err := m.verify(audit.VerifyOptions{}); err != nil {
+		t.Error(err)
+	}
+	broken := errors.New("broken")
+	from = func(ctx context.Context, name string) ([]byte, error) {
+		if strings.HasPrefix(name, "tile/") {
+			return nil, broken
+		}
+		return m.ReadFile(ctx, name)
+	}
+	if _, err := m.log.Verify(t.Context(), from, audit.VerifyOptions{}); !errors.Is(err, broken) || wrongEvent(err) >= 0 {
+		t.Errorf("what can't be read is not an event's fault: %v", err)
+	}
+}
+
+type sourceFunc func(context.Context, string) ([]byte, error)
+
+func (f sourceFunc) ReadFile(ctx context.Context, name string) ([]byte, error) { return f(ctx, name) }
+
+// TestMirrorAfterRetention: a folder that has what was dropped meanwhile is brought up to date, and keeps it.
+func TestMirrorAfterRetention(t *testing.T) {
+	m := newMemory(t)
+	m.epoch(t, signatures(300, 1, 0)...)
+	root := m.last.Root
+	m.epoch(t)
+	dir := t.TempDir()
+	if _, err := audit.Mirror(t.Context(), m, m.log, dir, nil); err != nil {
+		t.Fatal(err)
+	}
+	m.epoch(t, retained(0, root))
+	m.drop(0)
+	for _, dir := range []string{dir, t.TempDir()} {
+		if _, err := audit.Mirror(t.Context(), m, m.log, dir, nil); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := m.log.Verify(t.Context(), audit.Folder(dir), audit.VerifyOptions{}); err != nil {
+			t.Error(err)
+		}
+	}
+	// The folder of another log, or of another end of this one, is not mixed with it.
+	other := newMemory(t)
+	other.epoch(t, signatures(300, 2, 0)...)
+	other.epoch(t, slices.Repeat([][]byte{encode(admitted(0, 1))}, 3)...)
+	if _, err := audit.Mirror(t.Context(), other, other.log, dir, nil); err == nil {
+		t.Error("two logs are mixed in one folder")
+	}
+}
