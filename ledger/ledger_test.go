@@ -109,6 +109,9 @@ func TestNonceIsSingleUseInItsScope(t *testing.T) {
 	if err := l.Settle(t.Context(), first, signature, note("signed twice"), nil); err != nil {
 		t.Fatal(err)
 	}
+	if err := l.Settle(t.Context(), first, nil, note("failed, of two at once the other one"), nil); err != nil {
+		t.Fatal(err)
+	}
 	if r := mustAdmit(t, l, again, ledger.Repeated); !bytes.Equal(r.Signature, signature) {
 		t.Errorf("after settling: %+v", r)
 	}
