@@ -16,6 +16,7 @@ import (
 	"time"
 
 	"countersign/admin/api"
+	"countersign/audit"
 	"countersign/client"
 )
 
@@ -29,7 +30,8 @@ const kills = 25
 //   - every signature that a peer got has its admission in the log, for its nonce and its digest;
 //   - no nonce has two admissions;
 //   - whatever a peer had asked, answered or not, an identical request gets one and the same signature, and another
-//     request under its nonce is a replay, if the first was admitted at all.
+//     request under its nonce is a replay, if the first was admitted at all;
+//   - the audit log has grown from every checkpoint that was shown, and keeps the ledger's rules.
 //
 // SIGKILL does not lose what the kernel holds for the disk; that half of promise 1 is bbolt's fsync.
 func TestKilledUnderLoad(t *testing.T) {
@@ -51,9 +53,12 @@ func TestKilledUnderLoad(t *testing.T) {
 	var mu sync.Mutex
 	asked := map[[32]byte]*question{}
 	answers := 0
+	shown := s.seen()
 	for round := range rounds {
 		ctx, cancel := context.WithCancel(t.Context())
 		var wg sync.WaitGroup
+		before := len(shown.texts)
+		wg.Go(func() { shown.watch(ctx, s.admin()) })
 		for range 8 {
 			c, err := client.Dial(ctx, config)
 			if err != nil {
@@ -87,15 +92,28 @@ func TestKilledUnderLoad(t *testing.T) {
 		cancel()
 		wg.Wait()
 		p = s.serve()
+		(&seen{t, shown.log, shown.texts[before:]}).consistent(s.admin())
 		if round%5 == 4 || round == rounds-1 {
 			s.checkAgainst(asked, len(asked))
 		}
+		if round%10 == 9 {
+			s.must("admin", "audit", "end-epoch")
+		}
 	}
+	s.must("admin", "audit", "export", "export")
+	shown.consistent(audit.Folder(s.path("export")))
+	s.must("audit", "verify", "export", "--key", shown.log.VerifierKey(0))
 	if answers < rounds {
 		t.Errorf("only %d answers: the test has lost its point", answers)
 	}
-	t.Logf("%d kills, %d requests, %d answers", rounds, len(asked), answers)
+	if len(shown.texts) < rounds {
+		t.Errorf("only %d checkpoints were seen: the test has lost its point", len(shown.texts))
+	}
+	t.Logf("%d kills, %d requests, %d answers, %d checkpoints", rounds, len(asked), answers, len(shown.texts))
 	p.stop()
+	if out, code := s.daemon("check", "--deep"); code != 0 {
+		t.Errorf("check --deep: %d, %s", code, out)
+	}
 }
 
 // question is a request and what came of it.
