@@ -69,6 +69,7 @@ func (a *Appliance) Serve(ctx context.Context, listener net.Listener) error {
 		case places <- struct{}{}:
 		default:
 			a.log.Warn("too many connections", "limit", a.limits.Connections)
+			a.refusals.count(audit.RateLimitTriggered, "connect", "")
 			conn.Close()
 			continue
 		}

@@ -140,6 +140,9 @@ func TestHostileRules(t *testing.T) {
 		"that in two leaps":                             {7, 0, [][]byte{sound, tick, encode(admitted(5, 2)), encode(admitted(3600*5, 3)), tick, encode(admitted(6, 4)), encode(admitted(7, 3))}},
 		"and after its expiry":                          {-1, 2, [][]byte{sound, tick, encode(admitted(3*3600, 1))}},
 		"two nonces, of which the later is nearer":      {4, 0, [][]byte{expiring(0, 1, 7200*10), expiring(0, 2, 60), tick, expiring(3600*5, 1, 3600*6)}},
+		"back in two steps, the later one further":      {4, 0, [][]byte{expiring(0, 1, 4*3600), tick, encode(admitted(5*3600, 2)), expiring(3*3600, 1, 9*3600)}},
+		"again after its expiry, and once more":         {4, 0, [][]byte{expiring(0, 1, 3600), expiring(2*3600, 1, 10*3600), encode(admitted(3*3600, 2)), expiring(4*3600, 1, 10*3600)}},
+		"a message that fails as a payment":             {2, 0, [][]byte{sound, changed(failure(1, 1), func(e *audit.Event) { e.Type = audit.PaymentFailed })}},
 		"an expired document":                           {1, 0, [][]byte{expiring(0, 1, -2*3600)}},
 		"a document that lives for ever":                {1, 0, [][]byte{expiring(0, 1, 1<<40)}},
 		"a nonce in capitals":                           {1, 0, [][]byte{changed(admitted(0, 0xabc), func(e *audit.Event) { e.Metadata["nonce"] = strings.ToUpper(e.Metadata["nonce"]) })}},
@@ -233,8 +236,32 @@ func TestHostileEpochs(t *testing.T) {
 			t.Errorf("%s: it is believed", name)
 		}
 	}
-	// A log that says where it begins to get rid of its beginning.
+	// An epoch without events, of which nothing is wrong but that.
 	m := newMemory(t)
+	m.epoch(t, signatures(200, 1, 0)...)
+	m.put(t, nil)
+	m.epoch(t)
+	if _, err := m.verify(audit.VerifyOptions{}); err == nil {
+		t.Error("an epoch without events: it is believed")
+	}
+	// One that is dropped twice.
+	m = newMemory(t)
+	m.epoch(t)
+	root := m.last.Root
+	m.epoch(t, retained(0, root), retained(0, root))
+	m.drop(0)
+	if _, err := m.verify(audit.VerifyOptions{}); wrongEvent(err) != 3 {
+		t.Errorf("an epoch that is dropped twice: %v", err)
+	}
+	// What is wrong by the rules comes first where it does, though a later entry of the bundle was changed.
+	m = newMemory(t)
+	m.epoch(t, append([][]byte{encode(created(0, 17))}, signatures(50, 2, 0)...)...)
+	m.files["tile/entries/000.p/102"] = flip(m.files["tile/entries/000.p/102"], 9000)
+	if _, err := m.verify(audit.VerifyOptions{}); wrongEvent(err) != 1 {
+		t.Errorf("event 1 is wrong and a later one was changed: %v", err)
+	}
+	// A log that says where it begins to get rid of its beginning.
+	m = newMemory(t)
 	m.events = 1 << 40
 	m.epoch(t, encode(created(0, 17)))
 	if _, err := m.verify(audit.VerifyOptions{}); wrongEvent(err) != 0 {
@@ -364,7 +391,7 @@ func TestMeanwhile(t *testing.T) {
 		}
 		return m.ReadFile(ctx, name)
 	})
-	if _, err := m.log.Verify(t.Context(), from, audit.VerifyOptions{}); err == nil || wrongEvent(err) < 0 || !strings.Contains(err.Error(), "try again") {
+	if _, err := m.log.Verify(t.Context(), from, audit.VerifyOptions{}); err == nil || wrongEvent(err) >= 0 || !strings.Contains(err.Error(), "try again") {
 		t.Errorf("%v", err)
 	}
 	if _, err := m.verify(audit.VerifyOptions{}); err != nil {
@@ -412,5 +439,19 @@ func TestMirrorAfterRetention(t *testing.T) {
 	other.epoch(t, slices.Repeat([][]byte{encode(admitted(0, 1))}, 3)...)
 	if _, err := audit.Mirror(t.Context(), other, other.log, dir, nil); err == nil {
 		t.Error("two logs are mixed in one folder")
+	}
+}
+
+// TestLongMetadata: no cause of an error is so long that its event can't be an entry of the log.
+func TestLongMetadata(t *testing.T) {
+	metadata := map[string]string{"cause": strings.Repeat("ü", 70_000), "other": "short"}
+	e := audit.Event{Type: audit.DeviceUnavailable, Actor: audit.Daemon(), Action: "serve", Outcome: "unavailable", Metadata: metadata}
+	m := newMemory(t)
+	m.epoch(t, e.Encode(at(0)))
+	if _, err := m.verify(audit.VerifyOptions{}); err != nil {
+		t.Error(err)
+	}
+	if len(metadata["cause"]) != 140_000 {
+		t.Error("the caller's metadata was changed")
 	}
 }

@@ -154,7 +154,7 @@ func (v *verifier) meanwhile(present Checkpoint, err error) error {
 		return err
 	}
 	if now, openErr := v.log.Open(text); openErr == nil && now.Epoch > present.Epoch {
-		return fmt.Errorf("audit: epoch %d has ended meanwhile, so try again: %w", present.Epoch, err)
+		return fmt.Errorf("audit: epoch %d has ended meanwhile, so try again: %v", present.Epoch, err)
 	}
 	return err
 }

@@ -306,8 +306,8 @@ func TestAuditLog(t *testing.T) {
 	if err := os.WriteFile(bundle, whole, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	if _, errOut, code := s.cli("", "audit", "verify", "anew", "--key", vkey); code != 1 || !strings.Contains(errOut, "event 300: ") {
-		t.Errorf("event 300 was changed: %d, %s", code, errOut)
+	if out, errOut, code := s.cli("", "audit", "verify", "anew", "--key", vkey, "--json"); code != 1 || !strings.HasPrefix(errOut, "countersign: wrong_event: event 300: ") || !strings.Contains(out, `"event": 300`) {
+		t.Errorf("event 300 was changed: %d, %s, %s", code, out, errOut)
 	}
 	// The older state, another log's key, and no log.
 	s.write("newer", string(must(s.admin().ReadFile(t.Context(), "checkpoint"))(t)))

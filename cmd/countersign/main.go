@@ -19,6 +19,7 @@ import (
 	"text/tabwriter"
 
 	"countersign/admin/api"
+	"countersign/audit"
 	"countersign/client"
 	"countersign/transcript"
 
@@ -65,7 +66,11 @@ func run(ctx context.Context, args []string, stdin io.Reader, stdout, stderr io.
 	code, status := classify(err)
 	if t.json || slices.Contains(args, "--json") { // wrong flags may have kept it from being read
 		t.json = true
-		t.print(map[string]any{"error": map[string]string{"code": code, "message": message(err)}}, nil)
+		doc := map[string]any{"code": code, "message": message(err)}
+		if wrong, is := errors.AsType[*audit.Wrong](err); is {
+			doc["event"] = wrong.Event
+		}
+		t.print(map[string]any{"error": doc}, nil)
 	}
 	fmt.Fprintf(stderr, "countersign: %s: %s\n", code, message(err))
 	if status == 2 {
@@ -83,6 +88,8 @@ func classify(err error) (code string, status int) {
 		return "usage", 2
 	case errors.Is(err, client.ErrUnknownOutcome): // before the refusal that it may wrap: it must not be tried again
 		return "unknown_outcome", 1
+	case errors.As(err, new(*audit.Wrong)):
+		return "wrong_event", 1
 	case errors.Is(err, client.ErrUnproven):
 		return "unproven", 1
 	case errors.As(err, &refusal):
