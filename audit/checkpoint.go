@@ -131,7 +131,7 @@ func (l Log) Open(text []byte) (Checkpoint, error) {
 
 // Proof shows that an event is in the log.
 type Proof struct {
-	Event      uint64 // its number through all epochs
+	Event      uint64 // its number through all epochs, by the appliance's word: the tree knows Index only
 	Index      uint64 // its place in the epoch's tree
 	Leaf       []byte // the event as it is in the log
 	Path       []Hash // from the leaf to the root (RFC 6962 section 2.1.1)

@@ -397,6 +397,16 @@ func TestMeanwhile(t *testing.T) {
 	if _, err := m.verify(audit.VerifyOptions{}); err != nil {
 		t.Error(err)
 	}
+	reads = 0
+	from = func(ctx context.Context, name string) ([]byte, error) {
+		if reads++; reads == 8 {
+			m.drop(0)
+		}
+		return m.ReadFile(ctx, name)
+	}
+	if _, err := m.log.Verify(t.Context(), from, audit.VerifyOptions{}); err == nil || wrongEvent(err) >= 0 || !strings.Contains(err.Error(), "was dropped meanwhile") {
+		t.Errorf("%v", err)
+	}
 	broken := errors.New("broken")
 	from = func(ctx context.Context, name string) ([]byte, error) {
 		if strings.HasPrefix(name, "tile/") {

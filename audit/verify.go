@@ -129,7 +129,7 @@ func (v *verifier) run() error {
 			before = &heads[int(first)+i-1]
 		}
 		if err := v.epoch(c, before, c.Epoch == present.Epoch); err != nil {
-			return v.meanwhile(present, err)
+			return v.meanwhile(present, heads[first], err)
 		}
 	}
 	v.report.Epochs, v.report.Dropped, v.report.Checkpoint = len(heads)-int(first), int(first), present
@@ -147,14 +147,18 @@ func (v *verifier) run() error {
 	return nil
 }
 
-// meanwhile says why a running appliance's log may seem wrong: its present epoch has ended while it was read.
-func (v *verifier) meanwhile(present Checkpoint, err error) error {
+// meanwhile says why a running appliance's log may seem wrong: its present epoch has ended while it was read, or retention has
+// dropped the first one.
+func (v *verifier) meanwhile(present, first Checkpoint, err error) error {
 	text, readErr := v.from.ReadFile(v.ctx, "checkpoint")
 	if readErr != nil {
 		return err
 	}
 	if now, openErr := v.log.Open(text); openErr == nil && now.Epoch > present.Epoch {
 		return fmt.Errorf("audit: epoch %d has ended meanwhile, so try again: %v", present.Epoch, err)
+	}
+	if there, readErr := v.has(first); readErr == nil && !there && first.Epoch < present.Epoch {
+		return fmt.Errorf("audit: epoch %d was dropped meanwhile, so try again: %v", first.Epoch, err)
 	}
 	return err
 }
