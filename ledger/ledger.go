@@ -119,9 +119,12 @@ func (o *Options) fill() {
 	if o.MaxNonces == 0 {
 		o.MaxNonces = 20_000_000
 	}
-	if o.Wall == nil {
-		o.Wall = time.Now
+	wall := o.Wall
+	if wall == nil {
+		wall = time.Now
 	}
+	// Without the monotonic reading, by which Go would compare two times and not see that the system's clock was set.
+	o.Wall = func() time.Time { return wall().Round(0) }
 	if o.Elapsed == nil {
 		begin := time.Now()
 		o.Elapsed = func() time.Duration { return time.Since(begin) }
