@@ -54,12 +54,12 @@ func (c *clock) tick() (now time.Time, behind error) {
 
 func (c *clock) time() time.Time { now, _ := c.tick(); return now }
 
-// accept brings the ledger's time forward to the system's clock at once.
-func (c *clock) accept() {
+// accept brings the ledger's time forward at once.
+func (c *clock) accept(to time.Time) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if wall := c.wall(); wall.After(c.now) {
-		c.now = wall
+	if to.After(c.now) {
+		c.now = to
 	}
 }
 
@@ -73,8 +73,9 @@ func (l *Ledger) Clock() (now, wall time.Time, err error) {
 // is forgotten.
 func (l *Ledger) AcceptTime(ctx context.Context, event Event) error {
 	return l.submit(ctx, &request{alone: true, done: make(chan error, 1), apply: func(t *txn) error {
-		l.clock.accept()
-		t.now = l.clock.time()
+		if wall := l.clock.wall(); wall.After(t.now) {
+			t.now, t.accepted = wall, true
+		}
 		_, err := t.append(event)
 		return err
 	}})

@@ -14,15 +14,16 @@ import (
 
 // txn is a transaction under way, with what it will change in the writer's memory once it is on disk.
 type txn struct {
-	l      *Ledger // nil while the file is being made
-	tx     *bolt.Tx
-	now    time.Time // the ledger's time
-	behind error     // why nothing is admitted: the clock
-	wrote  bool
-	log    logState
-	fresh  map[fingerprint]uint64 // spent in this transaction: event of the admission
-	hours  map[fingerprint]uint32 // and the hour of its expiry
-	seg    openSegment            // where events go
+	l        *Ledger // nil while the file is being made
+	tx       *bolt.Tx
+	now      time.Time // the ledger's time
+	behind   error     // why nothing is admitted: the clock
+	wrote    bool
+	accepted bool // now is what the ledger's time is to be
+	log      logState
+	fresh    map[fingerprint]uint64 // spent in this transaction: event of the admission
+	hours    map[fingerprint]uint32 // and the hour of its expiry
+	seg      openSegment            // where events go
 }
 
 // openSegment is a bucket that is written to again and again.
@@ -123,6 +124,9 @@ func (l *Ledger) transact(batch []*request) error {
 	l.log = t.log
 	l.shown.Store(new(l.log))
 	l.nonces.add(t)
+	if t.accepted {
+		l.clock.accept(t.now)
+	}
 	if l.reserve.taken {
 		l.troubled(nil)
 	}
