@@ -115,6 +115,10 @@ func (l *Ledger) Admit(ctx context.Context, a Admission, event func(Verdict) []b
 		case err != nil:
 			return err
 		case !found:
+			s.hour = hourOf(a.ExpiresAt)
+			if refused = t.mayKeep(s.hour); refused != nil {
+				return nil
+			}
 			result.Verdict = Fresh
 			if a.Decide != nil {
 				counters := &Counters{t.tx.Bucket(bucketCounters), map[string][]byte{}}
@@ -136,10 +140,6 @@ func (l *Ledger) Admit(ctx context.Context, a Admission, event func(Verdict) []b
 		if result.Verdict != Fresh {
 			result.Event, err = t.append(NewEvent(event(result.Verdict)))
 			return err
-		}
-		s.hour = hourOf(a.ExpiresAt)
-		if refused = t.mayKeep(s.hour); refused != nil {
-			return nil
 		}
 		if s.event, err = t.append(fresh); err != nil {
 			return err
