@@ -41,6 +41,10 @@ const format = 2
 // maxBatch bounds the requests in one transaction, and with it the time that a commit takes.
 const maxBatch = 512
 
+// maxBacklog bounds the outcomes that wait for a disk that takes them. No more are to be expected than there are requests under
+// way, since nothing is admitted meanwhile.
+const maxBacklog = 64 * maxBatch
+
 // At opening.
 var (
 	ErrMissing = errors.New("there is no ledger here")

@@ -32,33 +32,41 @@ type openSegment struct {
 	bucket *bolt.Bucket
 }
 
-// commit carries out a batch and tells each request how it ended.
+// commit carries out a batch and tells each request how it ended. What could not be written before goes first.
 func (l *Ledger) commit(batch []*request) {
-	batch = append(l.backlog, batch...)
-	l.backlog = nil
-	if l.trouble.Load() != nil && !l.reserve.taken {
-		if err := l.reserve.takeAgain(); err != nil { // the disk is as full as it was
-			batch = refuse(batch, func(r *request) bool { return r.admission }, l.Trouble())
+	for len(l.backlog) > 0 {
+		some := l.backlog[:min(maxBatch, len(l.backlog))]
+		if _, err := l.try(some); errors.Is(err, ErrDisk) {
+			break // and what follows is tried all the same: it may need less
 		}
+		l.backlog = slices.Clone(l.backlog[len(some):])
 	}
-	err := l.transact(batch)
-	if noRoom(err) && l.reserve.give() {
-		batch = refuse(batch, func(r *request) bool { return r.admission }, err)
-		if again := l.transact(batch); again != nil {
-			err = again
-		} else {
-			answer(batch, nil)
-			return // and the trouble stays until there is room for the reserve
-		}
-	}
+	left, err := l.try(batch)
 	if errors.Is(err, ErrDisk) {
-		for _, r := range batch {
-			if r.done == nil && len(l.backlog) < 4*maxBatch { // nobody would hand it in again
+		for _, r := range left {
+			if r.done == nil && len(l.backlog) < maxBacklog { // nobody would hand it in again
 				l.backlog = append(l.backlog, r)
 			}
 		}
 	}
-	answer(batch, err)
+	answer(left, err)
+}
+
+// try carries out a batch, without the reserve and then with it. Its error is that of those that are left: the others have
+// their answer.
+func (l *Ledger) try(batch []*request) (left []*request, err error) {
+	admission := func(r *request) bool { return r.admission }
+	if l.trouble.Load() != nil && !l.reserve.taken {
+		if err := l.reserve.takeAgain(); err != nil { // the disk is as full as it was
+			batch = refuse(batch, admission, l.Trouble())
+		}
+	}
+	err = l.transact(batch)
+	if noRoom(err) && l.reserve.give() {
+		batch = refuse(batch, admission, err)
+		err = l.transact(batch) // where it is written, the trouble stays until there is room for the reserve
+	}
+	return batch, err
 }
 
 func refuse(batch []*request, which func(*request) bool, err error) (rest []*request) {
