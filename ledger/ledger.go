@@ -160,8 +160,8 @@ type Ledger struct {
 	backlog []*request // outcomes that could not be written yet
 }
 
-// request is work for the writer: apply, unless it is nil, runs inside a transaction that others share, or, where alone is
-// set, in one of its own that an error rolls back. It may run again. done, where somebody waits, gets the result of the commit.
+// request is work for the writer: apply runs inside a transaction that others share, or, where alone is set, in one of its own
+// that an error rolls back. It may run again. done, where somebody waits, gets the result of the commit.
 type request struct {
 	apply     func(*txn) error
 	alone     bool
@@ -399,9 +399,17 @@ func (l *Ledger) troubled(err error) {
 	}
 }
 
-// Alive returns when the writer has come round to this request, without writing anything.
+// Alive returns when the writer has come round to this request. It writes nothing, but for a disk that was in trouble: it
+// tries that again. That the disk is in trouble still is not its error, since the writer is alive.
 func (l *Ledger) Alive(ctx context.Context) error {
-	return l.submit(ctx, &request{done: make(chan error, 1)})
+	err := l.submit(ctx, &request{done: make(chan error, 1), apply: func(t *txn) error {
+		t.wrote = t.wrote || l.trouble.Load() != nil
+		return nil
+	}})
+	if errors.Is(err, ErrDisk) {
+		return nil
+	}
+	return err
 }
 
 // view reads what is on disk.

@@ -96,7 +96,7 @@ func (l *Ledger) transact(batch []*request) error {
 		return ErrUnknownState
 	default:
 	}
-	if !slices.ContainsFunc(batch, func(r *request) bool { return r.apply != nil }) {
+	if len(batch) == 0 {
 		return nil
 	}
 	tx, err := l.db.Begin(true)
@@ -109,9 +109,6 @@ func (l *Ledger) transact(batch []*request) error {
 	t.now, t.behind = l.clock.tick()
 	l.nonces.expire(t.now)
 	for _, r := range batch {
-		if r.apply == nil {
-			continue
-		}
 		t.wrote = t.wrote || r.alone
 		if err := r.apply(t); err != nil && r.alone {
 			return err
