@@ -195,7 +195,10 @@ func Create(path string, o Options) (err error) {
 	if err := build(temp, o.Wall()); err != nil {
 		return err
 	}
-	return moveInto(temp, path)
+	if err := moveInto(temp, path); err != nil {
+		return err
+	}
+	return syncPath(filepath.Dir(path), "folder")
 }
 
 // build makes the file with its first event.
@@ -224,14 +227,12 @@ func build(path string, now time.Time) error {
 }
 
 // moveInto gives a file that was closed its name, so that after a crash either it or what had the name before is there, whole.
+// Which of them is settled once the folder is synced.
 func moveInto(temp, path string) error {
 	if err := syncPath(temp, "file"); err != nil {
 		return err
 	}
-	if err := os.Rename(temp, path); err != nil {
-		return err
-	}
-	return syncPath(filepath.Dir(path), "folder")
+	return os.Rename(temp, path)
 }
 
 func syncPath(path, what string) error {
@@ -263,6 +264,7 @@ func Open(path string, o Options) (l *Ledger, err error) {
 		db.Close()
 		return nil, err
 	}
+	os.Remove(path + compacted) // that a crash has left; it takes room
 	l.reserve = reserve{path: path + ".reserve"}
 	if err := l.reserve.take(); err != nil {
 		l.troubled(err)
