@@ -181,18 +181,22 @@ func (l *Ledger) Settle(ctx context.Context, a Admitted, signature []byte, event
 }
 
 // Spent returns the admission that spent a nonce, or ErrNotFound.
-func (l *Ledger) Spent(ctx context.Context, scope Scope, nonce [32]byte) (a Admitted, err error) {
+func (l *Ledger) Spent(ctx context.Context, scope Scope, nonce [32]byte) (Admitted, error) {
+	var a Admitted
 	var found bool
-	var s spent
-	err = l.submit(ctx, &request{done: make(chan error, 1), apply: func(t *txn) (err error) {
+	err := l.submit(ctx, &request{done: make(chan error, 1), apply: func(t *txn) (err error) {
+		var s spent
 		if s, found, err = t.find(fingerprintOf(scope, nonce)); found {
 			a = Admitted{Verdict: Repeated, Event: s.event, Signature: t.outcome(s)}
 			a.Scope, a.Nonce, a.KeyVersion = scope, nonce, s.version
 		}
 		return err
 	}})
-	if err == nil && !found {
-		err = fmt.Errorf("nonce: %w", ErrNotFound)
+	switch {
+	case err != nil:
+		return Admitted{}, err // the writer may still be at it
+	case !found:
+		return Admitted{}, fmt.Errorf("nonce: %w", ErrNotFound)
 	}
-	return a, err
+	return a, nil
 }

@@ -48,12 +48,12 @@ func (l *Ledger) Stats(ctx context.Context) (s Stats, err error) {
 	if err != nil {
 		return s, err
 	}
-	done := make(chan error, 1)
-	return s, l.submit(ctx, &request{done: done, apply: func(t *txn) error {
-		l.nonces.expire(t.now)
-		s.Nonces = l.nonces.alive
-		return nil
-	}})
+	var alive int
+	if err := l.submit(ctx, &request{done: make(chan error, 1), apply: func(t *txn) error { alive = l.nonces.alive; return nil }}); err != nil {
+		return s, err // the writer may still be at it
+	}
+	s.Nonces = alive
+	return s, nil
 }
 
 // Compact copies the ledger into a new file without free pages and puts that in the place of the old one. Until it returns,
