@@ -284,6 +284,9 @@ func (l *Ledger) EpochOf(event uint64) (e Epoch, err error) {
 
 // SetCheckpoint keeps a signed checkpoint of an epoch; it may be shown when this returns. One that is not newer is not kept.
 func (l *Ledger) SetCheckpoint(ctx context.Context, epoch uint32, size uint64, text []byte) error {
+	if _, err := l.Epoch(epoch); err != nil { // an error of the request itself would be damage
+		return err
+	}
 	return l.submit(ctx, &request{done: make(chan error, 1), apply: func(t *txn) error {
 		e, err := getEpoch(t.tx, epoch)
 		if err != nil || e.Signed >= size {
