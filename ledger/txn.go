@@ -19,6 +19,7 @@ type txn struct {
 	now      time.Time // the ledger's time
 	behind   error     // why nothing is admitted: the clock
 	wrote    bool
+	swept    bool // nothing of an expired hour is left
 	accepted bool // now is what the ledger's time is to be
 	log      logState
 	fresh    map[fingerprint]uint64 // spent in this transaction: event of the admission
@@ -129,6 +130,9 @@ func (l *Ledger) transact(batch []*request) error {
 	l.log = t.log
 	l.shown.Store(new(l.log))
 	l.nonces.add(t)
+	if t.swept {
+		l.nonces.expired = false
+	}
 	if t.accepted {
 		l.clock.accept(t.now)
 	}
