@@ -12,8 +12,8 @@ import (
 // It follows the system's clock and only moves forward, but never faster than time itself and an eighth more, measured by a
 // clock that nobody can set. So when the system's clock jumps ahead, by a mistake of NTP or of an operator, nonces don't
 // vanish: to reach the end of a nonce that lives for MaxLifetime and is kept for Margin after that, the ledger's time
-// needs longer than MaxLifetime, however wrong the system's clock is and however long, as long as catchUp * MaxLifetime is
-// no more than Margin. Where the daemon was down, or the machine suspended or paused, the ledger's time is behind afterwards
+// needs longer than MaxLifetime, however wrong the system's clock is and however long: the pace is an eighth, or less where
+// Margin is less than an eighth of MaxLifetime, with what the tolerance takes off it. Where the daemon was down, or the machine suspended or paused, the ledger's time is behind afterwards
 // and catches up at that pace; meanwhile nonces are kept longer than they must, and that is all.
 //
 // When the system's clock is behind the ledger's time by more than the tolerance, nothing is admitted until it is not:
@@ -31,7 +31,7 @@ type clock struct {
 
 func (c *clock) start(o Options, now time.Time) {
 	c.wall, c.elapsed, c.tolerance, c.now, c.last = o.Wall, o.Elapsed, o.ClockTolerance, now, o.Elapsed()
-	c.slowness = max(8, (o.MaxLifetime+o.Margin-1)/o.Margin)
+	c.slowness = max(8, o.MaxLifetime/max(time.Second, o.Margin-o.ClockTolerance)+1)
 }
 
 // tick moves the ledger's time forward and returns it, with ErrClock where the system's clock is too far behind it.
