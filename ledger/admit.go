@@ -1,6 +1,7 @@
 package ledger
 
 import (
+	"bytes"
 	"context"
 	"fmt"
 	"slices"
@@ -160,6 +161,7 @@ func (l *Ledger) Admit(ctx context.Context, a Admission, event func(Verdict) []b
 // where there is one. It returns when the writer has taken it; it reaches the disk together with later requests. If a crash
 // comes first, the admission still stands, and a repetition of the request makes the same signature again.
 func (l *Ledger) Settle(ctx context.Context, a Admitted, signature []byte, event Event, receipt *Receipt) error {
+	signature = bytes.Clone(signature) // it is read when the caller has gone on
 	return l.submit(ctx, &request{apply: func(t *txn) error {
 		if signature != nil {
 			s := spent{event: a.Event, hour: hourOf(a.ExpiresAt)}

@@ -418,7 +418,11 @@ func (l *Ledger) Alive(ctx context.Context) error {
 func (l *Ledger) view(read func(*bolt.Tx) error) error {
 	l.mu.RLock()
 	defer l.mu.RUnlock()
-	return l.db.View(read)
+	err := l.db.View(read)
+	if errors.Is(err, bolterrors.ErrDatabaseNotOpen) {
+		return ErrClosed
+	}
+	return err
 }
 
 // submit hands a request to the writer and waits for its commit, unless nobody wants to know (done is nil). Where ctx

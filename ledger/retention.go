@@ -1,6 +1,7 @@
 package ledger
 
 import (
+	"bytes"
 	"context"
 	"encoding/binary"
 	"fmt"
@@ -169,8 +170,10 @@ func (t *txn) removeReceipts(before int64) (removed int, err error) {
 		if err := b.Delete(k); err != nil {
 			return removed, err
 		}
-		if err := ids.Delete(k[8:]); err != nil {
-			return removed, err
+		if id := k[8:]; bytes.Equal(ids.Get(id), k[:8]) { // unless a later receipt has the same id
+			if err := ids.Delete(id); err != nil {
+				return removed, err
+			}
 		}
 	}
 	return removed, nil
