@@ -12,9 +12,10 @@ import (
 // It follows the system's clock and only moves forward, but never faster than time itself and an eighth more, measured by a
 // clock that nobody can set. So when the system's clock jumps ahead, by a mistake of NTP or of an operator, nonces don't
 // vanish: to reach the end of a nonce that lives for MaxLifetime and is kept for Margin after that, the ledger's time
-// needs longer than MaxLifetime, however wrong the system's clock is and however long: the pace is an eighth, or less where
-// Margin is less than an eighth of MaxLifetime, with what the tolerance takes off it. Where the daemon was down, or the machine suspended or paused, the ledger's time is behind afterwards
-// and catches up at that pace; meanwhile nonces are kept longer than they must, and that is all.
+// needs longer than MaxLifetime, however wrong the system's clock is and however long. (It is less than an eighth where
+// MaxLifetime is more than eight times Margin without the tolerance.) Where the daemon was down, or the machine suspended or
+// paused, the ledger's time is behind afterwards and catches up at that pace; meanwhile nonces are kept longer than they
+// must, and that is all.
 //
 // When the system's clock is behind the ledger's time by more than the tolerance, nothing is admitted until it is not:
 // documents would live again whose nonces may be gone.
