@@ -1,6 +1,7 @@
 package ledger
 
 import (
+	"bytes"
 	"context"
 	"fmt"
 	"slices"
@@ -158,6 +159,7 @@ func (l *Ledger) Admit(ctx context.Context, a Admission, event func(Verdict) []b
 // where there is one. It returns when the writer has taken it; it reaches the disk together with later requests. If a crash
 // comes first, the admission still stands, and a repetition of the request makes the same signature again.
 func (l *Ledger) Settle(ctx context.Context, a Admitted, signature []byte, event Event, receipt *Receipt) error {
+	signature = bytes.Clone(signature) // it is read when the caller has gone on
 	return l.submit(ctx, &request{apply: func(t *txn) error {
 		s := spent{event: a.Event, hour: hourOf(a.ExpiresAt)}
 		if t.outcome(s) != nil {
@@ -179,18 +181,22 @@ func (l *Ledger) Settle(ctx context.Context, a Admitted, signature []byte, event
 }
 
 // Spent returns the admission that spent a nonce, or ErrNotFound.
-func (l *Ledger) Spent(ctx context.Context, scope Scope, nonce [32]byte) (a Admitted, err error) {
+func (l *Ledger) Spent(ctx context.Context, scope Scope, nonce [32]byte) (Admitted, error) {
+	var a Admitted
 	var found bool
-	var s spent
-	err = l.submit(ctx, &request{done: make(chan error, 1), apply: func(t *txn) (err error) {
+	err := l.submit(ctx, &request{done: make(chan error, 1), apply: func(t *txn) (err error) {
+		var s spent
 		if s, found, err = t.find(fingerprintOf(scope, nonce)); found {
 			a = Admitted{Verdict: Repeated, Event: s.event, Signature: t.outcome(s)}
 			a.Scope, a.Nonce, a.KeyVersion = scope, nonce, s.version
 		}
 		return err
 	}})
-	if err == nil && !found {
-		err = fmt.Errorf("nonce: %w", ErrNotFound)
+	switch {
+	case err != nil:
+		return Admitted{}, err // the writer may still be at it
+	case !found:
+		return Admitted{}, fmt.Errorf("nonce: %w", ErrNotFound)
 	}
-	return a, err
+	return a, nil
 }

@@ -10,8 +10,8 @@ import (
 	bolt "go.etcd.io/bbolt"
 )
 
-// Check reads the whole file: all pages, every event against its hash, the trees against their roots, and every record of a
-// nonce. It names what is damaged first. The ledger must not be in use. progress may be nil.
+// Check reads the whole file: all pages, every event against its hash, the trees against their roots, every record of a
+// nonce, and every receipt. It names what is damaged first. The ledger must not be in use. progress may be nil.
 func Check(path string, o Options, progress func(done, all uint64)) (err error) {
 	defer wrap(&err, "check")
 	l, err := Open(path, o)
@@ -54,11 +54,50 @@ func checkAll(tx *bolt.Tx, next uint64, progress func(done, all uint64)) error {
 	if expect != next {
 		return fmt.Errorf("%w: the epochs end at event %d, the log at %d", ErrCorrupt, expect, next)
 	}
-	return tx.Bucket(bucketNonces).ForEach(func(name, _ []byte) error {
-		return tx.Bucket(bucketNonces).Bucket(name).ForEach(func(k, v []byte) error {
-			_, err := decodeSpent(binary.BigEndian.Uint32(name), k, v)
-			return err
+	if err := checkSpent(tx, bucketNonces, next, func(hour uint32, k, v []byte) error { _, err := decodeSpent(hour, k, v); return err }); err != nil {
+		return err
+	}
+	if err := checkSpent(tx, bucketOutcomes, next, func(uint32, []byte, []byte) error { return nil }); err != nil {
+		return err
+	}
+	return checkReceipts(tx)
+}
+
+// checkSpent looks at the records that belong to spent nonces, whether they have expired or not.
+func checkSpent(tx *bolt.Tx, bucket []byte, next uint64, check func(hour uint32, k, v []byte) error) error {
+	all := tx.Bucket(bucket)
+	return all.ForEach(func(name, _ []byte) error {
+		b := all.Bucket(name)
+		if len(name) != 12 || b == nil {
+			return fmt.Errorf("%w: there are %s in %x", ErrCorrupt, bucket, name)
+		}
+		return b.ForEach(func(k, v []byte) error {
+			if len(k) != 8 || binary.BigEndian.Uint64(k) >= next || binary.BigEndian.Uint64(k)/segment != binary.BigEndian.Uint64(name[4:]) {
+				return fmt.Errorf("%w: one of the %s of event %x is in %x", ErrCorrupt, bucket, k, name)
+			}
+			return check(binary.BigEndian.Uint32(name), k, v)
 		})
+	})
+}
+
+// checkReceipts holds the receipts and the index of their ids against each other.
+func checkReceipts(tx *bolt.Tx) error {
+	receipts, ids := tx.Bucket(bucketReceipts), tx.Bucket(bucketIDs)
+	err := receipts.ForEach(func(k, v []byte) error {
+		r, err := decodeReceipt(v)
+		if err == nil && (!bytes.Equal(k, receiptKey(r.TimeMS, r.ID)) || ids.Get(r.ID[:]) == nil) {
+			err = fmt.Errorf("%w: receipt %x is not where its time and its id say", ErrCorrupt, r.ID)
+		}
+		return err
+	})
+	if err != nil {
+		return err
+	}
+	return ids.ForEach(func(id, at []byte) error {
+		if receipts.Get(append(bytes.Clone(at), id...)) == nil {
+			return fmt.Errorf("%w: receipt %x is in the index only", ErrCorrupt, id)
+		}
+		return nil
 	})
 }
 

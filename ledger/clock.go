@@ -12,9 +12,10 @@ import (
 // It follows the system's clock and only moves forward, but never faster than time itself and an eighth more, measured by a
 // clock that nobody can set. So when the system's clock jumps ahead, by a mistake of NTP or of an operator, nonces don't
 // vanish: to reach the end of a nonce that lives for MaxLifetime and is kept for Margin after that, the ledger's time
-// needs longer than MaxLifetime, however wrong the system's clock is and however long, as long as catchUp * MaxLifetime is
-// no more than Margin. Where the daemon was down, or the machine suspended or paused, the ledger's time is behind afterwards
-// and catches up at that pace; meanwhile nonces are kept longer than they must, and that is all.
+// needs longer than MaxLifetime, however wrong the system's clock is and however long. (It is less than an eighth where
+// MaxLifetime is more than eight times Margin without the tolerance.) Where the daemon was down, or the machine suspended or
+// paused, the ledger's time is behind afterwards and catches up at that pace; meanwhile nonces are kept longer than they
+// must, and that is all.
 //
 // When the system's clock is behind the ledger's time by more than the tolerance, nothing is admitted until it is not:
 // documents would live again whose nonces may be gone.
@@ -31,7 +32,7 @@ type clock struct {
 
 func (c *clock) start(o Options, now time.Time) {
 	c.wall, c.elapsed, c.tolerance, c.now, c.last = o.Wall, o.Elapsed, o.ClockTolerance, now, o.Elapsed()
-	c.slowness = max(8, (o.MaxLifetime+o.Margin-1)/o.Margin)
+	c.slowness = max(8, o.MaxLifetime/max(time.Second, o.Margin-o.ClockTolerance)+1)
 }
 
 // tick moves the ledger's time forward and returns it, with ErrClock where the system's clock is too far behind it.
@@ -54,12 +55,12 @@ func (c *clock) tick() (now time.Time, behind error) {
 
 func (c *clock) time() time.Time { now, _ := c.tick(); return now }
 
-// accept brings the ledger's time forward to the system's clock at once.
-func (c *clock) accept() {
+// accept brings the ledger's time forward at once.
+func (c *clock) accept(to time.Time) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if wall := c.wall(); wall.After(c.now) {
-		c.now = wall
+	if to.After(c.now) {
+		c.now = to
 	}
 }
 
@@ -73,8 +74,9 @@ func (l *Ledger) Clock() (now, wall time.Time, err error) {
 // is forgotten.
 func (l *Ledger) AcceptTime(ctx context.Context, event Event) error {
 	return l.submit(ctx, &request{alone: true, done: make(chan error, 1), apply: func(t *txn) error {
-		l.clock.accept()
-		t.now = l.clock.time()
+		if wall := l.clock.wall(); wall.After(t.now) {
+			t.now, t.accepted = wall, true
+		}
 		_, err := t.append(event)
 		return err
 	}})

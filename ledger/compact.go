@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"os"
+	"path/filepath"
 	"time"
 
 	bolt "go.etcd.io/bbolt"
@@ -47,12 +48,12 @@ func (l *Ledger) Stats(ctx context.Context) (s Stats, err error) {
 	if err != nil {
 		return s, err
 	}
-	done := make(chan error, 1)
-	return s, l.submit(ctx, &request{done: done, apply: func(t *txn) error {
-		l.nonces.expire(t.now)
-		s.Nonces = l.nonces.alive
-		return nil
-	}})
+	var alive int
+	if err := l.submit(ctx, &request{done: make(chan error, 1), apply: func(t *txn) error { alive = l.nonces.alive; return nil }}); err != nil {
+		return s, err // the writer may still be at it
+	}
+	s.Nonces = alive
+	return s, nil
 }
 
 // Compact copies the ledger into a new file without free pages and puts that in the place of the old one. Until it returns,
@@ -82,9 +83,12 @@ func (l *Ledger) Compact(ctx context.Context, event Event) (before, after int64,
 // errDone ends a request that has no transaction.
 var errDone = errors.New("done")
 
+// compacted ends the name of the file that is to take the ledger's place.
+const compacted = ".compact"
+
 func (l *Ledger) compact() (before, after int64, err error) {
 	defer wrap(&err, "compact")
-	temp := l.path + ".compact"
+	temp := l.path + compacted
 	if err := os.Remove(temp); err != nil && !os.IsNotExist(err) {
 		return 0, 0, err
 	}
@@ -109,9 +113,13 @@ func (l *Ledger) compact() (before, after int64, err error) {
 		return 0, 0, err
 	}
 	old := l.db
+	// The name is the new file's: what would be written to the old one from here on would be gone after a restart.
+	if err := syncPath(filepath.Dir(l.path), "folder"); err != nil {
+		return 0, 0, l.fail(err)
+	}
 	if l.db, err = openBolt(l.path); err != nil {
 		l.db = old
-		return 0, 0, l.fail(err) // the name is the new file's
+		return 0, 0, l.fail(err)
 	}
 	old.Close()
 	after, err = size(l.path)

@@ -3,6 +3,8 @@ package ledger
 import (
 	"errors"
 	"os"
+	"slices"
+	"strings"
 	"syscall"
 	"time"
 )
@@ -59,7 +61,9 @@ func (r *reserve) give() bool {
 	return os.Truncate(r.path, 0) == nil
 }
 
-// noRoom says that more room would help.
+// noRoom says that more room would help. bbolt does not wrap what it gets when it makes its file grow.
 func noRoom(err error) bool {
-	return errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT)
+	return err != nil && slices.ContainsFunc([]error{syscall.ENOSPC, syscall.EDQUOT}, func(full error) bool {
+		return errors.Is(err, full) || strings.Contains(err.Error(), full.Error())
+	})
 }

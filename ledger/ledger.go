@@ -41,6 +41,10 @@ const format = 2
 // maxBatch bounds the requests in one transaction, and with it the time that a commit takes.
 const maxBatch = 512
 
+// maxBacklog bounds the outcomes that wait for a disk that takes them. No more are to be expected than there are requests under
+// way, since nothing is admitted meanwhile.
+const maxBacklog = 64 * maxBatch
+
 // At opening.
 var (
 	ErrMissing = errors.New("there is no ledger here")
@@ -119,9 +123,12 @@ func (o *Options) fill() {
 	if o.MaxNonces == 0 {
 		o.MaxNonces = 20_000_000
 	}
-	if o.Wall == nil {
-		o.Wall = time.Now
+	wall := o.Wall
+	if wall == nil {
+		wall = time.Now
 	}
+	// Without the monotonic reading, by which Go would compare two times and not see that the system's clock was set.
+	o.Wall = func() time.Time { return wall().Round(0) }
 	if o.Elapsed == nil {
 		begin := time.Now()
 		o.Elapsed = func() time.Duration { return time.Since(begin) }
@@ -153,8 +160,8 @@ type Ledger struct {
 	backlog []*request // outcomes that could not be written yet
 }
 
-// request is work for the writer: apply, unless it is nil, runs inside a transaction that others share, or, where alone is
-// set, in one of its own that an error rolls back. It may run again. done, where somebody waits, gets the result of the commit.
+// request is work for the writer: apply runs inside a transaction that others share, or, where alone is set, in one of its own
+// that an error rolls back. It may run again. done, where somebody waits, gets the result of the commit.
 type request struct {
 	apply func(*txn) error
 	alone bool
@@ -187,7 +194,10 @@ func Create(path string, o Options) (err error) {
 	if err := build(temp, o.Wall()); err != nil {
 		return err
 	}
-	return moveInto(temp, path)
+	if err := moveInto(temp, path); err != nil {
+		return err
+	}
+	return syncPath(filepath.Dir(path), "folder")
 }
 
 // build makes the file with its first event.
@@ -216,14 +226,12 @@ func build(path string, now time.Time) error {
 }
 
 // moveInto gives a file that was closed its name, so that after a crash either it or what had the name before is there, whole.
+// Which of them is settled once the folder is synced.
 func moveInto(temp, path string) error {
 	if err := syncPath(temp, "file"); err != nil {
 		return err
 	}
-	if err := os.Rename(temp, path); err != nil {
-		return err
-	}
-	return syncPath(filepath.Dir(path), "folder")
+	return os.Rename(temp, path)
 }
 
 func syncPath(path, what string) error {
@@ -255,6 +263,7 @@ func Open(path string, o Options) (l *Ledger, err error) {
 		db.Close()
 		return nil, err
 	}
+	os.Remove(path + compacted) // that a crash has left; it takes room
 	l.reserve = reserve{path: path + ".reserve"}
 	if err := l.reserve.take(); err != nil {
 		l.troubled(err)
@@ -429,16 +438,28 @@ func (l *Ledger) troubled(err error) {
 	}
 }
 
-// Alive returns when the writer has come round to this request, without writing anything.
+// Alive returns when the writer has come round to this request. It writes nothing, but for a disk that was in trouble: it
+// tries that again. That the disk is in trouble still is not its error, since the writer is alive.
 func (l *Ledger) Alive(ctx context.Context) error {
-	return l.submit(ctx, &request{done: make(chan error, 1)})
+	err := l.submit(ctx, &request{done: make(chan error, 1), apply: func(t *txn) error {
+		t.wrote = t.wrote || l.trouble.Load() != nil
+		return nil
+	}})
+	if errors.Is(err, ErrDisk) {
+		return nil
+	}
+	return err
 }
 
 // view reads what is on disk.
 func (l *Ledger) view(read func(*bolt.Tx) error) error {
 	l.mu.RLock()
 	defer l.mu.RUnlock()
-	return l.db.View(read)
+	err := l.db.View(read)
+	if errors.Is(err, bolterrors.ErrDatabaseNotOpen) {
+		return ErrClosed
+	}
+	return err
 }
 
 // submit hands a request to the writer and waits for its commit, unless nobody wants to know (done is nil). Where ctx

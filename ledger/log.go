@@ -104,8 +104,9 @@ func (t *txn) beginEpoch(n uint32, who audit.Actor, metadata map[string]string) 
 
 // EndEpoch ends the present epoch and begins the next one, and returns the number of that. The final checkpoint is to be signed
 // afterwards: what it will say is settled now.
-func (l *Ledger) EndEpoch(ctx context.Context, who audit.Actor) (next uint32, err error) {
-	err = l.submit(ctx, &request{alone: true, done: make(chan error, 1), apply: func(t *txn) error {
+func (l *Ledger) EndEpoch(ctx context.Context, who audit.Actor) (uint32, error) {
+	var next uint32
+	err := l.submit(ctx, &request{alone: true, done: make(chan error, 1), apply: func(t *txn) error {
 		if err := t.putChunk(); err != nil {
 			return err
 		}
@@ -126,7 +127,10 @@ func (l *Ledger) EndEpoch(ctx context.Context, who audit.Actor) (next uint32, er
 			"previous_size": strconv.FormatUint(e.Size, 10), "previous_root": base64.StdEncoding.EncodeToString(e.Root),
 		})
 	}})
-	return next, err
+	if err != nil {
+		return 0, err // the writer may still be at it
+	}
+	return next, nil
 }
 
 // loadLog finds where the log ends, and holds the last segment of it against its hashes, and the tree against the newest checkpoint.
@@ -280,6 +284,9 @@ func (l *Ledger) EpochOf(event uint64) (e Epoch, err error) {
 
 // SetCheckpoint keeps a signed checkpoint of an epoch; it may be shown when this returns. One that is not newer is not kept.
 func (l *Ledger) SetCheckpoint(ctx context.Context, epoch uint32, size uint64, text []byte) error {
+	if _, err := l.Epoch(epoch); err != nil { // an error of the request itself would be damage
+		return err
+	}
 	return l.submit(ctx, &request{done: make(chan error, 1), apply: func(t *txn) error {
 		e, err := getEpoch(t.tx, epoch)
 		if err != nil || e.Signed >= size {

@@ -270,22 +270,25 @@ func (t *txn) settle(s spent, signature []byte) error {
 // free pages with each transaction, so there should not be too many; with enough, the file does not grow.
 const enoughFree = 1024
 
-// sweep gives the pages of one expired segment back to the file, where it needs some.
+// sweep gives the pages of what has expired back to the file, where it needs some: in one transaction as many segments as have the
+// records of a full one together, since those whose nonces expire in many hours are small and many.
 func (t *txn) sweep() error {
 	if !t.l.nonces.expired || t.l.db.Stats().FreePageN >= enoughFree {
 		return nil
 	}
 	for _, name := range [][]byte{bucketNonces, bucketOutcomes} {
 		b := t.tx.Bucket(name)
-		first, _ := b.Cursor().First()
-		if first == nil || !t.l.nonces.gone(binary.BigEndian.Uint32(first), t.now) {
-			if bytes.Equal(name, bucketNonces) {
-				t.l.nonces.expired = false
+		for records := 0; records < segment; {
+			first, _ := b.Cursor().First()
+			if first == nil || !t.l.nonces.gone(binary.BigEndian.Uint32(first), t.now) {
+				t.swept = t.swept || bytes.Equal(name, bucketNonces)
+				break
 			}
-			continue
-		}
-		if err := b.DeleteBucket(bytes.Clone(first)); err != nil {
-			return err
+			first = bytes.Clone(first)
+			records += max(segment/256, b.Bucket(first).Stats().KeyN)
+			if err := b.DeleteBucket(first); err != nil {
+				return err
+			}
 		}
 	}
 	return nil

@@ -1,6 +1,7 @@
 package ledger
 
 import (
+	"bytes"
 	"context"
 	"encoding/binary"
 	"fmt"
@@ -66,7 +67,7 @@ func (l *Ledger) Drop(ctx context.Context, epoch uint32, event Event) error {
 
 // Sweep takes away some of what was dropped, and says whether there may be more. Where many pages are free, it waits: more is
 // true, and nothing is done.
-func (l *Ledger) Sweep(ctx context.Context, receiptsBefore int64) (more bool, err error) {
+func (l *Ledger) Sweep(ctx context.Context, receiptsBefore int64) (bool, error) {
 	if l.stats().FreePageN > fewFree {
 		return true, nil
 	}
@@ -79,7 +80,8 @@ func (l *Ledger) Sweep(ctx context.Context, receiptsBefore int64) (more bool, er
 	}); err != nil || !due {
 		return false, err
 	}
-	err = l.submit(ctx, &request{alone: true, done: make(chan error, 1), apply: func(t *txn) error {
+	var more bool
+	err := l.submit(ctx, &request{alone: true, done: make(chan error, 1), apply: func(t *txn) error {
 		more = false
 		removed, err := t.removeReceipts(receiptsBefore)
 		if err != nil || removed == stepsAtOnce {
@@ -97,7 +99,10 @@ func (l *Ledger) Sweep(ctx context.Context, receiptsBefore int64) (more bool, er
 		e.Dropped = t.now.UnixMilli()
 		return putEpoch(t.tx, *e)
 	}})
-	return more, err
+	if err != nil {
+		return true, err // the writer may still be at it
+	}
+	return more, nil
 }
 
 // dropping returns the first epoch whose records are still there, or nil.
@@ -165,8 +170,10 @@ func (t *txn) removeReceipts(before int64) (removed int, err error) {
 		if err := b.Delete(k); err != nil {
 			return removed, err
 		}
-		if err := ids.Delete(k[8:]); err != nil {
-			return removed, err
+		if id := k[8:]; bytes.Equal(ids.Get(id), k[:8]) { // unless a later receipt has the same id
+			if err := ids.Delete(id); err != nil {
+				return removed, err
+			}
 		}
 	}
 	return removed, nil

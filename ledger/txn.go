@@ -14,15 +14,17 @@ import (
 
 // txn is a transaction under way, with what it will change in the writer's memory once it is on disk.
 type txn struct {
-	l      *Ledger // nil while the file is being made
-	tx     *bolt.Tx
-	now    time.Time // the ledger's time
-	closed error     // why nothing is admitted: the clock, or a full disk
-	wrote  bool
-	log    logState
-	fresh  map[fingerprint]uint64 // spent in this transaction: event of the admission
-	hours  map[fingerprint]uint32 // and the hour of its expiry
-	seg    openSegment            // where events go
+	l        *Ledger // nil while the file is being made
+	tx       *bolt.Tx
+	now      time.Time // the ledger's time
+	closed   error     // why nothing is admitted: the clock, or a full disk
+	wrote    bool
+	swept    bool // nothing of an expired hour is left
+	accepted bool // now is what the ledger's time is to be
+	log      logState
+	fresh    map[fingerprint]uint64 // spent in this transaction: event of the admission
+	hours    map[fingerprint]uint32 // and the hour of its expiry
+	seg      openSegment            // where events go
 }
 
 // openSegment is a bucket that is written to again and again.
@@ -31,26 +33,38 @@ type openSegment struct {
 	bucket *bolt.Bucket
 }
 
-// commit carries out a batch and tells each request how it ended.
+// commit carries out a batch and tells each request how it ended. What could not be written before goes first.
 func (l *Ledger) commit(batch []*request) {
-	batch = append(l.backlog, batch...)
-	l.backlog = nil
-	var full error // while it is set, nothing is admitted, and the rest lives on what the reserve has given up
-	if l.trouble.Load() != nil && !l.reserve.taken && l.reserve.takeAgain() != nil {
-		full = l.Trouble()
+	for len(l.backlog) > 0 {
+		some := l.backlog[:min(maxBatch, len(l.backlog))]
+		if err := l.try(some); errors.Is(err, ErrDisk) {
+			break // and what follows is tried all the same: it may need less
+		}
+		l.backlog = slices.Clone(l.backlog[len(some):])
 	}
-	err := l.transact(batch, full)
-	if noRoom(err) && l.reserve.give() {
-		err = l.transact(batch, err)
-	}
+	err := l.try(batch)
 	if errors.Is(err, ErrDisk) {
 		for _, r := range batch {
-			if r.done == nil && len(l.backlog) < 4*maxBatch { // nobody would hand it in again
+			if r.done == nil && len(l.backlog) < maxBacklog { // nobody would hand it in again
 				l.backlog = append(l.backlog, r)
 			}
 		}
 	}
 	answer(batch, err)
+}
+
+// try carries out a batch, without the reserve and then with it. Without room, nothing is admitted, and the rest lives on what the
+// reserve has given up.
+func (l *Ledger) try(batch []*request) error {
+	var full error
+	if l.trouble.Load() != nil && !l.reserve.taken && l.reserve.takeAgain() != nil {
+		full = l.Trouble()
+	}
+	err := l.transact(batch, full)
+	if noRoom(err) && l.reserve.give() {
+		err = l.transact(batch, err) // where it is written, the trouble stays until there is room for the reserve
+	}
+	return err
 }
 
 func answer(batch []*request, err error) {
@@ -69,7 +83,7 @@ func (l *Ledger) transact(batch []*request, closed error) error {
 		return ErrUnknownState
 	default:
 	}
-	if !slices.ContainsFunc(batch, func(r *request) bool { return r.apply != nil }) {
+	if len(batch) == 0 {
 		return nil
 	}
 	tx, err := l.db.Begin(true)
@@ -84,9 +98,6 @@ func (l *Ledger) transact(batch []*request, closed error) error {
 	}
 	l.nonces.expire(t.now)
 	for _, r := range batch {
-		if r.apply == nil {
-			continue
-		}
 		t.wrote = t.wrote || r.alone
 		if err := r.apply(t); err != nil && r.alone {
 			return err
@@ -107,6 +118,12 @@ func (l *Ledger) transact(batch []*request, closed error) error {
 	l.log = t.log
 	l.shown.Store(new(l.log))
 	l.nonces.add(t)
+	if t.swept {
+		l.nonces.expired = false
+	}
+	if t.accepted {
+		l.clock.accept(t.now)
+	}
 	if l.reserve.taken {
 		l.troubled(nil)
 	}
