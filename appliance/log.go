@@ -19,6 +19,9 @@ import (
 // checkpointEvery is how often a checkpoint is signed while there are new events.
 const checkpointEvery = 2 * time.Second
 
+// retainEvery is how often is looked at what is kept too long.
+const retainEvery = time.Minute
+
 // Log names the audit log by the key of its checkpoints, and says which epoch is the present one.
 func (a *Appliance) Log() (audit.Log, uint32, error) {
 	key, err := a.LogKey()
@@ -205,13 +208,20 @@ func (a *Appliance) keepLog(ctx context.Context) {
 		}
 	}
 	var disk, clock bool
+	var retained time.Time
 	for {
 		once("the audit log's checkpoint is not signed; it is tried again", a.signLog(ctx))
 		a.refusals.flushDue(ctx, a)
 		a.watch(ctx, &disk, a.ledger.Trouble(), audit.DeviceUnavailable, audit.DeviceRecovered, "ledger")
 		_, _, behind := a.ledger.Clock()
 		a.watch(ctx, &clock, behind, audit.ClockRefused, audit.ClockRecovered, "clock")
-		once("retention could not be applied; it is tried again", a.retain(ctx))
+		if time.Since(retained) >= retainEvery {
+			more, err := a.retain(ctx)
+			once("retention could not be applied; it is tried again", err)
+			if !more {
+				retained = time.Now()
+			}
+		}
 		select {
 		case <-ctx.Done():
 			return

@@ -35,7 +35,9 @@ func logRig(t *testing.T) (*rig, audit.Log) {
 // files makes the appliance an audit.Source.
 type files struct{ *Appliance }
 
-func (f files) ReadFile(ctx context.Context, name string) ([]byte, error) { return f.LogFile(ctx, name) }
+func (f files) ReadFile(ctx context.Context, name string) ([]byte, error) {
+	return f.LogFile(ctx, name)
+}
 
 // TestReceipt: a payment leaves a receipt without its amount, which the peer alone can show; the same request gets the same one.
 func TestReceipt(t *testing.T) {
@@ -175,7 +177,7 @@ func TestRetention(t *testing.T) {
 	}
 	retain := func() {
 		t.Helper()
-		if err := r.retain(t.Context()); err != nil {
+		if _, err := r.retain(t.Context()); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -301,3 +303,29 @@ func TestKeepLog(t *testing.T) {
 }
 
 func sha256Of(parts ...[]byte) [32]byte { return sha256.Sum256(bytes.Join(parts, nil)) }
+
+// TestPolicyChange: that another policy is in force is an event, once.
+func TestPolicyChange(t *testing.T) {
+	r, _ := logRig(t)
+	for range 2 {
+		if err := r.notePolicy(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+	}
+	r.policy.Hash[0] ^= 1
+	if err := r.notePolicy(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	var hashes []string
+	if err := r.Events(0, func(_ uint64, e audit.Event) bool {
+		if e.Type == audit.PolicyChanged {
+			hashes = append(hashes, e.Metadata["previous"], e.Metadata["sha256"])
+		}
+		return true
+	}); err != nil {
+		t.Fatal(err)
+	}
+	if len(hashes) != 4 || hashes[0] != "" || hashes[1] == hashes[3] || hashes[1] != hashes[2] {
+		t.Errorf("%q", hashes)
+	}
+}

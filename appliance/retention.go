@@ -60,11 +60,11 @@ func (a *Appliance) Preview() (epochs []Fate, receiptsBefore time.Time, err erro
 // receiptsKey is the record of the time before which receipts were dropped last.
 const receiptsKey = "receipts-before"
 
-// retain drops what is due and takes some of what was dropped away. It does little at a time.
-func (a *Appliance) retain(ctx context.Context) error {
+// retain drops what is due and takes some of what was dropped away. It does little at a time, and says whether there is more.
+func (a *Appliance) retain(ctx context.Context) (more bool, err error) {
 	epochs, before, err := a.Preview()
 	if err != nil {
-		return err
+		return false, err
 	}
 	for _, e := range epochs {
 		if e.Dropping != 0 {
@@ -77,19 +77,19 @@ func (a *Appliance) retain(ctx context.Context) error {
 		event := audit.Event{Type: audit.RetentionApplied, Actor: audit.Daemon(), Action: "retention", Resource: "epoch/" + strconv.FormatUint(uint64(e.Number), 10), Outcome: "ok",
 			Metadata: map[string]string{"first": strconv.FormatUint(e.First, 10), "size": strconv.FormatUint(e.Size, 10), "root": root.String()}}
 		if err := a.ledger.Drop(ctx, e.Number, entry(event)); err != nil {
-			return err
+			return false, err
 		}
 		a.log.Info("an epoch of the audit log was dropped", "epoch", e.Number, "events", e.Size)
 	}
 	if err := a.dropReceipts(ctx, before); err != nil {
-		return err
+		return false, err
 	}
 	for range 50 { // and on at the next time
-		if more, err := a.ledger.Sweep(ctx, before.UnixMilli()); err != nil || !more {
-			return err
+		if more, err = a.ledger.Sweep(ctx, before.UnixMilli()); err != nil || !more {
+			return false, err
 		}
 	}
-	return nil
+	return true, nil
 }
 
 // dropReceipts writes down, once a day at the most, that receipts of before a time are dropped.

@@ -99,7 +99,34 @@ func (a *Appliance) Start(ctx context.Context) error {
 	if a.anchored, err = a.startAnchor(ctx); err != nil {
 		return err
 	}
+	if err := a.notePolicy(ctx); err != nil {
+		return err
+	}
 	return a.recordDaemon(audit.Started)
+}
+
+// policyKey is the record of the policy that was in force last.
+const policyKey = "policy"
+
+// notePolicy writes down that another policy is in force than before.
+func (a *Appliance) notePolicy(ctx context.Context) error {
+	hash := fmt.Sprintf("%x", a.policy.Hash)
+	same := errors.New("the same")
+	err := a.ledger.Update(ctx, func(tx *ledger.Tx) error {
+		before := string(tx.Get(ledger.Meta, policyKey))
+		if before == hash {
+			return same
+		}
+		if err := tx.Put(ledger.Meta, policyKey, []byte(hash)); err != nil {
+			return err
+		}
+		return tx.Append(entry(audit.Event{Type: audit.PolicyChanged, Actor: audit.Daemon(), Action: "serve", Resource: "policy", Outcome: "ok",
+			Metadata: map[string]string{"sha256": hash, "previous": before}}))
+	})
+	if errors.Is(err, same) {
+		return nil
+	}
+	return err
 }
 
 func (a *Appliance) Stop() error {
