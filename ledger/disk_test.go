@@ -89,6 +89,14 @@ func brokenForAWhile(t *testing.T, disk *disktest.Disk, errno syscall.Errno, bre
 	l, path := createOn(t, disk)
 	first := mustAdmit(t, l, admission("k", 1, 1, 1), ledger.Fresh)
 	disk.Fail(failing(errno, breaks))
+	if _, err := l.Append(t.Context(), note("not written")); !errors.Is(err, ledger.ErrDisk) {
+		t.Error(err)
+	}
+	disk.Fail(nil)
+	if err := errors.Join(l.Alive(t.Context()), l.Trouble()); err != nil {
+		t.Errorf("the disk is well again, nothing waits, and Alive has not found out: %v", err)
+	}
+	disk.Fail(failing(errno, breaks))
 	before := l.Commits()
 	for range 2 {
 		if r, err := l.Admit(t.Context(), admission("k", 2, 1, 1), event); !errors.Is(err, ledger.ErrDisk) || !errors.Is(err, errno) {
