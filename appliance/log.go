@@ -90,6 +90,9 @@ func (a *Appliance) Proof(ctx context.Context, who Peer, event uint64) (*wire.Pr
 	} else if err != nil {
 		return nil, err
 	}
+	if e.Dropping != 0 {
+		return nil, fmt.Errorf("event %d: %w", event, ledger.ErrDropped)
+	}
 	leaf, err := a.event(event)
 	if errors.Is(err, ledger.ErrNotFound) {
 		return nil, none
@@ -129,9 +132,10 @@ func (a *Appliance) event(index uint64) ([]byte, error) {
 // eventsOf returns n events from index first on, or ErrNotFound where one is missing.
 func (a *Appliance) eventsOf(first uint64, n int) (some [][]byte, err error) {
 	err = a.ledger.Events(first, func(index uint64, b []byte) bool {
-		if index == first+uint64(len(some)) {
-			some = append(some, b)
+		if index != first+uint64(len(some)) {
+			return false // one is missing
 		}
+		some = append(some, b)
 		return len(some) < n
 	})
 	if err == nil && len(some) < n {
@@ -212,6 +216,9 @@ func (a *Appliance) keepLog(ctx context.Context) {
 	for {
 		once("the audit log's checkpoint is not signed; it is tried again", a.signLog(ctx))
 		a.refusals.flushDue(ctx, a)
+		if a.ledger.Trouble() != nil {
+			a.ledger.Alive(ctx) // which tries the disk again
+		}
 		a.watch(ctx, &disk, a.ledger.Trouble(), audit.DeviceUnavailable, audit.DeviceRecovered, "ledger")
 		_, _, behind := a.ledger.Clock()
 		a.watch(ctx, &clock, behind, audit.ClockRefused, audit.ClockRecovered, "clock")
@@ -271,11 +278,19 @@ func (a *Appliance) signLog(ctx context.Context) error {
 	return err
 }
 
-// signEnded signs the final checkpoints that are not signed, which are the newest.
+// signEnded signs the final checkpoints that are not signed, the oldest first.
 func (a *Appliance) signEnded(ctx context.Context, present uint32) error {
-	for n := int64(present) - 1; n >= 0; n-- {
-		e, err := a.ledger.Epoch(uint32(n))
-		if err != nil || e.Final() {
+	missing := present // the first that may have none: they are signed in order, so all before a final one are final
+	for ; missing > 0; missing-- {
+		if e, err := a.ledger.Epoch(missing - 1); err != nil {
+			return err
+		} else if e.Final() {
+			break
+		}
+	}
+	for ; missing < present; missing++ {
+		e, err := a.ledger.Epoch(missing)
+		if err != nil {
 			return err
 		}
 		if _, err := a.checkpoint(ctx, e.Number, e.Size); err != nil {

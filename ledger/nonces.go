@@ -6,6 +6,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"hash/crc32"
 	"runtime"
 	"slices"
 	"time"
@@ -41,7 +42,7 @@ func hourOf(expiresAt int64) uint32 {
 
 // spent is the record of a spent nonce. On disk, under u64 event:
 //
-//	fingerprint (16) || owner (32) || u32 key version
+//	fingerprint (16) || owner (32) || u32 key version || u32 CRC-32C of hour, event and all of that
 type spent struct {
 	event   uint64
 	hour    uint32
@@ -50,19 +51,34 @@ type spent struct {
 	version uint32
 }
 
-const spentSize = 16 + 32 + 4
+const spentSize = 16 + 32 + 4 + 4
+
+var castagnoli = crc32.MakeTable(crc32.Castagnoli)
 
 func (s spent) encode() []byte {
 	b := make([]byte, 0, spentSize)
 	b = append(append(b, s.print[:]...), s.owner[:]...)
-	return binary.BigEndian.AppendUint32(b, s.version)
+	b = binary.BigEndian.AppendUint32(b, s.version)
+	return binary.BigEndian.AppendUint32(b, s.sum(b))
+}
+
+// sum makes a record that was changed on the disk no nonce, rather than another one: the right one would be fresh.
+func (s spent) sum(b []byte) uint32 {
+	var place [12]byte
+	binary.BigEndian.PutUint32(place[:], s.hour)
+	binary.BigEndian.PutUint64(place[4:], s.event)
+	return crc32.Update(crc32.Checksum(place[:], castagnoli), castagnoli, b)
 }
 
 func decodeSpent(hour uint32, k, v []byte) (spent, error) {
 	if len(k) != 8 || len(v) != spentSize {
 		return spent{}, fmt.Errorf("%w: a nonce of hour %d has %d and %d bytes", ErrCorrupt, hour, len(k), len(v))
 	}
-	return spent{binary.BigEndian.Uint64(k), hour, fingerprint(v), [32]byte(v[16:]), binary.BigEndian.Uint32(v[48:])}, nil
+	s := spent{binary.BigEndian.Uint64(k), hour, fingerprint(v), [32]byte(v[16:]), binary.BigEndian.Uint32(v[48:])}
+	if s.sum(v[:spentSize-4]) != binary.BigEndian.Uint32(v[spentSize-4:]) {
+		return spent{}, fmt.Errorf("%w: the nonce of event %d is not what was written", ErrCorrupt, s.event)
+	}
+	return s, nil
 }
 
 // segmentName is the bucket of a record: hour of expiry and segment of the log.
