@@ -285,8 +285,11 @@ func TestDamageIsNamed(t *testing.T) {
 			return in("epochs")(tx).Put([]byte("\x00\x00\x00\x00"), []byte(strings.Replace(string(v), `origin\n5003`, `origin\n5002`, 1)))
 		}},
 		"a nonce": {true, "nonce", func(tx *bolt.Tx) error { return in("nonces", spent)(tx).Put([]byte(key(1)), []byte("short")) }},
-		"a nonce in another segment": {true, "nonce", func(tx *bolt.Tx) error {
-			return in("nonces", spent)(tx).Put([]byte(key(5000)), make([]byte, 52))
+		"a nonce that was changed": {true, "event 1 ", flip(in("nonces", spent), key(1))},
+		"a nonce in another segment": {true, "event 1 ", func(tx *bolt.Tx) error {
+			v := append([]byte(nil), in("nonces", spent)(tx).Get([]byte(key(1)))...)
+			other, err := in("nonces")(tx).CreateBucket([]byte(spent[:4] + key(1)))
+			return errors.Join(err, other.Put([]byte(key(1)), v))
 		}},
 		"an outcome in another segment": {false, "outcomes", func(tx *bolt.Tx) error { return in("outcomes", spent)(tx).Put([]byte(key(5000)), []byte("s")) }},
 		"a receipt is gone": {false, "receipt", func(tx *bolt.Tx) error {
