@@ -284,7 +284,7 @@ func TestDamageIsNamed(t *testing.T) {
 			v := in("epochs")(tx).Get([]byte("\x00\x00\x00\x00"))
 			return in("epochs")(tx).Put([]byte("\x00\x00\x00\x00"), []byte(strings.Replace(string(v), `origin\n5003`, `origin\n5002`, 1)))
 		}},
-		"a nonce": {true, "nonce", func(tx *bolt.Tx) error { return in("nonces", spent)(tx).Put([]byte(key(1)), []byte("short")) }},
+		"a nonce":                  {true, "nonce", func(tx *bolt.Tx) error { return in("nonces", spent)(tx).Put([]byte(key(1)), []byte("short")) }},
 		"a nonce that was changed": {true, "event 1 ", flip(in("nonces", spent), key(1))},
 		"a nonce in another segment": {true, "event 1 ", func(tx *bolt.Tx) error {
 			v := append([]byte(nil), in("nonces", spent)(tx).Get([]byte(key(1)))...)
