@@ -386,8 +386,10 @@ func checkLayout(tx *bolt.Tx) error {
 	}
 	if f := binary.BigEndian.Uint32(v); f == 0 {
 		return fmt.Errorf("%w: its format is 0", ErrCorrupt)
-	} else if f != format {
-		return fmt.Errorf("%w: its format is %d, this program knows %d", ErrFormat, f, format)
+	} else if f > format {
+		return fmt.Errorf("%w: its format is %d, of a newer version, and this program knows %d", ErrFormat, f, format)
+	} else if f < format {
+		return fmt.Errorf("%w: its format is %d, of an older version, and this program knows %d", ErrFormat, f, format)
 	}
 	for _, name := range buckets() {
 		b := tx.Bucket(name)
