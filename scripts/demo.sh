@@ -80,7 +80,7 @@ verified=$((verified + 1))
 echo "verified:  the whole log: $(sed -n 's/^valid *//p' "$work/out"); $(sed -n 's/^signatures *//p' "$work/out")"
 bundle=$(find "$work/log/epochs/" -path '*entries*' -type f | head -n 1)
 sed -i 's/SignatureRejected/SignatureVerified/; s/SubscriptionCreated/SubscriptionCreat3d/' "$bundle"
-refuse failed "a log with an event that was changed" "$bin/countersign" audit verify "$work/log" --key "$vkey"
+refuse wrong_event "a log with an event that was changed" "$bin/countersign" audit verify "$work/log" --key "$vkey"
 
 stop || fail "the daemon did not end well: $(tail -n 3 "$run/log")"
 echo "next:      type \"make run\" to try it yourself; README.md has the commands. \"make clean\" removes bin/, .run/ and .run-tpm/"
