@@ -60,7 +60,7 @@ func check(ctx context.Context, path string, c Config, deep bool, stdout, stderr
 	}
 	if deep {
 		err := ledger.Check(c.Ledger, c.ledger(), func(done, all uint64) {
-			if done%65536 == 0 {
+			if done > 0 && done%65536 == 0 {
 				fmt.Fprintf(stderr, "ledger: %d of %d events\n", done, all)
 			}
 		})
