@@ -109,10 +109,11 @@ func checkEpoch(tx *bolt.Tx, e Epoch, next uint64, progress func(done, all uint6
 		if events == nil {
 			return fmt.Errorf("%w: event %d is missing", ErrCorrupt, index)
 		}
-		if err := checkEvent(events, stored, index, e.First); err != nil {
+		leaf, err := checkEvent(events, stored, index, e.First)
+		if err != nil {
 			return err
 		}
-		if err := tree.append(events.Get(u64(index)), stored); err != nil {
+		if err := tree.append(leaf, stored); err != nil {
 			return fmt.Errorf("event %d: %w", index, err)
 		}
 		if progress != nil && index%1024 == 0 {
@@ -128,8 +129,8 @@ type treeCheck struct {
 	at   int64 // position of the next stored hash
 }
 
-func (c *treeCheck) append(event []byte, stored reader) (err error) {
-	c.tree.Append(audit.LeafHash(event), func(h audit.Hash) {
+func (c *treeCheck) append(leaf audit.Hash, stored reader) (err error) {
+	c.tree.Append(leaf, func(h audit.Hash) {
 		kept, failed := stored.ReadHashes([]int64{c.at})
 		if err == nil {
 			err = failed

@@ -247,7 +247,7 @@ func syncPath(path, what string) error {
 }
 
 // Open opens the ledger at path and takes the file's lock. It looks at everything that a sound ledger has at its edges:
-// see checkLayout, checkLog and load; Check looks at all the rest.
+// see checkPages, checkLayout, loadLog and nonces.load; Check looks at all the rest.
 func Open(path string, o Options) (l *Ledger, err error) {
 	defer wrap(&err, "open")
 	o.fill()

@@ -165,7 +165,7 @@ func loadLog(tx *bolt.Tx) (s logState, err error) {
 		return s, fmt.Errorf("%w: the hashes of %d events are followed by others", ErrCorrupt, s.tree.Size)
 	}
 	for index := max(s.first, s.next-1-(s.next-1)%segment); index < s.next; index++ {
-		if err := checkEvent(events, stored, index, s.first); err != nil {
+		if _, err := checkEvent(events, stored, index, s.first); err != nil {
 			return s, err
 		}
 	}
@@ -175,17 +175,17 @@ func loadLog(tx *bolt.Tx) (s logState, err error) {
 	return s, checkRoot(e, s.tree, stored)
 }
 
-// checkEvent holds an event against its hash.
-func checkEvent(events *bolt.Bucket, stored reader, index, first uint64) error {
+// checkEvent holds an event against its hash, and returns that.
+func checkEvent(events *bolt.Bucket, stored reader, index, first uint64) (audit.Hash, error) {
 	b := events.Get(u64(index))
 	h, err := stored.ReadHashes([]int64{tlog.StoredHashIndex(0, int64(index-first))})
 	if err != nil {
-		return err
+		return audit.Hash{}, err
 	}
 	if b == nil || audit.LeafHash(b) != h[0] {
-		return fmt.Errorf("%w: event %d is not what was written", ErrCorrupt, index)
+		return audit.Hash{}, fmt.Errorf("%w: event %d is not what was written", ErrCorrupt, index)
 	}
-	return nil
+	return h[0], nil
 }
 
 // checkRoot holds the hashes against the newest checkpoint. Its signature is checked by those who have the key.

@@ -21,7 +21,7 @@ import (
 )
 
 // kills is how often TestKilledUnderLoad kills the daemon, unless KILLS says otherwise.
-const kills = 25
+const kills = 200
 
 // TestKilledUnderLoad kills the daemon with SIGKILL at any moment while eight peers sign, and holds what the peers saw
 // against what the ledger says afterwards:
