@@ -77,7 +77,7 @@ echo "verified:  event $event is in the audit log: $(sed -n 's/^event *//p' "$wo
 admin audit export "$work/log" >/dev/null || fail "export"
 "$bin/countersign" audit verify "$work/log" --key "$vkey" >"$work/out" || fail "audit verify"
 verified=$((verified + 1))
-echo "verified:  the whole log: $(sed -n 's/^valid *//p' "$work/out"); $(sed -n 's/^signatures *//p' "$work/out")"
+echo "verified:  the whole log: $(sed -n 's/^valid *//p' "$work/out"); $(sed -n 's/^signatures */signatures: /p' "$work/out")"
 bundle=$(find "$work/log/epochs/" -path '*entries*' -type f | head -n 1)
 sed -i 's/SignatureRejected/SignatureVerified/; s/SubscriptionCreated/SubscriptionCreat3d/' "$bundle"
 refuse wrong_event "a log with an event that was changed" "$bin/countersign" audit verify "$work/log" --key "$vkey"

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"path/filepath"
 	"strconv"
 	"sync"
 	"time"
@@ -104,8 +105,8 @@ func (t *tool) audit() *cobra.Command {
 		}
 		var from audit.Source
 		if socket == "" {
-			if _, err := os.Stat(args[0]); err != nil {
-				return err
+			if _, err := os.Stat(filepath.Join(args[0], "checkpoint")); err != nil {
+				return fmt.Errorf("this is not the folder of an export (countersign admin audit export): %w", err)
 			}
 			from = audit.Folder(args[0])
 		} else if _, err := os.Stat(socket); err != nil {
