@@ -4,9 +4,6 @@ import (
 	"bytes"
 	"context"
 	"fmt"
-	"slices"
-
-	bolt "go.etcd.io/bbolt"
 )
 
 // Scope is where a nonce is single use: one key's signatures, or one signer's public key for verification.
@@ -28,8 +25,18 @@ type Admission struct {
 	KeyVersion uint32   // that the admission is for: a repetition must not be signed with another
 	ExpiresAt  int64    // Unix seconds: the nonce is kept until then and the margin after it
 	Once       bool     // a repetition is a replay too
-	// Decide may refuse a fresh nonce by what counters say, and change them; nil admits. It must be pure: it may run again.
-	Decide func(*Counters) error
+	// Counts are the series that a fresh nonce is counted in, Rise a number that must rise with it.
+	Counts []Count
+	Rise   *Rise
+	// Decide may refuse a fresh nonce by what the series have, each with what this one would add; nil admits. What it returns
+	// is kept beside the event, whatever it decides. It must be pure: it may run again.
+	Decide func(used []Used) (record []byte, refusal error)
+}
+
+// Rise is a number that must be higher than in all admissions before that named the same series.
+type Rise struct {
+	Series string
+	To     uint64
 }
 
 // Verdict is what the ledger found about a nonce.
@@ -42,7 +49,7 @@ const (
 	Repeated
 	// Replay: the nonce was spent on something else, by somebody else, or on something that may be had once only.
 	Replay
-	// Denied: Decide refused; the nonce is not spent, and no counter has changed.
+	// Denied: Decide refused, or Rise does not rise; the nonce is not spent, and nothing was counted.
 	Denied
 )
 
@@ -54,39 +61,7 @@ type Admitted struct {
 	Signature []byte // the outcome, where it is known
 	First     uint64 // after Replay: number of the admission that spent the nonce
 	Own       bool   // after Replay: it was this peer's, for the same request
-	Denial    error  // after Denied: what Decide said
-}
-
-// Counters are numbers that policy counts by, in the transaction of the admission.
-type Counters struct {
-	bucket  *bolt.Bucket
-	changed map[string][]byte
-}
-
-// Get returns what a counter was last set to, or nil.
-func (c *Counters) Get(name string) []byte {
-	if v, ok := c.changed[name]; ok {
-		return v
-	}
-	return slices.Clone(c.bucket.Get([]byte(name)))
-}
-
-// Put sets a counter; nil removes it.
-func (c *Counters) Put(name string, value []byte) { c.changed[name] = value }
-
-func (c *Counters) keep() error {
-	for name, v := range c.changed {
-		var err error
-		if v == nil {
-			err = c.bucket.Delete([]byte(name))
-		} else {
-			err = c.bucket.Put([]byte(name), v)
-		}
-		if err != nil {
-			return err
-		}
-	}
-	return nil
+	Denial    error  // after Denied: what Decide said, or ErrNotRisen
 }
 
 // Admit spends a nonce. When it returns, the verdict and its event are on disk. event says what to write down
@@ -102,12 +77,17 @@ func (l *Ledger) Admit(ctx context.Context, a Admission, event func(Verdict) []b
 	}
 	l.admitted.Add(1)
 	print := fingerprintOf(a.Scope, a.Nonce)
-	fresh := NewEvent(event(Fresh)) // here, since the writer has enough to do
+	var fresh Event
+	if a.Decide == nil {
+		fresh = NewEvent(event(Fresh)) // here, since the writer has enough to do
+	}
 	s := spent{print: print, owner: ownerOf(a.Digest, a.Peer), version: a.KeyVersion}
 	result := Admitted{Admission: a}
 	var refused error
 	err := l.submit(ctx, &request{done: make(chan error, 1), apply: func(t *txn) (err error) {
 		result, refused = Admitted{Admission: a}, nil
+		var record []byte
+		fresh := fresh
 		prior, found, err := t.find(print)
 		switch {
 		case err != nil:
@@ -124,26 +104,37 @@ func (l *Ledger) Admit(ctx context.Context, a Admission, event func(Verdict) []b
 			if refused = t.mayKeep(s.hour); refused != nil {
 				return nil
 			}
-			result.Verdict = Fresh
-			if a.Decide != nil {
-				counters := &Counters{t.tx.Bucket(bucketCounters), map[string][]byte{}}
-				if result.Denial = a.Decide(counters); result.Denial != nil {
+			if result.Verdict = Fresh; a.Decide != nil {
+				counted := t.count(a.Counts)
+				record, result.Denial = a.Decide(counted.used)
+				if result.Denial == nil {
+					result.Denial = t.rise(a.Rise)
+				}
+				if result.Denial != nil {
 					result.Verdict = Denied
-				} else if err := counters.keep(); err != nil {
+				} else if err := t.keep(counted); err != nil {
 					return err
 				}
+				fresh = NewEvent(event(result.Verdict))
 			}
 		default:
 			result.First, result.Own, result.Verdict = prior.event, prior.owner == s.owner, Replay
 		}
+		if result.Verdict == Replay {
+			fresh = NewEvent(event(Replay))
+		}
+		if result.Event, err = t.append(fresh); err != nil {
+			return err
+		}
+		if record != nil {
+			if err := t.putDecision(result.Event, record); err != nil {
+				return err
+			}
+		}
 		if result.Verdict != Fresh {
-			result.Event, err = t.append(NewEvent(event(result.Verdict)))
-			return err
+			return nil
 		}
-		if s.event, err = t.append(fresh); err != nil {
-			return err
-		}
-		result.Event = s.event
+		s.event = result.Event
 		return t.spend(s)
 	}})
 	if err == nil {

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"errors"
 	"fmt"
+	"math/big"
 	"os"
 	"strings"
 	"sync"
@@ -51,6 +52,7 @@ func furnish(t *testing.T, l *ledger.Ledger) {
 	t.Helper()
 	for n := range byte(20) {
 		a := admission("k", n, n, 1)
+		a.Counts, a.Rise = []ledger.Count{{Series: "n", Add: big.NewInt(1)}}, &ledger.Rise{Series: "r", To: uint64(n) + 1}
 		a.Decide = upTo(100)
 		got := mustAdmit(t, l, a, ledger.Fresh)
 		if err := l.Settle(t.Context(), got, []byte{n}, note("signed"), &ledger.Receipt{ID: ledger.ReceiptID{n + 1}, TimeMS: int64(n)}); err != nil {

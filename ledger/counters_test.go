@@ -2,7 +2,7 @@ package ledger_test
 
 import (
 	"errors"
-	"fmt"
+	"math/big"
 	"runtime"
 	"sync"
 	"sync/atomic"
@@ -14,34 +14,29 @@ import (
 
 var errSpent = errors.New("over budget")
 
-// upTo counts in a counter, and refuses beyond a number.
-func upTo(most int) func(*ledger.Counters) error {
-	return func(c *ledger.Counters) error {
-		var n int
-		fmt.Sscan(string(c.Get("n")), &n)
-		c.Put("n", fmt.Append(nil, n+1))
-		c.Put("seen", []byte("yes"))
-		if string(c.Get("n")) != fmt.Sprint(n+1) {
-			return errors.New("a counter is not what it was set to")
+// upTo counts in a series, and refuses beyond a number.
+func upTo(most int64) func([]ledger.Used) ([]byte, error) {
+	return func(used []ledger.Used) ([]byte, error) {
+		if n := used[0][2].Int64(); n > most {
+			return []byte("refused"), errSpent
 		}
-		if n >= most {
-			return errSpent // with the counters changed
-		}
-		return nil
+		return []byte("admitted"), nil
 	}
 }
 
-func counted(nonce byte, most int) ledger.Admission {
+func counted(nonce byte, most int64) ledger.Admission {
 	a := admission("k", nonce, nonce, 1)
+	a.Counts = []ledger.Count{{Series: "n", Add: big.NewInt(1)}}
 	a.Decide = upTo(most)
 	return a
 }
 
-// counter reads one, by an admission that is denied.
-func counter(t *testing.T, l *ledger.Ledger, name string) (value string) {
+// counter reads a series, by an admission that is denied.
+func counter(t *testing.T, l *ledger.Ledger, series string) (value string) {
 	t.Helper()
 	a := admission("other", 255, 1, 1)
-	a.Decide = func(c *ledger.Counters) error { value = string(c.Get(name)); return errSpent }
+	a.Counts = []ledger.Count{{Series: series, Add: new(big.Int)}}
+	a.Decide = func(used []ledger.Used) ([]byte, error) { value = used[0][2].String(); return nil, errSpent }
 	mustAdmit(t, l, a, ledger.Denied)
 	return value
 }
@@ -70,11 +65,8 @@ func TestCountersAreOfTheAdmission(t *testing.T) {
 		l = open(t, path)
 	}
 	mustAdmit(t, l, counted(4, 4), ledger.Fresh) // there is budget again, and its nonce is as good as it was
-	a := admission("k", 5, 5, 1)
-	a.Decide = func(c *ledger.Counters) error { c.Put("n", nil); return nil }
-	mustAdmit(t, l, a, ledger.Fresh)
-	if n, seen := counter(t, l, "n"), counter(t, l, "seen"); n != "" || seen != "yes" {
-		t.Errorf("%q, %q: only one was removed", n, seen)
+	if n, none := counter(t, l, "n"), counter(t, l, "m"); n != "4" || none != "0" {
+		t.Errorf("%s and %s, want 4 and 0", n, none)
 	}
 }
 

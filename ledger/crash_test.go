@@ -316,7 +316,7 @@ func (s *story) drop(epoch uint32) {
 	})
 	for more := true; more; {
 		var err error
-		more, err = s.l.Sweep(s.t.Context(), 0)
+		more, err = s.l.Sweep(s.t.Context(), 0, 0)
 		s.must(err)
 	}
 }

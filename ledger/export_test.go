@@ -79,3 +79,9 @@ func SmallReserve() (restore func()) {
 	reserveSize, reserveEvery = 64<<10, 0
 	return func() { reserveSize, reserveEvery = size, every }
 }
+
+// Totals returns how many totals all series have.
+func (l *Ledger) Totals() (n int) {
+	l.db.View(func(tx *bolt.Tx) error { n = tx.Bucket(bucketCounters).Stats().KeyN; return nil })
+	return n
+}

@@ -36,7 +36,7 @@ import (
 )
 
 // format is the version of the file's layout. A ledger with a higher one belongs to a newer program.
-const format = 2
+const format = 3
 
 // maxBatch bounds the requests in one transaction, and with it the time that a commit takes.
 const maxBatch = 512
@@ -73,31 +73,34 @@ var (
 
 // The buckets. Numbers in keys are big-endian.
 var (
-	bucketMeta     = []byte("meta")     // format, time, and the records of the table Meta
-	bucketEvents   = []byte("events")   // a bucket for each segment, u64; in it u64 event -> its bytes
-	bucketHashes   = []byte("hashes")   // u32 epoch || u64 chunk -> up to 64 hashes, in the order that Tree.Append makes them
-	bucketEpochs   = []byte("epochs")   // u32 epoch -> Epoch in JSON
-	bucketNonces   = []byte("nonces")   // a bucket for each u32 hour of expiry || u64 segment; in it u64 event -> spent
-	bucketOutcomes = []byte("outcomes") // the same; in it u64 event of the admission -> signature
-	bucketReceipts = []byte("receipts") // i64 time in ms || id (16) -> Receipt in JSON
-	bucketIDs      = []byte("receipt_ids")
-	bucketCounters = []byte("counters")
-	keyFormat      = []byte("format")
-	keyTime        = []byte("time") // i64 Unix nanoseconds
+	bucketMeta      = []byte("meta")     // format, time, and the records of the table Meta
+	bucketEvents    = []byte("events")   // a bucket for each segment, u64; in it u64 event -> its bytes
+	bucketHashes    = []byte("hashes")   // u32 epoch || u64 chunk -> up to 64 hashes, in the order that Tree.Append makes them
+	bucketEpochs    = []byte("epochs")   // u32 epoch -> Epoch in JSON
+	bucketNonces    = []byte("nonces")   // a bucket for each u32 hour of expiry || u64 segment; in it u64 event -> spent
+	bucketOutcomes  = []byte("outcomes") // the same; in it u64 event of the admission -> signature
+	bucketReceipts  = []byte("receipts") // i64 time in ms || id (16) -> Receipt in JSON
+	bucketIDs       = []byte("receipt_ids")
+	bucketCounters  = []byte("counters")  // running totals: see windows.go
+	bucketRisen     = []byte("risen")     // hash of a series (16) -> u64, the last number
+	bucketDecisions = []byte("decisions") // u64 event -> i64 time in ms || record
+	keyFormat       = []byte("format")
+	keyTime         = []byte("time") // i64 Unix nanoseconds
 )
 
 func buckets() [][]byte {
 	return [][]byte{bucketMeta, bucketEvents, bucketHashes, bucketEpochs, bucketNonces, bucketOutcomes, bucketReceipts, bucketIDs,
-		bucketCounters, []byte(Keys), []byte(Peers)}
+		bucketCounters, bucketRisen, bucketDecisions, []byte(Keys), []byte(Peers), []byte(Policies)}
 }
 
 // Table is a named set of records that managing the appliance needs; their bytes belong to the caller.
 type Table string
 
 const (
-	Keys  Table = "keys"
-	Peers Table = "peers"
-	Meta  Table = "meta" // what is about the ledger itself; its format and time are there too
+	Keys     Table = "keys"
+	Peers    Table = "peers"
+	Policies Table = "policies"
+	Meta     Table = "meta" // what is about the ledger itself; its format and time are there too
 )
 
 // Options say how long things are kept and what may be trusted. The zero value has the defaults.
@@ -149,6 +152,7 @@ type Ledger struct {
 	admitted  atomic.Uint64            // since it was opened
 	trouble   atomic.Pointer[error]    // why the last transaction was not written
 	shown     atomic.Pointer[logState] // the log as it is on disk
+	swept     []byte                   // Sweep's own: how far it has come with idle series
 
 	mu sync.RWMutex // write-locked to replace db
 	db *bolt.DB

@@ -65,44 +65,56 @@ func (l *Ledger) Drop(ctx context.Context, epoch uint32, event Event) error {
 	}})
 }
 
-// Sweep takes away some of what was dropped, and says whether there may be more. Where many pages are free, it waits: more is
-// true, and nothing is done.
-func (l *Ledger) Sweep(ctx context.Context, receiptsBefore int64) (bool, error) {
+// Sweep takes away some of what was dropped, of receipts and decisions from before a time (Unix milliseconds), and of series
+// that are in no window any more. It says whether there may be more. Where many pages are free, it waits: more is true, and
+// nothing is done. Only one may run at a time.
+func (l *Ledger) Sweep(ctx context.Context, receiptsBefore, decisionsBefore int64) (bool, error) {
 	if l.stats().FreePageN > fewFree {
 		return true, nil
 	}
 	var due bool // look first: a transaction of its own costs an fsync
+	var series []byte
 	if err := l.view(func(tx *bolt.Tx) error {
 		epoch, err := dropping(tx)
-		k, _ := tx.Bucket(bucketReceipts).Cursor().First()
-		due = epoch != nil || k != nil && int64(binary.BigEndian.Uint64(k)) < receiptsBefore
+		receipt, _ := tx.Bucket(bucketReceipts).Cursor().First()
+		_, decision := tx.Bucket(bucketDecisions).Cursor().First()
+		series, l.swept = idle(tx, l.swept, l.clock.time())
+		due = epoch != nil || series != nil || receipt != nil && int64(binary.BigEndian.Uint64(receipt)) < receiptsBefore ||
+			decision != nil && int64(binary.BigEndian.Uint64(decision)) < decisionsBefore
 		return err
 	}); err != nil || !due {
 		return false, err
 	}
 	var more bool
-	err := l.submit(ctx, &request{alone: true, done: make(chan error, 1), apply: func(t *txn) error {
-		more = false
-		removed, err := t.removeReceipts(receiptsBefore)
-		if err != nil || removed == stepsAtOnce {
-			more = true
-			return err
-		}
-		e, err := dropping(t.tx)
-		if err != nil || e == nil {
-			return err
-		}
-		more = true
-		if done, err := t.removeEpoch(*e); err != nil || !done {
-			return err
-		}
-		e.Dropped = t.now.UnixMilli()
-		return putEpoch(t.tx, *e)
+	err := l.submit(ctx, &request{alone: true, done: make(chan error, 1), apply: func(t *txn) (err error) {
+		more, err = t.sweepOld(receiptsBefore, decisionsBefore, series)
+		return err
 	}})
 	if err != nil {
 		return true, err // the writer may still be at it
 	}
 	return more, nil
+}
+
+func (t *txn) sweepOld(receiptsBefore, decisionsBefore int64, series []byte) (more bool, err error) {
+	if removed, err := t.removeReceipts(receiptsBefore); err != nil || removed == stepsAtOnce {
+		return true, err
+	}
+	if removed, err := t.removeDecisions(decisionsBefore); err != nil || removed == stepsAtOnce {
+		return true, err
+	}
+	if series != nil {
+		return true, t.removeSeries(series)
+	}
+	e, err := dropping(t.tx)
+	if err != nil || e == nil {
+		return false, err
+	}
+	if done, err := t.removeEpoch(*e); err != nil || !done {
+		return true, err
+	}
+	e.Dropped = t.now.UnixMilli()
+	return true, putEpoch(t.tx, *e)
 }
 
 // dropping returns the first epoch whose records are still there, or nil.

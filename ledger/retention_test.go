@@ -99,7 +99,7 @@ func TestDropAndSweep(t *testing.T) {
 			l = m.open(t)
 			before := l.Commits()
 			var err error
-			if more, err = l.Sweep(t.Context(), 0); err != nil || l.Commits() > before+1 {
+			if more, err = l.Sweep(t.Context(), 0, 0); err != nil || l.Commits() > before+1 {
 				t.Fatal(err)
 			}
 		}
@@ -117,7 +117,7 @@ func TestDropAndSweep(t *testing.T) {
 		}
 		l = m.open(t)
 	}
-	if more, err := l.Sweep(t.Context(), 0); more || err != nil {
+	if more, err := l.Sweep(t.Context(), 0, 0); more || err != nil {
 		t.Errorf("%v, %v", more, err)
 	}
 }
@@ -161,7 +161,7 @@ func TestReceiptsByIDAndTime(t *testing.T) {
 	}
 	for more := true; more; {
 		var err error
-		if more, err = l.Sweep(t.Context(), 3); err != nil {
+		if more, err = l.Sweep(t.Context(), 3, 0); err != nil {
 			t.Fatal(err)
 		}
 	}

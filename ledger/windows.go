@@ -1,0 +1,143 @@
+package ledger
+
+import (
+	"bytes"
+	"crypto/sha256"
+	"encoding/binary"
+	"math/big"
+	"time"
+
+	bolt "go.etcd.io/bbolt"
+)
+
+// Windows are the rolling windows that admissions are counted in: what is in one at a time is what was admitted after that
+// time less its length. By the ledger's time, which no clock can make run ahead: a window never ends early.
+var Windows = [...]time.Duration{time.Minute, time.Hour, 24 * time.Hour, 7 * 24 * time.Hour, 30 * 24 * time.Hour}
+
+const longestWindow = 30 * 24 * time.Hour
+
+// Count is what an admission adds to a series: 1 where signatures are counted, an amount where amounts are.
+type Count struct {
+	Series string
+	Add    *big.Int // not negative
+}
+
+// Used is what a series has in each of the Windows, with what the admission would add.
+type Used [len(Windows)]*big.Int
+
+// A series is kept as running totals, one for each time at which it grew, so that what is in a window is one subtraction, and
+// exact: the last total less that of the window's beginning. Of the totals older than the longest window the last one is kept.
+// The key is a hash of the series' name (16) and the time (8), the value is the total.
+
+func seriesOf(name string) []byte {
+	sum := sha256.Sum256([]byte(name))
+	return sum[:16]
+}
+
+func totalKey(series []byte, at int64) []byte {
+	return binary.BigEndian.AppendUint64(append(make([]byte, 0, 24), series...), uint64(at))
+}
+
+// totalAt returns the newest total of a series at a time or before it; nil where there is none.
+func totalAt(c *bolt.Cursor, series []byte, at int64) (when int64, total *big.Int) {
+	after := totalKey(series, at+1)
+	k, v := c.Seek(after)
+	if k == nil {
+		k, v = c.Last()
+	} else {
+		k, v = c.Prev()
+	}
+	if !bytes.HasPrefix(k, series) {
+		return 0, nil
+	}
+	return int64(binary.BigEndian.Uint64(k[len(series):])), new(big.Int).SetBytes(v)
+}
+
+// counting is what an admission would change.
+type counting struct {
+	keys, totals [][]byte
+	used         []Used
+}
+
+// count computes what the series have with an admission of now. It changes nothing.
+func (t *txn) count(counts []Count) (n counting) {
+	c := t.tx.Bucket(bucketCounters).Cursor()
+	for _, count := range counts {
+		series, now := seriesOf(count.Series), t.now.UnixNano()
+		last, total := totalAt(c, series, 1<<63-2)
+		if total == nil {
+			total = new(big.Int)
+		}
+		now = max(now, last) // the totals of a series stand in the order of their times, whatever the ledger's time does
+		total.Add(total, count.Add)
+		var used Used
+		for i, length := range Windows {
+			used[i] = new(big.Int).Set(total)
+			if _, before := totalAt(c, series, now-int64(length)); before != nil {
+				used[i].Sub(total, before)
+			}
+		}
+		n.keys, n.totals, n.used = append(n.keys, totalKey(series, now)), append(n.totals, total.Bytes()), append(n.used, used)
+	}
+	return n
+}
+
+// keep writes a counting down, and takes totals away that are in no window any more: two at the most for each that is written,
+// so that it costs nobody much and they never become more.
+func (t *txn) keep(n counting) error {
+	b := t.tx.Bucket(bucketCounters)
+	for i, key := range n.keys {
+		if err := b.Put(key, n.totals[i]); err != nil {
+			return err
+		}
+		series, old := key[:16], int64(binary.BigEndian.Uint64(key[16:]))-int64(longestWindow)
+		for range 2 {
+			c := b.Cursor()
+			first, _ := c.Seek(series)
+			next, _ := c.Next()
+			if !bytes.HasPrefix(next, series) || int64(binary.BigEndian.Uint64(next[16:])) > old {
+				break
+			}
+			if err := b.Delete(bytes.Clone(first)); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+// idle finds the first series from a key on that is in no window any more. It looks at some only: next is where to go on, nil
+// at the end.
+func idle(tx *bolt.Tx, from []byte, now time.Time) (series, next []byte) {
+	c := tx.Bucket(bucketCounters).Cursor()
+	k, _ := c.Seek(from)
+	for range stepsAtOnce {
+		if k == nil {
+			return nil, nil
+		}
+		series, next = bytes.Clone(k[:16]), totalKey(k[:16], -1)
+		if last, _ := totalAt(c, series, 1<<63-2); last <= now.Add(-longestWindow).UnixNano() {
+			return series, series
+		}
+		k, _ = c.Seek(next)
+	}
+	return nil, next
+}
+
+// removeSeries takes some of an idle series away.
+func (t *txn) removeSeries(series []byte) error {
+	b := t.tx.Bucket(bucketCounters)
+	if last, _ := totalAt(b.Cursor(), series, 1<<63-2); last > t.now.Add(-longestWindow).UnixNano() {
+		return nil // it has grown since
+	}
+	for range stepsAtOnce {
+		k, _ := b.Cursor().Seek(series)
+		if !bytes.HasPrefix(k, series) {
+			return nil
+		}
+		if err := b.Delete(bytes.Clone(k)); err != nil {
+			return err
+		}
+	}
+	return nil
+}
