@@ -22,6 +22,7 @@ import (
 	"countersign/audit"
 	"countersign/ijson"
 	"countersign/keystore"
+	"countersign/policy"
 
 	"github.com/labstack/echo/v4"
 )
@@ -34,12 +35,12 @@ const (
 	actTime   = 30 * time.Second
 )
 
-// New returns the server of the admin API.
-func New(a *appliance.Appliance) *http.Server {
+// New returns the server of the admin API. loadPolicy reads the policy file again.
+func New(a *appliance.Appliance, loadPolicy func() (*policy.Policy, error)) *http.Server {
 	e := echo.New()
 	e.HTTPErrorHandler = fail
 	e.Use(bounded)
-	s := server{a}
+	s := server{a, loadPolicy}
 	e.POST("/v1/keys", s.createKey)
 	e.GET("/v1/keys", s.keys)
 	e.GET("/v1/keys/:name", s.key)
@@ -51,6 +52,13 @@ func New(a *appliance.Appliance) *http.Server {
 	e.POST("/v1/peers", s.addPeer)
 	e.GET("/v1/peers", s.peers)
 	e.DELETE("/v1/peers/:name", s.removePeer)
+	e.POST("/v1/peers/:name/suspend", s.suspendPeer)
+	e.POST("/v1/peers/:name/resume", s.resumePeer)
+	e.GET("/v1/policies", s.policies)
+	e.GET("/v1/policies/:version", s.policy)
+	e.POST("/v1/policies/reload", s.reloadPolicy)
+	e.GET("/v1/decisions", s.decisions)
+	e.GET("/v1/decisions/:event", s.decision)
 	e.GET("/v1/events", s.events)
 	e.GET("/v1/log", s.log)
 	e.POST("/v1/log/epochs", s.endEpoch)
@@ -99,7 +107,10 @@ func Listen(path string) (net.Listener, error) {
 	return l, nil
 }
 
-type server struct{ app *appliance.Appliance }
+type server struct {
+	app        *appliance.Appliance
+	loadPolicy func() (*policy.Policy, error)
+}
 
 func (s server) createKey(c echo.Context) error {
 	var r api.NewKey
@@ -190,7 +201,11 @@ func (s server) addPeer(c echo.Context) error {
 func (s server) peers(c echo.Context) error {
 	docs := []api.Peer{}
 	for _, p := range s.app.Peers() {
-		docs = append(docs, peerDoc(p))
+		doc := peerDoc(p.Peer)
+		if doc.Suspended, doc.Connections = p.Suspended, p.Connections; !p.Seen.IsZero() {
+			doc.LastSeen = p.Seen.Unix()
+		}
+		docs = append(docs, doc)
 	}
 	return c.JSON(http.StatusOK, docs)
 }

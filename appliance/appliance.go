@@ -12,6 +12,7 @@ import (
 	"fmt"
 	"log/slog"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"countersign/audit"
@@ -40,16 +41,17 @@ type Appliance struct {
 	anchor Anchor
 	ledger *ledger.Ledger
 	tokens map[string]keystore.Store
-	policy *policy.Policy
+	rules  atomic.Pointer[rules] // in force
 	log    *slog.Logger
 
 	anchored bool // the ledger has been held against its counter; of Start, then of Serve, then of Stop
 
-	retention Retention
-	signing   lock  // held while a checkpoint is signed
-	refusals  tally // of strangers
-	creating  lock  // held while a key is made, however long the device takes
-	enrolling lock  // held while a peer is added or removed
+	retention  Retention
+	signing    lock  // held while a checkpoint is signed
+	refusals   tally // of strangers
+	creating   lock  // held while a key is made, however long the device takes
+	enrolling  lock  // held while a peer is added or removed
+	activating lock  // held while a policy is put in force
 
 	mu       sync.RWMutex
 	keys     map[keystore.Ref]*Key // under mu: all versions that exist on the keystore
@@ -63,6 +65,13 @@ type Peer struct {
 	Name      string
 	PublicKey [32]byte  // its Noise static key
 	Added     time.Time // when it was enrolled
+	Identity  string    // hex of the Ed25519 key that it has proven to be bound to in this session; "" in countersign-v1
+}
+
+func (p Peer) actor() audit.Actor {
+	actor := audit.Peer(p.Name, p.PublicKey)
+	actor.Identity = p.Identity
+	return actor
 }
 
 // Key is one version of a key as ledger and keystore agree on it.
@@ -128,10 +137,11 @@ func (a *Appliance) act(ctx context.Context, l lock, what string, do func(contex
 // answer costs its own keys only, for now, unless the listener's key is on it. New changes nothing.
 func New(ctx context.Context, limits Limits, l *ledger.Ledger, anchor Anchor, retention Retention, tokens map[string]keystore.Store, p *policy.Policy, log *slog.Logger) (*Appliance, error) {
 	a := &Appliance{
-		limits: limits, anchor: anchor, retention: retention, ledger: l, tokens: tokens, policy: p, log: log,
-		signing: make(lock, 1), creating: make(lock, 1), enrolling: make(lock, 1),
+		limits: limits, anchor: anchor, retention: retention, ledger: l, tokens: tokens, log: log,
+		signing: make(lock, 1), creating: make(lock, 1), enrolling: make(lock, 1), activating: make(lock, 1),
 		keys: map[keystore.Ref]*Key{}, active: map[string]*Key{}, peers: map[[32]byte]Peer{}, sessions: map[*session]struct{}{},
 	}
+	a.rules.Store(&rules{Policy: p}) // Start gives it its version
 	if err := a.loadPeers(); err != nil {
 		return nil, err
 	}

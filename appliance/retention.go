@@ -23,9 +23,10 @@ const (
 
 // Retention says how long what is kept. Nonces are kept by the ledger itself: see ledger.Options.
 type Retention struct {
-	Epoch    Period
-	Audit    time.Duration // an epoch is dropped so long after it has ended
-	Receipts time.Duration // a receipt is dropped so long after its time
+	Epoch     Period
+	Audit     time.Duration // an epoch is dropped so long after it has ended
+	Receipts  time.Duration // a receipt is dropped so long after its time
+	Decisions time.Duration // and a decision of policy with its inputs
 }
 
 // over says that an epoch that began then is to end.
@@ -85,7 +86,7 @@ func (a *Appliance) retain(ctx context.Context) (more bool, err error) {
 		return false, err
 	}
 	for range 50 { // and on at the next time
-		if more, err = a.ledger.Sweep(ctx, before.UnixMilli()); err != nil || !more {
+		if more, err = a.ledger.Sweep(ctx, before.UnixMilli(), a.ledger.Time().Add(-a.retention.Decisions).UnixMilli()); err != nil || !more {
 			return false, err
 		}
 	}

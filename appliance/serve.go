@@ -99,40 +99,16 @@ func (a *Appliance) Start(ctx context.Context) error {
 	if a.anchored, err = a.startAnchor(ctx); err != nil {
 		return err
 	}
-	if err := a.notePolicy(ctx); err != nil {
+	if _, _, err := a.Activate(ctx, audit.Daemon(), a.rules.Load().Policy); err != nil {
 		return err
 	}
 	return a.recordDaemon(audit.Started)
 }
 
-// policyKey is the record of the policy that was in force last.
-const policyKey = "policy"
-
-// notePolicy writes down that another policy is in force than before.
-func (a *Appliance) notePolicy(ctx context.Context) error {
-	hash := fmt.Sprintf("%x", a.policy.Hash)
-	same := errors.New("the same")
-	err := a.ledger.Update(ctx, func(tx *ledger.Tx) error {
-		before := string(tx.Get(ledger.Meta, policyKey))
-		if before == hash {
-			return same
-		}
-		if err := tx.Put(ledger.Meta, policyKey, []byte(hash)); err != nil {
-			return err
-		}
-		return tx.Append(entry(audit.Event{Type: audit.PolicyChanged, Actor: audit.Daemon(), Action: "serve", Resource: "policy", Outcome: "ok",
-			Metadata: map[string]string{"sha256": hash, "previous": before}}))
-	})
-	if errors.Is(err, same) {
-		return nil
-	}
-	return err
-}
-
 func (a *Appliance) Stop() error {
 	ctx, cancel := context.WithTimeout(context.Background(), a.limits.RequestTimeout)
 	defer cancel()
-	for _, l := range []lock{a.creating, a.enrolling} { // no act of management begins any more
+	for _, l := range []lock{a.creating, a.enrolling, a.activating} { // no act of management begins any more
 		if err := l.acquire(ctx); err != nil {
 			a.log.Error("stopping during an act of management; the next start clears away what is left of it", "err", err)
 		}
@@ -321,7 +297,7 @@ func (a *Appliance) handle(who Peer, message []byte) []byte {
 	c, refusal := refuse(err)
 	if c == refused {
 		a.log.Info("refused", "peer", who.Name, "op", op, "key", ijson.Clip(key), "code", refusal.Code, "err", err)
-		if err := a.recordRefusal(ctx, who, op, key, refusal.Code); err != nil {
+		if err := a.recordRefusal(ctx, who, op, key, refusal.Code, err); err != nil {
 			c, refusal = refuse(err)
 		}
 	} else {
@@ -333,15 +309,14 @@ func (a *Appliance) handle(who Peer, message []byte) []byte {
 	return wire.EncodeAnswer(id, nil, refusal)
 }
 
-// recordRefusal writes a refusal down. A replay has been written down by the ledger, with its verdict; what has no sound
-// form says nothing that is worth keeping.
-func (a *Appliance) recordRefusal(ctx context.Context, who Peer, op, key, code string) error {
-	switch code {
-	case wire.CodeReplay, wire.CodeMalformed, wire.CodeUnsupported, wire.CodeTooLarge:
+// recordRefusal writes a refusal down, unless the ledger has done so with its verdict. What has no sound form says nothing that
+// is worth keeping.
+func (a *Appliance) recordRefusal(ctx context.Context, who Peer, op, key, code string, err error) error {
+	if errors.As(err, new(writtenDown)) || code == wire.CodeMalformed || code == wire.CodeUnsupported || code == wire.CodeTooLarge {
 		return nil
 	}
 	return a.record(ctx, audit.Event{
-		Type: audit.SignatureRejected, Actor: audit.Peer(who.Name, who.PublicKey), Action: op, Resource: ijson.Clip(key), Outcome: code,
+		Type: audit.SignatureRejected, Actor: who.actor(), Action: op, Resource: ijson.Clip(key), Outcome: code,
 	})
 }
 

@@ -30,19 +30,21 @@ func (a *Appliance) Sign(ctx context.Context, who Peer, r *wire.Sign) (*wire.Sig
 	if err := doc.CheckSigner(key.Info().PublicKey); err != nil {
 		return nil, err
 	}
-	// Whether this peer may have it.
-	if err := a.policy.Decide(decisionOf(who, r.Key, doc)); err != nil {
+	// Whether this peer may have it: policy answers inside the admission, where what was signed before is counted.
+	d, err := a.decisionOf(who, key, doc)
+	if err != nil {
 		return nil, err
 	}
 	// Up to here nothing has changed. After the next line the nonce is spent and the admission is on disk, come what may.
 	admitted, err := a.ledger.Admit(ctx, ledger.Admission{
 		Scope: ledger.KeyScope(r.Key), Nonce: doc.Nonce, Digest: doc.Digest(), Peer: who.PublicKey, KeyVersion: key.Version, ExpiresAt: doc.ExpiresAt,
-	}, signEvents(who, key, doc))
+		Counts: d.counts, Rise: d.rise, Decide: d.decide,
+	}, d.event)
 	if err != nil {
 		return nil, err
 	}
-	if admitted.Verdict == ledger.Replay {
-		return nil, replayed(admitted)
+	if err := refusal(admitted); err != nil {
+		return nil, err
 	}
 	// A repetition is for the version that was admitted then, and gets the signature of then: Ed25519 is deterministic.
 	if admitted.KeyVersion != key.Version {
@@ -78,7 +80,7 @@ func (a *Appliance) Sign(ctx context.Context, who Peer, r *wire.Sign) (*wire.Sig
 func (a *Appliance) settle(ctx context.Context, who Peer, key *Key, doc *transcript.Document, admitted ledger.Admitted, signature []byte, failure error) error {
 	_, created, failed := audit.OfDocument(doc.Type)
 	e := audit.Event{
-		Type: created, Actor: audit.Peer(who.Name, who.PublicKey), Action: "sign", Resource: key.Info().Ref.String(), Outcome: "ok",
+		Type: created, Actor: who.actor(), Action: "sign", Resource: key.Info().Ref.String(), Outcome: "ok",
 		Metadata: map[string]string{"admission": strconv.FormatUint(admitted.Event, 10)},
 	}
 	if failure != nil {
@@ -87,14 +89,4 @@ func (a *Appliance) settle(ctx context.Context, who Peer, key *Key, doc *transcr
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), a.limits.RequestTimeout)
 	defer cancel()
 	return a.ledger.Settle(ctx, admitted, signature, entry(e), receiptRecord(doc, signature, admitted.Event))
-}
-
-// signEvents says what the ledger writes down about a sign request.
-func signEvents(who Peer, key *Key, doc *transcript.Document) func(ledger.Verdict) []byte {
-	admitted, _, _ := audit.OfDocument(doc.Type)
-	e := audit.Event{
-		Type: admitted, Actor: audit.Peer(who.Name, who.PublicKey), Action: "sign", Resource: key.Info().Ref.String(), Outcome: "ok",
-		Metadata: metadataOf(doc),
-	}
-	return func(v ledger.Verdict) []byte { return verdictEvent(e, v) }
 }

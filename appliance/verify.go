@@ -48,8 +48,8 @@ func (a *Appliance) Verify(ctx context.Context, who Peer, r *wire.Verify) (*wire
 	} else if err != nil {
 		return nil, err
 	}
-	if admitted.Verdict == ledger.Replay {
-		return nil, replayed(admitted)
+	if err := refusal(admitted); err != nil {
+		return nil, err
 	}
 	return &wire.Verified{Valid: true, Event: admitted.Event}, nil
 }
@@ -71,7 +71,7 @@ func (a *Appliance) checkNamedKey(name string, publicKey [32]byte) error {
 
 func verifyEvents(who Peer, r *wire.Verify, doc *transcript.Document) func(ledger.Verdict) []byte {
 	e := audit.Event{
-		Type: audit.SignatureVerified, Actor: audit.Peer(who.Name, who.PublicKey), Action: "verify", Resource: r.KeyName(), Outcome: "ok",
+		Type: audit.SignatureVerified, Actor: who.actor(), Action: "verify", Resource: r.KeyName(), Outcome: "ok",
 		Metadata: metadataOf(doc),
 	}
 	e.Metadata["signer"] = hex.EncodeToString(r.PublicKey[:])

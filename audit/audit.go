@@ -129,6 +129,8 @@ type Actor struct {
 	Kind      string `json:"kind"` // peer, operator or daemon
 	Name      string `json:"name"`
 	PublicKey string `json:"public_key,omitempty"` // hex
+	// Identity is the Ed25519 key, in hex, that a peer of the profile pubky-noise-v1 has proven to be bound to.
+	Identity string `json:"identity,omitempty"`
 }
 
 // Peer, Operator and Daemon name the actor of an event.
@@ -184,6 +186,8 @@ func decodeStrict(b []byte) (Event, error) {
 		return Event{}, errors.New("it has no actor")
 	case e.Actor.Kind == "peer" && len(e.Actor.PublicKey) != 64:
 		return Event{}, errors.New("its actor has no public key")
+	case e.Actor.Identity != "" && (e.Actor.Kind != "peer" || len(e.Actor.Identity) != 64):
+		return Event{}, errors.New("its actor has an identity that is none")
 	case e.Action == "" || e.Outcome == "":
 		return Event{}, errors.New("it has no action or no outcome")
 	}

@@ -2,10 +2,12 @@ package policy_test
 
 import (
 	"errors"
+	"maps"
 	"os"
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	"countersign/policy"
 )
@@ -30,35 +32,49 @@ func parse(t *testing.T, text string) *policy.Policy {
 	return p
 }
 
+// ask makes a request with the fields that every document has, and more.
+func ask(t *testing.T, peer, action, key string, fields map[string]any) policy.Request {
+	t.Helper()
+	all := map[string]any{"transcript": "message-v1", "lifetime": int64(60), "size": int64(100)}
+	policy.SetTime(all, time.Date(2026, 11, 22, 13, 59, 59, 0, time.UTC)) // a Sunday
+	maps.Copy(all, fields)
+	r, err := policy.NewRequest(peer, action, key, all)
+	if err == nil {
+		err = r.Check()
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	return r
+}
+
 func TestDecide(t *testing.T) {
 	p := parse(t, rules)
 	sub := func(currency string, lifetime int64) map[string]any {
-		return map[string]any{"transcript": "paykit-subscription-v2", "lifetime": lifetime, "size": int64(300), "currency": currency}
+		return map[string]any{"transcript": "paykit-subscription-v2", "lifetime": lifetime, "currency": currency}
 	}
-	msg := func(context string) map[string]any {
-		return map[string]any{"transcript": "message-v1", "lifetime": int64(60), "size": int64(100), "message_context": context}
-	}
+	msg := func(context string) map[string]any { return map[string]any{"message_context": context} }
 	for _, c := range []struct {
 		name  string
 		r     policy.Request
 		allow bool
 	}{
-		{"as written", policy.Request{Peer: "shop", Action: "sign", Key: "payments", Context: sub("SAT", 86400)}, true},
-		{"too long", policy.Request{Peer: "shop", Action: "sign", Key: "payments", Context: sub("SAT", 86401)}, false},
-		{"forbidden", policy.Request{Peer: "shop", Action: "sign", Key: "payments", Context: sub("USD", 60)}, false},
-		{"other peer", policy.Request{Peer: "cafe", Action: "sign", Key: "payments", Context: sub("SAT", 60)}, false},
-		{"other key", policy.Request{Peer: "shop", Action: "sign", Key: "releases", Context: sub("SAT", 60)}, false},
-		{"other action", policy.Request{Peer: "shop", Action: "sign_raw", Key: "payments", Context: sub("SAT", 60)}, false},
-		{"a release", policy.Request{Peer: "shop", Action: "sign", Key: "payments", Context: msg("release")}, true},
-		{"another message", policy.Request{Peer: "shop", Action: "sign", Key: "payments", Context: msg("login")}, false},
-		{"a name that is a rule", policy.Request{Peer: `shop" || "a" == "a`, Action: "sign", Key: "payments", Context: sub("SAT", 60)}, false},
+		{"as written", ask(t, "shop", "sign", "payments", sub("SAT", 86400)), true},
+		{"too long", ask(t, "shop", "sign", "payments", sub("SAT", 86401)), false},
+		{"forbidden", ask(t, "shop", "sign", "payments", sub("USD", 60)), false},
+		{"other peer", ask(t, "cafe", "sign", "payments", sub("SAT", 60)), false},
+		{"other key", ask(t, "shop", "sign", "releases", sub("SAT", 60)), false},
+		{"other action", ask(t, "shop", "sign_raw", "payments", sub("SAT", 60)), false},
+		{"a release", ask(t, "shop", "sign", "payments", msg("release")), true},
+		{"another message", ask(t, "shop", "sign", "payments", msg("login")), false},
+		{"a name that is a rule", ask(t, `shop" || "a" == "a`, "sign", "payments", sub("SAT", 60)), false},
 	} {
-		err := p.Decide(c.r)
+		err := p.Decide(c.r).Err()
 		if (err == nil) != c.allow || err != nil && !errors.Is(err, policy.ErrDenied) {
 			t.Errorf("%s: %v", c.name, err)
 		}
 	}
-	if err := parse(t, "").Decide(policy.Request{Peer: "shop", Action: "sign", Key: "payments", Context: msg("release")}); !errors.Is(err, policy.ErrDenied) {
+	if err := parse(t, "").Decide(ask(t, "shop", "sign", "payments", msg("release"))).Err(); !errors.Is(err, policy.ErrDenied) {
 		t.Errorf("no rules at all: %v", err)
 	}
 }
@@ -67,15 +83,15 @@ func TestDecide(t *testing.T) {
 func TestARuleThatFailsDenies(t *testing.T) {
 	p := parse(t, `permit (principal, action, resource);
 forbid (principal, action, resource) when { context.lifetime * 9223372036854775807 > 0 };`)
-	r := policy.Request{Peer: "shop", Action: "sign", Key: "payments", Context: map[string]any{"transcript": "message-v1", "lifetime": int64(60), "size": int64(1)}}
-	if err := p.Decide(r); !errors.Is(err, policy.ErrDenied) {
+	r := ask(t, "shop", "sign", "payments", nil)
+	if err := p.Decide(r).Err(); !errors.Is(err, policy.ErrDenied) {
 		t.Errorf("%v, want %v", err, policy.ErrDenied)
 	}
 }
 
 // TestRawMustBeNamed: no broad rule opens raw.
 func TestRawMustBeNamed(t *testing.T) {
-	r := policy.Request{Peer: "ci", Action: policy.SignRaw, Key: "ssh", Context: map[string]any{"transcript": "raw", "lifetime": int64(60), "size": int64(1)}}
+	r := ask(t, "ci", policy.SignRaw, "ssh", nil)
 	for rule, allow := range map[string]bool{
 		`permit (principal, action, resource);`:                                                                                                false,
 		`permit (principal == Peer::"ci", action, resource == Key::"ssh");`:                                                                    false,
@@ -86,7 +102,7 @@ func TestRawMustBeNamed(t *testing.T) {
 		`permit (principal == Peer::"other", action == Action::"sign_raw", resource == Key::"ssh");`:                                           false,
 		"permit (principal, action, resource);\npermit (principal == Peer::\"ci\", action == Action::\"sign_raw\", resource == Key::\"ssh\");": true,
 	} {
-		if err := parse(t, rule).Decide(r); (err == nil) != allow {
+		if err := parse(t, rule).Decide(r).Err(); (err == nil) != allow {
 			t.Errorf("%s\n%v", rule, err)
 		}
 	}

@@ -41,9 +41,32 @@ type Token struct {
 
 // Peer is an enrolled client. PublicKey is hex.
 type Peer struct {
-	Name      string `json:"name"`
-	PublicKey string `json:"public_key"`
-	Added     int64  `json:"added"` // Unix seconds
+	Name        string `json:"name"`
+	PublicKey   string `json:"public_key"`
+	Added       int64  `json:"added"` // Unix seconds
+	Suspended   bool   `json:"suspended"`
+	LastSeen    int64  `json:"last_seen"`   // Unix seconds; 0: never
+	Connections int    `json:"connections"` // open now
+}
+
+// Policy is a version of the policy that was or is in force. Text is there where one version was asked for.
+type Policy struct {
+	Version   uint64 `json:"version"`
+	SHA256    string `json:"sha256"`
+	Activated int64  `json:"activated"` // Unix seconds
+	Text      string `json:"text,omitempty"`
+}
+
+// Reloaded says which version is in force after the policy file was read again.
+type Reloaded struct {
+	Version uint64 `json:"version"`
+	Changed bool   `json:"changed"`
+}
+
+// Decision is what policy decided in an event: the record (policy.Record in JSON) byte for byte, whose SHA-256 is in the event.
+type Decision struct {
+	Event  uint64 `json:"event"`
+	Record string `json:"record"`
 }
 
 // Event is an entry of the audit log with its index.
@@ -205,6 +228,41 @@ func (c *Client) Peers(ctx context.Context) (peers []Peer, err error) {
 
 func (c *Client) RemovePeer(ctx context.Context, name string) error {
 	return c.do(ctx, http.MethodDelete, "/v1/peers/"+url.PathEscape(name), nil, nil)
+}
+
+// SuspendPeer keeps a peer out until ResumePeer.
+func (c *Client) SuspendPeer(ctx context.Context, name string) error {
+	return c.do(ctx, http.MethodPost, "/v1/peers/"+url.PathEscape(name)+"/suspend", nil, nil)
+}
+
+func (c *Client) ResumePeer(ctx context.Context, name string) error {
+	return c.do(ctx, http.MethodPost, "/v1/peers/"+url.PathEscape(name)+"/resume", nil, nil)
+}
+
+// Policies lists the versions without their texts, the oldest first; the last one is in force.
+func (c *Client) Policies(ctx context.Context) (all []Policy, err error) {
+	return all, c.do(ctx, http.MethodGet, "/v1/policies", nil, &all)
+}
+
+// Policy returns a version with its text.
+func (c *Client) Policy(ctx context.Context, version uint64) (p Policy, err error) {
+	return p, c.do(ctx, http.MethodGet, "/v1/policies/"+strconv.FormatUint(version, 10), nil, &p)
+}
+
+// ReloadPolicy has the appliance read its policy file again and put it in force.
+func (c *Client) ReloadPolicy(ctx context.Context) (r Reloaded, err error) {
+	return r, c.do(ctx, http.MethodPost, "/v1/policies/reload", nil, &r)
+}
+
+// Decision returns what policy decided in an event.
+func (c *Client) Decision(ctx context.Context, event uint64) (d Decision, err error) {
+	return d, c.do(ctx, http.MethodGet, "/v1/decisions/"+strconv.FormatUint(event, 10), nil, &d)
+}
+
+// Decisions returns decisions from an event and a time (Unix milliseconds) on, as many as fit into an answer; none: there are no more.
+func (c *Client) Decisions(ctx context.Context, from uint64, sinceMS int64) (found []Decision, err error) {
+	q := url.Values{"from": {strconv.FormatUint(from, 10)}, "since": {strconv.FormatInt(sinceMS, 10)}}
+	return found, c.do(ctx, http.MethodGet, "/v1/decisions?"+q.Encode(), nil, &found)
 }
 
 // Events returns at most limit events from index from on, as far as they are on disk.

@@ -61,10 +61,10 @@ func (t *tool) export(socket *string) *cobra.Command {
 	c := command("export DIR", "Write the audit log as static files (C2SP tlog-tiles)", cobra.ExactArgs(1), func(cmd *cobra.Command, args []string) error {
 		ctx, cancel := context.WithTimeout(cmd.Context(), longTime)
 		defer cancel()
-		if _, err := os.Stat(*socket); err != nil {
-			return socketError{fmt.Errorf("no appliance is running there: %w", err)}
+		c, err := dialAdmin(*socket)
+		if err != nil {
+			return err
 		}
-		c := api.NewClient(*socket)
 		l, err := c.Log(ctx)
 		if err != nil {
 			return err

@@ -12,6 +12,7 @@ import (
 	"countersign/keystore"
 
 	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
 )
 
 // socketError marks a failure to reach the admin socket.
@@ -28,14 +29,25 @@ type (
 // longTime bounds the acts that may take long: a compaction, an export.
 const longTime = 24 * time.Hour
 
-func (t *tool) admin() *cobra.Command {
-	var socket string
-	c := group("admin", "Manage an appliance over its admin socket")
+func socketFlag(flags *pflag.FlagSet, socket *string) {
 	path := os.Getenv("COUNTERSIGN_SOCKET")
 	if path == "" {
 		path = "/run/countersign/admin.sock"
 	}
-	c.PersistentFlags().StringVar(&socket, "socket", path, "the admin socket (or COUNTERSIGN_SOCKET)")
+	flags.StringVar(socket, "socket", path, "the admin socket (or COUNTERSIGN_SOCKET)")
+}
+
+func dialAdmin(socket string) (*api.Client, error) {
+	if _, err := os.Stat(socket); err != nil {
+		return nil, socketError{fmt.Errorf("no appliance is running there: %w", err)}
+	}
+	return api.NewClient(socket), nil
+}
+
+func (t *tool) admin() *cobra.Command {
+	var socket string
+	c := group("admin", "Manage an appliance over its admin socket")
+	socketFlag(c.PersistentFlags(), &socket)
 
 	// act makes a command that calls the API.
 	act := func(use, short string, args cobra.PositionalArgs, do apiCall) *cobra.Command {
@@ -46,10 +58,11 @@ func (t *tool) admin() *cobra.Command {
 			}
 			ctx, cancel := context.WithTimeout(cmd.Context(), wait)
 			defer cancel()
-			if _, err := os.Stat(socket); err != nil {
-				return socketError{fmt.Errorf("no appliance is running there: %w", err)}
+			api, err := dialAdmin(socket)
+			if err != nil {
+				return err
 			}
-			return do(ctx, api.NewClient(socket), args)
+			return do(ctx, api, args)
 		})
 	}
 
@@ -147,11 +160,27 @@ func (t *tool) admin() *cobra.Command {
 				return err
 			}
 			return t.print(peers, func(w io.Writer) {
-				fmt.Fprintln(w, "NAME\tPUBLIC KEY\tADDED")
+				fmt.Fprintln(w, "NAME\tPUBLIC KEY\tADDED\tLAST SEEN\tCONNECTIONS\tSTATE")
 				for _, p := range peers {
-					fmt.Fprintf(w, "%s\t%s\t%s\n", p.Name, p.PublicKey, date(p.Added))
+					seen := "never"
+					if p.LastSeen != 0 {
+						seen = date(p.LastSeen)
+					}
+					fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%d\t%s\n", p.Name, p.PublicKey, date(p.Added), seen, p.Connections, either(p.Suspended, "suspended", "enrolled"))
 				}
 			})
+		}),
+		act("suspend NAME", "Close a peer's connections and keep it out until it is resumed", cobra.ExactArgs(1), func(ctx context.Context, c *api.Client, args []string) error {
+			if err := c.SuspendPeer(ctx, args[0]); err != nil {
+				return err
+			}
+			return t.print(map[string]string{"suspended": args[0]}, func(w io.Writer) { fmt.Fprintf(w, "suspended\t%s\n", args[0]) })
+		}),
+		act("resume NAME", "Let a suspended peer in again", cobra.ExactArgs(1), func(ctx context.Context, c *api.Client, args []string) error {
+			if err := c.ResumePeer(ctx, args[0]); err != nil {
+				return err
+			}
+			return t.print(map[string]string{"resumed": args[0]}, func(w io.Writer) { fmt.Fprintf(w, "resumed\t%s\n", args[0]) })
 		}),
 		act("remove NAME", "Take a peer's enrolment back and close its connections", cobra.ExactArgs(1), func(ctx context.Context, c *api.Client, args []string) error {
 			if err := c.RemovePeer(ctx, args[0]); err != nil {
@@ -230,7 +259,7 @@ func (t *tool) admin() *cobra.Command {
 		}
 		return t.print(k, func(w io.Writer) { fmt.Fprintln(w, k.PublicKey) })
 	})
-	c.AddCommand(key, peer, tokens, rollback, audit, noiseKey, t.retention(act), t.receipts(act), t.ledger(act))
+	c.AddCommand(key, peer, tokens, rollback, audit, noiseKey, t.policyVersions(act), t.retention(act), t.receipts(act), t.ledger(act))
 	return c
 }
 

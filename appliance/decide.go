@@ -1,0 +1,247 @@
+package appliance
+
+import (
+	"context"
+	"crypto/rand"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"maps"
+	"math"
+	"math/big"
+	"strconv"
+	"time"
+
+	"countersign/audit"
+	"countersign/ledger"
+	"countersign/policy"
+	"countersign/transcript"
+	"countersign/wire"
+)
+
+// rules is a policy in force.
+type rules struct {
+	*policy.Policy
+	version uint64
+}
+
+// decision asks policy about a sign request, inside its admission, where what was signed before is counted, and makes the event
+// that says what was decided.
+type decision struct {
+	rules   *rules
+	request policy.Request
+	payment bool
+	at      time.Time
+	salt    [16]byte
+	counts  []ledger.Count
+	rise    *ledger.Rise
+	marks   audit.Event // of the admission
+
+	allowed bool
+	record  []byte
+}
+
+// decisionOf prepares what can be made without the ledger. What only the appliance itself may sign, and what no rule can judge,
+// is refused here.
+func (a *Appliance) decisionOf(who Peer, key *Key, doc *transcript.Document) (*decision, error) {
+	if doc.Reserved {
+		return nil, fmt.Errorf("%w: %s is made by the appliance only", errNotYours, doc.Type)
+	}
+	admitted, _, _ := audit.OfDocument(doc.Type)
+	d := &decision{rules: a.rules.Load(), payment: doc.Payment != nil, at: time.Now(), marks: audit.Event{
+		Type: admitted, Actor: who.actor(), Action: "sign", Resource: key.Info().Ref.String(), Outcome: "ok", Metadata: metadataOf(doc),
+	}}
+	rand.Read(d.salt[:])
+	fields := maps.Clone(doc.Fields)
+	if fields == nil {
+		fields = map[string]any{}
+	}
+	fields["transcript"] = doc.Type
+	fields["lifetime"] = doc.ExpiresAt - doc.Timestamp
+	fields["size"] = int64(len(doc.Canonical))
+	policy.SetTime(fields, d.at)
+	if who.Identity != "" {
+		fields["identity"] = who.Identity
+	}
+	counterparty := hex.EncodeToString(doc.Counterparty(key.Info().PublicKey))
+	if counterparty != "" {
+		fields["counterparty"] = counterparty
+	}
+	var exact *big.Int
+	if d.payment {
+		exact = doc.Payment.Exact()
+		amount, amountE8 := policy.Amounts(exact)
+		if amount == math.MaxInt64 {
+			return nil, fmt.Errorf("%w: the amount is larger than any rule can judge", policy.ErrDenied)
+		}
+		fields["amount"], fields["amount_e8"] = amount, amountE8
+	}
+	for i, subject := range []string{who.Name, key.Name, key.Name + "\x00" + counterparty} {
+		if i == counterpartyIndex && counterparty == "" {
+			break
+		}
+		series := policy.Counted[i] + "\x00" + subject
+		d.counts = append(d.counts, ledger.Count{Series: "signatures\x00" + series, Add: big.NewInt(1)})
+		if d.payment {
+			d.counts = append(d.counts, ledger.Count{Series: "amount\x00" + series + "\x00" + doc.Payment.Currency, Add: exact})
+		}
+	}
+	if doc.Generation != nil {
+		d.rise = &ledger.Rise{Series: "generation\x00" + doc.Type + "\x00" + key.Name, To: *doc.Generation}
+	}
+	action := policy.Sign
+	if doc.Type == "raw" {
+		action = policy.SignRaw
+	}
+	var err error
+	d.request, err = policy.NewRequest(who.Name, action, key.Name, fields)
+	return d, err
+}
+
+const counterpartyIndex = 2 // in policy.Counted
+
+// decide is asked by the ledger, with what each of counts has.
+func (d *decision) decide(used []ledger.Used) ([]byte, error) {
+	d.request.Used = policy.Usage{}
+	for i := range policy.Counted {
+		if len(used) == 0 {
+			break
+		}
+		for w := range policy.Windows {
+			d.request.Used[i][w].Signatures = used[0][w].Int64()
+		}
+		if used = used[1:]; d.payment {
+			for w := range policy.Windows {
+				window := &d.request.Used[i][w]
+				window.Amount, window.AmountE8 = policy.Amounts(used[0][w])
+			}
+			used = used[1:]
+		}
+	}
+	var decided policy.Decision
+	decided, d.record = d.rules.Decided(d.rules.version, d.at.UnixMilli(), d.request, d.salt)
+	d.allowed = decided.Allowed
+	return d.record, decided.Err()
+}
+
+// event is what the ledger writes down.
+func (d *decision) event(v ledger.Verdict) []byte {
+	e := d.marks
+	if v != ledger.Replay {
+		e.Metadata = maps.Clone(e.Metadata)
+		e.Metadata["policy"], e.Metadata["inputs"] = hex.EncodeToString(d.rules.Hash[:]), policy.Digest(d.record)
+	}
+	if v == ledger.Denied {
+		e.Type, e.Outcome = audit.SignatureRejected, wire.CodeDenied
+		if d.allowed {
+			e.Metadata["refused"] = "generation" // by the ledger, not by policy
+		}
+	}
+	return verdictEvent(e, v)
+}
+
+// writtenDown is a refusal that the ledger has recorded with its verdict.
+type writtenDown struct{ error }
+
+func (w writtenDown) Unwrap() error { return w.error }
+
+// refusal is what an admission that was not admitted tells the peer: that policy does not allow it, or that the nonce is spent,
+// and where it was the peer's own request, by which event.
+func refusal(a ledger.Admitted) error {
+	switch {
+	case a.Verdict == ledger.Denied:
+		return writtenDown{a.Denial}
+	case a.Verdict == ledger.Replay && a.Own:
+		return writtenDown{fmt.Errorf("%w: your own request for this document spent it, as event %d", errReplay, a.First)}
+	case a.Verdict == ledger.Replay:
+		return writtenDown{errReplay}
+	}
+	return nil
+}
+
+// PolicyVersion is a policy that was or is in force.
+type PolicyVersion struct {
+	Version   uint64
+	Hash      string // SHA-256 of the text, hex
+	Text      string
+	Activated time.Time
+}
+
+type policyRecord struct {
+	Hash      string `json:"sha256"`
+	Text      string `json:"text"`
+	Activated int64  `json:"activated"` // Unix seconds
+}
+
+func policyKey(version uint64) string { return fmt.Sprintf("%020d", version) }
+
+// Policies lists all versions, the oldest first; the last one is in force.
+func (a *Appliance) Policies() (all []PolicyVersion, err error) {
+	err = a.ledger.All(ledger.Policies, func(key string, value []byte) error {
+		v, err := policyVersion(key, value)
+		all = append(all, v)
+		return err
+	})
+	return all, err
+}
+
+func policyVersion(key string, value []byte) (PolicyVersion, error) {
+	version, bad := strconv.ParseUint(key, 10, 64)
+	var r policyRecord
+	if err := errors.Join(bad, json.Unmarshal(value, &r)); err != nil {
+		return PolicyVersion{}, fmt.Errorf("policy %q in the ledger: %w", key, err)
+	}
+	return PolicyVersion{version, r.Hash, r.Text, time.Unix(r.Activated, 0).UTC()}, nil
+}
+
+// Activate puts a policy in force, for decisions that begin from here on. It is a new version, with an event, unless it is the
+// text that is in force already.
+func (a *Appliance) Activate(ctx context.Context, who audit.Actor, p *policy.Policy) (version uint64, changed bool, err error) {
+	err = a.act(ctx, a.activating, "activating a policy", func(ctx context.Context) error {
+		hash := hex.EncodeToString(p.Hash[:])
+		same := errors.New("the same")
+		err := a.ledger.Update(ctx, func(tx *ledger.Tx) error {
+			var last PolicyVersion
+			if err := tx.All(ledger.Policies, func(key string, value []byte) (err error) { last, err = policyVersion(key, value); return err }); err != nil {
+				return err
+			}
+			if version = last.Version; last.Hash == hash {
+				return same
+			}
+			version++
+			if err := tx.Put(ledger.Policies, policyKey(version), encode(policyRecord{hash, string(p.Text), time.Now().Unix()})); err != nil {
+				return err
+			}
+			return tx.Append(entry(audit.Event{Type: audit.PolicyChanged, Actor: who, Action: "policy activate", Resource: "policy", Outcome: "ok",
+				Metadata: map[string]string{"sha256": hash, "previous": last.Hash, "version": strconv.FormatUint(version, 10)}}))
+		})
+		if err != nil && !errors.Is(err, same) {
+			return err
+		}
+		changed = err == nil
+		a.rules.Store(&rules{p, version})
+		return nil
+	})
+	if err != nil {
+		return 0, false, err
+	}
+	return version, changed, nil
+}
+
+// Decision is one that policy made, with the event that records it.
+type Decision struct {
+	Event  uint64
+	Record []byte // policy.Record in JSON, the bytes whose digest is in the event
+}
+
+// Decision returns that of an event, or ErrNotFound.
+func (a *Appliance) Decision(event uint64) (Decision, error) {
+	d, err := a.ledger.Decision(event)
+	return Decision{d.Event, d.Record}, err
+}
+
+// Decisions calls visit for each decision from an event and a time on, in their order, until it returns false.
+func (a *Appliance) Decisions(from uint64, since time.Time, visit func(Decision) bool) error {
+	return a.ledger.Decisions(from, since.UnixMilli(), func(d ledger.Decision) bool { return visit(Decision{d.Event, d.Record}) })
+}
