@@ -474,7 +474,10 @@ func BenchmarkGood(b *testing.B) {
 	h, at := limiter(usual)
 	b.ReportAllocs()
 	for b.Loop() {
-		a := begin(b, h, ipv4(1))
+		a, err := h.Begin(b.Context(), ipv4(1))
+		if err != nil {
+			b.Fatal(err)
+		}
 		a.Good()
 		a.End()
 		at.pass(time.Millisecond)
