@@ -20,6 +20,7 @@ var arrows = map[string]struct{ ours, outside []string }{
 	"wire":                  {[]string{"ijson"}, []string{"github.com/go-json-experiment/json"}},
 	"noise":                 {nil, []string{"github.com/flynn/noise"}},
 	"policy":                {nil, []string{"github.com/cedar-policy/cedar-go"}},
+	"limit":                 {nil, []string{"github.com/hashicorp/golang-lru/v2"}},
 	"ledger":                {[]string{"audit"}, []string{"go.etcd.io/bbolt", "golang.org/x/mod"}},
 	"ledger/disktest":       {nil, []string{"github.com/hanwen/go-fuse/v2", "golang.org/x/sys"}},
 	"audit":                 {nil, []string{"github.com/go-json-experiment/json", "golang.org/x/mod"}},

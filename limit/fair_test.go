@@ -1,0 +1,422 @@
+package limit
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"testing/synctest"
+	"time"
+)
+
+func acquire(t testing.TB, f *Fair, lane string) (release func()) {
+	t.Helper()
+	release, err := f.Acquire(t.Context(), lane)
+	if err != nil {
+		t.Fatalf("%s: %v", lane, err)
+	}
+	return release
+}
+
+func enter(t testing.TB, f *Fair, lane string) *place {
+	t.Helper()
+	p, err := f.enter(lane)
+	if err != nil {
+		t.Fatalf("%s: %v", lane, err)
+	}
+	return p
+}
+
+func granted(p *place) bool {
+	select {
+	case <-p.granted:
+		return true
+	default:
+		return false
+	}
+}
+
+func idle(t testing.TB, f *Fair) {
+	t.Helper()
+	if f.held != 0 || f.waiting != 0 || len(f.lanes) != 0 || f.turns.Len() != 0 {
+		t.Fatalf("%d held, %d waiting in %d lanes, %d turns", f.held, f.waiting, len(f.lanes), f.turns.Len())
+	}
+}
+
+// TestTurns writes down who gets the slot, by lane and place in it.
+func TestTurns(t *testing.T) {
+	for _, c := range []struct{ come, gone, want string }{
+		{"a1 a2 a3 b1 b2 c1", "", "a1 b1 c1 a2 b2 a3"},
+		{"a1 a2 a3 b1", "a2", "a1 b1 a3"},
+		{"a1 a2 b1 c1", "a1", "a2 b1 c1"},  // the lane keeps its turn
+		{"a1 b1 c1 a2", "a1 a2", "b1 c1"},  // nobody is left
+		{"a1 b1 c1", "a1 +a2", "b1 c1 a2"}, // and comes last when it is back
+		{"a1 a2 b1", "a1 +a3", "a2 b1 a3"}, // a lane that goes on has one turn as before
+		{"a1 b1 b2 c1", "b1", "a1 b2 c1"},
+		{"a1 a2 b1", "go a1", "a2 b1"},        // gone when it had just got the slot: the lane's turn is not lost
+		{"a1 b1 c1", "go a1", "b1 c1"},        // unless nobody is there to use it
+		{"a1 b1 b2", "go a1 +a2", "b1 b2 a2"}, // nor is it kept for who was not there
+		{"a1 b1 b2", "go +a2 a1", "a2 b1 b2"}, // who came in time has it
+	} {
+		f := NewFair(1, 10, 100)
+		enter(t, f, "first")
+		places := map[string]*place{}
+		var order []string
+		come := func(name string) { places[name] = enter(t, f, name[:1]); order = append(order, name) }
+		for _, name := range strings.Fields(c.come) {
+			come(name)
+		}
+		free := f.release
+		for _, name := range strings.Fields(c.gone) {
+			if name == "go" {
+				f.release()
+				free = func() {} // given already
+			} else if back, ok := strings.CutPrefix(name, "+"); ok {
+				come(back)
+			} else {
+				f.leave(places[name])
+				delete(places, name)
+			}
+		}
+		var got []string
+		for free(); len(places) > 0; f.release() {
+			i := slices.IndexFunc(order, func(name string) bool { return places[name] != nil && granted(places[name]) })
+			if i < 0 {
+				t.Fatalf("%v: nobody has the slot after %v", c, got)
+			}
+			got = append(got, order[i])
+			delete(places, order[i])
+		}
+		if strings.Join(got, " ") != c.want {
+			t.Errorf("%s, gone %s: %v; want %s", c.come, c.gone, got, c.want)
+		}
+		idle(t, f)
+	}
+}
+
+func TestReleaseOnce(t *testing.T) {
+	f := NewFair(2, 1, 1)
+	a, b := acquire(t, f, "a"), acquire(t, f, "b")
+	a()
+	a()
+	if f.held != 1 {
+		t.Fatalf("%d held", f.held)
+	}
+	b()
+	idle(t, f)
+}
+
+func TestAcquireEndsWithItsContext(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := NewFair(1, 10, 10)
+		ended, cancel := context.WithCancel(t.Context())
+		cancel()
+		if _, err := f.Acquire(ended, "a"); !errors.Is(err, context.Canceled) {
+			t.Fatal(err)
+		}
+		release := acquire(t, f, "a")
+		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+		defer cancel()
+		if _, err := f.Acquire(ctx, "b"); !errors.Is(err, context.DeadlineExceeded) {
+			t.Fatal(err)
+		}
+		release()
+		idle(t, f)
+	})
+}
+
+func TestBusy(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := NewFair(1, 3, 5)
+		busy := func(lane string, retry time.Duration) {
+			t.Helper()
+			_, err := f.Acquire(t.Context(), lane)
+			var b *Busy
+			if !errors.Is(err, ErrBusy) || !errors.As(err, &b) || b.RetryAfter != retry {
+				t.Fatalf("%s: %#v; want to try again after %s", lane, err, retry)
+			}
+		}
+		enter(t, f, "a")
+		for range 3 {
+			enter(t, f, "a")
+		}
+		busy("a", 10*time.Millisecond) // nothing is known yet
+		for range 2 {
+			enter(t, f, "b")
+		}
+		busy("b", 10*time.Millisecond) // too many in all
+		busy("c", 10*time.Millisecond)
+		for range 100 {
+			time.Sleep(20 * time.Millisecond)
+			f.release()
+			enter(t, f, slices.MinFunc([]string{"a", "b"}, func(x, y string) int { return waiting(f, x) - waiting(f, y) }))
+		}
+		busy("c", 100*time.Millisecond)
+		time.Sleep(time.Second) // it seems to hang
+		busy("c", 5*time.Second)
+		time.Sleep(time.Hour)
+		busy("c", 10*time.Second)
+		f.last = time.Now()
+		f.interval = time.Microsecond
+		busy("c", 10*time.Millisecond)
+	})
+}
+
+func waiting(f *Fair, lane string) int {
+	if l := f.lanes[lane]; l != nil {
+		return l.queue.Len()
+	}
+	return 0
+}
+
+// TestFairInvariants does random things one by one and looks at everything after each. For each lane that waits it counts the
+// turns of each other lane since its own last turn: never more than one.
+func TestFairInvariants(t *testing.T) {
+	r := rand.New(rand.NewPCG(3, 4))
+	for round := range 500 {
+		slots, perLane, total, lanes := 1+r.IntN(4), 1+r.IntN(5), 1+r.IntN(15), 2+r.IntN(5)
+		f := NewFair(slots, perLane, total)
+		queues := map[string][]*place{}      // those who wait, as they came
+		turns := map[string]map[string]int{} // of others, since a lane began to wait or had its own
+		var fresh *place                     // granted by the last operation, and so possibly while its ctx ended
+		for range 300 {
+			name := string(rune('a' + r.IntN(lanes)))
+			before, handed := fresh, ""
+			fresh = nil
+			switch r.IntN(5) {
+			case 0, 1, 2:
+				p, err := f.enter(name)
+				if full := len(queues[name]) == perLane || all(queues) == total; (err != nil) != (full && f.held == slots) {
+					t.Fatalf("%d wait in the lane, %d in all: %v", len(queues[name]), all(queues), err)
+				}
+				if p != nil {
+					if len(queues[name]) == 0 {
+						turns[name] = map[string]int{}
+					}
+					queues[name] = append(queues[name], p)
+				}
+			case 3:
+				if before != nil && r.IntN(2) == 0 {
+					handed = before.lane
+					f.leave(before)
+				} else if f.held > 0 {
+					f.release()
+				}
+			case 4:
+				if q := queues[name]; len(q) > 0 {
+					i := r.IntN(len(q))
+					f.leave(q[i])
+					queues[name] = slices.Delete(q, i, i+1)
+				}
+			}
+			for lane, q := range queues {
+				for i, p := range q {
+					if !granted(p) {
+						continue
+					}
+					if i != 0 || fresh != nil {
+						t.Fatalf("%s: place %d got a slot", lane, i)
+					}
+					fresh = p
+				}
+			}
+			if fresh != nil {
+				lane := fresh.lane
+				queues[lane] = queues[lane][1:]
+				turns[lane] = map[string]int{}
+				for other := range queues {
+					if len(queues[other]) == 0 || other == lane || lane == handed {
+						continue
+					}
+					if turns[other][lane]++; turns[other][lane] > 1 {
+						t.Fatalf("round %d: %s had two turns while %s waited for one", round, lane, other)
+					}
+				}
+			}
+			in := 0
+			for lane, q := range queues {
+				if len(q) > 0 {
+					in++
+				}
+				if waiting(f, lane) != len(q) {
+					t.Fatalf("%s: %d wait, want %d", lane, waiting(f, lane), len(q))
+				}
+			}
+			if f.held > slots || f.held < 0 || f.waiting > 0 && f.held < slots || f.waiting != all(queues) || len(f.lanes) != in || f.turns.Len() != in {
+				t.Fatalf("%d of %d held, %d waiting in %d lanes, %d turns; want %d in %d", f.held, slots, f.waiting, len(f.lanes), f.turns.Len(), all(queues), in)
+			}
+		}
+		for f.held > 0 {
+			f.release()
+		}
+		idle(t, f)
+	}
+}
+
+func all(queues map[string][]*place) (n int) {
+	for _, q := range queues {
+		n += len(q)
+	}
+	return n
+}
+
+// TestFairConcurrent has callers that give up at any moment.
+func TestFairConcurrent(t *testing.T) {
+	f := NewFair(3, 8, 30)
+	var held, got, gone, busy atomic.Int64
+	var wg sync.WaitGroup
+	for n := range 40 {
+		wg.Go(func() {
+			r := rand.New(rand.NewPCG(5, uint64(n)))
+			lane := fmt.Sprint(n % 5)
+			for range 1000 {
+				ctx, cancel := context.WithCancel(t.Context())
+				if r.IntN(2) == 0 {
+					time.AfterFunc(time.Duration(r.IntN(100))*time.Microsecond, cancel)
+				}
+				release, err := f.Acquire(ctx, lane)
+				switch {
+				case errors.Is(err, ErrBusy):
+					busy.Add(1)
+				case errors.Is(err, context.Canceled):
+					gone.Add(1)
+				case err != nil:
+					t.Error(err)
+				default:
+					if n := held.Add(1); n > 3 {
+						t.Errorf("%d are held", n)
+					}
+					for range r.IntN(1000) {
+						held.Load()
+					}
+					held.Add(-1)
+					got.Add(1)
+					release()
+					if r.IntN(10) == 0 {
+						release()
+					}
+				}
+				cancel()
+			}
+		})
+	}
+	wg.Wait()
+	idle(t, f)
+	t.Logf("%d got a slot, %d gave up, %d found it busy", got.Load(), gone.Load(), busy.Load())
+}
+
+// TestAGreedyLane shares a device of 200 operations a second, which does them one after the other, or slots of them side by
+// side. One lane offers 100 times its share, others use what they get, and a victim asks ten times a second.
+func TestAGreedyLane(t *testing.T) {
+	const pace, seconds = 200, 10
+	for _, sideBySide := range []bool{true, false} {
+		for _, slots := range []int{1, 2, 4, 8} {
+			for _, lanes := range []int{2, 5} {
+				synctest.Test(t, func(t *testing.T) {
+					f := NewFair(slots, 64, 512)
+					device := make(chan struct{}, 1)
+					var done int
+					var mu sync.Mutex
+					use := func(release func()) {
+						if sideBySide {
+							time.Sleep(time.Duration(slots) * time.Second / pace)
+						} else {
+							device <- struct{}{}
+							time.Sleep(time.Second / pace)
+							<-device
+						}
+						release()
+						mu.Lock()
+						done++
+						mu.Unlock()
+					}
+					stop, cancel := context.WithTimeout(t.Context(), seconds*time.Second)
+					defer cancel()
+					var all sync.WaitGroup
+					all.Go(func() {
+						for stop.Err() == nil {
+							all.Go(func() {
+								if release, err := f.Acquire(stop, "greedy"); err == nil {
+									use(release)
+								}
+							})
+							time.Sleep(time.Second * time.Duration(lanes) / (100 * pace))
+						}
+					})
+					for n := range lanes - 2 {
+						for range slots + 1 {
+							all.Go(func() {
+								for stop.Err() == nil {
+									if release, err := f.Acquire(stop, fmt.Sprint(n)); err == nil {
+										use(release)
+									}
+								}
+							})
+						}
+					}
+					var waits []time.Duration
+					time.Sleep(time.Second)
+					for range 10 * (seconds - 2) {
+						all.Go(func() {
+							began := time.Now()
+							release := acquire(t, f, "victim")
+							mu.Lock()
+							waits = append(waits, time.Since(began))
+							mu.Unlock()
+							use(release)
+						})
+						time.Sleep(100*time.Millisecond + time.Millisecond/3) // out of step with the device
+					}
+					all.Wait()
+					idle(t, f)
+					slices.Sort(waits)
+					limit := time.Duration(slots+lanes) * time.Second / pace
+					median, worst := waits[len(waits)/2], waits[len(waits)-1]
+					t.Logf("side by side %v, %d slots, %d lanes: median %s, worst %s of at most %s; %d done", sideBySide, slots, lanes, median, worst, limit, done)
+					if worst > limit {
+						t.Errorf("%d slots, %d lanes: the victim waited for %s, limit %s", slots, lanes, worst, limit)
+					}
+					if done < pace*seconds*99/100 {
+						t.Errorf("%d operations in %d s: the device was idle", done, seconds)
+					}
+				})
+			}
+		}
+	}
+}
+
+func BenchmarkFairAlone(b *testing.B) {
+	f := NewFair(4, 8, 64)
+	b.ReportAllocs()
+	for b.Loop() {
+		release, err := f.Acquire(b.Context(), "peer")
+		if err != nil {
+			b.Fatal(err)
+		}
+		release()
+	}
+}
+
+// BenchmarkFairCrowded has 64 callers in 8 lanes for one slot.
+func BenchmarkFairCrowded(b *testing.B) {
+	f := NewFair(1, 64, 512)
+	b.ReportAllocs()
+	b.SetParallelism(32)
+	var next atomic.Int32
+	b.RunParallel(func(pb *testing.PB) {
+		lane := fmt.Sprint(next.Add(1) % 8)
+		for pb.Next() {
+			release, err := f.Acquire(b.Context(), lane)
+			if err != nil {
+				b.Error(err)
+				return
+			}
+			release()
+		}
+	})
+}
