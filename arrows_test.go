@@ -18,7 +18,7 @@ var arrows = map[string]struct{ ours, outside []string }{
 	"ijson":                 {nil, []string{"github.com/go-json-experiment/json"}},
 	"transcript":            {[]string{"eddsa", "ijson"}, []string{"github.com/go-json-experiment/json"}},
 	"wire":                  {[]string{"ijson"}, []string{"github.com/go-json-experiment/json"}},
-	"noise":                 {nil, []string{"github.com/flynn/noise"}},
+	"noise":                 {[]string{"eddsa", "ijson"}, []string{"github.com/flynn/noise", "github.com/go-json-experiment/json", "golang.org/x/crypto/blake2s", "lukechampine.com/blake3"}},
 	"policy":                {nil, []string{"github.com/cedar-policy/cedar-go"}},
 	"ledger":                {[]string{"audit"}, []string{"go.etcd.io/bbolt", "golang.org/x/mod"}},
 	"ledger/disktest":       {nil, []string{"github.com/hanwen/go-fuse/v2", "golang.org/x/sys"}},
