@@ -18,7 +18,7 @@ var arrows = map[string]struct{ ours, outside []string }{
 	"ijson":                 {nil, []string{"github.com/go-json-experiment/json"}},
 	"transcript":            {[]string{"eddsa", "ijson"}, []string{"github.com/go-json-experiment/json"}},
 	"wire":                  {[]string{"ijson"}, []string{"github.com/go-json-experiment/json"}},
-	"noise":                 {nil, []string{"github.com/flynn/noise"}},
+	"noise":                 {[]string{"eddsa", "ijson"}, []string{"github.com/flynn/noise", "github.com/go-json-experiment/json", "golang.org/x/crypto/blake2s", "lukechampine.com/blake3"}},
 	"policy":                {nil, []string{"github.com/cedar-policy/cedar-go"}},
 	"limit":                 {nil, []string{"github.com/hashicorp/golang-lru/v2"}},
 	"ledger":                {[]string{"audit"}, []string{"go.etcd.io/bbolt", "golang.org/x/mod"}},

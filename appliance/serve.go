@@ -156,7 +156,7 @@ func (a *Appliance) serveConn(stop context.Context, raw net.Conn) {
 	if err != nil {
 		return // Serve does not begin without it
 	}
-	conn, err := noise.Accept(hctx, raw, static{key}, noise.PrologueV1, func(peer [32]byte) bool { _, ok := a.peer(peer); return ok })
+	conn, err := noise.Accept(hctx, raw, static{key}, noise.CountersignV1, nil, func(peer [32]byte) bool { _, ok := a.peer(peer); return ok })
 	if err != nil {
 		// The peer sees a closed connection, whatever the reason.
 		if errors.Is(err, keystore.ErrUnavailable) || errors.Is(err, keystore.ErrAuth) || errors.Is(err, keystore.ErrSealed) {

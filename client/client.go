@@ -374,7 +374,7 @@ func (c *Client) connection(ctx context.Context) (*conn, error) {
 	} else if err != nil {
 		return nil, fmt.Errorf("%w: %w", ErrUnreachable, err)
 	}
-	n, err := noise.Connect(ctx, raw, c.config.Identity, noise.PrologueV1, c.config.ServerKey)
+	n, err := noise.Connect(ctx, raw, c.config.Identity, noise.CountersignV1, c.config.ServerKey, nil)
 	if errors.Is(err, noise.ErrHandshake) {
 		raw.Close()
 		return nil, fmt.Errorf("%w: %s", ErrHandshake, strings.TrimPrefix(err.Error(), noise.ErrHandshake.Error()+": "))

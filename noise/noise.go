@@ -1,5 +1,5 @@
 // Package noise is Noise_IK_25519_ChaChaPoly_BLAKE2s over a net.Conn, with the static private key anywhere: in memory, or
-// behind a handle to a device. Begin reading at Accept.
+// behind a handle to a device. Begin reading at Accept; what is particular to clients of pubky-noise is in pubky.go.
 //
 // Every message, handshake included, is a frame: a big-endian u32 length and that many bytes, at most 65,535. A frame
 // that is longer is refused before anything is allocated for it. The Noise specification is revision 34
@@ -30,12 +30,29 @@ const (
 	minMessage2 = 32 + tagSize                // e, payload (empty)
 )
 
-// PrologueV1 names the profile of a connection; both ends must mean the same one.
-const PrologueV1 = "countersign-v1"
+// Profile says what a handshake carries; both ends must mean the same one. Its text is the prologue.
+type Profile string
+
+const (
+	CountersignV1 Profile = "countersign-v1" // empty payloads
+	PubkyV1       Profile = "pubky-noise-v1" // message 1 carries an identity payload, see PubkyIdentity
+)
+
+// Known reports whether p is one of the profiles above.
+func (p Profile) Known() bool { return p == CountersignV1 || p == PubkyV1 }
+
+// maxPayload is the size of the largest payload of message 1.
+func (p Profile) maxPayload() int {
+	if p == PubkyV1 {
+		return maxIdentity
+	}
+	return 0
+}
 
 // How a handshake or a connection fails. A broken network is none of these and is wrapped as it is.
 var (
 	ErrHandshake = errors.New("noise: handshake refused")
+	ErrIdentity  = fmt.Errorf("%w: identity payload", ErrHandshake)
 	ErrStranger  = errors.New("noise: peer is not enrolled")
 	ErrFrame     = errors.New("noise: frame of impossible length")
 	ErrDecrypt   = errors.New("noise: message does not decrypt")
@@ -56,6 +73,8 @@ type Conn struct {
 	r     *bufio.Reader
 	peer  [32]byte
 	limit time.Duration // for one write
+	// identity is what the identity payload has proven, on the responder's side of PubkyV1; nil elsewhere.
+	identity *[32]byte
 
 	in      *noise.CipherState // reader only
 	frame   []byte             // reader only: the ciphertext of the message that is being read
@@ -64,76 +83,125 @@ type Conn struct {
 	buf     []byte             // under writing
 }
 
-// Accept runs the responder's side of the handshake. enrolled decides about the peer's static public key; it is asked
-// after message 1 has been read and before message 2 is written, so that a stranger gets no answer at all. ctx bounds
-// the whole handshake. On any error the caller closes conn, without a word, and the peer can't tell which error it was.
-func Accept(ctx context.Context, conn net.Conn, static Static, prologue string, enrolled func(peer [32]byte) bool) (*Conn, error) {
+// Accept runs the responder's side of the handshake. admit is asked when a message 1 of a possible length is there, before
+// anything is computed with the static key: a limiter's place. Its error ends the handshake and is wrapped; a nil admit
+// admits. enrolled decides about the peer's static public key; it is asked after message 1 has been read and before message
+// 2 is written, so that a stranger gets no answer at all. ctx bounds the whole handshake. On any error the caller closes
+// conn, without a word, and the peer can't tell which error it was.
+func Accept(ctx context.Context, conn net.Conn, static Static, profile Profile, admit func(context.Context) error, enrolled func(peer [32]byte) bool) (*Conn, error) {
 	c := newConn(conn)
-	defer c.deadlineOf(ctx)()
-	hs, err := newHandshake(ctx, static, prologue, nil, nil)
-	if err != nil {
+	if err := c.accept(ctx, static, profile, admit, enrolled, nil); err != nil {
 		return nil, err
+	}
+	return c, nil
+}
+
+func (c *Conn) accept(ctx context.Context, static Static, profile Profile, admit func(context.Context) error, enrolled func(peer [32]byte) bool, random io.Reader) error {
+	if !profile.Known() {
+		return fmt.Errorf("noise: there is no profile %q", string(profile))
+	}
+	defer c.deadlineOf(ctx)()
+	hs, err := newHandshake(ctx, static, profile, nil, random)
+	if err != nil {
+		return err
 	}
 	// -> e, es, s, ss
-	message1, err := c.readFrame(minMessage1, minMessage1)
+	message1, err := c.readFrame(minMessage1, minMessage1+profile.maxPayload())
 	if err != nil {
-		return nil, err
+		return err
 	}
-	if _, _, _, err := hs.ReadMessage(nil, message1); err != nil {
-		return nil, fmt.Errorf("%w: message 1: %w", ErrHandshake, err)
+	if admit != nil {
+		if err := admit(ctx); err != nil {
+			return fmt.Errorf("noise: handshake not admitted: %w", err)
+		}
+	}
+	payload, _, _, err := hs.ReadMessage(nil, message1)
+	if err != nil {
+		return fmt.Errorf("%w: message 1: %w", ErrHandshake, err)
 	}
 	copy(c.peer[:], hs.PeerStatic())
+	// The identity is judged for strangers too: the time that a refusal takes does not depend on who is enrolled.
+	var unproven error
+	if profile == PubkyV1 {
+		c.identity, unproven = checkIdentity(payload, c.peer, static.Public(), time.Now())
+	}
 	if !enrolled(c.peer) {
-		return nil, ErrStranger
+		return ErrStranger
+	}
+	if unproven != nil {
+		return unproven
 	}
 	// <- e, ee, se
 	message2, in, out, err := hs.WriteMessage(nil, nil)
 	if err != nil {
-		return nil, fmt.Errorf("%w: message 2: %w", ErrHandshake, err)
+		return fmt.Errorf("%w: message 2: %w", ErrHandshake, err)
 	}
 	if err := c.writeFrame(message2); err != nil {
-		return nil, err
+		return err
 	}
 	c.in, c.out = in, out
+	return nil
+}
+
+// Connect runs the initiator's side of the handshake with a responder whose static public key is known. payload is what
+// PubkyIdentity made for this static and server, or nil in CountersignV1. ctx bounds the whole handshake. A responder that
+// closes without an answer gives ErrHandshake: it does not know this peer, or does not take its identity, or it does not
+// hold the private key of server, or another profile is in use.
+func Connect(ctx context.Context, conn net.Conn, static Static, profile Profile, server [32]byte, payload []byte) (*Conn, error) {
+	c := newConn(conn)
+	if err := c.connect(ctx, static, profile, server, payload, nil); err != nil {
+		return nil, err
+	}
 	return c, nil
 }
 
-// Connect runs the initiator's side of the handshake with a responder whose static public key is known. ctx bounds the
-// whole handshake. A responder that closes without an answer gives ErrHandshake: it does not know this peer, or it does
-// not hold the private key of server, or another prologue is in use.
-func Connect(ctx context.Context, conn net.Conn, static Static, prologue string, server [32]byte) (*Conn, error) {
-	c := newConn(conn)
+func (c *Conn) connect(ctx context.Context, static Static, profile Profile, server [32]byte, payload []byte, random io.Reader) error {
+	if !profile.Known() {
+		return fmt.Errorf("noise: there is no profile %q", string(profile))
+	}
+	if len(payload) > profile.maxPayload() || len(payload) == 0 && profile == PubkyV1 {
+		return fmt.Errorf("noise: a payload of %d bytes does not fit into profile %s", len(payload), profile)
+	}
 	c.peer = server
 	defer c.deadlineOf(ctx)()
-	hs, err := newHandshake(ctx, static, prologue, server[:], nil)
+	hs, err := newHandshake(ctx, static, profile, server[:], random)
 	if err != nil {
-		return nil, err
+		return err
 	}
 	// -> e, es, s, ss
-	message1, _, _, err := hs.WriteMessage(nil, nil)
+	message1, _, _, err := hs.WriteMessage(nil, payload)
 	if err != nil {
-		return nil, fmt.Errorf("%w: message 1: %w", ErrHandshake, err)
+		return fmt.Errorf("%w: message 1: %w", ErrHandshake, err)
 	}
 	if err := c.writeFrame(message1); err != nil {
-		return nil, err
+		return err
 	}
 	// <- e, ee, se
 	message2, err := c.readFrame(minMessage2, minMessage2)
 	if errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) || isReset(err) {
-		return nil, fmt.Errorf("%w: it was closed without an answer: the server does not know this identity, or its key is another, or it can't serve now", ErrHandshake)
+		return fmt.Errorf("%w: it was closed without an answer: the server does not know this identity, or its key is another, or it can't serve now", ErrHandshake)
 	} else if err != nil {
-		return nil, err
+		return err
 	}
 	_, out, in, err := hs.ReadMessage(nil, message2)
 	if err != nil {
-		return nil, fmt.Errorf("%w: message 2: %w", ErrHandshake, err)
+		return fmt.Errorf("%w: message 2: %w", ErrHandshake, err)
 	}
 	c.in, c.out = in, out
-	return c, nil
+	return nil
 }
 
 // Peer returns the static public key of the other end.
 func (c *Conn) Peer() [32]byte { return c.peer }
+
+// Identity returns the Ed25519 public key that a peer of PubkyV1 has proven to Accept. Like Peer it can come from a
+// recorded message 1 until a first message has been read.
+func (c *Conn) Identity() (ed25519 [32]byte, ok bool) {
+	if c.identity == nil {
+		return ed25519, false
+	}
+	return *c.identity, true
+}
 
 // ReadMessage returns the next message. io.EOF is a clean end between two messages.
 func (c *Conn) ReadMessage() ([]byte, error) {
@@ -224,14 +292,14 @@ func isReset(err error) bool {
 }
 
 // newHandshake prepares a handshake; with a server it is the initiator's. random is nil but for test vectors.
-func newHandshake(ctx context.Context, static Static, prologue string, server []byte, random io.Reader) (*noise.HandshakeState, error) {
+func newHandshake(ctx context.Context, static Static, profile Profile, server []byte, random io.Reader) (*noise.HandshakeState, error) {
 	public := static.Public()
 	return noise.NewHandshakeState(noise.Config{
 		Random:        random,
 		CipherSuite:   noise.NewCipherSuite(dh{ctx, static}, noise.CipherChaChaPoly, noise.HashBLAKE2s),
 		Pattern:       noise.HandshakeIK,
 		Initiator:     server != nil,
-		Prologue:      []byte(prologue),
+		Prologue:      []byte(profile),
 		StaticKeypair: noise.DHKey{Private: []byte(handle), Public: public[:]},
 		PeerStatic:    server,
 	})

@@ -52,11 +52,11 @@ func (v vector) run(t *testing.T) {
 		t.Fatal(err)
 	}
 	respPub := respID.Public()
-	ini, err := newHandshake(t.Context(), initID, v.prologue, respPub[:], bytes.NewReader(v.initEph))
+	ini, err := newHandshake(t.Context(), initID, Profile(v.prologue), respPub[:], bytes.NewReader(v.initEph))
 	if err != nil {
 		t.Fatal(err)
 	}
-	res, err := newHandshake(t.Context(), respID, v.prologue, nil, bytes.NewReader(v.respEph))
+	res, err := newHandshake(t.Context(), respID, Profile(v.prologue), nil, bytes.NewReader(v.respEph))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -149,44 +149,6 @@ func TestPublicVectors(t *testing.T) {
 	}
 }
 
-func TestPubkyVectors(t *testing.T) {
-	b, err := os.ReadFile("testdata/pubky-noise.json")
-	if err != nil {
-		t.Fatal(err)
-	}
-	var file struct {
-		Handshakes []struct {
-			Generation, Prologue, Msg1, Msg2 string
-			InitStatic                       string `json:"init_static"`
-			InitEph                          string `json:"init_ephemeral"`
-			RespStatic                       string `json:"resp_static"`
-			RespEph                          string `json:"resp_ephemeral"`
-			Payload                          string `json:"payload_json"`
-			SessionID                        string `json:"session_id"`
-			Transport                        []struct{ From, Plaintext, Ciphertext string }
-		}
-	}
-	if err := json.Unmarshal(b, &file); err != nil {
-		t.Fatal(err)
-	}
-	if len(file.Handshakes) == 0 {
-		t.Fatal("no handshakes in the file")
-	}
-	for _, f := range file.Handshakes {
-		t.Run(f.Generation, func(t *testing.T) {
-			v := vector{prologue: f.Prologue, initStatic: unhex(t, f.InitStatic), initEph: unhex(t, f.InitEph),
-				respStatic: unhex(t, f.RespStatic), respEph: unhex(t, f.RespEph), handshakeHash: unhex(t, f.SessionID),
-				payloads: [][]byte{[]byte(f.Payload), nil}, ciphertexts: [][]byte{unhex(t, f.Msg1), unhex(t, f.Msg2)}, fromInit: []bool{true, false}}
-			for _, m := range f.Transport {
-				v.payloads = append(v.payloads, []byte(m.Plaintext))
-				v.ciphertexts = append(v.ciphertexts, unhex(t, m.Ciphertext))
-				v.fromInit = append(v.fromInit, m.From == "init")
-			}
-			v.run(t)
-		})
-	}
-}
-
 // pair connects a client and a server over loopback TCP.
 func pair(t testing.TB) (client, server net.Conn) {
 	t.Helper()
@@ -218,7 +180,7 @@ func accept(t testing.TB, conn net.Conn, static Static, enrolled func([32]byte) 
 	go func() {
 		ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
 		defer cancel()
-		c, err := Accept(ctx, conn, static, PrologueV1, enrolled)
+		c, err := Accept(ctx, conn, static, CountersignV1, nil, enrolled)
 		if err != nil {
 			conn.Close()
 		}
@@ -232,7 +194,7 @@ func connected(t testing.TB) (client, server *Conn) {
 	c, s := pair(t)
 	clientID, serverID := identity(t), identity(t)
 	ch := accept(t, s, serverID, func(p [32]byte) bool { return p == clientID.Public() })
-	client, err := Connect(t.Context(), c, clientID, PrologueV1, serverID.Public())
+	client, err := Connect(t.Context(), c, clientID, CountersignV1, serverID.Public(), nil)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -297,7 +259,7 @@ func TestStrangerGetsNotAByte(t *testing.T) {
 	serverID := identity(t)
 	c, s := pair(t)
 	ch := accept(t, s, serverID, func([32]byte) bool { return false })
-	if _, err := Connect(t.Context(), c, identity(t), PrologueV1, serverID.Public()); !errors.Is(err, ErrHandshake) {
+	if _, err := Connect(t.Context(), c, identity(t), CountersignV1, serverID.Public(), nil); !errors.Is(err, ErrHandshake) {
 		t.Errorf("client: %v", err)
 	}
 	if a := <-ch; !errors.Is(a.err, ErrStranger) {
@@ -313,14 +275,24 @@ func TestOtherKeyOrPrologueIsRefused(t *testing.T) {
 	serverID := identity(t)
 	c, s := pair(t)
 	ch := accept(t, s, serverID, enrolled)
-	if _, err := Connect(t.Context(), c, identity(t), PrologueV1, identity(t).Public()); !errors.Is(err, ErrHandshake) {
+	if _, err := Connect(t.Context(), c, identity(t), CountersignV1, identity(t).Public(), nil); !errors.Is(err, ErrHandshake) {
 		t.Errorf("another server key: %v", err)
 	}
 	<-ch
 	c, s = pair(t)
 	ch = accept(t, s, serverID, enrolled)
-	if _, err := Connect(t.Context(), c, identity(t), "countersign-v2", serverID.Public()); !errors.Is(err, ErrHandshake) {
-		t.Errorf("another prologue: %v", err)
+	server := serverID.Public()
+	hs, err := newHandshake(t.Context(), identity(t), "countersign-v2", server[:], nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	message1, _, _, err := hs.WriteMessage(nil, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	c.Write(append(binary.BigEndian.AppendUint32(nil, uint32(len(message1))), message1...))
+	if n, err := io.Copy(io.Discard, c); n != 0 {
+		t.Errorf("another prologue: %d bytes, %v", n, err)
 	}
 	if a := <-ch; !errors.Is(a.err, ErrHandshake) {
 		t.Errorf("server: %v", a.err)
@@ -369,7 +341,7 @@ func TestEveryFlippedByteIsRefused(t *testing.T) {
 		c, s := pair(t)
 		ch := accept(t, s, serverID, enrolled)
 		ctx, cancel := context.WithTimeout(t.Context(), 5*time.Second)
-		client, err := Connect(ctx, &tamper{c, at}, clientID, PrologueV1, serverID.Public())
+		client, err := Connect(ctx, &tamper{c, at}, clientID, CountersignV1, serverID.Public(), nil)
 		cancel()
 		c.Close()
 		if a := <-ch; a.err == nil || err == nil {
@@ -384,7 +356,7 @@ func TestEveryFlippedByteIsRefused(t *testing.T) {
 			// A changed length may leave the client waiting for bytes; the deadline ends that.
 			ctx, cancel = context.WithTimeout(t.Context(), 100*time.Millisecond)
 		}
-		_, err := Connect(ctx, c, clientID, PrologueV1, serverID.Public())
+		_, err := Connect(ctx, c, clientID, CountersignV1, serverID.Public(), nil)
 		cancel()
 		if err == nil {
 			t.Fatalf("message 2, byte %d: accepted", at)
@@ -430,7 +402,7 @@ func TestSilentPeerIsCutOff(t *testing.T) {
 	_, s := pair(t)
 	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Millisecond)
 	defer cancel()
-	_, err := Accept(ctx, s, identity(t), PrologueV1, func([32]byte) bool { return true })
+	_, err := Accept(ctx, s, identity(t), CountersignV1, nil, func([32]byte) bool { return true })
 	var netErr net.Error
 	if !errors.As(err, &netErr) || !netErr.Timeout() {
 		t.Errorf("deadline: %v", err)
@@ -439,7 +411,7 @@ func TestSilentPeerIsCutOff(t *testing.T) {
 	ctx, cancel = context.WithCancel(t.Context())
 	done := make(chan error)
 	go func() {
-		_, err := Connect(ctx, c, identity(t), PrologueV1, identity(t).Public())
+		_, err := Connect(ctx, c, identity(t), CountersignV1, identity(t).Public(), nil)
 		done <- err
 	}()
 	cancel()

@@ -35,7 +35,7 @@ func TestSpecHandshake(t *testing.T) {
 	if err := json.Unmarshal([]byte(text), &f); !found || err != nil {
 		t.Fatalf("no exchange in docs/SPEC.md: %v", err)
 	}
-	if f.Prologue != PrologueV1 {
+	if f.Prologue != string(CountersignV1) {
 		t.Errorf("prologue %q", f.Prologue)
 	}
 	for private, public := range map[string]string{f.PeerPrivate: f.PeerPublic, f.ServerPrivate: f.ServerPublic} {

@@ -32,7 +32,7 @@ func (s *system) peer() *noise.Conn {
 	s.t.Cleanup(func() { raw.Close() })
 	ctx, cancel := context.WithTimeout(s.t.Context(), 10*time.Second)
 	defer cancel()
-	conn, err := noise.Connect(ctx, raw, c.Identity, noise.PrologueV1, c.ServerKey)
+	conn, err := noise.Connect(ctx, raw, c.Identity, noise.CountersignV1, c.ServerKey, nil)
 	if err != nil {
 		s.t.Fatal(err)
 	}
@@ -310,7 +310,7 @@ func TestReplayedHandshake(t *testing.T) {
 		t.Fatal(err)
 	}
 	recorded := &record{Conn: raw}
-	if _, err := noise.Connect(t.Context(), recorded, c.Identity, noise.PrologueV1, c.ServerKey); err != nil {
+	if _, err := noise.Connect(t.Context(), recorded, c.Identity, noise.CountersignV1, c.ServerKey, nil); err != nil {
 		t.Fatal(err)
 	}
 	raw.Close()
