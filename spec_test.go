@@ -3,6 +3,7 @@ package countersign_test
 import (
 	"encoding/hex"
 	"errors"
+	"fmt"
 	"os"
 	"strings"
 	"testing"
@@ -10,6 +11,7 @@ import (
 	"countersign/audit"
 	"countersign/eddsa"
 	"countersign/ijson"
+	"countersign/keystore"
 	"countersign/policy"
 	"countersign/transcript"
 	"countersign/wire"
@@ -59,7 +61,7 @@ func TestSpecExamples(t *testing.T) {
 			t.Errorf("a block named %q", b.name)
 		}
 	}
-	for kind, least := range map[string]int{"request": 5, "refused": 3, "answer": 7, "proof": 1, "vector": 4, "noise": 1} {
+	for kind, least := range map[string]int{"request": 5, "refused": 3, "answer": 7, "proof": 1, "vector": 11, "noise": 1} {
 		if seen[kind] < least {
 			t.Errorf("%d blocks of kind %q, expected at least %d", seen[kind], kind, least)
 		}
@@ -133,6 +135,18 @@ func checkVector(t *testing.T, text string) {
 	}
 }
 
+// TestKeyNames: a succession can be written of every line, and of nothing else.
+func TestKeyNames(t *testing.T) {
+	for _, name := range []string{"", "a", "-", "a-", "-a", "0", "payments-2", "A", "a.b", "a/1", "a b", "a\u00e9", "a_b", strings.Repeat("k", 64), strings.Repeat("k", 65)} {
+		payload := fmt.Sprintf(`{"key":%q,"version":2,"old_public_key":"%s","new_public_key":"%s","time":0}`, name,
+			"d04ab232742bb4ab3a1368bd4615e4e6d0224ab71a016baf8520a332c9778737", "a09aa5f47a6759802ff955f8dc2d2a14a5c99d23be97f864127ff9383455a4f0")
+		_, err := transcript.Parse(transcript.Request{Type: "key-succession-v1", Payload: []byte(payload), ExpiresAt: 1})
+		if (err == nil) != (keystore.CheckName(name) == nil) {
+			t.Errorf("%q: the transcript says %v, the keystore %v", name, err, keystore.CheckName(name))
+		}
+	}
+}
+
 // TestOperationsPolicyIsValid: the rules that an operator is shown fit the schema.
 func TestOperationsPolicyIsValid(t *testing.T) {
 	b, err := os.ReadFile("docs/OPERATIONS.md")
@@ -152,10 +166,15 @@ func TestSpecNamesEveryCodeAndType(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	for _, name := range append(transcript.Types(),
+	names := []string{
 		wire.CodeMalformed, wire.CodeUnsupported, wire.CodeTooLarge, wire.CodeUnknownKey, wire.CodeKeyNotActive, wire.CodeDenied,
 		wire.CodeReplay, wire.CodeExpired, wire.CodeNotYetValid, wire.CodeLifetimeTooLong, wire.CodeInvalidSignature, wire.CodeWrongSigner,
-		wire.CodeRateLimited, wire.CodeBusy, wire.CodeUnavailable) {
+		wire.CodeRateLimited, wire.CodeBusy, wire.CodeUnavailable,
+	}
+	for _, t := range transcript.Types() {
+		names = append(names, "### "+t.Name+"\n")
+	}
+	for _, name := range names {
 		if !strings.Contains(string(b), name) {
 			t.Errorf("%s is not in docs/SPEC.md", name)
 		}

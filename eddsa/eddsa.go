@@ -6,7 +6,7 @@
 //     sign bit where x is 0);
 //   - neither A nor R has small order, so that no signature is valid for two messages or under no secret at all;
 //   - S is reduced (S < L);
-//   - the equation is checked without the cofactor: [S]B = R + [k]A.
+//   - the equation is checked without the cofactor, and with k reduced mod L: [S]B = R + [k]A.
 //
 // Two verifiers that follow these rules never disagree about a signature.
 package eddsa

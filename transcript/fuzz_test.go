@@ -1,33 +1,75 @@
 package transcript_test
 
 import (
-	"bytes"
 	"errors"
+	"reflect"
+	"slices"
+	"strings"
 	"testing"
+	"unicode"
+	"unicode/utf8"
 
 	"countersign/transcript"
+
+	"github.com/go-json-experiment/json/jsontext"
 )
 
-// FuzzParse: whatever the payload, Parse refuses it with its class, or gives bytes that depend on nothing but the request.
-func FuzzParse(f *testing.F) {
-	for _, c := range loadVectors(f).Cases {
-		f.Add("paykit-subscription-v2", []byte(c.Subscription))
+// fuzz holds a type to this: whatever the payload is, Parse refuses it with a class, in a short text that can be printed;
+// or the bytes depend on nothing but what the payload says: they are the same for its RFC 8785 form.
+func fuzz(f *testing.F, typ string, seeds ...string) {
+	for _, v := range vectors(f, typ) {
+		seeds = append(seeds, string(v.Payload))
 	}
-	f.Add("message-v1", []byte(`{"context":"c","message":"AA"}`))
-	f.Add("message-v1", []byte(`{"context":"c","sha256":"LPJNul-wow4m6DsqxbninhsWHlwfp0JecwQzYpOLmCQ"}`))
-	f.Add("raw", []byte(`{"message":"AA"}`))
-	f.Fuzz(func(t *testing.T, typ string, payload []byte) {
-		r := transcript.Request{Type: typ, Payload: payload, Timestamp: 1, ExpiresAt: 2}
-		doc, err := transcript.Parse(r)
+	for _, seed := range seeds {
+		f.Add([]byte(seed))
+	}
+	start := domain(typ, unhex(f, vectors(f, typ)[0].Message))
+	f.Fuzz(func(t *testing.T, payload []byte) {
+		sent := slices.Clone(payload)
+		doc, err := transcript.Parse(transcript.Request{Type: typ, Payload: payload, Timestamp: 1, ExpiresAt: 2})
+		if !slices.Equal(payload, sent) {
+			t.Fatal("Parse writes to the payload")
+		}
 		if err != nil {
 			if !errors.Is(err, transcript.ErrMalformed) && !errors.Is(err, transcript.ErrUnsupported) {
 				t.Fatalf("%v has no class", err)
 			}
+			if text := err.Error(); len(text) > 500 || !utf8.ValidString(text) || strings.ContainsFunc(text, func(r rune) bool { return !unicode.IsPrint(r) }) {
+				t.Fatalf("an error of %d bytes: %.600q", len(text), text)
+			}
 			return
 		}
-		again, err := transcript.Parse(r)
-		if err != nil || !bytes.Equal(again.Canonical, doc.Canonical) || !bytes.Equal(again.Message, doc.Message) {
-			t.Fatalf("the second time: %v", err)
+		if !strings.HasPrefix(string(doc.Message), start) {
+			t.Fatalf("%x does not begin with %q", doc.Message, start)
+		}
+		form := jsontext.Value(sent)
+		if err := form.Canonicalize(jsontext.CanonicalizeRawInts(false)); err != nil { // some integers are longer than RFC 8785 has them
+			t.Fatal(err)
+		}
+		again, err := transcript.Parse(transcript.Request{Type: typ, Payload: form, Timestamp: 1, ExpiresAt: 2})
+		if err != nil {
+			t.Fatalf("%s is taken, its RFC 8785 form is not: %v", payload, err)
+		}
+		doc.Payload, again.Payload = nil, nil
+		if !reflect.DeepEqual(doc, again) {
+			t.Fatalf("%s and its RFC 8785 form differ:\n%+v\n%+v", payload, doc, again)
 		}
 	})
 }
+
+func FuzzKeySuccession(f *testing.F)       { fuzz(f, "key-succession-v1") }
+func FuzzMessage(f *testing.F)             { fuzz(f, "message-v1") }
+func FuzzPaykitHTTPSignature(f *testing.F) { fuzz(f, "paykit-http-signature-v1") }
+func FuzzPaykitNoiseKeyAuthorization(f *testing.F) {
+	fuzz(f, "paykit-noise-key-authorization-v1")
+}
+func FuzzPaykitSubscription(f *testing.F) {
+	var seeds []string
+	for _, c := range loadVectors(f).Cases {
+		seeds = append(seeds, string(c.Subscription))
+	}
+	fuzz(f, "paykit-subscription-v2", seeds...)
+}
+func FuzzPaymentRequest(f *testing.F) { fuzz(f, "payment-request-v1") }
+func FuzzRaw(f *testing.F)            { fuzz(f, "raw") }
+func FuzzReceipt(f *testing.F)        { fuzz(f, "receipt-v1") }

@@ -8,6 +8,12 @@ const messageDomain = "countersign-message-v1\x00"
 // MaxContext bounds the context string of message-v1, in bytes.
 const MaxContext = 255
 
+var messageType = Type{"message-v1", "any bytes, in a named context", []Field{
+	{"context", true, "text of 1 to 255 bytes"},
+	{"message", false, "base64url; this or sha256"},
+	{"sha256", false, "32 bytes, base64url: the SHA-256 of a message that need not travel"},
+}, message}
+
 // message is the transcript message-v1: a signature over any bytes, in a named context.
 //
 //	canonical = "countersign-message-v1" 00 || u8 length of context || context || SHA-256(payload)
@@ -22,7 +28,7 @@ func message(d *Document) error {
 		Message *string `json:"message"`
 		SHA256  *string `json:"sha256"`
 	}
-	if err := d.decode(&p, "context"); err != nil {
+	if err := d.decode(&p); err != nil {
 		return err
 	}
 	if err := checkText("payload.context", p.Context, MaxContext); err != nil {
@@ -40,12 +46,9 @@ func message(d *Document) error {
 		sum := sha256.Sum256(b)
 		digest = sum[:]
 	default:
-		b, err := decodeBase64("payload.sha256", *p.SHA256)
+		b, err := decodeBytes("payload.sha256", *p.SHA256, sha256.Size)
 		if err != nil {
 			return err
-		}
-		if len(b) != sha256.Size {
-			return malformed("payload.sha256", "must have %d bytes, not %d", sha256.Size, len(b))
 		}
 		digest = b
 	}

@@ -35,6 +35,29 @@ const (
 	maxAmountBits      = 96   // of the amount without its point
 )
 
+// The forms of fields that several types have.
+const (
+	formKey         = "32 bytes: an array of numbers, 64 hex digits, 43 characters of base64url or 52 characters of z-base-32"
+	formAmount      = "text: a positive decimal number, such as \"1000\" or \"0.25\""
+	formDescription = "text of up to 4096 bytes; line feed and tab are allowed"
+)
+
+var paykitSubscriptionType = Type{"paykit-subscription-v2", "a subscription, as Paykit's paykit_subscriptions signs it", []Field{
+	{"subscription_id", true, "text of 1 to 128 bytes"},
+	{"subscriber", true, formKey + "; a signer"},
+	{"provider", true, formKey + "; differs from subscriber; a signer"},
+	{"terms.amount", true, formAmount},
+	{"terms.currency", true, "1 to 16 of A-Z a-z 0-9 . _ -"},
+	{"terms.frequency", true, formFrequency},
+	{"terms.method", true, "1 to 64 of A-Z a-z 0-9 . _ -"},
+	{"terms.max_amount_per_period", false, formAmount},
+	{"terms.description", true, formDescription},
+	{"metadata", true, "an object of text and of objects of text"},
+	{"created_at", true, formTime},
+	{"starts_at", true, formTime},
+	{"ends_at", false, formTime + ", later than starts_at"},
+}, paykitSubscription}
+
 // subscription is the JSON form of a Paykit subscription, as its serde types write it.
 type subscription struct {
 	SubscriptionID string         `json:"subscription_id"`
@@ -70,7 +93,7 @@ type frequency struct{ encoded []byte }
 func paykitSubscription(d *Document) error {
 	var s subscription
 	// Upstream signs metadata that is null as nothing at all, so it must be there; {} is none.
-	if err := d.decode(&s, "subscription_id", "subscriber", "provider", "terms", "metadata", "created_at", "starts_at"); err != nil {
+	if err := d.decode(&s); err != nil {
 		return err
 	}
 	if err := s.check(); err != nil {
@@ -94,13 +117,11 @@ func (s *subscription) check() error {
 	if err := checkText("payload.subscription_id", s.SubscriptionID, maxSubscriptionID); err != nil {
 		return err
 	}
-	for _, party := range []struct {
-		field string
-		key   publicKey
-	}{{"payload.subscriber", s.Subscriber}, {"payload.provider", s.Provider}} {
-		if err := eddsa.CheckPublicKey(party.key[:]); err != nil {
-			return malformed(party.field, "is not a usable Ed25519 public key: %v", err)
-		}
+	if err := s.Subscriber.check("payload.subscriber"); err != nil {
+		return err
+	}
+	if err := s.Provider.check("payload.provider"); err != nil {
+		return err
 	}
 	if s.Subscriber == s.Provider {
 		return malformed("payload.provider", "must differ from payload.subscriber")
@@ -125,11 +146,8 @@ func (s *subscription) check() error {
 	if s.Terms.Description == nil {
 		return malformed("payload.terms.description", "is missing; it may be empty")
 	}
-	if len(*s.Terms.Description) > maxDescription {
-		return malformed("payload.terms.description", "must have at most %d bytes", maxDescription)
-	}
-	if hasControl(strings.NewReplacer("\n", "", "\t", "").Replace(*s.Terms.Description)) {
-		return malformed("payload.terms.description", "must not contain control characters other than line feed and tab")
+	if err := checkDescription("payload.terms.description", *s.Terms.Description); err != nil {
+		return err
 	}
 	if err := checkMetadata(s.Metadata); err != nil {
 		return err
@@ -196,6 +214,17 @@ func checkMetadataText(field string, value any) error {
 		return malformed(field, "must have at most %d bytes", maxMetadataText)
 	case hasControl(s):
 		return malformed(field, "must not contain control characters")
+	}
+	return nil
+}
+
+// checkDescription accepts text for people, of several lines perhaps, and none.
+func checkDescription(field, s string) error {
+	if len(s) > maxDescription {
+		return malformed(field, "must have at most %d bytes", maxDescription)
+	}
+	if hasControl(strings.NewReplacer("\n", "", "\t", "").Replace(s)) {
+		return malformed(field, "must not contain control characters other than line feed and tab")
 	}
 	return nil
 }
@@ -327,18 +356,27 @@ func (f *frequency) UnmarshalJSON(b []byte) error {
 // daysIn has the days of each month in a leap year.
 var daysIn = [12]uint8{31, 29, 31, 30, 31, 30, 31, 31, 30, 31, 30, 31}
 
-var errFrequency = errors.New(`must be "Daily", "Weekly", {"Monthly":{"day_of_month":1 to 31}}, ` +
-	`{"Yearly":{"month":1 to 12,"day":1 to 31}} or {"Custom":{"interval_seconds":1 to 253402300799}}`)
+const formFrequency = `"Daily", "Weekly", {"Monthly":{"day_of_month":1 to 31}}, ` +
+	`{"Yearly":{"month":1 to 12,"day":1 to 31}} or {"Custom":{"interval_seconds":1 to 253402300799}}`
+
+var errFrequency = errors.New("must be " + formFrequency)
 
 // publicKey reads 32 bytes: an array of 32 numbers (as serde writes it), or text in hex, base64url without padding, or
 // z-base-32 (as Pubky writes it).
 type publicKey [32]byte
 
-var errPublicKey = errors.New("must be 32 bytes: an array of numbers, 64 hex digits, 43 characters of base64url or " +
-	"52 characters of z-base-32")
+var errPublicKey = errors.New("must be " + formKey)
 
 // zBase32 is the alphabet that Pubky names its keys in: human-oriented base-32, 5 bits a character, no padding.
 var zBase32 = base32.NewEncoding("ybndrfg8ejkmcpqxot1uwisza345h769").WithPadding(base32.NoPadding)
+
+// check refuses what is not a point on the curve, and points of small order.
+func (k publicKey) check(field string) error {
+	if err := eddsa.CheckPublicKey(k[:]); err != nil {
+		return malformed(field, "is not a usable Ed25519 public key: %v", err)
+	}
+	return nil
+}
 
 func (k *publicKey) UnmarshalJSON(b []byte) error {
 	if jsontext.Value(b).Kind() == '[' {

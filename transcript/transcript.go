@@ -16,6 +16,8 @@ import (
 	"time"
 
 	"countersign/ijson"
+
+	"github.com/go-json-experiment/json/jsontext"
 )
 
 // MaxTime is the latest time that a document may name: the last second of the year 9999, in Unix seconds.
@@ -57,34 +59,57 @@ type Document struct {
 	// Unbound marks a type whose signed bytes do not contain the envelope: a verifier can't tell a replay from a second
 	// signature, so such a document can be signed but not verified here.
 	Unbound bool
+	// Reserved marks a type that only the appliance itself makes: Sign refuses it for peers.
+	Reserved bool
+	// Generation is a number that must rise with each signature of its signer; the ledger holds it. nil where the type has
+	// none.
+	Generation *uint64
+
+	fields []Field // of the payload
 }
 
 // Payment is an amount as the document writes it, and how it is paid.
 type Payment struct{ Amount, Currency, Method string }
 
-// types is the table of all transcripts. Adding one is a new file and a line here.
-var types = map[string]func(*Document) error{
-	"message-v1":             message,
-	"paykit-subscription-v2": paykitSubscription,
-	"raw":                    raw,
+// Type describes a transcript type for people.
+type Type struct {
+	Name   string  `json:"type"`
+	About  string  `json:"about"`
+	Fields []Field `json:"fields"` // of the payload; there are no others
+	build  func(*Document) error
 }
 
-// Types lists the names of all transcript types in alphabetical order.
-func Types() []string {
-	names := make([]string, 0, len(types))
-	for name := range types {
-		names = append(names, name)
-	}
-	slices.Sort(names)
-	return names
+// Field is a field of a payload. One of an object in the payload has a name with a dot.
+type Field struct {
+	Name     string `json:"name"`
+	Required bool   `json:"required"`
+	Form     string `json:"form"`
 }
+
+// formTime is the form of times in every payload.
+const formTime = "Unix seconds, 0 to 253402300799"
+
+// types is the table of all transcripts, by name. Adding one is a new file and a line here.
+var types = []Type{
+	keySuccessionType,
+	messageType,
+	paykitHTTPSignatureType,
+	paykitNoiseKeyAuthorizationType,
+	paykitSubscriptionType,
+	paymentRequestType,
+	rawType,
+	receiptType,
+}
+
+// Types lists all transcript types in alphabetical order.
+func Types() []Type { return slices.Clone(types) }
 
 // Parse checks a request by its own rules and makes its canonical bytes. It looks at no clock and no key: see
 // CheckTime and CheckSigner. Errors wrap ErrUnsupported or ErrMalformed.
 func Parse(r Request) (*Document, error) {
-	build, ok := types[r.Type]
-	if !ok {
-		return nil, fmt.Errorf("%w %q: this appliance knows %q", ErrUnsupported, ijson.Clip(r.Type), Types())
+	i := slices.IndexFunc(types, func(t Type) bool { return t.Name == r.Type })
+	if i < 0 {
+		return nil, fmt.Errorf("%w %q", ErrUnsupported, ijson.Clip(r.Type))
 	}
 	if err := checkTime("timestamp", r.Timestamp); err != nil {
 		return nil, err
@@ -95,8 +120,8 @@ func Parse(r Request) (*Document, error) {
 	if r.ExpiresAt <= r.Timestamp {
 		return nil, malformed("expires_at", "must be later than timestamp")
 	}
-	d := &Document{Request: r}
-	if err := build(d); err != nil {
+	d := &Document{Request: r, fields: types[i].Fields}
+	if err := types[i].build(d); err != nil {
 		return nil, err
 	}
 	return d, nil
@@ -133,9 +158,29 @@ func (d *Document) CheckSigner(publicKey []byte) error {
 	return fmt.Errorf("%w: the document names other keys as its parties", ErrWrongSigner)
 }
 
+// Counterparty returns the other party of a document that exactly two may sign, where signer is one of them; else nil.
+func (d *Document) Counterparty(signer []byte) []byte {
+	if len(d.Signers) != 2 {
+		return nil
+	}
+	switch string(signer) {
+	case string(d.Signers[0]):
+		return d.Signers[1]
+	case string(d.Signers[1]):
+		return d.Signers[0]
+	}
+	return nil
+}
+
 // decode reads the payload into v: unknown and duplicate fields, wrong types and invalid UTF-8 are refused, and so is a
-// payload without one of the required fields.
-func (d *Document) decode(v any, required ...string) error {
+// payload without one of the type's required fields.
+func (d *Document) decode(v any) error {
+	var required []string
+	for _, f := range d.fields {
+		if outer, _, _ := strings.Cut(f.Name, "."); f.Required {
+			required = append(required, outer)
+		}
+	}
 	if err := ijson.Decode(d.Payload, v, required...); err != nil {
 		return fmt.Errorf("%w: payload: %w", ErrMalformed, err)
 	}
@@ -195,6 +240,34 @@ func decodeBase64(field, s string) ([]byte, error) {
 		return nil, malformed(field, "must be base64url without padding")
 	}
 	return b, nil
+}
+
+// decodeBytes is decodeBase64 for size bytes.
+func decodeBytes(field, s string, size int) ([]byte, error) {
+	b, err := decodeBase64(field, s)
+	if err == nil && len(b) != size {
+		return nil, malformed(field, "must have %d bytes, not %d", size, len(b))
+	}
+	return b, err
+}
+
+// bindJSON gives a document the bytes of our own transcripts:
+//
+//	canonical = domain 00 || SHA-256(RFC 8785 form of the payload as it was sent)
+//	            || nonce (32) || timestamp (u64, big-endian) || expires_at (u64, big-endian)
+//	signed    = canonical
+//
+// RFC 8785 has no numbers but those of float64, so two payloads could have one form if they differed in a longer one. The
+// payloads that come here have passed decode, with integers below 2^53 as their only numbers.
+func (d *Document) bindJSON(domain string) error {
+	form := slices.Clone(jsontext.Value(d.Payload))
+	if err := form.Canonicalize(); err != nil {
+		return malformed("payload", "has no RFC 8785 form")
+	}
+	sum := sha256.Sum256(form)
+	d.Canonical = appendEnvelope(append([]byte(domain+"\x00"), sum[:]...), d.Request)
+	d.Message = d.Canonical
+	return nil
 }
 
 // appendString appends a varint length and the bytes.

@@ -1,7 +1,6 @@
 package main
 
 import (
-	"bytes"
 	"context"
 	"crypto/sha256"
 	"encoding/base64"
@@ -317,47 +316,4 @@ func (t *tool) proof() *cobra.Command {
 	})
 	s.flags(c)
 	return c
-}
-
-func (t *tool) transcript() *cobra.Command {
-	return group("transcript", "Show what a document signs, without an appliance",
-		command("list", "List the transcript types", cobra.NoArgs, func(*cobra.Command, []string) error {
-			return t.print(transcript.Types(), func(w io.Writer) {
-				for _, name := range transcript.Types() {
-					fmt.Fprintln(w, name)
-				}
-			})
-		}),
-		command("encode TYPE [FILE|-]", "Show the canonical bytes of a document, and what Ed25519 signs", cobra.RangeArgs(1, 2), func(cmd *cobra.Command, args []string) error {
-			input, err := t.readInput(args[1:])
-			if err != nil {
-				return err
-			}
-			d, err := client.DecodeSigned(input)
-			if err != nil {
-				return fmt.Errorf("%w: %w", transcript.ErrMalformed, err)
-			}
-			if d.Type == "" {
-				d.Type = args[0]
-			}
-			if d.Type != args[0] {
-				return fmt.Errorf("%w: the document's type is %q", transcript.ErrMalformed, d.Type)
-			}
-			doc, err := transcript.Parse(transcript.Request(d.Document))
-			if err != nil {
-				return err
-			}
-			out := map[string]string{"type": doc.Type, "canonical": hex.EncodeToString(doc.Canonical), "message": hex.EncodeToString(doc.Message)}
-			return t.print(out, func(w io.Writer) {
-				fmt.Fprintf(w, "type\t%s\n", doc.Type)
-				var compact bytes.Buffer
-				if json.Compact(&compact, doc.Payload) == nil {
-					fmt.Fprintf(w, "payload\t%s\n", compact.Bytes())
-				}
-				fmt.Fprintf(w, "nonce\t%x\n", doc.Nonce)
-				fmt.Fprintf(w, "valid\t%d to %d\n", doc.Timestamp, doc.ExpiresAt)
-				fmt.Fprintf(w, "canonical\t%s\nmessage\t%s\n", out["canonical"], out["message"])
-			})
-		}),
-	)
 }

@@ -1,0 +1,64 @@
+package transcript
+
+var keySuccessionType = Type{"key-succession-v1", "the old key of a line endorses the new one; only the appliance itself makes it, when it rotates", []Field{
+	{"key", true, "the name of the line: 1 to 64 of a-z 0-9 -, not beginning with -"},
+	{"version", true, "that of the new key, 2 to 4294967295"},
+	{"old_public_key", true, formKey + "; the signer"},
+	{"new_public_key", true, formKey + "; differs from old_public_key"},
+	{"time", true, formTime},
+	{"next", false, "32 bytes, base64url: SHA-256 of the public key that will follow the new one"},
+}, keySuccession}
+
+// keySuccession is the transcript key-succession-v1: see bindJSON for its bytes.
+func keySuccession(d *Document) error {
+	var p struct {
+		Key          string    `json:"key"`
+		Version      uint32    `json:"version"`
+		OldPublicKey publicKey `json:"old_public_key"`
+		NewPublicKey publicKey `json:"new_public_key"`
+		Time         int64     `json:"time"`
+		Next         *string   `json:"next"`
+	}
+	if err := d.decode(&p); err != nil {
+		return err
+	}
+	if err := checkKeyName("payload.key", p.Key); err != nil {
+		return err
+	}
+	if p.Version < 2 {
+		return malformed("payload.version", "must be at least 2: the first version succeeds nothing")
+	}
+	if err := p.OldPublicKey.check("payload.old_public_key"); err != nil {
+		return err
+	}
+	if err := p.NewPublicKey.check("payload.new_public_key"); err != nil {
+		return err
+	}
+	if p.NewPublicKey == p.OldPublicKey {
+		return malformed("payload.new_public_key", "must differ from payload.old_public_key")
+	}
+	if err := checkTime("payload.time", p.Time); err != nil {
+		return err
+	}
+	if p.Next != nil {
+		if _, err := decodeBytes("payload.next", *p.Next, 32); err != nil {
+			return err
+		}
+	}
+	d.Signers = [][]byte{p.OldPublicKey[:]}
+	d.Reserved = true
+	return d.bindJSON("countersign-key-succession-v1")
+}
+
+// checkKeyName accepts what package keystore accepts as the name of a line; a test of the tree compares the two.
+func checkKeyName(field, name string) error {
+	ok := name != "" && len(name) <= 64 && name[0] != '-'
+	for i := range len(name) {
+		c := name[i]
+		ok = ok && (c >= 'a' && c <= 'z' || c >= '0' && c <= '9' || c == '-')
+	}
+	if !ok {
+		return malformed(field, "must have 1 to 64 lower-case letters, digits and hyphens, and not begin with a hyphen")
+	}
+	return nil
+}

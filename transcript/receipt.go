@@ -1,0 +1,46 @@
+package transcript
+
+import "slices"
+
+// receiptStates are the ends that a payment can have come to.
+var receiptStates = []string{"completed", "failed", "refunded", "cancelled"}
+
+var receiptType = Type{"receipt-v1", "how a payment ended, without a word about who paid whom how much", []Field{
+	{"id", true, "16 bytes, base64url"},
+	{"time", true, formTime},
+	{"amount_hash", true, "32 bytes, base64url: a salted commitment to the amount"},
+	{"method", true, "1 to 64 of A-Z a-z 0-9 _ -"},
+	{"status", true, "completed, failed, refunded or cancelled"},
+}, receipt}
+
+// receipt is the transcript receipt-v1: see bindJSON for its bytes. There is no place in it for personal data: no text is
+// free. Its domain is not the name of the type, which is what the commitment to a receipt's amount is hashed with.
+func receipt(d *Document) error {
+	var p struct {
+		ID         string `json:"id"`
+		Time       int64  `json:"time"`
+		AmountHash string `json:"amount_hash"`
+		Method     string `json:"method"`
+		Status     string `json:"status"`
+	}
+	if err := d.decode(&p); err != nil {
+		return err
+	}
+	if _, err := decodeBytes("payload.id", p.ID, 16); err != nil {
+		return err
+	}
+	if err := checkTime("payload.time", p.Time); err != nil {
+		return err
+	}
+	if _, err := decodeBytes("payload.amount_hash", p.AmountHash, 32); err != nil {
+		return err
+	}
+	if err := checkToken("payload.method", p.Method, maxMethodID, "_-"); err != nil {
+		return err
+	}
+	if !slices.Contains(receiptStates, p.Status) {
+		return malformed("payload.status", "must be one of %q", receiptStates)
+	}
+	d.Fields = map[string]any{"method": p.Method, "status": p.Status}
+	return d.bindJSON("countersign-receipt-document-v1")
+}
