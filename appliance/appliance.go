@@ -20,14 +20,26 @@ import (
 	"countersign/ijson"
 	"countersign/keystore"
 	"countersign/ledger"
+	"countersign/limit"
 	"countersign/policy"
 )
 
-// Limits bounds what peers can cost. Every field must be set; cmd/countersignd documents them and has the defaults.
+// Limits bounds what peers and strangers can cost. Every field must be set; cmd/countersignd documents them and has the defaults.
 type Limits struct {
-	Connections      int           // open at once, handshakes included
-	InFlight         int           // requests of one connection that are being served at once
+	Connections          int // open at once, handshakes included
+	Strangers            int // of them, those that have proven nothing and come from where nobody has proven anything
+	ConnectionsPerSource int
+	ConnectionsPerPeer   int
+	InFlight             int // requests of one connection that are being served at once
+	Requests             int // being served at once in all, the items of a batch one by one
+	RequestsPerPeer      int
+	RefusalsPerMinute    int // of one peer; beyond them its requests are not looked at
+	BatchItems           int
+	Calls                map[string]int // of each token at once
+	Handshakes           limit.Config
+
 	HandshakeTimeout time.Duration // for the handshake, and again for the first request
+	ReadTimeout      time.Duration // for a request, from its first byte to its last
 	IdleTimeout      time.Duration // without a request on a connection
 	WriteTimeout     time.Duration // for one answer
 	RequestTimeout   time.Duration // for one request, the device's time included; and for writing down how it ended
@@ -48,15 +60,19 @@ type Appliance struct {
 
 	retention  Retention
 	signing    lock  // held while a checkpoint is signed
-	refusals   tally // of strangers
-	creating   lock  // held while a key is made, however long the device takes
-	enrolling  lock  // held while a peer is added or removed
-	activating lock  // held while a policy is put in force
+	refusals   tally // of what is too many to be written down one by one
+	handshakes *limit.Handshakes
+	places     *limit.Connections
+	turns      map[string]*limit.Fair // by token
+	creating   lock                   // held while a key is made, however long the device takes
+	enrolling  lock                   // held while a peer is added or removed
+	activating lock                   // held while a policy is put in force
 
 	mu       sync.RWMutex
 	keys     map[keystore.Ref]*Key // under mu: all versions that exist on the keystore
 	active   map[string]*Key       // under mu: the version that signs, by name
-	peers    map[[32]byte]Peer     // under mu
+	peers    map[[32]byte]*member  // under mu
+	requests int                   // under mu: being served
 	sessions map[*session]struct{} // under mu
 }
 
@@ -84,6 +100,7 @@ type Key struct {
 	Created time.Time
 
 	public *eddsa.PublicKey // of an Ed25519 key
+	turns  *limit.Fair      // of its token
 }
 
 // verify judges a signature by the rules that a stranger will judge by.
@@ -139,8 +156,11 @@ func New(ctx context.Context, limits Limits, l *ledger.Ledger, anchor Anchor, re
 	a := &Appliance{
 		limits: limits, anchor: anchor, retention: retention, ledger: l, tokens: tokens, log: log,
 		signing: make(lock, 1), creating: make(lock, 1), enrolling: make(lock, 1), activating: make(lock, 1),
-		keys: map[keystore.Ref]*Key{}, active: map[string]*Key{}, peers: map[[32]byte]Peer{}, sessions: map[*session]struct{}{},
+		keys: map[keystore.Ref]*Key{}, active: map[string]*Key{}, peers: map[[32]byte]*member{}, sessions: map[*session]struct{}{},
 	}
+	a.handshakes = limit.NewHandshakes(limits.Handshakes)
+	a.places = limit.NewConnections(limits.Connections, limits.ConnectionsPerSource, limits.Strangers)
+	a.turns = newTurns(limits.Calls, tokens)
 	a.rules.Store(&rules{Policy: p}) // Start gives it its version
 	if err := a.loadPeers(); err != nil {
 		return nil, err
@@ -196,9 +216,10 @@ func (a *Appliance) keyVersion(name string, version uint32) (*Key, error) {
 	return k, nil
 }
 
-func (a *Appliance) peer(publicKey [32]byte) (Peer, bool) {
+// member returns an enrolled peer that is not kept out.
+func (a *Appliance) member(publicKey [32]byte) (*member, bool) {
 	a.mu.RLock()
 	defer a.mu.RUnlock()
-	p, ok := a.peers[publicKey]
-	return p, ok
+	m := a.peers[publicKey]
+	return m, m != nil && m.in()
 }

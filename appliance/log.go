@@ -223,6 +223,7 @@ func (a *Appliance) keepLog(ctx context.Context) {
 		_, _, behind := a.ledger.Clock()
 		a.watch(ctx, &clock, behind, audit.ClockRefused, audit.ClockRecovered, "clock")
 		if time.Since(retained) >= retainEvery {
+			once("when peers were last seen is not written down", a.writeSeen(ctx))
 			more, err := a.retain(ctx)
 			once("retention could not be applied; it is tried again", err)
 			if !more {

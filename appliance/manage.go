@@ -44,7 +44,7 @@ var (
 	ErrInvalid  = errors.New("it is not valid")
 )
 
-// keyRecord and peerRecord are the ledger's records, under "name/version" and under the peer's name.
+// keyRecord is the ledger's record of a key, under "name/version".
 type keyRecord struct {
 	Token      string              `json:"token"`
 	Algorithm  keystore.Algorithm  `json:"algorithm"`
@@ -65,36 +65,12 @@ func (r keyRecord) info(ref keystore.Ref) (keystore.Info, error) {
 	return keystore.Info{Ref: ref, Algorithm: r.Algorithm, PublicKey: public, Custody: r.Custody, Provenance: r.Provenance, Tag: r.Tag}, nil
 }
 
-type peerRecord struct {
-	PublicKey string `json:"public_key"` // hex
-	Added     int64  `json:"added"`      // Unix seconds
-}
-
 func encode(v any) []byte {
 	b, err := json.Marshal(v)
 	if err != nil {
 		panic("appliance: a record that is not JSON: " + err.Error())
 	}
 	return b
-}
-
-func (a *Appliance) loadPeers() error {
-	return a.ledger.All(ledger.Peers, func(name string, value []byte) error {
-		var r peerRecord
-		if err := json.Unmarshal(value, &r); err != nil {
-			return fmt.Errorf("peer %q in the ledger: %w", name, err)
-		}
-		key, err := hex.DecodeString(r.PublicKey)
-		if err != nil || len(key) != 32 {
-			return fmt.Errorf("peer %q in the ledger has no public key", name)
-		}
-		p := Peer{Name: name, PublicKey: [32]byte(key), Added: time.Unix(r.Added, 0)}
-		if other, ok := a.peers[p.PublicKey]; ok {
-			return fmt.Errorf("peers %q and %q in the ledger have the same public key", other.Name, name)
-		}
-		a.peers[p.PublicKey] = p
-		return nil
-	})
 }
 
 // keyRecords reads the ledger's keys in a state that wanted accepts.
@@ -189,6 +165,7 @@ func (a *Appliance) install(k *Key) {
 	if k.Info().Algorithm == keystore.Ed25519 {
 		k.public, _ = eddsa.ParsePublicKey(k.Info().PublicKey) // one that is unusable verifies nothing
 	}
+	k.turns = a.turns[k.Token]
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	a.keys[k.Info().Ref] = k
@@ -416,109 +393,6 @@ func (a *Appliance) LogKey() (*Key, error) {
 		return k, nil
 	}
 	return nil, fmt.Errorf("the audit log's key: %w", ErrNotFound)
-}
-
-// AddPeer enrols a client under a name, by its Noise static public key. Neither may be enrolled already.
-func (a *Appliance) AddPeer(ctx context.Context, who audit.Actor, name string, publicKey []byte) (Peer, error) {
-	if err := keystore.CheckName(name); err != nil {
-		return Peer{}, fmt.Errorf("peer %q: %w: %w", ijson.Clip(name), ErrInvalid, err)
-	}
-	if len(publicKey) != 32 || keystore.LowOrder([32]byte(publicKey)) {
-		return Peer{}, fmt.Errorf("peer %q: %w: its public key must be 32 bytes of an X25519 key", name, ErrInvalid)
-	}
-	p := Peer{Name: name, PublicKey: [32]byte(publicKey), Added: time.Now()}
-	err := a.act(ctx, a.enrolling, fmt.Sprintf("peer %q", name), func(ctx context.Context) error { return a.enrol(ctx, who, &p) })
-	if err != nil {
-		return Peer{}, err
-	}
-	return p, nil
-}
-
-// enrol writes a peer down and lets it in. The ledger decides what is enrolled already, not memory.
-func (a *Appliance) enrol(ctx context.Context, who audit.Actor, p *Peer) error {
-	r := peerRecord{PublicKey: hex.EncodeToString(p.PublicKey[:]), Added: p.Added.Unix()}
-	err := a.ledger.Update(ctx, func(tx *ledger.Tx) error {
-		if len(tx.Get(ledger.Peers, p.Name)) > 0 {
-			return fmt.Errorf("peer %q: %w", p.Name, ErrExists)
-		}
-		if err := tx.All(ledger.Peers, func(other string, value []byte) error {
-			var known peerRecord
-			if err := json.Unmarshal(value, &known); err != nil {
-				return fmt.Errorf("peer %q in the ledger: %w", other, err)
-			}
-			if known.PublicKey == r.PublicKey {
-				return fmt.Errorf("peer %q: %w: the public key is enrolled as %q", p.Name, ErrExists, other)
-			}
-			return nil
-		}); err != nil {
-			return err
-		}
-		if err := tx.Put(ledger.Peers, p.Name, encode(r)); err != nil {
-			return err
-		}
-		return tx.Append(entry(audit.Event{
-			Type: audit.PeerAdded, Actor: who, Action: "peer add", Resource: p.Name, Outcome: "ok", Metadata: map[string]string{"public_key": r.PublicKey},
-		}))
-	})
-	if err != nil {
-		return err
-	}
-	a.mu.Lock()
-	defer a.mu.Unlock()
-	a.peers[p.PublicKey] = *p
-	return nil
-}
-
-// RemovePeer takes a client's enrolment back. It is cut off first, without the disk and without waiting for anybody: its
-// connections are closed, and what was being served for it has ended, before the removal is written down. After an error
-// the ledger may still have the peer, and would enrol it again at the next start: ask again.
-func (a *Appliance) RemovePeer(ctx context.Context, who audit.Actor, name string) error {
-	a.cutOff(name)
-	return a.act(ctx, a.enrolling, fmt.Sprintf("peer %q", ijson.Clip(name)), func(ctx context.Context) error {
-		for _, end := range a.cutOff(name) { // again: it may have been enrolled in between
-			<-end // a request's time at the most
-		}
-		return a.ledger.Update(ctx, func(tx *ledger.Tx) error {
-			if len(tx.Get(ledger.Peers, name)) == 0 {
-				return fmt.Errorf("peer %q: %w", ijson.Clip(name), ErrNotFound)
-			}
-			if err := tx.Delete(ledger.Peers, name); err != nil {
-				return err
-			}
-			return tx.Append(entry(audit.Event{Type: audit.PeerRemoved, Actor: who, Action: "peer remove", Resource: name, Outcome: "ok"}))
-		})
-	})
-}
-
-// cutOff forgets a peer and closes its connections. ended has a channel for each, which is closed when nothing is being
-// served on it any more.
-func (a *Appliance) cutOff(name string) (ended []<-chan struct{}) {
-	a.mu.Lock()
-	defer a.mu.Unlock()
-	for key, p := range a.peers {
-		if p.Name == name {
-			delete(a.peers, key)
-		}
-	}
-	for s := range a.sessions {
-		if s.peer.Name == name {
-			s.conn.Close()
-			ended = append(ended, s.ended)
-		}
-	}
-	return ended
-}
-
-// Peers lists the enrolled clients by name.
-func (a *Appliance) Peers() []Peer {
-	a.mu.RLock()
-	defer a.mu.RUnlock()
-	var all []Peer
-	for _, p := range a.peers {
-		all = append(all, p)
-	}
-	slices.SortFunc(all, func(x, y Peer) int { return strings.Compare(x.Name, y.Name) })
-	return all
 }
 
 // Events calls visit for each event of the audit log from index from on, until visit returns false.

@@ -53,6 +53,8 @@ var table = []struct {
 	{errInvalidSignature, refused, wire.CodeInvalidSignature, ""},
 	{errReplay, refused, wire.CodeReplay, ""},
 	{errNotYours, refused, wire.CodeDenied, ""},
+	{errBusy, unavailable, wire.CodeBusy, "too many requests are being served; send the same request again"},
+	{errRate, unavailable, wire.CodeRateLimited, "too many of your requests were refused; the next ones are not looked at for a while"},
 	{ledger.ErrNotRisen, refused, wire.CodeDenied, ""},
 	{policy.ErrDenied, refused, wire.CodeDenied, "policy does not allow this peer to sign this with this key"},
 	{ledger.ErrDisk, unavailable, wire.CodeUnavailable, "the appliance can't write anything down now; send the same request again"},
@@ -75,7 +77,11 @@ func refuse(err error) (class, *wire.Error) {
 			if message == "" { // the code says already what kind of error it is
 				message = strings.TrimPrefix(err.Error(), row.err.Error()+": ")
 			}
-			return row.class, &wire.Error{Code: row.code, Message: message}
+			answer := &wire.Error{Code: row.code, Message: message}
+			if row.code == wire.CodeBusy || row.code == wire.CodeRateLimited {
+				answer.RetryAfter = retryAfter
+			}
+			return row.class, answer
 		}
 	}
 	return unavailable, &wire.Error{Code: wire.CodeUnavailable, Message: "the appliance can't answer now"}

@@ -51,6 +51,8 @@ const (
 	KeyStateChanged     Type = "KeyStateChanged"
 	PeerAdded           Type = "PeerAdded"
 	PeerRemoved         Type = "PeerRemoved"
+	PeerSuspended       Type = "PeerSuspended"
+	PeerResumed         Type = "PeerResumed"
 	PolicyChanged       Type = "PolicyChanged"
 	OperatorSignedIn    Type = "OperatorSignedIn"
 	ApprovalGiven       Type = "ApprovalGiven"
@@ -88,7 +90,7 @@ var kinds = map[Type]Kind{
 	SignatureCreated: Outcome, SignatureFailed: Outcome, SubscriptionCreated: Outcome, PaymentCompleted: Outcome, PaymentFailed: Outcome,
 	SignatureVerified: Spent, SignatureRejected: Other, ReplayRefused: Other, RateLimitTriggered: Other, HandshakeRefused: Other,
 	KeyCreated: Other, KeyImported: Other, KeyCreationFailed: Other, KeyRotated: Other, KeyRotationFailed: Other, KeyStateChanged: Other,
-	PeerAdded: Other, PeerRemoved: Other, PolicyChanged: Other, OperatorSignedIn: Other, ApprovalGiven: Other,
+	PeerAdded: Other, PeerRemoved: Other, PeerSuspended: Other, PeerResumed: Other, PolicyChanged: Other, OperatorSignedIn: Other, ApprovalGiven: Other,
 	BackupMade: Other, BackupRestored: Other, RetentionApplied: Other, LegalHoldSet: Other, LegalHoldReleased: Other, LedgerCompacted: Other,
 	DeviceUnavailable: Other, DeviceRecovered: Other, TokenRetried: Other,
 	LedgerBound: Other, RollbackDetected: Other, RollbackAccepted: Other, ClockRefused: Other, ClockRecovered: Other, ClockAccepted: Other,

@@ -478,12 +478,14 @@ func (l *Ledger) submit(ctx context.Context, r *request) error {
 		return ErrClosed
 	default:
 	}
-	select {
-	case l.requests <- r:
-	case <-l.stopping:
-		return ErrClosed
-	case <-ctx.Done():
-		return fmt.Errorf("ledger: queue: %w", ctx.Err())
+	if !joined(ctx, r) {
+		select {
+		case l.requests <- r:
+		case <-l.stopping:
+			return ErrClosed
+		case <-ctx.Done():
+			return fmt.Errorf("ledger: queue: %w", ctx.Err())
+		}
 	}
 	if r.done == nil {
 		return nil

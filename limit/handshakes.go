@@ -150,6 +150,19 @@ func (a *Attempt) Good() { a.limiter.end(a, true) }
 // End says that the attempt is over. After Good, or a second time, it does nothing.
 func (a *Attempt) End() { a.limiter.end(a, false) }
 
+// IsGood says that an address had a good session within GoodFor.
+func (h *Handshakes) IsGood(from netip.Addr) bool {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.expire()
+	addr := sourceOf(from)
+	if s := h.live[addr]; s != nil {
+		return s.goodUntil > h.now
+	}
+	until, _ := h.idle.Peek(addr)
+	return until > h.now
+}
+
 // sourceOf says whose an address is. What is no address (a Unix socket's) is one source.
 func sourceOf(a netip.Addr) netip.Addr {
 	a = a.Unmap().WithZone("")

@@ -203,6 +203,13 @@ func (c *Conn) Identity() (ed25519 [32]byte, ok bool) {
 	return *c.identity, true
 }
 
+// Await returns when the first byte of the next message is there, or the connection has ended (io.EOF). So that waiting and
+// reading can have deadlines of their own.
+func (c *Conn) Await() error {
+	_, err := c.r.Peek(1)
+	return err
+}
+
 // ReadMessage returns the next message. io.EOF is a clean end between two messages.
 func (c *Conn) ReadMessage() ([]byte, error) {
 	frame, err := c.readFrame(tagSize, MaxMessage)

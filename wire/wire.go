@@ -11,6 +11,7 @@ import (
 	"encoding/base64"
 	"errors"
 	"fmt"
+	"strings"
 
 	"countersign/ijson"
 
@@ -31,6 +32,7 @@ const (
 	OpSign   = "sign"
 	OpVerify = "verify"
 	OpProof  = "proof"
+	OpBatch  = "batch"
 )
 
 // The codes of an error answer. They are stable: programs decide by them.
@@ -47,8 +49,8 @@ const (
 	CodeLifetimeTooLong  = "lifetime_too_long" // expires_at - timestamp is over the maximum
 	CodeInvalidSignature = "invalid_signature" // the signature does not verify, or its key is unusable
 	CodeWrongSigner      = "wrong_signer"      // the key is not one that the document allows to sign it
-	CodeRateLimited      = "rate_limited"      // too many requests of this peer
-	CodeBusy             = "busy"              // too many requests in all
+	CodeRateLimited      = "rate_limited"      // too many requests of this peer were refused
+	CodeBusy             = "busy"              // too many requests are being served, of this peer or in all
 	CodeUnavailable      = "unavailable"       // the appliance can't answer now; the same request may be sent again
 )
 
@@ -103,6 +105,43 @@ type Proof struct {
 	ID    string `json:"id"`
 	Op    string `json:"op"`
 	Event uint64 `json:"event"`
+}
+
+// Batch asks for several things at once. An item is a *Sign or a *Verify without an id, or a *Error where it is neither.
+type Batch struct {
+	ID    string
+	Op    string
+	Items []any
+}
+
+// Answers answers Batch: one for each item, in their order.
+type Answers struct {
+	Answers []ItemAnswer `json:"answers"`
+}
+
+// ItemAnswer has one of Result and Error.
+type ItemAnswer struct {
+	Result jsontext.Value `json:"result,omitzero"`
+	Error  *Error         `json:"error,omitempty"`
+}
+
+// maxItemMessage bounds the message of an item's error, so that all answers of a batch fit into one message.
+const maxItemMessage = 256
+
+// NewItemAnswer makes the answer to an item of a batch.
+func NewItemAnswer(result any, refusal *Error) ItemAnswer {
+	if refusal != nil {
+		short := *refusal
+		if len(short.Message) > maxItemMessage {
+			short.Message = strings.ToValidUTF8(short.Message[:maxItemMessage], "") + "…"
+		}
+		return ItemAnswer{Error: &short}
+	}
+	b, err := json.Marshal(result)
+	if err != nil {
+		panic("wire: a result that is not JSON: " + err.Error()) // our own types always are
+	}
+	return ItemAnswer{Result: b}
 }
 
 // KeyName returns Key, or "" where it is not given.
@@ -182,10 +221,12 @@ type Answer struct {
 	Error  *Error         `json:"error,omitempty"`
 }
 
-// Error is a refusal. Programs read Code, people read Message.
+// Error is a refusal. Programs read Code, people read Message. RetryAfter is there with busy and rate_limited: seconds after which
+// the same request may be sent again.
 type Error struct {
-	Code    string `json:"code"`
-	Message string `json:"message"`
+	Code       string `json:"code"`
+	Message    string `json:"message"`
+	RetryAfter int    `json:"retry_after,omitempty"`
 }
 
 func (e *Error) Error() string { return e.Code + ": " + e.Message }
@@ -199,9 +240,9 @@ var required = map[string][]string{
 	OpProof:  {"event"},
 }
 
-// Parse reads a request strictly. It returns a *Ping, *Keys, *Sign, *Verify or *Proof. The error is an *Error; the id is given
-// back with it whenever the document was sound enough to have one.
-func Parse(b []byte) (id string, request any, err error) {
+// Parse reads a request strictly. It returns a *Ping, *Keys, *Sign, *Verify, *Proof or *Batch, the last with at most so many items.
+// The error is an *Error; the id is given back with it whenever the document was sound enough to have one.
+func Parse(b []byte, maxItems int) (id string, request any, err error) {
 	if len(b) > MaxDocument {
 		return "", nil, refuse(CodeMalformed, "the document has more than %d bytes", MaxDocument)
 	}
@@ -212,9 +253,9 @@ func Parse(b []byte) (id string, request any, err error) {
 	if json.Unmarshal(document.Members["id"], &id) != nil || id == "" || len(id) > maxID {
 		return "", nil, refuse(CodeMalformed, "id must be a string of 1 to %d bytes", maxID)
 	}
-	var op string
-	if v := document.Members["op"]; len(v) == 0 || v.Kind() != '"' || json.Unmarshal(v, &op) != nil {
-		return id, nil, refuse(CodeMalformed, "op must be a string")
+	op, refusal := opOf(document)
+	if refusal != nil {
+		return id, nil, refusal
 	}
 	switch op {
 	case OpPing:
@@ -227,13 +268,69 @@ func Parse(b []byte) (id string, request any, err error) {
 		request = new(Verify)
 	case OpProof:
 		request = new(Proof)
+	case OpBatch:
+		return parseBatch(id, document, maxItems)
 	default:
-		return id, nil, refuse(CodeUnsupported, "unknown op: this appliance knows ping, keys, sign, verify, proof")
+		return id, nil, refuse(CodeUnsupported, "unknown op: this appliance knows ping, keys, sign, verify, proof, batch")
 	}
 	if err := document.Into(request, required[op]...); err != nil {
 		return id, nil, refuse(CodeMalformed, "%v", err)
 	}
 	return id, request, nil
+}
+
+func opOf(document ijson.Object) (op string, refusal *Error) {
+	if v := document.Members["op"]; len(v) == 0 || v.Kind() != '"' || json.Unmarshal(v, &op) != nil {
+		return "", refuse(CodeMalformed, "op must be a string")
+	}
+	return op, nil
+}
+
+// parseBatch reads a batch. An item that has no sound form is answered by itself.
+func parseBatch(id string, document ijson.Object, maxItems int) (string, any, error) {
+	var b struct {
+		ID    string           `json:"id"`
+		Op    string           `json:"op"`
+		Items []jsontext.Value `json:"items"`
+	}
+	if err := document.Into(&b, "items"); err != nil {
+		return id, nil, refuse(CodeMalformed, "%v", err)
+	}
+	if len(b.Items) == 0 || len(b.Items) > maxItems {
+		return id, nil, refuse(CodeTooLarge, "a batch has 1 to %d items, not %d", maxItems, len(b.Items))
+	}
+	batch := &Batch{ID: id, Op: b.Op}
+	for _, item := range b.Items {
+		batch.Items = append(batch.Items, parseItem(item))
+	}
+	return id, batch, nil
+}
+
+func parseItem(b []byte) any {
+	document, err := ijson.Parse(b)
+	if err != nil {
+		return refuse(CodeMalformed, "%v", err)
+	}
+	op, refusal := opOf(document)
+	if refusal != nil {
+		return refusal
+	}
+	var request any
+	switch op {
+	case OpSign:
+		request = new(Sign)
+	case OpVerify:
+		request = new(Verify)
+	default:
+		return refuse(CodeUnsupported, "an item's op is sign or verify")
+	}
+	if _, has := document.Members["id"]; has {
+		return refuse(CodeMalformed, "an item has no id: its answer has the item's place")
+	}
+	if err := document.Into(request, required[op]...); err != nil {
+		return refuse(CodeMalformed, "%v", err)
+	}
+	return request
 }
 
 func refuse(code, format string, args ...any) *Error {

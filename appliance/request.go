@@ -1,0 +1,178 @@
+package appliance
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"sync"
+	"time"
+
+	"countersign/audit"
+	"countersign/ijson"
+	"countersign/keystore"
+	"countersign/wire"
+)
+
+// errBusy and errRate refuse before anything is done.
+var (
+	errBusy = errors.New("too many requests are being served")
+	errRate = errors.New("too many requests of this peer were refused")
+)
+
+// retryAfter is what a peer is told that came too often, in seconds.
+const retryAfter = 1
+
+// handle answers one request. Without an answer, nil, the connection ends: after a fatal error, and for a peer that is kept out.
+func (a *Appliance) handle(s *session, message []byte) []byte {
+	// Not the connection's context: what has been admitted is finished, even if the peer has gone or the daemon stops.
+	ctx, cancel := context.WithTimeout(inLane(context.Background(), string(s.peer.PublicKey[:])), a.limits.RequestTimeout)
+	defer cancel()
+	id, request, err := wire.Parse(message, a.limits.BatchItems)
+	if err != nil {
+		refusal := err.(*wire.Error)
+		a.log.Info("refused", "peer", s.peer.Name, "code", refusal.Code, "err", refusal.Message)
+		return wire.EncodeAnswer(id, nil, refusal)
+	}
+	weight := 1
+	batch, isBatch := request.(*wire.Batch)
+	if isBatch {
+		weight = len(batch.Items)
+	}
+	in, err := a.begin(s.member, weight)
+	if !in {
+		return nil // removed, with messages still in the buffer
+	}
+	if err != nil {
+		_, refusal := refuse(err)
+		a.refusals.count(audit.RateLimitTriggered, "request", s.peer.Name)
+		return wire.EncodeAnswer(id, nil, refusal)
+	}
+	defer a.end(s.member, weight)
+	if isBatch {
+		answers, ok := a.batch(ctx, s, batch)
+		if !ok {
+			return nil
+		}
+		return wire.EncodeAnswer(id, answers, nil)
+	}
+	result, refusal, ok := a.serve(ctx, s, request)
+	if !ok {
+		return nil
+	}
+	return wire.EncodeAnswer(id, result, refusal)
+}
+
+// serve carries out one request. It is not ok after a fatal error.
+func (a *Appliance) serve(ctx context.Context, s *session, request any) (result any, refusal *wire.Error, ok bool) {
+	began := time.Now()
+	var op, key string
+	var err error
+	switch r := request.(type) {
+	case *wire.Ping:
+		op, result = wire.OpPing, wire.Pong{Service: "countersign", Time: began.Unix()}
+	case *wire.Keys:
+		op, result = wire.OpKeys, a.signingKeys()
+	case *wire.Sign:
+		op, key = wire.OpSign, r.Key
+		result, err = a.Sign(ctx, s.peer, r)
+	case *wire.Verify:
+		op, key = wire.OpVerify, r.KeyName()
+		result, err = a.Verify(ctx, s.peer, r)
+	case *wire.Proof:
+		op = wire.OpProof
+		result, err = a.Proof(ctx, s.peer, r.Event)
+	case *wire.Error: // an item of a batch that has no sound form
+		return nil, r, true
+	}
+	if err == nil {
+		a.log.Debug("served", "peer", s.peer.Name, "op", op, "key", key, "took", time.Since(began))
+		return result, nil, true
+	}
+	c, refusal := refuse(err)
+	if c == refused {
+		s.member.refusals.Allow() // what it does not allow is seen by begin
+		a.log.Info("refused", "peer", s.peer.Name, "op", op, "key", ijson.Clip(key), "code", refusal.Code, "err", err)
+		if err := a.recordRefusal(ctx, s.peer, op, key, refusal.Code, err); err != nil {
+			c, refusal = refuse(err)
+		}
+	} else {
+		a.log.Error("not served", "peer", s.peer.Name, "op", op, "key", ijson.Clip(key), "code", refusal.Code, "err", err)
+	}
+	return nil, refusal, c != fatal
+}
+
+// batch carries out the items at once. Their admissions share a commit, each has an answer of its own, in their order.
+func (a *Appliance) batch(ctx context.Context, s *session, b *wire.Batch) (wire.Answers, bool) {
+	answers := wire.Answers{Answers: make([]wire.ItemAnswer, len(b.Items))}
+	group := a.ledger.Group(len(b.Items))
+	var serving sync.WaitGroup
+	var failed sync.Once
+	fine := true
+	for i, item := range b.Items {
+		serving.Go(func() {
+			ctx, leave := group.Join(ctx)
+			defer leave()
+			result, refusal, ok := a.serve(ctx, s, item)
+			if !ok {
+				failed.Do(func() { fine = false })
+				return
+			}
+			answers.Answers[i] = wire.NewItemAnswer(result, refusal)
+		})
+	}
+	serving.Wait()
+	return answers, fine
+}
+
+// begin lets a peer's requests be served, unless there are too many; in is false for one that is kept out. What a peer has refused
+// costs the log an event each, so that there is a limit to that, too.
+func (a *Appliance) begin(m *member, n int) (in bool, err error) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	switch {
+	case !m.in():
+		return false, nil
+	case m.requests+n > a.limits.RequestsPerPeer:
+		return true, fmt.Errorf("%w for this peer", errBusy)
+	case a.requests+n > a.limits.Requests:
+		return true, errBusy
+	case m.refusals.Tokens() < 1:
+		return true, errRate
+	}
+	m.seen = time.Now()
+	m.requests += n
+	a.requests += n
+	return true, nil
+}
+
+func (a *Appliance) end(m *member, n int) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	m.requests -= n
+	a.requests -= n
+}
+
+// recordRefusal writes a refusal down, unless the ledger has done so with its verdict. What has no sound form says nothing that
+// is worth keeping.
+func (a *Appliance) recordRefusal(ctx context.Context, who Peer, op, key, code string, err error) error {
+	if errors.As(err, new(writtenDown)) || code == wire.CodeMalformed || code == wire.CodeUnsupported || code == wire.CodeTooLarge {
+		return nil
+	}
+	return a.record(ctx, audit.Event{
+		Type: audit.SignatureRejected, Actor: who.actor(), Action: op, Resource: ijson.Clip(key), Outcome: code,
+	})
+}
+
+// signingKeys lists what peers may see: the keys that sign. All enrolled peers see all of them; policy decides about use.
+func (a *Appliance) signingKeys() wire.KeyList {
+	list := wire.KeyList{Keys: []wire.Key{}}
+	for _, k := range a.Keys() {
+		if info := k.Info(); info.Algorithm == keystore.Ed25519 && k.Name != LogName {
+			list.Keys = append(list.Keys, wire.Key{
+				Name: k.Name, Version: k.Version, Algorithm: string(info.Algorithm), State: string(k.State),
+				Custody: string(info.Custody), Provenance: info.Provenance.String(), PublicKey: [32]byte(info.PublicKey),
+			})
+		}
+	}
+	return list
+}
