@@ -63,12 +63,15 @@ type Config struct {
 //   - When an attempt proves good, the failed ones of its source are forgotten and the source is good for GoodFor. Whoever
 //     shares an address with a peer gets more attempts by that, PerSource for each good session.
 //   - Attempts wait only while their source has PerSource counted and one of them is under way. They get their places in the
-//     order in which they came.
+//     order in which they came. At most Waiting of a source do, and so Waiting*Global/PerSource in all.
 //   - At most Sources sources are remembered: those with something counted, of which there are at most Global, and good
 //     ones. For a new source the good one that was quiet for the longest is forgotten. Only a good session makes a source
 //     good, so a flood can cost no more than Global such marks in all.
 //
 // A source is an IPv4 address or an IPv6 /64. Who holds a /48 has 65,536 of those: against him stands the global count.
+//
+// Time is looked at when something is called: a place that time alone has freed goes to a waiter at the next call of anybody,
+// and at the latest when an attempt of its source ends. So attempts must be ended, by a deadline if need be.
 //
 // It is for concurrent use. A call takes time for at most PerSource attempts and Waiting waiters, and for what has expired.
 type Handshakes struct {
@@ -165,9 +168,9 @@ func (h *Handshakes) IsGood(from netip.Addr) bool {
 
 // sourceOf says whose an address is. What is no address (a Unix socket's) is one source.
 func sourceOf(a netip.Addr) netip.Addr {
-	a = a.Unmap().WithZone("")
+	a = a.Unmap()
 	if a.Is6() {
-		p, _ := a.Prefix(64)
+		p, _ := a.Prefix(64) // which has no zone
 		return p.Addr()
 	}
 	return a
