@@ -16,6 +16,7 @@ import (
 	"countersign/hsm"
 	"countersign/keystore"
 	"countersign/ledger"
+	"countersign/limit"
 	"countersign/tpm"
 
 	"github.com/pelletier/go-toml/v2"
@@ -24,9 +25,13 @@ import (
 // Config is the daemon's configuration, a TOML file. A field that is not described here is refused with its line. Paths
 // that are not absolute are relative to the folder of the file. Durations are written like "10s", "5m" or "168h".
 type Config struct {
-	// Listen is the TCP address, host:port, at which peers connect over Noise. Required. Whoever can reach it can make
-	// the token work for two key exchanges per handshake: bind it to the network of the payment servers only.
+	// Listen is the TCP address, host:port, at which peers connect over Noise with the profile countersign-v1. It or listen_pubky
+	// is required. Whoever can reach it can make the token work for two key exchanges per handshake, as often as limits.handshakes
+	// lets it: bind it to the network of the payment servers only.
 	Listen string `toml:"listen"`
+
+	// ListenPubky is the same for peers with the profile pubky-noise-v1, as pubky-noise's clients have it. Default: nowhere.
+	ListenPubky string `toml:"listen_pubky"`
 
 	// AdminSocket is the path of the Unix socket of the admin API. Required. Whoever may open it may enrol peers and
 	// create keys: it is made for its owner only (mode 0600), in a folder that should be closed to others too.
@@ -38,7 +43,7 @@ type Config struct {
 	Ledger string `toml:"ledger"`
 
 	// Policy is the file with the Cedar policies that say who may sign what with which key. Required. An empty file
-	// denies everything. It is read at start.
+	// denies everything. It is read at start, and by countersign admin policy reload.
 	Policy string `toml:"policy"`
 
 	// LogLevel is debug, info, warn or error. Default: info. At info each connection and each refusal is a line.
@@ -83,6 +88,9 @@ type Retention struct {
 	AuditDays int `toml:"audit_days"`
 	// ReceiptDays is how long receipts are kept. Default: 2557, seven years.
 	ReceiptDays int `toml:"receipt_days"`
+	// DecisionDays is how long what policy decided is kept with its inputs, amounts and parties among them, for countersign policy
+	// explain and diff. Default: 35.
+	DecisionDays int `toml:"decision_days"`
 	// Nonces is how long a spent nonce is kept after its document has expired. Default: 24h. A nonce is never forgotten before
 	// its document has expired.
 	Nonces Duration `toml:"nonces"`
@@ -158,11 +166,36 @@ type Token struct {
 type Limits struct {
 	// Connections open at once, handshakes included; more are closed at once. Default: 1024.
 	Connections int `toml:"connections"`
+	// Strangers is how many of them may be connections that have proven nothing yet and come from an address from which nobody has
+	// within a day. Default: 512.
+	Strangers int `toml:"strangers"`
+	// ConnectionsPerSource is how many one address may have open, an IPv6 /64 being one. Default: 256.
+	ConnectionsPerSource int `toml:"connections_per_source"`
+	// ConnectionsPerPeer is how many one peer may have open. Default: 128.
+	ConnectionsPerPeer int `toml:"connections_per_peer"`
+	// HandshakesPerSource and Handshakes are how many handshakes of one address, and of all, may be under way or have failed within a
+	// minute. One that proves good does not count any more. Defaults: 5, 100. A quarter of Handshakes is kept for addresses from which
+	// somebody has proven to be a peer within a day.
+	HandshakesPerSource int `toml:"handshakes_per_source"`
+	Handshakes          int `toml:"handshakes"`
+	// Sources is how many addresses are remembered for that, some 150 bytes each. Default: 100000.
+	Sources int `toml:"sources"`
 	// InFlight is how many requests of one connection are served at once; further ones wait unread. Default: 64.
 	InFlight int `toml:"in_flight"`
+	// Requests is how many requests are served at once in all, the items of a batch one by one; more are refused as busy. Default: 1024.
+	Requests int `toml:"requests"`
+	// RequestsPerPeer is the same for one peer. Default: 256.
+	RequestsPerPeer int `toml:"requests_per_peer"`
+	// RefusalsPerMinute is how many requests of one peer may be refused in a minute, each an event of the audit log; then none of
+	// its requests is looked at until there are less (rate_limited). Default: 600.
+	RefusalsPerMinute int `toml:"refusals_per_minute"`
+	// BatchItems is how many items a batch may have. Default: 100, whose answers fit into a message.
+	BatchItems int `toml:"batch_items"`
 	// HandshakeTimeout is for the handshake, and again for the first request after it: until that decrypts, nobody has
 	// proven to be the peer. Default: 10s.
 	HandshakeTimeout Duration `toml:"handshake_timeout"`
+	// ReadTimeout is for a request, from its first byte to its last. Default: 30s.
+	ReadTimeout Duration `toml:"read_timeout"`
 	// IdleTimeout closes a connection on which no request came. Default: 5m.
 	IdleTimeout Duration `toml:"idle_timeout"`
 	// WriteTimeout cuts off a peer that does not read its answers. Default: 10s.
@@ -198,10 +231,11 @@ func defaults() Config {
 	return Config{
 		LogLevel: "info", RollbackInterval: Duration(time.Hour), RollbackAdmissions: 10_000,
 		Tokens:    map[string]*Token{},
-		Retention: Retention{Epoch: string(appliance.Month), AuditDays: 2557, ReceiptDays: 2557, Nonces: Duration(24 * time.Hour)},
+		Retention: Retention{Epoch: string(appliance.Month), AuditDays: 2557, ReceiptDays: 2557, DecisionDays: 35, Nonces: Duration(24 * time.Hour)},
 		Limits: Limits{
-			Connections: 1024, InFlight: 64, Nonces: 20_000_000, ClockTolerance: Duration(2 * time.Minute),
-			HandshakeTimeout: Duration(10 * time.Second), IdleTimeout: Duration(5 * time.Minute), WriteTimeout: Duration(10 * time.Second),
+			Connections: 1024, Strangers: 512, ConnectionsPerSource: 256, ConnectionsPerPeer: 128, HandshakesPerSource: 5, Handshakes: 100, Sources: 100_000,
+			InFlight: 64, Requests: 1024, RequestsPerPeer: 256, RefusalsPerMinute: 600, BatchItems: 100, Nonces: 20_000_000, ClockTolerance: Duration(2 * time.Minute),
+			HandshakeTimeout: Duration(10 * time.Second), ReadTimeout: Duration(30 * time.Second), IdleTimeout: Duration(5 * time.Minute), WriteTimeout: Duration(10 * time.Second),
 			RequestTimeout: Duration(15 * time.Second), ClockSkew: Duration(30 * time.Second), MaxLifetime: Duration(7 * 24 * time.Hour),
 		},
 	}
@@ -256,14 +290,16 @@ func explainTOML(path string, err error) string {
 
 func (c *Config) check() error {
 	for _, required := range []struct{ field, value string }{
-		{"listen", c.Listen}, {"admin_socket", c.AdminSocket}, {"ledger", c.Ledger}, {"policy", c.Policy},
+		{"listen", c.Listen + c.ListenPubky}, {"admin_socket", c.AdminSocket}, {"ledger", c.Ledger}, {"policy", c.Policy},
 	} {
 		if required.value == "" {
 			return fmt.Errorf("%s is missing", required.field)
 		}
 	}
-	if _, _, err := net.SplitHostPort(c.Listen); err != nil {
-		return fmt.Errorf("listen: %q is not host:port", c.Listen)
+	for _, l := range []struct{ field, address string }{{"listen", c.Listen}, {"listen_pubky", c.ListenPubky}} {
+		if _, _, err := net.SplitHostPort(l.address); err != nil && l.address != "" {
+			return fmt.Errorf("%s: %q is not host:port", l.field, l.address)
+		}
 	}
 	if _, err := c.logLevel(); err != nil {
 		return fmt.Errorf("log_level: %q is none of debug, info, warn, error", c.LogLevel)
@@ -273,11 +309,22 @@ func (c *Config) check() error {
 		value, most int
 	}{
 		{"limits.connections", c.Limits.Connections, 100_000},
+		{"limits.strangers", c.Limits.Strangers, c.Limits.Connections},
+		{"limits.connections_per_source", c.Limits.ConnectionsPerSource, 100_000},
+		{"limits.connections_per_peer", c.Limits.ConnectionsPerPeer, 100_000},
+		{"limits.handshakes_per_source", c.Limits.HandshakesPerSource, 1_000_000},
+		{"limits.handshakes", c.Limits.Handshakes, 1_000_000},
+		{"limits.sources", c.Limits.Sources, 10_000_000},
 		{"limits.in_flight", c.Limits.InFlight, 10_000},
+		{"limits.requests", c.Limits.Requests, 100_000},
+		{"limits.requests_per_peer", c.Limits.RequestsPerPeer, 100_000},
+		{"limits.refusals_per_minute", c.Limits.RefusalsPerMinute, 10_000_000},
+		{"limits.batch_items", c.Limits.BatchItems, 100},
 		{"rollback_admissions", c.RollbackAdmissions, 1_000_000_000},
 		{"limits.nonces", c.Limits.Nonces, 1_000_000_000},
 		{"retention.audit_days", c.Retention.AuditDays, 36_525},
 		{"retention.receipt_days", c.Retention.ReceiptDays, 36_525},
+		{"retention.decision_days", c.Retention.DecisionDays, 36_525},
 	} {
 		if n.value < 1 || n.value > n.most {
 			return fmt.Errorf("%s must be 1 to %d", n.field, n.most)
@@ -290,6 +337,7 @@ func (c *Config) check() error {
 	}{
 		{"rollback_interval", c.RollbackInterval, time.Second, 31 * 24 * time.Hour},
 		{"limits.handshake_timeout", c.Limits.HandshakeTimeout, 100 * time.Millisecond, 5 * time.Minute},
+		{"limits.read_timeout", c.Limits.ReadTimeout, 100 * time.Millisecond, 5 * time.Minute},
 		{"limits.idle_timeout", c.Limits.IdleTimeout, time.Second, 24 * time.Hour},
 		{"limits.write_timeout", c.Limits.WriteTimeout, 100 * time.Millisecond, 5 * time.Minute},
 		{"limits.request_timeout", c.Limits.RequestTimeout, 100 * time.Millisecond, 5 * time.Minute},
@@ -405,7 +453,8 @@ func (c *Config) anchor() appliance.Anchor {
 
 func (c *Config) retention() appliance.Retention {
 	day := 24 * time.Hour
-	return appliance.Retention{Epoch: appliance.Period(c.Retention.Epoch), Audit: time.Duration(c.Retention.AuditDays) * day, Receipts: time.Duration(c.Retention.ReceiptDays) * day}
+	return appliance.Retention{Epoch: appliance.Period(c.Retention.Epoch), Audit: time.Duration(c.Retention.AuditDays) * day, Receipts: time.Duration(c.Retention.ReceiptDays) * day,
+		Decisions: time.Duration(c.Retention.DecisionDays) * day}
 }
 
 func (c *Config) ledger() ledger.Options {
@@ -414,9 +463,20 @@ func (c *Config) ledger() ledger.Options {
 
 func (c *Config) limits() appliance.Limits {
 	l := c.Limits
+	calls := map[string]int{}
+	for name, t := range c.Tokens {
+		calls[name] = callsAhead * t.Workers * t.Sessions
+	}
 	return appliance.Limits{
-		Connections: l.Connections, InFlight: l.InFlight,
-		HandshakeTimeout: time.Duration(l.HandshakeTimeout), IdleTimeout: time.Duration(l.IdleTimeout), WriteTimeout: time.Duration(l.WriteTimeout),
-		RequestTimeout: time.Duration(l.RequestTimeout), ClockSkew: time.Duration(l.ClockSkew), MaxLifetime: time.Duration(l.MaxLifetime),
+		Connections: l.Connections, Strangers: l.Strangers, ConnectionsPerSource: l.ConnectionsPerSource, ConnectionsPerPeer: l.ConnectionsPerPeer,
+		InFlight: l.InFlight, Requests: l.Requests, RequestsPerPeer: l.RequestsPerPeer, RefusalsPerMinute: l.RefusalsPerMinute, BatchItems: l.BatchItems,
+		Calls: calls,
+		Handshakes: limit.Config{PerSource: l.HandshakesPerSource, Global: l.Handshakes, Kept: l.Handshakes / 4, Window: time.Minute,
+			GoodFor: 24 * time.Hour, Sources: max(l.Sources, l.Handshakes+1), Waiting: l.ConnectionsPerSource},
+		HandshakeTimeout: l.HandshakeTimeout.std(), ReadTimeout: l.ReadTimeout.std(), IdleTimeout: l.IdleTimeout.std(), WriteTimeout: l.WriteTimeout.std(),
+		RequestTimeout: l.RequestTimeout.std(), ClockSkew: l.ClockSkew.std(), MaxLifetime: l.MaxLifetime.std(),
 	}
 }
+
+// callsAhead is how many calls a token gets for each session that it has: one is carried out while another one is on its way.
+const callsAhead = 2

@@ -14,6 +14,8 @@ import (
 
 	"countersign/admin"
 	"countersign/appliance"
+	"countersign/noise"
+	"countersign/policy"
 
 	"github.com/coreos/go-systemd/v22/daemon"
 	"golang.org/x/sys/unix"
@@ -40,14 +42,15 @@ func serve(ctx context.Context, c Config, stderr io.Writer) error {
 		return err
 	}
 	defer p.close(log)
-	// Go's default would be MPTCP, which the rules of a sandbox on TCP ports do not cover.
-	var lc net.ListenConfig
-	lc.SetMultipathTCP(false)
-	peers, err := lc.Listen(ctx, "tcp", c.Listen)
+	peers, err := listen(ctx, c)
 	if err != nil {
-		return fmt.Errorf("listen: %w", err)
+		return err
 	}
-	defer peers.Close()
+	defer func() {
+		for _, l := range peers {
+			l.Close()
+		}
+	}()
 	operator, err := admin.Listen(c.AdminSocket)
 	if err != nil {
 		return err
@@ -59,7 +62,7 @@ func serve(ctx context.Context, c Config, stderr io.Writer) error {
 
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
-	api := admin.New(p.app)
+	api := admin.New(p.app, func() (*policy.Policy, error) { return policy.Load(c.Policy) })
 	apiDone := make(chan struct{})
 	go func() {
 		defer close(apiDone)
@@ -69,10 +72,12 @@ func serve(ctx context.Context, c Config, stderr io.Writer) error {
 	}()
 	context.AfterFunc(ctx, func() { daemon.SdNotify(false, daemon.SdNotifyStopping) })
 	go watchdog(ctx, p.app, log)
-	log.Info("serving", "listen", peers.Addr().String(), "admin", c.AdminSocket)
+	for _, l := range peers {
+		log.Info("serving", "listen", l.Addr().String(), "profile", string(l.Profile), "admin", c.AdminSocket)
+	}
 	daemon.SdNotify(false, daemon.SdNotifyReady)
 
-	err = p.app.Serve(ctx, peers)
+	err = p.app.Serve(ctx, peers...)
 	log.Info("stopping", "err", err)
 	wait, done := context.WithTimeout(context.Background(), stopWait)
 	defer done()
@@ -87,6 +92,30 @@ func serve(ctx context.Context, c Config, stderr io.Writer) error {
 		return err
 	}
 	return p.app.Stop()
+}
+
+// listen opens the listeners that are configured.
+func listen(ctx context.Context, c Config) (all []appliance.Listener, err error) {
+	// Go's default would be MPTCP, which the rules of a sandbox on TCP ports do not cover.
+	var lc net.ListenConfig
+	lc.SetMultipathTCP(false)
+	for _, at := range []struct {
+		address string
+		profile noise.Profile
+	}{{c.Listen, noise.CountersignV1}, {c.ListenPubky, noise.PubkyV1}} {
+		if at.address == "" {
+			continue
+		}
+		l, err := lc.Listen(ctx, "tcp", at.address)
+		if err != nil {
+			for _, open := range all {
+				open.Close()
+			}
+			return nil, fmt.Errorf("listen: %w", err)
+		}
+		all = append(all, appliance.Listener{Listener: l, Profile: at.profile})
+	}
+	return all, nil
 }
 
 // watchdog tells systemd that the daemon is alive as long as the ledger's writer comes round: a daemon that can't write
