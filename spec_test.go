@@ -42,12 +42,12 @@ func TestSpecExamples(t *testing.T) {
 		seen[kind]++
 		switch kind {
 		case "request":
-			if _, _, err := wire.Parse([]byte(b.text)); err != nil {
+			if _, _, err := wire.Parse([]byte(b.text), 100); err != nil {
 				t.Errorf("%s\n%v", b.text, err)
 			}
 		case "refused":
 			var refusal *wire.Error
-			if _, _, err := wire.Parse([]byte(b.text)); !errors.As(err, &refusal) || refusal.Code != code {
+			if _, _, err := wire.Parse([]byte(b.text), 100); !errors.As(err, &refusal) || refusal.Code != code {
 				t.Errorf("%s\n%v, want %s", b.text, err, code)
 			}
 		case "answer":

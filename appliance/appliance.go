@@ -47,6 +47,17 @@ type Limits struct {
 	MaxLifetime      time.Duration // of a document: expires_at - timestamp
 }
 
+// DefaultLimits are the limits of an appliance that is configured for nothing else. Calls is not set: it depends on the tokens.
+func DefaultLimits() Limits {
+	return Limits{
+		Connections: 1024, Strangers: 512, ConnectionsPerSource: 256, ConnectionsPerPeer: 128,
+		InFlight: 64, Requests: 1024, RequestsPerPeer: 256, RefusalsPerMinute: 600, BatchItems: 100,
+		Handshakes:       limit.Config{PerSource: 5, Global: 100, Kept: 25, Window: time.Minute, GoodFor: 24 * time.Hour, Sources: 100_000, Waiting: 256},
+		HandshakeTimeout: 10 * time.Second, ReadTimeout: 30 * time.Second, IdleTimeout: 5 * time.Minute, WriteTimeout: 10 * time.Second,
+		RequestTimeout: 15 * time.Second, ClockSkew: 30 * time.Second, MaxLifetime: 7 * 24 * time.Hour,
+	}
+}
+
 // Appliance is safe for concurrent use.
 type Appliance struct {
 	limits Limits

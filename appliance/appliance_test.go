@@ -28,12 +28,14 @@ import (
 const allowShop = `permit (principal == Peer::"shop", action == Action::"sign", resource == Key::"payments")
 unless { context has message_context && context.message_context == "forbidden" };`
 
-var limits = Limits{
-	Connections: 8, InFlight: 4, HandshakeTimeout: 5 * time.Second, IdleTimeout: time.Minute, WriteTimeout: 5 * time.Second,
-	RequestTimeout: 5 * time.Second, ClockSkew: 30 * time.Second, MaxLifetime: 7 * 24 * time.Hour,
-}
+var limits = func() Limits {
+	l := DefaultLimits()
+	l.InFlight, l.Handshakes.PerSource, l.Calls = 4, 100, map[string]int{"memory": 4}
+	l.HandshakeTimeout, l.RequestTimeout = 5*time.Second, 5*time.Second
+	return l
+}()
 
-var kept = Retention{Epoch: Month, Audit: 7 * 365 * 24 * time.Hour, Receipts: 7 * 365 * 24 * time.Hour}
+var kept = Retention{Epoch: Month, Audit: 7 * 365 * 24 * time.Hour, Receipts: 7 * 365 * 24 * time.Hour, Decisions: 30 * 24 * time.Hour}
 
 // rig is an appliance on a real ledger and a keystore in memory, with a key and two peers.
 type rig struct {
@@ -194,7 +196,7 @@ func TestAnotherPeersNonce(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	r.policy = p
+	r.rules.Store(&rules{Policy: p})
 	req := message(1, "m")
 	r.sign(t, r.shop, req)
 	_, err = r.Sign(t.Context(), r.cafe, req)
@@ -449,7 +451,7 @@ func TestKeysAreHeldAgainstTheToken(t *testing.T) {
 			return err
 		}
 		defer l.Close()
-		_, err = New(t.Context(), limits, l, Anchor{}, kept, map[string]keystore.Store{"memory": r.store}, r.policy, slog.New(slog.DiscardHandler))
+		_, err = New(t.Context(), limits, l, Anchor{}, kept, map[string]keystore.Store{"memory": r.store}, r.rules.Load().Policy, slog.New(slog.DiscardHandler))
 		return err
 	}
 	ref := keystore.Ref{Name: "payments", Version: 1}
@@ -568,7 +570,7 @@ func TestCallerLeavesAManagementAct(t *testing.T) {
 			t.Fatal(err)
 		}
 		r.RemovePeer(gone, who, name)
-		if _, ok := r.peer([32]byte(key)); ok {
+		if _, ok := r.member([32]byte(key)); ok {
 			t.Fatal("the peer is still let in")
 		}
 		if err := r.RemovePeer(t.Context(), who, name); err != nil && !errors.Is(err, ErrNotFound) {
@@ -589,7 +591,7 @@ func TestRemovedPeerStaysRemoved(t *testing.T) {
 	gone, leave := context.WithCancel(t.Context())
 	leave()
 	r.RemovePeer(gone, who, "shop")
-	if _, ok := r.peer(r.shop.PublicKey); ok {
+	if _, ok := r.member(r.shop.PublicKey); ok {
 		t.Error("it is not cut off at once")
 	}
 	if _, err := r.AddPeer(t.Context(), who, "shop2", r.shop.PublicKey[:]); err != nil && !errors.Is(err, ErrExists) {
@@ -602,7 +604,7 @@ func TestRemovedPeerStaysRemoved(t *testing.T) {
 	}
 	r.ledger.Close()
 	r.open(t)
-	if _, ok := r.peer(r.shop.PublicKey); ok {
+	if _, ok := r.member(r.shop.PublicKey); ok {
 		t.Error("it is back after a restart")
 	}
 }
@@ -618,7 +620,7 @@ func TestRemovingWaitsForNobody(t *testing.T) {
 	if err := r.RemovePeer(ctx, audit.Operator("test"), "shop"); !errors.Is(err, keystore.ErrUnavailable) {
 		t.Errorf("%v, want %v", err, keystore.ErrUnavailable)
 	}
-	if _, ok := r.peer(r.shop.PublicKey); ok {
+	if _, ok := r.member(r.shop.PublicKey); ok {
 		t.Error("the peer is still let in")
 	}
 	r.enrolling.release()

@@ -15,6 +15,7 @@ import (
 	"countersign/audit"
 	"countersign/keystore"
 	"countersign/ledger"
+	"countersign/policy"
 	"countersign/wire"
 )
 
@@ -307,14 +308,19 @@ func sha256Of(parts ...[]byte) [32]byte { return sha256.Sum256(bytes.Join(parts,
 // TestPolicyChange: that another policy is in force is an event, once.
 func TestPolicyChange(t *testing.T) {
 	r, _ := logRig(t)
-	for range 2 {
-		if err := r.notePolicy(t.Context()); err != nil {
+	for i, text := range []string{allowShop, allowShop, "", allowShop} {
+		p, err := policy.Parse("policy.cedar", []byte(text))
+		if err != nil {
 			t.Fatal(err)
 		}
+		version, changed, err := r.Activate(t.Context(), audit.Operator("test"), p)
+		if want := []uint64{1, 1, 2, 3}[i]; err != nil || version != want || changed != (i != 1) {
+			t.Fatalf("version %d, changed %v, %v; want version %d", version, changed, err, want)
+		}
 	}
-	r.policy.Hash[0] ^= 1
-	if err := r.notePolicy(t.Context()); err != nil {
-		t.Fatal(err)
+	all, err := r.Policies()
+	if err != nil || len(all) != 3 || all[1].Text != "" || all[0].Text != allowShop || all[0].Hash != all[2].Hash {
+		t.Errorf("%+v, %v", all, err)
 	}
 	var hashes []string
 	if err := r.Events(0, func(_ uint64, e audit.Event) bool {
@@ -325,7 +331,7 @@ func TestPolicyChange(t *testing.T) {
 	}); err != nil {
 		t.Fatal(err)
 	}
-	if len(hashes) != 4 || hashes[0] != "" || hashes[1] == hashes[3] || hashes[1] != hashes[2] {
+	if len(hashes) != 6 || hashes[0] != "" || hashes[1] == hashes[3] || hashes[1] != hashes[2] || hashes[3] != hashes[4] || hashes[5] != hashes[1] {
 		t.Errorf("%q", hashes)
 	}
 }

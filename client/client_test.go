@@ -191,7 +191,7 @@ func fake(t *testing.T, answer func(id string, request any) []byte) client.Confi
 					if err != nil {
 						return
 					}
-					id, request, err := wire.Parse(m)
+					id, request, err := wire.Parse(m, 100)
 					if err != nil {
 						t.Error(err)
 						return

@@ -56,10 +56,8 @@ func startAppliance() (a *testAppliance, err error) {
 		return nil, err
 	}
 	ctx := context.Background()
-	limits := appliance.Limits{
-		Connections: 16, InFlight: 64, HandshakeTimeout: 5 * time.Second, IdleTimeout: time.Minute, WriteTimeout: 5 * time.Second,
-		RequestTimeout: 5 * time.Second, ClockSkew: 30 * time.Second, MaxLifetime: 24 * time.Hour,
-	}
+	limits := appliance.DefaultLimits()
+	limits.Handshakes.PerSource = 100
 	if a.app, err = appliance.New(ctx, limits, a.ledger, appliance.Anchor{}, appliance.Retention{Epoch: appliance.Month, Audit: time.Hour, Receipts: time.Hour}, map[string]keystore.Store{"memory": a.store}, p, slog.New(slog.DiscardHandler)); err != nil {
 		return nil, err
 	}
@@ -95,7 +93,7 @@ func (a *testAppliance) serve() error {
 	a.address = l.Addr().String()
 	ctx, cancel := context.WithCancel(context.Background())
 	a.stopServing, a.served = cancel, make(chan error, 1)
-	go func() { a.served <- a.app.Serve(ctx, l) }()
+	go func() { a.served <- a.app.Serve(ctx, appliance.Listener{Listener: l, Profile: noise.CountersignV1}) }()
 	return nil
 }
 

@@ -12,7 +12,8 @@ tpm) run=.run-tpm device="the TPM (swtpm)" ;;
 *) echo "BACKEND is softhsm or tpm, not $backend" >&2; exit 2 ;;
 esac
 bin=bin
-listen=127.0.0.1:7700
+listen=127.0.0.1:7700 # profile countersign-v1
+pubky=127.0.0.1:7701  # profile pubky-noise-v1
 here=$(pwd -P)
 
 secret() { # secret FILE: 32 random hex digits, unless the file is there
@@ -62,6 +63,7 @@ CONF
 cat >"$run/countersign.toml" <<CONF
 # Made by make run and make demo. Every field is described in cmd/countersignd/config.go.
 listen = "$listen"
+listen_pubky = "$pubky"
 admin_socket = "admin.sock"
 ledger = "ledger.db"
 policy = "policy.cedar"

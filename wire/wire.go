@@ -226,7 +226,7 @@ type Answer struct {
 type Error struct {
 	Code       string `json:"code"`
 	Message    string `json:"message"`
-	RetryAfter int    `json:"retry_after,omitempty"`
+	RetryAfter int    `json:"retry_after,omitzero"`
 }
 
 func (e *Error) Error() string { return e.Code + ": " + e.Message }

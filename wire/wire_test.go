@@ -20,7 +20,7 @@ func sign(changes ...string) string {
 }
 
 func TestParse(t *testing.T) {
-	id, r, err := wire.Parse([]byte(sign()))
+	id, r, err := wire.Parse([]byte(sign()), 100)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -29,12 +29,12 @@ func TestParse(t *testing.T) {
 		t.Errorf("id %q, %#v", id, r)
 	}
 	for _, op := range []string{"ping", "keys"} {
-		if _, _, err := wire.Parse([]byte(`{"id":"x","op":"` + op + `"}`)); err != nil {
+		if _, _, err := wire.Parse([]byte(`{"id":"x","op":"`+op+`"}`), 100); err != nil {
 			t.Errorf("%s: %v", op, err)
 		}
 	}
 	verify := sign(`"op":"sign","key":"payments"`, `"op":"verify","signature":"AA","public_key":"`+nonce+`"`)
-	if _, r, err := wire.Parse([]byte(verify)); err != nil || r.(*wire.Verify).PublicKey[0] != 42 {
+	if _, r, err := wire.Parse([]byte(verify), 100); err != nil || r.(*wire.Verify).PublicKey[0] != 42 {
 		t.Errorf("verify: %v", err)
 	}
 }
@@ -87,7 +87,7 @@ func TestParseRefuses(t *testing.T) {
 		"time infinite":          {sign(`:1,"exp`, `:1e999999,"exp`), "1", "malformed"},
 		"time NaN":               {sign(`:1,"exp`, `:NaN,"exp`), "", "malformed"},
 	} {
-		id, r, err := wire.Parse([]byte(c.doc))
+		id, r, err := wire.Parse([]byte(c.doc), 100)
 		var refusal *wire.Error
 		if !errors.As(err, &refusal) || r != nil {
 			t.Errorf("%s: accepted (%v)", name, err)
@@ -143,7 +143,7 @@ func FuzzParse(f *testing.F) {
 	f.Add([]byte(`{"id":"1","op":"ping"}`))
 	f.Add([]byte(`{"id":"1","op":"verify","signature":"AA"}`))
 	f.Fuzz(func(t *testing.T, b []byte) {
-		id, r, err := wire.Parse(b)
+		id, r, err := wire.Parse(b, 100)
 		if (r == nil) == (err == nil) {
 			t.Fatalf("request %v, error %v", r, err)
 		}

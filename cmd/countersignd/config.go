@@ -16,7 +16,6 @@ import (
 	"countersign/hsm"
 	"countersign/keystore"
 	"countersign/ledger"
-	"countersign/limit"
 	"countersign/tpm"
 
 	"github.com/pelletier/go-toml/v2"
@@ -228,15 +227,18 @@ func (d *Duration) UnmarshalText(text []byte) error {
 }
 
 func defaults() Config {
+	l := appliance.DefaultLimits()
 	return Config{
 		LogLevel: "info", RollbackInterval: Duration(time.Hour), RollbackAdmissions: 10_000,
 		Tokens:    map[string]*Token{},
 		Retention: Retention{Epoch: string(appliance.Month), AuditDays: 2557, ReceiptDays: 2557, DecisionDays: 35, Nonces: Duration(24 * time.Hour)},
 		Limits: Limits{
-			Connections: 1024, Strangers: 512, ConnectionsPerSource: 256, ConnectionsPerPeer: 128, HandshakesPerSource: 5, Handshakes: 100, Sources: 100_000,
-			InFlight: 64, Requests: 1024, RequestsPerPeer: 256, RefusalsPerMinute: 600, BatchItems: 100, Nonces: 20_000_000, ClockTolerance: Duration(2 * time.Minute),
-			HandshakeTimeout: Duration(10 * time.Second), ReadTimeout: Duration(30 * time.Second), IdleTimeout: Duration(5 * time.Minute), WriteTimeout: Duration(10 * time.Second),
-			RequestTimeout: Duration(15 * time.Second), ClockSkew: Duration(30 * time.Second), MaxLifetime: Duration(7 * 24 * time.Hour),
+			Connections: l.Connections, Strangers: l.Strangers, ConnectionsPerSource: l.ConnectionsPerSource, ConnectionsPerPeer: l.ConnectionsPerPeer,
+			HandshakesPerSource: l.Handshakes.PerSource, Handshakes: l.Handshakes.Global, Sources: l.Handshakes.Sources,
+			InFlight: l.InFlight, Requests: l.Requests, RequestsPerPeer: l.RequestsPerPeer, RefusalsPerMinute: l.RefusalsPerMinute, BatchItems: l.BatchItems,
+			HandshakeTimeout: Duration(l.HandshakeTimeout), ReadTimeout: Duration(l.ReadTimeout), IdleTimeout: Duration(l.IdleTimeout), WriteTimeout: Duration(l.WriteTimeout),
+			RequestTimeout: Duration(l.RequestTimeout), ClockSkew: Duration(l.ClockSkew), MaxLifetime: Duration(l.MaxLifetime),
+			Nonces: 20_000_000, ClockTolerance: Duration(2 * time.Minute),
 		},
 	}
 }
@@ -463,19 +465,18 @@ func (c *Config) ledger() ledger.Options {
 
 func (c *Config) limits() appliance.Limits {
 	l := c.Limits
-	calls := map[string]int{}
+	limits := appliance.DefaultLimits()
+	limits.Connections, limits.Strangers, limits.ConnectionsPerSource, limits.ConnectionsPerPeer = l.Connections, l.Strangers, l.ConnectionsPerSource, l.ConnectionsPerPeer
+	limits.Handshakes.PerSource, limits.Handshakes.Global, limits.Handshakes.Kept = l.HandshakesPerSource, l.Handshakes, l.Handshakes/4
+	limits.Handshakes.Sources, limits.Handshakes.Waiting = max(l.Sources, l.Handshakes+1), l.ConnectionsPerSource
+	limits.InFlight, limits.Requests, limits.RequestsPerPeer, limits.RefusalsPerMinute, limits.BatchItems = l.InFlight, l.Requests, l.RequestsPerPeer, l.RefusalsPerMinute, l.BatchItems
+	limits.HandshakeTimeout, limits.ReadTimeout, limits.IdleTimeout, limits.WriteTimeout = l.HandshakeTimeout.std(), l.ReadTimeout.std(), l.IdleTimeout.std(), l.WriteTimeout.std()
+	limits.RequestTimeout, limits.ClockSkew, limits.MaxLifetime = l.RequestTimeout.std(), l.ClockSkew.std(), l.MaxLifetime.std()
+	limits.Calls = map[string]int{}
 	for name, t := range c.Tokens {
-		calls[name] = callsAhead * t.Workers * t.Sessions
+		limits.Calls[name] = callsAhead * t.Workers * t.Sessions
 	}
-	return appliance.Limits{
-		Connections: l.Connections, Strangers: l.Strangers, ConnectionsPerSource: l.ConnectionsPerSource, ConnectionsPerPeer: l.ConnectionsPerPeer,
-		InFlight: l.InFlight, Requests: l.Requests, RequestsPerPeer: l.RequestsPerPeer, RefusalsPerMinute: l.RefusalsPerMinute, BatchItems: l.BatchItems,
-		Calls: calls,
-		Handshakes: limit.Config{PerSource: l.HandshakesPerSource, Global: l.Handshakes, Kept: l.Handshakes / 4, Window: time.Minute,
-			GoodFor: 24 * time.Hour, Sources: max(l.Sources, l.Handshakes+1), Waiting: l.ConnectionsPerSource},
-		HandshakeTimeout: l.HandshakeTimeout.std(), ReadTimeout: l.ReadTimeout.std(), IdleTimeout: l.IdleTimeout.std(), WriteTimeout: l.WriteTimeout.std(),
-		RequestTimeout: l.RequestTimeout.std(), ClockSkew: l.ClockSkew.std(), MaxLifetime: l.MaxLifetime.std(),
-	}
+	return limits
 }
 
 // callsAhead is how many calls a token gets for each session that it has: one is carried out while another one is on its way.
