@@ -70,7 +70,8 @@ type Config struct {
 	// Lifetime is what a document gets that names no expiry of its own. Default: 1 h.
 	Lifetime time.Duration
 	// RetryFor is how long a call tries to reach the appliance anew when the connection can't be made or breaks; the
-	// call's context may end it earlier. Default 0: a broken connection is replaced once, without waiting.
+	// call's context may end it earlier. It is also how long a call is made again that the appliance was too busy for. Default 0: a
+	// broken connection is replaced once, without waiting.
 	RetryFor time.Duration
 }
 
@@ -243,6 +244,11 @@ func (c *Client) Sign(ctx context.Context, key string, d Document) (*Signed, err
 	if err != nil {
 		return nil, err
 	}
+	return c.checked(ctx, key, d, s)
+}
+
+// checked holds what came back for a document against what was asked for.
+func (c *Client) checked(ctx context.Context, key string, d Document, s wire.Signed) (*Signed, error) {
 	doc, err := transcript.Parse(transcript.Request(d))
 	if err != nil {
 		return nil, fmt.Errorf("%w: it signs what is refused here: %w", ErrWrongAnswer, err)
@@ -278,17 +284,25 @@ func (c *Client) Verify(ctx context.Context, key string, s *Signed) (event uint6
 	if errors.As(err, &refusal) && refusal.Code == wire.CodeUnavailable {
 		err = fmt.Errorf("%w: %w", ErrUnknownOutcome, err)
 	}
-	if err == nil && !v.Valid {
-		err = ErrWrongAnswer
-	}
-	if err != nil || c.log == nil {
+	if err != nil {
 		return v.Event, err
+	}
+	return v.Event, c.confirmed(ctx, s, v)
+}
+
+// confirmed holds what came back for a signature against what was asked for.
+func (c *Client) confirmed(ctx context.Context, s *Signed, v wire.Verified) error {
+	if !v.Valid {
+		return ErrWrongAnswer
+	}
+	if c.log == nil {
+		return nil
 	}
 	doc, err := transcript.Parse(transcript.Request(s.Document))
 	if err != nil {
-		return 0, fmt.Errorf("%w: it judged what is refused here: %w", ErrWrongAnswer, err)
+		return fmt.Errorf("%w: it judged what is refused here: %w", ErrWrongAnswer, err)
 	}
-	return v.Event, c.demand(ctx, v.Event, audit.Spent, func(e audit.Event) bool {
+	return c.demand(ctx, v.Event, audit.Spent, func(e audit.Event) bool {
 		return e.Metadata["signer"] == hex.EncodeToString(s.PublicKey[:]) && about(e, doc)
 	})
 }
@@ -302,6 +316,11 @@ func (c *Client) call(ctx context.Context, repeatable bool, request func(id stri
 			var answer wire.Answer
 			var sent bool
 			if answer, sent, err = conn.roundTrip(ctx, request); err == nil {
+				if later := answer.Error; later != nil && later.RetryAfter > 0 && time.Since(begin) < c.config.RetryFor {
+					if wait(ctx, time.Duration(later.RetryAfter)*time.Second) == nil { // nothing was done
+						continue
+					}
+				}
 				return decode(answer, result)
 			}
 			if sent && !repeatable {
@@ -337,10 +356,14 @@ func pause(ctx context.Context, try int) error {
 	if err != nil {
 		return err
 	}
+	return wait(ctx, most/2+time.Duration(n.Int64()))
+}
+
+func wait(ctx context.Context, d time.Duration) error {
 	select {
 	case <-ctx.Done():
 		return ctx.Err()
-	case <-time.After(most/2 + time.Duration(n.Int64())):
+	case <-time.After(d):
 		return nil
 	}
 }
@@ -379,6 +402,14 @@ func (c *Client) connection(ctx context.Context) (*conn, error) {
 		raw.Close()
 		return nil, fmt.Errorf("%w: %s", ErrHandshake, strings.TrimPrefix(err.Error(), noise.ErrHandshake.Error()+": "))
 	} else if err != nil {
+		raw.Close()
+		return nil, fmt.Errorf("%w: %w", ErrUnreachable, err)
+	}
+	// The first message proves who this is: until it comes, the appliance takes the handshake for one that may be a recording, and
+	// counts it. Nobody waits for its answer.
+	if first, err := wire.Encode(wire.Ping{ID: "0", Op: wire.OpPing}); err != nil {
+		return nil, err
+	} else if err := n.WriteMessage(first); err != nil {
 		raw.Close()
 		return nil, fmt.Errorf("%w: %w", ErrUnreachable, err)
 	}

@@ -15,6 +15,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -196,7 +197,12 @@ func fake(t *testing.T, answer func(id string, request any) []byte) client.Confi
 						t.Error(err)
 						return
 					}
-					b := answer(id, request)
+					var b []byte
+					if id == "0" { // the client's proof of who it is
+						b = wire.EncodeAnswer(id, wire.Pong{Service: "fake"}, nil)
+					} else {
+						b = answer(id, request)
+					}
 					if b == nil || conn.WriteMessage(b) != nil {
 						return
 					}
@@ -236,6 +242,57 @@ func TestAnswersThatCannotBeRight(t *testing.T) {
 	c := dial(t, fake(t, func(id string, r any) []byte { return []byte(`{"id":"` + id + `"}`) }))
 	if _, err := c.Ping(t.Context()); err == nil {
 		t.Error("an answer without a result is accepted")
+	}
+}
+
+// TestBatch: outcomes stand in the order of the items, each with what its own call would give.
+func TestBatch(t *testing.T) {
+	a := start(t)
+	c := dial(t, a.config())
+	signed, err := c.Sign(t.Context(), "payments", message("AAAA"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	other := *signed
+	other.Signature = make([]byte, 64)
+	got, err := c.Batch(t.Context(), []client.Item{
+		{Key: "payments", Document: message("AAAB")}, {Verify: signed}, {Key: "nothing", Document: message("AAAC")},
+		{Key: "payments", Verify: &other}, {Verify: signed}, {Key: "payments", Document: signed.Document},
+	})
+	if err != nil || len(got) != 6 {
+		t.Fatal(len(got), err)
+	}
+	for i, code := range []string{"", "", "unknown_key", "invalid_signature", "replay", ""} {
+		var refusal *client.Error
+		if errors.As(got[i].Err, &refusal); code == "" && got[i].Err != nil || code != "" && (refusal == nil || refusal.Code != code) {
+			t.Errorf("item %d: %v, want %q", i, got[i].Err, code)
+		}
+	}
+	if s := got[0].Signed; s == nil || s.Repeated || s.Event == 0 {
+		t.Errorf("%+v", s)
+	}
+	if s := got[5].Signed; s == nil || !s.Repeated || s.Event != signed.Event {
+		t.Errorf("%+v", s)
+	}
+	if _, err := c.Batch(t.Context(), make([]client.Item, 101)); err == nil {
+		t.Error("101 items are taken")
+	}
+}
+
+// TestBusy: a call that the appliance was too busy for is made again, as long as the configuration says.
+func TestBusy(t *testing.T) {
+	for retryFor, want := range map[time.Duration]int{0: 1, 5 * time.Second: 2} {
+		var asked atomic.Int32
+		config := fake(t, func(id string, _ any) []byte {
+			if asked.Add(1) == 1 {
+				return wire.EncodeAnswer(id, nil, &wire.Error{Code: wire.CodeBusy, Message: "later", RetryAfter: 1})
+			}
+			return wire.EncodeAnswer(id, wire.Pong{Service: "fake"}, nil)
+		})
+		config.RetryFor = retryFor
+		if _, err := dial(t, config).Ping(t.Context()); (err == nil) != (want == 2) || int(asked.Load()) != want {
+			t.Errorf("RetryFor %v: asked %d times, %v", retryFor, asked.Load(), err)
+		}
 	}
 }
 
