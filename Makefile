@@ -3,7 +3,7 @@ export REQUIRE_DEVICES = 1
 # Copies that a computation with a secret has made are erased (package runtime/secret): for keys that a TPM seals.
 export GOEXPERIMENT = runtimesecret
 
-.PHONY: build demo run test bench clean deps
+.PHONY: build demo run test bench fuzz clean deps
 
 build: deps
 	go build -o bin/countersignd ./cmd/countersignd
@@ -20,6 +20,10 @@ test: deps
 
 bench: deps
 	go test -run '^$$' -bench . -benchtime 1x ./softhsm-tests ./ledger ./audit
+
+# FUZZTIME=10m make fuzz; FUZZ=transcript makes it those whose package or name has that.
+fuzz: deps
+	@scripts/fuzz.sh
 
 deps:
 	@scripts/deps.sh

@@ -56,12 +56,12 @@ func TestSpecExamples(t *testing.T) {
 			checkProof(t, b.text, code)
 		case "vector":
 			checkVector(t, b.text)
-		case "noise": // read by a test of package noise
+		case "noise", "noise-pubky": // read by a test of package noise
 		default:
 			t.Errorf("a block named %q", b.name)
 		}
 	}
-	for kind, least := range map[string]int{"request": 5, "refused": 3, "answer": 7, "proof": 1, "vector": 11, "noise": 1} {
+	for kind, least := range map[string]int{"request": 5, "refused": 3, "answer": 7, "proof": 1, "vector": 11, "noise": 1, "noise-pubky": 1} {
 		if seen[kind] < least {
 			t.Errorf("%d blocks of kind %q, expected at least %d", seen[kind], kind, least)
 		}

@@ -89,10 +89,14 @@ func (v vector) runThrough(t *testing.T, profile Profile) *Conn {
 	client, server := newConn(&tee{c, &sent}), newConn(&tee{s, &answered})
 	done := make(chan error, 1)
 	go func() {
-		done <- server.accept(t.Context(), respID, profile, nil, func(p [32]byte) bool { return p == initID.Public() }, bytes.NewReader(v.respEph))
+		err := server.accept(t.Context(), respID, profile, nil, func(p [32]byte) bool { return p == initID.Public() }, bytes.NewReader(v.respEph))
+		if err != nil {
+			s.Close()
+		}
+		done <- err
 	}()
 	if err := client.connect(t.Context(), initID, profile, respID.Public(), v.payloads[0], bytes.NewReader(v.initEph)); err != nil {
-		t.Fatal(err)
+		t.Fatal(err, <-done)
 	}
 	if err := <-done; err != nil {
 		t.Fatal(err)
