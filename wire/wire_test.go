@@ -142,6 +142,7 @@ func FuzzParse(f *testing.F) {
 	f.Add([]byte(sign()))
 	f.Add([]byte(`{"id":"1","op":"ping"}`))
 	f.Add([]byte(`{"id":"1","op":"verify","signature":"AA"}`))
+	f.Add([]byte(`{"id":"1","op":"batch","items":[{"op":"sign","key":"k"},` + strings.Replace(sign(), `"id":"1",`, "", 1) + `,7,{"op":"ping"}]}`))
 	f.Fuzz(func(t *testing.T, b []byte) {
 		id, r, err := wire.Parse(b, 100)
 		if (r == nil) == (err == nil) {

@@ -249,6 +249,10 @@ func loadConfig(path string) (Config, error) {
 	if err != nil {
 		return Config{}, fmt.Errorf("config: %w", err)
 	}
+	return parseConfig(path, b)
+}
+
+func parseConfig(path string, b []byte) (Config, error) {
 	var names struct{ Tokens map[string]any }
 	if err := toml.Unmarshal(b, &names); err != nil {
 		return Config{}, fmt.Errorf("config: %s", explainTOML(path, err))

@@ -1,0 +1,77 @@
+package main
+
+import (
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+)
+
+const least = `listen = "127.0.0.1:7700"
+admin_socket = "admin.sock"
+ledger = "ledger.db"
+policy = "policy.cedar"
+[tokens.main]
+uri = "pkcs11:token=countersign"
+`
+
+// TestConfig: defaults, and for each mistake a line that names the field, or the line of the file.
+func TestConfig(t *testing.T) {
+	c, err := parseConfig("/etc/c.toml", []byte(least))
+	if err != nil || c.Ledger != "/etc/ledger.db" || c.Limits.HandshakesPerSource != 5 || c.Limits.Handshakes != 100 || c.Limits.Sources != 100_000 {
+		t.Fatalf("%+v, %v", c, err)
+	}
+	l := c.limits()
+	if l.HandshakeTimeout != 10*time.Second || l.ReadTimeout != 30*time.Second || l.IdleTimeout != 300*time.Second || l.WriteTimeout != 10*time.Second {
+		t.Errorf("%+v", l)
+	}
+	if l.Handshakes.Kept != 25 || l.Calls["main"] != 16 {
+		t.Errorf("%+v", l)
+	}
+	for text, want := range map[string]string{
+		"lisssten = \"a:1\"\n" + least:                                                     "c.toml:1: unknown field",
+		strings.Replace(least, "127.0.0.1:7700", "nowhere", 1):                             "listen: ",
+		strings.Replace(least, "listen", "# listen", 1):                                    "listen is missing",
+		"listen_pubky = \"x\"\n" + least:                                                   "listen_pubky: ",
+		least + "[limits]\nhandshakes_per_source = 0\n":                                    "limits.handshakes_per_source must be 1 to",
+		least + "[limits]\nread_timeout = \"1h\"\n":                                        "limits.read_timeout must be",
+		least + "[limits]\nstrangers = 2000\n":                                             "limits.strangers must be 1 to 1024",
+		least + "[limits]\nbatch_items = 101\n":                                            "limits.batch_items must be 1 to 100",
+		least + "[retention]\ndecision_days = 0\n":                                         "retention.decision_days",
+		least + "[limits]\nidle_timeout = 5\n":                                             "limits.idle_timeout must be 1s to 24h0m0s",
+		least + "[limits\n":                                                                "c.toml:7",
+		strings.Replace(least, "[tokens.main]", "[tokens.main]\nworkers = 99999999999", 1): "workers must be",
+	} {
+		if _, err := parseConfig("/etc/c.toml", []byte(text)); err == nil || !strings.Contains(err.Error(), want) || strings.Contains(err.Error(), "\n") {
+			t.Errorf("%q: %v, want %q", text, err, want)
+		}
+	}
+}
+
+// FuzzConfig: whatever a file has in it, there is a configuration that keeps to all bounds, or an error on one line.
+func FuzzConfig(f *testing.F) {
+	f.Add([]byte(least))
+	f.Add([]byte(least + "[limits]\nhandshakes = 7\nidle_timeout = \"1m\"\n[retention]\nepoch = \"day\"\n"))
+	f.Add([]byte(least + "[tokens.tpm]\ntpm = \"/dev/tpmrm0\"\nstate = \"keys\"\npcrs = [7, 11]\n"))
+	f.Add([]byte("[tokens]\nmain = 7\n"))
+	f.Add([]byte("[tokens.\"a b\"]\n"))
+	dir := f.TempDir()
+	f.Fuzz(func(t *testing.T, b []byte) {
+		c, err := parseConfig(filepath.Join(dir, "c.toml"), b)
+		if err != nil {
+			if strings.ContainsAny(err.Error(), "\n") {
+				t.Fatalf("%q: more than one line", err)
+			}
+			return
+		}
+		if err := c.check(); err != nil {
+			t.Fatalf("what was accepted is not sound: %v", err)
+		}
+		if l := c.limits(); l.Connections < 1 || l.Handshakes.PerSource < 1 || l.Handshakes.Kept > l.Handshakes.Global || l.Strangers > l.Connections || l.IdleTimeout <= 0 {
+			t.Fatalf("%+v", l)
+		}
+		if len(c.Tokens) == 0 {
+			t.Fatal("no token")
+		}
+	})
+}
