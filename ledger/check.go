@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"encoding/binary"
 	"fmt"
+	"math/big"
 
 	"countersign/audit"
 
@@ -60,7 +61,37 @@ func checkAll(tx *bolt.Tx, next uint64, progress func(done, all uint64)) error {
 	if err := checkSpent(tx, bucketOutcomes, next, func(uint32, []byte, []byte) error { return nil }); err != nil {
 		return err
 	}
+	if err := tx.Bucket(bucketDecisions).ForEach(func(k, v []byte) error {
+		d, err := decodeDecision(k, v)
+		if err == nil && d.Event >= next {
+			err = fmt.Errorf("%w: there is a decision of event %d, which is not there", ErrCorrupt, d.Event)
+		}
+		return err
+	}); err != nil {
+		return err
+	}
+	if err := checkTotals(tx.Bucket(bucketCounters)); err != nil {
+		return err
+	}
 	return checkReceipts(tx)
+}
+
+// checkTotals sees that the totals of each series only rise.
+func checkTotals(b *bolt.Bucket) error {
+	var series, last []byte
+	return b.ForEach(func(k, v []byte) error {
+		if len(k) != 24 {
+			return fmt.Errorf("%w: counter %x", ErrCorrupt, k)
+		}
+		if !bytes.Equal(series, k[:16]) {
+			series, last = bytes.Clone(k[:16]), nil
+		}
+		if new(big.Int).SetBytes(v).Cmp(new(big.Int).SetBytes(last)) < 0 {
+			return fmt.Errorf("%w: a total of series %x falls", ErrCorrupt, series)
+		}
+		last = bytes.Clone(v)
+		return nil
+	})
 }
 
 // checkSpent looks at the records that belong to spent nonces, whether they have expired or not.

@@ -5,6 +5,7 @@ import (
 	"crypto/ed25519"
 	"errors"
 	"fmt"
+	"math/big"
 	"math/rand/v2"
 	"os"
 	"path/filepath"
@@ -45,7 +46,14 @@ type story struct {
 	mu    sync.Mutex
 	facts []*fact
 	epoch map[uint32][]*fact // what goes with an epoch
+	count []counted30        // what a series had at the least
 	nonce []*fact            // what goes with the clock
+}
+
+// counted30 says what the series "payments" had in 30 days after an admission.
+type counted30 struct {
+	from  int
+	total int64
 }
 
 func (s *story) know(what string, holds func(*ledger.Ledger) error) *fact {
@@ -173,8 +181,24 @@ func (s *story) admissions(n int) {
 		settled, paid := s.random.IntN(3) > 0, s.random.IntN(2) > 0
 		wg.Go(func() {
 			text := fmt.Sprintf("admitted %x", a.Nonce[:4])
+			var total int64
+			a.Counts = []ledger.Count{{Series: "payments", Add: big.NewInt(3)}}
+			a.Decide = func(used []ledger.Used) ([]byte, error) {
+				total = used[0][len(ledger.Windows)-1].Int64()
+				return []byte(text), nil
+			}
 			r, err := s.l.Admit(s.t.Context(), a, func(ledger.Verdict) []byte { return []byte(text) })
 			s.must(err)
+			s.mu.Lock()
+			s.count = append(s.count, counted30{s.disk.Mark(), total})
+			s.mu.Unlock()
+			s.know("decision "+text, func(l *ledger.Ledger) error {
+				d, err := l.Decision(r.Event)
+				if err == nil && string(d.Record) != text {
+					err = fmt.Errorf("it is %q", d.Record)
+				}
+				return err
+			})
 			spent := s.know("nonce "+text, func(l *ledger.Ledger) error {
 				found, err := l.Spent(s.t.Context(), a.Scope, a.Nonce)
 				if err == nil && found.Event != r.Event {
@@ -343,8 +367,23 @@ func (s *story) judge(dir string, at int) error {
 			return fmt.Errorf("%s: %w", f.what, err)
 		}
 	}
-	if _, err := l.Admit(s.t.Context(), ledger.Admission{Scope: "k", ExpiresAt: s.wall.Unix() + 3600}, event); err != nil {
+	// What was admitted is counted, and nothing is that was never asked for.
+	var least, has int64
+	for _, c := range s.count {
+		if c.from <= at {
+			least = max(least, c.total)
+		}
+	}
+	a := ledger.Admission{Scope: "k", ExpiresAt: s.wall.Unix() + 3600, Counts: []ledger.Count{{Series: "payments", Add: new(big.Int)}}}
+	a.Decide = func(used []ledger.Used) ([]byte, error) {
+		has = used[0][len(ledger.Windows)-1].Int64()
+		return nil, nil
+	}
+	if _, err := l.Admit(s.t.Context(), a, event); err != nil {
 		return fmt.Errorf("it does not go on: %w", err)
+	}
+	if has < least || has%3 != 0 || has > 3*int64(len(s.count)) {
+		return fmt.Errorf("it has counted %d, and what was released makes %d at the least", has, least)
 	}
 	return nil
 }

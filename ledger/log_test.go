@@ -295,6 +295,11 @@ func TestDamageIsNamed(t *testing.T) {
 		"a receipt is gone": {false, "receipt", func(tx *bolt.Tx) error {
 			return in("receipts")(tx).Delete([]byte(key(1) + "\x01" + strings.Repeat("\x00", 15)))
 		}},
+		"a decision of no event": {false, "decision", func(tx *bolt.Tx) error { return in("decisions")(tx).Put([]byte(key(1<<30)), make([]byte, 9)) }},
+		"a decision that is cut": {false, "decision", func(tx *bolt.Tx) error { return in("decisions")(tx).Put([]byte(key(1)), []byte("short")) }},
+		"a total that falls": {false, "series", func(tx *bolt.Tx) error {
+			return errors.Join(in("counters")(tx).Put([]byte(strings.Repeat("s", 16)+key(1)), []byte{2}), in("counters")(tx).Put([]byte(strings.Repeat("s", 16)+key(2)), []byte{1}))
+		}},
 		"the time": {true, "time", func(tx *bolt.Tx) error { return in("meta")(tx).Delete([]byte("time")) }},
 		"a bucket": {true, "counters", func(tx *bolt.Tx) error { return tx.DeleteBucket([]byte("counters")) }},
 	} {
