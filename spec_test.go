@@ -42,8 +42,16 @@ func TestSpecExamples(t *testing.T) {
 		seen[kind]++
 		switch kind {
 		case "request":
-			if _, _, err := wire.Parse([]byte(b.text), 100); err != nil {
+			_, r, err := wire.Parse([]byte(b.text), 100)
+			if err != nil {
 				t.Errorf("%s\n%v", b.text, err)
+			}
+			if batch, is := r.(*wire.Batch); is {
+				for _, item := range batch.Items {
+					if refusal, bad := item.(*wire.Error); bad {
+						t.Errorf("%s\n%v", b.text, refusal)
+					}
+				}
 			}
 		case "refused":
 			var refusal *wire.Error
@@ -78,7 +86,7 @@ func checkAnswer(t *testing.T, text string) {
 	if a.Error != nil {
 		return
 	}
-	for _, result := range []any{new(wire.Pong), new(wire.KeyList), new(wire.Signed), new(wire.Verified)} {
+	for _, result := range []any{new(wire.Pong), new(wire.KeyList), new(wire.Signed), new(wire.Verified), new(wire.Answers)} {
 		if a.Into(result) == nil {
 			return
 		}

@@ -20,7 +20,7 @@ func (t *txn) rise(r *Rise) error {
 	}
 	b, series := t.tx.Bucket(bucketRisen), seriesOf(r.Series)
 	if v := b.Get(series); v != nil && r.To <= binary.BigEndian.Uint64(v) {
-		return fmt.Errorf("%w: %d after %d", ErrNotRisen, r.To, binary.BigEndian.Uint64(v))
+		return fmt.Errorf("%w: %d is not above %d, which was signed before", ErrNotRisen, r.To, binary.BigEndian.Uint64(v))
 	}
 	return b.Put(series, u64(r.To))
 }

@@ -6,7 +6,7 @@ trap 'echo; echo stopping; kill -TERM "$daemon" 2>/dev/null || true' INT TERM
 
 cat <<TEXT
 
-Countersign serves on $listen until Ctrl-C. In another terminal, in this folder, type:
+Countersign serves on $listen (profile countersign-v1) and $pubky (pubky-noise-v1) until Ctrl-C. In another terminal, in this folder, type:
 
   export COUNTERSIGN_SERVER=$listen COUNTERSIGN_SERVER_KEY=\$(cat $run/noise.pub) COUNTERSIGN_IDENTITY=$run/demo-peer.key
   $bin/countersign keys

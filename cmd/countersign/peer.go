@@ -10,7 +10,9 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"slices"
 	"strconv"
+	"strings"
 	"time"
 
 	"countersign/audit"
@@ -152,8 +154,8 @@ func (t *tool) sign() *cobra.Command {
 			return usageError{errors.New("--key and --type are needed")}
 		case msgContext != "" && typ != "message-v1":
 			return usageError{errors.New("--context is for --type message-v1")}
-		case as != "" && as != "subscriber" && as != "provider":
-			return usageError{errors.New("--as is subscriber or provider")}
+		case as != "" && !slices.Contains(parties, as):
+			return usageError{fmt.Errorf("--as is one of %s", strings.Join(parties, ", "))}
 		case expires < time.Second:
 			return usageError{errors.New("--expires must be at least 1s")}
 		}
@@ -226,11 +228,14 @@ func (t *tool) sign() *cobra.Command {
 	f.StringVar(&typ, "type", "", "the transcript type (list them with: countersign transcript list)")
 	f.DurationVar(&expires, "expires", time.Hour, "how long the document is valid")
 	f.StringVar(&msgContext, "context", "", "sign a file of any kind in this context (message-v1)")
-	f.StringVar(&as, "as", "", "subscriber or provider: put the signing key's public key into this field of the payload")
+	f.StringVar(&as, "as", "", "put the signing key's public key into this field of the payload: "+strings.Join(parties, ", "))
 	f.StringVar(&nonce, "nonce", "", "the nonce, 64 hex digits (default: random)")
 	f.Int64Var(&timestamp, "timestamp", 0, "valid from, in Unix seconds (default: now)")
 	return c
 }
+
+// parties are the fields of payloads that name who may sign.
+var parties = []string{"subscriber", "provider", "payer", "payee", "owner"}
 
 // setParty puts the active public key into a field of the payload.
 func setParty(ctx context.Context, c *client.Client, payload []byte, field, key string) ([]byte, error) {
