@@ -147,13 +147,13 @@ func Daemon() Actor { return Actor{Kind: "daemon", Name: "countersignd"} }
 // maxText bounds a text in the metadata: the cause of an error may be long, and an entry of the log has 65535 bytes at most.
 const maxText = 2048
 
-// Encode writes the event with the given time; equal events give equal bytes.
+// Encode writes the event with the given time; equal events give equal bytes. Too long a text is cut.
 func (e Event) Encode(now time.Time) []byte {
 	e.TimeMS = now.UnixMilli()
 	for name, text := range e.Metadata {
 		if len(text) > maxText {
 			e.Metadata = maps.Clone(e.Metadata)
-			e.Metadata[name] = strings.ToValidUTF8(text[:maxText], "") + "…"
+			e.Metadata[name] = strings.ToValidUTF8(text[:maxText-len("…")], "") + "…"
 		}
 	}
 	b, err := json.Marshal(e)
