@@ -16,7 +16,7 @@ one() {
     echo "$1 $2: $(grep -o 'execs: [0-9]*' "$log" | tail -1), no failure"
   else
     echo "$1 $2: FAILED"
-    cat "$log"
+    tail -n 20 "$log" | cut -c 1-500
     return 1
   fi
 }
