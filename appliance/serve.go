@@ -145,6 +145,7 @@ func (a *Appliance) serveConn(stop context.Context, raw net.Conn, profile noise.
 		return
 	case errors.Is(err, keystore.ErrUnavailable), errors.Is(err, keystore.ErrAuth), errors.Is(err, keystore.ErrSealed):
 		a.log.Error("handshake failed", "from", from, "err", err)
+		attempt.Forget() // a device that is away must not lock the peers out
 	case err != nil:
 		a.log.Info("handshake refused", "from", from, "err", err)
 		a.refusals.count(audit.HandshakeRefused, "handshake", "")

@@ -5,6 +5,7 @@ import (
 	"crypto/rand"
 	"encoding/binary"
 	"fmt"
+	"math/big"
 	"os"
 	"path/filepath"
 	"runtime"
@@ -163,6 +164,27 @@ func benchLedger(b *testing.B, o ledger.Options) (*ledger.Ledger, string) {
 func BenchmarkAdmit(b *testing.B) {
 	l, path := benchLedger(b, ledger.Options{})
 	compare(b, fmt.Sprintf("admit callers=%d", callers), admitting(b.Context(), l, inAnHour), bare(b, filepath.Dir(path)))
+}
+
+// BenchmarkWindows holds admissions that are counted in six series, as a payment is, and decided with a record against those that
+// are not.
+func BenchmarkWindows(b *testing.B) {
+	plain, _ := benchLedger(b, ledger.Options{})
+	counted, _ := benchLedger(b, ledger.Options{})
+	amount, _ := new(big.Int).SetString("10000000000000000000000000000000", 10) // 1,000 with 28 places
+	record := []byte(strings.Repeat("r", 900))
+	one := big.NewInt(1)
+	side := func() error {
+		a := ledger.Admission{Scope: ledger.KeyScope("payments"), KeyVersion: 1, ExpiresAt: inAnHour()}
+		rand.Read(a.Nonce[:])
+		for i, subject := range []string{"peer", "key", fmt.Sprint("counterparty ", a.Nonce[0])} {
+			a.Counts = append(a.Counts, ledger.Count{Series: subject, Add: one}, ledger.Count{Series: fmt.Sprint(i, " amount ", subject), Add: amount})
+		}
+		a.Decide = func([]ledger.Used) ([]byte, error) { return record, nil }
+		_, err := counted.Admit(b.Context(), a, func(ledger.Verdict) []byte { return eventBytes })
+		return err
+	}
+	compare(b, fmt.Sprintf("admit+windows callers=%d", callers), side, admitting(b.Context(), plain, inAnHour))
 }
 
 // BenchmarkManyNonces holds a ledger with five million live nonces against an empty one, and says what they cost at the start

@@ -55,7 +55,7 @@ type Config struct {
 // Handshakes stands before the work that a handshake costs the HSM. What holds, after every call:
 //
 //   - An attempt is counted from its Begin, as its source's and as one of all. It is taken out of both counts when it proves
-//     good. Otherwise it leaves them when it has ended and Window has passed since its Begin.
+//     good, or when it failed for a reason of ours. Otherwise it leaves them when it has ended and Window has passed since its Begin.
 //   - At most PerSource attempts of a source are counted, at most Global in all, and of these at most Global-Kept were begun
 //     by sources that were not good then. So a source spends at most PerSource of the global budget, whatever it sends, and
 //     a flood from everywhere leaves Kept for those who were good before.
@@ -148,10 +148,22 @@ func (h *Handshakes) Begin(ctx context.Context, from netip.Addr) (*Attempt, erro
 
 // Good says that the other side has proved who it is: its first transport message has been decrypted. Before that, message 1
 // may have been a recording.
-func (a *Attempt) Good() { a.limiter.end(a, true) }
+func (a *Attempt) Good() { a.limiter.end(a, good) }
 
-// End says that the attempt is over. After Good, or a second time, it does nothing.
-func (a *Attempt) End() { a.limiter.end(a, false) }
+// Forget says that the attempt is over, and that it failed for a reason of ours: it counts no more.
+func (a *Attempt) Forget() { a.limiter.end(a, forgotten) }
+
+// End says that the attempt is over. After Good or Forget, or a second time, it does nothing.
+func (a *Attempt) End() { a.limiter.end(a, failed) }
+
+// How an attempt ends.
+type ending int
+
+const (
+	failed ending = iota
+	forgotten
+	good
+)
 
 // IsGood says that an address had a good session within GoodFor.
 func (h *Handshakes) IsGood(from netip.Addr) bool {
@@ -236,7 +248,7 @@ func (h *Handshakes) refused(reason error) error {
 	return &Limited{reason, soon}
 }
 
-func (h *Handshakes) end(a *Attempt, good bool) {
+func (h *Handshakes) end(a *Attempt, how ending) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	if a.ended {
@@ -246,10 +258,13 @@ func (h *Handshakes) end(a *Attempt, good bool) {
 	s := a.source
 	a.ended = true
 	s.underWay--
-	if good {
+	switch how {
+	case good:
 		s.goodUntil = h.now + h.config.GoodFor
 		h.uncount(s, func(a *Attempt) bool { return a.ended })
-	} else {
+	case forgotten:
+		h.uncount(s, func(other *Attempt) bool { return other == a })
+	default:
 		h.uncount(s, over)
 	}
 	h.settle(s)

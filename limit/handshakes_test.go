@@ -161,6 +161,72 @@ func TestGood(t *testing.T) {
 	}
 }
 
+// TestForget: what failed for a reason of ours counts no more, makes nobody good, and forgets nothing else.
+func TestForget(t *testing.T) {
+	h, _ := limiter(usual)
+	for range 3 {
+		fail(t, h, ipv4(1))
+	}
+	for range 1000 {
+		begin(t, h, ipv4(1)).Forget()
+	}
+	if h.IsGood(ipv4(1)) {
+		t.Error("the source is good")
+	}
+	fail(t, h, ipv4(1))
+	fail(t, h, ipv4(1))
+	refused(t, h, ipv4(1), ErrSource, time.Minute)
+	a := begin(t, h, ipv4(2))
+	a.Forget()
+	a.Good() // too late
+	if h.IsGood(ipv4(2)) || h.counted != 5 {
+		t.Errorf("good %v, %d counted", h.IsGood(ipv4(2)), h.counted)
+	}
+	begin(t, h, ipv4(2)).Good()
+	if !h.IsGood(ipv4(2)) {
+		t.Error("the source is not good")
+	}
+}
+
+// TestConnections: places in all, of a source, and of those who have proven nothing.
+func TestConnections(t *testing.T) {
+	c := NewConnections(6, 3, 4)
+	open := func(n int, good bool) *Place {
+		t.Helper()
+		p, err := c.Open(ipv4(n), good)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return p
+	}
+	full := func(n int, good bool) {
+		t.Helper()
+		if _, err := c.Open(ipv4(n), good); !errors.Is(err, ErrConnections) {
+			t.Fatalf("%v", err)
+		}
+	}
+	first := []*Place{open(1, false), open(1, false), open(1, false)}
+	full(1, true) // of its source
+	last := open(2, false)
+	full(3, false) // of strangers
+	known := open(3, true)
+	first[0].Proven()
+	first[0].Proven()
+	next := open(4, false)
+	full(5, true) // in all
+	for range 2 {
+		first[1].Close()
+	}
+	open(1, true)
+	full(1, true)
+	for _, p := range []*Place{first[0], first[2], last, known, next} {
+		p.Close()
+	}
+	if c.open != 1 || c.strange != 0 || len(c.bySource) != 1 {
+		t.Errorf("%d open, %d of strangers, %d sources", c.open, c.strange, len(c.bySource))
+	}
+}
+
 func TestKeptIsForGoodSources(t *testing.T) {
 	h, at := limiter(usual)
 	for n := range 10 {
