@@ -336,6 +336,9 @@ func (c *Config) check() error {
 			return fmt.Errorf("%s must be 1 to %d", n.field, n.most)
 		}
 	}
+	if c.Limits.BatchItems > min(c.Limits.RequestsPerPeer, c.Limits.Requests) {
+		return errors.New("limits.batch_items must not be more than limits.requests_per_peer and limits.requests")
+	}
 	for _, d := range []struct {
 		field       string
 		value       Duration
