@@ -90,7 +90,7 @@ func (a *Appliance) serve(ctx context.Context, s *session, request any) (result 
 	}
 	c, refusal := refuse(err)
 	if c == refused {
-		s.member.refusals.Allow() // what it does not allow is seen by begin
+		s.member.refusals.Reserve() // a debt where there are several at once, which begin waits for
 		a.log.Info("refused", "peer", s.peer.Name, "op", op, "key", ijson.Clip(key), "code", refusal.Code, "err", err)
 		if err := a.recordRefusal(ctx, s.peer, op, key, refusal.Code, err); err != nil {
 			c, refusal = refuse(err)

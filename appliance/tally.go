@@ -72,7 +72,10 @@ func (t *tally) flushDue(ctx context.Context, a *Appliance) { t.write(ctx, a, fa
 
 func (t *tally) flush(ctx context.Context, a *Appliance) { t.write(ctx, a, true) }
 
+// write has a time of its own: what was taken would be lost with a daemon that stops meanwhile.
 func (t *tally) write(ctx context.Context, a *Appliance, all bool) {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), a.limits.RequestTimeout)
+	defer cancel()
 	for _, e := range t.take(all) {
 		if err := a.record(ctx, e); err != nil {
 			a.log.Error("a count is not written down", "event", e.Type, "count", e.Metadata["count"], "err", err)

@@ -23,6 +23,8 @@ type Memory struct {
 
 	// BeforeSign, where it is set, runs before each signature; its error is the device's.
 	BeforeSign func(ref keystore.Ref, message []byte) error
+	// BeforeExchange, where it is set, runs before each shared secret is made, whatever comes of it.
+	BeforeExchange func(ref keystore.Ref)
 	// BeforeGenerate, where it is set, runs before a key is made: a device that takes its time.
 	BeforeGenerate func(ref keystore.Ref)
 	// Corrupt, where it is set, may change a signature: a device that answers wrongly.
@@ -207,6 +209,9 @@ func (k *memoryKey) Sign(ctx context.Context, message []byte, judge keystore.Jud
 func (k *memoryKey) Exchange(ctx context.Context, peer [32]byte) (shared [32]byte, err error) {
 	if k.dh == nil {
 		return shared, fmt.Errorf("%v: %w: it is not an exchange key", k.info.Ref, keystore.ErrRefused)
+	}
+	if k.store.BeforeExchange != nil {
+		k.store.BeforeExchange(k.info.Ref)
 	}
 	if keystore.LowOrder(peer) {
 		return shared, keystore.ErrPeerKey

@@ -1,0 +1,713 @@
+package appliance
+
+import (
+	"bytes"
+	"context"
+	"crypto/ed25519"
+	"encoding/binary"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"countersign/audit"
+	"countersign/keystore"
+	"countersign/keystore/keystoretest"
+	"countersign/ledger"
+	"countersign/noise"
+	"countersign/policy"
+	"countersign/wire"
+)
+
+// edge is an appliance that serves both profiles on loopback addresses, with peers that hold real keys.
+type edge struct {
+	*Appliance
+	t         *testing.T
+	limits    Limits
+	rules     string
+	store     *keystoretest.Memory
+	path      string
+	log       *logged
+	shop      *noise.Identity
+	cafe      *noise.Identity
+	server    [32]byte
+	public    []byte // of payments
+	at        map[noise.Profile]string
+	exchanges atomic.Int64
+	stop      func()
+}
+
+// logged is a log that can be read while it is written.
+type logged struct {
+	mu sync.Mutex
+	b  bytes.Buffer
+}
+
+func (l *logged) Write(p []byte) (int, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.b.Write(p)
+}
+
+func (l *logged) String() string {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.b.String()
+}
+
+var operator = audit.Operator("test")
+
+// newEdge makes one with the default limits, but for what change changes.
+func newEdge(t *testing.T, change func(*Limits)) *edge {
+	t.Helper()
+	e := &edge{t: t, limits: DefaultLimits(), rules: allowShop, store: keystoretest.NewMemory(), path: filepath.Join(t.TempDir(), "ledger.db"), log: new(logged)}
+	e.limits.Calls = map[string]int{"memory": 4}
+	if change != nil {
+		change(&e.limits)
+	}
+	e.store.BeforeExchange = func(keystore.Ref) { e.exchanges.Add(1) }
+	if err := ledger.Create(e.path, ledger.Options{}); err != nil {
+		t.Fatal(err)
+	}
+	e.open()
+	t.Cleanup(func() { e.close() })
+	k, err := e.CreateKey(t.Context(), operator, NewKey{Name: "payments"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	e.public = k.Info().PublicKey
+	if k, err = e.CreateNoiseKey(t.Context(), operator, "memory"); err != nil {
+		t.Fatal(err)
+	}
+	e.server = [32]byte(k.Info().PublicKey)
+	if _, err = e.CreateLogKey(t.Context(), operator, "memory"); err != nil {
+		t.Fatal(err)
+	}
+	e.shop, e.cafe = e.enrol("shop"), e.enrol("cafe")
+	e.serve()
+	return e
+}
+
+func (e *edge) open() {
+	e.t.Helper()
+	l, err := ledger.Open(e.path, ledger.Options{})
+	if err != nil {
+		e.t.Fatal(err)
+	}
+	p, err := policy.Parse("policy.cedar", []byte(e.rules))
+	if err != nil {
+		e.t.Fatal(err)
+	}
+	log := slog.New(slog.NewTextHandler(e.log, &slog.HandlerOptions{Level: slog.LevelDebug}))
+	if e.Appliance, err = New(e.t.Context(), e.limits, l, Anchor{}, kept, map[string]keystore.Store{"memory": e.store}, p, log); err != nil {
+		l.Close()
+		e.t.Fatal(err)
+	}
+}
+
+func (e *edge) serve() {
+	e.t.Helper()
+	if err := e.Start(e.t.Context()); err != nil {
+		e.t.Fatal(err)
+	}
+	e.at = map[noise.Profile]string{}
+	var listeners []Listener
+	for _, profile := range []noise.Profile{noise.CountersignV1, noise.PubkyV1} {
+		l, err := net.Listen("tcp", "127.0.0.1:0")
+		if err != nil {
+			e.t.Fatal(err)
+		}
+		e.at[profile] = l.Addr().String()
+		listeners = append(listeners, Listener{l, profile})
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	served := make(chan error, 1)
+	go func() { served <- e.Serve(ctx, listeners...) }()
+	e.stop = sync.OnceFunc(func() {
+		cancel()
+		if err := <-served; err != nil {
+			e.t.Errorf("Serve: %v", err)
+		}
+		if err := e.Stop(); err != nil {
+			e.t.Errorf("Stop: %v", err)
+		}
+	})
+}
+
+func (e *edge) close() {
+	if e.stop != nil {
+		e.stop()
+	}
+	e.ledger.Close()
+}
+
+// restart is another process with the same ledger.
+func (e *edge) restart() {
+	e.t.Helper()
+	e.close()
+	e.open()
+	e.serve()
+}
+
+func newIdentity(t *testing.T) *noise.Identity {
+	t.Helper()
+	id, err := noise.NewIdentity()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return id
+}
+
+func (e *edge) enrol(name string) *noise.Identity {
+	e.t.Helper()
+	id := newIdentity(e.t)
+	public := id.Public()
+	if _, err := e.AddPeer(e.t.Context(), operator, name, public[:]); err != nil {
+		e.t.Fatal(err)
+	}
+	return id
+}
+
+// patience is far above all that is waited for: only what does not come takes it.
+const patience = 30 * time.Second
+
+// dial connects from an address.
+func (e *edge) dial(from string, profile noise.Profile) (*net.TCPConn, error) {
+	d := net.Dialer{LocalAddr: &net.TCPAddr{IP: net.ParseIP(from)}, Timeout: patience}
+	conn, err := d.DialContext(e.t.Context(), "tcp", e.at[profile])
+	if err != nil {
+		return nil, err
+	}
+	return conn.(*net.TCPConn), nil
+}
+
+// raw is a connection that is open until the test ends.
+func (e *edge) raw(from string, profile noise.Profile) *net.TCPConn {
+	e.t.Helper()
+	conn, err := e.dial(from, profile)
+	if err != nil {
+		e.t.Fatal(err)
+	}
+	e.t.Cleanup(func() { conn.Close() })
+	return conn
+}
+
+// shake shakes hands and says nothing more.
+func (e *edge) shake(from string, id *noise.Identity) (*noise.Conn, error) {
+	raw, err := e.dial(from, noise.CountersignV1)
+	if err != nil {
+		return nil, err
+	}
+	ctx, cancel := context.WithTimeout(e.t.Context(), patience)
+	defer cancel()
+	conn, err := noise.Connect(ctx, raw, id, noise.CountersignV1, e.server, nil)
+	if err != nil {
+		raw.Close()
+		return nil, err
+	}
+	return conn, nil
+}
+
+const ping = `{"id":"p","op":"ping"}`
+
+// getsIn shakes hands and has a ping answered.
+func (e *edge) getsIn(from string, id *noise.Identity) (*noise.Conn, error) {
+	conn, err := e.shake(from, id)
+	if err != nil {
+		return nil, err
+	}
+	if a, err := exchange(conn, ping); err != nil || a.Error != nil {
+		conn.Close()
+		return nil, fmt.Errorf("ping: %v, %v", a.Error, err)
+	}
+	return conn, nil
+}
+
+func (e *edge) session(from string, id *noise.Identity) *noise.Conn {
+	e.t.Helper()
+	conn, err := e.getsIn(from, id)
+	if err != nil {
+		e.t.Fatalf("from %s: %v", from, err)
+	}
+	e.t.Cleanup(func() { conn.Close() })
+	return conn
+}
+
+func (e *edge) staysOut(from string, id *noise.Identity) {
+	e.t.Helper()
+	if conn, err := e.getsIn(from, id); err == nil {
+		conn.Close()
+		e.t.Errorf("from %s: it got in", from)
+	}
+}
+
+func exchange(conn *noise.Conn, document string) (wire.Answer, error) {
+	if err := conn.WriteMessage([]byte(document)); err != nil {
+		return wire.Answer{}, err
+	}
+	return receive(conn)
+}
+
+func receive(conn *noise.Conn) (wire.Answer, error) {
+	conn.SetReadDeadline(time.Now().Add(patience))
+	b, err := conn.ReadMessage()
+	if err != nil {
+		return wire.Answer{}, err
+	}
+	return wire.DecodeAnswer(b)
+}
+
+// answers expects an answer with a code; "" is a result.
+func answers(t *testing.T, conn *noise.Conn, document, code string) {
+	t.Helper()
+	a, err := exchange(conn, document)
+	if err != nil {
+		t.Fatalf("%.60s: no answer: %v", document, err)
+	}
+	if got := codeOf(a.Error); got != code {
+		t.Fatalf("%.60s: %q, want %q (%v)", document, got, code, a.Error)
+	}
+}
+
+func codeOf(refusal *wire.Error) string {
+	if refusal == nil {
+		return ""
+	}
+	return refusal.Code
+}
+
+// closes expects that the other end closes, without a byte.
+func closes(t *testing.T, conn net.Conn) {
+	t.Helper()
+	conn.SetReadDeadline(time.Now().Add(patience))
+	if b, err := io.ReadAll(conn); err != nil || len(b) > 0 {
+		t.Errorf("it read %d bytes and %v, want an end and nothing before it", len(b), err)
+	}
+}
+
+// ends expects that a connection is over: by a close, or by a reset where something unread was thrown away.
+func ends(t *testing.T, conn *noise.Conn) {
+	t.Helper()
+	for {
+		conn.SetReadDeadline(time.Now().Add(patience))
+		if _, err := conn.ReadMessage(); err != nil {
+			if e, ok := errors.AsType[net.Error](err); ok && e.Timeout() {
+				t.Error("the connection stays open")
+			}
+			return
+		}
+	}
+}
+
+// eventually waits for a condition.
+func eventually(t *testing.T, what string, holds func() bool) {
+	t.Helper()
+	for deadline := time.Now().Add(patience); !holds(); time.Sleep(time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatalf("it did not come to be: %s", what)
+		}
+	}
+}
+
+func frame(b []byte) []byte { return append(binary.BigEndian.AppendUint32(nil, uint32(len(b))), b...) }
+
+// nonsense has the length of a message 1 of countersign-v1.
+var nonsense = frame(bytes.Repeat([]byte{9}, 96))
+
+// request is a sign request in JSON; n makes its id and its nonce.
+func request(n int, content string) string { return encoded(numbered(n, content)) }
+
+func numbered(n int, content string) *wire.Sign {
+	s := message(0, content)
+	s.ID = fmt.Sprint(n)
+	binary.BigEndian.PutUint64(s.Nonce[:], uint64(n)+1)
+	return s
+}
+
+func encoded(v any) string {
+	b, err := wire.Encode(v)
+	if err != nil {
+		panic(err)
+	}
+	return string(b)
+}
+
+// batchOf is a batch of requests, whose ids are taken away.
+func batchOf(items ...any) string {
+	var all []string
+	for _, item := range items {
+		if s, ok := item.(string); ok {
+			all = append(all, s)
+			continue
+		}
+		var fields map[string]json.RawMessage
+		json.Unmarshal([]byte(encoded(item)), &fields)
+		delete(fields, "id")
+		b, _ := json.Marshal(fields)
+		all = append(all, string(b))
+	}
+	return `{"id":"b","op":"batch","items":[` + strings.Join(all, ",") + `]}`
+}
+
+func (e *edge) status(name string) PeerStatus {
+	e.t.Helper()
+	all := e.Peers()
+	i := slices.IndexFunc(all, func(p PeerStatus) bool { return p.Name == name })
+	if i < 0 {
+		e.t.Fatalf("no peer %q", name)
+	}
+	return all[i]
+}
+
+// logOf reads the audit log from an event on.
+func logOf(t *testing.T, a *Appliance, from uint64) (all []audit.Event) {
+	t.Helper()
+	if err := a.ledger.Alive(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if err := a.Events(from, func(_ uint64, e audit.Event) bool { all = append(all, e); return true }); err != nil {
+		t.Fatal(err)
+	}
+	return all
+}
+
+func countOf(events []audit.Event, of audit.Type) (n int) {
+	for _, e := range events {
+		if e.Type == of {
+			n++
+		}
+	}
+	return n
+}
+
+// TestRefusedBeforeTheDevice: what is no handshake, and what the limiter refuses, costs the device nothing.
+func TestRefusedBeforeTheDevice(t *testing.T) {
+	e := newEdge(t, nil)
+	for name, b := range map[string][]byte{
+		"nothing":             {},
+		"half a header":       {0, 0},
+		"a frame of 4 GiB":    binary.BigEndian.AppendUint32(nil, 1<<32-1),
+		"an empty frame":      make([]byte, 4),
+		"a short message 1":   frame(make([]byte, 95)),
+		"one with a payload":  frame(make([]byte, 97)),
+		"half a message 1":    nonsense[:50],
+		"an HTTP request":     []byte("GET / HTTP/1.1\r\nHost: countersign\r\n\r\n"),
+		"the longest message": binary.BigEndian.AppendUint32(nil, 65535),
+	} {
+		for range 7 { // more than a source has attempts: these are none
+			conn := e.raw("127.0.0.9", noise.CountersignV1)
+			conn.Write(b)
+			conn.CloseWrite()
+			conn.SetReadDeadline(time.Now().Add(patience))
+			if got, err := io.ReadAll(conn); len(got) > 0 || errors.Is(err, os.ErrDeadlineExceeded) {
+				t.Errorf("%s: answered %d bytes, %v", name, len(got), err)
+			}
+		}
+	}
+	if n := e.exchanges.Load(); n != 0 {
+		t.Errorf("what is no handshake has cost %d exchanges", n)
+	}
+	e.session("127.0.0.9", e.shop)
+
+	before := e.exchanges.Load()
+	for i := range 5 {
+		conn := e.raw("127.0.0.2", noise.CountersignV1)
+		conn.Write(nonsense)
+		closes(t, conn)
+		if n := e.exchanges.Load() - before; n != int64(i+1) {
+			t.Fatalf("%d handshakes that fail have cost %d exchanges", i+1, n)
+		}
+	}
+	for range 20 {
+		conn := e.raw("127.0.0.2", noise.CountersignV1)
+		conn.Write(nonsense)
+		closes(t, conn)
+	}
+	e.staysOut("127.0.0.2", e.shop)
+	if n := e.exchanges.Load() - before; n != 5 {
+		t.Errorf("beyond the limit a source has cost %d exchanges, want 5", n)
+	}
+	e.session("127.0.0.3", e.shop) // another one's budget
+}
+
+// movedClock is a clock that the test moves.
+type movedClock struct{ ahead atomic.Int64 }
+
+func (c *movedClock) now() time.Time          { return time.Now().Add(time.Duration(c.ahead.Load())) }
+func (c *movedClock) advance(d time.Duration) { c.ahead.Add(int64(d)) }
+
+// recording keeps what is written.
+type recording struct {
+	net.Conn
+	sent []byte
+}
+
+func (r *recording) Write(p []byte) (int, error) {
+	r.sent = append(r.sent, p...)
+	return r.Conn.Write(p)
+}
+
+// message1 records a message 1 that the appliance takes.
+func (e *edge) message1(from string, id *noise.Identity) []byte {
+	e.t.Helper()
+	r := &recording{Conn: e.raw(from, noise.CountersignV1)}
+	if _, err := noise.Connect(e.t.Context(), r, id, noise.CountersignV1, e.server, nil); err != nil {
+		e.t.Fatal(err)
+	}
+	r.Close()
+	return r.sent
+}
+
+// TestReplayedMessage1ResetsNothing: a recording gets a message 2, counts as a handshake that failed, and makes no source good.
+func TestReplayedMessage1ResetsNothing(t *testing.T) {
+	clock := new(movedClock)
+	e := newEdge(t, func(l *Limits) { l.Handshakes.Now = clock.now })
+	recorded := e.message1("127.0.0.5", e.shop)
+	for range 5 {
+		conn := e.raw("127.0.0.6", noise.CountersignV1)
+		conn.Write(recorded)
+		if _, err := io.ReadFull(conn, make([]byte, 4+48)); err != nil {
+			t.Fatalf("no message 2: %v", err)
+		}
+		conn.Close()
+	}
+	before := e.exchanges.Load()
+	e.staysOut("127.0.0.6", e.shop)
+	if n := e.exchanges.Load() - before; n != 0 {
+		t.Errorf("the refused one has cost %d exchanges", n)
+	}
+	clock.advance(e.limits.Handshakes.Window)
+	e.session("127.0.0.6", e.shop)
+}
+
+// TestOnlyATransportMessageResets: a handshake to the end changes nothing yet, the first message after it forgets what failed.
+func TestOnlyATransportMessageResets(t *testing.T) {
+	e := newEdge(t, nil)
+	const from = "127.0.0.7"
+	fails := func() {
+		conn := e.raw(from, noise.CountersignV1)
+		conn.Write(nonsense)
+		closes(t, conn)
+	}
+	for range 4 {
+		fails()
+	}
+	good, err := e.shake(from, e.shop)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer good.Close()
+	before := e.exchanges.Load()
+	sixth := e.raw(from, noise.CountersignV1)
+	sixth.Write(nonsense)
+	other := e.session("127.0.0.8", e.cafe) // it comes later and is answered: the sixth waits
+	if n := e.exchanges.Load() - before; n != 2 {
+		t.Errorf("the sixth has not waited: %d exchanges, want the other source's 2", n)
+	}
+	answers(t, good, ping, "")
+	closes(t, sixth) // which had its turn
+	for range 4 {
+		fails()
+	}
+	if n := e.exchanges.Load() - before; n != 2+5 {
+		t.Errorf("%d exchanges, want 7: what failed before is forgotten", n)
+	}
+	fails()
+	if n := e.exchanges.Load() - before; n != 2+5 {
+		t.Errorf("the sixth after that has cost an exchange")
+	}
+	answers(t, other, ping, "")
+}
+
+// TestManyConnectionsAtOnce: a good client's pool opens far more than a source has attempts, all at once.
+func TestManyConnectionsAtOnce(t *testing.T) {
+	e := newEdge(t, nil)
+	var wg sync.WaitGroup
+	for range 64 {
+		wg.Go(func() {
+			conn, err := e.getsIn("127.0.0.1", e.shop)
+			if err != nil {
+				t.Error(err)
+				return
+			}
+			t.Cleanup(func() { conn.Close() })
+		})
+	}
+	wg.Wait()
+	if s := e.status("shop"); s.Connections != 64 || time.Since(s.Seen) > patience {
+		t.Errorf("%d connections, seen %v", s.Connections, s.Seen)
+	}
+}
+
+// TestStrangersFlood: 10,000 handshakes from 10,000 addresses. Who was good before gets in meanwhile, and what he asks is
+// answered; the flood costs the device what is allowed for it and no more.
+func TestStrangersFlood(t *testing.T) {
+	e := newEdge(t, nil)
+	e.session("127.0.0.1", e.shop).Close()
+	before := e.exchanges.Load()
+	var next, sent atomic.Int64
+	flooding, over := make(chan struct{}), make(chan struct{})
+	var wg sync.WaitGroup
+	for range 32 {
+		wg.Go(func() {
+			for n := next.Add(1); n <= 10_000; n = next.Add(1) {
+				conn, err := e.dial(fmt.Sprintf("127.1.%d.%d", n>>8, n&255), noise.CountersignV1)
+				if err != nil {
+					t.Error(err)
+					return
+				}
+				conn.Write(nonsense)
+				conn.SetReadDeadline(time.Now().Add(patience))
+				if b, err := io.ReadAll(conn); len(b) > 0 || errors.Is(err, os.ErrDeadlineExceeded) {
+					t.Errorf("a stranger reads %d bytes, %v", len(b), err)
+				}
+				conn.Close()
+				if sent.Add(1) == 500 {
+					close(flooding)
+				}
+			}
+		})
+	}
+	go func() { wg.Wait(); close(over) }()
+	<-flooding
+	n := 0
+	for flood := true; flood; n++ {
+		select {
+		case <-over:
+			flood = false
+		default:
+		}
+		conn, err := e.getsIn("127.0.0.1", e.shop)
+		if err != nil {
+			t.Fatalf("session %d: %v", n, err)
+		}
+		answers(t, conn, request(n, "m"), "")
+		conn.Close()
+	}
+	t.Logf("%d sessions meanwhile", n)
+	// One exchange each for the strangers' share of the budget, two for each of the shop's.
+	if got, most := e.exchanges.Load()-before, int64(75+2*n); got > most {
+		t.Errorf("%d exchanges, want at most %d", got, most)
+	}
+	e.stop()
+	counted := 0
+	for _, ev := range logOf(t, e.Appliance, 1) {
+		if ev.Type == audit.RateLimitTriggered && ev.Action == "handshake" || ev.Type == audit.HandshakeRefused {
+			var n int
+			fmt.Sscan(ev.Metadata["count"], &n)
+			counted += n
+		}
+	}
+	if counted != 10_000 {
+		t.Errorf("the log counts %d of 10000 refusals", counted)
+	}
+	if all := logOf(t, e.Appliance, 1); len(all) > 100+2*n {
+		t.Errorf("the flood has filled the log: %d events", len(all))
+	}
+}
+
+// TestStrangersTakeAllPlaces: connections that say nothing have all places that strangers get. Who was good has others.
+func TestStrangersTakeAllPlaces(t *testing.T) {
+	e := newEdge(t, func(l *Limits) { l.Strangers, l.Connections, l.HandshakeTimeout = 8, 12, time.Hour })
+	e.session("127.0.0.1", e.shop).Close()
+	for n := range 8 {
+		e.raw(fmt.Sprintf("127.1.0.%d", n+1), noise.CountersignV1)
+	}
+	closes(t, e.raw("127.1.1.1", noise.CountersignV1))
+	conn := e.session("127.0.0.1", e.shop)
+	answers(t, conn, request(1, "m"), "")
+	e.staysOut("127.1.1.2", e.cafe)
+}
+
+// TestStrangersLearnNothing: whatever is wrong with a handshake, its end looks the same, and comes at a tick.
+func TestStrangersLearnNothing(t *testing.T) {
+	e := newEdge(t, func(l *Limits) { l.Handshakes.PerSource, l.Handshakes.Global, l.Strangers = 500, 1000, 800 })
+	suspended := e.enrol("suspended")
+	if err := e.SuspendPeer(t.Context(), operator, "suspended"); err != nil {
+		t.Fatal(err)
+	}
+	_, ed, _ := ed25519.GenerateKey(nil)
+	stranger, wrong := newIdentity(t), newIdentity(t).Public()
+	// first makes the message 1 that somebody would send.
+	first := func(id *noise.Identity, profile noise.Profile, server [32]byte, payload []byte) []byte {
+		here, there := net.Pipe()
+		r := &recording{Conn: here}
+		go func() {
+			header := make([]byte, 4)
+			io.ReadFull(there, header)
+			io.CopyN(io.Discard, there, int64(binary.BigEndian.Uint32(header)))
+			there.Close()
+		}()
+		noise.Connect(t.Context(), r, id, profile, server, payload)
+		return r.sent
+	}
+	payload := func(id *noise.Identity, server [32]byte, expires time.Time) []byte {
+		p, err := noise.PubkyIdentity(ed, id.Public(), server, "", expires)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return p
+	}
+	good := payload(e.shop, e.server, time.Time{})
+	type attempt struct {
+		name    string
+		profile noise.Profile
+		message []byte
+	}
+	plain, pubky := noise.CountersignV1, noise.PubkyV1
+	all := []attempt{
+		{"a stranger", plain, first(stranger, plain, e.server, nil)},
+		{"a suspended peer", plain, first(suspended, plain, e.server, nil)},
+		{"another server's key", plain, first(e.shop, plain, wrong, nil)},
+		{"no handshake", plain, nonsense},
+		{"the other profile", pubky, first(e.shop, plain, e.server, nil)},
+		{"a stranger with an identity", pubky, first(stranger, pubky, e.server, payload(stranger, e.server, time.Time{}))},
+		{"a stranger without a sound one", pubky, first(stranger, pubky, e.server, good)},
+		{"somebody else's identity", pubky, first(e.shop, pubky, e.server, payload(stranger, e.server, time.Time{}))},
+		{"an identity for another server", pubky, first(e.shop, pubky, e.server, payload(e.shop, wrong, time.Time{}))},
+		{"an identity that is no JSON", pubky, first(e.shop, pubky, e.server, []byte("{\x00"))},
+		{"one for a server", pubky, first(e.shop, pubky, e.server, bytes.Replace(good, []byte("Client"), []byte("Server"), 1))},
+		{"one signed wrongly", pubky, first(e.shop, pubky, e.server, bytes.Replace(good, []byte(`"sig":[`), []byte(`"sig":[1`), 1))},
+	}
+	for i, message := range [][]byte{first(e.shop, plain, e.server, nil), first(e.shop, pubky, e.server, good)} {
+		profile := []noise.Profile{plain, pubky}[i]
+		for at := 4; at < len(message); at += 1 + i*9 {
+			flipped := bytes.Clone(message)
+			flipped[at] ^= 0x40
+			all = append(all, attempt{fmt.Sprintf("byte %d flipped", at), profile, flipped})
+		}
+	}
+	var wg sync.WaitGroup
+	for _, a := range all {
+		wg.Go(func() {
+			conn, err := e.dial("127.0.0.1", a.profile)
+			if err != nil {
+				t.Error(err)
+				return
+			}
+			defer conn.Close()
+			begun := time.Now()
+			conn.Write(a.message)
+			conn.SetReadDeadline(begun.Add(patience))
+			b, err := io.ReadAll(conn)
+			if len(b) > 0 || err != nil {
+				t.Errorf("%s: read %d bytes, %v; want an end", a.name, len(b), err)
+			}
+			if took := time.Since(begun); took < refusalTime {
+				t.Errorf("%s: closed after %v, before the tick", a.name, took)
+			}
+		})
+	}
+	wg.Wait()
+	e.session("127.0.0.1", e.shop)
+}

@@ -1,0 +1,351 @@
+package appliance
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"countersign/audit"
+	"countersign/keystore"
+	"countersign/noise"
+	"countersign/wire"
+)
+
+// lasts expects that a connection ends by itself, and not before its time.
+func lasts(t *testing.T, what string, conn net.Conn, begun time.Time, least time.Duration) {
+	t.Helper()
+	conn.SetReadDeadline(time.Now().Add(patience))
+	if _, err := io.Copy(io.Discard, conn); errors.Is(err, os.ErrDeadlineExceeded) {
+		t.Errorf("%s: it stays open", what)
+	}
+	if took := time.Since(begun); took < least {
+		t.Errorf("%s: cut after %v, before its %v", what, took, least)
+	}
+}
+
+// trickle sends a byte now and then until it can't.
+func trickle(conn net.Conn, b []byte) {
+	ticker := time.NewTicker(10 * time.Millisecond)
+	defer ticker.Stop()
+	for _, one := range b {
+		if _, err := conn.Write([]byte{one}); err != nil {
+			return
+		}
+		<-ticker.C
+	}
+}
+
+// TestTimeouts: each test has one timeout that is short; the others would let the connection live on.
+func TestTimeouts(t *testing.T) {
+	const short = 300 * time.Millisecond
+	quiet := func(e *edge) (net.Conn, time.Time) { return e.raw("127.0.0.2", noise.CountersignV1), time.Now() }
+	handshakeTrickles := func(e *edge) (net.Conn, time.Time) {
+		conn := e.raw("127.0.0.2", noise.CountersignV1)
+		go trickle(conn, append(binary.BigEndian.AppendUint32(nil, 96), make([]byte, 96)...))
+		return conn, time.Now()
+	}
+	notUsed := func(e *edge) (net.Conn, time.Time) {
+		conn := e.raw("127.0.0.2", noise.CountersignV1)
+		begun := time.Now()
+		if _, err := noise.Connect(e.t.Context(), conn, e.shop, noise.CountersignV1, e.server, nil); err != nil {
+			e.t.Fatal(err)
+		}
+		return conn, begun
+	}
+	used := func(e *edge) net.Conn {
+		raw := e.raw("127.0.0.2", noise.CountersignV1)
+		conn, err := noise.Connect(e.t.Context(), raw, e.shop, noise.CountersignV1, e.server, nil)
+		if err != nil {
+			e.t.Fatal(err)
+		}
+		answers(e.t, conn, ping, "")
+		return raw
+	}
+	idle := func(e *edge) (net.Conn, time.Time) { begun := time.Now(); return used(e), begun }
+	requestTrickles := func(e *edge) (net.Conn, time.Time) {
+		conn := used(e)
+		begun := time.Now()
+		go trickle(conn, append(binary.BigEndian.AppendUint32(nil, 60000), make([]byte, 60000)...))
+		return conn, begun
+	}
+	firstTrickles := func(e *edge) (net.Conn, time.Time) {
+		conn, begun := notUsed(e)
+		go trickle(conn, append(binary.BigEndian.AppendUint32(nil, 60000), make([]byte, 60000)...))
+		return conn, begun
+	}
+	for name, c := range map[string]struct {
+		change func(*Limits)
+		begin  func(*edge) (net.Conn, time.Time)
+	}{
+		"a connection that says nothing":      {func(l *Limits) { l.HandshakeTimeout = short }, quiet},
+		"a handshake that trickles":           {func(l *Limits) { l.HandshakeTimeout = short }, handshakeTrickles},
+		"a handshake that is not used":        {func(l *Limits) { l.HandshakeTimeout = short }, notUsed},
+		"a first request that trickles":       {func(l *Limits) { l.HandshakeTimeout = short }, firstTrickles},
+		"one that trickles for a short while": {func(l *Limits) { l.ReadTimeout = short }, firstTrickles},
+		"a connection that is idle":           {func(l *Limits) { l.IdleTimeout = short }, idle},
+		"a request that trickles":             {func(l *Limits) { l.ReadTimeout = short }, requestTrickles},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			e := newEdge(t, func(l *Limits) {
+				l.HandshakeTimeout, l.ReadTimeout, l.IdleTimeout, l.WriteTimeout = time.Hour, time.Hour, time.Hour, time.Hour
+				c.change(l)
+			})
+			conn, begun := c.begin(e)
+			stop, stopped := make(chan struct{}), make(chan struct{})
+			go func() { // the others notice nothing
+				defer close(stopped)
+				other, err := e.getsIn("127.0.0.3", e.cafe)
+				for err == nil {
+					select {
+					case <-stop:
+						other.Close()
+						return
+					default:
+						_, err = exchange(other, ping)
+					}
+				}
+				t.Errorf("another one: %v", err)
+			}()
+			lasts(t, name, conn, begun, short)
+			close(stop)
+			<-stopped
+		})
+	}
+}
+
+// TestReaderThatDoesNotRead: it is cut off when what it was sent fits nowhere, and others are answered meanwhile.
+func TestReaderThatDoesNotRead(t *testing.T) {
+	e := newEdge(t, func(l *Limits) { l.WriteTimeout, l.IdleTimeout = time.Second, time.Hour })
+	conn, err := noise.Connect(t.Context(), e.raw("127.0.0.2", noise.CountersignV1), e.shop, noise.CountersignV1, e.server, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	answers(t, conn, ping, "")
+	var items []any
+	for range 100 {
+		items = append(items, `{"op":"x"}`)
+	}
+	large := []byte(batchOf(items...))
+	cut := make(chan struct{})
+	go func() {
+		defer close(cut)
+		for conn.WriteMessage(large) == nil {
+		}
+	}()
+	other := e.session("127.0.0.3", e.cafe)
+	for open := true; open; {
+		select {
+		case <-cut:
+			open = false
+		default:
+			answers(t, other, ping, "")
+		}
+	}
+	eventually(t, "the connection is gone", func() bool { return e.status("shop").Connections == 0 })
+	again := e.session("127.0.0.2", e.shop)
+	answers(t, again, request(1, "m"), "")
+}
+
+// TestConnectionLimits: in all, of a source and of a peer; what is closed makes room.
+func TestConnectionLimits(t *testing.T) {
+	for name, c := range map[string]struct {
+		change  func(*Limits)
+		from    func(i int) string
+		others  func(e *edge) (string, *noise.Identity)
+		othersN bool // the others get in
+	}{
+		"in all": {func(l *Limits) { l.Connections, l.Strangers = 4, 4 }, func(i int) string { return fmt.Sprintf("127.0.1.%d", i+1) },
+			func(e *edge) (string, *noise.Identity) { return "127.0.2.1", e.cafe }, false},
+		"of a source": {func(l *Limits) { l.ConnectionsPerSource = 4 }, func(int) string { return "127.0.1.1" },
+			func(e *edge) (string, *noise.Identity) { return "127.0.2.1", e.shop }, true},
+		"of a peer": {func(l *Limits) { l.ConnectionsPerPeer = 4 }, func(i int) string { return fmt.Sprintf("127.0.1.%d", i+1) },
+			func(e *edge) (string, *noise.Identity) { return "127.0.1.1", e.cafe }, true},
+	} {
+		t.Run(name, func(t *testing.T) {
+			e := newEdge(t, c.change)
+			var open []*noise.Conn
+			for i := range 4 {
+				open = append(open, e.session(c.from(i), e.shop))
+			}
+			e.staysOut(c.from(4), e.shop)
+			from, id := c.others(e)
+			if c.othersN {
+				answers(t, e.session(from, id), ping, "")
+			} else {
+				e.staysOut(from, id)
+			}
+			for _, conn := range open {
+				answers(t, conn, ping, "")
+			}
+			open[0].Close()
+			eventually(t, "a place is free", func() bool {
+				conn, err := e.getsIn(c.from(4), e.shop)
+				if err == nil {
+					t.Cleanup(func() { conn.Close() })
+				}
+				return err == nil
+			})
+			e.stop()
+			if log := logOf(t, e.Appliance, 1); countOf(log, audit.RateLimitTriggered) == 0 {
+				t.Error("the log does not say so")
+			}
+		})
+	}
+}
+
+// heldDevice holds every signature until release.
+func (e *edge) heldDevice() (entered *atomic.Int64, release func()) {
+	entered, ch := new(atomic.Int64), make(chan struct{})
+	e.store.BeforeSign = func(ref keystore.Ref, _ []byte) error {
+		if ref.Name != LogName {
+			entered.Add(1)
+			<-ch
+		}
+		return nil
+	}
+	release = sync.OnceFunc(func() { close(ch) })
+	e.t.Cleanup(release)
+	return entered, release
+}
+
+// TestBusy: over its requests a peer is told when to come again, and others go on; over those in all, all are.
+func TestBusy(t *testing.T) {
+	const three = 3
+	for name, change := range map[string]func(*Limits){
+		"of a peer": func(l *Limits) { l.RequestsPerPeer = three },
+		"in all":    func(l *Limits) { l.Requests = three },
+	} {
+		t.Run(name, func(t *testing.T) {
+			e := newEdge(t, func(l *Limits) { change(l); l.RequestTimeout = time.Hour })
+			entered, release := e.heldDevice()
+			conn, second := e.session("127.0.0.1", e.shop), e.session("127.0.0.1", e.shop)
+			for n := range three {
+				conn.WriteMessage([]byte(request(n, "m")))
+			}
+			eventually(t, "all are in the device", func() bool { return entered.Load() == three })
+			for _, document := range []string{ping, request(9, "m"), batchOf(numbered(10, "m"))} {
+				a, err := exchange(second, document)
+				if err != nil || codeOf(a.Error) != wire.CodeBusy || a.Error.RetryAfter < 1 {
+					t.Errorf("%.40s: %+v, %v", document, a, err)
+				}
+			}
+			code := ""
+			if name == "in all" {
+				code = wire.CodeBusy
+			}
+			if other, err := e.shake("127.0.0.2", e.cafe); err != nil {
+				t.Error(err)
+			} else {
+				defer other.Close()
+				answers(t, other, ping, code)
+			}
+			release()
+			for range three {
+				if a, err := receive(conn); err != nil || a.Error != nil {
+					t.Errorf("%+v, %v", a.Error, err)
+				}
+			}
+			eventually(t, "it is served again", func() bool { a, err := exchange(second, request(9, "m")); return err == nil && a.Error == nil })
+		})
+	}
+}
+
+// handler is a session without a connection: what handle needs.
+func (a *Appliance) handler(t *testing.T, name string) *session {
+	t.Helper()
+	for _, m := range a.peers {
+		if m.Name == name {
+			return &session{member: m, peer: m.Peer}
+		}
+	}
+	t.Fatalf("no peer %q", name)
+	return nil
+}
+
+func handled(t *testing.T, a *Appliance, s *session, document string) wire.Answer {
+	t.Helper()
+	b := a.handle(s, []byte(document))
+	if b == nil {
+		t.Fatalf("%.60s: no answer", document)
+	}
+	answer, err := wire.DecodeAnswer(b)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return answer
+}
+
+// TestRefusalsAreLimited: what is refused grows the log by no more than its rate, one by one and in batches; then nothing of
+// the peer is looked at, until time has passed. Another peer notices nothing.
+func TestRefusalsAreLimited(t *testing.T) {
+	for name, size := range map[string]int{"one by one": 1, "in batches": 100} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				r := newRig(t)
+				defer r.ledger.Close()
+				r.limits.RefusalsPerMinute = 60
+				for _, m := range r.peers {
+					*m = *r.newMember(m.Peer, peerRecord{})
+				}
+				shop, cafe := r.handler(t, "shop"), r.handler(t, "cafe")
+				before := len(logOf(t, r.Appliance, 1))
+				n := 0
+				refusable := func() string {
+					if size == 1 {
+						n++
+						return strings.Replace(request(n, "m"), `"payments"`, `"nothing"`, 1)
+					}
+					var items []any
+					for range size {
+						n++
+						s := numbered(n, "m")
+						s.Key = "nothing"
+						items = append(items, s)
+					}
+					return batchOf(items...)
+				}
+				const lasts = 2 * time.Minute
+				limited := 0
+				for end := time.Now().Add(lasts); time.Now().Before(end); time.Sleep(time.Second) {
+					for range 3 {
+						if a := handled(t, r.Appliance, shop, refusable()); codeOf(a.Error) == wire.CodeRateLimited {
+							limited++
+							if a.Error.RetryAfter < 1 {
+								t.Fatalf("%+v", a.Error)
+							}
+						}
+					}
+				}
+				for codeOf(handled(t, r.Appliance, shop, refusable()).Error) != wire.CodeRateLimited {
+				}
+				if a := handled(t, r.Appliance, shop, request(1_000_000, "m")); codeOf(a.Error) != wire.CodeRateLimited {
+					t.Errorf("beyond the limit a good request: %v", a.Error)
+				}
+				if a := handled(t, r.Appliance, cafe, ping); a.Error != nil {
+					t.Errorf("another peer: %v", a.Error)
+				}
+				grown := len(logOf(t, r.Appliance, 1)) - before
+				if most := 60 + 60*int(lasts/time.Minute) + 2*size; limited == 0 || grown > most {
+					t.Errorf("%d events of %d refusals, want at most %d; %d were limited", grown, n, most, limited)
+				}
+				time.Sleep(time.Duration(size+1) * time.Second)
+				if a := handled(t, r.Appliance, shop, request(1_000_000, "m")); a.Error != nil {
+					t.Errorf("after a while: %v", a.Error)
+				}
+				if events := r.refusals.take(true); len(events) != 1 || events[0].Type != audit.RateLimitTriggered || events[0].Metadata["count"] != fmt.Sprint(limited+2) {
+					t.Errorf("the limit was hit %d times, written down is %+v", limited+2, events)
+				}
+			})
+		})
+	}
+}
