@@ -33,7 +33,8 @@ type Limits struct {
 	InFlight             int // requests of one connection that are being served at once
 	Requests             int // being served at once in all, the items of a batch one by one
 	RequestsPerPeer      int
-	RefusalsPerMinute    int // of one peer; beyond them its requests are not looked at
+	RequestsPerSecond    int // of one peer
+	RefusalsPerMinute    int // of one peer that are written down one by one; the others are counted
 	BatchItems           int
 	Calls                map[string]int // of each token at once
 	Handshakes           limit.Config
@@ -51,7 +52,7 @@ type Limits struct {
 func DefaultLimits() Limits {
 	return Limits{
 		Connections: 1024, Strangers: 512, ConnectionsPerSource: 256, ConnectionsPerPeer: 128,
-		InFlight: 64, Requests: 1024, RequestsPerPeer: 256, RefusalsPerMinute: 600, BatchItems: 100,
+		InFlight: 64, Requests: 1024, RequestsPerPeer: 256, RequestsPerSecond: 10_000, RefusalsPerMinute: 600, BatchItems: 100,
 		Handshakes:       limit.Config{PerSource: 5, Global: 100, Kept: 25, Window: time.Minute, GoodFor: 24 * time.Hour, Sources: 100_000, Waiting: 256},
 		HandshakeTimeout: 10 * time.Second, ReadTimeout: 30 * time.Second, IdleTimeout: 5 * time.Minute, WriteTimeout: 10 * time.Second,
 		RequestTimeout: 15 * time.Second, ClockSkew: 30 * time.Second, MaxLifetime: 7 * 24 * time.Hour,
@@ -92,6 +93,7 @@ type Peer struct {
 	Name      string
 	PublicKey [32]byte  // its Noise static key
 	Added     time.Time // when it was enrolled
+	quiet     bool      // its refusals are counted, not written down one by one
 	Identity  string    // hex of the Ed25519 key that it has proven to be bound to in this session; "" in countersign-v1
 }
 

@@ -7,6 +7,7 @@ import (
 	"io"
 	"net"
 	"os"
+	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -285,8 +286,8 @@ func handled(t *testing.T, a *Appliance, s *session, document string) wire.Answe
 	return answer
 }
 
-// TestRefusalsAreLimited: what is refused grows the log by no more than its rate, one by one and in batches; then nothing of
-// the peer is looked at, until time has passed. Another peer notices nothing.
+// TestRefusalsAreLimited: what is refused grows the log by no more than its rate, one by one and in batches; beyond that it is
+// counted, with the same answers. What is good is served all the while.
 func TestRefusalsAreLimited(t *testing.T) {
 	for name, size := range map[string]int{"one by one": 1, "in batches": 100} {
 		t.Run(name, func(t *testing.T) {
@@ -294,58 +295,104 @@ func TestRefusalsAreLimited(t *testing.T) {
 				r := newRig(t)
 				defer r.ledger.Close()
 				r.limits.RefusalsPerMinute = 60
-				for _, m := range r.peers {
-					*m = *r.newMember(m.Peer, peerRecord{})
+				r.renew()
+				shop := r.handler(t, "shop")
+				spent := numbered(1_000_000, "m")
+				if _, err := r.Sign(t.Context(), r.shop, spent); err != nil {
+					t.Fatal(err)
 				}
-				shop, cafe := r.handler(t, "shop"), r.handler(t, "cafe")
 				before := len(logOf(t, r.Appliance, 1))
 				n := 0
-				refusable := func() string {
-					if size == 1 {
-						n++
-						return strings.Replace(request(n, "m"), `"payments"`, `"nothing"`, 1)
+				refusable := func(item *wire.Sign) string {
+					if n++; n%2 == 0 { // a replay, which the ledger finds
+						*item = *numbered(1_000_000, fmt.Sprint(n))
+						return wire.CodeReplay
 					}
-					var items []any
-					for range size {
-						n++
-						s := numbered(n, "m")
-						s.Key = "nothing"
-						items = append(items, s)
-					}
-					return batchOf(items...)
+					*item = *numbered(n, "m")
+					item.Key = "nothing"
+					return wire.CodeUnknownKey
 				}
 				const lasts = 2 * time.Minute
-				limited := 0
 				for end := time.Now().Add(lasts); time.Now().Before(end); time.Sleep(time.Second) {
-					for range 3 {
-						if a := handled(t, r.Appliance, shop, refusable()); codeOf(a.Error) == wire.CodeRateLimited {
-							limited++
-							if a.Error.RetryAfter < 1 {
-								t.Fatalf("%+v", a.Error)
-							}
+					items, want := make([]wire.Sign, size), make([]string, size)
+					var all []any
+					for i := range items {
+						want[i] = refusable(&items[i])
+						all = append(all, &items[i])
+					}
+					answer := handled(t, r.Appliance, shop, batchOf(all...))
+					var got wire.Answers
+					if err := answer.Into(&got); err != nil {
+						t.Fatal(err)
+					}
+					for i, a := range got.Answers {
+						if codeOf(a.Error) != want[i] {
+							t.Fatalf("item %d: %v, want %s", i, a.Error, want[i])
 						}
 					}
 				}
-				for codeOf(handled(t, r.Appliance, shop, refusable()).Error) != wire.CodeRateLimited {
-				}
-				if a := handled(t, r.Appliance, shop, request(1_000_000, "m")); codeOf(a.Error) != wire.CodeRateLimited {
-					t.Errorf("beyond the limit a good request: %v", a.Error)
-				}
-				if a := handled(t, r.Appliance, cafe, ping); a.Error != nil {
-					t.Errorf("another peer: %v", a.Error)
+				for range 5 * 60 * min(size, 2) / 2 { // one by one: faster than its rate
+					var item wire.Sign
+					want := refusable(&item)
+					if a := handled(t, r.Appliance, shop, batchOf(&item)); !strings.Contains(string(a.Result), want) {
+						t.Fatalf("%s, want %s", a.Result, want)
+					}
 				}
 				grown := len(logOf(t, r.Appliance, 1)) - before
-				if most := 60 + 60*int(lasts/time.Minute) + 2*size; limited == 0 || grown > most {
-					t.Errorf("%d events of %d refusals, want at most %d; %d were limited", grown, n, most, limited)
+				if most := 60 + 60*int(lasts/time.Minute) + size; grown > most || grown < 60 {
+					t.Errorf("%d events of %d refusals, want at most %d", grown, n, most)
 				}
-				time.Sleep(time.Duration(size+1) * time.Second)
-				if a := handled(t, r.Appliance, shop, request(1_000_000, "m")); a.Error != nil {
-					t.Errorf("after a while: %v", a.Error)
+				counted := 0
+				for _, e := range r.refusals.take(true) {
+					if (e.Type == audit.ReplayRefused) != (e.Outcome == wire.CodeReplay) || e.Resource != "shop" || e.Action != "sign" {
+						t.Errorf("%+v", e)
+					}
+					some, _ := strconv.Atoi(e.Metadata["count"])
+					counted += some
 				}
-				if events := r.refusals.take(true); len(events) != 1 || events[0].Type != audit.RateLimitTriggered || events[0].Metadata["count"] != fmt.Sprint(limited+2) {
-					t.Errorf("the limit was hit %d times, written down is %+v", limited+2, events)
+				if counted+grown != n {
+					t.Errorf("%d are counted and %d written down, of %d", counted, grown, n)
+				}
+				if a := handled(t, r.Appliance, shop, request(2_000_000, "m")); a.Error != nil {
+					t.Errorf("beyond the limit a good request: %v", a.Error)
 				}
 			})
 		})
+	}
+}
+
+// TestPace: beyond so many requests a second a peer is told to come later, and nothing is done; another one notices nothing.
+func TestPace(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := newRig(t)
+		defer r.ledger.Close()
+		r.limits.RequestsPerSecond, r.limits.BatchItems = 10, 10
+		r.renew()
+		shop, cafe := r.handler(t, "shop"), r.handler(t, "cafe")
+		for range 10 {
+			if a := handled(t, r.Appliance, shop, ping); a.Error != nil {
+				t.Fatal(a.Error)
+			}
+		}
+		if a := handled(t, r.Appliance, shop, request(1, "m")); codeOf(a.Error) != wire.CodeRateLimited || a.Error.RetryAfter < 1 {
+			t.Errorf("%+v", a.Error)
+		}
+		if a := handled(t, r.Appliance, cafe, ping); a.Error != nil {
+			t.Errorf("another peer: %v", a.Error)
+		}
+		time.Sleep(time.Second)
+		if a := handled(t, r.Appliance, shop, request(1, "m")); a.Error != nil || strings.Contains(string(a.Result), `"repeated":true`) {
+			t.Errorf("a second later: %s, %v", a.Result, a.Error)
+		}
+		if events := r.refusals.take(true); len(events) != 1 || events[0].Type != audit.RateLimitTriggered || events[0].Resource != "shop" {
+			t.Errorf("%+v", events)
+		}
+	})
+}
+
+// renew gives the peers the limits that were set.
+func (r *rig) renew() {
+	for _, m := range r.peers {
+		*m = *r.newMember(m.Peer, peerRecord{})
 	}
 }

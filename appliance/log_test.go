@@ -253,7 +253,7 @@ func TestEpochPeriods(t *testing.T) {
 func TestKeepLog(t *testing.T) {
 	r, _ := logRig(t)
 	for range 100 {
-		r.refusals.count(audit.HandshakeRefused, "handshake", "")
+		r.refusals.count(audit.HandshakeRefused, "handshake", "", "denied")
 	}
 	ctx, cancel := context.WithCancel(t.Context())
 	done := make(chan struct{})
@@ -279,7 +279,7 @@ func TestKeepLog(t *testing.T) {
 	}
 	wait("the count", func() bool { n, _ := count(); return n == 100 })
 	for range 50 {
-		r.refusals.count(audit.HandshakeRefused, "handshake", "")
+		r.refusals.count(audit.HandshakeRefused, "handshake", "", "denied")
 	}
 	cancel()
 	<-done

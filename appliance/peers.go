@@ -24,7 +24,8 @@ type member struct {
 	seen      time.Time     // when it last proved to be there
 	written   time.Time     // seen, as the ledger has it
 	requests  int           // being served, the items of a batch one by one
-	refusals  *rate.Limiter // what it may cost the log
+	pace      *rate.Limiter // how often it may ask
+	refusals  *rate.Limiter // how many refusals are written down one by one
 	ended     bool          // removed
 }
 
@@ -59,7 +60,11 @@ func decodePeer(name string, value []byte) (r peerRecord, p Peer, err error) {
 }
 
 func (a *Appliance) newMember(p Peer, r peerRecord) *member {
-	m := &member{Peer: p, suspended: r.Suspended, refusals: rate.NewLimiter(rate.Limit(float64(a.limits.RefusalsPerMinute)/60), a.limits.RefusalsPerMinute)}
+	m := &member{
+		Peer: p, suspended: r.Suspended,
+		pace:     rate.NewLimiter(rate.Limit(a.limits.RequestsPerSecond), max(a.limits.RequestsPerSecond, a.limits.BatchItems)),
+		refusals: rate.NewLimiter(rate.Limit(float64(a.limits.RefusalsPerMinute)/60), a.limits.RefusalsPerMinute),
+	}
 	if r.Seen != 0 {
 		m.seen = time.Unix(r.Seen, 0)
 		m.written = m.seen

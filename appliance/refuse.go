@@ -54,7 +54,7 @@ var table = []struct {
 	{errReplay, refused, wire.CodeReplay, ""},
 	{errNotYours, refused, wire.CodeDenied, ""},
 	{errBusy, unavailable, wire.CodeBusy, "too many requests are being served; send the same request again"},
-	{errRate, unavailable, wire.CodeRateLimited, "too many of your requests were refused; the next ones are not looked at for a while"},
+	{errRate, unavailable, wire.CodeRateLimited, "too many requests a second; send the same request again"},
 	{ledger.ErrNotRisen, refused, wire.CodeDenied, ""},
 	{policy.ErrDenied, refused, wire.CodeDenied, "policy does not allow this peer to sign this with this key"},
 	{ledger.ErrDisk, unavailable, wire.CodeUnavailable, "the appliance can't write anything down now; send the same request again"},

@@ -16,7 +16,7 @@ import (
 // errBusy and errRate refuse before anything is done.
 var (
 	errBusy = errors.New("too many requests are being served")
-	errRate = errors.New("too many requests of this peer were refused")
+	errRate = errors.New("too many requests a second")
 )
 
 // retryAfter is what a peer is told that came too often, in seconds.
@@ -44,7 +44,7 @@ func (a *Appliance) handle(s *session, message []byte) []byte {
 	}
 	if err != nil {
 		_, refusal := refuse(err)
-		a.refusals.count(audit.RateLimitTriggered, "request", s.peer.Name)
+		a.refusals.count(audit.RateLimitTriggered, "request", s.peer.Name, refusal.Code)
 		return wire.EncodeAnswer(id, nil, refusal)
 	}
 	defer a.end(s.member, weight)
@@ -65,6 +65,8 @@ func (a *Appliance) handle(s *session, message []byte) []byte {
 // serve carries out one request. It is not ok after a fatal error.
 func (a *Appliance) serve(ctx context.Context, s *session, request any) (result any, refusal *wire.Error, ok bool) {
 	began := time.Now()
+	who := s.peer
+	who.quiet = s.member.refusals.Tokens() < 1
 	var op, key string
 	var err error
 	switch r := request.(type) {
@@ -74,13 +76,13 @@ func (a *Appliance) serve(ctx context.Context, s *session, request any) (result 
 		op, result = wire.OpKeys, a.signingKeys()
 	case *wire.Sign:
 		op, key = wire.OpSign, r.Key
-		result, err = a.Sign(ctx, s.peer, r)
+		result, err = a.Sign(ctx, who, r)
 	case *wire.Verify:
 		op, key = wire.OpVerify, r.KeyName()
-		result, err = a.Verify(ctx, s.peer, r)
+		result, err = a.Verify(ctx, who, r)
 	case *wire.Proof:
 		op = wire.OpProof
-		result, err = a.Proof(ctx, s.peer, r.Event)
+		result, err = a.Proof(ctx, who, r.Event)
 	case *wire.Error: // an item of a batch that has no sound form
 		return nil, r, true
 	}
@@ -89,16 +91,27 @@ func (a *Appliance) serve(ctx context.Context, s *session, request any) (result 
 		return result, nil, true
 	}
 	c, refusal := refuse(err)
-	if c == refused {
-		s.member.refusals.Reserve() // a debt where there are several at once, which begin waits for
-		a.log.Info("refused", "peer", s.peer.Name, "op", op, "key", ijson.Clip(key), "code", refusal.Code, "err", err)
-		if err := a.recordRefusal(ctx, s.peer, op, key, refusal.Code, err); err != nil {
+	switch {
+	case c == refused && who.quiet:
+		a.refusals.count(refusalType(refusal.Code), op, who.Name, refusal.Code)
+	case c == refused:
+		s.member.refusals.Reserve() // a debt where there are several at once
+		a.log.Info("refused", "peer", who.Name, "op", op, "key", ijson.Clip(key), "code", refusal.Code, "err", err)
+		if err := a.recordRefusal(ctx, who, op, key, refusal.Code, err); err != nil {
 			c, refusal = refuse(err)
 		}
-	} else {
-		a.log.Error("not served", "peer", s.peer.Name, "op", op, "key", ijson.Clip(key), "code", refusal.Code, "err", err)
+	default:
+		a.log.Error("not served", "peer", who.Name, "op", op, "key", ijson.Clip(key), "code", refusal.Code, "err", err)
 	}
 	return nil, refusal, c != fatal
+}
+
+// refusalType is the type of the event that says that a request was refused.
+func refusalType(code string) audit.Type {
+	if code == wire.CodeReplay {
+		return audit.ReplayRefused
+	}
+	return audit.SignatureRejected
 }
 
 // batch carries out the items at once. Their admissions share a commit, each has an answer of its own, in their order.
@@ -124,8 +137,7 @@ func (a *Appliance) batch(ctx context.Context, s *session, b *wire.Batch) (wire.
 	return answers, fine
 }
 
-// begin lets a peer's requests be served, unless there are too many; in is false for one that is kept out. What a peer has refused
-// costs the log an event each, so that there is a limit to that, too.
+// begin lets a peer's requests be served, unless there are too many; in is false for one that is kept out.
 func (a *Appliance) begin(m *member, n int) (in bool, err error) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -136,7 +148,7 @@ func (a *Appliance) begin(m *member, n int) (in bool, err error) {
 		return true, fmt.Errorf("%w for this peer", errBusy)
 	case a.requests+n > a.limits.Requests:
 		return true, errBusy
-	case m.refusals.Tokens() < 1:
+	case !m.pace.AllowN(time.Now(), n):
 		return true, errRate
 	}
 	m.seen = time.Now()
@@ -152,7 +164,7 @@ func (a *Appliance) end(m *member, n int) {
 	a.requests -= n
 }
 
-// recordRefusal writes a refusal down, unless the ledger has done so with its verdict. What has no sound form says nothing that
+// recordRefusal writes a refusal of its own down, unless the ledger has done so with its verdict. What has no sound form says nothing that
 // is worth keeping.
 func (a *Appliance) recordRefusal(ctx context.Context, who Peer, op, key, code string, err error) error {
 	if errors.As(err, new(writtenDown)) || code == wire.CodeMalformed || code == wire.CodeUnsupported || code == wire.CodeTooLarge {

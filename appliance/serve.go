@@ -16,6 +16,7 @@ import (
 	"countersign/ledger"
 	"countersign/limit"
 	"countersign/noise"
+	"countersign/wire"
 )
 
 // Listener is where peers connect, and what handshakes there carry.
@@ -82,7 +83,7 @@ func (a *Appliance) accept(stop context.Context, l Listener, serving *sync.WaitG
 		from := addressOf(conn)
 		place, err := a.places.Open(from, a.handshakes.IsGood(from))
 		if err != nil {
-			a.refusals.count(audit.RateLimitTriggered, "connect", "")
+			a.refusals.count(audit.RateLimitTriggered, "connect", "", wire.CodeBusy)
 			conn.Close()
 			continue
 		}
@@ -138,7 +139,7 @@ func (a *Appliance) serveConn(stop context.Context, raw net.Conn, profile noise.
 	}
 	switch {
 	case errors.Is(err, limit.ErrLimited):
-		a.refusals.count(audit.RateLimitTriggered, "handshake", "")
+		a.refusals.count(audit.RateLimitTriggered, "handshake", "", wire.CodeRateLimited)
 		return
 	case err != nil && attempt == nil: // no handshake: nothing was computed for it
 		a.log.Debug("no handshake", "from", from, "err", err)
@@ -148,7 +149,7 @@ func (a *Appliance) serveConn(stop context.Context, raw net.Conn, profile noise.
 		attempt.Forget() // a device that is away must not lock the peers out
 	case err != nil:
 		a.log.Info("handshake refused", "from", from, "err", err)
-		a.refusals.count(audit.HandshakeRefused, "handshake", "")
+		a.refusals.count(audit.HandshakeRefused, "handshake", "", wire.CodeDenied)
 	}
 	if err != nil {
 		attempt.End() // those who wait for its end need not wait for the tick
@@ -199,7 +200,7 @@ func (a *Appliance) enter(s *session) bool {
 		}
 	}
 	if open >= a.limits.ConnectionsPerPeer {
-		a.refusals.count(audit.RateLimitTriggered, "connect", m.Name)
+		a.refusals.count(audit.RateLimitTriggered, "connect", m.Name, wire.CodeBusy)
 		return false
 	}
 	s.member, s.peer = m, m.Peer

@@ -7,10 +7,9 @@ import (
 	"time"
 
 	"countersign/audit"
-	"countersign/wire"
 )
 
-// tallyEvery is how long what strangers do is counted before it becomes an event.
+// tallyEvery is how long what strangers and greedy peers do is counted before it becomes an event.
 const tallyEvery = time.Minute
 
 // tally counts what a flood must not fill the log with. The first of a kind is an event at the next flush, and then there is
@@ -21,8 +20,8 @@ type tally struct {
 }
 
 type counted struct {
-	event            audit.Type
-	action, resource string
+	event                     audit.Type
+	action, resource, outcome string
 }
 
 type span struct {
@@ -31,13 +30,13 @@ type span struct {
 	flushed      time.Time
 }
 
-func (t *tally) count(event audit.Type, action, resource string) {
+func (t *tally) count(event audit.Type, action, resource, outcome string) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	if t.counts == nil {
 		t.counts = map[counted]*span{}
 	}
-	key := counted{event, action, resource}
+	key := counted{event, action, resource, outcome}
 	s := t.counts[key]
 	if s == nil {
 		s = new(span)
@@ -61,7 +60,7 @@ func (t *tally) take(all bool) (events []audit.Event) {
 		if s.n == 0 || !all && !quiet {
 			continue
 		}
-		events = append(events, audit.Event{Type: key.event, Actor: audit.Daemon(), Action: key.action, Resource: key.resource, Outcome: wire.CodeDenied,
+		events = append(events, audit.Event{Type: key.event, Actor: audit.Daemon(), Action: key.action, Resource: key.resource, Outcome: key.outcome,
 			Metadata: map[string]string{"count": strconv.FormatUint(s.n, 10), "since": strconv.FormatInt(s.since.UnixMilli(), 10), "until": strconv.FormatInt(s.until.UnixMilli(), 10)}})
 		s.n, s.flushed = 0, time.Now()
 	}

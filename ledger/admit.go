@@ -25,6 +25,7 @@ type Admission struct {
 	KeyVersion uint32   // that the admission is for: a repetition must not be signed with another
 	ExpiresAt  int64    // Unix seconds: the nonce is kept until then and the margin after it
 	Once       bool     // a repetition is a replay too
+	Quiet      bool     // a replay or a denial is not written down
 	// Counts are the series that a fresh nonce is counted in, Rise a number that must rise with it.
 	Counts []Count
 	Rise   *Rise
@@ -57,7 +58,7 @@ const (
 type Admitted struct {
 	Admission
 	Verdict   Verdict
-	Event     uint64 // number of the admission; after Replay and Denied, of the event that records the refusal
+	Event     uint64 // number of the admission; after Replay and Denied, of the event that records the refusal, or 0
 	Signature []byte // the outcome, where it is known
 	First     uint64 // after Replay: number of the admission that spent the nonce
 	Own       bool   // after Replay: it was this peer's, for the same request
@@ -119,6 +120,9 @@ func (l *Ledger) Admit(ctx context.Context, a Admission, event func(Verdict) []b
 			}
 		default:
 			result.First, result.Own, result.Verdict = prior.event, prior.owner == s.owner, Replay
+		}
+		if result.Verdict != Fresh && a.Quiet {
+			return nil
 		}
 		if result.Verdict == Replay {
 			fresh = NewEvent(event(Replay))

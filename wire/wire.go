@@ -49,7 +49,7 @@ const (
 	CodeLifetimeTooLong  = "lifetime_too_long" // expires_at - timestamp is over the maximum
 	CodeInvalidSignature = "invalid_signature" // the signature does not verify, or its key is unusable
 	CodeWrongSigner      = "wrong_signer"      // the key is not one that the document allows to sign it
-	CodeRateLimited      = "rate_limited"      // too many requests of this peer were refused
+	CodeRateLimited      = "rate_limited"      // too many requests of this peer in a second
 	CodeBusy             = "busy"              // too many requests are being served, of this peer or in all
 	CodeUnavailable      = "unavailable"       // the appliance can't answer now; the same request may be sent again
 )

@@ -185,8 +185,10 @@ type Limits struct {
 	Requests int `toml:"requests"`
 	// RequestsPerPeer is the same for one peer. Default: 256.
 	RequestsPerPeer int `toml:"requests_per_peer"`
-	// RefusalsPerMinute is how many requests of one peer may be refused in a minute, each an event of the audit log; then none of
-	// its requests is looked at until there are less (rate_limited). Default: 600.
+	// RequestsPerSecond is how many requests one peer may send a second; more are refused (rate_limited). Default: 10000.
+	RequestsPerSecond int `toml:"requests_per_second"`
+	// RefusalsPerMinute is how many refused requests of one peer are events of the audit log within a minute; further ones are
+	// counted, in one event a minute. Default: 600.
 	RefusalsPerMinute int `toml:"refusals_per_minute"`
 	// BatchItems is how many items a batch may have. Default: 100, whose answers fit into a message.
 	BatchItems int `toml:"batch_items"`
@@ -235,7 +237,7 @@ func defaults() Config {
 		Limits: Limits{
 			Connections: l.Connections, Strangers: l.Strangers, ConnectionsPerSource: l.ConnectionsPerSource, ConnectionsPerPeer: l.ConnectionsPerPeer,
 			HandshakesPerSource: l.Handshakes.PerSource, Handshakes: l.Handshakes.Global, Sources: l.Handshakes.Sources,
-			InFlight: l.InFlight, Requests: l.Requests, RequestsPerPeer: l.RequestsPerPeer, RefusalsPerMinute: l.RefusalsPerMinute, BatchItems: l.BatchItems,
+			InFlight: l.InFlight, Requests: l.Requests, RequestsPerPeer: l.RequestsPerPeer, RequestsPerSecond: l.RequestsPerSecond, RefusalsPerMinute: l.RefusalsPerMinute, BatchItems: l.BatchItems,
 			HandshakeTimeout: Duration(l.HandshakeTimeout), ReadTimeout: Duration(l.ReadTimeout), IdleTimeout: Duration(l.IdleTimeout), WriteTimeout: Duration(l.WriteTimeout),
 			RequestTimeout: Duration(l.RequestTimeout), ClockSkew: Duration(l.ClockSkew), MaxLifetime: Duration(l.MaxLifetime),
 			Nonces: 20_000_000, ClockTolerance: Duration(2 * time.Minute),
@@ -324,6 +326,7 @@ func (c *Config) check() error {
 		{"limits.in_flight", c.Limits.InFlight, 10_000},
 		{"limits.requests", c.Limits.Requests, 100_000},
 		{"limits.requests_per_peer", c.Limits.RequestsPerPeer, 100_000},
+		{"limits.requests_per_second", c.Limits.RequestsPerSecond, 10_000_000},
 		{"limits.refusals_per_minute", c.Limits.RefusalsPerMinute, 10_000_000},
 		{"limits.batch_items", c.Limits.BatchItems, 100},
 		{"rollback_admissions", c.RollbackAdmissions, 1_000_000_000},
@@ -476,7 +479,8 @@ func (c *Config) limits() appliance.Limits {
 	limits.Connections, limits.Strangers, limits.ConnectionsPerSource, limits.ConnectionsPerPeer = l.Connections, l.Strangers, l.ConnectionsPerSource, l.ConnectionsPerPeer
 	limits.Handshakes.PerSource, limits.Handshakes.Global, limits.Handshakes.Kept = l.HandshakesPerSource, l.Handshakes, l.Handshakes/4
 	limits.Handshakes.Sources, limits.Handshakes.Waiting = max(l.Sources, l.Handshakes+1), l.ConnectionsPerSource
-	limits.InFlight, limits.Requests, limits.RequestsPerPeer, limits.RefusalsPerMinute, limits.BatchItems = l.InFlight, l.Requests, l.RequestsPerPeer, l.RefusalsPerMinute, l.BatchItems
+	limits.InFlight, limits.Requests, limits.RequestsPerPeer, limits.BatchItems = l.InFlight, l.Requests, l.RequestsPerPeer, l.BatchItems
+	limits.RequestsPerSecond, limits.RefusalsPerMinute = l.RequestsPerSecond, l.RefusalsPerMinute
 	limits.HandshakeTimeout, limits.ReadTimeout, limits.IdleTimeout, limits.WriteTimeout = l.HandshakeTimeout.std(), l.ReadTimeout.std(), l.IdleTimeout.std(), l.WriteTimeout.std()
 	limits.RequestTimeout, limits.ClockSkew, limits.MaxLifetime = l.RequestTimeout.std(), l.ClockSkew.std(), l.MaxLifetime.std()
 	limits.Calls = map[string]int{}
