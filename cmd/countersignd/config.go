@@ -166,7 +166,7 @@ type Limits struct {
 	// Connections open at once, handshakes included; more are closed at once. Default: 1024.
 	Connections int `toml:"connections"`
 	// Strangers is how many of them may be connections that have proven nothing yet and come from an address from which nobody has
-	// within a day. Default: 512.
+	// within a day. Default: half of connections.
 	Strangers int `toml:"strangers"`
 	// ConnectionsPerSource is how many one address may have open, an IPv6 /64 being one. Default: 256.
 	ConnectionsPerSource int `toml:"connections_per_source"`
@@ -235,7 +235,7 @@ func defaults() Config {
 		Tokens:    map[string]*Token{},
 		Retention: Retention{Epoch: string(appliance.Month), AuditDays: 2557, ReceiptDays: 2557, DecisionDays: 35, Nonces: Duration(24 * time.Hour)},
 		Limits: Limits{
-			Connections: l.Connections, Strangers: l.Strangers, ConnectionsPerSource: l.ConnectionsPerSource, ConnectionsPerPeer: l.ConnectionsPerPeer,
+			Connections: l.Connections, ConnectionsPerSource: l.ConnectionsPerSource, ConnectionsPerPeer: l.ConnectionsPerPeer,
 			HandshakesPerSource: l.Handshakes.PerSource, Handshakes: l.Handshakes.Global, Sources: l.Handshakes.Sources,
 			InFlight: l.InFlight, Requests: l.Requests, RequestsPerPeer: l.RequestsPerPeer, RequestsPerSecond: l.RequestsPerSecond, RefusalsPerMinute: l.RefusalsPerMinute, BatchItems: l.BatchItems,
 			HandshakeTimeout: Duration(l.HandshakeTimeout), ReadTimeout: Duration(l.ReadTimeout), IdleTimeout: Duration(l.IdleTimeout), WriteTimeout: Duration(l.WriteTimeout),
@@ -297,6 +297,9 @@ func explainTOML(path string, err error) string {
 }
 
 func (c *Config) check() error {
+	if c.Limits.Strangers == 0 {
+		c.Limits.Strangers = max(1, c.Limits.Connections/2)
+	}
 	for _, required := range []struct{ field, value string }{
 		{"listen", c.Listen + c.ListenPubky}, {"admin_socket", c.AdminSocket}, {"ledger", c.Ledger}, {"policy", c.Policy},
 	} {
