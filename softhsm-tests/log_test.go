@@ -223,6 +223,7 @@ func TestAuditLog(t *testing.T) {
 	c := s.dial()
 	s.signMany(c, 300)
 
+	s.settled()
 	s.must("admin", "audit", "export", "export")
 	s.write("older", string(must(os.ReadFile(s.path("export/checkpoint")))(t)))
 	verify := func(args ...string) (report struct {
@@ -278,6 +279,7 @@ func TestAuditLog(t *testing.T) {
 	}
 	c = s.dial()
 	s.signMany(c, 20)
+	s.settled()
 	if r := verify("--socket", "admin.sock", "--since", "older"); r.Signatures != 360 || r.Epoch != 1 || r.Epochs != 2 {
 		t.Errorf("%+v", r)
 	}
@@ -504,6 +506,28 @@ func TestReceipts(t *testing.T) {
 	}
 	if strings.Contains(p.stderr.String(), hex.EncodeToString(salt)) || strings.Contains(p.stderr.String(), "sub_demo_0001") {
 		t.Error("the daemon's log has the salt or the payload")
+	}
+}
+
+// settled waits until each admission has its outcome in the log: an answer does not wait for that.
+func (s *system) settled() {
+	s.t.Helper()
+	for began := time.Now(); ; time.Sleep(10 * time.Millisecond) {
+		open := 0
+		for _, e := range s.events() {
+			switch e.Type.Kind() {
+			case audit.Admission:
+				open++
+			case audit.Outcome:
+				open--
+			}
+		}
+		if open == 0 {
+			return
+		}
+		if time.Since(began) > 10*time.Second {
+			s.t.Fatalf("%d admissions have no outcome", open)
+		}
 	}
 }
 
