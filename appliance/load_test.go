@@ -8,14 +8,11 @@ import (
 	"net"
 	"os"
 	"strings"
-	"sync"
-	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
 
 	"countersign/audit"
-	"countersign/keystore"
 	"countersign/noise"
 	"countersign/wire"
 )
@@ -201,21 +198,6 @@ func TestConnectionLimits(t *testing.T) {
 			}
 		})
 	}
-}
-
-// heldDevice holds every signature until release.
-func (e *edge) heldDevice() (entered *atomic.Int64, release func()) {
-	entered, ch := new(atomic.Int64), make(chan struct{})
-	e.store.BeforeSign = func(ref keystore.Ref, _ []byte) error {
-		if ref.Name != LogName {
-			entered.Add(1)
-			<-ch
-		}
-		return nil
-	}
-	release = sync.OnceFunc(func() { close(ch) })
-	e.t.Cleanup(release)
-	return entered, release
 }
 
 // TestBusy: over its requests a peer is told when to come again, and others go on; over those in all, all are.
