@@ -49,7 +49,12 @@ type rig struct {
 
 func newRig(t *testing.T) *rig {
 	t.Helper()
-	r := &rig{store: keystoretest.NewMemory(), path: filepath.Join(t.TempDir(), "ledger.db")}
+	return newRigAt(t, filepath.Join(t.TempDir(), "ledger.db"))
+}
+
+func newRigAt(t *testing.T, path string) *rig {
+	t.Helper()
+	r := &rig{store: keystoretest.NewMemory(), path: path}
 	if err := ledger.Create(r.path, ledger.Options{}); err != nil {
 		t.Fatal(err)
 	}
@@ -76,14 +81,19 @@ func (r *rig) open(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	p, err := policy.Parse("policy.cedar", []byte(allowShop))
-	if err != nil {
-		t.Fatal(err)
-	}
-	if r.Appliance, err = New(t.Context(), limits, l, Anchor{}, kept, map[string]keystore.Store{"memory": r.store}, p, slog.New(slog.DiscardHandler)); err != nil {
+	if r.Appliance, err = New(t.Context(), limits, l, Anchor{}, kept, map[string]keystore.Store{"memory": r.store}, parsed(t, allowShop), slog.New(slog.DiscardHandler)); err != nil {
 		l.Close()
 		t.Fatal(err)
 	}
+}
+
+func parsed(t *testing.T, rules string) *policy.Policy {
+	t.Helper()
+	p, err := policy.Parse("policy.cedar", []byte(rules))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return p
 }
 
 // message is a sign request for a message that is valid now; n makes its nonce.

@@ -25,7 +25,6 @@ import (
 	"countersign/keystore/keystoretest"
 	"countersign/ledger"
 	"countersign/noise"
-	"countersign/policy"
 	"countersign/wire"
 )
 
@@ -44,7 +43,23 @@ type edge struct {
 	public    []byte // of payments
 	at        map[noise.Profile]string
 	exchanges atomic.Int64
+	holding   atomic.Pointer[hold]
 	stop      func()
+}
+
+// hold is a device that does not come back.
+type hold struct {
+	entered  atomic.Int64
+	released chan struct{}
+}
+
+// heldDevice holds every signature with payments from now on, until release.
+func (e *edge) heldDevice() (entered *atomic.Int64, release func()) {
+	h := &hold{released: make(chan struct{})}
+	e.holding.Store(h)
+	release = sync.OnceFunc(func() { e.holding.Store(nil); close(h.released) })
+	e.t.Cleanup(release)
+	return &h.entered, release
 }
 
 // logged is a log that can be read while it is written.
@@ -76,6 +91,13 @@ func newEdge(t *testing.T, change func(*Limits)) *edge {
 		change(&e.limits)
 	}
 	e.store.BeforeExchange = func(keystore.Ref) { e.exchanges.Add(1) }
+	e.store.BeforeSign = func(ref keystore.Ref, _ []byte) error {
+		if h := e.holding.Load(); h != nil && ref.Name == "payments" {
+			h.entered.Add(1)
+			<-h.released
+		}
+		return nil
+	}
 	if err := ledger.Create(e.path, ledger.Options{}); err != nil {
 		t.Fatal(err)
 	}
@@ -104,12 +126,8 @@ func (e *edge) open() {
 	if err != nil {
 		e.t.Fatal(err)
 	}
-	p, err := policy.Parse("policy.cedar", []byte(e.rules))
-	if err != nil {
-		e.t.Fatal(err)
-	}
 	log := slog.New(slog.NewTextHandler(e.log, &slog.HandlerOptions{Level: slog.LevelDebug}))
-	if e.Appliance, err = New(e.t.Context(), e.limits, l, Anchor{}, kept, map[string]keystore.Store{"memory": e.store}, p, log); err != nil {
+	if e.Appliance, err = New(e.t.Context(), e.limits, l, Anchor{}, kept, map[string]keystore.Store{"memory": e.store}, parsed(e.t, e.rules), log); err != nil {
 		l.Close()
 		e.t.Fatal(err)
 	}

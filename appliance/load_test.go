@@ -9,14 +9,11 @@ import (
 	"os"
 	"strconv"
 	"strings"
-	"sync"
-	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
 
 	"countersign/audit"
-	"countersign/keystore"
 	"countersign/noise"
 	"countersign/wire"
 )
@@ -48,15 +45,17 @@ func trickle(conn net.Conn, b []byte) {
 // TestTimeouts: each test has one timeout that is short; the others would let the connection live on.
 func TestTimeouts(t *testing.T) {
 	const short = 300 * time.Millisecond
-	quiet := func(e *edge) (net.Conn, time.Time) { return e.raw("127.0.0.2", noise.CountersignV1), time.Now() }
+	quiet := func(e *edge) (net.Conn, time.Time) {
+		begun := time.Now() // before it is accepted
+		return e.raw("127.0.0.2", noise.CountersignV1), begun
+	}
 	handshakeTrickles := func(e *edge) (net.Conn, time.Time) {
-		conn := e.raw("127.0.0.2", noise.CountersignV1)
+		conn, begun := quiet(e)
 		go trickle(conn, append(binary.BigEndian.AppendUint32(nil, 96), make([]byte, 96)...))
-		return conn, time.Now()
+		return conn, begun
 	}
 	notUsed := func(e *edge) (net.Conn, time.Time) {
-		conn := e.raw("127.0.0.2", noise.CountersignV1)
-		begun := time.Now()
+		conn, begun := quiet(e)
 		if _, err := noise.Connect(e.t.Context(), conn, e.shop, noise.CountersignV1, e.server, nil); err != nil {
 			e.t.Fatal(err)
 		}
@@ -202,21 +201,6 @@ func TestConnectionLimits(t *testing.T) {
 			}
 		})
 	}
-}
-
-// heldDevice holds every signature until release.
-func (e *edge) heldDevice() (entered *atomic.Int64, release func()) {
-	entered, ch := new(atomic.Int64), make(chan struct{})
-	e.store.BeforeSign = func(ref keystore.Ref, _ []byte) error {
-		if ref.Name != LogName {
-			entered.Add(1)
-			<-ch
-		}
-		return nil
-	}
-	release = sync.OnceFunc(func() { close(ch) })
-	e.t.Cleanup(release)
-	return entered, release
 }
 
 // TestBusy: over its requests a peer is told when to come again, and others go on; over those in all, all are.

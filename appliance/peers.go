@@ -154,7 +154,12 @@ func (a *Appliance) SuspendPeer(ctx context.Context, who audit.Actor, name strin
 
 func (a *Appliance) ResumePeer(ctx context.Context, who audit.Actor, name string) error {
 	return a.act(ctx, a.enrolling, fmt.Sprintf("peer %q", ijson.Clip(name)), func(ctx context.Context) error {
-		if err := a.ledger.Update(ctx, func(tx *ledger.Tx) error { return setSuspended(tx, who, name, false) }); err != nil {
+		if err := a.ledger.Update(ctx, func(tx *ledger.Tx) error {
+			if err := enrolled(tx, name); err != nil {
+				return err
+			}
+			return setSuspended(tx, who, name, false)
+		}); err != nil {
 			return err
 		}
 		a.mu.Lock()
@@ -193,12 +198,19 @@ func (a *Appliance) keepOut(ctx context.Context, name string, mark func(*member)
 			<-end // a request's time at the most
 		}
 		return a.ledger.Update(ctx, func(tx *ledger.Tx) error {
-			if len(tx.Get(ledger.Peers, name)) == 0 {
-				return fmt.Errorf("peer %q: %w", ijson.Clip(name), ErrNotFound)
+			if err := enrolled(tx, name); err != nil {
+				return err
 			}
 			return write(tx)
 		})
 	})
+}
+
+func enrolled(tx *ledger.Tx, name string) error {
+	if len(tx.Get(ledger.Peers, name)) == 0 {
+		return fmt.Errorf("peer %q: %w", ijson.Clip(name), ErrNotFound)
+	}
+	return nil
 }
 
 // cutOff marks a peer and closes its connections. ended has a channel for each, which is closed when nothing is being

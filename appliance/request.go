@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"strconv"
 	"sync"
 	"time"
 
@@ -170,9 +171,10 @@ func (a *Appliance) recordRefusal(ctx context.Context, who Peer, op, key, code s
 	if errors.As(err, new(writtenDown)) || code == wire.CodeMalformed || code == wire.CodeUnsupported || code == wire.CodeTooLarge {
 		return nil
 	}
-	return a.record(ctx, audit.Event{
-		Type: audit.SignatureRejected, Actor: who.actor(), Action: op, Resource: ijson.Clip(key), Outcome: code,
-	})
+	if keystore.CheckName(key) != nil && key != "" {
+		key = strconv.QuoteToASCII(ijson.Clip(key)) // no key of ours: whatever the peer has written
+	}
+	return a.record(ctx, audit.Event{Type: audit.SignatureRejected, Actor: who.actor(), Action: op, Resource: key, Outcome: code})
 }
 
 // signingKeys lists what peers may see: the keys that sign. All enrolled peers see all of them; policy decides about use.

@@ -1,0 +1,234 @@
+package appliance
+
+import (
+	"crypto/ed25519"
+	"errors"
+	"strings"
+	"testing"
+	"time"
+	"unicode"
+
+	"countersign/audit"
+	"countersign/noise"
+)
+
+// TestKeepOut: a peer's connections are closed at once, also while its requests hang in the device; what was admitted has its
+// ending before the ledger says that the peer is out; nothing of it is served afterwards, and others go on.
+func TestKeepOut(t *testing.T) {
+	for name, c := range map[string]struct {
+		act  func(*edge) error
+		says audit.Type
+	}{
+		"suspended": {func(e *edge) error { return e.SuspendPeer(t.Context(), operator, "shop") }, audit.PeerSuspended},
+		"removed":   {func(e *edge) error { return e.RemovePeer(t.Context(), operator, "shop") }, audit.PeerRemoved},
+	} {
+		t.Run(name, func(t *testing.T) {
+			e := newEdge(t, func(l *Limits) { l.Calls, l.RequestTimeout = map[string]int{"memory": 64}, time.Hour })
+			entered, release := e.heldDevice()
+			idle, busy, batch := e.session("127.0.0.1", e.shop), e.session("127.0.0.1", e.shop), e.session("127.0.0.1", e.shop)
+			for n := range 5 {
+				busy.WriteMessage([]byte(request(n, "m")))
+			}
+			var items []any
+			for n := range 20 {
+				items = append(items, numbered(100+n, "m"))
+			}
+			batch.WriteMessage([]byte(batchOf(items...)))
+			eventually(t, "all are in the device", func() bool { return entered.Load() == 25 })
+			unused, err := e.shake("127.0.0.1", e.shop)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer unused.Close()
+			before := len(logOf(t, e.Appliance, 1))
+			done := make(chan error, 1)
+			go func() { done <- c.act(e) }()
+			ends(t, idle)
+			ends(t, busy)
+			ends(t, batch)
+			select {
+			case err := <-done:
+				t.Errorf("written down while requests are with the device: %v", err)
+			default:
+			}
+			e.staysOut("127.0.0.1", e.shop)
+			if _, err := exchange(unused, ping); err == nil {
+				t.Error("a handshake from before is served")
+			}
+			cafe := e.session("127.0.0.2", e.cafe)
+			answers(t, cafe, ping, "")
+			release()
+			if err := <-done; err != nil {
+				t.Fatal(err)
+			}
+			events := logOf(t, e.Appliance, 1)[before:]
+			ended := 0
+			for i, ev := range events {
+				switch ev.Type {
+				case audit.SignatureCreated:
+					ended++
+				case audit.SignatureAdmitted:
+					t.Error("something was admitted meanwhile")
+				case c.says:
+					if ended != 25 {
+						t.Errorf("the event comes after %d of 25 endings (%d of %d)", ended, i, len(events))
+					}
+				}
+			}
+			if countOf(events, c.says) != 1 {
+				t.Errorf("%d events of it", countOf(events, c.says))
+			}
+			e.restart()
+			e.staysOut("127.0.0.1", e.shop)
+			if name == "removed" {
+				return
+			}
+			if s := e.status("shop"); !s.Suspended || s.Connections != 0 || s.Seen.IsZero() {
+				t.Errorf("%+v", s)
+			}
+			if err := e.SuspendPeer(t.Context(), operator, "shop"); err != nil {
+				t.Errorf("a second time: %v", err)
+			}
+			if err := e.ResumePeer(t.Context(), operator, "shop"); err != nil {
+				t.Fatal(err)
+			}
+			conn := e.session("127.0.0.1", e.shop)
+			answers(t, conn, request(200, "m"), "")
+			if s := e.status("shop"); s.Suspended || s.Connections != 1 {
+				t.Errorf("%+v", s)
+			}
+			e.restart()
+			e.session("127.0.0.1", e.shop)
+			if log := logOf(t, e.Appliance, 1); countOf(log, audit.PeerSuspended) != 1 || countOf(log, audit.PeerResumed) != 1 {
+				t.Error("what is so already is an event")
+			}
+		})
+	}
+}
+
+func TestKeepOutNobody(t *testing.T) {
+	e := newEdge(t, nil)
+	for name, act := range map[string]func() error{
+		"suspend": func() error { return e.SuspendPeer(t.Context(), operator, "nobody") },
+		"resume":  func() error { return e.ResumePeer(t.Context(), operator, "nobody") },
+		"remove":  func() error { return e.RemovePeer(t.Context(), operator, "nobody") },
+	} {
+		if err := act(); !errors.Is(err, ErrNotFound) {
+			t.Errorf("%s nobody: %v, want %v", name, err, ErrNotFound)
+		}
+	}
+}
+
+// TestEnrolledAgain: a peer that was removed and is enrolled again under its key is served on new connections only.
+func TestEnrolledAgain(t *testing.T) {
+	e := newEdge(t, nil)
+	old := e.session("127.0.0.1", e.shop)
+	if err := e.RemovePeer(t.Context(), operator, "shop"); err != nil {
+		t.Fatal(err)
+	}
+	ends(t, old)
+	public := e.shop.Public()
+	if _, err := e.AddPeer(t.Context(), operator, "shop", public[:]); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := exchange(old, ping); err == nil {
+		t.Error("the old connection is served")
+	}
+	answers(t, e.session("127.0.0.1", e.shop), request(1, "m"), "")
+}
+
+// TestLastSeen survives a restart.
+func TestLastSeen(t *testing.T) {
+	e := newEdge(t, nil)
+	if s := e.status("shop"); !s.Seen.IsZero() || s.Connections != 0 {
+		t.Errorf("never seen: %+v", s)
+	}
+	before := time.Now()
+	a, b := e.session("127.0.0.1", e.shop), e.session("127.0.0.1", e.shop)
+	if s := e.status("shop"); s.Seen.Before(before) || s.Connections != 2 {
+		t.Errorf("%+v", s)
+	}
+	a.Close()
+	eventually(t, "one is gone", func() bool { return e.status("shop").Connections == 1 })
+	b.Close()
+	eventually(t, "none is there", func() bool { return e.status("shop").Connections == 0 })
+	e.restart()
+	if s := e.status("shop"); s.Seen.Unix() < before.Unix() || s.Connections != 0 {
+		t.Errorf("after a restart: %+v", s)
+	}
+	if s := e.status("cafe"); !s.Seen.IsZero() {
+		t.Errorf("another one: %+v", s)
+	}
+}
+
+// TestNothingUnescapedInTheLog: what peers and strangers write comes out as text in quotes, whatever it is.
+func TestNothingUnescapedInTheLog(t *testing.T) {
+	e := newEdge(t, func(l *Limits) { l.Handshakes.PerSource = 100 })
+	const marker = "marked"
+	hostile := []string{marker + "\nlevel=ERROR msg=forged", marker + "\x1b[2J\x1b]0;x\a", marker + "\r\u2028\u202e\u200b\x00\x7f\u0085"}
+	conn := e.session("127.0.0.1", e.shop)
+	for _, h := range hostile {
+		quoted := encoded(map[string]string{"": h})
+		quoted = quoted[len(`{"":`) : len(quoted)-1]
+		for _, document := range []string{
+			h,
+			`{"id":` + quoted + `,"op":"ping"}`,
+			`{"id":"1","op":` + quoted + `}`,
+			`{"id":"1","op":"ping",` + quoted + `:1}`,
+			`{"id":"1","op":"ping",` + quoted + `:1,` + quoted + `:2}`,
+			strings.Replace(request(1, "m"), `"payments"`, quoted, 1),
+			strings.Replace(request(2, "m"), `"message-v1"`, quoted, 1),
+			strings.Replace(request(3, "m"), `"test"`, quoted, 1),
+			strings.Replace(request(4, "m"), `"context"`, quoted, 1),
+			strings.Replace(request(5, "m"), `"nonce":"`, `"nonce":`+quoted+`,"x":"`, 1),
+			strings.Replace(request(6, "m"), `"timestamp":`, `"timestamp":`+quoted+`,"x":`, 1),
+			batchOf(quoted, `{"op":`+quoted+`}`, `{"op":"sign",`+quoted+`:1}`, strings.Replace(strings.Replace(request(7, "m"), `"id":"7",`, "", 1), `"payments"`, quoted, 1)),
+			`{"id":"1","op":"verify","key":` + quoted + `,"type":"message-v1","payload":{"context":` + quoted + `,"message":"AA"},"nonce":"` + strings.Repeat("A", 43) +
+				`","timestamp":1,"expires_at":2,"signature":"` + strings.Repeat("A", 86) + `","public_key":"` + strings.Repeat("A", 43) + `"}`,
+		} {
+			if _, err := exchange(conn, document); err != nil {
+				t.Fatalf("%q: %v", document, err)
+			}
+		}
+		// A stranger's: the frames, and an identity payload.
+		raw := e.raw("127.0.0.2", noise.CountersignV1)
+		raw.Write([]byte(h + h + h + h))
+		raw.CloseWrite()
+		for _, id := range []*noise.Identity{newIdentity(t), e.shop} {
+			_, ed, _ := ed25519.GenerateKey(nil)
+			good, err := noise.PubkyIdentity(ed, id.Public(), e.server, "hint", time.Time{})
+			if err != nil {
+				t.Fatal(err)
+			}
+			for _, payload := range []string{h, `{` + quoted + `:1}`, `{` + quoted + `:1,` + quoted + `:1}`, `{"role":` + quoted + `}`,
+				strings.Replace(string(good), `"Client"`, quoted, 1), strings.Replace(string(good), `"hint"`, quoted, 1), strings.Replace(string(good), `"role"`, quoted+`:1,"role"`, 1)} {
+				raw := e.raw("127.0.0.3", noise.PubkyV1)
+				if _, err := noise.Connect(t.Context(), raw, id, noise.PubkyV1, e.server, []byte(payload)); err == nil {
+					t.Errorf("%q is taken", payload)
+				}
+			}
+		}
+	}
+	if _, err := e.AddPeer(t.Context(), operator, hostile[0], make([]byte, 32)); err == nil {
+		t.Error("a peer of that name")
+	}
+	e.stop()
+	text := e.log.String()
+	if !strings.Contains(text, marker) {
+		t.Fatal("the log has nothing of it: the test has lost its point")
+	}
+	for line := range strings.Lines(text) {
+		line = strings.TrimSuffix(line, "\n")
+		if !strings.HasPrefix(line, "time=") {
+			t.Errorf("a line that is not the daemon's: %q", line)
+		}
+		if i := strings.IndexFunc(line, func(r rune) bool { return !unicode.IsPrint(r) }); i >= 0 {
+			t.Errorf("%q at %d of %q", line[i], i, line)
+		}
+	}
+	for _, ev := range logOf(t, e.Appliance, 1) {
+		if b := string(ev.Encode(time.Now())); strings.ContainsFunc(b, func(r rune) bool { return !unicode.IsPrint(r) }) {
+			t.Errorf("an event that does not print: %q", b)
+		}
+	}
+}
