@@ -54,7 +54,7 @@ func paykitNoiseKeyAuthorization(d *Document) error {
 	d.Signers = [][]byte{p.Owner[:]}
 	d.Unbound = true
 	d.Generation = &generation
-	d.Fields = map[string]any{"owner": hex.EncodeToString(p.Owner[:]), "generation": p.KeyGeneration}
+	d.Fields = map[string]any{"owner": hex.EncodeToString(p.Owner[:]), "noise_public_key": hex.EncodeToString(p.NoisePublicKey[:]), "generation": p.KeyGeneration}
 	return nil
 }
 

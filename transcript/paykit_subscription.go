@@ -83,6 +83,9 @@ type terms struct {
 // {"Custom":{"interval_seconds":3600}}. encoded is its postcard form.
 type frequency struct{ encoded []byte }
 
+// frequencies are the variants in the order of their postcard numbers.
+var frequencies = [...]string{"Daily", "Weekly", "Monthly", "Yearly", "Custom"}
+
 // paykitSubscription is the transcript paykit-subscription-v2: what paykit_subscriptions signs.
 //
 //	canonical = postcard("PAYKIT_SUBSCRIPTION_V2", subscription, nonce, timestamp, expires_at)
@@ -109,6 +112,11 @@ func paykitSubscription(d *Document) error {
 		"method":     s.Terms.Method,
 		"subscriber": hex.EncodeToString(s.Subscriber[:]),
 		"provider":   hex.EncodeToString(s.Provider[:]),
+		"frequency":  frequencies[s.Terms.Frequency.encoded[0]],
+		"starts_at":  s.StartsAt,
+	}
+	if s.EndsAt != nil {
+		d.Fields["ends_at"] = *s.EndsAt
 	}
 	return nil
 }

@@ -33,7 +33,7 @@ func paymentRequest(d *Document) error {
 		return err
 	}
 	d.Signers = [][]byte{p.Payer[:]}
-	d.Fields = map[string]any{"currency": p.Currency, "method": p.Method, "payer": hex.EncodeToString(p.Payer[:])}
+	d.Fields = map[string]any{"currency": p.Currency, "method": p.Method, "payer": hex.EncodeToString(p.Payer[:]), "endpoint": p.Endpoint}
 	if p.Payee != nil {
 		if err := p.Payee.check("payload.payee"); err != nil {
 			return err

@@ -370,7 +370,7 @@ func TestWhatATypeSays(t *testing.T) {
 	}
 	v := vectors(t, "payment-request-v1")[0]
 	doc := parse(t, v.request(t, string(v.Payload)))
-	if *doc.Payment != (transcript.Payment{Amount: "0.25", Currency: "EUR", Method: "sepa_instant"}) || !maps.Equal(doc.Fields, map[string]any{"currency": "EUR", "method": "sepa_instant", "payer": keyA, "payee": keyB}) {
+	if *doc.Payment != (transcript.Payment{Amount: "0.25", Currency: "EUR", Method: "sepa_instant"}) || !maps.Equal(doc.Fields, map[string]any{"currency": "EUR", "method": "sepa_instant", "payer": keyA, "payee": keyB, "endpoint": "https://shop.example/pay/17"}) {
 		t.Errorf("%v, %v", doc.Payment, doc.Fields)
 	}
 }
