@@ -5,6 +5,8 @@ import (
 	"encoding/csv"
 	"errors"
 	"fmt"
+	"maps"
+	"math"
 	"math/big"
 	"slices"
 	"strconv"
@@ -26,43 +28,50 @@ type Case struct {
 // ParseCases reads a table of cases: comma-separated values (RFC 4180) whose first row names the columns; lines that begin
 // with # and empty lines are skipped. The columns are expect (allow or deny), peer, key, and, all of them optional, name,
 // action (sign), time (RFC 3339, for hour and weekday), and any field of the schema's context, as used.peer.day.amount. An
-// empty field is absent. Defaults: transcript message-v1, lifetime 3600, size 256, a Monday at 12; amount_e8 is made of amount;
-// each window has this document only, and a longer one at least what a shorter one has.
+// empty field is absent. Defaults: transcript message-v1, lifetime 3600, size 256, a Monday at 12; amount and amount_e8 are made of
+// each other; each window has this document only, and a longer one at least what a shorter one has. A window with less than that
+// is refused: there can't be one.
 func ParseCases(file string, text []byte) (cases []Case, err error) {
-	r := csv.NewReader(bytes.NewReader(text))
+	r := csv.NewReader(bytes.NewReader(bytes.TrimPrefix(text, []byte("\ufeff")))) // a mark that spreadsheets write
 	r.Comment, r.TrimLeadingSpace, r.FieldsPerRecord = '#', true, -1
 	fail := func(line int, format string, args ...any) ([]Case, error) {
 		return nil, fmt.Errorf("cases: %s:%d: %s", file, line, fmt.Sprintf(format, args...))
 	}
-	columns, err := r.Read()
-	if err != nil {
-		return nil, fmt.Errorf("cases: %s: its first row must name the columns: %w", file, err)
-	}
-	for i, column := range columns {
-		columns[i] = strings.TrimSpace(column)
-		if slices.Contains(columns[:i], columns[i]) {
-			return fail(1, "the column %q is there twice", columns[i])
+	var columns []string
+	for {
+		row, err := r.Read()
+		if bad, is := errors.AsType[*csv.ParseError](err); is {
+			return fail(bad.Line, "%v", bad.Err)
+		} else if err != nil {
+			break
 		}
-	}
-	for _, needed := range []string{"expect", "peer", "key"} {
-		if !slices.Contains(columns, needed) {
-			return fail(1, "there is no column %q", needed)
+		line, _ := r.FieldPos(0)
+		for i, field := range row {
+			row[i] = strings.TrimSpace(field)
 		}
-	}
-	rows, err := r.ReadAll()
-	if err != nil {
-		return nil, fmt.Errorf("cases: %s: %w", file, err)
-	}
-	lines := lineNumbers(text)
-	for n, row := range rows {
-		line := lines[n+1]
+		if columns == nil {
+			columns = row
+			for i, column := range columns {
+				if slices.Contains(columns[:i], column) {
+					return fail(line, "the column %q is there twice", column)
+				}
+			}
+			for _, needed := range []string{"expect", "peer", "key"} {
+				if !slices.Contains(columns, needed) {
+					return fail(line, "there is no column %q; the first row must name the columns", needed)
+				}
+			}
+			continue
+		}
 		if len(row) != len(columns) {
 			return fail(line, "%d fields, but there are %d columns", len(row), len(columns))
 		}
 		fields := map[string]string{}
 		for i, column := range columns {
-			if v := strings.TrimSpace(row[i]); v != "" {
-				fields[column] = v
+			if row[i] != "" {
+				fields[column] = row[i]
+			} else if !settable(column) {
+				return fail(line, "there is no field %q in the schema's context that a case can set", column)
 			}
 		}
 		c, err := caseOf(fields)
@@ -78,17 +87,11 @@ func ParseCases(file string, text []byte) (cases []Case, err error) {
 	return cases, nil
 }
 
-// lineNumbers are the lines on which rows begin.
-func lineNumbers(text []byte) (lines []int) {
-	r := csv.NewReader(bytes.NewReader(text))
-	r.Comment, r.TrimLeadingSpace, r.FieldsPerRecord = '#', true, -1
-	for {
-		if _, err := r.Read(); err != nil {
-			return lines
-		}
-		line, _ := r.FieldPos(0)
-		lines = append(lines, line)
-	}
+// settable says that a column can be one of a table of cases.
+func settable(column string) bool {
+	attribute, ok := vocabulary().Actions[cedar.NewEntityUID("Action", Sign)].AppliesTo.Context[cedar.String(column)]
+	_, record := attribute.Type.(resolved.RecordType)
+	return ok && !record || slices.Contains([]string{"expect", "name", "peer", "key", "action", "time"}, column) || slices.Contains(windowPaths(), column)
 }
 
 // caseOf makes a case of its fields. It takes from the map what it has used.
@@ -124,34 +127,57 @@ func caseOf(fields map[string]string) (c Case, err error) {
 	context := map[string]any{"transcript": "message-v1", "lifetime": int64(3600), "size": int64(256)}
 	SetTime(context, at)
 	used := map[string]int64{}
-	for path, text := range fields {
-		attribute, ok := schema.AppliesTo.Context[cedar.String(path)]
-		windowed := slices.Contains(windowPaths(), path)
-		if _, record := attribute.Type.(resolved.RecordType); record || !ok && !windowed {
+	for _, path := range slices.Sorted(maps.Keys(fields)) {
+		if !settable(path) {
 			return c, fmt.Errorf("there is no field %q in the schema's context that a case can set", path)
 		}
+		attribute, inContext := schema.AppliesTo.Context[cedar.String(path)]
 		if _, isText := attribute.Type.(resolved.StringType); isText {
-			context[path] = text
+			context[path] = fields[path]
 			continue
 		}
-		n, err := strconv.ParseInt(text, 10, 64)
-		if err != nil {
-			return c, fmt.Errorf("%s: %q is not a whole number", path, text)
+		n, err := strconv.ParseInt(fields[path], 10, 64)
+		if err != nil || n < 0 {
+			return c, fmt.Errorf("%s: %q is not a whole number from 0 to %d", path, fields[path], int64(math.MaxInt64))
 		}
-		if windowed {
-			used[path] = n
-		} else {
+		if inContext {
 			context[path] = n
+		} else {
+			used[path] = n
 		}
 	}
-	if amount, ok := context["amount"].(int64); ok && context["amount_e8"] == nil {
-		_, context["amount_e8"] = Amounts(new(big.Int).Mul(big.NewInt(amount), whole))
+	if hour := context["hour"].(int64); hour > 23 {
+		return c, fmt.Errorf("hour: %d is not from 0 to 23", hour)
+	}
+	if day := context["weekday"].(string); !slices.ContainsFunc(weekdays, func(d time.Weekday) bool { return d.String() == day }) {
+		return c, fmt.Errorf("weekday: %q is not like Monday", day)
+	}
+	amount, has := context["amount"].(int64)
+	if e8, hasE8 := context["amount_e8"].(int64); has && !hasE8 {
+		context["amount_e8"] = e8Of(amount)
+	} else if hasE8 && !has {
+		context["amount"] = wholeOf(e8)
 	}
 	if c.Request, err = NewRequest(peer, action, key, context); err != nil {
 		return c, err
 	}
-	c.Request.Used = usedBy(context, used)
+	if c.Request.Used, err = usedBy(context, used); err != nil {
+		return c, err
+	}
 	return c, c.Request.Check()
+}
+
+var weekdays = []time.Weekday{time.Monday, time.Tuesday, time.Wednesday, time.Thursday, time.Friday, time.Saturday, time.Sunday}
+
+// e8Of is a number of whole units in units of 10^-8, wholeOf the other way, rounded up.
+func e8Of(n int64) int64 {
+	_, e8 := Amounts(new(big.Int).Mul(big.NewInt(n), whole))
+	return e8
+}
+
+func wholeOf(e8 int64) int64 {
+	n, _ := Amounts(new(big.Int).Mul(big.NewInt(e8), tiny))
+	return n
 }
 
 func windowPath(counted, window, what string) string {
@@ -170,7 +196,7 @@ func windowPaths() (all []string) {
 }
 
 // usedBy has this document in every window, and what was set; a longer window has at least what a shorter one has.
-func usedBy(context map[string]any, set map[string]int64) (u Usage) {
+func usedBy(context map[string]any, set map[string]int64) (u Usage, err error) {
 	for i, counted := range Counted {
 		var least Window
 		if counted != "counterparty" || context["counterparty"] != nil {
@@ -179,18 +205,28 @@ func usedBy(context map[string]any, set map[string]int64) (u Usage) {
 			least.AmountE8, _ = context["amount_e8"].(int64)
 		}
 		for j, window := range Windows {
-			for what, n := range least.fields() {
-				if v, ok := set[windowPath(counted, window, what)]; ok {
+			path := func(what string) string { return windowPath(counted, window, what) }
+			v, has := set[path("amount")]
+			if e8, hasE8 := set[path("amount_e8")]; has && !hasE8 {
+				set[path("amount_e8")] = max(least.AmountE8, e8Of(v))
+			} else if hasE8 && !has {
+				set[path("amount")] = max(least.Amount, wholeOf(e8))
+			}
+			for _, what := range []string{"signatures", "amount", "amount_e8"} {
+				n := least.fields()[what]
+				v, ok := set[path(what)]
+				if ok && v < *n {
+					return u, fmt.Errorf("%s: %d is less than %d, which this document and the shorter windows have already", path(what), v, *n)
+				} else if ok && counted == "counterparty" && context["counterparty"] == nil && v > 0 {
+					return u, fmt.Errorf("%s: without a counterparty it is always 0", path(what))
+				} else if ok {
 					*n = v
 				}
-			}
-			if v, ok := set[windowPath(counted, window, "amount")]; ok && set[windowPath(counted, window, "amount_e8")] == 0 {
-				_, least.AmountE8 = Amounts(new(big.Int).Mul(big.NewInt(v), whole))
 			}
 			u[i][j] = least
 		}
 	}
-	return u
+	return u, nil
 }
 
 // SetTime sets what a context has of the appliance's clock.

@@ -12,9 +12,11 @@ import (
 	_ "embed"
 	"errors"
 	"fmt"
+	"iter"
 	"maps"
 	"os"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 
@@ -96,7 +98,7 @@ func (r Request) Check() error {
 // Decision is what the rules say about a request.
 type Decision struct {
 	Allowed bool
-	// Rules are the ids of those that decided: the permits of what is allowed, or the forbids of what is not. None: nothing
+	// Rules are the ids (see Rule) of those that decided: the permits of what is allowed, or the forbids of what is not. None: nothing
 	// permits it.
 	Rules []string
 	// Fault says why the rules could not be followed: one that can't be evaluated denies.
@@ -150,30 +152,94 @@ var vocabulary = sync.OnceValue(func() *resolved.Schema {
 	return r
 })
 
-// maxText bounds a policy file, in bytes.
-const maxText = 1 << 20
+// Bounds of a policy file: its bytes, and how deep brackets nest. Cedar's parser calls itself for each bracket; without bounds
+// a file could use up the stack, which ends the process.
+const (
+	maxText  = 256 << 10
+	maxDepth = 64
+)
+
+// code yields the bytes of a text that are in no string and no comment, with their places.
+func code(text []byte) iter.Seq2[int, byte] {
+	return func(yield func(int, byte) bool) {
+		for i := 0; i < len(text); i++ {
+			end := i
+			switch rest := text[i:]; {
+			case bytes.HasPrefix(rest, []byte("//")):
+				if end += bytes.IndexByte(rest, '\n'); end < i {
+					return // the last line
+				}
+			case bytes.HasPrefix(rest, []byte("/*")):
+				if n := bytes.Index(rest[2:], []byte("*/")); n >= 0 {
+					end += n + 3
+				}
+			case rest[0] == '"':
+				for end++; end < len(text) && text[end] != '"'; end++ {
+					if text[end] == '\\' {
+						end++
+					}
+				}
+			}
+			if end > i {
+				i = end
+			} else if !yield(i, text[i]) {
+				return
+			}
+		}
+	}
+}
 
 // Parse validates rules against the schema. file is for error messages, which name the line.
 func Parse(file string, text []byte) (*Policy, error) {
 	if len(text) > maxText {
 		return nil, fmt.Errorf("policy: %s: it has more than %d bytes", file, maxText)
 	}
-	rules, err := cedar.NewPolicySetFromBytes(file, text)
+	fail := func(line int, format string, args ...any) (*Policy, error) {
+		return nil, fmt.Errorf("policy: %s:%d: %s", file, line, fmt.Sprintf(format, args...))
+	}
+	if bytes.HasPrefix(text, []byte("\ufeff")) {
+		return fail(1, "it begins with a byte order mark: save it as UTF-8 without one")
+	}
+	depth := 0
+	for i, c := range code(text) {
+		switch c {
+		case '(', '[', '{':
+			if depth++; depth > maxDepth {
+				return fail(1+bytes.Count(text[:i], []byte("\n")), "brackets nest more than %d deep", maxDepth)
+			}
+		case ')', ']', '}':
+			depth--
+		}
+	}
+	list, err := cedar.NewPolicyListFromBytes(file, text)
 	if err != nil {
 		return nil, fmt.Errorf("policy: %s", strings.ReplaceAll(oneLine(err), "<input>", file))
 	}
-	p := &Policy{Hash: sha256.Sum256(text), Text: text, rules: rules, named: map[cedar.PolicyID]bool{}, counts: bytes.Contains(text, []byte("used"))}
+	p := &Policy{Hash: sha256.Sum256(text), Text: text, rules: cedar.NewPolicySet(), named: map[cedar.PolicyID]bool{}}
+	p.counts = bytes.Contains(text, []byte("used")) || bytes.Contains(text, []byte(`\`)) // with which a name can be written otherwise
 	validator := validate.New(vocabulary())
-	for _, id := range p.ids() {
-		rule := rules.Get(id)
-		tree := (*ast.Policy)(rule.AST())
+	for _, rule := range list {
+		tree, at := (*ast.Policy)(rule.AST()), rule.Position()
+		id, given := rule.Annotations()["id"]
+		switch {
+		case !given && p.rules.Get(cedar.PolicyID(fmt.Sprintf("line %d", at.Line))) == nil:
+			id = cedar.String(fmt.Sprintf("line %d", at.Line))
+		case !given:
+			id = cedar.String(fmt.Sprintf("line %d:%d", at.Line, at.Column))
+		case id == "" || len(id) > maxID || strings.ContainsFunc(string(id), func(r rune) bool { return !strconv.IsPrint(r) }):
+			return fail(at.Line, "@id must have 1 to %d bytes that can be printed", maxID)
+		}
+		if !p.rules.Add(cedar.PolicyID(id), rule) {
+			return fail(at.Line, "another rule has the id %q already", string(id))
+		}
 		if err := validator.Policy(string(id), tree); err != nil {
-			return nil, fmt.Errorf("policy: %s:%d: %s", file, rule.Position().Line, oneLine(err))
+			reason, _, _ := strings.Cut(err.Error(), "\n") // the others are mostly the same again, for the other action
+			return fail(at.Line, "%s", strings.TrimPrefix(reason, fmt.Sprintf("for policy `%s`, ", id)))
 		}
 		_, principal := tree.Principal.(ast.ScopeTypeEq)
 		_, action := tree.Action.(ast.ScopeTypeEq)
 		_, resource := tree.Resource.(ast.ScopeTypeEq)
-		p.named[id] = principal && action && resource
+		p.named[cedar.PolicyID(id)] = principal && action && resource
 	}
 	return p, nil
 }
@@ -185,23 +251,28 @@ func (p *Policy) ids() []cedar.PolicyID {
 	})
 }
 
+// maxID bounds the id that a rule may be given with @id, in bytes.
+const maxID = 64
+
 // Rule is one rule of a policy as it is written.
 type Rule struct {
-	ID   string
+	ID   string // of its annotation @id, or "line 12"
 	Line int
 	Text string
 }
 
 // Rules lists them in the order of the text.
 func (p *Policy) Rules() (all []Rule) {
-	ids := p.ids()
-	for i, id := range ids {
-		from, to := p.rules.Get(id).Position(), len(p.Text)
-		if i+1 < len(ids) {
-			to = p.rules.Get(ids[i+1]).Position().Offset
+	for _, id := range p.ids() {
+		at := p.rules.Get(id).Position()
+		rule := Rule{ID: string(id), Line: at.Line}
+		for i, c := range code(p.Text[at.Offset:]) {
+			if c == ';' { // there is no other in a rule
+				rule.Text = string(p.Text[at.Offset:][:i+1])
+				break
+			}
 		}
-		text := string(p.Text[from.Offset:to])
-		all = append(all, Rule{string(id), from.Line, text[:strings.LastIndexByte(text, ';')+1]})
+		all = append(all, rule)
 	}
 	return all
 }

@@ -1,6 +1,7 @@
 package policy
 
 import (
+	"bytes"
 	"crypto/sha256"
 	"encoding/hex"
 	"encoding/json"
@@ -39,10 +40,13 @@ func (p *Policy) Decided(version uint64, timeMS int64, r Request, salt [16]byte)
 	return d, b
 }
 
-// ParseRecord reads what Decided wrote.
+// ParseRecord reads what Decided wrote, in these bytes only.
 func ParseRecord(b []byte) (r Record, err error) {
 	if err := json.Unmarshal(b, &r); err != nil {
 		return Record{}, fmt.Errorf("policy: record: %w", err)
+	}
+	if again, err := json.Marshal(r); err != nil || !bytes.Equal(again, b) {
+		return Record{}, errors.New("policy: record: it is not as it is written: fields are missing, unknown, or in another form")
 	}
 	return r, nil
 }

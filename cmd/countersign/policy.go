@@ -227,12 +227,16 @@ func (t *tool) policyTest() *cobra.Command {
 
 func outcome(allowed bool) string { return either(allowed, "allow", "deny") }
 
-// where names rules by their lines.
+// where names rules by their lines and ids.
 func where(p *policy.Policy, ids []string) []string {
 	named := []string{}
 	for _, rule := range p.Rules() {
 		if slices.Contains(ids, rule.ID) {
-			named = append(named, fmt.Sprintf("line %d", rule.Line))
+			name := rule.ID
+			if line := fmt.Sprintf("line %d", rule.Line); !strings.HasPrefix(name, line) {
+				name = line + " " + name
+			}
+			named = append(named, name)
 		}
 	}
 	return named
