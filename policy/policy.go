@@ -75,7 +75,8 @@ func NewRequest(peer, action, key string, fields map[string]any) (Request, error
 func (r Request) cedar(used bool) cedar.Request {
 	context := r.context
 	if used {
-		fields := context.Map()
+		fields := cedar.RecordMap{}
+		maps.Copy(fields, context.Map())
 		fields["used"] = r.Used.record()
 		context = cedar.NewRecord(fields)
 	}

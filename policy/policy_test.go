@@ -1,10 +1,12 @@
 package policy_test
 
 import (
+	"bytes"
 	"errors"
 	"maps"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -115,6 +117,12 @@ func TestLoadRefusesWithTheLine(t *testing.T) {
 		"unknown action":    {"permit (principal, action == Action::\"sing\", resource);", "policy.cedar:1"},
 		"unknown entity":    {"\npermit (principal == User::\"shop\", action, resource);", "policy.cedar:2"},
 		"wrong type":        {"permit (principal, action, resource) when { context.lifetime == \"long\" };", "policy.cedar:1"},
+		"byte order mark":   {"\ufeffpermit (principal, action, resource);", "policy.cedar:1"},
+		"too deep":          {"permit (principal, action, resource)\nwhen { " + strings.Repeat("(", 100_000), "policy.cedar:2"},
+		"an id twice":       {"@id(\"a\") permit (principal, action, resource);\n@id(\"a\") forbid (principal, action, resource);", "policy.cedar:2"},
+		"an id of nothing":  {"@id permit (principal, action, resource);", "policy.cedar:1"},
+		"an id for eyes":    {"@id(\"a\\u{1b}[2J\") permit (principal, action, resource);", "policy.cedar:1"},
+		"too long":          {strings.Repeat("// long\n", 100_000), "policy.cedar: it has more than"},
 		"optional unasked":  {"permit (principal, action, resource) when { context.currency == \"SAT\" };", "policy.cedar:1"},
 	} {
 		path := filepath.Join(t.TempDir(), "policy.cedar")
@@ -129,4 +137,77 @@ func TestLoadRefusesWithTheLine(t *testing.T) {
 	if _, err := policy.Load(filepath.Join(t.TempDir(), "none")); !errors.Is(err, os.ErrNotExist) {
 		t.Errorf("no file: %v", err)
 	}
+}
+
+// TestRules: each rule has its own text, without what stands around it.
+func TestRules(t *testing.T) {
+	const (
+		one   = `permit (principal == Peer::"a;\"b\\", action, resource);`
+		two   = "@id(\"two; too\")\nforbid (principal, action, resource) // first; second\nwhen { context.transcript == \"/*;\" } /* ; \" */ ;"
+		three = `forbid(principal,action,resource);`
+	)
+	p := parse(t, "// none; yet\n"+one+" // after; it \" \n/* ;\n // */ "+two+three+three+" // the end;")
+	want := []policy.Rule{{"line 2", 2, one}, {"two; too", 4, two}, {"line 6", 6, three}, {"line 6:83", 6, three}}
+	if got := p.Rules(); !slices.Equal(got, want) {
+		t.Errorf("%+v\nwant %+v", got, want)
+	}
+	if d := p.Decide(ask(t, "shop", "sign", "payments", nil)); d.Allowed || !slices.Equal(d.Rules, []string{"line 6", "line 6:83"}) {
+		t.Errorf("%+v", d)
+	}
+}
+
+// TestUsedByAnotherName: a name can be written with escapes; what is used is counted for such a rule, too.
+func TestUsedByAnotherName(t *testing.T) {
+	p := parse(t, `permit (principal, action, resource) when { context["us\u{65}d"].peer.day.signatures <= 5 };`)
+	if d := p.Decide(ask(t, "shop", "sign", "payments", nil)); !d.Allowed {
+		t.Errorf("%+v", d)
+	}
+}
+
+// FuzzParse: a policy is refused in one line, or its rules stand in their order, each with its text, and it decides.
+func FuzzParse(f *testing.F) {
+	files, err := filepath.Glob("../examples/policies/*.cedar")
+	if err != nil || len(files) == 0 {
+		f.Fatal(files, err)
+	}
+	for _, file := range files {
+		b, err := os.ReadFile(file)
+		if err != nil {
+			f.Fatal(err)
+		}
+		f.Add(b)
+	}
+	f.Add([]byte(rules))
+	f.Add([]byte(`@id("a;")permit(principal,action,resource)unless{context["\u{75}sed"]has peer||"\"//"=="/*"/*;*/};//;`))
+	r, err := policy.NewRequest("shop", "sign", "payments", map[string]any{"transcript": "raw", "lifetime": int64(1), "size": int64(1), "hour": int64(0), "weekday": "Monday"})
+	if err != nil {
+		f.Fatal(err)
+	}
+	f.Fuzz(func(t *testing.T, b []byte) {
+		p, err := policy.Parse("p.cedar", b)
+		if err != nil {
+			if text := err.Error(); !strings.HasPrefix(text, "policy: ") || strings.Contains(text, "\n") {
+				t.Fatalf("%q", text)
+			}
+			return
+		}
+		rest := b
+		for _, rule := range p.Rules() {
+			_, after, found := bytes.Cut(rest, []byte(rule.Text))
+			if rest = after; !found || !strings.HasSuffix(rule.Text, ";") {
+				t.Fatalf("%+v", rule)
+			}
+			if _, err := policy.Parse("p.cedar", []byte(rule.Text)); err != nil {
+				t.Fatalf("%s by itself: %v", rule.Text, err)
+			}
+		}
+		d, raw := p.Decided(1, 1, r, [16]byte{})
+		rec, err := policy.ParseRecord(raw)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := p.Replay(rec); err != nil || d.Allowed && len(d.Rules) == 0 {
+			t.Fatalf("%+v: %v", d, err)
+		}
+	})
 }
