@@ -238,6 +238,9 @@ type Decision struct {
 // Decision returns that of an event, or ErrNotFound.
 func (a *Appliance) Decision(event uint64) (Decision, error) {
 	d, err := a.ledger.Decision(event)
+	if errors.Is(err, ledger.ErrNotFound) {
+		err = fmt.Errorf("decision of event %d: %w", event, ErrNotFound)
+	}
 	return Decision{d.Event, d.Record}, err
 }
 

@@ -286,7 +286,9 @@ func (r *records) one(ctx context.Context, event uint64, visit func(uint64, stri
 		return err
 	}
 	d, err := client.Decision(ctx, event)
-	if err != nil {
+	if refusal, is := errors.AsType[*api.Error](err); is && refusal.Code == "not_found" {
+		return undecided(ctx, client, event)
+	} else if err != nil {
 		return err
 	}
 	rec, err := policy.ParseRecord([]byte(d.Record))
@@ -303,6 +305,25 @@ func (r *records) one(ctx context.Context, event uint64, visit func(uint64, stri
 		return err
 	}
 	return visit(event, d.Record, rec, by)
+}
+
+// undecided says why an event has no decision, and which one does.
+func undecided(ctx context.Context, client *api.Client, event uint64) error {
+	found, err := client.Events(ctx, event, 1)
+	if err != nil {
+		return err
+	}
+	if len(found) != 1 || found[0].Index != event {
+		return fmt.Errorf("there is no event %d (any more): countersign admin audit list shows those that there are", event)
+	}
+	e := found[0]
+	switch {
+	case e.Metadata["admission"] != "":
+		return fmt.Errorf("event %d says how a request ended; what was decided about it is: countersign policy explain %s", event, e.Metadata["admission"])
+	case e.Metadata["inputs"] != "":
+		return fmt.Errorf("the decision of event %d is not kept any more: see decision_days in [retention] of the configuration", event)
+	}
+	return fmt.Errorf("event %d (%s) has no decision: policy was not asked. The events of what it was asked have \"inputs\" in their metadata: countersign admin audit list", event, e.Type)
 }
 
 // explain shows a decision after it was made again, and held against its event where that can be had.
@@ -348,6 +369,9 @@ func (t *tool) explain(ctx context.Context, from *records, event uint64, raw str
 		for i, counted := range policy.Counted {
 			for j, window := range policy.Windows {
 				u := rec.Used[i][j]
+				if u == (policy.Window{}) {
+					continue
+				}
 				fmt.Fprintf(w, "  used.%s.%s\t%d signatures, amount %d\n", counted, window, u.Signatures, u.Amount)
 			}
 		}

@@ -1,0 +1,244 @@
+package softhsmtests
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"strconv"
+	"strings"
+	"sync"
+	"testing"
+
+	"countersign/client"
+)
+
+const threeADay = `// For tests; three a day.
+@id("three")
+permit (principal == Peer::"demo", action == Action::"sign", resource == Key::"payments")
+when { context.used.peer.day.signatures <= 3 };
+@id("no-login") forbid (principal, action, resource) when { context has message_context && context.message_context == "login" };
+`
+
+// TestPolicyCommands walks through what an operator does with policies: sees what was decided and why, tries a change, puts it
+// in force, and has all of it checked on another machine.
+func TestPolicyCommands(t *testing.T) {
+	s := newSystem(t)
+	s.write("policy.cedar", threeADay)
+	s.serve()
+	s.enrol()
+	c := s.dial()
+	var signed []uint64
+	for i := range 3 {
+		got, err := c.Sign(t.Context(), "payments", message(fmt.Sprintf("%04d", i)))
+		if err != nil {
+			t.Fatal(err)
+		}
+		signed = append(signed, got.Event)
+	}
+	for _, d := range []client.Document{message("four"), {Type: "message-v1", Payload: []byte(`{"context":"login","message":"AA"}`)}} {
+		var refusal *client.Error
+		if _, err := c.Sign(t.Context(), "payments", d); !errors.As(err, &refusal) || refusal.Code != "denied" {
+			t.Fatal(err)
+		}
+	}
+	var denied []uint64
+	for _, e := range s.events() {
+		if e.Type == "SignatureRejected" {
+			denied = append(denied, e.Index)
+		}
+	}
+	if len(denied) != 2 {
+		t.Fatalf("%v", denied)
+	}
+	says := func(out string, want ...string) {
+		t.Helper()
+		for _, w := range want {
+			if !strings.Contains(out, w) {
+				t.Errorf("%q is not in\n%s", w, out)
+			}
+		}
+	}
+	number := func(n uint64) string { return strconv.FormatUint(n, 10) }
+	fails := func(status int, want string, args ...string) {
+		t.Helper()
+		out, errOut, code := s.cli("", args...)
+		if code != status || !strings.Contains(errOut, want) || strings.Count(errOut, "\n") > 2 {
+			t.Errorf("%s: %d, %s%s; want %d, %s", strings.Join(args, " "), code, out, errOut, status, want)
+		}
+	}
+
+	says(s.must("policy", "explain", number(signed[2])), "by line 2", `"demo"`, "used.peer.day", "3 signatures", "replayed", "the same in the audit log")
+	says(s.must("policy", "explain", number(denied[0])), "no rule permits it", "4 signatures")
+	says(s.must("policy", "explain", number(denied[1])), "by line 5", "login")
+	var why struct {
+		Record struct{ Allowed bool }
+		Rules  []struct {
+			Line int
+			ID   string
+		}
+		Replayed bool
+	}
+	if err := json.Unmarshal([]byte(s.must("policy", "explain", "--json", number(denied[1]))), &why); err != nil || why.Record.Allowed || len(why.Rules) != 1 || why.Rules[0].ID != "no-login" || !why.Replayed {
+		t.Errorf("%+v, %v", why, err)
+	}
+	fails(1, "policy explain "+number(signed[0]), "policy", "explain", number(signed[0]+1)) // one of them is an outcome
+	fails(1, "has no decision: policy was not asked", "policy", "explain", "1")
+	fails(1, "there is no event 100000", "policy", "explain", "100000")
+	fails(2, "is not the number of an event", "policy", "explain", "first")
+	fails(2, "--since", "policy", "diff", "policy.cedar", "--since", "soon")
+	fails(1, "no such file", "policy", "check", "none.cedar")
+	fails(3, "none.sock", "policy", "explain", "1", "--socket", "none.sock")
+
+	// What would change.
+	s.write("stricter.cedar", strings.Replace(threeADay, "<= 3", "<= 1", 1))
+	s.write("looser.cedar", strings.Replace(threeADay, "<= 3", "<= 4", 1))
+	s.write("broken.cedar", strings.Replace(threeADay, "signatures <=", "signatrues <=", 1))
+	changes := func(args ...string) (events []uint64) {
+		t.Helper()
+		var diff struct {
+			Decisions int
+			Changes   []struct {
+				Event   uint64
+				Was, Is string
+			}
+		}
+		if err := json.Unmarshal([]byte(s.must(append([]string{"policy", "diff", "--json"}, args...)...)), &diff); err != nil || diff.Decisions != 5 {
+			t.Fatalf("%+v, %v", diff, err)
+		}
+		for _, c := range diff.Changes {
+			events = append(events, c.Event)
+		}
+		return events
+	}
+	same := func(got, want []uint64) {
+		t.Helper()
+		if fmt.Sprint(got) != fmt.Sprint(want) {
+			t.Errorf("%v would change, want %v", got, want)
+		}
+	}
+	same(changes("policy.cedar"), nil)
+	same(changes("stricter.cedar"), signed[1:])
+	same(changes("looser.cedar", "--since", "1h"), denied[:1])
+	says(s.must("policy", "diff", "stricter.cedar", "--since", "30d"), "5 decisions replayed, 2 would change", "no rule permits it")
+	fails(1, "broken.cedar:2: ", "policy", "diff", "broken.cedar")
+	fails(1, "broken.cedar:2: ", "policy", "check", "broken.cedar")
+	says(s.must("policy", "check", "looser.cedar"), "2 rules")
+	says(s.must("policy", "schema"), "message_context?: String")
+	s.write("cases.csv", "name,expect,peer,key,used.peer.day.signatures\nthree,allow,demo,payments,3\nfour,deny,demo,payments,4\n")
+	says(s.must("policy", "test", "policy.cedar", "cases.csv"), "2 cases, 0 wrong", "line 2 three")
+	fails(1, "1 of 2 are wrong", "policy", "test", "looser.cedar", "cases.csv")
+	s.write("cases.csv", "name,expect,peer,key\nthree,maybe,demo,payments\n")
+	fails(1, "cases.csv:2: expect is allow or deny", "policy", "test", "looser.cedar", "cases.csv")
+
+	// On another machine: a file, and no socket.
+	s.write("records", s.must("policy", "export"))
+	elsewhere := []string{"--records", "records", "--socket", "none.sock"}
+	says(s.must(append([]string{"policy", "explain", number(denied[1])}, elsewhere...)...), "by line 5", "metadata.inputs")
+	same(changes(append([]string{"stricter.cedar"}, elsewhere...)...), signed[1:])
+	fails(1, "records has no decision of event 1", append([]string{"policy", "explain", "1"}, elsewhere...)...)
+	exported := s.must("policy", "export")
+	for what, c := range map[string][2]string{
+		"input":    {`\"message_context\":\"login\"`, `\"message_context\":\"logout\"`},
+		"decision": {`\"allowed\":false`, `\"allowed\":true`},
+		"policy":   {"signatures <= 3", "signatures <= 9"},
+		"form":     {`{\"policy\"`, `{\"x\":1,\"policy\"`},
+	} {
+		changed := strings.ReplaceAll(exported, c[0], c[1])
+		if c[0] == "signatures <= 3" {
+			changed = strings.ReplaceAll(exported, `signatures \u003c= 3`, `signatures \u003c= 9`)
+		}
+		if s.write("records", changed); changed == exported {
+			t.Fatalf("%s: nothing is changed in %s", what, exported)
+		}
+		if out, _, code := s.cli("", append([]string{"policy", "diff", "policy.cedar"}, elsewhere...)...); code != 1 {
+			t.Errorf("another %s is not noticed: %s", what, out)
+		}
+	}
+
+	// Put in force.
+	says(s.must("admin", "policy", "reload"), "version  1, in force already")
+	says(s.must("admin", "policy", "list"), "VERSION", "1 ")
+	s.write("policy.cedar", strings.Replace(threeADay, "signatures <=", "signatrues <=", 1))
+	before := len(s.events())
+	fails(1, "policy.cedar:2: ", "admin", "policy", "reload")
+	if _, err := c.Sign(t.Context(), "payments", message("stillfourAAA")); err == nil {
+		t.Error("a broken policy has changed something")
+	}
+	if after := s.events(); len(after) != before+1 || after[before].Type != "SignatureRejected" {
+		t.Errorf("%v", after[before:])
+	}
+	s.write("policy.cedar", strings.Replace(threeADay, "<= 3", "<= 1000", 1))
+	says(s.must("admin", "policy", "reload"), "version  2, in force from now on")
+	if _, err := c.Sign(t.Context(), "payments", message("fouratlastAA")); err != nil {
+		t.Error(err)
+	}
+	if s.must("admin", "policy", "show", "1") != threeADay {
+		t.Error("version 1 has another text")
+	}
+	fails(1, "policy version", "admin", "policy", "show", "3")
+	fails(2, "is not a version", "admin", "policy", "show", "last")
+	if e := s.events()[before+1]; e.Type != "PolicyChanged" || e.Metadata["version"] != "2" || e.Actor.Kind != "operator" {
+		t.Errorf("%+v", e)
+	}
+}
+
+// TestPolicyChangesUnderLoad: each event has the hash of the policy that decided, and every decision comes out again.
+func TestPolicyChangesUnderLoad(t *testing.T) {
+	s := newSystem(t)
+	s.write("policy.cedar", threeADay)
+	s.serve()
+	s.enrol()
+	c := s.dial()
+	ctx, cancel := context.WithCancel(t.Context())
+	var asking sync.WaitGroup
+	for i := range 4 {
+		asking.Go(func() {
+			for n := 0; ctx.Err() == nil; n++ { // and each has its answer
+				c.Sign(t.Context(), "payments", message(fmt.Sprintf("%08d", i*1_000_000+n)))
+			}
+		})
+	}
+	for n := range 20 {
+		s.write("policy.cedar", strings.Replace(threeADay, "<= 3", fmt.Sprint("<= ", n%2*1000000), 1))
+		if r, err := s.admin().ReloadPolicy(t.Context()); err != nil || !r.Changed {
+			t.Errorf("%+v, %v", r, err)
+		}
+	}
+	cancel()
+	asking.Wait()
+	hashes := map[string]string{}
+	for _, e := range s.events() {
+		if e.Metadata["inputs"] != "" {
+			hashes[strconv.FormatUint(e.Index, 10)] = e.Metadata["policy"]
+		}
+	}
+	if len(hashes) < 20 {
+		t.Errorf("only %d decisions", len(hashes))
+	}
+	for text := range strings.Lines(s.must("policy", "export")) {
+		var l struct {
+			Decision struct {
+				Event  json.Number
+				Record string
+			}
+		}
+		if err := json.NewDecoder(bytes.NewReader([]byte(text))).Decode(&l); err != nil {
+			t.Fatal(err)
+		}
+		if l.Decision.Record == "" {
+			continue
+		}
+		if hash := hashes[l.Decision.Event.String()]; hash == "" || !strings.Contains(l.Decision.Record, hash) {
+			t.Errorf("event %s: %q is not the policy of %s", l.Decision.Event, hash, l.Decision.Record)
+		}
+		delete(hashes, l.Decision.Event.String())
+	}
+	if len(hashes) != 0 {
+		t.Errorf("%d decisions are missing", len(hashes))
+	}
+	if out := s.must("policy", "diff", "policy.cedar"); !strings.Contains(out, "decisions replayed") { // it replays each
+		t.Errorf("%s", out)
+	}
+}
