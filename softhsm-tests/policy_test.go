@@ -137,6 +137,8 @@ func TestPolicyCommands(t *testing.T) {
 	elsewhere := []string{"--records", "records", "--socket", "none.sock"}
 	says(s.must(append([]string{"policy", "explain", number(denied[1])}, elsewhere...)...), "by line 5", "metadata.inputs")
 	same(changes(append([]string{"stricter.cedar"}, elsewhere...)...), signed[1:])
+	s.write("other", `{"cases":[]}`)
+	fails(1, "other: it is not what policy export writes", "policy", "diff", "policy.cedar", "--records", "other")
 	fails(1, "records has no decision of event 1", append([]string{"policy", "explain", "1"}, elsewhere...)...)
 	exported := s.must("policy", "export")
 	for what, c := range map[string][2]string{
