@@ -3,6 +3,7 @@ package softhsmtests
 import (
 	"bytes"
 	"context"
+	"encoding/binary"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -12,6 +13,8 @@ import (
 	"testing"
 
 	"countersign/client"
+
+	"go.etcd.io/bbolt"
 )
 
 const threeADay = `// For tests; three a day.
@@ -26,7 +29,7 @@ when { context.used.peer.day.signatures <= 3 };
 func TestPolicyCommands(t *testing.T) {
 	s := newSystem(t)
 	s.write("policy.cedar", threeADay)
-	s.serve()
+	p := s.serve()
 	s.enrol()
 	c := s.dial()
 	var signed []uint64
@@ -184,6 +187,23 @@ func TestPolicyCommands(t *testing.T) {
 	if e := s.events()[before+1]; e.Type != "PolicyChanged" || e.Metadata["version"] != "2" || e.Actor.Kind != "operator" {
 		t.Errorf("%+v", e)
 	}
+
+	// Somebody who has the disk changes what was decided about.
+	p.stop()
+	db, err := bbolt.Open(s.path("ledger.db"), 0o600, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := db.Update(func(tx *bbolt.Tx) error {
+		b, key := tx.Bucket([]byte("decisions")), binary.BigEndian.AppendUint64(nil, signed[0])
+		return b.Put(key, bytes.Replace(b.Get(key), []byte(`"lifetime":3600`), []byte(`"lifetime":3601`), 1))
+	}); err != nil {
+		t.Fatal(err)
+	}
+	db.Close()
+	s.serve()
+	fails(1, "one of them was changed", "policy", "explain", number(signed[0]))
+	says(s.must("policy", "explain", number(signed[1])), "the same in the audit log")
 }
 
 // TestPolicyChangesUnderLoad: each event has the hash of the policy that decided, and every decision comes out again.
