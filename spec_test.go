@@ -155,7 +155,7 @@ func TestKeyNames(t *testing.T) {
 	}
 }
 
-// TestOperationsPolicyIsValid: the rules that an operator is shown fit the schema.
+// TestOperationsPolicyIsValid: the rules that an operator is shown fit the schema, and do what the cases beside them say.
 func TestOperationsPolicyIsValid(t *testing.T) {
 	b, err := os.ReadFile("docs/OPERATIONS.md")
 	if err != nil {
@@ -163,8 +163,20 @@ func TestOperationsPolicyIsValid(t *testing.T) {
 	}
 	_, text, found := strings.Cut(string(b), "```cedar\n")
 	text, _, _ = strings.Cut(text, "```")
-	if _, err := policy.Parse("docs/OPERATIONS.md", []byte(text)); !found || err != nil {
-		t.Errorf("%v\n%s", err, text)
+	p, err := policy.Parse("docs/OPERATIONS.md", []byte(text))
+	if !found || err != nil {
+		t.Fatalf("%v\n%s", err, text)
+	}
+	_, table, found := strings.Cut(string(b), "\n\n    name, ")
+	table, _, _ = strings.Cut(table, "\n\n")
+	cases, err := policy.ParseCases("docs/OPERATIONS.md", []byte("name, "+table))
+	if !found || err != nil {
+		t.Fatalf("%v\n%s", err, table)
+	}
+	for _, c := range cases {
+		if d := p.Decide(c.Request); d.Allowed != c.Allow {
+			t.Errorf("%s: %+v", c.Name, d)
+		}
 	}
 }
 

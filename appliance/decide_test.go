@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"encoding/hex"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"math"
 	"math/big"
@@ -11,6 +12,7 @@ import (
 	"slices"
 	"testing"
 
+	"countersign/audit"
 	"countersign/ledger"
 	"countersign/policy"
 	"countersign/transcript"
@@ -88,5 +90,82 @@ func TestEveryContextFitsTheSchema(t *testing.T) {
 		if !seen[known.Name] {
 			t.Errorf("there is no vector of %s", known.Name)
 		}
+	}
+}
+
+// payment is a request for a payment from the rig's key to one of two payees.
+func (r *rig) payment(n byte, amount, currency, payee string) *wire.Sign {
+	s := message(n, "")
+	s.Type = "payment-request-v1"
+	s.Payload = fmt.Appendf(nil, `{"payer":"%x","payee":%q,"amount":%q,"currency":%q,"method":"x","endpoint":"y"}`, r.public, payee, amount, currency)
+	return s
+}
+
+// TestBudgets: what is admitted is counted, exactly, once, by currency and by counterparty; what is denied is not.
+func TestBudgets(t *testing.T) {
+	r := newRig(t)
+	p, err := policy.Parse("policy.cedar", []byte(`permit (principal, action == Action::"sign", resource) when { context has amount && context.used.key.day.amount <= 10 }
+unless { context.used.counterparty.day.amount > 6 };`))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, changed, err := r.Activate(t.Context(), audit.Operator("test"), p); err != nil || !changed {
+		t.Fatal(changed, err)
+	}
+	if _, changed, err := r.Activate(t.Context(), audit.Operator("test"), p); err != nil || changed {
+		t.Fatal(changed, err)
+	}
+	const one, two = "d04ab232742bb4ab3a1368bd4615e4e6d0224ab71a016baf8520a332c9778737", "a09aa5f47a6759802ff955f8dc2d2a14a5c99d23be97f864127ff9383455a4f0"
+	denies := func(s *wire.Sign) {
+		t.Helper()
+		_, err := r.Sign(t.Context(), r.shop, s)
+		r.refuses(t, wire.CodeDenied, err)
+	}
+	r.sign(t, r.shop, r.payment(1, "5.5", "SAT", one))
+	r.sign(t, r.shop, r.payment(1, "5.5", "SAT", one)) // a repetition
+	denies(r.payment(2, "0.5000000000000000000000000001", "SAT", one))
+	denies(r.payment(2, "1", "SAT", one))
+	r.sign(t, r.shop, r.payment(2, "0.5", "SAT", one)) // 6, and the nonce of what was denied is not spent
+	r.sign(t, r.cafe, r.payment(3, "4", "SAT", two))   // 10 for the key
+	denies(r.payment(4, "0.01", "SAT", two))
+	r.sign(t, r.shop, r.payment(4, "6", "EUR", one))
+	denies(r.payment(5, "9223372036854775807", "EUR", one))
+	denies(message(5, ""))
+}
+
+// TestDecisionsGo: what was decided is forgotten after its time; the events and what was counted are not.
+func TestDecisionsGo(t *testing.T) {
+	r := newRig(t)
+	signed := r.sign(t, r.shop, message(1, ""))
+	d, err := r.Decision(signed.Event)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var logged audit.Event
+	find := func() {
+		if err := r.Events(signed.Event, func(_ uint64, e audit.Event) bool { logged = e; return false }); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if find(); logged.Metadata["inputs"] != policy.Digest(d.Record) {
+		t.Errorf("%+v", logged)
+	}
+	for _, kept := range []bool{true, false} {
+		if !kept {
+			r.retention.Decisions = -1 << 40 // less than nothing: some minutes from now
+		}
+		if _, err := r.retain(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := r.Decision(signed.Event); (err == nil) != kept || err != nil && !errors.Is(err, ErrNotFound) {
+			t.Errorf("kept: %v, %v", kept, err)
+		}
+	}
+	if find(); logged.Metadata["inputs"] != policy.Digest(d.Record) {
+		t.Errorf("%+v", logged)
+	}
+	again := r.sign(t, r.shop, message(2, ""))
+	if d, err = r.Decision(again.Event); err != nil || !bytes.Contains(d.Record, []byte(`"used":[[[2,0,0],`)) {
+		t.Errorf("%s, %v", d.Record, err)
 	}
 }

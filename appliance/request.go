@@ -30,9 +30,7 @@ func (a *Appliance) handle(s *session, message []byte) []byte {
 	defer cancel()
 	id, request, err := wire.Parse(message, a.limits.BatchItems)
 	if err != nil {
-		refusal := err.(*wire.Error)
-		a.log.Info("refused", "peer", s.peer.Name, "code", refusal.Code, "err", refusal.Message)
-		return wire.EncodeAnswer(id, nil, refusal)
+		return wire.EncodeAnswer(id, nil, a.unreadable(s, err.(*wire.Error)))
 	}
 	weight := 1
 	batch, isBatch := request.(*wire.Batch)
@@ -61,6 +59,19 @@ func (a *Appliance) handle(s *session, message []byte) []byte {
 		return nil
 	}
 	return wire.EncodeAnswer(id, result, refusal)
+}
+
+// unreadable deals with what is no request. It costs the log no more than other refusals, and a peer that does nothing else is
+// slowed down to its pace.
+func (a *Appliance) unreadable(s *session, refusal *wire.Error) *wire.Error {
+	pause(context.Background(), s.member.pace.Reserve().Delay())
+	if s.member.refusals.Tokens() < 1 {
+		a.refusals.count(audit.SignatureRejected, "request", s.peer.Name, refusal.Code)
+		return refusal
+	}
+	s.member.refusals.Reserve()
+	a.log.Info("refused", "peer", s.peer.Name, "code", refusal.Code, "err", refusal.Message)
+	return refusal
 }
 
 // serve carries out one request. It is not ok after a fatal error.
@@ -101,7 +112,7 @@ func (a *Appliance) serve(ctx context.Context, s *session, request any) (result 
 		if err := a.recordRefusal(ctx, who, op, key, refusal.Code, err); err != nil {
 			c, refusal = refuse(err)
 		}
-	default:
+	case a.errors.Allow():
 		a.log.Error("not served", "peer", who.Name, "op", op, "key", ijson.Clip(key), "code", refusal.Code, "err", err)
 	}
 	return nil, refusal, c != fatal

@@ -214,7 +214,8 @@ func Parse(file string, text []byte) (*Policy, error) {
 	}
 	list, err := cedar.NewPolicyListFromBytes(file, text)
 	if err != nil {
-		return nil, fmt.Errorf("policy: %s", strings.ReplaceAll(oneLine(err), "<input>", file))
+		text := strings.TrimPrefix(strings.TrimPrefix(oneLine(err), "parser error: "), "parse error at ")
+		return nil, fmt.Errorf("policy: %s", strings.Replace(text, "<input>", file, 1))
 	}
 	p := &Policy{Hash: sha256.Sum256(text), Text: text, rules: cedar.NewPolicySet(), named: map[cedar.PolicyID]bool{}}
 	p.counts = bytes.Contains(text, []byte("used")) || bytes.Contains(text, []byte(`\`)) // with which a name can be written otherwise
@@ -234,8 +235,7 @@ func Parse(file string, text []byte) (*Policy, error) {
 			return fail(at.Line, "another rule has the id %q already", string(id))
 		}
 		if err := validator.Policy(string(id), tree); err != nil {
-			reason, _, _ := strings.Cut(err.Error(), "\n") // the others are mostly the same again, for the other action
-			return fail(at.Line, "%s", strings.TrimPrefix(reason, fmt.Sprintf("for policy `%s`, ", id)))
+			return fail(at.Line, "%s", misfit(string(id), err))
 		}
 		_, principal := tree.Principal.(ast.ScopeTypeEq)
 		_, action := tree.Action.(ast.ScopeTypeEq)
@@ -243,6 +243,20 @@ func Parse(file string, text []byte) (*Policy, error) {
 		p.named[cedar.PolicyID(id)] = principal && action && resource
 	}
 	return p, nil
+}
+
+// misfit is the first reason why a rule does not fit the schema; the others are mostly the same again, for the other action.
+func misfit(id string, err error) string {
+	text := strings.ReplaceAll(err.Error(), fmt.Sprintf("for policy `%s`, ", id), "")
+	for _, action := range []string{SignRaw, Sign} {
+		text = strings.ReplaceAll(text, fmt.Sprintf(` in context for Action::"%s"`, action), " in context")
+	}
+	reason, _, _ := strings.Cut(text, "\n")
+	if _, name, found := strings.Cut(reason, "access to optional attribute `"); found {
+		name, _, _ = strings.Cut(name, "`")
+		return fmt.Sprintf("%s may be absent: say \"context has %s &&\" before it, in the same clause", name, name)
+	}
+	return reason
 }
 
 // ids are the rules' ids in the order of the text.

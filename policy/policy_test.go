@@ -123,7 +123,7 @@ func TestLoadRefusesWithTheLine(t *testing.T) {
 		"an id of nothing":  {"@id permit (principal, action, resource);", "policy.cedar:1"},
 		"an id for eyes":    {"@id(\"a\\u{1b}[2J\") permit (principal, action, resource);", "policy.cedar:1"},
 		"too long":          {strings.Repeat("// long\n", 100_000), "policy.cedar: it has more than"},
-		"optional unasked":  {"permit (principal, action, resource) when { context.currency == \"SAT\" };", "policy.cedar:1"},
+		"optional unasked":  {"permit (principal, action, resource) when { context.currency == \"SAT\" };", "policy.cedar:1: currency may be absent: say \"context has currency &&\" before it"},
 	} {
 		path := filepath.Join(t.TempDir(), "policy.cedar")
 		if err := os.WriteFile(path, []byte(c.text), 0o600); err != nil {

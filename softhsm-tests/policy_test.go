@@ -3,6 +3,7 @@ package softhsmtests
 import (
 	"bytes"
 	"context"
+	"encoding/binary"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -12,6 +13,8 @@ import (
 	"testing"
 
 	"countersign/client"
+
+	"go.etcd.io/bbolt"
 )
 
 const threeADay = `// For tests; three a day.
@@ -26,7 +29,7 @@ when { context.used.peer.day.signatures <= 3 };
 func TestPolicyCommands(t *testing.T) {
 	s := newSystem(t)
 	s.write("policy.cedar", threeADay)
-	s.serve()
+	p := s.serve()
 	s.enrol()
 	c := s.dial()
 	var signed []uint64
@@ -137,6 +140,8 @@ func TestPolicyCommands(t *testing.T) {
 	elsewhere := []string{"--records", "records", "--socket", "none.sock"}
 	says(s.must(append([]string{"policy", "explain", number(denied[1])}, elsewhere...)...), "by line 5", "metadata.inputs")
 	same(changes(append([]string{"stricter.cedar"}, elsewhere...)...), signed[1:])
+	s.write("other", `{"cases":[]}`)
+	fails(1, "other: it is not what policy export writes", "policy", "diff", "policy.cedar", "--records", "other")
 	fails(1, "records has no decision of event 1", append([]string{"policy", "explain", "1"}, elsewhere...)...)
 	exported := s.must("policy", "export")
 	for what, c := range map[string][2]string{
@@ -182,6 +187,23 @@ func TestPolicyCommands(t *testing.T) {
 	if e := s.events()[before+1]; e.Type != "PolicyChanged" || e.Metadata["version"] != "2" || e.Actor.Kind != "operator" {
 		t.Errorf("%+v", e)
 	}
+
+	// Somebody who has the disk changes what was decided about.
+	p.stop()
+	db, err := bbolt.Open(s.path("ledger.db"), 0o600, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := db.Update(func(tx *bbolt.Tx) error {
+		b, key := tx.Bucket([]byte("decisions")), binary.BigEndian.AppendUint64(nil, signed[0])
+		return b.Put(key, bytes.Replace(b.Get(key), []byte(`"lifetime":3600`), []byte(`"lifetime":3601`), 1))
+	}); err != nil {
+		t.Fatal(err)
+	}
+	db.Close()
+	s.serve()
+	fails(1, "one of them was changed", "policy", "explain", number(signed[0]))
+	says(s.must("policy", "explain", number(signed[1])), "the same in the audit log")
 }
 
 // TestPolicyChangesUnderLoad: each event has the hash of the policy that decided, and every decision comes out again.

@@ -69,11 +69,16 @@ func (r *records) read(ctx context.Context, since time.Time, see func(api.Decisi
 		}
 		defer f.Close()
 		d := json.NewDecoder(bufio.NewReader(f))
+		d.DisallowUnknownFields()
 		for {
 			var l line
-			if err := d.Decode(&l); errors.Is(err, io.EOF) {
+			err := d.Decode(&l)
+			if errors.Is(err, io.EOF) {
 				return nil
-			} else if err != nil {
+			} else if err == nil && l.Policy == nil && l.Decision == nil {
+				err = errors.New("neither a policy nor a decision")
+			}
+			if err != nil {
 				return fmt.Errorf("%s: it is not what policy export writes: %w", r.file, err)
 			}
 			if l.Policy != nil {
