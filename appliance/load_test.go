@@ -4,6 +4,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"log/slog"
 	"io"
 	"net"
 	"os"
@@ -379,4 +380,32 @@ func (r *rig) renew() {
 	for _, m := range r.peers {
 		*m = *r.newMember(m.Peer, peerRecord{})
 	}
+}
+
+// TestUnreadable: what is no request is answered, no faster than the peer's pace, and costs the log no more than other refusals.
+func TestUnreadable(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := newRig(t)
+		defer r.ledger.Close()
+		var log logged
+		r.log = slog.New(slog.NewTextHandler(&log, nil))
+		r.limits.RefusalsPerMinute, r.limits.RequestsPerSecond, r.limits.BatchItems = 60, 100, 100
+		r.renew()
+		shop := r.handler(t, "shop")
+		before, begin := len(logOf(t, r.Appliance, 1)), time.Now()
+		for range 1000 {
+			if a := handled(t, r.Appliance, shop, `{"id":"1","op":"sign"}`); codeOf(a.Error) != wire.CodeMalformed {
+				t.Fatal(a.Error)
+			}
+		}
+		if took := time.Since(begin); took < 8*time.Second {
+			t.Errorf("1,000 of 100 a second took %v", took)
+		}
+		if lines := strings.Count(log.String(), "\n"); lines < 60 || lines > 80 {
+			t.Errorf("%d lines of the log", lines)
+		}
+		if events := r.refusals.take(true); len(events) != 1 || events[0].Outcome != wire.CodeMalformed || len(logOf(t, r.Appliance, 1)) != before {
+			t.Errorf("%+v", events)
+		}
+	})
 }
