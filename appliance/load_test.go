@@ -333,3 +333,24 @@ func TestRefusalsAreLimited(t *testing.T) {
 		})
 	}
 }
+
+// TestDeviceThatHoldsHandshakes: who waits for it in vain sees the end that everybody sees, and the log does not say that a peer
+// was refused. When the device is back, so are the peers.
+func TestDeviceThatHoldsHandshakes(t *testing.T) {
+	e := newEdge(t, func(l *Limits) { l.Calls, l.HandshakeTimeout = map[string]int{"memory": 1}, 500*time.Millisecond })
+	entered, release := e.heldExchanges()
+	first, second := e.raw("127.0.0.2", noise.CountersignV1), e.raw("127.0.0.3", noise.CountersignV1)
+	first.Write(nonsense)
+	eventually(t, "one is in the device", func() bool { return entered.Load() == 1 })
+	second.Write(nonsense)
+	closes(t, second)
+	if n := entered.Load(); n != 1 {
+		t.Errorf("%d are in the device", n)
+	}
+	if text := e.log.String(); !strings.Contains(text, "handshake failed") || strings.Contains(text, `msg="handshake refused"`) {
+		t.Errorf("%s", text)
+	}
+	release()
+	closes(t, first)
+	answers(t, e.session("127.0.0.3", e.shop), ping, "")
+}

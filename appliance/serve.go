@@ -143,7 +143,8 @@ func (a *Appliance) serveConn(stop context.Context, raw net.Conn, profile noise.
 	case err != nil && attempt == nil: // no handshake: nothing was computed for it
 		a.log.Debug("no handshake", "from", from, "err", err)
 		return
-	case errors.Is(err, keystore.ErrUnavailable), errors.Is(err, keystore.ErrAuth), errors.Is(err, keystore.ErrSealed):
+	case errors.Is(err, keystore.ErrUnavailable), errors.Is(err, keystore.ErrAuth), errors.Is(err, keystore.ErrSealed),
+		errors.Is(err, context.DeadlineExceeded): // the device's turn has not come: no fault of the peer's
 		a.log.Error("handshake failed", "from", from, "err", err)
 	case err != nil:
 		a.log.Info("handshake refused", "from", from, "err", err)

@@ -166,7 +166,7 @@ type Limits struct {
 	// Connections open at once, handshakes included; more are closed at once. Default: 1024.
 	Connections int `toml:"connections"`
 	// Strangers is how many of them may be connections that have proven nothing yet and come from an address from which nobody has
-	// within a day. Default: 512.
+	// within a day. Default: half of connections.
 	Strangers int `toml:"strangers"`
 	// ConnectionsPerSource is how many one address may have open, an IPv6 /64 being one. Default: 256.
 	ConnectionsPerSource int `toml:"connections_per_source"`
@@ -233,7 +233,7 @@ func defaults() Config {
 		Tokens:    map[string]*Token{},
 		Retention: Retention{Epoch: string(appliance.Month), AuditDays: 2557, ReceiptDays: 2557, DecisionDays: 35, Nonces: Duration(24 * time.Hour)},
 		Limits: Limits{
-			Connections: l.Connections, Strangers: l.Strangers, ConnectionsPerSource: l.ConnectionsPerSource, ConnectionsPerPeer: l.ConnectionsPerPeer,
+			Connections: l.Connections, ConnectionsPerSource: l.ConnectionsPerSource, ConnectionsPerPeer: l.ConnectionsPerPeer,
 			HandshakesPerSource: l.Handshakes.PerSource, Handshakes: l.Handshakes.Global, Sources: l.Handshakes.Sources,
 			InFlight: l.InFlight, Requests: l.Requests, RequestsPerPeer: l.RequestsPerPeer, RefusalsPerMinute: l.RefusalsPerMinute, BatchItems: l.BatchItems,
 			HandshakeTimeout: Duration(l.HandshakeTimeout), ReadTimeout: Duration(l.ReadTimeout), IdleTimeout: Duration(l.IdleTimeout), WriteTimeout: Duration(l.WriteTimeout),
@@ -259,6 +259,9 @@ func loadConfig(path string) (Config, error) {
 	}
 	if err := toml.NewDecoder(bytes.NewReader(b)).DisallowUnknownFields().Decode(&c); err != nil {
 		return Config{}, fmt.Errorf("config: %s", explainTOML(path, err))
+	}
+	if c.Limits.Strangers == 0 {
+		c.Limits.Strangers = (c.Limits.Connections + 1) / 2
 	}
 	if err := c.check(); err != nil {
 		return Config{}, fmt.Errorf("config: %s: %w", path, err)
@@ -331,6 +334,9 @@ func (c *Config) check() error {
 		if n.value < 1 || n.value > n.most {
 			return fmt.Errorf("%s must be 1 to %d", n.field, n.most)
 		}
+	}
+	if most := min(c.Limits.Requests, c.Limits.RequestsPerPeer); c.Limits.BatchItems > most {
+		return fmt.Errorf("limits.batch_items must be at most limits.requests and limits.requests_per_peer, %d: a larger batch would always be busy", most)
 	}
 	for _, d := range []struct {
 		field       string
