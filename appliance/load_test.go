@@ -7,13 +7,17 @@ import (
 	"io"
 	"net"
 	"os"
+	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
 
 	"countersign/audit"
+	"countersign/keystore"
 	"countersign/noise"
+	"countersign/transcript"
 	"countersign/wire"
 )
 
@@ -353,4 +357,52 @@ func TestDeviceThatHoldsHandshakes(t *testing.T) {
 	release()
 	closes(t, first)
 	answers(t, e.session("127.0.0.3", e.shop), ping, "")
+}
+
+// TestTurns: however many requests of one peer are waiting for the device, another one's comes after those that are under way and
+// one of each other lane.
+func TestTurns(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := newRig(t)
+		defer r.ledger.Close()
+		r.permits(t, `permit (principal, action == Action::"sign", resource);`)
+		var mu sync.Mutex
+		var order []string
+		gate := make(chan struct{})
+		r.store.BeforeSign = func(_ keystore.Ref, message []byte) error {
+			mu.Lock()
+			order = append(order, string(message))
+			mu.Unlock()
+			<-gate
+			return nil
+		}
+		shop, cafe := r.handler(t, "shop"), r.handler(t, "cafe")
+		for n := range 200 {
+			go r.handle(shop, []byte(request(n, "m")))
+			synctest.Wait()
+		}
+		last := numbered(1000, "m")
+		doc, err := transcript.Parse(documentOf(last.Document))
+		if err != nil {
+			t.Fatal(err)
+		}
+		go r.handle(cafe, []byte(encoded(last)))
+		synctest.Wait()
+		const others = 1
+		before := limits.Calls["memory"] + others
+		for range others + 1 {
+			gate <- struct{}{}
+			synctest.Wait()
+		}
+		mu.Lock()
+		if at := slices.Index(order, string(doc.Message)); at < 0 || at > before {
+			t.Errorf("it is number %d of %d, want at most %d to come before it", at, len(order), before)
+		}
+		mu.Unlock()
+		close(gate)
+		synctest.Wait()
+		if len(order) != 201 {
+			t.Errorf("%d operations", len(order))
+		}
+	})
 }
