@@ -60,8 +60,9 @@ func TestBatch(t *testing.T) {
 	verify := verifyOf(first, signed)
 	badly := *verifyOf(first, signed)
 	badly.Signature = bytes.Repeat([]byte{1}, 64)
-	burnt := r.sign(t, r.shop, numbered(2, "burnt"))
-	if _, err := r.Verify(t.Context(), r.shop, verifyOf(numbered(2, "burnt"), burnt)); err != nil {
+	burnt := numbered(2, "burnt")
+	burntVerify := verifyOf(burnt, r.sign(t, r.shop, burnt))
+	if _, err := r.Verify(t.Context(), r.shop, burntVerify); err != nil {
 		t.Fatal(err)
 	}
 	items := []struct {
@@ -84,7 +85,7 @@ func TestBatch(t *testing.T) {
 		{changed(17, func(s *wire.Sign) { s.Payload = []byte(`{}`) }), "malformed"},
 		{first, ""}, // repeated
 		{numbered(1, "other content"), "replay"},
-		{verifyOf(numbered(2, "burnt"), burnt), "replay"},
+		{burntVerify, "replay"},
 		{&badly, "invalid_signature"},
 		{changed(18, func(s *wire.Sign) { s.Timestamp -= 7200; s.ExpiresAt -= 7200 }), "expired"},
 		{numbered(19, "c"), ""},
@@ -144,7 +145,8 @@ func TestSameTwiceInABatch(t *testing.T) {
 	r := newRig(t)
 	before := len(logOf(t, r.Appliance, 1))
 	for n := range 20 {
-		a := batched(t, r.Appliance, r.handler(t, "shop"), numbered(n, "m"), numbered(n, "m"), numbered(n, "m"))
+		same := numbered(n, "m")
+		a := batched(t, r.Appliance, r.handler(t, "shop"), same, same, same)
 		one, repeated := signedOf(t, a[0]), 0
 		for i := range a {
 			s := signedOf(t, a[i])
@@ -287,6 +289,9 @@ func TestBatchWithoutADisk(t *testing.T) {
 		if s := signedOf(t, a); s.Repeated {
 			t.Error("a refusal has spent the nonce")
 		}
+	}
+	if err := r.ledger.Alive(t.Context()); err != nil { // the outcomes are on disk
+		t.Fatal(err)
 	}
 	var syncs atomic.Int32
 	disk.Fail(func(op disktest.Op) syscall.Errno {

@@ -43,23 +43,36 @@ type edge struct {
 	public    []byte // of payments
 	at        map[noise.Profile]string
 	exchanges atomic.Int64
-	holding   atomic.Pointer[hold]
 	stop      func()
+
+	signing, exchanging atomic.Pointer[hold]
 }
 
-// hold is a device that does not come back.
+// hold is a device that does not come back until it is released.
 type hold struct {
 	entered  atomic.Int64
 	released chan struct{}
 }
 
-// heldDevice holds every signature with payments from now on, until release.
-func (e *edge) heldDevice() (entered *atomic.Int64, release func()) {
+func (h *hold) wait() {
+	if h != nil {
+		h.entered.Add(1)
+		<-h.released
+	}
+}
+
+func held(t *testing.T, by *atomic.Pointer[hold]) (entered *atomic.Int64, release func()) {
 	h := &hold{released: make(chan struct{})}
-	e.holding.Store(h)
-	release = sync.OnceFunc(func() { e.holding.Store(nil); close(h.released) })
-	e.t.Cleanup(release)
+	by.Store(h)
+	release = sync.OnceFunc(func() { by.Store(nil); close(h.released) })
+	t.Cleanup(release)
 	return &h.entered, release
+}
+
+// heldDevice holds every signature with payments from now on, until release; heldExchanges those of handshakes.
+func (e *edge) heldDevice() (entered *atomic.Int64, release func()) { return held(e.t, &e.signing) }
+func (e *edge) heldExchanges() (entered *atomic.Int64, release func()) {
+	return held(e.t, &e.exchanging)
 }
 
 // logged is a log that can be read while it is written.
@@ -90,11 +103,13 @@ func newEdge(t *testing.T, change func(*Limits)) *edge {
 	if change != nil {
 		change(&e.limits)
 	}
-	e.store.BeforeExchange = func(keystore.Ref) { e.exchanges.Add(1) }
+	e.store.BeforeExchange = func(keystore.Ref) {
+		e.exchanges.Add(1)
+		e.exchanging.Load().wait()
+	}
 	e.store.BeforeSign = func(ref keystore.Ref, _ []byte) error {
-		if h := e.holding.Load(); h != nil && ref.Name == "payments" {
-			h.entered.Add(1)
-			<-h.released
+		if ref.Name == "payments" {
+			e.signing.Load().wait()
 		}
 		return nil
 	}

@@ -8,14 +8,18 @@ import (
 	"log/slog"
 	"net"
 	"os"
+	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
 
 	"countersign/audit"
+	"countersign/keystore"
 	"countersign/noise"
+	"countersign/transcript"
 	"countersign/wire"
 )
 
@@ -406,6 +410,75 @@ func TestUnreadable(t *testing.T) {
 		}
 		if events := r.refusals.take(true); len(events) != 1 || events[0].Outcome != wire.CodeMalformed || len(logOf(t, r.Appliance, 1)) != before {
 			t.Errorf("%+v", events)
+		}
+	})
+}
+
+// TestDeviceThatHoldsHandshakes: who waits for it in vain sees the end that everybody sees, and the log does not say that a peer
+// was refused. When the device is back, so are the peers.
+func TestDeviceThatHoldsHandshakes(t *testing.T) {
+	e := newEdge(t, func(l *Limits) { l.Calls, l.HandshakeTimeout = map[string]int{"memory": 1}, 500*time.Millisecond })
+	entered, release := e.heldExchanges()
+	first, second := e.raw("127.0.0.2", noise.CountersignV1), e.raw("127.0.0.3", noise.CountersignV1)
+	first.Write(nonsense)
+	eventually(t, "one is in the device", func() bool { return entered.Load() == 1 })
+	second.Write(nonsense)
+	closes(t, second)
+	if n := entered.Load(); n != 1 {
+		t.Errorf("%d are in the device", n)
+	}
+	if text := e.log.String(); !strings.Contains(text, "handshake failed") || strings.Contains(text, `msg="handshake refused"`) {
+		t.Errorf("%s", text)
+	}
+	release()
+	closes(t, first)
+	answers(t, e.session("127.0.0.3", e.shop), ping, "")
+}
+
+// TestTurns: however many requests of one peer are waiting for the device, another one's comes after those that are under way and
+// one of each other lane.
+func TestTurns(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := newRig(t)
+		defer r.ledger.Close()
+		r.permits(t, `permit (principal, action == Action::"sign", resource);`)
+		var mu sync.Mutex
+		var order []string
+		gate := make(chan struct{})
+		r.store.BeforeSign = func(_ keystore.Ref, message []byte) error {
+			mu.Lock()
+			order = append(order, string(message))
+			mu.Unlock()
+			<-gate
+			return nil
+		}
+		shop, cafe := r.handler(t, "shop"), r.handler(t, "cafe")
+		for n := range 200 {
+			go r.handle(shop, []byte(request(n, "m")))
+			synctest.Wait()
+		}
+		last := numbered(1000, "m")
+		doc, err := transcript.Parse(documentOf(last.Document))
+		if err != nil {
+			t.Fatal(err)
+		}
+		go r.handle(cafe, []byte(encoded(last)))
+		synctest.Wait()
+		const others = 1
+		before := limits.Calls["memory"] + others
+		for range others + 1 {
+			gate <- struct{}{}
+			synctest.Wait()
+		}
+		mu.Lock()
+		if at := slices.Index(order, string(doc.Message)); at < 0 || at > before {
+			t.Errorf("it is number %d of %d, want at most %d to come before it", at, len(order), before)
+		}
+		mu.Unlock()
+		close(gate)
+		synctest.Wait()
+		if len(order) != 201 {
+			t.Errorf("%d operations", len(order))
 		}
 	})
 }

@@ -23,6 +23,10 @@ var (
 // retryAfter is what a peer is told that came too often, in seconds.
 const retryAfter = 1
 
+// busyTime is how long a peer waits to be told that it asks too much. Who asks again at once would otherwise cost the processor more
+// than those who are served.
+const busyTime = 100 * time.Millisecond
+
 // handle answers one request. Without an answer, nil, the connection ends: after a fatal error, and for a peer that is kept out.
 func (a *Appliance) handle(s *session, message []byte) []byte {
 	// Not the connection's context: what has been admitted is finished, even if the peer has gone or the daemon stops.
@@ -44,6 +48,7 @@ func (a *Appliance) handle(s *session, message []byte) []byte {
 	if err != nil {
 		_, refusal := refuse(err)
 		a.refusals.count(audit.RateLimitTriggered, "request", s.peer.Name, refusal.Code)
+		pause(ctx, busyTime)
 		return wire.EncodeAnswer(id, nil, refusal)
 	}
 	defer a.end(s.member, weight)

@@ -144,7 +144,8 @@ func (a *Appliance) serveConn(stop context.Context, raw net.Conn, profile noise.
 	case err != nil && attempt == nil: // no handshake: nothing was computed for it
 		a.log.Debug("no handshake", "from", from, "err", err)
 		return
-	case errors.Is(err, keystore.ErrUnavailable), errors.Is(err, keystore.ErrAuth), errors.Is(err, keystore.ErrSealed):
+	case errors.Is(err, keystore.ErrUnavailable), errors.Is(err, keystore.ErrAuth), errors.Is(err, keystore.ErrSealed),
+		errors.Is(err, context.DeadlineExceeded): // the device's turn has not come: no fault of the peer's
 		a.log.Error("handshake failed", "from", from, "err", err)
 		attempt.Forget() // a device that is away must not lock the peers out
 	case err != nil:

@@ -37,7 +37,8 @@ func TestBudgetIsExact(t *testing.T) {
 	r := newRig(t)
 	r.permits(t, dailyBudget)
 	var admitted, denied atomic.Int64
-	r.sign(t, r.shop, payment(0, r.public, 2, "250000", "SAT"))
+	first := payment(0, r.public, 2, "250000", "SAT")
+	r.sign(t, r.shop, first)
 	admitted.Add(250_000)
 	var wg sync.WaitGroup
 	for g := range 64 {
@@ -63,7 +64,7 @@ func TestBudgetIsExact(t *testing.T) {
 	// What was admitted has its answer still; what was denied has spent neither its nonce nor anything else.
 	again := func() {
 		t.Helper()
-		if s := r.sign(t, r.shop, payment(0, r.public, 2, "250000", "SAT")); !s.Repeated {
+		if s := r.sign(t, r.shop, first); !s.Repeated {
 			t.Errorf("%+v", s)
 		}
 		for _, amount := range []string{"1", "0.00000001", "250000"} {
@@ -195,10 +196,13 @@ func TestGenerationOnlyRises(t *testing.T) {
 	}
 	asks(1, "0", "")
 	asks(2, "0", "denied")
-	asks(3, "7", "")
+	seven := authorization(3, r.public, "7")
+	r.sign(t, r.shop, seven)
 	asks(4, "7", "denied")
 	asks(5, "6", "denied")
-	asks(3, "7", "") // repeated
+	if s := r.sign(t, r.shop, seven); !s.Repeated {
+		t.Errorf("%+v", s)
+	}
 	asks(5, "8", "") // the denial has spent no nonce
 	var wg sync.WaitGroup
 	var admitted atomic.Int64

@@ -27,6 +27,9 @@ func TestRefusesToStart(t *testing.T) {
 		{"a limit out of range", func(t *testing.T, s *system) {
 			s.edit("countersign.toml", "[tokens.main]", "[limits]\nconnections = 0\n[tokens.main]")
 		}, []string{"limits.connections", "1 to"}},
+		{"batches that are always busy", func(t *testing.T, s *system) {
+			s.edit("countersign.toml", "[tokens.main]", "[limits]\nrequests_per_peer = 99\n[tokens.main]")
+		}, []string{"limits.batch_items", "99"}},
 		{"a bad duration", func(t *testing.T, s *system) {
 			s.edit("countersign.toml", "[tokens.main]", "[limits]\nidle_timeout = \"5 minutes\"\n[tokens.main]")
 		}, []string{"countersign.toml:9"}},

@@ -301,7 +301,7 @@ func (r *record) Write(p []byte) (int, error) {
 // and is never taken for the peer.
 func TestReplayedHandshake(t *testing.T) {
 	s := newSystem(t)
-	s.edit("countersign.toml", "[tokens.main]", "[limits]\nconnections = 3\nstrangers = 3\nhandshake_timeout = \"500ms\"\n[tokens.main]")
+	s.edit("countersign.toml", "[tokens.main]", "[limits]\nconnections = 3\nstrangers = 3\nhandshakes_per_source = 20\nhandshake_timeout = \"500ms\"\n[tokens.main]")
 	p := s.serve()
 	s.enrol()
 	c := s.clientConfig()

@@ -266,6 +266,9 @@ func parseConfig(path string, b []byte) (Config, error) {
 	if err := toml.NewDecoder(bytes.NewReader(b)).DisallowUnknownFields().Decode(&c); err != nil {
 		return Config{}, fmt.Errorf("config: %s", explainTOML(path, err))
 	}
+	if c.Limits.Strangers == 0 {
+		c.Limits.Strangers = (c.Limits.Connections + 1) / 2
+	}
 	if err := c.check(); err != nil {
 		return Config{}, fmt.Errorf("config: %s: %w", path, err)
 	}
@@ -297,9 +300,6 @@ func explainTOML(path string, err error) string {
 }
 
 func (c *Config) check() error {
-	if c.Limits.Strangers == 0 {
-		c.Limits.Strangers = max(1, c.Limits.Connections/2)
-	}
 	for _, required := range []struct{ field, value string }{
 		{"listen", c.Listen + c.ListenPubky}, {"admin_socket", c.AdminSocket}, {"ledger", c.Ledger}, {"policy", c.Policy},
 	} {
@@ -342,8 +342,8 @@ func (c *Config) check() error {
 			return fmt.Errorf("%s must be 1 to %d", n.field, n.most)
 		}
 	}
-	if c.Limits.BatchItems > min(c.Limits.RequestsPerPeer, c.Limits.Requests) {
-		return errors.New("limits.batch_items must not be more than limits.requests_per_peer and limits.requests")
+	if most := min(c.Limits.Requests, c.Limits.RequestsPerPeer); c.Limits.BatchItems > most {
+		return fmt.Errorf("limits.batch_items must be at most limits.requests and limits.requests_per_peer, %d: a larger batch would always be busy", most)
 	}
 	for _, d := range []struct {
 		field       string

@@ -37,7 +37,7 @@ func TestConfig(t *testing.T) {
 		least + "[limits]\nread_timeout = \"1h\"\n":                                        "limits.read_timeout must be",
 		least + "[limits]\nstrangers = 2000\n":                                             "limits.strangers must be 1 to 1024",
 		least + "[limits]\nbatch_items = 101\n":                                            "limits.batch_items must be 1 to 100",
-		least + "[limits]\nrequests_per_peer = 99\n":                                       "limits.batch_items must not be more than",
+		least + "[limits]\nrequests_per_peer = 99\n":                                       "limits.batch_items must be at most",
 		least + "[retention]\ndecision_days = 0\n":                                         "retention.decision_days",
 		least + "[limits]\nidle_timeout = 5\n":                                             "limits.idle_timeout must be 1s to 24h0m0s",
 		least + "[limits\n":                                                                "c.toml:7",
