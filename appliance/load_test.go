@@ -130,7 +130,7 @@ func TestTimeouts(t *testing.T) {
 
 // TestReaderThatDoesNotRead: it is cut off when what it was sent fits nowhere, and others are answered meanwhile.
 func TestReaderThatDoesNotRead(t *testing.T) {
-	e := newEdge(t, func(l *Limits) { l.WriteTimeout, l.IdleTimeout = time.Second, time.Hour })
+	e := newEdge(t, func(l *Limits) { l.WriteTimeout, l.IdleTimeout, l.RequestsPerSecond = time.Second, time.Hour, 1_000_000 })
 	conn, err := noise.Connect(t.Context(), e.raw("127.0.0.2", noise.CountersignV1), e.shop, noise.CountersignV1, e.server, nil)
 	if err != nil {
 		t.Fatal(err)

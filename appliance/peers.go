@@ -252,29 +252,37 @@ func (a *Appliance) Peers() []PeerStatus {
 
 // writeSeen writes down when peers were last seen, as far as it has changed.
 func (a *Appliance) writeSeen(ctx context.Context) error {
-	a.mu.Lock()
-	var changed []*member
+	a.mu.RLock()
+	changed := map[*member]time.Time{}
 	for _, m := range a.peers {
 		if m.seen.After(m.written) {
-			m.written = m.seen
-			changed = append(changed, &member{Peer: m.Peer, seen: m.seen})
+			changed[m] = m.seen
 		}
 	}
-	a.mu.Unlock()
+	a.mu.RUnlock()
 	if len(changed) == 0 {
 		return nil
 	}
-	return a.ledger.Update(ctx, func(tx *ledger.Tx) error {
-		for _, m := range changed {
+	err := a.ledger.Update(ctx, func(tx *ledger.Tx) error {
+		for m, seen := range changed {
 			r, p, err := decodePeer(m.Name, tx.Get(ledger.Peers, m.Name))
 			if err != nil || p.PublicKey != m.PublicKey {
 				continue // it was removed
 			}
-			r.Seen = m.seen.Unix()
+			r.Seen = seen.Unix()
 			if err := tx.Put(ledger.Peers, m.Name, encode(r)); err != nil {
 				return err
 			}
 		}
 		return nil
 	})
+	if err != nil {
+		return err
+	}
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	for m, seen := range changed {
+		m.written = seen
+	}
+	return nil
 }

@@ -10,6 +10,7 @@ import (
 	"log/slog"
 	"os"
 	"os/exec"
+	"runtime"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -101,6 +102,27 @@ func (l *lines) end() {
 	l.line = l.line[:0]
 }
 
+// onOneThread runs what starts a process on a thread that stays: Pdeathsig is of the thread that has started the child, and Go ends
+// threads as it likes.
+func onOneThread(start func() error) error {
+	done := make(chan error)
+	starter() <- func() { done <- start() }
+	return <-done
+}
+
+var starter = sync.OnceValue(func() chan<- func() {
+	work := make(chan func())
+	go keepThread(work)
+	return work
+})
+
+func keepThread(work <-chan func()) {
+	runtime.LockOSThread()
+	for f := range work {
+		f()
+	}
+}
+
 // start runs a command as a key worker. The worker is not ready before hello has been answered.
 func start(cmd *exec.Cmd, name string, log *slog.Logger, gate gate) (*process, error) {
 	fds, err := syscall.Socketpair(syscall.AF_UNIX, syscall.SOCK_STREAM|syscall.SOCK_CLOEXEC, 0)
@@ -118,12 +140,15 @@ func start(cmd *exec.Cmd, name string, log *slog.Logger, gate gate) (*process, e
 		return nil, err
 	}
 	cmd.ExtraFiles = []*os.File{theirs}
-	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true} // a Ctrl-C at the terminal is for the daemon
+	cmd.SysProcAttr = &syscall.SysProcAttr{
+		Setpgid:   true,            // a Ctrl-C at the terminal is for the daemon
+		Pdeathsig: syscall.SIGKILL, // one that outlived the daemon could finish a key after the next one has cleared it away
+	}
 	stderr := &lines{left: maxLines, say: func(text string) {
 		log.Warn("a key worker says", "worker", name, "pid", cmd.Process.Pid, "text", text)
 	}}
 	cmd.Stderr, cmd.WaitDelay = stderr, endTime // a child of its own may hold its stderr open
-	if err := cmd.Start(); err != nil {
+	if err := onOneThread(cmd.Start); err != nil {
 		p.pipe.conn.Close()
 		return nil, fmt.Errorf("%w: start a key worker: %w", keystore.ErrUnavailable, err)
 	}

@@ -54,7 +54,7 @@ func leftOver() (left string) {
 		left = ""
 		stacks := make([]byte, 1<<20)
 		for stack := range strings.SplitSeq(string(stacks[:runtime.Stack(stacks, true)]), "\n\n") {
-			if strings.Contains(stack, "keystore/worker.") && !strings.Contains(stack, "worker.TestMain") {
+			if strings.Contains(stack, "keystore/worker.") && !strings.Contains(stack, "worker.TestMain") && !strings.Contains(stack, "worker.keepThread") {
 				left += stack + "\n\n"
 			}
 		}
