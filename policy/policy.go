@@ -124,7 +124,8 @@ type Policy struct {
 	rules *cedar.PolicySet
 	// named says of each rule whether it names one principal, one action and one resource.
 	named map[cedar.PolicyID]bool
-	// counts says that the rules may ask what is used: only then it is made for them, since it takes longer than all the rest.
+	// counts says that the rules may ask what is used (or write it with an escape): only then it is made for them, since it takes
+	// longer than all the rest.
 	counts bool
 }
 
@@ -162,7 +163,7 @@ func Parse(file string, text []byte) (*Policy, error) {
 	if err != nil {
 		return nil, fmt.Errorf("policy: %s", strings.ReplaceAll(oneLine(err), "<input>", file))
 	}
-	p := &Policy{Hash: sha256.Sum256(text), Text: text, rules: rules, named: map[cedar.PolicyID]bool{}, counts: bytes.Contains(text, []byte("used"))}
+	p := &Policy{Hash: sha256.Sum256(text), Text: text, rules: rules, named: map[cedar.PolicyID]bool{}, counts: bytes.Contains(text, []byte("used")) || bytes.Contains(text, []byte(`\`))}
 	validator := validate.New(vocabulary())
 	for _, id := range p.ids() {
 		rule := rules.Get(id)
