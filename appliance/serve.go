@@ -144,9 +144,10 @@ func (a *Appliance) serveConn(stop context.Context, raw net.Conn, profile noise.
 	case err != nil && attempt == nil: // no handshake: nothing was computed for it
 		a.log.Debug("no handshake", "from", from, "err", err)
 		return
-	case errors.Is(err, keystore.ErrUnavailable), errors.Is(err, keystore.ErrAuth), errors.Is(err, keystore.ErrSealed):
+	case errors.Is(err, keystore.ErrUnavailable), errors.Is(err, keystore.ErrAuth), errors.Is(err, keystore.ErrSealed),
+		errors.Is(err, context.DeadlineExceeded): // its time was over while it waited for the device: the network's deadline is another error
 		a.log.Error("handshake failed", "from", from, "err", err)
-		attempt.Forget() // a device that is away must not lock the peers out
+		attempt.Forget() // a device that is away or has too much to do must not lock the peers out
 	case err != nil:
 		a.log.Info("handshake refused", "from", from, "err", err)
 		a.refusals.count(audit.HandshakeRefused, "handshake", "", wire.CodeDenied)
