@@ -170,7 +170,11 @@ func (a *Appliance) ResumePeer(ctx context.Context, who audit.Actor, name string
 
 // setSuspended writes down that a peer is kept out, or not any more. What is so already is no event.
 func setSuspended(tx *ledger.Tx, who audit.Actor, name string, suspended bool) error {
-	r, _, err := decodePeer(name, tx.Get(ledger.Peers, name))
+	record := tx.Get(ledger.Peers, name)
+	if len(record) == 0 {
+		return fmt.Errorf("peer %q: %w", ijson.Clip(name), ErrNotFound)
+	}
+	r, _, err := decodePeer(name, record)
 	if err != nil || r.Suspended == suspended {
 		return err
 	}
