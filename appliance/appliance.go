@@ -93,7 +93,7 @@ type Peer struct {
 	Name      string
 	PublicKey [32]byte  // its Noise static key
 	Added     time.Time // when it was enrolled
-	quiet     bool      // its refusals are counted, not written down one by one
+	quiet     bool      // its refusals are counted, not written down one by one, nor is that the same request has failed again
 	Identity  string    // hex of the Ed25519 key that it has proven to be bound to in this session; "" in countersign-v1
 }
 

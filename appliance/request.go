@@ -27,12 +27,7 @@ func (a *Appliance) handle(s *session, message []byte) []byte {
 	// Not the connection's context: what has been admitted is finished, even if the peer has gone or the daemon stops.
 	ctx, cancel := context.WithTimeout(inLane(context.Background(), string(s.peer.PublicKey[:])), a.limits.RequestTimeout)
 	defer cancel()
-	id, request, err := wire.Parse(message, a.limits.BatchItems)
-	if err != nil {
-		refusal := err.(*wire.Error)
-		a.log.Info("refused", "peer", s.peer.Name, "code", refusal.Code, "err", refusal.Message)
-		return wire.EncodeAnswer(id, nil, refusal)
-	}
+	id, request, malformed := wire.Parse(message, a.limits.BatchItems)
 	weight := 1
 	batch, isBatch := request.(*wire.Batch)
 	if isBatch {
@@ -48,6 +43,11 @@ func (a *Appliance) handle(s *session, message []byte) []byte {
 		return wire.EncodeAnswer(id, nil, refusal)
 	}
 	defer a.end(s.member, weight)
+	if malformed != nil {
+		refusal := malformed.(*wire.Error)
+		a.log.Info("refused", "peer", s.peer.Name, "code", refusal.Code, "err", refusal.Message)
+		return wire.EncodeAnswer(id, nil, refusal)
+	}
 	if isBatch {
 		answers, ok := a.batch(ctx, s, batch)
 		if !ok {
@@ -91,15 +91,18 @@ func (a *Appliance) serve(ctx context.Context, s *session, request any) (result 
 		return result, nil, true
 	}
 	c, refusal := refuse(err)
+	if !who.quiet {
+		s.member.refusals.Reserve() // a debt where there are several at once
+	}
 	switch {
 	case c == refused && who.quiet:
 		a.refusals.count(refusalType(refusal.Code), op, who.Name, refusal.Code)
 	case c == refused:
-		s.member.refusals.Reserve() // a debt where there are several at once
 		a.log.Info("refused", "peer", who.Name, "op", op, "key", ijson.Clip(key), "code", refusal.Code, "err", err)
 		if err := a.recordRefusal(ctx, who, op, key, refusal.Code, err); err != nil {
 			c, refusal = refuse(err)
 		}
+	case c == unavailable && who.quiet: // the log has enough of that
 	default:
 		a.log.Error("not served", "peer", who.Name, "op", op, "key", ijson.Clip(key), "code", refusal.Code, "err", err)
 	}
