@@ -135,14 +135,19 @@ func caseOf(fields map[string]string) (c Case, err error) {
 			continue
 		}
 		n, err := strconv.ParseInt(text, 10, 64)
-		if err != nil {
-			return c, fmt.Errorf("%s: %q is not a whole number", path, text)
+		if err != nil || n < 0 {
+			return c, fmt.Errorf("%s: %q is not a whole number that is not negative", path, text)
 		}
 		if windowed {
 			used[path] = n
 		} else {
 			context[path] = n
 		}
+	}
+	if day := context["weekday"]; !slices.Contains(weekdays, day) {
+		return c, fmt.Errorf("weekday: %q is none of %v", day, weekdays)
+	} else if hour := context["hour"].(int64); hour > 23 {
+		return c, fmt.Errorf("hour: %d is not 0 to 23", hour)
 	}
 	if amount, ok := context["amount"].(int64); ok && context["amount_e8"] == nil {
 		_, context["amount_e8"] = Amounts(new(big.Int).Mul(big.NewInt(amount), whole))
@@ -192,6 +197,8 @@ func usedBy(context map[string]any, set map[string]int64) (u Usage) {
 	}
 	return u
 }
+
+var weekdays = []any{"Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"}
 
 // SetTime sets what a context has of the appliance's clock.
 func SetTime(context map[string]any, at time.Time) {

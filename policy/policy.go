@@ -15,6 +15,7 @@ import (
 	"maps"
 	"os"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 
@@ -160,7 +161,10 @@ func Parse(file string, text []byte) (*Policy, error) {
 		return nil, fmt.Errorf("policy: %s: it has more than %d bytes", file, maxText)
 	}
 	rules, err := cedar.NewPolicySetFromBytes(file, text)
-	if err != nil {
+	if big, is := errors.AsType[*strconv.NumError](err); is { // the only error that cedar-go gives no place
+		line := 1 + bytes.Count(text[:max(0, bytes.Index(text, []byte(strings.TrimPrefix(big.Num, "-"))))], []byte("\n"))
+		return nil, fmt.Errorf("policy: %s:%d: the number %s is out of range", file, line, big.Num)
+	} else if err != nil {
 		return nil, fmt.Errorf("policy: %s", strings.ReplaceAll(oneLine(err), "<input>", file))
 	}
 	p := &Policy{Hash: sha256.Sum256(text), Text: text, rules: rules, named: map[cedar.PolicyID]bool{}, counts: bytes.Contains(text, []byte("used")) || bytes.Contains(text, []byte(`\`))}
