@@ -243,6 +243,9 @@ type Decision struct {
 // Decision returns that of an event, or ErrNotFound.
 func (a *Appliance) Decision(event uint64) (Decision, error) {
 	d, err := a.ledger.Decision(event)
+	if errors.Is(err, ledger.ErrNotFound) {
+		err = fmt.Errorf("event %d: %w as a decision of policy, or it is too old", event, ErrNotFound)
+	}
 	return Decision{d.Event, d.Record}, err
 }
 

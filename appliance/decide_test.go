@@ -36,6 +36,9 @@ func TestPolicyOfTheMoment(t *testing.T) {
 	if !errors.Is(err, policy.ErrDenied) {
 		t.Errorf("it was decided by a policy that is not in force any more: %v", err)
 	}
+	if _, err := r.Decision(1); !errors.Is(err, ErrNotFound) {
+		t.Errorf("an event that is no decision: %v, want %v", err, ErrNotFound)
+	}
 	if rec, err := policy.ParseRecord(record); err != nil || rec.Version != version || none.Replay(rec) != nil {
 		t.Errorf("the record says version %d, %v; want %d", rec.Version, err, version)
 	}
