@@ -5,6 +5,7 @@ import (
 	"encoding/hex"
 	"encoding/json"
 	"fmt"
+	"net/netip"
 	"slices"
 	"strings"
 	"time"
@@ -22,6 +23,7 @@ type member struct {
 	Peer
 	suspended bool
 	seen      time.Time     // when it last proved to be there
+	from      string        // the address from which it last connected; "" if never
 	written   time.Time     // seen, as the ledger has it
 	requests  int           // being served, the items of a batch one by one
 	pace      *rate.Limiter // how often it may ask
@@ -46,6 +48,7 @@ type peerRecord struct {
 	Added     int64  `json:"added"`      // Unix seconds
 	Suspended bool   `json:"suspended,omitempty"`
 	Seen      int64  `json:"seen,omitempty"` // Unix seconds; a minute late
+	From      string `json:"from,omitempty"` // the address from which it last connected
 }
 
 func decodePeer(name string, value []byte) (r peerRecord, p Peer, err error) {
@@ -67,7 +70,7 @@ func (a *Appliance) newMember(p Peer, r peerRecord) *member {
 	}
 	if r.Seen != 0 {
 		m.seen = time.Unix(r.Seen, 0)
-		m.written = m.seen
+		m.written, m.from = m.seen, r.From
 	}
 	return m
 }
@@ -81,7 +84,11 @@ func (a *Appliance) loadPeers() error {
 		if other, ok := a.peers[p.PublicKey]; ok {
 			return fmt.Errorf("peers %q and %q in the ledger have the same public key", other.Name, name)
 		}
-		a.peers[p.PublicKey] = a.newMember(p, r)
+		m := a.newMember(p, r)
+		a.peers[p.PublicKey] = m
+		if from, err := netip.ParseAddr(m.from); err == nil && m.in() {
+			a.handshakes.Remember(from, time.Since(m.seen)) // so that a flood can't keep it out after a restart
+		}
 		return nil
 	})
 }
@@ -249,7 +256,7 @@ func (a *Appliance) writeSeen(ctx context.Context) error {
 	for _, m := range a.peers {
 		if m.seen.After(m.written) {
 			m.written = m.seen
-			changed = append(changed, &member{Peer: m.Peer, seen: m.seen})
+			changed = append(changed, &member{Peer: m.Peer, seen: m.seen, from: m.from})
 		}
 	}
 	a.mu.Unlock()
@@ -262,7 +269,7 @@ func (a *Appliance) writeSeen(ctx context.Context) error {
 			if err != nil || p.PublicKey != m.PublicKey {
 				continue // it was removed
 			}
-			r.Seen = m.seen.Unix()
+			r.Seen, r.From = m.seen.Unix(), m.from
 			if err := tx.Put(ledger.Peers, m.Name, encode(r)); err != nil {
 				return err
 			}

@@ -97,7 +97,7 @@ func (a *Appliance) accept(stop context.Context, l Listener, serving *sync.WaitG
 }
 
 // addressOf is where a connection comes from. What is no address is one source.
-func addressOf(conn net.Conn) netip.Addr {
+func addressOf(conn interface{ RemoteAddr() net.Addr }) netip.Addr {
 	at, _ := netip.ParseAddrPort(conn.RemoteAddr().String())
 	return at.Addr()
 }
@@ -209,6 +209,9 @@ func (a *Appliance) enter(s *session) bool {
 		s.peer.Identity = hex.EncodeToString(identity[:])
 	}
 	m.seen = time.Now()
+	if from := addressOf(s.conn); from.IsValid() {
+		m.from = from.String()
+	}
 	a.sessions[s] = struct{}{}
 	return true
 }
