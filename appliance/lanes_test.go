@@ -3,11 +3,13 @@ package appliance
 import (
 	"fmt"
 	"slices"
+	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
 
 	"countersign/keystore"
+	"countersign/noise"
 )
 
 // TestHandshakesThatWaitInVain: handshakes whose time ends while others have the device are no fault of the peer's, and do not keep it
@@ -29,6 +31,30 @@ func TestHandshakesThatWaitInVain(t *testing.T) {
 	}
 	release()
 	e.session("127.0.0.1", e.shop)
+}
+
+// TestMessage1AtTheLastMoment: who sends message 1 when the time for the handshake is almost over has made it fail itself, and counts.
+func TestMessage1AtTheLastMoment(t *testing.T) {
+	e := newEdge(t, func(l *Limits) {
+		l.Calls = map[string]int{"memory": 1}
+		l.HandshakeTimeout = time.Second
+	})
+	release, err := e.turns["memory"].Acquire(t.Context(), "another")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var ended sync.WaitGroup
+	for range e.limits.Handshakes.PerSource {
+		conn := e.raw("127.0.0.2", noise.CountersignV1)
+		ended.Go(func() {
+			time.Sleep(e.limits.HandshakeTimeout * 7 / 10)
+			conn.Write(nonsense)
+			closes(t, conn)
+		})
+	}
+	ended.Wait()
+	release()
+	e.staysOut("127.0.0.2", e.shop)
 }
 
 // TestProofOfABusyPeer: who asks for a proof while its own requests wait for the device does not hold up the checkpoints that all
