@@ -22,8 +22,6 @@ import (
 	"countersign/ledger"
 	"countersign/limit"
 	"countersign/policy"
-
-	"golang.org/x/time/rate"
 )
 
 // Limits bounds what peers and strangers can cost. Every field must be set; cmd/countersignd documents them and has the defaults.
@@ -73,9 +71,8 @@ type Appliance struct {
 	anchored bool // the ledger has been held against its counter; of Start, then of Serve, then of Stop
 
 	retention  Retention
-	signing    lock          // held while a checkpoint is signed
-	refusals   tally         // of what is too many to be written down one by one
-	errors     *rate.Limiter // lines of the log about requests that could not be served
+	signing    lock  // held while a checkpoint is signed
+	refusals   tally // of what is too many to be written down one by one
 	handshakes *limit.Handshakes
 	places     *limit.Connections
 	turns      map[string]*limit.Fair // by token
@@ -96,7 +93,7 @@ type Peer struct {
 	Name      string
 	PublicKey [32]byte  // its Noise static key
 	Added     time.Time // when it was enrolled
-	quiet     bool      // its refusals are counted, not written down one by one
+	quiet     bool      // its refusals are counted, not written down one by one, nor is that the same request has failed again
 	Identity  string    // hex of the Ed25519 key that it has proven to be bound to in this session; "" in countersign-v1
 }
 
@@ -165,9 +162,6 @@ func (a *Appliance) act(ctx context.Context, l lock, what string, do func(contex
 	}
 }
 
-// errorsPerSecond is enough to see what is wrong while a device is away and thousands of requests fail.
-const errorsPerSecond = 100
-
 // New puts an appliance together. It reads keys and peers from the ledger and holds each key against its token: one that
 // is missing, ambiguous or another is an error, since serving without it would be a silent loss. A token that does not
 // answer costs its own keys only, for now, unless the listener's key is on it. New changes nothing.
@@ -177,7 +171,6 @@ func New(ctx context.Context, limits Limits, l *ledger.Ledger, anchor Anchor, re
 		signing: make(lock, 1), creating: make(lock, 1), enrolling: make(lock, 1), activating: make(lock, 1),
 		keys: map[keystore.Ref]*Key{}, active: map[string]*Key{}, peers: map[[32]byte]*member{}, sessions: map[*session]struct{}{},
 	}
-	a.errors = rate.NewLimiter(errorsPerSecond, errorsPerSecond)
 	a.handshakes = limit.NewHandshakes(limits.Handshakes)
 	a.places = limit.NewConnections(limits.Connections, limits.ConnectionsPerSource, limits.Strangers)
 	a.turns = newTurns(limits.Calls, tokens)

@@ -11,6 +11,7 @@ import (
 	"math"
 	"math/big"
 	"strconv"
+	"sync/atomic"
 	"time"
 
 	"countersign/audit"
@@ -29,7 +30,7 @@ type rules struct {
 // decision asks policy about a sign request, inside its admission, where what was signed before is counted, and makes the event
 // that says what was decided.
 type decision struct {
-	rules   *rules
+	inForce *atomic.Pointer[rules]
 	request policy.Request
 	payment bool
 	at      time.Time
@@ -38,6 +39,8 @@ type decision struct {
 	rise    *ledger.Rise
 	marks   audit.Event // of the admission
 
+	// What decide has found.
+	rules   *rules
 	allowed bool
 	record  []byte
 }
@@ -49,7 +52,7 @@ func (a *Appliance) decisionOf(who Peer, key *Key, doc *transcript.Document) (*d
 		return nil, fmt.Errorf("%w: %s is made by the appliance only", errNotYours, doc.Type)
 	}
 	admitted, _, _ := audit.OfDocument(doc.Type)
-	d := &decision{rules: a.rules.Load(), payment: doc.Payment != nil, at: time.Now(), marks: audit.Event{
+	d := &decision{inForce: &a.rules, payment: doc.Payment != nil, at: time.Now(), marks: audit.Event{
 		Type: admitted, Actor: who.actor(), Action: "sign", Resource: key.Info().Ref.String(), Outcome: "ok", Metadata: metadataOf(doc),
 	}}
 	rand.Read(d.salt[:])
@@ -101,8 +104,10 @@ func (a *Appliance) decisionOf(who Peer, key *Key, doc *transcript.Document) (*d
 
 const counterpartyIndex = 2 // in policy.Counted
 
-// decide is asked by the ledger, with what each of counts has.
+// decide is asked by the ledger, with what each of counts has. The policy is that of this moment, so that none decides after another
+// one is in force, however long the request has waited; asked again, it is all decided again.
 func (d *decision) decide(used []ledger.Used) ([]byte, error) {
+	d.rules = d.inForce.Load()
 	d.request.Used = policy.Usage{}
 	for i := range policy.Counted {
 		if len(used) == 0 {
@@ -195,7 +200,7 @@ func policyVersion(key string, value []byte) (PolicyVersion, error) {
 	return PolicyVersion{version, r.Hash, r.Text, time.Unix(r.Activated, 0).UTC()}, nil
 }
 
-// Activate puts a policy in force, for decisions that begin from here on. It is a new version, with an event, unless it is the
+// Activate puts a policy in force: when it returns, no other one decides any more. It is a new version, with an event, unless it is the
 // text that is in force already.
 func (a *Appliance) Activate(ctx context.Context, who audit.Actor, p *policy.Policy) (version uint64, changed bool, err error) {
 	err = a.act(ctx, a.activating, "activating a policy", func(ctx context.Context) error {

@@ -10,7 +10,10 @@ import (
 // Whoever uses a key waits for the device in a lane: each peer in its own, all handshakes in one, and the appliance itself in one. The
 // lanes take turns, so that nobody waits for more than one operation of each other lane and those that are under way.
 
-const handshakeLane = "handshakes" // peers' lanes have 32 bytes
+const (
+	handshakeLane = "handshakes" // peers' lanes have 32 bytes
+	ownLane       = ""
+)
 
 type laneKey struct{}
 

@@ -5,6 +5,7 @@ import (
 	"encoding/hex"
 	"encoding/json"
 	"fmt"
+	"net/netip"
 	"slices"
 	"strings"
 	"time"
@@ -22,6 +23,7 @@ type member struct {
 	Peer
 	suspended bool
 	seen      time.Time     // when it last proved to be there
+	from      string        // the address from which it last connected; "" if never
 	written   time.Time     // seen, as the ledger has it
 	requests  int           // being served, the items of a batch one by one
 	pace      *rate.Limiter // how often it may ask
@@ -46,6 +48,7 @@ type peerRecord struct {
 	Added     int64  `json:"added"`      // Unix seconds
 	Suspended bool   `json:"suspended,omitempty"`
 	Seen      int64  `json:"seen,omitempty"` // Unix seconds; a minute late
+	From      string `json:"from,omitempty"` // the address from which it last connected
 }
 
 func decodePeer(name string, value []byte) (r peerRecord, p Peer, err error) {
@@ -67,7 +70,7 @@ func (a *Appliance) newMember(p Peer, r peerRecord) *member {
 	}
 	if r.Seen != 0 {
 		m.seen = time.Unix(r.Seen, 0)
-		m.written = m.seen
+		m.written, m.from = m.seen, r.From
 	}
 	return m
 }
@@ -81,7 +84,11 @@ func (a *Appliance) loadPeers() error {
 		if other, ok := a.peers[p.PublicKey]; ok {
 			return fmt.Errorf("peers %q and %q in the ledger have the same public key", other.Name, name)
 		}
-		a.peers[p.PublicKey] = a.newMember(p, r)
+		m := a.newMember(p, r)
+		a.peers[p.PublicKey] = m
+		if from, err := netip.ParseAddr(m.from); err == nil && m.in() {
+			a.handshakes.Remember(from, time.Since(m.seen)) // so that a flood can't keep it out after a restart
+		}
 		return nil
 	})
 }
@@ -175,7 +182,11 @@ func (a *Appliance) ResumePeer(ctx context.Context, who audit.Actor, name string
 
 // setSuspended writes down that a peer is kept out, or not any more. What is so already is no event.
 func setSuspended(tx *ledger.Tx, who audit.Actor, name string, suspended bool) error {
-	r, _, err := decodePeer(name, tx.Get(ledger.Peers, name))
+	record := tx.Get(ledger.Peers, name)
+	if len(record) == 0 {
+		return fmt.Errorf("peer %q: %w", ijson.Clip(name), ErrNotFound)
+	}
+	r, _, err := decodePeer(name, record)
 	if err != nil || r.Suspended == suspended {
 		return err
 	}
@@ -253,10 +264,14 @@ func (a *Appliance) Peers() []PeerStatus {
 // writeSeen writes down when peers were last seen, as far as it has changed.
 func (a *Appliance) writeSeen(ctx context.Context) error {
 	a.mu.RLock()
-	changed := map[*member]time.Time{}
+	type sight struct {
+		at   time.Time
+		from string
+	}
+	changed := map[*member]sight{}
 	for _, m := range a.peers {
 		if m.seen.After(m.written) {
-			changed[m] = m.seen
+			changed[m] = sight{m.seen, m.from}
 		}
 	}
 	a.mu.RUnlock()
@@ -264,12 +279,12 @@ func (a *Appliance) writeSeen(ctx context.Context) error {
 		return nil
 	}
 	err := a.ledger.Update(ctx, func(tx *ledger.Tx) error {
-		for m, seen := range changed {
+		for m, last := range changed {
 			r, p, err := decodePeer(m.Name, tx.Get(ledger.Peers, m.Name))
 			if err != nil || p.PublicKey != m.PublicKey {
 				continue // it was removed
 			}
-			r.Seen = seen.Unix()
+			r.Seen, r.From = last.at.Unix(), last.from
 			if err := tx.Put(ledger.Peers, m.Name, encode(r)); err != nil {
 				return err
 			}
@@ -281,8 +296,8 @@ func (a *Appliance) writeSeen(ctx context.Context) error {
 	}
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	for m, seen := range changed {
-		m.written = seen
+	for m, last := range changed {
+		m.written = last.at
 	}
 	return nil
 }

@@ -32,10 +32,7 @@ func (a *Appliance) handle(s *session, message []byte) []byte {
 	// Not the connection's context: what has been admitted is finished, even if the peer has gone or the daemon stops.
 	ctx, cancel := context.WithTimeout(inLane(context.Background(), string(s.peer.PublicKey[:])), a.limits.RequestTimeout)
 	defer cancel()
-	id, request, err := wire.Parse(message, a.limits.BatchItems)
-	if err != nil {
-		return wire.EncodeAnswer(id, nil, a.unreadable(s, err.(*wire.Error)))
-	}
+	id, request, malformed := wire.Parse(message, a.limits.BatchItems)
 	weight := 1
 	batch, isBatch := request.(*wire.Batch)
 	if isBatch {
@@ -52,6 +49,9 @@ func (a *Appliance) handle(s *session, message []byte) []byte {
 		return wire.EncodeAnswer(id, nil, refusal)
 	}
 	defer a.end(s.member, weight)
+	if malformed != nil {
+		return wire.EncodeAnswer(id, nil, a.unreadable(s, malformed.(*wire.Error)))
+	}
 	if isBatch {
 		answers, ok := a.batch(ctx, s, batch)
 		if !ok {
@@ -66,10 +66,8 @@ func (a *Appliance) handle(s *session, message []byte) []byte {
 	return wire.EncodeAnswer(id, result, refusal)
 }
 
-// unreadable deals with what is no request. It costs the log no more than other refusals, and a peer that does nothing else is
-// slowed down to its pace.
+// unreadable deals with what is no request. It costs the log no more than other refusals.
 func (a *Appliance) unreadable(s *session, refusal *wire.Error) *wire.Error {
-	pause(context.Background(), s.member.pace.Reserve().Delay())
 	if s.member.refusals.Tokens() < 1 {
 		a.refusals.count(audit.SignatureRejected, "request", s.peer.Name, refusal.Code)
 		return refusal
@@ -108,16 +106,19 @@ func (a *Appliance) serve(ctx context.Context, s *session, request any) (result 
 		return result, nil, true
 	}
 	c, refusal := refuse(err)
+	if !who.quiet {
+		s.member.refusals.Reserve() // a debt where there are several at once
+	}
 	switch {
 	case c == refused && who.quiet:
 		a.refusals.count(refusalType(refusal.Code), op, who.Name, refusal.Code)
 	case c == refused:
-		s.member.refusals.Reserve() // a debt where there are several at once
 		a.log.Info("refused", "peer", who.Name, "op", op, "key", ijson.Clip(key), "code", refusal.Code, "err", err)
 		if err := a.recordRefusal(ctx, who, op, key, refusal.Code, err); err != nil {
 			c, refusal = refuse(err)
 		}
-	case a.errors.Allow():
+	case c == unavailable && who.quiet: // the log has enough of that
+	default:
 		a.log.Error("not served", "peer", who.Name, "op", op, "key", ijson.Clip(key), "code", refusal.Code, "err", err)
 	}
 	return nil, refusal, c != fatal

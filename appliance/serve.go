@@ -97,7 +97,7 @@ func (a *Appliance) accept(stop context.Context, l Listener, serving *sync.WaitG
 }
 
 // addressOf is where a connection comes from. What is no address is one source.
-func addressOf(conn net.Conn) netip.Addr {
+func addressOf(conn interface{ RemoteAddr() net.Addr }) netip.Addr {
 	at, _ := netip.ParseAddrPort(conn.RemoteAddr().String())
 	return at.Addr()
 }
@@ -144,10 +144,11 @@ func (a *Appliance) serveConn(stop context.Context, raw net.Conn, profile noise.
 	case err != nil && attempt == nil: // no handshake: nothing was computed for it
 		a.log.Debug("no handshake", "from", from, "err", err)
 		return
-	case errors.Is(err, keystore.ErrUnavailable), errors.Is(err, keystore.ErrAuth), errors.Is(err, keystore.ErrSealed),
-		errors.Is(err, context.DeadlineExceeded): // the device's turn has not come: no fault of the peer's
+	case failedHere(err) && (hctx.Err() == nil || time.Since(begun) > a.limits.HandshakeTimeout/2):
+		// A device that is away or has too much to do must not lock the peers out. Who sends message 1 at the last moment, so
+		// that its time ends while the device works, does not get that work for nothing.
 		a.log.Error("handshake failed", "from", from, "err", err)
-		attempt.Forget() // a device that is away must not lock the peers out
+		attempt.Forget()
 	case err != nil:
 		a.log.Info("handshake refused", "from", from, "err", err)
 		a.refusals.count(audit.HandshakeRefused, "handshake", "", wire.CodeDenied)
@@ -177,6 +178,12 @@ func (a *Appliance) serveConn(stop context.Context, raw net.Conn, profile noise.
 	a.log.Info("connected", "from", from, "peer", s.peer.Name, "profile", string(profile))
 	a.serveSession(stop, s, proof)
 	a.log.Info("disconnected", "from", from, "peer", s.peer.Name)
+}
+
+// failedHere says that a handshake failed because of the device, or because its time was over while it waited for that: the deadline of
+// the network is another error.
+func failedHere(err error) bool {
+	return errors.Is(err, keystore.ErrUnavailable) || errors.Is(err, keystore.ErrAuth) || errors.Is(err, keystore.ErrSealed) || errors.Is(err, context.DeadlineExceeded)
 }
 
 // pause waits, unless stop ends.
@@ -209,6 +216,9 @@ func (a *Appliance) enter(s *session) bool {
 		s.peer.Identity = hex.EncodeToString(identity[:])
 	}
 	m.seen = time.Now()
+	if from := addressOf(s.conn); from.IsValid() {
+		m.from = from.String()
+	}
 	a.sessions[s] = struct{}{}
 	return true
 }

@@ -83,7 +83,9 @@ func (a *Appliance) settle(ctx context.Context, who Peer, key *Key, doc *transcr
 		Type: created, Actor: who.actor(), Action: "sign", Resource: key.Info().Ref.String(), Outcome: "ok",
 		Metadata: map[string]string{"admission": strconv.FormatUint(admitted.Event, 10)},
 	}
-	if failure != nil {
+	if failure != nil && who.quiet && admitted.Verdict == ledger.Repeated {
+		return nil // the first time has said so
+	} else if failure != nil {
 		e.Type, e.Outcome, signature = failed, wire.CodeUnavailable, nil
 	}
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), a.limits.RequestTimeout)

@@ -50,6 +50,9 @@ var (
 	ErrClosed = errors.New("the client is closed")
 )
 
+// MaxRequest is how long a request may be, in bytes of JSON.
+const MaxRequest = wire.MaxDocument
+
 // Error is a refusal of the appliance; see the codes in package wire.
 type Error = wire.Error
 

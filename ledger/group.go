@@ -6,7 +6,7 @@ import (
 )
 
 // Group makes the first request of each of its members one, so that they share a commit: those of a batch. A member that ends
-// without a request must leave, or the others would wait for it until their contexts end.
+// without a request must leave, or the others would wait for it until their contexts end. Their contexts end together.
 type Group struct {
 	l *Ledger
 
@@ -28,7 +28,7 @@ type groupKey struct{}
 // Join makes ctx a member's. leave must be called when the member has ended, whatever it did.
 func (g *Group) Join(ctx context.Context) (member context.Context, leave func()) {
 	m := &membership{group: g}
-	return context.WithValue(ctx, groupKey{}, m), func() { m.used.Do(func() { g.come(nil) }) }
+	return context.WithValue(ctx, groupKey{}, m), func() { m.used.Do(func() { g.come(ctx, nil) }) }
 }
 
 // joined hands a request to the group of ctx, if it is the member's first one.
@@ -37,12 +37,12 @@ func joined(ctx context.Context, r *request) (is bool) {
 	if m == nil || r.alone || r.done == nil {
 		return false
 	}
-	m.used.Do(func() { is = true; m.group.come(r) })
+	m.used.Do(func() { is = true; m.group.come(ctx, r) })
 	return is
 }
 
 // come notes that a member has come with a request, or has left. The last one hands all of them to the writer.
-func (g *Group) come(r *request) {
+func (g *Group) come(ctx context.Context, r *request) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	if r != nil {
@@ -64,8 +64,10 @@ func (g *Group) come(r *request) {
 	go func() {
 		select {
 		case g.l.requests <- whole:
-		case <-g.l.done:
+		case <-ctx.Done():
 			return // the members see that by themselves
+		case <-g.l.done:
+			return
 		}
 		select {
 		case err := <-done:

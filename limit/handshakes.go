@@ -165,6 +165,19 @@ const (
 	good
 )
 
+// Remember says that an address had a good session so long ago, which h has not seen: before a restart. It drives nobody else out.
+func (h *Handshakes) Remember(from netip.Addr, ago time.Duration) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.expire()
+	addr := sourceOf(from)
+	known, _ := h.idle.Peek(addr)
+	until := max(known, h.now+h.config.GoodFor-max(0, ago))
+	if until > h.now && h.live[addr] == nil && len(h.live)+h.idle.Len() < h.config.Sources {
+		h.idle.Add(addr, until)
+	}
+}
+
 // IsGood says that an address had a good session within GoodFor.
 func (h *Handshakes) IsGood(from netip.Addr) bool {
 	h.mu.Lock()

@@ -213,7 +213,10 @@ func Parse(file string, text []byte) (*Policy, error) {
 		}
 	}
 	list, err := cedar.NewPolicyListFromBytes(file, text)
-	if err != nil {
+	if large, is := errors.AsType[*strconv.NumError](err); is { // the only error that cedar-go gives no place
+		at := max(0, bytes.Index(text, []byte(strings.TrimPrefix(large.Num, "-"))))
+		return fail(1+bytes.Count(text[:at], []byte("\n")), "the number %s is out of range", large.Num)
+	} else if err != nil {
 		text := strings.TrimPrefix(strings.TrimPrefix(oneLine(err), "parser error: "), "parse error at ")
 		return nil, fmt.Errorf("policy: %s", strings.Replace(text, "<input>", file, 1))
 	}

@@ -21,6 +21,7 @@ import (
 	"countersign/admin/api"
 	"countersign/audit"
 	"countersign/client"
+	"countersign/policy"
 	"countersign/transcript"
 
 	"github.com/spf13/cobra"
@@ -110,6 +111,8 @@ func classify(err error) (code string, status int) {
 		return "unsupported", 1
 	case errors.Is(err, transcript.ErrMalformed):
 		return "malformed", 1
+	case errors.Is(err, policy.ErrDenied):
+		return "denied", 1
 	}
 	return "failed", 1
 }

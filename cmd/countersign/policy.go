@@ -200,8 +200,11 @@ func (t *tool) policyTest() *cobra.Command {
 		for _, c := range cases {
 			d := p.Decide(c.Request)
 			r := result{Line: c.Line, Name: c.Name, Expect: outcome(c.Allow), Got: outcome(d.Allowed), Rules: where(p, d.Rules)}
-			if err := d.Err(); err != nil {
-				r.Because = strings.TrimPrefix(err.Error(), policy.ErrDenied.Error()+": ")
+			switch {
+			case d.Fault != "":
+				r.Because = d.Fault
+			case len(d.Rules) == 0:
+				r.Because = "no rule permits it"
 			}
 			if results = append(results, r); r.Expect != r.Got {
 				wrong++

@@ -7,12 +7,14 @@ import (
 	"fmt"
 	"io"
 	"maps"
+	"math"
 	"slices"
 	"strings"
 	"time"
 
 	"countersign/client"
 	"countersign/ijson"
+	"countersign/policy"
 	"countersign/transcript"
 
 	"github.com/spf13/cobra"
@@ -52,6 +54,15 @@ func (t *tool) transcript() *cobra.Command {
 		doc, err := transcript.Parse(transcript.Request(d.Document))
 		if err != nil {
 			return err
+		}
+		// What else sign refuses, whatever policy says.
+		if len(doc.Payload) > client.MaxRequest {
+			return fmt.Errorf("%w: a payload of %d bytes does not fit into a request", transcript.ErrMalformed, len(doc.Payload))
+		}
+		if doc.Payment != nil {
+			if whole, _ := policy.Amounts(doc.Payment.Exact()); whole == math.MaxInt64 {
+				return fmt.Errorf("%w: the amount is larger than any rule can judge", policy.ErrDenied)
+			}
 		}
 		out := map[string]string{"type": doc.Type, "canonical": hex.EncodeToString(doc.Canonical), "message": hex.EncodeToString(doc.Message)}
 		return t.print(out, func(w io.Writer) {

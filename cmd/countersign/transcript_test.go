@@ -84,6 +84,8 @@ func TestTranscriptEncode(t *testing.T) {
 		{"malformed", "message-v1", document(hello, `,"extra":1`)}, {"malformed", "message-v1", document(hello, `,"type":"raw"`)},
 		{"malformed", "message-v1", document(`{"context":"release","message":"aGVsbG8","extra":1}`, "")}, {"malformed", "message-v1", hello},
 		{"malformed", "message-v1", document(hello, `,"type":"`+strings.Repeat("x", 5000)+`"`)}, {"malformed", "message-v1", ""}, {"unsupported", "message-v9", document(hello, "")},
+		{"denied", "paykit-subscription-v2", document(strings.Replace(subscription, `"1000"`, `"9223372036854775807"`, 1), "")},
+		{"malformed", "payment-request-v1", document(`{"payer":"d04ab232742bb4ab3a1368bd4615e4e6d0224ab71a016baf8520a332c9778737","amount":"1","currency":"SAT","method":"m","endpoint":"`+strings.Repeat("x", 65536)+`"}`, "")},
 	} {
 		status, text, stderr := call(t, c.input, "transcript", "encode", c.typ)
 		if status != 1 || text != "" || !strings.HasPrefix(stderr, "countersign: "+c.code+": ") || len(stderr) > 500 {

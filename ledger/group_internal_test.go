@@ -1,0 +1,46 @@
+package ledger
+
+import (
+	"context"
+	"errors"
+	"path/filepath"
+	"testing"
+	"testing/synctest"
+	"time"
+)
+
+// TestGroupThatNobodyWaitsFor: while the disk hangs, a group whose contexts have ended before the writer could take it is given up, as
+// a request that is alone is.
+func TestGroupThatNobodyWaitsFor(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		path := filepath.Join(t.TempDir(), "ledger.db")
+		if err := Create(path, Options{}); err != nil {
+			t.Fatal(err)
+		}
+		l, err := Open(path, Options{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer l.Close()
+		hang := make(chan struct{})
+		go l.Update(t.Context(), func(*Tx) error { <-hang; return errors.New("no change") })
+		synctest.Wait()
+		for range cap(l.requests) {
+			l.requests <- &request{apply: func(*txn) error { return nil }}
+		}
+		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+		defer cancel()
+		member, leave := l.Group(1).Join(ctx)
+		scope, nonce := KeyScope("payments"), [32]byte{1}
+		_, err = l.Admit(member, Admission{Scope: scope, Nonce: nonce, ExpiresAt: time.Now().Unix() + 60}, func(Verdict) []byte { return []byte("{}") })
+		if !errors.Is(err, context.DeadlineExceeded) {
+			t.Error(err)
+		}
+		leave()
+		synctest.Wait()
+		close(hang)
+		if _, err := l.Spent(t.Context(), scope, nonce); !errors.Is(err, ErrNotFound) {
+			t.Errorf("the nonce is spent, and nobody was there: %v", err)
+		}
+	})
+}
