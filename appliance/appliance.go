@@ -22,6 +22,8 @@ import (
 	"countersign/ledger"
 	"countersign/limit"
 	"countersign/policy"
+
+	"golang.org/x/time/rate"
 )
 
 // Limits bounds what peers and strangers can cost. Every field must be set; cmd/countersignd documents them and has the defaults.
@@ -71,8 +73,9 @@ type Appliance struct {
 	anchored bool // the ledger has been held against its counter; of Start, then of Serve, then of Stop
 
 	retention  Retention
-	signing    lock  // held while a checkpoint is signed
-	refusals   tally // of what is too many to be written down one by one
+	signing    lock           // held while a checkpoint is signed
+	refusals   tally          // of what is too many to be written down one by one
+	failing    rate.Sometimes // handshakes, for a reason of ours: for the log
 	handshakes *limit.Handshakes
 	places     *limit.Connections
 	turns      map[string]*limit.Fair // by token
@@ -171,6 +174,7 @@ func New(ctx context.Context, limits Limits, l *ledger.Ledger, anchor Anchor, re
 		signing: make(lock, 1), creating: make(lock, 1), enrolling: make(lock, 1), activating: make(lock, 1),
 		keys: map[keystore.Ref]*Key{}, active: map[string]*Key{}, peers: map[[32]byte]*member{}, sessions: map[*session]struct{}{},
 	}
+	a.failing.Interval = time.Second
 	a.handshakes = limit.NewHandshakes(limits.Handshakes)
 	a.places = limit.NewConnections(limits.Connections, limits.ConnectionsPerSource, limits.Strangers)
 	a.turns = newTurns(limits.Calls, tokens)

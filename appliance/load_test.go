@@ -433,7 +433,7 @@ func TestDeviceThatHoldsHandshakes(t *testing.T) {
 	if n := entered.Load(); n != 1 {
 		t.Errorf("%d are in the device", n)
 	}
-	if text := e.log.String(); !strings.Contains(text, "handshake failed") || strings.Contains(text, `msg="handshake refused"`) {
+	if text := e.log.String(); !strings.Contains(text, "handshakes fail") || strings.Contains(text, `msg="handshake refused"`) {
 		t.Errorf("%s", text)
 	}
 	release()

@@ -147,7 +147,7 @@ func (a *Appliance) serveConn(stop context.Context, raw net.Conn, profile noise.
 	case failedHere(err) && (hctx.Err() == nil || time.Since(begun) > a.limits.HandshakeTimeout/2):
 		// A device that is away or has too much to do must not lock the peers out. Who sends message 1 at the last moment, so
 		// that its time ends while the device works, does not get that work for nothing.
-		a.log.Error("handshake failed", "from", from, "err", err)
+		a.failing.Do(func() { a.log.Error("handshakes fail", "from", from, "err", err) })
 		attempt.Forget()
 	case err != nil:
 		a.log.Info("handshake refused", "from", from, "err", err)
