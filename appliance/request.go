@@ -164,7 +164,7 @@ func (a *Appliance) begin(m *member, n int) (in bool, err error) {
 		return false, nil
 	case m.requests+n > a.limits.RequestsPerPeer:
 		return true, fmt.Errorf("%w for this peer", errBusy)
-	case a.requests+n > a.limits.Requests:
+	case a.requests+n > a.limits.Requests && m.requests > 0: // who has none gets in, or a few peers could keep all others out
 		return true, errBusy
 	case !m.pace.AllowN(time.Now(), n):
 		return true, errRate

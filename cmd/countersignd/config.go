@@ -181,7 +181,8 @@ type Limits struct {
 	Sources int `toml:"sources"`
 	// InFlight is how many requests of one connection are served at once; further ones wait unread. Default: 64.
 	InFlight int `toml:"in_flight"`
-	// Requests is how many requests are served at once in all, the items of a batch one by one; more are refused as busy. Default: 1024.
+	// Requests is how many requests are served at once in all, the items of a batch one by one; more are refused as
+	// busy, but for one of a peer that has none. Default: 1024.
 	Requests int `toml:"requests"`
 	// RequestsPerPeer is the same for one peer. Default: 256.
 	RequestsPerPeer int `toml:"requests_per_peer"`
