@@ -1,16 +1,12 @@
 package appliance
 
 import (
-	"context"
 	"crypto/rand"
 	"encoding/hex"
-	"encoding/json"
-	"errors"
 	"fmt"
 	"maps"
 	"math"
 	"math/big"
-	"strconv"
 	"sync/atomic"
 	"time"
 
@@ -20,12 +16,6 @@ import (
 	"countersign/transcript"
 	"countersign/wire"
 )
-
-// rules is a policy in force.
-type rules struct {
-	*policy.Policy
-	version uint64
-}
 
 // decision asks policy about a sign request, inside its admission, where what was signed before is counted, and makes the event
 // that says what was decided.
@@ -163,96 +153,4 @@ func refusal(a ledger.Admitted) error {
 		return writtenDown{errReplay}
 	}
 	return nil
-}
-
-// PolicyVersion is a policy that was or is in force.
-type PolicyVersion struct {
-	Version   uint64
-	Hash      string // SHA-256 of the text, hex
-	Text      string
-	Activated time.Time
-}
-
-type policyRecord struct {
-	Hash      string `json:"sha256"`
-	Text      string `json:"text"`
-	Activated int64  `json:"activated"` // Unix seconds
-}
-
-func policyKey(version uint64) string { return fmt.Sprintf("%020d", version) }
-
-// Policies lists all versions, the oldest first; the last one is in force.
-func (a *Appliance) Policies() (all []PolicyVersion, err error) {
-	err = a.ledger.All(ledger.Policies, func(key string, value []byte) error {
-		v, err := policyVersion(key, value)
-		all = append(all, v)
-		return err
-	})
-	return all, err
-}
-
-func policyVersion(key string, value []byte) (PolicyVersion, error) {
-	version, bad := strconv.ParseUint(key, 10, 64)
-	var r policyRecord
-	if err := errors.Join(bad, json.Unmarshal(value, &r)); err != nil {
-		return PolicyVersion{}, fmt.Errorf("policy %q in the ledger: %w", key, err)
-	}
-	return PolicyVersion{version, r.Hash, r.Text, time.Unix(r.Activated, 0).UTC()}, nil
-}
-
-// Activate puts a policy in force: when it returns, no other one decides any more. It is a new version, with an event, unless it is the
-// text that is in force already.
-func (a *Appliance) Activate(ctx context.Context, who audit.Actor, p *policy.Policy) (version uint64, changed bool, err error) {
-	err = a.act(ctx, a.activating, "activating a policy", func(ctx context.Context) error {
-		hash, before := hex.EncodeToString(p.Hash[:]), a.rules.Load()
-		same := errors.New("the same")
-		err := a.ledger.Update(ctx, func(tx *ledger.Tx) error {
-			var last PolicyVersion
-			if err := tx.All(ledger.Policies, func(key string, value []byte) (err error) { last, err = policyVersion(key, value); return err }); err != nil {
-				return err
-			}
-			if version = last.Version; last.Hash == hash {
-				return same
-			}
-			version++
-			if err := tx.Put(ledger.Policies, policyKey(version), encode(policyRecord{hash, string(p.Text), time.Now().Unix()})); err != nil {
-				return err
-			}
-			a.rules.Store(&rules{p, version}) // here, where nothing is decided: the admission after the event is by these
-			return tx.Append(entry(audit.Event{Type: audit.PolicyChanged, Actor: who, Action: "policy activate", Resource: "policy", Outcome: "ok",
-				Metadata: map[string]string{"sha256": hash, "previous": last.Hash, "version": strconv.FormatUint(version, 10)}}))
-		})
-		switch changed = err == nil; {
-		case errors.Is(err, same):
-			a.rules.Store(&rules{p, version})
-		case err != nil:
-			a.rules.Store(before)
-			return err
-		}
-		return nil
-	})
-	if err != nil {
-		return 0, false, err
-	}
-	return version, changed, nil
-}
-
-// Decision is one that policy made, with the event that records it.
-type Decision struct {
-	Event  uint64
-	Record []byte // policy.Record in JSON, the bytes whose digest is in the event
-}
-
-// Decision returns that of an event, or ErrNotFound.
-func (a *Appliance) Decision(event uint64) (Decision, error) {
-	d, err := a.ledger.Decision(event)
-	if errors.Is(err, ledger.ErrNotFound) {
-		err = fmt.Errorf("decision of event %d: %w", event, ErrNotFound)
-	}
-	return Decision{d.Event, d.Record}, err
-}
-
-// Decisions calls visit for each decision from an event and a time on, in their order, until it returns false.
-func (a *Appliance) Decisions(from uint64, since time.Time, visit func(Decision) bool) error {
-	return a.ledger.Decisions(from, since.UnixMilli(), func(d ledger.Decision) bool { return visit(Decision{d.Event, d.Record}) })
 }
