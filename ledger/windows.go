@@ -41,12 +41,11 @@ func totalKey(series []byte, at int64) []byte {
 // totalAt returns the newest total of a series at a time or before it; nil where there is none.
 func totalAt(c *bolt.Cursor, series []byte, at int64) (when int64, total *big.Int) {
 	after := totalKey(series, at+1)
-	k, v := c.Seek(after)
-	if k == nil {
-		k, v = c.Last()
-	} else {
-		k, v = c.Prev()
+	before := c.Prev
+	if k, _ := c.Seek(after); k == nil {
+		before = c.Last
 	}
+	k, v := before()
 	if !bytes.HasPrefix(k, series) {
 		return 0, nil
 	}

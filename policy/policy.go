@@ -264,7 +264,7 @@ func misfit(id string, err error) string {
 
 // ids are the rules' ids in the order of the text.
 func (p *Policy) ids() []cedar.PolicyID {
-	return slices.SortedFunc(maps.Keys(p.rules.Map()), func(a, b cedar.PolicyID) int {
+	return slices.SortedFunc(maps.Keys(maps.Collect(p.rules.All())), func(a, b cedar.PolicyID) int {
 		return p.rules.Get(a).Position().Offset - p.rules.Get(b).Position().Offset
 	})
 }
