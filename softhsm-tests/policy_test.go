@@ -203,6 +203,8 @@ func TestPolicyCommands(t *testing.T) {
 	db.Close()
 	s.serve()
 	fails(1, "one of them was changed", "policy", "explain", number(signed[0]))
+	fails(1, "one of them was changed", "policy", "diff", s.path("policy.cedar"))
+	fails(1, "one of them was changed", "policy", "export")
 	says(s.must("policy", "explain", number(signed[1])), "the same in the audit log")
 }
 

@@ -107,6 +107,9 @@ func (r *records) read(ctx context.Context, since time.Time, see func(api.Decisi
 		if err != nil || len(some) == 0 {
 			return err
 		}
+		if err := r.logged(ctx, some); err != nil {
+			return err
+		}
 		for _, d := range some {
 			if err := see(d); err != nil {
 				return err
@@ -114,6 +117,33 @@ func (r *records) read(ctx context.Context, since time.Time, see func(api.Decisi
 			from = d.Event + 1
 		}
 	}
+}
+
+// logged holds records against the digests that their events have, as far as those are kept.
+func (r *records) logged(ctx context.Context, some []api.Decision) error {
+	inputs, last := map[uint64]string{}, some[len(some)-1].Event
+	for from := some[0].Event; from <= last; {
+		events, err := r.client.Events(ctx, from, 1000)
+		if err != nil {
+			return err
+		}
+		for _, e := range events {
+			inputs[e.Index], from = e.Metadata["inputs"], e.Index+1
+		}
+		if len(events) == 0 {
+			break
+		}
+	}
+	for _, d := range some {
+		if digest, kept := inputs[d.Event]; kept && digest != policy.Digest([]byte(d.Record)) {
+			return changed(d.Event)
+		}
+	}
+	return nil
+}
+
+func changed(event uint64) error {
+	return fmt.Errorf("event %d of the audit log does not have the SHA-256 of its record: one of them was changed", event)
 }
 
 // policy returns the one with a hash, with its text.
@@ -347,7 +377,7 @@ func (t *tool) explain(ctx context.Context, from *records, event uint64, raw str
 			return err
 		}
 		if len(events) != 1 || events[0].Index != event || events[0].Metadata["inputs"] != digest {
-			return fmt.Errorf("event %d of the audit log does not have the SHA-256 of this record: one of them was changed", event)
+			return changed(event)
 		}
 		logged = "the same in the audit log"
 	}
