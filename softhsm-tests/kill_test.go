@@ -18,6 +18,7 @@ import (
 	"countersign/admin/api"
 	"countersign/audit"
 	"countersign/client"
+	"countersign/policy"
 )
 
 // kills is how often TestKilledUnderLoad kills the daemon, unless KILLS says otherwise.
@@ -31,6 +32,7 @@ const kills = 200
 //   - no nonce has two admissions;
 //   - whatever a peer had asked, answered or not, an identical request gets one and the same signature, and another
 //     request under its nonce is a replay, if the first was admitted at all;
+//   - policy has counted each admission, and nothing else: the nth was decided with n signatures of this key;
 //   - the audit log has grown from every checkpoint that was shown, and keeps the ledger's rules.
 //
 // SIGKILL does not lose what the kernel holds for the disk; that half of promise 1 is bbolt's fsync.
@@ -110,9 +112,45 @@ func TestKilledUnderLoad(t *testing.T) {
 		t.Errorf("only %d checkpoints were seen: the test has lost its point", len(shown.texts))
 	}
 	t.Logf("%d kills, %d requests, %d answers, %d checkpoints", rounds, len(asked), answers, len(shown.texts))
+	s.checkCounts()
 	p.stop()
 	if out, code := s.daemon("check", "--deep"); code != 0 {
 		t.Errorf("check --deep: %d, %s", code, out)
+	}
+}
+
+// checkCounts reads what each admission was decided by.
+func (s *system) checkCounts() {
+	s.t.Helper()
+	n := int64(0)
+	for from := uint64(0); ; {
+		some, err := s.admin().Decisions(s.t.Context(), from, 0)
+		if err != nil {
+			s.t.Fatal(err)
+		}
+		if len(some) == 0 {
+			break
+		}
+		for _, d := range some {
+			r, err := policy.ParseRecord([]byte(d.Record))
+			if err != nil || !r.Allowed {
+				s.t.Fatalf("event %d: %+v, %v", d.Event, r, err)
+			}
+			n++
+			if got := r.Used[1][len(policy.Windows)-1].Signatures; got != n {
+				s.t.Fatalf("event %d is admission %d and was decided with %d", d.Event, n, got)
+			}
+			from = d.Event + 1
+		}
+	}
+	admitted := int64(0)
+	for _, e := range s.events() {
+		if e.Type.Kind() == audit.Admission {
+			admitted++
+		}
+	}
+	if n != admitted || n == 0 {
+		s.t.Errorf("%d decisions of %d admissions", n, admitted)
 	}
 }
 
