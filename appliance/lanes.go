@@ -51,10 +51,9 @@ func (k *Key) Exchange(ctx context.Context, peer [32]byte) (shared [32]byte, err
 
 // newTurns makes the queues of the tokens. How many may wait is bounded by what is let in before: see begin and Handshakes.
 func newTurns(calls map[string]int, tokens map[string]keystore.Store) map[string]*limit.Fair {
-	const unbounded = 1 << 30
 	turns := map[string]*limit.Fair{}
 	for name := range tokens {
-		turns[name] = limit.NewFair(max(1, calls[name]), unbounded, unbounded)
+		turns[name] = limit.NewFair(max(1, calls[name]))
 	}
 	return turns
 }

@@ -25,6 +25,7 @@ type member struct {
 	seen      time.Time     // when it last proved to be there
 	from      string        // the address from which it last connected; "" if never
 	written   time.Time     // seen, as the ledger has it
+	sessions  int           // open connections
 	requests  int           // being served, the items of a batch one by one
 	pace      *rate.Limiter // how often it may ask
 	refusals  *rate.Limiter // how many refusals are written down one by one
@@ -182,11 +183,7 @@ func (a *Appliance) ResumePeer(ctx context.Context, who audit.Actor, name string
 
 // setSuspended writes down that a peer is kept out, or not any more. What is so already is no event.
 func setSuspended(tx *ledger.Tx, who audit.Actor, name string, suspended bool) error {
-	record := tx.Get(ledger.Peers, name)
-	if len(record) == 0 {
-		return fmt.Errorf("peer %q: %w", ijson.Clip(name), ErrNotFound)
-	}
-	r, _, err := decodePeer(name, record)
+	r, _, err := decodePeer(name, tx.Get(ledger.Peers, name))
 	if err != nil || r.Suspended == suspended {
 		return err
 	}
@@ -249,13 +246,7 @@ func (a *Appliance) Peers() []PeerStatus {
 	defer a.mu.RUnlock()
 	var all []PeerStatus
 	for _, m := range a.peers {
-		p := PeerStatus{Peer: m.Peer, Suspended: m.suspended, Seen: m.seen}
-		for s := range a.sessions {
-			if s.member == m {
-				p.Connections++
-			}
-		}
-		all = append(all, p)
+		all = append(all, PeerStatus{Peer: m.Peer, Suspended: m.suspended, Seen: m.seen, Connections: m.sessions})
 	}
 	slices.SortFunc(all, func(x, y PeerStatus) int { return strings.Compare(x.Name, y.Name) })
 	return all

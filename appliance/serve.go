@@ -201,13 +201,7 @@ func (a *Appliance) enter(s *session) bool {
 	if m == nil || !m.in() {
 		return false
 	}
-	open := 0
-	for other := range a.sessions {
-		if other.member == m {
-			open++
-		}
-	}
-	if open >= a.limits.ConnectionsPerPeer {
+	if m.sessions >= a.limits.ConnectionsPerPeer {
 		a.refusals.count(audit.RateLimitTriggered, "connect", m.Name, wire.CodeBusy)
 		return false
 	}
@@ -219,6 +213,7 @@ func (a *Appliance) enter(s *session) bool {
 	if from := addressOf(s.conn); from.IsValid() {
 		m.from = from.String()
 	}
+	m.sessions++
 	a.sessions[s] = struct{}{}
 	return true
 }
@@ -227,6 +222,7 @@ func (a *Appliance) leave(s *session) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	s.member.seen = time.Now()
+	s.member.sessions--
 	delete(a.sessions, s)
 }
 

@@ -3,27 +3,9 @@ package limit
 import (
 	"container/list"
 	"context"
-	"errors"
 	"fmt"
 	"sync"
 	"sync/atomic"
-	"time"
-)
-
-// ErrBusy means that too many wait already. It comes in a *Busy.
-var ErrBusy = errors.New("too many are waiting")
-
-// Busy is a refusal of Fair.
-type Busy struct {
-	RetryAfter time.Duration // an estimate: by then, at the present pace, all who wait now have had their turn
-}
-
-func (b *Busy) Error() string { return ErrBusy.Error() }
-func (b *Busy) Unwrap() error { return ErrBusy }
-
-const (
-	retrySoonest = 10 * time.Millisecond
-	retryLatest  = 10 * time.Second
 )
 
 // Fair shares a device between lanes: one for each peer, one for handshakes, one for the appliance's own work. What holds:
@@ -34,27 +16,21 @@ const (
 //     much the others ask for.
 //   - A lane keeps its turn when one of its waiters gives up. If that one had just been given the slot, the next in its lane
 //     has it. A lane in which nobody waits any more has no turn, and comes last when it is back.
-//   - At most perLane wait in a lane and total in all. A lane in which nobody waits is not remembered.
+//   - A lane in which nobody waits is not remembered. How many may wait is for those to bound who let them in.
 //
 // A lane may hold all the slots: they come back one by one, and each goes to the lane whose turn it is. A limit on them would
 // leave a part of the device idle while the others are quiet, and save a newcomer less than the time of one operation.
 // So operations must be bounded: with all slots hung, everybody waits.
 //
-// With total below perLane times the number of lanes, lanes can fill the queue together and keep another one out.
-//
 // It is for concurrent use. Each call takes constant time, and nobody but the callers waits.
 type Fair struct {
-	slots, perLane, total int
+	slots int
 
 	mu      sync.Mutex
 	held    int
 	waiting int
 	lanes   map[string]*lane // those in which somebody waits
 	turns   list.List        // of *lane: the same, the next first
-
-	// The pace of slots given back while somebody waits.
-	last     time.Time     // when the latest was, or the queue began
-	interval time.Duration // between two, averaged over some eight
 }
 
 type lane struct {
@@ -69,25 +45,20 @@ type place struct {
 	granted chan struct{}
 }
 
-// NewFair panics if the numbers make no sense.
-func NewFair(slots, perLane, total int) *Fair {
-	if slots < 1 || perLane < 1 || total < 1 {
-		panic(fmt.Sprintf("limit: %d slots, %d and %d waiting", slots, perLane, total))
+// NewFair panics if there are no slots.
+func NewFair(slots int) *Fair {
+	if slots < 1 {
+		panic(fmt.Sprintf("limit: %d slots", slots))
 	}
-	return &Fair{slots: slots, perLane: perLane, total: total, lanes: map[string]*lane{}}
+	return &Fair{slots: slots, lanes: map[string]*lane{}}
 }
 
-// Acquire waits for a slot until ctx ends, or refuses at once with a *Busy. The slot is held until release is called, for which
-// further calls do nothing.
+// Acquire waits for a slot until ctx ends. The slot is held until release is called, for which further calls do nothing.
 func (f *Fair) Acquire(ctx context.Context, lane string) (release func(), err error) {
 	if err := ctx.Err(); err != nil {
 		return nil, err
 	}
-	p, err := f.enter(lane)
-	if err != nil {
-		return nil, err
-	}
-	if p != nil {
+	if p := f.enter(lane); p != nil {
 		select {
 		case <-p.granted:
 		case <-ctx.Done():
@@ -104,20 +75,14 @@ func (f *Fair) Acquire(ctx context.Context, lane string) (release func(), err er
 }
 
 // enter takes a slot, or else a place in the queue.
-func (f *Fair) enter(name string) (*place, error) {
+func (f *Fair) enter(name string) *place {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	if f.held < f.slots { // and so nobody waits
 		f.held++
-		return nil, nil
+		return nil
 	}
 	l := f.lanes[name]
-	if f.waiting == f.total || l != nil && l.queue.Len() == f.perLane {
-		return nil, &Busy{f.retryAfter()}
-	}
-	if f.waiting == 0 {
-		f.last = time.Now()
-	}
 	if l == nil {
 		l = &lane{name: name}
 		l.turn = f.turns.PushBack(l)
@@ -126,22 +91,13 @@ func (f *Fair) enter(name string) (*place, error) {
 	f.waiting++
 	p := &place{lane: name, granted: make(chan struct{})}
 	p.in = l.queue.PushBack(p)
-	return p, nil
+	return p
 }
 
 // release gives a slot to the lane whose turn it is.
 func (f *Fair) release() {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	if f.waiting > 0 {
-		now := time.Now()
-		if d := now.Sub(f.last); f.interval == 0 {
-			f.interval = d
-		} else {
-			f.interval += (d - f.interval) / 8
-		}
-		f.last = now
-	}
 	f.pass()
 }
 
@@ -185,13 +141,4 @@ func (f *Fair) remove(p *place) {
 		f.turns.Remove(l.turn)
 		delete(f.lanes, p.lane)
 	}
-}
-
-func (f *Fair) retryAfter() time.Duration {
-	// A slot that is overdue says more than those before it: the device may hang.
-	interval := f.interval
-	if f.waiting > 0 {
-		interval = max(interval, time.Since(f.last))
-	}
-	return min(max(time.Duration(f.waiting)*interval, retrySoonest), retryLatest)
 }
