@@ -48,16 +48,35 @@ const (
 	KeyCreationFailed   Type = "KeyCreationFailed"
 	KeyRotated          Type = "KeyRotated"
 	KeyRotationFailed   Type = "KeyRotationFailed"
-	KeyStateChanged     Type = "KeyStateChanged"
+	KeyStateChanged     Type = "KeyStateChanged" // metadata from and to
+	KeyCommitted        Type = "KeyCommitted"    // a version's successor is made: metadata next is SHA-256 of its public key
+	RotationAnnounced   Type = "RotationAnnounced"
+	RotationKnown       Type = "RotationKnown" // a peer has acknowledged a rotation
+	LineChanged         Type = "LineChanged"   // how a key is rotated, and whether operators must confirm it
+	NoiseKeyAuthorized  Type = "NoiseKeyAuthorized"
 	PeerAdded           Type = "PeerAdded"
 	PeerRemoved         Type = "PeerRemoved"
 	PeerSuspended       Type = "PeerSuspended"
 	PeerResumed         Type = "PeerResumed"
 	PolicyChanged       Type = "PolicyChanged"
+	OperatorEnrolled    Type = "OperatorEnrolled" // the first administrator, by root
+	OperatorChanged     Type = "OperatorChanged"  // metadata operator: the record after it; none where it was removed
 	OperatorSignedIn    Type = "OperatorSignedIn"
-	ApprovalGiven       Type = "ApprovalGiven"
+	OperatorSignedOut   Type = "OperatorSignedOut"
+	SignInRefused       Type = "SignInRefused"
+	PresenceConfirmed   Type = "PresenceConfirmed" // of an operator, for a key
+	ApprovalsChanged    Type = "ApprovalsChanged"  // how many approvers an act needs
+	ProposalMade        Type = "ProposalMade"      // metadata text, which is what is approved, and its digest
+	ApprovalGiven       Type = "ApprovalGiven"     // metadata digest, credential, proof
+	ProposalWithdrawn   Type = "ProposalWithdrawn"
+	ProposalExpired     Type = "ProposalExpired"
+	ProposalRun         Type = "ProposalRun"  // it was approved, and is carried out from here on
+	ProposalDone        Type = "ProposalDone" // and how that ended
+	Locked              Type = "Locked"
+	Unlocked            Type = "Unlocked"
 	BackupMade          Type = "BackupMade"
 	BackupRestored      Type = "BackupRestored"
+	RetentionChanged    Type = "RetentionChanged"
 	RetentionApplied    Type = "RetentionApplied" // names the epoch that is dropped, or the time before which receipts are
 	LegalHoldSet        Type = "LegalHoldSet"
 	LegalHoldReleased   Type = "LegalHoldReleased"
@@ -90,7 +109,11 @@ var kinds = map[Type]Kind{
 	SignatureCreated: Outcome, SignatureFailed: Outcome, SubscriptionCreated: Outcome, PaymentCompleted: Outcome, PaymentFailed: Outcome,
 	SignatureVerified: Spent, SignatureRejected: Other, ReplayRefused: Other, RateLimitTriggered: Other, HandshakeRefused: Other,
 	KeyCreated: Other, KeyImported: Other, KeyCreationFailed: Other, KeyRotated: Other, KeyRotationFailed: Other, KeyStateChanged: Other,
-	PeerAdded: Other, PeerRemoved: Other, PeerSuspended: Other, PeerResumed: Other, PolicyChanged: Other, OperatorSignedIn: Other, ApprovalGiven: Other,
+	KeyCommitted: Other, RotationAnnounced: Other, RotationKnown: Other, LineChanged: Other, NoiseKeyAuthorized: Other,
+	PeerAdded: Other, PeerRemoved: Other, PeerSuspended: Other, PeerResumed: Other, PolicyChanged: Other,
+	OperatorEnrolled: Other, OperatorChanged: Other, OperatorSignedIn: Other, OperatorSignedOut: Other, SignInRefused: Other, PresenceConfirmed: Other,
+	ApprovalsChanged: Other, ProposalMade: Other, ApprovalGiven: Other, ProposalWithdrawn: Other, ProposalExpired: Other, ProposalRun: Other, ProposalDone: Other,
+	Locked: Other, Unlocked: Other, RetentionChanged: Other,
 	BackupMade: Other, BackupRestored: Other, RetentionApplied: Other, LegalHoldSet: Other, LegalHoldReleased: Other, LedgerCompacted: Other,
 	DeviceUnavailable: Other, DeviceRecovered: Other, TokenRetried: Other,
 	LedgerBound: Other, RollbackDetected: Other, RollbackAccepted: Other, ClockRefused: Other, ClockRecovered: Other, ClockAccepted: Other,
@@ -133,6 +156,8 @@ type Actor struct {
 	PublicKey string `json:"public_key,omitempty"` // hex
 	// Identity is the Ed25519 key, in hex, that a peer of the profile pubky-noise-v1 has proven to be bound to.
 	Identity string `json:"identity,omitempty"`
+	// Proposal is the number of the approved proposal that the operator's act carries out.
+	Proposal uint64 `json:"proposal,omitempty"`
 }
 
 // Peer, Operator and Daemon name the actor of an event.
@@ -190,6 +215,8 @@ func decodeStrict(b []byte) (Event, error) {
 		return Event{}, errors.New("its actor has no public key")
 	case e.Actor.Identity != "" && (e.Actor.Kind != "peer" || len(e.Actor.Identity) != 64):
 		return Event{}, errors.New("its actor has an identity that is none")
+	case e.Actor.Proposal != 0 && e.Actor.Kind != "operator":
+		return Event{}, errors.New("its actor carries out a proposal and is no operator")
 	case e.Action == "" || e.Outcome == "":
 		return Event{}, errors.New("it has no action or no outcome")
 	}

@@ -36,7 +36,7 @@ import (
 )
 
 // format is the version of the file's layout. A ledger with a higher one belongs to a newer program.
-const format = 3
+const format = 4
 
 // maxBatch bounds the requests in one transaction, and with it the time that a commit takes.
 const maxBatch = 512
@@ -90,17 +90,20 @@ var (
 
 func buckets() [][]byte {
 	return [][]byte{bucketMeta, bucketEvents, bucketHashes, bucketEpochs, bucketNonces, bucketOutcomes, bucketReceipts, bucketIDs,
-		bucketCounters, bucketRisen, bucketDecisions, []byte(Keys), []byte(Peers), []byte(Policies)}
+		bucketCounters, bucketRisen, bucketDecisions, []byte(Keys), []byte(Lines), []byte(Peers), []byte(Policies), []byte(Operators), []byte(Proposals)}
 }
 
 // Table is a named set of records that managing the appliance needs; their bytes belong to the caller.
 type Table string
 
 const (
-	Keys     Table = "keys"
-	Peers    Table = "peers"
-	Policies Table = "policies"
-	Meta     Table = "meta" // what is about the ledger itself; its format and time are there too
+	Keys      Table = "keys"
+	Lines     Table = "lines" // of keys
+	Peers     Table = "peers"
+	Policies  Table = "policies"
+	Operators Table = "operators"
+	Proposals Table = "proposals"
+	Meta      Table = "meta" // what is about the ledger itself; its format and time are there too
 )
 
 // Options say how long things are kept and what may be trusted. The zero value has the defaults.

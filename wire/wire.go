@@ -33,6 +33,8 @@ const (
 	OpVerify = "verify"
 	OpProof  = "proof"
 	OpBatch  = "batch"
+	OpLine   = "line"
+	OpAck    = "rotation.ack"
 )
 
 // The codes of an error answer. They are stable: programs decide by them.
@@ -144,6 +146,73 @@ func NewItemAnswer(result any, refusal *Error) ItemAnswer {
 	return ItemAnswer{Result: b}
 }
 
+// Line asks for the steps of a key's line of versions: those that lead to From+1 and on.
+type Line struct {
+	ID   string `json:"id"`
+	Op   string `json:"op"`
+	Key  string `json:"key"`
+	From uint32 `json:"from"` // the version that the peer trusts, from 1
+}
+
+// Ack says that the peer has taken notice of a rotation.
+type Ack struct {
+	ID      string `json:"id"`
+	Op      string `json:"op"`
+	Key     string `json:"key"`
+	Version uint32 `json:"version"`
+}
+
+// Steps answers Line. More says that there are further ones: ask again from the last one's version.
+type Steps struct {
+	Key   string       `json:"key"`
+	Steps []Succession `json:"steps"`
+	More  bool         `json:"more"`
+}
+
+// Acknowledged answers Ack.
+type Acknowledged struct {
+	Key     string `json:"key"`
+	Version uint32 `json:"version"`
+}
+
+// Succession is one step of a line: a key-succession-v1 document and its signature by the old version. It is kept for ever: its
+// times are those of its signing and end nothing.
+type Succession struct {
+	Payload   jsontext.Value `json:"payload"`
+	Nonce     Bytes32        `json:"nonce"`
+	Timestamp int64          `json:"timestamp"`
+	ExpiresAt int64          `json:"expires_at"`
+	Signature Bytes          `json:"signature"`
+}
+
+// Authorization is a paykit-noise-key-authorization-v1 document and its signature by its owner.
+type Authorization struct {
+	Payload   jsontext.Value `json:"payload"`
+	Signature Bytes          `json:"signature"`
+}
+
+// EventRotation is the event of a Rotation.
+const EventRotation = "rotation"
+
+// NoiseKey is the key of a Rotation that is about the listener's Noise key.
+const NoiseKey = "noise"
+
+// Rotation is sent by the appliance without being asked: a key gets a new version. A peer acknowledges it with Ack.
+type Rotation struct {
+	Event       string  `json:"event"`
+	Key         string  `json:"key"`
+	Version     uint32  `json:"version"` // the new one
+	PublicKey   Bytes32 `json:"public_key"`
+	ActivatesAt int64   `json:"activates_at"` // from then on the new version signs, or answers handshakes
+	RetiresAt   int64   `json:"retires_at"`   // until then the old one is accepted, at the most
+	// Compromised: the old version must not be believed any more.
+	Compromised bool `json:"compromised,omitempty"`
+	// Succession is the step to this version, where the key is a signing key that could sign it.
+	Succession *Succession `json:"succession,omitempty"`
+	// Authorization is there for the Noise key of an appliance with an identity.
+	Authorization *Authorization `json:"authorization,omitempty"`
+}
+
 // KeyName returns Key, or "" where it is not given.
 func (v *Verify) KeyName() string {
 	if v.Key == nil {
@@ -172,6 +241,9 @@ type Key struct {
 	Custody    string  `json:"custody"`
 	Provenance string  `json:"provenance"` // generated in the device, or imported
 	PublicKey  Bytes32 `json:"public_key"`
+	// Next is SHA-256 of the public key of the next version, which exists already. Whoever follows the line from this version on
+	// must know it.
+	Next *Bytes32 `json:"next,omitempty"`
 }
 
 // Signed answers Sign. Event is the index of the admission in the audit log. Repeated says that this request had been
@@ -238,9 +310,11 @@ var required = map[string][]string{
 	OpSign:   {"key", "type", "payload", "nonce", "timestamp", "expires_at"},
 	OpVerify: {"type", "payload", "nonce", "timestamp", "expires_at", "signature", "public_key"},
 	OpProof:  {"event"},
+	OpLine:   {"key", "from"},
+	OpAck:    {"key", "version"},
 }
 
-// Parse reads a request strictly. It returns a *Ping, *Keys, *Sign, *Verify, *Proof or *Batch, the last with at most so many items.
+// Parse reads a request strictly. It returns a *Ping, *Keys, *Sign, *Verify, *Proof, *Line, *Ack or *Batch, the last with at most so many items.
 // The error is an *Error; the id is given back with it whenever the document was sound enough to have one.
 func Parse(b []byte, maxItems int) (id string, request any, err error) {
 	if len(b) > MaxDocument {
@@ -268,10 +342,14 @@ func Parse(b []byte, maxItems int) (id string, request any, err error) {
 		request = new(Verify)
 	case OpProof:
 		request = new(Proof)
+	case OpLine:
+		request = new(Line)
+	case OpAck:
+		request = new(Ack)
 	case OpBatch:
 		return parseBatch(id, document, maxItems)
 	default:
-		return id, nil, refuse(CodeUnsupported, "unknown op: this appliance knows ping, keys, sign, verify, proof, batch")
+		return id, nil, refuse(CodeUnsupported, "unknown op: this appliance knows ping, keys, sign, verify, proof, batch, line, rotation.ack")
 	}
 	if err := document.Into(request, required[op]...); err != nil {
 		return id, nil, refuse(CodeMalformed, "%v", err)
@@ -371,6 +449,36 @@ func DecodeAnswer(b []byte) (Answer, error) {
 		return Answer{}, errors.New("wire: answer: must have one of result and error")
 	}
 	return a, nil
+}
+
+// EncodeRotation writes a rotation event.
+func EncodeRotation(r Rotation) []byte {
+	r.Event = EventRotation
+	b, err := json.Marshal(r)
+	if err != nil {
+		panic("wire: a rotation that is not JSON: " + err.Error())
+	}
+	return b
+}
+
+// DecodeMessage reads what an appliance sends, strictly: an answer, or where rotation is not nil an event.
+func DecodeMessage(b []byte) (answer Answer, rotation *Rotation, err error) {
+	document, err := ijson.Parse(b)
+	if err != nil {
+		return Answer{}, nil, fmt.Errorf("wire: %w", err)
+	}
+	if len(document.Members["event"]) == 0 {
+		answer, err = DecodeAnswer(b)
+		return answer, nil, err
+	}
+	rotation = new(Rotation)
+	if err := document.Into(rotation, "event", "key", "version", "public_key", "activates_at", "retires_at"); err != nil {
+		return Answer{}, nil, fmt.Errorf("wire: event: %w", err)
+	}
+	if rotation.Event != EventRotation {
+		return Answer{}, nil, fmt.Errorf("wire: event %q is unknown", ijson.Clip(rotation.Event))
+	}
+	return Answer{}, rotation, nil
 }
 
 // Into decodes the result into v strictly.
