@@ -4,6 +4,8 @@ import (
 	"bytes"
 	"context"
 	"crypto/ed25519"
+	"crypto/rand"
+	"crypto/x509"
 	"encoding/pem"
 	"errors"
 	"fmt"
@@ -145,20 +147,33 @@ func TestSend(t *testing.T) {
 	}))
 	defer server.Close()
 	server.Config.ErrorLog = slog.NewLogLogger(slog.DiscardHandler, 0)
-	authority := filepath.Join(t.TempDir(), "ca.pem")
-	if err := os.WriteFile(authority, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: server.Certificate().Raw}), 0o600); err != nil {
+	_, private, err := ed25519.GenerateKey(nil)
+	if err != nil {
 		t.Fatal(err)
+	}
+	alike := &x509.Certificate{Subject: server.Certificate().Subject, IsCA: true, BasicConstraintsValid: true, NotAfter: server.Certificate().NotAfter}
+	stranger, err := x509.CreateCertificate(rand.Reader, alike, alike, private.Public(), private)
+	if err != nil {
+		t.Fatal(err)
+	}
+	authority, other := filepath.Join(t.TempDir(), "ca.pem"), filepath.Join(t.TempDir(), "other.pem")
+	for path, der := range map[string][]byte{authority: server.Certificate().Raw, other: stranger} {
+		if err := os.WriteFile(path, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der}), 0o600); err != nil {
+			t.Fatal(err)
+		}
 	}
 	url := server.URL + "/hook?token=secret"
 	var s *Sender
-	s, b = newSender(t, Target{Name: "trusting", URL: url, CAFile: authority}, Target{Name: "strange", URL: url})
+	s, b = newSender(t, Target{Name: "trusting", URL: url, CAFile: authority}, Target{Name: "system", URL: url}, Target{Name: "other", URL: url, CAFile: other})
 	if err := s.Send(t.Context(), "trusting", "msg_1", []byte(body)); err != nil {
 		t.Error(err)
 	} else if err := <-got; err != nil {
 		t.Error(err)
 	}
-	if err := s.Send(t.Context(), "strange", "msg_1", []byte(body)); err == nil || strings.Contains(err.Error(), "secret") {
-		t.Errorf("a server that nobody vouches for: %v", err)
+	for _, target := range []string{"system", "other"} {
+		if err := s.Send(t.Context(), target, "msg_1", []byte(body)); err == nil || !strings.Contains(err.Error(), "x509") || strings.Contains(err.Error(), "secret") {
+			t.Errorf("a server that the authorities of %q do not vouch for: %v", target, err)
+		}
 	}
 	if err := s.Send(t.Context(), "nobody", "msg_1", nil); !errors.Is(err, ErrUnknown) {
 		t.Error(err)
@@ -450,7 +465,9 @@ func TestStop(t *testing.T) {
 		s, b := newSender(t, local("shop")...)
 		t.Cleanup(func() { same(t, b.read()) })
 		run(t, s, func(w http.ResponseWriter, r *http.Request) { <-r.Context().Done() })
-		queueUp(t, s, "shop", "msg_1")
+		if err := s.Queue("shop", Message{ID: "msg_1", Born: time.Now().Add(-tryFor)}); err != nil { // its last try
+			t.Fatal(err)
+		}
 		synctest.Wait()
 	})
 }

@@ -70,6 +70,7 @@ func TestVerify(t *testing.T) {
 		{name: "others only", change: set(headerSignature, "v1,K5oZ "+wrong), want: ErrSignature},
 		{name: "as another scheme", change: set(headerSignature, "v1,"+vectorSignature[4:]), want: ErrSignature},
 		{name: "cut", change: set(headerSignature, vectorSignature[:len(vectorSignature)-4]), want: ErrSignature},
+		{name: "bits left over", change: set(headerSignature, vectorSignature[:len(vectorSignature)-3]+"h=="), want: ErrSignature},
 		{name: "nine signatures", change: set(headerSignature, strings.Repeat(wrong+" ", 8)+vectorSignature), want: ErrMalformed},
 		{name: "eight signatures", change: set(headerSignature, strings.Repeat(wrong+" ", 7)+vectorSignature)},
 	} {
