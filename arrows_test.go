@@ -31,7 +31,7 @@ var arrows = map[string]struct{ ours, outside []string }{
 	"tpm":                   {[]string{"eddsa", "keystore"}, []string{"github.com/google/go-tpm", "golang.org/x/sys"}},
 	"tpm/tpmtest":           {nil, nil},
 	"keystore/worker":       {[]string{"keystore"}, nil},
-	"appliance":             {[]string{"audit", "eddsa", "ijson", "keystore", "ledger", "limit", "noise", "policy", "transcript", "wire"}, []string{"golang.org/x/time"}},
+	"appliance":             {[]string{"audit", "eddsa", "ijson", "keystore", "ledger", "limit", "noise", "policy", "schedule", "transcript", "webhook", "wire"}, []string{"golang.org/x/time"}},
 	"admin":                 {[]string{"admin/api", "appliance", "audit", "ijson", "keystore", "ledger", "policy"}, []string{"github.com/labstack/echo/v4"}},
 	"admin/api":             {[]string{"audit", "keystore"}, nil},
 	"client":                {[]string{"audit", "eddsa", "ijson", "noise", "transcript", "wire"}, []string{"github.com/go-json-experiment/json"}},
