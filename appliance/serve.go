@@ -136,7 +136,7 @@ func (a *Appliance) serveConn(stop context.Context, raw net.Conn, profile noise.
 		begun = time.Now()
 		return err
 	}
-	conn, err := noise.Accept(hctx, raw, static{key}, profile, admit, func(peer [32]byte) bool { _, ok := a.member(peer); return ok })
+	conn, err := noise.Accept(hctx, raw, []noise.Static{static{key}}, profile, admit, func(peer [32]byte) bool { _, ok := a.member(peer); return ok })
 	if attempt != nil {
 		defer attempt.End() // after Good it does nothing
 	}

@@ -35,7 +35,7 @@ var (
 	// ErrUnreachable: no connection could be made. Nothing has happened.
 	ErrUnreachable = errors.New("the appliance can't be reached")
 	// ErrHandshake: the appliance closed the connection during the handshake: it does not know this identity, or
-	// ServerKey is not its key. It also does so when it has too many connections, is stopping, or can't reach its token,
+	// ServerKey is not its key, or not any more. It also does so when it has too many connections, is stopping, or can't reach its token,
 	// and does not say which: with RetryFor, the call tries again. Nothing has happened.
 	ErrHandshake = errors.New("the appliance refused the handshake")
 	// ErrUnknownOutcome: a verify request was sent, and whether it was served is not known: the connection broke, or the
@@ -76,6 +76,31 @@ type Config struct {
 	// call's context may end it earlier. It is also how long a call is made again that the appliance was too busy for. Default 0: a
 	// broken connection is replaced once, without waiting.
 	RetryFor time.Duration
+
+	// Lines are versions of keys that are trusted. Where a key is pinned, Sign gives out a signature only of that version or of one that
+	// follows from it by the rules of Line.Follow; all else is ErrBrokenLine. The client asks the appliance for the steps itself and
+	// remembers how far it came: see Pinned. Default: none; a signature is by whatever key the appliance says.
+	Lines []Line
+	// OnRotation is told of rotations, one after the other, by a goroutine that has nothing else to do: it may take its time and use the
+	// client. Of a burst it gets the newest one of each key. An event comes once; one that was not acknowledged, because Err was set or the
+	// connection broke, comes again, for instance after a restart.
+	OnRotation func(Rotation)
+	// OnServerKey is told the listener's new Noise key, to be kept for the next start, before OnRotation is. The old key answers
+	// until the rotation's RetiresAt, the new one perhaps not before its ActivatesAt: until then start with the new one as ServerKey
+	// and the old one as FormerServerKey. A running client changes over by itself.
+	OnServerKey func(key [32]byte)
+	// FormerServerKey is tried where ServerKey is refused. Take it away when it has retired: who has its private key can pose as the
+	// appliance. Default: none.
+	FormerServerKey [32]byte
+	// ServerIdentity is the Ed25519 key of an appliance that has one. Where it is set, a new Noise key counts only with this identity's
+	// signature, and with a generation that is at least ServerGeneration and that of the last one: a thief of the present Noise key
+	// can't lead the client to a key of his own. Default: none; the channel is trusted.
+	ServerIdentity   [32]byte
+	ServerGeneration uint64
+	// Unacknowledged leaves it to the application to call Acknowledge. By default a rotation is acknowledged when OnRotation (of the
+	// Noise key: OnServerKey) has returned, and also without OnRotation where the line is pinned. What nobody was told is not
+	// acknowledged: the appliance may retire the old version when all have.
+	Unacknowledged bool
 }
 
 // Client is safe for concurrent use.
@@ -88,6 +113,10 @@ type Client struct {
 	lock   chan struct{} // a mutex that a context can give up waiting for
 	conn   *conn         // under lock; nil while there is none
 	closed bool          // under lock
+
+	pins       map[string]*pin
+	hearing    hearing
+	serverKeys serverKeys
 }
 
 // New makes a client. It connects at the first call.
@@ -114,8 +143,29 @@ func New(c Config) (*Client, error) {
 		}
 		log = &l
 	}
+	pins := map[string]*pin{}
+	for _, l := range c.Lines {
+		if err := l.check(); err != nil {
+			return nil, fmt.Errorf("client: Lines: %w", err)
+		}
+		if pins[l.Key] != nil {
+			return nil, fmt.Errorf("client: Lines: %q is pinned twice", l.Key)
+		}
+		pins[l.Key] = newPin(l)
+	}
+	if c.ServerIdentity != [32]byte{} {
+		if _, err := eddsa.ParsePublicKey(c.ServerIdentity[:]); err != nil {
+			return nil, fmt.Errorf("client: ServerIdentity: %w", err)
+		}
+	}
 	base, cancel := context.WithCancel(context.Background())
-	return &Client{config: c, log: log, base: base, cancel: cancel, lock: make(chan struct{}, 1)}, nil
+	client := &Client{config: c, log: log, base: base, cancel: cancel, lock: make(chan struct{}, 1), pins: pins}
+	k := &client.serverKeys
+	k.used, k.old, k.generation = c.ServerKey, c.ServerKey, c.ServerGeneration
+	if former := c.FormerServerKey; former != [32]byte{} && former != c.ServerKey {
+		k.old, k.young, k.until = former, c.ServerKey, time.Unix(transcript.MaxTime, 0)
+	}
+	return client, nil
 }
 
 // Dial makes a client and connects.
@@ -130,7 +180,7 @@ func Dial(ctx context.Context, c Config) (*Client, error) {
 	return client, nil
 }
 
-// Close ends the connection; calls under way fail.
+// Close ends the connection; calls under way fail. No callback begins after it; one that is under way goes on.
 func (c *Client) Close() error {
 	c.cancel() // whoever is connecting
 	c.lock <- struct{}{}
@@ -262,6 +312,9 @@ func (c *Client) checked(ctx context.Context, key string, d Document, s wire.Sig
 	if err := eddsa.Verify(s.PublicKey[:], doc.Message, s.Signature); err != nil {
 		return nil, fmt.Errorf("%w: %w", ErrWrongAnswer, err)
 	}
+	if err := c.believe(ctx, key, s.Version, s.PublicKey, nil); err != nil {
+		return nil, err
+	}
 	if c.log != nil {
 		resource := s.Key + "/" + strconv.FormatUint(uint64(s.Version), 10)
 		if err := c.demand(ctx, s.Event, audit.Admission, func(e audit.Event) bool { return e.Resource == resource && about(e, doc) }); err != nil {
@@ -385,6 +438,22 @@ func (c *Client) connection(ctx context.Context) (*conn, error) {
 	if c.conn != nil && !c.conn.broken() {
 		return c.conn, nil
 	}
+	var n *noise.Conn
+	var err error
+	for _, key := range c.serverKeys.order(time.Now()) { // two while one replaces the other
+		if n, err = c.connect(ctx, key); err == nil {
+			c.serverKeys.worked(key)
+			c.conn = newConn(n, c.heard)
+			return c.conn, nil
+		} else if !errors.Is(err, ErrHandshake) {
+			break
+		}
+	}
+	return nil, err
+}
+
+// connect shakes hands with the listener, if it has this key.
+func (c *Client) connect(ctx context.Context, key [32]byte) (*noise.Conn, error) {
 	ctx, cancel := context.WithTimeout(ctx, c.config.ConnectTimeout)
 	defer cancel()
 	defer context.AfterFunc(c.base, cancel)()
@@ -400,10 +469,10 @@ func (c *Client) connection(ctx context.Context) (*conn, error) {
 	} else if err != nil {
 		return nil, fmt.Errorf("%w: %w", ErrUnreachable, err)
 	}
-	n, err := noise.Connect(ctx, raw, c.config.Identity, noise.CountersignV1, c.config.ServerKey, nil)
+	n, err := noise.Connect(ctx, raw, c.config.Identity, noise.CountersignV1, key, nil)
 	if errors.Is(err, noise.ErrHandshake) {
 		raw.Close()
-		return nil, fmt.Errorf("%w: %s", ErrHandshake, strings.TrimPrefix(err.Error(), noise.ErrHandshake.Error()+": "))
+		return nil, fmt.Errorf("%w: %s; %s", ErrHandshake, strings.TrimPrefix(err.Error(), noise.ErrHandshake.Error()+": "), c.wayBack())
 	} else if err != nil {
 		raw.Close()
 		return nil, fmt.Errorf("%w: %w", ErrUnreachable, err)
@@ -416,8 +485,16 @@ func (c *Client) connection(ctx context.Context) (*conn, error) {
 		raw.Close()
 		return nil, fmt.Errorf("%w: %w", ErrUnreachable, err)
 	}
-	c.conn = newConn(n)
-	return c.conn, nil
+	return n, nil
+}
+
+// wayBack is for a peer that has missed a rotation of the Noise key.
+func (c *Client) wayBack() string {
+	s := "if its key was rotated and the old one has retired, get the new one from its operator (countersign admin noise-key)"
+	if c.config.ServerIdentity != [32]byte{} {
+		s += ", or from anywhere with an authorization that AuthorizedServerKey takes"
+	}
+	return s
 }
 
 // errConnection marks the end of a connection, as opposed to an answer.
@@ -426,7 +503,8 @@ var errConnection = errors.New("connection lost")
 // conn is one connection: many callers, one reader.
 type conn struct {
 	noise *noise.Conn
-	turn  chan struct{} // held by who writes
+	heard func(*wire.Rotation) // takes events, and does not wait
+	turn  chan struct{}        // held by who writes
 
 	mu      sync.Mutex
 	next    uint64
@@ -435,8 +513,8 @@ type conn struct {
 	ended   chan struct{} // closed when err is set
 }
 
-func newConn(n *noise.Conn) *conn {
-	c := &conn{noise: n, turn: make(chan struct{}, 1), waiting: map[string]chan wire.Answer{}, ended: make(chan struct{})}
+func newConn(n *noise.Conn, heard func(*wire.Rotation)) *conn {
+	c := &conn{noise: n, heard: heard, turn: make(chan struct{}, 1), waiting: map[string]chan wire.Answer{}, ended: make(chan struct{})}
 	n.SetWriteLimit(30 * time.Second)
 	go c.read()
 	return c
@@ -449,10 +527,16 @@ func (c *conn) read() {
 			c.fail(err)
 			return
 		}
-		answer, err := wire.DecodeAnswer(message)
-		if err != nil {
+		answer, rotation, err := wire.DecodeMessage(message)
+		if errors.Is(err, wire.ErrUnknownEvent) {
+			continue
+		} else if err != nil {
 			c.fail(fmt.Errorf("%w: %w", ErrWrongAnswer, err))
 			return
+		}
+		if rotation != nil {
+			c.heard(rotation)
+			continue
 		}
 		if answer.ID == "" {
 			c.fail(fmt.Errorf("%w: it could not read a request", ErrWrongAnswer))

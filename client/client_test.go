@@ -183,7 +183,7 @@ func fake(t *testing.T, answer func(id string, request any) []byte) client.Confi
 			}
 			go func() {
 				defer raw.Close()
-				conn, err := noise.Accept(context.Background(), raw, server, noise.CountersignV1, nil, func([32]byte) bool { return true })
+				conn, err := noise.Accept(context.Background(), raw, []noise.Static{server}, noise.CountersignV1, nil, func([32]byte) bool { return true })
 				if err != nil {
 					return
 				}

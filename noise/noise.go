@@ -71,6 +71,7 @@ type Static interface {
 type Conn struct {
 	conn  net.Conn
 	r     *bufio.Reader
+	own   [32]byte // which of our keys it is with
 	peer  [32]byte
 	limit time.Duration // for one write
 	// identity is what the identity payload has proven, on the responder's side of PubkyV1; nil elsewhere.
@@ -83,28 +84,29 @@ type Conn struct {
 	buf     []byte             // under writing
 }
 
-// Accept runs the responder's side of the handshake. admit is asked when a message 1 of a possible length is there, before
-// anything is computed with the static key: a limiter's place. Its error ends the handshake and is wrapped; a nil admit
+// Accept runs the responder's side of the handshake with one of several static keys: while a key is being replaced, the old and the
+// new one answer. A message 1 is tried with each in their order, until it decrypts. One that decrypts with none costs one exchange for
+// each key, so give few; the error of a device ends the handshake, so that it is not taken for a refusal. admit is asked when a message 1 of a possible length is there, before
+// anything is computed with a static key: a limiter's place. Its error ends the handshake and is wrapped; a nil admit
 // admits. enrolled decides about the peer's static public key; it is asked after message 1 has been read and before message
 // 2 is written, so that a stranger gets no answer at all. ctx bounds the whole handshake. On any error the caller closes
 // conn, without a word, and the peer can't tell which error it was.
-func Accept(ctx context.Context, conn net.Conn, static Static, profile Profile, admit func(context.Context) error, enrolled func(peer [32]byte) bool) (*Conn, error) {
+func Accept(ctx context.Context, conn net.Conn, statics []Static, profile Profile, admit func(context.Context) error, enrolled func(peer [32]byte) bool) (*Conn, error) {
 	c := newConn(conn)
-	if err := c.accept(ctx, static, profile, admit, enrolled, nil); err != nil {
+	if err := c.accept(ctx, statics, profile, admit, enrolled, nil); err != nil {
 		return nil, err
 	}
 	return c, nil
 }
 
-func (c *Conn) accept(ctx context.Context, static Static, profile Profile, admit func(context.Context) error, enrolled func(peer [32]byte) bool, random io.Reader) error {
+func (c *Conn) accept(ctx context.Context, statics []Static, profile Profile, admit func(context.Context) error, enrolled func(peer [32]byte) bool, random io.Reader) error {
 	if !profile.Known() {
 		return fmt.Errorf("noise: there is no profile %q", string(profile))
 	}
-	defer c.deadlineOf(ctx)()
-	hs, err := newHandshake(ctx, static, profile, nil, random)
-	if err != nil {
-		return err
+	if len(statics) == 0 {
+		return errors.New("noise: there is no static key to answer with")
 	}
+	defer c.deadlineOf(ctx)()
 	// -> e, es, s, ss
 	message1, err := c.readFrame(minMessage1, minMessage1+profile.maxPayload())
 	if err != nil {
@@ -115,15 +117,16 @@ func (c *Conn) accept(ctx context.Context, static Static, profile Profile, admit
 			return fmt.Errorf("noise: handshake not admitted: %w", err)
 		}
 	}
-	payload, _, _, err := hs.ReadMessage(nil, message1)
+	hs, payload, own, err := open(ctx, statics, profile, message1, random)
 	if err != nil {
 		return fmt.Errorf("%w: message 1: %w", ErrHandshake, err)
 	}
+	c.own = own
 	copy(c.peer[:], hs.PeerStatic())
 	// The identity is judged for strangers too: the time that a refusal takes does not depend on who is enrolled.
 	var unproven error
 	if profile == PubkyV1 {
-		c.identity, unproven = checkIdentity(payload, c.peer, static.Public(), time.Now())
+		c.identity, unproven = checkIdentity(payload, c.peer, c.own, time.Now())
 	}
 	if !enrolled(c.peer) {
 		return ErrStranger
@@ -141,6 +144,43 @@ func (c *Conn) accept(ctx context.Context, static Static, profile Profile, admit
 	}
 	c.in, c.out = in, out
 	return nil
+}
+
+// open reads message 1 with the key that it was made for, and returns the handshake, the payload, and that key. With a wrong key s
+// does not decrypt, so that es is the only exchange with it. Once s decrypts the key is the right one, and the others are not
+// tried, whatever comes after s: no message costs more than an exchange for each key and one for ss.
+func open(ctx context.Context, statics []Static, profile Profile, message1 []byte, random io.Reader) (hs *noise.HandshakeState, payload []byte, own [32]byte, err error) {
+	for _, static := range statics {
+		if err := ctx.Err(); err != nil {
+			return nil, nil, own, err
+		}
+		t := &tried{Static: static}
+		if hs, err = newHandshake(ctx, t, profile, nil, random); err != nil {
+			return nil, nil, own, err
+		}
+		payload, _, _, err = hs.ReadMessage(nil, message1)
+		if err == nil {
+			return hs, payload, static.Public(), nil
+		}
+		if t.failed || t.exchanges > 1 {
+			return nil, nil, own, err
+		}
+	}
+	return nil, nil, own, err
+}
+
+// tried is a static key whose use in one handshake is watched.
+type tried struct {
+	Static
+	exchanges int
+	failed    bool // an exchange gave no result: the device's failure, or a point of low order
+}
+
+func (t *tried) Exchange(ctx context.Context, peer [32]byte) (shared [32]byte, err error) {
+	t.exchanges++
+	shared, err = t.Static.Exchange(ctx, peer)
+	t.failed = t.failed || err != nil
+	return shared, err
 }
 
 // Connect runs the initiator's side of the handshake with a responder whose static public key is known. payload is what
@@ -162,7 +202,7 @@ func (c *Conn) connect(ctx context.Context, static Static, profile Profile, serv
 	if len(payload) > profile.maxPayload() || len(payload) == 0 && profile == PubkyV1 {
 		return fmt.Errorf("noise: a payload of %d bytes does not fit into profile %s", len(payload), profile)
 	}
-	c.peer = server
+	c.own, c.peer = static.Public(), server
 	defer c.deadlineOf(ctx)()
 	hs, err := newHandshake(ctx, static, profile, server[:], random)
 	if err != nil {
@@ -193,6 +233,9 @@ func (c *Conn) connect(ctx context.Context, static Static, profile Profile, serv
 
 // Peer returns the static public key of the other end.
 func (c *Conn) Peer() [32]byte { return c.peer }
+
+// Static returns the static public key of this end: of several, the one that the peer has shaken hands with.
+func (c *Conn) Static() [32]byte { return c.own }
 
 // Identity returns the Ed25519 public key that a peer of PubkyV1 has proven to Accept. Like Peer it can come from a
 // recorded message 1 until a first message has been read.

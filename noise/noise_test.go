@@ -180,7 +180,7 @@ func accept(t testing.TB, conn net.Conn, static Static, enrolled func([32]byte) 
 	go func() {
 		ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
 		defer cancel()
-		c, err := Accept(ctx, conn, static, CountersignV1, nil, enrolled)
+		c, err := Accept(ctx, conn, []Static{static}, CountersignV1, nil, enrolled)
 		if err != nil {
 			conn.Close()
 		}
@@ -402,7 +402,7 @@ func TestSilentPeerIsCutOff(t *testing.T) {
 	_, s := pair(t)
 	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Millisecond)
 	defer cancel()
-	_, err := Accept(ctx, s, identity(t), CountersignV1, nil, func([32]byte) bool { return true })
+	_, err := Accept(ctx, s, []Static{identity(t)}, CountersignV1, nil, func([32]byte) bool { return true })
 	var netErr net.Error
 	if !errors.As(err, &netErr) || !netErr.Timeout() {
 		t.Errorf("deadline: %v", err)

@@ -89,7 +89,7 @@ func (v vector) runThrough(t *testing.T, profile Profile) *Conn {
 	client, server := newConn(&tee{c, &sent}), newConn(&tee{s, &answered})
 	done := make(chan error, 1)
 	go func() {
-		err := server.accept(t.Context(), respID, profile, nil, func(p [32]byte) bool { return p == initID.Public() }, bytes.NewReader(v.respEph))
+		err := server.accept(t.Context(), []Static{respID}, profile, nil, func(p [32]byte) bool { return p == initID.Public() }, bytes.NewReader(v.respEph))
 		if err != nil {
 			s.Close()
 		}
@@ -209,7 +209,7 @@ func (s *still) SetWriteDeadline(time.Time) error { return nil }
 
 func knock(static Static, profile Profile, said []byte, admit func(context.Context) error, enrolled bool) (k knocked) {
 	s := &still{said: bytes.NewReader(said)}
-	k.conn, k.err = Accept(context.Background(), s, static, profile, admit, func([32]byte) bool { k.asked++; return enrolled })
+	k.conn, k.err = Accept(context.Background(), s, []Static{static}, profile, admit, func([32]byte) bool { k.asked++; return enrolled })
 	k.sent = s.sent
 	return k
 }

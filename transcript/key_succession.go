@@ -9,6 +9,14 @@ var keySuccessionType = Type{"key-succession-v1", "the old key of a line endorse
 	{"next", false, "32 bytes, base64url: SHA-256 of the public key that will follow the new one"},
 }, keySuccession}
 
+// Succession is a step of a key's line of versions: the new key is Version of Key.
+type Succession struct {
+	Key      string
+	Version  uint32
+	Old, New [32]byte
+	Next     *[32]byte // SHA-256 of the public key that will follow; nil where it is not said
+}
+
 // keySuccession is the transcript key-succession-v1: see bindJSON for its bytes.
 func keySuccession(d *Document) error {
 	var p struct {
@@ -40,13 +48,17 @@ func keySuccession(d *Document) error {
 	if err := checkTime("payload.time", p.Time); err != nil {
 		return err
 	}
+	step := &Succession{Key: p.Key, Version: p.Version, Old: p.OldPublicKey, New: p.NewPublicKey}
 	if p.Next != nil {
-		if _, err := decodeBytes("payload.next", *p.Next, 32); err != nil {
+		next, err := decodeBytes("payload.next", *p.Next, 32)
+		if err != nil {
 			return err
 		}
+		step.Next = (*[32]byte)(next)
 	}
 	d.Signers = [][]byte{p.OldPublicKey[:]}
 	d.Reserved = true
+	d.Succession = step
 	return d.bindJSON("countersign-key-succession-v1")
 }
 

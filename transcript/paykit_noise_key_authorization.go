@@ -54,6 +54,7 @@ func paykitNoiseKeyAuthorization(d *Document) error {
 	d.Signers = [][]byte{p.Owner[:]}
 	d.Unbound = true
 	d.Generation = &generation
+	d.NoiseStatic = (*[32]byte)(p.NoiseStaticPublicKey)
 	d.Fields = map[string]any{"owner": hex.EncodeToString(p.Owner[:]), "noise_public_key": hex.EncodeToString(p.NoisePublicKey[:]), "generation": p.KeyGeneration}
 	return nil
 }

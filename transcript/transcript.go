@@ -64,6 +64,10 @@ type Document struct {
 	// Generation is a number that must rise with each signature of its signer; the ledger holds it. nil where the type has
 	// none.
 	Generation *uint64
+	// Succession is what a key-succession-v1 says, and NoiseStatic the X25519 key that an authorization names; nil in other
+	// documents.
+	Succession  *Succession
+	NoiseStatic *[32]byte
 
 	fields []Field // of the payload
 }

@@ -347,6 +347,9 @@ func TestWhatATypeSays(t *testing.T) {
 		if (doc.Payment != nil) != (v.Type == "payment-request-v1" || v.Type == "paykit-subscription-v2") {
 			t.Errorf("%s: payment is %v", v.Type, doc.Payment)
 		}
+		if (doc.Succession != nil) != (v.Type == "key-succession-v1") || doc.NoiseStatic != nil && doc.Generation == nil {
+			t.Errorf("%s: succession %v, Noise key %v", v.Type, doc.Succession, doc.NoiseStatic)
+		}
 		if (doc.Generation != nil) != (v.Type == "paykit-noise-key-authorization-v1") || doc.Generation != nil && doc.Fields["generation"] != int64(*doc.Generation) {
 			t.Errorf("%s: generation is %v", v.Type, doc.Generation)
 		}

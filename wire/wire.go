@@ -22,8 +22,12 @@ import (
 // MaxDocument is the longest JSON document in bytes: a Noise message of 65,535 bytes less its 16-byte tag.
 const MaxDocument = 65535 - 16
 
-// maxID bounds a request's id in bytes.
-const maxID = 64
+// maxID and maxKey bound a request's id and the name of a key, in bytes; maxTime is the last second of the year 9999.
+const (
+	maxID   = 64
+	maxKey  = 64
+	maxTime = 253402300799
+)
 
 // The operations.
 const (
@@ -207,7 +211,7 @@ type Rotation struct {
 	ActivatesAt int64   `json:"activates_at"` // from then on the new version signs, or answers handshakes
 	RetiresAt   int64   `json:"retires_at"`   // until then the old one is accepted, at the most
 	// Compromised: the old version must not be believed any more.
-	Compromised bool `json:"compromised,omitempty"`
+	Compromised bool `json:"compromised,omitzero"`
 	// Succession is the step to this version, where the key is a signing key that could sign it.
 	Succession *Succession `json:"succession,omitempty"`
 	// Authorization is there for the Noise key of an appliance with an identity.
@@ -355,6 +359,12 @@ func Parse(b []byte, maxItems int) (id string, request any, err error) {
 	if err := document.Into(request, required[op]...); err != nil {
 		return id, nil, refuse(CodeMalformed, "%v", err)
 	}
+	if line, is := request.(*Line); is && line.From == 0 {
+		return id, nil, refuse(CodeMalformed, "from: versions are counted from 1")
+	}
+	if ack, is := request.(*Ack); is && ack.Version == 0 {
+		return id, nil, refuse(CodeMalformed, "version: versions are counted from 1")
+	}
 	return id, request, nil
 }
 
@@ -462,24 +472,58 @@ func EncodeRotation(r Rotation) []byte {
 	return b
 }
 
-// DecodeMessage reads what an appliance sends, strictly: an answer, or where rotation is not nil an event.
+// ErrUnknownEvent: the appliance tells something that this version has no word for. Nothing has to be done about it.
+var ErrUnknownEvent = errors.New("wire: unknown event")
+
+// DecodeMessage reads what an appliance sends, strictly: an answer, or where rotation is not nil an event. An event of another
+// name is ErrUnknownEvent, whatever it has, so that a later appliance can tell more.
 func DecodeMessage(b []byte) (answer Answer, rotation *Rotation, err error) {
 	document, err := ijson.Parse(b)
 	if err != nil {
 		return Answer{}, nil, fmt.Errorf("wire: %w", err)
 	}
-	if len(document.Members["event"]) == 0 {
+	value, is := document.Members["event"]
+	if !is {
 		answer, err = DecodeAnswer(b)
 		return answer, nil, err
 	}
-	rotation = new(Rotation)
-	if err := document.Into(rotation, "event", "key", "version", "public_key", "activates_at", "retires_at"); err != nil {
-		return Answer{}, nil, fmt.Errorf("wire: event: %w", err)
+	var event string
+	if value.Kind() != '"' || json.Unmarshal(value, &event) != nil || event == "" {
+		return Answer{}, nil, errors.New("wire: event must be text")
 	}
-	if rotation.Event != EventRotation {
-		return Answer{}, nil, fmt.Errorf("wire: event %q is unknown", ijson.Clip(rotation.Event))
+	if event != EventRotation {
+		return Answer{}, nil, fmt.Errorf("%w %q", ErrUnknownEvent, ijson.Clip(event))
+	}
+	if rotation, err = parseRotation(document); err != nil {
+		return Answer{}, nil, fmt.Errorf("wire: rotation: %w", err)
 	}
 	return Answer{}, rotation, nil
+}
+
+func parseRotation(document ijson.Object) (*Rotation, error) {
+	r := new(Rotation)
+	if err := document.Into(r, "event", "key", "version", "public_key", "activates_at", "retires_at"); err != nil {
+		return nil, err
+	}
+	switch {
+	case r.Key == "" || len(r.Key) > maxKey:
+		return nil, fmt.Errorf("key must have 1 to %d bytes", maxKey)
+	case r.Version == 0:
+		return nil, errors.New("version: versions are counted from 1")
+	case r.ActivatesAt < 0 || r.ActivatesAt > maxTime || r.RetiresAt < 0 || r.RetiresAt > maxTime:
+		return nil, fmt.Errorf("activates_at and retires_at must be Unix seconds between 0 and %d", int64(maxTime))
+	}
+	if r.Succession != nil {
+		if err := ijson.Decode(document.Members["succession"], new(Succession), "payload", "nonce", "timestamp", "expires_at", "signature"); err != nil {
+			return nil, fmt.Errorf("succession: %w", err)
+		}
+	}
+	if r.Authorization != nil {
+		if err := ijson.Decode(document.Members["authorization"], new(Authorization), "payload", "signature"); err != nil {
+			return nil, fmt.Errorf("authorization: %w", err)
+		}
+	}
+	return r, nil
 }
 
 // Into decodes the result into v strictly.

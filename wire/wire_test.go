@@ -142,11 +142,19 @@ func FuzzParse(f *testing.F) {
 	f.Add([]byte(sign()))
 	f.Add([]byte(`{"id":"1","op":"ping"}`))
 	f.Add([]byte(`{"id":"1","op":"verify","signature":"AA"}`))
+	f.Add([]byte(`{"id":"1","op":"line","key":"payments","from":1}`))
+	f.Add([]byte(`{"id":"1","op":"rotation.ack","key":"noise","version":2}`))
 	f.Add([]byte(`{"id":"1","op":"batch","items":[{"op":"sign","key":"k"},` + strings.Replace(sign(), `"id":"1",`, "", 1) + `,7,{"op":"ping"}]}`))
 	f.Fuzz(func(t *testing.T, b []byte) {
 		id, r, err := wire.Parse(b, 100)
 		if (r == nil) == (err == nil) {
 			t.Fatalf("request %v, error %v", r, err)
+		}
+		if line, is := r.(*wire.Line); is && line.From == 0 {
+			t.Fatal("a line from before its first version")
+		}
+		if ack, is := r.(*wire.Ack); is && ack.Version == 0 {
+			t.Fatal("version 0 is acknowledged")
 		}
 		var refusal *wire.Error
 		if err != nil && !errors.As(err, &refusal) {
