@@ -37,9 +37,10 @@ var arrows = map[string]struct{ ours, outside []string }{
 	"client":                {[]string{"audit", "eddsa", "ijson", "noise", "transcript", "wire"}, []string{"github.com/go-json-experiment/json"}},
 	"client/clienttest":     {[]string{"noise", "transcript", "wire"}, []string{"github.com/go-json-experiment/json"}},
 	"cmd/countersign":       {[]string{"admin/api", "audit", "client", "ijson", "keystore", "policy", "transcript"}, []string{"github.com/spf13/cobra", "github.com/spf13/pflag"}},
-	"cmd/countersignd": {[]string{"admin", "appliance", "audit", "hsm", "keystore", "keystore/worker", "ledger", "noise", "policy", "tpm"},
+	"cmd/countersignd": {[]string{"admin", "appliance", "audit", "hsm", "keystore", "keystore/worker", "ledger", "noise", "policy", "tpm", "webhook"},
 		[]string{"github.com/coreos/go-systemd/v22", "github.com/pelletier/go-toml/v2", "github.com/spf13/cobra", "golang.org/x/sys"}},
 	"webhook":       {nil, nil},
+	"schedule":      {nil, nil},
 	"softhsm-tests": {nil, nil},
 	"":              {nil, nil},
 }

@@ -125,9 +125,12 @@ func (a *Appliance) serveConn(stop context.Context, raw net.Conn, profile noise.
 	from := raw.RemoteAddr().String()
 	hctx, cancel := context.WithTimeout(inLane(stop, handshakeLane), a.limits.HandshakeTimeout)
 	defer cancel()
-	key, err := a.NoiseKey()
-	if err != nil {
-		return // Serve does not begin without it
+	var statics []noise.Static
+	for _, k := range a.noiseKeys() {
+		statics = append(statics, static{k})
+	}
+	if len(statics) == 0 {
+		return // until a compromised key has its successor
 	}
 	var attempt *limit.Attempt
 	var begun time.Time
@@ -136,7 +139,7 @@ func (a *Appliance) serveConn(stop context.Context, raw net.Conn, profile noise.
 		begun = time.Now()
 		return err
 	}
-	conn, err := noise.Accept(hctx, raw, []noise.Static{static{key}}, profile, admit, func(peer [32]byte) bool { _, ok := a.member(peer); return ok })
+	conn, err := noise.Accept(hctx, raw, statics, profile, admit, func(peer [32]byte) bool { _, ok := a.member(peer); return ok })
 	if attempt != nil {
 		defer attempt.End() // after Good it does nothing
 	}
