@@ -292,12 +292,16 @@ func exchange(conn *noise.Conn, document string) (wire.Answer, error) {
 }
 
 func receive(conn *noise.Conn) (wire.Answer, error) {
-	conn.SetReadDeadline(time.Now().Add(patience))
-	b, err := conn.ReadMessage()
-	if err != nil {
-		return wire.Answer{}, err
+	for {
+		conn.SetReadDeadline(time.Now().Add(patience))
+		b, err := conn.ReadMessage()
+		if err != nil {
+			return wire.Answer{}, err
+		}
+		if answer, rotation, err := wire.DecodeMessage(b); err != nil || rotation == nil {
+			return answer, err
+		}
 	}
-	return wire.DecodeAnswer(b)
 }
 
 // answers expects an answer with a code; "" is a result.
