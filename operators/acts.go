@@ -128,7 +128,9 @@ func (d *Desk) ownActs() map[string]Act {
 		"approvals needed":  {[]string{"needed"}, setNeeded},
 	} {
 		acts[action] = Act{
-			Check: func(p []approval.Parameter, content []byte) ([]approval.Parameter, error) { return d.checkOwn(own, p, content) },
+			Check: func(p []approval.Parameter, content []byte) ([]approval.Parameter, error) {
+				return d.checkOwn(own, p, content)
+			},
 			Run: func(ctx context.Context, who audit.Actor, p []approval.Parameter, _ []byte) error {
 				values, err := own.values(p)
 				if err != nil {
