@@ -168,7 +168,7 @@ func (d *Desk) checkOwn(own ownAct, p []approval.Parameter, content []byte) ([]a
 				return nil, err
 			}
 			p[i].Value = joinRoles(roles)
-		case p[i].Name == "credential" && strings.HasPrefix(p[i].Value, "{"):
+		case p[i].Name == "credential" && strings.HasPrefix(strings.TrimSpace(p[i].Value), "{"):
 			c, err := d.parseCredential(p[i].Value)
 			if err != nil {
 				return nil, err
@@ -254,6 +254,7 @@ func (d *Desk) EnrolFirst(ctx context.Context, ch Channel, name string, c approv
 	if !ch.root() {
 		return approval.Operator{}, fmt.Errorf("%w: root enrols the first operator, on the Unix socket", ErrNotAllowed)
 	}
+	c.Added = 0
 	roles := []approval.Role{approval.Administrator, approval.OperatorRole, approval.Auditor, approval.Approver}
 	var first approval.Operator
 	err := d.amend(ctx, audit.Operator("uid:0"), "operator enrol", func(r *roster) (string, string, error) {
