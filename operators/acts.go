@@ -74,6 +74,9 @@ func (r *roster) sound() error {
 	owners := map[string]string{}
 	for _, name := range slices.Sorted(maps.Keys(r.people)) {
 		p := r.people[name]
+		if len(p.Credentials) == 0 {
+			return fmt.Errorf("operator %q: %w: it would have no credential: add another one before, or remove the operator", name, ErrConflict)
+		}
 		if len(encode(p.Operator)) >= maxRecord {
 			return fmt.Errorf("operator %q: %w: it has too many credentials: remove one", name, ErrConflict)
 		}
@@ -89,20 +92,18 @@ func (r *roster) sound() error {
 				owners[mark] = name
 			}
 		}
-		if len(p.Credentials) > 0 {
-			if p.Has(approval.Administrator) {
-				administrators++
-			}
-			if p.Has(approval.Approver) {
-				approvers++
-			}
+		if p.Has(approval.Administrator) {
+			administrators++
+		}
+		if p.Has(approval.Approver) {
+			approvers++
 		}
 	}
 	if administrators == 0 {
-		return fmt.Errorf("%w: there must be an administrator with a credential", ErrConflict)
+		return fmt.Errorf("%w: there must be an administrator", ErrConflict)
 	}
 	if r.needed < 1 || r.needed > approvers {
-		return fmt.Errorf("%w: of %d approvers with a credential, %d would be needed", ErrConflict, approvers, r.needed)
+		return fmt.Errorf("%w: of %d approvers, %d would be needed", ErrConflict, approvers, r.needed)
 	}
 	return nil
 }

@@ -74,6 +74,9 @@ func TestActsOnOperators(t *testing.T) {
 			t.Errorf("%s: after a restart the operators are others", act.name)
 		}
 	}
+	if report := r.replay(t); len(report.Proposals) != 7 || len(report.Proposals[0].Did) != 1 {
+		t.Errorf("by the log there are %d proposals", len(report.Proposals))
+	}
 }
 
 func TestRosterStaysSound(t *testing.T) {
@@ -91,6 +94,7 @@ func TestRosterStaysSound(t *testing.T) {
 		values []string
 		is     error
 	}{
+		"no credential left":           {removeCredential, []string{"o1", r.people[1].credential.ID}, ErrConflict},
 		"no administrator":             {setRoles, []string{"o0", "approver"}, ErrConflict},
 		"the administrator removed":    {removeOperator, []string{"o0"}, ErrConflict},
 		"an administrator who can't":   {removeCredential, []string{"o0", r.people[0].credential.ID}, ErrConflict},

@@ -21,7 +21,8 @@
 // # Who counts
 //
 // An approval counts while its operator is an approver and has the credential, by the ledger, in the transaction that makes the proposal
-// run; one for each operator, and a credential belongs to one operator. What is needed is the larger of what its text says and what is
+// run; one for each operator, and a credential belongs to one operator. An operator approves a proposal once: who has got another
+// credential since does not count, and it is to be proposed again where he is needed. What is needed is the larger of what its text says and what is
 // in force then.
 package operators
 

@@ -276,6 +276,34 @@ func (r *rig) trail(t *testing.T, id uint64) string {
 	return strings.Join(all, " ")
 }
 
+// replay checks the log as an auditor does, who believes nothing but signatures. It is for tests that do not use must.
+func (r *rig) replay(t *testing.T) *approval.Report {
+	t.Helper()
+	report, err := approval.Replay(func(yield func(uint64, audit.Event) bool) {
+		if err := r.ledger.Events(0, func(i uint64, b []byte) bool {
+			e, err := audit.Decode(b)
+			if err != nil {
+				t.Error(err)
+			}
+			return yield(i, e)
+		}); err != nil {
+			t.Error(err)
+		}
+	}, approval.ReplayOptions{Appliance: r.name})
+	if err != nil {
+		t.Fatalf("an auditor says: %v", err)
+	}
+	if string(encode(report.Operators)) != string(encode(r.Operators())) || report.Needed != r.Needed() {
+		t.Errorf("by the log, %d approvals are needed, and the operators are %s", report.Needed, encode(report.Operators))
+	}
+	for _, c := range report.Proposals {
+		if p, err := r.Proposal(c.ID); err == nil && string(p.State) != c.State {
+			t.Errorf("by the log, proposal %d is %s, and not %s", c.ID, c.State, p.State)
+		}
+	}
+	return report
+}
+
 func want(t *testing.T, err, is error) {
 	t.Helper()
 	if !errors.Is(err, is) {

@@ -123,6 +123,7 @@ func TestSignInRefused(t *testing.T) {
 			a.proof = a.me.sign(t, a.c.Text)
 		},
 		"a removed credential": func(t *testing.T, a *attempt) {
+			a.r.must(t, a.r.addCredential, a.me.name, string(encode(newSigner(t, "").credential)))
 			a.r.must(t, removeCredential, a.me.name, a.me.credential.ID)
 		},
 		"an operator who was removed": func(t *testing.T, a *attempt) { a.r.must(t, removeOperator, a.me.name) },
@@ -362,11 +363,13 @@ func TestSessionsDieWithChanges(t *testing.T) {
 		"credential added": func(t *testing.T, r *rig) {
 			r.must(t, r.addCredential, "o1", string(encode(newSigner(t, "").credential)))
 		},
-		"credential removed": func(t *testing.T, r *rig) { r.must(t, removeCredential, "o1", r.people[1].credential.ID) },
+		"credential removed": func(t *testing.T, r *rig) { r.must(t, removeCredential, "o1", r.people[2].credential.ID) },
 		"removed":            func(t *testing.T, r *rig) { r.must(t, removeOperator, "o1") },
 	} {
 		t.Run(name, func(t *testing.T) {
 			r := newRig(t, 2)
+			r.people = append(r.people, newSigner(t, "o1"))
+			r.must(t, r.addCredential, "o1", string(encode(r.people[2].credential)))
 			_, dies := r.signIn(t, r.people[1], user)
 			_, lives := r.signIn(t, r.people[0], user)
 			before := r.changed.Load()
