@@ -24,6 +24,7 @@ var arrows = map[string]struct{ ours, outside []string }{
 	"ledger":                {[]string{"audit"}, []string{"go.etcd.io/bbolt", "golang.org/x/mod"}},
 	"ledger/disktest":       {nil, []string{"github.com/hanwen/go-fuse/v2", "golang.org/x/sys"}},
 	"approval":              {[]string{"audit"}, []string{"github.com/go-json-experiment/json", "github.com/go-webauthn/webauthn", "golang.org/x/crypto/ssh"}},
+	"operators":             {[]string{"approval", "audit", "ledger"}, nil},
 	"audit":                 {nil, []string{"github.com/go-json-experiment/json", "golang.org/x/mod"}},
 	"keystore":              {nil, nil},
 	"keystore/keystoretest": {[]string{"keystore"}, nil},
