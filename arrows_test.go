@@ -33,6 +33,7 @@ var arrows = map[string]struct{ ours, outside []string }{
 	"keystore/worker":       {[]string{"keystore"}, nil},
 	"appliance":             {[]string{"audit", "eddsa", "ijson", "keystore", "ledger", "limit", "noise", "policy", "transcript", "wire"}, []string{"golang.org/x/time"}},
 	"admin":                 {[]string{"admin/api", "appliance", "audit", "ijson", "keystore", "ledger", "policy"}, []string{"github.com/labstack/echo/v4"}},
+	"admin/certs":           {[]string{"keystore"}, nil},
 	"admin/api":             {[]string{"audit", "keystore"}, nil},
 	"client":                {[]string{"audit", "eddsa", "ijson", "noise", "transcript", "wire"}, []string{"github.com/go-json-experiment/json"}},
 	"cmd/countersign":       {[]string{"admin/api", "audit", "client", "ijson", "keystore", "policy", "transcript"}, []string{"github.com/spf13/cobra", "github.com/spf13/pflag"}},
