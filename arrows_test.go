@@ -39,6 +39,7 @@ var arrows = map[string]struct{ ours, outside []string }{
 	"cmd/countersign":       {[]string{"admin/api", "audit", "client", "ijson", "keystore", "policy", "transcript"}, []string{"github.com/spf13/cobra", "github.com/spf13/pflag"}},
 	"cmd/countersignd": {[]string{"admin", "appliance", "audit", "hsm", "keystore", "keystore/worker", "ledger", "noise", "policy", "tpm"},
 		[]string{"github.com/coreos/go-systemd/v22", "github.com/pelletier/go-toml/v2", "github.com/spf13/cobra", "golang.org/x/sys"}},
+	"schedule":      {nil, []string{"github.com/adhocore/gronx"}},
 	"webhook":       {nil, nil},
 	"softhsm-tests": {nil, nil},
 	"":              {nil, nil},

@@ -113,7 +113,7 @@ func poolOf(t *testing.T, text []byte) *x509.CertPool {
 // shake makes a handshake in memory, and returns what the client was shown.
 func (b *bench) shake(trust *x509.CertPool, name string) ([]*x509.Certificate, error) {
 	here, there := net.Pipe()
-	server, client := tls.Server(there, b.Config()), tls.Client(here, &tls.Config{RootCAs: trust, ServerName: name})
+	server, client := tls.Server(there, b.Config()), tls.Client(here, &tls.Config{RootCAs: trust, ServerName: name, NextProtos: []string{"h2"}})
 	done := make(chan struct{})
 	go func() {
 		defer close(done)
@@ -124,6 +124,9 @@ func (b *bench) shake(trust *x509.CertPool, name string) ([]*x509.Certificate, e
 	err := client.Handshake()
 	here.Close()
 	<-done
+	if err == nil && client.ConnectionState().NegotiatedProtocol != "h2" {
+		b.t.Error("HTTP/2 is not offered")
+	}
 	return client.ConnectionState().PeerCertificates, err
 }
 
@@ -358,6 +361,29 @@ func TestKeys(t *testing.T) {
 	if _, err := key.Sign(nil, make([]byte, 32), crypto.SHA256); err == nil {
 		t.Error("a digest is signed as if it were a message")
 	}
+	if _, err := key.SignMessage(nil, nil, crypto.SHA384); err == nil {
+		t.Error("the keystore's hash is passed off as another")
+	}
+}
+
+// stuck is a key whose device does not come back.
+type stuck struct{ keystore.Key }
+
+func (stuck) Sign(ctx context.Context, _ []byte, _ keystore.Judge) ([]byte, error) {
+	<-ctx.Done()
+	return nil, fmt.Errorf("%w: %w", keystore.ErrUnavailable, ctx.Err())
+}
+
+func TestStuckKey(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := newBench(t)
+		b.authority = stuck{b.authority}
+		b.restart()
+		begin := time.Now()
+		if _, err := b.GetCertificate(hello(t)); !errors.Is(err, keystore.ErrUnavailable) || time.Since(begin) != signTime {
+			t.Errorf("%v, after %v", err, time.Since(begin))
+		}
+	})
 }
 
 func TestNames(t *testing.T) {
@@ -366,7 +392,7 @@ func TestNames(t *testing.T) {
 		"localhost": true, "a": true, "countersign.lan": true, "a-1.b": true, "10.0.0.1": true, "2001:db8::1": true, strings.Repeat("a", 63) + ".b": true,
 		"": false, ".": false, "a.": false, ".a": false, "A.lan": false, "*.lan": false, "a b": false, "-a": false, "a-": false, "a_b": false, "ä": false,
 		"10.0.0.01": false, "10.0.0": false, "10.0.0.1:443": false, "2001:DB8::1": false, "2001:db8:0::1": false, "fe80::1%eth0": false, "::ffff:10.0.0.1": false,
-		"https://a": false, strings.Repeat("a", 64): false, strings.Repeat("a.", 127): false,
+		"https://a": false, strings.Repeat("a", 64): false, strings.Repeat("a.", 126) + "a": true, strings.Repeat("a.", 127) + "a": false,
 	} {
 		if _, err := New(b.authority, b.key, b.store, []string{name}, slog.New(slog.DiscardHandler)); (err == nil) != ok {
 			t.Errorf("%q: %v", name, err)
@@ -421,6 +447,8 @@ func TestLife(t *testing.T) {
 		b.restart("a.lan", "c.lan", "192.0.2.1")
 		is("with another version after a restart", false, true)
 		b.authority = generate(t, b.keys, "admin-authority", 2)
+		b.restart("a.lan", "c.lan", "192.0.2.1")
+		b.pool() // and a crash before there is a certificate
 		b.restart("a.lan", "c.lan", "192.0.2.1")
 		is("with another key of the authority", false, false)
 		time.Sleep(authorityLife - 89*day)
@@ -497,6 +525,7 @@ func TestKeyAway(t *testing.T) {
 			if !b.shown().Equal(first) {
 				t.Error("another certificate")
 			}
+			time.Sleep(2 * time.Second)
 		}
 		if b.signed != 1 || b.Status().Warning == "" {
 			t.Errorf("the authority was asked %d times in a moment; %+v", b.signed, b.Status())
@@ -674,7 +703,7 @@ func TestInstall(t *testing.T) {
 			"a private key":                slices.Concat(good, key),
 			"cut":                          good[:len(good)-10],
 			"a link cut":                   slices.Concat(leaf, []byte("-----BEGIN CERTIFICATE-----\nAAAA\n"), encode(o.next)),
-			"nine":                         bytes.Repeat(leaf, 9),
+			"in another envelope":          bytes.ReplaceAll(good, []byte("CERTIFICATE-----"), []byte("TRUSTED CERTIFICATE-----")),
 			"long":                         slices.Concat(good, bytes.Repeat([]byte("\n"), maxChainPEM)),
 		} {
 			if err := b.Install(t.Context(), chain); !errors.Is(err, ErrUnfit) {
@@ -685,6 +714,12 @@ func TestInstall(t *testing.T) {
 		}
 		if !b.shown().Equal(own) || len(b.store.values[storedInstalled]) > 0 {
 			t.Error("what was refused has changed something")
+		}
+
+		for n, ok := range map[int]bool{maxChain: true, maxChain + 1: false} {
+			if _, err := parse(bytes.Repeat(leaf, n)); (err == nil) != ok {
+				t.Errorf("%d certificates: %v", n, err)
+			}
 		}
 
 		theirPool := poolOf(t, encode(o.root))
