@@ -25,6 +25,7 @@ var arrows = map[string]struct{ ours, outside []string }{
 	"ledger/disktest":       {nil, []string{"github.com/hanwen/go-fuse/v2", "golang.org/x/sys"}},
 	"approval":              {nil, nil},
 	"operators":             {[]string{"approval", "audit", "ledger"}, []string{"golang.org/x/time"}},
+	"approval":              {[]string{"audit"}, []string{"github.com/go-json-experiment/json", "github.com/go-webauthn/webauthn", "golang.org/x/crypto/ssh"}},
 	"audit":                 {nil, []string{"github.com/go-json-experiment/json", "golang.org/x/mod"}},
 	"keystore":              {nil, nil},
 	"keystore/keystoretest": {[]string{"keystore"}, nil},
