@@ -180,7 +180,7 @@ func (s *server) approvals(context.Context, caller, *none) (api.Approvals, error
 func proposalDoc(p operators.Proposal) api.Proposal {
 	return api.Proposal{
 		ID: p.ID, Act: p.Act, Parameters: append([]approval.Parameter{}, p.Parameters...), Proposer: p.Proposer, Proposed: p.Proposed.Unix(), Expires: p.Expires.Unix(),
-		State: p.State, Required: p.Required, Text: p.Text(), Ended: unix(p.Ended), Cause: p.Cause,
+		State: string(p.State), Required: p.Required, Text: p.Text(), Ended: unix(p.Ended), Cause: p.Cause,
 		Approvals: docs(p.Approvals, func(a operators.Approval) api.Approval {
 			return api.Approval{Operator: a.Operator, Credential: a.Credential, At: a.At.Unix(), Counts: a.Counts}
 		}),
@@ -188,8 +188,7 @@ func proposalDoc(p operators.Proposal) api.Proposal {
 }
 
 func (s *server) proposals(context.Context, caller, *none) ([]api.Proposal, error) {
-	all, err := s.Operators.Proposals()
-	return docs(all, proposalDoc), err
+	return docs(s.Operators.Proposals(), proposalDoc), nil
 }
 
 type numbered struct {
