@@ -31,12 +31,15 @@ var acts = map[string]struct {
 	roles []approval.Role
 	prepare
 }{
-	"peer add":        {of(operator), addPeer},
-	policyActivate:    {of(administrator), activate},
-	"rollback accept": {of(administrator), acceptRollback},
-	"hold release":    {of(administrator), release},
-	"clock accept":    {of(administrator), acceptTime},
-	// key destroy, key compromise, key presence, retention shorten: here
+	"peer add":          {of(operator), addPeer},
+	policyActivate:      {of(administrator), activate},
+	"rollback accept":   {of(administrator), acceptRollback},
+	"hold release":      {of(administrator), release},
+	"clock accept":      {of(administrator), acceptTime},
+	"key destroy":       {of(administrator, operator), destroyKey},
+	"key compromise":    {of(administrator, operator), compromiseKey},
+	"key presence":      {of(administrator, operator), lowerPresence},
+	"retention shorten": {of(administrator), shortenRetention},
 }
 
 // Acts is the table for operators.Open. An act is judged when it is proposed, so that nobody approves what can't be done, and once more

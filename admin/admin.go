@@ -39,7 +39,6 @@ const (
 type Config struct {
 	Appliance  *appliance.Appliance
 	Operators  *operators.Desk
-	Life       Life
 	LoadPolicy func() (*policy.Policy, error) // reads the policy file again
 	Group      string                         // the number of the group whose members may talk on the Unix socket; "": nobody but root and the daemon's user
 
@@ -119,6 +118,7 @@ func (s *server) routes() {
 	route(s, operation{route: "POST /v1/keys", id: "create-key", summary: "Create or import a signing key", roles: of(operator), refused: making, status: http.StatusCreated}, s.createKey)
 	route(s, operation{route: "GET /v1/keys", id: "keys", summary: "List all versions of all keys", roles: everyone, refused: always}, s.keys)
 	route(s, operation{route: "GET /v1/keys/{name}", id: "key", summary: "Show all versions of a key", roles: everyone, refused: always}, s.key)
+	s.keyRoutes()
 	route(s, operation{route: "GET /v1/noise-key", id: "noise-key", summary: "Show the key that the listener answers handshakes with", roles: everyone, refused: always}, s.noiseKey)
 	route(s, operation{route: "GET /v1/tokens", id: "tokens", summary: "Say how the tokens and their key workers are", roles: of(administrator, operator, auditor, metrics), refused: always}, s.tokens)
 	act(s, operation{route: "POST /v1/tokens/{name}/retry", id: "retry-token", summary: "Log in to a token again after its PIN was refused", roles: of(administrator), refused: always}, s.retryToken)
@@ -155,16 +155,16 @@ func (s *server) createKey(ctx context.Context, who caller, in *body[api.NewKey]
 	if err != nil {
 		return api.Key{}, err
 	}
-	return keyDoc(k), nil
+	return s.keyDoc(k), nil
 }
 
 func (s *server) keys(context.Context, caller, *none) ([]api.Key, error) {
-	return docs(s.Appliance.Keys(), keyDoc), nil
+	return docs(s.Appliance.Keys(), s.keyDoc), nil
 }
 
 func (s *server) key(_ context.Context, _ caller, in *named) ([]api.Key, error) {
 	versions, err := s.Appliance.Key(in.Name)
-	return docs(versions, keyDoc), err
+	return docs(versions, s.keyDoc), err
 }
 
 func (s *server) noiseKey(context.Context, caller, *none) (api.Key, error) {
@@ -172,7 +172,7 @@ func (s *server) noiseKey(context.Context, caller, *none) (api.Key, error) {
 	if err != nil {
 		return api.Key{}, err
 	}
-	return keyDoc(k), nil
+	return s.keyDoc(k), nil
 }
 
 func (s *server) tokens(context.Context, caller, *none) ([]api.Token, error) {
@@ -228,13 +228,18 @@ func (s *server) events(_ context.Context, _ caller, in *eventsInput) ([]api.Eve
 	return all, err
 }
 
-func keyDoc(k *appliance.Key) api.Key {
+func (s *server) keyDoc(k *appliance.Key) api.Key {
 	info := k.Info()
-	return api.Key{
+	doc := api.Key{
 		Name: k.Name, Version: k.Version, Algorithm: string(info.Algorithm), State: string(k.State), Custody: string(info.Custody),
 		Token:     k.Token,
 		PublicKey: hex.EncodeToString(info.PublicKey), Origin: info.Provenance.String(), Provenance: info.Provenance, Created: k.Created.Unix(),
+		Activates: unix(k.Activates), Retires: unix(k.Retires), Uses: k.Uses(), Authorization: k.Authorization,
 	}
+	if next, ok := s.Appliance.Next(k); ok {
+		doc.Next = hex.EncodeToString(next[:])
+	}
+	return doc
 }
 
 // docs makes a list of documents; an empty one where there is nothing.

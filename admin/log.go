@@ -22,7 +22,7 @@ func (s *server) log(context.Context, caller, *none) (api.Log, error) {
 	if err != nil {
 		return api.Log{}, err
 	}
-	return api.Log{Epoch: epoch, VerifierKey: log.VerifierKey(epoch)}, nil
+	return api.Log{Epoch: epoch, VerifierKey: log.VerifierKey(epoch), WebhookKey: webhook.FormatKey(key.Info().PublicKey)}, err
 }
 
 func (s *server) endEpoch(ctx context.Context, who caller, _ *none) (api.Log, error) {

@@ -58,7 +58,10 @@ var problems = []struct {
 	{approval.ErrNotProven, notProven},
 	{operators.ErrSignedOut, signedOut},
 	{operators.ErrNotAllowed, notAllowed},
-	{operators.ErrConflict, conflict},
+	{appliance.ErrNotApproved, needsApproval},
+	{appliance.ErrLocked, locked},
+	{appliance.ErrRolledBack, rolledBack},
+	{appliance.ErrConflict, conflict}, {operators.ErrConflict, conflict},
 	{operators.ErrLimited, rateLimited},
 	{operators.ErrUninitialised, uninitialised},
 }
@@ -71,7 +74,9 @@ type errAs struct {
 
 func (e errAs) Error() string { return e.text }
 
-func (p problem) errorf(format string, args ...any) error { return errAs{p, fmt.Sprintf(format, args...)} }
+func (p problem) errorf(format string, args ...any) error {
+	return errAs{p, fmt.Sprintf(format, args...)}
+}
 
 func (p problem) document(detail string) *api.Error {
 	return &api.Error{Type: "urn:countersign:error:" + p.code, Title: p.title, Status: p.status, Detail: detail, Code: p.code}

@@ -6,6 +6,7 @@ import (
 	"slices"
 	"strings"
 
+	"countersign/appliance"
 	"countersign/approval"
 	"countersign/audit"
 	"countersign/operators"
@@ -166,11 +167,11 @@ func (s *server) authorise(o operation, c huma.Context) (caller, error) {
 	if o.roles[0] != everyone[0] && !who.has(o.roles...) {
 		return who, notAllowed.errorf("that is for operators with one of the roles %s", join(o.roles))
 	}
-	condition := s.Life.Condition()
-	if err := o.refusedIn(condition.Locked, locked, "unlock it first: countersign admin unlock"); err != nil {
+	h := s.Appliance.Health()
+	if err := o.refusedIn(h.Condition == appliance.RolledBack, rolledBack, rolledBackAdvice); err != nil {
 		return who, err
 	}
-	return who, o.refusedIn(condition.RolledBack, rolledBack, rolledBackAdvice)
+	return who, o.refusedIn(h.Lock != nil, locked, "unlock it first: countersign admin unlock")
 }
 
 const rolledBackAdvice = "the ledger is older than its counter: put the newest one back, or accept it (countersign admin rollback)"

@@ -1,24 +1,3 @@
-<<<<<<< HEAD
-// Package schedule is a stand-in.
-package schedule
-
-import "time"
-
-type Plan struct {
-	Every  time.Duration
-	Window string
-	Uses   uint64
-}
-
-func (p Plan) Check() error   { return nil }
-func (p Plan) String() string { return "" }
-func (p Plan) Due(activated time.Time, uses uint64, last, now time.Time) (bool, time.Time, string) {
-	if p.Every > 0 && now.Sub(activated) >= p.Every || p.Uses > 0 && uses >= p.Uses {
-		return true, now, ""
-	}
-	return false, time.Time{}, ""
-}
-=======
 // Package schedule says when a key is due for rotation. It knows neither keys nor clocks: see Plan.Due.
 package schedule
 
@@ -190,4 +169,3 @@ func ParseEvery(s string) (time.Duration, error) {
 }
 
 var days = regexp.MustCompile(`^([1-9][0-9]{0,3})([dw])$`)
->>>>>>> 3219c1561ea27bfb39040821850633b7797d245e

@@ -12,6 +12,7 @@ import (
 
 	"countersign/audit"
 	"countersign/keystore"
+	"countersign/wire"
 )
 
 // Key is one version of a key. PublicKey is hex.
@@ -26,7 +27,14 @@ type Key struct {
 	// Origin is generated or imported; Provenance is what the device said of the key when it was made.
 	Origin     string              `json:"origin"`
 	Provenance keystore.Provenance `json:"provenance"`
-	Created    int64               `json:"created"` // Unix seconds
+	Created    int64               `json:"created"` // Unix seconds, as the two below; 0 where there is none
+	Activates  int64               `json:"activates" doc:"when it becomes active, or has"`
+	Retires    int64               `json:"retires" doc:"verify-only: when it is archived at the latest"`
+	Uses       uint64              `json:"uses" doc:"signatures that it has made"`
+	// Next is SHA-256 of the public key of the next version, hex: what the line is committed to.
+	Next string `json:"next,omitempty"`
+	// Authorization is what the identity has signed for a Noise key.
+	Authorization *wire.Authorization `json:"authorization,omitempty"`
 }
 
 // Token is how a token of the appliance is.
@@ -86,6 +94,7 @@ type Rollback struct {
 type Log struct {
 	Epoch       uint32 `json:"epoch"`
 	VerifierKey string `json:"verifier_key"` // of that epoch, in the form of C2SP signed-note
+	WebhookKey  string `json:"webhook_key"`  // the same key, in the form of Standard Webhooks
 }
 
 // Epoch is a part of the audit log with a tree of its own. Times are Unix seconds, 0 where there is none.

@@ -139,7 +139,7 @@ type Approvals struct {
 type Health struct {
 	State      string   `json:"state" enum:"locked,operational,degraded,rolled-back"`
 	Causes     []string `json:"causes" doc:"why it is not operational"`
-	Since      int64    `json:"since"` // Unix seconds
+	Since      int64    `json:"since" doc:"when it was locked, Unix seconds; 0: it is not"`
 	Locked     bool     `json:"locked"`
 	Unattended bool     `json:"unattended" doc:"it starts unlocked"`
 }
