@@ -8,7 +8,6 @@ import (
 	"maps"
 	"slices"
 	"strconv"
-	"strings"
 	"time"
 
 	"countersign/audit"
@@ -381,8 +380,8 @@ func (a *Appliance) NextRotation(name string) (time.Time, string) {
 	if err != nil {
 		return time.Time{}, ""
 	}
-	_, next, reason := a.line(name).Plan.Due(active.Activates, active.Uses(), time.Time{}, time.Now())
-	return next, reason
+	_, next, why := a.line(name).Plan.Due(active.Activates, active.Uses(), time.Time{}, time.Now())
+	return next, string(why)
 }
 
 // acknowledged says that those who must have acknowledged the version after k, and somebody has to.
@@ -395,16 +394,4 @@ func (a *Appliance) acknowledged(l Line, k *Key) bool {
 		return len(missing) == 0
 	}
 	return !slices.ContainsFunc(missing, func(peer string) bool { return slices.Contains(l.Acknowledge, peer) })
-}
-
-// String says it for people.
-func (l Line) String() string {
-	var parts []string
-	if l.Plan.Every != 0 || l.Plan.Window != "" || l.Plan.Uses != 0 {
-		parts = append(parts, "rotated "+l.Plan.String())
-	}
-	if l.Presence != 0 {
-		parts = append(parts, "signs for "+l.Presence.String()+" after a confirmation")
-	}
-	return strings.Join(parts, "; ")
 }
