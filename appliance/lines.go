@@ -136,7 +136,7 @@ func (a *Appliance) SetLine(ctx context.Context, who audit.Actor, name string, s
 			e.Metadata["presence_lowered"] = "yes"
 		}
 		record := encode(l.record())
-		e.Metadata["settings"] = string(record)
+		e.Metadata["settings"], e.Metadata["presence"] = string(record), strconv.FormatInt(int64(l.Presence/time.Second), 10)
 		if err := a.ledger.Update(ctx, func(tx *ledger.Tx) error {
 			if err := tx.Put(ledger.Lines, name, record); err != nil {
 				return err

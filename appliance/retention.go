@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"maps"
 	"strconv"
 	"time"
 
@@ -98,7 +99,7 @@ func (a *Appliance) startRetention(ctx context.Context) error {
 		a.setRetention(wanted)
 		return nil
 	}
-	return a.writeRetention(ctx, audit.Daemon(), before, wanted, false)
+	return a.writeRetention(ctx, audit.Daemon(), before, wanted, nil)
 }
 
 func (a *Appliance) retentionInForce() Retention {
@@ -113,8 +114,9 @@ func (a *Appliance) setRetention(r Retention) {
 	a.retention = r
 }
 
-// ShortenRetention puts another retention in force. That of nonces counts from the next start on.
-func (a *Appliance) ShortenRetention(ctx context.Context, who audit.Actor, change func(*Retention)) error {
+// ShortenRetention puts another retention in force. That of nonces counts from the next start on. said is what was proposed, in the words of the
+// proposal: the event repeats it.
+func (a *Appliance) ShortenRetention(ctx context.Context, who audit.Actor, said map[string]string, change func(*Retention)) error {
 	if who.Proposal == 0 {
 		return fmt.Errorf("retention: %w", ErrNotApproved)
 	}
@@ -126,15 +128,16 @@ func (a *Appliance) ShortenRetention(ctx context.Context, who audit.Actor, chang
 		if wanted.Audit < day || wanted.Receipts < day || wanted.Decisions < day || wanted.Nonces < time.Hour {
 			return fmt.Errorf("retention: %w: at least a day, and for nonces an hour", ErrInvalid)
 		}
-		return a.writeRetention(ctx, who, before, wanted, true)
+		return a.writeRetention(ctx, who, before, wanted, said)
 	})
 }
 
-func (a *Appliance) writeRetention(ctx context.Context, who audit.Actor, before, wanted Retention, shortened bool) error {
+func (a *Appliance) writeRetention(ctx context.Context, who audit.Actor, before, wanted Retention, said map[string]string) error {
 	e := audit.Event{Type: audit.RetentionChanged, Actor: who, Action: "retention", Resource: "retention", Outcome: "ok",
 		Metadata: map[string]string{"from": string(encode(before.record())), "to": string(encode(wanted.record()))}}
-	if shortened {
+	if said != nil {
 		e.Metadata["shortened"] = "yes"
+		maps.Copy(e.Metadata, said)
 	}
 	if err := a.ledger.Update(ctx, func(tx *ledger.Tx) error {
 		if err := tx.Put(ledger.Meta, retentionKey, encode(wanted.record())); err != nil {

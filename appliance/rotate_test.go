@@ -533,10 +533,10 @@ func TestRetentionIsNotShortened(t *testing.T) {
 		t.Errorf("%+v", got)
 	}
 	shorten := func(r *Retention) { r.Audit = 48 * time.Hour }
-	if err := r.ShortenRetention(t.Context(), audit.Operator("test"), shorten); !errors.Is(err, ErrNotApproved) {
+	if err := r.ShortenRetention(t.Context(), audit.Operator("test"), map[string]string{"audit": "48h"}, shorten); !errors.Is(err, ErrNotApproved) {
 		t.Errorf("without approval: %v", err)
 	}
-	if err := r.ShortenRetention(t.Context(), approved, shorten); err != nil {
+	if err := r.ShortenRetention(t.Context(), approved, map[string]string{"audit": "48h"}, shorten); err != nil {
 		t.Fatal(err)
 	}
 	if got, _, err := RetentionInForce(r.ledger); err != nil || got.Audit != 48*time.Hour {

@@ -282,7 +282,7 @@ func run(t *testing.T, s *Sender, handler http.HandlerFunc) {
 func queueUp(t *testing.T, s *Sender, target string, ids ...string) {
 	t.Helper()
 	for _, id := range ids {
-		time.Sleep(1) // none is as old as another
+		time.Sleep(time.Nanosecond) // none is as old as another
 		if err := s.Queue(target, Message{ID: id, Body: []byte("{}")}); err != nil {
 			t.Fatal(err)
 		}

@@ -364,6 +364,10 @@ func TestKeys(t *testing.T) {
 	if _, err := key.SignMessage(nil, nil, crypto.SHA384); err == nil {
 		t.Error("the keystore's hash is passed off as another")
 	}
+	b.keys.Corrupt = func(signature []byte) []byte { signature[len(signature)-1] ^= 1; return signature }
+	if _, err := key.SignMessage(nil, nil, crypto.SHA256); !errors.Is(err, keystore.ErrWrong) { // the keystore may have another way
+		t.Errorf("a wrong signature: %v", err)
+	}
 }
 
 // stuck is a key whose device does not come back.
