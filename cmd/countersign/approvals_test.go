@@ -7,8 +7,10 @@ import (
 	"encoding/binary"
 	"encoding/hex"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strconv"
 	"strings"
@@ -189,6 +191,7 @@ func TestAuditApprovals(t *testing.T) {
 		len(r.Proposals[0].Approvals) != 1 || r.Proposals[0].Did[0].Event != 5 {
 		t.Errorf("%d %v\n%s", status, err, stdout)
 	}
+	sshKeygen(t, stdout)
 	wrong := func(name, code string, event string, args ...string) {
 		t.Helper()
 		status, stdout, stderr := call(append(args, "--json")...)
@@ -233,4 +236,33 @@ func TestAuditApprovals(t *testing.T) {
 		t.Error("the log itself is wrong")
 	}
 	wrong("dropped", "failed", "can't be checked from their root", later, "--key", vkey)
+}
+
+// sshKeygen checks the first approval of a report with nothing but ssh-keygen, as docs/SPEC.md says.
+func sshKeygen(t *testing.T, report string) {
+	t.Helper()
+	var r struct{ Proposals []*approval.Course }
+	if err := json.Unmarshal([]byte(report), &r); err != nil {
+		t.Fatal(err)
+	}
+	p := r.Proposals[0]
+	a := p.Approvals[0]
+	dir := t.TempDir()
+	for name, text := range map[string]string{"allowed": a.Operator + " " + a.PublicKey + "\n", "sig": a.Proof.SSHSIG} {
+		if err := os.WriteFile(filepath.Join(dir, name), []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for text, good := range map[string]bool{p.Text: true, strings.Replace(p.Text, "shop", "shoq", 1): false} {
+		cmd := exec.Command("ssh-keygen", "-Y", "verify", "-f", "allowed", "-I", a.Operator, "-n", approval.ForProposal, "-s", "sig")
+		cmd.Dir, cmd.Stdin = dir, strings.NewReader(text)
+		out, err := cmd.CombinedOutput()
+		if errors.Is(err, exec.ErrNotFound) && os.Getenv("REQUIRE_DEVICES") != "1" {
+			t.Log("ssh-keygen is missing (openssh-client): what it says was not looked at")
+			return
+		}
+		if (err == nil) != good {
+			t.Errorf("ssh-keygen: %v\n%s", err, out)
+		}
+	}
 }
