@@ -50,8 +50,11 @@ func readRoster(t tables) (r roster, err error) {
 }
 
 func decodePerson(name string, value []byte) (p person, err error) {
-	if err := json.Unmarshal(value, &p); err != nil || p.Name != name {
-		return p, fmt.Errorf("operator %q in the ledger is none: %w", name, err)
+	if err = json.Unmarshal(value, &p); err == nil && p.Name != name {
+		err = fmt.Errorf("it is of %q", p.Name)
+	}
+	if err != nil {
+		return p, fmt.Errorf("operator %q in the ledger: %w", name, err)
 	}
 	return p, nil
 }

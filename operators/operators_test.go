@@ -138,7 +138,12 @@ func newRig(t *testing.T, people int) *rig {
 
 func newRigNamed(t *testing.T, name string, people int) *rig {
 	t.Helper()
-	r := &rig{path: filepath.Join(t.TempDir(), "ledger.db"), name: name}
+	return newRigIn(t, t.TempDir(), name, people)
+}
+
+func newRigIn(t *testing.T, dir, name string, people int) *rig {
+	t.Helper()
+	r := &rig{path: filepath.Join(dir, "ledger.db"), name: name}
 	if err := ledger.Create(r.path, ledger.Options{}); err != nil {
 		t.Fatal(err)
 	}
@@ -179,9 +184,15 @@ func (r *rig) must(t *testing.T, act amend, values ...string) {
 
 func (r *rig) open(t *testing.T) {
 	t.Helper()
+	if err := r.tryOpen(); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func (r *rig) tryOpen() error {
 	l, err := ledger.Open(r.path, ledger.Options{})
 	if err != nil {
-		t.Fatal(err)
+		return err
 	}
 	check := func(p []approval.Parameter, _ []byte) ([]approval.Parameter, error) { return p, nil }
 	d, err := Open(l, Config{Appliance: r.name, RPID: "localhost", Origin: "https://localhost:7780", Log: slog.New(slog.NewTextHandler(io.Discard, nil)),
@@ -196,9 +207,10 @@ func (r *rig) open(t *testing.T) {
 			}}}})
 	if err != nil {
 		l.Close()
-		t.Fatal(err)
+		return err
 	}
 	r.ledger, r.Desk = l, d
+	return nil
 }
 
 // reopen is a restart after a crash: what is not on disk is lost.

@@ -84,12 +84,15 @@ func recordKey(id uint64) string { return fmt.Sprintf("%020d", id) }
 
 func decodeRecord(key string, value []byte) (*record, error) {
 	r := new(record)
-	if err := json.Unmarshal(value, r); err != nil {
-		return nil, fmt.Errorf("proposal %s in the ledger: %w", key, err)
+	err := json.Unmarshal(value, r)
+	if err == nil {
+		r.proposal, err = approval.ParseText(r.Text)
 	}
-	var err error
-	if r.proposal, err = approval.ParseText(r.Text); err != nil || recordKey(r.proposal.ID) != key {
-		return nil, fmt.Errorf("proposal %s in the ledger has no text that is its: %w", key, err)
+	if err == nil && recordKey(r.id()) != key {
+		err = fmt.Errorf("its text is of proposal %d", r.id())
+	}
+	if err != nil {
+		return nil, fmt.Errorf("proposal %s in the ledger: %w", key, err)
 	}
 	return r, nil
 }

@@ -103,7 +103,7 @@ func (d *Desk) prove(ctx context.Context, ch Channel, id, purpose string, p appr
 	if i >= 0 {
 		c = d.challenges[i]
 	}
-	key := failureKey{ch.Kind, ch.UID, c.operator}
+	key := failureKey{purpose, ch.Kind, ch.UID, c.operator}
 	wait := d.failures.take(key)
 	if wait == 0 && i >= 0 {
 		d.challenges = slices.Delete(d.challenges, i, i+1) // from here on nobody can use it
@@ -274,7 +274,8 @@ const (
 	eventsBurst, eventsEvery           = 300, 200 * time.Millisecond // of refusals: 600 in any minute
 )
 
-// failures limits failed proofs. Root on the Unix socket does not count in the limit over all, so that others can't keep him out.
+// failures limits failed proofs of strangers, and of those who have signed in. In the limit over all count neither the latter, nor root
+// on the Unix socket, so that strangers can't keep them from work.
 type failures struct {
 	each    map[failureKey]*bucket
 	all     bucket
@@ -283,12 +284,15 @@ type failures struct {
 
 // failureKey is who has failed, as far as that is known.
 type failureKey struct {
+	purpose  string
 	kind     string
 	uid      uint32
 	operator string
 }
 
-func (k failureKey) root() bool { return Channel{Kind: k.kind, UID: k.uid}.root() }
+func (k failureKey) known() bool {
+	return k.purpose != approval.ForSignIn || Channel{Kind: k.kind, UID: k.uid}.root()
+}
 
 // take counts a failure in advance, or says how long to wait. Nothing is taken of one limit where the other one is reached.
 func (f *failures) take(key failureKey) time.Duration {
@@ -299,7 +303,7 @@ func (f *failures) take(key failureKey) time.Duration {
 		f.each[key] = b
 	}
 	wait := b.take(failuresBurst, failuresEvery)
-	if wait > 0 || key.root() {
+	if wait > 0 || key.known() {
 		return wait
 	}
 	if wait = f.all.take(allFailuresBurst, allFailuresEvery); wait > 0 {
@@ -310,7 +314,7 @@ func (f *failures) take(key failureKey) time.Duration {
 
 // giveBack says that it was no failure.
 func (f *failures) giveBack(key failureKey) {
-	if !key.root() {
+	if !key.known() {
 		f.all.giveBack()
 	}
 	if b := f.each[key]; b != nil {

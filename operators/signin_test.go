@@ -13,6 +13,7 @@ import (
 
 	"countersign/approval"
 	"countersign/audit"
+	"countersign/ledger"
 
 	"golang.org/x/crypto/ssh"
 )
@@ -73,12 +74,11 @@ func sshsig(t *testing.T, s *signer, namespace, text string) approval.Proof {
 
 func TestSignInRefused(t *testing.T) {
 	type attempt struct {
-		r          *rig
-		me, other  *signer
-		c          Challenge
-		ch         Channel
-		proof      approval.Proof
-		challenges string
+		r         *rig
+		me, other *signer
+		c         Challenge
+		ch        Channel
+		proof     approval.Proof
 	}
 	for name, break_ := range map[string]func(t *testing.T, a *attempt){
 		"another namespace": func(t *testing.T, a *attempt) { a.proof = sshsig(t, a.me, approval.ForPresence, a.c.Text) },
@@ -490,4 +490,89 @@ func TestSignInIsWrittenFirst(t *testing.T) {
 		t.Errorf("a sign-in that can't be written down: %v, %d sessions", err, len(r.Sessions()))
 	}
 	r.open(t)
+}
+
+// TestLedgerDecidesWhoProves changes the ledger between the look at the proof, which is by memory, and the transaction.
+func TestLedgerDecidesWhoProves(t *testing.T) {
+	for name, change := range map[string]func(tx *ledger.Tx, p person) error{
+		"removed": func(tx *ledger.Tx, p person) error { return tx.Delete(ledger.Operators, p.Name) },
+		"another credential": func(tx *ledger.Tx, p person) error {
+			p.Credentials = []approval.Credential{newSigner(t, "").credential}
+			return tx.Put(ledger.Operators, p.Name, encode(p))
+		},
+		"the credential with another key": func(tx *ledger.Tx, p person) error {
+			p.Credentials[0].PublicKey = newSigner(t, "").credential.PublicKey
+			return tx.Put(ledger.Operators, p.Name, encode(p))
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				r := newRig(t, 2)
+				me := r.people[1]
+				s, _ := r.signIn(t, me, user)
+				in, err1 := r.Challenge(approval.ForSignIn, me.name, "", user)
+				there, err2 := r.Challenge(approval.ForPresence, me.name, "payments", user)
+				if err1 != nil || err2 != nil {
+					t.Fatal(err1, err2)
+				}
+				p := r.propose(t, s, "test")
+				r.writing <- struct{}{} // so that all three wait where memory has been asked
+				errs := make(chan error, 3)
+				go func() { _, _, err := r.SignIn(t.Context(), user, in.ID, me.sign(t, in.Text)); errs <- err }()
+				go func() { errs <- r.Prove(t.Context(), s, there.ID, "payments", me.sign(t, there.Text)) }()
+				go func() { _, err := r.Approve(t.Context(), s, p.ID, me.sign(t, p.Text())); errs <- err }()
+				synctest.Wait()
+				if err := r.ledger.Update(t.Context(), func(tx *ledger.Tx) error {
+					who, err := decodePerson(me.name, tx.Get(ledger.Operators, me.name))
+					if err != nil {
+						return err
+					}
+					return change(tx, who)
+				}); err != nil {
+					t.Fatal(err)
+				}
+				<-r.writing
+				for range 3 {
+					want(t, <-errs, approval.ErrNotProven)
+				}
+				if n, _ := r.events(t, audit.SignInRefused); n != 3 || r.ran.Load() != 0 || len(r.Sessions()) != 1 {
+					t.Errorf("there are %d events and %d sessions; it has run %d times", n, len(r.Sessions()), r.ran.Load())
+				}
+			})
+		})
+	}
+}
+
+func TestNobodyWaitsForEver(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := newRig(t, 1)
+		s, _ := r.signIn(t, r.people[0], user)
+		p := r.propose(t, s, "test")
+		r.writing <- struct{}{}
+		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+		defer cancel()
+		_, err := r.Approve(ctx, s, p.ID, r.people[0].sign(t, p.Text()))
+		want(t, err, ErrUnavailable)
+		<-r.writing
+		if got, _ := r.Proposal(p.ID); got.State != Pending || len(got.Approvals) != 0 {
+			t.Errorf("what was given up is carried out: %+v", got)
+		}
+	})
+}
+
+// TestStrangersStopNoPresence: who has signed in is not limited by what others fail in his name.
+func TestStrangersStopNoPresence(t *testing.T) {
+	r := newRig(t, 1)
+	s, _ := r.signIn(t, r.people[0], https)
+	for range 2 * allFailuresBurst {
+		r.fail(t, "o0", https)
+		r.fail(t, random(), https)
+	}
+	c, err := r.Challenge(approval.ForPresence, "o0", "payments", https)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := r.Prove(t.Context(), s, c.ID, "payments", r.people[0].sign(t, c.Text)); err != nil {
+		t.Error(err)
+	}
 }
