@@ -222,7 +222,7 @@ func (s *server) propose(ctx context.Context, who caller, in *body[api.NewPropos
 }
 
 func (s *server) approve(ctx context.Context, who caller, in *struct {
-	numbered
+	ID   uint64 `path:"id"`
 	Body api.NewApproval
 }) (api.Proposal, error) {
 	p, err := s.Operators.Approve(ctx, *who.session, in.ID, in.Body.Proof)

@@ -71,7 +71,9 @@ type errAs struct {
 
 func (e errAs) Error() string { return e.text }
 
-func (p problem) errorf(format string, args ...any) error { return errAs{p, fmt.Sprintf(format, args...)} }
+func (p problem) errorf(format string, args ...any) error {
+	return errAs{p, fmt.Sprintf(format, args...)}
+}
 
 func (p problem) document(detail string) *api.Error {
 	return &api.Error{Type: "urn:countersign:error:" + p.code, Title: p.title, Status: p.status, Detail: detail, Code: p.code}
