@@ -23,7 +23,7 @@ var arrows = map[string]struct{ ours, outside []string }{
 	"limit":                 {nil, []string{"github.com/hashicorp/golang-lru/v2"}},
 	"ledger":                {[]string{"audit"}, []string{"go.etcd.io/bbolt", "golang.org/x/mod"}},
 	"ledger/disktest":       {nil, []string{"github.com/hanwen/go-fuse/v2", "golang.org/x/sys"}},
-	"operators":             {[]string{"approval", "audit", "ledger"}, []string{"golang.org/x/time"}},
+	"operators":             {[]string{"approval", "audit", "ledger"}, nil},
 	"approval":              {[]string{"audit"}, []string{"github.com/go-json-experiment/json", "github.com/go-webauthn/webauthn", "golang.org/x/crypto/ssh"}},
 	"audit":                 {nil, []string{"github.com/go-json-experiment/json", "golang.org/x/mod"}},
 	"keystore":              {nil, nil},

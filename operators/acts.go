@@ -50,8 +50,11 @@ func readRoster(t tables) (r roster, err error) {
 }
 
 func decodePerson(name string, value []byte) (p person, err error) {
-	if err := json.Unmarshal(value, &p); err != nil || p.Name != name {
-		return p, fmt.Errorf("operator %q in the ledger is none: %w", name, err)
+	if err = json.Unmarshal(value, &p); err == nil && p.Name != name {
+		err = fmt.Errorf("it is of %q", p.Name)
+	}
+	if err != nil {
+		return p, fmt.Errorf("operator %q in the ledger: %w", name, err)
 	}
 	return p, nil
 }
@@ -74,6 +77,9 @@ func (r *roster) sound() error {
 	owners := map[string]string{}
 	for _, name := range slices.Sorted(maps.Keys(r.people)) {
 		p := r.people[name]
+		if len(p.Credentials) == 0 {
+			return fmt.Errorf("operator %q: %w: it would have no credential: add another one before, or remove the operator", name, ErrConflict)
+		}
 		if len(encode(p.Operator)) >= maxRecord {
 			return fmt.Errorf("operator %q: %w: it has too many credentials: remove one", name, ErrConflict)
 		}
@@ -89,20 +95,18 @@ func (r *roster) sound() error {
 				owners[mark] = name
 			}
 		}
-		if len(p.Credentials) > 0 {
-			if p.Has(approval.Administrator) {
-				administrators++
-			}
-			if p.Has(approval.Approver) {
-				approvers++
-			}
+		if p.Has(approval.Administrator) {
+			administrators++
+		}
+		if p.Has(approval.Approver) {
+			approvers++
 		}
 	}
 	if administrators == 0 {
-		return fmt.Errorf("%w: there must be an administrator with a credential", ErrConflict)
+		return fmt.Errorf("%w: there must be an administrator", ErrConflict)
 	}
 	if r.needed < 1 || r.needed > approvers {
-		return fmt.Errorf("%w: of %d approvers with a credential, %d would be needed", ErrConflict, approvers, r.needed)
+		return fmt.Errorf("%w: of %d approvers, %d would be needed", ErrConflict, approvers, r.needed)
 	}
 	return nil
 }
@@ -168,7 +172,7 @@ func (d *Desk) checkOwn(own ownAct, p []approval.Parameter, content []byte) ([]a
 				return nil, err
 			}
 			p[i].Value = joinRoles(roles)
-		case p[i].Name == "credential" && strings.HasPrefix(p[i].Value, "{"):
+		case p[i].Name == "credential" && strings.HasPrefix(strings.TrimSpace(p[i].Value), "{"):
 			c, err := d.parseCredential(p[i].Value)
 			if err != nil {
 				return nil, err
@@ -254,6 +258,7 @@ func (d *Desk) EnrolFirst(ctx context.Context, ch Channel, name string, c approv
 	if !ch.root() {
 		return approval.Operator{}, fmt.Errorf("%w: root enrols the first operator, on the Unix socket", ErrNotAllowed)
 	}
+	c.Added = 0
 	roles := []approval.Role{approval.Administrator, approval.OperatorRole, approval.Auditor, approval.Approver}
 	var first approval.Operator
 	err := d.amend(ctx, audit.Operator("uid:0"), "operator enrol", func(r *roster) (string, string, error) {

@@ -21,7 +21,8 @@
 // # Who counts
 //
 // An approval counts while its operator is an approver and has the credential, by the ledger, in the transaction that makes the proposal
-// run; one for each operator, and a credential belongs to one operator. What is needed is the larger of what its text says and what is
+// run; one for each operator, and a credential belongs to one operator. An operator approves a proposal once: who has got another
+// credential since does not count, and it is to be proposed again where he is needed. What is needed is the larger of what its text says and what is
 // in force then.
 package operators
 
@@ -112,7 +113,7 @@ func (c Channel) String() string {
 // Bounds of what is kept.
 const (
 	maxOperators = 256
-	maxRecord    = 2000 // bytes of an operator in JSON: an event has room for it. The same for a proof
+	maxRecord    = 2000 // bytes of an operator in JSON: an event has room for it
 	maxName      = 64
 )
 
@@ -137,7 +138,7 @@ type Desk struct {
 func Open(l *ledger.Ledger, c Config) (*Desk, error) {
 	d := &Desk{
 		Config: c, ledger: l, writing: make(chan struct{}, 1), proposals: map[uint64]*record{}, ends: map[uint64]chan struct{}{},
-		sessions: map[[32]byte]*Session{}, failures: newFailures(),
+		sessions: map[[32]byte]*Session{}, failures: failures{each: map[failureKey]*bucket{}},
 	}
 	if d.Acts = maps.Clone(c.Acts); d.Acts == nil {
 		d.Acts = map[string]Act{}

@@ -84,12 +84,15 @@ func recordKey(id uint64) string { return fmt.Sprintf("%020d", id) }
 
 func decodeRecord(key string, value []byte) (*record, error) {
 	r := new(record)
-	if err := json.Unmarshal(value, r); err != nil {
-		return nil, fmt.Errorf("proposal %s in the ledger: %w", key, err)
+	err := json.Unmarshal(value, r)
+	if err == nil {
+		r.proposal, err = approval.ParseText(r.Text)
 	}
-	var err error
-	if r.proposal, err = approval.ParseText(r.Text); err != nil || recordKey(r.proposal.ID) != key {
-		return nil, fmt.Errorf("proposal %s in the ledger has no text that is its: %w", key, err)
+	if err == nil && recordKey(r.id()) != key {
+		err = fmt.Errorf("its text is of proposal %d", r.id())
+	}
+	if err != nil {
+		return nil, fmt.Errorf("proposal %s in the ledger: %w", key, err)
 	}
 	return r, nil
 }
@@ -339,12 +342,8 @@ func (d *Desk) Approve(ctx context.Context, s Session, id uint64, p approval.Pro
 			return nil, fmt.Errorf("approval: %w: it is for the role %s", ErrNotAllowed, approval.Approver)
 		}
 		var events []audit.Event
-		mine := slices.IndexFunc(r.Approvals, func(a approved) bool { return a.Operator == who.Name })
-		given := mine >= 0 && all.approver(who.Name, r.Approvals[mine].Credential)
+		given := slices.ContainsFunc(r.Approvals, func(a approved) bool { return a.Operator == who.Name })
 		if !given {
-			if mine >= 0 { // with a credential that he has no more
-				r.Approvals = slices.Delete(r.Approvals, mine, mine+1)
-			}
 			r.Approvals = append(r.Approvals, approved{who.Name, p.Credential, time.Now().Unix()})
 			e := r.event(audit.ApprovalGiven, audit.Operator(who.Name), "proposal approve")
 			e.Metadata["credential"], e.Metadata["proof"] = p.Credential, string(encode(p))
@@ -354,8 +353,8 @@ func (d *Desk) Approve(ctx context.Context, s Session, id uint64, p approval.Pro
 		case r.counting(&all) >= max(r.proposal.Needed, all.needed):
 			r.State = Running // once: nothing leads back to open
 			events = append(events, r.event(audit.ProposalRun, r.actor(), "proposal run"))
-		case given:
-			return nil, fmt.Errorf("proposal %d: %w: you have approved it already", id, ErrConflict)
+		case given: // which was worth to try: his approval, or another one, may count again
+			return nil, fmt.Errorf("proposal %d: %w: you have approved it already, which can be done once", id, ErrConflict)
 		}
 		return events, nil
 	}, func(r *record) { // it is on disk

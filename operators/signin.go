@@ -8,6 +8,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"maps"
 	"slices"
 	"strings"
 	"time"
@@ -30,9 +31,9 @@ type Challenge struct {
 	Text    string // its first line is the namespace of an SSHSIG; the challenge of a passkey is SHA-256 of it
 	Expires time.Time
 	RPID    string
-	// Allowed are the passkeys that may answer, by credential id, base64url. For a sign-in there are none, since a stranger may ask: it is
-	// with a discoverable passkey.
-	Allowed []string
+	// Allowed are the passkeys that may answer. For a sign-in there are none, since a stranger may ask for it: that is with a discoverable
+	// passkey.
+	Allowed []approval.Credential
 }
 
 // challenge is one that was not used yet.
@@ -84,13 +85,13 @@ func (d *Desk) Challenge(purpose, operator, subject string, ch Channel) (Challen
 	return c.Challenge, nil
 }
 
-func passkeys(p person) (ids []string) {
+func passkeys(p person) (all []approval.Credential) {
 	for _, c := range p.Credentials {
 		if c.Kind == approval.Passkey {
-			ids = append(ids, c.CredentialID)
+			all = append(all, c)
 		}
 	}
-	return ids
+	return all
 }
 
 // prove uses a challenge up. It returns who has signed it, as memory has him, and the number of the signature. The refusal is an event
@@ -102,12 +103,8 @@ func (d *Desk) prove(ctx context.Context, ch Channel, id, purpose string, p appr
 	if i >= 0 {
 		c = d.challenges[i]
 	}
-	from := strings.Fields(ch.String()) // who has failed: nobody has to answer for others but on HTTPS, where all look alike
-	key := from[0] + " " + c.operator
-	if ch.Kind == Unix {
-		key = ch.String() + " " + c.operator
-	}
-	wait := d.failures.take(key, ch.root())
+	key := failureKey{purpose, ch.Kind, ch.UID, c.operator}
+	wait := d.failures.take(key)
 	if wait == 0 && i >= 0 {
 		d.challenges = slices.Delete(d.challenges, i, i+1) // from here on nobody can use it
 	}
@@ -136,9 +133,6 @@ func (d *Desk) prove(ctx context.Context, ch Channel, id, purpose string, p appr
 
 // verify holds a proof against a text and one of the operator's credentials.
 func (d *Desk) verify(who person, namespace, text string, p approval.Proof) (count uint32, err error) {
-	if len(encode(p)) >= maxRecord {
-		return 0, fmt.Errorf("%w: it is too long", approval.ErrNotProven)
-	}
 	c, there := who.Credential(p.Credential)
 	if !there {
 		return 0, fmt.Errorf("%w: the operator has no such credential", approval.ErrNotProven)
@@ -280,45 +274,55 @@ const (
 	eventsBurst, eventsEvery           = 300, 200 * time.Millisecond // of refusals: 600 in any minute
 )
 
-// failures limits failed proofs. Root on the Unix socket does not count in the limit over all, so that others can't keep him out.
+// failures limits failed proofs of strangers, and of those who have signed in. In the limit over all count neither the latter, nor root
+// on the Unix socket, so that strangers can't keep them from work.
 type failures struct {
-	each    map[string]*bucket
+	each    map[failureKey]*bucket
 	all     bucket
 	written bucket
 }
 
-func newFailures() failures { return failures{each: map[string]*bucket{}} }
+// failureKey is who has failed, as far as that is known.
+type failureKey struct {
+	purpose  string
+	kind     string
+	uid      uint32
+	operator string
+}
 
-// take counts a failure in advance, or says how long to wait. Neither is taken from where the other one is empty.
-func (f *failures) take(key string, root bool) time.Duration {
-	for k, b := range f.each {
-		if b.full(failuresBurst, failuresEvery) {
-			delete(f.each, k)
-		}
-	}
+func (k failureKey) known() bool {
+	return k.purpose != approval.ForSignIn || Channel{Kind: k.kind, UID: k.uid}.root()
+}
+
+// take counts a failure in advance, or says how long to wait. Nothing is taken of one limit where the other one is reached.
+func (f *failures) take(key failureKey) time.Duration {
+	maps.DeleteFunc(f.each, func(_ failureKey, b *bucket) bool { b.leak(failuresEvery); return b.spent == 0 }) // no more are left than fail
 	b := f.each[key]
 	if b == nil {
 		b = new(bucket)
 		f.each[key] = b
 	}
-	if wait := b.take(failuresBurst, failuresEvery); wait > 0 || root {
+	wait := b.take(failuresBurst, failuresEvery)
+	if wait > 0 || key.known() {
 		return wait
 	}
-	wait := f.all.take(allFailuresBurst, allFailuresEvery)
-	if wait > 0 {
+	if wait = f.all.take(allFailuresBurst, allFailuresEvery); wait > 0 {
 		b.giveBack()
 	}
 	return wait
 }
 
-func (f *failures) giveBack(key string) {
-	f.all.giveBack()
+// giveBack says that it was no failure.
+func (f *failures) giveBack(key failureKey) {
+	if !key.known() {
+		f.all.giveBack()
+	}
 	if b := f.each[key]; b != nil {
 		b.giveBack()
 	}
 }
 
-// bucket counts what leaks out of it with time. Its zero value is empty of failures. Unlike a rate.Limiter it takes back.
+// bucket counts what leaks out of it with time. Unlike a rate.Limiter it takes back.
 type bucket struct {
 	spent float64
 	at    time.Time
@@ -328,7 +332,7 @@ type bucket struct {
 func (b *bucket) take(most float64, every time.Duration) time.Duration {
 	b.leak(every)
 	if over := b.spent + 1 - most; over > 0 {
-		return (time.Duration(over*float64(every)) + time.Second).Truncate(time.Second)
+		return (time.Duration(over*float64(every)) + time.Second - 1).Truncate(time.Second)
 	}
 	b.spent++
 	return 0
@@ -339,7 +343,5 @@ func (b *bucket) leak(every time.Duration) {
 	b.spent = max(0, b.spent-float64(now.Sub(b.at))/float64(every))
 	b.at = now
 }
-
-func (b *bucket) full(_ float64, every time.Duration) bool { b.leak(every); return b.spent == 0 }
 
 func (b *bucket) giveBack() { b.spent = max(0, b.spent-1) }
