@@ -2,18 +2,13 @@ package admin
 
 import (
 	"context"
-	"crypto/ecdsa"
 	"crypto/ed25519"
-	"crypto/elliptic"
 	"crypto/rand"
 	"crypto/tls"
 	"crypto/x509"
-	"crypto/x509/pkix"
 	"encoding/json"
-	"encoding/pem"
 	"io"
 	"log/slog"
-	"math/big"
 	"net"
 	"net/http"
 	"path/filepath"
@@ -23,6 +18,7 @@ import (
 	"time"
 
 	"countersign/admin/api"
+	"countersign/admin/certs"
 	"countersign/appliance"
 	"countersign/approval"
 	"countersign/audit"
@@ -130,7 +126,7 @@ func newRig(t *testing.T) *rig {
 	}
 	t.Cleanup(func() { r.desk.Close(context.Background()) })
 	certs := newCertificates(t)
-	r.ca = certs.CA()
+	r.ca = must(certs.Authority(t.Context()))(t)
 	c := Config{Appliance: r.app, Operators: r.desk, Life: r.life, LoadPolicy: func() (*policy.Policy, error) { return policy.Parse("policy.cedar", []byte(r.policy)) },
 		Certificates: certs, Hosts: []string{"localhost:" + port}, Origin: r.url, RPID: "localhost"}
 	r.server, _ = newServer(c)
@@ -159,34 +155,29 @@ func (r *rig) rules() *policy.Policy {
 	return p
 }
 
-// certificates has a CA of its own and one certificate, in memory.
-type certificates struct {
-	cert tls.Certificate
-	ca   []byte
+// newCertificates makes certificates of keys in memory.
+func newCertificates(t *testing.T) *certs.Manager {
+	t.Helper()
+	store := keystoretest.NewMemory()
+	var keys [2]keystore.Key
+	for i, name := range []string{"ca", "tls"} {
+		keys[i] = must(store.Generate(t.Context(), keystore.Ref{Name: name, Version: 1}, keystore.P256, keystore.Tag{byte(i)}))(t)
+	}
+	return must(certs.New(keys[0], keys[1], new(saved), nil, slog.New(slog.DiscardHandler)))(t)
 }
 
-func newCertificates(t *testing.T) *certificates {
-	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
-	if err != nil {
-		t.Fatal(err)
-	}
-	template := &x509.Certificate{SerialNumber: big.NewInt(1), Subject: pkix.Name{CommonName: "test"}, DNSNames: []string{"localhost"}, NotAfter: time.Now().Add(time.Hour),
-		IsCA: true, BasicConstraintsValid: true, KeyUsage: x509.KeyUsageDigitalSignature | x509.KeyUsageCertSign}
-	der, err := x509.CreateCertificate(rand.Reader, template, template, key.Public(), key)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return &certificates{tls.Certificate{Certificate: [][]byte{der}, PrivateKey: key}, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der})}
+// saved is a certs.Store in memory.
+type saved struct{ sync.Map }
+
+func (s *saved) Load(name string) ([]byte, error) {
+	v, _ := s.Map.Load(name)
+	b, _ := v.([]byte)
+	return b, nil
 }
 
-func (c *certificates) GetCertificate(*tls.ClientHelloInfo) (*tls.Certificate, error) {
-	return &c.cert, nil
-}
-func (c *certificates) CA() []byte                          { return c.ca }
-func (c *certificates) Own() bool                           { return true }
-func (c *certificates) CSR(context.Context) ([]byte, error) { return []byte("csr"), nil }
-func (c *certificates) Install(_ context.Context, _ audit.Actor, b []byte) error {
-	return invalid.errorf("%q is no certificate", b)
+func (s *saved) Save(_ context.Context, name string, value []byte) error {
+	s.Store(name, value)
+	return nil
 }
 
 // credential makes an SSH key, which the agent has.
