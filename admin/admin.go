@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"countersign/admin/api"
+	"countersign/admin/certs"
 	"countersign/appliance"
 	"countersign/audit"
 	"countersign/ijson"
@@ -43,7 +44,7 @@ type Config struct {
 	Group      string                         // the number of the group whose members may talk on the Unix socket; "": nobody but root and the daemon's user
 
 	// What follows is for HTTPS. Without Certificates there is none.
-	Certificates Certificates
+	Certificates *certs.Manager
 	Hosts        []string // what the Host header may be, such as localhost:7780
 	Origin       string   // of the console: https://localhost:7780
 	RPID         string   // the relying party of passkeys: localhost
@@ -147,6 +148,7 @@ func (s *server) routes() {
 	route(s, operation{route: "GET /v1/tls", id: "tls", summary: "Show the certificate of the HTTPS listener and whom to trust for it", roles: everyone, refused: always}, s.tls)
 	route(s, operation{route: "POST /v1/tls/csr", id: "csr", summary: "Ask for a request for a certificate", roles: of(administrator), refused: always}, s.csr)
 	route(s, operation{route: "PUT /v1/tls/certificate", id: "install-certificate", summary: "Put a certificate into use", roles: of(administrator), refused: always}, s.installCertificate)
+	route(s, operation{route: "DELETE /v1/tls/certificate", id: "uninstall-certificate", summary: "Go back to a certificate of the appliance's own CA", roles: of(administrator), refused: always}, s.uninstallCertificate)
 }
 
 func (s *server) createKey(ctx context.Context, who caller, in *body[api.NewKey]) (api.Key, error) {

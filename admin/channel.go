@@ -15,6 +15,7 @@ import (
 	"strings"
 	"syscall"
 
+	"countersign/admin/certs"
 	"countersign/operators"
 
 	"github.com/danielgtaylor/huma/v2"
@@ -156,7 +157,7 @@ func Listen(path, group string) (net.Listener, error) {
 }
 
 // ListenTLS listens on a loopback address, and nowhere else, with TLS 1.3, and nothing older.
-func ListenTLS(address string, c Certificates) (net.Listener, error) {
+func ListenTLS(address string, c *certs.Manager) (net.Listener, error) {
 	host, _, err := net.SplitHostPort(address)
 	if err != nil {
 		return nil, fmt.Errorf("admin HTTPS: %w", err)
@@ -170,7 +171,9 @@ func ListenTLS(address string, c Certificates) (net.Listener, error) {
 	if err != nil {
 		return nil, fmt.Errorf("admin HTTPS: %w", err)
 	}
-	return tls.NewListener(l, &tls.Config{MinVersion: tls.VersionTLS13, GetCertificate: c.GetCertificate, NextProtos: []string{"http/1.1"}}), nil
+	config := c.Config()
+	config.NextProtos = []string{"http/1.1"} // net/http speaks no other on a listener that does TLS by itself
+	return tls.NewListener(l, config), nil
 }
 
 const cookieName = "__Host-countersign"

@@ -204,7 +204,7 @@ func shortenRetention(a *appliance.Appliance, p parameters, _ []byte) (parameter
 		return nil, nil, err
 	}
 	var pairs []string
-	times := map[string]time.Duration{}
+	times, said := map[string]time.Duration{}, map[string]string{}
 	for _, name := range names {
 		if v[name] == "" {
 			continue
@@ -213,14 +213,14 @@ func shortenRetention(a *appliance.Appliance, p parameters, _ []byte) (parameter
 		if err != nil {
 			return nil, nil, invalid.errorf("%s: %v", name, err)
 		}
-		times[name] = d
+		times[name], said[name] = d, v[name]
 		pairs = append(pairs, name, v[name])
 	}
 	if len(pairs) == 0 {
 		return nil, nil, invalid.errorf("say what is to be kept for how long: %v", names)
 	}
 	return list(pairs...), func(ctx context.Context, who audit.Actor) error {
-		return a.ShortenRetention(ctx, who, func(r *appliance.Retention) {
+		return a.ShortenRetention(ctx, who, said, func(r *appliance.Retention) {
 			for name, to := range map[string]*time.Duration{"audit": &r.Audit, "receipts": &r.Receipts, "decisions": &r.Decisions, "nonces": &r.Nonces} {
 				if d, ok := times[name]; ok {
 					*to = d

@@ -13,6 +13,7 @@ import (
 	"countersign/admin/api"
 	"countersign/appliance"
 	"countersign/ledger"
+	"countersign/webhook"
 
 	"github.com/danielgtaylor/huma/v2"
 )
@@ -22,7 +23,11 @@ func (s *server) log(context.Context, caller, *none) (api.Log, error) {
 	if err != nil {
 		return api.Log{}, err
 	}
-	return api.Log{Epoch: epoch, VerifierKey: log.VerifierKey(epoch), WebhookKey: webhook.FormatKey(key.Info().PublicKey)}, err
+	key, err := s.Appliance.LogKey()
+	if err != nil {
+		return api.Log{}, err
+	}
+	return api.Log{Epoch: epoch, VerifierKey: log.VerifierKey(epoch), WebhookKey: webhook.FormatKey(key.Info().PublicKey)}, nil
 }
 
 func (s *server) endEpoch(ctx context.Context, who caller, _ *none) (api.Log, error) {

@@ -3,6 +3,7 @@ package admin
 import (
 	"context"
 	"crypto/rand"
+	"crypto/sha256"
 	"net/http"
 	"slices"
 	"strings"
@@ -31,7 +32,8 @@ func (s *server) challenge(_ context.Context, who caller, in *body[api.NewChalle
 		purpose, n.Operator = approval.ForPresence, who.session.Operator
 	}
 	ch, err := s.Operators.Challenge(purpose, n.Operator, n.Key, who.Channel)
-	return api.Challenge{ID: ch.ID, Text: ch.Text, Expires: ch.Expires.Unix(), RPID: ch.RPID, Allowed: append([]string{}, ch.Allowed...)}, err
+	digest := sha256.Sum256([]byte(ch.Text))
+	return api.Challenge{ID: ch.ID, Text: ch.Text, Expires: ch.Expires.Unix(), PublicKey: approval.PasskeyRequest(digest[:], ch.RPID, ch.Allowed)}, err
 }
 
 func sessionDoc(x operators.Session, who caller) api.Session {
@@ -222,7 +224,7 @@ func (s *server) propose(ctx context.Context, who caller, in *body[api.NewPropos
 }
 
 func (s *server) approve(ctx context.Context, who caller, in *struct {
-	numbered
+	ID   uint64 `path:"id"`
 	Body api.NewApproval
 }) (api.Proposal, error) {
 	p, err := s.Operators.Approve(ctx, *who.session, in.ID, in.Body.Proof)

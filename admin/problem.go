@@ -11,6 +11,7 @@ import (
 	"sync"
 
 	"countersign/admin/api"
+	"countersign/admin/certs"
 	"countersign/appliance"
 	"countersign/approval"
 	"countersign/operators"
@@ -52,7 +53,7 @@ var problems = []struct {
 	err error
 	problem
 }{
-	{appliance.ErrInvalid, invalid}, {operators.ErrInvalid, invalid}, {approval.ErrInvalid, invalid},
+	{appliance.ErrInvalid, invalid}, {operators.ErrInvalid, invalid}, {approval.ErrInvalid, invalid}, {certs.ErrUnfit, invalid},
 	{appliance.ErrExists, exists}, {operators.ErrExists, exists},
 	{appliance.ErrNotFound, notFound}, {operators.ErrNotFound, notFound},
 	{approval.ErrNotProven, notProven},

@@ -2,69 +2,56 @@ package admin
 
 import (
 	"context"
-	"crypto/tls"
-	"crypto/x509"
-	"encoding/pem"
-	"fmt"
-	"strings"
 
 	"countersign/admin/api"
-	"countersign/audit"
 )
 
-// Certificates looks after the certificate of the loopback listener, whose key is in the keystore.
-type Certificates interface {
-	GetCertificate(*tls.ClientHelloInfo) (*tls.Certificate, error)
-	CA() []byte // PEM: whom to trust for it
-	Own() bool  // the CA is the appliance's own
-	CSR(ctx context.Context) ([]byte, error)
-	Install(ctx context.Context, who audit.Actor, pem []byte) error
+// hasTLS is nil where there is a listener that needs a certificate.
+func (s *server) hasTLS() error {
+	if s.Certificates == nil {
+		return notFound.errorf("the appliance has no HTTPS listener: see admin_https in the configuration")
+	}
+	return nil
 }
 
-var errNoTLS = notFound.errorf("the appliance has no HTTPS listener: see admin_https in the configuration")
-
-func (s *server) tls(_ context.Context, _ caller, _ *none) (doc api.TLS, err error) {
-	if s.Certificates == nil {
-		return doc, errNoTLS
+func (s *server) tls(ctx context.Context, _ caller, _ *none) (api.TLS, error) {
+	if err := s.hasTLS(); err != nil {
+		return api.TLS{}, err
 	}
-	cert, err := s.Certificates.GetCertificate(&tls.ClientHelloInfo{SupportedVersions: []uint16{tls.VersionTLS13}, SignatureSchemes: []tls.SignatureScheme{tls.ECDSAWithP256AndSHA256}})
+	ca, err := s.Certificates.Authority(ctx)
 	if err != nil {
-		return doc, err
+		return api.TLS{}, err
 	}
-	leaf, err := x509.ParseCertificate(cert.Certificate[0])
-	if err != nil {
-		return doc, fmt.Errorf("the listener's certificate: %w", err)
-	}
-	doc = api.TLS{Certificate: chain(cert), CA: string(s.Certificates.CA()), Names: append([]string{}, leaf.DNSNames...), NotAfter: leaf.NotAfter.Unix(), Own: s.Certificates.Own()}
-	for _, ip := range leaf.IPAddresses {
-		doc.Names = append(doc.Names, ip.String())
-	}
-	return doc, nil
+	st := s.Certificates.Status()
+	return api.TLS{
+		Installed: st.Installed, Names: append([]string{}, st.Names...), Issuer: st.Issuer, NotBefore: unix(st.NotBefore), NotAfter: unix(st.NotAfter), Warning: st.Warning, CA: string(ca),
+	}, nil
 }
 
 func (s *server) csr(ctx context.Context, _ caller, _ *none) (api.PEM, error) {
-	if s.Certificates == nil {
-		return api.PEM{}, errNoTLS
+	if err := s.hasTLS(); err != nil {
+		return api.PEM{}, err
 	}
 	b, err := s.Certificates.CSR(ctx)
 	return api.PEM{PEM: string(b)}, err
 }
 
 func (s *server) installCertificate(ctx context.Context, who caller, in *body[api.PEM]) (api.TLS, error) {
-	if s.Certificates == nil {
-		return api.TLS{}, errNoTLS
+	if err := s.hasTLS(); err != nil {
+		return api.TLS{}, err
 	}
-	if err := s.Certificates.Install(ctx, who.actor(), []byte(in.Body.PEM)); err != nil {
+	if err := s.Certificates.Install(ctx, []byte(in.Body.PEM)); err != nil {
 		return api.TLS{}, err
 	}
 	return s.tls(ctx, who, nil)
 }
 
-// chain is the certificate and those that lead to its CA.
-func chain(c *tls.Certificate) string {
-	var b strings.Builder
-	for _, der := range c.Certificate {
-		pem.Encode(&b, &pem.Block{Type: "CERTIFICATE", Bytes: der}) // a Builder does not fail
+func (s *server) uninstallCertificate(ctx context.Context, who caller, _ *none) (api.TLS, error) {
+	if err := s.hasTLS(); err != nil {
+		return api.TLS{}, err
 	}
-	return b.String()
+	if err := s.Certificates.Uninstall(ctx); err != nil {
+		return api.TLS{}, err
+	}
+	return s.tls(ctx, who, nil)
 }

@@ -13,17 +13,16 @@ import (
 // NewChallenge asks for a text to be signed.
 type NewChallenge struct {
 	Purpose  string `json:"purpose" enum:"sign-in,presence"`
-	Operator string `json:"operator,omitempty" maxLength:"64" doc:"who wants to sign in; a passkey knows that by itself"`
+	Operator string `json:"operator,omitempty" maxLength:"64" doc:"sign-in: who wants to"`
 	Key      string `json:"key,omitempty" maxLength:"64" doc:"presence: for which key"`
 }
 
-// Challenge is a text to be signed once: its first line is the namespace of an SSHSIG, and SHA-256 of it the challenge of a passkey.
+// Challenge is a text to be signed once. An SSHSIG is over the text, and has its first line as the namespace; a passkey signs SHA-256 of it.
 type Challenge struct {
-	ID      string   `json:"id"`
-	Text    string   `json:"text"`
-	Expires int64    `json:"expires"` // Unix seconds
-	RPID    string   `json:"rp_id"`
-	Allowed []string `json:"allowed" doc:"ids of the passkeys that are asked for; none: any"`
+	ID        string          `json:"id"`
+	Text      string          `json:"text"`
+	Expires   int64           `json:"expires"` // Unix seconds
+	PublicKey json.RawMessage `json:"public_key" doc:"PublicKeyCredentialRequestOptionsJSON of WebAuthn level 3: what navigator.credentials.get takes as publicKey"`
 }
 
 // Proven is a challenge with its proof.
@@ -149,13 +148,15 @@ type Lock struct {
 	Reason string `json:"reason" maxLength:"500" doc:"it goes into the audit log"`
 }
 
-// TLS is the certificate of the loopback listener, and the CA to trust for it, both PEM.
+// TLS is the certificate of the loopback listener. Times are Unix seconds, 0 where there is none yet.
 type TLS struct {
-	Certificate string   `json:"certificate"`
-	CA          string   `json:"ca"`
-	Names       []string `json:"names"`
-	NotAfter    int64    `json:"not_after"` // Unix seconds
-	Own         bool     `json:"own" doc:"the CA is the appliance's own"`
+	Installed bool     `json:"installed" doc:"it is the operator's, and not of the appliance's own CA"`
+	Names     []string `json:"names"`
+	Issuer    string   `json:"issuer"`
+	NotBefore int64    `json:"not_before"`
+	NotAfter  int64    `json:"not_after"`
+	Warning   string   `json:"warning,omitempty" doc:"what should be done about it"`
+	CA        string   `json:"ca" doc:"PEM of the appliance's own CA: what to trust where nothing is installed"`
 }
 
 // PEM is a certificate with its chain, or a request for one.
@@ -274,4 +275,9 @@ func (c *Client) CSR(ctx context.Context) (p PEM, err error) {
 // InstallCertificate puts a certificate that a CA has made of the request into use; its chain follows it.
 func (c *Client) InstallCertificate(ctx context.Context, pem string) (t TLS, err error) {
 	return t, c.do(ctx, http.MethodPut, "/v1/tls/certificate", PEM{pem}, &t)
+}
+
+// UninstallCertificate goes back to one of the appliance's own CA.
+func (c *Client) UninstallCertificate(ctx context.Context) (t TLS, err error) {
+	return t, c.do(ctx, http.MethodDelete, "/v1/tls/certificate", nil, &t)
 }
