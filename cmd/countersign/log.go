@@ -61,7 +61,7 @@ func (t *tool) export(socket *string) *cobra.Command {
 	c := command("export DIR", "Write the audit log as static files (C2SP tlog-tiles)", cobra.ExactArgs(1), func(cmd *cobra.Command, args []string) error {
 		ctx, cancel := context.WithTimeout(cmd.Context(), longTime)
 		defer cancel()
-		c, err := dialAdmin(*socket)
+		c, err := t.dialAdmin(*socket)
 		if err != nil {
 			return err
 		}
@@ -109,10 +109,8 @@ func (t *tool) audit() *cobra.Command {
 				return fmt.Errorf("this is not the folder of an export (countersign admin audit export): %w", err)
 			}
 			from = audit.Folder(args[0])
-		} else if _, err := os.Stat(socket); err != nil {
-			return socketError{fmt.Errorf("no appliance is running there: %w", err)}
-		} else {
-			from = api.NewClient(socket)
+		} else if from, err = t.dialAdmin(socket); err != nil {
+			return err
 		}
 		var o audit.VerifyOptions
 		if since != "" {
@@ -153,6 +151,7 @@ func (t *tool) audit() *cobra.Command {
 		"that is wrong."
 	f := verify.Flags()
 	f.StringVar(&socket, "socket", "", "check the log of a running appliance over its admin socket")
+	t.operatorFlag(f)
 	f.StringVar(&vkey, "key", os.Getenv("COUNTERSIGN_LOG_KEY"), "the log's verifier key, of any epoch (or COUNTERSIGN_LOG_KEY)")
 	f.StringVar(&since, "since", "", "the file of an older checkpoint")
 	return group("audit", "Check an audit log without trusting the appliance", verify)
@@ -177,15 +176,12 @@ func (t *tool) retention(act maker) *cobra.Command {
 		}
 		return t.print(map[string]any{"held": n}, func(w io.Writer) { fmt.Fprintf(w, "held\tepoch %d and those after it\n", n) })
 	})
-	release := act("release EPOCH", "Release a legal hold", cobra.ExactArgs(1), func(ctx context.Context, c *api.Client, args []string) error {
+	release := act("release EPOCH", "Release a legal hold, under approval", cobra.ExactArgs(1), func(ctx context.Context, c *api.Client, args []string) error {
 		n, err := epochOf(args)
-		if err == nil {
-			err = c.Release(ctx, n, reason)
-		}
 		if err != nil {
 			return err
 		}
-		return t.print(map[string]any{"released": n}, func(w io.Writer) { fmt.Fprintf(w, "released\tepoch %d\n", n) })
+		return t.propose(ctx, c, "hold release", "", "epoch", strconv.FormatUint(uint64(n), 10), "reason", reason)
 	})
 	for _, c := range []*cobra.Command{hold, release} {
 		c.Flags().StringVar(&reason, "reason", "", "why; it goes into the audit log")
@@ -290,11 +286,8 @@ func (t *tool) ledger(act maker) *cobra.Command {
 			})
 		}),
 		compact,
-		act("accept-time", "Bring the ledger's time forward to the system's clock, when you have seen that the clock is right", cobra.NoArgs, func(ctx context.Context, c *api.Client, _ []string) error {
-			if err := c.AcceptTime(ctx); err != nil {
-				return err
-			}
-			return t.print(map[string]bool{"accepted": true}, func(w io.Writer) { fmt.Fprintln(w, "accepted\tand written down") })
+		act("accept-time", "Bring the ledger's time forward to the system's clock, under approval, when you have seen that the clock is right", cobra.NoArgs, func(ctx context.Context, c *api.Client, _ []string) error {
+			return t.propose(ctx, c, "clock accept", "")
 		}),
 	)
 }
