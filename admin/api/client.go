@@ -13,6 +13,7 @@ import (
 	"net"
 	"net/http"
 	"strings"
+	"sync"
 	"sync/atomic"
 
 	"countersign/audit"
@@ -51,6 +52,9 @@ type Client struct {
 	http  *http.Client
 	base  string
 	token atomic.Pointer[string]
+
+	signingIn sync.Mutex
+	signIn    func(context.Context) (token string, err error)
 }
 
 // NewClient returns a client for the socket at path.
@@ -85,6 +89,10 @@ func (c *Client) WithToken(token string) *Client {
 	return other
 }
 
+// OnSignedOut has signIn called when an answer is signed_out; then what was asked is asked once more with its token. Where it fails, the
+// answer counts. Call it before the client is used.
+func (c *Client) OnSignedOut(signIn func(context.Context) (token string, err error)) { c.signIn = signIn }
+
 // ReadFile gets a file of the audit log's static form: it makes the client an audit.Source.
 func (c *Client) ReadFile(ctx context.Context, name string) ([]byte, error) {
 	resp, err := c.send(ctx, http.MethodGet, "/"+name, nil)
@@ -104,14 +112,45 @@ func (c *Client) ReadFile(ctx context.Context, name string) ([]byte, error) {
 	return b, nil
 }
 
+// send asks, and once more where that was signed out and somebody can be signed in.
 func (c *Client) send(ctx context.Context, method, path string, body []byte) (*http.Response, error) {
+	token := ""
+	if t := c.token.Load(); t != nil {
+		token = *t
+	}
+	resp, err := c.sendAs(ctx, token, method, path, body)
+	if err != nil || resp.StatusCode != http.StatusUnauthorized || c.signIn == nil {
+		return resp, err
+	}
+	b, err := io.ReadAll(resp.Body)
+	resp.Body.Close()
+	if err != nil {
+		return nil, err
+	}
+	resp.Body = io.NopCloser(bytes.NewReader(b))
+	if e, is := errors.AsType[*Error](refusal(resp, b)); !is || e.Code != "signed_out" {
+		return resp, nil
+	}
+	c.signingIn.Lock()
+	defer c.signingIn.Unlock()
+	if now := c.token.Load(); now == nil || *now == token { // else another call has signed in meanwhile
+		fresh, err := c.signIn(ctx)
+		if err != nil {
+			return resp, nil
+		}
+		c.SetToken(fresh)
+	}
+	return c.sendAs(ctx, *c.token.Load(), method, path, body)
+}
+
+func (c *Client) sendAs(ctx context.Context, token, method, path string, body []byte) (*http.Response, error) {
 	req, err := http.NewRequestWithContext(ctx, method, c.base+path, bytes.NewReader(body))
 	if err != nil {
 		return nil, err
 	}
 	req.Header.Set("Content-Type", "application/json")
-	if token := c.token.Load(); token != nil && *token != "" {
-		req.Header.Set("Authorization", "Bearer "+*token)
+	if token != "" {
+		req.Header.Set("Authorization", "Bearer "+token)
 	}
 	return c.http.Do(req)
 }

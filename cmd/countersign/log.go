@@ -62,7 +62,7 @@ func (t *tool) export(socket *string) *cobra.Command {
 	c := command("export DIR", "Write the audit log as static files (C2SP tlog-tiles)", cobra.ExactArgs(1), func(cmd *cobra.Command, args []string) error {
 		ctx, cancel := context.WithTimeout(cmd.Context(), longTime)
 		defer cancel()
-		c, err := dialAdmin(*socket)
+		c, err := t.dialAdmin(*socket)
 		if err != nil {
 			return err
 		}
@@ -118,10 +118,8 @@ func (t *tool) check(ctx context.Context, l *logFlags, args []string, follow fun
 			return none, fmt.Errorf("this is not the folder of an export (countersign admin audit export): %w", err)
 		}
 		from = audit.Folder(args[0])
-	} else if _, err := os.Stat(l.socket); err != nil {
-		return none, socketError{fmt.Errorf("no appliance is running there: %w", err)}
-	} else {
-		from = api.NewClient(l.socket)
+	} else if from, err = t.dialAdmin(l.socket); err != nil {
+		return none, err
 	}
 	var o audit.VerifyOptions
 	if l.since != "" {
@@ -171,6 +169,7 @@ func (t *tool) audit() *cobra.Command {
 		"its admission. With --since, also that the log is a continuation of what an older checkpoint says. Names the first event\n" +
 		"that is wrong."
 	of.add(verify.Flags())
+	t.operatorFlag(verify.Flags())
 	return group("audit", "Check an audit log without trusting the appliance", verify, t.approvals())
 }
 
@@ -193,15 +192,12 @@ func (t *tool) retention(act maker) *cobra.Command {
 		}
 		return t.print(map[string]any{"held": n}, func(w io.Writer) { fmt.Fprintf(w, "held\tepoch %d and those after it\n", n) })
 	})
-	release := act("release EPOCH", "Release a legal hold", cobra.ExactArgs(1), func(ctx context.Context, c *api.Client, args []string) error {
+	release := act("release EPOCH", "Release a legal hold, under approval", cobra.ExactArgs(1), func(ctx context.Context, c *api.Client, args []string) error {
 		n, err := epochOf(args)
-		if err == nil {
-			err = c.Release(ctx, n, reason)
-		}
 		if err != nil {
 			return err
 		}
-		return t.print(map[string]any{"released": n}, func(w io.Writer) { fmt.Fprintf(w, "released\tepoch %d\n", n) })
+		return t.propose(ctx, c, "hold release", "", "epoch", strconv.FormatUint(uint64(n), 10), "reason", reason)
 	})
 	for _, c := range []*cobra.Command{hold, release} {
 		c.Flags().StringVar(&reason, "reason", "", "why; it goes into the audit log")
@@ -306,11 +302,8 @@ func (t *tool) ledger(act maker) *cobra.Command {
 			})
 		}),
 		compact,
-		act("accept-time", "Bring the ledger's time forward to the system's clock, when you have seen that the clock is right", cobra.NoArgs, func(ctx context.Context, c *api.Client, _ []string) error {
-			if err := c.AcceptTime(ctx); err != nil {
-				return err
-			}
-			return t.print(map[string]bool{"accepted": true}, func(w io.Writer) { fmt.Fprintln(w, "accepted\tand written down") })
+		act("accept-time", "Bring the ledger's time forward to the system's clock, under approval, when you have seen that the clock is right", cobra.NoArgs, func(ctx context.Context, c *api.Client, _ []string) error {
+			return t.propose(ctx, c, "clock accept", "")
 		}),
 	)
 }

@@ -6,6 +6,7 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"strings"
 	"time"
 
 	"countersign/admin/api"
@@ -29,25 +30,20 @@ type (
 // longTime bounds the acts that may take long: a compaction, an export.
 const longTime = 24 * time.Hour
 
-func socketFlag(flags *pflag.FlagSet, socket *string) {
+func (t *tool) socketFlag(flags *pflag.FlagSet, socket *string) {
 	path := os.Getenv("COUNTERSIGN_SOCKET")
 	if path == "" {
 		path = "/run/countersign/admin.sock"
 	}
 	flags.StringVar(socket, "socket", path, "the admin socket (or COUNTERSIGN_SOCKET)")
-}
-
-func dialAdmin(socket string) (*api.Client, error) {
-	if _, err := os.Stat(socket); err != nil {
-		return nil, socketError{fmt.Errorf("no appliance is running there: %w", err)}
-	}
-	return api.NewClient(socket), nil
+	t.operatorFlag(flags)
 }
 
 func (t *tool) admin() *cobra.Command {
 	var socket string
 	c := group("admin", "Manage an appliance over its admin socket")
-	socketFlag(c.PersistentFlags(), &socket)
+	t.socketFlag(c.PersistentFlags(), &socket)
+	c.PersistentFlags().BoolVar(&t.proposeOnly, "propose-only", false, "where an act needs approval: do not approve it here")
 
 	// act makes a command that calls the API.
 	act := func(use, short string, args cobra.PositionalArgs, do apiCall) *cobra.Command {
@@ -58,7 +54,7 @@ func (t *tool) admin() *cobra.Command {
 			}
 			ctx, cancel := context.WithTimeout(cmd.Context(), wait)
 			defer cancel()
-			api, err := dialAdmin(socket)
+			api, err := t.dialAdmin(socket)
 			if err != nil {
 				return err
 			}
@@ -147,12 +143,8 @@ func (t *tool) admin() *cobra.Command {
 	)
 
 	peer := group("peer", "Enrol and remove peers",
-		act("add NAME PUBLIC_KEY", "Enrol a peer by the public key that keygen printed", cobra.ExactArgs(2), func(ctx context.Context, c *api.Client, args []string) error {
-			p, err := c.AddPeer(ctx, args[0], args[1])
-			if err != nil {
-				return err
-			}
-			return t.print(p, func(w io.Writer) { fmt.Fprintf(w, "enrolled\t%s\t%s\n", p.Name, p.PublicKey) })
+		act("add NAME PUBLIC_KEY", "Enrol a peer by the public key that keygen printed, under approval", cobra.ExactArgs(2), func(ctx context.Context, c *api.Client, args []string) error {
+			return t.propose(ctx, c, "peer add", "", "name", args[0], "public_key", strings.ToLower(args[1]))
 		}),
 		act("list", "List the enrolled peers", cobra.NoArgs, func(ctx context.Context, c *api.Client, _ []string) error {
 			peers, err := c.Peers(ctx)
@@ -226,11 +218,8 @@ func (t *tool) admin() *cobra.Command {
 	)
 
 	var reason string
-	accept := act("accept", "Let the ledger admit again as it is, although it is older than its counter", cobra.NoArgs, func(ctx context.Context, c *api.Client, _ []string) error {
-		if err := c.AcceptRollback(ctx, reason); err != nil {
-			return err
-		}
-		return t.print(map[string]bool{"accepted": true}, func(w io.Writer) { fmt.Fprintln(w, "accepted\tand written down with the reason") })
+	accept := act("accept", "Let the ledger admit again as it is, although it is older than its counter, under approval", cobra.NoArgs, func(ctx context.Context, c *api.Client, _ []string) error {
+		return t.propose(ctx, c, "rollback accept", "", "reason", reason)
 	})
 	accept.Long = "An older copy of the ledger has forgotten nonces: what was signed under them since it was made can be signed again, and what\n" +
 		"was verified can be verified again. Find out first how it came into the place of the newest one, and put that back if you\n" +
@@ -260,6 +249,7 @@ func (t *tool) admin() *cobra.Command {
 		return t.print(k, func(w io.Writer) { fmt.Fprintln(w, k.PublicKey) })
 	})
 	c.AddCommand(key, peer, tokens, rollback, audit, noiseKey, t.policyVersions(act), t.retention(act), t.receipts(act), t.ledger(act))
+	c.AddCommand(t.people(act, &socket)...)
 	return c
 }
 
