@@ -149,6 +149,7 @@ func (c *Client) replaceVersion(r *Rotation) (known bool, err error) {
 	}
 	if e.Version == p.first {
 		_, err := p.judge(e.Version, e.PublicKey)
+		r.Old, _ = c.Pinned(e.Key)
 		return err == nil, err
 	}
 	if e.Compromised { // even if the line should end here
