@@ -184,7 +184,9 @@ func (t *tool) watch() *cobra.Command {
 			if r.Err != nil {
 				return
 			}
-			if err := c.Acknowledge(ctx, r.Key, r.Event.Version); err != nil { // it comes again
+			if err := c.Acknowledge(ctx, r.Key, r.Event.Version); ctx.Err() != nil {
+				return
+			} else if err != nil { // it comes again
 				fmt.Fprintf(t.stderr, "countersign: not acknowledged: %s\n", message(err))
 				return
 			}
