@@ -97,9 +97,10 @@ type Config struct {
 	// can't lead the client to a key of his own. Default: none; the channel is trusted.
 	ServerIdentity   [32]byte
 	ServerGeneration uint64
-	// Unacknowledged leaves it to the application to call Acknowledge. By default a rotation is acknowledged when OnRotation (of the
-	// Noise key: OnServerKey) has returned, and also without OnRotation where the line is pinned. What nobody was told is not
-	// acknowledged: the appliance may retire the old version when all have.
+	// Unacknowledged leaves it to the application to call Acknowledge; until it has, OnRotation is told again whenever the event comes
+	// again. By default a rotation is acknowledged when OnRotation (of the Noise key: OnServerKey) has returned, and also without
+	// OnRotation where the line is pinned. What nobody was told is not acknowledged: the appliance may retire the old version when all
+	// peers have. A version that is configured, as ServerKey or in Lines, is known: it is acknowledged and not told.
 	Unacknowledged bool
 }
 

@@ -56,20 +56,22 @@ func TestFollowRefuses(t *testing.T) {
 		steps []wire.Succession
 		why   string
 	}{
-		"a thief's key, signed by the old key":    {[]wire.Succession{clienttest.Step(l.Private[0], l.Key, 2, thief.Public(1), &next)}, "committed"},
-		"signed by the new key":                   {[]wire.Succession{clienttest.Sign(l.Private[1], l.Step(2))}, "signature"},
-		"a spoilt signature":                      {[]wire.Succession{edited(func(s *wire.Succession) { s.Signature[5] ^= 1 })}, "signature"},
-		"no signature":                            {[]wire.Succession{edited(func(s *wire.Succession) { s.Signature = nil })}, "signature"},
-		"another nonce":                           {[]wire.Succession{edited(func(s *wire.Succession) { s.Nonce[0] ^= 1 })}, "signature"},
-		"another time":                            {[]wire.Succession{edited(func(s *wire.Succession) { s.Timestamp++ })}, "signature"},
-		"another line's step":                     {[]wire.Succession{other.Step(2)}, `"receipts"`},
-		"a version left out":                      {[]wire.Succession{l.Step(3)}, "version 3"},
-		"the same step twice":                     {[]wire.Succession{l.Step(2), l.Step(2)}, "version 2"},
-		"the wrong order":                         {[]wire.Succession{l.Step(3), l.Step(2)}, "version 3"},
-		"another version's number":                {[]wire.Succession{clienttest.Step(l.Private[0], l.Key, 3, l.Public(2), &next)}, "version 3"},
-		"from another key":                        {[]wire.Succession{clienttest.Step(thief.Private[0], l.Key, 2, l.Public(2), &next)}, "another public key"},
-		"no document":                             {[]wire.Succession{edited(func(s *wire.Succession) { s.Payload = nil })}, "payload"},
-		"a field too many":                        {[]wire.Succession{edited(func(s *wire.Succession) { s.Payload = jsontext.Value(strings.Replace(string(s.Payload), "{", `{"x":1,`, 1)) })}, "unknown"},
+		"a thief's key, signed by the old key": {[]wire.Succession{clienttest.Step(l.Private[0], l.Key, 2, thief.Public(1), &next)}, "committed"},
+		"signed by the new key":                {[]wire.Succession{clienttest.Sign(l.Private[1], l.Step(2))}, "signature"},
+		"a spoilt signature":                   {[]wire.Succession{edited(func(s *wire.Succession) { s.Signature[5] ^= 1 })}, "signature"},
+		"no signature":                         {[]wire.Succession{edited(func(s *wire.Succession) { s.Signature = nil })}, "signature"},
+		"another nonce":                        {[]wire.Succession{edited(func(s *wire.Succession) { s.Nonce[0] ^= 1 })}, "signature"},
+		"another time":                         {[]wire.Succession{edited(func(s *wire.Succession) { s.Timestamp++ })}, "signature"},
+		"another line's step":                  {[]wire.Succession{other.Step(2)}, `"receipts"`},
+		"a version left out":                   {[]wire.Succession{l.Step(3)}, "version 3"},
+		"the same step twice":                  {[]wire.Succession{l.Step(2), l.Step(2)}, "version 2"},
+		"the wrong order":                      {[]wire.Succession{l.Step(3), l.Step(2)}, "version 3"},
+		"another version's number":             {[]wire.Succession{clienttest.Step(l.Private[0], l.Key, 3, l.Public(2), &next)}, "version 3"},
+		"from another key":                     {[]wire.Succession{clienttest.Step(thief.Private[0], l.Key, 2, l.Public(2), &next)}, "another public key"},
+		"no document":                          {[]wire.Succession{edited(func(s *wire.Succession) { s.Payload = nil })}, "payload"},
+		"a field too many": {[]wire.Succession{edited(func(s *wire.Succession) {
+			s.Payload = jsontext.Value(strings.Replace(string(s.Payload), "{", `{"x":1,`, 1))
+		})}, "unknown"},
 		"a good step, then a thief's":             {[]wire.Succession{l.Step(2), clienttest.Step(l.Private[1], l.Key, 3, thief.Public(1), nil)}, "version 2"},
 		"a step whose commitment the next breaks": {[]wire.Succession{clienttest.Step(l.Private[0], l.Key, 2, l.Public(2), new(wire.Bytes32{9})), l.Step(3)}, "committed"},
 	} {

@@ -100,8 +100,8 @@ func (c *Client) listen() {
 func (c *Client) rotated(e *wire.Rotation) {
 	if last := c.hearing.told[e.Key]; last != nil && e.Version < last.Version {
 		return // an old event again
-	} else if last != nil && string(wire.EncodeRotation(*e)) == string(wire.EncodeRotation(*last)) {
-		c.acknowledge(e) // the first acknowledgement was lost
+	} else if last != nil && !c.config.Unacknowledged && string(wire.EncodeRotation(*e)) == string(wire.EncodeRotation(*last)) {
+		c.acknowledge(e, false) // the first acknowledgement was lost
 		return
 	}
 	r := Rotation{Key: e.Key, ActivatesAt: time.Unix(e.ActivatesAt, 0), RetiresAt: time.Unix(e.RetiresAt, 0), Compromised: e.Compromised, Event: *e}
@@ -130,7 +130,7 @@ func (c *Client) rotated(e *wire.Rotation) {
 		}
 	}
 	c.hearing.told[e.Key] = e
-	c.acknowledge(e)
+	c.acknowledge(e, known)
 }
 
 // errStale marks an event from before what the application has pinned.
@@ -149,6 +149,7 @@ func (c *Client) replaceVersion(r *Rotation) (known bool, err error) {
 	}
 	if e.Version == p.first {
 		_, err := p.judge(e.Version, e.PublicKey)
+		r.Old, _ = c.Pinned(e.Key)
 		return err == nil, err
 	}
 	if e.Compromised { // even if the line should end here
@@ -192,13 +193,14 @@ func checkUnpinned(r *Rotation) error {
 	return nil
 }
 
-// acknowledge tells the appliance that the application knows, if it does. Where that fails the event comes again.
-func (c *Client) acknowledge(e *wire.Rotation) {
+// acknowledge tells the appliance that the application knows, if it does: because it has configured the version itself, or because it
+// was told. Where that fails the event comes again.
+func (c *Client) acknowledge(e *wire.Rotation, known bool) {
 	told := c.config.OnRotation != nil || c.pins[e.Key] != nil
 	if e.Key == wire.NoiseKey {
-		told = c.config.OnServerKey != nil || e.PublicKey == c.config.ServerKey
+		told = c.config.OnServerKey != nil
 	}
-	if told && !c.config.Unacknowledged {
+	if known || told && !c.config.Unacknowledged {
 		ctx, cancel := context.WithTimeout(c.base, time.Minute)
 		defer cancel()
 		c.Acknowledge(ctx, e.Key, e.Version)

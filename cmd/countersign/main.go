@@ -60,7 +60,7 @@ func run(ctx context.Context, args []string, stdin io.Reader, stdout, stderr io.
 	root.SetIn(stdin)
 	root.SetOut(stdout)
 	root.SetErr(stderr)
-	root.AddCommand(t.keygen(), t.ping(), t.keys(), t.sign(), t.verify(), t.proof(), t.transcript(), t.policy(), t.audit(), t.admin())
+	root.AddCommand(t.keygen(), t.ping(), t.keys(), t.sign(), t.verify(), t.proof(), t.line(), t.watch(), t.transcript(), t.policy(), t.audit(), t.admin())
 
 	called, err := root.ExecuteContextC(ctx)
 	if err == nil {
@@ -95,6 +95,8 @@ func classify(err error) (code string, status int) {
 		return "wrong_event", 1
 	case errors.Is(err, client.ErrUnproven):
 		return "unproven", 1
+	case errors.Is(err, client.ErrBrokenLine): // before the refusal that it may wrap
+		return "broken_line", 1
 	case errors.As(err, &refusal):
 		if refusal.Code == "unavailable" || refusal.Code == "busy" || refusal.Code == "rate_limited" {
 			return refusal.Code, 3
@@ -123,7 +125,7 @@ func classify(err error) (code string, status int) {
 func message(err error) string {
 	text := strings.Join(strings.Fields(err.Error()), " ")
 	var refusal *client.Error
-	if errors.As(err, &refusal) && !errors.Is(err, client.ErrUnproven) {
+	if errors.As(err, &refusal) && !errors.Is(err, client.ErrUnproven) && !errors.Is(err, client.ErrBrokenLine) {
 		text = refusal.Message
 	}
 	var adminRefusal *api.Error

@@ -13,6 +13,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"time"
 
 	"countersign/audit"
@@ -27,9 +28,12 @@ import (
 type server struct {
 	address, key, identity, logKey string
 	timeout                        time.Duration
+	command                        *cobra.Command
+	lines                          []client.Line // to be pinned
 }
 
 func (s *server) flags(c *cobra.Command) {
+	s.command = c
 	f := c.Flags()
 	f.StringVar(&s.address, "server", os.Getenv("COUNTERSIGN_SERVER"), "the appliance's listener, HOST:PORT (or COUNTERSIGN_SERVER)")
 	f.StringVar(&s.key, "server-key", os.Getenv("COUNTERSIGN_SERVER_KEY"), "the listener's public key, 64 hex digits (or COUNTERSIGN_SERVER_KEY)")
@@ -50,7 +54,7 @@ func (s *server) config() (client.Config, error) {
 		return client.Config{}, usageError{fmt.Errorf("--server-key: %w", err)}
 	}
 	id, err := client.ReadIdentity(s.identity)
-	return client.Config{Address: s.address, ServerKey: key, Identity: id, LogKey: s.logKey}, err
+	return client.Config{Address: s.address, ServerKey: key, Identity: id, LogKey: s.logKey, Lines: s.lines}, err
 }
 
 // with connects and calls use.
@@ -61,12 +65,40 @@ func (s *server) with(ctx context.Context, use func(context.Context, *client.Cli
 	}
 	ctx, cancel := context.WithTimeout(ctx, s.timeout)
 	defer cancel()
+	// One command is no place to keep what it is told: people are, and countersign watch acknowledges.
+	var mu sync.Mutex
+	var serverKey client.Rotation
+	config.Unacknowledged = true
+	config.OnRotation = func(r client.Rotation) {
+		mu.Lock()
+		defer mu.Unlock()
+		if r.Key == client.NoiseKey && r.Err == nil {
+			serverKey = r
+		}
+	}
 	c, err := client.Dial(ctx, config)
 	if err != nil {
 		return err
 	}
 	defer c.Close()
-	return use(ctx, c)
+	err = use(ctx, c)
+	mu.Lock()
+	defer mu.Unlock()
+	if serverKey.Key != "" {
+		warnServerKey(s.command.ErrOrStderr(), serverKey)
+	}
+	return err
+}
+
+// warnServerKey tells people which key of the listener to configure.
+func warnServerKey(w io.Writer, r client.Rotation) {
+	at := func(t time.Time) string { return t.UTC().Format(time.RFC3339) }
+	fmt.Fprintf(w, "countersign: the listener's key is replaced: from %s on use --server-key %x (or COUNTERSIGN_SERVER_KEY)", at(r.ActivatesAt), r.New.PublicKey)
+	if r.Compromised {
+		fmt.Fprint(w, "; the private key of the old one is in wrong hands\n")
+		return
+	}
+	fmt.Fprintf(w, "; the old one answers until %s at the most\n", at(r.RetiresAt))
 }
 
 func (t *tool) keygen() *cobra.Command {
@@ -123,10 +155,15 @@ func (t *tool) keys() *cobra.Command {
 				State     string `json:"state"`
 				Custody   string `json:"custody"`
 				PublicKey string `json:"public_key"`
+				Next      string `json:"next,omitempty"`
 			}
 			docs := []doc{}
 			for _, k := range keys {
-				docs = append(docs, doc{k.Name, k.Version, k.Algorithm, k.State, k.Custody, hex.EncodeToString(k.PublicKey[:])})
+				d := doc{k.Name, k.Version, k.Algorithm, k.State, k.Custody, hex.EncodeToString(k.PublicKey[:]), ""}
+				if k.Next != nil {
+					d.Next = hex.EncodeToString(k.Next[:])
+				}
+				docs = append(docs, d)
 			}
 			return t.print(docs, func(w io.Writer) {
 				fmt.Fprintln(w, "NAME\tVERSION\tALGORITHM\tSTATE\tCUSTODY\tPUBLIC KEY")
@@ -142,7 +179,7 @@ func (t *tool) keys() *cobra.Command {
 
 func (t *tool) sign() *cobra.Command {
 	var s server
-	var key, typ, msgContext, as, nonce string
+	var key, typ, msgContext, as, nonce, line string
 	var expires time.Duration
 	var timestamp int64
 	c := command("sign [FILE|-]", "Have a document signed", cobra.MaximumNArgs(1), func(cmd *cobra.Command, args []string) error {
@@ -158,6 +195,16 @@ func (t *tool) sign() *cobra.Command {
 			return usageError{fmt.Errorf("--as is one of %s", strings.Join(parties, ", "))}
 		case expires < time.Second:
 			return usageError{errors.New("--expires must be at least 1s")}
+		}
+		if line != "" {
+			pinned, err := readLine(line)
+			if err != nil {
+				return err
+			}
+			if pinned.Key != key {
+				return usageError{fmt.Errorf("%s is the line of %q, not of %q", line, pinned.Key, key)}
+			}
+			s.lines = []client.Line{pinned}
 		}
 		d := client.Document{Type: typ, Timestamp: timestamp}
 		if nonce != "" {
@@ -202,6 +249,9 @@ func (t *tool) sign() *cobra.Command {
 			if err != nil {
 				return err
 			}
+			if newest, ok := c.Pinned(key); ok && newest.Version != s.lines[0].Version {
+				fmt.Fprintf(t.stderr, "countersign: %s is at version %d, its line goes on to version %d: countersign line follow %s --write\n", line, s.lines[0].Version, newest.Version, line)
+			}
 			return t.print(json.RawMessage(doc), func(w io.Writer) {
 				b64 := base64.RawURLEncoding.EncodeToString
 				fmt.Fprintf(w, "signature\t%s\n", b64(signed.Signature))
@@ -229,6 +279,7 @@ func (t *tool) sign() *cobra.Command {
 	f.DurationVar(&expires, "expires", time.Hour, "how long the document is valid")
 	f.StringVar(&msgContext, "context", "", "sign a file of any kind in this context (message-v1)")
 	f.StringVar(&as, "as", "", "put the signing key's public key into this field of the payload: "+strings.Join(parties, ", "))
+	f.StringVar(&line, "line", "", "the file of a pinned line (countersign line pin): refuse a signature by a version that does not follow from it")
 	f.StringVar(&nonce, "nonce", "", "the nonce, 64 hex digits (default: random)")
 	f.Int64Var(&timestamp, "timestamp", 0, "valid from, in Unix seconds (default: now)")
 	return c

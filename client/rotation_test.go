@@ -1,0 +1,796 @@
+package client_test
+
+import (
+	"context"
+	"crypto/ed25519"
+	"errors"
+	"fmt"
+	"reflect"
+	"runtime"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"countersign/client"
+	"countersign/client/clienttest"
+	"countersign/noise"
+	"countersign/wire"
+)
+
+func serve(t *testing.T) *clienttest.Server {
+	t.Helper()
+	s, err := clienttest.Start()
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(s.Close)
+	return s
+}
+
+// within bounds what a test waits for.
+func within(t *testing.T) context.Context {
+	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+	t.Cleanup(cancel)
+	return ctx
+}
+
+// told keeps what the application hears.
+type told chan client.Rotation
+
+func (c told) next(t *testing.T) client.Rotation {
+	t.Helper()
+	select {
+	case r := <-c:
+		return r
+	case <-time.After(20 * time.Second):
+		t.Fatal("the application is told nothing")
+		return client.Rotation{}
+	}
+}
+
+// peer is a client of s that has pinned a version, if it is not 0, and is told of rotations.
+func peer(t *testing.T, s *clienttest.Server, pinned uint32, change func(*client.Config)) (*client.Client, told) {
+	t.Helper()
+	heard := make(told, 100)
+	config := client.Config{Address: s.Address, ServerKey: s.Statics[0].Public(), Identity: s.Peer, OnRotation: func(r client.Rotation) { heard <- r }}
+	if pinned > 0 {
+		config.Lines = []client.Line{lineAt(s.Line, pinned)}
+	}
+	if change != nil {
+		change(&config)
+	}
+	c := dial(t, config)
+	if _, err := c.Ping(within(t)); err != nil { // from its answer on the server sends events to it
+		t.Fatal(err)
+	}
+	return c, heard
+}
+
+// acked waits for so many acknowledgements.
+func acked(t *testing.T, s *clienttest.Server, n int) []wire.Ack {
+	t.Helper()
+	seen := s.Await(within(t), func(seen clienttest.Seen) bool { return len(seen.Acks) >= n })
+	if len(seen.Acks) != n {
+		t.Fatalf("acknowledged: %+v, want %d", seen.Acks, n)
+	}
+	return seen.Acks
+}
+
+// settled returns when the client has dealt with all that was sent before: an event of another key comes after it.
+func settled(t *testing.T, s *clienttest.Server, heard told) {
+	t.Helper()
+	mark := clienttest.NewLine("mark", 2).Rotation(2)
+	markSent.Lock()
+	mark.Version = markSent.n + 2
+	mark.Succession = nil
+	markSent.n++
+	markSent.Unlock()
+	s.Send(wire.EncodeRotation(mark))
+	for {
+		if r := heard.next(t); r.Key == "mark" {
+			return
+		} else {
+			t.Errorf("the application is told %+v", r)
+		}
+	}
+}
+
+var markSent struct {
+	sync.Mutex
+	n uint32
+}
+
+// TestSignByPinnedLine: a signature is given out if its version is in the line.
+func TestSignByPinnedLine(t *testing.T) {
+	ctx := within(t)
+	s := serve(t)
+	c, _ := peer(t, s, 2, nil)
+	sign := func() (*client.Signed, error) { return c.Sign(ctx, "payments", message("AAAA")) }
+	at := func(active, shown uint32) {
+		s.Do(func(s *clienttest.Server) { s.Active, s.Shown = active, shown })
+	}
+	at(2, 2)
+	if got, err := sign(); err != nil || got.Version != 2 {
+		t.Errorf("the pinned version: %v", err)
+	}
+	at(2, 3) // announced, not active
+	if got, err := sign(); err != nil || got.Version != 2 || s.Seen().Asked["line"] != 0 {
+		t.Errorf("the pinned version, while the next one is there: %v", err)
+	}
+	at(5, 5)
+	if got, err := sign(); err != nil || got.Version != 5 {
+		t.Errorf("three versions on: %v", err)
+	}
+	if n := s.Seen().Asked["line"]; n != 2 {
+		t.Errorf("the line was asked for %d times, two pages", n)
+	}
+	if l, ok := c.Pinned("payments"); !ok || l != lineAt(s.Line, 5) {
+		t.Errorf("%+v", l)
+	}
+	for version, good := range map[uint32]bool{1: false, 2: true, 4: true, 5: true} {
+		at(version, 5)
+		if got, err := sign(); (err == nil) != good || err != nil && (!errors.Is(err, client.ErrBrokenLine) || got != nil) {
+			t.Errorf("version %d: %v", version, err)
+		}
+	}
+	if n := s.Seen().Asked["line"]; n != 2 {
+		t.Errorf("the line was asked for %d times: what is known needs no asking", n)
+	}
+	// The batch has the same eyes.
+	at(1, 5)
+	if out, err := c.Batch(ctx, nil); err == nil {
+		t.Errorf("%v", out)
+	}
+}
+
+// TestSignOffTheLine: what does not follow from the pinned version is not given out.
+func TestSignOffTheLine(t *testing.T) {
+	thief := clienttest.NewLine("thief", 3)
+	refusal := &wire.Error{Code: wire.CodeUnsupported, Message: "unknown op"}
+	for name, c := range map[string]struct {
+		answer func(s *clienttest.Server, id string, request any) []byte // to op line and sign
+		broken bool
+	}{
+		"a thief's key and step": {func(s *clienttest.Server, id string, request any) []byte {
+			switch r := request.(type) {
+			case *wire.Line:
+				next := thief.Next(2)
+				return wire.EncodeAnswer(id, wire.Steps{Key: r.Key, Steps: []wire.Succession{clienttest.Step(s.Line.Private[0], r.Key, 2, thief.Public(2), &next)}}, nil)
+			case *wire.Sign:
+				return wire.EncodeAnswer(id, thief.Signed(2, r), nil)
+			}
+			return nil
+		}, true},
+		"another key than the line's": {func(s *clienttest.Server, id string, request any) []byte {
+			if r, is := request.(*wire.Sign); is {
+				return wire.EncodeAnswer(id, thief.Signed(2, r), nil)
+			}
+			return nil
+		}, true},
+		"another key for the pinned version": {func(s *clienttest.Server, id string, request any) []byte {
+			if r, is := request.(*wire.Sign); is {
+				return wire.EncodeAnswer(id, thief.Signed(1, r), nil)
+			}
+			return nil
+		}, true},
+		"no steps": {func(s *clienttest.Server, id string, request any) []byte {
+			return lineAnswer(id, request, wire.Steps{Key: "payments"}, nil)
+		}, true},
+		"more, and no steps": {func(s *clienttest.Server, id string, request any) []byte {
+			return lineAnswer(id, request, wire.Steps{Key: "payments", More: true}, nil)
+		}, true},
+		"another key's steps": {func(s *clienttest.Server, id string, request any) []byte {
+			return lineAnswer(id, request, wire.Steps{Key: "other"}, nil)
+		}, true},
+		"no such operation": {func(s *clienttest.Server, id string, request any) []byte {
+			return lineAnswer(id, request, nil, refusal)
+		}, true},
+		"unavailable, just now": {func(s *clienttest.Server, id string, request any) []byte {
+			return lineAnswer(id, request, nil, &wire.Error{Code: wire.CodeUnavailable})
+		}, false},
+	} {
+		s := serve(t)
+		s.Do(func(s *clienttest.Server) {
+			s.Active, s.Shown = 2, 2
+			s.Answer = func(id string, request any) []byte { return c.answer(s, id, request) }
+		})
+		cl, _ := peer(t, s, 1, nil)
+		got, err := cl.Sign(within(t), "payments", message("AAAA"))
+		if err == nil || got != nil || errors.Is(err, client.ErrBrokenLine) != c.broken {
+			t.Errorf("%s: %v", name, err)
+		}
+		if l, _ := cl.Pinned("payments"); l != lineAt(s.Line, l.Version) {
+			t.Errorf("%s: the client is at %+v", name, l)
+		}
+		s.Do(func(s *clienttest.Server) { s.Answer = nil }) // it can go on when all is well again
+		if _, err := cl.Sign(within(t), "payments", message("AAAA")); err != nil {
+			t.Errorf("after %s: %v", name, err)
+		}
+	}
+}
+
+func lineAnswer(id string, request, result any, refusal *wire.Error) []byte {
+	if _, is := request.(*wire.Line); is {
+		return wire.EncodeAnswer(id, result, refusal)
+	}
+	return nil
+}
+
+// TestManyFollowOnce: those who wait for the same steps need not ask for them.
+func TestManyFollowOnce(t *testing.T) {
+	s := serve(t)
+	s.Do(func(s *clienttest.Server) { s.Active, s.Shown, s.Page = 5, 5, 10 })
+	c, _ := peer(t, s, 1, nil)
+	var all sync.WaitGroup
+	for i := range 32 {
+		all.Go(func() {
+			if _, err := c.Sign(within(t), "payments", message(fmt.Sprintf("AA%02d", i))); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+	all.Wait()
+	if n := s.Seen().Asked["line"]; n != 1 {
+		t.Errorf("the line was asked for %d times", n)
+	}
+}
+
+func TestRotationOfPinnedKey(t *testing.T) {
+	s := serve(t)
+	c, heard := peer(t, s, 1, nil)
+	s.Do(func(s *clienttest.Server) { s.Shown = 2 })
+	event := s.Line.Rotation(2)
+	s.Send(wire.EncodeRotation(event))
+	event.Event = wire.EventRotation
+	want := client.Rotation{Key: "payments", Old: lineAt(s.Line, 1), New: lineAt(s.Line, 2), ActivatesAt: time.Unix(1704067200, 0), RetiresAt: time.Unix(1704153600, 0), Event: event}
+	if r := heard.next(t); !reflect.DeepEqual(r, want) {
+		t.Errorf("told  %+v\nwanted %+v", r, want)
+	}
+	if a := acked(t, s, 1)[0]; a.Key != "payments" || a.Version != 2 {
+		t.Errorf("%+v", a)
+	}
+	if n := s.Seen().Asked["line"]; n != 0 {
+		t.Errorf("the step was in the event, and was asked for %d times", n)
+	}
+	// The same event again, as after a lost acknowledgement: acknowledged, and not told. An older one: nothing.
+	s.Send(wire.EncodeRotation(event))
+	acked(t, s, 2)
+	// Two versions on, with its own step only: the ones between are asked for.
+	s.Do(func(s *clienttest.Server) { s.Shown = 4 })
+	s.Send(wire.EncodeRotation(s.Line.Rotation(4)))
+	if r := heard.next(t); r.Err != nil || r.Old != lineAt(s.Line, 3) || r.New != lineAt(s.Line, 4) {
+		t.Errorf("%+v", r)
+	}
+	acked(t, s, 3)
+	s.Send(wire.EncodeRotation(event), wire.EncodeRotation(s.Line.Rotation(3)))
+	settled(t, s, heard)
+	if acks := acked(t, s, 4); acks[3].Key != "mark" {
+		t.Errorf("an old event is acknowledged: %+v", acks)
+	}
+	if l, _ := c.Pinned("payments"); l != lineAt(s.Line, 4) {
+		t.Errorf("%+v", l)
+	}
+}
+
+// TestRotationKnownBefore: an event of a version that Sign has come to is told; one of the version that is pinned is not; one from
+// before that is nothing.
+func TestRotationKnownBefore(t *testing.T) {
+	s := serve(t)
+	c, heard := peer(t, s, 2, nil)
+	s.Do(func(s *clienttest.Server) { s.Active, s.Shown = 3, 3 })
+	s.Send(wire.EncodeRotation(s.Line.Rotation(2)))
+	acked(t, s, 1)
+	if _, err := c.Sign(within(t), "payments", message("AAAA")); err != nil {
+		t.Fatal(err)
+	}
+	s.Send(wire.EncodeRotation(s.Line.Rotation(3)))
+	if r := heard.next(t); r.Old != lineAt(s.Line, 2) || r.New != lineAt(s.Line, 3) || r.Err != nil {
+		t.Errorf("%+v", r)
+	}
+	acked(t, s, 2)
+	c, heard = peer(t, s, 3, nil)
+	s.Send(wire.EncodeRotation(s.Line.Rotation(2)))
+	settled(t, s, heard)
+	_ = c
+}
+
+// TestRotationRefused: an event that the line does not bear out is told as an error, and neither acknowledged nor believed.
+func TestRotationRefused(t *testing.T) {
+	thief := clienttest.NewLine("thief", 3)
+	for name, c := range map[string]struct {
+		pinned uint32 // 0: not pinned
+		event  func(l *clienttest.Line) wire.Rotation
+	}{
+		"a thief's step": {1, func(l *clienttest.Line) wire.Rotation {
+			r, next := l.Rotation(2), thief.Next(2)
+			step := clienttest.Step(l.Private[0], l.Key, 2, thief.Public(2), &next)
+			r.PublicKey, r.Succession = thief.Public(2), &step
+			return r
+		}},
+		"another key than the step's":        {1, func(l *clienttest.Line) wire.Rotation { r := l.Rotation(2); r.PublicKey = thief.Public(2); return r }},
+		"no step anywhere":                   {1, func(l *clienttest.Line) wire.Rotation { r := l.Rotation(2); r.Succession = nil; return r }},
+		"another key for the pinned version": {2, func(l *clienttest.Line) wire.Rotation { r := l.Rotation(2); r.PublicKey = thief.Public(2); return r }},
+		"a later version that is not shown":  {1, func(l *clienttest.Line) wire.Rotation { return l.Rotation(4) }},
+		"not pinned, a spoilt signature":     {0, func(l *clienttest.Line) wire.Rotation { r := l.Rotation(2); r.Succession.Signature[3] ^= 1; return r }},
+		"not pinned, another key's step": {0, func(l *clienttest.Line) wire.Rotation {
+			r := l.Rotation(2)
+			step := thief.Step(2)
+			r.Succession = &step
+			return r
+		}},
+		"not pinned, another version's step": {0, func(l *clienttest.Line) wire.Rotation { r := l.Rotation(3); r.Version = 2; return r }},
+		"not pinned, no step, no key": {0, func(l *clienttest.Line) wire.Rotation {
+			r := l.Rotation(2)
+			r.Succession, r.PublicKey = nil, wire.Bytes32{}
+			return r
+		}},
+	} {
+		s := serve(t)
+		cl, heard := peer(t, s, c.pinned, nil)
+		s.Send(wire.EncodeRotation(c.event(s.Line)))
+		r := heard.next(t)
+		if r.Err == nil || r.New != (client.Line{}) || c.pinned > 0 && (!errors.Is(r.Err, client.ErrBrokenLine) || (r.Old.Version < c.pinned || r.Old != lineAt(s.Line, r.Old.Version))) {
+			t.Errorf("%s: %+v", name, r)
+		}
+		settled(t, s, heard)
+		if acks := acked(t, s, 1); acks[0].Key != "mark" {
+			t.Errorf("%s is acknowledged", name)
+		}
+		if l, ok := cl.Pinned("payments"); ok && l != lineAt(s.Line, l.Version) {
+			t.Errorf("%s: the client is at %+v", name, l)
+		}
+		// The true one is heard after it.
+		s.Do(func(s *clienttest.Server) { s.Shown = 3 })
+		s.Send(wire.EncodeRotation(s.Line.Rotation(3)))
+		if r := heard.next(t); r.Err != nil || r.New != lineAt(s.Line, 3) {
+			t.Errorf("after %s: %+v", name, r)
+		}
+	}
+}
+
+// TestRotationNotPinned: also of a key that nobody has spoken of, and without a step.
+func TestRotationNotPinned(t *testing.T) {
+	s := serve(t)
+	_, heard := peer(t, s, 0, nil)
+	s.Send(wire.EncodeRotation(s.Line.Rotation(3)))
+	old := lineAt(s.Line, 2)
+	old.Next = [32]byte{} // the step does not show it
+	if r := heard.next(t); r.Err != nil || r.Old != old || r.New != lineAt(s.Line, 3) {
+		t.Errorf("%+v", r)
+	}
+	other := clienttest.NewLine("unheard-of", 3)
+	event := other.Rotation(2)
+	event.Succession = nil
+	s.Send(wire.EncodeRotation(event))
+	if r := heard.next(t); r.Err != nil || r.Key != "unheard-of" || r.Old != (client.Line{}) || r.New.PublicKey != other.Public(2) {
+		t.Errorf("%+v", r)
+	}
+	acked(t, s, 2)
+}
+
+// TestCompromised: the old version is not believed from then on, whether the line goes on or not.
+func TestCompromised(t *testing.T) {
+	for _, step := range []bool{true, false} {
+		s := serve(t)
+		c, heard := peer(t, s, 1, nil)
+		event := s.Line.Rotation(2)
+		event.Compromised = true
+		if !step {
+			event.Succession = nil
+		}
+		s.Send(wire.EncodeRotation(event))
+		if r := heard.next(t); !r.Compromised || (r.Err == nil) != step {
+			t.Errorf("%+v", r)
+		}
+		settled(t, s, heard)
+		if _, err := c.Sign(within(t), "payments", message("AAAA")); !errors.Is(err, client.ErrBrokenLine) {
+			t.Errorf("a signature of the compromised version: %v", err)
+		}
+		s.Do(func(s *clienttest.Server) { s.Active, s.Shown = 2, 2 })
+		if _, err := c.Sign(within(t), "payments", message("AAAA")); err != nil {
+			t.Errorf("a signature of the version after it: %v", err)
+		}
+	}
+}
+
+// TestWhoAcknowledges: what nobody was told is not acknowledged, nor is what the application wants to acknowledge itself.
+func TestWhoAcknowledges(t *testing.T) {
+	for name, c := range map[string]struct {
+		pinned uint32
+		change func(*client.Config)
+		want   bool
+	}{
+		"nobody listens":         {0, func(c *client.Config) { c.OnRotation = nil }, false},
+		"pinned, nobody listens": {1, func(c *client.Config) { c.OnRotation = nil }, true},
+		"told":                   {0, nil, true},
+		"by hand":                {1, func(c *client.Config) { c.Unacknowledged = true }, false},
+	} {
+		s := serve(t)
+		mark := make(told, 1)
+		cl, _ := peer(t, s, c.pinned, func(config *client.Config) {
+			if c.change != nil {
+				c.change(config)
+			}
+			config.OnServerKey = func([32]byte) { mark <- client.Rotation{} }
+		})
+		young, err := noise.NewIdentity()
+		if err != nil {
+			t.Fatal(err)
+		}
+		s.Send(wire.EncodeRotation(s.Line.Rotation(2)), wire.EncodeRotation(wire.Rotation{Key: wire.NoiseKey, Version: 2, PublicKey: young.Public()}))
+		mark.next(t) // what came before it has been dealt with
+		if err := cl.Acknowledge(within(t), "last", 7); err != nil {
+			t.Fatal(err)
+		}
+		seen := s.Await(within(t), func(seen clienttest.Seen) bool {
+			return len(seen.Acks) > 0 && (!c.want || seen.Acks[0].Key == "payments")
+		})
+		if (seen.Acks[0].Key == "payments") != c.want {
+			t.Errorf("%s: %+v", name, seen.Acks)
+		}
+	}
+}
+
+// TestEventsBetweenAnswers: events come before, between and after answers, and other events are passed over.
+func TestEventsBetweenAnswers(t *testing.T) {
+	s := serve(t)
+	s.Do(func(s *clienttest.Server) {
+		s.Greeting = [][]byte{wire.EncodeRotation(s.Line.Rotation(2)), []byte(`{"event":"weather","of":{"tomorrow":"rain"}}`)}
+	})
+	c, heard := peer(t, s, 1, nil)
+	if r := heard.next(t); r.New != lineAt(s.Line, 2) {
+		t.Errorf("%+v", r)
+	}
+	var all sync.WaitGroup
+	for range 4 {
+		all.Go(func() {
+			for range 50 {
+				if _, err := c.Ping(within(t)); err != nil {
+					t.Error(err)
+					return
+				}
+			}
+		})
+	}
+	for v := uint32(3); v <= 5; v++ {
+		s.Do(func(s *clienttest.Server) { s.Shown = v })
+		s.Send([]byte(`{"event":"later"}`), wire.EncodeRotation(s.Line.Rotation(v)))
+		if r := heard.next(t); r.New != lineAt(s.Line, v) {
+			t.Errorf("%+v", r)
+		}
+	}
+	all.Wait()
+	if seen := s.Seen(); seen.Accepted != 1 {
+		t.Errorf("%d connections", seen.Accepted)
+	}
+	acked(t, s, 4)
+	// What is no event at all ends the connection, as a wrong answer does.
+	s.Send([]byte(`{"event":"rotation","key":"payments"}`))
+	s.Await(within(t), func(seen clienttest.Seen) bool { return seen.Connections == 0 })
+	if _, err := c.Ping(within(t)); err != nil {
+		t.Errorf("the next connection: %v", err)
+	}
+}
+
+// TestLostAcknowledgement: the event comes again at the next connection, and is told once.
+func TestLostAcknowledgement(t *testing.T) {
+	s := serve(t)
+	lost := 0
+	s.Do(func(s *clienttest.Server) {
+		s.Greeting = [][]byte{wire.EncodeRotation(s.Line.Rotation(2))}
+		s.Answer = func(id string, request any) []byte {
+			if _, is := request.(*wire.Ack); is {
+				var again int
+				s.Do(func(*clienttest.Server) { lost++; again = lost })
+				if again <= 2 { // the call and its one repetition
+					return []byte{}
+				}
+			}
+			return nil
+		}
+	})
+	c, heard := peer(t, s, 1, nil)
+	if r := heard.next(t); r.New != lineAt(s.Line, 2) {
+		t.Errorf("%+v", r)
+	}
+	s.Await(within(t), func(clienttest.Seen) bool { return lost == 2 })
+	for len(s.Seen().Acks) == 0 { // each new connection brings it
+		if err := within(t).Err(); err != nil {
+			t.Fatal(err)
+		}
+		s.Drop()
+		c.Ping(within(t))
+	}
+	settled(t, s, heard)
+}
+
+// TestSlowApplication: while it takes its time, answers come, and of what is told only the newest of each key is kept.
+func TestSlowApplication(t *testing.T) {
+	s := serve(t)
+	begun, goOn := make(chan bool), make(chan bool)
+	var heard []client.Rotation
+	c, _ := peer(t, s, 0, func(config *client.Config) {
+		config.OnRotation = func(r client.Rotation) {
+			heard = append(heard, r)
+			if len(heard) == 1 {
+				begun <- true
+				<-goOn
+			}
+		}
+	})
+	s.Send(wire.EncodeRotation(s.Line.Rotation(2)))
+	<-begun
+	var before runtime.MemStats
+	runtime.ReadMemStats(&before)
+	flood := wire.Rotation{PublicKey: s.Line.Public(1), ActivatesAt: 1, RetiresAt: 2}
+	for i := range 10_000 {
+		flood.Key, flood.Version = "flood", uint32(i+2)
+		s.Send(wire.EncodeRotation(flood))
+	}
+	for i := range 10_000 {
+		flood.Key, flood.Version = fmt.Sprintf("flood-%d", i), 2
+		s.Send(wire.EncodeRotation(flood))
+	}
+	flood.Key, flood.Version = "flood", 5 // an older one
+	s.Send(wire.EncodeRotation(flood))
+	if _, err := c.Ping(within(t)); err != nil { // answered after all of them
+		t.Fatal(err)
+	}
+	close(goOn)
+	s.Await(within(t), func(seen clienttest.Seen) bool { return len(seen.Acks) >= 513 })
+	c.Close()
+	if len(heard) != 513 || heard[1].Key != "flood" || heard[1].New.Version != 10_001 || heard[2].Key != "flood-0" || heard[512].Key != "flood-510" {
+		t.Errorf("told %d times, the second time %+v", len(heard), heard[min(1, len(heard)-1)])
+	}
+}
+
+// TestCloseEndsAll: nothing is told after Close, and no goroutine stays.
+func TestCloseEndsAll(t *testing.T) {
+	s := serve(t)
+	before := runtime.NumGoroutine()
+	begun, goOn := make(chan bool), make(chan bool)
+	n := 0
+	c, _ := peer(t, s, 0, func(config *client.Config) {
+		config.OnRotation = func(client.Rotation) {
+			n++
+			begun <- true
+			<-goOn
+		}
+	})
+	stayed := make(chan error)
+	go func() { stayed <- c.Stay(t.Context()) }()
+	s.Send(wire.EncodeRotation(s.Line.Rotation(2)))
+	<-begun
+	s.Send(wire.EncodeRotation(clienttest.NewLine("other", 2).Rotation(2)))
+	if _, err := c.Ping(within(t)); err != nil {
+		t.Fatal(err)
+	}
+	c.Close()
+	close(goOn)
+	if err := <-stayed; !errors.Is(err, client.ErrClosed) {
+		t.Errorf("%v", err)
+	}
+	s.Await(within(t), func(seen clienttest.Seen) bool { return seen.Connections == 0 })
+	for runtime.NumGoroutine() > before {
+		if t.Context().Err() != nil {
+			t.Fatal("goroutines stay")
+		}
+		runtime.Gosched()
+	}
+	if n != 1 || len(s.Seen().Acks) != 0 {
+		t.Errorf("told %d times, acknowledged %+v", n, s.Seen().Acks)
+	}
+	if err := c.Stay(t.Context()); !errors.Is(err, client.ErrClosed) {
+		t.Errorf("%v", err)
+	}
+}
+
+// identities makes Noise keys for the server.
+func identities(t *testing.T, n int) (all []*noise.Identity) {
+	t.Helper()
+	for range n {
+		id, err := noise.NewIdentity()
+		if err != nil {
+			t.Fatal(err)
+		}
+		all = append(all, id)
+	}
+	return all
+}
+
+// TestNoiseRotation: which key a new connection is tried with, and which it gets.
+func TestNoiseRotation(t *testing.T) {
+	hour := time.Hour
+	for name, c := range map[string]struct {
+		activates, retires time.Duration // from now
+		compromised        bool
+		answer             string // which keys answer then: o, y
+		refused            int    // handshakes before the one that is taken
+		fails              bool
+	}{
+		"announced":                             {hour, 2 * hour, false, "o", 0, false},
+		"announced, and already active there":   {hour, 2 * hour, false, "y", 1, false},
+		"active":                                {-hour, hour, false, "oy", 0, false},
+		"active, and not there yet":             {-hour, hour, false, "o", 1, false},
+		"retired":                               {-2 * hour, -hour, false, "y", 0, false},
+		"retired, and only the old one answers": {-2 * hour, -hour, false, "o", 1, true},
+		"compromised, and the thief answers":    {-hour, hour, true, "o", 1, true},
+		"neither answers":                       {-hour, hour, false, "", 2, true},
+	} {
+		s := serve(t)
+		old, young := s.Statics[0], identities(t, 1)[0]
+		kept := make(chan [32]byte, 1)
+		cl, heard := peer(t, s, 0, func(config *client.Config) { config.OnServerKey = func(key [32]byte) { kept <- key } })
+		now := time.Now()
+		s.Send(wire.EncodeRotation(wire.Rotation{Key: wire.NoiseKey, Version: 2, PublicKey: young.Public(), Compromised: c.compromised,
+			ActivatesAt: now.Add(c.activates).Unix(), RetiresAt: now.Add(c.retires).Unix()}))
+		if r := heard.next(t); r.Key != client.NoiseKey || r.New.PublicKey != young.Public() || r.New.Version != 2 || r.Err != nil || <-kept != young.Public() {
+			t.Errorf("%s: %+v", name, r)
+		}
+		acked(t, s, 1)
+		s.Do(func(s *clienttest.Server) {
+			s.Statics = nil
+			if strings.Contains(c.answer, "o") {
+				s.Statics = append(s.Statics, old)
+			}
+			if strings.Contains(c.answer, "y") {
+				s.Statics = append(s.Statics, young)
+			}
+			if c.answer == "" {
+				s.Statics = append(s.Statics, identities(t, 1)[0])
+			}
+		})
+		s.Drop()
+		_, err := cl.Ping(within(t))
+		if c.fails != errors.Is(err, client.ErrHandshake) || !c.fails && err != nil {
+			t.Errorf("%s: %v", name, err)
+		}
+		// A call tries twice where a connection was there and broke.
+		if n := s.Seen().Refused; n != c.refused && !(c.fails && n == 2*c.refused) {
+			t.Errorf("%s: %d handshakes refused, want %d", name, n, c.refused)
+		}
+	}
+}
+
+// TestNoiseRotationTwice: a second rotation before the first one has ended, and one that the client has missed.
+func TestNoiseRotationTwice(t *testing.T) {
+	s := serve(t)
+	keys := identities(t, 2)
+	c, heard := peer(t, s, 0, nil)
+	now := time.Now()
+	for i, key := range keys {
+		s.Send(wire.EncodeRotation(wire.Rotation{Key: wire.NoiseKey, Version: uint32(i + 2), PublicKey: key.Public(), ActivatesAt: now.Add(-time.Hour).Unix(), RetiresAt: now.Add(time.Hour).Unix()}))
+		heard.next(t)
+	}
+	s.Do(func(s *clienttest.Server) { s.Statics = []noise.Static{s.Statics[0], keys[1]} })
+	s.Drop()
+	if _, err := c.Ping(within(t)); err != nil {
+		t.Errorf("the newest key: %v", err)
+	}
+	s.Send(wire.EncodeRotation(wire.Rotation{Key: wire.NoiseKey, Version: 2, PublicKey: keys[0].Public(), ActivatesAt: 1, RetiresAt: 2})) // replayed
+	settled(t, s, heard)
+	s.Do(func(s *clienttest.Server) { s.Statics = []noise.Static{keys[1]} })
+	s.Drop()
+	if _, err := c.Ping(within(t)); err != nil || s.Seen().Refused != 0 {
+		t.Errorf("%v, %d refused", err, s.Seen().Refused)
+	}
+}
+
+// TestFormerServerKey: a client that starts with the new key before that answers.
+func TestFormerServerKey(t *testing.T) {
+	s := serve(t)
+	young := identities(t, 1)[0]
+	config := client.Config{Address: s.Address, ServerKey: young.Public(), FormerServerKey: s.Statics[0].Public(), Identity: s.Peer}
+	c := dial(t, config)
+	if _, err := c.Ping(within(t)); err != nil {
+		t.Fatal(err)
+	}
+	// The event of what it has configured is acknowledged: somebody has been told.
+	s.Send(wire.EncodeRotation(wire.Rotation{Key: wire.NoiseKey, Version: 2, PublicKey: young.Public(), ActivatesAt: time.Now().Add(time.Hour).Unix(), RetiresAt: time.Now().Add(2 * time.Hour).Unix()}))
+	acked(t, s, 1)
+	s.Drop()
+	if _, err := c.Ping(within(t)); err != nil || s.Seen().Refused != 1 {
+		t.Errorf("%v, %d refused: before it activates the old one comes first", err, s.Seen().Refused)
+	}
+	config.FormerServerKey = [32]byte{}
+	_, err := client.Dial(within(t), config)
+	if !errors.Is(err, client.ErrHandshake) || !strings.Contains(err.Error(), "rotated") || !strings.Contains(err.Error(), "countersign admin noise-key") || strings.Contains(err.Error(), "AuthorizedServerKey") {
+		t.Errorf("%v", err)
+	}
+	config.ServerIdentity = [32]byte(ed25519.NewKeyFromSeed(make([]byte, 32)).Public().(ed25519.PublicKey))
+	if _, err := client.Dial(within(t), config); !errors.Is(err, client.ErrHandshake) || !strings.Contains(err.Error(), "AuthorizedServerKey") {
+		t.Errorf("%v", err)
+	}
+}
+
+func TestAuthorizedServerKey(t *testing.T) {
+	owner, other := ed25519.NewKeyFromSeed(make([]byte, 32)), ed25519.NewKeyFromSeed([]byte(strings.Repeat("o", 32)))
+	identity := [32]byte(owner.Public().(ed25519.PublicKey))
+	static := identities(t, 1)[0].Public()
+	good := clienttest.Authorization(owner, &static, 3)
+	for least, want := range map[uint64]bool{0: true, 3: true, 4: false} {
+		key, generation, err := client.AuthorizedServerKey(identity, good, least)
+		if (err == nil) != want || want && (key != static || generation != 3) || !want && (key != [32]byte{} || !errors.Is(err, client.ErrUnauthorized)) {
+			t.Errorf("at least %d: %x, %d, %v", least, key, generation, err)
+		}
+	}
+	spoilt := clienttest.Authorization(owner, &static, 3)
+	spoilt.Signature[7] ^= 1
+	for name, a := range map[string]wire.Authorization{
+		"another owner":          clienttest.Authorization(other, &static, 3),
+		"no X25519 key":          clienttest.Authorization(owner, nil, 3),
+		"a spoilt signature":     spoilt,
+		"no signature":           {Payload: good.Payload},
+		"nothing":                {},
+		"another's signature":    {Payload: good.Payload, Signature: clienttest.Authorization(other, &static, 3).Signature},
+		"a signature of another": {Payload: good.Payload, Signature: clienttest.Authorization(owner, &static, 4).Signature},
+	} {
+		if key, _, err := client.AuthorizedServerKey(identity, a, 0); !errors.Is(err, client.ErrUnauthorized) || key != [32]byte{} {
+			t.Errorf("%s: %x, %v", name, key, err)
+		}
+	}
+}
+
+// TestNoiseRotationWithIdentity: who has only the Noise key can't lead a client to another one.
+func TestNoiseRotationWithIdentity(t *testing.T) {
+	owner := ed25519.NewKeyFromSeed(make([]byte, 32))
+	s := serve(t)
+	old := s.Statics[0]
+	keys := identities(t, 2)
+	young := keys[0].Public()
+	kept := make(chan [32]byte, 10)
+	c, heard := peer(t, s, 0, func(config *client.Config) {
+		config.ServerIdentity, config.ServerGeneration = [32]byte(owner.Public().(ed25519.PublicKey)), 5
+		config.OnServerKey = func(key [32]byte) { kept <- key }
+	})
+	event := wire.Rotation{Key: wire.NoiseKey, Version: 2, PublicKey: young, ActivatesAt: 1, RetiresAt: 2}
+	with := func(a wire.Authorization) wire.Rotation { e := event; e.Authorization = &a; return e }
+	other := keys[1].Public()
+	for name, e := range map[string]wire.Rotation{
+		"none":              event,
+		"another key's":     with(clienttest.Authorization(owner, &other, 6)),
+		"an old generation": with(clienttest.Authorization(owner, &young, 4)),
+		"another owner":     with(clienttest.Authorization(ed25519.NewKeyFromSeed([]byte(strings.Repeat("o", 32))), &young, 6)),
+	} {
+		s.Send(wire.EncodeRotation(e))
+		if r := heard.next(t); !errors.Is(r.Err, client.ErrUnauthorized) || r.New != (client.Line{}) {
+			t.Errorf("%s: %+v", name, r)
+		}
+	}
+	s.Drop()
+	if _, err := c.Ping(within(t)); err != nil || len(kept) != 0 || len(s.Seen().Acks) != 0 {
+		t.Errorf("%v, kept %d, acknowledged %+v", err, len(kept), s.Seen().Acks)
+	}
+	s.Send(wire.EncodeRotation(with(clienttest.Authorization(owner, &young, 6))))
+	if r := heard.next(t); r.Err != nil || <-kept != young {
+		t.Errorf("%+v", r)
+	}
+	acked(t, s, 1)
+	// The generation that was seen is the least from now on.
+	back := wire.Rotation{Key: wire.NoiseKey, Version: 3, PublicKey: old.Public(), ActivatesAt: 1, RetiresAt: 2}
+	a := clienttest.Authorization(owner, new(old.Public()), 5)
+	back.Authorization = &a
+	s.Send(wire.EncodeRotation(back))
+	if r := heard.next(t); !errors.Is(r.Err, client.ErrUnauthorized) {
+		t.Errorf("%+v", r)
+	}
+}
+
+func TestConfigRefuses(t *testing.T) {
+	l := lineAt(clienttest.NewLine("payments", 1), 1)
+	id := identities(t, 1)[0]
+	for name, change := range map[string]func(*client.Config){
+		"pinned twice":      func(c *client.Config) { c.Lines = []client.Line{l, l} },
+		"the Noise key":     func(c *client.Config) { n := l; n.Key = "noise"; c.Lines = []client.Line{n} },
+		"version 0":         func(c *client.Config) { n := l; n.Version = 0; c.Lines = []client.Line{n} },
+		"no public key":     func(c *client.Config) { c.Lines = []client.Line{{Key: "payments", Version: 1}} },
+		"no identity's key": func(c *client.Config) { c.ServerIdentity[0] = 1 },
+	} {
+		c := client.Config{Address: "127.0.0.1:1", ServerKey: id.Public(), Identity: id}
+		change(&c)
+		if _, err := client.New(c); err == nil {
+			t.Errorf("%s is taken", name)
+		}
+	}
+}
