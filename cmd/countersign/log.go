@@ -225,7 +225,22 @@ func (t *tool) retention(act maker) *cobra.Command {
 			fmt.Fprintf(w, "\nreceipts\tof before %s are dropped\n", date(r.ReceiptsBefore))
 		})
 	})
-	return group("retention", "Look after what is kept how long", preview, hold, release)
+	times := map[string]*string{}
+	shorten := act("shorten", "Keep something for a shorter time from now on, under approval", cobra.NoArgs, func(ctx context.Context, c *api.Client, _ []string) error {
+		var parameters []string
+		for _, name := range []string{"audit", "receipts", "decisions", "nonces"} {
+			if *times[name] != "" {
+				parameters = append(parameters, name, *times[name])
+			}
+		}
+		return t.propose(ctx, c, "retention shorten", "", parameters...)
+	})
+	for name, what := range map[string]string{"audit": "epochs of the audit log, after their end", "receipts": "receipts", "decisions": "what policy decided, with its inputs", "nonces": "spent nonces, after their documents have expired (from the next start on)"} {
+		times[name] = shorten.Flags().String(name, "", "how long to keep "+what+", such as 36h or 90d")
+	}
+	shorten.Long = "To keep something longer, write so in [retention] of the configuration and start the daemon anew. What the configuration says that is\n" +
+		"shorter than what is in force does nothing: it takes approval."
+	return group("retention", "Look after what is kept how long", preview, hold, release, shorten)
 }
 
 func (t *tool) receipts(act maker) *cobra.Command {

@@ -115,7 +115,7 @@ func (t *tool) admin() *cobra.Command {
 		}),
 	)
 
-	key := group("key", "Create and show keys",
+	key := group("key", "Create, show, rotate and retire keys",
 		create, importKey,
 		act("list", "List all keys", cobra.NoArgs, func(ctx context.Context, c *api.Client, _ []string) error {
 			keys, err := c.Keys(ctx)
@@ -129,18 +129,12 @@ func (t *tool) admin() *cobra.Command {
 				}
 			})
 		}),
-		act("show NAME", "Show a key and where it came from", cobra.ExactArgs(1), func(ctx context.Context, c *api.Client, args []string) error {
-			versions, err := c.Key(ctx, args[0])
-			if err != nil {
-				return err
-			}
-			return t.print(versions, func(w io.Writer) {
-				for _, k := range versions {
-					showKey(w, k)
-				}
-			})
+		act("show NAME", "Show a key's versions, where they came from, how it is rotated, and who has not acknowledged that", cobra.ExactArgs(1), func(ctx context.Context, c *api.Client, args []string) error {
+			return t.showVersions(ctx, c, args[0])
 		}),
 	)
+	key.AddCommand(t.keyLife(act)...)
+	key.Aliases = []string{"keys"}
 
 	peer := group("peer", "Enrol and remove peers",
 		act("add NAME PUBLIC_KEY", "Enrol a peer by the public key that keygen printed, under approval", cobra.ExactArgs(2), func(ctx context.Context, c *api.Client, args []string) error {
@@ -262,6 +256,18 @@ func showKey(w io.Writer, k api.Key) {
 	}
 	fmt.Fprintf(w, "key\t%s, version %d\nalgorithm\t%s\nstate\t%s\ncustody\t%s, on token %s\norigin\t%s: %s\ncreated\t%s\npublic key\t%s\n",
 		k.Name, k.Version, k.Algorithm, k.State, k.Custody, k.Token, k.Origin, made, date(k.Created), k.PublicKey)
+	switch {
+	case k.State == "pending" && k.Activates == 0:
+		fmt.Fprintf(w, "active\twhen the key is rotated\n")
+	case k.Activates != 0:
+		fmt.Fprintf(w, "active\tfrom %s on\nuses\t%d\n", date(k.Activates), k.Uses)
+	}
+	if k.Retires != 0 {
+		fmt.Fprintf(w, "accepted\tuntil %s\n", date(k.Retires))
+	}
+	if k.Next != "" {
+		fmt.Fprintf(w, "next\tSHA-256 of its public key is %s\n", k.Next)
+	}
 }
 
 func either(is bool, yes, no string) string {

@@ -522,16 +522,19 @@ func (t *tool) policyExport() *cobra.Command {
 	return c
 }
 
-// parseAge reads a duration that may be in days.
+// parseAge reads a duration that may be in days or weeks.
 func parseAge(s string) (time.Duration, error) {
-	if days, ok := strings.CutSuffix(s, "d"); ok {
-		if n, err := strconv.ParseUint(days, 10, 16); err == nil {
-			return time.Duration(n) * 24 * time.Hour, nil
+	for unit, of := range map[string]time.Duration{"d": 24 * time.Hour, "w": 7 * 24 * time.Hour} {
+		if number, ok := strings.CutSuffix(s, unit); ok {
+			if n, err := strconv.ParseUint(number, 10, 16); err == nil {
+				return time.Duration(n) * of, nil
+			}
 		}
-	} else if d, err := time.ParseDuration(s); err == nil && d >= 0 {
+	}
+	if d, err := time.ParseDuration(s); err == nil && d >= 0 {
 		return d, nil
 	}
-	return 0, fmt.Errorf("--since %q is not like 30d or 12h", s)
+	return 0, fmt.Errorf("%q is not like 30d, 2w or 12h", s)
 }
 
 // policyVersions is what an operator does with the policy that is in force.

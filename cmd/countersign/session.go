@@ -170,8 +170,8 @@ func (t *tool) signIn(ctx context.Context, c *api.Client, socket string, who sig
 	return api.SignedIn{}, err
 }
 
-// signText signs a proposal's text with the caller's key in the agent.
-func (t *tool) signText(me api.Me, text string) (approval.Proof, error) {
+// signText signs a text with the caller's key in the agent.
+func (t *tool) signText(me api.Me, namespace, text string) (approval.Proof, error) {
 	a, closer, err := sshAgent()
 	if err != nil {
 		return approval.Proof{}, err
@@ -184,7 +184,7 @@ func (t *tool) signText(me api.Me, text string) (approval.Proof, error) {
 	if len(keys) == 0 {
 		return approval.Proof{}, fmt.Errorf("the SSH agent has no key of %s: ssh-add it", me.Operator.Name)
 	}
-	return approval.SignSSH(a, keys[0], approval.ForProposal, text)
+	return approval.SignSSH(a, keys[0], namespace, text)
 }
 
 // propose asks for an act that needs approval, given the names and values of its parameters, and approves it where the caller can.
@@ -241,7 +241,7 @@ func (t *tool) approve(ctx context.Context, c *api.Client, me api.Me, p api.Prop
 			return t.outcome(p)
 		}
 	}
-	proof, err := t.signText(me, p.Text)
+	proof, err := t.signText(me, approval.ForProposal, p.Text)
 	if err == nil {
 		p, err = c.Approve(ctx, p.ID, proof)
 	}
