@@ -82,6 +82,26 @@ bundle=$(find "$work/log/epochs/" -path '*entries*' -type f | head -n 1)
 sed -i 's/SignatureRejected/SignatureVerified/; s/SubscriptionCreated/SubscriptionCreat3d/' "$bundle"
 refuse wrong_event "a log with an event that was changed" "$bin/countersign" audit verify "$work/log" --key "$vkey"
 
+# Two people: what widens what peers may do needs both.
+first_agent=$SSH_AUTH_SOCK
+new_operator second
+second_agent=$SSH_AUTH_SOCK
+export SSH_AUTH_SOCK=$first_agent
+second() { COUNTERSIGN_OPERATOR=second SSH_AUTH_SOCK=$second_agent XDG_RUNTIME_DIR="$work/second" admin "$@"; }
+admin operator show second >/dev/null 2>&1 || quietly admin operator add second --roles approver --ssh-key "$run/second.key.pub"
+quietly admin approvals needed 2
+shop=$("$bin/countersign" keygen "$work/shop.key")
+admin peer add shop "$shop" </dev/null >"$work/out" 2>"$work/err" || fail "propose: $(cat "$work/err")"
+echo "proposed:  $(cat "$work/out")"
+proposal=$(sed -n 's/^proposal \([0-9]*\):.*/\1/p' "$work/out")
+admin peer list | grep -q '^shop ' && fail "one person has enrolled a peer"
+second proposal approve "$proposal" </dev/null >"$work/out" 2>"$work/err" || fail "approve: $(cat "$work/err")"
+admin peer list | grep -q '^shop ' || fail "two approvals have not enrolled the peer"
+echo "approved:  by a second SSH key: $(cat "$work/out")"
+quietly admin peer remove shop
+admin approvals needed 1 </dev/null >"$work/out" 2>"$work/err" || fail "approvals needed 1: $(cat "$work/err")"
+quietly second proposal approve "$(sed -n 's/^proposal \([0-9]*\):.*/\1/p' "$work/out")"
+
 stop || fail "the daemon did not end well: $(tail -n 3 "$run/log")"
 echo "next:      type \"make run\" to try it yourself; README.md has the commands. \"make clean\" removes bin/, .run/ and .run-tpm/"
 echo "demo: ok, $signed signed, $verified verified, $refused refused as they should be"
