@@ -189,7 +189,7 @@ func TestSpecNamesEveryCodeAndType(t *testing.T) {
 	names := []string{
 		wire.CodeMalformed, wire.CodeUnsupported, wire.CodeTooLarge, wire.CodeUnknownKey, wire.CodeKeyNotActive, wire.CodeDenied,
 		wire.CodeReplay, wire.CodeExpired, wire.CodeNotYetValid, wire.CodeLifetimeTooLong, wire.CodeInvalidSignature, wire.CodeWrongSigner,
-		wire.CodeRateLimited, wire.CodeBusy, wire.CodeUnavailable,
+		wire.CodeNotConfirmed, wire.CodeRateLimited, wire.CodeBusy, wire.CodeUnavailable,
 	}
 	for _, t := range transcript.Types() {
 		names = append(names, "### "+t.Name+"\n")

@@ -35,7 +35,8 @@ func (a Anchor) due(admitted uint64, since time.Duration) bool {
 }
 
 var (
-	errRolledBack = errors.New("the ledger is older than the counter that it is bound to")
+	// ErrRolledBack refuses everything that a ledger which has forgotten something must not do.
+	ErrRolledBack = errors.New("the ledger is older than the counter that it is bound to")
 	errUnchecked  = fmt.Errorf("%w: the ledger has not been held against its counter yet", keystore.ErrUnavailable)
 )
 
@@ -123,7 +124,7 @@ func (a *Appliance) setAnchor(ctx context.Context, value uint64, also func(*ledg
 	})
 }
 
-// checkAnchor holds the ledger against its counter, and lets it admit when it is the newest. The error is errRolledBack
+// checkAnchor holds the ledger against its counter, and lets it admit when it is the newest. The error is ErrRolledBack
 // where it is not.
 func (a *Appliance) checkAnchor(ctx context.Context) error {
 	bound, rolled, err := a.anchorRecords()
@@ -131,10 +132,10 @@ func (a *Appliance) checkAnchor(ctx context.Context) error {
 	case err != nil:
 		return err
 	case rolled != nil: // found before, and not accepted: whatever the counter says now
-		a.ledger.Suspend(errRolledBack)
-		return errRolledBack
+		a.close(byRollback, ErrRolledBack)
+		return ErrRolledBack
 	case a.anchor.Token == "" && bound == nil:
-		a.ledger.Suspend(nil)
+		a.anchorIsSound()
 		return nil
 	case a.anchor.Token == "":
 		return a.rolledBack(ctx, bound, 0, fmt.Sprintf("the ledger is bound to the counter of token %q, and the configuration has no rollback_token", bound.Token))
@@ -161,8 +162,13 @@ func (a *Appliance) checkAnchor(ctx context.Context) error {
 	if err := a.rise(ctx, counter, value); err != nil {
 		return err
 	}
-	a.ledger.Suspend(nil)
+	a.anchorIsSound()
 	return nil
+}
+
+func (a *Appliance) anchorIsSound() {
+	a.close(byRollback, nil)
+	a.close(byCounter, nil)
 }
 
 // rolledBack writes down what was found, and lets nothing be admitted.
@@ -171,7 +177,7 @@ func (a *Appliance) rolledBack(ctx context.Context, bound *anchorRecord, value u
 	if bound != nil {
 		r.Ledger = bound.Value
 	}
-	a.ledger.Suspend(errRolledBack)
+	a.close(byRollback, ErrRolledBack)
 	a.log.Error("rollback detected: nothing is signed or verified until an operator accepts it (countersign admin rollback)", "reason", reason, "ledger", r.Ledger, "counter", r.Counter)
 	err := a.ledger.Update(ctx, func(tx *ledger.Tx) error {
 		if err := tx.Put(ledger.Meta, rollbackKey, encode(r)); err != nil {
@@ -180,7 +186,7 @@ func (a *Appliance) rolledBack(ctx context.Context, bound *anchorRecord, value u
 		return tx.Append(entry(audit.Event{Type: audit.RollbackDetected, Actor: audit.Daemon(), Action: "start", Outcome: "refused", Metadata: map[string]string{
 			"reason": reason, "ledger": strconv.FormatUint(r.Ledger, 10), "counter": strconv.FormatUint(r.Counter, 10)}}))
 	})
-	return errors.Join(errRolledBack, err)
+	return errors.Join(ErrRolledBack, err)
 }
 
 // startAnchor checks the anchor at start. Where its device does not answer, admissions wait until it does.
@@ -189,10 +195,10 @@ func (a *Appliance) startAnchor(ctx context.Context) (checked bool, err error) {
 	switch {
 	case err == nil:
 		return true, nil
-	case errors.Is(err, errRolledBack):
+	case errors.Is(err, ErrRolledBack):
 		return false, nil
 	case errors.Is(err, keystore.ErrUnavailable), errors.Is(err, keystore.ErrSealed), errors.Is(err, keystore.ErrAuth):
-		a.ledger.Suspend(errUnchecked)
+		a.close(byCounter, errUnchecked)
 		a.log.Error("the ledger can't be held against its counter; nothing is admitted until that is done", "token", a.anchor.Token, "err", err)
 		return false, nil
 	}
@@ -233,7 +239,7 @@ func (a *Appliance) keepAnchored(ctx context.Context) {
 			switch err := a.checkAnchor(ctx); {
 			case err == nil:
 				a.anchored, said, risen = true, false, time.Now()
-			case !errors.Is(err, errRolledBack): // else it waits for an operator
+			case !errors.Is(err, ErrRolledBack): // else it waits for an operator
 				failed(err)
 			}
 			continue
@@ -270,8 +276,8 @@ func (a *Appliance) Rollback() (*Rollback, error) {
 
 // AcceptRollback lets the ledger admit again, as it is. The operator knows which nonces it may have forgotten.
 func (a *Appliance) AcceptRollback(ctx context.Context, who audit.Actor, reason string) error {
-	if reason == "" || len(reason) > 500 {
-		return fmt.Errorf("rollback: %w: a reason of 1 to 500 bytes must be given; it is written down", ErrInvalid)
+	if err := checkReason(reason); err != nil {
+		return fmt.Errorf("rollback: %w", err)
 	}
 	return a.act(ctx, a.enrolling, "accept a rollback", func(ctx context.Context) error {
 		rolled, err := a.Rollback()

@@ -16,12 +16,11 @@ import (
 	"time"
 
 	"countersign/audit"
-	"countersign/eddsa"
-	"countersign/ijson"
 	"countersign/keystore"
 	"countersign/ledger"
 	"countersign/limit"
 	"countersign/policy"
+	"countersign/webhook"
 
 	"golang.org/x/time/rate"
 )
@@ -61,34 +60,57 @@ func DefaultLimits() Limits {
 	}
 }
 
+// Config says how an appliance is.
+type Config struct {
+	Limits    Limits
+	Anchor    Anchor
+	Retention Retention
+	Attended  bool   // each start waits for an operator to unlock it
+	Identity  string // the signing key that authorises the Noise key; "": none
+	Webhooks  []webhook.Target
+}
+
 // Appliance is safe for concurrent use.
 type Appliance struct {
-	limits Limits
-	anchor Anchor
-	ledger *ledger.Ledger
-	tokens map[string]keystore.Store
-	rules  atomic.Pointer[rules] // in force
-	log    *slog.Logger
+	limits   Limits
+	anchor   Anchor
+	attended bool
+	identity string
+	ledger   *ledger.Ledger
+	tokens   map[string]keystore.Store
+	rules    atomic.Pointer[rules] // in force
+	locked   atomic.Pointer[Lock]  // nil: it is not
+	log      *slog.Logger
 
 	anchored bool // the ledger has been held against its counter; of Start, then of Serve, then of Stop
 
-	retention  Retention
-	signing    lock           // held while a checkpoint is signed
-	refusals   tally          // of what is too many to be written down one by one
-	failing    rate.Sometimes // handshakes, for a reason of ours: for the log
+	retention  Retention // under mu
+	webhooks   []webhook.Target
+	written    map[string]uint64 // the uses of keys, as they are on disk; of keepLog, then of Stop
+	signing    lock              // held while a checkpoint is signed
+	refusals   tally             // of what is too many to be written down one by one
+	failing    rate.Sometimes    // handshakes, for a reason of ours: for the log
 	handshakes *limit.Handshakes
 	places     *limit.Connections
 	turns      map[string]*limit.Fair // by token
-	creating   lock                   // held while a key is made, however long the device takes
+	creating   lock                   // held while keys change, however long the device takes
+	locking    lock                   // held while the appliance is locked or unlocked
 	enrolling  lock                   // held while a peer is added or removed
 	activating lock                   // held while a policy is put in force
 
-	mu       sync.RWMutex
-	keys     map[keystore.Ref]*Key // under mu: all versions that exist on the keystore
-	active   map[string]*Key       // under mu: the version that signs, by name
-	peers    map[[32]byte]*member  // under mu
-	requests int                   // under mu: being served
-	sessions map[*session]struct{} // under mu
+	mu          sync.RWMutex
+	keys        map[keystore.Ref]*Key // under mu: all versions that exist on the keystore
+	active      map[string]*Key       // under mu: the version that signs, by name
+	peers       map[[32]byte]*member  // under mu
+	requests    int                   // under mu: being served
+	sessions    map[*session]struct{} // under mu
+	closed      [closings]error       // under mu: why nothing is admitted
+	lines       map[string]Line       // under mu: settings of keys
+	confirmed   map[string]time.Time  // under mu: until when an operator's confirmation lets a key sign
+	credentials uint64                // under mu: how often operators' credentials have changed
+	retries     map[string]retry      // under mu: rotations that have failed
+	policyWaits string                // under mu: the policy file is another than what is in force
+	hooks       []func()              // called when there may be news for peers
 }
 
 // Peer is who asks: an enrolled client.
@@ -104,27 +126,6 @@ func (p Peer) actor() audit.Actor {
 	actor := audit.Peer(p.Name, p.PublicKey)
 	actor.Identity = p.Identity
 	return actor
-}
-
-// Key is one version of a key as ledger and keystore agree on it.
-type Key struct {
-	keystore.Key
-	Name    string
-	Version uint32
-	Token   string // the name of the one that it is on
-	State   State
-	Created time.Time
-
-	public *eddsa.PublicKey // of an Ed25519 key
-	turns  *limit.Fair      // of its token
-}
-
-// verify judges a signature by the rules that a stranger will judge by.
-func (k *Key) verify(message, signature []byte) error {
-	if k.public == nil {
-		return fmt.Errorf("%v is not an Ed25519 key", k.Info().Ref)
-	}
-	return k.public.Verify(message, signature)
 }
 
 // lock is a mutex that a context can give up waiting for.
@@ -168,10 +169,12 @@ func (a *Appliance) act(ctx context.Context, l lock, what string, do func(contex
 // New puts an appliance together. It reads keys and peers from the ledger and holds each key against its token: one that
 // is missing, ambiguous or another is an error, since serving without it would be a silent loss. A token that does not
 // answer costs its own keys only, for now, unless the listener's key is on it. New changes nothing.
-func New(ctx context.Context, limits Limits, l *ledger.Ledger, anchor Anchor, retention Retention, tokens map[string]keystore.Store, p *policy.Policy, log *slog.Logger) (*Appliance, error) {
+func New(ctx context.Context, c Config, l *ledger.Ledger, tokens map[string]keystore.Store, p *policy.Policy, log *slog.Logger) (*Appliance, error) {
+	limits := c.Limits
 	a := &Appliance{
-		limits: limits, anchor: anchor, retention: retention, ledger: l, tokens: tokens, log: log,
-		signing: make(lock, 1), creating: make(lock, 1), enrolling: make(lock, 1), activating: make(lock, 1),
+		limits: limits, anchor: c.Anchor, retention: c.Retention, attended: c.Attended, identity: c.Identity, webhooks: c.Webhooks, ledger: l, tokens: tokens, log: log,
+		signing: make(lock, 1), creating: make(lock, 1), locking: make(lock, 1), enrolling: make(lock, 1), activating: make(lock, 1),
+		lines: map[string]Line{}, confirmed: map[string]time.Time{}, retries: map[string]retry{},
 		keys: map[keystore.Ref]*Key{}, active: map[string]*Key{}, peers: map[[32]byte]*member{}, sessions: map[*session]struct{}{},
 	}
 	a.failing.Interval = time.Second
@@ -180,6 +183,9 @@ func New(ctx context.Context, limits Limits, l *ledger.Ledger, anchor Anchor, re
 	a.turns = newTurns(limits.Calls, tokens)
 	a.rules.Store(&rules{Policy: p}) // Start gives it its version
 	if err := a.loadPeers(); err != nil {
+		return nil, err
+	}
+	if err := a.loadLines(); err != nil {
 		return nil, err
 	}
 	if err := a.loadKeys(ctx); err != nil {
@@ -210,28 +216,6 @@ func (a *Appliance) record(ctx context.Context, e audit.Event) error {
 
 // entry is an event of now, as the ledger takes it.
 func entry(e audit.Event) ledger.Event { return ledger.NewEvent(e.Encode(time.Now())) }
-
-// signingKey returns the active version of a key that peers may ask signatures of.
-func (a *Appliance) signingKey(name string) (*Key, error) {
-	a.mu.RLock()
-	defer a.mu.RUnlock()
-	k := a.active[name]
-	if k == nil || k.Info().Algorithm != keystore.Ed25519 || name == LogName {
-		return nil, fmt.Errorf("%w: there is no signing key %q", errUnknownKey, ijson.Clip(name))
-	}
-	return k, nil
-}
-
-// keyVersion returns a version of a key that an earlier admission names.
-func (a *Appliance) keyVersion(name string, version uint32) (*Key, error) {
-	a.mu.RLock()
-	defer a.mu.RUnlock()
-	k := a.keys[keystore.Ref{Name: name, Version: version}]
-	if k == nil {
-		return nil, fmt.Errorf("%w: version %d of %q is gone", errKeyNotActive, version, ijson.Clip(name))
-	}
-	return k, nil
-}
 
 // member returns an enrolled peer that is not kept out.
 func (a *Appliance) member(publicKey [32]byte) (*member, bool) {

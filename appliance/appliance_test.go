@@ -35,7 +35,7 @@ var limits = func() Limits {
 	return l
 }()
 
-var kept = Retention{Epoch: Month, Audit: 7 * 365 * 24 * time.Hour, Receipts: 7 * 365 * 24 * time.Hour, Decisions: 30 * 24 * time.Hour}
+var kept = Retention{Epoch: Month, Audit: 7 * 365 * 24 * time.Hour, Receipts: 7 * 365 * 24 * time.Hour, Decisions: 30 * 24 * time.Hour, Nonces: 24 * time.Hour}
 
 // rig is an appliance on a real ledger and a keystore in memory, with a key and two peers.
 type rig struct {
@@ -81,7 +81,7 @@ func (r *rig) open(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if r.Appliance, err = New(t.Context(), limits, l, Anchor{}, kept, map[string]keystore.Store{"memory": r.store}, parsed(t, allowShop), slog.New(slog.DiscardHandler)); err != nil {
+	if r.Appliance, err = New(t.Context(), Config{Limits: limits, Retention: kept}, l, map[string]keystore.Store{"memory": r.store}, parsed(t, allowShop), slog.New(slog.DiscardHandler)); err != nil {
 		l.Close()
 		t.Fatal(err)
 	}
@@ -185,7 +185,7 @@ func TestSign(t *testing.T) {
 	}
 	_, err = r.Sign(t.Context(), r.shop, message(1, "other content"))
 	r.refuses(t, "replay", err)
-	want := []audit.Type{audit.KeyCreated, audit.PeerAdded, audit.PeerAdded, audit.SignatureAdmitted, audit.SignatureCreated, audit.ReplayRefused}
+	want := []audit.Type{audit.KeyCreated, audit.KeyCommitted, audit.PeerAdded, audit.PeerAdded, audit.SignatureAdmitted, audit.SignatureCreated, audit.ReplayRefused}
 	if got := r.events(t); !slices.Equal(got, want) {
 		t.Errorf("events %v, want %v", got, want)
 	}
@@ -216,7 +216,7 @@ func TestAnotherPeersNonce(t *testing.T) {
 // TestRefusalsSpendNothing: what is refused before the admission leaves the nonce fresh.
 func TestRefusalsSpendNothing(t *testing.T) {
 	r := newRig(t)
-	if _, err := r.CreateNoiseKey(t.Context(), audit.Operator("test"), "memory"); err != nil {
+	if _, err := r.CreateOwnKey(t.Context(), audit.Operator("test"), NoiseName, "memory"); err != nil {
 		t.Fatal(err)
 	}
 	r.store.BeforeSign = func(keystore.Ref, []byte) error { t.Error("the key was used"); return nil }
@@ -461,7 +461,7 @@ func TestKeysAreHeldAgainstTheToken(t *testing.T) {
 			return err
 		}
 		defer l.Close()
-		_, err = New(t.Context(), limits, l, Anchor{}, kept, map[string]keystore.Store{"memory": r.store}, r.rules.Load().Policy, slog.New(slog.DiscardHandler))
+		_, err = New(t.Context(), Config{Limits: limits, Retention: kept}, l, map[string]keystore.Store{"memory": r.store}, r.rules.Load().Policy, slog.New(slog.DiscardHandler))
 		return err
 	}
 	ref := keystore.Ref{Name: "payments", Version: 1}
@@ -507,7 +507,7 @@ func TestUnfinishedKeyIsClearedAway(t *testing.T) {
 func (r *rig) pending(t *testing.T, ref keystore.Ref, tag keystore.Tag) {
 	t.Helper()
 	if err := r.ledger.Update(t.Context(), func(tx *ledger.Tx) error {
-		return tx.Put(ledger.Keys, ref.String(), encode(keyRecord{Token: "memory", Algorithm: keystore.Ed25519, State: Pending, Tag: tag}))
+		return tx.Put(ledger.Keys, ref.String(), encode(keyRecord{Token: "memory", Algorithm: keystore.Ed25519, State: making, Tag: tag}))
 	}); err != nil {
 		t.Fatal(err)
 	}
@@ -534,7 +534,13 @@ func TestSomebodyElsesKeyIsNotClearedAway(t *testing.T) {
 func TestCallerLeavesACreation(t *testing.T) {
 	r := newRig(t)
 	inDevice, release := make(chan struct{}), make(chan struct{})
-	r.store.BeforeGenerate = func(keystore.Ref) { close(inDevice); <-release }
+	r.store.BeforeGenerate = func(ref keystore.Ref) error {
+		if ref.Version == 1 {
+			close(inDevice)
+			<-release
+		}
+		return nil
+	}
 	ctx, cancel := context.WithCancel(t.Context())
 	done := make(chan error)
 	go func() {
@@ -692,7 +698,7 @@ func TestManageRefuses(t *testing.T) {
 	if after := len(r.events(t)); after != before {
 		t.Errorf("%d events of acts that were refused", after-before)
 	}
-	if len(r.Peers()) != 2 || len(r.Keys()) != 1 {
+	if len(r.Peers()) != 2 || len(r.Keys()) != 2 {
 		t.Errorf("%v, %v", r.Peers(), r.Keys())
 	}
 }

@@ -21,6 +21,7 @@ import (
 // that says what was decided.
 type decision struct {
 	inForce *atomic.Pointer[rules]
+	mayUse  func() error // whether the key may sign at this moment
 	request policy.Request
 	payment bool
 	at      time.Time
@@ -31,6 +32,7 @@ type decision struct {
 
 	// What decide has found.
 	rules   *rules
+	refused error // by the key's state, before policy was asked
 	allowed bool
 	record  []byte
 }
@@ -42,7 +44,7 @@ func (a *Appliance) decisionOf(who Peer, key *Key, doc *transcript.Document) (*d
 		return nil, fmt.Errorf("%w: %s is made by the appliance only", errNotYours, doc.Type)
 	}
 	admitted, _, _ := audit.OfDocument(doc.Type)
-	d := &decision{inForce: &a.rules, payment: doc.Payment != nil, at: time.Now(), marks: audit.Event{
+	d := &decision{inForce: &a.rules, mayUse: func() error { return a.mayUse(key) }, payment: doc.Payment != nil, at: time.Now(), marks: audit.Event{
 		Type: admitted, Actor: who.actor(), Action: "sign", Resource: key.Info().Ref.String(), Outcome: "ok", Metadata: metadataOf(doc),
 	}}
 	rand.Read(d.salt[:])
@@ -97,7 +99,10 @@ const counterpartyIndex = 2 // in policy.Counted
 // decide is asked by the ledger, with what each of counts has. The policy is that of this moment, so that none decides after another
 // one is in force, however long the request has waited; asked again, it is all decided again.
 func (d *decision) decide(used []ledger.Used) ([]byte, error) {
-	d.rules = d.inForce.Load()
+	d.rules, d.refused = d.inForce.Load(), d.mayUse()
+	if d.refused != nil {
+		return nil, d.refused
+	}
 	d.request.Used = policy.Usage{}
 	for i := range policy.Counted {
 		if len(used) == 0 {
@@ -123,6 +128,11 @@ func (d *decision) decide(used []ledger.Used) ([]byte, error) {
 // event is what the ledger writes down.
 func (d *decision) event(v ledger.Verdict) []byte {
 	e := d.marks
+	if v == ledger.Denied && d.refused != nil {
+		_, answer := refuse(d.refused)
+		e.Type, e.Outcome = audit.SignatureRejected, answer.Code
+		return verdictEvent(e, v)
+	}
 	if v != ledger.Replay {
 		e.Metadata = maps.Clone(e.Metadata)
 		e.Metadata["policy"], e.Metadata["inputs"] = hex.EncodeToString(d.rules.Hash[:]), policy.Digest(d.record)

@@ -123,11 +123,11 @@ func newEdge(t *testing.T, change func(*Limits)) *edge {
 		t.Fatal(err)
 	}
 	e.public = k.Info().PublicKey
-	if k, err = e.CreateNoiseKey(t.Context(), operator, "memory"); err != nil {
+	if k, err = e.CreateOwnKey(t.Context(), operator, NoiseName, "memory"); err != nil {
 		t.Fatal(err)
 	}
 	e.server = [32]byte(k.Info().PublicKey)
-	if _, err = e.CreateLogKey(t.Context(), operator, "memory"); err != nil {
+	if _, err = e.CreateOwnKey(t.Context(), operator, LogName, "memory"); err != nil {
 		t.Fatal(err)
 	}
 	e.shop, e.cafe = e.enrol("shop"), e.enrol("cafe")
@@ -142,7 +142,7 @@ func (e *edge) open() {
 		e.t.Fatal(err)
 	}
 	log := slog.New(slog.NewTextHandler(e.log, &slog.HandlerOptions{Level: slog.LevelDebug}))
-	if e.Appliance, err = New(e.t.Context(), e.limits, l, Anchor{}, kept, map[string]keystore.Store{"memory": e.store}, parsed(e.t, e.rules), log); err != nil {
+	if e.Appliance, err = New(e.t.Context(), Config{Limits: e.limits, Retention: kept}, l, map[string]keystore.Store{"memory": e.store}, parsed(e.t, e.rules), log); err != nil {
 		l.Close()
 		e.t.Fatal(err)
 	}
@@ -292,12 +292,16 @@ func exchange(conn *noise.Conn, document string) (wire.Answer, error) {
 }
 
 func receive(conn *noise.Conn) (wire.Answer, error) {
-	conn.SetReadDeadline(time.Now().Add(patience))
-	b, err := conn.ReadMessage()
-	if err != nil {
-		return wire.Answer{}, err
+	for {
+		conn.SetReadDeadline(time.Now().Add(patience))
+		b, err := conn.ReadMessage()
+		if err != nil {
+			return wire.Answer{}, err
+		}
+		if answer, rotation, err := wire.DecodeMessage(b); err != nil || rotation == nil {
+			return answer, err
+		}
 	}
-	return wire.DecodeAnswer(b)
 }
 
 // answers expects an answer with a code; "" is a result.

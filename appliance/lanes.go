@@ -36,6 +36,7 @@ func (k *Key) Sign(ctx context.Context, message []byte, judge keystore.Judge) ([
 		return nil, err
 	}
 	defer release()
+	k.uses.Add(1)
 	return k.Key.Sign(ctx, message, judge)
 }
 

@@ -15,11 +15,17 @@ func (a *Appliance) Start(ctx context.Context) error {
 	if err := a.Ready(); err != nil {
 		return err
 	}
+	if err := a.loadLock(); err != nil {
+		return err
+	}
 	var err error
 	if a.anchored, err = a.startAnchor(ctx); err != nil {
 		return err
 	}
-	if _, _, err := a.Activate(ctx, audit.Daemon(), a.rules.Load().Policy); err != nil {
+	if err := a.startPolicy(ctx); err != nil {
+		return err
+	}
+	if err := a.startRetention(ctx); err != nil {
 		return err
 	}
 	return a.recordDaemon(audit.Started)
@@ -28,7 +34,7 @@ func (a *Appliance) Start(ctx context.Context) error {
 func (a *Appliance) Stop() error {
 	ctx, cancel := context.WithTimeout(context.Background(), a.limits.RequestTimeout)
 	defer cancel()
-	for _, l := range []lock{a.creating, a.enrolling, a.activating} { // no act of management begins any more
+	for _, l := range []lock{a.creating, a.locking, a.enrolling, a.activating} { // no act of management begins any more
 		if err := l.acquire(ctx); err != nil {
 			a.log.Error("stopping during an act of management; the next start clears away what is left of it", "err", err)
 		}
@@ -36,6 +42,9 @@ func (a *Appliance) Stop() error {
 	a.refusals.flush(ctx, a)
 	if err := a.writeSeen(ctx); err != nil {
 		a.log.Error("when peers were last seen is not written down", "err", err)
+	}
+	if err := a.writeUses(ctx); err != nil {
+		a.log.Error("how often keys were used is not written down; the next start counts it", "err", err)
 	}
 	if err := a.recordDaemon(audit.Stopped); err != nil {
 		return err

@@ -226,6 +226,7 @@ func (a *Appliance) keepLog(ctx context.Context) {
 		a.watch(ctx, &clock, behind, audit.ClockRefused, audit.ClockRecovered, "clock")
 		if time.Since(retained) >= retainEvery {
 			once("when peers were last seen is not written down", a.writeSeen(ctx))
+			once("how often keys were used is not written down", a.writeUses(ctx))
 			more, err := a.retain(ctx)
 			once("retention could not be applied; it is tried again", err)
 			if !more {
@@ -266,7 +267,7 @@ func (a *Appliance) signLog(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	if tree.Size > 1 && a.retention.over(time.UnixMilli(e.Begun), a.ledger.Time()) {
+	if tree.Size > 1 && a.retentionInForce().over(time.UnixMilli(e.Begun), a.ledger.Time()) {
 		if _, err := a.EndEpoch(ctx, audit.Daemon()); err != nil {
 			return err
 		}

@@ -23,7 +23,7 @@ import (
 func logRig(t *testing.T) (*rig, audit.Log) {
 	t.Helper()
 	r := newRig(t)
-	if _, err := r.CreateLogKey(t.Context(), audit.Operator("test"), "memory"); err != nil {
+	if _, err := r.CreateOwnKey(t.Context(), audit.Operator("test"), LogName, "memory"); err != nil {
 		t.Fatal(err)
 	}
 	log, _, err := r.Log()

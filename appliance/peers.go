@@ -5,6 +5,7 @@ import (
 	"encoding/hex"
 	"encoding/json"
 	"fmt"
+	"maps"
 	"net/netip"
 	"slices"
 	"strings"
@@ -22,14 +23,15 @@ import (
 type member struct {
 	Peer
 	suspended bool
-	seen      time.Time     // when it last proved to be there
-	from      string        // the address from which it last connected; "" if never
-	written   time.Time     // seen, as the ledger has it
-	sessions  int           // open connections
-	requests  int           // being served, the items of a batch one by one
-	pace      *rate.Limiter // how often it may ask
-	refusals  *rate.Limiter // how many refusals are written down one by one
-	ended     bool          // removed
+	seen      time.Time         // when it last proved to be there
+	from      string            // the address from which it last connected; "" if never
+	written   time.Time         // seen, as the ledger has it
+	sessions  int               // open connections
+	requests  int               // being served, the items of a batch one by one
+	pace      *rate.Limiter     // how often it may ask
+	refusals  *rate.Limiter     // how many refusals are written down one by one
+	ended     bool              // removed
+	known     map[string]uint32 // of each line, the version whose rotation it has acknowledged
 }
 
 // in says that the peer may be served.
@@ -45,11 +47,12 @@ type PeerStatus struct {
 
 // peerRecord is the ledger's record of a peer, under its name.
 type peerRecord struct {
-	PublicKey string `json:"public_key"` // hex
-	Added     int64  `json:"added"`      // Unix seconds
-	Suspended bool   `json:"suspended,omitempty"`
-	Seen      int64  `json:"seen,omitempty"` // Unix seconds; a minute late
-	From      string `json:"from,omitempty"` // the address from which it last connected
+	PublicKey string            `json:"public_key"` // hex
+	Added     int64             `json:"added"`      // Unix seconds
+	Suspended bool              `json:"suspended,omitempty"`
+	Seen      int64             `json:"seen,omitempty"`  // Unix seconds; a minute late
+	From      string            `json:"from,omitempty"`  // the address from which it last connected
+	Known     map[string]uint32 `json:"known,omitempty"` // of each line, the version whose rotation it has acknowledged
 }
 
 func decodePeer(name string, value []byte) (r peerRecord, p Peer, err error) {
@@ -68,6 +71,9 @@ func (a *Appliance) newMember(p Peer, r peerRecord) *member {
 		Peer: p, suspended: r.Suspended,
 		pace:     rate.NewLimiter(rate.Limit(a.limits.RequestsPerSecond), max(a.limits.RequestsPerSecond, a.limits.BatchItems)),
 		refusals: rate.NewLimiter(rate.Limit(float64(a.limits.RefusalsPerMinute)/60), a.limits.RefusalsPerMinute),
+	}
+	if m.known = maps.Clone(r.Known); m.known == nil {
+		m.known = map[string]uint32{}
 	}
 	if r.Seen != 0 {
 		m.seen = time.Unix(r.Seen, 0)

@@ -55,6 +55,47 @@ func policyVersion(key string, value []byte) (PolicyVersion, error) {
 	return PolicyVersion{version, r.Hash, r.Text, time.Unix(r.Activated, 0).UTC()}, nil
 }
 
+// startPolicy puts the policy of before in force. What the file says is another matter, once there are operators: they approve of a policy, and
+// an appliance that is started anew must not take one that they have not seen.
+func (a *Appliance) startPolicy(ctx context.Context) error {
+	file := a.rules.Load().Policy
+	all, err := a.Policies()
+	if err != nil {
+		return err
+	}
+	governed, err := a.governed()
+	if err != nil {
+		return err
+	}
+	if len(all) == 0 || !governed {
+		_, _, err := a.Activate(ctx, audit.Daemon(), file)
+		return err
+	}
+	last := all[len(all)-1]
+	if last.Hash != hex.EncodeToString(file.Hash[:]) {
+		p, err := policy.Parse("the policy in force", []byte(last.Text))
+		if err != nil {
+			return fmt.Errorf("policy version %d in the ledger: %w", last.Version, err)
+		}
+		if _, _, err := a.Activate(ctx, audit.Daemon(), p); err != nil {
+			return err
+		}
+		a.log.Warn("the policy file is not in force, since operators have not approved it", "in_force", last.Hash)
+		a.mu.Lock()
+		defer a.mu.Unlock()
+		a.policyWaits = "the policy file is another than the policy in force: have it approved (countersign admin policy reload), or put the old text back"
+		return nil
+	}
+	_, _, err = a.Activate(ctx, audit.Daemon(), file)
+	return err
+}
+
+// governed says that there are operators, whose approval counts.
+func (a *Appliance) governed() (yes bool, err error) {
+	err = a.ledger.All(ledger.Operators, func(string, []byte) error { yes = true; return nil })
+	return yes, err
+}
+
 // Activate puts a policy in force: when it returns, no other one decides any more. It is a new version, with an event, unless it is the
 // text that is in force already.
 func (a *Appliance) Activate(ctx context.Context, who audit.Actor, p *policy.Policy) (version uint64, changed bool, err error) {
@@ -89,6 +130,9 @@ func (a *Appliance) Activate(ctx context.Context, who audit.Actor, p *policy.Pol
 	if err != nil {
 		return 0, false, err
 	}
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.policyWaits = ""
 	return version, changed, nil
 }
 

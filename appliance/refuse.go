@@ -20,6 +20,7 @@ var (
 	errReplay           = errors.New("the nonce is spent")
 	errUnknownOutcome   = errors.New("the nonce may be spent")
 	errNotYours         = errors.New("not yours")
+	errNotConfirmed     = errors.New("an operator must be there")
 )
 
 // class is what an error means for the one who gets it and for the daemon.
@@ -40,7 +41,9 @@ var table = []struct {
 	message string
 }{
 	{ledger.ErrUnknownState, fatal, wire.CodeUnavailable, "the appliance can't answer now"},
-	{errRolledBack, unavailable, wire.CodeUnavailable, "the appliance can't answer before an operator has acted"},
+	{ErrRolledBack, unavailable, wire.CodeUnavailable, "the appliance can't answer before an operator has acted"},
+	{ErrLocked, unavailable, wire.CodeUnavailable, "the appliance can't answer before an operator has acted"},
+	{errNotConfirmed, refused, wire.CodeNotConfirmed, ""},
 	{errUnknownOutcome, unavailable, wire.CodeUnavailable, "the appliance took too long; the nonce may be spent, and then the same request is a replay"},
 	{transcript.ErrMalformed, refused, wire.CodeMalformed, ""},
 	{transcript.ErrUnsupported, refused, wire.CodeUnsupported, ""},

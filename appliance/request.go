@@ -98,6 +98,12 @@ func (a *Appliance) serve(ctx context.Context, s *session, request any) (result 
 	case *wire.Proof:
 		op = wire.OpProof
 		result, err = a.Proof(ctx, who, r.Event)
+	case *wire.Line:
+		op, key = wire.OpLine, r.Key
+		result, err = a.Steps(r)
+	case *wire.Ack:
+		op, key = wire.OpAck, r.Key
+		result, err = a.Acknowledge(ctx, who, r)
 	case *wire.Error: // an item of a batch that has no sound form
 		return nil, r, true
 	}
@@ -198,10 +204,10 @@ func (a *Appliance) recordRefusal(ctx context.Context, who Peer, op, key, code s
 func (a *Appliance) signingKeys() wire.KeyList {
 	list := wire.KeyList{Keys: []wire.Key{}}
 	for _, k := range a.Keys() {
-		if info := k.Info(); info.Algorithm == keystore.Ed25519 && k.Name != LogName {
+		if info := k.Info(); signs(k.Name, info.Algorithm) && k.announced() {
 			list.Keys = append(list.Keys, wire.Key{
 				Name: k.Name, Version: k.Version, Algorithm: string(info.Algorithm), State: string(k.State),
-				Custody: string(info.Custody), Provenance: info.Provenance.String(), PublicKey: [32]byte(info.PublicKey),
+				Custody: string(info.Custody), Provenance: info.Provenance.String(), PublicKey: [32]byte(info.PublicKey), Next: a.announcedNext(k),
 			})
 		}
 	}

@@ -2,8 +2,10 @@ package appliance
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
+	"maps"
 	"strconv"
 	"time"
 
@@ -27,6 +29,126 @@ type Retention struct {
 	Audit     time.Duration // an epoch is dropped so long after it has ended
 	Receipts  time.Duration // a receipt is dropped so long after its time
 	Decisions time.Duration // and a decision of policy with its inputs
+	Nonces    time.Duration // and a spent nonce, after its document has expired; the ledger's margin
+}
+
+// retentionKey is the record of the retention in force.
+const retentionKey = "retention"
+
+// retentionRecord has seconds.
+type retentionRecord struct {
+	Audit     int64 `json:"audit"`
+	Receipts  int64 `json:"receipts"`
+	Decisions int64 `json:"decisions"`
+	Nonces    int64 `json:"nonces"`
+}
+
+func (r Retention) record() retentionRecord {
+	s := func(d time.Duration) int64 { return int64(d / time.Second) }
+	return retentionRecord{s(r.Audit), s(r.Receipts), s(r.Decisions), s(r.Nonces)}
+}
+
+// with returns r with the times of a record.
+func (r Retention) with(record retentionRecord) Retention {
+	d := func(s int64) time.Duration { return time.Duration(s) * time.Second }
+	r.Audit, r.Receipts, r.Decisions, r.Nonces = d(record.Audit), d(record.Receipts), d(record.Decisions), d(record.Nonces)
+	return r
+}
+
+// longest takes of each time the longer one.
+func (r Retention) longest(o Retention) Retention {
+	r.Audit, r.Receipts, r.Decisions, r.Nonces = max(r.Audit, o.Audit), max(r.Receipts, o.Receipts), max(r.Decisions, o.Decisions), max(r.Nonces, o.Nonces)
+	return r
+}
+
+// RetentionInForce returns what the ledger says of it, and whether it says anything.
+func RetentionInForce(l *ledger.Ledger) (r Retention, found bool, err error) {
+	err = l.All(ledger.Meta, func(name string, value []byte) error {
+		if name != retentionKey {
+			return nil
+		}
+		var record retentionRecord
+		found = true
+		err := json.Unmarshal(value, &record)
+		r = r.with(record)
+		return err
+	})
+	return r, found, err
+}
+
+// startRetention puts the configuration's retention in force as far as it is longer than what was. To keep something for a shorter time
+// destroys, and needs approval once there are operators: see ShortenRetention.
+func (a *Appliance) startRetention(ctx context.Context) error {
+	wanted := a.retentionInForce()
+	before, found, err := RetentionInForce(a.ledger)
+	if err != nil {
+		return err
+	}
+	governed, err := a.governed()
+	if err != nil {
+		return err
+	}
+	if found && governed {
+		longest := wanted.longest(before)
+		if longest != wanted {
+			a.log.Warn("the retention of the configuration is shorter than what is in force, which stays: countersign admin retention shorten")
+		}
+		wanted = longest
+	}
+	if found && wanted.record() == before.record() {
+		a.setRetention(wanted)
+		return nil
+	}
+	return a.writeRetention(ctx, audit.Daemon(), before, wanted, nil)
+}
+
+func (a *Appliance) retentionInForce() Retention {
+	a.mu.RLock()
+	defer a.mu.RUnlock()
+	return a.retention
+}
+
+func (a *Appliance) setRetention(r Retention) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.retention = r
+}
+
+// ShortenRetention puts another retention in force. That of nonces counts from the next start on. said is what was proposed, in the words of the
+// proposal: the event repeats it.
+func (a *Appliance) ShortenRetention(ctx context.Context, who audit.Actor, said map[string]string, change func(*Retention)) error {
+	if who.Proposal == 0 {
+		return fmt.Errorf("retention: %w", ErrNotApproved)
+	}
+	return a.act(ctx, a.enrolling, "retention", func(ctx context.Context) error {
+		before := a.retentionInForce()
+		wanted := before
+		change(&wanted)
+		day := 24 * time.Hour
+		if wanted.Audit < day || wanted.Receipts < day || wanted.Decisions < day || wanted.Nonces < time.Hour {
+			return fmt.Errorf("retention: %w: at least a day, and for nonces an hour", ErrInvalid)
+		}
+		return a.writeRetention(ctx, who, before, wanted, said)
+	})
+}
+
+func (a *Appliance) writeRetention(ctx context.Context, who audit.Actor, before, wanted Retention, said map[string]string) error {
+	e := audit.Event{Type: audit.RetentionChanged, Actor: who, Action: "retention", Resource: "retention", Outcome: "ok",
+		Metadata: map[string]string{"from": string(encode(before.record())), "to": string(encode(wanted.record()))}}
+	if said != nil {
+		e.Metadata["shortened"] = "yes"
+		maps.Copy(e.Metadata, said)
+	}
+	if err := a.ledger.Update(ctx, func(tx *ledger.Tx) error {
+		if err := tx.Put(ledger.Meta, retentionKey, encode(wanted.record())); err != nil {
+			return err
+		}
+		return tx.Append(entry(e))
+	}); err != nil {
+		return err
+	}
+	a.setRetention(wanted)
+	return nil
 }
 
 // over says that an epoch that began then is to end.
@@ -44,6 +166,7 @@ type Fate struct {
 
 // Preview says what retention will do: each epoch with its time, and before when receipts are dropped now. It changes nothing.
 func (a *Appliance) Preview() (epochs []Fate, receiptsBefore time.Time, err error) {
+	retention := a.retentionInForce()
 	all, err := a.ledger.Epochs()
 	for _, e := range all {
 		f := Fate{Epoch: e}
@@ -51,11 +174,11 @@ func (a *Appliance) Preview() (epochs []Fate, receiptsBefore time.Time, err erro
 			f.Size = tree.Size
 		}
 		if e.Ended != 0 {
-			f.Due = time.UnixMilli(e.Ended).Add(a.retention.Audit).UTC()
+			f.Due = time.UnixMilli(e.Ended).Add(retention.Audit).UTC()
 		}
 		epochs = append(epochs, f)
 	}
-	return epochs, a.ledger.Time().Add(-a.retention.Receipts).UTC(), err
+	return epochs, a.ledger.Time().Add(-retention.Receipts).UTC(), err
 }
 
 // receiptsKey is the record of the time before which receipts were dropped last.
@@ -86,7 +209,7 @@ func (a *Appliance) retain(ctx context.Context) (more bool, err error) {
 		return false, err
 	}
 	for range 50 { // and on at the next time
-		if more, err = a.ledger.Sweep(ctx, before.UnixMilli(), a.ledger.Time().Add(-a.retention.Decisions).UnixMilli()); err != nil || !more {
+		if more, err = a.ledger.Sweep(ctx, before.UnixMilli(), a.ledger.Time().Add(-a.retentionInForce().Decisions).UnixMilli()); err != nil || !more {
 			return false, err
 		}
 	}
@@ -127,8 +250,8 @@ func (a *Appliance) Release(ctx context.Context, who audit.Actor, epoch uint32, 
 }
 
 func (a *Appliance) hold(ctx context.Context, t audit.Type, who audit.Actor, epoch uint32, set, reason string) error {
-	if reason == "" || len(reason) > 500 {
-		return fmt.Errorf("epoch %d: %w: a reason of 1 to 500 bytes must be given; it is written down", epoch, ErrInvalid)
+	if err := checkReason(reason); err != nil {
+		return fmt.Errorf("epoch %d: %w", epoch, err)
 	}
 	err := a.ledger.Hold(ctx, epoch, set, entry(audit.Event{Type: t, Actor: who, Action: "retention", Resource: "epoch/" + strconv.FormatUint(uint64(epoch), 10), Outcome: "ok",
 		Metadata: map[string]string{"reason": reason}}))

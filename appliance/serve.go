@@ -31,6 +31,7 @@ type session struct {
 	member *member
 	peer   Peer          // the member's, with what this connection has proven
 	ended  chan struct{} // closed when nothing is being served on it any more
+	news   chan struct{} // there may be something to tell the peer
 }
 
 // Serve answers peers on the listeners until ctx ends; then it takes no new requests, finishes those that it has begun, and
@@ -48,6 +49,8 @@ func (a *Appliance) Serve(ctx context.Context, listeners ...Listener) error {
 	}()
 	var working sync.WaitGroup
 	working.Go(func() { a.keepLog(stop) })
+	working.Go(func() { a.keepKeys(stop) })
+	working.Go(func() { a.keepHooks(stop) })
 	if a.anchor.Token != "" {
 		working.Go(func() { a.keepAnchored(stop) })
 	}
@@ -122,9 +125,12 @@ func (a *Appliance) serveConn(stop context.Context, raw net.Conn, profile noise.
 	from := raw.RemoteAddr().String()
 	hctx, cancel := context.WithTimeout(inLane(stop, handshakeLane), a.limits.HandshakeTimeout)
 	defer cancel()
-	key, err := a.NoiseKey()
-	if err != nil {
-		return // Serve does not begin without it
+	var statics []noise.Static
+	for _, k := range a.noiseKeys() {
+		statics = append(statics, static{k})
+	}
+	if len(statics) == 0 {
+		return // until a compromised key has its successor
 	}
 	var attempt *limit.Attempt
 	var begun time.Time
@@ -133,7 +139,7 @@ func (a *Appliance) serveConn(stop context.Context, raw net.Conn, profile noise.
 		begun = time.Now()
 		return err
 	}
-	conn, err := noise.Accept(hctx, raw, []noise.Static{static{key}}, profile, admit, func(peer [32]byte) bool { _, ok := a.member(peer); return ok })
+	conn, err := noise.Accept(hctx, raw, statics, profile, admit, func(peer [32]byte) bool { _, ok := a.member(peer); return ok })
 	if attempt != nil {
 		defer attempt.End() // after Good it does nothing
 	}
@@ -160,7 +166,7 @@ func (a *Appliance) serveConn(stop context.Context, raw net.Conn, profile noise.
 	}
 	// A recorded message 1 can be replayed without the private key. Only a message that decrypts proves that somebody
 	// has it; until then the connection is a handshake, with a handshake's time.
-	s := &session{conn: conn, ended: make(chan struct{})}
+	s := &session{conn: conn, ended: make(chan struct{}), news: make(chan struct{}, 1)}
 	defer close(s.ended)
 	stopReading := context.AfterFunc(stop, func() { conn.SetReadDeadline(time.Unix(1, 0)) })
 	defer stopReading()
@@ -246,6 +252,9 @@ func (a *Appliance) serveSession(stop context.Context, s *session, message []byt
 	s.conn.SetWriteLimit(a.limits.WriteTimeout)
 	var serving sync.WaitGroup
 	defer serving.Wait()
+	informing, done := context.WithCancel(stop)
+	defer done()
+	serving.Go(func() { a.inform(informing, s) })
 	requests := make(chan []byte) // to goroutines that stay: one for each request would grow its stack anew each time
 	defer close(requests)
 	serve := func(request []byte) {

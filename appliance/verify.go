@@ -9,7 +9,6 @@ import (
 
 	"countersign/audit"
 	"countersign/eddsa"
-	"countersign/ijson"
 	"countersign/ledger"
 	"countersign/transcript"
 	"countersign/wire"
@@ -35,10 +34,8 @@ func (a *Appliance) Verify(ctx context.Context, who Peer, r *wire.Verify) (*wire
 	if err := doc.CheckSigner(r.PublicKey[:]); err != nil {
 		return nil, err
 	}
-	if r.Key != nil {
-		if err := a.checkNamedKey(*r.Key, r.PublicKey); err != nil {
-			return nil, err
-		}
+	if err := a.checkSigner(r.Key, r.PublicKey); err != nil {
+		return nil, err
 	}
 	admitted, err := a.ledger.Admit(ctx, ledger.Admission{
 		Scope: ledger.SignerScope(r.PublicKey[:]), Nonce: doc.Nonce, Digest: doc.Digest(), Peer: who.PublicKey, Quiet: who.quiet, ExpiresAt: doc.ExpiresAt, Once: true,
@@ -52,21 +49,6 @@ func (a *Appliance) Verify(ctx context.Context, who Peer, r *wire.Verify) (*wire
 		return nil, err
 	}
 	return &wire.Verified{Valid: true, Event: admitted.Event}, nil
-}
-
-// checkNamedKey holds the public key against the key that the request names.
-func (a *Appliance) checkNamedKey(name string, publicKey [32]byte) error {
-	if _, err := a.signingKey(name); err != nil {
-		return err
-	}
-	a.mu.RLock()
-	defer a.mu.RUnlock()
-	for ref, k := range a.keys {
-		if ref.Name == name && string(k.Info().PublicKey) == string(publicKey[:]) {
-			return nil
-		}
-	}
-	return fmt.Errorf("%w: the public key is no version of %q", transcript.ErrWrongSigner, ijson.Clip(name))
 }
 
 func verifyEvents(who Peer, r *wire.Verify, doc *transcript.Document) func(ledger.Verdict) []byte {

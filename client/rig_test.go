@@ -58,13 +58,13 @@ func startAppliance() (a *testAppliance, err error) {
 	ctx := context.Background()
 	limits := appliance.DefaultLimits()
 	limits.Handshakes.PerSource = 100
-	if a.app, err = appliance.New(ctx, limits, a.ledger, appliance.Anchor{}, appliance.Retention{Epoch: appliance.Month, Audit: time.Hour, Receipts: time.Hour}, map[string]keystore.Store{"memory": a.store}, p, slog.New(slog.DiscardHandler)); err != nil {
+	if a.app, err = appliance.New(ctx, appliance.Config{Limits: limits, Retention: appliance.Retention{Epoch: appliance.Month, Audit: time.Hour, Receipts: time.Hour}}, a.ledger, map[string]keystore.Store{"memory": a.store}, p, slog.New(slog.DiscardHandler)); err != nil {
 		return nil, err
 	}
-	if _, err := a.app.CreateLogKey(ctx, operator, "memory"); err != nil {
+	if _, err := a.app.CreateOwnKey(ctx, operator, appliance.LogName, "memory"); err != nil {
 		return nil, err
 	}
-	k, err := a.app.CreateNoiseKey(ctx, operator, "memory")
+	k, err := a.app.CreateOwnKey(ctx, operator, appliance.NoiseName, "memory")
 	if err != nil {
 		return nil, err
 	}

@@ -49,6 +49,7 @@ const (
 	CodeUnknownKey       = "unknown_key"       // no such key
 	CodeKeyNotActive     = "key_not_active"    // the key exists, but may not sign now
 	CodeDenied           = "denied"            // policy does not allow it
+	CodeNotConfirmed     = "not_confirmed"     // an operator must confirm that the key may sign now
 	CodeReplay           = "replay"            // the nonce is spent
 	CodeExpired          = "expired"           // expires_at has passed
 	CodeNotYetValid      = "not_yet_valid"     // timestamp lies in the future

@@ -80,7 +80,7 @@ func check(ctx context.Context, path string, c Config, deep bool, stdout, stderr
 	}
 	defer l.Close()
 	say("ledger", "ok: %s", c.Ledger)
-	app, err := appliance.New(ctx, c.limits(), l, c.anchor(), c.retention(), tokens, rules, log)
+	app, err := appliance.New(ctx, c.appliance(), l, tokens, rules, log)
 	if err != nil {
 		return err
 	}

@@ -17,6 +17,7 @@ import (
 	"countersign/keystore"
 	"countersign/ledger"
 	"countersign/tpm"
+	"countersign/webhook"
 
 	"github.com/pelletier/go-toml/v2"
 )
@@ -70,11 +71,33 @@ type Config struct {
 	// RollbackAdmissions makes it rise sooner, but not more often than each 5 minutes. Default: 10000.
 	RollbackAdmissions int `toml:"rollback_admissions"`
 
-	// Retention says how long what is kept.
+	// UnattendedStart is whether the appliance serves as soon as it is started. Default: true. With false each start is locked until an
+	// operator unlocks it (countersign admin unlock), so that nobody can make it sign by starting it.
+	UnattendedStart bool `toml:"unattended_start"`
+
+	// NoiseIdentity is the name of a signing key whose word lets the Noise key speak for it (paykit-noise-key-authorization-v1), so that
+	// who knows it can find the Noise key again after that was rotated. Default: none.
+	NoiseIdentity string `toml:"noise_identity"`
+
+	// Webhooks are told of rotations, each as a table [[webhooks]].
+	Webhooks []Webhook `toml:"webhooks"`
+
+	// Retention says how long what is kept. What the ledger has goes before it where that is longer: to keep something for a shorter time
+	// must be approved (countersign admin retention shorten).
 	Retention Retention `toml:"retention"`
 
 	// Limits bounds what peers can cost.
 	Limits Limits `toml:"limits"`
+}
+
+// Webhook is somebody to tell of rotations: a POST with a body that is signed by the audit log's key, in the form of Standard Webhooks.
+type Webhook struct {
+	// Name is for people and logs. Required.
+	Name string `toml:"name"`
+	// URL is where to post to: https, or http on this machine. Required. It may hold a secret, and is never shown.
+	URL string `toml:"url"`
+	// CAFile has the authorities to trust in place of the system's (PEM).
+	CAFile string `toml:"ca_file"`
 }
 
 // Retention says how long what is kept. What is over goes by itself; countersign admin retention preview says what and when.
@@ -232,7 +255,7 @@ func (d *Duration) UnmarshalText(text []byte) error {
 func defaults() Config {
 	l := appliance.DefaultLimits()
 	return Config{
-		LogLevel: "info", RollbackInterval: Duration(time.Hour), RollbackAdmissions: 10_000,
+		LogLevel: "info", UnattendedStart: true, RollbackInterval: Duration(time.Hour), RollbackAdmissions: 10_000,
 		Tokens:    map[string]*Token{},
 		Retention: Retention{Epoch: string(appliance.Month), AuditDays: 2557, ReceiptDays: 2557, DecisionDays: 35, Nonces: Duration(24 * time.Hour)},
 		Limits: Limits{
@@ -369,6 +392,14 @@ func (c *Config) check() error {
 	if p := appliance.Period(c.Retention.Epoch); p != appliance.Month && p != appliance.Day && p != appliance.Hour {
 		return fmt.Errorf("retention.epoch: %q is none of month, day, hour", c.Retention.Epoch)
 	}
+	if c.NoiseIdentity != "" {
+		if err := keystore.CheckName(c.NoiseIdentity); err != nil {
+			return fmt.Errorf("noise_identity: %w", err)
+		}
+	}
+	if _, err := webhook.New(webhook.Config{Targets: c.webhooks()}); err != nil {
+		return err
+	}
 	return c.checkTokens()
 }
 
@@ -463,6 +494,17 @@ func (t *Token) tpm() tpm.Config {
 	return tpm.Config{Device: t.TPM, State: t.State, PCRs: t.PCRs, PolicyKey: t.PolicyKey, PINFile: t.PINFile, Deadline: t.Deadline.std(), IdleLock: t.IdleLock.std()}
 }
 
+func (c *Config) webhooks() (targets []webhook.Target) {
+	for _, w := range c.Webhooks {
+		targets = append(targets, webhook.Target{Name: w.Name, URL: w.URL, CAFile: w.CAFile})
+	}
+	return targets
+}
+
+func (c *Config) appliance() appliance.Config {
+	return appliance.Config{Limits: c.limits(), Anchor: c.anchor(), Retention: c.retention(), Attended: !c.UnattendedStart, Identity: c.NoiseIdentity, Webhooks: c.webhooks()}
+}
+
 func (c *Config) anchor() appliance.Anchor {
 	return appliance.Anchor{Token: c.RollbackToken, Interval: c.RollbackInterval.std(), Admissions: uint64(c.RollbackAdmissions)}
 }
@@ -470,7 +512,7 @@ func (c *Config) anchor() appliance.Anchor {
 func (c *Config) retention() appliance.Retention {
 	day := 24 * time.Hour
 	return appliance.Retention{Epoch: appliance.Period(c.Retention.Epoch), Audit: time.Duration(c.Retention.AuditDays) * day, Receipts: time.Duration(c.Retention.ReceiptDays) * day,
-		Decisions: time.Duration(c.Retention.DecisionDays) * day}
+		Decisions: time.Duration(c.Retention.DecisionDays) * day, Nonces: c.Retention.Nonces.std()}
 }
 
 func (c *Config) ledger() ledger.Options {

@@ -74,7 +74,7 @@ func initialise(ctx context.Context, c Config, newToken bool, soPINFile string, 
 		return err
 	}
 	if _, err := p.app.LogKey(); errors.Is(err, appliance.ErrNotFound) {
-		if _, err := p.app.CreateLogKey(ctx, operator, c.NoiseToken); err != nil {
+		if _, err := p.app.CreateOwnKey(ctx, operator, appliance.LogName, c.NoiseToken); err != nil {
 			return err
 		}
 		fmt.Fprintf(stderr, "created the audit log's key in the token\n")
@@ -83,7 +83,7 @@ func initialise(ctx context.Context, c Config, newToken bool, soPINFile string, 
 	}
 	key, err := p.app.NoiseKey()
 	if errors.Is(err, appliance.ErrNotFound) {
-		key, err = p.app.CreateNoiseKey(ctx, operator, c.NoiseToken)
+		key, err = p.app.CreateOwnKey(ctx, operator, appliance.NoiseName, c.NoiseToken)
 		if err == nil {
 			fmt.Fprintf(stderr, "created the listener's Noise key in the token\n")
 		}

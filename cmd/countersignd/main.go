@@ -167,7 +167,7 @@ func open(ctx context.Context, c Config, log *slog.Logger) (p parts, err error) 
 	if err != nil {
 		return p, err
 	}
-	if p.ledger, err = ledger.Open(c.Ledger, c.ledger()); err != nil {
+	if p.ledger, err = openLedger(c); err != nil {
 		return p, fmt.Errorf("%s: %w", c.Ledger, err)
 	}
 	// A token can change before there is an appliance to write that down: then it is written down when there is one.
@@ -186,7 +186,7 @@ func open(ctx context.Context, c Config, log *slog.Logger) (p parts, err error) 
 	if p.tokens, err = openTokens(ctx, c, log, changed); err != nil {
 		return p, err
 	}
-	if p.app, err = appliance.New(ctx, c.limits(), p.ledger, c.anchor(), c.retention(), p.tokens, rules, log); err != nil {
+	if p.app, err = appliance.New(ctx, c.appliance(), p.ledger, p.tokens, rules, log); err != nil {
 		return p, err
 	}
 	changing.Lock()
@@ -196,6 +196,24 @@ func open(ctx context.Context, c Config, log *slog.Logger) (p parts, err error) 
 		write(app)
 	}
 	return p, nil
+}
+
+// openLedger opens it so that nonces are kept as long as the ledger itself says, where that is longer than the configuration does.
+func openLedger(c Config) (*ledger.Ledger, error) {
+	l, err := ledger.Open(c.Ledger, c.ledger())
+	if err != nil {
+		return nil, err
+	}
+	kept, _, err := appliance.RetentionInForce(l)
+	if err == nil && kept.Nonces <= c.Retention.Nonces.std() {
+		return l, nil
+	}
+	if err := errors.Join(err, l.Close()); err != nil {
+		return nil, err
+	}
+	options := c.ledger()
+	options.Margin = kept.Nonces
+	return ledger.Open(c.Ledger, options)
 }
 
 func (p parts) close(log *slog.Logger) {

@@ -25,8 +25,8 @@ type Memory struct {
 	BeforeSign func(ref keystore.Ref, message []byte) error
 	// BeforeExchange, where it is set, runs before each shared secret is made, whatever comes of it.
 	BeforeExchange func(ref keystore.Ref)
-	// BeforeGenerate, where it is set, runs before a key is made: a device that takes its time.
-	BeforeGenerate func(ref keystore.Ref)
+	// BeforeGenerate, where it is set, runs before a key is made: a device that takes its time. Its error is the device's.
+	BeforeGenerate func(ref keystore.Ref) error
 	// Corrupt, where it is set, may change a signature: a device that answers wrongly.
 	Corrupt func(signature []byte) []byte
 }
@@ -75,7 +75,9 @@ func (m *Memory) Inspect(context.Context) ([]keystore.Finding, error) {
 
 func (m *Memory) Generate(_ context.Context, ref keystore.Ref, alg keystore.Algorithm, tag keystore.Tag) (keystore.Key, error) {
 	if m.BeforeGenerate != nil {
-		m.BeforeGenerate(ref)
+		if err := m.BeforeGenerate(ref); err != nil {
+			return nil, err
+		}
 	}
 	k := &memoryKey{}
 	var public []byte

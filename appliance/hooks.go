@@ -1,0 +1,143 @@
+package appliance
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"maps"
+	"slices"
+	"strings"
+	"time"
+
+	"countersign/ledger"
+	"countersign/webhook"
+	"countersign/wire"
+)
+
+// Those who are not peers hear of rotations by webhooks. What each has been told of each line last is in the ledger, so that a restart
+// tells what was not delivered again.
+
+const hookKeys = "webhook/" // then target/key
+
+// hookBody is what is posted: the payload of Standard Webhooks.
+type hookBody struct {
+	Type      string        `json:"type"`
+	Timestamp time.Time     `json:"timestamp"`
+	Data      wire.Rotation `json:"data"`
+}
+
+// hookID names a rotation, and its state as far as others want to know.
+func hookID(r wire.Rotation) string {
+	id := fmt.Sprintf("rotation_%s_%d", r.Key, r.Version)
+	if r.Compromised {
+		id += "_compromised"
+	}
+	return id
+}
+
+// keepHooks tells the webhooks until ctx ends.
+func (a *Appliance) keepHooks(ctx context.Context) {
+	if len(a.webhooks) == 0 {
+		return
+	}
+	taken := make(chan [2]string, 64)
+	sender, err := webhook.New(webhook.Config{
+		Targets: a.webhooks, Log: a.log,
+		Sign: func(ctx context.Context, message []byte) ([]byte, error) {
+			k, err := a.LogKey()
+			if err != nil {
+				return nil, err
+			}
+			return k.Sign(inLane(ctx, ownLane), message, func(signature []byte) bool { return k.verify(message, signature) == nil })
+		},
+		Delivered: func(target, id string) {
+			select {
+			case taken <- [2]string{target, id}:
+			case <-ctx.Done():
+			}
+		},
+		GaveUp: func(target, id string, err error) {
+			a.log.Error("a webhook is not told of a rotation", "target", target, "id", id, "err", err)
+		},
+	})
+	if err != nil { // the configuration was checked before
+		a.log.Error("there are no webhooks", "err", err)
+		return
+	}
+	news := make(chan struct{}, 1)
+	news <- struct{}{}
+	a.mu.Lock()
+	a.hooks = append(a.hooks, func() {
+		select {
+		case news <- struct{}{}:
+		default:
+		}
+	})
+	a.mu.Unlock()
+	done := make(chan struct{})
+	go func() { defer close(done); sender.Run(ctx) }()
+	defer func() { <-done }()
+	queued := map[[2]string]bool{}
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case t := <-taken:
+			key := strings.TrimSuffix(strings.TrimPrefix(t[1], "rotation_"), "_compromised")
+			key = hookKeys + t[0] + "/" + key[:strings.LastIndexByte(key, '_')]
+			if err := a.ledger.Update(ctx, func(tx *ledger.Tx) error { return tx.Put(ledger.Meta, key, []byte(t[1])) }); err != nil {
+				a.log.Error("that a webhook was told is not written down; after a restart it is told again", "target", t[0], "err", err)
+			}
+		case <-news:
+			if err := a.queueHooks(sender, queued); err != nil {
+				a.log.Error("webhooks are not told", "err", err)
+			}
+		}
+	}
+}
+
+// queueHooks hands in what a target has not been told.
+func (a *Appliance) queueHooks(sender *webhook.Sender, queued map[[2]string]bool) error {
+	told := map[string]string{}
+	if err := a.ledger.All(ledger.Meta, func(name string, value []byte) error {
+		if strings.HasPrefix(name, hookKeys) {
+			told[name] = string(value)
+		}
+		return nil
+	}); err != nil {
+		return err
+	}
+	for _, name := range slices.Sorted(maps.Keys(a.announcedLines())) {
+		r := a.Rotation(name)
+		if r == nil {
+			continue
+		}
+		id := hookID(*r)
+		body, err := json.Marshal(hookBody{"key.rotation", time.Now().UTC().Truncate(time.Second), *r})
+		if err != nil {
+			return err
+		}
+		for _, t := range a.webhooks {
+			if mark := [2]string{t.Name, id}; told[hookKeys+t.Name+"/"+name] != id && !queued[mark] {
+				if err := sender.Queue(t.Name, webhook.Message{ID: id, Body: body}); err != nil {
+					return err
+				}
+				queued[mark] = true
+			}
+		}
+	}
+	return nil
+}
+
+// announcedLines are the lines that others may hear of.
+func (a *Appliance) announcedLines() map[string]bool {
+	a.mu.RLock()
+	defer a.mu.RUnlock()
+	names := map[string]bool{}
+	for ref, k := range a.keys {
+		if ref.Name == NoiseName || signs(ref.Name, k.Info().Algorithm) {
+			names[ref.Name] = true
+		}
+	}
+	return names
+}
