@@ -32,49 +32,12 @@ import (
 	"golang.org/x/crypto/ssh/agent"
 )
 
-// condition is a Life that is in the state that a test wants.
-type condition struct {
-	mu sync.Mutex
-	Condition
-	canary error
-	flown  int
-}
-
-func (c *condition) set(now Condition) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	c.Condition.Locked, c.RolledBack, c.Causes = now.Locked, now.RolledBack, now.Causes
-}
-
-func (l life) Condition() Condition {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.condition.Condition
-}
-
-// life hides the field that has the method's name.
-type life struct{ *condition }
-
-func (l life) Canary(context.Context) error {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	l.flown++
-	return l.canary
-}
-
-func (l life) Lock(_ context.Context, _ audit.Actor, reason string) error {
-	l.set(Condition{Locked: true, Causes: []string{reason}})
-	return nil
-}
-
-func (l life) Unlock(context.Context, audit.Actor) error { l.set(Condition{}); return nil }
-
 // rig is the API over a real appliance, ledger and desk, on a Unix socket and on HTTPS.
 type rig struct {
 	t      *testing.T
 	app    *appliance.Appliance
 	desk   *operators.Desk
-	life   life
+	store  *keystoretest.Memory
 	server *server
 	socket string
 	url    string // of HTTPS
@@ -87,7 +50,22 @@ const allowShop = `permit (principal == Peer::"shop", action == Action::"sign", 
 
 func newRig(t *testing.T) *rig {
 	t.Helper()
-	r := &rig{t: t, life: life{new(condition)}, agent: agent.NewKeyring(), policy: allowShop}
+	return newRigIn(t, string(appliance.Operational))
+}
+
+// down is a token that does not serve, by its own word.
+type down struct{ keystore.Store }
+
+func (down) Status() keystore.Status { return keystore.Status{Cause: "it was pulled out"} }
+
+// newRigIn makes one that is in a state.
+func newRigIn(t *testing.T, state string) *rig {
+	t.Helper()
+	r := &rig{t: t, store: keystoretest.NewMemory(), agent: agent.NewKeyring(), policy: allowShop}
+	var store keystore.Store = r.store
+	if state == stateDegraded {
+		store = down{store}
+	}
 	path := filepath.Join(t.TempDir(), "ledger.db")
 	if err := ledger.Create(path, ledger.Options{}); err != nil {
 		t.Fatal(err)
@@ -97,16 +75,23 @@ func newRig(t *testing.T) *rig {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { l.Close() })
+	if state == stateRolledBack {
+		if err := l.Update(t.Context(), func(tx *ledger.Tx) error {
+			return tx.Put(ledger.Meta, "rollback", []byte(`{"ledger":1,"counter":2,"reason":"test","at":"2026-01-01T00:00:00Z"}`))
+		}); err != nil {
+			t.Fatal(err)
+		}
+	}
 	limits := appliance.DefaultLimits()
 	limits.Calls = map[string]int{"memory": 4}
 	long := 7 * 365 * 24 * time.Hour
 	log := slog.New(slog.DiscardHandler)
-	if r.app, err = appliance.New(t.Context(), limits, l, appliance.Anchor{}, appliance.Retention{Epoch: appliance.Month, Audit: long, Receipts: long, Decisions: long},
-		map[string]keystore.Store{"memory": keystoretest.NewMemory()}, r.rules(), log); err != nil {
+	if r.app, err = appliance.New(t.Context(), appliance.Config{Limits: limits, Retention: appliance.Retention{Epoch: appliance.Month, Audit: long, Receipts: long, Decisions: long, Nonces: 24 * time.Hour}}, l,
+		map[string]keystore.Store{"memory": store}, r.rules(), log); err != nil {
 		t.Fatal(err)
 	}
-	for _, create := range []func(context.Context, audit.Actor, string) (*appliance.Key, error){r.app.CreateNoiseKey, r.app.CreateLogKey} {
-		if _, err := create(t.Context(), audit.Daemon(), "memory"); err != nil {
+	for _, name := range []string{appliance.NoiseName, appliance.LogName} {
+		if _, err := r.app.CreateOwnKey(t.Context(), audit.Daemon(), name, "memory"); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -127,7 +112,7 @@ func newRig(t *testing.T) *rig {
 	t.Cleanup(func() { r.desk.Close(context.Background()) })
 	certs := newCertificates(t)
 	r.ca = must(certs.Authority(t.Context()))(t)
-	c := Config{Appliance: r.app, Operators: r.desk, Life: r.life, LoadPolicy: func() (*policy.Policy, error) { return policy.Parse("policy.cedar", []byte(r.policy)) },
+	c := Config{Appliance: r.app, Operators: r.desk, LoadPolicy: func() (*policy.Policy, error) { return policy.Parse("policy.cedar", []byte(r.policy)) },
 		Certificates: certs, Hosts: []string{"localhost:" + port}, Origin: r.url, RPID: "localhost"}
 	r.server, _ = newServer(c)
 	srv := New(c)

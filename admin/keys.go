@@ -24,7 +24,7 @@ func (s *server) keyRoutes() {
 }
 
 func (s *server) rotate(ctx context.Context, who caller, in *struct {
-	named
+	Name string `path:"name" maxLength:"200"`
 	Body api.Rotate
 }) (api.Key, error) {
 	l, err := s.Appliance.Line(in.Name)
@@ -66,7 +66,7 @@ func (s *server) lineDoc(name string, l appliance.Line) api.Line {
 func seconds(d time.Duration) int64 { return int64(d / time.Second) }
 
 func (s *server) setLine(ctx context.Context, who caller, in *struct {
-	named
+	Name string `path:"name" maxLength:"200"`
 	Body api.Change
 }) (api.Line, error) {
 	l, err := s.Appliance.SetLine(ctx, who.actor(), in.Name, func(l *appliance.Line) error { return change(l, in.Body) })
@@ -101,7 +101,7 @@ func change(l *appliance.Line, c api.Change) error {
 }
 
 func (s *server) archive(ctx context.Context, who caller, in *struct {
-	named
+	Name    string `path:"name" maxLength:"200"`
 	Version uint32 `path:"version"`
 }) error {
 	return s.Appliance.Archive(ctx, who.actor(), in.Name, in.Version)
@@ -109,7 +109,7 @@ func (s *server) archive(ctx context.Context, who caller, in *struct {
 
 // confirm takes a fresh proof: that of the session may be an hour old.
 func (s *server) confirm(ctx context.Context, who caller, in *struct {
-	named
+	Name string `path:"name" maxLength:"200"`
 	Body api.Proven
 }) (api.Confirmed, error) {
 	if err := s.Operators.Prove(ctx, *who.session, in.Body.Challenge, in.Name, in.Body.Proof); err != nil {
