@@ -36,7 +36,7 @@ var arrows = map[string]struct{ ours, outside []string }{
 	"admin":                 {[]string{"admin/api", "appliance", "audit", "ijson", "keystore", "ledger", "policy"}, []string{"github.com/labstack/echo/v4"}},
 	"admin/api":             {[]string{"audit", "keystore"}, nil},
 	"client":                {[]string{"audit", "eddsa", "ijson", "noise", "transcript", "wire"}, []string{"github.com/go-json-experiment/json"}},
-	"cmd/countersign":       {[]string{"admin/api", "audit", "client", "ijson", "keystore", "policy", "transcript"}, []string{"github.com/spf13/cobra", "github.com/spf13/pflag"}},
+	"cmd/countersign":       {[]string{"admin/api", "approval", "audit", "client", "ijson", "keystore", "policy", "transcript"}, []string{"github.com/spf13/cobra", "github.com/spf13/pflag"}},
 	"cmd/countersignd": {[]string{"admin", "appliance", "audit", "hsm", "keystore", "keystore/worker", "ledger", "noise", "policy", "tpm"},
 		[]string{"github.com/coreos/go-systemd/v22", "github.com/pelletier/go-toml/v2", "github.com/spf13/cobra", "golang.org/x/sys"}},
 	"softhsm-tests": {nil, nil},
