@@ -14,7 +14,6 @@ need tpm2-tools command -v tpm2_pcrextend
 need gcc command -v gcc
 need libc6-dev test -e /usr/include/stdlib.h
 need openssl command -v openssl
-need openssh-client command -v ssh-keygen
 need make command -v make
 need openssh-client command -v ssh-agent
 ((EUID == 0)) || need fuse3 command -v fusermount3
