@@ -91,7 +91,9 @@ func (c *Client) WithToken(token string) *Client {
 
 // OnSignedOut has signIn called when an answer is signed_out; then what was asked is asked once more with its token. Where it fails, the
 // answer counts. Call it before the client is used.
-func (c *Client) OnSignedOut(signIn func(context.Context) (token string, err error)) { c.signIn = signIn }
+func (c *Client) OnSignedOut(signIn func(context.Context) (token string, err error)) {
+	c.signIn = signIn
+}
 
 // ReadFile gets a file of the audit log's static form: it makes the client an audit.Source.
 func (c *Client) ReadFile(ctx context.Context, name string) ([]byte, error) {
