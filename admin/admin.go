@@ -8,6 +8,7 @@ package admin
 import (
 	"context"
 	"encoding/hex"
+	"log"
 	"net/http"
 	"slices"
 	"strings"
@@ -41,6 +42,7 @@ type Config struct {
 	Appliance  *appliance.Appliance
 	Operators  *operators.Desk
 	LoadPolicy func() (*policy.Policy, error) // reads the policy file again
+	ErrorLog   *log.Logger                    // of net/http: handshakes that fail, and handlers that panic
 	Group      string                         // the number of the group whose members may talk on the Unix socket; "": nobody but root and the daemon's user
 
 	// What follows is for HTTPS. Without Certificates there is none.
@@ -68,6 +70,7 @@ func New(c Config) *http.Server {
 		IdleTimeout:       2 * time.Minute,
 		MaxHeaderBytes:    16 << 10,
 		ConnContext:       s.withConnection,
+		ErrorLog:          c.ErrorLog,
 	}
 }
 

@@ -112,7 +112,7 @@ func newRigIn(t *testing.T, state string) *rig {
 	t.Cleanup(func() { r.desk.Close(context.Background()) })
 	certs := newCertificates(t)
 	r.ca = must(certs.Authority(t.Context()))(t)
-	c := Config{Appliance: r.app, Operators: r.desk, LoadPolicy: func() (*policy.Policy, error) { return policy.Parse("policy.cedar", []byte(r.policy)) },
+	c := Config{Appliance: r.app, Operators: r.desk, ErrorLog: slog.NewLogLogger(slog.DiscardHandler, slog.LevelInfo), LoadPolicy: func() (*policy.Policy, error) { return policy.Parse("policy.cedar", []byte(r.policy)) },
 		Certificates: certs, Hosts: []string{"localhost:" + port}, Origin: r.url, RPID: "localhost"}
 	r.server, _ = newServer(c)
 	srv := New(c)
@@ -218,7 +218,7 @@ func (r *rig) https() *api.Client {
 // root enrols the first administrator and signs in.
 func (r *rig) root() *api.Client {
 	r.t.Helper()
-	must(r.unix().EnrolFirst(r.t.Context(), api.NewOperator{Name: "root", Credential: r.credential("root")}))(r.t)
+	must(r.desk.EnrolFirst(r.t.Context(), operators.Channel{Kind: operators.Unix}, "root", r.credential("root")))(r.t) // whoever runs the test
 	return r.signIn(r.unix(), "root")
 }
 
@@ -298,6 +298,14 @@ func (r *rig) httpsHTTP() *http.Client {
 	pool := x509.NewCertPool()
 	pool.AppendCertsFromPEM(r.ca)
 	return &http.Client{Transport: &http.Transport{TLSClientConfig: &tls.Config{RootCAs: pool}}}
+}
+
+// wants says that a call must be refused with a code; "": it must not.
+func wants(t *testing.T, what, want string, err error) {
+	t.Helper()
+	if got := code(err); got != want {
+		t.Errorf("%s: %q, want %q: %v", what, got, want, err)
+	}
 }
 
 // token signs an operator in and returns the token.

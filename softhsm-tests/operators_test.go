@@ -4,9 +4,12 @@ import (
 	"context"
 	"crypto/ed25519"
 	"crypto/rand"
-	"errors"
+	"encoding/json"
 	"net"
+	"os"
+	"path/filepath"
 	"strings"
+	"testing"
 
 	"countersign/admin/api"
 	"countersign/approval"
@@ -80,15 +83,92 @@ func (s *system) signIn(ctx context.Context, p *person) (token string, err error
 	return signedIn.Token, err
 }
 
-// begin enrols the first administrator, unless the ledger has him. The tests run as root.
+// begin enrols the first administrator, once. The tests run as root.
 func (s *system) begin() {
 	s.t.Helper()
+	if s.begun {
+		return
+	}
 	_, err := api.NewClient(s.path("admin.sock")).EnrolFirst(s.t.Context(), api.NewOperator{Name: s.root.name, Credential: s.root.credential})
-	refusal, _ := errors.AsType[*api.Error](err)
-	if err != nil && (refusal == nil || refusal.Code != "conflict") && !s.begun {
+	if err != nil {
 		s.t.Fatalf("enrol the first administrator: %v", err)
 	}
 	s.begun = true
+}
+
+// TestTwoPeople: one enrols the other, both are needed from then on, and each act has what shows it years later.
+func TestTwoPeople(t *testing.T) {
+	s := newSystem(t)
+	p := s.serve()
+	if _, errOut, code := s.cliAs(&person{name: ""}, "", "admin", "key", "list"); code != 1 || !strings.HasPrefix(errOut, "countersign: signed_out: ") {
+		t.Errorf("signed out: %d %s", code, errOut)
+	}
+	second, stranger := s.newPerson("second"), s.newPerson("stranger")
+	if out := s.must("admin", "login", "root"); !strings.Contains(out, "administrator,operator,auditor,approver") {
+		t.Errorf("login: %s", out)
+	}
+	if _, errOut, code := s.cliAs(stranger, "", "admin", "login", "root"); code != 1 || !strings.HasPrefix(errOut, "countersign: not_proven: ") {
+		t.Errorf("a stranger signs in as root: %d %s", code, errOut)
+	}
+	s.write("second.pub", second.line+"\n")
+	out, errOut, code := s.cli("", "admin", "operator", "add", "second", "--roles", "approver,operator", "--ssh-key", "second.pub")
+	if code != 0 || out != "proposal 1: done\n" || !strings.HasPrefix(errOut, "countersign-proposal-v1\n") || !strings.Contains(errOut, "\n  roles: operator,approver\n") {
+		t.Fatalf("operator add: %d %s %s", code, out, errOut)
+	}
+	s.must("admin", "approvals", "needed", "2")
+	public := strings.TrimSpace(s.must("keygen", s.path("demo.key")))
+	if out := s.must("admin", "peer", "add", "demo", public); !strings.HasPrefix(out, "proposal 3: open, 1 of 2 approvals; ") {
+		t.Errorf("with one approval: %s", out)
+	}
+	if out := s.must("admin", "peer", "list"); strings.Contains(out, "demo") {
+		t.Errorf("one person has enrolled a peer: %s", out)
+	}
+	if _, errOut, code := s.cli("", "admin", "proposal", "approve", "3"); code != 1 || !strings.Contains(errOut, "countersign: conflict: ") && !strings.Contains(errOut, "countersign: exists: ") {
+		t.Errorf("the same person again: %d %s", code, errOut)
+	}
+	out, errOut, code = s.cliAs(second, "", "admin", "proposal", "approve", "3", "--json")
+	var done api.Proposal
+	if err := json.Unmarshal([]byte(out), &done); err != nil || code != 0 || done.State != "done" || len(done.Approvals) != 2 || !strings.Contains(errOut, public) {
+		t.Errorf("approve: %d %s %s", code, out, errOut)
+	}
+	if out := s.must("admin", "peer", "list"); !strings.Contains(out, "demo  "+public) {
+		t.Errorf("peers: %s", out)
+	}
+	// Nobody is left who could undo it.
+	if _, errOut, code := s.cli("", "admin", "operator", "remove", "second"); code != 1 {
+		t.Errorf("fewer approvers than are needed: %s", errOut)
+	}
+	if out, _, code := s.cliAs(second, "", "admin", "peer", "add", "other", strings.Repeat("0a", 32), "--propose-only", "--json"); code != 0 || !strings.Contains(out, `"state": "open"`) {
+		t.Errorf("propose-only: %d %s", code, out)
+	}
+	s.must("admin", "proposal", "withdraw", "4")
+	if out := s.must("admin", "proposal", "list"); !strings.Contains(out, "withdrawn") || !strings.Contains(out, "2 of 2") {
+		t.Errorf("proposals: %s", out)
+	}
+	if out := s.must("admin", "operator", "show", "second"); !strings.Contains(out, second.line) {
+		t.Errorf("operator: %s", out)
+	}
+	if out := s.must("admin", "sessions", "list"); strings.Count(out, "unix") < 2 {
+		t.Errorf("sessions: %s", out)
+	}
+	if st, err := os.Stat(s.path("root.run/countersign")); err != nil || st.Mode().Perm() != 0o700 {
+		t.Errorf("the folder of the session: %v, %v", st, err)
+	}
+	files, err := filepath.Glob(s.path("root.run/countersign/*"))
+	if st, bad := os.Stat(files[0]); err != nil || bad != nil || len(files) != 1 || st.Mode().Perm() != 0o600 {
+		t.Errorf("the session is in %v, %v, %v", files, err, bad)
+	}
+	s.must("admin", "whoami")
+	s.must("admin", "state")
+	s.must("admin", "approvals", "show")
+	p.stop()
+	p = s.serve() // which signs everybody out, and the agent in again
+	s.must("admin", "whoami")
+	s.must("admin", "logout")
+	if _, errOut, code := s.cliAs(&person{name: "", socket: ""}, "", "admin", "whoami"); code != 1 || !strings.HasPrefix(errOut, "countersign: signed_out: ") {
+		t.Errorf("after logout: %d %s", code, errOut)
+	}
+	p.stop()
 }
 
 // carryOut proposes an act as the first administrator and approves it; the act must not fail.

@@ -66,6 +66,12 @@ func TestRollback(t *testing.T) {
 		p.stop()
 	}
 	p = s.serve()
+	for _, args := range [][]string{{"key", "create", "invoices"}, {"peer", "add", "other", strings.Repeat("0a", 32)}, {"policy", "reload"}} { // nothing is widened meanwhile
+		s.write("policy.cedar", "permit (principal, action, resource);")
+		if _, errOut, exit := s.cli("", append([]string{"admin"}, args...)...); exit != 1 || !strings.HasPrefix(errOut, "countersign: rolled_back: ") {
+			t.Errorf("%v: %d %s", args, exit, errOut)
+		}
+	}
 	if _, errOut, exit := s.cli("", "admin", "rollback", "accept"); exit == 0 || !strings.Contains(errOut, "reason") {
 		t.Errorf("accepted without a reason: %d %s", exit, errOut)
 	}

@@ -118,7 +118,7 @@ func TestInterruptedInit(t *testing.T) {
 	// Cut off after the ledger was made and the Noise key begun: the intent is there, and half a key.
 	tag := s.tagOf("noise/1")
 	s.changeLedger(func(tx *bolt.Tx) error {
-		return tx.Bucket([]byte("keys")).Put([]byte("noise/1"), fmt.Appendf(nil, `{"token":"main","algorithm":"x25519","state":"pending","created":1,"tag":"%x"}`, tag))
+		return tx.Bucket([]byte("keys")).Put([]byte("noise/1"), fmt.Appendf(nil, `{"token":"main","algorithm":"x25519","state":"making","created":1,"tag":"%x"}`, tag))
 	})
 	s.token(func(m *pkcs11.Ctx, h pkcs11.SessionHandle) { deleteAll(t, m, h, "public") })
 	if out, code := s.daemon("serve"); code != 1 || !strings.Contains(out, "run countersignd init") {

@@ -72,7 +72,7 @@ func TestTPMSecretsStayInTheVault(t *testing.T) {
 	s.enrol()
 	seed := sha512.Sum512([]byte("a seed that is looked for"))
 	s.write("seed", string(seed[:32]))
-	s.write("policy.cedar", `permit (principal == Peer::"demo", action == Action::"sign", resource);`)
+	s.carryOut("policy activate", `permit (principal == Peer::"demo", action == Action::"sign", resource);`)
 	s.must("admin", "key", "import", "old", s.path("seed"))
 	p.stop()
 	p = s.serve() // both workers unseal it

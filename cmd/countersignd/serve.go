@@ -91,6 +91,7 @@ func serve(ctx context.Context, c Config, stderr io.Writer) error {
 	host := net.JoinHostPort(c.AdminName, c.httpsPort())
 	api := admin.New(admin.Config{
 		Appliance: p.app, Operators: desk, LoadPolicy: func() (*policy.Policy, error) { return policy.Load(c.Policy) }, Group: group,
+		ErrorLog:     slog.NewLogLogger(log.Handler(), slog.LevelWarn),
 		Certificates: certs, Hosts: []string{host}, Origin: c.adminOrigin(), RPID: c.AdminName,
 	})
 	var apiDone sync.WaitGroup

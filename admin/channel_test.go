@@ -1,0 +1,168 @@
+package admin
+
+import (
+	"bufio"
+	"crypto/tls"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"os"
+	"path/filepath"
+	"runtime"
+	"strconv"
+	"strings"
+	"syscall"
+	"testing"
+
+	"countersign/admin/api"
+)
+
+// TestBrowserRules: who comes over HTTPS has called the appliance by its name, and where a browser adds the cookie by itself, pages of the
+// appliance have asked it to.
+func TestBrowserRules(t *testing.T) {
+	r := newRig(t)
+	root := r.root()
+	web := r.httpsHTTP()
+	ch := must(r.https().Challenge(t.Context(), api.NewChallenge{Purpose: "sign-in", Operator: "root"}))(t)
+	proof := r.proof("root", ch.Text)
+	body := fmt.Sprintf(`{"challenge":%q,"proof":{"credential":%q,"sshsig":%q}}`, ch.ID, proof.Credential, proof.SSHSIG)
+	if _, refusal, text := call(t, web, "POST", r.url+"/v1/sessions", body, map[string]string{"Sec-Fetch-Site": "cross-site"}); refusal.Code != notAllowed.code {
+		t.Errorf("another page signs somebody in: %s", text)
+	}
+	resp, _, text := call(t, web, "POST", r.url+"/v1/sessions", body, map[string]string{"Origin": r.url})
+	cookies := resp.Cookies()
+	if len(cookies) != 1 || cookies[0].Name != "__Host-countersign" || !cookies[0].Secure || !cookies[0].HttpOnly || cookies[0].SameSite != http.SameSiteStrictMode || cookies[0].Path != "/" ||
+		cookies[0].Domain != "" || cookies[0].MaxAge < 3000 {
+		t.Fatalf("%v %s", resp.Header, text)
+	}
+	token := cookies[0].Value
+	cookie := cookieName + "=" + token
+	bearer := "Bearer " + token
+	for _, c := range []struct {
+		what, method, path string
+		headers            map[string]string
+		want               string
+	}{
+		{"the cookie reads", "GET", "/v1/me", map[string]string{"Cookie": cookie}, ""},
+		{"without it nobody does", "GET", "/v1/me", nil, "signed_out"},
+		{"another cookie", "GET", "/v1/me", map[string]string{"Cookie": cookieName + "=" + strings.Repeat("A", 43)}, "signed_out"},
+		{"a cookie that is none", "GET", "/v1/me", map[string]string{"Cookie": `="` + token}, "signed_out"},
+		{"the cookie writes for nobody", "DELETE", "/v1/peers/none", map[string]string{"Cookie": cookie}, "not_allowed"},
+		{"nor for another page", "DELETE", "/v1/peers/none", map[string]string{"Cookie": cookie, "Sec-Fetch-Site": "cross-site"}, "not_allowed"},
+		{"nor for another page of this machine", "DELETE", "/v1/peers/none", map[string]string{"Cookie": cookie, "Sec-Fetch-Site": "same-site"}, "not_allowed"},
+		{"nor for who types an address", "DELETE", "/v1/peers/none", map[string]string{"Cookie": cookie, "Sec-Fetch-Site": "none"}, "not_allowed"},
+		{"nor with another origin", "DELETE", "/v1/peers/none", map[string]string{"Cookie": cookie, "Origin": "https://localhost"}, "not_allowed"},
+		{"nor where the two headers differ", "DELETE", "/v1/peers/none", map[string]string{"Cookie": cookie, "Origin": "https://evil.example", "Sec-Fetch-Site": "same-origin"}, "not_allowed"},
+		{"it does for our pages", "DELETE", "/v1/peers/none", map[string]string{"Cookie": cookie, "Sec-Fetch-Site": "same-origin"}, "not_found"},
+		{"by an older browser too", "DELETE", "/v1/peers/none", map[string]string{"Cookie": cookie, "Origin": r.url}, "not_found"},
+		{"the token writes", "DELETE", "/v1/peers/none", map[string]string{"Authorization": bearer}, "not_found"},
+		{"but not for another page", "DELETE", "/v1/peers/none", map[string]string{"Authorization": bearer, "Origin": "https://evil.example"}, "not_allowed"},
+		{"a name that leads here", "GET", "/v1/health/alive", map[string]string{"Host": "evil.example"}, "not_allowed"},
+		{"the address", "GET", "/v1/me", map[string]string{"Host": "127.0.0.1:1", "Authorization": bearer}, "not_allowed"},
+	} {
+		if resp, refusal, text := call(t, web, c.method, r.url+c.path, "", c.headers); refusal.Code != c.want {
+			t.Errorf("%s: %d %s, want %q", c.what, resp.StatusCode, text, c.want)
+		}
+	}
+	// A session is good on the channel that it was begun on.
+	_, err := r.unix().WithToken(token).Me(t.Context())
+	wants(t, "a token of HTTPS on the socket", "signed_out", err)
+	unix := r.token(root, "root")
+	_, err = r.https().WithToken(unix).Me(t.Context())
+	wants(t, "a token of the socket over HTTPS", "signed_out", err)
+	if _, refusal, _ := call(t, r.unixHTTP(), "GET", "http://countersign/v1/me", "", map[string]string{"Cookie": cookieName + "=" + unix}); refusal.Code != "signed_out" {
+		t.Errorf("a cookie on the socket: %+v", refusal)
+	}
+	// Signing out takes the cookie back.
+	resp, _, _ = call(t, web, "DELETE", r.url+"/v1/sessions/current", "", map[string]string{"Cookie": cookie, "Origin": r.url})
+	if c := resp.Cookies(); len(c) != 1 || c[0].MaxAge != -1 {
+		t.Errorf("%v", resp.Header)
+	}
+	if _, refusal, _ := call(t, web, "GET", r.url+"/v1/me", "", map[string]string{"Cookie": cookie}); refusal.Code != "signed_out" {
+		t.Errorf("after signing out: %+v", refusal)
+	}
+}
+
+func TestOnlyTLS13OnLoopback(t *testing.T) {
+	r := newRig(t)
+	address := strings.Replace(r.url, "https://localhost", "127.0.0.1", 1)
+	for version, want := range map[uint16]bool{tls.VersionTLS12: false, tls.VersionTLS13: true} {
+		conn, err := tls.Dial("tcp", address, &tls.Config{InsecureSkipVerify: true, MinVersion: version, MaxVersion: version})
+		if err == nil {
+			conn.Close()
+		}
+		if (err == nil) != want {
+			t.Errorf("%s: %v", tls.VersionName(version), err)
+		}
+	}
+	if resp, err := http.Get(strings.Replace(r.url, "https", "http", 1)); err == nil && resp.StatusCode != 400 {
+		t.Errorf("without TLS: %s", resp.Status)
+	}
+	for _, address := range []string{"0.0.0.0:0", "[::]:0", ":0", "192.0.2.1:0", "localhost:0", "127.0.0.1"} {
+		if l, err := ListenTLS(address, newCertificates(t)); err == nil {
+			l.Close()
+			t.Errorf("it listens on %s", address)
+		}
+	}
+}
+
+// TestStrangersOnTheSocket: the socket may be open to all by mistake, its folder too.
+func TestStrangersOnTheSocket(t *testing.T) {
+	r := newRig(t)
+	if st, err := os.Stat(r.socket); err != nil || st.Mode().Perm() != 0o600 {
+		t.Errorf("%v, %v", st, err)
+	}
+	if os.Geteuid() != 0 {
+		t.Skip("only root can call as somebody else")
+	}
+	for _, open := range []string{r.socket, filepath.Dir(r.socket), filepath.Dir(filepath.Dir(r.socket))} {
+		if err := os.Chmod(open, 0o777); err != nil {
+			t.Fatal(err)
+		}
+	}
+	const nobody = 65534
+	status := make(chan string)
+	go func() {
+		runtime.LockOSThread() // and never unlocked: the thread ends with its user
+		if _, _, e := syscall.RawSyscall(syscall.SYS_SETRESUID, ^uintptr(0), nobody, ^uintptr(0)); e != 0 {
+			status <- e.Error()
+			return
+		}
+		conn, err := net.Dial("unix", r.socket)
+		if err != nil {
+			status <- err.Error()
+			return
+		}
+		defer conn.Close()
+		io.WriteString(conn, "GET /v1/health/alive HTTP/1.1\r\nHost: x\r\n\r\n")
+		resp, err := http.ReadResponse(bufio.NewReader(conn), nil)
+		if err != nil {
+			status <- err.Error()
+			return
+		}
+		status <- strconv.Itoa(resp.StatusCode)
+	}()
+	if got := <-status; got != "403" {
+		t.Errorf("a stranger gets %s", got)
+	}
+	if r.server.mayTalk(nobody) || !r.server.mayTalk(0) || !r.server.mayTalk(uint32(os.Geteuid())) {
+		t.Error("who may talk is wrong")
+	}
+	r.server.Group = "65534" // of Debian's nobody
+	if !r.server.mayTalk(nobody) || r.server.mayTalk(12345) {
+		t.Error("who may talk by a group is wrong")
+	}
+}
+
+func TestListenGivesTheSocketToAGroup(t *testing.T) {
+	path := t.TempDir() + "/sock"
+	l, err := Listen(path, strconv.Itoa(os.Getegid()))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	if st, err := os.Stat(path); err != nil || st.Mode().Perm() != 0o660 {
+		t.Errorf("%v, %v", st, err)
+	}
+}

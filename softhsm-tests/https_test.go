@@ -1,0 +1,58 @@
+package softhsmtests
+
+import (
+	"net"
+	"strings"
+	"testing"
+
+	"countersign/admin/api"
+	"countersign/approval"
+)
+
+// TestHTTPS: the same API on a loopback address, with a certificate whose key is in the token, over a restart too.
+func TestHTTPS(t *testing.T) {
+	s := newSystem(t)
+	address := newFolder(t).listen
+	s.edit("countersign.toml", "admin_socket", "admin_https = \""+address+"\"\nadmin_socket")
+	if out, code := s.daemon("serve"); code != 1 || !strings.Contains(out, "run countersignd init") {
+		t.Errorf("without keys: %d %s", code, out)
+	}
+	if out, code := s.daemon("init"); code != 0 || !strings.Contains(out, "admin-tls") {
+		t.Fatalf("init: %d %s", code, out)
+	}
+	p := s.serve()
+	shown := must(s.admin().TLS(t.Context()))(t)
+	_, port, _ := net.SplitHostPort(address)
+	dial := func() *api.Client {
+		return must(api.NewHTTPSClient("https://localhost:"+port, []byte(shown.CA)))(t)
+	}
+	c := dial()
+	if err := c.Ready(t.Context()); err != nil {
+		t.Error(err)
+	}
+	signIn := func(c *api.Client) {
+		ch := must(c.Challenge(t.Context(), api.NewChallenge{Purpose: "sign-in", Operator: "root"}))(t)
+		proof := must(approval.SignSSH(s.root.agent, s.root.credential, approval.ForSignIn, ch.Text))(t)
+		must(c.SignIn(t.Context(), api.Proven{Challenge: ch.ID, Proof: proof}))(t)
+	}
+	signIn(c)
+	if me := must(c.Me(t.Context()))(t); me.Session.Channel != "https" || !strings.HasPrefix(me.Session.Source, "127.0.0.1:") {
+		t.Errorf("%+v", me)
+	}
+	if keys := must(c.Keys(t.Context()))(t); len(keys) != 4 {
+		t.Errorf("%+v", keys)
+	}
+	if out := s.must("admin", "tls", "csr"); !strings.HasPrefix(out, "-----BEGIN CERTIFICATE REQUEST-----") {
+		t.Errorf("csr: %s", out)
+	}
+	if _, errOut, code := s.cli("no certificate", "admin", "tls", "install"); code != 1 || !strings.HasPrefix(errOut, "countersign: invalid: ") {
+		t.Errorf("install: %d %s", code, errOut)
+	}
+	if out := s.must("admin", "tls", "show"); !strings.Contains(out, "localhost") || !strings.Contains(out, "BEGIN CERTIFICATE") {
+		t.Errorf("show: %s", out)
+	}
+	p.stop()
+	p = s.serve()
+	signIn(dial()) // by the same CA
+	p.stop()
+}
