@@ -23,7 +23,8 @@ var arrows = map[string]struct{ ours, outside []string }{
 	"limit":                 {nil, []string{"github.com/hashicorp/golang-lru/v2"}},
 	"ledger":                {[]string{"audit"}, []string{"go.etcd.io/bbolt", "golang.org/x/mod"}},
 	"ledger/disktest":       {nil, []string{"github.com/hanwen/go-fuse/v2", "golang.org/x/sys"}},
-	"approval":              {nil, nil},
+	"approval":              {[]string{"audit"}, []string{"github.com/go-json-experiment/json", "github.com/go-webauthn/webauthn", "golang.org/x/crypto/ssh"}},
+	"operators":             {[]string{"approval", "audit", "ledger"}, []string{"golang.org/x/time"}},
 	"audit":                 {nil, []string{"github.com/go-json-experiment/json", "golang.org/x/mod"}},
 	"keystore":              {nil, nil},
 	"keystore/keystoretest": {[]string{"keystore"}, nil},
@@ -32,13 +33,14 @@ var arrows = map[string]struct{ ours, outside []string }{
 	"tpm/tpmtest":           {nil, nil},
 	"keystore/worker":       {[]string{"keystore"}, nil},
 	"appliance":             {[]string{"audit", "eddsa", "ijson", "keystore", "ledger", "limit", "noise", "policy", "schedule", "transcript", "webhook", "wire"}, []string{"golang.org/x/time"}},
-	"admin":                 {[]string{"admin/api", "appliance", "audit", "ijson", "keystore", "ledger", "policy"}, []string{"github.com/labstack/echo/v4"}},
-	"admin/certs":           {[]string{"keystore"}, nil},
-	"admin/api":             {[]string{"audit", "keystore"}, nil},
-	"client":                {[]string{"audit", "eddsa", "ijson", "noise", "transcript", "wire"}, []string{"github.com/go-json-experiment/json"}},
-	"client/clienttest":     {[]string{"noise", "transcript", "wire"}, []string{"github.com/go-json-experiment/json"}},
-	"cmd/countersign":       {[]string{"admin/api", "audit", "client", "ijson", "keystore", "policy", "transcript"}, []string{"github.com/spf13/cobra", "github.com/spf13/pflag"}},
-	"cmd/countersignd": {[]string{"admin", "appliance", "audit", "hsm", "keystore", "keystore/worker", "ledger", "noise", "policy", "tpm", "webhook"},
+	"admin": {[]string{"admin/api", "admin/certs", "appliance", "approval", "audit", "ijson", "keystore", "ledger", "operators", "policy", "schedule", "webhook"},
+		[]string{"github.com/danielgtaylor/huma/v2", "github.com/hashicorp/golang-lru/v2", "github.com/labstack/echo/v4", "golang.org/x/time"}},
+	"admin/certs":       {[]string{"keystore"}, nil},
+	"admin/api":         {[]string{"approval", "audit", "keystore", "wire"}, nil},
+	"client":            {[]string{"audit", "eddsa", "ijson", "noise", "transcript", "wire"}, []string{"github.com/go-json-experiment/json"}},
+	"client/clienttest": {[]string{"noise", "transcript", "wire"}, []string{"github.com/go-json-experiment/json"}},
+	"cmd/countersign":   {[]string{"admin/api", "approval", "audit", "client", "ijson", "keystore", "policy", "transcript"}, []string{"github.com/spf13/cobra", "github.com/spf13/pflag", "golang.org/x/crypto/ssh"}},
+	"cmd/countersignd": {[]string{"admin", "admin/certs", "appliance", "audit", "hsm", "keystore", "keystore/worker", "ledger", "noise", "operators", "policy", "tpm", "webhook"},
 		[]string{"github.com/coreos/go-systemd/v22", "github.com/pelletier/go-toml/v2", "github.com/spf13/cobra", "golang.org/x/sys"}},
 	"schedule":      {nil, []string{"github.com/adhocore/gronx"}},
 	"webhook":       {nil, nil},
@@ -116,7 +118,7 @@ func TestCLINeedsNoC(t *testing.T) {
 		if len(p.CgoFiles) > 0 && strings.Contains(first, ".") {
 			t.Errorf("%s needs cgo", p.ImportPath)
 		}
-		for _, heavy := range []string{"github.com/miekg/pkcs11", "go.etcd.io/bbolt", "github.com/labstack/echo"} {
+		for _, heavy := range []string{"github.com/miekg/pkcs11", "go.etcd.io/bbolt", "github.com/labstack/echo", "github.com/danielgtaylor/huma"} {
 			if strings.HasPrefix(p.ImportPath, heavy) {
 				t.Errorf("countersign links %s", p.ImportPath)
 			}

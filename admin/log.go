@@ -7,155 +7,186 @@ import (
 	"fmt"
 	"io/fs"
 	"net/http"
-	"strconv"
 	"strings"
 	"time"
 
 	"countersign/admin/api"
 	"countersign/appliance"
-	"countersign/audit"
 	"countersign/ledger"
+	"countersign/webhook"
 
-	"github.com/labstack/echo/v4"
+	"github.com/danielgtaylor/huma/v2"
 )
 
-// maxReceipts bounds the receipts in one answer.
-const maxReceipts = 1000
-
-func (s server) log(c echo.Context) error {
-	log, epoch, err := s.app.Log()
+func (s *server) log(context.Context, caller, *none) (api.Log, error) {
+	log, epoch, err := s.Appliance.Log()
 	if err != nil {
-		return err
+		return api.Log{}, err
 	}
-	return c.JSON(http.StatusOK, api.Log{Epoch: epoch, VerifierKey: log.VerifierKey(epoch)})
+	key, err := s.Appliance.LogKey()
+	if err != nil {
+		return api.Log{}, err
+	}
+	return api.Log{Epoch: epoch, VerifierKey: log.VerifierKey(epoch), WebhookKey: webhook.FormatKey(key.Info().PublicKey)}, nil
 }
 
-func (s server) endEpoch(c echo.Context) error {
-	if _, err := s.app.EndEpoch(c.Request().Context(), caller(c)); err != nil {
-		return err
+func (s *server) endEpoch(ctx context.Context, who caller, _ *none) (api.Log, error) {
+	if _, err := s.Appliance.EndEpoch(ctx, who.actor()); err != nil {
+		return api.Log{}, err
 	}
-	return s.log(c)
+	return s.log(ctx, who, nil)
+}
+
+type file struct {
+	ContentType  string `header:"Content-Type"`
+	CacheControl string `header:"Cache-Control"`
+	Body         []byte
+}
+
+// logFiles registers the audit log as C2SP tlog-tiles has it, under the names of an export. OpenAPI has no parameter with slashes in
+// it, so what is served and what is in the document are two things.
+func (s *server) logFiles() {
+	for _, at := range []struct{ path, id, shown string }{{"/checkpoint", "log-checkpoint", ""}, {"/tile/*", "log-tile", "/tile/{path}"}, {"/epochs/*", "log-epoch", "/epochs/{path}"}} {
+		o := operation{route: "GET " + at.path, id: at.id, summary: "Get a file of the audit log", roles: of(auditor, backup), refused: always, hidden: at.shown != ""}
+		raw(s, o, func(ctx context.Context, _ caller, in *path) (*file, error) { return s.logFile(ctx, in.path) })
+		if o.hidden {
+			s.api.OpenAPI().AddOperation(&huma.Operation{
+				Method: http.MethodGet, Path: at.shown, OperationID: o.id, Summary: o.summary, Extensions: o.extensions(), Security: o.security(),
+				Parameters: []*huma.Param{{Name: "path", In: "path", Required: true, Description: "may have slashes in it", Schema: &huma.Schema{Type: huma.TypeString}}},
+				Responses:  s.responses("200", "application/octet-stream", &huma.Schema{Type: huma.TypeString, Format: "binary"}),
+			})
+		}
+	}
+}
+
+// path is that of the request.
+type path struct{ path string }
+
+func (p *path) Resolve(c huma.Context) []error {
+	u := c.URL()
+	p.path = strings.TrimPrefix(u.Path, "/")
+	return nil
 }
 
 // logFile gives a file of the log's static form. Only a checkpoint of the present epoch ever changes.
-func (s server) logFile(c echo.Context) error {
-	path := strings.TrimPrefix(c.Request().URL.Path, "/")
-	b, err := s.app.LogFile(c.Request().Context(), path)
+func (s *server) logFile(ctx context.Context, path string) (*file, error) {
+	b, err := s.Appliance.LogFile(ctx, path)
 	if errors.Is(err, fs.ErrNotExist) {
-		return fmt.Errorf("%s: %w", path, appliance.ErrNotFound)
+		return nil, fmt.Errorf("%s: %w", path, appliance.ErrNotFound)
 	} else if err != nil {
-		return err
+		return nil, err
 	}
-	kind, cache := "application/octet-stream", "max-age=31536000, immutable"
 	if strings.HasSuffix(path, "checkpoint") {
-		kind, cache = "text/plain; charset=utf-8", "no-cache"
+		return &file{"text/plain; charset=utf-8", "no-cache", b}, nil
 	}
-	c.Response().Header().Set("Cache-Control", cache)
-	return c.Blob(http.StatusOK, kind, b)
+	return &file{"application/octet-stream", "private, max-age=31536000, immutable", b}, nil
 }
 
-func unix(t time.Time) int64 {
-	if t.IsZero() {
-		return 0
-	}
-	return t.Unix()
-}
-
-func (s server) retention(c echo.Context) error {
-	epochs, before, err := s.app.Preview()
-	if err != nil {
-		return err
-	}
-	doc := api.Retention{Epochs: []api.Epoch{}, ReceiptsBefore: before.Unix()}
-	for _, e := range epochs {
-		doc.Epochs = append(doc.Epochs, api.Epoch{
+func (s *server) retention(context.Context, caller, *none) (api.Retention, error) {
+	epochs, before, err := s.Appliance.Preview()
+	return api.Retention{ReceiptsBefore: before.Unix(), Epochs: docs(epochs, func(e appliance.Fate) api.Epoch {
+		return api.Epoch{
 			Epoch: e.Number, First: e.First, Size: e.Size, Begun: e.Begun / 1000, Ended: e.Ended / 1000, Due: unix(e.Due), Dropped: e.Dropping / 1000,
 			Hold: e.Hold, Checkpoint: e.Signed,
-		})
-	}
-	return c.JSON(http.StatusOK, doc)
+		}
+	})}, err
 }
 
-// setHold reads an epoch and a reason.
-func (s server) setHold(c echo.Context, set func(context.Context, audit.Actor, uint32, string) error) error {
-	epoch, err := strconv.ParseUint(c.Param("epoch"), 10, 32)
-	if err != nil {
-		return fmt.Errorf("epoch: %w: it must be a number", appliance.ErrInvalid)
-	}
-	var r api.Hold
-	if err := decode(c, &r); err != nil {
-		return err
-	}
-	if err := set(c.Request().Context(), caller(c), uint32(epoch), r.Reason); err != nil {
-		return err
-	}
-	return c.NoContent(http.StatusNoContent)
+type holdInput struct {
+	Epoch uint32 `path:"epoch"`
+	Body  api.Hold
 }
 
-func (s server) hold(c echo.Context) error { return s.setHold(c, s.app.Hold) }
-
-func (s server) release(c echo.Context) error { return s.setHold(c, s.app.Release) }
+func (s *server) hold(ctx context.Context, who caller, in *holdInput) error {
+	return s.Appliance.Hold(ctx, who.actor(), in.Epoch, in.Body.Reason)
+}
 
 func receiptDoc(r ledger.Receipt) api.Receipt {
 	return api.Receipt{ID: hex.EncodeToString(r.ID[:]), TimeMS: r.TimeMS, Commitment: hex.EncodeToString(r.Commitment), Method: r.Method, Status: r.Status, Event: r.Event}
 }
 
-func (s server) receipt(c echo.Context) error {
-	r, err := s.app.Receipt(c.Param("id"))
+func (s *server) receipt(_ context.Context, _ caller, in *struct {
+	ID string `path:"id" maxLength:"64"`
+}) (api.Receipt, error) {
+	r, err := s.Appliance.Receipt(in.ID)
 	if err != nil {
-		return err
+		return api.Receipt{}, err
 	}
-	return c.JSON(http.StatusOK, receiptDoc(r))
+	return receiptDoc(r), nil
 }
 
-func (s server) receipts(c echo.Context) error {
-	numbers := map[string]int64{"from": 0, "to": 0, "limit": maxReceipts}
-	for name := range numbers {
-		if v := c.QueryParam(name); v != "" {
-			n, err := strconv.ParseInt(v, 10, 64)
-			if err != nil || n < 0 {
-				return fmt.Errorf("%s: %w: it must be a number", name, appliance.ErrInvalid)
-			}
-			numbers[name] = n
-		}
-	}
-	if n := numbers["limit"]; n < 1 || n > maxReceipts {
-		return fmt.Errorf("limit: %w: it must be 1 to %d", appliance.ErrInvalid, maxReceipts)
-	}
-	found, err := s.app.Receipts(numbers["from"], numbers["to"], c.QueryParam("after"), int(numbers["limit"]))
-	if err != nil {
-		return err
-	}
-	docs := []api.Receipt{}
-	for _, r := range found {
-		docs = append(docs, receiptDoc(r))
-	}
-	return c.JSON(http.StatusOK, docs)
+type receiptsInput struct {
+	From  int64  `query:"from" minimum:"0" doc:"Unix milliseconds"`
+	To    int64  `query:"to" minimum:"0" doc:"Unix milliseconds, not included; 0: no end"`
+	After string `query:"after" maxLength:"64" doc:"the id of the last receipt of the answer before, with its time as from"`
+	Limit int    `query:"limit" minimum:"1" maximum:"1000" default:"1000"`
 }
 
-func (s server) ledger(c echo.Context) error {
-	st, err := s.app.LedgerStats(c.Request().Context())
-	if err != nil {
-		return err
-	}
-	return c.JSON(http.StatusOK, api.Ledger{
+func (s *server) receipts(_ context.Context, _ caller, in *receiptsInput) ([]api.Receipt, error) {
+	found, err := s.Appliance.Receipts(in.From, in.To, in.After, in.Limit)
+	return docs(found, receiptDoc), err
+}
+
+func (s *server) ledger(ctx context.Context, _ caller, _ *none) (api.Ledger, error) {
+	st, err := s.Appliance.LedgerStats(ctx)
+	return api.Ledger{
 		FileSize: st.FileSize, FreeBytes: st.FreeBytes, Events: st.Events, FirstEvent: st.FirstEvent, Epochs: st.Epochs, Nonces: st.Nonces, MaxNonces: st.MaxNonces,
 		Time: st.Time.Unix(), BehindClock: st.BehindClock, Trouble: st.Trouble,
-	})
+	}, err
 }
 
-func (s server) compact(c echo.Context) error {
+func (s *server) compact(ctx context.Context, who caller, _ *none) (api.Compacted, error) {
 	// It takes as long as it takes, and who asked gets to know how it ended.
-	before, after, took, err := s.app.Compact(context.WithoutCancel(c.Request().Context()), caller(c))
-	if err != nil {
-		return err
-	}
-	return c.JSON(http.StatusOK, api.Compacted{Before: before, After: after, TookMS: took.Milliseconds()})
+	before, after, took, err := s.Appliance.Compact(context.WithoutCancel(ctx), who.actor())
+	return api.Compacted{Before: before, After: after, TookMS: took.Milliseconds()}, err
 }
 
-func (s server) acceptTime(c echo.Context) error {
-	if err := s.app.AcceptTime(c.Request().Context(), caller(c)); err != nil {
-		return err
+func policyDoc(v appliance.PolicyVersion) api.Policy {
+	return api.Policy{Version: v.Version, SHA256: v.Hash, Activated: v.Activated.Unix(), Text: v.Text}
+}
+
+func (s *server) policies(context.Context, caller, *none) ([]api.Policy, error) {
+	all, err := s.Appliance.Policies()
+	return docs(all, func(v appliance.PolicyVersion) api.Policy {
+		v.Text = ""
+		return policyDoc(v)
+	}), err
+}
+
+func (s *server) policy(_ context.Context, _ caller, in *struct {
+	Version uint64 `path:"version"`
+}) (api.Policy, error) {
+	all, err := s.Appliance.Policies()
+	if err != nil {
+		return api.Policy{}, err
 	}
-	return c.NoContent(http.StatusNoContent)
+	for _, v := range all {
+		if v.Version == in.Version {
+			return policyDoc(v), nil
+		}
+	}
+	return api.Policy{}, fmt.Errorf("policy version %d: %w", in.Version, appliance.ErrNotFound)
+}
+
+func decisionDoc(d appliance.Decision) api.Decision {
+	return api.Decision{Event: d.Event, Record: string(d.Record)}
+}
+
+func (s *server) decision(_ context.Context, _ caller, in *struct {
+	Event uint64 `path:"event"`
+}) (api.Decision, error) {
+	d, err := s.Appliance.Decision(in.Event)
+	return decisionDoc(d), err
+}
+
+func (s *server) decisions(_ context.Context, _ caller, in *struct {
+	From  uint64 `query:"from" doc:"the number of an event"`
+	Since int64  `query:"since" minimum:"0" doc:"Unix milliseconds"`
+}) ([]api.Decision, error) {
+	all := []api.Decision{}
+	err := s.Appliance.Decisions(in.From, time.UnixMilli(in.Since), func(d appliance.Decision) bool {
+		all = append(all, decisionDoc(d))
+		return len(all) < maxEvents
+	})
+	return all, err
 }

@@ -65,10 +65,10 @@ func (a *Appliance) rotate(ctx context.Context, who audit.Actor, name string, at
 		a.log.Error("a key is not rotated; nothing was changed", "key", name, "err", err)
 		return nil, errors.Join(why, a.record(ctx, e))
 	}
-	if at.After(time.Now()) {
-		return next, nil
+	if !at.After(time.Now()) {
+		err = a.activate(ctx, who, next) // after an error it is tried again: it is announced
 	}
-	return next, a.activate(ctx, who, next)
+	return a.version(name, next.Version), err
 }
 
 // announce prepares the step from a version, which is active or was found to be compromised, to the next one.

@@ -5,9 +5,15 @@
 package approval
 
 import (
+	"crypto/sha256"
+	"encoding/hex"
+	"encoding/json"
 	"errors"
+	"fmt"
 	"slices"
 	"strings"
+	"unicode"
+	"unicode/utf8"
 )
 
 // Role is what an operator may do.
@@ -96,10 +102,80 @@ var ErrNotProven = errors.New("the signature does not prove it")
 // ErrInvalid is what is not well-formed.
 var ErrInvalid = errors.New("not valid")
 
-// checkValue refuses what can't be a value on a line of a text: empty, over 500 bytes, with control characters, or not UTF-8.
+// maxValue has room for the JSON of a credential.
+const maxValue = 1000
+
+// checkValue refuses what can't be a value on a line of a text, or would not be seen in one: empty, too long, not UTF-8, with spaces
+// at an end, with control characters, or with those that have no form of their own (such as what turns the direction of writing).
 func checkValue(s string) error {
-	if s == "" || len(s) > 500 || strings.ToValidUTF8(s, "") != s || strings.ContainsFunc(s, func(r rune) bool { return r < 0x20 || r >= 0x7f && r < 0xa0 || r == '\u2028' || r == '\u2029' }) {
-		return errors.New("must have 1 to 500 bytes of text on one line")
+	hidden := func(r rune) bool { return unicode.In(r, unicode.Cc, unicode.Cf, unicode.Zl, unicode.Zp) }
+	if s == "" || len(s) > maxValue || !utf8.ValidString(s) || strings.TrimSpace(s) != s || strings.ContainsFunc(s, hidden) {
+		return fmt.Errorf("must have 1 to %d bytes of text on one line, without hidden characters, and no space at its ends", maxValue)
 	}
 	return nil
+}
+
+// MaxProof bounds the JSON of a proof, so that an event has room for all of it.
+const MaxProof = 2000
+
+// NewID is the id of a credential with this public key.
+func NewID(publicKey string) string {
+	sum := sha256.Sum256([]byte(publicKey))
+	return hex.EncodeToString(sum[:16])
+}
+
+// Check says whether a credential is one that NewSSH or NewPasskey could have made. The error wraps ErrInvalid.
+func (c Credential) Check() error {
+	var err error
+	switch c.Kind {
+	case SSH:
+		if _, err = sshKey(c.PublicKey); err == nil && (c.CredentialID != "" || c.RPID != "") {
+			err = errors.New("an SSH key has no credential id and no relying party")
+		}
+	case Passkey:
+		_, err = coseKey(c.PublicKey)
+		if id, bad := decode(c.CredentialID); err == nil && (bad != nil || len(id) == 0 || len(id) > maxCredentialID) {
+			err = fmt.Errorf("a passkey has a credential id of 1 to %d bytes", maxCredentialID)
+		}
+		if err == nil {
+			err = checkRPID(c.RPID)
+		}
+	default:
+		err = fmt.Errorf("a credential is of kind %s or %s", SSH, Passkey)
+	}
+	if err == nil && c.ID != NewID(c.PublicKey) {
+		err = errors.New("its id is not that of its public key")
+	}
+	if err != nil {
+		return fmt.Errorf("credential: %w: %w", ErrInvalid, err)
+	}
+	return nil
+}
+
+// Verify checks a proof over a text, whose first line is the namespace. It returns the authenticator's count of its signatures, 0
+// where it has none: one that falls back tells of a copy. Errors wrap ErrNotProven.
+//
+// It knows nothing of time and of use: that a text is one of ours, not expired and not used before is for the caller to say.
+func (c Credential) Verify(namespace, text string, p Proof) (signCount uint32, err error) {
+	b, err := json.Marshal(p)
+	switch {
+	case err != nil || len(b) > MaxProof:
+		err = fmt.Errorf("it has more than %d bytes", MaxProof)
+	case !strings.HasPrefix(text, namespace+"\n"):
+		err = errors.New("the text is for something else")
+	case p.Credential != c.ID:
+		err = errors.New("it is of another credential")
+	case (p.SSHSIG == "") == (p.Assertion == nil):
+		err = errors.New("it must have an SSHSIG or an assertion")
+	case p.SSHSIG != "" && c.Kind == SSH:
+		signCount, err = c.verifySSH(namespace, text, p.SSHSIG)
+	case p.Assertion != nil && c.Kind == Passkey:
+		signCount, err = c.verifyPasskey(text, p.Assertion)
+	default:
+		err = fmt.Errorf("the credential is of kind %q", c.Kind)
+	}
+	if err != nil {
+		return 0, fmt.Errorf("%w: %w", ErrNotProven, err)
+	}
+	return signCount, nil
 }

@@ -2,8 +2,9 @@ package approval
 
 import (
 	"crypto/sha256"
-	"encoding/hex"
+	"errors"
 	"fmt"
+	"regexp"
 	"strconv"
 	"strings"
 	"time"
@@ -98,11 +99,66 @@ func ParseText(text string) (*Proposal, error) {
 			return bad("a number or a time is none")
 		}
 	}
-	if nonce, err := hex.DecodeString(p.Nonce); err != nil || len(nonce) != 16 {
-		return bad("it has no nonce")
-	}
 	if p.Text() != text { // the order, and each form that has another one
 		return bad("it is not in the one form that it has")
 	}
+	if err := p.Check(); err != nil {
+		return nil, err
+	}
 	return p, nil
+}
+
+// MaxLife is how long a proposal may be open.
+const MaxLife = 7 * 24 * time.Hour
+
+var (
+	actForm       = regexp.MustCompile(`^[a-z]+( [a-z]+)*$`)
+	parameterForm = regexp.MustCompile(`^[a-z][a-z0-9_]*$`)
+	nonceForm     = regexp.MustCompile(`^[0-9a-f]{32}$`)
+)
+
+// Check says whether a proposal is one that ParseText would read out of its Text. The error wraps ErrInvalid.
+func (p *Proposal) Check() error {
+	err := checkValue(p.Appliance)
+	second := func(t time.Time) bool { return t.Nanosecond() == 0 && t.Year() >= 1970 && t.Year() <= 9999 }
+	switch {
+	case err != nil:
+		err = fmt.Errorf("the appliance %w", err)
+	case checkValue(p.Proposer) != nil:
+		err = fmt.Errorf("the proposer %w", checkValue(p.Proposer))
+	case p.ID == 0:
+		err = errors.New("its number is 0")
+	case len(p.Act) > 40 || !actForm.MatchString(p.Act):
+		err = errors.New("an act has words of small letters, 40 bytes at most")
+	case p.Needed < 1:
+		err = errors.New("it needs no approval")
+	case !nonceForm.MatchString(p.Nonce):
+		err = errors.New("it has no nonce of 32 hex digits")
+	case !second(p.Proposed.UTC()) || !second(p.Expires.UTC()):
+		err = errors.New("its times are not in whole seconds")
+	case !p.Expires.After(p.Proposed) || p.Expires.Sub(p.Proposed) > MaxLife:
+		err = fmt.Errorf("it must expire after it was proposed, and within %d days", MaxLife/(24*time.Hour))
+	}
+	seen := map[string]bool{}
+	for _, each := range p.Parameters {
+		if err != nil {
+			break
+		}
+		switch {
+		case len(each.Name) > 40 || !parameterForm.MatchString(each.Name):
+			err = errors.New("the name of a parameter has small letters, digits and _, 40 bytes at most")
+		case seen[each.Name]:
+			err = fmt.Errorf("the parameter %s is there twice", each.Name)
+		case checkValue(each.Value) != nil:
+			err = fmt.Errorf("the parameter %s %w", each.Name, checkValue(each.Value))
+		}
+		seen[each.Name] = true
+	}
+	if err == nil && len(p.Text()) > MaxText {
+		err = fmt.Errorf("its text has more than %d bytes", MaxText)
+	}
+	if err != nil {
+		return fmt.Errorf("proposal: %w: %w", ErrInvalid, err)
+	}
+	return nil
 }

@@ -49,16 +49,19 @@ func ParseVerifierKey(vkey string) (Log, error) {
 	return l, nil
 }
 
-func (l Log) name() string { return "countersign/" + hex.EncodeToString(l.public[:8]) + "/" }
+// Name is countersign/ID: what all epochs' origins begin with, and what the appliance is called in what operators sign.
+func (l Log) Name() string { return "countersign/" + hex.EncodeToString(l.public[:8]) }
 
 // Origin is the first line of an epoch's checkpoints.
-func (l Log) Origin(epoch uint32) string { return l.name() + strconv.FormatUint(uint64(epoch), 10) }
+func (l Log) Origin(epoch uint32) string {
+	return l.Name() + "/" + strconv.FormatUint(uint64(epoch), 10)
+}
 
 func (l Log) epochOf(origin string) (uint32, error) {
-	rest, ok := strings.CutPrefix(origin, l.name())
+	rest, ok := strings.CutPrefix(origin, l.Name()+"/")
 	n, err := strconv.ParseUint(rest, 10, 32)
 	if !ok || err != nil || rest != strconv.FormatUint(n, 10) {
-		return 0, fmt.Errorf("the origin %q is not %sEPOCH", origin, l.name())
+		return 0, fmt.Errorf("the origin %q is not %s/EPOCH", origin, l.Name())
 	}
 	return uint32(n), nil
 }

@@ -115,7 +115,7 @@ func FuzzVerifierKey(f *testing.F) {
 
 // FuzzOpen: a checkpoint that is read is written again as the same one. The key has signed whatever it says.
 func FuzzOpen(f *testing.F) {
-	name := fuzzLog().name()
+	name := fuzzLog().Name() + "/"
 	f.Add(name+"0\n1\nAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA=\n", "")
 	f.Add(name+"0\n1\nAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA=\nextension\n", "— other AAAAAAAAAAAAAAAAAA==\n")
 	f.Add(name+"4294967296\n4611686018427387904\n\n", "")

@@ -41,6 +41,9 @@ type Report struct {
 type VerifyOptions struct {
 	Since    []byte // an older checkpoint, of any epoch, which the log must be a continuation of; nil: none
 	Progress func(done, all uint64)
+	// Follow is called as the log begins to be read, which may be twice. What it returns gets each event that has its form and
+	// follows the rules; an error of it ends the reading, and is returned. Of the last epoch's events, the root is not checked yet.
+	Follow func() func(index uint64, e Event) error
 }
 
 // Verify checks a log with nothing but its key: every checkpoint's signature; every entry against the tiles and the root;
@@ -68,9 +71,13 @@ type verifier struct {
 	since   *Checkpoint
 	total   uint64 // events that will be looked at
 	next    uint64 // number of the next event
+	follow  func(uint64, Event) error
 }
 
 func (v *verifier) run() error {
+	if v.options.Follow != nil {
+		v.follow = v.options.Follow()
+	}
 	text, err := v.from.ReadFile(v.ctx, "checkpoint")
 	if err != nil {
 		return fmt.Errorf("audit: checkpoint: %w", err)
@@ -285,6 +292,11 @@ func (v *verifier) events(bundle uint64, entries [][]byte) error {
 		}
 		if err := v.rules.follow(v.next, e); err != nil {
 			return &Wrong{v.next, err.Error()}
+		}
+		if v.follow != nil {
+			if err := v.follow(v.next, e); err != nil {
+				return err
+			}
 		}
 		v.next++
 		v.report.Events++

@@ -51,7 +51,7 @@ echo "verified:  by the appliance: $(cat "$work/out")"
 # OpenSSL knows nothing of us: a public key, 32 bytes of message, 64 bytes of signature.
 "$bin/countersign" transcript encode paykit-subscription-v2 "$work/signed.json" --json >"$work/encoded.json" || fail "encode"
 field canonical "$work/encoded.json" | unhex | openssl dgst -sha256 -binary >"$work/message"
-key=$(admin key show payments --json | sed -n 's/.*"public_key": "\([0-9a-f]*\)".*/\1/p')
+key=$(admin key list | awk '$1 == "payments" && $4 == "active" { print $NF }')
 { printf 302a300506032b6570032100; printf %s "$key"; } | unhex >"$work/key.der" # RFC 8410
 field signature "$work/signed.json" | unbase64url >"$work/signature"
 openssl pkeyutl -verify -pubin -keyform DER -inkey "$work/key.der" -rawin -in "$work/message" -sigfile "$work/signature" >"$work/out" 2>&1 ||
@@ -81,6 +81,46 @@ echo "verified:  the whole log: $(sed -n 's/^valid *//p' "$work/out"); $(sed -n 
 bundle=$(find "$work/log/epochs/" -path '*entries*' -type f | head -n 1)
 sed -i 's/SignatureRejected/SignatureVerified/; s/SubscriptionCreated/SubscriptionCreat3d/' "$bundle"
 refuse wrong_event "a log with an event that was changed" "$bin/countersign" audit verify "$work/log" --key "$vkey"
+
+# A rotation, with a peer connected that follows the line of versions from the one that it has pinned.
+"$bin/countersign" line pin payments >"$work/payments.line" || fail "pin"
+"$bin/countersign" watch --line "$work/payments.line" --until-rotations 1 --timeout 60s >"$work/watched" 2>"$work/err" &
+watcher=$!
+until admin peer list | grep -q '^demo .* 1  *enrolled$'; do kill -0 "$watcher" || fail "watch: $(cat "$work/err")"; sleep 0.1; done
+admin key rotate payments --now >"$work/out" || fail "rotate"
+echo "rotated:   $(head -n 1 "$work/out"), by a key that version before it had named when it came into use"
+wait "$watcher" || fail "watch: $(cat "$work/err")"
+echo "followed:  by a connected peer, which has acknowledged it: $(cat "$work/watched")"
+"$bin/countersign" line follow --write "$work/payments.line" >"$work/out" || fail "follow the line"
+sign examples/subscription.json >"$work/new.json" || fail "sign after the rotation"
+[ "$(field version "$work/new.json")" -gt "$(field version "$work/signed.json")" ] || fail "the old version has signed"
+signed=$((signed + 1))
+echo "signed:    by version $(field version "$work/new.json"); the one before is $(admin key list | awk -v v="$(field version "$work/signed.json")" '$1 == "payments" && $2 == v { print $4 }')"
+
+# Two people: what widens what peers may do needs both.
+first_agent=$SSH_AUTH_SOCK
+new_operator second
+second_agent=$SSH_AUTH_SOCK
+export SSH_AUTH_SOCK=$first_agent
+second() { COUNTERSIGN_OPERATOR=second SSH_AUTH_SOCK=$second_agent XDG_RUNTIME_DIR="$work/second" admin "$@"; }
+admin operator show second >/dev/null 2>&1 || quietly admin operator add second --roles approver --ssh-key "$run/second.key.pub"
+quietly admin approvals needed 2
+shop=$("$bin/countersign" keygen "$work/shop.key")
+admin peer add shop "$shop" </dev/null >"$work/out" 2>"$work/err" || fail "propose: $(cat "$work/err")"
+echo "proposed:  $(cat "$work/out")"
+proposal=$(sed -n 's/^proposal \([0-9]*\):.*/\1/p' "$work/out")
+admin peer list | grep -q '^shop ' && fail "one person has enrolled a peer"
+second proposal approve "$proposal" </dev/null >"$work/out" 2>"$work/err" || fail "approve: $(cat "$work/err")"
+admin peer list | grep -q '^shop ' || fail "two approvals have not enrolled the peer"
+echo "approved:  by a second SSH key: $(cat "$work/out")"
+quietly admin peer remove shop
+admin approvals needed 1 </dev/null >"$work/out" 2>"$work/err" || fail "approvals needed 1: $(cat "$work/err")"
+quietly second proposal approve "$(sed -n 's/^proposal \([0-9]*\):.*/\1/p' "$work/out")"
+admin audit export "$work/approved" >/dev/null || fail "export"
+"$bin/countersign" audit approvals "$work/approved" --key "$vkey" >"$work/out" || fail "audit approvals: $(cat "$work/out")"
+verified=$((verified + 1))
+echo "verified:  who has approved of what, from the log alone: $(grep -c '^approved' "$work/out") approvals; among them:"
+sed -n "/^proposal $proposal /,/^outcome/p" "$work/out" | sed 's/^/           /'
 
 stop || fail "the daemon did not end well: $(tail -n 3 "$run/log")"
 echo "next:      type \"make run\" to try it yourself; README.md has the commands. \"make clean\" removes bin/, .run/ and .run-tpm/"

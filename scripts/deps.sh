@@ -15,6 +15,7 @@ need gcc command -v gcc
 need libc6-dev test -e /usr/include/stdlib.h
 need openssl command -v openssl
 need make command -v make
+need openssh-client command -v ssh-agent
 ((EUID == 0)) || need fuse3 command -v fusermount3
 
 if ((${#missing[@]})); then

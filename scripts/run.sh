@@ -13,7 +13,9 @@ Countersign serves on $listen (profile countersign-v1) and $pubky (pubky-noise-v
   $bin/countersign sign --json --key payments --type paykit-subscription-v2 --as subscriber examples/subscription.json >signed.json
   $bin/countersign verify signed.json
   $bin/countersign verify signed.json          # the second time it is a replay
-  $bin/countersign admin --socket $run/admin.sock audit list
+  export COUNTERSIGN_SOCKET=$run/admin.sock COUNTERSIGN_OPERATOR=admin SSH_AUTH_SOCK=$SSH_AUTH_SOCK XDG_RUNTIME_DIR=$XDG_RUNTIME_DIR
+  $bin/countersign admin whoami
+  $bin/countersign admin audit list
 
 The log is in $run/log.
 TEXT

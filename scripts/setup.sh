@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# Makes .run/: a configuration, a SoftHSM token with its PIN, a ledger, an enrolled peer, a signing key. With BACKEND=tpm it
-# makes .run-tpm/ with a TPM (swtpm) in the token's place. What is there is left as it is, so that it can run again at any
-# time. Sourced by demo.sh and run.sh; afterwards the daemon is running as process $daemon, and `stop` ends it.
+# Makes .run/: a configuration, a SoftHSM token with its PIN, a ledger, a first administrator, an enrolled peer, a signing key. With
+# BACKEND=tpm it makes .run-tpm/ with a TPM (swtpm) in the token's place. What is there is left as it is, so that it can run again at
+# any time. Sourced by demo.sh and run.sh; afterwards the daemon is running as process $daemon, `stop` ends it, and an SSH agent has the
+# administrator's key.
 set -euo pipefail
 umask 077
 
@@ -47,7 +48,12 @@ pin_file = \"pin\"
 sessions = 1 # a software token is used best by one at a time in each key worker
 environment = { SOFTHSM2_CONF = \"$here/$run/softhsm2.conf\" }"
 fi
+endAgents() {
+  [ -z "${agent_pids:-}" ] || kill $agent_pids 2>/dev/null || true
+  [ -z "${agents:-}" ] || rm -rf "$agents"
+}
 endTPM() {
+  endAgents
   if [ -n "$swtpm" ]; then
     kill "$swtpm" 2>/dev/null && wait "$swtpm" 2>/dev/null || true
     rm -rf "$socket"
@@ -75,6 +81,18 @@ CONF
 "$bin/countersignd" "${init[@]}" --config "$run/countersign.toml" >/dev/null
 
 admin() { "$bin/countersign" admin --socket "$run/admin.sock" "$@"; }
+quietly() { "$@" >/dev/null 2>"$run/err" </dev/null || { cat "$run/err" >&2; exit 1; }; } # quietly COMMAND...: says something only if it fails
+as_root() { if [ "$(id -u)" = 0 ]; then "$@"; else sudo "$@"; fi; }
+
+# The operators of a real appliance have their keys in agents of their own, best on FIDO keys (ssh-keygen -t ed25519-sk).
+agents=$(mktemp -d /tmp/agents.XXXXXX) # the path of a socket must be short
+export COUNTERSIGN_OPERATOR=admin XDG_RUNTIME_DIR="$here/$run/sessions" SSH_AUTH_SOCK SSH_AGENT_PID=''
+new_operator() { # new_operator NAME: an SSH key, and an agent that has it, in $SSH_AUTH_SOCK
+  [ -e "$run/$1.key" ] || ssh-keygen -q -t ed25519 -N '' -C "$1" -f "$run/$1.key"
+  eval "$(ssh-agent -a "$agents/$1")" >/dev/null
+  agent_pids="${agent_pids:-} $SSH_AGENT_PID"
+  ssh-add -q "$run/$1.key"
+}
 
 "$bin/countersignd" serve --config "$run/countersign.toml" 2>"$run/log" &
 daemon=$!
@@ -91,15 +109,23 @@ died() { # the daemon has ended by itself: show why
 }
 trap finish EXIT
 
+new_operator admin
+enrolled=''
 for _ in $(seq 100); do # until it answers, 10 s at the most
-  admin noise-key >"$run/noise.pub.new" 2>/dev/null && break
+  if as_root "$bin/countersign" admin --socket "$here/$run/admin.sock" operator first admin --ssh-key "$here/$run/admin.key.pub" >/dev/null 2>"$run/err" ||
+    grep -q '^countersign: conflict: ' "$run/err"; then # it has operators already
+    enrolled=yes
+    break
+  fi
   kill -0 "$daemon" 2>/dev/null || died
+  grep -q '^countersign: unreachable: ' "$run/err" || break
   sleep 0.1
 done
-[ -s "$run/noise.pub.new" ] || { echo "the daemon does not answer; see $run/log" >&2; exit 1; }
-mv "$run/noise.pub.new" "$run/noise.pub"
+[ -n "$enrolled" ] || { cat "$run/err" >&2; echo "the daemon does not answer; see $run/log" >&2; exit 1; }
+quietly admin login admin
+admin noise-key >"$run/noise.pub"
 
 [ -e "$run/demo-peer.key" ] || "$bin/countersign" keygen "$run/demo-peer.key" >/dev/null
 peer=$(sed -n 's/^# public key: //p' "$run/demo-peer.key")
-admin peer list | grep -q "^demo  *$peer" || admin peer add demo "$peer" >/dev/null
-admin key show payments >/dev/null 2>&1 || admin key create payments >/dev/null
+admin peer list | grep -q "^demo  *$peer" || quietly admin peer add demo "$peer"
+admin key show payments >/dev/null 2>&1 || quietly admin key create payments

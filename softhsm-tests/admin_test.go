@@ -21,6 +21,10 @@ func TestAdminRubbish(t *testing.T) {
 	client := &http.Client{Transport: &http.Transport{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
 		return new(net.Dialer).DialContext(ctx, "unix", s.path("admin.sock"))
 	}}}
+	token, err := s.signIn(t.Context(), s.root)
+	if err != nil {
+		t.Fatal(err)
+	}
 	for _, c := range []struct {
 		method, path, body string
 		status             int
@@ -36,8 +40,15 @@ func TestAdminRubbish(t *testing.T) {
 		{"POST", "/v1/keys", `{"name":"a","extra":1}`, 400, "invalid"},
 		{"POST", "/v1/keys", `{"name":7}`, 400, "invalid"},
 		{"POST", "/v1/keys", `{"name":"noise"}`, 400, "invalid"},
-		{"POST", "/v1/keys", `{"name":"` + strings.Repeat("a", 100_000) + `"}`, 400, "invalid"},
-		{"POST", "/v1/peers", `{"name":"a","public_key":"zz"}`, 400, "invalid"},
+		{"POST", "/v1/keys", `{"name":"` + strings.Repeat("a", 100_000) + `"}`, 413, "invalid"},
+		{"POST", "/v1/keys", `{"name":"` + strings.Repeat("a", 10_000_000) + `"}`, 413, "invalid"},
+		{"POST", "/v1/proposals", `{"act":"peer add","parameters":[{"name":"name","value":"a"},{"name":"public_key","value":"zz"}]}`, 400, "invalid"},
+		{"POST", "/v1/proposals", `{"act":"peer add","parameters":[{"name":"name","value":"a","more":1}]}`, 400, "invalid"},
+		{"POST", "/v1/proposals", `{"act":"nothing"}`, 400, "invalid"},
+		{"POST", "/v1/proposals", `{"act":"clock accept","lifetime":1}`, 400, "invalid"},
+		{"POST", "/v1/sessions", `{"challenge":"a","proof":{"credential":"b"}}`, 401, "not_proven"},
+		{"POST", "/v1/challenges", `{"purpose":"theft"}`, 400, "invalid"},
+		{"GET", "/v1/keys?all=1", ``, 400, "invalid"},
 		{"PUT", "/v1/keys", `{}`, 405, "invalid"},
 		{"GET", "/v1/nothing", ``, 404, "not_found"},
 		{"GET", "/v1/keys/%00%ff", ``, 404, "not_found"},
@@ -49,13 +60,14 @@ func TestAdminRubbish(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
+		req.Header.Set("Authorization", "Bearer "+token)
 		resp, err := client.Do(req)
 		if err != nil {
 			t.Fatal(err)
 		}
 		b, _ := io.ReadAll(resp.Body)
 		resp.Body.Close()
-		var refusal struct{ Code, Message string }
+		var refusal struct{ Code, Detail string }
 		if err := json.Unmarshal(b, &refusal); err != nil || resp.StatusCode != c.status || refusal.Code != c.code || len(b) > 1000 {
 			t.Errorf("%s %s %.40s: %d %.200s; want %d %s", c.method, c.path, c.body, resp.StatusCode, b, c.status, c.code)
 		}

@@ -57,6 +57,9 @@ type system struct {
 	t      testing.TB
 	dir    string
 	listen string
+	root   *person // the first administrator, once begun
+	begun  bool
+	api    *api.Client // as root
 }
 
 // process is a running daemon.
@@ -103,6 +106,8 @@ func newFolder(t testing.TB) *system {
 	}
 	s := &system{t: t, dir: t.TempDir(), listen: l.Addr().String()}
 	l.Close()
+	s.root = s.newPerson("root")
+	s.api = s.client(s.root)
 	return s
 }
 
@@ -199,6 +204,7 @@ func (s *system) serve(environment ...string) *process {
 	if got := p.notified(); got != "READY=1" {
 		s.t.Fatalf("notified %q, want READY=1\n%s", got, p.stderr)
 	}
+	s.begin()
 	return p
 }
 
@@ -243,15 +249,21 @@ func tail(s string, n int) string {
 	return s
 }
 
-// cli runs countersign.
+// cli runs countersign as the first administrator.
 func (s *system) cli(stdin string, args ...string) (stdout, stderr string, code int) {
+	s.t.Helper()
+	return s.cliAs(s.root, stdin, args...)
+}
+
+// cliAs runs countersign as somebody.
+func (s *system) cliAs(p *person, stdin string, args ...string) (stdout, stderr string, code int) {
 	s.t.Helper()
 	ctx, cancel := context.WithTimeout(s.t.Context(), time.Minute)
 	defer cancel()
 	var out, errOut bytes.Buffer
 	cmd := exec.CommandContext(ctx, filepath.Join(bin, "countersign"), args...)
 	cmd.Dir, cmd.Stdin, cmd.Stdout, cmd.Stderr = s.dir, strings.NewReader(stdin), &out, &errOut
-	cmd.Env = append(os.Environ(), "COUNTERSIGN_SOCKET="+s.path("admin.sock"))
+	cmd.Env = append(os.Environ(), "COUNTERSIGN_SOCKET="+s.path("admin.sock"), "SSH_AUTH_SOCK="+p.socket, "COUNTERSIGN_OPERATOR="+p.name, "XDG_RUNTIME_DIR="+s.path(p.name+".run"))
 	if err := cmd.Run(); err != nil {
 		if _, exited := err.(*exec.ExitError); !exited {
 			s.t.Fatal(err)
@@ -270,7 +282,8 @@ func (s *system) must(args ...string) string {
 	return out
 }
 
-func (s *system) admin() *api.Client { return api.NewClient(s.path("admin.sock")) }
+// admin is the API as the first administrator.
+func (s *system) admin() *api.Client { return s.api }
 
 // enrol makes an identity, enrols it as demo, and creates the key payments.
 func (s *system) enrol() {

@@ -1,21 +1,18 @@
 // Package api is the language of the local admin API: the documents that it takes and gives, and a client that speaks
-// it over the Unix socket. It is all that an operator's tool needs; the server is in package admin.
+// it over the Unix socket or over HTTPS. It is all that an operator's tool needs; the server is in package admin, and the whole API
+// in admin/openapi.json. Begin reading at Client.
 package api
 
 import (
-	"bytes"
 	"context"
-	"encoding/json"
 	"fmt"
-	"io"
-	"io/fs"
-	"net"
 	"net/http"
 	"net/url"
 	"strconv"
 
 	"countersign/audit"
 	"countersign/keystore"
+	"countersign/wire"
 )
 
 // Key is one version of a key. PublicKey is hex.
@@ -30,7 +27,14 @@ type Key struct {
 	// Origin is generated or imported; Provenance is what the device said of the key when it was made.
 	Origin     string              `json:"origin"`
 	Provenance keystore.Provenance `json:"provenance"`
-	Created    int64               `json:"created"` // Unix seconds
+	Created    int64               `json:"created"` // Unix seconds, as the two below; 0 where there is none
+	Activates  int64               `json:"activates" doc:"when it becomes active, or has"`
+	Retires    int64               `json:"retires" doc:"verify-only: when it is archived at the latest"`
+	Uses       uint64              `json:"uses" doc:"signatures that it has made"`
+	// Next is SHA-256 of the public key of the next version, hex: what the line is committed to.
+	Next string `json:"next,omitempty"`
+	// Authorization is what the identity has signed for a Noise key.
+	Authorization *wire.Authorization `json:"authorization,omitempty"`
 }
 
 // Token is how a token of the appliance is.
@@ -57,12 +61,6 @@ type Policy struct {
 	Text      string `json:"text,omitempty"`
 }
 
-// Reloaded says which version is in force after the policy file was read again.
-type Reloaded struct {
-	Version uint64 `json:"version"`
-	Changed bool   `json:"changed"`
-}
-
 // Decision is what policy decided in an event: the record (policy.Record in JSON) byte for byte, whose SHA-256 is in the event.
 type Decision struct {
 	Event  uint64 `json:"event"`
@@ -75,17 +73,12 @@ type Event struct {
 	audit.Event
 }
 
-// NewKey and NewPeer are what creating takes.
+// NewKey is what creating a key takes.
 type NewKey struct {
-	Name      string `json:"name"`
-	Algorithm string `json:"algorithm,omitempty"` // ed25519 (default) or p256
-	Token     string `json:"token,omitempty"`     // may be left out where there is only one
-	SeedFile  string `json:"seed_file,omitempty"` // import: an absolute path on the appliance
-}
-
-type NewPeer struct {
-	Name      string `json:"name"`
-	PublicKey string `json:"public_key"`
+	Name      string `json:"name" maxLength:"64" doc:"of the line of keys: lower-case letters, digits and -"`
+	Algorithm string `json:"algorithm,omitempty" enum:"ed25519,p256" doc:"ed25519 where it is left out"`
+	Token     string `json:"token,omitempty" maxLength:"64" doc:"may be left out where there is only one"`
+	SeedFile  string `json:"seed_file,omitempty" maxLength:"4096" doc:"import: an absolute path on the appliance"`
 }
 
 // Rollback says whether the ledger is older than the counter that it is bound to.
@@ -97,15 +90,11 @@ type Rollback struct {
 	At       int64  `json:"at"`      // when it was detected, Unix seconds
 }
 
-// AcceptRollback lets the ledger admit again.
-type AcceptRollback struct {
-	Reason string `json:"reason"`
-}
-
 // Log names the audit log.
 type Log struct {
 	Epoch       uint32 `json:"epoch"`
 	VerifierKey string `json:"verifier_key"` // of that epoch, in the form of C2SP signed-note
+	WebhookKey  string `json:"webhook_key"`  // the same key, in the form of Standard Webhooks
 }
 
 // Epoch is a part of the audit log with a tree of its own. Times are Unix seconds, 0 where there is none.
@@ -127,9 +116,9 @@ type Retention struct {
 	ReceiptsBefore int64   `json:"receipts_before"` // receipts of before are dropped
 }
 
-// Hold sets or releases a legal hold.
+// Hold sets a legal hold.
 type Hold struct {
-	Reason string `json:"reason"`
+	Reason string `json:"reason" maxLength:"500" doc:"it goes into the audit log"`
 }
 
 // Receipt is the minimal record of a signed payment.
@@ -163,26 +152,6 @@ type Compacted struct {
 	TookMS int64 `json:"took_ms"` // for which nothing was admitted
 }
 
-// Error is a refusal: invalid, exists, not_found or unavailable.
-type Error struct {
-	Code    string `json:"code"`
-	Message string `json:"message"`
-}
-
-func (e *Error) Error() string { return e.Code + ": " + e.Message }
-
-// Client talks to the appliance's admin socket.
-type Client struct{ http *http.Client }
-
-// NewClient returns a client for the socket at path.
-func NewClient(path string) *Client {
-	return &Client{&http.Client{Transport: &http.Transport{
-		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
-			return new(net.Dialer).DialContext(ctx, "unix", path)
-		},
-	}}}
-}
-
 func (c *Client) CreateKey(ctx context.Context, n NewKey) (k Key, err error) {
 	return k, c.do(ctx, http.MethodPost, "/v1/keys", n, &k)
 }
@@ -214,14 +183,6 @@ func (c *Client) Rollback(ctx context.Context) (r Rollback, err error) {
 	return r, c.do(ctx, http.MethodGet, "/v1/rollback", nil, &r)
 }
 
-func (c *Client) AcceptRollback(ctx context.Context, reason string) error {
-	return c.do(ctx, http.MethodPost, "/v1/rollback/accept", AcceptRollback{reason}, nil)
-}
-
-func (c *Client) AddPeer(ctx context.Context, name, publicKey string) (p Peer, err error) {
-	return p, c.do(ctx, http.MethodPost, "/v1/peers", NewPeer{Name: name, PublicKey: publicKey}, &p)
-}
-
 func (c *Client) Peers(ctx context.Context) (peers []Peer, err error) {
 	return peers, c.do(ctx, http.MethodGet, "/v1/peers", nil, &peers)
 }
@@ -247,11 +208,6 @@ func (c *Client) Policies(ctx context.Context) (all []Policy, err error) {
 // Policy returns a version with its text.
 func (c *Client) Policy(ctx context.Context, version uint64) (p Policy, err error) {
 	return p, c.do(ctx, http.MethodGet, "/v1/policies/"+strconv.FormatUint(version, 10), nil, &p)
-}
-
-// ReloadPolicy has the appliance read its policy file again and put it in force.
-func (c *Client) ReloadPolicy(ctx context.Context) (r Reloaded, err error) {
-	return r, c.do(ctx, http.MethodPost, "/v1/policies/reload", nil, &r)
 }
 
 // Decision returns what policy decided in an event.
@@ -281,40 +237,13 @@ func (c *Client) EndEpoch(ctx context.Context) (l Log, err error) {
 	return l, c.do(ctx, http.MethodPost, "/v1/log/epochs", nil, &l)
 }
 
-// ReadFile gets a file of the audit log's static form: it makes the client an audit.Source.
-func (c *Client) ReadFile(ctx context.Context, name string) ([]byte, error) {
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://countersign/"+name, nil)
-	if err != nil {
-		return nil, err
-	}
-	resp, err := c.http.Do(req)
-	if err != nil {
-		return nil, err
-	}
-	defer resp.Body.Close()
-	b, err := audit.ReadAll(name, resp.Body)
-	switch {
-	case err != nil:
-		return nil, err
-	case resp.StatusCode == http.StatusNotFound:
-		return nil, fmt.Errorf("%s: %w", name, fs.ErrNotExist)
-	case resp.StatusCode != http.StatusOK:
-		return nil, fmt.Errorf("%s: the admin API answers %s", name, resp.Status)
-	}
-	return b, nil
-}
-
 func (c *Client) Retention(ctx context.Context) (r Retention, err error) {
 	return r, c.do(ctx, http.MethodGet, "/v1/retention", nil, &r)
 }
 
-// Hold keeps an epoch from being dropped; Release lets it go its way again.
+// Hold keeps an epoch from being dropped.
 func (c *Client) Hold(ctx context.Context, epoch uint32, reason string) error {
 	return c.do(ctx, http.MethodPost, fmt.Sprintf("/v1/log/epochs/%d/hold", epoch), Hold{reason}, nil)
-}
-
-func (c *Client) Release(ctx context.Context, epoch uint32, reason string) error {
-	return c.do(ctx, http.MethodPost, fmt.Sprintf("/v1/log/epochs/%d/release", epoch), Hold{reason}, nil)
 }
 
 func (c *Client) Receipt(ctx context.Context, id string) (r Receipt, err error) {
@@ -335,44 +264,4 @@ func (c *Client) Ledger(ctx context.Context) (l Ledger, err error) {
 // Compact gives the ledger's free space back. Nothing is admitted meanwhile.
 func (c *Client) Compact(ctx context.Context) (done Compacted, err error) {
 	return done, c.do(ctx, http.MethodPost, "/v1/ledger/compact", nil, &done)
-}
-
-// AcceptTime brings the ledger's time forward to the system's clock.
-func (c *Client) AcceptTime(ctx context.Context) error {
-	return c.do(ctx, http.MethodPost, "/v1/ledger/accept-time", nil, nil)
-}
-
-func (c *Client) do(ctx context.Context, method, path string, body, result any) error {
-	var b []byte
-	if body != nil {
-		var err error
-		if b, err = json.Marshal(body); err != nil {
-			return err
-		}
-	}
-	req, err := http.NewRequestWithContext(ctx, method, "http://countersign"+path, bytes.NewReader(b))
-	if err != nil {
-		return err
-	}
-	req.Header.Set("Content-Type", "application/json")
-	resp, err := c.http.Do(req)
-	if err != nil {
-		return err
-	}
-	defer resp.Body.Close()
-	b, err = io.ReadAll(resp.Body)
-	if err != nil {
-		return err
-	}
-	if resp.StatusCode/100 != 2 {
-		refusal := new(Error)
-		if json.Unmarshal(b, refusal) != nil || refusal.Code == "" {
-			return fmt.Errorf("the admin API answers %s", resp.Status)
-		}
-		return refusal
-	}
-	if result == nil {
-		return nil
-	}
-	return json.Unmarshal(b, result)
 }

@@ -15,6 +15,7 @@ import (
 	"countersign/audit"
 
 	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
 )
 
 // bar shows on a terminal how far something is.
@@ -61,7 +62,7 @@ func (t *tool) export(socket *string) *cobra.Command {
 	c := command("export DIR", "Write the audit log as static files (C2SP tlog-tiles)", cobra.ExactArgs(1), func(cmd *cobra.Command, args []string) error {
 		ctx, cancel := context.WithTimeout(cmd.Context(), longTime)
 		defer cancel()
-		c, err := dialAdmin(*socket)
+		c, err := t.dialAdmin(*socket)
 		if err != nil {
 			return err
 		}
@@ -89,41 +90,57 @@ func (t *tool) export(socket *string) *cobra.Command {
 	return c
 }
 
+// logFlags say which log is checked, and with what.
+type logFlags struct{ socket, vkey, since string }
+
+func (l *logFlags) add(f *pflag.FlagSet) {
+	f.StringVar(&l.socket, "socket", "", "check the log of a running appliance over its admin socket")
+	f.StringVar(&l.vkey, "key", os.Getenv("COUNTERSIGN_LOG_KEY"), "the log's verifier key, of any epoch (or COUNTERSIGN_LOG_KEY)")
+	f.StringVar(&l.since, "since", "", "the file of an older checkpoint")
+}
+
+// check verifies the log. follow may look at its events meanwhile.
+func (t *tool) check(ctx context.Context, l *logFlags, args []string, follow func(log audit.Log) func() func(uint64, audit.Event) error) (audit.Report, error) {
+	var none audit.Report
+	if (len(args) == 1) == (l.socket != "") {
+		return none, usageError{errors.New("name the folder of an export, or --socket")}
+	}
+	if l.vkey == "" {
+		return none, usageError{errors.New("--key is missing: countersign admin audit key prints it, and you should have it from when you trusted the appliance")}
+	}
+	log, err := audit.ParseVerifierKey(l.vkey)
+	if err != nil {
+		return none, err
+	}
+	var from audit.Source
+	if l.socket == "" {
+		if _, err := os.Stat(filepath.Join(args[0], "checkpoint")); err != nil {
+			return none, fmt.Errorf("this is not the folder of an export (countersign admin audit export): %w", err)
+		}
+		from = audit.Folder(args[0])
+	} else if from, err = t.dialAdmin(l.socket); err != nil {
+		return none, err
+	}
+	var o audit.VerifyOptions
+	if l.since != "" {
+		if o.Since, err = os.ReadFile(l.since); err != nil {
+			return none, err
+		}
+	}
+	if follow != nil {
+		o.Follow = follow(log)
+	}
+	b := t.bar("verifying")
+	defer b.end()
+	o.Progress = b.progress
+	return log.Verify(ctx, from, o)
+}
+
 // audit is for those who check a log and need no appliance for that.
 func (t *tool) audit() *cobra.Command {
-	var socket, vkey, since string
+	var of logFlags
 	verify := command("verify [DIR]", "Check an audit log: tree, signatures, form of the events, rules of the ledger", cobra.MaximumNArgs(1), func(cmd *cobra.Command, args []string) error {
-		if (len(args) == 1) == (socket != "") {
-			return usageError{errors.New("name the folder of an export, or --socket")}
-		}
-		if vkey == "" {
-			return usageError{errors.New("--key is missing: countersign admin audit key prints it, and you should have it from when you trusted the appliance")}
-		}
-		log, err := audit.ParseVerifierKey(vkey)
-		if err != nil {
-			return err
-		}
-		var from audit.Source
-		if socket == "" {
-			if _, err := os.Stat(filepath.Join(args[0], "checkpoint")); err != nil {
-				return fmt.Errorf("this is not the folder of an export (countersign admin audit export): %w", err)
-			}
-			from = audit.Folder(args[0])
-		} else if _, err := os.Stat(socket); err != nil {
-			return socketError{fmt.Errorf("no appliance is running there: %w", err)}
-		} else {
-			from = api.NewClient(socket)
-		}
-		var o audit.VerifyOptions
-		if since != "" {
-			if o.Since, err = os.ReadFile(since); err != nil {
-				return err
-			}
-		}
-		b := t.bar("verifying")
-		o.Progress = b.progress
-		r, err := log.Verify(cmd.Context(), from, o)
-		b.end()
+		r, err := t.check(cmd.Context(), &of, args, nil)
 		if err != nil {
 			return err
 		}
@@ -151,11 +168,9 @@ func (t *tool) audit() *cobra.Command {
 		"but by retention, that the events have their form, that no nonce was spent twice while it lived, and that each signature has\n" +
 		"its admission. With --since, also that the log is a continuation of what an older checkpoint says. Names the first event\n" +
 		"that is wrong."
-	f := verify.Flags()
-	f.StringVar(&socket, "socket", "", "check the log of a running appliance over its admin socket")
-	f.StringVar(&vkey, "key", os.Getenv("COUNTERSIGN_LOG_KEY"), "the log's verifier key, of any epoch (or COUNTERSIGN_LOG_KEY)")
-	f.StringVar(&since, "since", "", "the file of an older checkpoint")
-	return group("audit", "Check an audit log without trusting the appliance", verify)
+	of.add(verify.Flags())
+	t.operatorFlag(verify.Flags())
+	return group("audit", "Check an audit log without trusting the appliance", verify, t.approvals())
 }
 
 func (t *tool) retention(act maker) *cobra.Command {
@@ -177,15 +192,12 @@ func (t *tool) retention(act maker) *cobra.Command {
 		}
 		return t.print(map[string]any{"held": n}, func(w io.Writer) { fmt.Fprintf(w, "held\tepoch %d and those after it\n", n) })
 	})
-	release := act("release EPOCH", "Release a legal hold", cobra.ExactArgs(1), func(ctx context.Context, c *api.Client, args []string) error {
+	release := act("release EPOCH", "Release a legal hold, under approval", cobra.ExactArgs(1), func(ctx context.Context, c *api.Client, args []string) error {
 		n, err := epochOf(args)
-		if err == nil {
-			err = c.Release(ctx, n, reason)
-		}
 		if err != nil {
 			return err
 		}
-		return t.print(map[string]any{"released": n}, func(w io.Writer) { fmt.Fprintf(w, "released\tepoch %d\n", n) })
+		return t.propose(ctx, c, "hold release", "", "epoch", strconv.FormatUint(uint64(n), 10), "reason", reason)
 	})
 	for _, c := range []*cobra.Command{hold, release} {
 		c.Flags().StringVar(&reason, "reason", "", "why; it goes into the audit log")
@@ -213,7 +225,22 @@ func (t *tool) retention(act maker) *cobra.Command {
 			fmt.Fprintf(w, "\nreceipts\tof before %s are dropped\n", date(r.ReceiptsBefore))
 		})
 	})
-	return group("retention", "Look after what is kept how long", preview, hold, release)
+	times := map[string]*string{}
+	shorten := act("shorten", "Keep something for a shorter time from now on, under approval", cobra.NoArgs, func(ctx context.Context, c *api.Client, _ []string) error {
+		var parameters []string
+		for _, name := range []string{"audit", "receipts", "decisions", "nonces"} {
+			if *times[name] != "" {
+				parameters = append(parameters, name, *times[name])
+			}
+		}
+		return t.propose(ctx, c, "retention shorten", "", parameters...)
+	})
+	for name, what := range map[string]string{"audit": "epochs of the audit log, after their end", "receipts": "receipts", "decisions": "what policy decided, with its inputs", "nonces": "spent nonces, after their documents have expired (from the next start on)"} {
+		times[name] = shorten.Flags().String(name, "", "how long to keep "+what+", such as 36h or 90d")
+	}
+	shorten.Long = "To keep something longer, write so in [retention] of the configuration and start the daemon anew. What the configuration says that is\n" +
+		"shorter than what is in force does nothing: it takes approval."
+	return group("retention", "Look after what is kept how long", preview, hold, release, shorten)
 }
 
 func (t *tool) receipts(act maker) *cobra.Command {
@@ -290,11 +317,8 @@ func (t *tool) ledger(act maker) *cobra.Command {
 			})
 		}),
 		compact,
-		act("accept-time", "Bring the ledger's time forward to the system's clock, when you have seen that the clock is right", cobra.NoArgs, func(ctx context.Context, c *api.Client, _ []string) error {
-			if err := c.AcceptTime(ctx); err != nil {
-				return err
-			}
-			return t.print(map[string]bool{"accepted": true}, func(w io.Writer) { fmt.Fprintln(w, "accepted\tand written down") })
+		act("accept-time", "Bring the ledger's time forward to the system's clock, under approval, when you have seen that the clock is right", cobra.NoArgs, func(ctx context.Context, c *api.Client, _ []string) error {
+			return t.propose(ctx, c, "clock accept", "")
 		}),
 	)
 }

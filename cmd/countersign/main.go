@@ -38,6 +38,8 @@ type tool struct {
 	stdin          io.Reader
 	stdout, stderr io.Writer
 	json           bool
+	operator       string // who signs in to an appliance
+	proposeOnly    bool
 }
 
 // failed marks an error of a command that was called rightly.
@@ -101,7 +103,7 @@ func classify(err error) (code string, status int) {
 		}
 		return refusal.Code, 1
 	case errors.As(err, &adminRefusal):
-		if adminRefusal.Code == "unavailable" {
+		if adminRefusal.Code == "unavailable" || adminRefusal.Code == "rate_limited" {
 			return adminRefusal.Code, 3
 		}
 		return adminRefusal.Code, 1
@@ -128,7 +130,7 @@ func message(err error) string {
 	}
 	var adminRefusal *api.Error
 	if errors.As(err, &adminRefusal) {
-		text = adminRefusal.Message
+		text = adminRefusal.Detail
 	}
 	return text
 }

@@ -6,6 +6,7 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"strings"
 	"time"
 
 	"countersign/admin/api"
@@ -29,25 +30,20 @@ type (
 // longTime bounds the acts that may take long: a compaction, an export.
 const longTime = 24 * time.Hour
 
-func socketFlag(flags *pflag.FlagSet, socket *string) {
+func (t *tool) socketFlag(flags *pflag.FlagSet, socket *string) {
 	path := os.Getenv("COUNTERSIGN_SOCKET")
 	if path == "" {
 		path = "/run/countersign/admin.sock"
 	}
 	flags.StringVar(socket, "socket", path, "the admin socket (or COUNTERSIGN_SOCKET)")
-}
-
-func dialAdmin(socket string) (*api.Client, error) {
-	if _, err := os.Stat(socket); err != nil {
-		return nil, socketError{fmt.Errorf("no appliance is running there: %w", err)}
-	}
-	return api.NewClient(socket), nil
+	t.operatorFlag(flags)
 }
 
 func (t *tool) admin() *cobra.Command {
 	var socket string
 	c := group("admin", "Manage an appliance over its admin socket")
-	socketFlag(c.PersistentFlags(), &socket)
+	t.socketFlag(c.PersistentFlags(), &socket)
+	c.PersistentFlags().BoolVar(&t.proposeOnly, "propose-only", false, "where an act needs approval: do not approve it here")
 
 	// act makes a command that calls the API.
 	act := func(use, short string, args cobra.PositionalArgs, do apiCall) *cobra.Command {
@@ -58,7 +54,7 @@ func (t *tool) admin() *cobra.Command {
 			}
 			ctx, cancel := context.WithTimeout(cmd.Context(), wait)
 			defer cancel()
-			api, err := dialAdmin(socket)
+			api, err := t.dialAdmin(socket)
 			if err != nil {
 				return err
 			}
@@ -119,7 +115,7 @@ func (t *tool) admin() *cobra.Command {
 		}),
 	)
 
-	key := group("key", "Create and show keys",
+	key := group("key", "Create, show, rotate and retire keys",
 		create, importKey,
 		act("list", "List all keys", cobra.NoArgs, func(ctx context.Context, c *api.Client, _ []string) error {
 			keys, err := c.Keys(ctx)
@@ -133,26 +129,16 @@ func (t *tool) admin() *cobra.Command {
 				}
 			})
 		}),
-		act("show NAME", "Show a key and where it came from", cobra.ExactArgs(1), func(ctx context.Context, c *api.Client, args []string) error {
-			versions, err := c.Key(ctx, args[0])
-			if err != nil {
-				return err
-			}
-			return t.print(versions, func(w io.Writer) {
-				for _, k := range versions {
-					showKey(w, k)
-				}
-			})
+		act("show NAME", "Show a key's versions, where they came from, how it is rotated, and who has not acknowledged that", cobra.ExactArgs(1), func(ctx context.Context, c *api.Client, args []string) error {
+			return t.showVersions(ctx, c, args[0])
 		}),
 	)
+	key.AddCommand(t.keyLife(act)...)
+	key.Aliases = []string{"keys"}
 
 	peer := group("peer", "Enrol and remove peers",
-		act("add NAME PUBLIC_KEY", "Enrol a peer by the public key that keygen printed", cobra.ExactArgs(2), func(ctx context.Context, c *api.Client, args []string) error {
-			p, err := c.AddPeer(ctx, args[0], args[1])
-			if err != nil {
-				return err
-			}
-			return t.print(p, func(w io.Writer) { fmt.Fprintf(w, "enrolled\t%s\t%s\n", p.Name, p.PublicKey) })
+		act("add NAME PUBLIC_KEY", "Enrol a peer by the public key that keygen printed, under approval", cobra.ExactArgs(2), func(ctx context.Context, c *api.Client, args []string) error {
+			return t.propose(ctx, c, "peer add", "", "name", args[0], "public_key", strings.ToLower(args[1]))
 		}),
 		act("list", "List the enrolled peers", cobra.NoArgs, func(ctx context.Context, c *api.Client, _ []string) error {
 			peers, err := c.Peers(ctx)
@@ -226,11 +212,8 @@ func (t *tool) admin() *cobra.Command {
 	)
 
 	var reason string
-	accept := act("accept", "Let the ledger admit again as it is, although it is older than its counter", cobra.NoArgs, func(ctx context.Context, c *api.Client, _ []string) error {
-		if err := c.AcceptRollback(ctx, reason); err != nil {
-			return err
-		}
-		return t.print(map[string]bool{"accepted": true}, func(w io.Writer) { fmt.Fprintln(w, "accepted\tand written down with the reason") })
+	accept := act("accept", "Let the ledger admit again as it is, although it is older than its counter, under approval", cobra.NoArgs, func(ctx context.Context, c *api.Client, _ []string) error {
+		return t.propose(ctx, c, "rollback accept", "", "reason", reason)
 	})
 	accept.Long = "An older copy of the ledger has forgotten nonces: what was signed under them since it was made can be signed again, and what\n" +
 		"was verified can be verified again. Find out first how it came into the place of the newest one, and put that back if you\n" +
@@ -260,6 +243,7 @@ func (t *tool) admin() *cobra.Command {
 		return t.print(k, func(w io.Writer) { fmt.Fprintln(w, k.PublicKey) })
 	})
 	c.AddCommand(key, peer, tokens, rollback, audit, noiseKey, t.policyVersions(act), t.retention(act), t.receipts(act), t.ledger(act))
+	c.AddCommand(t.people(act, &socket)...)
 	return c
 }
 
@@ -272,6 +256,18 @@ func showKey(w io.Writer, k api.Key) {
 	}
 	fmt.Fprintf(w, "key\t%s, version %d\nalgorithm\t%s\nstate\t%s\ncustody\t%s, on token %s\norigin\t%s: %s\ncreated\t%s\npublic key\t%s\n",
 		k.Name, k.Version, k.Algorithm, k.State, k.Custody, k.Token, k.Origin, made, date(k.Created), k.PublicKey)
+	switch {
+	case k.State == "pending" && k.Activates == 0:
+		fmt.Fprintf(w, "active\twhen the key is rotated\n")
+	case k.Activates != 0:
+		fmt.Fprintf(w, "active\tfrom %s on\nuses\t%d\n", date(k.Activates), k.Uses)
+	}
+	if k.Retires != 0 {
+		fmt.Fprintf(w, "accepted\tuntil %s\n", date(k.Retires))
+	}
+	if k.Next != "" {
+		fmt.Fprintf(w, "next\tSHA-256 of its public key is %s\n", k.Next)
+	}
 }
 
 func either(is bool, yes, no string) string {

@@ -24,6 +24,7 @@ import (
 // records is where recorded decisions and the policies that made them come from: a running appliance, or the file that
 // policy export has written, on any machine.
 type records struct {
+	tool         *tool
 	socket, file string
 	client       *api.Client
 	policies     map[string]api.Policy // by their hash; parsed in texts
@@ -36,8 +37,9 @@ type line struct {
 	Decision *api.Decision `json:"decision,omitempty"`
 }
 
-func (r *records) flags(c *cobra.Command) {
-	socketFlag(c.Flags(), &r.socket)
+func (r *records) flags(t *tool, c *cobra.Command) {
+	r.tool = t
+	t.socketFlag(c.Flags(), &r.socket)
 	c.Flags().StringVar(&r.file, "records", "", "read the decisions from this file of policy export, instead of from the appliance")
 }
 
@@ -92,7 +94,7 @@ func (r *records) read(ctx context.Context, since time.Time, see func(api.Decisi
 		}
 	}
 	var err error
-	if r.client, err = dialAdmin(r.socket); err != nil {
+	if r.client, err = r.tool.dialAdmin(r.socket); err != nil {
 		return err
 	}
 	all, err := r.client.Policies(ctx)
@@ -313,13 +315,13 @@ func (t *tool) policyExplain() *cobra.Command {
 		}
 		return err
 	})
-	from.flags(c)
+	from.flags(t, c)
 	return c
 }
 
 // one asks the appliance for a single decision.
 func (r *records) one(ctx context.Context, event uint64, visit func(uint64, string, policy.Record, *policy.Policy) error) error {
-	client, err := dialAdmin(r.socket)
+	client, err := r.tool.dialAdmin(r.socket)
 	if err != nil {
 		return err
 	}
@@ -484,7 +486,7 @@ func (t *tool) policyDiff() *cobra.Command {
 	c.Long = "Makes the recorded decisions again, first with the policy that made them (they must come out the same), then with FILE.\n" +
 		"What was used before each of them is taken as it was recorded: where FILE would have denied some of them, later ones\n" +
 		"would have had more of their budget left."
-	from.flags(c)
+	from.flags(t, c)
 	c.Flags().StringVar(&since, "since", "30d", "how far back, such as 30d or 12h")
 	return c
 }
@@ -515,21 +517,24 @@ func (t *tool) policyExport() *cobra.Command {
 	})
 	c.Long = "Writes JSON lines to stdout: policies with their texts, and decisions with all that they were made from. They hold amounts\n" +
 		"and parties: handle them like the payments themselves."
-	from.flags(c)
+	from.flags(t, c)
 	c.Flags().StringVar(&since, "since", "30d", "how far back, such as 30d or 12h")
 	return c
 }
 
-// parseAge reads a duration that may be in days.
+// parseAge reads a duration that may be in days or weeks.
 func parseAge(s string) (time.Duration, error) {
-	if days, ok := strings.CutSuffix(s, "d"); ok {
-		if n, err := strconv.ParseUint(days, 10, 16); err == nil {
-			return time.Duration(n) * 24 * time.Hour, nil
+	for unit, of := range map[string]time.Duration{"d": 24 * time.Hour, "w": 7 * 24 * time.Hour} {
+		if number, ok := strings.CutSuffix(s, unit); ok {
+			if n, err := strconv.ParseUint(number, 10, 16); err == nil {
+				return time.Duration(n) * of, nil
+			}
 		}
-	} else if d, err := time.ParseDuration(s); err == nil && d >= 0 {
+	}
+	if d, err := time.ParseDuration(s); err == nil && d >= 0 {
 		return d, nil
 	}
-	return 0, fmt.Errorf("--since %q is not like 30d or 12h", s)
+	return 0, fmt.Errorf("%q is not like 30d, 2w or 12h", s)
 }
 
 // policyVersions is what an operator does with the policy that is in force.
@@ -562,14 +567,8 @@ func (t *tool) policyVersions(act maker) *cobra.Command {
 			_, err = io.WriteString(t.stdout, p.Text)
 			return err
 		}),
-		act("reload", "Read the policy file again and put it in force", cobra.NoArgs, func(ctx context.Context, c *api.Client, _ []string) error {
-			r, err := c.ReloadPolicy(ctx)
-			if err != nil {
-				return err
-			}
-			return t.print(r, func(w io.Writer) {
-				fmt.Fprintf(w, "version\t%d, %s\n", r.Version, either(r.Changed, "in force from now on", "in force already: the file has not changed"))
-			})
+		act("reload", "Have the policy file read again and put in force, under approval", cobra.NoArgs, func(ctx context.Context, c *api.Client, _ []string) error {
+			return t.propose(ctx, c, "policy activate", "")
 		}),
 	)
 }

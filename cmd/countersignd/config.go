@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"log/slog"
 	"net"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"slices"
@@ -33,9 +34,21 @@ type Config struct {
 	// ListenPubky is the same for peers with the profile pubky-noise-v1, as pubky-noise's clients have it. Default: nowhere.
 	ListenPubky string `toml:"listen_pubky"`
 
-	// AdminSocket is the path of the Unix socket of the admin API. Required. Whoever may open it may enrol peers and
-	// create keys: it is made for its owner only (mode 0600), in a folder that should be closed to others too.
+	// AdminSocket is the path of the Unix socket of the admin API. Required. It is made for its owner only (mode 0600), in a folder
+	// that should be closed to others too: whoever may open it may try to sign in, and root may enrol the first administrator.
 	AdminSocket string `toml:"admin_socket"`
+
+	// AdminGroup is the name of a group whose members may use the socket too (mode 0660). Default: nobody but root and the daemon's
+	// own user.
+	AdminGroup string `toml:"admin_group"`
+
+	// AdminHTTPS is the loopback address, such as 127.0.0.1:7780, at which the admin API is served over HTTPS too, for browsers.
+	// Default: nowhere. countersignd init makes its keys in the token of the Noise key, which must be able to make P-256 keys.
+	AdminHTTPS string `toml:"admin_https"`
+
+	// AdminName is the name that browsers call it by. Passkeys are bound to it: with another name they do not work any more. Default:
+	// localhost.
+	AdminName string `toml:"admin_name"`
 
 	// Ledger is the file that holds spent nonces, events, keys and peers. Required; countersignd init creates it. It
 	// must be on a local disk. Danger: an older copy put back in its place forgets nonces, and what was signed under
@@ -255,7 +268,7 @@ func (d *Duration) UnmarshalText(text []byte) error {
 func defaults() Config {
 	l := appliance.DefaultLimits()
 	return Config{
-		LogLevel: "info", UnattendedStart: true, RollbackInterval: Duration(time.Hour), RollbackAdmissions: 10_000,
+		LogLevel: "info", AdminName: "localhost", UnattendedStart: true, RollbackInterval: Duration(time.Hour), RollbackAdmissions: 10_000,
 		Tokens:    map[string]*Token{},
 		Retention: Retention{Epoch: string(appliance.Month), AuditDays: 2557, ReceiptDays: 2557, DecisionDays: 35, Nonces: Duration(24 * time.Hour)},
 		Limits: Limits{
@@ -334,6 +347,11 @@ func (c *Config) check() error {
 	for _, l := range []struct{ field, address string }{{"listen", c.Listen}, {"listen_pubky", c.ListenPubky}} {
 		if _, _, err := net.SplitHostPort(l.address); err != nil && l.address != "" {
 			return fmt.Errorf("%s: %q is not host:port", l.field, l.address)
+		}
+	}
+	if host, _, err := net.SplitHostPort(c.AdminHTTPS); c.AdminHTTPS != "" {
+		if ip, bad := netip.ParseAddr(host); err != nil || bad != nil || !ip.IsLoopback() {
+			return fmt.Errorf("admin_https: %q is not a loopback address with a port, such as 127.0.0.1:7780", c.AdminHTTPS)
 		}
 	}
 	if _, err := c.logLevel(); err != nil {

@@ -81,6 +81,9 @@ func initialise(ctx context.Context, c Config, newToken bool, soPINFile string, 
 	} else if err != nil {
 		return err
 	}
+	if err := makeHTTPSKeys(ctx, c, p.app, operator, stderr); err != nil {
+		return err
+	}
 	key, err := p.app.NoiseKey()
 	if errors.Is(err, appliance.ErrNotFound) {
 		key, err = p.app.CreateOwnKey(ctx, operator, appliance.NoiseName, c.NoiseToken)

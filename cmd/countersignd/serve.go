@@ -10,11 +10,13 @@ import (
 	"net/http"
 	"os"
 	"runtime/debug"
+	"sync"
 	"time"
 
 	"countersign/admin"
 	"countersign/appliance"
 	"countersign/noise"
+	"countersign/operators"
 	"countersign/policy"
 
 	"github.com/coreos/go-systemd/v22/daemon"
@@ -51,25 +53,55 @@ func serve(ctx context.Context, c Config, stderr io.Writer) error {
 			l.Close()
 		}
 	}()
-	operator, err := admin.Listen(c.AdminSocket)
+	group, err := c.adminGroup()
 	if err != nil {
 		return err
 	}
-	defer operator.Close()
+	socket, err := admin.Listen(c.AdminSocket, group)
+	if err != nil {
+		return err
+	}
+	doors := []net.Listener{socket}
+	defer func() {
+		for _, l := range doors {
+			l.Close()
+		}
+	}()
 	if err := p.app.Start(ctx); err != nil {
+		return err
+	}
+	certs, err := certificates(c, p, log)
+	if err != nil {
+		return err
+	}
+	if certs != nil {
+		l, err := admin.ListenTLS(c.AdminHTTPS, certs)
+		if err != nil {
+			return err
+		}
+		doors = append(doors, l)
+	}
+	desk, err := openDesk(c, p, log)
+	if err != nil {
 		return err
 	}
 
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
-	api := admin.New(p.app, func() (*policy.Policy, error) { return policy.Load(c.Policy) })
-	apiDone := make(chan struct{})
-	go func() {
-		defer close(apiDone)
-		if err := api.Serve(operator); !errors.Is(err, http.ErrServerClosed) {
-			cancel(fmt.Errorf("admin API: %w", err))
-		}
-	}()
+	host := net.JoinHostPort(c.AdminName, c.httpsPort())
+	api := admin.New(admin.Config{
+		Appliance: p.app, Operators: desk, LoadPolicy: func() (*policy.Policy, error) { return policy.Load(c.Policy) }, Group: group,
+		Certificates: certs, Hosts: []string{host}, Origin: c.adminOrigin(), RPID: c.AdminName,
+	})
+	var apiDone sync.WaitGroup
+	for _, l := range doors {
+		apiDone.Go(func() {
+			if err := api.Serve(l); !errors.Is(err, http.ErrServerClosed) {
+				cancel(fmt.Errorf("admin API: %w", err))
+			}
+		})
+	}
+	go expire(ctx, desk, log)
 	context.AfterFunc(ctx, func() { daemon.SdNotify(false, daemon.SdNotifyStopping) })
 	go watchdog(ctx, p.app, log)
 	for _, l := range peers {
@@ -84,7 +116,10 @@ func serve(ctx context.Context, c Config, stderr io.Writer) error {
 	if api.Shutdown(wait) != nil {
 		api.Close()
 	}
-	<-apiDone
+	apiDone.Wait()
+	if err := desk.Close(wait); err != nil {
+		log.Error("an approved act is cut off", "err", err)
+	}
 	if cause := context.Cause(ctx); err == nil && cause != nil && !errors.Is(cause, context.Canceled) {
 		err = cause
 	}
@@ -92,6 +127,31 @@ func serve(ctx context.Context, c Config, stderr io.Writer) error {
 		return err
 	}
 	return p.app.Stop()
+}
+
+// openDesk gives the operators their place.
+func openDesk(c Config, p parts, log *slog.Logger) (*operators.Desk, error) {
+	name, _, err := p.app.Log()
+	if err != nil {
+		return nil, err
+	}
+	return operators.Open(p.ledger, operators.Config{Appliance: name.Name(), RPID: c.AdminName, Origin: c.adminOrigin(), Acts: admin.Acts(p.app), Changed: p.app.CredentialsChanged, Log: log})
+}
+
+// expire ends proposals whose time is over, as soon as anybody could notice.
+func expire(ctx context.Context, desk *operators.Desk, log *slog.Logger) {
+	ticker := time.NewTicker(time.Minute)
+	defer ticker.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-ticker.C:
+		}
+		if err := desk.Expire(ctx); err != nil && ctx.Err() == nil {
+			log.Error("proposals whose time is over can't be ended", "err", err)
+		}
+	}
 }
 
 // listen opens the listeners that are configured.

@@ -1,0 +1,186 @@
+package admin
+
+import (
+	"context"
+	"encoding/hex"
+	"fmt"
+	"slices"
+	"strconv"
+	"strings"
+
+	"countersign/appliance"
+	"countersign/approval"
+	"countersign/audit"
+	"countersign/keystore"
+	"countersign/operators"
+	"countersign/policy"
+)
+
+const policyActivate = "policy activate"
+
+type (
+	parameters = []approval.Parameter
+	do         = func(context.Context, audit.Actor) error
+)
+
+// prepare judges what is proposed. It returns the parameters as they are to be approved, and what carries the act out.
+type prepare func(a *appliance.Appliance, p parameters, content []byte) (parameters, do, error)
+
+// acts are what can be proposed, besides the acts on operators: those that destroy, widen, or accept a loss; and who may propose them.
+var acts = map[string]struct {
+	roles []approval.Role
+	prepare
+}{
+	"peer add":          {of(operator), addPeer},
+	policyActivate:      {of(administrator), activate},
+	"rollback accept":   {of(administrator), acceptRollback},
+	"hold release":      {of(administrator), release},
+	"clock accept":      {of(administrator), acceptTime},
+	"key destroy":       {of(administrator, operator), destroyKey},
+	"key compromise":    {of(administrator, operator), compromiseKey},
+	"key presence":      {of(administrator, operator), lowerPresence},
+	"retention shorten": {of(administrator), shortenRetention},
+}
+
+// Acts is the table for operators.Open. An act is judged when it is proposed, so that nobody approves what can't be done, and once more
+// when it is carried out.
+func Acts(a *appliance.Appliance) map[string]operators.Act {
+	all := map[string]operators.Act{}
+	for name, act := range acts {
+		all[name] = operators.Act{
+			Roles: act.roles,
+			Check: func(p parameters, content []byte) (parameters, error) {
+				p, _, err := act.prepare(a, p, content)
+				return p, err
+			},
+			Run: func(ctx context.Context, who audit.Actor, p parameters, content []byte) error {
+				_, do, err := act.prepare(a, p, content)
+				if err != nil {
+					return err
+				}
+				return do(ctx, who)
+			},
+		}
+	}
+	return all
+}
+
+func addPeer(a *appliance.Appliance, p parameters, _ []byte) (parameters, do, error) {
+	v, err := values(p, "name", "public_key")
+	if err != nil {
+		return nil, nil, err
+	}
+	name := v["name"]
+	key, err := hex.DecodeString(v["public_key"])
+	if err != nil || len(key) != 32 {
+		return nil, nil, invalid.errorf("peer %q: its public key must be 64 hex digits", name)
+	}
+	if err := keystore.CheckName(name); err != nil {
+		return nil, nil, invalid.errorf("peer %q: %v", name, err)
+	}
+	for _, each := range a.Peers() {
+		if each.Name == name || each.PublicKey == [32]byte(key) {
+			return nil, nil, fmt.Errorf("peer %q: %w, as %q", name, appliance.ErrExists, each.Name)
+		}
+	}
+	return list("name", name, "public_key", hex.EncodeToString(key)), func(ctx context.Context, who audit.Actor) error {
+		_, err := a.AddPeer(ctx, who, name, key)
+		return err
+	}, notRolledBack(a)
+}
+
+// activate puts the text that was approved in force: the digest is in the proposal's text, the policy lies beside it.
+func activate(a *appliance.Appliance, p parameters, content []byte) (parameters, do, error) {
+	v, err := values(p, "?sha256")
+	if err != nil {
+		return nil, nil, err
+	}
+	rules, err := policy.Parse("policy.cedar", content)
+	if err != nil {
+		return nil, nil, invalid.errorf("%v", err)
+	}
+	hash := hex.EncodeToString(rules.Hash[:])
+	if v["sha256"] != "" && v["sha256"] != hash {
+		return nil, nil, invalid.errorf("policy: the SHA-256 of its text is %s", hash)
+	}
+	all, err := a.Policies()
+	if err != nil {
+		return nil, nil, err
+	}
+	if n := len(all); n > 0 && all[n-1].Hash == hash {
+		return nil, nil, conflict.errorf("policy: that text is in force already, as version %d", all[n-1].Version)
+	}
+	return list("sha256", hash), func(ctx context.Context, who audit.Actor) error {
+		_, _, err := a.Activate(ctx, who, rules)
+		return err
+	}, notRolledBack(a)
+}
+
+func acceptRollback(a *appliance.Appliance, p parameters, _ []byte) (parameters, do, error) {
+	v, err := values(p, "reason")
+	if err != nil {
+		return nil, nil, err
+	}
+	rolled, err := a.Rollback()
+	if err == nil && rolled == nil {
+		err = fmt.Errorf("rollback: %w: none was found", appliance.ErrNotFound)
+	}
+	return p, func(ctx context.Context, who audit.Actor) error { return a.AcceptRollback(ctx, who, v["reason"]) }, err
+}
+
+func release(a *appliance.Appliance, p parameters, _ []byte) (parameters, do, error) {
+	v, err := values(p, "epoch", "reason")
+	if err != nil {
+		return nil, nil, err
+	}
+	n, err := strconv.ParseUint(v["epoch"], 10, 32)
+	if err != nil {
+		return nil, nil, invalid.errorf("epoch: %q is not the number of one", v["epoch"])
+	}
+	epochs, _, err := a.Preview()
+	if err == nil && !slices.ContainsFunc(epochs, func(e appliance.Fate) bool { return uint64(e.Number) == n && e.Hold != "" }) {
+		err = fmt.Errorf("a hold on epoch %d: %w", n, appliance.ErrNotFound)
+	}
+	return list("epoch", strconv.FormatUint(n, 10), "reason", v["reason"]), func(ctx context.Context, who audit.Actor) error {
+		return a.Release(ctx, who, uint32(n), v["reason"])
+	}, err
+}
+
+func acceptTime(a *appliance.Appliance, p parameters, _ []byte) (parameters, do, error) {
+	_, err := values(p, "?reason")
+	return p, a.AcceptTime, err
+}
+
+// values reads an act's parameters: those that are named, once each, and no others. One with a question mark may be missing.
+func values(p parameters, names ...string) (map[string]string, error) {
+	v := map[string]string{}
+	for _, each := range p {
+		if _, twice := v[each.Name]; twice || !slices.Contains(names, each.Name) && !slices.Contains(names, "?"+each.Name) {
+			return nil, invalid.errorf("parameter %q is not one of this act, or is there twice", each.Name)
+		}
+		v[each.Name] = each.Value
+	}
+	for _, name := range names {
+		if v[name] == "" && !strings.HasPrefix(name, "?") {
+			return nil, invalid.errorf("%s is missing", name)
+		}
+	}
+	return v, nil
+}
+
+// list makes parameters of names and values.
+func list(pairs ...string) (p parameters) {
+	for pair := range slices.Chunk(pairs, 2) {
+		p = append(p, approval.Parameter{Name: pair[0], Value: pair[1]})
+	}
+	return p
+}
+
+// notRolledBack keeps what widens from being done while the ledger is older than its counter.
+func notRolledBack(a *appliance.Appliance) error {
+	rolled, err := a.Rollback()
+	if err == nil && rolled != nil {
+		err = rolledBack.errorf(rolledBackAdvice)
+	}
+	return err
+}

@@ -1,0 +1,283 @@
+package api
+
+import (
+	"context"
+	"encoding/json"
+	"net/http"
+	"net/url"
+	"strconv"
+
+	"countersign/approval"
+)
+
+// NewChallenge asks for a text to be signed.
+type NewChallenge struct {
+	Purpose  string `json:"purpose" enum:"sign-in,presence"`
+	Operator string `json:"operator,omitempty" maxLength:"64" doc:"sign-in: who wants to"`
+	Key      string `json:"key,omitempty" maxLength:"64" doc:"presence: for which key"`
+}
+
+// Challenge is a text to be signed once. An SSHSIG is over the text, and has its first line as the namespace; a passkey signs SHA-256 of it.
+type Challenge struct {
+	ID        string          `json:"id"`
+	Text      string          `json:"text"`
+	Expires   int64           `json:"expires"` // Unix seconds
+	PublicKey json.RawMessage `json:"public_key" doc:"PublicKeyCredentialRequestOptionsJSON of WebAuthn level 3: what navigator.credentials.get takes as publicKey"`
+}
+
+// Proven is a challenge with its proof.
+type Proven struct {
+	Challenge string         `json:"challenge" maxLength:"128" doc:"its id"`
+	Proof     approval.Proof `json:"proof"`
+}
+
+// Session is a person who is signed in. Times are Unix seconds.
+type Session struct {
+	ID         string          `json:"id"`
+	Operator   string          `json:"operator"`
+	Roles      []approval.Role `json:"roles"`
+	Credential string          `json:"credential"`
+	Channel    string          `json:"channel" enum:"unix,https"`
+	Source     string          `json:"source" doc:"the user id or the address of the caller"`
+	Begun      int64           `json:"begun"`
+	LastUsed   int64           `json:"last_used"`
+	Expires    int64           `json:"expires" doc:"in any case; without being used it ends sooner"`
+	Current    bool            `json:"current" doc:"it is that of this request"`
+}
+
+// SignedIn is a new session with its token, which is said this once.
+type SignedIn struct {
+	Session
+	Token string `json:"token" doc:"sent as Authorization: Bearer; over HTTPS it is a cookie too"`
+}
+
+// Me is who asks.
+type Me struct {
+	Operator approval.Operator `json:"operator"`
+	Session  Session           `json:"session"`
+}
+
+// NewOperator enrols the first administrator.
+type NewOperator struct {
+	Name       string              `json:"name" maxLength:"64"`
+	Credential approval.Credential `json:"credential"`
+}
+
+// NewPasskey asks for the options of a registration.
+type NewPasskey struct {
+	Operator string `json:"operator" maxLength:"64" doc:"the name that the passkey is to have"`
+}
+
+// PasskeyOptions are what a browser's navigator.credentials.create takes as publicKey, and the challenge that belongs to it.
+type PasskeyOptions struct {
+	Challenge string          `json:"challenge" doc:"its id"`
+	PublicKey json.RawMessage `json:"public_key" doc:"PublicKeyCredentialCreationOptionsJSON of WebAuthn level 3"`
+}
+
+// Registration is what a browser has made.
+type Registration struct {
+	Challenge  string          `json:"challenge" maxLength:"128" doc:"its id"`
+	Credential json.RawMessage `json:"credential" doc:"RegistrationResponseJSON of WebAuthn level 3"`
+}
+
+// NewProposal asks for an act under approval.
+type NewProposal struct {
+	Act        string               `json:"act" maxLength:"64" doc:"such as peer add"`
+	Parameters []approval.Parameter `json:"parameters,omitempty" maxItems:"16"`
+	Content    string               `json:"content,omitempty" maxLength:"1000000" doc:"policy activate: its text; without it, that of the policy file"`
+	Lifetime   int64                `json:"lifetime,omitempty" minimum:"300" maximum:"604800" doc:"seconds; a day where it is left out"`
+}
+
+// Proposal is an act that was proposed. Text is what is approved. Times are Unix seconds, 0 where there is none.
+type Proposal struct {
+	ID         uint64               `json:"id"`
+	Act        string               `json:"act"`
+	Parameters []approval.Parameter `json:"parameters"`
+	Proposer   string               `json:"proposer"`
+	Proposed   int64                `json:"proposed"`
+	Expires    int64                `json:"expires"`
+	State      string               `json:"state" enum:"open,running,done,failed,expired,withdrawn,interrupted"`
+	Required   int                  `json:"required" doc:"approvals that it takes as of now"`
+	Approvals  []Approval           `json:"approvals"`
+	Text       string               `json:"text" doc:"what is signed to approve it; its first line is the namespace of an SSHSIG, and SHA-256 of it the challenge of a passkey"`
+	Content    string               `json:"content,omitempty" doc:"where one proposal was asked for, and it has not ended"`
+	Ended      int64                `json:"ended"`
+	Cause      string               `json:"cause,omitempty" doc:"why it failed"`
+}
+
+// Counting is how many of a proposal's approvals count.
+func (p *Proposal) Counting() (n int) {
+	for _, a := range p.Approvals {
+		if a.Counts {
+			n++
+		}
+	}
+	return n
+}
+
+// Approval is one that was given.
+type Approval struct {
+	Operator   string `json:"operator"`
+	Credential string `json:"credential"`
+	At         int64  `json:"at"` // Unix seconds
+	Counts     bool   `json:"counts" doc:"its operator is still an approver with that credential"`
+}
+
+// NewApproval approves a proposal.
+type NewApproval struct {
+	Proof approval.Proof `json:"proof"`
+}
+
+// Approvals says who approves.
+type Approvals struct {
+	Needed    int      `json:"needed"`
+	Approvers []string `json:"approvers"`
+}
+
+// Health is how the appliance is.
+type Health struct {
+	State      string   `json:"state" enum:"locked,operational,degraded,rolled-back"`
+	Causes     []string `json:"causes" doc:"why it is not operational"`
+	Since      int64    `json:"since" doc:"when it was locked, Unix seconds; 0: it is not"`
+	Locked     bool     `json:"locked"`
+	Unattended bool     `json:"unattended" doc:"it starts unlocked"`
+}
+
+// Lock locks the appliance.
+type Lock struct {
+	Reason string `json:"reason" maxLength:"500" doc:"it goes into the audit log"`
+}
+
+// TLS is the certificate of the loopback listener. Times are Unix seconds, 0 where there is none yet.
+type TLS struct {
+	Installed bool     `json:"installed" doc:"it is the operator's, and not of the appliance's own CA"`
+	Names     []string `json:"names"`
+	Issuer    string   `json:"issuer"`
+	NotBefore int64    `json:"not_before"`
+	NotAfter  int64    `json:"not_after"`
+	Warning   string   `json:"warning,omitempty" doc:"what should be done about it"`
+	CA        string   `json:"ca" doc:"PEM of the appliance's own CA: what to trust where nothing is installed"`
+}
+
+// PEM is a certificate with its chain, or a request for one.
+type PEM struct {
+	PEM string `json:"pem" maxLength:"60000"`
+}
+
+func (c *Client) Me(ctx context.Context) (m Me, err error) {
+	return m, c.do(ctx, http.MethodGet, "/v1/me", nil, &m)
+}
+
+func (c *Client) Challenge(ctx context.Context, n NewChallenge) (ch Challenge, err error) {
+	return ch, c.do(ctx, http.MethodPost, "/v1/challenges", n, &ch)
+}
+
+// SignIn begins a session, and has the client show its token.
+func (c *Client) SignIn(ctx context.Context, p Proven) (s SignedIn, err error) {
+	if err = c.do(ctx, http.MethodPost, "/v1/sessions", p, &s); err == nil {
+		c.SetToken(s.Token)
+	}
+	return s, err
+}
+
+// Sessions lists the caller's own; an administrator's all.
+func (c *Client) Sessions(ctx context.Context) (all []Session, err error) {
+	return all, c.do(ctx, http.MethodGet, "/v1/sessions", nil, &all)
+}
+
+// EndSession ends one; "current" is that of the client.
+func (c *Client) EndSession(ctx context.Context, id string) error {
+	return c.do(ctx, http.MethodDelete, "/v1/sessions/"+url.PathEscape(id), nil, nil)
+}
+
+func (c *Client) PasskeyOptions(ctx context.Context, n NewPasskey) (o PasskeyOptions, err error) {
+	return o, c.do(ctx, http.MethodPost, "/v1/passkeys/options", n, &o)
+}
+
+// RegisterPasskey returns the credential, which nobody has until a proposal gives it to an operator.
+func (c *Client) RegisterPasskey(ctx context.Context, r Registration) (cred approval.Credential, err error) {
+	return cred, c.do(ctx, http.MethodPost, "/v1/passkeys", r, &cred)
+}
+
+func (c *Client) Operators(ctx context.Context) (all []approval.Operator, err error) {
+	return all, c.do(ctx, http.MethodGet, "/v1/operators", nil, &all)
+}
+
+func (c *Client) Operator(ctx context.Context, name string) (o approval.Operator, err error) {
+	return o, c.do(ctx, http.MethodGet, "/v1/operators/"+url.PathEscape(name), nil, &o)
+}
+
+// EnrolFirst enrols the first administrator: for root, over the Unix socket, once.
+func (c *Client) EnrolFirst(ctx context.Context, n NewOperator) (o approval.Operator, err error) {
+	return o, c.do(ctx, http.MethodPost, "/v1/operators/first", n, &o)
+}
+
+// Propose asks for an act under approval.
+func (c *Client) Propose(ctx context.Context, n NewProposal) (p Proposal, err error) {
+	return p, c.do(ctx, http.MethodPost, "/v1/proposals", n, &p)
+}
+
+// Proposals lists all that there are, the newest first.
+func (c *Client) Proposals(ctx context.Context) (all []Proposal, err error) {
+	return all, c.do(ctx, http.MethodGet, "/v1/proposals", nil, &all)
+}
+
+func proposalPath(id uint64) string { return "/v1/proposals/" + strconv.FormatUint(id, 10) }
+
+func (c *Client) Proposal(ctx context.Context, id uint64) (p Proposal, err error) {
+	return p, c.do(ctx, http.MethodGet, proposalPath(id), nil, &p)
+}
+
+// Approve approves a proposal. The answer says whether it was carried out by that, and how it ended.
+func (c *Client) Approve(ctx context.Context, id uint64, proof approval.Proof) (p Proposal, err error) {
+	return p, c.do(ctx, http.MethodPost, proposalPath(id)+"/approvals", NewApproval{proof}, &p)
+}
+
+func (c *Client) Withdraw(ctx context.Context, id uint64) error {
+	return c.do(ctx, http.MethodPost, proposalPath(id)+"/withdraw", nil, nil)
+}
+
+func (c *Client) Approvals(ctx context.Context) (a Approvals, err error) {
+	return a, c.do(ctx, http.MethodGet, "/v1/approvals", nil, &a)
+}
+
+// Alive and Ready are nil, or say why not.
+func (c *Client) Alive(ctx context.Context) error {
+	return c.do(ctx, http.MethodGet, "/v1/health/alive", nil, nil)
+}
+
+func (c *Client) Ready(ctx context.Context) error {
+	return c.do(ctx, http.MethodGet, "/v1/health/ready", nil, nil)
+}
+
+func (c *Client) Health(ctx context.Context) (h Health, err error) {
+	return h, c.do(ctx, http.MethodGet, "/v1/health/state", nil, &h)
+}
+
+// Lock has no key be used until Unlock.
+func (c *Client) Lock(ctx context.Context, reason string) error {
+	return c.do(ctx, http.MethodPost, "/v1/lock", Lock{reason}, nil)
+}
+
+func (c *Client) Unlock(ctx context.Context) error {
+	return c.do(ctx, http.MethodPost, "/v1/unlock", nil, nil)
+}
+
+func (c *Client) TLS(ctx context.Context) (t TLS, err error) {
+	return t, c.do(ctx, http.MethodGet, "/v1/tls", nil, &t)
+}
+
+// CSR returns a request for a certificate of the listener's key, PEM.
+func (c *Client) CSR(ctx context.Context) (p PEM, err error) {
+	return p, c.do(ctx, http.MethodPost, "/v1/tls/csr", nil, &p)
+}
+
+// InstallCertificate puts a certificate that a CA has made of the request into use; its chain follows it.
+func (c *Client) InstallCertificate(ctx context.Context, pem string) (t TLS, err error) {
+	return t, c.do(ctx, http.MethodPut, "/v1/tls/certificate", PEM{pem}, &t)
+}
+
+// UninstallCertificate goes back to one of the appliance's own CA.
+func (c *Client) UninstallCertificate(ctx context.Context) (t TLS, err error) {
+	return t, c.do(ctx, http.MethodDelete, "/v1/tls/certificate", nil, &t)
+}

@@ -1,0 +1,231 @@
+package admin
+
+import (
+	"context"
+	"net/http"
+	"strconv"
+	"time"
+
+	"countersign/admin/api"
+	"countersign/appliance"
+	"countersign/audit"
+	"countersign/schedule"
+)
+
+// The life of keys: rotation, and who must be there.
+
+func (s *server) keyRoutes() {
+	route(s, operation{route: "POST /v1/keys/{name}/rotate", id: "rotate-key", summary: "Announce the next version of a key", roles: of(operator), refused: making}, s.rotate)
+	route(s, operation{route: "GET /v1/keys/{name}/line", id: "line", summary: "Say how a key is rotated, and who has not acknowledged it", roles: everyone, refused: always}, s.line)
+	route(s, operation{route: "PATCH /v1/keys/{name}/line", id: "set-line", summary: "Say how a key is rotated", roles: of(operator), refused: always}, s.setLine)
+	act(s, operation{route: "POST /v1/keys/{name}/versions/{version}/archive", id: "archive-key", summary: "Take a version out of use that was followed", roles: of(operator), refused: always}, s.archive)
+	route(s, operation{route: "POST /v1/keys/{name}/confirm", id: "confirm-key", summary: "Confirm by a signed challenge that a key may sign for a while", roles: of(operator), refused: always}, s.confirm)
+	route(s, operation{route: "POST /v1/noise-key/authorize", id: "authorize-noise-key", summary: "Have the identity's key sign for the Noise key", roles: of(operator), refused: making, status: http.StatusCreated}, s.authorizeNoise)
+}
+
+func (s *server) rotate(ctx context.Context, who caller, in *struct {
+	Name string `path:"name" maxLength:"200"`
+	Body api.Rotate
+}) (api.Key, error) {
+	l, err := s.Appliance.Line(in.Name)
+	if err != nil {
+		return api.Key{}, err
+	}
+	at := time.Now().Add(l.Announce)
+	if in.Body.At != 0 {
+		at = time.Unix(in.Body.At, 0)
+	}
+	if in.Body.Now {
+		at = time.Now()
+	}
+	k, err := s.Appliance.Rotate(ctx, who.actor(), in.Name, at)
+	if err != nil {
+		return api.Key{}, err
+	}
+	return s.keyDoc(k), nil
+}
+
+func (s *server) line(_ context.Context, _ caller, in *named) (api.Line, error) {
+	l, err := s.Appliance.Line(in.Name)
+	return s.lineDoc(in.Name, l), err
+}
+
+func (s *server) lineDoc(name string, l appliance.Line) api.Line {
+	doc := api.Line{Settings: api.Settings{
+		Every: seconds(l.Plan.Every), Window: l.Plan.Window, Uses: l.Plan.Uses, Announce: seconds(l.Announce), Grace: seconds(l.Grace),
+		Acknowledge: append([]string{}, l.Acknowledge...), Presence: seconds(l.Presence),
+	}, Unacknowledged: []string{}, Rotation: s.Appliance.Rotation(name)}
+	at, why := s.Appliance.NextRotation(name)
+	doc.NextRotation, doc.NextReason, doc.Confirmed = unix(at), why, unix(s.Appliance.Confirmed(name))
+	if doc.Rotation != nil {
+		doc.Unacknowledged = append(doc.Unacknowledged, s.Appliance.Unacknowledged(name, doc.Rotation.Version)...)
+	}
+	return doc
+}
+
+func seconds(d time.Duration) int64 { return int64(d / time.Second) }
+
+func (s *server) setLine(ctx context.Context, who caller, in *struct {
+	Name string `path:"name" maxLength:"200"`
+	Body api.Change
+}) (api.Line, error) {
+	l, err := s.Appliance.SetLine(ctx, who.actor(), in.Name, func(l *appliance.Line) error { return change(l, in.Body) })
+	if err != nil {
+		return api.Line{}, err
+	}
+	return s.lineDoc(in.Name, l), nil
+}
+
+// most bounds what is said in seconds, so that no duration overflows.
+const most = 100 * 366 * 24 * 3600
+
+func change(l *appliance.Line, c api.Change) error {
+	for _, each := range []struct {
+		from *int64
+		to   *time.Duration
+	}{{c.Every, &l.Plan.Every}, {c.Announce, &l.Announce}, {c.Grace, &l.Grace}, {c.Presence, &l.Presence}} {
+		if each.from != nil {
+			*each.to = time.Duration(min(*each.from, most)) * time.Second
+		}
+	}
+	if c.Window != nil {
+		l.Plan.Window = *c.Window
+	}
+	if c.Uses != nil {
+		l.Plan.Uses = *c.Uses
+	}
+	if c.Acknowledge != nil {
+		l.Acknowledge = *c.Acknowledge
+	}
+	return nil
+}
+
+func (s *server) archive(ctx context.Context, who caller, in *struct {
+	Name    string `path:"name" maxLength:"200"`
+	Version uint32 `path:"version"`
+}) error {
+	return s.Appliance.Archive(ctx, who.actor(), in.Name, in.Version)
+}
+
+// confirm takes a fresh proof: that of the session may be an hour old.
+func (s *server) confirm(ctx context.Context, who caller, in *struct {
+	Name string `path:"name" maxLength:"200"`
+	Body api.Proven
+}) (api.Confirmed, error) {
+	if err := s.Operators.Prove(ctx, *who.session, in.Body.Challenge, in.Name, in.Body.Proof); err != nil {
+		return api.Confirmed{}, err
+	}
+	until, err := s.Appliance.Confirm(ctx, who.actor(), in.Name)
+	return api.Confirmed{Until: unix(until)}, err
+}
+
+func (s *server) authorizeNoise(ctx context.Context, who caller, _ *none) (api.Key, error) {
+	if err := s.Appliance.AuthorizeNoise(ctx, who.actor()); err != nil {
+		return api.Key{}, err
+	}
+	return s.noiseKey(ctx, who, nil)
+}
+
+// The acts on keys that destroy or widen.
+
+func versionOf(v map[string]string) (uint32, error) {
+	n, err := strconv.ParseUint(v["version"], 10, 32)
+	if err != nil || n == 0 {
+		return 0, invalid.errorf("version: %q is not the number of one", v["version"])
+	}
+	return uint32(n), nil
+}
+
+// inState refuses what can't be done to a version as it is now.
+func inState(a *appliance.Appliance, name string, version uint32, states ...appliance.State) error {
+	versions, err := a.Key(name)
+	if err != nil {
+		return err
+	}
+	for _, k := range versions {
+		for _, s := range states {
+			if k.Version == version && k.State == s {
+				return nil
+			}
+		}
+	}
+	return conflict.errorf("key %q: version %d is none, or not in a state in which that can be done: %v", name, version, states)
+}
+
+func destroyKey(a *appliance.Appliance, p parameters, _ []byte) (parameters, do, error) {
+	v, err := values(p, "key", "version")
+	if err != nil {
+		return nil, nil, err
+	}
+	version, err := versionOf(v)
+	if err != nil {
+		return nil, nil, err
+	}
+	return list("key", v["key"], "version", strconv.FormatUint(uint64(version), 10)), func(ctx context.Context, who audit.Actor) error {
+		return a.Destroy(ctx, who, v["key"], version)
+	}, inState(a, v["key"], version, appliance.Archived, appliance.Compromised)
+}
+
+func compromiseKey(a *appliance.Appliance, p parameters, _ []byte) (parameters, do, error) {
+	v, err := values(p, "key", "version", "reason")
+	if err != nil {
+		return nil, nil, err
+	}
+	version, err := versionOf(v)
+	if err != nil {
+		return nil, nil, err
+	}
+	return list("key", v["key"], "version", strconv.FormatUint(uint64(version), 10), "reason", v["reason"]), func(ctx context.Context, who audit.Actor) error {
+		return a.Compromise(ctx, who, v["key"], version, v["reason"])
+	}, inState(a, v["key"], version, appliance.Active, appliance.VerifyOnly, appliance.Archived)
+}
+
+func lowerPresence(a *appliance.Appliance, p parameters, _ []byte) (parameters, do, error) {
+	v, err := values(p, "key", "seconds")
+	if err != nil {
+		return nil, nil, err
+	}
+	n, err := strconv.ParseUint(v["seconds"], 10, 32)
+	if err != nil {
+		return nil, nil, invalid.errorf("seconds: %q is not a number of them", v["seconds"])
+	}
+	_, err = a.Line(v["key"])
+	return list("key", v["key"], "seconds", strconv.FormatUint(n, 10)), func(ctx context.Context, who audit.Actor) error {
+		_, err := a.SetLine(ctx, who, v["key"], func(l *appliance.Line) error { l.Presence = time.Duration(n) * time.Second; return nil })
+		return err
+	}, err
+}
+
+// shortenRetention takes only what is to be changed.
+func shortenRetention(a *appliance.Appliance, p parameters, _ []byte) (parameters, do, error) {
+	names := []string{"audit", "receipts", "decisions", "nonces"}
+	v, err := values(p, "?audit", "?receipts", "?decisions", "?nonces")
+	if err != nil {
+		return nil, nil, err
+	}
+	var pairs []string
+	times, said := map[string]time.Duration{}, map[string]string{}
+	for _, name := range names {
+		if v[name] == "" {
+			continue
+		}
+		d, err := schedule.ParseEvery(v[name])
+		if err != nil {
+			return nil, nil, invalid.errorf("%s: %v", name, err)
+		}
+		times[name], said[name] = d, v[name]
+		pairs = append(pairs, name, v[name])
+	}
+	if len(pairs) == 0 {
+		return nil, nil, invalid.errorf("say what is to be kept for how long: %v", names)
+	}
+	return list(pairs...), func(ctx context.Context, who audit.Actor) error {
+		return a.ShortenRetention(ctx, who, said, func(r *appliance.Retention) {
+			for name, to := range map[string]*time.Duration{"audit": &r.Audit, "receipts": &r.Receipts, "decisions": &r.Decisions, "nonces": &r.Nonces} {
+				if d, ok := times[name]; ok {
+					*to = d
+				}
+			}
+		})
+	}, nil
+}

@@ -1,0 +1,239 @@
+package admin
+
+import (
+	"context"
+	"crypto/rand"
+	"crypto/sha256"
+	"net/http"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"countersign/admin/api"
+	"countersign/approval"
+	"countersign/operators"
+
+	lru "github.com/hashicorp/golang-lru/v2"
+	"golang.org/x/time/rate"
+)
+
+func (s *server) me(_ context.Context, who caller, _ *none) (api.Me, error) {
+	o, err := s.Operators.Operator(who.session.Operator)
+	return api.Me{Operator: o, Session: sessionDoc(*who.session, who)}, err
+}
+
+func (s *server) challenge(_ context.Context, who caller, in *body[api.NewChallenge]) (api.Challenge, error) {
+	n, purpose := in.Body, approval.ForSignIn
+	if n.Purpose == "presence" {
+		if who.session == nil {
+			return api.Challenge{}, operators.ErrSignedOut
+		}
+		purpose, n.Operator = approval.ForPresence, who.session.Operator
+	}
+	ch, err := s.Operators.Challenge(purpose, n.Operator, n.Key, who.Channel)
+	digest := sha256.Sum256([]byte(ch.Text))
+	return api.Challenge{ID: ch.ID, Text: ch.Text, Expires: ch.Expires.Unix(), PublicKey: approval.PasskeyRequest(digest[:], ch.RPID, ch.Allowed)}, err
+}
+
+func sessionDoc(x operators.Session, who caller) api.Session {
+	source := x.Channel.Source
+	if x.Channel.Kind == operators.Unix {
+		source = connection{Channel: x.Channel}.name()
+	}
+	return api.Session{
+		ID: x.ID, Operator: x.Operator, Roles: x.Roles, Credential: x.Credential, Channel: x.Channel.Kind, Source: source,
+		Begun: x.Begun.Unix(), LastUsed: x.LastUsed.Unix(), Expires: x.Expires.Unix(), Current: who.session != nil && who.session.ID == x.ID,
+	}
+}
+
+type signedIn struct {
+	SetCookie string `header:"Set-Cookie" doc:"over HTTPS: the session for a browser"`
+	Body      api.SignedIn
+}
+
+func (s *server) signIn(ctx context.Context, who caller, in *body[api.Proven]) (*signedIn, error) {
+	session, token, err := s.Operators.SignIn(ctx, who.Channel, in.Body.Challenge, in.Body.Proof)
+	if err != nil {
+		return nil, err
+	}
+	who.session = &session
+	out := &signedIn{Body: api.SignedIn{Session: sessionDoc(session, who), Token: token}}
+	if who.Kind == operators.HTTPS {
+		out.SetCookie = cookie(token, int(time.Until(session.Expires).Seconds()))
+	}
+	return out, nil
+}
+
+func (s *server) sessions(_ context.Context, who caller, _ *none) ([]api.Session, error) {
+	all := slices.DeleteFunc(s.Operators.Sessions(), func(x operators.Session) bool {
+		return x.Operator != who.session.Operator && !who.has(administrator)
+	})
+	return docs(all, func(x operators.Session) api.Session { return sessionDoc(x, who) }), nil
+}
+
+type sessionEnded struct {
+	SetCookie string `header:"Set-Cookie" doc:"over HTTPS, of this session: the cookie is forgotten"`
+}
+
+func (s *server) endSession(ctx context.Context, who caller, in *struct {
+	ID string `path:"id" maxLength:"64"`
+}) (*sessionEnded, error) {
+	if in.ID != "current" && in.ID != who.session.ID {
+		return &sessionEnded{}, s.Operators.Revoke(ctx, *who.session, in.ID)
+	}
+	out := &sessionEnded{}
+	if who.Kind == operators.HTTPS {
+		out.SetCookie = cookie("", -1)
+	}
+	return out, s.Operators.SignOut(ctx, *who.session)
+}
+
+// cookie is what a browser keeps of a session. The prefix of its name makes browsers refuse it from anything but this host over TLS.
+func cookie(token string, maxAge int) string {
+	c := http.Cookie{Name: cookieName, Value: token, Path: "/", MaxAge: maxAge, Secure: true, HttpOnly: true, SameSite: http.SameSiteStrictMode}
+	return c.String()
+}
+
+// registrations are passkeys in the making. Who makes one need not be signed in, and gets nothing by it: it is a credential when an
+// approved proposal gives it to an operator.
+type registrations struct {
+	mu      sync.Mutex
+	pending *lru.Cache[string, registration] // under mu; the oldest give way
+	rate    *rate.Limiter
+}
+
+type registration struct {
+	challenge [32]byte
+	until     time.Time
+}
+
+const registrationTime = 5 * time.Minute
+
+func newRegistrations() *registrations {
+	pending, err := lru.New[string, registration](1024)
+	if err != nil {
+		panic(err) // the number is not positive
+	}
+	return &registrations{pending: pending, rate: rate.NewLimiter(1, 10)}
+}
+
+func (r *registrations) limited() error {
+	if !r.rate.Allow() {
+		return &operators.Limited{RetryAfter: time.Second}
+	}
+	return nil
+}
+
+func (s *server) passkeyOptions(_ context.Context, _ caller, in *body[api.NewPasskey]) (api.PasskeyOptions, error) {
+	if err := s.registrations.limited(); err != nil {
+		return api.PasskeyOptions{}, err
+	}
+	if strings.TrimSpace(in.Body.Operator) == "" {
+		return api.PasskeyOptions{}, invalid.errorf("operator is missing: the name is shown by the browser")
+	}
+	id, n := rand.Text(), registration{until: time.Now().Add(registrationTime)}
+	rand.Read(n.challenge[:])
+	s.registrations.mu.Lock()
+	s.registrations.pending.Add(id, n)
+	s.registrations.mu.Unlock()
+	return api.PasskeyOptions{Challenge: id, PublicKey: approval.PasskeyOptions(n.challenge[:], s.RPID, in.Body.Operator, nil)}, nil
+}
+
+func (s *server) passkey(_ context.Context, _ caller, in *body[api.Registration]) (approval.Credential, error) {
+	if err := s.registrations.limited(); err != nil {
+		return approval.Credential{}, err
+	}
+	s.registrations.mu.Lock()
+	n, ok := s.registrations.pending.Get(in.Body.Challenge)
+	s.registrations.pending.Remove(in.Body.Challenge)
+	s.registrations.mu.Unlock()
+	if !ok || time.Now().After(n.until) {
+		return approval.Credential{}, notProven.errorf("the challenge is unknown, used or too old: ask for a new one")
+	}
+	return approval.NewPasskey(n.challenge[:], s.RPID, s.Origin, in.Body.Credential)
+}
+
+func (s *server) enrolFirst(ctx context.Context, who caller, in *body[api.NewOperator]) (approval.Operator, error) {
+	if who.Kind != operators.Unix || who.UID != 0 {
+		return approval.Operator{}, notAllowed.errorf("the first administrator is enrolled by root on the Unix socket")
+	}
+	return s.Operators.EnrolFirst(ctx, who.Channel, in.Body.Name, in.Body.Credential)
+}
+
+func (s *server) operators(context.Context, caller, *none) ([]approval.Operator, error) {
+	return append([]approval.Operator{}, s.Operators.Operators()...), nil
+}
+
+func (s *server) operator(_ context.Context, _ caller, in *named) (approval.Operator, error) {
+	return s.Operators.Operator(in.Name)
+}
+
+func (s *server) approvals(context.Context, caller, *none) (api.Approvals, error) {
+	a := api.Approvals{Needed: s.Operators.Needed(), Approvers: []string{}}
+	for _, o := range s.Operators.Operators() {
+		if o.Has(approver) {
+			a.Approvers = append(a.Approvers, o.Name)
+		}
+	}
+	return a, nil
+}
+
+func proposalDoc(p operators.Proposal) api.Proposal {
+	return api.Proposal{
+		ID: p.ID, Act: p.Act, Parameters: append([]approval.Parameter{}, p.Parameters...), Proposer: p.Proposer, Proposed: p.Proposed.Unix(), Expires: p.Expires.Unix(),
+		State: string(p.State), Required: p.Required, Text: p.Text(), Ended: unix(p.Ended), Cause: p.Cause,
+		Approvals: docs(p.Approvals, func(a operators.Approval) api.Approval {
+			return api.Approval{Operator: a.Operator, Credential: a.Credential, At: a.At.Unix(), Counts: a.Counts}
+		}),
+	}
+}
+
+func (s *server) proposals(context.Context, caller, *none) ([]api.Proposal, error) {
+	return docs(s.Operators.Proposals(), proposalDoc), nil
+}
+
+type numbered struct {
+	ID uint64 `path:"id"`
+}
+
+func (s *server) proposal(_ context.Context, _ caller, in *numbered) (api.Proposal, error) {
+	p, err := s.Operators.Proposal(in.ID)
+	if err != nil {
+		return api.Proposal{}, err
+	}
+	doc := proposalDoc(p)
+	doc.Content = string(p.Content)
+	return doc, nil
+}
+
+func (s *server) propose(ctx context.Context, who caller, in *body[api.NewProposal]) (api.Proposal, error) {
+	n := in.Body
+	if n.Act == policyActivate && n.Content == "" { // what is approved is what the file says now
+		p, err := s.LoadPolicy()
+		if err != nil {
+			return api.Proposal{}, invalid.errorf("%v", err)
+		}
+		n.Content = string(p.Text)
+	}
+	p, err := s.Operators.Propose(ctx, *who.session, n.Act, n.Parameters, []byte(n.Content), time.Duration(n.Lifetime)*time.Second)
+	if err != nil {
+		return api.Proposal{}, err
+	}
+	return proposalDoc(p), nil
+}
+
+func (s *server) approve(ctx context.Context, who caller, in *struct {
+	ID   uint64 `path:"id"`
+	Body api.NewApproval
+}) (api.Proposal, error) {
+	p, err := s.Operators.Approve(ctx, *who.session, in.ID, in.Body.Proof)
+	if err != nil {
+		return api.Proposal{}, err
+	}
+	return proposalDoc(p), nil
+}
+
+func (s *server) withdraw(ctx context.Context, who caller, in *numbered) error {
+	return s.Operators.Withdraw(ctx, *who.session, in.ID)
+}
