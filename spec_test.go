@@ -10,12 +10,15 @@ import (
 
 	"countersign/approval"
 	"countersign/audit"
+	"countersign/client"
 	"countersign/eddsa"
 	"countersign/ijson"
 	"countersign/keystore"
 	"countersign/policy"
 	"countersign/transcript"
 	"countersign/wire"
+
+	"github.com/go-json-experiment/json/jsontext"
 )
 
 // blocks returns the fenced blocks of docs/SPEC.md whose info string is "json" and a name.
@@ -61,6 +64,10 @@ func TestSpecExamples(t *testing.T) {
 			}
 		case "answer":
 			checkAnswer(t, b.text)
+		case "event":
+			checkEvent(t, b.text)
+		case "line":
+			checkLine(t, b.text)
 		case "proof":
 			checkProof(t, b.text, code)
 		case "vector":
@@ -72,7 +79,7 @@ func TestSpecExamples(t *testing.T) {
 			t.Errorf("a block named %q", b.name)
 		}
 	}
-	for kind, least := range map[string]int{"request": 5, "refused": 3, "answer": 7, "proof": 1, "vector": 11, "noise": 1, "noise-pubky": 1, "approval": 4} {
+	for kind, least := range map[string]int{"request": 8, "refused": 3, "answer": 9, "event": 2, "line": 1, "proof": 1, "vector": 11, "noise": 1, "noise-pubky": 1, "approval": 4} {
 		if seen[kind] < least {
 			t.Errorf("%d blocks of kind %q, expected at least %d", seen[kind], kind, least)
 		}
@@ -89,12 +96,73 @@ func checkAnswer(t *testing.T, text string) {
 	if a.Error != nil {
 		return
 	}
-	for _, result := range []any{new(wire.Pong), new(wire.KeyList), new(wire.Signed), new(wire.Verified), new(wire.Answers)} {
+	for _, result := range []any{new(wire.Pong), new(wire.KeyList), new(wire.Signed), new(wire.Verified), new(wire.Answers), new(wire.Acknowledged), new(wire.Steps)} {
 		if a.Into(result) == nil {
 			return
 		}
 	}
 	t.Errorf("%s\nno operation answers this", text)
+}
+
+// checkEvent reads an event, and checks what it carries.
+func checkEvent(t *testing.T, text string) {
+	t.Helper()
+	_, r, err := wire.DecodeMessage([]byte(text))
+	if err != nil || r == nil {
+		t.Errorf("%s\n%v", text, err)
+		return
+	}
+	if r.Key == wire.NoiseKey {
+		doc, err := transcript.Parse(transcript.Request{Type: "paykit-noise-key-authorization-v1", Payload: r.Authorization.Payload, ExpiresAt: 1})
+		if err != nil {
+			t.Fatal(err)
+		}
+		key, _, err := client.AuthorizedServerKey([32]byte(doc.Signers[0]), *r.Authorization, *doc.Generation)
+		if err != nil || key != r.PublicKey {
+			t.Errorf("%s\n%v", text, err)
+		}
+		return
+	}
+	doc, err := transcript.Parse(transcript.Request{Type: "key-succession-v1", Payload: r.Succession.Payload, Nonce: r.Succession.Nonce, Timestamp: r.Succession.Timestamp, ExpiresAt: r.Succession.ExpiresAt})
+	if err != nil {
+		t.Fatal(err)
+	}
+	before := client.Line{Key: r.Key, Version: r.Version - 1, PublicKey: doc.Succession.Old}
+	if l, err := before.Follow(*r.Succession); err != nil || l.PublicKey != r.PublicKey || l.Version != r.Version {
+		t.Errorf("%s\n%+v, %v", text, l, err)
+	}
+}
+
+// checkLine follows a line from its first version, and not where a thief would lead it.
+func checkLine(t *testing.T, text string) {
+	t.Helper()
+	var d struct {
+		First  jsontext.Value    `json:"first"`
+		Steps  []wire.Succession `json:"steps"`
+		Newest jsontext.Value    `json:"newest"`
+		Forged wire.Succession   `json:"forged"`
+	}
+	if err := ijson.Decode([]byte(text), &d, "first", "steps", "newest", "forged"); err != nil {
+		t.Fatal(err)
+	}
+	first, err := client.DecodeLine(d.First)
+	if err != nil {
+		t.Fatal(err)
+	}
+	newest, err := client.DecodeLine(d.Newest)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if l, err := client.VerifyLine(first, d.Steps); err != nil || l != newest || len(d.Steps) < 2 {
+		t.Errorf("%+v, %v", l, err)
+	}
+	if l, err := first.Follow(d.Forged); !errors.Is(err, client.ErrBrokenLine) || !strings.Contains(err.Error(), "committed") {
+		t.Errorf("a forged step leads to %+v, %v", l, err)
+	}
+	first.Next = [32]byte{} // all else about it is sound
+	if _, err := first.Follow(d.Forged); err != nil {
+		t.Error(err)
+	}
 }
 
 // checkProof has the log's verifier key after its name.

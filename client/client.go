@@ -85,9 +85,9 @@ type Config struct {
 	// client. Of a burst it gets the newest one of each key. An event comes once; one that was not acknowledged, because Err was set or the
 	// connection broke, comes again, for instance after a restart.
 	OnRotation func(Rotation)
-	// OnServerKey is told the listener's new Noise key, to be kept for the next start, before OnRotation is. The old key answers
-	// until the rotation's RetiresAt, the new one perhaps not before its ActivatesAt: until then start with the new one as ServerKey
-	// and the old one as FormerServerKey. A running client changes over by itself.
+	// OnServerKey is told the listener's new Noise key, to be kept for the next start, before OnRotation is. Both keys answer until the
+	// old one retires. An application that starts with the new one while it may not answer everywhere gives the old one as
+	// FormerServerKey. A running client changes over by itself.
 	OnServerKey func(key [32]byte)
 	// FormerServerKey is tried where ServerKey is refused. Take it away when it has retired: who has its private key can pose as the
 	// appliance. Default: none.

@@ -539,8 +539,11 @@ func TestSlowApplication(t *testing.T) {
 	}
 	close(goOn)
 	s.Await(within(t), func(seen clienttest.Seen) bool { return len(seen.Acks) >= 513 })
+	flood.Key = "last"
+	s.Send(wire.EncodeRotation(flood))
+	s.Await(within(t), func(seen clienttest.Seen) bool { return seen.Acks[len(seen.Acks)-1].Key == "last" })
 	c.Close()
-	if len(heard) != 513 || heard[1].Key != "flood" || heard[1].New.Version != 10_001 || heard[2].Key != "flood-0" || heard[512].Key != "flood-510" {
+	if len(heard) != 514 || heard[1].Key != "flood" || heard[1].New.Version != 10_001 || heard[2].Key != "flood-0" || heard[512].Key != "flood-510" {
 		t.Errorf("told %d times, the second time %+v", len(heard), heard[min(1, len(heard)-1)])
 	}
 }

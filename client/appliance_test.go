@@ -1,0 +1,106 @@
+package client_test
+
+import (
+	"errors"
+	"testing"
+	"time"
+
+	"countersign/appliance"
+	"countersign/client"
+)
+
+// TestRotationOfAnAppliance: the real one. A connected peer follows the line, one that was away catches up, and both change over to the
+// new Noise key.
+func TestRotationOfAnAppliance(t *testing.T) {
+	a := start(t)
+	ctx := within(t)
+	var pin client.Line
+	keys, err := dial(t, a.config()).Keys(ctx)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, k := range keys {
+		if k.Name == "payments" && k.Next != nil {
+			pin = client.Line{Key: k.Name, Version: k.Version, PublicKey: k.PublicKey, Next: *k.Next}
+		}
+	}
+	heard := make(told, 10)
+	kept := make(chan [32]byte, 10)
+	config := a.config()
+	config.Lines = []client.Line{pin}
+	config.OnRotation = func(r client.Rotation) { heard <- r }
+
+	config.OnServerKey = func(key [32]byte) { kept <- key }
+	c := dial(t, config)
+
+	if s, err := c.Sign(ctx, "payments", message("AAAA")); err != nil || s.Version != 1 {
+		t.Fatal(err)
+	}
+	// acknowledged waits, since the appliance hears of it after the application has.
+	acknowledged := func(name string, version uint32) {
+		t.Helper()
+		for len(a.app.Unacknowledged(name, version)) > 0 {
+			if _, err := c.Ping(ctx); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	for version := uint32(2); version <= 3; version++ {
+		k, err := a.app.Rotate(ctx, operator, "payments", time.Now())
+		if err != nil {
+			t.Fatal(err)
+		}
+		if r := heard.next(t); r.Err != nil || r.New.Version != version || string(r.New.PublicKey[:]) != string(k.Info().PublicKey) || r.New.Next == [32]byte{} {
+			t.Fatalf("%+v", r)
+		}
+		acknowledged("payments", version)
+		for { // the new version may not be active yet
+			s, err := c.Sign(ctx, "payments", message("AAAA"))
+			var refusal *client.Error
+			if errors.As(err, &refusal) && refusal.Code == "key_not_active" || err == nil && s.Version == version-1 {
+				continue
+			}
+			if err != nil || s.Version != version {
+				t.Fatal(err)
+			}
+			break
+		}
+	}
+	late := config
+	late.OnRotation = nil
+	if s, err := dial(t, late).Sign(ctx, "payments", message("AAAA")); err != nil || s.Version != 3 {
+		t.Errorf("who pinned the first version: %v", err)
+	}
+	steps, err := c.Line(ctx, "payments", 1)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if l, err := client.VerifyLine(pin, steps); err != nil || l.Version != 3 {
+		t.Errorf("%+v, %v", l, err)
+	}
+
+	k, err := a.app.Rotate(ctx, operator, appliance.NoiseName, time.Now())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if r := heard.next(t); r.Key != client.NoiseKey || r.Err != nil || <-kept != [32]byte(k.Info().PublicKey) {
+		t.Fatalf("%+v", r)
+	}
+	acknowledged(appliance.NoiseName, 2)
+	if err := a.stop(); err != nil {
+		t.Fatal(err)
+	}
+	if err := a.serve(); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := c.Ping(ctx); err != nil {
+		t.Errorf("the running client: %v", err)
+	}
+	young := a.config()
+	young.ServerKey = [32]byte(k.Info().PublicKey)
+	for _, config := range []client.Config{young, a.config()} {
+		if _, err := dial(t, config).Ping(ctx); err != nil {
+			t.Errorf("a new client: %v", err)
+		}
+	}
+}
