@@ -116,7 +116,8 @@ func (t *tool) setLine(act maker) *cobra.Command {
 	c.Flags().StringVar(&announce, "announce", "", "announce a version so long before it is active")
 	c.Flags().StringVar(&grace, "grace", "", "accept the version before for so long; 0: as long as a document may live")
 	c.Flags().StringVar(&acknowledge, "acknowledge", "", "archive the version before sooner, when these peers have acknowledged: names with commas, all, or none")
-	c.Flags().StringVar(&presence, "presence", "", "let it sign only so long after an operator has confirmed it (admin key confirm): 300s; 0: always. Less of it is proposed, alone")
+	c.Flags().StringVar(&presence, "presence", "", "let it sign only so long after an operator has confirmed it (admin key confirm), --presence alone: 300s; --presence=0: always. Less of it is proposed, alone")
+	c.Flags().Lookup("presence").NoOptDefVal = "300s"
 	return c
 }
 
