@@ -274,6 +274,9 @@ func (a *Appliance) put(ref keystore.Ref, r keyRecord, k keystore.Key) {
 	if before := a.keys[ref]; before != nil {
 		n.life = before.life
 	}
+	if n.turns == nil { // its token is gone
+		n.turns = limit.NewFair(1)
+	}
 	n.life.over.Store(n.State.outOfUse())
 	a.keys[ref] = n
 	a.news = nil
