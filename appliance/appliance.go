@@ -86,10 +86,10 @@ type Appliance struct {
 
 	retention  Retention // under mu
 	webhooks   []webhook.Target
-	written    map[string]uint64 // the uses of keys, as they are on disk; of keepLog, then of Stop
-	signing    lock              // held while a checkpoint is signed
-	refusals   tally             // of what is too many to be written down one by one
-	failing    rate.Sometimes    // handshakes, for a reason of ours: for the log
+	written    usesRecord     // as it is on disk; of New, then of keepLog, then of Stop
+	signing    lock           // held while a checkpoint is signed
+	refusals   tally          // of what is too many to be written down one by one
+	failing    rate.Sometimes // handshakes, for a reason of ours: for the log
 	handshakes *limit.Handshakes
 	places     *limit.Connections
 	turns      map[string]*limit.Fair // by token
@@ -99,18 +99,20 @@ type Appliance struct {
 	activating lock                   // held while a policy is put in force
 
 	mu          sync.RWMutex
-	keys        map[keystore.Ref]*Key // under mu: all versions that exist on the keystore
-	active      map[string]*Key       // under mu: the version that signs, by name
-	peers       map[[32]byte]*member  // under mu
-	requests    int                   // under mu: being served
-	sessions    map[*session]struct{} // under mu
-	closed      [closings]error       // under mu: why nothing is admitted
-	lines       map[string]Line       // under mu: settings of keys
-	confirmed   map[string]time.Time  // under mu: until when an operator's confirmation lets a key sign
-	credentials uint64                // under mu: how often operators' credentials have changed
-	retries     map[string]retry      // under mu: rotations that have failed
-	policyWaits string                // under mu: the policy file is another than what is in force
-	hooks       []func()              // called when there may be news for peers
+	keys        map[keystore.Ref]*Key   // under mu: all versions that exist on the keystore
+	active      map[string]*Key         // under mu: the version that signs, by name
+	peers       map[[32]byte]*member    // under mu
+	requests    int                     // under mu: being served
+	sessions    map[*session]struct{}   // under mu
+	closed      [closings]error         // under mu: why nothing is admitted
+	lines       map[string]Line         // under mu: settings of keys
+	confirmed   map[string]time.Time    // under mu: until when an operator's confirmation lets a key sign
+	credentials uint64                  // under mu: how often operators' credentials have changed
+	retries     map[string]retry        // under mu: rotations that have failed
+	lost        map[keystore.Ref]string // under mu: what is to be used and is not on its token
+	news        []announcement          // under mu: what peers are told; nil: to be made anew
+	policyWaits string                  // under mu: the policy file is another than what is in force
+	hooks       []func()                // called when there may be news for peers
 }
 
 // Peer is who asks: an enrolled client.
@@ -174,7 +176,7 @@ func New(ctx context.Context, c Config, l *ledger.Ledger, tokens map[string]keys
 	a := &Appliance{
 		limits: limits, anchor: c.Anchor, retention: c.Retention, attended: c.Attended, identity: c.Identity, webhooks: c.Webhooks, ledger: l, tokens: tokens, log: log,
 		signing: make(lock, 1), creating: make(lock, 1), locking: make(lock, 1), enrolling: make(lock, 1), activating: make(lock, 1),
-		lines: map[string]Line{}, confirmed: map[string]time.Time{}, retries: map[string]retry{},
+		lines: map[string]Line{}, confirmed: map[string]time.Time{}, retries: map[string]retry{}, lost: map[keystore.Ref]string{},
 		keys: map[keystore.Ref]*Key{}, active: map[string]*Key{}, peers: map[[32]byte]*member{}, sessions: map[*session]struct{}{},
 	}
 	a.failing.Interval = time.Second
@@ -196,7 +198,7 @@ func New(ctx context.Context, c Config, l *ledger.Ledger, tokens map[string]keys
 
 // Ready holds an appliance against what serving needs.
 func (a *Appliance) Ready() error {
-	if _, err := a.NoiseKey(); err != nil {
+	if _, err := a.Key(NoiseName); err != nil { // that none is active now, after a compromise, is what serving puts right
 		return errors.New("the listener has no Noise key: run countersignd init")
 	}
 	if _, err := a.LogKey(); err != nil {

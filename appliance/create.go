@@ -29,9 +29,11 @@ func (a *Appliance) Recover(ctx context.Context) error {
 	}
 	for ref, r := range unfinished {
 		err := a.clearAway(ctx, ref, r, "interrupted")
-		if errors.Is(err, keystore.ErrUnavailable) { // it can wait: who makes the key again clears it away first
+		switch {
+		case errors.Is(err, keystore.ErrUnavailable), errors.Is(err, keystore.ErrSealed), errors.Is(err, keystore.ErrAuth), errors.Is(err, ErrNotFound):
+			// It can wait: who makes the key again clears it away first.
 			a.log.Warn("an unfinished key is not cleared away, since its token does not answer", "key", ref.String(), "err", err)
-		} else if err != nil {
+		case err != nil:
 			return err
 		}
 	}
@@ -185,7 +187,7 @@ func (a *Appliance) make(ctx context.Context, ref keystore.Ref, n NewKey) (fresh
 		}
 	}
 	if _, err := store.Key(ctx, ref); err == nil {
-		return fresh{}, fmt.Errorf("key %v: %w on the token, but not in the ledger: does the token belong to another appliance?", ref, ErrExists)
+		return fresh{}, fmt.Errorf("key %v: %w on the token, but not in the ledger: does the token belong to another appliance, or is the ledger an older copy? Take it from the token, or use that ledger", ref, ErrExists)
 	} else if !errors.Is(err, keystore.ErrNotFound) {
 		return fresh{}, fmt.Errorf("key %v: %w", ref, err)
 	}

@@ -83,7 +83,7 @@ func (a *Appliance) decisionOf(who Peer, key *Key, doc *transcript.Document) (*d
 		}
 	}
 	if doc.Generation != nil {
-		d.rise = &ledger.Rise{Series: "generation\x00" + doc.Type + "\x00" + key.Name, To: *doc.Generation}
+		d.rise = &ledger.Rise{Series: generations(doc.Type, key.Name), To: *doc.Generation}
 	}
 	action := policy.Sign
 	if doc.Type == "raw" {
@@ -93,6 +93,9 @@ func (a *Appliance) decisionOf(who Peer, key *Key, doc *transcript.Document) (*d
 	d.request, err = policy.NewRequest(who.Name, action, key.Name, fields)
 	return d, err
 }
+
+// generations is the series of a number that must rise.
+func generations(kind, key string) string { return "generation\x00" + kind + "\x00" + key }
 
 const counterpartyIndex = 2 // in policy.Counted
 

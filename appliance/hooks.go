@@ -4,8 +4,6 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
-	"maps"
-	"slices"
 	"strings"
 	"time"
 
@@ -40,7 +38,6 @@ func (a *Appliance) keepHooks(ctx context.Context) {
 	if len(a.webhooks) == 0 {
 		return
 	}
-	taken := make(chan [2]string, 64)
 	sender, err := webhook.New(webhook.Config{
 		Targets: a.webhooks, Log: a.log,
 		Sign: func(ctx context.Context, message []byte) ([]byte, error) {
@@ -51,9 +48,8 @@ func (a *Appliance) keepHooks(ctx context.Context) {
 			return k.Sign(inLane(ctx, ownLane), message, func(signature []byte) bool { return k.verify(message, signature) == nil })
 		},
 		Delivered: func(target, id string) {
-			select {
-			case taken <- [2]string{target, id}:
-			case <-ctx.Done():
+			if err := a.writeHook(ctx, target, id); err != nil {
+				a.log.Error("that a webhook was told is not written down; after a restart it is told again", "target", target, "id", id, "err", err)
 			}
 		},
 		GaveUp: func(target, id string, err error) {
@@ -82,18 +78,21 @@ func (a *Appliance) keepHooks(ctx context.Context) {
 		select {
 		case <-ctx.Done():
 			return
-		case t := <-taken:
-			key := strings.TrimSuffix(strings.TrimPrefix(t[1], "rotation_"), "_compromised")
-			key = hookKeys + t[0] + "/" + key[:strings.LastIndexByte(key, '_')]
-			if err := a.ledger.Update(ctx, func(tx *ledger.Tx) error { return tx.Put(ledger.Meta, key, []byte(t[1])) }); err != nil {
-				a.log.Error("that a webhook was told is not written down; after a restart it is told again", "target", t[0], "err", err)
-			}
 		case <-news:
 			if err := a.queueHooks(sender, queued); err != nil {
 				a.log.Error("webhooks are not told", "err", err)
 			}
 		}
 	}
+}
+
+// writeHook writes down what a target was told last of a line, even if it is being stopped.
+func (a *Appliance) writeHook(ctx context.Context, target, id string) error {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), a.limits.RequestTimeout)
+	defer cancel()
+	line := strings.TrimSuffix(strings.TrimPrefix(id, "rotation_"), "_compromised")
+	line = line[:strings.LastIndexByte(line, '_')]
+	return a.ledger.Update(ctx, func(tx *ledger.Tx) error { return tx.Put(ledger.Meta, hookKeys+target+"/"+line, []byte(id)) })
 }
 
 // queueHooks hands in what a target has not been told.
@@ -107,7 +106,8 @@ func (a *Appliance) queueHooks(sender *webhook.Sender, queued map[[2]string]bool
 	}); err != nil {
 		return err
 	}
-	for _, name := range slices.Sorted(maps.Keys(a.announcedLines())) {
+	for _, n := range a.announcements() {
+		name := n.name
 		r := a.Rotation(name)
 		if r == nil {
 			continue
@@ -127,17 +127,4 @@ func (a *Appliance) queueHooks(sender *webhook.Sender, queued map[[2]string]bool
 		}
 	}
 	return nil
-}
-
-// announcedLines are the lines that others may hear of.
-func (a *Appliance) announcedLines() map[string]bool {
-	a.mu.RLock()
-	defer a.mu.RUnlock()
-	names := map[string]bool{}
-	for ref, k := range a.keys {
-		if ref.Name == NoiseName || signs(ref.Name, k.Info().Algorithm) {
-			names[ref.Name] = true
-		}
-	}
-	return names
 }

@@ -20,27 +20,61 @@ import (
 func (a *Appliance) newest(name string) *Key {
 	var last *Key
 	for ref, k := range a.keys {
-		if ref.Name == name && k.Version > 1 && k.announced() && (last == nil || k.Version > last.Version) {
+		if ref.Name == name && k.follows(last) {
 			last = k
 		}
 	}
 	return last
 }
 
-// rotations lists what a peer has not acknowledged, but for what is in told; it notes there what it lists.
-func (a *Appliance) rotations(m *member, told map[string]string) (all [][]byte) {
-	names := slices.Sorted(maps.Keys(a.announcedLines()))
+// follows says that peers are to know of k, and not of last any more.
+func (k *Key) follows(last *Key) bool {
+	return k.Version > 1 && k.announced() && (last == nil || k.Version > last.Version)
+}
+
+// announcement is what peers are told of a line.
+type announcement struct {
+	name    string
+	version uint32
+	event   string
+}
+
+// announcements lists them by name. All sessions ask at once when there is one: they are made once.
+func (a *Appliance) announcements() []announcement {
+	a.mu.RLock()
+	all := a.news
+	a.mu.RUnlock()
+	if all != nil {
+		return all
+	}
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	newest := map[string]*Key{}
+	for ref, k := range a.keys {
+		if told(ref.Name, k) && k.follows(newest[ref.Name]) {
+			newest[ref.Name] = k
+		}
+	}
+	a.news = []announcement{}
+	for _, name := range slices.Sorted(maps.Keys(newest)) {
+		k := newest[name]
+		a.news = append(a.news, announcement{name, k.Version, string(wire.EncodeRotation(a.rotationOf(k)))})
+	}
+	return a.news
+}
+
+// told says that others may hear of a key's line.
+func told(name string, k *Key) bool { return name == NoiseName || signs(name, k.Info().Algorithm) }
+
+// rotations lists what a peer has not acknowledged, but for what it was told; it notes there what it lists.
+func (a *Appliance) rotations(m *member, heard map[string]string) (all []string) {
+	announced := a.announcements()
 	a.mu.RLock()
 	defer a.mu.RUnlock()
-	for _, name := range names {
-		k := a.newest(name)
-		if k == nil || m.known[name] >= k.Version {
-			continue
-		}
-		b := wire.EncodeRotation(a.rotationOf(k))
-		if told[name] != string(b) {
-			told[name] = string(b)
-			all = append(all, b)
+	for _, n := range announced {
+		if m.known[n.name] < n.version && heard[n.name] != n.event {
+			heard[n.name] = n.event
+			all = append(all, n.event)
 		}
 	}
 	return all
@@ -57,7 +91,7 @@ func (a *Appliance) rotationOf(k *Key) wire.Rotation {
 		if !old.Retires.IsZero() {
 			r.RetiresAt = old.Retires.Unix()
 		}
-		if r.Compromised = old.State == Compromised; r.Compromised {
+		if r.Compromised = old.Compromised; r.Compromised {
 			r.RetiresAt = r.ActivatesAt
 		}
 	}
@@ -81,10 +115,10 @@ func (a *Appliance) wake() {
 
 // inform tells a peer of rotations until ctx ends.
 func (a *Appliance) inform(ctx context.Context, s *session) {
-	told := map[string]string{}
+	heard := map[string]string{}
 	for {
-		for _, event := range a.rotations(s.member, told) {
-			if s.conn.WriteMessage(event) != nil {
+		for _, event := range a.rotations(s.member, heard) {
+			if s.conn.WriteMessage([]byte(event)) != nil {
 				s.conn.Close() // it does not read
 				return
 			}
@@ -104,7 +138,10 @@ func (a *Appliance) Acknowledge(ctx context.Context, who Peer, r *wire.Ack) (*wi
 	newest := a.newest(r.Key)
 	known := m != nil && m.known[r.Key] >= r.Version
 	a.mu.RUnlock()
-	if k == nil || newest == nil || r.Version > newest.Version || r.Version < 2 || r.Key != NoiseName && !signs(r.Key, k.Info().Algorithm) {
+	if m == nil {
+		return nil, fmt.Errorf("%w: the peer is enrolled no more", errNotYours)
+	}
+	if k == nil || newest == nil || r.Version > newest.Version || r.Version < 2 || !told(r.Key, k) {
 		return nil, fmt.Errorf("%w: no rotation of %q to version %d was announced", errUnknownKey, ijson.Clip(r.Key), r.Version)
 	}
 	done := &wire.Acknowledged{Key: r.Key, Version: r.Version}
@@ -134,7 +171,7 @@ func (a *Appliance) Acknowledge(ctx context.Context, who Peer, r *wire.Ack) (*wi
 	}
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	if m := a.peers[who.PublicKey]; m != nil && m.known[r.Key] < r.Version {
+	if m == a.peers[who.PublicKey] && m.known[r.Key] < r.Version { // another enrolment is another member
 		m.known[r.Key] = r.Version
 	}
 	return done, nil

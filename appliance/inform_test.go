@@ -2,12 +2,15 @@ package appliance
 
 import (
 	"context"
+	"errors"
 	"fmt"
+	"net"
 	"slices"
 	"strings"
 	"testing"
 	"time"
 
+	"countersign/keystore"
 	"countersign/noise"
 	"countersign/wire"
 )
@@ -145,5 +148,141 @@ func TestBothNoiseKeysAnswer(t *testing.T) {
 	e.session("127.0.0.1", e.shop)
 	if a, _ := asks(t, connected, ping); a.Error != nil {
 		t.Errorf("who was connected: %+v", a)
+	}
+}
+
+// TestCompromiseIsToldToAll: who has acknowledged a rotation hears of it once more when the version before turns out to be compromised, and it
+// has to be acknowledged again.
+func TestCompromiseIsToldToAll(t *testing.T) {
+	e := newEdge(t, nil)
+	shop := e.session("127.0.0.1", e.shop)
+	if _, err := e.Rotate(t.Context(), operator, "payments", time.Now().Add(time.Hour)); err != nil {
+		t.Fatal(err)
+	}
+	hears(t, shop)
+	const ack = `{"id":"a","op":"rotation.ack","key":"payments","version":2}`
+	if a, _ := asks(t, shop, ack); a.Error != nil {
+		t.Fatalf("%+v", a)
+	}
+	if err := e.Compromise(t.Context(), approved, "payments", 1, "stolen"); err != nil {
+		t.Fatal(err)
+	}
+	var r *wire.Rotation
+	for range 2 { // that it is compromised, and that the next one is active
+		if r = hears(t, shop); r.Version != 2 || !r.Compromised {
+			t.Errorf("the shop hears %+v", r)
+		}
+		if r.ActivatesAt <= time.Now().Unix() {
+			break
+		}
+	}
+	if r.ActivatesAt > time.Now().Unix() || r.RetiresAt != r.ActivatesAt {
+		t.Errorf("the shop hears %+v", r)
+	}
+	e.restart()
+	if got := e.Unacknowledged("payments", 2); !slices.Equal(got, []string{"cafe", "shop"}) {
+		t.Errorf("not acknowledged by %v", got)
+	}
+	shop, err := e.shake("127.0.0.1", e.shop)
+	if err != nil {
+		t.Fatal(err)
+	}
+	a, before := asks(t, shop, ack)
+	if len(before) == 0 {
+		before = append(before, hears(t, shop))
+	}
+	if a.Error != nil || before[0].Version != 2 || !before[0].Compromised {
+		t.Errorf("%+v, %+v", a, before)
+	}
+	if got := e.Unacknowledged("payments", 2); !slices.Equal(got, []string{"cafe"}) {
+		t.Errorf("not acknowledged by %v", got)
+	}
+}
+
+// pipes listens for connections that hold nothing: what is written waits for who reads it.
+type pipes struct {
+	net.Listener
+	conns chan net.Conn
+}
+
+func (p pipes) Accept() (net.Conn, error) {
+	c, ok := <-p.conns
+	if !ok {
+		return nil, net.ErrClosed
+	}
+	return c, nil
+}
+
+func (p pipes) Close() error { close(p.conns); return nil }
+
+// TestPeerThatDoesNotRead: it holds up no rotation, is cut off, and nothing of it is left when serving ends.
+func TestPeerThatDoesNotRead(t *testing.T) {
+	e := newEdge(t, func(l *Limits) { l.WriteTimeout = 100 * time.Millisecond })
+	e.stop()
+	e.close()
+	e.open()
+	l := pipes{conns: make(chan net.Conn, 1)}
+	ctx, cancel := context.WithCancel(t.Context())
+	served := make(chan error, 1)
+	go func() { served <- e.Serve(ctx, Listener{l, noise.CountersignV1}) }()
+	client, server := net.Pipe()
+	defer client.Close()
+	l.conns <- server
+	conn, err := noise.Connect(t.Context(), client, e.shop, noise.CountersignV1, e.server, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if a, _ := asks(t, conn, ping); a.Error != nil {
+		t.Fatalf("%+v", a)
+	}
+	begin := time.Now()
+	for n := range uint32(20) {
+		if k, err := e.Rotate(t.Context(), operator, "payments", time.Now()); err != nil || k.Version != n+2 {
+			t.Fatal(err)
+		}
+	}
+	for e.status("shop").Connections > 0 {
+		if time.Since(begin) > patience {
+			t.Fatal("it is still connected")
+		}
+		e.ledger.Alive(t.Context())
+	}
+	cancel()
+	if err := <-served; err != nil {
+		t.Error(err)
+	}
+}
+
+// TestNoiseKeyIsCompromisedInAHandshake: what the device answers after that is used for nothing.
+func TestNoiseKeyIsCompromisedInAHandshake(t *testing.T) {
+	r := newRig(t)
+	k, err := r.CreateOwnKey(t.Context(), operator, NoiseName, "memory")
+	if err != nil {
+		t.Fatal(err)
+	}
+	inDevice, release := make(chan struct{}), make(chan struct{})
+	r.store.BeforeExchange = func(ref keystore.Ref) {
+		if ref.Version == 1 {
+			close(inDevice)
+			<-release
+		}
+	}
+	done := make(chan error)
+	go func() { _, err := k.Exchange(context.Background(), newIdentity(t).Public()); done <- err }()
+	<-inDevice
+	r.compromise(t, NoiseName, 1)
+	close(release)
+	if err := <-done; !errors.Is(err, errKeyNotActive) {
+		t.Errorf("%v", err)
+	}
+	if _, err := k.Exchange(t.Context(), newIdentity(t).Public()); !errors.Is(err, errKeyNotActive) { // the device is not even asked
+		t.Errorf("%v", err)
+	}
+	var answering []uint32
+	for _, k := range r.noiseKeys() {
+		answering = append(answering, k.Version)
+	}
+	if !slices.Equal(answering, []uint32{2}) {
+		t.Errorf("%v answer", answering)
 	}
 }

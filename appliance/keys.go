@@ -2,6 +2,7 @@ package appliance
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"crypto/sha256"
 	"encoding/hex"
@@ -44,6 +45,9 @@ const (
 	Destroyed State = "destroyed"
 )
 
+// outOfUse says that the private key of such a version is not used any more.
+func (s State) outOfUse() bool { return s == Archived || s == Compromised || s == Destroyed }
+
 // The appliance's own lines. Peers can't use them.
 const (
 	// NoiseName is the line whose versions answer handshakes.
@@ -76,6 +80,8 @@ type keyRecord struct {
 	Activates  int64               `json:"activates,omitempty"` // when it becomes active or has; 0: not announced
 	Retires    int64               `json:"retires,omitempty"`   // of what is verify-only: when it is archived at the latest
 	Tag        keystore.Tag        `json:"tag"`                 // of the creation
+	// Compromised stays, whatever becomes of the version after that: its private key may be somewhere else for ever.
+	Compromised bool `json:"compromised,omitempty"`
 	// Succession is the step of the line to this version, Authorization what lets a Noise key speak for the identity.
 	Succession    *wire.Succession    `json:"succession,omitempty"`
 	Authorization *wire.Authorization `json:"authorization,omitempty"`
@@ -123,19 +129,34 @@ type Key struct {
 	// Activates is when it becomes active, or has; zero where it is pending and not announced. Retires is when one that is
 	// verify-only is archived at the latest.
 	Activates, Retires time.Time
+	Compromised        bool // that it was found to be, whatever its state is now
 	Succession         *wire.Succession
 	Authorization      *wire.Authorization
 
 	public *eddsa.PublicKey // of an Ed25519 key
 	turns  *limit.Fair      // of its token
-	uses   *atomic.Uint64   // of the private key
+	life   *life
+}
+
+// life is what all Keys of one version have in common.
+type life struct {
+	uses atomic.Uint64 // of the private key
+	over atomic.Bool   // the private key is not used any more
 }
 
 // announced says that peers may know of it.
 func (k *Key) announced() bool { return k.State != Pending || !k.Activates.IsZero() }
 
 // Uses says how many signatures it has made.
-func (k *Key) Uses() uint64 { return k.uses.Load() }
+func (k *Key) Uses() uint64 { return k.life.uses.Load() }
+
+// inUse refuses what a version is asked for that is out of use by now, whatever it was when the request chose it.
+func (k *Key) inUse() error {
+	if k.life.over.Load() {
+		return fmt.Errorf("%w: version %d of %q is out of use", errKeyNotActive, k.Version, k.Name)
+	}
+	return nil
+}
 
 // digest is what the version before commits to.
 func (k *Key) digest() [32]byte { return sha256.Sum256(k.Info().PublicKey) }
@@ -168,6 +189,9 @@ func (a *Appliance) loadKeys(ctx context.Context) error {
 	}
 	refs := slices.SortedFunc(maps.Keys(records), func(x, y keystore.Ref) int { return strings.Compare(x.String(), y.String()) })
 	for _, ref := range refs {
+		if a.active[ref.Name] != nil && records[ref].State == Active {
+			return fmt.Errorf("the ledger has two active versions of key %q: restore it from a backup", ref.Name)
+		}
 		k, err := a.loadKey(ctx, ref, records[ref])
 		if err != nil {
 			return err
@@ -179,15 +203,19 @@ func (a *Appliance) loadKeys(ctx context.Context) error {
 	return a.loadUses()
 }
 
-// loadKey holds a key against its token.
+// loadKey holds a key against its token. An active version that is missing is an error: it is the wrong token, or a loss that must not go
+// unseen. One that is pending or verify-only signs nothing now, and must not keep all the others from it: Health says that it is missing,
+// and it can't become active: see prove.
 func (a *Appliance) loadKey(ctx context.Context, ref keystore.Ref, r keyRecord) (keystore.Key, error) {
-	store, err := a.token(r.Token)
-	if err != nil {
-		return nil, fmt.Errorf("key %v: %w", ref, err)
-	}
 	info, err := r.info(ref)
 	if err != nil {
 		return nil, err
+	}
+	store, err := a.token(r.Token)
+	if err != nil && r.State.outOfUse() {
+		return gone{info}, nil // its token may be gone with it
+	} else if err != nil {
+		return nil, fmt.Errorf("key %v: %w", ref, err)
 	}
 	if r.State == Destroyed {
 		return store.Bind(info), nil
@@ -197,8 +225,14 @@ func (a *Appliance) loadKey(ctx context.Context, ref keystore.Ref, r keyRecord) 
 	case errors.Is(err, keystore.ErrUnavailable) && (ref.Name != NoiseName || r.State != Active), errors.Is(err, keystore.ErrSealed):
 		a.log.Warn("a key is not held against its token, which does not give it out now", "key", ref.String(), "token", r.Token, "err", err)
 		return store.Bind(info), nil
-	case errors.Is(err, keystore.ErrNotFound) && (r.State == Archived || r.State == Compromised): // it signs nothing any more
+	case errors.Is(err, keystore.ErrNotFound) && r.State.outOfUse():
 		a.log.Warn("a key that is out of use is not on its token any more", "key", ref.String(), "token", r.Token)
+		return store.Bind(info), nil
+	case errors.Is(err, keystore.ErrNotFound) && r.State != Active:
+		a.log.Error("a key is not on its token", "key", ref.String(), "state", string(r.State), "token", r.Token)
+		a.mu.Lock()
+		defer a.mu.Unlock()
+		a.lost[ref] = fmt.Sprintf("key %v, which is %s, is not on token %s: restore the token", ref, r.State, r.Token)
 		return store.Bind(info), nil
 	case errors.Is(err, keystore.ErrNotFound):
 		return nil, fmt.Errorf("the ledger has key %v and the token does not: is it the right token? %w", ref, err)
@@ -211,10 +245,23 @@ func (a *Appliance) loadKey(ctx context.Context, ref keystore.Ref, r keyRecord) 
 	return store.Bind(info), nil
 }
 
+// gone stands for a key whose token the configuration does not have.
+type gone struct{ info keystore.Info }
+
+func (g gone) Info() keystore.Info { return g.info }
+
+func (g gone) Sign(context.Context, []byte, keystore.Judge) ([]byte, error) {
+	return nil, fmt.Errorf("%v: %w", g.info.Ref, keystore.ErrNotFound)
+}
+
+func (g gone) Exchange(context.Context, [32]byte) (shared [32]byte, err error) {
+	return shared, fmt.Errorf("%v: %w", g.info.Ref, keystore.ErrNotFound)
+}
+
 // put makes memory say what a record says. The caller holds mu.
 func (a *Appliance) put(ref keystore.Ref, r keyRecord, k keystore.Key) {
 	n := &Key{Key: k, Name: ref.Name, Version: ref.Version, Token: r.Token, State: r.State, Created: time.Unix(r.Created, 0),
-		Succession: r.Succession, Authorization: r.Authorization, turns: a.turns[r.Token], uses: new(atomic.Uint64)}
+		Compromised: r.Compromised, Succession: r.Succession, Authorization: r.Authorization, turns: a.turns[r.Token], life: new(life)}
 	if r.Activates != 0 {
 		n.Activates = time.Unix(r.Activates, 0)
 	}
@@ -225,9 +272,14 @@ func (a *Appliance) put(ref keystore.Ref, r keyRecord, k keystore.Key) {
 		n.public, _ = eddsa.ParsePublicKey(k.Info().PublicKey) // one that is unusable verifies nothing
 	}
 	if before := a.keys[ref]; before != nil {
-		n.uses = before.uses
+		n.life = before.life
 	}
+	if n.turns == nil { // its token is gone
+		n.turns = limit.NewFair(1)
+	}
+	n.life.over.Store(n.State.outOfUse())
 	a.keys[ref] = n
+	a.news = nil
 	if n.State == Active {
 		a.active[n.Name] = n
 	} else if was := a.active[n.Name]; was != nil && was.Version == n.Version {
@@ -242,47 +294,49 @@ type step struct {
 	change func(*keyRecord)
 }
 
-// change carries out steps in one transaction with their events. Memory changes inside of it, where nothing is decided: an admission that
-// comes after the events is by the new states. What could not be written did not happen.
+// change carries out steps in one transaction with their events. Memory changes when that is on disk, before anything else is decided: an
+// admission that comes after the events is by the new states, and what could not be written did not happen.
 func (a *Appliance) change(ctx context.Context, steps []step, events ...audit.Event) error {
-	a.mu.Lock()
-	keys, active := maps.Clone(a.keys), maps.Clone(a.active)
-	a.mu.Unlock()
-	err := a.ledger.Update(ctx, func(tx *ledger.Tx) error {
-		var records []keyRecord
-		for _, s := range steps {
-			_, r, err := decodeKey(s.ref.String(), tx.Get(ledger.Keys, s.ref.String()))
-			if err != nil {
-				return err
-			}
-			s.change(&r)
-			if err := tx.Put(ledger.Keys, s.ref.String(), encode(r)); err != nil {
-				return err
-			}
-			records = append(records, r)
+	return a.ledger.Update(ctx, func(tx *ledger.Tx) error { return a.changeIn(tx, steps, events...) })
+}
+
+func (a *Appliance) changeIn(tx *ledger.Tx, steps []step, events ...audit.Event) error {
+	var records []keyRecord
+	var keys []keystore.Key
+	for _, s := range steps {
+		_, r, err := decodeKey(s.ref.String(), tx.Get(ledger.Keys, s.ref.String()))
+		if err != nil {
+			return err
 		}
-		for _, e := range events {
-			if err := tx.Append(entry(e)); err != nil {
-				return err
-			}
+		s.change(&r)
+		if err := tx.Put(ledger.Keys, s.ref.String(), encode(r)); err != nil {
+			return err
 		}
+		k := s.key
+		if known := a.version(s.ref.Name, s.ref.Version); k == nil && known != nil {
+			k = known.Key
+		} else if k == nil {
+			return fmt.Errorf("key %v: %w", s.ref, ErrNotFound)
+		}
+		records, keys = append(records, r), append(keys, k)
+	}
+	tx.OnCommit(func() {
 		a.mu.Lock()
 		defer a.mu.Unlock()
 		for i, s := range steps {
-			k := s.key
-			if k == nil {
-				k = keys[s.ref].Key
-			}
-			a.put(s.ref, records[i], k)
+			a.put(s.ref, records[i], keys[i])
 		}
-		return nil
 	})
-	if err != nil {
-		a.mu.Lock()
-		a.keys, a.active = keys, active // all that changes keys is under the lock creating
-		a.mu.Unlock()
+	return appendAll(tx, events...)
+}
+
+func appendAll(tx *ledger.Tx, events ...audit.Event) error {
+	for _, e := range events {
+		if err := tx.Append(entry(e)); err != nil {
+			return err
+		}
 	}
-	return err
+	return nil
 }
 
 // token returns the token of a name; without one, the only one.
@@ -298,21 +352,31 @@ func (a *Appliance) tokenNames() []string { return slices.Sorted(maps.Keys(a.tok
 // Keys lists all versions of all keys, the appliance's own included, by name and version.
 func (a *Appliance) Keys() []*Key {
 	a.mu.RLock()
-	defer a.mu.RUnlock()
-	return slices.SortedFunc(maps.Values(a.keys), func(x, y *Key) int {
-		if x.Name != y.Name {
-			return strings.Compare(x.Name, y.Name)
-		}
-		return int(x.Version) - int(y.Version)
-	})
+	all := slices.Collect(maps.Values(a.keys))
+	a.mu.RUnlock()
+	slices.SortFunc(all, inOrder)
+	return all
+}
+
+// inOrder is by name and version.
+func inOrder(x, y *Key) int {
+	return cmp.Or(strings.Compare(x.Name, y.Name), cmp.Compare(x.Version, y.Version))
 }
 
 // Key returns all versions of a key, or ErrNotFound.
 func (a *Appliance) Key(name string) ([]*Key, error) {
-	all := slices.DeleteFunc(a.Keys(), func(k *Key) bool { return k.Name != name })
+	var all []*Key
+	a.mu.RLock()
+	for ref, k := range a.keys {
+		if ref.Name == name {
+			all = append(all, k)
+		}
+	}
+	a.mu.RUnlock()
 	if len(all) == 0 {
 		return nil, fmt.Errorf("key %q: %w", ijson.Clip(name), ErrNotFound)
 	}
+	slices.SortFunc(all, inOrder)
 	return all, nil
 }
 
@@ -360,7 +424,7 @@ func (a *Appliance) noiseKeys() (keys []*Key) {
 		if (x.State == Active) != (y.State == Active) {
 			return map[bool]int{true: -1, false: 1}[x.State == Active]
 		}
-		return int(y.Version) - int(x.Version)
+		return cmp.Compare(y.Version, x.Version)
 	})
 	return keys
 }
@@ -380,7 +444,7 @@ func (a *Appliance) signingKey(name string) (*Key, error) {
 	return nil, fmt.Errorf("%w: there is no signing key %q", errUnknownKey, ijson.Clip(name))
 }
 
-// keyVersion returns a version of a key that an earlier admission names.
+// keyVersion returns a version of a key that an earlier admission names. Of one that is archived, what it has signed then can still be had.
 func (a *Appliance) keyVersion(name string, version uint32) (*Key, error) {
 	k := a.version(name, version)
 	if k == nil || k.State == Compromised || k.State == Destroyed {
@@ -419,7 +483,7 @@ func (a *Appliance) checkSigner(name *string, publicKey [32]byte) error {
 	for ref, k := range a.keys {
 		switch {
 		case !bytes.Equal(k.Info().PublicKey, publicKey[:]):
-		case k.State == Compromised:
+		case k.Compromised:
 			return fmt.Errorf("%w: the public key is that of a compromised version of %q", transcript.ErrWrongSigner, ref.Name)
 		case name != nil && ref.Name == *name:
 			known = known || k.State == Active || k.State == VerifyOnly

@@ -29,15 +29,29 @@ func (k *Key) turn(ctx context.Context) (release func(), err error) {
 	return k.turns.Acquire(ctx, lane)
 }
 
-// Sign waits for its turn and signs.
+// Sign waits for its turn and signs. A version that has gone out of use meanwhile signs nothing.
 func (k *Key) Sign(ctx context.Context, message []byte, judge keystore.Judge) ([]byte, error) {
+	signature, err := k.sign(ctx, message, judge, k.inUse)
+	if err == nil {
+		k.life.uses.Add(1)
+	}
+	return signature, err
+}
+
+func (k *Key) sign(ctx context.Context, message []byte, judge keystore.Judge, may func() error) ([]byte, error) {
 	release, err := k.turn(ctx)
 	if err != nil {
 		return nil, err
 	}
 	defer release()
-	k.uses.Add(1)
-	return k.Key.Sign(ctx, message, judge)
+	if err := may(); err != nil {
+		return nil, err
+	}
+	signature, err := k.Key.Sign(ctx, message, judge)
+	if refused := may(); refused != nil {
+		return nil, refused
+	}
+	return signature, err
 }
 
 // Exchange waits for its turn and makes the shared secret.
@@ -47,7 +61,14 @@ func (k *Key) Exchange(ctx context.Context, peer [32]byte) (shared [32]byte, err
 		return shared, err
 	}
 	defer release()
-	return k.Key.Exchange(ctx, peer)
+	if err := k.inUse(); err != nil {
+		return shared, err
+	}
+	shared, err = k.Key.Exchange(ctx, peer)
+	if refused := k.inUse(); refused != nil {
+		return [32]byte{}, refused
+	}
+	return shared, err
 }
 
 // newTurns makes the queues of the tokens. How many may wait is bounded by what is let in before: see begin and Handshakes.

@@ -85,6 +85,9 @@ func (a *Appliance) Line(name string) (Line, error) {
 	return a.line(name), err
 }
 
+// maxSettings is what an event takes of a text without cutting it.
+const maxSettings = 2000
+
 func (l Line) check() error {
 	const year = 366 * 24 * time.Hour
 	switch {
@@ -96,6 +99,14 @@ func (l Line) check() error {
 		return errors.New("presence must be 0 to 24 hours")
 	case len(l.Acknowledge) > 100:
 		return errors.New("acknowledge has more than 100 names")
+	}
+	for _, d := range []time.Duration{l.Plan.Every, l.Announce, l.Grace, l.Presence} {
+		if d%time.Second != 0 { // on disk it would be another
+			return fmt.Errorf("%v is not a number of whole seconds", d)
+		}
+	}
+	if n := len(encode(l.record())); n > maxSettings {
+		return fmt.Errorf("the settings have %d bytes, and the event that records them has room for %d: name fewer peers, or all", n, maxSettings)
 	}
 	for _, name := range l.Acknowledge {
 		if err := keystore.CheckName(name); err != nil {
@@ -117,13 +128,20 @@ func (a *Appliance) SetLine(ctx context.Context, who audit.Actor, name string, s
 		if err != nil {
 			return err
 		}
-		if l = before; set != nil {
+		l = before
+		l.Acknowledge = slices.Clone(l.Acknowledge) // it is set's to change
+		if set != nil {
 			if err := set(&l); err != nil {
 				return fmt.Errorf("key %q: %w: %w", name, ErrInvalid, err)
 			}
 		}
 		if err := l.check(); err != nil {
 			return fmt.Errorf("key %q: %w: %w", name, ErrInvalid, err)
+		}
+		for _, peer := range l.Acknowledge {
+			if !slices.Contains(before.Acknowledge, peer) && peer != AllPeers && !a.enrolled(peer) {
+				return fmt.Errorf("key %q: acknowledge: peer %q: %w", name, peer, ErrNotFound)
+			}
 		}
 		if own(name) && (l.Presence != 0 || name != NoiseName) {
 			return fmt.Errorf("key %q: %w: it is the appliance's own", name, ErrInvalid)
@@ -137,21 +155,20 @@ func (a *Appliance) SetLine(ctx context.Context, who audit.Actor, name string, s
 		}
 		record := encode(l.record())
 		e.Metadata["settings"], e.Metadata["presence"] = string(record), strconv.FormatInt(int64(l.Presence/time.Second), 10)
-		if err := a.ledger.Update(ctx, func(tx *ledger.Tx) error {
+		return a.ledger.Update(ctx, func(tx *ledger.Tx) error {
 			if err := tx.Put(ledger.Lines, name, record); err != nil {
 				return err
 			}
-			a.mu.Lock()
-			a.lines[name] = l // here, so that the admission after the event is by it
-			a.mu.Unlock()
+			tx.OnCommit(func() { // so that the admission after the event is by it
+				a.mu.Lock()
+				defer a.mu.Unlock()
+				a.lines[name], a.news = l, nil
+				if l.Presence != before.Presence {
+					delete(a.confirmed, name) // it was for another time
+				}
+			})
 			return tx.Append(entry(e))
-		}); err != nil {
-			a.mu.Lock()
-			a.lines[name] = before
-			a.mu.Unlock()
-			return err
-		}
-		return nil
+		})
 	})
 	return l, err
 }
@@ -159,28 +176,40 @@ func (a *Appliance) SetLine(ctx context.Context, who audit.Actor, name string, s
 // Confirm lets a key sign for its time of presence: an operator has just proven to be there. CredentialsChanged takes all confirmations back, since
 // who can enrol a credential could confirm with it.
 func (a *Appliance) Confirm(ctx context.Context, who audit.Actor, name string) (until time.Time, err error) {
-	l, err := a.Line(name)
-	if err != nil {
+	if _, err := a.Key(name); err != nil {
 		return until, err
-	}
-	if l.Presence == 0 {
-		return until, fmt.Errorf("key %q: %w: it needs no confirmation", name, ErrConflict)
 	}
 	a.mu.RLock()
 	credentials := a.credentials
 	a.mu.RUnlock()
-	until = time.Now().Add(l.Presence)
-	if err := a.record(ctx, audit.Event{Type: audit.PresenceConfirmed, Actor: who, Action: "key confirm", Resource: name, Outcome: "ok",
-		Metadata: map[string]string{"until": strconv.FormatInt(until.Unix(), 10)}}); err != nil {
-		return time.Time{}, err
+	confirmed := errors.New("not written")
+	err = a.ledger.Update(ctx, func(tx *ledger.Tx) error {
+		a.mu.RLock()
+		defer a.mu.RUnlock()
+		presence := a.lines[name].Presence
+		switch {
+		case presence == 0:
+			return fmt.Errorf("key %q: %w: it needs no confirmation", name, ErrConflict)
+		case a.credentials != credentials:
+			return fmt.Errorf("key %q: %w: credentials have changed: confirm again", name, ErrConflict)
+		}
+		end := time.Now().Add(presence)
+		tx.OnCommit(func() {
+			a.mu.Lock()
+			defer a.mu.Unlock()
+			if a.credentials != credentials {
+				confirmed = fmt.Errorf("key %q: %w: credentials have changed: confirm again", name, ErrConflict)
+				return
+			}
+			a.confirmed[name], until, confirmed = end, end, nil
+		})
+		return tx.Append(entry(audit.Event{Type: audit.PresenceConfirmed, Actor: who, Action: "key confirm", Resource: name, Outcome: "ok",
+			Metadata: map[string]string{"until": strconv.FormatInt(end.Unix(), 10)}}))
+	})
+	if err != nil {
+		return time.Time{}, err // the writer may still be at it: until is not ours to read
 	}
-	a.mu.Lock()
-	defer a.mu.Unlock()
-	if a.credentials != credentials {
-		return time.Time{}, fmt.Errorf("key %q: %w: credentials have changed: confirm again", name, ErrConflict)
-	}
-	a.confirmed[name] = until
-	return until, nil
+	return until, confirmed
 }
 
 func (a *Appliance) CredentialsChanged() {
@@ -200,6 +229,9 @@ func (a *Appliance) Confirmed(name string) time.Time {
 // usesKey is the record of how often keys were used, up to an event.
 const usesKey = "key-uses"
 
+// usesBehind bounds the events that a start has to read where no key was used.
+const usesBehind = 4096
+
 type usesRecord struct {
 	Next uint64            `json:"next"` // the first event that is not counted
 	Uses map[string]uint64 `json:"uses"` // by name/version
@@ -216,13 +248,14 @@ func (a *Appliance) loadUses() error {
 	}); err != nil {
 		return err
 	}
+	a.written = r
 	for _, k := range a.Keys() {
-		k.uses.Store(r.Uses[k.Info().Ref.String()])
+		k.life.uses.Store(r.Uses[k.Info().Ref.String()])
 	}
 	return a.Events(r.Next, func(_ uint64, e audit.Event) bool {
 		if ref, err := keystore.ParseRef(e.Resource); err == nil && e.Type.Kind() == audit.Admission {
 			if k := a.version(ref.Name, ref.Version); k != nil {
-				k.uses.Add(1)
+				k.life.uses.Add(1)
 			}
 		}
 		return true
@@ -238,13 +271,13 @@ func (a *Appliance) writeUses(ctx context.Context) error {
 			r.Uses[k.Info().Ref.String()] = n
 		}
 	}
-	if maps.Equal(r.Uses, a.written) {
+	if maps.Equal(r.Uses, a.written.Uses) && r.Next < a.written.Next+usesBehind {
 		return nil
 	}
 	if err := a.ledger.Update(ctx, func(tx *ledger.Tx) error { return tx.Put(ledger.Meta, usesKey, encode(r)) }); err != nil {
 		return err
 	}
-	a.written = r.Uses
+	a.written = r
 	return nil
 }
 
@@ -263,12 +296,34 @@ const (
 // failed notes that the rotation of a line did not succeed; Health says so, and it is tried again after a while.
 func (a *Appliance) failed(name string, err error) {
 	a.mu.Lock()
-	defer a.mu.Unlock()
 	r := a.retries[name]
 	r.wait = min(max(2*r.wait, firstRetry), lastRetry)
 	r.cause, r.after = err, time.Now().Add(r.wait)
 	a.retries[name] = r
+	a.mu.Unlock()
 	a.log.Error("a rotation is not done; it is tried again", "key", name, "in", r.wait, "err", err)
+}
+
+// done notes that nothing is left to do for a line, whoever has done it.
+func (a *Appliance) done(name string) {
+	a.mu.RLock()
+	_, failed := a.retries[name]
+	a.mu.RUnlock()
+	if failed {
+		a.mu.Lock()
+		defer a.mu.Unlock()
+		delete(a.retries, name)
+	}
+}
+
+// hasten has what failed tried again now.
+func (a *Appliance) hasten() {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	for name, r := range a.retries {
+		r.after, r.wait = time.Time{}, 0
+		a.retries[name] = r
+	}
 }
 
 // keepKeysEvery is how often is looked at what keys are due.
@@ -279,10 +334,17 @@ func (a *Appliance) keepKeys(ctx context.Context) {
 	ticker := time.NewTicker(keepKeysEvery)
 	defer ticker.Stop()
 	for {
-		for _, name := range a.lineNames() {
-			if ctx.Err() == nil && a.workOf(name) != nil {
-				a.keepLine(ctx, name)
+		for all := a.Keys(); len(all) > 0 && ctx.Err() == nil; {
+			n := 1
+			for n < len(all) && all[n].Name == all[0].Name {
+				n++
 			}
+			if name := all[0].Name; a.work(all[:n]) != nil {
+				a.keepLine(ctx, name)
+			} else {
+				a.done(name)
+			}
+			all = all[n:]
 		}
 		select {
 		case <-ctx.Done():
@@ -290,16 +352,6 @@ func (a *Appliance) keepKeys(ctx context.Context) {
 		case <-ticker.C:
 		}
 	}
-}
-
-func (a *Appliance) lineNames() []string {
-	a.mu.RLock()
-	defer a.mu.RUnlock()
-	names := map[string]bool{}
-	for ref := range a.keys {
-		names[ref.Name] = true
-	}
-	return slices.Sorted(maps.Keys(names))
 }
 
 // keepLine does what is due of a line. It is looked at again under the lock.
@@ -318,51 +370,58 @@ func (a *Appliance) keepLine(ctx context.Context, name string) {
 		}
 		return nil
 	})
-	switch {
-	case err == nil:
-		a.mu.Lock()
-		delete(a.retries, name)
-		a.mu.Unlock()
-	case ctx.Err() == nil:
+	if err == nil {
+		a.done(name)
+	} else if ctx.Err() == nil {
 		a.failed(name, err)
 	}
 }
 
-// workOf says what is to be done for a line now; nil: nothing.
 func (a *Appliance) workOf(name string) func(context.Context) error {
 	versions, err := a.Key(name)
 	if err != nil {
 		return nil
 	}
+	return a.work(versions)
+}
+
+// work says what is to be done now for a line with these versions; nil: nothing. While it is not known that the ledger is the newest, that is
+// nothing: what it says of the line may be long past.
+func (a *Appliance) work(versions []*Key) func(context.Context) error {
+	if a.shut(byRollback) || a.shut(byCounter) {
+		return nil
+	}
+	name := versions[0].Name
 	now, l, daemon := time.Now(), a.line(name), audit.Daemon()
-	var active, last *Key // last: the one that came into use last
+	var active, next *Key
 	for _, k := range versions {
 		switch {
-		case k.State == VerifyOnly && (!now.Before(k.Retires) || a.acknowledged(l, k)):
+		// By the ledger's time, since this can't be taken back: a clock that jumps ahead ends no grace time.
+		case k.State == VerifyOnly && (!a.ledger.Time().Before(k.Retires) || a.acknowledged(l, k)):
 			reason := "its grace time is over"
 			if now.Before(k.Retires) {
 				reason = "its successor is acknowledged"
 			}
 			return func(ctx context.Context) error { return a.setState(ctx, daemon, k, Archived, reason) }
-		case k.State == Pending && k.announced() && !now.Before(k.Activates):
-			return func(ctx context.Context) error { return a.activate(ctx, daemon, k) }
 		case k.State == Active:
 			active = k
-		}
-		if k.State != Pending {
-			last = k
+		case k.State == Pending && k.announced():
+			next = k
 		}
 	}
 	if a.operable() != nil {
 		return nil
 	}
-	if active == nil && last != nil && last.State == Compromised {
-		return func(ctx context.Context) error { return a.succeed(ctx, daemon, last) }
+	if k := unfollowed(versions); k != nil {
+		return func(ctx context.Context) error { return a.succeed(ctx, daemon, k) }
+	}
+	if next != nil {
+		if now.Before(next.Activates) {
+			return nil
+		}
+		return func(ctx context.Context) error { return a.activate(ctx, daemon, next) }
 	}
 	if active == nil {
-		return nil
-	}
-	if next := a.version(name, active.Version+1); next != nil && next.announced() {
 		return nil
 	}
 	if due, _, _ := l.Plan.Due(active.Activates, active.Uses(), time.Time{}, now); due {
@@ -374,24 +433,49 @@ func (a *Appliance) workOf(name string) func(context.Context) error {
 	return nil
 }
 
-// NextRotation says when a line is rotated by itself and why; zero: not by time.
+// unfollowed returns the version of a line that was active and is compromised, where its successor is not active yet.
+func unfollowed(versions []*Key) (last *Key) {
+	for _, k := range versions {
+		if k.State == Active {
+			return nil
+		}
+		if k.State != Pending {
+			last = k
+		}
+	}
+	if last != nil && last.State == Compromised {
+		return last
+	}
+	return nil
+}
+
+// NextRotation says when a line is rotated by itself and why, or when the version that is announced will be active; zero: not by time.
 func (a *Appliance) NextRotation(name string) (time.Time, string) {
 	active, err := a.ActiveKey(name)
 	if err != nil {
 		return time.Time{}, ""
 	}
+	if next := a.version(name, active.Version+1); next != nil && next.announced() {
+		return next.Activates, "announced"
+	}
 	_, next, why := a.line(name).Plan.Due(active.Activates, active.Uses(), time.Time{}, time.Now())
 	return next, string(why)
 }
 
-// acknowledged says that those who must have acknowledged the version after k, and somebody has to.
+// acknowledged says that those who must have acknowledged the version after k, and that there is one of them: where all of them are gone, the
+// grace time counts.
 func (a *Appliance) acknowledged(l Line, k *Key) bool {
-	if len(l.Acknowledge) == 0 {
-		return false
+	a.mu.RLock()
+	defer a.mu.RUnlock()
+	asked := 0
+	for _, m := range a.peers {
+		if !m.in() || !slices.Contains(l.Acknowledge, m.Name) && !slices.Contains(l.Acknowledge, AllPeers) {
+			continue
+		}
+		if m.known[k.Name] <= k.Version {
+			return false
+		}
+		asked++
 	}
-	missing := a.Unacknowledged(k.Name, k.Version+1)
-	if slices.Contains(l.Acknowledge, AllPeers) {
-		return len(missing) == 0
-	}
-	return !slices.ContainsFunc(missing, func(peer string) bool { return slices.Contains(l.Acknowledge, peer) })
+	return asked > 0
 }

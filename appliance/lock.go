@@ -1,7 +1,9 @@
 package appliance
 
 import (
+	"bytes"
 	"context"
+	"crypto/ecdh"
 	"crypto/rand"
 	"encoding/json"
 	"errors"
@@ -10,6 +12,7 @@ import (
 	"time"
 
 	"countersign/audit"
+	"countersign/keystore"
 	"countersign/ledger"
 )
 
@@ -33,6 +36,13 @@ func (a *Appliance) close(why int, err error) {
 		}
 	}
 	a.ledger.Suspend(nil)
+}
+
+// shut says that a reason closes the appliance.
+func (a *Appliance) shut(why int) bool {
+	a.mu.RLock()
+	defer a.mu.RUnlock()
+	return a.closed[why] != nil
 }
 
 // operable says why nothing new may be made now: nil, or what closes the appliance.
@@ -79,10 +89,10 @@ func (a *Appliance) Lock(ctx context.Context, who audit.Actor, reason string) er
 		return fmt.Errorf("lock: %w", err)
 	}
 	l := Lock{By: who.Name, Reason: reason, At: time.Now().UTC().Truncate(time.Second)}
-	a.close(byOperator, l.err()) // first: an emergency does not wait for the disk
+	lock := func() { a.locked.Store(&l); a.close(byOperator, l.err()) }
+	lock() // first: an emergency does not wait for the disk
 	return a.act(ctx, a.locking, "locking", func(ctx context.Context) error {
-		a.close(byOperator, l.err())
-		a.locked.Store(&l)
+		lock() // again: it may have been unlocked in between
 		if err := a.ledger.Update(ctx, func(tx *ledger.Tx) error {
 			if err := tx.Put(ledger.Meta, lockKey, encode(l)); err != nil {
 				return err
@@ -160,6 +170,9 @@ func (a *Appliance) Health() Health {
 	for name, r := range a.retries {
 		add("the rotation of %s is not done: %v", name, r.cause)
 	}
+	for _, what := range a.lost {
+		add("%s", what)
+	}
 	if a.policyWaits != "" {
 		add("%s", a.policyWaits)
 	}
@@ -190,8 +203,45 @@ func (a *Appliance) Canary(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	message := append([]byte(canaryDomain), make([]byte, 32)...)
-	rand.Read(message[len(canaryDomain):])
-	_, err = k.Sign(inLane(ctx, ownLane), message, func(signature []byte) bool { return k.verify(message, signature) == nil })
+	return a.prove(ctx, k)
+}
+
+// prove has the device show that it has a private key, which must not come into use without.
+func (a *Appliance) prove(ctx context.Context, k *Key) (err error) {
+	ctx, cancel := context.WithTimeout(inLane(ctx, ownLane), a.limits.RequestTimeout)
+	defer cancel()
+	if k.Info().Algorithm == keystore.X25519 {
+		err = proveExchange(ctx, k)
+	} else {
+		message := append([]byte(canaryDomain), make([]byte, 32)...)
+		rand.Read(message[len(canaryDomain):])
+		_, err = k.sign(ctx, message, func(signature []byte) bool { return k.Info().Verify(message, signature) }, k.inUse)
+	}
+	if err != nil {
+		return fmt.Errorf("prove key %v: %w", k.Info().Ref, err)
+	}
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	delete(a.lost, k.Info().Ref)
+	return nil
+}
+
+func proveExchange(ctx context.Context, k *Key) error {
+	other, err := ecdh.X25519().GenerateKey(rand.Reader)
+	if err != nil {
+		return err
+	}
+	public, err := ecdh.X25519().NewPublicKey(k.Info().PublicKey)
+	if err != nil {
+		return err
+	}
+	want, err := other.ECDH(public)
+	if err != nil {
+		return err
+	}
+	got, err := k.Exchange(ctx, [32]byte(other.PublicKey().Bytes()))
+	if err == nil && !bytes.Equal(got[:], want) {
+		err = keystore.ErrWrong
+	}
 	return err
 }

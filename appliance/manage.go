@@ -39,11 +39,15 @@ func (a *Appliance) RetryToken(ctx context.Context, who audit.Actor, name string
 		return err
 	}
 	store.Retry()
+	a.hasten()
 	return nil
 }
 
 // TokenChanged writes down that a token does not serve any more, or serves again.
 func (a *Appliance) TokenChanged(name string, up bool, cause error) {
+	if up {
+		a.hasten()
+	}
 	e := audit.Event{Type: audit.DeviceRecovered, Actor: audit.Daemon(), Action: "serve", Resource: name, Outcome: "ok"}
 	if !up {
 		e.Type, e.Outcome = audit.DeviceUnavailable, "unavailable"

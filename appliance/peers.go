@@ -246,6 +246,18 @@ func (a *Appliance) cutOff(name string, mark func(*member)) (ended []<-chan stru
 	return ended
 }
 
+// enrolled says that there is a peer of a name.
+func (a *Appliance) enrolled(name string) bool {
+	a.mu.RLock()
+	defer a.mu.RUnlock()
+	for _, m := range a.peers {
+		if m.Name == name {
+			return true
+		}
+	}
+	return false
+}
+
 // Peers lists the enrolled clients by name.
 func (a *Appliance) Peers() []PeerStatus {
 	a.mu.RLock()

@@ -100,7 +100,7 @@ func (a *Appliance) governed() (yes bool, err error) {
 // text that is in force already.
 func (a *Appliance) Activate(ctx context.Context, who audit.Actor, p *policy.Policy) (version uint64, changed bool, err error) {
 	err = a.act(ctx, a.activating, "activating a policy", func(ctx context.Context) error {
-		hash, before := hex.EncodeToString(p.Hash[:]), a.rules.Load()
+		hash := hex.EncodeToString(p.Hash[:])
 		same := errors.New("the same")
 		err := a.ledger.Update(ctx, func(tx *ledger.Tx) error {
 			var last PolicyVersion
@@ -114,7 +114,7 @@ func (a *Appliance) Activate(ctx context.Context, who audit.Actor, p *policy.Pol
 			if err := tx.Put(ledger.Policies, policyKey(version), encode(policyRecord{hash, string(p.Text), time.Now().Unix()})); err != nil {
 				return err
 			}
-			a.rules.Store(&rules{p, version}) // here, where nothing is decided: the admission after the event is by these
+			tx.OnCommit(func() { a.rules.Store(&rules{p, version}) }) // so that the admission after the event is by these
 			return tx.Append(entry(audit.Event{Type: audit.PolicyChanged, Actor: who, Action: "policy activate", Resource: "policy", Outcome: "ok",
 				Metadata: map[string]string{"sha256": hash, "previous": last.Hash, "version": strconv.FormatUint(version, 10)}}))
 		})
@@ -122,7 +122,6 @@ func (a *Appliance) Activate(ctx context.Context, who audit.Actor, p *policy.Pol
 		case errors.Is(err, same):
 			a.rules.Store(&rules{p, version})
 		case err != nil:
-			a.rules.Store(before)
 			return err
 		}
 		return nil

@@ -200,11 +200,12 @@ func (a *Appliance) recordRefusal(ctx context.Context, who Peer, op, key, code s
 	return a.record(ctx, audit.Event{Type: audit.SignatureRejected, Actor: who.actor(), Action: op, Resource: key, Outcome: code})
 }
 
-// signingKeys lists what peers may see: the keys that sign. All enrolled peers see all of them; policy decides about use.
+// signingKeys lists what peers may see: the keys that sign, without what is past: see Steps for that. All enrolled peers see all of them; policy
+// decides about use.
 func (a *Appliance) signingKeys() wire.KeyList {
 	list := wire.KeyList{Keys: []wire.Key{}}
 	for _, k := range a.Keys() {
-		if info := k.Info(); signs(k.Name, info.Algorithm) && k.announced() {
+		if info := k.Info(); signs(k.Name, info.Algorithm) && k.announced() && k.State != Archived && k.State != Destroyed {
 			list.Keys = append(list.Keys, wire.Key{
 				Name: k.Name, Version: k.Version, Algorithm: string(info.Algorithm), State: string(k.State),
 				Custody: string(info.Custody), Provenance: info.Provenance.String(), PublicKey: [32]byte(info.PublicKey), Next: a.announcedNext(k),

@@ -8,6 +8,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"math"
 	"strconv"
 	"time"
 
@@ -49,26 +50,51 @@ func (a *Appliance) Rotate(ctx context.Context, who audit.Actor, name string, at
 }
 
 func (a *Appliance) rotate(ctx context.Context, who audit.Actor, name string, at time.Time) (next *Key, err error) {
+	if name == LogName || name == AdminName || name == CAName {
+		return nil, fmt.Errorf("key %q: %w: this line of the appliance's own is not rotated", name, ErrInvalid)
+	}
+	if at.After(time.Now().Add(maxAhead)) {
+		return nil, fmt.Errorf("key %q: %w: a version is announced at most %d days before it is active", name, ErrInvalid, maxAhead/(24*time.Hour))
+	}
+	versions, err := a.Key(name)
+	if err != nil {
+		return nil, err
+	}
+	if k := unfollowed(versions); k != nil { // it is overdue
+		return a.version(name, k.Version+1), a.succeed(ctx, who, k)
+	}
 	old, err := a.ActiveKey(name)
 	if err != nil {
 		return nil, err
 	}
-	if name == LogName || name == AdminName || name == CAName {
-		return nil, fmt.Errorf("key %q: %w: this line of the appliance's own is not rotated", name, ErrInvalid)
-	}
 	if next := a.version(name, old.Version+1); next != nil && next.announced() {
 		return nil, fmt.Errorf("key %q: %w: version %d is announced and will be active at %s", name, ErrConflict, next.Version, next.Activates.UTC().Format(time.RFC3339))
 	}
+	if name == NoiseName && len(a.noiseKeys()) >= maxAnswering { // a stranger's handshake costs the device an exchange with each
+		return nil, fmt.Errorf("key %q: %w: %d versions answer handshakes: archive one, or wait for the end of its grace time", name, ErrConflict, maxAnswering)
+	}
 	if next, err = a.announce(ctx, who, old, at); err != nil {
-		why := err
-		e := audit.Event{Type: audit.KeyRotationFailed, Actor: who, Action: "key rotate", Resource: old.Info().Ref.String(), Outcome: "failed", Metadata: map[string]string{"cause": err.Error()}}
-		a.log.Error("a key is not rotated; nothing was changed", "key", name, "err", err)
-		return nil, errors.Join(why, a.record(ctx, e))
+		return nil, a.notRotated(ctx, who, old, err)
 	}
-	if !at.After(time.Now()) {
-		err = a.activate(ctx, who, next) // after an error it is tried again: it is announced
+	if at.After(time.Now()) {
+		return next, nil
 	}
-	return a.version(name, next.Version), err
+	if err := a.activate(ctx, who, next); err != nil {
+		return nil, fmt.Errorf("version %d of key %q is announced, and not active yet; it is tried again: %w", next.Version, name, err)
+	}
+	return a.version(next.Name, next.Version), nil
+}
+
+const (
+	maxAhead     = 366 * 24 * time.Hour // that a version is announced
+	maxAnswering = 4                    // Noise keys, before another one is made
+)
+
+// notRotated writes down that a rotation has failed, and why.
+func (a *Appliance) notRotated(ctx context.Context, who audit.Actor, old *Key, why error) error {
+	a.log.Error("a key is not rotated; nothing was changed", "key", old.Name, "err", why)
+	return errors.Join(why, a.record(ctx, audit.Event{Type: audit.KeyRotationFailed, Actor: who, Action: "key rotate", Resource: old.Info().Ref.String(), Outcome: "failed",
+		Metadata: map[string]string{"cause": why.Error()}}))
 }
 
 // announce prepares the step from a version, which is active or was found to be compromised, to the next one.
@@ -83,6 +109,9 @@ func (a *Appliance) announce(ctx context.Context, who audit.Actor, old *Key, at 
 	next := a.version(ref.Name, ref.Version)
 	if next == nil {
 		return nil, fmt.Errorf("key %q: %w: version %d has no successor: make another key", old.Name, ErrConflict, old.Version)
+	}
+	if err := a.prove(ctx, next); err != nil { // it was made long ago
+		return nil, err
 	}
 	after, err := a.makeNext(ctx, ref, next.Token)
 	if err != nil {
@@ -130,6 +159,9 @@ func (a *Appliance) announcement(who audit.Actor, old *Key, next keystore.Info, 
 
 // activate makes a version that was announced the one that signs.
 func (a *Appliance) activate(ctx context.Context, who audit.Actor, next *Key) error {
+	if err := a.prove(ctx, next); err != nil { // or nothing of the line would sign any more
+		return err
+	}
 	now := time.Now()
 	steps := []step{{ref: next.Info().Ref, change: func(r *keyRecord) { r.State, r.Activates = Active, now.Unix() }}}
 	e := audit.Event{Type: audit.KeyRotated, Actor: who, Action: "key rotate", Resource: next.Info().Ref.String(), Outcome: "ok",
@@ -183,12 +215,16 @@ func oneOf(states []State) (text string) {
 }
 
 func (a *Appliance) setState(ctx context.Context, who audit.Actor, k *Key, to State, reason string) error {
+	return a.change(ctx, []step{{ref: k.Info().Ref, change: func(r *keyRecord) { r.State = to }}}, stateChanged(who, k, to, reason))
+}
+
+func stateChanged(who audit.Actor, k *Key, to State, reason string) audit.Event {
 	e := audit.Event{Type: audit.KeyStateChanged, Actor: who, Action: "key state", Resource: k.Info().Ref.String(), Outcome: "ok",
 		Metadata: map[string]string{"from": string(k.State), "to": string(to)}}
 	if reason != "" {
 		e.Metadata["reason"] = reason
 	}
-	return a.change(ctx, []step{{ref: k.Info().Ref, change: func(r *keyRecord) { r.State = to }}}, e)
+	return e
 }
 
 // Destroy destroys the private key of a version that is out of use. The device goes first: after a crash the ledger may have a key that is
@@ -239,17 +275,52 @@ func (a *Appliance) Compromise(ctx context.Context, who audit.Actor, name string
 		if err != nil {
 			return err
 		}
-		if err := a.setState(ctx, who, k, Compromised, reason); err != nil {
+		if err := a.condemn(ctx, who, k, reason); err != nil {
 			return err
 		}
+		a.wake()
 		a.log.Warn("a key is compromised", "key", k.Info().Ref.String(), "operator", who.Name, "reason", reason)
-		if k.State != Active {
-			return nil
+		if k.State != Active || a.operable() != nil {
+			return nil // for the latter keepKeys comes back to it
 		}
 		if err := a.succeed(ctx, who, k); err != nil {
 			a.failed(name, err) // and it is tried again: see keepKeys
 		}
 		return nil
+	})
+}
+
+// condemn writes down that a version is compromised. Who has acknowledged its successor has not heard of that yet.
+func (a *Appliance) condemn(ctx context.Context, who audit.Actor, k *Key, reason string) error {
+	next := k.Version + 1
+	return a.ledger.Update(ctx, func(tx *ledger.Tx) error {
+		again := map[string]peerRecord{}
+		if err := tx.All(ledger.Peers, func(name string, value []byte) error {
+			r, _, err := decodePeer(name, value)
+			if r.Known[k.Name] == next {
+				again[name] = r
+			}
+			return err
+		}); err != nil {
+			return err
+		}
+		for name, r := range again {
+			r.Known[k.Name] = k.Version
+			if err := tx.Put(ledger.Peers, name, encode(r)); err != nil {
+				return err
+			}
+		}
+		tx.OnCommit(func() {
+			a.mu.Lock()
+			defer a.mu.Unlock()
+			for _, m := range a.peers {
+				if m.known[k.Name] == next {
+					m.known[k.Name] = k.Version
+				}
+			}
+		})
+		compromised := func(r *keyRecord) { r.State, r.Compromised = Compromised, true }
+		return a.changeIn(tx, []step{{ref: k.Info().Ref, change: compromised}}, stateChanged(who, k, Compromised, reason))
 	})
 }
 
@@ -259,7 +330,7 @@ func (a *Appliance) succeed(ctx context.Context, who audit.Actor, k *Key) error 
 	if next == nil || !next.announced() {
 		var err error
 		if next, err = a.announce(ctx, who, k, time.Now()); err != nil {
-			return err
+			return a.notRotated(ctx, who, k, err)
 		}
 	}
 	return a.activate(ctx, who, next)
@@ -289,7 +360,12 @@ func (a *Appliance) authorize(ctx context.Context, who audit.Actor, noise keysto
 	}
 	text := base64.RawURLEncoding.EncodeToString
 	owner := text(identity.Info().PublicKey)
-	payload, err := json.Marshal(map[string]any{"owner": owner, "noise_public_key": owner, "noise_static_public_key": text(noise.PublicKey), "key_generation": time.Now().Unix()})
+	last, err := a.ledger.Risen(generations("paykit-noise-key-authorization-v1", a.identity))
+	if err != nil {
+		return nil, err
+	}
+	generation := max(time.Now().Unix(), int64(min(last, math.MaxInt64-1))+1) // it must rise, whatever the clock does
+	payload, err := json.Marshal(map[string]any{"owner": owner, "noise_public_key": owner, "noise_static_public_key": text(noise.PublicKey), "key_generation": generation})
 	if err != nil {
 		return nil, err
 	}
@@ -320,7 +396,7 @@ func (a *Appliance) signOwn(ctx context.Context, who audit.Actor, k *Key, kind s
 	defer cancel()
 	admission := ledger.Admission{Scope: ledger.KeyScope(k.Name), Nonce: doc.Nonce, Digest: doc.Digest(), KeyVersion: k.Version, ExpiresAt: doc.ExpiresAt}
 	if doc.Generation != nil {
-		admission.Rise = &ledger.Rise{Series: "generation\x00" + doc.Type + "\x00" + k.Name, To: *doc.Generation}
+		admission.Rise = &ledger.Rise{Series: generations(doc.Type, k.Name), To: *doc.Generation}
 		admission.Decide = func([]ledger.Used) ([]byte, error) { return nil, nil } // or nothing rises
 	}
 	got, err := a.ledger.Admit(wait, admission, func(v ledger.Verdict) []byte {
@@ -336,8 +412,11 @@ func (a *Appliance) signOwn(ctx context.Context, who audit.Actor, k *Key, kind s
 	if err != nil {
 		return nil, nil, err
 	}
-	signature, err := k.Sign(wait, doc.Message, func(signature []byte) bool { return k.verify(doc.Message, signature) == nil })
+	// A version that is compromised can still do this one thing: its successor was settled long before.
+	anyway := func() error { return nil }
+	signature, err := k.sign(wait, doc.Message, func(signature []byte) bool { return k.verify(doc.Message, signature) == nil }, anyway)
 	end := audit.Event{Type: created, Actor: who, Action: "sign", Resource: marks.Resource, Outcome: "ok", Metadata: map[string]string{"admission": strconv.FormatUint(got.Event, 10)}}
+	k.life.uses.Add(1)
 	if err != nil {
 		end.Type, end.Outcome, signature = failed, wire.CodeUnavailable, nil
 	}

@@ -87,6 +87,10 @@ func (l *Ledger) Admit(ctx context.Context, a Admission, event func(Verdict) []b
 	var refused error
 	err := l.submit(ctx, &request{done: make(chan error, 1), apply: func(t *txn) (err error) {
 		result, refused = Admitted{Admission: a}, nil
+		if err := l.suspended.Load(); err != nil { // it may have come while this was waiting
+			refused = *err
+			return nil
+		}
 		var record []byte
 		fresh := fresh
 		prior, found, err := t.find(print)

@@ -25,6 +25,17 @@ func (t *txn) rise(r *Rise) error {
 	return b.Put(series, u64(r.To))
 }
 
+// Risen returns the last number of a series, or 0.
+func (l *Ledger) Risen(series string) (to uint64, err error) {
+	err = l.view(func(tx *bolt.Tx) error {
+		if v := tx.Bucket(bucketRisen).Get(seriesOf(series)); len(v) == 8 {
+			to = binary.BigEndian.Uint64(v)
+		}
+		return nil
+	})
+	return to, err
+}
+
 // Decision is what Decide was given and said, in the bytes of the caller, with the number of the event.
 type Decision struct {
 	Event  uint64

@@ -6,6 +6,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"strings"
 	"sync/atomic"
@@ -402,4 +403,91 @@ func TestFullFileSystem(t *testing.T) {
 	}
 	l.Close()
 	checkFile(t, path)
+}
+
+// TestOnCommit: what waits for a change to be on disk is called then, before anything that comes after is decided, and never where nothing
+// was written.
+func TestOnCommit(t *testing.T) {
+	disk := disktest.New(t)
+	l, _ := createOn(t, disk)
+	defer l.Close()
+	called := 0
+	update := func(err error) error {
+		return l.Update(t.Context(), func(tx *ledger.Tx) error {
+			before := called
+			tx.OnCommit(func() {
+				if l.Commits() == 0 || called != before {
+					t.Error("called twice")
+				}
+				called++
+			})
+			return errors.Join(err, tx.Put(ledger.Meta, "what", []byte{byte(called)}))
+		})
+	}
+	if err := update(errSpent); !errors.Is(err, errSpent) || called != 0 {
+		t.Errorf("%v, called %d times", err, called)
+	}
+	disk.Fail(failing(syscall.EIO, func(op disktest.Op) bool { return op.Kind == disktest.Write }))
+	if err := update(nil); !errors.Is(err, ledger.ErrDisk) || called != 0 {
+		t.Errorf("%v, called %d times", err, called)
+	}
+	disk.Fail(nil)
+	release := l.Occupy()
+	done := make(chan error, 2)
+	go func() { done <- update(nil) }()
+	for l.Waiting() < 1 {
+		runtime.Gosched()
+	}
+	go func() {
+		done <- l.Update(t.Context(), func(*ledger.Tx) error {
+			if called != 1 {
+				t.Error("the next one is decided before")
+			}
+			return nil
+		})
+	}()
+	for l.Waiting() < 2 {
+		runtime.Gosched()
+	}
+	release()
+	if err := errors.Join(<-done, <-done); err != nil || called != 1 {
+		t.Errorf("%v, called %d times", err, called)
+	}
+}
+
+// TestSuspended: what has come to the ledger before it was suspended, and is decided afterwards, is not admitted, nor is it a repetition.
+func TestSuspended(t *testing.T) {
+	l, _ := create(t)
+	mustAdmit(t, l, admission("k", 1, 1, 1), ledger.Fresh)
+	release := l.Occupy()
+	done := make(chan error, 2)
+	for n := range byte(2) {
+		go func() { _, err := l.Admit(t.Context(), admission("k", 1+n, 1, 1), event); done <- err }()
+	}
+	for l.Waiting() < 2 {
+		runtime.Gosched()
+	}
+	l.Suspend(errSpent)
+	release()
+	for range 2 {
+		if err := <-done; !errors.Is(err, errSpent) {
+			t.Errorf("%v", err)
+		}
+	}
+	l.Suspend(nil)
+	mustAdmit(t, l, admission("k", 2, 1, 1), ledger.Fresh)
+}
+
+func TestRisen(t *testing.T) {
+	l, _ := create(t)
+	for _, to := range []uint64{0, 7, 9} {
+		if to > 0 {
+			a := admission("k", byte(to), 1, 1)
+			a.Rise, a.Decide = &ledger.Rise{Series: "s", To: to}, func([]ledger.Used) ([]byte, error) { return nil, nil }
+			mustAdmit(t, l, a, ledger.Fresh)
+		}
+		if got, err := l.Risen("s"); got != to || err != nil {
+			t.Errorf("%d, %v; want %d", got, err, to)
+		}
+	}
 }

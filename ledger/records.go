@@ -54,6 +54,10 @@ func (t *Tx) Append(e Event) error {
 	return err
 }
 
+// OnCommit has the writer call done when the change is on disk, and before anything else is decided; never where it was not written.
+// So memory that admissions are decided by says at each of them what the disk says. done must not wait for the ledger.
+func (t *Tx) OnCommit(done func()) { t.t.tx.OnCommit(done) }
+
 // All calls visit for each record of a table as of now, in the order of their keys.
 func (l *Ledger) All(table Table, visit func(key string, value []byte) error) error {
 	return l.view(func(tx *bolt.Tx) error { return each(tx, table, visit) })
