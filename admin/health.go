@@ -21,9 +21,6 @@ const (
 	stateOperational   = "operational"
 )
 
-// states lists those in which something may be refused.
-var states = []string{stateUninitialised, stateLocked, stateDegraded, stateRolledBack}
-
 // Condition is what an appliance says of itself. Where several things are wrong, it says all of them.
 type Condition struct {
 	RolledBack bool
