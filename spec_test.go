@@ -8,6 +8,7 @@ import (
 	"strings"
 	"testing"
 
+	"countersign/approval"
 	"countersign/audit"
 	"countersign/eddsa"
 	"countersign/ijson"
@@ -64,12 +65,14 @@ func TestSpecExamples(t *testing.T) {
 			checkProof(t, b.text, code)
 		case "vector":
 			checkVector(t, b.text)
+		case "approval":
+			checkApproval(t, b.text)
 		case "noise", "noise-pubky": // read by a test of package noise
 		default:
 			t.Errorf("a block named %q", b.name)
 		}
 	}
-	for kind, least := range map[string]int{"request": 5, "refused": 3, "answer": 7, "proof": 1, "vector": 11, "noise": 1, "noise-pubky": 1} {
+	for kind, least := range map[string]int{"request": 5, "refused": 3, "answer": 7, "proof": 1, "vector": 11, "noise": 1, "noise-pubky": 1, "approval": 4} {
 		if seen[kind] < least {
 			t.Errorf("%d blocks of kind %q, expected at least %d", seen[kind], kind, least)
 		}
@@ -115,6 +118,28 @@ func checkProof(t *testing.T, text, vkey string) {
 	}
 	if e, c, err := log.Check(proof); err != nil || e.Type != audit.SignatureAdmitted || c.Epoch != p.Epoch {
 		t.Errorf("%+v, %+v, %v", e, c, err)
+	}
+}
+
+func checkApproval(t *testing.T, text string) {
+	t.Helper()
+	var d struct {
+		Credential approval.Credential `json:"credential"`
+		Text       string              `json:"text"`
+		Proof      approval.Proof      `json:"proof"`
+	}
+	if err := ijson.Decode([]byte(text), &d); err != nil {
+		t.Fatal(err)
+	}
+	purpose, _, _ := strings.Cut(d.Text, "\n")
+	if err := d.Credential.Check(); err != nil {
+		t.Errorf("%s\n%v", text, err)
+	}
+	if _, err := d.Credential.Verify(purpose, d.Text, d.Proof); err != nil {
+		t.Errorf("%s\n%v", text, err)
+	}
+	if _, err := approval.ParseText(d.Text); (err == nil) != (purpose == approval.ForProposal) {
+		t.Errorf("%s\n%v", text, err)
 	}
 }
 

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"crypto/sha256"
 	"encoding/base64"
+	"encoding/binary"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -11,7 +12,6 @@ import (
 	"strings"
 
 	strict "github.com/go-json-experiment/json"
-	"github.com/go-webauthn/webauthn/protocol"
 	"github.com/go-webauthn/webauthn/protocol/webauthncbor"
 	"github.com/go-webauthn/webauthn/protocol/webauthncose"
 )
@@ -78,9 +78,21 @@ func parseCOSE(b []byte) (key any, canonical []byte, err error) {
 	return key, canonical, err
 }
 
-// checkClient reads what the browser says that it was asked for, and where.
-func checkClient(clientDataJSON []byte, ceremony protocol.CeremonyType, challenge []byte, rpID string) (origin string, err error) {
-	var said protocol.CollectedClientData
+// The types of client data.
+const (
+	createCeremony = "webauthn.create"
+	getCeremony    = "webauthn.get"
+)
+
+// checkClient reads what the browser says that it was asked for, and where (WebAuthn section 5.8.1).
+func checkClient(clientDataJSON []byte, ceremony string, challenge []byte, rpID string) (origin string, err error) {
+	var said struct {
+		Type        string `json:"type"`
+		Challenge   string `json:"challenge"`
+		Origin      string `json:"origin"`
+		CrossOrigin bool   `json:"crossOrigin"`
+		TopOrigin   string `json:"topOrigin"`
+	}
 	if err := strict.Unmarshal(clientDataJSON, &said); err != nil { // no name twice; the browser may add fields
 		return "", errors.New("the client data are not JSON")
 	}
@@ -100,18 +112,65 @@ func checkClient(clientDataJSON []byte, ceremony protocol.CeremonyType, challeng
 	return said.Origin, nil
 }
 
-// checkAuthenticator holds the authenticator's data against the relying party, and demands that the user was there and verified.
-func checkAuthenticator(a protocol.AuthenticatorData, rpID string) error {
-	want := sha256.Sum256([]byte(rpID))
-	switch {
-	case !bytes.Equal(a.RPIDHash, want[:]):
-		return errors.New("it is for another relying party")
-	case !a.Flags.HasUserPresent():
-		return errors.New("the user was not there")
-	case !a.Flags.HasUserVerified():
-		return errors.New("the authenticator has not verified the user: it needs a PIN, a finger or a face")
+// The flags of an authenticator's data.
+const (
+	flagPresent    = 1 << 0
+	flagVerified   = 1 << 2
+	flagAttested   = 1 << 6 // a credential follows
+	flagExtensions = 1 << 7
+)
+
+// authenticatorData is what an authenticator says (WebAuthn section 6.1).
+type authenticatorData struct {
+	count        uint32
+	credentialID []byte // these two where it has made a credential
+	key          []byte
+}
+
+// checkAuthenticator reads an authenticator's data, holds them against the relying party, and demands that the user was there and
+// verified.
+func checkAuthenticator(b []byte, rpID string) (a authenticatorData, err error) {
+	bad := errors.New("the authenticator's data are not well-formed")
+	const fixed, attested = 32 + 1 + 4, 16 + 2 // the hash, flags and count; the make and the length of the id
+	if len(b) < fixed {
+		return a, bad
 	}
-	return nil
+	want, flags, rest := sha256.Sum256([]byte(rpID)), b[32], b[fixed:]
+	a.count = binary.BigEndian.Uint32(b[33:])
+	if flags&flagAttested != 0 {
+		if len(rest) < attested {
+			return a, bad
+		}
+		n := int(binary.BigEndian.Uint16(rest[16:]))
+		if rest = rest[attested:]; len(rest) < n {
+			return a, bad
+		}
+		a.credentialID, rest = rest[:n], rest[n:]
+		var key webauthncbor.RawMessage
+		if n, err = webauthncbor.UnmarshalFirst(rest, &key); err != nil {
+			return a, bad
+		}
+		a.key, rest = rest[:n], rest[n:]
+	}
+	if flags&flagExtensions != 0 {
+		var outputs map[string]webauthncbor.RawMessage // nothing was asked for, so they mean nothing here
+		n, err := webauthncbor.UnmarshalFirst(rest, &outputs)
+		if err != nil {
+			return a, bad
+		}
+		rest = rest[n:]
+	}
+	switch {
+	case len(rest) > 0:
+		return a, bad
+	case !bytes.Equal(b[:32], want[:]):
+		return a, errors.New("it is for another relying party")
+	case flags&flagPresent == 0:
+		return a, errors.New("the user was not there")
+	case flags&flagVerified == 0:
+		return a, errors.New("the authenticator has not verified the user: it needs a PIN, a finger or a face")
+	}
+	return a, nil
 }
 
 // verifyPasskey checks an assertion (WebAuthn section 7.2) whose challenge is the digest of a text.
@@ -120,28 +179,25 @@ func (c Credential) verifyPasskey(text string, a *Assertion) (signCount uint32, 
 	if err != nil {
 		return 0, err
 	}
-	authenticatorData, err1 := decode(a.AuthenticatorData)
+	said, err1 := decode(a.AuthenticatorData)
 	clientDataJSON, err2 := decode(a.ClientDataJSON)
 	signature, err3 := decode(a.Signature)
 	if err := errors.Join(err1, err2, err3); err != nil {
 		return 0, errors.New("the assertion is not base64url without padding")
 	}
 	challenge := sha256.Sum256([]byte(text))
-	if _, err := checkClient(clientDataJSON, protocol.AssertCeremony, challenge[:], c.RPID); err != nil {
+	if _, err := checkClient(clientDataJSON, getCeremony, challenge[:], c.RPID); err != nil {
 		return 0, err
 	}
-	var data protocol.AuthenticatorData
-	if err := data.Unmarshal(authenticatorData); err != nil {
-		return 0, errors.New("the authenticator's data are not well-formed")
-	}
-	if err := checkAuthenticator(data, c.RPID); err != nil {
+	data, err := checkAuthenticator(said, c.RPID)
+	if err != nil {
 		return 0, err
 	}
-	said := sha256.Sum256(clientDataJSON)
-	if good, err := webauthncose.VerifySignature(key, append(bytes.Clone(authenticatorData), said[:]...), signature); err != nil || !good {
+	client := sha256.Sum256(clientDataJSON)
+	if good, err := webauthncose.VerifySignature(key, append(bytes.Clone(said), client[:]...), signature); err != nil || !good {
 		return 0, errors.New("the signature is not good")
 	}
-	return data.Counter, nil
+	return data.count, nil
 }
 
 // NewPasskey makes the credential of what navigator.credentials.create() has answered: the JSON of PublicKeyCredential.toJSON().
@@ -158,29 +214,48 @@ func newPasskey(challenge []byte, rpID, origin string, answer []byte) (Credentia
 	if err := checkRPID(rpID); err != nil {
 		return Credential{}, err
 	}
-	made, err := protocol.ParseCredentialCreationResponseBytes(answer)
-	if err != nil {
-		return Credential{}, errors.New("this is not what a browser answers with when a passkey was made")
+	var made struct {
+		ID       string `json:"id"`
+		RawID    string `json:"rawId"`
+		Type     string `json:"type"`
+		Response struct {
+			ClientDataJSON    string `json:"clientDataJSON"`
+			AttestationObject string `json:"attestationObject"`
+		} `json:"response"`
 	}
-	from, err := checkClient(made.Raw.AttestationResponse.ClientDataJSON, protocol.CreateCeremony, challenge, rpID)
+	var object struct {
+		AuthData  []byte                  `cbor:"authData"`
+		Format    string                  `cbor:"fmt"`
+		Statement webauthncbor.RawMessage `cbor:"attStmt"`
+	}
+	notMade := errors.New("this is not what a browser answers with when a passkey was made")
+	if err := strict.Unmarshal(answer, &made); err != nil || made.Type != "public-key" || made.ID != made.RawID {
+		return Credential{}, notMade
+	}
+	id, err1 := decode(made.RawID)
+	clientDataJSON, err2 := decode(made.Response.ClientDataJSON)
+	attestation, err3 := decode(made.Response.AttestationObject)
+	if errors.Join(err1, err2, err3) != nil || webauthncbor.Unmarshal(attestation, &object) != nil {
+		return Credential{}, notMade
+	}
+	from, err := checkClient(clientDataJSON, createCeremony, challenge, rpID)
 	if err != nil {
 		return Credential{}, err
 	}
 	if from != origin {
 		return Credential{}, fmt.Errorf("the origin is %q, and not %q", from, origin)
 	}
-	data := made.Response.AttestationObject.AuthData
-	if err := checkAuthenticator(data, rpID); err != nil {
+	data, err := checkAuthenticator(object.AuthData, rpID)
+	if err != nil {
 		return Credential{}, err
 	}
-	id := data.AttData.CredentialID
-	if !bytes.Equal(id, made.RawID) {
+	if !bytes.Equal(id, data.credentialID) {
 		return Credential{}, errors.New("the browser names another credential than the authenticator")
 	}
 	if len(id) > maxCredentialID {
 		return Credential{}, fmt.Errorf("the authenticator's credential id has more than %d bytes: use another authenticator", maxCredentialID)
 	}
-	_, canonical, err := parseCOSE(data.AttData.CredentialPublicKey)
+	_, canonical, err := parseCOSE(data.key)
 	if err != nil {
 		return Credential{}, err
 	}
@@ -195,36 +270,64 @@ const passkeyTimeout = 120_000
 // PasskeyOptions is what navigator.credentials.create() is asked with, in the form of PublicKeyCredential.parseCreationOptionsFromJSON():
 // a passkey for an operator of this name, by an authenticator that has none of exclude.
 func PasskeyOptions(challenge []byte, rpID, name string, exclude []Credential) json.RawMessage {
+	type algorithm struct {
+		Type string `json:"type"`
+		Alg  int    `json:"alg"`
+	}
+	var o struct {
+		RP struct {
+			ID   string `json:"id"`
+			Name string `json:"name"`
+		} `json:"rp"`
+		User struct {
+			ID          string `json:"id"`
+			Name        string `json:"name"`
+			DisplayName string `json:"displayName"`
+		} `json:"user"`
+		Challenge              string       `json:"challenge"`
+		PubKeyCredParams       []algorithm  `json:"pubKeyCredParams"`
+		Timeout                int          `json:"timeout"`
+		ExcludeCredentials     []descriptor `json:"excludeCredentials"`
+		AuthenticatorSelection struct {
+			ResidentKey      string `json:"residentKey"`
+			UserVerification string `json:"userVerification"`
+		} `json:"authenticatorSelection"`
+		Attestation string `json:"attestation"`
+	}
 	user := sha256.Sum256([]byte("countersign operator " + name)) // a handle that says no name
-	return options(protocol.PublicKeyCredentialCreationOptions{
-		RelyingParty: protocol.RelyingPartyEntity{CredentialEntity: protocol.CredentialEntity{Name: "Countersign"}, ID: rpID},
-		User:         protocol.UserEntity{CredentialEntity: protocol.CredentialEntity{Name: name}, DisplayName: name, ID: protocol.URLEncodedBase64(user[:])},
-		Challenge:    challenge,
-		Parameters: []protocol.CredentialParameter{
-			{Type: protocol.PublicKeyCredentialType, Algorithm: webauthncose.AlgES256},
-			{Type: protocol.PublicKeyCredentialType, Algorithm: webauthncose.AlgEdDSA},
-		},
-		Timeout:                passkeyTimeout,
-		CredentialExcludeList:  descriptors(rpID, exclude),
-		AuthenticatorSelection: protocol.AuthenticatorSelection{ResidentKey: protocol.ResidentKeyRequirementPreferred, UserVerification: protocol.VerificationRequired},
-		Attestation:            protocol.PreferNoAttestation,
-	})
+	o.RP.ID, o.RP.Name = rpID, "Countersign"
+	o.User.ID, o.User.Name, o.User.DisplayName = base64.RawURLEncoding.EncodeToString(user[:]), name, name
+	o.Challenge, o.Timeout = base64.RawURLEncoding.EncodeToString(challenge), passkeyTimeout
+	o.PubKeyCredParams = []algorithm{{"public-key", int(webauthncose.AlgES256)}, {"public-key", int(webauthncose.AlgEdDSA)}}
+	o.ExcludeCredentials = descriptors(rpID, exclude)
+	o.AuthenticatorSelection.ResidentKey, o.AuthenticatorSelection.UserVerification = "preferred", "required"
+	o.Attestation = "none"
+	return options(o)
 }
 
 // PasskeyRequest is what navigator.credentials.get() is asked with, in the form of PublicKeyCredential.parseRequestOptionsFromJSON().
 // The challenge is SHA-256 of the text that is to be signed. With no passkey of the relying party in allow, the browser offers those
 // that it finds itself.
 func PasskeyRequest(challenge []byte, rpID string, allow []Credential) json.RawMessage {
-	return options(protocol.PublicKeyCredentialRequestOptions{
-		Challenge: challenge, Timeout: passkeyTimeout, RelyingPartyID: rpID,
-		AllowedCredentials: descriptors(rpID, allow), UserVerification: protocol.VerificationRequired,
-	})
+	return options(struct {
+		Challenge        string       `json:"challenge"`
+		Timeout          int          `json:"timeout"`
+		RPID             string       `json:"rpId"`
+		AllowCredentials []descriptor `json:"allowCredentials"`
+		UserVerification string       `json:"userVerification"`
+	}{base64.RawURLEncoding.EncodeToString(challenge), passkeyTimeout, rpID, descriptors(rpID, allow), "required"})
 }
 
-func descriptors(rpID string, all []Credential) (list []protocol.CredentialDescriptor) {
+type descriptor struct {
+	Type string `json:"type"`
+	ID   string `json:"id"`
+}
+
+func descriptors(rpID string, all []Credential) []descriptor {
+	list := []descriptor{}
 	for _, c := range all {
-		if id, err := decode(c.CredentialID); err == nil && c.Kind == Passkey && c.RPID == rpID {
-			list = append(list, protocol.CredentialDescriptor{Type: protocol.PublicKeyCredentialType, CredentialID: id})
+		if c.Kind == Passkey && c.RPID == rpID {
+			list = append(list, descriptor{"public-key", c.CredentialID})
 		}
 	}
 	return list

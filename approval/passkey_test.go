@@ -211,6 +211,7 @@ func TestPasskeyRules(t *testing.T) {
 		"longest credential id":  {func(a *authenticator) { a.id = make([]byte, 255) }, true, true},
 		"no credential id":       {func(a *authenticator) { a.id = nil }, false, true},
 		"ES384":                  {func(a *authenticator) { a.cose[3] = -35 }, false, true},
+		"ES256 of another name":  {func(a *authenticator) { a.cose[3] = -9 }, false, true},
 		"another curve":          {func(a *authenticator) { a.cose[-1] = 2 }, false, true},
 		"RSA": {func(a *authenticator) {
 			a.cose = map[int]any{1: 3, 3: -257, -1: make([]byte, 256), -2: []byte{1, 0, 1}}
@@ -266,6 +267,11 @@ func TestPasskeyRules(t *testing.T) {
 		if err := changed.Check(); !errors.Is(err, ErrInvalid) {
 			t.Errorf("%s: %v", name, err)
 		}
+	}
+	ed := newAuthenticator(t, "EdDSA")
+	ed.cose[3] = -19
+	if _, err := NewPasskey(challenge, testRP, testOrigin, ed.create(challenge)); !errors.Is(err, ErrNotProven) {
+		t.Errorf("EdDSA of another name: %v", err)
 	}
 	for name, client := range map[string]string{
 		"two types":     `{"type":"webauthn.create","type":"webauthn.get","challenge":"%","origin":"https://localhost"}`,

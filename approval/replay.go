@@ -52,7 +52,8 @@ type Course struct {
 	Cause      string      `json:"cause,omitempty"` // why it failed
 	Did        []Deed      `json:"did"`             // the events that needed this proposal
 
-	text   string
+	Text string `json:"text"` // what the approvers signed
+
 	digest string
 	says   *Proposal
 }
@@ -61,8 +62,10 @@ type Course struct {
 type Approval struct {
 	Operator   string    `json:"operator"`
 	Credential string    `json:"credential"` // its id
+	PublicKey  string    `json:"public_key"` // of the credential, as it was at that moment
 	Event      uint64    `json:"event"`
 	Time       time.Time `json:"time"`
+	Proof      Proof     `json:"proof"` // so that others can check it
 }
 
 // Deed is an event that a proposal has allowed.
@@ -403,7 +406,7 @@ func (a *Chain) propose(index uint64, e audit.Event) error {
 	}
 	digest := p.Digest()
 	c := &Course{ID: p.ID, Act: p.Act, Parameters: p.Parameters, Proposer: p.Proposer, Proposed: p.Proposed, Expires: p.Expires, Needed: p.Needed, Event: index,
-		Approvals: []Approval{}, State: "open", Did: []Deed{}, text: p.Text(), digest: hex.EncodeToString(digest[:]), says: p}
+		Approvals: []Approval{}, State: "open", Did: []Deed{}, Text: p.Text(), digest: hex.EncodeToString(digest[:]), says: p}
 	_, operator := a.operators[e.Actor.Name]
 	switch before := a.proposals[p.ID]; {
 	case before != nil:
@@ -471,10 +474,10 @@ func (a *Chain) approve(index uint64, e audit.Event) error {
 	if !has {
 		return fmt.Errorf("%q has no credential %s", o.Name, proof.Credential)
 	}
-	if _, err := c.Verify(ForProposal, p.text, proof); err != nil {
+	if _, err := c.Verify(ForProposal, p.Text, proof); err != nil {
 		return err
 	}
-	p.Approvals = append(p.Approvals, Approval{o.Name, c.ID, index, at(e)})
+	p.Approvals = append(p.Approvals, Approval{o.Name, c.ID, c.PublicKey, index, at(e), proof})
 	return nil
 }
 

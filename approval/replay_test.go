@@ -644,6 +644,11 @@ func TestReplayRefuses(t *testing.T) {
 		"added with another key": func(s *story) {
 			record(s, s.changed("dora", "added", Operator{"dora", []Role{Auditor}, []Credential{s.have["bert"]}, 1}), "operator add", "name", "dora", "roles", "auditor", "credential", string(must(json.Marshal(s.have["dora"]))))
 		},
+		"a credential with a time in the proposal": func(s *story) {
+			c := s.have["dora"]
+			c.Added = 1
+			record(s, s.changed("dora", "added", Operator{"dora", []Role{Auditor}, []Credential{c}, 1}), "operator add", "name", "dora", "roles", "auditor", "credential", string(must(json.Marshal(c))))
+		},
 		"added where there is one": func(s *story) {
 			record(s, s.changed("carl", "added", Operator{"carl", []Role{Administrator}, []Credential{s.have["dora"]}, 1}), "operator add", "name", "carl", "roles", "administrator", "credential", string(must(json.Marshal(s.have["dora"]))))
 		},

@@ -117,6 +117,34 @@ func (m *memory) verify(o audit.VerifyOptions) (audit.Report, error) {
 	return m.log.Verify(context.Background(), m, o)
 }
 
+// TestVerifyFollow: who follows a log sees each of its events once, in their order, and can end the reading.
+func TestVerifyFollow(t *testing.T) {
+	m := newMemory(t)
+	m.epoch(t, signatures(200, 1, 0)...)
+	m.epoch(t, signatures(10, m.events+1, 100)...)
+	var begun int
+	var next uint64
+	stop := errors.New("stop")
+	o := audit.VerifyOptions{Follow: func() func(uint64, audit.Event) error {
+		begun, next = begun+1, 0
+		return func(index uint64, e audit.Event) error {
+			if index != next || !e.Type.Known() {
+				t.Fatalf("event %d, %+v, want %d", index, e, next)
+			}
+			if next++; index == 410 && begun > 1 {
+				return stop
+			}
+			return nil
+		}
+	}}
+	if r, err := m.verify(o); err != nil || next != r.Events || begun != 1 {
+		t.Errorf("%d of %d events, %d readings, %v", next, r.Events, begun, err)
+	}
+	if _, err := m.verify(o); !errors.Is(err, stop) || next != 411 {
+		t.Errorf("%v after event %d", err, next-1)
+	}
+}
+
 const noon = 1_800_000_000 // Unix seconds
 
 func at(second int) time.Time { return time.Unix(noon+int64(second), 0) }

@@ -53,7 +53,9 @@ func ParseVerifierKey(vkey string) (Log, error) {
 func (l Log) Name() string { return "countersign/" + hex.EncodeToString(l.public[:8]) }
 
 // Origin is the first line of an epoch's checkpoints.
-func (l Log) Origin(epoch uint32) string { return l.Name() + "/" + strconv.FormatUint(uint64(epoch), 10) }
+func (l Log) Origin(epoch uint32) string {
+	return l.Name() + "/" + strconv.FormatUint(uint64(epoch), 10)
+}
 
 func (l Log) epochOf(origin string) (uint32, error) {
 	rest, ok := strings.CutPrefix(origin, l.Name()+"/")

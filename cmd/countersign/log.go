@@ -15,6 +15,7 @@ import (
 	"countersign/audit"
 
 	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
 )
 
 // bar shows on a terminal how far something is.
@@ -89,39 +90,58 @@ func (t *tool) export(socket *string) *cobra.Command {
 	return c
 }
 
+// logFlags say which log is checked, and with what.
+type logFlags struct{ socket, vkey, since string }
+
+func (l *logFlags) add(t *tool, f *pflag.FlagSet) {
+	t.operatorFlag(f)
+	f.StringVar(&l.socket, "socket", "", "check the log of a running appliance over its admin socket")
+	f.StringVar(&l.vkey, "key", os.Getenv("COUNTERSIGN_LOG_KEY"), "the log's verifier key, of any epoch (or COUNTERSIGN_LOG_KEY)")
+	f.StringVar(&l.since, "since", "", "the file of an older checkpoint")
+}
+
+// check verifies the log. follow may look at its events meanwhile.
+func (t *tool) check(ctx context.Context, l *logFlags, args []string, follow func(log audit.Log) func() func(uint64, audit.Event) error) (audit.Report, error) {
+	var none audit.Report
+	if (len(args) == 1) == (l.socket != "") {
+		return none, usageError{errors.New("name the folder of an export, or --socket")}
+	}
+	if l.vkey == "" {
+		return none, usageError{errors.New("--key is missing: countersign admin audit key prints it, and you should have it from when you trusted the appliance")}
+	}
+	log, err := audit.ParseVerifierKey(l.vkey)
+	if err != nil {
+		return none, err
+	}
+	var from audit.Source
+	if l.socket == "" {
+		if _, err := os.Stat(filepath.Join(args[0], "checkpoint")); err != nil {
+			return none, fmt.Errorf("this is not the folder of an export (countersign admin audit export): %w", err)
+		}
+		from = audit.Folder(args[0])
+	} else if from, err = t.dialAdmin(l.socket); err != nil {
+		return none, err
+	}
+	var o audit.VerifyOptions
+	if l.since != "" {
+		if o.Since, err = os.ReadFile(l.since); err != nil {
+			return none, err
+		}
+	}
+	if follow != nil {
+		o.Follow = follow(log)
+	}
+	b := t.bar("verifying")
+	defer b.end()
+	o.Progress = b.progress
+	return log.Verify(ctx, from, o)
+}
+
 // audit is for those who check a log and need no appliance for that.
 func (t *tool) audit() *cobra.Command {
-	var socket, vkey, since string
+	var of logFlags
 	verify := command("verify [DIR]", "Check an audit log: tree, signatures, form of the events, rules of the ledger", cobra.MaximumNArgs(1), func(cmd *cobra.Command, args []string) error {
-		if (len(args) == 1) == (socket != "") {
-			return usageError{errors.New("name the folder of an export, or --socket")}
-		}
-		if vkey == "" {
-			return usageError{errors.New("--key is missing: countersign admin audit key prints it, and you should have it from when you trusted the appliance")}
-		}
-		log, err := audit.ParseVerifierKey(vkey)
-		if err != nil {
-			return err
-		}
-		var from audit.Source
-		if socket == "" {
-			if _, err := os.Stat(filepath.Join(args[0], "checkpoint")); err != nil {
-				return fmt.Errorf("this is not the folder of an export (countersign admin audit export): %w", err)
-			}
-			from = audit.Folder(args[0])
-		} else if from, err = t.dialAdmin(socket); err != nil {
-			return err
-		}
-		var o audit.VerifyOptions
-		if since != "" {
-			if o.Since, err = os.ReadFile(since); err != nil {
-				return err
-			}
-		}
-		b := t.bar("verifying")
-		o.Progress = b.progress
-		r, err := log.Verify(cmd.Context(), from, o)
-		b.end()
+		r, err := t.check(cmd.Context(), &of, args, nil)
 		if err != nil {
 			return err
 		}
@@ -149,12 +169,8 @@ func (t *tool) audit() *cobra.Command {
 		"but by retention, that the events have their form, that no nonce was spent twice while it lived, and that each signature has\n" +
 		"its admission. With --since, also that the log is a continuation of what an older checkpoint says. Names the first event\n" +
 		"that is wrong."
-	f := verify.Flags()
-	f.StringVar(&socket, "socket", "", "check the log of a running appliance over its admin socket")
-	t.operatorFlag(f)
-	f.StringVar(&vkey, "key", os.Getenv("COUNTERSIGN_LOG_KEY"), "the log's verifier key, of any epoch (or COUNTERSIGN_LOG_KEY)")
-	f.StringVar(&since, "since", "", "the file of an older checkpoint")
-	return group("audit", "Check an audit log without trusting the appliance", verify)
+	of.add(t, verify.Flags())
+	return group("audit", "Check an audit log without trusting the appliance", verify, t.approvals())
 }
 
 func (t *tool) retention(act maker) *cobra.Command {

@@ -59,7 +59,7 @@ func (t *tool) people(act maker, socket *string) []*cobra.Command {
 			return t.said("revoked", args[0])
 		}),
 	)
-	return []*cobra.Command{t.login(socket), logout, whoami, sessions, t.operators(act), t.credentials(act), t.approvals(act), t.proposals(act),
+	return []*cobra.Command{t.login(socket), logout, whoami, sessions, t.operators(act), t.credentials(act), t.needed(act), t.proposals(act),
 		t.lock(act), t.unlock(act), t.state(act), t.tls(act)}
 }
 
@@ -187,7 +187,7 @@ func (t *tool) credentials(act maker) *cobra.Command {
 	)
 }
 
-func (t *tool) approvals(act maker) *cobra.Command {
+func (t *tool) needed(act maker) *cobra.Command {
 	return group("approvals", "Look after how many approvals an act needs",
 		act("show", "Say how many approvals an act needs, and who gives them", cobra.NoArgs, func(ctx context.Context, c *api.Client, _ []string) error {
 			a, err := c.Approvals(ctx)

@@ -1,0 +1,116 @@
+package main
+
+import (
+	"fmt"
+	"io"
+	"os"
+	"strings"
+	"time"
+
+	"countersign/approval"
+	"countersign/audit"
+
+	"github.com/spf13/cobra"
+)
+
+// approvals checks who has approved of what.
+func (t *tool) approvals() *cobra.Command {
+	var of logFlags
+	var trusted string
+	c := command("approvals [DIR]", "Check an audit log and that what needs approval in it was approved", cobra.MaximumNArgs(1), func(cmd *cobra.Command, args []string) error {
+		var o approval.ReplayOptions
+		if trusted != "" {
+			b, err := os.ReadFile(trusted)
+			if err != nil {
+				return err
+			}
+			if o.Trusted, err = approval.Trusted(b); err != nil {
+				return fmt.Errorf("%s: %w", trusted, err)
+			}
+		}
+		var chain *approval.Chain
+		verified, err := t.check(cmd.Context(), &of, args, func(log audit.Log) func() func(uint64, audit.Event) error {
+			o.Appliance = log.Name()
+			return func() func(uint64, audit.Event) error {
+				chain = approval.NewChain(o)
+				return chain.Follow
+			}
+		})
+		if err != nil {
+			return err
+		}
+		r := chain.Report()
+		out := struct {
+			Valid  bool   `json:"valid"`
+			Events uint64 `json:"events"`
+			Epoch  uint32 `json:"epoch"`
+			Size   uint64 `json:"size"`
+			Root   string `json:"root"`
+			// Trusted: the first administrator was held against --operators.
+			Trusted bool `json:"trusted"`
+			*approval.Report
+		}{true, verified.Events, verified.Checkpoint.Epoch, verified.Checkpoint.Size, verified.Checkpoint.Root.String(), o.Trusted != nil && r.First != nil, r}
+		return t.print(out, func(w io.Writer) { showApprovals(w, verified, r, o.Trusted != nil) })
+	})
+	c.Long = "Checks the log as \"audit verify\" does, and from its first event on who the operators were, what they signed, and that each act\n" +
+		"that needs approval was carried out once, by a proposal that says just that, with enough approvals of those who were\n" +
+		"approvers at that moment. It believes the signatures, and nothing that the appliance says of them. Names the first event that\n" +
+		"is wrong. --operators has the ids of the credentials with which you know the first administrator."
+	of.add(t, c.Flags())
+	c.Flags().StringVar(&trusted, "operators", "", "a JSON file with a list of ids of credentials: the first administrator has no other ones")
+	return c
+}
+
+func showApprovals(w io.Writer, verified audit.Report, r *approval.Report, trusted bool) {
+	at := func(t time.Time) string { return t.UTC().Format(time.RFC3339) }
+	c := verified.Checkpoint
+	fmt.Fprintf(w, "valid\t%d events; what needed approval in them had it\n", verified.Events)
+	fmt.Fprintf(w, "checkpoint\tepoch %d, %d events, root %s\n", c.Epoch, c.Size, c.Root)
+	if r.First == nil {
+		fmt.Fprintf(w, "first\tthere are no operators in this log, and nothing that needed approval\n")
+		return
+	}
+	first := r.First.Operator
+	var ids []string
+	for _, c := range first.Credentials {
+		ids = append(ids, c.ID)
+	}
+	fmt.Fprintf(w, "first\t%s, enrolled by event %d at %s with credential %s\n", first.Name, r.First.Event, at(r.First.Time), strings.Join(ids, ", "))
+	if trusted {
+		fmt.Fprintln(w, "\tthat is who you trust")
+	} else {
+		fmt.Fprintln(w, "\teverything below hangs on this first administrator: make sure that it is who it should be (--operators)")
+	}
+	fmt.Fprintf(w, "needed\t%d\n", r.Needed)
+	for _, o := range r.Operators {
+		var roles []string
+		for _, role := range o.Roles {
+			roles = append(roles, string(role))
+		}
+		fmt.Fprintf(w, "operator\t%s: %s; %d credentials\n", o.Name, strings.Join(roles, ", "), len(o.Credentials))
+	}
+	for _, p := range r.Proposals {
+		fmt.Fprintf(w, "\nproposal %d\t%s\n", p.ID, p.Act)
+		for _, each := range p.Parameters {
+			fmt.Fprintf(w, "  %s\t%s\n", each.Name, each.Value)
+		}
+		fmt.Fprintf(w, "proposed\tby %s at %s, event %d\n", p.Proposer, at(p.Proposed), p.Event)
+		for _, each := range p.Approvals {
+			fmt.Fprintf(w, "approved\tby %s at %s, event %d, credential %s\n", each.Operator, at(each.Time), each.Event, each.Credential)
+		}
+		for _, each := range p.Did {
+			fmt.Fprintf(w, "did\t%s %q, event %d\n", each.Type, each.Resource, each.Event)
+		}
+		outcome := p.State
+		if p.Cause != "" {
+			outcome += fmt.Sprintf(": %q", p.Cause)
+		}
+		if !p.Ended.IsZero() {
+			outcome += " at " + at(p.Ended)
+		}
+		fmt.Fprintf(w, "outcome\t%s\n", outcome)
+	}
+	if len(r.Others) > 0 {
+		fmt.Fprintf(w, "\nunknown\tproposals %v are of acts that this program does not know\n", r.Others)
+	}
+}
