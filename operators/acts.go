@@ -132,9 +132,7 @@ func (d *Desk) ownActs() map[string]Act {
 		"approvals needed":  {[]string{"needed"}, setNeeded},
 	} {
 		acts[action] = Act{
-			Check: func(p []approval.Parameter, content []byte) ([]approval.Parameter, error) {
-				return d.checkOwn(own, p, content)
-			},
+			Check: func(p []approval.Parameter, _ []byte) ([]approval.Parameter, error) { return d.checkOwn(own, p) }, // no sha256: nothing goes with it
 			Run: func(ctx context.Context, who audit.Actor, p []approval.Parameter, _ []byte) error {
 				values, err := own.values(p)
 				if err != nil {
@@ -162,7 +160,7 @@ func (a *ownAct) values(p []approval.Parameter) (values []string, err error) {
 }
 
 // checkOwn tries the act on what memory has. The roles and the credential get the one form that they have, which is the one to approve.
-func (d *Desk) checkOwn(own ownAct, p []approval.Parameter, content []byte) ([]approval.Parameter, error) {
+func (d *Desk) checkOwn(own ownAct, p []approval.Parameter) ([]approval.Parameter, error) {
 	p = slices.Clone(p)
 	for i := range p {
 		switch {
@@ -183,9 +181,6 @@ func (d *Desk) checkOwn(own ownAct, p []approval.Parameter, content []byte) ([]a
 	values, err := own.values(p)
 	if err != nil {
 		return nil, err
-	}
-	if len(content) > 0 {
-		return nil, fmt.Errorf("%w: nothing goes with it", ErrInvalid)
 	}
 	d.mu.Lock()
 	r := roster{maps.Clone(d.roster.people), d.roster.needed}

@@ -223,7 +223,7 @@ func (d *Desk) write(ctx context.Context, what string, do func(context.Context) 
 // person is an operator as the ledger has it.
 type person struct {
 	approval.Operator
-	// Counts are the last numbers of the credentials that count what they sign, by id.
+	// Counts are the last numbers of the credentials that count what they sign, by id. Those in the ledger count; memory does not follow.
 	Counts map[string]uint32 `json:"counts,omitempty"`
 }
 

@@ -318,7 +318,6 @@ func (d *Desk) Approve(ctx context.Context, s Session, id uint64, p approval.Pro
 		d.refused(ctx, s.Channel, s.Operator, approval.ForProposal, p, err)
 		return Proposal{}, fmt.Errorf("approval: %w", err)
 	}
-	var who person
 	var late bool
 	var end chan struct{}
 	err = d.step(ctx, id, func(tx *ledger.Tx, r *record) ([]audit.Event, error) {
@@ -335,7 +334,8 @@ func (d *Desk) Approve(ctx context.Context, s Session, id uint64, p approval.Pro
 		if err != nil {
 			return nil, err
 		}
-		if who, err = d.stillHas(tx, seen, p.Credential, count); err != nil {
+		who, err := d.stillHas(tx, seen, p.Credential, count)
+		if err != nil {
 			return nil, err
 		}
 		if !all.approver(who.Name, p.Credential) {
@@ -358,9 +358,6 @@ func (d *Desk) Approve(ctx context.Context, s Session, id uint64, p approval.Pro
 		}
 		return events, nil
 	}, func(r *record) { // it is on disk
-		if !late {
-			d.follow(who.Name, &who)
-		}
 		if r.State == Running {
 			end = make(chan struct{})
 			d.mu.Lock()

@@ -193,7 +193,6 @@ func (d *Desk) SignIn(ctx context.Context, ch Channel, challenge string, p appro
 			return err
 		}
 		// On disk; and who the operator is can't change before the session is there, to end with that.
-		d.follow(who.Name, &who)
 		begun.Operator, begun.Roles = who.Name, slices.Clone(who.Roles)
 		d.admit(begun, secret)
 		return nil
@@ -244,15 +243,10 @@ func (d *Desk) Prove(ctx context.Context, s Session, challenge, subject string, 
 		return fmt.Errorf("presence: %w: the challenge is another operator's, or for another key", approval.ErrNotProven)
 	}
 	err = d.write(ctx, "presence", func(ctx context.Context) error {
-		var who person
-		if err := d.ledger.Update(ctx, func(tx *ledger.Tx) (err error) {
-			who, err = d.stillHas(tx, seen, p.Credential, count)
+		return d.ledger.Update(ctx, func(tx *ledger.Tx) error {
+			_, err := d.stillHas(tx, seen, p.Credential, count)
 			return err
-		}); err != nil {
-			return err
-		}
-		d.follow(who.Name, &who)
-		return nil
+		})
 	})
 	if errors.Is(err, approval.ErrNotProven) {
 		d.refused(ctx, s.Channel, c.operator, approval.ForPresence, p, err)

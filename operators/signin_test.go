@@ -36,6 +36,9 @@ func TestSignIn(t *testing.T) {
 	}
 	_, err := r.Session(token+"x", user)
 	want(t, err, ErrSignedOut)
+	_, token0 := r.signIn(t, r.people[0], root)
+	_, err = r.Session(token0, Channel{Kind: HTTPS}) // which has no user
+	want(t, err, ErrSignedOut)
 	if r.reopen(t); len(r.Sessions()) != 0 {
 		t.Error("a restart did not sign everybody out")
 	}
@@ -107,7 +110,7 @@ func TestSignInRefused(t *testing.T) {
 		"an expired challenge": func(t *testing.T, a *attempt) { time.Sleep(challengeLife) },
 		"an unknown challenge": func(t *testing.T, a *attempt) { a.c.ID = strings.Repeat("0", 32) },
 		"another user":         func(t *testing.T, a *attempt) { a.ch = Channel{Kind: Unix, UID: 1001} },
-		"another channel":      func(t *testing.T, a *attempt) { a.ch = https },
+		"another channel":      func(t *testing.T, a *attempt) { a.ch = Channel{Kind: HTTPS, UID: user.UID} },
 		"a challenge for another purpose": func(t *testing.T, a *attempt) {
 			var err error
 			if a.c, err = a.r.Challenge(approval.ForPresence, a.me.name, "payments", a.ch); err != nil {
@@ -232,6 +235,9 @@ func TestFailedSignInsAreLimitedOverAll(t *testing.T) {
 			t.Errorf("after %d failures of all: %v", allFailuresBurst, err)
 		}
 		r.signIn(t, r.people[0], root) // whom nobody keeps out
+		for range 2 * failuresBurst {
+			want(t, r.fail(t, "y", https), ErrLimited) // which does not count as his own failure
+		}
 		time.Sleep(time.Second)
 		want(t, r.fail(t, "y", https), approval.ErrNotProven)
 		want(t, r.fail(t, "y", https), ErrLimited)
@@ -556,6 +562,27 @@ func TestNobodyWaitsForEver(t *testing.T) {
 		<-r.writing
 		if got, _ := r.Proposal(p.ID); got.State != Pending || len(got.Approvals) != 0 {
 			t.Errorf("what was given up is carried out: %+v", got)
+		}
+	})
+}
+
+// TestMemoryFollowsForWhoHasLeft: what waited for the ledger when its caller left is carried out as a whole.
+func TestMemoryFollowsForWhoHasLeft(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := newRig(t, 1)
+		s, _ := r.signIn(t, r.people[0], user)
+		p := r.propose(t, s, "test")
+		held := make(chan struct{})
+		go r.ledger.Update(t.Context(), func(*ledger.Tx) error { <-held; return nil })
+		synctest.Wait()
+		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+		defer cancel()
+		_, err := r.Approve(ctx, s, p.ID, r.people[0].sign(t, p.Text()))
+		want(t, err, ErrUnavailable)
+		close(held)
+		want(t, r.Close(t.Context()), nil)
+		if got, _ := r.Proposal(p.ID); got.State != Done || r.ran.Load() != 1 {
+			t.Errorf("it is %s, and has run %d times", got.State, r.ran.Load())
 		}
 	})
 }
