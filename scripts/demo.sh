@@ -69,19 +69,6 @@ refuse expired "a document that expired an hour ago" sign --timestamp "$((now - 
 "$bin/countersign" keygen "$work/stranger.key" >/dev/null
 refuse handshake_refused "a stranger" "$bin/countersign" ping --identity "$work/stranger.key"
 
-# The log, checked by who has nothing but its key.
-vkey=$(admin audit key)
-"$bin/countersign" proof --log-key "$vkey" "$event" >"$work/out" || fail "proof"
-verified=$((verified + 1))
-echo "verified:  event $event is in the audit log: $(sed -n 's/^event *//p' "$work/out")"
-admin audit export "$work/log" >/dev/null || fail "export"
-"$bin/countersign" audit verify "$work/log" --key "$vkey" >"$work/out" || fail "audit verify"
-verified=$((verified + 1))
-echo "verified:  the whole log: $(sed -n 's/^valid *//p' "$work/out"); $(sed -n 's/^signatures */signatures: /p' "$work/out")"
-bundle=$(find "$work/log/epochs/" -path '*entries*' -type f | head -n 1)
-sed -i 's/SignatureRejected/SignatureVerified/; s/SubscriptionCreated/SubscriptionCreat3d/' "$bundle"
-refuse wrong_event "a log with an event that was changed" "$bin/countersign" audit verify "$work/log" --key "$vkey"
-
 # Two people: what widens what peers may do needs both.
 first_agent=$SSH_AUTH_SOCK
 new_operator second
@@ -101,6 +88,23 @@ echo "approved:  by a second SSH key: $(cat "$work/out")"
 quietly admin peer remove shop
 admin approvals needed 1 </dev/null >"$work/out" 2>"$work/err" || fail "approvals needed 1: $(cat "$work/err")"
 quietly second proposal approve "$(sed -n 's/^proposal \([0-9]*\):.*/\1/p' "$work/out")"
+
+# The log, checked by who has nothing but its key.
+vkey=$(admin audit key)
+"$bin/countersign" proof --log-key "$vkey" "$event" >"$work/out" || fail "proof"
+verified=$((verified + 1))
+echo "verified:  event $event is in the audit log: $(sed -n 's/^event *//p' "$work/out")"
+admin audit export "$work/log" >/dev/null || fail "export"
+"$bin/countersign" audit verify "$work/log" --key "$vkey" >"$work/out" || fail "audit verify"
+verified=$((verified + 1))
+echo "verified:  the whole log: $(sed -n 's/^valid *//p' "$work/out"); $(sed -n 's/^signatures */signatures: /p' "$work/out")"
+"$bin/countersign" audit approvals "$work/log" --key "$vkey" >"$work/out" || fail "audit approvals"
+verified=$((verified + 1))
+echo "verified:  who approved of what, by the log alone:"
+sed -n "/^proposal $proposal /,/^outcome/s/^/           /p" "$work/out"
+bundle=$(find "$work/log/epochs/" -path '*entries*' -type f | head -n 1)
+sed -i 's/SignatureRejected/SignatureVerified/; s/SubscriptionCreated/SubscriptionCreat3d/' "$bundle"
+refuse wrong_event "a log with an event that was changed" "$bin/countersign" audit verify "$work/log" --key "$vkey"
 
 stop || fail "the daemon did not end well: $(tail -n 3 "$run/log")"
 echo "next:      type \"make run\" to try it yourself; README.md has the commands. \"make clean\" removes bin/, .run/ and .run-tpm/"

@@ -158,6 +158,13 @@ func TestTwoPeople(t *testing.T) {
 	if st, bad := os.Stat(files[0]); err != nil || bad != nil || len(files) != 1 || st.Mode().Perm() != 0o600 {
 		t.Errorf("the session is in %v, %v, %v", files, err, bad)
 	}
+	vkey := strings.TrimSpace(s.must("admin", "audit", "key"))
+	for _, from := range [][]string{{"export"}, {"--socket", "admin.sock"}} {
+		s.must("admin", "audit", "export", "export")
+		if out := s.must(append([]string{"audit", "approvals", "--key", vkey}, from...)...); !strings.Contains(out, "second") || !strings.Contains(out, "peer add") {
+			t.Errorf("audit approvals: %s", out)
+		}
+	}
 	s.must("admin", "whoami")
 	s.must("admin", "state")
 	s.must("admin", "approvals", "show")
