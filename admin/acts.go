@@ -147,8 +147,8 @@ func release(a *appliance.Appliance, p parameters, _ []byte) (parameters, do, er
 }
 
 func acceptTime(a *appliance.Appliance, p parameters, _ []byte) (parameters, do, error) {
-	_, err := values(p, "?reason")
-	return p, a.AcceptTime, err
+	_, err := values(p)
+	return nil, a.AcceptTime, err
 }
 
 // values reads an act's parameters: those that are named, once each, and no others. One with a question mark may be missing.

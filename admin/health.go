@@ -63,11 +63,18 @@ func (s *server) ready(_ context.Context, _ caller, _ *none) (well, error) {
 	return well{true}, nil
 }
 
-func (s *server) health(_ context.Context, _ caller, _ *none) (api.Health, error) {
+// health says to anybody in which state the appliance is, and why to operators only.
+func (s *server) health(_ context.Context, who caller, _ *none) (api.Health, error) {
 	h := s.Appliance.Health()
-	doc := api.Health{State: string(h.Condition), Causes: append([]string{}, h.Causes...), Locked: h.Lock != nil, Unattended: !h.Attended}
+	doc := api.Health{State: string(h.Condition), Causes: []string{}, Locked: h.Lock != nil, Unattended: !h.Attended}
+	if !s.Operators.Begun() {
+		doc.State = stateUninitialised
+	}
 	if h.Lock != nil {
 		doc.Since = h.Lock.At.Unix()
+	}
+	if who.session != nil {
+		doc.Causes = append(doc.Causes, h.Causes...)
 	}
 	return doc, nil
 }

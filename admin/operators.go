@@ -155,9 +155,6 @@ func (s *server) passkey(_ context.Context, _ caller, in *body[api.Registration]
 }
 
 func (s *server) enrolFirst(ctx context.Context, who caller, in *body[api.NewOperator]) (approval.Operator, error) {
-	if who.Kind != operators.Unix || who.UID != 0 {
-		return approval.Operator{}, notAllowed.errorf("the first administrator is enrolled by root on the Unix socket")
-	}
 	return s.Operators.EnrolFirst(ctx, who.Channel, in.Body.Name, in.Body.Credential)
 }
 

@@ -126,7 +126,7 @@ func TestActs(t *testing.T) {
 		{administrator, "hold release", []string{"epoch", "0", "reason", "r"}, "not_found"},
 		{administrator, "hold release", []string{"epoch", "-1", "reason", "r"}, "invalid"},
 		{operator, "clock accept", nil, "not_allowed"},
-		{administrator, "clock accept", []string{"more", "1"}, "invalid"},
+		{administrator, "clock accept", []string{"reason", "leap"}, "invalid"},
 	} {
 		_, err := propose(people[c.by], c.act, c.p...)
 		wants(t, fmt.Sprintf("%s proposes %s %v", c.by, c.act, c.p), c.want, err)
@@ -179,7 +179,7 @@ func TestActs(t *testing.T) {
 	if p := r.carryOut(root, "hold release", "epoch", "0", "reason", "settled"); p.State != "done" || must(root.Retention(t.Context()))(t).Epochs[0].Hold != "" {
 		t.Errorf("%+v", p)
 	}
-	if p := r.carryOut(root, "clock accept", "reason", "leap"); p.State != "done" {
+	if p := r.carryOut(root, "clock accept"); p.State != "done" {
 		t.Errorf("%+v", p)
 	}
 

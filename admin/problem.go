@@ -34,8 +34,8 @@ var (
 	unavailable   = problem{"unavailable", http.StatusServiceUnavailable, "It can't be done now"}
 	signedOut     = problem{"signed_out", http.StatusUnauthorized, "Nobody is signed in"}
 	notProven     = problem{"not_proven", http.StatusUnauthorized, "The proof does not hold"}
-	notAllowed    = problem{"not_allowed", http.StatusForbidden, "The caller may not do that"}
 	needsApproval = problem{"needs_approval", http.StatusForbidden, "It needs approval"}
+	notAllowed    = problem{"not_allowed", http.StatusForbidden, "The caller may not do that"}
 	uninitialised = problem{"uninitialised", http.StatusConflict, "The appliance has no operators"}
 	locked        = problem{"locked", http.StatusConflict, "The appliance is locked"}
 	rolledBack    = problem{"rolled_back", http.StatusConflict, "The ledger is older than its counter"}

@@ -40,6 +40,9 @@ func (s *server) installCertificate(ctx context.Context, who caller, in *body[ap
 	if err := s.hasTLS(); err != nil {
 		return api.TLS{}, err
 	}
+	if err := s.Appliance.RecordCertificate(ctx, who.actor(), "tls install", []byte(in.Body.PEM)); err != nil {
+		return api.TLS{}, err
+	}
 	if err := s.Certificates.Install(ctx, []byte(in.Body.PEM)); err != nil {
 		return api.TLS{}, err
 	}
@@ -48,6 +51,9 @@ func (s *server) installCertificate(ctx context.Context, who caller, in *body[ap
 
 func (s *server) uninstallCertificate(ctx context.Context, who caller, _ *none) (api.TLS, error) {
 	if err := s.hasTLS(); err != nil {
+		return api.TLS{}, err
+	}
+	if err := s.Appliance.RecordCertificate(ctx, who.actor(), "tls uninstall", nil); err != nil {
 		return api.TLS{}, err
 	}
 	if err := s.Certificates.Uninstall(ctx); err != nil {

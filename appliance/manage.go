@@ -2,6 +2,7 @@ package appliance
 
 import (
 	"context"
+	"crypto/sha256"
 	"errors"
 	"fmt"
 
@@ -41,6 +42,15 @@ func (a *Appliance) RetryToken(ctx context.Context, who audit.Actor, name string
 	store.Retry()
 	a.hasten()
 	return nil
+}
+
+// RecordCertificate writes down that an operator is about to give the admin API another certificate. What comes of it depends on the certificate.
+func (a *Appliance) RecordCertificate(ctx context.Context, who audit.Actor, action string, certificate []byte) error {
+	e := audit.Event{Type: audit.CertificateChanged, Actor: who, Action: action, Resource: AdminName, Outcome: "ok", Metadata: map[string]string{}}
+	if certificate != nil {
+		e.Metadata["sha256"] = fmt.Sprintf("%x", sha256.Sum256(certificate))
+	}
+	return a.record(ctx, e)
 }
 
 // TokenChanged writes down that a token does not serve any more, or serves again.

@@ -70,8 +70,9 @@ const (
 	ApprovalGiven       Type = "ApprovalGiven"     // metadata digest, credential, proof
 	ProposalWithdrawn   Type = "ProposalWithdrawn"
 	ProposalExpired     Type = "ProposalExpired"
-	ProposalRun         Type = "ProposalRun"  // it was approved, and is carried out from here on
-	ProposalDone        Type = "ProposalDone" // and how that ended
+	ProposalRun         Type = "ProposalRun"        // it was approved, and is carried out from here on
+	ProposalDone        Type = "ProposalDone"       // and how that ended
+	CertificateChanged  Type = "CertificateChanged" // of the admin API; metadata sha256 of what was to be installed
 	Locked              Type = "Locked"
 	Unlocked            Type = "Unlocked"
 	BackupMade          Type = "BackupMade"
@@ -113,7 +114,7 @@ var kinds = map[Type]Kind{
 	PeerAdded: Other, PeerRemoved: Other, PeerSuspended: Other, PeerResumed: Other, PolicyChanged: Other,
 	OperatorEnrolled: Other, OperatorChanged: Other, OperatorSignedIn: Other, OperatorSignedOut: Other, SignInRefused: Other, PresenceConfirmed: Other,
 	ApprovalsChanged: Other, ProposalMade: Other, ApprovalGiven: Other, ProposalWithdrawn: Other, ProposalExpired: Other, ProposalRun: Other, ProposalDone: Other,
-	Locked: Other, Unlocked: Other, RetentionChanged: Other,
+	CertificateChanged: Other, Locked: Other, Unlocked: Other, RetentionChanged: Other,
 	BackupMade: Other, BackupRestored: Other, RetentionApplied: Other, LegalHoldSet: Other, LegalHoldReleased: Other, LedgerCompacted: Other,
 	DeviceUnavailable: Other, DeviceRecovered: Other, TokenRetried: Other,
 	LedgerBound: Other, RollbackDetected: Other, RollbackAccepted: Other, ClockRefused: Other, ClockRecovered: Other, ClockAccepted: Other,

@@ -7,6 +7,7 @@ import (
 	"encoding/json"
 	"net"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -89,9 +90,15 @@ func (s *system) begin() {
 	if s.begun {
 		return
 	}
-	_, err := api.NewClient(s.path("admin.sock")).EnrolFirst(s.t.Context(), api.NewOperator{Name: s.root.name, Credential: s.root.credential})
+	var out []byte
+	var err error
+	if os.Geteuid() == 0 {
+		_, err = api.NewClient(s.path("admin.sock")).EnrolFirst(s.t.Context(), api.NewOperator{Name: s.root.name, Credential: s.root.credential})
+	} else {
+		out, err = exec.Command("sudo", "-n", filepath.Join(bin, "countersign"), "admin", "--socket", s.path("admin.sock"), "operator", "first", s.root.name, "--ssh-key", s.root.line).CombinedOutput()
+	}
 	if err != nil {
-		s.t.Fatalf("enrol the first administrator: %v", err)
+		s.t.Fatalf("enrol the first administrator: %v %s", err, out)
 	}
 	s.begun = true
 }
@@ -157,6 +164,13 @@ func TestTwoPeople(t *testing.T) {
 	files, err := filepath.Glob(s.path("root.run/countersign/*"))
 	if st, bad := os.Stat(files[0]); err != nil || bad != nil || len(files) != 1 || st.Mode().Perm() != 0o600 {
 		t.Errorf("the session is in %v, %v, %v", files, err, bad)
+	}
+	vkey := strings.TrimSpace(s.must("admin", "audit", "key"))
+	for _, from := range [][]string{{"export"}, {"--socket", "admin.sock"}} {
+		s.must("admin", "audit", "export", "export")
+		if out := s.must(append([]string{"audit", "approvals", "--key", vkey}, from...)...); !strings.Contains(out, "second") || !strings.Contains(out, "peer add") {
+			t.Errorf("audit approvals: %s", out)
+		}
 	}
 	s.must("admin", "whoami")
 	s.must("admin", "state")

@@ -136,8 +136,8 @@ type Approvals struct {
 
 // Health is how the appliance is.
 type Health struct {
-	State      string   `json:"state" enum:"locked,operational,degraded,rolled-back"`
-	Causes     []string `json:"causes" doc:"why it is not operational"`
+	State      string   `json:"state" enum:"uninitialised,locked,operational,degraded,rolled-back"`
+	Causes     []string `json:"causes" doc:"why it is not operational; for who is signed in"`
 	Since      int64    `json:"since" doc:"when it was locked, Unix seconds; 0: it is not"`
 	Locked     bool     `json:"locked"`
 	Unattended bool     `json:"unattended" doc:"it starts unlocked"`

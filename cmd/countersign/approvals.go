@@ -56,7 +56,7 @@ func (t *tool) approvals() *cobra.Command {
 		"that needs approval was carried out once, by a proposal that says just that, with enough approvals of those who were\n" +
 		"approvers at that moment. It believes the signatures, and nothing that the appliance says of them. Names the first event that\n" +
 		"is wrong. --operators has the ids of the credentials with which you know the first administrator."
-	of.add(c.Flags())
+	of.add(t, c.Flags())
 	c.Flags().StringVar(&trusted, "operators", "", "a JSON file with a list of ids of credentials: the first administrator has no other ones")
 	return c
 }

@@ -93,7 +93,8 @@ func (t *tool) export(socket *string) *cobra.Command {
 // logFlags say which log is checked, and with what.
 type logFlags struct{ socket, vkey, since string }
 
-func (l *logFlags) add(f *pflag.FlagSet) {
+func (l *logFlags) add(t *tool, f *pflag.FlagSet) {
+	t.operatorFlag(f)
 	f.StringVar(&l.socket, "socket", "", "check the log of a running appliance over its admin socket")
 	f.StringVar(&l.vkey, "key", os.Getenv("COUNTERSIGN_LOG_KEY"), "the log's verifier key, of any epoch (or COUNTERSIGN_LOG_KEY)")
 	f.StringVar(&l.since, "since", "", "the file of an older checkpoint")
@@ -168,8 +169,7 @@ func (t *tool) audit() *cobra.Command {
 		"but by retention, that the events have their form, that no nonce was spent twice while it lived, and that each signature has\n" +
 		"its admission. With --since, also that the log is a continuation of what an older checkpoint says. Names the first event\n" +
 		"that is wrong."
-	of.add(verify.Flags())
-	t.operatorFlag(verify.Flags())
+	of.add(t, verify.Flags())
 	return group("audit", "Check an audit log without trusting the appliance", verify, t.approvals())
 }
 
