@@ -1,0 +1,250 @@
+package softhsmtests
+
+import (
+	"context"
+	"fmt"
+	"math/rand/v2"
+	"os"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"countersign/admin/api"
+	"countersign/approval"
+	"countersign/client"
+
+	"github.com/miekg/pkcs11"
+)
+
+// pinned is the line of a key from its first version on, as the appliance says it.
+func (s *system) pinned(key string) client.Line {
+	s.t.Helper()
+	keys, err := s.dial().Keys(s.t.Context())
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	for _, k := range keys {
+		if k.Name == key && k.Version == 1 && k.Next != nil {
+			return client.Line{Key: key, Version: 1, PublicKey: k.PublicKey, Next: *k.Next}
+		}
+	}
+	s.t.Fatalf("%q has no first version that commits to a second one", key)
+	return client.Line{}
+}
+
+// follow checks the whole line from its first key and returns where it leads to.
+func (s *system) follow(first client.Line) client.Line {
+	s.t.Helper()
+	steps, err := s.dial().Line(s.t.Context(), first.Key, first.Version)
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	last, err := client.VerifyLine(first, steps)
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	return last
+}
+
+// onToken lists the private keys of the appliance that a token has, as name/version.
+func (s *system) onToken() (labels []string) {
+	s.t.Helper()
+	s.token(func(m *pkcs11.Ctx, h pkcs11.SessionHandle) {
+		if err := m.FindObjectsInit(h, []*pkcs11.Attribute{pkcs11.NewAttribute(pkcs11.CKA_CLASS, pkcs11.CKO_PRIVATE_KEY)}); err != nil {
+			s.t.Fatal(err)
+		}
+		objects, _, err := m.FindObjects(h, 1000)
+		if err != nil {
+			s.t.Fatal(err)
+		}
+		m.FindObjectsFinal(h)
+		for _, o := range objects {
+			a, err := m.GetAttributeValue(h, o, []*pkcs11.Attribute{pkcs11.NewAttribute(pkcs11.CKA_LABEL, nil)})
+			if err != nil {
+				s.t.Fatal(err)
+			}
+			if label, ours := strings.CutPrefix(string(a[0].Value), "countersign/"); ours {
+				labels = append(labels, label)
+			}
+		}
+	})
+	slices.Sort(labels)
+	return labels
+}
+
+// TestKilledDuringRotation kills the daemon at random moments of rotations. Afterwards the line holds from its first key on, one version
+// signs, what was confirmed is there, and the token has no key that the ledger doesn't know.
+func TestKilledDuringRotation(t *testing.T) {
+	s := newSystem(t)
+	p := s.serve()
+	s.enrol()
+	first := s.pinned("payments")
+	rounds := 8
+	if v := os.Getenv("KILLS"); v != "" {
+		fmt.Sscan(v, &rounds)
+	}
+	random := rand.New(rand.NewPCG(3, 4))
+	confirmed := map[string]uint32{"payments": 1, "noise": 1}
+	for round := range rounds {
+		ctx, cancel := context.WithCancel(t.Context())
+		var wg sync.WaitGroup
+		begun := make(chan struct{})
+		wg.Go(func() {
+			for i := 0; ctx.Err() == nil && i < 20; i++ {
+				name := "payments"
+				if i%2 == 1 {
+					name = "noise"
+				}
+				if i == 0 {
+					close(begun)
+				}
+				k, err := s.admin().RotateKey(ctx, name, api.Rotate{Now: true})
+				if err != nil {
+					if name == "noise" && strings.Contains(err.Error(), "answer handshakes") {
+						continue // enough of them answer already
+					}
+					return
+				}
+				confirmed[name] = k.Version
+			}
+		})
+		<-begun
+		time.Sleep(time.Duration(random.IntN(150_000)) * time.Microsecond)
+		p.kill()
+		cancel()
+		wg.Wait()
+		p = s.serve()
+		active := map[string]uint32{}
+		keys, err := s.admin().Keys(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, k := range keys {
+			if k.State == "active" {
+				if active[k.Name] != 0 {
+					t.Fatalf("round %d: versions %d and %d of %s are active", round, active[k.Name], k.Version, k.Name)
+				}
+				active[k.Name] = k.Version
+			}
+		}
+		for name, version := range confirmed {
+			if active[name] < version {
+				t.Fatalf("round %d: version %d of %s was confirmed, version %d is active", round, version, name, active[name])
+			}
+			confirmed[name] = active[name]
+		}
+		last := s.follow(first)
+		signed, err := s.dial().Sign(t.Context(), "payments", message(fmt.Sprintf("rnd%05d", round)))
+		if err != nil {
+			t.Fatalf("round %d: %v", round, err)
+		}
+		if signed.Version != last.Version && signed.Version != last.Version-1 { // one that is announced may be in the line already
+			t.Fatalf("round %d: version %d signs, the line leads to %d", round, signed.Version, last.Version)
+		}
+	}
+	if active := confirmed["payments"]; active < 2 {
+		t.Errorf("version %d of payments is active after %d rounds: nothing was rotated", active, rounds)
+	}
+	var known []string
+	keys, err := s.admin().Keys(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, k := range keys {
+		known = append(known, fmt.Sprintf("%s/%d", k.Name, k.Version))
+	}
+	slices.Sort(known)
+	p.stop()
+	if got := s.onToken(); !slices.Equal(got, known) {
+		t.Errorf("the token has %v, the ledger %v", got, known)
+	}
+	if out, code := s.daemon("check", "--deep"); code != 0 {
+		t.Errorf("check: %d, %s", code, out)
+	}
+}
+
+// TestPeersFollow: a connected peer with a pinned line follows rotations, of its key and of the listener's, through restarts; keys show says who has not.
+func TestPeersFollow(t *testing.T) {
+	s := newSystem(t)
+	p := s.serve()
+	s.enrol()
+	heard := make(chan client.Rotation, 16)
+	c := s.clientConfig()
+	c.Lines = []client.Line{s.pinned("payments")}
+	c.RetryFor = time.Minute
+	c.OnRotation = func(r client.Rotation) { heard <- r }
+	c.OnServerKey = func([32]byte) {}
+	peer, err := client.Dial(t.Context(), c)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer peer.Close()
+	hears := func(key string, version uint32) client.Rotation {
+		t.Helper()
+		for {
+			select {
+			case r := <-heard:
+				if r.Key == key && r.Event.Version == version {
+					if r.Err != nil {
+						t.Fatal(r.Err)
+					}
+					return r
+				}
+			case <-time.After(time.Minute):
+				t.Fatalf("nothing of %s, version %d, is heard", key, version)
+			}
+		}
+	}
+	old, err := peer.Sign(t.Context(), "payments", message("old0"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for version := uint32(2); version <= 4; version++ {
+		if out := s.must("admin", "key", "rotate", "payments", "--now"); !strings.Contains(out, fmt.Sprintf("rotated     payments, version %d\n", version)) {
+			t.Errorf("%s", out)
+		}
+		hears("payments", version)
+		if signed, err := peer.Sign(t.Context(), "payments", message(fmt.Sprintf("new%d", version))); err != nil || signed.Version != version {
+			t.Fatalf("%+v, %v", signed, err)
+		}
+		if version == 2 {
+			p.stop()
+			p = s.serve()
+			if _, err := peer.Ping(t.Context()); err != nil { // which connects again
+				t.Fatal(err)
+			}
+		}
+	}
+	if _, err := peer.Verify(t.Context(), "payments", old); err != nil {
+		t.Errorf("what an old version has signed, within its grace time: %v", err)
+	}
+	eventually(t, "the acknowledgement", func() bool {
+		return strings.Contains(s.must("admin", "keys", "show", "payments"), "not acknowledged  by nobody")
+	})
+	s.carryOut("peer add", "", approval.Parameter{Name: "name", Value: "late"}, approval.Parameter{Name: "public_key", Value: strings.Repeat("09", 32)})
+	if out := s.must("admin", "keys", "show", "payments"); !strings.Contains(out, "not acknowledged  by late") {
+		t.Errorf("keys show: %s", out)
+	}
+	// The listener's key: the peer changes over by itself while the old one still answers, also where it was away when that was announced.
+	was := c.ServerKey
+	s.must("admin", "key", "rotate", "noise", "--now")
+	hears("noise", 2)
+	p.stop()
+	p = s.serve()
+	if _, err := peer.Ping(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	s.must("admin", "key", "archive", "noise", "1")
+	p.stop()
+	p = s.serve()
+	if _, err := peer.Ping(t.Context()); err != nil {
+		t.Errorf("a peer that has changed over: %v", err)
+	}
+	c.ServerKey, c.RetryFor = was, 0
+	if _, err := client.Dial(t.Context(), c); err == nil || !strings.Contains(err.Error(), "rotated") {
+		t.Errorf("a peer that has missed it: %v", err)
+	}
+	p.stop()
+}
