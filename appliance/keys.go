@@ -460,8 +460,6 @@ func (a *Appliance) mayUse(k *Key) error {
 	defer a.mu.RUnlock()
 	now := a.keys[k.Info().Ref]
 	switch {
-	case a.closed[byOperator] != nil:
-		return a.closed[byOperator]
 	case now == nil || now.State != Active && now.State != VerifyOnly:
 		return fmt.Errorf("%w: version %d of %q is out of use", errKeyNotActive, k.Version, k.Name)
 	case a.lines[k.Name].Presence > 0 && !time.Now().Before(a.confirmed[k.Name]):
