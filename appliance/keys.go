@@ -273,6 +273,9 @@ func (a *Appliance) put(ref keystore.Ref, r keyRecord, k keystore.Key) {
 	}
 	if before := a.keys[ref]; before != nil {
 		n.life = before.life
+	} else if n.public != nil {
+		public := [32]byte(k.Info().PublicKey)
+		a.byPublic[public] = append(a.byPublic[public], ref) // one that was imported twice has two names
 	}
 	if n.turns == nil { // its token is gone
 		n.turns = limit.NewFair(1)
@@ -478,9 +481,8 @@ func (a *Appliance) checkSigner(name *string, publicKey [32]byte) error {
 	a.mu.RLock()
 	defer a.mu.RUnlock()
 	known := false
-	for ref, k := range a.keys {
-		switch {
-		case !bytes.Equal(k.Info().PublicKey, publicKey[:]):
+	for _, ref := range a.byPublic[publicKey] {
+		switch k := a.keys[ref]; {
 		case k.Compromised:
 			return fmt.Errorf("%w: the public key is that of a compromised version of %q", transcript.ErrWrongSigner, ref.Name)
 		case name != nil && ref.Name == *name:

@@ -5,6 +5,8 @@ import (
 	"errors"
 	"fmt"
 	"math"
+	"os"
+	"path/filepath"
 	"runtime"
 	"slices"
 	"strings"
@@ -1145,5 +1147,32 @@ func TestShortestRetention(t *testing.T) {
 		if err := r.ShortenRetention(t.Context(), approved, change); !errors.Is(err, ErrInvalid) {
 			t.Errorf("%s: %v", name, err)
 		}
+	}
+}
+
+// TestOneKeyTwoNames: a private key that is in two lines is compromised in both.
+func TestOneKeyTwoNames(t *testing.T) {
+	r := newRig(t)
+	seed := filepath.Join(t.TempDir(), "seed")
+	if err := os.WriteFile(seed, []byte(strings.Repeat("07", 32)), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	var public [32]byte
+	for _, name := range []string{"one", "two"} {
+		k, err := r.CreateKey(t.Context(), operator, NewKey{Name: name, Seed: seed})
+		if err != nil {
+			t.Fatal(err)
+		}
+		public = [32]byte(k.Info().PublicKey)
+		if err := r.checkSigner(&name, public); err != nil {
+			t.Error(err)
+		}
+	}
+	r.compromise(t, "one", 1)
+	two := "two"
+	r.refuses(t, "wrong_signer", r.checkSigner(&two, public))
+	r.refuses(t, "wrong_signer", r.checkSigner(nil, public))
+	if err := r.checkSigner(nil, [32]byte{1}); err != nil {
+		t.Errorf("a stranger's key: %v", err)
 	}
 }
