@@ -134,7 +134,7 @@ func (r *rig) holds(t *testing.T, line string, may, ends []string) {
 func TestPowerCutInTheDevice(t *testing.T) {
 	for name, c := range cuttable {
 		for _, cut := range []bool{true, false} {
-			for at, happened := 1, true; happened; at++ {
+			for at, happened := 1, true; happened && !t.Failed(); at++ {
 				t.Run(fmt.Sprintf("%s, cut %v, at %d", name, cut, at), func(t *testing.T) {
 					r := newRig(t)
 					if c.ready != nil {
@@ -177,7 +177,7 @@ func TestDiskFailsInAnAct(t *testing.T) {
 	disk := disktest.New(t)
 	n := 0
 	for name, c := range cuttable {
-		for at, happened := int32(1), true; happened; at++ {
+		for at, happened := int32(1), true; happened && !t.Failed(); at++ {
 			t.Run(fmt.Sprintf("%s, at %d", name, at), func(t *testing.T) {
 				n++
 				r := newRigAt(t, filepath.Join(disk.Dir(), fmt.Sprintf("%d.db", n)))

@@ -826,7 +826,18 @@ func TestTooFarAhead(t *testing.T) {
 	if _, err := r.Rotate(t.Context(), operator, "nothing", time.Now()); !errors.Is(err, ErrNotFound) {
 		t.Errorf("%v", err)
 	}
+	for _, name := range []string{LogName, AdminName, CAName} {
+		if _, err := r.CreateOwnKey(t.Context(), operator, name, "memory"); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := r.Rotate(t.Context(), operator, name, time.Now()); !errors.Is(err, ErrInvalid) {
+			t.Errorf("%s is rotated: %v", name, err)
+		}
+	}
 	k := r.rotate(t, "payments", time.Unix(1, 0)) // long ago is now
+	if strings.Contains(string(k.Succession.Payload), `"time":1,`) {
+		t.Errorf("the step says %s", k.Succession.Payload)
+	}
 	if d := time.Since(k.Activates); d < 0 || d > time.Minute || k.State != Active {
 		t.Errorf("active since %v", k.Activates)
 	}
