@@ -99,20 +99,21 @@ type Appliance struct {
 	activating lock                   // held while a policy is put in force
 
 	mu          sync.RWMutex
-	keys        map[keystore.Ref]*Key   // under mu: all versions that exist on the keystore
-	active      map[string]*Key         // under mu: the version that signs, by name
-	peers       map[[32]byte]*member    // under mu
-	requests    int                     // under mu: being served
-	sessions    map[*session]struct{}   // under mu
-	closed      [closings]error         // under mu: why nothing is admitted
-	lines       map[string]Line         // under mu: settings of keys
-	confirmed   map[string]time.Time    // under mu: until when an operator's confirmation lets a key sign
-	credentials uint64                  // under mu: how often operators' credentials have changed
-	retries     map[string]retry        // under mu: rotations that have failed
-	lost        map[keystore.Ref]string // under mu: what is to be used and is not on its token
-	news        []announcement          // under mu: what peers are told; nil: to be made anew
-	policyWaits string                  // under mu: the policy file is another than what is in force
-	hooks       []func()                // called when there may be news for peers
+	keys        map[keystore.Ref]*Key       // under mu: all versions that exist on the keystore
+	byPublic    map[[32]byte][]keystore.Ref // under mu: the Ed25519 keys, by public key
+	active      map[string]*Key             // under mu: the version that signs, by name
+	peers       map[[32]byte]*member        // under mu
+	requests    int                         // under mu: being served
+	sessions    map[*session]struct{}       // under mu
+	closed      [closings]error             // under mu: why nothing is admitted
+	lines       map[string]Line             // under mu: settings of keys
+	confirmed   map[string]time.Time        // under mu: until when an operator's confirmation lets a key sign
+	credentials uint64                      // under mu: how often operators' credentials have changed
+	retries     map[string]retry            // under mu: rotations that have failed
+	lost        map[keystore.Ref]string     // under mu: what is to be used and is not on its token
+	news        []announcement              // under mu: what peers are told; nil: to be made anew
+	policyWaits string                      // under mu: the policy file is another than what is in force
+	hooks       []func()                    // called when there may be news for peers
 }
 
 // Peer is who asks: an enrolled client.
@@ -177,7 +178,7 @@ func New(ctx context.Context, c Config, l *ledger.Ledger, tokens map[string]keys
 		limits: limits, anchor: c.Anchor, retention: c.Retention, attended: c.Attended, identity: c.Identity, webhooks: c.Webhooks, ledger: l, tokens: tokens, log: log,
 		signing: make(lock, 1), creating: make(lock, 1), locking: make(lock, 1), enrolling: make(lock, 1), activating: make(lock, 1),
 		lines: map[string]Line{}, confirmed: map[string]time.Time{}, retries: map[string]retry{}, lost: map[keystore.Ref]string{},
-		keys: map[keystore.Ref]*Key{}, active: map[string]*Key{}, peers: map[[32]byte]*member{}, sessions: map[*session]struct{}{},
+		keys: map[keystore.Ref]*Key{}, byPublic: map[[32]byte][]keystore.Ref{}, active: map[string]*Key{}, peers: map[[32]byte]*member{}, sessions: map[*session]struct{}{},
 	}
 	a.failing.Interval = time.Second
 	a.handshakes = limit.NewHandshakes(limits.Handshakes)

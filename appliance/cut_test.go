@@ -134,7 +134,7 @@ func (r *rig) holds(t *testing.T, line string, may, ends []string) {
 func TestPowerCutInTheDevice(t *testing.T) {
 	for name, c := range cuttable {
 		for _, cut := range []bool{true, false} {
-			for at, happened := 1, true; happened; at++ {
+			for at, happened := 1, true; happened && !t.Failed(); at++ {
 				t.Run(fmt.Sprintf("%s, cut %v, at %d", name, cut, at), func(t *testing.T) {
 					r := newRig(t)
 					if c.ready != nil {
@@ -177,7 +177,7 @@ func TestDiskFailsInAnAct(t *testing.T) {
 	disk := disktest.New(t)
 	n := 0
 	for name, c := range cuttable {
-		for at, happened := int32(1), true; happened; at++ {
+		for at, happened := int32(1), true; happened && !t.Failed(); at++ {
 			t.Run(fmt.Sprintf("%s, at %d", name, at), func(t *testing.T) {
 				n++
 				r := newRigAt(t, filepath.Join(disk.Dir(), fmt.Sprintf("%d.db", n)))
@@ -243,5 +243,41 @@ func TestMemoryIsNotAheadOfTheDisk(t *testing.T) {
 	disk.Fail(nil)
 	if got := r.states(t, "payments"); got != "verify-only active pending" {
 		t.Error(got)
+	}
+}
+
+// TestAgainAfterTheDisk: a rotation that a disk has cut off can be done without a restart, whatever it has left behind.
+func TestAgainAfterTheDisk(t *testing.T) {
+	disk := disktest.New(t)
+	tried := 0
+	for at, happened := int32(1), true; happened; at += 2 { // the first sync of each commit: nothing of it counts
+		r := newRigAt(t, filepath.Join(disk.Dir(), fmt.Sprintf("again-%d.db", at)))
+		var syncs atomic.Int32
+		disk.Fail(func(op disktest.Op) syscall.Errno {
+			if op.Kind == disktest.Datasync && syncs.Add(1) == at {
+				return syscall.EIO
+			}
+			return 0
+		})
+		_, err := r.Rotate(t.Context(), operator, "payments", time.Now())
+		disk.Fail(nil)
+		if happened = syncs.Load() >= at; happened && err != nil {
+			if err := r.ledger.Alive(t.Context()); err != nil {
+				break // which sync was whose has changed: its state is unknown
+			}
+			tried++
+			if r.hasten(); r.version("payments", 2).announced() {
+				r.keepLine(t.Context(), "payments")
+			} else {
+				r.rotate(t, "payments", time.Now())
+			}
+		}
+		if got := r.states(t, "payments"); got != "verify-only active pending" {
+			t.Errorf("at %d: %s", at, got)
+		}
+		r.checkLine(t, "payments")
+	}
+	if tried < 3 {
+		t.Errorf("it was cut off %d times", tried)
 	}
 }

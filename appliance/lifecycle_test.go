@@ -5,6 +5,9 @@ import (
 	"errors"
 	"fmt"
 	"math"
+	"os"
+	"path/filepath"
+	"runtime"
 	"slices"
 	"strings"
 	"testing"
@@ -312,11 +315,9 @@ func TestTwoActive(t *testing.T) {
 	}); err != nil {
 		t.Fatal(err)
 	}
+	r.Appliance.keys, r.Appliance.active = map[keystore.Ref]*Key{}, map[string]*Key{}
 	if err := r.loadKeys(t.Context()); err == nil {
-		r.Appliance.keys, r.Appliance.active = map[keystore.Ref]*Key{}, map[string]*Key{}
-		if err := r.loadKeys(t.Context()); err == nil {
-			t.Error("two versions are active")
-		}
+		t.Error("two versions are active")
 	}
 }
 
@@ -626,6 +627,10 @@ func TestForgedAcknowledgement(t *testing.T) {
 	forged := r.cafe
 	forged.Name = "shop"
 	r.refuses(t, "denied", r.ack(t, forged, "payments", 2))
+	if n := r.announcements(); len(n) != 2 || n[0].name != NoiseName || n[1].name != "payments" {
+		t.Errorf("peers are told of %v", n)
+	}
+	r.refuses(t, "unknown_key", r.ack(t, r.shop, "payments", 1)) // which nobody had to be told
 	for _, line := range []string{"tls", LogName} {
 		r.refuses(t, "unknown_key", r.ack(t, r.shop, line, 2))
 	}
@@ -643,6 +648,20 @@ func TestForgedAcknowledgement(t *testing.T) {
 		if err := r.ack(t, r.cafe, "payments", version); err != nil {
 			t.Error(err)
 		}
+	}
+	before := len(r.events(t))
+	r.peers[r.cafe.PublicKey].known["payments"] = 0 // two at once both come to the disk
+	if err := r.ack(t, r.cafe, "payments", 3); err != nil || len(r.events(t)) != before {
+		t.Errorf("the second of two at once is an event, %v", err)
+	}
+	if err := r.SuspendPeer(t.Context(), operator, "shop"); err != nil {
+		t.Fatal(err)
+	}
+	if got := r.Unacknowledged("payments", 3); len(got) != 0 {
+		t.Errorf("of a suspended peer it is expected: %v", got)
+	}
+	if err := r.ResumePeer(t.Context(), operator, "shop"); err != nil {
+		t.Fatal(err)
 	}
 	r.reopen(t)
 	if got := r.Unacknowledged("payments", 3); !slices.Equal(got, []string{"shop"}) {
@@ -807,7 +826,18 @@ func TestTooFarAhead(t *testing.T) {
 	if _, err := r.Rotate(t.Context(), operator, "nothing", time.Now()); !errors.Is(err, ErrNotFound) {
 		t.Errorf("%v", err)
 	}
+	for _, name := range []string{LogName, AdminName, CAName} {
+		if _, err := r.CreateOwnKey(t.Context(), operator, name, "memory"); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := r.Rotate(t.Context(), operator, name, time.Now()); !errors.Is(err, ErrInvalid) {
+			t.Errorf("%s is rotated: %v", name, err)
+		}
+	}
 	k := r.rotate(t, "payments", time.Unix(1, 0)) // long ago is now
+	if strings.Contains(string(k.Succession.Payload), `"time":1,`) {
+		t.Errorf("the step says %s", k.Succession.Payload)
+	}
 	if d := time.Since(k.Activates); d < 0 || d > time.Minute || k.State != Active {
 		t.Errorf("active since %v", k.Activates)
 	}
@@ -949,4 +979,211 @@ type filesOf struct{ *Appliance }
 
 func (l filesOf) ReadFile(ctx context.Context, name string) ([]byte, error) {
 	return l.LogFile(ctx, name)
+}
+
+func TestCompromiseIsRefused(t *testing.T) {
+	r := newRig(t)
+	for _, name := range []string{LogName, AdminName, CAName} {
+		if err := r.Compromise(t.Context(), approved, name, 1, "stolen"); !errors.Is(err, ErrInvalid) {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+	for _, reason := range []string{"", strings.Repeat("x", 501)} {
+		if err := r.Compromise(t.Context(), approved, "payments", 1, reason); !errors.Is(err, ErrInvalid) {
+			t.Errorf("%d bytes of a reason: %v", len(reason), err)
+		}
+	}
+	for version, want := range map[uint32]error{2: ErrConflict, 3: ErrNotFound} { // the successor is settled; the other is not there
+		if err := r.Compromise(t.Context(), approved, "payments", version, "stolen"); !errors.Is(err, want) {
+			t.Errorf("version %d: %v", version, err)
+		}
+	}
+	r.compromise(t, "payments", 1)
+	if err := r.Compromise(t.Context(), approved, "payments", 1, "stolen"); !errors.Is(err, ErrConflict) {
+		t.Errorf("twice: %v", err)
+	}
+	if got := r.states(t, "payments"); got != "compromised active pending" {
+		t.Error(got)
+	}
+}
+
+// TestAnnounced: a scheduled rotation is announced as long before as the line says, and what was said of the old version's end stays.
+func TestAnnounced(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := newRig(t)
+		defer r.ledger.Close()
+		r.set(t, "payments", func(l *Line) { l.Plan.Every, l.Announce, l.Grace = 24*time.Hour, time.Hour, 2*time.Hour })
+		if next, why := r.NextRotation("payments"); why != "age" || time.Until(next).Round(time.Minute) != 24*time.Hour {
+			t.Errorf("%v, %s", next, why)
+		}
+		time.Sleep(24 * time.Hour)
+		r.keepLine(t.Context(), "payments")
+		if next, why := r.NextRotation("payments"); why != "announced" || time.Until(next).Round(time.Minute) != time.Hour {
+			t.Errorf("%v, %s", next, why)
+		}
+		if told := r.Rotation("payments"); told == nil || told.RetiresAt-told.ActivatesAt != 2*3600 {
+			t.Errorf("%+v", told)
+		}
+		time.Sleep(time.Hour)
+		r.keepLine(t.Context(), "payments")
+		said := r.Rotation("payments")
+		r.set(t, "payments", func(l *Line) { l.Grace = 20 * time.Hour })
+		if told := r.Rotation("payments"); told.RetiresAt != said.RetiresAt || said.RetiresAt != r.version("payments", 1).Retires.Unix() {
+			t.Errorf("%+v, before %+v", told, said)
+		}
+		if next, why := r.NextRotation("nothing"); why != "" || !next.IsZero() {
+			t.Errorf("%v, %s", next, why)
+		}
+	})
+}
+
+// TestLockedAgain: a lock that was waiting for an unlocking counts, one that is written down outlives a start, and an attended start is one.
+func TestLockedAgain(t *testing.T) {
+	r := newRig(t)
+	for _, name := range []string{NoiseName, LogName} {
+		if _, err := r.CreateOwnKey(t.Context(), operator, name, "memory"); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := r.locking.acquire(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	done := make(chan error)
+	go func() { done <- r.Lock(t.Context(), operator, "incident") }()
+	for r.locked.Load() == nil {
+		runtime.Gosched()
+	}
+	r.locked.Store(nil) // as an unlocking does at its end
+	r.close(byOperator, nil)
+	r.locking.release()
+	if err := <-done; err != nil {
+		t.Fatal(err)
+	}
+	locked := func(want bool) {
+		t.Helper()
+		_, err := r.Sign(t.Context(), r.shop, message(1, "m"))
+		if h := r.Health(); (h.Lock != nil) != want || (err != nil) != want {
+			t.Errorf("%+v, %v", h, err)
+		}
+	}
+	start := func(attended bool) {
+		t.Helper()
+		r.reopen(t)
+		r.attended = attended
+		if err := r.Start(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+	}
+	locked(true)
+	start(false)
+	locked(true)
+	if err := r.Unlock(t.Context(), operator); err != nil {
+		t.Fatal(err)
+	}
+	locked(false)
+	start(false)
+	locked(false)
+	start(true)
+	locked(true)
+	if err := r.Unlock(t.Context(), operator); err != nil {
+		t.Fatal(err)
+	}
+	locked(false)
+	if err := r.Lock(t.Context(), operator, ""); !errors.Is(err, ErrInvalid) {
+		t.Errorf("without a reason: %v", err)
+	}
+}
+
+// liar is a device that answers with zeros.
+type liar struct{ keystore.Key }
+
+func (liar) Exchange(context.Context, [32]byte) (shared [32]byte, err error) { return shared, nil }
+
+// TestProve: what a device has shown to have is not missing, and zeros show nothing.
+func TestProve(t *testing.T) {
+	r := newRig(t)
+	k, err := r.CreateOwnKey(t.Context(), operator, NoiseName, "memory")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, k := range []*Key{k, r.version("payments", 2)} {
+		r.lost[k.Info().Ref] = "it is missing"
+		if h := r.Health(); h.Condition != Degraded {
+			t.Errorf("%+v", h)
+		}
+		if err := r.prove(t.Context(), k); err != nil {
+			t.Error(err)
+		}
+		if h := r.Health(); h.Condition != Operational {
+			t.Errorf("%+v", h)
+		}
+	}
+	lies := *k
+	lies.Key = liar{k.Key}
+	if err := r.prove(t.Context(), &lies); !errors.Is(err, keystore.ErrWrong) {
+		t.Errorf("%v", err)
+	}
+	r.store.Corrupt = func(b []byte) []byte { b[0]++; return b }
+	if err := r.prove(t.Context(), r.version("payments", 2)); !errors.Is(err, keystore.ErrWrong) {
+		t.Errorf("%v", err)
+	}
+	if uses := r.version("payments", 2).Uses(); uses != 0 {
+		t.Errorf("proving counts as %d uses", uses)
+	}
+}
+
+// TestStopCounts: a start after a stop reads a few events only.
+func TestStopCounts(t *testing.T) {
+	e := newEdge(t, nil)
+	s := e.session("127.0.0.1", e.shop)
+	if a, _ := asks(t, s, encoded(numbered(1, "m"))); a.Error != nil {
+		t.Fatalf("%+v", a)
+	}
+	e.close()
+	e.open()
+	_, first, tree := e.ledger.Head()
+	if unread := first + tree.Size - e.written.Next; unread > 2 || e.version("payments", 1).Uses() != 1 {
+		t.Errorf("%d events were read, %d uses", unread, e.version("payments", 1).Uses())
+	}
+}
+
+func TestShortestRetention(t *testing.T) {
+	r := newRig(t)
+	for name, change := range map[string]func(*Retention){
+		"audit":     func(r *Retention) { r.Audit = time.Hour },
+		"receipts":  func(r *Retention) { r.Receipts = time.Hour },
+		"decisions": func(r *Retention) { r.Decisions = time.Hour },
+		"nonces":    func(r *Retention) { r.Nonces = time.Minute },
+	} {
+		if err := r.ShortenRetention(t.Context(), approved, map[string]string{name: "1h"}, change); !errors.Is(err, ErrInvalid) {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+}
+
+// TestOneKeyTwoNames: a private key that is in two lines is compromised in both.
+func TestOneKeyTwoNames(t *testing.T) {
+	r := newRig(t)
+	seed := filepath.Join(t.TempDir(), "seed")
+	if err := os.WriteFile(seed, []byte(strings.Repeat("07", 32)), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	var public [32]byte
+	for _, name := range []string{"one", "two"} {
+		k, err := r.CreateKey(t.Context(), operator, NewKey{Name: name, Seed: seed})
+		if err != nil {
+			t.Fatal(err)
+		}
+		public = [32]byte(k.Info().PublicKey)
+		if err := r.checkSigner(&name, public); err != nil {
+			t.Error(err)
+		}
+	}
+	r.compromise(t, "one", 1)
+	two := "two"
+	r.refuses(t, "wrong_signer", r.checkSigner(&two, public))
+	r.refuses(t, "wrong_signer", r.checkSigner(nil, public))
+	if err := r.checkSigner(nil, [32]byte{1}); err != nil {
+		t.Errorf("a stranger's key: %v", err)
+	}
 }

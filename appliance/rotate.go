@@ -270,6 +270,9 @@ func (a *Appliance) Compromise(ctx context.Context, who audit.Actor, name string
 	if name == LogName || name == AdminName || name == CAName {
 		return fmt.Errorf("key %q: %w: this line of the appliance's own has no successor: make a new appliance", name, ErrInvalid)
 	}
+	if err := checkReason(reason); err != nil {
+		return fmt.Errorf("key %q: %w", ijson.Clip(name), err)
+	}
 	return a.act(ctx, a.creating, fmt.Sprintf("key %q", ijson.Clip(name)), func(ctx context.Context) error {
 		k, err := a.inState(name, version, Active, VerifyOnly, Archived)
 		if err != nil {
