@@ -97,8 +97,8 @@ func (s *server) routes() {
 	for _, at := range []struct{ path, id string }{{"/v1/health/", ""}, {"/health/", "-short"}} {
 		route(s, operation{route: "GET " + at.path + "alive", id: "alive" + at.id, summary: "Say whether the daemon comes round", roles: anyone, refused: never}, s.alive)
 		route(s, operation{route: "GET " + at.path + "ready", id: "ready" + at.id, summary: "Say whether it signs: by a signature, made once a second at the most", roles: anyone, refused: never}, s.ready)
+		route(s, operation{route: "GET " + at.path + "state", id: "state" + at.id, summary: "Say in which state the appliance is, and to who is signed in why", roles: anyone, refused: never}, s.health)
 	}
-	route(s, operation{route: "GET /v1/health/state", id: "state", summary: "Say in which state the appliance is, and to who is signed in why", roles: anyone, refused: never}, s.health)
 	act(s, operation{route: "POST /v1/lock", id: "lock", summary: "Lock the appliance: no key is used until it is unlocked", roles: of(administrator, operator), refused: always}, s.lock)
 	act(s, operation{route: "POST /v1/unlock", id: "unlock", summary: "Unlock the appliance", roles: of(administrator), refused: always}, s.unlock)
 

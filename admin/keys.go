@@ -3,7 +3,9 @@ package admin
 import (
 	"context"
 	"net/http"
+	"slices"
 	"strconv"
+	"strings"
 	"time"
 
 	"countersign/admin/api"
@@ -143,13 +145,19 @@ func inState(a *appliance.Appliance, name string, version uint32, states ...appl
 		return err
 	}
 	for _, k := range versions {
-		for _, s := range states {
-			if k.Version == version && k.State == s {
-				return nil
-			}
+		if k.Version != version {
+			continue
 		}
+		if slices.Contains(states, k.State) {
+			return nil
+		}
+		var wanted []string
+		for _, s := range states {
+			wanted = append(wanted, string(s))
+		}
+		return conflict.errorf("key %q: version %d is %s, and must be %s", name, version, k.State, strings.Join(wanted, " or "))
 	}
-	return conflict.errorf("key %q: version %d is none, or not in a state in which that can be done: %v", name, version, states)
+	return notFound.errorf("key %q: there is no version %d", name, version)
 }
 
 func destroyKey(a *appliance.Appliance, p parameters, _ []byte) (parameters, do, error) {
@@ -211,13 +219,13 @@ func shortenRetention(a *appliance.Appliance, p parameters, _ []byte) (parameter
 		}
 		d, err := schedule.ParseEvery(v[name])
 		if err != nil {
-			return nil, nil, invalid.errorf("%s: %v", name, err)
+			return nil, nil, invalid.errorf("%s: %q is not a time such as 36h, 90d or 52w: an hour at least", name, v[name])
 		}
 		times[name], said[name] = d, v[name]
 		pairs = append(pairs, name, v[name])
 	}
 	if len(pairs) == 0 {
-		return nil, nil, invalid.errorf("say what is to be kept for how long: %v", names)
+		return nil, nil, invalid.errorf("say what is to be kept for how long: %s", strings.Join(names, ", "))
 	}
 	return list(pairs...), func(ctx context.Context, who audit.Actor) error {
 		return a.ShortenRetention(ctx, who, said, func(r *appliance.Retention) {

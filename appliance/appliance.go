@@ -85,6 +85,7 @@ type Appliance struct {
 	anchored bool // the ledger has been held against its counter; of Start, then of Serve, then of Stop
 
 	retention  Retention // under mu
+	configured Retention // what the configuration says of it
 	webhooks   []webhook.Target
 	written    usesRecord     // as it is on disk; of New, then of keepLog, then of Stop
 	signing    lock           // held while a checkpoint is signed
@@ -175,7 +176,7 @@ func (a *Appliance) act(ctx context.Context, l lock, what string, do func(contex
 func New(ctx context.Context, c Config, l *ledger.Ledger, tokens map[string]keystore.Store, p *policy.Policy, log *slog.Logger) (*Appliance, error) {
 	limits := c.Limits
 	a := &Appliance{
-		limits: limits, anchor: c.Anchor, retention: c.Retention, attended: c.Attended, identity: c.Identity, webhooks: c.Webhooks, ledger: l, tokens: tokens, log: log,
+		limits: limits, anchor: c.Anchor, retention: c.Retention, configured: c.Retention, attended: c.Attended, identity: c.Identity, webhooks: c.Webhooks, ledger: l, tokens: tokens, log: log,
 		signing: make(lock, 1), creating: make(lock, 1), locking: make(lock, 1), enrolling: make(lock, 1), activating: make(lock, 1),
 		lines: map[string]Line{}, confirmed: map[string]time.Time{}, retries: map[string]retry{}, lost: map[keystore.Ref]string{},
 		keys: map[keystore.Ref]*Key{}, byPublic: map[[32]byte][]keystore.Ref{}, active: map[string]*Key{}, peers: map[[32]byte]*member{}, sessions: map[*session]struct{}{},

@@ -63,7 +63,7 @@ func (a *Appliance) startPolicy(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	governed, err := a.governed()
+	governed, err := isGoverned(a.ledger)
 	if err != nil {
 		return err
 	}
@@ -90,9 +90,9 @@ func (a *Appliance) startPolicy(ctx context.Context) error {
 	return err
 }
 
-// governed says that there are operators, whose approval counts.
-func (a *Appliance) governed() (yes bool, err error) {
-	err = a.ledger.All(ledger.Operators, func(string, []byte) error { yes = true; return nil })
+// isGoverned says that there are operators, whose approval counts.
+func isGoverned(l *ledger.Ledger) (yes bool, err error) {
+	err = l.All(ledger.Operators, func(string, []byte) error { yes = true; return nil })
 	return yes, err
 }
 

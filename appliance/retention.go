@@ -41,11 +41,13 @@ type retentionRecord struct {
 	Receipts  int64 `json:"receipts"`
 	Decisions int64 `json:"decisions"`
 	Nonces    int64 `json:"nonces"`
+	// Configured is what the configuration said when this was written: what it still says asks for nothing new.
+	Configured *retentionRecord `json:"configured,omitempty"`
 }
 
 func (r Retention) record() retentionRecord {
 	s := func(d time.Duration) int64 { return int64(d / time.Second) }
-	return retentionRecord{s(r.Audit), s(r.Receipts), s(r.Decisions), s(r.Nonces)}
+	return retentionRecord{s(r.Audit), s(r.Receipts), s(r.Decisions), s(r.Nonces), nil}
 }
 
 // with returns r with the times of a record.
@@ -55,51 +57,66 @@ func (r Retention) with(record retentionRecord) Retention {
 	return r
 }
 
-// longest takes of each time the longer one.
-func (r Retention) longest(o Retention) Retention {
-	r.Audit, r.Receipts, r.Decisions, r.Nonces = max(r.Audit, o.Audit), max(r.Receipts, o.Receipts), max(r.Decisions, o.Decisions), max(r.Nonces, o.Nonces)
-	return r
+// InForce returns the retention that is in force under a configuration that says r. Once there are operators, what a configuration newly says is
+// believed as far as it is longer than what was: to keep something for a shorter time destroys, and needs approval. ignored says that it was not
+// believed in something.
+func (r Retention) InForce(l *ledger.Ledger) (in Retention, ignored bool, err error) {
+	in, _, ignored, err = r.inForce(l)
+	return in, ignored, err
 }
 
-// RetentionInForce returns what the ledger says of it, and whether it says anything.
-func RetentionInForce(l *ledger.Ledger) (r Retention, found bool, err error) {
+func (r Retention) inForce(l *ledger.Ledger) (in Retention, before *retentionRecord, ignored bool, err error) {
 	err = l.All(ledger.Meta, func(name string, value []byte) error {
 		if name != retentionKey {
 			return nil
 		}
-		var record retentionRecord
-		found = true
-		err := json.Unmarshal(value, &record)
-		r = r.with(record)
-		return err
+		before = new(retentionRecord)
+		return json.Unmarshal(value, before)
 	})
-	return r, found, err
+	governed := false
+	if err == nil {
+		governed, err = isGoverned(l)
+	}
+	if err != nil || before == nil || !governed {
+		return r, before, false, err
+	}
+	said, then := r.record(), before.Configured
+	if then == nil {
+		then = new(retentionRecord)
+	}
+	times := *before
+	for _, t := range []struct {
+		in             *int64
+		said, saidThen int64
+	}{{&times.Audit, said.Audit, then.Audit}, {&times.Receipts, said.Receipts, then.Receipts}, {&times.Decisions, said.Decisions, then.Decisions}, {&times.Nonces, said.Nonces, then.Nonces}} {
+		switch {
+		case t.said == t.saidThen: // nothing new
+		case t.said > *t.in:
+			*t.in = t.said
+		case t.said < *t.in:
+			ignored = true
+		}
+	}
+	return r.with(times), before, ignored, nil
 }
 
-// startRetention puts the configuration's retention in force as far as it is longer than what was. To keep something for a shorter time
-// destroys, and needs approval once there are operators: see ShortenRetention.
+// startRetention writes down what is in force from now on.
 func (a *Appliance) startRetention(ctx context.Context) error {
-	wanted := a.retentionInForce()
-	before, found, err := RetentionInForce(a.ledger)
+	in, before, ignored, err := a.configured.inForce(a.ledger)
 	if err != nil {
 		return err
 	}
-	governed, err := a.governed()
-	if err != nil {
-		return err
+	if ignored {
+		a.log.Warn("the retention of the configuration is shorter than what is in force, which stays: countersign admin retention shorten")
 	}
-	if found && governed {
-		longest := wanted.longest(before)
-		if longest != wanted {
-			a.log.Warn("the retention of the configuration is shorter than what is in force, which stays: countersign admin retention shorten")
-		}
-		wanted = longest
-	}
-	if found && wanted.record() == before.record() {
-		a.setRetention(wanted)
+	if before != nil && in == in.with(*before) {
+		a.setRetention(in)
 		return nil
 	}
-	return a.writeRetention(ctx, audit.Daemon(), before, wanted, nil)
+	if before == nil {
+		before = new(retentionRecord)
+	}
+	return a.writeRetention(ctx, audit.Daemon(), in.with(*before), in, nil)
 }
 
 func (a *Appliance) retentionInForce() Retention {
@@ -140,7 +157,9 @@ func (a *Appliance) writeRetention(ctx context.Context, who audit.Actor, before,
 		maps.Copy(e.Metadata, said)
 	}
 	if err := a.ledger.Update(ctx, func(tx *ledger.Tx) error {
-		if err := tx.Put(ledger.Meta, retentionKey, encode(wanted.record())); err != nil {
+		record, said := wanted.record(), a.configured.record()
+		record.Configured = &said
+		if err := tx.Put(ledger.Meta, retentionKey, encode(record)); err != nil {
 			return err
 		}
 		return tx.Append(entry(e))

@@ -525,7 +525,7 @@ func TestRetentionIsNotShortened(t *testing.T) {
 	}
 	less := kept
 	less.Audit, less.Receipts = 24*time.Hour, kept.Receipts+time.Hour
-	r.setRetention(less)
+	r.configured = less
 	if err := r.startRetention(t.Context()); err != nil {
 		t.Fatal(err)
 	}
@@ -539,8 +539,16 @@ func TestRetentionIsNotShortened(t *testing.T) {
 	if err := r.ShortenRetention(t.Context(), approved, map[string]string{"audit": "48h"}, shorten); err != nil {
 		t.Fatal(err)
 	}
-	if got, _, err := RetentionInForce(r.ledger); err != nil || got.Audit != 48*time.Hour {
-		t.Errorf("%+v, %v", got, err)
+	// A restart with the same configuration changes nothing of that; one with a longer time in it does.
+	for _, c := range []struct {
+		configured, want time.Duration
+		ignored          bool
+	}{{less.Audit, 48 * time.Hour, false}, {47 * time.Hour, 48 * time.Hour, true}, {49 * time.Hour, 49 * time.Hour, false}} {
+		now := less
+		now.Audit = c.configured
+		if got, ignored, err := now.InForce(r.ledger); err != nil || got.Audit != c.want || ignored != c.ignored {
+			t.Errorf("configured %v: %v, ignored %t, %v", c.configured, got.Audit, ignored, err)
+		}
 	}
 }
 

@@ -198,14 +198,14 @@ func open(ctx context.Context, c Config, log *slog.Logger) (p parts, err error) 
 	return p, nil
 }
 
-// openLedger opens it so that nonces are kept as long as the ledger itself says, where that is longer than the configuration does.
+// openLedger opens it so that nonces are kept as long as is in force, which may be another time than the configuration says.
 func openLedger(c Config) (*ledger.Ledger, error) {
 	l, err := ledger.Open(c.Ledger, c.ledger())
 	if err != nil {
 		return nil, err
 	}
-	kept, _, err := appliance.RetentionInForce(l)
-	if err == nil && kept.Nonces <= c.Retention.Nonces.std() {
+	kept, _, err := c.retention().InForce(l)
+	if err == nil && kept.Nonces == c.Retention.Nonces.std() {
 		return l, nil
 	}
 	if err := errors.Join(err, l.Close()); err != nil {
