@@ -2,7 +2,6 @@ package appliance
 
 import (
 	"context"
-	"encoding/hex"
 	"fmt"
 	"maps"
 	"slices"
@@ -237,6 +236,3 @@ func (a *Appliance) announcedNext(k *Key) *wire.Bytes32 {
 	}
 	return (*wire.Bytes32)(&digest)
 }
-
-// publicKeyOf is for people.
-func publicKeyOf(k *Key) string { return hex.EncodeToString(k.Info().PublicKey) }

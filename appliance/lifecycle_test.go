@@ -231,12 +231,12 @@ func TestSuccessorIsMissing(t *testing.T) {
 	}
 
 	r = newRig(t)
-	next := r.rotate(t, "payments", time.Now())
+	r.rotate(t, "payments", time.Now())
 	old := keystore.Ref{Name: "payments", Version: 1}
 	r.store.Remove(old)
 	r.reopen(t)
 	ill("payments/1")
-	next = r.rotate(t, "payments", time.Now().Add(time.Hour))
+	next := r.rotate(t, "payments", time.Now().Add(time.Hour))
 	r.store.Remove(third)
 	r.reopen(t)
 	ill("payments/3")

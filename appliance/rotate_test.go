@@ -451,7 +451,7 @@ func TestPresence(t *testing.T) {
 		signs("")
 		time.Sleep(300*time.Second - 1)
 		signs("")
-		time.Sleep(1)
+		time.Sleep(time.Nanosecond)
 		signs("not_confirmed")
 		confirm()
 		signs("")
