@@ -590,6 +590,12 @@ func TestAcknowledgementsThatCount(t *testing.T) {
 				t.Fatal(err)
 			}
 		}, false},
+		{"one is suspended and the other has", []string{AllPeers}, func(t *testing.T, r *rig) {
+			ack("cafe")(t, r)
+			if err := r.SuspendPeer(t.Context(), operator, "shop"); err != nil {
+				t.Fatal(err)
+			}
+		}, true},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			r := newRig(t)
@@ -1196,4 +1202,32 @@ func TestOneKeyTwoNames(t *testing.T) {
 	if err := r.checkSigner(nil, [32]byte{1}); err != nil {
 		t.Errorf("a stranger's key: %v", err)
 	}
+}
+
+// TestAcknowledgedIsNotTheNext: to have acknowledged a version says nothing of the one after it.
+func TestAcknowledgedIsNotTheNext(t *testing.T) {
+	r := newRig(t)
+	r.set(t, "payments", func(l *Line) { l.Acknowledge = []string{AllPeers} })
+	r.rotate(t, "payments", time.Now())
+	for _, who := range []Peer{r.shop, r.cafe} {
+		if err := r.ack(t, who, "payments", 2); err != nil {
+			t.Fatal(err)
+		}
+	}
+	r.keepLine(t.Context(), "payments")
+	r.rotate(t, "payments", time.Now())
+	r.keepLine(t.Context(), "payments")
+	if got := r.states(t, "payments"); got != "archived verify-only active pending" {
+		t.Error(got)
+	}
+}
+
+func TestArchiveIsRefused(t *testing.T) {
+	r := newRig(t)
+	for version, want := range map[uint32]error{1: ErrConflict, 2: ErrConflict, 3: ErrNotFound} {
+		if err := r.Archive(t.Context(), operator, "payments", version); !errors.Is(err, want) {
+			t.Errorf("version %d: %v", version, err)
+		}
+	}
+	r.sign(t, r.shop, message(1, "m"))
 }
