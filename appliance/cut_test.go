@@ -281,3 +281,21 @@ func TestAgainAfterTheDisk(t *testing.T) {
 		t.Errorf("it was cut off %d times", tried)
 	}
 }
+
+// TestCredentialsChangeInTheCommit: a confirmation that is on its way to the disk then is one of before.
+func TestCredentialsChangeInTheCommit(t *testing.T) {
+	disk := disktest.New(t)
+	r := newRigAt(t, filepath.Join(disk.Dir(), "ledger.db"))
+	r.set(t, "payments", func(l *Line) { l.Presence = time.Hour })
+	disk.Fail(func(op disktest.Op) syscall.Errno {
+		if op.Kind == disktest.Datasync {
+			r.CredentialsChanged()
+		}
+		return 0
+	})
+	_, err := r.Confirm(t.Context(), operator, "payments")
+	disk.Fail(nil)
+	if !errors.Is(err, ErrConflict) || !r.Confirmed("payments").IsZero() {
+		t.Errorf("%v, confirmed until %v", err, r.Confirmed("payments"))
+	}
+}

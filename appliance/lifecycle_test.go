@@ -163,16 +163,26 @@ func TestEmergencyByHand(t *testing.T) {
 	if got := r.states(t, "payments"); got != "compromised pending" {
 		t.Errorf("at once again: %s", got)
 	}
-	if k := r.rotate(t, "payments", time.Now().Add(time.Hour)); k.Version != 2 {
-		t.Errorf("%v", k.Info().Ref)
+	if _, err := r.CreateOwnKey(t.Context(), operator, NoiseName, "memory"); err != nil {
+		t.Fatal(err)
+	}
+	r.store.BeforeGenerate = func(keystore.Ref) error { return keystore.ErrUnavailable }
+	r.compromise(t, NoiseName, 1)
+	if k, err := r.Rotate(t.Context(), operator, NoiseName, time.Now()); err == nil || k != nil {
+		t.Errorf("without the device: %v, %v", k, err)
+	}
+	r.store.BeforeGenerate = nil
+	for _, name := range []string{"payments", NoiseName} {
+		if k := r.rotate(t, name, time.Now().Add(time.Hour)); k.Version != 2 || k.State != Active {
+			t.Errorf("%v is %s", k.Info().Ref, k.State)
+		}
 	}
 	if got := r.states(t, "payments"); got != "compromised active pending" {
 		t.Error(got)
 	}
-	if h := r.Health(); h.Condition != Degraded {
-		t.Errorf("before it was looked at: %+v", h)
+	if h := r.Health(); h.Condition != Operational {
+		t.Errorf("%+v", h)
 	}
-	r.keepLine(t.Context(), "payments")
 	r.checkLine(t, "payments")
 }
 
@@ -221,12 +231,12 @@ func TestSuccessorIsMissing(t *testing.T) {
 	}
 
 	r = newRig(t)
-	next := r.rotate(t, "payments", time.Now())
+	r.rotate(t, "payments", time.Now())
 	old := keystore.Ref{Name: "payments", Version: 1}
 	r.store.Remove(old)
 	r.reopen(t)
 	ill("payments/1")
-	next = r.rotate(t, "payments", time.Now().Add(time.Hour))
+	next := r.rotate(t, "payments", time.Now().Add(time.Hour))
 	r.store.Remove(third)
 	r.reopen(t)
 	ill("payments/3")
@@ -580,6 +590,12 @@ func TestAcknowledgementsThatCount(t *testing.T) {
 				t.Fatal(err)
 			}
 		}, false},
+		{"one is suspended and the other has", []string{AllPeers}, func(t *testing.T, r *rig) {
+			ack("cafe")(t, r)
+			if err := r.SuspendPeer(t.Context(), operator, "shop"); err != nil {
+				t.Fatal(err)
+			}
+		}, true},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			r := newRig(t)
@@ -1186,4 +1202,32 @@ func TestOneKeyTwoNames(t *testing.T) {
 	if err := r.checkSigner(nil, [32]byte{1}); err != nil {
 		t.Errorf("a stranger's key: %v", err)
 	}
+}
+
+// TestAcknowledgedIsNotTheNext: to have acknowledged a version says nothing of the one after it.
+func TestAcknowledgedIsNotTheNext(t *testing.T) {
+	r := newRig(t)
+	r.set(t, "payments", func(l *Line) { l.Acknowledge = []string{AllPeers} })
+	r.rotate(t, "payments", time.Now())
+	for _, who := range []Peer{r.shop, r.cafe} {
+		if err := r.ack(t, who, "payments", 2); err != nil {
+			t.Fatal(err)
+		}
+	}
+	r.keepLine(t.Context(), "payments")
+	r.rotate(t, "payments", time.Now())
+	r.keepLine(t.Context(), "payments")
+	if got := r.states(t, "payments"); got != "archived verify-only active pending" {
+		t.Error(got)
+	}
+}
+
+func TestArchiveIsRefused(t *testing.T) {
+	r := newRig(t)
+	for version, want := range map[uint32]error{1: ErrConflict, 2: ErrConflict, 3: ErrNotFound} {
+		if err := r.Archive(t.Context(), operator, "payments", version); !errors.Is(err, want) {
+			t.Errorf("version %d: %v", version, err)
+		}
+	}
+	r.sign(t, r.shop, message(1, "m"))
 }

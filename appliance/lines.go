@@ -140,7 +140,7 @@ func (a *Appliance) SetLine(ctx context.Context, who audit.Actor, name string, s
 		}
 		for _, peer := range l.Acknowledge {
 			if !slices.Contains(before.Acknowledge, peer) && peer != AllPeers && !a.enrolled(peer) {
-				return fmt.Errorf("key %q: acknowledge: peer %q: %w", name, peer, ErrNotFound)
+				return fmt.Errorf("key %q: %w: acknowledge names %q, and no such peer is enrolled", name, ErrInvalid, peer)
 			}
 		}
 		if own(name) && (l.Presence != 0 || name != NoiseName) {
@@ -182,7 +182,8 @@ func (a *Appliance) Confirm(ctx context.Context, who audit.Actor, name string) (
 	a.mu.RLock()
 	credentials := a.credentials
 	a.mu.RUnlock()
-	confirmed := errors.New("not written")
+	var end time.Time
+	var late error
 	err = a.ledger.Update(ctx, func(tx *ledger.Tx) error {
 		a.mu.RLock()
 		defer a.mu.RUnlock()
@@ -193,23 +194,26 @@ func (a *Appliance) Confirm(ctx context.Context, who audit.Actor, name string) (
 		case a.credentials != credentials:
 			return fmt.Errorf("key %q: %w: credentials have changed: confirm again", name, ErrConflict)
 		}
-		end := time.Now().Add(presence)
+		end = time.Now().Add(presence)
 		tx.OnCommit(func() {
 			a.mu.Lock()
 			defer a.mu.Unlock()
 			if a.credentials != credentials {
-				confirmed = fmt.Errorf("key %q: %w: credentials have changed: confirm again", name, ErrConflict)
+				late = fmt.Errorf("key %q: %w: credentials have changed: confirm again", name, ErrConflict)
 				return
 			}
-			a.confirmed[name], until, confirmed = end, end, nil
+			a.confirmed[name] = end
 		})
 		return tx.Append(entry(audit.Event{Type: audit.PresenceConfirmed, Actor: who, Action: "key confirm", Resource: name, Outcome: "ok",
 			Metadata: map[string]string{"until": strconv.FormatInt(end.Unix(), 10)}}))
 	})
 	if err != nil {
-		return time.Time{}, err // the writer may still be at it: until is not ours to read
+		return time.Time{}, err // the writer may still be at it: end is not ours to read
 	}
-	return until, confirmed
+	if late != nil {
+		return time.Time{}, late
+	}
+	return end, nil
 }
 
 func (a *Appliance) CredentialsChanged() {

@@ -61,7 +61,10 @@ func (a *Appliance) rotate(ctx context.Context, who audit.Actor, name string, at
 		return nil, err
 	}
 	if k := unfollowed(versions); k != nil { // it is overdue
-		return a.version(name, k.Version+1), a.succeed(ctx, who, k)
+		if err := a.succeed(ctx, who, k); err != nil {
+			return nil, err
+		}
+		return a.ActiveKey(name)
 	}
 	old, err := a.ActiveKey(name)
 	if err != nil {
@@ -175,6 +178,7 @@ func (a *Appliance) activate(ctx context.Context, who audit.Actor, next *Key) er
 		return err
 	}
 	a.log.Info("a key was rotated", "key", next.Name, "version", next.Version)
+	a.done(next.Name)
 	a.wake()
 	return nil
 }
