@@ -38,7 +38,8 @@ var (
 	ErrSignature = errors.New("the webhook has no signature of this key")
 )
 
-// Signer makes an Ed25519 signature of 64 bytes. Its key must sign nothing but webhooks: the message has no domain of its own.
+// Signer makes an Ed25519 signature of 64 bytes. The message has no domain of its own: it begins with an id, a dot and digits, and whatever else
+// the key signs must not.
 type Signer func(ctx context.Context, message []byte) ([]byte, error)
 
 // FormatKey gives a public key as receivers are told it: whpk_ and base64.
