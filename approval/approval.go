@@ -77,7 +77,7 @@ func (o *Operator) Credential(id string) (Credential, bool) {
 
 // Proof is a signature by a credential over a text: an SSHSIG, or a WebAuthn assertion.
 type Proof struct {
-	Credential string     `json:"credential"`       // its id
+	Credential string     `json:"credential" doc:"its id; of a passkey also the id that the browser says (rawId)"`
 	SSHSIG     string     `json:"sshsig,omitempty"` // armored
 	Assertion  *Assertion `json:"assertion,omitempty"`
 }

@@ -305,6 +305,7 @@ func (d *Desk) Approve(ctx context.Context, s Session, id uint64, p approval.Pro
 	if err != nil {
 		return Proposal{}, err
 	}
+	p = seen.named(p)
 	now, err := d.Proposal(id)
 	if err != nil {
 		return Proposal{}, err

@@ -94,9 +94,20 @@ func passkeys(p person) (all []approval.Credential) {
 	return all
 }
 
-// prove uses a challenge up. It returns who has signed it, as memory has him, and the number of the signature. The refusal is an event
+// named has a proof name a credential by the id that it has here. A page whose browser has chosen among the passkeys that it found knows
+// the passkey's own id and nothing else of it.
+func (p person) named(proof approval.Proof) approval.Proof {
+	for _, c := range passkeys(p) {
+		if proof.Assertion != nil && proof.Credential == c.CredentialID {
+			proof.Credential = c.ID
+		}
+	}
+	return proof
+}
+
+// prove uses a challenge up, and has the proof name the credential by its id. It returns who has signed it, as memory has him, and the number of the signature. The refusal is an event
 // and says nothing about the reason to a stranger.
-func (d *Desk) prove(ctx context.Context, ch Channel, id, purpose string, p approval.Proof) (c *challenge, who person, count uint32, err error) {
+func (d *Desk) prove(ctx context.Context, ch Channel, id, purpose string, p *approval.Proof) (c *challenge, who person, count uint32, err error) {
 	d.mu.Lock()
 	i := slices.IndexFunc(d.challenges, func(c *challenge) bool { return c.ID == id && c.purpose == purpose && c.channel.same(ch) })
 	c = new(challenge)
@@ -110,19 +121,20 @@ func (d *Desk) prove(ctx context.Context, ch Channel, id, purpose string, p appr
 	}
 	who = d.roster.people[c.operator]
 	d.mu.Unlock()
+	*p = who.named(*p)
 	if wait > 0 {
 		err = &Limited{wait}
-		d.refused(ctx, ch, c.operator, purpose, p, err)
+		d.refused(ctx, ch, c.operator, purpose, *p, err)
 		return nil, person{}, 0, err
 	}
 	switch {
 	case i < 0 || !time.Now().Before(c.Expires):
 		err = fmt.Errorf("%w: the challenge is unknown, used or expired", approval.ErrNotProven)
 	default:
-		count, err = d.verify(who, purpose, c.Text, p)
+		count, err = d.verify(who, purpose, c.Text, *p)
 	}
 	if err != nil {
-		d.refused(ctx, ch, c.operator, purpose, p, err)
+		d.refused(ctx, ch, c.operator, purpose, *p, err)
 		return nil, person{}, 0, approval.ErrNotProven
 	}
 	d.mu.Lock()
@@ -176,7 +188,7 @@ func (d *Desk) refused(ctx context.Context, ch Channel, operator, purpose string
 
 // SignIn begins a session for the operator of a challenge. The token is the caller's to keep; nobody else has it.
 func (d *Desk) SignIn(ctx context.Context, ch Channel, challenge string, p approval.Proof) (s Session, token string, err error) {
-	c, seen, count, err := d.prove(ctx, ch, challenge, approval.ForSignIn, p)
+	c, seen, count, err := d.prove(ctx, ch, challenge, approval.ForSignIn, &p)
 	if err != nil {
 		return Session{}, "", fmt.Errorf("sign-in: %w", err)
 	}
@@ -235,7 +247,7 @@ func (d *Desk) Prove(ctx context.Context, s Session, challenge, subject string, 
 	if _, err := d.alive(s); err != nil {
 		return err
 	}
-	c, seen, count, err := d.prove(ctx, s.Channel, challenge, approval.ForPresence, p)
+	c, seen, count, err := d.prove(ctx, s.Channel, challenge, approval.ForPresence, &p)
 	if err != nil {
 		return fmt.Errorf("presence: %w", err)
 	}

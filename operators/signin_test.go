@@ -429,6 +429,36 @@ func TestProve(t *testing.T) {
 	want(t, err, ErrNotFound)
 }
 
+// TestPasskeyByItsOwnID: a browser that has found a passkey itself says no other id of it.
+func TestPasskeyByItsOwnID(t *testing.T) {
+	r := newRig(t, 1)
+	alice := newPasskey(t, "alice", 0)
+	r.enrol(t, alice, "approver")
+	own := func(p approval.Proof) approval.Proof { p.Credential = alice.credential.CredentialID; return p }
+	c, err := r.Challenge(approval.ForSignIn, "alice", "", root)
+	if err != nil {
+		t.Fatal(err)
+	}
+	s, _, err := r.SignIn(t.Context(), root, c.ID, own(alice.sign(t, c.Text)))
+	if err != nil || s.Credential != alice.credential.ID {
+		t.Fatalf("%+v, %v", s, err)
+	}
+	if c, err = r.Challenge(approval.ForPresence, "alice", "payments", root); err != nil {
+		t.Fatal(err)
+	}
+	if err := r.Prove(t.Context(), s, c.ID, "payments", own(alice.sign(t, c.Text))); err != nil {
+		t.Error(err)
+	}
+	first, _ := r.signIn(t, r.people[0], root)
+	p := r.propose(t, first, "test")
+	if p, err = r.Approve(t.Context(), s, p.ID, own(alice.sign(t, p.Text()))); err != nil || p.State != Done || p.Approvals[0].Credential != alice.credential.ID {
+		t.Errorf("%+v, %v", p, err)
+	}
+	if _, e := r.events(t, audit.ApprovalGiven); !strings.Contains(e.Metadata["proof"], alice.credential.ID) {
+		t.Errorf("the event is %+v", e)
+	}
+}
+
 func TestPasskeyCounts(t *testing.T) {
 	r := newRig(t, 0)
 	alice := newPasskey(t, "alice", 0)
