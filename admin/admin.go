@@ -78,6 +78,7 @@ func newServer(c Config) (*server, *echo.Echo) {
 	config := huma.DefaultConfig("Countersign admin API", "1")
 	config.Info.Description = "What operators do with a running appliance. x-roles says of which roles one is needed (*: any; none: nobody needs to be " +
 		"signed in), x-refused-in in which states of the appliance an operation is refused, and with which code."
+	config.Servers = []*huma.Server{{URL: "https://localhost:7780", Description: "by default; the Unix socket serves the same"}}
 	config.OpenAPIPath, config.DocsPath, config.SchemasPath = "", "", "" // what shows it to people is the console's
 	config.CreateHooks = nil
 	strict := huma.Format{Marshal: huma.DefaultJSONFormat.Marshal, Unmarshal: func(b []byte, v any) error { return ijson.Decode(b, v) }}

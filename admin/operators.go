@@ -52,7 +52,10 @@ type signedIn struct {
 	Body      api.SignedIn
 }
 
-func (s *server) signIn(ctx context.Context, who caller, in *body[api.Proven]) (*signedIn, error) {
+func (s *server) signIn(ctx context.Context, who caller, in *struct {
+	Site string `header:"Sec-Fetch-Site" hidden:"true"` // which browsers send, and nothing else does
+	Body api.Proven
+}) (*signedIn, error) {
 	session, token, err := s.Operators.SignIn(ctx, who.Channel, in.Body.Challenge, in.Body.Proof)
 	if err != nil {
 		return nil, err
@@ -61,6 +64,9 @@ func (s *server) signIn(ctx context.Context, who caller, in *body[api.Proven]) (
 	out := &signedIn{Body: api.SignedIn{Session: sessionDoc(session, who), Token: token}}
 	if who.Kind == operators.HTTPS {
 		out.SetCookie = cookie(token, int(time.Until(session.Expires).Seconds()))
+		if in.Site != "" {
+			out.Body.Token = "" // no script of a page can have it: the cookie is out of its reach
+		}
 	}
 	return out, nil
 }

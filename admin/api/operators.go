@@ -48,7 +48,7 @@ type Session struct {
 // SignedIn is a new session with its token, which is said this once.
 type SignedIn struct {
 	Session
-	Token string `json:"token" doc:"sent as Authorization: Bearer; over HTTPS it is a cookie too"`
+	Token string `json:"token,omitempty" doc:"sent as Authorization: Bearer; over HTTPS it is a cookie too, and for a browser nothing else"`
 }
 
 // Me is who asks.
