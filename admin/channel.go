@@ -94,14 +94,14 @@ func (s *server) door(next http.Handler) http.Handler {
 		h := w.Header()
 		h.Set("Cache-Control", "no-store")
 		h.Set("X-Content-Type-Options", "nosniff")
-		if conn.Kind == operators.HTTPS {
+		if conn.Kind == operators.HTTPS && s.RPID != "localhost" { // which other programs of the machine are called too, and not all over HTTPS
 			h.Set("Strict-Transport-Security", "max-age=31536000")
 		}
 		switch {
 		case conn.stranger || conn.Kind == "":
 			writeProblem(w, notAllowed.document("this user may not talk to the appliance: see admin_group in the configuration"))
 		case conn.Kind == operators.HTTPS && !slices.Contains(s.Hosts, r.Host):
-			writeProblem(w, notAllowed.document("the appliance is not called by that name"))
+			writeProblem(w, notAllowed.document("the appliance is not called by that name: it is "+s.Origin))
 		default:
 			next.ServeHTTP(w, r)
 		}
@@ -180,7 +180,7 @@ const cookieName = "__Host-countersign"
 
 // token is what a request shows for its session, and whether a browser has added it by itself.
 func token(c huma.Context) (token string, byCookie bool) {
-	if token, ok := strings.CutPrefix(c.Header("Authorization"), "Bearer "); ok {
+	if scheme, token, ok := strings.Cut(c.Header("Authorization"), " "); ok && strings.EqualFold(scheme, "Bearer") {
 		return token, false
 	}
 	if c.TLS() == nil {
