@@ -27,7 +27,7 @@ type Challenge struct {
 
 // Proven is a challenge with its proof.
 type Proven struct {
-	Challenge string         `json:"challenge" maxLength:"128" doc:"its id"`
+	Challenge string         `json:"challenge" maxLength:"512" doc:"its id"`
 	Proof     approval.Proof `json:"proof"`
 }
 
