@@ -19,6 +19,7 @@ import (
 	"countersign/operators"
 
 	"github.com/danielgtaylor/huma/v2"
+	"golang.org/x/net/netutil"
 )
 
 // connection is what is known of the other end without any word of it.
@@ -156,6 +157,10 @@ func Listen(path, group string) (net.Listener, error) {
 	return l, nil
 }
 
+// maxConnections is how many there may be over HTTPS at a time; others wait. On the Unix socket the mode of the socket says who may open
+// any.
+const maxConnections = 256
+
 // ListenTLS listens on a loopback address, and nowhere else, with TLS 1.3, and nothing older.
 func ListenTLS(address string, c *certs.Manager) (net.Listener, error) {
 	host, _, err := net.SplitHostPort(address)
@@ -171,6 +176,7 @@ func ListenTLS(address string, c *certs.Manager) (net.Listener, error) {
 	if err != nil {
 		return nil, fmt.Errorf("admin HTTPS: %w", err)
 	}
+	l = netutil.LimitListener(l, maxConnections)
 	config := c.Config()
 	config.NextProtos = []string{"http/1.1"} // net/http speaks no other on a listener that does TLS by itself
 	return tls.NewListener(l, config), nil

@@ -1,9 +1,12 @@
 package admin
 
 import (
+	"context"
 	"encoding/json"
+	"net"
 	"strings"
 	"testing"
+	"time"
 
 	"countersign/admin/api"
 )
@@ -85,5 +88,31 @@ func TestClearRefusals(t *testing.T) {
 		if resp, _, body := call(t, r.httpsHTTP(), "GET", r.url+"/v1/me", "", map[string]string{"Authorization": scheme + " " + token}); resp.StatusCode != 200 || resp.Header.Get("Strict-Transport-Security") != "" {
 			t.Errorf("%s: %d %s", scheme, resp.StatusCode, body)
 		}
+	}
+}
+
+// TestConnectionsAreBounded: who holds all connections of HTTPS makes others wait there, and not on the socket.
+func TestConnectionsAreBounded(t *testing.T) {
+	r := newRig(t)
+	root := r.root()
+	held := make([]net.Conn, maxConnections)
+	for i := range held {
+		held[i] = must(net.Dial("tcp", strings.TrimPrefix(r.url, "https://")))(t)
+		defer held[i].Close()
+	}
+	c := r.https()
+	ctx, cancel := context.WithTimeout(t.Context(), 200*time.Millisecond)
+	defer cancel()
+	if err := c.Alive(ctx); err == nil {
+		t.Errorf("there are more than %d connections", maxConnections)
+	}
+	if _, err := root.Me(t.Context()); err != nil {
+		t.Error(err)
+	}
+	for _, conn := range held[:2] { // the call before has left one that waits
+		conn.Close()
+	}
+	if err := c.Alive(t.Context()); err != nil {
+		t.Error(err)
 	}
 }
