@@ -7,6 +7,7 @@ package admin
 
 import (
 	"context"
+	"crypto/rand"
 	"encoding/hex"
 	"net/http"
 	"slices"
@@ -52,10 +53,10 @@ type Config struct {
 
 type server struct {
 	Config
-	api           huma.API
-	document      []byte
-	canaries      canaries
-	registrations *registrations
+	api      huma.API
+	document []byte
+	canaries canaries
+	secret   [32]byte // of the ids of passkeys' registrations: a restart forgets it
 }
 
 // New returns the server of the admin API, for the listeners of Listen and ListenTLS.
@@ -84,7 +85,8 @@ func newServer(c Config) (*server, *echo.Echo) {
 	strict := huma.Format{Marshal: huma.DefaultJSONFormat.Marshal, Unmarshal: func(b []byte, v any) error { return ijson.Decode(b, v) }}
 	config.Formats = map[string]huma.Format{"application/json": strict, "json": strict}
 	config.Components.SecuritySchemes = map[string]*huma.SecurityScheme{"session": {Type: "http", Scheme: "bearer", Description: "the token of a session"}}
-	s := &server{Config: c, api: humaecho.New(e, config), registrations: newRegistrations()}
+	s := &server{Config: c, api: humaecho.New(e, config)}
+	rand.Read(s.secret[:])
 	s.routes()
 	s.document = s.openAPI()
 	return s, e

@@ -1,6 +1,7 @@
 package admin
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"net"
@@ -114,5 +115,45 @@ func TestConnectionsAreBounded(t *testing.T) {
 	}
 	if err := c.Alive(t.Context()); err != nil {
 		t.Error(err)
+	}
+}
+
+// TestRegistrations: nobody who begins to make passkeys keeps others from it, and an id is good as it was given, for a while.
+func TestRegistrations(t *testing.T) {
+	r := newRig(t)
+	r.root()
+	c := r.https()
+	var mine api.PasskeyOptions
+	for i := range 2000 {
+		o := must(c.PasskeyOptions(t.Context(), api.NewPasskey{Operator: "alice"}))(t)
+		if i == 0 {
+			mine = o
+		}
+	}
+	id, challenge := r.server.registration(time.Now().Add(time.Minute))
+	if got, ok := r.server.begun(id); !ok || !bytes.Equal(got, challenge) {
+		t.Errorf("%q is no registration", id)
+	}
+	for i := range id {
+		b := []byte(id)
+		b[i] ^= 1
+		if _, ok := r.server.begun(string(b)); ok {
+			t.Errorf("byte %d may be another one", i)
+		}
+	}
+	for _, id := range []string{"", ".", "..", id + "0", id[1:], "x" + id} {
+		if _, ok := r.server.begun(id); ok {
+			t.Errorf("%q is a registration", id)
+		}
+	}
+	if id, _ := r.server.registration(time.Now().Add(-time.Second)); func() bool { _, ok := r.server.begun(id); return ok }() {
+		t.Error("one that is too old is good")
+	}
+	_, err := c.RegisterPasskey(t.Context(), api.Registration{Challenge: mine.Challenge, Credential: []byte("{}")})
+	if code(err) != "not_proven" || strings.Contains(err.Error(), "challenge") {
+		t.Errorf("the first of many was driven out: %v", err)
+	}
+	if _, err := c.RegisterPasskey(t.Context(), api.Registration{Challenge: id, Credential: []byte("{}")}); code(err) != "not_proven" || !strings.Contains(err.Error(), "challenge") {
+		t.Errorf("one of another server: %v", err)
 	}
 }
