@@ -34,7 +34,7 @@ var arrows = map[string]struct{ ours, outside []string }{
 	"keystore/worker":       {[]string{"keystore"}, nil},
 	"appliance":             {[]string{"audit", "eddsa", "ijson", "keystore", "ledger", "limit", "noise", "policy", "schedule", "transcript", "webhook", "wire"}, []string{"golang.org/x/time"}},
 	"admin": {[]string{"admin/api", "admin/certs", "appliance", "approval", "audit", "ijson", "keystore", "ledger", "operators", "policy", "schedule", "webhook"},
-		[]string{"github.com/danielgtaylor/huma/v2", "github.com/hashicorp/golang-lru/v2", "github.com/labstack/echo/v4", "golang.org/x/time"}},
+		[]string{"github.com/danielgtaylor/huma/v2", "github.com/labstack/echo/v4", "golang.org/x/net/netutil"}},
 	"admin/certs":       {[]string{"keystore"}, nil},
 	"admin/api":         {[]string{"approval", "audit", "keystore", "wire"}, nil},
 	"client":            {[]string{"audit", "eddsa", "ijson", "noise", "transcript", "wire"}, []string{"github.com/go-json-experiment/json"}},

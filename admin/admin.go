@@ -7,6 +7,7 @@ package admin
 
 import (
 	"context"
+	"crypto/rand"
 	"encoding/hex"
 	"log"
 	"net/http"
@@ -54,10 +55,10 @@ type Config struct {
 
 type server struct {
 	Config
-	api           huma.API
-	document      []byte
-	canaries      canaries
-	registrations *registrations
+	api      huma.API
+	document []byte
+	canaries canaries
+	secret   [32]byte // of the ids of passkeys' registrations: a restart forgets it
 }
 
 // New returns the server of the admin API, for the listeners of Listen and ListenTLS.
@@ -81,12 +82,14 @@ func newServer(c Config) (*server, *echo.Echo) {
 	config := huma.DefaultConfig("Countersign admin API", "1")
 	config.Info.Description = "What operators do with a running appliance. x-roles says of which roles one is needed (*: any; none: nobody needs to be " +
 		"signed in), x-refused-in in which states of the appliance an operation is refused, and with which code."
+	config.Servers = []*huma.Server{{URL: "https://localhost:7780", Description: "by default; the Unix socket serves the same"}}
 	config.OpenAPIPath, config.DocsPath, config.SchemasPath = "", "", "" // what shows it to people is the console's
 	config.CreateHooks = nil
 	strict := huma.Format{Marshal: huma.DefaultJSONFormat.Marshal, Unmarshal: func(b []byte, v any) error { return ijson.Decode(b, v) }}
 	config.Formats = map[string]huma.Format{"application/json": strict, "json": strict}
 	config.Components.SecuritySchemes = map[string]*huma.SecurityScheme{"session": {Type: "http", Scheme: "bearer", Description: "the token of a session"}}
-	s := &server{Config: c, api: humaecho.New(e, config), registrations: newRegistrations()}
+	s := &server{Config: c, api: humaecho.New(e, config)}
+	rand.Read(s.secret[:])
 	s.routes()
 	s.document = s.openAPI()
 	return s, e

@@ -19,6 +19,7 @@ import (
 	"countersign/operators"
 
 	"github.com/danielgtaylor/huma/v2"
+	"golang.org/x/net/netutil"
 )
 
 // connection is what is known of the other end without any word of it.
@@ -94,14 +95,14 @@ func (s *server) door(next http.Handler) http.Handler {
 		h := w.Header()
 		h.Set("Cache-Control", "no-store")
 		h.Set("X-Content-Type-Options", "nosniff")
-		if conn.Kind == operators.HTTPS {
+		if conn.Kind == operators.HTTPS && s.RPID != "localhost" { // which other programs of the machine are called too, and not all over HTTPS
 			h.Set("Strict-Transport-Security", "max-age=31536000")
 		}
 		switch {
 		case conn.stranger || conn.Kind == "":
 			writeProblem(w, notAllowed.document("this user may not talk to the appliance: see admin_group in the configuration"))
 		case conn.Kind == operators.HTTPS && !slices.Contains(s.Hosts, r.Host):
-			writeProblem(w, notAllowed.document("the appliance is not called by that name"))
+			writeProblem(w, notAllowed.document("the appliance is not called by that name: it is "+s.Origin))
 		default:
 			next.ServeHTTP(w, r)
 		}
@@ -156,6 +157,10 @@ func Listen(path, group string) (net.Listener, error) {
 	return l, nil
 }
 
+// maxConnections is how many there may be over HTTPS at a time; others wait. On the Unix socket the mode of the socket says who may open
+// any.
+const maxConnections = 256
+
 // ListenTLS listens on a loopback address, and nowhere else, with TLS 1.3, and nothing older.
 func ListenTLS(address string, c *certs.Manager) (net.Listener, error) {
 	host, _, err := net.SplitHostPort(address)
@@ -171,6 +176,7 @@ func ListenTLS(address string, c *certs.Manager) (net.Listener, error) {
 	if err != nil {
 		return nil, fmt.Errorf("admin HTTPS: %w", err)
 	}
+	l = netutil.LimitListener(l, maxConnections)
 	config := c.Config()
 	config.NextProtos = []string{"http/1.1"} // net/http speaks no other on a listener that does TLS by itself
 	return tls.NewListener(l, config), nil
@@ -180,7 +186,7 @@ const cookieName = "__Host-countersign"
 
 // token is what a request shows for its session, and whether a browser has added it by itself.
 func token(c huma.Context) (token string, byCookie bool) {
-	if token, ok := strings.CutPrefix(c.Header("Authorization"), "Bearer "); ok {
+	if scheme, token, ok := strings.Cut(c.Header("Authorization"), " "); ok && strings.EqualFold(scheme, "Bearer") {
 		return token, false
 	}
 	if c.TLS() == nil {

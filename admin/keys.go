@@ -104,7 +104,7 @@ func change(l *appliance.Line, c api.Change) error {
 
 func (s *server) archive(ctx context.Context, who caller, in *struct {
 	Name    string `path:"name" maxLength:"200"`
-	Version uint32 `path:"version"`
+	Version uint32 `path:"version" maximum:"4294967295"` // said here: huma would cut off what is above
 }) error {
 	return s.Appliance.Archive(ctx, who.actor(), in.Name, in.Version)
 }

@@ -93,7 +93,7 @@ func (s *server) retention(context.Context, caller, *none) (api.Retention, error
 }
 
 type holdInput struct {
-	Epoch uint32 `path:"epoch"`
+	Epoch uint32 `path:"epoch" maximum:"4294967295"`
 	Body  api.Hold
 }
 

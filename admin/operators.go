@@ -2,20 +2,19 @@ package admin
 
 import (
 	"context"
+	"crypto/hmac"
 	"crypto/rand"
 	"crypto/sha256"
+	"encoding/hex"
 	"net/http"
 	"slices"
+	"strconv"
 	"strings"
-	"sync"
 	"time"
 
 	"countersign/admin/api"
 	"countersign/approval"
 	"countersign/operators"
-
-	lru "github.com/hashicorp/golang-lru/v2"
-	"golang.org/x/time/rate"
 )
 
 func (s *server) me(_ context.Context, who caller, _ *none) (api.Me, error) {
@@ -52,7 +51,10 @@ type signedIn struct {
 	Body      api.SignedIn
 }
 
-func (s *server) signIn(ctx context.Context, who caller, in *body[api.Proven]) (*signedIn, error) {
+func (s *server) signIn(ctx context.Context, who caller, in *struct {
+	Site string `header:"Sec-Fetch-Site" hidden:"true"` // which browsers send, and nothing else does
+	Body api.Proven
+}) (*signedIn, error) {
 	session, token, err := s.Operators.SignIn(ctx, who.Channel, in.Body.Challenge, in.Body.Proof)
 	if err != nil {
 		return nil, err
@@ -61,6 +63,9 @@ func (s *server) signIn(ctx context.Context, who caller, in *body[api.Proven]) (
 	out := &signedIn{Body: api.SignedIn{Session: sessionDoc(session, who), Token: token}}
 	if who.Kind == operators.HTTPS {
 		out.SetCookie = cookie(token, int(time.Until(session.Expires).Seconds()))
+		if in.Site != "" {
+			out.Body.Token = "" // no script of a page can have it: the cookie is out of its reach
+		}
 	}
 	return out, nil
 }
@@ -95,63 +100,51 @@ func cookie(token string, maxAge int) string {
 	return c.String()
 }
 
-// registrations are passkeys in the making. Who makes one need not be signed in, and gets nothing by it: it is a credential when an
-// approved proposal gives it to an operator.
-type registrations struct {
-	mu      sync.Mutex
-	pending *lru.Cache[string, registration] // under mu; the oldest give way
-	rate    *rate.Limiter
-}
-
-type registration struct {
-	challenge [32]byte
-	until     time.Time
-}
+// A registration is a passkey in the making. Who makes one need not be signed in, and gets nothing by it: it is a credential when an
+// approved proposal gives it to an operator. So nothing is kept of it, which strangers could drive out: the challenge is the digest of
+// its id, and the id says how long it is good, under a MAC.
 
 const registrationTime = 5 * time.Minute
 
-func newRegistrations() *registrations {
-	pending, err := lru.New[string, registration](1024)
-	if err != nil {
-		panic(err) // the number is not positive
-	}
-	return &registrations{pending: pending, rate: rate.NewLimiter(1, 10)}
+func (s *server) registration(until time.Time) (id string, challenge []byte) {
+	said := rand.Text() + "." + strconv.FormatInt(until.Unix(), 10)
+	return s.registrationOf(said)
 }
 
-func (r *registrations) limited() error {
-	if !r.rate.Allow() {
-		return &operators.Limited{RetryAfter: time.Second}
+func (s *server) registrationOf(said string) (id string, challenge []byte) {
+	m := hmac.New(sha256.New, s.secret[:])
+	m.Write([]byte(said))
+	id = said + "." + hex.EncodeToString(m.Sum(nil))
+	digest := sha256.Sum256([]byte(id))
+	return id, digest[:]
+}
+
+// begun returns the challenge of an id that registration has made.
+func (s *server) begun(id string) (challenge []byte, ok bool) {
+	said := id[:max(0, strings.LastIndexByte(id, '.'))]
+	whole, challenge := s.registrationOf(said)
+	if !hmac.Equal([]byte(whole), []byte(id)) {
+		return nil, false
 	}
-	return nil
+	_, text, _ := strings.Cut(said, ".")
+	until, err := strconv.ParseInt(text, 10, 64)
+	return challenge, err == nil && time.Now().Unix() < until
 }
 
 func (s *server) passkeyOptions(_ context.Context, _ caller, in *body[api.NewPasskey]) (api.PasskeyOptions, error) {
-	if err := s.registrations.limited(); err != nil {
-		return api.PasskeyOptions{}, err
-	}
 	if strings.TrimSpace(in.Body.Operator) == "" {
 		return api.PasskeyOptions{}, invalid.errorf("operator is missing: the name is shown by the browser")
 	}
-	id, n := rand.Text(), registration{until: time.Now().Add(registrationTime)}
-	rand.Read(n.challenge[:])
-	s.registrations.mu.Lock()
-	s.registrations.pending.Add(id, n)
-	s.registrations.mu.Unlock()
-	return api.PasskeyOptions{Challenge: id, PublicKey: approval.PasskeyOptions(n.challenge[:], s.RPID, in.Body.Operator, nil)}, nil
+	id, challenge := s.registration(time.Now().Add(registrationTime))
+	return api.PasskeyOptions{Challenge: id, PublicKey: approval.PasskeyOptions(challenge, s.RPID, in.Body.Operator, nil)}, nil
 }
 
 func (s *server) passkey(_ context.Context, _ caller, in *body[api.Registration]) (approval.Credential, error) {
-	if err := s.registrations.limited(); err != nil {
-		return approval.Credential{}, err
+	challenge, ok := s.begun(in.Body.Challenge)
+	if !ok {
+		return approval.Credential{}, notProven.errorf("the challenge is unknown or too old: ask for a new one")
 	}
-	s.registrations.mu.Lock()
-	n, ok := s.registrations.pending.Get(in.Body.Challenge)
-	s.registrations.pending.Remove(in.Body.Challenge)
-	s.registrations.mu.Unlock()
-	if !ok || time.Now().After(n.until) {
-		return approval.Credential{}, notProven.errorf("the challenge is unknown, used or too old: ask for a new one")
-	}
-	return approval.NewPasskey(n.challenge[:], s.RPID, s.Origin, in.Body.Credential)
+	return approval.NewPasskey(challenge, s.RPID, s.Origin, in.Body.Credential)
 }
 
 func (s *server) enrolFirst(ctx context.Context, who caller, in *body[api.NewOperator]) (approval.Operator, error) {

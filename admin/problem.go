@@ -105,6 +105,12 @@ func translate(err error) *api.Error {
 		}
 	}
 	doc := kind.document(err.Error())
+	switch {
+	case errors.Is(err, echo.ErrNotFound):
+		doc.Detail = "there is no such address: see /v1/openapi.json"
+	case errors.Is(err, echo.ErrMethodNotAllowed):
+		doc.Detail = "that address does not take that method: see Allow"
+	}
 	if limited, ok := errors.AsType[*operators.Limited](err); ok {
 		doc.RetryAfter = max(1, int(math.Ceil(limited.RetryAfter.Seconds())))
 	}

@@ -77,7 +77,7 @@ func (o *Operator) Credential(id string) (Credential, bool) {
 
 // Proof is a signature by a credential over a text: an SSHSIG, or a WebAuthn assertion.
 type Proof struct {
-	Credential string     `json:"credential"`       // its id
+	Credential string     `json:"credential" doc:"its id; of a passkey also the id that the browser says (rawId)"`
 	SSHSIG     string     `json:"sshsig,omitempty"` // armored
 	Assertion  *Assertion `json:"assertion,omitempty"`
 }
@@ -106,9 +106,11 @@ var ErrInvalid = errors.New("not valid")
 const maxValue = 1000
 
 // checkValue refuses what can't be a value on a line of a text, or would not be seen in one: empty, too long, not UTF-8, with spaces
-// at an end, with control characters, or with those that have no form of their own (such as what turns the direction of writing).
+// at an end, with control characters, or with those that have no form of their own (such as what turns the direction of writing, or a letter that is blank).
 func checkValue(s string) error {
-	hidden := func(r rune) bool { return unicode.In(r, unicode.Cc, unicode.Cf, unicode.Zl, unicode.Zp) }
+	hidden := func(r rune) bool {
+		return unicode.In(r, unicode.Cc, unicode.Cf, unicode.Zl, unicode.Zp, unicode.Other_Default_Ignorable_Code_Point, unicode.Variation_Selector) || r == '\u2800' // the blank of Braille
+	}
 	if s == "" || len(s) > maxValue || !utf8.ValidString(s) || strings.TrimSpace(s) != s || strings.ContainsFunc(s, hidden) {
 		return fmt.Errorf("must have 1 to %d bytes of text on one line, without hidden characters, and no space at its ends", maxValue)
 	}

@@ -300,7 +300,8 @@ func PasskeyOptions(challenge []byte, rpID, name string, exclude []Credential) j
 	o.Challenge, o.Timeout = base64.RawURLEncoding.EncodeToString(challenge), passkeyTimeout
 	o.PubKeyCredParams = []algorithm{{"public-key", int(webauthncose.AlgES256)}, {"public-key", int(webauthncose.AlgEdDSA)}}
 	o.ExcludeCredentials = descriptors(rpID, exclude)
-	o.AuthenticatorSelection.ResidentKey, o.AuthenticatorSelection.UserVerification = "preferred", "required"
+	// Discoverable, since who signs in is given no list of passkeys.
+	o.AuthenticatorSelection.ResidentKey, o.AuthenticatorSelection.UserVerification = "required", "required"
 	o.Attestation = "none"
 	return options(o)
 }

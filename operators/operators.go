@@ -29,6 +29,7 @@ package operators
 import (
 	"cmp"
 	"context"
+	"crypto/rand"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -123,14 +124,15 @@ type Desk struct {
 	ledger  *ledger.Ledger
 	writing chan struct{} // held while the ledger is written and memory follows; never while an act is carried out
 
-	mu         sync.Mutex // short
-	roster     roster
-	proposals  map[uint64]*record
-	ends       map[uint64]chan struct{} // of those that are being carried out: closed when that is over
-	closing    bool                     // nothing is carried out any more
-	challenges []*challenge             // the oldest first
-	sessions   map[[32]byte]*Session    // by SHA-256 of the token
-	failures   failures
+	mu        sync.Mutex // short
+	roster    roster
+	proposals map[uint64]*record
+	ends      map[uint64]chan struct{} // of those that are being carried out: closed when that is over
+	closing   bool                     // nothing is carried out any more
+	sessions  map[[32]byte]*Session    // by SHA-256 of the token
+	used      used                     // challenges
+	failures  failures
+	secret    [32]byte // of the ids of challenges: a restart forgets it
 }
 
 // Open reads what the ledger has. What it finds running was interrupted, by a crash or a stop, and is written down as that: so no two
@@ -138,8 +140,9 @@ type Desk struct {
 func Open(l *ledger.Ledger, c Config) (*Desk, error) {
 	d := &Desk{
 		Config: c, ledger: l, writing: make(chan struct{}, 1), proposals: map[uint64]*record{}, ends: map[uint64]chan struct{}{},
-		sessions: map[[32]byte]*Session{}, failures: failures{each: map[failureKey]*bucket{}},
+		sessions: map[[32]byte]*Session{}, used: used{}, failures: failures{each: map[failureKey]*bucket{}},
 	}
+	rand.Read(d.secret[:])
 	if d.Acts = maps.Clone(c.Acts); d.Acts == nil {
 		d.Acts = map[string]Act{}
 	}

@@ -227,8 +227,11 @@ func (d *Desk) Propose(ctx context.Context, s Session, act string, p []approval.
 			made := &approval.Proposal{ID: id, Appliance: d.Appliance, Act: act, Parameters: p, Proposer: who.Name,
 				Proposed: now.UTC(), Expires: now.Add(lifetime).UTC().Truncate(time.Second), Needed: all.needed, Nonce: random()}
 			r.Text = made.Text()
+			if err := made.Check(); err != nil {
+				return fmt.Errorf("proposal to %s: %w: %w", act, ErrInvalid, err)
+			}
 			if r.proposal, err = approval.ParseText(r.Text); err != nil || !slices.Equal(r.proposal.Parameters, p) {
-				return fmt.Errorf("proposal to %s: %w: it does not fit into a text of %d bytes with one line for each parameter", act, ErrInvalid, approval.MaxText)
+				return fmt.Errorf("proposal to %s: %w: its text does not say it", act, ErrInvalid)
 			}
 			if !r.whole() {
 				return fmt.Errorf("proposal to %s: %w: the parameter sha256 is not the digest of what goes with it", act, ErrInvalid)
@@ -305,6 +308,7 @@ func (d *Desk) Approve(ctx context.Context, s Session, id uint64, p approval.Pro
 	if err != nil {
 		return Proposal{}, err
 	}
+	p = seen.named(p)
 	now, err := d.Proposal(id)
 	if err != nil {
 		return Proposal{}, err

@@ -2,7 +2,9 @@ package operators
 
 import (
 	"context"
+	"crypto/hmac"
 	"crypto/rand"
+	"crypto/sha256"
 	"encoding/base64"
 	"encoding/hex"
 	"encoding/json"
@@ -10,6 +12,7 @@ import (
 	"fmt"
 	"maps"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
 
@@ -18,12 +21,7 @@ import (
 	"countersign/ledger"
 )
 
-// Bounds of challenges. Who asks for many drops his own first.
-const (
-	challengeLife        = 2 * time.Minute
-	maxChallenges        = 1024
-	maxChannelChallenges = 256 // of a user on the Unix socket, or of HTTPS
-)
+const challengeLife = 2 * time.Minute
 
 // Challenge is what has to be signed, once, to prove to be an operator.
 type Challenge struct {
@@ -36,11 +34,10 @@ type Challenge struct {
 	Allowed []approval.Credential
 }
 
-// challenge is one that was not used yet.
+// challenge is what its id says. The desk keeps none, only which were used: a stranger who asks for many drives out nobody's.
 type challenge struct {
-	Challenge
-	purpose, operator, subject string
-	channel                    Channel
+	purpose, operator, subject, nonce string
+	expires                           time.Time
 }
 
 // Challenge makes one. For approval.ForSignIn there is no subject, and the operator is who the caller says to be: nobody is told
@@ -55,34 +52,47 @@ func (d *Desk) Challenge(purpose, operator, subject string, ch Channel) (Challen
 	case !presence && purpose != approval.ForSignIn, !nameable(operator), presence != nameable(subject), ch.Kind != Unix && ch.Kind != HTTPS:
 		return Challenge{}, fmt.Errorf("challenge: %w: it is for a sign-in or a presence, of an operator by name", ErrInvalid)
 	}
-	c := &challenge{purpose: purpose, operator: operator, subject: subject, channel: ch, Challenge: Challenge{
-		ID: random(), Expires: time.Now().Add(challengeLife), RPID: d.RPID}}
-	lines := []string{purpose, "appliance: " + d.Appliance, "operator: " + operator}
+	c := challenge{purpose, operator, subject, random(), time.Now().Add(challengeLife)}
+	out := Challenge{ID: d.seal(c, ch), Text: d.text(c, ch), Expires: c.expires, RPID: d.RPID}
 	if presence {
 		p, err := d.roster.get(operator)
 		if err != nil {
 			return Challenge{}, err
 		}
-		c.Allowed = passkeys(p)
-		lines = append(lines, "key: "+subject)
+		out.Allowed = passkeys(p)
 	}
-	lines = append(lines, "channel: "+ch.Kind, "expires at: "+c.Expires.UTC().Format(time.RFC3339), "nonce: "+c.ID)
-	c.Text = strings.Join(lines, "\n") + "\n"
+	return out, nil
+}
 
-	d.challenges = slices.DeleteFunc(d.challenges, func(c *challenge) bool { return !time.Now().Before(c.Expires) })
-	of, oldest := 0, 0
-	for i, other := range slices.Backward(d.challenges) {
-		if other.channel.same(ch) {
-			of, oldest = of+1, i
-		}
+func (d *Desk) text(c challenge, ch Channel) string {
+	lines := []string{c.purpose, "appliance: " + d.Appliance, "operator: " + c.operator}
+	if c.subject != "" {
+		lines = append(lines, "key: "+c.subject)
 	}
-	if of >= maxChannelChallenges {
-		d.challenges = slices.Delete(d.challenges, oldest, oldest+1)
-	} else if len(d.challenges) >= maxChallenges {
-		d.challenges = slices.Delete(d.challenges, 0, 1)
+	return strings.Join(append(lines, "channel: "+ch.Kind, "expires at: "+c.expires.UTC().Format(time.RFC3339), "nonce: "+c.nonce), "\n") + "\n"
+}
+
+// seal makes the id of a challenge: what it is, in lines, under a MAC that also covers whom it is for.
+func (d *Desk) seal(c challenge, ch Channel) string {
+	said := strings.Join([]string{c.purpose, c.operator, c.subject, c.nonce, strconv.FormatInt(c.expires.UnixNano(), 10)}, "\n")
+	return base64.RawURLEncoding.EncodeToString(append(d.mac(said, ch), said...))
+}
+
+func (d *Desk) mac(said string, ch Channel) []byte {
+	m := hmac.New(sha256.New, d.secret[:])
+	fmt.Fprintf(m, "%s\n%d\n%s", ch.Kind, ch.UID, said)
+	return m.Sum(nil)
+}
+
+// unseal reads an id that seal has made for this caller and this purpose; the challenge may be used or expired.
+func (d *Desk) unseal(id, purpose string, ch Channel) (c challenge, ok bool) {
+	b, err := base64.RawURLEncoding.DecodeString(id)
+	if err != nil || len(b) < sha256.Size || !hmac.Equal(b[:sha256.Size], d.mac(string(b[sha256.Size:]), ch)) {
+		return challenge{}, false
 	}
-	d.challenges = append(d.challenges, c)
-	return c.Challenge, nil
+	said := strings.Split(string(b[sha256.Size:]), "\n")
+	expires, err := strconv.ParseInt(said[4], 10, 64)
+	return challenge{said[0], said[1], said[2], said[3], time.Unix(0, expires)}, err == nil && said[0] == purpose
 }
 
 func passkeys(p person) (all []approval.Credential) {
@@ -94,41 +104,61 @@ func passkeys(p person) (all []approval.Credential) {
 	return all
 }
 
-// prove uses a challenge up. It returns who has signed it, as memory has him, and the number of the signature. The refusal is an event
-// and says nothing about the reason to a stranger.
-func (d *Desk) prove(ctx context.Context, ch Channel, id, purpose string, p approval.Proof) (c *challenge, who person, count uint32, err error) {
+// named has a proof name a credential by the id that it has here. A page whose browser has chosen among the passkeys that it found knows
+// the passkey's own id and nothing else of it.
+func (p person) named(proof approval.Proof) approval.Proof {
+	for _, c := range passkeys(p) {
+		if proof.Assertion != nil && proof.Credential == c.CredentialID {
+			proof.Credential = c.ID
+		}
+	}
+	return proof
+}
+
+// prove uses a challenge up, and has the proof name the credential by its id. It returns who has signed it, as memory has him, and the
+// number of the signature. The refusal is an event and says nothing about the reason to a stranger.
+//
+// Nobody guesses a signature: the limit on failures is for the sake of the log, and who can prove to be an operator is never kept out by
+// what others have failed in his name.
+func (d *Desk) prove(ctx context.Context, ch Channel, id, purpose string, p *approval.Proof) (c challenge, who person, count uint32, err error) {
+	c, genuine := d.unseal(id, purpose, ch)
 	d.mu.Lock()
-	i := slices.IndexFunc(d.challenges, func(c *challenge) bool { return c.ID == id && c.purpose == purpose && c.channel.same(ch) })
-	c = new(challenge)
-	if i >= 0 {
-		c = d.challenges[i]
-	}
-	key := failureKey{purpose, ch.Kind, ch.UID, c.operator}
-	wait := d.failures.take(key)
-	if wait == 0 && i >= 0 {
-		d.challenges = slices.Delete(d.challenges, i, i+1) // from here on nobody can use it
-	}
 	who = d.roster.people[c.operator]
 	d.mu.Unlock()
-	if wait > 0 {
-		err = &Limited{wait}
-		d.refused(ctx, ch, c.operator, purpose, p, err)
-		return nil, person{}, 0, err
-	}
-	switch {
-	case i < 0 || !time.Now().Before(c.Expires):
-		err = fmt.Errorf("%w: the challenge is unknown, used or expired", approval.ErrNotProven)
-	default:
-		count, err = d.verify(who, purpose, c.Text, p)
-	}
-	if err != nil {
-		d.refused(ctx, ch, c.operator, purpose, p, err)
-		return nil, person{}, 0, approval.ErrNotProven
+	*p = who.named(*p)
+	if genuine {
+		count, err = d.verify(who, purpose, d.text(c, ch), *p)
 	}
 	d.mu.Lock()
-	d.failures.giveBack(key)
+	if now := time.Now(); !genuine || d.used.has(c.nonce, now) || !now.Before(c.expires) {
+		err = fmt.Errorf("%w: the challenge is unknown, used or expired", approval.ErrNotProven)
+	}
+	if err != nil {
+		if wait := d.failures.take(failureKey{purpose, ch.Kind, ch.UID, c.operator}); wait > 0 {
+			err = &Limited{wait}
+		}
+	}
+	if genuine && !errors.Is(err, ErrLimited) {
+		d.used[c.nonce] = c.expires // from here on nobody can use it
+	}
 	d.mu.Unlock()
+	if err != nil {
+		d.refused(ctx, ch, c.operator, purpose, *p, err)
+		if !errors.Is(err, ErrLimited) {
+			err = approval.ErrNotProven
+		}
+		return c, person{}, 0, err
+	}
 	return c, who, count, nil
+}
+
+// used are the nonces of challenges that were used and have not expired: as many as proofs hold or may fail in that time.
+type used map[string]time.Time
+
+func (u used) has(nonce string, now time.Time) bool {
+	maps.DeleteFunc(u, func(_ string, expires time.Time) bool { return !now.Before(expires) })
+	_, has := u[nonce]
+	return has
 }
 
 // verify holds a proof against a text and one of the operator's credentials.
@@ -176,7 +206,7 @@ func (d *Desk) refused(ctx context.Context, ch Channel, operator, purpose string
 
 // SignIn begins a session for the operator of a challenge. The token is the caller's to keep; nobody else has it.
 func (d *Desk) SignIn(ctx context.Context, ch Channel, challenge string, p approval.Proof) (s Session, token string, err error) {
-	c, seen, count, err := d.prove(ctx, ch, challenge, approval.ForSignIn, p)
+	c, seen, count, err := d.prove(ctx, ch, challenge, approval.ForSignIn, &p)
 	if err != nil {
 		return Session{}, "", fmt.Errorf("sign-in: %w", err)
 	}
@@ -235,7 +265,7 @@ func (d *Desk) Prove(ctx context.Context, s Session, challenge, subject string, 
 	if _, err := d.alive(s); err != nil {
 		return err
 	}
-	c, seen, count, err := d.prove(ctx, s.Channel, challenge, approval.ForPresence, p)
+	c, seen, count, err := d.prove(ctx, s.Channel, challenge, approval.ForPresence, &p)
 	if err != nil {
 		return fmt.Errorf("presence: %w", err)
 	}
@@ -268,8 +298,7 @@ const (
 	eventsBurst, eventsEvery           = 300, 200 * time.Millisecond // of refusals: 600 in any minute
 )
 
-// failures limits failed proofs of strangers, and of those who have signed in. In the limit over all count neither the latter, nor root
-// on the Unix socket, so that strangers can't keep them from work.
+// failures limits how often a failed proof is told to be one, and is written down.
 type failures struct {
 	each    map[failureKey]*bucket
 	all     bucket
@@ -284,11 +313,7 @@ type failureKey struct {
 	operator string
 }
 
-func (k failureKey) known() bool {
-	return k.purpose != approval.ForSignIn || Channel{Kind: k.kind, UID: k.uid}.root()
-}
-
-// take counts a failure in advance, or says how long to wait. Nothing is taken of one limit where the other one is reached.
+// take counts a failure, or says how long to wait. Nothing is taken of one limit where the other one is reached.
 func (f *failures) take(key failureKey) time.Duration {
 	maps.DeleteFunc(f.each, func(_ failureKey, b *bucket) bool { b.leak(failuresEvery); return b.spent == 0 }) // no more are left than fail
 	b := f.each[key]
@@ -297,26 +322,16 @@ func (f *failures) take(key failureKey) time.Duration {
 		f.each[key] = b
 	}
 	wait := b.take(failuresBurst, failuresEvery)
-	if wait > 0 || key.known() {
+	if wait > 0 {
 		return wait
 	}
 	if wait = f.all.take(allFailuresBurst, allFailuresEvery); wait > 0 {
-		b.giveBack()
+		b.spent = max(0, b.spent-1)
 	}
 	return wait
 }
 
-// giveBack says that it was no failure.
-func (f *failures) giveBack(key failureKey) {
-	if !key.known() {
-		f.all.giveBack()
-	}
-	if b := f.each[key]; b != nil {
-		b.giveBack()
-	}
-}
-
-// bucket counts what leaks out of it with time. Unlike a rate.Limiter it takes back.
+// bucket counts what leaks out of it with time. Unlike a rate.Limiter it takes back, and says when it is empty.
 type bucket struct {
 	spent float64
 	at    time.Time
@@ -337,5 +352,3 @@ func (b *bucket) leak(every time.Duration) {
 	b.spent = max(0, b.spent-float64(now.Sub(b.at))/float64(every))
 	b.at = now
 }
-
-func (b *bucket) giveBack() { b.spent = max(0, b.spent-1) }

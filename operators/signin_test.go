@@ -6,6 +6,7 @@ import (
 	"encoding/base64"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"testing"
 	"testing/synctest"
@@ -164,11 +165,17 @@ func TestStrangersLearnNoNames(t *testing.T) {
 	synctest.Test(t, strangersLearnNoNames) // where two challenges expire at one time
 }
 
+// nonce is the last line of a challenge's text.
+func nonce(c Challenge) string {
+	_, nonce, _ := strings.Cut(c.Text, "nonce: ")
+	return strings.TrimSpace(nonce)
+}
+
 func strangersLearnNoNames(t *testing.T) {
 	r := newRig(t, 0)
 	r.enrol(t, newPasskey(t, "alice", 0), "")
 	same := func(c Challenge, name string) string {
-		return fmt.Sprint(strings.NewReplacer(c.ID, "ID", name, "NAME").Replace(c.Text), len(c.ID), c.RPID, c.Allowed)
+		return fmt.Sprint(strings.NewReplacer(nonce(c), "NONCE", name, "NAME").Replace(c.Text), len(c.ID), c.RPID, c.Allowed)
 	}
 	known, err1 := r.Challenge(approval.ForSignIn, "alice", "", https)
 	unknown, err2 := r.Challenge(approval.ForSignIn, "mallo", "", https)
@@ -205,20 +212,20 @@ func TestFailedSignInsAreLimited(t *testing.T) {
 		r.signIn(t, r.people[1], https)
 		r.signIn(t, r.people[1], root)
 		r.signIn(t, r.people[0], user)
-		// And he himself is refused with the right key, and keeps his challenge, until the time is over.
+		// And he himself, who has the right key, is let in: it may be others who fail in his name.
 		c, err := r.Challenge(approval.ForSignIn, "o1", "", user)
 		if err != nil {
 			t.Fatal(err)
 		}
-		_, _, err = r.SignIn(t.Context(), user, c.ID, r.people[1].sign(t, c.Text))
+		_, _, err = r.SignIn(t.Context(), user, c.ID, r.people[0].sign(t, c.Text))
 		want(t, err, ErrLimited)
-		time.Sleep(limited.RetryAfter)
-		if _, _, err = r.SignIn(t.Context(), user, c.ID, r.people[1].sign(t, c.Text)); err != nil {
-			t.Errorf("after the time that he was told: %v", err)
+		if _, _, err = r.SignIn(t.Context(), user, c.ID, r.people[1].sign(t, c.Text)); err != nil { // nor has that used up the challenge
+			t.Errorf("with the right key: %v", err)
 		}
 		for range 3 * failuresBurst { // no failure, no limit
 			r.signIn(t, r.people[1], user)
 		}
+		time.Sleep(limited.RetryAfter)
 		want(t, r.fail(t, "o1", user), approval.ErrNotProven) // one per 12 s
 		want(t, r.fail(t, "o1", user), ErrLimited)
 	})
@@ -234,7 +241,7 @@ func TestFailedSignInsAreLimitedOverAll(t *testing.T) {
 		if err := r.fail(t, "y", https); !errors.As(err, &limited) || limited.RetryAfter != time.Second {
 			t.Errorf("after %d failures of all: %v", allFailuresBurst, err)
 		}
-		r.signIn(t, r.people[0], root) // whom nobody keeps out
+		r.signIn(t, r.people[0], https) // whom nobody keeps out
 		for range 2 * failuresBurst {
 			want(t, r.fail(t, "y", https), ErrLimited) // which does not count as his own failure
 		}
@@ -257,30 +264,62 @@ func TestFailedSignInsAreLimitedOverAll(t *testing.T) {
 	})
 }
 
-func TestChallengesAreBounded(t *testing.T) {
+// TestNobodyDrivesOutChallenges: who asks for any number of them takes nobody's away, and no memory.
+func TestNobodyDrivesOutChallenges(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := newRig(t, 1)
+		mine, err := r.Challenge(approval.ForSignIn, "o0", "", https)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for range 5000 {
+			if _, err := r.Challenge(approval.ForSignIn, "o0", "", https); err != nil {
+				t.Fatal(err)
+			}
+		}
+		for range 500 {
+			r.fail(t, "o0", https)
+		}
+		if n := len(r.used); n > failuresBurst {
+			t.Errorf("%d challenges are kept", n)
+		}
+		if _, _, err := r.SignIn(t.Context(), https, mine.ID, r.people[0].sign(t, mine.Text)); err != nil {
+			t.Errorf("a stranger has driven out the challenge: %v", err)
+		}
+		time.Sleep(challengeLife)
+		r.signIn(t, r.people[0], https)
+		if n := len(r.used); n != 1 {
+			t.Errorf("%d used challenges are remembered when they have expired", n)
+		}
+	})
+}
+
+// TestChallengeIsSealed: any change of its id makes it none, for no caller but the one who got it.
+func TestChallengeIsSealed(t *testing.T) {
 	r := newRig(t, 1)
-	mine, err := r.Challenge(approval.ForSignIn, "o0", "", root)
+	c, err := r.Challenge(approval.ForSignIn, "o0", "", user)
 	if err != nil {
 		t.Fatal(err)
 	}
-	for range 2 * maxChallenges {
-		if _, err := r.Challenge(approval.ForSignIn, "o0", "", user); err != nil {
-			t.Fatal(err)
+	proof := r.people[0].sign(t, c.Text)
+	id, err := base64.RawURLEncoding.DecodeString(c.ID)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for i := range id {
+		changed := slices.Clone(id)
+		changed[i] ^= 1
+		if _, ok := r.unseal(base64.RawURLEncoding.EncodeToString(changed), approval.ForSignIn, user); ok {
+			t.Fatalf("byte %d may be another one", i)
 		}
 	}
-	if n := len(r.challenges); n != maxChannelChallenges+1 {
-		t.Errorf("%d challenges are kept", n)
-	}
-	if _, _, err := r.SignIn(t.Context(), root, mine.ID, r.people[0].sign(t, mine.Text)); err != nil {
-		t.Errorf("another user has driven out the challenge: %v", err)
-	}
-	for i := range 2 * maxChallenges {
-		if _, err := r.Challenge(approval.ForSignIn, "o0", "", Channel{Kind: Unix, UID: uint32(i)}); err != nil {
-			t.Fatal(err)
+	for _, id := range []string{"", "AAAA", c.ID[:len(c.ID)-1], c.ID + "A", c.ID + "=", strings.Repeat("A", 400)} {
+		if _, ok := r.unseal(id, approval.ForSignIn, user); ok {
+			t.Errorf("%q is a challenge", id)
 		}
 	}
-	if n := len(r.challenges); n != maxChallenges {
-		t.Errorf("%d challenges are kept of all", n)
+	if _, _, err := r.SignIn(t.Context(), user, c.ID, proof); err != nil {
+		t.Error(err)
 	}
 }
 
@@ -427,6 +466,36 @@ func TestProve(t *testing.T) {
 	}
 	_, err := r.Challenge(approval.ForPresence, "nobody", "payments", user)
 	want(t, err, ErrNotFound)
+}
+
+// TestPasskeyByItsOwnID: a browser that has found a passkey itself says no other id of it.
+func TestPasskeyByItsOwnID(t *testing.T) {
+	r := newRig(t, 1)
+	alice := newPasskey(t, "alice", 0)
+	r.enrol(t, alice, "approver")
+	own := func(p approval.Proof) approval.Proof { p.Credential = alice.credential.CredentialID; return p }
+	c, err := r.Challenge(approval.ForSignIn, "alice", "", root)
+	if err != nil {
+		t.Fatal(err)
+	}
+	s, _, err := r.SignIn(t.Context(), root, c.ID, own(alice.sign(t, c.Text)))
+	if err != nil || s.Credential != alice.credential.ID {
+		t.Fatalf("%+v, %v", s, err)
+	}
+	if c, err = r.Challenge(approval.ForPresence, "alice", "payments", root); err != nil {
+		t.Fatal(err)
+	}
+	if err := r.Prove(t.Context(), s, c.ID, "payments", own(alice.sign(t, c.Text))); err != nil {
+		t.Error(err)
+	}
+	first, _ := r.signIn(t, r.people[0], root)
+	p := r.propose(t, first, "test")
+	if p, err = r.Approve(t.Context(), s, p.ID, own(alice.sign(t, p.Text()))); err != nil || p.State != Done || p.Approvals[0].Credential != alice.credential.ID {
+		t.Errorf("%+v, %v", p, err)
+	}
+	if _, e := r.events(t, audit.ApprovalGiven); !strings.Contains(e.Metadata["proof"], alice.credential.ID) {
+		t.Errorf("the event is %+v", e)
+	}
 }
 
 func TestPasskeyCounts(t *testing.T) {

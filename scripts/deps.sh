@@ -16,6 +16,7 @@ need libc6-dev test -e /usr/include/stdlib.h
 need openssl command -v openssl
 need make command -v make
 need openssh-client command -v ssh-agent
+need chromium command -v chromium # passkeys in a real browser
 ((EUID == 0)) || need fuse3 command -v fusermount3
 
 if ((${#missing[@]})); then

@@ -45,7 +45,7 @@ type Change struct {
 
 // Rotate asks for the next version.
 type Rotate struct {
-	At int64 `json:"at,omitempty" minimum:"0" doc:"when it is to be active, Unix seconds; 0: after the line's time of announcement"`
+	At int64 `json:"at,omitempty" minimum:"0" maximum:"253402300799" doc:"when it is to be active, Unix seconds; 0: after the line's time of announcement"`
 	// Now goes before At.
 	Now bool `json:"now,omitempty" doc:"at once"`
 }

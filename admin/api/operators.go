@@ -27,7 +27,7 @@ type Challenge struct {
 
 // Proven is a challenge with its proof.
 type Proven struct {
-	Challenge string         `json:"challenge" maxLength:"128" doc:"its id"`
+	Challenge string         `json:"challenge" maxLength:"512" doc:"its id"`
 	Proof     approval.Proof `json:"proof"`
 }
 
@@ -48,7 +48,7 @@ type Session struct {
 // SignedIn is a new session with its token, which is said this once.
 type SignedIn struct {
 	Session
-	Token string `json:"token" doc:"sent as Authorization: Bearer; over HTTPS it is a cookie too"`
+	Token string `json:"token,omitempty" doc:"sent as Authorization: Bearer; over HTTPS it is a cookie too, and for a browser nothing else"`
 }
 
 // Me is who asks.

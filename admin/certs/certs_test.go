@@ -22,6 +22,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -800,6 +801,36 @@ func TestInstall(t *testing.T) {
 		b.restart("a.lan", "192.0.2.1")
 		if s := b.Status(); s.Installed || s.NotAfter.Before(time.Now()) {
 			t.Errorf("uninstalled, after a restart: %+v", s)
+		}
+	})
+}
+
+// TestOneSignatureAtATime: handshakes, which strangers can begin as many of as they like, take no more than one call of the device.
+func TestOneSignatureAtATime(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		keys := keystoretest.NewMemory()
+		s, err := newSigner(generate(t, keys, "server", 1))
+		if err != nil {
+			t.Fatal(err)
+		}
+		var signing atomic.Int32
+		next := make(chan struct{})
+		keys.BeforeSign = func(keystore.Ref, []byte) error { signing.Add(1); <-next; return nil }
+		done := make(chan error, 5)
+		for range cap(done) {
+			go func() {
+				_, err := s.in(t.Context()).SignMessage(nil, []byte("hello"), crypto.SHA256)
+				done <- err
+			}()
+		}
+		for i := range cap(done) {
+			if synctest.Wait(); signing.Load() != int32(i+1) {
+				t.Errorf("%d have been begun, of which %d have ended", signing.Load(), i)
+			}
+			next <- struct{}{}
+			if err := <-done; err != nil {
+				t.Error(err)
+			}
 		}
 	})
 }

@@ -162,6 +162,7 @@ type signer struct {
 	ctx    context.Context // of the handshake or call that it is for; nil until then
 	key    keystore.Key
 	public *ecdsa.PublicKey
+	turn   chan struct{} // held while the keystore signs: one at a time, so that who opens many connections keeps no peer from the device
 }
 
 func newSigner(key keystore.Key) (signer, error) {
@@ -170,7 +171,7 @@ func newSigner(key keystore.Key) (signer, error) {
 	if info.Algorithm != keystore.P256 || err != nil {
 		return signer{}, fmt.Errorf("key %v is not a P-256 key, which TLS needs", info.Ref)
 	}
-	return signer{key: key, public: public}, nil
+	return signer{key: key, public: public, turn: make(chan struct{}, 1)}, nil
 }
 
 func (s signer) in(ctx context.Context) signer { s.ctx = ctx; return s }
@@ -187,6 +188,12 @@ func (s signer) SignMessage(_ io.Reader, message []byte, opts crypto.SignerOpts)
 	}
 	ctx, cancel := context.WithTimeout(s.ctx, signTime)
 	defer cancel()
+	select {
+	case s.turn <- struct{}{}:
+		defer func() { <-s.turn }()
+	case <-ctx.Done():
+		return nil, ctx.Err()
+	}
 	info := s.key.Info()
 	return s.key.Sign(ctx, message, func(signature []byte) bool { return info.Verify(message, signature) })
 }

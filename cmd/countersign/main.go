@@ -6,6 +6,7 @@
 package main
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
@@ -17,6 +18,7 @@ import (
 	"strings"
 	"syscall"
 	"text/tabwriter"
+	"unicode"
 
 	"countersign/admin/api"
 	"countersign/audit"
@@ -142,9 +144,23 @@ func (t *tool) print(v any, human func(w io.Writer)) error {
 		e.SetIndent("", "  ")
 		return e.Encode(v)
 	}
-	w := tabwriter.NewWriter(t.stdout, 0, 0, 2, ' ', 0)
+	w := tabwriter.NewWriter(visible{t.stdout}, 0, 0, 2, ' ', 0)
 	human(w)
 	return w.Flush()
+}
+
+// visible writes text for people. Some of it was chosen by others, such as the reason of a lock: what would move a terminal's cursor, or
+// can't be seen, comes out as a sign for that.
+type visible struct{ to io.Writer }
+
+func (v visible) Write(b []byte) (int, error) {
+	_, err := v.to.Write(bytes.Map(func(r rune) rune {
+		if r != '\n' && unicode.In(r, unicode.Cc, unicode.Cf) {
+			return unicode.ReplacementChar
+		}
+		return r
+	}, b))
+	return len(b), err
 }
 
 // command makes a cobra command whose errors are told apart from wrong calls.

@@ -1,0 +1,159 @@
+package admin
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"net"
+	"strings"
+	"testing"
+	"time"
+
+	"countersign/admin/api"
+)
+
+// TestOutOfRange: what does not fit into a number is refused, and is no other number.
+func TestOutOfRange(t *testing.T) {
+	r := newRig(t)
+	root := r.root()
+	must(root.CreateKey(t.Context(), api.NewKey{Name: "payments"}))(t)
+	must(root.RotateKey(t.Context(), "payments", api.Rotate{Now: true}))(t) // version 1 could be archived
+	token := r.token(r.unix(), "root")
+	for _, c := range []struct{ method, path, body string }{
+		{"POST", "/v1/keys/payments/versions/4294967297/archive", ""},
+		{"POST", "/v1/log/epochs/4294967296/hold", `{"reason":"test"}`},
+		{"POST", "/v1/keys/payments/rotate", `{"at":9223372036854775807}`},
+		{"POST", "/v1/keys/payments/rotate", `{"at":253402300799}`},
+		{"POST", "/v1/keys/payments/rotate", `{"at":18446744073709551617}`},
+		{"GET", "/v1/proposals/18446744073709551617", ""},
+	} {
+		resp, refusal, _ := call(t, r.unixHTTP(), c.method, "http://countersign"+c.path, c.body, map[string]string{"Authorization": "Bearer " + token})
+		if resp.StatusCode != 400 || refusal.Code != "invalid" {
+			t.Errorf("%s %s %s: %d %+v", c.method, c.path, c.body, resp.StatusCode, refusal)
+		}
+	}
+	if k := must(root.Key(t.Context(), "payments"))(t); len(k) != 3 || k[0].State != "verify-only" || k[1].State != "active" || k[2].State != "pending" {
+		t.Errorf("%+v", k)
+	}
+	// And so it is with all numbers of 32 bits: huma reads them as such of 64 and cuts off what is above.
+	var doc struct {
+		Paths map[string]map[string]struct {
+			Parameters []struct {
+				Name   string
+				Schema struct {
+					Format  string
+					Maximum *float64
+				}
+			}
+		}
+	}
+	if err := json.Unmarshal(r.server.document, &doc); err != nil {
+		t.Fatal(err)
+	}
+	for path, methods := range doc.Paths {
+		for method, o := range methods {
+			for _, p := range o.Parameters {
+				if p.Schema.Format == "int32" && p.Schema.Maximum == nil {
+					t.Errorf("%s %s: the parameter %s has no maximum", method, path, p.Name)
+				}
+			}
+		}
+	}
+}
+
+// TestClearRefusals: what comes to no operation is told in the same form what to do.
+func TestClearRefusals(t *testing.T) {
+	r := newRig(t)
+	r.root()
+	for _, c := range []struct {
+		method, path string
+		headers      map[string]string
+		status       int
+		says         string
+	}{
+		{"GET", "/v1/nothing", nil, 404, "openapi.json"},
+		{"GET", "/../etc/passwd", nil, 404, "openapi.json"},
+		{"PUT", "/v1/keys", nil, 405, "Allow"},
+		{"GET", "/v1/keys", map[string]string{"Host": "evil.example"}, 403, r.url},
+	} {
+		resp, refusal, body := call(t, r.httpsHTTP(), c.method, r.url+c.path, "", c.headers)
+		if resp.StatusCode != c.status || resp.Header.Get("Content-Type") != "application/problem+json" || !strings.Contains(refusal.Detail, c.says) || strings.Contains(body, "message=") {
+			t.Errorf("%s %s: %d %s", c.method, c.path, resp.StatusCode, body)
+		}
+		if c.status == 405 && resp.Header.Get("Allow") == "" {
+			t.Error("no Allow")
+		}
+	}
+	token := r.token(r.https(), "root")
+	for _, scheme := range []string{"Bearer", "bearer", "BEARER"} {
+		if resp, _, body := call(t, r.httpsHTTP(), "GET", r.url+"/v1/me", "", map[string]string{"Authorization": scheme + " " + token}); resp.StatusCode != 200 || resp.Header.Get("Strict-Transport-Security") != "" {
+			t.Errorf("%s: %d %s", scheme, resp.StatusCode, body)
+		}
+	}
+}
+
+// TestConnectionsAreBounded: who holds all connections of HTTPS makes others wait there, and not on the socket.
+func TestConnectionsAreBounded(t *testing.T) {
+	r := newRig(t)
+	root := r.root()
+	held := make([]net.Conn, maxConnections)
+	for i := range held {
+		held[i] = must(net.Dial("tcp", strings.TrimPrefix(r.url, "https://")))(t)
+		defer held[i].Close()
+	}
+	c := r.https()
+	ctx, cancel := context.WithTimeout(t.Context(), 200*time.Millisecond)
+	defer cancel()
+	if err := c.Alive(ctx); err == nil {
+		t.Errorf("there are more than %d connections", maxConnections)
+	}
+	if _, err := root.Me(t.Context()); err != nil {
+		t.Error(err)
+	}
+	for _, conn := range held[:2] { // the call before has left one that waits
+		conn.Close()
+	}
+	if err := c.Alive(t.Context()); err != nil {
+		t.Error(err)
+	}
+}
+
+// TestRegistrations: nobody who begins to make passkeys keeps others from it, and an id is good as it was given, for a while.
+func TestRegistrations(t *testing.T) {
+	r := newRig(t)
+	r.root()
+	c := r.https()
+	var mine api.PasskeyOptions
+	for i := range 2000 {
+		o := must(c.PasskeyOptions(t.Context(), api.NewPasskey{Operator: "alice"}))(t)
+		if i == 0 {
+			mine = o
+		}
+	}
+	id, challenge := r.server.registration(time.Now().Add(time.Minute))
+	if got, ok := r.server.begun(id); !ok || !bytes.Equal(got, challenge) {
+		t.Errorf("%q is no registration", id)
+	}
+	for i := range id {
+		b := []byte(id)
+		b[i] ^= 1
+		if _, ok := r.server.begun(string(b)); ok {
+			t.Errorf("byte %d may be another one", i)
+		}
+	}
+	for _, id := range []string{"", ".", "..", id + "0", id[1:], "x" + id} {
+		if _, ok := r.server.begun(id); ok {
+			t.Errorf("%q is a registration", id)
+		}
+	}
+	if id, _ := r.server.registration(time.Now().Add(-time.Second)); func() bool { _, ok := r.server.begun(id); return ok }() {
+		t.Error("one that is too old is good")
+	}
+	_, err := c.RegisterPasskey(t.Context(), api.Registration{Challenge: mine.Challenge, Credential: []byte("{}")})
+	if code(err) != "not_proven" || strings.Contains(err.Error(), "challenge") {
+		t.Errorf("the first of many was driven out: %v", err)
+	}
+	if _, err := c.RegisterPasskey(t.Context(), api.Registration{Challenge: id, Credential: []byte("{}")}); code(err) != "not_proven" || !strings.Contains(err.Error(), "challenge") {
+		t.Errorf("one of another server: %v", err)
+	}
+}

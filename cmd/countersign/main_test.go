@@ -1,0 +1,20 @@
+package main
+
+import (
+	"bytes"
+	"fmt"
+	"io"
+	"testing"
+)
+
+// TestPrintIsPlain: what others chose can't play with the terminal of who reads it.
+func TestPrintIsPlain(t *testing.T) {
+	var out bytes.Buffer
+	show := func(w io.Writer) { fmt.Fprintf(w, "cause\t%s\nname\tJürgen ✓\n", "\x1b[2Kred\r\u009b1m\u202e\x00") }
+	if err := (&tool{stdout: &out}).print(nil, show); err != nil {
+		t.Fatal(err)
+	}
+	if want := "cause  �[2Kred��1m��\nname   Jürgen ✓\n"; out.String() != want {
+		t.Errorf("%q, want %q", out.String(), want)
+	}
+}
