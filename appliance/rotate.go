@@ -36,16 +36,10 @@ import (
 //
 // What fails before the end of announce has changed nothing.
 
-// maxAhead is how early a rotation may be announced: nothing else can be until it is done.
-const maxAhead = 366 * 24 * time.Hour
-
 // Rotate announces the next version of a line, to be active at a time; before now is at once. When ctx ends first, it goes on.
 func (a *Appliance) Rotate(ctx context.Context, who audit.Actor, name string, at time.Time) (*Key, error) {
 	if err := a.operable(); err != nil {
 		return nil, fmt.Errorf("key %q: %w", ijson.Clip(name), err)
-	}
-	if time.Until(at) > maxAhead {
-		return nil, fmt.Errorf("key %q: %w: a rotation is announced %d days ahead at the most", ijson.Clip(name), ErrInvalid, maxAhead/(24*time.Hour))
 	}
 	var next *Key
 	err := a.act(ctx, a.creating, fmt.Sprintf("rotating key %q", ijson.Clip(name)), func(ctx context.Context) (err error) {
@@ -95,7 +89,7 @@ func (a *Appliance) rotate(ctx context.Context, who audit.Actor, name string, at
 }
 
 const (
-	maxAhead     = 366 * 24 * time.Hour // that a version is announced
+	maxAhead     = 366 * 24 * time.Hour // that a version is announced: nothing else can be until it is active
 	maxAnswering = 4                    // Noise keys, before another one is made
 )
 
