@@ -87,7 +87,11 @@ func newServer(c Config) (*server, *echo.Echo) {
 	config.CreateHooks = nil
 	strict := huma.Format{Marshal: huma.DefaultJSONFormat.Marshal, Unmarshal: func(b []byte, v any) error { return ijson.Decode(b, v) }}
 	config.Formats = map[string]huma.Format{"application/json": strict, "json": strict}
-	config.Components.SecuritySchemes = map[string]*huma.SecurityScheme{"session": {Type: "http", Scheme: "bearer", Description: "the token of a session"}}
+	config.Components.SecuritySchemes = map[string]*huma.SecurityScheme{
+		"session": {Type: "http", Scheme: "bearer", Description: "the token of a session"},
+		"cookie":  {Type: "apiKey", In: "cookie", Name: cookieName, Description: "over HTTPS, a browser's half of the token"},
+		"page":    {Type: "apiKey", In: "header", Name: pageHeader, Description: "the half that the page keeps"},
+	}
 	s := &server{Config: c, api: humaecho.New(e, config)}
 	rand.Read(s.secret[:])
 	s.routes()

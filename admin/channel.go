@@ -2,7 +2,10 @@ package admin
 
 import (
 	"context"
+	"crypto/rand"
+	"crypto/subtle"
 	"crypto/tls"
+	"encoding/base64"
 	"errors"
 	"fmt"
 	"net"
@@ -182,7 +185,35 @@ func ListenTLS(address string, c *certs.Manager) (net.Listener, error) {
 	return tls.NewListener(l, config), nil
 }
 
-const cookieName = "__Host-countersign"
+// A browser gets its session's token in two halves, of which one alone is nothing: the cookie, which no script of a page can read, and
+// what the page keeps and says in a header. For a browser shows a cookie to whoever listens on any port of its host.
+const (
+	cookieName = "__Host-countersign"
+	pageHeader = "Countersign-Page"
+)
+
+// halves splits a token: both halves are random, and it is their XOR.
+func halves(token string) (cookie, page string) {
+	b, err := base64.RawURLEncoding.DecodeString(token)
+	if err != nil {
+		panic("admin: a token is base64url: " + err.Error())
+	}
+	one, other := make([]byte, len(b)), make([]byte, len(b))
+	rand.Read(one)
+	subtle.XORBytes(other, b, one)
+	return base64.RawURLEncoding.EncodeToString(one), base64.RawURLEncoding.EncodeToString(other)
+}
+
+// whole is the token of two halves, or "".
+func whole(cookie, page string) string {
+	one, err1 := base64.RawURLEncoding.DecodeString(cookie)
+	other, err2 := base64.RawURLEncoding.DecodeString(page)
+	if err1 != nil || err2 != nil || len(one) != len(other) {
+		return ""
+	}
+	subtle.XORBytes(one, one, other)
+	return base64.RawURLEncoding.EncodeToString(one)
+}
 
 // token is what a request shows for its session, and whether a browser has added it by itself.
 func token(c huma.Context) (token string, byCookie bool) {
@@ -198,7 +229,7 @@ func token(c huma.Context) (token string, byCookie bool) {
 	}
 	for _, each := range cookies {
 		if each.Name == cookieName {
-			return each.Value, true
+			return whole(each.Value, c.Header(pageHeader)), true
 		}
 	}
 	return "", false

@@ -5,6 +5,7 @@ import (
 	"context"
 	"encoding/json"
 	"net"
+	"net/http"
 	"strings"
 	"testing"
 	"time"
@@ -155,5 +156,61 @@ func TestRegistrations(t *testing.T) {
 	}
 	if _, err := c.RegisterPasskey(t.Context(), api.Registration{Challenge: id, Credential: []byte("{}")}); code(err) != "not_proven" || !strings.Contains(err.Error(), "challenge") {
 		t.Errorf("one of another server: %v", err)
+	}
+}
+
+// TestBrowserSession: a browser's session is its cookie and what its page says together, and nothing else of them.
+func TestBrowserSession(t *testing.T) {
+	r := newRig(t)
+	r.root()
+	ch := must(r.https().Challenge(t.Context(), api.NewChallenge{Purpose: "sign-in", Operator: "root"}))(t)
+	proven := string(must(json.Marshal(api.Proven{Challenge: ch.ID, Proof: r.proof("root", ch.Text)}))(t))
+	resp, refusal, body := call(t, r.httpsHTTP(), "POST", r.url+"/v1/sessions", proven, map[string]string{"Sec-Fetch-Site": "same-origin"})
+	var in api.SignedIn
+	if err := json.Unmarshal([]byte(body), &in); err != nil || resp.StatusCode != 201 || in.Token != "" || in.Page == "" || len(resp.Cookies()) != 1 {
+		t.Fatalf("%d %+v %s", resp.StatusCode, refusal, body)
+	}
+	c := resp.Cookies()[0]
+	if !c.HttpOnly || !c.Secure || c.SameSite != http.SameSiteStrictMode || c.Path != "/" || c.Domain != "" {
+		t.Errorf("%+v", c)
+	}
+	cookie, page := c.Name+"="+c.Value, in.Page
+	if token := r.token(r.https(), "root"); strings.Contains(body, token) || page == c.Value {
+		t.Error("the halves are not halves")
+	}
+	for name, a := range map[string]struct {
+		method  string
+		headers map[string]string
+		code    string
+	}{
+		"both":                      {"GET", map[string]string{"Cookie": cookie, "Countersign-Page": page}, ""},
+		"the cookie":                {"GET", map[string]string{"Cookie": cookie}, "signed_out"},
+		"the page":                  {"GET", map[string]string{"Countersign-Page": page}, "signed_out"},
+		"the cookie twice":          {"GET", map[string]string{"Cookie": cookie, "Countersign-Page": c.Value}, "signed_out"},
+		"the cookie as the token":   {"GET", map[string]string{"Authorization": "Bearer " + c.Value}, "signed_out"},
+		"the page as the token":     {"GET", map[string]string{"Authorization": "Bearer " + page}, "signed_out"},
+		"another page":              {"GET", map[string]string{"Cookie": cookie, "Countersign-Page": "A" + page[1:]}, "signed_out"},
+		"no base64":                 {"GET", map[string]string{"Cookie": cookie, "Countersign-Page": "*"}, "signed_out"},
+		"an act":                    {"POST", map[string]string{"Cookie": cookie, "Countersign-Page": page, "Sec-Fetch-Site": "same-origin"}, ""},
+		"an act by the origin":      {"POST", map[string]string{"Cookie": cookie, "Countersign-Page": page, "Origin": r.url}, ""},
+		"an act of who knows where": {"POST", map[string]string{"Cookie": cookie, "Countersign-Page": page}, "not_allowed"},
+		"an act of the same site":   {"POST", map[string]string{"Cookie": cookie, "Countersign-Page": page, "Sec-Fetch-Site": "same-site"}, "not_allowed"},
+		"an act of another site":    {"POST", map[string]string{"Cookie": cookie, "Countersign-Page": page, "Sec-Fetch-Site": "cross-site"}, "not_allowed"},
+		"an act of another origin":  {"POST", map[string]string{"Cookie": cookie, "Countersign-Page": page, "Sec-Fetch-Site": "same-origin", "Origin": "https://localhost:1"}, "not_allowed"},
+		"an act of a hidden origin": {"POST", map[string]string{"Cookie": cookie, "Countersign-Page": page, "Origin": "null"}, "not_allowed"},
+	} {
+		path, body := "/v1/me", ""
+		if a.method == "POST" {
+			path, body = "/v1/lock", `{"reason":"test"}`
+		}
+		if resp, refusal, text := call(t, r.httpsHTTP(), a.method, r.url+path, body, a.headers); refusal.Code != a.code || a.code == "" && resp.StatusCode/100 != 2 {
+			t.Errorf("%s: %d %s", name, resp.StatusCode, text)
+		}
+	}
+	if _, refusal, _ := call(t, r.unixHTTP(), "GET", "http://countersign/v1/me", "", map[string]string{"Cookie": cookie, "Countersign-Page": page}); refusal.Code != "signed_out" {
+		t.Errorf("on the socket: %+v", refusal)
+	}
+	if resp, _, _ := call(t, r.httpsHTTP(), "DELETE", r.url+"/v1/sessions/current", "", map[string]string{"Cookie": cookie, "Countersign-Page": page, "Sec-Fetch-Site": "same-origin"}); resp.StatusCode != 204 || len(resp.Cookies()) != 1 || resp.Cookies()[0].MaxAge >= 0 {
+		t.Errorf("sign out: %d %v", resp.StatusCode, resp.Cookies())
 	}
 }

@@ -47,7 +47,7 @@ func sessionDoc(x operators.Session, who caller) api.Session {
 }
 
 type signedIn struct {
-	SetCookie string `header:"Set-Cookie" doc:"over HTTPS: the session for a browser"`
+	SetCookie string `header:"Set-Cookie" doc:"over HTTPS: half of the token, for a browser"`
 	Body      api.SignedIn
 }
 
@@ -62,7 +62,9 @@ func (s *server) signIn(ctx context.Context, who caller, in *struct {
 	who.session = &session
 	out := &signedIn{Body: api.SignedIn{Session: sessionDoc(session, who), Token: token}}
 	if who.Kind == operators.HTTPS {
-		out.SetCookie = cookie(token, int(time.Until(session.Expires).Seconds()))
+		var half string
+		half, out.Body.Page = halves(token)
+		out.SetCookie = cookie(half, int(time.Until(session.Expires).Seconds()))
 		if in.Site != "" {
 			out.Body.Token = "" // no script of a page can have it: the cookie is out of its reach
 		}

@@ -219,8 +219,6 @@ func TestPasskey(t *testing.T) {
 	pk := newPasskey(t, r.url)
 	o := must(web.PasskeyOptions(t.Context(), api.NewPasskey{Operator: "carol"}))(t)
 	credential := must(web.RegisterPasskey(t.Context(), api.Registration{Challenge: o.Challenge, Credential: pk.create(t, o.PublicKey)}))(t)
-	_, err := web.RegisterPasskey(t.Context(), api.Registration{Challenge: o.Challenge, Credential: pk.create(t, o.PublicKey)})
-	wants(t, "its challenge again", "not_proven", err)
 	text := string(must(json.Marshal(credential))(t))
 	if p := r.carryOut(root, "operator add", "name", "carol", "roles", "administrator,approver", "credential", text); p.State != "done" {
 		t.Fatalf("%+v", p)
@@ -228,7 +226,7 @@ func TestPasskey(t *testing.T) {
 	ch := must(web.Challenge(t.Context(), api.NewChallenge{Purpose: "sign-in", Operator: "carol"}))(t)
 	evil := newPasskey(t, "https://localhost:1")
 	evil.key, evil.id = pk.key, pk.id
-	_, err = web.SignIn(t.Context(), api.Proven{Challenge: ch.ID, Proof: evil.get(t, credential.ID, ch.PublicKey)})
+	_, err := web.SignIn(t.Context(), api.Proven{Challenge: ch.ID, Proof: evil.get(t, credential.ID, ch.PublicKey)})
 	wants(t, "asked by a page of another origin", "not_proven", err)
 	ch = must(web.Challenge(t.Context(), api.NewChallenge{Purpose: "sign-in", Operator: "carol"}))(t)
 	must(web.SignIn(t.Context(), api.Proven{Challenge: ch.ID, Proof: pk.get(t, credential.ID, ch.PublicKey)}))(t)
@@ -238,12 +236,6 @@ func TestPasskey(t *testing.T) {
 	if p = must(web.Approve(t.Context(), p.ID, pk.get(t, credential.ID, options)))(t); p.State != "done" {
 		t.Errorf("%+v", p)
 	}
-	for range 20 {
-		if _, err = web.PasskeyOptions(t.Context(), api.NewPasskey{Operator: "carol"}); err != nil {
-			break
-		}
-	}
-	wants(t, "many registrations", "rate_limited", err)
 }
 
 // passkey is an authenticator with one key (ES256), and the page that asks it.

@@ -117,7 +117,7 @@ func (o operation) security() []map[string][]string {
 	if len(o.roles) == 0 {
 		return []map[string][]string{}
 	}
-	return []map[string][]string{{"session": {}}}
+	return []map[string][]string{{"session": {}}, {"cookie": {}, "page": {}}}
 }
 
 type answer[D any] struct{ Body D }

@@ -14,6 +14,7 @@ import (
 	"os"
 	"os/exec"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -34,9 +35,10 @@ type browser struct {
 // library is what a page of the appliance will do: it asks the API, and has the browser's passkeys answer.
 const library = `
 const ask = async (method, path, body) => {
-	const with_body = body === undefined ? {} : {headers: {"Content-Type": "application/json"}, body: JSON.stringify(body)};
-	const r = await fetch(path, {method, ...with_body}), text = await r.text();
-	return {status: r.status, type: r.headers.get("Content-Type"), body: text ? JSON.parse(text) : null};
+	const headers = {"Content-Type": "application/json", "Countersign-Page": sessionStorage.page ?? ""};
+	const r = await fetch(path, {method, headers, body: body && JSON.stringify(body)}), text = await r.text(), answer = text ? JSON.parse(text) : null;
+	if (answer?.page) sessionStorage.page = answer.page;
+	return {status: r.status, type: r.headers.get("Content-Type"), body: answer};
 };
 const must = async (...a) => {
 	const r = await ask(...a);
@@ -192,12 +194,8 @@ func (s *system) https() (origin string) {
 // certificate is what the HTTPS listener shows, which the appliance's own CA must have signed.
 func (s *system) certificate(origin string) *x509.Certificate {
 	s.t.Helper()
-	st, err := s.admin().TLS(s.t.Context())
-	if err != nil {
-		s.t.Fatal(err)
-	}
 	pool := x509.NewCertPool()
-	pool.AppendCertsFromPEM([]byte(st.CA))
+	pool.AppendCertsFromPEM(s.authority())
 	conn, err := tls.Dial("tcp", strings.TrimPrefix(origin, "https://"), &tls.Config{RootCAs: pool})
 	if err != nil {
 		s.t.Fatal(err)
@@ -206,13 +204,27 @@ func (s *system) certificate(origin string) *x509.Certificate {
 	return conn.ConnectionState().PeerCertificates[0]
 }
 
+// authority is the appliance's own CA.
+func (s *system) authority() []byte {
+	s.t.Helper()
+	st, err := s.admin().TLS(s.t.Context())
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	return []byte(st.CA)
+}
+
 // TestPasskey has a browser make a passkey, and do with it all that an operator does by hand: sign in, approve, confirm.
 func TestPasskey(t *testing.T) {
 	s := newSystem(t)
 	origin := s.https()
 	p := s.serve()
 	s.enrol()
-	foreign := httptest.NewTLSServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { w.Write([]byte("<p>elsewhere")) }))
+	var shown atomic.Value // what the browser shows to another origin of the same host
+	foreign := httptest.NewTLSServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		shown.Store(r.Header.Get("Cookie"))
+		w.Write([]byte("<p>elsewhere"))
+	}))
 	t.Cleanup(foreign.Close)
 	b := newBrowser(t, s.certificate(origin), foreign.Certificate())
 	_, port, _ := net.SplitHostPort(foreign.Listener.Addr().String())
@@ -298,6 +310,18 @@ func TestPasskey(t *testing.T) {
 	b.open(elsewhere)
 	if _, err := run[answer](b, `fetch(%v)`, origin+"/v1/me"); err == nil {
 		t.Error("another origin can read the API")
+	}
+	cookie, _ := shown.Load().(string)
+	name, half, _ := strings.Cut(cookie, "=")
+	if name != "__Host-countersign" {
+		t.Errorf("the browser shows %q: the test proves nothing", cookie)
+	}
+	stolen, err := api.NewHTTPSClient(origin, s.authority())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := stolen.WithToken(half).Me(t.Context()); err == nil {
+		t.Error("the cookie, which the browser shows to any port of the host, is a token")
 	}
 	if _, err := run[string](b, `fetch(%v, {method: "POST", mode: "no-cors", credentials: "include", headers: {"Content-Type": "text/plain"}, body: '{"reason":"mine"}'}).then(r => r.type)`, origin+"/v1/lock"); err != nil {
 		t.Error(err) // which says nothing of what came of it

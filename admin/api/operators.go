@@ -48,7 +48,8 @@ type Session struct {
 // SignedIn is a new session with its token, which is said this once.
 type SignedIn struct {
 	Session
-	Token string `json:"token,omitempty" doc:"sent as Authorization: Bearer; over HTTPS it is a cookie too, and for a browser nothing else"`
+	Token string `json:"token,omitempty" doc:"sent as Authorization: Bearer; a browser does not get it"`
+	Page  string `json:"page,omitempty" doc:"over HTTPS, for a browser: sent as Countersign-Page, together with the cookie. Each is half of the token"`
 }
 
 // Me is who asks.
