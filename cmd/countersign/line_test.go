@@ -200,7 +200,9 @@ func TestWatch(t *testing.T) {
 	defer cancel()
 	watch := func(args ...string) (out, errs *screen, ended chan int) {
 		out, errs, ended = newScreen(), newScreen(), make(chan int, 1)
-		go func() { ended <- run(ctx, with(append([]string{"watch"}, args...)...), strings.NewReader(""), out, errs) }()
+		go func() {
+			ended <- run(ctx, with(append([]string{"watch"}, args...)...), strings.NewReader(""), out, errs)
+		}()
 		s.Await(ctx, func(seen clienttest.Seen) bool { return seen.Connections == 1 })
 		return out, errs, ended
 	}
