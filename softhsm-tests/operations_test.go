@@ -50,10 +50,26 @@ func TestOperations(t *testing.T) {
 	})
 }
 
+// TestDocumentsLinks: a link within a document leads to one of its sections.
+func TestDocumentsLinks(t *testing.T) {
+	for _, path := range []string{"docs/OPERATIONS.md", "README.md"} {
+		d, anchors := readDocument(t, path), map[string]bool{}
+		for _, s := range d.sections {
+			anchors[regexp.MustCompile(`[^a-z0-9 -]`).ReplaceAllString(strings.ToLower(s.title), "")] = true
+		}
+		for _, link := range regexp.MustCompile(`\]\(#([^)]*)\)`).FindAllStringSubmatch(d.text, -1) {
+			if !anchors[strings.ReplaceAll(link[1], "-", " ")] {
+				t.Errorf("%s: #%s leads nowhere", path, link[1])
+			}
+		}
+	}
+}
+
 // document is Markdown with commands: blocks that are indented are commands, each on a line; what is in fences is something else, and says
 // of which language.
 type document struct {
 	path     string
+	text     string
 	sections []*section
 }
 
@@ -71,7 +87,7 @@ func readDocument(t *testing.T, path string) *document {
 	if err != nil {
 		t.Fatal(err)
 	}
-	d := &document{path: path}
+	d := &document{path: path, text: string(b)}
 	s := &section{}
 	var block []typedLine
 	fence, blank := false, true
