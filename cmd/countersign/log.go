@@ -98,6 +98,9 @@ func (t *tool) events(act maker) *cobra.Command {
 	var limit int
 	var kind, actor, resource, since string
 	list := act("list", "List events", cobra.NoArgs, func(ctx context.Context, c *api.Client, _ []string) error {
+		if limit < 1 {
+			return usageError{errors.New("--limit must be at least 1")}
+		}
 		if since != "" {
 			age, err := parseAge(since)
 			if err != nil {
@@ -111,10 +114,10 @@ func (t *tool) events(act maker) *cobra.Command {
 		}
 		all := kind == "" && actor == "" && resource == ""
 		found := []api.Event{}
-		for len(found) < limit {
+		for len(found) <= limit { // one more, to say that there are more
 			n := pageOfEvents
 			if all {
-				n = min(n, limit-len(found))
+				n = min(n, limit+1-len(found))
 			}
 			page, err := c.Events(ctx, from, n)
 			if err != nil {
@@ -122,13 +125,17 @@ func (t *tool) events(act maker) *cobra.Command {
 			}
 			for _, e := range page {
 				from = e.Index + 1
-				if len(found) < limit && (kind == "" || string(e.Type) == kind) && (actor == "" || e.Actor.Name == actor) && (resource == "" || e.Resource == resource) {
+				if len(found) <= limit && (kind == "" || string(e.Type) == kind) && (actor == "" || e.Actor.Name == actor) && (resource == "" || e.Resource == resource) {
 					found = append(found, e)
 				}
 			}
 			if len(page) < n {
 				break
 			}
+		}
+		if len(found) > limit {
+			fmt.Fprintf(t.stderr, "countersign: there are more, from event %d on: --from, or a higher --limit\n", found[limit].Index)
+			found = found[:limit]
 		}
 		return t.print(found, func(w io.Writer) {
 			fmt.Fprintln(w, "INDEX\tTIME\tTYPE\tACTOR\tACTION\tRESOURCE\tOUTCOME")
