@@ -14,7 +14,6 @@ import (
 	"countersign/eddsa"
 	"countersign/ijson"
 	"countersign/keystore"
-	"countersign/policy"
 	"countersign/transcript"
 	"countersign/wire"
 
@@ -244,31 +243,6 @@ func TestKeyNames(t *testing.T) {
 		_, err := transcript.Parse(transcript.Request{Type: "key-succession-v1", Payload: []byte(payload), ExpiresAt: 1})
 		if (err == nil) != (keystore.CheckName(name) == nil) {
 			t.Errorf("%q: the transcript says %v, the keystore %v", name, err, keystore.CheckName(name))
-		}
-	}
-}
-
-// TestOperationsPolicyIsValid: the rules that an operator is shown fit the schema, and do what the cases beside them say.
-func TestOperationsPolicyIsValid(t *testing.T) {
-	b, err := os.ReadFile("docs/OPERATIONS.md")
-	if err != nil {
-		t.Fatal(err)
-	}
-	_, text, found := strings.Cut(string(b), "```cedar\n")
-	text, _, _ = strings.Cut(text, "```")
-	p, err := policy.Parse("docs/OPERATIONS.md", []byte(text))
-	if !found || err != nil {
-		t.Fatalf("%v\n%s", err, text)
-	}
-	_, table, found := strings.Cut(string(b), "\n\n    name, ")
-	table, _, _ = strings.Cut(table, "\n\n")
-	cases, err := policy.ParseCases("docs/OPERATIONS.md", []byte("name, "+table))
-	if !found || err != nil {
-		t.Fatalf("%v\n%s", err, table)
-	}
-	for _, c := range cases {
-		if d := p.Decide(c.Request); d.Allowed != c.Allow {
-			t.Errorf("%s: %+v", c.Name, d)
 		}
 	}
 }

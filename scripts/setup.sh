@@ -13,8 +13,8 @@ tpm) run=.run-tpm device="the TPM (swtpm)" ;;
 *) echo "BACKEND is softhsm or tpm, not $backend" >&2; exit 2 ;;
 esac
 bin=bin
-listen=127.0.0.1:7700 # profile countersign-v1
-pubky=127.0.0.1:7701  # profile pubky-noise-v1
+listen=${LISTEN:-127.0.0.1:7700}      # profile countersign-v1
+pubky=${LISTEN_PUBKY:-127.0.0.1:7701} # profile pubky-noise-v1
 here=$(pwd -P)
 
 secret() { # secret FILE: 32 random hex digits, unless the file is there
@@ -61,7 +61,7 @@ endTPM() {
 }
 trap endTPM EXIT
 
-cat >"$run/policy.cedar" <<'CONF'
+[ -e "$run/policy.cedar" ] || cat >"$run/policy.cedar" <<'CONF' # what operators have put in force stays
 // The demo peer may use the key "payments" with every transcript but raw: raw would be the action "sign_raw".
 permit (principal == Peer::"demo", action == Action::"sign", resource == Key::"payments");
 CONF

@@ -74,12 +74,7 @@ type process struct {
 // newSystem writes a configuration with a SoftHSM token and runs countersignd init.
 func newSystem(t testing.TB) *system {
 	t.Helper()
-	if _, err := os.Stat(softHSM); err != nil {
-		if os.Getenv("REQUIRE_DEVICES") == "1" {
-			t.Fatalf("SoftHSM is required and missing: %v", err)
-		}
-		t.Skipf("SoftHSM is not installed (apt-get install softhsm2): %v", err)
-	}
+	needSoftHSM(t)
 	s := newFolder(t)
 	if err := os.Mkdir(s.path("tokens"), 0o700); err != nil {
 		t.Fatal(err)
@@ -95,6 +90,16 @@ environment = { SOFTHSM2_CONF = %q }`, softHSM, s.path("softhsm2.conf")))
 		t.Fatalf("init: %d\n%s", code, out)
 	}
 	return s
+}
+
+func needSoftHSM(t testing.TB) {
+	t.Helper()
+	if _, err := os.Stat(softHSM); err != nil {
+		if os.Getenv("REQUIRE_DEVICES") == "1" {
+			t.Fatalf("SoftHSM is required and missing: %v", err)
+		}
+		t.Skipf("SoftHSM is not installed (apt-get install softhsm2): %v", err)
+	}
 }
 
 // newFolder is a system without a configuration.
@@ -170,17 +175,26 @@ func (s *system) noSecrets(output string) {
 	}
 }
 
-// serve starts the daemon and waits until it reports that it is ready, as systemd would.
+// serve starts the daemon, waits until it is ready, and sees that there is a first administrator.
 func (s *system) serve(environment ...string) *process {
+	s.t.Helper()
+	cmd := exec.Command(filepath.Join(bin, "countersignd"), "serve", "--config", s.path("countersign.toml"))
+	cmd.Env = append(os.Environ(), environment...)
+	p := s.start(cmd)
+	s.begin()
+	return p
+}
+
+// start starts a daemon and waits until it reports that it is ready, as systemd would.
+func (s *system) start(cmd *exec.Cmd) *process {
 	s.t.Helper()
 	socket := filepath.Join(s.t.TempDir(), "notify")
 	notify, err := net.ListenUnixgram("unixgram", &net.UnixAddr{Name: socket, Net: "unixgram"})
 	if err != nil {
 		s.t.Fatal(err)
 	}
-	p := &process{t: s.t, stderr: new(bytes.Buffer), notify: notify, ended: make(chan error, 1)}
-	p.cmd = exec.Command(filepath.Join(bin, "countersignd"), "serve", "--config", s.path("countersign.toml"))
-	p.cmd.Env = append(append(os.Environ(), "NOTIFY_SOCKET="+socket), environment...)
+	p := &process{t: s.t, cmd: cmd, stderr: new(bytes.Buffer), notify: notify, ended: make(chan error, 1)}
+	p.cmd.Env = append(p.cmd.Env, "NOTIFY_SOCKET="+socket)
 	p.cmd.Stderr = p.stderr
 	if err := p.cmd.Start(); err != nil {
 		s.t.Fatal(err)
@@ -204,7 +218,6 @@ func (s *system) serve(environment ...string) *process {
 	if got := p.notified(); got != "READY=1" {
 		s.t.Fatalf("notified %q, want READY=1\n%s", got, p.stderr)
 	}
-	s.begin()
 	return p
 }
 

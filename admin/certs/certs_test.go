@@ -267,7 +267,8 @@ func TestServe(t *testing.T) {
 	}
 	cmd := exec.CommandContext(t.Context(), openssl, "req", "-verify", "-noout", "-text")
 	cmd.Stdin = bytes.NewReader(request)
-	if out, err := cmd.CombinedOutput(); err != nil || !bytes.Contains(out, []byte("DNS:countersign.lan")) || bytes.Contains(out, []byte("localhost")) {
+	if out, err := cmd.CombinedOutput(); err != nil || !bytes.Contains(out, []byte("DNS:countersign.lan")) || bytes.Contains(out, []byte("localhost")) ||
+		!bytes.Contains(out, []byte("X509v3 Key Usage: critical\n                    Digital Signature\n")) || !bytes.Contains(out, []byte("TLS Web Server Authentication")) {
 		t.Errorf("openssl req: %v\n%s", err, out)
 	}
 }

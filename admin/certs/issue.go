@@ -9,6 +9,7 @@ import (
 	"crypto/sha256"
 	"crypto/x509"
 	"crypto/x509/pkix"
+	"encoding/asn1"
 	"encoding/pem"
 	"errors"
 	"fmt"
@@ -143,8 +144,15 @@ func create(template, parent *x509.Certificate, public *ecdsa.PublicKey, key sig
 	return x509.ParseCertificate(der)
 }
 
+// wanted is what a CSR asks for, so that a CA that copies extensions makes a certificate that can be installed (RFC 5280, sections 4.2.1.3
+// and 4.2.1.12).
+var wanted = []pkix.Extension{
+	{Id: asn1.ObjectIdentifier{2, 5, 29, 15}, Critical: true, Value: []byte{0x03, 0x02, 0x07, 0x80}},                                 // key usage: digitalSignature
+	{Id: asn1.ObjectIdentifier{2, 5, 29, 37}, Value: []byte{0x30, 0x0a, 0x06, 0x08, 0x2b, 0x06, 0x01, 0x05, 0x05, 0x07, 0x03, 0x01}}, // extended: serverAuth
+}
+
 func newRequest(key signer, names []string) ([]byte, error) {
-	template := &x509.CertificateRequest{SignatureAlgorithm: x509.ECDSAWithSHA256}
+	template := &x509.CertificateRequest{SignatureAlgorithm: x509.ECDSAWithSHA256, ExtraExtensions: wanted}
 	if len(names[0]) <= 64 { // what a common name may have
 		template.Subject.CommonName = names[0]
 	}

@@ -90,6 +90,94 @@ func (t *tool) export(socket *string) *cobra.Command {
 	return c
 }
 
+// pageOfEvents is how many the API gives at once.
+const pageOfEvents = 1000
+
+func (t *tool) events(act maker) *cobra.Command {
+	var from uint64
+	var limit int
+	var kind, actor, resource, since string
+	list := act("list", "List events", cobra.NoArgs, func(ctx context.Context, c *api.Client, _ []string) error {
+		if limit < 1 {
+			return usageError{errors.New("--limit must be at least 1")}
+		}
+		if since != "" {
+			age, err := parseAge(since)
+			if err != nil {
+				return usageError{fmt.Errorf("--since: %w", err)}
+			}
+			first, err := firstSince(time.Now().Add(-age).UnixMilli(), func(index uint64) ([]api.Event, error) { return c.Events(ctx, index, 1) })
+			if err != nil {
+				return err
+			}
+			from = max(from, first)
+		}
+		all := kind == "" && actor == "" && resource == ""
+		found := []api.Event{}
+		for len(found) <= limit { // one more, to say that there are more
+			n := pageOfEvents
+			if all {
+				n = min(n, limit+1-len(found))
+			}
+			page, err := c.Events(ctx, from, n)
+			if err != nil {
+				return err
+			}
+			for _, e := range page {
+				from = e.Index + 1
+				if len(found) <= limit && (kind == "" || string(e.Type) == kind) && (actor == "" || e.Actor.Name == actor) && (resource == "" || e.Resource == resource) {
+					found = append(found, e)
+				}
+			}
+			if len(page) < n {
+				break
+			}
+		}
+		if len(found) > limit {
+			fmt.Fprintf(t.stderr, "countersign: there are more, from event %d on: --from, or a higher --limit\n", found[limit].Index)
+			found = found[:limit]
+		}
+		return t.print(found, func(w io.Writer) {
+			fmt.Fprintln(w, "INDEX\tTIME\tTYPE\tACTOR\tACTION\tRESOURCE\tOUTCOME")
+			for _, e := range found {
+				fmt.Fprintf(w, "%d\t%s\t%s\t%s\t%s\t%s\t%s\n", e.Index, time.UnixMilli(e.TimeMS).UTC().Format("2006-01-02T15:04:05.000Z"),
+					e.Type, e.Actor.Kind+" "+e.Actor.Name, e.Action, e.Resource, e.Outcome)
+			}
+		})
+	})
+	list.Annotations = map[string]string{"long": "true"}
+	f := list.Flags()
+	f.Uint64Var(&from, "from", 0, "the first index")
+	f.StringVar(&since, "since", "", "only those of so long ago and later, such as 24h or 7d")
+	f.StringVar(&kind, "type", "", "only those of a type, such as ReplayRefused (docs/SPEC.md has them)")
+	f.StringVar(&actor, "actor", "", "only those of a peer or an operator")
+	f.StringVar(&resource, "resource", "", "only those about something, such as payments/2 or proposal/7")
+	f.IntVar(&limit, "limit", 100, "how many at the most")
+	return list
+}
+
+// firstSince is the index of the first event of a time or later; at returns the event of an index or the first one after it, if there is one.
+func firstSince(ms int64, at func(uint64) ([]api.Event, error)) (uint64, error) {
+	var failed error
+	before := func(index uint64) bool { // whether to look further on
+		found, err := at(index)
+		failed = errors.Join(failed, err)
+		return err == nil && len(found) > 0 && found[0].TimeMS < ms
+	}
+	low, high := uint64(0), uint64(1) // what is below low is before
+	for before(high - 1) {
+		low, high = high, 2*high
+	}
+	for low < high && failed == nil {
+		if middle := low + (high-low)/2; before(middle) {
+			low = middle + 1
+		} else {
+			high = middle
+		}
+	}
+	return low, failed
+}
+
 // logFlags say which log is checked, and with what.
 type logFlags struct{ socket, vkey, since string }
 

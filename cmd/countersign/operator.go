@@ -176,24 +176,7 @@ func (t *tool) admin() *cobra.Command {
 		}),
 	)
 
-	var from uint64
-	var limit int
-	list := act("list", "List events", cobra.NoArgs, func(ctx context.Context, c *api.Client, _ []string) error {
-		events, err := c.Events(ctx, from, limit)
-		if err != nil {
-			return err
-		}
-		return t.print(events, func(w io.Writer) {
-			fmt.Fprintln(w, "INDEX\tTIME\tTYPE\tACTOR\tACTION\tRESOURCE\tOUTCOME")
-			for _, e := range events {
-				fmt.Fprintf(w, "%d\t%s\t%s\t%s\t%s\t%s\t%s\n", e.Index, time.UnixMilli(e.TimeMS).UTC().Format("2006-01-02T15:04:05.000Z"),
-					e.Type, e.Actor.Kind+" "+e.Actor.Name, e.Action, e.Resource, e.Outcome)
-			}
-		})
-	})
-	list.Flags().Uint64Var(&from, "from", 0, "the first index")
-	list.Flags().IntVar(&limit, "limit", 100, "how many at the most, up to 1000")
-	audit := group("audit", "Read the audit log, and give it to others", list,
+	audit := group("audit", "Read the audit log, and give it to others", t.events(act),
 		act("key", "Print the log's verifier key, for countersign audit verify and other tools", cobra.NoArgs, func(ctx context.Context, c *api.Client, _ []string) error {
 			l, err := c.Log(ctx)
 			if err != nil {
