@@ -78,6 +78,9 @@ func (t *tool) setLine(act maker) *cobra.Command {
 			if !c.Flags().Changed(each.flag) {
 				continue
 			}
+			if each.flag == "presence" && each.value == "on" {
+				each.value = "300s"
+			}
 			d, err := parseAge(each.value)
 			if err != nil {
 				return usageError{fmt.Errorf("--%s: %w", each.flag, err)}
@@ -116,8 +119,7 @@ func (t *tool) setLine(act maker) *cobra.Command {
 	c.Flags().StringVar(&announce, "announce", "", "announce a version so long before it is active")
 	c.Flags().StringVar(&grace, "grace", "", "accept the version before for so long; 0: as long as a document may live")
 	c.Flags().StringVar(&acknowledge, "acknowledge", "", "archive the version before sooner, when these peers have acknowledged: names with commas, all, or none")
-	c.Flags().StringVar(&presence, "presence", "", "let it sign only so long after an operator has confirmed it (admin key confirm), --presence alone: 300s; --presence=0: always. Less of it is proposed, alone")
-	c.Flags().Lookup("presence").NoOptDefVal = "300s"
+	c.Flags().StringVar(&presence, "presence", "", "let it sign only so long after an operator has confirmed it (admin key confirm); on: 300s; 0: always. Less of it is proposed, alone")
 	return c
 }
 
