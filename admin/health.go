@@ -17,9 +17,6 @@ const (
 	stateDegraded      = string(appliance.Degraded)
 )
 
-// states lists those in which something may be refused.
-var states = []string{stateUninitialised, stateLocked, stateDegraded, stateRolledBack}
-
 // canaryTime bounds a canary, and canaryEvery how often one flies, for all callers together: they are not signed in.
 const (
 	canaryTime  = 5 * time.Second
