@@ -29,6 +29,7 @@ import (
 type browser struct {
 	t             testing.TB
 	ctx           context.Context
+	close         func()
 	authenticator webauthn.AuthenticatorID
 }
 
@@ -93,8 +94,8 @@ func newBrowser(t testing.TB, keys ...*x509.Certificate) *browser {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(t.Context()), 3*time.Minute) // it lives until the test's cleanup
 	ctx, end := chromedp.NewExecAllocator(ctx, options...)
 	ctx, closeTab := chromedp.NewContext(ctx)
-	t.Cleanup(func() { closeTab(); end(); cancel() })
-	b := &browser{t: t, ctx: ctx}
+	b := &browser{t: t, ctx: ctx, close: func() { closeTab(); end(); cancel() }}
+	t.Cleanup(b.close)
 	if _, err := chromedp.Call(ctx, webauthn.Enable, webauthn.EnableParams{}); err != nil {
 		t.Fatalf("start Chromium: %v", err)
 	}
@@ -191,8 +192,8 @@ func (s *system) https() (origin string) {
 	return "https://localhost:" + port
 }
 
-// certificate is what the HTTPS listener shows, which the appliance's own CA must have signed.
-func (s *system) certificate(origin string) *x509.Certificate {
+// tls is a connection to the HTTPS listener, whose certificate the appliance's own CA must have signed.
+func (s *system) tls(origin string) *tls.Conn {
 	s.t.Helper()
 	pool := x509.NewCertPool()
 	pool.AppendCertsFromPEM(s.authority())
@@ -200,6 +201,13 @@ func (s *system) certificate(origin string) *x509.Certificate {
 	if err != nil {
 		s.t.Fatal(err)
 	}
+	return conn
+}
+
+// certificate is what the HTTPS listener shows.
+func (s *system) certificate(origin string) *x509.Certificate {
+	s.t.Helper()
+	conn := s.tls(origin)
 	defer conn.Close()
 	return conn.ConnectionState().PeerCertificates[0]
 }
@@ -363,5 +371,6 @@ func TestPasskey(t *testing.T) {
 	if !found {
 		t.Errorf("it was not alice's passkey that approved of proposal %d: %s", proposal.ID, out)
 	}
+	b.close() // a browser opens connections ahead of need, for which the daemon would wait 5 s
 	p.stop()
 }

@@ -23,7 +23,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// stopWait bounds how long the admin API may take to finish its requests at the end.
+// stopWait bounds how long the admin API may take to finish its requests at the end, and then the acts that were approved.
 const stopWait = 5 * time.Second
 
 // serve runs the daemon until ctx ends.
@@ -118,7 +118,10 @@ func serve(ctx context.Context, c Config, stderr io.Writer) error {
 		api.Close()
 	}
 	apiDone.Wait()
-	if err := desk.Close(wait); err != nil {
+	// Time of its own: a connection of which nothing was read yet, which anybody can open, uses up all of the other.
+	finish, finished := context.WithTimeout(context.Background(), stopWait)
+	defer finished()
+	if err := desk.Close(finish); err != nil {
 		log.Error("an approved act is cut off", "err", err)
 	}
 	if cause := context.Cause(ctx); err == nil && cause != nil && !errors.Is(cause, context.Canceled) {
