@@ -13,6 +13,7 @@ need swtpm command -v swtpm
 need tpm2-tools command -v tpm2_pcrextend
 need gcc command -v gcc
 need libc6-dev test -e /usr/include/stdlib.h
+need curl command -v curl
 need openssl command -v openssl
 need make command -v make
 need openssh-client command -v ssh-agent
