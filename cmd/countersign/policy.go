@@ -434,7 +434,7 @@ func (t *tool) policyDiff() *cobra.Command {
 	c := command("diff FILE", "List each recorded decision that a policy file would change", cobra.ExactArgs(1), func(cmd *cobra.Command, args []string) error {
 		age, err := parseAge(since)
 		if err != nil {
-			return usageError{err}
+			return usageError{fmt.Errorf("--since: %w", err)}
 		}
 		next, err := policy.Load(args[0])
 		if err != nil {
@@ -497,7 +497,7 @@ func (t *tool) policyExport() *cobra.Command {
 	c := command("export", "Write recorded decisions and their policies, to be replayed on any machine", cobra.NoArgs, func(cmd *cobra.Command, _ []string) error {
 		age, err := parseAge(since)
 		if err != nil {
-			return usageError{err}
+			return usageError{fmt.Errorf("--since: %w", err)}
 		}
 		ctx, cancel := context.WithTimeout(cmd.Context(), longTime)
 		defer cancel()
