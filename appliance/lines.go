@@ -428,6 +428,9 @@ func (a *Appliance) work(versions []*Key) func(context.Context) error {
 	if active == nil {
 		return nil
 	}
+	if name == NoiseName && a.unauthorized(active) {
+		return func(ctx context.Context) error { return a.authorizeActive(ctx, daemon) }
+	}
 	if due, _, _ := l.Plan.Due(active.Activates, active.Uses(), time.Time{}, now); due {
 		return func(ctx context.Context) error {
 			_, err := a.rotate(ctx, daemon, name, time.Now().Add(l.Announce))

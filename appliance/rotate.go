@@ -430,21 +430,35 @@ func (a *Appliance) signOwn(ctx context.Context, who audit.Actor, k *Key, kind s
 	return doc, signature, errors.Join(err, a.ledger.Settle(context.WithoutCancel(ctx), got, signature, entry(end), nil))
 }
 
-// AuthorizeNoise has the identity sign for the Noise key that is in use, where it has not yet.
+// AuthorizeNoise has the identity sign for the Noise key that is in use, anew. The first time, and where the identity has been rotated, keepKeys does.
 func (a *Appliance) AuthorizeNoise(ctx context.Context, who audit.Actor) error {
 	if a.identity == "" {
 		return fmt.Errorf("noise key: %w: the configuration has no noise_identity", ErrConflict)
 	}
-	return a.act(ctx, a.creating, "authorising the Noise key", func(ctx context.Context) error {
-		k, err := a.NoiseKey()
-		if err != nil {
-			return err
-		}
-		authorization, err := a.authorize(ctx, who, k.Info())
-		if err != nil {
-			return err
-		}
-		return a.change(ctx, []step{{ref: k.Info().Ref, change: func(r *keyRecord) { r.Authorization = authorization }}},
-			audit.Event{Type: audit.NoiseKeyAuthorized, Actor: who, Action: "noise authorize", Resource: k.Info().Ref.String(), Outcome: "ok", Metadata: map[string]string{"identity": a.identity}})
-	})
+	return a.act(ctx, a.creating, "authorising the Noise key", func(ctx context.Context) error { return a.authorizeActive(ctx, who) })
+}
+
+func (a *Appliance) authorizeActive(ctx context.Context, who audit.Actor) error {
+	k, err := a.NoiseKey()
+	if err != nil {
+		return err
+	}
+	authorization, err := a.authorize(ctx, who, k.Info())
+	if err != nil {
+		return err
+	}
+	return a.change(ctx, []step{{ref: k.Info().Ref, change: func(r *keyRecord) { r.Authorization = authorization }}},
+		audit.Event{Type: audit.NoiseKeyAuthorized, Actor: who, Action: "noise authorize", Resource: k.Info().Ref.String(), Outcome: "ok", Metadata: map[string]string{"identity": a.identity}})
+}
+
+// unauthorized says that the identity that is configured has not signed for a Noise key, or with a version that is not the present one.
+func (a *Appliance) unauthorized(noise *Key) bool {
+	identity, err := a.signingKey(a.identity)
+	if a.identity == "" || err != nil {
+		return false // it is to be made still
+	}
+	var said struct {
+		Owner string `json:"owner"`
+	}
+	return noise.Authorization == nil || json.Unmarshal(noise.Authorization.Payload, &said) != nil || said.Owner != base64.RawURLEncoding.EncodeToString(identity.Info().PublicKey)
 }

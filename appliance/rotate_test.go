@@ -595,9 +595,31 @@ func TestNoiseRotation(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		r := newRig(t)
 		defer r.ledger.Close()
-		r.identity = "payments"
 		if _, err := r.CreateOwnKey(t.Context(), audit.Operator("test"), NoiseName, "memory"); err != nil {
 			t.Fatal(err)
+		}
+		owner := func() string {
+			r.keepLine(t.Context(), NoiseName)
+			k, err := r.NoiseKey()
+			if err != nil || k.Authorization == nil {
+				return ""
+			}
+			var said struct{ Owner string }
+			if err := json.Unmarshal(k.Authorization.Payload, &said); err != nil {
+				t.Fatal(err)
+			}
+			return said.Owner
+		}
+		if got := owner(); got != "" {
+			t.Errorf("without an identity it is authorised by %s", got)
+		}
+		r.identity = "other" // which is not there yet
+		if got := owner(); got != "" {
+			t.Errorf("authorised by %s", got)
+		}
+		r.identity = "payments"
+		if got := owner(); got != base64.RawURLEncoding.EncodeToString(r.public) {
+			t.Errorf("authorised by %q", got)
 		}
 		answering := func() (all []uint32) {
 			for _, k := range r.noiseKeys() {
@@ -629,6 +651,10 @@ func TestNoiseRotation(t *testing.T) {
 		r.keepLine(t.Context(), NoiseName)
 		if got := answering(); !slices.Equal(got, []uint32{2}) {
 			t.Errorf("afterwards: %v answer", got)
+		}
+		// The identity's own rotation: the Noise key speaks for the new one.
+		if got := r.rotate(t, "payments", time.Now()); owner() != base64.RawURLEncoding.EncodeToString(got.Info().PublicKey) {
+			t.Errorf("authorised by %q", owner())
 		}
 		for _, name := range []string{LogName, AdminName} {
 			if _, err := r.Rotate(t.Context(), audit.Operator("test"), name, time.Now()); err == nil {
