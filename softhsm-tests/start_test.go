@@ -3,10 +3,13 @@ package softhsmtests
 import (
 	"encoding/hex"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"os"
 	"strings"
 	"testing"
+
+	"countersign/client"
 
 	"github.com/miekg/pkcs11"
 	bolt "go.etcd.io/bbolt"
@@ -216,5 +219,50 @@ func generate(t *testing.T, m *pkcs11.Ctx, h pkcs11.SessionHandle, label string,
 	public := append([]*pkcs11.Attribute{pkcs11.NewAttribute(pkcs11.CKA_EC_PARAMS, []byte{6, 3, 0x2b, 0x65, 0x70})}, common...)
 	if _, _, err := m.GenerateKeyPair(h, []*pkcs11.Mechanism{pkcs11.NewMechanism(0x1055, nil)}, public, common); err != nil {
 		t.Fatal(err)
+	}
+}
+
+// TestAttendedStart: each start waits for an operator, and a lock outlives a restart of one that does not.
+func TestAttendedStart(t *testing.T) {
+	s := newSystem(t)
+	p := s.serve()
+	s.enrol()
+	signs := func(want string) {
+		t.Helper()
+		c, err := client.Dial(t.Context(), s.clientConfig())
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer c.Close()
+		_, err = c.Sign(t.Context(), "payments", message("AAAA"))
+		if refusal, _ := errors.AsType[*client.Error](err); want == "" && err != nil || want != "" && (refusal == nil || refusal.Code != want) {
+			t.Errorf("%v, want %q", err, want)
+		}
+	}
+	signs("")
+	s.must("admin", "lock", "--reason", "night")
+	signs("unavailable")
+	p.stop()
+	p = s.serve()
+	signs("unavailable")
+	s.must("admin", "unlock")
+	signs("")
+	p.stop()
+	s.edit("countersign.toml", "ledger = ", "unattended_start = false\nledger = ")
+	for range 2 {
+		p = s.serve()
+		if out := s.must("admin", "state"); !strings.Contains(out, "state   locked") || !strings.Contains(out, "starts  locked") {
+			t.Errorf("%s", out)
+		}
+		if err := s.admin().Ready(t.Context()); err == nil {
+			t.Error("it is ready")
+		}
+		signs("unavailable")
+		s.must("admin", "unlock")
+		signs("")
+		if err := s.admin().Ready(t.Context()); err != nil {
+			eventually(t, "readiness", func() bool { return s.admin().Ready(t.Context()) == nil })
+		}
+		p.stop()
 	}
 }
