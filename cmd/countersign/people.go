@@ -65,7 +65,7 @@ func (t *tool) people(act maker, socket *string) []*cobra.Command {
 
 // said reports an act that has no document.
 func (t *tool) said(what, of string) error {
-	return t.print(map[string]string{what: of}, func(w io.Writer) { fmt.Fprintf(w, "%s\t%s\n", what, of) })
+	return t.print(map[string]string{what: of}, func(w io.Writer) { fmt.Fprintln(w, strings.TrimSuffix(what+"\t"+of, "\t")) })
 }
 
 // credentialFlags are those that give a credential.
@@ -224,7 +224,11 @@ func (t *tool) proposals(act maker) *cobra.Command {
 			return t.print(all, func(w io.Writer) {
 				fmt.Fprintln(w, "ID\tACT\tBY\tEXPIRES\tAPPROVALS\tSTATE")
 				for _, p := range all {
-					fmt.Fprintf(w, "%d\t%s\t%s\t%s\t%d of %d\t%s\n", p.ID, p.Act, p.Proposer, date(p.Expires), p.Counting(), p.Required, p.State)
+					approvals := fmt.Sprint(len(p.Approvals)) // what it took then is in its text; what counts now is of no account
+					if p.State == "open" {
+						approvals = fmt.Sprintf("%d of %d", p.Counting(), p.Required)
+					}
+					fmt.Fprintf(w, "%d\t%s\t%s\t%s\t%s\t%s\n", p.ID, p.Act, p.Proposer, date(p.Expires), approvals, p.State)
 				}
 			})
 		}),
@@ -236,7 +240,7 @@ func (t *tool) proposals(act maker) *cobra.Command {
 			return t.print(p, func(w io.Writer) {
 				fmt.Fprintf(w, "%s\nstate\t%s\n", p.Text, strings.TrimSpace(p.State+" "+p.Cause))
 				for _, a := range p.Approvals {
-					fmt.Fprintf(w, "approved by\t%s, %s%s\n", a.Operator, date(a.At), either(a.Counts, "", ", which does not count any more"))
+					fmt.Fprintf(w, "approved by\t%s, %s%s\n", a.Operator, date(a.At), either(a.Counts || p.State != "open", "", ", which does not count any more"))
 				}
 				if p.Content != "" {
 					fmt.Fprintf(w, "\n%s", p.Content)
@@ -290,10 +294,23 @@ func (t *tool) state(act maker) *cobra.Command {
 		if err != nil {
 			return err
 		}
+		// Anybody gets an answer, but the causes are for who is signed in: where that has ended, asking for something else begins it again.
+		untold := len(h.Causes) == 0 && h.State != "operational" && h.State != "uninitialised"
+		if untold {
+			if _, err := c.Me(ctx); err == nil {
+				if h, err = c.Health(ctx); err != nil {
+					return err
+				}
+				untold = false
+			}
+		}
 		return t.print(h, func(w io.Writer) {
 			fmt.Fprintf(w, "state\t%s\nstarts\t%s\n", h.State, either(h.Unattended, "unlocked", "locked, until an operator unlocks it"))
 			for _, cause := range h.Causes {
 				fmt.Fprintf(w, "cause\t%s\n", cause)
+			}
+			if untold {
+				fmt.Fprintf(w, "cause\ttold to operators: countersign admin login NAME\n")
 			}
 			if h.Since != 0 {
 				fmt.Fprintf(w, "since\t%s\n", date(h.Since))
