@@ -227,13 +227,12 @@ func shortenRetention(a *appliance.Appliance, p parameters, _ []byte) (parameter
 	if len(pairs) == 0 {
 		return nil, nil, invalid.errorf("say what is to be kept for how long: %s", strings.Join(names, ", "))
 	}
-	return list(pairs...), func(ctx context.Context, who audit.Actor) error {
-		return a.ShortenRetention(ctx, who, said, func(r *appliance.Retention) {
-			for name, to := range map[string]*time.Duration{"audit": &r.Audit, "receipts": &r.Receipts, "decisions": &r.Decisions, "nonces": &r.Nonces} {
-				if d, ok := times[name]; ok {
-					*to = d
-				}
+	shorten := func(r *appliance.Retention) {
+		for name, to := range map[string]*time.Duration{"audit": &r.Audit, "receipts": &r.Receipts, "decisions": &r.Decisions, "nonces": &r.Nonces} {
+			if d, ok := times[name]; ok {
+				*to = d
 			}
-		})
-	}, nil
+		}
+	}
+	return list(pairs...), func(ctx context.Context, who audit.Actor) error { return a.ShortenRetention(ctx, who, said, shorten) }, a.Shorter(shorten)
 }

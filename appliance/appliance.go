@@ -99,22 +99,24 @@ type Appliance struct {
 	enrolling  lock                   // held while a peer is added or removed
 	activating lock                   // held while a policy is put in force
 
-	mu          sync.RWMutex
-	keys        map[keystore.Ref]*Key       // under mu: all versions that exist on the keystore
-	byPublic    map[[32]byte][]keystore.Ref // under mu: the Ed25519 keys, by public key
-	active      map[string]*Key             // under mu: the version that signs, by name
-	peers       map[[32]byte]*member        // under mu
-	requests    int                         // under mu: being served
-	sessions    map[*session]struct{}       // under mu
-	closed      [closings]error             // under mu: why nothing is admitted
-	lines       map[string]Line             // under mu: settings of keys
-	confirmed   map[string]time.Time        // under mu: until when an operator's confirmation lets a key sign
-	credentials uint64                      // under mu: how often operators' credentials have changed
-	retries     map[string]retry            // under mu: rotations that have failed
-	lost        map[keystore.Ref]string     // under mu: what is to be used and is not on its token
-	news        []announcement              // under mu: what peers are told; nil: to be made anew
-	policyWaits string                      // under mu: the policy file is another than what is in force
-	hooks       []func()                    // called when there may be news for peers
+	mu             sync.RWMutex
+	keys           map[keystore.Ref]*Key       // under mu: all versions that exist on the keystore
+	byPublic       map[[32]byte][]keystore.Ref // under mu: the Ed25519 keys, by public key
+	active         map[string]*Key             // under mu: the version that signs, by name
+	peers          map[[32]byte]*member        // under mu
+	requests       int                         // under mu: being served
+	sessions       map[*session]struct{}       // under mu
+	closed         [closings]error             // under mu: why nothing is admitted
+	lines          map[string]Line             // under mu: settings of keys
+	confirmed      map[string]time.Time        // under mu: until when an operator's confirmation lets a key sign
+	credentials    uint64                      // under mu: how often operators' credentials have changed
+	retries        map[string]retry            // under mu: rotations that have failed
+	lost           map[keystore.Ref]string     // under mu: what is to be used and is not on its token
+	news           []announcement              // under mu: what peers are told; nil: to be made anew
+	policyWaits    string                      // under mu: the policy file is another than what is in force
+	policyBroken   string                      // under mu: the policy file can not be used
+	retentionWaits string                      // under mu: the configuration would keep something for a shorter time
+	hooks          []func()                    // called when there may be news for peers
 }
 
 // Peer is who asks: an enrolled client.

@@ -173,8 +173,10 @@ func (a *Appliance) Health() Health {
 	for _, what := range a.lost {
 		add("%s", what)
 	}
-	if a.policyWaits != "" {
-		add("%s", a.policyWaits)
+	for _, waits := range []string{a.policyWaits, a.policyBroken, a.retentionWaits} {
+		if waits != "" {
+			add("%s", waits)
+		}
 	}
 	closed := a.closed
 	a.mu.RUnlock()

@@ -90,6 +90,31 @@ func (a *Appliance) startPolicy(ctx context.Context) error {
 	return err
 }
 
+// ApprovedPolicy returns the policy in force of a ledger that has operators; nil where it has none.
+func ApprovedPolicy(l *ledger.Ledger) (*policy.Policy, error) {
+	governed, err := isGoverned(l)
+	if err != nil || !governed {
+		return nil, err
+	}
+	var last *PolicyVersion
+	if err := l.All(ledger.Policies, func(key string, value []byte) error {
+		v, err := policyVersion(key, value)
+		last = &v
+		return err
+	}); err != nil || last == nil {
+		return nil, err
+	}
+	return policy.Parse("the policy in force", []byte(last.Text))
+}
+
+// PolicyFileBroken notes that the policy file can't be used; the policy in force stays.
+func (a *Appliance) PolicyFileBroken(why error) {
+	a.log.Error("the policy file can't be used; the policy in force stays", "err", why)
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.policyBroken = fmt.Sprintf("the policy file can't be used, and the policy in force stays: correct it, or put the old text back (countersign admin policy show): %v", why)
+}
+
 // isGoverned says that there are operators, whose approval counts.
 func isGoverned(l *ledger.Ledger) (yes bool, err error) {
 	err = l.All(ledger.Operators, func(string, []byte) error { yes = true; return nil })
@@ -131,7 +156,9 @@ func (a *Appliance) Activate(ctx context.Context, who audit.Actor, p *policy.Pol
 	}
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	a.policyWaits = ""
+	if a.policyWaits = ""; who.Kind == "operator" {
+		a.policyBroken = ""
+	}
 	return version, changed, nil
 }
 

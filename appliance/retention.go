@@ -57,6 +57,12 @@ func (r Retention) with(record retentionRecord) Retention {
 	return r
 }
 
+// shortest takes of each time the shorter one.
+func (r Retention) shortest(o Retention) Retention {
+	r.Audit, r.Receipts, r.Decisions, r.Nonces = min(r.Audit, o.Audit), min(r.Receipts, o.Receipts), min(r.Decisions, o.Decisions), min(r.Nonces, o.Nonces)
+	return r
+}
+
 // InForce returns the retention that is in force under a configuration that says r. Once there are operators, what a configuration newly says is
 // believed as far as it is longer than what was: to keep something for a shorter time destroys, and needs approval. ignored says that it was not
 // believed in something.
@@ -107,7 +113,10 @@ func (a *Appliance) startRetention(ctx context.Context) error {
 		return err
 	}
 	if ignored {
-		a.log.Warn("the retention of the configuration is shorter than what is in force, which stays: countersign admin retention shorten")
+		a.mu.Lock()
+		a.retentionWaits = "the retention of the configuration is shorter than what is in force, which stays: have it approved (countersign admin retention shorten), or correct it"
+		a.mu.Unlock()
+		a.log.Warn("the retention of the configuration is shorter than what is in force, which stays")
 	}
 	if before != nil && in == in.with(*before) {
 		a.setRetention(in)
@@ -131,6 +140,23 @@ func (a *Appliance) setRetention(r Retention) {
 	a.retention = r
 }
 
+// Shorter refuses a change that does not keep something for a shorter time than now, or keeps something longer.
+func (a *Appliance) Shorter(change func(*Retention)) error {
+	now := a.retentionInForce()
+	wanted := now
+	change(&wanted)
+	day := 24 * time.Hour
+	switch {
+	case wanted.Audit < day || wanted.Receipts < day || wanted.Decisions < day || wanted.Nonces < time.Hour:
+		return fmt.Errorf("retention: %w: at least a day, and for nonces an hour", ErrInvalid)
+	case wanted != now.shortest(wanted):
+		return fmt.Errorf("retention: %w: that keeps something longer, which the configuration can say: in force are audit %v, receipts %v, decisions %v, nonces %v", ErrInvalid, now.Audit, now.Receipts, now.Decisions, now.Nonces)
+	case wanted == now:
+		return fmt.Errorf("retention: %w: that is in force already", ErrInvalid)
+	}
+	return nil
+}
+
 // ShortenRetention puts another retention in force. That of nonces counts from the next start on. said is what was proposed, in the words of the
 // proposal: the event repeats it.
 func (a *Appliance) ShortenRetention(ctx context.Context, who audit.Actor, said map[string]string, change func(*Retention)) error {
@@ -141,9 +167,8 @@ func (a *Appliance) ShortenRetention(ctx context.Context, who audit.Actor, said 
 		before := a.retentionInForce()
 		wanted := before
 		change(&wanted)
-		day := 24 * time.Hour
-		if wanted.Audit < day || wanted.Receipts < day || wanted.Decisions < day || wanted.Nonces < time.Hour {
-			return fmt.Errorf("retention: %w: at least a day, and for nonces an hour", ErrInvalid)
+		if err := a.Shorter(change); err != nil {
+			return err
 		}
 		return a.writeRetention(ctx, who, before, wanted, said)
 	})

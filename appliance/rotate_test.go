@@ -529,6 +529,9 @@ func TestRetentionIsNotShortened(t *testing.T) {
 	if err := r.startRetention(t.Context()); err != nil {
 		t.Fatal(err)
 	}
+	if h := r.Health(); h.Condition != Degraded || !strings.Contains(strings.Join(h.Causes, ""), "retention") {
+		t.Errorf("%+v", h)
+	}
 	if got := r.retentionInForce(); got.Audit != kept.Audit || got.Receipts != kept.Receipts+time.Hour {
 		t.Errorf("%+v", got)
 	}
@@ -538,6 +541,11 @@ func TestRetentionIsNotShortened(t *testing.T) {
 	}
 	if err := r.ShortenRetention(t.Context(), approved, map[string]string{"audit": "48h"}, shorten); err != nil {
 		t.Fatal(err)
+	}
+	for _, longer := range []func(*Retention){func(r *Retention) { r.Audit = 49 * time.Hour }, func(r *Retention) { r.Audit, r.Receipts = 47*time.Hour, 2*kept.Receipts }, func(*Retention) {}} {
+		if err := r.ShortenRetention(t.Context(), approved, map[string]string{}, longer); !errors.Is(err, ErrInvalid) {
+			t.Errorf("what shortens nothing, or not only: %v", err)
+		}
 	}
 	// A restart with the same configuration changes nothing of that; one with a longer time in it does.
 	for _, c := range []struct {

@@ -266,3 +266,26 @@ func TestAttendedStart(t *testing.T) {
 		p.stop()
 	}
 }
+
+// TestBrokenPolicyFile: what operators have approved stays in force, whatever becomes of the file.
+func TestBrokenPolicyFile(t *testing.T) {
+	s := newSystem(t)
+	p := s.serve()
+	s.enrol()
+	p.stop()
+	s.write("policy.cedar", "permitt (principal, action, resource);")
+	p = s.serve()
+	if _, err := s.dial().Sign(t.Context(), "payments", message("AAAA")); err != nil {
+		t.Error(err)
+	}
+	if out := s.must("admin", "state"); !strings.Contains(out, "degraded") || !strings.Contains(out, "permitt") {
+		t.Errorf("%s", out)
+	}
+	text := s.must("admin", "policy", "show", "1")
+	s.write("policy.cedar", text+"\n// approved\n")
+	s.must("admin", "policy", "reload")
+	if out := s.must("admin", "state"); !strings.Contains(out, "operational") {
+		t.Errorf("%s", out)
+	}
+	p.stop()
+}

@@ -163,12 +163,14 @@ func open(ctx context.Context, c Config, log *slog.Logger) (p parts, err error) 
 			p.close(log)
 		}
 	}()
-	rules, err := policy.Load(c.Policy)
-	if err != nil {
-		return p, err
-	}
+	rules, broken := policy.Load(c.Policy)
 	if p.ledger, err = openLedger(c); err != nil {
-		return p, fmt.Errorf("%s: %w", c.Ledger, err)
+		return p, errors.Join(broken, fmt.Errorf("%s: %w", c.Ledger, err))
+	}
+	if broken != nil { // what operators have approved stays in force, whatever becomes of the file
+		if rules, err = appliance.ApprovedPolicy(p.ledger); rules == nil || err != nil {
+			return p, errors.Join(broken, err)
+		}
 	}
 	// A token can change before there is an appliance to write that down: then it is written down when there is one.
 	var changing sync.Mutex
@@ -188,6 +190,9 @@ func open(ctx context.Context, c Config, log *slog.Logger) (p parts, err error) 
 	}
 	if p.app, err = appliance.New(ctx, c.appliance(), p.ledger, p.tokens, rules, log); err != nil {
 		return p, err
+	}
+	if broken != nil {
+		p.app.PolicyFileBroken(broken)
 	}
 	changing.Lock()
 	defer changing.Unlock()
