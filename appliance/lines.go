@@ -287,9 +287,10 @@ func (a *Appliance) writeUses(ctx context.Context) error {
 
 // retry is when something that failed is tried again.
 type retry struct {
-	cause error
-	after time.Time
-	wait  time.Duration
+	cause  error
+	after  time.Time
+	wait   time.Duration
+	wanted bool // by an operator: the line itself is not due
 }
 
 const (
@@ -306,6 +307,16 @@ func (a *Appliance) failed(name string, err error) {
 	a.retries[name] = r
 	a.mu.Unlock()
 	a.log.Error("a rotation is not done; it is tried again", "key", name, "in", r.wait, "err", err)
+}
+
+// wants has the rotation that an operator has asked for, and that has failed, tried again until it is done or a restart.
+func (a *Appliance) wants(name string, err error) {
+	a.mu.Lock()
+	r := a.retries[name]
+	r.wanted = true
+	a.retries[name] = r
+	a.mu.Unlock()
+	a.failed(name, err)
 }
 
 // done notes that nothing is left to do for a line, whoever has done it.
@@ -431,7 +442,10 @@ func (a *Appliance) work(versions []*Key) func(context.Context) error {
 	if name == NoiseName && a.unauthorized(active) {
 		return func(ctx context.Context) error { return a.authorizeActive(ctx, daemon) }
 	}
-	if due, _, _ := l.Plan.Due(active.Activates, active.Uses(), time.Time{}, now); due {
+	a.mu.RLock()
+	wanted := a.retries[name].wanted
+	a.mu.RUnlock()
+	if due, _, _ := l.Plan.Due(active.Activates, active.Uses(), time.Time{}, now); due || wanted {
 		return func(ctx context.Context) error {
 			_, err := a.rotate(ctx, daemon, name, time.Now().Add(l.Announce))
 			return err

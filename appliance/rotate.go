@@ -36,14 +36,17 @@ import (
 //
 // What fails before the end of announce has changed nothing.
 
-// Rotate announces the next version of a line, to be active at a time; before now is at once. When ctx ends first, it goes on.
+// Rotate announces the next version of a line, to be active at a time; before now is at once. When ctx ends first, it goes on. What the device
+// or the disk has kept from being done is tried again.
 func (a *Appliance) Rotate(ctx context.Context, who audit.Actor, name string, at time.Time) (*Key, error) {
 	if err := a.operable(); err != nil {
 		return nil, fmt.Errorf("key %q: %w", ijson.Clip(name), err)
 	}
 	var next *Key
 	err := a.act(ctx, a.creating, fmt.Sprintf("rotating key %q", ijson.Clip(name)), func(ctx context.Context) (err error) {
-		next, err = a.rotate(ctx, who, name, at)
+		if next, err = a.rotate(ctx, who, name, at); err != nil && !errors.Is(err, ErrConflict) && !errors.Is(err, ErrInvalid) && !errors.Is(err, ErrNotFound) {
+			a.wants(name, err)
+		}
 		return err
 	})
 	return next, err

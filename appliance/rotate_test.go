@@ -226,9 +226,21 @@ func TestFailedRotationChangesNothing(t *testing.T) {
 			if s := r.sign(t, r.shop, message(1, "m")); s.Version != 1 {
 				t.Errorf("version %d signs", s.Version)
 			}
-			r.rotate(t, "payments", time.Now())
+			if h := r.Health(); h.Condition != Degraded || !strings.Contains(strings.Join(h.Causes, ""), "payments") {
+				t.Errorf("after a failure: %+v", h)
+			}
+			r.hasten()
+			r.keepLine(t.Context(), "payments")
 			if got := r.states(t, "payments"); got != "verify-only active pending" {
-				t.Errorf("again: %s", got)
+				t.Errorf("tried again: %s", got)
+			}
+			if h := r.Health(); h.Condition != Operational {
+				t.Errorf("afterwards: %+v", h)
+			}
+			r.hasten()
+			r.keepLine(t.Context(), "payments")
+			if got := r.states(t, "payments"); got != "verify-only active pending" {
+				t.Errorf("done, and once more: %s", got)
 			}
 			r.checkLine(t, "payments")
 		})
