@@ -19,7 +19,7 @@ test: deps
 	go test -timeout 20m ./...
 
 bench: deps
-	go test -run '^$$' -bench . -benchtime 1x ./softhsm-tests ./ledger ./audit
+	go test -run '^$$' -bench . -benchtime 1x ./softhsm-tests ./internal/ledger ./audit
 
 # FUZZTIME=10m make fuzz; FUZZ=transcript makes it those whose package or name has that.
 fuzz: deps

@@ -11,9 +11,9 @@ import (
 	"countersign/approval"
 	"countersign/audit"
 	"countersign/client"
-	"countersign/eddsa"
-	"countersign/ijson"
-	"countersign/keystore"
+	"countersign/internal/eddsa"
+	"countersign/internal/ijson"
+	"countersign/internal/keystore"
 	"countersign/transcript"
 	"countersign/wire"
 

@@ -11,8 +11,8 @@ import (
 	"countersign/appliance"
 	"countersign/approval"
 	"countersign/audit"
-	"countersign/keystore"
-	"countersign/operators"
+	"countersign/internal/keystore"
+	"countersign/internal/operators"
 	"countersign/policy"
 )
 

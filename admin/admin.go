@@ -19,9 +19,9 @@ import (
 	"countersign/admin/certs"
 	"countersign/appliance"
 	"countersign/audit"
-	"countersign/ijson"
-	"countersign/keystore"
-	"countersign/operators"
+	"countersign/internal/ijson"
+	"countersign/internal/keystore"
+	"countersign/internal/operators"
 	"countersign/policy"
 
 	"github.com/danielgtaylor/huma/v2"

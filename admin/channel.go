@@ -19,7 +19,7 @@ import (
 	"syscall"
 
 	"countersign/admin/certs"
-	"countersign/operators"
+	"countersign/internal/operators"
 
 	"github.com/danielgtaylor/huma/v2"
 	"golang.org/x/net/netutil"

@@ -11,7 +11,7 @@ import (
 	"countersign/admin/api"
 	"countersign/appliance"
 	"countersign/audit"
-	"countersign/schedule"
+	"countersign/internal/schedule"
 )
 
 // The life of keys: rotation, and who must be there.

@@ -12,8 +12,8 @@ import (
 
 	"countersign/admin/api"
 	"countersign/appliance"
-	"countersign/ledger"
-	"countersign/webhook"
+	"countersign/internal/ledger"
+	"countersign/internal/webhook"
 
 	"github.com/danielgtaylor/huma/v2"
 )

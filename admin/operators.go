@@ -14,7 +14,7 @@ import (
 
 	"countersign/admin/api"
 	"countersign/approval"
-	"countersign/operators"
+	"countersign/internal/operators"
 )
 
 func (s *server) me(_ context.Context, who caller, _ *none) (api.Me, error) {

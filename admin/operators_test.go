@@ -22,7 +22,7 @@ import (
 	"countersign/appliance"
 	"countersign/approval"
 	"countersign/audit"
-	"countersign/keystore"
+	"countersign/internal/keystore"
 )
 
 // TestFirstAdministrator: root on the socket, once.

@@ -14,7 +14,7 @@ import (
 	"countersign/admin/certs"
 	"countersign/appliance"
 	"countersign/approval"
-	"countersign/operators"
+	"countersign/internal/operators"
 
 	"github.com/danielgtaylor/huma/v2"
 	"github.com/labstack/echo/v4"

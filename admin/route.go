@@ -9,7 +9,7 @@ import (
 	"countersign/appliance"
 	"countersign/approval"
 	"countersign/audit"
-	"countersign/operators"
+	"countersign/internal/operators"
 
 	"github.com/danielgtaylor/huma/v2"
 )

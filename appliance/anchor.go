@@ -9,8 +9,8 @@ import (
 	"time"
 
 	"countersign/audit"
-	"countersign/keystore"
-	"countersign/ledger"
+	"countersign/internal/keystore"
+	"countersign/internal/ledger"
 )
 
 // Anchor binds the ledger to a counter that only rises, so that an older copy of it in its place is noticed: it would have

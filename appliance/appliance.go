@@ -16,11 +16,11 @@ import (
 	"time"
 
 	"countersign/audit"
-	"countersign/keystore"
-	"countersign/ledger"
-	"countersign/limit"
+	"countersign/internal/keystore"
+	"countersign/internal/ledger"
+	"countersign/internal/limit"
+	"countersign/internal/webhook"
 	"countersign/policy"
-	"countersign/webhook"
 
 	"golang.org/x/time/rate"
 )

@@ -14,9 +14,9 @@ import (
 	"testing"
 
 	"countersign/audit"
-	"countersign/keystore"
-	"countersign/ledger"
-	"countersign/ledger/disktest"
+	"countersign/internal/keystore"
+	"countersign/internal/ledger"
+	"countersign/internal/ledger/disktest"
 	"countersign/wire"
 )
 

@@ -11,9 +11,9 @@ import (
 	"time"
 
 	"countersign/audit"
-	"countersign/ijson"
-	"countersign/keystore"
-	"countersign/ledger"
+	"countersign/internal/ijson"
+	"countersign/internal/keystore"
+	"countersign/internal/ledger"
 )
 
 // Making a key writes the intent down first. It comes into use only when it has been proven and one transaction says so, together

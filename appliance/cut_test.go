@@ -11,9 +11,9 @@ import (
 	"time"
 
 	"countersign/audit"
-	"countersign/keystore"
-	"countersign/ledger"
-	"countersign/ledger/disktest"
+	"countersign/internal/keystore"
+	"countersign/internal/ledger"
+	"countersign/internal/ledger/disktest"
 )
 
 // cuttable are the acts that change keys, each on a rig where it can be done, and the line that it is about.

@@ -11,7 +11,7 @@ import (
 	"time"
 
 	"countersign/audit"
-	"countersign/ledger"
+	"countersign/internal/ledger"
 	"countersign/policy"
 	"countersign/transcript"
 	"countersign/wire"

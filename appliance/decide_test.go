@@ -13,7 +13,7 @@ import (
 	"testing"
 
 	"countersign/audit"
-	"countersign/ledger"
+	"countersign/internal/ledger"
 	"countersign/policy"
 	"countersign/transcript"
 	"countersign/wire"

@@ -7,7 +7,7 @@ import (
 	"time"
 
 	"countersign/audit"
-	"countersign/ledger"
+	"countersign/internal/ledger"
 	"countersign/transcript"
 	"countersign/wire"
 )

@@ -21,9 +21,9 @@ import (
 	"time"
 
 	"countersign/audit"
-	"countersign/keystore"
-	"countersign/keystore/keystoretest"
-	"countersign/ledger"
+	"countersign/internal/keystore"
+	"countersign/internal/keystore/keystoretest"
+	"countersign/internal/ledger"
 	"countersign/noise"
 	"countersign/wire"
 )

@@ -7,8 +7,8 @@ import (
 	"strings"
 	"time"
 
-	"countersign/ledger"
-	"countersign/webhook"
+	"countersign/internal/ledger"
+	"countersign/internal/webhook"
 	"countersign/wire"
 )
 

@@ -15,8 +15,8 @@ import (
 	"testing"
 	"time"
 
-	"countersign/ledger"
-	"countersign/webhook"
+	"countersign/internal/ledger"
+	"countersign/internal/webhook"
 	"countersign/wire"
 )
 

@@ -8,9 +8,9 @@ import (
 	"strconv"
 
 	"countersign/audit"
-	"countersign/ijson"
-	"countersign/keystore"
-	"countersign/ledger"
+	"countersign/internal/ijson"
+	"countersign/internal/keystore"
+	"countersign/internal/ledger"
 	"countersign/wire"
 )
 

@@ -10,7 +10,7 @@ import (
 	"testing"
 	"time"
 
-	"countersign/keystore"
+	"countersign/internal/keystore"
 	"countersign/noise"
 	"countersign/wire"
 )

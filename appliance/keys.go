@@ -16,11 +16,11 @@ import (
 	"time"
 
 	"countersign/audit"
-	"countersign/eddsa"
-	"countersign/ijson"
-	"countersign/keystore"
-	"countersign/ledger"
-	"countersign/limit"
+	"countersign/internal/eddsa"
+	"countersign/internal/ijson"
+	"countersign/internal/keystore"
+	"countersign/internal/ledger"
+	"countersign/internal/limit"
 	"countersign/transcript"
 	"countersign/wire"
 )

@@ -3,8 +3,8 @@ package appliance
 import (
 	"context"
 
-	"countersign/keystore"
-	"countersign/limit"
+	"countersign/internal/keystore"
+	"countersign/internal/limit"
 )
 
 // Whoever uses a key waits for the device in a lane: each peer in its own, all handshakes in one, and the appliance itself in one. The

@@ -8,7 +8,7 @@ import (
 	"testing/synctest"
 	"time"
 
-	"countersign/keystore"
+	"countersign/internal/keystore"
 	"countersign/noise"
 )
 

@@ -11,10 +11,10 @@ import (
 	"time"
 
 	"countersign/audit"
-	"countersign/ijson"
-	"countersign/keystore"
-	"countersign/ledger"
-	"countersign/schedule"
+	"countersign/internal/ijson"
+	"countersign/internal/keystore"
+	"countersign/internal/ledger"
+	"countersign/internal/schedule"
 )
 
 // Line says how a key is rotated, and whether an operator must confirm its use. The zero value is that of a key that nothing was said of.

@@ -17,7 +17,7 @@ import (
 	"time"
 
 	"countersign/audit"
-	"countersign/keystore"
+	"countersign/internal/keystore"
 	"countersign/noise"
 	"countersign/transcript"
 	"countersign/wire"

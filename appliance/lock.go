@@ -12,8 +12,8 @@ import (
 	"time"
 
 	"countersign/audit"
-	"countersign/keystore"
-	"countersign/ledger"
+	"countersign/internal/keystore"
+	"countersign/internal/ledger"
 )
 
 // Why nothing is admitted, the gravest first.

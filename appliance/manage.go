@@ -7,7 +7,7 @@ import (
 	"fmt"
 
 	"countersign/audit"
-	"countersign/keystore"
+	"countersign/internal/keystore"
 )
 
 // What a management act is refused for.

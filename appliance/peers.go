@@ -12,9 +12,9 @@ import (
 	"time"
 
 	"countersign/audit"
-	"countersign/ijson"
-	"countersign/keystore"
-	"countersign/ledger"
+	"countersign/internal/ijson"
+	"countersign/internal/keystore"
+	"countersign/internal/ledger"
 
 	"golang.org/x/time/rate"
 )

@@ -10,7 +10,7 @@ import (
 	"time"
 
 	"countersign/audit"
-	"countersign/ledger"
+	"countersign/internal/ledger"
 	"countersign/policy"
 )
 

@@ -5,8 +5,8 @@ import (
 	"errors"
 	"strings"
 
-	"countersign/keystore"
-	"countersign/ledger"
+	"countersign/internal/keystore"
+	"countersign/internal/ledger"
 	"countersign/policy"
 	"countersign/transcript"
 	"countersign/wire"

@@ -9,8 +9,8 @@ import (
 	"time"
 
 	"countersign/audit"
-	"countersign/ijson"
-	"countersign/keystore"
+	"countersign/internal/ijson"
+	"countersign/internal/keystore"
 	"countersign/wire"
 )
 

@@ -6,7 +6,7 @@ import (
 	"testing/synctest"
 
 	"countersign/audit"
-	"countersign/keystore"
+	"countersign/internal/keystore"
 	"countersign/wire"
 )
 

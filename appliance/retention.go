@@ -10,8 +10,8 @@ import (
 	"time"
 
 	"countersign/audit"
-	"countersign/ijson"
-	"countersign/ledger"
+	"countersign/internal/ijson"
+	"countersign/internal/ledger"
 )
 
 // Period is how long an epoch of the audit log lasts, by the calendar in UTC.

@@ -13,9 +13,9 @@ import (
 	"time"
 
 	"countersign/audit"
-	"countersign/ijson"
-	"countersign/keystore"
-	"countersign/ledger"
+	"countersign/internal/ijson"
+	"countersign/internal/keystore"
+	"countersign/internal/ledger"
 	"countersign/transcript"
 	"countersign/wire"
 )

@@ -13,9 +13,9 @@ import (
 	"time"
 
 	"countersign/audit"
-	"countersign/eddsa"
-	"countersign/keystore"
-	"countersign/ledger"
+	"countersign/internal/eddsa"
+	"countersign/internal/keystore"
+	"countersign/internal/ledger"
 	"countersign/transcript"
 	"countersign/wire"
 )

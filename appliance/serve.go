@@ -12,9 +12,9 @@ import (
 	"time"
 
 	"countersign/audit"
-	"countersign/keystore"
-	"countersign/ledger"
-	"countersign/limit"
+	"countersign/internal/keystore"
+	"countersign/internal/ledger"
+	"countersign/internal/limit"
 	"countersign/noise"
 	"countersign/wire"
 )

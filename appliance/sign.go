@@ -7,8 +7,8 @@ import (
 	"time"
 
 	"countersign/audit"
-	"countersign/keystore"
-	"countersign/ledger"
+	"countersign/internal/keystore"
+	"countersign/internal/ledger"
 	"countersign/transcript"
 	"countersign/wire"
 )

@@ -8,8 +8,8 @@ import (
 	"time"
 
 	"countersign/audit"
-	"countersign/eddsa"
-	"countersign/ledger"
+	"countersign/internal/eddsa"
+	"countersign/internal/ledger"
 	"countersign/transcript"
 	"countersign/wire"
 )

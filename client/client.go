@@ -21,8 +21,8 @@ import (
 	"time"
 
 	"countersign/audit"
-	"countersign/eddsa"
-	"countersign/ijson"
+	"countersign/internal/eddsa"
+	"countersign/internal/ijson"
 	"countersign/noise"
 	"countersign/transcript"
 	"countersign/wire"

@@ -6,8 +6,8 @@ import (
 	"errors"
 	"fmt"
 
-	"countersign/eddsa"
-	"countersign/ijson"
+	"countersign/internal/eddsa"
+	"countersign/internal/ijson"
 	"countersign/transcript"
 	"countersign/wire"
 )

@@ -6,7 +6,7 @@ import (
 	"fmt"
 	"sync"
 
-	"countersign/ijson"
+	"countersign/internal/ijson"
 	"countersign/wire"
 )
 

@@ -11,9 +11,9 @@ import (
 	"countersign/appliance"
 	"countersign/audit"
 	"countersign/client"
-	"countersign/keystore"
-	"countersign/keystore/keystoretest"
-	"countersign/ledger"
+	"countersign/internal/keystore"
+	"countersign/internal/keystore/keystoretest"
+	"countersign/internal/ledger"
 	"countersign/noise"
 	"countersign/policy"
 )

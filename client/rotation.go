@@ -7,8 +7,8 @@ import (
 	"sync"
 	"time"
 
-	"countersign/eddsa"
-	"countersign/ijson"
+	"countersign/internal/eddsa"
+	"countersign/internal/ijson"
 	"countersign/transcript"
 	"countersign/wire"
 )

@@ -6,8 +6,8 @@ import (
 	"testing"
 
 	"countersign/hsm"
-	"countersign/keystore"
-	"countersign/keystore/keystoretest"
+	"countersign/internal/keystore"
+	"countersign/internal/keystore/keystoretest"
 )
 
 // TestDialects runs the conformance suite on modules that read PKCS#11 in other ways, with the quirks that are chosen by

@@ -89,7 +89,7 @@ import (
 	"sync"
 	"unsafe"
 
-	"countersign/keystore"
+	"countersign/internal/keystore"
 
 	"github.com/miekg/pkcs11"
 )

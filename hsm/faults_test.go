@@ -11,7 +11,7 @@ import (
 	"time"
 
 	"countersign/hsm"
-	"countersign/keystore"
+	"countersign/internal/keystore"
 
 	"github.com/miekg/pkcs11"
 )

@@ -17,7 +17,7 @@ import (
 	"sync/atomic"
 	"time"
 
-	"countersign/keystore"
+	"countersign/internal/keystore"
 
 	"github.com/miekg/pkcs11"
 )

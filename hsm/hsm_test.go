@@ -13,8 +13,8 @@ import (
 	"time"
 
 	"countersign/hsm"
-	"countersign/keystore"
-	"countersign/keystore/keystoretest"
+	"countersign/internal/keystore"
+	"countersign/internal/keystore/keystoretest"
 
 	"github.com/miekg/pkcs11"
 )

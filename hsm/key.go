@@ -10,7 +10,7 @@ import (
 	"fmt"
 	"strings"
 
-	"countersign/keystore"
+	"countersign/internal/keystore"
 
 	"github.com/miekg/pkcs11"
 )

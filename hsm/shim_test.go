@@ -11,7 +11,7 @@ import (
 	"time"
 
 	"countersign/hsm"
-	"countersign/keystore"
+	"countersign/internal/keystore"
 )
 
 // shim is SoftHSM behind softhsm-tests/testdata/shim.c, which says there what it can do wrong.

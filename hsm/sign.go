@@ -8,7 +8,7 @@ import (
 	"math/big"
 	"slices"
 
-	"countersign/keystore"
+	"countersign/internal/keystore"
 
 	"github.com/miekg/pkcs11"
 )

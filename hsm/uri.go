@@ -8,7 +8,7 @@ import (
 	"strconv"
 	"strings"
 
-	"countersign/keystore"
+	"countersign/internal/keystore"
 
 	"github.com/miekg/pkcs11"
 	pkcs11uri "github.com/stefanberger/go-pkcs11uri"

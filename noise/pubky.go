@@ -10,8 +10,8 @@ import (
 	"time"
 	"unicode"
 
-	"countersign/eddsa"
-	"countersign/ijson"
+	"countersign/internal/eddsa"
+	"countersign/internal/ijson"
 
 	"github.com/go-json-experiment/json"
 	"golang.org/x/crypto/blake2s"

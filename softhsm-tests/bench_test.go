@@ -19,10 +19,10 @@ import (
 	"time"
 
 	"countersign/client"
-	"countersign/eddsa"
 	"countersign/hsm"
-	"countersign/keystore"
-	"countersign/keystore/worker"
+	"countersign/internal/eddsa"
+	"countersign/internal/keystore"
+	"countersign/internal/keystore/worker"
 	"countersign/tpm"
 	"countersign/tpm/tpmtest"
 )

@@ -6,7 +6,7 @@ import (
 	"time"
 
 	"countersign/audit"
-	"countersign/ledger"
+	"countersign/internal/ledger"
 	"countersign/wire"
 )
 

@@ -9,7 +9,7 @@ import (
 	"testing"
 	"time"
 
-	"countersign/ledger/disktest"
+	"countersign/internal/ledger/disktest"
 	"countersign/wire"
 )
 

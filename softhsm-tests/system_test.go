@@ -17,7 +17,7 @@ import (
 
 	"countersign/admin/api"
 	"countersign/client"
-	"countersign/ledger/disktest"
+	"countersign/internal/ledger/disktest"
 )
 
 const softHSM = "/usr/lib/softhsm/libsofthsm2.so"

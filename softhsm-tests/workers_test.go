@@ -18,7 +18,7 @@ import (
 	"time"
 
 	"countersign/client"
-	"countersign/keystore"
+	"countersign/internal/keystore"
 )
 
 // workers returns the processes of the daemon's key workers.

@@ -17,7 +17,7 @@ import (
 	"path/filepath"
 	"strings"
 
-	"countersign/keystore"
+	"countersign/internal/keystore"
 
 	"github.com/google/go-tpm/tpm2"
 	"github.com/google/go-tpm/tpm2/transport"

@@ -11,7 +11,7 @@ import (
 	"sync"
 	"time"
 
-	"countersign/keystore"
+	"countersign/internal/keystore"
 
 	"github.com/google/go-tpm/tpm2"
 	"github.com/google/go-tpm/tpm2/transport"

@@ -6,7 +6,7 @@ import (
 	"errors"
 	"fmt"
 
-	"countersign/keystore"
+	"countersign/internal/keystore"
 
 	"github.com/google/go-tpm/tpm2"
 	"github.com/google/go-tpm/tpm2/transport"

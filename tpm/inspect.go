@@ -7,7 +7,7 @@ import (
 	"fmt"
 	"strings"
 
-	"countersign/keystore"
+	"countersign/internal/keystore"
 
 	"github.com/google/go-tpm/tpm2"
 	"github.com/google/go-tpm/tpm2/transport"

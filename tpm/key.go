@@ -14,8 +14,8 @@ import (
 	"path/filepath"
 	"strings"
 
-	"countersign/eddsa"
-	"countersign/keystore"
+	"countersign/internal/eddsa"
+	"countersign/internal/keystore"
 
 	"github.com/google/go-tpm/tpm2"
 	"github.com/google/go-tpm/tpm2/transport"

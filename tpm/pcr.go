@@ -8,7 +8,7 @@ import (
 	"slices"
 	"strings"
 
-	"countersign/keystore"
+	"countersign/internal/keystore"
 
 	"github.com/google/go-tpm/tpm2"
 	"github.com/google/go-tpm/tpm2/transport"

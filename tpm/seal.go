@@ -10,7 +10,7 @@ import (
 	"io"
 	"math/big"
 
-	"countersign/keystore"
+	"countersign/internal/keystore"
 
 	"github.com/google/go-tpm/tpm2"
 	"github.com/google/go-tpm/tpm2/transport"

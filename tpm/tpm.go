@@ -22,8 +22,8 @@ import (
 	"sync"
 	"time"
 
-	"countersign/eddsa"
-	"countersign/keystore"
+	"countersign/internal/eddsa"
+	"countersign/internal/keystore"
 
 	"github.com/google/go-tpm/tpm2"
 	"github.com/google/go-tpm/tpm2/transport"

@@ -18,8 +18,8 @@ import (
 	"testing"
 	"time"
 
-	"countersign/keystore"
-	"countersign/keystore/keystoretest"
+	"countersign/internal/keystore"
+	"countersign/internal/keystore/keystoretest"
 	"countersign/tpm"
 	"countersign/tpm/tpmtest"
 )

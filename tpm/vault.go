@@ -5,7 +5,7 @@ import (
 	"fmt"
 	"os"
 
-	"countersign/eddsa"
+	"countersign/internal/eddsa"
 
 	"golang.org/x/sys/unix"
 )

@@ -13,7 +13,7 @@ import (
 	"slices"
 	"strings"
 
-	"countersign/eddsa"
+	"countersign/internal/eddsa"
 
 	"github.com/go-json-experiment/json"
 	"github.com/go-json-experiment/json/jsontext"

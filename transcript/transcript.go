@@ -15,7 +15,7 @@ import (
 	"strings"
 	"time"
 
-	"countersign/ijson"
+	"countersign/internal/ijson"
 
 	"github.com/go-json-experiment/json/jsontext"
 )

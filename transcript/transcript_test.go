@@ -12,7 +12,7 @@ import (
 	"testing"
 	"time"
 
-	"countersign/eddsa"
+	"countersign/internal/eddsa"
 	"countersign/transcript"
 )
 

@@ -13,7 +13,7 @@ import (
 	"strings"
 	"testing"
 
-	"countersign/eddsa"
+	"countersign/internal/eddsa"
 	"countersign/transcript"
 )
 

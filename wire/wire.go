@@ -13,7 +13,7 @@ import (
 	"fmt"
 	"strings"
 
-	"countersign/ijson"
+	"countersign/internal/ijson"
 
 	"github.com/go-json-experiment/json"
 	"github.com/go-json-experiment/json/jsontext"

@@ -11,7 +11,7 @@ import (
 	"strconv"
 
 	"countersign/audit"
-	"countersign/keystore"
+	"countersign/internal/keystore"
 	"countersign/wire"
 )
 

@@ -16,7 +16,7 @@ import (
 	"sync"
 	"time"
 
-	"countersign/keystore"
+	"countersign/internal/keystore"
 )
 
 const (

@@ -28,8 +28,8 @@ import (
 	"time"
 
 	"countersign/hsm"
-	"countersign/keystore"
-	"countersign/keystore/keystoretest"
+	"countersign/internal/keystore"
+	"countersign/internal/keystore/keystoretest"
 )
 
 // shelf is a Store in memory.

@@ -20,7 +20,7 @@ import (
 	"strings"
 	"time"
 
-	"countersign/keystore"
+	"countersign/internal/keystore"
 )
 
 const (

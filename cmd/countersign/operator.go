@@ -10,7 +10,7 @@ import (
 	"time"
 
 	"countersign/admin/api"
-	"countersign/keystore"
+	"countersign/internal/keystore"
 
 	"github.com/spf13/cobra"
 	"github.com/spf13/pflag"

@@ -18,7 +18,7 @@ import (
 
 	"countersign/audit"
 	"countersign/client"
-	"countersign/ijson"
+	"countersign/internal/ijson"
 	"countersign/transcript"
 
 	"github.com/spf13/cobra"

@@ -13,7 +13,7 @@ import (
 	"time"
 
 	"countersign/client"
-	"countersign/ijson"
+	"countersign/internal/ijson"
 	"countersign/policy"
 	"countersign/transcript"
 

@@ -11,7 +11,7 @@ import (
 	"io"
 	"strconv"
 
-	"countersign/keystore"
+	"countersign/internal/keystore"
 	"countersign/tpm"
 )
 

@@ -11,8 +11,8 @@ import (
 	"slices"
 
 	"countersign/appliance"
-	"countersign/keystore"
-	"countersign/ledger"
+	"countersign/internal/keystore"
+	"countersign/internal/ledger"
 	"countersign/policy"
 )
 

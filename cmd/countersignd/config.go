@@ -15,10 +15,10 @@ import (
 
 	"countersign/appliance"
 	"countersign/hsm"
-	"countersign/keystore"
-	"countersign/ledger"
+	"countersign/internal/keystore"
+	"countersign/internal/ledger"
+	"countersign/internal/webhook"
 	"countersign/tpm"
-	"countersign/webhook"
 
 	"github.com/pelletier/go-toml/v2"
 )

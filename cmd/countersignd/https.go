@@ -12,8 +12,8 @@ import (
 	"countersign/admin/certs"
 	"countersign/appliance"
 	"countersign/audit"
-	"countersign/keystore"
-	"countersign/ledger"
+	"countersign/internal/keystore"
+	"countersign/internal/ledger"
 )
 
 // httpsKeys are those of the HTTPS listener.

@@ -15,7 +15,7 @@ import (
 	"countersign/appliance"
 	"countersign/audit"
 	"countersign/hsm"
-	"countersign/ledger"
+	"countersign/internal/ledger"
 	"countersign/policy"
 	"countersign/tpm"
 )

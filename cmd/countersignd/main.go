@@ -16,8 +16,8 @@ import (
 	"time"
 
 	"countersign/appliance"
-	"countersign/keystore"
-	"countersign/ledger"
+	"countersign/internal/keystore"
+	"countersign/internal/ledger"
 	"countersign/policy"
 
 	"github.com/spf13/cobra"

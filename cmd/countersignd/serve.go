@@ -15,8 +15,8 @@ import (
 
 	"countersign/admin"
 	"countersign/appliance"
+	"countersign/internal/operators"
 	"countersign/noise"
-	"countersign/operators"
 	"countersign/policy"
 
 	"github.com/coreos/go-systemd/v22/daemon"

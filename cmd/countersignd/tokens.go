@@ -15,8 +15,8 @@ import (
 	"syscall"
 
 	"countersign/hsm"
-	"countersign/keystore"
-	"countersign/keystore/worker"
+	"countersign/internal/keystore"
+	"countersign/internal/keystore/worker"
 	"countersign/tpm"
 )
 

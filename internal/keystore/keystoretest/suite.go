@@ -1,0 +1,404 @@
+// Package keystoretest holds every keystore backend to the contract of package keystore, and has a store in memory for
+// tests of what lies above it.
+package keystoretest
+
+import (
+	"context"
+	"crypto/ecdh"
+	"crypto/ed25519"
+	"crypto/rand"
+	"encoding/base64"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"countersign/internal/keystore"
+)
+
+// LowOrderPoints lists the encodings whose shared secret is zero, top bit clear and set.
+func LowOrderPoints() (points [][32]byte) {
+	low := [][32]byte{{}, {1},
+		{0xe0, 0xeb, 0x7a, 0x7c, 0x3b, 0x41, 0xb8, 0xae, 0x16, 0x56, 0xe3, 0xfa, 0xf1, 0x9f, 0xc4, 0x6a, 0xda, 0x09, 0x8d, 0xeb, 0x9c, 0x32, 0xb1, 0xfd, 0x86, 0x62, 0x05, 0x16, 0x5f, 0x49, 0xb8, 0x00},
+		{0x5f, 0x9c, 0x95, 0xbc, 0xa3, 0x50, 0x8c, 0x24, 0xb1, 0xd0, 0xb1, 0x55, 0x9c, 0x83, 0xef, 0x5b, 0x04, 0x44, 0x5c, 0xc4, 0x58, 0x1c, 0x8e, 0x86, 0xd8, 0x22, 0x4e, 0xdd, 0xd0, 0x9f, 0x11, 0x57},
+	}
+	for _, first := range []byte{0xec, 0xed, 0xee} {
+		p := [32]byte(slices.Repeat([]byte{0xff}, 32))
+		p[0], p[31] = first, 0x7f
+		low = append(low, p)
+	}
+	for _, p := range low {
+		points = append(points, p)
+		p[31] |= 0x80
+		points = append(points, p)
+	}
+	return points
+}
+
+func tagOf(name string, version uint32) (tag keystore.Tag) {
+	tag[0] = byte(version)
+	copy(tag[1:], name)
+	return tag
+}
+
+// Run is the conformance suite. open returns an empty store; the suite closes it.
+func Run(t *testing.T, open func(*testing.T) keystore.Store) {
+	store := func(t *testing.T) keystore.Store {
+		s := open(t)
+		t.Cleanup(func() {
+			if err := s.Close(); err != nil {
+				t.Error(err)
+			}
+		})
+		return s
+	}
+	// Tags are {version, name...}: each creation has one of its own.
+	generate := func(t *testing.T, s keystore.Store, name string, version uint32, alg keystore.Algorithm) keystore.Key {
+		t.Helper()
+		k, err := s.Generate(t.Context(), keystore.Ref{Name: name, Version: version}, alg, tagOf(name, version))
+		if err != nil {
+			t.Fatal(err)
+		}
+		return k
+	}
+
+	t.Run("Sign", func(t *testing.T) {
+		k := generate(t, store(t), "a", 1, keystore.Ed25519)
+		for _, n := range []int{0, 1, 31, 32, 33, 64, 1000, 65000} {
+			msg := make([]byte, n)
+			rand.Read(msg)
+			sig, err := k.Sign(t.Context(), msg, nil)
+			if err != nil {
+				t.Fatalf("%d bytes: %v", n, err)
+			}
+			if !ed25519.Verify(k.Info().PublicKey, msg, sig) {
+				t.Errorf("%d bytes: the signature does not verify", n)
+			}
+			again, err := k.Sign(t.Context(), msg, nil)
+			if err != nil || !slices.Equal(sig, again) {
+				t.Errorf("%d bytes: not deterministic (%v)", n, err)
+			}
+		}
+		if _, err := k.Exchange(t.Context(), [32]byte{9}); err == nil {
+			t.Error("a signing key exchanges")
+		}
+	})
+
+	t.Run("Judge", func(t *testing.T) {
+		k := generate(t, store(t), "a", 1, keystore.Ed25519)
+		judged := 0
+		sig, err := k.Sign(t.Context(), []byte("m"), func(signature []byte) bool {
+			judged++
+			return !ed25519.Verify(k.Info().PublicKey, []byte("m"), signature) // none is good enough
+		})
+		if !errors.Is(err, keystore.ErrUnavailable) || sig != nil || judged == 0 {
+			t.Errorf("judged %d times, and returned %x, %v", judged, sig, err)
+		}
+		sig, err = k.Sign(t.Context(), []byte("m"), func(signature []byte) bool { return ed25519.Verify(k.Info().PublicKey, []byte("m"), signature) })
+		for end := time.Now().Add(20 * time.Second); errors.Is(err, keystore.ErrUnavailable) && time.Now().Before(end); { // it is recovering
+			sig, err = k.Sign(t.Context(), []byte("m"), nil)
+		}
+		if err != nil || len(sig) != ed25519.SignatureSize {
+			t.Errorf("accepted, and returned %x, %v", sig, err)
+		}
+	})
+
+	t.Run("SignBatch", func(t *testing.T) {
+		s := store(t)
+		batches, ok := s.(keystore.BatchSigner)
+		if !ok {
+			return // what is not promised
+		}
+		one, two, p256 := generate(t, s, "a", 1, keystore.Ed25519), generate(t, s, "a", 2, keystore.Ed25519), generate(t, s, "tls", 1, keystore.P256)
+		absent := one.Info()
+		absent.Ref, absent.Tag = keystore.Ref{Name: "absent", Version: 1}, keystore.Tag{99}
+		for what, keys := range map[string][]keystore.Key{
+			"none":              nil,
+			"a single one":      {one},
+			"different keys":    {one, two, p256, one, two},
+			"one that is gone":  {one, s.Bind(absent), two},
+			"one of no use":     {one, generate(t, s, "x", 1, keystore.X25519), two},
+			"more than fits in": slices.Repeat([]keystore.Key{one, p256}, 40),
+		} {
+			for round := range 2 { // the second finds the keys known
+				var batch []*keystore.Signing
+				for i, k := range keys {
+					batch = append(batch, &keystore.Signing{Key: k, Message: fmt.Appendf(nil, "%s %d %d", what, round, i)})
+				}
+				batches.SignBatch(t.Context(), batch)
+				for i, b := range batch {
+					info := b.Key.Info()
+					switch {
+					case info.Ref.Name == "absent" && !errors.Is(b.Err, keystore.ErrNotFound), info.Ref.Name == "x" && !errors.Is(b.Err, keystore.ErrRefused):
+						t.Errorf("%s, number %d: %v", what, i, b.Err)
+					case info.Ref.Name != "absent" && info.Ref.Name != "x" && (b.Err != nil || !info.Verify(b.Message, b.Signature)):
+						t.Errorf("%s, number %d: %v, or it does not verify", what, i, b.Err)
+					}
+				}
+			}
+		}
+	})
+
+	t.Run("SignP256", func(t *testing.T) {
+		k := generate(t, store(t), "tls", 1, keystore.P256)
+		if n := len(k.Info().PublicKey); n != 65 {
+			t.Fatalf("a public key of %d bytes", n)
+		}
+		for _, n := range []int{0, 1, 1000} {
+			msg := make([]byte, n)
+			rand.Read(msg)
+			sig, err := k.Sign(t.Context(), msg, nil)
+			if err != nil || !k.Info().Verify(msg, sig) {
+				t.Errorf("%d bytes: %v, or it does not verify", n, err)
+			}
+			if k.Info().Verify(append(msg, 0), sig) {
+				t.Errorf("%d bytes: it verifies for another message", n)
+			}
+		}
+		if _, err := k.Exchange(t.Context(), [32]byte{9}); !errors.Is(err, keystore.ErrRefused) {
+			t.Errorf("a signing key exchanges: %v", err)
+		}
+	})
+
+	t.Run("Import", func(t *testing.T) {
+		s := store(t)
+		// RFC 8032 section 7.1, test 1: a published vector, nobody's key.
+		const seed = "9d61b19deffd5a60ba844af492ec2cc44449c5697b326919703bac031cae7f60"
+		const public = "d75a980182b10ab7d54bfed3c964073a0ee172f3daa62325af021a68f707511a"
+		path := filepath.Join(t.TempDir(), "seed")
+		raw, _ := hex.DecodeString(seed)
+		for i, content := range [][]byte{raw, []byte(seed + "\n"), []byte("keypair-seed:" + base64.RawURLEncoding.EncodeToString(raw) + "\n")} {
+			if err := os.WriteFile(path, content, 0o600); err != nil {
+				t.Fatal(err)
+			}
+			ref := keystore.Ref{Name: "old", Version: uint32(i + 1)}
+			k, err := s.Import(t.Context(), ref, path, keystore.Tag{byte(i + 1)})
+			if err != nil {
+				t.Fatal(err)
+			}
+			if hex.EncodeToString(k.Info().PublicKey) != public {
+				t.Errorf("public key %x", k.Info().PublicKey)
+			}
+			want := ed25519.Sign(ed25519.NewKeyFromSeed(raw), []byte("m"))
+			if sig, err := k.Sign(t.Context(), []byte("m"), nil); err != nil || !slices.Equal(sig, want) {
+				t.Errorf("sign: %x, %v", sig, err)
+			}
+			if found, err := s.Key(t.Context(), ref); err != nil || found.Info().Provenance.Generated() || found.Info().Provenance.String() != "imported" {
+				t.Errorf("an imported key is not marked as one: %+v, %v", found, err)
+			}
+		}
+		if _, err := s.Import(t.Context(), keystore.Ref{Name: "old", Version: 1}, path, keystore.Tag{9}); !errors.Is(err, keystore.ErrExists) {
+			t.Errorf("over an existing key: %v", err)
+		}
+		for name, content := range map[string]string{"short": seed[:62], "no hex": "zz" + seed[2:], "empty": "", "coded badly": "keypair-seed:!", "coded short": "keypair-seed:AAAA"} {
+			if err := os.WriteFile(path, []byte(content), 0o600); err != nil {
+				t.Fatal(err)
+			}
+			_, err := s.Import(t.Context(), keystore.Ref{Name: "bad", Version: 1}, path, keystore.Tag{9})
+			if err == nil || content != "" && strings.Contains(err.Error(), content) {
+				t.Errorf("%s: %v", name, err)
+			}
+		}
+		os.WriteFile(path, []byte(seed), 0o600)
+		os.Chmod(path, 0o644)
+		if _, err := s.Import(t.Context(), keystore.Ref{Name: "bad", Version: 1}, path, keystore.Tag{9}); err == nil || !strings.Contains(err.Error(), "chmod 600") {
+			t.Errorf("a seed that all can read: %v", err)
+		}
+		if _, err := s.Key(t.Context(), keystore.Ref{Name: "bad", Version: 1}); !errors.Is(err, keystore.ErrNotFound) {
+			t.Errorf("a refused import has left something behind: %v", err)
+		}
+	})
+
+	t.Run("Bind", func(t *testing.T) {
+		s := store(t)
+		made := generate(t, s, "a", 1, keystore.Ed25519)
+		k := s.Bind(made.Info())
+		if sig, err := k.Sign(t.Context(), []byte("m"), nil); err != nil || !k.Info().Verify([]byte("m"), sig) {
+			t.Errorf("bound by its description: %v", err)
+		}
+		other := made.Info()
+		other.PublicKey = slices.Repeat([]byte{7}, 32)
+		if _, err := s.Bind(other).Sign(t.Context(), []byte("m"), nil); err == nil {
+			t.Error("another key than the one that was asked for has signed")
+		}
+		absent := made.Info()
+		absent.Ref.Version, absent.Tag = 2, keystore.Tag{2}
+		if _, err := s.Bind(absent).Sign(t.Context(), []byte("m"), nil); !errors.Is(err, keystore.ErrNotFound) {
+			t.Errorf("a key that is not there: %v, want %v", err, keystore.ErrNotFound)
+		}
+	})
+
+	t.Run("Inspect", func(t *testing.T) {
+		s := store(t)
+		generate(t, s, "a", 1, keystore.Ed25519)
+		found, err := s.Inspect(t.Context())
+		if err != nil || len(found) == 0 {
+			t.Fatalf("%v, %v", found, err)
+		}
+		for _, f := range found {
+			if !f.OK {
+				t.Errorf("%+v", f)
+			}
+		}
+		if infos, err := s.Keys(t.Context()); err != nil || len(infos) != 1 {
+			t.Errorf("it has left keys behind: %v, %v", infos, err)
+		}
+	})
+
+	t.Run("Exchange", func(t *testing.T) {
+		k := generate(t, store(t), "a", 1, keystore.X25519)
+		public, err := ecdh.X25519().NewPublicKey(k.Info().PublicKey)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for range 20 {
+			peer, err := ecdh.X25519().GenerateKey(rand.Reader)
+			if err != nil {
+				t.Fatal(err)
+			}
+			want, err := peer.ECDH(public)
+			if err != nil {
+				t.Fatal(err)
+			}
+			got, err := k.Exchange(t.Context(), [32]byte(peer.PublicKey().Bytes()))
+			if err != nil || !slices.Equal(got[:], want) {
+				t.Fatalf("%x, %v; want %x", got, err, want)
+			}
+		}
+		for _, p := range LowOrderPoints() {
+			if _, err := k.Exchange(t.Context(), p); !errors.Is(err, keystore.ErrPeerKey) {
+				t.Errorf("low order %x: %v, want %v", p, err, keystore.ErrPeerKey)
+			}
+		}
+		if _, err := k.Sign(t.Context(), []byte("m"), nil); err == nil {
+			t.Error("an exchange key signs")
+		}
+	})
+
+	t.Run("Find", func(t *testing.T) {
+		s := store(t)
+		made := generate(t, s, "a", 1, keystore.Ed25519)
+		other := generate(t, s, "a", 2, keystore.Ed25519)
+		if slices.Equal(made.Info().PublicKey, other.Info().PublicKey) {
+			t.Error("two keys are one")
+		}
+		found, err := s.Key(t.Context(), keystore.Ref{Name: "a", Version: 1})
+		if err != nil {
+			t.Fatal(err)
+		}
+		info := found.Info()
+		if !slices.Equal(info.PublicKey, made.Info().PublicKey) || info.Ref.String() != "a/1" || info.Algorithm != keystore.Ed25519 || info.Custody == "" {
+			t.Errorf("found %+v, made %+v", info, made.Info())
+		}
+		if !info.Provenance.Generated() || info.Tag != tagOf("a", 1) {
+			t.Errorf("provenance of a key made here: %+v", info)
+		}
+		for _, ref := range []keystore.Ref{{Name: "a", Version: 3}, {Name: "b", Version: 1}} {
+			if _, err := s.Key(t.Context(), ref); !errors.Is(err, keystore.ErrNotFound) {
+				t.Errorf("%v: %v, want %v", ref, err, keystore.ErrNotFound)
+			}
+		}
+		generate(t, s, "noise", 1, keystore.X25519)
+		infos, err := s.Keys(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		var names []string
+		for _, i := range infos {
+			names = append(names, i.Ref.String()+" "+string(i.Algorithm))
+		}
+		slices.Sort(names)
+		if !slices.Equal(names, []string{"a/1 ed25519", "a/2 ed25519", "noise/1 x25519"}) {
+			t.Errorf("Keys: %q", names)
+		}
+	})
+
+	t.Run("GenerateRefuses", func(t *testing.T) {
+		s := store(t)
+		first := generate(t, s, "a", 1, keystore.Ed25519)
+		if _, err := s.Generate(t.Context(), keystore.Ref{Name: "a", Version: 1}, keystore.Ed25519, keystore.Tag{1}); !errors.Is(err, keystore.ErrExists) {
+			t.Errorf("an existing name: %v", err)
+		}
+		if k, err := s.Key(t.Context(), keystore.Ref{Name: "a", Version: 1}); err != nil || !slices.Equal(k.Info().PublicKey, first.Info().PublicKey) {
+			t.Errorf("the refused generation has changed the key: %v", err)
+		}
+		if _, err := s.Generate(t.Context(), keystore.Ref{Name: "b", Version: 1}, "rsa", keystore.Tag{1}); err == nil {
+			t.Error("an unknown algorithm is accepted")
+		}
+	})
+
+	t.Run("Destroy", func(t *testing.T) {
+		s := store(t)
+		ref := keystore.Ref{Name: "a", Version: 1}
+		k := generate(t, s, "a", 1, keystore.Ed25519)
+		generate(t, s, "a", 11, keystore.Ed25519)
+		if err := s.Destroy(t.Context(), ref, keystore.Tag{2}); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := k.Sign(t.Context(), []byte("m"), nil); err != nil {
+			t.Errorf("destroyed with the tag of another creation: %v", err)
+		}
+		for range 2 { // the second time there is nothing left
+			if err := s.Destroy(t.Context(), ref, tagOf("a", 1)); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if _, err := s.Key(t.Context(), ref); !errors.Is(err, keystore.ErrNotFound) {
+			t.Errorf("after Destroy: %v", err)
+		}
+		if _, err := k.Sign(t.Context(), []byte("m"), nil); err == nil {
+			t.Error("a destroyed key signs")
+		}
+		if _, err := s.Key(t.Context(), keystore.Ref{Name: "a", Version: 11}); err != nil {
+			t.Errorf("another key went with it: %v", err)
+		}
+		generate(t, s, "a", 1, keystore.Ed25519)
+	})
+
+	t.Run("Context", func(t *testing.T) {
+		k := generate(t, store(t), "a", 1, keystore.Ed25519)
+		ctx, cancel := context.WithCancel(t.Context())
+		cancel()
+		if _, err := k.Sign(ctx, []byte("m"), nil); !errors.Is(err, keystore.ErrUnavailable) {
+			t.Errorf("with an ended context: %v, want %v", err, keystore.ErrUnavailable)
+		}
+		if _, err := k.Sign(t.Context(), []byte("m"), nil); err != nil {
+			t.Errorf("afterwards: %v", err)
+		}
+	})
+
+	t.Run("Concurrent", func(t *testing.T) {
+		s := store(t)
+		sign, exchange := generate(t, s, "a", 1, keystore.Ed25519), generate(t, s, "b", 1, keystore.X25519)
+		peer, err := ecdh.X25519().GenerateKey(rand.Reader)
+		if err != nil {
+			t.Fatal(err)
+		}
+		ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+		defer cancel()
+		var wg sync.WaitGroup
+		for g := range 16 {
+			wg.Go(func() {
+				for i := range 25 {
+					msg := []byte{byte(g), byte(i)}
+					sig, err := sign.Sign(ctx, msg, nil)
+					if err != nil || !ed25519.Verify(sign.Info().PublicKey, msg, sig) {
+						t.Errorf("sign: %v", err)
+						return
+					}
+					if _, err := exchange.Exchange(ctx, [32]byte(peer.PublicKey().Bytes())); err != nil {
+						t.Errorf("exchange: %v", err)
+						return
+					}
+				}
+			})
+		}
+		wg.Wait()
+	})
+}

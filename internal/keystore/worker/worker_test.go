@@ -1,0 +1,1319 @@
+package worker
+
+import (
+	"bytes"
+	"context"
+	"crypto/ecdh"
+	"crypto/ed25519"
+	"encoding/base64"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"log/slog"
+	"maps"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"testing"
+	"time"
+
+	"countersign/internal/keystore"
+	"countersign/internal/keystore/keystoretest"
+)
+
+// The workers of these tests are this binary, run again. What goes wrong in them is said by files in a directory that they
+// share with the test: see device.trouble.
+const workerEnv = "COUNTERSIGN_TEST_WORKER" // its number
+
+func TestMain(m *testing.M) {
+	if number := os.Getenv(workerEnv); number != "" {
+		if err := work(number); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			os.Exit(1)
+		}
+		os.Exit(0)
+	}
+	code := m.Run()
+	if left := leftOver(); left != "" {
+		fmt.Fprintf(os.Stderr, "all pools are closed, and there are goroutines:\n%s", left)
+		code = 1
+	}
+	os.Exit(code)
+}
+
+// leftOver returns the goroutines of this package that do not end.
+func leftOver() (left string) {
+	for deadline := time.Now().Add(bound); time.Now().Before(deadline); time.Sleep(10 * time.Millisecond) {
+		left = ""
+		stacks := make([]byte, 1<<20)
+		for stack := range strings.SplitSeq(string(stacks[:runtime.Stack(stacks, true)]), "\n\n") {
+			if strings.Contains(stack, "keystore/worker.") && !strings.Contains(stack, "worker.TestMain") && !strings.Contains(stack, "worker.keepThread") {
+				left += stack + "\n\n"
+			}
+		}
+		if left == "" {
+			break
+		}
+	}
+	return left
+}
+
+// bound is what no test comes near unless something hangs.
+const bound = 30 * time.Second
+
+var (
+	seed         = [32]byte{7}
+	private      = ed25519.NewKeyFromSeed(seed[:])
+	agreement, _ = ecdh.X25519().NewPrivateKey(seed[:])
+
+	payments = keystore.Info{
+		Ref: keystore.Ref{Name: "payments", Version: 1}, Algorithm: keystore.Ed25519, PublicKey: private.Public().(ed25519.PublicKey),
+		Custody: "memory", Tag: keystore.Tag{1},
+	}
+	noise = keystore.Info{
+		Ref: keystore.Ref{Name: "noise", Version: 1}, Algorithm: keystore.X25519, PublicKey: agreement.PublicKey().Bytes(),
+		Custody: "memory", Tag: keystore.Tag{2},
+	}
+	message = []byte("m")
+)
+
+// --- the worker's side
+
+// hi is what a worker is opened with.
+type hi struct {
+	Dir   string
+	Lanes int
+}
+
+func work(number string) error {
+	socket := os.NewFile(3, "key worker")
+	if os.Getenv(workerEnv+"_RAW") != "" {
+		return rawWorker(socket, number)
+	}
+	return Serve(socket, func(ctx context.Context, config []byte, gate LogIn) (keystore.Store, int, error) {
+		var c hi
+		if err := json.Unmarshal(config, &c); err != nil {
+			return nil, 0, err
+		}
+		d := &device{Memory: keystoretest.NewMemory(), dir: c.Dir, number: number}
+		d.say("open")
+		if err := d.trouble("open"); err != nil {
+			return nil, 0, err
+		}
+		err := gate(ctx, func() error {
+			d.say("login")
+			return d.trouble("login")
+		})
+		if err != nil {
+			d.trouble("denied")
+			return nil, 0, err
+		}
+		_, err = d.Memory.Import(ctx, payments.Ref, filepath.Join(c.Dir, "seed"), payments.Tag)
+		return d, c.Lanes, err
+	})
+}
+
+// device is a store in memory that has trouble.
+type device struct {
+	*keystoretest.Memory
+	dir, number string
+	signing     atomic.Int64
+}
+
+// say appends a line to the test's record.
+func (d *device) say(what ...any) {
+	f, err := os.OpenFile(filepath.Join(d.dir, "record"), os.O_WRONLY|os.O_APPEND|os.O_CREATE, 0o600)
+	if err != nil {
+		panic(err)
+	}
+	defer f.Close()
+	fmt.Fprintf(f, "%s %s %d %d\n", strings.TrimSpace(fmt.Sprint(what...)), d.number, os.Getpid(), time.Now().UnixNano())
+}
+
+// trouble has what the test has left for an operation, for any worker or for this one: once, or always.
+func (d *device) trouble(op string) error {
+	for _, name := range []string{op, op + "." + d.number, op + ".always", op + "." + d.number + ".always"} {
+		path := filepath.Join(d.dir, name)
+		kind, err := os.ReadFile(path)
+		if err != nil || !strings.HasSuffix(name, ".always") && os.Remove(path) != nil {
+			continue // there is none, or another worker was faster
+		}
+		d.say("hit-" + op)
+		if err := d.suffer(string(kind)); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (d *device) suffer(kind string) error {
+	switch kind {
+	case "crash":
+		syscall.Kill(os.Getpid(), syscall.SIGKILL)
+		select {}
+	case "stop":
+		syscall.Kill(os.Getpid(), syscall.SIGSTOP)
+		select {} // this thread may be the last to stop
+	case "hang":
+		select {}
+	case "grow":
+		grow()
+	case "wait":
+		d.wait()
+	case "grow, wait":
+		grow()
+		d.wait()
+	case "wait, unavailable":
+		d.wait()
+		return keystore.ErrUnavailable
+	case "wait, refused":
+		d.wait()
+		return keystore.ErrAuth
+	case "nothing":
+	case "shout":
+		os.Stderr.Write(append(bytes.Repeat([]byte("a"), 1<<20), '\n'))
+	case "crash, child":
+		child := exec.Command("sleep", "60")
+		child.Stderr = os.Stderr
+		if err := child.Start(); err != nil {
+			panic(err)
+		}
+		os.WriteFile(filepath.Join(d.dir, "child"), []byte(strconv.Itoa(child.Process.Pid)), 0o600)
+		os.Exit(3)
+	case "exit":
+		os.Exit(3)
+	case "wrong":
+		return errWrongly
+	default:
+		for _, class := range classes {
+			if class.Error() == kind {
+				return fmt.Errorf("the device: %w", class)
+			}
+		}
+		panic("what is " + kind)
+	}
+	return nil
+}
+
+// errWrongly makes an operation succeed with something else.
+var errWrongly = errors.New("wrongly")
+
+// grow takes more memory than memoryLimit, and keeps it.
+func grow() {
+	if _, err := syscall.Mmap(-1, 0, memoryLimit+16<<20, syscall.PROT_READ|syscall.PROT_WRITE, syscall.MAP_ANON|syscall.MAP_PRIVATE|syscall.MAP_POPULATE); err != nil {
+		panic(err)
+	}
+}
+
+func (d *device) wait() {
+	for {
+		if _, err := os.Stat(filepath.Join(d.dir, "go")); err == nil {
+			return
+		}
+		time.Sleep(time.Millisecond)
+	}
+}
+
+func (d *device) Bind(info keystore.Info) keystore.Key { return deviceKey{d.Memory.Bind(info), d} }
+
+func (d *device) Key(ctx context.Context, ref keystore.Ref) (keystore.Key, error) {
+	if err := d.trouble("key"); errors.Is(err, errWrongly) {
+		ref = payments.Ref
+	} else if err != nil {
+		return nil, err
+	}
+	return d.Memory.Key(ctx, ref)
+}
+
+func (d *device) Keys(ctx context.Context) ([]keystore.Info, error) {
+	if d.trouble("keys") != nil {
+		return slices.Repeat([]keystore.Info{payments}, 10_000), nil
+	}
+	return d.Memory.Keys(ctx)
+}
+
+func (d *device) Generate(ctx context.Context, ref keystore.Ref, alg keystore.Algorithm, tag keystore.Tag) (keystore.Key, error) {
+	d.say("generate")
+	if err := d.trouble("generate"); err != nil {
+		return nil, err
+	}
+	return d.Memory.Generate(ctx, ref, alg, tag)
+}
+
+func (d *device) Import(ctx context.Context, ref keystore.Ref, path string, tag keystore.Tag) (keystore.Key, error) {
+	d.say("import")
+	if err := d.trouble("import"); err != nil {
+		return nil, err
+	}
+	return d.Memory.Import(ctx, ref, path, tag)
+}
+
+func (d *device) Destroy(ctx context.Context, ref keystore.Ref, tag keystore.Tag) error {
+	d.say("destroy")
+	if err := d.trouble("destroy"); err != nil {
+		return err
+	}
+	return d.Memory.Destroy(ctx, ref, tag)
+}
+
+type deviceKey struct {
+	keystore.Key
+	device *device
+}
+
+func (k deviceKey) Sign(ctx context.Context, message []byte, judge keystore.Judge) ([]byte, error) {
+	k.device.say("sign-", k.device.signing.Add(1))
+	defer k.device.signing.Add(-1)
+	if err := k.device.trouble("sign"); errors.Is(err, errWrongly) {
+		return make([]byte, ed25519.SignatureSize), nil
+	} else if err != nil {
+		return nil, err
+	}
+	return k.Key.Sign(ctx, message, judge)
+}
+
+func (k deviceKey) Exchange(_ context.Context, peer [32]byte) (shared [32]byte, err error) {
+	if err := k.device.trouble("exchange"); errors.Is(err, errWrongly) {
+		return [32]byte{1}, nil
+	} else if err != nil {
+		return shared, err
+	}
+	public, err := ecdh.X25519().NewPublicKey(peer[:])
+	if err != nil {
+		return shared, err
+	}
+	secret, err := agreement.ECDH(public)
+	copy(shared[:], secret)
+	return shared, err
+}
+
+// rawWorker speaks the protocol itself, and rubbish once.
+func rawWorker(socket *os.File, number string) error {
+	p, err := newPipe(socket)
+	if err != nil {
+		return err
+	}
+	var d device
+	for {
+		id, k, body, err := p.receive()
+		if err != nil {
+			return nil
+		}
+		switch k {
+		case hello:
+			var c hi
+			if err := json.Unmarshal(body, &c); err != nil {
+				return err
+			}
+			d = device{dir: c.Dir, number: number}
+			if os.Remove(filepath.Join(d.dir, "open")) == nil { // its last words
+				p.send(1, askLogin)
+				if _, k, _, err := p.receive(); err != nil || k != mayLogin {
+					return fmt.Errorf("%v %w", k, err)
+				}
+				p.put(1, loggedIn, encodeError(keystore.ErrAuth))
+				p.send(id, result)
+				os.Exit(0)
+			}
+			p.send(id, result)
+		case request: // for a key
+			b, err := json.Marshal(payments)
+			if err != nil {
+				return err
+			}
+			p.send(id, result, b)
+		case sign:
+			path := filepath.Join(d.dir, "rubbish")
+			kind, _ := os.ReadFile(path)
+			if os.Remove(path) == nil {
+				d.say("hit-sign")
+				rubbish[string(kind)](p, id)
+				continue
+			}
+			p.send(id, result, ed25519.Sign(private, body[4:]))
+		}
+	}
+}
+
+// rubbish is what a worker may say in place of an answer, without ending.
+var rubbish = map[string]func(p *pipe, id uint64){
+	"an unknown id":              func(p *pipe, id uint64) { p.send(id+1000, result, make([]byte, 64)) },
+	"an unknown kind":            func(p *pipe, id uint64) { p.send(id, 99) },
+	"a frame that the pool has":  func(p *pipe, id uint64) { p.send(id, hello) },
+	"a frame that is too long":   func(p *pipe, _ uint64) { p.conn.Write([]byte{0, 16, 0, 1, 0, 0, 0, 0, 0, 0, 0, 0, byte(result)}) },
+	"a frame that is too short":  func(p *pipe, _ uint64) { p.conn.Write(make([]byte, headerSize)) },
+	"half a frame":               func(p *pipe, id uint64) { p.conn.Write([]byte{0, 0, 1, 0, 0, 0}); p.conn.CloseWrite() },
+	"a short answer":             func(p *pipe, id uint64) { p.send(id, result, []byte{1, 2, 3}) },
+	"an empty answer":            func(p *pipe, id uint64) { p.send(id, result) },
+	"an error without a text":    func(p *pipe, id uint64) { p.send(id, failure, []byte{0}) },
+	"a login that nobody allows": func(p *pipe, id uint64) { p.send(id, loggedIn, encodeError(keystore.ErrAuth)) },
+	"questions without end": func(p *pipe, id uint64) {
+		for range 100 {
+			p.put(id, askLogin)
+		}
+		p.flush()
+	},
+	"the answer twice": func(p *pipe, id uint64) {
+		for range 2 {
+			p.put(id, result, ed25519.Sign(private, message))
+		}
+		p.flush()
+	},
+	"the end of its answers": func(p *pipe, _ uint64) { p.conn.CloseWrite() },
+}
+
+// --- the test's side
+
+type harness struct {
+	*Pool
+	t   *testing.T
+	dir string
+
+	mu    sync.Mutex
+	heard []bool // what OnChange was told
+	log   bytes.Buffer
+}
+
+// newHarness is a pool that is not open yet.
+func newHarness(t *testing.T) *harness {
+	t.Parallel()
+	h := &harness{t: t, dir: t.TempDir()}
+	text := "keypair-seed:" + base64.RawURLEncoding.EncodeToString(seed[:]) + "\n"
+	if err := os.WriteFile(filepath.Join(h.dir, "seed"), []byte(text), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	return h
+}
+
+func (h *harness) config(change func(c *Config)) Config {
+	hello, err := json.Marshal(hi{h.dir, 16})
+	if err != nil {
+		h.t.Fatal(err)
+	}
+	c := Config{
+		Name: "test", Hello: hello, Workers: 2, InFlight: 16, Memory: 1 << 40, Deadline: 5 * time.Second,
+		Log: slog.New(slog.NewTextHandler(h, nil)),
+		Command: func(number int) *exec.Cmd {
+			cmd := exec.Command("/proc/self/exe")
+			cmd.Env = append(os.Environ(), fmt.Sprintf("%s=%d", workerEnv, number), "GOTRACEBACK=none", "GORACE=atexit_sleep_ms=0")
+			return cmd
+		},
+		OnChange: func(up bool, _ error) {
+			h.mu.Lock()
+			defer h.mu.Unlock()
+			h.heard = append(h.heard, up)
+		},
+	}
+	if change != nil {
+		change(&c)
+	}
+	return c
+}
+
+// Write takes the pool's log.
+func (h *harness) Write(b []byte) (int, error) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return h.log.Write(b)
+}
+
+func (h *harness) changes() []bool {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return slices.Clone(h.heard)
+}
+
+// openPool waits until all workers are there.
+func openPool(t *testing.T, change func(c *Config)) *harness {
+	t.Helper()
+	h := newHarness(t)
+	pool, err := Open(h.within(bound), h.config(change), false)
+	if err != nil {
+		t.Fatal(err)
+	}
+	h.Pool = pool
+	t.Cleanup(h.end)
+	h.eventually("all workers are there", func() bool { return !slices.Contains(h.pids(), 0) })
+	return h
+}
+
+// end holds that no call has kept its place, and closes the pool; TestMain holds that that leaves no goroutine.
+func (h *harness) end() {
+	h.t.Helper()
+	h.eventually("nobody has a place or waits for one", func() bool {
+		h.Pool.mu.Lock()
+		defer h.Pool.mu.Unlock()
+		busy := len(h.waiting)
+		for _, s := range h.slots {
+			if s.process != nil {
+				busy += s.process.busy
+			}
+		}
+		return busy == 0
+	})
+	h.close()
+	if h.t.Failed() {
+		h.t.Logf("the log:\n%s\nthe record:\n%s", h.log.String(), h.tail())
+	}
+}
+
+// close holds that Close comes back and that all processes are gone then.
+func (h *harness) close() {
+	h.t.Helper()
+	closed := make(chan struct{})
+	go func() {
+		defer close(closed)
+		h.Close()
+	}()
+	select {
+	case <-closed:
+	case <-time.After(bound):
+		h.t.Fatal("Close does not come back")
+	}
+	for _, line := range h.record("") {
+		if pid, err := strconv.Atoi(line[2]); err != nil || alive(pid) {
+			h.t.Errorf("process %s is left: %v", line[2], err)
+		}
+	}
+}
+
+func alive(pid int) bool { return !errors.Is(syscall.Kill(pid, 0), syscall.ESRCH) }
+
+func (h *harness) within(d time.Duration) context.Context {
+	ctx, cancel := context.WithTimeout(context.Background(), d)
+	h.t.Cleanup(cancel)
+	return ctx
+}
+
+func (h *harness) eventually(what string, holds func() bool) {
+	h.t.Helper()
+	for deadline := time.Now().Add(bound); !holds(); time.Sleep(2 * time.Millisecond) {
+		if time.Now().After(deadline) {
+			h.t.Fatalf("it did not come to be: %s\n%s", what, h.tail())
+		}
+	}
+}
+
+// plant leaves trouble for the workers.
+func (h *harness) plant(name, kind string) {
+	h.t.Helper()
+	whole := filepath.Join(h.dir, "planting")
+	if err := os.WriteFile(whole, []byte(kind), 0o600); err != nil {
+		h.t.Fatal(err)
+	}
+	if err := os.Rename(whole, filepath.Join(h.dir, name)); err != nil {
+		h.t.Fatal(err)
+	}
+}
+
+func (h *harness) clear(name string) {
+	h.t.Helper()
+	if err := os.Remove(filepath.Join(h.dir, name)); err != nil {
+		h.t.Fatal(err)
+	}
+}
+
+// record returns the lines that workers have written: what, number, pid, time.
+func (h *harness) record(what string) (lines [][]string) {
+	h.t.Helper()
+	b, err := os.ReadFile(filepath.Join(h.dir, "record"))
+	if err != nil && !errors.Is(err, os.ErrNotExist) {
+		h.t.Fatal(err)
+	}
+	for line := range strings.Lines(string(b)) {
+		if f := strings.Fields(line); len(f) == 4 && strings.HasPrefix(f[0], what) {
+			lines = append(lines, f)
+		}
+	}
+	return lines
+}
+
+// tail is what a reader wants to see of the record.
+func (h *harness) tail() string {
+	var b strings.Builder
+	lines := h.record("")
+	for _, line := range lines[max(0, len(lines)-30):] {
+		fmt.Fprintln(&b, line)
+	}
+	return b.String()
+}
+
+func (h *harness) count(what string) int { return len(h.record(what)) }
+
+func (h *harness) pids() (pids []int) {
+	for _, w := range h.Status().Workers {
+		pids = append(pids, w.PID)
+	}
+	return pids
+}
+
+func (h *harness) restarts() (n int) {
+	for _, w := range h.Status().Workers {
+		n += w.Restarts
+	}
+	return n
+}
+
+// sick returns the process that had trouble for the nth and last time.
+func (h *harness) sick(op string, n int) (pid int) {
+	h.t.Helper()
+	hits := h.record("hit-" + op)
+	if len(hits) != n {
+		h.t.Fatalf("there was trouble %d times, want %d", len(hits), n)
+	}
+	pid, err := strconv.Atoi(hits[n-1][2])
+	if err != nil {
+		h.t.Fatal(err)
+	}
+	return pid
+}
+
+// sign makes a signature that is judged.
+func (h *harness) sign(ctx context.Context) error {
+	_, err := h.Bind(payments).Sign(ctx, message, func(signature []byte) bool { return payments.Verify(message, signature) })
+	return err
+}
+
+func (h *harness) mustSign() {
+	h.t.Helper()
+	if err := h.sign(h.within(bound)); err != nil {
+		h.t.Errorf("sign: %v", err)
+	}
+}
+
+// replaced waits until the worker that had trouble for the nth time is gone and there is another one.
+func (h *harness) replaced(op string, n int) {
+	h.t.Helper()
+	pid := h.sick(op, n)
+	h.eventually("it is gone and replaced", func() bool {
+		now := h.pids()
+		return !alive(pid) && !slices.Contains(now, 0) && !slices.Contains(now, pid)
+	})
+}
+
+// --- a sick worker
+
+// TestSickWorkerIsReplaced: what a device or its process may do wrong costs the worker, and not the call.
+func TestSickWorkerIsReplaced(t *testing.T) {
+	h := openPool(t, func(c *Config) { c.Deadline = time.Second })
+	for n, kind := range []string{
+		"crash", "exit", "stop", "hang", "wrong", "crash, child",
+		keystore.ErrUnavailable.Error(), keystore.ErrNotFound.Error(), keystore.ErrUnfit.Error(), keystore.ErrAmbiguous.Error(), keystore.ErrRefused.Error(),
+	} {
+		h.sickOnce("sign", kind, n+1)
+	}
+	h.killChild()
+}
+
+// sickOnce has one call meet trouble.
+func (h *harness) sickOnce(name, kind string, n int) {
+	h.t.Helper()
+	for range soundCalls { // so that the worker is replaced without a pause
+		h.mustSign()
+	}
+	h.plant(name, kind)
+	h.mustSign()
+	h.replaced("sign", n)
+	if h.t.Failed() {
+		h.t.Fatal(kind)
+	}
+}
+
+// killChild ends what a worker has left behind.
+func (h *harness) killChild() {
+	h.t.Helper()
+	b, err := os.ReadFile(filepath.Join(h.dir, "child"))
+	if err != nil {
+		h.t.Fatal(err)
+	}
+	pid, err := strconv.Atoi(string(b))
+	if err != nil {
+		h.t.Fatal(err)
+	}
+	syscall.Kill(pid, syscall.SIGKILL)
+}
+
+// TestRubbishOnTheSocket: a worker that does not keep to the protocol is replaced at once, and the call goes to another. One
+// that answers twice has given the call its answer.
+func TestRubbishOnTheSocket(t *testing.T) {
+	h := openPool(t, func(c *Config) { raw(c); c.Deadline = time.Minute })
+	for n, kind := range slices.Sorted(maps.Keys(rubbish)) {
+		h.sickOnce("rubbish", kind, n+1)
+	}
+}
+
+func raw(c *Config) {
+	command := c.Command
+	c.Command = func(number int) *exec.Cmd {
+		cmd := command(number)
+		cmd.Env = append(cmd.Env, workerEnv+"_RAW=1")
+		return cmd
+	}
+}
+
+// TestAnswerAboutAnotherKey: so is one whose answer is not about what was asked.
+func TestAnswerAboutAnotherKey(t *testing.T) {
+	h := openPool(t, nil)
+	h.plant("key", "wrong")
+	if _, err := h.Key(h.within(bound), noise.Ref); !errors.Is(err, keystore.ErrNotFound) {
+		t.Errorf("a key that is not there: %v, want %v", err, keystore.ErrNotFound)
+	}
+	h.replaced("key", 1)
+}
+
+// TestBelievedWithoutAnother: what all workers say of a key is believed, and costs none of them.
+func TestBelievedWithoutAnother(t *testing.T) {
+	h := openPool(t, nil)
+	h.plant("sign.always", keystore.ErrNotFound.Error())
+	if err := h.sign(h.within(bound)); !errors.Is(err, keystore.ErrNotFound) {
+		t.Errorf("%v, want %v", err, keystore.ErrNotFound)
+	}
+	if n := h.count("sign"); n != 2 || h.restarts() != 0 {
+		t.Errorf("%d workers were asked, %d replaced; want 2, 0", n, h.restarts())
+	}
+}
+
+// TestSingleWorker: with one worker that was well, a call whose worker crashes waits for the next one.
+func TestSingleWorker(t *testing.T) {
+	h := openPool(t, func(c *Config) { c.Workers = 1 })
+	for range soundCalls {
+		h.mustSign()
+	}
+	h.plant("sign", "crash")
+	h.mustSign()
+	h.replaced("sign", 1)
+}
+
+// TestBothCrash: so it does when all workers crash with it.
+func TestBothCrash(t *testing.T) {
+	h := openPool(t, func(c *Config) { c.Spread = true })
+	h.eventually("both were of use", func() bool {
+		var wg sync.WaitGroup
+		for range 8 {
+			wg.Go(h.mustSign)
+		}
+		wg.Wait()
+		return !slices.ContainsFunc(h.Status().Workers, func(w keystore.Worker) bool { return w.Served < soundCalls })
+	})
+	h.plant("sign.0", "crash")
+	h.plant("sign.1", "crash")
+	h.mustSign()
+}
+
+// TestLateRefusal: a device that says that it does not answer costs its worker, though the caller has left meanwhile.
+func TestLateRefusal(t *testing.T) {
+	h := openPool(t, nil)
+	h.plant("sign", "wait, unavailable")
+	ctx, leave := context.WithCancel(t.Context())
+	ended := make(chan error, 1)
+	go func() { ended <- h.sign(ctx) }()
+	h.eventually("the device has the call", func() bool { return h.count("hit-sign") == 1 })
+	leave()
+	if err := <-ended; !errors.Is(err, context.Canceled) || !errors.Is(err, keystore.ErrUnavailable) {
+		t.Errorf("a caller that leaves: %v", err)
+	}
+	if h.restarts() != 0 {
+		t.Error("a caller that leaves costs a worker")
+	}
+	h.plant("go", "")
+	h.replaced("sign", 1)
+}
+
+// TestStartLooks: a new worker whose device answers wrongly does not come into use; one whose device has another key under
+// one name does.
+func TestStartLooks(t *testing.T) {
+	h := openPool(t, nil)
+	h.Bind(noise)
+	h.plant("exchange.0.always", "wrong")
+	old := h.pids()
+	syscall.Kill(old[0], syscall.SIGKILL)
+	h.eventually("it was tried again and again", func() bool { return h.count("hit-exchange") >= 3 })
+	if now := h.pids(); now[0] != 0 || now[1] != old[1] {
+		t.Errorf("the workers are %v, were %v", now, old)
+	}
+	h.mustSign()
+	h.plant("exchange.0.always", keystore.ErrUnfit.Error())
+	h.eventually("it is there", func() bool { return h.pids()[0] != 0 })
+}
+
+// TestTooLong: neither a message nor an answer that is too long for the boundary costs a worker.
+func TestTooLong(t *testing.T) {
+	h := openPool(t, nil)
+	if _, err := h.Bind(payments).Sign(h.within(bound), make([]byte, maxFrame), nil); !errors.Is(err, keystore.ErrRefused) {
+		t.Errorf("a message: %v, want %v", err, keystore.ErrRefused)
+	}
+	h.plant("keys", "wrong")
+	ctx := h.within(bound)
+	if _, err := h.Keys(ctx); err == nil || ctx.Err() != nil {
+		t.Errorf("an answer: %v", err)
+	}
+	long := make([]byte, maxMessage-100)
+	if _, err := h.Bind(payments).Sign(h.within(bound), long, func(s []byte) bool { return payments.Verify(long, s) }); err != nil {
+		t.Errorf("a long message: %v", err)
+	}
+	if h.restarts() != 0 {
+		t.Errorf("%d workers were lost", h.restarts())
+	}
+}
+
+// TestShouting: a module that writes long lines to stderr is not held up, and does not fill the log.
+func TestShouting(t *testing.T) {
+	h := openPool(t, nil)
+	for range 3 {
+		h.plant("sign", "shout")
+		h.mustSign()
+	}
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if h.restarts() != 0 || h.log.Len() > 100<<10 {
+		t.Errorf("%d workers were lost, the log has %d bytes", h.restarts(), h.log.Len())
+	}
+}
+
+// --- a call's time
+
+// TestCallsEndWithTheirContext: whatever the worker does, and though its own time has not come.
+func TestCallsEndWithTheirContext(t *testing.T) {
+	for _, kind := range []string{"hang", "stop"} {
+		t.Run(kind, func(t *testing.T) {
+			h := openPool(t, func(c *Config) { c.Deadline = 10 * time.Minute; c.Workers = 1 })
+			h.plant("sign.always", kind)
+			pid := h.pids()[0]
+			ctx, leave := context.WithCancel(t.Context())
+			long := make([]byte, 64<<10) // more of them than fit into a socket
+			ended := make(chan error, 40)
+			for range cap(ended) { // some of them wait for a place
+				go func() {
+					_, err := h.Bind(payments).Sign(ctx, long, nil)
+					ended <- err
+				}()
+			}
+			h.eventually("it has a call, and others wait", func() bool {
+				h.Pool.mu.Lock()
+				defer h.Pool.mu.Unlock()
+				return len(h.waiting) == cap(ended)-h.Pool.config.InFlight
+			})
+			h.eventually("the device has one", func() bool { return h.count("hit-sign") > 0 })
+			leave()
+			for range cap(ended) {
+				select {
+				case err := <-ended:
+					if !errors.Is(err, keystore.ErrUnavailable) || !errors.Is(err, context.Canceled) {
+						t.Errorf("%v", err)
+					}
+				case <-time.After(bound):
+					t.Fatal("a call outlives its context")
+				}
+			}
+			h.clear("sign.always")
+			syscall.Kill(pid, syscall.SIGKILL) // it would have its ten minutes
+		})
+	}
+}
+
+// TestEndedContext: nothing is begun for a caller that has left.
+func TestEndedContext(t *testing.T) {
+	h := openPool(t, nil)
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	if _, err := h.Generate(ctx, keystore.Ref{Name: "new", Version: 1}, keystore.Ed25519, keystore.Tag{9}); !errors.Is(err, keystore.ErrUnavailable) {
+		t.Errorf("generate: %v", err)
+	}
+	if _, err := h.Import(ctx, keystore.Ref{Name: "new", Version: 1}, filepath.Join(h.dir, "seed"), keystore.Tag{9}); !errors.Is(err, keystore.ErrUnavailable) {
+		t.Errorf("import: %v", err)
+	}
+	if err := h.sign(ctx); !errors.Is(err, keystore.ErrUnavailable) {
+		t.Errorf("sign: %v", err)
+	}
+	h.mustSign() // what was sent before it would be on record
+	if n := h.count("generate") + h.count("import") + h.count("sign"); n != 1 {
+		t.Errorf("%d operations were begun, want 1", n)
+	}
+}
+
+// TestInFlight: a worker has no more calls at once than it may; the others wait, and get their turn.
+func TestInFlight(t *testing.T) {
+	h := openPool(t, func(c *Config) { c.InFlight = 3; c.Workers = 1 })
+	h.plant("sign.always", "wait")
+	var wg sync.WaitGroup
+	for range 10 {
+		wg.Go(h.mustSign)
+	}
+	h.eventually("seven wait", func() bool {
+		h.Pool.mu.Lock()
+		defer h.Pool.mu.Unlock()
+		return len(h.waiting) == 7
+	})
+	h.eventually("three are with the device", func() bool { return h.count("hit-sign") == 3 })
+	h.plant("go", "")
+	wg.Wait()
+	for _, line := range h.record("sign-") {
+		if n, err := strconv.Atoi(strings.TrimPrefix(line[0], "sign-")); err != nil || n > 3 {
+			t.Errorf("the device had %d calls at once: %v", n, err)
+		}
+	}
+}
+
+// --- keys that are made and destroyed
+
+// TestMakingIsNotRepeated: a worker that dies with a generation or an import takes the call with it, and is gone when the
+// caller hears of it; a destruction is taken to its end by another worker, and done by all.
+func TestMakingIsNotRepeated(t *testing.T) {
+	h := openPool(t, func(c *Config) { c.Deadline = 400 * time.Millisecond })
+	ref, tag := keystore.Ref{Name: "new", Version: 1}, keystore.Tag{9}
+	made := func(op string) error {
+		if op == "generate" {
+			_, err := h.Generate(h.within(bound), ref, keystore.Ed25519, tag)
+			return err
+		}
+		_, err := h.Import(h.within(bound), ref, filepath.Join(h.dir, "seed"), tag)
+		return err
+	}
+	for i, op := range []string{"generate", "import", "generate", "import"} {
+		h.plant(op, []string{"crash", "crash", "hang", "hang"}[i])
+		if err := made(op); !errors.Is(err, keystore.ErrUnavailable) {
+			t.Errorf("%s: %v, want %v", op, err, keystore.ErrUnavailable)
+		}
+		if n := h.count(op); n != 1+i/2 {
+			t.Fatalf("%s was done %d times, want %d", op, n, 1+i/2)
+		}
+		if pid := h.sick(op, 1+i/2); alive(pid) {
+			t.Errorf("%s: process %d may still make the key", op, pid)
+		}
+	}
+	h.eventually("all workers are there", func() bool { return !slices.Contains(h.pids(), 0) })
+	for _, op := range []string{"generate", "import"} { // and both work where nothing is the matter
+		ref.Name = op
+		if err := made(op); err != nil {
+			t.Errorf("%s: %v", op, err)
+		}
+	}
+	h.plant("destroy", "crash")
+	if err := h.Destroy(h.within(bound), ref, tag); err != nil {
+		t.Errorf("destroy: %v", err)
+	}
+	survivor := h.record("destroy")[1][2]
+	if h.count("destroy") < 3 || !slices.ContainsFunc(h.record("destroy")[2:], func(line []string) bool { return line[2] == survivor }) {
+		t.Errorf("destroyed by %v", h.record("destroy"))
+	}
+}
+
+// TestImportEndsWithItsContext: even while its worker does not come back from its start.
+func TestImportEndsWithItsContext(t *testing.T) {
+	h := openPool(t, func(c *Config) { c.Deadline = time.Minute })
+	h.plant("open", "hang")
+	ctx, leave := context.WithCancel(t.Context())
+	ended := make(chan error, 1)
+	go func() {
+		_, err := h.Import(ctx, keystore.Ref{Name: "new", Version: 1}, filepath.Join(h.dir, "seed"), keystore.Tag{9})
+		ended <- err
+	}()
+	h.eventually("its worker hangs", func() bool { return h.count("hit-open") == 1 })
+	leave()
+	select {
+	case err := <-ended:
+		if !errors.Is(err, keystore.ErrUnavailable) {
+			t.Error(err)
+		}
+	case <-time.After(bound):
+		t.Fatal("the import outlives its context")
+	}
+	syscall.Kill(h.sick("open", 1), syscall.SIGKILL) // it would be given time to end
+}
+
+// --- outages
+
+// TestOutage: when workers keep dying, starts are paused for longer and longer, calls fail at once, and each outage is told
+// once, and so is its end.
+func TestOutage(t *testing.T) {
+	h := openPool(t, nil)
+	for outage := range 2 {
+		opened := h.count("open")
+		h.plant("open.always", "exit")
+		for _, pid := range h.pids() {
+			syscall.Kill(pid, syscall.SIGKILL)
+		}
+		h.eventually("it is told", func() bool { return len(h.changes()) == 2*outage+1 })
+		ctx := h.within(2 * bound)
+		if err := h.sign(ctx); !errors.Is(err, keystore.ErrUnavailable) || ctx.Err() != nil {
+			t.Errorf("sign: %v, want %v", err, keystore.ErrUnavailable)
+		}
+		if st := h.Status(); st.Up || st.Cause == "" {
+			t.Errorf("the status is %+v", st)
+		}
+		if outage == 0 {
+			h.paused(opened)
+		}
+		h.clear("open.always")
+		h.Retry() // else it pauses for seconds
+		h.eventually("it signs", func() bool { return h.sign(h.within(bound)) == nil })
+		h.eventually("all workers are there", func() bool { return !slices.Contains(h.pids(), 0) })
+		h.eventually("that is told", func() bool { return len(h.changes()) == 2*outage+2 })
+	}
+	if got := h.changes(); !slices.Equal(got, []bool{false, true, false, true}) {
+		t.Errorf("it was told: %v", got)
+	}
+}
+
+// paused holds the shortest pauses that there may be between the starts of a worker.
+func (h *harness) paused(from int) {
+	h.t.Helper()
+	var starts []int64
+	h.eventually("one worker was started five times", func() bool {
+		starts = nil
+		for _, line := range h.record("open")[from:] {
+			if line[1] == "0" {
+				at, err := strconv.ParseInt(line[3], 10, 64)
+				if err != nil {
+					h.t.Fatal(err)
+				}
+				starts = append(starts, at)
+			}
+		}
+		return len(starts) >= 5
+	})
+	shortest := firstPause / 2 * (1 + 2 + 4 + 8) // before the second, if the first came without a pause
+	if took := time.Duration(starts[4] - starts[0]); took < shortest {
+		h.t.Errorf("five starts took %v, want at least %v", took, shortest)
+	}
+}
+
+// TestPatientOpen: a pool whose device is away at its start tells so, and heals.
+func TestPatientOpen(t *testing.T) {
+	h := newHarness(t)
+	h.plant("open.always", "exit")
+	if _, err := Open(h.within(bound), h.config(nil), false); !errors.Is(err, keystore.ErrUnavailable) {
+		t.Fatalf("not patient: %v, want %v", err, keystore.ErrUnavailable)
+	}
+	var err error
+	if h.Pool, err = Open(h.within(bound), h.config(nil), true); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(h.end)
+	h.eventually("it is told", func() bool { return len(h.changes()) == 1 })
+	h.clear("open.always")
+	h.eventually("it signs", func() bool { return h.sign(h.within(bound)) == nil })
+	h.eventually("that is told", func() bool { return slices.Equal(h.changes(), []bool{false, true}) })
+}
+
+// TestSlowListener: a listener that hangs holds nobody up, and what waits for it is bounded, and in turns.
+func TestSlowListener(t *testing.T) {
+	p := &Pool{noted: make(chan struct{}, 1), closed: make(chan struct{}), open: true, slots: []*slot{{}}}
+	for range 10 * maxNotes {
+		p.slots[0].starting = false
+		p.settle()
+		p.back() // of a call that was answered before
+		if !p.told.Load() {
+			t.Fatal("up is noted while it is down")
+		}
+		p.slots[0].starting = true
+		p.settle()
+		p.back()
+	}
+	if len(p.notes) > maxNotes+1 {
+		t.Errorf("%d notes wait", len(p.notes))
+	}
+	for i, n := range p.notes {
+		if n.up != (i%2 == 1) {
+			t.Fatalf("note %d says %v", i, n.up)
+		}
+	}
+}
+
+// --- logins
+
+// TestRefusedPINAtStart: with three workers that want to log in, the PIN is tried once.
+func TestRefusedPINAtStart(t *testing.T) {
+	h := newHarness(t)
+	h.plant("login.always", keystore.ErrAuth.Error())
+	if _, err := Open(h.within(bound), h.config(func(c *Config) { c.Workers = 3 }), true); !errors.Is(err, keystore.ErrAuth) {
+		t.Errorf("%v, want %v", err, keystore.ErrAuth)
+	}
+	if n := h.count("login"); n != 1 {
+		t.Errorf("the PIN was tried %d times", n)
+	}
+}
+
+// TestRefusedPIN: after a refusal nothing logs in, neither what waits for its turn nor what comes later, until an operator
+// says so; also where the worker that was refused dies of it.
+func TestRefusedPIN(t *testing.T) {
+	for _, after := range []string{"nothing", "exit"} {
+		t.Run("then "+after, func(t *testing.T) {
+			h := openPool(t, nil)
+			h.plant("login.always", "wait, refused")
+			h.plant("denied.always", after)
+			for _, pid := range h.pids() {
+				syscall.Kill(pid, syscall.SIGKILL)
+			}
+			h.eventually("one logs in, the other one waits", func() bool { return h.count("open") == 4 && h.count("login") == 3 })
+			h.plant("go", "")
+			for round := range 3 { // each with one more try
+				h.eventually("both have stopped", func() bool { return h.restarts() == 4+2*round })
+				if err := h.sign(h.within(bound)); !errors.Is(err, keystore.ErrAuth) {
+					t.Errorf("sign: %v, want %v", err, keystore.ErrAuth)
+				}
+				if n := h.count("login"); n != 3+round {
+					t.Fatalf("there were %d logins, want %d", n, 3+round)
+				}
+				if round == 2 {
+					h.clear("login.always")
+				}
+				h.Retry()
+			}
+			h.eventually("all workers are there", func() bool { return !slices.Contains(h.pids(), 0) })
+			h.mustSign()
+			if n := h.count("login"); n != 7 {
+				t.Errorf("there were %d logins, want 7", n)
+			}
+		})
+	}
+}
+
+// TestOldRefusal: a worker from before the operator's word, which says still that the PIN is refused, does not undo it.
+func TestOldRefusal(t *testing.T) {
+	h := openPool(t, nil)
+	h.Retry()
+	h.plant("sign", keystore.ErrAuth.Error())
+	h.mustSign()
+	h.replaced("sign", 1)
+	h.plant("sign.0", keystore.ErrAuth.Error()) // now it is one that should know
+	h.eventually("it is refused", func() bool { h.sign(h.within(bound)); return h.count("hit-sign") == 2 })
+	h.eventually("nothing logs in", func() bool {
+		h.Pool.mu.Lock()
+		defer h.Pool.mu.Unlock()
+		return h.authFail != nil && h.slots[0].process == nil
+	})
+	h.Retry()
+	h.eventually("all workers are there", func() bool { return !slices.Contains(h.pids(), 0) })
+}
+
+// TestLastWords: what a worker has said before it ended counts, though its end is seen first.
+func TestLastWords(t *testing.T) {
+	h := newHarness(t)
+	h.plant("open", "exit")
+	cmd := h.config(raw).Command(0)
+	slow := &slowGate{told: make(chan bool, 1)}
+	p, err := start(cmd, "test", slog.New(slog.DiscardHandler), slow)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer p.close(closeTime)
+	if _, err := p.do(h.within(bound), bound, func(error) {}, hello, h.config(nil).Hello); err != nil {
+		t.Errorf("its answer is lost: %v", err)
+	}
+	if refused := <-slow.told; !refused {
+		t.Error("that it was refused is lost")
+	}
+}
+
+// slowGate is told of a login, and takes until the worker's end would have been seen.
+type slowGate struct{ told chan bool }
+
+func (g *slowGate) ask(p *process, id uint64) {
+	p.beginLogin()
+	p.pipe.send(id, mayLogin, []byte{1})
+}
+
+func (g *slowGate) done(p *process, refused error) {
+	for alive(p.cmd.Process.Pid) {
+		runtime.Gosched()
+	}
+	select {
+	case <-p.dead:
+	case <-time.After(endTime / 4):
+	}
+	p.endLogin()
+	g.told <- errors.Is(refused, keystore.ErrAuth)
+}
+
+// TestDeathInLogin: a worker that dies while it logs in does not keep the others from it.
+func TestDeathInLogin(t *testing.T) {
+	h := newHarness(t)
+	h.plant("login", "crash")
+	var err error
+	if h.Pool, err = Open(h.within(bound), h.config(func(c *Config) { c.Workers = 3 }), true); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(h.end)
+	h.eventually("all workers are there", func() bool { return !slices.Contains(h.pids(), 0) })
+	if n := h.count("login"); n != 4 {
+		t.Errorf("there were %d logins, want 4", n)
+	}
+}
+
+// TestOneLoginAtATime: the others wait for the one that logs in.
+func TestOneLoginAtATime(t *testing.T) {
+	h := newHarness(t)
+	h.plant("login", "wait")
+	opened := make(chan error, 1)
+	go func() {
+		var err error
+		h.Pool, err = Open(h.within(bound), h.config(func(c *Config) { c.Workers = 3 }), false)
+		opened <- err
+	}()
+	h.eventually("all want to log in", func() bool { return h.count("open") == 3 })
+	h.eventually("one does", func() bool { return h.count("login") == 1 })
+	h.plant("go", "")
+	if err := <-opened; err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(h.end)
+	h.eventually("all workers are there", func() bool { return !slices.Contains(h.pids(), 0) })
+	hit := h.record("hit-login")[0]
+	if first := h.record("login")[0]; first[2] != hit[2] {
+		t.Errorf("%v logged in while %v did", first, hit)
+	}
+}
+
+// --- the end
+
+// TestClose: callers that wait for the device or for a place have an error, and what comes later too.
+func TestClose(t *testing.T) {
+	var starts atomic.Int64
+	h := openPool(t, func(c *Config) {
+		c.Workers, c.InFlight, c.Deadline = 1, 2, time.Minute
+		command := c.Command
+		c.Command = func(number int) *exec.Cmd {
+			starts.Add(1)
+			return command(number)
+		}
+	})
+	h.plant("sign.always", "hang")
+	ended := make(chan error, 6)
+	for range cap(ended) {
+		go func() { ended <- h.sign(context.Background()) }()
+	}
+	h.eventually("two are with the device", func() bool { return h.count("hit-sign") == 2 })
+	h.close()
+	for range cap(ended) {
+		select {
+		case err := <-ended:
+			if !errors.Is(err, keystore.ErrUnavailable) {
+				t.Error(err)
+			}
+		case <-time.After(bound):
+			t.Fatal("a call outlives its pool")
+		}
+	}
+	if err := h.sign(h.within(bound)); !errors.Is(err, keystore.ErrUnavailable) {
+		t.Errorf("afterwards: %v", err)
+	}
+	if _, err := h.Import(h.within(bound), noise.Ref, filepath.Join(h.dir, "seed"), noise.Tag); !errors.Is(err, keystore.ErrUnavailable) || starts.Load() != 1 {
+		t.Errorf("an import afterwards: %v, with %d processes", err, starts.Load())
+	}
+}
+
+// TestCloseLeavesTimeForALogin: a worker that is logging in when the pool ends is not cut off in it.
+func TestCloseLeavesTimeForALogin(t *testing.T) {
+	h := newHarness(t)
+	h.plant("login", "wait")
+	ctx, cancel := context.WithCancel(t.Context())
+	opened := make(chan error, 1)
+	go func() {
+		_, err := Open(ctx, h.config(func(c *Config) { c.Workers = 1 }), false)
+		opened <- err
+	}()
+	h.eventually("it logs in", func() bool { return h.count("hit-login") == 1 })
+	pid := h.sick("login", 1)
+	began := time.Now()
+	cancel()
+	if err := <-opened; !errors.Is(err, keystore.ErrUnavailable) {
+		t.Errorf("%v, want %v", err, keystore.ErrUnavailable)
+	}
+	if took := time.Since(began); took < closeTime || alive(pid) {
+		t.Errorf("it was cut off after %v, and lives: %v", took, alive(pid))
+	}
+}
+
+// --- memory
+
+const memoryLimit = 64 << 20 // under the race detector a worker has some for a start
+
+// TestRenewal: a worker that has grown too large is renewed, and no call is lost.
+func TestRenewal(t *testing.T) {
+	for _, workers := range []int{1, 2} {
+		t.Run(fmt.Sprint(workers), func(t *testing.T) {
+			h := openPool(t, func(c *Config) { c.Memory = memoryLimit; c.Deadline = 4 * time.Second; c.Workers = workers })
+			old := h.pids()[0]
+			h.plant("sign", "grow")
+			var wg sync.WaitGroup
+			var renewed atomic.Bool
+			for range 4 {
+				wg.Go(func() {
+					for !renewed.Load() {
+						h.mustSign()
+					}
+				})
+			}
+			h.eventually("it is renewed", func() bool { pid := h.pids()[0]; return pid != 0 && pid != old && !alive(old) })
+			renewed.Store(true)
+			wg.Wait()
+			h.mu.Lock()
+			defer h.mu.Unlock()
+			if log := h.log.String(); strings.Contains(log, "given up") || !strings.Contains(log, "renewed") {
+				t.Errorf("the log:\n%s", log)
+			}
+		})
+	}
+}
+
+// TestRenewalWaits: a worker that destroys a key is not renewed before it has done so; the destruction would never end.
+func TestRenewalWaits(t *testing.T) {
+	h := openPool(t, func(c *Config) { c.Memory = memoryLimit; c.Deadline = 4 * time.Second })
+	h.plant("destroy.1", "grow, wait")
+	ended := make(chan error, 1)
+	go func() { ended <- h.Destroy(context.Background(), payments.Ref, keystore.Tag{9}) }()
+	h.eventually("it is to be renewed", func() bool {
+		h.Pool.mu.Lock()
+		defer h.Pool.mu.Unlock()
+		return h.slots[1].process != nil && h.slots[1].process.retiring || h.slots[1].restarts > 0
+	})
+	h.plant("go", "")
+	select {
+	case err := <-ended:
+		if err != nil {
+			t.Error(err)
+		}
+	case <-time.After(bound):
+		t.Fatal("the destruction does not end")
+	}
+	h.replaced("destroy", 1)
+}
+
+// --- all at once
+
+// TestManyFaults has callers sign while workers have one trouble after another: each call has a right answer.
+func TestManyFaults(t *testing.T) {
+	h := openPool(t, func(c *Config) { c.Spread = true; c.InFlight = 2; c.Deadline = time.Second })
+	var wg sync.WaitGroup
+	var over atomic.Bool
+	var signed atomic.Int64
+	for range 6 {
+		wg.Go(func() {
+			for !over.Load() {
+				if err := h.sign(h.within(bound)); err == nil {
+					signed.Add(1)
+				} else if !errors.Is(err, keystore.ErrUnavailable) {
+					t.Error(err)
+				}
+			}
+		})
+	}
+	kinds := []string{"crash", "wrong", keystore.ErrUnavailable.Error(), "exit", "stop"}
+	for i, kind := range kinds {
+		h.plant("sign", kind)
+		h.eventually(kind, func() bool { return h.count("hit-sign") == i+1 })
+		since := signed.Load()
+		h.eventually("it signs", func() bool { return signed.Load() > since+10 })
+	}
+	over.Store(true)
+	wg.Wait()
+	h.eventually("all workers are there", func() bool { return !slices.Contains(h.pids(), 0) })
+}

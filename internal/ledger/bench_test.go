@@ -1,0 +1,272 @@
+package ledger_test
+
+import (
+	"context"
+	"crypto/rand"
+	"encoding/binary"
+	"fmt"
+	"math/big"
+	"os"
+	"path/filepath"
+	"runtime"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"countersign/internal/ledger"
+
+	bolt "go.etcd.io/bbolt"
+)
+
+// Every benchmark prints lines NAME PARAMETERS ratio X, with the two figures that made it: medians of short rounds in which
+// the two sides take turns, since the machine may be busy with other things.
+const (
+	callers  = 64
+	rounds   = 41
+	measured = 150 * time.Millisecond
+)
+
+// eventBytes is as long as the event of an admission.
+var eventBytes = []byte(strings.Repeat("e", 480))
+
+// rate returns how many calls a second so many callers get done.
+func rate(b *testing.B, call func() error) float64 {
+	var done atomic.Int64
+	var over atomic.Bool
+	var wg sync.WaitGroup
+	for range callers {
+		wg.Go(func() {
+			for !over.Load() {
+				if err := call(); err != nil {
+					b.Error(err)
+					return
+				}
+				done.Add(1)
+			}
+		})
+	}
+	time.Sleep(measured / 5)
+	before, begin := done.Load(), time.Now()
+	time.Sleep(measured)
+	n, took := done.Load()-before, time.Since(begin)
+	over.Store(true)
+	wg.Wait()
+	return float64(n) / took.Seconds()
+}
+
+func compare(b *testing.B, name string, side, floor func() error) {
+	var ratios, sides, floors []float64
+	for range rounds {
+		f, s := rate(b, floor), rate(b, side)
+		ratios, sides, floors = append(ratios, s/f), append(sides, s), append(floors, f)
+	}
+	fmt.Fprintf(os.Stdout, "%s ratio %.2f (%.0f/s, floor %.0f/s)\n", name, median(ratios), median(sides), median(floors))
+}
+
+func median(of []float64) float64 {
+	slices.Sort(of)
+	return of[len(of)/2]
+}
+
+// admitting spends random nonces that expire at one time.
+func admitting(ctx context.Context, l *ledger.Ledger, expiresAt func() int64) func() error {
+	return func() error {
+		a := ledger.Admission{Scope: ledger.KeyScope("payments"), KeyVersion: 1, ExpiresAt: expiresAt()}
+		rand.Read(a.Nonce[:])
+		r, err := l.Admit(ctx, a, func(ledger.Verdict) []byte { return eventBytes })
+		if err == nil && r.Verdict != ledger.Fresh {
+			err = fmt.Errorf("verdict %d", r.Verdict)
+		}
+		return err
+	}
+}
+
+func inAnHour() int64 { return time.Now().Unix() + 3600 }
+
+// bare is a group commit with bbolt and nothing else, of the same bytes: the event, the record of the nonce, and two hashes of the
+// tree, each at the end of its bucket.
+func bare(b *testing.B, dir string) func() error {
+	db, err := bolt.Open(filepath.Join(dir, "bare.db"), 0o600, &bolt.Options{FreelistType: bolt.FreelistMapType})
+	if err != nil {
+		b.Fatal(err)
+	}
+	b.Cleanup(func() { db.Close() })
+	names := [][]byte{[]byte("events"), []byte("nonces"), []byte("hashes")}
+	if err := db.Update(func(tx *bolt.Tx) error {
+		for _, name := range names {
+			if _, err := tx.CreateBucket(name); err != nil {
+				return err
+			}
+		}
+		return nil
+	}); err != nil {
+		b.Fatal(err)
+	}
+	requests := make(chan chan error, 4*callers)
+	b.Cleanup(func() { close(requests) })
+	values := [][]byte{eventBytes, make([]byte, 56), make([]byte, 64)}
+	go func() {
+		var n uint64
+		for first := range requests {
+			batch := []chan error{first}
+		gather:
+			for {
+				select {
+				case r := <-requests:
+					batch = append(batch, r)
+				default:
+					break gather
+				}
+			}
+			err := db.Update(func(tx *bolt.Tx) error {
+				for range batch {
+					n++
+					for i, name := range names {
+						bucket := tx.Bucket(name)
+						bucket.FillPercent = 0.95
+						if err := bucket.Put(binary.BigEndian.AppendUint64(nil, n), values[i]); err != nil {
+							return err
+						}
+					}
+				}
+				return nil
+			})
+			for _, r := range batch {
+				r <- err
+			}
+		}
+	}()
+	return func() error {
+		done := make(chan error, 1)
+		requests <- done
+		return <-done
+	}
+}
+
+func benchLedger(b *testing.B, o ledger.Options) (*ledger.Ledger, string) {
+	b.Helper()
+	path := filepath.Join(b.TempDir(), "ledger.db")
+	if err := ledger.Create(path, o); err != nil {
+		b.Fatal(err)
+	}
+	l, err := ledger.Open(path, o)
+	if err != nil {
+		b.Fatal(err)
+	}
+	b.Cleanup(func() { l.Close() })
+	return l, path
+}
+
+// BenchmarkAdmit holds durable admissions with event and hashes against a bare group commit of the same bytes.
+func BenchmarkAdmit(b *testing.B) {
+	l, path := benchLedger(b, ledger.Options{})
+	compare(b, fmt.Sprintf("admit callers=%d", callers), admitting(b.Context(), l, inAnHour), bare(b, filepath.Dir(path)))
+}
+
+// BenchmarkWindows holds admissions that are counted in six series, as a payment is, and decided with a record against those that
+// are not.
+func BenchmarkWindows(b *testing.B) {
+	plain, _ := benchLedger(b, ledger.Options{})
+	counted, _ := benchLedger(b, ledger.Options{})
+	amount, _ := new(big.Int).SetString("10000000000000000000000000000000", 10) // 1,000 with 28 places
+	record := []byte(strings.Repeat("r", 900))
+	one := big.NewInt(1)
+	side := func() error {
+		a := ledger.Admission{Scope: ledger.KeyScope("payments"), KeyVersion: 1, ExpiresAt: inAnHour()}
+		rand.Read(a.Nonce[:])
+		for i, subject := range []string{"peer", "key", fmt.Sprint("counterparty ", a.Nonce[0])} {
+			a.Counts = append(a.Counts, ledger.Count{Series: subject, Add: one}, ledger.Count{Series: fmt.Sprint(i, " amount ", subject), Add: amount})
+		}
+		a.Decide = func([]ledger.Used) ([]byte, error) { return record, nil }
+		_, err := counted.Admit(b.Context(), a, func(ledger.Verdict) []byte { return eventBytes })
+		return err
+	}
+	compare(b, fmt.Sprintf("admit+windows callers=%d", callers), side, admitting(b.Context(), plain, inAnHour))
+}
+
+// BenchmarkManyNonces holds a ledger with five million live nonces against an empty one, and says what they cost at the start
+// and in memory.
+func BenchmarkManyNonces(b *testing.B) {
+	const n = 5_000_000
+	empty, _ := benchLedger(b, ledger.Options{})
+	full, path := benchLedger(b, ledger.Options{})
+	for hour := range int64(25) { // as they are after a day
+		if err := full.Fill(b.Context(), n/25, time.Now().Unix()-hour*3600+3600); err != nil {
+			b.Fatal(err)
+		}
+	}
+	full.Close()
+	before := heap()
+	begin := time.Now()
+	full, err := ledger.Open(path, ledger.Options{})
+	if err != nil {
+		b.Fatal(err)
+	}
+	took := time.Since(begin)
+	b.Cleanup(func() { full.Close() })
+	if s, err := full.Stats(b.Context()); err != nil || s.Nonces != n {
+		b.Fatal(s, err)
+	}
+	fmt.Fprintf(os.Stdout, "start nonces=%d %.2f s, %.0f bytes of memory a nonce\n", n, took.Seconds(), float64(heap()-before)/n)
+	compare(b, fmt.Sprintf("admit callers=%d nonces=%d", callers, n), admitting(b.Context(), full, inAnHour), admitting(b.Context(), empty, inAnHour))
+}
+
+func heap() int64 {
+	var m runtime.MemStats
+	runtime.GC()
+	runtime.ReadMemStats(&m)
+	return int64(m.HeapInuse)
+}
+
+// BenchmarkExpiry holds the latencies of admissions while a million nonces expire against those without.
+func BenchmarkExpiry(b *testing.B) {
+	const n = 1_000_000
+	var ahead atomic.Int64
+	o := ledger.Options{
+		Wall:    func() time.Time { return time.Now().Add(time.Duration(ahead.Load())) },
+		Elapsed: func() time.Duration { return time.Duration(time.Now().UnixNano() + ahead.Load()) },
+	}
+	l, _ := benchLedger(b, o)
+	admit := admitting(b.Context(), l, func() int64 { return o.Wall().Unix() + 3600 })
+	var ratios, with, without []float64
+	for range 7 {
+		if err := l.Fill(b.Context(), n, o.Wall().Unix()); err != nil {
+			b.Fatal(err)
+		}
+		calm := p99(b, admit)
+		ahead.Add(int64(26 * time.Hour)) // all of them expire now
+		busy := p99(b, admit)
+		ratios, with, without = append(ratios, busy/calm), append(with, busy), append(without, calm)
+	}
+	fmt.Fprintf(os.Stdout, "expiry nonces=%d p99 ratio %.2f (%.2f ms, without %.2f ms)\n", n, median(ratios), median(with), median(without))
+}
+
+// p99 is of a second's calls, in milliseconds.
+func p99(b *testing.B, call func() error) float64 {
+	var mu sync.Mutex
+	var took []float64
+	var wg sync.WaitGroup
+	end := time.Now().Add(time.Second)
+	for range callers {
+		wg.Go(func() {
+			var mine []float64
+			for time.Now().Before(end) {
+				begin := time.Now()
+				if err := call(); err != nil {
+					b.Error(err)
+					return
+				}
+				mine = append(mine, float64(time.Since(begin).Microseconds())/1000)
+			}
+			mu.Lock()
+			took = append(took, mine...)
+			mu.Unlock()
+		})
+	}
+	wg.Wait()
+	slices.Sort(took)
+	return took[len(took)*99/100]
+}

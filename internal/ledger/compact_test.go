@@ -1,0 +1,259 @@
+package ledger_test
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"math/big"
+	"os"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"testing"
+
+	"countersign/audit"
+	"countersign/internal/ledger"
+	"countersign/internal/ledger/disktest"
+
+	bolt "go.etcd.io/bbolt"
+)
+
+// content is all that is in a ledger's file, by its path in it.
+func content(t *testing.T, path string) map[string]string {
+	t.Helper()
+	db, err := bolt.Open(path, 0o600, &bolt.Options{ReadOnly: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer db.Close()
+	all := map[string]string{}
+	var walk func(prefix string, b *bolt.Bucket) error
+	walk = func(prefix string, b *bolt.Bucket) error {
+		return b.ForEach(func(k, v []byte) error {
+			name := fmt.Sprintf("%s/%x", prefix, k)
+			if v == nil {
+				return walk(name, b.Bucket(k))
+			}
+			all[name] = string(v)
+			return nil
+		})
+	}
+	if err := db.View(func(tx *bolt.Tx) error {
+		return tx.ForEach(func(name []byte, b *bolt.Bucket) error { return walk(string(name), b) })
+	}); err != nil {
+		t.Fatal(err)
+	}
+	return all
+}
+
+// furnish makes a ledger have something of everything, and free pages.
+func furnish(t *testing.T, l *ledger.Ledger) {
+	t.Helper()
+	for n := range byte(20) {
+		a := admission("k", n, n, 1)
+		a.Counts, a.Rise = []ledger.Count{{Series: "n", Add: big.NewInt(1)}}, &ledger.Rise{Series: "r", To: uint64(n) + 1}
+		a.Decide = upTo(100)
+		got := mustAdmit(t, l, a, ledger.Fresh)
+		if err := l.Settle(t.Context(), got, []byte{n}, note("signed"), &ledger.Receipt{ID: ledger.ReceiptID{n + 1}, TimeMS: int64(n)}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if _, err := l.EndEpoch(t.Context(), audit.Daemon()); err != nil {
+		t.Fatal(err)
+	}
+	many := func(tx *ledger.Tx) error {
+		for n := range 5000 {
+			if err := tx.Append(note(fmt.Sprint("event ", n))); err != nil {
+				return err
+			}
+			if err := tx.Put(ledger.Keys, fmt.Sprint("key ", n), bytes.Repeat([]byte("x"), 200)); err != nil {
+				return err
+			}
+		}
+		return nil
+	}
+	few := func(tx *ledger.Tx) error {
+		for n := range 4990 {
+			if err := tx.Delete(ledger.Keys, fmt.Sprint("key ", n)); err != nil {
+				return err
+			}
+		}
+		return nil
+	}
+	if err := errors.Join(l.Update(t.Context(), many), l.Update(t.Context(), few)); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// TestCompactKeepsAll: nothing but the event and the time differs afterwards, the file is smaller, and the ledger goes on.
+func TestCompactKeepsAll(t *testing.T) {
+	l, path := create(t)
+	furnish(t, l)
+	l.Close()
+	before := content(t, path)
+	if err := os.WriteFile(path+".compact", []byte("left over"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	l = open(t, path)
+	if _, err := os.Stat(path + ".compact"); err == nil {
+		t.Error("what a crash has left of a compaction is still there")
+	}
+	if err := os.WriteFile(path+".compact", []byte("left over"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	was, is, took, err := l.Compact(t.Context(), note("compacted"))
+	if err != nil || is >= was || took <= 0 {
+		t.Fatalf("%d bytes before, %d after, %v, %v", was, is, took, err)
+	}
+	if st, err := os.Stat(path); err != nil || st.Size() != is || st.Mode().Perm() != 0o600 {
+		t.Errorf("%v, %v", st, err)
+	}
+	mustAdmit(t, l, admission("k", 1, 1, 1), ledger.Repeated)
+	l.Close()
+	after := content(t, path)
+	changed := 0
+	for name, v := range after {
+		if before[name] != v {
+			changed++
+		}
+	}
+	// The time, the event, and the chunk of its hashes.
+	if changed != 3 || len(after) < len(before)+1 || len(after) > len(before)+2 {
+		t.Errorf("%d records differ, and there were %d and are %d", changed, len(before), len(after))
+	}
+	l = open(t, path)
+	mustAdmit(t, l, admission("k", 1, 1, 1), ledger.Repeated)
+	mustAdmit(t, l, admission("k", 1, 2, 1), ledger.Replay)
+	mustAdmit(t, l, admission("k", 99, 1, 1), ledger.Fresh)
+	if all := events(t, l); all[len(all)-3] != "compacted" {
+		t.Errorf("%q", all[len(all)-3:])
+	}
+}
+
+// TestCompactBesideOthers: who admits waits and who reads goes on, and nobody notices.
+func TestCompactBesideOthers(t *testing.T) {
+	l, path := create(t)
+	furnish(t, l)
+	var over atomic.Bool
+	var admitted atomic.Uint32
+	var wg sync.WaitGroup
+	for range 4 {
+		wg.Go(func() {
+			for !over.Load() {
+				n := admitted.Add(1)
+				a := admission("beside", 0, 1, 1)
+				a.Nonce = [32]byte{byte(n), byte(n >> 8), byte(n >> 16)}
+				if r, err := l.Admit(t.Context(), a, event); err != nil || r.Verdict != ledger.Fresh {
+					t.Errorf("verdict %d, %v", r.Verdict, err)
+				}
+				if r, err := l.Admit(t.Context(), admission("k", byte(n%20), byte(n%20), 1), event); err != nil || r.Verdict != ledger.Repeated {
+					t.Errorf("a spent nonce: verdict %d, %v", r.Verdict, err)
+				}
+			}
+		})
+		wg.Go(func() {
+			for !over.Load() {
+				next := uint64(40)
+				if err := l.Events(next, func(index uint64, _ []byte) bool { next++; return index == next-1 && next < 3000 }); err != nil || next != 3000 {
+					t.Errorf("events up to %d: %v", next, err)
+				}
+				if _, err := l.Receipt(ledger.ReceiptID{3}); err != nil {
+					t.Error(err)
+				}
+				if err := l.Hashes(1, func(r audit.Reader) error { _, err := audit.Prove(5001, 77, r); return err }); err != nil {
+					t.Error(err)
+				}
+				if _, err := l.Stats(t.Context()); err != nil {
+					t.Error(err)
+				}
+			}
+		})
+	}
+	for range 5 {
+		if _, _, _, err := l.Compact(t.Context(), note("compacted")); err != nil {
+			t.Error(err)
+		}
+	}
+	over.Store(true)
+	wg.Wait()
+	if s, err := l.Stats(t.Context()); err != nil || s.Nonces != 20+int(admitted.Load()) {
+		t.Errorf("%d nonces, want %d; %v", s.Nonces, 20+admitted.Load(), err)
+	}
+	l.Close()
+	l = open(t, path)
+	for n := range admitted.Load() {
+		if _, err := l.Spent(t.Context(), "beside", [32]byte{byte(n + 1), byte((n + 1) >> 8), byte((n + 1) >> 16)}); err != nil {
+			t.Errorf("nonce %d: %v", n+1, err)
+		}
+	}
+}
+
+// TestCompactThatFails: where there is no room for the copy, or it can't be synced or get its name, the old file serves on
+// and nothing is left of the copy.
+func TestCompactThatFails(t *testing.T) {
+	disk := disktest.New(t)
+	for name, breaks := range map[string]func(disktest.Op) bool{
+		"no room":  func(op disktest.Op) bool { return op.Kind == disktest.Write && strings.HasSuffix(op.Path, ".compact") },
+		"no sync":  func(op disktest.Op) bool { return op.Kind == disktest.Sync && strings.HasSuffix(op.Path, ".compact") },
+		"no name":  func(op disktest.Op) bool { return op.Kind == disktest.Rename },
+		"no entry": func(op disktest.Op) bool { return op.Kind == disktest.Create },
+	} {
+		t.Run(name, func(t *testing.T) {
+			l, path := createOn(t, disk)
+			mustAdmit(t, l, admission("k", 1, 1, 1), ledger.Fresh)
+			disk.Fail(func(op disktest.Op) syscall.Errno {
+				if breaks(op) {
+					return syscall.ENOSPC
+				}
+				return 0
+			})
+			if _, _, _, err := l.Compact(t.Context(), note("compacted")); err == nil || !strings.Contains(err.Error(), syscall.ENOSPC.Error()) {
+				t.Errorf("%v", err)
+			}
+			disk.Fail(nil)
+			if _, err := os.Stat(path + ".compact"); err == nil {
+				t.Error("the copy is still there")
+			}
+			mustAdmit(t, l, admission("k", 1, 1, 1), ledger.Repeated)
+			mustAdmit(t, l, admission("k", 2, 1, 1), ledger.Fresh)
+			l.Close()
+			l = open(t, path)
+			mustAdmit(t, l, admission("k", 2, 1, 1), ledger.Repeated)
+			if _, _, _, err := l.Compact(t.Context(), note("compacted")); err != nil {
+				t.Error(err)
+			}
+			mustAdmit(t, l, admission("k", 2, 1, 1), ledger.Repeated)
+		})
+	}
+}
+
+// TestCompactWithoutItsFolder: once the copy has the name, a folder that can't be synced ends the ledger. What it would write
+// from there on, to whichever file, could be gone after a crash.
+func TestCompactWithoutItsFolder(t *testing.T) {
+	disk := disktest.New(t)
+	l, path := createOn(t, disk)
+	mustAdmit(t, l, admission("k", 1, 1, 1), ledger.Fresh)
+	disk.Fail(func(op disktest.Op) syscall.Errno {
+		if op.Kind == disktest.SyncDir {
+			return syscall.EIO
+		}
+		return 0
+	})
+	if _, _, _, err := l.Compact(t.Context(), note("compacted")); !errors.Is(err, ledger.ErrUnknownState) {
+		t.Errorf("%v", err)
+	}
+	disk.Fail(nil)
+	select {
+	case <-l.Failed():
+	default:
+		t.Error("Failed is not closed")
+	}
+	if r, err := l.Admit(t.Context(), admission("k", 2, 1, 1), event); !errors.Is(err, ledger.ErrUnknownState) {
+		t.Errorf("verdict %d, %v", r.Verdict, err)
+	}
+	l.Close()
+	l = open(t, path)
+	mustAdmit(t, l, admission("k", 1, 1, 1), ledger.Repeated)
+	mustAdmit(t, l, admission("k", 2, 1, 1), ledger.Fresh)
+}

@@ -1,0 +1,186 @@
+package ledger_test
+
+import (
+	"context"
+	"errors"
+	"sync"
+	"syscall"
+	"testing"
+
+	"countersign/internal/ledger"
+	"countersign/internal/ledger/disktest"
+)
+
+// member joins a group and admits; its outcome comes on the channel.
+func member(ctx context.Context, l *ledger.Ledger, g *ledger.Group, a ledger.Admission) <-chan error {
+	done := make(chan error, 1)
+	ctx, leave := g.Join(ctx)
+	go func() {
+		defer leave()
+		got, err := l.Admit(ctx, a, event)
+		if err == nil && got.Verdict != ledger.Fresh {
+			err = errors.New("not fresh")
+		}
+		done <- err
+	}()
+	return done
+}
+
+// TestGroupIsOneCommit: all admissions of a batch, among them one that is refused and one that is asked for twice, are one
+// transaction, whatever else the writer does; what a member does after that is its own.
+func TestGroupIsOneCommit(t *testing.T) {
+	l, _ := create(t)
+	mustAdmit(t, l, admission("k", 200, 1, 1), ledger.Fresh)
+	const n = 100
+	g := l.Group(n)
+	before := l.Commits()
+	var verdicts [n]ledger.Verdict
+	var all, first sync.WaitGroup
+	first.Add(n)
+	for i := range n {
+		all.Go(func() {
+			ctx, leave := g.Join(t.Context())
+			defer leave()
+			a := admission("k", byte(i), 1, 1)
+			if i == 7 {
+				a = admission("k", 200, 2, 1)
+			} else if i == 8 {
+				a = admission("k", 9, 1, 1)
+			}
+			got, err := l.Admit(ctx, a, event)
+			if err != nil {
+				t.Error(err)
+			}
+			verdicts[i] = got.Verdict
+			first.Done()
+		})
+	}
+	first.Wait()
+	if got := l.Commits() - before; got != 1 {
+		t.Errorf("%d commits", got)
+	}
+	all.Wait()
+	seen := map[ledger.Verdict]int{}
+	for _, v := range verdicts {
+		seen[v]++
+	}
+	if seen[ledger.Fresh] != n-2 || seen[ledger.Repeated] != 1 || seen[ledger.Replay] != 1 {
+		t.Errorf("%v", seen)
+	}
+	ctx, leave := l.Group(2).Join(t.Context())
+	defer leave()
+	alone, done := context.WithCancel(ctx)
+	done()
+	if _, err := l.Admit(alone, admission("k", 201, 1, 1), event); !errors.Is(err, context.Canceled) {
+		t.Errorf("its first waits for the other member: %v", err)
+	}
+	mustAdmitIn(t, ctx, l, admission("k", 202, 1, 1)) // its second does not
+}
+
+func mustAdmitIn(t *testing.T, ctx context.Context, l *ledger.Ledger, a ledger.Admission) {
+	t.Helper()
+	if got, err := l.Admit(ctx, a, event); err != nil || got.Verdict != ledger.Fresh {
+		t.Errorf("verdict %d, %v", got.Verdict, err)
+	}
+}
+
+// TestGroupMembersThatLeave: whoever ends without a request keeps nobody waiting, in whatever order they end.
+func TestGroupMembersThatLeave(t *testing.T) {
+	l, _ := create(t)
+	for _, order := range []string{"first", "last", "only"} {
+		g := l.Group(3)
+		_, leave := g.Join(t.Context())
+		_, leaveToo := g.Join(t.Context())
+		if order != "last" {
+			leave()
+			leave() // a second time it does nothing
+			leaveToo()
+		}
+		if order == "only" {
+			_, last := g.Join(t.Context())
+			last()
+			continue
+		}
+		done := member(t.Context(), l, g, admission(ledger.Scope(order), 1, 1, 1))
+		if order == "last" {
+			leave()
+			leaveToo()
+		}
+		if err := <-done; err != nil {
+			t.Errorf("%s: %v", order, err)
+		}
+	}
+}
+
+// TestGroupMemberWhoseTimeIsOver: it is told so while the group gathers, and what it had handed in is carried out with the others'.
+func TestGroupMemberWhoseTimeIsOver(t *testing.T) {
+	l, _ := create(t)
+	g := l.Group(2)
+	ctx, cancel := context.WithCancel(t.Context())
+	impatient := member(ctx, l, g, admission("k", 1, 1, 1))
+	cancel()
+	if err := <-impatient; !errors.Is(err, context.Canceled) {
+		t.Errorf("%v", err)
+	}
+	if err := <-member(t.Context(), l, g, admission("k", 2, 1, 1)); err != nil {
+		t.Error(err)
+	}
+	mustAdmit(t, l, admission("k", 1, 1, 1), ledger.Repeated)
+}
+
+// TestGroupInAClosingLedger: those who wait for the rest are not left waiting.
+func TestGroupInAClosingLedger(t *testing.T) {
+	l, _ := create(t)
+	g := l.Group(2)
+	waiting := member(t.Context(), l, g, admission("k", 1, 1, 1))
+	l.Close()
+	if err := <-waiting; !errors.Is(err, ledger.ErrClosed) {
+		t.Errorf("%v", err)
+	}
+	if err := <-member(t.Context(), l, g, admission("k", 2, 1, 1)); !errors.Is(err, ledger.ErrClosed) {
+		t.Errorf("%v", err)
+	}
+}
+
+// TestGroupOnABrokenDisk: all members are told the same, and none of their nonces is spent; when the state is unknown, all are
+// told that.
+func TestGroupOnABrokenDisk(t *testing.T) {
+	disk := disktest.New(t)
+	l, _ := createOn(t, disk)
+	fails := func(want error) {
+		t.Helper()
+		g := l.Group(2)
+		one, two := member(t.Context(), l, g, admission("k", 1, 1, 1)), member(t.Context(), l, g, admission("k", 2, 1, 1))
+		for _, done := range []<-chan error{one, two} {
+			if err := <-done; !errors.Is(err, want) {
+				t.Errorf("%v, want %v", err, want)
+			}
+		}
+	}
+	disk.Fail(failing(syscall.EROFS, func(op disktest.Op) bool { return op.Kind != disktest.Datasync && op.Kind != disktest.Sync }))
+	fails(ledger.ErrDisk)
+	disk.Fail(nil)
+	for n := range byte(2) {
+		if _, err := l.Spent(t.Context(), "k", [32]byte{n + 1}); !errors.Is(err, ledger.ErrNotFound) {
+			t.Errorf("the nonce of what was refused: %v", err)
+		}
+	}
+	gathering := l.Group(2)
+	_, leave := gathering.Join(t.Context())
+	halfway := member(t.Context(), l, gathering, admission("k", 4, 1, 1))
+	syncs := 0
+	disk.Fail(failing(syscall.EIO, func(op disktest.Op) bool {
+		if op.Kind == disktest.Datasync {
+			syncs++
+		}
+		return op.Kind == disktest.Datasync && syncs == 2
+	}))
+	fails(ledger.ErrUnknownState)
+	disk.Fail(nil)
+	fails(ledger.ErrUnknownState)
+	leave()
+	if err := <-halfway; !errors.Is(err, ledger.ErrUnknownState) {
+		t.Errorf("admitted by a ledger whose state is unknown: %v", err)
+	}
+	l.Close()
+}

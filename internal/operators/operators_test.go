@@ -1,0 +1,367 @@
+package operators
+
+import (
+	"context"
+	"crypto/ecdsa"
+	"crypto/ed25519"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/sha256"
+	"encoding/base64"
+	"encoding/binary"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"path/filepath"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+
+	"countersign/approval"
+	"countersign/audit"
+	"countersign/internal/ledger"
+
+	"golang.org/x/crypto/ssh"
+	"golang.org/x/crypto/ssh/agent"
+)
+
+var (
+	root  = Channel{Kind: Unix, UID: 0}
+	user  = Channel{Kind: Unix, UID: 1000}
+	https = Channel{Kind: HTTPS, Source: "127.0.0.1"}
+)
+
+// signer is a person with the means to sign.
+type signer struct {
+	name       string
+	agent      agent.Agent
+	credential approval.Credential
+	passkey    *ecdsa.PrivateKey // in place of the agent
+	count      uint32            // of the passkey
+	origin     string
+}
+
+func newSigner(t *testing.T, name string) *signer {
+	t.Helper()
+	_, key, err := ed25519.GenerateKey(rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	s := &signer{name: name, agent: agent.NewKeyring()}
+	public, err := ssh.NewPublicKey(key.Public())
+	if err == nil {
+		err = s.agent.Add(agent.AddedKey{PrivateKey: key})
+	}
+	if err == nil {
+		s.credential, err = approval.NewSSH(string(ssh.MarshalAuthorizedKey(public)))
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	return s
+}
+
+// newPasskey is a signer with an authenticator that counts from a number on.
+func newPasskey(t *testing.T, name string, count uint32) *signer {
+	t.Helper()
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	point, err := key.PublicKey.Bytes()
+	if err != nil {
+		t.Fatal(err)
+	}
+	cose := append([]byte{0xa5, 1, 2, 3, 0x26, 0x20, 1, 0x21, 0x58, 0x20}, point[1:33]...)
+	cose = append(append(cose, 0x22, 0x58, 0x20), point[33:]...)
+	public := base64.RawURLEncoding.EncodeToString(cose)
+	s := &signer{name: name, passkey: key, count: count, origin: "https://localhost:7780", credential: approval.Credential{
+		ID: approval.NewID(public), Kind: approval.Passkey, PublicKey: public, CredentialID: base64.RawURLEncoding.EncodeToString([]byte(name)), RPID: "localhost"}}
+	if err := s.credential.Check(); err != nil {
+		t.Fatal(err)
+	}
+	return s
+}
+
+// sign proves a text that is for what its first line says.
+func (s *signer) sign(t *testing.T, text string) approval.Proof {
+	t.Helper()
+	if s.passkey != nil {
+		return s.assert(t, text)
+	}
+	namespace, _, _ := strings.Cut(text, "\n")
+	p, err := approval.SignSSH(s.agent, s.credential, namespace, text)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return p
+}
+
+func (s *signer) assert(t *testing.T, text string) approval.Proof {
+	t.Helper()
+	challenge, rp := sha256.Sum256([]byte(text)), sha256.Sum256([]byte("localhost"))
+	client, err := json.Marshal(map[string]any{"type": "webauthn.get", "challenge": base64.RawURLEncoding.EncodeToString(challenge[:]), "origin": s.origin, "crossOrigin": false})
+	if err != nil {
+		t.Fatal(err)
+	}
+	data := binary.BigEndian.AppendUint32(append(rp[:], 5), s.count) // user present and verified
+	said := sha256.Sum256(client)
+	digest := sha256.Sum256(append(data[:len(data):len(data)], said[:]...))
+	signature, err := ecdsa.SignASN1(rand.Reader, s.passkey, digest[:])
+	if err != nil {
+		t.Fatal(err)
+	}
+	b64 := base64.RawURLEncoding.EncodeToString
+	return approval.Proof{Credential: s.credential.ID, Assertion: &approval.Assertion{AuthenticatorData: b64(data), ClientDataJSON: b64(client), Signature: b64(signature)}}
+}
+
+// rig is a desk on a real ledger with an act "test" that counts, and as many operators as asked for: the first one, "o0", is the
+// administrator; all are approvers.
+type rig struct {
+	*Desk
+	ledger  *ledger.Ledger
+	path    string
+	name    string // of the appliance
+	people  []*signer
+	ran     atomic.Int32
+	changed atomic.Int32
+	act     func(context.Context, audit.Actor) error // what the act does besides
+}
+
+func newRig(t *testing.T, people int) *rig {
+	t.Helper()
+	return newRigNamed(t, "countersign.example/a", people)
+}
+
+func newRigNamed(t *testing.T, name string, people int) *rig {
+	t.Helper()
+	return newRigIn(t, t.TempDir(), name, people)
+}
+
+func newRigIn(t *testing.T, dir, name string, people int) *rig {
+	t.Helper()
+	r := &rig{path: filepath.Join(dir, "ledger.db"), name: name}
+	if err := ledger.Create(r.path, ledger.Options{}); err != nil {
+		t.Fatal(err)
+	}
+	r.open(t)
+	t.Cleanup(func() { r.ledger.Close() })
+	for i := range people {
+		r.enrol(t, newSigner(t, fmt.Sprintf("o%d", i)), "approver")
+	}
+	return r
+}
+
+// enrol adds an operator without approval, but the first one.
+func (r *rig) enrol(t *testing.T, s *signer, roles string) {
+	t.Helper()
+	var err error
+	if r.people = append(r.people, s); len(r.people) == 1 {
+		_, err = r.EnrolFirst(t.Context(), root, s.name, s.credential)
+	} else {
+		err = r.amendBy(t, r.addOperator, s.name, roles, string(encode(s.credential)))
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+// amendBy carries an act on operators out without approval.
+func (r *rig) amendBy(t *testing.T, act amend, values ...string) error {
+	t.Helper()
+	return r.amend(t.Context(), audit.Operator("test"), "test", func(all *roster) (string, string, error) { return act(all, values) })
+}
+
+func (r *rig) must(t *testing.T, act amend, values ...string) {
+	t.Helper()
+	if err := r.amendBy(t, act, values...); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func (r *rig) open(t *testing.T) {
+	t.Helper()
+	if err := r.tryOpen(); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func (r *rig) tryOpen() error {
+	l, err := ledger.Open(r.path, ledger.Options{})
+	if err != nil {
+		return err
+	}
+	check := func(p []approval.Parameter, _ []byte) ([]approval.Parameter, error) { return p, nil }
+	d, err := Open(l, Config{Appliance: r.name, RPID: "localhost", Origin: "https://localhost:7780", Log: slog.New(slog.NewTextHandler(io.Discard, nil)),
+		Changed: func() { r.changed.Add(1) },
+		Acts: map[string]Act{"test": {Roles: []approval.Role{approval.Administrator, approval.Approver}, Check: check,
+			Run: func(ctx context.Context, who audit.Actor, _ []approval.Parameter, _ []byte) error {
+				r.ran.Add(1)
+				if r.act != nil {
+					return r.act(ctx, who)
+				}
+				return nil
+			}}}})
+	if err != nil {
+		l.Close()
+		return err
+	}
+	r.ledger, r.Desk = l, d
+	return nil
+}
+
+// reopen is a restart after a crash: what is not on disk is lost.
+func (r *rig) reopen(t *testing.T) {
+	t.Helper()
+	if err := r.ledger.Close(); err != nil {
+		t.Fatal(err)
+	}
+	r.open(t)
+}
+
+func (r *rig) signIn(t *testing.T, s *signer, ch Channel) (Session, string) {
+	t.Helper()
+	c, err := r.Challenge(approval.ForSignIn, s.name, "", ch)
+	if err != nil {
+		t.Fatal(err)
+	}
+	session, token, err := r.SignIn(t.Context(), ch, c.ID, s.sign(t, c.Text))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return session, token
+}
+
+func (r *rig) propose(t *testing.T, s Session, act string, p ...approval.Parameter) Proposal {
+	t.Helper()
+	made, err := r.Propose(t.Context(), s, act, p, nil, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return made
+}
+
+// approve signs in and approves.
+func (r *rig) approve(t *testing.T, s *signer, p Proposal) (Proposal, error) {
+	t.Helper()
+	session, _ := r.signIn(t, s, root)
+	return r.Approve(t.Context(), session, p.ID, s.sign(t, p.Text()))
+}
+
+// events counts those of a type, and returns the last one.
+func (r *rig) events(t *testing.T, of audit.Type) (n int, last audit.Event) {
+	t.Helper()
+	if err := r.ledger.Events(0, func(_ uint64, b []byte) bool {
+		e, err := audit.Decode(b)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if e.Type == of {
+			n, last = n+1, e
+		}
+		return true
+	}); err != nil {
+		t.Fatal(err)
+	}
+	return n, last
+}
+
+// trail lists the types of the events about a proposal.
+func (r *rig) trail(t *testing.T, id uint64) string {
+	t.Helper()
+	var all []string
+	if err := r.ledger.Events(0, func(_ uint64, b []byte) bool {
+		if e, err := audit.Decode(b); err == nil && e.Resource == fmt.Sprintf("proposal/%d", id) {
+			s := string(e.Type)
+			if e.Outcome != "ok" {
+				s += ":" + e.Outcome
+			}
+			all = append(all, s)
+		}
+		return true
+	}); err != nil {
+		t.Fatal(err)
+	}
+	return strings.Join(all, " ")
+}
+
+// replay checks the log as an auditor does, who believes nothing but signatures. It is for tests that do not use must.
+func (r *rig) replay(t *testing.T) *approval.Report {
+	t.Helper()
+	report, err := approval.Replay(func(yield func(uint64, audit.Event) bool) {
+		if err := r.ledger.Events(0, func(i uint64, b []byte) bool {
+			e, err := audit.Decode(b)
+			if err != nil {
+				t.Error(err)
+			}
+			return yield(i, e)
+		}); err != nil {
+			t.Error(err)
+		}
+	}, approval.ReplayOptions{Appliance: r.name})
+	if err != nil {
+		t.Fatalf("an auditor says: %v", err)
+	}
+	if string(encode(report.Operators)) != string(encode(r.Operators())) || report.Needed != r.Needed() {
+		t.Errorf("by the log, %d approvals are needed, and the operators are %s", report.Needed, encode(report.Operators))
+	}
+	for _, c := range report.Proposals {
+		if p, err := r.Proposal(c.ID); err == nil && string(p.State) != c.State {
+			t.Errorf("by the log, proposal %d is %s, and not %s", c.ID, c.State, p.State)
+		}
+	}
+	return report
+}
+
+func want(t *testing.T, err, is error) {
+	t.Helper()
+	if !errors.Is(err, is) {
+		t.Errorf("the error is %v, and not %v", err, is)
+	}
+}
+
+func all(n int, do func(i int)) {
+	var wg sync.WaitGroup
+	for i := range n {
+		wg.Go(func() { do(i) })
+	}
+	wg.Wait()
+}
+
+func TestEnrolFirst(t *testing.T) {
+	r := newRig(t, 0)
+	s := newSigner(t, "alice")
+	if _, err := r.Challenge(approval.ForSignIn, "alice", "", root); !errors.Is(err, ErrUninitialised) {
+		t.Errorf("a challenge before there is an operator: %v", err)
+	}
+	for _, ch := range []Channel{user, https, {}} {
+		_, err := r.EnrolFirst(t.Context(), ch, "alice", s.credential)
+		want(t, err, ErrNotAllowed)
+	}
+	for _, bad := range []string{"", "Alice", "-a", "a b", "a_b", strings.Repeat("a", 65)} {
+		_, err := r.EnrolFirst(t.Context(), root, bad, s.credential)
+		want(t, err, ErrInvalid)
+	}
+	if r.Begun() {
+		t.Error("an operator is there after refusals")
+	}
+	var enrolled atomic.Int32
+	all(8, func(i int) {
+		if _, err := r.EnrolFirst(t.Context(), root, fmt.Sprintf("alice-%d", i), newSigner(t, "").credential); err == nil {
+			enrolled.Add(1)
+		} else {
+			want(t, err, ErrConflict)
+		}
+	})
+	if n, e := r.events(t, audit.OperatorEnrolled); enrolled.Load() != 1 || n != 1 || len(r.Operators()) != 1 || e.Actor.Name != "uid:0" {
+		t.Errorf("%d of 8 have enrolled the first operator, with %d events, the last one by %q", enrolled.Load(), n, e.Actor.Name)
+	}
+	before := string(encode(r.Operators()))
+	r.reopen(t)
+	if after := string(encode(r.Operators())); after != before || !r.Begun() || r.Needed() != 1 {
+		t.Errorf("after a restart the operators are %s, before %s", after, before)
+	}
+}

@@ -1,0 +1,674 @@
+package operators
+
+import (
+	"context"
+	"crypto/sha256"
+	"encoding/base64"
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"countersign/approval"
+	"countersign/audit"
+	"countersign/internal/ledger"
+
+	"golang.org/x/crypto/ssh"
+)
+
+func TestSignIn(t *testing.T) {
+	r := newRig(t, 1)
+	s, token := r.signIn(t, r.people[0], user)
+	if s.Operator != "o0" || s.Credential != r.people[0].credential.ID || len(s.Roles) != 4 || s.Expires.Sub(s.Begun) != time.Hour {
+		t.Errorf("the session is %+v", s)
+	}
+	if _, e := r.events(t, audit.OperatorSignedIn); e.Actor.Name != "o0" || e.Resource != "session/"+s.ID || strings.Contains(string(encode(e)), token) {
+		t.Errorf("the event is %+v", e)
+	}
+	if got, err := r.Session(token, user); err != nil || got.ID != s.ID {
+		t.Errorf("the session of the token is %+v, %v", got, err)
+	}
+	for _, ch := range []Channel{root, {Kind: Unix, UID: 1001}, https} {
+		_, err := r.Session(token, ch)
+		want(t, err, ErrSignedOut)
+	}
+	_, err := r.Session(token+"x", user)
+	want(t, err, ErrSignedOut)
+	_, token0 := r.signIn(t, r.people[0], root)
+	_, err = r.Session(token0, Channel{Kind: HTTPS}) // which has no user
+	want(t, err, ErrSignedOut)
+	if r.reopen(t); len(r.Sessions()) != 0 {
+		t.Error("a restart did not sign everybody out")
+	}
+	_, err = r.Session(token, user)
+	want(t, err, ErrSignedOut)
+}
+
+// sshsig signs a text for any namespace, which approval.SignSSH refuses to do.
+func sshsig(t *testing.T, s *signer, namespace, text string) approval.Proof {
+	t.Helper()
+	keys, err := s.agent.List()
+	if err != nil {
+		t.Fatal(err)
+	}
+	public, err := ssh.ParsePublicKey(keys[0].Blob)
+	if err != nil {
+		t.Fatal(err)
+	}
+	sum := sha256.Sum256([]byte(text))
+	magic := [6]byte{'S', 'S', 'H', 'S', 'I', 'G'}
+	signature, err := s.agent.Sign(public, ssh.Marshal(struct {
+		Magic                     [6]byte
+		Namespace, Reserved, Hash string
+		Digest                    []byte
+	}{magic, namespace, "", "sha256", sum[:]}))
+	if err != nil {
+		t.Fatal(err)
+	}
+	blob := ssh.Marshal(struct {
+		Magic                                           [6]byte
+		Version                                         uint32
+		PublicKey, Namespace, Reserved, Hash, Signature string
+	}{magic, 1, string(public.Marshal()), namespace, "", "sha256", string(ssh.Marshal(signature))})
+	return approval.Proof{Credential: s.credential.ID, SSHSIG: "-----BEGIN SSH SIGNATURE-----\n" + base64.StdEncoding.EncodeToString(blob) + "\n-----END SSH SIGNATURE-----\n"}
+}
+
+func TestSignInRefused(t *testing.T) {
+	type attempt struct {
+		r         *rig
+		me, other *signer
+		c         Challenge
+		ch        Channel
+		proof     approval.Proof
+	}
+	for name, break_ := range map[string]func(t *testing.T, a *attempt){
+		"another namespace": func(t *testing.T, a *attempt) { a.proof = sshsig(t, a.me, approval.ForPresence, a.c.Text) },
+		"another text":      func(t *testing.T, a *attempt) { a.proof = a.me.sign(t, a.c.Text+"x\n") },
+		"another appliance": func(t *testing.T, a *attempt) {
+			a.proof = a.me.sign(t, strings.Replace(a.c.Text, "example/a", "example/b", 1))
+		},
+		"another operator's key": func(t *testing.T, a *attempt) { a.proof = a.other.sign(t, a.c.Text) },
+		"another operator's key under the right id": func(t *testing.T, a *attempt) {
+			a.proof = a.other.sign(t, a.c.Text)
+			a.proof.Credential = a.me.credential.ID
+		},
+		"a used challenge": func(t *testing.T, a *attempt) {
+			if _, _, err := a.r.SignIn(t.Context(), a.ch, a.c.ID, a.proof); err != nil {
+				t.Fatal(err)
+			}
+			for _, s := range a.r.Sessions() {
+				if err := a.r.SignOut(t.Context(), s); err != nil {
+					t.Fatal(err)
+				}
+			}
+		},
+		"a challenge that was used in vain": func(t *testing.T, a *attempt) {
+			a.r.SignIn(t.Context(), a.ch, a.c.ID, a.other.sign(t, a.c.Text))
+		},
+		"an expired challenge": func(t *testing.T, a *attempt) { time.Sleep(challengeLife) },
+		"an unknown challenge": func(t *testing.T, a *attempt) { a.c.ID = strings.Repeat("0", 32) },
+		"another user":         func(t *testing.T, a *attempt) { a.ch = Channel{Kind: Unix, UID: 1001} },
+		"another channel":      func(t *testing.T, a *attempt) { a.ch = Channel{Kind: HTTPS, UID: user.UID} },
+		"a challenge for another purpose": func(t *testing.T, a *attempt) {
+			var err error
+			if a.c, err = a.r.Challenge(approval.ForPresence, a.me.name, "payments", a.ch); err != nil {
+				t.Fatal(err)
+			}
+			a.proof = a.me.sign(t, a.c.Text)
+		},
+		"an operator who is none": func(t *testing.T, a *attempt) {
+			var err error
+			if a.c, err = a.r.Challenge(approval.ForSignIn, "nobody", "", a.ch); err != nil {
+				t.Fatal(err)
+			}
+			a.proof = a.me.sign(t, a.c.Text)
+		},
+		"a removed credential": func(t *testing.T, a *attempt) {
+			a.r.must(t, a.r.addCredential, a.me.name, string(encode(newSigner(t, "").credential)))
+			a.r.must(t, removeCredential, a.me.name, a.me.credential.ID)
+		},
+		"an operator who was removed": func(t *testing.T, a *attempt) { a.r.must(t, removeOperator, a.me.name) },
+		"no proof":                    func(t *testing.T, a *attempt) { a.proof = approval.Proof{} },
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				r := newRig(t, 2)
+				a := &attempt{r: r, me: r.people[1], other: r.people[0], ch: user}
+				var err error
+				if a.c, err = r.Challenge(approval.ForSignIn, a.me.name, "", a.ch); err != nil {
+					t.Fatal(err)
+				}
+				a.proof = a.me.sign(t, a.c.Text)
+				break_(t, a)
+				before, _ := r.events(t, audit.SignInRefused)
+				_, token, err := r.SignIn(t.Context(), a.ch, a.c.ID, a.proof)
+				want(t, err, approval.ErrNotProven)
+				if err == nil || err.Error() != "sign-in: "+approval.ErrNotProven.Error() {
+					t.Errorf("a stranger is told more than that: %v", err)
+				}
+				n, e := r.events(t, audit.SignInRefused)
+				if token != "" || len(r.Sessions()) != 0 || n != before+1 {
+					t.Errorf("after it there are %d sessions, the token %q and %d events", len(r.Sessions()), token, n)
+				}
+				if e.Actor.Kind != "daemon" || e.Metadata["channel"] != a.ch.String() {
+					t.Errorf("the event is %+v", e)
+				}
+			})
+		})
+	}
+}
+
+func TestStrangersLearnNoNames(t *testing.T) {
+	synctest.Test(t, strangersLearnNoNames) // where two challenges expire at one time
+}
+
+// nonce is the last line of a challenge's text.
+func nonce(c Challenge) string {
+	_, nonce, _ := strings.Cut(c.Text, "nonce: ")
+	return strings.TrimSpace(nonce)
+}
+
+func strangersLearnNoNames(t *testing.T) {
+	r := newRig(t, 0)
+	r.enrol(t, newPasskey(t, "alice", 0), "")
+	same := func(c Challenge, name string) string {
+		return fmt.Sprint(strings.NewReplacer(nonce(c), "NONCE", name, "NAME").Replace(c.Text), len(c.ID), c.RPID, c.Allowed)
+	}
+	known, err1 := r.Challenge(approval.ForSignIn, "alice", "", https)
+	unknown, err2 := r.Challenge(approval.ForSignIn, "mallo", "", https)
+	if err1 != nil || err2 != nil || same(known, "alice") != same(unknown, "mallo") {
+		t.Errorf("the challenges are different:\n%s, %v\n%s, %v", same(known, "alice"), err1, same(unknown, "mallo"), err2)
+	}
+	if c, err := r.Challenge(approval.ForPresence, "alice", "payments", https); err != nil || len(c.Allowed) != 1 {
+		t.Errorf("for a presence the passkeys are %v, %v", c.Allowed, err)
+	}
+}
+
+// fail signs in with the key of another one.
+func (r *rig) fail(t *testing.T, operator string, ch Channel) error {
+	t.Helper()
+	c, err := r.Challenge(approval.ForSignIn, operator, "", ch)
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, _, err = r.SignIn(t.Context(), ch, c.ID, approval.Proof{Credential: r.people[0].credential.ID})
+	return err
+}
+
+func TestFailedSignInsAreLimited(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := newRig(t, 2)
+		for range failuresBurst {
+			want(t, r.fail(t, "o1", user), approval.ErrNotProven)
+		}
+		var limited *Limited
+		if err := r.fail(t, "o1", user); !errors.As(err, &limited) || !errors.Is(err, ErrLimited) || limited.RetryAfter != failuresEvery {
+			t.Fatalf("after %d failures: %v", failuresBurst, err)
+		}
+		// Neither another channel nor another operator pays for it.
+		r.signIn(t, r.people[1], https)
+		r.signIn(t, r.people[1], root)
+		r.signIn(t, r.people[0], user)
+		// And he himself, who has the right key, is let in: it may be others who fail in his name.
+		c, err := r.Challenge(approval.ForSignIn, "o1", "", user)
+		if err != nil {
+			t.Fatal(err)
+		}
+		_, _, err = r.SignIn(t.Context(), user, c.ID, r.people[0].sign(t, c.Text))
+		want(t, err, ErrLimited)
+		if _, _, err = r.SignIn(t.Context(), user, c.ID, r.people[1].sign(t, c.Text)); err != nil { // nor has that used up the challenge
+			t.Errorf("with the right key: %v", err)
+		}
+		for range 3 * failuresBurst { // no failure, no limit
+			r.signIn(t, r.people[1], user)
+		}
+		time.Sleep(limited.RetryAfter)
+		want(t, r.fail(t, "o1", user), approval.ErrNotProven) // one per 12 s
+		want(t, r.fail(t, "o1", user), ErrLimited)
+	})
+}
+
+func TestFailedSignInsAreLimitedOverAll(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := newRig(t, 2)
+		for i := range allFailuresBurst {
+			want(t, r.fail(t, fmt.Sprintf("x%d", i), https), approval.ErrNotProven)
+		}
+		var limited *Limited
+		if err := r.fail(t, "y", https); !errors.As(err, &limited) || limited.RetryAfter != time.Second {
+			t.Errorf("after %d failures of all: %v", allFailuresBurst, err)
+		}
+		r.signIn(t, r.people[0], https) // whom nobody keeps out
+		for range 2 * failuresBurst {
+			want(t, r.fail(t, "y", https), ErrLimited) // which does not count as his own failure
+		}
+		time.Sleep(time.Second)
+		want(t, r.fail(t, "y", https), approval.ErrNotProven)
+		want(t, r.fail(t, "y", https), ErrLimited)
+		time.Sleep(time.Hour)
+		r.fail(t, "y", https)
+		if n := len(r.failures.each); n != 1 {
+			t.Errorf("%d failures are remembered an hour later", n)
+		}
+		// Only so many are written down.
+		before, _ := r.events(t, audit.SignInRefused)
+		for range 2 * eventsBurst {
+			r.fail(t, "z", https)
+		}
+		if after, _ := r.events(t, audit.SignInRefused); after-before > eventsBurst || after-before < eventsBurst-1 {
+			t.Errorf("%d refusals were written down", after-before)
+		}
+	})
+}
+
+// TestNobodyDrivesOutChallenges: who asks for any number of them takes nobody's away, and no memory.
+func TestNobodyDrivesOutChallenges(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := newRig(t, 1)
+		mine, err := r.Challenge(approval.ForSignIn, "o0", "", https)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for range 5000 {
+			if _, err := r.Challenge(approval.ForSignIn, "o0", "", https); err != nil {
+				t.Fatal(err)
+			}
+		}
+		for range 500 {
+			r.fail(t, "o0", https)
+		}
+		if n := len(r.used); n > failuresBurst {
+			t.Errorf("%d challenges are kept", n)
+		}
+		if _, _, err := r.SignIn(t.Context(), https, mine.ID, r.people[0].sign(t, mine.Text)); err != nil {
+			t.Errorf("a stranger has driven out the challenge: %v", err)
+		}
+		time.Sleep(challengeLife)
+		r.signIn(t, r.people[0], https)
+		if n := len(r.used); n != 1 {
+			t.Errorf("%d used challenges are remembered when they have expired", n)
+		}
+	})
+}
+
+// TestChallengeIsSealed: any change of its id makes it none, for no caller but the one who got it.
+func TestChallengeIsSealed(t *testing.T) {
+	r := newRig(t, 1)
+	c, err := r.Challenge(approval.ForSignIn, "o0", "", user)
+	if err != nil {
+		t.Fatal(err)
+	}
+	proof := r.people[0].sign(t, c.Text)
+	id, err := base64.RawURLEncoding.DecodeString(c.ID)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for i := range id {
+		changed := slices.Clone(id)
+		changed[i] ^= 1
+		if _, ok := r.unseal(base64.RawURLEncoding.EncodeToString(changed), approval.ForSignIn, user); ok {
+			t.Fatalf("byte %d may be another one", i)
+		}
+	}
+	for _, id := range []string{"", "AAAA", c.ID[:len(c.ID)-1], c.ID + "A", c.ID + "=", strings.Repeat("A", 400)} {
+		if _, ok := r.unseal(id, approval.ForSignIn, user); ok {
+			t.Errorf("%q is a challenge", id)
+		}
+	}
+	if _, _, err := r.SignIn(t.Context(), user, c.ID, proof); err != nil {
+		t.Error(err)
+	}
+}
+
+func TestSessionsEndWithTime(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := newRig(t, 1)
+		_, idle := r.signIn(t, r.people[0], user)
+		s, token := r.signIn(t, r.people[0], user)
+		for range 4 {
+			time.Sleep(sessionIdle - time.Second)
+			if _, err := r.Session(token, user); err != nil {
+				t.Fatal(err)
+			}
+		}
+		_, err := r.Session(idle, user)
+		want(t, err, ErrSignedOut)
+		if all := r.Sessions(); len(all) != 1 || all[0].ID != s.ID {
+			t.Errorf("the sessions are %+v", all)
+		}
+		time.Sleep(4 * time.Second) // 1 h since it was begun
+		_, err = r.Session(token, user)
+		want(t, err, ErrSignedOut)
+		_, err = r.Propose(t.Context(), s, "test", nil, nil, 0)
+		want(t, err, ErrSignedOut)
+		want(t, r.SignOut(t.Context(), s), ErrSignedOut)
+	})
+}
+
+func TestRevoke(t *testing.T) {
+	r := newRig(t, 3)
+	admin, _ := r.signIn(t, r.people[0], root)
+	mine, _ := r.signIn(t, r.people[1], user)
+	also, token := r.signIn(t, r.people[1], https)
+	other, _ := r.signIn(t, r.people[2], user)
+	want(t, r.Revoke(t.Context(), mine, other.ID), ErrNotFound)
+	want(t, r.Revoke(t.Context(), mine, "x"), ErrNotFound)
+	if err := r.Revoke(t.Context(), mine, also.ID); err != nil {
+		t.Fatal(err)
+	}
+	_, err := r.Session(token, https)
+	want(t, err, ErrSignedOut)
+	if _, e := r.events(t, audit.OperatorSignedOut); e.Actor.Name != "o1" || e.Resource != "session/"+also.ID {
+		t.Errorf("the event is %+v", e)
+	}
+	if err := r.Revoke(t.Context(), admin, mine.ID); err != nil {
+		t.Fatal(err)
+	}
+	want(t, r.Revoke(t.Context(), mine, mine.ID), ErrSignedOut)
+	if err := r.SignOut(t.Context(), other); err != nil {
+		t.Fatal(err)
+	}
+	if all := r.Sessions(); len(all) != 1 || all[0].ID != admin.ID {
+		t.Errorf("the sessions are %+v", all)
+	}
+}
+
+func TestSessionsOfAnOperatorAreBounded(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := newRig(t, 2)
+		_, first := r.signIn(t, r.people[1], user)
+		_, second := r.signIn(t, r.people[1], user)
+		other, _ := r.signIn(t, r.people[0], user)
+		time.Sleep(time.Second)
+		if _, err := r.Session(first, user); err != nil { // now the second one was idle for longest
+			t.Fatal(err)
+		}
+		for range maxSessions - 1 {
+			r.signIn(t, r.people[1], user)
+		}
+		_, err := r.Session(second, user)
+		want(t, err, ErrSignedOut)
+		_, err = r.Session(first, user)
+		want(t, err, nil)
+		if n := len(r.Sessions()); n != maxSessions+1 {
+			t.Errorf("there are %d sessions", n)
+		}
+		if _, err := r.alive(other); err != nil {
+			t.Errorf("another operator's session: %v", err)
+		}
+	})
+}
+
+func TestSessionsDieWithChanges(t *testing.T) {
+	for name, change := range map[string]func(t *testing.T, r *rig){
+		"roles": func(t *testing.T, r *rig) { r.must(t, setRoles, "o1", "auditor") },
+		"credential added": func(t *testing.T, r *rig) {
+			r.must(t, r.addCredential, "o1", string(encode(newSigner(t, "").credential)))
+		},
+		"credential removed": func(t *testing.T, r *rig) { r.must(t, removeCredential, "o1", r.people[2].credential.ID) },
+		"removed":            func(t *testing.T, r *rig) { r.must(t, removeOperator, "o1") },
+	} {
+		t.Run(name, func(t *testing.T) {
+			r := newRig(t, 2)
+			r.people = append(r.people, newSigner(t, "o1"))
+			r.must(t, r.addCredential, "o1", string(encode(r.people[2].credential)))
+			_, dies := r.signIn(t, r.people[1], user)
+			_, lives := r.signIn(t, r.people[0], user)
+			before := r.changed.Load()
+			change(t, r)
+			_, err := r.Session(dies, user)
+			want(t, err, ErrSignedOut)
+			_, err = r.Session(lives, user)
+			want(t, err, nil)
+			if r.changed.Load() != before+1 {
+				t.Error("confirmations of presence were not told")
+			}
+			if _, e := r.events(t, audit.OperatorChanged); e.Metadata["change"] != name || e.Resource != "o1" || (e.Metadata["operator"] == "") != (name == "removed") {
+				t.Errorf("the event is %+v", e)
+			}
+		})
+	}
+}
+
+func TestProve(t *testing.T) {
+	r := newRig(t, 2)
+	s, _ := r.signIn(t, r.people[0], user)
+	challenge := func(purpose, operator, subject string) Challenge {
+		t.Helper()
+		c, err := r.Challenge(purpose, operator, subject, user)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return c
+	}
+	c := challenge(approval.ForPresence, "o0", "payments")
+	if err := r.Prove(t.Context(), s, c.ID, "payments", r.people[0].sign(t, c.Text)); err != nil {
+		t.Error(err)
+	}
+	want(t, r.Prove(t.Context(), s, c.ID, "payments", r.people[0].sign(t, c.Text)), approval.ErrNotProven) // once
+	c = challenge(approval.ForPresence, "o0", "payments")
+	want(t, r.Prove(t.Context(), s, c.ID, "other", r.people[0].sign(t, c.Text)), approval.ErrNotProven)
+	c = challenge(approval.ForPresence, "o1", "payments")
+	want(t, r.Prove(t.Context(), s, c.ID, "payments", r.people[1].sign(t, c.Text)), approval.ErrNotProven)
+	c = challenge(approval.ForSignIn, "o0", "")
+	want(t, r.Prove(t.Context(), s, c.ID, "payments", r.people[0].sign(t, c.Text)), approval.ErrNotProven)
+	c = challenge(approval.ForPresence, "o0", "payments")
+	if err := r.SignOut(t.Context(), s); err != nil {
+		t.Fatal(err)
+	}
+	want(t, r.Prove(t.Context(), s, c.ID, "payments", r.people[0].sign(t, c.Text)), ErrSignedOut)
+	for _, bad := range [][3]string{{approval.ForPresence, "o0", ""}, {approval.ForPresence, "o0", "a\nb"}, {approval.ForSignIn, "o0", "payments"}, {approval.ForSignIn, "a\nb", ""}, {approval.ForProposal, "o0", ""}} {
+		_, err := r.Challenge(bad[0], bad[1], bad[2], user)
+		want(t, err, ErrInvalid)
+	}
+	_, err := r.Challenge(approval.ForPresence, "nobody", "payments", user)
+	want(t, err, ErrNotFound)
+}
+
+// TestPasskeyByItsOwnID: a browser that has found a passkey itself says no other id of it.
+func TestPasskeyByItsOwnID(t *testing.T) {
+	r := newRig(t, 1)
+	alice := newPasskey(t, "alice", 0)
+	r.enrol(t, alice, "approver")
+	own := func(p approval.Proof) approval.Proof { p.Credential = alice.credential.CredentialID; return p }
+	c, err := r.Challenge(approval.ForSignIn, "alice", "", root)
+	if err != nil {
+		t.Fatal(err)
+	}
+	s, _, err := r.SignIn(t.Context(), root, c.ID, own(alice.sign(t, c.Text)))
+	if err != nil || s.Credential != alice.credential.ID {
+		t.Fatalf("%+v, %v", s, err)
+	}
+	if c, err = r.Challenge(approval.ForPresence, "alice", "payments", root); err != nil {
+		t.Fatal(err)
+	}
+	if err := r.Prove(t.Context(), s, c.ID, "payments", own(alice.sign(t, c.Text))); err != nil {
+		t.Error(err)
+	}
+	first, _ := r.signIn(t, r.people[0], root)
+	p := r.propose(t, first, "test")
+	if p, err = r.Approve(t.Context(), s, p.ID, own(alice.sign(t, p.Text()))); err != nil || p.State != Done || p.Approvals[0].Credential != alice.credential.ID {
+		t.Errorf("%+v, %v", p, err)
+	}
+	if _, e := r.events(t, audit.ApprovalGiven); !strings.Contains(e.Metadata["proof"], alice.credential.ID) {
+		t.Errorf("the event is %+v", e)
+	}
+}
+
+func TestPasskeyCounts(t *testing.T) {
+	r := newRig(t, 0)
+	alice := newPasskey(t, "alice", 0)
+	r.enrol(t, alice, "")
+	try := func(count uint32, ok bool) {
+		t.Helper()
+		alice.count = count
+		c, err := r.Challenge(approval.ForSignIn, "alice", "", root)
+		if err != nil {
+			t.Fatal(err)
+		}
+		_, _, err = r.SignIn(t.Context(), root, c.ID, alice.sign(t, c.Text))
+		if (err == nil) != ok || !ok && !errors.Is(err, approval.ErrNotProven) {
+			t.Errorf("a sign-in with the count %d: %v", count, err)
+		}
+	}
+	try(0, true) // it does not count
+	try(0, true)
+	try(7, true) // it does
+	try(7, false)
+	try(6, false)
+	try(0, false)
+	if _, e := r.events(t, audit.SignInRefused); !strings.Contains(e.Metadata["cause"], "copy") {
+		t.Errorf("the event is %+v", e)
+	}
+	r.reopen(t)
+	try(7, false)
+	try(8, true)
+
+	s, token := r.signIn(t, &signer{name: "alice", passkey: alice.passkey, credential: alice.credential, origin: alice.origin, count: 9}, root)
+	if _, err := r.Session(token, root); err != nil { // a count is no change of the operator
+		t.Error(err)
+	}
+	for _, count := range []uint32{9, 10} { // presence and approvals are counted too
+		alice.count = count
+		c, err := r.Challenge(approval.ForPresence, "alice", "payments", root)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := r.Prove(t.Context(), s, c.ID, "payments", alice.sign(t, c.Text)); (err == nil) != (count == 10) {
+			t.Errorf("a presence with the count %d: %v", count, err)
+		}
+	}
+	p := r.propose(t, s, "test")
+	for _, count := range []uint32{10, 11} {
+		alice.count = count
+		after, err := r.Approve(t.Context(), s, p.ID, alice.sign(t, p.Text()))
+		if (err == nil) != (count == 11) || err == nil && after.State != Done {
+			t.Errorf("an approval with the count %d: %v, %v", count, after.State, err)
+		}
+	}
+	alice.origin = "https://localhost:9999"
+	try(12, false)
+}
+
+func TestSignInIsWrittenFirst(t *testing.T) {
+	r := newRig(t, 1)
+	c, err := r.Challenge(approval.ForSignIn, "o0", "", root)
+	if err != nil {
+		t.Fatal(err)
+	}
+	proof := r.people[0].sign(t, c.Text)
+	r.ledger.Close()
+	if _, _, err := r.SignIn(context.Background(), root, c.ID, proof); err == nil || len(r.Sessions()) != 0 {
+		t.Errorf("a sign-in that can't be written down: %v, %d sessions", err, len(r.Sessions()))
+	}
+	r.open(t)
+}
+
+// TestLedgerDecidesWhoProves changes the ledger between the look at the proof, which is by memory, and the transaction.
+func TestLedgerDecidesWhoProves(t *testing.T) {
+	for name, change := range map[string]func(tx *ledger.Tx, p person) error{
+		"removed": func(tx *ledger.Tx, p person) error { return tx.Delete(ledger.Operators, p.Name) },
+		"another credential": func(tx *ledger.Tx, p person) error {
+			p.Credentials = []approval.Credential{newSigner(t, "").credential}
+			return tx.Put(ledger.Operators, p.Name, encode(p))
+		},
+		"the credential with another key": func(tx *ledger.Tx, p person) error {
+			p.Credentials[0].PublicKey = newSigner(t, "").credential.PublicKey
+			return tx.Put(ledger.Operators, p.Name, encode(p))
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				r := newRig(t, 2)
+				me := r.people[1]
+				s, _ := r.signIn(t, me, user)
+				in, err1 := r.Challenge(approval.ForSignIn, me.name, "", user)
+				there, err2 := r.Challenge(approval.ForPresence, me.name, "payments", user)
+				if err1 != nil || err2 != nil {
+					t.Fatal(err1, err2)
+				}
+				p := r.propose(t, s, "test")
+				r.writing <- struct{}{} // so that all three wait where memory has been asked
+				errs := make(chan error, 3)
+				go func() { _, _, err := r.SignIn(t.Context(), user, in.ID, me.sign(t, in.Text)); errs <- err }()
+				go func() { errs <- r.Prove(t.Context(), s, there.ID, "payments", me.sign(t, there.Text)) }()
+				go func() { _, err := r.Approve(t.Context(), s, p.ID, me.sign(t, p.Text())); errs <- err }()
+				synctest.Wait()
+				if err := r.ledger.Update(t.Context(), func(tx *ledger.Tx) error {
+					who, err := decodePerson(me.name, tx.Get(ledger.Operators, me.name))
+					if err != nil {
+						return err
+					}
+					return change(tx, who)
+				}); err != nil {
+					t.Fatal(err)
+				}
+				<-r.writing
+				for range 3 {
+					want(t, <-errs, approval.ErrNotProven)
+				}
+				if n, _ := r.events(t, audit.SignInRefused); n != 3 || r.ran.Load() != 0 || len(r.Sessions()) != 1 {
+					t.Errorf("there are %d events and %d sessions; it has run %d times", n, len(r.Sessions()), r.ran.Load())
+				}
+			})
+		})
+	}
+}
+
+func TestNobodyWaitsForEver(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := newRig(t, 1)
+		s, _ := r.signIn(t, r.people[0], user)
+		p := r.propose(t, s, "test")
+		r.writing <- struct{}{}
+		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+		defer cancel()
+		_, err := r.Approve(ctx, s, p.ID, r.people[0].sign(t, p.Text()))
+		want(t, err, ErrUnavailable)
+		<-r.writing
+		if got, _ := r.Proposal(p.ID); got.State != Pending || len(got.Approvals) != 0 {
+			t.Errorf("what was given up is carried out: %+v", got)
+		}
+	})
+}
+
+// TestMemoryFollowsForWhoHasLeft: what waited for the ledger when its caller left is carried out as a whole.
+func TestMemoryFollowsForWhoHasLeft(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := newRig(t, 1)
+		s, _ := r.signIn(t, r.people[0], user)
+		p := r.propose(t, s, "test")
+		held := make(chan struct{})
+		go r.ledger.Update(t.Context(), func(*ledger.Tx) error { <-held; return nil })
+		synctest.Wait()
+		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+		defer cancel()
+		_, err := r.Approve(ctx, s, p.ID, r.people[0].sign(t, p.Text()))
+		want(t, err, ErrUnavailable)
+		close(held)
+		want(t, r.Close(t.Context()), nil)
+		if got, _ := r.Proposal(p.ID); got.State != Done || r.ran.Load() != 1 {
+			t.Errorf("it is %s, and has run %d times", got.State, r.ran.Load())
+		}
+	})
+}
+
+// TestStrangersStopNoPresence: who has signed in is not limited by what others fail in his name.
+func TestStrangersStopNoPresence(t *testing.T) {
+	r := newRig(t, 1)
+	s, _ := r.signIn(t, r.people[0], https)
+	for range 2 * allFailuresBurst {
+		r.fail(t, "o0", https)
+		r.fail(t, random(), https)
+	}
+	c, err := r.Challenge(approval.ForPresence, "o0", "payments", https)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := r.Prove(t.Context(), s, c.ID, "payments", r.people[0].sign(t, c.Text)); err != nil {
+		t.Error(err)
+	}
+}
