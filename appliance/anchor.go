@@ -210,7 +210,7 @@ func (a *Appliance) rise(ctx context.Context, counter keystore.Counter, value ui
 	if err := a.setAnchor(ctx, value+1, nil); err != nil {
 		return err
 	}
-	now, err := counter.RiseCounter(ctx)
+	now, err := counter.IncrementCounter(ctx)
 	if err == nil && now > value+1 {
 		err = a.setAnchor(ctx, now, nil)
 	}

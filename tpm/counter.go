@@ -76,7 +76,7 @@ func (s *Store) ReadCounter(ctx context.Context) (value uint64, err error) {
 	return value, err
 }
 
-func (s *Store) RiseCounter(ctx context.Context) (value uint64, err error) {
+func (s *Store) IncrementCounter(ctx context.Context) (value uint64, err error) {
 	err = s.bus.use(ctx, func(t transport.TPM) (err error) {
 		value, err = s.rise(t)
 		return err

@@ -227,8 +227,8 @@ type Counter interface {
 	DefineCounter(ctx context.Context) error
 	// ReadCounter returns its value; ErrNotFound where it has not been defined, or is gone.
 	ReadCounter(ctx context.Context) (uint64, error)
-	// RiseCounter makes it rise by one and returns the value after that. After an error it may have risen.
-	RiseCounter(ctx context.Context) (uint64, error)
+	// IncrementCounter makes it rise by one and returns the value after that. After an error it may have risen.
+	IncrementCounter(ctx context.Context) (uint64, error)
 }
 
 // BatchSigner is a Store that makes several signatures at less cost together than one by one.

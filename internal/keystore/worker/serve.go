@@ -236,7 +236,7 @@ func (w *server) count(ctx context.Context, op string) (value uint64, err error)
 	case op == opRead:
 		value, err = counter.ReadCounter(ctx)
 	default:
-		value, err = counter.RiseCounter(ctx)
+		value, err = counter.IncrementCounter(ctx)
 	}
 	return value, err
 }

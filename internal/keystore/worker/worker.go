@@ -935,7 +935,7 @@ func (p *Pool) ReadCounter(ctx context.Context) (value uint64, err error) {
 	return value, err
 }
 
-func (p *Pool) RiseCounter(ctx context.Context) (value uint64, err error) {
+func (p *Pool) IncrementCounter(ctx context.Context) (value uint64, err error) {
 	err = p.request(ctx, true, call{Op: opRise}, into(&value))
 	return value, err
 }
