@@ -22,6 +22,7 @@ var arrows = map[string]struct{ ours, outside []string }{
 	"policy":                         {nil, []string{"github.com/cedar-policy/cedar-go"}},
 	"internal/limit":                 {nil, []string{"github.com/hashicorp/golang-lru/v2"}},
 	"internal/ledger":                {[]string{"audit"}, []string{"go.etcd.io/bbolt", "golang.org/x/mod"}},
+	"internal/ledger/ledgertest":     {[]string{"internal/ledger"}, []string{"go.etcd.io/bbolt"}},
 	"internal/ledger/disktest":       {nil, []string{"github.com/hanwen/go-fuse/v2", "golang.org/x/sys"}},
 	"approval":                       {[]string{"audit"}, []string{"github.com/go-json-experiment/json", "github.com/go-webauthn/webauthn", "golang.org/x/crypto/ssh"}},
 	"internal/operators":             {[]string{"approval", "audit", "internal/ledger"}, []string{"golang.org/x/time"}},

@@ -25,6 +25,7 @@ import (
 	"countersign/internal/keystore"
 	"countersign/internal/keystore/keystoretest"
 	"countersign/internal/ledger"
+	"countersign/internal/ledger/ledgertest"
 	"countersign/internal/operators"
 	"countersign/policy"
 
@@ -70,7 +71,7 @@ func newRigIn(t *testing.T, state string) *rig {
 	if err := ledger.Create(path, ledger.Options{}); err != nil {
 		t.Fatal(err)
 	}
-	l, err := ledger.Open(path, ledger.Options{})
+	l, err := ledgertest.Open(t, path, ledger.Options{})
 	if err != nil {
 		t.Fatal(err)
 	}

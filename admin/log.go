@@ -128,7 +128,7 @@ func (s *server) receipts(_ context.Context, _ caller, in *receiptsInput) ([]api
 }
 
 func (s *server) ledger(ctx context.Context, _ caller, _ *none) (api.Ledger, error) {
-	st, err := s.Appliance.LedgerStats(ctx)
+	st, err := s.Appliance.LedgerStats()
 	return api.Ledger{
 		FileSize: st.FileSize, FreeBytes: st.FreeBytes, Events: st.Events, FirstEvent: st.FirstEvent, Epochs: st.Epochs, Nonces: st.Nonces, MaxNonces: st.MaxNonces,
 		Time: st.Time.Unix(), BehindClock: st.BehindClock, Trouble: st.Trouble,

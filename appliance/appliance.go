@@ -122,10 +122,11 @@ type Appliance struct {
 // Peer is who asks: an enrolled client.
 type Peer struct {
 	Name      string
-	PublicKey [32]byte  // its Noise static key
-	Added     time.Time // when it was enrolled
-	quiet     bool      // its refusals are counted, not written down one by one, nor is that the same request has failed again
-	Identity  string    // hex of the Ed25519 key that it has proven to be bound to in this session; "" in countersign-v1
+	PublicKey [32]byte       // its Noise static key
+	Added     time.Time      // when it was enrolled
+	quiet     bool           // its refusals are counted, not written down one by one, nor is that the same request has failed again
+	member    *ledger.Member // of the batch that the request is an item of; nil: of none
+	Identity  string         // hex of the Ed25519 key that it has proven to be bound to in this session; "" in countersign-v1
 }
 
 func (p Peer) actor() audit.Actor {

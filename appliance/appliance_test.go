@@ -20,6 +20,7 @@ import (
 	"countersign/internal/keystore"
 	"countersign/internal/keystore/keystoretest"
 	"countersign/internal/ledger"
+	"countersign/internal/ledger/ledgertest"
 	"countersign/policy"
 	"countersign/transcript"
 	"countersign/wire"
@@ -77,7 +78,7 @@ func newRigAt(t *testing.T, path string) *rig {
 
 func (r *rig) open(t *testing.T) {
 	t.Helper()
-	l, err := ledger.Open(r.path, ledger.Options{})
+	l, err := ledgertest.Open(t, r.path, ledger.Options{})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -456,7 +457,7 @@ func TestSlowDeviceIsBounded(t *testing.T) {
 func TestKeysAreHeldAgainstTheToken(t *testing.T) {
 	reopen := func(r *rig) error {
 		r.ledger.Close()
-		l, err := ledger.Open(r.path, ledger.Options{})
+		l, err := ledgertest.Open(t, r.path, ledger.Options{})
 		if err != nil {
 			return err
 		}

@@ -20,15 +20,15 @@ import (
 // decision asks policy about a sign request, inside its admission, where what was signed before is counted, and makes the event
 // that says what was decided.
 type decision struct {
-	inForce *atomic.Pointer[rules]
-	mayUse  func() error // whether the key may sign at this moment
-	request policy.Request
-	payment bool
-	at      time.Time
-	salt    [16]byte
-	counts  []ledger.Count
-	rise    *ledger.Rise
-	marks   audit.Event // of the admission
+	inForce    *atomic.Pointer[rules]
+	mayUse     func() error // whether the key may sign at this moment
+	request    policy.Request
+	payment    bool
+	at         time.Time
+	salt       [16]byte
+	counts     []ledger.Count
+	generation *ledger.Monotonic // nil: the document has none
+	marks      audit.Event       // of the admission
 
 	// What decide has found.
 	rules   *rules
@@ -83,7 +83,7 @@ func (a *Appliance) decisionOf(who Peer, key *Key, doc *transcript.Document) (*d
 		}
 	}
 	if doc.Generation != nil {
-		d.rise = &ledger.Rise{Series: generations(doc.Type, key.Name), To: *doc.Generation}
+		d.generation = &ledger.Monotonic{Series: generations(doc.Type, key.Name), Value: *doc.Generation}
 	}
 	action := policy.Sign
 	if doc.Type == "raw" {

@@ -24,6 +24,7 @@ import (
 	"countersign/internal/keystore"
 	"countersign/internal/keystore/keystoretest"
 	"countersign/internal/ledger"
+	"countersign/internal/ledger/ledgertest"
 	"countersign/noise"
 	"countersign/wire"
 )
@@ -137,7 +138,7 @@ func newEdge(t *testing.T, change func(*Limits)) *edge {
 
 func (e *edge) open() {
 	e.t.Helper()
-	l, err := ledger.Open(e.path, ledger.Options{})
+	l, err := ledgertest.Open(e.t, e.path, ledger.Options{})
 	if err != nil {
 		e.t.Fatal(err)
 	}

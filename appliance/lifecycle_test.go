@@ -17,6 +17,7 @@ import (
 	"countersign/audit"
 	"countersign/internal/keystore"
 	"countersign/internal/ledger"
+	"countersign/internal/ledger/ledgertest"
 	"countersign/wire"
 )
 
@@ -248,7 +249,7 @@ func TestSuccessorIsMissing(t *testing.T) {
 	}
 	r.store.Remove(second)
 	r.ledger.Close()
-	l, err := ledger.Open(r.path, ledger.Options{})
+	l, err := ledgertest.Open(t, r.path, ledger.Options{})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -274,7 +275,7 @@ func TestTokenIsGone(t *testing.T) {
 			t.Fatal(err)
 		}
 		r.ledger.Close()
-		l, err := ledger.Open(r.path, ledger.Options{})
+		l, err := ledgertest.Open(t, r.path, ledger.Options{})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -341,7 +342,7 @@ func TestGenerationRises(t *testing.T) {
 	series := generations("paykit-noise-key-authorization-v1", "payments")
 	raise := func(to uint64) {
 		t.Helper()
-		if _, err := r.ledger.Admit(t.Context(), ledger.Admission{Scope: "x", Nonce: [32]byte{byte(to)}, ExpiresAt: time.Now().Unix() + 60, Rise: &ledger.Rise{Series: series, To: to},
+		if _, err := r.ledger.Admit(t.Context(), ledger.Admission{Scope: "x", Nonce: [32]byte{byte(to)}, ExpiresAt: time.Now().Unix() + 60, Monotonic: &ledger.Monotonic{Series: series, Value: to},
 			Decide: func([]ledger.Used) ([]byte, error) { return nil, nil }}, func(ledger.Verdict) []byte { return []byte("{}") }); err != nil {
 			t.Fatal(err)
 		}
@@ -352,12 +353,12 @@ func TestGenerationRises(t *testing.T) {
 		if err := r.AuthorizeNoise(t.Context(), operator); err != nil {
 			t.Fatal(err)
 		}
-		if got, err := r.ledger.Risen(series); got != ahead+n+1 || err != nil {
+		if got, err := r.ledger.LastNumber(series); got != ahead+n+1 || err != nil {
 			t.Errorf("%d, %v", got, err)
 		}
 	}
 	raise(math.MaxInt64)
-	if err := r.AuthorizeNoise(t.Context(), operator); !errors.Is(err, ledger.ErrNotRisen) {
+	if err := r.AuthorizeNoise(t.Context(), operator); !errors.Is(err, ledger.ErrNotHigher) {
 		t.Errorf("%v", err)
 	}
 }
@@ -763,7 +764,7 @@ func TestClockThatJumps(t *testing.T) {
 	k := r.version("payments", 1)
 	r.ledger.Close()
 	jump := time.Duration(0)
-	l, err := ledger.Open(r.path, ledger.Options{Wall: func() time.Time { return time.Now().Add(jump) }})
+	l, err := ledgertest.Open(t, r.path, ledger.Options{Wall: func() time.Time { return time.Now().Add(jump) }})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -58,7 +58,7 @@ var table = []struct {
 	{errNotYours, refused, wire.CodeDenied, ""},
 	{errBusy, unavailable, wire.CodeBusy, "too many requests are being served; send the same request again"},
 	{errRate, unavailable, wire.CodeRateLimited, "too many requests a second; send the same request again"},
-	{ledger.ErrNotRisen, refused, wire.CodeDenied, ""},
+	{ledger.ErrNotHigher, refused, wire.CodeDenied, ""},
 	{policy.ErrDenied, refused, wire.CodeDenied, "policy does not allow this peer to sign this with this key"},
 	{ledger.ErrDisk, unavailable, wire.CodeUnavailable, "the appliance can't write anything down now; send the same request again"},
 	{ledger.ErrClock, unavailable, wire.CodeUnavailable, "the appliance's clock is not right; send the same request again"},

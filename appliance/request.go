@@ -11,6 +11,7 @@ import (
 	"countersign/audit"
 	"countersign/internal/ijson"
 	"countersign/internal/keystore"
+	"countersign/internal/ledger"
 	"countersign/wire"
 )
 
@@ -59,7 +60,7 @@ func (a *Appliance) handle(s *session, message []byte) []byte {
 		}
 		return wire.EncodeAnswer(id, answers, nil)
 	}
-	result, refusal, ok := a.serve(ctx, s, request)
+	result, refusal, ok := a.serve(ctx, s, nil, request)
 	if !ok {
 		return nil
 	}
@@ -78,9 +79,10 @@ func (a *Appliance) unreadable(s *session, refusal *wire.Error) *wire.Error {
 }
 
 // serve carries out one request. It is not ok after a fatal error.
-func (a *Appliance) serve(ctx context.Context, s *session, request any) (result any, refusal *wire.Error, ok bool) {
+func (a *Appliance) serve(ctx context.Context, s *session, member *ledger.Member, request any) (result any, refusal *wire.Error, ok bool) {
 	began := time.Now()
 	who := s.peer
+	who.member = member
 	who.quiet = s.member.refusals.Tokens() < 1
 	var op, key string
 	var err error
@@ -111,6 +113,7 @@ func (a *Appliance) serve(ctx context.Context, s *session, request any) (result 
 		a.log.Debug("served", "peer", s.peer.Name, "op", op, "key", key, "took", time.Since(began))
 		return result, nil, true
 	}
+	member.Leave(ctx) // the others need not wait until the refusal is written down
 	c, refusal := refuse(err)
 	if !who.quiet {
 		s.member.refusals.Reserve() // a debt where there are several at once
@@ -147,9 +150,9 @@ func (a *Appliance) batch(ctx context.Context, s *session, b *wire.Batch) (wire.
 	fine := true
 	for i, item := range b.Items {
 		serving.Go(func() {
-			ctx, leave := group.Join(ctx)
-			defer leave()
-			result, refusal, ok := a.serve(ctx, s, item)
+			member := group.Member()
+			defer member.Leave(ctx) // if nothing was admitted
+			result, refusal, ok := a.serve(ctx, s, member, item)
 			if !ok {
 				failed.Do(func() { fine = false })
 				return

@@ -370,7 +370,7 @@ func (a *Appliance) authorize(ctx context.Context, who audit.Actor, noise keysto
 	}
 	text := base64.RawURLEncoding.EncodeToString
 	owner := text(identity.Info().PublicKey)
-	last, err := a.ledger.Risen(generations("paykit-noise-key-authorization-v1", a.identity))
+	last, err := a.ledger.LastNumber(generations("paykit-noise-key-authorization-v1", a.identity))
 	if err != nil {
 		return nil, err
 	}
@@ -406,8 +406,8 @@ func (a *Appliance) signOwn(ctx context.Context, who audit.Actor, k *Key, kind s
 	defer cancel()
 	admission := ledger.Admission{Scope: ledger.KeyScope(k.Name), Nonce: doc.Nonce, Digest: doc.Digest(), KeyVersion: k.Version, ExpiresAt: doc.ExpiresAt}
 	if doc.Generation != nil {
-		admission.Rise = &ledger.Rise{Series: generations(doc.Type, k.Name), To: *doc.Generation}
-		admission.Decide = func([]ledger.Used) ([]byte, error) { return nil, nil } // or nothing rises
+		admission.Monotonic = &ledger.Monotonic{Series: generations(doc.Type, k.Name), Value: *doc.Generation}
+		admission.Decide = func([]ledger.Used) ([]byte, error) { return nil, nil } // or the number is not looked at
 	}
 	got, err := a.ledger.Admit(wait, admission, func(v ledger.Verdict) []byte {
 		e := marks

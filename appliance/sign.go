@@ -38,7 +38,7 @@ func (a *Appliance) Sign(ctx context.Context, who Peer, r *wire.Sign) (*wire.Sig
 	// Up to here nothing has changed. After the next line the nonce is spent and the admission is on disk, come what may.
 	admitted, err := a.ledger.Admit(ctx, ledger.Admission{
 		Scope: ledger.KeyScope(r.Key), Nonce: doc.Nonce, Digest: doc.Digest(), Peer: who.PublicKey, Quiet: who.quiet, KeyVersion: key.Version, ExpiresAt: doc.ExpiresAt,
-		Counts: d.counts, Rise: d.rise, Decide: d.decide,
+		Member: who.member, Counts: d.counts, Monotonic: d.generation, Decide: d.decide,
 	}, d.event)
 	if err != nil {
 		return nil, err

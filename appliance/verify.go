@@ -38,7 +38,7 @@ func (a *Appliance) Verify(ctx context.Context, who Peer, r *wire.Verify) (*wire
 		return nil, err
 	}
 	admitted, err := a.ledger.Admit(ctx, ledger.Admission{
-		Scope: ledger.SignerScope(r.PublicKey[:]), Nonce: doc.Nonce, Digest: doc.Digest(), Peer: who.PublicKey, Quiet: who.quiet, ExpiresAt: doc.ExpiresAt, Once: true,
+		Scope: ledger.SignerScope(r.PublicKey[:]), Nonce: doc.Nonce, Digest: doc.Digest(), Peer: who.PublicKey, Quiet: who.quiet, ExpiresAt: doc.ExpiresAt, Once: true, Member: who.member,
 	}, verifyEvents(who, r, doc))
 	if errors.Is(err, context.DeadlineExceeded) {
 		return nil, fmt.Errorf("%w: %w", errUnknownOutcome, err)

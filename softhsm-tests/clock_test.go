@@ -7,6 +7,7 @@ import (
 
 	"countersign/audit"
 	"countersign/internal/ledger"
+	"countersign/internal/ledger/ledgertest"
 	"countersign/wire"
 )
 
@@ -20,7 +21,7 @@ func TestClockBehind(t *testing.T) {
 	p.stop()
 	// The ledger was in use while the clock was ahead.
 	const ahead = 8 * time.Second
-	l, err := ledger.Open(s.path("ledger.db"), ledger.Options{Wall: func() time.Time { return time.Now().Add(ahead) }})
+	l, err := ledgertest.Open(t, s.path("ledger.db"), ledger.Options{Wall: func() time.Time { return time.Now().Add(ahead) }})
 	if err != nil {
 		t.Fatal(err)
 	}

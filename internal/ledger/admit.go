@@ -6,38 +6,42 @@ import (
 	"fmt"
 )
 
-// Scope is where a nonce is single use: one key's signatures, or one signer's public key for verification.
+// Scope is where a nonce is single use: the signatures of one key, or the public key of one signer
+// for verification.
 type Scope string
 
 // KeyScope is the scope of signatures made with a key of ours, whatever its version.
 func KeyScope(name string) Scope { return Scope("k" + name) }
 
-// SignerScope is the scope of signatures that are verified under somebody's public key. A stranger can't reach it
-// without that signer's private key, so nobody can burn another one's nonce.
+// SignerScope is the scope of signatures that are verified under a signer's public key. A stranger
+// can't reach it without that signer's private key, so no stranger can burn a signer's nonce.
 func SignerScope(publicKey []byte) Scope { return Scope("s" + string(publicKey)) }
 
-// Admission is what gets written down before anything is signed or confirmed.
+// Admission is what gets written down before a key signs or a verification is confirmed.
 type Admission struct {
 	Scope      Scope
 	Nonce      [32]byte
 	Digest     [32]byte // of the whole request
-	Peer       [32]byte // who asked
+	Peer       [32]byte // the public key of the peer that asks
 	KeyVersion uint32   // that the admission is for: a repetition must not be signed with another
 	ExpiresAt  int64    // Unix seconds: the nonce is kept until then and the margin after it
 	Once       bool     // a repetition is a replay too
 	Quiet      bool     // a replay or a denial is not written down
-	// Counts are the series that a fresh nonce is counted in, Rise a number that must rise with it.
-	Counts []Count
-	Rise   *Rise
-	// Decide may refuse a fresh nonce by what the series have, each with what this one would add; nil admits. What it returns
-	// is kept beside the event, whatever it decides. It must be pure: it may run again.
+	Member     *Member  // of the batch that the request is an item of; nil: of none
+	// Counts are the series that a fresh nonce is counted in. Monotonic is a number that must be higher
+	// than the last one of its series.
+	Counts    []Count
+	Monotonic *Monotonic
+	// Decide may refuse a fresh nonce by what the series have, each with what this admission would add;
+	// nil admits. The record that it returns is kept beside the event, whatever the decision. Decide
+	// must be pure: it may run again.
 	Decide func(used []Used) (record []byte, refusal error)
 }
 
-// Rise is a number that must be higher than in all admissions before that named the same series.
-type Rise struct {
+// Monotonic is a number that must be higher than in all admissions before that named the same series.
+type Monotonic struct {
 	Series string
-	To     uint64
+	Value  uint64
 }
 
 // Verdict is what the ledger found about a nonce.
@@ -48,30 +52,31 @@ const (
 	Fresh Verdict = iota + 1
 	// Repeated: the same peer had asked for the same thing before.
 	Repeated
-	// Replay: the nonce was spent on something else, by somebody else, or on something that may be had once only.
+	// Replay: the nonce was spent on something else, by another peer, or on something that is given once.
 	Replay
-	// Denied: Decide refused, or Rise does not rise; the nonce is not spent, and nothing was counted.
+	// Denied: Decide refused, or Monotonic is not higher. The nonce is not spent, and nothing was counted.
 	Denied
 )
 
-// Admitted is the answer of Admit. After Repeated, KeyVersion, Event and Signature are those of the first time.
+// Admitted is the answer of Admit. After Repeated, KeyVersion, Event and Signature are those of the
+// first time.
 type Admitted struct {
 	Admission
 	Verdict   Verdict
 	Event     uint64 // number of the admission; after Replay and Denied, of the event that records the refusal, or 0
 	Signature []byte // the outcome, where it is known
 	First     uint64 // after Replay: number of the admission that spent the nonce
-	Own       bool   // after Replay: it was this peer's, for the same request
-	Denial    error  // after Denied: what Decide said, or ErrNotRisen
+	Own       bool   // after Replay: the first admission was this peer's, for the same request
+	Denial    error  // after Denied: the error of Decide, or ErrNotHigher
 }
 
-// Admit spends a nonce. When it returns, the verdict and its event are on disk. event says what to write down
-// for a fresh nonce, for a replay and for a denial; it must be pure. A repetition writes nothing: what it asks for is written
-// down already.
+// Admit spends a nonce. When it returns, the verdict and its event are on disk. event gives the bytes
+// to write down for a fresh nonce, for a replay and for a denial; it must be pure. A repetition writes
+// nothing: its admission is on disk already.
 //
-// ErrDisk, ErrClock and ErrTooMany mean that nothing was written and the nonce is not spent. Any other error means that no
-// verdict is known. The nonce may be spent all the same; asking again gives Repeated then, or Replay where the admission is
-// for Once.
+// ErrDisk, ErrClock and ErrTooMany mean that nothing was written and the nonce is not spent. Any other
+// error means that no verdict is known. The nonce may be spent all the same; asking again gives
+// Repeated then, or Replay where the admission is for Once.
 func (l *Ledger) Admit(ctx context.Context, a Admission, event func(Verdict) []byte) (Admitted, error) {
 	if err := l.suspended.Load(); err != nil {
 		return Admitted{}, *err
@@ -85,9 +90,9 @@ func (l *Ledger) Admit(ctx context.Context, a Admission, event func(Verdict) []b
 	s := spent{print: print, owner: ownerOf(a.Digest, a.Peer), version: a.KeyVersion}
 	result := Admitted{Admission: a}
 	var refused error
-	err := l.submit(ctx, &request{done: make(chan error, 1), apply: func(t *txn) (err error) {
+	r := &request{done: make(chan error, 1), apply: func(t *txn) (err error) {
 		result, refused = Admitted{Admission: a}, nil
-		if err := l.suspended.Load(); err != nil { // it may have come while this was waiting
+		if err := l.suspended.Load(); err != nil { // suspended while this request waited
 			refused = *err
 			return nil
 		}
@@ -113,11 +118,11 @@ func (l *Ledger) Admit(ctx context.Context, a Admission, event func(Verdict) []b
 				counted := t.count(a.Counts)
 				record, result.Denial = a.Decide(counted.used)
 				if result.Denial == nil {
-					result.Denial = t.rise(a.Rise)
+					result.Denial = t.mayIncrease(a.Monotonic)
 				}
 				if result.Denial != nil {
 					result.Verdict = Denied
-				} else if err := t.keep(counted); err != nil {
+				} else if err := t.keep(counted, a.Monotonic); err != nil {
 					return err
 				}
 				fresh = NewEvent(event(result.Verdict))
@@ -144,7 +149,13 @@ func (l *Ledger) Admit(ctx context.Context, a Admission, event func(Verdict) []b
 		}
 		s.event = result.Event
 		return t.spend(s)
-	}})
+	}}
+	var err error
+	if a.Member.join(ctx, r) {
+		err = l.await(ctx, r)
+	} else {
+		err = l.submit(ctx, r)
+	}
 	if err == nil {
 		err = refused
 	}
@@ -154,15 +165,16 @@ func (l *Ledger) Admit(ctx context.Context, a Admission, event func(Verdict) []b
 	return result, nil
 }
 
-// Settle records how an admission ended: the signature, or nil where there is none, the event that says so, and a receipt
-// where there is one. It returns when the writer has taken it; it reaches the disk together with later requests. If a crash
-// comes first, the admission still stands, and a repetition of the request makes the same signature again.
+// Settle records how an admission ended: the signature, or nil where there is none, the event that
+// says so, and a receipt where there is one. Settle returns when the writer has taken the outcome,
+// which reaches the disk together with later requests. If a crash comes first, the admission still
+// stands, and a repetition of the request makes the same signature again.
 func (l *Ledger) Settle(ctx context.Context, a Admitted, signature []byte, event Event, receipt *Receipt) error {
-	signature = bytes.Clone(signature) // it is read when the caller has gone on
+	signature = bytes.Clone(signature) // the writer reads it after the caller has gone on
 	return l.submit(ctx, &request{apply: func(t *txn) error {
 		s := spent{event: a.Event, hour: hourOf(a.ExpiresAt)}
 		if t.outcome(s) != nil {
-			return nil // settled before: of two repetitions at once both sign, alike, or one fails when the other has signed
+			return nil // settled before: of two repetitions at once, both have signed, or one has failed
 		}
 		if signature != nil {
 			if err := t.settle(s, signature); err != nil {
@@ -193,7 +205,7 @@ func (l *Ledger) Spent(ctx context.Context, scope Scope, nonce [32]byte) (Admitt
 	}})
 	switch {
 	case err != nil:
-		return Admitted{}, err // the writer may still be at it
+		return Admitted{}, err // the writer may still be at work
 	case !found:
 		return Admitted{}, fmt.Errorf("nonce: %w", ErrNotFound)
 	}

@@ -207,7 +207,7 @@ func BenchmarkManyNonces(b *testing.B) {
 	}
 	took := time.Since(begin)
 	b.Cleanup(func() { full.Close() })
-	if s, err := full.Stats(b.Context()); err != nil || s.Nonces != n {
+	if s, err := full.Stats(); err != nil || s.Nonces != n {
 		b.Fatal(s, err)
 	}
 	fmt.Fprintf(os.Stdout, "start nonces=%d %.2f s, %.0f bytes of memory a nonce\n", n, took.Seconds(), float64(heap()-before)/n)

@@ -11,8 +11,9 @@ import (
 	bolt "go.etcd.io/bbolt"
 )
 
-// Check reads the whole file: all pages, every event against its hash, the trees against their roots, every record of a
-// nonce, and every receipt. It names what is damaged first. The ledger must not be in use. progress may be nil.
+// Check reads the whole file: all pages, every event against its hash, the trees against their roots,
+// every record of a nonce, and every receipt. The error names the first damage found. The ledger must
+// not be in use. progress may be nil.
 func Check(path string, o Options, progress func(done, all uint64)) (err error) {
 	defer wrap(&err, "check")
 	l, err := Open(path, o)
@@ -32,7 +33,7 @@ func Check(path string, o Options, progress func(done, all uint64)) (err error) 
 
 func checkAll(tx *bolt.Tx, next uint64, progress func(done, all uint64)) error {
 	var expect uint64 // the first event of the next epoch
-	err := tx.Bucket(bucketEpochs).ForEach(func(k, _ []byte) error {
+	err := root(tx, bucketEpochs).ForEach(func(k, _ []byte) error {
 		e, err := getEpoch(tx, binary.BigEndian.Uint32(k))
 		if err != nil {
 			return err
@@ -55,13 +56,17 @@ func checkAll(tx *bolt.Tx, next uint64, progress func(done, all uint64)) error {
 	if expect != next {
 		return fmt.Errorf("%w: the epochs end at event %d, the log at %d", ErrCorrupt, expect, next)
 	}
-	if err := checkSpent(tx, bucketNonces, next, func(hour uint32, k, v []byte) error { _, err := decodeSpent(hour, k, v); return err }); err != nil {
+	sound := func(hour uint32, k, v []byte) error {
+		_, err := decodeSpent(hour, k, v)
+		return err
+	}
+	if err := checkSpent(tx, bucketNonces, next, sound); err != nil {
 		return err
 	}
 	if err := checkSpent(tx, bucketOutcomes, next, func(uint32, []byte, []byte) error { return nil }); err != nil {
 		return err
 	}
-	if err := tx.Bucket(bucketDecisions).ForEach(func(k, v []byte) error {
+	if err := root(tx, bucketDecisions).ForEach(func(k, v []byte) error {
 		d, err := decodeDecision(k, v)
 		if err == nil && d.Event >= next {
 			err = fmt.Errorf("%w: there is a decision of event %d, which is not there", ErrCorrupt, d.Event)
@@ -70,13 +75,13 @@ func checkAll(tx *bolt.Tx, next uint64, progress func(done, all uint64)) error {
 	}); err != nil {
 		return err
 	}
-	if err := checkTotals(tx.Bucket(bucketCounters)); err != nil {
+	if err := checkTotals(root(tx, bucketCounters)); err != nil {
 		return err
 	}
 	return checkReceipts(tx)
 }
 
-// checkTotals sees that the totals of each series only rise.
+// checkTotals sees that the totals of each series never fall.
 func checkTotals(b *bolt.Bucket) error {
 	var series, last []byte
 	return b.ForEach(func(k, v []byte) error {
@@ -94,16 +99,17 @@ func checkTotals(b *bolt.Bucket) error {
 	})
 }
 
-// checkSpent looks at the records that belong to spent nonces, whether they have expired or not.
-func checkSpent(tx *bolt.Tx, bucket []byte, next uint64, check func(hour uint32, k, v []byte) error) error {
-	all := tx.Bucket(bucket)
+// checkSpent looks at the records that belong to spent nonces, whether the nonces have expired or not.
+func checkSpent(tx *bolt.Tx, number byte, next uint64, check func(hour uint32, k, v []byte) error) error {
+	all, bucket := root(tx, number), buckets[number].name
 	return all.ForEach(func(name, _ []byte) error {
 		b := all.Bucket(name)
 		if len(name) != 12 || b == nil {
 			return fmt.Errorf("%w: there are %s in %x", ErrCorrupt, bucket, name)
 		}
 		return b.ForEach(func(k, v []byte) error {
-			if len(k) != 8 || binary.BigEndian.Uint64(k) >= next || binary.BigEndian.Uint64(k)/segment != binary.BigEndian.Uint64(name[4:]) {
+			if len(k) != 8 || binary.BigEndian.Uint64(k) >= next ||
+				binary.BigEndian.Uint64(k)/segment != binary.BigEndian.Uint64(name[4:]) {
 				return fmt.Errorf("%w: one of the %s of event %x is in %x", ErrCorrupt, bucket, k, name)
 			}
 			return check(binary.BigEndian.Uint32(name), k, v)
@@ -113,7 +119,7 @@ func checkSpent(tx *bolt.Tx, bucket []byte, next uint64, check func(hour uint32,
 
 // checkReceipts holds the receipts and the index of their ids against each other.
 func checkReceipts(tx *bolt.Tx) error {
-	receipts, ids := tx.Bucket(bucketReceipts), tx.Bucket(bucketIDs)
+	receipts, ids := root(tx, bucketReceipts), root(tx, bucketIDs)
 	err := receipts.ForEach(func(k, v []byte) error {
 		r, err := decodeReceipt(v)
 		if err == nil && (!bytes.Equal(k, receiptKey(r.TimeMS, r.ID)) || ids.Get(r.ID[:]) == nil) {
@@ -136,7 +142,7 @@ func checkEpoch(tx *bolt.Tx, e Epoch, next uint64, progress func(done, all uint6
 	stored := reader{tx, e.Number}
 	var tree treeCheck
 	for index := e.First; index < e.First+e.Size; index++ {
-		events := tx.Bucket(bucketEvents).Bucket(u64(index / segment))
+		events := root(tx, bucketEvents).Bucket(u64(index / segment))
 		if events == nil {
 			return fmt.Errorf("%w: event %d is missing", ErrCorrupt, index)
 		}

@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"countersign/internal/ledger"
+	"countersign/internal/ledger/ledgertest"
 )
 
 // machine has a ledger and two clocks: one that can be set, and one that nobody sets.
@@ -50,7 +51,7 @@ func newMachine(t *testing.T, o ledger.Options) *machine {
 
 func (m *machine) open(t *testing.T) *ledger.Ledger {
 	t.Helper()
-	l, err := ledger.Open(m.path, m.options)
+	l, err := ledgertest.Open(t, m.path, m.options)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -118,7 +119,7 @@ func TestStepBack(t *testing.T) {
 		if _, err := l.Append(t.Context(), note("clock refused")); err != nil {
 			t.Error(err)
 		}
-		if s, err := l.Stats(t.Context()); err != nil || s.BehindClock != -121 || s.Nonces != 2 {
+		if s, err := l.Stats(); err != nil || s.BehindClock != -121 || s.Nonces != 2 {
 			t.Errorf("%+v, %v", s, err)
 		}
 		wantTime(t, l, mark)
@@ -172,7 +173,7 @@ func TestSuspend(t *testing.T) {
 	mustAdmit(t, l, m.admission(2, time.Hour), ledger.Fresh)
 	m.pass(24 * time.Hour)
 	wantTime(t, l, begin.Add(27*time.Hour))
-	if s, err := l.Stats(t.Context()); err != nil || s.BehindClock != int64((3*24-3)*3600) || s.Nonces != 1 {
+	if s, err := l.Stats(); err != nil || s.BehindClock != int64((3*24-3)*3600) || s.Nonces != 1 {
 		t.Errorf("%+v, %v", s, err)
 	}
 	m.pass(23*24*time.Hour - time.Hour)
@@ -205,7 +206,7 @@ func TestDownForDays(t *testing.T) {
 	}
 	for range 2 {
 		wantTime(t, l, m.wall)
-		if s, err := l.Stats(t.Context()); err != nil || s.Nonces != 1 {
+		if s, err := l.Stats(); err != nil || s.Nonces != 1 {
 			t.Errorf("%+v, %v", s, err)
 		}
 		refused(t, l, a, ledger.ErrClock)

@@ -52,7 +52,8 @@ func furnish(t *testing.T, l *ledger.Ledger) {
 	t.Helper()
 	for n := range byte(20) {
 		a := admission("k", n, n, 1)
-		a.Counts, a.Rise = []ledger.Count{{Series: "n", Add: big.NewInt(1)}}, &ledger.Rise{Series: "r", To: uint64(n) + 1}
+		a.Counts = []ledger.Count{{Series: "n", Add: big.NewInt(1)}}
+		a.Monotonic = &ledger.Monotonic{Series: "r", Value: uint64(n) + 1}
 		a.Decide = upTo(100)
 		got := mustAdmit(t, l, a, ledger.Fresh)
 		if err := l.Settle(t.Context(), got, []byte{n}, note("signed"), &ledger.Receipt{ID: ledger.ReceiptID{n + 1}, TimeMS: int64(n)}); err != nil {
@@ -164,7 +165,7 @@ func TestCompactBesideOthers(t *testing.T) {
 				if err := l.Hashes(1, func(r audit.Reader) error { _, err := audit.Prove(5001, 77, r); return err }); err != nil {
 					t.Error(err)
 				}
-				if _, err := l.Stats(t.Context()); err != nil {
+				if _, err := l.Stats(); err != nil {
 					t.Error(err)
 				}
 			}
@@ -177,7 +178,7 @@ func TestCompactBesideOthers(t *testing.T) {
 	}
 	over.Store(true)
 	wg.Wait()
-	if s, err := l.Stats(t.Context()); err != nil || s.Nonces != 20+int(admitted.Load()) {
+	if s, err := l.Stats(); err != nil || s.Nonces != 20+int(admitted.Load()) {
 		t.Errorf("%d nonces, want %d; %v", s.Nonces, 20+admitted.Load(), err)
 	}
 	l.Close()

@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"countersign/internal/ledger"
+	"countersign/internal/ledger/ledgertest"
 )
 
 var errSpent = errors.New("over budget")
@@ -112,7 +113,7 @@ func TestWhatIsNotKeptIsNotCounted(t *testing.T) {
 		if err := ledger.Create(path, o); err != nil {
 			t.Fatal(err)
 		}
-		l, err := ledger.Open(path, o)
+		l, err := ledgertest.Open(t, path, o)
 		if err != nil {
 			t.Fatal(err)
 		}

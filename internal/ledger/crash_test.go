@@ -18,6 +18,7 @@ import (
 	"countersign/audit"
 	"countersign/internal/ledger"
 	"countersign/internal/ledger/disktest"
+	"countersign/internal/ledger/ledgertest"
 )
 
 func TestMain(m *testing.M) {
@@ -84,7 +85,7 @@ func tell(t *testing.T, without string) *story {
 	path := filepath.Join(s.disk.Dir(), "ledger.db")
 	s.must(ledger.Create(path, s.o))
 	s.know("the ledger", func(*ledger.Ledger) error { return nil })
-	s.l, err = ledger.Open(path, s.o)
+	s.l, err = ledgertest.Open(t, path, s.o)
 	s.must(err)
 	defer func() { s.l.Close() }()
 	for round := range 4 {
@@ -113,7 +114,7 @@ func tell(t *testing.T, without string) *story {
 				s.failedSync()
 			}
 			s.l.Close()
-			s.l, err = ledger.Open(path, s.o)
+			s.l, err = ledgertest.Open(t, path, s.o)
 			s.must(err)
 		}
 		if round == 2 {
@@ -354,7 +355,7 @@ func (s *story) judge(dir string, at int) error {
 	} else if err != nil {
 		return err
 	}
-	l, err := ledger.Open(path, s.o)
+	l, err := ledger.Open(path, s.o) // without a replica: it is read only, thousands of times
 	if err != nil {
 		return err
 	}

@@ -10,43 +10,48 @@ import (
 	bolt "go.etcd.io/bbolt"
 )
 
-// ErrNotRisen is the refusal of an admission whose Rise is not higher than the last.
-var ErrNotRisen = errors.New("the number is not higher than the last")
+// ErrNotHigher is the refusal of an admission whose Monotonic is not higher than the last number of
+// its series.
+var ErrNotHigher = errors.New("the number is not higher than the last")
 
-// rise holds a number against its series and writes it down.
-func (t *txn) rise(r *Rise) error {
-	if r == nil {
+// mayIncrease holds a number against the last one of its series. It changes nothing.
+func (t *txn) mayIncrease(m *Monotonic) error {
+	if m == nil {
 		return nil
 	}
-	b, series := t.tx.Bucket(bucketRisen), seriesOf(r.Series)
-	if v := b.Get(series); v != nil && r.To <= binary.BigEndian.Uint64(v) {
-		return fmt.Errorf("%w: %d is not above %d, which was signed before", ErrNotRisen, r.To, binary.BigEndian.Uint64(v))
+	last := lastOf(t.tx, m.Series)
+	if last != nil && m.Value <= binary.BigEndian.Uint64(last) {
+		return fmt.Errorf("%w: %d is not above %d, which was signed before", ErrNotHigher, m.Value, binary.BigEndian.Uint64(last))
 	}
-	return b.Put(series, u64(r.To))
+	return nil
 }
 
-// Risen returns the last number of a series, or 0.
-func (l *Ledger) Risen(series string) (to uint64, err error) {
+// lastOf returns the last number of a series in its bytes, or nil.
+func lastOf(tx *bolt.Tx, series string) []byte {
+	return root(tx, bucketMonotonic).Get(seriesOf(series))
+}
+
+// LastNumber returns the last number of a series, or 0.
+func (l *Ledger) LastNumber(series string) (last uint64, err error) {
 	err = l.view(func(tx *bolt.Tx) error {
-		if v := tx.Bucket(bucketRisen).Get(seriesOf(series)); len(v) == 8 {
-			to = binary.BigEndian.Uint64(v)
+		if v := lastOf(tx, series); len(v) == 8 {
+			last = binary.BigEndian.Uint64(v)
 		}
 		return nil
 	})
-	return to, err
+	return last, err
 }
 
-// Decision is what Decide was given and said, in the bytes of the caller, with the number of the event.
+// Decision is the record that Decide has returned, in the bytes of the caller, with the number of the
+// event.
 type Decision struct {
 	Event  uint64
-	TimeMS int64 // by the ledger's time
+	TimeMS int64 // Unix milliseconds of the ledger's time
 	Record []byte
 }
 
 func (t *txn) putDecision(event uint64, record []byte) error {
-	b := t.tx.Bucket(bucketDecisions)
-	b.FillPercent = 0.95 // the keys only rise
-	return b.Put(u64(event), append(u64(uint64(t.now.UnixMilli())), record...))
+	return t.bucket(bucketDecisions).put(u64(event), append(u64(uint64(t.now.UnixMilli())), record...))
 }
 
 func decodeDecision(k, v []byte) (Decision, error) {
@@ -56,10 +61,10 @@ func decodeDecision(k, v []byte) (Decision, error) {
 	return Decision{binary.BigEndian.Uint64(k), int64(binary.BigEndian.Uint64(v)), bytes.Clone(v[8:])}, nil
 }
 
-// Decision returns the one of an event, or ErrNotFound.
+// Decision returns the decision of an event, or ErrNotFound.
 func (l *Ledger) Decision(event uint64) (d Decision, err error) {
 	err = l.view(func(tx *bolt.Tx) error {
-		v := tx.Bucket(bucketDecisions).Get(u64(event))
+		v := root(tx, bucketDecisions).Get(u64(event))
 		if v == nil {
 			return fmt.Errorf("decision of event %d: %w", event, ErrNotFound)
 		}
@@ -69,10 +74,11 @@ func (l *Ledger) Decision(event uint64) (d Decision, err error) {
 	return d, err
 }
 
-// Decisions calls visit for each decision from an event and a time (Unix milliseconds) on, in their order, until it returns false.
+// Decisions calls visit for each decision from an event and a time (Unix milliseconds) on, in their
+// order, until visit returns false.
 func (l *Ledger) Decisions(from uint64, sinceMS int64, visit func(Decision) bool) error {
 	return l.view(func(tx *bolt.Tx) error {
-		c := tx.Bucket(bucketDecisions).Cursor()
+		c := root(tx, bucketDecisions).Cursor()
 		if k, _ := c.First(); k != nil {
 			first := binary.BigEndian.Uint64(k)
 			k, _ = c.Last()
@@ -95,15 +101,15 @@ func (l *Ledger) Decisions(from uint64, sinceMS int64, visit func(Decision) bool
 	})
 }
 
-// removeDecisions takes the oldest away, as far as they are from before a time.
+// removeDecisions removes the oldest decisions, as far as they are from before a time.
 func (t *txn) removeDecisions(before int64) (removed int, err error) {
-	b := t.tx.Bucket(bucketDecisions)
+	b := t.bucket(bucketDecisions)
 	for ; removed < stepsAtOnce; removed++ {
-		k, v := b.Cursor().First()
+		k, v := b.cursor().First()
 		if k == nil || len(v) >= 8 && int64(binary.BigEndian.Uint64(v)) >= before {
 			break
 		}
-		if err := b.Delete(bytes.Clone(k)); err != nil {
+		if err := b.delete(bytes.Clone(k)); err != nil {
 			return removed, err
 		}
 	}

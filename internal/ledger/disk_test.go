@@ -9,6 +9,7 @@ import (
 	"runtime"
 	"slices"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"syscall"
 	"testing"
@@ -405,54 +406,140 @@ func TestFullFileSystem(t *testing.T) {
 	checkFile(t, path)
 }
 
-// TestOnCommit: what waits for a change to be on disk is called then, before anything that comes after is decided, and never where nothing
-// was written.
-func TestOnCommit(t *testing.T) {
+// TestFollow holds memory against the disk: a follower sees each record once it is on disk, before
+// anything that comes later is decided, and never a record that was not written.
+func TestFollow(t *testing.T) {
 	disk := disktest.New(t)
-	l, _ := createOn(t, disk)
+	l, path := createOn(t, disk)
 	defer l.Close()
-	called := 0
-	update := func(err error) error {
+	put := func(key string, err error) error {
 		return l.Update(t.Context(), func(tx *ledger.Tx) error {
-			before := called
-			tx.OnCommit(func() {
-				if l.Commits() == 0 || called != before {
-					t.Error("called twice")
-				}
-				called++
-			})
-			return errors.Join(err, tx.Put(ledger.Meta, "what", []byte{byte(called)}))
+			return errors.Join(err, tx.Put(ledger.Meta, key, []byte("v")), tx.Put(ledger.Peers, key, []byte{}))
 		})
 	}
-	if err := update(errSpent); !errors.Is(err, errSpent) || called != 0 {
-		t.Errorf("%v, called %d times", err, called)
+	if err := put("before", nil); err != nil {
+		t.Fatal(err)
+	}
+	var mu sync.Mutex
+	var seen []string
+	take := func(table string) ledger.Record {
+		return func(key string, value []byte) error {
+			if mu.TryLock() {
+				t.Error("the lock is not held")
+			}
+			seen = append(seen, fmt.Sprintf("%s %s %v", table, key, value))
+			return nil
+		}
+	}
+	follow := func(l *ledger.Ledger) {
+		t.Helper()
+		err := l.Follow(t.Context(), &mu, ledger.Followed{Table: ledger.Peers, Take: take("peers")},
+			ledger.Followed{Table: ledger.Meta, Take: take("meta")})
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	follow(l)
+	want := func(what string, all ...string) {
+		t.Helper()
+		mu.Lock()
+		defer mu.Unlock()
+		if !slices.Equal(seen, all) {
+			t.Errorf("%s: it has seen %q, want %q", what, seen, all)
+		}
+		seen = nil
+	}
+	want("the start", "peers before []", "meta before [118]")
+	if err := put("refused", errSpent); !errors.Is(err, errSpent) {
+		t.Error(err)
 	}
 	disk.Fail(failing(syscall.EIO, func(op disktest.Op) bool { return op.Kind == disktest.Write }))
-	if err := update(nil); !errors.Is(err, ledger.ErrDisk) || called != 0 {
-		t.Errorf("%v, called %d times", err, called)
+	if err := put("lost", nil); !errors.Is(err, ledger.ErrDisk) {
+		t.Error(err)
 	}
 	disk.Fail(nil)
+	want("what was not written")
 	release := l.Occupy()
 	done := make(chan error, 2)
-	go func() { done <- update(nil) }()
+	go func() { done <- put("first", nil) }()
 	for l.Waiting() < 1 {
 		runtime.Gosched()
 	}
 	go func() {
-		done <- l.Update(t.Context(), func(*ledger.Tx) error {
-			if called != 1 {
-				t.Error("the next one is decided before")
-			}
-			return nil
+		done <- l.Update(t.Context(), func(tx *ledger.Tx) error {
+			want("the decision after it", "meta first [118]", "peers first []")
+			return tx.Delete(ledger.Meta, "first")
 		})
 	}()
 	for l.Waiting() < 2 {
 		runtime.Gosched()
 	}
 	release()
-	if err := errors.Join(<-done, <-done); err != nil || called != 1 {
-		t.Errorf("%v, called %d times", err, called)
+	if err := errors.Join(<-done, <-done); err != nil {
+		t.Error(err)
 	}
+	if seen[0] != "meta first []" || len(seen) != 1 {
+		t.Errorf("after the deletion it has seen %q", seen)
+	}
+	seen = nil
+	l.Close()
+	again := open(t, path)
+	follow(again)
+	want("a new start", "peers before []", "peers first []", "meta before [118]")
+}
+
+// TestFollowFails: memory that can't take a record is an error at the start, and the end of a ledger
+// that runs, since memory would say something else than the disk.
+func TestFollowFails(t *testing.T) {
+	l, path := create(t)
+	put := func() error {
+		return l.Update(t.Context(), func(tx *ledger.Tx) error { return tx.Put(ledger.Keys, "k", []byte("v")) })
+	}
+	broken := ledger.Followed{Table: ledger.Keys, Take: func(string, []byte) error { return errSpent }}
+	if err := l.Follow(t.Context(), new(sync.Mutex), broken); err != nil {
+		t.Fatal(err)
+	}
+	if err := put(); !errors.Is(err, ledger.ErrUnknownState) || !errors.Is(err, errSpent) {
+		t.Error(err)
+	}
+	<-l.Failed()
+	l.Close()
+	l = open(t, path)
+	if err := l.Follow(t.Context(), new(sync.Mutex), broken); !errors.Is(err, errSpent) {
+		t.Errorf("at the start: %v", err)
+	}
+	if err := put(); err != nil {
+		t.Errorf("a follower that was refused at the start follows all the same: %v", err)
+	}
+}
+
+// TestOwnRecords: no Update can write the ledger's own records, or a bucket that is no table.
+func TestOwnRecords(t *testing.T) {
+	l, path := create(t)
+	for _, at := range []struct {
+		table ledger.Table
+		key   string
+	}{{ledger.Meta, "format"}, {ledger.Meta, "time"}, {"nonces", "k"}, {"epochs", "k"}, {"", "k"}, {ledger.Keys, ""}} {
+		for what, change := range map[string]func(*ledger.Tx) error{
+			"put":    func(tx *ledger.Tx) error { return tx.Put(at.table, at.key, []byte("x")) },
+			"delete": func(tx *ledger.Tx) error { return tx.Delete(at.table, at.key) },
+		} {
+			if at.key == "" && what == "delete" {
+				continue // nothing to delete
+			}
+			if err := l.Update(t.Context(), change); err == nil {
+				t.Errorf("%s of %q in %q", what, at.key, at.table)
+			}
+		}
+	}
+	if v, err := l.Get(ledger.Meta, "format"); v != nil || err != nil {
+		t.Errorf("the format is shown: %x, %v", v, err)
+	}
+	if err := l.All(ledger.Meta, func(key string, _ []byte) error { return errors.New(key) }); err != nil {
+		t.Errorf("a record of its own is listed: %v", err)
+	}
+	l.Close()
+	open(t, path)
 }
 
 // TestSuspended: what has come to the ledger before it was suspended, and is decided afterwards, is not admitted, nor is it a repetition.
@@ -478,15 +565,16 @@ func TestSuspended(t *testing.T) {
 	mustAdmit(t, l, admission("k", 2, 1, 1), ledger.Fresh)
 }
 
-func TestRisen(t *testing.T) {
+func TestLastNumber(t *testing.T) {
 	l, _ := create(t)
 	for _, to := range []uint64{0, 7, 9} {
 		if to > 0 {
 			a := admission("k", byte(to), 1, 1)
-			a.Rise, a.Decide = &ledger.Rise{Series: "s", To: to}, func([]ledger.Used) ([]byte, error) { return nil, nil }
+			a.Monotonic = &ledger.Monotonic{Series: "s", Value: to}
+			a.Decide = func([]ledger.Used) ([]byte, error) { return nil, nil }
 			mustAdmit(t, l, a, ledger.Fresh)
 		}
-		if got, err := l.Risen("s"); got != to || err != nil {
+		if got, err := l.LastNumber("s"); got != to || err != nil {
 			t.Errorf("%d, %v; want %d", got, err, to)
 		}
 	}

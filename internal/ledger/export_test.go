@@ -82,6 +82,6 @@ func SmallReserve() (restore func()) {
 
 // Totals returns how many totals all series have.
 func (l *Ledger) Totals() (n int) {
-	l.db.View(func(tx *bolt.Tx) error { n = tx.Bucket(bucketCounters).Stats().KeyN; return nil })
+	l.db.View(func(tx *bolt.Tx) error { n = root(tx, bucketCounters).Stats().KeyN; return nil })
 	return n
 }

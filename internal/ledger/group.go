@@ -5,43 +5,48 @@ import (
 	"sync"
 )
 
-// Group makes the first request of each of its members one, so that they share a commit: those of a batch. A member that ends
-// without a request must leave, or the others would wait for it until their contexts end. Their contexts end together.
+// Group makes one request of the admissions of its members, so that the items of a batch share a
+// commit. The group is handed to the writer when each member has admitted something or has left.
+// The contexts of all members end together.
 type Group struct {
 	l *Ledger
 
 	mu       sync.Mutex
-	expected int // that have neither come nor left
+	expected int // members that have neither come nor left
 	requests []*request
 }
 
-// Group makes one of n members; n is at most maxBatch.
+// Group returns a group of n members; n is at most 512.
 func (l *Ledger) Group(n int) *Group { return &Group{l: l, expected: n} }
 
-type membership struct {
+// Member is a place in a Group, for one Admit. A nil Member admits alone.
+type Member struct {
 	group *Group
-	used  sync.Once
+	once  sync.Once
 }
 
-type groupKey struct{}
+// Member returns one of the places. It must be called once for each of the n members.
+func (g *Group) Member() *Member { return &Member{group: g} }
 
-// Join makes ctx a member's. leave must be called when the member has ended, whatever it did.
-func (g *Group) Join(ctx context.Context) (member context.Context, leave func()) {
-	m := &membership{group: g}
-	return context.WithValue(ctx, groupKey{}, m), func() { m.used.Do(func() { g.come(ctx, nil) }) }
+// Leave ends a membership, whether the member has admitted something or not. A member that does not
+// leave keeps the others waiting until their contexts end.
+func (m *Member) Leave(ctx context.Context) {
+	if m != nil {
+		m.once.Do(func() { m.group.come(ctx, nil) })
+	}
 }
 
-// joined hands a request to the group of ctx, if it is the member's first one.
-func joined(ctx context.Context, r *request) (is bool) {
-	m, _ := ctx.Value(groupKey{}).(*membership)
-	if m == nil || r.alone || r.done == nil {
+// join hands a request to the group, if the member has not handed one in before.
+func (m *Member) join(ctx context.Context, r *request) (joined bool) {
+	if m == nil {
 		return false
 	}
-	m.used.Do(func() { is = true; m.group.come(ctx, r) })
-	return is
+	m.once.Do(func() { joined = true; m.group.come(ctx, r) })
+	return joined
 }
 
-// come notes that a member has come with a request, or has left. The last one hands all of them to the writer.
+// come notes that a member has come with a request, or has left (nil). The last member hands all
+// requests to the writer.
 func (g *Group) come(ctx context.Context, r *request) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
@@ -56,7 +61,7 @@ func (g *Group) come(ctx context.Context, r *request) {
 	whole := &request{done: done, apply: func(t *txn) error {
 		for _, r := range all {
 			if err := r.apply(t); err != nil {
-				return err // nothing that shares a transaction may fail but for damage
+				return err // a request that shares a transaction fails only by damage
 			}
 		}
 		return nil
@@ -65,7 +70,7 @@ func (g *Group) come(ctx context.Context, r *request) {
 		select {
 		case g.l.requests <- whole:
 		case <-ctx.Done():
-			return // the members see that by themselves
+			return // each member sees the end of its context by itself
 		case <-g.l.done:
 			return
 		}

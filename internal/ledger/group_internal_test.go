@@ -30,13 +30,14 @@ func TestGroupThatNobodyWaitsFor(t *testing.T) {
 		}
 		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
 		defer cancel()
-		member, leave := l.Group(1).Join(ctx)
+		member := l.Group(1).Member()
 		scope, nonce := KeyScope("payments"), [32]byte{1}
-		_, err = l.Admit(member, Admission{Scope: scope, Nonce: nonce, ExpiresAt: time.Now().Unix() + 60}, func(Verdict) []byte { return []byte("{}") })
+		a := Admission{Scope: scope, Nonce: nonce, ExpiresAt: time.Now().Unix() + 60, Member: member}
+		_, err = l.Admit(ctx, a, func(Verdict) []byte { return []byte("{}") })
 		if !errors.Is(err, context.DeadlineExceeded) {
 			t.Error(err)
 		}
-		leave()
+		member.Leave(ctx)
 		synctest.Wait()
 		close(hang)
 		if _, err := l.Spent(t.Context(), scope, nonce); !errors.Is(err, ErrNotFound) {

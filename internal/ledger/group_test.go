@@ -14,9 +14,9 @@ import (
 // member joins a group and admits; its outcome comes on the channel.
 func member(ctx context.Context, l *ledger.Ledger, g *ledger.Group, a ledger.Admission) <-chan error {
 	done := make(chan error, 1)
-	ctx, leave := g.Join(ctx)
+	a.Member = g.Member()
 	go func() {
-		defer leave()
+		defer a.Member.Leave(ctx)
 		got, err := l.Admit(ctx, a, event)
 		if err == nil && got.Verdict != ledger.Fresh {
 			err = errors.New("not fresh")
@@ -39,15 +39,15 @@ func TestGroupIsOneCommit(t *testing.T) {
 	first.Add(n)
 	for i := range n {
 		all.Go(func() {
-			ctx, leave := g.Join(t.Context())
-			defer leave()
 			a := admission("k", byte(i), 1, 1)
 			if i == 7 {
 				a = admission("k", 200, 2, 1)
 			} else if i == 8 {
 				a = admission("k", 9, 1, 1)
 			}
-			got, err := l.Admit(ctx, a, event)
+			a.Member = g.Member()
+			defer a.Member.Leave(t.Context())
+			got, err := l.Admit(t.Context(), a, event)
 			if err != nil {
 				t.Error(err)
 			}
@@ -67,21 +67,17 @@ func TestGroupIsOneCommit(t *testing.T) {
 	if seen[ledger.Fresh] != n-2 || seen[ledger.Repeated] != 1 || seen[ledger.Replay] != 1 {
 		t.Errorf("%v", seen)
 	}
-	ctx, leave := l.Group(2).Join(t.Context())
-	defer leave()
-	alone, done := context.WithCancel(ctx)
+	member := l.Group(2).Member()
+	alone, done := context.WithCancel(t.Context())
 	done()
-	if _, err := l.Admit(alone, admission("k", 201, 1, 1), event); !errors.Is(err, context.Canceled) {
-		t.Errorf("its first waits for the other member: %v", err)
+	a := admission("k", 201, 1, 1)
+	a.Member = member
+	if _, err := l.Admit(alone, a, event); !errors.Is(err, context.Canceled) {
+		t.Errorf("the first admission waits for the other member: %v", err)
 	}
-	mustAdmitIn(t, ctx, l, admission("k", 202, 1, 1)) // its second does not
-}
-
-func mustAdmitIn(t *testing.T, ctx context.Context, l *ledger.Ledger, a ledger.Admission) {
-	t.Helper()
-	if got, err := l.Admit(ctx, a, event); err != nil || got.Verdict != ledger.Fresh {
-		t.Errorf("verdict %d, %v", got.Verdict, err)
-	}
+	a = admission("k", 202, 1, 1)
+	a.Member = member
+	mustAdmit(t, l, a, ledger.Fresh) // the second does not
 }
 
 // TestGroupMembersThatLeave: whoever ends without a request keeps nobody waiting, in whatever order they end.
@@ -89,22 +85,20 @@ func TestGroupMembersThatLeave(t *testing.T) {
 	l, _ := create(t)
 	for _, order := range []string{"first", "last", "only"} {
 		g := l.Group(3)
-		_, leave := g.Join(t.Context())
-		_, leaveToo := g.Join(t.Context())
+		one, two := g.Member(), g.Member()
 		if order != "last" {
-			leave()
-			leave() // a second time it does nothing
-			leaveToo()
+			one.Leave(t.Context())
+			one.Leave(t.Context()) // a second time does nothing
+			two.Leave(t.Context())
 		}
 		if order == "only" {
-			_, last := g.Join(t.Context())
-			last()
+			g.Member().Leave(t.Context())
 			continue
 		}
 		done := member(t.Context(), l, g, admission(ledger.Scope(order), 1, 1, 1))
 		if order == "last" {
-			leave()
-			leaveToo()
+			one.Leave(t.Context())
+			two.Leave(t.Context())
 		}
 		if err := <-done; err != nil {
 			t.Errorf("%s: %v", order, err)
@@ -166,7 +160,7 @@ func TestGroupOnABrokenDisk(t *testing.T) {
 		}
 	}
 	gathering := l.Group(2)
-	_, leave := gathering.Join(t.Context())
+	other := gathering.Member()
 	halfway := member(t.Context(), l, gathering, admission("k", 4, 1, 1))
 	syncs := 0
 	disk.Fail(failing(syscall.EIO, func(op disktest.Op) bool {
@@ -178,7 +172,7 @@ func TestGroupOnABrokenDisk(t *testing.T) {
 	fails(ledger.ErrUnknownState)
 	disk.Fail(nil)
 	fails(ledger.ErrUnknownState)
-	leave()
+	other.Leave(t.Context())
 	if err := <-halfway; !errors.Is(err, ledger.ErrUnknownState) {
 		t.Errorf("admitted by a ledger whose state is unknown: %v", err)
 	}

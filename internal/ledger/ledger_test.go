@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"countersign/internal/ledger"
+	"countersign/internal/ledger/ledgertest"
 
 	bolt "go.etcd.io/bbolt"
 )
@@ -31,7 +32,7 @@ func create(t *testing.T) (*ledger.Ledger, string) {
 
 func open(t *testing.T, path string) *ledger.Ledger {
 	t.Helper()
-	l, err := ledger.Open(path, ledger.Options{})
+	l, err := ledgertest.Open(t, path, ledger.Options{})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -327,12 +328,12 @@ func TestCreateAndOpenRefuse(t *testing.T) {
 	if err := ledger.Create(path, ledger.Options{}); !errors.Is(err, ledger.ErrExists) {
 		t.Errorf("create over a ledger: %v", err)
 	}
-	if _, err := ledger.Open(path, ledger.Options{}); !errors.Is(err, ledger.ErrInUse) {
+	if _, err := ledgertest.Open(t, path, ledger.Options{}); !errors.Is(err, ledger.ErrInUse) {
 		t.Errorf("second open: %v", err)
 	}
 	l.Close()
 	dir := t.TempDir()
-	if _, err := ledger.Open(filepath.Join(dir, "none"), ledger.Options{}); !errors.Is(err, ledger.ErrMissing) {
+	if _, err := ledgertest.Open(t, filepath.Join(dir, "none"), ledger.Options{}); !errors.Is(err, ledger.ErrMissing) {
 		t.Errorf("no file: %v", err)
 	}
 	if _, err := os.Stat(filepath.Join(dir, "none")); err == nil {
@@ -357,7 +358,7 @@ func TestCreateAndOpenRefuse(t *testing.T) {
 		if err := os.WriteFile(p, content, 0o600); err != nil {
 			t.Fatal(err)
 		}
-		if l, err := ledger.Open(p, ledger.Options{}); !errors.Is(err, ledger.ErrCorrupt) {
+		if l, err := ledgertest.Open(t, p, ledger.Options{}); !errors.Is(err, ledger.ErrCorrupt) {
 			t.Errorf("%s: %v, want %v", name, err, ledger.ErrCorrupt)
 			if err == nil {
 				l.Close()
@@ -374,7 +375,7 @@ func TestCreateAndOpenRefuse(t *testing.T) {
 	}
 	db.Update(func(tx *bolt.Tx) error { return tx.Bucket([]byte("meta")).Put([]byte("format"), []byte{0, 0, 0, 99}) })
 	db.Close()
-	if _, err := ledger.Open(newer, ledger.Options{}); !errors.Is(err, ledger.ErrFormat) {
+	if _, err := ledgertest.Open(t, newer, ledger.Options{}); !errors.Is(err, ledger.ErrFormat) {
 		t.Errorf("newer format: %v", err)
 	}
 	// What a crash of an earlier Create left behind is in nobody's way.

@@ -71,7 +71,7 @@ func chunkKey(epoch uint32, n uint64) []byte {
 }
 
 func getEpoch(tx *bolt.Tx, n uint32) (e Epoch, err error) {
-	b := tx.Bucket(bucketEpochs).Get(epochKey(n))
+	b := root(tx, bucketEpochs).Get(epochKey(n))
 	if b == nil {
 		return e, fmt.Errorf("epoch %d: %w", n, ErrNotFound)
 	}
@@ -82,17 +82,17 @@ func getEpoch(tx *bolt.Tx, n uint32) (e Epoch, err error) {
 	return e, nil
 }
 
-func putEpoch(tx *bolt.Tx, e Epoch) error {
+func (t *txn) putEpoch(e Epoch) error {
 	b, err := json.Marshal(e)
 	if err != nil {
 		return err
 	}
-	return tx.Bucket(bucketEpochs).Put(epochKey(e.Number), b)
+	return t.bucket(bucketEpochs).put(epochKey(e.Number), b)
 }
 
 // beginEpoch begins the first epoch, or the one after the present one. Its first event names where that ended.
 func (t *txn) beginEpoch(n uint32, who audit.Actor, metadata map[string]string) error {
-	if err := putEpoch(t.tx, Epoch{Number: n, First: t.log.next, Begun: t.now.UnixMilli()}); err != nil {
+	if err := t.putEpoch(Epoch{Number: n, First: t.log.next, Begun: t.now.UnixMilli()}); err != nil {
 		return err
 	}
 	t.log = logState{next: t.log.next, epoch: n, first: t.log.next}
@@ -119,7 +119,7 @@ func (l *Ledger) EndEpoch(ctx context.Context, who audit.Actor) (uint32, error) 
 			return err
 		}
 		e.Ended, e.Size, e.Root = t.now.UnixMilli(), t.log.tree.Size, root[:]
-		if err := putEpoch(t.tx, e); err != nil {
+		if err := t.putEpoch(e); err != nil {
 			return err
 		}
 		next = e.Number + 1
@@ -135,7 +135,7 @@ func (l *Ledger) EndEpoch(ctx context.Context, who audit.Actor) (uint32, error) 
 
 // loadLog finds where the log ends, and holds the last segment of it against its hashes, and the tree against the newest checkpoint.
 func loadLog(tx *bolt.Tx) (s logState, err error) {
-	last, _ := tx.Bucket(bucketEpochs).Cursor().Last()
+	last, _ := root(tx, bucketEpochs).Cursor().Last()
 	if len(last) != 4 {
 		return s, fmt.Errorf("%w: it has no epoch", ErrCorrupt)
 	}
@@ -145,11 +145,11 @@ func loadLog(tx *bolt.Tx) (s logState, err error) {
 		return s, err
 	}
 	s.first = e.First
-	name, _ := tx.Bucket(bucketEvents).Cursor().Last()
+	name, _ := root(tx, bucketEvents).Cursor().Last()
 	if len(name) != 8 {
 		return s, fmt.Errorf("%w: it has no events", ErrCorrupt)
 	}
-	events := tx.Bucket(bucketEvents).Bucket(name)
+	events := root(tx, bucketEvents).Bucket(name)
 	newest, _ := events.Cursor().Last()
 	if len(newest) != 8 || binary.BigEndian.Uint64(newest)/segment != binary.BigEndian.Uint64(name) || binary.BigEndian.Uint64(newest) < s.first {
 		return s, fmt.Errorf("%w: the last event found is %x in segment %x", ErrCorrupt, newest, name)
@@ -160,7 +160,7 @@ func loadLog(tx *bolt.Tx) (s logState, err error) {
 		return s, err
 	}
 	s.chunks = audit.StoredHashes(s.tree.Size) / chunkHashes
-	s.chunk = bytes.Clone(tx.Bucket(bucketHashes).Get(chunkKey(s.epoch, s.chunks)))
+	s.chunk = bytes.Clone(root(tx, bucketHashes).Get(chunkKey(s.epoch, s.chunks)))
 	if n := audit.StoredHashes(s.tree.Size) % chunkHashes; uint64(len(s.chunk)) != n*uint64(len(audit.Hash{})) {
 		return s, fmt.Errorf("%w: the hashes of %d events are followed by others", ErrCorrupt, s.tree.Size)
 	}
@@ -214,7 +214,7 @@ type reader struct {
 }
 
 func (r reader) ReadHashes(indexes []int64) ([]audit.Hash, error) {
-	b := r.tx.Bucket(bucketHashes)
+	b := root(r.tx, bucketHashes)
 	hashes := make([]audit.Hash, len(indexes))
 	for i, index := range indexes {
 		chunk := b.Get(chunkKey(r.epoch, uint64(index)/chunkHashes))
@@ -250,7 +250,7 @@ func (l *Ledger) Head() (epoch uint32, first uint64, tree audit.Tree) {
 // Epochs lists all epochs, the dropped ones too.
 func (l *Ledger) Epochs() (all []Epoch, err error) {
 	err = l.view(func(tx *bolt.Tx) error {
-		return tx.Bucket(bucketEpochs).ForEach(func(k, _ []byte) error {
+		return root(tx, bucketEpochs).ForEach(func(k, _ []byte) error {
 			e, err := getEpoch(tx, binary.BigEndian.Uint32(k))
 			all = append(all, e)
 			return err
@@ -271,7 +271,7 @@ func (l *Ledger) EpochOf(event uint64) (e Epoch, err error) {
 		return e, fmt.Errorf("event %d: %w", event, ErrNotFound)
 	}
 	err = l.view(func(tx *bolt.Tx) error {
-		c := tx.Bucket(bucketEpochs).Cursor()
+		c := root(tx, bucketEpochs).Cursor()
 		for k, _ := c.Last(); k != nil; k, _ = c.Prev() { // most ask for new ones
 			if e, err = getEpoch(tx, binary.BigEndian.Uint32(k)); err != nil || e.First <= event {
 				return err
@@ -294,7 +294,7 @@ func (l *Ledger) SetCheckpoint(ctx context.Context, epoch uint32, size uint64, t
 		}
 		t.wrote = true
 		e.Checkpoint, e.Signed = string(text), size
-		return putEpoch(t.tx, e)
+		return t.putEpoch(e)
 	}})
 }
 
@@ -312,9 +312,9 @@ func (l *Ledger) Events(from uint64, visit func(index uint64, event []byte) bool
 		var some []numbered
 		err := l.view(func(tx *bolt.Tx) error {
 			from = max(from, firstKept(tx))
-			segments := tx.Bucket(bucketEvents).Cursor()
+			segments := root(tx, bucketEvents).Cursor()
 			for name, _ := segments.Seek(u64(from / segment)); name != nil && len(some) < eventsAtOnce; name, _ = segments.Next() {
-				c := tx.Bucket(bucketEvents).Bucket(name).Cursor()
+				c := root(tx, bucketEvents).Bucket(name).Cursor()
 				for k, v := c.Seek(u64(from)); k != nil && len(some) < eventsAtOnce; k, v = c.Next() {
 					some = append(some, numbered{binary.BigEndian.Uint64(k), bytes.Clone(v)})
 				}
@@ -338,7 +338,7 @@ func (l *Ledger) Events(from uint64, visit func(index uint64, event []byte) bool
 
 // firstKept is the number of the first event that retention has left.
 func firstKept(tx *bolt.Tx) uint64 {
-	c := tx.Bucket(bucketEpochs).Cursor()
+	c := root(tx, bucketEpochs).Cursor()
 	for k, _ := c.First(); k != nil; k, _ = c.Next() {
 		if e, err := getEpoch(tx, binary.BigEndian.Uint32(k)); err != nil || e.Dropping == 0 {
 			return e.First

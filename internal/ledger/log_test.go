@@ -10,6 +10,7 @@ import (
 
 	"countersign/audit"
 	"countersign/internal/ledger"
+	"countersign/internal/ledger/ledgertest"
 
 	bolt "go.etcd.io/bbolt"
 	"golang.org/x/mod/sumdb/tlog"
@@ -313,7 +314,7 @@ func TestDamageIsNamed(t *testing.T) {
 			if err := errors.Join(db.Update(damage.change), db.Close()); err != nil {
 				t.Fatal(err)
 			}
-			l, err := ledger.Open(m.path, m.options)
+			l, err := ledgertest.Open(t, m.path, m.options)
 			if err == nil {
 				l.Close()
 			}

@@ -9,6 +9,8 @@ import (
 	"hash/crc32"
 	"runtime"
 	"slices"
+	"sync"
+	"sync/atomic"
 	"time"
 
 	bolt "go.etcd.io/bbolt"
@@ -86,17 +88,21 @@ func (s spent) segmentName() []byte {
 	return binary.BigEndian.AppendUint64(binary.BigEndian.AppendUint32(nil, s.hour), s.event/segment)
 }
 
-// nonces has all that are alive, by the hour of their expiry.
+// nonces are the spent nonces that are alive, in memory, by the hour of their expiry. The writer owns
+// them; mu is held where hours come and go, so that living can be asked by anybody.
 type nonces struct {
 	margin  time.Duration
-	hours   []hour
 	alive   int
 	expired bool // records of expired hours may be on disk
+
+	mu    sync.Mutex
+	hours []*hour
 }
 
 type hour struct {
 	number uint32
 	spent  map[fingerprint]uint64 // the number of the admission
+	count  atomic.Int64           // the length of spent, for readers
 }
 
 // gone says that the nonces of an hour need not be known any more.
@@ -106,7 +112,12 @@ func (n *nonces) gone(hour uint32, now time.Time) bool {
 
 // expire forgets the hours that are gone.
 func (n *nonces) expire(now time.Time) {
-	n.hours = slices.DeleteFunc(n.hours, func(h hour) bool {
+	if !slices.ContainsFunc(n.hours, func(h *hour) bool { return n.gone(h.number, now) }) {
+		return
+	}
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	n.hours = slices.DeleteFunc(n.hours, func(h *hour) bool {
 		gone := n.gone(h.number, now)
 		if gone {
 			n.alive -= len(h.spent)
@@ -116,11 +127,23 @@ func (n *nonces) expire(now time.Time) {
 	})
 }
 
+// living is how many nonces are alive at a time.
+func (n *nonces) living(now time.Time) (count int) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	for _, h := range n.hours {
+		if !n.gone(h.number, now) {
+			count += int(h.count.Load())
+		}
+	}
+	return count
+}
+
 // load reads the records of all hours that are alive, several hours at once: it is what a start takes longest for.
 func (n *nonces) load(db *bolt.DB, now time.Time, next uint64) error {
 	segments := map[uint32][][]byte{} // the names, by hour
 	err := db.View(func(tx *bolt.Tx) error {
-		c := tx.Bucket(bucketNonces).Cursor()
+		c := root(tx, bucketNonces).Cursor()
 		for name, _ := c.First(); name != nil; name, _ = c.Next() {
 			if len(name) != 12 {
 				return fmt.Errorf("%w: there are nonces in %x", ErrCorrupt, name)
@@ -138,7 +161,7 @@ func (n *nonces) load(db *bolt.DB, now time.Time, next uint64) error {
 		return err
 	}
 	type result struct {
-		hour
+		*hour
 		err error
 	}
 	results := make(chan result, len(segments))
@@ -147,10 +170,10 @@ func (n *nonces) load(db *bolt.DB, now time.Time, next uint64) error {
 		go func() {
 			places <- struct{}{}
 			defer func() { <-places }()
-			r := result{hour: hour{number: number}}
+			r := result{hour: &hour{number: number}}
 			r.err = guard(func() error {
 				return db.View(func(tx *bolt.Tx) (err error) {
-					r.spent, err = loadHour(tx.Bucket(bucketNonces), number, names, next)
+					r.spent, err = loadHour(root(tx, bucketNonces), number, names, next)
 					return err
 				})
 			})
@@ -159,6 +182,7 @@ func (n *nonces) load(db *bolt.DB, now time.Time, next uint64) error {
 	}
 	for range segments {
 		r := <-results
+		r.count.Store(int64(len(r.spent)))
 		n.hours, n.alive = append(n.hours, r.hour), n.alive+len(r.spent)
 		err = errors.Join(err, r.err)
 	}
@@ -195,45 +219,54 @@ func loadHour(bucket *bolt.Bucket, number uint32, names [][]byte, next uint64) (
 	return m, nil
 }
 
-func (n *nonces) hour(number uint32) map[fingerprint]uint64 {
+func (n *nonces) hour(number uint32) *hour {
 	for _, h := range n.hours {
 		if h.number == number {
-			return h.spent
+			return h
 		}
 	}
-	m := map[fingerprint]uint64{}
-	n.hours = append(n.hours, hour{number, m})
-	return m
+	h := &hour{number: number, spent: map[fingerprint]uint64{}}
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	n.hours = append(n.hours, h)
+	return h
 }
 
-// add takes over what a transaction has spent.
-func (n *nonces) add(t *txn) {
-	for print, event := range t.fresh {
-		n.hour(t.hours[print])[print] = event
-		n.alive++
+// follow takes a record of the list of a transaction into memory.
+func (n *nonces) follow(segmentName, k, v []byte) error {
+	if len(segmentName) != 12 {
+		return fmt.Errorf("%w: there are nonces in %x", ErrCorrupt, segmentName)
 	}
+	s, err := decodeSpent(binary.BigEndian.Uint32(segmentName), k, v)
+	if err != nil {
+		return err
+	}
+	h := n.hour(s.hour)
+	h.spent[s.print] = s.event
+	h.count.Add(1)
+	n.alive++
+	return nil
 }
 
 // find looks a nonce up.
 func (t *txn) find(print fingerprint) (s spent, found bool, err error) {
-	event, found := t.fresh[print]
-	number := t.hours[print]
+	at, found := t.spent[print]
 	for i := 0; !found && i < len(t.l.nonces.hours); i++ {
-		number = t.l.nonces.hours[i].number
-		event, found = t.l.nonces.hours[i].spent[print]
+		at.hour = t.l.nonces.hours[i].number
+		at.event, found = t.l.nonces.hours[i].spent[print]
 	}
 	if !found {
 		return s, false, nil
 	}
-	s.event, s.hour = event, number
-	b := t.tx.Bucket(bucketNonces).Bucket(s.segmentName())
+	s.event, s.hour = at.event, at.hour
+	b := root(t.tx, bucketNonces).Bucket(s.segmentName())
 	if b == nil {
-		return s, false, fmt.Errorf("%w: the nonce of event %d is not there any more", ErrCorrupt, event)
+		return s, false, fmt.Errorf("%w: the nonce of event %d is not there any more", ErrCorrupt, s.event)
 	}
-	k := u64(event)
-	s, err = decodeSpent(number, k, b.Get(k))
+	k := u64(s.event)
+	s, err = decodeSpent(s.hour, k, b.Get(k))
 	if err == nil && s.print != print {
-		err = fmt.Errorf("%w: the nonce of event %d is another", ErrCorrupt, event)
+		err = fmt.Errorf("%w: the nonce of event %d is another", ErrCorrupt, at.event)
 	}
 	return s, true, err
 }
@@ -243,7 +276,7 @@ func (t *txn) mayKeep(hour uint32) error {
 	if t.l.nonces.gone(hour, t.now) {
 		return fmt.Errorf("%w: what expires then is forgotten already", ErrClock)
 	}
-	if t.l.nonces.alive+len(t.fresh) >= t.l.options.MaxNonces {
+	if t.l.nonces.alive+len(t.spent) >= t.l.options.MaxNonces {
 		return fmt.Errorf("%w: %d", ErrTooMany, t.l.options.MaxNonces)
 	}
 	return nil
@@ -251,35 +284,33 @@ func (t *txn) mayKeep(hour uint32) error {
 
 // spend writes a record down.
 func (t *txn) spend(s spent) error {
-	b, err := t.tx.Bucket(bucketNonces).CreateBucketIfNotExists(s.segmentName())
+	b, err := t.bucket(bucketNonces).inner(s.segmentName())
 	if err != nil {
 		return err
 	}
-	b.FillPercent = 0.95
-	t.fresh[s.print], t.hours[s.print] = s.event, s.hour
-	return b.Put(u64(s.event), s.encode())
+	t.spent[s.print] = spentAt{s.event, s.hour}
+	return b.put(u64(s.event), s.encode())
 }
 
 // outcome returns the signature that an admission ended with, or nil.
 func (t *txn) outcome(s spent) []byte {
-	b := t.tx.Bucket(bucketOutcomes).Bucket(s.segmentName())
+	b := root(t.tx, bucketOutcomes).Bucket(s.segmentName())
 	if b == nil {
 		return nil
 	}
 	return bytes.Clone(b.Get(u64(s.event)))
 }
 
-// settle writes it down, unless it is forgotten already.
+// settle writes an outcome down, unless its nonce is forgotten already.
 func (t *txn) settle(s spent, signature []byte) error {
 	if t.l.nonces.gone(s.hour, t.now) {
 		return nil
 	}
-	b, err := t.tx.Bucket(bucketOutcomes).CreateBucketIfNotExists(s.segmentName())
+	b, err := t.bucket(bucketOutcomes).inner(s.segmentName())
 	if err != nil {
 		return err
 	}
-	b.FillPercent = 0.95
-	return b.Put(u64(s.event), signature)
+	return b.put(u64(s.event), signature)
 }
 
 // enoughFree is how many free pages the file has to have before more are made of what has expired. bbolt writes the list of
@@ -292,17 +323,17 @@ func (t *txn) sweep() error {
 	if !t.l.nonces.expired || t.l.db.Stats().FreePageN >= enoughFree {
 		return nil
 	}
-	for _, name := range [][]byte{bucketNonces, bucketOutcomes} {
-		b := t.tx.Bucket(name)
+	for _, number := range []byte{bucketNonces, bucketOutcomes} {
+		b := t.bucket(number)
 		for records := 0; records < segment; {
-			first, _ := b.Cursor().First()
+			first, _ := b.cursor().First()
 			if first == nil || !t.l.nonces.gone(binary.BigEndian.Uint32(first), t.now) {
-				t.swept = t.swept || bytes.Equal(name, bucketNonces)
+				t.swept = t.swept || number == bucketNonces
 				break
 			}
 			first = bytes.Clone(first)
-			records += max(segment/256, b.Bucket(first).Stats().KeyN)
-			if err := b.DeleteBucket(first); err != nil {
+			records += max(segment/256, b.peek(first).Stats().KeyN)
+			if err := b.drop(first); err != nil {
 				return err
 			}
 		}

@@ -41,12 +41,10 @@ func (t *txn) putReceipt(r Receipt) error {
 	if err != nil {
 		return err
 	}
-	if err := t.tx.Bucket(bucketIDs).Put(r.ID[:], u64(uint64(max(0, r.TimeMS)))); err != nil {
+	if err := t.bucket(bucketIDs).put(r.ID[:], u64(uint64(max(0, r.TimeMS)))); err != nil {
 		return err
 	}
-	bucket := t.tx.Bucket(bucketReceipts)
-	bucket.FillPercent = 0.95
-	return bucket.Put(receiptKey(r.TimeMS, r.ID), b)
+	return t.bucket(bucketReceipts).put(receiptKey(r.TimeMS, r.ID), b)
 }
 
 func decodeReceipt(b []byte) (r Receipt, err error) {
@@ -59,11 +57,11 @@ func decodeReceipt(b []byte) (r Receipt, err error) {
 // Receipt returns a receipt by its id, or ErrNotFound.
 func (l *Ledger) Receipt(id ReceiptID) (r Receipt, err error) {
 	err = l.view(func(tx *bolt.Tx) (err error) {
-		at := tx.Bucket(bucketIDs).Get(id[:])
+		at := root(tx, bucketIDs).Get(id[:])
 		if at == nil {
 			return fmt.Errorf("receipt: %w", ErrNotFound)
 		}
-		b := tx.Bucket(bucketReceipts).Get(append(append([]byte(nil), at...), id[:]...))
+		b := root(tx, bucketReceipts).Get(append(append([]byte(nil), at...), id[:]...))
 		if b == nil {
 			return fmt.Errorf("%w: a receipt is in the index only", ErrCorrupt)
 		}
@@ -81,7 +79,7 @@ func (l *Ledger) Receipts(from, to int64, after ReceiptID, limit int) (found []R
 	}
 	err = l.view(func(tx *bolt.Tx) error {
 		start := receiptKey(from, after)
-		c := tx.Bucket(bucketReceipts).Cursor()
+		c := root(tx, bucketReceipts).Cursor()
 		for k, v := c.Seek(start); k != nil && len(found) < limit; k, v = c.Next() {
 			if int64(binary.BigEndian.Uint64(k)) >= to {
 				break

@@ -9,10 +9,12 @@ import (
 	bolt "go.etcd.io/bbolt"
 )
 
-// stepsAtOnce bounds the records that one transaction of retention removes, and with it how long others wait for it.
+// stepsAtOnce bounds the records that one transaction of retention removes, and with it how long
+// other requests wait for that transaction.
 const stepsAtOnce = 2048
 
-// fewFree is how many free pages there may be before retention waits until they have been used again: see enoughFree.
+// fewFree is how many free pages the file may have before retention waits until pages have been used
+// again: see enoughFree.
 const fewFree = 8192
 
 // Hold keeps an epoch from being dropped; an empty reason releases it. Event says so in the log.
@@ -26,7 +28,7 @@ func (l *Ledger) Hold(ctx context.Context, epoch uint32, reason string, event Ev
 			return fmt.Errorf("epoch %d: %w", epoch, ErrDropped)
 		}
 		e.Hold = reason
-		if err := putEpoch(t.tx, e); err != nil {
+		if err := t.putEpoch(e); err != nil {
 			return err
 		}
 		_, err = t.append(event)
@@ -34,8 +36,9 @@ func (l *Ledger) Hold(ctx context.Context, epoch uint32, reason string, event Ev
 	}})
 }
 
-// Drop makes an epoch gone for all readers, in the transaction of the event that says so. Its final checkpoint stays. Sweep
-// takes its records away. What is held, has not ended, has no final checkpoint, or follows one that is not dropped, is refused.
+// Drop makes an epoch gone for all readers, in the transaction of the event that says so. Its final
+// checkpoint stays. Sweep removes its records. Drop refuses an epoch that is held, has not ended, has
+// no final checkpoint, or follows one that is not dropped.
 func (l *Ledger) Drop(ctx context.Context, epoch uint32, event Event) error {
 	return l.submit(ctx, &request{alone: true, done: make(chan error, 1), apply: func(t *txn) error {
 		e, err := getEpoch(t.tx, epoch)
@@ -57,7 +60,7 @@ func (l *Ledger) Drop(ctx context.Context, epoch uint32, event Event) error {
 			}
 		}
 		e.Dropping = t.now.UnixMilli()
-		if err := putEpoch(t.tx, e); err != nil {
+		if err := t.putEpoch(e); err != nil {
 			return err
 		}
 		_, err = t.append(event)
@@ -65,21 +68,23 @@ func (l *Ledger) Drop(ctx context.Context, epoch uint32, event Event) error {
 	}})
 }
 
-// Sweep takes away some of what was dropped, of receipts and decisions from before a time (Unix milliseconds), and of series
-// that are in no window any more. It says whether there may be more. Where many pages are free, it waits: more is true, and
-// nothing is done. Only one may run at a time.
+// Sweep removes some records of dropped epochs, some receipts and decisions from before a time (Unix
+// milliseconds), and some series that are in no window any more. It says whether there may be more.
+// While many pages are free, Sweep does nothing and says that there is more. Only one Sweep may run
+// at a time.
 func (l *Ledger) Sweep(ctx context.Context, receiptsBefore, decisionsBefore int64) (bool, error) {
 	if l.stats().FreePageN > fewFree {
 		return true, nil
 	}
-	var due bool // look first: a transaction of its own costs an fsync
+	var due bool // look first: a transaction costs an fsync
 	var series []byte
 	if err := l.view(func(tx *bolt.Tx) error {
 		epoch, err := dropping(tx)
-		receipt, _ := tx.Bucket(bucketReceipts).Cursor().First()
-		_, decision := tx.Bucket(bucketDecisions).Cursor().First()
+		receipt, _ := root(tx, bucketReceipts).Cursor().First()
+		_, decision := root(tx, bucketDecisions).Cursor().First()
 		series, l.swept = idle(tx, l.swept, l.clock.time())
-		due = epoch != nil || series != nil || receipt != nil && int64(binary.BigEndian.Uint64(receipt)) < receiptsBefore ||
+		due = epoch != nil || series != nil ||
+			receipt != nil && int64(binary.BigEndian.Uint64(receipt)) < receiptsBefore ||
 			decision != nil && int64(binary.BigEndian.Uint64(decision)) < decisionsBefore
 		return err
 	}); err != nil || !due {
@@ -91,7 +96,7 @@ func (l *Ledger) Sweep(ctx context.Context, receiptsBefore, decisionsBefore int6
 		return err
 	}})
 	if err != nil {
-		return true, err // the writer may still be at it
+		return true, err // the writer may still be at work
 	}
 	return more, nil
 }
@@ -114,12 +119,12 @@ func (t *txn) sweepOld(receiptsBefore, decisionsBefore int64, series []byte) (mo
 		return true, err
 	}
 	e.Dropped = t.now.UnixMilli()
-	return true, putEpoch(t.tx, *e)
+	return true, t.putEpoch(*e)
 }
 
-// dropping returns the first epoch whose records are still there, or nil.
+// dropping returns the first epoch that was dropped and whose records are still there, or nil.
 func dropping(tx *bolt.Tx) (*Epoch, error) {
-	c := tx.Bucket(bucketEpochs).Cursor()
+	c := root(tx, bucketEpochs).Cursor()
 	for k, _ := c.First(); k != nil; k, _ = c.Next() {
 		e, err := getEpoch(tx, binary.BigEndian.Uint32(k))
 		if err != nil || e.Dropping == 0 {
@@ -132,24 +137,28 @@ func dropping(tx *bolt.Tx) (*Epoch, error) {
 	return nil, nil
 }
 
-// removeEpoch takes away a segment of events, or what it shares with the next epoch's first one, and then hashes.
+// removeEpoch removes one segment of events, or the events of a segment that the next epoch shares,
+// or some hashes.
 func (t *txn) removeEpoch(e Epoch) (done bool, err error) {
 	end := e.First + e.Size
-	events := t.tx.Bucket(bucketEvents)
-	if name, _ := events.Cursor().First(); name != nil {
+	events := t.bucket(bucketEvents)
+	if name, _ := events.cursor().First(); name != nil {
 		if n := binary.BigEndian.Uint64(name); (n+1)*segment <= end {
-			return false, events.DeleteBucket(u64(n))
+			return false, events.drop(u64(n))
 		} else if n*segment < end {
-			b := events.Bucket(name)
+			b, err := events.inner(u64(n))
+			if err != nil {
+				return false, err
+			}
 			for i := range stepsAtOnce {
-				k, _ := b.Cursor().First()
+				k, _ := b.cursor().First()
 				if k == nil || binary.BigEndian.Uint64(k) >= end {
 					if i > 0 {
 						return false, nil
 					}
 					break
 				}
-				if err := b.Delete(u64(binary.BigEndian.Uint64(k))); err != nil {
+				if err := b.delete(bytes.Clone(k)); err != nil {
 					return false, err
 				}
 				if i == stepsAtOnce-1 {
@@ -158,13 +167,13 @@ func (t *txn) removeEpoch(e Epoch) (done bool, err error) {
 			}
 		}
 	}
-	hashes := t.tx.Bucket(bucketHashes)
+	hashes := t.bucket(bucketHashes)
 	for range stepsAtOnce / chunkHashes {
-		k, _ := hashes.Cursor().First()
+		k, _ := hashes.cursor().First()
 		if k == nil || binary.BigEndian.Uint32(k) > e.Number {
 			return true, nil
 		}
-		if err := hashes.Delete(append([]byte(nil), k...)); err != nil {
+		if err := hashes.delete(bytes.Clone(k)); err != nil {
 			return false, err
 		}
 	}
@@ -172,18 +181,18 @@ func (t *txn) removeEpoch(e Epoch) (done bool, err error) {
 }
 
 func (t *txn) removeReceipts(before int64) (removed int, err error) {
-	b, ids := t.tx.Bucket(bucketReceipts), t.tx.Bucket(bucketIDs)
+	b, ids := t.bucket(bucketReceipts), t.bucket(bucketIDs)
 	for ; removed < stepsAtOnce; removed++ {
-		k, _ := b.Cursor().First()
+		k, _ := b.cursor().First()
 		if k == nil || int64(binary.BigEndian.Uint64(k)) >= before {
 			break
 		}
-		k = append([]byte(nil), k...)
-		if err := b.Delete(k); err != nil {
+		k = bytes.Clone(k)
+		if err := b.delete(k); err != nil {
 			return removed, err
 		}
-		if id := k[8:]; bytes.Equal(ids.Get(id), k[:8]) { // unless a later receipt has the same id
-			if err := ids.Delete(id); err != nil {
+		if id := k[8:]; bytes.Equal(ids.get(id), k[:8]) { // unless a later receipt has the same id
+			if err := ids.delete(id); err != nil {
 				return removed, err
 			}
 		}

@@ -189,7 +189,7 @@ func TestExpiry(t *testing.T) {
 	}
 	m.pass(30 * time.Hour)
 	alive := 40 - 6 // of the hours 12 to 17, and a day
-	if s, err := l.Stats(t.Context()); err != nil || s.Nonces != alive {
+	if s, err := l.Stats(); err != nil || s.Nonces != alive {
 		t.Errorf("%d nonces, want %d; %v", s.Nonces, alive, err)
 	}
 	for range 2 {
@@ -206,7 +206,7 @@ func TestExpiry(t *testing.T) {
 		t.Errorf("%v on disk, want %d", records, alive)
 	}
 	l = m.open(t)
-	if s, err := l.Stats(t.Context()); err != nil || s.Nonces != alive {
+	if s, err := l.Stats(); err != nil || s.Nonces != alive {
 		t.Errorf("%d nonces, want %d; %v", s.Nonces, alive, err)
 	}
 }

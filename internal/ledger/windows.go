@@ -10,24 +10,27 @@ import (
 	bolt "go.etcd.io/bbolt"
 )
 
-// Windows are the rolling windows that admissions are counted in: what is in one at a time is what was admitted after that
-// time less its length. By the ledger's time, which no clock can make run ahead: a window never ends early.
-var Windows = [...]time.Duration{time.Minute, time.Hour, 24 * time.Hour, 7 * 24 * time.Hour, 30 * 24 * time.Hour}
+// Windows are the rolling windows that admissions are counted in. A window holds what was admitted
+// after now less its length, by the ledger's time: no clock can make that run ahead, so a window
+// never ends early.
+var Windows = [...]time.Duration{time.Minute, time.Hour, 24 * time.Hour, 7 * 24 * time.Hour, longestWindow}
 
 const longestWindow = 30 * 24 * time.Hour
 
-// Count is what an admission adds to a series: 1 where signatures are counted, an amount where amounts are.
+// Count is what an admission adds to a series: 1 where signatures are counted, an amount where
+// amounts are.
 type Count struct {
 	Series string
 	Add    *big.Int // not negative
 }
 
-// Used is what a series has in each of the Windows, with what the admission would add.
+// Used is the sum of a series in each of the Windows, with what the admission would add.
 type Used [len(Windows)]*big.Int
 
-// A series is kept as running totals, one for each time at which it grew, so that what is in a window is one subtraction, and
-// exact: the last total less that of the window's beginning. Of the totals older than the longest window the last one is kept.
-// The key is a hash of the series' name (16) and the time (8), the value is the total.
+// A series is kept as running totals, one for each time at which it grew. The sum of a window is one
+// exact subtraction: the last total less the total at the beginning of the window. Of the totals
+// older than the longest window, the last one is kept. The key is a hash of the series' name (16)
+// and the time (8, Unix nanoseconds), the value is the total (big-endian).
 
 func seriesOf(name string) []byte {
 	sum := sha256.Sum256([]byte(name))
@@ -58,9 +61,9 @@ type counting struct {
 	used         []Used
 }
 
-// count computes what the series have with an admission of now. It changes nothing.
+// count computes the sums of the series with an admission of now. It changes nothing.
 func (t *txn) count(counts []Count) (n counting) {
-	c := t.tx.Bucket(bucketCounters).Cursor()
+	c := root(t.tx, bucketCounters).Cursor()
 	for _, count := range counts {
 		series, now := seriesOf(count.Series), t.now.UnixNano()
 		last, total := totalAt(c, series, 1<<63-2)
@@ -76,28 +79,35 @@ func (t *txn) count(counts []Count) (n counting) {
 				used[i].Sub(total, before)
 			}
 		}
-		n.keys, n.totals, n.used = append(n.keys, totalKey(series, now)), append(n.totals, total.Bytes()), append(n.used, used)
+		n.keys, n.totals = append(n.keys, totalKey(series, now)), append(n.totals, total.Bytes())
+		n.used = append(n.used, used)
 	}
 	return n
 }
 
-// keep writes a counting down, and takes totals away that are in no window any more: two at the most for each that is written,
-// so that it costs nobody much and they never become more.
-func (t *txn) keep(n counting) error {
-	b := t.tx.Bucket(bucketCounters)
+// keep writes the totals and the monotonic number of an admission down. For each total that is
+// written, at most two that are in no window any more are removed: so the cleaning costs no request
+// much, and the totals do not grow in number.
+func (t *txn) keep(n counting, m *Monotonic) error {
+	if m != nil {
+		if err := t.bucket(bucketMonotonic).put(seriesOf(m.Series), u64(m.Value)); err != nil {
+			return err
+		}
+	}
+	b := t.bucket(bucketCounters)
 	for i, key := range n.keys {
-		if err := b.Put(key, n.totals[i]); err != nil {
+		if err := b.put(key, n.totals[i]); err != nil {
 			return err
 		}
 		series, old := key[:16], int64(binary.BigEndian.Uint64(key[16:]))-int64(longestWindow)
 		for range 2 {
-			c := b.Cursor()
+			c := b.cursor()
 			first, _ := c.Seek(series)
 			next, _ := c.Next()
 			if !bytes.HasPrefix(next, series) || int64(binary.BigEndian.Uint64(next[16:])) > old {
 				break
 			}
-			if err := b.Delete(bytes.Clone(first)); err != nil {
+			if err := b.delete(bytes.Clone(first)); err != nil {
 				return err
 			}
 		}
@@ -105,10 +115,10 @@ func (t *txn) keep(n counting) error {
 	return nil
 }
 
-// idle finds the first series from a key on that is in no window any more. It looks at some only: next is where to go on, nil
-// at the end.
+// idle finds the first series from a key on that is in no window any more. It looks at some series
+// only: next is where to go on, nil at the end.
 func idle(tx *bolt.Tx, from []byte, now time.Time) (series, next []byte) {
-	c := tx.Bucket(bucketCounters).Cursor()
+	c := root(tx, bucketCounters).Cursor()
 	k, _ := c.Seek(from)
 	for range stepsAtOnce {
 		if k == nil {
@@ -123,18 +133,18 @@ func idle(tx *bolt.Tx, from []byte, now time.Time) (series, next []byte) {
 	return nil, next
 }
 
-// removeSeries takes some of an idle series away.
+// removeSeries removes some totals of an idle series.
 func (t *txn) removeSeries(series []byte) error {
-	b := t.tx.Bucket(bucketCounters)
-	if last, _ := totalAt(b.Cursor(), series, 1<<63-2); last > t.now.Add(-longestWindow).UnixNano() {
-		return nil // it has grown since
+	b := t.bucket(bucketCounters)
+	if last, _ := totalAt(b.cursor(), series, 1<<63-2); last > t.now.Add(-longestWindow).UnixNano() {
+		return nil // the series has grown since
 	}
 	for range stepsAtOnce {
-		k, _ := b.Cursor().Seek(series)
+		k, _ := b.cursor().Seek(series)
 		if !bytes.HasPrefix(k, series) {
 			return nil
 		}
-		if err := b.Delete(bytes.Clone(k)); err != nil {
+		if err := b.delete(bytes.Clone(k)); err != nil {
 			return err
 		}
 	}

@@ -118,12 +118,13 @@ func TestIdleSeriesGo(t *testing.T) {
 	}
 }
 
-// TestRise: a number that does not rise is refused, whatever happened in between, and a repetition is not asked again.
-func TestRise(t *testing.T) {
+// TestMonotonic: a number that is not higher is refused, whatever happened in between, and a
+// repetition is not asked again.
+func TestMonotonic(t *testing.T) {
 	l, path := create(t)
 	with := func(nonce byte, series string, to uint64) ledger.Admission {
 		a := admission("k", nonce, nonce, 1)
-		a.Rise = &ledger.Rise{Series: series, To: to}
+		a.Monotonic = &ledger.Monotonic{Series: series, Value: to}
 		a.Decide = func([]ledger.Used) ([]byte, error) { return nil, nil }
 		return a
 	}
@@ -133,7 +134,7 @@ func TestRise(t *testing.T) {
 		if to > 0 {
 			verdict = ledger.Fresh
 		}
-		if got := mustAdmit(t, l, with(byte(10+n), "a", to), verdict); verdict == ledger.Denied && !errors.Is(got.Denial, ledger.ErrNotRisen) {
+		if got := mustAdmit(t, l, with(byte(10+n), "a", to), verdict); verdict == ledger.Denied && !errors.Is(got.Denial, ledger.ErrNotHigher) {
 			t.Error(got.Denial)
 		}
 	}

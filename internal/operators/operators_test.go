@@ -23,6 +23,7 @@ import (
 	"countersign/approval"
 	"countersign/audit"
 	"countersign/internal/ledger"
+	"countersign/internal/ledger/ledgertest"
 
 	"golang.org/x/crypto/ssh"
 	"golang.org/x/crypto/ssh/agent"
@@ -184,13 +185,14 @@ func (r *rig) must(t *testing.T, act amend, values ...string) {
 
 func (r *rig) open(t *testing.T) {
 	t.Helper()
-	if err := r.tryOpen(); err != nil {
+	l, err := ledgertest.Open(t, r.path, ledger.Options{})
+	if err := r.openOn(l, err); err != nil {
 		t.Fatal(err)
 	}
 }
 
-func (r *rig) tryOpen() error {
-	l, err := ledger.Open(r.path, ledger.Options{})
+// openOn opens the registry on a ledger that was just opened.
+func (r *rig) openOn(l *ledger.Ledger, err error) error {
 	if err != nil {
 		return err
 	}

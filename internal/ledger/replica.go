@@ -1,0 +1,81 @@
+package ledger
+
+import (
+	"bytes"
+	"cmp"
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"fmt"
+	"maps"
+	"slices"
+	"time"
+
+	bolt "go.etcd.io/bbolt"
+)
+
+// Replica is a copy of a ledger that follows it by its lists of writes alone: see Options.Replicate.
+// It decides nothing and syncs nothing; its file is what Open takes when the replica takes over.
+type Replica struct{ db *bolt.DB }
+
+// OpenReplica opens a copy at path that Snapshot has made, or the file that Create has made.
+func OpenReplica(path string) (*Replica, error) {
+	db, err := bolt.Open(path, 0o600, &bolt.Options{Timeout: time.Second, NoSync: true, FreelistType: bolt.FreelistMapType})
+	if err != nil {
+		return nil, fmt.Errorf("replica: %w", err)
+	}
+	return &Replica{db}, nil
+}
+
+// Apply takes the next list.
+func (r *Replica) Apply(list []byte) error {
+	w, err := DecodeWrites(list)
+	if err != nil {
+		return fmt.Errorf("replica: %w", err)
+	}
+	if err := r.db.Update(w.apply); err != nil {
+		return fmt.Errorf("replica: %w", err)
+	}
+	return nil
+}
+
+// Close closes the file.
+func (r *Replica) Close() error { return r.db.Close() }
+
+// Digest describes what the writer keeps in memory: the end of the log, and the nonces that are alive
+// at a time of the ledger. A replica that is opened as a ledger has the digest of its original.
+func (l *Ledger) Digest(ctx context.Context, at time.Time) (digest string, err error) {
+	select {
+	case <-l.done: // the writer has ended
+		return l.digest(at), nil
+	default:
+	}
+	err = l.submit(ctx, &request{done: make(chan error, 1), apply: func(*txn) error {
+		digest = l.digest(at)
+		return nil
+	}})
+	if err != nil {
+		return "", err // the writer may still be at work
+	}
+	return digest, nil
+}
+
+func (l *Ledger) digest(at time.Time) string {
+	h := sha256.New()
+	s := l.log
+	root, err := s.tree.Root()
+	fmt.Fprintln(h, s.next, s.epoch, s.first, s.tree.Size, root, err, s.chunks, hex.EncodeToString(s.chunk))
+	byNumber := func(x, y *hour) int { return cmp.Compare(x.number, y.number) }
+	for _, hour := range slices.SortedFunc(slices.Values(l.nonces.hours), byNumber) {
+		if l.nonces.gone(hour.number, at) || len(hour.spent) == 0 {
+			continue
+		}
+		fmt.Fprintln(h, hour.number, len(hour.spent))
+		for _, print := range slices.SortedFunc(maps.Keys(hour.spent), fingerprint.compare) {
+			fmt.Fprintln(h, hex.EncodeToString(print[:]), hour.spent[print])
+		}
+	}
+	return hex.EncodeToString(h.Sum(nil))
+}
+
+func (f fingerprint) compare(g fingerprint) int { return bytes.Compare(f[:], g[:]) }

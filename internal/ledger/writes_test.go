@@ -1,0 +1,227 @@
+package ledger_test
+
+import (
+	"bytes"
+	"errors"
+	"io"
+	"math/rand/v2"
+	"os"
+	"path/filepath"
+	"testing"
+	"time"
+
+	"countersign/internal/ledger"
+	"countersign/internal/ledger/ledgertest"
+)
+
+// TestReplicaFindsDifferences: the comparison that every ledger of the tests ends with can fail.
+func TestReplicaFindsDifferences(t *testing.T) {
+	dir, begin := t.TempDir(), time.Now()
+	file := func(name string, change func(l *ledger.Ledger)) string {
+		path := filepath.Join(dir, name)
+		now := func() time.Time { return begin }
+		if err := ledger.Create(path, ledger.Options{Wall: now}); err != nil {
+			t.Fatal(err)
+		}
+		l, err := ledgertest.Open(t, path, ledger.Options{Wall: now, Elapsed: func() time.Duration { return 0 }})
+		if err != nil {
+			t.Fatal(err)
+		}
+		change(l)
+		if err := l.Close(); err != nil {
+			t.Fatal(err)
+		}
+		return path
+	}
+	put := func(key, value string) func(l *ledger.Ledger) {
+		return func(l *ledger.Ledger) {
+			err := l.Update(t.Context(), func(tx *ledger.Tx) error { return tx.Put(ledger.Keys, key, []byte(value)) })
+			if err != nil {
+				t.Error(err)
+			}
+		}
+	}
+	same := file("a", put("k", "v"))
+	if err := ledgertest.Equal(same, file("b", put("k", "v"))); err != nil {
+		t.Error(err)
+	}
+	for name, other := range map[string]func(*ledger.Ledger){
+		"another value": put("k", "w"), "another key": put("l", "v"), "one more": func(l *ledger.Ledger) { put("k", "v")(l); put("m", "")(l) },
+		"a nonce": func(l *ledger.Ledger) { put("k", "v")(l); mustAdmit(t, l, admission("k", 1, 1, 1), 0) },
+	} {
+		if ledgertest.Equal(same, file(name, other)) == nil {
+			t.Errorf("%s is not found", name)
+		}
+	}
+}
+
+// TestDecodeWrites: an encoded list reads back as it was, and nothing else is taken for one.
+func TestDecodeWrites(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "ledger.db")
+	if err := ledger.Create(path, ledger.Options{}); err != nil {
+		t.Fatal(err)
+	}
+	var lists [][]byte
+	keep := func(list []byte) {
+		if list != nil {
+			lists = append(lists, list)
+		}
+	}
+	l, err := ledger.Open(path, ledger.Options{Replicate: keep})
+	if err != nil {
+		t.Fatal(err)
+	}
+	furnish(t, l)
+	l.Close()
+	if len(lists) < 20 {
+		t.Fatalf("%d lists", len(lists))
+	}
+	random := rand.New(rand.NewPCG(1, 2))
+	for _, list := range lists {
+		w, err := ledger.DecodeWrites(list)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if again := w.Encode(); !bytes.Equal(again, list) {
+			t.Fatalf("read and encoded again, %x is %x", list, again)
+		}
+		for range 50 { // a changed or cut list is an error or another list, and never a panic
+			broken := bytes.Clone(list)
+			broken[random.IntN(len(broken))] ^= byte(1 + random.IntN(255))
+			broken = broken[:len(broken)-random.IntN(2)*random.IntN(len(broken))]
+			if w, err := ledger.DecodeWrites(broken); err == nil {
+				w.Encode()
+			}
+		}
+	}
+	for name, list := range map[string][]byte{
+		"nothing": nil, "another form": append([]byte{2}, lists[0][1:]...), "cut": lists[0][:len(lists[0])-1],
+		"no bucket":      append(bytes.Clone(lists[0][:9]), 0x81, 1, 'k', 1, 'v'),
+		"unknown bucket": append(bytes.Clone(lists[0][:9]), 1, 200, 0, 1, 'k', 1, 'v'),
+		"a root made":    append(bytes.Clone(lists[0][:9]), 3, 1, 0),
+		"unknown write":  append(bytes.Clone(lists[0][:9]), 9, 1, 0, 1, 'k'),
+		"too long":       append(bytes.Clone(lists[0][:9]), 2, 1, 0, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0x7f),
+	} {
+		if _, err := ledger.DecodeWrites(list); err == nil {
+			t.Errorf("%s is taken for a list", name)
+		}
+	}
+}
+
+// gate is a writer that stops after some bytes until it is opened.
+type gate struct {
+	io.Writer
+	room    int
+	stopped chan struct{}
+	open    chan struct{}
+}
+
+func (g *gate) Write(b []byte) (int, error) {
+	if g.room -= len(b); g.room < 0 && g.stopped != nil {
+		close(g.stopped)
+		g.stopped = nil
+		<-g.open
+	}
+	return g.Writer.Write(b)
+}
+
+// TestSnapshot: while a snapshot stands still, admissions go on, though the file must grow to several
+// times its size, statistics are given, and compaction refuses. The copy is the ledger as it was.
+func TestSnapshot(t *testing.T) {
+	l, _ := create(t)
+	furnish(t, l)
+	copied := filepath.Join(t.TempDir(), "copy.db")
+	f, err := os.Create(copied)
+	if err != nil {
+		t.Fatal(err)
+	}
+	g := &gate{Writer: f, room: 20_000, stopped: make(chan struct{}), open: make(chan struct{})}
+	stopped, done := g.stopped, make(chan error, 1)
+	go func() { done <- l.Snapshot(g) }()
+	<-stopped
+	before, err := l.Stats()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for before.FileSize*4 > size(t, l) {
+		if err := l.Fill(t.Context(), 20_000, time.Now().Unix()+1000); err != nil {
+			t.Fatal(err)
+		}
+	}
+	mustAdmit(t, l, admission("k", 100, 1, 1), ledger.Fresh)
+	if _, _, _, err := l.Compact(t.Context(), note("compacted")); !errors.Is(err, ledger.ErrBusy) {
+		t.Errorf("compaction during a snapshot: %v", err)
+	}
+	close(g.open)
+	if err := errors.Join(<-done, f.Close()); err != nil {
+		t.Fatal(err)
+	}
+	if _, _, _, err := l.Compact(t.Context(), note("compacted")); err != nil {
+		t.Errorf("compaction after it: %v", err)
+	}
+	checkFile(t, copied)
+	c := open(t, copied)
+	if s, err := c.Stats(); err != nil || s.Events != before.Events || s.Nonces != before.Nonces {
+		t.Errorf("the copy has %d events and %d nonces, the ledger had %d and %d: %v", s.Events, s.Nonces, before.Events, before.Nonces, err)
+	}
+	mustAdmit(t, c, admission("k", 100, 1, 1), ledger.Fresh) // admitted after the snapshot had begun
+	l.Close()
+	if err := l.Snapshot(io.Discard); !errors.Is(err, ledger.ErrClosed) {
+		t.Errorf("of a closed ledger: %v", err)
+	}
+}
+
+func size(t *testing.T, l *ledger.Ledger) int64 {
+	t.Helper()
+	s, err := l.Stats()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return s.FileSize
+}
+
+// TestStatsWaitForNothing: the sizes are told while the writer is busy.
+func TestStatsWaitForNothing(t *testing.T) {
+	l, _ := create(t)
+	mustAdmit(t, l, admission("k", 1, 1, 1), ledger.Fresh)
+	release := l.Occupy()
+	s, err := l.Stats()
+	release()
+	if err != nil || s.Nonces != 1 {
+		t.Errorf("%d nonces, %v", s.Nonces, err)
+	}
+}
+
+// TestMarginOf: the margin is read out of the ledger's own records at opening.
+func TestMarginOf(t *testing.T) {
+	m := newMachine(t, ledger.Options{})
+	m.options.MarginOf = func(v ledger.View) (time.Duration, error) {
+		if v.Get(ledger.Meta, "margin") == nil {
+			return 24 * time.Hour, nil
+		}
+		return time.Hour, nil
+	}
+	l := m.open(t)
+	mustAdmit(t, l, m.admission(1, time.Hour), ledger.Fresh)
+	if err := l.Update(t.Context(), func(tx *ledger.Tx) error { return tx.Put(ledger.Meta, "margin", []byte("1h")) }); err != nil {
+		t.Fatal(err)
+	}
+	m.pass(4 * time.Hour)
+	if s, err := l.Stats(); err != nil || s.Nonces != 1 {
+		t.Errorf("with a day: %d nonces, %v", s.Nonces, err)
+	}
+	l.Close()
+	l = m.open(t)
+	m.pass(24 * time.Hour) // the ledger's time follows the clock
+	if err := l.Alive(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if s, err := l.Stats(); err != nil || s.Nonces != 0 {
+		t.Errorf("with an hour: %d nonces, %v", s.Nonces, err)
+	}
+	l.Close()
+	m.options.MarginOf = func(ledger.View) (time.Duration, error) { return 0, errSpent }
+	if _, err := ledger.Open(m.path, m.options); !errors.Is(err, errSpent) {
+		t.Errorf("a record that can't be read: %v", err)
+	}
+}
