@@ -1,7 +1,6 @@
 package worker
 
 import (
-	"bytes"
 	"context"
 	"encoding/binary"
 	"encoding/json"
@@ -48,12 +47,6 @@ type process struct {
 	used    atomic.Int64  // when the last one did, Unix nanoseconds
 }
 
-// gate decides about logins.
-type gate interface {
-	ask(p *process, id uint64)         // a worker asks; the answer goes to it
-	done(p *process, refusedPIN error) // its login has ended
-}
-
 // pending is a call that waits for its answer. done runs once, with its error, when it has an answer or never will.
 type pending struct {
 	answer chan answer
@@ -69,38 +62,8 @@ type answer struct {
 // errDied is how calls end whose worker has been given up.
 var errDied = fmt.Errorf("%w: the key worker that had the call was given up", keystore.ErrUnavailable)
 
-const (
-	// maxLines of what a worker, or the module in it, writes to stderr go to the log, each of maxLine bytes at the most.
-	maxLines, maxLine = 20, 4096
-	// endTime is how long its last words may take after a worker has ended, and its end after its last words.
-	endTime = time.Second
-)
-
-// lines passes on what is written to it, line by line, and swallows what is too much.
-type lines struct {
-	say  func(text string)
-	left int
-	line []byte
-}
-
-func (l *lines) Write(b []byte) (int, error) {
-	for part := range bytes.Lines(b) {
-		text, ended := bytes.CutSuffix(part, []byte("\n"))
-		l.line = append(l.line, text[:min(len(text), maxLine-len(l.line))]...)
-		if ended {
-			l.end()
-		}
-	}
-	return len(b), nil
-}
-
-func (l *lines) end() {
-	if len(l.line) > 0 && l.left > 0 {
-		l.left--
-		l.say(string(l.line))
-	}
-	l.line = l.line[:0]
-}
+// endTime is how long its last words may take after a worker has ended, and its end after its last words.
+const endTime = time.Second
 
 // onOneThread runs what starts a process on a thread that stays: Pdeathsig is of the thread that has started the child, and Go ends
 // threads as it likes.
@@ -305,28 +268,6 @@ func (p *process) overdue(now time.Time) {
 	if late {
 		p.fail(errLate)
 	}
-}
-
-// beginLogin and endLogin bracket a login.
-func (p *process) beginLogin() (ended <-chan struct{}) {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	p.login = make(chan struct{})
-	return p.login
-}
-
-func (p *process) endLogin() {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	p.asking.Store(false)
-	close(p.login)
-	p.login = nil
-}
-
-func (p *process) loggingIn() bool {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	return p.login != nil
 }
 
 var errLate = errors.New("a call did not come back from the device in time")
