@@ -1,5 +1,6 @@
-// Package keystore is the contract of a private key that lives elsewhere: in a PKCS#11 token, sealed by a TPM, behind a
-// process boundary. Backends implement Store and Key; keystoretest holds them to it.
+// Package keystore is the contract of a private key outside this program's memory: in a PKCS#11
+// token, sealed by a TPM, or behind a process boundary. Backends implement Store and Key. Package
+// keystoretest has the conformance suite. Begin reading at Store.
 package keystore
 
 import (
@@ -15,7 +16,7 @@ import (
 	"strings"
 )
 
-// Algorithm says what a key can do.
+// Algorithm names a key's algorithm and, by it, the operation of the key: Sign or Exchange.
 type Algorithm string
 
 const (
@@ -24,10 +25,10 @@ const (
 	P256    Algorithm = "p256"    // Sign, ECDSA on NIST P-256 with SHA-256, FIPS 186-5; for TLS
 )
 
-// Algorithms lists all of them.
+// Algorithms lists every Algorithm.
 var Algorithms = []Algorithm{Ed25519, X25519, P256}
 
-// Custody says where a private key is while it rests and while it is used. It is shown wherever a key is shown.
+// Custody says where a private key is, at rest and in use. Listings of keys show the custody.
 type Custody string
 
 const (
@@ -35,35 +36,36 @@ const (
 	HSMResident Custody = "hsm-resident"
 	// TPMResident keys never leave the TPM.
 	TPMResident Custody = "tpm-resident"
-	// TPMSealed keys rest encrypted by the TPM, which gives them out to this machine in the state that they were sealed to;
-	// in use they are in protected memory of a key worker.
+	// TPMSealed keys are at rest encrypted by the TPM. The TPM unseals a key only on this machine,
+	// and only in the machine state of the key's policy (PCR values). In use the key is in the
+	// protected memory of a key worker.
 	TPMSealed Custody = "tpm-sealed"
 )
 
-// How a Store fails. Each error of a Store or Key wraps one of them, or says that the caller asked for something
-// impossible.
+// Errors of a Store or Key wrap one of these sentinels. An error without a sentinel means an
+// impossible request of the caller, for example an unknown algorithm.
 var (
 	ErrNotFound    = errors.New("no such key in the keystore")
 	ErrExists      = errors.New("the keystore has objects under this name already")
 	ErrAmbiguous   = errors.New("the keystore has more than one object under this name")
 	ErrUnfit       = errors.New("the key does not have the protection that is asked of it")
 	ErrRefused     = errors.New("the keystore refuses to do this with the key")
-	ErrUnavailable = errors.New("the keystore does not answer") // may be tried again later
-	ErrAuth        = errors.New("the keystore refuses the PIN") // must not be tried again: the PIN would lock
+	ErrUnavailable = errors.New("the keystore does not answer") // a retry may succeed
+	ErrAuth        = errors.New("the keystore refuses the PIN") // retries are forbidden: the PIN would lock
 	ErrSealed      = errors.New("the machine is not in the state that the key was sealed to")
 	ErrPeerKey     = errors.New("the peer's public key is of low order") // from Exchange
 )
 
-// Ref names a key: one version of a named line.
+// Ref names a key: one version of a named line of versions, for example payments/1.
 type Ref struct {
 	Name    string // [a-z0-9] then up to 63 of [a-z0-9-]
 	Version uint32 // from 1
 }
 
-// String gives name/version, as labels and people use it.
+// String gives name/version. Labels on the device have the same form.
 func (r Ref) String() string { return fmt.Sprintf("%s/%d", r.Name, r.Version) }
 
-// ParseRef reads what String wrote.
+// ParseRef is the inverse of String.
 func ParseRef(s string) (Ref, error) {
 	name, version, _ := strings.Cut(s, "/")
 	v, err := strconv.ParseUint(version, 10, 32)
@@ -81,7 +83,8 @@ func (r *Ref) UnmarshalText(b []byte) (err error) {
 	return err
 }
 
-// Tag marks what one creation makes, so that clearing away what it left behind can't touch anything else. It is random.
+// Tag is a random identifier of one key creation. Every object of the creation carries the tag, so
+// cleaning up after a crash removes no other object.
 type Tag [16]byte
 
 // MarshalText and UnmarshalText make a Tag 32 hex digits in JSON.
@@ -95,7 +98,7 @@ func (t *Tag) UnmarshalText(b []byte) error {
 	return err
 }
 
-// CheckName refuses what can't be a key's name.
+// CheckName refuses a name outside [a-z0-9][a-z0-9-]{0,63}.
 func CheckName(name string) error {
 	ok := name != "" && len(name) <= 64 && name[0] != '-'
 	for i := range len(name) {
@@ -108,24 +111,26 @@ func CheckName(name string) error {
 	return nil
 }
 
-// Info describes a key. It is all that is needed to use one: see Store.Bind.
+// Info describes a key. A key can be used with its Info alone: see Store.Bind.
 type Info struct {
 	Ref        Ref        `json:"ref"`
 	Algorithm  Algorithm  `json:"algorithm"`
-	PublicKey  []byte     `json:"public_key"` // 32 bytes; for P-256 65, an uncompressed point (SEC 1, section 2.3.3)
+	PublicKey  []byte     `json:"public_key"` // 32 bytes; P-256: 65, an uncompressed point (SEC 1, section 2.3.3)
 	Custody    Custody    `json:"custody"`
 	Provenance Provenance `json:"provenance"`
 	Tag        Tag        `json:"tag"` // of its creation
 }
 
-// Provenance is what the device says of a key's life. A resident key is not extractable now in any case.
+// Provenance is the device's statement about a key's past. A resident key is not extractable now,
+// whatever its provenance.
 type Provenance struct {
 	Local            bool `json:"local"`             // made inside the device (CKA_LOCAL)
 	AlwaysSensitive  bool `json:"always_sensitive"`  // was never readable (CKA_ALWAYS_SENSITIVE)
 	NeverExtractable bool `json:"never_extractable"` // could never be wrapped and taken out (CKA_NEVER_EXTRACTABLE)
 }
 
-// Generated reports that the private key has never been anywhere else. Any other key is imported, for ever.
+// Generated reports a private key that has never been outside its device. Every other key is
+// imported, for ever.
 func (p Provenance) Generated() bool { return p.Local && p.AlwaysSensitive && p.NeverExtractable }
 
 // String gives generated or imported.
@@ -136,8 +141,9 @@ func (p Provenance) String() string {
 	return "imported"
 }
 
-// Verify judges a signature that a device returned: Ed25519 over message, or ECDSA over its SHA-256. The key is ours and
-// known to be sound, so that this is not the place for the strict rules that a stranger's key needs.
+// Verify checks a signature from a device: Ed25519 over message, or ECDSA over the message's
+// SHA-256. The appliance's own keys are known to be sound, so Verify does without the strict rules
+// for a stranger's public key (package eddsa has those).
 func (i Info) Verify(message, signature []byte) bool {
 	switch i.Algorithm {
 	case Ed25519:
@@ -150,95 +156,106 @@ func (i Info) Verify(message, signature []byte) bool {
 	return false
 }
 
-// Store is where keys are. It is safe for concurrent use. ctx bounds the wait for the device. A backend whose device may
-// not come back from a call can't always keep to that; package worker makes a Store that does.
+// Store holds keys on a device. A Store is safe for concurrent use. ctx bounds the wait for the
+// device. A backend can't always keep to ctx, since a call into C may hang: package worker makes a
+// Store with a deadline for every call.
 type Store interface {
-	// Key returns exactly one key, or an error: ErrNotFound, ErrAmbiguous, ErrUnfit.
+	// Key finds one key. Errors are ErrNotFound, ErrAmbiguous and ErrUnfit.
 	Key(ctx context.Context, ref Ref) (Key, error)
-	// Bind returns the key that info describes without asking the device, which may be away. The device is held against
-	// info when the key is used: one that has another key there gives an error.
+	// Bind returns the key of a description without a call to the device, so the device may be
+	// away. The comparison with the device comes with the first use of the key: a device with
+	// another key under the name gives an error then.
 	Bind(info Info) Key
-	// Keys lists the keys of this appliance. What is half made or ambiguous is left out.
+	// Keys lists the keys of this appliance. Half-made and ambiguous keys are left out.
 	Keys(ctx context.Context) ([]Info, error)
-	// Generate makes a key, reads back its protection, and proves it by using it once. It refuses a name under which
-	// there are objects already (ErrExists). A crash can leave half a key behind, marked by the tag: see Destroy.
+	// Generate makes a key, reads back its protection, and proves the key by one use. A name with
+	// objects on the device is refused (ErrExists). A crash can leave half a key behind, marked by
+	// the tag: see Destroy.
 	Generate(ctx context.Context, ref Ref, alg Algorithm, tag Tag) (Key, error)
-	// Import makes an Ed25519 key of the seed in the file at path, which is read once by the process that holds the
-	// device, and is as Generate otherwise. ParseSeed says what the file may hold. The key can't be taken out again.
+	// Import makes an Ed25519 key from a seed file and is as Generate otherwise. The process with
+	// the device reads the file once. ParseSeed has the formats of the file. The key can't be
+	// exported again.
 	Import(ctx context.Context, ref Ref, path string, tag Tag) (Key, error)
-	// Destroy removes what Generate or Import made under this name with this tag, whole or half made, and nothing else.
-	// It is for keys that never came into use, or whose destruction has been approved. Nothing to remove is no error.
+	// Destroy removes the objects of one creation, by name and tag, whole or half made, and no
+	// other objects. Destroy is for keys never used, or with an approved destruction. A call
+	// without anything to remove succeeds.
 	Destroy(ctx context.Context, ref Ref, tag Tag) error
-	// Inspect says what the device can do and proves it with throw-away keys. It changes nothing that lasts.
+	// Inspect lists the device's abilities and proves each with throw-away keys. The device's
+	// keys stay as before.
 	Inspect(ctx context.Context) ([]Finding, error)
-	// Status says how the device is, without asking it.
+	// Status gives the last known state, without a call to the device.
 	Status() Status
-	// Retry lets the device be asked for a login again after ErrAuth: an operator has seen to the PIN.
+	// Retry permits logins again after ErrAuth. An operator calls Retry after correcting the PIN.
 	Retry()
 	Close() error
 }
 
-// Status is what an operator wants to know of a device.
+// Status is the state of a device for its operator.
 type Status struct {
 	Up      bool     `json:"up"`
-	Cause   string   `json:"cause,omitempty"` // why not
-	Workers []Worker `json:"workers"`         // the processes that use it, where it has some
+	Cause   string   `json:"cause,omitempty"` // of an outage
+	Workers []Worker `json:"workers"`         // the processes with the device, where the store has some
 }
 
 // Worker is the state of one key worker.
 type Worker struct {
-	PID      int    `json:"pid"`      // 0: there is none now
-	Served   uint64 `json:"served"`   // calls, by this process
-	Restarts int    `json:"restarts"` // how often it was replaced
+	PID      int    `json:"pid"`      // 0: no process now
+	Served   uint64 `json:"served"`   // calls answered by this process
+	Restarts int    `json:"restarts"` // processes replaced so far
 }
 
 // Finding is one line of Store.Inspect.
 type Finding struct {
 	What string    `json:"what"`          // module, token, quirks, mechanism, proof
-	For  Algorithm `json:"for,omitempty"` // what keys it is about, if it is about some
-	OK   bool      `json:"ok"`            // false: it is missing or does not work
+	For  Algorithm `json:"for,omitempty"` // the algorithm concerned, if any
+	OK   bool      `json:"ok"`            // false: missing or not working
 	Text string    `json:"text"`
 }
 
-// Judge reports whether a signature that a device has made can be believed.
+// Judge reports whether a signature from a device is valid.
 type Judge func(signature []byte) bool
 
-// Accepts is true for what a judge accepts; none accepts everything.
+// Accepts reports the judge's verdict. A nil judge accepts every signature.
 func (j Judge) Accepts(signature []byte) bool { return j == nil || j(signature) }
 
-// ErrWrong is what a store says of an answer that was judged to be wrong.
+// ErrWrong is a store's error for a wrong answer of the device, for example a signature that the
+// judge has rejected.
 var ErrWrong = fmt.Errorf("%w: the device has answered wrongly", ErrUnavailable)
 
-// Key is one key pair whose private half can be used and not read. It is safe for concurrent use and stays valid until
-// its store is closed, through reconnections of the device.
+// Key is one key pair. The private half can be used and not read. A Key is safe for concurrent use
+// and stays valid until its store is closed, through reconnections of the device.
 type Key interface {
 	Info() Info
-	// Sign makes an Ed25519 signature of 64 bytes, or an ECDSA signature over the message's SHA-256 in ASN.1 DER (RFC
-	// 3279). What judge does not accept is not returned: a store that has another way to the device tries that, and then
-	// gives ErrUnavailable. judge may be nil, for those who don't need to be sure.
+	// Sign makes an Ed25519 signature of 64 bytes, or an ECDSA signature over the message's SHA-256
+	// in ASN.1 DER (RFC 3279). Sign returns no signature that judge rejects: a store with a second
+	// way to the device tries the second way, and then gives ErrUnavailable. A nil judge accepts
+	// every signature.
 	Sign(ctx context.Context, message []byte, judge Judge) ([]byte, error)
-	// Exchange makes the X25519 shared secret. A point of low order is refused with ErrPeerKey before the device sees it.
+	// Exchange makes the X25519 shared secret. A point of low order is refused with ErrPeerKey
+	// before the device sees the point.
 	Exchange(ctx context.Context, peer [32]byte) ([32]byte, error)
 }
 
-// Counter is a Store whose device has a counter that only rises, whoever asks and whatever is restored from a copy.
+// Counter is a Store with a monotonic counter in its device. No caller, and no restore of a backup,
+// can set the counter back.
 type Counter interface {
-	// DefineCounter makes the counter, unless it is there.
+	// DefineCounter makes the counter. DefineCounter is idempotent.
 	DefineCounter(ctx context.Context) error
-	// ReadCounter returns its value; ErrNotFound where it has not been defined, or is gone.
+	// ReadCounter returns the counter's value, or ErrNotFound for a counter never defined or lost.
 	ReadCounter(ctx context.Context) (uint64, error)
-	// IncrementCounter makes it rise by one and returns the value after that. After an error it may have risen.
+	// IncrementCounter adds one and returns the new value. After an error the counter may have the
+	// old value or the new one.
 	IncrementCounter(ctx context.Context) (uint64, error)
 }
 
-// BatchSigner is a Store that makes several signatures at less cost together than one by one.
+// BatchSigner is a Store with cheaper signatures in a batch than one by one.
 type BatchSigner interface {
-	// SignBatch sets Signature or Err of each element, as Key.Sign without a judge would give it. The keys are all of
-	// this store.
+	// SignBatch sets Signature or Err of each element, as Key.Sign without a judge would. All keys
+	// of the batch belong to this store.
 	SignBatch(ctx context.Context, batch []*Signing)
 }
 
-// Signing is a signature that is asked for.
+// Signing is one element of a batch: a request for a signature, and then its result.
 type Signing struct {
 	Key       Key
 	Message   []byte
@@ -246,8 +263,9 @@ type Signing struct {
 	Err       error
 }
 
-// lowOrder has the points whose X25519 shared secret is zero whatever the private key: the u-coordinates of order 1, 2,
-// 4 and 8 on the curve and its twist, and their representations p and p+1 (RFC 7748 section 6.1 and 7).
+// lowOrder has the points with an all-zero X25519 shared secret for every private key: the
+// u-coordinates of order 1, 2, 4 and 8 on the curve and its twist, and the non-canonical encodings
+// p and p+1 (RFC 7748, sections 6.1 and 7).
 var lowOrder = map[[32]byte]bool{
 	{}:  true,
 	{1}: true,
@@ -260,6 +278,7 @@ var lowOrder = map[[32]byte]bool{
 	nearP(0xee): true, // p + 1
 }
 
+// nearP is the little-endian encoding of 2^255 - 256 + low, for values close to p = 2^255 - 19.
 func nearP(low byte) (u [32]byte) {
 	for i := range u {
 		u[i] = 0xff
@@ -268,7 +287,8 @@ func nearP(low byte) (u [32]byte) {
 	return u
 }
 
-// LowOrder reports a point that Exchange must refuse. The top bit does not count (RFC 7748 section 5).
+// LowOrder reports a point of low order. Exchange must refuse such a point. The top bit is ignored
+// (RFC 7748, section 5).
 func LowOrder(point [32]byte) bool {
 	point[31] &= 0x7f
 	return lowOrder[point]

@@ -10,7 +10,8 @@ import (
 	"countersign/internal/keystore/keystoretest"
 )
 
-// TestLowOrderAgreesWithECDH: crypto/ecdh refuses a shared secret of zero, so it must refuse just these points.
+// TestLowOrderAgreesWithECDH compares LowOrder with crypto/ecdh, whose ECDH refuses a shared secret
+// of zero and therefore exactly the points of low order.
 func TestLowOrderAgreesWithECDH(t *testing.T) {
 	key, err := ecdh.X25519().GenerateKey(rand.Reader)
 	if err != nil {
@@ -44,14 +45,17 @@ func TestRef(t *testing.T) {
 			t.Errorf("%v: %v, %v", r, got, err)
 		}
 	}
-	for _, s := range []string{"", "a", "a/", "/1", "a/0", "a/01", "a/-1", "a/1/2", "A/1", "-a/1", "a b/1", "a/4294967296", strings.Repeat("a", 65) + "/1"} {
+	for _, s := range []string{
+		"", "a", "a/", "/1", "a/0", "a/01", "a/-1", "a/1/2", "A/1", "-a/1", "a b/1", "a/4294967296",
+		strings.Repeat("a", 65) + "/1",
+	} {
 		if r, err := keystore.ParseRef(s); err == nil {
 			t.Errorf("%q is read as %v", s, r)
 		}
 	}
 }
 
-// TestMemory holds the suite's own store to the suite.
+// TestMemory runs the conformance suite on its own in-memory store.
 func TestMemory(t *testing.T) {
 	keystoretest.Run(t, func(*testing.T) keystore.Store { return keystoretest.NewMemory() })
 }

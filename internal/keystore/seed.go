@@ -11,11 +11,11 @@ import (
 	"syscall"
 )
 
-// seedPrefix begins the form in which Paykit's Locks server keeps a seed.
+// seedPrefix marks the seed format of Paykit's Locks server.
 const seedPrefix = "keypair-seed:"
 
-// ReadSeed reads the Ed25519 seed (RFC 8032, section 5.1.5: the 32-byte private key) from a file that only its owner can
-// read. The caller clears the seed after use.
+// ReadSeed reads the Ed25519 seed (RFC 8032, section 5.1.5: the 32-byte private key) from a file
+// without permissions for group and others. The caller clears the seed after use.
 func ReadSeed(path string) (seed [32]byte, err error) {
 	b, err := ReadSecret(path, "seed file")
 	if err != nil {
@@ -28,8 +28,8 @@ func ReadSeed(path string) (seed [32]byte, err error) {
 	return seed, nil
 }
 
-// ParseSeed reads a seed: 32 bytes as they are, or one line of text with 64 hex digits or keypair-seed: and base64url.
-// The error does not tell anything of the seed.
+// ParseSeed reads a seed in one of three formats: 32 raw bytes, one line with 64 hex digits, or one
+// line with keypair-seed: and base64url. The error has no part of the seed.
 func ParseSeed(b []byte) (seed [32]byte, err error) {
 	if len(b) == len(seed) {
 		return [32]byte(b), nil
@@ -44,17 +44,18 @@ func ParseSeed(b []byte) (seed [32]byte, err error) {
 		n, err = hex.Decode(buf, text)
 	}
 	if err != nil || n != len(seed) {
-		return seed, errors.New("it must hold 32 bytes, or their 64 hex digits, or keypair-seed: and their base64url")
+		return seed, errors.New("a seed must be 32 bytes, or their 64 hex digits, or keypair-seed: and their base64url")
 	}
 	return [32]byte(buf[:n]), nil
 }
 
-// maxSecret is more than any secret in a file needs.
+// maxSecret is the largest size of a secret file in bytes, far above a PIN's or a seed's.
 const maxSecret = 4096
 
-// ReadSecret reads a file that only its owner can read. what names it in errors.
+// ReadSecret reads a file of at most 4096 bytes without permissions for group and others. Errors
+// call the file by the argument what, for example "seed file".
 func ReadSecret(path, what string) ([]byte, error) {
-	f, err := os.OpenFile(path, os.O_RDONLY|syscall.O_NONBLOCK, 0) // a FIFO must not hang it
+	f, err := os.OpenFile(path, os.O_RDONLY|syscall.O_NONBLOCK, 0) // opening a FIFO must not block
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w", what, err)
 	}
@@ -64,10 +65,11 @@ func ReadSecret(path, what string) ([]byte, error) {
 		return nil, fmt.Errorf("%s: %w", what, err)
 	}
 	if !st.Mode().IsRegular() || st.Mode().Perm()&0o077 != 0 {
-		return nil, fmt.Errorf("%s %s: its mode is %v; it must be a file that only its owner can read: chmod 600 %s", what, path, st.Mode(), path)
+		return nil, fmt.Errorf("%s %s: its mode is %v; it must be a file that only its owner can read: chmod 600 %s",
+			what, path, st.Mode(), path)
 	}
 	if st.Size() > maxSecret {
-		return nil, fmt.Errorf("%s %s: %d bytes are too many", what, path, st.Size())
+		return nil, fmt.Errorf("%s %s: it has %d bytes; at most %d are allowed", what, path, st.Size(), maxSecret)
 	}
 	b := make([]byte, maxSecret)
 	n, err := io.ReadFull(f, b)

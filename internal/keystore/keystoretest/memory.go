@@ -16,25 +16,26 @@ import (
 	"countersign/internal/keystore"
 )
 
-// Memory is a Store in memory that obeys the contract and can be told to fail. Nothing but tests may use it.
+// Memory is an in-memory Store for tests only. Memory obeys the contract, and its hooks inject
+// failures.
 type Memory struct {
 	mu   sync.Mutex
 	keys map[keystore.Ref]*memoryKey
 
-	// BeforeSign, where it is set, runs before each signature; its error is the device's.
+	// BeforeSign, if not nil, runs before each signature. Sign returns the error of BeforeSign.
 	BeforeSign func(ref keystore.Ref, message []byte) error
-	// BeforeExchange, where it is set, runs before each shared secret is made, whatever comes of it.
+	// BeforeExchange, if not nil, runs before each shared secret, also before a refused one.
 	BeforeExchange func(ref keystore.Ref)
-	// BeforeGenerate, where it is set, runs before a key is made: a device that takes its time. Its error is the device's.
+	// BeforeGenerate, if not nil, runs before a key is made, for example to imitate a slow device.
+	// Generate returns the error of BeforeGenerate.
 	BeforeGenerate func(ref keystore.Ref) error
-	// Corrupt, where it is set, may change a signature: a device that answers wrongly.
+	// Corrupt, if not nil, may change a signature, as a faulty device would.
 	Corrupt func(signature []byte) []byte
 }
 
 type memoryKey struct {
 	store *Memory
 	info  keystore.Info
-	tag   keystore.Tag
 	sign  ed25519.PrivateKey
 	ecdsa *ecdsa.PrivateKey
 	dh    *ecdh.PrivateKey
@@ -73,7 +74,9 @@ func (m *Memory) Inspect(context.Context) ([]keystore.Finding, error) {
 	return []keystore.Finding{{What: "memory", OK: true, Text: "keys in memory, for tests"}}, nil
 }
 
-func (m *Memory) Generate(_ context.Context, ref keystore.Ref, alg keystore.Algorithm, tag keystore.Tag) (keystore.Key, error) {
+func (m *Memory) Generate(
+	_ context.Context, ref keystore.Ref, alg keystore.Algorithm, tag keystore.Tag,
+) (keystore.Key, error) {
 	if m.BeforeGenerate != nil {
 		if err := m.BeforeGenerate(ref); err != nil {
 			return nil, err
@@ -99,7 +102,9 @@ func (m *Memory) Generate(_ context.Context, ref keystore.Ref, alg keystore.Algo
 	if err != nil {
 		return nil, err
 	}
-	return m.add(k, ref, alg, public, tag, keystore.Provenance{Local: true, AlwaysSensitive: true, NeverExtractable: true})
+	k.info = keystore.Info{Ref: ref, Algorithm: alg, PublicKey: public, Custody: "memory", Tag: tag,
+		Provenance: keystore.Provenance{Local: true, AlwaysSensitive: true, NeverExtractable: true}}
+	return m.add(k)
 }
 
 func (m *Memory) Import(_ context.Context, ref keystore.Ref, path string, tag keystore.Tag) (keystore.Key, error) {
@@ -108,22 +113,23 @@ func (m *Memory) Import(_ context.Context, ref keystore.Ref, path string, tag ke
 		return nil, fmt.Errorf("%w: %w", keystore.ErrRefused, err)
 	}
 	k := &memoryKey{sign: ed25519.NewKeyFromSeed(seed[:])}
-	return m.add(k, ref, keystore.Ed25519, k.sign.Public().(ed25519.PublicKey), tag, keystore.Provenance{})
+	public := k.sign.Public().(ed25519.PublicKey)
+	k.info = keystore.Info{Ref: ref, Algorithm: keystore.Ed25519, PublicKey: public, Custody: "memory", Tag: tag}
+	return m.add(k)
 }
 
-func (m *Memory) add(k *memoryKey, ref keystore.Ref, alg keystore.Algorithm, public []byte, tag keystore.Tag, p keystore.Provenance) (keystore.Key, error) {
+func (m *Memory) add(k *memoryKey) (keystore.Key, error) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	if _, ok := m.keys[ref]; ok {
-		return nil, fmt.Errorf("%v: %w", ref, keystore.ErrExists)
+	if _, ok := m.keys[k.info.Ref]; ok {
+		return nil, fmt.Errorf("%v: %w", k.info.Ref, keystore.ErrExists)
 	}
-	k.store, k.tag = m, tag
-	k.info = keystore.Info{Ref: ref, Algorithm: alg, PublicKey: public, Custody: "memory", Provenance: p, Tag: tag}
-	m.keys[ref] = k
+	k.store = m
+	m.keys[k.info.Ref] = k
 	return k, nil
 }
 
-// bound is a key by its description.
+// bound is a key known by its description only. Each use looks the key up.
 type bound struct {
 	store *Memory
 	info  keystore.Info
@@ -162,13 +168,13 @@ func (b bound) Exchange(ctx context.Context, peer [32]byte) ([32]byte, error) {
 func (m *Memory) Destroy(_ context.Context, ref keystore.Ref, tag keystore.Tag) error {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	if k := m.keys[ref]; k != nil && k.tag == tag {
+	if k := m.keys[ref]; k != nil && k.info.Tag == tag {
 		delete(m.keys, ref)
 	}
 	return nil
 }
 
-// Remove takes a key away, as somebody with the token in hand could.
+// Remove deletes a key without a tag, as a person with the token in hand could.
 func (m *Memory) Remove(ref keystore.Ref) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -230,6 +236,7 @@ func (k *memoryKey) Exchange(ctx context.Context, peer [32]byte) (shared [32]byt
 	return shared, err
 }
 
+// usable gives an error for an ended ctx and for a key deleted from the store.
 func (k *memoryKey) usable(ctx context.Context) error {
 	if ctx.Err() != nil {
 		return fmt.Errorf("%w: %w", keystore.ErrUnavailable, ctx.Err())

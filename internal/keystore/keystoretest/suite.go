@@ -1,5 +1,5 @@
-// Package keystoretest holds every keystore backend to the contract of package keystore, and has a store in memory for
-// tests of what lies above it.
+// Package keystoretest has the conformance suite for the backends of package keystore, and an
+// in-memory store for tests of the layers above. Begin reading at Run.
 package keystoretest
 
 import (
@@ -22,11 +22,13 @@ import (
 	"countersign/internal/keystore"
 )
 
-// LowOrderPoints lists the encodings whose shared secret is zero, top bit clear and set.
+// LowOrderPoints lists the encodings with a shared secret of zero, with the top bit clear and set.
 func LowOrderPoints() (points [][32]byte) {
 	low := [][32]byte{{}, {1},
-		{0xe0, 0xeb, 0x7a, 0x7c, 0x3b, 0x41, 0xb8, 0xae, 0x16, 0x56, 0xe3, 0xfa, 0xf1, 0x9f, 0xc4, 0x6a, 0xda, 0x09, 0x8d, 0xeb, 0x9c, 0x32, 0xb1, 0xfd, 0x86, 0x62, 0x05, 0x16, 0x5f, 0x49, 0xb8, 0x00},
-		{0x5f, 0x9c, 0x95, 0xbc, 0xa3, 0x50, 0x8c, 0x24, 0xb1, 0xd0, 0xb1, 0x55, 0x9c, 0x83, 0xef, 0x5b, 0x04, 0x44, 0x5c, 0xc4, 0x58, 0x1c, 0x8e, 0x86, 0xd8, 0x22, 0x4e, 0xdd, 0xd0, 0x9f, 0x11, 0x57},
+		{0xe0, 0xeb, 0x7a, 0x7c, 0x3b, 0x41, 0xb8, 0xae, 0x16, 0x56, 0xe3, 0xfa, 0xf1, 0x9f, 0xc4, 0x6a,
+			0xda, 0x09, 0x8d, 0xeb, 0x9c, 0x32, 0xb1, 0xfd, 0x86, 0x62, 0x05, 0x16, 0x5f, 0x49, 0xb8, 0x00},
+		{0x5f, 0x9c, 0x95, 0xbc, 0xa3, 0x50, 0x8c, 0x24, 0xb1, 0xd0, 0xb1, 0x55, 0x9c, 0x83, 0xef, 0x5b,
+			0x04, 0x44, 0x5c, 0xc4, 0x58, 0x1c, 0x8e, 0x86, 0xd8, 0x22, 0x4e, 0xdd, 0xd0, 0x9f, 0x11, 0x57},
 	}
 	for _, first := range []byte{0xec, 0xed, 0xee} {
 		p := [32]byte(slices.Repeat([]byte{0xff}, 32))
@@ -41,13 +43,14 @@ func LowOrderPoints() (points [][32]byte) {
 	return points
 }
 
+// tagOf gives each creation of the suite a tag of its own: the version, then the name.
 func tagOf(name string, version uint32) (tag keystore.Tag) {
 	tag[0] = byte(version)
 	copy(tag[1:], name)
 	return tag
 }
 
-// Run is the conformance suite. open returns an empty store; the suite closes it.
+// Run is the conformance suite. open returns an empty store, and Run closes the store.
 func Run(t *testing.T, open func(*testing.T) keystore.Store) {
 	store := func(t *testing.T) keystore.Store {
 		s := open(t)
@@ -58,7 +61,6 @@ func Run(t *testing.T, open func(*testing.T) keystore.Store) {
 		})
 		return s
 	}
-	// Tags are {version, name...}: each creation has one of its own.
 	generate := func(t *testing.T, s keystore.Store, name string, version uint32, alg keystore.Algorithm) keystore.Key {
 		t.Helper()
 		k, err := s.Generate(t.Context(), keystore.Ref{Name: name, Version: version}, alg, tagOf(name, version))
@@ -95,13 +97,17 @@ func Run(t *testing.T, open func(*testing.T) keystore.Store) {
 		judged := 0
 		sig, err := k.Sign(t.Context(), []byte("m"), func(signature []byte) bool {
 			judged++
-			return !ed25519.Verify(k.Info().PublicKey, []byte("m"), signature) // none is good enough
+			return !ed25519.Verify(k.Info().PublicKey, []byte("m"), signature) // rejects every valid signature
 		})
 		if !errors.Is(err, keystore.ErrUnavailable) || sig != nil || judged == 0 {
 			t.Errorf("judged %d times, and returned %x, %v", judged, sig, err)
 		}
-		sig, err = k.Sign(t.Context(), []byte("m"), func(signature []byte) bool { return ed25519.Verify(k.Info().PublicKey, []byte("m"), signature) })
-		for end := time.Now().Add(20 * time.Second); errors.Is(err, keystore.ErrUnavailable) && time.Now().Before(end); { // it is recovering
+		sig, err = k.Sign(t.Context(), []byte("m"), func(signature []byte) bool {
+			return ed25519.Verify(k.Info().PublicKey, []byte("m"), signature)
+		})
+		// The store may need time for its recovery from the rejected signatures.
+		end := time.Now().Add(20 * time.Second)
+		for errors.Is(err, keystore.ErrUnavailable) && time.Now().Before(end) {
 			sig, err = k.Sign(t.Context(), []byte("m"), nil)
 		}
 		if err != nil || len(sig) != ed25519.SignatureSize {
@@ -113,9 +119,10 @@ func Run(t *testing.T, open func(*testing.T) keystore.Store) {
 		s := store(t)
 		batches, ok := s.(keystore.BatchSigner)
 		if !ok {
-			return // what is not promised
+			return // BatchSigner is optional
 		}
-		one, two, p256 := generate(t, s, "a", 1, keystore.Ed25519), generate(t, s, "a", 2, keystore.Ed25519), generate(t, s, "tls", 1, keystore.P256)
+		one, two := generate(t, s, "a", 1, keystore.Ed25519), generate(t, s, "a", 2, keystore.Ed25519)
+		p256 := generate(t, s, "tls", 1, keystore.P256)
 		absent := one.Info()
 		absent.Ref, absent.Tag = keystore.Ref{Name: "absent", Version: 1}, keystore.Tag{99}
 		for what, keys := range map[string][]keystore.Key{
@@ -126,18 +133,20 @@ func Run(t *testing.T, open func(*testing.T) keystore.Store) {
 			"one of no use":     {one, generate(t, s, "x", 1, keystore.X25519), two},
 			"more than fits in": slices.Repeat([]keystore.Key{one, p256}, 40),
 		} {
-			for round := range 2 { // the second finds the keys known
+			for round := range 2 { // in the second round the store has the keys in its cache
 				var batch []*keystore.Signing
 				for i, k := range keys {
-					batch = append(batch, &keystore.Signing{Key: k, Message: fmt.Appendf(nil, "%s %d %d", what, round, i)})
+					message := fmt.Appendf(nil, "%s %d %d", what, round, i)
+					batch = append(batch, &keystore.Signing{Key: k, Message: message})
 				}
 				batches.SignBatch(t.Context(), batch)
 				for i, b := range batch {
 					info := b.Key.Info()
+					want := map[string]error{"absent": keystore.ErrNotFound, "x": keystore.ErrRefused}[info.Ref.Name]
 					switch {
-					case info.Ref.Name == "absent" && !errors.Is(b.Err, keystore.ErrNotFound), info.Ref.Name == "x" && !errors.Is(b.Err, keystore.ErrRefused):
+					case want != nil && !errors.Is(b.Err, want):
 						t.Errorf("%s, number %d: %v", what, i, b.Err)
-					case info.Ref.Name != "absent" && info.Ref.Name != "x" && (b.Err != nil || !info.Verify(b.Message, b.Signature)):
+					case want == nil && (b.Err != nil || !info.Verify(b.Message, b.Signature)):
 						t.Errorf("%s, number %d: %v, or it does not verify", what, i, b.Err)
 					}
 				}
@@ -168,12 +177,13 @@ func Run(t *testing.T, open func(*testing.T) keystore.Store) {
 
 	t.Run("Import", func(t *testing.T) {
 		s := store(t)
-		// RFC 8032 section 7.1, test 1: a published vector, nobody's key.
+		// The seed is a published test vector: RFC 8032, section 7.1, test 1.
 		const seed = "9d61b19deffd5a60ba844af492ec2cc44449c5697b326919703bac031cae7f60"
 		const public = "d75a980182b10ab7d54bfed3c964073a0ee172f3daa62325af021a68f707511a"
 		path := filepath.Join(t.TempDir(), "seed")
 		raw, _ := hex.DecodeString(seed)
-		for i, content := range [][]byte{raw, []byte(seed + "\n"), []byte("keypair-seed:" + base64.RawURLEncoding.EncodeToString(raw) + "\n")} {
+		coded := "keypair-seed:" + base64.RawURLEncoding.EncodeToString(raw)
+		for i, content := range [][]byte{raw, []byte(seed + "\n"), []byte(coded + "\n")} {
 			if err := os.WriteFile(path, content, 0o600); err != nil {
 				t.Fatal(err)
 			}
@@ -189,28 +199,34 @@ func Run(t *testing.T, open func(*testing.T) keystore.Store) {
 			if sig, err := k.Sign(t.Context(), []byte("m"), nil); err != nil || !slices.Equal(sig, want) {
 				t.Errorf("sign: %x, %v", sig, err)
 			}
-			if found, err := s.Key(t.Context(), ref); err != nil || found.Info().Provenance.Generated() || found.Info().Provenance.String() != "imported" {
+			found, err := s.Key(t.Context(), ref)
+			if err != nil || found.Info().Provenance.Generated() || found.Info().Provenance.String() != "imported" {
 				t.Errorf("an imported key is not marked as one: %+v, %v", found, err)
 			}
 		}
-		if _, err := s.Import(t.Context(), keystore.Ref{Name: "old", Version: 1}, path, keystore.Tag{9}); !errors.Is(err, keystore.ErrExists) {
+		old, bad := keystore.Ref{Name: "old", Version: 1}, keystore.Ref{Name: "bad", Version: 1}
+		if _, err := s.Import(t.Context(), old, path, keystore.Tag{9}); !errors.Is(err, keystore.ErrExists) {
 			t.Errorf("over an existing key: %v", err)
 		}
-		for name, content := range map[string]string{"short": seed[:62], "no hex": "zz" + seed[2:], "empty": "", "coded badly": "keypair-seed:!", "coded short": "keypair-seed:AAAA"} {
+		for name, content := range map[string]string{
+			"short": seed[:62], "no hex": "zz" + seed[2:], "empty": "",
+			"coded badly": "keypair-seed:!", "coded short": "keypair-seed:AAAA",
+		} {
 			if err := os.WriteFile(path, []byte(content), 0o600); err != nil {
 				t.Fatal(err)
 			}
-			_, err := s.Import(t.Context(), keystore.Ref{Name: "bad", Version: 1}, path, keystore.Tag{9})
+			_, err := s.Import(t.Context(), bad, path, keystore.Tag{9})
 			if err == nil || content != "" && strings.Contains(err.Error(), content) {
 				t.Errorf("%s: %v", name, err)
 			}
 		}
 		os.WriteFile(path, []byte(seed), 0o600)
 		os.Chmod(path, 0o644)
-		if _, err := s.Import(t.Context(), keystore.Ref{Name: "bad", Version: 1}, path, keystore.Tag{9}); err == nil || !strings.Contains(err.Error(), "chmod 600") {
+		_, err := s.Import(t.Context(), bad, path, keystore.Tag{9})
+		if err == nil || !strings.Contains(err.Error(), "chmod 600") {
 			t.Errorf("a seed that all can read: %v", err)
 		}
-		if _, err := s.Key(t.Context(), keystore.Ref{Name: "bad", Version: 1}); !errors.Is(err, keystore.ErrNotFound) {
+		if _, err := s.Key(t.Context(), bad); !errors.Is(err, keystore.ErrNotFound) {
 			t.Errorf("a refused import has left something behind: %v", err)
 		}
 	})
@@ -293,7 +309,8 @@ func Run(t *testing.T, open func(*testing.T) keystore.Store) {
 			t.Fatal(err)
 		}
 		info := found.Info()
-		if !slices.Equal(info.PublicKey, made.Info().PublicKey) || info.Ref.String() != "a/1" || info.Algorithm != keystore.Ed25519 || info.Custody == "" {
+		if !slices.Equal(info.PublicKey, made.Info().PublicKey) || info.Ref.String() != "a/1" ||
+			info.Algorithm != keystore.Ed25519 || info.Custody == "" {
 			t.Errorf("found %+v, made %+v", info, made.Info())
 		}
 		if !info.Provenance.Generated() || info.Tag != tagOf("a", 1) {
@@ -322,10 +339,12 @@ func Run(t *testing.T, open func(*testing.T) keystore.Store) {
 	t.Run("GenerateRefuses", func(t *testing.T) {
 		s := store(t)
 		first := generate(t, s, "a", 1, keystore.Ed25519)
-		if _, err := s.Generate(t.Context(), keystore.Ref{Name: "a", Version: 1}, keystore.Ed25519, keystore.Tag{1}); !errors.Is(err, keystore.ErrExists) {
+		ref := keystore.Ref{Name: "a", Version: 1}
+		_, err := s.Generate(t.Context(), ref, keystore.Ed25519, keystore.Tag{1})
+		if !errors.Is(err, keystore.ErrExists) {
 			t.Errorf("an existing name: %v", err)
 		}
-		if k, err := s.Key(t.Context(), keystore.Ref{Name: "a", Version: 1}); err != nil || !slices.Equal(k.Info().PublicKey, first.Info().PublicKey) {
+		if k, err := s.Key(t.Context(), ref); err != nil || !slices.Equal(k.Info().PublicKey, first.Info().PublicKey) {
 			t.Errorf("the refused generation has changed the key: %v", err)
 		}
 		if _, err := s.Generate(t.Context(), keystore.Ref{Name: "b", Version: 1}, "rsa", keystore.Tag{1}); err == nil {
@@ -344,7 +363,7 @@ func Run(t *testing.T, open func(*testing.T) keystore.Store) {
 		if _, err := k.Sign(t.Context(), []byte("m"), nil); err != nil {
 			t.Errorf("destroyed with the tag of another creation: %v", err)
 		}
-		for range 2 { // the second time there is nothing left
+		for range 2 { // the second time no object is left
 			if err := s.Destroy(t.Context(), ref, tagOf("a", 1)); err != nil {
 				t.Fatal(err)
 			}
