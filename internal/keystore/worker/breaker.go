@@ -2,16 +2,123 @@ package worker
 
 import (
 	"errors"
-	"slices"
 
 	"countersign/internal/keystore"
 )
 
-type note struct {
+// The circuit breaker is open (down) while no slot has a worker and no healthy slot is starting one.
+// Calls then fail at once. Each start of a worker, with its login and health check, is the probe
+// that can close the breaker. An outage is reported once, and so is its end. An outage is an open
+// breaker, or a key that the device refuses to unseal.
+
+// change is a report of an outage's start or end.
+type change struct {
 	up    bool
 	cause error
 }
 
+// slotsChanged updates the breaker and the queue after a worker has come or gone, under mu.
+func (p *Pool) slotsChanged() {
+	p.down = true
+	for _, s := range p.slots {
+		p.down = p.down && s.process == nil && !s.starting
+	}
+	if p.down && p.opened {
+		p.reportOutage(p.cause)
+	}
+	p.dispatch()
+}
+
+// reportOutage reports an outage, unless the one before has not ended. The caller holds mu.
+func (p *Pool) reportOutage(cause error) {
+	if !p.outageReported.Swap(true) {
+		p.enqueueChange(change{false, cause})
+	}
+}
+
+// reportRecovery reports the end of an outage. A late answer of a worker that is gone by now is no
+// recovery: the breaker must be closed, and no key sealed.
+func (p *Pool) reportRecovery() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.outageReported.Load() && !p.down && len(p.sealed) == 0 {
+		p.outageReported.Store(false)
+		p.enqueueChange(change{up: true})
+	}
+}
+
+// trackSealed keeps the set of keys that the device refuses to unseal in the machine's present
+// state (keystore.ErrSealed). err is the result of a use of the key. The first such key begins an
+// outage, and the last key's return ends the outage.
+func (p *Pool) trackSealed(ref keystore.Ref, err error) {
+	sealed := errors.Is(err, keystore.ErrSealed)
+	if !sealed && (err != nil || p.sealedCount.Load() == 0) {
+		return // the usual case, without a lock
+	}
+	p.mu.Lock()
+	if sealed {
+		p.sealed[ref] = true
+	} else {
+		delete(p.sealed, ref)
+	}
+	p.sealedCount.Store(int64(len(p.sealed)))
+	if sealed && !p.outageReported.Load() {
+		p.cause = err
+		p.reportOutage(err)
+	}
+	p.mu.Unlock()
+	if !sealed {
+		p.reportRecovery()
+	}
+}
+
+// maxChanges is the largest number of changes queued for a slow OnChange.
+const maxChanges = 64
+
+// enqueueChange queues a change for deliverChanges without blocking. The caller holds mu. With a
+// full queue, the end of an outage cancels the outage's start, so the queue still alternates.
+func (p *Pool) enqueueChange(c change) {
+	if c.up && len(p.changes) >= maxChanges {
+		p.changes = p.changes[:len(p.changes)-1]
+		return
+	}
+	p.changes = append(p.changes, c)
+	select {
+	case p.changed <- struct{}{}:
+	default:
+	}
+}
+
+// deliverChanges logs the queued changes and passes them to OnChange, in order, until Close.
+func (p *Pool) deliverChanges() {
+	for {
+		select {
+		case <-p.changed:
+		case <-p.closed:
+			return
+		}
+		p.mu.Lock()
+		changes := p.changes
+		p.changes = nil
+		p.mu.Unlock()
+		for _, c := range changes {
+			if p.isClosed() {
+				return
+			}
+			if c.up {
+				p.config.Log.Info("the token serves again", "token", p.config.Name)
+			} else {
+				p.config.Log.Error("the token does not serve: its keys are unavailable until it is back",
+					"token", p.config.Name, "err", c.cause)
+			}
+			if p.config.OnChange != nil {
+				p.config.OnChange(c.up, c.cause)
+			}
+		}
+	}
+}
+
+// Status gives the breaker's state and the workers' processes.
 func (p *Pool) Status() keystore.Status {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -27,104 +134,4 @@ func (p *Pool) Status() keystore.Status {
 		st.Workers = append(st.Workers, w)
 	}
 	return st
-}
-
-// settle is called, under mu, whenever a worker has come or gone: it sees whether there are workers at all, and gives those
-// that wait what there is.
-func (p *Pool) settle() {
-	down := true
-	for _, s := range p.slots {
-		down = down && s.process == nil && !s.starting
-	}
-	p.down = down
-	if down && p.open && !p.told.Load() {
-		p.told.Store(true)
-		p.note(note{false, p.cause})
-	}
-	p.waiting = slices.DeleteFunc(p.waiting, func(w *waiter) bool {
-		proc, coming := p.choose(w.tried)
-		if proc != nil || !coming {
-			w.process <- proc
-		}
-		return proc != nil || !coming
-	})
-}
-
-// noteSealed keeps count of the keys that the device does not give out to this machine as it is. The first of them is an
-// outage, and the last one's return its end.
-func (p *Pool) noteSealed(ref keystore.Ref, err error) {
-	sealed := errors.Is(err, keystore.ErrSealed)
-	if !sealed && (err != nil || p.sealing.Load() == 0) {
-		return
-	}
-	p.mu.Lock()
-	if sealed {
-		p.sealed[ref] = true
-	} else {
-		delete(p.sealed, ref)
-	}
-	p.sealing.Store(int64(len(p.sealed)))
-	if sealed && !p.told.Load() {
-		p.told.Store(true)
-		p.cause = err
-		p.note(note{false, err})
-	}
-	p.mu.Unlock()
-	if !sealed {
-		p.back()
-	}
-}
-
-// back says that the device serves again, unless the call that shows it was the last one before the end.
-func (p *Pool) back() {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	if p.told.Load() && !p.down && len(p.sealed) == 0 {
-		p.told.Store(false)
-		p.note(note{up: true})
-	}
-}
-
-// maxNotes is how many wait for a listener that takes its time.
-const maxNotes = 64
-
-// note leaves word for tell, under mu. It never waits.
-func (p *Pool) note(n note) {
-	if n.up && len(p.notes) >= maxNotes {
-		p.notes = p.notes[:len(p.notes)-1] // nobody has listened for a long time: this outage has not been
-		return
-	}
-	p.notes = append(p.notes, n)
-	select {
-	case p.noted <- struct{}{}:
-	default:
-	}
-}
-
-// tell passes on, in order, what the pool has to say.
-func (p *Pool) tell() {
-	for {
-		select {
-		case <-p.noted:
-		case <-p.closed:
-			return
-		}
-		p.mu.Lock()
-		notes := p.notes
-		p.notes = nil
-		p.mu.Unlock()
-		for _, n := range notes {
-			if p.isClosed() {
-				return
-			}
-			if n.up {
-				p.config.Log.Info("the token serves again", "token", p.config.Name)
-			} else {
-				p.config.Log.Error("the token does not serve: its keys are unavailable until it is back", "token", p.config.Name, "err", n.cause)
-			}
-			if p.config.OnChange != nil {
-				p.config.OnChange(n.up, n.cause)
-			}
-		}
-	}
 }

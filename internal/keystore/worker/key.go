@@ -9,15 +9,15 @@ import (
 	"countersign/internal/keystore"
 )
 
-// key is a keystore.Key behind the boundary.
+// key is a keystore.Key of a Pool.
 type key struct {
 	pool    *Pool
 	info    keystore.Info
-	number  uint32
-	encoded []byte // info, as bind sends it
+	number  uint32 // the key's number in frames
+	encoded []byte // info in JSON, the body of a bind frame
 }
 
-// Bind returns one and the same key for one and the same info.
+// Bind returns the same Key for equal infos, so a key has one number for all workers.
 func (p *Pool) Bind(info keystore.Info) keystore.Key {
 	encoded, err := json.Marshal(info)
 	if err != nil {
@@ -33,8 +33,10 @@ func (p *Pool) Bind(info keystore.Info) keystore.Key {
 	return k
 }
 
+// Info returns the description given to Bind.
 func (k *key) Info() keystore.Info { return k.info }
 
+// Sign has a worker sign, and another worker after a signature that judge rejects.
 func (k *key) Sign(ctx context.Context, message []byte, judge keystore.Judge) ([]byte, error) {
 	if k.info.Algorithm == keystore.X25519 {
 		return nil, fmt.Errorf("%v: %w: it is not a signing key", k.info.Ref, keystore.ErrRefused)
@@ -47,6 +49,7 @@ func (k *key) Sign(ctx context.Context, message []byte, judge keystore.Judge) ([
 	})
 }
 
+// Exchange has a worker make the X25519 shared secret.
 func (k *key) Exchange(ctx context.Context, peer [32]byte) (shared [32]byte, err error) {
 	if k.info.Algorithm != keystore.X25519 {
 		return shared, fmt.Errorf("%v: %w: it is not an exchange key", k.info.Ref, keystore.ErrRefused)
@@ -67,42 +70,45 @@ func (k *key) Exchange(ctx context.Context, peer [32]byte) (shared [32]byte, err
 	return [32]byte(answer), nil
 }
 
-func (k *key) use(ctx context.Context, what kind, body []byte, check func([]byte) error) ([]byte, error) {
+// use sends a sign or exchange frame for the key.
+func (k *key) use(ctx context.Context, op kind, body []byte, check func([]byte) error) ([]byte, error) {
 	if len(body) > maxMessage {
-		return nil, fmt.Errorf("%v: %w: a message of %d bytes", k.info.Ref, keystore.ErrRefused, len(body))
+		return nil, fmt.Errorf("%v: %w: a message of %d bytes, at most %d are allowed",
+			k.info.Ref, keystore.ErrRefused, len(body), maxMessage)
 	}
 	p := k.pool
 	answer, err := p.do(ctx, false, func(proc *process, done func(error)) ([]byte, error) {
-		return proc.use(ctx, p.config.Deadline, done, what, k, body)
+		return proc.useKey(ctx, p.config.Deadline, done, op, k, body)
 	}, check)
-	p.noteSealed(k.info.Ref, err)
+	p.trackSealed(k.info.Ref, err)
 	return answer, err
 }
 
-// request carries out what is not frequent.
-func (p *Pool) request(ctx context.Context, once bool, c call, check func(answer []byte) error) error {
-	_, err := p.do(ctx, once, func(proc *process, done func(error)) ([]byte, error) {
-		return proc.ask(ctx, slowFactor*p.config.Deadline, done, c)
+// request sends an infrequent operation to a worker, with the longer deadline of such operations.
+func (p *Pool) request(ctx context.Context, atMostOnce bool, c call, check func(answer []byte) error) error {
+	_, err := p.do(ctx, atMostOnce, func(proc *process, done func(error)) ([]byte, error) {
+		return proc.request(ctx, slowFactor*p.config.Deadline, done, c)
 	}, check)
 	return err
 }
 
-// into reads an answer.
-func into[T any](v *T) func(answer []byte) error {
+// decodeInto makes a check for Pool.do: decodes a JSON answer into v. A failed attempt leaves v as
+// before.
+func decodeInto[T any](v *T) func(answer []byte) error {
 	return func(answer []byte) error {
-		var read T
-		if err := json.Unmarshal(answer, &read); err != nil {
+		var decoded T
+		if err := json.Unmarshal(answer, &decoded); err != nil {
 			return keystore.ErrWrong
 		}
-		*v = read
+		*v = decoded
 		return nil
 	}
 }
 
-// about reads an answer that describes the key that was asked for.
-func about(ref keystore.Ref, info *keystore.Info) func(answer []byte) error {
+// decodeInfo makes a check for Pool.do: decodes the description of a key, which must be the key ref.
+func decodeInfo(ref keystore.Ref, info *keystore.Info) func(answer []byte) error {
 	return func(answer []byte) error {
-		if err := into(info)(answer); err != nil {
+		if err := decodeInto(info)(answer); err != nil {
 			return err
 		} else if info.Ref != ref {
 			return keystore.ErrWrong
@@ -111,37 +117,47 @@ func about(ref keystore.Ref, info *keystore.Info) func(answer []byte) error {
 	}
 }
 
+// Key finds a key. A search for a missing key ends with keystore.ErrNotFound, since Pool.do believes
+// an error that all workers agree on.
 func (p *Pool) Key(ctx context.Context, ref keystore.Ref) (keystore.Key, error) {
 	var info keystore.Info
-	// A worker that does not find it is believed: whoever looks for a key must get an answer when there is none.
-	err := p.request(ctx, false, call{Op: opKey, Ref: ref}, about(ref, &info))
-	p.noteSealed(ref, err)
+	err := p.request(ctx, false, call{Op: opKey, Ref: ref}, decodeInfo(ref, &info))
+	p.trackSealed(ref, err)
 	if err != nil {
 		return nil, err
 	}
 	return p.Bind(info), nil
 }
 
+// Keys lists the keys.
 func (p *Pool) Keys(ctx context.Context) (infos []keystore.Info, err error) {
-	err = p.request(ctx, false, call{Op: opKeys}, into(&infos))
+	err = p.request(ctx, false, call{Op: opKeys}, decodeInto(&infos))
 	return infos, err
 }
 
+// Inspect makes throw-away keys, so Inspect is an at-most-once call.
 func (p *Pool) Inspect(ctx context.Context) (found []keystore.Finding, err error) {
-	err = p.request(ctx, true, call{Op: opLook}, into(&found))
+	err = p.request(ctx, true, call{Op: opInspect}, decodeInto(&found))
 	return found, err
 }
 
-func (p *Pool) Generate(ctx context.Context, ref keystore.Ref, alg keystore.Algorithm, tag keystore.Tag) (keystore.Key, error) {
+// Generate makes a key. Generate is an at-most-once call.
+func (p *Pool) Generate(
+	ctx context.Context, ref keystore.Ref, alg keystore.Algorithm, tag keystore.Tag,
+) (keystore.Key, error) {
 	var info keystore.Info
-	if err := p.request(ctx, true, call{Op: opGenerate, Ref: ref, Algorithm: alg, Tag: tag}, about(ref, &info)); err != nil {
+	c := call{Op: opGenerate, Ref: ref, Algorithm: alg, Tag: tag}
+	if err := p.request(ctx, true, c, decodeInfo(ref, &info)); err != nil {
 		return nil, err
 	}
 	return p.Bind(info), nil
 }
 
-// Import runs in a worker of its own, which ends afterwards: nothing of the seed stays in a process.
-func (p *Pool) Import(ctx context.Context, ref keystore.Ref, path string, tag keystore.Tag) (keystore.Key, error) {
+// Import runs in an extra worker. The worker ends after the import, so no process keeps a copy of
+// the seed.
+func (p *Pool) Import(
+	ctx context.Context, ref keystore.Ref, path string, tag keystore.Tag,
+) (keystore.Key, error) {
 	if ctx.Err() != nil {
 		return nil, fmt.Errorf("%w: %w", keystore.ErrUnavailable, ctx.Err())
 	}
@@ -150,32 +166,36 @@ func (p *Pool) Import(ctx context.Context, ref keystore.Ref, path string, tag ke
 		p.mu.Unlock()
 		return nil, errClosed
 	}
-	p.loops.Add(1) // Close waits for it
+	p.goroutines.Add(1) // under mu, so Close waits for every import that has begun
 	p.mu.Unlock()
-	defer p.loops.Done()
-	proc, err := p.begin(ctx, len(p.slots))
+	defer p.goroutines.Done()
+	proc, err := p.startWorker(ctx, len(p.slots))
 	if err != nil {
 		if proc != nil {
-			p.loops.Go(func() { proc.close(closeTime) }) // it may be logging in
+			// The worker may be logging in, so the shutdown takes time. The caller need not wait.
+			p.goroutines.Go(func() { proc.shutdown(closeTimeout) })
 		}
 		return nil, err
 	}
-	ctx, cancel := p.within(ctx, slowFactor*p.config.Deadline)
+	ctx, cancel := p.withTimeout(ctx, slowFactor*p.config.Deadline)
 	defer cancel()
 	var info keystore.Info
-	answer, err := proc.ask(ctx, slowFactor*p.config.Deadline, func(error) {}, call{Op: opImport, Ref: ref, Path: path, Tag: tag})
+	c := call{Op: opImport, Ref: ref, Path: path, Tag: tag}
+	answer, err := proc.request(ctx, slowFactor*p.config.Deadline, ignoreDone, c)
 	if err == nil {
-		err = about(ref, &info)(answer)
+		err = decodeInfo(ref, &info)(answer)
 	}
-	proc.fail(errors.New("it has imported"))
-	proc.gone(closeTime) // it must not make a key after the caller has cleared away
+	// After an error the caller removes the remains of the key. The process must be gone by then,
+	// or the process could still make the key.
+	proc.fail(errors.New("the import has ended"))
+	proc.waitReaped(closeTimeout)
 	if err != nil {
 		return nil, err
 	}
 	return p.Bind(info), nil
 }
 
-// Destroy has every worker destroy the key: one may have a copy of it.
+// Destroy has every worker destroy the key, since each worker may hold a copy of the key.
 func (p *Pool) Destroy(ctx context.Context, ref keystore.Ref, tag keystore.Tag) error {
 	c := call{Op: opDestroy, Ref: ref, Tag: tag}
 	if err := p.request(ctx, false, c, nil); err != nil {
@@ -190,25 +210,27 @@ func (p *Pool) Destroy(ctx context.Context, ref keystore.Ref, tag keystore.Tag) 
 	}
 	p.mu.Unlock()
 	for _, proc := range all {
-		if _, err := proc.ask(ctx, slowFactor*p.config.Deadline, func(error) {}, c); err != nil {
-			proc.fail(fmt.Errorf("it may have a copy of a key that was destroyed: %w", err))
+		if _, err := proc.request(ctx, slowFactor*p.config.Deadline, ignoreDone, c); err != nil {
+			proc.fail(fmt.Errorf("the key worker may have a copy of a destroyed key: %w", err))
 		}
 	}
 	return nil
 }
 
-// A device without a counter gives ErrRefused.
-
+// DefineCounter is one of the methods of keystore.Counter. On a device without a monotonic counter
+// all three methods give keystore.ErrRefused.
 func (p *Pool) DefineCounter(ctx context.Context) error {
 	return p.request(ctx, false, call{Op: opDefine}, nil)
 }
 
+// ReadCounter returns the counter's value.
 func (p *Pool) ReadCounter(ctx context.Context) (value uint64, err error) {
-	err = p.request(ctx, false, call{Op: opRead}, into(&value))
+	err = p.request(ctx, false, call{Op: opRead}, decodeInto(&value))
 	return value, err
 }
 
+// IncrementCounter is an at-most-once call: a retry could add two.
 func (p *Pool) IncrementCounter(ctx context.Context) (value uint64, err error) {
-	err = p.request(ctx, true, call{Op: opRise}, into(&value))
+	err = p.request(ctx, true, call{Op: opIncrement}, decodeInto(&value))
 	return value, err
 }

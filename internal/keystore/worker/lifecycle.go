@@ -13,107 +13,129 @@ import (
 	"countersign/internal/keystore"
 )
 
-// run keeps one slot filled until the pool is closed.
-func (p *Pool) run(s *slot, first chan<- error) {
+const (
+	// A worker was healthy if it lived for healthyTime or answered healthyCalls. Its replacement
+	// starts at once. After n consecutive workers without health, the next start waits for a
+	// backoff of minBackoff*2^(n-1), at most maxBackoff. Up to half of the backoff is jitter.
+	healthyTime  = time.Second
+	healthyCalls = 100
+	minBackoff   = 50 * time.Millisecond
+	maxBackoff   = 3 * time.Second
+	// healthCheckAfter is the idle time after which a worker has a health check.
+	healthCheckAfter = 15 * time.Second
+	// recoveryTime is the life of a worker after which an outage counts as over. An answered call
+	// ends the outage earlier.
+	recoveryTime = 5 * time.Second
+)
+
+// runSlot keeps one slot filled with a worker until the pool is closed. The result of the first
+// start goes to first.
+func (p *Pool) runSlot(s *slot, first chan<- error) {
 	for {
-		proc, err := p.begin(context.Background(), s.number)
+		proc, err := p.startWorker(context.Background(), s.number)
 		if first != nil {
 			first <- err
 			first = nil
 		}
 		if err == nil {
-			began := time.Now()
-			p.ready(s, proc)
-			p.watch(proc)
+			started := time.Now()
+			p.fillSlot(s, proc)
+			p.monitor(proc)
 			select {
 			case <-proc.dead:
 			case <-p.closed:
 				p.mu.Lock()
 				s.process = nil
 				p.mu.Unlock()
-				proc.close(closeTime + time.Second)
+				proc.shutdown(closeTimeout + time.Second)
 				return
 			}
-			proc.mu.Lock()
-			err = proc.why
-			proc.mu.Unlock()
-			if proc.served.Load() >= soundCalls || time.Since(began) >= sound || errors.Is(err, errRenewed) {
-				s.fails = -1 // it was well: this is the first time
+			err = proc.failure()
+			if proc.served.Load() >= healthyCalls || time.Since(started) >= healthyTime || errors.Is(err, errRenewed) {
+				s.failures = -1 // 0 after the increment below: no backoff
 			}
 			if errors.Is(err, errRenewed) {
-				p.config.Log.Info("a key worker is renewed", "token", p.config.Name, "worker", proc.name, "served", proc.served.Load(), "memory", p.config.Memory)
+				p.config.Log.Info("a key worker is renewed", "token", p.config.Name, "worker", proc.name,
+					"served", proc.served.Load(), "memory", p.config.Memory)
 			} else {
 				p.config.Log.Warn("a key worker is given up", "token", p.config.Name, "worker", proc.name, "err", err)
 			}
-		} else if s.fails == 0 && p.isOpen() && !errors.Is(err, keystore.ErrAuth) { // others may serve, and nobody would know
-			p.config.Log.Warn("a key worker can't be started; it is tried again", "token", p.config.Name, "worker", s.number+1, "err", err)
+		} else if s.failures == 0 && p.isOpen() && !errors.Is(err, keystore.ErrAuth) {
+			// Other workers may serve well, so only the log shows the missing one.
+			p.config.Log.Warn("a key worker can't be started; it is tried again",
+				"token", p.config.Name, "worker", s.number+1, "err", err)
 		}
 		if p.isClosed() {
 			if proc != nil {
-				proc.close(closeTime)
+				proc.shutdown(closeTimeout)
 			}
 			return
 		}
 		p.mu.Lock()
-		s.fails++
+		s.failures++
 		s.restarts++
-		s.process, s.starting = nil, s.fails == 0
+		s.process, s.starting = nil, s.failures == 0
 		p.cause = err
-		retry, auth := p.retry, p.authFail
-		p.settle()
+		retry, authErr := p.retry, p.authErr
+		p.slotsChanged()
 		p.mu.Unlock()
 		if proc != nil {
-			proc.close(closeTime)
+			proc.shutdown(closeTimeout)
 		}
-		if auth != nil {
-			select {
-			case <-retry:
-			case <-p.closed:
-				return
-			}
-		} else if s.fails > 0 {
-			pause := min(firstPause<<min(s.fails-1, 10), longestPause)
-			select {
-			case <-time.After(pause/2 + mrand.N(pause/2)): // so that workers don't come in step
-			case <-retry:
-			case <-p.closed:
-				return
-			}
+		if authErr == nil && s.failures == 0 {
+			continue
+		}
+		var backoff <-chan time.Time // nil after a refused PIN: only Retry ends the wait
+		if authErr == nil {
+			pause := min(minBackoff<<min(s.failures-1, 10), maxBackoff)
+			backoff = time.After(pause/2 + mrand.N(pause/2)) // jitter, or workers would start in step
+		}
+		select {
+		case <-backoff:
+		case <-retry:
+		case <-p.closed:
+			return
 		}
 	}
 }
 
-// begin starts a worker, waits until its device is open, and looks whether it does what is right. What has been started
-// is the caller's to close, also where there is an error.
-func (p *Pool) begin(ctx context.Context, number int) (*process, error) {
+// fillSlot puts a new worker into use.
+func (p *Pool) fillSlot(s *slot, proc *process) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	s.process, s.starting = proc, false
+	p.slotsChanged()
+}
+
+// startWorker starts a worker, waits until its device is open, and checks its health. The caller
+// must shut the returned process down, also after an error. The process is nil if none was started.
+func (p *Pool) startWorker(ctx context.Context, number int) (*process, error) {
 	p.mu.Lock()
 	retries := p.retries
 	p.mu.Unlock()
-	proc, err := start(p.config.Command(number), fmt.Sprintf("%s/%d", p.config.Name, number+1), p.config.Log, p)
+	name := fmt.Sprintf("%s/%d", p.config.Name, number+1)
+	proc, err := startProcess(p.config.Command(number), name, p.config.Log, p)
 	if err != nil {
 		return nil, err
 	}
 	proc.retries = retries
-	ctx, cancel := p.within(ctx, slowFactor*p.config.Deadline)
+	ctx, cancel := p.withTimeout(ctx, slowFactor*p.config.Deadline)
 	defer cancel()
-	if _, err = proc.do(ctx, slowFactor*p.config.Deadline, func(error) {}, hello, p.config.Hello); err == nil {
-		err = p.look(ctx, proc)
+	_, err = proc.roundTrip(ctx, slowFactor*p.config.Deadline, ignoreDone, hello, p.config.Hello)
+	if err == nil {
+		err = p.checkHealth(ctx, proc)
 	}
-	if err != nil {
-		if errors.Is(err, errDied) {
-			proc.mu.Lock()
-			err = fmt.Errorf("%w: the key worker ended while it opened the device: %w", keystore.ErrUnavailable, proc.why)
-			proc.mu.Unlock()
-		}
-		if errors.Is(err, keystore.ErrAuth) {
-			p.refusedPIN(err, retries)
-		}
+	if errors.Is(err, errGivenUp) {
+		err = fmt.Errorf("%w: the key worker ended while it opened the device: %w", keystore.ErrUnavailable, proc.failure())
+	}
+	if errors.Is(err, keystore.ErrAuth) {
+		p.stopLogins(err, retries)
 	}
 	return proc, err
 }
 
-// within returns a context that ends with the pool, too.
-func (p *Pool) within(ctx context.Context, d time.Duration) (context.Context, context.CancelFunc) {
+// withTimeout returns a context with a timeout that also ends when the pool is closed.
+func (p *Pool) withTimeout(ctx context.Context, d time.Duration) (context.Context, context.CancelFunc) {
 	ctx, cancel := context.WithTimeout(ctx, d)
 	go func() {
 		select {
@@ -125,29 +147,23 @@ func (p *Pool) within(ctx context.Context, d time.Duration) (context.Context, co
 	return ctx, cancel
 }
 
-// look asks a worker for something that shows that its device works and that changes nothing: an exchange whose result
-// is known, or, where there is no key for that, what it has of a key.
-func (p *Pool) look(ctx context.Context, proc *process) error {
-	var some *key
-	p.mu.Lock()
-	for _, k := range p.keys {
-		if some == nil || k.info.Algorithm == keystore.X25519 || some.info.Algorithm != keystore.X25519 && mrand.N(2) == 0 {
-			some = k
-		}
-	}
-	p.mu.Unlock()
-	if some == nil {
+// checkHealth has a worker prove that its device works, without a change on the device. The proof
+// is an X25519 exchange with a known result. Without an exchange key, the proof is the description
+// of some key. Without any key there is no check.
+func (p *Pool) checkHealth(ctx context.Context, proc *process) error {
+	k := p.healthCheckKey()
+	if k == nil {
 		return nil
 	}
-	if some.info.Algorithm != keystore.X25519 {
-		_, err := proc.ask(ctx, slowFactor*p.config.Deadline, func(error) {}, call{Op: opKey, Ref: some.info.Ref})
-		return ofKey(err)
+	if k.info.Algorithm != keystore.X25519 {
+		_, err := proc.request(ctx, slowFactor*p.config.Deadline, ignoreDone, call{Op: opKey, Ref: k.info.Ref})
+		return withoutKeyErrors(err)
 	}
 	own, err := ecdh.X25519().GenerateKey(rand.Reader)
 	if err != nil {
 		return err
 	}
-	theirs, err := ecdh.X25519().NewPublicKey(some.info.PublicKey)
+	theirs, err := ecdh.X25519().NewPublicKey(k.info.PublicKey)
 	if err != nil {
 		return err
 	}
@@ -155,29 +171,45 @@ func (p *Pool) look(ctx context.Context, proc *process) error {
 	if err != nil {
 		return err
 	}
-	got, err := proc.use(ctx, p.config.Deadline, func(error) {}, exchange, some, own.PublicKey().Bytes())
+	got, err := proc.useKey(ctx, p.config.Deadline, ignoreDone, exchange, k, own.PublicKey().Bytes())
 	if err == nil && !bytes.Equal(got, want) {
 		err = keystore.ErrWrong
 	}
-	return ofKey(err)
+	return withoutKeyErrors(err)
 }
 
-// ofKey lets pass what is the matter with one key: it may have been deleted, or changed. Whoever uses it is told; a device
-// that says so works.
-func ofKey(err error) error {
-	if errors.Is(err, keystore.ErrNotFound) || errors.Is(err, keystore.ErrUnfit) || errors.Is(err, keystore.ErrAmbiguous) || errors.Is(err, keystore.ErrSealed) {
+// healthCheckKey picks an exchange key if the pool has one, else a random key, else nil.
+func (p *Pool) healthCheckKey() *key {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	var picked *key
+	for _, k := range p.keys {
+		if picked == nil || k.info.Algorithm == keystore.X25519 ||
+			picked.info.Algorithm != keystore.X25519 && mrand.N(2) == 0 {
+			picked = k
+		}
+	}
+	return picked
+}
+
+// withoutKeyErrors drops an error about one key: an operator may have deleted or changed the key. A
+// device with such an answer works. The next user of the key gets the error.
+func withoutKeyErrors(err error) error {
+	if errors.Is(err, keystore.ErrNotFound) || errors.Is(err, keystore.ErrUnfit) ||
+		errors.Is(err, keystore.ErrAmbiguous) || errors.Is(err, keystore.ErrSealed) {
 		return nil
 	}
 	return err
 }
 
-// watch gives a worker up when it is late, and looks after one that is idle.
-func (p *Pool) watch(proc *process) {
-	p.loops.Go(func() {
+// monitor watches a worker until its end: gives the worker up after a missed deadline, renews a
+// worker with too much memory, and checks the health of an idle one.
+func (p *Pool) monitor(proc *process) {
+	p.goroutines.Go(func() {
 		ticker := time.NewTicker(p.config.Deadline / 8)
 		defer ticker.Stop()
-		ready := time.Now()
-		looking := make(chan struct{}, 1)
+		started := time.Now()
+		checking := make(chan struct{}, 1) // capacity 1: one health check at a time
 		for {
 			var now time.Time
 			select {
@@ -187,22 +219,22 @@ func (p *Pool) watch(proc *process) {
 			case <-p.closed:
 				return
 			}
-			proc.overdue(now)
-			p.renew(proc)
-			if p.told.Load() && p.sealing.Load() == 0 && now.Sub(ready) > recovered {
-				p.back()
+			proc.checkDeadlines(now)
+			p.renewIfLarge(proc)
+			if p.outageReported.Load() && p.sealedCount.Load() == 0 && now.Sub(started) > recoveryTime {
+				p.reportRecovery()
 			}
-			if now.UnixNano()-proc.used.Load() > int64(lookEvery) {
+			if now.UnixNano()-proc.lastUse.Load() > int64(healthCheckAfter) {
 				select {
-				case looking <- struct{}{}:
+				case checking <- struct{}{}:
 					go func() {
-						defer func() { <-looking }()
+						defer func() { <-checking }()
 						ctx, cancel := context.WithTimeout(context.Background(), slowFactor*p.config.Deadline)
 						defer cancel()
-						if err := p.look(ctx, proc); err != nil {
+						if err := p.checkHealth(ctx, proc); err != nil {
 							proc.fail(err)
 						}
-						proc.used.Store(time.Now().UnixNano())
+						proc.lastUse.Store(time.Now().UnixNano())
 					}()
 				default:
 				}
@@ -211,10 +243,11 @@ func (p *Pool) watch(proc *process) {
 	})
 }
 
-var errRenewed = errors.New("it had grown too large")
+var errRenewed = errors.New("the key worker had grown too large")
 
-// renew ends a worker that has grown too large, when it has nothing to do any more and while another one is there.
-func (p *Pool) renew(proc *process) {
+// renewIfLarge ends a worker above the memory limit once the worker is idle. Until then the worker
+// gets no new calls. Renewal needs another worker that takes over, unless the pool has one slot only.
+func (p *Pool) renewIfLarge(proc *process) {
 	if proc.memory() <= p.config.Memory {
 		return
 	}
@@ -226,18 +259,10 @@ func (p *Pool) renew(proc *process) {
 		}
 	}
 	proc.retiring = others > 0 || len(p.slots) == 1
-	p.settle() // some may be waiting for it, if it stays after all
-	idle := proc.retiring && proc.busy == 0
+	p.slotsChanged() // a worker that no longer retires takes calls from the queue
+	idle := proc.retiring && proc.inFlight == 0
 	p.mu.Unlock()
 	if idle {
 		proc.retire()
 	}
-}
-
-// ready puts a worker into its slot.
-func (p *Pool) ready(s *slot, proc *process) {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	s.process, s.starting = proc, false
-	p.settle()
 }

@@ -1,74 +1,80 @@
 package worker
 
-import ()
+// A worker asks the pool for permission before each login to the token. Two rules follow from that
+// request. First, one worker at a time logs in: SoftHSM writes its token file at each login, and a
+// process that initialises the module at that moment does not find the token. Second, after a
+// refused PIN no worker logs in until Retry: further attempts with a wrong PIN would lock the token.
 
-// gate decides about logins.
-type gate interface {
-	ask(p *process, id uint64)         // a worker asks; the answer goes to it
-	done(p *process, refusedPIN error) // its login has ended
+// loginGate grants logins. Pool is the gate of its workers.
+type loginGate interface {
+	requestLogin(p *process, id uint64)     // a worker asks; the answer is a loginReply frame with the id
+	loginDone(p *process, refusedPIN error) // the login has ended
 }
 
-func (p *Pool) Retry() {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	p.authFail = nil
-	p.retries++
-	close(p.retry)
-	p.retry = make(chan struct{})
-}
-
-// ask lets one worker at a time log in, and none after a PIN was refused.
-func (p *Pool) ask(proc *process, id uint64) {
+// requestLogin grants one login at a time, and none after a refused PIN.
+func (p *Pool) requestLogin(proc *process, id uint64) {
 	select {
-	case p.login <- struct{}{}:
+	case p.loginLock <- struct{}{}:
 	case <-proc.dead:
 		return
 	case <-p.closed:
 		return
 	}
 	p.mu.Lock()
-	may := p.authFail == nil
+	granted := p.authErr == nil
 	p.mu.Unlock()
-	if !may {
-		<-p.login
+	if !granted {
+		<-p.loginLock
 		proc.asking.Store(false)
-		proc.pipe.send(id, mayLogin, []byte{0})
+		proc.pipe.send(id, loginReply, []byte{0})
 		return
 	}
 	ended := proc.beginLogin()
-	proc.pipe.send(id, mayLogin, []byte{1})
+	proc.pipe.send(id, loginReply, []byte{1})
 	select {
 	case <-ended:
-	case <-proc.dead: // nobody knows what came of it: a refused PIN would have been told first
+	case <-proc.dead: // the result is unknown, but no refused PIN: the worker reports a refusal before its end
 	}
-	<-p.login
+	<-p.loginLock
 }
 
-func (p *Pool) done(proc *process, refusedPIN error) {
+func (p *Pool) loginDone(proc *process, refusedPIN error) {
 	if refusedPIN != nil {
 		p.mu.Lock()
 		retries := p.retries
 		p.mu.Unlock()
-		p.refusedPIN(refusedPIN, retries)
+		p.stopLogins(refusedPIN, retries)
 	}
 	proc.endLogin()
 }
 
-// refusedPIN ends all logins until Retry, unless there has been one since whoever says so knew of the last.
-func (p *Pool) refusedPIN(err error, retries int) {
+// stopLogins forbids logins until Retry. retries is the number of Retry calls at the time of the
+// login with the refused PIN: a refusal from before the last Retry is out of date and ignored.
+func (p *Pool) stopLogins(err error, retries int) {
 	p.mu.Lock()
-	news := p.authFail == nil && p.retries == retries
-	if news {
-		p.authFail = err
+	first := p.authErr == nil && p.retries == retries
+	if first {
+		p.authErr = err
 	}
-	news = news && p.open
+	report := first && p.opened
 	p.mu.Unlock()
-	if news {
-		p.config.Log.Error("the token has refused the PIN; nothing logs in to it until an operator says so", "token", p.config.Name, "err", err)
+	if report {
+		p.config.Log.Error("the token has refused the PIN; correct the PIN, then run countersign admin token retry",
+			"token", p.config.Name, "err", err)
 	}
 }
 
-// beginLogin and endLogin bracket a login.
+// Retry permits logins again and ends all backoff pauses at once.
+func (p *Pool) Retry() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.authErr = nil
+	p.retries++
+	close(p.retry)
+	p.retry = make(chan struct{})
+}
+
+// beginLogin marks a login as permitted. endLogin closes the channel.
 func (p *process) beginLogin() (ended <-chan struct{}) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -84,6 +90,7 @@ func (p *process) endLogin() {
 	p.login = nil
 }
 
+// loggingIn reports a permitted login without an end yet.
 func (p *process) loggingIn() bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()

@@ -14,43 +14,47 @@ import (
 	"countersign/internal/keystore"
 )
 
-// A frame is a big-endian u32 length of what follows, a u64 id, a byte for its kind, and a body. An answer has the id of
-// its request. Bodies of what is frequent are bytes, of the rest JSON.
+// A frame on the socket has a header and a body. The header is a big-endian u32 with the length of
+// the rest of the frame, a u64 id, and a byte with the kind. An answer has the id of its request.
+// The bodies of frequent frames (sign, exchange) are raw bytes, the others are JSON.
+
+// kind is the kind of a frame.
 type kind byte
 
 const (
-	hello    kind = iota + 1 // the worker's configuration; answered when the device is ready
-	bind                     // id: a number for a key from now on; body: keystore.Info; no answer
-	sign                     // body: u32 number of the key, message; answer: signature
-	exchange                 // body: u32 number of the key, public key; answer: secret
-	request                  // body: call; answer: as the operation has it
-	result                   // the answer, in good case
-	failure                  // the answer: a class, and text
-	askLogin                 // worker to pool: may I log in?
-	mayLogin                 // pool to worker, with askLogin's id; body: 1 yes, 0 no
-	loggedIn                 // worker to pool, with askLogin's id; body: as failure, where the PIN was refused; else empty
+	hello        kind = iota + 1 // body: Config.Hello; the answer comes when the device is open
+	bind                         // body: keystore.Info; id: the key's number from now on; no answer
+	sign                         // body: u32 number of the key, message; answer: signature
+	exchange                     // body: u32 number of the key, public key; answer: shared secret
+	request                      // body: call; answer: depends on the operation
+	result                       // an answer: success
+	failure                      // an answer: a byte with the error's class, then text
+	loginRequest                 // worker to pool: asks for permission to log in
+	loginReply                   // pool to worker, id of loginRequest; body: 1 granted, 0 denied
+	loginEnded                   // worker to pool, id of loginRequest; body: as failure if the PIN was refused, else empty
 )
 
 const (
 	headerSize = 4 + 8 + 1
-	maxFrame   = 1 << 20 // a list of thousands of keys
+	maxFrame   = 1 << 20 // bytes; enough for a list of thousands of keys
 	maxMessage = maxFrame - headerSize
 )
 
-var errProtocol = errors.New("worker: the other end does not keep to the protocol")
+var errProtocol = errors.New("worker: the other end violates the protocol")
 
-// pipe is one end of the socket. Whoever sends while another is writing leaves the frame to him: what waits goes out in
-// one write. Nobody waits for the other end to read.
+// pipe is one end of the socket. Concurrent senders are combined: one goroutine writes, the others
+// only append to its buffer, and the whole buffer goes out in one write. A sender never waits for
+// the other end to read.
 type pipe struct {
 	conn *net.UnixConn
 	raw  syscall.RawConn
 	r    *bufio.Reader
 
 	mu      sync.Mutex
-	writing bool
-	buf     []byte
-	spare   []byte
-	err     error
+	writing bool   // a goroutine is writing
+	buf     []byte // frames for the next write
+	spare   []byte // a written buffer, for reuse
+	err     error  // of the last write; final
 }
 
 func newPipe(file *os.File) (*pipe, error) {
@@ -61,28 +65,28 @@ func newPipe(file *os.File) (*pipe, error) {
 	unix, ok := conn.(*net.UnixConn)
 	if !ok {
 		conn.Close()
-		return nil, errors.New("it is not a Unix socket")
+		return nil, errors.New("not a Unix socket")
 	}
 	raw, err := unix.SyscallConn()
 	return &pipe{conn: unix, raw: raw, r: bufio.NewReaderSize(unix, 64<<10)}, err
 }
 
-// send puts a frame and flushes.
+// send enqueues a frame and flushes.
 func (p *pipe) send(id uint64, k kind, body ...[]byte) error {
-	if err := p.put(id, k, body...); err != nil {
+	if err := p.enqueue(id, k, body...); err != nil {
 		return err
 	}
 	return p.flush()
 }
 
-// put appends a frame to what goes out with the next flush, which the caller owes.
-func (p *pipe) put(id uint64, k kind, body ...[]byte) error {
+// enqueue appends a frame to the buffer. The caller must flush afterwards.
+func (p *pipe) enqueue(id uint64, k kind, body ...[]byte) error {
 	n := headerSize - 4
 	for _, b := range body {
 		n += len(b)
 	}
 	if n > maxFrame {
-		return fmt.Errorf("worker: a frame of %d bytes", n)
+		return fmt.Errorf("worker: a frame of %d bytes, at most %d are allowed", n, maxFrame)
 	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -95,8 +99,9 @@ func (p *pipe) put(id uint64, k kind, body ...[]byte) error {
 	return nil
 }
 
-// flush writes what was put, or leaves it to whoever is writing; what the socket does not take at once is written behind
-// the caller's back. It gives an error at the latest when the other end is known to be gone. The reader sees that too.
+// flush writes the buffer, or leaves the buffer to the goroutine that is writing now. With a full
+// socket, the rest is written in the background. An error of a background write comes with a later
+// flush. The reader sees a broken socket as well.
 func (p *pipe) flush() error {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -108,13 +113,13 @@ func (p *pipe) flush() error {
 		out := p.buf
 		p.buf = p.spare[:0]
 		p.mu.Unlock()
-		n, err := p.try(out)
+		n, err := p.writeNonblocking(out)
 		if err == nil && n < len(out) {
-			go p.rest(out, n)
+			go p.writeRest(out, n)
 			p.mu.Lock()
 			return p.err
 		}
-		clear(out) // there may be a shared secret in it
+		clear(out) // the frame may hold a shared secret
 		p.mu.Lock()
 		p.spare, p.err = out, err
 	}
@@ -122,8 +127,8 @@ func (p *pipe) flush() error {
 	return p.err
 }
 
-// try writes what the socket takes without waiting.
-func (p *pipe) try(out []byte) (n int, err error) {
+// writeNonblocking writes as much as the socket takes without waiting, possibly no byte.
+func (p *pipe) writeNonblocking(out []byte) (n int, err error) {
 	failed := p.raw.Write(func(fd uintptr) bool {
 		n, err = syscall.Write(int(fd), out)
 		return err != syscall.EINTR
@@ -134,8 +139,9 @@ func (p *pipe) try(out []byte) (n int, err error) {
 	return max(n, 0), errors.Join(failed, err)
 }
 
-// rest writes what try has left, and then what has come meanwhile.
-func (p *pipe) rest(out []byte, n int) {
+// writeRest writes a buffer from byte n on, waiting for the socket, and then the frames enqueued
+// since.
+func (p *pipe) writeRest(out []byte, n int) {
 	_, err := p.conn.Write(out[n:])
 	clear(out)
 	p.mu.Lock()
@@ -144,7 +150,7 @@ func (p *pipe) rest(out []byte, n int) {
 	p.flush()
 }
 
-// receive returns the next frame; its body is the caller's.
+// receive returns the next frame. The body belongs to the caller.
 func (p *pipe) receive() (id uint64, k kind, body []byte, err error) {
 	var header [headerSize]byte
 	if _, err := io.ReadFull(p.r, header[:]); err != nil {
@@ -159,13 +165,14 @@ func (p *pipe) receive() (id uint64, k kind, body []byte, err error) {
 	return binary.BigEndian.Uint64(header[4:]), kind(header[12]), body, err
 }
 
-// classes are the errors of package keystore that mean the same on both sides.
+// classes are the errors of package keystore with the same meaning on both sides. A class's number
+// on the socket is its index.
 var classes = []error{
-	keystore.ErrUnavailable, keystore.ErrAuth, keystore.ErrNotFound, keystore.ErrExists, keystore.ErrAmbiguous, keystore.ErrUnfit,
-	keystore.ErrRefused, keystore.ErrPeerKey, keystore.ErrSealed,
+	keystore.ErrUnavailable, keystore.ErrAuth, keystore.ErrNotFound, keystore.ErrExists, keystore.ErrAmbiguous,
+	keystore.ErrUnfit, keystore.ErrRefused, keystore.ErrPeerKey, keystore.ErrSealed,
 }
 
-// remoteError is an error of the other side.
+// remoteError is an error from the other side.
 type remoteError struct {
 	class error
 	text  string
@@ -174,6 +181,8 @@ type remoteError struct {
 func (e *remoteError) Error() string { return e.text }
 func (e *remoteError) Unwrap() error { return e.class }
 
+// encodeError makes the body of a failure frame. Class 255 means no class, and the text is cut at
+// 4096 bytes.
 func encodeError(err error) []byte {
 	class := byte(255)
 	for i, c := range classes {
@@ -186,7 +195,8 @@ func encodeError(err error) []byte {
 	return append([]byte{class}, text[:min(len(text), 4096)]...)
 }
 
-// decodeError gives an error without a class as it is: the device was not asked, and to ask again is of no use.
+// decodeError is the inverse of encodeError. An error without a class stays without one: the device
+// was not asked, and a retry is useless.
 func decodeError(body []byte) error {
 	if len(body) == 0 {
 		return errors.New("worker: an error without a text")

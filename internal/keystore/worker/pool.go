@@ -11,68 +11,74 @@ import (
 	"countersign/internal/keystore"
 )
 
-// Pool is a keystore.Store whose device is used by key workers.
+// maxAttempts is the largest number of workers for one call.
+const maxAttempts = 4
+
+// Pool is a keystore.Store on top of key workers.
 type Pool struct {
-	config Config
-	closed chan struct{}
-	loops  sync.WaitGroup
-	noted  chan struct{} // a place of one: there are notes
+	config     Config
+	closed     chan struct{}
+	goroutines sync.WaitGroup // Close waits for these
 
-	login chan struct{} // a place of one: who is logging in
+	loginLock chan struct{} // capacity 1: the worker that logs in holds the lock
 
-	mu       sync.Mutex
-	slots    []*slot
-	waiting  []*waiter
-	keys     map[string]*key       // by what a worker has to know of them
-	authFail error                 // a PIN was refused: no login until Retry
-	retry    chan struct{}         // closed by Retry
-	retries  int                   // how often there was one
-	cause    error                 // why the last worker could not be had
-	open     bool                  // Open has returned
-	down     bool                  // no worker can be had
-	told     atomic.Bool           // and that has been noted; set under mu
-	notes    []note                // what is to be said, in turns: down, up, down
-	sealed   map[keystore.Ref]bool // the keys that the device gives out in another state of this machine only
-	sealing  atomic.Int64          // how many these are
+	mu      sync.Mutex
+	slots   []*slot
+	queue   []*waiter       // calls without a worker, oldest first
+	keys    map[string]*key // by the encoded keystore.Info
+	opened  bool            // Open has returned
+	authErr error           // the token's refusal of the PIN: no login until Retry
+	retry   chan struct{}   // Retry closes and replaces the channel
+	retries int             // number of calls of Retry
+
+	// The circuit breaker, see breaker.go. Under mu; the atomics are also read without mu.
+	down           bool                  // no slot has a worker, or will have one soon
+	cause          error                 // of the last failure
+	outageReported atomic.Bool           // an outage is reported, and its end is not
+	changes        []change              // the reports to OnChange: down, up, down, ...
+	changed        chan struct{}         // capacity 1: changes is not empty
+	sealed         map[keystore.Ref]bool // keys that the device refuses in the machine's present state
+	sealedCount    atomic.Int64
 }
 
-// slot is the place of one worker.
+// slot is one worker's place in the pool. Processes come and go, the slot stays.
 type slot struct {
 	number   int
-	process  *process // the one that is ready, or nil
-	starting bool     // one is being started, and there is no reason to think that it will fail
-	fails    int      // processes that have ended badly in a row
+	process  *process // the worker in use, or nil
+	starting bool     // a start is under way, and the process before was healthy: calls wait for the start
+	failures int      // consecutive processes that failed early, see runSlot
 	restarts int
 }
 
+// waiter is a call in the queue.
 type waiter struct {
-	tried   []*process
-	process chan *process // one that has a place for the waiter, or nil: there is none to be had
+	tried    []*process
+	assigned chan *process // a worker with the call reserved, or nil: no worker can be had
 }
 
-// Open starts the workers. It returns when one of them is ready, or with the error of the first that is not; then the
-// pool is closed. Where patient is true and the device does not answer, there is a pool all the same, and it goes on
-// trying.
+// Open starts the workers and returns when the first of them is ready. Open fails when all starts
+// have failed, or at the first failure that every worker would have, for example a refused PIN. The
+// pool is then closed. With patient, an unavailable device (keystore.ErrUnavailable) is no failure:
+// the pool opens and retries the starts.
 func Open(ctx context.Context, c Config, patient bool) (*Pool, error) {
 	p := &Pool{
-		config: c, closed: make(chan struct{}), noted: make(chan struct{}, 1), login: make(chan struct{}, 1),
+		config: c, closed: make(chan struct{}), changed: make(chan struct{}, 1), loginLock: make(chan struct{}, 1),
 		keys: map[string]*key{}, sealed: map[keystore.Ref]bool{}, retry: make(chan struct{}),
 	}
-	first := make(chan error, c.Workers)
 	for n := range c.Workers {
-		s := &slot{number: n, starting: true}
-		p.slots = append(p.slots, s)
+		p.slots = append(p.slots, &slot{number: n, starting: true})
 	}
-	p.loops.Go(p.tell)
+	p.goroutines.Go(p.deliverChanges)
+	first := make(chan error, c.Workers)
 	for _, s := range p.slots {
-		p.loops.Go(func() { p.run(s, first) })
+		p.goroutines.Go(func() { p.runSlot(s, first) })
 	}
 	var err error
 	for range c.Workers {
 		select {
 		case err = <-first:
 		case <-ctx.Done():
-			err = fmt.Errorf("%w: the device does not come back from its start: %w", keystore.ErrUnavailable, ctx.Err())
+			err = fmt.Errorf("%w: the device has not finished its start: %w", keystore.ErrUnavailable, ctx.Err())
 		}
 		if err == nil || !errors.Is(err, keystore.ErrUnavailable) || ctx.Err() != nil {
 			break // another worker can't do better
@@ -80,8 +86,8 @@ func Open(ctx context.Context, c Config, patient bool) (*Pool, error) {
 	}
 	if err == nil || patient && errors.Is(err, keystore.ErrUnavailable) {
 		p.mu.Lock()
-		p.open = true
-		p.settle()
+		p.opened = true
+		p.slotsChanged()
 		p.mu.Unlock()
 		return p, nil
 	}
@@ -89,30 +95,29 @@ func Open(ctx context.Context, c Config, patient bool) (*Pool, error) {
 	return nil, err
 }
 
-// Close ends all workers. Calls that are under way fail.
+// Close ends all workers. Calls in flight and calls in the queue fail.
 func (p *Pool) Close() error {
 	p.mu.Lock()
-	select {
-	case <-p.closed:
+	if p.isClosed() {
 		p.mu.Unlock()
 		return nil
-	default:
 	}
 	close(p.closed)
-	for _, w := range p.waiting {
-		w.process <- nil
+	for _, w := range p.queue {
+		w.assigned <- nil
 	}
-	p.waiting = nil
+	p.queue = nil
 	p.mu.Unlock()
-	p.loops.Wait()
+	p.goroutines.Wait()
 	return nil
 }
 
-// isOpen reports that Open has returned, and Close has not begun: before, the caller is told of errors.
+// isOpen reports a pool after Open and before Close. Before, Open returns errors to its caller, so
+// the log need not have them.
 func (p *Pool) isOpen() bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	return p.open && !p.isClosed()
+	return p.opened && !p.isClosed()
 }
 
 func (p *Pool) isClosed() bool {
@@ -124,32 +129,102 @@ func (p *Pool) isClosed() bool {
 	}
 }
 
-// choose takes a place at a worker that is not among those tried, under mu. Where there is none, coming says whether one
-// can be waited for.
-func (p *Pool) choose(tried []*process) (best *process, coming bool) {
+// sendFunc sends a call to a worker and waits for the answer. The call ends with done, which runs
+// exactly once, possibly after sendFunc has returned: a worker keeps a call whose caller has left.
+type sendFunc func(proc *process, done func(error)) ([]byte, error)
+
+// do carries a call out. One worker after another gets the call until a worker has succeeded, at
+// most maxAttempts workers, or one worker if atMostOnce. check, if not nil, validates an answer.
+//
+// An error about the key itself (keystore.ErrNotFound, ErrUnfit, ErrAmbiguous or ErrRefused) makes
+// a worker a suspect. The next worker gets the call. After a success there, the suspects are
+// replaced. Without a success, the error is believed.
+func (p *Pool) do(ctx context.Context, atMostOnce bool, send sendFunc, check func(answer []byte) error) ([]byte, error) {
+	var tried, suspects []*process
+	var lastErr error
+	for range maxAttempts {
+		proc, err := p.acquire(ctx, tried)
+		if err != nil {
+			if lastErr != nil {
+				err = lastErr
+			}
+			return nil, err
+		}
+		answer, err := send(proc, func(err error) {
+			p.release(proc)
+			if errors.Is(err, keystore.ErrUnavailable) { // the caller may have left before the answer
+				proc.fail(err)
+			}
+		})
+		if err == nil && check != nil {
+			err = check(answer)
+		}
+		if err == nil {
+			for _, s := range suspects {
+				s.fail(errors.New("a call failed here, and succeeded at another key worker"))
+			}
+			if p.outageReported.Load() {
+				p.reportRecovery()
+			}
+			return answer, nil
+		}
+		lastErr = err
+		tried = append(tried, proc)
+		if atMostOnce && errors.Is(err, keystore.ErrUnavailable) {
+			// After this return the caller removes the remains of the key. The process must be
+			// gone by then, or the process could still make the key.
+			proc.fail(err)
+			proc.waitReaped(closeTimeout)
+			return nil, err
+		}
+		switch {
+		case ctx.Err() != nil && errors.Is(err, ctx.Err()):
+			return nil, err
+		case errors.Is(err, keystore.ErrAuth):
+			p.stopLogins(err, proc.retries)
+			proc.fail(err)
+		case errors.Is(err, keystore.ErrUnavailable):
+			proc.fail(err)
+		case errors.Is(err, keystore.ErrNotFound), errors.Is(err, keystore.ErrUnfit),
+			errors.Is(err, keystore.ErrAmbiguous), errors.Is(err, keystore.ErrRefused):
+			suspects = append(suspects, proc)
+		default:
+			return nil, err
+		}
+		if atMostOnce {
+			return nil, err
+		}
+	}
+	return nil, lastErr
+}
+
+// reserve counts a call as in flight at a worker not in tried. The caller holds mu. Without such a
+// worker, reserve returns nil, and expected reports whether waiting for a worker makes sense.
+func (p *Pool) reserve(tried []*process) (best *process, expected bool) {
 	for _, s := range p.slots {
 		proc := s.process
 		switch {
 		case proc == nil:
-			coming = coming || s.starting
-		case proc.retiring, proc.isDead(): // run decides in a moment what comes after it
-			coming = true
+			expected = expected || s.starting
+		case proc.retiring, proc.isDead(): // runSlot is about to empty the slot
+			expected = true
 		case slices.Contains(tried, proc):
-		case proc.busy >= p.config.InFlight:
-			coming = true
-		case best == nil || p.config.Spread && proc.busy < best.busy:
+		case proc.inFlight >= p.config.InFlight:
+			expected = true
+		case best == nil || p.config.Spread && proc.inFlight < best.inFlight:
 			best = proc
 		}
 	}
 	if best != nil {
-		best.busy++
+		best.inFlight++
 	}
-	return best, coming
+	return best, expected
 }
 
-var errClosed = fmt.Errorf("%w: the key workers have been ended", keystore.ErrUnavailable)
+var errClosed = fmt.Errorf("%w: the pool of key workers is closed", keystore.ErrUnavailable)
 
-// acquire returns a worker with a place for a call. release gives the place back.
+// acquire returns a worker with the call reserved. With all workers busy, the call waits in the
+// queue until ctx ends. Every acquire needs one release.
 func (p *Pool) acquire(ctx context.Context, tried []*process) (*process, error) {
 	if ctx.Err() != nil {
 		return nil, fmt.Errorf("%w: %w", keystore.ErrUnavailable, ctx.Err())
@@ -159,30 +234,30 @@ func (p *Pool) acquire(ctx context.Context, tried []*process) (*process, error) 
 		p.mu.Unlock()
 		return nil, errClosed
 	}
-	proc, coming := p.choose(tried)
+	proc, expected := p.reserve(tried)
 	if proc != nil {
 		p.mu.Unlock()
 		return proc, nil
 	}
-	if !coming {
-		err := p.none()
+	if !expected {
+		err := p.noWorker()
 		p.mu.Unlock()
 		return nil, err
 	}
 	w := &waiter{tried, make(chan *process, 1)}
-	p.waiting = append(p.waiting, w)
+	p.queue = append(p.queue, w)
 	p.mu.Unlock()
 	select {
-	case proc = <-w.process:
+	case proc = <-w.assigned:
 	case <-ctx.Done():
 		p.mu.Lock()
-		i := slices.Index(p.waiting, w)
+		i := slices.Index(p.queue, w)
 		if i >= 0 {
-			p.waiting = slices.Delete(p.waiting, i, i+1)
+			p.queue = slices.Delete(p.queue, i, i+1)
 		}
 		p.mu.Unlock()
-		if i < 0 { // it was given one in this moment
-			if proc := <-w.process; proc != nil {
+		if i < 0 { // a worker was assigned at the same moment
+			if proc := <-w.assigned; proc != nil {
 				p.release(proc)
 			}
 		}
@@ -191,86 +266,42 @@ func (p *Pool) acquire(ctx context.Context, tried []*process) (*process, error) 
 	if proc == nil {
 		p.mu.Lock()
 		defer p.mu.Unlock()
-		return nil, p.none()
+		return nil, p.noWorker()
 	}
 	return proc, nil
 }
 
-// none says why there is no worker, under mu.
-func (p *Pool) none() error {
-	if p.authFail != nil {
-		return p.authFail
+// noWorker is the error of a call without a worker. The caller holds mu.
+func (p *Pool) noWorker() error {
+	if p.authErr != nil {
+		return p.authErr
 	}
 	return fmt.Errorf("%w: there is no key worker for token %q", keystore.ErrUnavailable, p.config.Name)
 }
 
+// release ends a reservation. The first call in the queue that can use a worker gets one.
 func (p *Pool) release(proc *process) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	proc.busy--
-	for i, w := range p.waiting { // one place has become free: it is for the first that can use it
-		if proc, _ := p.choose(w.tried); proc != nil {
-			p.waiting = slices.Delete(p.waiting, i, i+1)
-			w.process <- proc
+	proc.inFlight--
+	for i, w := range p.queue {
+		if proc, _ := p.reserve(w.tried); proc != nil {
+			p.queue = slices.Delete(p.queue, i, i+1)
+			w.assigned <- proc
 			return
 		}
 	}
 }
 
-// do has one worker after another carry a call out until one has done it. check judges an answer. A worker that says that
-// the key is missing or unfit is believed when there is nobody who knows better.
-func (p *Pool) do(ctx context.Context, once bool, send func(proc *process, done func(error)) ([]byte, error), check func(answer []byte) error) ([]byte, error) {
-	var tried, doubted []*process
-	var failed error
-	for range tries {
-		proc, err := p.acquire(ctx, tried)
-		if err != nil {
-			if failed != nil {
-				err = failed
-			}
-			return nil, err
+// dispatch goes through the queue after a change of the slots, under mu: a call gets a free worker,
+// or nil if no worker is expected, or stays in the queue.
+func (p *Pool) dispatch() {
+	p.queue = slices.DeleteFunc(p.queue, func(w *waiter) bool {
+		proc, expected := p.reserve(w.tried)
+		answered := proc != nil || !expected
+		if answered {
+			w.assigned <- proc
 		}
-		answer, err := send(proc, func(err error) {
-			p.release(proc)
-			if errors.Is(err, keystore.ErrUnavailable) { // though nobody may be waiting for it any more
-				proc.fail(err)
-			}
-		})
-		if err == nil && check != nil {
-			err = check(answer)
-		}
-		if err == nil {
-			for _, d := range doubted {
-				d.fail(errors.New("it could not do what another worker could"))
-			}
-			if p.told.Load() {
-				p.back()
-			}
-			return answer, nil
-		}
-		failed = err
-		tried = append(tried, proc)
-		if once && errors.Is(err, keystore.ErrUnavailable) { // it must not make a key after the caller has cleared away
-			proc.fail(err)
-			proc.gone(closeTime)
-			return nil, err
-		}
-		switch {
-		case ctx.Err() != nil && errors.Is(err, ctx.Err()):
-			return nil, err
-		case errors.Is(err, keystore.ErrAuth):
-			p.refusedPIN(err, proc.retries)
-			proc.fail(err)
-		case errors.Is(err, keystore.ErrUnavailable):
-			proc.fail(err)
-		case errors.Is(err, keystore.ErrNotFound), errors.Is(err, keystore.ErrUnfit), errors.Is(err, keystore.ErrAmbiguous), errors.Is(err, keystore.ErrRefused):
-			doubted = append(doubted, proc)
-		default:
-			return nil, err
-		}
-		if once {
-			return nil, err
-		}
-	}
-	return nil, failed
+		return answered
+	})
 }

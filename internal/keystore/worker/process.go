@@ -18,40 +18,42 @@ import (
 	"countersign/internal/keystore"
 )
 
-// process is one key worker. It lives until something about it is wrong; then it is killed.
+// process is one key worker as the pool sees it. After the first fault the process is killed and
+// never used again.
 type process struct {
 	name    string
 	cmd     *exec.Cmd
 	pipe    *pipe
-	gate    gate
-	retries int // of the pool, when it was started
+	gate    loginGate
+	retries int // Pool.retries at the time of the start
 
-	busy     int  // under the pool's mu: calls that it has and that have not been answered
-	retiring bool // under the pool's mu: it gets no more of them
+	inFlight int  // under the pool's mu: reserved calls
+	retiring bool // under the pool's mu: no new calls
 
-	mu    sync.Mutex
-	calls map[uint64]*pending // under mu
-	next  uint64              // under mu
-	why   error               // under mu: what was wrong; set before dead is closed
+	mu     sync.Mutex
+	calls  map[uint64]*pending // under mu, by id; nil after the worker was given up or retired
+	nextID uint64              // under mu
+	why    error               // under mu: the fault; set before dead is closed
 
-	binding sync.Mutex
-	bound   map[uint32]bool // under binding: the keys that it knows by number
+	bindMu sync.Mutex
+	bound  map[uint32]bool // under bindMu: numbers of the keys that the worker knows
 
-	login  chan struct{} // under mu: closed when the login that it was given leave for has ended
-	asking atomic.Bool   // it has asked for a login that has neither ended nor been denied
+	login  chan struct{} // under mu: closed at the end of the permitted login; nil if none is permitted
+	asking atomic.Bool   // the worker has requested a login, and the login has neither ended nor been denied
 
-	dead    chan struct{} // closed when nothing more is to be expected
-	drained chan struct{} // closed when all that it said has been read
-	reaped  chan struct{} // closed when the process is gone
-	served  atomic.Uint64 // calls that went well
-	used    atomic.Int64  // when the last one did, Unix nanoseconds
+	dead    chan struct{} // closed when the worker is given up or retired
+	drained chan struct{} // closed when all frames of the worker have been read
+	reaped  chan struct{} // closed when the operating system's process has ended
+	served  atomic.Uint64 // number of successful calls
+	lastUse atomic.Int64  // time of the last successful call or health check, Unix nanoseconds
 }
 
-// pending is a call that waits for its answer. done runs once, with its error, when it has an answer or never will.
+// pending is a call without an answer yet. done runs once, with the call's error, at the answer or
+// at the worker's end.
 type pending struct {
-	answer chan answer
-	late   time.Time
-	done   func(error)
+	answer   chan answer
+	deadline time.Time
+	done     func(error)
 }
 
 type answer struct {
@@ -59,15 +61,22 @@ type answer struct {
 	err  error
 }
 
-// errDied is how calls end whose worker has been given up.
-var errDied = fmt.Errorf("%w: the key worker that had the call was given up", keystore.ErrUnavailable)
+// ignoreDone is the done of a call without a reservation.
+func ignoreDone(error) {}
 
-// endTime is how long its last words may take after a worker has ended, and its end after its last words.
-const endTime = time.Second
+var (
+	// errGivenUp ends the calls in flight of a worker that is given up.
+	errGivenUp = fmt.Errorf("%w: the key worker that had the call was given up", keystore.ErrUnavailable)
+	errLate    = errors.New("a call did not come back from the device in time")
+)
 
-// onOneThread runs what starts a process on a thread that stays: Pdeathsig is of the thread that has started the child, and Go ends
-// threads as it likes.
-func onOneThread(start func() error) error {
+// exitTimeout bounds two waits at the end of a worker. A worker that has ended may have unread
+// frames, and a worker that has closed its socket may still be about to end.
+const exitTimeout = time.Second
+
+// onStarterThread runs start on an OS thread that never ends. Pdeathsig kills the child at the end
+// of the thread that has started the child, and Go ends threads at will.
+func onStarterThread(start func() error) error {
 	done := make(chan error)
 	starter() <- func() { done <- start() }
 	return <-done
@@ -75,19 +84,19 @@ func onOneThread(start func() error) error {
 
 var starter = sync.OnceValue(func() chan<- func() {
 	work := make(chan func())
-	go keepThread(work)
+	go runStarter(work)
 	return work
 })
 
-func keepThread(work <-chan func()) {
+func runStarter(work <-chan func()) {
 	runtime.LockOSThread()
 	for f := range work {
 		f()
 	}
 }
 
-// start runs a command as a key worker. The worker is not ready before hello has been answered.
-func start(cmd *exec.Cmd, name string, log *slog.Logger, gate gate) (*process, error) {
+// startProcess runs a command as a key worker. The worker is ready after its answer to hello.
+func startProcess(cmd *exec.Cmd, name string, log *slog.Logger, gate loginGate) (*process, error) {
 	fds, err := syscall.Socketpair(syscall.AF_UNIX, syscall.SOCK_STREAM|syscall.SOCK_CLOEXEC, 0)
 	if err != nil {
 		return nil, fmt.Errorf("socketpair: %w", err)
@@ -104,28 +113,30 @@ func start(cmd *exec.Cmd, name string, log *slog.Logger, gate gate) (*process, e
 	}
 	cmd.ExtraFiles = []*os.File{theirs}
 	cmd.SysProcAttr = &syscall.SysProcAttr{
-		Setpgid:   true,            // a Ctrl-C at the terminal is for the daemon
-		Pdeathsig: syscall.SIGKILL, // one that outlived the daemon could finish a key after the next one has cleared it away
+		Setpgid: true, // Ctrl-C at the terminal is for the daemon only
+		// A worker must not outlive the daemon: the worker could finish a key after the next daemon
+		// has removed the remains of that key.
+		Pdeathsig: syscall.SIGKILL,
 	}
-	stderr := &lines{left: maxLines, say: func(text string) {
+	stderr := &lineLogger{remaining: maxLines, log: func(text string) {
 		log.Warn("a key worker says", "worker", name, "pid", cmd.Process.Pid, "text", text)
 	}}
-	cmd.Stderr, cmd.WaitDelay = stderr, endTime // a child of its own may hold its stderr open
-	if err := onOneThread(cmd.Start); err != nil {
+	cmd.Stderr, cmd.WaitDelay = stderr, exitTimeout // a child of the worker may hold the worker's stderr open
+	if err := onStarterThread(cmd.Start); err != nil {
 		p.pipe.conn.Close()
 		return nil, fmt.Errorf("%w: start a key worker: %w", keystore.ErrUnavailable, err)
 	}
-	p.used.Store(time.Now().UnixNano())
+	p.lastUse.Store(time.Now().UnixNano())
 	go func() {
 		defer close(p.reaped)
 		err := cmd.Wait()
 		if err == nil {
-			err = errors.New("it ended")
+			err = errors.New("the process has exited")
 		}
-		stderr.end()
+		stderr.flush()
 		select {
-		case <-p.drained: // what it said before its end counts: answers, and that a PIN was refused
-		case <-time.After(endTime):
+		case <-p.drained: // frames from before the end count: answers, and a refused PIN
+		case <-time.After(exitTimeout):
 		}
 		p.fail(err)
 	}()
@@ -133,13 +144,14 @@ func start(cmd *exec.Cmd, name string, log *slog.Logger, gate gate) (*process, e
 	return p, nil
 }
 
-// fail gives the worker up, for the first reason that comes.
+// fail gives the worker up: kills the process and ends its calls with errGivenUp. Only the first
+// reason is kept.
 func (p *process) fail(why error) {
 	p.mu.Lock()
 	first := p.why == nil
 	if first {
 		p.why = why
-		close(p.dead) // whose call ends below must not take it for well
+		close(p.dead) // before the calls end below: their retries must not choose this worker again
 	}
 	calls := p.calls
 	p.calls = nil
@@ -149,12 +161,19 @@ func (p *process) fail(why error) {
 		p.pipe.conn.Close()
 	}
 	for _, c := range calls {
-		c.answer <- answer{err: errDied}
-		c.done(errDied)
+		c.answer <- answer{err: errGivenUp}
+		c.done(errGivenUp)
 	}
 }
 
-// isDead reports that the worker has been given up or retired.
+// failure is the reason of fail or retire, or nil.
+func (p *process) failure() error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.why
+}
+
+// isDead reports a worker that was given up or retired.
 func (p *process) isDead() bool {
 	select {
 	case <-p.dead:
@@ -164,34 +183,39 @@ func (p *process) isDead() bool {
 	}
 }
 
-// gone waits until the process is.
-func (p *process) gone(within time.Duration) {
+// waitReaped waits until the process has ended, or for at most timeout: the kernel can't kill a
+// process that hangs in a driver, and callers must not hang with the process.
+func (p *process) waitReaped(timeout time.Duration) {
 	select {
 	case <-p.reaped:
-	case <-time.After(within): // the kernel can't end it: others must not wait for that
+	case <-time.After(timeout):
 	}
 }
 
-// close lets the worker end by itself. What it still says is read: that a PIN was refused must not be missed.
-func (p *process) close(within time.Duration) {
+// shutdown lets the worker end by itself, and kills the worker after timeout. Until then the
+// worker's frames are read: the news of a refused PIN must not be lost.
+func (p *process) shutdown(timeout time.Duration) {
 	p.pipe.conn.CloseWrite()
-	p.gone(within)
+	p.waitReaped(timeout)
 	p.fail(errors.New("closed"))
-	p.cmd.Process.Kill() // one that was retired, too
-	p.gone(within)
+	p.cmd.Process.Kill() // fail does not kill a retired worker
+	p.waitReaped(timeout)
 }
 
-// retire takes a worker that has no calls out of use; close is the caller's.
+// retire takes an idle worker out of use. The caller shuts the worker down afterwards. A worker with
+// a call stays: health checks and destructions have no reservation, so the pool does not know of
+// these calls.
 func (p *process) retire() {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if p.why == nil && len(p.calls) == 0 { // what looks at it, or destroys a key, has no place
+	if p.why == nil && len(p.calls) == 0 {
 		p.why, p.calls = errRenewed, nil
 		close(p.dead)
 	}
 }
 
-// memory returns the bytes of memory that the worker has for itself (proc(5), statm: resident less shared), or 0.
+// memory returns the worker's private memory in bytes (proc(5), statm: resident less shared), or 0
+// if the size is unknown.
 func (p *process) memory() int {
 	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/statm", p.cmd.Process.Pid))
 	var size, resident, shared int
@@ -201,68 +225,69 @@ func (p *process) memory() int {
 	return (resident - shared) * os.Getpagesize()
 }
 
+// read handles the worker's frames until the socket's end, and then gives the worker up.
 func (p *process) read() {
-	err := p.answers()
+	err := p.readFrames()
 	close(p.drained)
 	if !errors.Is(err, errProtocol) {
-		p.gone(endTime) // the process' own end says more than the end of what it says
+		p.waitReaped(exitTimeout) // the exit status is a better reason than the socket's end
 	}
 	p.fail(err)
 	p.pipe.conn.Close()
 }
 
-func (p *process) answers() error {
+func (p *process) readFrames() error {
 	for {
 		id, k, body, err := p.pipe.receive()
 		if err != nil {
-			return fmt.Errorf("its answers ended: %w", err)
+			return fmt.Errorf("read from the key worker: %w", err)
 		}
 		switch k {
-		case askLogin:
+		case loginRequest:
 			if !p.asking.CompareAndSwap(false, true) {
-				return fmt.Errorf("%w: it asked for two logins at once", errProtocol)
+				return fmt.Errorf("%w: two login requests at once", errProtocol)
 			}
-			go p.gate.ask(p, id)
+			go p.gate.requestLogin(p, id)
 			continue
-		case loggedIn:
+		case loginEnded:
 			if !p.loggingIn() {
-				return fmt.Errorf("%w: it told of a login that it had no leave for", errProtocol)
+				return fmt.Errorf("%w: the end of a login that was not granted", errProtocol)
 			}
 			var refused error
 			if len(body) > 0 {
 				refused = decodeError(body)
 			}
-			p.gate.done(p, refused)
+			p.gate.loginDone(p, refused)
 			continue
 		case result, failure:
 		default:
-			return fmt.Errorf("%w: it sent a frame of kind %d", errProtocol, k)
+			return fmt.Errorf("%w: a frame of kind %d", errProtocol, k)
 		}
 		p.mu.Lock()
 		c := p.calls[id]
 		delete(p.calls, id)
 		p.mu.Unlock()
 		if c == nil {
-			return fmt.Errorf("%w: it answered what was not asked", errProtocol)
+			return fmt.Errorf("%w: an answer to call %d, which is not in flight", errProtocol, id)
 		}
 		if k == failure {
 			err = decodeError(body)
 			c.answer <- answer{err: err}
 		} else {
 			p.served.Add(1)
-			p.used.Store(time.Now().UnixNano())
+			p.lastUse.Store(time.Now().UnixNano())
 			c.answer <- answer{body: body}
 		}
 		c.done(err)
 	}
 }
 
-// overdue gives the worker up when a call has had its time.
-func (p *process) overdue(now time.Time) {
+// checkDeadlines gives the worker up if a call has missed its deadline.
+func (p *process) checkDeadlines(now time.Time) {
 	p.mu.Lock()
 	late := false
 	for _, c := range p.calls {
-		late = late || now.After(c.late)
+		late = late || now.After(c.deadline)
 	}
 	p.mu.Unlock()
 	if late {
@@ -270,20 +295,21 @@ func (p *process) overdue(now time.Time) {
 	}
 }
 
-var errLate = errors.New("a call did not come back from the device in time")
-
-// do sends a request and waits for its answer, for the worker's end or for ctx's. When ctx ends first the call stays
-// with the worker, so that a device that hangs is noticed all the same. done runs once, in any case.
-func (p *process) do(ctx context.Context, within time.Duration, done func(error), k kind, body ...[]byte) ([]byte, error) {
-	c := &pending{answer: make(chan answer, 1), late: time.Now().Add(within), done: done}
+// roundTrip sends a frame and waits for the answer, for the worker's end, or for the end of ctx.
+// After the end of ctx the call stays in flight until its own deadline, so a hanging device is still
+// noticed. done runs exactly once.
+func (p *process) roundTrip(
+	ctx context.Context, timeout time.Duration, done func(error), k kind, body ...[]byte,
+) ([]byte, error) {
+	c := &pending{answer: make(chan answer, 1), deadline: time.Now().Add(timeout), done: done}
 	p.mu.Lock()
 	if p.calls == nil {
 		p.mu.Unlock()
-		done(errDied)
-		return nil, errDied
+		done(errGivenUp)
+		return nil, errGivenUp
 	}
-	p.next++
-	id := p.next
+	p.nextID++
+	id := p.nextID
 	p.calls[id] = c
 	p.mu.Unlock()
 	if err := p.pipe.send(id, k, body...); err != nil {
@@ -297,25 +323,29 @@ func (p *process) do(ctx context.Context, within time.Duration, done func(error)
 	}
 }
 
-// ask is do for a request in JSON, and waits until within.
-func (p *process) ask(ctx context.Context, within time.Duration, done func(error), c call) ([]byte, error) {
+// request is a round trip for a call in JSON.
+func (p *process) request(ctx context.Context, timeout time.Duration, done func(error), c call) ([]byte, error) {
 	b, err := json.Marshal(c)
 	if err != nil {
 		done(err)
 		return nil, err
 	}
-	return p.do(ctx, within, done, request, b)
+	return p.roundTrip(ctx, timeout, done, request, b)
 }
 
-// use is do for a key.
-func (p *process) use(ctx context.Context, within time.Duration, done func(error), k kind, key *key, body []byte) ([]byte, error) {
-	p.binding.Lock()
-	if !p.bound[key.number] { // other callers' frames come after; an error is seen with the next frame
+// useKey is a round trip for a use of a key. The first use of a key sends a bind frame before.
+func (p *process) useKey(
+	ctx context.Context, timeout time.Duration, done func(error), k kind, key *key, body []byte,
+) ([]byte, error) {
+	p.bindMu.Lock()
+	if !p.bound[key.number] {
 		p.bound[key.number] = true
+		// bindMu keeps frames of other callers behind this one. An error of the pipe comes again
+		// with the next frame.
 		p.pipe.send(uint64(key.number), bind, key.encoded)
 	}
-	p.binding.Unlock()
+	p.bindMu.Unlock()
 	var number [4]byte
 	binary.BigEndian.PutUint32(number[:], key.number)
-	return p.do(ctx, within, done, k, number[:], body)
+	return p.roundTrip(ctx, timeout, done, k, number[:], body)
 }

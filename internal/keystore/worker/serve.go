@@ -14,9 +14,9 @@ import (
 	"countersign/internal/keystore"
 )
 
-// call is a request that is not frequent.
+// call is the body of a request frame: an infrequent operation, in JSON.
 type call struct {
-	Op        string             `json:"op"`
+	Op        string             `json:"op"` // one of the op constants
 	Ref       keystore.Ref       `json:"ref,omitzero"`
 	Algorithm keystore.Algorithm `json:"algorithm,omitempty"`
 	Tag       keystore.Tag       `json:"tag,omitzero"`
@@ -24,28 +24,35 @@ type call struct {
 }
 
 const (
-	opKey, opKeys, opGenerate   = "key", "keys", "generate"
-	opImport, opDestroy, opLook = "import", "destroy", "inspect"
-	opDefine, opRead, opRise    = "define counter", "read counter", "rise counter"
+	opKey, opKeys, opGenerate      = "key", "keys", "generate"
+	opImport, opDestroy, opInspect = "import", "destroy", "inspect"
+	opDefine, opRead, opIncrement  = "define counter", "read counter", "rise counter"
 )
 
-// LogIn decides whether there may be a login, and runs it; see hsm.Config.
+// LogIn asks for permission to log in to the device and runs logIn if permission is granted; see
+// hsm.Config. A denied login gives keystore.ErrAuth.
 type LogIn func(ctx context.Context, logIn func() error) error
 
-// closeTime is how long a device may take to be closed before the process ends all the same.
-const closeTime = 2 * time.Second
+// closeTimeout is the time for closing a device. Afterwards the process ends without closing.
+const closeTimeout = 2 * time.Second
 
-// Serve is the key worker: it opens a store and serves it until the pool closes the socket. socket is descriptor 3 of a
-// process that a Pool has started. open opens the store with the configuration that the pool sends; lanes is how many
-// signatures, or batches of them, are made at the same time. The process must end when Serve returns, whatever the device
-// is doing.
-func Serve(socket *os.File, open func(ctx context.Context, config []byte, gate LogIn) (store keystore.Store, lanes int, err error)) error {
+// Serve is a key worker's main loop: Serve opens a store and serves calls until the pool closes the
+// socket. socket is descriptor 3 of a process started by a Pool. open opens the store with the
+// pool's configuration (Config.Hello) and must wrap each login in gate. lanes is the number of
+// signatures, or of batches, made in parallel. The process must exit when Serve returns, whatever
+// the device is doing.
+func Serve(
+	socket *os.File,
+	open func(ctx context.Context, config []byte, gate LogIn) (store keystore.Store, lanes int, err error),
+) error {
 	p, err := newPipe(socket)
 	if err != nil {
 		return fmt.Errorf("key worker: descriptor 3: %w", err)
 	}
 	socket.Close()
-	w := &server{pipe: p, keys: map[uint32]keystore.Key{}, signings: make(chan signing, maxQueue), logins: map[uint64]chan bool{}}
+	w := &server{
+		pipe: p, keys: map[uint32]keystore.Key{}, signQueue: make(chan signing, maxQueue), logins: map[uint64]chan bool{},
+	}
 	ctx, cancel := context.WithCancel(context.Background())
 	defer cancel()
 	for {
@@ -70,12 +77,12 @@ func Serve(socket *os.File, open func(ctx context.Context, config []byte, gate L
 				}
 				w.answer(id, nil, err)
 			})
-		case mayLogin:
+		case loginReply:
 			w.mu.Lock()
-			answer := w.logins[id]
+			reply := w.logins[id]
 			w.mu.Unlock()
-			if answer != nil {
-				answer <- len(body) == 1 && body[0] == 1
+			if reply != nil {
+				reply <- len(body) == 1 && body[0] == 1
 			}
 		case bind:
 			var info keystore.Info
@@ -92,7 +99,7 @@ func Serve(socket *os.File, open func(ctx context.Context, config []byte, gate L
 				return errors.New("key worker: a key that was not bound")
 			}
 			if k == sign {
-				w.signings <- signing{id, keystore.Signing{Key: key, Message: body[4:]}}
+				w.signQueue <- signing{id, keystore.Signing{Key: key, Message: body[4:]}}
 				continue
 			}
 			go func() {
@@ -116,85 +123,91 @@ func Serve(socket *os.File, open func(ctx context.Context, config []byte, gate L
 	}
 }
 
-// maxQueue is more signatures than a pool sends at once.
+// maxQueue is the capacity of the queue of signatures, above the calls in flight of any pool.
 const maxQueue = 1024
 
+// server is the state of Serve.
 type server struct {
-	pipe     *pipe
-	keys     map[uint32]keystore.Key // the reader's
-	signings chan signing
+	pipe      *pipe
+	keys      map[uint32]keystore.Key // by number; only the reading goroutine uses the map
+	signQueue chan signing
 
-	opening   sync.WaitGroup
-	loggingIn sync.Mutex // the pool gives leave for one login at a time
+	opening sync.WaitGroup
+	loginMu sync.Mutex // held during a login: the pool grants one at a time
 
-	mu     sync.Mutex
-	store  keystore.Store       // under mu until hello is answered
-	logins map[uint64]chan bool // under mu: who waits for leave
-	asked  uint64               // under mu
+	mu        sync.Mutex
+	store     keystore.Store       // under mu until hello is answered, constant afterwards
+	logins    map[uint64]chan bool // under mu: login requests without a reply, by id
+	lastLogin uint64               // under mu: id of the last login request
 }
 
+// signing is a signature to make, with the id of its sign frame.
 type signing struct {
 	id uint64
 	keystore.Signing
 }
 
-// lane makes signatures, one of so many lanes. It takes its part of what waits, so that it never does one after another
-// what another lane could do meanwhile, and sends the answers together.
+// lane makes signatures in batches, in parallel with the other lanes, and sends the answers of a
+// batch in one write. With n signatures in the queue, a batch has 1 + (n-1)/(2*lanes), less than
+// the lane's share. A larger batch could make one signature after another while other lanes idle.
 func (w *server) lane(ctx context.Context, lanes int) {
 	for {
-		var some []signing
+		var batch []signing
 		select {
-		case s := <-w.signings:
-			some = append(some, s)
+		case s := <-w.signQueue:
+			batch = append(batch, s)
 		case <-ctx.Done():
 			return
 		}
-		for range (len(w.signings) - 1) / (2 * lanes) {
+		for range (len(w.signQueue) - 1) / (2 * lanes) {
 			select {
-			case s := <-w.signings:
-				some = append(some, s)
+			case s := <-w.signQueue:
+				batch = append(batch, s)
 			default: // another lane was faster
 			}
 		}
-		w.sign(ctx, some)
-		for _, s := range some {
-			w.put(s.id, s.Signature, s.Err)
+		w.sign(ctx, batch)
+		for _, s := range batch {
+			w.enqueueAnswer(s.id, s.Signature, s.Err)
 		}
 		w.pipe.flush()
 	}
 }
 
-func (w *server) sign(ctx context.Context, some []signing) {
+// sign sets Signature or Err of each element, with one call to the store if the store can batch.
+func (w *server) sign(ctx context.Context, batch []signing) {
 	if store, ok := w.store.(keystore.BatchSigner); ok {
-		all := make([]*keystore.Signing, len(some))
-		for i := range some {
-			all[i] = &some[i].Signing
+		all := make([]*keystore.Signing, len(batch))
+		for i := range batch {
+			all[i] = &batch[i].Signing
 		}
 		store.SignBatch(ctx, all)
 		return
 	}
-	for i := range some {
-		s := &some[i]
+	for i := range batch {
+		s := &batch[i]
 		s.Signature, s.Err = s.Key.Sign(ctx, s.Message, nil)
 	}
 }
 
-// answer sends an answer; an error of the pipe is seen by the reader.
+// answer sends an answer. An error of the pipe also reaches the reading goroutine, which ends Serve.
 func (w *server) answer(id uint64, body []byte, err error) {
-	w.put(id, body, err)
+	w.enqueueAnswer(id, body, err)
 	w.pipe.flush()
 }
 
-func (w *server) put(id uint64, body []byte, err error) {
-	if err != nil {
-		w.pipe.put(id, failure, encodeError(err))
-		return
+// enqueueAnswer enqueues an answer for the next flush. In place of an answer above maxFrame the pool
+// gets a failure, or the pool would wait until the deadline.
+func (w *server) enqueueAnswer(id uint64, body []byte, err error) {
+	if err == nil {
+		err = w.pipe.enqueue(id, result, body)
 	}
-	if err := w.pipe.put(id, result, body); err != nil { // it is too long: the pool must not wait for it
-		w.pipe.put(id, failure, encodeError(err))
+	if err != nil {
+		w.pipe.enqueue(id, failure, encodeError(err))
 	}
 }
 
+// do carries out the operation of a request frame and encodes its answer.
 func (w *server) do(ctx context.Context, c call) ([]byte, error) {
 	var answer any
 	var err error
@@ -210,10 +223,10 @@ func (w *server) do(ctx context.Context, c call) ([]byte, error) {
 		key, err = w.store.Import(ctx, c.Ref, c.Path, c.Tag)
 	case opDestroy:
 		err = w.store.Destroy(ctx, c.Ref, c.Tag)
-	case opLook:
+	case opInspect:
 		answer, err = w.store.Inspect(ctx)
-	case opDefine, opRead, opRise:
-		answer, err = w.count(ctx, c.Op)
+	case opDefine, opRead, opIncrement:
+		answer, err = w.counterOp(ctx, c.Op)
 	default:
 		err = fmt.Errorf("key worker: there is no operation %q", c.Op)
 	}
@@ -226,7 +239,8 @@ func (w *server) do(ctx context.Context, c call) ([]byte, error) {
 	return json.Marshal(answer)
 }
 
-func (w *server) count(ctx context.Context, op string) (value uint64, err error) {
+// counterOp carries out an operation of a monotonic counter.
+func (w *server) counterOp(ctx context.Context, op string) (value uint64, err error) {
 	counter, ok := w.store.(keystore.Counter)
 	switch {
 	case !ok:
@@ -241,28 +255,30 @@ func (w *server) count(ctx context.Context, op string) (value uint64, err error)
 	return value, err
 }
 
-// logIn asks the pool for leave, since a PIN that another worker has found to be wrong must not be tried again.
+// logIn is the LogIn of the worker. The pool grants the login or denies the login: another worker
+// may know of a wrong PIN, and a further attempt could lock the token.
 func (w *server) logIn(ctx context.Context, logIn func() error) error {
-	w.loggingIn.Lock()
-	defer w.loggingIn.Unlock()
-	answer := make(chan bool, 1)
+	w.loginMu.Lock()
+	defer w.loginMu.Unlock()
+	reply := make(chan bool, 1)
 	w.mu.Lock()
-	w.asked++
-	id := w.asked
-	w.logins[id] = answer
+	w.lastLogin++
+	id := w.lastLogin
+	w.logins[id] = reply
 	w.mu.Unlock()
 	defer func() {
 		w.mu.Lock()
 		delete(w.logins, id)
 		w.mu.Unlock()
 	}()
-	if err := w.pipe.send(id, askLogin); err != nil {
+	if err := w.pipe.send(id, loginRequest); err != nil {
 		return fmt.Errorf("%w: %w", keystore.ErrUnavailable, err)
 	}
 	select {
-	case may := <-answer:
-		if !may {
-			return fmt.Errorf("%w: it was refused before and is not tried again until an operator says so", keystore.ErrAuth)
+	case granted := <-reply:
+		if !granted {
+			return fmt.Errorf("%w: a login was refused before; correct the PIN, then run countersign admin token retry",
+				keystore.ErrAuth)
 		}
 	case <-ctx.Done():
 		return fmt.Errorf("%w: %w", keystore.ErrUnavailable, ctx.Err())
@@ -272,12 +288,13 @@ func (w *server) logIn(ctx context.Context, logIn func() error) error {
 	if errors.Is(err, keystore.ErrAuth) {
 		refused = encodeError(err)
 	}
-	w.pipe.send(id, loggedIn, refused)
+	w.pipe.send(id, loginEnded, refused)
 	return err
 }
 
-// close ends what the device is at, for a bounded time. A module that is cut off while it logs in can leave its token
-// broken (SoftHSM, whose token file is half written then).
+// close waits until the device is open and closes the device, for at most closeTimeout in all. A
+// process killed during a login can leave its token broken: SoftHSM's token file is half written
+// then.
 func (w *server) close() {
 	closed := make(chan struct{})
 	go func() {
@@ -292,6 +309,6 @@ func (w *server) close() {
 	}()
 	select {
 	case <-closed:
-	case <-time.After(closeTime):
+	case <-time.After(closeTimeout):
 	}
 }

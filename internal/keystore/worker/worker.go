@@ -1,12 +1,19 @@
-// Package worker puts a process boundary between the daemon and the code that reaches a device: a key worker is the
-// daemon run again, with the device's module loaded and the PIN read there and nowhere else. Begin reading at Pool.do,
-// through which every use of a key goes; Serve is the other side.
+// Package worker puts a process boundary between the daemon and the driver code of a device: a
+// PKCS#11 module, or the commands of a TPM. A key worker is the daemon's binary, run as a second
+// process. Only key workers load the module and read the PIN.
 //
-// What holds: a call has an answer, or an error, by its context's end, whatever the device does. A worker that is late,
-// crashes, answers wrongly or says that its device does not answer is killed and replaced, and the call goes to another
-// one; Ed25519 and X25519 are deterministic, and a second ECDSA signature is as good as the first. What makes keys is not
-// repeated; a destruction is, since it touches only what its tag marks. When no worker can be had, calls fail at once until
-// one is back.
+// Begin reading at Pool.do in pool.go, the retry loop around every use of a key. Then follow
+// lifecycle.go (starts, monitors and replaces workers), login.go (one login at a time), breaker.go
+// (the circuit breaker), key.go (the methods of keystore.Store), process.go (one worker as the pool
+// sees it), pipe.go (frames on the socket) and serve.go (the worker's side of the boundary).
+//
+// A call has an answer or an error by its context's end, whatever the device does. The pool kills
+// and replaces a worker after a missed deadline, a crash, a wrong answer, or an answer of class
+// keystore.ErrUnavailable. Another worker then gets the call. Such retries are safe: Ed25519 and
+// X25519 are deterministic, and a second ECDSA signature is as good as the first. Making a key is an
+// at-most-once call and has no retry. A destruction is idempotent and has retries: the key's tag
+// keeps all other objects safe. While no worker can be started, the circuit breaker is open, and
+// calls fail at once.
 package worker
 
 import (
@@ -15,35 +22,23 @@ import (
 	"time"
 )
 
-// Config says how workers are run. Its zero values are not defaults: the caller decides.
+// Config says how a Pool runs its workers. There are no defaults: a zero field means zero.
 type Config struct {
-	Name     string                     // of the token, for the log
-	Command  func(number int) *exec.Cmd // the command of a new worker, which calls Serve with descriptor 3
-	Hello    []byte                     // the configuration that the worker opens its device with; no secrets
-	Workers  int                        // how many; each but the first is a hot standby
-	Spread   bool                       // all workers are used at the same time, not only the first that is well
-	InFlight int                        // calls that one worker may have at once
-	Memory   int                        // bytes of memory at which a worker is renewed, without a call lost: modules leak
-	Deadline time.Duration              // for one use of a key by the device; what is slow has slowFactor of them
+	Name     string                     // the token's name, for the log
+	Command  func(number int) *exec.Cmd // makes a worker's command, whose process calls Serve with descriptor 3
+	Hello    []byte                     // the configuration of the device, for the worker; no secrets
+	Workers  int                        // number of workers; each but the first is a hot standby, unless Spread
+	Spread   bool                       // balance calls over all workers, instead of using the first healthy one
+	InFlight int                        // largest number of calls in flight at one worker
+	Memory   int                        // bytes; a larger worker is renewed without losing a call: modules leak
+	Deadline time.Duration              // for one use of a key by the device; slow operations have slowFactor times as long
 	Log      *slog.Logger
-	// OnChange, where it is set, hears that no worker can be had any more, and that one has served again. It runs beside
-	// everything else, one call after another.
+	// OnChange, if not nil, receives the start and the end of each outage: no worker can be
+	// started, or the device refuses to unseal a key. A goroutine of the pool makes the calls, one
+	// after another and in order, so a slow OnChange delays no signature.
 	OnChange func(up bool, cause error)
 }
 
-const (
-	// slowFactor is how many deadlines a start, a generation or a look at the token may take.
-	slowFactor = 4
-	// A worker that was well for sound, or has served soundCalls, is replaced at once when it ends; one that keeps dying
-	// is replaced after a pause that doubles from firstPause to longestPause.
-	sound        = time.Second
-	soundCalls   = 100
-	firstPause   = 50 * time.Millisecond
-	longestPause = 3 * time.Second
-	// lookEvery is how long a worker may be idle before it is asked whether its device is there.
-	lookEvery = 15 * time.Second
-	// tries bounds how many workers see one call.
-	tries = 4
-	// recovered is how long a worker must be there for the device to count as back, unless it serves before.
-	recovered = 5 * time.Second
-)
+// slowFactor is the number of deadlines for a slow operation: a start, a key generation, an
+// inspection or a health check.
+const slowFactor = 4

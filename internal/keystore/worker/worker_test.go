@@ -54,7 +54,7 @@ func leftOver() (left string) {
 		left = ""
 		stacks := make([]byte, 1<<20)
 		for stack := range strings.SplitSeq(string(stacks[:runtime.Stack(stacks, true)]), "\n\n") {
-			if strings.Contains(stack, "keystore/worker.") && !strings.Contains(stack, "worker.TestMain") && !strings.Contains(stack, "worker.keepThread") {
+			if strings.Contains(stack, "keystore/worker.") && !strings.Contains(stack, "worker.TestMain") && !strings.Contains(stack, "worker.runStarter") {
 				left += stack + "\n\n"
 			}
 		}
@@ -314,11 +314,11 @@ func rawWorker(socket *os.File, number string) error {
 			}
 			d = device{dir: c.Dir, number: number}
 			if os.Remove(filepath.Join(d.dir, "open")) == nil { // its last words
-				p.send(1, askLogin)
-				if _, k, _, err := p.receive(); err != nil || k != mayLogin {
+				p.send(1, loginRequest)
+				if _, k, _, err := p.receive(); err != nil || k != loginReply {
 					return fmt.Errorf("%v %w", k, err)
 				}
-				p.put(1, loggedIn, encodeError(keystore.ErrAuth))
+				p.enqueue(1, loginEnded, encodeError(keystore.ErrAuth))
 				p.send(id, result)
 				os.Exit(0)
 			}
@@ -353,16 +353,16 @@ var rubbish = map[string]func(p *pipe, id uint64){
 	"a short answer":             func(p *pipe, id uint64) { p.send(id, result, []byte{1, 2, 3}) },
 	"an empty answer":            func(p *pipe, id uint64) { p.send(id, result) },
 	"an error without a text":    func(p *pipe, id uint64) { p.send(id, failure, []byte{0}) },
-	"a login that nobody allows": func(p *pipe, id uint64) { p.send(id, loggedIn, encodeError(keystore.ErrAuth)) },
+	"a login that nobody allows": func(p *pipe, id uint64) { p.send(id, loginEnded, encodeError(keystore.ErrAuth)) },
 	"questions without end": func(p *pipe, id uint64) {
 		for range 100 {
-			p.put(id, askLogin)
+			p.enqueue(id, loginRequest)
 		}
 		p.flush()
 	},
 	"the answer twice": func(p *pipe, id uint64) {
 		for range 2 {
-			p.put(id, result, ed25519.Sign(private, message))
+			p.enqueue(id, result, ed25519.Sign(private, message))
 		}
 		p.flush()
 	},
@@ -450,10 +450,10 @@ func (h *harness) end() {
 	h.eventually("nobody has a place or waits for one", func() bool {
 		h.Pool.mu.Lock()
 		defer h.Pool.mu.Unlock()
-		busy := len(h.waiting)
+		busy := len(h.queue)
 		for _, s := range h.slots {
 			if s.process != nil {
-				busy += s.process.busy
+				busy += s.process.inFlight
 			}
 		}
 		return busy == 0
@@ -615,7 +615,7 @@ func TestSickWorkerIsReplaced(t *testing.T) {
 // sickOnce has one call meet trouble.
 func (h *harness) sickOnce(name, kind string, n int) {
 	h.t.Helper()
-	for range soundCalls { // so that the worker is replaced without a pause
+	for range healthyCalls { // so that the worker is replaced without a pause
 		h.mustSign()
 	}
 	h.plant(name, kind)
@@ -683,7 +683,7 @@ func TestBelievedWithoutAnother(t *testing.T) {
 // TestSingleWorker: with one worker that was well, a call whose worker crashes waits for the next one.
 func TestSingleWorker(t *testing.T) {
 	h := openPool(t, func(c *Config) { c.Workers = 1 })
-	for range soundCalls {
+	for range healthyCalls {
 		h.mustSign()
 	}
 	h.plant("sign", "crash")
@@ -700,7 +700,7 @@ func TestBothCrash(t *testing.T) {
 			wg.Go(h.mustSign)
 		}
 		wg.Wait()
-		return !slices.ContainsFunc(h.Status().Workers, func(w keystore.Worker) bool { return w.Served < soundCalls })
+		return !slices.ContainsFunc(h.Status().Workers, func(w keystore.Worker) bool { return w.Served < healthyCalls })
 	})
 	h.plant("sign.0", "crash")
 	h.plant("sign.1", "crash")
@@ -798,7 +798,7 @@ func TestCallsEndWithTheirContext(t *testing.T) {
 			h.eventually("it has a call, and others wait", func() bool {
 				h.Pool.mu.Lock()
 				defer h.Pool.mu.Unlock()
-				return len(h.waiting) == cap(ended)-h.Pool.config.InFlight
+				return len(h.queue) == cap(ended)-h.Pool.config.InFlight
 			})
 			h.eventually("the device has one", func() bool { return h.count("hit-sign") > 0 })
 			leave()
@@ -849,7 +849,7 @@ func TestInFlight(t *testing.T) {
 	h.eventually("seven wait", func() bool {
 		h.Pool.mu.Lock()
 		defer h.Pool.mu.Unlock()
-		return len(h.waiting) == 7
+		return len(h.queue) == 7
 	})
 	h.eventually("three are with the device", func() bool { return h.count("hit-sign") == 3 })
 	h.plant("go", "")
@@ -979,7 +979,7 @@ func (h *harness) paused(from int) {
 		}
 		return len(starts) >= 5
 	})
-	shortest := firstPause / 2 * (1 + 2 + 4 + 8) // before the second, if the first came without a pause
+	shortest := minBackoff / 2 * (1 + 2 + 4 + 8) // before the second, if the first came without a pause
 	if took := time.Duration(starts[4] - starts[0]); took < shortest {
 		h.t.Errorf("five starts took %v, want at least %v", took, shortest)
 	}
@@ -1005,22 +1005,22 @@ func TestPatientOpen(t *testing.T) {
 
 // TestSlowListener: a listener that hangs holds nobody up, and what waits for it is bounded, and in turns.
 func TestSlowListener(t *testing.T) {
-	p := &Pool{noted: make(chan struct{}, 1), closed: make(chan struct{}), open: true, slots: []*slot{{}}}
-	for range 10 * maxNotes {
+	p := &Pool{changed: make(chan struct{}, 1), closed: make(chan struct{}), opened: true, slots: []*slot{{}}}
+	for range 10 * maxChanges {
 		p.slots[0].starting = false
-		p.settle()
-		p.back() // of a call that was answered before
-		if !p.told.Load() {
+		p.slotsChanged()
+		p.reportRecovery() // of a call that was answered before
+		if !p.outageReported.Load() {
 			t.Fatal("up is noted while it is down")
 		}
 		p.slots[0].starting = true
-		p.settle()
-		p.back()
+		p.slotsChanged()
+		p.reportRecovery()
 	}
-	if len(p.notes) > maxNotes+1 {
-		t.Errorf("%d notes wait", len(p.notes))
+	if len(p.changes) > maxChanges+1 {
+		t.Errorf("%d notes wait", len(p.changes))
 	}
-	for i, n := range p.notes {
+	for i, n := range p.changes {
 		if n.up != (i%2 == 1) {
 			t.Fatalf("note %d says %v", i, n.up)
 		}
@@ -1088,7 +1088,7 @@ func TestOldRefusal(t *testing.T) {
 	h.eventually("nothing logs in", func() bool {
 		h.Pool.mu.Lock()
 		defer h.Pool.mu.Unlock()
-		return h.authFail != nil && h.slots[0].process == nil
+		return h.authErr != nil && h.slots[0].process == nil
 	})
 	h.Retry()
 	h.eventually("all workers are there", func() bool { return !slices.Contains(h.pids(), 0) })
@@ -1100,12 +1100,12 @@ func TestLastWords(t *testing.T) {
 	h.plant("open", "exit")
 	cmd := h.config(raw).Command(0)
 	slow := &slowGate{told: make(chan bool, 1)}
-	p, err := start(cmd, "test", slog.New(slog.DiscardHandler), slow)
+	p, err := startProcess(cmd, "test", slog.New(slog.DiscardHandler), slow)
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer p.close(closeTime)
-	if _, err := p.do(h.within(bound), bound, func(error) {}, hello, h.config(nil).Hello); err != nil {
+	defer p.shutdown(closeTimeout)
+	if _, err := p.roundTrip(h.within(bound), bound, func(error) {}, hello, h.config(nil).Hello); err != nil {
 		t.Errorf("its answer is lost: %v", err)
 	}
 	if refused := <-slow.told; !refused {
@@ -1116,18 +1116,18 @@ func TestLastWords(t *testing.T) {
 // slowGate is told of a login, and takes until the worker's end would have been seen.
 type slowGate struct{ told chan bool }
 
-func (g *slowGate) ask(p *process, id uint64) {
+func (g *slowGate) requestLogin(p *process, id uint64) {
 	p.beginLogin()
-	p.pipe.send(id, mayLogin, []byte{1})
+	p.pipe.send(id, loginReply, []byte{1})
 }
 
-func (g *slowGate) done(p *process, refused error) {
+func (g *slowGate) loginDone(p *process, refused error) {
 	for alive(p.cmd.Process.Pid) {
 		runtime.Gosched()
 	}
 	select {
 	case <-p.dead:
-	case <-time.After(endTime / 4):
+	case <-time.After(exitTimeout / 4):
 	}
 	p.endLogin()
 	g.told <- errors.Is(refused, keystore.ErrAuth)
@@ -1227,7 +1227,7 @@ func TestCloseLeavesTimeForALogin(t *testing.T) {
 	if err := <-opened; !errors.Is(err, keystore.ErrUnavailable) {
 		t.Errorf("%v, want %v", err, keystore.ErrUnavailable)
 	}
-	if took := time.Since(began); took < closeTime || alive(pid) {
+	if took := time.Since(began); took < closeTimeout || alive(pid) {
 		t.Errorf("it was cut off after %v, and lives: %v", took, alive(pid))
 	}
 }
