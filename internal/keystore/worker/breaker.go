@@ -6,10 +6,10 @@ import (
 	"countersign/internal/keystore"
 )
 
-// The circuit breaker is open (down) while no slot has a worker and no healthy slot is starting one.
-// Calls then fail at once. Each start of a worker, with its login and health check, is the probe
-// that can close the breaker. An outage is reported once, and so is its end. An outage is an open
-// breaker, or a key that the device refuses to unseal.
+// The circuit breaker is open (down) while no slot has a worker and no healthy slot is starting
+// one. Calls then fail at once. Each start of a worker, with its login and health check, is the
+// probe that can close the breaker. An outage is reported once, and so is its end. An outage is an
+// open breaker, or a key that the device refuses to unseal.
 
 // change is a report of an outage's start or end.
 type change struct {

@@ -105,7 +105,8 @@ func decodeInto[T any](v *T) func(answer []byte) error {
 	}
 }
 
-// decodeInfo makes a check for Pool.do: decodes the description of a key, which must be the key ref.
+// decodeInfo makes a check for Pool.do: decodes the description of a key, which must be the key
+// ref.
 func decodeInfo(ref keystore.Ref, info *keystore.Info) func(answer []byte) error {
 	return func(answer []byte) error {
 		if err := decodeInto(info)(answer); err != nil {
@@ -117,8 +118,8 @@ func decodeInfo(ref keystore.Ref, info *keystore.Info) func(answer []byte) error
 	}
 }
 
-// Key finds a key. A search for a missing key ends with keystore.ErrNotFound, since Pool.do believes
-// an error that all workers agree on.
+// Key finds a key. A search for a missing key ends with keystore.ErrNotFound, since Pool.do
+// believes an error that all workers agree on.
 func (p *Pool) Key(ctx context.Context, ref keystore.Ref) (keystore.Key, error) {
 	var info keystore.Info
 	err := p.request(ctx, false, call{Op: opKey, Ref: ref}, decodeInfo(ref, &info))

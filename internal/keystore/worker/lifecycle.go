@@ -126,7 +126,8 @@ func (p *Pool) startWorker(ctx context.Context, number int) (*process, error) {
 		err = p.checkHealth(ctx, proc)
 	}
 	if errors.Is(err, errGivenUp) {
-		err = fmt.Errorf("%w: the key worker ended while it opened the device: %w", keystore.ErrUnavailable, proc.failure())
+		err = fmt.Errorf("%w: the key worker ended while it opened the device: %w",
+			keystore.ErrUnavailable, proc.failure())
 	}
 	if errors.Is(err, keystore.ErrAuth) {
 		p.stopLogins(err, retries)
@@ -246,7 +247,8 @@ func (p *Pool) monitor(proc *process) {
 var errRenewed = errors.New("the key worker had grown too large")
 
 // renewIfLarge ends a worker above the memory limit once the worker is idle. Until then the worker
-// gets no new calls. Renewal needs another worker that takes over, unless the pool has one slot only.
+// gets no new calls. Renewal needs another worker that takes over, unless the pool has one slot
+// only.
 func (p *Pool) renewIfLarge(proc *process) {
 	if proc.memory() <= p.config.Memory {
 		return

@@ -3,7 +3,8 @@ package worker
 // A worker asks the pool for permission before each login to the token. Two rules follow from that
 // request. First, one worker at a time logs in: SoftHSM writes its token file at each login, and a
 // process that initialises the module at that moment does not find the token. Second, after a
-// refused PIN no worker logs in until Retry: further attempts with a wrong PIN would lock the token.
+// refused PIN no worker logs in until Retry: further attempts with a wrong PIN would lock the
+// token.
 
 // loginGate grants logins. Pool is the gate of its workers.
 type loginGate interface {

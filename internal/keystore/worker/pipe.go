@@ -31,7 +31,7 @@ const (
 	failure                      // an answer: a byte with the error's class, then text
 	loginRequest                 // worker to pool: asks for permission to log in
 	loginReply                   // pool to worker, id of loginRequest; body: 1 granted, 0 denied
-	loginEnded                   // worker to pool, id of loginRequest; body: as failure if the PIN was refused, else empty
+	loginEnded                   // worker to pool, id of loginRequest; body: none, or of failure if the PIN was refused
 )
 
 const (

@@ -139,7 +139,9 @@ type sendFunc func(proc *process, done func(error)) ([]byte, error)
 // An error about the key itself (keystore.ErrNotFound, ErrUnfit, ErrAmbiguous or ErrRefused) makes
 // a worker a suspect. The next worker gets the call. After a success there, the suspects are
 // replaced. Without a success, the error is believed.
-func (p *Pool) do(ctx context.Context, atMostOnce bool, send sendFunc, check func(answer []byte) error) ([]byte, error) {
+func (p *Pool) do(
+	ctx context.Context, atMostOnce bool, send sendFunc, check func(answer []byte) error,
+) ([]byte, error) {
 	var tried, suspects []*process
 	var lastErr error
 	for range maxAttempts {

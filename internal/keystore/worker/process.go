@@ -202,9 +202,9 @@ func (p *process) shutdown(timeout time.Duration) {
 	p.waitReaped(timeout)
 }
 
-// retire takes an idle worker out of use. The caller shuts the worker down afterwards. A worker with
-// a call stays: health checks and destructions have no reservation, so the pool does not know of
-// these calls.
+// retire takes an idle worker out of use. The caller shuts the worker down afterwards. A worker
+// with a call stays: health checks and destructions have no reservation, so the pool does not know
+// of these calls.
 func (p *process) retire() {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -296,8 +296,8 @@ func (p *process) checkDeadlines(now time.Time) {
 }
 
 // roundTrip sends a frame and waits for the answer, for the worker's end, or for the end of ctx.
-// After the end of ctx the call stays in flight until its own deadline, so a hanging device is still
-// noticed. done runs exactly once.
+// After the end of ctx the call stays in flight until its own deadline, so a hanging device is
+// still noticed. done runs exactly once.
 func (p *process) roundTrip(
 	ctx context.Context, timeout time.Duration, done func(error), k kind, body ...[]byte,
 ) ([]byte, error) {

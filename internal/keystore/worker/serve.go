@@ -51,7 +51,8 @@ func Serve(
 	}
 	socket.Close()
 	w := &server{
-		pipe: p, keys: map[uint32]keystore.Key{}, signQueue: make(chan signing, maxQueue), logins: map[uint64]chan bool{},
+		pipe: p, signQueue: make(chan signing, maxQueue),
+		keys: map[uint32]keystore.Key{}, logins: map[uint64]chan bool{},
 	}
 	ctx, cancel := context.WithCancel(context.Background())
 	defer cancel()
@@ -190,14 +191,15 @@ func (w *server) sign(ctx context.Context, batch []signing) {
 	}
 }
 
-// answer sends an answer. An error of the pipe also reaches the reading goroutine, which ends Serve.
+// answer sends an answer. An error of the pipe also reaches the reading goroutine, which ends
+// Serve.
 func (w *server) answer(id uint64, body []byte, err error) {
 	w.enqueueAnswer(id, body, err)
 	w.pipe.flush()
 }
 
-// enqueueAnswer enqueues an answer for the next flush. In place of an answer above maxFrame the pool
-// gets a failure, or the pool would wait until the deadline.
+// enqueueAnswer enqueues an answer for the next flush. In place of an answer above maxFrame the
+// pool gets a failure, or the pool would wait until the deadline.
 func (w *server) enqueueAnswer(id uint64, body []byte, err error) {
 	if err == nil {
 		err = w.pipe.enqueue(id, result, body)

@@ -10,10 +10,10 @@
 // A call has an answer or an error by its context's end, whatever the device does. The pool kills
 // and replaces a worker after a missed deadline, a crash, a wrong answer, or an answer of class
 // keystore.ErrUnavailable. Another worker then gets the call. Such retries are safe: Ed25519 and
-// X25519 are deterministic, and a second ECDSA signature is as good as the first. Making a key is an
-// at-most-once call and has no retry. A destruction is idempotent and has retries: the key's tag
-// keeps all other objects safe. While no worker can be started, the circuit breaker is open, and
-// calls fail at once.
+// X25519 are deterministic, and a second ECDSA signature is as good as the first. Making a key is
+// an at-most-once call and has no retry. A destruction is idempotent and has retries: the key's
+// tag keeps all other objects safe. While no worker can be started, the circuit breaker is open,
+// and calls fail at once.
 package worker
 
 import (
@@ -31,7 +31,7 @@ type Config struct {
 	Spread   bool                       // balance calls over all workers, instead of using the first healthy one
 	InFlight int                        // largest number of calls in flight at one worker
 	Memory   int                        // bytes; a larger worker is renewed without losing a call: modules leak
-	Deadline time.Duration              // for one use of a key by the device; slow operations have slowFactor times as long
+	Deadline time.Duration              // for one use of a key by the device; a slow operation has slowFactor of these
 	Log      *slog.Logger
 	// OnChange, if not nil, receives the start and the end of each outage: no worker can be
 	// started, or the device refuses to unseal a key. A goroutine of the pool makes the calls, one

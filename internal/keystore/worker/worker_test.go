@@ -28,13 +28,15 @@ import (
 	"countersign/internal/keystore/keystoretest"
 )
 
-// The workers of these tests are this binary, run again. What goes wrong in them is said by files in a directory that they
-// share with the test: see device.trouble.
-const workerEnv = "COUNTERSIGN_TEST_WORKER" // its number
+// The workers of these tests are processes of this test binary. A test injects faults into its
+// workers by files in a shared directory: see device.fault.
+
+// workerEnv is the environment variable with a worker's number.
+const workerEnv = "COUNTERSIGN_TEST_WORKER"
 
 func TestMain(m *testing.M) {
 	if number := os.Getenv(workerEnv); number != "" {
-		if err := work(number); err != nil {
+		if err := runWorker(number); err != nil {
 			fmt.Fprintln(os.Stderr, err)
 			os.Exit(1)
 		}
@@ -48,13 +50,15 @@ func TestMain(m *testing.M) {
 	os.Exit(code)
 }
 
-// leftOver returns the goroutines of this package that do not end.
+// leftOver waits for the goroutines of this package and returns the stacks of those still running
+// after bound.
 func leftOver() (left string) {
 	for deadline := time.Now().Add(bound); time.Now().Before(deadline); time.Sleep(10 * time.Millisecond) {
 		left = ""
 		stacks := make([]byte, 1<<20)
 		for stack := range strings.SplitSeq(string(stacks[:runtime.Stack(stacks, true)]), "\n\n") {
-			if strings.Contains(stack, "keystore/worker.") && !strings.Contains(stack, "worker.TestMain") && !strings.Contains(stack, "worker.runStarter") {
+			if strings.Contains(stack, "keystore/worker.") && !strings.Contains(stack, "worker.TestMain") &&
+				!strings.Contains(stack, "worker.runStarter") {
 				left += stack + "\n\n"
 			}
 		}
@@ -65,7 +69,7 @@ func leftOver() (left string) {
 	return left
 }
 
-// bound is what no test comes near unless something hangs.
+// bound is the timeout of every wait in these tests. Only a hanging test reaches the bound.
 const bound = 30 * time.Second
 
 var (
@@ -74,45 +78,45 @@ var (
 	agreement, _ = ecdh.X25519().NewPrivateKey(seed[:])
 
 	payments = keystore.Info{
-		Ref: keystore.Ref{Name: "payments", Version: 1}, Algorithm: keystore.Ed25519, PublicKey: private.Public().(ed25519.PublicKey),
-		Custody: "memory", Tag: keystore.Tag{1},
+		Ref: keystore.Ref{Name: "payments", Version: 1}, Algorithm: keystore.Ed25519,
+		PublicKey: private.Public().(ed25519.PublicKey), Custody: "memory", Tag: keystore.Tag{1},
 	}
 	noise = keystore.Info{
-		Ref: keystore.Ref{Name: "noise", Version: 1}, Algorithm: keystore.X25519, PublicKey: agreement.PublicKey().Bytes(),
-		Custody: "memory", Tag: keystore.Tag{2},
+		Ref: keystore.Ref{Name: "noise", Version: 1}, Algorithm: keystore.X25519,
+		PublicKey: agreement.PublicKey().Bytes(), Custody: "memory", Tag: keystore.Tag{2},
 	}
 	message = []byte("m")
 )
 
 // --- the worker's side
 
-// hi is what a worker is opened with.
-type hi struct {
+// testConfig is the body of hello for these workers.
+type testConfig struct {
 	Dir   string
 	Lanes int
 }
 
-func work(number string) error {
+func runWorker(number string) error {
 	socket := os.NewFile(3, "key worker")
 	if os.Getenv(workerEnv+"_RAW") != "" {
 		return rawWorker(socket, number)
 	}
 	return Serve(socket, func(ctx context.Context, config []byte, gate LogIn) (keystore.Store, int, error) {
-		var c hi
+		var c testConfig
 		if err := json.Unmarshal(config, &c); err != nil {
 			return nil, 0, err
 		}
 		d := &device{Memory: keystoretest.NewMemory(), dir: c.Dir, number: number}
-		d.say("open")
-		if err := d.trouble("open"); err != nil {
+		d.record("open")
+		if err := d.fault("open"); err != nil {
 			return nil, 0, err
 		}
 		err := gate(ctx, func() error {
-			d.say("login")
-			return d.trouble("login")
+			d.record("login")
+			return d.fault("login")
 		})
 		if err != nil {
-			d.trouble("denied")
+			d.fault("denied")
 			return nil, 0, err
 		}
 		_, err = d.Memory.Import(ctx, payments.Ref, filepath.Join(c.Dir, "seed"), payments.Tag)
@@ -120,47 +124,51 @@ func work(number string) error {
 	})
 }
 
-// device is a store in memory that has trouble.
+// device is an in-memory store with injected faults.
 type device struct {
 	*keystoretest.Memory
 	dir, number string
 	signing     atomic.Int64
 }
 
-// say appends a line to the test's record.
-func (d *device) say(what ...any) {
+// record appends a line to the test's record: the event, the worker's number, its process id, and
+// the time in nanoseconds.
+func (d *device) record(event ...any) {
 	f, err := os.OpenFile(filepath.Join(d.dir, "record"), os.O_WRONLY|os.O_APPEND|os.O_CREATE, 0o600)
 	if err != nil {
 		panic(err)
 	}
 	defer f.Close()
-	fmt.Fprintf(f, "%s %s %d %d\n", strings.TrimSpace(fmt.Sprint(what...)), d.number, os.Getpid(), time.Now().UnixNano())
+	line := strings.TrimSpace(fmt.Sprint(event...))
+	fmt.Fprintf(f, "%s %s %d %d\n", line, d.number, os.Getpid(), time.Now().UnixNano())
 }
 
-// trouble has what the test has left for an operation, for any worker or for this one: once, or always.
-func (d *device) trouble(op string) error {
+// fault performs the faults that the test has injected for an operation. A fault is a file with the
+// fault's kind. The file op is for any worker, the file op.1 for worker 1. One fault removes the
+// file, unless the name ends in .always.
+func (d *device) fault(op string) error {
 	for _, name := range []string{op, op + "." + d.number, op + ".always", op + "." + d.number + ".always"} {
 		path := filepath.Join(d.dir, name)
 		kind, err := os.ReadFile(path)
 		if err != nil || !strings.HasSuffix(name, ".always") && os.Remove(path) != nil {
-			continue // there is none, or another worker was faster
+			continue // no fault, or another worker has taken the fault
 		}
-		d.say("hit-" + op)
-		if err := d.suffer(string(kind)); err != nil {
+		d.record("hit-" + op)
+		if err := d.perform(string(kind)); err != nil {
 			return err
 		}
 	}
 	return nil
 }
 
-func (d *device) suffer(kind string) error {
+func (d *device) perform(kind string) error {
 	switch kind {
 	case "crash":
 		syscall.Kill(os.Getpid(), syscall.SIGKILL)
 		select {}
 	case "stop":
 		syscall.Kill(os.Getpid(), syscall.SIGSTOP)
-		select {} // this thread may be the last to stop
+		select {} // other threads may stop before this one
 	case "hang":
 		select {}
 	case "grow":
@@ -190,7 +198,7 @@ func (d *device) suffer(kind string) error {
 	case "exit":
 		os.Exit(3)
 	case "wrong":
-		return errWrongly
+		return errWrongAnswer
 	default:
 		for _, class := range classes {
 			if class.Error() == kind {
@@ -202,16 +210,18 @@ func (d *device) suffer(kind string) error {
 	return nil
 }
 
-// errWrongly makes an operation succeed with something else.
-var errWrongly = errors.New("wrongly")
+// errWrongAnswer makes an operation succeed with a wrong answer.
+var errWrongAnswer = errors.New("wrong answer")
 
-// grow takes more memory than memoryLimit, and keeps it.
+// grow allocates more memory than memoryLimit and never frees the memory.
 func grow() {
-	if _, err := syscall.Mmap(-1, 0, memoryLimit+16<<20, syscall.PROT_READ|syscall.PROT_WRITE, syscall.MAP_ANON|syscall.MAP_PRIVATE|syscall.MAP_POPULATE); err != nil {
+	flags := syscall.MAP_ANON | syscall.MAP_PRIVATE | syscall.MAP_POPULATE
+	if _, err := syscall.Mmap(-1, 0, memoryLimit+16<<20, syscall.PROT_READ|syscall.PROT_WRITE, flags); err != nil {
 		panic(err)
 	}
 }
 
+// wait blocks until the test injects go.
 func (d *device) wait() {
 	for {
 		if _, err := os.Stat(filepath.Join(d.dir, "go")); err == nil {
@@ -224,7 +234,7 @@ func (d *device) wait() {
 func (d *device) Bind(info keystore.Info) keystore.Key { return deviceKey{d.Memory.Bind(info), d} }
 
 func (d *device) Key(ctx context.Context, ref keystore.Ref) (keystore.Key, error) {
-	if err := d.trouble("key"); errors.Is(err, errWrongly) {
+	if err := d.fault("key"); errors.Is(err, errWrongAnswer) {
 		ref = payments.Ref
 	} else if err != nil {
 		return nil, err
@@ -233,31 +243,33 @@ func (d *device) Key(ctx context.Context, ref keystore.Ref) (keystore.Key, error
 }
 
 func (d *device) Keys(ctx context.Context) ([]keystore.Info, error) {
-	if d.trouble("keys") != nil {
+	if d.fault("keys") != nil {
 		return slices.Repeat([]keystore.Info{payments}, 10_000), nil
 	}
 	return d.Memory.Keys(ctx)
 }
 
-func (d *device) Generate(ctx context.Context, ref keystore.Ref, alg keystore.Algorithm, tag keystore.Tag) (keystore.Key, error) {
-	d.say("generate")
-	if err := d.trouble("generate"); err != nil {
+func (d *device) Generate(
+	ctx context.Context, ref keystore.Ref, alg keystore.Algorithm, tag keystore.Tag,
+) (keystore.Key, error) {
+	d.record("generate")
+	if err := d.fault("generate"); err != nil {
 		return nil, err
 	}
 	return d.Memory.Generate(ctx, ref, alg, tag)
 }
 
 func (d *device) Import(ctx context.Context, ref keystore.Ref, path string, tag keystore.Tag) (keystore.Key, error) {
-	d.say("import")
-	if err := d.trouble("import"); err != nil {
+	d.record("import")
+	if err := d.fault("import"); err != nil {
 		return nil, err
 	}
 	return d.Memory.Import(ctx, ref, path, tag)
 }
 
 func (d *device) Destroy(ctx context.Context, ref keystore.Ref, tag keystore.Tag) error {
-	d.say("destroy")
-	if err := d.trouble("destroy"); err != nil {
+	d.record("destroy")
+	if err := d.fault("destroy"); err != nil {
 		return err
 	}
 	return d.Memory.Destroy(ctx, ref, tag)
@@ -269,9 +281,9 @@ type deviceKey struct {
 }
 
 func (k deviceKey) Sign(ctx context.Context, message []byte, judge keystore.Judge) ([]byte, error) {
-	k.device.say("sign-", k.device.signing.Add(1))
+	k.device.record("sign-", k.device.signing.Add(1))
 	defer k.device.signing.Add(-1)
-	if err := k.device.trouble("sign"); errors.Is(err, errWrongly) {
+	if err := k.device.fault("sign"); errors.Is(err, errWrongAnswer) {
 		return make([]byte, ed25519.SignatureSize), nil
 	} else if err != nil {
 		return nil, err
@@ -280,7 +292,7 @@ func (k deviceKey) Sign(ctx context.Context, message []byte, judge keystore.Judg
 }
 
 func (k deviceKey) Exchange(_ context.Context, peer [32]byte) (shared [32]byte, err error) {
-	if err := k.device.trouble("exchange"); errors.Is(err, errWrongly) {
+	if err := k.device.fault("exchange"); errors.Is(err, errWrongAnswer) {
 		return [32]byte{1}, nil
 	} else if err != nil {
 		return shared, err
@@ -294,7 +306,7 @@ func (k deviceKey) Exchange(_ context.Context, peer [32]byte) (shared [32]byte, 
 	return shared, err
 }
 
-// rawWorker speaks the protocol itself, and rubbish once.
+// rawWorker is a worker without Serve. A raw worker violates the protocol once, as injected.
 func rawWorker(socket *os.File, number string) error {
 	p, err := newPipe(socket)
 	if err != nil {
@@ -308,12 +320,12 @@ func rawWorker(socket *os.File, number string) error {
 		}
 		switch k {
 		case hello:
-			var c hi
+			var c testConfig
 			if err := json.Unmarshal(body, &c); err != nil {
 				return err
 			}
 			d = device{dir: c.Dir, number: number}
-			if os.Remove(filepath.Join(d.dir, "open")) == nil { // its last words
+			if os.Remove(filepath.Join(d.dir, "open")) == nil { // report a refused PIN, answer, and exit at once
 				p.send(1, loginRequest)
 				if _, k, _, err := p.receive(); err != nil || k != loginReply {
 					return fmt.Errorf("%v %w", k, err)
@@ -323,18 +335,18 @@ func rawWorker(socket *os.File, number string) error {
 				os.Exit(0)
 			}
 			p.send(id, result)
-		case request: // for a key
+		case request: // opKey
 			b, err := json.Marshal(payments)
 			if err != nil {
 				return err
 			}
 			p.send(id, result, b)
 		case sign:
-			path := filepath.Join(d.dir, "rubbish")
+			path := filepath.Join(d.dir, "violate")
 			kind, _ := os.ReadFile(path)
 			if os.Remove(path) == nil {
-				d.say("hit-sign")
-				rubbish[string(kind)](p, id)
+				d.record("hit-sign")
+				violations[string(kind)](p, id)
 				continue
 			}
 			p.send(id, result, ed25519.Sign(private, body[4:]))
@@ -342,14 +354,20 @@ func rawWorker(socket *os.File, number string) error {
 	}
 }
 
-// rubbish is what a worker may say in place of an answer, without ending.
-var rubbish = map[string]func(p *pipe, id uint64){
-	"an unknown id":              func(p *pipe, id uint64) { p.send(id+1000, result, make([]byte, 64)) },
-	"an unknown kind":            func(p *pipe, id uint64) { p.send(id, 99) },
-	"a frame that the pool has":  func(p *pipe, id uint64) { p.send(id, hello) },
-	"a frame that is too long":   func(p *pipe, _ uint64) { p.conn.Write([]byte{0, 16, 0, 1, 0, 0, 0, 0, 0, 0, 0, 0, byte(result)}) },
-	"a frame that is too short":  func(p *pipe, _ uint64) { p.conn.Write(make([]byte, headerSize)) },
-	"half a frame":               func(p *pipe, id uint64) { p.conn.Write([]byte{0, 0, 1, 0, 0, 0}); p.conn.CloseWrite() },
+// violations are faulty frames of a worker that does not exit. Each function sends its frames in
+// place of the answer to call id.
+var violations = map[string]func(p *pipe, id uint64){
+	"an unknown id":             func(p *pipe, id uint64) { p.send(id+1000, result, make([]byte, 64)) },
+	"an unknown kind":           func(p *pipe, id uint64) { p.send(id, 99) },
+	"a frame that the pool has": func(p *pipe, id uint64) { p.send(id, hello) },
+	"a frame that is too long": func(p *pipe, _ uint64) {
+		p.conn.Write([]byte{0, 16, 0, 1, 0, 0, 0, 0, 0, 0, 0, 0, byte(result)})
+	},
+	"a frame that is too short": func(p *pipe, _ uint64) { p.conn.Write(make([]byte, headerSize)) },
+	"half a frame": func(p *pipe, _ uint64) {
+		p.conn.Write([]byte{0, 0, 1, 0, 0, 0})
+		p.conn.CloseWrite()
+	},
 	"a short answer":             func(p *pipe, id uint64) { p.send(id, result, []byte{1, 2, 3}) },
 	"an empty answer":            func(p *pipe, id uint64) { p.send(id, result) },
 	"an error without a text":    func(p *pipe, id uint64) { p.send(id, failure, []byte{0}) },
@@ -376,12 +394,12 @@ type harness struct {
 	t   *testing.T
 	dir string
 
-	mu    sync.Mutex
-	heard []bool // what OnChange was told
-	log   bytes.Buffer
+	mu       sync.Mutex
+	reported []bool // the calls of OnChange
+	log      bytes.Buffer
 }
 
-// newHarness is a pool that is not open yet.
+// newHarness makes a harness without a pool.
 func newHarness(t *testing.T) *harness {
 	t.Parallel()
 	h := &harness{t: t, dir: t.TempDir()}
@@ -393,7 +411,7 @@ func newHarness(t *testing.T) *harness {
 }
 
 func (h *harness) config(change func(c *Config)) Config {
-	hello, err := json.Marshal(hi{h.dir, 16})
+	hello, err := json.Marshal(testConfig{h.dir, 16})
 	if err != nil {
 		h.t.Fatal(err)
 	}
@@ -402,13 +420,14 @@ func (h *harness) config(change func(c *Config)) Config {
 		Log: slog.New(slog.NewTextHandler(h, nil)),
 		Command: func(number int) *exec.Cmd {
 			cmd := exec.Command("/proc/self/exe")
-			cmd.Env = append(os.Environ(), fmt.Sprintf("%s=%d", workerEnv, number), "GOTRACEBACK=none", "GORACE=atexit_sleep_ms=0")
+			cmd.Env = append(os.Environ(), fmt.Sprintf("%s=%d", workerEnv, number),
+				"GOTRACEBACK=none", "GORACE=atexit_sleep_ms=0")
 			return cmd
 		},
 		OnChange: func(up bool, _ error) {
 			h.mu.Lock()
 			defer h.mu.Unlock()
-			h.heard = append(h.heard, up)
+			h.reported = append(h.reported, up)
 		},
 	}
 	if change != nil {
@@ -417,7 +436,7 @@ func (h *harness) config(change func(c *Config)) Config {
 	return c
 }
 
-// Write takes the pool's log.
+// Write appends to the pool's log.
 func (h *harness) Write(b []byte) (int, error) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
@@ -427,10 +446,10 @@ func (h *harness) Write(b []byte) (int, error) {
 func (h *harness) changes() []bool {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	return slices.Clone(h.heard)
+	return slices.Clone(h.reported)
 }
 
-// openPool waits until all workers are there.
+// openPool opens a pool and waits until all workers are ready.
 func openPool(t *testing.T, change func(c *Config)) *harness {
 	t.Helper()
 	h := newHarness(t)
@@ -444,7 +463,8 @@ func openPool(t *testing.T, change func(c *Config)) *harness {
 	return h
 }
 
-// end holds that no call has kept its place, and closes the pool; TestMain holds that that leaves no goroutine.
+// end checks that every reservation was released, and closes the pool. TestMain checks that no
+// goroutine is left.
 func (h *harness) end() {
 	h.t.Helper()
 	h.eventually("nobody has a place or waits for one", func() bool {
@@ -464,7 +484,7 @@ func (h *harness) end() {
 	}
 }
 
-// close holds that Close comes back and that all processes are gone then.
+// close checks that Close returns and that all processes have ended by then.
 func (h *harness) close() {
 	h.t.Helper()
 	closed := make(chan struct{})
@@ -501,10 +521,10 @@ func (h *harness) eventually(what string, holds func() bool) {
 	}
 }
 
-// plant leaves trouble for the workers.
-func (h *harness) plant(name, kind string) {
+// inject injects a fault, see device.fault. The rename makes the file appear atomically.
+func (h *harness) inject(name, kind string) {
 	h.t.Helper()
-	whole := filepath.Join(h.dir, "planting")
+	whole := filepath.Join(h.dir, "inject.tmp")
 	if err := os.WriteFile(whole, []byte(kind), 0o600); err != nil {
 		h.t.Fatal(err)
 	}
@@ -520,22 +540,22 @@ func (h *harness) clear(name string) {
 	}
 }
 
-// record returns the lines that workers have written: what, number, pid, time.
-func (h *harness) record(what string) (lines [][]string) {
+// record returns the record's lines with an event of this prefix: event, number, pid, time.
+func (h *harness) record(event string) (lines [][]string) {
 	h.t.Helper()
 	b, err := os.ReadFile(filepath.Join(h.dir, "record"))
 	if err != nil && !errors.Is(err, os.ErrNotExist) {
 		h.t.Fatal(err)
 	}
 	for line := range strings.Lines(string(b)) {
-		if f := strings.Fields(line); len(f) == 4 && strings.HasPrefix(f[0], what) {
+		if f := strings.Fields(line); len(f) == 4 && strings.HasPrefix(f[0], event) {
 			lines = append(lines, f)
 		}
 	}
 	return lines
 }
 
-// tail is what a reader wants to see of the record.
+// tail is the end of the record, for the log of a failed test.
 func (h *harness) tail() string {
 	var b strings.Builder
 	lines := h.record("")
@@ -545,7 +565,7 @@ func (h *harness) tail() string {
 	return b.String()
 }
 
-func (h *harness) count(what string) int { return len(h.record(what)) }
+func (h *harness) count(event string) int { return len(h.record(event)) }
 
 func (h *harness) pids() (pids []int) {
 	for _, w := range h.Status().Workers {
@@ -561,8 +581,8 @@ func (h *harness) restarts() (n int) {
 	return n
 }
 
-// sick returns the process that had trouble for the nth and last time.
-func (h *harness) sick(op string, n int) (pid int) {
+// faulty returns the process that had the nth and last fault of an operation.
+func (h *harness) faulty(op string, n int) (pid int) {
 	h.t.Helper()
 	hits := h.record("hit-" + op)
 	if len(hits) != n {
@@ -575,9 +595,11 @@ func (h *harness) sick(op string, n int) (pid int) {
 	return pid
 }
 
-// sign makes a signature that is judged.
+// sign makes a signature and verifies the signature as its judge.
 func (h *harness) sign(ctx context.Context) error {
-	_, err := h.Bind(payments).Sign(ctx, message, func(signature []byte) bool { return payments.Verify(message, signature) })
+	_, err := h.Bind(payments).Sign(ctx, message, func(signature []byte) bool {
+		return payments.Verify(message, signature)
+	})
 	return err
 }
 
@@ -588,37 +610,39 @@ func (h *harness) mustSign() {
 	}
 }
 
-// replaced waits until the worker that had trouble for the nth time is gone and there is another one.
+// replaced waits until the worker with the nth fault has ended and the slot has a new worker.
 func (h *harness) replaced(op string, n int) {
 	h.t.Helper()
-	pid := h.sick(op, n)
+	pid := h.faulty(op, n)
 	h.eventually("it is gone and replaced", func() bool {
 		now := h.pids()
 		return !alive(pid) && !slices.Contains(now, 0) && !slices.Contains(now, pid)
 	})
 }
 
-// --- a sick worker
+// --- faulty workers
 
-// TestSickWorkerIsReplaced: what a device or its process may do wrong costs the worker, and not the call.
+// TestSickWorkerIsReplaced injects every fault of a device or a process. Each fault costs the
+// worker and not the call.
 func TestSickWorkerIsReplaced(t *testing.T) {
 	h := openPool(t, func(c *Config) { c.Deadline = time.Second })
 	for n, kind := range []string{
 		"crash", "exit", "stop", "hang", "wrong", "crash, child",
-		keystore.ErrUnavailable.Error(), keystore.ErrNotFound.Error(), keystore.ErrUnfit.Error(), keystore.ErrAmbiguous.Error(), keystore.ErrRefused.Error(),
+		keystore.ErrUnavailable.Error(), keystore.ErrNotFound.Error(), keystore.ErrUnfit.Error(),
+		keystore.ErrAmbiguous.Error(), keystore.ErrRefused.Error(),
 	} {
-		h.sickOnce("sign", kind, n+1)
+		h.faultOnce("sign", kind, n+1)
 	}
 	h.killChild()
 }
 
-// sickOnce has one call meet trouble.
-func (h *harness) sickOnce(name, kind string, n int) {
+// faultOnce has one call meet a fault, and checks the call's success and the worker's replacement.
+func (h *harness) faultOnce(name, kind string, n int) {
 	h.t.Helper()
-	for range healthyCalls { // so that the worker is replaced without a pause
+	for range healthyCalls { // a healthy worker is replaced without a backoff
 		h.mustSign()
 	}
-	h.plant(name, kind)
+	h.inject(name, kind)
 	h.mustSign()
 	h.replaced("sign", n)
 	if h.t.Failed() {
@@ -626,7 +650,7 @@ func (h *harness) sickOnce(name, kind string, n int) {
 	}
 }
 
-// killChild ends what a worker has left behind.
+// killChild kills the child process of a worker that has ended.
 func (h *harness) killChild() {
 	h.t.Helper()
 	b, err := os.ReadFile(filepath.Join(h.dir, "child"))
@@ -640,15 +664,17 @@ func (h *harness) killChild() {
 	syscall.Kill(pid, syscall.SIGKILL)
 }
 
-// TestRubbishOnTheSocket: a worker that does not keep to the protocol is replaced at once, and the call goes to another. One
-// that answers twice has given the call its answer.
+// TestRubbishOnTheSocket has workers violate the protocol. The worker is replaced at once, without
+// waiting for the deadline, and another worker gets the call. A second answer to a call costs the
+// worker too, but the first answer counts.
 func TestRubbishOnTheSocket(t *testing.T) {
 	h := openPool(t, func(c *Config) { raw(c); c.Deadline = time.Minute })
-	for n, kind := range slices.Sorted(maps.Keys(rubbish)) {
-		h.sickOnce("rubbish", kind, n+1)
+	for n, kind := range slices.Sorted(maps.Keys(violations)) {
+		h.faultOnce("violate", kind, n+1)
 	}
 }
 
+// raw makes the workers of a pool raw workers.
 func raw(c *Config) {
 	command := c.Command
 	c.Command = func(number int) *exec.Cmd {
@@ -658,20 +684,22 @@ func raw(c *Config) {
 	}
 }
 
-// TestAnswerAboutAnotherKey: so is one whose answer is not about what was asked.
+// TestAnswerAboutAnotherKey has a worker describe another key than requested. The worker is
+// replaced.
 func TestAnswerAboutAnotherKey(t *testing.T) {
 	h := openPool(t, nil)
-	h.plant("key", "wrong")
+	h.inject("key", "wrong")
 	if _, err := h.Key(h.within(bound), noise.Ref); !errors.Is(err, keystore.ErrNotFound) {
 		t.Errorf("a key that is not there: %v, want %v", err, keystore.ErrNotFound)
 	}
 	h.replaced("key", 1)
 }
 
-// TestBelievedWithoutAnother: what all workers say of a key is believed, and costs none of them.
+// TestBelievedWithoutAnother has all workers give the same error about a key. The error is
+// believed, and no worker is replaced.
 func TestBelievedWithoutAnother(t *testing.T) {
 	h := openPool(t, nil)
-	h.plant("sign.always", keystore.ErrNotFound.Error())
+	h.inject("sign.always", keystore.ErrNotFound.Error())
 	if err := h.sign(h.within(bound)); !errors.Is(err, keystore.ErrNotFound) {
 		t.Errorf("%v, want %v", err, keystore.ErrNotFound)
 	}
@@ -680,18 +708,19 @@ func TestBelievedWithoutAnother(t *testing.T) {
 	}
 }
 
-// TestSingleWorker: with one worker that was well, a call whose worker crashes waits for the next one.
+// TestSingleWorker has the only worker crash after a healthy life. The call waits for the next
+// worker.
 func TestSingleWorker(t *testing.T) {
 	h := openPool(t, func(c *Config) { c.Workers = 1 })
 	for range healthyCalls {
 		h.mustSign()
 	}
-	h.plant("sign", "crash")
+	h.inject("sign", "crash")
 	h.mustSign()
 	h.replaced("sign", 1)
 }
 
-// TestBothCrash: so it does when all workers crash with it.
+// TestBothCrash has all healthy workers crash with one call. The call waits for the next worker.
 func TestBothCrash(t *testing.T) {
 	h := openPool(t, func(c *Config) { c.Spread = true })
 	h.eventually("both were of use", func() bool {
@@ -702,15 +731,16 @@ func TestBothCrash(t *testing.T) {
 		wg.Wait()
 		return !slices.ContainsFunc(h.Status().Workers, func(w keystore.Worker) bool { return w.Served < healthyCalls })
 	})
-	h.plant("sign.0", "crash")
-	h.plant("sign.1", "crash")
+	h.inject("sign.0", "crash")
+	h.inject("sign.1", "crash")
 	h.mustSign()
 }
 
-// TestLateRefusal: a device that says that it does not answer costs its worker, though the caller has left meanwhile.
+// TestLateRefusal has a device report ErrUnavailable after the caller has left. The worker is still
+// replaced.
 func TestLateRefusal(t *testing.T) {
 	h := openPool(t, nil)
-	h.plant("sign", "wait, unavailable")
+	h.inject("sign", "wait, unavailable")
 	ctx, leave := context.WithCancel(t.Context())
 	ended := make(chan error, 1)
 	go func() { ended <- h.sign(ctx) }()
@@ -722,16 +752,16 @@ func TestLateRefusal(t *testing.T) {
 	if h.restarts() != 0 {
 		t.Error("a caller that leaves costs a worker")
 	}
-	h.plant("go", "")
+	h.inject("go", "")
 	h.replaced("sign", 1)
 }
 
-// TestStartLooks: a new worker whose device answers wrongly does not come into use; one whose device has another key under
-// one name does.
+// TestStartLooks checks the health check of a start. A worker with a wrong answer does not come
+// into use. A worker whose device has another key under the name does.
 func TestStartLooks(t *testing.T) {
 	h := openPool(t, nil)
 	h.Bind(noise)
-	h.plant("exchange.0.always", "wrong")
+	h.inject("exchange.0.always", "wrong")
 	old := h.pids()
 	syscall.Kill(old[0], syscall.SIGKILL)
 	h.eventually("it was tried again and again", func() bool { return h.count("hit-exchange") >= 3 })
@@ -739,23 +769,26 @@ func TestStartLooks(t *testing.T) {
 		t.Errorf("the workers are %v, were %v", now, old)
 	}
 	h.mustSign()
-	h.plant("exchange.0.always", keystore.ErrUnfit.Error())
+	h.inject("exchange.0.always", keystore.ErrUnfit.Error())
 	h.eventually("it is there", func() bool { return h.pids()[0] != 0 })
 }
 
-// TestTooLong: neither a message nor an answer that is too long for the boundary costs a worker.
+// TestTooLong sends a message and an answer above maxFrame. Both give an error, and no worker is
+// replaced.
 func TestTooLong(t *testing.T) {
 	h := openPool(t, nil)
-	if _, err := h.Bind(payments).Sign(h.within(bound), make([]byte, maxFrame), nil); !errors.Is(err, keystore.ErrRefused) {
+	_, err := h.Bind(payments).Sign(h.within(bound), make([]byte, maxFrame), nil)
+	if !errors.Is(err, keystore.ErrRefused) {
 		t.Errorf("a message: %v, want %v", err, keystore.ErrRefused)
 	}
-	h.plant("keys", "wrong")
+	h.inject("keys", "wrong")
 	ctx := h.within(bound)
 	if _, err := h.Keys(ctx); err == nil || ctx.Err() != nil {
 		t.Errorf("an answer: %v", err)
 	}
 	long := make([]byte, maxMessage-100)
-	if _, err := h.Bind(payments).Sign(h.within(bound), long, func(s []byte) bool { return payments.Verify(long, s) }); err != nil {
+	judge := func(signature []byte) bool { return payments.Verify(long, signature) }
+	if _, err := h.Bind(payments).Sign(h.within(bound), long, judge); err != nil {
 		t.Errorf("a long message: %v", err)
 	}
 	if h.restarts() != 0 {
@@ -763,11 +796,12 @@ func TestTooLong(t *testing.T) {
 	}
 }
 
-// TestShouting: a module that writes long lines to stderr is not held up, and does not fill the log.
+// TestShouting has a module write lines of 1 MiB to stderr. The module is not blocked, and the log
+// stays small.
 func TestShouting(t *testing.T) {
 	h := openPool(t, nil)
 	for range 3 {
-		h.plant("sign", "shout")
+		h.inject("sign", "shout")
 		h.mustSign()
 	}
 	h.mu.Lock()
@@ -777,19 +811,20 @@ func TestShouting(t *testing.T) {
 	}
 }
 
-// --- a call's time
+// --- contexts and queues
 
-// TestCallsEndWithTheirContext: whatever the worker does, and though its own time has not come.
+// TestCallsEndWithTheirContext has calls end at their context's end, before their deadline, while
+// the worker hangs.
 func TestCallsEndWithTheirContext(t *testing.T) {
 	for _, kind := range []string{"hang", "stop"} {
 		t.Run(kind, func(t *testing.T) {
 			h := openPool(t, func(c *Config) { c.Deadline = 10 * time.Minute; c.Workers = 1 })
-			h.plant("sign.always", kind)
+			h.inject("sign.always", kind)
 			pid := h.pids()[0]
 			ctx, leave := context.WithCancel(t.Context())
-			long := make([]byte, 64<<10) // more of them than fit into a socket
+			long := make([]byte, 64<<10) // 40 such messages exceed the socket's buffer
 			ended := make(chan error, 40)
-			for range cap(ended) { // some of them wait for a place
+			for range cap(ended) { // 16 are in flight, 24 in the queue
 				go func() {
 					_, err := h.Bind(payments).Sign(ctx, long, nil)
 					ended <- err
@@ -813,35 +848,37 @@ func TestCallsEndWithTheirContext(t *testing.T) {
 				}
 			}
 			h.clear("sign.always")
-			syscall.Kill(pid, syscall.SIGKILL) // it would have its ten minutes
+			syscall.Kill(pid, syscall.SIGKILL) // or Close would wait for the shutdown of a hanging process
 		})
 	}
 }
 
-// TestEndedContext: nothing is begun for a caller that has left.
+// TestEndedContext has operations with an ended context. No worker gets such a call.
 func TestEndedContext(t *testing.T) {
 	h := openPool(t, nil)
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()
-	if _, err := h.Generate(ctx, keystore.Ref{Name: "new", Version: 1}, keystore.Ed25519, keystore.Tag{9}); !errors.Is(err, keystore.ErrUnavailable) {
+	ref, tag := keystore.Ref{Name: "new", Version: 1}, keystore.Tag{9}
+	if _, err := h.Generate(ctx, ref, keystore.Ed25519, tag); !errors.Is(err, keystore.ErrUnavailable) {
 		t.Errorf("generate: %v", err)
 	}
-	if _, err := h.Import(ctx, keystore.Ref{Name: "new", Version: 1}, filepath.Join(h.dir, "seed"), keystore.Tag{9}); !errors.Is(err, keystore.ErrUnavailable) {
+	if _, err := h.Import(ctx, ref, filepath.Join(h.dir, "seed"), tag); !errors.Is(err, keystore.ErrUnavailable) {
 		t.Errorf("import: %v", err)
 	}
 	if err := h.sign(ctx); !errors.Is(err, keystore.ErrUnavailable) {
 		t.Errorf("sign: %v", err)
 	}
-	h.mustSign() // what was sent before it would be on record
+	h.mustSign() // any call sent before is on record now
 	if n := h.count("generate") + h.count("import") + h.count("sign"); n != 1 {
 		t.Errorf("%d operations were begun, want 1", n)
 	}
 }
 
-// TestInFlight: a worker has no more calls at once than it may; the others wait, and get their turn.
+// TestInFlight has ten calls for a worker with at most three in flight. Seven wait in the queue and
+// are sent later.
 func TestInFlight(t *testing.T) {
 	h := openPool(t, func(c *Config) { c.InFlight = 3; c.Workers = 1 })
-	h.plant("sign.always", "wait")
+	h.inject("sign.always", "wait")
 	var wg sync.WaitGroup
 	for range 10 {
 		wg.Go(h.mustSign)
@@ -852,7 +889,7 @@ func TestInFlight(t *testing.T) {
 		return len(h.queue) == 7
 	})
 	h.eventually("three are with the device", func() bool { return h.count("hit-sign") == 3 })
-	h.plant("go", "")
+	h.inject("go", "")
 	wg.Wait()
 	for _, line := range h.record("sign-") {
 		if n, err := strconv.Atoi(strings.TrimPrefix(line[0], "sign-")); err != nil || n > 3 {
@@ -861,10 +898,11 @@ func TestInFlight(t *testing.T) {
 	}
 }
 
-// --- keys that are made and destroyed
+// --- making and destroying keys
 
-// TestMakingIsNotRepeated: a worker that dies with a generation or an import takes the call with it, and is gone when the
-// caller hears of it; a destruction is taken to its end by another worker, and done by all.
+// TestMakingIsNotRepeated has workers die during a generation and an import. The call fails without
+// a retry, and the process has ended when the call returns. A destruction is retried with another
+// worker, and every worker destroys the key.
 func TestMakingIsNotRepeated(t *testing.T) {
 	h := openPool(t, func(c *Config) { c.Deadline = 400 * time.Millisecond })
 	ref, tag := keystore.Ref{Name: "new", Version: 1}, keystore.Tag{9}
@@ -877,38 +915,40 @@ func TestMakingIsNotRepeated(t *testing.T) {
 		return err
 	}
 	for i, op := range []string{"generate", "import", "generate", "import"} {
-		h.plant(op, []string{"crash", "crash", "hang", "hang"}[i])
+		h.inject(op, []string{"crash", "crash", "hang", "hang"}[i])
 		if err := made(op); !errors.Is(err, keystore.ErrUnavailable) {
 			t.Errorf("%s: %v, want %v", op, err, keystore.ErrUnavailable)
 		}
 		if n := h.count(op); n != 1+i/2 {
 			t.Fatalf("%s was done %d times, want %d", op, n, 1+i/2)
 		}
-		if pid := h.sick(op, 1+i/2); alive(pid) {
+		if pid := h.faulty(op, 1+i/2); alive(pid) {
 			t.Errorf("%s: process %d may still make the key", op, pid)
 		}
 	}
 	h.eventually("all workers are there", func() bool { return !slices.Contains(h.pids(), 0) })
-	for _, op := range []string{"generate", "import"} { // and both work where nothing is the matter
+	for _, op := range []string{"generate", "import"} { // without a fault both succeed
 		ref.Name = op
 		if err := made(op); err != nil {
 			t.Errorf("%s: %v", op, err)
 		}
 	}
-	h.plant("destroy", "crash")
+	h.inject("destroy", "crash")
 	if err := h.Destroy(h.within(bound), ref, tag); err != nil {
 		t.Errorf("destroy: %v", err)
 	}
 	survivor := h.record("destroy")[1][2]
-	if h.count("destroy") < 3 || !slices.ContainsFunc(h.record("destroy")[2:], func(line []string) bool { return line[2] == survivor }) {
+	bySurvivor := func(line []string) bool { return line[2] == survivor }
+	if h.count("destroy") < 3 || !slices.ContainsFunc(h.record("destroy")[2:], bySurvivor) {
 		t.Errorf("destroyed by %v", h.record("destroy"))
 	}
 }
 
-// TestImportEndsWithItsContext: even while its worker does not come back from its start.
+// TestImportEndsWithItsContext has an import end at its context's end while its worker hangs in the
+// start.
 func TestImportEndsWithItsContext(t *testing.T) {
 	h := openPool(t, func(c *Config) { c.Deadline = time.Minute })
-	h.plant("open", "hang")
+	h.inject("open", "hang")
 	ctx, leave := context.WithCancel(t.Context())
 	ended := make(chan error, 1)
 	go func() {
@@ -925,18 +965,18 @@ func TestImportEndsWithItsContext(t *testing.T) {
 	case <-time.After(bound):
 		t.Fatal("the import outlives its context")
 	}
-	syscall.Kill(h.sick("open", 1), syscall.SIGKILL) // it would be given time to end
+	syscall.Kill(h.faulty("open", 1), syscall.SIGKILL) // or the shutdown would wait for the process
 }
 
 // --- outages
 
-// TestOutage: when workers keep dying, starts are paused for longer and longer, calls fail at once, and each outage is told
-// once, and so is its end.
+// TestOutage has all workers die again and again. The backoff between starts grows, calls fail at
+// once, and each outage is reported once, and so is its end.
 func TestOutage(t *testing.T) {
 	h := openPool(t, nil)
 	for outage := range 2 {
 		opened := h.count("open")
-		h.plant("open.always", "exit")
+		h.inject("open.always", "exit")
 		for _, pid := range h.pids() {
 			syscall.Kill(pid, syscall.SIGKILL)
 		}
@@ -952,7 +992,7 @@ func TestOutage(t *testing.T) {
 			h.paused(opened)
 		}
 		h.clear("open.always")
-		h.Retry() // else it pauses for seconds
+		h.Retry() // ends the backoff of up to 3 s
 		h.eventually("it signs", func() bool { return h.sign(h.within(bound)) == nil })
 		h.eventually("all workers are there", func() bool { return !slices.Contains(h.pids(), 0) })
 		h.eventually("that is told", func() bool { return len(h.changes()) == 2*outage+2 })
@@ -962,7 +1002,7 @@ func TestOutage(t *testing.T) {
 	}
 }
 
-// paused holds the shortest pauses that there may be between the starts of a worker.
+// paused checks the backoff between the first five starts of worker 0.
 func (h *harness) paused(from int) {
 	h.t.Helper()
 	var starts []int64
@@ -979,16 +1019,17 @@ func (h *harness) paused(from int) {
 		}
 		return len(starts) >= 5
 	})
-	shortest := minBackoff / 2 * (1 + 2 + 4 + 8) // before the second, if the first came without a pause
+	shortest := minBackoff / 2 * (1 + 2 + 4 + 8) // the first start comes without a backoff
 	if took := time.Duration(starts[4] - starts[0]); took < shortest {
 		h.t.Errorf("five starts took %v, want at least %v", took, shortest)
 	}
 }
 
-// TestPatientOpen: a pool whose device is away at its start tells so, and heals.
+// TestPatientOpen opens a pool without its device. A patient pool reports an outage, and recovers
+// when the device is back.
 func TestPatientOpen(t *testing.T) {
 	h := newHarness(t)
-	h.plant("open.always", "exit")
+	h.inject("open.always", "exit")
 	if _, err := Open(h.within(bound), h.config(nil), false); !errors.Is(err, keystore.ErrUnavailable) {
 		t.Fatalf("not patient: %v, want %v", err, keystore.ErrUnavailable)
 	}
@@ -1003,37 +1044,39 @@ func TestPatientOpen(t *testing.T) {
 	h.eventually("that is told", func() bool { return slices.Equal(h.changes(), []bool{false, true}) })
 }
 
-// TestSlowListener: a listener that hangs holds nobody up, and what waits for it is bounded, and in turns.
+// TestSlowListener has an OnChange that hangs. The pool is not blocked, and the queue of changes is
+// bounded and alternates between down and up.
 func TestSlowListener(t *testing.T) {
 	p := &Pool{changed: make(chan struct{}, 1), closed: make(chan struct{}), opened: true, slots: []*slot{{}}}
 	for range 10 * maxChanges {
 		p.slots[0].starting = false
 		p.slotsChanged()
-		p.reportRecovery() // of a call that was answered before
+		p.reportRecovery() // for a call answered before the outage
 		if !p.outageReported.Load() {
-			t.Fatal("up is noted while it is down")
+			t.Fatal("a recovery is reported during an outage")
 		}
 		p.slots[0].starting = true
 		p.slotsChanged()
 		p.reportRecovery()
 	}
 	if len(p.changes) > maxChanges+1 {
-		t.Errorf("%d notes wait", len(p.changes))
+		t.Errorf("%d changes are queued", len(p.changes))
 	}
 	for i, n := range p.changes {
 		if n.up != (i%2 == 1) {
-			t.Fatalf("note %d says %v", i, n.up)
+			t.Fatalf("change %d has up = %v", i, n.up)
 		}
 	}
 }
 
 // --- logins
 
-// TestRefusedPINAtStart: with three workers that want to log in, the PIN is tried once.
+// TestRefusedPINAtStart starts three workers with a wrong PIN. Only one tries the PIN.
 func TestRefusedPINAtStart(t *testing.T) {
 	h := newHarness(t)
-	h.plant("login.always", keystore.ErrAuth.Error())
-	if _, err := Open(h.within(bound), h.config(func(c *Config) { c.Workers = 3 }), true); !errors.Is(err, keystore.ErrAuth) {
+	h.inject("login.always", keystore.ErrAuth.Error())
+	_, err := Open(h.within(bound), h.config(func(c *Config) { c.Workers = 3 }), true)
+	if !errors.Is(err, keystore.ErrAuth) {
 		t.Errorf("%v, want %v", err, keystore.ErrAuth)
 	}
 	if n := h.count("login"); n != 1 {
@@ -1041,20 +1084,22 @@ func TestRefusedPINAtStart(t *testing.T) {
 	}
 }
 
-// TestRefusedPIN: after a refusal nothing logs in, neither what waits for its turn nor what comes later, until an operator
-// says so; also where the worker that was refused dies of it.
+// TestRefusedPIN has the token refuse a PIN. No worker logs in afterwards, neither a worker
+// waiting for permission nor a new one, until Retry. The same holds if the refused worker exits.
 func TestRefusedPIN(t *testing.T) {
 	for _, after := range []string{"nothing", "exit"} {
 		t.Run("then "+after, func(t *testing.T) {
 			h := openPool(t, nil)
-			h.plant("login.always", "wait, refused")
-			h.plant("denied.always", after)
+			h.inject("login.always", "wait, refused")
+			h.inject("denied.always", after)
 			for _, pid := range h.pids() {
 				syscall.Kill(pid, syscall.SIGKILL)
 			}
-			h.eventually("one logs in, the other one waits", func() bool { return h.count("open") == 4 && h.count("login") == 3 })
-			h.plant("go", "")
-			for round := range 3 { // each with one more try
+			h.eventually("one logs in, the other one waits", func() bool {
+				return h.count("open") == 4 && h.count("login") == 3
+			})
+			h.inject("go", "")
+			for round := range 3 { // each round has one more login
 				h.eventually("both have stopped", func() bool { return h.restarts() == 4+2*round })
 				if err := h.sign(h.within(bound)); !errors.Is(err, keystore.ErrAuth) {
 					t.Errorf("sign: %v, want %v", err, keystore.ErrAuth)
@@ -1076,14 +1121,15 @@ func TestRefusedPIN(t *testing.T) {
 	}
 }
 
-// TestOldRefusal: a worker from before the operator's word, which says still that the PIN is refused, does not undo it.
+// TestOldRefusal has a worker from before Retry report a refused PIN. The report is out of date and
+// does not forbid logins.
 func TestOldRefusal(t *testing.T) {
 	h := openPool(t, nil)
 	h.Retry()
-	h.plant("sign", keystore.ErrAuth.Error())
+	h.inject("sign", keystore.ErrAuth.Error())
 	h.mustSign()
 	h.replaced("sign", 1)
-	h.plant("sign.0", keystore.ErrAuth.Error()) // now it is one that should know
+	h.inject("sign.0", keystore.ErrAuth.Error()) // worker 0 was started after Retry
 	h.eventually("it is refused", func() bool { h.sign(h.within(bound)); return h.count("hit-sign") == 2 })
 	h.eventually("nothing logs in", func() bool {
 		h.Pool.mu.Lock()
@@ -1094,12 +1140,13 @@ func TestOldRefusal(t *testing.T) {
 	h.eventually("all workers are there", func() bool { return !slices.Contains(h.pids(), 0) })
 }
 
-// TestLastWords: what a worker has said before it ended counts, though its end is seen first.
+// TestLastWords has a worker exit right after its frames. The frames count, although the pool may
+// see the exit first.
 func TestLastWords(t *testing.T) {
 	h := newHarness(t)
-	h.plant("open", "exit")
+	h.inject("open", "exit")
 	cmd := h.config(raw).Command(0)
-	slow := &slowGate{told: make(chan bool, 1)}
+	slow := &slowGate{loginResult: make(chan bool, 1)}
 	p, err := startProcess(cmd, "test", slog.New(slog.DiscardHandler), slow)
 	if err != nil {
 		t.Fatal(err)
@@ -1108,13 +1155,13 @@ func TestLastWords(t *testing.T) {
 	if _, err := p.roundTrip(h.within(bound), bound, func(error) {}, hello, h.config(nil).Hello); err != nil {
 		t.Errorf("its answer is lost: %v", err)
 	}
-	if refused := <-slow.told; !refused {
+	if refused := <-slow.loginResult; !refused {
 		t.Error("that it was refused is lost")
 	}
 }
 
-// slowGate is told of a login, and takes until the worker's end would have been seen.
-type slowGate struct{ told chan bool }
+// slowGate is a loginGate whose loginDone takes until the worker's exit could have been noticed.
+type slowGate struct{ loginResult chan bool }
 
 func (g *slowGate) requestLogin(p *process, id uint64) {
 	p.beginLogin()
@@ -1130,13 +1177,13 @@ func (g *slowGate) loginDone(p *process, refused error) {
 	case <-time.After(exitTimeout / 4):
 	}
 	p.endLogin()
-	g.told <- errors.Is(refused, keystore.ErrAuth)
+	g.loginResult <- errors.Is(refused, keystore.ErrAuth)
 }
 
-// TestDeathInLogin: a worker that dies while it logs in does not keep the others from it.
+// TestDeathInLogin has a worker die during its login. The other workers still log in.
 func TestDeathInLogin(t *testing.T) {
 	h := newHarness(t)
-	h.plant("login", "crash")
+	h.inject("login", "crash")
 	var err error
 	if h.Pool, err = Open(h.within(bound), h.config(func(c *Config) { c.Workers = 3 }), true); err != nil {
 		t.Fatal(err)
@@ -1148,10 +1195,10 @@ func TestDeathInLogin(t *testing.T) {
 	}
 }
 
-// TestOneLoginAtATime: the others wait for the one that logs in.
+// TestOneLoginAtATime has three workers request a login. Two wait until the first login has ended.
 func TestOneLoginAtATime(t *testing.T) {
 	h := newHarness(t)
-	h.plant("login", "wait")
+	h.inject("login", "wait")
 	opened := make(chan error, 1)
 	go func() {
 		var err error
@@ -1160,7 +1207,7 @@ func TestOneLoginAtATime(t *testing.T) {
 	}()
 	h.eventually("all want to log in", func() bool { return h.count("open") == 3 })
 	h.eventually("one does", func() bool { return h.count("login") == 1 })
-	h.plant("go", "")
+	h.inject("go", "")
 	if err := <-opened; err != nil {
 		t.Fatal(err)
 	}
@@ -1172,9 +1219,10 @@ func TestOneLoginAtATime(t *testing.T) {
 	}
 }
 
-// --- the end
+// --- Close
 
-// TestClose: callers that wait for the device or for a place have an error, and what comes later too.
+// TestClose closes a pool with calls in flight and in the queue. All of them fail, and so do later
+// calls.
 func TestClose(t *testing.T) {
 	var starts atomic.Int64
 	h := openPool(t, func(c *Config) {
@@ -1185,7 +1233,7 @@ func TestClose(t *testing.T) {
 			return command(number)
 		}
 	})
-	h.plant("sign.always", "hang")
+	h.inject("sign.always", "hang")
 	ended := make(chan error, 6)
 	for range cap(ended) {
 		go func() { ended <- h.sign(context.Background()) }()
@@ -1205,15 +1253,17 @@ func TestClose(t *testing.T) {
 	if err := h.sign(h.within(bound)); !errors.Is(err, keystore.ErrUnavailable) {
 		t.Errorf("afterwards: %v", err)
 	}
-	if _, err := h.Import(h.within(bound), noise.Ref, filepath.Join(h.dir, "seed"), noise.Tag); !errors.Is(err, keystore.ErrUnavailable) || starts.Load() != 1 {
+	_, err := h.Import(h.within(bound), noise.Ref, filepath.Join(h.dir, "seed"), noise.Tag)
+	if !errors.Is(err, keystore.ErrUnavailable) || starts.Load() != 1 {
 		t.Errorf("an import afterwards: %v, with %d processes", err, starts.Load())
 	}
 }
 
-// TestCloseLeavesTimeForALogin: a worker that is logging in when the pool ends is not cut off in it.
+// TestCloseLeavesTimeForALogin closes a pool during a login. The worker is not killed before
+// closeTimeout.
 func TestCloseLeavesTimeForALogin(t *testing.T) {
 	h := newHarness(t)
-	h.plant("login", "wait")
+	h.inject("login", "wait")
 	ctx, cancel := context.WithCancel(t.Context())
 	opened := make(chan error, 1)
 	go func() {
@@ -1221,7 +1271,7 @@ func TestCloseLeavesTimeForALogin(t *testing.T) {
 		opened <- err
 	}()
 	h.eventually("it logs in", func() bool { return h.count("hit-login") == 1 })
-	pid := h.sick("login", 1)
+	pid := h.faulty("login", 1)
 	began := time.Now()
 	cancel()
 	if err := <-opened; !errors.Is(err, keystore.ErrUnavailable) {
@@ -1234,15 +1284,17 @@ func TestCloseLeavesTimeForALogin(t *testing.T) {
 
 // --- memory
 
-const memoryLimit = 64 << 20 // under the race detector a worker has some for a start
+const memoryLimit = 64 << 20 // bytes; above the memory of a new worker under the race detector
 
-// TestRenewal: a worker that has grown too large is renewed, and no call is lost.
+// TestRenewal has a worker grow above the memory limit. The worker is renewed, and no call fails.
 func TestRenewal(t *testing.T) {
 	for _, workers := range []int{1, 2} {
 		t.Run(fmt.Sprint(workers), func(t *testing.T) {
-			h := openPool(t, func(c *Config) { c.Memory = memoryLimit; c.Deadline = 4 * time.Second; c.Workers = workers })
+			h := openPool(t, func(c *Config) {
+				c.Memory, c.Deadline, c.Workers = memoryLimit, 4*time.Second, workers
+			})
 			old := h.pids()[0]
-			h.plant("sign", "grow")
+			h.inject("sign", "grow")
 			var wg sync.WaitGroup
 			var renewed atomic.Bool
 			for range 4 {
@@ -1252,7 +1304,10 @@ func TestRenewal(t *testing.T) {
 					}
 				})
 			}
-			h.eventually("it is renewed", func() bool { pid := h.pids()[0]; return pid != 0 && pid != old && !alive(old) })
+			h.eventually("it is renewed", func() bool {
+				pid := h.pids()[0]
+				return pid != 0 && pid != old && !alive(old)
+			})
 			renewed.Store(true)
 			wg.Wait()
 			h.mu.Lock()
@@ -1264,10 +1319,11 @@ func TestRenewal(t *testing.T) {
 	}
 }
 
-// TestRenewalWaits: a worker that destroys a key is not renewed before it has done so; the destruction would never end.
+// TestRenewalWaits has a worker grow during a destruction. The renewal waits for the end of the
+// destruction, or the destruction would never return.
 func TestRenewalWaits(t *testing.T) {
 	h := openPool(t, func(c *Config) { c.Memory = memoryLimit; c.Deadline = 4 * time.Second })
-	h.plant("destroy.1", "grow, wait")
+	h.inject("destroy.1", "grow, wait")
 	ended := make(chan error, 1)
 	go func() { ended <- h.Destroy(context.Background(), payments.Ref, keystore.Tag{9}) }()
 	h.eventually("it is to be renewed", func() bool {
@@ -1275,7 +1331,7 @@ func TestRenewalWaits(t *testing.T) {
 		defer h.Pool.mu.Unlock()
 		return h.slots[1].process != nil && h.slots[1].process.retiring || h.slots[1].restarts > 0
 	})
-	h.plant("go", "")
+	h.inject("go", "")
 	select {
 	case err := <-ended:
 		if err != nil {
@@ -1289,7 +1345,8 @@ func TestRenewalWaits(t *testing.T) {
 
 // --- all at once
 
-// TestManyFaults has callers sign while workers have one trouble after another: each call has a right answer.
+// TestManyFaults has callers sign while workers have one fault after another. Each call succeeds or
+// gives ErrUnavailable.
 func TestManyFaults(t *testing.T) {
 	h := openPool(t, func(c *Config) { c.Spread = true; c.InFlight = 2; c.Deadline = time.Second })
 	var wg sync.WaitGroup
@@ -1308,7 +1365,7 @@ func TestManyFaults(t *testing.T) {
 	}
 	kinds := []string{"crash", "wrong", keystore.ErrUnavailable.Error(), "exit", "stop"}
 	for i, kind := range kinds {
-		h.plant("sign", kind)
+		h.inject("sign", kind)
 		h.eventually(kind, func() bool { return h.count("hit-sign") == i+1 })
 		since := signed.Load()
 		h.eventually("it signs", func() bool { return signed.Load() > since+10 })
