@@ -8,44 +8,50 @@ import (
 	"sync/atomic"
 )
 
-// Fair shares a device between lanes: one for each peer, one for handshakes, one for the appliance's own work. What holds:
+// Fair shares the slots of a device between lanes by round robin. Each peer has a lane, handshakes
+// have a lane, and the appliance's own work has one. Guarantees:
 //
-//   - At most slots are held at once, and nobody waits while one is free.
-//   - The lanes in which somebody waits take turns, one slot a turn; within a lane the first to come is the first to go. So the
-//     first of a lane waits until a slot is given back, and then for at most one turn of each other lane that waits, however
-//     much the others ask for.
-//   - A lane keeps its turn when one of its waiters gives up. If that one had just been given the slot, the next in its lane
-//     has it. A lane in which nobody waits any more has no turn, and comes last when it is back.
-//   - A lane in which nobody waits is not remembered. How many may wait is for those to bound who let them in.
+//   - At most slots are held at once. No caller waits while a slot is free.
+//   - Waiting lanes take turns, one slot a turn. Within a lane the order is first in, first out.
+//     So the first caller of a lane waits for the next free slot, and then for at most one turn of
+//     each other waiting lane, however many calls the other lanes have.
+//   - A lane keeps its turn when one of its callers gives up. A slot granted at that moment goes to
+//     the next caller of the same lane. A lane without waiting callers loses its turn, and joins at
+//     the end later.
+//   - A lane without waiting callers uses no memory. Fair does not bound the number of waiting
+//     callers: the users of Fair must.
 //
-// A lane may hold all the slots: they come back one by one, and each goes to the lane whose turn it is. A limit on them would
-// leave a part of the device idle while the others are quiet, and save a newcomer less than the time of one operation.
-// So operations must be bounded: with all slots hung, everybody waits.
+// One lane may hold all the slots. The slots come back one by one, and each goes to the next lane.
+// A limit per lane would leave a part of the device idle while the other lanes are quiet, and would
+// save a newcomer less than the time of one operation. Operations must have a deadline: with all
+// slots hanging, every caller waits.
 //
-// It is for concurrent use. Each call takes constant time, and nobody but the callers waits.
+// Fair is safe for concurrent use. Each method takes constant time, apart from the wait in Acquire.
 type Fair struct {
 	slots int
 
 	mu      sync.Mutex
 	held    int
-	waiting int
-	lanes   map[string]*lane // those in which somebody waits
-	turns   list.List        // of *lane: the same, the next first
+	waiting int              // tickets in all queues
+	lanes   map[string]*lane // the waiting lanes
+	turns   list.List        // of *lane: the waiting lanes, the next one first
 }
 
+// lane is a lane with waiting callers.
 type lane struct {
 	name  string
-	turn  *list.Element
-	queue list.List // of *place
+	turn  *list.Element // in Fair.turns
+	queue list.List     // of *ticket
 }
 
-type place struct {
+// ticket is the place of one caller in its lane's queue.
+type ticket struct {
 	lane    string
-	in      *list.Element // of the lane's queue; nil when granted
-	granted chan struct{}
+	element *list.Element // in the lane's queue; nil once granted or canceled
+	granted chan struct{} // closed when the caller has a slot
 }
 
-// NewFair panics if there are no slots.
+// NewFair makes a Fair with slots, at least 1. NewFair panics with fewer.
 func NewFair(slots int) *Fair {
 	if slots < 1 {
 		panic(fmt.Sprintf("limit: %d slots", slots))
@@ -53,16 +59,17 @@ func NewFair(slots int) *Fair {
 	return &Fair{slots: slots, lanes: map[string]*lane{}}
 }
 
-// Acquire waits for a slot until ctx ends. The slot is held until release is called, for which further calls do nothing.
+// Acquire waits for a slot until ctx ends. The caller holds the slot until release is called.
+// release is idempotent.
 func (f *Fair) Acquire(ctx context.Context, lane string) (release func(), err error) {
 	if err := ctx.Err(); err != nil {
 		return nil, err
 	}
-	if p := f.enter(lane); p != nil {
+	if t := f.enqueue(lane); t != nil {
 		select {
-		case <-p.granted:
+		case <-t.granted:
 		case <-ctx.Done():
-			f.leave(p)
+			f.cancel(t)
 			return nil, ctx.Err()
 		}
 	}
@@ -74,11 +81,11 @@ func (f *Fair) Acquire(ctx context.Context, lane string) (release func(), err er
 	}, nil
 }
 
-// enter takes a slot, or else a place in the queue.
-func (f *Fair) enter(name string) *place {
+// enqueue takes a free slot and returns nil, or returns a ticket in the lane's queue.
+func (f *Fair) enqueue(name string) *ticket {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	if f.held < f.slots { // and so nobody waits
+	if f.held < f.slots { // then no caller is waiting
 		f.held++
 		return nil
 	}
@@ -89,19 +96,20 @@ func (f *Fair) enter(name string) *place {
 		f.lanes[name] = l
 	}
 	f.waiting++
-	p := &place{lane: name, granted: make(chan struct{})}
-	p.in = l.queue.PushBack(p)
-	return p
+	t := &ticket{lane: name, granted: make(chan struct{})}
+	t.element = l.queue.PushBack(t)
+	return t
 }
 
-// release gives a slot to the lane whose turn it is.
+// release frees a slot and grants the slot to the next lane.
 func (f *Fair) release() {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	f.pass()
+	f.passOn()
 }
 
-func (f *Fair) pass() {
+// passOn is release with mu held.
+func (f *Fair) passOn() {
 	f.held--
 	if turn := f.turns.Front(); turn != nil {
 		f.turns.MoveToBack(turn)
@@ -109,36 +117,37 @@ func (f *Fair) pass() {
 	}
 }
 
-// grant gives a free slot to the first of l.
+// grant gives a free slot to the first ticket of l.
 func (f *Fair) grant(l *lane) {
-	p := l.queue.Front().Value.(*place)
-	f.remove(p)
+	t := l.queue.Front().Value.(*ticket)
+	f.remove(t)
 	f.held++
-	close(p.granted)
+	close(t.granted)
 }
 
-// leave is for one who waits no longer. If he has been given a slot at this moment, it goes to the next of his lane: the lane
-// has had its turn for it.
-func (f *Fair) leave(p *place) {
+// cancel withdraws the ticket of a caller that gives up. If the ticket was granted at that moment,
+// the slot goes to the next ticket of the same lane, since the lane has spent its turn on the slot.
+func (f *Fair) cancel(t *ticket) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	if p.in != nil {
-		f.remove(p)
-	} else if l := f.lanes[p.lane]; l != nil {
+	if t.element != nil {
+		f.remove(t)
+	} else if l := f.lanes[t.lane]; l != nil {
 		f.held--
 		f.grant(l)
 	} else {
-		f.pass()
+		f.passOn()
 	}
 }
 
-func (f *Fair) remove(p *place) {
-	l := f.lanes[p.lane]
-	l.queue.Remove(p.in)
-	p.in = nil
+// remove takes a ticket out of its queue, and the lane out of the turns with its last ticket.
+func (f *Fair) remove(t *ticket) {
+	l := f.lanes[t.lane]
+	l.queue.Remove(t.element)
+	t.element = nil
 	f.waiting--
 	if l.queue.Len() == 0 {
 		f.turns.Remove(l.turn)
-		delete(f.lanes, p.lane)
+		delete(f.lanes, t.lane)
 	}
 }

@@ -23,7 +23,7 @@ func acquire(t testing.TB, f *Fair, lane string) (release func()) {
 	return release
 }
 
-func granted(p *place) bool {
+func granted(p *ticket) bool {
 	select {
 	case <-p.granted:
 		return true
@@ -39,26 +39,30 @@ func idle(t testing.TB, f *Fair) {
 	}
 }
 
-// TestTurns writes down who gets the slot, by lane and place in it.
+// TestTurns lists the order of the grants. A ticket is named by its lane and its number in the
+// lane.
 func TestTurns(t *testing.T) {
 	for _, c := range []struct{ come, gone, want string }{
 		{"a1 a2 a3 b1 b2 c1", "", "a1 b1 c1 a2 b2 a3"},
 		{"a1 a2 a3 b1", "a2", "a1 b1 a3"},
-		{"a1 a2 b1 c1", "a1", "a2 b1 c1"},  // the lane keeps its turn
-		{"a1 b1 c1 a2", "a1 a2", "b1 c1"},  // nobody is left
-		{"a1 b1 c1", "a1 +a2", "b1 c1 a2"}, // and comes last when it is back
-		{"a1 a2 b1", "a1 +a3", "a2 b1 a3"}, // a lane that goes on has one turn as before
+		{"a1 a2 b1 c1", "a1", "a2 b1 c1"},  // lane a keeps its turn
+		{"a1 b1 c1 a2", "a1 a2", "b1 c1"},  // lane a has no caller left
+		{"a1 b1 c1", "a1 +a2", "b1 c1 a2"}, // lane a is back, at the end
+		{"a1 a2 b1", "a1 +a3", "a2 b1 a3"}, // lane a was never empty and keeps its one turn
 		{"a1 b1 b2 c1", "b1", "a1 b2 c1"},
-		{"a1 a2 b1", "go a1", "a2 b1"},        // gone when it had just got the slot: the lane's turn is not lost
-		{"a1 b1 c1", "go a1", "b1 c1"},        // unless nobody is there to use it
-		{"a1 b1 b2", "go a1 +a2", "b1 b2 a2"}, // nor is it kept for who was not there
-		{"a1 b1 b2", "go +a2 a1", "a2 b1 b2"}, // who came in time has it
+		{"a1 a2 b1", "go a1", "a2 b1"},        // a1 was just granted: the slot stays in lane a
+		{"a1 b1 c1", "go a1", "b1 c1"},        // the slot leaves lane a, which is empty
+		{"a1 b1 b2", "go a1 +a2", "b1 b2 a2"}, // a2 was too late for the slot
+		{"a1 b1 b2", "go +a2 a1", "a2 b1 b2"}, // a2 was in time
 	} {
 		f := NewFair(1)
-		f.enter("first")
-		places := map[string]*place{}
+		f.enqueue("first")
+		tickets := map[string]*ticket{}
 		var order []string
-		come := func(name string) { places[name] = f.enter(name[:1]); order = append(order, name) }
+		come := func(name string) {
+			tickets[name] = f.enqueue(name[:1])
+			order = append(order, name)
+		}
 		for _, name := range strings.Fields(c.come) {
 			come(name)
 		}
@@ -66,22 +70,24 @@ func TestTurns(t *testing.T) {
 		for _, name := range strings.Fields(c.gone) {
 			if name == "go" {
 				f.release()
-				free = func() {} // given already
+				free = func() {} // granted already
 			} else if back, ok := strings.CutPrefix(name, "+"); ok {
 				come(back)
 			} else {
-				f.leave(places[name])
-				delete(places, name)
+				f.cancel(tickets[name])
+				delete(tickets, name)
 			}
 		}
 		var got []string
-		for free(); len(places) > 0; f.release() {
-			i := slices.IndexFunc(order, func(name string) bool { return places[name] != nil && granted(places[name]) })
+		for free(); len(tickets) > 0; f.release() {
+			i := slices.IndexFunc(order, func(name string) bool {
+				return tickets[name] != nil && granted(tickets[name])
+			})
 			if i < 0 {
-				t.Fatalf("%v: nobody has the slot after %v", c, got)
+				t.Fatalf("%v: no ticket is granted after %v", c, got)
 			}
 			got = append(got, order[i])
-			delete(places, order[i])
+			delete(tickets, order[i])
 		}
 		if strings.Join(got, " ") != c.want {
 			t.Errorf("%s, gone %s: %v; want %s", c.come, c.gone, got, c.want)
@@ -128,23 +134,23 @@ func waiting(f *Fair, lane string) int {
 	return 0
 }
 
-// TestFairInvariants does random things one by one and looks at everything after each. For each lane that waits it counts the
-// turns of each other lane since its own last turn: never more than one.
+// TestFairInvariants runs random operations and checks all invariants after each. Between two turns
+// of a waiting lane, every other lane has at most one turn.
 func TestFairInvariants(t *testing.T) {
 	r := rand.New(rand.NewPCG(3, 4))
 	for round := range 500 {
 		slots, lanes := 1+r.IntN(4), 2+r.IntN(5)
 		f := NewFair(slots)
-		queues := map[string][]*place{}      // those who wait, as they came
-		turns := map[string]map[string]int{} // of others, since a lane began to wait or had its own
-		var fresh *place                     // granted by the last operation, and so possibly while its ctx ended
+		queues := map[string][]*ticket{}     // the waiting tickets, first in first
+		turns := map[string]map[string]int{} // turns of other lanes, since the lane's last turn or first ticket
+		var fresh *ticket                    // granted by the last operation, so cancel may still come
 		for range 300 {
 			name := string(rune('a' + r.IntN(lanes)))
 			before, heldBefore, handed := fresh, f.held, ""
 			fresh = nil
 			switch r.IntN(5) {
 			case 0, 1, 2:
-				p := f.enter(name)
+				p := f.enqueue(name)
 				if (p == nil) != (heldBefore < slots) {
 					t.Fatalf("%d of %d are held, and it waits: %v", heldBefore, slots, p != nil)
 				}
@@ -157,14 +163,14 @@ func TestFairInvariants(t *testing.T) {
 			case 3:
 				if before != nil && r.IntN(2) == 0 {
 					handed = before.lane
-					f.leave(before)
+					f.cancel(before)
 				} else if f.held > 0 {
 					f.release()
 				}
 			case 4:
 				if q := queues[name]; len(q) > 0 {
 					i := r.IntN(len(q))
-					f.leave(q[i])
+					f.cancel(q[i])
 					queues[name] = slices.Delete(q, i, i+1)
 				}
 			}
@@ -174,7 +180,7 @@ func TestFairInvariants(t *testing.T) {
 						continue
 					}
 					if i != 0 || fresh != nil {
-						t.Fatalf("%s: place %d got a slot", lane, i)
+						t.Fatalf("%s: ticket %d got a slot", lane, i)
 					}
 					fresh = p
 				}
@@ -201,8 +207,10 @@ func TestFairInvariants(t *testing.T) {
 					t.Fatalf("%s: %d wait, want %d", lane, waiting(f, lane), len(q))
 				}
 			}
-			if f.held > slots || f.held < 0 || f.waiting > 0 && f.held < slots || f.waiting != all(queues) || len(f.lanes) != in || f.turns.Len() != in {
-				t.Fatalf("%d of %d held, %d waiting in %d lanes, %d turns; want %d in %d", f.held, slots, f.waiting, len(f.lanes), f.turns.Len(), all(queues), in)
+			if f.held > slots || f.held < 0 || f.waiting > 0 && f.held < slots ||
+				f.waiting != all(queues) || len(f.lanes) != in || f.turns.Len() != in {
+				t.Fatalf("%d of %d held, %d waiting in %d lanes, %d turns; want %d in %d",
+					f.held, slots, f.waiting, len(f.lanes), f.turns.Len(), all(queues), in)
 			}
 		}
 		for f.held > 0 {
@@ -212,14 +220,14 @@ func TestFairInvariants(t *testing.T) {
 	}
 }
 
-func all(queues map[string][]*place) (n int) {
+func all(queues map[string][]*ticket) (n int) {
 	for _, q := range queues {
 		n += len(q)
 	}
 	return n
 }
 
-// TestFairConcurrent has callers that give up at any moment.
+// TestFairConcurrent has concurrent callers, and half of them give up at a random moment.
 func TestFairConcurrent(t *testing.T) {
 	f := NewFair(3)
 	var held, got, gone atomic.Int64
@@ -262,8 +270,9 @@ func TestFairConcurrent(t *testing.T) {
 	t.Logf("%d got a slot, %d gave up", got.Load(), gone.Load())
 }
 
-// TestAGreedyLane shares a device of 200 operations a second, which does them one after the other, or slots of them side by
-// side. One lane offers 100 times its share, others use what they get, and a victim asks ten times a second.
+// TestAGreedyLane shares a device of 200 operations a second. The device is serial or has parallel
+// slots. One lane sends 100 times its share, other lanes use every slot granted, and a victim sends
+// ten calls a second. The victim's wait has a bound, and the device is never idle.
 func TestAGreedyLane(t *testing.T) {
 	const pace, seconds = 200, 10
 	for _, sideBySide := range []bool{true, false} {
@@ -329,7 +338,8 @@ func TestAGreedyLane(t *testing.T) {
 					slices.Sort(waits)
 					limit := time.Duration(slots+lanes) * time.Second / pace
 					median, worst := waits[len(waits)/2], waits[len(waits)-1]
-					t.Logf("side by side %v, %d slots, %d lanes: median %s, worst %s of at most %s; %d done", sideBySide, slots, lanes, median, worst, limit, done)
+					t.Logf("side by side %v, %d slots, %d lanes: median %s, worst %s of at most %s; %d done",
+						sideBySide, slots, lanes, median, worst, limit, done)
 					if worst > limit {
 						t.Errorf("%d slots, %d lanes: the victim waited for %s, limit %s", slots, lanes, worst, limit)
 					}
@@ -354,7 +364,7 @@ func BenchmarkFairAlone(b *testing.B) {
 	}
 }
 
-// BenchmarkFairCrowded has 64 callers in 8 lanes for one slot.
+// BenchmarkFairCrowded has 64 callers in 8 lanes compete for one slot.
 func BenchmarkFairCrowded(b *testing.B) {
 	f := NewFair(1)
 	b.ReportAllocs()

@@ -14,7 +14,7 @@ import (
 	"github.com/hashicorp/golang-lru/v2/simplelru"
 )
 
-// The reasons of a refusal. Each comes in a *Limited.
+// Reasons of a refusal. Each comes in a *Limited.
 var (
 	ErrLimited = errors.New("too many handshakes")
 	ErrSource  = fmt.Errorf("%w from this address", ErrLimited)
@@ -25,99 +25,115 @@ var (
 // Limited is a refusal of Handshakes.
 type Limited struct {
 	Reason     error         // ErrSource, ErrGlobal or ErrFull
-	RetryAfter time.Duration // to try again earlier is useless; later it may succeed
+	RetryAfter time.Duration // wait before a retry: an earlier one is useless, a later one may succeed
 }
 
 func (l *Limited) Error() string { return l.Reason.Error() }
 func (l *Limited) Unwrap() error { return l.Reason }
 
-// soon is when to try again if that depends on attempts that are still under way.
-const soon = time.Second
+// retrySoon is the RetryAfter of a refusal whose end depends on attempts still in progress.
+const retrySoon = time.Second
 
-// Config is what Handshakes allows. All fields but Waiting and Now must be set.
+// Config has the limits of Handshakes. All fields but Waiting and Now must be set.
 type Config struct {
 	PerSource int           // attempts of one source in any Window
 	Global    int           // attempts of all sources in any Window
-	Kept      int           // how many of Global only good sources may use
-	Window    time.Duration // how long after its beginning a failed attempt counts
-	GoodFor   time.Duration // how long after a good session its source is good
-	Sources   int           // sources that are remembered at once; above Global, or no source stays good under a flood
-	Waiting   int           // attempts of one source that may wait for a place; 64 if zero
+	Kept      int           // the part of Global reserved for good sources
+	Window    time.Duration // a failed attempt counts for this long after its Begin
+	GoodFor   time.Duration // a source is good for this long after a good session
+	Sources   int           // size of the source table; must exceed Global, or a flood evicts every good source
+	Waiting   int           // queue length of one source; 64 if zero
 
-	// Now is time.Now if nil. Only differences of its results matter, taken with Sub, which uses the monotonic clock: a step
-	// of the system's clock changes nothing. Where there is no monotonic clock, a step backwards stops time here until the
-	// clock has caught up: attempts count longer, never shorter.
+	// Now is time.Now if nil. Handshakes uses only differences between its results, by Time.Sub and
+	// so by the monotonic clock: steps of the system's clock have no effect. Without a monotonic
+	// clock, a step backwards stops the time of Handshakes until the clock has caught up. Attempts
+	// then count longer, never shorter.
 	Now func() time.Time
 }
 
-// Handshakes stands before the work that a handshake costs the HSM. What holds, after every call:
+// Handshakes is a rate limiter in front of the handshakes, since each handshake costs the HSM two
+// key exchanges. The limiter is a sliding window per source and a global one. Handshakes is safe
+// for concurrent use.
 //
-//   - An attempt is counted from its Begin, as its source's and as one of all. It is taken out of both counts when it proves
-//     good, or when it failed for a reason of ours. Otherwise it leaves them when it has ended and Window has passed since its Begin.
-//   - At most PerSource attempts of a source are counted, at most Global in all, and of these at most Global-Kept were begun
-//     by sources that were not good then. So a source spends at most PerSource of the global budget, whatever it sends, and
-//     a flood from everywhere leaves Kept for those who were good before.
-//   - A refused attempt is counted nowhere, so a source that keeps trying is not locked out for longer.
-//   - When an attempt proves good, the failed ones of its source are forgotten and the source is good for GoodFor. Whoever
-//     shares an address with a peer gets more attempts by that, PerSource for each good session.
-//   - Attempts wait only while their source has PerSource counted and one of them is under way. They get their places in the
-//     order in which they came. At most Waiting of a source do, and so Waiting*Global/PerSource in all.
-//   - At most Sources sources are remembered: those with something counted, of which there are at most Global, and good
-//     ones. For a new source the good one that was quiet for the longest is forgotten. Only a good session makes a source
-//     good, so a flood can cost no more than Global such marks in all.
+// A source is an IPv4 address or an IPv6 /64. A session is good once its peer is proven
+// (Attempt.Good). A source is good for GoodFor after a good session, and a stranger otherwise. The
+// owner of an IPv6 /48 has 65,536 sources: the global limit is the protection against such an
+// owner.
 //
-// A source is an IPv4 address or an IPv6 /64. Who holds a /48 has 65,536 of those: against him stands the global count.
+// Invariants, after every call:
 //
-// Time is looked at when something is called: a place that time alone has freed goes to a waiter at the next call of anybody,
-// and at the latest when an attempt of its source ends. So attempts must be ended, by a deadline if need be.
+//   - An attempt counts from its Begin, for its source and globally. Good and Forget end the
+//     counting at once. A failed attempt counts until its End, and at least for Window.
+//   - At most PerSource attempts of one source count, and at most Global attempts in all. Of these,
+//     at most Global-Kept were begun by strangers. So one source uses at most PerSource of the
+//     global budget, whatever the source sends, and a flood from many addresses leaves Kept
+//     attempts for good sources.
+//   - A refused attempt does not count, so retries do not prolong a refusal.
+//   - Good forgets the failed attempts of its source and makes the source good. Another client
+//     behind a peer's address (NAT) therefore has more attempts: PerSource for each good session.
+//   - An attempt waits only while PerSource attempts of its source count and one of these is in
+//     progress. The queue is first in, first out, with at most Waiting attempts per source, and so
+//     at most Waiting*Global/PerSource in all.
+//   - The table has at most Sources sources: active ones with counting attempts, at most Global,
+//     and idle good ones. A new source evicts the good source idle for the longest time. Only a
+//     good session makes a source good, so a flood can evict at most Global good sources in all.
 //
-// It is for concurrent use. A call takes time for at most PerSource attempts and Waiting waiters, and for what has expired.
+// There is no timer: time advances in calls only. Room freed by time goes to a waiter at the next
+// call from any source, at the latest when an attempt of the waiter's source ends. So every attempt
+// must end, by a deadline if need be.
+//
+// A call takes time for at most PerSource attempts and Waiting waiters, and for the expired
+// attempts.
 type Handshakes struct {
 	config Config
 	start  time.Time
 
 	mu        sync.Mutex
-	now       time.Duration // since start; never falls
-	counted   int           // attempts in all
-	strangers int           // those begun by sources that were not good
-	recent    list.List     // of *Attempt: those counted that began less than Window ago, oldest first
-	live      map[netip.Addr]*source
+	now       time.Duration // since start; never decreases
+	counted   int           // counting attempts of all sources
+	strangers int           // counting attempts begun by strangers
+	recent    list.List     // of *Attempt: counting attempts begun within Window, oldest first
+	active    map[netip.Addr]*source
 
-	// Until when the sources are good that have nothing counted. The one that has been so for the longest comes first, which
-	// need not be the first to expire: its turn comes GoodFor later at the latest. simplelru is a map and a list and nothing
-	// else; its siblings bring locks, or a clock and a goroutine of their own.
+	// idle has the good sources without a counting attempt, with their goodUntil. The source idle
+	// for the longest time comes first, and another may expire earlier. expire removes sources
+	// from the front only, so an expired source stays for at most GoodFor. simplelru is just a map
+	// and a list: the other packages of its module bring locks, or a clock and a goroutine.
 	idle *simplelru.LRU[netip.Addr, time.Duration]
 }
 
-// source has something counted.
+// source is an active source: at least one of its attempts counts.
 type source struct {
-	addr      netip.Addr
-	attempts  []*Attempt // counted, oldest first
-	underWay  int        // those of them that have not ended
-	waiting   []*waiter
-	goodUntil time.Duration
+	addr       netip.Addr
+	attempts   []*Attempt // counting, oldest first
+	inProgress int        // attempts without an end
+	queue      []*waiter
+	goodUntil  time.Duration // since Handshakes.start
 }
 
+// waiter is a Begin in the queue of its source.
 type waiter struct {
 	source  *source
-	ready   chan struct{} // closed when the fields below are set
+	ready   chan struct{} // closed when attempt or err is set
 	attempt *Attempt
 	err     error
 }
 
-// Attempt is a handshake that may go on. End must be called on it.
+// Attempt is an admitted handshake. The handshake's owner must call End.
 type Attempt struct {
 	limiter  *Handshakes
 	source   *source
-	begun    time.Duration
-	stranger bool
+	begun    time.Duration // since Handshakes.start
+	stranger bool          // the source was a stranger at Begin
 	ended    bool
-	recent   *list.Element // nil when Window has passed since it began
+	recent   *list.Element // in Handshakes.recent; nil once Window has passed since Begin
 }
 
-// NewHandshakes panics if the numbers make no sense.
+// NewHandshakes makes a limiter. NewHandshakes panics if a limit is below 1 (Kept and Waiting:
+// below 0) or Kept is above Global.
 func NewHandshakes(c Config) *Handshakes {
-	if c.PerSource < 1 || c.Global < 1 || c.Kept < 0 || c.Kept > c.Global || c.Window <= 0 || c.Sources < 1 || c.Waiting < 0 {
+	if c.PerSource < 1 || c.Global < 1 || c.Kept < 0 || c.Kept > c.Global || c.Window <= 0 ||
+		c.Sources < 1 || c.Waiting < 0 {
 		panic(fmt.Sprintf("limit: %+v", c))
 	}
 	c.Waiting = cmp.Or(c.Waiting, 64)
@@ -125,11 +141,12 @@ func NewHandshakes(c Config) *Handshakes {
 		c.Now = time.Now
 	}
 	idle, _ := simplelru.NewLRU[netip.Addr, time.Duration](c.Sources, nil)
-	return &Handshakes{config: c, start: c.Now(), live: map[netip.Addr]*source{}, idle: idle}
+	return &Handshakes{config: c, start: c.Now(), active: map[netip.Addr]*source{}, idle: idle}
 }
 
-// Begin counts an attempt from an address, or refuses it with a *Limited. It waits, until ctx ends, if all that the source has
-// too many of is attempts under way: a client that opens many connections at once gets them, PerSource at a time.
+// Begin admits an attempt from an address, or refuses with a *Limited. If the source is at its
+// limit and one of its attempts is in progress, Begin waits in a queue until ctx ends. So a client
+// may open many connections at once: PerSource handshakes run at a time, and the others wait.
 func (h *Handshakes) Begin(ctx context.Context, from netip.Addr) (*Attempt, error) {
 	attempt, w, err := h.begin(sourceOf(from))
 	if w == nil {
@@ -144,26 +161,28 @@ func (h *Handshakes) Begin(ctx context.Context, from netip.Addr) (*Attempt, erro
 	}
 }
 
-// Good says that the other side has proved who it is: its first transport message has been decrypted. Before that, message 1
-// may have been a recording.
+// Good ends the attempt and marks its source as good. The caller must have decrypted the first
+// transport message of the peer: without one, message 1 may be a replay of a recorded handshake.
 func (a *Attempt) Good() { a.limiter.end(a, good) }
 
-// Forget says that the attempt is over, and that it failed for a reason of ours: it counts no more.
+// Forget ends an attempt that failed for a reason of the appliance's own. The attempt no longer
+// counts.
 func (a *Attempt) Forget() { a.limiter.end(a, forgotten) }
 
-// End says that the attempt is over. After Good or Forget, or a second time, it does nothing.
+// End ends a failed attempt. End after Good, Forget or End has no effect, so callers may defer End.
 func (a *Attempt) End() { a.limiter.end(a, failed) }
 
-// How an attempt ends.
-type ending int
+// outcome is the way in which an attempt ends.
+type outcome int
 
 const (
-	failed ending = iota
+	failed outcome = iota
 	forgotten
 	good
 )
 
-// Remember says that an address had a good session so long ago, which h has not seen: before a restart. It drives nobody else out.
+// Remember marks a source as good for a session before a restart, ago before now. A full table is
+// left alone: Remember evicts no source.
 func (h *Handshakes) Remember(from netip.Addr, ago time.Duration) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
@@ -171,66 +190,67 @@ func (h *Handshakes) Remember(from netip.Addr, ago time.Duration) {
 	addr := sourceOf(from)
 	known, _ := h.idle.Peek(addr)
 	until := max(known, h.now+h.config.GoodFor-max(0, ago))
-	if until > h.now && h.live[addr] == nil && len(h.live)+h.idle.Len() < h.config.Sources {
+	if until > h.now && h.active[addr] == nil && len(h.active)+h.idle.Len() < h.config.Sources {
 		h.idle.Add(addr, until)
 	}
 }
 
-// IsGood says that an address had a good session within GoodFor.
+// IsGood reports a source with a good session within GoodFor.
 func (h *Handshakes) IsGood(from netip.Addr) bool {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	h.expire()
 	addr := sourceOf(from)
-	if s := h.live[addr]; s != nil {
+	if s := h.active[addr]; s != nil {
 		return s.goodUntil > h.now
 	}
 	until, _ := h.idle.Peek(addr)
 	return until > h.now
 }
 
-// begin gives an attempt, a waiter or a refusal.
+// begin returns one of three: an attempt, a waiter or a refusal.
 func (h *Handshakes) begin(addr netip.Addr) (*Attempt, *waiter, error) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	h.expire()
-	s := h.live[addr]
+	s := h.active[addr]
 	if s == nil {
 		goodUntil, _ := h.idle.Peek(addr)
-		s = &source{addr: addr, goodUntil: goodUntil} // remembered if it gets a place
+		s = &source{addr: addr, goodUntil: goodUntil} // not in the table before admit
 	}
 	switch {
-	case len(s.attempts) < h.config.PerSource: // and so none waits
-		a, err := h.take(s)
+	case len(s.attempts) < h.config.PerSource: // then the queue is empty
+		a, err := h.admit(s)
 		return a, nil, err
-	case s.underWay == 0:
-		return nil, nil, h.sourceRefused(s)
-	case len(s.waiting) == h.config.Waiting:
-		return nil, nil, &Limited{ErrSource, soon}
+	case s.inProgress == 0:
+		return nil, nil, h.sourceRefusal(s)
+	case len(s.queue) == h.config.Waiting:
+		return nil, nil, &Limited{ErrSource, retrySoon}
 	}
 	w := &waiter{source: s, ready: make(chan struct{})}
-	s.waiting = append(s.waiting, w)
+	s.queue = append(s.queue, w)
 	return nil, w, nil
 }
 
-// take counts an attempt of s, which is below its own limit, unless there are too many in all.
-func (h *Handshakes) take(s *source) (*Attempt, error) {
+// admit counts an attempt of s, or refuses by the global limits. The caller has checked the limit
+// of s.
+func (h *Handshakes) admit(s *source) (*Attempt, error) {
 	stranger := s.goodUntil <= h.now
 	if h.counted == h.config.Global || stranger && h.strangers == h.config.Global-h.config.Kept {
-		return nil, h.refused(ErrGlobal)
+		return nil, h.refusal(ErrGlobal)
 	}
-	if h.live[s.addr] == nil {
-		if !h.idle.Remove(s.addr) && len(h.live)+h.idle.Len() == h.config.Sources {
+	if h.active[s.addr] == nil {
+		if !h.idle.Remove(s.addr) && len(h.active)+h.idle.Len() == h.config.Sources {
 			if _, _, ok := h.idle.RemoveOldest(); !ok {
-				return nil, h.refused(ErrFull)
+				return nil, h.refusal(ErrFull)
 			}
 		}
-		h.live[s.addr] = s
+		h.active[s.addr] = s
 	}
 	a := &Attempt{limiter: h, source: s, begun: h.now, stranger: stranger}
 	a.recent = h.recent.PushBack(a)
 	s.attempts = append(s.attempts, a)
-	s.underWay++
+	s.inProgress++
 	h.counted++
 	if stranger {
 		h.strangers++
@@ -238,18 +258,22 @@ func (h *Handshakes) take(s *source) (*Attempt, error) {
 	return a, nil
 }
 
-func (h *Handshakes) sourceRefused(s *source) error {
+// sourceRefusal is the refusal of a source at its limit, until its oldest attempt has left the
+// window.
+func (h *Handshakes) sourceRefusal(s *source) error {
 	return &Limited{ErrSource, s.attempts[0].begun + h.config.Window - h.now}
 }
 
-func (h *Handshakes) refused(reason error) error {
+// refusal is a global refusal, until the oldest attempt of all has left the window.
+func (h *Handshakes) refusal(reason error) error {
 	if e := h.recent.Front(); e != nil {
 		return &Limited{reason, e.Value.(*Attempt).begun + h.config.Window - h.now}
 	}
-	return &Limited{reason, soon}
+	return &Limited{reason, retrySoon}
 }
 
-func (h *Handshakes) end(a *Attempt, how ending) {
+// end ends an attempt, once.
+func (h *Handshakes) end(a *Attempt, how outcome) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	if a.ended {
@@ -258,7 +282,7 @@ func (h *Handshakes) end(a *Attempt, how ending) {
 	h.expire()
 	s := a.source
 	a.ended = true
-	s.underWay--
+	s.inProgress--
 	switch how {
 	case good:
 		s.goodUntil = h.now + h.config.GoodFor
@@ -266,12 +290,13 @@ func (h *Handshakes) end(a *Attempt, how ending) {
 	case forgotten:
 		h.uncount(s, func(other *Attempt) bool { return other == a })
 	default:
-		h.uncount(s, over)
+		h.uncount(s, expired)
 	}
-	h.settle(s)
+	h.sourceChanged(s)
 }
 
-// abandon is for a waiter that has gone. If it was given a place meanwhile, that has cost nothing and goes on to the next.
+// abandon withdraws a waiter whose context has ended. An attempt admitted at that moment does not
+// count, and its room goes to the next waiter.
 func (h *Handshakes) abandon(w *waiter) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
@@ -281,20 +306,20 @@ func (h *Handshakes) abandon(w *waiter) {
 	case <-w.ready:
 		if w.attempt != nil {
 			w.attempt.ended = true
-			s.underWay--
+			s.inProgress--
 			h.uncount(s, func(a *Attempt) bool { return a == w.attempt })
-			h.settle(s)
+			h.sourceChanged(s)
 		}
 	default:
-		i := slices.Index(s.waiting, w)
-		s.waiting = slices.Delete(s.waiting, i, i+1)
+		i := slices.Index(s.queue, w)
+		s.queue = slices.Delete(s.queue, i, i+1)
 	}
 }
 
-// expire moves time on.
+// expire advances the time, uncounts the attempts expired since, and answers their waiters.
 func (h *Handshakes) expire() {
 	h.now = max(h.now, h.config.Now().Sub(h.start))
-	var less []*source
+	var changed []*source
 	for e := h.recent.Front(); e != nil; e = h.recent.Front() {
 		a := e.Value.(*Attempt)
 		if h.now-a.begun < h.config.Window {
@@ -303,12 +328,12 @@ func (h *Handshakes) expire() {
 		h.recent.Remove(e)
 		a.recent = nil
 		if a.ended {
-			h.uncount(a.source, over)
-			less = append(less, a.source)
+			h.uncount(a.source, expired)
+			changed = append(changed, a.source)
 		}
 	}
-	for _, s := range less { // when all that is over has been taken out: none is refused for what has expired
-		h.settle(s)
+	for _, s := range changed { // after all have been uncounted, or a waiter could be refused for an expired attempt
+		h.sourceChanged(s)
 	}
 	for {
 		_, until, ok := h.idle.GetOldest()
@@ -319,11 +344,13 @@ func (h *Handshakes) expire() {
 	}
 }
 
-func over(a *Attempt) bool { return a.ended && a.recent == nil }
+// expired reports a failed attempt whose window has passed.
+func expired(a *Attempt) bool { return a.ended && a.recent == nil }
 
-func (h *Handshakes) uncount(s *source, which func(*Attempt) bool) {
+// uncount stops counting the matching attempts of s.
+func (h *Handshakes) uncount(s *source, matches func(*Attempt) bool) {
 	s.attempts = slices.DeleteFunc(s.attempts, func(a *Attempt) bool {
-		if !which(a) {
+		if !matches(a) {
 			return false
 		}
 		if a.recent != nil {
@@ -338,22 +365,24 @@ func (h *Handshakes) uncount(s *source, which func(*Attempt) bool) {
 	})
 }
 
-// settle answers those who wait for s, as far as that can be done now, and forgets s if nothing of it is counted.
-func (h *Handshakes) settle(s *source) {
-	for len(s.waiting) > 0 {
-		w := s.waiting[0]
+// sourceChanged follows every change of a source's attempts. The queue of s is answered as far as
+// possible: admitted, or refused if no attempt is in progress. A source without a counting attempt
+// becomes idle if good, or is forgotten.
+func (h *Handshakes) sourceChanged(s *source) {
+	for len(s.queue) > 0 {
+		w := s.queue[0]
 		if len(s.attempts) < h.config.PerSource {
-			w.attempt, w.err = h.take(s)
-		} else if s.underWay == 0 {
-			w.err = h.sourceRefused(s)
+			w.attempt, w.err = h.admit(s)
+		} else if s.inProgress == 0 {
+			w.err = h.sourceRefusal(s)
 		} else {
 			return
 		}
-		s.waiting = slices.Delete(s.waiting, 0, 1)
+		s.queue = slices.Delete(s.queue, 0, 1)
 		close(w.ready)
 	}
-	if len(s.attempts) == 0 && h.live[s.addr] == s {
-		delete(h.live, s.addr)
+	if len(s.attempts) == 0 && h.active[s.addr] == s {
+		delete(h.active, s.addr)
 		if s.goodUntil > h.now {
 			h.idle.Add(s.addr, s.goodUntil)
 		}

@@ -27,7 +27,7 @@ func limiter(c Config) (*Handshakes, *clock) {
 	return NewHandshakes(c), at
 }
 
-// ipv4 is the nth address.
+// ipv4 is the nth IPv4 address.
 func ipv4(n int) netip.Addr {
 	return netip.AddrFrom4([4]byte(binary.BigEndian.AppendUint32(nil, uint32(n))))
 }
@@ -67,7 +67,7 @@ func TestWindowSlidesExactly(t *testing.T) {
 	refused(t, h, a, ErrSource, 1)
 	at.pass(1)
 	fail(t, h, a)
-	refused(t, h, a, ErrSource, 10*time.Second) // the second of the five, not the first any more
+	refused(t, h, a, ErrSource, 10*time.Second) // until the second of the five attempts expires
 }
 
 func TestRefusedAttemptsDoNotCount(t *testing.T) {
@@ -92,11 +92,11 @@ func TestOneSourceLeavesTheGlobalBudget(t *testing.T) {
 	if h.counted != 5 {
 		t.Fatalf("one source spent %d of the global budget", h.counted)
 	}
-	for n := range 70 { // and the 75 for strangers are all there
+	for n := range 70 { // the budget of 75 for strangers is left, less the 5
 		fail(t, h, ipv4(100+n))
 	}
 	refused(t, h, ipv4(200), ErrGlobal, time.Minute)
-	refused(t, h, ipv4(1), ErrSource, time.Minute) // its own limit comes first
+	refused(t, h, ipv4(1), ErrSource, time.Minute) // the source's own limit comes first
 }
 
 func TestGoodSourceGetsInUnderAFlood(t *testing.T) {
@@ -117,7 +117,7 @@ func TestGoodSourceGetsInUnderAFlood(t *testing.T) {
 		t.Errorf("%d of a flood got in", got)
 	}
 	for range 5 {
-		begin(t, h, peer) // under way: they don't leave the counts
+		begin(t, h, peer) // in progress: these still count
 	}
 	if h.counted != 80 || h.strangers != 75 {
 		t.Errorf("%d counted, %d of strangers", h.counted, h.strangers)
@@ -130,15 +130,15 @@ func TestGood(t *testing.T) {
 	for range 3 {
 		fail(t, h, a)
 	}
-	underWay, good := begin(t, h, a), begin(t, h, a)
+	inProgress, good := begin(t, h, a), begin(t, h, a)
 	good.Good()
 	good.End()
 	good.Good()
-	if h.counted != 1 || len(h.live[a].attempts) != 1 {
+	if h.counted != 1 || len(h.active[a].attempts) != 1 {
 		t.Fatalf("%d counted; want the one under way", h.counted)
 	}
-	underWay.End()
-	underWay.Good() // too late
+	inProgress.End()
+	inProgress.Good() // no effect after End
 	if h.counted != 1 {
 		t.Fatalf("%d counted; want the one that failed after the good one", h.counted)
 	}
@@ -146,8 +146,8 @@ func TestGood(t *testing.T) {
 	for range 4 {
 		fail(t, h, ipv4(2))
 	}
-	if h.counted != 4 || len(h.live) != 1 || h.idle.Len() != 1 {
-		t.Fatalf("%d counted, %d live, %d idle", h.counted, len(h.live), h.idle.Len())
+	if h.counted != 4 || len(h.active) != 1 || h.idle.Len() != 1 {
+		t.Fatalf("%d counted, %d live, %d idle", h.counted, len(h.active), h.idle.Len())
 	}
 	at.pass(24*time.Hour - time.Minute - 1)
 	begin(t, h, ipv4(3)).End()
@@ -161,7 +161,8 @@ func TestGood(t *testing.T) {
 	}
 }
 
-// TestForget: what failed for a reason of ours counts no more, makes nobody good, and forgets nothing else.
+// TestForget checks that a forgotten attempt does not count, does not make its source good, and
+// leaves the other attempts of the source counting.
 func TestForget(t *testing.T) {
 	h, _ := limiter(usual)
 	for range 3 {
@@ -178,7 +179,7 @@ func TestForget(t *testing.T) {
 	refused(t, h, ipv4(1), ErrSource, time.Minute)
 	a := begin(t, h, ipv4(2))
 	a.Forget()
-	a.Good() // too late
+	a.Good() // no effect after Forget
 	if h.IsGood(ipv4(2)) || h.counted != 5 {
 		t.Errorf("good %v, %d counted", h.IsGood(ipv4(2)), h.counted)
 	}
@@ -188,7 +189,8 @@ func TestForget(t *testing.T) {
 	}
 }
 
-// TestConnections: places in all, of a source, and of those who have proven nothing.
+// TestConnections checks the limits on all connections, on those of one source, and on unproven
+// ones.
 func TestConnections(t *testing.T) {
 	c := NewConnections(6, 3, 4)
 	open := func(n int, good bool) *Place {
@@ -206,14 +208,14 @@ func TestConnections(t *testing.T) {
 		}
 	}
 	first := []*Place{open(1, false), open(1, false), open(1, false)}
-	full(1, true) // of its source
+	full(1, true) // the limit of one source
 	last := open(2, false)
-	full(3, false) // of strangers
+	full(3, false) // the limit on unproven connections
 	known := open(3, true)
 	first[0].Proven()
 	first[0].Proven()
 	next := open(4, false)
-	full(5, true) // in all
+	full(5, true) // the limit on all connections
 	for range 2 {
 		first[1].Close()
 	}
@@ -222,8 +224,8 @@ func TestConnections(t *testing.T) {
 	for _, p := range []*Place{first[0], first[2], last, known, next} {
 		p.Close()
 	}
-	if c.open != 1 || c.strange != 0 || len(c.bySource) != 1 {
-		t.Errorf("%d open, %d of strangers, %d sources", c.open, c.strange, len(c.bySource))
+	if c.open != 1 || c.unproven != 0 || len(c.bySource) != 1 {
+		t.Errorf("%d open, %d of strangers, %d sources", c.open, c.unproven, len(c.bySource))
 	}
 }
 
@@ -232,7 +234,7 @@ func TestKeptIsForGoodSources(t *testing.T) {
 	for n := range 10 {
 		begin(t, h, ipv4(n)).Good()
 	}
-	for n := range 20 { // good ones may use more than what is kept for them
+	for n := range 20 { // good sources may use more than Kept
 		for range 5 {
 			if n < 10 || h.strangers < 50 {
 				fail(t, h, ipv4(n))
@@ -243,7 +245,7 @@ func TestKeptIsForGoodSources(t *testing.T) {
 		t.Fatalf("%d counted, %d of strangers", h.counted, h.strangers)
 	}
 	refused(t, h, ipv4(99), ErrGlobal, time.Minute)
-	at.pass(24 * time.Hour) // nobody is good any more
+	at.pass(24 * time.Hour) // longer than GoodFor
 	for n := range 75 {
 		fail(t, h, ipv4(n))
 	}
@@ -260,8 +262,8 @@ func TestUnderWayCountsUntilItEnds(t *testing.T) {
 	}
 	a.End()
 	a.End()
-	if h.counted != 1 || len(h.live) != 1 {
-		t.Fatalf("%d counted of %d sources", h.counted, len(h.live))
+	if h.counted != 1 || len(h.active) != 1 {
+		t.Fatalf("%d counted of %d sources", h.counted, len(h.active))
 	}
 }
 
@@ -275,7 +277,10 @@ func TestSources(t *testing.T) {
 			t.Errorf("%s and %s are %s and %s", same[0], same[1], a, b)
 		}
 	}
-	for _, differ := range [][2]string{{"192.0.2.1", "192.0.2.2"}, {"2001:db8::1", "2001:db8:0:1::1"}, {"0.0.0.0", "::"}, {"192.0.2.1", "::192.0.2.1"}} {
+	for _, differ := range [][2]string{
+		{"192.0.2.1", "192.0.2.2"}, {"2001:db8::1", "2001:db8:0:1::1"},
+		{"0.0.0.0", "::"}, {"192.0.2.1", "::192.0.2.1"},
+	} {
 		if a, b := sourceOf(netip.MustParseAddr(differ[0])), sourceOf(netip.MustParseAddr(differ[1])); a == b {
 			t.Errorf("%s and %s are both %s", differ[0], differ[1], a)
 		}
@@ -304,8 +309,8 @@ func TestMemoryIsBounded(t *testing.T) {
 		if n%10 == 0 {
 			at.pass(time.Second)
 		}
-		if len(h.live)+h.idle.Len() > 1000 || len(h.live) > 100 || h.recent.Len() > 100 {
-			t.Fatalf("after %d sources: %d live, %d idle, %d recent", n, len(h.live), h.idle.Len(), h.recent.Len())
+		if len(h.active)+h.idle.Len() > 1000 || len(h.active) > 100 || h.recent.Len() > 100 {
+			t.Fatalf("after %d sources: %d live, %d idle, %d recent", n, len(h.active), h.idle.Len(), h.recent.Len())
 		}
 	}
 	if h.idle.Len() < 900 || good < 10_000 {
@@ -313,12 +318,14 @@ func TestMemoryIsBounded(t *testing.T) {
 	}
 	at.pass(24 * time.Hour)
 	fail(t, h, ipv4(0))
-	if len(h.live)+h.idle.Len() != 1 {
-		t.Fatalf("%d live, %d idle a day later", len(h.live), h.idle.Len())
+	if len(h.active)+h.idle.Len() != 1 {
+		t.Fatalf("%d live, %d idle a day later", len(h.active), h.idle.Len())
 	}
 }
 
-// TestAFloodForgetsFewGoodSources: it takes places in a full table once, and then uses its own again.
+// TestAFloodForgetsFewGoodSources has a flood meet a full table. The flood evicts one good source
+// for each of its counting attempts, 75 in all, and then reuses the room of its own expired
+// sources.
 func TestAFloodForgetsFewGoodSources(t *testing.T) {
 	c := usual
 	c.Sources = 1000
@@ -343,11 +350,11 @@ func TestFullFailsClosed(t *testing.T) {
 	h, at := limiter(c)
 	begin(t, h, ipv4(1)).Good()
 	for n := range 3 {
-		fail(t, h, ipv4(2+n)) // the third instead of the good one
+		fail(t, h, ipv4(2+n)) // the third source evicts the good one
 		at.pass(time.Second)
 	}
 	refused(t, h, ipv4(1), ErrFull, 57*time.Second)
-	fail(t, h, ipv4(2)) // known
+	fail(t, h, ipv4(2)) // in the table
 	at.pass(57 * time.Second)
 	fail(t, h, ipv4(3))
 	refused(t, h, ipv4(1), ErrFull, time.Second)
@@ -373,7 +380,8 @@ func TestClockStepsBackwards(t *testing.T) {
 	}
 }
 
-// TestManyGoodAtOnce: a client that opens 64 connections gets them all, five at a time, in its order.
+// TestManyGoodAtOnce has a client open 64 connections at once. All are admitted, five at a time,
+// first in first out.
 func TestManyGoodAtOnce(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		h := NewHandshakes(usual)
@@ -395,8 +403,9 @@ func TestManyGoodAtOnce(t *testing.T) {
 		}
 		time.Sleep(time.Minute)
 		synctest.Wait()
-		if next.Load() != 64 || most.Load() != 5 || h.counted != 0 || len(h.live) != 0 {
-			t.Fatalf("%d got in, %d at a time; %d counted after %s", next.Load(), most.Load(), h.counted, time.Since(began))
+		if next.Load() != 64 || most.Load() != 5 || h.counted != 0 || len(h.active) != 0 {
+			t.Fatalf("%d got in, %d at a time; %d counted after %s",
+				next.Load(), most.Load(), h.counted, time.Since(began))
 		}
 	})
 }
@@ -418,7 +427,7 @@ func TestWaitersAreBounded(t *testing.T) {
 		}
 		cancel()
 		synctest.Wait()
-		if n := len(h.live[ipv4(1)].waiting); n != 0 {
+		if n := len(h.active[ipv4(1)].queue); n != 0 {
 			t.Errorf("%d wait after all have gone", n)
 		}
 	})
@@ -453,7 +462,8 @@ func TestWaitersAreRefusedWhenAttemptsFail(t *testing.T) {
 	})
 }
 
-// TestAWaiterMayFindNothingLeft: while it waited, its source stopped being good, and strangers used what strangers may use.
+// TestAWaiterMayFindNothingLeft has a source become a stranger while its attempts wait, and other
+// strangers use up their budget. The waiters are refused.
 func TestAWaiterMayFindNothingLeft(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		c := usual
@@ -472,7 +482,7 @@ func TestAWaiterMayFindNothingLeft(t *testing.T) {
 		for n := range 75 {
 			fail(t, h, ipv4(100+n))
 		}
-		under[0].End() // more than Window after its Begin: its place is free
+		under[0].End() // more than Window after Begin: the attempt no longer counts
 		for range 2 {
 			if err := <-answers; !errors.Is(err, ErrGlobal) {
 				t.Fatal(err)
@@ -480,11 +490,11 @@ func TestAWaiterMayFindNothingLeft(t *testing.T) {
 		}
 		refused(t, h, ipv4(200), ErrGlobal, time.Minute)
 		under[1].Good()
-		begin(t, h, ipv4(1)) // good again
+		begin(t, h, ipv4(1)) // the source is good again
 	})
 }
 
-// TestCancelledWaiters go while they wait and while they are given a place.
+// TestCancelledWaiters has waiters give up at random moments, also while being admitted.
 func TestCancelledWaiters(t *testing.T) {
 	h, _ := limiter(usual)
 	addr := ipv4(1)
@@ -514,13 +524,14 @@ func TestCancelledWaiters(t *testing.T) {
 		for range 10 {
 			<-done
 		}
-		if h.counted != 0 || h.strangers != 0 || len(h.live) != 0 || h.recent.Len() != 0 {
-			t.Fatalf("%d counted, %d strangers, %d live, %d recent", h.counted, h.strangers, len(h.live), h.recent.Len())
+		if h.counted != 0 || h.strangers != 0 || len(h.active) != 0 || h.recent.Len() != 0 {
+			t.Fatalf("%d counted, %d strangers, %d active, %d recent",
+				h.counted, h.strangers, len(h.active), h.recent.Len())
 		}
 	}
 }
 
-// BenchmarkFlood is what each connection of a flood costs, with a full table of good sources.
+// BenchmarkFlood measures one connection of a flood with a full table of good sources.
 func BenchmarkFlood(b *testing.B) {
 	h, at := limiter(usual)
 	for n := range usual.Sources {
@@ -535,7 +546,7 @@ func BenchmarkFlood(b *testing.B) {
 	}
 }
 
-// BenchmarkGood is a handshake of a peer.
+// BenchmarkGood measures a peer's successful handshake.
 func BenchmarkGood(b *testing.B) {
 	h, at := limiter(usual)
 	b.ReportAllocs()

@@ -1,14 +1,17 @@
-// Package limit decides who may go on when more come than a device can serve: Handshakes says which connections may begin
-// a handshake, Fair says whose turn it is. Neither starts a goroutine, and the memory of both is bounded.
+// Package limit shares a device between more callers than the device can serve. Handshakes limits
+// the rate of handshakes, Connections limits the number of open connections, and Fair is a fair
+// queue for the device. None of the three starts a goroutine. Memory is bounded by the configured
+// limits, and in Fair by the number of waiting callers. Begin reading at Handshakes.
 package limit
 
 import "net/netip"
 
-// sourceOf says whose an address is. What is no address (a Unix socket's) is one source.
+// sourceOf returns the source of an address: the address itself for IPv4, the /64 prefix for IPv6.
+// All connections without an address, for example on a Unix socket, are one source.
 func sourceOf(a netip.Addr) netip.Addr {
 	a = a.Unmap()
 	if a.Is6() {
-		p, _ := a.Prefix(64) // which has no zone
+		p, _ := a.Prefix(64) // drops the zone
 		return p.Addr()
 	}
 	return a

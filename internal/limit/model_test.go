@@ -9,8 +9,8 @@ import (
 	"time"
 )
 
-// model says what Handshakes should do, slowly: it keeps every attempt for ever and counts again for each question. Time is
-// in seconds.
+// model is a slow reference implementation of Handshakes. The model keeps every attempt for ever
+// and counts again for each question. Time has a granularity of seconds.
 type model struct {
 	Config
 	started   time.Time
@@ -18,7 +18,7 @@ type model struct {
 	attempts  []*modelAttempt
 	waiters   []*modelWaiter
 	goodUntil map[netip.Addr]time.Duration
-	idle      []netip.Addr // good sources with nothing counted, the one that has been so for the longest first
+	idle      []netip.Addr // good sources without a counting attempt, idle for the longest first
 }
 
 type modelAttempt struct {
@@ -47,7 +47,7 @@ func (m *model) of(addr netip.Addr) int {
 	return m.count(func(a *modelAttempt) bool { return a.addr == addr })
 }
 
-func (m *model) underWay(addr netip.Addr) int {
+func (m *model) inProgress(addr netip.Addr) int {
 	return m.count(func(a *modelAttempt) bool { return a.addr == addr && !a.ended })
 }
 
@@ -59,7 +59,7 @@ func (m *model) strangers() int {
 	return m.count(func(a *modelAttempt) bool { return a.stranger })
 }
 
-func (m *model) live() int {
+func (m *model) active() int {
 	seen := map[netip.Addr]bool{}
 	for _, a := range m.attempts {
 		if !a.spent {
@@ -78,29 +78,29 @@ func (m *model) queue(addr netip.Addr) (q []*modelWaiter) {
 	return q
 }
 
-// expire does what time has brought about.
+// expire advances the time and applies the consequences.
 func (m *model) expire() {
 	m.now = max(m.now, m.Now().Sub(m.started))
-	var less []netip.Addr
+	var changed []netip.Addr
 	for _, a := range m.attempts {
 		if !a.spent && a.ended && m.now >= a.begun+m.Window {
 			a.spent = true
-			less = append(less, a.addr)
+			changed = append(changed, a.addr)
 		}
 	}
-	for _, addr := range less {
-		m.settle(addr)
+	for _, addr := range changed {
+		m.sourceChanged(addr)
 	}
 	for len(m.idle) > 0 && m.goodUntil[m.idle[0]] <= m.now {
 		m.idle = m.idle[1:]
 	}
 }
 
-func (m *model) settle(addr netip.Addr) {
+func (m *model) sourceChanged(addr netip.Addr) {
 	for _, w := range m.queue(addr) {
 		if m.of(addr) < m.PerSource {
-			w.attempt, w.err = m.take(addr)
-		} else if m.underWay(addr) == 0 {
+			w.attempt, w.err = m.admit(addr)
+		} else if m.inProgress(addr) == 0 {
 			w.err = ErrSource
 		} else {
 			break
@@ -112,14 +112,14 @@ func (m *model) settle(addr netip.Addr) {
 	}
 }
 
-func (m *model) take(addr netip.Addr) (*modelAttempt, error) {
+func (m *model) admit(addr netip.Addr) (*modelAttempt, error) {
 	stranger := m.goodUntil[addr] <= m.now
 	if m.all() == m.Global || stranger && m.strangers() == m.Global-m.Kept {
 		return nil, ErrGlobal
 	}
 	if i := slices.Index(m.idle, addr); i >= 0 {
 		m.idle = slices.Delete(m.idle, i, i+1)
-	} else if m.of(addr) == 0 && m.live()+len(m.idle) == m.Sources {
+	} else if m.of(addr) == 0 && m.active()+len(m.idle) == m.Sources {
 		if len(m.idle) == 0 {
 			return nil, ErrFull
 		}
@@ -135,9 +135,9 @@ func (m *model) begin(addr netip.Addr) (*modelAttempt, *modelWaiter, error) {
 	m.expire()
 	switch {
 	case m.of(addr) < m.PerSource:
-		a, err := m.take(addr)
+		a, err := m.admit(addr)
 		return a, nil, err
-	case m.underWay(addr) == 0 || len(m.queue(addr)) == m.Waiting:
+	case m.inProgress(addr) == 0 || len(m.queue(addr)) == m.Waiting:
 		return nil, nil, ErrSource
 	}
 	w := &modelWaiter{addr: addr}
@@ -159,7 +159,7 @@ func (m *model) end(a *modelAttempt, good bool) {
 			other.spent = true
 		}
 	}
-	m.settle(a.addr)
+	m.sourceChanged(a.addr)
 }
 
 func (m *model) abandon(w *modelWaiter) {
@@ -168,14 +168,16 @@ func (m *model) abandon(w *modelWaiter) {
 		w.answered, w.err = true, errors.New("gone")
 	} else if w.attempt != nil {
 		w.attempt.ended, w.attempt.spent = true, true
-		m.settle(w.addr)
+		m.sourceChanged(w.addr)
 	}
 }
 
-// same runs a sequence of operations, a byte each and sometimes one more, on Handshakes and on the model.
+// same runs a sequence of operations on Handshakes and on the model, and compares the two. An
+// operation is a byte: the low three bits are its kind, the others its argument.
 func same(t *testing.T, ops []byte) {
-	c := Config{PerSource: 3, Global: 7, Kept: 2, Window: 10 * time.Second, GoodFor: 25 * time.Second, Sources: 4, Waiting: 2}
-	if len(ops) > 0 && ops[0]&1 != 0 { // without the bound on sources, which hides others
+	c := Config{PerSource: 3, Global: 7, Kept: 2, Sources: 4, Waiting: 2,
+		Window: 10 * time.Second, GoodFor: 25 * time.Second}
+	if len(ops) > 0 && ops[0]&1 != 0 { // a small table of sources hides the other limits
 		c.Sources = 100
 	}
 	h, at := limiter(c)
@@ -198,7 +200,8 @@ func same(t *testing.T, ops []byte) {
 			a, w, err := h.begin(addr)
 			ma, mw, merr := m.begin(addr)
 			if (a == nil) != (ma == nil) || (w == nil) != (mw == nil) || !errors.Is(err, merr) {
-				t.Fatalf("operation %d, begin from %s: %v %v %v; the model says %v %v %v", i, addr, a, w, err, ma, mw, merr)
+				t.Fatalf("operation %d, begin from %s: %v %v %v; the model says %v %v %v",
+					i, addr, a, w, err, ma, mw, merr)
 			}
 			if a != nil {
 				attempts = append(attempts, pair{a, ma})
@@ -206,7 +209,7 @@ func same(t *testing.T, ops []byte) {
 			if w != nil {
 				waiters = append(waiters, waiting{w, mw})
 			}
-		case 3, 4, 5: // one of the last 32, which may have ended
+		case 3, 4, 5: // one of the last 32 attempts, possibly ended
 			if len(attempts) > 0 {
 				p := attempts[len(attempts)-1-arg%len(attempts)]
 				if op&7 == 3 {
@@ -224,7 +227,7 @@ func same(t *testing.T, ops []byte) {
 				waiters = slices.Delete(waiters, n, n+1)
 			}
 		case 7:
-			at.pass(time.Duration(arg-4) * time.Second) // also backwards
+			at.pass(time.Duration(arg-4) * time.Second) // -4 s to 27 s
 		}
 		waiters = slices.DeleteFunc(waiters, func(w waiting) bool {
 			select {
@@ -238,7 +241,7 @@ func same(t *testing.T, ops []byte) {
 			if !w.m.answered || (w.w.attempt == nil) != (w.m.attempt == nil) || !errors.Is(w.w.err, w.m.err) {
 				t.Fatalf("operation %d: a waiter got %v %v; the model says %+v", i, w.w.attempt, w.w.err, w.m)
 			}
-			if i%3 == 0 { // leaves at the moment at which it is given its place
+			if i%3 == 0 { // the waiter gives up while being answered
 				h.abandon(w.w)
 				m.abandon(w.m)
 			} else if w.w.attempt != nil {
@@ -246,16 +249,20 @@ func same(t *testing.T, ops []byte) {
 			}
 			return true
 		})
-		if h.counted != m.all() || h.strangers != m.strangers() || len(h.live) != m.live() || !slices.Equal(h.idle.Keys(), m.idle) {
-			t.Fatalf("operation %d: %d counted, %d strangers, %d live, %v idle; the model says %d, %d, %d, %v", i,
-				h.counted, h.strangers, len(h.live), h.idle.Keys(), m.all(), m.strangers(), m.live(), m.idle)
+		if h.counted != m.all() || h.strangers != m.strangers() || len(h.active) != m.active() ||
+			!slices.Equal(h.idle.Keys(), m.idle) {
+			t.Fatalf("operation %d: %d counted, %d strangers, %d active, %v idle; the model says %d, %d, %d, %v", i,
+				h.counted, h.strangers, len(h.active), h.idle.Keys(), m.all(), m.strangers(), m.active(), m.idle)
 		}
-		if h.counted > c.Global || h.strangers > c.Global-c.Kept || len(h.live)+h.idle.Len() > c.Sources {
-			t.Fatalf("operation %d: %d counted, %d strangers, %d sources", i, h.counted, h.strangers, len(h.live)+h.idle.Len())
+		if h.counted > c.Global || h.strangers > c.Global-c.Kept || len(h.active)+h.idle.Len() > c.Sources {
+			t.Fatalf("operation %d: %d counted, %d strangers, %d sources",
+				i, h.counted, h.strangers, len(h.active)+h.idle.Len())
 		}
-		for addr, s := range h.live {
-			if len(s.attempts) > c.PerSource || len(s.waiting) > c.Waiting || len(s.waiting) > 0 && (s.underWay == 0 || len(s.attempts) < c.PerSource) {
-				t.Fatalf("operation %d: %s has %d counted, %d under way, %d waiting", i, addr, len(s.attempts), s.underWay, len(s.waiting))
+		for addr, s := range h.active {
+			mayWait := s.inProgress > 0 && len(s.attempts) == c.PerSource
+			if len(s.attempts) > c.PerSource || len(s.queue) > c.Waiting || len(s.queue) > 0 && !mayWait {
+				t.Fatalf("operation %d: %s has %d counted, %d in progress, %d waiting",
+					i, addr, len(s.attempts), s.inProgress, len(s.queue))
 			}
 		}
 	}

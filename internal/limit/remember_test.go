@@ -5,17 +5,18 @@ import (
 	"time"
 )
 
-// TestRemember: a source that was good before is good for the rest of its time, and takes nobody's place.
+// TestRemember checks that a remembered source is good for the rest of GoodFor and evicts no other
+// source.
 func TestRemember(t *testing.T) {
 	c := usual
 	c.Sources = 3
 	h, at := limiter(c)
 	h.Remember(ipv4(1), 23*time.Hour)
-	h.Remember(ipv4(1), 23*time.Hour+30*time.Minute) // of another peer there
+	h.Remember(ipv4(1), 23*time.Hour+30*time.Minute) // another peer behind the same address
 	h.Remember(ipv4(2), 24*time.Hour)
 	h.Remember(ipv4(3), -time.Hour) // the clock was set back
 	begin(t, h, ipv4(4)).Good()
-	h.Remember(ipv4(5), 0) // there is no room
+	h.Remember(ipv4(5), 0) // the table is full
 	for n, want := range []bool{1: true, 2: false, 3: true, 4: true, 5: false} {
 		if got := h.IsGood(ipv4(n)); got != want {
 			t.Errorf("source %d: good %v, want %v", n, got, want)

@@ -14,9 +14,10 @@ import (
 )
 
 const (
-	// A worker was healthy if it lived for healthyTime or answered healthyCalls. Its replacement
-	// starts at once. After n consecutive workers without health, the next start waits for a
-	// backoff of minBackoff*2^(n-1), at most maxBackoff. Up to half of the backoff is jitter.
+	// A worker was healthy if it lived for healthyTime, answered healthyCalls or was renewed. Its
+	// successor starts at once. After n consecutive workers without health, the next start waits
+	// for a backoff of minBackoff*2^(n-1), at most maxBackoff. Up to half of the backoff is
+	// jitter.
 	healthyTime  = time.Second
 	healthyCalls = 100
 	minBackoff   = 50 * time.Millisecond
