@@ -26,8 +26,6 @@ import (
 	"countersign/noise"
 	"countersign/transcript"
 	"countersign/wire"
-
-	"github.com/go-json-experiment/json/jsontext"
 )
 
 // How a call fails. A refusal of the appliance is an *Error, whose Code says why.
@@ -236,7 +234,7 @@ func (d Document) Fill(lifetime time.Duration) Document {
 }
 
 func (d *Document) wire() wire.Document {
-	return wire.Document{Type: d.Type, Payload: jsontext.Value(d.Payload), Nonce: d.Nonce, Timestamp: d.Timestamp, ExpiresAt: d.ExpiresAt}
+	return wire.Document{Type: d.Type, Payload: d.Payload, Nonce: d.Nonce, Timestamp: d.Timestamp, ExpiresAt: d.ExpiresAt}
 }
 
 // Signed is a document with its signature: all that a verifier needs. Its JSON form is what countersign sign --json

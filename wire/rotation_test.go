@@ -7,8 +7,6 @@ import (
 	"testing"
 
 	"countersign/wire"
-
-	"github.com/go-json-experiment/json/jsontext"
 )
 
 func TestParseLineAndAck(t *testing.T) {
@@ -52,8 +50,8 @@ func TestDecodeRotation(t *testing.T) {
 		key[i] = 42
 	}
 	want := wire.Rotation{Event: wire.EventRotation, Key: "payments", Version: 2, PublicKey: key, ActivatesAt: 1, RetiresAt: 2, Compromised: true,
-		Succession:    &wire.Succession{Payload: jsontext.Value(`{"key":"payments"}`), Nonce: key, Timestamp: 3, ExpiresAt: 4, Signature: wire.Bytes{0}},
-		Authorization: &wire.Authorization{Payload: jsontext.Value(`{"owner":""}`), Signature: wire.Bytes{1}}}
+		Succession:    &wire.Succession{Payload: []byte(`{"key":"payments"}`), Nonce: key, Timestamp: 3, ExpiresAt: 4, Signature: wire.Bytes{0}},
+		Authorization: &wire.Authorization{Payload: []byte(`{"owner":""}`), Signature: wire.Bytes{1}}}
 	_, r, err := wire.DecodeMessage([]byte(event()))
 	if err != nil || !reflect.DeepEqual(*r, want) {
 		t.Errorf("%+v, %v", r, err)

@@ -9,14 +9,14 @@ package wire
 import (
 	"bytes"
 	"encoding/base64"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"strings"
 
 	"countersign/internal/ijson"
 
-	"github.com/go-json-experiment/json"
-	"github.com/go-json-experiment/json/jsontext"
+	strict "github.com/go-json-experiment/json"
 )
 
 // MaxDocument is the longest JSON document in bytes: a Noise message of 65,535 bytes less its 16-byte tag.
@@ -69,11 +69,11 @@ type Bytes32 [32]byte
 
 // Document is what gets signed, with the envelope that makes its signature single use and short-lived.
 type Document struct {
-	Type      string         `json:"type"`
-	Payload   jsontext.Value `json:"payload"`
-	Nonce     Bytes32        `json:"nonce"`
-	Timestamp int64          `json:"timestamp"`
-	ExpiresAt int64          `json:"expires_at"`
+	Type      string          `json:"type"`
+	Payload   json.RawMessage `json:"payload"`
+	Nonce     Bytes32         `json:"nonce"`
+	Timestamp int64           `json:"timestamp"`
+	ExpiresAt int64           `json:"expires_at"`
 }
 
 // Ping asks for a sign of life.
@@ -128,8 +128,8 @@ type Answers struct {
 
 // ItemAnswer has one of Result and Error.
 type ItemAnswer struct {
-	Result jsontext.Value `json:"result,omitzero"`
-	Error  *Error         `json:"error,omitempty"`
+	Result json.RawMessage `json:"result,omitzero"`
+	Error  *Error          `json:"error,omitempty"`
 }
 
 // maxItemMessage bounds the message of an item's error, so that all answers of a batch fit into one message.
@@ -144,7 +144,7 @@ func NewItemAnswer(result any, refusal *Error) ItemAnswer {
 		}
 		return ItemAnswer{Error: &short}
 	}
-	b, err := json.Marshal(result)
+	b, err := strict.Marshal(result)
 	if err != nil {
 		panic("wire: a result that is not JSON: " + err.Error()) // our own types always are
 	}
@@ -183,17 +183,17 @@ type Acknowledged struct {
 // Succession is one step of a line: a key-succession-v1 document and its signature by the old version. It is kept for ever: its
 // times are those of its signing and end nothing.
 type Succession struct {
-	Payload   jsontext.Value `json:"payload"`
-	Nonce     Bytes32        `json:"nonce"`
-	Timestamp int64          `json:"timestamp"`
-	ExpiresAt int64          `json:"expires_at"`
-	Signature Bytes          `json:"signature"`
+	Payload   json.RawMessage `json:"payload"`
+	Nonce     Bytes32         `json:"nonce"`
+	Timestamp int64           `json:"timestamp"`
+	ExpiresAt int64           `json:"expires_at"`
+	Signature Bytes           `json:"signature"`
 }
 
 // Authorization is a paykit-noise-key-authorization-v1 document and its signature by its owner.
 type Authorization struct {
-	Payload   jsontext.Value `json:"payload"`
-	Signature Bytes          `json:"signature"`
+	Payload   json.RawMessage `json:"payload"`
+	Signature Bytes           `json:"signature"`
 }
 
 // EventRotation is the event of a Rotation.
@@ -293,9 +293,9 @@ type Verified struct {
 
 // Answer is the envelope of every answer: one of Result and Error is set.
 type Answer struct {
-	ID     string         `json:"id"`
-	Result jsontext.Value `json:"result,omitzero"`
-	Error  *Error         `json:"error,omitempty"`
+	ID     string          `json:"id"`
+	Result json.RawMessage `json:"result,omitzero"`
+	Error  *Error          `json:"error,omitempty"`
 }
 
 // Error is a refusal. Programs read Code, people read Message. RetryAfter is there with busy and rate_limited: seconds after which
@@ -329,7 +329,7 @@ func Parse(b []byte, maxItems int) (id string, request any, err error) {
 	if err != nil {
 		return "", nil, refuse(CodeMalformed, "%v", err)
 	}
-	if json.Unmarshal(document.Members["id"], &id) != nil || id == "" || len(id) > maxID {
+	if strict.Unmarshal(document.Members["id"], &id) != nil || id == "" || len(id) > maxID {
 		return "", nil, refuse(CodeMalformed, "id must be a string of 1 to %d bytes", maxID)
 	}
 	op, refusal := opOf(document)
@@ -369,7 +369,7 @@ func Parse(b []byte, maxItems int) (id string, request any, err error) {
 }
 
 func opOf(document ijson.Object) (op string, refusal *Error) {
-	if v := document.Members["op"]; len(v) == 0 || v.Kind() != '"' || json.Unmarshal(v, &op) != nil {
+	if v := document.Members["op"]; len(v) == 0 || v.Kind() != '"' || strict.Unmarshal(v, &op) != nil {
 		return "", refuse(CodeMalformed, "op must be a string")
 	}
 	return op, nil
@@ -378,9 +378,9 @@ func opOf(document ijson.Object) (op string, refusal *Error) {
 // parseBatch reads a batch. An item that has no sound form is answered by itself.
 func parseBatch(id string, document ijson.Object, maxItems int) (string, any, error) {
 	var b struct {
-		ID    string           `json:"id"`
-		Op    string           `json:"op"`
-		Items []jsontext.Value `json:"items"`
+		ID    string            `json:"id"`
+		Op    string            `json:"op"`
+		Items []json.RawMessage `json:"items"`
 	}
 	if err := document.Into(&b, "items"); err != nil {
 		return id, nil, refuse(CodeMalformed, "%v", err)
@@ -427,20 +427,20 @@ func refuse(code, format string, args ...any) *Error {
 }
 
 // Encode writes a request, or an answer's result.
-func Encode(v any) ([]byte, error) { return json.Marshal(v) }
+func Encode(v any) ([]byte, error) { return strict.Marshal(v) }
 
 // EncodeAnswer writes the answer to the request with the given id: the result, or where err is not nil the error.
 // An answer that does not fit into a message becomes the error too_large.
 func EncodeAnswer(id string, result any, refusal *Error) []byte {
 	a := Answer{ID: id, Error: refusal}
 	if refusal == nil {
-		b, err := json.Marshal(result)
+		b, err := strict.Marshal(result)
 		if err != nil {
 			panic("wire: a result that is not JSON: " + err.Error()) // our own types always are
 		}
 		a.Result = b
 	}
-	b, err := json.Marshal(a)
+	b, err := strict.Marshal(a)
 	if err != nil {
 		panic("wire: an answer that is not JSON: " + err.Error())
 	}
@@ -465,7 +465,7 @@ func DecodeAnswer(b []byte) (Answer, error) {
 // EncodeRotation writes a rotation event.
 func EncodeRotation(r Rotation) []byte {
 	r.Event = EventRotation
-	b, err := json.Marshal(r)
+	b, err := strict.Marshal(r)
 	if err != nil {
 		panic("wire: a rotation that is not JSON: " + err.Error())
 	}
@@ -488,7 +488,7 @@ func DecodeMessage(b []byte) (answer Answer, rotation *Rotation, err error) {
 		return answer, nil, err
 	}
 	var event string
-	if value.Kind() != '"' || json.Unmarshal(value, &event) != nil || event == "" {
+	if value.Kind() != '"' || strict.Unmarshal(value, &event) != nil || event == "" {
 		return Answer{}, nil, errors.New("wire: event must be text")
 	}
 	if event != EventRotation {

@@ -39,6 +39,30 @@ func TestParse(t *testing.T) {
 	}
 }
 
+// TestRawMembersAreVerbatim holds a payload to its bytes: neither spaces nor escapes nor the form of a
+// number change on the way through Parse and DecodeMessage.
+func TestRawMembersAreVerbatim(t *testing.T) {
+	const payload = `{ "b" : "\u0041\/<&\u2028", "a":[1.0e5, -0 ,123456789012345678901234567890] }`
+	document := sign(`{"context":"c"}`, payload)
+	_, r, err := wire.Parse([]byte(document), 100)
+	if s, is := r.(*wire.Sign); err != nil || !is || string(s.Payload) != payload {
+		t.Errorf("a sign request: %+v, %v", r, err)
+	}
+	item := strings.Replace(document, `"id":"1",`, "", 1)
+	_, r, err = wire.Parse([]byte(`{"id":"1","op":"batch","items":[ `+item+` ]}`), 100)
+	if b, is := r.(*wire.Batch); err != nil || !is || string(b.Items[0].(*wire.Sign).Payload) != payload {
+		t.Errorf("an item of a batch: %+v, %v", r, err)
+	}
+	_, rotation, err := wire.DecodeMessage([]byte(event(`{"key":"payments"}`, payload)))
+	if err != nil || string(rotation.Succession.Payload) != payload {
+		t.Errorf("a step: %+v, %v", rotation, err)
+	}
+	a, err := wire.DecodeAnswer([]byte(`{"id":"1","result":` + payload + `}`))
+	if err != nil || string(a.Result) != payload {
+		t.Errorf("a result: %+v, %v", a, err)
+	}
+}
+
 func TestParseRefuses(t *testing.T) {
 	deep := strings.Repeat("[", 20) + strings.Repeat("]", 20)
 	for name, c := range map[string]struct{ doc, id, code string }{

@@ -14,8 +14,6 @@ import (
 	"countersign/noise"
 	"countersign/transcript"
 	"countersign/wire"
-
-	"github.com/go-json-experiment/json/jsontext"
 )
 
 // Server is the appliance. Its fields are changed with Do.
@@ -272,7 +270,7 @@ func Step(old ed25519.PrivateKey, key string, version uint32, public wire.Bytes3
 		text, _ := next.MarshalText()
 		payload += fmt.Sprintf(`,"next":%q`, text)
 	}
-	s := wire.Succession{Payload: jsontext.Value(payload + "}"), Nonce: wire.Bytes32{byte(version)}, Timestamp: 1704067200, ExpiresAt: 1704070800}
+	s := wire.Succession{Payload: []byte(payload + "}"), Nonce: wire.Bytes32{byte(version)}, Timestamp: 1704067200, ExpiresAt: 1704070800}
 	return Sign(old, s)
 }
 
@@ -312,5 +310,5 @@ func Authorization(owner ed25519.PrivateKey, static *[32]byte, generation uint64
 	if err != nil {
 		panic(err)
 	}
-	return wire.Authorization{Payload: jsontext.Value(payload), Signature: ed25519.Sign(owner, doc.Message)}
+	return wire.Authorization{Payload: []byte(payload), Signature: ed25519.Sign(owner, doc.Message)}
 }
