@@ -213,7 +213,8 @@ func (r *apiReader) readValues(s *ast.ValueSpec, imports map[string]string) {
 	}
 }
 
-// head returns the part of an expression that determines its type: T for &T{...} and T(x), f for f(x).
+// head returns the part of an expression that determines its type: T for &T{...} and T(x), f for
+// f(x).
 func head(e ast.Expr) ast.Node {
 	switch e := e.(type) {
 	case *ast.ParenExpr:
