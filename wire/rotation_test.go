@@ -19,11 +19,20 @@ func TestParseLineAndAck(t *testing.T) {
 		t.Errorf("%#v, %v", r, err)
 	}
 	for _, bad := range []string{
-		`"op":"line","key":"payments"`, `"op":"line","from":1`, `"op":"line","key":"payments","from":0`, `"op":"line","key":"payments","from":-1`,
-		`"op":"line","key":"payments","from":4294967296`, `"op":"line","key":"payments","from":null`, `"op":"line","key":"payments","from":"1"`,
-		`"op":"line","key":"payments","from":1.0`, `"op":"line","key":"payments","from":1,"version":1`,
-		`"op":"rotation.ack","key":"payments"`, `"op":"rotation.ack","version":2`, `"op":"rotation.ack","key":"payments","version":0`,
-		`"op":"rotation.ack","key":null,"version":2`, `"op":"rotation.ack","key":"payments","version":2,"from":1`,
+		`"op":"line","key":"payments"`,
+		`"op":"line","from":1`,
+		`"op":"line","key":"payments","from":0`,
+		`"op":"line","key":"payments","from":-1`,
+		`"op":"line","key":"payments","from":4294967296`,
+		`"op":"line","key":"payments","from":null`,
+		`"op":"line","key":"payments","from":"1"`,
+		`"op":"line","key":"payments","from":1.0`,
+		`"op":"line","key":"payments","from":1,"version":1`,
+		`"op":"rotation.ack","key":"payments"`,
+		`"op":"rotation.ack","version":2`,
+		`"op":"rotation.ack","key":"payments","version":0`,
+		`"op":"rotation.ack","key":null,"version":2`,
+		`"op":"rotation.ack","key":"payments","version":2,"from":1`,
 	} {
 		id, r, err := wire.Parse([]byte(`{"id":"1",`+bad+`}`), 100)
 		var refusal *wire.Error
@@ -33,10 +42,12 @@ func TestParseLineAndAck(t *testing.T) {
 	}
 }
 
-// event is a rotation with all of its fields.
+// event returns a rotation with all fields set, and with pairs of changes: old text, new text.
 func event(changes ...string) string {
-	s := `{"event":"rotation","key":"payments","version":2,"public_key":"` + nonce + `","activates_at":1,"retires_at":2,"compromised":true,` +
-		`"succession":{"payload":{"key":"payments"},"nonce":"` + nonce + `","timestamp":3,"expires_at":4,"signature":"AA"},` +
+	s := `{"event":"rotation","key":"payments","version":2,"public_key":"` + nonce + `",` +
+		`"activates_at":1,"retires_at":2,"compromised":true,` +
+		`"succession":{"payload":{"key":"payments"},"nonce":"` + nonce + `",` +
+		`"timestamp":3,"expires_at":4,"signature":"AA"},` +
 		`"authorization":{"payload":{"owner":""},"signature":"AQ"}}`
 	for i := 0; i < len(changes); i += 2 {
 		s = strings.Replace(s, changes[i], changes[i+1], 1)
@@ -49,9 +60,14 @@ func TestDecodeRotation(t *testing.T) {
 	for i := range key {
 		key[i] = 42
 	}
-	want := wire.Rotation{Event: wire.EventRotation, Key: "payments", Version: 2, PublicKey: key, ActivatesAt: 1, RetiresAt: 2, Compromised: true,
-		Succession:    &wire.Succession{Payload: []byte(`{"key":"payments"}`), Nonce: key, Timestamp: 3, ExpiresAt: 4, Signature: wire.Bytes{0}},
-		Authorization: &wire.Authorization{Payload: []byte(`{"owner":""}`), Signature: wire.Bytes{1}}}
+	want := wire.Rotation{
+		Event: wire.EventRotation, Key: "payments", Version: 2, PublicKey: key,
+		ActivatesAt: 1, RetiresAt: 2, Compromised: true,
+		Succession: &wire.Succession{
+			Payload: []byte(`{"key":"payments"}`), Nonce: key, Timestamp: 3, ExpiresAt: 4, Signature: wire.Bytes{0},
+		},
+		Authorization: &wire.Authorization{Payload: []byte(`{"owner":""}`), Signature: wire.Bytes{1}},
+	}
 	_, r, err := wire.DecodeMessage([]byte(event()))
 	if err != nil || !reflect.DeepEqual(*r, want) {
 		t.Errorf("%+v, %v", r, err)
@@ -61,64 +77,72 @@ func TestDecodeRotation(t *testing.T) {
 	}
 	want.Compromised, want.Succession, want.Authorization, want.Event = false, nil, nil, ""
 	b := wire.EncodeRotation(want)
-	if string(b) != `{"event":"rotation","key":"payments","version":2,"public_key":"`+nonce+`","activates_at":1,"retires_at":2}` {
+	short := `{"event":"rotation","key":"payments","version":2,"public_key":"` + nonce +
+		`","activates_at":1,"retires_at":2}`
+	if string(b) != short {
 		t.Errorf("%s", b)
 	}
 	want.Event = wire.EventRotation
 	if _, r, err := wire.DecodeMessage(b); err != nil || !reflect.DeepEqual(*r, want) {
 		t.Errorf("%+v, %v", r, err)
 	}
-	if a, r, err := wire.DecodeMessage([]byte(`{"id":"7","result":{"valid":true,"event":1}}`)); err != nil || r != nil || a.ID != "7" {
+	a, r, err := wire.DecodeMessage([]byte(`{"id":"7","result":{"valid":true,"event":1}}`))
+	if err != nil || r != nil || a.ID != "7" {
 		t.Errorf("an answer: %+v, %+v, %v", a, r, err)
 	}
 }
 
-// TestDecodeMessageRefuses: what is no sound event is none, and is not taken for an unknown one either.
+// TestDecodeMessageRefuses sees that a malformed rotation is refused as malformed and not ignored
+// as an unknown event.
 func TestDecodeMessageRefuses(t *testing.T) {
 	for name, bad := range map[string]string{
-		"empty":                      ``,
-		"an array":                   `[]`,
-		"neither":                    `{}`,
-		"an answer and more":         `{"id":"1","result":{},"more":1}`,
-		"event null":                 event(`"rotation"`, `null`),
-		"event a number":             event(`"rotation"`, `1`),
-		"event empty":                event(`"rotation"`, `""`),
-		"an event and an answer":     event(`"key"`, `"id":"1","key"`),
-		"an unknown field":           event(`"key"`, `"extra":1,"key"`),
-		"a field twice":              event(`"key"`, `"version":2,"key"`),
-		"no key":                     event(`"key":"payments",`, ``),
-		"key empty":                  event(`"payments"`, `""`),
-		"key too long":               event(`"payments"`, `"`+strings.Repeat("k", 65)+`"`),
-		"no version":                 event(`"version":2,`, ``),
-		"version 0":                  event(`"version":2`, `"version":0`),
-		"version null":               event(`"version":2`, `"version":null`),
-		"no public key":              event(`"public_key":"`+nonce+`",`, ``),
-		"a short public key":         event(nonce, nonce[1:]),
-		"no activates_at":            event(`"activates_at":1,`, ``),
-		"a negative time":            event(`"activates_at":1`, `"activates_at":-1`),
-		"a time after the year 9999": event(`"retires_at":2`, `"retires_at":253402300800`),
-		"a succession without nonce": event(`"nonce":"`+nonce+`",`, ``),
-		"a succession with payload null": event(`{"key":"payments"}`,
-			`null`),
-		"a succession with more":          event(`"timestamp":3`, `"timestamp":3,"x":1`),
-		"an authorization without one":    event(`,"signature":"AQ"`, ``),
-		"an authorization without a body": event(`"payload":{"owner":""},`, ``),
+		"empty":                                ``,
+		"an array":                             `[]`,
+		"neither":                              `{}`,
+		"an answer and more":                   `{"id":"1","result":{},"more":1}`,
+		"event null":                           event(`"rotation"`, `null`),
+		"event a number":                       event(`"rotation"`, `1`),
+		"event empty":                          event(`"rotation"`, `""`),
+		"an event and an answer":               event(`"key"`, `"id":"1","key"`),
+		"an unknown field":                     event(`"key"`, `"extra":1,"key"`),
+		"a field twice":                        event(`"key"`, `"version":2,"key"`),
+		"no key":                               event(`"key":"payments",`, ``),
+		"key empty":                            event(`"payments"`, `""`),
+		"key too long":                         event(`"payments"`, `"`+strings.Repeat("k", 65)+`"`),
+		"no version":                           event(`"version":2,`, ``),
+		"version 0":                            event(`"version":2`, `"version":0`),
+		"version null":                         event(`"version":2`, `"version":null`),
+		"no public key":                        event(`"public_key":"`+nonce+`",`, ``),
+		"a short public key":                   event(nonce, nonce[1:]),
+		"no activates_at":                      event(`"activates_at":1,`, ``),
+		"a negative time":                      event(`"activates_at":1`, `"activates_at":-1`),
+		"a time after the year 9999":           event(`"retires_at":2`, `"retires_at":253402300800`),
+		"a succession without nonce":           event(`"nonce":"`+nonce+`",`, ``),
+		"a succession with payload null":       event(`{"key":"payments"}`, `null`),
+		"a succession with an unknown field":   event(`"timestamp":3`, `"timestamp":3,"x":1`),
+		"an authorization without a signature": event(`,"signature":"AQ"`, ``),
+		"an authorization without a payload":   event(`"payload":{"owner":""},`, ``),
 	} {
-		if a, r, err := wire.DecodeMessage([]byte(bad)); err == nil || errors.Is(err, wire.ErrUnknownEvent) || r != nil || a.ID != "" {
+		a, r, err := wire.DecodeMessage([]byte(bad))
+		if err == nil || errors.Is(err, wire.ErrUnknownEvent) || r != nil || a.ID != "" {
 			t.Errorf("%s: %+v, %+v, %v", name, a, r, err)
 		}
 	}
-	for _, later := range []string{`{"event":"locked"}`, `{"event":"rotation-v2","key":7,"x":{"y":[]}}`, event(`"rotation"`, `"Rotation"`)} {
+	for _, later := range []string{
+		`{"event":"locked"}`, `{"event":"rotation-v2","key":7,"x":{"y":[]}}`, event(`"rotation"`, `"Rotation"`),
+	} {
 		if _, r, err := wire.DecodeMessage([]byte(later)); !errors.Is(err, wire.ErrUnknownEvent) || r != nil {
 			t.Errorf("%s: %+v, %v", later, r, err)
 		}
 	}
-	if _, _, err := wire.DecodeMessage([]byte(`{"event":"locked","event":"locked"}`)); err == nil || errors.Is(err, wire.ErrUnknownEvent) {
+	_, _, err := wire.DecodeMessage([]byte(`{"event":"locked","event":"locked"}`))
+	if err == nil || errors.Is(err, wire.ErrUnknownEvent) {
 		t.Errorf("an unknown event that is not I-JSON: %v", err)
 	}
 }
 
-// FuzzDecodeMessage: a message is one of answer, rotation, unknown event and error, and a rotation is written as it was read.
+// FuzzDecodeMessage sees that a message is one of answer, rotation, unknown event and error, and
+// that a rotation is the same after it is encoded and decoded again.
 func FuzzDecodeMessage(f *testing.F) {
 	f.Add([]byte(event()))
 	f.Add([]byte(`{"event":"locked"}`))
@@ -133,7 +157,8 @@ func FuzzDecodeMessage(f *testing.F) {
 		case r == nil && (a.Error == nil) == (a.Result == nil):
 			t.Fatalf("%+v", a)
 		case r != nil:
-			if _, again, err := wire.DecodeMessage(wire.EncodeRotation(*r)); err != nil || !reflect.DeepEqual(r, again) {
+			_, again, err := wire.DecodeMessage(wire.EncodeRotation(*r))
+			if err != nil || !reflect.DeepEqual(r, again) {
 				t.Fatalf("%+v, again %+v, %v", r, again, err)
 			}
 			if r.Version == 0 || r.Key == "" {

@@ -1,9 +1,10 @@
-// Package wire is the language that peers and the appliance speak inside a Noise connection: one JSON document a
-// message, requests from the peer, answers from the appliance. It knows fields and their forms and nothing of
-// cryptography. docs/SPEC.md is the full text.
+// Package wire defines the messages that a peer and the appliance exchange inside a Noise
+// connection: one JSON document a message, requests from the peer, answers and events from the
+// appliance. The package knows fields and their forms, and no cryptography. docs/SPEC.md is the
+// specification. Begin reading at Parse.
 //
-// Documents are I-JSON (RFC 7493): UTF-8, no duplicate names, no surrogates or noncharacters. Unknown fields are refused
-// on both sides. Bytes are base64url without padding, times are Unix seconds.
+// Documents are I-JSON (RFC 7493): UTF-8, no duplicate names, no surrogates or noncharacters. Both
+// sides refuse unknown fields. Bytes are base64url without padding, times are Unix seconds.
 package wire
 
 import (
@@ -19,17 +20,17 @@ import (
 	strict "github.com/go-json-experiment/json"
 )
 
-// MaxDocument is the longest JSON document in bytes: a Noise message of 65,535 bytes less its 16-byte tag.
+// MaxDocument is the longest JSON document, in bytes: a Noise message of 65,535 bytes less its
+// 16-byte authentication tag.
 const MaxDocument = 65535 - 16
 
-// maxID and maxKey bound a request's id and the name of a key, in bytes; maxTime is the last second of the year 9999.
 const (
-	maxID   = 64
-	maxKey  = 64
-	maxTime = 253402300799
+	maxID   = 64           // bytes of a request's id
+	maxKey  = 64           // bytes of a key's name
+	maxTime = 253402300799 // Unix seconds: the last second of the year 9999
 )
 
-// The operations.
+// The operations that a request names in its field op.
 const (
 	OpPing   = "ping"
 	OpKeys   = "keys"
@@ -41,23 +42,23 @@ const (
 	OpAck    = "rotation.ack"
 )
 
-// The codes of an error answer. They are stable: programs decide by them.
+// The codes of an error answer. Programs decide by the codes, so a code never changes.
 const (
-	CodeMalformed        = "malformed"         // the request does not have the form that the specification gives it
+	CodeMalformed        = "malformed"         // the request does not have the specified form
 	CodeUnsupported      = "unsupported"       // unknown operation or transcript type
 	CodeTooLarge         = "too_large"         // the request or its answer does not fit into a message
-	CodeUnknownKey       = "unknown_key"       // no such key
+	CodeUnknownKey       = "unknown_key"       // no key has this name
 	CodeKeyNotActive     = "key_not_active"    // the key exists, but may not sign now
-	CodeDenied           = "denied"            // policy does not allow it
+	CodeDenied           = "denied"            // policy does not allow the request
 	CodeNotConfirmed     = "not_confirmed"     // an operator must confirm that the key may sign now
 	CodeReplay           = "replay"            // the nonce is spent
 	CodeExpired          = "expired"           // expires_at has passed
 	CodeNotYetValid      = "not_yet_valid"     // timestamp lies in the future
 	CodeLifetimeTooLong  = "lifetime_too_long" // expires_at - timestamp is over the maximum
 	CodeInvalidSignature = "invalid_signature" // the signature does not verify, or its key is unusable
-	CodeWrongSigner      = "wrong_signer"      // the key is not one that the document allows to sign it
+	CodeWrongSigner      = "wrong_signer"      // the document does not name the key as one of its signers
 	CodeRateLimited      = "rate_limited"      // too many requests of this peer in a second
-	CodeBusy             = "busy"              // too many requests are being served, of this peer or in all
+	CodeBusy             = "busy"              // too many requests are being served, for this peer or in all
 	CodeUnavailable      = "unavailable"       // the appliance can't answer now; the same request may be sent again
 )
 
@@ -67,7 +68,8 @@ type Bytes []byte
 // Bytes32 is 32 bytes, base64url without padding (43 characters) in JSON.
 type Bytes32 [32]byte
 
-// Document is what gets signed, with the envelope that makes its signature single use and short-lived.
+// Document is a payload to be signed, with its envelope. The envelope (nonce, timestamp,
+// expires_at) makes the signature single use and short-lived.
 type Document struct {
 	Type      string          `json:"type"`
 	Payload   json.RawMessage `json:"payload"`
@@ -76,13 +78,13 @@ type Document struct {
 	ExpiresAt int64           `json:"expires_at"`
 }
 
-// Ping asks for a sign of life.
+// Ping asks whether the appliance answers.
 type Ping struct {
 	ID string `json:"id"`
 	Op string `json:"op"`
 }
 
-// Keys asks which keys can sign.
+// Keys asks for the list of signing keys.
 type Keys struct {
 	ID string `json:"id"`
 	Op string `json:"op"`
@@ -96,8 +98,8 @@ type Sign struct {
 	Document
 }
 
-// Verify asks whether a signature is good, and spends its nonce. Key is optional: where it is given, the public key must
-// be one of that key's versions.
+// Verify asks whether a signature is valid, and spends the document's nonce. Key is optional:
+// with a Key, PublicKey must be one of that key's versions.
 type Verify struct {
 	ID        string  `json:"id"`
 	Op        string  `json:"op"`
@@ -107,35 +109,38 @@ type Verify struct {
 	Document
 }
 
-// Proof asks for the proof that an event is in the audit log. A peer can have that of its own events.
+// Proof asks for the inclusion proof of an event in the audit log. A peer gets proofs of its own
+// events only.
 type Proof struct {
 	ID    string `json:"id"`
 	Op    string `json:"op"`
 	Event uint64 `json:"event"`
 }
 
-// Batch asks for several things at once. An item is a *Sign or a *Verify without an id, or a *Error where it is neither.
+// Batch has several requests in one message. An item is a *Sign or a *Verify without an id, or an
+// *Error in place of an item that is neither.
 type Batch struct {
 	ID    string
 	Op    string
 	Items []any
 }
 
-// Answers answers Batch: one for each item, in their order.
+// Answers answers Batch, with one answer for each item in the order of the items.
 type Answers struct {
 	Answers []ItemAnswer `json:"answers"`
 }
 
-// ItemAnswer has one of Result and Error.
+// ItemAnswer has either Result or Error.
 type ItemAnswer struct {
 	Result json.RawMessage `json:"result,omitzero"`
 	Error  *Error          `json:"error,omitempty"`
 }
 
-// maxItemMessage bounds the message of an item's error, so that all answers of a batch fit into one message.
+// maxItemMessage bounds an item's Error.Message in bytes, so that the answers to a batch fit into
+// one Noise message.
 const maxItemMessage = 256
 
-// NewItemAnswer makes the answer to an item of a batch.
+// NewItemAnswer makes the answer to an item of a batch: the result, or the refusal if not nil.
 func NewItemAnswer(result any, refusal *Error) ItemAnswer {
 	if refusal != nil {
 		short := *refusal
@@ -146,20 +151,20 @@ func NewItemAnswer(result any, refusal *Error) ItemAnswer {
 	}
 	b, err := strict.Marshal(result)
 	if err != nil {
-		panic("wire: a result that is not JSON: " + err.Error()) // our own types always are
+		panic("wire: a result that is not JSON: " + err.Error()) // the types of this package always marshal
 	}
 	return ItemAnswer{Result: b}
 }
 
-// Line asks for the steps of a key's line of versions: those that lead to From+1 and on.
+// Line asks for the succession steps of a key: those to version From+1 and later ones.
 type Line struct {
 	ID   string `json:"id"`
 	Op   string `json:"op"`
 	Key  string `json:"key"`
-	From uint32 `json:"from"` // the version that the peer trusts, from 1
+	From uint32 `json:"from"` // the version that the peer trusts; versions are counted from 1
 }
 
-// Ack says that the peer has taken notice of a rotation.
+// Ack acknowledges the Rotation to a version of a key.
 type Ack struct {
 	ID      string `json:"id"`
 	Op      string `json:"op"`
@@ -167,7 +172,7 @@ type Ack struct {
 	Version uint32 `json:"version"`
 }
 
-// Steps answers Line. More says that there are further ones: ask again from the last one's version.
+// Steps answers Line. With More, further steps exist: ask again from the last step's version.
 type Steps struct {
 	Key   string       `json:"key"`
 	Steps []Succession `json:"steps"`
@@ -180,8 +185,9 @@ type Acknowledged struct {
 	Version uint32 `json:"version"`
 }
 
-// Succession is one step of a line: a key-succession-v1 document and its signature by the old version. It is kept for ever: its
-// times are those of its signing and end nothing.
+// Succession is one step from a version of a key to the next: a key-succession-v1 document and
+// its signature by the old version. A step stays valid for ever: Timestamp and ExpiresAt are
+// those of the signing, and ExpiresAt does not end the step.
 type Succession struct {
 	Payload   json.RawMessage `json:"payload"`
 	Nonce     Bytes32         `json:"nonce"`
@@ -190,35 +196,37 @@ type Succession struct {
 	Signature Bytes           `json:"signature"`
 }
 
-// Authorization is a paykit-noise-key-authorization-v1 document and its signature by its owner.
+// Authorization is a paykit-noise-key-authorization-v1 document and the signature of its owner.
 type Authorization struct {
 	Payload   json.RawMessage `json:"payload"`
 	Signature Bytes           `json:"signature"`
 }
 
-// EventRotation is the event of a Rotation.
+// EventRotation is the value of Rotation.Event.
 const EventRotation = "rotation"
 
-// NoiseKey is the key of a Rotation that is about the listener's Noise key.
+// NoiseKey is the value of Rotation.Key for the listener's Noise key.
 const NoiseKey = "noise"
 
-// Rotation is sent by the appliance without being asked: a key gets a new version. A peer acknowledges it with Ack.
+// Rotation announces a new version of a key. The appliance sends a Rotation without a request,
+// and a peer acknowledges with Ack.
 type Rotation struct {
 	Event       string  `json:"event"`
 	Key         string  `json:"key"`
-	Version     uint32  `json:"version"` // the new one
+	Version     uint32  `json:"version"` // the new version
 	PublicKey   Bytes32 `json:"public_key"`
-	ActivatesAt int64   `json:"activates_at"` // from then on the new version signs, or answers handshakes
-	RetiresAt   int64   `json:"retires_at"`   // until then the old one is accepted, at the most
-	// Compromised: the old version must not be believed any more.
+	ActivatesAt int64   `json:"activates_at"` // when the new version begins to sign, or to answer handshakes
+	RetiresAt   int64   `json:"retires_at"`   // when the old version ceases to be accepted, at the latest
+	// Compromised says that signatures of the old version must not be trusted any more.
 	Compromised bool `json:"compromised,omitzero"`
-	// Succession is the step to this version, where the key is a signing key that could sign it.
+	// Succession is the step to this version: for a signing key whose old version could sign the
+	// step.
 	Succession *Succession `json:"succession,omitempty"`
-	// Authorization is there for the Noise key of an appliance with an identity.
+	// Authorization is set for the Noise key of an appliance with an identity.
 	Authorization *Authorization `json:"authorization,omitempty"`
 }
 
-// KeyName returns Key, or "" where it is not given.
+// KeyName returns Key, or "" without a Key.
 func (v *Verify) KeyName() string {
 	if v.Key == nil {
 		return ""
@@ -226,10 +234,10 @@ func (v *Verify) KeyName() string {
 	return *v.Key
 }
 
-// Pong answers Ping. Time is the appliance's clock in Unix seconds.
+// Pong answers Ping.
 type Pong struct {
 	Service string `json:"service"`
-	Time    int64  `json:"time"`
+	Time    int64  `json:"time"` // of the appliance's clock, in Unix seconds
 }
 
 // KeyList answers Keys.
@@ -246,13 +254,12 @@ type Key struct {
 	Custody    string  `json:"custody"`
 	Provenance string  `json:"provenance"` // generated in the device, or imported
 	PublicKey  Bytes32 `json:"public_key"`
-	// Next is SHA-256 of the public key of the next version, which exists already. Whoever follows the line from this version on
-	// must know it.
+	// Next is the SHA-256 of the public key of the next version, which exists already. A peer needs
+	// Next to check the succession step from this version to the next.
 	Next *Bytes32 `json:"next,omitempty"`
 }
 
-// Signed answers Sign. Event is the index of the admission in the audit log. Repeated says that this request had been
-// admitted before: the signature is the one that belongs to that admission.
+// Signed answers Sign.
 type Signed struct {
 	Signature Bytes   `json:"signature"`
 	PublicKey Bytes32 `json:"public_key"`
@@ -261,54 +268,59 @@ type Signed struct {
 	Nonce     Bytes32 `json:"nonce"`
 	Timestamp int64   `json:"timestamp"`
 	ExpiresAt int64   `json:"expires_at"`
-	Event     uint64  `json:"event"`
-	Repeated  bool    `json:"repeated"`
-	// Receipt is there where the document is a payment.
+	// Event is the index of the admission in the audit log.
+	Event uint64 `json:"event"`
+	// Repeated says that an earlier identical request was admitted: Event and the signature
+	// belong to that admission.
+	Repeated bool `json:"repeated"`
+	// Receipt is set for a document that is a payment.
 	Receipt *Receipt `json:"receipt,omitempty"`
 }
 
-// Receipt names the record that the appliance keeps of a payment. It has the amount as a commitment only: SHA-256 of
-// "countersign-receipt-v1", a zero byte, the salt, the amount, a space, and the currency. The salt is with the peer alone.
+// Receipt names the record that the appliance keeps of a payment. The record has a commitment in
+// place of the amount: the SHA-256 of "countersign-receipt-v1", a zero byte, the salt, the
+// amount, a space and the currency. Only the peer keeps the salt.
 type Receipt struct {
 	ID   Bytes `json:"id"`
 	Salt Bytes `json:"salt"`
 }
 
-// Proven answers Proof: the event as it is in the log, its place in its epoch's tree, the path to the root (RFC 6962 section
-// 2.1.1), and a signed checkpoint (C2SP tlog-checkpoint) of that tree.
+// Proven answers Proof with an inclusion proof (RFC 6962, section 2.1.1).
 type Proven struct {
 	Event      uint64    `json:"event"`
-	Epoch      uint32    `json:"epoch"`
-	Index      uint64    `json:"index"`
-	Leaf       Bytes     `json:"leaf"`
-	Path       []Bytes32 `json:"path"`
-	Checkpoint string    `json:"checkpoint"`
+	Epoch      uint32    `json:"epoch"`      // of the log; each epoch has a Merkle tree
+	Index      uint64    `json:"index"`      // of the leaf in that tree
+	Leaf       Bytes     `json:"leaf"`       // the event as the log has it
+	Path       []Bytes32 `json:"path"`       // hashes from the leaf to the root
+	Checkpoint string    `json:"checkpoint"` // signed tree head (C2SP tlog-checkpoint)
 }
 
-// Verified answers Verify; Valid is always true, since every other outcome is an error with its code.
+// Verified answers Verify. Valid is always true: every other outcome is an error with a code.
 type Verified struct {
 	Valid bool   `json:"valid"`
 	Event uint64 `json:"event"`
 }
 
-// Answer is the envelope of every answer: one of Result and Error is set.
+// Answer is the envelope of every answer. An Answer has either Result or Error.
 type Answer struct {
 	ID     string          `json:"id"`
 	Result json.RawMessage `json:"result,omitzero"`
 	Error  *Error          `json:"error,omitempty"`
 }
 
-// Error is a refusal. Programs read Code, people read Message. RetryAfter is there with busy and rate_limited: seconds after which
-// the same request may be sent again.
+// Error is a refusal.
 type Error struct {
-	Code       string `json:"code"`
-	Message    string `json:"message"`
-	RetryAfter int    `json:"retry_after,omitzero"`
+	Code    string `json:"code"`    // for programs: CodeMalformed and so on
+	Message string `json:"message"` // for people
+	// RetryAfter is set with busy and rate_limited: the same request may be sent again after so
+	// many seconds.
+	RetryAfter int `json:"retry_after,omitzero"`
 }
 
 func (e *Error) Error() string { return e.Code + ": " + e.Message }
 
-// required names the fields that each operation must have; Parse refuses a request without one, or with null for one.
+// required names the fields that each operation must have. Parse refuses a request in which one of
+// the fields is absent or null.
 var required = map[string][]string{
 	OpPing:   {},
 	OpKeys:   {},
@@ -319,8 +331,9 @@ var required = map[string][]string{
 	OpAck:    {"key", "version"},
 }
 
-// Parse reads a request strictly. It returns a *Ping, *Keys, *Sign, *Verify, *Proof, *Line, *Ack or *Batch, the last with at most so many items.
-// The error is an *Error; the id is given back with it whenever the document was sound enough to have one.
+// Parse reads a request strictly. The request is a *Ping, *Keys, *Sign, *Verify, *Proof, *Line,
+// *Ack, or a *Batch of at most maxItems items. The error is an *Error. An error comes with the id
+// if the document is I-JSON and has a valid id, so that the answer can name the request.
 func Parse(b []byte, maxItems int) (id string, request any, err error) {
 	if len(b) > MaxDocument {
 		return "", nil, refuse(CodeMalformed, "the document has more than %d bytes", MaxDocument)
@@ -332,7 +345,7 @@ func Parse(b []byte, maxItems int) (id string, request any, err error) {
 	if strict.Unmarshal(document.Members["id"], &id) != nil || id == "" || len(id) > maxID {
 		return "", nil, refuse(CodeMalformed, "id must be a string of 1 to %d bytes", maxID)
 	}
-	op, refusal := opOf(document)
+	op, refusal := parseOp(document)
 	if refusal != nil {
 		return id, nil, refusal
 	}
@@ -354,28 +367,30 @@ func Parse(b []byte, maxItems int) (id string, request any, err error) {
 	case OpBatch:
 		return parseBatch(id, document, maxItems)
 	default:
-		return id, nil, refuse(CodeUnsupported, "unknown op: this appliance knows ping, keys, sign, verify, proof, batch, line, rotation.ack")
+		return id, nil, refuse(CodeUnsupported,
+			"unknown op: this appliance knows ping, keys, sign, verify, proof, batch, line, rotation.ack")
 	}
 	if err := document.Into(request, required[op]...); err != nil {
 		return id, nil, refuse(CodeMalformed, "%v", err)
 	}
 	if line, is := request.(*Line); is && line.From == 0 {
-		return id, nil, refuse(CodeMalformed, "from: versions are counted from 1")
+		return id, nil, refuse(CodeMalformed, "from must be at least 1: versions are counted from 1")
 	}
 	if ack, is := request.(*Ack); is && ack.Version == 0 {
-		return id, nil, refuse(CodeMalformed, "version: versions are counted from 1")
+		return id, nil, refuse(CodeMalformed, "version must be at least 1: versions are counted from 1")
 	}
 	return id, request, nil
 }
 
-func opOf(document ijson.Object) (op string, refusal *Error) {
+func parseOp(document ijson.Object) (op string, refusal *Error) {
 	if v := document.Members["op"]; len(v) == 0 || v.Kind() != '"' || strict.Unmarshal(v, &op) != nil {
 		return "", refuse(CodeMalformed, "op must be a string")
 	}
 	return op, nil
 }
 
-// parseBatch reads a batch. An item that has no sound form is answered by itself.
+// parseBatch reads a batch. A malformed item becomes an *Error in its place and does not refuse the
+// other items.
 func parseBatch(id string, document ijson.Object, maxItems int) (string, any, error) {
 	var b struct {
 		ID    string            `json:"id"`
@@ -400,7 +415,7 @@ func parseItem(b []byte) any {
 	if err != nil {
 		return refuse(CodeMalformed, "%v", err)
 	}
-	op, refusal := opOf(document)
+	op, refusal := parseOp(document)
 	if refusal != nil {
 		return refusal
 	}
@@ -414,7 +429,7 @@ func parseItem(b []byte) any {
 		return refuse(CodeUnsupported, "an item's op is sign or verify")
 	}
 	if _, has := document.Members["id"]; has {
-		return refuse(CodeMalformed, "an item has no id: its answer has the item's place")
+		return refuse(CodeMalformed, "an item must not have an id: answers come in the order of the items")
 	}
 	if err := document.Into(request, required[op]...); err != nil {
 		return refuse(CodeMalformed, "%v", err)
@@ -426,17 +441,17 @@ func refuse(code, format string, args ...any) *Error {
 	return &Error{Code: code, Message: fmt.Sprintf(format, args...)}
 }
 
-// Encode writes a request, or an answer's result.
+// Encode writes a request, or the result of an answer.
 func Encode(v any) ([]byte, error) { return strict.Marshal(v) }
 
-// EncodeAnswer writes the answer to the request with the given id: the result, or where err is not nil the error.
-// An answer that does not fit into a message becomes the error too_large.
+// EncodeAnswer writes the answer to the request with the given id: the result, or the refusal if
+// not nil. An answer of more than MaxDocument bytes becomes the error too_large.
 func EncodeAnswer(id string, result any, refusal *Error) []byte {
 	a := Answer{ID: id, Error: refusal}
 	if refusal == nil {
 		b, err := strict.Marshal(result)
 		if err != nil {
-			panic("wire: a result that is not JSON: " + err.Error()) // our own types always are
+			panic("wire: a result that is not JSON: " + err.Error()) // the types of this package always marshal
 		}
 		a.Result = b
 	}
@@ -462,7 +477,7 @@ func DecodeAnswer(b []byte) (Answer, error) {
 	return a, nil
 }
 
-// EncodeRotation writes a rotation event.
+// EncodeRotation writes a rotation event, with Event set.
 func EncodeRotation(r Rotation) []byte {
 	r.Event = EventRotation
 	b, err := strict.Marshal(r)
@@ -472,11 +487,13 @@ func EncodeRotation(r Rotation) []byte {
 	return b
 }
 
-// ErrUnknownEvent: the appliance tells something that this version has no word for. Nothing has to be done about it.
+// ErrUnknownEvent reports an event of a kind that this version does not know, sent by a newer
+// appliance. A peer ignores such an event.
 var ErrUnknownEvent = errors.New("wire: unknown event")
 
-// DecodeMessage reads what an appliance sends, strictly: an answer, or where rotation is not nil an event. An event of another
-// name is ErrUnknownEvent, whatever it has, so that a later appliance can tell more.
+// DecodeMessage reads a message of an appliance strictly: an event if rotation is not nil,
+// otherwise an answer. An event with another name than "rotation" is ErrUnknownEvent with any
+// other fields, so that later appliances can send new events.
 func DecodeMessage(b []byte) (answer Answer, rotation *Rotation, err error) {
 	document, err := ijson.Parse(b)
 	if err != nil {
@@ -509,24 +526,27 @@ func parseRotation(document ijson.Object) (*Rotation, error) {
 	case r.Key == "" || len(r.Key) > maxKey:
 		return nil, fmt.Errorf("key must have 1 to %d bytes", maxKey)
 	case r.Version == 0:
-		return nil, errors.New("version: versions are counted from 1")
+		return nil, errors.New("version must be at least 1: versions are counted from 1")
 	case r.ActivatesAt < 0 || r.ActivatesAt > maxTime || r.RetiresAt < 0 || r.RetiresAt > maxTime:
 		return nil, fmt.Errorf("activates_at and retires_at must be Unix seconds between 0 and %d", int64(maxTime))
 	}
 	if r.Succession != nil {
-		if err := ijson.Decode(document.Members["succession"], new(Succession), "payload", "nonce", "timestamp", "expires_at", "signature"); err != nil {
+		err := ijson.Decode(document.Members["succession"], new(Succession),
+			"payload", "nonce", "timestamp", "expires_at", "signature")
+		if err != nil {
 			return nil, fmt.Errorf("succession: %w", err)
 		}
 	}
 	if r.Authorization != nil {
-		if err := ijson.Decode(document.Members["authorization"], new(Authorization), "payload", "signature"); err != nil {
+		err := ijson.Decode(document.Members["authorization"], new(Authorization), "payload", "signature")
+		if err != nil {
 			return nil, fmt.Errorf("authorization: %w", err)
 		}
 	}
 	return r, nil
 }
 
-// Into decodes the result into v strictly.
+// Into decodes the result into v strictly. The error is a.Error if the answer has one.
 func (a Answer) Into(v any) error {
 	if a.Error != nil {
 		return a.Error
@@ -543,7 +563,7 @@ func (b Bytes) MarshalText() ([]byte, error) {
 
 func (b *Bytes) UnmarshalText(text []byte) error {
 	v, err := base64.RawURLEncoding.Strict().DecodeString(string(text))
-	if err != nil || bytes.ContainsAny(text, "\r\n") { // the decoder skips line ends
+	if err != nil || bytes.ContainsAny(text, "\r\n") { // encoding/base64 skips line ends
 		return errors.New("must be base64url without padding")
 	}
 	*b = v

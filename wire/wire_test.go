@@ -11,8 +11,10 @@ import (
 
 const nonce = "KioqKioqKioqKioqKioqKioqKioqKioqKioqKioqKio"
 
+// sign returns a sign request with pairs of changes: old text, new text.
 func sign(changes ...string) string {
-	s := `{"id":"1","op":"sign","key":"payments","type":"message-v1","payload":{"context":"c"},"nonce":"` + nonce + `","timestamp":1,"expires_at":2}`
+	s := `{"id":"1","op":"sign","key":"payments","type":"message-v1","payload":{"context":"c"},` +
+		`"nonce":"` + nonce + `","timestamp":1,"expires_at":2}`
 	for i := 0; i < len(changes); i += 2 {
 		s = strings.Replace(s, changes[i], changes[i+1], 1)
 	}
@@ -25,7 +27,8 @@ func TestParse(t *testing.T) {
 		t.Fatal(err)
 	}
 	s, ok := r.(*wire.Sign)
-	if !ok || id != "1" || s.Key != "payments" || s.Type != "message-v1" || string(s.Payload) != `{"context":"c"}` || s.Nonce[31] != 42 || s.ExpiresAt != 2 {
+	if !ok || id != "1" || s.Key != "payments" || s.Type != "message-v1" ||
+		string(s.Payload) != `{"context":"c"}` || s.Nonce[31] != 42 || s.ExpiresAt != 2 {
 		t.Errorf("id %q, %#v", id, r)
 	}
 	for _, op := range []string{"ping", "keys"} {
@@ -39,8 +42,8 @@ func TestParse(t *testing.T) {
 	}
 }
 
-// TestRawMembersAreVerbatim holds a payload to its bytes: neither spaces nor escapes nor the form of a
-// number change on the way through Parse and DecodeMessage.
+// TestRawMembersAreVerbatim holds a payload to its bytes: neither spaces nor escapes nor the form
+// of a number change on the way through Parse and DecodeMessage.
 func TestRawMembersAreVerbatim(t *testing.T) {
 	const payload = `{ "b" : "\u0041\/<&\u2028", "a":[1.0e5, -0 ,123456789012345678901234567890] }`
 	document := sign(`{"context":"c"}`, payload)
@@ -120,10 +123,11 @@ func TestParseRefuses(t *testing.T) {
 		if refusal.Code != c.code || id != c.id {
 			t.Errorf("%s: id %q, %v; want id %q, code %s", name, id, refusal, c.id, c.code)
 		}
-		if len(refusal.Message) > 300 || strings.Contains(refusal.Message, "wire.") || strings.Contains(refusal.Message, "Go ") {
-			t.Errorf("%s: message %q", name, refusal.Message)
+		message := refusal.Message
+		if len(message) > 300 || strings.Contains(message, "wire.") || strings.Contains(message, "Go ") {
+			t.Errorf("%s: message %q", name, message)
 		}
-		// Whatever is said in the refusal must itself be a sound answer.
+		// The refusal must itself be a valid answer.
 		if _, err := wire.DecodeAnswer(wire.EncodeAnswer(id, nil, refusal)); err != nil {
 			t.Errorf("%s: %v", name, err)
 		}
@@ -148,10 +152,14 @@ func TestAnswers(t *testing.T) {
 	for i := range 2000 {
 		list.Keys = append(list.Keys, wire.Key{Name: fmt.Sprint("key", i)})
 	}
-	if a, err := wire.DecodeAnswer(wire.EncodeAnswer("7", list, nil)); err != nil || a.Error == nil || a.Error.Code != wire.CodeTooLarge {
+	a, err = wire.DecodeAnswer(wire.EncodeAnswer("7", list, nil))
+	if err != nil || a.Error == nil || a.Error.Code != wire.CodeTooLarge {
 		t.Errorf("an answer that does not fit: %v, %v", a, err)
 	}
-	for _, bad := range []string{`{}`, `{"id":"1"}`, `{"id":"1","result":{},"error":{"code":"x","message":"y"}}`, `{"id":"1","result":{},"x":1}`, `[]`, ``} {
+	for _, bad := range []string{
+		`{}`, `[]`, ``, `{"id":"1"}`, `{"id":"1","result":{},"x":1}`,
+		`{"id":"1","result":{},"error":{"code":"x","message":"y"}}`,
+	} {
 		if a, err := wire.DecodeAnswer([]byte(bad)); err == nil {
 			t.Errorf("%s: accepted as %v", bad, a)
 		}
@@ -168,7 +176,8 @@ func FuzzParse(f *testing.F) {
 	f.Add([]byte(`{"id":"1","op":"verify","signature":"AA"}`))
 	f.Add([]byte(`{"id":"1","op":"line","key":"payments","from":1}`))
 	f.Add([]byte(`{"id":"1","op":"rotation.ack","key":"noise","version":2}`))
-	f.Add([]byte(`{"id":"1","op":"batch","items":[{"op":"sign","key":"k"},` + strings.Replace(sign(), `"id":"1",`, "", 1) + `,7,{"op":"ping"}]}`))
+	item := strings.Replace(sign(), `"id":"1",`, "", 1)
+	f.Add([]byte(`{"id":"1","op":"batch","items":[{"op":"sign","key":"k"},` + item + `,7,{"op":"ping"}]}`))
 	f.Fuzz(func(t *testing.T, b []byte) {
 		id, r, err := wire.Parse(b, 100)
 		if (r == nil) == (err == nil) {
