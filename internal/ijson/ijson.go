@@ -1,5 +1,7 @@
-// Package ijson reads I-JSON (RFC 7493) strictly: UTF-8, no duplicate names, no surrogates or noncharacters in text, no
-// unknown fields, names matched by case, nothing after the document. Its errors are sentences for the sender.
+// Package ijson reads I-JSON (RFC 7493) strictly: UTF-8, no duplicate names, no surrogates or
+// noncharacters in text, no unknown fields, names matched by case, no data after the document. An
+// error tells the sender of the document which field is wrong and why, in one sentence. Begin
+// reading at Decode.
 package ijson
 
 import (
@@ -14,20 +16,20 @@ import (
 	"github.com/go-json-experiment/json/jsontext"
 )
 
-// MaxDepth bounds how deep arrays and objects nest; the outermost counts as 1.
+// MaxDepth bounds how deep arrays and objects nest. The outermost object has depth 1.
 const MaxDepth = 16
 
-// Object is one sound document: checked, and not yet read into anything.
+// Object is an I-JSON object that Parse has checked. Members has the raw value of each field.
 type Object struct {
 	raw     []byte
 	Members map[string]jsontext.Value
 }
 
-// Parse checks that b is one sound object.
+// Parse checks that b is one I-JSON object of at most MaxDepth levels. The Object refers to b.
 func Parse(b []byte) (o Object, err error) {
 	d := jsontext.NewDecoder(bytes.NewReader(b))
 	if d.PeekKind() != '{' {
-		return o, errors.New("it must be a JSON object")
+		return o, errors.New("not a JSON object")
 	}
 	for first := true; first || d.StackDepth() > 0; first = false {
 		token, err := d.ReadToken()
@@ -42,7 +44,7 @@ func Parse(b []byte) (o Object, err error) {
 		}
 	}
 	if _, err := d.ReadToken(); err != io.EOF {
-		return o, errors.New("something follows the JSON object")
+		return o, errors.New("more data follows the JSON object")
 	}
 	o.raw = b
 	if err := json.Unmarshal(b, &o.Members); err != nil {
@@ -51,7 +53,7 @@ func Parse(b []byte) (o Object, err error) {
 	return o, nil
 }
 
-// Into reads the object into v. The fields that are named must be there, and not null.
+// Into reads the object into v strictly. The required fields must be present and not null.
 func (o Object) Into(v any, required ...string) error {
 	for _, name := range required {
 		if m := o.Members[name]; len(m) == 0 || m.Kind() == 'n' {
@@ -64,7 +66,7 @@ func (o Object) Into(v any, required ...string) error {
 	return nil
 }
 
-// Decode is Parse and Into.
+// Decode parses b and reads the object into v: see Parse and Into.
 func Decode(b []byte, v any, required ...string) error {
 	o, err := Parse(b)
 	if err != nil {
@@ -73,12 +75,14 @@ func Decode(b []byte, v any, required ...string) error {
 	return o.Into(v, required...)
 }
 
-// noncharacter reports the code points that RFC 7493 section 2.1 forbids.
+// noncharacter reports the code points that RFC 7493, section 2.1, forbids: U+FDD0 to U+FDEF, and
+// the last two of each plane.
 func noncharacter(r rune) bool {
 	return r >= 0xfdd0 && r <= 0xfdef || r&0xfffe == 0xfffe
 }
 
-// explain turns a decoder's error into a sentence: the place and the reason, no Go types, nothing long of the sender's.
+// explain turns a decoder's error into a sentence with the place and the reason, without Go
+// types. Text of the sender is clipped.
 func explain(err error) error {
 	var semantic *json.SemanticError
 	if errors.As(err, &semantic) {
@@ -91,7 +95,7 @@ func explain(err error) error {
 		case semantic.GoType != nil:
 			return fmt.Errorf("%s: must be %s", place, expected(semantic.GoType))
 		}
-		return fmt.Errorf("%s: this does not fit here", place)
+		return fmt.Errorf("%s: wrong type of value", place)
 	}
 	var syntactic *jsontext.SyntacticError
 	if errors.As(err, &syntactic) {
@@ -127,10 +131,10 @@ func expected(t reflect.Type) string {
 	if isNumber(t) {
 		return "an integer without fraction or exponent, in its range"
 	}
-	return "something else"
+	return "of another type"
 }
 
-// field writes a place as it is named in specifications: payload.terms.amount.
+// field writes a JSON pointer as specifications name a field: payload.terms.amount.
 func field(p jsontext.Pointer) string {
 	var names []string
 	for name := range p.Tokens() {
@@ -139,11 +143,12 @@ func field(p jsontext.Pointer) string {
 	return Clip(strings.Join(names, "."))
 }
 
-// Clip shortens text of a sender's to what fits into a message or a log line.
+// Clip shortens a sender's text to at most 64 bytes and an ellipsis, for an error message or a log
+// line.
 func Clip(s string) string {
-	const most = 64
-	if len(s) <= most {
+	const limit = 64
+	if len(s) <= limit {
 		return s
 	}
-	return strings.ToValidUTF8(s[:most], "") + "…"
+	return strings.ToValidUTF8(s[:limit], "") + "…"
 }
