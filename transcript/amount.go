@@ -5,10 +5,11 @@ import (
 	"strings"
 )
 
-// AmountScale is the number of decimal places that Exact counts in.
+// AmountScale is the number of decimal places of Exact: an amount of 1 is 10^AmountScale.
 const AmountScale = maxAmountScale
 
-// Exact is the amount as a whole number of units of 10^-AmountScale.
+// Exact returns the amount in units of 10^-AmountScale. Exact panics for an amount that Parse has
+// not accepted.
 func (p *Payment) Exact() *big.Int {
 	whole, fraction, _ := strings.Cut(p.Amount, ".")
 	n, ok := new(big.Int).SetString(whole+fraction+strings.Repeat("0", AmountScale-len(fraction)), 10)

@@ -1,6 +1,7 @@
 package transcript
 
-// CanonicalSubscription encodes a subscription without judging it, for vectors of documents that Parse refuses.
+// CanonicalSubscription encodes a subscription without the checks of Parse: some test vectors are
+// of documents that Parse refuses.
 func CanonicalSubscription(r Request) ([]byte, error) {
 	d := Document{Request: r}
 	var s subscription
@@ -10,5 +11,5 @@ func CanonicalSubscription(r Request) ([]byte, error) {
 	return s.canonical(r), nil
 }
 
-// ZBase32 is the text form that Pubky names a key by.
+// ZBase32 encodes a key in z-base-32, as Pubky writes keys.
 func ZBase32(key []byte) string { return zBase32.EncodeToString(key) }

@@ -14,8 +14,9 @@ import (
 	"github.com/go-json-experiment/json/jsontext"
 )
 
-// fuzz holds a type to this: whatever the payload is, Parse refuses it with a class, in a short text that can be printed;
-// or the bytes depend on nothing but what the payload says: they are the same for its RFC 8785 form.
+// fuzz checks two properties of a type for any payload. A refusal has a class, and a printable text
+// of at most 500 bytes. The bytes of an accepted payload depend on its values and not on its
+// spelling: the RFC 8785 form of the payload has the same bytes.
 func fuzz(f *testing.F, typ string, seeds ...string) {
 	for _, v := range vectors(f, typ) {
 		seeds = append(seeds, string(v.Payload))
@@ -34,7 +35,9 @@ func fuzz(f *testing.F, typ string, seeds ...string) {
 			if !errors.Is(err, transcript.ErrMalformed) && !errors.Is(err, transcript.ErrUnsupported) {
 				t.Fatalf("%v has no class", err)
 			}
-			if text := err.Error(); len(text) > 500 || !utf8.ValidString(text) || strings.ContainsFunc(text, func(r rune) bool { return !unicode.IsPrint(r) }) {
+			unprintable := func(r rune) bool { return !unicode.IsPrint(r) }
+			text := err.Error()
+			if len(text) > 500 || !utf8.ValidString(text) || strings.ContainsFunc(text, unprintable) {
 				t.Fatalf("an error of %d bytes: %.600q", len(text), text)
 			}
 			return
@@ -43,7 +46,8 @@ func fuzz(f *testing.F, typ string, seeds ...string) {
 			t.Fatalf("%x does not begin with %q", doc.Message, start)
 		}
 		form := jsontext.Value(sent)
-		if err := form.Canonicalize(jsontext.CanonicalizeRawInts(false)); err != nil { // some integers are longer than RFC 8785 has them
+		// RFC 8785 would round integers above 2^53.
+		if err := form.Canonicalize(jsontext.CanonicalizeRawInts(false)); err != nil {
 			t.Fatal(err)
 		}
 		again, err := transcript.Parse(transcript.Request{Type: typ, Payload: form, Timestamp: 1, ExpiresAt: 2})

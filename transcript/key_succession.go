@@ -1,23 +1,28 @@
 package transcript
 
-var keySuccessionType = Type{"key-succession-v1", "the old key of a line endorses the new one; only the appliance itself makes it, when it rotates", []Field{
-	{"key", true, "the name of the line: 1 to 64 of a-z 0-9 -, not beginning with -"},
-	{"version", true, "that of the new key, 2 to 4294967295"},
-	{"old_public_key", true, formKey + "; the signer"},
-	{"new_public_key", true, formKey + "; differs from old_public_key"},
-	{"time", true, formTime},
-	{"next", false, "32 bytes, base64url: SHA-256 of the public key that will follow the new one"},
-}, keySuccession}
+var keySuccessionType = Type{
+	"key-succession-v1",
+	"the old version of a key endorses the new version; made by the appliance only, at a rotation",
+	[]Field{
+		{"key", true, "the name of the key: 1 to 64 of a-z 0-9 -, not beginning with -"},
+		{"version", true, "of the new public key, 2 to 4294967295"},
+		{"old_public_key", true, formKey + "; the signer"},
+		{"new_public_key", true, formKey + "; differs from old_public_key"},
+		{"time", true, formTime},
+		{"next", false, "32 bytes, base64url: SHA-256 of the public key of the version after the new one"},
+	},
+	keySuccession,
+}
 
-// Succession is a step of a key's line of versions: the new key is Version of Key.
+// Succession is a step from one version of a key to the next: New is the public key of Version.
 type Succession struct {
 	Key      string
 	Version  uint32
 	Old, New [32]byte
-	Next     *[32]byte // SHA-256 of the public key that will follow; nil where it is not said
+	Next     *[32]byte // SHA-256 of the public key of the version after New; nil if not committed to
 }
 
-// keySuccession is the transcript key-succession-v1: see bindJSON for its bytes.
+// keySuccession builds a key-succession-v1: see bindJSON for the bytes.
 func keySuccession(d *Document) error {
 	var p struct {
 		Key          string    `json:"key"`
@@ -62,7 +67,8 @@ func keySuccession(d *Document) error {
 	return d.bindJSON("countersign-key-succession-v1")
 }
 
-// checkKeyName accepts what package keystore accepts as the name of a line; a test of the tree compares the two.
+// checkKeyName accepts the names that package keystore accepts for a key. A test at the root
+// compares the two functions.
 func checkKeyName(field, name string) error {
 	ok := name != "" && len(name) <= 64 && name[0] != '-'
 	for i := range len(name) {

@@ -2,26 +2,31 @@ package transcript
 
 import "crypto/sha256"
 
-// messageDomain separates message-v1 from every other use of a key.
+// messageDomain separates message-v1 from all other uses of a key.
 const messageDomain = "countersign-message-v1\x00"
 
 // MaxContext bounds the context string of message-v1, in bytes.
 const MaxContext = 255
 
-var messageType = Type{"message-v1", "any bytes, in a named context", []Field{
-	{"context", true, "text of 1 to 255 bytes"},
-	{"message", false, "base64url; this or sha256"},
-	{"sha256", false, "32 bytes, base64url: the SHA-256 of a message that need not travel"},
-}, message}
+var messageType = Type{
+	"message-v1",
+	"any bytes, in a named context",
+	[]Field{
+		{"context", true, "text of 1 to 255 bytes"},
+		{"message", false, "base64url; this or sha256"},
+		{"sha256", false, "32 bytes, base64url: the SHA-256 of a message that need not travel"},
+	},
+	message,
+}
 
-// message is the transcript message-v1: a signature over any bytes, in a named context.
+// message builds a message-v1: a signature over any bytes, in a named context.
 //
 //	canonical = "countersign-message-v1" 00 || u8 length of context || context || SHA-256(payload)
 //	            || nonce (32) || timestamp (u64, big-endian) || expires_at (u64, big-endian)
 //	signed    = canonical
 //
-// The payload of the request is {"context": "...", "message": "<base64url>"}, or, so that large files need not travel,
-// {"context": "...", "sha256": "<base64url of the 32-byte digest>"}. Both sign the same bytes.
+// The payload of the request is {"context": "...", "message": "<base64url>"}. A large file need not
+// travel: {"context": "...", "sha256": "<base64url of the 32-byte digest>"} signs the same bytes.
 func message(d *Document) error {
 	var p struct {
 		Context string  `json:"context"`

@@ -6,21 +6,27 @@ import (
 	"encoding/hex"
 )
 
-var paykitNoiseKeyAuthorizationType = Type{"paykit-noise-key-authorization-v1", "the owner of an identity lets a Noise key speak for it", []Field{
-	{"owner", true, formKey + "; the signer"},
-	{"noise_public_key", true, formKey},
-	{"noise_static_public_key", false, formKey + "; X25519, not of low order"},
-	{"key_generation", true, "an integer from 0 to 9223372036854775807; it must rise"},
-}, paykitNoiseKeyAuthorization}
+var paykitNoiseKeyAuthorizationType = Type{
+	"paykit-noise-key-authorization-v1",
+	"the owner of an identity authorizes a Noise key to speak for the identity",
+	[]Field{
+		{"owner", true, formKey + "; the signer"},
+		{"noise_public_key", true, formKey},
+		{"noise_static_public_key", false, formKey + "; X25519, not of low order"},
+		{"key_generation", true, "an integer from 0 to 9223372036854775807; each signature needs a greater one"},
+	},
+	paykitNoiseKeyAuthorization,
+}
 
-// paykitNoiseKeyAuthorization is the transcript paykit-noise-key-authorization-v1.
+// paykitNoiseKeyAuthorization builds a paykit-noise-key-authorization-v1.
 //
 //	canonical = "paykit.noise_key_authorization/v1" 00 || owner (32) || noise_public_key (32)
 //	            || noise_static_public_key (32), or nothing || key_generation (u64, big-endian)
 //	signed    = canonical
 //
-// Upstream had a form without the X25519 key once; the lengths tell them apart. Nothing in the bytes is bound to nonce or
-// time: the generation says which of two authorizations counts.
+// An older form of upstream has no X25519 key; the two forms differ in length. The bytes are not
+// bound to nonce or time. In their place the generation, which only increases, says which of two
+// authorizations counts: the one with the greater generation.
 func paykitNoiseKeyAuthorization(d *Document) error {
 	var p struct {
 		Owner                publicKey  `json:"owner"`
@@ -55,12 +61,17 @@ func paykitNoiseKeyAuthorization(d *Document) error {
 	d.Unbound = true
 	d.Generation = &generation
 	d.NoiseStatic = (*[32]byte)(p.NoiseStaticPublicKey)
-	d.Fields = map[string]any{"owner": hex.EncodeToString(p.Owner[:]), "noise_public_key": hex.EncodeToString(p.NoisePublicKey[:]), "generation": p.KeyGeneration}
+	d.Fields = map[string]any{
+		"owner":            hex.EncodeToString(p.Owner[:]),
+		"noise_public_key": hex.EncodeToString(p.NoisePublicKey[:]),
+		"generation":       p.KeyGeneration,
+	}
 	return nil
 }
 
-// lowOrder finds the X25519 keys (all zero is one) with which every exchange has the same result, known to all. crypto/ecdh
-// refuses that result (RFC 7748 section 6.1), whatever the private key is.
+// lowOrder reports X25519 public keys of low order, such as 32 zero bytes. With such a key every
+// exchange has the same result, zero, which is no secret. crypto/ecdh refuses that result for any
+// private key (RFC 7748, section 6.1).
 func lowOrder(key publicKey) bool {
 	private, err := ecdh.X25519().NewPrivateKey(make([]byte, 32))
 	if err != nil {

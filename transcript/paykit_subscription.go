@@ -29,7 +29,7 @@ const (
 	maxDescription     = 4096 // bytes
 	maxMetadataEntries = 64   // entries of one object
 	maxMetadataKey     = 64   // bytes of an outer key
-	maxInnerKey        = 31   // bytes of an inner key; the reason is at checkMetadata
+	maxInnerKey        = 31   // bytes of an inner key; see checkMetadata for the reason
 	maxMetadataText    = 4096 // bytes of one value
 	maxAmountScale     = 28   // digits after the point
 	maxAmountBits      = 96   // of the amount without its point
@@ -37,28 +37,35 @@ const (
 
 // The forms of fields that several types have.
 const (
-	formKey         = "32 bytes: an array of numbers, 64 hex digits, 43 characters of base64url or 52 characters of z-base-32"
+	formKey = "32 bytes: an array of numbers, 64 hex digits, 43 characters of base64url " +
+		"or 52 characters of z-base-32"
 	formAmount      = "text: a positive decimal number, such as \"1000\" or \"0.25\""
 	formDescription = "text of up to 4096 bytes; line feed and tab are allowed"
 )
 
-var paykitSubscriptionType = Type{"paykit-subscription-v2", "a subscription, as Paykit's paykit_subscriptions signs it", []Field{
-	{"subscription_id", true, "text of 1 to 128 bytes"},
-	{"subscriber", true, formKey + "; a signer"},
-	{"provider", true, formKey + "; differs from subscriber; a signer"},
-	{"terms.amount", true, formAmount},
-	{"terms.currency", true, "1 to 16 of A-Z a-z 0-9 . _ -"},
-	{"terms.frequency", true, formFrequency},
-	{"terms.method", true, "1 to 64 of A-Z a-z 0-9 . _ -"},
-	{"terms.max_amount_per_period", false, formAmount},
-	{"terms.description", true, formDescription},
-	{"metadata", true, "an object of text and of objects of text"},
-	{"created_at", true, formTime},
-	{"starts_at", true, formTime},
-	{"ends_at", false, formTime + ", later than starts_at"},
-}, paykitSubscription}
+var paykitSubscriptionType = Type{
+	"paykit-subscription-v2",
+	"a subscription, as Paykit's paykit_subscriptions signs it",
+	[]Field{
+		{"subscription_id", true, "text of 1 to 128 bytes"},
+		{"subscriber", true, formKey + "; a signer"},
+		{"provider", true, formKey + "; differs from subscriber; a signer"},
+		{"terms.amount", true, formAmount},
+		{"terms.currency", true, "1 to 16 of A-Z a-z 0-9 . _ -"},
+		{"terms.frequency", true, formFrequency},
+		{"terms.method", true, "1 to 64 of A-Z a-z 0-9 . _ -"},
+		{"terms.max_amount_per_period", false, formAmount},
+		{"terms.description", true, formDescription},
+		{"metadata", true, "an object of text and of objects of text"},
+		{"created_at", true, formTime},
+		{"starts_at", true, formTime},
+		{"ends_at", false, formTime + ", later than starts_at"},
+	},
+	paykitSubscription,
+}
 
-// subscription is the JSON form of a Paykit subscription, as its serde types write it.
+// subscription is the JSON form of a Paykit subscription, as the serde types of
+// paykit_subscriptions write it.
 type subscription struct {
 	SubscriptionID string         `json:"subscription_id"`
 	Subscriber     publicKey      `json:"subscriber"`
@@ -79,23 +86,26 @@ type terms struct {
 	Description        *string   `json:"description"`
 }
 
-// frequency is a serde enum: "Daily", "Weekly", {"Monthly":{"day_of_month":1}}, {"Yearly":{"month":12,"day":31}} or
-// {"Custom":{"interval_seconds":3600}}. encoded is its postcard form.
+// frequency is a serde enum: "Daily", "Weekly", {"Monthly":{"day_of_month":1}},
+// {"Yearly":{"month":12,"day":31}} or {"Custom":{"interval_seconds":3600}}. The field encoded has
+// the postcard form.
 type frequency struct{ encoded []byte }
 
-// frequencies are the variants in the order of their postcard numbers.
+// frequencies lists the variants in the order of the numbers that postcard gives them.
 var frequencies = [...]string{"Daily", "Weekly", "Monthly", "Yearly", "Custom"}
 
-// paykitSubscription is the transcript paykit-subscription-v2: what paykit_subscriptions signs.
+// paykitSubscription builds a paykit-subscription-v2, as paykit_subscriptions signs it:
 //
 //	canonical = postcard("PAYKIT_SUBSCRIPTION_V2", subscription, nonce, timestamp, expires_at)
 //	signed    = SHA-256(canonical)
 //
-// The signer must be the subscriber or the provider. The rules are stricter than upstream's in two places: amounts must
-// be positive, and metadata must be such that no two documents share their bytes.
+// The signer must be the subscriber or the provider. Two rules are stricter than upstream's:
+// amounts must be positive, and metadata must be of a form in which no two documents have the
+// same bytes.
 func paykitSubscription(d *Document) error {
 	var s subscription
-	// Upstream signs metadata that is null as nothing at all, so it must be there; {} is none.
+	// Upstream writes no bytes for metadata that is null. So metadata is required, and {} stands
+	// for none.
 	if err := d.decode(&s); err != nil {
 		return err
 	}
@@ -177,11 +187,14 @@ func (s *subscription) check() error {
 	return nil
 }
 
-// checkMetadata keeps the canonical form injective. Upstream writes a JSON value without a type tag, so {"k":true} and
-// {"k":1} have the same bytes, and so have many others. Allowed here: text without control characters, and non-empty
-// objects of such text whose keys have 1 to 31 bytes. Then the bytes read back in one way only: a value begins with a
-// varint; where that is zero, the value is the empty text; otherwise the byte after the varint is the length of an inner
-// key (1 to 31) where the value is an object, and at least 0x20 where it is text.
+// checkMetadata keeps the canonical form injective. Upstream writes a JSON value without a type
+// tag, so that {"k":true} and {"k":1} have the same bytes, and many other pairs, too. Two kinds
+// of values are allowed here: text without control characters, and non-empty objects of such text
+// whose keys have 1 to 31 bytes.
+//
+// With these rules the bytes can be parsed in one way only. A value begins with a varint. If the
+// varint is zero, the value is the empty text. Otherwise the byte after the varint decides: for
+// an object the byte is the length of an inner key (1 to 31), for text the byte is at least 0x20.
 func checkMetadata(m map[string]any) error {
 	if len(m) > maxMetadataEntries {
 		return malformed("payload.metadata", "must have at most %d entries", maxMetadataEntries)
@@ -226,7 +239,7 @@ func checkMetadataText(field string, value any) error {
 	return nil
 }
 
-// checkDescription accepts text for people, of several lines perhaps, and none.
+// checkDescription accepts text for people: empty, or of one or several lines.
 func checkDescription(field, s string) error {
 	if len(s) > maxDescription {
 		return malformed(field, "must have at most %d bytes", maxDescription)
@@ -237,8 +250,9 @@ func checkDescription(field, s string) error {
 	return nil
 }
 
-// checkAmount accepts a positive decimal in the one form that rust_decimal prints and that it can hold exactly: 96 bits
-// without the point, at most 28 digits after it, no sign, no exponent, no leading zeros.
+// checkAmount accepts a positive decimal number in the form that Rust's rust_decimal prints, if
+// rust_decimal holds the number exactly: 96 bits without the point, at most 28 digits after the
+// point, no sign, no exponent, no leading zeros.
 func checkAmount(field, s string) error {
 	whole, fraction, point := strings.Cut(s, ".")
 	if s == "" {
@@ -264,8 +278,9 @@ func digits(s string) bool {
 	return s != "" && strings.Trim(s, "0123456789") == ""
 }
 
-// canonical is postcard's encoding: varint lengths, zigzag varints for i64, 00 or 01 before an Option, raw key bytes.
-// It encodes whatever it is given; check decides what may be signed.
+// canonical returns the postcard encoding: varint lengths, zigzag varints for i64, 00 or 01
+// before an Option, raw key bytes. canonical does not judge the values: check decides which
+// documents may be signed.
 func (s *subscription) canonical(r Request) []byte {
 	b := appendString(nil, paykitSubscriptionDomain)
 	b = appendString(b, s.SubscriptionID)
@@ -294,8 +309,8 @@ func (s *subscription) canonical(r Request) []byte {
 	return binary.AppendVarint(b, r.ExpiresAt)
 }
 
-// appendValue appends a metadata value: text, an object with sorted keys, or (only so that the published vectors can be
-// reproduced; check refuses it) a truth value.
+// appendValue appends a metadata value: text, an object with sorted keys, or a boolean. check
+// refuses booleans; appendValue encodes them to reproduce the published test vectors.
 func appendValue(b []byte, value any) []byte {
 	switch v := value.(type) {
 	case string:
@@ -336,7 +351,10 @@ func (f *frequency) UnmarshalJSON(b []byte) error {
 		} `json:"Custom"`
 	}
 	var members map[string]jsontext.Value
-	if json.Unmarshal(b, &members) != nil || len(members) != 1 || json.Unmarshal(b, &v, json.RejectUnknownMembers(true)) != nil {
+	if json.Unmarshal(b, &members) != nil || len(members) != 1 {
+		return errFrequency
+	}
+	if json.Unmarshal(b, &v, json.RejectUnknownMembers(true)) != nil {
 		return errFrequency
 	}
 	switch {
@@ -369,16 +387,16 @@ const formFrequency = `"Daily", "Weekly", {"Monthly":{"day_of_month":1 to 31}}, 
 
 var errFrequency = errors.New("must be " + formFrequency)
 
-// publicKey reads 32 bytes: an array of 32 numbers (as serde writes it), or text in hex, base64url without padding, or
-// z-base-32 (as Pubky writes it).
+// publicKey is a public key of 32 bytes. In JSON a publicKey is an array of 32 numbers (serde's
+// form) or text: hex, base64url without padding, or z-base-32 (Pubky's form).
 type publicKey [32]byte
 
 var errPublicKey = errors.New("must be " + formKey)
 
-// zBase32 is the alphabet that Pubky names its keys in: human-oriented base-32, 5 bits a character, no padding.
+// zBase32 is the encoding of keys in Pubky: human-oriented base-32, 5 bits a character, no padding.
 var zBase32 = base32.NewEncoding("ybndrfg8ejkmcpqxot1uwisza345h769").WithPadding(base32.NoPadding)
 
-// check refuses what is not a point on the curve, and points of small order.
+// check refuses bytes that are no point on the curve, and points of small order.
 func (k publicKey) check(field string) error {
 	if err := eddsa.CheckPublicKey(k[:]); err != nil {
 		return malformed(field, "is not a usable Ed25519 public key: %v", err)
@@ -388,7 +406,8 @@ func (k publicKey) check(field string) error {
 
 func (k *publicKey) UnmarshalJSON(b []byte) error {
 	if jsontext.Value(b).Kind() == '[' {
-		var numbers []*uint16 // not uint8: encoding/json reads a []byte from text; a pointer, to see null
+		// A slice of uint8 would be read from base64 text. Pointers show a null among the numbers.
+		var numbers []*uint16
 		if err := json.Unmarshal(b, &numbers); err != nil || len(numbers) != len(k) {
 			return errPublicKey
 		}
@@ -412,7 +431,8 @@ func (k *publicKey) UnmarshalJSON(b []byte) error {
 	case 43:
 		raw, err = base64.RawURLEncoding.Strict().DecodeString(text)
 	case 52:
-		// 52 characters have 260 bits: the last four must be zero, or one key would have many names.
+		// 52 characters have 260 bits, 4 more than a key. Spare bits other than zero would give
+		// one key several names.
 		if raw, err = zBase32.DecodeString(text); err == nil && zBase32.EncodeToString(raw) != text {
 			return errPublicKey
 		}

@@ -2,20 +2,25 @@ package transcript
 
 import "encoding/hex"
 
-// maxEndpoint bounds the endpoint of a payment request in bytes.
+// maxEndpoint bounds the endpoint of a payment request, in bytes.
 const maxEndpoint = 65536
 
-var paymentRequestType = Type{"payment-request-v1", "a payment that its payer agrees to, and its payee where it has one", []Field{
-	{"payer", true, formKey + "; a signer"},
-	{"payee", false, formKey + "; differs from payer; a signer"},
-	{"amount", true, formAmount},
-	{"currency", true, "1 to 16 of A-Z a-z 0-9 . _ -"},
-	{"method", true, "1 to 64 of A-Z a-z 0-9 _ -"},
-	{"endpoint", true, "text of 1 to 65536 bytes"},
-	{"description", false, formDescription},
-}, paymentRequest}
+var paymentRequestType = Type{
+	"payment-request-v1",
+	"a payment that the payer agrees to, and the payee if the document names one",
+	[]Field{
+		{"payer", true, formKey + "; a signer"},
+		{"payee", false, formKey + "; differs from payer; a signer"},
+		{"amount", true, formAmount},
+		{"currency", true, "1 to 16 of A-Z a-z 0-9 . _ -"},
+		{"method", true, "1 to 64 of A-Z a-z 0-9 _ -"},
+		{"endpoint", true, "text of 1 to 65536 bytes"},
+		{"description", false, formDescription},
+	},
+	paymentRequest,
+}
 
-// paymentRequest is the transcript payment-request-v1: see bindJSON for its bytes.
+// paymentRequest builds a payment-request-v1: see bindJSON for the bytes.
 func paymentRequest(d *Document) error {
 	var p struct {
 		Payer       publicKey  `json:"payer"`
@@ -33,7 +38,12 @@ func paymentRequest(d *Document) error {
 		return err
 	}
 	d.Signers = [][]byte{p.Payer[:]}
-	d.Fields = map[string]any{"currency": p.Currency, "method": p.Method, "payer": hex.EncodeToString(p.Payer[:]), "endpoint": p.Endpoint}
+	d.Fields = map[string]any{
+		"currency": p.Currency,
+		"method":   p.Method,
+		"payer":    hex.EncodeToString(p.Payer[:]),
+		"endpoint": p.Endpoint,
+	}
 	if p.Payee != nil {
 		if err := p.Payee.check("payload.payee"); err != nil {
 			return err

@@ -1,13 +1,21 @@
 package transcript
 
-var rawType = Type{"raw", "bytes as they are, whatever they mean; policy must allow sign_raw", []Field{
-	{"message", true, "base64url"},
-}, raw}
+var rawType = Type{
+	"raw",
+	"bytes of any meaning, signed unchanged; policy must allow sign_raw",
+	[]Field{
+		{"message", true, "base64url"},
+	},
+	raw,
+}
 
-// raw signs the bytes as they are: {"message": "<base64url>"}. It exists for callers that bring their own format (an SSH
-// certificate, a TLS library that wants a crypto.Signer). It is dangerous: the bytes may be those of any other
-// transcript, and nothing in them is bound to nonce or time. Policy must name both the key and the peer, and the
-// appliance signs raw documents but does not verify them.
+// raw builds a raw document, {"message": "<base64url>"}, whose bytes are signed unchanged. The
+// type exists for callers with a format of their own: an SSH certificate, or a TLS library that
+// wants a crypto.Signer.
+//
+// Raw signatures are dangerous: the bytes can be those of any other type, and are not bound to
+// nonce or time. So policy must name both the key and the peer, and the appliance signs raw
+// documents but does not verify them.
 func raw(d *Document) error {
 	var p struct {
 		Message string `json:"message"`

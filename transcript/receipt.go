@@ -2,19 +2,25 @@ package transcript
 
 import "slices"
 
-// receiptStates are the ends that a payment can have come to.
+// receiptStates lists the final states of a payment.
 var receiptStates = []string{"completed", "failed", "refunded", "cancelled"}
 
-var receiptType = Type{"receipt-v1", "how a payment ended, without a word about who paid whom how much", []Field{
-	{"id", true, "16 bytes, base64url"},
-	{"time", true, formTime},
-	{"amount_hash", true, "32 bytes, base64url: a salted commitment to the amount"},
-	{"method", true, "1 to 64 of A-Z a-z 0-9 _ -"},
-	{"status", true, "completed, failed, refunded or cancelled"},
-}, receipt}
+var receiptType = Type{
+	"receipt-v1",
+	"the final state of a payment, without the parties and the amount",
+	[]Field{
+		{"id", true, "16 bytes, base64url"},
+		{"time", true, formTime},
+		{"amount_hash", true, "32 bytes, base64url: a salted commitment to the amount"},
+		{"method", true, "1 to 64 of A-Z a-z 0-9 _ -"},
+		{"status", true, "completed, failed, refunded or cancelled"},
+	},
+	receipt,
+}
 
-// receipt is the transcript receipt-v1: see bindJSON for its bytes. There is no place in it for personal data: no text is
-// free. Its domain is not the name of the type, which is what the commitment to a receipt's amount is hashed with.
+// receipt builds a receipt-v1: see bindJSON for the bytes. No field is free text, so that a
+// receipt has no place for personal data. The domain is not "countersign-receipt-v1", because the
+// commitment to the amount is a hash that begins with that text.
 func receipt(d *Document) error {
 	var p struct {
 		ID         string `json:"id"`

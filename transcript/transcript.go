@@ -1,8 +1,9 @@
-// Package transcript holds the typed documents that Countersign signs and verifies: one file a type, with its fields,
-// its rules and its canonical bytes. Begin reading at Parse.
+// Package transcript defines the types of documents that Countersign signs and verifies: one file a
+// type, with the fields, the rules and the canonical bytes of the type. Begin reading at Parse.
 //
-// A transcript says what a signature means. Each type binds its bytes to a domain of its own, so that a signature made
-// for one type is never valid as another; each refuses what a careful signer would not put its name to.
+// A transcript type says what a signature means. Each type binds its bytes to a domain of its
+// own, so that a signature made for one type is never valid for another; raw is the exception
+// (see raw.go). Each type refuses documents that a careful signer would not sign.
 package transcript
 
 import (
@@ -20,10 +21,11 @@ import (
 	"github.com/go-json-experiment/json/jsontext"
 )
 
-// MaxTime is the latest time that a document may name: the last second of the year 9999, in Unix seconds.
+// MaxTime is the latest time in a document: the last second of the year 9999, in Unix seconds.
 const MaxTime = 253402300799
 
-// Why a document is refused. Each error of this package wraps one of them; the text after it names the field.
+// The classes of refusals. Each error of this package wraps one of these, with a text that names
+// the field.
 var (
 	ErrUnsupported     = errors.New("unsupported transcript type")
 	ErrMalformed       = errors.New("malformed document")
@@ -33,8 +35,8 @@ var (
 	ErrWrongSigner     = errors.New("wrong signer")
 )
 
-// Request is a document as a peer hands it in: the JSON payload and the envelope that makes a signature of it single
-// use and short-lived.
+// Request is a document as a peer sends it: the JSON payload and the envelope. The envelope (Nonce,
+// Timestamp, ExpiresAt) makes a signature single use and short-lived.
 type Request struct {
 	Type      string
 	Payload   []byte   // JSON
@@ -46,44 +48,49 @@ type Request struct {
 // Document is a request that obeys the rules of its type.
 type Document struct {
 	Request
-	// Canonical is the one byte form of the document, envelope included.
+	// Canonical is the only byte form of the document, envelope included.
 	Canonical []byte
-	// Message is what Ed25519 signs: Canonical, or its hash where the type says so.
+	// Message is the input of Ed25519: Canonical, or the SHA-256 of Canonical for some types.
 	Message []byte
-	// Signers are the public keys whose signature the document allows; nil allows any.
+	// Signers are the public keys whose signature the document allows. nil allows any key.
 	Signers [][]byte
-	// Fields is what policy may look at: strings and whole numbers.
+	// Fields has the values that policy rules see: strings and int64.
 	Fields map[string]any
-	// Payment is what a receipt is about, where the document moves money.
+	// Payment is set for a document that moves money; the appliance makes a receipt of Payment.
 	Payment *Payment
-	// Unbound marks a type whose signed bytes do not contain the envelope: a verifier can't tell a replay from a second
-	// signature, so such a document can be signed but not verified here.
+	// Unbound marks a type whose signed bytes do not contain the envelope. A verifier can't tell
+	// a replay of such a signature from a second signature, so the appliance signs the document
+	// but does not verify it.
 	Unbound bool
-	// Reserved marks a type that only the appliance itself makes: Sign refuses it for peers.
+	// Reserved marks a type that only the appliance makes. A peer's request to sign such a
+	// document is refused.
 	Reserved bool
-	// Generation is a number that must rise with each signature of its signer; the ledger holds it. nil where the type has
-	// none.
+	// Generation is a monotonic counter: each signature of a signer must have a greater
+	// generation than the one before, and the ledger keeps the greatest. nil for a type without
+	// generations.
 	Generation *uint64
-	// Succession is what a key-succession-v1 says, and NoiseStatic the X25519 key that an authorization names; nil in other
-	// documents.
-	Succession  *Succession
+	// Succession is set for a key-succession-v1 only.
+	Succession *Succession
+	// NoiseStatic is the X25519 key in a paykit-noise-key-authorization-v1; nil without the key
+	// and in other types.
 	NoiseStatic *[32]byte
 
 	fields []Field // of the payload
 }
 
-// Payment is an amount as the document writes it, and how it is paid.
+// Payment has an amount, in the document's own spelling, its currency and the method of payment.
 type Payment struct{ Amount, Currency, Method string }
 
 // Type describes a transcript type for people.
 type Type struct {
 	Name   string  `json:"type"`
 	About  string  `json:"about"`
-	Fields []Field `json:"fields"` // of the payload; there are no others
+	Fields []Field `json:"fields"` // all fields of the payload
 	build  func(*Document) error
 }
 
-// Field is a field of a payload. One of an object in the payload has a name with a dot.
+// Field describes a field of a payload. A field of an inner object has a name with a dot, such as
+// terms.amount.
 type Field struct {
 	Name     string `json:"name"`
 	Required bool   `json:"required"`
@@ -93,7 +100,7 @@ type Field struct {
 // formTime is the form of times in every payload.
 const formTime = "Unix seconds, 0 to 253402300799"
 
-// types is the table of all transcripts, by name. Adding one is a new file and a line here.
+// types lists all transcript types by name. A new type needs a file and a line here.
 var types = []Type{
 	keySuccessionType,
 	messageType,
@@ -108,8 +115,9 @@ var types = []Type{
 // Types lists all transcript types in alphabetical order.
 func Types() []Type { return slices.Clone(types) }
 
-// Parse checks a request by its own rules and makes its canonical bytes. It looks at no clock and no key: see
-// CheckTime and CheckSigner. Errors wrap ErrUnsupported or ErrMalformed.
+// Parse checks a request by the rules of its type and makes the canonical bytes. Parse uses
+// neither a clock nor a key: see CheckTime and CheckSigner. Errors wrap ErrUnsupported or
+// ErrMalformed.
 func Parse(r Request) (*Document, error) {
 	i := slices.IndexFunc(types, func(t Type) bool { return t.Name == r.Type })
 	if i < 0 {
@@ -131,8 +139,8 @@ func Parse(r Request) (*Document, error) {
 	return d, nil
 }
 
-// Digest identifies the whole request: type, canonical bytes and envelope. Two requests with one digest ask for the
-// same signature.
+// Digest identifies the whole request: SHA-256 of type, canonical bytes and envelope. Two requests
+// with the same digest ask for the same signature.
 func (d *Document) Digest() [32]byte {
 	b := appendString(nil, d.Type)
 	b = binary.AppendUvarint(b, uint64(len(d.Canonical)))
@@ -140,29 +148,33 @@ func (d *Document) Digest() [32]byte {
 	return sha256.Sum256(appendEnvelope(b, d.Request))
 }
 
-// CheckTime holds the document against the clock. skew is how far a sender's clock may be ahead of ours; maxLifetime
-// bounds expires_at - timestamp. Errors wrap ErrExpired, ErrNotYetValid or ErrLifetimeTooLong.
+// CheckTime compares the document's times with the clock. A sender's clock may be ahead of now by
+// skew. maxLifetime bounds expires_at - timestamp. Errors wrap ErrExpired, ErrNotYetValid or
+// ErrLifetimeTooLong.
 func (d *Document) CheckTime(now time.Time, skew, maxLifetime time.Duration) error {
 	if t := now.Unix(); t > d.ExpiresAt {
 		return fmt.Errorf("%w: expires_at is %d, now is %d", ErrExpired, d.ExpiresAt, t)
 	} else if d.Timestamp > t+int64(skew/time.Second) {
 		return fmt.Errorf("%w: timestamp is %d, now is %d", ErrNotYetValid, d.Timestamp, t)
 	}
-	if life := d.ExpiresAt - d.Timestamp; life > int64(maxLifetime/time.Second) {
-		return fmt.Errorf("%w: %d s, at most %d s are allowed", ErrLifetimeTooLong, life, int64(maxLifetime/time.Second))
+	longest := int64(maxLifetime / time.Second)
+	if life := d.ExpiresAt - d.Timestamp; life > longest {
+		return fmt.Errorf("%w: %d s, at most %d s are allowed", ErrLifetimeTooLong, life, longest)
 	}
 	return nil
 }
 
-// CheckSigner refuses a public key that the document does not allow to sign it. The error wraps ErrWrongSigner.
+// CheckSigner refuses a public key that is not among Signers. The error wraps ErrWrongSigner.
 func (d *Document) CheckSigner(publicKey []byte) error {
-	if d.Signers == nil || slices.ContainsFunc(d.Signers, func(k []byte) bool { return string(k) == string(publicKey) }) {
+	equal := func(k []byte) bool { return string(k) == string(publicKey) }
+	if d.Signers == nil || slices.ContainsFunc(d.Signers, equal) {
 		return nil
 	}
 	return fmt.Errorf("%w: the document names other keys as its parties", ErrWrongSigner)
 }
 
-// Counterparty returns the other party of a document that exactly two may sign, where signer is one of them; else nil.
+// Counterparty returns the other of two Signers, if signer is one of them. Otherwise, and for a
+// document with more or fewer signers, the result is nil.
 func (d *Document) Counterparty(signer []byte) []byte {
 	if len(d.Signers) != 2 {
 		return nil
@@ -176,8 +188,8 @@ func (d *Document) Counterparty(signer []byte) []byte {
 	return nil
 }
 
-// decode reads the payload into v: unknown and duplicate fields, wrong types and invalid UTF-8 are refused, and so is a
-// payload without one of the type's required fields.
+// decode reads the payload into v strictly. A payload with an unknown or duplicate field, a wrong
+// type or invalid UTF-8 is refused, and so is a payload without a required field of the type.
 func (d *Document) decode(v any) error {
 	var required []string
 	for _, f := range d.fields {
@@ -202,10 +214,10 @@ func checkTime(field string, t int64) error {
 	return nil
 }
 
-// checkText accepts 1 to most bytes without control characters.
-func checkText(field, s string, most int) error {
-	if s == "" || len(s) > most {
-		return malformed(field, "must have 1 to %d bytes", most)
+// checkText accepts 1 to limit bytes without control characters.
+func checkText(field, s string, limit int) error {
+	if s == "" || len(s) > limit {
+		return malformed(field, "must have 1 to %d bytes", limit)
 	}
 	if hasControl(s) {
 		return malformed(field, "must not contain control characters")
@@ -223,10 +235,10 @@ func hasControl(s string) bool {
 	return false
 }
 
-// checkToken accepts 1 to most bytes of letters, digits and the given extra characters.
-func checkToken(field, s string, most int, extra string) error {
-	if s == "" || len(s) > most {
-		return malformed(field, "must have 1 to %d characters", most)
+// checkToken accepts 1 to limit bytes of ASCII letters, digits and the extra characters.
+func checkToken(field, s string, limit int, extra string) error {
+	if s == "" || len(s) > limit {
+		return malformed(field, "must have 1 to %d characters", limit)
 	}
 	for i := range len(s) {
 		c := s[i]
@@ -237,16 +249,17 @@ func checkToken(field, s string, most int, extra string) error {
 	return nil
 }
 
-// decodeBase64 reads base64url without padding, in the one form that the bytes have.
+// decodeBase64 reads base64url without padding. Any bytes have one accepted text only: spare bits
+// must be zero.
 func decodeBase64(field, s string) ([]byte, error) {
 	b, err := base64.RawURLEncoding.Strict().DecodeString(s)
-	if err != nil || strings.ContainsAny(s, "\r\n") { // the decoder skips line ends
+	if err != nil || strings.ContainsAny(s, "\r\n") { // encoding/base64 skips line ends
 		return nil, malformed(field, "must be base64url without padding")
 	}
 	return b, nil
 }
 
-// decodeBytes is decodeBase64 for size bytes.
+// decodeBytes reads exactly size bytes as decodeBase64 does.
 func decodeBytes(field, s string, size int) ([]byte, error) {
 	b, err := decodeBase64(field, s)
 	if err == nil && len(b) != size {
@@ -255,14 +268,15 @@ func decodeBytes(field, s string, size int) ([]byte, error) {
 	return b, err
 }
 
-// bindJSON gives a document the bytes of our own transcripts:
+// bindJSON sets the bytes of the types that Countersign has defined on JSON:
 //
 //	canonical = domain 00 || SHA-256(RFC 8785 form of the payload as it was sent)
 //	            || nonce (32) || timestamp (u64, big-endian) || expires_at (u64, big-endian)
 //	signed    = canonical
 //
-// RFC 8785 has no numbers but those of float64, so two payloads could have one form if they differed in a longer one. The
-// payloads that come here have passed decode, with integers below 2^53 as their only numbers.
+// RFC 8785 rounds numbers to float64, so two payloads with different long numbers could have the
+// same form. A payload has passed decode before, and its only numbers are integers below 2^53,
+// which float64 holds exactly.
 func (d *Document) bindJSON(domain string) error {
 	form := slices.Clone(jsontext.Value(d.Payload))
 	if err := form.Canonicalize(); err != nil {
@@ -274,13 +288,13 @@ func (d *Document) bindJSON(domain string) error {
 	return nil
 }
 
-// appendString appends a varint length and the bytes.
+// appendString appends the length as a varint, then the bytes.
 func appendString(b []byte, s string) []byte {
 	return append(binary.AppendUvarint(b, uint64(len(s))), s...)
 }
 
-// appendEnvelope appends nonce, timestamp and expires_at in the fixed form that our own transcripts use:
-// 32 bytes, then two big-endian 64-bit numbers.
+// appendEnvelope appends nonce, timestamp and expires_at in the form of Countersign's own types: 32
+// bytes, then two big-endian 64-bit numbers.
 func appendEnvelope(b []byte, r Request) []byte {
 	b = append(b, r.Nonce[:]...)
 	b = binary.BigEndian.AppendUint64(b, uint64(r.Timestamp))
