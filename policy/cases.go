@@ -17,7 +17,7 @@ import (
 	"github.com/cedar-policy/cedar-go/x/exp/schema/resolved"
 )
 
-// Case is a request and what is expected of a policy: a row of a table (see ParseCases).
+// Case is a row of a table of test cases (see ParseCases): a request and the expected decision.
 type Case struct {
 	Line    int
 	Name    string
@@ -25,14 +25,20 @@ type Case struct {
 	Allow   bool
 }
 
-// ParseCases reads a table of cases: comma-separated values (RFC 4180) whose first row names the columns; lines that begin
-// with # and empty lines are skipped. The columns are expect (allow or deny), peer, key, and, all of them optional, name,
-// action (sign), time (RFC 3339, for hour and weekday), and any field of the schema's context, as used.peer.day.amount. An
-// empty field is absent. Defaults: transcript message-v1, lifetime 3600, size 256, a Monday at 12; amount and amount_e8 are made of
-// each other; each window has this document only, and a longer one at least what a shorter one has. A window with less than that
-// is refused: there can't be one.
+// ParseCases reads a table of cases: comma-separated values (RFC 4180) whose first row names the
+// columns. Empty lines and lines that begin with # are skipped.
+//
+// The columns expect (allow or deny), peer and key are required. Optional columns are name, action,
+// time (RFC 3339, sets hour and weekday), and each field of the schema's context, such as
+// used.peer.day.amount. An empty field is absent.
+//
+// The defaults are action sign, transcript message-v1, lifetime 3600, size 256, and 12:00 UTC on
+// a Monday. Each of amount and amount_e8 has its default from the other one. By default a window
+// has this document only, or the numbers of the next shorter window if those are larger. A smaller
+// number is impossible, and refused.
 func ParseCases(file string, text []byte) (cases []Case, err error) {
-	r := csv.NewReader(bytes.NewReader(bytes.TrimPrefix(text, []byte("\ufeff")))) // a mark that spreadsheets write
+	text = bytes.TrimPrefix(text, []byte("\ufeff")) // byte order mark: spreadsheets write one
+	r := csv.NewReader(bytes.NewReader(text))
 	r.Comment, r.TrimLeadingSpace, r.FieldsPerRecord = '#', true, -1
 	fail := func(line int, format string, args ...any) ([]Case, error) {
 		return nil, fmt.Errorf("cases: %s:%d: %s", file, line, fmt.Sprintf(format, args...))
@@ -74,7 +80,7 @@ func ParseCases(file string, text []byte) (cases []Case, err error) {
 				return fail(line, "there is no field %q in the schema's context that a case can set", column)
 			}
 		}
-		c, err := caseOf(fields)
+		c, err := parseCase(fields)
 		if err != nil {
 			return fail(line, "%v", err)
 		}
@@ -87,15 +93,19 @@ func ParseCases(file string, text []byte) (cases []Case, err error) {
 	return cases, nil
 }
 
-// settable says that a column can be one of a table of cases.
+// settable reports whether a table of cases may have the column.
 func settable(column string) bool {
-	attribute, ok := vocabulary().Actions[cedar.NewEntityUID("Action", Sign)].AppliesTo.Context[cedar.String(column)]
+	context := resolvedSchema().Actions[cedar.NewEntityUID("Action", Sign)].AppliesTo.Context
+	attribute, ok := context[cedar.String(column)]
 	_, record := attribute.Type.(resolved.RecordType)
-	return ok && !record || slices.Contains([]string{"expect", "name", "peer", "key", "action", "time"}, column) || slices.Contains(windowPaths(), column)
+	return ok && !record ||
+		slices.Contains([]string{"expect", "name", "peer", "key", "action", "time"}, column) ||
+		slices.Contains(windowPaths(), column)
 }
 
-// caseOf makes a case of its fields. It takes from the map what it has used.
-func caseOf(fields map[string]string) (c Case, err error) {
+// parseCase makes a case of the fields of a row. The fields outside of the context (expect, peer
+// and so on) are deleted from the map.
+func parseCase(fields map[string]string) (c Case, err error) {
 	take := func(name, fallback string) string {
 		v, ok := fields[name]
 		if delete(fields, name); !ok {
@@ -114,7 +124,7 @@ func caseOf(fields map[string]string) (c Case, err error) {
 	if peer == "" || key == "" {
 		return c, errors.New("peer and key are needed")
 	}
-	schema, ok := vocabulary().Actions[cedar.NewEntityUID("Action", cedar.String(action))]
+	schema, ok := resolvedSchema().Actions[cedar.NewEntityUID("Action", cedar.String(action))]
 	if !ok {
 		return c, fmt.Errorf("there is no action %q", action)
 	}
@@ -149,34 +159,35 @@ func caseOf(fields map[string]string) (c Case, err error) {
 	if hour := context["hour"].(int64); hour > 23 {
 		return c, fmt.Errorf("hour: %d is not from 0 to 23", hour)
 	}
-	if day := context["weekday"].(string); !slices.ContainsFunc(weekdays, func(d time.Weekday) bool { return d.String() == day }) {
+	if day := context["weekday"].(string); !slices.Contains(weekdays[:], day) {
 		return c, fmt.Errorf("weekday: %q is not like Monday", day)
 	}
 	amount, has := context["amount"].(int64)
 	if e8, hasE8 := context["amount_e8"].(int64); has && !hasE8 {
-		context["amount_e8"] = e8Of(amount)
+		context["amount_e8"] = wholeToE8(amount)
 	} else if hasE8 && !has {
-		context["amount"] = wholeOf(e8)
+		context["amount"] = e8ToWhole(e8)
 	}
 	if c.Request, err = NewRequest(peer, action, key, context); err != nil {
 		return c, err
 	}
-	if c.Request.Used, err = usedBy(context, used); err != nil {
+	if c.Request.Used, err = caseUsage(context, used); err != nil {
 		return c, err
 	}
 	return c, c.Request.Check()
 }
 
-var weekdays = []time.Weekday{time.Monday, time.Tuesday, time.Wednesday, time.Thursday, time.Friday, time.Saturday, time.Sunday}
+var weekdays = [...]string{"Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"}
 
-// e8Of is a number of whole units in units of 10^-8, wholeOf the other way, rounded up.
-func e8Of(n int64) int64 {
-	_, e8 := Amounts(new(big.Int).Mul(big.NewInt(n), whole))
+// wholeToE8 converts whole units to units of 10^-8.
+func wholeToE8(n int64) int64 {
+	_, e8 := Amounts(new(big.Int).Mul(big.NewInt(n), wholeUnit))
 	return e8
 }
 
-func wholeOf(e8 int64) int64 {
-	n, _ := Amounts(new(big.Int).Mul(big.NewInt(e8), tiny))
+// e8ToWhole converts units of 10^-8 to whole units, rounded up.
+func e8ToWhole(e8 int64) int64 {
+	n, _ := Amounts(new(big.Int).Mul(big.NewInt(e8), e8Unit))
 	return n
 }
 
@@ -195,8 +206,9 @@ func windowPaths() (all []string) {
 	return all
 }
 
-// usedBy has this document in every window, and what was set; a longer window has at least what a shorter one has.
-func usedBy(context map[string]any, set map[string]int64) (u Usage, err error) {
+// caseUsage makes the windows of a case: the numbers that the row sets, and defaults for the
+// others (see ParseCases).
+func caseUsage(context map[string]any, set map[string]int64) (u Usage, err error) {
 	for i, counted := range Counted {
 		var least Window
 		if counted != "counterparty" || context["counterparty"] != nil {
@@ -208,15 +220,17 @@ func usedBy(context map[string]any, set map[string]int64) (u Usage, err error) {
 			path := func(what string) string { return windowPath(counted, window, what) }
 			v, has := set[path("amount")]
 			if e8, hasE8 := set[path("amount_e8")]; has && !hasE8 {
-				set[path("amount_e8")] = max(least.AmountE8, e8Of(v))
+				set[path("amount_e8")] = max(least.AmountE8, wholeToE8(v))
 			} else if hasE8 && !has {
-				set[path("amount")] = max(least.Amount, wholeOf(e8))
+				set[path("amount")] = max(least.Amount, e8ToWhole(e8))
 			}
 			for _, what := range []string{"signatures", "amount", "amount_e8"} {
 				n := least.fields()[what]
 				v, ok := set[path(what)]
 				if ok && v < *n {
-					return u, fmt.Errorf("%s: %d is less than %d, which this document and the shorter windows have already", path(what), v, *n)
+					return u, fmt.Errorf(
+						"%s: %d is less than %d, which this document and the shorter windows have already",
+						path(what), v, *n)
 				} else if ok && counted == "counterparty" && context["counterparty"] == nil && v > 0 {
 					return u, fmt.Errorf("%s: without a counterparty it is always 0", path(what))
 				} else if ok {
@@ -229,7 +243,8 @@ func usedBy(context map[string]any, set map[string]int64) (u Usage, err error) {
 	return u, nil
 }
 
-// SetTime sets what a context has of the appliance's clock.
+// SetTime sets the fields of a context that come from the appliance's clock: hour and weekday, in
+// UTC.
 func SetTime(context map[string]any, at time.Time) {
 	at = at.UTC()
 	context["hour"], context["weekday"] = int64(at.Hour()), at.Weekday().String()

@@ -11,13 +11,15 @@ import (
 	"countersign/policy"
 )
 
-// What TestExamples takes away from a rule: its scope (but not the action: a broad rule does not open raw), or a condition.
+// The parts of a rule that TestExamples removes: the scope or a condition. The action stays,
+// since a rule without one does not allow raw anyway.
 var (
 	scope  = regexp.MustCompile(`(principal|resource) == (Peer|Key)::"[^"]*"([,)])`)
 	clause = regexp.MustCompile(`(?m)^(when|unless) \{ (.*) \}(;?)$`)
 )
 
-// TestExamples: each example passes its cases, and no rule and no condition can be left out without that a case notices.
+// TestExamples sees that each example passes its cases, and that the cases are complete: without
+// any one of its rules or conditions, an example fails a case.
 func TestExamples(t *testing.T) {
 	files, err := filepath.Glob("../examples/policies/*.cedar")
 	if err != nil || len(files) != 4 {
@@ -50,7 +52,7 @@ func TestExamples(t *testing.T) {
 		}
 		without := func(what, text string) {
 			if p, err := policy.Parse(file, []byte(text)); err == nil && wrong(p) == 0 {
-				t.Errorf("%s: no case notices that this is gone: %s", file, what)
+				t.Errorf("%s: no case fails without this: %s", file, what)
 			}
 		}
 		for _, rule := range p.Rules() {

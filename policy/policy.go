@@ -1,9 +1,11 @@
-// Package policy decides who may sign what with which key. The rules are Cedar policies (https://docs.cedarpolicy.com)
-// in a file of the operator's; what they may talk about is in schema.cedarschema. Begin reading at Decide.
+// Package policy decides which peer may sign which document with which key. The rules are Cedar
+// policies (https://docs.cedarpolicy.com) in a file of the operator. The schema of the rules is in
+// schema.cedarschema. Begin reading at Decide.
 //
-// The default is to deny. A decision is a pure function of the rules and its request, both of which are recorded: anyone can
-// make it again, bit by bit (see Record). What keeps money safe whatever an operator
-// writes (nonces, expiry, strict verification, limits) is not policy and is not here.
+// The default is to deny. A decision is a pure function of the rules and the request. Both are
+// recorded, so anyone can repeat the decision (see Record). Nonces, expiry, strict verification and
+// limits do not depend on the rules and are not part of this package: no rule can switch those
+// protections off.
 package policy
 
 import (
@@ -27,32 +29,33 @@ import (
 	"github.com/cedar-policy/cedar-go/x/exp/schema/validate"
 )
 
-// Schema is the vocabulary, in Cedar's schema language.
+// Schema is the text of the schema, in Cedar's schema language.
 //
 //go:embed schema.cedarschema
 var Schema []byte
 
-// The actions.
+// The actions of a request.
 const (
-	Sign    = "sign"
-	SignRaw = "sign_raw"
+	Sign    = "sign"     // sign a document of any type but raw
+	SignRaw = "sign_raw" // sign a document of type raw
 )
 
-// ErrDenied is wrapped by every refusal of Decide.
+// ErrDenied is wrapped by every refusal.
 var ErrDenied = errors.New("policy does not allow it")
 
-// Request is what a decision is made from. Make it with NewRequest, then set Used.
+// Request is the input of a decision. NewRequest makes a Request; the caller then sets Used.
 type Request struct {
 	Peer   string // the name under which the peer is enrolled
 	Action string
 	Key    string
 	Used   Usage
 
-	context cedar.Record // without what is used
+	context cedar.Record // without the field used
 	encoded []byte       // context in JSON
 }
 
-// NewRequest makes a request whose context has fields as the schema names them, but for what is used: strings and int64.
+// NewRequest makes a request with a context of the given fields. The schema defines the names; the
+// values are strings and int64. The field used of the context comes from Request.Used.
 func NewRequest(peer, action, key string, fields map[string]any) (Request, error) {
 	record := cedar.RecordMap{}
 	for name, value := range fields {
@@ -71,7 +74,7 @@ func NewRequest(peer, action, key string, fields map[string]any) (Request, error
 	return r, err
 }
 
-// cedar is the request as Cedar has it, with what is used or without.
+// cedar returns the request in Cedar's form. With used, the context has the field used.
 func (r Request) cedar(used bool) cedar.Request {
 	context := r.context
 	if used {
@@ -88,25 +91,27 @@ func (r Request) cedar(used bool) cedar.Request {
 	}
 }
 
-// Check holds a request against the schema.
+// Check validates a request against the schema.
 func (r Request) Check() error {
-	if err := validate.New(vocabulary()).Request(r.cedar(true)); err != nil {
+	if err := validate.New(resolvedSchema()).Request(r.cedar(true)); err != nil {
 		return fmt.Errorf("policy: the request does not fit the schema: %s", oneLine(err))
 	}
 	return nil
 }
 
-// Decision is what the rules say about a request.
+// Decision is the result of the rules for a request.
 type Decision struct {
 	Allowed bool
-	// Rules are the ids (see Rule) of those that decided: the permits of what is allowed, or the forbids of what is not. None: nothing
-	// permits it.
+	// Rules are the ids (see Rule) of the deciding rules: the permits of an allowed request, or the
+	// forbids of a denied one. A denied request without Rules has no rule that permits it.
 	Rules []string
-	// Fault says why the rules could not be followed: one that can't be evaluated denies.
+	// Fault says why a request is denied in spite of its permits. A rule that can't be evaluated
+	// denies.
 	Fault string
 }
 
-// Err is nil for what is allowed. It wraps ErrDenied, and is for the appliance's own log.
+// Err returns nil for an allowed request, and otherwise an error that wraps ErrDenied. The text
+// is for the appliance's own log and not for peers.
 func (d Decision) Err() error {
 	switch {
 	case d.Allowed:
@@ -119,16 +124,17 @@ func (d Decision) Err() error {
 	return fmt.Errorf("%w: no rule permits it", ErrDenied)
 }
 
-// Policy is a set of rules that fits the schema. It is safe for concurrent use.
+// Policy is a set of rules that fits the schema. A Policy is safe for concurrent use.
 type Policy struct {
-	// Hash is the SHA-256 of the text: it says which rules decided.
+	// Hash is the SHA-256 of Text. A record names its policy by the hash.
 	Hash  [32]byte
 	Text  []byte
 	rules *cedar.PolicySet
-	// named says of each rule whether it names one principal, one action and one resource.
-	named map[cedar.PolicyID]bool
-	// counts says that the rules may ask what is used: only then it is made for them, since it takes longer than all the rest.
-	counts bool
+	// narrow says of each rule whether the scope names one principal, one action and one resource.
+	narrow map[cedar.PolicyID]bool
+	// readsUsed says that a rule may read the field used of the context. Without such a rule,
+	// Decide saves the time to build the field, which takes longer than the rest of the decision.
+	readsUsed bool
 }
 
 // Load reads and validates a policy file.
@@ -140,8 +146,8 @@ func Load(path string) (*Policy, error) {
 	return Parse(path, b)
 }
 
-// vocabulary is the schema, resolved.
-var vocabulary = sync.OnceValue(func() *resolved.Schema {
+// resolvedSchema returns the parsed Schema.
+var resolvedSchema = sync.OnceValue(func() *resolved.Schema {
 	var s schema.Schema
 	if err := s.UnmarshalCedar(Schema); err != nil {
 		panic("policy: the built-in schema is broken: " + err.Error())
@@ -153,14 +159,14 @@ var vocabulary = sync.OnceValue(func() *resolved.Schema {
 	return r
 })
 
-// Bounds of a policy file: its bytes, and how deep brackets nest. Cedar's parser calls itself for each bracket; without bounds
-// a file could use up the stack, which ends the process.
+// The limits of a policy file. Cedar's parser recurses for each bracket: without a limit, deep
+// brackets would exhaust the stack, which ends the process.
 const (
-	maxText  = 256 << 10
-	maxDepth = 64
+	maxText  = 256 << 10 // bytes
+	maxDepth = 64        // nested brackets
 )
 
-// code yields the bytes of a text that are in no string and no comment, with their places.
+// code yields the bytes of a text outside of strings and comments, with their offsets.
 func code(text []byte) iter.Seq2[int, byte] {
 	return func(yield func(int, byte) bool) {
 		for i := 0; i < len(text); i++ {
@@ -190,7 +196,7 @@ func code(text []byte) iter.Seq2[int, byte] {
 	}
 }
 
-// Parse validates rules against the schema. file is for error messages, which name the line.
+// Parse reads rules and validates them against the schema. Errors name the line in file.
 func Parse(file string, text []byte) (*Policy, error) {
 	if len(text) > maxText {
 		return nil, fmt.Errorf("policy: %s: it has more than %d bytes", file, maxText)
@@ -199,7 +205,7 @@ func Parse(file string, text []byte) (*Policy, error) {
 		return nil, fmt.Errorf("policy: %s:%d: %s", file, line, fmt.Sprintf(format, args...))
 	}
 	if bytes.HasPrefix(text, []byte("\ufeff")) {
-		return fail(1, "it begins with a byte order mark: save it as UTF-8 without one")
+		return fail(1, "the text begins with a byte order mark: save it as UTF-8 without one")
 	}
 	depth := 0
 	for i, c := range code(text) {
@@ -213,16 +219,24 @@ func Parse(file string, text []byte) (*Policy, error) {
 		}
 	}
 	list, err := cedar.NewPolicyListFromBytes(file, text)
-	if large, is := errors.AsType[*strconv.NumError](err); is { // the only error that cedar-go gives no place
+	// A number out of range is the only error without a place from cedar-go.
+	if large, is := errors.AsType[*strconv.NumError](err); is {
 		at := max(0, bytes.Index(text, []byte(strings.TrimPrefix(large.Num, "-"))))
 		return fail(1+bytes.Count(text[:at], []byte("\n")), "the number %s is out of range", large.Num)
 	} else if err != nil {
 		text := strings.TrimPrefix(strings.TrimPrefix(oneLine(err), "parser error: "), "parse error at ")
 		return nil, fmt.Errorf("policy: %s", strings.Replace(text, "<input>", file, 1))
 	}
-	p := &Policy{Hash: sha256.Sum256(text), Text: text, rules: cedar.NewPolicySet(), named: map[cedar.PolicyID]bool{}}
-	p.counts = bytes.Contains(text, []byte("used")) || bytes.Contains(text, []byte(`\`)) // with which a name can be written otherwise
-	validator := validate.New(vocabulary())
+	p := &Policy{
+		Hash:   sha256.Sum256(text),
+		Text:   text,
+		rules:  cedar.NewPolicySet(),
+		narrow: map[cedar.PolicyID]bool{},
+		// An escape such as "\u{75}sed" spells the name used in another way.
+		readsUsed: bytes.Contains(text, []byte("used")) || bytes.Contains(text, []byte(`\`)),
+	}
+	unprintable := func(r rune) bool { return !strconv.IsPrint(r) }
+	validator := validate.New(resolvedSchema())
 	for _, rule := range list {
 		tree, at := (*ast.Policy)(rule.AST()), rule.Position()
 		id, given := rule.Annotations()["id"]
@@ -231,25 +245,26 @@ func Parse(file string, text []byte) (*Policy, error) {
 			id = cedar.String(fmt.Sprintf("line %d", at.Line))
 		case !given:
 			id = cedar.String(fmt.Sprintf("line %d:%d", at.Line, at.Column))
-		case id == "" || len(id) > maxID || strings.ContainsFunc(string(id), func(r rune) bool { return !strconv.IsPrint(r) }):
+		case id == "" || len(id) > maxID || strings.ContainsFunc(string(id), unprintable):
 			return fail(at.Line, "@id must have 1 to %d bytes that can be printed", maxID)
 		}
 		if !p.rules.Add(cedar.PolicyID(id), rule) {
 			return fail(at.Line, "another rule has the id %q already", string(id))
 		}
 		if err := validator.Policy(string(id), tree); err != nil {
-			return fail(at.Line, "%s", misfit(string(id), err))
+			return fail(at.Line, "%s", mismatch(string(id), err))
 		}
 		_, principal := tree.Principal.(ast.ScopeTypeEq)
 		_, action := tree.Action.(ast.ScopeTypeEq)
 		_, resource := tree.Resource.(ast.ScopeTypeEq)
-		p.named[cedar.PolicyID(id)] = principal && action && resource
+		p.narrow[cedar.PolicyID(id)] = principal && action && resource
 	}
 	return p, nil
 }
 
-// misfit is the first reason why a rule does not fit the schema; the others are mostly the same again, for the other action.
-func misfit(id string, err error) string {
+// mismatch returns the first reason why a rule does not fit the schema. The validator reports most
+// reasons twice, once for each action.
+func mismatch(id string, err error) string {
 	text := strings.ReplaceAll(err.Error(), fmt.Sprintf("for policy `%s`, ", id), "")
 	for _, action := range []string{SignRaw, Sign} {
 		text = strings.ReplaceAll(text, fmt.Sprintf(` in context for Action::"%s"`, action), " in context")
@@ -262,30 +277,30 @@ func misfit(id string, err error) string {
 	return reason
 }
 
-// ids are the rules' ids in the order of the text.
+// ids returns the ids of the rules in the order of the text.
 func (p *Policy) ids() []cedar.PolicyID {
 	return slices.SortedFunc(maps.Keys(maps.Collect(p.rules.All())), func(a, b cedar.PolicyID) int {
 		return p.rules.Get(a).Position().Offset - p.rules.Get(b).Position().Offset
 	})
 }
 
-// maxID bounds the id that a rule may be given with @id, in bytes.
+// maxID bounds the id in a rule's annotation @id, in bytes.
 const maxID = 64
 
-// Rule is one rule of a policy as it is written.
+// Rule is the source of one rule of a policy.
 type Rule struct {
-	ID   string // of its annotation @id, or "line 12"
+	ID   string // from the annotation @id, or "line 12"
 	Line int
 	Text string
 }
 
-// Rules lists them in the order of the text.
+// Rules lists the rules in the order of the text.
 func (p *Policy) Rules() (all []Rule) {
 	for _, id := range p.ids() {
 		at := p.rules.Get(id).Position()
 		rule := Rule{ID: string(id), Line: at.Line}
 		for i, c := range code(p.Text[at.Offset:]) {
-			if c == ';' { // there is no other in a rule
+			if c == ';' { // a rule has one semicolon, at its end
 				rule.Text = string(p.Text[at.Offset:][:i+1])
 				break
 			}
@@ -295,20 +310,25 @@ func (p *Policy) Rules() (all []Rule) {
 	return all
 }
 
-// Decide says what the rules say about a request. It is a pure function of the two.
+// Decide applies the rules to a request. Decide is a pure function of the rules and the request,
+// and Replay compares the texts in a Fault with recorded ones: a change of a text would break the
+// replay of older records.
 func (p *Policy) Decide(r Request) Decision {
-	decision, why := cedar.Authorize(p.rules, cedar.EntityMap{}, r.cedar(p.counts))
+	decision, why := cedar.Authorize(p.rules, cedar.EntityMap{}, r.cedar(p.readsUsed))
 	var d Decision
 	for _, reason := range why.Reasons {
 		d.Rules = append(d.Rules, string(reason.PolicyID))
 	}
 	slices.Sort(d.Rules)
+	narrow := func(reason cedar.DiagnosticReason) bool { return p.narrow[reason.PolicyID] }
 	switch {
-	case len(why.Errors) > 0: // a forbid that fails must not let through what it was written against
-		slices.SortFunc(why.Errors, func(a, b cedar.DiagnosticError) int { return strings.Compare(string(a.PolicyID), string(b.PolicyID)) })
-		d.Fault = fmt.Sprintf("%s can't be evaluated: %s", why.Errors[0].PolicyID, oneLine(errors.New(why.Errors[0].Message)))
+	case len(why.Errors) > 0: // a forbid that can't be evaluated must not allow the requests that it forbids
+		first := slices.MinFunc(why.Errors, func(a, b cedar.DiagnosticError) int {
+			return strings.Compare(string(a.PolicyID), string(b.PolicyID))
+		})
+		d.Fault = fmt.Sprintf("%s can't be evaluated: %s", first.PolicyID, oneLine(errors.New(first.Message)))
 	case decision != cedar.Allow:
-	case r.Action == SignRaw && !slices.ContainsFunc(why.Reasons, func(reason cedar.DiagnosticReason) bool { return p.named[reason.PolicyID] }):
+	case r.Action == SignRaw && !slices.ContainsFunc(why.Reasons, narrow):
 		d.Fault = "raw needs a rule that names one peer, the action sign_raw and one key"
 	default:
 		d.Allowed = true

@@ -34,7 +34,7 @@ func parse(t *testing.T, text string) *policy.Policy {
 	return p
 }
 
-// ask makes a request with the fields that every document has, and more.
+// ask makes a request with the fields of every document, and more fields.
 func ask(t *testing.T, peer, action, key string, fields map[string]any) policy.Request {
 	t.Helper()
 	all := map[string]any{"transcript": "message-v1", "lifetime": int64(60), "size": int64(100)}
@@ -76,12 +76,14 @@ func TestDecide(t *testing.T) {
 			t.Errorf("%s: %v", c.name, err)
 		}
 	}
-	if err := parse(t, "").Decide(ask(t, "shop", "sign", "payments", msg("release"))).Err(); !errors.Is(err, policy.ErrDenied) {
+	err := parse(t, "").Decide(ask(t, "shop", "sign", "payments", msg("release"))).Err()
+	if !errors.Is(err, policy.ErrDenied) {
 		t.Errorf("no rules at all: %v", err)
 	}
 }
 
-// TestARuleThatFailsDenies: a forbid that can't be evaluated must not let through what it was written against.
+// TestARuleThatFailsDenies sees that a forbid that can't be evaluated, because of an overflow, does
+// not allow the requests that the rule forbids.
 func TestARuleThatFailsDenies(t *testing.T) {
 	p := parse(t, `permit (principal, action, resource);
 forbid (principal, action, resource) when { context.lifetime * 9223372036854775807 > 0 };`)
@@ -91,18 +93,22 @@ forbid (principal, action, resource) when { context.lifetime * 92233720368547758
 	}
 }
 
-// TestRawMustBeNamed: no broad rule opens raw.
+// TestRawMustBeNamed sees that raw needs a permit that names the peer, the action and the key.
 func TestRawMustBeNamed(t *testing.T) {
 	r := ask(t, "ci", policy.SignRaw, "ssh", nil)
+	const (
+		broad  = `permit (principal, action, resource);`
+		narrow = `permit (principal == Peer::"ci", action == Action::"sign_raw", resource == Key::"ssh");`
+	)
 	for rule, allow := range map[string]bool{
-		`permit (principal, action, resource);`:                                                                                                false,
-		`permit (principal == Peer::"ci", action, resource == Key::"ssh");`:                                                                    false,
-		`permit (principal == Peer::"ci", action == Action::"sign", resource == Key::"ssh");`:                                                  false,
-		`permit (principal, action == Action::"sign_raw", resource == Key::"ssh");`:                                                            false,
-		`permit (principal == Peer::"ci", action == Action::"sign_raw", resource);`:                                                            false,
-		`permit (principal == Peer::"ci", action == Action::"sign_raw", resource == Key::"ssh");`:                                              true,
-		`permit (principal == Peer::"other", action == Action::"sign_raw", resource == Key::"ssh");`:                                           false,
-		"permit (principal, action, resource);\npermit (principal == Peer::\"ci\", action == Action::\"sign_raw\", resource == Key::\"ssh\");": true,
+		broad:  false,
+		narrow: true,
+		`permit (principal == Peer::"ci", action, resource == Key::"ssh");`:                          false,
+		`permit (principal == Peer::"ci", action == Action::"sign", resource == Key::"ssh");`:        false,
+		`permit (principal, action == Action::"sign_raw", resource == Key::"ssh");`:                  false,
+		`permit (principal == Peer::"ci", action == Action::"sign_raw", resource);`:                  false,
+		`permit (principal == Peer::"other", action == Action::"sign_raw", resource == Key::"ssh");`: false,
+		broad + "\n" + narrow: true,
 	} {
 		if err := parse(t, rule).Decide(r).Err(); (err == nil) != allow {
 			t.Errorf("%s\n%v", rule, err)
@@ -112,18 +118,30 @@ func TestRawMustBeNamed(t *testing.T) {
 
 func TestLoadRefusesWithTheLine(t *testing.T) {
 	for name, c := range map[string]struct{ text, want string }{
-		"syntax":            {"permit (principal, action, resource)\n\nwhen { oops oops };", "policy.cedar:3"},
-		"unknown attribute": {"\n\npermit (principal, action, resource) when { context.amuont > 5 };", "policy.cedar:3"},
-		"unknown action":    {"permit (principal, action == Action::\"sing\", resource);", "policy.cedar:1"},
-		"unknown entity":    {"\npermit (principal == User::\"shop\", action, resource);", "policy.cedar:2"},
-		"wrong type":        {"permit (principal, action, resource) when { context.lifetime == \"long\" };", "policy.cedar:1"},
-		"byte order mark":   {"\ufeffpermit (principal, action, resource);", "policy.cedar:1"},
-		"too deep":          {"permit (principal, action, resource)\nwhen { " + strings.Repeat("(", 100_000), "policy.cedar:2"},
-		"an id twice":       {"@id(\"a\") permit (principal, action, resource);\n@id(\"a\") forbid (principal, action, resource);", "policy.cedar:2"},
-		"an id of nothing":  {"@id permit (principal, action, resource);", "policy.cedar:1"},
-		"an id for eyes":    {"@id(\"a\\u{1b}[2J\") permit (principal, action, resource);", "policy.cedar:1"},
-		"too long":          {strings.Repeat("// long\n", 100_000), "policy.cedar: it has more than"},
-		"optional unasked":  {"permit (principal, action, resource) when { context.currency == \"SAT\" };", "policy.cedar:1: currency may be absent: say \"context has currency &&\" before it"},
+		"syntax": {"permit (principal, action, resource)\n\nwhen { oops oops };", "policy.cedar:3"},
+		"unknown attribute": {
+			"\n\npermit (principal, action, resource) when { context.amuont > 5 };", "policy.cedar:3",
+		},
+		"unknown action": {"permit (principal, action == Action::\"sing\", resource);", "policy.cedar:1"},
+		"unknown entity": {"\npermit (principal == User::\"shop\", action, resource);", "policy.cedar:2"},
+		"wrong type": {
+			"permit (principal, action, resource) when { context.lifetime == \"long\" };", "policy.cedar:1",
+		},
+		"byte order mark": {"\ufeffpermit (principal, action, resource);", "policy.cedar:1"},
+		"too deep": {
+			"permit (principal, action, resource)\nwhen { " + strings.Repeat("(", 100_000), "policy.cedar:2",
+		},
+		"an id twice": {
+			"@id(\"a\") permit (principal, action, resource);\n@id(\"a\") forbid (principal, action, resource);",
+			"policy.cedar:2",
+		},
+		"an id of nothing": {"@id permit (principal, action, resource);", "policy.cedar:1"},
+		"an id for eyes":   {"@id(\"a\\u{1b}[2J\") permit (principal, action, resource);", "policy.cedar:1"},
+		"too long":         {strings.Repeat("// long\n", 100_000), "policy.cedar: it has more than"},
+		"optional unasked": {
+			"permit (principal, action, resource) when { context.currency == \"SAT\" };",
+			"policy.cedar:1: currency may be absent: say \"context has currency &&\" before it",
+		},
 	} {
 		path := filepath.Join(t.TempDir(), "policy.cedar")
 		if err := os.WriteFile(path, []byte(c.text), 0o600); err != nil {
@@ -139,11 +157,12 @@ func TestLoadRefusesWithTheLine(t *testing.T) {
 	}
 }
 
-// TestRules: each rule has its own text, without what stands around it.
+// TestRules sees that each rule has its own text, without the comments around the rule.
 func TestRules(t *testing.T) {
 	const (
-		one   = `permit (principal == Peer::"a;\"b\\", action, resource);`
-		two   = "@id(\"two; too\")\nforbid (principal, action, resource) // first; second\nwhen { context.transcript == \"/*;\" } /* ; \" */ ;"
+		one = `permit (principal == Peer::"a;\"b\\", action, resource);`
+		two = "@id(\"two; too\")\nforbid (principal, action, resource) // first; second\n" +
+			"when { context.transcript == \"/*;\" } /* ; \" */ ;"
 		three = `forbid(principal,action,resource);`
 	)
 	p := parse(t, "// none; yet\n"+one+" // after; it \" \n/* ;\n // */ "+two+three+three+" // the end;")
@@ -151,12 +170,14 @@ func TestRules(t *testing.T) {
 	if got := p.Rules(); !slices.Equal(got, want) {
 		t.Errorf("%+v\nwant %+v", got, want)
 	}
-	if d := p.Decide(ask(t, "shop", "sign", "payments", nil)); d.Allowed || !slices.Equal(d.Rules, []string{"line 6", "line 6:83"}) {
+	d := p.Decide(ask(t, "shop", "sign", "payments", nil))
+	if d.Allowed || !slices.Equal(d.Rules, []string{"line 6", "line 6:83"}) {
 		t.Errorf("%+v", d)
 	}
 }
 
-// TestUsedByAnotherName: a name can be written with escapes; what is used is counted for such a rule, too.
+// TestUsedByAnotherName sees that the context has the field used for a rule that spells the name
+// with an escape.
 func TestUsedByAnotherName(t *testing.T) {
 	p := parse(t, `permit (principal, action, resource) when { context["us\u{65}d"].peer.day.signatures <= 5 };`)
 	if d := p.Decide(ask(t, "shop", "sign", "payments", nil)); !d.Allowed {
@@ -164,7 +185,8 @@ func TestUsedByAnotherName(t *testing.T) {
 	}
 }
 
-// FuzzParse: a policy is refused in one line, or its rules stand in their order, each with its text, and it decides.
+// FuzzParse sees that a policy is refused with one line, or that Rules returns all rules in the
+// order of the text, each with a text that parses, and that a decision can be replayed.
 func FuzzParse(f *testing.F) {
 	files, err := filepath.Glob("../examples/policies/*.cedar")
 	if err != nil || len(files) == 0 {
@@ -178,8 +200,11 @@ func FuzzParse(f *testing.F) {
 		f.Add(b)
 	}
 	f.Add([]byte(rules))
-	f.Add([]byte(`@id("a;")permit(principal,action,resource)unless{context["\u{75}sed"]has peer||"\"//"=="/*"/*;*/};//;`))
-	r, err := policy.NewRequest("shop", "sign", "payments", map[string]any{"transcript": "raw", "lifetime": int64(1), "size": int64(1), "hour": int64(0), "weekday": "Monday"})
+	f.Add([]byte(`@id("a;")permit(principal,action,resource)` +
+		`unless{context["\u{75}sed"]has peer||"\"//"=="/*"/*;*/};//;`))
+	r, err := policy.NewRequest("shop", "sign", "payments", map[string]any{
+		"transcript": "raw", "lifetime": int64(1), "size": int64(1), "hour": int64(0), "weekday": "Monday",
+	})
 	if err != nil {
 		f.Fatal(err)
 	}

@@ -14,11 +14,15 @@ import (
 	"countersign/policy"
 )
 
-const recorded = `@id("shop") permit (principal == Peer::"shop", action, resource) when { context.used.peer.day.signatures <= 5 };
-@id("no-usd") forbid (principal, action, resource) when { context has currency && context.currency == "USD" };
-@id("broken") forbid (principal, action, resource) when { context.size > 1000 && context.lifetime * 9223372036854775807 > 0 };`
+const recorded = `@id("shop") permit (principal == Peer::"shop", action, resource)
+when { context.used.peer.day.signatures <= 5 };
+@id("no-usd") forbid (principal, action, resource)
+when { context has currency && context.currency == "USD" };
+@id("broken") forbid (principal, action, resource)
+when { context.size > 1000 && context.lifetime * 9223372036854775807 > 0 };`
 
-// TestReplay: a record reads back as the same bytes and the decision comes out again; what was changed is noticed.
+// TestReplay sees that a record is written and read in the same bytes, that Replay makes the
+// recorded decision again, and that a change of a record is noticed.
 func TestReplay(t *testing.T) {
 	p, other := parse(t, recorded), parse(t, recorded+" ")
 	for name, c := range map[string]struct {
@@ -26,9 +30,11 @@ func TestReplay(t *testing.T) {
 		used   int64
 		allow  bool
 	}{
-		"allowed":          {map[string]any{"message_context": "<&>\u2028 \u00e9 \" \\"}, 5, true},
-		"spent":            {nil, 6, false},
-		"forbidden":        {map[string]any{"currency": "USD", "amount": int64(1), "amount_e8": int64(math.MaxInt64)}, 1, false},
+		"allowed": {map[string]any{"message_context": "<&>\u2028 \u00e9 \" \\"}, 5, true},
+		"spent":   {nil, 6, false},
+		"forbidden": {
+			map[string]any{"currency": "USD", "amount": int64(1), "amount_e8": int64(math.MaxInt64)}, 1, false,
+		},
 		"can't be decided": {map[string]any{"size": int64(1001)}, 1, false},
 	} {
 		r := ask(t, "shop", "sign", "payments", c.fields)
@@ -74,8 +80,10 @@ func TestReplay(t *testing.T) {
 			}
 		}
 		for _, changed := range [][]byte{
-			bytes.Replace(b, []byte(`"peer":"shop"`), []byte(`"peer":"cafe"`), 1), bytes.Replace(b, []byte(`"lifetime":60`), []byte(`"lifetime":61`), 1),
-			bytes.Replace(b, []byte(`"salt":"01`), []byte(`"salt":"02`), 1), bytes.Replace(b, []byte(`123,`), []byte(`124,`), 1),
+			bytes.Replace(b, []byte(`"peer":"shop"`), []byte(`"peer":"cafe"`), 1),
+			bytes.Replace(b, []byte(`"lifetime":60`), []byte(`"lifetime":61`), 1),
+			bytes.Replace(b, []byte(`"salt":"01`), []byte(`"salt":"02`), 1),
+			bytes.Replace(b, []byte(`123,`), []byte(`124,`), 1),
 		} {
 			if bytes.Equal(b, changed) || policy.Digest(b) == policy.Digest(changed) {
 				t.Errorf("%s: the digest of %s does not notice %s", name, b, changed)
@@ -84,13 +92,16 @@ func TestReplay(t *testing.T) {
 	}
 }
 
-// TestParseRecordIsStrict: a record is read in the bytes in which it is written, and in no others.
+// TestParseRecordIsStrict sees that ParseRecord accepts only the bytes that Decided writes.
 func TestParseRecordIsStrict(t *testing.T) {
 	_, b := parse(t, recorded).Decided(1, 2, ask(t, "shop", "sign", "payments", nil), [16]byte{})
 	for _, c := range [][2]string{
-		{`{"policy"`, ` {"policy"`}, {`{"policy"`, `{"extra":1,"policy"`}, {`{"policy"`, `{"policy":"","policy"`}, {`"version":1`, `"version":1.0`},
-		{`"version":1,`, ``}, {`"peer"`, `"PEER"`}, {`[0,0,0]`, `[0,0]`}, {`[0,0,0]`, `[0,0,0,0]`}, {`[0,0,0]`, `[0,0,9223372036854775808]`},
-		{`"lifetime":`, `"lifetime": `}, {`"allowed":`, `"fault":"","allowed":`}, {string(b), ``}, {string(b), `null`}, {string(b), string(b) + "{}"},
+		{`{"policy"`, ` {"policy"`}, {`{"policy"`, `{"extra":1,"policy"`}, {`{"policy"`, `{"policy":"","policy"`},
+		{`"version":1`, `"version":1.0`},
+		{`"version":1,`, ``}, {`"peer"`, `"PEER"`}, {`[0,0,0]`, `[0,0]`}, {`[0,0,0]`, `[0,0,0,0]`},
+		{`[0,0,0]`, `[0,0,9223372036854775808]`},
+		{`"lifetime":`, `"lifetime": `}, {`"allowed":`, `"fault":"","allowed":`}, {string(b), ``},
+		{string(b), `null`}, {string(b), string(b) + "{}"},
 	} {
 		changed := strings.Replace(string(b), c[0], c[1], 1)
 		if _, err := policy.ParseRecord([]byte(changed)); err == nil || changed == string(b) {
@@ -99,7 +110,8 @@ func TestParseRecordIsStrict(t *testing.T) {
 	}
 }
 
-// TestAmounts holds the rounding against big.Rat: up, exactly, and no further than the largest number.
+// TestAmounts compares the rounding with big.Rat. An amount is rounded up, to at most
+// math.MaxInt64.
 func TestAmounts(t *testing.T) {
 	one := new(big.Int).Exp(big.NewInt(10), big.NewInt(policy.Scale), nil)
 	e8 := new(big.Int).Exp(big.NewInt(10), big.NewInt(policy.Scale-8), nil)
@@ -120,7 +132,7 @@ func TestAmounts(t *testing.T) {
 		n := new(big.Int).SetUint64(r.Uint64())
 		n.Lsh(n, r.UintN(120)).Rsh(n, r.UintN(64))
 		switch i % 4 {
-		case 1: // at a limit of a rule, and next to it
+		case 1: // a limit of a rule, or one more or less
 			n = new(big.Int).Mul(big.NewInt(r.Int64()>>r.UintN(63)), one)
 			n.Add(n, big.NewInt(r.Int64N(3)-1))
 		case 2:
@@ -141,13 +153,16 @@ func TestAmounts(t *testing.T) {
 	}
 }
 
-// FuzzRecord: what is taken reads back as the same bytes, and replays without a panic.
+// FuzzRecord sees that an accepted record is written in the same bytes again, and that neither
+// Replay nor Decide panics.
 func FuzzRecord(f *testing.F) {
 	p, err := policy.Parse("policy.cedar", []byte(recorded))
 	if err != nil {
 		f.Fatal(err)
 	}
-	for _, fields := range []map[string]any{{"lifetime": int64(1), "size": int64(1001)}, {"message_context": "<\u2028"}, {}} {
+	for _, fields := range []map[string]any{
+		{"lifetime": int64(1), "size": int64(1001)}, {"message_context": "<\u2028"}, {},
+	} {
 		r, err := policy.NewRequest("shop", "sign", "payments", fields)
 		if err != nil {
 			f.Fatal(err)

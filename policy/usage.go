@@ -9,29 +9,36 @@ import (
 	"github.com/cedar-policy/cedar-go"
 )
 
-// Counted are the things that are counted for, Windows the rolling windows, from the shortest on, as the schema names them.
 var (
+	// Counted lists the fields of the schema's record used. Each has windows of its own.
 	Counted = [...]string{"peer", "key", "counterparty"}
+	// Windows lists the rolling windows by their names in the schema, from the shortest to the
+	// longest.
 	Windows = [...]string{"minute", "hour", "day", "week", "month"}
 )
 
-// Window is what one window has, with the document that is decided about. In JSON it is an array of the three.
+// Window has the sums of one rolling window, including the document under decision. The JSON form
+// is an array of the three numbers.
 type Window struct{ Signatures, Amount, AmountE8 int64 }
 
-// Usage is what all windows of all that is counted have.
+// Usage has the windows of all that is counted, in the order of Counted and Windows.
 type Usage [len(Counted)][len(Windows)]Window
 
-// Scale is the number of decimal places that an exact amount is counted in: an amount of 1 is 10^Scale.
+// Scale is the number of decimal places of an exact amount: an amount of 1 is 10^Scale.
 const Scale = 28
 
+// The units of a rule's amounts, as exact amounts: one whole unit, and 10^-8 of one.
 var (
-	whole = new(big.Int).Exp(big.NewInt(10), big.NewInt(Scale), nil)
-	tiny  = new(big.Int).Exp(big.NewInt(10), big.NewInt(Scale-8), nil)
+	wholeUnit = new(big.Int).Exp(big.NewInt(10), big.NewInt(Scale), nil)
+	e8Unit    = new(big.Int).Exp(big.NewInt(10), big.NewInt(Scale-8), nil)
 )
 
-// Amounts are an exact amount, in units of 10^-Scale, as policies see it: in whole units and in units of 10^-8, each rounded up,
-// so that it is over a limit if and only if the exact amount is. What does not fit is math.MaxInt64.
-func Amounts(exact *big.Int) (amount, amountE8 int64) { return ceil(exact, whole), ceil(exact, tiny) }
+// Amounts converts an exact amount, in units of 10^-Scale, for the rules: to whole units and to
+// units of 10^-8. Both are rounded up, so that a rounded amount is over a limit if and only if
+// the exact amount is. An amount that does not fit becomes math.MaxInt64.
+func Amounts(exact *big.Int) (amount, amountE8 int64) {
+	return ceil(exact, wholeUnit), ceil(exact, e8Unit)
+}
 
 func ceil(n, unit *big.Int) int64 {
 	q, rest := new(big.Int).QuoRem(n, unit, new(big.Int))
@@ -44,7 +51,8 @@ func ceil(n, unit *big.Int) int64 {
 	return q.Int64()
 }
 
-// MarshalJSON is written by hand: it runs while others wait for the ledger.
+// MarshalJSON writes the JSON by hand, for speed: a decision is recorded inside the ledger's
+// transaction, and other admissions wait.
 func (u Usage) MarshalJSON() ([]byte, error) {
 	b := make([]byte, 0, 512)
 	open := func() {
@@ -74,7 +82,7 @@ func (w *Window) UnmarshalJSON(b []byte) error {
 	return err
 }
 
-// fields are the three by their names in the schema.
+// fields returns the three numbers by their names in the schema.
 func (w *Window) fields() map[string]*int64 {
 	return map[string]*int64{"signatures": &w.Signatures, "amount": &w.Amount, "amount_e8": &w.AmountE8}
 }
@@ -86,7 +94,8 @@ func (u *Usage) record() cedar.Record {
 		for j, name := range Windows {
 			w := u[i][j]
 			windows[cedar.String(name)] = cedar.NewRecord(cedar.RecordMap{
-				"signatures": cedar.Long(w.Signatures), "amount": cedar.Long(w.Amount), "amount_e8": cedar.Long(w.AmountE8),
+				"signatures": cedar.Long(w.Signatures), "amount": cedar.Long(w.Amount),
+				"amount_e8": cedar.Long(w.AmountE8),
 			})
 		}
 		all[cedar.String(counted)] = cedar.NewRecord(windows)
