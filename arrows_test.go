@@ -82,9 +82,9 @@ func list(t *testing.T, env []string, args ...string) (all []pkg) {
 }
 
 func TestImportArrows(t *testing.T) {
-	seen := map[string]bool{}
+	seen, module := map[string]bool{}, modulePath(t)
 	for _, p := range list(t, nil, "./...") {
-		name := strings.TrimPrefix(strings.TrimPrefix(p.ImportPath, "countersign"), "/")
+		name := strings.TrimPrefix(strings.TrimPrefix(p.ImportPath, module), "/")
 		allowed, known := arrows[name]
 		if !known {
 			t.Errorf("package %q is new: say here what it may import", name)
@@ -95,7 +95,7 @@ func TestImportArrows(t *testing.T) {
 			t.Errorf("%s has cgo files: C is the business of package hsm, which key workers use", name)
 		}
 		for _, path := range p.Imports {
-			if ours, ok := strings.CutPrefix(path, "countersign/"); ok {
+			if ours, ok := strings.CutPrefix(path, module+"/"); ok {
 				if !slices.Contains(allowed.ours, ours) {
 					t.Errorf("%s imports %s", name, ours)
 				}

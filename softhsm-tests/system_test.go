@@ -41,7 +41,7 @@ func TestMain(m *testing.M) {
 			if cgo == "1" && os.Getenv("RACE") == "1" {
 				args = append(args, "-race")
 			}
-			build := exec.Command("go", append(args, "countersign/cmd/"+name)...)
+			build := exec.Command("go", append(args, "../cmd/"+name)...)
 			build.Env = append(os.Environ(), "CGO_ENABLED="+cgo, "GOEXPERIMENT=runtimesecret")
 			if out, err := build.CombinedOutput(); err != nil {
 				fmt.Fprintf(os.Stderr, "build %s: %v\n%s", name, err, out)
