@@ -10,33 +10,43 @@ import (
 	"countersign/internal/keystore/keystoretest"
 )
 
-// TestDialects runs the conformance suite on modules that read PKCS#11 in other ways, with the quirks that are chosen by
-// what they report of themselves, or by the configuration where they report the wrong thing.
+// TestDialects runs the conformance suite on modules with other interpretations of PKCS#11. The
+// store chooses the quirks by the module's CK_INFO, or takes them from the configuration.
 func TestDialects(t *testing.T) {
 	module := compileShim(t)
 	for _, tc := range []struct {
 		name, maker, version, dialect string
 		config                        hsm.Quirks
-		want                          string // what Inspect says of the quirks
+		want                          string // beginning of Inspect's finding about the quirks
 	}{
 		{"the standard", "Acme", "1.0", "montgomery,point-raw,params-oid,reads-oid", hsm.Quirks{},
 			"ec_params oid, ec_point raw, x25519 montgomery, copies off, allowed_mechanisms on (the standard)"},
 		{"no montgomery", "Acme", "1.0", "point-raw,params-oid", hsm.Quirks{},
-			"ec_params oid, ec_point raw, x25519 edwards, copies off, allowed_mechanisms on (the standard, without CKM_EC_MONTGOMERY_KEY_PAIR_GEN)"},
+			"ec_params oid, ec_point raw, x25519 edwards, copies off, allowed_mechanisms on " +
+				"(the standard, without CKM_EC_MONTGOMERY_KEY_PAIR_GEN)"},
 		{"SoftHSM", "SoftHSM", "2.6", "params-oid,reads-oid,point-bits", hsm.Quirks{},
-			"ec_params oid, ec_point octet-string, x25519 edwards, copies off, allowed_mechanisms on (SoftHSM 2.6.1, tested)"},
+			"ec_params oid, ec_point octet-string, x25519 edwards, copies off, allowed_mechanisms on " +
+				"(SoftHSM 2.6.1, tested)"},
 		{"Kryoptic", "Kryoptic", "1.2", "montgomery,point-raw,params-oid", hsm.Quirks{},
-			"ec_params oid, ec_point raw, x25519 montgomery, copies off, allowed_mechanisms on (Kryoptic, by its source, not tested)"},
+			"ec_params oid, ec_point raw, x25519 montgomery, copies off, allowed_mechanisms on " +
+				"(Kryoptic, by its source, not tested)"},
 		{"NSS", "Mozilla Foundation", "3.103", "montgomery,point-raw,params-oid,reads-oid", hsm.Quirks{},
-			"ec_params oid, ec_point raw, x25519 montgomery, copies off, allowed_mechanisms on (NSS, by its source, not tested)"},
+			"ec_params oid, ec_point raw, x25519 montgomery, copies off, allowed_mechanisms on " +
+				"(NSS, by its source, not tested)"},
 		{"YubiHSM", "Yubico (www.yubico.com)", "2.6", "montgomery,params-name,no-allowed", hsm.Quirks{},
-			"ec_params name, ec_point octet-string, x25519 montgomery, copies off, allowed_mechanisms off (YubiHSM 2, by its source, not tested)"},
+			"ec_params name, ec_point octet-string, x25519 montgomery, copies off, allowed_mechanisms off " +
+				"(YubiHSM 2, by its source, not tested)"},
 		{"Nitrokey", "Nitrokey GmbH", "2.0", "montgomery,params-oid,reads-oid", hsm.Quirks{},
-			"ec_params oid, ec_point octet-string, x25519 montgomery, copies off, allowed_mechanisms on (NetHSM, by its source, not tested)"},
+			"ec_params oid, ec_point octet-string, x25519 montgomery, copies off, allowed_mechanisms on " +
+				"(NetHSM, by its source, not tested)"},
 		{"nShield", "nCipher Corp. Ltd", "13.4", "montgomery,point-raw,params-name,reads-oid", hsm.Quirks{},
-			"ec_params name, ec_point raw, x25519 montgomery, copies off, allowed_mechanisms on (nShield, by what its clients say, not tested)"},
-		{"by configuration", "SoftHSM", "2.6", "montgomery,point-raw,params-name", hsm.Quirks{ECParams: "name", ECPoint: "raw", X25519: "montgomery"},
-			"ec_params name, ec_point raw, x25519 montgomery, copies off, allowed_mechanisms on (SoftHSM 2.6.1, tested, ec_params by configuration, ec_point by configuration, x25519 by configuration)"},
+			"ec_params name, ec_point raw, x25519 montgomery, copies off, allowed_mechanisms on " +
+				"(nShield, by what its clients say, not tested)"},
+		{"by configuration", "SoftHSM", "2.6", "montgomery,point-raw,params-name",
+			hsm.Quirks{ECParams: "name", ECPoint: "raw", X25519: "montgomery"},
+			"ec_params name, ec_point raw, x25519 montgomery, copies off, allowed_mechanisms on " +
+				"(SoftHSM 2.6.1, tested, " +
+				"ec_params by configuration, ec_point by configuration, x25519 by configuration)"},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			t.Setenv("SHIM_MAKER", tc.maker)
@@ -57,7 +67,7 @@ func TestDialects(t *testing.T) {
 	}
 }
 
-// TestTableRows: a row counts for the versions that it is known for, and no others.
+// TestTableRows checks that a row of knownModules applies only to the row's library versions.
 func TestTableRows(t *testing.T) {
 	s := newShim(t, 1)
 	for _, tc := range []struct{ maker, version, want string }{
@@ -81,8 +91,8 @@ func TestTableRows(t *testing.T) {
 	}
 }
 
-// TestWrongQuirks: with the wrong quirks nothing is made, the answer is not that the device is away, and Inspect says
-// what does not work.
+// TestWrongQuirks checks the errors with wrong quirks: Generate makes no key, the error is
+// ErrRefused and not ErrUnavailable, and Inspect names the failing algorithm.
 func TestWrongQuirks(t *testing.T) {
 	for _, tc := range []struct {
 		name, dialect string
@@ -97,7 +107,8 @@ func TestWrongQuirks(t *testing.T) {
 			s := newShim(t, 2)
 			store := open(t, s.config)
 			defer store.Close()
-			if _, err := store.Generate(t.Context(), payments, tc.alg, keystore.Tag{1}); !errors.Is(err, keystore.ErrRefused) {
+			_, err := store.Generate(t.Context(), payments, tc.alg, keystore.Tag{1})
+			if !errors.Is(err, keystore.ErrRefused) {
 				t.Errorf("Generate: %v, want %v", err, keystore.ErrRefused)
 			}
 			if got := finding(t, store, "proof", tc.alg); got.OK {
@@ -110,7 +121,8 @@ func TestWrongQuirks(t *testing.T) {
 	}
 }
 
-// TestWithoutEdDSA: a module that lacks CKM_EDDSA is told from one that has it, by its list and by the proof.
+// TestWithoutEdDSA checks that Inspect notices a missing CKM_EDDSA, both in the mechanism list and
+// in the test with a temporary key.
 func TestWithoutEdDSA(t *testing.T) {
 	t.Setenv("SHIM_DIALECT", "no-eddsa")
 	store := open(t, newShim(t, 2).config)
@@ -125,20 +137,22 @@ func TestWithoutEdDSA(t *testing.T) {
 			lacking[f.What+" "+string(f.For)] = f.Text
 		}
 	}
-	if len(lacking) != 3 || lacking["mechanism ed25519"] != "CKM_EDDSA is missing" || lacking["proof ed25519"] == "" || lacking["import "] == "" {
+	if len(lacking) != 3 || lacking["mechanism ed25519"] != "CKM_EDDSA is missing" ||
+		lacking["proof ed25519"] == "" || lacking["import "] == "" {
 		t.Errorf("%q", lacking)
 	}
-	if _, err := store.Generate(t.Context(), payments, keystore.Ed25519, keystore.Tag{1}); !errors.Is(err, keystore.ErrRefused) {
+	_, err = store.Generate(t.Context(), payments, keystore.Ed25519, keystore.Tag{1})
+	if !errors.Is(err, keystore.ErrRefused) {
 		t.Errorf("Generate: %v, want %v", err, keystore.ErrRefused)
 	}
-	// It was made before it was found to be of no use.
+	// The token makes the key pair, and the proof fails only afterwards: Generate must clean up.
 	if _, err := store.Key(t.Context(), payments); !errors.Is(err, keystore.ErrNotFound) {
 		t.Errorf("a key of no use was left behind: %v", err)
 	}
 	generate(t, store, "noise", keystore.X25519)
 }
 
-// finding returns the one finding about something.
+// finding returns the only finding of a kind for an algorithm.
 func finding(t *testing.T, store *hsm.Store, what string, alg keystore.Algorithm) (found keystore.Finding) {
 	t.Helper()
 	all, err := store.Inspect(t.Context())

@@ -6,14 +6,14 @@ package hsm
 #include <stdlib.h>
 #include <string.h>
 
-// The little of PKCS#11 that the calls below need, with the types of its C binding (PKCS#11 v2.40 section 2 and 3.2).
+// The part of PKCS#11 used below, with the types of the C binding (PKCS#11 v2.40 section 2, 3.2).
 typedef unsigned long ulong_t;
 typedef struct { ulong_t mechanism; void *parameter; ulong_t length; } mechanism_t;
 typedef struct { ulong_t type; void *value; ulong_t length; } attribute_t;
-typedef struct { ulong_t kdf; ulong_t shared_length; void *shared; ulong_t public_length; void *public; } ecdh1_t;
+typedef struct { ulong_t kdf, shared_length; void *shared; ulong_t length; void *public; } ecdh1_t;
 typedef struct { unsigned char version[2]; void *function[70]; } functions_t;
 
-// Where the functions stand in CK_FUNCTION_LIST.
+// Indices of the functions in CK_FUNCTION_LIST.
 enum { DESTROY_OBJECT = 22, GET_ATTRIBUTE_VALUE = 24, SIGN_INIT = 42, SIGN = 43, DERIVE_KEY = 62 };
 
 typedef ulong_t (*destroy_object_t)(ulong_t, ulong_t);
@@ -33,51 +33,59 @@ static void *load(const char *path, functions_t **list) {
 	return module;
 }
 
-// item is one signature of a batch: what is signed lies at offset in the batch's data.
+// item is one signature of a batch. Its input begins at offset in the batch's data.
 typedef struct { ulong_t mechanism, key, offset, length; } item_t;
 
-// sign makes count signatures of 64 bytes each, one after another, and returns how many it made. When that is not all,
-// rv and size say why, and failed names the call.
-static ulong_t sign(functions_t *f, ulong_t session, item_t *items, ulong_t count, unsigned char *data, unsigned char *signatures,
+// sign makes count signatures of 64 bytes each, one after another, and returns the number made. If
+// one fails, rv and size have the cause, and failed the name of the call.
+static ulong_t sign(functions_t *f, ulong_t session, item_t *items, ulong_t count,
+		unsigned char *data, unsigned char *signatures,
 		ulong_t *rv, ulong_t *size, const char **failed) {
 	for (ulong_t i = 0; i < count; i++) {
 		mechanism_t m = { items[i].mechanism, NULL, 0 };
 		*failed = "C_SignInit";
 		*rv = ((sign_init_t)f->function[SIGN_INIT])(session, &m, items[i].key);
 		if (*rv != 0) return i;
-		unsigned char signature[256]; // more than asked for: what is longer than it should be is seen as that
+		unsigned char signature[256]; // larger than 64, to notice a signature of a wrong length
 		*size = sizeof signature;
 		*failed = "C_Sign";
-		*rv = ((sign_t)f->function[SIGN])(session, data + items[i].offset, items[i].length, signature, size);
+		unsigned char *input = data + items[i].offset;
+		*rv = ((sign_t)f->function[SIGN])(session, input, items[i].length, signature, size);
 		if (*rv != 0 || *size != 64) return i;
 		memcpy(signatures + 64 * i, signature, 64);
 	}
 	return count;
 }
 
-// derive makes the shared secret of 32 bytes as a session object, reads it and destroys it.
-static ulong_t derive(functions_t *f, ulong_t session, ulong_t key, void *peer, unsigned char *secret, ulong_t *size,
-		const char **failed) {
+// derive makes the shared secret of 32 bytes as a session object, reads its value and destroys the
+// object.
+static ulong_t derive(functions_t *f, ulong_t session, ulong_t key, void *peer,
+		unsigned char *secret, ulong_t *size, const char **failed) {
 	ecdh1_t parameter = { 1, 0, NULL, 32, peer }; // CKD_NULL
 	mechanism_t m = { 0x1050, &parameter, sizeof parameter }; // CKM_ECDH1_DERIVE
 	ulong_t class = 4, type = 0x10, want = 32; // CKO_SECRET_KEY, CKK_GENERIC_SECRET
 	unsigned char yes = 1, no = 0;
 	attribute_t template[] = {
-		{ 0x000, &class, sizeof class }, { 0x100, &type, sizeof type }, { 0x161, &want, sizeof want }, // CLASS, KEY_TYPE, VALUE_LEN
-		{ 0x001, &no, 1 }, { 0x103, &no, 1 }, { 0x162, &yes, 1 },                                     // TOKEN, SENSITIVE, EXTRACTABLE
+		{ 0x000, &class, sizeof class }, // CKA_CLASS
+		{ 0x100, &type, sizeof type },   // CKA_KEY_TYPE
+		{ 0x161, &want, sizeof want },   // CKA_VALUE_LEN
+		{ 0x001, &no, 1 },               // CKA_TOKEN
+		{ 0x103, &no, 1 },               // CKA_SENSITIVE
+		{ 0x162, &yes, 1 },              // CKA_EXTRACTABLE
 	};
-	ulong_t object = 0;
+	ulong_t count = sizeof template / sizeof *template, object = 0;
 	*failed = "C_DeriveKey";
-	ulong_t rv = ((derive_key_t)f->function[DERIVE_KEY])(session, &m, key, template, sizeof template / sizeof *template, &object);
+	derive_key_t derive_key = (derive_key_t)f->function[DERIVE_KEY];
+	ulong_t rv = derive_key(session, &m, key, template, count, &object);
 	if (rv != 0) return rv;
 	attribute_t value = { 0x011, secret, *size };
 	*failed = "C_GetAttributeValue";
 	rv = ((get_attribute_value_t)f->function[GET_ATTRIBUTE_VALUE])(session, object, &value, 1);
 	*size = value.length;
-	ulong_t gone = ((destroy_object_t)f->function[DESTROY_OBJECT])(session, object);
-	if (rv == 0 && gone != 0) {
+	ulong_t destroyed = ((destroy_object_t)f->function[DESTROY_OBJECT])(session, object);
+	if (rv == 0 && destroyed != 0) {
 		*failed = "C_DestroyObject";
-		rv = gone;
+		rv = destroyed;
 	}
 	return rv;
 }
@@ -94,15 +102,17 @@ import (
 	"github.com/miekg/pkcs11"
 )
 
-// direct calls the module for what is hot: signatures or a derivation cross from Go to C once, and ask the device once for
-// each step. miekg/pkcs11, which does everything else here, asks C_Sign and C_GetAttributeValue twice (for the length
-// first): with a device behind a network that is a third of the time.
+// direct makes the hot calls of the module: signatures and derivations. A batch of signatures or a
+// derivation is one call from Go to C, with one request to the device for each step. miekg/pkcs11
+// makes all other calls. miekg/pkcs11 calls C_Sign and C_GetAttributeValue twice, first for the
+// length; with a device behind a network the extra request is a third of the time.
 type direct struct {
 	module    unsafe.Pointer
 	functions *C.functions_t
 }
 
-// loadDirect opens a module that miekg/pkcs11 has opened before: both see the same one.
+// loadDirect opens a module already opened by miekg/pkcs11. dlopen returns the same library to
+// both.
 func loadDirect(path string) (*direct, error) {
 	p := C.CString(path)
 	defer C.free(unsafe.Pointer(p))
@@ -115,29 +125,33 @@ func loadDirect(path string) (*direct, error) {
 
 func (d *direct) close() { C.dlclose(d.module) }
 
-// batch is the memory of a crossing to C. It holds no pointers of Go.
+// batch is the memory of one call from Go to C, without pointers to Go memory.
 type batch struct {
 	items      [maxBatch]C.item_t
 	signatures [maxBatch * signatureSize]byte
 	data       []byte
 }
 
-var batches = sync.Pool{New: func() any { return &batch{data: make([]byte, 0, 4096)} }} // modules refuse a null pointer, even to nothing
+// batches recycles memory. A batch's data is never nil: modules refuse a null pointer even with
+// length 0.
+var batches = sync.Pool{New: func() any { return &batch{data: make([]byte, 0, 4096)} }}
 
-// sign makes the signatures of 64 bytes that Ed25519 and raw ECDSA on P-256 both have, for at most maxBatch inputs. The
-// first that fails ends it.
+// sign makes signatures for at most maxBatch inputs, and stops at the first failure. A signature
+// has 64 bytes with Ed25519 and with raw ECDSA on P-256.
 func (d *direct) sign(session pkcs11.SessionHandle, inputs []*signing) error {
 	b := batches.Get().(*batch)
 	defer batches.Put(b)
 	b.data = b.data[:0]
 	for i, in := range inputs {
-		b.items[i] = C.item_t{C.ulong_t(in.mechanism), C.ulong_t(in.handle.private), C.ulong_t(len(b.data)), C.ulong_t(len(in.input))}
+		b.items[i] = C.item_t{
+			C.ulong_t(in.mechanism), C.ulong_t(in.handle.private), C.ulong_t(len(b.data)), C.ulong_t(len(in.input)),
+		}
 		b.data = append(b.data, in.input...)
 	}
 	var rv, size C.ulong_t
 	var failed *C.char
-	done := C.sign(d.functions, C.ulong_t(session), &b.items[0], C.ulong_t(len(inputs)), (*C.uchar)(unsafe.SliceData(b.data)),
-		(*C.uchar)(&b.signatures[0]), &rv, &size, &failed)
+	done := C.sign(d.functions, C.ulong_t(session), &b.items[0], C.ulong_t(len(inputs)),
+		(*C.uchar)(unsafe.SliceData(b.data)), (*C.uchar)(&b.signatures[0]), &rv, &size, &failed)
 	switch {
 	case rv != 0:
 		return deviceError(C.GoString(failed), pkcs11.Error(rv))
@@ -150,10 +164,13 @@ func (d *direct) sign(session pkcs11.SessionHandle, inputs []*signing) error {
 	return nil
 }
 
-func (d *direct) derive(session pkcs11.SessionHandle, key pkcs11.ObjectHandle, peer [32]byte) (shared [32]byte, err error) {
+// derive makes the X25519 shared secret of 32 bytes.
+func (d *direct) derive(session pkcs11.SessionHandle, key pkcs11.ObjectHandle, peer [32]byte) (
+	shared [32]byte, err error) {
 	size := C.ulong_t(len(shared))
 	var failed *C.char
-	rv := C.derive(d.functions, C.ulong_t(session), C.ulong_t(key), unsafe.Pointer(&peer[0]), (*C.uchar)(&shared[0]), &size, &failed)
+	rv := C.derive(d.functions, C.ulong_t(session), C.ulong_t(key), unsafe.Pointer(&peer[0]),
+		(*C.uchar)(&shared[0]), &size, &failed)
 	if rv != 0 {
 		return [32]byte{}, deviceError(C.GoString(failed), pkcs11.Error(rv))
 	}

@@ -1,11 +1,11 @@
 package hsm
 
-// LogOut ends the login of all sessions of the process behind the store's back.
+// LogOut ends the login of all sessions of the process without the store's knowledge.
 func (s *Store) LogOut() {
-	s.using.RLock()
-	defer s.using.RUnlock()
+	s.moduleMu.RLock()
+	defer s.moduleMu.RUnlock()
 	s.module.Logout(s.loginSession())
 }
 
-// IdleSlots returns how many of the operations that may be in flight are not.
-func (s *Store) IdleSlots() int { return len(s.slots) }
+// IdleSessions returns the number of sessions in the pool.
+func (s *Store) IdleSessions() int { return len(s.sessions) }

@@ -16,26 +16,53 @@ import (
 	"github.com/miekg/pkcs11"
 )
 
-// TestEveryCode injects each return value once into each call: where doing it again can help, the operation goes well all
-// the same; the session in which it happened is closed.
+// TestEveryCode injects each return value once into each call. The operation succeeds if a retry
+// can help, and the store closes the session of the failed call.
 func TestEveryCode(t *testing.T) {
 	codes := map[string]uint{
-		"CKR_HOST_MEMORY": 0x02, "CKR_SLOT_ID_INVALID": 0x03, "CKR_GENERAL_ERROR": 0x05, "CKR_FUNCTION_FAILED": 0x06, "CKR_CANT_LOCK": 0x0a,
-		"CKR_DEVICE_ERROR": 0x30, "CKR_DEVICE_MEMORY": 0x31, "CKR_DEVICE_REMOVED": 0x32, "CKR_FUNCTION_CANCELED": 0x50,
-		"CKR_KEY_HANDLE_INVALID": 0x60, "CKR_OBJECT_HANDLE_INVALID": 0x82, "CKR_OPERATION_ACTIVE": 0x90, "CKR_OPERATION_NOT_INITIALIZED": 0x91,
-		"CKR_SESSION_CLOSED": 0xb0, "CKR_SESSION_COUNT": 0xb1, "CKR_SESSION_HANDLE_INVALID": 0xb3, "CKR_TOKEN_NOT_PRESENT": 0xe0,
-		"CKR_TOKEN_NOT_RECOGNIZED": 0xe1, "CKR_USER_NOT_LOGGED_IN": 0x101, "CKR_BUFFER_TOO_SMALL": 0x150,
-		"CKR_CRYPTOKI_NOT_INITIALIZED": 0x190, "CKR_MUTEX_BAD": 0x1a0, "CKR_VENDOR_DEFINED": 0x80000001,
+		"CKR_HOST_MEMORY":               0x02,
+		"CKR_SLOT_ID_INVALID":           0x03,
+		"CKR_GENERAL_ERROR":             0x05,
+		"CKR_FUNCTION_FAILED":           0x06,
+		"CKR_CANT_LOCK":                 0x0a,
+		"CKR_DEVICE_ERROR":              0x30,
+		"CKR_DEVICE_MEMORY":             0x31,
+		"CKR_DEVICE_REMOVED":            0x32,
+		"CKR_FUNCTION_CANCELED":         0x50,
+		"CKR_KEY_HANDLE_INVALID":        0x60,
+		"CKR_OBJECT_HANDLE_INVALID":     0x82,
+		"CKR_OPERATION_ACTIVE":          0x90,
+		"CKR_OPERATION_NOT_INITIALIZED": 0x91,
+		"CKR_SESSION_CLOSED":            0xb0,
+		"CKR_SESSION_COUNT":             0xb1,
+		"CKR_SESSION_HANDLE_INVALID":    0xb3,
+		"CKR_TOKEN_NOT_PRESENT":         0xe0,
+		"CKR_TOKEN_NOT_RECOGNIZED":      0xe1,
+		"CKR_USER_NOT_LOGGED_IN":        0x101,
+		"CKR_BUFFER_TOO_SMALL":          0x150,
+		"CKR_CRYPTOKI_NOT_INITIALIZED":  0x190,
+		"CKR_MUTEX_BAD":                 0x1a0,
+		"CKR_VENDOR_DEFINED":            0x80000001,
 	}
-	refused := map[string]uint{ // doing it again can't help
-		"CKR_ARGUMENTS_BAD": 0x07, "CKR_ACTION_PROHIBITED": 0x1b, "CKR_DATA_INVALID": 0x20, "CKR_DATA_LEN_RANGE": 0x21, "CKR_FUNCTION_NOT_SUPPORTED": 0x54,
-		"CKR_KEY_SIZE_RANGE": 0x62, "CKR_KEY_TYPE_INCONSISTENT": 0x63, "CKR_KEY_FUNCTION_NOT_PERMITTED": 0x68, "CKR_MECHANISM_INVALID": 0x70,
-		"CKR_MECHANISM_PARAM_INVALID": 0x71, "CKR_DOMAIN_PARAMS_INVALID": 0x130, "CKR_CURVE_NOT_SUPPORTED": 0x140,
+	refused := map[string]uint{ // a retry can't help
+		"CKR_ARGUMENTS_BAD":              0x07,
+		"CKR_ACTION_PROHIBITED":          0x1b,
+		"CKR_DATA_INVALID":               0x20,
+		"CKR_DATA_LEN_RANGE":             0x21,
+		"CKR_FUNCTION_NOT_SUPPORTED":     0x54,
+		"CKR_KEY_SIZE_RANGE":             0x62,
+		"CKR_KEY_TYPE_INCONSISTENT":      0x63,
+		"CKR_KEY_FUNCTION_NOT_PERMITTED": 0x68,
+		"CKR_MECHANISM_INVALID":          0x70,
+		"CKR_MECHANISM_PARAM_INVALID":    0x71,
+		"CKR_DOMAIN_PARAMS_INVALID":      0x130,
+		"CKR_CURVE_NOT_SUPPORTED":        0x140,
 	}
 	s := newShim(t, 1)
 	store := open(t, s.config)
 	defer store.Close()
-	signing, exchange := generate(t, store, "payments", keystore.Ed25519), generate(t, store, "noise", keystore.X25519)
+	signing := generate(t, store, "payments", keystore.Ed25519)
+	exchange := generate(t, store, "noise", keystore.X25519)
 	use := func(function int) error {
 		if function == deriveKey {
 			_, err := exchange.Exchange(t.Context(), [32]byte{9})
@@ -55,13 +82,16 @@ func TestEveryCode(t *testing.T) {
 					s.closeSessions(store)
 				}
 				before := len(s.calls())
-				s.meets(fault{function: function, kind: "code", argument: of[name], count: 1})
+				s.inject(fault{function: function, kind: "code", argument: of[name], count: 1})
 				err := use(function)
-				if _, definite := refused[name]; definite != errors.Is(err, keystore.ErrRefused) || !definite && err != nil {
+				_, definite := refused[name]
+				if definite != errors.Is(err, keystore.ErrRefused) || !definite && err != nil {
 					t.Errorf("%s of function %d: %v", name, function, err)
 				}
 				calls := s.calls()[before:]
-				met := slices.IndexFunc(calls, func(c call) bool { return c.function == function && c.code == int(of[name]) })
+				met := slices.IndexFunc(calls, func(c call) bool {
+					return c.function == function && c.code == int(of[name])
+				})
 				if met < 0 {
 					t.Fatalf("%s of function %d was not met", name, function)
 				}
@@ -80,13 +110,14 @@ func TestEveryCode(t *testing.T) {
 	if n := s.count(initialize); n != began {
 		t.Errorf("the module was initialised %d times for errors that a new session mends", n-began)
 	}
-	s.meets(fault{function: sign, kind: "code", argument: ckrDeviceError, count: 2})
+	s.inject(fault{function: sign, kind: "code", argument: ckrDeviceError, count: 2})
 	if err := use(sign); err != nil || s.count(initialize) != began+1 {
 		t.Errorf("an error that only a new start mends: %v, %d starts", err, s.count(initialize)-began)
 	}
 }
 
-// TestSessionLimit: no more sessions are opened than the token says that this process may have.
+// TestSessionLimit checks that the store opens no more sessions than this process's share of the
+// token's session limit.
 func TestSessionLimit(t *testing.T) {
 	s := newShim(t, 8)
 	for _, tc := range []struct {
@@ -107,7 +138,7 @@ func TestSessionLimit(t *testing.T) {
 		c := s.config
 		c.Share = tc.share
 		store := open(t, c)
-		if n := store.IdleSlots(); n != tc.want {
+		if n := store.IdleSessions(); n != tc.want {
 			t.Errorf("%q shared by %d: %d places, want %d", tc.most, tc.share, n, tc.want)
 		}
 		store.Close()
@@ -116,7 +147,7 @@ func TestSessionLimit(t *testing.T) {
 	store := open(t, s.config)
 	defer store.Close()
 	key := generate(t, store, "payments", keystore.Ed25519)
-	s.meets(fault{function: openSession, kind: "limit", argument: 4})
+	s.inject(fault{function: openSession, kind: "limit", argument: 4})
 	var wg sync.WaitGroup
 	for range 16 {
 		wg.Go(func() { signs(t, key) })
@@ -127,15 +158,17 @@ func TestSessionLimit(t *testing.T) {
 	}
 }
 
-// TestSessionsTaken: others use most of the token's sessions. Operations wait for one another; when the others are done,
-// as many are in flight as before.
+// TestSessionsTaken has another program use most of the token's sessions. The store's operations
+// wait for one another. Later the other program closes its sessions, and the store is back at four
+// concurrent operations.
 func TestSessionsTaken(t *testing.T) {
 	s := newShim(t, 4)
 	store := open(t, s.config)
 	defer store.Close()
 	key := generate(t, store, "payments", keystore.Ed25519)
 	s.closeSessions(store)
-	s.meets(fault{function: openSession, kind: "limit", argument: 2}, fault{function: signInit, kind: "held", count: 1})
+	limit := fault{function: openSession, kind: "limit", argument: 2}
+	s.inject(limit, fault{function: signInit, kind: "held", count: 1})
 	var wg sync.WaitGroup
 	for range 12 {
 		wg.Go(func() { signs(t, key) })
@@ -143,40 +176,41 @@ func TestSessionsTaken(t *testing.T) {
 	eventually(t, "one signs and three wait for its session", func() bool {
 		return s.count(signInit, isHeld) == 1 && s.count(openSession, ckrSessionCount) == 3
 	})
-	s.meets(fault{function: openSession, kind: "limit", argument: 2})
+	s.inject(limit)
 	wg.Wait()
 	if n := s.openSessions(); n != 2 {
 		t.Errorf("%d sessions", n)
 	}
 
-	s.meets()
-	eventually(t, "all places are back", func() bool { return store.IdleSlots() == 4 })
-	s.meets(fault{function: signInit, kind: "held"})
+	s.inject()
+	eventually(t, "all places are back", func() bool { return store.IdleSessions() == 4 })
+	s.inject(fault{function: signInit, kind: "held"})
 	for range 4 {
 		wg.Go(func() { signs(t, key) })
 	}
 	eventually(t, "four sign at the same time", func() bool { return s.count(signInit, isHeld) == 1+4 })
-	s.meets()
+	s.inject()
 	wg.Wait()
 }
 
-// TestNoSession: when there is nobody to wait for, nobody waits.
+// TestNoSession checks that an operation fails at once, rather than wait, if another program has
+// all of the token's sessions.
 func TestNoSession(t *testing.T) {
 	s := newShim(t, 2)
 	store := open(t, s.config)
 	defer store.Close()
 	key := generate(t, store, "payments", keystore.Ed25519)
 	s.closeSessions(store)
-	s.meets(fault{function: openSession, kind: "limit", argument: 1})
+	s.inject(fault{function: openSession, kind: "limit", argument: 1})
 	if _, err := key.Sign(t.Context(), []byte("m"), nil); !errors.Is(err, keystore.ErrUnavailable) {
 		t.Errorf("%v, want %v", err, keystore.ErrUnavailable)
 	}
-	s.meets()
+	s.inject()
 	signs(t, key)
 }
 
-// TestWaitingForASessionHoldsNothingUp: one operation has the token's only session, and must have the module initialised
-// anew, while another one waits for that session.
+// TestWaitingForASessionHoldsNothingUp has one operation wait for the token's only session. The
+// owner of the session must re-initialise the module meanwhile, without a deadlock.
 func TestWaitingForASessionHoldsNothingUp(t *testing.T) {
 	s := newShim(t, 2)
 	store := open(t, s.config)
@@ -186,7 +220,7 @@ func TestWaitingForASessionHoldsNothingUp(t *testing.T) {
 	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
 	defer cancel()
 	limit := fault{function: openSession, kind: "limit", argument: 2}
-	s.meets(limit, fault{function: signInit, kind: "held", argument: ckrDeviceError, count: 1})
+	s.inject(limit, fault{function: signInit, kind: "held", argument: ckrDeviceError, count: 1})
 	var wg sync.WaitGroup
 	sign := func() {
 		if _, err := key.Sign(ctx, []byte("m"), nil); err != nil {
@@ -197,21 +231,21 @@ func TestWaitingForASessionHoldsNothingUp(t *testing.T) {
 	eventually(t, "one signs", func() bool { return s.count(signInit, isHeld) == 1 })
 	wg.Go(sign)
 	eventually(t, "one waits", func() bool { return s.count(openSession, ckrSessionCount) == 1 })
-	s.meets(limit, fault{function: signInit, kind: "code", argument: ckrDeviceError, count: 1})
+	s.inject(limit, fault{function: signInit, kind: "code", argument: ckrDeviceError, count: 1})
 	wg.Wait()
 	if n := s.count(initialize); n != 2 {
 		t.Errorf("the module was initialised %d times", n)
 	}
 }
 
-// TestCallerLeaves: for a caller that has left nothing is tried again, and the module is not initialised anew under the
-// others.
+// TestCallerLeaves checks that the store does not retry or re-initialise the module for a caller
+// with a cancelled context.
 func TestCallerLeaves(t *testing.T) {
 	s := newShim(t, 2)
 	store := open(t, s.config)
 	defer store.Close()
 	key := generate(t, store, "payments", keystore.Ed25519)
-	s.meets(fault{function: signInit, kind: "held", argument: ckrDeviceError, count: 1})
+	s.inject(fault{function: signInit, kind: "held", argument: ckrDeviceError, count: 1})
 	ctx, cancel := context.WithCancel(t.Context())
 	failed := make(chan error)
 	go func() {
@@ -220,7 +254,7 @@ func TestCallerLeaves(t *testing.T) {
 	}()
 	eventually(t, "it signs", func() bool { return s.count(signInit, isHeld) == 1 })
 	cancel()
-	s.meets()
+	s.inject()
 	if err := <-failed; !errors.Is(err, keystore.ErrUnavailable) {
 		t.Errorf("%v, want %v", err, keystore.ErrUnavailable)
 	}
@@ -230,7 +264,8 @@ func TestCallerLeaves(t *testing.T) {
 	signs(t, key)
 }
 
-// TestWrongPINCostsOneLogin counts what the token counts.
+// TestWrongPINCostsOneLogin counts the C_Login calls, as the token does: a token locks a PIN after
+// a few wrong ones.
 func TestWrongPINCostsOneLogin(t *testing.T) {
 	s := newShim(t, 4)
 	write(t, s.config.PINFile, "wrong-pin\n")
@@ -256,7 +291,8 @@ func TestWrongPINCostsOneLogin(t *testing.T) {
 				if i%2 == 0 {
 					_, err = key.Sign(t.Context(), []byte("m"), nil)
 				} else {
-					_, err = store.Generate(t.Context(), keystore.Ref{Name: "other", Version: uint32(i)}, keystore.X25519, keystore.Tag{byte(i)})
+					ref := keystore.Ref{Name: "other", Version: uint32(i)}
+					_, err = store.Generate(t.Context(), ref, keystore.X25519, keystore.Tag{byte(i)})
 				}
 				if !errors.Is(err, keystore.ErrAuth) {
 					t.Errorf("%v, want %v", err, keystore.ErrAuth)
@@ -269,9 +305,10 @@ func TestWrongPINCostsOneLogin(t *testing.T) {
 		}
 	}
 	refused()
-	s.meets(fault{function: signInit, kind: "code", argument: ckrDeviceError}) // which a new start would mend
+	// A re-initialisation would help against this error, and must not happen after a wrong PIN.
+	s.inject(fault{function: signInit, kind: "code", argument: ckrDeviceError})
 	refused()
-	s.meets()
+	s.inject()
 	write(t, s.config.PINFile, "test-user-pin\n")
 	refused()
 	if st := store.Status(); st.Up || st.Cause == "" {
@@ -284,24 +321,27 @@ func TestWrongPINCostsOneLogin(t *testing.T) {
 	}
 }
 
-// TestAlreadyLoggedIn: the session of the login is lost, and the login is not, since another session keeps it.
+// TestAlreadyLoggedIn has the token drop the login session but not the login, because another
+// session keeps the login alive.
 func TestAlreadyLoggedIn(t *testing.T) {
 	s := newShim(t, 2)
 	store := open(t, s.config)
 	defer store.Close()
 	key := generate(t, store, "payments", keystore.Ed25519)
-	s.meets(fault{function: signInit, kind: "held", count: 1})
+	s.inject(fault{function: signInit, kind: "held", count: 1})
 	var wg sync.WaitGroup
 	wg.Go(func() { signs(t, key) })
 	eventually(t, "a second session is needed", func() bool { return s.count(signInit, isHeld) == 1 })
 	signs(t, key)
-	s.meets()
+	s.inject()
 	wg.Wait()
-	// The key is looked for again before the second error, which asks for the state twice; then the login is looked at.
-	s.meets(fault{function: signInit, kind: "code", argument: ckrDeviceError, count: 2}, fault{function: getSessionInfo, kind: "code", argument: 0xb3, count: 1, skip: 2})
+	// Before the second CKR_DEVICE_ERROR the store searches the key again, with two calls of
+	// C_GetSessionInfo. The third call is the check of the login session.
+	s.inject(fault{function: signInit, kind: "code", argument: ckrDeviceError, count: 2},
+		fault{function: getSessionInfo, kind: "code", argument: 0xb3, count: 1, skip: 2})
 	signs(t, key)
-	if s.count(login, ckrAlreadyLoggedIn) != 1 || s.count(initialize) != 1 {
-		t.Errorf("CKR_USER_ALREADY_LOGGED_IN was met %d times, and the module initialised %d times", s.count(login, ckrAlreadyLoggedIn), s.count(initialize))
+	if in, starts := s.count(login, ckrAlreadyLoggedIn), s.count(initialize); in != 1 || starts != 1 {
+		t.Errorf("CKR_USER_ALREADY_LOGGED_IN was met %d times, and the module initialised %d times", in, starts)
 	}
 	signs(t, key)
 	if n := s.openSessions(); n > 3 {
@@ -309,7 +349,8 @@ func TestAlreadyLoggedIn(t *testing.T) {
 	}
 }
 
-// TestLoggedOutIsNotGone: who is not logged in sees no private objects, and must not take that for an answer.
+// TestLoggedOutIsNotGone checks that a lost login is not taken for a missing key: the token hides
+// private objects without a login.
 func TestLoggedOutIsNotGone(t *testing.T) {
 	c := newToken(t)
 	store := open(t, c)
@@ -339,25 +380,26 @@ func TestLoggedOutIsNotGone(t *testing.T) {
 	})
 }
 
-// TestRefusedMeanwhile: a handle goes stale while it is on its way to the module, and the number stands for another key
-// by then. The refusal is about that one.
+// TestRefusedMeanwhile invalidates a handle between the cache and the module. By the time of the
+// call the number denotes another key, and the module's refusal is about the other key.
 func TestRefusedMeanwhile(t *testing.T) {
 	s := newShim(t, 2)
 	store := open(t, s.config)
 	defer store.Close()
 	key := generate(t, store, "payments", keystore.Ed25519)
 	signs(t, key)
-	s.meets(fault{function: signInit, kind: "held", argument: ckrTypeInconsistent, count: 1})
+	s.inject(fault{function: signInit, kind: "held", argument: ckrTypeInconsistent, count: 1})
 	var wg sync.WaitGroup
 	wg.Go(func() { signs(t, key) })
 	eventually(t, "it signs", func() bool { return s.count(signInit, isHeld) == 1 })
 	store.LogOut()
 	signs(t, key) // logs in
-	s.meets()
+	s.inject()
 	wg.Wait()
 }
 
-// TestAmbiguous puts a second object beside a key's. None of them is used, whichever way the key is asked for.
+// TestAmbiguous makes a second object with a key's label or CKA_ID. A search finding both objects
+// must use neither of them: byRef is the error of a search by label, byBound of a search by CKA_ID.
 func TestAmbiguous(t *testing.T) {
 	ours := keystore.Tag{}
 	copy(ours[:], "payments")
@@ -366,13 +408,15 @@ func TestAmbiguous(t *testing.T) {
 		name           string
 		label          string
 		id             keystore.Tag
-		keep           uint // the class of the objects that stay; 0 for both
+		keep           uint // class of the additional object; 0 for one of each class
 		byRef, byBound error
 	}{
 		{"same label, other CKA_ID", "countersign/payments/1", other, 0, keystore.ErrAmbiguous, nil},
 		{"same label and CKA_ID", "countersign/payments/1", ours, 0, keystore.ErrAmbiguous, keystore.ErrAmbiguous},
-		{"a second private object", "countersign/payments/1", ours, pkcs11.CKO_PRIVATE_KEY, keystore.ErrAmbiguous, keystore.ErrAmbiguous},
-		{"a second public object", "countersign/payments/1", ours, pkcs11.CKO_PUBLIC_KEY, keystore.ErrAmbiguous, keystore.ErrAmbiguous},
+		{"a second private object", "countersign/payments/1", ours, pkcs11.CKO_PRIVATE_KEY,
+			keystore.ErrAmbiguous, keystore.ErrAmbiguous},
+		{"a second public object", "countersign/payments/1", ours, pkcs11.CKO_PUBLIC_KEY,
+			keystore.ErrAmbiguous, keystore.ErrAmbiguous},
 		{"same CKA_ID, other label", "countersign/refunds/1", ours, 0, nil, keystore.ErrAmbiguous},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
@@ -382,12 +426,15 @@ func TestAmbiguous(t *testing.T) {
 			store.Close()
 			raw(t, c, func(m *pkcs11.Ctx, s pkcs11.SessionHandle) {
 				common := []*pkcs11.Attribute{
-					pkcs11.NewAttribute(pkcs11.CKA_TOKEN, true), pkcs11.NewAttribute(pkcs11.CKA_LABEL, tc.label),
-					pkcs11.NewAttribute(pkcs11.CKA_ID, tc.id[:]), pkcs11.NewAttribute(pkcs11.CKA_KEY_TYPE, 0x40),
+					attr(pkcs11.CKA_TOKEN, true), attr(pkcs11.CKA_LABEL, tc.label),
+					attr(pkcs11.CKA_ID, tc.id[:]), attr(pkcs11.CKA_KEY_TYPE, 0x40),
 				}
-				public := append([]*pkcs11.Attribute{pkcs11.NewAttribute(pkcs11.CKA_EC_PARAMS, []byte{6, 3, 0x2b, 0x65, 0x70})}, common...)
-				private := append([]*pkcs11.Attribute{pkcs11.NewAttribute(pkcs11.CKA_SENSITIVE, true), pkcs11.NewAttribute(pkcs11.CKA_EXTRACTABLE, false), pkcs11.NewAttribute(pkcs11.CKA_PRIVATE, true)}, common...)
-				pub, prv, err := m.GenerateKeyPair(s, []*pkcs11.Mechanism{pkcs11.NewMechanism(0x1055, nil)}, public, private)
+				public := append([]*pkcs11.Attribute{attr(pkcs11.CKA_EC_PARAMS, ed25519OID)}, common...)
+				private := append([]*pkcs11.Attribute{
+					attr(pkcs11.CKA_SENSITIVE, true), attr(pkcs11.CKA_EXTRACTABLE, false),
+					attr(pkcs11.CKA_PRIVATE, true),
+				}, common...)
+				pub, prv, err := m.GenerateKeyPair(s, edwardsKeygen, public, private)
 				switch tc.keep {
 				case pkcs11.CKO_PRIVATE_KEY:
 					err = errors.Join(err, m.DestroyObject(s, pub))
@@ -411,14 +458,17 @@ func TestAmbiguous(t *testing.T) {
 	}
 }
 
-// TestBatchMeetsAFault: what one signature of a batch meets is not another's error, and no signature stands in another's
-// place.
+// TestBatchMeetsAFault checks that a fault at one signature of a batch is not reported for another
+// one, and that the signatures stay in the order of the batch.
 func TestBatchMeetsAFault(t *testing.T) {
 	s := newShim(t, 2)
 	store := open(t, s.config)
 	defer store.Close()
-	keys := []keystore.Key{generate(t, store, "payments", keystore.Ed25519), generate(t, store, "refunds", keystore.Ed25519), generate(t, store, "tls", keystore.P256)}
-	const size = 20 // more than one crossing makes
+	keys := []keystore.Key{
+		generate(t, store, "payments", keystore.Ed25519), generate(t, store, "refunds", keystore.Ed25519),
+		generate(t, store, "tls", keystore.P256),
+	}
+	const size = 20 // more than the 16 of one call from Go to C
 	batch := func(what string) (failed []int, why error) {
 		t.Helper()
 		var all []*keystore.Signing
@@ -444,38 +494,45 @@ func TestBatchMeetsAFault(t *testing.T) {
 	}
 	for _, at := range []int{0, 1, 7, 15, 16, size - 1} {
 		for _, f := range []fault{
-			{function: sign, kind: "short"}, {function: sign, kind: "code", argument: ckrDeviceError}, {function: signInit, kind: "code", argument: ckrDeviceError},
-			{function: signInit, kind: "code", argument: ckrMechanismInvalid}, {function: signInit, kind: "logout"},
+			{function: sign, kind: "short"},
+			{function: sign, kind: "code", argument: ckrDeviceError},
+			{function: signInit, kind: "code", argument: ckrDeviceError},
+			{function: signInit, kind: "code", argument: ckrMechanismInvalid},
+			{function: signInit, kind: "logout"},
 		} {
 			f.count, f.skip = 1, at
-			s.meets(f)
+			s.inject(f)
 			what := fmt.Sprintf("%+v", f)
 			before := s.count(sign) + s.count(signInit)
-			if failed, err := batch(what); err != nil { // it was met once, and each was then made by itself
+			// The fault happens once. The store then makes each signature by itself.
+			if failed, err := batch(what); err != nil {
 				t.Errorf("%s: %v failed: %v", what, failed, err)
 			}
 			if n := s.count(sign) + s.count(signInit) - before; n <= 2*size {
 				t.Errorf("%s was not met", what)
 			}
 		}
-		// What goes on failing is one signature's error: the first that is made by itself.
-		s.meets(fault{function: signInit, kind: "code", argument: ckrMechanismInvalid, count: 2, skip: at})
-		if failed, err := batch(fmt.Sprintf("refused at %d", at)); !slices.Equal(failed, []int{0}) || !errors.Is(err, keystore.ErrRefused) {
+		// A second fault hits exactly one signature: the first one made by itself.
+		s.inject(fault{function: signInit, kind: "code", argument: ckrMechanismInvalid, count: 2, skip: at})
+		failed, err := batch(fmt.Sprintf("refused at %d", at))
+		if !slices.Equal(failed, []int{0}) || !errors.Is(err, keystore.ErrRefused) {
 			t.Errorf("refused at %d: %v failed, %v", at, failed, err)
 		}
 	}
-	s.meets()
+	s.inject()
 	if n := s.openSessions(); n > 3 {
 		t.Errorf("%d sessions are open", n)
 	}
 }
 
-// TestBatchesWhileLoginsComeAndGo: numbers of keys change under batches that are being made.
+// TestBatchesWhileLoginsComeAndGo invalidates the handles of keys during batches.
 func TestBatchesWhileLoginsComeAndGo(t *testing.T) {
 	c := newToken(t)
 	store := open(t, c)
 	defer store.Close()
-	keys := []keystore.Key{generate(t, store, "payments", keystore.Ed25519), generate(t, store, "refunds", keystore.Ed25519)}
+	keys := []keystore.Key{
+		generate(t, store, "payments", keystore.Ed25519), generate(t, store, "refunds", keystore.Ed25519),
+	}
 	done := make(chan struct{})
 	var wg sync.WaitGroup
 	for g := range 3 {
@@ -488,11 +545,13 @@ func TestBatchesWhileLoginsComeAndGo(t *testing.T) {
 				}
 				var all []*keystore.Signing
 				for i := range 8 {
-					all = append(all, &keystore.Signing{Key: keys[i%2], Message: fmt.Appendf(nil, "%d %d %d", g, round, i)})
+					message := fmt.Appendf(nil, "%d %d %d", g, round, i)
+					all = append(all, &keystore.Signing{Key: keys[i%2], Message: message})
 				}
 				store.SignBatch(t.Context(), all)
 				for _, b := range all {
-					if b.Err == nil && !b.Key.Info().Verify(b.Message, b.Signature) || b.Err != nil && !errors.Is(b.Err, keystore.ErrUnavailable) {
+					ok := b.Err == nil && b.Key.Info().Verify(b.Message, b.Signature)
+					if !ok && !errors.Is(b.Err, keystore.ErrUnavailable) {
 						t.Errorf("%v: %v, or it does not verify", b.Key.Info().Ref, b.Err)
 					}
 				}

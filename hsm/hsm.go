@@ -1,10 +1,15 @@
-// Package hsm keeps keys in a PKCS#11 token. Private keys are made inside, or imported once, and never leave. Begin
-// reading at Open and at Store.do, through which every use of the token goes.
+// Package hsm implements keystore.Store on a PKCS#11 token. Private keys are generated in the token
+// or imported once, and never leave the token. Begin reading at Open and at Store.withSession, the
+// path of every use of the token.
 //
-// The module is C code that may be wrong, slow or gone. What fails is tried again on a ladder: a new session, a new
-// login, the module initialised anew; handles are found again on each rung. The last rung is not here: a call that hangs
-// in the module, or a module that crashes, costs the process. Package worker gives it one of its own and replaces it;
-// then contexts bound every wait. Here a context is looked at before the module is entered, and not after.
+// The module is C code and may be faulty, slow or absent. A failed operation is retried after a
+// recovery step, at most three times: a new session, a new login, a re-initialised module. Object
+// handles are looked up again after each step.
+//
+// Package hsm can't recover from a call hanging in the module or from a crash of the module: both
+// cost the process. Package worker runs the module in a process of its own, replaces the process
+// and bounds every wait by a context. Package hsm checks a context before a call into the module
+// and never during the call.
 package hsm
 
 import (
@@ -13,6 +18,7 @@ import (
 	"fmt"
 	"os"
 	"runtime"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -22,23 +28,24 @@ import (
 	"github.com/miekg/pkcs11"
 )
 
-// Config names a token. Its zero values are not defaults: the caller decides.
+// Config names a token. Zero values are not defaults: the caller sets every field on purpose.
 type Config struct {
-	URI      string // RFC 7512, which token
-	Module   string // the module's shared object, unless the URI has module-path
-	PINFile  string // the user's PIN, unless the URI has pin-source
-	Sessions int    // operations in flight at the most
-	Share    int    // how many processes share the sessions that the token allows
-	Quirks   Quirks // what is set here goes before what the module's row in the table says
+	URI      string // the token, RFC 7512
+	Module   string // path of the module's shared object, unless the URI has module-path
+	PINFile  string // path of the file with the user PIN, unless the URI has pin-source
+	Sessions int    // limit of concurrent operations
+	Share    int    // number of processes sharing the token's session limit
+	Quirks   Quirks // overrides of the module's row in knownModules
 
-	// LogIn, where it is set, is called around each login and what leads to it, and decides whether there may be one. A
-	// PIN that was refused must not be tried again by any process; and while one process logs in, another that just
-	// initialises the module may not see the token (SoftHSM, which writes the token's file then).
+	// LogIn wraps each login together with the calls before the login, and may refuse the login.
+	// Nil allows every login. LogIn has two purposes. A refused PIN must not be tried again by any
+	// process. One process at a time may log in: SoftHSM rewrites the token's file at a login, and
+	// another process initialising its module at the same time may miss the token.
 	LogIn func(ctx context.Context, logIn func() error) error `json:"-"`
 }
 
-// restartPause is how long a module that could not be initialised anew is left alone.
-const restartPause = time.Second
+// restartBackoff is the least time between two re-initialisations of the module.
+const restartBackoff = time.Second
 
 // Store is a keystore.Store on one token.
 type Store struct {
@@ -50,31 +57,33 @@ type Store struct {
 	direct  *direct
 	quirks  quirks
 
-	// slots holds one entry for each operation that may be in flight: a session that waits for use.
-	slots chan session
-	open  atomic.Int64 // sessions that are open, the login's not counted
+	// sessions is the pool of idle sessions: one entry for each operation allowed in flight. An
+	// entry may be the zero session, to be opened at its first use.
+	sessions chan session
+	open     atomic.Int64 // number of open sessions, without the login session
 
-	// using is held for reading during every call into the module, and for writing while the module starts or ends:
-	// C_Finalize while another thread signs brings the process down.
-	using      sync.RWMutex
-	slot       uint   // under using
-	generation uint64 // under using; sessions of another generation are dead
-	closed     bool   // under using
+	// moduleMu is read-locked during every call into the module and write-locked while the module
+	// is initialised or finalised: C_Finalize during another thread's C_Sign crashes the process.
+	moduleMu   sync.RWMutex
+	slot       uint   // guarded by moduleMu
+	generation uint64 // guarded by moduleMu; sessions of an earlier generation are invalid
+	closed     bool   // guarded by moduleMu
 
-	// logins counts the logins. A handle of a private object is good for one login; a number of another may be another key.
+	// logins counts the logins. The handle of a private object is valid during one login. After
+	// the next login the same number may denote another key.
 	logins atomic.Uint64
 
-	recovering  sync.Mutex
-	nextRestart time.Time // under recovering: not before
-	authFailed  error     // under recovering: a wrong PIN is never tried twice
+	recoverMu   sync.Mutex
+	nextRestart time.Time // guarded by recoverMu; no re-initialisation before this time
+	authFailed  error     // guarded by recoverMu; set once the token has refused the PIN
 
-	login   atomic.Uint64 // the session that keeps the login alive, and copies of keys
-	copying sync.Mutex
+	login  atomic.Uint64 // handle of the login session; owner of the login and of copied keys
+	copyMu sync.Mutex    // held during C_CopyObject in the login session
 
 	handles sync.Map // keystore.Tag -> *handle
 }
 
-// session is a PKCS#11 session; one with another generation than the store's is none.
+// session is a PKCS#11 session. A session of an earlier generation than the store's is invalid.
 type session struct {
 	handle     pkcs11.SessionHandle
 	generation uint64
@@ -86,7 +95,7 @@ func Open(ctx context.Context, c Config) (*Store, error) {
 	if err != nil {
 		return nil, err
 	}
-	// A module may miss a token that another process is just changing (SoftHSM does): it is asked a few times.
+	// SoftHSM misses a token while another process rewrites the token's file: try three times.
 	for try := 1; ; try++ {
 		err := s.restart(ctx, 0)
 		if err == nil {
@@ -99,15 +108,15 @@ func Open(ctx context.Context, c Config) (*Store, error) {
 		time.Sleep(100 * time.Millisecond)
 	}
 	for range s.sessionLimit() {
-		s.slots <- session{}
+		s.sessions <- session{}
 	}
 	return s, nil
 }
 
-// load reads the configuration and loads the module, which is not initialised yet.
+// load checks the configuration and loads the module without initialising the module.
 func load(c Config) (*Store, error) {
 	fail := func(format string, args ...any) (*Store, error) { return nil, fmt.Errorf("hsm: "+format, args...) }
-	s := &Store{config: c, slots: make(chan session, c.Sessions)}
+	s := &Store{config: c, sessions: make(chan session, c.Sessions)}
 	var err error
 	if s.uri, err = parseURI(c.URI); err != nil {
 		return fail("%w", err)
@@ -115,10 +124,10 @@ func load(c Config) (*Store, error) {
 	if err := c.Quirks.Check(); err != nil {
 		return fail("%w", err)
 	}
-	if s.path, err = oneOf("module", c.Module, "module-path", s.uri.module); err != nil {
+	if s.path, err = exactlyOne("module", c.Module, "module-path", s.uri.module); err != nil {
 		return fail("%w", err)
 	}
-	if s.pinFile, err = oneOf("pin_file", c.PINFile, "pin-source", s.uri.pin); err != nil {
+	if s.pinFile, err = exactlyOne("pin_file", c.PINFile, "pin-source", s.uri.pin); err != nil {
 		return fail("%w", err)
 	}
 	if _, err := readPIN(s.pinFile); err != nil {
@@ -142,19 +151,23 @@ func (s *Store) unload() {
 	s.module.Destroy()
 }
 
-func oneOf(field, value, attr, fromURI string) (string, error) {
+// exactlyOne returns the setting of a configuration field or of its URI attribute, and an error for
+// none or both.
+func exactlyOne(field, value, attr, fromURI string) (string, error) {
 	if (value == "") == (fromURI == "") {
 		return "", fmt.Errorf("exactly one of %s and the URI's %s must be set", field, attr)
 	}
 	return value + fromURI, nil
 }
 
-// sessionLimit is how many operations may be in flight: what the configuration says, or this process' share of what the
-// token allows, less the session of the login.
+// sessionLimit returns the limit of concurrent operations: Config.Sessions, or less if this
+// process's share of the token's session limit is smaller. The share includes the login session.
+// Example: 9 sessions shared by 2 processes give 9/2 - 1 = 3 operations.
 func (s *Store) sessionLimit() int {
 	n := s.config.Sessions
 	info, err := s.module.GetTokenInfo(s.slot)
-	for _, most := range []uint{info.MaxSessionCount, info.MaxRwSessionCount} { // ours are read-write, and count for both
+	// The store's sessions are read-write and count against both limits.
+	for _, most := range []uint{info.MaxSessionCount, info.MaxRwSessionCount} {
 		if err == nil && most != pkcs11.CK_EFFECTIVELY_INFINITE && most != pkcs11.CK_UNAVAILABLE_INFORMATION {
 			n = min(n, max(1, int(most)/max(1, s.config.Share)-1))
 		}
@@ -162,16 +175,17 @@ func (s *Store) sessionLimit() int {
 	return n
 }
 
-// restart initialises the module and logs in, unless another caller has done so since the given generation. It waits
-// for the calls that are in the module; when one of them hangs, this process has had its time.
+// restart initialises the module and logs in, unless another caller has done so since the given
+// generation. restart waits for the end of all calls into the module. A hanging call blocks restart
+// until package worker ends the process.
 func (s *Store) restart(ctx context.Context, since uint64) error {
-	s.recovering.Lock()
-	defer s.recovering.Unlock()
+	s.recoverMu.Lock()
+	defer s.recoverMu.Unlock()
 	if s.authFailed != nil {
 		return s.authFailed
 	}
-	s.using.Lock()
-	defer s.using.Unlock()
+	s.moduleMu.Lock()
+	defer s.moduleMu.Unlock()
 	if s.closed {
 		return errClosed
 	} else if s.generation != since {
@@ -179,13 +193,14 @@ func (s *Store) restart(ctx context.Context, since uint64) error {
 	}
 	if since != 0 {
 		if time.Now().Before(s.nextRestart) {
-			return fmt.Errorf("%w: the token could not be reached a moment ago", keystore.ErrUnavailable)
+			return fmt.Errorf("%w: the last initialisation of the module was less than %v ago",
+				keystore.ErrUnavailable, restartBackoff)
 		}
-		s.nextRestart = time.Now().Add(restartPause)
+		s.nextRestart = time.Now().Add(restartBackoff)
 		s.module.Finalize()
 		s.open.Store(0)
 	}
-	err := s.gate(ctx, func() error {
+	err := s.guardedLogIn(ctx, func() error {
 		if err := s.module.Initialize(); err != nil {
 			return deviceError("C_Initialize", err)
 		}
@@ -208,26 +223,27 @@ func (s *Store) restart(ctx context.Context, since uint64) error {
 	return err
 }
 
-// gate runs what ends in a login. The caller holds recovering.
-func (s *Store) gate(ctx context.Context, logIn func() error) error {
-	gate := s.config.LogIn
-	if gate == nil {
-		gate = func(_ context.Context, logIn func() error) error { return logIn() }
+// guardedLogIn runs a login through Config.LogIn and remembers a refused PIN. The caller holds
+// recoverMu.
+func (s *Store) guardedLogIn(ctx context.Context, logIn func() error) (err error) {
+	if s.config.LogIn != nil {
+		err = s.config.LogIn(ctx, logIn)
+	} else {
+		err = logIn()
 	}
-	err := gate(ctx, logIn)
 	if errors.Is(err, keystore.ErrAuth) {
 		s.authFailed = err
 	}
 	return err
 }
 
-// logInAgain logs in where the login has been lost behind our back, unless another caller has done so since. It reports
-// whether there is a new login.
+// logInAgain logs in if the token has dropped the login, unless another caller has logged in since.
+// The first result reports a new login.
 func (s *Store) logInAgain(ctx context.Context, since uint64) (bool, error) {
-	s.recovering.Lock() // before using, as in restart
-	defer s.recovering.Unlock()
-	s.using.RLock()
-	defer s.using.RUnlock()
+	s.recoverMu.Lock() // before moduleMu, as in restart
+	defer s.recoverMu.Unlock()
+	s.moduleMu.RLock()
+	defer s.moduleMu.RUnlock()
 	if s.authFailed != nil {
 		return false, s.authFailed
 	} else if s.closed {
@@ -235,16 +251,18 @@ func (s *Store) logInAgain(ctx context.Context, since uint64) (bool, error) {
 	} else if s.logins.Load() != since {
 		return true, nil
 	}
-	if info, err := s.module.GetSessionInfo(s.loginSession()); err == nil && info.State == pkcs11.CKS_RW_USER_FUNCTIONS {
+	info, err := s.module.GetSessionInfo(s.loginSession())
+	if err == nil && info.State == pkcs11.CKS_RW_USER_FUNCTIONS {
 		return false, nil
 	}
 	s.module.CloseSession(s.loginSession())
-	s.login.Store(0) // the number may be another session's from here on
-	return true, s.gate(ctx, s.logIn)
+	s.login.Store(0) // the module may give the number to another session from here on
+	return true, s.guardedLogIn(ctx, s.logIn)
 }
 
-// logIn logs in for the whole application, in a session that stays open: the login ends with the last one. The caller
-// holds recovering, and using in one way or the other.
+// logIn logs in for all sessions of the process. The login session stays open, since the token ends
+// the login with the last open session. The caller holds recoverMu, and moduleMu for reading or
+// writing.
 func (s *Store) logIn() error {
 	login, err := s.module.OpenSession(s.slot, pkcs11.CKF_SERIAL_SESSION|pkcs11.CKF_RW_SESSION)
 	if err != nil {
@@ -255,8 +273,9 @@ func (s *Store) logIn() error {
 	if err != nil {
 		return fmt.Errorf("hsm: %w", err)
 	}
-	s.logins.Add(1) // before the module may give old numbers to new objects
-	if err := s.module.Login(login, pkcs11.CKU_USER, pin); err != nil && !isCode(err, pkcs11.CKR_USER_ALREADY_LOGGED_IN) {
+	s.logins.Add(1) // before C_Login: from then on the module may reuse old handles for other objects
+	err = s.module.Login(login, pkcs11.CKU_USER, pin)
+	if err != nil && !isCode(err, pkcs11.CKR_USER_ALREADY_LOGGED_IN) {
 		return deviceError("C_Login", err)
 	}
 	return nil
@@ -264,6 +283,7 @@ func (s *Store) logIn() error {
 
 func (s *Store) loginSession() pkcs11.SessionHandle { return pkcs11.SessionHandle(s.login.Load()) }
 
+// findSlot returns the slot of the one initialised token that matches uri.
 func findSlot(module *pkcs11.Ctx, uri tokenURI) (uint, error) {
 	ids, err := module.GetSlotList(true)
 	if err != nil {
@@ -280,17 +300,19 @@ func findSlot(module *pkcs11.Ctx, uri tokenURI) (uint, error) {
 	case 1:
 		return found[0], nil
 	case 0:
-		return 0, fmt.Errorf("hsm: %w: %w %q (%d tokens are present); look with: pkcs11-tool --module MODULE --list-slots",
+		return 0, fmt.Errorf("hsm: %w: %w %q (%d tokens are present); "+
+			"look with: pkcs11-tool --module MODULE --list-slots",
 			keystore.ErrUnavailable, ErrNoToken, uri.text, len(ids))
 	}
 	return 0, fmt.Errorf("hsm: %d tokens match %q; name one by its serial", len(found), uri.text)
 }
 
-// acquire takes a session, which may be none yet. release gives it back.
+// acquire takes a session from the pool; the session may not be open yet. release gives the session
+// back.
 func (s *Store) acquire(ctx context.Context) (held session, err error) {
 	if ctx.Err() == nil {
 		select {
-		case held = <-s.slots:
+		case held = <-s.sessions:
 			return held, nil
 		case <-ctx.Done():
 		}
@@ -299,14 +321,15 @@ func (s *Store) acquire(ctx context.Context) (held session, err error) {
 }
 
 func (s *Store) release(held *session) {
-	s.slots <- *held
-	// A goroutine that goes into C again and again without ever giving way is taken for one that hangs: every 10 ms the
-	// runtime takes its processor away, and looks for others to take with all its might for a while after that.
+	s.sessions <- *held
+	// The runtime takes a goroutine for hanging if the goroutine calls C in a loop without
+	// yielding. Every 10 ms the runtime then takes the goroutine's processor away, and its monitor
+	// polls at the highest rate for a while. Gosched avoids both.
 	runtime.Gosched()
 }
 
-// once runs use with a session as it is.
-func (s *Store) once(ctx context.Context, use func(session) error) error {
+// withSessionOnce runs use with a session of the token, without recovery.
+func (s *Store) withSessionOnce(ctx context.Context, use func(session) error) error {
 	held, err := s.acquire(ctx)
 	if err != nil {
 		return err
@@ -315,11 +338,12 @@ func (s *Store) once(ctx context.Context, use func(session) error) error {
 	return s.attempt(ctx, &held, use)
 }
 
-// do runs use with a session of the token. use may run four times, once on each rung of the ladder: as it is, in a new
-// session, after a new login, after the module was initialised anew. What keys do is deterministic or harmless to do
-// again, so that is safe; Generate and Import look first at what is there.
-func (s *Store) do(ctx context.Context, doing string, use func(session) error) error {
-	fail := func(err error) error { return fmt.Errorf("hsm: %s: %w", doing, err) }
+// withSession runs use with a session of the token, at most four times: in a pooled session, in a
+// new session, after a new login, and after a re-initialisation of the module. A retry is safe:
+// operations with keys are deterministic or idempotent, and Generate and Import check first for
+// existing objects.
+func (s *Store) withSession(ctx context.Context, operation string, use func(session) error) error {
+	fail := func(err error) error { return fmt.Errorf("hsm: %s: %w", operation, err) }
 	held, err := s.acquire(ctx)
 	if err != nil {
 		return fail(err)
@@ -327,17 +351,19 @@ func (s *Store) do(ctx context.Context, doing string, use func(session) error) e
 	defer s.release(&held)
 	logins := s.logins.Load()
 	err = s.attempt(ctx, &held, use)
-	for rung := 1; rung <= 3 && again(err); rung++ {
-		if ctx.Err() != nil { // who has left is not worth a new start of the module under all others
+	for step := 1; step <= 3 && retryable(err); step++ {
+		// A caller gone by now does not justify re-initialising the module under all other callers.
+		if ctx.Err() != nil {
 			return fail(fmt.Errorf("%w: %w: %v", keystore.ErrUnavailable, ctx.Err(), err))
 		}
-		switch rung {
+		switch step {
+		case 1: // a new session: enter has closed the failed one
 		case 2:
-			in, failed := s.logInAgain(ctx, logins)
+			loggedIn, failed := s.logInAgain(ctx, logins)
 			if errors.Is(failed, keystore.ErrAuth) {
 				return fail(failed)
-			} else if !in || failed != nil {
-				continue // the login was not it
+			} else if !loggedIn || failed != nil {
+				continue // the login is not the cause
 			}
 		case 3:
 			if failed := s.restart(ctx, held.generation); failed != nil {
@@ -356,34 +382,38 @@ func (s *Store) do(ctx context.Context, doing string, use func(session) error) e
 	return nil
 }
 
-// errLost says that a key which was there is not: the device or the login may be the reason.
+// errLost reports a key missing from the token although the key was there before. The cause may be
+// a fault of the device or a lost login, so recovery may help.
 var errLost = errors.New("the key is not on the token any more")
 
-// again reports an error after which a higher rung may help.
-func again(err error) bool { return errors.Is(err, keystore.ErrUnavailable) || errors.Is(err, errLost) }
+// retryable reports whether a further recovery step may help.
+func retryable(err error) bool {
+	return errors.Is(err, keystore.ErrUnavailable) || errors.Is(err, errLost)
+}
 
-// attempt runs use once. Where the token has no more sessions, it waits for one that another operation is done with, and
-// there is one place less for a while. It holds nothing meanwhile: who has that session may need all others to be out of
-// the module.
+// attempt runs use once. If the token has no session left, attempt waits for the session of another
+// operation; the pool is one entry smaller for a while. attempt holds no lock during the wait,
+// because the other operation may need the write lock to re-initialise the module.
 func (s *Store) attempt(ctx context.Context, held *session, use func(session) error) error {
 	err := s.enter(ctx, held, use)
 	for isCode(err, pkcs11.CKR_SESSION_COUNT) && s.open.Load() > 0 {
 		select {
-		case *held = <-s.slots:
+		case *held = <-s.sessions:
 		case <-ctx.Done():
 			return fmt.Errorf("%w: the token has no more sessions: %w", keystore.ErrUnavailable, ctx.Err())
 		}
-		// The place comes back later: another user of the token may have taken the sessions for a while.
-		time.AfterFunc(restartPause, func() { s.slots <- session{} })
+		// Restore the pool's entry later: another program may hold the token's sessions for a
+		// while.
+		time.AfterFunc(restartBackoff, func() { s.sessions <- session{} })
 		err = s.enter(ctx, held, use)
 	}
 	return err
 }
 
-// enter runs use with a session of the current generation. A session in which something failed is closed.
+// enter runs use with a session of the current generation. A failure closes the session.
 func (s *Store) enter(ctx context.Context, held *session, use func(session) error) error {
-	s.using.RLock()
-	defer s.using.RUnlock()
+	s.moduleMu.RLock()
+	defer s.moduleMu.RUnlock()
 	if s.closed {
 		return errClosed
 	}
@@ -398,7 +428,8 @@ func (s *Store) enter(ctx context.Context, held *session, use func(session) erro
 	logins := s.logins.Load()
 	err := use(*held)
 	if !errors.Is(err, keystore.ErrUnavailable) && s.logins.Load() != logins {
-		err = fmt.Errorf("%w: somebody logged in meanwhile: what it was done with may have been another key", keystore.ErrUnavailable)
+		// The handle may have denoted another key by the time of the call.
+		err = errNewLogin
 	}
 	if err != nil {
 		s.module.CloseSession(held.handle)
@@ -408,10 +439,15 @@ func (s *Store) enter(ctx context.Context, held *session, use func(session) erro
 	return err
 }
 
-// openSession gives held a session.
+// errNewLogin reports a login during a call: the object handle may have denoted another key.
+var errNewLogin = fmt.Errorf("%w: a new login has invalidated the key's handle", keystore.ErrUnavailable)
+
+// openSession opens a session of the current generation.
 func (s *Store) openSession(held *session) error {
 	*held = session{0, s.generation}
-	s.open.Add(1) // before it is there: who finds the token full meanwhile waits for this one
+	// Count the session before C_OpenSession: an operation finding the token full at the same time
+	// then waits for this session rather than fail.
+	s.open.Add(1)
 	handle, err := s.module.OpenSession(s.slot, pkcs11.CKF_SERIAL_SESSION|pkcs11.CKF_RW_SESSION)
 	if err != nil {
 		s.open.Add(-1)
@@ -423,10 +459,10 @@ func (s *Store) openSession(held *session) error {
 
 var errClosed = fmt.Errorf("%w: the store is closed", keystore.ErrUnavailable)
 
-// Close logs out and unloads the module. It waits for the calls that are in it.
+// Close logs out and unloads the module, after the end of all calls into the module.
 func (s *Store) Close() error {
-	s.using.Lock()
-	defer s.using.Unlock()
+	s.moduleMu.Lock()
+	defer s.moduleMu.Unlock()
 	if !s.closed {
 		s.closed = true
 		s.module.Finalize() // closes all sessions and logs out
@@ -435,10 +471,10 @@ func (s *Store) Close() error {
 	return nil
 }
 
-// Status says whether the module is in use.
+// Status reports whether the token accepts the PIN.
 func (s *Store) Status() keystore.Status {
-	s.recovering.Lock()
-	defer s.recovering.Unlock()
+	s.recoverMu.Lock()
+	defer s.recoverMu.Unlock()
 	st := keystore.Status{Up: s.authFailed == nil}
 	if !st.Up {
 		st.Cause = s.authFailed.Error()
@@ -446,24 +482,29 @@ func (s *Store) Status() keystore.Status {
 	return st
 }
 
+// Retry allows the next login after a refused PIN.
 func (s *Store) Retry() {
-	s.recovering.Lock()
-	defer s.recovering.Unlock()
+	s.recoverMu.Lock()
+	defer s.recoverMu.Unlock()
 	s.authFailed = nil
 }
 
-// deviceError classes what the module answered, once, here.
+// deviceError maps a return value of the module to the keystore's error classes. No other place
+// does so.
 func deviceError(call string, err error) error {
 	class := keystore.ErrUnavailable
 	switch {
-	case isCode(err, pkcs11.CKR_PIN_INCORRECT, pkcs11.CKR_PIN_INVALID, pkcs11.CKR_PIN_LEN_RANGE, pkcs11.CKR_PIN_EXPIRED, pkcs11.CKR_PIN_LOCKED):
+	case isCode(err, pkcs11.CKR_PIN_INCORRECT, pkcs11.CKR_PIN_INVALID, pkcs11.CKR_PIN_LEN_RANGE,
+		pkcs11.CKR_PIN_EXPIRED, pkcs11.CKR_PIN_LOCKED):
 		class = keystore.ErrAuth
-	case isCode(err, pkcs11.CKR_MECHANISM_INVALID, pkcs11.CKR_MECHANISM_PARAM_INVALID, pkcs11.CKR_KEY_FUNCTION_NOT_PERMITTED,
-		pkcs11.CKR_KEY_TYPE_INCONSISTENT, pkcs11.CKR_KEY_SIZE_RANGE, pkcs11.CKR_DOMAIN_PARAMS_INVALID, ckrCurveNotSupported,
-		pkcs11.CKR_FUNCTION_NOT_SUPPORTED, ckrActionProhibited, pkcs11.CKR_DATA_INVALID, pkcs11.CKR_DATA_LEN_RANGE,
+	case isCode(err, pkcs11.CKR_MECHANISM_INVALID, pkcs11.CKR_MECHANISM_PARAM_INVALID,
+		pkcs11.CKR_KEY_FUNCTION_NOT_PERMITTED, pkcs11.CKR_KEY_TYPE_INCONSISTENT, pkcs11.CKR_KEY_SIZE_RANGE,
+		pkcs11.CKR_DOMAIN_PARAMS_INVALID, ckrCurveNotSupported, pkcs11.CKR_FUNCTION_NOT_SUPPORTED,
+		ckrActionProhibited, pkcs11.CKR_DATA_INVALID, pkcs11.CKR_DATA_LEN_RANGE,
 		pkcs11.CKR_ARGUMENTS_BAD, pkcs11.CKR_ATTRIBUTE_READ_ONLY, pkcs11.CKR_ATTRIBUTE_TYPE_INVALID,
-		pkcs11.CKR_ATTRIBUTE_VALUE_INVALID, pkcs11.CKR_TEMPLATE_INCOMPLETE, pkcs11.CKR_TEMPLATE_INCONSISTENT, pkcs11.CKR_TOKEN_WRITE_PROTECTED):
-		class = keystore.ErrRefused // it is about what was asked, not about the device's state
+		pkcs11.CKR_ATTRIBUTE_VALUE_INVALID, pkcs11.CKR_TEMPLATE_INCOMPLETE, pkcs11.CKR_TEMPLATE_INCONSISTENT,
+		pkcs11.CKR_TOKEN_WRITE_PROTECTED):
+		class = keystore.ErrRefused // the request is at fault, not the device's state: a retry can't help
 	}
 	if isCode(err, pkcs11.CKR_USER_PIN_NOT_INITIALIZED) {
 		return fmt.Errorf("%w: %s: %w", class, call, ErrNoUserPIN)
@@ -471,7 +512,7 @@ func deviceError(call string, err error) error {
 	return fmt.Errorf("%w: %s: %w", class, call, err)
 }
 
-// What InitToken can mend.
+// Errors of Open for which InitToken is the remedy.
 var (
 	ErrNoToken   = errors.New("no token matches")
 	ErrNoUserPIN = errors.New("the token has no user PIN yet")
@@ -479,13 +520,5 @@ var (
 
 func isCode(err error, codes ...uint) bool {
 	var e pkcs11.Error
-	if !errors.As(err, &e) {
-		return false
-	}
-	for _, c := range codes {
-		if uint(e) == c {
-			return true
-		}
-	}
-	return false
+	return errors.As(err, &e) && slices.Contains(codes, uint(e))
 }

@@ -21,11 +21,20 @@ import (
 
 var payments = keystore.Ref{Name: "payments", Version: 1}
 
+// Short names for attributes and mechanisms.
+var (
+	attr          = pkcs11.NewAttribute
+	ed25519OID    = []byte{6, 3, 0x2b, 0x65, 0x70} // DER
+	edwardsKeygen = []*pkcs11.Mechanism{pkcs11.NewMechanism(0x1055, nil)}
+)
+
+// TestConformance runs the conformance suite of a keystore on SoftHSM.
 func TestConformance(t *testing.T) {
 	keystoretest.Run(t, func(t *testing.T) keystore.Store { return open(t, newToken(t)) })
 }
 
-// raw gives direct access to the token, as another program would have it. The store must be closed.
+// raw runs use with a session of its own on the token, as another program would. The store must be
+// closed.
 func raw(t *testing.T, c hsm.Config, use func(m *pkcs11.Ctx, s pkcs11.SessionHandle)) {
 	t.Helper()
 	m := pkcs11.New(c.Module)
@@ -46,9 +55,10 @@ func raw(t *testing.T, c hsm.Config, use func(m *pkcs11.Ctx, s pkcs11.SessionHan
 	use(m, s)
 }
 
+// find returns the only object of a class.
 func find(t *testing.T, m *pkcs11.Ctx, s pkcs11.SessionHandle, class uint) pkcs11.ObjectHandle {
 	t.Helper()
-	if err := m.FindObjectsInit(s, []*pkcs11.Attribute{pkcs11.NewAttribute(pkcs11.CKA_CLASS, class)}); err != nil {
+	if err := m.FindObjectsInit(s, []*pkcs11.Attribute{attr(pkcs11.CKA_CLASS, class)}); err != nil {
 		t.Fatal(err)
 	}
 	found, _, err := m.FindObjects(s, 10)
@@ -59,7 +69,8 @@ func find(t *testing.T, m *pkcs11.Ctx, s pkcs11.SessionHandle, class uint) pkcs1
 	return found[0]
 }
 
-// TestPrivateKeyCannotLeave tries, as another program with the PIN, all that the token offers to get or widen a key.
+// TestPrivateKeyCannotLeave tries to extract a key, or to extend its permitted uses, by every means
+// of the token. The test acts as another program with the PIN.
 func TestPrivateKeyCannotLeave(t *testing.T) {
 	c := newToken(t)
 	store := open(t, c)
@@ -69,12 +80,12 @@ func TestPrivateKeyCannotLeave(t *testing.T) {
 	store.Close()
 	raw(t, c, func(m *pkcs11.Ctx, s pkcs11.SessionHandle) {
 		key := find(t, m, s, pkcs11.CKO_PRIVATE_KEY)
-		if _, err := m.GetAttributeValue(s, key, []*pkcs11.Attribute{pkcs11.NewAttribute(pkcs11.CKA_VALUE, nil)}); err == nil {
+		if _, err := m.GetAttributeValue(s, key, []*pkcs11.Attribute{attr(pkcs11.CKA_VALUE, nil)}); err == nil {
 			t.Error("the private key can be read")
 		}
 		for _, a := range []*pkcs11.Attribute{
-			pkcs11.NewAttribute(pkcs11.CKA_EXTRACTABLE, true), pkcs11.NewAttribute(pkcs11.CKA_SENSITIVE, false),
-			pkcs11.NewAttribute(pkcs11.CKA_DERIVE, true), pkcs11.NewAttribute(pkcs11.CKA_DECRYPT, true),
+			attr(pkcs11.CKA_EXTRACTABLE, true), attr(pkcs11.CKA_SENSITIVE, false),
+			attr(pkcs11.CKA_DERIVE, true), attr(pkcs11.CKA_DECRYPT, true),
 		} {
 			if err := m.SetAttributeValue(s, key, []*pkcs11.Attribute{a}); err == nil {
 				t.Errorf("attribute %#x of the private key can be changed", a.Type)
@@ -83,13 +94,15 @@ func TestPrivateKeyCannotLeave(t *testing.T) {
 		if err := m.SignInit(s, []*pkcs11.Mechanism{pkcs11.NewMechanism(pkcs11.CKM_ECDSA, nil)}, key); err == nil {
 			t.Error("the key can be used with another mechanism")
 		}
-		derive := pkcs11.NewMechanism(pkcs11.CKM_ECDH1_DERIVE, pkcs11.NewECDH1DeriveParams(pkcs11.CKD_NULL, nil, make([]byte, 32)))
+		params := pkcs11.NewECDH1DeriveParams(pkcs11.CKD_NULL, nil, make([]byte, 32))
+		derive := pkcs11.NewMechanism(pkcs11.CKM_ECDH1_DERIVE, params)
 		if _, err := m.DeriveKey(s, []*pkcs11.Mechanism{derive}, key, nil); err == nil {
 			t.Error("a signing key can derive")
 		}
 	})
 }
 
+// TestKeysSurviveReopening opens a token again and finds the same key.
 func TestKeysSurviveReopening(t *testing.T) {
 	c := newToken(t)
 	store := open(t, c)
@@ -113,31 +126,37 @@ func TestKeysSurviveReopening(t *testing.T) {
 	}
 }
 
-// TestUnfitObjects puts objects under our labels that must not be used.
+// TestUnfitObjects makes objects with the appliance's labels and without the required protection.
+// The store must not use these objects.
 func TestUnfitObjects(t *testing.T) {
 	edwards := []*pkcs11.Attribute{
-		pkcs11.NewAttribute(pkcs11.CKA_KEY_TYPE, 0x40), pkcs11.NewAttribute(pkcs11.CKA_TOKEN, true),
-		pkcs11.NewAttribute(pkcs11.CKA_LABEL, "countersign/payments/1"),
+		attr(pkcs11.CKA_KEY_TYPE, 0x40), attr(pkcs11.CKA_TOKEN, true),
+		attr(pkcs11.CKA_LABEL, "countersign/payments/1"),
 	}
 	pair := func(m *pkcs11.Ctx, s pkcs11.SessionHandle, privateID byte, private ...*pkcs11.Attribute) error {
-		pub := append([]*pkcs11.Attribute{pkcs11.NewAttribute(pkcs11.CKA_EC_PARAMS, []byte{6, 3, 0x2b, 0x65, 0x70}), pkcs11.NewAttribute(pkcs11.CKA_ID, []byte{1})}, edwards...)
-		prv := append(append([]*pkcs11.Attribute{pkcs11.NewAttribute(pkcs11.CKA_ID, []byte{privateID})}, edwards...), private...)
-		_, _, err := m.GenerateKeyPair(s, []*pkcs11.Mechanism{pkcs11.NewMechanism(0x1055, nil)}, pub, prv)
+		pub := []*pkcs11.Attribute{attr(pkcs11.CKA_EC_PARAMS, ed25519OID), attr(pkcs11.CKA_ID, []byte{1})}
+		pub = append(pub, edwards...)
+		prv := append(append([]*pkcs11.Attribute{attr(pkcs11.CKA_ID, []byte{privateID})}, edwards...), private...)
+		_, _, err := m.GenerateKeyPair(s, edwardsKeygen, pub, prv)
 		return err
 	}
-	safe := []*pkcs11.Attribute{pkcs11.NewAttribute(pkcs11.CKA_SENSITIVE, true), pkcs11.NewAttribute(pkcs11.CKA_EXTRACTABLE, false), pkcs11.NewAttribute(pkcs11.CKA_PRIVATE, true)}
+	safe := []*pkcs11.Attribute{
+		attr(pkcs11.CKA_SENSITIVE, true), attr(pkcs11.CKA_EXTRACTABLE, false), attr(pkcs11.CKA_PRIVATE, true),
+	}
 	for _, tc := range []struct {
 		name string
 		make func(m *pkcs11.Ctx, s pkcs11.SessionHandle) error
 		want error
 	}{
 		{"extractable", func(m *pkcs11.Ctx, s pkcs11.SessionHandle) error {
-			return pair(m, s, 1, pkcs11.NewAttribute(pkcs11.CKA_SENSITIVE, true), pkcs11.NewAttribute(pkcs11.CKA_EXTRACTABLE, true))
+			return pair(m, s, 1, attr(pkcs11.CKA_SENSITIVE, true), attr(pkcs11.CKA_EXTRACTABLE, true))
 		}, keystore.ErrUnfit},
 		{"not sensitive", func(m *pkcs11.Ctx, s pkcs11.SessionHandle) error {
-			return pair(m, s, 1, pkcs11.NewAttribute(pkcs11.CKA_SENSITIVE, false), pkcs11.NewAttribute(pkcs11.CKA_EXTRACTABLE, false))
+			return pair(m, s, 1, attr(pkcs11.CKA_SENSITIVE, false), attr(pkcs11.CKA_EXTRACTABLE, false))
 		}, keystore.ErrUnfit},
-		{"halves of two pairs", func(m *pkcs11.Ctx, s pkcs11.SessionHandle) error { return pair(m, s, 2, safe...) }, keystore.ErrUnfit},
+		{"halves of two pairs", func(m *pkcs11.Ctx, s pkcs11.SessionHandle) error {
+			return pair(m, s, 2, safe...)
+		}, keystore.ErrUnfit},
 		{"half a pair", func(m *pkcs11.Ctx, s pkcs11.SessionHandle) error {
 			if err := pair(m, s, 1, safe...); err != nil {
 				return err
@@ -164,10 +183,11 @@ func TestUnfitObjects(t *testing.T) {
 			if infos, err := store.Keys(t.Context()); err != nil || len(infos) != 0 {
 				t.Errorf("Keys: %v, %v", infos, err)
 			}
-			if _, err := store.Generate(t.Context(), payments, keystore.Ed25519, keystore.Tag{1}); !errors.Is(err, keystore.ErrExists) {
+			_, err := store.Generate(t.Context(), payments, keystore.Ed25519, keystore.Tag{1})
+			if !errors.Is(err, keystore.ErrExists) {
 				t.Errorf("Generate: %v", err)
 			}
-			// What this store has not made, it does not clear away.
+			// Destroy must not remove objects with another tag.
 			if err := store.Destroy(t.Context(), payments, keystore.Tag{1}); err != nil {
 				t.Fatal(err)
 			}
@@ -178,7 +198,8 @@ func TestUnfitObjects(t *testing.T) {
 	}
 }
 
-// TestHalfAKeyIsClearedAway: what a crash during generation leaves behind carries its tag.
+// TestHalfAKeyIsClearedAway checks that Destroy removes the remains of a crash during Generate, by
+// the tag.
 func TestHalfAKeyIsClearedAway(t *testing.T) {
 	c := newToken(t)
 	store := open(t, c)
@@ -201,7 +222,8 @@ func TestHalfAKeyIsClearedAway(t *testing.T) {
 	}
 }
 
-// TestTokenPulledOut takes the token away under a running store and gives it back: a bounded "unavailable", then it heals.
+// TestTokenPulledOut removes the token from a running store. The store returns ErrUnavailable in
+// bounded time, and recovers with the return of the token.
 func TestTokenPulledOut(t *testing.T) {
 	c := newToken(t)
 	store := open(t, c)
@@ -238,7 +260,8 @@ func TestTokenPulledOut(t *testing.T) {
 	}
 }
 
-// TestLoggedOutBehindOurBack ends the login of the whole process, as another user of the module would.
+// TestLoggedOutBehindOurBack ends the login of the whole process without the store's knowledge, as
+// another user of the module in the same process would.
 func TestLoggedOutBehindOurBack(t *testing.T) {
 	store := open(t, newToken(t))
 	defer store.Close()
@@ -253,6 +276,7 @@ func TestLoggedOutBehindOurBack(t *testing.T) {
 	}
 }
 
+// TestWrongPINIsTriedOnce checks that the store never sends a refused PIN again.
 func TestWrongPINIsTriedOnce(t *testing.T) {
 	c := newToken(t)
 	write(t, c.PINFile, "wrong-pin\n")
@@ -263,7 +287,8 @@ func TestWrongPINIsTriedOnce(t *testing.T) {
 	if strings.Contains(err.Error(), "wrong-pin") {
 		t.Error("the error tells the PIN")
 	}
-	// A store that has once been refused never asks the token again, whatever happens.
+	// After a refused PIN the store makes no further login, even with a new content of the PIN
+	// file.
 	write(t, c.PINFile, "test-user-pin\n")
 	store := open(t, c)
 	defer store.Close()
@@ -282,6 +307,8 @@ func TestWrongPINIsTriedOnce(t *testing.T) {
 	}
 }
 
+// TestOpenRefuses checks the errors of Open for a faulty configuration. An error must not quote a
+// PIN.
 func TestOpenRefuses(t *testing.T) {
 	good := newToken(t)
 	dir := filepath.Dir(good.PINFile)
@@ -321,26 +348,30 @@ func TestOpenRefuses(t *testing.T) {
 		if err == nil {
 			s.Close()
 			t.Errorf("%s: opened", tc.name)
-		} else if !strings.Contains(err.Error(), tc.want) || strings.Contains(err.Error(), "1234") || strings.Contains(err.Error(), "\n") {
+		} else if text := err.Error(); !strings.Contains(text, tc.want) || strings.Contains(text, "1234") ||
+			strings.Contains(text, "\n") {
 			t.Errorf("%s: %v; want it to name %q", tc.name, err, tc.want)
 		}
 	}
-	if err := hsm.InitToken(t.Context(), good, filepath.Join(dir, "so-pin")); err == nil || !strings.Contains(err.Error(), "already") {
+	soPIN := filepath.Join(dir, "so-pin")
+	if err := hsm.InitToken(t.Context(), good, soPIN); err == nil || !strings.Contains(err.Error(), "already") {
 		t.Errorf("a second token of the same name: %v", err)
 	}
 	other := good
 	other.URI = "pkcs11:token=other;serial=1"
-	if err := hsm.InitToken(t.Context(), other, filepath.Join(dir, "so-pin")); err == nil || !strings.Contains(err.Error(), "no attribute but token") {
+	err := hsm.InitToken(t.Context(), other, soPIN)
+	if err == nil || !strings.Contains(err.Error(), "no attribute but token") {
 		t.Errorf("a new token with a serial: %v", err)
 	}
-	// The same by the URI alone.
+	// The same configuration with module and PIN file in the URI.
 	c := good
 	c.URI += "?module-path=" + c.Module + "&pin-source=file:" + c.PINFile
 	c.Module, c.PINFile = "", ""
 	open(t, c).Close()
 }
 
-// TestSlotsAreGivenBack: whatever an operation meets, its place in the queue is free afterwards.
+// TestSlotsAreGivenBack checks that every operation returns its session to the pool, after success
+// and after any failure.
 func TestSlotsAreGivenBack(t *testing.T) {
 	c := newToken(t)
 	store := open(t, c)
@@ -357,14 +388,14 @@ func TestSlotsAreGivenBack(t *testing.T) {
 		case i%50 == 1:
 			store.LogOut()
 		case i%2 == 0:
-			time.AfterFunc(100*time.Microsecond, cancel) // in the middle of it
+			time.AfterFunc(100*time.Microsecond, cancel) // during the operation
 		}
 		key.Sign(ctx, []byte("m"), nil)
 		cancel()
 	}
-	for deadline := time.Now().Add(10 * time.Second); store.IdleSlots() != c.Sessions; {
+	for deadline := time.Now().Add(10 * time.Second); store.IdleSessions() != c.Sessions; {
 		if time.Now().After(deadline) {
-			t.Fatalf("%d of %d places are free", store.IdleSlots(), c.Sessions)
+			t.Fatalf("%d of %d places are free", store.IdleSessions(), c.Sessions)
 		}
 		runtime.Gosched()
 	}
@@ -373,11 +404,13 @@ func TestSlotsAreGivenBack(t *testing.T) {
 	}
 }
 
-// TestInterruptedInitToken: a token that was made and has no user's PIN yet is finished, not refused.
+// TestInterruptedInitToken checks that InitToken completes a token without a user PIN rather than
+// refuse the token.
 func TestInterruptedInitToken(t *testing.T) {
 	c := newToken(t)
 	c.URI = "pkcs11:token=half"
-	open(t, hsm.Config{URI: "pkcs11:token=countersign%20test", Module: c.Module, PINFile: c.PINFile, Sessions: 1}).Close()
+	first := hsm.Config{URI: "pkcs11:token=countersign%20test", Module: c.Module, PINFile: c.PINFile, Sessions: 1}
+	open(t, first).Close()
 	m := pkcs11.New(c.Module)
 	if err := m.Initialize(); err != nil {
 		t.Fatal(err)
@@ -400,8 +433,9 @@ func TestInterruptedInitToken(t *testing.T) {
 	open(t, c).Close()
 }
 
-// TestHealsUnderLoad: the login is lost again and again while others use the token without a pause. Nobody gets anything
-// but a signature or "unavailable", and each time the token is back by itself.
+// TestHealsUnderLoad ends the login ten times while six goroutines sign without a pause. A caller
+// gets a valid signature or ErrUnavailable and nothing else, and the store recovers each time
+// without help.
 func TestHealsUnderLoad(t *testing.T) {
 	c := newToken(t)
 	c.Sessions = 8

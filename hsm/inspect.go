@@ -12,13 +12,13 @@ import (
 	"github.com/miekg/pkcs11"
 )
 
-// Inspect says what module and token are, what they can do and lack, which quirks apply, and proves what is needed with
-// throw-away keys that end with their session.
+// Inspect reports the module, the token, the quirks and the mechanisms, and tests each algorithm
+// with a temporary key. Temporary keys are session objects: the token drops them with the session.
 func (st *Store) Inspect(ctx context.Context) (found []keystore.Finding, err error) {
-	say := func(what string, alg keystore.Algorithm, ok bool, format string, args ...any) {
+	report := func(what string, alg keystore.Algorithm, ok bool, format string, args ...any) {
 		found = append(found, keystore.Finding{What: what, For: alg, OK: ok, Text: fmt.Sprintf(format, args...)})
 	}
-	err = st.do(ctx, "inspect", func(s session) error {
+	err = st.withSession(ctx, "inspect", func(s session) error {
 		found = nil
 		info, err := st.module.GetInfo()
 		if err != nil {
@@ -32,46 +32,51 @@ func (st *Store) Inspect(ctx context.Context) (found []keystore.Finding, err err
 		if err != nil {
 			return err
 		}
-		say("module", "", true, "%s, %s %d.%d, PKCS#11 %d.%d, %s", info.ManufacturerID, info.LibraryDescription,
-			info.LibraryVersion.Major, info.LibraryVersion.Minor, info.CryptokiVersion.Major, info.CryptokiVersion.Minor, st.path)
-		say("token", "", true, "%s, %s %s, serial %s, firmware %d.%d, at most %s sessions, %d open in this process, up to %d used by it", token.Label, token.ManufacturerID, token.Model,
-			token.SerialNumber, token.FirmwareVersion.Major, token.FirmwareVersion.Minor, limitText(token.MaxSessionCount), st.open.Load()+1, st.sessionLimit())
+		report("module", "", true, "%s, %s %d.%d, PKCS#11 %d.%d, %s", info.ManufacturerID, info.LibraryDescription,
+			info.LibraryVersion.Major, info.LibraryVersion.Minor,
+			info.CryptokiVersion.Major, info.CryptokiVersion.Minor, st.path)
+		report("token", "", true, "%s, %s %s, serial %s, firmware %d.%d, "+
+			"at most %s sessions, %d open in this process, up to %d used by it",
+			token.Label, token.ManufacturerID, token.Model, token.SerialNumber,
+			token.FirmwareVersion.Major, token.FirmwareVersion.Minor,
+			limitText(token.MaxSessionCount), st.open.Load()+1, st.sessionLimit())
 		q := st.quirks
-		say("quirks", "", true, "ec_params %s, ec_point %s, x25519 %s, copies %s, allowed_mechanisms %s (%s)", q.ECParams, q.ECPoint, q.X25519, q.Copies, q.AllowedMechanisms, q.source)
+		report("quirks", "", true, "ec_params %s, ec_point %s, x25519 %s, copies %s, allowed_mechanisms %s (%s)",
+			q.ECParams, q.ECPoint, q.X25519, q.Copies, q.AllowedMechanisms, q.source)
 		for _, alg := range keystore.Algorithms {
 			c, err := st.curveFor(alg)
 			if err != nil {
 				return err
 			}
-			for _, m := range []uint{c.make, c.use} {
+			for _, m := range []uint{c.keygen, c.operation} {
 				if mechanisms[m] {
-					say("mechanism", alg, true, "%s", mechanismName(m))
+					report("mechanism", alg, true, "%s", mechanismName(m))
 				} else {
-					say("mechanism", alg, false, "%s is missing", mechanismName(m))
+					report("mechanism", alg, false, "%s is missing", mechanismName(m))
 				}
 			}
 		}
 		for _, alg := range keystore.Algorithms {
 			c, _ := st.curveFor(alg)
-			if err := st.tryOut(s, c, false); err != nil {
-				say("proof", alg, false, "a throw-away key: %v", oneLine(err))
+			if err := st.testThrowAway(s, c, false); err != nil {
+				report("proof", alg, false, "a throw-away key: %v", oneLine(err))
 			} else {
-				say("proof", alg, true, "a throw-away key was made and used, and the result is right")
+				report("proof", alg, true, "a throw-away key was made and used, and the result is right")
 			}
 		}
 		c, _ := st.curveFor(keystore.Ed25519)
-		if err := st.tryOut(s, c, true); err != nil {
-			say("import", "", false, "a throw-away seed: %v", oneLine(err))
+		if err := st.testThrowAway(s, c, true); err != nil {
+			report("import", "", false, "a throw-away seed: %v", oneLine(err))
 		} else {
-			say("import", "", true, "a throw-away seed became a key that can't be taken out, and signs right")
+			report("import", "", true, "a throw-away seed became a key that can't be taken out, and signs right")
 		}
 		return nil
 	})
 	return found, err
 }
 
-// tryOut makes a key that ends with its session, uses it and destroys it.
-func (st *Store) tryOut(s session, c curve, imported bool) (err error) {
+// testThrowAway makes a temporary key as session objects, uses the key once and destroys the key.
+func (st *Store) testThrowAway(s session, c curve, imported bool) (err error) {
 	var tag keystore.Tag
 	rand.Read(tag[:])
 	ref := keystore.Ref{Name: "throw-away", Version: 1}
@@ -87,11 +92,12 @@ func (st *Store) tryOut(s session, c curve, imported bool) (err error) {
 	if err != nil {
 		return err
 	}
-	public, err := st.find(s, labelOf(ref), pkcs11.NewAttribute(pkcs11.CKA_ID, tag[:]), pkcs11.NewAttribute(pkcs11.CKA_CLASS, pkcs11.CKO_PUBLIC_KEY))
+	public, err := st.find(s, labelOf(ref), attr(pkcs11.CKA_ID, tag[:]),
+		attr(pkcs11.CKA_CLASS, pkcs11.CKO_PUBLIC_KEY))
 	if err != nil {
 		return err
 	} else if len(public) != 1 {
-		return fmt.Errorf("it has %d public objects", len(public))
+		return fmt.Errorf("the key has %d public objects, want 1", len(public))
 	}
 	point, err := st.attributes(s, public[0], pkcs11.CKA_EC_POINT)
 	if err != nil {
@@ -99,9 +105,10 @@ func (st *Store) tryOut(s session, c curve, imported bool) (err error) {
 	}
 	info := keystore.Info{Ref: ref, Algorithm: c.alg, PublicKey: c.pointOf(point[0])}
 	if info.PublicKey == nil {
-		return fmt.Errorf("CKA_EC_POINT has %d bytes", len(point[0]))
+		return fmt.Errorf("CKA_EC_POINT has %d bytes: %s has public keys of %d", len(point[0]), c.alg, c.point)
 	}
-	if _, err := st.module.GetAttributeValue(s.handle, private, []*pkcs11.Attribute{pkcs11.NewAttribute(pkcs11.CKA_VALUE, nil)}); err == nil {
+	value := []*pkcs11.Attribute{attr(pkcs11.CKA_VALUE, nil)}
+	if _, err := st.module.GetAttributeValue(s.handle, private, value); err == nil {
 		return errors.New("the private key can be read")
 	}
 	return st.prove(s, info, private)
@@ -119,8 +126,12 @@ func limitText(n uint) string {
 
 func mechanismName(m uint) string {
 	return map[uint]string{
-		ckmECEdwardsKeyPairGen: "CKM_EC_EDWARDS_KEY_PAIR_GEN", ckmECMontgomeryKeyPairGen: "CKM_EC_MONTGOMERY_KEY_PAIR_GEN", ckmEdDSA: "CKM_EDDSA",
-		pkcs11.CKM_ECDH1_DERIVE: "CKM_ECDH1_DERIVE", pkcs11.CKM_EC_KEY_PAIR_GEN: "CKM_EC_KEY_PAIR_GEN", pkcs11.CKM_ECDSA: "CKM_ECDSA",
+		ckmECEdwardsKeyPairGen:     "CKM_EC_EDWARDS_KEY_PAIR_GEN",
+		ckmECMontgomeryKeyPairGen:  "CKM_EC_MONTGOMERY_KEY_PAIR_GEN",
+		ckmEdDSA:                   "CKM_EDDSA",
+		pkcs11.CKM_ECDH1_DERIVE:    "CKM_ECDH1_DERIVE",
+		pkcs11.CKM_EC_KEY_PAIR_GEN: "CKM_EC_KEY_PAIR_GEN",
+		pkcs11.CKM_ECDSA:           "CKM_ECDSA",
 	}[m]
 }
 

@@ -26,33 +26,40 @@ const (
 	ckrCurveNotSupported      = 0x140
 )
 
-// labelPrefix marks our objects on a token that others may use too. CKA_LABEL is the prefix and the reference, CKA_ID is
-// the tag of the creation.
+// labelPrefix marks the appliance's objects on a token shared with other programs. CKA_LABEL is the
+// prefix and the key's reference, for example countersign/payments/1. CKA_ID is the tag of the
+// creation.
 const labelPrefix = "countersign/"
 
-// curve is what an algorithm needs to know of the token.
+// attr makes an attribute of a template.
+func attr(typ uint, value any) *pkcs11.Attribute { return pkcs11.NewAttribute(typ, value) }
+
+// curve has the PKCS#11 parameters of an algorithm.
 type curve struct {
-	alg   keystore.Algorithm
-	oid   []byte // CKA_EC_PARAMS as a DER object identifier (RFC 8410, RFC 5480)
-	name  string // CKA_EC_PARAMS as a DER PrintableString
-	make  uint   // the mechanism that generates a pair
-	use   uint   // the one mechanism that the key may be used with
-	kind  uint   // CKA_KEY_TYPE
-	point int    // bytes of a public key
+	alg       keystore.Algorithm
+	oid       []byte // CKA_EC_PARAMS as a DER object identifier (RFC 8410, RFC 5480)
+	name      string // CKA_EC_PARAMS as a DER PrintableString
+	keygen    uint   // mechanism of C_GenerateKeyPair
+	operation uint   // the only mechanism allowed for the key's use
+	kind      uint   // CKA_KEY_TYPE
+	point     int    // length of a public key in bytes
 }
 
 var curves = []curve{
-	{keystore.Ed25519, []byte{0x06, 0x03, 0x2b, 0x65, 0x70}, "edwards25519", ckmECEdwardsKeyPairGen, ckmEdDSA, ckkECEdwards, 32},
-	{keystore.X25519, []byte{0x06, 0x03, 0x2b, 0x65, 0x6e}, "curve25519", ckmECMontgomeryKeyPairGen, pkcs11.CKM_ECDH1_DERIVE, ckkECMontgomery, 32},
-	{keystore.P256, []byte{0x06, 0x08, 0x2a, 0x86, 0x48, 0xce, 0x3d, 0x03, 0x01, 0x07}, "secp256r1", pkcs11.CKM_EC_KEY_PAIR_GEN, pkcs11.CKM_ECDSA, pkcs11.CKK_EC, 65},
+	{keystore.Ed25519, []byte{0x06, 0x03, 0x2b, 0x65, 0x70}, "edwards25519",
+		ckmECEdwardsKeyPairGen, ckmEdDSA, ckkECEdwards, 32},
+	{keystore.X25519, []byte{0x06, 0x03, 0x2b, 0x65, 0x6e}, "curve25519",
+		ckmECMontgomeryKeyPairGen, pkcs11.CKM_ECDH1_DERIVE, ckkECMontgomery, 32},
+	{keystore.P256, []byte{0x06, 0x08, 0x2a, 0x86, 0x48, 0xce, 0x3d, 0x03, 0x01, 0x07}, "secp256r1",
+		pkcs11.CKM_EC_KEY_PAIR_GEN, pkcs11.CKM_ECDSA, pkcs11.CKK_EC, 65},
 }
 
-// curveFor returns the curve of an algorithm as this token wants it.
+// curveFor returns the curve of an algorithm, adapted to the token's quirks.
 func (st *Store) curveFor(alg keystore.Algorithm) (curve, error) {
 	for _, c := range curves {
 		if c.alg == alg {
 			if alg == keystore.X25519 && st.quirks.X25519 == "edwards" {
-				c.make, c.kind = ckmECEdwardsKeyPairGen, ckkECEdwards
+				c.keygen, c.kind = ckmECEdwardsKeyPairGen, ckkECEdwards
 			}
 			return c, nil
 		}
@@ -60,8 +67,8 @@ func (st *Store) curveFor(alg keystore.Algorithm) (curve, error) {
 	return curve{}, fmt.Errorf("hsm: unknown algorithm %q: use one of %v", alg, keystore.Algorithms)
 }
 
-// params gives CKA_EC_PARAMS as this token wants it. Names are for the curves of RFC 8410 only: YubiHSM and SoftHSM take no
-// name for P-256.
+// params returns CKA_EC_PARAMS in the token's form. Only the curves of RFC 8410 may have a name:
+// YubiHSM and SoftHSM refuse a name for P-256.
 func (st *Store) params(c curve) []byte {
 	if st.quirks.ECParams == "name" && c.alg != keystore.P256 {
 		return c.printable()
@@ -71,20 +78,19 @@ func (st *Store) params(c curve) []byte {
 
 func (c curve) printable() []byte { return append([]byte{0x13, byte(len(c.name))}, c.name...) }
 
-// key is a keystore.Key. It holds nothing of the token: the store has a handle for its tag.
+// key is a keystore.Key. The store caches the token's handle of the key by the key's tag.
 type key struct {
 	store *Store
 	info  keystore.Info
 }
 
-// handle is a cached private object, good for one login. missing says that the key was not found with that login, on any
-// rung of the ladder.
+// handle is a cached handle of a private object. A handle is valid during one login.
 type handle struct {
 	ref     keystore.Ref
 	public  []byte
 	private pkcs11.ObjectHandle
-	logins  uint64
-	missing bool
+	logins  uint64 // value of Store.logins at the lookup
+	missing bool   // the lookup failed after every recovery step
 }
 
 func (k *key) Info() keystore.Info { return k.info }
@@ -111,17 +117,17 @@ func (k *key) Exchange(ctx context.Context, peer [32]byte) (shared [32]byte, err
 	return shared, nil
 }
 
-// use runs f with a session and the private key's handle. Nothing is searched for on the token while the login that the
-// handle was found with holds.
-func (k *key) use(ctx context.Context, doing string, f func(session, *handle) error) error {
+// use runs f with a session and the private key's handle. The key is searched on the token once a
+// login; later uses find the handle in the cache.
+func (k *key) use(ctx context.Context, operation string, f func(session, *handle) error) error {
 	st := k.store
-	err := st.do(ctx, doing+" with "+k.info.Ref.String(), func(s session) error {
+	err := st.withSession(ctx, operation+" with "+k.info.Ref.String(), func(s session) error {
 		logins := st.logins.Load()
 		h := k.handle(logins)
 		if h == nil {
-			found, err := st.find1(s, k.info)
-			if before, _ := st.handles.Load(k.info.Tag); errors.Is(err, errLost) && before != nil && before.(*handle).missing && before.(*handle).logins == logins {
-				return fmt.Errorf("%w: %v", keystore.ErrNotFound, err) // the ladder was climbed for it already
+			found, err := st.findBound(s, k.info)
+			if errors.Is(err, errLost) && k.knownMissing(logins) {
+				return fmt.Errorf("%w: %v", keystore.ErrNotFound, err) // every recovery step was tried before
 			} else if err != nil {
 				return err
 			}
@@ -130,7 +136,7 @@ func (k *key) use(ctx context.Context, doing string, f func(session, *handle) er
 		}
 		err := f(s, h)
 		if err != nil && !errors.Is(err, keystore.ErrPeerKey) {
-			st.forget(s, k.info.Tag, h) // it may be the handle: find it again
+			st.forget(s, k.info.Tag, h) // the handle may be the cause: look the key up again
 		}
 		return err
 	})
@@ -140,30 +146,44 @@ func (k *key) use(ctx context.Context, doing string, f func(session, *handle) er
 	return err
 }
 
-// handle returns the cached handle that is good with the login of that number, or nil.
-func (k *key) handle(logins uint64) *handle {
+// cached returns the key's entry in the cache, or nil.
+func (k *key) cached() *handle {
 	cached, _ := k.store.handles.Load(k.info.Tag)
 	h, _ := cached.(*handle)
+	return h
+}
+
+// handle returns the key's cached handle if the handle is valid during the given login, or nil.
+func (k *key) handle(logins uint64) *handle {
+	h := k.cached()
 	if h == nil || h.logins != logins || h.missing || !bytes.Equal(h.public, k.info.PublicKey) {
 		return nil
 	}
 	return h
 }
 
-// forget drops the handle for a tag, and the copy of the key that it may stand for.
+// knownMissing reports a failed search for the key during the given login.
+func (k *key) knownMissing(logins uint64) bool {
+	h := k.cached()
+	return h != nil && h.missing && h.logins == logins
+}
+
+// forget drops a tag's handle from the cache. With Quirks.Copies it also destroys the copied key
+// behind the handle.
 func (st *Store) forget(s session, tag keystore.Tag, h *handle) {
 	if st.handles.CompareAndDelete(tag, h) && st.quirks.Copies == "on" && h.logins == st.logins.Load() && !h.missing {
 		st.module.DestroyObject(s.handle, h.private)
 	}
 }
 
-// find1 finds a key that is known by its CKA_ID, holds it against what is known of it, and returns the object to use:
-// with copies, a copy that the session of the login keeps.
-func (st *Store) find1(s session, info keystore.Info) (pkcs11.ObjectHandle, error) {
-	found, private, err := st.load(s, pkcs11.NewAttribute(pkcs11.CKA_ID, info.Tag[:]), info.Ref)
-	if errors.Is(err, keystore.ErrNotFound) || errors.Is(err, keystore.ErrUnfit) && errors.Is(err, errHalf) {
+// findBound searches a key by CKA_ID, compares the key with info, and returns the private object to
+// use. With Quirks.Copies the object is a copy owned by the login session.
+func (st *Store) findBound(s session, info keystore.Info) (pkcs11.ObjectHandle, error) {
+	found, private, err := st.load(s, attr(pkcs11.CKA_ID, info.Tag[:]), info.Ref)
+	if errors.Is(err, keystore.ErrNotFound) || errors.Is(err, keystore.ErrUnfit) && errors.Is(err, errHalfPair) {
 		return 0, fmt.Errorf("%v: %w", info.Ref, errLost)
-	} else if errors.Is(err, keystore.ErrAmbiguous) { // seen with SoftHSM while logins come and go: one object under two handles
+	} else if errors.Is(err, keystore.ErrAmbiguous) {
+		// SoftHSM was seen to show one object under two handles during concurrent logins.
 		return 0, fmt.Errorf("%w: %w", errLost, err)
 	} else if err != nil {
 		return 0, err
@@ -172,9 +192,10 @@ func (st *Store) find1(s session, info keystore.Info) (pkcs11.ObjectHandle, erro
 		return 0, fmt.Errorf("%w: the token has another key under this name now", keystore.ErrUnfit)
 	}
 	if st.quirks.Copies == "on" {
-		st.copying.Lock() // a session does one thing at a time
-		defer st.copying.Unlock()
-		if copied, err := st.module.CopyObject(st.loginSession(), private, []*pkcs11.Attribute{pkcs11.NewAttribute(pkcs11.CKA_TOKEN, false)}); err == nil {
+		st.copyMu.Lock() // a session runs one operation at a time
+		defer st.copyMu.Unlock()
+		sessionObject := []*pkcs11.Attribute{attr(pkcs11.CKA_TOKEN, false)}
+		if copied, err := st.module.CopyObject(st.loginSession(), private, sessionObject); err == nil {
 			return copied, nil
 		}
 	}
@@ -183,9 +204,9 @@ func (st *Store) find1(s session, info keystore.Info) (pkcs11.ObjectHandle, erro
 
 func (st *Store) Key(ctx context.Context, ref keystore.Ref) (keystore.Key, error) {
 	var info keystore.Info
-	err := st.do(ctx, fmt.Sprintf("find %v", ref), func(s session) (err error) {
+	err := st.withSession(ctx, fmt.Sprintf("find %v", ref), func(s session) (err error) {
 		if info, _, err = st.load(s, labelOf(ref), ref); err != nil {
-			st.handles.Range(func(tag, h any) bool { // a copy must not outlive its key
+			st.handles.Range(func(tag, h any) bool { // a copied key must not outlive the original
 				if h.(*handle).ref == ref {
 					st.forget(s, tag.(keystore.Tag), h.(*handle))
 				}
@@ -201,9 +222,10 @@ func (st *Store) Key(ctx context.Context, ref keystore.Ref) (keystore.Key, error
 }
 
 func (st *Store) Keys(ctx context.Context) (infos []keystore.Info, err error) {
-	err = st.do(ctx, "list keys", func(s session) error {
+	err = st.withSession(ctx, "list keys", func(s session) error {
 		infos = nil
-		objects, err := st.find(s, pkcs11.NewAttribute(pkcs11.CKA_CLASS, pkcs11.CKO_PRIVATE_KEY), pkcs11.NewAttribute(pkcs11.CKA_TOKEN, true))
+		objects, err := st.find(s, attr(pkcs11.CKA_CLASS, pkcs11.CKO_PRIVATE_KEY),
+			attr(pkcs11.CKA_TOKEN, true))
 		if err != nil {
 			return err
 		}
@@ -229,15 +251,16 @@ func (st *Store) Keys(ctx context.Context) (infos []keystore.Info, err error) {
 }
 
 func labelOf(ref keystore.Ref) *pkcs11.Attribute {
-	return pkcs11.NewAttribute(pkcs11.CKA_LABEL, labelPrefix+ref.String())
+	return attr(pkcs11.CKA_LABEL, labelPrefix+ref.String())
 }
 
-// errHalf marks a pair of which only one object is there.
-var errHalf = errors.New("only half of the pair is on the token")
+// errHalfPair reports a key pair with only one of its two objects on the token.
+var errHalfPair = errors.New("only half of the pair is on the token")
 
-// load finds the two objects of a key by one attribute: exactly one private and one public, of one label, one CKA_ID and
-// one curve, the private one sensitive and not extractable.
-func (st *Store) load(s session, by *pkcs11.Attribute, ref keystore.Ref) (info keystore.Info, object pkcs11.ObjectHandle, err error) {
+// load finds the two objects of a key by one attribute: exactly one private and one public object,
+// with the same label, CKA_ID and curve. The private object must be sensitive and not extractable.
+func (st *Store) load(s session, by *pkcs11.Attribute, ref keystore.Ref) (
+	info keystore.Info, object pkcs11.ObjectHandle, err error) {
 	unfit := func(format string, args ...any) (keystore.Info, pkcs11.ObjectHandle, error) {
 		return keystore.Info{}, 0, fmt.Errorf("%v: %w: "+format, append([]any{ref, keystore.ErrUnfit}, args...)...)
 	}
@@ -249,80 +272,90 @@ func (st *Store) load(s session, by *pkcs11.Attribute, ref keystore.Ref) (info k
 	case len(private) == 0 && len(public) == 0:
 		return info, 0, fmt.Errorf("%v: %w", ref, keystore.ErrNotFound)
 	case len(private) > 1 || len(public) > 1:
-		return info, 0, fmt.Errorf("%v: %w: %d private and %d public objects are labelled %q; list them with pkcs11-tool --list-objects and delete what is not ours",
+		return info, 0, fmt.Errorf("%v: %w: %d private and %d public objects are labelled %q; "+
+			"list them with pkcs11-tool --list-objects and delete the objects of other programs",
 			ref, keystore.ErrAmbiguous, len(private), len(public), label)
 	case len(private) == 0 || len(public) == 0:
-		return unfit("%w, labelled %q", errHalf, label)
+		return unfit("%w, labelled %q", errHalfPair, label)
 	}
 	pub, err := st.attributes(s, public[0], pkcs11.CKA_ID, pkcs11.CKA_LABEL, pkcs11.CKA_EC_PARAMS, pkcs11.CKA_EC_POINT)
 	if err != nil {
 		return info, 0, err
 	}
-	prv, err := st.attributes(s, private[0], pkcs11.CKA_ID, pkcs11.CKA_LABEL, pkcs11.CKA_SENSITIVE, pkcs11.CKA_EXTRACTABLE,
-		pkcs11.CKA_LOCAL, pkcs11.CKA_ALWAYS_SENSITIVE, pkcs11.CKA_NEVER_EXTRACTABLE)
+	prv, err := st.attributes(s, private[0], pkcs11.CKA_ID, pkcs11.CKA_LABEL, pkcs11.CKA_SENSITIVE,
+		pkcs11.CKA_EXTRACTABLE, pkcs11.CKA_LOCAL, pkcs11.CKA_ALWAYS_SENSITIVE, pkcs11.CKA_NEVER_EXTRACTABLE)
 	if err != nil {
 		return info, 0, err
 	}
-	if !bytes.Equal(pub[0], prv[0]) || len(prv[0]) != len(info.Tag) || string(prv[1]) != label || string(pub[1]) != label {
-		return unfit("its private and public objects do not belong together, or are not ours")
+	sameID := bytes.Equal(pub[0], prv[0]) && len(prv[0]) == len(info.Tag)
+	if !sameID || string(prv[1]) != label || string(pub[1]) != label {
+		return unfit("the private and the public object differ in CKA_ID %x and %x or in CKA_LABEL %q and %q, "+
+			"or another program made them", prv[0], pub[0], prv[1], pub[1])
 	}
 	if !isTrue(prv[2]) || isTrue(prv[3]) {
-		return unfit("it must be CKA_SENSITIVE and not CKA_EXTRACTABLE")
+		return unfit("the private key must be CKA_SENSITIVE and not CKA_EXTRACTABLE")
 	}
 	c, ok := curveOf(pub[2])
 	if !ok {
-		return unfit("its curve %x is not known here", pub[2])
+		return unfit("unknown curve: CKA_EC_PARAMS is %x", pub[2])
 	}
 	point := c.pointOf(pub[3])
 	if point == nil {
-		return unfit("a public key of %d bytes", len(pub[3]))
+		return unfit("CKA_EC_POINT has %d bytes: %s has public keys of %d", len(pub[3]), c.alg, c.point)
 	}
 	return keystore.Info{
 		Ref: ref, Algorithm: c.alg, PublicKey: point, Custody: keystore.HSMResident, Tag: keystore.Tag(prv[0]),
-		Provenance: keystore.Provenance{Local: isTrue(prv[4]), AlwaysSensitive: isTrue(prv[5]), NeverExtractable: isTrue(prv[6])},
+		Provenance: keystore.Provenance{
+			Local: isTrue(prv[4]), AlwaysSensitive: isTrue(prv[5]), NeverExtractable: isTrue(prv[6]),
+		},
 	}, private[0], nil
 }
 
-// pair finds all private and all public objects on the token with an attribute. Copies that sessions keep do not count.
+// pair finds all private and all public token objects with an attribute. Session objects, such as
+// copied keys, do not count.
 func (st *Store) pair(s session, by *pkcs11.Attribute) (private, public []pkcs11.ObjectHandle, err error) {
-	onToken := pkcs11.NewAttribute(pkcs11.CKA_TOKEN, true)
-	if private, err = st.find(s, pkcs11.NewAttribute(pkcs11.CKA_CLASS, pkcs11.CKO_PRIVATE_KEY), by, onToken); err != nil {
+	onToken := attr(pkcs11.CKA_TOKEN, true)
+	if private, err = st.find(s, attr(pkcs11.CKA_CLASS, pkcs11.CKO_PRIVATE_KEY), by, onToken); err != nil {
 		return nil, nil, err
 	}
-	public, err = st.find(s, pkcs11.NewAttribute(pkcs11.CKA_CLASS, pkcs11.CKO_PUBLIC_KEY), by, onToken)
+	public, err = st.find(s, attr(pkcs11.CKA_CLASS, pkcs11.CKO_PUBLIC_KEY), by, onToken)
 	return private, public, err
 }
 
-func (st *Store) Generate(ctx context.Context, ref keystore.Ref, alg keystore.Algorithm, tag keystore.Tag) (keystore.Key, error) {
+func (st *Store) Generate(ctx context.Context, ref keystore.Ref, alg keystore.Algorithm, tag keystore.Tag) (
+	keystore.Key, error) {
 	return st.create(ctx, "generate", ref, alg, tag, func(s session, c curve) error {
 		_, _, err := st.generate(s, ref, c, tag, true)
 		return err
 	})
 }
 
-// create runs one creation: nothing may be there, and what is there afterwards must be what was asked for.
-func (st *Store) create(ctx context.Context, doing string, ref keystore.Ref, alg keystore.Algorithm, tag keystore.Tag, make func(session, curve) error) (keystore.Key, error) {
+// create runs makeObjects for a key without objects on the token, and verifies the created key.
+// operation is generate or import.
+func (st *Store) create(ctx context.Context, operation string, ref keystore.Ref, alg keystore.Algorithm,
+	tag keystore.Tag, makeObjects func(session, curve) error) (keystore.Key, error) {
 	if err := keystore.CheckName(ref.Name); err != nil {
-		return nil, fmt.Errorf("hsm: %s %v: %w", doing, ref, err)
+		return nil, fmt.Errorf("hsm: %s %v: %w", operation, ref, err)
 	}
 	c, err := st.curveFor(alg)
 	if err != nil {
 		return nil, err
 	}
 	var info keystore.Info
-	err = st.do(ctx, fmt.Sprintf("%s %v", doing, ref), func(s session) error {
+	err = st.withSession(ctx, fmt.Sprintf("%s %v", operation, ref), func(s session) error {
 		private, public, err := st.pair(s, labelOf(ref))
 		if err != nil {
 			return err
 		}
-		if len(private)+len(public) > 0 {
-			return fmt.Errorf("%w: %d objects are labelled %q", keystore.ErrExists, len(private)+len(public), labelPrefix+ref.String())
+		if n := len(private) + len(public); n > 0 {
+			return fmt.Errorf("%w: %d objects are labelled %q", keystore.ErrExists, n, labelPrefix+ref.String())
 		}
-		if err = make(s, c); err == nil {
-			info, err = st.proven(s, ref, c, tag, doing == "generate")
+		if err = makeObjects(s, c); err == nil {
+			info, err = st.verifyCreated(s, ref, c, tag, operation == "generate")
 		}
 		if err != nil {
-			// Best effort: what remains can't be used, since nobody records it, and Destroy removes it later.
+			// Best effort: a remaining object is unusable, since the ledger has no record of the
+			// key. Destroy removes the object later.
 			return errors.Join(err, st.destroy(s, ref, tag))
 		}
 		return nil
@@ -333,66 +366,71 @@ func (st *Store) create(ctx context.Context, doing string, ref keystore.Ref, alg
 	return st.Bind(info), nil
 }
 
-// proven reads back what the token made and proves the key by using it.
-func (st *Store) proven(s session, ref keystore.Ref, c curve, tag keystore.Tag, generated bool) (keystore.Info, error) {
+// verifyCreated reads the attributes of a new key back from the token and proves the key by a use.
+func (st *Store) verifyCreated(s session, ref keystore.Ref, c curve, tag keystore.Tag, generated bool) (
+	keystore.Info, error) {
 	info, private, err := st.load(s, labelOf(ref), ref)
 	if err != nil {
 		return info, err
 	}
 	if info.Tag != tag || info.Algorithm != c.alg || info.Provenance.Generated() != generated {
-		return info, fmt.Errorf("%w: the token made it with other attributes than it was asked for", keystore.ErrUnfit)
+		return info, fmt.Errorf("%w: the token made the key with other attributes than requested", keystore.ErrUnfit)
 	}
 	return info, st.prove(s, info, private)
 }
 
-// templates sets every usage flag by name, since the defaults of modules differ and are wide.
-func (st *Store) templates(ref keystore.Ref, c curve, tag keystore.Tag, onToken bool) (public, private []*pkcs11.Attribute) {
+// templates returns the attributes of a new key pair. Every usage flag is set explicitly, since the
+// defaults differ between modules and permit too much.
+func (st *Store) templates(ref keystore.Ref, c curve, tag keystore.Tag, onToken bool) (
+	public, private []*pkcs11.Attribute) {
 	signs := c.alg != keystore.X25519
 	common := []*pkcs11.Attribute{
-		pkcs11.NewAttribute(pkcs11.CKA_TOKEN, onToken),
-		pkcs11.NewAttribute(pkcs11.CKA_LABEL, labelPrefix+ref.String()),
-		pkcs11.NewAttribute(pkcs11.CKA_ID, tag[:]),
-		pkcs11.NewAttribute(pkcs11.CKA_KEY_TYPE, c.kind),
-		pkcs11.NewAttribute(pkcs11.CKA_MODIFIABLE, false),
+		attr(pkcs11.CKA_TOKEN, onToken),
+		attr(pkcs11.CKA_LABEL, labelPrefix+ref.String()),
+		attr(pkcs11.CKA_ID, tag[:]),
+		attr(pkcs11.CKA_KEY_TYPE, c.kind),
+		attr(pkcs11.CKA_MODIFIABLE, false),
 	}
 	public = append([]*pkcs11.Attribute{
-		pkcs11.NewAttribute(pkcs11.CKA_CLASS, pkcs11.CKO_PUBLIC_KEY),
-		pkcs11.NewAttribute(pkcs11.CKA_EC_PARAMS, st.params(c)),
-		pkcs11.NewAttribute(pkcs11.CKA_PRIVATE, false),
-		pkcs11.NewAttribute(pkcs11.CKA_VERIFY, signs),
-		pkcs11.NewAttribute(pkcs11.CKA_ENCRYPT, false),
-		pkcs11.NewAttribute(pkcs11.CKA_WRAP, false),
-		pkcs11.NewAttribute(pkcs11.CKA_DERIVE, false),
+		attr(pkcs11.CKA_CLASS, pkcs11.CKO_PUBLIC_KEY),
+		attr(pkcs11.CKA_EC_PARAMS, st.params(c)),
+		attr(pkcs11.CKA_PRIVATE, false),
+		attr(pkcs11.CKA_VERIFY, signs),
+		attr(pkcs11.CKA_ENCRYPT, false),
+		attr(pkcs11.CKA_WRAP, false),
+		attr(pkcs11.CKA_DERIVE, false),
 	}, common...)
 	private = append([]*pkcs11.Attribute{
-		pkcs11.NewAttribute(pkcs11.CKA_CLASS, pkcs11.CKO_PRIVATE_KEY),
-		pkcs11.NewAttribute(pkcs11.CKA_PRIVATE, true),
-		pkcs11.NewAttribute(pkcs11.CKA_SENSITIVE, true),
-		pkcs11.NewAttribute(pkcs11.CKA_EXTRACTABLE, false),
-		pkcs11.NewAttribute(pkcs11.CKA_SIGN, signs),
-		pkcs11.NewAttribute(pkcs11.CKA_DERIVE, !signs),
-		pkcs11.NewAttribute(pkcs11.CKA_DECRYPT, false),
-		pkcs11.NewAttribute(pkcs11.CKA_SIGN_RECOVER, false),
-		pkcs11.NewAttribute(pkcs11.CKA_UNWRAP, false),
+		attr(pkcs11.CKA_CLASS, pkcs11.CKO_PRIVATE_KEY),
+		attr(pkcs11.CKA_PRIVATE, true),
+		attr(pkcs11.CKA_SENSITIVE, true),
+		attr(pkcs11.CKA_EXTRACTABLE, false),
+		attr(pkcs11.CKA_SIGN, signs),
+		attr(pkcs11.CKA_DERIVE, !signs),
+		attr(pkcs11.CKA_DECRYPT, false),
+		attr(pkcs11.CKA_SIGN_RECOVER, false),
+		attr(pkcs11.CKA_UNWRAP, false),
 	}, common...)
 	if st.quirks.AllowedMechanisms == "on" {
-		private = append(private, pkcs11.NewAttribute(pkcs11.CKA_ALLOWED_MECHANISMS, pkcs11.NewAttribute(0, c.use).Value))
+		private = append(private, attr(pkcs11.CKA_ALLOWED_MECHANISMS, attr(0, c.operation).Value))
 	}
 	return public, private
 }
 
-// generate makes a pair, on the token or for the session's life.
-func (st *Store) generate(s session, ref keystore.Ref, c curve, tag keystore.Tag, onToken bool) (public, private pkcs11.ObjectHandle, err error) {
+// generate makes a key pair of token objects, or of session objects if onToken is false.
+func (st *Store) generate(s session, ref keystore.Ref, c curve, tag keystore.Tag, onToken bool) (
+	public, private pkcs11.ObjectHandle, err error) {
 	pub, prv := st.templates(ref, c, tag, onToken)
-	public, private, err = st.module.GenerateKeyPair(s.handle, []*pkcs11.Mechanism{pkcs11.NewMechanism(c.make, nil)}, pub, prv)
+	mechanism := []*pkcs11.Mechanism{pkcs11.NewMechanism(c.keygen, nil)}
+	public, private, err = st.module.GenerateKeyPair(s.handle, mechanism, pub, prv)
 	if err != nil {
 		return 0, 0, deviceError("C_GenerateKeyPair", err)
 	}
 	return public, private, nil
 }
 
-// Import makes a key of a seed that exists elsewhere. Copies of the seed may stay in this process' memory, in the module's
-// if not in ours: package worker ends the process that has imported.
+// Import makes a key from the seed in the file at path. Copies of the seed may stay in the memory
+// of this process, at least in the module's, so package worker ends the process after an import.
 func (st *Store) Import(ctx context.Context, ref keystore.Ref, path string, tag keystore.Tag) (keystore.Key, error) {
 	seed, err := keystore.ReadSeed(path)
 	if err != nil {
@@ -405,8 +443,10 @@ func (st *Store) Import(ctx context.Context, ref keystore.Ref, path string, tag 
 	})
 }
 
-// importSeed writes both objects of a key, the private one last: without its public half nothing counts as a key.
-func (st *Store) importSeed(s session, ref keystore.Ref, c curve, tag keystore.Tag, seed [32]byte, onToken bool) (pkcs11.ObjectHandle, error) {
+// importSeed writes both objects of a key, first the public object and then the private one. After
+// a crash in between, load finds half a pair and refuses the key.
+func (st *Store) importSeed(s session, ref keystore.Ref, c curve, tag keystore.Tag, seed [32]byte, onToken bool) (
+	pkcs11.ObjectHandle, error) {
 	private := ed25519.NewKeyFromSeed(seed[:])
 	defer clear(private)
 	point := bytes.Clone(private[32:])
@@ -414,19 +454,22 @@ func (st *Store) importSeed(s session, ref keystore.Ref, c curve, tag keystore.T
 		point = append([]byte{0x04, byte(len(point))}, point...)
 	}
 	pub, prv := st.templates(ref, c, tag, onToken)
-	if _, err := st.module.CreateObject(s.handle, append(pub, pkcs11.NewAttribute(pkcs11.CKA_EC_POINT, point))); err != nil {
+	pub = append(pub, attr(pkcs11.CKA_EC_POINT, point))
+	if _, err := st.module.CreateObject(s.handle, pub); err != nil {
 		return 0, deviceError("C_CreateObject (public key)", err)
 	}
-	value := pkcs11.NewAttribute(pkcs11.CKA_VALUE, seed[:])
+	value := attr(pkcs11.CKA_VALUE, seed[:])
 	defer clear(value.Value)
-	object, err := st.module.CreateObject(s.handle, append(prv, pkcs11.NewAttribute(pkcs11.CKA_EC_PARAMS, st.params(c)), value))
+	prv = append(prv, attr(pkcs11.CKA_EC_PARAMS, st.params(c)), value)
+	object, err := st.module.CreateObject(s.handle, prv)
 	if err != nil {
 		return 0, deviceError("C_CreateObject (private key)", err)
 	}
 	return object, nil
 }
 
-// prove uses a new key once and checks the result in Go: a key that can't do that must not come into use.
+// prove uses a new key once and checks the result in Go. A key without this proof must not come
+// into use.
 func (st *Store) prove(s session, info keystore.Info, private pkcs11.ObjectHandle) error {
 	if info.Algorithm != keystore.X25519 {
 		challenge := []byte("countersign: proof of a new key\x00" + info.Ref.String())
@@ -463,13 +506,14 @@ func (st *Store) prove(s session, info keystore.Info, private pkcs11.ObjectHandl
 }
 
 func (st *Store) Destroy(ctx context.Context, ref keystore.Ref, tag keystore.Tag) error {
-	return st.do(ctx, fmt.Sprintf("destroy %v", ref), func(s session) error { return st.destroy(s, ref, tag) })
+	return st.withSession(ctx, fmt.Sprintf("destroy %v", ref), func(s session) error { return st.destroy(s, ref, tag) })
 }
 
-// destroy removes the objects of a label that carry the tag as their CKA_ID, copies included.
+// destroy removes all objects with the key's label and with the tag as CKA_ID, session objects
+// included.
 func (st *Store) destroy(s session, ref keystore.Ref, tag keystore.Tag) error {
 	st.handles.Delete(tag)
-	objects, err := st.find(s, labelOf(ref), pkcs11.NewAttribute(pkcs11.CKA_ID, tag[:]))
+	objects, err := st.find(s, labelOf(ref), attr(pkcs11.CKA_ID, tag[:]))
 	if err != nil {
 		return err
 	}
@@ -481,7 +525,8 @@ func (st *Store) destroy(s session, ref keystore.Ref, tag keystore.Tag) error {
 	return nil
 }
 
-// find returns all objects that match, or an error where nobody is logged in: private objects can't be seen then.
+// find returns all objects that match a template. find returns an error rather than an empty result
+// without a login, because the token hides private objects then.
 func (st *Store) find(s session, template ...*pkcs11.Attribute) (found []pkcs11.ObjectHandle, err error) {
 	if err := st.module.FindObjectsInit(s.handle, template); err != nil {
 		return nil, deviceError("C_FindObjectsInit", err)
@@ -497,8 +542,9 @@ func (st *Store) find(s session, template ...*pkcs11.Attribute) (found []pkcs11.
 			return nil, deviceError("C_FindObjects", err)
 		}
 		if len(some) == 0 {
-			if state, err := st.module.GetSessionInfo(s.handle); err != nil || state.State != pkcs11.CKS_RW_USER_FUNCTIONS {
-				return nil, fmt.Errorf("%w: nobody is logged in to the token", keystore.ErrUnavailable)
+			state, err := st.module.GetSessionInfo(s.handle)
+			if err != nil || state.State != pkcs11.CKS_RW_USER_FUNCTIONS {
+				return nil, fmt.Errorf("%w: the session is not logged in to the token", keystore.ErrUnavailable)
 			}
 			return found, nil
 		}
@@ -506,11 +552,11 @@ func (st *Store) find(s session, template ...*pkcs11.Attribute) (found []pkcs11.
 	}
 }
 
-// attributes reads attributes of an object in the order in which they are asked for.
+// attributes returns the values of an object's attributes, in the order of types.
 func (st *Store) attributes(s session, o pkcs11.ObjectHandle, types ...uint) ([][]byte, error) {
 	var template []*pkcs11.Attribute
 	for _, t := range types {
-		template = append(template, pkcs11.NewAttribute(t, nil))
+		template = append(template, attr(t, nil))
 	}
 	got, err := st.module.GetAttributeValue(s.handle, o, template)
 	if err != nil {
@@ -532,8 +578,9 @@ func curveOf(params []byte) (curve, bool) {
 	return curve{}, false
 }
 
-// pointOf reads a CKA_EC_POINT, raw, as a DER OCTET STRING or as a DER BIT STRING, or returns nil. The length decides: a
-// raw key can begin like DER.
+// pointOf returns the public key in a CKA_EC_POINT, or nil. Modules write the key raw, as a DER
+// OCTET STRING or as a DER BIT STRING. The length tells the forms apart, because the first bytes of
+// a raw key can look like DER.
 func (c curve) pointOf(b []byte) []byte {
 	switch {
 	case len(b) == c.point+2 && b[0] == 0x04 && int(b[1]) == c.point:

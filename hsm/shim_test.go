@@ -14,14 +14,15 @@ import (
 	"countersign/internal/keystore"
 )
 
-// shim is SoftHSM behind softhsm-tests/testdata/shim.c, which says there what it can do wrong.
+// shim is SoftHSM behind a fault injector, softhsm-tests/testdata/shim.c. The faults are documented
+// there.
 type shim struct {
 	t      *testing.T
 	config hsm.Config
 	dir    string
 }
 
-// Where functions stand in CK_FUNCTION_LIST (PKCS#11 v2.40).
+// Indices of functions in CK_FUNCTION_LIST (PKCS#11 v2.40).
 const (
 	initialize, finalize, getSessionInfo = 0, 1, 15
 	openSession, closeSession, login     = 12, 13, 18
@@ -31,10 +32,10 @@ const (
 const (
 	ckrDeviceError, ckrSessionCount, ckrAlreadyLoggedIn = 0x30, 0xb1, 0x100
 	ckrTypeInconsistent, ckrMechanismInvalid            = 0x63, 0x70
-	isHeld                                              = -1 // in the log: the call has not ended
+	isHeld                                              = -1 // in the log: the call has not returned yet
 )
 
-// fault is a line of the script.
+// fault is a line of the shim's script.
 type fault struct {
 	function    int
 	kind        string
@@ -42,7 +43,7 @@ type fault struct {
 	count, skip int
 }
 
-// call is a line of the log.
+// call is a line of the shim's log.
 type call struct {
 	function int
 	session  uint
@@ -54,13 +55,14 @@ func compileShim(t *testing.T) string {
 	t.Helper()
 	out := filepath.Join(t.TempDir(), "shim.so")
 	source := filepath.Join("..", "softhsm-tests", "testdata", "shim.c")
-	if text, err := exec.Command("gcc", "-O2", "-shared", "-fPIC", "-o", out, source, "-ldl", "-lpthread").CombinedOutput(); err != nil {
+	gcc := exec.Command("gcc", "-O2", "-shared", "-fPIC", "-o", out, source, "-ldl", "-lpthread")
+	if text, err := gcc.CombinedOutput(); err != nil {
 		t.Fatalf("gcc %s: %v\n%s", source, err, text)
 	}
 	return out
 }
 
-// newShim makes a token that is used through the shim, with so many places.
+// newShim makes a token behind the shim, and a configuration with the given Config.Sessions.
 func newShim(t *testing.T, sessions int) *shim {
 	t.Helper()
 	s := &shim{t: t, config: newToken(t), dir: t.TempDir()}
@@ -71,12 +73,13 @@ func newShim(t *testing.T, sessions int) *shim {
 	return s
 }
 
-// meets has the module go wrong in this way from now on, and in no other.
-func (s *shim) meets(faults ...fault) {
+// inject replaces the shim's script: from now on the module has these faults and no others.
+func (s *shim) inject(faults ...fault) {
 	s.t.Helper()
 	var b strings.Builder
 	for _, f := range faults {
-		fmt.Fprintf(&b, "0 %d -1 %d %s %d %d %d\n", time.Now().Add(time.Hour).UnixMilli(), f.function, f.kind, f.argument, f.count, f.skip)
+		end := time.Now().Add(time.Hour).UnixMilli()
+		fmt.Fprintf(&b, "0 %d -1 %d %s %d %d %d\n", end, f.function, f.kind, f.argument, f.count, f.skip)
 	}
 	write(s.t, filepath.Join(s.dir, "new"), b.String())
 	if err := os.Rename(filepath.Join(s.dir, "new"), filepath.Join(s.dir, "script")); err != nil {
@@ -84,7 +87,7 @@ func (s *shim) meets(faults ...fault) {
 	}
 }
 
-// calls reads the log.
+// calls reads the shim's log.
 func (s *shim) calls() (all []call) {
 	s.t.Helper()
 	b, err := os.ReadFile(filepath.Join(s.dir, "log"))
@@ -101,18 +104,20 @@ func (s *shim) calls() (all []call) {
 	return all
 }
 
-// count is how many calls of a function there were, or of those that ended in this way.
+// count returns the number of completed calls of a function, or of its calls with the given return
+// value.
 func (s *shim) count(function int, codes ...int) (n int) {
 	s.t.Helper()
 	for _, c := range s.calls() {
-		if c.function == function && (len(codes) == 0 && c.code != isHeld || len(codes) == 1 && c.code == codes[0]) {
+		counts := len(codes) == 0 && c.code != isHeld || len(codes) == 1 && c.code == codes[0]
+		if c.function == function && counts {
 			n++
 		}
 	}
 	return n
 }
 
-// openSessions is how many sessions there are, the login's counted.
+// openSessions returns the number of open sessions, the login session included.
 func (s *shim) openSessions() int {
 	s.t.Helper()
 	open := map[uint]bool{}
@@ -129,11 +134,13 @@ func (s *shim) openSessions() int {
 	return len(open)
 }
 
-// closeSessions closes all sessions but that of the login: what fails takes its session with it.
+// closeSessions closes all sessions except the login session, by failing operations: the store
+// closes the session of a failed operation.
 func (s *shim) closeSessions(store *hsm.Store) {
 	s.t.Helper()
-	for range store.IdleSlots() {
-		if _, err := store.Key(s.t.Context(), keystore.Ref{Name: "absent", Version: 1}); !errors.Is(err, keystore.ErrNotFound) {
+	absent := keystore.Ref{Name: "absent", Version: 1}
+	for range store.IdleSessions() {
+		if _, err := store.Key(s.t.Context(), absent); !errors.Is(err, keystore.ErrNotFound) {
 			s.t.Fatal(err)
 		}
 	}
@@ -142,17 +149,17 @@ func (s *shim) closeSessions(store *hsm.Store) {
 	}
 }
 
-// eventually waits for a condition.
+// eventually waits for a condition, for at most 20 s.
 func eventually(t *testing.T, what string, holds func() bool) {
 	t.Helper()
 	for deadline := time.Now().Add(20 * time.Second); !holds(); time.Sleep(time.Millisecond) {
 		if time.Now().After(deadline) {
-			t.Fatalf("it did not come to be: %s", what)
+			t.Fatalf("timeout: %s", what)
 		}
 	}
 }
 
-// generate makes a key whose tag is its name.
+// generate makes a key with the key's name as the tag.
 func generate(t *testing.T, store *hsm.Store, name string, alg keystore.Algorithm) keystore.Key {
 	t.Helper()
 	var tag keystore.Tag
@@ -164,7 +171,7 @@ func generate(t *testing.T, store *hsm.Store, name string, alg keystore.Algorith
 	return key
 }
 
-// signs expects a signature.
+// signs checks that a key makes a valid signature.
 func signs(t *testing.T, key keystore.Key) {
 	t.Helper()
 	if sig, err := key.Sign(t.Context(), []byte("m"), nil); err != nil || !key.Info().Verify([]byte("m"), sig) {

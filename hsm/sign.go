@@ -13,16 +13,17 @@ import (
 	"github.com/miekg/pkcs11"
 )
 
-// maxBatch bounds how many signatures one crossing to C makes.
+// maxBatch is the limit of signatures made in one call from Go to C.
 const maxBatch = 16
 
-// signatureSize is that of an Ed25519 signature (RFC 8032) and of r || s on P-256 (PKCS#11 v2.40 section 2.3.1).
+// signatureSize is the length of an Ed25519 signature (RFC 8032) and of r || s on P-256 (PKCS#11
+// v2.40 section 2.3.1), in bytes.
 const signatureSize = 64
 
-// signing is one signature that is asked for.
+// signing is a signature to be made.
 type signing struct {
 	mechanism uint
-	input     []byte // what C_Sign gets
+	input     []byte // the data for C_Sign: a message, or a digest for ECDSA
 	handle    *handle
 	signature [signatureSize]byte
 }
@@ -35,12 +36,13 @@ func newSigning(alg keystore.Algorithm, message []byte) *signing {
 	return &signing{mechanism: pkcs11.CKM_ECDSA, input: digest[:]}
 }
 
-// encoded returns the signature as keystore.Key.Sign has it.
+// encoded returns the signature in the encoding of keystore.Key.Sign.
 func (g *signing) encoded() ([]byte, error) {
 	if g.mechanism == ckmEdDSA {
 		return g.signature[:], nil
 	}
-	return asn1.Marshal(struct{ R, S *big.Int }{new(big.Int).SetBytes(g.signature[:32]), new(big.Int).SetBytes(g.signature[32:])})
+	r, s := new(big.Int).SetBytes(g.signature[:32]), new(big.Int).SetBytes(g.signature[32:])
+	return asn1.Marshal(struct{ R, S *big.Int }{r, s})
 }
 
 func (k *key) Sign(ctx context.Context, message []byte, judge keystore.Judge) ([]byte, error) {
@@ -62,8 +64,8 @@ func (k *key) Sign(ctx context.Context, message []byte, judge keystore.Judge) ([
 	return signature, err
 }
 
-// SignBatch makes signatures one after another in one session, in one crossing to C, where all goes well. Otherwise each
-// is made by itself: what one of them meets must not be another's error.
+// SignBatch makes all signatures in one session, 16 (maxBatch) in each call from Go to C. After any
+// failure each signature is made by itself, so one signature's error is not reported for another.
 func (st *Store) SignBatch(ctx context.Context, batch []*keystore.Signing) {
 	logins := st.logins.Load()
 	signings := make([]*signing, 0, len(batch))
@@ -89,10 +91,11 @@ func (st *Store) SignBatch(ctx context.Context, batch []*keystore.Signing) {
 	}
 }
 
+// signAll makes signatures with handles of the given login.
 func (st *Store) signAll(ctx context.Context, logins uint64, all []*signing) error {
-	return st.once(ctx, func(s session) error {
+	return st.withSessionOnce(ctx, func(s session) error {
 		if st.logins.Load() != logins {
-			return errStale
+			return errNewLogin
 		}
 		for part := range slices.Chunk(all, maxBatch) {
 			if err := st.direct.sign(s.handle, part); err != nil {
@@ -102,5 +105,3 @@ func (st *Store) signAll(ctx context.Context, logins uint64, all []*signing) err
 		return nil
 	})
 }
-
-var errStale = fmt.Errorf("%w: somebody logged in meanwhile", keystore.ErrUnavailable)

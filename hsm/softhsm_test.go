@@ -11,8 +11,8 @@ import (
 
 const softHSM = "/usr/lib/softhsm/libsofthsm2.so"
 
-// newToken makes a SoftHSM token in a folder of its own. Tests with a token don't run in parallel: SoftHSM reads its
-// folder from the environment of the process.
+// newToken makes a SoftHSM token in a directory of its own. Tests with a token can't run in
+// parallel: SoftHSM reads the directory from the environment of the process.
 func newToken(t testing.TB) hsm.Config {
 	t.Helper()
 	if _, err := os.Stat(softHSM); err != nil {
@@ -25,7 +25,8 @@ func newToken(t testing.TB) hsm.Config {
 	if err := os.Mkdir(filepath.Join(dir, "tokens"), 0o700); err != nil {
 		t.Fatal(err)
 	}
-	write(t, filepath.Join(dir, "softhsm2.conf"), fmt.Sprintf("directories.tokendir = %s/tokens\nlog.level = ERROR\n", dir))
+	conf := fmt.Sprintf("directories.tokendir = %s/tokens\nlog.level = ERROR\n", dir)
+	write(t, filepath.Join(dir, "softhsm2.conf"), conf)
 	write(t, filepath.Join(dir, "pin"), "test-user-pin\n")
 	write(t, filepath.Join(dir, "so-pin"), "test-so-pin\n")
 	t.Setenv("SOFTHSM2_CONF", filepath.Join(dir, "softhsm2.conf"))

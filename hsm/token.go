@@ -7,10 +7,12 @@ import (
 	"github.com/miekg/pkcs11"
 )
 
-// InitToken makes a new token in the first slot that holds an empty one: the label is the URI's token attribute, the
-// user's PIN is that of the configuration, the security officer's is read from soPINFile. An initialised token is not
-// touched, unless it is the one that is asked for and has no user's PIN yet. It must not run beside an open Store. When
-// ctx ends first, what the module does goes on, and the process should end.
+// InitToken makes a new token in the first slot with an uninitialised token. The label is the URI's
+// token attribute, the user PIN is the one in Config.PINFile, and the PIN of the security officer
+// (SO) is read from soPINFile. InitToken changes no initialised token, with one exception: a token
+// matching the URI and without a user PIN gets the user PIN. InitToken must not run beside an open
+// Store. If ctx ends first, the calls into the module go on in the background, and the process
+// should exit.
 func InitToken(ctx context.Context, c Config, soPINFile string) error {
 	done := make(chan error, 1)
 	go func() { done <- initToken(c, soPINFile) }()
@@ -31,7 +33,8 @@ func initToken(c Config, soPINFile string) error {
 	uri, module := s.uri, s.module
 	label := uri.attrs["token"]
 	if label == "" || len(label) > 32 || len(uri.attrs) > 1 || uri.slotID != nil {
-		return fmt.Errorf("hsm: new token: the URI must have a token attribute of 1 to 32 bytes, for the label, and no attribute but token")
+		return fmt.Errorf("hsm: new token: the URI must have a token attribute of 1 to 32 bytes, for the label, " +
+			"and no attribute but token")
 	}
 	pin, err := readPIN(s.pinFile)
 	if err != nil {
@@ -59,7 +62,7 @@ func initToken(c Config, soPINFile string) error {
 			empty = append(empty, slot)
 		case !uri.matches(slot, info):
 		case info.Flags&pkcs11.CKF_USER_PIN_INITIALIZED == 0:
-			return setPIN(module, uri, soPIN, pin) // an earlier call was cut off here
+			return setPIN(module, uri, soPIN, pin) // an earlier InitToken was interrupted before setPIN
 		default:
 			return fmt.Errorf("hsm: new token: there is a token that matches %q already", uri.text)
 		}
@@ -73,7 +76,8 @@ func initToken(c Config, soPINFile string) error {
 	return setPIN(module, uri, soPIN, pin)
 }
 
-// setPIN sets the user's PIN of a token that has just been made; modules may have moved it to another slot.
+// setPIN sets the user PIN of a new token. setPIN searches the slot again, because C_InitToken may
+// have moved the token to another slot.
 func setPIN(module *pkcs11.Ctx, uri tokenURI, soPIN, pin string) error {
 	slot, err := findSlot(module, uri)
 	if err != nil {

@@ -14,27 +14,31 @@ import (
 	pkcs11uri "github.com/stefanberger/go-pkcs11uri"
 )
 
-// tokenURI is a PKCS#11 URI (RFC 7512) that names a token: which attributes a slot must match.
+// tokenURI is a PKCS#11 URI (RFC 7512) naming a token by the attributes of the token and its slot.
 type tokenURI struct {
-	text   string
-	attrs  map[string]string
+	text   string            // the URI without its query
+	attrs  map[string]string // token, manufacturer, model and serial, where given
 	slotID *uint
 	module string // module-path, if given
-	pin    string // the file of pin-source, if given
+	pin    string // path of the file in pin-source, if given
 }
 
-// parseURI accepts the attributes that say which token is meant, and of the query module-path and pin-source.
+// parseURI accepts the path attributes of a token, and the query attributes module-path and
+// pin-source.
 func parseURI(s string) (u tokenURI, err error) {
-	// The PIN must not be in a file that people copy around; the parser's own errors might quote it.
+	// Configuration files get copied and must not contain the PIN. The check comes before the
+	// parser, because the parser's errors might quote the PIN.
 	if strings.Contains(strings.ToLower(s), "pin-value") {
-		return u, errors.New("pkcs11 uri: pin-value puts the PIN into the configuration: write it to a file and name that with pin_file")
+		return u, errors.New("pkcs11 uri: pin-value puts the PIN into the configuration: " +
+			"write the PIN to a file and set pin_file to its path")
 	}
 	parsed := pkcs11uri.New()
 	if err := parsed.Parse(s); err != nil {
 		return u, fmt.Errorf("pkcs11 uri: %w", err)
 	}
 	path, query, _ := strings.Cut(strings.TrimPrefix(s, "pkcs11:"), "?")
-	u = tokenURI{text: "pkcs11:" + path, attrs: map[string]string{}} // the query may hold what must not be printed
+	// Errors print text. The query is left out, because a query may have a secret.
+	u = tokenURI{text: "pkcs11:" + path, attrs: map[string]string{}}
 	for _, attr := range strings.Split(path, ";") {
 		name, _, _ := strings.Cut(attr, "=")
 		value, _ := parsed.GetPathAttribute(name, false)
@@ -44,12 +48,13 @@ func parseURI(s string) (u tokenURI, err error) {
 		case "slot-id":
 			n, err := strconv.ParseUint(value, 10, 32)
 			if err != nil {
-				return u, fmt.Errorf("pkcs11 uri %q: slot-id is not a number", u.text)
+				return u, fmt.Errorf("pkcs11 uri %q: slot-id %q is not a number", u.text, value)
 			}
 			id := uint(n)
 			u.slotID = &id
 		default:
-			return u, fmt.Errorf("pkcs11 uri %q: attribute %q does not name a token: use token, serial, manufacturer, model or slot-id", u.text, name)
+			return u, fmt.Errorf("pkcs11 uri %q: attribute %q does not name a token: "+
+				"use token, serial, manufacturer, model or slot-id", u.text, name)
 		}
 	}
 	if query == "" {
@@ -74,19 +79,23 @@ func parseURI(s string) (u tokenURI, err error) {
 	return u, nil
 }
 
+// matches reports whether a token has all attributes of the URI.
 func (u tokenURI) matches(slot uint, t pkcs11.TokenInfo) bool {
 	if u.slotID != nil && *u.slotID != slot {
 		return false
 	}
-	for name, is := range map[string]string{"token": t.Label, "manufacturer": t.ManufacturerID, "model": t.Model, "serial": t.SerialNumber} {
-		if want, ok := u.attrs[name]; ok && want != strings.TrimRight(is, " \x00") {
+	has := map[string]string{
+		"token": t.Label, "manufacturer": t.ManufacturerID, "model": t.Model, "serial": t.SerialNumber,
+	}
+	for name, want := range u.attrs {
+		if want != strings.TrimRight(has[name], " \x00") {
 			return false
 		}
 	}
 	return true
 }
 
-// readPIN reads a PIN file: one line, readable by its owner only.
+// readPIN reads a PIN file: one line, readable by the file's owner only.
 func readPIN(path string) (string, error) {
 	b, err := keystore.ReadSecret(path, "PIN file")
 	if err != nil {
