@@ -23,22 +23,24 @@ import (
 	"github.com/google/go-tpm/tpm2/transport"
 )
 
-// Approval is a state of the machine that whoever signs its updates has approved: a key that is sealed to that signer can
-// be used in it, without having been sealed anew (TPM2_PolicyAuthorize, TPM 2.0 Part 3, section 23.16).
+// Approval is a state of the machine, signed by the signer of the machine's updates. A key sealed
+// to the signer is usable in every approved state, without being sealed again
+// (TPM2_PolicyAuthorize, TPM 2.0 Part 3, section 23.16).
 type Approval struct {
 	PCRs      []pcr  `json:"pcrs"`
 	Signature []byte `json:"signature"` // ECDSA over SHA-256 of the policy's digest, ASN.1 DER
 }
 
-// approvalEnd is how the names of the files in the folder end that hold approvals.
-const approvalEnd = ".approval.json"
+// approvalSuffix is the suffix of the names of approval files in the state directory.
+const approvalSuffix = ".approval.json"
 
-// Approve signs a state, given as the SHA-256 bank's registers by index.
+// Approve signs a state. registers has the values of registers 0 to 23 of the SHA-256 bank by
+// index, 32 bytes each. key is an ECDSA key on P-256.
 func Approve(key crypto.Signer, registers map[uint][]byte) (a Approval, err error) {
 	for index := uint(0); index < 24; index++ {
 		if value, ok := registers[index]; ok {
 			if len(value) != sha256.Size {
-				return a, fmt.Errorf("tpm: PCR %d has %d bytes, and not %d", index, len(value), sha256.Size)
+				return a, fmt.Errorf("tpm: PCR %d has %d bytes, want %d", index, len(value), sha256.Size)
 			}
 			a.PCRs = append(a.PCRs, pcr{index, value})
 		}
@@ -57,10 +59,10 @@ func Approve(key crypto.Signer, registers map[uint][]byte) (a Approval, err erro
 	return a, err
 }
 
-// policy is the digest of the policy that is approved.
+// policy returns the digest of the approved policy.
 func (a Approval) policy() (tpm2.TPM2BDigest, error) { return sealed{PCRs: a.PCRs}.policy() }
 
-// digest is what gets signed: the policy's digest and an empty qualifier, hashed.
+// digest returns the signed digest: SHA-256 of the policy's digest and an empty policyRef.
 func (a Approval) digest() ([]byte, error) {
 	policy, err := a.policy()
 	if err != nil {
@@ -70,7 +72,8 @@ func (a Approval) digest() ([]byte, error) {
 	return h[:], nil
 }
 
-// ReadPolicyKey reads the public key of whoever approves states: PEM, as openssl pkey -pubout writes it.
+// ReadPolicyKey reads the public key of the approver, in PEM as written by openssl pkey -pubout.
+// The result is an uncompressed point of 65 bytes.
 func ReadPolicyKey(path string) ([]byte, error) {
 	b, err := os.ReadFile(path)
 	if err != nil {
@@ -88,7 +91,7 @@ func ReadPolicyKey(path string) ([]byte, error) {
 	return public.Bytes()
 }
 
-// approverOf is the approver's key as the TPM knows it.
+// approverOf returns the TPM's public area of an approver's key, from an uncompressed point.
 func approverOf(point []byte) tpm2.TPMTPublic {
 	public := signingKey
 	public.ObjectAttributes = tpm2.TPMAObject{UserWithAuth: true, SignEncrypt: true}
@@ -98,9 +101,9 @@ func approverOf(point []byte) tpm2.TPMTPublic {
 	return public
 }
 
-// approvals reads the approvals in the folder. One that is damaged is no approval.
-func (f folder) approvals() (all []Approval) {
-	files, _ := filepath.Glob(filepath.Join(string(f), "*"+approvalEnd))
+// approvals reads the approvals in the state directory. Damaged files are skipped.
+func (d stateDir) approvals() (all []Approval) {
+	files, _ := filepath.Glob(filepath.Join(string(d), "*"+approvalSuffix))
 	for _, path := range files {
 		var a Approval
 		if b, err := os.ReadFile(path); err == nil && json.Unmarshal(b, &a) == nil {
@@ -110,29 +113,28 @@ func (f folder) approvals() (all []Approval) {
 	return all
 }
 
-// authorize puts the approver's word in the place of the registers' policy, in a session that has just shown them.
+// authorize replaces PolicyPCR by PolicyAuthorize with the approval of the present state, in a
+// policy session right after its PolicyPCR.
 func (d sealed) authorize(t transport.TPM, session tpm2.TPMHandle) error {
-	var indices []uint
-	for _, p := range d.PCRs {
-		indices = append(indices, p.Index)
-	}
-	now, err := readPCRs(t, indices)
+	now, err := readPCRs(t, indicesOf(d.PCRs))
 	if err != nil {
 		return err
 	}
 	approval := Approval{}
 	for _, a := range d.approvals {
-		if bytes.Equal(tpm2.Marshal(selection(a.PCRs)), tpm2.Marshal(selection(now))) && bytes.Equal(digestOf(a.PCRs), digestOf(now)) {
+		sameRegisters := bytes.Equal(tpm2.Marshal(selection(a.PCRs)), tpm2.Marshal(selection(now)))
+		if sameRegisters && bytes.Equal(digestOf(a.PCRs), digestOf(now)) {
 			approval = a
 		}
 	}
 	if approval.PCRs == nil {
-		var are []string
+		var values []string
 		for _, p := range now {
-			are = append(are, fmt.Sprintf("PCR %d (%s) is %x", p.Index, measures[p.Index], p.Value))
+			values = append(values, fmt.Sprintf("PCR %d (%s) is %x", p.Index, pcrContents[p.Index], p.Value))
 		}
-		return fmt.Errorf("tpm: %w: none of the %d approvals in the folder is for it: %s; have it approved (countersignd approve-state), or find out why it is another",
-			keystore.ErrSealed, len(d.approvals), strings.Join(are, ", "))
+		return fmt.Errorf("tpm: %w: none of the %d approvals in the folder is for the present state: %s; "+
+			"have the state approved (countersignd approve-state), or find out why it has changed",
+			keystore.ErrSealed, len(d.approvals), strings.Join(values, ", "))
 	}
 	policy, err := approval.policy()
 	if err != nil {
@@ -143,25 +145,35 @@ func (d sealed) authorize(t transport.TPM, session tpm2.TPMHandle) error {
 		return err
 	}
 	var rs struct{ R, S *big.Int }
-	if rest, err := asn1.Unmarshal(approval.Signature, &rs); err != nil || len(rest) > 0 || rs.R.Sign() <= 0 || rs.S.Sign() <= 0 || rs.R.BitLen() > 256 || rs.S.BitLen() > 256 {
+	inRange := func(n *big.Int) bool { return n.Sign() > 0 && n.BitLen() <= 256 }
+	rest, err := asn1.Unmarshal(approval.Signature, &rs)
+	if err != nil || len(rest) > 0 || !inRange(rs.R) || !inRange(rs.S) {
 		return fmt.Errorf("tpm: %w: the approval's signature is damaged", keystore.ErrSealed)
 	}
-	external, err := tpm2.LoadExternal{InPublic: tpm2.New2B(approverOf(d.Approver)), Hierarchy: tpm2.TPMRHOwner}.Execute(t)
+	external, err := tpm2.LoadExternal{
+		InPublic: tpm2.New2B(approverOf(d.Approver)), Hierarchy: tpm2.TPMRHOwner,
+	}.Execute(t)
 	if err != nil {
 		return deviceError("TPM2_LoadExternal", err)
 	}
 	defer flush(t, external.ObjectHandle)
+	signature := tpm2.NewTPMUSignature(tpm2.TPMAlgECDSA, &tpm2.TPMSSignatureECC{
+		Hash:       tpm2.TPMAlgSHA256,
+		SignatureR: tpm2.TPM2BECCParameter{Buffer: rs.R.FillBytes(make([]byte, 32))},
+		SignatureS: tpm2.TPM2BECCParameter{Buffer: rs.S.FillBytes(make([]byte, 32))},
+	})
 	verified, err := tpm2.VerifySignature{
-		KeyHandle: tpm2.NamedHandle{Handle: external.ObjectHandle, Name: external.Name}, Digest: tpm2.TPM2BDigest{Buffer: digest},
-		Signature: tpm2.TPMTSignature{SigAlg: tpm2.TPMAlgECDSA, Signature: tpm2.NewTPMUSignature(tpm2.TPMAlgECDSA, &tpm2.TPMSSignatureECC{
-			Hash: tpm2.TPMAlgSHA256, SignatureR: tpm2.TPM2BECCParameter{Buffer: rs.R.FillBytes(make([]byte, 32))},
-			SignatureS: tpm2.TPM2BECCParameter{Buffer: rs.S.FillBytes(make([]byte, 32))},
-		})},
+		KeyHandle: tpm2.NamedHandle{Handle: external.ObjectHandle, Name: external.Name},
+		Digest:    tpm2.TPM2BDigest{Buffer: digest},
+		Signature: tpm2.TPMTSignature{SigAlg: tpm2.TPMAlgECDSA, Signature: signature},
 	}.Execute(t)
 	if err != nil {
-		return fmt.Errorf("tpm: %w: the approval of this state is not signed by policy_key: %v", keystore.ErrSealed, err)
+		return fmt.Errorf("tpm: %w: the approval of this state is not signed by policy_key: %v",
+			keystore.ErrSealed, err)
 	}
-	_, err = tpm2.PolicyAuthorize{PolicySession: session, ApprovedPolicy: policy, KeySign: external.Name, CheckTicket: verified.Validation}.Execute(t)
+	_, err = tpm2.PolicyAuthorize{
+		PolicySession: session, ApprovedPolicy: policy, KeySign: external.Name, CheckTicket: verified.Validation,
+	}.Execute(t)
 	if err != nil {
 		return deviceError("TPM2_PolicyAuthorize", err)
 	}

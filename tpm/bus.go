@@ -17,80 +17,86 @@ import (
 	"github.com/google/go-tpm/tpm2/transport"
 )
 
-// bus is the way to the TPM: one user at a time, a connection for each, a deadline for each command. A connection on which
-// anything went wrong is dropped: a late answer must not be taken for that of the next command. The kernel's resource
-// manager forgets what a connection has loaded, and swtpm serves one connection at a time.
+// bus gives access to the TPM: one user at a time, with a connection for each user and a timeout
+// for each command. The connection is closed after any error, because a late response must not be
+// taken for the response to the next command. At the end of a connection the kernel's resource
+// manager flushes the objects loaded through it. swtpm serves one connection at a time.
 type bus struct {
-	path     string
-	deadline time.Duration
-	turn     chan struct{}
+	path    string
+	timeout time.Duration // for one command
+	busy    chan struct{} // semaphore of one; the holder is the user of the bus
 
-	untidy bool // whose turn it is: a conversation broke off, and what it had loaded may be there still
+	// stale is guarded by busy. stale reports a broken connection: objects and sessions of the
+	// connection may still be loaded in the TPM.
+	stale bool
 
 	mu     sync.Mutex
-	line   line // under mu: the one in use, so that close can cut it off
-	closed bool // under mu
+	conn   connection // guarded by mu; the connection in use, for close
+	closed bool       // guarded by mu
 }
 
-// line is a connection to a TPM.
-type line interface {
+// connection is a connection to a TPM: a device file or a Unix socket.
+type connection interface {
 	io.ReadWriteCloser
 	SetDeadline(time.Time) error
 }
 
 func newBus(c Config) *bus {
-	return &bus{path: c.Device, deadline: c.Deadline, turn: make(chan struct{}, 1)}
+	return &bus{path: c.Device, timeout: c.Deadline, busy: make(chan struct{}, 1)}
 }
 
+// close interrupts the command in flight and refuses further use.
 func (b *bus) close() {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	b.closed = true
-	if b.line != nil {
-		b.line.Close()
+	if b.conn != nil {
+		b.conn.Close()
 	}
 }
 
-// use runs a few commands in a row. do flushes what it loads; where a command does not come back the next one tidies up.
+// use runs a sequence of commands. do must flush every object and session it loads; after a broken
+// connection the next call of use flushes the rest.
 func (b *bus) use(ctx context.Context, do func(transport.TPM) error) error {
 	select {
-	case b.turn <- struct{}{}:
-		defer func() { <-b.turn }()
+	case b.busy <- struct{}{}:
+		defer func() { <-b.busy }()
 	case <-ctx.Done():
-		return fmt.Errorf("tpm: %w: it is busy: %w", keystore.ErrUnavailable, ctx.Err())
+		return fmt.Errorf("tpm: %w: the TPM is busy: %w", keystore.ErrUnavailable, ctx.Err())
 	}
-	l, err := b.dial(ctx)
+	conn, err := b.dial(ctx)
 	if err != nil {
 		return fmt.Errorf("tpm: %w: %w", keystore.ErrUnavailable, err)
 	}
 	b.mu.Lock()
 	if b.closed {
 		b.mu.Unlock()
-		l.Close()
+		conn.Close()
 		return errClosed
 	}
-	b.line = l
+	b.conn = conn
 	b.mu.Unlock()
 	defer func() {
 		b.mu.Lock()
-		b.line = nil
+		b.conn = nil
 		b.mu.Unlock()
-		l.Close()
+		conn.Close()
 	}()
-	stop := context.AfterFunc(ctx, func() { l.Close() })
+	stop := context.AfterFunc(ctx, func() { conn.Close() })
 	defer stop()
-	c := &conversation{line: l, deadline: b.deadline}
-	if b.untidy {
-		if err := b.tidy(c); err != nil {
+	c := &channel{conn: conn, timeout: b.timeout}
+	if b.stale {
+		if err := b.flushStale(c); err != nil {
 			return err
 		}
-		b.untidy = false
+		b.stale = false
 	}
-	defer func() { b.untidy = c.broken != nil }()
+	defer func() { b.stale = c.broken != nil }()
 	err = do(c)
 	for _, full := range []error{tpm2.TPMRCObjectMemory, tpm2.TPMRCSessionMemory, tpm2.TPMRCSessionHandles} {
-		if errors.Is(err, full) { // by what another process has left: nothing was done yet
-			if err := b.tidy(c); err != nil {
+		// Another process has left the TPM full. A retry is safe, because the command did nothing.
+		if errors.Is(err, full) {
+			if err := b.flushStale(c); err != nil {
 				return err
 			}
 			return do(c)
@@ -99,27 +105,25 @@ func (b *bus) use(ctx context.Context, do func(transport.TPM) error) error {
 	return err
 }
 
-// tidy removes what a process that was cut off has left in a TPM without a resource manager.
-func (b *bus) tidy(t transport.TPM) error {
+// flushStale flushes the objects and sessions left by an interrupted process in a TPM without a
+// resource manager.
+func (b *bus) flushStale(t transport.TPM) error {
 	if st, err := os.Stat(b.path); err != nil || st.Mode()&os.ModeSocket == 0 {
-		return nil // the kernel's resource manager does that
+		return nil // the kernel's resource manager flushes after each connection
 	}
 	return flushAll(t, transientFirst, loadedSessionFirst)
 }
 
-func (b *bus) dial(ctx context.Context) (line, error) {
+// dial opens the device file, or connects to the socket.
+func (b *bus) dial(ctx context.Context) (connection, error) {
 	st, err := os.Stat(b.path)
 	if err != nil {
 		return nil, err
 	}
 	if st.Mode()&os.ModeSocket != 0 {
-		ctx, cancel := context.WithTimeout(ctx, b.deadline)
+		ctx, cancel := context.WithTimeout(ctx, b.timeout)
 		defer cancel()
-		conn, err := new(net.Dialer).DialContext(ctx, "unix", b.path)
-		if err != nil {
-			return nil, err
-		}
-		return conn, nil
+		return new(net.Dialer).DialContext(ctx, "unix", b.path)
 	}
 	if st.Mode()&os.ModeDevice == 0 {
 		return nil, fmt.Errorf("%s is neither a device nor a socket", b.path)
@@ -127,67 +131,71 @@ func (b *bus) dial(ctx context.Context) (line, error) {
 	return os.OpenFile(b.path, os.O_RDWR, 0)
 }
 
-// conversation is a transport.TPM over one line. After an error it says nothing any more.
-type conversation struct {
-	line     line
-	deadline time.Duration
-	broken   error
+// channel is a transport.TPM over one connection. After an error every further command fails.
+type channel struct {
+	conn    connection
+	timeout time.Duration
+	broken  error // the first error
 }
 
-// TPM 2.0 Part 2 section 6: a response is u16 tag, u32 size, u32 code. maxResponse is the most that the kernel passes on.
+// A response begins with a header of u16 tag, u32 size and u32 code (TPM 2.0 Part 2 section 6).
 const (
 	headerSize  = 10
-	maxResponse = 4096
+	maxResponse = 4096 // the kernel's limit
 )
 
-var errNoAnswer = errors.New("the TPM has not answered well")
+var errNoResponse = errors.New("the TPM has sent no valid response")
 
-// Send passes a command on and returns its answer. A TPM that asks for it gets the command again: it does so when it has
-// to write down first that a PIN is about to be tried, or while it tests itself.
-func (c *conversation) Send(command []byte) (response []byte, err error) {
+// Send sends a command and returns the response. The command is sent again after a response of
+// TPM_RC_RETRY, TPM_RC_YIELDED or TPM_RC_TESTING, with a backoff of 1 to 100 ms and within the
+// timeout. A TPM asks for a retry before its first try of a PIN, to record the try in its memory,
+// and during its self-test.
+func (c *channel) Send(command []byte) (response []byte, err error) {
 	if c.broken != nil {
 		return nil, c.broken
 	}
 	defer func() {
 		if err != nil {
-			c.broken = fmt.Errorf("tpm: %w: %w: %w", keystore.ErrUnavailable, errNoAnswer, err)
-			c.line.Close()
+			c.broken = fmt.Errorf("tpm: %w: %w: %w", keystore.ErrUnavailable, errNoResponse, err)
+			c.conn.Close()
 			err = c.broken
 		}
 	}()
-	end := time.Now().Add(c.deadline)
-	if err := c.line.SetDeadline(end); err != nil && !errors.Is(err, os.ErrNoDeadline) {
+	deadline := time.Now().Add(c.timeout)
+	if err := c.conn.SetDeadline(deadline); err != nil && !errors.Is(err, os.ErrNoDeadline) {
 		return nil, err
 	}
-	for pause := time.Millisecond; ; pause = min(2*pause, 100*time.Millisecond) {
+	for backoff := time.Millisecond; ; backoff = min(2*backoff, 100*time.Millisecond) {
 		response, err := c.exchange(command)
-		if err != nil || !time.Now().Add(pause).Before(end) {
+		if err != nil || !time.Now().Add(backoff).Before(deadline) {
 			return response, err
 		}
 		switch tpm2.TPMRC(binary.BigEndian.Uint32(response[6:])) {
 		case tpm2.TPMRCRetry, tpm2.TPMRCYielded, tpm2.TPMRCTesting:
-			time.Sleep(pause)
+			time.Sleep(backoff)
 		default:
 			return response, nil
 		}
 	}
 }
 
-func (c *conversation) exchange(command []byte) ([]byte, error) {
-	if _, err := c.line.Write(command); err != nil {
+// exchange sends a command once and reads the response.
+func (c *channel) exchange(command []byte) ([]byte, error) {
+	if _, err := c.conn.Write(command); err != nil {
 		return nil, err
 	}
-	// A device gives the whole response to one read; a socket may give it in parts.
+	// A device returns the whole response to one read. A socket may return the response in parts.
 	buf := make([]byte, maxResponse)
-	n, err := io.ReadAtLeast(c.line, buf, headerSize)
+	n, err := io.ReadAtLeast(c.conn, buf, headerSize)
 	if err != nil {
 		return nil, err
 	}
 	size := int(binary.BigEndian.Uint32(buf[2:]))
 	if size < headerSize || size > maxResponse || size < n {
-		return nil, fmt.Errorf("a response that says it has %d bytes", size)
+		return nil, fmt.Errorf("a response of %d bytes claims a size of %d, at most %d are allowed",
+			n, size, maxResponse)
 	}
-	if _, err := io.ReadFull(c.line, buf[n:size]); err != nil {
+	if _, err := io.ReadFull(c.conn, buf[n:size]); err != nil {
 		return nil, err
 	}
 	return buf[:size], nil

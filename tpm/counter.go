@@ -12,19 +12,24 @@ import (
 	"github.com/google/go-tpm/tpm2/transport"
 )
 
-// counterIndex is where the counter is, in the range that belongs to the owner (TCG Registry of Reserved TPM 2.0 Handles).
+// counterIndex is the NV index of the monotonic counter, in the owner's range (TCG Registry of
+// Reserved TPM 2.0 Handles).
 const counterIndex tpm2.TPMHandle = 0x01800c51
 
-// counterPublic is the counter: anyone on this machine may read it and make it rise, nobody can make it fall. One that is
-// defined anew begins above every value that any counter of this TPM has had (TPM 2.0 Part 3, section 31.1).
+// counterPublic is the public area of the monotonic counter. Every program on the machine may read
+// and increment the counter; no program can decrement it. A new counter begins above the value of
+// every earlier counter of the TPM (TPM 2.0 Part 3, section 31.1).
 var counterPublic = tpm2.TPMSNVPublic{
-	NVIndex:    tpm2.TPMIRHNVIndex(counterIndex),
-	NameAlg:    tpm2.TPMAlgSHA256,
-	Attributes: tpm2.TPMANV{NT: tpm2.TPMNTCounter, AuthRead: true, AuthWrite: true, OwnerRead: true, OwnerWrite: true, NoDA: true},
-	DataSize:   8,
+	NVIndex: tpm2.TPMIRHNVIndex(counterIndex),
+	NameAlg: tpm2.TPMAlgSHA256,
+	Attributes: tpm2.TPMANV{
+		NT: tpm2.TPMNTCounter, AuthRead: true, AuthWrite: true, OwnerRead: true, OwnerWrite: true, NoDA: true,
+	},
+	DataSize: 8,
 }
 
-// counter returns the handle of the counter, used in a salted session: its answer can't be made up on the bus.
+// counter returns the handles of the monotonic counter. auth uses a salted session, so an attacker
+// on the bus can't forge the counter's value.
 func (s *Store) counter(t transport.TPM) (auth tpm2.AuthHandle, index tpm2.NamedHandle, err error) {
 	got, err := tpm2.NVReadPublic{NVIndex: counterIndex}.Execute(t)
 	if errors.Is(err, tpm2.TPMRCHandle) {
@@ -39,35 +44,39 @@ func (s *Store) counter(t transport.TPM) (auth tpm2.AuthHandle, index tpm2.Named
 	want := counterPublic
 	want.Attributes.Written = public.Attributes.Written
 	if string(tpm2.Marshal(*public)) != string(tpm2.Marshal(want)) {
-		return auth, index, fmt.Errorf("tpm: %w: what is at %#x is not our counter", keystore.ErrUnfit, uint32(counterIndex))
+		return auth, index, fmt.Errorf("tpm: %w: the NV index %#x is defined, but not as the counter; "+
+			"look with: tpm2_nvreadpublic", keystore.ErrUnfit, uint32(counterIndex))
 	}
 	name, err := tpm2.NVName(public)
 	if err != nil {
 		return auth, index, deviceError("TPM2_NV_ReadPublic", err)
 	}
-	h := tpm2.AuthHandle{Handle: counterIndex, Name: *name, Auth: tpm2.HMAC(tpm2.TPMAlgSHA256, 16, s.srk.salted())}
+	h := tpm2.AuthHandle{Handle: counterIndex, Name: *name, Auth: s.srk.session()}
 	return h, tpm2.NamedHandle{Handle: counterIndex, Name: *name}, nil
 }
 
+// DefineCounter defines the monotonic counter, unless the counter exists.
 func (s *Store) DefineCounter(ctx context.Context) error {
 	return s.bus.use(ctx, func(t transport.TPM) error {
 		if _, _, err := s.counter(t); !errors.Is(err, keystore.ErrNotFound) {
 			return err
 		}
 		_, err := tpm2.NVDefineSpace{
-			AuthHandle: tpm2.AuthHandle{Handle: tpm2.TPMRHOwner, Auth: tpm2.HMAC(tpm2.TPMAlgSHA256, 16, s.srk.salted())},
+			AuthHandle: tpm2.AuthHandle{Handle: tpm2.TPMRHOwner, Auth: s.srk.session()},
 			PublicInfo: tpm2.New2B(counterPublic),
 		}.Execute(t)
 		if errors.Is(err, tpm2.TPMRCNVSpace) {
-			return fmt.Errorf("tpm: %w: there is no room for a counter; remove what is not needed (tpm2_getcap handles-nv-index, tpm2_nvundefine)", keystore.ErrRefused)
+			return fmt.Errorf("tpm: %w: there is no room for a counter; "+
+				"remove NV indices without use (tpm2_getcap handles-nv-index, tpm2_nvundefine)", keystore.ErrRefused)
 		} else if err != nil {
 			return deviceError("TPM2_NV_DefineSpace", err)
 		}
-		_, err = s.rise(t) // it has no value before
+		_, err = s.increment(t) // a counter has no value before its first increment
 		return err
 	})
 }
 
+// ReadCounter returns the value of the monotonic counter, or ErrNotFound.
 func (s *Store) ReadCounter(ctx context.Context) (value uint64, err error) {
 	err = s.bus.use(ctx, func(t transport.TPM) (err error) {
 		value, err = s.read(t)
@@ -76,14 +85,17 @@ func (s *Store) ReadCounter(ctx context.Context) (value uint64, err error) {
 	return value, err
 }
 
+// IncrementCounter increments the monotonic counter by one and returns the new value. After an
+// error the counter may have been incremented.
 func (s *Store) IncrementCounter(ctx context.Context) (value uint64, err error) {
 	err = s.bus.use(ctx, func(t transport.TPM) (err error) {
-		value, err = s.rise(t)
+		value, err = s.increment(t)
 		return err
 	})
 	return value, err
 }
 
+// read returns the value of the monotonic counter.
 func (s *Store) read(t transport.TPM) (uint64, error) {
 	auth, index, err := s.counter(t)
 	if err != nil {
@@ -99,7 +111,8 @@ func (s *Store) read(t transport.TPM) (uint64, error) {
 	return binary.BigEndian.Uint64(got.Data.Buffer), nil
 }
 
-func (s *Store) rise(t transport.TPM) (uint64, error) {
+// increment increments the monotonic counter and returns the new value.
+func (s *Store) increment(t transport.TPM) (uint64, error) {
 	auth, index, err := s.counter(t)
 	if err != nil {
 		return 0, err

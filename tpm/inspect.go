@@ -13,39 +13,45 @@ import (
 	"github.com/google/go-tpm/tpm2/transport"
 )
 
-// Inspect says what the TPM is, how it is, and what it would seal to, and proves each algorithm with a throw-away key.
+// Inspect reports the TPM's model and state and the policy of new keys, and tests each algorithm
+// with a temporary key.
 func (s *Store) Inspect(ctx context.Context) (found []keystore.Finding, err error) {
-	say := func(what string, alg keystore.Algorithm, ok bool, format string, args ...any) {
+	report := func(what string, alg keystore.Algorithm, ok bool, format string, args ...any) {
 		found = append(found, keystore.Finding{What: what, For: alg, OK: ok, Text: fmt.Sprintf(format, args...)})
 	}
 	err = s.bus.use(ctx, func(t transport.TPM) error {
-		is, err := properties(t)
+		props, err := properties(t)
 		if err != nil {
 			return err
 		}
-		say("tpm", "", true, "manufacturer %s, model %s, firmware %d.%d.%d.%d, specification %s revision %d.%02d of %d",
-			text(is[tpm2.TPMPTManufacturer]),
-			text(is[tpm2.TPMPTVendorString1], is[tpm2.TPMPTVendorString1+1], is[tpm2.TPMPTVendorString1+2], is[tpm2.TPMPTVendorString1+3]),
-			is[tpm2.TPMPTFirmwareVersion1]>>16, is[tpm2.TPMPTFirmwareVersion1]&0xffff, is[tpm2.TPMPTFirmwareVersion2]>>16, is[tpm2.TPMPTFirmwareVersion2]&0xffff,
-			text(is[tpm2.TPMPTFamilyIndicator]), is[tpm2.TPMPTRevision]/100, is[tpm2.TPMPTRevision]%100, is[tpm2.TPMPTYear])
-		locked := is[tpm2.TPMPTPermanent]&(1<<9) != 0 // TPMA_PERMANENT, inLockout
-		say("lockout", "", !locked, "%d of %d failed authorisations; one is forgotten each %d s; locked: %v",
-			is[tpm2.TPMPTLockoutCounter], is[tpm2.TPMPTMaxAuthFail], is[tpm2.TPMPTLockoutInterval], locked)
-		say("counters", "", true, "%d NV counters are defined, %d more fit at the least", is[tpm2.TPMPTNVCounters], is[tpm2.TPMPTNVCountersAvail])
+		report("tpm", "", true,
+			"manufacturer %s, model %s, firmware %d.%d.%d.%d, specification %s revision %d.%02d of %d",
+			text(props[tpm2.TPMPTManufacturer]),
+			text(props[tpm2.TPMPTVendorString1], props[tpm2.TPMPTVendorString1+1],
+				props[tpm2.TPMPTVendorString1+2], props[tpm2.TPMPTVendorString1+3]),
+			props[tpm2.TPMPTFirmwareVersion1]>>16, props[tpm2.TPMPTFirmwareVersion1]&0xffff,
+			props[tpm2.TPMPTFirmwareVersion2]>>16, props[tpm2.TPMPTFirmwareVersion2]&0xffff,
+			text(props[tpm2.TPMPTFamilyIndicator]), props[tpm2.TPMPTRevision]/100, props[tpm2.TPMPTRevision]%100,
+			props[tpm2.TPMPTYear])
+		locked := props[tpm2.TPMPTPermanent]&(1<<9) != 0 // TPMA_PERMANENT, inLockout
+		report("lockout", "", !locked, "%d of %d failed authorisations; one is forgotten each %d s; locked: %v",
+			props[tpm2.TPMPTLockoutCounter], props[tpm2.TPMPTMaxAuthFail], props[tpm2.TPMPTLockoutInterval], locked)
+		report("counters", "", true, "%d NV counters are defined, %d more fit at the least",
+			props[tpm2.TPMPTNVCounters], props[tpm2.TPMPTNVCountersAvail])
 		banks, err := pcrBanks(t)
 		if err != nil {
 			return err
 		}
-		say("pcr", "", true, "banks: %s", strings.Join(banks, ", "))
+		report("pcr", "", true, "banks: %s", strings.Join(banks, ", "))
 		pcrs, err := readPCRs(t, s.config.PCRs)
 		if err != nil {
-			say("pcr", "", false, "%v", err)
+			report("pcr", "", false, "%v", err)
 			return nil
 		}
 		for _, p := range pcrs {
-			say("seal to", "", true, "PCR %d (%s): %s", p.Index, measures[p.Index], hex.EncodeToString(p.Value))
+			report("seal to", "", true, "PCR %d (%s): %s", p.Index, pcrContents[p.Index], hex.EncodeToString(p.Value))
 		}
-		say("seal to", "", true, "PIN: %v; storage root key %x", s.config.PINFile != "", s.srk.name.Buffer)
+		report("seal to", "", true, "PIN: %v; storage root key %x", s.config.PINFile != "", s.srk.name.Buffer)
 		return nil
 	})
 	if err != nil {
@@ -60,14 +66,14 @@ func (s *Store) Inspect(ctx context.Context) (found []keystore.Finding, err erro
 		}
 		err := s.withPIN(ctx, s.config.PINFile != "", func(pin []byte) error {
 			return s.bus.use(ctx, func(t transport.TPM) (err error) {
-				secretly(func() { err = s.make(t, &record{Format: 1, Info: info}, pin, seed) })
+				secretDo(func() { err = s.make(t, &record{Format: 1, Info: info}, pin, seed) })
 				return err
 			})
 		})
 		if err != nil {
-			say("proof", alg, false, "%v", err)
+			report("proof", alg, false, "%v", err)
 		} else {
-			say("proof", alg, true, "a throw-away key was made and used (%s)", custody)
+			report("proof", alg, true, "a throw-away key was made and used (%s)", custody)
 		}
 	}
 	return found, nil
@@ -77,7 +83,9 @@ func (s *Store) Inspect(ctx context.Context) (found []keystore.Finding, err erro
 func properties(t transport.TPM) (map[tpm2.TPMPT]uint32, error) {
 	all := map[tpm2.TPMPT]uint32{}
 	for _, group := range []tpm2.TPMPT{tpm2.TPMPTFamilyIndicator, tpm2.TPMPTPermanent} {
-		got, err := tpm2.GetCapability{Capability: tpm2.TPMCapTPMProperties, Property: uint32(group), PropertyCount: 64}.Execute(t)
+		got, err := tpm2.GetCapability{
+			Capability: tpm2.TPMCapTPMProperties, Property: uint32(group), PropertyCount: 64,
+		}.Execute(t)
 		if err != nil {
 			return nil, deviceError("TPM2_GetCapability", err)
 		}
@@ -92,6 +100,7 @@ func properties(t transport.TPM) (map[tpm2.TPMPT]uint32, error) {
 	return all, nil
 }
 
+// pcrBanks returns the hash algorithms of the active PCR banks.
 func pcrBanks(t transport.TPM) (banks []string, err error) {
 	got, err := tpm2.GetCapability{Capability: tpm2.TPMCapPCRs, PropertyCount: 16}.Execute(t)
 	if err != nil {
@@ -109,7 +118,7 @@ func pcrBanks(t transport.TPM) (banks []string, err error) {
 	return banks, nil
 }
 
-// text reads properties that hold four characters each.
+// text decodes properties of four characters each.
 func text(values ...uint32) string {
 	var b []byte
 	for _, v := range values {

@@ -21,38 +21,42 @@ import (
 	"github.com/google/go-tpm/tpm2/transport"
 )
 
-// record is a key as it rests in the folder, in a file named as the key.
+// record is the stored form of a key: a file of the state directory, named after the key.
 type record struct {
 	Format int           `json:"format"`
 	Info   keystore.Info `json:"info"`
 	Sealed sealed        `json:"sealed"`
 }
 
-const recordEnd = ".key.json"
+const recordSuffix = ".key.json"
 
-func fileOf(ref keystore.Ref) string { return strings.ReplaceAll(ref.String(), "/", ".") + recordEnd }
-
-// content is what a seal holds: the seed behind all that its record says, so that a record can't be given another name, or
-// an imported key be called a generated one.
-//
-//	u8 1 || SHA-256 of algorithm, reference, tag, provenance (32) || seed (32)
-func content(info keystore.Info, seed []byte) []byte {
-	p := info.Provenance
-	bound := sha256.Sum256(fmt.Appendf(nil, "countersign tpm seal\x00%s\x00%s\x00%x\x00%t %t %t", info.Algorithm, info.Ref, info.Tag, p.Local, p.AlwaysSensitive, p.NeverExtractable))
-	return append(append([]byte{1}, bound[:]...), seed...)
+func fileOf(ref keystore.Ref) string {
+	return strings.ReplaceAll(ref.String(), "/", ".") + recordSuffix
 }
 
-// open returns the seed of a seal that belongs to this record.
-func (r record) open(data []byte) (seed []byte, err error) {
-	if len(data) != 1+sha256.Size+32 || !bytes.Equal(data[:1+sha256.Size], content(r.Info, nil)) {
-		return nil, fmt.Errorf("%v: %w: its record was changed, or is another key's", r.Info.Ref, keystore.ErrUnfit)
+// sealContent returns the content of a seal: a digest of the record and the seed. The digest keeps
+// an attacker from renaming a record, and from presenting an imported key as a generated one.
+//
+//	u8 1 || SHA-256 of algorithm, reference, tag, provenance (32) || seed (32)
+func sealContent(info keystore.Info, seed []byte) []byte {
+	p := info.Provenance
+	digest := sha256.Sum256(fmt.Appendf(nil, "countersign tpm seal\x00%s\x00%s\x00%x\x00%t %t %t",
+		info.Algorithm, info.Ref, info.Tag, p.Local, p.AlwaysSensitive, p.NeverExtractable))
+	return append(append([]byte{1}, digest[:]...), seed...)
+}
+
+// openSeal returns the seed in the content of a seal, if the seal belongs to this record.
+func (r record) openSeal(data []byte) (seed []byte, err error) {
+	if len(data) != 1+sha256.Size+32 || !bytes.Equal(data[:1+sha256.Size], sealContent(r.Info, nil)) {
+		return nil, fmt.Errorf("%v: %w: the record was changed after sealing, or belongs to another key",
+			r.Info.Ref, keystore.ErrUnfit)
 	}
 	return data[1+sha256.Size:], nil
 }
 
-// read returns the record of a reference.
-func (f folder) read(ref keystore.Ref) (r record, err error) {
-	b, err := os.ReadFile(filepath.Join(string(f), fileOf(ref)))
+// read returns the record of a key. A record with an approver comes with the present approvals.
+func (d stateDir) read(ref keystore.Ref) (r record, err error) {
+	b, err := os.ReadFile(filepath.Join(string(d), fileOf(ref)))
 	if errors.Is(err, os.ErrNotExist) {
 		return r, fmt.Errorf("%v: %w", ref, keystore.ErrNotFound)
 	} else if err != nil {
@@ -65,12 +69,13 @@ func (f folder) read(ref keystore.Ref) (r record, err error) {
 		if len(r.Sealed.Approver) != 65 {
 			return r, fmt.Errorf("%v: %w: the file %s is damaged", ref, keystore.ErrUnfit, fileOf(ref))
 		}
-		r.Sealed.approvals = f.approvals()
+		r.Sealed.approvals = d.approvals()
 	}
 	return r, nil
 }
 
-// key is a keystore.Key; the store has its seed, the folder its record.
+// key is a keystore.Key. The store caches the key's unsealed seed; the state directory has the
+// record.
 type key struct {
 	store *Store
 	info  keystore.Info
@@ -79,13 +84,17 @@ type key struct {
 func (k *key) Info() keystore.Info                    { return k.info }
 func (s *Store) Bind(info keystore.Info) keystore.Key { return &key{s, info} }
 
-// record returns the record that belongs to this key.
+// record returns the key's record, and an error if the record describes another key.
 func (k *key) record() (record, error) {
-	r, err := k.store.folder.read(k.info.Ref)
-	if err == nil && (r.Info.Tag != k.info.Tag || r.Info.Algorithm != k.info.Algorithm || !bytes.Equal(r.Info.PublicKey, k.info.PublicKey)) {
-		err = fmt.Errorf("%v: %w: the folder has another key under this name now", k.info.Ref, keystore.ErrUnfit)
+	r, err := k.store.dir.read(k.info.Ref)
+	if err != nil {
+		return r, err
 	}
-	return r, err
+	same := r.Info.Tag == k.info.Tag && r.Info.Algorithm == k.info.Algorithm
+	if !same || !bytes.Equal(r.Info.PublicKey, k.info.PublicKey) {
+		return r, fmt.Errorf("%v: %w: the folder has another key under this name now", k.info.Ref, keystore.ErrUnfit)
+	}
+	return r, nil
 }
 
 func (k *key) Sign(ctx context.Context, message []byte, judge keystore.Judge) (signature []byte, err error) {
@@ -96,10 +105,10 @@ func (k *key) Sign(ctx context.Context, message []byte, judge keystore.Judge) (s
 			return nil, err
 		}
 		signature = make([]byte, ed25519.SignatureSize)
-		quickly(func() { eddsa.Sign(signature, u.key, u.info.PublicKey, message) })
+		secretDoNoHeap(func() { eddsa.Sign(signature, u.key, u.info.PublicKey, message) })
 		release()
 	case keystore.P256:
-		if signature, err = k.signInside(ctx, message); err != nil {
+		if signature, err = k.signResident(ctx, message); err != nil {
 			return nil, err
 		}
 	default:
@@ -111,8 +120,8 @@ func (k *key) Sign(ctx context.Context, message []byte, judge keystore.Judge) (s
 	return signature, nil
 }
 
-// signInside has the TPM sign.
-func (k *key) signInside(ctx context.Context, message []byte) (signature []byte, err error) {
+// signResident has the TPM sign with a resident key.
+func (k *key) signResident(ctx context.Context, message []byte) (signature []byte, err error) {
 	r, err := k.record()
 	if err != nil {
 		return nil, err
@@ -120,12 +129,12 @@ func (k *key) signInside(ctx context.Context, message []byte) (signature []byte,
 	digest := sha256.Sum256(message)
 	err = k.store.withPIN(ctx, r.Sealed.PIN, func(pin []byte) error {
 		return k.store.bus.use(ctx, func(t transport.TPM) (err error) {
-			do := quickly
-			if pin != nil { // it comes into what go-tpm computes on the heap
-				do = secretly
+			do := secretDoNoHeap
+			if pin != nil { // go-tpm copies the PIN to the heap
+				do = secretDo
 			}
 			do(func() { signature, err = sign(t, k.store.srk, r.Sealed, pin, digest[:]) })
-			return explain(t, r.Sealed, err)
+			return explainPolicy(t, r.Sealed, err)
 		})
 	})
 	return signature, err
@@ -143,7 +152,7 @@ func (k *key) Exchange(ctx context.Context, peer [32]byte) (shared [32]byte, err
 		return shared, err
 	}
 	defer release()
-	secretly(func() {
+	secretDo(func() {
 		var own *ecdh.PrivateKey
 		var theirs *ecdh.PublicKey
 		if own, err = ecdh.X25519().NewPrivateKey(u.key[:32]); err != nil {
@@ -164,8 +173,8 @@ func (k *key) Exchange(ctx context.Context, peer [32]byte) (shared [32]byte, err
 	return shared, nil
 }
 
-// proves holds the seed against the public key.
-func (u *unsealed) proves() bool {
+// matchesPublicKey reports whether the seed has the public key of the record.
+func (u *unsealed) matchesPublicKey() bool {
 	if u.info.Algorithm == keystore.Ed25519 {
 		var public [ed25519.PublicKeySize]byte
 		eddsa.Public(public[:], u.key)
@@ -176,7 +185,7 @@ func (u *unsealed) proves() bool {
 }
 
 func (s *Store) Key(ctx context.Context, ref keystore.Ref) (keystore.Key, error) {
-	r, err := s.folder.read(ref)
+	r, err := s.dir.read(ref)
 	if err != nil {
 		return nil, err
 	}
@@ -184,7 +193,7 @@ func (s *Store) Key(ctx context.Context, ref keystore.Ref) (keystore.Key, error)
 	if r.Info.Algorithm == keystore.P256 {
 		return k, nil
 	}
-	_, release, err := s.seed(ctx, k) // the record is believed when its seal has been opened
+	_, release, err := s.seed(ctx, k) // opening the seal authenticates the record
 	if err != nil {
 		return nil, err
 	}
@@ -193,12 +202,12 @@ func (s *Store) Key(ctx context.Context, ref keystore.Ref) (keystore.Key, error)
 }
 
 func (s *Store) Keys(context.Context) (infos []keystore.Info, err error) {
-	files, err := os.ReadDir(string(s.folder))
+	files, err := os.ReadDir(string(s.dir))
 	if err != nil {
 		return nil, fmt.Errorf("tpm: %w: %w", keystore.ErrUnavailable, err)
 	}
 	for _, file := range files {
-		name, ok := strings.CutSuffix(file.Name(), recordEnd)
+		name, ok := strings.CutSuffix(file.Name(), recordSuffix)
 		if !ok {
 			continue
 		}
@@ -206,7 +215,7 @@ func (s *Store) Keys(context.Context) (infos []keystore.Info, err error) {
 		if err != nil {
 			continue
 		}
-		if r, err := s.folder.read(ref); err == nil {
+		if r, err := s.dir.read(ref); err == nil {
 			infos = append(infos, r.Info)
 		} else if errors.Is(err, keystore.ErrUnavailable) {
 			return nil, err
@@ -215,8 +224,12 @@ func (s *Store) Keys(context.Context) (infos []keystore.Info, err error) {
 	return infos, nil
 }
 
-func (s *Store) Generate(ctx context.Context, ref keystore.Ref, alg keystore.Algorithm, tag keystore.Tag) (keystore.Key, error) {
-	info := keystore.Info{Ref: ref, Algorithm: alg, Tag: tag, Custody: keystore.TPMSealed, Provenance: keystore.Provenance{Local: true, AlwaysSensitive: true, NeverExtractable: true}}
+func (s *Store) Generate(ctx context.Context, ref keystore.Ref, alg keystore.Algorithm, tag keystore.Tag) (
+	keystore.Key, error) {
+	info := keystore.Info{
+		Ref: ref, Algorithm: alg, Tag: tag, Custody: keystore.TPMSealed,
+		Provenance: keystore.Provenance{Local: true, AlwaysSensitive: true, NeverExtractable: true},
+	}
 	switch alg {
 	case keystore.Ed25519, keystore.X25519:
 		return s.create(ctx, "generate", info, newSeed)
@@ -233,22 +246,27 @@ func (s *Store) Import(ctx context.Context, ref keystore.Ref, path string, tag k
 		return nil, fmt.Errorf("tpm: import %v: %w: %w", ref, keystore.ErrRefused, err)
 	}
 	defer clear(seed[:])
-	return s.create(ctx, "import", keystore.Info{Ref: ref, Algorithm: keystore.Ed25519, Tag: tag, Custody: keystore.TPMSealed},
-		func(transport.TPM, pinned) ([32]byte, error) { return seed, nil })
+	info := keystore.Info{Ref: ref, Algorithm: keystore.Ed25519, Tag: tag, Custody: keystore.TPMSealed}
+	return s.create(ctx, "import", info, func(transport.TPM, storageKey) ([32]byte, error) { return seed, nil })
 }
 
-// create makes a key, proves it by using it, and then writes it down: what is in the folder is whole. seed is nil for a key
-// that the TPM makes itself.
-func (s *Store) create(ctx context.Context, doing string, info keystore.Info, seed func(transport.TPM, pinned) ([32]byte, error)) (keystore.Key, error) {
+// seedSource returns the seed of a new sealed key. A nil seedSource stands for a resident key, made
+// by the TPM itself.
+type seedSource func(transport.TPM, storageKey) ([32]byte, error)
+
+// create makes a key, proves the key by a use, and then writes the record. So the state directory
+// has proven keys only.
+func (s *Store) create(ctx context.Context, operation string, info keystore.Info, seed seedSource) (
+	keystore.Key, error) {
 	fail := func(err error) (keystore.Key, error) {
-		return nil, fmt.Errorf("tpm: %s %v: %w", doing, info.Ref, err)
+		return nil, fmt.Errorf("tpm: %s %v: %w", operation, info.Ref, err)
 	}
 	if err := keystore.CheckName(info.Ref.Name); err != nil {
 		return fail(err)
 	}
-	s.making.Lock()
-	defer s.making.Unlock()
-	if _, err := os.Lstat(filepath.Join(string(s.folder), fileOf(info.Ref))); err == nil {
+	s.dirMu.Lock()
+	defer s.dirMu.Unlock()
+	if _, err := os.Lstat(filepath.Join(string(s.dir), fileOf(info.Ref))); err == nil {
 		return fail(keystore.ErrExists)
 	} else if !errors.Is(err, os.ErrNotExist) {
 		return fail(fmt.Errorf("%w: %w", keystore.ErrUnavailable, err))
@@ -256,23 +274,24 @@ func (s *Store) create(ctx context.Context, doing string, info keystore.Info, se
 	r := record{Format: 1, Info: info}
 	err := s.withPIN(ctx, s.config.PINFile != "", func(pin []byte) error {
 		return s.bus.use(ctx, func(t transport.TPM) (err error) {
-			secretly(func() { err = s.make(t, &r, pin, seed) })
+			secretDo(func() { err = s.make(t, &r, pin, seed) })
 			return err
 		})
 	})
 	if err != nil {
 		return fail(err)
 	}
-	if err := s.folder.write(fileOf(info.Ref), r); err != nil {
+	if err := s.dir.write(fileOf(info.Ref), r); err != nil {
 		return fail(fmt.Errorf("%w: %w", keystore.ErrUnavailable, err))
 	}
 	return &key{s, r.Info}, nil
 }
 
-// make has the TPM make the object of a record, and uses it once as it will be used.
-func (s *Store) make(t transport.TPM, r *record, pin []byte, seed func(transport.TPM, pinned) ([32]byte, error)) (err error) {
+// make has the TPM make the object of a record, and tests the object by a signature or by an
+// unsealing.
+func (s *Store) make(t transport.TPM, r *record, pin []byte, seed seedSource) (err error) {
 	if seed == nil {
-		if r.Sealed, err = create(t, s.srk, s.like(), pin, nil); err != nil {
+		if r.Sealed, err = create(t, s.srk, s.sealTemplate(), pin, nil); err != nil {
 			return err
 		}
 		if r.Info.PublicKey, err = pointOf(r.Sealed.Public); err != nil {
@@ -307,9 +326,9 @@ func (s *Store) make(t transport.TPM, r *record, pin []byte, seed func(transport
 		}
 		r.Info.PublicKey = bytes.Clone(own.PublicKey().Bytes())
 	}
-	data := content(r.Info, raw[:])
+	data := sealContent(r.Info, raw[:])
 	defer clear(data)
-	if r.Sealed, err = create(t, s.srk, s.like(), pin, data); err != nil {
+	if r.Sealed, err = create(t, s.srk, s.sealTemplate(), pin, data); err != nil {
 		return err
 	}
 	back, err := unseal(t, s.srk, r.Sealed, pin)
@@ -318,21 +337,22 @@ func (s *Store) make(t transport.TPM, r *record, pin []byte, seed func(transport
 	}
 	defer clear(back)
 	if !bytes.Equal(back, data) {
-		return fmt.Errorf("%w: the TPM gives back something else than it was given", keystore.ErrUnfit)
+		return fmt.Errorf("%w: the TPM unseals other data than it has sealed", keystore.ErrUnfit)
 	}
 	return nil
 }
 
-// like says what new objects are sealed to.
-func (s *Store) like() sealed {
-	d := sealed{Approver: s.approver, approvals: s.folder.approvals()}
+// sealTemplate returns the configured policy of new objects: registers without values, and the
+// approver.
+func (s *Store) sealTemplate() sealed {
+	d := sealed{Approver: s.approver, approvals: s.dir.approvals()}
 	for _, index := range s.config.PCRs {
 		d.PCRs = append(d.PCRs, pcr{Index: index})
 	}
 	return d
 }
 
-// pointOf returns the public key of a P-256 object, as an uncompressed point.
+// pointOf returns the public key of a P-256 object as an uncompressed point of 65 bytes.
 func pointOf(public []byte) ([]byte, error) {
 	p, err := tpm2.Unmarshal[tpm2.TPMTPublic](public)
 	if err != nil {
@@ -350,12 +370,12 @@ func pointOf(public []byte) ([]byte, error) {
 }
 
 func (s *Store) Destroy(_ context.Context, ref keystore.Ref, tag keystore.Tag) error {
-	s.making.Lock()
-	defer s.making.Unlock()
-	r, err := s.folder.read(ref)
+	s.dirMu.Lock()
+	defer s.dirMu.Unlock()
+	r, err := s.dir.read(ref)
 	if err == nil && r.Info.Tag == tag {
-		if err = os.Remove(filepath.Join(string(s.folder), fileOf(ref))); err == nil || errors.Is(err, os.ErrNotExist) {
-			err = s.folder.sync()
+		if err = os.Remove(filepath.Join(string(s.dir), fileOf(ref))); err == nil || errors.Is(err, os.ErrNotExist) {
+			err = s.dir.sync()
 		}
 	}
 	if err != nil && !errors.Is(err, keystore.ErrNotFound) {

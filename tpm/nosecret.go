@@ -2,7 +2,8 @@
 
 package tpm
 
-// Without GOEXPERIMENT=runtimesecret, with which make builds, copies of a secret may stay on the stack and the heap until
-// they are overwritten.
-func secretly(f func()) { f() }
-func quickly(f func())  { f() }
+// secretDo and secretDoNoHeap only run f in a build without GOEXPERIMENT=runtimesecret. Copies of
+// secrets may then stay on the stack and the heap until other data overwrites them. make sets the
+// experiment.
+func secretDo(f func())       { f() }
+func secretDoNoHeap(f func()) { f() }

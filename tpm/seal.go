@@ -16,25 +16,41 @@ import (
 	"github.com/google/go-tpm/tpm2/transport"
 )
 
-// srkHandle is where the storage root key is by convention (TCG TPM v2.0 Provisioning Guidance, section 7.5.1).
+// srkHandle is the conventional handle of the storage root key (TCG TPM v2.0 Provisioning Guidance,
+// section 7.5.1).
 const srkHandle tpm2.TPMHandle = 0x81000001
 
-// pinned is the storage root key that the folder belongs to.
-type pinned struct {
+// storageKey is a TPM's storage root key (SRK).
+type storageKey struct {
 	name   tpm2.TPM2BName
 	public tpm2.TPMTPublic
 }
 
-// object is the key as a parent, authorised in a salted session that encrypts the first parameter both ways. The salt
-// can be opened by the owner of this very key only, so a device in between learns nothing.
-func (p pinned) object() tpm2.AuthHandle {
-	return tpm2.AuthHandle{Handle: srkHandle, Name: p.name, Auth: tpm2.HMAC(tpm2.TPMAlgSHA256, 16, p.salted(), tpm2.AESEncryption(128, tpm2.EncryptInOut))}
+// object returns the storage root key as a parent, authorised in a salted session that encrypts the
+// first parameter of command and response. Only the owner of the private storage root key can
+// decrypt the salt, so a device on the bus learns nothing.
+func (k storageKey) object() tpm2.AuthHandle {
+	session := k.session(tpm2.AESEncryption(128, tpm2.EncryptInOut))
+	return tpm2.AuthHandle{Handle: srkHandle, Name: k.name, Auth: session}
 }
 
-func (p pinned) salted() tpm2.AuthOption { return tpm2.Salted(srkHandle, p.public) }
+// session returns an HMAC session salted to the storage root key.
+func (k storageKey) session(options ...tpm2.AuthOption) tpm2.Session {
+	return tpm2.HMAC(tpm2.TPMAlgSHA256, 16, append([]tpm2.AuthOption{k.salted()}, options...)...)
+}
 
-// readSRK reads the storage root key and holds it against the TCG template. The error is a TPM_RC_HANDLE where there is none.
-func readSRK(t transport.TPM) (p pinned, err error) {
+// salted is the option of a session salted to the storage root key.
+func (k storageKey) salted() tpm2.AuthOption { return tpm2.Salted(srkHandle, k.public) }
+
+// Parameter encryption of a session: of the first parameter of the command, or of the response.
+var (
+	encryptCommand  = tpm2.AESEncryption(128, tpm2.EncryptIn)
+	encryptResponse = tpm2.AESEncryption(128, tpm2.EncryptOut)
+)
+
+// readSRK reads the storage root key and compares the key with the TCG template. Without a key the
+// error is TPM_RC_HANDLE.
+func readSRK(t transport.TPM) (p storageKey, err error) {
 	r, err := tpm2.ReadPublic{ObjectHandle: srkHandle}.Execute(t)
 	if err != nil {
 		return p, deviceError("TPM2_ReadPublic", err)
@@ -50,13 +66,14 @@ func readSRK(t transport.TPM) (p pinned, err error) {
 	template := *public
 	template.Unique = tpm2.ECCSRKTemplate.Unique
 	if !bytes.Equal(tpm2.Marshal(template), tpm2.Marshal(tpm2.ECCSRKTemplate)) {
-		return p, fmt.Errorf("tpm: %w: the key at %#x is not an ECC P-256 storage root key by the TCG template", keystore.ErrUnfit, uint32(srkHandle))
+		return p, fmt.Errorf("tpm: %w: the key at %#x is not an ECC P-256 storage root key by the TCG template",
+			keystore.ErrUnfit, uint32(srkHandle))
 	}
-	return pinned{*name, *public}, nil
+	return storageKey{*name, *public}, nil
 }
 
-// makeSRK returns the storage root key, and makes it where there is none.
-func makeSRK(t transport.TPM) (pinned, error) {
+// makeSRK returns the storage root key, and makes the key first if necessary.
+func makeSRK(t transport.TPM) (storageKey, error) {
 	p, err := readSRK(t)
 	if !errors.Is(err, tpm2.TPMRCHandle) {
 		return p, err
@@ -80,42 +97,46 @@ func makeSRK(t transport.TPM) (pinned, error) {
 	return readSRK(t)
 }
 
-// checkSRK returns the storage root key if it is the one of that name.
-func checkSRK(t transport.TPM, name tpm2.TPM2BName) (pinned, error) {
+// checkSRK returns the storage root key if the key has the given name.
+func checkSRK(t transport.TPM, name tpm2.TPM2BName) (storageKey, error) {
 	p, err := readSRK(t)
 	if errors.Is(err, tpm2.TPMRCHandle) {
-		return p, fmt.Errorf("tpm: %w: the TPM has no storage root key any more: it was cleared, and what was sealed is lost", keystore.ErrUnfit)
+		return p, fmt.Errorf("tpm: %w: the TPM has no storage root key any more: the TPM was cleared, "+
+			"and the sealed keys are lost", keystore.ErrUnfit)
 	} else if err != nil {
 		return p, err
 	}
 	if !bytes.Equal(p.name.Buffer, name.Buffer) {
-		return p, fmt.Errorf("tpm: %w: this folder belongs to another TPM, or to this one before it was cleared: its storage root key was %x and is %x",
-			keystore.ErrUnfit, name.Buffer, p.name.Buffer)
+		return p, fmt.Errorf("tpm: %w: this folder belongs to another TPM, or to this one before it was cleared: "+
+			"its storage root key was %x and is %x", keystore.ErrUnfit, name.Buffer, p.name.Buffer)
 	}
 	return p, nil
 }
 
-// sealed is an object of the TPM as it rests: its two parts, and what it was sealed to.
+// sealed is the stored form of a TPM object: the object's two parts, and its policy.
 type sealed struct {
 	Public  []byte `json:"public"`  // TPM2B_PUBLIC, content
 	Private []byte `json:"private"` // TPM2B_PRIVATE, content: encrypted by the TPM
-	PCRs    []pcr  `json:"pcrs"`
+	PCRs    []pcr  `json:"pcrs"`    // with the values at the time of sealing
 	PIN     bool   `json:"pin"`
-	// Approver is the public key of whoever approves states of the registers; without one, only the state at sealing counts.
+	// Approver is the public key of the approver of states. Without an approver only the state at
+	// the time of sealing is valid.
 	Approver []byte `json:"approver,omitempty"`
 
-	approvals []Approval // that there are now
+	approvals []Approval // the present approvals
 }
 
-// policy is the digest that the TPM will hold a use against: PolicyPCR over the registers, or PolicyAuthorize by the approver
-// in its place, then PolicyAuthValue where there is a PIN (TPM 2.0 Part 3, sections 23.7, 23.16 and 23.17).
+// policy returns the policy digest of the object. Each use must match the policy. The policy is
+// PolicyPCR over the registers, or PolicyAuthorize by the approver in its place, and then
+// PolicyAuthValue for an object with a PIN (TPM 2.0 Part 3, sections 23.7, 23.16 and 23.17).
 func (d sealed) policy() (digest tpm2.TPM2BDigest, err error) {
 	calculator, err := tpm2.NewPolicyCalculator(tpm2.TPMAlgSHA256)
 	if err != nil {
 		return digest, err
 	}
 	if d.Approver == nil {
-		err = (tpm2.PolicyPCR{Pcrs: selection(d.PCRs), PcrDigest: tpm2.TPM2BDigest{Buffer: digestOf(d.PCRs)}}).Update(calculator)
+		registers := tpm2.PolicyPCR{Pcrs: selection(d.PCRs), PcrDigest: tpm2.TPM2BDigest{Buffer: digestOf(d.PCRs)}}
+		err = registers.Update(calculator)
 	} else {
 		var name *tpm2.TPM2BName
 		approver := approverOf(d.Approver)
@@ -134,7 +155,8 @@ func (d sealed) policy() (digest tpm2.TPM2BDigest, err error) {
 	return tpm2.TPM2BDigest{Buffer: calculator.Hash().Digest}, nil
 }
 
-// signingKey is a P-256 key that signs with ECDSA over SHA-256 and stays in its TPM.
+// signingKey is the template of a P-256 key for ECDSA over SHA-256. Keys of the template can't
+// leave the TPM.
 var signingKey = tpm2.TPMTPublic{
 	Type:             tpm2.TPMAlgECC,
 	NameAlg:          tpm2.TPMAlgSHA256,
@@ -148,16 +170,12 @@ var signingKey = tpm2.TPMTPublic{
 	}),
 }
 
-// create has the TPM make an object under the storage root key: a seal of data, or where that is nil a P-256 key. like says
-// which registers count, and who approves their states.
-func create(t transport.TPM, srk pinned, like sealed, pin, data []byte) (d sealed, err error) {
-	d = like
+// create has the TPM make an object under the storage root key: a seal of data, or a P-256 key if
+// data is nil. template has the registers and the approver of the policy.
+func create(t transport.TPM, srk storageKey, template sealed, pin, data []byte) (d sealed, err error) {
+	d = template
 	d.PIN = pin != nil
-	var indices []uint
-	for _, p := range d.PCRs {
-		indices = append(indices, p.Index)
-	}
-	if d.PCRs, err = readPCRs(t, indices); err != nil {
+	if d.PCRs, err = readPCRs(t, indicesOf(d.PCRs)); err != nil {
 		return d, err
 	}
 	policy, err := d.policy()
@@ -167,7 +185,8 @@ func create(t transport.TPM, srk pinned, like sealed, pin, data []byte) (d seale
 	public := tpm2.TPMTPublic{
 		Type:    tpm2.TPMAlgKeyedHash,
 		NameAlg: tpm2.TPMAlgSHA256,
-		// Without a PIN there is nothing to guess: others' failures, and an unclean shutdown, must not lock it out.
+		// NoDA: an object without a PIN has no secret to guess, so the dictionary attack lockout
+		// must not apply after wrong PINs for other objects or after an unclean shutdown.
 		ObjectAttributes: tpm2.TPMAObject{FixedTPM: true, FixedParent: true, AdminWithPolicy: true, NoDA: pin == nil},
 		AuthPolicy:       policy,
 	}
@@ -175,12 +194,14 @@ func create(t transport.TPM, srk pinned, like sealed, pin, data []byte) (d seale
 	if data != nil {
 		sensitive.Data = tpm2.NewTPMUSensitiveCreate(&tpm2.TPM2BSensitiveData{Buffer: data})
 	} else {
-		attributes := public.ObjectAttributes
-		public.Type, public.Parameters, public.ObjectAttributes = signingKey.Type, signingKey.Parameters, signingKey.ObjectAttributes
-		public.ObjectAttributes.AdminWithPolicy, public.ObjectAttributes.NoDA = attributes.AdminWithPolicy, attributes.NoDA
+		public = signingKey
+		public.AuthPolicy = policy
+		public.ObjectAttributes.AdminWithPolicy, public.ObjectAttributes.NoDA = true, pin == nil
 	}
 	made, err := tpm2.Create{
-		ParentHandle: srk.object(), InSensitive: tpm2.TPM2BSensitiveCreate{Sensitive: sensitive}, InPublic: tpm2.New2B(public),
+		ParentHandle: srk.object(),
+		InSensitive:  tpm2.TPM2BSensitiveCreate{Sensitive: sensitive},
+		InPublic:     tpm2.New2B(public),
 	}.Execute(t)
 	if err != nil {
 		return d, deviceError("TPM2_Create", err)
@@ -189,10 +210,13 @@ func create(t transport.TPM, srk pinned, like sealed, pin, data []byte) (d seale
 	return d, nil
 }
 
-// loaded runs use with an object that is loaded, and flushes it.
-func loaded(t transport.TPM, srk pinned, d sealed, use func(handle tpm2.TPMHandle, name tpm2.TPM2BName) error) error {
+// withLoaded loads an object, runs use and flushes the object.
+func withLoaded(t transport.TPM, srk storageKey, d sealed,
+	use func(handle tpm2.TPMHandle, name tpm2.TPM2BName) error) error {
 	object, err := tpm2.Load{
-		ParentHandle: srk.object(), InPrivate: tpm2.TPM2BPrivate{Buffer: d.Private}, InPublic: tpm2.BytesAs2B[tpm2.TPMTPublic](d.Public),
+		ParentHandle: srk.object(),
+		InPrivate:    tpm2.TPM2BPrivate{Buffer: d.Private},
+		InPublic:     tpm2.BytesAs2B[tpm2.TPMTPublic](d.Public),
 	}.Execute(t)
 	if err != nil {
 		return deviceError("TPM2_Load", err)
@@ -201,11 +225,13 @@ func loaded(t transport.TPM, srk pinned, d sealed, use func(handle tpm2.TPMHandl
 	return use(object.ObjectHandle, object.Name)
 }
 
-// with runs use with an object, authorised by its policy, in a session that encrypts the first parameter as the option
-// says. Nothing stays in the TPM.
-func with(t transport.TPM, srk pinned, d sealed, pin []byte, encryption tpm2.AuthOption, use func(tpm2.AuthHandle) error) error {
-	return loaded(t, srk, d, func(handle tpm2.TPMHandle, name tpm2.TPM2BName) error {
-		// By hand, since go-tpm leaves the session behind when a step of its own policy fails.
+// withAuthorization loads an object and runs use with the object's policy satisfied, in a session
+// with parameter encryption. Object and session are flushed afterwards.
+func withAuthorization(t transport.TPM, srk storageKey, d sealed, pin []byte, encryption tpm2.AuthOption,
+	use func(tpm2.AuthHandle) error) error {
+	return withLoaded(t, srk, d, func(handle tpm2.TPMHandle, name tpm2.TPM2BName) error {
+		// The policy session is made here rather than by go-tpm's tpm2.Policy, which leaves the
+		// session in the TPM after a failed step of the policy.
 		session, end, err := tpm2.PolicySession(t, tpm2.TPMAlgSHA256, 16, srk.salted(), encryption, tpm2.Auth(pin))
 		if err != nil {
 			return deviceError("TPM2_StartAuthSession", err)
@@ -218,7 +244,7 @@ func with(t transport.TPM, srk pinned, d sealed, pin []byte, encryption tpm2.Aut
 	})
 }
 
-// satisfy takes the steps of policy in a session.
+// satisfy runs the policy commands of the object in a policy session.
 func (d sealed) satisfy(t transport.TPM, session tpm2.TPMHandle) error {
 	if _, err := (tpm2.PolicyPCR{PolicySession: session, Pcrs: selection(d.PCRs)}).Execute(t); err != nil {
 		return deviceError("TPM2_PolicyPCR", err)
@@ -236,9 +262,9 @@ func (d sealed) satisfy(t transport.TPM, session tpm2.TPMHandle) error {
 	return nil
 }
 
-// unseal returns what was sealed. The caller clears it.
-func unseal(t transport.TPM, srk pinned, d sealed, pin []byte) (data []byte, err error) {
-	err = with(t, srk, d, pin, tpm2.AESEncryption(128, tpm2.EncryptOut), func(object tpm2.AuthHandle) error {
+// unseal returns the sealed data. The caller must clear the data after use.
+func unseal(t transport.TPM, srk storageKey, d sealed, pin []byte) (data []byte, err error) {
+	err = withAuthorization(t, srk, d, pin, encryptResponse, func(object tpm2.AuthHandle) error {
 		r, err := tpm2.Unseal{ItemHandle: object}.Execute(t)
 		if err != nil {
 			return deviceError("TPM2_Unseal", err)
@@ -250,10 +276,12 @@ func unseal(t transport.TPM, srk pinned, d sealed, pin []byte) (data []byte, err
 }
 
 // sign returns an ECDSA signature over a SHA-256 digest, in ASN.1 DER.
-func sign(t transport.TPM, srk pinned, d sealed, pin, digest []byte) (signature []byte, err error) {
-	err = with(t, srk, d, pin, tpm2.AESEncryption(128, tpm2.EncryptIn), func(object tpm2.AuthHandle) error {
+func sign(t transport.TPM, srk storageKey, d sealed, pin, digest []byte) (signature []byte, err error) {
+	err = withAuthorization(t, srk, d, pin, encryptCommand, func(object tpm2.AuthHandle) error {
 		got, err := tpm2.Sign{
-			KeyHandle: object, Digest: tpm2.TPM2BDigest{Buffer: digest}, InScheme: tpm2.TPMTSigScheme{Scheme: tpm2.TPMAlgNull},
+			KeyHandle:  object,
+			Digest:     tpm2.TPM2BDigest{Buffer: digest},
+			InScheme:   tpm2.TPMTSigScheme{Scheme: tpm2.TPMAlgNull},
 			Validation: tpm2.TPMTTKHashCheck{Tag: tpm2.TPMSTHashCheck, Hierarchy: tpm2.TPMRHNull},
 		}.Execute(t)
 		if err != nil {
@@ -265,23 +293,26 @@ func sign(t transport.TPM, srk pinned, d sealed, pin, digest []byte) (signature 
 	return signature, err
 }
 
-// signatureOf writes an ECDSA signature in ASN.1 DER.
+// signatureOf encodes an ECDSA signature in ASN.1 DER.
 func signatureOf(s tpm2.TPMTSignature) ([]byte, error) {
 	rs, err := s.Signature.ECDSA()
 	if err != nil {
 		return nil, deviceError("a signature", err)
 	}
-	return asn1.Marshal(struct{ R, S *big.Int }{new(big.Int).SetBytes(rs.SignatureR.Buffer), new(big.Int).SetBytes(rs.SignatureS.Buffer)})
+	r, sig := new(big.Int).SetBytes(rs.SignatureR.Buffer), new(big.Int).SetBytes(rs.SignatureS.Buffer)
+	return asn1.Marshal(struct{ R, S *big.Int }{r, sig})
 }
 
-// newSeed mixes the TPM's random numbers, which cross the bus encrypted, with the system's: either alone would do.
-func newSeed(t transport.TPM, srk pinned) (seed [32]byte, err error) {
-	got, err := tpm2.GetRandom{BytesRequested: 32}.Execute(t, tpm2.HMAC(tpm2.TPMAlgSHA256, 16, srk.salted(), tpm2.AESEncryption(128, tpm2.EncryptOut)))
+// newSeed makes a seed: SHA-256 of 32 random bytes from the TPM and 32 from the system. One good
+// source is enough. The TPM's bytes cross the bus encrypted.
+func newSeed(t transport.TPM, srk storageKey) (seed [32]byte, err error) {
+	got, err := tpm2.GetRandom{BytesRequested: 32}.Execute(t, srk.session(encryptResponse))
 	if err != nil {
 		return seed, deviceError("TPM2_GetRandom", err)
 	}
 	if len(got.RandomBytes.Buffer) < 32 {
-		return seed, fmt.Errorf("tpm: %w: TPM2_GetRandom: %d bytes", keystore.ErrUnavailable, len(got.RandomBytes.Buffer))
+		return seed, fmt.Errorf("tpm: %w: TPM2_GetRandom: %d bytes, want 32",
+			keystore.ErrUnavailable, len(got.RandomBytes.Buffer))
 	}
 	mix := sha256.New()
 	mix.Write(got.RandomBytes.Buffer)
@@ -291,21 +322,26 @@ func newSeed(t transport.TPM, srk pinned) (seed [32]byte, err error) {
 	return [32]byte(mix.Sum(nil)), nil
 }
 
-// Where the handles of transient objects and of loaded sessions begin (TPM 2.0 Part 2, section 7.2).
+// First handles of transient objects and of loaded sessions (TPM 2.0 Part 2, section 7.2).
 const (
 	transientFirst     tpm2.TPMHandle = 0x80000000
 	loadedSessionFirst tpm2.TPMHandle = 0x02000000
 )
 
+// flush unloads an object or a session. flush ignores an error: a failed command breaks the
+// connection, and flushAll then runs before the next use of the bus.
 func flush(t transport.TPM, handle tpm2.TPMHandle) {
-	tpm2.FlushContext{FlushHandle: handle}.Execute(t) // where that fails the line is broken, and flushAll comes next time
+	tpm2.FlushContext{FlushHandle: handle}.Execute(t)
 }
 
-// flushAll removes what a process that was cut off has left in a TPM without a resource manager: at a socket, where nobody
-// else can have something there while we are connected.
+// flushAll flushes the objects and sessions left by an interrupted process in a TPM without a
+// resource manager. Such a TPM is swtpm at a socket: swtpm serves one connection at a time, so no
+// other program has objects in use.
 func flushAll(t transport.TPM, handles ...tpm2.TPMHandle) error {
 	for _, first := range handles {
-		got, err := tpm2.GetCapability{Capability: tpm2.TPMCapHandles, Property: uint32(first), PropertyCount: 64}.Execute(t)
+		got, err := tpm2.GetCapability{
+			Capability: tpm2.TPMCapHandles, Property: uint32(first), PropertyCount: 64,
+		}.Execute(t)
 		if err != nil {
 			return deviceError("TPM2_GetCapability", err)
 		}
@@ -320,32 +356,38 @@ func flushAll(t transport.TPM, handles ...tpm2.TPMHandle) error {
 	return nil
 }
 
-// deviceError classes what the TPM answered, once, here.
+// deviceError maps a response code of the TPM to the keystore's error classes. No other place does
+// so.
 func deviceError(command string, err error) error {
 	class := keystore.ErrUnavailable
 	switch {
-	case errors.Is(err, errNoAnswer):
+	case errors.Is(err, errNoResponse):
 		return err
 	case errors.Is(err, tpm2.TPMRCAuthFail), errors.Is(err, tpm2.TPMRCBadAuth):
 		class = keystore.ErrAuth
 	case errors.Is(err, tpm2.TPMRCIntegrity):
-		return fmt.Errorf("tpm: %w: %s: it was sealed by another TPM, or changed since: %w", keystore.ErrUnfit, command, err)
+		return fmt.Errorf("tpm: %w: %s: the object was sealed by another TPM, or changed since: %w",
+			keystore.ErrUnfit, command, err)
 	case errors.Is(err, tpm2.TPMRCLockout):
-		return fmt.Errorf("tpm: %w: %s: the TPM is locked after wrong PINs; it opens by itself after a while (tpm2_getcap properties-variable: TPM2_PT_LOCKOUT_INTERVAL), or by its lockout authorisation: %w", class, command, err)
+		return fmt.Errorf("tpm: %w: %s: the TPM is locked after wrong PINs; wait "+
+			"(tpm2_getcap properties-variable: TPM2_PT_LOCKOUT_INTERVAL is the time in seconds for one try), "+
+			"or use the lockout authorisation (tpm2_dictionarylockout --clear-lockout): %w", class, command, err)
 	}
 	return fmt.Errorf("tpm: %w: %s: %w", class, command, err)
 }
 
-// readPIN reads a PIN file: one line, readable by its owner only.
+// readPIN reads a PIN file: one line of at most 32 bytes, readable by the file's owner only.
 func readPIN(path string) ([]byte, error) {
 	b, err := keystore.ReadSecret(path, "PIN file")
 	if err != nil {
 		return nil, fmt.Errorf("tpm: %w", err)
 	}
 	pin := bytes.TrimRight(b, "\r\n")
-	if len(pin) == 0 || len(pin) > 32 || bytes.ContainsAny(pin, "\r\n\x00") { // 32: an authValue has at most the size of the name's hash
+	// 32 bytes: an authValue may be as long as the hash of the object's name, SHA-256.
+	if len(pin) == 0 || len(pin) > 32 || bytes.ContainsAny(pin, "\r\n\x00") {
 		clear(b)
-		return nil, fmt.Errorf("tpm: PIN file %s: it must have a PIN of at most 32 bytes on one line and nothing else", path)
+		return nil, fmt.Errorf("tpm: PIN file %s: it must have a PIN of at most 32 bytes on one line and nothing else",
+			path)
 	}
 	return pin, nil
 }

@@ -7,12 +7,12 @@ import (
 	"runtime/secret"
 )
 
-// secretly runs f, of which no copy of a secret stays: not in registers or on the stack, and not on the heap after the
-// collection that follows (package runtime/secret).
-func secretly(f func()) {
+// secretDo runs f and erases all copies of secrets made by f. Package runtime/secret erases
+// registers and stack at the end of f, and the heap at the garbage collection after f.
+func secretDo(f func()) {
 	secret.Do(f)
 	runtime.GC()
 }
 
-// quickly is secretly for an f that puts nothing on the heap.
-func quickly(f func()) { secret.Do(f) }
+// secretDoNoHeap is secretDo for an f without secrets on the heap.
+func secretDoNoHeap(f func()) { secret.Do(f) }

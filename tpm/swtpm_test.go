@@ -12,11 +12,14 @@ import (
 	"countersign/tpm/tpmtest"
 )
 
+// config returns a configuration with a new state directory.
 func config(t testing.TB, e *tpmtest.Emulator) tpm.Config {
-	return tpm.Config{Device: e.Socket, State: filepath.Join(t.TempDir(), "keys"), PCRs: []uint{7, 11}, Deadline: 5 * time.Second}
+	return tpm.Config{
+		Device: e.Socket, State: filepath.Join(t.TempDir(), "keys"), PCRs: []uint{7, 11}, Deadline: 5 * time.Second,
+	}
 }
 
-// open provisions and opens.
+// open provisions and opens a store.
 func open(t testing.TB, c tpm.Config) *tpm.Store {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
@@ -31,7 +34,7 @@ func open(t testing.TB, c tpm.Config) *tpm.Store {
 	return s
 }
 
-// tap is a socket that passes everything on to another one, and keeps a copy.
+// tap is a socket proxy that records all traffic.
 type tap struct {
 	path string
 	mu   sync.Mutex

@@ -1,13 +1,15 @@
-// Package tpm keeps keys with a TPM 2.0. Begin reading at Open and at Store.seed, through which every sealed key comes
-// into use; seal.go has what is said to the TPM.
+// Package tpm implements keystore.Store on a TPM 2.0. Begin reading at Open and at Store.seed,
+// which unseals every sealed key; seal.go has the TPM commands.
 //
-// No TPM makes Ed25519 signatures or X25519 secrets. Such keys are sealed: their seed rests encrypted by this TPM under a
-// policy on the state that this machine has measured, and is unsealed into protected memory of a key worker while it is in
-// use (custody tpm-sealed). P-256 keys live in the TPM (custody tpm-resident).
+// No TPM supports Ed25519 signatures or X25519 key exchange. Ed25519 and X25519 keys are sealed
+// (custody tpm-sealed): the TPM encrypts the seed under a policy on the machine's measured state.
+// For use, the TPM unseals the seed into protected memory of a key worker. P-256 keys never leave
+// the TPM (custody tpm-resident).
 //
-// The folder of the state and the bus to the TPM may be read and changed by an attacker: every blob is bound to its name
-// inside the seal, and every secret crosses the bus encrypted, in a session salted to a storage root key whose name was
-// written down by Provision. The kernel and the process' own memory are trusted.
+// An attacker may read and change the state directory and the bus to the TPM. So every sealed blob
+// contains the name of its key, and every secret crosses the bus encrypted, in a session salted to
+// the storage root key. Provision has recorded the name of the storage root key. The kernel and the
+// memory of the process are trusted.
 package tpm
 
 import (
@@ -29,41 +31,43 @@ import (
 	"github.com/google/go-tpm/tpm2/transport"
 )
 
-// Config names a TPM and a folder. Its zero values are not defaults: the caller decides.
+// Config names a TPM and a state directory. Zero values are not defaults: the caller sets every
+// field on purpose.
 type Config struct {
 	Device string // /dev/tpmrm0, or the path of a Unix socket of swtpm
-	State  string // the folder of the blobs
-	PCRs   []uint // the policy of new keys: these registers, of bank SHA-256, must be as they are now
-	// PolicyKey, where it is set, is the file with the public key of whoever approves states: new keys are usable in each state
-	// that it has approved (see Approval), and in no other.
+	State  string // the state directory, with the sealed blobs
+	PCRs   []uint // registers of the SHA-256 bank: new keys are sealed to the present values
+	// PolicyKey is the path of the approver's public key, or empty. With PolicyKey, new keys are
+	// usable in every state signed by the approver (see Approval) and in no other state.
 	PolicyKey string
-	PINFile   string        // where it is set, new keys need the PIN too, and the TPM counts wrong ones
-	Deadline  time.Duration // for one command
-	IdleLock  time.Duration // seeds are wiped when they were not used for so long; 0: never
+	PINFile   string        // path of the PIN, or empty; with PINFile, new keys also need the PIN
+	Deadline  time.Duration // timeout of one command
+	IdleLock  time.Duration // unsealed seeds are wiped after this time without use; 0: never
 
-	// LogIn, where it is set, is called around each use of the PIN and decides whether there may be one.
+	// LogIn wraps each use of the PIN, and may refuse the use. Nil allows every use. The TPM counts
+	// wrong PINs and locks after a few.
 	LogIn func(ctx context.Context, logIn func() error) error `json:"-"`
 }
 
-// ErrNotProvisioned says that Provision has not been run on this folder.
+// ErrNotProvisioned reports a state directory without a preceding Provision.
 var ErrNotProvisioned = errors.New("tpm: the folder belongs to no TPM yet")
 
-// Store is a keystore.Store on one TPM and one folder.
+// Store is a keystore.Store on one TPM and one state directory.
 type Store struct {
 	config   Config
-	folder   folder
-	srk      pinned
-	approver []byte // of new keys; nil: none
+	dir      stateDir
+	srk      storageKey
+	approver []byte // public key of the approver of new keys, 65 bytes; nil without PolicyKey
 	bus      *bus
 
-	making sync.Mutex // held while the folder changes
+	dirMu sync.Mutex // held during changes of the state directory
 
-	mu     sync.RWMutex
-	vault  *vault                     // under mu: what is unsealed
-	seeds  map[keystore.Tag]*unsealed // under mu
-	closed bool                       // under mu
-	auth   error                      // under mu: a wrong PIN is never tried twice
-	idle   *time.Timer
+	mu         sync.RWMutex
+	vault      *vault                     // guarded by mu; memory of the unsealed keys
+	seeds      map[keystore.Tag]*unsealed // guarded by mu
+	closed     bool                       // guarded by mu
+	authFailed error                      // guarded by mu; set once the TPM has refused the PIN
+	idle       *time.Timer
 }
 
 // unsealed is a sealed key in use.
@@ -72,37 +76,39 @@ type unsealed struct {
 	key  []byte // in the vault: an expanded Ed25519 key, or an X25519 scalar of 32 bytes
 }
 
-// Provision makes the TPM and the folder ready for each other, unless they are: there is a storage root key, and the
-// folder knows its name. It believes the TPM that it finds: whoever can answer in its place now can read every secret
+// Provision creates a storage root key in the TPM, unless there is one, and records the key's name
+// in the state directory. A provisioned directory is left unchanged. Provision trusts the TPM at
+// its first use: an attacker answering in place of the TPM during Provision can read every secret
 // later.
 func Provision(ctx context.Context, c Config) error {
 	if err := os.MkdirAll(c.State, 0o700); err != nil {
 		return fmt.Errorf("tpm: %w", err)
 	}
-	f := folder(c.State)
+	dir := stateDir(c.State)
 	b := newBus(c)
 	defer b.close()
 	return b.use(ctx, func(t transport.TPM) error {
-		if _, err := f.readPin(); !errors.Is(err, ErrNotProvisioned) {
+		if _, err := dir.readBinding(); !errors.Is(err, ErrNotProvisioned) {
 			return err
 		}
 		srk, err := makeSRK(t)
 		if err != nil {
 			return err
 		}
-		return f.write(pinFile, pinRecord{Format: 1, SRKName: hex.EncodeToString(srk.name.Buffer)})
+		return dir.write(bindingFile, binding{Format: 1, SRKName: hex.EncodeToString(srk.name.Buffer)})
 	})
 }
 
-// Open connects to the TPM and holds it against the folder.
+// Open connects to the TPM and compares the storage root key with the record in the state
+// directory.
 func Open(ctx context.Context, c Config) (*Store, error) {
-	s := &Store{config: c, folder: folder(c.State), bus: newBus(c), seeds: map[keystore.Tag]*unsealed{}}
-	name, err := s.folder.readPin()
+	s := &Store{config: c, dir: stateDir(c.State), bus: newBus(c), seeds: map[keystore.Tag]*unsealed{}}
+	name, err := s.dir.readBinding()
 	if err != nil {
 		return nil, err
 	}
 	if c.PINFile != "" {
-		pin, err := readPIN(c.PINFile) // a file that is wrong is better seen now
+		pin, err := readPIN(c.PINFile) // report a faulty PIN file now rather than at the first use
 		if err != nil {
 			return nil, err
 		}
@@ -117,7 +123,7 @@ func Open(ctx context.Context, c Config) (*Store, error) {
 		return nil, fmt.Errorf("tpm: %w", err)
 	}
 	err = s.bus.use(ctx, func(t transport.TPM) (err error) {
-		if err := s.bus.tidy(t); err != nil {
+		if err := s.bus.flushStale(t); err != nil {
 			return err
 		}
 		s.srk, err = checkSRK(t, name)
@@ -134,6 +140,7 @@ func Open(ctx context.Context, c Config) (*Store, error) {
 	return s, nil
 }
 
+// Close wipes all unsealed seeds and closes the connection to the TPM.
 func (s *Store) Close() error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -146,7 +153,7 @@ func (s *Store) Close() error {
 	return nil
 }
 
-// Lock wipes all seeds; each is unsealed again when it is wanted.
+// Lock wipes all unsealed seeds. The next use of a key unseals the key's seed again.
 func (s *Store) Lock() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -156,60 +163,64 @@ func (s *Store) Lock() {
 	}
 }
 
+// Status reports whether the TPM accepts the PIN.
 func (s *Store) Status() keystore.Status {
 	s.mu.RLock()
 	defer s.mu.RUnlock()
-	st := keystore.Status{Up: s.auth == nil}
-	if s.auth != nil {
-		st.Cause = s.auth.Error()
+	st := keystore.Status{Up: s.authFailed == nil}
+	if s.authFailed != nil {
+		st.Cause = s.authFailed.Error()
 	}
 	return st
 }
 
+// Retry allows the next use of the PIN after a refused one.
 func (s *Store) Retry() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.auth = nil
+	s.authFailed = nil
 }
 
 var errClosed = fmt.Errorf("%w: the store is closed", keystore.ErrUnavailable)
 
-// withPIN runs what uses the PIN, which is nil where there is none.
-func (s *Store) withPIN(ctx context.Context, wanted bool, use func(pin []byte) error) error {
-	if !wanted {
+// withPIN runs use with the PIN, or with nil for a key without a PIN.
+func (s *Store) withPIN(ctx context.Context, needed bool, use func(pin []byte) error) error {
+	if !needed {
 		return use(nil)
 	}
 	if s.config.PINFile == "" {
 		return fmt.Errorf("tpm: %w: the key was sealed with a PIN; name its file with pin_file", keystore.ErrAuth)
 	}
 	s.mu.RLock()
-	refused := s.auth
+	refused := s.authFailed
 	s.mu.RUnlock()
 	if refused != nil {
 		return refused
 	}
-	gate := s.config.LogIn
-	if gate == nil {
-		gate = func(_ context.Context, logIn func() error) error { return logIn() }
-	}
-	err := gate(ctx, func() error {
+	logIn := func() error {
 		pin, err := readPIN(s.config.PINFile)
 		if err != nil {
 			return err
 		}
 		defer clear(pin)
 		return use(pin)
-	})
+	}
+	var err error
+	if s.config.LogIn != nil {
+		err = s.config.LogIn(ctx, logIn)
+	} else {
+		err = logIn()
+	}
 	if errors.Is(err, keystore.ErrAuth) {
 		s.mu.Lock()
-		s.auth = err
+		s.authFailed = err
 		s.mu.Unlock()
 	}
 	return err
 }
 
-// seed returns a sealed key that is in use, and unseals it where it is not. Its memory may be read while release has not
-// been called.
+// seed returns an unsealed key, and unseals the key first if necessary. The caller may read the
+// key's memory until the call of release.
 func (s *Store) seed(ctx context.Context, k *key) (u *unsealed, release func(), err error) {
 	for try := 0; ; try++ {
 		s.mu.RLock()
@@ -225,7 +236,8 @@ func (s *Store) seed(ctx context.Context, k *key) (u *unsealed, release func(), 
 		}
 		s.mu.RUnlock()
 		if try == 3 {
-			return nil, nil, fmt.Errorf("tpm: %w: the seed is wiped as soon as it is there; idle_lock is too short", keystore.ErrUnavailable)
+			return nil, nil, fmt.Errorf("tpm: %w: the seed was wiped %d times before its use; raise idle_lock above %v",
+				keystore.ErrUnavailable, try, s.config.IdleLock)
 		}
 		r, err := k.record()
 		if err != nil {
@@ -237,26 +249,26 @@ func (s *Store) seed(ctx context.Context, k *key) (u *unsealed, release func(), 
 	}
 }
 
-// unseal brings a sealed key into the vault.
+// unseal has the TPM unseal a key into the vault.
 func (s *Store) unseal(ctx context.Context, r record) error {
 	return s.withPIN(ctx, r.Sealed.PIN, func(pin []byte) error {
 		return s.bus.use(ctx, func(t transport.TPM) (err error) {
-			secretly(func() {
+			secretDo(func() {
 				var data []byte
 				if data, err = unseal(t, s.srk, r.Sealed, pin); err != nil {
 					return
 				}
 				defer clear(data)
-				err = s.keep(r, data)
+				err = s.addToVault(r, data)
 			})
-			return explain(t, r.Sealed, err)
+			return explainPolicy(t, r.Sealed, err)
 		})
 	})
 }
 
-// keep puts the content of a seal into the vault, if it is the one of this record.
-func (s *Store) keep(r record, data []byte) error {
-	seed, err := r.open(data)
+// addToVault copies the content of a seal into the vault, if the content belongs to the record.
+func (s *Store) addToVault(r record, data []byte) error {
+	seed, err := r.openSeal(data)
 	if err != nil {
 		return err
 	}
@@ -278,32 +290,35 @@ func (s *Store) keep(r record, data []byte) error {
 		copy(memory, seed)
 	}
 	u := &unsealed{r.Info, memory}
-	if !u.proves() {
+	if !u.matchesPublicKey() {
 		clear(memory)
-		return fmt.Errorf("%v: %w: the sealed seed has another public key than its record", r.Info.Ref, keystore.ErrUnfit)
+		return fmt.Errorf("%v: %w: the sealed seed has another public key than its record",
+			r.Info.Ref, keystore.ErrUnfit)
 	}
 	s.seeds[r.Info.Tag] = u
 	return nil
 }
 
-// pinFile records which storage root key the folder belongs to.
-const pinFile = "tpm.json"
+// bindingFile is the name of the file that binds a state directory to a TPM.
+const bindingFile = "tpm.json"
 
-type pinRecord struct {
+// binding is the content of bindingFile: the storage root key of the directory's TPM.
+type binding struct {
 	Format  int    `json:"format"`
 	SRKName string `json:"srk_name"` // hex of the TPM2B_NAME, TPM 2.0 Part 1 section 16
 }
 
-// folder is where the records are. A file is written under another name, synced and renamed, so that it is whole or not
-// there.
-type folder string
+// stateDir is the path of the state directory.
+type stateDir string
 
-func (f folder) write(name string, v any) (err error) {
+// write stores v as JSON. The replacement of a file is atomic and durable: write renames a
+// temporary file after its fsync, and then syncs the directory.
+func (d stateDir) write(name string, v any) (err error) {
 	b, err := json.MarshalIndent(v, "", "  ")
 	if err != nil {
 		return fmt.Errorf("tpm: %w", err)
 	}
-	path := filepath.Join(string(f), name)
+	path := filepath.Join(string(d), name)
 	file, err := os.OpenFile(path+".new", os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o600)
 	if err == nil {
 		if _, err = file.Write(append(b, '\n')); err == nil {
@@ -315,7 +330,7 @@ func (f folder) write(name string, v any) (err error) {
 		err = os.Rename(path+".new", path)
 	}
 	if err == nil {
-		err = f.sync()
+		err = d.sync()
 	}
 	if err != nil {
 		return fmt.Errorf("tpm: %w", err)
@@ -323,8 +338,8 @@ func (f folder) write(name string, v any) (err error) {
 	return nil
 }
 
-func (f folder) sync() error {
-	dir, err := os.Open(string(f))
+func (d stateDir) sync() error {
+	dir, err := os.Open(string(d))
 	if err != nil {
 		return err
 	}
@@ -332,19 +347,20 @@ func (f folder) sync() error {
 	return dir.Sync()
 }
 
-func (f folder) readPin() (name tpm2.TPM2BName, err error) {
-	b, err := os.ReadFile(filepath.Join(string(f), pinFile))
+// readBinding returns the name of the storage root key in bindingFile.
+func (d stateDir) readBinding() (name tpm2.TPM2BName, err error) {
+	b, err := os.ReadFile(filepath.Join(string(d), bindingFile))
 	if errors.Is(err, os.ErrNotExist) {
 		return name, fmt.Errorf("%w: run countersignd init", ErrNotProvisioned)
 	} else if err != nil {
 		return name, fmt.Errorf("tpm: %w", err)
 	}
-	var r pinRecord
+	var r binding
 	if err := json.Unmarshal(b, &r); err != nil || r.Format != 1 {
-		return name, fmt.Errorf("tpm: %s is damaged or of a newer version; restore it from a backup", pinFile)
+		return name, fmt.Errorf("tpm: %s is damaged or of a newer version; restore it from a backup", bindingFile)
 	}
 	if name.Buffer, err = hex.DecodeString(r.SRKName); err != nil || len(name.Buffer) == 0 {
-		return name, fmt.Errorf("tpm: %s is damaged; restore it from a backup", pinFile)
+		return name, fmt.Errorf("tpm: %s is damaged; restore it from a backup", bindingFile)
 	}
 	return name, nil
 }

@@ -26,12 +26,14 @@ import (
 
 var payments = keystore.Ref{Name: "payments", Version: 1}
 
-// TestConformance holds the TPM to the contract of a keystore, without and with a PIN.
+// TestConformance runs the conformance suite of a keystore on a TPM, without and with a PIN.
 func TestConformance(t *testing.T) {
 	e := tpmtest.New(t)
 	keystoretest.Run(t, func(t *testing.T) keystore.Store { return open(t, config(t, e)) })
 	t.Run("PIN", func(t *testing.T) {
-		keystoretest.Run(t, func(t *testing.T) keystore.Store { return open(t, withPIN(t, config(t, e), "a-pin-of-the-test")) })
+		keystoretest.Run(t, func(t *testing.T) keystore.Store {
+			return open(t, withPIN(t, config(t, e), "a-pin-of-the-test"))
+		})
 	})
 }
 
@@ -53,7 +55,7 @@ func generate(t testing.TB, s *tpm.Store, ref keystore.Ref, alg keystore.Algorit
 	return k
 }
 
-// signs expects a signature that verifies.
+// signs checks that a key makes a valid signature.
 func signs(t testing.TB, k keystore.Key) {
 	t.Helper()
 	m := []byte("a message")
@@ -62,7 +64,8 @@ func signs(t testing.TB, k keystore.Key) {
 	}
 }
 
-// TestBusShowsNoSecret records all that crosses the bus: neither a seed nor the PIN is in it.
+// TestBusShowsNoSecret records all traffic on the bus. Neither a seed nor the PIN may cross the bus
+// in plaintext.
 func TestBusShowsNoSecret(t *testing.T) {
 	e := tpmtest.New(t)
 	p := newTap(t, e.Socket)
@@ -94,14 +97,16 @@ func TestBusShowsNoSecret(t *testing.T) {
 	if len(seen) < 4000 {
 		t.Fatalf("only %d bytes were seen", len(seen))
 	}
-	for what, secret := range map[string][]byte{"the seed": seed, "a part of the seed": seed[:8], "the PIN": []byte(pin)} {
+	secrets := map[string][]byte{"the seed": seed, "a part of the seed": seed[:8], "the PIN": []byte(pin)}
+	for what, secret := range secrets {
 		if bytes.Contains(seen, secret) {
 			t.Errorf("%s crosses the bus", what)
 		}
 	}
 }
 
-// TestStateChanged: when a register differs, the error says which and what it measures, and the key is unavailable, not lost.
+// TestStateChanged extends a register. The error names the register and its usual contents, and the
+// key is usable again after a return to the former state.
 func TestStateChanged(t *testing.T) {
 	e := tpmtest.New(t)
 	c := config(t, e)
@@ -110,7 +115,7 @@ func TestStateChanged(t *testing.T) {
 	resident := generate(t, s, keystore.Ref{Name: "tls", Version: 1}, keystore.P256)
 	signs(t, sealed)
 	e.Extend(t, 11)
-	signs(t, sealed) // in use already
+	signs(t, sealed) // unsealed before the change
 	s.Close()
 	s, err := tpm.Open(t.Context(), c)
 	if err != nil {
@@ -123,18 +128,21 @@ func TestStateChanged(t *testing.T) {
 			t.Errorf("%v: %v", k.Info().Ref, err)
 			continue
 		}
-		if text := err.Error(); !strings.Contains(text, "PCR 11, which measures the unified kernel image") || strings.Contains(text, "PCR 7") {
-			t.Errorf("%v: it does not explain itself: %v", k.Info().Ref, err)
+		text := err.Error()
+		if !strings.Contains(text, "PCR 11, which measures the unified kernel image") ||
+			strings.Contains(text, "PCR 7") {
+			t.Errorf("%v: the error does not name PCR 11: %v", k.Info().Ref, err)
 		}
 	}
-	generate(t, s, keystore.Ref{Name: "new", Version: 1}, keystore.Ed25519) // for the new state
-	e.Stop()                                                                // a power cycle: the registers begin anew
+	generate(t, s, keystore.Ref{Name: "new", Version: 1}, keystore.Ed25519) // sealed to the new state
+	e.Stop()                                                                // a power cycle resets the registers
 	e.Start()
 	signs(t, s.Bind(sealed.Info()))
 	signs(t, s.Bind(resident.Info()))
 }
 
-// TestRecordsAreBound: a record that is given another name, or another history, does not open.
+// TestRecordsAreBound checks that a record with a changed name, tag, provenance or public key is
+// refused.
 func TestRecordsAreBound(t *testing.T) {
 	e := tpmtest.New(t)
 	c := config(t, e)
@@ -168,7 +176,8 @@ func TestRecordsAreBound(t *testing.T) {
 		if what == "another name" {
 			ref.Version = 2
 		}
-		if err := os.WriteFile(filepath.Join(c.State, strings.ReplaceAll(ref.String(), "/", ".")+".key.json"), changed, 0o600); err != nil {
+		name := strings.ReplaceAll(ref.String(), "/", ".") + ".key.json"
+		if err := os.WriteFile(filepath.Join(c.State, name), changed, 0o600); err != nil {
 			t.Fatal(err)
 		}
 		other, err := tpm.Open(t.Context(), c)
@@ -186,7 +195,8 @@ func TestRecordsAreBound(t *testing.T) {
 	signs(t, s.Bind(info))
 }
 
-// TestAnotherTPM: the folder of one TPM is of no use with another one, and that is said at once.
+// TestAnotherTPM opens the state directory of one TPM with another TPM. Open fails, and the sealed
+// keys stay sealed.
 func TestAnotherTPM(t *testing.T) {
 	e, other := tpmtest.New(t), tpmtest.New(t)
 	c := config(t, e)
@@ -194,13 +204,15 @@ func TestAnotherTPM(t *testing.T) {
 	k := generate(t, s, payments, keystore.Ed25519)
 	s.Close()
 	c.Device = other.Socket
-	if err := tpm.Provision(t.Context(), c); err != nil { // it is provisioned already: nothing is changed
+	if err := tpm.Provision(t.Context(), c); err != nil { // must not change a provisioned directory
 		t.Fatal(err)
 	}
-	if _, err := tpm.Open(t.Context(), c); err == nil || !strings.Contains(err.Error(), "another TPM") && !strings.Contains(err.Error(), "no storage root key") {
+	_, err := tpm.Open(t.Context(), c)
+	if err == nil || !strings.Contains(err.Error(), "another TPM") &&
+		!strings.Contains(err.Error(), "no storage root key") {
 		t.Errorf("opened with another TPM: %v", err)
 	}
-	// Even with the other one's name in its place, the seal does not open.
+	// An attacker replaces the recorded name by the other TPM's: the seal still does not open.
 	theirs := config(t, other)
 	open(t, theirs).Close()
 	pin, err := os.ReadFile(filepath.Join(theirs.State, "tpm.json"))
@@ -220,7 +232,7 @@ func TestAnotherTPM(t *testing.T) {
 	}
 }
 
-// TestNoPCRs: a key that is sealed to this TPM and to no state.
+// TestNoPCRs seals a key to the TPM without registers: the key is usable in every state.
 func TestNoPCRs(t *testing.T) {
 	e := tpmtest.New(t)
 	c := config(t, e)
@@ -237,7 +249,8 @@ func TestNoPCRs(t *testing.T) {
 	signs(t, s.Bind(k.Info()))
 }
 
-// TestManyOperations: nothing is left in the TPM, which has room for three objects. TPM_OPERATIONS sets how many.
+// TestManyOperations checks that no operation leaves an object or a session in the TPM, which has
+// room for three objects. TPM_OPERATIONS sets the number of operations, 300 by default.
 func TestManyOperations(t *testing.T) {
 	n := 300
 	if v := os.Getenv("TPM_OPERATIONS"); v != "" {
@@ -266,8 +279,8 @@ func TestManyOperations(t *testing.T) {
 	}
 }
 
-// TestApprovedStates: a key that is sealed to an approver's word can be used in each state that it has approved, after an
-// update too, and in no other; an approval by another key is none.
+// TestApprovedStates seals keys to an approver. The keys are usable in each approved state, also
+// after an update, and in no other state. An approval signed by another key is ignored.
 func TestApprovedStates(t *testing.T) {
 	e := tpmtest.New(t)
 	c := config(t, e)
@@ -280,7 +293,8 @@ func TestApprovedStates(t *testing.T) {
 		t.Fatal(err)
 	}
 	c.PolicyKey = filepath.Join(t.TempDir(), "update.pub")
-	if err := os.WriteFile(c.PolicyKey, pem.EncodeToMemory(&pem.Block{Type: "PUBLIC KEY", Bytes: public}), 0o600); err != nil {
+	block := pem.EncodeToMemory(&pem.Block{Type: "PUBLIC KEY", Bytes: public})
+	if err := os.WriteFile(c.PolicyKey, block, 0o600); err != nil {
 		t.Fatal(err)
 	}
 	approve := func(name string, key *ecdsa.PrivateKey) {
@@ -299,14 +313,15 @@ func TestApprovedStates(t *testing.T) {
 	}
 	s := open(t, c)
 	defer func() { s.Close() }()
-	again := func() { // as after a restart
+	again := func() { // opens the store again, as after a restart
 		t.Helper()
 		s.Close()
 		if s, err = tpm.Open(t.Context(), c); err != nil {
 			t.Fatal(err)
 		}
 	}
-	if _, err := s.Generate(t.Context(), payments, keystore.Ed25519, keystore.Tag{1}); !errors.Is(err, keystore.ErrSealed) || !strings.Contains(err.Error(), "approve-state") {
+	_, err = s.Generate(t.Context(), payments, keystore.Ed25519, keystore.Tag{1})
+	if !errors.Is(err, keystore.ErrSealed) || !strings.Contains(err.Error(), "approve-state") {
 		t.Errorf("a key that can't be used was made: %v", err)
 	}
 	approve("first", approver)
@@ -317,7 +332,8 @@ func TestApprovedStates(t *testing.T) {
 	refused := func(what string) {
 		t.Helper()
 		for _, k := range []keystore.Key{sealed, resident} {
-			if _, err := s.Bind(k.Info()).Sign(t.Context(), []byte("m"), nil); !errors.Is(err, keystore.ErrSealed) {
+			_, err := s.Bind(k.Info()).Sign(t.Context(), []byte("m"), nil)
+			if !errors.Is(err, keystore.ErrSealed) {
 				t.Errorf("%s: %v: %v", what, k.Info().Ref, err)
 			}
 		}
@@ -333,7 +349,7 @@ func TestApprovedStates(t *testing.T) {
 	signs(t, s.Bind(sealed.Info()))
 	signs(t, s.Bind(resident.Info()))
 	e.Stop()
-	e.Start() // the update is taken back: the first approval is there still
+	e.Start() // the update is rolled back; the first approval still exists
 	again()
 	signs(t, s.Bind(sealed.Info()))
 	signs(t, s.Bind(resident.Info()))
@@ -342,7 +358,8 @@ func TestApprovedStates(t *testing.T) {
 	}
 }
 
-// TestQuote: what the TPM says of its registers, for a nonce, by one key that stays the same.
+// TestQuote checks the signature, the nonce and the registers of quotes, and that all quotes have
+// the same attestation key.
 func TestQuote(t *testing.T) {
 	e := tpmtest.New(t)
 	s := open(t, config(t, e))
@@ -361,8 +378,9 @@ func TestQuote(t *testing.T) {
 			t.Errorf("quote %d does not verify", i)
 		}
 		registers := sha256.Sum256(append(e.PCR(t, 7), e.PCR(t, 11)...))
-		if !bytes.HasPrefix(q.Attested, []byte("\xffTCG")) || !bytes.Contains(q.Attested, []byte(nonce)) || !bytes.Contains(q.Attested, registers[:]) {
-			t.Errorf("quote %d says something else: %x", i, q.Attested)
+		if !bytes.HasPrefix(q.Attested, []byte("\xffTCG")) || !bytes.Contains(q.Attested, []byte(nonce)) ||
+			!bytes.Contains(q.Attested, registers[:]) {
+			t.Errorf("quote %d lacks the nonce or the registers: %x", i, q.Attested)
 		}
 		e.Extend(t, 11)
 	}
@@ -371,8 +389,8 @@ func TestQuote(t *testing.T) {
 	}
 }
 
-// TestCrowdedTPM: slots that somebody else has filled, a lockout and no room for a counter are clear errors, and well again
-// when they are over.
+// TestCrowdedTPM fills the TPM's object slots, locks the TPM by wrong PINs and fills the NV memory.
+// Each condition has a clear error, and the store works again after its end.
 func TestCrowdedTPM(t *testing.T) {
 	e := tpmtest.New(t)
 	c := config(t, e)
@@ -380,9 +398,10 @@ func TestCrowdedTPM(t *testing.T) {
 	defer s.Close()
 	k := generate(t, s, payments, keystore.P256)
 	for range 3 {
-		e.Crowd(t) // an object that nobody flushes
+		e.LeakObject(t)
 	}
-	if _, err := k.Sign(t.Context(), []byte("m"), nil); err != nil { // what a process that was cut off has left is cleared away
+	// The store flushes the objects, as after an interrupted process.
+	if _, err := k.Sign(t.Context(), []byte("m"), nil); err != nil {
 		t.Errorf("with no slot free: %v", err)
 	}
 	signs(t, k)
@@ -397,7 +416,7 @@ func TestCrowdedTPM(t *testing.T) {
 	if err := os.WriteFile(withPIN.PINFile, []byte("wrong\n"), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	for range 5 { // the emulator locks after three
+	for range 5 { // the emulator locks after three wrong PINs
 		p.Retry()
 		if _, err = guarded.Sign(t.Context(), []byte("m"), nil); err == nil {
 			t.Fatal("signed with a wrong PIN")
@@ -406,7 +425,7 @@ func TestCrowdedTPM(t *testing.T) {
 	if !errors.Is(err, keystore.ErrUnavailable) || !strings.Contains(err.Error(), "locked after wrong PINs") {
 		t.Errorf("in lockout: %v", err)
 	}
-	signs(t, k) // has no PIN: it is outside of that
+	signs(t, k) // a key without a PIN is exempt from the lockout
 	e.Unlock(t)
 	if err := os.WriteFile(withPIN.PINFile, []byte("right\n"), 0o600); err != nil {
 		t.Fatal(err)
@@ -414,21 +433,24 @@ func TestCrowdedTPM(t *testing.T) {
 	signs(t, guarded)
 
 	e.FillNV(t)
-	if err := s.DefineCounter(t.Context()); !errors.Is(err, keystore.ErrRefused) || !strings.Contains(err.Error(), "no room") {
+	err = s.DefineCounter(t.Context())
+	if !errors.Is(err, keystore.ErrRefused) || !strings.Contains(err.Error(), "no room") {
 		t.Errorf("a counter where there is no room: %v", err)
 	}
 	signs(t, k)
 }
 
-// TestNotProvisioned: without init there is a clear word.
+// TestNotProvisioned checks that Open without Provision names countersignd init.
 func TestNotProvisioned(t *testing.T) {
 	e := tpmtest.New(t)
-	if _, err := tpm.Open(t.Context(), config(t, e)); !errors.Is(err, tpm.ErrNotProvisioned) || !strings.Contains(err.Error(), "countersignd init") {
+	_, err := tpm.Open(t.Context(), config(t, e))
+	if !errors.Is(err, tpm.ErrNotProvisioned) || !strings.Contains(err.Error(), "countersignd init") {
 		t.Errorf("opened: %v", err)
 	}
 }
 
-// TestWrongPIN: it is tried once; what needs it is refused from then on, until an operator says so.
+// TestWrongPIN checks that the store sends a refused PIN once, and then refuses every use of the
+// PIN until Retry.
 func TestWrongPIN(t *testing.T) {
 	e := tpmtest.New(t)
 	c := withPIN(t, config(t, e), "right")
@@ -441,7 +463,7 @@ func TestWrongPIN(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer s.Close()
-	for range 20 { // the emulator locks after three
+	for range 20 { // the emulator locks after three wrong PINs
 		if _, err := s.Bind(k.Info()).Sign(t.Context(), []byte("m"), nil); !errors.Is(err, keystore.ErrAuth) {
 			t.Fatalf("with a wrong PIN: %v", err)
 		}
@@ -450,13 +472,13 @@ func TestWrongPIN(t *testing.T) {
 		t.Fatal(err)
 	}
 	if _, err := s.Bind(k.Info()).Sign(t.Context(), []byte("m"), nil); !errors.Is(err, keystore.ErrAuth) {
-		t.Errorf("tried again without an operator's word: %v", err)
+		t.Errorf("tried again without Retry: %v", err)
 	}
 	s.Retry()
 	signs(t, s.Bind(k.Info()))
 }
 
-// TestIdleLock: what is not used is wiped, and unsealed again when it is wanted.
+// TestIdleLock checks that an idle seed is wiped, and unsealed again at the next use.
 func TestIdleLock(t *testing.T) {
 	e := tpmtest.New(t)
 	c := config(t, e)
@@ -465,17 +487,18 @@ func TestIdleLock(t *testing.T) {
 	defer s.Close()
 	k := generate(t, s, payments, keystore.Ed25519)
 	signs(t, k)
-	e.Extend(t, 7) // from now on it can't be unsealed any more
+	e.Extend(t, 7) // the key can't be unsealed in the new state, so a wiped seed shows as ErrSealed
 	for deadline := time.Now().Add(20 * time.Second); ; time.Sleep(2 * c.IdleLock) {
 		if _, err := k.Sign(t.Context(), []byte("m"), nil); errors.Is(err, keystore.ErrSealed) {
 			break
 		} else if time.Now().After(deadline) {
-			t.Fatalf("it is not locked: %v", err)
+			t.Fatalf("the seed was not wiped: %v", err)
 		}
 	}
 }
 
-// TestSickTPM: absent, killed, hung: unavailable in bounded time, and well again when the TPM is, without a handle left.
+// TestSickTPM kills, hangs and restarts the TPM. Each operation fails with ErrUnavailable in
+// bounded time, and the store works again with the TPM's return. No handle stays in the TPM.
 func TestSickTPM(t *testing.T) {
 	e := tpmtest.New(t)
 	c := config(t, e)
@@ -490,7 +513,7 @@ func TestSickTPM(t *testing.T) {
 			t.Errorf("%s: %v", what, err)
 		}
 		if took := time.Since(began); took > 10*time.Second {
-			t.Errorf("%s: it took %v", what, took)
+			t.Errorf("%s: the error took %v", what, took)
 		}
 	}
 	e.Stop()
@@ -504,7 +527,7 @@ func TestSickTPM(t *testing.T) {
 		if _, err := k.Sign(t.Context(), []byte("m"), nil); err == nil {
 			break
 		} else if time.Now().After(deadline) {
-			t.Fatalf("it has not healed: %v", err)
+			t.Fatalf("the store has not recovered: %v", err)
 		}
 	}
 	e.Freeze()
@@ -513,7 +536,7 @@ func TestSickTPM(t *testing.T) {
 		_, err := k.Sign(t.Context(), []byte("m"), nil)
 		asked <- err
 	}()
-	e.Stop() // while it has a command, or before
+	e.Stop() // before or during the command
 	if err := <-asked; !errors.Is(err, keystore.ErrUnavailable) {
 		t.Errorf("restarted meanwhile: %v", err)
 	}

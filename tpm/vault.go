@@ -1,7 +1,6 @@
 package tpm
 
 import (
-	"errors"
 	"fmt"
 	"os"
 
@@ -10,9 +9,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// vault is memory for secrets, in slots of slotSize bytes. Where the kernel has memfd_secret(2) its pages are in no other
-// mapping, not even the kernel's own, and can't be read through /proc; elsewhere they are locked and left out of core
-// files. It does not grow: maxKeys is the most keys of one store.
+// vault is memory for at most maxKeys secrets, in slots of slotSize bytes. With memfd_secret(2) the
+// pages are in no other mapping, not even the kernel's own, and can't be read through /proc. On a
+// kernel without memfd_secret the pages are locked in memory and excluded from core files.
 type vault struct {
 	memory []byte
 	used   int
@@ -23,6 +22,7 @@ const (
 	maxKeys  = 4096
 )
 
+// newVault maps the memory.
 func newVault() (*vault, error) {
 	size := slotSize * maxKeys
 	if fd, err := unix.MemfdSecret(unix.O_CLOEXEC); err == nil {
@@ -44,22 +44,24 @@ func newVault() (*vault, error) {
 	} {
 		if err := protect(); err != nil {
 			unix.Munmap(memory)
-			return nil, fmt.Errorf("memory for secrets can't be locked: %w; raise the limit of locked memory (LimitMEMLOCK) to %d KiB", err, (size+os.Getpagesize())>>10)
+			return nil, fmt.Errorf("memory for secrets can't be locked: %w; "+
+				"raise the limit of locked memory (LimitMEMLOCK) to %d KiB", err, (size+os.Getpagesize())>>10)
 		}
 	}
 	return &vault{memory: memory}, nil
 }
 
-// slot returns memory for one key, which stays valid until wipe.
+// slot returns memory for one key, valid until wipe.
 func (v *vault) slot() ([]byte, error) {
 	if v.used == maxKeys {
-		return nil, errors.New("tpm: too many keys are in use")
+		return nil, fmt.Errorf("tpm: %d keys are in use, the limit of a store", maxKeys)
 	}
 	at := v.used * slotSize
 	v.used++
 	return v.memory[at : at+slotSize : at+slotSize], nil
 }
 
+// wipe clears all slots and makes them free.
 func (v *vault) wipe() {
 	clear(v.memory[:v.used*slotSize])
 	v.used = 0

@@ -18,11 +18,11 @@ import (
 type Emulator struct {
 	t      testing.TB
 	dir    string
-	Socket string // its path
+	Socket string // path of the command socket
 	cmd    *exec.Cmd
 }
 
-// New starts swtpm in a folder of its own.
+// New starts swtpm in a directory of its own, and stops swtpm at the end of the test.
 func New(t testing.TB) *Emulator {
 	t.Helper()
 	if _, err := exec.LookPath("swtpm"); err != nil {
@@ -44,11 +44,12 @@ func New(t testing.TB) *Emulator {
 	return e
 }
 
-// Start starts it, as it is done when a machine is switched on: with its registers at zero.
+// Start starts swtpm as after switching on a machine: with all registers at zero.
 func (e *Emulator) Start() {
 	e.t.Helper()
-	e.cmd = exec.Command("swtpm", "socket", "--tpm2", "--tpmstate", "dir="+e.dir, "--server", "type=unixio,path="+e.Socket,
-		"--ctrl", "type=unixio,path="+e.Socket+".ctrl", "--flags", "not-need-init,startup-clear")
+	e.cmd = exec.Command("swtpm", "socket", "--tpm2", "--tpmstate", "dir="+e.dir,
+		"--server", "type=unixio,path="+e.Socket, "--ctrl", "type=unixio,path="+e.Socket+".ctrl",
+		"--flags", "not-need-init,startup-clear")
 	e.cmd.Stderr = os.Stderr
 	if err := e.cmd.Start(); err != nil {
 		e.t.Fatal(err)
@@ -65,7 +66,7 @@ func (e *Emulator) Start() {
 	}
 }
 
-// Stop ends swtpm as a power cut would.
+// Stop kills swtpm: the effect of a power cut.
 func (e *Emulator) Stop() {
 	if e.cmd != nil {
 		e.cmd.Process.Kill()
@@ -76,17 +77,19 @@ func (e *Emulator) Stop() {
 	os.Remove(e.Socket + ".ctrl")
 }
 
-// Extend changes a register.
+// Extend extends a register of the SHA-256 bank by a fixed value.
 func (e *Emulator) Extend(t testing.TB, pcr int) {
 	t.Helper()
 	e.tool(t, "tpm2_pcrextend", fmt.Sprintf("%d:sha256=%064d", pcr, 1))
 }
 
-// Freeze and Thaw stop it from answering, and let it.
+// Freeze suspends the process: commands get no response.
 func (e *Emulator) Freeze() { e.cmd.Process.Signal(syscall.SIGSTOP) }
-func (e *Emulator) Thaw()   { e.cmd.Process.Signal(syscall.SIGCONT) }
 
-// Handles counts the transient objects and the sessions in the TPM.
+// Thaw resumes the process.
+func (e *Emulator) Thaw() { e.cmd.Process.Signal(syscall.SIGCONT) }
+
+// Handles returns the number of transient objects and sessions in the TPM.
 func (e *Emulator) Handles(t testing.TB) (n int) {
 	t.Helper()
 	for _, kind := range []string{"handles-transient", "handles-loaded-session", "handles-saved-session"} {
@@ -95,10 +98,10 @@ func (e *Emulator) Handles(t testing.TB) (n int) {
 	return n
 }
 
-// counter is where package tpm has its counter.
+// counter is the NV index of package tpm's monotonic counter.
 const counter = "0x01800c51"
 
-// Counter returns the value of the appliance's counter, as another program sees it.
+// Counter returns the value of the appliance's monotonic counter, read by another program.
 func (e *Emulator) Counter(t testing.TB) uint64 {
 	t.Helper()
 	out := e.tool(t, "tpm2_nvread", counter)
@@ -108,7 +111,7 @@ func (e *Emulator) Counter(t testing.TB) uint64 {
 	return binary.BigEndian.Uint64(out)
 }
 
-// UndefineCounter removes it, as whoever owns the TPM can.
+// UndefineCounter removes the monotonic counter with the owner's authorisation.
 func (e *Emulator) UndefineCounter(t testing.TB) { e.tool(t, "tpm2_nvundefine", counter) }
 
 // tool runs a program of tpm2-tools.
@@ -124,10 +127,10 @@ func (e *Emulator) tool(t testing.TB, args ...string) []byte {
 	return out
 }
 
-// stateFile is where swtpm keeps what outlives it.
+// stateFile is the name of swtpm's file with the persistent state.
 const stateFile = "tpm2-00.permall"
 
-// State and SetState are what a snapshot of a machine does with its TPM in software.
+// State returns the persistent state, as in a snapshot of a virtual machine.
 func (e *Emulator) State(t testing.TB) []byte {
 	t.Helper()
 	b, err := os.ReadFile(filepath.Join(e.dir, stateFile))
@@ -137,6 +140,8 @@ func (e *Emulator) State(t testing.TB) []byte {
 	return b
 }
 
+// SetState replaces the persistent state, as a restored snapshot does. The emulator must be
+// stopped.
 func (e *Emulator) SetState(t testing.TB, state []byte) {
 	t.Helper()
 	if err := os.WriteFile(filepath.Join(e.dir, stateFile), state, 0o600); err != nil {
@@ -144,7 +149,7 @@ func (e *Emulator) SetState(t testing.TB, state []byte) {
 	}
 }
 
-// PCR returns the value of a register.
+// PCR returns the value of a register of the SHA-256 bank.
 func (e *Emulator) PCR(t testing.TB, index int) []byte {
 	t.Helper()
 	path := filepath.Join(e.dir, "pcr")
@@ -156,24 +161,32 @@ func (e *Emulator) PCR(t testing.TB, index int) []byte {
 	return b
 }
 
-// Crowd loads an object that stays: the emulator has room for three.
-func (e *Emulator) Crowd(t testing.TB) {
+// LeakObject loads a transient object without flushing the object. The emulator has room for three
+// objects.
+func (e *Emulator) LeakObject(t testing.TB) {
 	t.Helper()
 	e.tool(t, "tpm2_createprimary", "-C", "n", "-c", filepath.Join(e.dir, "context"), "-Q")
 }
 
-// Unlock ends a lockout.
+// Unlock ends a lockout after wrong PINs.
 func (e *Emulator) Unlock(t testing.TB) {
 	t.Helper()
 	e.tool(t, "tpm2_dictionarylockout", "--clear-lockout")
 }
 
-// FillNV defines indices until no more fit, at the end counters, for which TPMs keep some room.
+// FillNV defines NV indices until no more fit. The last indices are counters, because TPMs reserve
+// some memory for counters.
 func (e *Emulator) FillNV(t testing.TB) {
 	t.Helper()
-	for i, kind := range [][]string{{"-s", "2048"}, {"-s", "64"}, {"-s", "8"}, {"-s", "8", "-a", "ownerread|ownerwrite|authread|authwrite|nt=counter"}} {
+	for i, kind := range [][]string{
+		{"-s", "2048"},
+		{"-s", "64"},
+		{"-s", "8"},
+		{"-s", "8", "-a", "ownerread|ownerwrite|authread|authwrite|nt=counter"},
+	} {
 		for n := 0; ; n++ {
-			args := append([]string{fmt.Sprintf("0x%x", 0x01900000+i<<12+n), "-C", "o", "--tcti", "swtpm:path=" + e.Socket}, kind...)
+			index := fmt.Sprintf("0x%x", 0x01900000+i<<12+n)
+			args := append([]string{index, "-C", "o", "--tcti", "swtpm:path=" + e.Socket}, kind...)
 			if out, err := exec.Command("tpm2_nvdefine", args...).CombinedOutput(); err != nil {
 				if !strings.Contains(string(out), "0x14B") { // TPM_RC_NV_SPACE
 					t.Fatalf("tpm2_nvdefine: %v\n%s", err, out)
