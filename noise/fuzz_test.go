@@ -11,7 +11,8 @@ import (
 	"time"
 )
 
-// FuzzFrame: what is read is what was framed; what is refused has a class; an announced length costs no more than a frame.
+// FuzzFrame checks that a frame is read as written, that every refusal has an error class, and that
+// memory for an announced length is bounded.
 func FuzzFrame(f *testing.F) {
 	f.Add([]byte{}, uint16(minMessage1), uint16(minMessage1))
 	f.Add(framed(make([]byte, minMessage1)), uint16(minMessage1), uint16(minMessage1))
@@ -22,7 +23,7 @@ func FuzzFrame(f *testing.F) {
 	f.Add([]byte{255, 255, 255, 255}, uint16(0), uint16(MaxMessage))
 	f.Add([]byte{0, 0, 0}, uint16(0), uint16(0))
 	f.Fuzz(func(t *testing.T, said []byte, least, most uint16) {
-		c := newConn(&still{said: bytes.NewReader(said)})
+		c := newConn(&scriptedConn{input: bytes.NewReader(said)})
 		for rest := said; ; {
 			frame, err := c.readFrame(int(least), int(most))
 			if cap(c.frame) > int(most) {
@@ -44,7 +45,8 @@ func FuzzFrame(f *testing.F) {
 				}
 				return
 			}
-			if again := framed(frame); len(frame) < int(least) || len(frame) > int(most) || !bytes.HasPrefix(rest, again) {
+			inRange := len(frame) >= int(least) && len(frame) <= int(most)
+			if !inRange || !bytes.HasPrefix(rest, framed(frame)) {
 				t.Fatalf("%x is read as a frame of %x", rest, frame)
 			}
 			rest = rest[4+len(frame):]
@@ -52,7 +54,8 @@ func FuzzFrame(f *testing.F) {
 	})
 }
 
-// FuzzHandshake: of all first messages, only those that were made with the keys get an answer, each in its own profile.
+// FuzzHandshake checks that only messages 1 made with the right keys get a response, and only in
+// their own profile.
 func FuzzHandshake(f *testing.F) {
 	type valid struct {
 		profile Profile
@@ -65,7 +68,8 @@ func FuzzHandshake(f *testing.F) {
 		server = private(f, v.respStatic)
 		made[valid{PubkyV1, string(v.ciphertexts[0])}] = true
 		remote := server.Public()
-		hs, err := newHandshake(f.Context(), private(f, v.initStatic), CountersignV1, remote[:], bytes.NewReader(v.initEph))
+		initiator, ephemeral := private(f, v.initStatic), bytes.NewReader(v.initEph)
+		hs, err := newHandshake(f.Context(), initiator, CountersignV1, remote[:], ephemeral)
 		if err != nil {
 			f.Fatal(err)
 		}
@@ -91,8 +95,9 @@ func FuzzHandshake(f *testing.F) {
 			profile = PubkyV1
 		}
 		admitted := 0
-		static := &counted{Identity: server}
-		k := knock(static, profile, framed(message), func(context.Context) error { admitted++; return nil }, true)
+		static := &countingKey{Identity: server}
+		admit := func(context.Context) error { admitted++; return nil }
+		k := acceptBytes(static, profile, framed(message), admit, true)
 		possible := len(message) >= minMessage1 && len(message) <= minMessage1+profile.maxPayload()
 		switch {
 		case made[valid{profile, string(message)}]:
@@ -101,20 +106,22 @@ func FuzzHandshake(f *testing.F) {
 			}
 		case k.err == nil || len(k.sent) != 0 || k.asked != 0 || k.conn != nil:
 			t.Fatalf("%x: %v, %d bytes sent, asked %d times", message, k.err, len(k.sent), k.asked)
-		case possible && !errors.Is(k.err, ErrHandshake), !possible && (!errors.Is(k.err, ErrFrame) || static.uses != 0):
+		case possible && !errors.Is(k.err, ErrHandshake), !possible && !errors.Is(k.err, ErrFrame),
+			!possible && static.uses != 0:
 			t.Fatalf("a message of %d bytes: %v, key used %d times", len(message), k.err, static.uses)
 		}
 		if possible != (admitted == 1) || static.uses > 2 {
-			t.Fatalf("a message of %d bytes: admit asked %d times, key used %d times", len(message), admitted, static.uses)
+			t.Fatalf("a message of %d bytes: admit asked %d times, key used %d times",
+				len(message), admitted, static.uses)
 		}
 	})
 }
 
-// FuzzIdentity: what is read is written and read again as the same, and only a signature of one of the payloads that were
-// signed is taken, for what it signs.
+// FuzzIdentity checks that encoding a parsed payload and parsing the result gives the same payload,
+// and that checkIdentity accepts only the signatures made here, for the signed payloads.
 func FuzzIdentity(f *testing.F) {
 	var local, remote [32]byte
-	key := ed25519.NewKeyFromSeed(bytes.Repeat([]byte{1}, 32)) // the vectors' own
+	key := testKey(1) // the key of the test vectors
 	public := string(key.Public().(ed25519.PublicKey))
 	for _, x := range exchanges(f) {
 		v := x.vector(f)
@@ -132,7 +139,8 @@ func FuzzIdentity(f *testing.F) {
 	f.Add(expired.signed(f, key, local, remote))
 	f.Add(expired.legacyForm(local).signed(f, key, local, remote))
 	f.Add(full.signed(f, key, remote, local))
-	f.Add([]byte(`{"ed25519_pub":[],"epoch":0,"noise_x25519_pub":[null],"role":"Client","server_hint":"\u0000","sig":[256]}`))
+	f.Add([]byte(`{"ed25519_pub":[],"epoch":0,"noise_x25519_pub":[null],"role":"Client",` +
+		`"server_hint":"\u0000","sig":[256]}`))
 	now := time.Unix(1_800_000_000, 0)
 	f.Fuzz(func(t *testing.T, payload []byte) {
 		id, err := checkIdentity(payload, local, remote, now)
@@ -148,7 +156,8 @@ func FuzzIdentity(f *testing.F) {
 		}
 		again := p.encode(t)
 		q, errAgain := parseIdentity(again)
-		if errAgain != nil || p.binding(local, remote) != q.binding(local, remote) || !bytes.Equal(q.encode(t), again) {
+		if errAgain != nil || p.binding(local, remote) != q.binding(local, remote) ||
+			!bytes.Equal(q.encode(t), again) {
 			t.Fatalf("%s is written as %s: %v", payload, again, errAgain)
 		}
 		if _, errSecond := checkIdentity(again, local, remote, now); (errSecond == nil) != (err == nil) {
@@ -161,7 +170,8 @@ func FuzzIdentity(f *testing.F) {
 		if string(id[:]) != public || !ed25519.Verify(id[:], message[:], p.Signature) {
 			t.Fatalf("%s is taken for %x", payload, id)
 		}
-		// Nobody here can sign. The message covers all of a legacy payload; of v25 it leaves out the hint and its expiry.
+		// The fuzzer can't sign, so the message must be one of the signed ones. The message covers
+		// a whole legacy payload. The message of v25 does not cover the hint and the hint's expiry.
 		for _, p := range signed {
 			if p.binding(local, remote) == message {
 				return

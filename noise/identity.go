@@ -6,10 +6,10 @@ import (
 	"crypto/rand"
 )
 
-// Identity is a static key pair in memory: a peer's, not the appliance's.
+// Identity is a static key pair in memory, for a peer. The appliance's static key is on a device.
 type Identity struct{ key *ecdh.PrivateKey }
 
-// NewIdentity makes a fresh key pair.
+// NewIdentity makes a new random key pair.
 func NewIdentity() (*Identity, error) {
 	key, err := ecdh.X25519().GenerateKey(rand.Reader)
 	if err != nil {
@@ -18,7 +18,7 @@ func NewIdentity() (*Identity, error) {
 	return &Identity{key}, nil
 }
 
-// IdentityFrom takes a 32-byte X25519 private key.
+// IdentityFrom returns the key pair of an X25519 private key of 32 bytes.
 func IdentityFrom(private []byte) (*Identity, error) {
 	key, err := ecdh.X25519().NewPrivateKey(private)
 	if err != nil {
@@ -27,10 +27,10 @@ func IdentityFrom(private []byte) (*Identity, error) {
 	return &Identity{key}, nil
 }
 
-// Private returns the private key, to be written to an identity file.
+// Private returns the private key of 32 bytes, for an identity file.
 func (i *Identity) Private() []byte { return i.key.Bytes() }
 
-// Public returns the public key that the identity is enrolled by.
+// Public returns the public key, which the operator enrols at the appliance.
 func (i *Identity) Public() [32]byte { return [32]byte(i.key.PublicKey().Bytes()) }
 
 // Exchange implements Static.

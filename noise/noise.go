@@ -1,9 +1,10 @@
-// Package noise is Noise_IK_25519_ChaChaPoly_BLAKE2s over a net.Conn, with the static private key anywhere: in memory, or
-// behind a handle to a device. Begin reading at Accept; what is particular to clients of pubky-noise is in pubky.go.
+// Package noise implements Noise_IK_25519_ChaChaPoly_BLAKE2s over a net.Conn. The static private
+// key may be in memory or on a device. Begin reading at Accept; pubky.go has the identity payload
+// of pubky-noise clients.
 //
-// Every message, handshake included, is a frame: a big-endian u32 length and that many bytes, at most 65,535. A frame
-// that is longer is refused before anything is allocated for it. The Noise specification is revision 34
-// (https://noiseprotocol.org/noise.html).
+// Each message, also of the handshake, is a frame: a big-endian u32 length n and n bytes, with n at
+// most 65,535. The length of a frame is checked before the allocation of memory. The Noise
+// specification is revision 34 (https://noiseprotocol.org/noise.html).
 package noise
 
 import (
@@ -20,17 +21,18 @@ import (
 	"github.com/flynn/noise"
 )
 
-// MaxMessage is the longest frame, and so the longest Noise message, in bytes. MaxPlaintext is what fits into it.
+// Lengths in bytes.
 const (
-	MaxMessage   = 65535
-	MaxPlaintext = MaxMessage - tagSize
+	MaxMessage   = 65535                // limit of a frame, and so of a Noise message
+	MaxPlaintext = MaxMessage - tagSize // limit of the plaintext of a transport message
 
 	tagSize     = 16
 	minMessage1 = 32 + 32 + tagSize + tagSize // e, s (encrypted), payload (empty)
 	minMessage2 = 32 + tagSize                // e, payload (empty)
 )
 
-// Profile says what a handshake carries; both ends must mean the same one. Its text is the prologue.
+// Profile determines the payloads of a handshake. A profile's text is the prologue of the
+// handshake, so a handshake between two profiles fails.
 type Profile string
 
 const (
@@ -38,10 +40,10 @@ const (
 	PubkyV1       Profile = "pubky-noise-v1" // message 1 carries an identity payload, see PubkyIdentity
 )
 
-// Known reports whether p is one of the profiles above.
+// Known reports whether p is CountersignV1 or PubkyV1.
 func (p Profile) Known() bool { return p == CountersignV1 || p == PubkyV1 }
 
-// maxPayload is the size of the largest payload of message 1.
+// maxPayload returns the limit of the payload of message 1, in bytes.
 func (p Profile) maxPayload() int {
 	if p == PubkyV1 {
 		return maxIdentity
@@ -49,49 +51,59 @@ func (p Profile) maxPayload() int {
 	return 0
 }
 
-// How a handshake or a connection fails. A broken network is none of these and is wrapped as it is.
+// Errors of a handshake or a connection. Errors of the network are returned as they are.
 var (
-	ErrHandshake = errors.New("noise: handshake refused")
-	ErrIdentity  = fmt.Errorf("%w: identity payload", ErrHandshake)
-	ErrStranger  = errors.New("noise: peer is not enrolled")
-	ErrFrame     = errors.New("noise: frame of impossible length")
-	ErrDecrypt   = errors.New("noise: message does not decrypt")
-	ErrTooLarge  = errors.New("noise: message does not fit into a frame")
+	ErrHandshake   = errors.New("noise: handshake refused")
+	ErrIdentity    = fmt.Errorf("%w: identity payload", ErrHandshake)
+	ErrNotEnrolled = errors.New("noise: peer is not enrolled")
+	ErrFrame       = errors.New("noise: frame of impossible length")
+	ErrDecrypt     = errors.New("noise: message does not decrypt")
+	ErrTooLarge    = errors.New("noise: message does not fit into a frame")
 )
 
-// Static is a static X25519 key pair whose private half may live elsewhere.
+// Static is a static X25519 key pair. The private key may be on a device.
 type Static interface {
 	// Public returns the public key.
 	Public() [32]byte
-	// Exchange returns X25519(private key, peer). It fails for a point of low order, and when the key can't be reached.
+	// Exchange returns X25519(private key, peer). Exchange fails for a point of low order and for
+	// an unavailable device.
 	Exchange(ctx context.Context, peer [32]byte) ([32]byte, error)
 }
 
-// Conn is an established connection. One goroutine may read while others write.
+// Conn is a connection after the handshake. One goroutine may read while others write.
 type Conn struct {
-	conn  net.Conn
-	r     *bufio.Reader
-	own   [32]byte // which of our keys it is with
-	peer  [32]byte
-	limit time.Duration // for one write
-	// identity is what the identity payload has proven, on the responder's side of PubkyV1; nil elsewhere.
+	conn         net.Conn
+	r            *bufio.Reader
+	own          [32]byte      // the static public key of this end
+	peer         [32]byte      // the static public key of the other end
+	writeTimeout time.Duration // for one write; 0: none
+	// identity is the Ed25519 key proven by the identity payload, at the responder of PubkyV1, and
+	// nil elsewhere.
 	identity *[32]byte
 
-	in      *noise.CipherState // reader only
-	frame   []byte             // reader only: the ciphertext of the message that is being read
-	writing sync.Mutex
-	out     *noise.CipherState // under writing
-	buf     []byte             // under writing
+	in      *noise.CipherState // for the reader only
+	frame   []byte             // for the reader only: the frame of the present message
+	writeMu sync.Mutex
+	out     *noise.CipherState // guarded by writeMu
+	buf     []byte             // guarded by writeMu
 }
 
-// Accept runs the responder's side of the handshake with one of several static keys: while a key is being replaced, the old and the
-// new one answer. A message 1 is tried with each in their order, until it decrypts. One that decrypts with none costs one exchange for
-// each key, so give few; the error of a device ends the handshake, so that it is not taken for a refusal. admit is asked when a message 1 of a possible length is there, before
-// anything is computed with a static key: a limiter's place. Its error ends the handshake and is wrapped; a nil admit
-// admits. enrolled decides about the peer's static public key; it is asked after message 1 has been read and before message
-// 2 is written, so that a stranger gets no answer at all. ctx bounds the whole handshake. On any error the caller closes
-// conn, without a word, and the peer can't tell which error it was.
-func Accept(ctx context.Context, conn net.Conn, statics []Static, profile Profile, admit func(context.Context) error, enrolled func(peer [32]byte) bool) (*Conn, error) {
+// Accept runs the responder's side of the handshake.
+//
+// statics has the responder's static keys: two during a key rotation, the old and the new one.
+// Message 1 is tried with each key in their order until message 1 decrypts. A message for none of
+// the keys costs one exchange with each key, so keep the list short. The error of a device ends the
+// handshake and is returned as such, rather than as a refusal of the handshake.
+//
+// admit is called with a message 1 of a valid length and before the first use of a static key: the
+// place for a rate limiter. An error of admit ends the handshake and is wrapped. A nil admit admits
+// every handshake.
+//
+// enrolled decides about the peer's static public key, after message 1 and before message 2. So a
+// peer without enrolment gets no response at all. ctx bounds the whole handshake. On any error the
+// caller must close conn without a response: the peer can't tell the errors apart.
+func Accept(ctx context.Context, conn net.Conn, statics []Static, profile Profile,
+	admit func(context.Context) error, enrolled func(peer [32]byte) bool) (*Conn, error) {
 	c := newConn(conn)
 	if err := c.accept(ctx, statics, profile, admit, enrolled, nil); err != nil {
 		return nil, err
@@ -99,14 +111,16 @@ func Accept(ctx context.Context, conn net.Conn, statics []Static, profile Profil
 	return c, nil
 }
 
-func (c *Conn) accept(ctx context.Context, statics []Static, profile Profile, admit func(context.Context) error, enrolled func(peer [32]byte) bool, random io.Reader) error {
+// accept is Accept on c. random is the source of the ephemeral key in tests, and nil otherwise.
+func (c *Conn) accept(ctx context.Context, statics []Static, profile Profile,
+	admit func(context.Context) error, enrolled func(peer [32]byte) bool, random io.Reader) error {
 	if !profile.Known() {
-		return fmt.Errorf("noise: there is no profile %q", string(profile))
+		return fmt.Errorf("noise: unknown profile %q: use %s or %s", string(profile), CountersignV1, PubkyV1)
 	}
 	if len(statics) == 0 {
-		return errors.New("noise: there is no static key to answer with")
+		return errors.New("noise: Accept needs at least one static key")
 	}
-	defer c.deadlineOf(ctx)()
+	defer c.applyContext(ctx)()
 	// -> e, es, s, ss
 	message1, err := c.readFrame(minMessage1, minMessage1+profile.maxPayload())
 	if err != nil {
@@ -117,22 +131,23 @@ func (c *Conn) accept(ctx context.Context, statics []Static, profile Profile, ad
 			return fmt.Errorf("noise: handshake not admitted: %w", err)
 		}
 	}
-	hs, payload, own, err := open(ctx, statics, profile, message1, random)
+	hs, payload, own, err := readMessage1(ctx, statics, profile, message1, random)
 	if err != nil {
 		return fmt.Errorf("%w: message 1: %w", ErrHandshake, err)
 	}
 	c.own = own
 	copy(c.peer[:], hs.PeerStatic())
-	// The identity is judged for strangers too: the time that a refusal takes does not depend on who is enrolled.
-	var unproven error
+	// The identity is checked also for a peer without enrolment, so the time of a refusal does not
+	// tell which keys are enrolled.
+	var identityErr error
 	if profile == PubkyV1 {
-		c.identity, unproven = checkIdentity(payload, c.peer, c.own, time.Now())
+		c.identity, identityErr = checkIdentity(payload, c.peer, c.own, time.Now())
 	}
 	if !enrolled(c.peer) {
-		return ErrStranger
+		return ErrNotEnrolled
 	}
-	if unproven != nil {
-		return unproven
+	if identityErr != nil {
+		return identityErr
 	}
 	// <- e, ee, se
 	message2, in, out, err := hs.WriteMessage(nil, nil)
@@ -146,15 +161,18 @@ func (c *Conn) accept(ctx context.Context, statics []Static, profile Profile, ad
 	return nil
 }
 
-// open reads message 1 with the key that it was made for, and returns the handshake, the payload, and that key. With a wrong key s
-// does not decrypt, so that es is the only exchange with it. Once s decrypts the key is the right one, and the others are not
-// tried, whatever comes after s: no message costs more than an exchange for each key and one for ss.
-func open(ctx context.Context, statics []Static, profile Profile, message1 []byte, random io.Reader) (hs *noise.HandshakeState, payload []byte, own [32]byte, err error) {
+// readMessage1 reads message 1 with the initiator's choice of the static keys. The results are the
+// handshake, the payload and the public key. With a wrong key the token s does not decrypt, and es
+// is the only exchange with the key. After a decryption of s the key is the right one and no
+// further key is tried, even after a later error. So a message costs at most one exchange for each
+// key, and one more for ss.
+func readMessage1(ctx context.Context, statics []Static, profile Profile, message1 []byte, random io.Reader) (
+	hs *noise.HandshakeState, payload []byte, own [32]byte, err error) {
 	for _, static := range statics {
 		if err := ctx.Err(); err != nil {
 			return nil, nil, own, err
 		}
-		t := &tried{Static: static}
+		t := &trackedStatic{Static: static}
 		if hs, err = newHandshake(ctx, t, profile, nil, random); err != nil {
 			return nil, nil, own, err
 		}
@@ -169,25 +187,29 @@ func open(ctx context.Context, statics []Static, profile Profile, message1 []byt
 	return nil, nil, own, err
 }
 
-// tried is a static key whose use in one handshake is watched.
-type tried struct {
+// trackedStatic records the uses of a static key in one handshake.
+type trackedStatic struct {
 	Static
 	exchanges int
-	failed    bool // an exchange gave no result: the device's failure, or a point of low order
+	failed    bool // an exchange failed: an error of the device, or a point of low order
 }
 
-func (t *tried) Exchange(ctx context.Context, peer [32]byte) (shared [32]byte, err error) {
+func (t *trackedStatic) Exchange(ctx context.Context, peer [32]byte) (shared [32]byte, err error) {
 	t.exchanges++
 	shared, err = t.Static.Exchange(ctx, peer)
 	t.failed = t.failed || err != nil
 	return shared, err
 }
 
-// Connect runs the initiator's side of the handshake with a responder whose static public key is known. payload is what
-// PubkyIdentity made for this static and server, or nil in CountersignV1. ctx bounds the whole handshake. A responder that
-// closes without an answer gives ErrHandshake: it does not know this peer, or does not take its identity, or it does not
-// hold the private key of server, or another profile is in use.
-func Connect(ctx context.Context, conn net.Conn, static Static, profile Profile, server [32]byte, payload []byte) (*Conn, error) {
+// Connect runs the initiator's side of the handshake with the responder of the static public key
+// server. payload is the result of PubkyIdentity for static and server, or nil in CountersignV1.
+// ctx bounds the whole handshake.
+//
+// A connection closed without a response gives ErrHandshake: the responder has not enrolled the
+// peer, refuses the peer's identity, does not have the private key of server, or uses another
+// profile.
+func Connect(ctx context.Context, conn net.Conn, static Static, profile Profile, server [32]byte, payload []byte) (
+	*Conn, error) {
 	c := newConn(conn)
 	if err := c.connect(ctx, static, profile, server, payload, nil); err != nil {
 		return nil, err
@@ -195,15 +217,17 @@ func Connect(ctx context.Context, conn net.Conn, static Static, profile Profile,
 	return c, nil
 }
 
-func (c *Conn) connect(ctx context.Context, static Static, profile Profile, server [32]byte, payload []byte, random io.Reader) error {
+// connect is Connect on c. random is the source of the ephemeral key in tests, and nil otherwise.
+func (c *Conn) connect(ctx context.Context, static Static, profile Profile, server [32]byte, payload []byte,
+	random io.Reader) error {
 	if !profile.Known() {
-		return fmt.Errorf("noise: there is no profile %q", string(profile))
+		return fmt.Errorf("noise: unknown profile %q: use %s or %s", string(profile), CountersignV1, PubkyV1)
 	}
 	if len(payload) > profile.maxPayload() || len(payload) == 0 && profile == PubkyV1 {
-		return fmt.Errorf("noise: a payload of %d bytes does not fit into profile %s", len(payload), profile)
+		return fmt.Errorf("noise: a payload of %d bytes is not valid in profile %s", len(payload), profile)
 	}
 	c.own, c.peer = static.Public(), server
-	defer c.deadlineOf(ctx)()
+	defer c.applyContext(ctx)()
 	hs, err := newHandshake(ctx, static, profile, server[:], random)
 	if err != nil {
 		return err
@@ -219,7 +243,8 @@ func (c *Conn) connect(ctx context.Context, static Static, profile Profile, serv
 	// <- e, ee, se
 	message2, err := c.readFrame(minMessage2, minMessage2)
 	if errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) || isReset(err) {
-		return fmt.Errorf("%w: it was closed without an answer: the server does not know this identity, or its key is another, or it can't serve now", ErrHandshake)
+		return fmt.Errorf("%w: the server has closed the connection without an answer: "+
+			"the server does not know this identity, or has another key, or can't serve now", ErrHandshake)
 	} else if err != nil {
 		return err
 	}
@@ -234,11 +259,12 @@ func (c *Conn) connect(ctx context.Context, static Static, profile Profile, serv
 // Peer returns the static public key of the other end.
 func (c *Conn) Peer() [32]byte { return c.peer }
 
-// Static returns the static public key of this end: of several, the one that the peer has shaken hands with.
+// Static returns the static public key of this end: of several keys, the one in the handshake.
 func (c *Conn) Static() [32]byte { return c.own }
 
-// Identity returns the Ed25519 public key that a peer of PubkyV1 has proven to Accept. Like Peer it can come from a
-// recorded message 1 until a first message has been read.
+// Identity returns the Ed25519 public key proven to Accept by a peer of PubkyV1. Before the first
+// transport message of the peer, an attacker may have replayed a recorded message 1, and neither
+// Identity nor Peer is proven yet.
 func (c *Conn) Identity() (ed25519 [32]byte, ok bool) {
 	if c.identity == nil {
 		return ed25519, false
@@ -246,14 +272,15 @@ func (c *Conn) Identity() (ed25519 [32]byte, ok bool) {
 	return *c.identity, true
 }
 
-// Await returns when the first byte of the next message is there, or the connection has ended (io.EOF). So that waiting and
-// reading can have deadlines of their own.
+// Await waits for the first byte of the next message, or for the end of the connection (io.EOF).
+// With Await a caller can set different deadlines for the wait and for the reading of a message.
 func (c *Conn) Await() error {
 	_, err := c.r.Peek(1)
 	return err
 }
 
-// ReadMessage returns the next message. io.EOF is a clean end between two messages.
+// ReadMessage returns the next message. The error io.EOF means a clean end of the connection
+// between two messages.
 func (c *Conn) ReadMessage() ([]byte, error) {
 	frame, err := c.readFrame(tagSize, MaxMessage)
 	if err != nil {
@@ -266,36 +293,44 @@ func (c *Conn) ReadMessage() ([]byte, error) {
 	return plain, nil
 }
 
-// WriteMessage sends one message of at most MaxPlaintext bytes. After any error but ErrTooLarge the connection is broken.
+// WriteMessage sends one message of at most MaxPlaintext bytes. After any error except ErrTooLarge
+// the connection is broken.
 func (c *Conn) WriteMessage(p []byte) error {
 	if len(p) > MaxPlaintext {
 		return ErrTooLarge
 	}
-	c.writing.Lock()
-	defer c.writing.Unlock()
+	c.writeMu.Lock()
+	defer c.writeMu.Unlock()
 	frame := binary.BigEndian.AppendUint32(c.buf[:0], uint32(len(p)+tagSize))
 	frame, err := c.out.Encrypt(frame, nil, p)
 	if err != nil {
 		return fmt.Errorf("noise: encrypt: %w", err)
 	}
 	c.buf = frame
-	if c.limit > 0 {
-		c.conn.SetWriteDeadline(time.Now().Add(c.limit))
+	if c.writeTimeout > 0 {
+		c.conn.SetWriteDeadline(time.Now().Add(c.writeTimeout))
 	}
 	_, err = c.conn.Write(frame)
 	return err
 }
 
-// SetReadDeadline bounds the reads to come; SetWriteLimit bounds each write to come.
+// SetReadDeadline sets the deadline of all later reads.
 func (c *Conn) SetReadDeadline(t time.Time) error { return c.conn.SetReadDeadline(t) }
-func (c *Conn) SetWriteLimit(limit time.Duration) { c.limit = limit }
-func (c *Conn) RemoteAddr() net.Addr              { return c.conn.RemoteAddr() }
-func (c *Conn) Close() error                      { return c.conn.Close() }
+
+// SetWriteLimit sets the timeout of each later write. The limit must be set before concurrent
+// writes.
+func (c *Conn) SetWriteLimit(limit time.Duration) { c.writeTimeout = limit }
+
+// RemoteAddr returns the network address of the other end.
+func (c *Conn) RemoteAddr() net.Addr { return c.conn.RemoteAddr() }
+
+// Close closes the connection.
+func (c *Conn) Close() error { return c.conn.Close() }
 
 func newConn(conn net.Conn) *Conn { return &Conn{conn: conn, r: bufio.NewReader(conn)} }
 
-// deadlineOf puts ctx's deadline and cancellation on the connection; the function that it returns lifts them.
-func (c *Conn) deadlineOf(ctx context.Context) (lift func()) {
+// applyContext applies ctx's deadline and cancellation to the connection, until the call of lift.
+func (c *Conn) applyContext(ctx context.Context) (lift func()) {
 	if t, ok := ctx.Deadline(); ok {
 		c.conn.SetDeadline(t)
 	}
@@ -307,16 +342,17 @@ func (c *Conn) deadlineOf(ctx context.Context) (lift func()) {
 	}
 }
 
-// readFrame returns a frame of least to most bytes, valid until the next call. The length is judged before anything is
-// allocated, the memory grows to the largest frame that a peer has really sent.
-func (c *Conn) readFrame(least, most int) ([]byte, error) {
+// readFrame returns a frame of minLen to maxLen bytes, valid until the next call. The length is
+// checked before the allocation of memory: the buffer has at most maxLen bytes, and grows with the
+// frames of the peer.
+func (c *Conn) readFrame(minLen, maxLen int) ([]byte, error) {
 	var header [4]byte
 	if _, err := io.ReadFull(c.r, header[:]); err != nil {
 		return nil, err
 	}
 	n := binary.BigEndian.Uint32(header[:])
-	if n < uint32(least) || n > uint32(most) {
-		return nil, fmt.Errorf("%w: %d bytes, expected %d to %d", ErrFrame, n, least, most)
+	if n < uint32(minLen) || n > uint32(maxLen) {
+		return nil, fmt.Errorf("%w: %d bytes, expected %d to %d", ErrFrame, n, minLen, maxLen)
 	}
 	if cap(c.frame) < int(n) {
 		c.frame = make([]byte, n)
@@ -331,18 +367,22 @@ func (c *Conn) readFrame(least, most int) ([]byte, error) {
 	return c.frame, nil
 }
 
+// writeFrame sends a message of the handshake.
 func (c *Conn) writeFrame(message []byte) error {
 	_, err := c.conn.Write(append(binary.BigEndian.AppendUint32(nil, uint32(len(message))), message...))
 	return err
 }
 
+// isReset reports an error of the network other than a timeout.
 func isReset(err error) bool {
 	var op *net.OpError
 	return errors.As(err, &op) && !op.Timeout()
 }
 
-// newHandshake prepares a handshake; with a server it is the initiator's. random is nil but for test vectors.
-func newHandshake(ctx context.Context, static Static, profile Profile, server []byte, random io.Reader) (*noise.HandshakeState, error) {
+// newHandshake prepares a handshake: the initiator's with a server, the responder's without. random
+// is nil except for test vectors.
+func newHandshake(ctx context.Context, static Static, profile Profile, server []byte, random io.Reader) (
+	*noise.HandshakeState, error) {
 	public := static.Public()
 	return noise.NewHandshakeState(noise.Config{
 		Random:        random,
@@ -350,16 +390,17 @@ func newHandshake(ctx context.Context, static Static, profile Profile, server []
 		Pattern:       noise.HandshakeIK,
 		Initiator:     server != nil,
 		Prologue:      []byte(profile),
-		StaticKeypair: noise.DHKey{Private: []byte(handle), Public: public[:]},
+		StaticKeypair: noise.DHKey{Private: []byte(staticHandle), Public: public[:]},
 		PeerStatic:    server,
 	})
 }
 
-// handle stands where flynn/noise expects our static private key; it hands it back to dh.DH as it is. Ephemeral keys
-// have 32 bytes, so the two can't be confused.
-const handle = "static"
+// staticHandle takes the place of the static private key in flynn/noise, which passes the value
+// unchanged to dh.DH. A handle has 6 bytes and an ephemeral private key 32, so dh.DH can tell them
+// apart.
+const staticHandle = "static"
 
-// dh is X25519 with the static private key behind Static. It lives for one handshake, whose context it carries.
+// dh is X25519 with the static private key in a Static, for one handshake with its context.
 type dh struct {
 	ctx    context.Context
 	static Static
@@ -370,7 +411,7 @@ func (d dh) GenerateKeypair(random io.Reader) (noise.DHKey, error) {
 }
 
 func (d dh) DH(private, public []byte) ([]byte, error) {
-	if string(private) != handle {
+	if string(private) != staticHandle {
 		return noise.DH25519.DH(private, public)
 	}
 	shared, err := d.static.Exchange(d.ctx, [32]byte(public))

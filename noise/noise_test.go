@@ -33,15 +33,17 @@ func identity(t testing.TB) *Identity {
 	return id
 }
 
-// vector is an IK exchange with fixed ephemeral keys. Both ends run with their static key behind our handle.
+// vector is an IK exchange with fixed ephemeral keys. Both ends use their static key through
+// staticHandle.
 type vector struct {
 	prologue                                 string
 	initStatic, initEph, respStatic, respEph []byte
-	payloads, ciphertexts                    [][]byte // handshake first, then alternating from the initiator
-	fromInit                                 []bool
+	payloads, ciphertexts                    [][]byte // messages 1 and 2, then the transport messages
+	fromInit                                 []bool   // whether the initiator sends the message
 	handshakeHash                            []byte
 }
 
+// run runs the exchange with flynn/noise alone, without frames.
 func (v vector) run(t *testing.T) {
 	initID, err := IdentityFrom(v.initStatic)
 	if err != nil {
@@ -107,10 +109,12 @@ func (v vector) run(t *testing.T) {
 	}
 }
 
+// TestPublicVectors runs the exchanges of a public file of test vectors, where the file is present.
 func TestPublicVectors(t *testing.T) {
 	b, err := os.ReadFile("../../shared/vectors/noise-ik-cacophony.json")
 	if errors.Is(err, os.ErrNotExist) {
-		t.Skip("the public Noise vectors are not part of this repository; put noise-ik-cacophony.json into ../shared/vectors to run them")
+		t.Skip("the public Noise vectors are not part of this repository; " +
+			"put noise-ik-cacophony.json into ../shared/vectors to run them")
 	} else if err != nil {
 		t.Fatal(err)
 	}
@@ -134,8 +138,10 @@ func TestPublicVectors(t *testing.T) {
 		if f.Protocol != "Noise_IK_25519_ChaChaPoly_BLAKE2s" {
 			continue
 		}
-		v := vector{prologue: string(unhex(t, f.Prologue)), initStatic: unhex(t, f.InitStatic), initEph: unhex(t, f.InitEph),
-			respStatic: unhex(t, f.RespStatic), respEph: unhex(t, f.RespEph), handshakeHash: unhex(t, f.Hash)}
+		v := vector{
+			prologue: string(unhex(t, f.Prologue)), initStatic: unhex(t, f.InitStatic), initEph: unhex(t, f.InitEph),
+			respStatic: unhex(t, f.RespStatic), respEph: unhex(t, f.RespEph), handshakeHash: unhex(t, f.Hash),
+		}
 		for i, m := range f.Messages {
 			v.payloads = append(v.payloads, unhex(t, m.Payload))
 			v.ciphertexts = append(v.ciphertexts, unhex(t, m.Ciphertext))
@@ -174,7 +180,7 @@ type accepted struct {
 	err  error
 }
 
-// accept runs Accept in the background and closes the connection when it fails, as a server must.
+// accept runs Accept in the background and closes the connection after an error, as a server must.
 func accept(t testing.TB, conn net.Conn, static Static, enrolled func([32]byte) bool) <-chan accepted {
 	ch := make(chan accepted, 1)
 	go func() {
@@ -189,6 +195,7 @@ func accept(t testing.TB, conn net.Conn, static Static, enrolled func([32]byte) 
 	return ch
 }
 
+// connected returns both ends of a connection after the handshake.
 func connected(t testing.TB) (client, server *Conn) {
 	t.Helper()
 	c, s := pair(t)
@@ -203,11 +210,12 @@ func connected(t testing.TB) (client, server *Conn) {
 		t.Fatal(a.err)
 	}
 	if a.conn.Peer() != clientID.Public() || client.Peer() != serverID.Public() {
-		t.Fatal("Peer() is somebody else")
+		t.Fatal("Peer() is another key")
 	}
 	return client, a.conn
 }
 
+// TestMessagesOfEverySize sends messages from 0 bytes to the limit, and one above the limit.
 func TestMessagesOfEverySize(t *testing.T) {
 	client, server := connected(t)
 	for _, n := range []int{0, 1, 2, 1000, MaxPlaintext - 1, MaxPlaintext} {
@@ -227,6 +235,8 @@ func TestMessagesOfEverySize(t *testing.T) {
 	}
 }
 
+// TestManyWritersOneReader checks that messages of concurrent writers arrive whole, and each
+// writer's in order.
 func TestManyWritersOneReader(t *testing.T) {
 	client, server := connected(t)
 	const writers, each = 8, 200
@@ -255,18 +265,21 @@ func TestManyWritersOneReader(t *testing.T) {
 	wg.Wait()
 }
 
+// TestStrangerGetsNotAByte checks that a peer without enrolment gets no response.
 func TestStrangerGetsNotAByte(t *testing.T) {
 	serverID := identity(t)
 	c, s := pair(t)
 	ch := accept(t, s, serverID, func([32]byte) bool { return false })
-	if _, err := Connect(t.Context(), c, identity(t), CountersignV1, serverID.Public(), nil); !errors.Is(err, ErrHandshake) {
+	_, err := Connect(t.Context(), c, identity(t), CountersignV1, serverID.Public(), nil)
+	if !errors.Is(err, ErrHandshake) {
 		t.Errorf("client: %v", err)
 	}
-	if a := <-ch; !errors.Is(a.err, ErrStranger) {
+	if a := <-ch; !errors.Is(a.err, ErrNotEnrolled) {
 		t.Errorf("server: %v", a.err)
 	}
 }
 
+// TestOtherKeyOrPrologueIsRefused connects with another server key, and with another prologue.
 func TestOtherKeyOrPrologueIsRefused(t *testing.T) {
 	enrolled := func([32]byte) bool {
 		t.Error("the enrolled set was asked about a peer that proved nothing")
@@ -275,7 +288,8 @@ func TestOtherKeyOrPrologueIsRefused(t *testing.T) {
 	serverID := identity(t)
 	c, s := pair(t)
 	ch := accept(t, s, serverID, enrolled)
-	if _, err := Connect(t.Context(), c, identity(t), CountersignV1, identity(t).Public(), nil); !errors.Is(err, ErrHandshake) {
+	_, err := Connect(t.Context(), c, identity(t), CountersignV1, identity(t).Public(), nil)
+	if !errors.Is(err, ErrHandshake) {
 		t.Errorf("another server key: %v", err)
 	}
 	<-ch
@@ -299,7 +313,8 @@ func TestOtherKeyOrPrologueIsRefused(t *testing.T) {
 	}
 }
 
-// TestFramesOfImpossibleLength: each is refused by its length alone.
+// TestFramesOfImpossibleLength checks that a frame with an invalid length is refused by the length
+// alone.
 func TestFramesOfImpossibleLength(t *testing.T) {
 	for _, n := range []uint32{0, 1, minMessage1 - 1, minMessage1 + 1, MaxMessage, MaxMessage + 1, 1 << 31, 1<<32 - 1} {
 		c, s := pair(t)
@@ -318,13 +333,13 @@ func TestFramesOfImpossibleLength(t *testing.T) {
 	}
 }
 
-// tamper flips one bit in the n-th byte that passes through it.
-type tamper struct {
+// tamperConn flips one bit of the written byte number at.
+type tamperConn struct {
 	net.Conn
 	at int
 }
 
-func (c *tamper) Write(p []byte) (int, error) {
+func (c *tamperConn) Write(p []byte) (int, error) {
 	if c.at >= 0 && c.at < len(p) {
 		p = bytes.Clone(p)
 		p[c.at] ^= 0x40
@@ -333,7 +348,8 @@ func (c *tamper) Write(p []byte) (int, error) {
 	return c.Conn.Write(p)
 }
 
-// TestEveryFlippedByteIsRefused changes each byte of message 1, message 2 and a transport message in turn.
+// TestEveryFlippedByteIsRefused changes each byte of message 1, message 2 and a transport message
+// in turn.
 func TestEveryFlippedByteIsRefused(t *testing.T) {
 	clientID, serverID := identity(t), identity(t)
 	enrolled := func(p [32]byte) bool { return p == clientID.Public() }
@@ -341,7 +357,7 @@ func TestEveryFlippedByteIsRefused(t *testing.T) {
 		c, s := pair(t)
 		ch := accept(t, s, serverID, enrolled)
 		ctx, cancel := context.WithTimeout(t.Context(), 5*time.Second)
-		client, err := Connect(ctx, &tamper{c, at}, clientID, CountersignV1, serverID.Public(), nil)
+		client, err := Connect(ctx, &tamperConn{c, at}, clientID, CountersignV1, serverID.Public(), nil)
 		cancel()
 		c.Close()
 		if a := <-ch; a.err == nil || err == nil {
@@ -350,10 +366,10 @@ func TestEveryFlippedByteIsRefused(t *testing.T) {
 	}
 	for at := range 4 + minMessage2 {
 		c, s := pair(t)
-		ch := accept(t, &tamper{s, at}, serverID, enrolled)
+		ch := accept(t, &tamperConn{s, at}, serverID, enrolled)
 		ctx, cancel := context.WithTimeout(t.Context(), 5*time.Second)
 		if at < 4 {
-			// A changed length may leave the client waiting for bytes; the deadline ends that.
+			// With a changed length the client may wait for more bytes, until the deadline.
 			ctx, cancel = context.WithTimeout(t.Context(), 100*time.Millisecond)
 		}
 		_, err := Connect(ctx, c, clientID, CountersignV1, serverID.Public(), nil)
@@ -365,7 +381,7 @@ func TestEveryFlippedByteIsRefused(t *testing.T) {
 	}
 	for at := 4; at < 4+5+tagSize; at++ {
 		client, server := connected(t)
-		client.conn = &tamper{client.conn, at}
+		client.conn = &tamperConn{client.conn, at}
 		client.WriteMessage([]byte("hello"))
 		if m, err := server.ReadMessage(); !errors.Is(err, ErrDecrypt) {
 			t.Fatalf("transport, byte %d: %q, %v", at, m, err)
@@ -373,31 +389,34 @@ func TestEveryFlippedByteIsRefused(t *testing.T) {
 	}
 }
 
+// TestReplayedTransportMessageIsRefused sends a transport message twice.
 func TestReplayedTransportMessageIsRefused(t *testing.T) {
 	client, server := connected(t)
 	var captured bytes.Buffer
-	client.conn = &tee{client.conn, &captured}
+	client.conn = &teeConn{client.conn, &captured}
 	client.WriteMessage([]byte("once"))
 	if _, err := server.ReadMessage(); err != nil {
 		t.Fatal(err)
 	}
-	client.conn.(*tee).Conn.Write(captured.Bytes())
+	client.conn.(*teeConn).Conn.Write(captured.Bytes())
 	if m, err := server.ReadMessage(); !errors.Is(err, ErrDecrypt) {
 		t.Errorf("replayed: %q, %v", m, err)
 	}
 }
 
-type tee struct {
+// teeConn copies all written bytes.
+type teeConn struct {
 	net.Conn
 	to *bytes.Buffer
 }
 
-func (c *tee) Write(p []byte) (int, error) {
+func (c *teeConn) Write(p []byte) (int, error) {
 	c.to.Write(p)
 	return c.Conn.Write(p)
 }
 
-// TestSilentPeerIsCutOff: the deadline of the context ends a handshake in which the other end says nothing.
+// TestSilentPeerIsCutOff checks that the context's deadline or cancellation ends a handshake with a
+// silent peer.
 func TestSilentPeerIsCutOff(t *testing.T) {
 	_, s := pair(t)
 	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Millisecond)
@@ -420,7 +439,8 @@ func TestSilentPeerIsCutOff(t *testing.T) {
 	}
 }
 
-// TestLowOrderEphemeral: a client that sends a point of low order would make the shared secret predictable.
+// TestLowOrderEphemeral sends a point of low order as the ephemeral key, which would make the
+// shared secret predictable.
 func TestLowOrderEphemeral(t *testing.T) {
 	c, s := pair(t)
 	ch := accept(t, s, identity(t), func([32]byte) bool { return true })

@@ -19,12 +19,13 @@ import (
 )
 
 const (
-	maxIdentity = 4096         // bytes of an identity payload
-	maxHint     = 256          // bytes of a hint
-	lastSecond  = 253402300799 // of the year 9999
+	maxIdentity = 4096         // limit of an identity payload in bytes
+	maxHint     = 256          // limit of a hint in bytes
+	lastSecond  = 253402300799 // the last second of the year 9999, Unix time
 )
 
-// identityPayload is the payload of message 1 in PubkyV1, in both of its generations. The legacy one has NoiseKey and Epoch.
+// identityPayload is the payload of message 1 in PubkyV1, of both generations: v25 and legacy. Only
+// the legacy generation has NoiseKey and Epoch.
 type identityPayload struct {
 	PublicKey   octets  `json:"ed25519_pub"`
 	NoiseKey    octets  `json:"noise_x25519_pub,omitzero"` // legacy
@@ -38,7 +39,7 @@ type identityPayload struct {
 
 func (p *identityPayload) legacy() bool { return p.Epoch != nil }
 
-// parseIdentity reads a payload of an initiator strictly. Whom it is of is not looked at.
+// parseIdentity parses an initiator's payload strictly, without checking the signature.
 func parseIdentity(b []byte) (*identityPayload, error) {
 	o, err := ijson.Parse(b)
 	if err != nil {
@@ -63,23 +64,25 @@ func parseIdentity(b []byte) (*identityPayload, error) {
 	case p.legacy() && len(p.NoiseKey) != 32:
 		return nil, errors.New("noise_x25519_pub: must have 32 bytes")
 	case p.legacy() && *p.Epoch != 0:
-		return nil, errors.New("epoch: must be 0") // the signature covers a 0, whatever stands here
+		return nil, errors.New("epoch: must be 0") // the signature always covers a 0
 	case p.Role != "Client":
 		return nil, errors.New("role: an initiator must be a Client")
 	case p.Hint != nil && (len(*p.Hint) > maxHint || strings.ContainsFunc(*p.Hint, unicode.IsControl)):
 		return nil, errors.New("server_hint: must have at most 256 bytes and no control characters")
 	}
-	// Legacy signs hint and expiry one after the other without lengths. An expiry up to the year 9999 has zero bytes, which no
-	// hint has: what was signed reads back in one way only.
+	// A legacy signature covers hint and expiry one after the other, without lengths. The encoding
+	// is unambiguous nevertheless: an expiry up to the year 9999 has zero bytes, and a hint never
+	// has any.
 	for _, t := range []*int64{p.HintExpires, p.Expires} {
 		if t != nil && (*t < 0 || *t > lastSecond) {
-			return nil, errors.New("the expiry must be in Unix seconds, of the year 9999 at the latest")
+			return nil, fmt.Errorf("the expiry %d must be in Unix seconds, of the year 9999 at the latest", *t)
 		}
 	}
 	return p, nil
 }
 
-// binding returns what the identity signs: that local, the initiator's static key, is its own towards remote.
+// binding returns the message for the identity's signature. The signature proves that the
+// initiator's static key local belongs to the identity, towards the responder's static key remote.
 func (p *identityPayload) binding(local, remote [32]byte) [32]byte {
 	if !p.legacy() {
 		b := append([]byte("pubky-noise-binding/v1"), p.PublicKey...)
@@ -101,8 +104,9 @@ func (p *identityPayload) binding(local, remote [32]byte) [32]byte {
 	return blake2s.Sum256(b)
 }
 
-// checkIdentity judges the payload of an initiator with the static key local, which the handshake has proven, at the
-// responder with remote, and returns the Ed25519 key that it proves. Its only error is ErrIdentity, with a reason for the log.
+// checkIdentity checks an initiator's payload and returns the proven Ed25519 key. local is the
+// initiator's static key from the handshake, remote the responder's. Every error wraps ErrIdentity
+// and has a reason for the log.
 func checkIdentity(payload []byte, local, remote [32]byte, now time.Time) (*[32]byte, error) {
 	p, err := parseIdentity(payload)
 	if err != nil {
@@ -117,15 +121,17 @@ func checkIdentity(payload []byte, local, remote [32]byte, now time.Time) (*[32]
 	}
 	for _, t := range []*int64{p.HintExpires, p.Expires} {
 		if t != nil && now.Unix() > *t {
-			return nil, fmt.Errorf("%w: it has expired", ErrIdentity)
+			return nil, fmt.Errorf("%w: the payload has expired: its last second was %d, now is %d",
+				ErrIdentity, *t, now.Unix())
 		}
 	}
 	return (*[32]byte)(p.PublicKey), nil
 }
 
-// PubkyIdentity makes the payload with which Connect proves in PubkyV1 that static belongs to an Ed25519 key. It holds for
-// this static and this server, for any number of connections. hint is for the server's routing and may be empty; a zero expires
-// is none.
+// PubkyIdentity makes the payload of Connect in PubkyV1, which proves that static belongs to the
+// signer's Ed25519 key. The payload is valid for one static key and one server, and for any number
+// of connections. hint is for the server's routing and may be empty. A zero expires stands for no
+// expiry.
 func PubkyIdentity(signer crypto.Signer, static, server [32]byte, hint string, expires time.Time) ([]byte, error) {
 	public, ok := signer.Public().(ed25519.PublicKey)
 	if !ok {
@@ -148,14 +154,15 @@ func PubkyIdentity(signer crypto.Signer, static, server [32]byte, hint string, e
 	if err != nil {
 		return nil, fmt.Errorf("noise: encode the identity: %w", err)
 	}
-	// What a server would refuse is found here, and so is a device that signs wrongly.
+	// Check the payload as a server would: a fault of the arguments or of the signer's device is
+	// reported here.
 	if _, err := checkIdentity(b, static, server, time.Now()); err != nil {
 		return nil, err
 	}
 	return b, nil
 }
 
-// octets are bytes as JSON shows them in an identity payload: an array of numbers from 0 to 255.
+// octets are bytes encoded in JSON as an array of numbers from 0 to 255.
 type octets []byte
 
 func (o octets) MarshalJSON() ([]byte, error) {
@@ -167,7 +174,7 @@ func (o octets) MarshalJSON() ([]byte, error) {
 }
 
 func (o *octets) UnmarshalJSON(b []byte) error {
-	var numbers []*uint8 // pointers: a null would be taken for 0
+	var numbers []*uint8 // pointers tell null from 0
 	if err := json.Unmarshal(b, &numbers); err != nil {
 		return errNumbers
 	}

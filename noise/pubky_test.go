@@ -19,7 +19,7 @@ import (
 	jsonv2 "github.com/go-json-experiment/json"
 )
 
-// exchange is one whole exchange of testdata/pubky-noise.json.
+// exchange is an entry of testdata/pubky-noise.json: a handshake and transport messages.
 type exchange struct {
 	Generation, Prologue, Msg1, Msg2 string
 	InitSeed                         string `json:"init_seed"`
@@ -49,11 +49,19 @@ func exchanges(t testing.TB) []exchange {
 	return file.Handshakes
 }
 
-// vector is the exchange as vector.run wants it: with flynn/noise alone.
+// vector returns the exchange as a vector.
 func (x exchange) vector(t testing.TB) vector {
-	v := vector{prologue: x.Prologue, initStatic: unhex(t, x.InitStatic), initEph: unhex(t, x.InitEph),
-		respStatic: unhex(t, x.RespStatic), respEph: unhex(t, x.RespEph), handshakeHash: unhex(t, x.SessionID),
-		payloads: [][]byte{[]byte(x.Payload), nil}, ciphertexts: [][]byte{unhex(t, x.Msg1), unhex(t, x.Msg2)}, fromInit: []bool{true, false}}
+	v := vector{
+		prologue:      x.Prologue,
+		initStatic:    unhex(t, x.InitStatic),
+		initEph:       unhex(t, x.InitEph),
+		respStatic:    unhex(t, x.RespStatic),
+		respEph:       unhex(t, x.RespEph),
+		handshakeHash: unhex(t, x.SessionID),
+		payloads:      [][]byte{[]byte(x.Payload), nil},
+		ciphertexts:   [][]byte{unhex(t, x.Msg1), unhex(t, x.Msg2)},
+		fromInit:      []bool{true, false},
+	}
 	for _, m := range x.Transport {
 		v.payloads = append(v.payloads, []byte(m.Plaintext))
 		v.ciphertexts = append(v.ciphertexts, unhex(t, m.Ciphertext))
@@ -62,6 +70,10 @@ func (x exchange) vector(t testing.TB) vector {
 	return v
 }
 
+// testKey returns the Ed25519 key with a seed of 32 equal bytes.
+func testKey(b byte) ed25519.PrivateKey { return ed25519.NewKeyFromSeed(bytes.Repeat([]byte{b}, 32)) }
+
+// private returns the static key pair of a private key.
 func private(t testing.TB, key []byte) *Identity {
 	t.Helper()
 	id, err := IdentityFrom(key)
@@ -71,7 +83,7 @@ func private(t testing.TB, key []byte) *Identity {
 	return id
 }
 
-// framed is a message, or several, as frames.
+// framed returns messages as frames.
 func framed(messages ...[]byte) (b []byte) {
 	for _, m := range messages {
 		b = append(binary.BigEndian.AppendUint32(b, uint32(len(m))), m...)
@@ -79,23 +91,26 @@ func framed(messages ...[]byte) (b []byte) {
 	return b
 }
 
-// runThrough runs an exchange through Accept and Connect, byte for byte, and returns the responder's end.
+// runThrough runs an exchange through Accept and Connect, compares every byte and returns the
+// responder's end.
 func (v vector) runThrough(t *testing.T, profile Profile) *Conn {
 	t.Helper()
-	v.run(t) // with the handshake hash, which Accept and Connect do not show
+	v.run(t) // checks the handshake hash, which Accept and Connect don't return
 	initID, respID := private(t, v.initStatic), private(t, v.respStatic)
 	c, s := pair(t)
 	var sent, answered bytes.Buffer
-	client, server := newConn(&tee{c, &sent}), newConn(&tee{s, &answered})
+	client, server := newConn(&teeConn{c, &sent}), newConn(&teeConn{s, &answered})
 	done := make(chan error, 1)
 	go func() {
-		err := server.accept(t.Context(), []Static{respID}, profile, nil, func(p [32]byte) bool { return p == initID.Public() }, bytes.NewReader(v.respEph))
+		enrolled := func(p [32]byte) bool { return p == initID.Public() }
+		err := server.accept(t.Context(), []Static{respID}, profile, nil, enrolled, bytes.NewReader(v.respEph))
 		if err != nil {
 			s.Close()
 		}
 		done <- err
 	}()
-	if err := client.connect(t.Context(), initID, profile, respID.Public(), v.payloads[0], bytes.NewReader(v.initEph)); err != nil {
+	ephemeral := bytes.NewReader(v.initEph)
+	if err := client.connect(t.Context(), initID, profile, respID.Public(), v.payloads[0], ephemeral); err != nil {
 		t.Fatal(err, <-done)
 	}
 	if err := <-done; err != nil {
@@ -132,6 +147,8 @@ func (v vector) runThrough(t *testing.T, profile Profile) *Conn {
 	return server
 }
 
+// TestPubkyVectors runs the exchanges of testdata/pubky-noise.json, and makes their identity
+// payloads.
 func TestPubkyVectors(t *testing.T) {
 	for _, x := range exchanges(t) {
 		t.Run(x.Generation, func(t *testing.T) {
@@ -146,7 +163,8 @@ func TestPubkyVectors(t *testing.T) {
 				t.Fatal(err)
 			}
 			local, remote := private(t, v.initStatic).Public(), private(t, v.respStatic).Public()
-			if b := p.binding(local, remote); !bytes.Equal(b[:], unhex(t, x.Binding)) || p.legacy() != (x.Generation == "legacy") {
+			b := p.binding(local, remote)
+			if !bytes.Equal(b[:], unhex(t, x.Binding)) || p.legacy() != (x.Generation == "legacy") {
 				t.Errorf("binding %x, legacy %t", b, p.legacy())
 			}
 			made, err := PubkyIdentity(key, local, remote, "", time.Time{})
@@ -160,17 +178,19 @@ func TestPubkyVectors(t *testing.T) {
 	}
 }
 
-// newPayload is a v25 payload without a signature; legacyForm makes it a legacy one.
+// newPayload returns a v25 payload without a signature.
 func newPayload(key ed25519.PrivateKey, local [32]byte) identityPayload {
 	return identityPayload{PublicKey: octets(key.Public().(ed25519.PublicKey)), Role: "Client"}
 }
 
+// legacyForm returns a v25 payload as a legacy payload.
 func (p identityPayload) legacyForm(local [32]byte) identityPayload {
 	p.NoiseKey, p.Epoch, p.Expires, p.HintExpires = local[:], new(uint32), p.HintExpires, nil
 	return p
 }
 
-// signed is the JSON of a payload with a signature over what p binds, whatever that is.
+// signed returns the JSON of a payload with a valid signature over the payload's binding, even for
+// an invalid payload.
 func (p identityPayload) signed(t testing.TB, key ed25519.PrivateKey, local, remote [32]byte) []byte {
 	t.Helper()
 	b := p.binding(local, remote)
@@ -178,6 +198,7 @@ func (p identityPayload) signed(t testing.TB, key ed25519.PrivateKey, local, rem
 	return p.encode(t)
 }
 
+// encode returns the JSON of a payload.
 func (p identityPayload) encode(t testing.TB) []byte {
 	t.Helper()
 	b, err := jsonv2.Marshal(p)
@@ -187,34 +208,41 @@ func (p identityPayload) encode(t testing.TB) []byte {
 	return b
 }
 
-// knocked is what came of a first flight at a listener.
-type knocked struct {
+// acceptResult is the result of Accept on given input.
+type acceptResult struct {
 	conn  *Conn
 	err   error
-	sent  []byte // by the listener
-	asked int    // about the enrolment
+	sent  []byte // the response
+	asked int    // number of calls of enrolled
 }
 
-// still is a connection on which a peer has said something and then closed its half.
-type still struct {
+// scriptedConn is a connection with given input, which records the output. The peer has closed its
+// half.
+type scriptedConn struct {
 	net.Conn
-	said *bytes.Reader
-	sent []byte
+	input *bytes.Reader
+	sent  []byte
 }
 
-func (s *still) Read(p []byte) (int, error)       { return s.said.Read(p) }
-func (s *still) Write(p []byte) (int, error)      { s.sent = append(s.sent, p...); return len(p), nil }
-func (s *still) SetDeadline(time.Time) error      { return nil }
-func (s *still) SetWriteDeadline(time.Time) error { return nil }
+func (s *scriptedConn) Read(p []byte) (int, error) { return s.input.Read(p) }
+func (s *scriptedConn) Write(p []byte) (int, error) {
+	s.sent = append(s.sent, p...)
+	return len(p), nil
+}
+func (s *scriptedConn) SetDeadline(time.Time) error      { return nil }
+func (s *scriptedConn) SetWriteDeadline(time.Time) error { return nil }
 
-func knock(static Static, profile Profile, said []byte, admit func(context.Context) error, enrolled bool) (k knocked) {
-	s := &still{said: bytes.NewReader(said)}
-	k.conn, k.err = Accept(context.Background(), s, []Static{static}, profile, admit, func([32]byte) bool { k.asked++; return enrolled })
+// acceptBytes runs Accept on given input.
+func acceptBytes(static Static, profile Profile, input []byte, admit func(context.Context) error, enrolled bool) (
+	k acceptResult) {
+	s := &scriptedConn{input: bytes.NewReader(input)}
+	isEnrolled := func([32]byte) bool { k.asked++; return enrolled }
+	k.conn, k.err = Accept(context.Background(), s, []Static{static}, profile, admit, isEnrolled)
 	k.sent = s.sent
 	return k
 }
 
-// message1 is a first message with any payload, also one that Connect would not send.
+// message1 returns a message 1 with any payload, including payloads refused by Connect.
 func message1(t testing.TB, static *Identity, prologue Profile, server [32]byte, payload []byte) []byte {
 	t.Helper()
 	hs, err := newHandshake(context.Background(), static, prologue, server[:], nil)
@@ -230,12 +258,12 @@ func message1(t testing.TB, static *Identity, prologue Profile, server [32]byte,
 
 func ref[T any](v T) *T { return &v }
 
-// TestIdentityRefused spoils a good payload in one place at a time.
+// TestIdentityRefused makes one fault at a time in a valid payload.
 func TestIdentityRefused(t *testing.T) {
 	me, server := identity(t), identity(t)
 	local, remote := me.Public(), server.Public()
-	key := ed25519.NewKeyFromSeed(bytes.Repeat([]byte{7}, 32))
-	other := ed25519.NewKeyFromSeed(bytes.Repeat([]byte{8}, 32))
+	key := testKey(7)
+	other := testKey(8)
 	stranger := identity(t).Public()
 	v25 := newPayload(key, local)
 	legacy := v25.legacyForm(local)
@@ -245,7 +273,7 @@ func TestIdentityRefused(t *testing.T) {
 	sign := func(p identityPayload) []byte { return p.signed(t, key, local, remote) }
 	edited := func(p identityPayload, edit func(*identityPayload)) identityPayload { edit(&p); return p }
 	with := func(p identityPayload, edit func(*identityPayload)) []byte { return sign(edited(p, edit)) }
-	// after edits what has been signed.
+	// after edits a payload after its signature.
 	after := func(p identityPayload, edit func(*identityPayload)) []byte {
 		b := p.binding(local, remote)
 		p.Signature = ed25519.Sign(key, b[:])
@@ -260,6 +288,7 @@ func TestIdentityRefused(t *testing.T) {
 		return []byte(strings.Replace(s, old, new, 1))
 	}
 	hint := func(s string) func(*identityPayload) { return func(p *identityPayload) { p.Hint = &s } }
+	expires := func(at *int64) func(*identityPayload) { return func(p *identityPayload) { p.Expires = at } }
 	small := append([]byte{1}, make([]byte, 31)...) // the neutral point
 
 	type payloads map[string][]byte
@@ -272,18 +301,22 @@ func TestIdentityRefused(t *testing.T) {
 		"v25, null expiry":        text(v25, `"server_hint":null`, `"hint_expires_at":null`),
 		"legacy, null expiry":     text(legacy, `"server_hint":null`, `"expires_at":null`),
 		"v25, the largest":        append(sign(v25), bytes.Repeat([]byte(" "), maxIdentity-len(sign(v25)))...),
-		// What v25 does not sign: who holds the static key may say about the hint what it likes.
+		// The v25 signature does not cover the hint: the owner of the static key may change the
+		// hint.
 		"v25, another hint": after(v25, func(p *identityPayload) { p.Hint, p.HintExpires = ref("elsewhere"), far }),
 	}
 	bad := payloads{
-		"empty": nil, "null": []byte("null"), "object": []byte("{}"), "array": []byte("[]"), "request": []byte(`{"id":"1","op":"ping"}`),
+		"empty": nil, "null": []byte("null"), "object": []byte("{}"), "array": []byte("[]"),
+		"request": []byte(`{"id":"1","op":"ping"}`),
 
 		"v25, bit of the signature":    after(v25, func(p *identityPayload) { p.Signature[3] ^= 1 }),
 		"legacy, bit of the signature": after(legacy, func(p *identityPayload) { p.Signature[40] ^= 1 }),
 		"v25, signed by another":       v25.signed(t, other, local, remote),
 		"legacy, signed by another":    legacy.signed(t, other, local, remote),
-		"v25, another identity":        after(v25, func(p *identityPayload) { p.PublicKey = octets(other.Public().(ed25519.PublicKey)) }),
-		"v25, small order":             with(v25, func(p *identityPayload) { p.PublicKey = small }),
+		"v25, another identity": after(v25, func(p *identityPayload) {
+			p.PublicKey = octets(other.Public().(ed25519.PublicKey))
+		}),
+		"v25, small order": with(v25, func(p *identityPayload) { p.PublicKey = small }),
 		"v25, small order, by all": after(v25, func(p *identityPayload) {
 			p.PublicKey, p.Signature = small, slices.Concat(small, make([]byte, 32))
 		}),
@@ -305,8 +338,8 @@ func TestIdentityRefused(t *testing.T) {
 		"v25, no role":        text(v25, `"role":"Client",`, ``),
 		"v25, expired":        with(v25, func(p *identityPayload) { p.HintExpires = ref(now - 1) }),
 		"legacy, expired":     with(legacy, func(p *identityPayload) { p.Expires = ref(now - 1) }),
-		"legacy, longer life": after(edited(legacy, func(p *identityPayload) { p.Expires = ref(now - 1) }), func(p *identityPayload) { p.Expires = far }),
-		"legacy, no end":      after(edited(legacy, func(p *identityPayload) { p.Expires = far }), func(p *identityPayload) { p.Expires = nil }),
+		"legacy, longer life": after(edited(legacy, expires(ref(now-1))), expires(far)),
+		"legacy, no end":      after(edited(legacy, expires(far)), expires(nil)),
 		"legacy, other hint":  after(edited(legacy, hint("a")), hint("b")),
 		"v25, end of legacy":  with(v25, func(p *identityPayload) { p.Expires = far }),
 		"legacy, end of v25":  with(legacy, func(p *identityPayload) { p.HintExpires = far }),
@@ -355,7 +388,7 @@ func TestIdentityRefused(t *testing.T) {
 		"v25, null key":       after(v25, func(p *identityPayload) { p.PublicKey = nil }),
 	}
 	for name, payload := range good {
-		k := knock(server, PubkyV1, framed(message1(t, me, PubkyV1, remote, payload)), nil, true)
+		k := acceptBytes(server, PubkyV1, framed(message1(t, me, PubkyV1, remote, payload)), nil, true)
 		if k.err != nil || len(k.sent) != 4+minMessage2 {
 			t.Errorf("%s: %v, %d bytes sent\n%s", name, k.err, len(k.sent), payload)
 		} else if id, ok := k.conn.Identity(); !ok || string(id[:]) != string(key.Public().(ed25519.PublicKey)) {
@@ -364,25 +397,27 @@ func TestIdentityRefused(t *testing.T) {
 	}
 	for name, payload := range bad {
 		m := framed(message1(t, me, PubkyV1, remote, payload))
-		k := knock(server, PubkyV1, m, nil, true)
-		if !errors.Is(k.err, ErrIdentity) || !errors.Is(k.err, ErrHandshake) || k.conn != nil || len(k.sent) != 0 || k.asked != 1 {
+		k := acceptBytes(server, PubkyV1, m, nil, true)
+		if !errors.Is(k.err, ErrIdentity) || !errors.Is(k.err, ErrHandshake) || k.conn != nil ||
+			len(k.sent) != 0 || k.asked != 1 {
 			t.Errorf("%s: %v, %d bytes sent, asked %d times\n%s", name, k.err, len(k.sent), k.asked, payload)
 		}
-		if k := knock(server, PubkyV1, m, nil, false); k.err != ErrStranger || len(k.sent) != 0 {
+		if k := acceptBytes(server, PubkyV1, m, nil, false); k.err != ErrNotEnrolled || len(k.sent) != 0 {
 			t.Errorf("%s, of a stranger: %v, %d bytes sent", name, k.err, len(k.sent))
 		}
 	}
 	for name, payload := range good {
-		if k := knock(server, PubkyV1, framed(message1(t, me, PubkyV1, remote, payload)), nil, false); k.err != ErrStranger || len(k.sent) != 0 {
+		m := framed(message1(t, me, PubkyV1, remote, payload))
+		if k := acceptBytes(server, PubkyV1, m, nil, false); k.err != ErrNotEnrolled || len(k.sent) != 0 {
 			t.Errorf("%s, of a stranger: %v, %d bytes sent", name, k.err, len(k.sent))
 		}
 	}
 }
 
-// TestExpiryIsTheLastSecond: the payload holds in the second that it names.
+// TestExpiryIsTheLastSecond checks that a payload is valid during the second of its expiry.
 func TestExpiryIsTheLastSecond(t *testing.T) {
 	local, remote := identity(t).Public(), identity(t).Public()
-	key := ed25519.NewKeyFromSeed(bytes.Repeat([]byte{7}, 32))
+	key := testKey(7)
 	v25 := newPayload(key, local)
 	v25.HintExpires = ref[int64](2_000_000_000)
 	for _, p := range []identityPayload{v25, v25.legacyForm(local)} {
@@ -390,27 +425,34 @@ func TestExpiryIsTheLastSecond(t *testing.T) {
 		if _, err := checkIdentity(b, local, remote, time.Unix(2_000_000_000, 999_999_999)); err != nil {
 			t.Error(err)
 		}
-		if id, err := checkIdentity(b, local, remote, time.Unix(2_000_000_001, 0)); !errors.Is(err, ErrIdentity) || id != nil {
+		id, err := checkIdentity(b, local, remote, time.Unix(2_000_000_001, 0))
+		if !errors.Is(err, ErrIdentity) || id != nil {
 			t.Errorf("%x, %v", id, err)
 		}
 	}
 }
 
+// TestOctets reads arrays of numbers, valid and invalid ones.
 func TestOctets(t *testing.T) {
 	var o octets
 	if err := o.UnmarshalJSON([]byte("[0, 1,255]")); err != nil || !bytes.Equal(o, []byte{0, 1, 255}) {
 		t.Errorf("%v, %v", o, err)
 	}
-	for _, text := range []string{"[null]", "[-0]", "[0.0]", "[0e0]", "[00]", "[\"0\"]", "[[0]]", "[256]", "[-1]", "[true]", "[0,]", "\"AA\"", "{}", "0"} {
+	for _, text := range []string{
+		"[null]", "[-0]", "[0.0]", "[0e0]", "[00]", `["0"]`, "[[0]]", "[256]", "[-1]", "[true]", "[0,]",
+		`"AA"`, "{}", "0",
+	} {
 		if err := o.UnmarshalJSON([]byte(text)); err != errNumbers {
 			t.Errorf("%s is read as %v, %v", text, o, err)
 		}
 	}
 }
 
+// TestPubkyIdentityRefuses makes payloads with invalid arguments, and with a signer that signs
+// another message.
 func TestPubkyIdentityRefuses(t *testing.T) {
 	static, server := identity(t).Public(), identity(t).Public()
-	key := ed25519.NewKeyFromSeed(bytes.Repeat([]byte{7}, 32))
+	key := testKey(7)
 	for _, hint := range []string{strings.Repeat("x", maxHint+1), "a\tb", "\xff"} {
 		if b, err := PubkyIdentity(key, static, server, hint, time.Time{}); err == nil {
 			t.Errorf("hint %q: %s", hint, b)
@@ -419,25 +461,27 @@ func TestPubkyIdentityRefuses(t *testing.T) {
 	if b, err := PubkyIdentity(key, static, server, "", time.Now().Add(-time.Minute)); !errors.Is(err, ErrIdentity) {
 		t.Errorf("expired: %s, %v", b, err)
 	}
-	if b, err := PubkyIdentity(liar{key}, static, server, "", time.Time{}); !errors.Is(err, ErrIdentity) {
+	if b, err := PubkyIdentity(wrongSigner{key}, static, server, "", time.Time{}); !errors.Is(err, ErrIdentity) {
 		t.Errorf("a signer that signs something else: %s, %v", b, err)
 	}
-	if b, err := PubkyIdentity(key, static, server, strings.Repeat("\\", maxHint), time.Now().Add(time.Hour)); err != nil || len(b) > maxIdentity {
+	b, err := PubkyIdentity(key, static, server, strings.Repeat("\\", maxHint), time.Now().Add(time.Hour))
+	if err != nil || len(b) > maxIdentity {
 		t.Errorf("the longest: %d bytes, %v", len(b), err)
 	}
 }
 
-type liar struct{ ed25519.PrivateKey }
+// wrongSigner signs another message than the given one.
+type wrongSigner struct{ ed25519.PrivateKey }
 
-func (l liar) Sign(random io.Reader, message []byte, o crypto.SignerOpts) ([]byte, error) {
+func (l wrongSigner) Sign(random io.Reader, message []byte, o crypto.SignerOpts) ([]byte, error) {
 	return l.PrivateKey.Sign(random, append([]byte("x"), message...), o)
 }
 
-// TestProfilesDoNotMix: each listener refuses the first message of the other profile.
+// TestProfilesDoNotMix checks that each profile refuses the other profile's message 1.
 func TestProfilesDoNotMix(t *testing.T) {
 	me, server := identity(t), identity(t)
 	remote := server.Public()
-	payload, err := PubkyIdentity(ed25519.NewKeyFromSeed(bytes.Repeat([]byte{7}, 32)), me.Public(), remote, "", time.Time{})
+	payload, err := PubkyIdentity(testKey(7), me.Public(), remote, "", time.Time{})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -448,15 +492,21 @@ func TestProfilesDoNotMix(t *testing.T) {
 		message1 []byte
 		want     error
 	}{
-		{"a countersign client at a pubky listener", PubkyV1, message1(t, me, CountersignV1, remote, nil), ErrHandshake},
-		{"a payload under the other prologue at a pubky listener", PubkyV1, message1(t, me, CountersignV1, remote, payload), ErrHandshake},
+		{"a countersign client at a pubky listener", PubkyV1,
+			message1(t, me, CountersignV1, remote, nil), ErrHandshake},
+		{"a payload under the other prologue at a pubky listener", PubkyV1,
+			message1(t, me, CountersignV1, remote, payload), ErrHandshake},
 		{"a payload that is too large", PubkyV1, message1(t, me, PubkyV1, remote, oversize), ErrFrame},
-		{"a pubky client at a countersign listener", CountersignV1, message1(t, me, PubkyV1, remote, payload), ErrFrame},
-		{"the pubky prologue without a payload at a countersign listener", CountersignV1, message1(t, me, PubkyV1, remote, nil), ErrHandshake},
-		{"a payload at a countersign listener", CountersignV1, message1(t, me, CountersignV1, remote, payload), ErrFrame},
-		{"one byte at a countersign listener", CountersignV1, message1(t, me, CountersignV1, remote, []byte("x")), ErrFrame},
+		{"a pubky client at a countersign listener", CountersignV1,
+			message1(t, me, PubkyV1, remote, payload), ErrFrame},
+		{"the pubky prologue without a payload at a countersign listener", CountersignV1,
+			message1(t, me, PubkyV1, remote, nil), ErrHandshake},
+		{"a payload at a countersign listener", CountersignV1,
+			message1(t, me, CountersignV1, remote, payload), ErrFrame},
+		{"one byte at a countersign listener", CountersignV1,
+			message1(t, me, CountersignV1, remote, []byte("x")), ErrFrame},
 	} {
-		k := knock(server, c.listener, framed(c.message1), nil, true)
+		k := acceptBytes(server, c.listener, framed(c.message1), nil, true)
 		if !errors.Is(k.err, c.want) || errors.Is(k.err, ErrIdentity) || len(k.sent) != 0 || k.asked != 0 {
 			t.Errorf("%s: %v, %d bytes sent, asked %d times", c.name, k.err, len(k.sent), k.asked)
 		}
@@ -465,27 +515,30 @@ func TestProfilesDoNotMix(t *testing.T) {
 		profile Profile
 		payload []byte
 	}{{CountersignV1, payload}, {PubkyV1, nil}, {PubkyV1, oversize}, {"", nil}, {"countersign-v2", nil}} {
-		s := &still{said: bytes.NewReader(nil)}
-		if _, err := Connect(t.Context(), s, me, c.profile, remote, c.payload); err == nil || errors.Is(err, ErrHandshake) || len(s.sent) != 0 {
+		s := &scriptedConn{input: bytes.NewReader(nil)}
+		_, err := Connect(t.Context(), s, me, c.profile, remote, c.payload)
+		if err == nil || errors.Is(err, ErrHandshake) || len(s.sent) != 0 {
 			t.Errorf("profile %q with %d bytes: %v, %d bytes sent", c.profile, len(c.payload), err, len(s.sent))
 		}
 	}
-	if k := knock(server, "countersign-v2", framed(message1(t, me, "countersign-v2", remote, nil)), nil, true); k.err == nil || len(k.sent) != 0 {
-		t.Errorf("a profile that is none: %v", k.err)
+	m := framed(message1(t, me, "countersign-v2", remote, nil))
+	if k := acceptBytes(server, "countersign-v2", m, nil, true); k.err == nil || len(k.sent) != 0 {
+		t.Errorf("an unknown profile: %v", k.err)
 	}
 }
 
-// TestEveryFlippedByteOfAVector changes each byte of both messages of the exchanges in turn, length included.
+// TestEveryFlippedByteOfAVector changes each byte of both handshake messages in turn, the length
+// included.
 func TestEveryFlippedByteOfAVector(t *testing.T) {
 	for _, x := range exchanges(t) {
 		v := x.vector(t)
 		me, server := private(t, v.initStatic), private(t, v.respStatic)
 		flight1, flight2 := framed(v.ciphertexts[0]), framed(v.ciphertexts[1])
-		if k := knock(server, PubkyV1, flight1, nil, true); k.err != nil {
+		if k := acceptBytes(server, PubkyV1, flight1, nil, true); k.err != nil {
 			t.Fatal(k.err)
 		}
 		connect := func(answer []byte) error {
-			c := newConn(&still{said: bytes.NewReader(answer)})
+			c := newConn(&scriptedConn{input: bytes.NewReader(answer)})
 			return c.connect(t.Context(), me, PubkyV1, server.Public(), v.payloads[0], bytes.NewReader(v.initEph))
 		}
 		if err := connect(flight2); err != nil {
@@ -495,8 +548,10 @@ func TestEveryFlippedByteOfAVector(t *testing.T) {
 			for at := range flight1 {
 				b := bytes.Clone(flight1)
 				b[at] ^= mask
-				if k := knock(server, PubkyV1, b, nil, true); k.err == nil || len(k.sent) != 0 || k.asked != 0 || at >= 4 && !errors.Is(k.err, ErrHandshake) {
-					t.Fatalf("%s: message 1, byte %d ^ %#x: %v, %d bytes sent, asked %d times", x.Generation, at, mask, k.err, len(k.sent), k.asked)
+				k := acceptBytes(server, PubkyV1, b, nil, true)
+				if k.err == nil || len(k.sent) != 0 || k.asked != 0 || at >= 4 && !errors.Is(k.err, ErrHandshake) {
+					t.Fatalf("%s: message 1, byte %d ^ %#x: %v, %d bytes sent, asked %d times",
+						x.Generation, at, mask, k.err, len(k.sent), k.asked)
 				}
 			}
 			for at := range flight2 {
@@ -510,29 +565,30 @@ func TestEveryFlippedByteOfAVector(t *testing.T) {
 	}
 }
 
-// counted counts the uses of a private key.
-type counted struct {
+// countingKey counts the uses of a private key.
+type countingKey struct {
 	*Identity
 	uses int
 }
 
-func (c *counted) Exchange(ctx context.Context, peer [32]byte) ([32]byte, error) {
+func (c *countingKey) Exchange(ctx context.Context, peer [32]byte) ([32]byte, error) {
 	c.uses++
 	return c.Identity.Exchange(ctx, peer)
 }
 
-// TestAdmit: a limiter is asked about whole first messages of a possible length, and before the key is used.
+// TestAdmit checks that admit is called only for a whole message 1 of a valid length, and before
+// the use of the static key.
 func TestAdmit(t *testing.T) {
 	me, server := identity(t), identity(t)
 	remote := server.Public()
-	payload, err := PubkyIdentity(ed25519.NewKeyFromSeed(bytes.Repeat([]byte{7}, 32)), me.Public(), remote, "", time.Time{})
+	payload, err := PubkyIdentity(testKey(7), me.Public(), remote, "", time.Time{})
 	if err != nil {
 		t.Fatal(err)
 	}
 	full := errors.New("too many")
 	for profile, payload := range map[Profile][]byte{CountersignV1: nil, PubkyV1: payload} {
 		m := framed(message1(t, me, profile, remote, payload))
-		static := &counted{Identity: server}
+		static := &countingKey{Identity: server}
 		asked := 0
 		admit := func(answer error) func(context.Context) error {
 			return func(context.Context) error {
@@ -542,26 +598,31 @@ func TestAdmit(t *testing.T) {
 				return answer
 			}
 		}
-		if k := knock(static, profile, m, admit(full), true); !errors.Is(k.err, full) || errors.Is(k.err, ErrHandshake) || asked != 1 || static.uses != 0 || k.asked != 0 || len(k.sent) != 0 {
-			t.Errorf("%s: %v, admit asked %d times, key used %d times, %d bytes sent", profile, k.err, asked, static.uses, len(k.sent))
+		k := acceptBytes(static, profile, m, admit(full), true)
+		if !errors.Is(k.err, full) || errors.Is(k.err, ErrHandshake) || asked != 1 || static.uses != 0 ||
+			k.asked != 0 || len(k.sent) != 0 {
+			t.Errorf("%s: %v, admit asked %d times, key used %d times, %d bytes sent",
+				profile, k.err, asked, static.uses, len(k.sent))
 		}
-		if k := knock(static, profile, m, admit(nil), true); k.err != nil || asked != 2 || static.uses != 2 {
+		if k := acceptBytes(static, profile, m, admit(nil), true); k.err != nil || asked != 2 || static.uses != 2 {
 			t.Errorf("%s: %v, admit asked %d times, key used %d times", profile, k.err, asked, static.uses)
 		}
 		asked, static.uses = 0, 0
 		most := minMessage1 + profile.maxPayload()
 		for _, n := range []int{0, 1, minMessage1 - 1, most + 1, MaxMessage} {
-			if k := knock(static, profile, framed(make([]byte, n)), admit(nil), true); !errors.Is(k.err, ErrFrame) || len(k.sent) != 0 {
+			k := acceptBytes(static, profile, framed(make([]byte, n)), admit(nil), true)
+			if !errors.Is(k.err, ErrFrame) || len(k.sent) != 0 {
 				t.Errorf("%s: a frame of %d bytes: %v", profile, n, k.err)
 			}
 		}
 		for n := range m {
-			if k := knock(static, profile, m[:n], admit(nil), true); !errors.Is(k.err, io.EOF) && !errors.Is(k.err, io.ErrUnexpectedEOF) || len(k.sent) != 0 {
+			k := acceptBytes(static, profile, m[:n], admit(nil), true)
+			if !errors.Is(k.err, io.EOF) && !errors.Is(k.err, io.ErrUnexpectedEOF) || len(k.sent) != 0 {
 				t.Errorf("%s: the first %d bytes: %v", profile, n, k.err)
 			}
 		}
 		if asked != 0 || static.uses != 0 {
-			t.Errorf("%s: admit asked %d times, key used %d times for what was no message 1", profile, asked, static.uses)
+			t.Errorf("%s: admit asked %d times, key used %d times without a message 1", profile, asked, static.uses)
 		}
 	}
 }

@@ -3,7 +3,6 @@ package noise
 import (
 	"bytes"
 	"context"
-	"crypto/ed25519"
 	"errors"
 	"testing"
 	"time"
@@ -11,13 +10,13 @@ import (
 
 var errDevice = errors.New("the device is away")
 
-// flaky is a key whose device fails from a certain exchange on, counted from 1.
-type flaky struct {
-	counted
+// failingKey is a key on a device that fails from exchange number fails on, counted from 1.
+type failingKey struct {
+	countingKey
 	fails int
 }
 
-func (f *flaky) Exchange(ctx context.Context, peer [32]byte) ([32]byte, error) {
+func (f *failingKey) Exchange(ctx context.Context, peer [32]byte) ([32]byte, error) {
 	if err := ctx.Err(); err != nil {
 		return [32]byte{}, err
 	}
@@ -25,18 +24,20 @@ func (f *flaky) Exchange(ctx context.Context, peer [32]byte) ([32]byte, error) {
 		f.uses++
 		return [32]byte{}, errDevice
 	}
-	return f.counted.Exchange(ctx, peer)
+	return f.countingKey.Exchange(ctx, peer)
 }
 
-// knockAt is knock at a listener with several keys.
-func knockAt(ctx context.Context, statics []Static, profile Profile, said []byte, enrolled bool) (k knocked) {
-	s := &still{said: bytes.NewReader(said)}
+// acceptBytesWith is acceptBytes with several static keys and without admit.
+func acceptBytesWith(ctx context.Context, statics []Static, profile Profile, input []byte, enrolled bool) (
+	k acceptResult) {
+	s := &scriptedConn{input: bytes.NewReader(input)}
 	k.conn, k.err = Accept(ctx, s, statics, profile, nil, func([32]byte) bool { k.asked++; return enrolled })
 	k.sent = s.sent
 	return k
 }
 
-// TestSeveralStatics: each key answers what was made for it; what was made for none is refused after one exchange with each.
+// TestSeveralStatics accepts with three static keys. Each key responds to its own messages. A
+// message for another key is refused after one exchange with each of the three.
 func TestSeveralStatics(t *testing.T) {
 	me := identity(t)
 	keys := []*Identity{identity(t), identity(t), identity(t)}
@@ -46,21 +47,21 @@ func TestSeveralStatics(t *testing.T) {
 			if profile == CountersignV1 {
 				return message1(t, me, profile, server, nil)
 			}
-			payload, err := PubkyIdentity(ed25519.NewKeyFromSeed(bytes.Repeat([]byte{7}, 32)), me.Public(), bound, "", time.Time{})
+			payload, err := PubkyIdentity(testKey(7), me.Public(), bound, "", time.Time{})
 			if err != nil {
 				t.Fatal(err)
 			}
 			return message1(t, me, profile, server, payload)
 		}
-		try := func(what string, message []byte, enrolled bool, uses ...int) knocked {
+		try := func(what string, message []byte, enrolled bool, uses ...int) acceptResult {
 			t.Helper()
-			var counts []*counted
+			var counts []*countingKey
 			var statics []Static
 			for _, key := range keys {
-				c := &counted{Identity: key}
+				c := &countingKey{Identity: key}
 				counts, statics = append(counts, c), append(statics, c)
 			}
-			k := knockAt(t.Context(), statics, profile, framed(message), enrolled)
+			k := acceptBytesWith(t.Context(), statics, profile, framed(message), enrolled)
 			for i, c := range counts {
 				if c.uses != uses[i] {
 					t.Errorf("%s, %s: key %d was used %d times, want %d", profile, what, i+1, c.uses, uses[i])
@@ -77,11 +78,11 @@ func TestSeveralStatics(t *testing.T) {
 			if k.err != nil || k.conn.Static() != public || k.conn.Peer() != me.Public() || k.asked != 1 {
 				t.Errorf("%s, key %d: %v, asked %d times", profile, i+1, k.err, k.asked)
 			}
-			if k := try("a stranger", m1(public, public), false, uses...); k.err != ErrStranger || k.asked != 1 {
+			if k := try("a stranger", m1(public, public), false, uses...); k.err != ErrNotEnrolled || k.asked != 1 {
 				t.Errorf("%s, key %d: %v", profile, i+1, k.err)
 			}
 			spoilt := m1(public, public)
-			spoilt[len(spoilt)-1] ^= 1 // the key is right, the payload is not: no other key is asked
+			spoilt[len(spoilt)-1] ^= 1 // the key is right and the payload wrong: no other key is tried
 			if k := try("a spoilt payload", spoilt, true, uses...); !errors.Is(k.err, ErrHandshake) || k.asked != 0 {
 				t.Errorf("%s, key %d: %v", profile, i+1, k.err)
 			}
@@ -90,28 +91,32 @@ func TestSeveralStatics(t *testing.T) {
 		if k := try("another key", m1(other, other), true, 1, 1, 1); !errors.Is(k.err, ErrHandshake) || k.asked != 0 {
 			t.Errorf("%s: %v", profile, k.err)
 		}
-		// A point of low order has no result with any key.
-		if k := try("nothing but zeros", make([]byte, len(m1(other, other))), true, 1, 0, 0); !errors.Is(k.err, ErrHandshake) {
+		// The exchange with a point of low order fails with every key, so one key is tried.
+		zeros := make([]byte, len(m1(other, other)))
+		if k := try("nothing but zeros", zeros, true, 1, 0, 0); !errors.Is(k.err, ErrHandshake) {
 			t.Errorf("%s: %v", profile, k.err)
 		}
-		if profile == PubkyV1 { // an identity that is bound to one of the keys is none towards the other
-			if k := try("bound to the other key", m1(keys[1].Public(), keys[0].Public()), true, 1, 2, 0); !errors.Is(k.err, ErrIdentity) {
+		if profile == PubkyV1 { // an identity payload is valid towards one static key only
+			m := m1(keys[1].Public(), keys[0].Public())
+			if k := try("bound to the other key", m, true, 1, 2, 0); !errors.Is(k.err, ErrIdentity) {
 				t.Error(k.err)
 			}
 		}
 	}
-	if k := knockAt(t.Context(), nil, CountersignV1, nil, true); k.err == nil || errors.Is(k.err, ErrHandshake) {
+	k := acceptBytesWith(t.Context(), nil, CountersignV1, nil, true)
+	if k.err == nil || errors.Is(k.err, ErrHandshake) {
 		t.Errorf("no key at all: %v", k.err)
 	}
 }
 
-// TestDeviceErrorEndsTheHandshake: what a device does not answer is not tried with the next key, and is told as what it is.
+// TestDeviceErrorEndsTheHandshake checks that an error of a device is returned as such, without a
+// try of the next key.
 func TestDeviceErrorEndsTheHandshake(t *testing.T) {
 	me, first, second := identity(t), identity(t), identity(t)
 	for _, c := range []struct {
 		name                string
 		to                  *Identity
-		failFirst, failNext int // from which exchange on
+		failFirst, failNext int // number of the first failing exchange of each key
 		uses, usesNext      int
 	}{
 		{"the first key's, for the second", second, 1, 9, 1, 0},
@@ -120,40 +125,46 @@ func TestDeviceErrorEndsTheHandshake(t *testing.T) {
 		{"the second key's", second, 9, 1, 1, 1},
 		{"the second key's second exchange", second, 9, 2, 1, 2},
 	} {
-		a, b := &flaky{counted{Identity: first}, c.failFirst}, &flaky{counted{Identity: second}, c.failNext}
-		k := knockAt(t.Context(), []Static{a, b}, CountersignV1, framed(message1(t, me, CountersignV1, c.to.Public(), nil)), true)
-		if !errors.Is(k.err, errDevice) || len(k.sent) != 0 || k.asked != 0 || a.uses != c.uses || b.uses != c.usesNext {
+		a := &failingKey{countingKey{Identity: first}, c.failFirst}
+		b := &failingKey{countingKey{Identity: second}, c.failNext}
+		m := framed(message1(t, me, CountersignV1, c.to.Public(), nil))
+		k := acceptBytesWith(t.Context(), []Static{a, b}, CountersignV1, m, true)
+		if !errors.Is(k.err, errDevice) || len(k.sent) != 0 || k.asked != 0 ||
+			a.uses != c.uses || b.uses != c.usesNext {
 			t.Errorf("%s: %v, used %d and %d times", c.name, k.err, a.uses, b.uses)
 		}
 	}
-	// A context that ends under way ends the handshake too, whether the key looks at it or not.
+	// The end of the context during an exchange ends the handshake too, even for a key that ignores
+	// the context.
 	ctx, cancel := context.WithCancel(t.Context())
-	next := &counted{Identity: second}
-	k := knockAt(ctx, []Static{&ending{first, cancel}, next}, CountersignV1, framed(message1(t, me, CountersignV1, second.Public(), nil)), true)
+	next := &countingKey{Identity: second}
+	m := framed(message1(t, me, CountersignV1, second.Public(), nil))
+	k := acceptBytesWith(ctx, []Static{&cancellingKey{first, cancel}, next}, CountersignV1, m, true)
 	if !errors.Is(k.err, context.Canceled) || next.uses != 0 {
 		t.Errorf("%v, used %d times", k.err, next.uses)
 	}
 }
 
-// ending is a key whose exchange takes so long that the context ends.
-type ending struct {
+// cancellingKey is a key with an exchange longer than the context's life.
+type cancellingKey struct {
 	*Identity
 	end func()
 }
 
-func (e *ending) Exchange(ctx context.Context, peer [32]byte) ([32]byte, error) {
+func (e *cancellingKey) Exchange(ctx context.Context, peer [32]byte) ([32]byte, error) {
 	e.end()
 	return e.Identity.Exchange(ctx, peer)
 }
 
-// TestTwoStaticsOverTheWire: clients of the old and of the new key are served by one listener.
+// TestTwoStaticsOverTheWire serves clients of an old and of a new static key at one listener.
 func TestTwoStaticsOverTheWire(t *testing.T) {
 	old, young, me := identity(t), identity(t), identity(t)
 	for _, server := range []*Identity{old, young} {
 		c, s := pair(t)
 		done := make(chan accepted, 1)
 		go func() {
-			conn, err := Accept(t.Context(), s, []Static{old, young}, CountersignV1, nil, func(p [32]byte) bool { return p == me.Public() })
+			enrolled := func(p [32]byte) bool { return p == me.Public() }
+			conn, err := Accept(t.Context(), s, []Static{old, young}, CountersignV1, nil, enrolled)
 			done <- accepted{conn, err}
 		}()
 		client, err := Connect(t.Context(), c, me, CountersignV1, server.Public(), nil)
@@ -161,7 +172,8 @@ func TestTwoStaticsOverTheWire(t *testing.T) {
 			t.Fatal(err)
 		}
 		a := <-done
-		if a.err != nil || a.conn.Static() != server.Public() || client.Static() != me.Public() || client.Peer() != server.Public() {
+		if a.err != nil || a.conn.Static() != server.Public() || client.Static() != me.Public() ||
+			client.Peer() != server.Public() {
 			t.Fatalf("%v", a.err)
 		}
 		go client.WriteMessage([]byte("hello"))
