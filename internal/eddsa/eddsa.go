@@ -1,14 +1,16 @@
-// Package eddsa verifies Ed25519 signatures by the strictest rules in use, and judges public keys by them.
+// Package eddsa verifies Ed25519 signatures by the strictest rules in use, and checks public keys
+// by the same rules. Sign makes signatures with keys outside Go's heap.
 //
-// The rules are those of RFC 8032 section 5.1.7 with what ed25519-dalek calls verify_strict on top:
+// The rules are those of RFC 8032 section 5.1.7 and of verify_strict in ed25519-dalek:
 //
-//   - the public key A and the commitment R are canonical encodings of points on the curve (y < 2^255-19, and no
-//     sign bit where x is 0);
-//   - neither A nor R has small order, so that no signature is valid for two messages or under no secret at all;
+//   - the public key A and the commitment R are canonical encodings of points on the curve
+//     (y < 2^255-19, and no sign bit for x = 0);
+//   - neither A nor R has small order, so no signature is valid for two messages or without a
+//     secret;
 //   - S is reduced (S < L);
 //   - the equation is checked without the cofactor, and with k reduced mod L: [S]B = R + [k]A.
 //
-// Two verifiers that follow these rules never disagree about a signature.
+// Two verifiers with these rules never disagree about a signature.
 package eddsa
 
 import (
@@ -19,7 +21,7 @@ import (
 	"filippo.io/edwards25519"
 )
 
-// Why a key or a signature is refused.
+// Errors of a refused key or signature.
 var (
 	ErrKeySize       = errors.New("an Ed25519 public key has 32 bytes")
 	ErrKeyEncoding   = errors.New("the public key is not the canonical encoding of a point on edwards25519")
@@ -27,19 +29,22 @@ var (
 	ErrSignature     = errors.New("the signature does not verify")
 )
 
-// PublicKey is a usable public key, read once for many signatures. It is safe for concurrent use.
+// PublicKey is a parsed public key for the verification of many signatures. A PublicKey is safe for
+// concurrent use.
 type PublicKey struct {
 	encoded [ed25519.PublicKeySize]byte
 	minus   edwards25519.Point // -A
 }
 
-// ParsePublicKey refuses what is not a usable public key: a wrong length, a non-canonical encoding, no point on the
-// curve, or a point of small order.
+// ParsePublicKey parses a public key of 32 bytes. Errors are a wrong length (ErrKeySize), a
+// non-canonical encoding or no point on the curve (ErrKeyEncoding), and a point of small order
+// (ErrKeySmallOrder).
 func ParsePublicKey(key []byte) (*PublicKey, error) {
 	if len(key) != ed25519.PublicKeySize {
 		return nil, ErrKeySize
 	}
-	// SetBytes alone takes y >= p and a sign bit on x = 0: only the one encoding that the point has comes back.
+	// SetBytes accepts y >= p and a sign bit for x = 0. Bytes returns the canonical encoding, so
+	// the comparison refuses any other.
 	a, err := new(edwards25519.Point).SetBytes(key)
 	if err != nil || string(a.Bytes()) != string(key) {
 		return nil, ErrKeyEncoding
@@ -52,7 +57,8 @@ func ParsePublicKey(key []byte) (*PublicKey, error) {
 	return k, nil
 }
 
-// Verify checks a 64-byte signature (R || S) over message by the rules of the package.
+// Verify checks a signature of 64 bytes (R || S) over message by the rules of the package. The
+// error is ErrSignature.
 func (k *PublicKey) Verify(message, signature []byte) error {
 	if len(signature) != ed25519.SignatureSize {
 		return ErrSignature
@@ -69,7 +75,8 @@ func (k *PublicKey) Verify(message, signature []byte) error {
 	if err != nil {
 		return ErrSignature
 	}
-	// R = [S]B - [k]A. The comparison is of encodings: an R that is not canonical, or no point, has no equal.
+	// R = [S]B - [k]A. The comparison of encodings refuses a non-canonical R and an R without a
+	// point.
 	r := new(edwards25519.Point).VarTimeDoubleScalarBaseMult(challenge, &k.minus, s)
 	if string(r.Bytes()) != string(signature[:32]) || smallOrder(r) {
 		return ErrSignature
@@ -77,13 +84,14 @@ func (k *PublicKey) Verify(message, signature []byte) error {
 	return nil
 }
 
-// CheckPublicKey is ParsePublicKey for its error.
+// CheckPublicKey returns the error of ParsePublicKey.
 func CheckPublicKey(key []byte) error {
 	_, err := ParsePublicKey(key)
 	return err
 }
 
-// Verify checks a signature by the rules of the package. The error is one of the sentinels above.
+// Verify checks a signature by the rules of the package. Errors are those of ParsePublicKey and
+// ErrSignature.
 func Verify(key, message, signature []byte) error {
 	k, err := ParsePublicKey(key)
 	if err != nil {

@@ -14,8 +14,9 @@ import (
 	"countersign/internal/eddsa"
 )
 
-// strictCase is a case of testdata/strict.json, which was made by another implementation (integers, and the formulas of RFC
-// 8032 section 6). Lax marks what is invalid here and valid to crypto/ed25519.
+// strictCase is a case of testdata/strict.json. An independent implementation made the file, with
+// integers and the formulas of RFC 8032 section 6. Lax marks a case invalid in this package and
+// valid in crypto/ed25519.
 type strictCase struct {
 	Comment   string `json:"comment"`
 	PublicKey string `json:"public_key"`
@@ -26,9 +27,10 @@ type strictCase struct {
 	Lax       bool   `json:"lax"`
 }
 
-// reasons has the error of each reason, and whether crypto/ed25519 lacks the rule. It has none against small order, as RFC
-// 8032 has none, and takes a key in any encoding, though section 5.1.3 does not. Everything else it must judge alike: R by
-// its bytes, S reduced, no cofactor.
+// reasons has the error of each reason. lax marks a rule without a counterpart in crypto/ed25519.
+// crypto/ed25519 accepts points of small order, like RFC 8032, and keys in any encoding, unlike RFC
+// 8032 section 5.1.3. All other rules are the same in both: R compared by its bytes, S reduced, no
+// cofactor.
 var reasons = map[string]struct {
 	err error
 	lax bool
@@ -43,6 +45,8 @@ var reasons = map[string]struct {
 	"equation":         {eddsa.ErrSignature, false},
 }
 
+// TestStrictCases verifies the cases of testdata/strict.json, and compares the results with
+// crypto/ed25519.
 func TestStrictCases(t *testing.T) {
 	b, err := os.ReadFile("testdata/strict.json")
 	if err != nil {
@@ -71,7 +75,7 @@ func TestStrictCases(t *testing.T) {
 		if c.Lax && !want.lax {
 			t.Errorf("%s: crypto/ed25519 has the rule %q too", c.Comment, c.Reason)
 		}
-		// crypto/ed25519 panics with a key of another length.
+		// crypto/ed25519 panics with a key of a wrong length.
 		if len(key) == ed25519.PublicKeySize && ed25519.Verify(key, message, signature) != (c.Valid || c.Lax) {
 			t.Errorf("%s: crypto/ed25519 does not say %v", c.Comment, c.Valid || c.Lax)
 		}
@@ -99,6 +103,7 @@ func unhex(t *testing.T, s string) []byte {
 	return b
 }
 
+// TestEveryFlippedBitIsRefused flips each bit of key, message and signature in turn.
 func TestEveryFlippedBitIsRefused(t *testing.T) {
 	key := ed25519.NewKeyFromSeed(make([]byte, 32))
 	good := [][]byte{key.Public().(ed25519.PublicKey), []byte("a message"), nil}
@@ -118,7 +123,8 @@ func TestEveryFlippedBitIsRefused(t *testing.T) {
 	}
 }
 
-// TestSignAsTheStandardLibrary: signing is deterministic, so two right programs agree in every bit.
+// TestSignAsTheStandardLibrary compares signatures with those of crypto/ed25519. Ed25519 is
+// deterministic, so every bit must be equal.
 func TestSignAsTheStandardLibrary(t *testing.T) {
 	seed := make([]byte, 32)
 	for n := range 300 {
@@ -130,13 +136,15 @@ func TestSignAsTheStandardLibrary(t *testing.T) {
 		eddsa.Expand(expanded, seed)
 		eddsa.Public(public, expanded)
 		eddsa.Sign(signature, expanded, public, message)
-		if !slices.Equal(public, standard.Public().(ed25519.PublicKey)) || !slices.Equal(signature, ed25519.Sign(standard, message)) {
+		if !slices.Equal(public, standard.Public().(ed25519.PublicKey)) ||
+			!slices.Equal(signature, ed25519.Sign(standard, message)) {
 			t.Fatalf("another signature with seed %x of %x", seed, message)
 		}
 	}
 }
 
-// TestSignLeavesNothingOnTheHeap: what is there stays until it is overwritten.
+// TestSignLeavesNothingOnTheHeap checks that no function allocates. A secret on the heap would stay
+// in memory until other data overwrites the secret.
 func TestSignLeavesNothingOnTheHeap(t *testing.T) {
 	seed, message := make([]byte, 32), make([]byte, 200)
 	expanded, public, signature := make([]byte, eddsa.ExpandedSize), make([]byte, 32), make([]byte, 64)

@@ -7,27 +7,29 @@ import (
 	"filippo.io/edwards25519"
 )
 
-// ExpandedSize is the size of an expanded private key: the SHA-512 of the seed (RFC 8032 section 5.1.5, step 1).
+// ExpandedSize is the size of an expanded private key in bytes. The expanded key is the SHA-512 of
+// the seed (RFC 8032 section 5.1.5, step 1).
 const ExpandedSize = sha512.Size
 
-// Expand writes the expanded key of a 32-byte seed to expanded, which has ExpandedSize bytes.
+// Expand writes the expanded key of a seed to expanded. The seed has 32 bytes, and expanded has
+// ExpandedSize.
 func Expand(expanded, seed []byte) {
 	h := sha512.Sum512(seed)
 	copy(expanded, h[:])
 	clear(h[:])
 }
 
-// Public writes the public key of an expanded key to public, which has 32 bytes.
+// Public writes the public key of an expanded key to public. The slice public has 32 bytes.
 func Public(public, expanded []byte) {
 	var s edwards25519.Scalar
-	s.SetBytesWithClamping(expanded[:32]) // the error is for other lengths
+	s.SetBytesWithClamping(expanded[:32]) // fails only for another length
 	var a edwards25519.Point
 	copy(public, a.ScalarBaseMult(&s).Bytes())
 }
 
-// Sign writes the signature of a message to signature, which has 64 bytes (RFC 8032 section 5.1.6). Nothing of the private
-// key is kept, and nothing of it goes to the heap: crypto/ed25519 keeps what it makes of a key for later, and takes keys on
-// Go's heap only.
+// Sign writes the signature of a message to signature (RFC 8032 section 5.1.6). The slice signature
+// has 64 bytes. Sign makes no copy of the private key on the heap and caches none. crypto/ed25519
+// is no alternative: it caches expanded keys, and accepts only keys on Go's heap.
 func Sign(signature, expanded, public, message []byte) {
 	var s, r, k edwards25519.Scalar
 	s.SetBytesWithClamping(expanded[:32])
