@@ -1,4 +1,5 @@
-// Package schedule says when a key is due for rotation. It knows neither keys nor clocks: see Plan.Due.
+// Package schedule computes when a key is due for rotation: see Plan.Due. The package has no access
+// to keys and clocks; the caller passes the state of the key and the time.
 package schedule
 
 import (
@@ -18,18 +19,19 @@ const (
 	minEvery = time.Hour
 	maxEvery = 3650 * day // ten years
 
-	// WindowLength is how long a window is open from each of its ticks.
+	// WindowLength is the time from a tick of a window to the end of the window.
 	WindowLength = time.Hour
 )
 
-// Plan says when a version of a key is due for rotation. The zero Plan is: never.
+// Plan determines when a version of a key is due for rotation. With the zero Plan a version is
+// never due.
 type Plan struct {
-	Every  time.Duration // after its activation, 1 hour to 10 years; 0: whatever its age
-	Window string        // cron, five fields, UTC: rotate only within WindowLength of a tick; alone: at each tick
-	Uses   uint64        // signatures; 0: however many
+	Every  time.Duration // age since the activation, 1 hour to 10 years; 0: no limit of age
+	Window string        // cron expression of five fields, UTC; see Due
+	Uses   uint64        // number of signatures; 0: no limit of uses
 }
 
-// Reason is why a key is due.
+// Reason is the reason of a rotation.
 type Reason string
 
 const (
@@ -38,7 +40,7 @@ const (
 	ByWindow Reason = "window"
 )
 
-// Check refuses what can't be a plan.
+// Check returns an error for an invalid plan.
 func (p Plan) Check() error {
 	if p.Every != 0 && (p.Every < minEvery || p.Every > maxEvery) {
 		return errors.New("a key may be rotated every 1 hour to 10 years")
@@ -49,23 +51,29 @@ func (p Plan) Check() error {
 	return checkWindow(p.Window)
 }
 
-// Due reports whether a version that was activated then, and has been used so often, is due at now; why; and from when on it is
-// or will be, as far as a clock can tell: zero is never, or with enough uses.
+// Due reports whether a version is due for rotation at now, and the reason. activated is the time
+// of the version's activation, uses the number of its signatures. from is the time at which the
+// version is or becomes due. A zero from means never, or a time that depends on further uses.
 //
-// begun is when a rotation away from this version began, and zero while none has. A version is not due twice: after a rotation
-// has begun it takes another version, or a zero begun after a failure, whatever the clock does. What holds else:
+// started is the start of a rotation away from the version, and zero without a rotation. A version
+// with a started rotation is never due, whatever the clock says. After a failed rotation the caller
+// passes a zero started again.
 //
-//   - By age it is due when Every has passed since the activation, by uses as soon as there are enough.
-//   - With a Window it is due only within WindowLength of a tick that came after the activation. A window that was missed is
-//     gone: the next one counts.
-//   - With a Window alone it is due in each window.
-//   - A clock that is set back makes it due later, never again.
+// The rules are:
 //
-// A plan that Check refuses is never due.
-func (p Plan) Due(activated time.Time, uses uint64, begun, now time.Time) (due bool, from time.Time, why Reason) {
-	activated, now = activated.Round(0).UTC(), now.Round(0).UTC() // by the wall clock: what is on disk has no other
+//   - With Every, a version is due from the age of Every on. With Uses, a version is due from the
+//     given number of signatures on.
+//   - With a Window in addition, a version is due only within WindowLength of a tick after the
+//     activation. A missed window has no effect: the next window counts.
+//   - With a Window alone, a version is due in each window.
+//   - A clock set back delays a rotation, and never causes a second one.
+//
+// A plan refused by Check is never due.
+func (p Plan) Due(activated time.Time, uses uint64, started, now time.Time) (due bool, from time.Time, why Reason) {
+	// Compare by the wall clock: times read from disk have no monotonic clock reading.
+	activated, now = activated.Round(0).UTC(), now.Round(0).UTC()
 	switch {
-	case p.Check() != nil || !begun.IsZero():
+	case p.Check() != nil || !started.IsZero():
 		return false, time.Time{}, ""
 	case p.Uses > 0 && uses >= p.Uses:
 		from, why = now, ByUses
@@ -77,41 +85,45 @@ func (p Plan) Due(activated time.Time, uses uint64, begun, now time.Time) (due b
 		return false, time.Time{}, ""
 	}
 	if p.Window != "" {
-		from = opens(p.Window, activated, later(from, now))
+		from = nextOpen(p.Window, activated, latest(from, now))
 	}
 	return !from.IsZero() && !from.After(now), from, why
 }
 
-// opens gives the first moment from at on that is in a window whose tick came after activated.
-func opens(window string, activated, at time.Time) time.Time {
-	// A window is open at some moment when its tick is at most WindowLength before it, and that is exclusive.
-	tick, err := gronx.NextTickAfter(window, later(activated, at.Add(-WindowLength)), false)
+// nextOpen returns the first time from at on within a window with a tick after activated.
+func nextOpen(window string, activated, at time.Time) time.Time {
+	// A window is open from its tick to WindowLength later, without the end. NextTickAfter returns
+	// a tick after the given time, so the first relevant tick is the one after at - WindowLength.
+	tick, err := gronx.NextTickAfter(window, latest(activated, at.Add(-WindowLength)), false)
 	if err != nil {
 		return time.Time{}
 	}
-	return later(tick, at)
+	return latest(tick, at)
 }
 
-func later(x, y time.Time) time.Time {
+func latest(x, y time.Time) time.Time {
 	if x.After(y) {
 		return x
 	}
 	return y
 }
 
-// item is one part of a cron field: * or a number or a range, perhaps with a step.
-var item = regexp.MustCompile(`^(?:\*|([0-9]{1,2})(?:-([0-9]{1,2}))?)(?:/([0-9]{1,2}))?$`)
+// cronItem matches one item of a cron field: *, a number or a range, with an optional step.
+var cronItem = regexp.MustCompile(`^(?:\*|([0-9]{1,2})(?:-([0-9]{1,2}))?)(?:/([0-9]{1,2}))?$`)
 
 type field struct {
 	name      string
 	low, high int
 }
 
-// fields are those of a cron expression.
-var fields = [5]field{{"minute", 0, 59}, {"hour", 0, 23}, {"day of the month", 1, 31}, {"month", 1, 12}, {"day of the week", 0, 7}}
+// fields are the fields of a cron expression, with the range of their numbers.
+var fields = [5]field{
+	{"minute", 0, 59}, {"hour", 0, 23}, {"day of the month", 1, 31}, {"month", 1, 12}, {"day of the week", 0, 7},
+}
 
-func (f field) takes(one string) bool {
-	m := item.FindStringSubmatch(one)
+// allows reports whether part is a valid item of the field.
+func (f field) allows(part string) bool {
+	m := cronItem.FindStringSubmatch(part)
 	if m == nil {
 		return false
 	}
@@ -128,31 +140,36 @@ func (f field) takes(one string) bool {
 	return low >= f.low && high <= f.high && low <= high && step >= 1 && step <= f.high && (ranged || m[3] == "")
 }
 
-// checkWindow takes what every cron understands, and in one way. gronx takes a lot more, of which it overlooks some: a number
-// that is out of bounds may go unnoticed until its time comes.
+// checkWindow accepts the syntax common to all cron programs, where all of them agree on the
+// meaning. gronx accepts more, and does not check every number: gronx may notice a number out of
+// range only at the time of its tick.
 func checkWindow(window string) error {
 	parts := strings.Split(window, " ")
 	if len(parts) != len(fields) {
-		return errors.New("a window has five fields with one space between them: minute, hour, day of the month, month, day of the week")
+		return errors.New("a window has five fields with one space between them: " +
+			"minute, hour, day of the month, month, day of the week")
 	}
 	for i, f := range fields {
-		for one := range strings.SplitSeq(parts[i], ",") {
-			if !f.takes(one) {
-				return fmt.Errorf("a window's %s is *, */N, or a list of numbers and ranges from %d to %d", f.name, f.low, f.high)
+		for part := range strings.SplitSeq(parts[i], ",") {
+			if !f.allows(part) {
+				return fmt.Errorf("a window's %s is *, */N, or a list of numbers and ranges from %d to %d",
+					f.name, f.low, f.high)
 			}
 		}
 	}
 	if d, w := parts[2], parts[4]; d != "*" && w != "*" && strings.Contains(d+w, "*") {
-		return errors.New("a window with both days has */N for one of them, which not every cron understands alike: write its days")
+		return errors.New("a window with both days has */N for one of them, which not every cron understands alike: " +
+			"write its days")
 	}
-	begin := time.Date(2001, 1, 1, 0, 0, 0, 0, time.UTC) // a plan is good or bad whatever the time
+	begin := time.Date(2001, 1, 1, 0, 0, 0, 0, time.UTC) // a fixed time: the validity of a plan must not depend on now
 	if tick, err := gronx.NextTickAfter(window, begin, true); err != nil || tick.After(begin.AddDate(5, 0, 0)) {
 		return errors.New("a window must open within five years")
 	}
 	return nil
 }
 
-// ParseEvery reads a time between rotations: days or weeks, such as 90d and 2w, or a duration of Go, such as 24h and 36h30m.
+// ParseEvery parses a time between rotations: days or weeks, such as 90d and 2w, or a Go duration,
+// such as 24h and 36h30m.
 func ParseEvery(s string) (time.Duration, error) {
 	every, err := time.ParseDuration(s)
 	if whole := days.FindStringSubmatch(s); whole != nil {
