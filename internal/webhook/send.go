@@ -21,29 +21,30 @@ import (
 )
 
 const (
-	tryTime   = 10 * time.Second // for one try, the signature included
-	maxAnswer = 64 << 10         // bytes that are read of an answer, its header and its body each
+	attemptTimeout = 10 * time.Second // for one attempt, the signature included
+	maxResponse    = 64 << 10         // limit of a response's header and of its body, in bytes
 )
 
-// How a message is not delivered.
+// Errors of a delivery.
 var (
 	ErrUnknown = errors.New("there is no such webhook target")
 	ErrGone    = errors.New("the target answered 410 Gone: it gets nothing more until the next start")
 	ErrRefused = errors.New("the target did not take the message")
 )
 
-// Target is somebody to tell.
+// Target is a receiver of messages.
 type Target struct {
-	Name   string // for people, logs and callbacks
-	URL    string // https, or http to this machine; it may hold a secret, and is never shown
-	CAFile string // PEM: the authorities to trust in place of the system's
+	Name   string // for operators, logs and callbacks
+	URL    string // https, or http to this machine; never shown, because a URL may have a secret
+	CAFile string // path of certificate authorities in PEM, in place of the system's; or empty
 }
 
-// client gives what posts to t, and to nobody else.
+// client returns an HTTP transport for the target. For an http URL the transport connects to this
+// machine only.
 func (t Target) client() (*http.Transport, error) {
 	u, err := url.Parse(t.URL)
 	if err != nil {
-		return nil, errors.New("the URL can't be read") // the error would show it
+		return nil, errors.New("the URL can't be parsed") // err would show the URL
 	}
 	at, err := netip.ParseAddr(u.Hostname())
 	local := u.Hostname() == "localhost" || err == nil && at.IsLoopback()
@@ -66,7 +67,8 @@ func (t Target) client() (*http.Transport, error) {
 	}
 	dialer := net.Dialer{}
 	if u.Scheme == "http" {
-		dialer.Control = func(_, address string, _ syscall.RawConn) error { // whatever localhost resolves to
+		// Control sees the resolved address: localhost may resolve to another machine.
+		dialer.Control = func(_, address string, _ syscall.RawConn) error {
 			if at, err := netip.ParseAddrPort(address); err != nil || !at.Addr().IsLoopback() {
 				return errors.New("without TLS only to this machine")
 			}
@@ -74,12 +76,12 @@ func (t Target) client() (*http.Transport, error) {
 		}
 	}
 	return &http.Transport{
-		DialContext: dialer.DialContext, TLSClientConfig: trust, MaxResponseHeaderBytes: maxAnswer,
-		DisableKeepAlives: true, // messages are rare
+		DialContext: dialer.DialContext, TLSClientConfig: trust, MaxResponseHeaderBytes: maxResponse,
+		DisableKeepAlives: true, // messages are too rare to keep connections
 	}, nil
 }
 
-// Send tries once to post body, which is JSON, to a target. nil means that it was taken (2xx).
+// Send posts body, a JSON document, to a target in one attempt. A nil error means a 2xx response.
 func (s *Sender) Send(ctx context.Context, target, id string, body []byte) error {
 	t := s.targets[target]
 	if t == nil {
@@ -88,37 +90,39 @@ func (s *Sender) Send(ctx context.Context, target, id string, body []byte) error
 	return s.send(ctx, t, id, body)
 }
 
+// send makes one attempt, and notes the response 410 Gone.
 func (s *Sender) send(ctx context.Context, t *queue, id string, body []byte) error {
 	if t.gone.Load() {
 		return ErrGone
 	}
-	ctx, cancel := context.WithTimeout(ctx, tryTime)
+	ctx, cancel := context.WithTimeout(ctx, attemptTimeout)
 	defer cancel()
 	request, err := s.request(ctx, t.URL, id, body)
 	if err != nil {
 		return err
 	}
-	answer, err := t.client.Do(request)
+	response, err := t.client.Do(request)
 	if err != nil {
-		var outer *url.Error // it shows the URL
+		var outer *url.Error // the text of an *url.Error shows the URL
 		if errors.As(err, &outer) {
 			err = outer.Err
 		}
 		return fmt.Errorf("post: %w", err)
 	}
-	defer answer.Body.Close()
-	io.CopyN(io.Discard, answer.Body, maxAnswer) // the status says it all; the rest is to end politely
+	defer response.Body.Close()
+	io.CopyN(io.Discard, response.Body, maxResponse) // read the body, so that the receiver sees no reset
 	switch {
-	case answer.StatusCode >= 200 && answer.StatusCode < 300:
+	case response.StatusCode >= 200 && response.StatusCode < 300:
 		return nil
-	case answer.StatusCode == http.StatusGone:
+	case response.StatusCode == http.StatusGone:
 		t.gone.Store(true)
 		return ErrGone
 	}
-	return fmt.Errorf("%w: it answered %d", ErrRefused, answer.StatusCode)
+	return fmt.Errorf("%w: it answered %d", ErrRefused, response.StatusCode)
 }
 
-// request signs a try at the time of the try.
+// request makes a signed request with the present time. Each attempt needs a new signature, because
+// the signature covers the timestamp.
 func (s *Sender) request(ctx context.Context, to, id string, body []byte) (*http.Request, error) {
 	if err := checkID(id); err != nil {
 		return nil, err
@@ -129,11 +133,12 @@ func (s *Sender) request(ctx context.Context, to, id string, body []byte) (*http
 		return nil, fmt.Errorf("sign: %w", err)
 	}
 	if len(signature) != ed25519.SignatureSize {
-		return nil, errors.New("sign: it is not an Ed25519 signature")
+		return nil, fmt.Errorf("sign: an Ed25519 signature has %d bytes, the signer has returned %d",
+			ed25519.SignatureSize, len(signature))
 	}
 	request, err := http.NewRequestWithContext(ctx, http.MethodPost, to, bytes.NewReader(body))
 	if err != nil {
-		return nil, errors.New("the URL can't be used") // the error would show it
+		return nil, errors.New("the URL can't be used") // err would show the URL
 	}
 	request.Header.Set("Content-Type", "application/json")
 	request.Header.Set("User-Agent", "countersign")

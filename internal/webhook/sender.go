@@ -14,60 +14,64 @@ import (
 )
 
 const (
-	firstPause = 5 * time.Second
-	lastPause  = time.Hour
-	tryFor     = 3 * 24 * time.Hour
-	maxQueue   = 256 // messages of a target
+	minBackoff = 5 * time.Second
+	maxBackoff = time.Hour
+	maxAge     = 3 * 24 * time.Hour // older messages are given up
+	maxQueue   = 256                // messages of a target
 )
 
-// Why a message is given up.
+// Errors of a message that is given up.
 var (
 	ErrFull = errors.New("too many newer messages wait for the target")
 	ErrLate = errors.New("the target has not taken the message for three days")
 )
 
-// Config is what a Sender needs. The callbacks come from Queue and Run, several at a time, and hold up their target only.
+// Config is the configuration of a Sender. The callbacks are called from Queue and Run, possibly
+// concurrently. A slow callback delays only its own target.
 type Config struct {
 	Targets   []Target
 	Sign      Signer
 	Log       *slog.Logger
-	Delivered func(target, id string)            // the message was taken
-	GaveUp    func(target, id string, err error) // it never will be: ErrFull, ErrLate, ErrGone
+	Delivered func(target, id string)            // the target has accepted the message
+	GaveUp    func(target, id string, err error) // the message is dropped: ErrFull, ErrLate, ErrGone
 }
 
-// Sender delivers messages to its targets. A target that does not answer holds up nobody else; nor does a message that it does
-// not take hold up the others of that target, so their order may change. What is not delivered is in memory only: the owner
-// keeps it until Delivered or GaveUp, and hands it in again at the next start. It is for concurrent use.
+// Sender delivers messages to targets. Each target has a retry queue of its own, so an unresponsive
+// target does not delay the others. A refused message does not delay the target's other messages,
+// so messages may arrive in another order. The queues are in memory only: the caller must store
+// each message until Delivered or GaveUp, and queue the message again at the next start. A Sender
+// is safe for concurrent use.
 type Sender struct {
 	c       Config
 	targets map[string]*queue
 }
 
-// Message is what a target is told.
+// Message is a message for a target.
 type Message struct {
-	ID   string    // the same however often it is sent
-	Body []byte    // JSON; nobody may change it any more
-	Born time.Time // when it was first handed in; zero: now. It is tried for three days from then on
+	ID   string    // the same for all attempts and after a restart
+	Body []byte    // JSON; must not be changed after Queue
+	Born time.Time // time of the first Queue, or zero for now; the retries end three days later
 }
 
-// queue is a target and what waits for it.
+// queue is the retry queue of a target.
 type queue struct {
 	Target
 	client http.Client
-	gone   atomic.Bool
-	more   chan struct{} // has one when something came
+	gone   atomic.Bool   // the target has responded with 410 Gone
+	wake   chan struct{} // of capacity 1; wakes next after an add
 
 	mu      sync.Mutex
-	waiting []*waiting // the oldest first
+	waiting []*pending // guarded by mu; the oldest first
 }
 
-type waiting struct {
+// pending is a message in a retry queue.
+type pending struct {
 	Message
 	tries int
-	next  time.Time // of the next try
+	next  time.Time // of the next attempt
 }
 
-// New checks the targets. Nothing is sent before Run.
+// New checks the targets. The Sender sends nothing before Run.
 func New(c Config) (*Sender, error) {
 	s := &Sender{c: c, targets: map[string]*queue{}}
 	for _, t := range c.Targets {
@@ -78,7 +82,7 @@ func New(c Config) (*Sender, error) {
 		if err != nil {
 			return nil, fmt.Errorf("webhook target %q: %w", t.Name, err)
 		}
-		s.targets[t.Name] = &queue{Target: t, more: make(chan struct{}, 1), client: http.Client{
+		s.targets[t.Name] = &queue{Target: t, wake: make(chan struct{}, 1), client: http.Client{
 			Transport:     transport,
 			CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
 		}}
@@ -86,7 +90,8 @@ func New(c Config) (*Sender, error) {
 	return s, nil
 }
 
-// Queue hands in a message for a target. It does not wait; where too many wait already, the oldest is given up.
+// Queue adds a message to a target's queue without waiting. A full queue of 256 messages (maxQueue)
+// drops its oldest message: see Config.GaveUp.
 func (s *Sender) Queue(target string, m Message) error {
 	q := s.targets[target]
 	if q == nil {
@@ -99,19 +104,19 @@ func (s *Sender) Queue(target string, m Message) error {
 	if m.Born.IsZero() || m.Born.After(now) { // the clock was set back
 		m.Born = now
 	}
-	s.giveUp(q, q.add(&waiting{Message: m, next: now}), ErrFull)
+	s.giveUp(q, q.add(&pending{Message: m, next: now}), ErrFull)
 	return nil
 }
 
-// add puts w in its place by age, and takes out what is too much.
-func (q *queue) add(w *waiting) (dropped []*waiting) {
+// add inserts w by age, and returns the messages removed from a full queue.
+func (q *queue) add(w *pending) (dropped []*pending) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
-	at, _ := slices.BinarySearchFunc(q.waiting, w, func(x, y *waiting) int {
+	at, _ := slices.BinarySearchFunc(q.waiting, w, func(x, y *pending) int {
 		if x.Born.After(y.Born) {
 			return 1
 		}
-		return -1 // what is equal keeps the order in which it came
+		return -1 // messages of the same age keep the order of add
 	})
 	q.waiting = slices.Insert(q.waiting, at, w)
 	if over := len(q.waiting) - maxQueue; over > 0 {
@@ -119,20 +124,21 @@ func (q *queue) add(w *waiting) (dropped []*waiting) {
 		q.waiting = slices.Delete(q.waiting, 0, over)
 	}
 	select {
-	case q.more <- struct{}{}:
+	case q.wake <- struct{}{}:
 	default:
 	}
 	return dropped
 }
 
-// Run delivers until ctx ends, and returns when no try is under way. It is called once.
+// Run delivers messages until ctx ends, and returns after the last attempt in flight. Run must be
+// called once.
 func (s *Sender) Run(ctx context.Context) {
 	var all sync.WaitGroup
 	for _, q := range s.targets {
 		all.Go(func() {
 			for ctx.Err() == nil {
-				if w := q.take(ctx); w != nil {
-					s.try(ctx, q, w)
+				if w := q.next(ctx); w != nil {
+					s.attempt(ctx, q, w)
 				}
 			}
 		})
@@ -140,10 +146,11 @@ func (s *Sender) Run(ctx context.Context) {
 	all.Wait()
 }
 
-// take waits for the message whose turn is next, and takes it out; nil means to look again.
-func (q *queue) take(ctx context.Context) *waiting {
+// next removes and returns the next message that is due, or waits and returns nil. After nil the
+// caller calls next again.
+func (q *queue) next(ctx context.Context) *pending {
 	q.mu.Lock()
-	pause := lastPause
+	pause := maxBackoff
 	if len(q.waiting) > 0 {
 		first := 0
 		for i, w := range q.waiting {
@@ -163,43 +170,46 @@ func (q *queue) take(ctx context.Context) *waiting {
 	defer timer.Stop()
 	select {
 	case <-ctx.Done():
-	case <-q.more:
+	case <-q.wake:
 	case <-timer.C:
 	}
 	return nil
 }
 
-// try sends a message once, and says or queues what comes of it.
-func (s *Sender) try(ctx context.Context, q *queue, w *waiting) {
+// attempt sends a message once. The message is then delivered, given up or queued again.
+func (s *Sender) attempt(ctx context.Context, q *queue, w *pending) {
 	err := s.send(ctx, q, w.ID, w.Body)
 	switch {
 	case err == nil:
 		s.c.Delivered(q.Name, w.ID)
 		return
 	case errors.Is(err, ErrGone):
-		s.giveUp(q, []*waiting{w}, ErrGone)
+		s.giveUp(q, []*pending{w}, ErrGone)
 		return
 	case ctx.Err() != nil:
-		return // stopping: the owner has it
+		return // Run is stopping; the caller queues the message again at the next start
 	}
 	w.tries++
-	pause := pauseAfter(w.tries)
+	pause := backoff(w.tries)
 	w.next = time.Now().Add(pause)
-	if time.Since(w.Born)+pause > tryFor {
-		s.giveUp(q, []*waiting{w}, fmt.Errorf("%w: %w", ErrLate, err))
+	if time.Since(w.Born)+pause > maxAge {
+		s.giveUp(q, []*pending{w}, fmt.Errorf("%w: %w", ErrLate, err))
 		return
 	}
-	s.c.Log.Warn("webhook: not delivered", "target", q.Name, "id", w.ID, "tries", w.tries, "again in", pause.Round(time.Second), "err", err)
+	s.c.Log.Warn("webhook: not delivered", "target", q.Name, "id", w.ID, "tries", w.tries,
+		"again in", pause.Round(time.Second), "err", err)
 	s.giveUp(q, q.add(w), ErrFull)
 }
 
-// pauseAfter doubles from firstPause up to lastPause. A random part keeps many from coming back all at once.
-func pauseAfter(tries int) time.Duration {
-	base := min(firstPause<<min(tries-1, 16), lastPause/2)
+// backoff returns the time to the next attempt: exponential, from 5 s to 1 h. The random part, up
+// to one half, spreads the retries of many senders.
+func backoff(tries int) time.Duration {
+	base := min(minBackoff<<min(tries-1, 16), maxBackoff/2)
 	return base + rand.N(base)
 }
 
-func (s *Sender) giveUp(q *queue, all []*waiting, err error) {
+// giveUp reports dropped messages.
+func (s *Sender) giveUp(q *queue, all []*pending, err error) {
 	for _, w := range all {
 		s.c.Log.Error("webhook: given up", "target", q.Name, "id", w.ID, "tries", w.tries, "err", err)
 		s.c.GaveUp(q.Name, w.ID, err)

@@ -24,8 +24,8 @@ import (
 	"time"
 )
 
-// book writes down what a sender tells its owner and its log.
-type book struct {
+// recorder records a sender's callbacks and log.
+type recorder struct {
 	key ed25519.PublicKey
 
 	mu    sync.Mutex
@@ -33,31 +33,31 @@ type book struct {
 	log   bytes.Buffer
 }
 
-func (b *book) write(format string, args ...any) {
+func (b *recorder) write(format string, args ...any) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	b.lines = append(b.lines, fmt.Sprintf(format, args...))
 }
 
-func (b *book) read() []string {
+func (b *recorder) read() []string {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	return slices.Clone(b.lines)
 }
 
-func (b *book) Write(p []byte) (int, error) {
+func (b *recorder) Write(p []byte) (int, error) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	return b.log.Write(p)
 }
 
-func newSender(t *testing.T, targets ...Target) (*Sender, *book) {
+func newSender(t *testing.T, targets ...Target) (*Sender, *recorder) {
 	t.Helper()
 	public, private, err := ed25519.GenerateKey(nil)
 	if err != nil {
 		t.Fatal(err)
 	}
-	b := &book{key: public}
+	b := &recorder{key: public}
 	s, err := New(Config{
 		Targets:   targets,
 		Sign:      func(_ context.Context, m []byte) ([]byte, error) { return ed25519.Sign(private, m), nil },
@@ -77,13 +77,14 @@ func newSender(t *testing.T, targets ...Target) (*Sender, *book) {
 	return s, b
 }
 
-func same(t *testing.T, got []string, want ...string) {
+func wantLines(t *testing.T, got []string, want ...string) {
 	t.Helper()
 	if !slices.Equal(got, want) {
 		t.Errorf("got:\n%s\nwant:\n%s", strings.Join(got, "\n"), strings.Join(want, "\n"))
 	}
 }
 
+// TestTargets checks which URLs are accepted. The error must not show the URL.
 func TestTargets(t *testing.T) {
 	for url, ok := range map[string]bool{
 		"https://example.com/hook?a=b":       true,
@@ -130,17 +131,18 @@ func TestTargets(t *testing.T) {
 	}
 }
 
-// TestSend is one try over real TLS, as a receiver sees it.
+// TestSend makes one attempt over real TLS and checks the request at the receiver.
 func TestSend(t *testing.T) {
 	const body = `{"type":"key.rotated"}`
 	got := make(chan error, 1)
-	var b *book
+	var b *recorder
 	server := httptest.NewTLSServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		read, err := io.ReadAll(r.Body)
 		if err == nil {
 			err = Verify(b.key, r.Header, read, time.Now(), Tolerance)
 		}
-		if err == nil && (r.Method != "POST" || r.URL.RequestURI() != "/hook?token=secret" || string(read) != body || r.Header.Get("Content-Type") != "application/json") {
+		if err == nil && (r.Method != "POST" || r.URL.RequestURI() != "/hook?token=secret" ||
+			string(read) != body || r.Header.Get("Content-Type") != "application/json") {
 			err = fmt.Errorf("%s %s %s %q", r.Method, r.URL, r.Header, read)
 		}
 		got <- err
@@ -151,28 +153,34 @@ func TestSend(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	alike := &x509.Certificate{Subject: server.Certificate().Subject, IsCA: true, BasicConstraintsValid: true, NotAfter: server.Certificate().NotAfter}
+	alike := &x509.Certificate{
+		Subject: server.Certificate().Subject, NotAfter: server.Certificate().NotAfter,
+		IsCA: true, BasicConstraintsValid: true,
+	}
 	stranger, err := x509.CreateCertificate(rand.Reader, alike, alike, private.Public(), private)
 	if err != nil {
 		t.Fatal(err)
 	}
 	authority, other := filepath.Join(t.TempDir(), "ca.pem"), filepath.Join(t.TempDir(), "other.pem")
 	for path, der := range map[string][]byte{authority: server.Certificate().Raw, other: stranger} {
-		if err := os.WriteFile(path, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der}), 0o600); err != nil {
+		block := pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der})
+		if err := os.WriteFile(path, block, 0o600); err != nil {
 			t.Fatal(err)
 		}
 	}
 	url := server.URL + "/hook?token=secret"
 	var s *Sender
-	s, b = newSender(t, Target{Name: "trusting", URL: url, CAFile: authority}, Target{Name: "system", URL: url}, Target{Name: "other", URL: url, CAFile: other})
+	s, b = newSender(t, Target{Name: "trusting", URL: url, CAFile: authority}, Target{Name: "system", URL: url},
+		Target{Name: "other", URL: url, CAFile: other})
 	if err := s.Send(t.Context(), "trusting", "msg_1", []byte(body)); err != nil {
 		t.Error(err)
 	} else if err := <-got; err != nil {
 		t.Error(err)
 	}
 	for _, target := range []string{"system", "other"} {
-		if err := s.Send(t.Context(), target, "msg_1", []byte(body)); err == nil || !strings.Contains(err.Error(), "x509") || strings.Contains(err.Error(), "secret") {
-			t.Errorf("a server that the authorities of %q do not vouch for: %v", target, err)
+		err := s.Send(t.Context(), target, "msg_1", []byte(body))
+		if err == nil || !strings.Contains(err.Error(), "x509") || strings.Contains(err.Error(), "secret") {
+			t.Errorf("a server with a certificate not signed by the authorities of %q: %v", target, err)
 		}
 	}
 	if err := s.Send(t.Context(), "nobody", "msg_1", nil); !errors.Is(err, ErrUnknown) {
@@ -183,10 +191,11 @@ func TestSend(t *testing.T) {
 	}
 	server.Close()
 	if err := s.Send(t.Context(), "trusting", "msg_1", nil); err == nil || strings.Contains(err.Error(), "secret") {
-		t.Errorf("nobody is there: %v", err)
+		t.Errorf("the server is down: %v", err)
 	}
 }
 
+// TestAnswers checks the error for each HTTP status. A redirect must not be followed.
 func TestAnswers(t *testing.T) {
 	redirected := false
 	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
@@ -200,8 +209,10 @@ func TestAnswers(t *testing.T) {
 	}))
 	defer server.Close()
 	for status, want := range map[int]error{
-		200: nil, 202: nil, 204: nil, 299: nil, 301: ErrRefused, 302: ErrRefused, 304: ErrRefused, 307: ErrRefused, 308: ErrRefused, 400: ErrRefused,
-		401: ErrRefused, 404: ErrRefused, 409: ErrRefused, 410: ErrGone, 429: ErrRefused, 500: ErrRefused, 503: ErrRefused,
+		200: nil, 202: nil, 204: nil, 299: nil,
+		301: ErrRefused, 302: ErrRefused, 304: ErrRefused, 307: ErrRefused, 308: ErrRefused,
+		400: ErrRefused, 401: ErrRefused, 404: ErrRefused, 409: ErrRefused, 410: ErrGone, 429: ErrRefused,
+		500: ErrRefused, 503: ErrRefused,
 	} {
 		s, _ := newSender(t, Target{Name: "shop", URL: fmt.Sprintf("%s/%d", server.URL, status)})
 		if err := s.Send(t.Context(), "shop", "msg_1", nil); !errors.Is(err, want) {
@@ -216,15 +227,18 @@ func TestAnswers(t *testing.T) {
 	}
 }
 
-// TestLocalhost: without TLS nothing leaves this machine, whatever its name is said to be.
+// TestLocalhost checks that a target without TLS connects to this machine only, even if localhost
+// resolves to another address.
 func TestLocalhost(t *testing.T) {
 	s, _ := newSender(t, Target{Name: "shop", URL: "http://localhost/"})
 	dial := s.targets["shop"].client.Transport.(*http.Transport).DialContext
-	if _, err := dial(t.Context(), "tcp", "192.0.2.1:80"); err == nil || !strings.Contains(err.Error(), "only to this machine") {
+	_, err := dial(t.Context(), "tcp", "192.0.2.1:80")
+	if err == nil || !strings.Contains(err.Error(), "only to this machine") {
 		t.Error(err)
 	}
 }
 
+// TestSignerFails checks that nothing is sent without a valid signature.
 func TestSignerFails(t *testing.T) {
 	asked := 0
 	server := httptest.NewServer(http.HandlerFunc(func(http.ResponseWriter, *http.Request) { asked++ }))
@@ -241,21 +255,21 @@ func TestSignerFails(t *testing.T) {
 	}
 }
 
-// wire is a network in memory, for tests in which time stands still.
-type wire chan net.Conn
+// memoryListener is a listener in memory, for tests with synctest's fake clock.
+type memoryListener chan net.Conn
 
-func (w wire) Accept() (net.Conn, error) {
+func (w memoryListener) Accept() (net.Conn, error) {
 	if c, ok := <-w; ok {
 		return c, nil
 	}
 	return nil, net.ErrClosed
 }
-func (w wire) Close() error   { close(w); return nil }
-func (w wire) Addr() net.Addr { return &net.TCPAddr{} }
+func (w memoryListener) Close() error   { close(w); return nil }
+func (w memoryListener) Addr() net.Addr { return &net.TCPAddr{} }
 
-// run lets s deliver to handler until the bubble ends.
+// run runs s with handler as the receiver until the end of the synctest bubble.
 func run(t *testing.T, s *Sender, handler http.HandlerFunc) {
-	w := make(wire)
+	w := make(memoryListener)
 	for _, q := range s.targets {
 		q.client.Transport.(*http.Transport).DialContext = func(context.Context, string, string) (net.Conn, error) {
 			here, there := net.Pipe()
@@ -264,7 +278,7 @@ func run(t *testing.T, s *Sender, handler http.HandlerFunc) {
 		}
 	}
 	server := &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		body, _ := io.ReadAll(r.Body) // only then it notices that the other end has gone
+		body, _ := io.ReadAll(r.Body) // net/http detects a closed connection only after reading the body
 		r.Body = io.NopCloser(bytes.NewReader(body))
 		handler(w, r)
 	})}
@@ -279,40 +293,41 @@ func run(t *testing.T, s *Sender, handler http.HandlerFunc) {
 	})
 }
 
-func queueUp(t *testing.T, s *Sender, target string, ids ...string) {
+func enqueue(t *testing.T, s *Sender, target string, ids ...string) {
 	t.Helper()
 	for _, id := range ids {
-		time.Sleep(time.Nanosecond) // none is as old as another
+		time.Sleep(time.Nanosecond) // all messages have different ages
 		if err := s.Queue(target, Message{ID: id, Body: []byte("{}")}); err != nil {
 			t.Fatal(err)
 		}
 	}
 }
 
-func local(names ...string) (all []Target) {
+func localTargets(names ...string) (all []Target) {
 	for _, n := range names {
 		all = append(all, Target{Name: n, URL: "http://localhost/" + n + "?token=secret"})
 	}
 	return all
 }
 
+// TestRetry checks the backoff and the age limit of retries.
 func TestRetry(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		s, b := newSender(t, local("shop")...)
+		s, b := newSender(t, localTargets("shop")...)
 		begin := time.Now()
 		var tries []time.Duration
 		run(t, s, func(w http.ResponseWriter, r *http.Request) {
 			body, _ := io.ReadAll(r.Body)
 			if err := Verify(b.key, r.Header, body, time.Now(), time.Second); err != nil {
-				t.Errorf("after %v: %v", time.Since(begin), err) // each try is signed anew
+				t.Errorf("after %v: %v", time.Since(begin), err) // each attempt has a new signature
 			}
 			tries = append(tries, time.Since(begin))
 			w.WriteHeader(500)
 		})
-		queueUp(t, s, "shop", "msg_1")
+		enqueue(t, s, "shop", "msg_1")
 		time.Sleep(80 * time.Hour)
 		synctest.Wait()
-		same(t, b.read(), "shop lost msg_1: "+ErrLate.Error())
+		wantLines(t, b.read(), "shop lost msg_1: "+ErrLate.Error())
 		if tries[0] > time.Millisecond || tries[len(tries)-1] < 70*time.Hour || tries[len(tries)-1] > 72*time.Hour {
 			t.Errorf("tried first after %v, last after %v", tries[0], tries[len(tries)-1])
 		}
@@ -327,37 +342,39 @@ func TestRetry(t *testing.T) {
 	})
 }
 
+// TestPausesDiffer checks that the backoff has a random part.
 func TestPausesDiffer(t *testing.T) {
 	seen := map[time.Duration]bool{}
 	for range 20 {
-		seen[pauseAfter(1_000_000)] = true
+		seen[backoff(1_000_000)] = true
 	}
 	if len(seen) < 10 {
 		t.Errorf("20 pauses have %d lengths", len(seen))
 	}
 }
 
+// TestDelivery checks that a refused message does not delay other messages of the target.
 func TestDelivery(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		s, b := newSender(t, local("shop", "bank")...)
+		s, b := newSender(t, localTargets("shop", "bank")...)
 		up := false
 		run(t, s, func(w http.ResponseWriter, r *http.Request) {
 			if id := r.Header.Get(headerID); !up || id == "bad" {
 				w.WriteHeader(503)
 			}
 		})
-		queueUp(t, s, "shop", "bad", "msg_1", "msg_2")
+		enqueue(t, s, "shop", "bad", "msg_1", "msg_2")
 		time.Sleep(time.Second)
 		synctest.Wait()
 		up = true
-		queueUp(t, s, "shop", "msg_3")
+		enqueue(t, s, "shop", "msg_3")
 		synctest.Wait()
-		same(t, b.read(), "shop has msg_3") // at once
+		wantLines(t, b.read(), "shop has msg_3") // without waiting for the retries of the others
 		time.Sleep(time.Minute)
 		synctest.Wait()
 		got := b.read()
 		slices.Sort(got)
-		same(t, got, "shop has msg_1", "shop has msg_2", "shop has msg_3") // one that is not taken holds up nobody
+		wantLines(t, got, "shop has msg_1", "shop has msg_2", "shop has msg_3") // "bad" is still in the queue
 		if err := s.Queue("nobody", Message{ID: "msg_1"}); !errors.Is(err, ErrUnknown) {
 			t.Error(err)
 		}
@@ -367,10 +384,11 @@ func TestDelivery(t *testing.T) {
 	})
 }
 
-// TestSilence: a target that does not answer costs ten seconds a try, and costs the others nothing.
+// TestSilence checks that an attempt at an unresponsive target ends after ten seconds and does not
+// delay other targets.
 func TestSilence(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		s, b := newSender(t, local("silent", "slow", "shop")...)
+		s, b := newSender(t, localTargets("silent", "slow", "shop")...)
 		begin := time.Now()
 		var silent []time.Duration
 		run(t, s, func(w http.ResponseWriter, r *http.Request) {
@@ -379,7 +397,7 @@ func TestSilence(t *testing.T) {
 				silent = append(silent, time.Since(begin))
 				<-r.Context().Done()
 				silent = append(silent, time.Since(begin))
-			case "/slow": // an answer without an end
+			case "/slow": // an endless response
 				for chunk := make([]byte, 4096); ; {
 					if _, err := w.Write(chunk); err != nil {
 						return
@@ -388,58 +406,61 @@ func TestSilence(t *testing.T) {
 			}
 		})
 		for _, target := range []string{"silent", "slow", "shop"} {
-			queueUp(t, s, target, "msg_1")
+			enqueue(t, s, target, "msg_1")
 		}
 		synctest.Wait()
 		got := b.read()
 		slices.Sort(got)
-		same(t, got, "shop has msg_1", "slow has msg_1")
+		wantLines(t, got, "shop has msg_1", "slow has msg_1")
 		if time.Since(begin) > time.Millisecond {
 			t.Errorf("it took %v", time.Since(begin))
 		}
 		time.Sleep(12 * time.Second)
 		synctest.Wait()
-		if len(silent) != 2 || silent[1]-silent[0] != tryTime {
+		if len(silent) != 2 || silent[1]-silent[0] != attemptTimeout {
 			t.Errorf("the silent one was asked, and let go, after %v", silent)
 		}
 	})
 }
 
+// TestGone checks that 410 Gone drops all messages of the target.
 func TestGone(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		s, b := newSender(t, local("shop")...)
+		s, b := newSender(t, localTargets("shop")...)
 		asked, status := 0, 500
 		run(t, s, func(w http.ResponseWriter, r *http.Request) {
 			asked++
 			w.WriteHeader(status)
 		})
-		queueUp(t, s, "shop", "msg_1")
+		enqueue(t, s, "shop", "msg_1")
 		synctest.Wait()
 		status = 410
-		queueUp(t, s, "shop", "msg_2")
+		enqueue(t, s, "shop", "msg_2")
 		synctest.Wait()
-		queueUp(t, s, "shop", "msg_3")
+		enqueue(t, s, "shop", "msg_3")
 		synctest.Wait()
-		same(t, b.read(), "shop lost msg_2: "+ErrGone.Error(), "shop lost msg_1: "+ErrGone.Error(), "shop lost msg_3: "+ErrGone.Error())
+		gone := ErrGone.Error()
+		wantLines(t, b.read(), "shop lost msg_2: "+gone, "shop lost msg_1: "+gone, "shop lost msg_3: "+gone)
 		if asked != 2 {
 			t.Errorf("it was asked %d times", asked)
 		}
 	})
 }
 
+// TestFull checks that a full queue drops its oldest message.
 func TestFull(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		s, b := newSender(t, local("shop", "bank")...)
-		queueUp(t, s, "bank", "msg_0")
+		s, b := newSender(t, localTargets("shop", "bank")...)
+		enqueue(t, s, "bank", "msg_0")
 		for i := range maxQueue + 2 {
-			queueUp(t, s, "shop", fmt.Sprintf("msg_%d", i))
+			enqueue(t, s, "shop", fmt.Sprintf("msg_%d", i))
 		}
 		full := ErrFull.Error()
-		same(t, b.read(), "shop lost msg_0: "+full, "shop lost msg_1: "+full)
+		wantLines(t, b.read(), "shop lost msg_0: "+full, "shop lost msg_1: "+full)
 		if err := s.Queue("shop", Message{ID: "old", Born: time.Now().Add(-time.Hour)}); err != nil {
 			t.Fatal(err)
 		}
-		same(t, b.read()[2:], "shop lost old: "+full) // handed in again, and older than all
+		wantLines(t, b.read()[2:], "shop lost old: "+full) // a message from before a restart, older than all others
 		release := make(chan struct{})
 		run(t, s, func(w http.ResponseWriter, r *http.Request) {
 			if r.URL.Path == "/shop" {
@@ -447,35 +468,38 @@ func TestFull(t *testing.T) {
 				w.WriteHeader(500)
 			}
 		})
-		synctest.Wait() // one is under way
-		queueUp(t, s, "shop", "last")
-		same(t, b.read()[3:], "bank has msg_0")
+		synctest.Wait() // msg_2 is in flight
+		enqueue(t, s, "shop", "last")
+		wantLines(t, b.read()[3:], "bank has msg_0")
 		close(release)
 		synctest.Wait()
-		same(t, b.read()[4:], "shop lost msg_2: "+full) // it was under way, and its place was taken
+		wantLines(t, b.read()[4:], "shop lost msg_2: "+full) // the queue was filled during msg_2's attempt
 		if n := len(s.targets["shop"].waiting); n != maxQueue {
 			t.Errorf("%d wait", n)
 		}
 	})
 }
 
-// TestStop: what is under way is left to the owner, who is told nothing.
+// TestStop checks that an attempt interrupted by the end of Run has no callback: the caller queues
+// the message again.
 func TestStop(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		s, b := newSender(t, local("shop")...)
-		t.Cleanup(func() { same(t, b.read()) })
+		s, b := newSender(t, localTargets("shop")...)
+		t.Cleanup(func() { wantLines(t, b.read()) })
 		run(t, s, func(w http.ResponseWriter, r *http.Request) { <-r.Context().Done() })
-		if err := s.Queue("shop", Message{ID: "msg_1", Born: time.Now().Add(-tryFor)}); err != nil { // its last try
+		// The message is at its age limit, so a failed attempt would be the last one.
+		if err := s.Queue("shop", Message{ID: "msg_1", Born: time.Now().Add(-maxAge)}); err != nil {
 			t.Fatal(err)
 		}
 		synctest.Wait()
 	})
 }
 
-// TestBorn: who is handed in again at every start does not live for ever.
+// TestBorn checks that the age limit counts from Message.Born, also for a message queued again
+// after a restart.
 func TestBorn(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		s, b := newSender(t, local("shop")...)
+		s, b := newSender(t, localTargets("shop")...)
 		run(t, s, func(w http.ResponseWriter, r *http.Request) { w.WriteHeader(500) })
 		for id, born := range map[string]time.Duration{"old": -73 * time.Hour, "future": 1000 * time.Hour} {
 			if err := s.Queue("shop", Message{ID: id, Born: time.Now().Add(born)}); err != nil {
@@ -483,9 +507,9 @@ func TestBorn(t *testing.T) {
 			}
 		}
 		synctest.Wait()
-		same(t, b.read(), "shop lost old: "+ErrLate.Error())
-		time.Sleep(tryFor)
+		wantLines(t, b.read(), "shop lost old: "+ErrLate.Error())
+		time.Sleep(maxAge)
 		synctest.Wait()
-		same(t, b.read()[1:], "shop lost future: "+ErrLate.Error())
+		wantLines(t, b.read()[1:], "shop lost future: "+ErrLate.Error())
 	})
 }

@@ -1,6 +1,6 @@
-// Package webhook tells those who are not connected what has happened: a signed message is posted to a URL, and again until it
-// has been taken. The format is Standard Webhooks 1.0.0 with Ed25519 signatures (v1a). Begin with Sender; a receiver needs
-// ParseKey and Verify.
+// Package webhook posts signed messages to URLs, with retries, for peers without a connection. The
+// format is Standard Webhooks 1.0.0 with Ed25519 signatures (v1a). Begin reading at Sender; a
+// receiver needs ParseKey and Verify.
 package webhook
 
 import (
@@ -15,10 +15,10 @@ import (
 	"time"
 )
 
-// Tolerance is how far apart the clocks of a sender and a receiver may be.
+// Tolerance is the usual limit of the difference between the clocks of sender and receiver.
 const Tolerance = 5 * time.Minute
 
-// The headers of a message.
+// Headers of a message.
 const (
 	headerID        = "Webhook-Id"
 	headerTimestamp = "Webhook-Timestamp"
@@ -28,26 +28,27 @@ const (
 const (
 	keyPrefix       = "whpk_"
 	signaturePrefix = "v1a,"
-	maxSignatures   = 8 // of a message: a receiver's work is bounded
+	maxSignatures   = 8 // limit of signatures in a message, to bound a receiver's work
 )
 
-// What is wrong with a message that somebody received.
+// Errors of Verify.
 var (
 	ErrMalformed = errors.New("the webhook's headers are not those of the Standard Webhooks specification")
 	ErrTime      = errors.New("the webhook's timestamp is too far from this clock")
 	ErrSignature = errors.New("the webhook has no signature of this key")
 )
 
-// Signer makes an Ed25519 signature of 64 bytes. The message has no domain of its own: it begins with an id, a dot and digits, and whatever else
-// the key signs must not.
+// Signer makes an Ed25519 signature of 64 bytes. The message has no prefix for domain separation:
+// it begins with an ID, a dot and digits, for example msg_1.1700000000. followed by the body. No
+// other message signed by the same key may begin in this way.
 type Signer func(ctx context.Context, message []byte) ([]byte, error)
 
-// FormatKey gives a public key as receivers are told it: whpk_ and base64.
+// FormatKey returns a public key in the form for receivers: whpk_ and base64.
 func FormatKey(key ed25519.PublicKey) string {
 	return keyPrefix + base64.StdEncoding.EncodeToString(key)
 }
 
-// ParseKey reads what FormatKey wrote.
+// ParseKey parses the result of FormatKey.
 func ParseKey(s string) (ed25519.PublicKey, error) {
 	text, ok := strings.CutPrefix(s, keyPrefix)
 	key, err := base64.StdEncoding.Strict().DecodeString(text)
@@ -57,9 +58,10 @@ func ParseKey(s string) (ed25519.PublicKey, error) {
 	return key, nil
 }
 
-// Verify judges a message that was received: it has a signature of key, and was sent within tolerance of now. The body is as
-// received, byte for byte. The same message may come again; its Webhook-Id stays the same, and to remember that for twice
-// the tolerance keeps replays out.
+// Verify checks a received message: the message must have a signature of key and a timestamp within
+// tolerance of now. The body must be unchanged, byte for byte. A sender may send the same message
+// several times, with the same Webhook-Id. A receiver detects replays by storing each Webhook-Id
+// for twice the tolerance.
 func Verify(key ed25519.PublicKey, header http.Header, body []byte, now time.Time, tolerance time.Duration) error {
 	if len(key) != ed25519.PublicKeySize {
 		return errors.New("a webhook's public key has 32 bytes")
@@ -75,20 +77,23 @@ func Verify(key ed25519.PublicKey, header http.Header, body []byte, now time.Tim
 	for _, s := range signatures {
 		text, ok := strings.CutPrefix(s, signaturePrefix)
 		if !ok {
-			continue // of another scheme
+			continue // a signature of another scheme
 		}
-		if signature, err := base64.StdEncoding.Strict().DecodeString(text); err == nil && ed25519.Verify(key, signed, signature) {
+		signature, err := base64.StdEncoding.Strict().DecodeString(text)
+		if err == nil && ed25519.Verify(key, signed, signature) {
 			return nil
 		}
 	}
 	return ErrSignature
 }
 
-// parseHeader takes what can be read in one way only, so that what is signed is what the receiver sees.
+// parseHeader parses the headers strictly: every ID and timestamp has one encoding, so the signed
+// text is the text seen by the receiver.
 func parseHeader(header http.Header) (id string, at int64, signatures []string, err error) {
 	for _, name := range []string{headerID, headerTimestamp, headerSignature} {
 		if len(header[name]) != 1 {
-			return "", 0, nil, fmt.Errorf("%w: %s must be there once", ErrMalformed, name)
+			return "", 0, nil, fmt.Errorf("%w: %s must be present once, and is %d times",
+				ErrMalformed, name, len(header[name]))
 		}
 	}
 	id = header.Get(headerID)
@@ -100,12 +105,14 @@ func parseHeader(header http.Header) (id string, at int64, signatures []string, 
 		return "", 0, nil, fmt.Errorf("%w: %s must be Unix seconds", ErrMalformed, headerTimestamp)
 	}
 	if signatures = strings.Split(header.Get(headerSignature), " "); len(signatures) > maxSignatures {
-		return "", 0, nil, fmt.Errorf("%w: more than %d signatures", ErrMalformed, maxSignatures)
+		return "", 0, nil, fmt.Errorf("%w: %d signatures, at most %d are allowed",
+			ErrMalformed, len(signatures), maxSignatures)
 	}
 	return id, at, signatures, nil
 }
 
-// checkID refuses a dot above all: it would move the border between ID and timestamp in what is signed.
+// checkID returns an error for an invalid ID. The essential rule is the one against dots: with a
+// dot in the ID the signed text would have two interpretations.
 func checkID(id string) error {
 	ok := id != "" && len(id) <= 128
 	for i := range len(id) {
@@ -118,7 +125,7 @@ func checkID(id string) error {
 	return nil
 }
 
-// message is what gets signed.
+// message returns the signed text: ID, timestamp in Unix seconds and body, joined by dots.
 func message(id string, at int64, body []byte) []byte {
 	return append(fmt.Appendf(nil, "%s.%d.", id, at), body...)
 }

@@ -10,7 +10,7 @@ import (
 	"time"
 )
 
-// A message that OpenSSL has signed.
+// A message signed with OpenSSL.
 const (
 	vectorKey       = "whpk_FMstNQVap2EgDPGzQvUS26GIacRQZ2I4l1eliBZmRB8="
 	vectorSignature = "v1a,jQbWi620DW/l0ljjtxup8JAM90e812MNEk7h9AhY15/QMT5g+QXoXp6nn4MDGE1A7lu0qxstDHRBav7n/0frDg=="
@@ -25,6 +25,7 @@ func vectorHeader() http.Header {
 	return h
 }
 
+// TestVerify changes headers, body, key and time of a signed message.
 func TestVerify(t *testing.T) {
 	key, err := ParseKey(vectorKey)
 	if err != nil {
@@ -65,13 +66,16 @@ func TestVerify(t *testing.T) {
 		{name: "two times", change: func(h http.Header) { h.Add(headerTimestamp, "1700000000") }, want: ErrMalformed},
 		{name: "no signature", change: func(h http.Header) { h.Del(headerSignature) }, want: ErrMalformed},
 		{name: "an empty signature", change: set(headerSignature, ""), want: ErrSignature},
-		{name: "two signature headers", change: func(h http.Header) { h.Add(headerSignature, vectorSignature) }, want: ErrMalformed},
+		{name: "two signature headers", want: ErrMalformed,
+			change: func(h http.Header) { h.Add(headerSignature, vectorSignature) }},
 		{name: "among others", change: set(headerSignature, "v1,K5oZ "+wrong+" "+vectorSignature+" v2,x")},
 		{name: "others only", change: set(headerSignature, "v1,K5oZ "+wrong), want: ErrSignature},
 		{name: "as another scheme", change: set(headerSignature, "v1,"+vectorSignature[4:]), want: ErrSignature},
 		{name: "cut", change: set(headerSignature, vectorSignature[:len(vectorSignature)-4]), want: ErrSignature},
-		{name: "bits left over", change: set(headerSignature, vectorSignature[:len(vectorSignature)-3]+"h=="), want: ErrSignature},
-		{name: "nine signatures", change: set(headerSignature, strings.Repeat(wrong+" ", 8)+vectorSignature), want: ErrMalformed},
+		{name: "bits left over", want: ErrSignature,
+			change: set(headerSignature, vectorSignature[:len(vectorSignature)-3]+"h==")},
+		{name: "nine signatures", want: ErrMalformed,
+			change: set(headerSignature, strings.Repeat(wrong+" ", 8)+vectorSignature)},
 		{name: "eight signatures", change: set(headerSignature, strings.Repeat(wrong+" ", 7)+vectorSignature)},
 	} {
 		header := vectorHeader()
@@ -90,18 +94,20 @@ func TestVerify(t *testing.T) {
 		}
 	}
 	if err := Verify(nil, vectorHeader(), []byte(vectorBody), time.Unix(1700000000, 0), Tolerance); err == nil {
-		t.Error("it verifies without a key")
+		t.Error("the message verifies without a key")
 	}
 }
 
+// TestKeyText formats and parses public keys.
 func TestKeyText(t *testing.T) {
 	key, err := ParseKey(vectorKey)
 	if err != nil || FormatKey(key) != vectorKey {
 		t.Errorf("%s becomes %s, %v", vectorKey, FormatKey(key), err)
 	}
 	for _, s := range []string{
-		"", "whpk_", vectorKey[5:], "whsk_" + vectorKey[5:], vectorKey + "\n", vectorKey[:20] + "\n" + vectorKey[20:], vectorKey[:len(vectorKey)-1],
-		"whpk_FMstNQVap2EgDPGzQvUS26GIacRQZ2I4l1eliBZmRB9=", // bits left over
+		"", "whpk_", vectorKey[5:], "whsk_" + vectorKey[5:], vectorKey + "\n",
+		vectorKey[:20] + "\n" + vectorKey[20:], vectorKey[:len(vectorKey)-1],
+		"whpk_FMstNQVap2EgDPGzQvUS26GIacRQZ2I4l1eliBZmRB9=", // non-zero padding bits
 		"whpk_" + base64.StdEncoding.EncodeToString(make([]byte, 33)),
 	} {
 		if _, err := ParseKey(s); err == nil {
