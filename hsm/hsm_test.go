@@ -469,7 +469,7 @@ func TestHealsUnderLoad(t *testing.T) {
 		deadline := time.Now().Add(20 * time.Second)
 		for sign() != nil {
 			if time.Now().After(deadline) {
-				t.Fatal("it does not heal")
+				t.Fatal("the store does not recover")
 			}
 		}
 	}

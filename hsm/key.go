@@ -117,8 +117,8 @@ func (k *key) Exchange(ctx context.Context, peer [32]byte) (shared [32]byte, err
 	return shared, nil
 }
 
-// use runs f with a session and the private key's handle. The key is searched on the token once a
-// login; later uses find the handle in the cache.
+// use runs f with a session and the private key's handle. The key is looked up on the token once
+// per login; later uses find the handle in the cache.
 func (k *key) use(ctx context.Context, operation string, f func(session, *handle) error) error {
 	st := k.store
 	err := st.withSession(ctx, operation+" with "+k.info.Ref.String(), func(s session) error {
@@ -162,7 +162,7 @@ func (k *key) handle(logins uint64) *handle {
 	return h
 }
 
-// knownMissing reports a failed search for the key during the given login.
+// knownMissing reports a failed lookup of the key during the given login.
 func (k *key) knownMissing(logins uint64) bool {
 	h := k.cached()
 	return h != nil && h.missing && h.logins == logins
@@ -176,7 +176,7 @@ func (st *Store) forget(s session, tag keystore.Tag, h *handle) {
 	}
 }
 
-// findBound searches a key by CKA_ID, compares the key with info, and returns the private object to
+// findBound looks up a key by CKA_ID, compares the key with info, and returns the private object to
 // use. With Quirks.Copies the object is a copy owned by the login session.
 func (st *Store) findBound(s session, info keystore.Info) (pkcs11.ObjectHandle, error) {
 	found, private, err := st.load(s, attr(pkcs11.CKA_ID, info.Tag[:]), info.Ref)

@@ -91,7 +91,7 @@ func TestBusShowsNoSecret(t *testing.T) {
 	}
 	defer s.Close()
 	for _, k := range []keystore.Key{imported, made, resident} {
-		signs(t, s.Bind(k.Info())) // unsealed anew
+		signs(t, s.Bind(k.Info())) // unsealed again
 	}
 	seen := p.bytes()
 	if len(seen) < 4000 {
@@ -268,7 +268,7 @@ func TestManyOperations(t *testing.T) {
 		signs(t, resident)
 		if i%10 == 0 {
 			s.Lock()
-			signs(t, sealed) // unsealed anew
+			signs(t, sealed) // unsealed again
 		}
 		if t.Failed() {
 			t.Fatalf("operation %d", i)

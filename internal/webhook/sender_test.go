@@ -113,7 +113,7 @@ func TestTargets(t *testing.T) {
 		if (err == nil) != ok {
 			t.Errorf("%q: %v", url, err)
 		} else if err != nil && (strings.Contains(err.Error(), "secret") || !strings.Contains(err.Error(), `"shop"`)) {
-			t.Errorf("%q: the error shows it, or does not name the target: %v", url, err)
+			t.Errorf("%q: the error shows the URL, or does not name the target: %v", url, err)
 		}
 	}
 	good := Target{Name: "shop", URL: "https://example.com/"}
