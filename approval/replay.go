@@ -20,10 +20,10 @@ import (
 
 // Report is what a log says of operators and approvals when all is well.
 type Report struct {
-	First     *Enrolment `json:"first,omitempty"` // nil: there are no operators, and nothing needs approval
-	Needed    int        `json:"needed"`          // approvals at the end
-	Operators []Operator `json:"operators"`       // at the end, by name
-	Proposals []*Course  `json:"proposals"`       // in the order of their making
+	First     *Enrolment         `json:"first,omitempty"` // nil: there are no operators, and nothing needs approval
+	Needed    int                `json:"needed"`          // approvals at the end
+	Operators []Operator         `json:"operators"`       // at the end, by name
+	Proposals []*ProposalHistory `json:"proposals"`       // in the order of their making
 	// Others are the ids of proposals' acts that this program does not know. They gate nothing that it knows either.
 	Others []uint64 `json:"others,omitempty"`
 }
@@ -35,8 +35,8 @@ type Enrolment struct {
 	Operator Operator  `json:"operator"`
 }
 
-// Course is what became of a proposal.
-type Course struct {
+// ProposalHistory is what became of a proposal.
+type ProposalHistory struct {
 	ID         uint64      `json:"id"`
 	Act        string      `json:"act"`
 	Parameters []Parameter `json:"parameters"`
@@ -50,7 +50,7 @@ type Course struct {
 	Run        time.Time   `json:"run,omitzero"`    // when it began to be carried out
 	Ended      time.Time   `json:"ended,omitzero"`  // when that, or the proposal, ended
 	Cause      string      `json:"cause,omitempty"` // why it failed
-	Did        []Deed      `json:"did"`             // the events that needed this proposal
+	Did        []Effect    `json:"did"`             // the events that needed this proposal
 
 	Text string `json:"text"` // what the approvers signed
 
@@ -68,8 +68,8 @@ type Approval struct {
 	Proof      Proof     `json:"proof"` // so that others can check it
 }
 
-// Deed is an event that a proposal has allowed.
-type Deed struct {
+// Effect is an event that a proposal has allowed.
+type Effect struct {
 	Event    uint64     `json:"event"`
 	Type     audit.Type `json:"type"`
 	Resource string     `json:"resource,omitempty"`
@@ -91,14 +91,14 @@ type Chain struct {
 	options   ReplayOptions
 	next      uint64
 	operators map[string]Operator // by name
-	proposals map[uint64]*Course
+	proposals map[uint64]*ProposalHistory
 	policy    string // the hash of the one that is in force
 	report    Report
 }
 
 // NewChain returns a chain that has seen nothing yet.
 func NewChain(o ReplayOptions) *Chain {
-	return &Chain{options: o, operators: map[string]Operator{}, proposals: map[uint64]*Course{}, report: Report{Proposals: []*Course{}}}
+	return &Chain{options: o, operators: map[string]Operator{}, proposals: map[uint64]*ProposalHistory{}, report: Report{Proposals: []*ProposalHistory{}}}
 }
 
 // Replay follows all events of a log. The error is a *audit.Wrong where an event is not as it must be.
@@ -155,11 +155,11 @@ func (a *Chain) follow(index uint64, e audit.Event) error {
 			return nil // put in force at the start: the one that was, or the first one
 		}
 	}
-	act, want, gated := gate(e)
+	g, gated := gateOf(e)
 	if !gated || a.report.First == nil {
 		return nil
 	}
-	p, err := a.carriedOut(e, act, want)
+	p, err := a.carriedOut(e, g)
 	if err != nil {
 		return err
 	}
@@ -176,68 +176,32 @@ func (a *Chain) follow(index uint64, e audit.Event) error {
 		}
 	}
 	if err == nil {
-		p.Did = append(p.Did, Deed{index, e.Type, e.Resource})
+		p.Did = append(p.Did, Effect{index, e.Type, e.Resource})
 	}
 	return err
 }
 
-// gate says which act an event carries out that needs approval, and what its proposal must say at least.
-func gate(e audit.Event) (act string, want []Parameter, gated bool) {
-	m := e.Metadata
-	key, version, _ := strings.Cut(e.Resource, "/")
-	switch e.Type {
-	case audit.PeerAdded:
-		return "peer add", []Parameter{{"name", e.Resource}, {"public_key", m["public_key"]}}, true
-	case audit.PolicyChanged:
-		return "policy activate", []Parameter{{"sha256", m["sha256"]}}, true
-	case audit.KeyStateChanged:
-		return map[string]string{"destroyed": "key destroy", "compromised": "key compromise"}[m["to"]], []Parameter{{"key", key}, {"version", version}},
-			m["to"] == "destroyed" || m["to"] == "compromised"
-	case audit.LineChanged:
-		return "key presence", []Parameter{{"key", e.Resource}, {"seconds", m["presence"]}}, m["presence_lowered"] == "yes"
-	case audit.OperatorChanged:
-		return changes[m["change"]], []Parameter{{"name", e.Resource}}, true
-	case audit.ApprovalsChanged:
-		return "approvals needed", []Parameter{{"needed", m["needed"]}}, true
-	case audit.RetentionChanged:
-		return "retention shorten", nil, m["shortened"] == "yes"
-	case audit.LegalHoldReleased:
-		return "hold release", []Parameter{{"epoch", strings.TrimPrefix(e.Resource, "epoch/")}, {"reason", m["reason"]}}, true
-	case audit.RollbackAccepted:
-		return "rollback accept", []Parameter{{"reason", m["reason"]}}, true
-	case audit.ClockAccepted:
-		return "clock accept", nil, true
-	}
-	return "", nil, false
-}
-
-// changes are the acts by what OperatorChanged says that it did.
-var changes = map[string]string{
-	"added": "operator add", "roles": "operator roles", "removed": "operator remove", "credential added": "credential add", "credential removed": "credential remove",
-}
-
-// acts are all that gate knows.
-var acts = append(slices.Collect(maps.Values(changes)), "peer add", "policy activate", "key destroy", "key compromise", "key presence", "approvals needed",
-	"retention shorten", "hold release", "rollback accept", "clock accept")
-
 // carriedOut finds the proposal that an event carries out: it is running, says just that, and has not done it yet.
-func (a *Chain) carriedOut(e audit.Event, act string, want []Parameter) (*Course, error) {
+func (a *Chain) carriedOut(e audit.Event, g gate) (*ProposalHistory, error) {
 	p := a.proposals[e.Actor.Proposal]
 	switch {
-	case act == "":
+	case g.act == "":
 		return nil, fmt.Errorf("it says that it is a change %q, which is unknown", e.Metadata["change"])
 	case e.Actor.Kind != "operator" || e.Actor.Proposal == 0 || p == nil:
-		return nil, fmt.Errorf("it needs an approved proposal (%s), and names none that there is", act)
+		return nil, fmt.Errorf("it needs an approved proposal (%s), and names none that there is", g.act)
 	case p.State != "running":
 		return nil, fmt.Errorf("it carries out proposal %d, which is %s", p.ID, p.State)
-	case p.Act != act:
-		return nil, fmt.Errorf("it is %s, and carries out proposal %d, which is %s", act, p.ID, p.Act)
+	case p.Act != g.act:
+		return nil, fmt.Errorf("it is %s, and carries out proposal %d, which is %s", g.act, p.ID, p.Act)
 	case e.Actor.Name != p.Proposer:
 		return nil, fmt.Errorf("it is by %q, and proposal %d by %q", e.Actor.Name, p.ID, p.Proposer)
 	case len(p.Did) > 0:
 		return nil, fmt.Errorf("it carries out proposal %d, which event %d did already", p.ID, p.Did[0].Event)
 	}
-	for _, each := range want {
+	if g.want == nil {
+		return p, nil
+	}
+	for _, each := range g.want(e.Resource, e.Metadata) {
 		if said := p.says.Parameter(each.Name); said != each.Value || said == "" {
 			return nil, fmt.Errorf("its %s is %q, and proposal %d says %q", each.Name, each.Value, p.ID, said)
 		}
@@ -335,13 +299,13 @@ func sorted(some []Role) []Role {
 // change takes an operator's new record. It must be the former one with what the proposal says and nothing else.
 func (a *Chain) change(e audit.Event, p *Proposal) error {
 	before, there := a.operators[e.Resource]
-	if added := e.Metadata["change"] == "added"; added && there {
+	if added := e.Metadata["change"] == ChangeAdded; added && there {
 		return fmt.Errorf("there is an operator %q", e.Resource)
 	} else if !added && !there {
 		return fmt.Errorf("there is no operator %q", e.Resource)
 	}
 	operators := maps.Clone(a.operators)
-	if e.Metadata["change"] == "removed" {
+	if e.Metadata["change"] == ChangeRemoved {
 		if e.Metadata["operator"] != "" {
 			return errors.New("it has a record of an operator who is removed")
 		}
@@ -372,15 +336,15 @@ func (a *Chain) change(e audit.Event, p *Proposal) error {
 		return nil
 	}
 	switch e.Metadata["change"] {
-	case "added":
+	case ChangeAdded:
 		want.Name, want.Added = e.Resource, after.Added
 		roles()
 		err = credential()
-	case "roles":
+	case ChangeRoles:
 		roles()
-	case "credential added":
+	case ChangeCredentialAdded:
 		err = credential()
-	case "credential removed":
+	case ChangeCredentialRemoved:
 		id := p.Parameter("credential")
 		if _, has := before.Credential(id); !has {
 			return fmt.Errorf("operator %q has no credential %s", e.Resource, id)
@@ -405,8 +369,8 @@ func (a *Chain) propose(index uint64, e audit.Event) error {
 		return err
 	}
 	digest := p.Digest()
-	c := &Course{ID: p.ID, Act: p.Act, Parameters: p.Parameters, Proposer: p.Proposer, Proposed: p.Proposed, Expires: p.Expires, Needed: p.Needed, Event: index,
-		Approvals: []Approval{}, State: "open", Did: []Deed{}, Text: p.Text(), digest: hex.EncodeToString(digest[:]), says: p}
+	c := &ProposalHistory{ID: p.ID, Act: p.Act, Parameters: p.Parameters, Proposer: p.Proposer, Proposed: p.Proposed, Expires: p.Expires, Needed: p.Needed, Event: index,
+		Approvals: []Approval{}, State: "open", Did: []Effect{}, Text: p.Text(), digest: hex.EncodeToString(digest[:]), says: p}
 	_, operator := a.operators[e.Actor.Name]
 	switch before := a.proposals[p.ID]; {
 	case before != nil:
@@ -424,7 +388,7 @@ func (a *Chain) propose(index uint64, e audit.Event) error {
 		c.Parameters = []Parameter{}
 	}
 	a.proposals[p.ID], a.report.Proposals = c, append(a.report.Proposals, c)
-	if !slices.Contains(acts, p.Act) {
+	if !slices.Contains(Acts(), p.Act) {
 		a.report.Others = append(a.report.Others, p.ID)
 	}
 	return nil
@@ -433,7 +397,7 @@ func (a *Chain) propose(index uint64, e audit.Event) error {
 func resource(id uint64) string { return "proposal/" + strconv.FormatUint(id, 10) }
 
 // of finds the proposal that an event is about.
-func (a *Chain) of(e audit.Event) (*Course, error) {
+func (a *Chain) of(e audit.Event) (*ProposalHistory, error) {
 	id, err := strconv.ParseUint(strings.TrimPrefix(e.Resource, "proposal/"), 10, 64)
 	p := a.proposals[id]
 	if err != nil || e.Resource != resource(id) || p == nil {
@@ -446,7 +410,7 @@ func (a *Chain) of(e audit.Event) (*Course, error) {
 }
 
 // over says whether an event is later than a proposal may be used: after the second in which it expires.
-func (c *Course) over(e audit.Event) bool { return at(e).Unix() > c.Expires.Unix() }
+func (c *ProposalHistory) over(e audit.Event) bool { return at(e).Unix() > c.Expires.Unix() }
 
 func (a *Chain) approve(index uint64, e audit.Event) error {
 	p, err := a.of(e)
@@ -483,7 +447,7 @@ func (a *Chain) approve(index uint64, e audit.Event) error {
 
 // counts is how many approvals count at this moment: those of approvers who have the credential still, each person and each
 // credential once.
-func (a *Chain) counts(p *Course) int {
+func (a *Chain) counts(p *ProposalHistory) int {
 	names, credentials := map[string]bool{}, map[string]bool{}
 	for _, each := range p.Approvals {
 		o := a.operators[each.Operator]

@@ -212,7 +212,7 @@ func gated() []struct {
 		{"key destroy", []string{"key", "payments", "version", "1"}, audit.Event{Type: audit.KeyStateChanged, Resource: "payments/1", Metadata: with("from", "archived", "to", "destroyed")}},
 		{"key compromise", []string{"key", "payments", "version", "2", "reason", "lost"}, audit.Event{Type: audit.KeyStateChanged, Resource: "payments/2", Metadata: with("from", "active", "to", "compromised")}},
 		{"key presence", []string{"key", "payments", "seconds", "0"}, audit.Event{Type: audit.LineChanged, Resource: "payments", Metadata: with("presence", "0", "presence_lowered", "yes")}},
-		{"retention shorten", []string{"epoch_days", "30"}, audit.Event{Type: audit.RetentionChanged, Metadata: with("shortened", "yes", "epoch_days", "30")}},
+		{"retention shorten", []string{"audit", "30d"}, audit.Event{Type: audit.RetentionChanged, Metadata: with("shortened", "yes", "audit", "30d")}},
 		{"hold release", []string{"epoch", "3", "reason", "court said so"}, audit.Event{Type: audit.LegalHoldReleased, Resource: "epoch/3", Metadata: with("reason", "court said so")}},
 		{"rollback accept", []string{"reason", "restored"}, audit.Event{Type: audit.RollbackAccepted, Metadata: with("reason", "restored")}},
 		{"clock accept", nil, audit.Event{Type: audit.ClockAccepted}},
@@ -228,7 +228,7 @@ func TestReplay(t *testing.T) {
 	// What does not widen needs no approval.
 	s.add(audit.Event{Type: audit.KeyStateChanged, Resource: "payments/3", Metadata: with("from", "active", "to", "verify-only")})
 	s.add(audit.Event{Type: audit.LineChanged, Actor: audit.Operator("carl"), Resource: "payments", Metadata: with("presence", "300")})
-	s.add(audit.Event{Type: audit.RetentionChanged, Actor: audit.Operator("carl"), Metadata: with("epoch_days", "90")})
+	s.add(audit.Event{Type: audit.RetentionChanged, Actor: audit.Operator("carl"), Metadata: with("audit", "90d")})
 	s.add(policyChanged("bb", audit.Daemon())) // at a start
 	// Operators.
 	carl := s.people["carl"]

@@ -241,7 +241,7 @@ func TestAuditApprovals(t *testing.T) {
 // sshKeygen checks the first approval of a report with nothing but ssh-keygen, as docs/SPEC.md says.
 func sshKeygen(t *testing.T, report string) {
 	t.Helper()
-	var r struct{ Proposals []*approval.Course }
+	var r struct{ Proposals []*approval.ProposalHistory }
 	if err := json.Unmarshal([]byte(report), &r); err != nil {
 		t.Fatal(err)
 	}

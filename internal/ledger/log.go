@@ -3,7 +3,6 @@ package ledger
 import (
 	"bytes"
 	"context"
-	"encoding/base64"
 	"encoding/binary"
 	"encoding/json"
 	"fmt"
@@ -30,6 +29,9 @@ type Event struct {
 
 // NewEvent hashes an event, which must not be changed afterwards.
 func NewEvent(b []byte) Event { return Event{b, audit.LeafHash(b)} }
+
+// EventOf encodes and hashes an event of the audit log, with the time of now.
+func EventOf(e audit.Event) Event { return NewEvent(e.Encode(time.Now())) }
 
 // logState is where the log ends.
 type logState struct {
@@ -91,13 +93,12 @@ func (t *txn) putEpoch(e Epoch) error {
 }
 
 // beginEpoch begins the first epoch, or the one after the present one. Its first event names where that ended.
-func (t *txn) beginEpoch(n uint32, who audit.Actor, metadata map[string]string) error {
+func (t *txn) beginEpoch(n uint32, who audit.Actor, before *audit.EpochEnd) error {
 	if err := t.putEpoch(Epoch{Number: n, First: t.log.next, Begun: t.now.UnixMilli()}); err != nil {
 		return err
 	}
 	t.log = logState{next: t.log.next, epoch: n, first: t.log.next}
-	metadata["first"] = strconv.FormatUint(t.log.next, 10)
-	e := audit.Event{Type: audit.EpochBegun, Actor: who, Action: "epoch", Resource: "epoch/" + strconv.FormatUint(uint64(n), 10), Outcome: "ok", Metadata: metadata}
+	e := audit.NewEpochBegun(who, n, t.log.next, before)
 	_, err := t.append(NewEvent(e.Encode(t.now)))
 	return err
 }
@@ -123,9 +124,7 @@ func (l *Ledger) EndEpoch(ctx context.Context, who audit.Actor) (uint32, error) 
 			return err
 		}
 		next = e.Number + 1
-		return t.beginEpoch(next, who, map[string]string{
-			"previous_size": strconv.FormatUint(e.Size, 10), "previous_root": base64.StdEncoding.EncodeToString(e.Root),
-		})
+		return t.beginEpoch(next, who, &audit.EpochEnd{Size: e.Size, Root: root})
 	}})
 	if err != nil {
 		return 0, err // the writer may still be at it

@@ -1,0 +1,434 @@
+package audit
+
+import (
+	"crypto/sha256"
+	"encoding/base64"
+	"encoding/hex"
+	"fmt"
+	"maps"
+	"strconv"
+	"time"
+)
+
+// Each event has one constructor here, with typed fields: so its action, its resource and the names in
+// its metadata stand in one place. Actor and time apart, equal arguments give equal events.
+
+// newEvent makes an event with the outcome ok. pairs are names and values of the metadata.
+func newEvent(t Type, who Actor, action, resource string, pairs ...string) Event {
+	e := Event{Type: t, Actor: who, Action: action, Resource: resource, Outcome: "ok"}
+	for i := 0; i < len(pairs); i += 2 {
+		e = e.with(pairs[i], pairs[i+1])
+	}
+	return e
+}
+
+// with adds an entry to the metadata of an event that only the caller has.
+func (e Event) with(name, value string) Event {
+	if e.Metadata == nil {
+		e.Metadata = make(map[string]string, 8)
+	}
+	e.Metadata[name] = value
+	return e
+}
+
+// own returns an event whose metadata are the caller's to change.
+func (e Event) own() Event {
+	e.Metadata = maps.Clone(e.Metadata)
+	return e
+}
+
+// ended returns the event with another outcome.
+func (e Event) ended(outcome string) Event {
+	e.Outcome = outcome
+	return e
+}
+
+func decimal[T ~int | ~int64 | ~uint32 | ~uint64](n T) string {
+	if n < 0 {
+		return strconv.FormatInt(int64(n), 10)
+	}
+	return strconv.FormatUint(uint64(n), 10)
+}
+
+// EpochEnd is where an epoch has ended.
+type EpochEnd struct {
+	Size uint64
+	Root Hash
+}
+
+// NewEpochBegun is the first event of an epoch. before is the end of the epoch before; nil: there is none.
+func NewEpochBegun(who Actor, epoch uint32, first uint64, before *EpochEnd) Event {
+	e := newEvent(EpochBegun, who, "epoch", epochResource(epoch), "first", decimal(first))
+	if before != nil {
+		e = e.with("previous_size", decimal(before.Size)).with("previous_root", base64.StdEncoding.EncodeToString(before.Root[:]))
+	}
+	return e
+}
+
+func epochResource(epoch uint32) string { return "epoch/" + decimal(epoch) }
+
+// NewStarted and NewStopped are the daemon's own.
+func NewStarted() Event { return newEvent(Started, Daemon(), "serve", "") }
+
+func NewStopped() Event { return newEvent(Stopped, Daemon(), "serve", "") }
+
+// Document is what an event keeps of a document: enough to recognise it, nothing of its content.
+type Document struct {
+	Transcript string // its type
+	Digest     [32]byte
+	Nonce      [32]byte
+	ExpiresAt  int64 // Unix seconds
+}
+
+// of adds a document to an event.
+func (e Event) of(d Document) Event {
+	return e.with("transcript", d.Transcript).with("digest", hex.EncodeToString(d.Digest[:])).
+		with("nonce", hex.EncodeToString(d.Nonce[:])).with("expires_at", decimal(d.ExpiresAt))
+}
+
+// NewAdmission is the admission of a signature with a version of a key ("payments/3").
+func NewAdmission(who Actor, key string, d Document) Event {
+	admitted, _, _ := OfDocument(d.Transcript)
+	return newEvent(admitted, who, "sign", key).of(d)
+}
+
+// NewOutcome says how the admission with a number ended; failed is the code of the failure, or "".
+func NewOutcome(who Actor, key, transcript string, admission uint64, failed string) Event {
+	_, created, failure := OfDocument(transcript)
+	e := newEvent(created, who, "sign", key, "admission", decimal(admission))
+	if failed != "" {
+		e.Type, e.Outcome = failure, failed
+	}
+	return e
+}
+
+// NewVerification is a signature that was found good. key is the name of the key that the request
+// names, or "".
+func NewVerification(who Actor, key string, d Document, signer [32]byte) Event {
+	return newEvent(SignatureVerified, who, "verify", key).of(d).with("signer", hex.EncodeToString(signer[:]))
+}
+
+// AsReplay is the event of a nonce that was spent before, in place of the event of its admission.
+func (e Event) AsReplay(code string) Event {
+	e.Type = ReplayRefused
+	return e.ended(code)
+}
+
+// AsRejected is the event of a refusal, in place of the event of the admission.
+func (e Event) AsRejected(code string) Event {
+	e.Type = SignatureRejected
+	return e.ended(code)
+}
+
+// Decided adds the SHA-256 of the policy that has decided, and the digest of its inputs.
+func (e Event) Decided(policy [32]byte, inputs string) Event {
+	return e.own().with("policy", hex.EncodeToString(policy[:])).with("inputs", inputs)
+}
+
+// RefusedByGeneration says that policy had allowed the signature, and a generation that is not higher
+// than the last one has not.
+func (e Event) RefusedByGeneration() Event { return e.own().with("refused", "generation") }
+
+// NewRejection is a request that was refused before its admission.
+func NewRejection(who Actor, action, resource, code string) Event {
+	return newEvent(SignatureRejected, who, action, resource).ended(code)
+}
+
+// Span is how often something has happened from a time to a time.
+type Span struct {
+	Count        uint64
+	Since, Until time.Time
+}
+
+// NewCount aggregates events of one type that are too many to be written down one by one.
+func NewCount(t Type, action, resource, outcome string, s Span) Event {
+	return newEvent(t, Daemon(), action, resource, "count", decimal(s.Count),
+		"since", decimal(s.Since.UnixMilli()), "until", decimal(s.Until.UnixMilli())).ended(outcome)
+}
+
+// KeyFacts are what an event says of a key's version that was made.
+type KeyFacts struct {
+	PublicKey  []byte
+	Algorithm  string
+	Custody    string
+	Provenance string
+	Token      string
+}
+
+// NewKeyCreated is version 1 of a key that came into use, made on its token or imported.
+func NewKeyCreated(who Actor, key string, k KeyFacts, imported bool) Event {
+	t, action := KeyCreated, "key create"
+	if imported {
+		t, action = KeyImported, "key import"
+	}
+	return newEvent(t, who, action, key, "algorithm", k.Algorithm, "public_key", hex.EncodeToString(k.PublicKey),
+		"custody", k.Custody, "provenance", k.Provenance, "token", k.Token)
+}
+
+// NewKeyCreationFailed is a version that has never come into use and was cleared away.
+func NewKeyCreationFailed(key, outcome string) Event {
+	return newEvent(KeyCreationFailed, Daemon(), "key create", key).ended(outcome)
+}
+
+// NewKeyCommitted says that a version has a successor: next is the SHA-256 of its public key.
+func NewKeyCommitted(who Actor, key string, next [32]byte, k KeyFacts) Event {
+	return newEvent(KeyCommitted, who, "key create", key, "next", hex.EncodeToString(next[:]),
+		"custody", k.Custody, "provenance", k.Provenance, "token", k.Token)
+}
+
+// NewRotationAnnounced says when the version after that of key will be active.
+func NewRotationAnnounced(who Actor, key string, version uint32, activates time.Time, k KeyFacts) Event {
+	return newEvent(RotationAnnounced, who, "key rotate", key, "version", decimal(version),
+		"public_key", hex.EncodeToString(k.PublicKey), "activates_at", decimal(activates.Unix()),
+		"custody", k.Custody, "provenance", k.Provenance)
+}
+
+// NewKeyRotated says that a version is active. retires is when the version before it is archived; zero:
+// that was not active.
+func NewKeyRotated(who Actor, key string, publicKey []byte, retires time.Time) Event {
+	e := newEvent(KeyRotated, who, "key rotate", key, "public_key", hex.EncodeToString(publicKey))
+	if !retires.IsZero() {
+		e = e.with("retires_at", decimal(retires.Unix()))
+	}
+	return e
+}
+
+// NewKeyRotationFailed says that a rotation has failed and changed nothing.
+func NewKeyRotationFailed(who Actor, key string, cause error) Event {
+	return newEvent(KeyRotationFailed, who, "key rotate", key, "cause", cause.Error()).ended("failed")
+}
+
+// NewKeyStateChanged says that a version has another state. The reason may be "".
+func NewKeyStateChanged(who Actor, key, from, to, reason string) Event {
+	e := newEvent(KeyStateChanged, who, "key state", key, "from", from, "to", to)
+	if reason != "" {
+		e = e.with("reason", reason)
+	}
+	return e
+}
+
+// NewRotationKnown says that a peer has acknowledged a version of a key.
+func NewRotationKnown(who Actor, key string, version uint32) Event {
+	return newEvent(RotationKnown, who, "rotation.ack", key, "version", decimal(version))
+}
+
+// NewLineChanged says how a key is rotated from now on: settings are the bytes of the record. lowered:
+// the key may sign on fewer confirmations than before.
+func NewLineChanged(who Actor, key string, settings []byte, presence time.Duration, lowered bool) Event {
+	e := newEvent(LineChanged, who, "key set", key, "settings", string(settings),
+		"presence", decimal(int64(presence/time.Second)))
+	if lowered {
+		e = e.with("presence_lowered", "yes")
+	}
+	return e
+}
+
+// NewPresenceConfirmed says until when a key may sign on an operator's confirmation.
+func NewPresenceConfirmed(who Actor, key string, until time.Time) Event {
+	return newEvent(PresenceConfirmed, who, "key confirm", key, "until", decimal(until.Unix()))
+}
+
+// NewNoiseKeyAuthorized says that a version of the Noise key speaks for an identity, the name of a key.
+func NewNoiseKeyAuthorized(who Actor, key, identity string) Event {
+	return newEvent(NoiseKeyAuthorized, who, "noise authorize", key, "identity", identity)
+}
+
+// NewPeerAdded enrols a peer by its Noise static public key.
+func NewPeerAdded(who Actor, name string, publicKey [32]byte) Event {
+	return newEvent(PeerAdded, who, "peer add", name, "public_key", hex.EncodeToString(publicKey[:]))
+}
+
+// NewPeerRemoved, NewPeerSuspended and NewPeerResumed say whether a peer is let in.
+func NewPeerRemoved(who Actor, name string) Event {
+	return newEvent(PeerRemoved, who, "peer remove", name)
+}
+
+func NewPeerSuspended(who Actor, name string) Event {
+	return newEvent(PeerSuspended, who, "peer suspend", name)
+}
+
+func NewPeerResumed(who Actor, name string) Event {
+	return newEvent(PeerResumed, who, "peer resume", name)
+}
+
+// NewPolicyChanged puts a version of the policy in force: hash and previous are SHA-256 in hex.
+func NewPolicyChanged(who Actor, hash, previous string, version uint64) Event {
+	return newEvent(PolicyChanged, who, "policy activate", "policy",
+		"sha256", hash, "previous", previous, "version", decimal(version))
+}
+
+// NewOperatorEnrolled is the first administrator, enrolled by root. record is the operator in JSON.
+func NewOperatorEnrolled(who Actor, action, name string, record []byte) Event {
+	return newEvent(OperatorEnrolled, who, action, name, "operator", string(record))
+}
+
+// NewOperatorChanged says what an act has changed of an operator: record is the operator after it in
+// JSON; nil: the operator was removed.
+func NewOperatorChanged(who Actor, action, name, change string, record []byte) Event {
+	e := newEvent(OperatorChanged, who, action, name, "change", change)
+	if record != nil {
+		e = e.with("operator", string(record))
+	}
+	return e
+}
+
+// NewApprovalsChanged says how many approvals an act needs.
+func NewApprovalsChanged(who Actor, action string, needed int) Event {
+	return newEvent(ApprovalsChanged, who, action, "approvals", "needed", decimal(needed))
+}
+
+// NewOperatorSignedIn begins a session of an operator. roles are separated by commas.
+func NewOperatorSignedIn(name, session, credential, roles, channel string) Event {
+	return newEvent(OperatorSignedIn, Operator(name), "sign in", "session/"+session,
+		"credential", credential, "roles", roles, "channel", channel)
+}
+
+// NewOperatorSignedOut ends a session of an operator, by the operator or an administrator.
+func NewOperatorSignedOut(by, session, operator, channel string) Event {
+	return newEvent(OperatorSignedOut, Operator(by), "sign out", "session/"+session,
+		"operator", operator, "channel", channel)
+}
+
+// Refusal says of a refused proof what it was for and why it was refused.
+type Refusal struct{ Purpose, Credential, Channel, Cause string }
+
+// NewSignInRefused is a proof that was not believed, in an operator's name.
+func NewSignInRefused(operator, outcome string, r Refusal) Event {
+	return newEvent(SignInRefused, Daemon(), "sign in", operator, "purpose", r.Purpose,
+		"credential", r.Credential, "channel", r.Channel, "cause", r.Cause).ended(outcome)
+}
+
+// ProposalRef names a proposal in events: its number, and the SHA-256 of its text.
+type ProposalRef struct {
+	ID     uint64
+	Digest [32]byte
+}
+
+func (p ProposalRef) event(t Type, who Actor, action string) Event {
+	return newEvent(t, who, action, "proposal/"+strconv.FormatUint(p.ID, 10), "digest", hex.EncodeToString(p.Digest[:]))
+}
+
+// NewProposalMade has the text that is to be approved.
+func NewProposalMade(who Actor, p ProposalRef, text string) Event {
+	return p.event(ProposalMade, who, "proposal make").with("text", text)
+}
+
+// NewApprovalGiven has the proof of an approver. credential is the id of its credential.
+func NewApprovalGiven(who Actor, p ProposalRef, credential string, proof []byte) Event {
+	return p.event(ApprovalGiven, who, "proposal approve").with("credential", credential).with("proof", string(proof))
+}
+
+// NewProposalRun says that a proposal is carried out from here on.
+func NewProposalRun(who Actor, p ProposalRef) Event { return p.event(ProposalRun, who, "proposal run") }
+
+// NewProposalDone says how carrying it out has ended: failed is "", failed or interrupted.
+func NewProposalDone(who Actor, p ProposalRef, failed, cause string) Event {
+	e := p.event(ProposalDone, who, "proposal run")
+	if failed != "" {
+		e = e.ended(failed).with("cause", cause)
+	}
+	return e
+}
+
+// NewProposalWithdrawn and NewProposalExpired end a proposal that was not carried out.
+func NewProposalWithdrawn(who Actor, p ProposalRef) Event {
+	return p.event(ProposalWithdrawn, who, "proposal withdraw")
+}
+
+func NewProposalExpired(p ProposalRef) Event {
+	return p.event(ProposalExpired, Daemon(), "proposal expire")
+}
+
+// NewCertificateChanged is another certificate of the admin API; nil: one that the appliance issues.
+func NewCertificateChanged(who Actor, action, resource string, certificate []byte) Event {
+	e := newEvent(CertificateChanged, who, action, resource)
+	if certificate != nil {
+		e = e.with("sha256", fmt.Sprintf("%x", sha256.Sum256(certificate)))
+	}
+	return e
+}
+
+// NewLocked and NewUnlocked stop and allow all signing and verifying.
+func NewLocked(who Actor, reason string) Event {
+	return newEvent(Locked, who, "lock", "", "reason", reason)
+}
+
+func NewUnlocked(who Actor) Event { return newEvent(Unlocked, who, "unlock", "") }
+
+// NewRetentionChanged has the records of the retention before and after in JSON. proposed is what an
+// approved proposal has said, in its words; nil: no operator has shortened anything.
+func NewRetentionChanged(who Actor, from, to []byte, proposed map[string]string) Event {
+	e := newEvent(RetentionChanged, who, "retention", "retention", "from", string(from), "to", string(to))
+	if proposed != nil {
+		e = e.with("shortened", "yes")
+		maps.Copy(e.Metadata, proposed)
+	}
+	return e
+}
+
+// NewEpochDropped is retention dropping an epoch.
+func NewEpochDropped(epoch uint32, first uint64, end EpochEnd) Event {
+	return newEvent(RetentionApplied, Daemon(), "retention", epochResource(epoch),
+		"first", decimal(first), "size", decimal(end.Size), "root", end.Root.String())
+}
+
+// NewReceiptsDropped is retention dropping the receipts of before a time.
+func NewReceiptsDropped(before time.Time) Event {
+	return newEvent(RetentionApplied, Daemon(), "retention", "receipts", "before", decimal(before.Unix()))
+}
+
+// NewLegalHoldSet and NewLegalHoldReleased say whether an epoch may be dropped.
+func NewLegalHoldSet(who Actor, epoch uint32, reason string) Event {
+	return newEvent(LegalHoldSet, who, "retention", epochResource(epoch), "reason", reason)
+}
+
+func NewLegalHoldReleased(who Actor, epoch uint32, reason string) Event {
+	return newEvent(LegalHoldReleased, who, "retention", epochResource(epoch), "reason", reason)
+}
+
+// NewLedgerCompacted says that the ledger's file was copied without its free pages.
+func NewLedgerCompacted(who Actor) Event {
+	return newEvent(LedgerCompacted, who, "ledger compact", "")
+}
+
+// NewAway says that a resource has gone away: DeviceUnavailable of a token or the ledger's disk,
+// ClockRefused of the clock. The cause may be nil.
+func NewAway(t Type, resource string, cause error) Event {
+	e := newEvent(t, Daemon(), "serve", resource).ended("unavailable")
+	if cause != nil {
+		e = e.with("cause", cause.Error())
+	}
+	return e
+}
+
+// NewBack says that a resource has come back: DeviceRecovered or ClockRecovered.
+func NewBack(t Type, resource string) Event { return newEvent(t, Daemon(), "serve", resource) }
+
+// NewTokenRetried says that an operator lets a token be asked for a login again.
+func NewTokenRetried(who Actor, token string) Event {
+	return newEvent(TokenRetried, who, "token retry", token)
+}
+
+// NewLedgerBound binds the ledger to the counter of a token.
+func NewLedgerBound(who Actor, token string, counter uint64) Event {
+	return newEvent(LedgerBound, who, "bind", token, "counter", decimal(counter))
+}
+
+// NewRollbackDetected says that the ledger, which records one value of its counter, was found beside a
+// counter with another.
+func NewRollbackDetected(reason string, ledger, counter uint64) Event {
+	return newEvent(RollbackDetected, Daemon(), "start", "",
+		"reason", reason, "ledger", decimal(ledger), "counter", decimal(counter)).ended("refused")
+}
+
+// NewRollbackAccepted says that an operator has accepted a rollback.
+func NewRollbackAccepted(who Actor, reason string, ledger, counter uint64) Event {
+	return newEvent(RollbackAccepted, who, "rollback accept", "",
+		"reason", reason, "ledger", decimal(ledger), "counter", decimal(counter))
+}
+
+// NewClockAccepted says that the ledger's time follows the clock at once, by the word of an operator.
+func NewClockAccepted(who Actor, ledger, clock time.Time) Event {
+	return newEvent(ClockAccepted, who, "ledger accept-time", "",
+		"ledger", ledger.UTC().Format(time.RFC3339), "clock", clock.UTC().Format(time.RFC3339))
+}
