@@ -476,9 +476,11 @@ func TestEventsBetweenAnswers(t *testing.T) {
 // TestLostAcknowledgement: the event comes again at the next connection, and is told once.
 func TestLostAcknowledgement(t *testing.T) {
 	s := serve(t)
+	c, heard := peer(t, s, 1, nil)
+	event := wire.EncodeRotation(s.Line.Rotation(2))
 	lost := 0
 	s.Do(func(s *clienttest.Server) {
-		s.Greeting = [][]byte{wire.EncodeRotation(s.Line.Rotation(2))}
+		s.Greeting = [][]byte{event}
 		s.Answer = func(id string, request any) []byte {
 			if _, is := request.(*wire.Ack); is {
 				var again int
@@ -490,11 +492,11 @@ func TestLostAcknowledgement(t *testing.T) {
 			return nil
 		}
 	})
-	c, heard := peer(t, s, 1, nil)
+	s.Send(event)
 	if r := heard.next(t); r.New != lineAt(s.Line, 2) {
 		t.Errorf("%+v", r)
 	}
-	s.Await(within(t), func(clienttest.Seen) bool { return lost == 2 })
+	s.Await(within(t), func(clienttest.Seen) bool { return lost >= 2 })
 	for len(s.Seen().Acks) == 0 { // each new connection brings it
 		if err := within(t).Err(); err != nil {
 			t.Fatal(err)
