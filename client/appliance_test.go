@@ -9,27 +9,26 @@ import (
 	"countersign/client"
 )
 
-// TestRotationOfAnAppliance: the real one. A connected peer follows the line, one that was away catches up, and both change over to the
-// new Noise key.
+// TestRotationOfAnAppliance rotates the keys of a real appliance. A connected peer follows the
+// line, a peer without a connection catches up later, and both change over to the new Noise key.
 func TestRotationOfAnAppliance(t *testing.T) {
 	a := start(t)
 	ctx := within(t)
-	var pin client.Line
+	var pin client.KeyLine
 	keys, err := dial(t, a.config()).Keys(ctx)
 	if err != nil {
 		t.Fatal(err)
 	}
 	for _, k := range keys {
 		if k.Name == "payments" && k.Next != nil {
-			pin = client.Line{Key: k.Name, Version: k.Version, PublicKey: k.PublicKey, Next: *k.Next}
+			pin = client.KeyLine{Key: k.Name, Version: k.Version, PublicKey: k.PublicKey, Next: *k.Next}
 		}
 	}
 	heard := make(told, 10)
 	kept := make(chan [32]byte, 10)
 	config := a.config()
-	config.Lines = []client.Line{pin}
+	config.Lines = []client.KeyLine{pin}
 	config.OnRotation = func(r client.Rotation) { heard <- r }
-
 	config.OnServerKey = func(key [32]byte) { kept <- key }
 	c := dial(t, config)
 
@@ -48,7 +47,7 @@ func TestRotationOfAnAppliance(t *testing.T) {
 			}
 		}
 	}
-	// acknowledged waits, since the appliance hears of it after the application has.
+	// acknowledged waits for the acknowledgement, which the client sends after OnRotation.
 	acknowledged := func(name string, version uint32) {
 		t.Helper()
 		for len(a.app.Unacknowledged(name, version)) > 0 {
@@ -62,14 +61,17 @@ func TestRotationOfAnAppliance(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if r := next(); r.Err != nil || r.New.Version != version || string(r.New.PublicKey[:]) != string(k.Info().PublicKey) || r.New.Next == [32]byte{} {
+		r := next()
+		sameKey := string(r.New.PublicKey[:]) == string(k.Info().PublicKey)
+		if r.Err != nil || r.New.Version != version || !sameKey || r.New.Next == [32]byte{} {
 			t.Fatalf("%+v", r)
 		}
 		acknowledged("payments", version)
 		for { // the new version may not be active yet
 			s, err := c.Sign(ctx, "payments", message("AAAA"))
 			var refusal *client.Error
-			if errors.As(err, &refusal) && refusal.Code == "key_not_active" || err == nil && s.Version == version-1 {
+			early := errors.As(err, &refusal) && refusal.Code == "key_not_active"
+			if early || err == nil && s.Version == version-1 {
 				continue
 			}
 			if err != nil || s.Version != version {
@@ -81,13 +83,13 @@ func TestRotationOfAnAppliance(t *testing.T) {
 	late := config
 	late.OnRotation = nil
 	if s, err := dial(t, late).Sign(ctx, "payments", message("AAAA")); err != nil || s.Version != 3 {
-		t.Errorf("who pinned the first version: %v", err)
+		t.Errorf("a peer that pinned the first version: %v", err)
 	}
 	steps, err := c.Line(ctx, "payments", 1)
 	if err != nil {
 		t.Fatal(err)
 	}
-	if l, err := client.VerifyLine(pin, steps); err != nil || l.Version != 3 {
+	if l, err := client.VerifyKeyLine(pin, steps); err != nil || l.Version != 3 {
 		t.Errorf("%+v, %v", l, err)
 	}
 

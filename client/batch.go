@@ -8,23 +8,27 @@ import (
 	"countersign/wire"
 )
 
-// Item is one thing that a batch asks for: a signature of Document with Key, or, where Verify is set, that this is judged.
+// Item is one operation of a batch: to sign Document with Key or, where Verify is set, to verify a
+// signed document.
 type Item struct {
 	Key      string // Verify: may be empty, as in Client.Verify
 	Document Document
 	Verify   *Signed
 }
 
-// Outcome is what became of an item: Err, or Signed, or for what was judged Event.
+// Outcome is the result of an item: Err, or Signed, or the event of a verification.
 type Outcome struct {
 	Signed *Signed
 	Event  uint64
 	Err    error
 }
 
-// Batch asks for several things at once; the appliance admits them with one write to its disk. There is an outcome for each item, in
-// their order. The error is of the batch as a whole: then nothing is known of any item but that what was to be signed may be asked
-// for again, as it was, with the documents that Fill has completed.
+// Batch sends several operations in one request. The appliance admits all of them with one write to
+// its disk. Batch returns an outcome for each item, in the order of the items. Two items with one
+// nonce have no order: either of them may be the first.
+//
+// The error concerns the batch as a whole, and the outcome of every item is unknown then. The sign
+// items may be sent again unchanged, with the documents as Fill has completed them.
 func (c *Client) Batch(ctx context.Context, items []Item) ([]Outcome, error) {
 	type signItem struct {
 		Op  string `json:"op"`
@@ -38,26 +42,26 @@ func (c *Client) Batch(ctx context.Context, items []Item) ([]Outcome, error) {
 		Signature wire.Bytes   `json:"signature"`
 		wire.Document
 	}
-	documents, asked, repeatable := make([]Document, len(items)), make([]any, len(items)), true
+	documents, requests, idempotent := make([]Document, len(items)), make([]any, len(items)), true
 	for i, item := range items {
-		if item.Verify != nil {
-			v := verifyItem{Op: wire.OpVerify, PublicKey: item.Verify.PublicKey, Signature: item.Verify.Signature, Document: item.Verify.wire()}
+		if s := item.Verify; s != nil {
+			v := verifyItem{Op: wire.OpVerify, PublicKey: s.PublicKey, Signature: s.Signature, Document: s.wire()}
 			if item.Key != "" {
 				v.Key = &item.Key
 			}
-			asked[i], repeatable = v, false
+			requests[i], idempotent = v, false
 			continue
 		}
 		documents[i] = item.Document.Fill(c.config.Lifetime)
-		asked[i] = signItem{wire.OpSign, item.Key, documents[i].wire()}
+		requests[i] = signItem{wire.OpSign, item.Key, documents[i].wire()}
 	}
 	var answers wire.Answers
-	err := c.call(ctx, repeatable, func(id string) any {
+	err := c.call(ctx, idempotent, func(id string) any {
 		return struct {
 			ID    string `json:"id"`
 			Op    string `json:"op"`
 			Items []any  `json:"items"`
-		}{id, wire.OpBatch, asked}
+		}{id, wire.OpBatch, requests}
 	}, &answers)
 	if err != nil {
 		return nil, err
@@ -76,7 +80,7 @@ func (c *Client) outcome(ctx context.Context, item Item, d Document, answer wire
 	if item.Verify == nil {
 		var s wire.Signed
 		if o.Err = decode(answer, &s); o.Err == nil {
-			o.Signed, o.Err = c.checked(ctx, item.Key, d, s)
+			o.Signed, o.Err = c.checkSigned(ctx, item.Key, d, s)
 		}
 		if o.Signed != nil {
 			o.Event = o.Signed.Event
@@ -85,7 +89,7 @@ func (c *Client) outcome(ctx context.Context, item Item, d Document, answer wire
 	}
 	var v wire.Verified
 	if o.Err = decode(answer, &v); o.Err == nil {
-		o.Event, o.Err = v.Event, c.confirmed(ctx, item.Verify, v)
+		o.Event, o.Err = v.Event, c.checkVerified(ctx, item.Verify, v)
 	} else if refusal, is := errors.AsType[*Error](o.Err); is && refusal.Code == wire.CodeUnavailable {
 		o.Err = fmt.Errorf("%w: %w", ErrUnknownOutcome, o.Err)
 	}

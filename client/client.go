@@ -1,10 +1,11 @@
-// Package client is the SDK for peers of a Countersign appliance: payment servers and tools that sign and verify over
-// Noise. It needs no cgo. Begin reading at New.
+// Package client is the SDK for peers of a Countersign appliance: payment servers and tools that
+// have documents signed and verified over Noise. The package needs no cgo. Begin reading at New.
 //
-// A Client keeps one connection and shares it: requests are pipelined, and a connection that breaks is replaced. What
-// can be asked again safely is asked again by itself: an identical sign request gets the signature of the first time,
-// marked as repeated. A verify request is not: its nonce may be spent by the try whose answer was lost, and only the
-// caller can judge what that means (see ErrUnknownOutcome).
+// A Client keeps one connection and shares it among its callers. Requests are pipelined, and a
+// broken connection is replaced. After a lost answer, the client sends an idempotent request again
+// by itself: an identical sign request gets the first signature, marked as repeated. A verify
+// request is not idempotent, because the lost one may have spent the nonce. Its caller gets
+// ErrUnknownOutcome and has to decide.
 package client
 
 import (
@@ -28,77 +29,91 @@ import (
 	"countersign/wire"
 )
 
-// How a call fails. A refusal of the appliance is an *Error, whose Code says why.
+// The classes of failed calls. A refusal of the appliance is an *Error, whose Code names the
+// reason.
 var (
-	// ErrUnreachable: no connection could be made. Nothing has happened.
+	// ErrUnreachable: the client could not connect. The request was not sent.
 	ErrUnreachable = errors.New("the appliance can't be reached")
-	// ErrHandshake: the appliance closed the connection during the handshake: it does not know this identity, or
-	// ServerKey is not its key, or not any more. It also does so when it has too many connections, is stopping, or can't reach its token,
-	// and does not say which: with RetryFor, the call tries again. Nothing has happened.
+	// ErrHandshake: the appliance closed the connection during the handshake. Either the appliance
+	// does not know the identity, or ServerKey is not, or no longer, its key. An appliance that has
+	// too many connections, is stopping, or can't reach its token closes the connection too, and
+	// does not give the reason. With RetryFor, the call tries again. The request was not sent.
 	ErrHandshake = errors.New("the appliance refused the handshake")
-	// ErrUnknownOutcome: a verify request was sent, and whether it was served is not known: the connection broke, or the
-	// appliance could not say in time. The nonce may be spent.
+	// ErrUnknownOutcome: a verify request was sent, and its outcome is unknown. The connection
+	// broke, or the appliance took too long. The nonce may be spent.
 	ErrUnknownOutcome = errors.New("no answer: the nonce may be spent")
-	// ErrWrongAnswer: the appliance, or who poses as it, answered something that can't be right.
+	// ErrWrongAnswer: the answer of the appliance, or of an impostor, is invalid.
 	ErrWrongAnswer = errors.New("the appliance's answer can't be right")
-	// ErrUnproven: the appliance did not prove that what it has signed or verified is in its audit log; see Config.LogKey. The
-	// signature may be good, and is not given out.
+	// ErrUnproven: the appliance did not prove that the event of a signature or verification is in
+	// its audit log; see Config.LogKey. The signature may be valid, and the client withholds it.
 	ErrUnproven = errors.New("the appliance did not prove that this is in its audit log")
 	// ErrClosed: Close was called.
 	ErrClosed = errors.New("the client is closed")
 )
 
-// MaxRequest is how long a request may be, in bytes of JSON.
+// MaxRequest is the maximum length of a request in bytes of JSON.
 const MaxRequest = wire.MaxDocument
 
 // Error is a refusal of the appliance; see the codes in package wire.
 type Error = wire.Error
 
-// Config says whom to talk to, and as whom.
+// Config names the appliance, the identity of the peer, and the keys to trust.
 type Config struct {
 	// Address is host:port of the listener.
 	Address string
-	// ServerKey is the listener's Noise static public key (countersign admin noise-key, or the file noise.pub).
+	// ServerKey is the listener's Noise static public key, as `countersign admin noise-key` and the
+	// file noise.pub have it.
 	ServerKey [32]byte
-	// LogKey is the verifier key of the appliance's audit log (countersign admin audit key), of any epoch. Where it is set, Sign
-	// and Verify ask for the proof that their event is in the log, check it, and fail with ErrUnproven otherwise. That costs one
-	// more exchange, and an appliance that can't sign a checkpoint can't serve. Default: none.
+	// LogKey is the verifier key of the appliance's audit log, of any epoch, as `countersign admin
+	// audit key` prints it. Where LogKey is set, Sign and Verify also get and check the proof that
+	// their event is in the log, and fail with ErrUnproven without a valid one. The proof costs one
+	// more round trip, and needs an appliance that can sign a checkpoint. Default: none.
 	LogKey string
-	// Identity is this peer's static key; the appliance must have its public half enrolled (countersign admin peer add).
+	// Identity is this peer's static key. The appliance must have its public half enrolled, by
+	// `countersign admin peer add`.
 	Identity *noise.Identity
-	// ConnectTimeout bounds one attempt to connect and shake hands. Default: 10 s.
+	// ConnectTimeout is the timeout of one attempt to connect and shake hands. Default: 10 s.
 	ConnectTimeout time.Duration
-	// Lifetime is what a document gets that names no expiry of its own. Default: 1 h.
+	// Lifetime is the lifetime of a document without an ExpiresAt of its own. Default: 1 h.
 	Lifetime time.Duration
-	// RetryFor is how long a call tries to reach the appliance anew when the connection can't be made or breaks; the
-	// call's context may end it earlier. It is also how long a call is made again that the appliance was too busy for. Default 0: a
-	// broken connection is replaced once, without waiting.
+	// RetryFor is how long a call retries when the connection can't be made or breaks, and when the
+	// appliance is busy. The call's context may end the retries earlier. Default: 0, which replaces
+	// a broken connection once, without backoff.
 	RetryFor time.Duration
 
-	// Lines are versions of keys that are trusted. Where a key is pinned, Sign gives out a signature only of that version or of one that
-	// follows from it by the rules of Line.Follow; all else is ErrBrokenLine. The client asks the appliance for the steps itself and
-	// remembers how far it came: see Pinned. Default: none; a signature is by whatever key the appliance says.
-	Lines []Line
-	// OnRotation is told of rotations, one after the other, by a goroutine that has nothing else to do: it may take its time and use the
-	// client. Of a burst it gets the newest one of each key. An event comes once; one that was not acknowledged, because Err was set or the
-	// connection broke, comes again, for instance after a restart.
+	// Lines are the pinned versions of keys. Of a pinned key, Sign returns a signature only by the
+	// pinned version, or by one that follows by the rules of KeyLine.Follow; any other fails with
+	// ErrBrokenLine. The client gets the steps from the appliance and remembers the newest version;
+	// see Pinned. Default: none, which accepts whatever public key the appliance names.
+	Lines []KeyLine
+	// OnRotation is called with rotations, one after the other, by a goroutine of its own:
+	// OnRotation may block and may use the client. Of a burst, only the newest event of each key is
+	// delivered. An event is delivered once. The appliance sends an event again, for example after
+	// a restart, until the client has acknowledged. An event with an Err is not acknowledged, and a
+	// broken connection may lose an acknowledgement.
 	OnRotation func(Rotation)
-	// OnServerKey is told the listener's new Noise key, to be kept for the next start, before OnRotation is. Both keys answer until the
-	// old one retires. An application that starts with the new one while it may not answer everywhere gives the old one as
-	// FormerServerKey. A running client changes over by itself.
+	// OnServerKey is called with the listener's new Noise key before OnRotation. The application
+	// stores the new key for its next start. Both keys answer until the old one retires. While the
+	// new key may not answer everywhere, an application that starts with the new key gives the old
+	// one as FormerServerKey. A running client changes over by itself.
 	OnServerKey func(key [32]byte)
-	// FormerServerKey is tried where ServerKey is refused. Take it away when it has retired: who has its private key can pose as the
-	// appliance. Default: none.
+	// FormerServerKey is tried when the appliance refuses ServerKey. Remove FormerServerKey when
+	// the old key has retired: a thief of its private key can pose as the appliance. Default: none.
 	FormerServerKey [32]byte
-	// ServerIdentity is the Ed25519 key of an appliance that has one. Where it is set, a new Noise key counts only with this identity's
-	// signature, and with a generation that is at least ServerGeneration and that of the last one: a thief of the present Noise key
-	// can't lead the client to a key of his own. Default: none; the channel is trusted.
+	// ServerIdentity is the Ed25519 key of an appliance with an identity. Where ServerIdentity is
+	// set, a new Noise key needs a signature of the identity, with a generation of at least
+	// ServerGeneration and of at least the last one seen. A thief of the present Noise key then
+	// can't lead the client to a key of his own. Default: none, which trusts the channel.
 	ServerIdentity   [32]byte
 	ServerGeneration uint64
-	// Unacknowledged leaves it to the application to call Acknowledge; until it has, OnRotation is told again whenever the event comes
-	// again. By default a rotation is acknowledged when OnRotation (of the Noise key: OnServerKey) has returned, and also without
-	// OnRotation where the line is pinned. What nobody was told is not acknowledged: the appliance may retire the old version when all
-	// peers have. A version that is configured, as ServerKey or in Lines, is known: it is acknowledged and not told.
+	// Unacknowledged leaves acknowledgements to the application; see Client.Acknowledge. Until
+	// then, OnRotation is called whenever the event comes again.
+	//
+	// By default, the client acknowledges a rotation when OnRotation (of the Noise key:
+	// OnServerKey) has returned, and without OnRotation where the line is pinned. A rotation
+	// without a recipient is not acknowledged, because the appliance may retire the old version as
+	// soon as all peers have acknowledged. A version from the configuration (ServerKey, Lines) is
+	// acknowledged and not delivered, because the application knows of the version already.
 	Unacknowledged bool
 }
 
@@ -109,24 +124,24 @@ type Client struct {
 
 	base   context.Context // ended by Close
 	cancel context.CancelFunc
-	lock   chan struct{} // a mutex that a context can give up waiting for
-	conn   *conn         // under lock; nil while there is none
+	lock   chan struct{} // a mutex whose waiters a context can end
+	conn   *conn         // under lock; nil without a connection
 	closed bool          // under lock
 
 	pins       map[string]*pin
-	hearing    hearing
+	events     eventQueue
 	serverKeys serverKeys
 }
 
-// New makes a client. It connects at the first call.
+// New makes a client. The client connects at its first call.
 func New(c Config) (*Client, error) {
 	switch {
 	case c.Address == "":
-		return nil, errors.New("client: no address")
+		return nil, errors.New("client: no Address: set host:port of the listener")
 	case c.ServerKey == [32]byte{}:
-		return nil, errors.New("client: no server key")
+		return nil, errors.New("client: no ServerKey: set the listener's public key")
 	case c.Identity == nil:
-		return nil, errors.New("client: no identity")
+		return nil, errors.New("client: no Identity: set this peer's static key")
 	}
 	if c.ConnectTimeout == 0 {
 		c.ConnectTimeout = 10 * time.Second
@@ -179,9 +194,10 @@ func Dial(ctx context.Context, c Config) (*Client, error) {
 	return client, nil
 }
 
-// Close ends the connection; calls under way fail. No callback begins after it; one that is under way goes on.
+// Close ends the connection and fails the calls under way. No callback begins after Close; a
+// running one goes on.
 func (c *Client) Close() error {
-	c.cancel() // whoever is connecting
+	c.cancel() // ends an attempt to connect
 	c.lock <- struct{}{}
 	defer func() { <-c.lock }()
 	c.closed = true
@@ -192,7 +208,7 @@ func (c *Client) Close() error {
 	return nil
 }
 
-// Ping asks for a sign of life and returns the appliance's clock.
+// Ping checks that the appliance answers, and returns the appliance's clock.
 func (c *Client) Ping(ctx context.Context) (time.Time, error) {
 	var pong wire.Pong
 	err := c.call(ctx, true, func(id string) any { return wire.Ping{ID: id, Op: wire.OpPing} }, &pong)
@@ -206,20 +222,22 @@ func (c *Client) Keys(ctx context.Context) ([]wire.Key, error) {
 	return list.Keys, err
 }
 
-// Document is what gets signed.
+// Document is the content of a signature.
 type Document struct {
-	// Type is the transcript type, such as "paykit-subscription-v2" or "message-v1".
+	// Type is the transcript type, for example "paykit-subscription-v2" or "message-v1".
 	Type string
 	// Payload is the JSON of the type's payload.
 	Payload []byte
-	// Nonce is single use. Sign fills in a random one where it is zero.
+	// Nonce is for single use. Sign replaces a zero nonce with a random one.
 	Nonce [32]byte
-	// Timestamp and ExpiresAt are Unix seconds. Sign fills in now, and Timestamp plus the client's Lifetime.
+	// Timestamp and ExpiresAt are Unix seconds. For a zero, Sign takes the present time, and
+	// Timestamp plus the client's Lifetime.
 	Timestamp, ExpiresAt int64
 }
 
-// Fill returns the document with the envelope that Sign would give it: a random nonce where it is zero, now, and now plus
-// lifetime. A caller that wants to repeat a request after an error fills it first: only an identical request is one.
+// Fill returns the document with the envelope of Sign: a random nonce for a zero one, the present
+// time, and the present time plus lifetime. Only an identical request repeats the first one, so a
+// caller who may want to retry fills the document before the first request.
 func (d Document) Fill(lifetime time.Duration) Document {
 	if d.Nonce == [32]byte{} {
 		rand.Read(d.Nonce[:])
@@ -234,25 +252,28 @@ func (d Document) Fill(lifetime time.Duration) Document {
 }
 
 func (d *Document) wire() wire.Document {
-	return wire.Document{Type: d.Type, Payload: d.Payload, Nonce: d.Nonce, Timestamp: d.Timestamp, ExpiresAt: d.ExpiresAt}
+	return wire.Document{
+		Type: d.Type, Payload: d.Payload,
+		Nonce: d.Nonce, Timestamp: d.Timestamp, ExpiresAt: d.ExpiresAt,
+	}
 }
 
-// Signed is a document with its signature: all that a verifier needs. Its JSON form is what countersign sign --json
-// writes and countersign verify reads.
+// Signed is a document with its signature: all data that a verifier needs. `countersign sign
+// --json` writes the JSON form of Signed, and `countersign verify` reads the form.
 type Signed struct {
 	Document
 	Signature []byte // 64 bytes
 	PublicKey [32]byte
-	Key       string // its name at the appliance that signed
+	Key       string // the key's name at the appliance that signed
 	Version   uint32
 	Event     uint64 // index of the admission in the appliance's audit log
-	Repeated  bool   // the appliance had admitted this same request before
-	// Receipt is there where the document is a payment. Keep its salt: the appliance does not.
+	Repeated  bool   // an identical request had been admitted before
+	// Receipt is present for a payment. Keep the salt of the receipt: the appliance does not.
 	Receipt *wire.Receipt
 }
 
-// signedDoc is the JSON form of Signed, and of a Document where there is no signature yet. A sign request as it is on the
-// wire has this form too.
+// signedDoc is the JSON form of Signed. The form has room for an unsigned Document and for a sign
+// request as on the wire.
 type signedDoc struct {
 	ID string `json:"id,omitempty"`
 	Op string `json:"op,omitempty"`
@@ -269,24 +290,30 @@ type signedDoc struct {
 // Encode writes the JSON form.
 func (s *Signed) Encode() ([]byte, error) {
 	return wire.Encode(signedDoc{
-		Document: s.wire(), Key: s.Key, Version: s.Version, PublicKey: s.PublicKey, Signature: s.Signature, Event: s.Event, Repeated: s.Repeated, Receipt: s.Receipt,
+		Document: s.wire(), Key: s.Key, Version: s.Version, PublicKey: s.PublicKey, Signature: s.Signature,
+		Event: s.Event, Repeated: s.Repeated, Receipt: s.Receipt,
 	})
 }
 
-// DecodeSigned reads the JSON form strictly. Whether a type and a signature are there is for the caller to see.
+// DecodeSigned reads the JSON form strictly. The type and the signature may be absent; the caller
+// has to check.
 func DecodeSigned(b []byte) (*Signed, error) {
 	var d signedDoc
 	if err := ijson.Decode(b, &d, "payload", "nonce", "timestamp", "expires_at"); err != nil {
 		return nil, err
 	}
 	return &Signed{
-		Document:  Document{Type: d.Type, Payload: d.Payload, Nonce: d.Nonce, Timestamp: d.Timestamp, ExpiresAt: d.ExpiresAt},
-		Signature: d.Signature, PublicKey: d.PublicKey, Key: d.Key, Version: d.Version, Event: d.Event, Repeated: d.Repeated, Receipt: d.Receipt,
+		Document: Document{
+			Type: d.Type, Payload: d.Payload, Nonce: d.Nonce, Timestamp: d.Timestamp, ExpiresAt: d.ExpiresAt,
+		},
+		Signature: d.Signature, PublicKey: d.PublicKey, Key: d.Key, Version: d.Version,
+		Event: d.Event, Repeated: d.Repeated, Receipt: d.Receipt,
 	}, nil
 }
 
-// Sign has a document signed with the active version of a key. Missing envelope fields of the document are filled in.
-// The signature that comes back has been verified over the bytes that this package itself makes of the document.
+// Sign has a document signed by the active version of a key. Sign fills zero envelope fields of the
+// document as Fill does. The client has verified the returned signature over the bytes that this
+// package itself encodes from the document.
 func (c *Client) Sign(ctx context.Context, key string, d Document) (*Signed, error) {
 	d = d.Fill(c.config.Lifetime)
 	var s wire.Signed
@@ -296,14 +323,14 @@ func (c *Client) Sign(ctx context.Context, key string, d Document) (*Signed, err
 	if err != nil {
 		return nil, err
 	}
-	return c.checked(ctx, key, d, s)
+	return c.checkSigned(ctx, key, d, s)
 }
 
-// checked holds what came back for a document against what was asked for.
-func (c *Client) checked(ctx context.Context, key string, d Document, s wire.Signed) (*Signed, error) {
+// checkSigned checks the answer to a sign request for document d.
+func (c *Client) checkSigned(ctx context.Context, key string, d Document, s wire.Signed) (*Signed, error) {
 	doc, err := transcript.Parse(transcript.Request(d))
 	if err != nil {
-		return nil, fmt.Errorf("%w: it signs what is refused here: %w", ErrWrongAnswer, err)
+		return nil, fmt.Errorf("%w: it signs a document that the client refuses: %w", ErrWrongAnswer, err)
 	}
 	if s.Key != key || s.Nonce != d.Nonce || s.Timestamp != d.Timestamp || s.ExpiresAt != d.ExpiresAt {
 		return nil, fmt.Errorf("%w: it is for another request", ErrWrongAnswer)
@@ -311,42 +338,49 @@ func (c *Client) checked(ctx context.Context, key string, d Document, s wire.Sig
 	if err := eddsa.Verify(s.PublicKey[:], doc.Message, s.Signature); err != nil {
 		return nil, fmt.Errorf("%w: %w", ErrWrongAnswer, err)
 	}
-	if err := c.believe(ctx, key, s.Version, s.PublicKey, nil); err != nil {
+	if err := c.checkVersion(ctx, key, s.Version, s.PublicKey, nil); err != nil {
 		return nil, err
 	}
 	if c.log != nil {
 		resource := s.Key + "/" + strconv.FormatUint(uint64(s.Version), 10)
-		if err := c.demand(ctx, s.Event, audit.Admission, func(e audit.Event) bool { return e.Resource == resource && about(e, doc) }); err != nil {
+		says := func(e audit.Event) bool { return e.Resource == resource && isAbout(e, doc) }
+		if err := c.checkProof(ctx, s.Event, audit.Admission, says); err != nil {
 			return nil, err
 		}
 	}
-	return &Signed{Document: d, Signature: s.Signature, PublicKey: s.PublicKey, Key: s.Key, Version: s.Version, Event: s.Event, Repeated: s.Repeated, Receipt: s.Receipt}, nil
+	return &Signed{
+		Document: d, Signature: s.Signature, PublicKey: s.PublicKey, Key: s.Key, Version: s.Version,
+		Event: s.Event, Repeated: s.Repeated, Receipt: s.Receipt,
+	}, nil
 }
 
-// Verify has a signature judged and its nonce spent. It returns the index of the event that records it. Every outcome
-// but a good and fresh signature is an error; an *Error's Code says why. key may be empty; where it is not, the public
-// key must be a version of that key of the appliance. Of s, what the appliance said about the signature is not used.
+// Verify has the appliance check a signature and spend its nonce, and returns the index of the
+// audit event. Only a valid signature with a fresh nonce returns without an error. The Code of an
+// *Error gives the reason. Of s, Verify uses the document, the signature and the public key.
+//
+// Where key is not empty, the public key must be a version of this key of the appliance.
 func (c *Client) Verify(ctx context.Context, key string, s *Signed) (event uint64, err error) {
 	var v wire.Verified
 	err = c.call(ctx, false, func(id string) any {
-		v := wire.Verify{ID: id, Op: wire.OpVerify, PublicKey: s.PublicKey, Signature: s.Signature, Document: s.wire()}
+		v := wire.Verify{
+			ID: id, Op: wire.OpVerify, PublicKey: s.PublicKey, Signature: s.Signature, Document: s.wire(),
+		}
 		if key != "" {
 			v.Key = &key
 		}
 		return v
 	}, &v)
-	var refusal *Error
-	if errors.As(err, &refusal) && refusal.Code == wire.CodeUnavailable {
+	if refusal, is := errors.AsType[*Error](err); is && refusal.Code == wire.CodeUnavailable {
 		err = fmt.Errorf("%w: %w", ErrUnknownOutcome, err)
 	}
 	if err != nil {
 		return v.Event, err
 	}
-	return v.Event, c.confirmed(ctx, s, v)
+	return v.Event, c.checkVerified(ctx, s, v)
 }
 
-// confirmed holds what came back for a signature against what was asked for.
-func (c *Client) confirmed(ctx context.Context, s *Signed, v wire.Verified) error {
+// checkVerified checks the answer to a verify request for s.
+func (c *Client) checkVerified(ctx context.Context, s *Signed, v wire.Verified) error {
 	if !v.Valid {
 		return ErrWrongAnswer
 	}
@@ -355,15 +389,16 @@ func (c *Client) confirmed(ctx context.Context, s *Signed, v wire.Verified) erro
 	}
 	doc, err := transcript.Parse(transcript.Request(s.Document))
 	if err != nil {
-		return fmt.Errorf("%w: it judged what is refused here: %w", ErrWrongAnswer, err)
+		return fmt.Errorf("%w: it verifies a document that the client refuses: %w", ErrWrongAnswer, err)
 	}
-	return c.demand(ctx, v.Event, audit.Spent, func(e audit.Event) bool {
-		return e.Metadata["signer"] == hex.EncodeToString(s.PublicKey[:]) && about(e, doc)
+	return c.checkProof(ctx, v.Event, audit.Spent, func(e audit.Event) bool {
+		return e.Metadata["signer"] == hex.EncodeToString(s.PublicKey[:]) && isAbout(e, doc)
 	})
 }
 
-// call sends a request and decodes the answer. repeatable says that asking again after a lost answer is safe.
-func (c *Client) call(ctx context.Context, repeatable bool, request func(id string) any, result any) error {
+// call sends a request and decodes the answer. An idempotent request is sent again after a lost
+// answer.
+func (c *Client) call(ctx context.Context, idempotent bool, request func(id string) any, result any) error {
 	begin := time.Now()
 	for try := 0; ; try++ {
 		conn, err := c.connection(ctx)
@@ -371,14 +406,15 @@ func (c *Client) call(ctx context.Context, repeatable bool, request func(id stri
 			var answer wire.Answer
 			var sent bool
 			if answer, sent, err = conn.roundTrip(ctx, request); err == nil {
-				if later := answer.Error; later != nil && later.RetryAfter > 0 && time.Since(begin) < c.config.RetryFor {
-					if wait(ctx, time.Duration(later.RetryAfter)*time.Second) == nil { // nothing was done
+				if busy := answer.Error; busy != nil && busy.RetryAfter > 0 && time.Since(begin) < c.config.RetryFor {
+					// The appliance has not admitted the request, so another try is safe.
+					if wait(ctx, time.Duration(busy.RetryAfter)*time.Second) == nil {
 						continue
 					}
 				}
 				return decode(answer, result)
 			}
-			if sent && !repeatable {
+			if sent && !idempotent {
 				return fmt.Errorf("%w: %w", ErrUnknownOutcome, err)
 			}
 		}
@@ -386,11 +422,12 @@ func (c *Client) call(ctx context.Context, repeatable bool, request func(id stri
 		if !unreachable && !errors.Is(err, errConnection) || ctx.Err() != nil {
 			return err
 		}
-		// A connection that was there and broke is replaced at once; all else waits, as long as the configuration says.
+		// The first broken connection is replaced at once. Other failures wait for the backoff, and
+		// end with RetryFor.
 		if try == 0 && !unreachable {
 			continue
 		}
-		if time.Since(begin) >= c.config.RetryFor || pause(ctx, try) != nil {
+		if time.Since(begin) >= c.config.RetryFor || backoff(ctx, try) != nil {
 			return err
 		}
 	}
@@ -404,14 +441,15 @@ func decode(answer wire.Answer, result any) error {
 	return err
 }
 
-// pause waits 50 ms, doubling up to 1 s, half of it by chance, so that many clients don't come back at once.
-func pause(ctx context.Context, try int) error {
+// backoff waits exponentially longer: 50 ms, doubled with each try up to 1 s. Half of the wait is
+// random jitter, so that many clients don't come back at once.
+func backoff(ctx context.Context, try int) error {
 	most := min(50*time.Millisecond<<min(try, 5), time.Second)
-	n, err := rand.Int(rand.Reader, big.NewInt(int64(most/2)))
+	jitter, err := rand.Int(rand.Reader, big.NewInt(int64(most/2)))
 	if err != nil {
 		return err
 	}
-	return wait(ctx, most/2+time.Duration(n.Int64()))
+	return wait(ctx, most/2+time.Duration(jitter.Int64()))
 }
 
 func wait(ctx context.Context, d time.Duration) error {
@@ -423,7 +461,7 @@ func wait(ctx context.Context, d time.Duration) error {
 	}
 }
 
-// connection returns the connection, and makes one where there is none.
+// connection returns the shared connection, or makes a new one.
 func (c *Client) connection(ctx context.Context) (*conn, error) {
 	select {
 	case c.lock <- struct{}{}:
@@ -439,10 +477,10 @@ func (c *Client) connection(ctx context.Context) (*conn, error) {
 	}
 	var n *noise.Conn
 	var err error
-	for _, key := range c.serverKeys.order(time.Now()) { // two while one replaces the other
+	for _, key := range c.serverKeys.order(time.Now()) { // two keys during a rotation
 		if n, err = c.connect(ctx, key); err == nil {
 			c.serverKeys.worked(key)
-			c.conn = newConn(n, c.heard)
+			c.conn = newConn(n, c.enqueue)
 			return c.conn, nil
 		} else if !errors.Is(err, ErrHandshake) {
 			break
@@ -451,7 +489,7 @@ func (c *Client) connection(ctx context.Context) (*conn, error) {
 	return nil, err
 }
 
-// connect shakes hands with the listener, if it has this key.
+// connect connects and shakes hands with a listener of this key.
 func (c *Client) connect(ctx context.Context, key [32]byte) (*noise.Conn, error) {
 	ctx, cancel := context.WithTimeout(ctx, c.config.ConnectTimeout)
 	defer cancel()
@@ -471,13 +509,15 @@ func (c *Client) connect(ctx context.Context, key [32]byte) (*noise.Conn, error)
 	n, err := noise.Connect(ctx, raw, c.config.Identity, noise.CountersignV1, key, nil)
 	if errors.Is(err, noise.ErrHandshake) {
 		raw.Close()
-		return nil, fmt.Errorf("%w: %s; %s", ErrHandshake, strings.TrimPrefix(err.Error(), noise.ErrHandshake.Error()+": "), c.wayBack())
+		reason := strings.TrimPrefix(err.Error(), noise.ErrHandshake.Error()+": ")
+		return nil, fmt.Errorf("%w: %s; %s", ErrHandshake, reason, c.rotationHint())
 	} else if err != nil {
 		raw.Close()
 		return nil, fmt.Errorf("%w: %w", ErrUnreachable, err)
 	}
-	// The first message proves who this is: until it comes, the appliance takes the handshake for one that may be a recording, and
-	// counts it. Nobody waits for its answer.
+	// The first message proves possession of the static key. Until then the handshake may be a
+	// replayed recording, and the appliance counts the connection as unproven. The client does not
+	// wait for the answer.
 	if first, err := wire.Encode(wire.Ping{ID: "0", Op: wire.OpPing}); err != nil {
 		return nil, err
 	} else if err := n.WriteMessage(first); err != nil {
@@ -487,11 +527,12 @@ func (c *Client) connect(ctx context.Context, key [32]byte) (*noise.Conn, error)
 	return n, nil
 }
 
-// wayBack is for a peer that has missed a rotation of the Noise key.
-func (c *Client) wayBack() string {
-	s := "if its key was rotated and the old one has retired, get the new one from its operator (countersign admin noise-key)"
+// rotationHint tells a peer who has missed a rotation of the Noise key how to get the new key.
+func (c *Client) rotationHint() string {
+	s := "if its key was rotated and the old one has retired, get the new one from its operator" +
+		" (countersign admin noise-key)"
 	if c.config.ServerIdentity != [32]byte{} {
-		s += ", or from anywhere with an authorization that AuthorizedServerKey takes"
+		s += ", or from any source with an authorization that AuthorizedServerKey accepts"
 	}
 	return s
 }
@@ -499,21 +540,24 @@ func (c *Client) wayBack() string {
 // errConnection marks the end of a connection, as opposed to an answer.
 var errConnection = errors.New("connection lost")
 
-// conn is one connection: many callers, one reader.
+// conn is one connection with many callers and one reader.
 type conn struct {
-	noise *noise.Conn
-	heard func(*wire.Rotation) // takes events, and does not wait
-	turn  chan struct{}        // held by who writes
+	noise      *noise.Conn
+	onRotation func(*wire.Rotation) // called by the reader; must not block
+	writing    chan struct{}        // held by the goroutine that writes
 
 	mu      sync.Mutex
 	next    uint64
-	waiting map[string]chan wire.Answer
-	err     error         // why it ended
-	ended   chan struct{} // closed when err is set
+	waiting map[string]chan wire.Answer // by request id
+	err     error                       // the cause of the end
+	ended   chan struct{}               // closed when err is set
 }
 
-func newConn(n *noise.Conn, heard func(*wire.Rotation)) *conn {
-	c := &conn{noise: n, heard: heard, turn: make(chan struct{}, 1), waiting: map[string]chan wire.Answer{}, ended: make(chan struct{})}
+func newConn(n *noise.Conn, onRotation func(*wire.Rotation)) *conn {
+	c := &conn{
+		noise: n, onRotation: onRotation, writing: make(chan struct{}, 1),
+		waiting: map[string]chan wire.Answer{}, ended: make(chan struct{}),
+	}
 	n.SetWriteLimit(30 * time.Second)
 	go c.read()
 	return c
@@ -534,7 +578,7 @@ func (c *conn) read() {
 			return
 		}
 		if rotation != nil {
-			c.heard(rotation)
+			c.onRotation(rotation)
 			continue
 		}
 		if answer.ID == "" {
@@ -545,7 +589,7 @@ func (c *conn) read() {
 		ch := c.waiting[answer.ID]
 		delete(c.waiting, answer.ID)
 		c.mu.Unlock()
-		if ch != nil { // else its caller has left
+		if ch != nil { // nil: the caller has left
 			ch <- answer
 		}
 	}
@@ -570,7 +614,8 @@ func (c *conn) broken() bool {
 	}
 }
 
-// roundTrip sends one request and waits for its answer. sent says that the appliance may have got it.
+// roundTrip sends one request and waits for its answer. Where sent is true, the appliance may have
+// received the request.
 func (c *conn) roundTrip(ctx context.Context, request func(id string) any) (answer wire.Answer, sent bool, err error) {
 	ch := make(chan wire.Answer, 1)
 	id, err := c.expect(ch)
@@ -580,28 +625,30 @@ func (c *conn) roundTrip(ctx context.Context, request func(id string) any) (answ
 	defer c.forget(id)
 	message, err := wire.Encode(request(id))
 	if err != nil {
-		return answer, false, fmt.Errorf("client: the request can't be written as JSON: %w", err)
+		return answer, false, fmt.Errorf("client: the request can't be encoded as JSON: %w", err)
 	}
 	if len(message) > wire.MaxDocument {
-		return answer, false, &Error{Code: wire.CodeTooLarge, Message: fmt.Sprintf("the request has %d bytes, at most %d fit", len(message), wire.MaxDocument)}
+		tooLarge := fmt.Sprintf("the request has %d bytes, at most %d fit", len(message), wire.MaxDocument)
+		return answer, false, &Error{Code: wire.CodeTooLarge, Message: tooLarge}
 	}
-	if _, err := ijson.Parse(message); err != nil { // the appliance could not say which request it refuses
+	// The appliance refuses malformed I-JSON without the id of the request, so the client checks.
+	if _, err := ijson.Parse(message); err != nil {
 		return answer, false, &Error{Code: wire.CodeMalformed, Message: err.Error()}
 	}
 	if ctx.Err() != nil {
 		return answer, false, ctx.Err()
 	}
-	// One request is written at a time. An appliance that does not read holds the next ones here, no longer than their
-	// contexts; the one that is being written goes on behind its caller.
+	// One request is written at a time. While the appliance does not read, the next requests wait
+	// here, until their contexts end. The write under way goes on when its caller leaves.
 	select {
-	case c.turn <- struct{}{}:
+	case c.writing <- struct{}{}:
 	case <-c.ended:
 		return answer, false, c.err
 	case <-ctx.Done():
 		return answer, false, ctx.Err()
 	}
 	go func() {
-		defer func() { <-c.turn }()
+		defer func() { <-c.writing }()
 		if err := c.noise.WriteMessage(message); err != nil {
 			c.fail(err)
 		}
@@ -622,7 +669,7 @@ func (c *conn) roundTrip(ctx context.Context, request func(id string) any) (answ
 	}
 }
 
-// expect gives a request its id and says where its answer goes.
+// expect allocates a request id, and registers the channel for the answer.
 func (c *conn) expect(ch chan wire.Answer) (id string, err error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -641,11 +688,14 @@ func (c *conn) forget(id string) {
 	delete(c.waiting, id)
 }
 
-// ParseKey reads a 32-byte public key in hex, as noise.pub and countersign admin noise-key have it.
+// ParseKey reads a 32-byte public key in hex, the form of noise.pub and `countersign admin
+// noise-key`.
 func ParseKey(s string) (key [32]byte, err error) {
-	b, err := hex.DecodeString(s)
-	if err != nil || len(b) != len(key) {
-		return key, errors.New("a public key has 64 hex digits")
+	if len(s) != hex.EncodedLen(len(key)) {
+		return key, fmt.Errorf("a public key has 64 hex digits, not %d characters", len(s))
 	}
-	return [32]byte(b), nil
+	if _, err := hex.Decode(key[:], []byte(s)); err != nil {
+		return [32]byte{}, fmt.Errorf("a public key has 64 hex digits: %w", err)
+	}
+	return key, nil
 }

@@ -115,7 +115,7 @@ func TestReconnects(t *testing.T) {
 	if err := <-done; err != nil {
 		t.Errorf("across a restart: %v", err)
 	}
-	// Without RetryFor the call ends when nobody listens, and the next one finds the appliance again.
+	// Without RetryFor, a call fails while the appliance is down, and the next call connects again.
 	c = dial(t, a.config())
 	if err := a.stop(); err != nil {
 		t.Fatal(err)
@@ -159,7 +159,7 @@ func TestStranger(t *testing.T) {
 	}
 }
 
-// fake is an appliance that answers as the test says: nil closes the connection instead.
+// fake is an appliance whose answers come from the test. A nil answer closes the connection.
 func fake(t *testing.T, answer func(id string, request any) []byte) client.Config {
 	t.Helper()
 	server, err := noise.NewIdentity()
@@ -183,7 +183,9 @@ func fake(t *testing.T, answer func(id string, request any) []byte) client.Confi
 			}
 			go func() {
 				defer raw.Close()
-				conn, err := noise.Accept(context.Background(), raw, []noise.Static{server}, noise.CountersignV1, nil, func([32]byte) bool { return true })
+				anyPeer := func([32]byte) bool { return true }
+				statics := []noise.Static{server}
+				conn, err := noise.Accept(context.Background(), raw, statics, noise.CountersignV1, nil, anyPeer)
 				if err != nil {
 					return
 				}
@@ -198,7 +200,7 @@ func fake(t *testing.T, answer func(id string, request any) []byte) client.Confi
 						return
 					}
 					var b []byte
-					if id == "0" { // the client's proof of who it is
+					if id == "0" { // the first message, which proves possession of the peer's key
 						b = wire.EncodeAnswer(id, wire.Pong{Service: "fake"}, nil)
 					} else {
 						b = answer(id, request)
@@ -230,8 +232,11 @@ func TestAnswersThatCannotBeRight(t *testing.T) {
 		"a signature of another": func(s *wire.Signed) { s.Signature = make([]byte, 64) },
 	} {
 		c := dial(t, fake(t, func(id string, r any) []byte {
-			s := wire.Signed{Signature: append([]byte(nil), good.Signature...), PublicKey: good.PublicKey, Key: "payments", Version: 1,
-				Nonce: good.Nonce, Timestamp: good.Timestamp, ExpiresAt: good.ExpiresAt}
+			s := wire.Signed{
+				Signature: append([]byte(nil), good.Signature...), PublicKey: good.PublicKey,
+				Key: "payments", Version: 1,
+				Nonce: good.Nonce, Timestamp: good.Timestamp, ExpiresAt: good.ExpiresAt,
+			}
 			change(&s)
 			return wire.EncodeAnswer(id, s, nil)
 		}))
@@ -302,7 +307,7 @@ func TestBatch(t *testing.T) {
 	}
 }
 
-// TestBusy: a call that the appliance was too busy for is made again, as long as the configuration says.
+// TestBusy checks that a call to a busy appliance is retried within RetryFor, and not without it.
 func TestBusy(t *testing.T) {
 	for retryFor, want := range map[time.Duration]int{0: 1, 5 * time.Second: 2} {
 		var asked atomic.Int32
@@ -313,13 +318,15 @@ func TestBusy(t *testing.T) {
 			return wire.EncodeAnswer(id, wire.Pong{Service: "fake"}, nil)
 		})
 		config.RetryFor = retryFor
-		if _, err := dial(t, config).Ping(t.Context()); (err == nil) != (want == 2) || int(asked.Load()) != want {
+		_, err := dial(t, config).Ping(t.Context())
+		if (err == nil) != (want == 2) || int(asked.Load()) != want {
 			t.Errorf("RetryFor %v: asked %d times, %v", retryFor, asked.Load(), err)
 		}
 	}
 }
 
-// TestLostAnswers: a sign request is asked again by itself, a verify request never.
+// TestLostAnswers checks that the client repeats a sign request after a lost answer, and never a
+// verify request.
 func TestLostAnswers(t *testing.T) {
 	a := start(t)
 	real := dial(t, a.config())
@@ -336,8 +343,10 @@ func TestLostAnswers(t *testing.T) {
 		if asked[fmt.Sprintf("%T", r)] == 1 {
 			return nil
 		}
-		return wire.EncodeAnswer(id, wire.Signed{Signature: good.Signature, PublicKey: good.PublicKey, Key: "payments", Version: 1,
-			Nonce: good.Nonce, Timestamp: good.Timestamp, ExpiresAt: good.ExpiresAt, Repeated: true}, nil)
+		return wire.EncodeAnswer(id, wire.Signed{
+			Signature: good.Signature, PublicKey: good.PublicKey, Key: "payments", Version: 1, Repeated: true,
+			Nonce: good.Nonce, Timestamp: good.Timestamp, ExpiresAt: good.ExpiresAt,
+		}, nil)
 	}))
 	if s, err := c.Sign(t.Context(), "payments", good.Document); err != nil || !s.Repeated {
 		t.Errorf("sign: %v", err)
@@ -352,7 +361,8 @@ func TestLostAnswers(t *testing.T) {
 	}
 }
 
-// TestRequestsThatCannotBeAnswered: what the appliance could not even give an id back for is refused before it is sent.
+// TestRequestsThatCannotBeAnswered checks that the client refuses a malformed request before
+// sending. The appliance could not even read the id of such a request.
 func TestRequestsThatCannotBeAnswered(t *testing.T) {
 	a := start(t)
 	c := dial(t, a.config())
@@ -364,16 +374,19 @@ func TestRequestsThatCannotBeAnswered(t *testing.T) {
 		"nothing":        {Type: "message-v1"},
 	} {
 		var refusal *client.Error
-		if _, err := c.Sign(t.Context(), "payments", d); err == nil || errors.As(err, &refusal) && refusal.Code != "malformed" {
+		_, err := c.Sign(t.Context(), "payments", d)
+		if err == nil || errors.As(err, &refusal) && refusal.Code != "malformed" {
 			t.Errorf("sign %s: %v", name, err)
 		}
-		if _, err := c.Verify(t.Context(), "", &client.Signed{Document: d}); err == nil || errors.Is(err, client.ErrUnknownOutcome) {
+		_, err = c.Verify(t.Context(), "", &client.Signed{Document: d})
+		if err == nil || errors.Is(err, client.ErrUnknownOutcome) {
 			t.Errorf("verify %s: %v", name, err)
 		}
 	}
 	gone, cancel := context.WithCancel(t.Context())
 	cancel()
-	if _, err := c.Verify(gone, "", &client.Signed{Document: message("AAAA")}); !errors.Is(err, context.Canceled) || errors.Is(err, client.ErrUnknownOutcome) {
+	_, err := c.Verify(gone, "", &client.Signed{Document: message("AAAA")})
+	if !errors.Is(err, context.Canceled) || errors.Is(err, client.ErrUnknownOutcome) {
 		t.Errorf("with an ended context: %v", err)
 	}
 }
@@ -393,7 +406,7 @@ func TestContextEndsAWait(t *testing.T) {
 	}
 }
 
-// TestSigner lets crypto/x509 use a key of the appliance.
+// TestSigner has crypto/x509 sign a certificate request with a key of the appliance.
 func TestSigner(t *testing.T) {
 	a := start(t)
 	c := dial(t, a.config())
@@ -401,7 +414,8 @@ func TestSigner(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	der, err := x509.CreateCertificateRequest(rand.Reader, &x509.CertificateRequest{Subject: pkix.Name{CommonName: "shop.example"}}, s)
+	request := &x509.CertificateRequest{Subject: pkix.Name{CommonName: "shop.example"}}
+	der, err := x509.CreateCertificateRequest(rand.Reader, request, s)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -449,7 +463,10 @@ func TestSignedSurvivesJSON(t *testing.T) {
 	if _, err := c.Verify(t.Context(), "payments", back); err != nil {
 		t.Error(err)
 	}
-	for _, bad := range []string{``, `[]`, `{}`, strings.Replace(string(b), `"nonce"`, `"nonse"`, 1), strings.Replace(string(b), `"nonce"`, `"x":1,"nonce"`, 1), string(b) + "x"} {
+	for _, bad := range []string{
+		``, `[]`, `{}`, string(b) + "x",
+		strings.Replace(string(b), `"nonce"`, `"nonse"`, 1), strings.Replace(string(b), `"nonce"`, `"x":1,"nonce"`, 1),
+	} {
 		if _, err := client.DecodeSigned([]byte(bad)); err == nil {
 			t.Errorf("accepted: %.60s", bad)
 		}
@@ -468,7 +485,8 @@ func TestIdentityFiles(t *testing.T) {
 	}
 	b, _ := os.ReadFile(path)
 	lines := strings.Split(string(b), "\n")
-	if len(lines) != 3 || lines[0] != fmt.Sprintf("# public key: %x", id.Public()) || len(lines[1]) != 64 || lines[2] != "" {
+	header := fmt.Sprintf("# public key: %x", id.Public())
+	if len(lines) != 3 || lines[0] != header || len(lines[1]) != 64 || lines[2] != "" {
 		t.Errorf("the file is %q", strings.ReplaceAll(string(b), lines[1], "(64 digits)"))
 	}
 	back, err := client.ReadIdentity(path)
@@ -480,7 +498,8 @@ func TestIdentityFiles(t *testing.T) {
 	}
 	secret := lines[1]
 	for name, content := range map[string]string{
-		"empty": "", "comments only": "# x\n", "short": secret[:62] + "\n", "no hex": strings.Repeat("g", 64), "two keys": secret + "\n" + secret + "\n", "trailing word": secret + " x\n",
+		"empty": "", "comments only": "# x\n", "short": secret[:62] + "\n", "no hex": strings.Repeat("g", 64),
+		"two keys": secret + "\n" + secret + "\n", "trailing word": secret + " x\n",
 	} {
 		p := filepath.Join(t.TempDir(), "bad.key")
 		os.WriteFile(p, []byte(content), 0o600)

@@ -9,7 +9,7 @@ import (
 	"countersign/client"
 )
 
-// A payment server has a document signed, and judges one that it got from somebody else.
+// A payment server has a document signed, and verifies a document of another party.
 func Example() {
 	appliance, err := startAppliance() // a real one has an address, a public key and an identity file
 	if err != nil {

@@ -11,8 +11,9 @@ import (
 	"countersign/noise"
 )
 
-// WriteIdentity makes a fresh identity and writes it to a new file that only its owner can read: a comment line with the
-// public key, then the private key as 64 hex digits. An existing file is never touched.
+// WriteIdentity makes a fresh identity and writes a new identity file with mode 0600. The file has
+// a comment line with the public key, then the private key as 64 hex digits. WriteIdentity never
+// overwrites an existing file.
 func WriteIdentity(path string) (*noise.Identity, error) {
 	id, err := noise.NewIdentity()
 	if err != nil {
@@ -20,7 +21,7 @@ func WriteIdentity(path string) (*noise.Identity, error) {
 	}
 	f, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
 	if errors.Is(err, fs.ErrExist) {
-		return nil, fmt.Errorf("%s exists: an identity is not overwritten; choose another name or move it away", path)
+		return nil, fmt.Errorf("%s exists, and an identity is never overwritten: choose another name", path)
 	} else if err != nil {
 		return nil, err
 	}
@@ -33,14 +34,16 @@ func WriteIdentity(path string) (*noise.Identity, error) {
 	return id, nil
 }
 
-// ReadIdentity reads an identity file. Comment lines begin with #.
+// ReadIdentity reads an identity file, which group and others must not have access to. Comment
+// lines begin with #.
 func ReadIdentity(path string) (*noise.Identity, error) {
 	st, err := os.Stat(path)
 	if err != nil {
 		return nil, err
 	}
 	if st.Mode().Perm()&0o077 != 0 {
-		return nil, fmt.Errorf("%s: others may read this private key (mode %v): chmod 600 %s", path, st.Mode().Perm(), path)
+		return nil, fmt.Errorf("%s: mode %v gives others access to the private key: chmod 600 %s",
+			path, st.Mode().Perm(), path)
 	}
 	b, err := os.ReadFile(path)
 	if err != nil {
@@ -56,7 +59,8 @@ func ReadIdentity(path string) (*noise.Identity, error) {
 			return nil, fmt.Errorf("%s: an identity file has comment lines and one line of 64 hex digits", path)
 		}
 		if private, err = hex.DecodeString(line); err != nil {
-			return nil, fmt.Errorf("%s: the private key is not hex", path) // the error would quote it
+			// hex's own error would quote a character of the private key.
+			return nil, fmt.Errorf("%s: the private key has a character that is not a hex digit", path)
 		}
 	}
 	if private == nil {

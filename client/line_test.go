@@ -2,6 +2,7 @@ package client_test
 
 import (
 	"crypto/sha256"
+	"encoding/json"
 	"errors"
 	"strings"
 	"testing"
@@ -12,13 +13,13 @@ import (
 	"countersign/wire"
 )
 
-// lineAt is a line as somebody pins it.
-func lineAt(l *clienttest.Line, version uint32) client.Line {
-	return client.Line{Key: l.Key, Version: version, PublicKey: l.Public(version), Next: l.Next(version)}
+// lineAt is a line pinned at a version.
+func lineAt(l *clienttest.KeyLine, version uint32) client.KeyLine {
+	return client.KeyLine{Key: l.Key, Version: version, PublicKey: l.Public(version), Next: l.Next(version)}
 }
 
 func TestFollow(t *testing.T) {
-	l := clienttest.NewLine("payments", 4)
+	l := clienttest.NewKeyLine("payments", 4)
 	steps := []wire.Succession{l.Step(2), l.Step(3), l.Step(4)}
 	for from := range uint32(4) {
 		got, err := lineAt(l, from+1).Follow(steps[from:]...)
@@ -32,13 +33,14 @@ func TestFollow(t *testing.T) {
 		t.Errorf("without a commitment: %+v, %v", got, err)
 	}
 	last := clienttest.Step(l.Private[0], l.Key, 2, l.Public(2), nil)
-	if got, err := lineAt(l, 1).Follow(last); err != nil || got != (client.Line{Key: l.Key, Version: 2, PublicKey: l.Public(2)}) {
+	uncommitted := client.KeyLine{Key: l.Key, Version: 2, PublicKey: l.Public(2)}
+	if got, err := lineAt(l, 1).Follow(last); err != nil || got != uncommitted {
 		t.Errorf("a step that commits to nothing: %+v, %v", got, err)
 	}
-	if got, err := client.VerifyLine(lineAt(l, 1), steps); err != nil || got != lineAt(l, 4) {
+	if got, err := client.VerifyKeyLine(lineAt(l, 1), steps); err != nil || got != lineAt(l, 4) {
 		t.Errorf("the whole line: %+v, %v", got, err)
 	}
-	if _, err := client.VerifyLine(lineAt(l, 2), steps[1:]); !errors.Is(err, client.ErrBrokenLine) {
+	if _, err := client.VerifyKeyLine(lineAt(l, 2), steps[1:]); !errors.Is(err, client.ErrBrokenLine) {
 		t.Errorf("a line that does not begin at its first version: %v", err)
 	}
 	if got, err := lineAt(l, 2).Follow(); err != nil || got != lineAt(l, 2) {
@@ -47,35 +49,52 @@ func TestFollow(t *testing.T) {
 }
 
 func TestFollowRefuses(t *testing.T) {
-	l, thief, other := clienttest.NewLine("payments", 5), clienttest.NewLine("thief", 5), clienttest.NewLine("receipts", 5)
+	l := clienttest.NewKeyLine("payments", 5)
+	thief, other := clienttest.NewKeyLine("thief", 5), clienttest.NewKeyLine("receipts", 5)
 	next := l.Next(2)
 	edited := func(edit func(*wire.Succession)) wire.Succession { s := l.Step(2); edit(&s); return s }
+	toThief := clienttest.Step(l.Private[0], l.Key, 2, thief.Public(1), &next)
+	otherNumber := clienttest.Step(l.Private[0], l.Key, 3, l.Public(2), &next)
+	fromThief := clienttest.Step(thief.Private[0], l.Key, 2, l.Public(2), &next)
+	toThiefLater := clienttest.Step(l.Private[1], l.Key, 3, thief.Public(1), nil)
+	otherCommitment := clienttest.Step(l.Private[0], l.Key, 2, l.Public(2), new(wire.Bytes32{9}))
+	spoilt := edited(func(s *wire.Succession) { s.Signature[5] ^= 1 })
+	unsigned := edited(func(s *wire.Succession) { s.Signature = nil })
+	otherNonce := edited(func(s *wire.Succession) { s.Nonce[0] ^= 1 })
+	otherTime := edited(func(s *wire.Succession) { s.Timestamp++ })
+	one := func(s wire.Succession) []wire.Succession { return []wire.Succession{s} }
 	for name, c := range map[string]struct {
 		steps []wire.Succession
 		why   string
 	}{
-		"a thief's key, signed by the old key": {[]wire.Succession{clienttest.Step(l.Private[0], l.Key, 2, thief.Public(1), &next)}, "committed"},
-		"signed by the new key":                {[]wire.Succession{clienttest.Sign(l.Private[1], l.Step(2))}, "signature"},
-		"a spoilt signature":                   {[]wire.Succession{edited(func(s *wire.Succession) { s.Signature[5] ^= 1 })}, "signature"},
-		"no signature":                         {[]wire.Succession{edited(func(s *wire.Succession) { s.Signature = nil })}, "signature"},
-		"another nonce":                        {[]wire.Succession{edited(func(s *wire.Succession) { s.Nonce[0] ^= 1 })}, "signature"},
-		"another time":                         {[]wire.Succession{edited(func(s *wire.Succession) { s.Timestamp++ })}, "signature"},
-		"another line's step":                  {[]wire.Succession{other.Step(2)}, `"receipts"`},
-		"a version left out":                   {[]wire.Succession{l.Step(3)}, "version 3"},
+		"a thief's key, signed by the old key": {one(toThief), "committed"},
+		"signed by the new key":                {one(clienttest.Sign(l.Private[1], l.Step(2))), "signature"},
+		"a spoilt signature":                   {one(spoilt), "signature"},
+		"no signature":                         {one(unsigned), "signature"},
+		"another nonce":                        {one(otherNonce), "signature"},
+		"another time":                         {one(otherTime), "signature"},
+		"another line's step":                  {one(other.Step(2)), `"receipts"`},
+		"a version left out":                   {one(l.Step(3)), "version 3"},
 		"the same step twice":                  {[]wire.Succession{l.Step(2), l.Step(2)}, "version 2"},
 		"the wrong order":                      {[]wire.Succession{l.Step(3), l.Step(2)}, "version 3"},
-		"another version's number":             {[]wire.Succession{clienttest.Step(l.Private[0], l.Key, 3, l.Public(2), &next)}, "version 3"},
-		"from another key":                     {[]wire.Succession{clienttest.Step(thief.Private[0], l.Key, 2, l.Public(2), &next)}, "another public key"},
-		"no document":                          {[]wire.Succession{edited(func(s *wire.Succession) { s.Payload = nil })}, "payload"},
-		"a field too many": {[]wire.Succession{edited(func(s *wire.Succession) {
-			s.Payload = []byte(strings.Replace(string(s.Payload), "{", `{"x":1,`, 1))
-		})}, "unknown"},
-		"a good step, then a thief's":             {[]wire.Succession{l.Step(2), clienttest.Step(l.Private[1], l.Key, 3, thief.Public(1), nil)}, "version 2"},
-		"a step whose commitment the next breaks": {[]wire.Succession{clienttest.Step(l.Private[0], l.Key, 2, l.Public(2), new(wire.Bytes32{9})), l.Step(3)}, "committed"},
+		"another version's number":             {one(otherNumber), "version 3"},
+		"from another key":                     {one(fromThief), "another public key"},
+		"no document":                          {one(edited(func(s *wire.Succession) { s.Payload = nil })), "payload"},
+		"a field too many": {one(edited(func(s *wire.Succession) {
+			s.Payload = json.RawMessage(strings.Replace(string(s.Payload), "{", `{"x":1,`, 1))
+		})), "unknown"},
+		"a good step, then a thief's":             {[]wire.Succession{l.Step(2), toThiefLater}, "version 2"},
+		"a step whose commitment the next breaks": {[]wire.Succession{otherCommitment, l.Step(3)}, "committed"},
 	} {
 		got, err := lineAt(l, 1).Follow(c.steps...)
-		if !errors.Is(err, client.ErrBrokenLine) || got != (client.Line{}) || !strings.Contains(err.Error(), c.why) || !strings.Contains(err.Error(), `"payments": from version `) {
-			t.Errorf("%s: %+v, %v, want %q", name, got, err, c.why)
+		if !errors.Is(err, client.ErrBrokenLine) || got != (client.KeyLine{}) {
+			t.Errorf("%s: %+v, %v", name, got, err)
+			continue
+		}
+		for _, want := range []string{c.why, `"payments": from version `} {
+			if !strings.Contains(err.Error(), want) {
+				t.Errorf("%s: %v, want %q", name, err, want)
+			}
 		}
 	}
 	last := lineAt(l, 1)
@@ -86,23 +105,24 @@ func TestFollowRefuses(t *testing.T) {
 }
 
 func TestLineForm(t *testing.T) {
-	l := clienttest.NewLine("payments", 2)
+	l := clienttest.NewKeyLine("payments", 2)
 	whole, bare := lineAt(l, 1), lineAt(l, 2)
 	bare.Next = [32]byte{}
-	for _, want := range []client.Line{whole, bare} {
+	for _, want := range []client.KeyLine{whole, bare} {
 		b, err := want.Encode()
 		if err != nil || strings.Contains(string(b), "next") != (want.Next != [32]byte{}) {
 			t.Fatalf("%s, %v", b, err)
 		}
-		if got, err := client.DecodeLine(b); err != nil || got != want {
+		if got, err := client.DecodeKeyLine(b); err != nil || got != want {
 			t.Errorf("%s: %+v, %v", b, got, err)
 		}
+		changed := func(old, text string) string { return strings.Replace(string(b), old, text, 1) }
 		for _, bad := range []string{
-			``, `{}`, `[]`, string(b) + "x", strings.Replace(string(b), `"payments"`, `""`, 1), strings.Replace(string(b), `"payments"`, `"noise"`, 1),
-			strings.Replace(string(b), `"version":`, `"version":0,"x":`, 1), strings.Replace(string(b), `"version":`, `"version":-`, 1),
-			strings.Replace(string(b), `"public_key":"`, `"public_key":"A`, 1), strings.Replace(string(b), `"key"`, `"Key"`, 1),
+			``, `{}`, `[]`, string(b) + "x", changed(`"payments"`, `""`), changed(`"payments"`, `"noise"`),
+			changed(`"version":`, `"version":0,"x":`), changed(`"version":`, `"version":-`),
+			changed(`"public_key":"`, `"public_key":"A`), changed(`"key"`, `"Key"`),
 		} {
-			if got, err := client.DecodeLine([]byte(bad)); err == nil {
+			if got, err := client.DecodeKeyLine([]byte(bad)); err == nil {
 				t.Errorf("%s is read as %+v", bad, got)
 			}
 		}
@@ -113,18 +133,19 @@ func TestLineForm(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if _, err := client.DecodeLine(b); err == nil {
+	if _, err := client.DecodeKeyLine(b); err == nil {
 		t.Error("a key of small order is pinned")
 	}
 }
 
-// FuzzFollow: nobody without the private keys leads a line anywhere but to its own versions.
+// FuzzFollow checks that no input leads a line anywhere but to its own versions. The fuzzer does
+// not have the private keys.
 func FuzzFollow(f *testing.F) {
-	l := clienttest.NewLine("payments", 3)
+	l := clienttest.NewKeyLine("payments", 3)
 	for v := uint32(2); v <= 3; v++ {
 		s := l.Step(v)
 		f.Add([]byte(s.Payload), s.Nonce[:], s.Timestamp, s.ExpiresAt, []byte(s.Signature))
-		s.Payload = []byte(strings.ReplaceAll(string(s.Payload), `,"`, ` , "`))
+		s.Payload = json.RawMessage(strings.ReplaceAll(string(s.Payload), `,"`, ` , "`))
 		f.Add([]byte(s.Payload), s.Nonce[:], s.Timestamp, s.ExpiresAt, []byte(s.Signature))
 	}
 	f.Fuzz(func(t *testing.T, payload, nonce []byte, timestamp, expiresAt int64, signature []byte) {
@@ -134,7 +155,7 @@ func FuzzFollow(f *testing.F) {
 			at := lineAt(l, v)
 			got, err := at.Follow(s)
 			if err != nil {
-				if !errors.Is(err, client.ErrBrokenLine) || got != (client.Line{}) {
+				if !errors.Is(err, client.ErrBrokenLine) || got != (client.KeyLine{}) {
 					t.Fatalf("%+v, %v", got, err)
 				}
 				continue
@@ -142,7 +163,10 @@ func FuzzFollow(f *testing.F) {
 			if got != lineAt(l, v+1) || sha256.Sum256(got.PublicKey[:]) != at.Next {
 				t.Fatalf("%s leads to %+v", payload, got)
 			}
-			if doc, err := transcript.Parse(transcript.Request{Type: "key-succession-v1", Payload: payload, Nonce: s.Nonce, Timestamp: timestamp, ExpiresAt: expiresAt}); err != nil || doc.Succession.Version != v+1 {
+			doc, err := transcript.Parse(transcript.Request{
+				Type: "key-succession-v1", Payload: payload, Nonce: s.Nonce, Timestamp: timestamp, ExpiresAt: expiresAt,
+			})
+			if err != nil || doc.Succession.Version != v+1 {
 				t.Fatal(err)
 			}
 		}

@@ -10,22 +10,27 @@ import (
 	"countersign/wire"
 )
 
-// pin is a pinned line, as far as it has been followed.
+// pin is a pinned line and the versions to which the client has followed the line.
 type pin struct {
-	turn chan struct{} // held by who asks for steps: the others wait, as long as their contexts, and need not ask
+	// fetching is held by the one caller who gets steps. The others wait, bounded by their
+	// contexts, and mostly find that the line has come far enough.
+	fetching chan struct{}
 
 	mu      sync.Mutex
-	first   uint32          // the version that was pinned: what was before it is not known
-	newest  Line            // that has been followed to
-	trusted map[uint32]Line // those from first to newest that were not said to be compromised
+	first   uint32             // the pinned version; older ones are unknown
+	newest  KeyLine            // the newest version that the client has followed
+	trusted map[uint32]KeyLine // versions first to newest, without the compromised ones
 }
 
-func newPin(l Line) *pin {
-	return &pin{turn: make(chan struct{}, 1), first: l.Version, newest: l, trusted: map[uint32]Line{l.Version: l}}
+func newPin(l KeyLine) *pin {
+	return &pin{
+		fetching: make(chan struct{}, 1),
+		first:    l.Version, newest: l, trusted: map[uint32]KeyLine{l.Version: l},
+	}
 }
 
-// Pinned returns the newest version of a pinned line that the client has followed it to.
-func (c *Client) Pinned(key string) (l Line, ok bool) {
+// Pinned returns a pinned line at the newest version that the client has followed.
+func (c *Client) Pinned(key string) (l KeyLine, ok bool) {
 	p := c.pins[key]
 	if p == nil {
 		return l, false
@@ -35,11 +40,11 @@ func (c *Client) Pinned(key string) (l Line, ok bool) {
 	return p.newest, true
 }
 
-// follow goes on from the newest version: all steps, or none.
+// follow checks steps from the newest version on, and takes all of them or none.
 func (p *pin) follow(steps ...wire.Succession) error {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	lines := make([]Line, len(steps))
+	lines := make([]KeyLine, len(steps))
 	at := p.newest
 	for i, step := range steps {
 		var err error
@@ -55,8 +60,9 @@ func (p *pin) follow(steps ...wire.Succession) error {
 	return nil
 }
 
-// judge says whether a version with this public key is in the line. It is not if the line must be followed further to know.
-func (p *pin) judge(version uint32, key [32]byte) (in bool, err error) {
+// lookup says whether the line has a version with this public key. For a version newer than the
+// newest one, lookup returns false without an error: follow the line, then look again.
+func (p *pin) lookup(version uint32, key [32]byte) (found bool, err error) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	l, trusted := p.trusted[version]
@@ -66,7 +72,7 @@ func (p *pin) judge(version uint32, key [32]byte) (in bool, err error) {
 	case version < p.first:
 		err = fmt.Errorf("version %d is older than the pinned one, version %d", version, p.first)
 	case !trusted:
-		err = fmt.Errorf("the private key of version %d is in wrong hands", version)
+		err = fmt.Errorf("the private key of version %d is compromised", version)
 	case l.PublicKey != key:
 		err = fmt.Errorf("version %d has another public key", version)
 	default:
@@ -87,32 +93,35 @@ func (p *pin) version() uint32 {
 	return p.newest.Version
 }
 
-// believe holds a version of a key against the pinned line, and follows that where the version is newer: by the step that is offered
-// if it is the next one, else by those that the appliance shows. What is not pinned is believed.
-func (c *Client) believe(ctx context.Context, key string, version uint32, public [32]byte, offered *wire.Succession) error {
+// checkVersion checks a version of a key against the pinned line, and accepts any version of an
+// unpinned key. For a newer version, checkVersion follows the line first: by the offered step where
+// the version is the next one, else by steps from the appliance.
+func (c *Client) checkVersion(
+	ctx context.Context, key string, version uint32, public [32]byte, offered *wire.Succession,
+) error {
 	p := c.pins[key]
 	if p == nil {
 		return nil
 	}
-	in, err := p.judge(version, public)
-	if in || err != nil {
+	found, err := p.lookup(version, public)
+	if found || err != nil {
 		return err
 	}
 	if err := c.reach(ctx, p, key, version, offered); err != nil {
 		return err
 	}
-	if in, err = p.judge(version, public); err == nil && !in {
+	if found, err = p.lookup(version, public); err == nil && !found {
 		err = fmt.Errorf("%w: %q: the appliance shows no step to version %d", ErrBrokenLine, ijson.Clip(key), version)
 	}
 	return err
 }
 
-// reach follows a line to a version, or as far as the appliance shows steps. The error wraps ErrBrokenLine unless asking again may
-// help.
+// reach follows a line to a version, or as far as the appliance shows steps. An error that a retry
+// may cure does not wrap ErrBrokenLine; all others do.
 func (c *Client) reach(ctx context.Context, p *pin, key string, version uint32, offered *wire.Succession) error {
 	select {
-	case p.turn <- struct{}{}:
-		defer func() { <-p.turn }()
+	case p.fetching <- struct{}{}:
+		defer func() { <-p.fetching }()
 	case <-ctx.Done():
 		return ctx.Err()
 	}
@@ -121,7 +130,9 @@ func (c *Client) reach(ctx context.Context, p *pin, key string, version uint32, 
 	}
 	for taken := 0; p.version() < version; {
 		page, err := c.steps(ctx, key, p.version())
-		if refusal, is := errors.AsType[*Error](err); is && refusal.RetryAfter == 0 && refusal.Code != wire.CodeUnavailable || errors.Is(err, ErrWrongAnswer) {
+		refusal, refused := errors.AsType[*Error](err)
+		final := refused && refusal.RetryAfter == 0 && refusal.Code != wire.CodeUnavailable
+		if final || errors.Is(err, ErrWrongAnswer) {
 			return fmt.Errorf("%w: %q: the appliance does not show it: %w", ErrBrokenLine, ijson.Clip(key), err)
 		} else if err != nil {
 			return fmt.Errorf("can't follow the line of %q now: %w", ijson.Clip(key), err)

@@ -3,7 +3,6 @@ package client
 import (
 	"context"
 	"encoding/hex"
-	"errors"
 	"fmt"
 
 	"countersign/audit"
@@ -11,11 +10,13 @@ import (
 	"countersign/wire"
 )
 
-// Proof gets the proof that an event of this peer is in the appliance's audit log. It is not checked here: audit.Log.Check does
-// that, and Config.LogKey makes Sign and Verify do it.
+// Proof gets the proof that an event of this peer is in the appliance's audit log. Proof does not
+// check the proof; audit.Log.Check does. With Config.LogKey, Sign and Verify check their own.
 func (c *Client) Proof(ctx context.Context, event uint64) (audit.Proof, error) {
 	var p wire.Proven
-	err := c.call(ctx, true, func(id string) any { return wire.Proof{ID: id, Op: wire.OpProof, Event: event} }, &p)
+	err := c.call(ctx, true, func(id string) any {
+		return wire.Proof{ID: id, Op: wire.OpProof, Event: event}
+	}, &p)
 	if err != nil {
 		return audit.Proof{}, err
 	}
@@ -24,20 +25,22 @@ func (c *Client) Proof(ctx context.Context, event uint64) (audit.Proof, error) {
 		proof.Path = append(proof.Path, audit.Hash(h))
 	}
 	if p.Event != event {
-		return audit.Proof{}, fmt.Errorf("%w: it proves another event", ErrWrongAnswer)
+		return audit.Proof{}, fmt.Errorf("%w: it proves event %d, not event %d", ErrWrongAnswer, p.Event, event)
 	}
 	return proof, nil
 }
 
-// demand checks that an event is in the log, is this peer's, and says what it must.
-func (c *Client) demand(ctx context.Context, event uint64, kind audit.Kind, says func(audit.Event) bool) error {
+// checkProof gets and checks the proof of an event. The event must be in the log, be of this peer
+// and of the kind, and satisfy says.
+func (c *Client) checkProof(ctx context.Context, event uint64, kind audit.Kind, says func(audit.Event) bool) error {
 	p, err := c.Proof(ctx, event)
 	if err != nil {
 		return fmt.Errorf("%w: %w", ErrUnproven, err)
 	}
 	e, _, err := c.log.Check(p)
-	if err == nil && (e.Type.Kind() != kind || e.Actor.PublicKey != audit.Peer("", c.config.Identity.Public()).PublicKey || !says(e)) {
-		err = errors.New("the event is about something else")
+	own := audit.Peer("", c.config.Identity.Public()).PublicKey
+	if err == nil && (e.Type.Kind() != kind || e.Actor.PublicKey != own || !says(e)) {
+		err = fmt.Errorf("event %d is about something else", event)
 	}
 	if err != nil {
 		return fmt.Errorf("%w: %w", ErrUnproven, err)
@@ -45,8 +48,8 @@ func (c *Client) demand(ctx context.Context, event uint64, kind audit.Kind, says
 	return nil
 }
 
-// about says that an event is about a document.
-func about(e audit.Event, doc *transcript.Document) bool {
-	digest := doc.Digest()
-	return e.Metadata["nonce"] == hex.EncodeToString(doc.Nonce[:]) && e.Metadata["digest"] == hex.EncodeToString(digest[:])
+// isAbout says whether an event is about a document.
+func isAbout(e audit.Event, doc *transcript.Document) bool {
+	nonce, digest := hex.EncodeToString(doc.Nonce[:]), doc.Digest()
+	return e.Metadata["nonce"] == nonce && e.Metadata["digest"] == hex.EncodeToString(digest[:])
 }

@@ -25,7 +25,7 @@ permit (principal == Peer::"shop", action == Action::"sign", resource == Key::"p
 permit (principal == Peer::"shop", action == Action::"sign_raw", resource == Key::"certificates");
 `
 
-// testAppliance is an appliance in this process, with keys in memory, on a loopback port.
+// testAppliance is a real appliance in this process, with keys in memory, on a loopback port.
 type testAppliance struct {
 	app     *appliance.Appliance
 	ledger  *ledger.Ledger
@@ -58,7 +58,13 @@ func startAppliance() (a *testAppliance, err error) {
 	ctx := context.Background()
 	limits := appliance.DefaultLimits()
 	limits.Handshakes.PerSource = 100
-	if a.app, err = appliance.New(ctx, appliance.Config{Limits: limits, Retention: appliance.Retention{Epoch: appliance.Month, Audit: time.Hour, Receipts: time.Hour}}, a.ledger, map[string]keystore.Store{"memory": a.store}, p, slog.New(slog.DiscardHandler)); err != nil {
+	config := appliance.Config{
+		Limits:    limits,
+		Retention: appliance.Retention{Epoch: appliance.Month, Audit: time.Hour, Receipts: time.Hour},
+	}
+	stores := map[string]keystore.Store{"memory": a.store}
+	a.app, err = appliance.New(ctx, config, a.ledger, stores, p, slog.New(slog.DiscardHandler))
+	if err != nil {
 		return nil, err
 	}
 	if _, err := a.app.CreateOwnKey(ctx, operator, appliance.LogName, "memory"); err != nil {
@@ -84,7 +90,7 @@ func startAppliance() (a *testAppliance, err error) {
 	return a, a.serve()
 }
 
-// serve listens at the address of the last time.
+// serve listens, after a stop at the same address again.
 func (a *testAppliance) serve() error {
 	l, err := net.Listen("tcp", a.address)
 	if err != nil {

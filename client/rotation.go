@@ -13,151 +13,162 @@ import (
 	"countersign/wire"
 )
 
-// NoiseKey is the key of a Rotation that is about the listener's own key.
+// NoiseKey is Rotation.Key in a rotation of the listener's own key.
 const NoiseKey = wire.NoiseKey
 
-// ErrUnauthorized: a Noise key does not come with what Config.ServerIdentity has signed. It is not used.
+// ErrUnauthorized: a new Noise key has no valid authorization by Config.ServerIdentity. The client
+// does not use the key.
 var ErrUnauthorized = errors.New("the Noise key is not authorized by the appliance's identity")
 
-// Rotation tells that a key gets a new version.
+// Rotation is the event that a key gets a new version.
 type Rotation struct {
 	Key string // or NoiseKey
-	// Old and New are the line before and after it. Of a line that is not pinned Old is zero where the event does not show it; of the
-	// Noise key only New.Version and New.PublicKey are there.
-	Old, New Line
-	// ActivatesAt is when the new version begins to sign, RetiresAt until when the old one is accepted, at the most. Both are
-	// the appliance's clock.
+	// Old and New are the line before and after the rotation. For an unpinned line, Old is zero
+	// unless the event has the step. For the Noise key, only New.Version and New.PublicKey are set.
+	Old, New KeyLine
+	// ActivatesAt is the time when the new version begins to sign. RetiresAt is the latest time
+	// when the old version is accepted. Both are by the appliance's clock.
 	ActivatesAt, RetiresAt time.Time
-	// Compromised: the old version must not be believed any more.
+	// Compromised means that the old version must not be trusted any more.
 	Compromised bool
-	// Err says why the rotation must not be believed, or could not be checked; New is zero then, Old is where the pinned line is, and
-	// nothing is acknowledged.
+	// Err is the reason why the rotation must not be trusted, or could not be checked. With an Err,
+	// New is zero, Old is the pinned line, and the rotation is not acknowledged.
 	Err error
-	// Event is what the appliance has sent.
+	// Event is the event as the appliance has sent it.
 	Event wire.Rotation
 }
 
-// How much is kept of what the appliance tells, whatever it tells.
+// The bounds of the event queue, for an appliance that floods the client.
 const (
-	maxWaiting = 512  // events, one for each key; what is beyond that comes again at the next connection
-	maxTold    = 4096 // keys whose last event is remembered
+	maxWaiting   = 512  // queued events, one for each key; the appliance sends the others again
+	maxDelivered = 4096 // keys whose last delivered event is remembered
 )
 
-// hearing are the events of an appliance on their way to the application. They are put down by the readers of connections and
-// taken by one goroutine, which is there while there are any.
-type hearing struct {
+// eventQueue holds rotation events on their way to the application. The readers of connections put
+// events in, and one goroutine takes events out. The goroutine ends when the queue is empty.
+type eventQueue struct {
 	mu      sync.Mutex
-	queue   []string                  // the keys of waiting, oldest first
-	waiting map[string]*wire.Rotation // the newest event of each
-	working bool
+	queue   []string                  // keys with a waiting event, oldest first
+	waiting map[string]*wire.Rotation // the newest event of each key
+	running bool                      // the goroutine runs
 
-	told map[string]*wire.Rotation // by the one goroutine: the last event of each key that was dealt with
+	// delivered is the last delivered event of each key, for the goroutine only.
+	delivered map[string]*wire.Rotation
 }
 
-// heard takes an event. It never waits.
-func (c *Client) heard(e *wire.Rotation) {
-	h := &c.hearing
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	before := h.waiting[e.Key]
+// enqueue puts an event into the queue. The call never blocks.
+func (c *Client) enqueue(e *wire.Rotation) {
+	q := &c.events
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	before := q.waiting[e.Key]
 	switch {
 	case c.base.Err() != nil, before != nil && before.Version > e.Version:
 		return
-	case before == nil && len(h.queue) >= maxWaiting:
+	case before == nil && len(q.queue) >= maxWaiting:
 		return
 	case before == nil:
-		h.queue = append(h.queue, e.Key)
+		q.queue = append(q.queue, e.Key)
 	}
-	if h.waiting == nil {
-		h.waiting, h.told = map[string]*wire.Rotation{}, map[string]*wire.Rotation{}
+	if q.waiting == nil {
+		q.waiting, q.delivered = map[string]*wire.Rotation{}, map[string]*wire.Rotation{}
 	}
-	h.waiting[e.Key] = e
-	if !h.working {
-		h.working = true
-		go c.listen()
+	q.waiting[e.Key] = e
+	if !q.running {
+		q.running = true
+		go c.deliverAll()
 	}
 }
 
-// listen deals with events one after the other, until there are none or the client is closed.
-func (c *Client) listen() {
-	h := &c.hearing
+// deliverAll delivers queued events, one after the other, until the queue is empty or the client is
+// closed.
+func (c *Client) deliverAll() {
+	q := &c.events
 	for {
-		h.mu.Lock()
-		if len(h.queue) == 0 || c.base.Err() != nil {
-			h.working = false
-			h.mu.Unlock()
+		q.mu.Lock()
+		if len(q.queue) == 0 || c.base.Err() != nil {
+			q.running = false
+			q.mu.Unlock()
 			return
 		}
-		e := h.waiting[h.queue[0]]
-		delete(h.waiting, e.Key)
-		h.queue = h.queue[1:]
-		h.mu.Unlock()
-		c.rotated(e)
+		e := q.waiting[q.queue[0]]
+		delete(q.waiting, e.Key)
+		q.queue = q.queue[1:]
+		q.mu.Unlock()
+		c.deliver(e)
 	}
 }
 
-// rotated deals with one event: check it, tell the application, acknowledge it.
-func (c *Client) rotated(e *wire.Rotation) {
-	if last := c.hearing.told[e.Key]; last != nil && e.Version < last.Version {
+// deliver checks one event, delivers the rotation to the application, and acknowledges.
+func (c *Client) deliver(e *wire.Rotation) {
+	if last := c.events.delivered[e.Key]; last != nil && e.Version < last.Version {
 		return // an old event again
-	} else if last != nil && !c.config.Unacknowledged && string(wire.EncodeRotation(*e)) == string(wire.EncodeRotation(*last)) {
+	} else if last != nil && !c.config.Unacknowledged && sameEvent(e, last) {
 		c.acknowledge(e, false) // the first acknowledgement was lost
 		return
 	}
-	r := Rotation{Key: e.Key, ActivatesAt: time.Unix(e.ActivatesAt, 0), RetiresAt: time.Unix(e.RetiresAt, 0), Compromised: e.Compromised, Event: *e}
-	known, err := false, error(nil) // known: the application has configured it itself
+	r := Rotation{
+		Key: e.Key, Compromised: e.Compromised, Event: *e,
+		ActivatesAt: time.Unix(e.ActivatesAt, 0), RetiresAt: time.Unix(e.RetiresAt, 0),
+	}
+	configured, err := false, error(nil)
 	if e.Key == wire.NoiseKey {
-		known, err = c.replaceServerKey(&r)
+		configured, err = c.replaceServerKey(&r)
 	} else {
-		known, err = c.replaceVersion(&r)
+		configured, err = c.replaceVersion(&r)
 	}
 	if c.base.Err() != nil || errors.Is(err, errStale) {
 		return
 	}
 	if err != nil {
-		r.New, r.Err = Line{}, err
+		r.New, r.Err = KeyLine{}, err
 	}
-	if !known && c.config.OnRotation != nil {
+	if !configured && c.config.OnRotation != nil {
 		c.config.OnRotation(r)
 	}
 	if err != nil {
-		return // it comes again at the next connection
+		return // the appliance sends the event again at the next connection
 	}
-	if told := c.hearing.told; len(told) >= maxTold && told[e.Key] == nil {
-		for key := range told { // any one: at worst the application is told of it twice
-			delete(told, key)
+	if delivered := c.events.delivered; len(delivered) >= maxDelivered && delivered[e.Key] == nil {
+		for key := range delivered { // any key: at worst its event is delivered twice
+			delete(delivered, key)
 			break
 		}
 	}
-	c.hearing.told[e.Key] = e
-	c.acknowledge(e, known)
+	c.events.delivered[e.Key] = e
+	c.acknowledge(e, configured)
 }
 
-// errStale marks an event from before what the application has pinned.
+func sameEvent(a, b *wire.Rotation) bool {
+	return string(wire.EncodeRotation(*a)) == string(wire.EncodeRotation(*b))
+}
+
+// errStale marks an event of a version older than the pinned one.
 var errStale = errors.New("an old event")
 
-// replaceVersion checks an event about a signing key and goes on along the line, if that is pinned.
-func (c *Client) replaceVersion(r *Rotation) (known bool, err error) {
+// replaceVersion checks an event of a signing key, and follows the line where the key is pinned.
+// The result configured says that the application has pinned this very version.
+func (c *Client) replaceVersion(r *Rotation) (configured bool, err error) {
 	e := &r.Event
 	p := c.pins[e.Key]
 	if p == nil {
-		r.New = Line{Key: e.Key, Version: e.Version, PublicKey: e.PublicKey}
+		r.New = KeyLine{Key: e.Key, Version: e.Version, PublicKey: e.PublicKey}
 		return false, checkUnpinned(r)
 	}
 	if e.Version < p.first {
 		return false, errStale
 	}
 	if e.Version == p.first {
-		_, err := p.judge(e.Version, e.PublicKey)
+		_, err := p.lookup(e.Version, e.PublicKey)
 		r.Old, _ = c.Pinned(e.Key)
 		return err == nil, err
 	}
-	if e.Compromised { // even if the line should end here
+	if e.Compromised { // also when the steps to the new version turn out invalid
 		defer p.distrust(e.Version - 1)
 	}
 	for try := range 6 {
-		err = c.believe(c.base, e.Key, e.Version, e.PublicKey, e.Succession)
-		if err == nil || errors.Is(err, ErrBrokenLine) || pause(c.base, try) != nil {
+		err = c.checkVersion(c.base, e.Key, e.Version, e.PublicKey, e.Succession)
+		if err == nil || errors.Is(err, ErrBrokenLine) || backoff(c.base, try) != nil {
 			break
 		}
 	}
@@ -171,53 +182,54 @@ func (c *Client) replaceVersion(r *Rotation) (known bool, err error) {
 	return false, nil
 }
 
-// checkUnpinned checks what an event shows by itself.
+// checkUnpinned checks an event of an unpinned key by the content of the event alone.
 func checkUnpinned(r *Rotation) error {
 	e := &r.Event
 	if e.Succession == nil {
 		_, err := eddsa.ParsePublicKey(e.PublicKey[:])
 		return err
 	}
+	broken := func(err error) error { return fmt.Errorf("%w: %q: %w", ErrBrokenLine, ijson.Clip(e.Key), err) }
 	doc, err := parseStep(*e.Succession)
 	if err != nil {
-		return fmt.Errorf("%w: %q: %w", ErrBrokenLine, ijson.Clip(e.Key), err)
+		return broken(err)
 	}
 	step := doc.Succession
 	if step.Key != e.Key || step.Version != e.Version || step.New != e.PublicKey {
-		return fmt.Errorf("%w: %q: the step is to another version or key than the event says", ErrBrokenLine, ijson.Clip(e.Key))
+		return broken(errors.New("the step is to another version or key than the event says"))
 	}
 	if err := eddsa.Verify(step.Old[:], doc.Message, e.Succession.Signature); err != nil {
-		return fmt.Errorf("%w: %q: the step to version %d: %w", ErrBrokenLine, ijson.Clip(e.Key), e.Version, err)
+		return broken(fmt.Errorf("the step to version %d: %w", e.Version, err))
 	}
-	r.Old, r.New = Line{Key: e.Key, Version: e.Version - 1, PublicKey: step.Old}, after(step)
+	r.Old, r.New = KeyLine{Key: e.Key, Version: e.Version - 1, PublicKey: step.Old}, after(step)
 	return nil
 }
 
-// acknowledge tells the appliance that the application knows, if it does: because it has configured the version itself, or because it
-// was told. Where that fails the event comes again.
-func (c *Client) acknowledge(e *wire.Rotation, known bool) {
-	told := c.config.OnRotation != nil || c.pins[e.Key] != nil
+// acknowledge acknowledges a rotation that the application has configured, that the application was
+// told of, or whose line is pinned. After a failure the appliance sends the event again.
+func (c *Client) acknowledge(e *wire.Rotation, configured bool) {
+	known := c.config.OnRotation != nil || c.pins[e.Key] != nil
 	if e.Key == wire.NoiseKey {
-		told = c.config.OnServerKey != nil
+		known = c.config.OnServerKey != nil
 	}
-	if known || told && !c.config.Unacknowledged {
+	if configured || known && !c.config.Unacknowledged {
 		ctx, cancel := context.WithTimeout(c.base, time.Minute)
 		defer cancel()
 		c.Acknowledge(ctx, e.Key, e.Version)
 	}
 }
 
-// serverKeys are the listener's keys, as far as they are known: two while one replaces the other.
+// serverKeys are the known keys of the listener: one, or two during a rotation.
 type serverKeys struct {
 	mu         sync.Mutex
-	used       [32]byte // by the last connection
-	old, young [32]byte // young is zero where no other key is known
-	from       time.Time
-	until      time.Time // when the old one ends
+	used       [32]byte  // by the last connection
+	old, young [32]byte  // young is zero outside a rotation
+	from       time.Time // the young key activates
+	until      time.Time // the old key retires
 	generation uint64    // of the last authorization
 }
 
-// order says which keys to try at a connection, the likelier one first.
+// order returns the keys to try for a connection, the likelier one first.
 func (k *serverKeys) order(now time.Time) [][32]byte {
 	k.mu.Lock()
 	defer k.mu.Unlock()
@@ -238,16 +250,17 @@ func (k *serverKeys) worked(key [32]byte) {
 	k.used = key
 }
 
-// replaceServerKey checks an event about the Noise key and keeps the new key for the connections to come. A newer event takes the
-// place of one before.
-func (c *Client) replaceServerKey(r *Rotation) (known bool, err error) {
+// replaceServerKey checks an event of the Noise key, and takes the new key for the next
+// connections. A newer event replaces an older one. The result configured says that the new key is
+// ServerKey.
+func (c *Client) replaceServerKey(r *Rotation) (configured bool, err error) {
 	k, e := &c.serverKeys, &r.Event
 	if _, err := c.config.Identity.Exchange(c.base, e.PublicKey); err != nil {
 		return false, fmt.Errorf("%w: %w", ErrWrongAnswer, err) // a point of low order
 	}
 	k.mu.Lock()
 	if c.config.ServerIdentity != [32]byte{} {
-		if err := k.authorized(c.config.ServerIdentity, e); err != nil {
+		if err := k.authorize(c.config.ServerIdentity, e); err != nil {
 			k.mu.Unlock()
 			return false, err
 		}
@@ -260,20 +273,20 @@ func (c *Client) replaceServerKey(r *Rotation) (known bool, err error) {
 	}
 	k.from, k.until = r.ActivatesAt, r.RetiresAt
 	if e.Compromised {
-		k.until = time.Time{} // who has the old key can pose as the appliance
+		k.until = time.Time{} // a thief of the old key can pose as the appliance
 	}
 	k.mu.Unlock()
-	r.New = Line{Key: e.Key, Version: e.Version, PublicKey: e.PublicKey}
-	if known = e.PublicKey == c.config.ServerKey; !known && c.config.OnServerKey != nil {
+	r.New = KeyLine{Key: e.Key, Version: e.Version, PublicKey: e.PublicKey}
+	if configured = e.PublicKey == c.config.ServerKey; !configured && c.config.OnServerKey != nil {
 		c.config.OnServerKey(e.PublicKey)
 	}
-	return known, nil
+	return configured, nil
 }
 
-// authorized is called with the lock held.
-func (k *serverKeys) authorized(identity [32]byte, e *wire.Rotation) error {
+// authorize checks the authorization of a new Noise key. The caller holds the lock.
+func (k *serverKeys) authorize(identity [32]byte, e *wire.Rotation) error {
 	if e.Authorization == nil {
-		return fmt.Errorf("%w: there is no authorization", ErrUnauthorized)
+		return fmt.Errorf("%w: the event has no authorization", ErrUnauthorized)
 	}
 	key, generation, err := AuthorizedServerKey(identity, *e.Authorization, k.generation)
 	if err == nil && key != e.PublicKey {
@@ -285,12 +298,17 @@ func (k *serverKeys) authorized(identity [32]byte, e *wire.Rotation) error {
 	return err
 }
 
-// AuthorizedServerKey checks a paykit-noise-key-authorization-v1 and returns the X25519 key that it lets speak for an identity, an
-// Ed25519 key, and its generation. One of a lower generation than least is an old one and refused: keep the highest. Errors wrap
+// AuthorizedServerKey checks a paykit-noise-key-authorization-v1 by an identity, which is an
+// Ed25519 key. The result is the authorized X25519 key and the generation of the authorization. A
+// generation below least is refused as outdated: store the highest one seen. Errors wrap
 // ErrUnauthorized.
-func AuthorizedServerKey(identity [32]byte, a wire.Authorization, least uint64) (key [32]byte, generation uint64, err error) {
-	// The times are not in what is signed: any will do.
-	doc, err := transcript.Parse(transcript.Request{Type: "paykit-noise-key-authorization-v1", Payload: a.Payload, ExpiresAt: 1})
+func AuthorizedServerKey(
+	identity [32]byte, a wire.Authorization, least uint64,
+) (key [32]byte, generation uint64, err error) {
+	// The signed bytes have no times, so any ExpiresAt parses.
+	doc, err := transcript.Parse(transcript.Request{
+		Type: "paykit-noise-key-authorization-v1", Payload: a.Payload, ExpiresAt: 1,
+	})
 	if err != nil {
 		return key, 0, fmt.Errorf("%w: %w", ErrUnauthorized, err)
 	}
@@ -304,30 +322,33 @@ func AuthorizedServerKey(identity [32]byte, a wire.Authorization, least uint64) 
 	case doc.NoiseStatic == nil:
 		return key, 0, fmt.Errorf("%w: it has no noise_static_public_key", ErrUnauthorized)
 	case *doc.Generation < least:
-		return key, 0, fmt.Errorf("%w: it is of generation %d, and one of generation %d is known", ErrUnauthorized, *doc.Generation, least)
+		return key, 0, fmt.Errorf("%w: it is of generation %d, outdated by generation %d",
+			ErrUnauthorized, *doc.Generation, least)
 	}
 	return *doc.NoiseStatic, *doc.Generation, nil
 }
 
-// Stay connects where there is no connection, keeps it busy enough not to be closed, and returns why it has ended. With it, in a loop
-// that waits a little between two tries, an application hears of rotations as they are announced; without it, at its next request.
+// Stay connects the client if necessary, pings once a minute to keep the connection from being
+// closed, and returns the reason when the connection has ended. An application that calls Stay in a
+// loop with a backoff gets rotations as soon as the appliance announces them. Other applications
+// get them at their next request.
 func (c *Client) Stay(ctx context.Context) error {
 	conn, err := c.connection(ctx)
 	if err != nil {
 		return err
 	}
-	beat := time.NewTicker(time.Minute)
-	defer beat.Stop()
+	heartbeat := time.NewTicker(time.Minute)
+	defer heartbeat.Stop()
 	for {
 		select {
 		case <-ctx.Done():
 			return ctx.Err()
 		case <-conn.ended:
 			return conn.err
-		case <-beat.C:
+		case <-heartbeat.C:
 		}
-		patience, cancel := context.WithTimeout(ctx, 30*time.Second)
-		_, _, err := conn.roundTrip(patience, func(id string) any { return wire.Ping{ID: id, Op: wire.OpPing} })
+		timeout, cancel := context.WithTimeout(ctx, 30*time.Second)
+		_, _, err := conn.roundTrip(timeout, func(id string) any { return wire.Ping{ID: id, Op: wire.OpPing} })
 		cancel()
 		if err != nil && ctx.Err() == nil {
 			conn.fail(err)

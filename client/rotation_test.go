@@ -28,14 +28,14 @@ func serve(t *testing.T) *clienttest.Server {
 	return s
 }
 
-// within bounds what a test waits for.
+// within is a context with a timeout of 20 s.
 func within(t *testing.T) context.Context {
 	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
 	t.Cleanup(cancel)
 	return ctx
 }
 
-// told keeps what the application hears.
+// told collects the calls of OnRotation.
 type told chan client.Rotation
 
 func (c told) next(t *testing.T) client.Rotation {
@@ -49,25 +49,28 @@ func (c told) next(t *testing.T) client.Rotation {
 	}
 }
 
-// peer is a client of s that has pinned a version, if it is not 0, and is told of rotations.
+// peer is a client of s with an OnRotation. A pinned version of 0 pins none.
 func peer(t *testing.T, s *clienttest.Server, pinned uint32, change func(*client.Config)) (*client.Client, told) {
 	t.Helper()
 	heard := make(told, 100)
-	config := client.Config{Address: s.Address, ServerKey: s.Statics[0].Public(), Identity: s.Peer, OnRotation: func(r client.Rotation) { heard <- r }}
+	config := client.Config{
+		Address: s.Address, ServerKey: s.Statics[0].Public(), Identity: s.Peer,
+		OnRotation: func(r client.Rotation) { heard <- r },
+	}
 	if pinned > 0 {
-		config.Lines = []client.Line{lineAt(s.Line, pinned)}
+		config.Lines = []client.KeyLine{lineAt(s.Line, pinned)}
 	}
 	if change != nil {
 		change(&config)
 	}
 	c := dial(t, config)
-	if _, err := c.Ping(within(t)); err != nil { // from its answer on the server sends events to it
+	if _, err := c.Ping(within(t)); err != nil { // from the answer on, the server sends events to c
 		t.Fatal(err)
 	}
 	return c, heard
 }
 
-// acked waits for so many acknowledgements.
+// acked waits for n acknowledgements.
 func acked(t *testing.T, s *clienttest.Server, n int) []wire.Ack {
 	t.Helper()
 	seen := s.Await(within(t), func(seen clienttest.Seen) bool { return len(seen.Acks) >= n })
@@ -77,10 +80,11 @@ func acked(t *testing.T, s *clienttest.Server, n int) []wire.Ack {
 	return seen.Acks
 }
 
-// settled returns when the client has dealt with all that was sent before: an event of another key comes after it.
+// settled waits until the client has delivered all events sent before: settled sends an event of
+// another key and waits for its delivery.
 func settled(t *testing.T, s *clienttest.Server, heard told) {
 	t.Helper()
-	mark := clienttest.NewLine("mark", 2).Rotation(2)
+	mark := clienttest.NewKeyLine("mark", 2).Rotation(2)
 	markSent.Lock()
 	mark.Version = markSent.n + 2
 	mark.Succession = nil
@@ -101,7 +105,7 @@ var markSent struct {
 	n uint32
 }
 
-// TestSignByPinnedLine: a signature is given out if its version is in the line.
+// TestSignByPinnedLine checks that Sign returns a signature whose version is in the pinned line.
 func TestSignByPinnedLine(t *testing.T) {
 	ctx := within(t)
 	s := serve(t)
@@ -130,65 +134,62 @@ func TestSignByPinnedLine(t *testing.T) {
 	}
 	for version, good := range map[uint32]bool{1: false, 2: true, 4: true, 5: true} {
 		at(version, 5)
-		if got, err := sign(); (err == nil) != good || err != nil && (!errors.Is(err, client.ErrBrokenLine) || got != nil) {
+		got, err := sign()
+		broken := errors.Is(err, client.ErrBrokenLine) && got == nil
+		if good && err != nil || !good && !broken {
 			t.Errorf("version %d: %v", version, err)
 		}
 	}
 	if n := s.Seen().Asked["line"]; n != 2 {
 		t.Errorf("the line was asked for %d times: what is known needs no asking", n)
 	}
-	// The batch has the same eyes.
+	// A batch applies the same rules.
 	at(1, 5)
 	if out, err := c.Batch(ctx, nil); err == nil {
 		t.Errorf("%v", out)
 	}
 }
 
-// TestSignOffTheLine: what does not follow from the pinned version is not given out.
+// TestSignOffTheLine checks that Sign withholds a signature whose version does not follow from the
+// pinned one.
 func TestSignOffTheLine(t *testing.T) {
-	thief := clienttest.NewLine("thief", 3)
+	thief := clienttest.NewKeyLine("thief", 3)
 	refusal := &wire.Error{Code: wire.CodeUnsupported, Message: "unknown op"}
+	signedBy := func(version uint32) func(*clienttest.Server, string, any) []byte {
+		return func(_ *clienttest.Server, id string, request any) []byte {
+			if r, is := request.(*wire.Sign); is {
+				return wire.EncodeAnswer(id, thief.Signed(version, r), nil)
+			}
+			return nil
+		}
+	}
+	line := func(result any, refusal *wire.Error) func(*clienttest.Server, string, any) []byte {
+		return func(_ *clienttest.Server, id string, request any) []byte {
+			if _, is := request.(*wire.Line); is {
+				return wire.EncodeAnswer(id, result, refusal)
+			}
+			return nil
+		}
+	}
 	for name, c := range map[string]struct {
 		answer func(s *clienttest.Server, id string, request any) []byte // to op line and sign
 		broken bool
 	}{
 		"a thief's key and step": {func(s *clienttest.Server, id string, request any) []byte {
-			switch r := request.(type) {
-			case *wire.Line:
+			if r, is := request.(*wire.Line); is {
 				next := thief.Next(2)
-				return wire.EncodeAnswer(id, wire.Steps{Key: r.Key, Steps: []wire.Succession{clienttest.Step(s.Line.Private[0], r.Key, 2, thief.Public(2), &next)}}, nil)
-			case *wire.Sign:
-				return wire.EncodeAnswer(id, thief.Signed(2, r), nil)
+				step := clienttest.Step(s.Line.Private[0], r.Key, 2, thief.Public(2), &next)
+				return wire.EncodeAnswer(id, wire.Steps{Key: r.Key, Steps: []wire.Succession{step}}, nil)
 			}
-			return nil
+			return signedBy(2)(s, id, request)
 		}, true},
-		"another key than the line's": {func(s *clienttest.Server, id string, request any) []byte {
-			if r, is := request.(*wire.Sign); is {
-				return wire.EncodeAnswer(id, thief.Signed(2, r), nil)
-			}
-			return nil
-		}, true},
-		"another key for the pinned version": {func(s *clienttest.Server, id string, request any) []byte {
-			if r, is := request.(*wire.Sign); is {
-				return wire.EncodeAnswer(id, thief.Signed(1, r), nil)
-			}
-			return nil
-		}, true},
-		"no steps": {func(s *clienttest.Server, id string, request any) []byte {
-			return lineAnswer(id, request, wire.Steps{Key: "payments"}, nil)
-		}, true},
-		"more, and no steps": {func(s *clienttest.Server, id string, request any) []byte {
-			return lineAnswer(id, request, wire.Steps{Key: "payments", More: true}, nil)
-		}, true},
-		"another key's steps": {func(s *clienttest.Server, id string, request any) []byte {
-			return lineAnswer(id, request, wire.Steps{Key: "other"}, nil)
-		}, true},
-		"no such operation": {func(s *clienttest.Server, id string, request any) []byte {
-			return lineAnswer(id, request, nil, refusal)
-		}, true},
-		"unavailable, just now": {func(s *clienttest.Server, id string, request any) []byte {
-			return lineAnswer(id, request, nil, &wire.Error{Code: wire.CodeUnavailable})
-		}, false},
+		"another key than the line's":        {signedBy(2), true},
+		"another key for the pinned version": {signedBy(1), true},
+		"no steps":                           {line(wire.Steps{Key: "payments"}, nil), true},
+		"more, and no steps":                 {line(wire.Steps{Key: "payments", More: true}, nil), true},
+		"another key's steps":                {line(wire.Steps{Key: "other"}, nil), true},
+		"no such operation":                  {line(nil, refusal), true},
+		"unavailable, just now":              {line(nil, &wire.Error{Code: wire.CodeUnavailable}), false},
 	} {
 		s := serve(t)
 		s.Do(func(s *clienttest.Server) {
@@ -203,21 +204,14 @@ func TestSignOffTheLine(t *testing.T) {
 		if l, _ := cl.Pinned("payments"); l != lineAt(s.Line, l.Version) {
 			t.Errorf("%s: the client is at %+v", name, l)
 		}
-		s.Do(func(s *clienttest.Server) { s.Answer = nil }) // it can go on when all is well again
+		s.Do(func(s *clienttest.Server) { s.Answer = nil }) // the client goes on after a valid answer
 		if _, err := cl.Sign(within(t), "payments", message("AAAA")); err != nil {
 			t.Errorf("after %s: %v", name, err)
 		}
 	}
 }
 
-func lineAnswer(id string, request, result any, refusal *wire.Error) []byte {
-	if _, is := request.(*wire.Line); is {
-		return wire.EncodeAnswer(id, result, refusal)
-	}
-	return nil
-}
-
-// TestManyFollowOnce: those who wait for the same steps need not ask for them.
+// TestManyFollowOnce checks that concurrent callers who need the same steps get the steps once.
 func TestManyFollowOnce(t *testing.T) {
 	s := serve(t)
 	s.Do(func(s *clienttest.Server) { s.Active, s.Shown, s.Page = 5, 5, 10 })
@@ -243,7 +237,10 @@ func TestRotationOfPinnedKey(t *testing.T) {
 	event := s.Line.Rotation(2)
 	s.Send(wire.EncodeRotation(event))
 	event.Event = wire.EventRotation
-	want := client.Rotation{Key: "payments", Old: lineAt(s.Line, 1), New: lineAt(s.Line, 2), ActivatesAt: time.Unix(1704067200, 0), RetiresAt: time.Unix(1704153600, 0), Event: event}
+	want := client.Rotation{
+		Key: "payments", Old: lineAt(s.Line, 1), New: lineAt(s.Line, 2),
+		ActivatesAt: time.Unix(1704067200, 0), RetiresAt: time.Unix(1704153600, 0), Event: event,
+	}
 	if r := heard.next(t); !reflect.DeepEqual(r, want) {
 		t.Errorf("told  %+v\nwanted %+v", r, want)
 	}
@@ -253,10 +250,11 @@ func TestRotationOfPinnedKey(t *testing.T) {
 	if n := s.Seen().Asked["line"]; n != 0 {
 		t.Errorf("the step was in the event, and was asked for %d times", n)
 	}
-	// The same event again, as after a lost acknowledgement: acknowledged, and not told. An older one: nothing.
+	// The same event again, as after a lost acknowledgement, is acknowledged and not delivered. An
+	// older event is ignored.
 	s.Send(wire.EncodeRotation(event))
 	acked(t, s, 2)
-	// Two versions on, with its own step only: the ones between are asked for.
+	// An event two versions on has its own step only: the client asks for the step between.
 	s.Do(func(s *clienttest.Server) { s.Shown = 4 })
 	s.Send(wire.EncodeRotation(s.Line.Rotation(4)))
 	if r := heard.next(t); r.Err != nil || r.Old != lineAt(s.Line, 3) || r.New != lineAt(s.Line, 4) {
@@ -273,8 +271,9 @@ func TestRotationOfPinnedKey(t *testing.T) {
 	}
 }
 
-// TestRotationKnownBefore: an event of a version that Sign has come to is told; one of the version that is pinned is not; one from
-// before that is nothing.
+// TestRotationKnownBefore checks the events of known versions. An event of a version that Sign has
+// reached is delivered. An event of the pinned version is acknowledged and not delivered. An event
+// of an older version is ignored.
 func TestRotationKnownBefore(t *testing.T) {
 	s := serve(t)
 	c, heard := peer(t, s, 2, nil)
@@ -289,49 +288,53 @@ func TestRotationKnownBefore(t *testing.T) {
 		t.Errorf("%+v", r)
 	}
 	acked(t, s, 2)
-	c, heard = peer(t, s, 3, nil)
+	_, heard = peer(t, s, 3, nil)
 	s.Send(wire.EncodeRotation(s.Line.Rotation(2)))
 	settled(t, s, heard)
-	_ = c
 }
 
-// TestRotationRefused: an event that the line does not bear out is told as an error, and neither acknowledged nor believed.
+// TestRotationRefused checks that an event off the line is delivered with an Err. The event is
+// neither acknowledged nor trusted.
 func TestRotationRefused(t *testing.T) {
-	thief := clienttest.NewLine("thief", 3)
+	thief := clienttest.NewKeyLine("thief", 3)
+	edited := func(version uint32, edit func(*wire.Rotation)) func(*clienttest.KeyLine) wire.Rotation {
+		return func(l *clienttest.KeyLine) wire.Rotation { r := l.Rotation(version); edit(&r); return r }
+	}
 	for name, c := range map[string]struct {
 		pinned uint32 // 0: not pinned
-		event  func(l *clienttest.Line) wire.Rotation
+		event  func(l *clienttest.KeyLine) wire.Rotation
 	}{
-		"a thief's step": {1, func(l *clienttest.Line) wire.Rotation {
+		"a thief's step": {1, func(l *clienttest.KeyLine) wire.Rotation {
 			r, next := l.Rotation(2), thief.Next(2)
 			step := clienttest.Step(l.Private[0], l.Key, 2, thief.Public(2), &next)
 			r.PublicKey, r.Succession = thief.Public(2), &step
 			return r
 		}},
-		"another key than the step's":        {1, func(l *clienttest.Line) wire.Rotation { r := l.Rotation(2); r.PublicKey = thief.Public(2); return r }},
-		"no step anywhere":                   {1, func(l *clienttest.Line) wire.Rotation { r := l.Rotation(2); r.Succession = nil; return r }},
-		"another key for the pinned version": {2, func(l *clienttest.Line) wire.Rotation { r := l.Rotation(2); r.PublicKey = thief.Public(2); return r }},
-		"a later version that is not shown":  {1, func(l *clienttest.Line) wire.Rotation { return l.Rotation(4) }},
-		"not pinned, a spoilt signature":     {0, func(l *clienttest.Line) wire.Rotation { r := l.Rotation(2); r.Succession.Signature[3] ^= 1; return r }},
-		"not pinned, another key's step": {0, func(l *clienttest.Line) wire.Rotation {
-			r := l.Rotation(2)
-			step := thief.Step(2)
-			r.Succession = &step
-			return r
-		}},
-		"not pinned, another version's step": {0, func(l *clienttest.Line) wire.Rotation { r := l.Rotation(3); r.Version = 2; return r }},
-		"not pinned, no step, no key": {0, func(l *clienttest.Line) wire.Rotation {
-			r := l.Rotation(2)
+		"another key than the step's":        {1, edited(2, func(r *wire.Rotation) { r.PublicKey = thief.Public(2) })},
+		"no step anywhere":                   {1, edited(2, func(r *wire.Rotation) { r.Succession = nil })},
+		"another key for the pinned version": {2, edited(2, func(r *wire.Rotation) { r.PublicKey = thief.Public(2) })},
+		"a later version that is not shown":  {1, edited(4, func(*wire.Rotation) {})},
+		"not pinned, a spoilt signature":     {0, edited(2, func(r *wire.Rotation) { r.Succession.Signature[3] ^= 1 })},
+		"not pinned, another key's step": {0, edited(2, func(r *wire.Rotation) {
+			r.Succession = new(thief.Step(2))
+		})},
+		"not pinned, another version's step": {0, edited(3, func(r *wire.Rotation) { r.Version = 2 })},
+		"not pinned, no step, no key": {0, edited(2, func(r *wire.Rotation) {
 			r.Succession, r.PublicKey = nil, wire.Bytes32{}
-			return r
-		}},
+		})},
 	} {
 		s := serve(t)
 		cl, heard := peer(t, s, c.pinned, nil)
 		s.Send(wire.EncodeRotation(c.event(s.Line)))
 		r := heard.next(t)
-		if r.Err == nil || r.New != (client.Line{}) || c.pinned > 0 && (!errors.Is(r.Err, client.ErrBrokenLine) || (r.Old.Version < c.pinned || r.Old != lineAt(s.Line, r.Old.Version))) {
+		if r.Err == nil || r.New != (client.KeyLine{}) {
 			t.Errorf("%s: %+v", name, r)
+		}
+		if c.pinned > 0 {
+			onLine := r.Old.Version >= c.pinned && r.Old == lineAt(s.Line, r.Old.Version)
+			if !onLine || !errors.Is(r.Err, client.ErrBrokenLine) {
+				t.Errorf("%s: %+v", name, r)
+			}
 		}
 		settled(t, s, heard)
 		if acks := acked(t, s, 1); acks[0].Key != "mark" {
@@ -340,7 +343,7 @@ func TestRotationRefused(t *testing.T) {
 		if l, ok := cl.Pinned("payments"); ok && l != lineAt(s.Line, l.Version) {
 			t.Errorf("%s: the client is at %+v", name, l)
 		}
-		// The true one is heard after it.
+		// A valid event is delivered afterwards.
 		s.Do(func(s *clienttest.Server) { s.Shown = 3 })
 		s.Send(wire.EncodeRotation(s.Line.Rotation(3)))
 		if r := heard.next(t); r.Err != nil || r.New != lineAt(s.Line, 3) {
@@ -349,27 +352,29 @@ func TestRotationRefused(t *testing.T) {
 	}
 }
 
-// TestRotationNotPinned: also of a key that nobody has spoken of, and without a step.
+// TestRotationNotPinned checks events of unpinned keys, with a step and without one.
 func TestRotationNotPinned(t *testing.T) {
 	s := serve(t)
 	_, heard := peer(t, s, 0, nil)
 	s.Send(wire.EncodeRotation(s.Line.Rotation(3)))
 	old := lineAt(s.Line, 2)
-	old.Next = [32]byte{} // the step does not show it
+	old.Next = [32]byte{} // the step does not have the commitment
 	if r := heard.next(t); r.Err != nil || r.Old != old || r.New != lineAt(s.Line, 3) {
 		t.Errorf("%+v", r)
 	}
-	other := clienttest.NewLine("unheard-of", 3)
+	other := clienttest.NewKeyLine("unheard-of", 3)
 	event := other.Rotation(2)
 	event.Succession = nil
 	s.Send(wire.EncodeRotation(event))
-	if r := heard.next(t); r.Err != nil || r.Key != "unheard-of" || r.Old != (client.Line{}) || r.New.PublicKey != other.Public(2) {
+	r := heard.next(t)
+	if r.Err != nil || r.Key != "unheard-of" || r.Old != (client.KeyLine{}) || r.New.PublicKey != other.Public(2) {
 		t.Errorf("%+v", r)
 	}
 	acked(t, s, 2)
 }
 
-// TestCompromised: the old version is not believed from then on, whether the line goes on or not.
+// TestCompromised checks that a compromised version is not trusted from its event on, whether the
+// event has a step to the next version or not.
 func TestCompromised(t *testing.T) {
 	for _, step := range []bool{true, false} {
 		s := serve(t)
@@ -394,7 +399,8 @@ func TestCompromised(t *testing.T) {
 	}
 }
 
-// TestWhoAcknowledges: what nobody was told is not acknowledged, nor is what the application wants to acknowledge itself.
+// TestWhoAcknowledges checks which rotations the client acknowledges. A rotation without a
+// recipient is not acknowledged, nor is any with Config.Unacknowledged.
 func TestWhoAcknowledges(t *testing.T) {
 	for name, c := range map[string]struct {
 		pinned uint32
@@ -418,8 +424,9 @@ func TestWhoAcknowledges(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		s.Send(wire.EncodeRotation(s.Line.Rotation(2)), wire.EncodeRotation(wire.Rotation{Key: wire.NoiseKey, Version: 2, PublicKey: young.Public()}))
-		mark.next(t) // what came before it has been dealt with
+		last := wire.Rotation{Key: wire.NoiseKey, Version: 2, PublicKey: young.Public()}
+		s.Send(wire.EncodeRotation(s.Line.Rotation(2)), wire.EncodeRotation(last))
+		mark.next(t) // the earlier event has been delivered
 		if err := cl.Acknowledge(within(t), "last", 7); err != nil {
 			t.Fatal(err)
 		}
@@ -432,11 +439,14 @@ func TestWhoAcknowledges(t *testing.T) {
 	}
 }
 
-// TestEventsBetweenAnswers: events come before, between and after answers, and other events are passed over.
+// TestEventsBetweenAnswers checks that rotation events come before, between and after answers, and
+// that the client ignores events of unknown types.
 func TestEventsBetweenAnswers(t *testing.T) {
 	s := serve(t)
 	s.Do(func(s *clienttest.Server) {
-		s.Greeting = [][]byte{wire.EncodeRotation(s.Line.Rotation(2)), []byte(`{"event":"weather","of":{"tomorrow":"rain"}}`)}
+		s.Greeting = [][]byte{
+			wire.EncodeRotation(s.Line.Rotation(2)), []byte(`{"event":"weather","of":{"tomorrow":"rain"}}`),
+		}
 	})
 	c, heard := peer(t, s, 1, nil)
 	if r := heard.next(t); r.New != lineAt(s.Line, 2) {
@@ -465,7 +475,7 @@ func TestEventsBetweenAnswers(t *testing.T) {
 		t.Errorf("%d connections", seen.Accepted)
 	}
 	acked(t, s, 4)
-	// What is no event at all ends the connection, as a wrong answer does.
+	// A malformed event ends the connection, as a wrong answer does.
 	s.Send([]byte(`{"event":"rotation","key":"payments"}`))
 	s.Await(within(t), func(seen clienttest.Seen) bool { return seen.Connections == 0 })
 	if _, err := c.Ping(within(t)); err != nil {
@@ -473,7 +483,8 @@ func TestEventsBetweenAnswers(t *testing.T) {
 	}
 }
 
-// TestLostAcknowledgement: the event comes again at the next connection, and is told once.
+// TestLostAcknowledgement checks that an event whose acknowledgement was lost comes again at the
+// next connection, and is delivered once.
 func TestLostAcknowledgement(t *testing.T) {
 	s := serve(t)
 	c, heard := peer(t, s, 1, nil)
@@ -485,7 +496,7 @@ func TestLostAcknowledgement(t *testing.T) {
 			if _, is := request.(*wire.Ack); is {
 				var again int
 				s.Do(func(*clienttest.Server) { lost++; again = lost })
-				if again <= 2 { // the call and its one repetition
+				if again <= 2 { // the call and its one retry
 					return []byte{}
 				}
 			}
@@ -497,7 +508,7 @@ func TestLostAcknowledgement(t *testing.T) {
 		t.Errorf("%+v", r)
 	}
 	s.Await(within(t), func(clienttest.Seen) bool { return lost >= 2 })
-	for len(s.Seen().Acks) == 0 { // each new connection brings it
+	for len(s.Seen().Acks) == 0 { // each new connection sends the event again
 		if err := within(t).Err(); err != nil {
 			t.Fatal(err)
 		}
@@ -507,7 +518,8 @@ func TestLostAcknowledgement(t *testing.T) {
 	settled(t, s, heard)
 }
 
-// TestSlowApplication: while it takes its time, answers come, and of what is told only the newest of each key is kept.
+// TestSlowApplication checks that answers come while OnRotation blocks, and that the queue keeps
+// the newest event of each key only.
 func TestSlowApplication(t *testing.T) {
 	s := serve(t)
 	begun, goOn := make(chan bool), make(chan bool)
@@ -545,12 +557,13 @@ func TestSlowApplication(t *testing.T) {
 	s.Send(wire.EncodeRotation(flood))
 	s.Await(within(t), func(seen clienttest.Seen) bool { return seen.Acks[len(seen.Acks)-1].Key == "last" })
 	c.Close()
-	if len(heard) != 514 || heard[1].Key != "flood" || heard[1].New.Version != 10_001 || heard[2].Key != "flood-0" || heard[512].Key != "flood-510" {
+	if len(heard) != 514 || heard[1].Key != "flood" || heard[1].New.Version != 10_001 ||
+		heard[2].Key != "flood-0" || heard[512].Key != "flood-510" {
 		t.Errorf("told %d times, the second time %+v", len(heard), heard[min(1, len(heard)-1)])
 	}
 }
 
-// TestCloseEndsAll: nothing is told after Close, and no goroutine stays.
+// TestCloseEndsAll checks that no callback begins after Close, and that no goroutine stays.
 func TestCloseEndsAll(t *testing.T) {
 	s := serve(t)
 	before := runtime.NumGoroutine()
@@ -567,7 +580,7 @@ func TestCloseEndsAll(t *testing.T) {
 	go func() { stayed <- c.Stay(t.Context()) }()
 	s.Send(wire.EncodeRotation(s.Line.Rotation(2)))
 	<-begun
-	s.Send(wire.EncodeRotation(clienttest.NewLine("other", 2).Rotation(2)))
+	s.Send(wire.EncodeRotation(clienttest.NewKeyLine("other", 2).Rotation(2)))
 	if _, err := c.Ping(within(t)); err != nil {
 		t.Fatal(err)
 	}
@@ -604,14 +617,14 @@ func identities(t *testing.T, n int) (all []*noise.Identity) {
 	return all
 }
 
-// TestNoiseRotation: which key a new connection is tried with, and which it gets.
+// TestNoiseRotation checks the order in which a new connection tries the two Noise keys.
 func TestNoiseRotation(t *testing.T) {
 	hour := time.Hour
 	for name, c := range map[string]struct {
 		activates, retires time.Duration // from now
 		compromised        bool
 		answer             string // which keys answer then: o, y
-		refused            int    // handshakes before the one that is taken
+		refused            int    // refused handshakes before the accepted one
 		fails              bool
 	}{
 		"announced":                             {hour, 2 * hour, false, "o", 0, false},
@@ -626,11 +639,17 @@ func TestNoiseRotation(t *testing.T) {
 		s := serve(t)
 		old, young := s.Statics[0], identities(t, 1)[0]
 		kept := make(chan [32]byte, 1)
-		cl, heard := peer(t, s, 0, func(config *client.Config) { config.OnServerKey = func(key [32]byte) { kept <- key } })
+		cl, heard := peer(t, s, 0, func(config *client.Config) {
+			config.OnServerKey = func(key [32]byte) { kept <- key }
+		})
 		now := time.Now()
-		s.Send(wire.EncodeRotation(wire.Rotation{Key: wire.NoiseKey, Version: 2, PublicKey: young.Public(), Compromised: c.compromised,
-			ActivatesAt: now.Add(c.activates).Unix(), RetiresAt: now.Add(c.retires).Unix()}))
-		if r := heard.next(t); r.Key != client.NoiseKey || r.New.PublicKey != young.Public() || r.New.Version != 2 || r.Err != nil || <-kept != young.Public() {
+		s.Send(wire.EncodeRotation(wire.Rotation{
+			Key: wire.NoiseKey, Version: 2, PublicKey: young.Public(), Compromised: c.compromised,
+			ActivatesAt: now.Add(c.activates).Unix(), RetiresAt: now.Add(c.retires).Unix(),
+		}))
+		r := heard.next(t)
+		if r.Key != client.NoiseKey || r.New.PublicKey != young.Public() || r.New.Version != 2 || r.Err != nil ||
+			<-kept != young.Public() {
 			t.Errorf("%s: %+v", name, r)
 		}
 		acked(t, s, 1)
@@ -651,21 +670,25 @@ func TestNoiseRotation(t *testing.T) {
 		if c.fails != errors.Is(err, client.ErrHandshake) || !c.fails && err != nil {
 			t.Errorf("%s: %v", name, err)
 		}
-		// A call tries twice where a connection was there and broke.
+		// A call whose connection broke tries twice.
 		if n := s.Seen().Refused; n != c.refused && !(c.fails && n == 2*c.refused) {
 			t.Errorf("%s: %d handshakes refused, want %d", name, n, c.refused)
 		}
 	}
 }
 
-// TestNoiseRotationTwice: a second rotation before the first one has ended, and one that the client has missed.
+// TestNoiseRotationTwice begins a second rotation before the end of the first one, and then replays
+// the event of the first one.
 func TestNoiseRotationTwice(t *testing.T) {
 	s := serve(t)
 	keys := identities(t, 2)
 	c, heard := peer(t, s, 0, nil)
 	now := time.Now()
 	for i, key := range keys {
-		s.Send(wire.EncodeRotation(wire.Rotation{Key: wire.NoiseKey, Version: uint32(i + 2), PublicKey: key.Public(), ActivatesAt: now.Add(-time.Hour).Unix(), RetiresAt: now.Add(time.Hour).Unix()}))
+		s.Send(wire.EncodeRotation(wire.Rotation{
+			Key: wire.NoiseKey, Version: uint32(i + 2), PublicKey: key.Public(),
+			ActivatesAt: now.Add(-time.Hour).Unix(), RetiresAt: now.Add(time.Hour).Unix(),
+		}))
 		heard.next(t)
 	}
 	s.Do(func(s *clienttest.Server) { s.Statics = []noise.Static{s.Statics[0], keys[1]} })
@@ -673,7 +696,8 @@ func TestNoiseRotationTwice(t *testing.T) {
 	if _, err := c.Ping(within(t)); err != nil {
 		t.Errorf("the newest key: %v", err)
 	}
-	s.Send(wire.EncodeRotation(wire.Rotation{Key: wire.NoiseKey, Version: 2, PublicKey: keys[0].Public(), ActivatesAt: 1, RetiresAt: 2})) // replayed
+	replayed := wire.Rotation{Key: wire.NoiseKey, Version: 2, PublicKey: keys[0].Public(), ActivatesAt: 1, RetiresAt: 2}
+	s.Send(wire.EncodeRotation(replayed))
 	settled(t, s, heard)
 	s.Do(func(s *clienttest.Server) { s.Statics = []noise.Static{keys[1]} })
 	s.Drop()
@@ -682,17 +706,23 @@ func TestNoiseRotationTwice(t *testing.T) {
 	}
 }
 
-// TestFormerServerKey: a client that starts with the new key before that answers.
+// TestFormerServerKey starts a client with the new key while only the old key answers.
 func TestFormerServerKey(t *testing.T) {
 	s := serve(t)
 	young := identities(t, 1)[0]
-	config := client.Config{Address: s.Address, ServerKey: young.Public(), FormerServerKey: s.Statics[0].Public(), Identity: s.Peer}
+	config := client.Config{
+		Address: s.Address, Identity: s.Peer,
+		ServerKey: young.Public(), FormerServerKey: s.Statics[0].Public(),
+	}
 	c := dial(t, config)
 	if _, err := c.Ping(within(t)); err != nil {
 		t.Fatal(err)
 	}
-	// The event of what it has configured is acknowledged: somebody has been told.
-	s.Send(wire.EncodeRotation(wire.Rotation{Key: wire.NoiseKey, Version: 2, PublicKey: young.Public(), ActivatesAt: time.Now().Add(time.Hour).Unix(), RetiresAt: time.Now().Add(2 * time.Hour).Unix()}))
+	// The event of a configured key is acknowledged: the application knows the key already.
+	s.Send(wire.EncodeRotation(wire.Rotation{
+		Key: wire.NoiseKey, Version: 2, PublicKey: young.Public(),
+		ActivatesAt: time.Now().Add(time.Hour).Unix(), RetiresAt: time.Now().Add(2 * time.Hour).Unix(),
+	}))
 	acked(t, s, 1)
 	s.Drop()
 	if _, err := c.Ping(within(t)); err != nil || s.Seen().Refused != 1 {
@@ -700,44 +730,57 @@ func TestFormerServerKey(t *testing.T) {
 	}
 	config.FormerServerKey = [32]byte{}
 	_, err := client.Dial(within(t), config)
-	if !errors.Is(err, client.ErrHandshake) || !strings.Contains(err.Error(), "rotated") || !strings.Contains(err.Error(), "countersign admin noise-key") || strings.Contains(err.Error(), "AuthorizedServerKey") {
+	if !errors.Is(err, client.ErrHandshake) || !strings.Contains(err.Error(), "rotated") ||
+		!strings.Contains(err.Error(), "countersign admin noise-key") ||
+		strings.Contains(err.Error(), "AuthorizedServerKey") {
 		t.Errorf("%v", err)
 	}
 	config.ServerIdentity = [32]byte(ed25519.NewKeyFromSeed(make([]byte, 32)).Public().(ed25519.PublicKey))
-	if _, err := client.Dial(within(t), config); !errors.Is(err, client.ErrHandshake) || !strings.Contains(err.Error(), "AuthorizedServerKey") {
+	_, err = client.Dial(within(t), config)
+	if !errors.Is(err, client.ErrHandshake) || !strings.Contains(err.Error(), "AuthorizedServerKey") {
 		t.Errorf("%v", err)
 	}
 }
 
 func TestAuthorizedServerKey(t *testing.T) {
-	owner, other := ed25519.NewKeyFromSeed(make([]byte, 32)), ed25519.NewKeyFromSeed([]byte(strings.Repeat("o", 32)))
+	owner := ed25519.NewKeyFromSeed(make([]byte, 32))
+	other := ed25519.NewKeyFromSeed([]byte(strings.Repeat("o", 32)))
 	identity := [32]byte(owner.Public().(ed25519.PublicKey))
 	static := identities(t, 1)[0].Public()
 	good := clienttest.Authorization(owner, &static, 3)
 	for least, want := range map[uint64]bool{0: true, 3: true, 4: false} {
 		key, generation, err := client.AuthorizedServerKey(identity, good, least)
-		if (err == nil) != want || want && (key != static || generation != 3) || !want && (key != [32]byte{} || !errors.Is(err, client.ErrUnauthorized)) {
+		accepted := err == nil && key == static && generation == 3
+		refused := errors.Is(err, client.ErrUnauthorized) && key == [32]byte{}
+		if want && !accepted || !want && !refused {
 			t.Errorf("at least %d: %x, %d, %v", least, key, generation, err)
 		}
 	}
 	spoilt := clienttest.Authorization(owner, &static, 3)
 	spoilt.Signature[7] ^= 1
+	sign := func(by ed25519.PrivateKey, generation uint64) wire.Authorization {
+		return wire.Authorization{
+			Payload: good.Payload, Signature: clienttest.Authorization(by, &static, generation).Signature,
+		}
+	}
 	for name, a := range map[string]wire.Authorization{
 		"another owner":          clienttest.Authorization(other, &static, 3),
 		"no X25519 key":          clienttest.Authorization(owner, nil, 3),
 		"a spoilt signature":     spoilt,
 		"no signature":           {Payload: good.Payload},
 		"nothing":                {},
-		"another's signature":    {Payload: good.Payload, Signature: clienttest.Authorization(other, &static, 3).Signature},
-		"a signature of another": {Payload: good.Payload, Signature: clienttest.Authorization(owner, &static, 4).Signature},
+		"another's signature":    sign(other, 3),
+		"a signature of another": sign(owner, 4),
 	} {
-		if key, _, err := client.AuthorizedServerKey(identity, a, 0); !errors.Is(err, client.ErrUnauthorized) || key != [32]byte{} {
+		key, _, err := client.AuthorizedServerKey(identity, a, 0)
+		if !errors.Is(err, client.ErrUnauthorized) || key != [32]byte{} {
 			t.Errorf("%s: %x, %v", name, key, err)
 		}
 	}
 }
 
-// TestNoiseRotationWithIdentity: who has only the Noise key can't lead a client to another one.
+// TestNoiseRotationWithIdentity checks that a thief of the Noise key can't lead a client to another
+// key: the identity's signature is missing.
 func TestNoiseRotationWithIdentity(t *testing.T) {
 	owner := ed25519.NewKeyFromSeed(make([]byte, 32))
 	s := serve(t)
@@ -746,20 +789,22 @@ func TestNoiseRotationWithIdentity(t *testing.T) {
 	young := keys[0].Public()
 	kept := make(chan [32]byte, 10)
 	c, heard := peer(t, s, 0, func(config *client.Config) {
-		config.ServerIdentity, config.ServerGeneration = [32]byte(owner.Public().(ed25519.PublicKey)), 5
+		config.ServerIdentity = [32]byte(owner.Public().(ed25519.PublicKey))
+		config.ServerGeneration = 5
 		config.OnServerKey = func(key [32]byte) { kept <- key }
 	})
 	event := wire.Rotation{Key: wire.NoiseKey, Version: 2, PublicKey: young, ActivatesAt: 1, RetiresAt: 2}
 	with := func(a wire.Authorization) wire.Rotation { e := event; e.Authorization = &a; return e }
 	other := keys[1].Public()
+	stranger := ed25519.NewKeyFromSeed([]byte(strings.Repeat("o", 32)))
 	for name, e := range map[string]wire.Rotation{
 		"none":              event,
 		"another key's":     with(clienttest.Authorization(owner, &other, 6)),
 		"an old generation": with(clienttest.Authorization(owner, &young, 4)),
-		"another owner":     with(clienttest.Authorization(ed25519.NewKeyFromSeed([]byte(strings.Repeat("o", 32))), &young, 6)),
+		"another owner":     with(clienttest.Authorization(stranger, &young, 6)),
 	} {
 		s.Send(wire.EncodeRotation(e))
-		if r := heard.next(t); !errors.Is(r.Err, client.ErrUnauthorized) || r.New != (client.Line{}) {
+		if r := heard.next(t); !errors.Is(r.Err, client.ErrUnauthorized) || r.New != (client.KeyLine{}) {
 			t.Errorf("%s: %+v", name, r)
 		}
 	}
@@ -772,7 +817,7 @@ func TestNoiseRotationWithIdentity(t *testing.T) {
 		t.Errorf("%+v", r)
 	}
 	acked(t, s, 1)
-	// The generation that was seen is the least from now on.
+	// The highest generation seen is the minimum from now on.
 	back := wire.Rotation{Key: wire.NoiseKey, Version: 3, PublicKey: old.Public(), ActivatesAt: 1, RetiresAt: 2}
 	a := clienttest.Authorization(owner, new(old.Public()), 5)
 	back.Authorization = &a
@@ -783,13 +828,13 @@ func TestNoiseRotationWithIdentity(t *testing.T) {
 }
 
 func TestConfigRefuses(t *testing.T) {
-	l := lineAt(clienttest.NewLine("payments", 1), 1)
+	l := lineAt(clienttest.NewKeyLine("payments", 1), 1)
 	id := identities(t, 1)[0]
 	for name, change := range map[string]func(*client.Config){
-		"pinned twice":      func(c *client.Config) { c.Lines = []client.Line{l, l} },
-		"the Noise key":     func(c *client.Config) { n := l; n.Key = "noise"; c.Lines = []client.Line{n} },
-		"version 0":         func(c *client.Config) { n := l; n.Version = 0; c.Lines = []client.Line{n} },
-		"no public key":     func(c *client.Config) { c.Lines = []client.Line{{Key: "payments", Version: 1}} },
+		"pinned twice":      func(c *client.Config) { c.Lines = []client.KeyLine{l, l} },
+		"the Noise key":     func(c *client.Config) { n := l; n.Key = "noise"; c.Lines = []client.KeyLine{n} },
+		"version 0":         func(c *client.Config) { n := l; n.Version = 0; c.Lines = []client.KeyLine{n} },
+		"no public key":     func(c *client.Config) { c.Lines = []client.KeyLine{{Key: "payments", Version: 1}} },
 		"no identity's key": func(c *client.Config) { c.ServerIdentity[0] = 1 },
 	} {
 		c := client.Config{Address: "127.0.0.1:1", ServerKey: id.Public(), Identity: id}

@@ -11,8 +11,9 @@ import (
 	"io"
 )
 
-// Signer is a key of the appliance as a crypto.Signer, for libraries that bring their own message format. It uses the
-// transcript raw, which policy must allow for this peer and this key by name (action sign_raw).
+// Signer is a key of the appliance as a crypto.Signer, for libraries with a message format of their
+// own. A Signer signs the transcript raw. Policy must permit the action sign_raw, and must name
+// both this peer and this key.
 type Signer struct {
 	client *Client
 	ctx    context.Context
@@ -20,7 +21,8 @@ type Signer struct {
 	public ed25519.PublicKey
 }
 
-// Signer looks the key's active version up. ctx bounds the signatures to come too: crypto.Signer has no place for one.
+// Signer makes a Signer of the key's active version. The context also bounds all later calls of
+// Signer.Sign, because crypto.Signer passes no context.
 func (c *Client) Signer(ctx context.Context, key string) (*Signer, error) {
 	keys, err := c.Keys(ctx)
 	if err != nil {
@@ -37,10 +39,12 @@ func (c *Client) Signer(ctx context.Context, key string) (*Signer, error) {
 // Public returns an ed25519.PublicKey.
 func (s *Signer) Public() crypto.PublicKey { return s.public }
 
-// Sign signs message itself, as Ed25519 wants it: opts.HashFunc() must be 0. The random source is not used.
+// Sign signs the message itself, as Ed25519 does, and needs opts.HashFunc() == 0. The random source
+// is not used.
 func (s *Signer) Sign(_ io.Reader, message []byte, opts crypto.SignerOpts) ([]byte, error) {
 	if o, ok := opts.(*ed25519.Options); opts == nil || opts.HashFunc() != 0 || ok && o.Context != "" {
-		return nil, errors.New("client: pure Ed25519 signs the message, not a hash of it and without a context: use crypto.Hash(0)")
+		return nil, errors.New("client: a Signer makes pure Ed25519 signatures, not of a hash and not with a context:" +
+			" pass crypto.Hash(0)")
 	}
 	payload, err := json.Marshal(map[string]string{"message": base64.RawURLEncoding.EncodeToString(message)})
 	if err != nil {
@@ -51,7 +55,7 @@ func (s *Signer) Sign(_ io.Reader, message []byte, opts crypto.SignerOpts) ([]by
 		return nil, err
 	}
 	if string(signed.PublicKey[:]) != string(s.public) {
-		return nil, errors.New("client: the key has been rotated: make a new Signer")
+		return nil, fmt.Errorf("client: key %q has been rotated: make a new Signer", s.key)
 	}
 	return signed.Signature, nil
 }

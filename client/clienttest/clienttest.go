@@ -1,11 +1,13 @@
-// Package clienttest is an appliance for the tests of peers: it speaks the wire, has keys in memory, says what a test makes it say,
-// also what is wrong, and sends events. Begin reading at Start.
+// Package clienttest is a fake appliance for the tests of peers. The fake speaks the wire protocol,
+// has its keys in memory, sends events, and gives the answers that a test prescribes, invalid ones
+// included. Begin reading at Start.
 package clienttest
 
 import (
 	"context"
 	"crypto/ed25519"
 	"crypto/sha256"
+	"encoding/json"
 	"fmt"
 	"net"
 	"slices"
@@ -16,18 +18,20 @@ import (
 	"countersign/wire"
 )
 
-// Server is the appliance. Its fields are changed with Do.
+// Server is the fake appliance. Tests change its fields with Do.
 type Server struct {
 	Address string
-	Peer    *noise.Identity // the one that is enrolled
-	Line    *Line           // of the key "payments"
+	Peer    *noise.Identity // the enrolled peer
+	Line    *KeyLine        // of the key "payments"
 
 	// Statics are the keys that answer handshakes.
 	Statics []noise.Static
-	// Active is the version that signs; Shown the newest one whose step op line shows; Page how many steps an answer has.
+	// Active is the version that signs. Shown is the newest version that ops keys and line show.
+	// Page is the maximum number of steps in an answer to op line.
 	Active, Shown uint32
 	Page          int
-	// Answer may answer a request in place of the server: nil leaves it to the server, an empty one closes the connection.
+	// Answer may answer a request in place of the server. A nil answer leaves the request to the
+	// server, an empty answer closes the connection.
 	Answer func(id string, request any) []byte
 	// Greeting is sent on each new connection, before any answer.
 	Greeting [][]byte
@@ -43,13 +47,17 @@ type Server struct {
 	ended    sync.WaitGroup
 }
 
-// Start serves on a loopback port: the first version of a line of five signs, and its successors are not shown yet.
+// Start serves on a loopback port. The key "payments" has a line of five versions: version 1 signs,
+// and its successors are not shown yet.
 func Start() (*Server, error) {
 	static, err := noise.NewIdentity()
 	if err != nil {
 		return nil, err
 	}
-	s := &Server{Line: NewLine("payments", 5), Statics: []noise.Static{static}, Active: 1, Shown: 1, Page: 2, conns: map[*noise.Conn]bool{}, asked: map[string]int{}}
+	s := &Server{
+		Line: NewKeyLine("payments", 5), Statics: []noise.Static{static}, Active: 1, Shown: 1, Page: 2,
+		conns: map[*noise.Conn]bool{}, asked: map[string]int{},
+	}
 	s.changed = sync.NewCond(&s.mu)
 	if s.Peer, err = noise.NewIdentity(); err != nil {
 		return nil, err
@@ -70,14 +78,14 @@ func Start() (*Server, error) {
 	return s, nil
 }
 
-// Close ends all connections and waits for them.
+// Close stops the server, ends all connections and waits for their goroutines.
 func (s *Server) Close() {
 	s.listener.Close()
 	s.Drop()
 	s.ended.Wait()
 }
 
-// Drop ends the connections that there are.
+// Drop ends the present connections.
 func (s *Server) Drop() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -86,7 +94,7 @@ func (s *Server) Drop() {
 	}
 }
 
-// Do changes the server.
+// Do changes the server under its lock.
 func (s *Server) Do(change func(*Server)) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -94,7 +102,7 @@ func (s *Server) Do(change func(*Server)) {
 	s.changed.Broadcast()
 }
 
-// Send sends messages on all connections.
+// Send sends messages on all connections whose first message has come.
 func (s *Server) Send(messages ...[]byte) {
 	s.mu.Lock()
 	conns := make([]*noise.Conn, 0, len(s.conns))
@@ -109,15 +117,16 @@ func (s *Server) Send(messages ...[]byte) {
 	}
 }
 
-// Seen is what has come to the server so far.
+// Seen is a snapshot of the traffic so far.
 type Seen struct {
 	Acks              []wire.Ack
-	Asked             map[string]int
-	Accepted, Refused int // handshakes
-	Connections       int // open ones whose first message has come
+	Asked             map[string]int // requests by op
+	Accepted, Refused int            // handshakes
+	Connections       int            // open connections whose first message has come
 }
 
-// Await waits until what has come is enough, and returns it. Where ctx ends first it returns what there is.
+// Await waits until the traffic is enough, and returns a snapshot. When ctx ends first, Await
+// returns the traffic so far.
 func (s *Server) Await(ctx context.Context, enough func(Seen) bool) Seen {
 	defer context.AfterFunc(ctx, s.changed.Broadcast)()
 	s.mu.Lock()
@@ -134,17 +143,18 @@ func (s *Server) Await(ctx context.Context, enough func(Seen) bool) Seen {
 	}
 }
 
-// Seen returns what has come so far.
+// Seen returns a snapshot of the traffic so far.
 func (s *Server) Seen() Seen { return s.Await(context.Background(), nil) }
 
-// count changes what has come.
+// count changes the counters of traffic.
 func (s *Server) count(change func()) { s.Do(func(*Server) { change() }) }
 
 func (s *Server) serve(raw net.Conn) {
 	s.mu.Lock()
 	statics := slices.Clone(s.Statics)
 	s.mu.Unlock()
-	conn, err := noise.Accept(context.Background(), raw, statics, noise.CountersignV1, nil, func(p [32]byte) bool { return p == s.Peer.Public() })
+	enrolled := func(p [32]byte) bool { return p == s.Peer.Public() }
+	conn, err := noise.Accept(context.Background(), raw, statics, noise.CountersignV1, nil, enrolled)
 	if err != nil {
 		s.count(func() { s.refused++ })
 		return
@@ -173,7 +183,7 @@ func (s *Server) answer(message []byte) []byte {
 	if err != nil {
 		return wire.EncodeAnswer(id, nil, err.(*wire.Error))
 	}
-	if id == "0" { // the client's proof of who it is
+	if id == "0" { // the first message, which proves possession of the peer's key
 		return wire.EncodeAnswer(id, wire.Pong{Service: "countersign"}, nil)
 	}
 	s.mu.Lock()
@@ -203,7 +213,10 @@ func (s *Server) answer(message []byte) []byte {
 				state = "pending"
 			}
 			next := s.Line.Next(v)
-			list.Keys = append(list.Keys, wire.Key{Name: s.Line.Key, Version: v, Algorithm: "ed25519", State: state, Custody: "memory", Provenance: "generated", PublicKey: s.Line.Public(v), Next: &next})
+			list.Keys = append(list.Keys, wire.Key{
+				Name: s.Line.Key, Version: v, Algorithm: "ed25519", State: state, Custody: "memory",
+				Provenance: "generated", PublicKey: s.Line.Public(v), Next: &next,
+			})
 		}
 		result = list
 	case *wire.Line:
@@ -230,15 +243,16 @@ func (s *Server) answer(message []byte) []byte {
 	return wire.EncodeAnswer(id, result, nil)
 }
 
-// Line is a line of versions with all its private keys. Each version commits to the next one.
-type Line struct {
+// KeyLine is a line of versions with all private keys. Each version commits to the next one.
+type KeyLine struct {
 	Key     string
-	Private []ed25519.PrivateKey // of version 1 and on; the last one is only committed to
+	Private []ed25519.PrivateKey // of version 1 and on; of the last one there is only the commitment
 }
 
-// NewLine makes a line of n versions. It is always the same for a name.
-func NewLine(key string, n int) *Line {
-	l := &Line{Key: key}
+// NewKeyLine makes a line of n versions. The private keys are derived from the name of the key, so
+// two lines of one name are identical.
+func NewKeyLine(key string, n int) *KeyLine {
+	l := &KeyLine{Key: key}
 	for v := range n + 1 {
 		seed := sha256.Sum256(fmt.Appendf(nil, "clienttest %s %d", key, v+1))
 		l.Private = append(l.Private, ed25519.NewKeyFromSeed(seed[:]))
@@ -247,36 +261,44 @@ func NewLine(key string, n int) *Line {
 }
 
 // Public is the public key of a version.
-func (l *Line) Public(version uint32) wire.Bytes32 {
+func (l *KeyLine) Public(version uint32) wire.Bytes32 {
 	return wire.Bytes32(l.Private[version-1].Public().(ed25519.PublicKey))
 }
 
-// Next is what a version commits to.
-func (l *Line) Next(version uint32) wire.Bytes32 {
+// Next is the commitment of a version: SHA-256 of the next version's public key.
+func (l *KeyLine) Next(version uint32) wire.Bytes32 {
 	next := l.Public(version + 1)
 	return sha256.Sum256(next[:])
 }
 
 // Step is the step to a version.
-func (l *Line) Step(version uint32) wire.Succession {
+func (l *KeyLine) Step(version uint32) wire.Succession {
 	next := l.Next(version)
 	return Step(l.Private[version-2], l.Key, version, l.Public(version), &next)
 }
 
-// Step makes any step.
-func Step(old ed25519.PrivateKey, key string, version uint32, public wire.Bytes32, next *wire.Bytes32) wire.Succession {
-	payload := fmt.Sprintf(`{"key":%q,"version":%d,"old_public_key":"%x","new_public_key":"%x","time":1704067200`, key, version, old.Public(), public)
+// Step makes any step, valid or not.
+func Step(
+	old ed25519.PrivateKey, key string, version uint32, public wire.Bytes32, next *wire.Bytes32,
+) wire.Succession {
+	payload := fmt.Sprintf(`{"key":%q,"version":%d,"old_public_key":"%x","new_public_key":"%x","time":1704067200`,
+		key, version, old.Public(), public)
 	if next != nil {
 		text, _ := next.MarshalText()
 		payload += fmt.Sprintf(`,"next":%q`, text)
 	}
-	s := wire.Succession{Payload: []byte(payload + "}"), Nonce: wire.Bytes32{byte(version)}, Timestamp: 1704067200, ExpiresAt: 1704070800}
-	return Sign(old, s)
+	return Sign(old, wire.Succession{
+		Payload: json.RawMessage(payload + "}"), Nonce: wire.Bytes32{byte(version)},
+		Timestamp: 1704067200, ExpiresAt: 1704070800,
+	})
 }
 
-// Sign signs a step again.
+// Sign replaces the signature of a step.
 func Sign(old ed25519.PrivateKey, s wire.Succession) wire.Succession {
-	doc, err := transcript.Parse(transcript.Request{Type: "key-succession-v1", Payload: s.Payload, Nonce: s.Nonce, Timestamp: s.Timestamp, ExpiresAt: s.ExpiresAt})
+	doc, err := transcript.Parse(transcript.Request{
+		Type: "key-succession-v1", Payload: s.Payload,
+		Nonce: s.Nonce, Timestamp: s.Timestamp, ExpiresAt: s.ExpiresAt,
+	})
 	if err != nil {
 		panic(err)
 	}
@@ -285,30 +307,41 @@ func Sign(old ed25519.PrivateKey, s wire.Succession) wire.Succession {
 }
 
 // Rotation is the event of a version, with its step.
-func (l *Line) Rotation(version uint32) wire.Rotation {
+func (l *KeyLine) Rotation(version uint32) wire.Rotation {
 	step := l.Step(version)
-	return wire.Rotation{Key: l.Key, Version: version, PublicKey: l.Public(version), ActivatesAt: 1704067200, RetiresAt: 1704153600, Succession: &step}
+	return wire.Rotation{
+		Key: l.Key, Version: version, PublicKey: l.Public(version), Succession: &step,
+		ActivatesAt: 1704067200, RetiresAt: 1704153600,
+	}
 }
 
-// Signed signs what a peer asks for with a version.
-func (l *Line) Signed(version uint32, r *wire.Sign) wire.Signed {
-	doc, err := transcript.Parse(transcript.Request{Type: r.Type, Payload: r.Payload, Nonce: r.Nonce, Timestamp: r.Timestamp, ExpiresAt: r.ExpiresAt})
+// Signed answers a sign request by a version.
+func (l *KeyLine) Signed(version uint32, r *wire.Sign) wire.Signed {
+	doc, err := transcript.Parse(transcript.Request{
+		Type: r.Type, Payload: r.Payload, Nonce: r.Nonce, Timestamp: r.Timestamp, ExpiresAt: r.ExpiresAt,
+	})
 	if err != nil {
 		panic(err)
 	}
-	return wire.Signed{Signature: ed25519.Sign(l.Private[version-1], doc.Message), PublicKey: l.Public(version), Key: r.Key, Version: version, Nonce: r.Nonce, Timestamp: r.Timestamp, ExpiresAt: r.ExpiresAt}
+	return wire.Signed{
+		Signature: ed25519.Sign(l.Private[version-1], doc.Message), PublicKey: l.Public(version),
+		Key: r.Key, Version: version, Nonce: r.Nonce, Timestamp: r.Timestamp, ExpiresAt: r.ExpiresAt,
+	}
 }
 
-// Authorization is a paykit-noise-key-authorization-v1 for an X25519 key; for none where it is nil.
+// Authorization is a paykit-noise-key-authorization-v1 for an X25519 key, or without one for nil.
 func Authorization(owner ed25519.PrivateKey, static *[32]byte, generation uint64) wire.Authorization {
-	payload := fmt.Sprintf(`{"owner":"%x","noise_public_key":"%x","key_generation":%d`, owner.Public(), owner.Public(), generation)
+	payload := fmt.Sprintf(`{"owner":"%x","noise_public_key":"%x","key_generation":%d`,
+		owner.Public(), owner.Public(), generation)
 	if static != nil {
 		payload += fmt.Sprintf(`,"noise_static_public_key":"%x"`, *static)
 	}
 	payload += "}"
-	doc, err := transcript.Parse(transcript.Request{Type: "paykit-noise-key-authorization-v1", Payload: []byte(payload), ExpiresAt: 1})
+	doc, err := transcript.Parse(transcript.Request{
+		Type: "paykit-noise-key-authorization-v1", Payload: []byte(payload), ExpiresAt: 1,
+	})
 	if err != nil {
 		panic(err)
 	}
-	return wire.Authorization{Payload: []byte(payload), Signature: ed25519.Sign(owner, doc.Message)}
+	return wire.Authorization{Payload: json.RawMessage(payload), Signature: ed25519.Sign(owner, doc.Message)}
 }

@@ -30,7 +30,7 @@ func (t *tool) line() *cobra.Command {
 				if k.Name != args[0] || k.State != "active" {
 					continue
 				}
-				l := client.Line{Key: k.Name, Version: k.Version, PublicKey: k.PublicKey}
+				l := client.KeyLine{Key: k.Name, Version: k.Version, PublicKey: k.PublicKey}
 				if k.Next != nil {
 					l.Next = *k.Next
 				}
@@ -64,7 +64,7 @@ func (t *tool) follow() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			lines := []client.Line{at}
+			lines := []client.KeyLine{at}
 			for _, step := range steps {
 				if at, err = at.Follow(step); err != nil {
 					return err
@@ -104,12 +104,12 @@ func (t *tool) follow() *cobra.Command {
 	return c
 }
 
-func readLine(path string) (client.Line, error) {
+func readLine(path string) (client.KeyLine, error) {
 	b, err := os.ReadFile(path)
 	if err != nil {
-		return client.Line{}, err
+		return client.KeyLine{}, err
 	}
-	l, err := client.DecodeLine(b)
+	l, err := client.DecodeKeyLine(b)
 	if err != nil {
 		return l, fmt.Errorf("%w: %s: %w", transcript.ErrMalformed, path, err)
 	}
@@ -117,7 +117,7 @@ func readLine(path string) (client.Line, error) {
 }
 
 // writeLine replaces a file in one step: after a crash there is the old or the new one.
-func writeLine(path string, l client.Line) error {
+func writeLine(path string, l client.KeyLine) error {
 	doc, err := l.Encode()
 	if err != nil {
 		return err

@@ -39,12 +39,12 @@ func peerOf(t *testing.T) (s *clienttest.Server, dir string, with func(args ...s
 	}
 }
 
-func lineAt(l *clienttest.Line, version uint32) client.Line {
-	return client.Line{Key: l.Key, Version: version, PublicKey: l.Public(version), Next: l.Next(version)}
+func lineAt(l *clienttest.KeyLine, version uint32) client.KeyLine {
+	return client.KeyLine{Key: l.Key, Version: version, PublicKey: l.Public(version), Next: l.Next(version)}
 }
 
 // pinned writes the file of a version.
-func pinned(t *testing.T, dir string, l client.Line) string {
+func pinned(t *testing.T, dir string, l client.KeyLine) string {
 	t.Helper()
 	b, err := l.Encode()
 	if err != nil {
@@ -57,7 +57,7 @@ func pinned(t *testing.T, dir string, l client.Line) string {
 	return path
 }
 
-func lineIn(t *testing.T, path string) client.Line {
+func lineIn(t *testing.T, path string) client.KeyLine {
 	t.Helper()
 	l, err := readLine(path)
 	if err != nil {
@@ -69,7 +69,7 @@ func lineIn(t *testing.T, path string) client.Line {
 func TestLinePinAndFollow(t *testing.T) {
 	s, dir, with := peerOf(t)
 	status, out, stderr := call(t, "", with("line", "pin", "payments")...)
-	if l, err := client.DecodeLine([]byte(out)); status != 0 || err != nil || l != lineAt(s.Line, 1) {
+	if l, err := client.DecodeKeyLine([]byte(out)); status != 0 || err != nil || l != lineAt(s.Line, 1) {
 		t.Fatalf("%d, %q, %s, %v", status, out, stderr, err)
 	}
 	path := pinned(t, dir, lineAt(s.Line, 1))
@@ -119,7 +119,7 @@ func TestLinePinAndFollow(t *testing.T) {
 
 func TestLineFollowRefuses(t *testing.T) {
 	s, dir, with := peerOf(t)
-	thief := clienttest.NewLine("thief", 2)
+	thief := clienttest.NewKeyLine("thief", 2)
 	path := pinned(t, dir, lineAt(s.Line, 1))
 	s.Do(func(s *clienttest.Server) {
 		s.Answer = func(id string, request any) []byte {
@@ -206,7 +206,7 @@ func TestWatch(t *testing.T) {
 		s.Await(ctx, func(seen clienttest.Seen) bool { return seen.Connections == 1 })
 		return out, errs, ended
 	}
-	thief := clienttest.NewLine("thief", 2)
+	thief := clienttest.NewKeyLine("thief", 2)
 	young, err := noise.NewIdentity()
 	if err != nil {
 		t.Fatal(err)

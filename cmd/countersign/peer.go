@@ -29,7 +29,7 @@ type server struct {
 	address, key, identity, logKey string
 	timeout                        time.Duration
 	command                        *cobra.Command
-	lines                          []client.Line // to be pinned
+	lines                          []client.KeyLine // to be pinned
 }
 
 func (s *server) flags(c *cobra.Command) {
@@ -204,7 +204,7 @@ func (t *tool) sign() *cobra.Command {
 			if pinned.Key != key {
 				return usageError{fmt.Errorf("%s is the line of %q, not of %q", line, pinned.Key, key)}
 			}
-			s.lines = []client.Line{pinned}
+			s.lines = []client.KeyLine{pinned}
 		}
 		d := client.Document{Type: typ, Timestamp: timestamp}
 		if nonce != "" {
