@@ -13,11 +13,11 @@ import (
 	"github.com/spf13/cobra"
 )
 
-// approvals checks who has approved of what.
+// approvals checks the operators and approvals that a log records.
 func (t *tool) approvals() *cobra.Command {
 	var of logFlags
 	var trusted string
-	c := command("approvals [DIR]", "Check an audit log and that what needs approval in it was approved", cobra.MaximumNArgs(1), func(cmd *cobra.Command, args []string) error {
+	do := func(cmd *cobra.Command, args []string) error {
 		var o approval.ReplayOptions
 		if trusted != "" {
 			b, err := os.ReadFile(trusted)
@@ -29,35 +29,44 @@ func (t *tool) approvals() *cobra.Command {
 			}
 		}
 		var chain *approval.Chain
-		verified, err := t.check(cmd.Context(), &of, args, func(log audit.Log) func() func(uint64, audit.Event) error {
+		follow := func(log audit.Log) func() func(uint64, audit.Event) error {
 			o.Appliance = log.Name()
 			return func() func(uint64, audit.Event) error {
 				chain = approval.NewChain(o)
 				return chain.Follow
 			}
-		})
+		}
+		verified, err := t.check(cmd.Context(), &of, args, follow)
 		if err != nil {
 			return err
 		}
-		r := chain.Report()
+		r, c := chain.Report(), verified.Checkpoint
 		out := struct {
 			Valid  bool   `json:"valid"`
 			Events uint64 `json:"events"`
 			Epoch  uint32 `json:"epoch"`
 			Size   uint64 `json:"size"`
 			Root   string `json:"root"`
-			// Trusted: the first administrator was held against --operators.
+			// Trusted: the first administrator has only credentials of --operators.
 			Trusted bool `json:"trusted"`
 			*approval.Report
-		}{true, verified.Events, verified.Checkpoint.Epoch, verified.Checkpoint.Size, verified.Checkpoint.Root.String(), o.Trusted != nil && r.First != nil, r}
+		}{true, verified.Events, c.Epoch, c.Size, c.Root.String(), o.Trusted != nil && r.First != nil, r}
 		return t.print(out, func(w io.Writer) { showApprovals(w, verified, r, o.Trusted != nil) })
-	})
-	c.Long = "Checks the log as \"audit verify\" does, and from its first event on who the operators were, what they signed, and that each act\n" +
-		"that needs approval was carried out once, by a proposal that says just that, with enough approvals of those who were\n" +
-		"approvers at that moment. It believes the signatures, and nothing that the appliance says of them. Names the first event that\n" +
-		"is wrong. --operators has the ids of the credentials with which you know the first administrator."
+	}
+	c := command("approvals [DIR]", "Check an audit log, and that each act in it had the approvals that it needed",
+		cobra.MaximumNArgs(1), do)
+	details(c, "Names the first event that is wrong. DIR is from countersign admin audit export.\n\n"+
+		"The log is checked as by countersign audit verify. From the first event on, the operators and\n"+
+		"their signatures are replayed. An act that needs approval must have been carried out once,\n"+
+		"by a proposal for this very act, with enough approvals of operators who were approvers at that\n"+
+		"moment. Only the signatures are trusted, not the appliance. The first administrator has no\n"+
+		"approval in the log: with --operators, give the ids of the credentials by which you know this\n"+
+		"administrator.")
+	c.Example = "  countersign audit approvals log --key \"$(cat log.vkey)\" --operators trusted.json"
 	of.add(t, c.Flags())
-	c.Flags().StringVar(&trusted, "operators", "", "a JSON file with a list of ids of credentials: the first administrator has no other ones")
+	c.Flags().StringVar(&trusted, "operators", "",
+		"a `file` with a JSON list of ids of credentials: refuse a first administrator with other ones "+
+			"(default: accept any)")
 	return c
 }
 
@@ -75,11 +84,13 @@ func showApprovals(w io.Writer, verified audit.Report, r *approval.Report, trust
 	for _, c := range first.Credentials {
 		ids = append(ids, c.ID)
 	}
-	fmt.Fprintf(w, "first\t%s, enrolled by event %d at %s with credential %s\n", first.Name, r.First.Event, at(r.First.Time), strings.Join(ids, ", "))
+	fmt.Fprintf(w, "first\t%s, enrolled by event %d at %s with credential %s\n",
+		first.Name, r.First.Event, at(r.First.Time), strings.Join(ids, ", "))
 	if trusted {
 		fmt.Fprintln(w, "\tthat is who you trust")
 	} else {
-		fmt.Fprintln(w, "\teverything below hangs on this first administrator: make sure that it is who it should be (--operators)")
+		fmt.Fprintln(w, "\teverything below hangs on this first administrator: make sure that it is the right person "+
+			"(--operators)")
 	}
 	fmt.Fprintf(w, "needed\t%d\n", r.Needed)
 	for _, o := range r.Operators {
@@ -96,7 +107,8 @@ func showApprovals(w io.Writer, verified audit.Report, r *approval.Report, trust
 		}
 		fmt.Fprintf(w, "proposed\tby %s at %s, event %d\n", p.Proposer, at(p.Proposed), p.Event)
 		for _, each := range p.Approvals {
-			fmt.Fprintf(w, "approved\tby %s at %s, event %d, credential %s\n", each.Operator, at(each.Time), each.Event, each.Credential)
+			fmt.Fprintf(w, "approved\tby %s at %s, event %d, credential %s\n",
+				each.Operator, at(each.Time), each.Event, each.Credential)
 		}
 		for _, each := range p.Did {
 			fmt.Fprintf(w, "did\t%s %q, event %d\n", each.Type, each.Resource, each.Event)

@@ -15,35 +15,44 @@ import (
 	"github.com/spf13/cobra"
 )
 
-// keyLife are the commands about how a key goes on: rotation, and who must be there.
+// keyLife are the commands about the life of a key: rotation, retirement, and presence of an
+// operator.
 func (t *tool) keyLife(act maker) []*cobra.Command {
-	return []*cobra.Command{t.rotate(act), t.setLine(act), t.archive(act), t.destroy(act), t.compromise(act), t.confirm(act),
-		act("authorize-noise", "Have the identity's key sign that the Noise key speaks for it", cobra.NoArgs, func(ctx context.Context, c *api.Client, _ []string) error {
+	return []*cobra.Command{
+		t.rotate(act), t.setRotation(act), t.archive(act), t.destroy(act), t.compromise(act), t.confirm(act),
+		t.authorizeNoise(act),
+	}
+}
+
+func (t *tool) authorizeNoise(act maker) *cobra.Command {
+	return act("authorize-noise", "Authorize the listener's Noise key by a signature of the appliance's identity key",
+		cobra.NoArgs, func(ctx context.Context, c *api.Client, _ []string) error {
 			k, err := c.AuthorizeNoiseKey(ctx)
 			if err != nil {
 				return err
 			}
-			return t.print(k, func(w io.Writer) { fmt.Fprintf(w, "authorised\t%s, version %d\n", k.PublicKey, k.Version) })
-		}),
-	}
+			return t.print(k, func(w io.Writer) {
+				fmt.Fprintf(w, "authorised\t%s, version %d\n", k.PublicKey, k.Version)
+			})
+		})
 }
 
 func (t *tool) rotate(act maker) *cobra.Command {
 	var now bool
 	var in, at string
-	c := act("rotate NAME", "Announce the next version of a key; it becomes active at its time", cobra.ExactArgs(1), func(ctx context.Context, c *api.Client, args []string) error {
+	do := func(ctx context.Context, c *api.Client, args []string) error {
 		r := api.Rotate{Now: now}
 		if at != "" {
 			when, err := time.Parse(time.RFC3339, at)
 			if err != nil {
-				return usageError{errors.New("--at must be a time such as 2026-12-01T03:00:00Z")}
+				return usageError{fmt.Errorf("--at %q is not a time: write 2026-12-01T03:00:00Z, for example", at)}
 			}
 			r.At = when.Unix()
 		}
 		if in != "" {
 			d, err := parseAge(in)
 			if err != nil {
-				return usageError{err}
+				return usageError{fmt.Errorf("--in: %w", err)}
 			}
 			r.At = time.Now().Add(d).Unix()
 		}
@@ -52,29 +61,40 @@ func (t *tool) rotate(act maker) *cobra.Command {
 			return err
 		}
 		return t.print(k, func(w io.Writer) {
-			fmt.Fprintf(w, "%s\t%s, version %d\npublic key\t%s\nactive\tfrom %s on\n", either(k.State == "active", "rotated", "announced"), k.Name, k.Version, k.PublicKey, date(k.Activates))
+			did := either(k.State == "active", "rotated", "announced")
+			fmt.Fprintf(w, "%s\t%s, version %d\n", did, k.Name, k.Version)
+			fmt.Fprintf(w, "public key\t%s\nactive\tfrom %s on\n", k.PublicKey, date(k.Activates))
 		})
-	})
-	c.Long = "The next version was made and proven before. Its successor is made now, the present version signs the step to it, and peers are told.\n" +
-		"Without a flag it becomes active after the key's time of announcement (admin key set --announce). The version before is accepted\n" +
-		"for its grace time. What fails changes nothing. The listener's own key is rotated too: admin key rotate noise."
-	c.Flags().BoolVar(&now, "now", false, "at once")
-	c.Flags().StringVar(&in, "in", "", "after so long, such as 10m or 2d")
-	c.Flags().StringVar(&at, "at", "", "at this time, RFC 3339")
+	}
+	c := act("rotate NAME", "Announce the next version of a key, and activate it at its time", cobra.ExactArgs(1), do)
+	details(c, "NAME is a signing key, or noise for the listener's own key.\n\n"+
+		"The next version exists already. The appliance now makes the version after it, has the present\n"+
+		"version sign the step, and tells peers. Without a flag, the next version becomes active after\n"+
+		"the key's time of announcement (admin key set --announce). The version before stays accepted for\n"+
+		"its grace time. A rotation that fails changes nothing.")
+	c.Example = "  countersign admin key rotate payments --now\n" +
+		"  countersign admin key rotate payments --in 10m\n" +
+		"  countersign admin key rotate noise --at 2026-12-01T03:00:00Z"
+	c.Flags().BoolVar(&now, "now", false, "activate the next version at once")
+	c.Flags().StringVar(&in, "in", "", "activate the next version after this `duration`, for example 10m or 2d")
+	c.Flags().StringVar(&at, "at", "", "activate the next version at this `time` (RFC 3339)")
 	c.MarkFlagsMutuallyExclusive("now", "in", "at")
 	return c
 }
 
-func (t *tool) setLine(act maker) *cobra.Command {
+func (t *tool) setRotation(act maker) *cobra.Command {
 	var c *cobra.Command
 	var every, announce, grace, presence, window, acknowledge string
 	var uses uint64
-	c = act("set NAME", "Say how a key is rotated by itself, and whether operators must confirm it", cobra.ExactArgs(1), func(ctx context.Context, client *api.Client, args []string) error {
+	do := func(ctx context.Context, client *api.Client, args []string) error {
 		var change api.Change
 		for _, each := range []struct {
 			flag, value string
 			to          **int64
-		}{{"every", every, &change.Every}, {"announce", announce, &change.Announce}, {"grace", grace, &change.Grace}, {"presence", presence, &change.Presence}} {
+		}{
+			{"every", every, &change.Every}, {"announce", announce, &change.Announce},
+			{"grace", grace, &change.Grace}, {"presence", presence, &change.Presence},
+		} {
 			if !c.Flags().Changed(each.flag) {
 				continue
 			}
@@ -102,73 +122,97 @@ func (t *tool) setLine(act maker) *cobra.Command {
 			change.Acknowledge = &names
 		}
 		if change == (api.Change{}) {
-			return usageError{errors.New("say what to set")}
+			return usageError{errors.New("no setting is given: add a flag, for example --every 90d")}
 		}
 		l, err := client.SetLine(ctx, args[0], change)
-		var refusal *api.Error
-		if errors.As(err, &refusal) && refusal.Code == "needs_approval" && change == (api.Change{Presence: change.Presence}) {
-			return t.propose(ctx, client, "key presence", "", "key", args[0], "seconds", strconv.FormatInt(*change.Presence, 10))
+		refusal, refused := errors.AsType[*api.Error](err)
+		onlyPresence := change == (api.Change{Presence: change.Presence})
+		if refused && refusal.Code == "needs_approval" && onlyPresence {
+			seconds := strconv.FormatInt(*change.Presence, 10)
+			return t.propose(ctx, client, "key presence", "", "key", args[0], "seconds", seconds)
 		} else if err != nil {
 			return err
 		}
-		return t.print(l, func(w io.Writer) { showLine(w, l) })
-	})
-	c.Flags().StringVar(&every, "every", "", "rotate a version of this age: 24h, 90d, 2w; 0: not by age")
-	c.Flags().StringVar(&window, "window", "", `rotate within an hour of a tick only (cron, UTC): "0 3 * * 0"; alone: at each tick; "": any time`)
-	c.Flags().Uint64Var(&uses, "uses", 0, "rotate a version that has signed so often; 0: however often")
-	c.Flags().StringVar(&announce, "announce", "", "announce a version so long before it is active")
-	c.Flags().StringVar(&grace, "grace", "", "accept the version before for so long; 0: as long as a document may live")
-	c.Flags().StringVar(&acknowledge, "acknowledge", "", "archive the version before sooner, when these peers have acknowledged: names with commas, all, or none")
-	c.Flags().StringVar(&presence, "presence", "", "let it sign only so long after an operator has confirmed it (admin key confirm); on: 300s; 0: always. Less of it is proposed, alone")
+		return t.print(l, func(w io.Writer) { showRotation(w, l) })
+	}
+	c = act("set NAME", "Change when a key is rotated, and whether operators must confirm its use",
+		cobra.ExactArgs(1), do)
+	details(c, "A setting whose flag is not given stays as it is.")
+	c.Example = "  countersign admin key set payments --every 90d --window \"0 3 * * 0\" --announce 24h\n" +
+		"  countersign admin key set payments --uses 100000\n" +
+		"  countersign admin key set payments --grace 8d --acknowledge all\n" +
+		"  countersign admin key set payments --presence 300s"
+	f := c.Flags()
+	f.StringVar(&every, "every", "", "rotate a version at this `age`, 1h to 3650d, for example 90d; 0: not by age")
+	f.StringVar(&window, "window", "", "rotate only within 1 h of a tick of this `cron` expression (five fields, "+
+		"UTC), for example \"0 3 * * 0\"; without --every and --uses: at each tick; \"\": at any time")
+	f.Uint64Var(&uses, "uses", 0, "rotate a version after this `number` of signatures; 0: not by signatures")
+	f.StringVar(&announce, "announce", "", "announce a version this `duration` before it becomes active, "+
+		"0 to 30d, for example 24h")
+	f.StringVar(&grace, "grace", "", "accept the version before for this `duration`, for example 8d; "+
+		"0: as long as a document may live")
+	f.StringVar(&acknowledge, "acknowledge", "", "archive the version before sooner, when these `peers` have "+
+		"acknowledged: names separated by commas, all, or none")
+	f.StringVar(&presence, "presence", "", "let the key sign only for this `duration` after an operator has confirmed "+
+		"(admin key confirm), up to 24h; on: 300s; 0: always. A weaker setting needs approval, without other flags")
 	return c
 }
 
 func (t *tool) archive(act maker) *cobra.Command {
-	return act("archive NAME VERSION", "Take a version out of use that was followed, before its grace time is over", cobra.ExactArgs(2), func(ctx context.Context, c *api.Client, args []string) error {
-		n, err := versionOf(args[1])
-		if err != nil {
-			return err
-		}
-		if err := c.ArchiveKey(ctx, args[0], n); err != nil {
-			return err
-		}
-		return t.said("archived", args[0]+"/"+args[1])
-	})
+	c := act("archive NAME VERSION", "Archive a replaced version before the end of its grace time",
+		cobra.ExactArgs(2), func(ctx context.Context, c *api.Client, args []string) error {
+			n, err := parseVersion(args[1])
+			if err != nil {
+				return err
+			}
+			if err := c.ArchiveKey(ctx, args[0], n); err != nil {
+				return err
+			}
+			return t.said("archived", args[0]+"/"+args[1])
+		})
+	c.Example = "  countersign admin key archive payments 1"
+	return c
 }
 
-func versionOf(s string) (uint32, error) {
+func parseVersion(s string) (uint32, error) {
 	n, err := strconv.ParseUint(s, 10, 32)
 	if err != nil || n == 0 {
-		return 0, usageError{fmt.Errorf("%q is not the number of a version", s)}
+		return 0, usageError{fmt.Errorf("%q is not the number of a version: write 1 or higher", s)}
 	}
 	return uint32(n), nil
 }
 
 func (t *tool) destroy(act maker) *cobra.Command {
-	return act("destroy NAME VERSION", "Destroy the private key of a version that is archived or compromised, under approval", cobra.ExactArgs(2), func(ctx context.Context, c *api.Client, args []string) error {
-		if _, err := versionOf(args[1]); err != nil {
-			return err
-		}
-		return t.propose(ctx, c, "key destroy", "", "key", args[0], "version", args[1])
-	})
+	c := act("destroy NAME VERSION", "Destroy the private key of an archived or compromised version, under approval",
+		cobra.ExactArgs(2), func(ctx context.Context, c *api.Client, args []string) error {
+			if _, err := parseVersion(args[1]); err != nil {
+				return err
+			}
+			return t.propose(ctx, c, "key destroy", "", "key", args[0], "version", args[1])
+		})
+	c.Example = "  countersign admin key destroy payments 1"
+	return c
 }
 
 func (t *tool) compromise(act maker) *cobra.Command {
 	var reason string
-	c := act("compromise NAME VERSION", "Say that somebody else may have the private key of a version, under approval", cobra.ExactArgs(2), func(ctx context.Context, c *api.Client, args []string) error {
-		if _, err := versionOf(args[1]); err != nil {
-			return err
-		}
-		return t.propose(ctx, c, "key compromise", "", "key", args[0], "version", args[1], "reason", reason)
-	})
-	c.Long = "From the moment that it is approved the version signs nothing, and nothing that it has signed is believed. Where it was active, its\n" +
-		"successor follows at once, and peers are told that the old one is compromised."
-	c.Flags().StringVar(&reason, "reason", "", "why; it goes into the audit log")
+	c := act("compromise NAME VERSION", "Declare the private key of a version compromised, under approval",
+		cobra.ExactArgs(2), func(ctx context.Context, c *api.Client, args []string) error {
+			if _, err := parseVersion(args[1]); err != nil {
+				return err
+			}
+			return t.propose(ctx, c, "key compromise", "", "key", args[0], "version", args[1], "reason", reason)
+		})
+	details(c, "A version is compromised when a thief may have its private key. From the approval on, the\n"+
+		"version signs nothing, and its signatures are refused. An active version is replaced by its\n"+
+		"successor at once, and peers are told that the old version is compromised.")
+	c.Example = "  countersign admin key compromise payments 1 --reason \"a signature that we have not made\""
+	reasonFlag(c, &reason)
 	return c
 }
 
 func (t *tool) confirm(act maker) *cobra.Command {
-	return act("confirm NAME", "Confirm with your SSH key that you are here and that a key may sign for a while", cobra.ExactArgs(1), func(ctx context.Context, c *api.Client, args []string) error {
+	do := func(ctx context.Context, c *api.Client, args []string) error {
 		me, err := c.Me(ctx)
 		if err != nil {
 			return err
@@ -185,11 +229,17 @@ func (t *tool) confirm(act maker) *cobra.Command {
 		if err != nil {
 			return err
 		}
-		return t.print(done, func(w io.Writer) { fmt.Fprintf(w, "confirmed\t%s may sign until %s\n", args[0], date(done.Until)) })
-	})
+		return t.print(done, func(w io.Writer) {
+			fmt.Fprintf(w, "confirmed\t%s may sign until %s\n", args[0], date(done.Until))
+		})
+	}
+	c := act("confirm NAME", "Confirm with your SSH key that you are present and that a key may sign for a while",
+		cobra.ExactArgs(1), do)
+	c.Example = "  countersign admin key confirm payments"
+	return c
 }
 
-// shownKey is a key with how it is rotated, as key show --json prints it.
+// shownKey is the output of key show --json: the versions of a key, and its rotation settings.
 type shownKey struct {
 	Versions []api.Key `json:"versions"`
 	Line     api.Line  `json:"line"`
@@ -209,11 +259,11 @@ func (t *tool) showVersions(ctx context.Context, c *api.Client, name string) err
 			showKey(w, k)
 			fmt.Fprintln(w)
 		}
-		showLine(w, l)
+		showRotation(w, l)
 	})
 }
 
-func showLine(w io.Writer, l api.Line) {
+func showRotation(w io.Writer, l api.Line) {
 	span := func(s int64) string { return (time.Duration(s) * time.Second).String() }
 	var plan []string
 	if l.Every != 0 {
@@ -240,10 +290,13 @@ func showLine(w io.Writer, l api.Line) {
 		fmt.Fprintf(w, "sooner\twhen %s have acknowledged\n", strings.Join(l.Acknowledge, ", "))
 	}
 	if l.Presence != 0 {
-		fmt.Fprintf(w, "presence\t%s after a confirmation; %s\n", span(l.Presence), either(l.Confirmed == 0, "none now", "now until "+date(l.Confirmed)))
+		confirmed := either(l.Confirmed == 0, "none now", "now until "+date(l.Confirmed))
+		fmt.Fprintf(w, "presence\t%s after a confirmation; %s\n", span(l.Presence), confirmed)
 	}
 	if r := l.Rotation; r != nil {
-		fmt.Fprintf(w, "version %d\tactive from %s on, the one before %s\n", r.Version, date(r.ActivatesAt), either(r.Compromised, "is compromised", "accepted until "+date(r.RetiresAt)))
-		fmt.Fprintf(w, "not acknowledged\t%s\n", either(len(l.Unacknowledged) == 0, "by nobody: all peers have", "by "+strings.Join(l.Unacknowledged, ", ")))
+		before := either(r.Compromised, "is compromised", "accepted until "+date(r.RetiresAt))
+		fmt.Fprintf(w, "version %d\tactive from %s on, the one before %s\n", r.Version, date(r.ActivatesAt), before)
+		late := either(len(l.Unacknowledged) == 0, "nobody: all peers have", strings.Join(l.Unacknowledged, ", "))
+		fmt.Fprintf(w, "not acknowledged\tby %s\n", late)
 	}
 }

@@ -19,8 +19,12 @@ import (
 )
 
 func (t *tool) line() *cobra.Command {
+	return group("line", "Pin a version of a key, and follow the key to later versions", t.pin(), t.follow())
+}
+
+func (t *tool) pin() *cobra.Command {
 	var s server
-	pin := command("pin KEY", "Print the active version of a key, to be trusted from now on", cobra.ExactArgs(1), func(cmd *cobra.Command, args []string) error {
+	do := func(cmd *cobra.Command, args []string) error {
 		return s.with(cmd.Context(), func(ctx context.Context, c *client.Client) error {
 			keys, err := c.Keys(ctx)
 			if err != nil {
@@ -41,20 +45,25 @@ func (t *tool) line() *cobra.Command {
 				_, err = fmt.Fprintf(t.stdout, "%s\n", doc)
 				return err
 			}
-			return &client.Error{Code: "unknown_key", Message: fmt.Sprintf("there is no active signing key %q", args[0])}
+			none := fmt.Sprintf("there is no active signing key %q: countersign keys lists them", args[0])
+			return &client.Error{Code: "unknown_key", Message: none}
 		})
-	})
-	pin.Long = "Prints the active version of a key as JSON, for a file: countersign line pin KEY >FILE. From then on the versions after it\n" +
-		"can be followed without trusting anybody. This first one is trusted on first use: it is what the appliance says now, over a\n" +
-		"connection that only the holder of --server-key can have. Compare the public key with what its operator says."
-	s.flags(pin)
-	return group("line", "Follow a key from version to version", pin, t.follow())
+	}
+	c := command("pin KEY", "Print the active version of a key as JSON, for a file to trust from now on",
+		cobra.ExactArgs(1), do)
+	details(c, "Later versions follow from the pinned one by signed steps, without trust in the appliance. The\n"+
+		"pinned version itself is trusted on first use: the appliance names the version, over a\n"+
+		"connection to the holder of --server-key. Compare its public key with the one that the operator\n"+
+		"names.")
+	c.Example = "  countersign line pin payments >payments.line"
+	s.flags(c)
+	return c
 }
 
 func (t *tool) follow() *cobra.Command {
 	var s server
 	var write bool
-	c := command("follow FILE", "Check the steps from a pinned version to the newest one", cobra.ExactArgs(1), func(cmd *cobra.Command, args []string) error {
+	do := func(cmd *cobra.Command, args []string) error {
 		at, err := readLine(args[0])
 		if err != nil {
 			return err
@@ -64,14 +73,15 @@ func (t *tool) follow() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			lines := []client.KeyLine{at}
+			first, followed := at, []client.KeyLine{}
 			for _, step := range steps {
 				if at, err = at.Follow(step); err != nil {
 					return err
 				}
-				lines = append(lines, at)
+				followed = append(followed, at)
 			}
-			if write && len(steps) > 0 {
+			written := write && len(steps) > 0
+			if written {
 				if err := writeLine(args[0], at); err != nil {
 					return err
 				}
@@ -81,26 +91,34 @@ func (t *tool) follow() *cobra.Command {
 				PublicKey string `json:"public_key"`
 			}
 			taken := []version{}
-			for _, l := range lines[1:] {
+			for _, l := range followed {
 				taken = append(taken, version{l.Version, hex.EncodeToString(l.PublicKey[:])})
 			}
 			newest, err := at.Encode()
 			if err != nil {
 				return err
 			}
-			return t.print(map[string]any{"key": at.Key, "from": lines[0].Version, "steps": taken, "line": json.RawMessage(newest), "written": write && len(steps) > 0}, func(w io.Writer) {
-				for _, l := range lines[1:] {
+			out := map[string]any{
+				"key": at.Key, "from": first.Version, "steps": taken, "line": json.RawMessage(newest),
+				"written": written,
+			}
+			return t.print(out, func(w io.Writer) {
+				for _, l := range followed {
 					fmt.Fprintf(w, "step\tto version %d\t%x\n", l.Version, l.PublicKey)
 				}
 				fmt.Fprintf(w, "newest\tversion %d of %s\t%x\n", at.Version, at.Key, at.PublicKey)
 			})
 		})
-	})
-	c.Long = "Asks the appliance for the steps that lead on from the version in FILE (countersign line pin), and checks each one: it is\n" +
-		"signed by the version before, and leads to the key that this one has committed to. The newest version may be announced and\n" +
-		"not active yet. If one step is wrong nothing is written, and the code is broken_line."
+	}
+	c := command("follow FILE", "Check the signed steps from a pinned version to the newest one",
+		cobra.ExactArgs(1), do)
+	details(c, "FILE is from countersign line pin.\n\n"+
+		"A valid step has the signature of the version before, and leads to the key that this version has\n"+
+		"committed to. The newest version may be announced and not active yet. With an invalid step, the\n"+
+		"file stays as it is, and the error code is broken_line.")
+	c.Example = "  countersign line follow payments.line --write"
 	s.flags(c)
-	c.Flags().BoolVar(&write, "write", false, "replace FILE by the newest version")
+	c.Flags().BoolVar(&write, "write", false, "replace the version in FILE by the newest one")
 	return c
 }
 
@@ -116,7 +134,7 @@ func readLine(path string) (client.KeyLine, error) {
 	return l, nil
 }
 
-// writeLine replaces a file in one step: after a crash there is the old or the new one.
+// writeLine replaces a file atomically: after a crash, the file has the old version or the new one.
 func writeLine(path string, l client.KeyLine) error {
 	doc, err := l.Encode()
 	if err != nil {
@@ -130,7 +148,7 @@ func writeLine(path string, l client.KeyLine) error {
 	if err != nil {
 		return err
 	}
-	defer os.Remove(f.Name()) // after the renaming there is none
+	defer os.Remove(f.Name()) // a no-op after the renaming
 	_, err = fmt.Fprintf(f, "%s\n", doc)
 	if err = errors.Join(err, f.Chmod(st.Mode().Perm()), f.Sync(), f.Close()); err != nil {
 		return err
@@ -149,9 +167,9 @@ func (t *tool) watch() *cobra.Command {
 	var s server
 	var files []string
 	var until int
-	c := command("watch", "Stay connected, and print and acknowledge rotations", cobra.NoArgs, func(cmd *cobra.Command, _ []string) error {
+	do := func(cmd *cobra.Command, _ []string) error {
 		if until < 0 {
-			return usageError{errors.New("--until-rotations must not be negative")}
+			return usageError{fmt.Errorf("--until-rotations %d is negative: write 1 or higher, or 0 for no end", until)}
 		}
 		for _, file := range files {
 			l, err := readLine(file)
@@ -166,7 +184,7 @@ func (t *tool) watch() *cobra.Command {
 		}
 		ctx, stop := context.WithCancel(cmd.Context())
 		defer stop()
-		var out sync.Mutex // of stdout and stderr: rotations are told on a goroutine of the client
+		var out sync.Mutex // of stdout and stderr: the client calls OnRotation on a goroutine of its own
 		defer out.Lock()   // nothing is printed after the return
 		var c *client.Client
 		seen := 0
@@ -186,7 +204,7 @@ func (t *tool) watch() *cobra.Command {
 			}
 			if err := c.Acknowledge(ctx, r.Key, r.Event.Version); ctx.Err() != nil {
 				return
-			} else if err != nil { // it comes again
+			} else if err != nil { // the appliance sends the event again
 				fmt.Fprintf(t.stderr, "countersign: not acknowledged: %s\n", message(err))
 				return
 			}
@@ -204,33 +222,38 @@ func (t *tool) watch() *cobra.Command {
 		if err != nil && ctx.Err() == nil {
 			return err
 		}
-		for wait := time.Second; ; {
+		for backoff := time.Second; ; {
 			began := time.Now()
 			err := c.Stay(ctx)
 			if ctx.Err() != nil {
 				return nil
 			}
 			if time.Since(began) > time.Minute {
-				wait = time.Second
+				backoff = time.Second
 			}
 			out.Lock()
-			fmt.Fprintf(t.stderr, "countersign: %s; trying again in %v\n", message(err), wait)
+			fmt.Fprintf(t.stderr, "countersign: %s; trying again in %v\n", message(err), backoff)
 			out.Unlock()
 			select {
 			case <-ctx.Done():
 				return nil
-			case <-time.After(wait):
+			case <-time.After(backoff):
 			}
-			wait = min(2*wait, 30*time.Second)
+			backoff = min(2*backoff, 30*time.Second)
 		}
-	})
-	c.Long = "Stays connected until it is told to end, or until so many rotations have come. Each rotation is printed on a line, with\n" +
-		"--json as a JSON object on a line, and acknowledged. The line of a key with a --line FILE is followed; a rotation that does not\n" +
-		"follow from the pinned version is printed as an error and not acknowledged. The files are not changed: countersign line follow\n" +
-		"FILE --write does that. When the listener's own key is replaced, the new one to configure is printed on stderr too."
+	}
+	c := command("watch", "Stay connected, and print and acknowledge rotations", cobra.NoArgs, do)
+	details(c, "Each rotation is one line (with --json: one JSON object on a line). The command ends at SIGINT\n"+
+		"or SIGTERM, or after --until-rotations.\n\n"+
+		"With --line, watch follows a pinned key. A rotation that does not follow from the pinned version\n"+
+		"is printed as an error and not acknowledged. The files stay as they are; countersign line follow\n"+
+		"FILE --write updates a file. A new key of the listener is printed on stderr too, to be\n"+
+		"configured.")
+	c.Example = "  countersign watch --line payments.line --until-rotations 1"
 	s.flags(c)
-	c.Flags().StringArrayVar(&files, "line", nil, "the file of a pinned line (countersign line pin); may be given several times")
-	c.Flags().IntVar(&until, "until-rotations", 0, "end after so many rotations (default: never)")
+	c.Flags().StringArrayVar(&files, "line", nil,
+		"a `file` with a pinned version, from countersign line pin; may be given several times (default: none)")
+	c.Flags().IntVar(&until, "until-rotations", 0, "end after this `number` of rotations; 0: never")
 	return c
 }
 
@@ -249,7 +272,10 @@ func (t *tool) printRotation(r client.Rotation) error {
 			Compromised bool   `json:"compromised"`
 			Error       string `json:"error,omitempty"`
 		}
-		d := doc{r.Key, r.Event.Version, hex.EncodeToString(r.Event.PublicKey[:]), r.Event.ActivatesAt, r.Event.RetiresAt, r.Compromised, ""}
+		d := doc{
+			r.Key, r.Event.Version, hex.EncodeToString(r.Event.PublicKey[:]),
+			r.Event.ActivatesAt, r.Event.RetiresAt, r.Compromised, "",
+		}
 		if r.Err != nil {
 			d.Error = message(r.Err)
 		}
@@ -264,6 +290,7 @@ func (t *tool) printRotation(r client.Rotation) error {
 	if r.Compromised {
 		end = "the old one is COMPROMISED"
 	}
-	_, err := fmt.Fprintf(t.stdout, "%q version %d from %s on, public key %x; %s\n", r.Key, r.Event.Version, at(r.ActivatesAt), r.New.PublicKey, end)
+	_, err := fmt.Fprintf(t.stdout, "%q version %d from %s on, public key %x; %s\n",
+		r.Key, r.Event.Version, at(r.ActivatesAt), r.New.PublicKey, end)
 	return err
 }

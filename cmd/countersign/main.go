@@ -1,8 +1,13 @@
-// Command countersign is the tool of peers and operators: it makes identities, signs and verifies over Noise, shows what
-// a document signs, and manages an appliance over its admin socket.
+// Command countersign is the tool of peers and operators. Peers make identities, and have documents
+// signed and verified over Noise. Operators manage an appliance over its admin socket. Anyone can
+// check an audit log, try a policy, and show the bytes that a document's signature covers.
 //
-// What it prints on stdout is for programs, what it prints on stderr is for people. Exit status: 0 done; 1 refused or
-// failed; 2 called wrongly; 3 the appliance could not be reached or could not answer: the same may be tried again.
+// Results go to stdout, for programs. Diagnostics go to stderr, for people. The exit status is:
+//
+//	0  done
+//	1  refused or failed
+//	2  wrong usage
+//	3  the appliance could not be reached or could not answer: try the same again
 package main
 
 import (
@@ -35,16 +40,16 @@ func main() {
 	os.Exit(run(ctx, os.Args[1:], os.Stdin, os.Stdout, os.Stderr))
 }
 
-// tool is one call of the command.
+// tool is one run of the program.
 type tool struct {
 	stdin          io.Reader
 	stdout, stderr io.Writer
 	json           bool
-	operator       string // who signs in to an appliance
+	operator       string // name of the operator who signs in to an appliance
 	proposeOnly    bool
 }
 
-// failed marks an error of a command that was called rightly.
+// failed marks an error of a command whose usage was right.
 type failed struct{ error }
 
 func (f failed) Unwrap() error { return f.error }
@@ -53,23 +58,26 @@ func run(ctx context.Context, args []string, stdin io.Reader, stdout, stderr io.
 	t := &tool{stdin: stdin, stdout: stdout, stderr: stderr}
 	root := &cobra.Command{
 		Use:           "countersign",
-		Short:         "Sign and verify with a Countersign appliance, and manage it",
+		Short:         "Sign and verify with a Countersign appliance, and manage the appliance",
 		SilenceUsage:  true,
 		SilenceErrors: true,
 	}
-	root.PersistentFlags().BoolVar(&t.json, "json", false, "print JSON on stdout")
+	details(root, "Exit status: 0 done; 1 refused or failed; 2 wrong usage; 3 the appliance could not be reached or\n"+
+		"could not answer: try the same again.")
+	root.PersistentFlags().BoolVar(&t.json, "json", false, "print JSON on stdout instead of text")
 	root.SetArgs(args)
 	root.SetIn(stdin)
 	root.SetOut(stdout)
 	root.SetErr(stderr)
-	root.AddCommand(t.keygen(), t.ping(), t.keys(), t.sign(), t.verify(), t.proof(), t.line(), t.watch(), t.transcript(), t.policy(), t.audit(), t.admin())
+	root.AddCommand(t.keygen(), t.ping(), t.keys(), t.sign(), t.verify(), t.proof(), t.line(), t.watch(),
+		t.transcript(), t.policy(), t.audit(), t.admin())
 
 	called, err := root.ExecuteContextC(ctx)
 	if err == nil {
 		return 0
 	}
 	code, status := classify(err)
-	if t.json || slices.Contains(args, "--json") { // wrong flags may have kept it from being read
+	if t.json || slices.Contains(args, "--json") { // a wrong flag may have stopped the parsing before --json
 		t.json = true
 		doc := map[string]any{"code": code, "message": message(err)}
 		if wrong, is := errors.AsType[*audit.Wrong](err); is {
@@ -79,39 +87,35 @@ func run(ctx context.Context, args []string, stdin io.Reader, stdout, stderr io.
 	}
 	fmt.Fprintf(stderr, "countersign: %s: %s\n", code, message(err))
 	if status == 2 {
-		fmt.Fprintf(stderr, "countersign: see: %s --help\n", called.CommandPath())
+		fmt.Fprintf(stderr, "countersign: for help: %s --help\n", called.CommandPath())
 	}
 	return status
 }
 
-// classify gives an error the code that programs read and the exit status.
+// classify gives an error its code, for programs, and the exit status.
 func classify(err error) (code string, status int) {
-	var refusal *client.Error
-	var adminRefusal *api.Error
+	refusal, refused := errors.AsType[*client.Error](err)
+	adminRefusal, adminRefused := errors.AsType[*api.Error](err)
 	switch {
 	case !errors.As(err, new(failed)):
 		return "usage", 2
-	case errors.Is(err, client.ErrUnknownOutcome): // before the refusal that it may wrap: it must not be tried again
+	case errors.Is(err, client.ErrUnknownOutcome): // before a refusal inside: a retry is not safe
 		return "unknown_outcome", 1
 	case errors.As(err, new(*audit.Wrong)):
 		return "wrong_event", 1
 	case errors.Is(err, client.ErrUnproven):
 		return "unproven", 1
-	case errors.Is(err, client.ErrBrokenLine): // before the refusal that it may wrap
+	case errors.Is(err, client.ErrBrokenLine): // before a refusal inside
 		return "broken_line", 1
-	case errors.As(err, &refusal):
-		if refusal.Code == "unavailable" || refusal.Code == "busy" || refusal.Code == "rate_limited" {
-			return refusal.Code, 3
-		}
-		return refusal.Code, 1
-	case errors.As(err, &adminRefusal):
-		if adminRefusal.Code == "unavailable" || adminRefusal.Code == "rate_limited" {
-			return adminRefusal.Code, 3
-		}
-		return adminRefusal.Code, 1
+	case refused:
+		return refusal.Code, retryStatus(refusal.Code)
+	case adminRefused:
+		return adminRefusal.Code, retryStatus(adminRefusal.Code)
 	case errors.Is(err, client.ErrHandshake):
 		return "handshake_refused", 1
-	case errors.Is(err, client.ErrUnreachable), errors.Is(err, context.DeadlineExceeded), errors.Is(err, syscall.ECONNREFUSED), errors.Is(err, syscall.ENOENT) && errors.As(err, new(socketError)):
+	case errors.Is(err, client.ErrUnreachable), errors.Is(err, context.DeadlineExceeded),
+		errors.Is(err, syscall.ECONNREFUSED),
+		errors.Is(err, syscall.ENOENT) && errors.As(err, new(socketError)):
 		return "unreachable", 3
 	case errors.Is(err, transcript.ErrUnsupported):
 		return "unsupported", 1
@@ -123,21 +127,30 @@ func classify(err error) (code string, status int) {
 	return "failed", 1
 }
 
-// message is the error's text on one line, without the code that is printed before it.
+// retryStatus is the exit status of a refusal: 3 where the same request may be tried again.
+func retryStatus(code string) int {
+	switch code {
+	case "unavailable", "busy", "rate_limited":
+		return 3
+	}
+	return 1
+}
+
+// message is the text of an error on one line, without the code that is printed before the text.
 func message(err error) string {
 	text := strings.Join(strings.Fields(err.Error()), " ")
-	var refusal *client.Error
-	if errors.As(err, &refusal) && !errors.Is(err, client.ErrUnproven) && !errors.Is(err, client.ErrBrokenLine) {
+	refusal, refused := errors.AsType[*client.Error](err)
+	if refused && !errors.Is(err, client.ErrUnproven) && !errors.Is(err, client.ErrBrokenLine) {
 		text = refusal.Message
 	}
-	var adminRefusal *api.Error
-	if errors.As(err, &adminRefusal) {
+	if adminRefusal, is := errors.AsType[*api.Error](err); is {
 		text = adminRefusal.Detail
 	}
 	return text
 }
 
-// print writes v as JSON, or calls human with a writer that aligns columns at tabs.
+// print writes v as JSON with --json, and otherwise calls human with a writer that aligns columns
+// at tabs.
 func (t *tool) print(v any, human func(w io.Writer)) error {
 	if t.json {
 		e := json.NewEncoder(t.stdout)
@@ -149,8 +162,9 @@ func (t *tool) print(v any, human func(w io.Writer)) error {
 	return w.Flush()
 }
 
-// visible writes text for people. Some of it was chosen by others, such as the reason of a lock: what would move a terminal's cursor, or
-// can't be seen, comes out as a sign for that.
+// visible writes text for people. Others have chosen some of the text, for example the reason of a
+// lock. Control and format characters come out as U+FFFD, so that text can't move the cursor of a
+// terminal or hide.
 type visible struct{ to io.Writer }
 
 func (v visible) Write(b []byte) (int, error) {
@@ -163,37 +177,41 @@ func (v visible) Write(b []byte) (int, error) {
 	return len(b), err
 }
 
-// command makes a cobra command whose errors are told apart from wrong calls.
-func command(use, short string, args cobra.PositionalArgs, do func(cmd *cobra.Command, args []string) error) *cobra.Command {
-	return &cobra.Command{Use: use, Short: short, Args: args, RunE: func(cmd *cobra.Command, args []string) error {
-		if err := do(cmd, args); err != nil {
-			var usage usageError
-			if errors.As(err, &usage) {
-				return err
-			}
-			return failed{err}
+// command makes a cobra command. Errors of do are marked as failed, except a usageError.
+func command(
+	use, short string, args cobra.PositionalArgs, do func(cmd *cobra.Command, args []string) error,
+) *cobra.Command {
+	run := func(cmd *cobra.Command, args []string) error {
+		err := do(cmd, args)
+		if err == nil || errors.As(err, new(usageError)) {
+			return err
 		}
-		return nil
-	}}
+		return failed{err}
+	}
+	return &cobra.Command{Use: use, Short: short, Args: args, RunE: run}
 }
 
-// group makes a command that only holds others. Without one of them it is a wrong call: cobra would print the help and
-// end as if all were well.
+// details adds facts to the help of a command, after its one sentence.
+func details(c *cobra.Command, text string) { c.Long = c.Short + ".\n\n" + text }
+
+// group makes a command that only holds other commands. A group without a command is wrong usage:
+// cobra itself would print the help with exit status 0.
 func group(use, short string, commands ...*cobra.Command) *cobra.Command {
-	c := &cobra.Command{Use: use, Short: short, Args: cobra.ArbitraryArgs, RunE: func(cmd *cobra.Command, args []string) error {
+	run := func(cmd *cobra.Command, args []string) error {
 		if len(args) > 0 {
 			return fmt.Errorf("unknown command %q for %q", args[0], cmd.CommandPath())
 		}
 		return fmt.Errorf("%q needs a command", cmd.CommandPath())
-	}}
+	}
+	c := &cobra.Command{Use: use, Short: short, Args: cobra.ArbitraryArgs, RunE: run}
 	c.AddCommand(commands...)
 	return c
 }
 
-// usageError is a wrong call that only the command itself can see.
+// usageError is wrong usage that cobra does not detect.
 type usageError struct{ error }
 
-// readInput reads a named file, or stdin for "-" and for no name.
+// readInput reads the named file, or stdin for "-" or no name.
 func (t *tool) readInput(args []string) ([]byte, error) {
 	if len(args) == 0 || args[0] == "-" {
 		return io.ReadAll(t.stdin)

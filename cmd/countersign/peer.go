@@ -24,7 +24,8 @@ import (
 	"github.com/spf13/cobra"
 )
 
-// server has the flags of every command that talks to the listener. Each has an environment variable for its default.
+// server has the flags of every command with a connection to the listener. The default of a flag is
+// in an environment variable.
 type server struct {
 	address, key, identity, logKey string
 	timeout                        time.Duration
@@ -35,18 +36,28 @@ type server struct {
 func (s *server) flags(c *cobra.Command) {
 	s.command = c
 	f := c.Flags()
-	f.StringVar(&s.address, "server", os.Getenv("COUNTERSIGN_SERVER"), "the appliance's listener, HOST:PORT (or COUNTERSIGN_SERVER)")
-	f.StringVar(&s.key, "server-key", os.Getenv("COUNTERSIGN_SERVER_KEY"), "the listener's public key, 64 hex digits (or COUNTERSIGN_SERVER_KEY)")
-	f.StringVar(&s.identity, "identity", os.Getenv("COUNTERSIGN_IDENTITY"), "this peer's identity file, from keygen (or COUNTERSIGN_IDENTITY)")
-	f.StringVar(&s.logKey, "log-key", os.Getenv("COUNTERSIGN_LOG_KEY"), "the audit log's verifier key: refuse what is not proven to be in the log (or COUNTERSIGN_LOG_KEY)")
-	f.DurationVar(&s.timeout, "timeout", 15*time.Second, "how long to wait in all")
+	f.StringVar(&s.address, "server", os.Getenv("COUNTERSIGN_SERVER"),
+		"the appliance's listener, `HOST:PORT` (or COUNTERSIGN_SERVER)")
+	f.StringVar(&s.key, "server-key", os.Getenv("COUNTERSIGN_SERVER_KEY"),
+		"the listener's `public key`, 64 hex digits (or COUNTERSIGN_SERVER_KEY)")
+	f.StringVar(&s.identity, "identity", os.Getenv("COUNTERSIGN_IDENTITY"),
+		"this peer's identity `file`, from countersign keygen (or COUNTERSIGN_IDENTITY)")
+	f.StringVar(&s.logKey, "log-key", os.Getenv("COUNTERSIGN_LOG_KEY"),
+		"the audit log's `verifier key`: refuse an event without a proof that the log has it "+
+			"(or COUNTERSIGN_LOG_KEY; default: no proof)")
+	f.DurationVar(&s.timeout, "timeout", 15*time.Second,
+		"the timeout, a `duration` such as 15s, of connecting and answer together")
 }
 
 // config reads the flags.
 func (s *server) config() (client.Config, error) {
-	for _, f := range []struct{ name, value string }{{"server", s.address}, {"server-key", s.key}, {"identity", s.identity}} {
+	for _, f := range []struct{ name, env, value string }{
+		{"server", "COUNTERSIGN_SERVER", s.address},
+		{"server-key", "COUNTERSIGN_SERVER_KEY", s.key},
+		{"identity", "COUNTERSIGN_IDENTITY", s.identity},
+	} {
 		if f.value == "" {
-			return client.Config{}, usageError{fmt.Errorf("--%s is missing", f.name)}
+			return client.Config{}, usageError{fmt.Errorf("--%s is missing: add the flag, or set %s", f.name, f.env)}
 		}
 	}
 	key, err := client.ParseKey(s.key)
@@ -65,7 +76,8 @@ func (s *server) with(ctx context.Context, use func(context.Context, *client.Cli
 	}
 	ctx, cancel := context.WithTimeout(ctx, s.timeout)
 	defer cancel()
-	// One command is no place to keep what it is told: people are, and countersign watch acknowledges.
+	// A short-lived command can't store a new server key, so the command prints the key for people
+	// and leaves the acknowledgement to countersign watch.
 	var mu sync.Mutex
 	var serverKey client.Rotation
 	config.Unacknowledged = true
@@ -90,12 +102,13 @@ func (s *server) with(ctx context.Context, use func(context.Context, *client.Cli
 	return err
 }
 
-// warnServerKey tells people which key of the listener to configure.
+// warnServerKey tells people to configure the listener's new key.
 func warnServerKey(w io.Writer, r client.Rotation) {
 	at := func(t time.Time) string { return t.UTC().Format(time.RFC3339) }
-	fmt.Fprintf(w, "countersign: the listener's key is replaced: from %s on use --server-key %x (or COUNTERSIGN_SERVER_KEY)", at(r.ActivatesAt), r.New.PublicKey)
+	fmt.Fprintf(w, "countersign: the listener's key is replaced: "+
+		"from %s on use --server-key %x (or COUNTERSIGN_SERVER_KEY)", at(r.ActivatesAt), r.New.PublicKey)
 	if r.Compromised {
-		fmt.Fprint(w, "; the private key of the old one is in wrong hands\n")
+		fmt.Fprint(w, "; the private key of the old one is compromised\n")
 		return
 	}
 	fmt.Fprintf(w, "; the old one answers until %s at the most\n", at(r.RetiresAt))
@@ -103,7 +116,7 @@ func warnServerKey(w io.Writer, r client.Rotation) {
 
 func (t *tool) keygen() *cobra.Command {
 	var path string
-	c := command("keygen [FILE]", "Make a peer's identity file and print its public key", cobra.MaximumNArgs(1), func(cmd *cobra.Command, args []string) error {
+	do := func(cmd *cobra.Command, args []string) error {
 		if (len(args) == 1) == (path != "") {
 			return usageError{errors.New("name the file once: keygen FILE, or keygen --identity FILE")}
 		}
@@ -114,16 +127,20 @@ func (t *tool) keygen() *cobra.Command {
 		if err != nil {
 			return err
 		}
-		public := hex.EncodeToString(func() []byte { p := id.Public(); return p[:] }())
-		return t.print(map[string]string{"public_key": public, "file": path}, func(w io.Writer) { fmt.Fprintln(w, public) })
-	})
-	c.Flags().StringVar(&path, "identity", "", "the file to write")
+		public := fmt.Sprintf("%x", id.Public())
+		out := map[string]string{"public_key": public, "file": path}
+		return t.print(out, func(w io.Writer) { fmt.Fprintln(w, public) })
+	}
+	c := command("keygen [FILE]", "Make an identity file for a peer, and print its public key",
+		cobra.MaximumNArgs(1), do)
+	c.Example = "  countersign keygen shop.key >shop.pub"
+	c.Flags().StringVar(&path, "identity", "", "the new `file`, in place of the argument")
 	return c
 }
 
 func (t *tool) ping() *cobra.Command {
 	var s server
-	c := command("ping", "Ask the appliance for a sign of life", cobra.NoArgs, func(cmd *cobra.Command, _ []string) error {
+	do := func(cmd *cobra.Command, _ []string) error {
 		return s.with(cmd.Context(), func(ctx context.Context, c *client.Client) error {
 			begin := time.Now()
 			at, err := c.Ping(ctx)
@@ -131,11 +148,14 @@ func (t *tool) ping() *cobra.Command {
 				return err
 			}
 			took := time.Since(begin)
-			return t.print(map[string]any{"time": at.Unix(), "round_trip_us": took.Microseconds()}, func(w io.Writer) {
-				fmt.Fprintf(w, "pong in %v, the appliance's clock says %s\n", took.Round(10*time.Microsecond), at.UTC().Format(time.RFC3339))
+			out := map[string]any{"time": at.Unix(), "round_trip_us": took.Microseconds()}
+			return t.print(out, func(w io.Writer) {
+				clock := at.UTC().Format(time.RFC3339)
+				fmt.Fprintf(w, "pong in %v, the appliance's clock says %s\n", took.Round(10*time.Microsecond), clock)
 			})
 		})
-	})
+	}
+	c := command("ping", "Check that the appliance answers, and print its clock", cobra.NoArgs, do)
 	s.flags(c)
 	return c
 }
@@ -168,127 +188,171 @@ func (t *tool) keys() *cobra.Command {
 			return t.print(docs, func(w io.Writer) {
 				fmt.Fprintln(w, "NAME\tVERSION\tALGORITHM\tSTATE\tCUSTODY\tPUBLIC KEY")
 				for _, d := range docs {
-					fmt.Fprintf(w, "%s\t%d\t%s\t%s\t%s\t%s\n", d.Name, d.Version, d.Algorithm, d.State, d.Custody, d.PublicKey)
+					fmt.Fprintf(w, "%s\t%d\t%s\t%s\t%s\t%s\n",
+						d.Name, d.Version, d.Algorithm, d.State, d.Custody, d.PublicKey)
 				}
 			})
 		})
 	})
 	s.flags(c)
 	return c
+}
+
+// signFlags are the flags of countersign sign.
+type signFlags struct {
+	server
+	keyName, typ, context, as, nonce, line string
+	expires                                time.Duration
+	timestamp                              int64
 }
 
 func (t *tool) sign() *cobra.Command {
-	var s server
-	var key, typ, msgContext, as, nonce, line string
-	var expires time.Duration
-	var timestamp int64
-	c := command("sign [FILE|-]", "Have a document signed", cobra.MaximumNArgs(1), func(cmd *cobra.Command, args []string) error {
-		if msgContext != "" && typ == "" {
-			typ = "message-v1"
-		}
-		switch {
-		case key == "" || typ == "":
-			return usageError{errors.New("--key and --type are needed")}
-		case msgContext != "" && typ != "message-v1":
-			return usageError{errors.New("--context is for --type message-v1")}
-		case as != "" && !slices.Contains(parties, as):
-			return usageError{fmt.Errorf("--as is one of %s", strings.Join(parties, ", "))}
-		case expires < time.Second:
-			return usageError{errors.New("--expires must be at least 1s")}
-		}
-		if line != "" {
-			pinned, err := readLine(line)
+	var of signFlags
+	c := command("sign [FILE|-]", "Have a document signed by the active version of a key", cobra.MaximumNArgs(1),
+		func(cmd *cobra.Command, args []string) error {
+			d, err := of.envelope()
 			if err != nil {
 				return err
 			}
-			if pinned.Key != key {
-				return usageError{fmt.Errorf("%s is the line of %q, not of %q", line, pinned.Key, key)}
-			}
-			s.lines = []client.KeyLine{pinned}
-		}
-		d := client.Document{Type: typ, Timestamp: timestamp}
-		if nonce != "" {
-			b, err := hex.DecodeString(nonce)
-			if err != nil || len(b) != len(d.Nonce) {
-				return usageError{errors.New("--nonce is 64 hex digits")}
-			}
-			d.Nonce = [32]byte(b)
-		}
-		if d.Timestamp == 0 {
-			d.Timestamp = time.Now().Unix()
-		}
-		d.ExpiresAt = d.Timestamp + int64(expires/time.Second)
-		if _, err := s.config(); err != nil { // before anything is read from a terminal
-			return err
-		}
-		input, err := t.readInput(args)
-		if err != nil {
-			return err
-		}
-		d.Payload = input
-		if msgContext != "" {
-			sum := sha256.Sum256(input)
-			if d.Payload, err = json.Marshal(map[string]string{"context": msgContext, "sha256": base64.RawURLEncoding.EncodeToString(sum[:])}); err != nil {
+			if _, err := of.config(); err != nil { // before anything is read from a terminal
 				return err
 			}
-		}
-		if _, err := ijson.Parse(d.Payload); err != nil {
-			return fmt.Errorf("%w: payload: %w; for a file of any kind use --context", transcript.ErrMalformed, err)
-		}
-		return s.with(cmd.Context(), func(ctx context.Context, c *client.Client) error {
-			if as != "" {
-				if d.Payload, err = setParty(ctx, c, d.Payload, as, key); err != nil {
-					return err
-				}
-			}
-			signed, err := c.Sign(ctx, key, d)
-			if err != nil {
+			if d.Payload, err = t.readPayload(args, of.context); err != nil {
 				return err
 			}
-			doc, err := signed.Encode()
-			if err != nil {
-				return err
-			}
-			if newest, ok := c.Pinned(key); ok && newest.Version != s.lines[0].Version {
-				fmt.Fprintf(t.stderr, "countersign: %s is at version %d, its line goes on to version %d: countersign line follow %s --write\n", line, s.lines[0].Version, newest.Version, line)
-			}
-			return t.print(json.RawMessage(doc), func(w io.Writer) {
-				b64 := base64.RawURLEncoding.EncodeToString
-				fmt.Fprintf(w, "signature\t%s\n", b64(signed.Signature))
-				fmt.Fprintf(w, "public key\t%x\n", signed.PublicKey)
-				fmt.Fprintf(w, "key\t%s, version %d\n", signed.Key, signed.Version)
-				fmt.Fprintf(w, "nonce\t%s\n", b64(signed.Nonce[:]))
-				fmt.Fprintf(w, "valid\t%s to %s\n", time.Unix(signed.Timestamp, 0).UTC().Format(time.RFC3339), time.Unix(signed.ExpiresAt, 0).UTC().Format(time.RFC3339))
-				fmt.Fprintf(w, "event\t%d\n", signed.Event)
-				if signed.Receipt != nil {
-					fmt.Fprintf(w, "receipt\t%x, salt %x\n", signed.Receipt.ID, signed.Receipt.Salt)
-				}
-				if signed.Repeated {
-					fmt.Fprintf(w, "repeated\tthis request had been admitted before\n")
-				}
+			return of.with(cmd.Context(), func(ctx context.Context, c *client.Client) error {
+				return t.signWith(ctx, c, &of, d)
 			})
 		})
-	})
-	c.Long = "Has a document signed with the active version of a key. FILE is the payload of the transcript type in JSON.\n" +
-		"With --context it is a file of any kind, and its SHA-256 is signed as message-v1 in that context.\n" +
-		"With --json the signed document is printed, which verify reads."
-	s.flags(c)
+	details(c, "FILE is the JSON payload of the transcript type, by default from stdin. With --context, FILE is\n"+
+		"a file of any kind, and its SHA-256 is signed as message-v1 in this context. With --json, the\n"+
+		"output is the signed document, the input of countersign verify.")
+	c.Example = "  countersign sign --key payments --type paykit-subscription-v2 --as subscriber --json " +
+		"subscription.json >signed.json\n" +
+		"  countersign sign --key payments --context release README.md"
+	of.flags(c)
 	f := c.Flags()
-	f.StringVar(&key, "key", "", "the name of the key")
-	f.StringVar(&typ, "type", "", "the transcript type (list them with: countersign transcript list)")
-	f.DurationVar(&expires, "expires", time.Hour, "how long the document is valid")
-	f.StringVar(&msgContext, "context", "", "sign a file of any kind in this context (message-v1)")
-	f.StringVar(&as, "as", "", "put the signing key's public key into this field of the payload: "+strings.Join(parties, ", "))
-	f.StringVar(&line, "line", "", "the file of a pinned line (countersign line pin): refuse a signature by a version that does not follow from it")
-	f.StringVar(&nonce, "nonce", "", "the nonce, 64 hex digits (default: random)")
-	f.Int64Var(&timestamp, "timestamp", 0, "valid from, in Unix seconds (default: now)")
+	f.StringVar(&of.keyName, "key", "", "the `name` of the signing key (required)")
+	f.StringVar(&of.typ, "type", "",
+		"the transcript `type`, one of countersign transcript list (required without --context)")
+	f.DurationVar(&of.expires, "expires", time.Hour, "the lifetime of the document, a `duration` of at least 1s")
+	f.StringVar(&of.context, "context", "",
+		"sign the SHA-256 of a file of any kind as message-v1 in this `context`, for example release (default: none)")
+	f.StringVar(&of.as, "as", "", "put the signing key's public key into this `field` of the payload: "+
+		strings.Join(parties, ", ")+" (default: none)")
+	f.StringVar(&of.line, "line", "", "a `file` with a pinned version, from countersign line pin: "+
+		"refuse a signature by a version that does not follow (default: none)")
+	f.StringVar(&of.nonce, "nonce", "", "the `nonce`, 64 hex digits (default: random)")
+	f.Int64Var(&of.timestamp, "timestamp", 0, "the begin of the validity in Unix `seconds` (default: now)")
 	return c
 }
 
-// parties are the fields of payloads that name who may sign.
+// envelope checks the flags, and returns the document without its payload.
+func (of *signFlags) envelope() (d client.Document, err error) {
+	if of.context != "" && of.typ == "" {
+		of.typ = "message-v1"
+	}
+	switch {
+	case of.keyName == "":
+		return d, usageError{errors.New("--key is missing: name a signing key (countersign keys)")}
+	case of.typ == "":
+		return d, usageError{errors.New("--type is missing: name a transcript type (countersign transcript list), " +
+			"or add --context")}
+	case of.context != "" && of.typ != "message-v1":
+		return d, usageError{fmt.Errorf("--context does not go with --type %s: leave one of them out", of.typ)}
+	case of.as != "" && !slices.Contains(parties, of.as):
+		return d, usageError{fmt.Errorf("--as %q is not one of %s", of.as, strings.Join(parties, ", "))}
+	case of.expires < time.Second:
+		return d, usageError{fmt.Errorf("--expires %v is too short: write at least 1s", of.expires)}
+	}
+	if of.line != "" {
+		pinned, err := readLine(of.line)
+		if err != nil {
+			return d, err
+		}
+		if pinned.Key != of.keyName {
+			return d, usageError{fmt.Errorf("--line %s is for key %q, not for key %q",
+				of.line, pinned.Key, of.keyName)}
+		}
+		of.lines = []client.KeyLine{pinned}
+	}
+	d = client.Document{Type: of.typ, Timestamp: of.timestamp}
+	if of.nonce != "" {
+		b, err := hex.DecodeString(of.nonce)
+		if err != nil || len(b) != len(d.Nonce) {
+			return d, usageError{fmt.Errorf("--nonce %q is not 64 hex digits", of.nonce)}
+		}
+		d.Nonce = [32]byte(b)
+	}
+	if d.Timestamp == 0 {
+		d.Timestamp = time.Now().Unix()
+	}
+	d.ExpiresAt = d.Timestamp + int64(of.expires/time.Second)
+	return d, nil
+}
+
+// readPayload reads a JSON payload or, for a context, makes the payload of a file's SHA-256.
+func (t *tool) readPayload(args []string, context string) ([]byte, error) {
+	payload, err := t.readInput(args)
+	if err != nil {
+		return nil, err
+	}
+	if context != "" {
+		sum := sha256.Sum256(payload)
+		payload, err = json.Marshal(map[string]string{
+			"context": context, "sha256": base64.RawURLEncoding.EncodeToString(sum[:]),
+		})
+		if err != nil {
+			return nil, err
+		}
+	}
+	if _, err := ijson.Parse(payload); err != nil {
+		return nil, fmt.Errorf("%w: payload: %w; for a file of any kind use --context", transcript.ErrMalformed, err)
+	}
+	return payload, nil
+}
+
+// signWith has the document signed over a connection, and prints the result.
+func (t *tool) signWith(ctx context.Context, c *client.Client, of *signFlags, d client.Document) (err error) {
+	if of.as != "" {
+		if d.Payload, err = setParty(ctx, c, d.Payload, of.as, of.keyName); err != nil {
+			return err
+		}
+	}
+	signed, err := c.Sign(ctx, of.keyName, d)
+	if err != nil {
+		return err
+	}
+	doc, err := signed.Encode()
+	if err != nil {
+		return err
+	}
+	if newest, ok := c.Pinned(of.keyName); ok && newest.Version != of.lines[0].Version {
+		fmt.Fprintf(t.stderr, "countersign: %s is at version %d, its line goes on to version %d: "+
+			"countersign line follow %s --write\n", of.line, of.lines[0].Version, newest.Version, of.line)
+	}
+	return t.print(json.RawMessage(doc), func(w io.Writer) {
+		b64 := base64.RawURLEncoding.EncodeToString
+		at := func(unix int64) string { return time.Unix(unix, 0).UTC().Format(time.RFC3339) }
+		fmt.Fprintf(w, "signature\t%s\n", b64(signed.Signature))
+		fmt.Fprintf(w, "public key\t%x\n", signed.PublicKey)
+		fmt.Fprintf(w, "key\t%s, version %d\n", signed.Key, signed.Version)
+		fmt.Fprintf(w, "nonce\t%s\n", b64(signed.Nonce[:]))
+		fmt.Fprintf(w, "valid\t%s to %s\n", at(signed.Timestamp), at(signed.ExpiresAt))
+		fmt.Fprintf(w, "event\t%d\n", signed.Event)
+		if signed.Receipt != nil {
+			fmt.Fprintf(w, "receipt\t%x, salt %x\n", signed.Receipt.ID, signed.Receipt.Salt)
+		}
+		if signed.Repeated {
+			fmt.Fprintf(w, "repeated\tthis request had been admitted before\n")
+		}
+	})
+}
+
+// parties are the payload fields with the public key of a party, who may sign.
 var parties = []string{"subscriber", "provider", "payer", "payee", "owner"}
 
-// setParty puts the active public key into a field of the payload.
+// setParty puts the public key of a key's active version into a field of the payload.
 func setParty(ctx context.Context, c *client.Client, payload []byte, field, key string) ([]byte, error) {
 	keys, err := c.Keys(ctx)
 	if err != nil {
@@ -304,13 +368,14 @@ func setParty(ctx context.Context, c *client.Client, payload []byte, field, key 
 			return json.Marshal(object.Members)
 		}
 	}
-	return nil, &client.Error{Code: "unknown_key", Message: fmt.Sprintf("there is no signing key %q", key)}
+	none := fmt.Sprintf("there is no active signing key %q: countersign keys lists them", key)
+	return nil, &client.Error{Code: "unknown_key", Message: none}
 }
 
 func (t *tool) verify() *cobra.Command {
 	var s server
 	var key string
-	c := command("verify [FILE|-]", "Have a signed document judged, and its nonce spent", cobra.MaximumNArgs(1), func(cmd *cobra.Command, args []string) error {
+	do := func(cmd *cobra.Command, args []string) error {
 		input, err := t.readInput(args)
 		if err != nil {
 			return err
@@ -320,36 +385,43 @@ func (t *tool) verify() *cobra.Command {
 			return fmt.Errorf("%w: %w", transcript.ErrMalformed, err)
 		}
 		if signed.Signature == nil {
-			return fmt.Errorf("%w: it has no signature", transcript.ErrMalformed)
+			return fmt.Errorf("%w: it has no signature: give the output of countersign sign --json",
+				transcript.ErrMalformed)
 		}
 		return s.with(cmd.Context(), func(ctx context.Context, c *client.Client) error {
 			event, err := c.Verify(ctx, key, signed)
 			if err != nil {
 				return err
 			}
-			return t.print(map[string]any{"valid": true, "event": event}, func(w io.Writer) { fmt.Fprintf(w, "valid, recorded as event %d\n", event) })
+			return t.print(map[string]any{"valid": true, "event": event}, func(w io.Writer) {
+				fmt.Fprintf(w, "valid, recorded as event %d\n", event)
+			})
 		})
-	})
-	c.Long = "Has a signed document judged: signature, times, signer, and that it was not seen before. FILE is what sign --json\n" +
-		"prints. A document is good once; the second time it is a replay."
+	}
+	c := command("verify [FILE|-]", "Have a signed document verified, and its nonce spent", cobra.MaximumNArgs(1), do)
+	details(c, "FILE is the output of countersign sign --json, by default from stdin. The appliance checks the\n"+
+		"signature, the times, the signer, and that the nonce is fresh. A document is valid once: the\n"+
+		"second time it is a replay.")
+	c.Example = "  countersign verify signed.json"
 	s.flags(c)
-	c.Flags().StringVar(&key, "key", "", "the signature must be by this key of the appliance (default: by any key that the document allows)")
+	c.Flags().StringVar(&key, "key", "",
+		"accept only a signature by the appliance's key of this `name` (default: any key that the document allows)")
 	return c
 }
 
 func (t *tool) proof() *cobra.Command {
 	var s server
-	c := command("proof EVENT", "Get the proof that one of your events is in the appliance's audit log", cobra.ExactArgs(1), func(cmd *cobra.Command, args []string) error {
+	do := func(cmd *cobra.Command, args []string) error {
 		event, err := strconv.ParseUint(args[0], 10, 64)
 		if err != nil {
-			return usageError{fmt.Errorf("%q is not the number of an event", args[0])}
+			return usageError{fmt.Errorf("%q is not the number of an event: sign and verify print it", args[0])}
 		}
 		return s.with(cmd.Context(), func(ctx context.Context, c *client.Client) error {
 			p, err := c.Proof(ctx, event)
 			if err != nil {
 				return err
 			}
-			checked := "no: without --log-key it can't be"
+			checked := "no: add --log-key"
 			if s.logKey != "" {
 				log, err := audit.ParseVerifierKey(s.logKey)
 				if err != nil {
@@ -360,7 +432,10 @@ func (t *tool) proof() *cobra.Command {
 				}
 				checked = "yes"
 			}
-			out := map[string]any{"event": p.Event, "index": p.Index, "leaf": p.Leaf, "path": p.Path, "checkpoint": string(p.Checkpoint), "checked": s.logKey != ""}
+			out := map[string]any{
+				"event": p.Event, "index": p.Index, "leaf": p.Leaf, "path": p.Path, "checkpoint": string(p.Checkpoint),
+				"checked": s.logKey != "",
+			}
 			return t.print(out, func(w io.Writer) {
 				fmt.Fprintf(w, "event\t%d, leaf %d of its epoch\nleaf\t%s\n", p.Event, p.Index, p.Leaf)
 				for _, h := range p.Path {
@@ -369,7 +444,11 @@ func (t *tool) proof() *cobra.Command {
 				fmt.Fprintf(w, "checked\t%s\n\n%s", checked, p.Checkpoint)
 			})
 		})
-	})
+	}
+	c := command("proof EVENT", "Get the proof that an event of this peer is in the appliance's audit log",
+		cobra.ExactArgs(1), do)
+	details(c, "With --log-key, the proof is checked too. EVENT is the number that sign and verify print.")
+	c.Example = "  countersign proof 4711 --log-key \"$(cat log.vkey)\""
 	s.flags(c)
 	return c
 }

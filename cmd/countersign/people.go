@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -15,9 +16,18 @@ import (
 	"github.com/spf13/cobra"
 )
 
-// people are the commands about operators, their sessions and proposals, and about the appliance as a whole.
+// people are the commands about operators, their sessions and proposals, and about the appliance as
+// a whole.
 func (t *tool) people(act maker, socket *string) []*cobra.Command {
-	logout := act("logout", "End the session", cobra.NoArgs, func(ctx context.Context, c *api.Client, _ []string) error {
+	return []*cobra.Command{
+		t.login(socket), t.logout(act, socket), t.whoami(act), t.sessions(act),
+		t.operators(act), t.credentials(act), t.quorum(act), t.proposals(act),
+		t.lock(act), t.unlock(act), t.state(act), t.tls(act),
+	}
+}
+
+func (t *tool) logout(act maker, socket *string) *cobra.Command {
+	return act("logout", "End your session", cobra.NoArgs, func(ctx context.Context, c *api.Client, _ []string) error {
 		path, err := sessionFile(*socket)
 		if err != nil {
 			return err
@@ -30,17 +40,25 @@ func (t *tool) people(act maker, socket *string) []*cobra.Command {
 		}
 		return t.said("signed out", "")
 	})
-	whoami := act("whoami", "Say who is signed in", cobra.NoArgs, func(ctx context.Context, c *api.Client, _ []string) error {
-		me, err := c.Me(ctx)
-		if err != nil {
-			return err
-		}
-		return t.print(me, func(w io.Writer) {
-			fmt.Fprintf(w, "operator\t%s\nroles\t%s\nsession\t%s, until %s at the latest\n", me.Operator.Name, roleText(me.Operator.Roles), me.Session.ID, date(me.Session.Expires))
+}
+
+func (t *tool) whoami(act maker) *cobra.Command {
+	return act("whoami", "Show the operator who is signed in, with roles and session", cobra.NoArgs,
+		func(ctx context.Context, c *api.Client, _ []string) error {
+			me, err := c.Me(ctx)
+			if err != nil {
+				return err
+			}
+			return t.print(me, func(w io.Writer) {
+				fmt.Fprintf(w, "operator\t%s\nroles\t%s\n", me.Operator.Name, roleText(me.Operator.Roles))
+				fmt.Fprintf(w, "session\t%s, until %s at the latest\n", me.Session.ID, date(me.Session.Expires))
+			})
 		})
-	})
-	sessions := group("sessions", "Look after sessions",
-		act("list", "List your sessions; an administrator sees all", cobra.NoArgs, func(ctx context.Context, c *api.Client, _ []string) error {
+}
+
+func (t *tool) sessions(act maker) *cobra.Command {
+	list := act("list", "List your sessions, or as an administrator all sessions", cobra.NoArgs,
+		func(ctx context.Context, c *api.Client, _ []string) error {
 			all, err := c.Sessions(ctx)
 			if err != nil {
 				return err
@@ -48,39 +66,43 @@ func (t *tool) people(act maker, socket *string) []*cobra.Command {
 			return t.print(all, func(w io.Writer) {
 				fmt.Fprintln(w, "ID\tOPERATOR\tCHANNEL\tFROM\tBEGUN\tLAST USED\tENDS")
 				for _, s := range all {
-					fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\t%s\t%s\n", s.ID, s.Operator, s.Channel, s.Source, date(s.Begun), date(s.LastUsed), date(s.Expires))
+					fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\t%s\t%s\n",
+						s.ID, s.Operator, s.Channel, s.Source, date(s.Begun), date(s.LastUsed), date(s.Expires))
 				}
 			})
-		}),
-		act("revoke ID", "End a session", cobra.ExactArgs(1), func(ctx context.Context, c *api.Client, args []string) error {
+		})
+	revoke := act("revoke ID", "End a session by its id, from sessions list", cobra.ExactArgs(1),
+		func(ctx context.Context, c *api.Client, args []string) error {
 			if err := c.EndSession(ctx, args[0]); err != nil {
 				return err
 			}
 			return t.said("revoked", args[0])
-		}),
-	)
-	return []*cobra.Command{t.login(socket), logout, whoami, sessions, t.operators(act), t.credentials(act), t.quorum(act), t.proposals(act),
-		t.lock(act), t.unlock(act), t.state(act), t.tls(act)}
+		})
+	return group("sessions", "List and end sessions", list, revoke)
 }
 
-// said reports an act that has no document.
+// said prints the result of an act without a document, for example "archived payments/1".
 func (t *tool) said(what, of string) error {
-	return t.print(map[string]string{what: of}, func(w io.Writer) { fmt.Fprintln(w, strings.TrimSuffix(what+"\t"+of, "\t")) })
+	return t.print(map[string]string{what: of}, func(w io.Writer) {
+		fmt.Fprintln(w, strings.TrimSuffix(what+"\t"+of, "\t"))
+	})
 }
 
-// credentialFlags are those that give a credential.
+// credentialFlags are the flags with a credential.
 type credentialFlags struct{ ssh, document string }
 
 func (f *credentialFlags) add(c *cobra.Command) *cobra.Command {
-	c.Flags().StringVar(&f.ssh, "ssh-key", "", "an SSH public key: a file such as id_ed25519.pub, or its line")
-	c.Flags().StringVar(&f.document, "credential", "", "a credential in JSON, as the registration of a passkey gives it; @FILE reads it from a file")
+	c.Flags().StringVar(&f.ssh, "ssh-key", "",
+		"an SSH public `key`: a file, for example ann.key.pub, or the line itself")
+	c.Flags().StringVar(&f.document, "credential", "",
+		"in place of --ssh-key, a credential in `JSON`, from the registration of a passkey; or @FILE")
 	return c
 }
 
 func (f *credentialFlags) read() (c approval.Credential, err error) {
 	switch {
 	case (f.ssh == "") == (f.document == ""):
-		return c, usageError{fmt.Errorf("give --ssh-key or --credential")}
+		return c, usageError{errors.New("a credential is needed once: add --ssh-key or --credential")}
 	case f.document != "":
 		b := []byte(f.document)
 		if path, is := strings.CutPrefix(f.document, "@"); is {
@@ -102,7 +124,7 @@ func (f *credentialFlags) read() (c approval.Credential, err error) {
 	return approval.NewSSH(string(b))
 }
 
-// text is the credential as a parameter.
+// text is the credential as the parameter of a proposal.
 func (f *credentialFlags) text() (string, error) {
 	c, err := f.read()
 	if err != nil {
@@ -122,86 +144,102 @@ func showOperator(w io.Writer, o approval.Operator) {
 func (t *tool) operators(act maker) *cobra.Command {
 	var with credentialFlags
 	var roles string
-	first := act("first NAME", "Enrol the first administrator: as root, once", cobra.ExactArgs(1), func(ctx context.Context, c *api.Client, args []string) error {
-		credential, err := with.read()
-		if err != nil {
-			return err
-		}
-		o, err := c.EnrolFirst(ctx, api.NewOperator{Name: args[0], Credential: credential})
-		if err != nil {
-			return err
-		}
-		return t.print(o, func(w io.Writer) { showOperator(w, o) })
-	})
-	add := act("add NAME", "Enrol an operator, under approval", cobra.ExactArgs(1), func(ctx context.Context, c *api.Client, args []string) error {
-		credential, err := with.text()
-		if err != nil {
-			return err
-		}
-		return t.propose(ctx, c, "operator add", "", "name", args[0], "roles", roleOrder(roles), "credential", credential)
-	})
-	add.Flags().StringVar(&roles, "roles", "", "such as operator,approver; of "+roleText(approval.Roles()))
-	return group("operator", "Look after operators",
-		with.add(first), with.add(add),
-		act("list", "List operators", cobra.NoArgs, func(ctx context.Context, c *api.Client, _ []string) error {
-			all, err := c.Operators(ctx)
+	first := act("first NAME", "Enrol the first administrator: once, as root", cobra.ExactArgs(1),
+		func(ctx context.Context, c *api.Client, args []string) error {
+			credential, err := with.read()
 			if err != nil {
 				return err
 			}
-			return t.print(all, func(w io.Writer) {
-				fmt.Fprintln(w, "NAME\tROLES\tCREDENTIALS\tADDED")
-				for _, o := range all {
-					fmt.Fprintf(w, "%s\t%s\t%d\t%s\n", o.Name, roleText(o.Roles), len(o.Credentials), date(o.Added))
-				}
-			})
-		}),
-		act("show NAME", "Show an operator", cobra.ExactArgs(1), func(ctx context.Context, c *api.Client, args []string) error {
+			o, err := c.EnrolFirst(ctx, api.NewOperator{Name: args[0], Credential: credential})
+			if err != nil {
+				return err
+			}
+			return t.print(o, func(w io.Writer) { showOperator(w, o) })
+		})
+	first.Example = "  countersign admin operator first ann --ssh-key ann.key.pub"
+	add := act("add NAME", "Enrol an operator, under approval", cobra.ExactArgs(1),
+		func(ctx context.Context, c *api.Client, args []string) error {
+			credential, err := with.text()
+			if err != nil {
+				return err
+			}
+			return t.propose(ctx, c, "operator add", "",
+				"name", args[0], "roles", roleOrder(roles), "credential", credential)
+		})
+	add.Example = "  countersign admin operator add bob --roles operator,approver --ssh-key bob.key.pub"
+	add.Flags().StringVar(&roles, "roles", "",
+		"the `roles`, separated by commas, of: "+roleText(approval.Roles())+" (required)")
+	list := act("list", "List operators", cobra.NoArgs, func(ctx context.Context, c *api.Client, _ []string) error {
+		all, err := c.Operators(ctx)
+		if err != nil {
+			return err
+		}
+		return t.print(all, func(w io.Writer) {
+			fmt.Fprintln(w, "NAME\tROLES\tCREDENTIALS\tADDED")
+			for _, o := range all {
+				fmt.Fprintf(w, "%s\t%s\t%d\t%s\n", o.Name, roleText(o.Roles), len(o.Credentials), date(o.Added))
+			}
+		})
+	})
+	show := act("show NAME", "Show an operator with roles and credentials", cobra.ExactArgs(1),
+		func(ctx context.Context, c *api.Client, args []string) error {
 			o, err := c.Operator(ctx, args[0])
 			if err != nil {
 				return err
 			}
 			return t.print(o, func(w io.Writer) { showOperator(w, o) })
-		}),
-		act("roles NAME ROLES", "Change an operator's roles, under approval", cobra.ExactArgs(2), func(ctx context.Context, c *api.Client, args []string) error {
+		})
+	change := act("roles NAME ROLES", "Replace an operator's roles, under approval", cobra.ExactArgs(2),
+		func(ctx context.Context, c *api.Client, args []string) error {
 			return t.propose(ctx, c, "operator roles", "", "name", args[0], "roles", roleOrder(args[1]))
-		}),
-		act("remove NAME", "Remove an operator, under approval", cobra.ExactArgs(1), func(ctx context.Context, c *api.Client, args []string) error {
+		})
+	details(change, "ROLES are separated by commas, of: "+roleText(approval.Roles())+".")
+	change.Example = "  countersign admin operator roles bob operator,approver"
+	remove := act("remove NAME", "Remove an operator, under approval", cobra.ExactArgs(1),
+		func(ctx context.Context, c *api.Client, args []string) error {
 			return t.propose(ctx, c, "operator remove", "", "name", args[0])
-		}),
-	)
+		})
+	return group("operator", "Enrol, show, change and remove operators",
+		with.add(first), with.add(add), list, show, change, remove)
 }
 
 func (t *tool) credentials(act maker) *cobra.Command {
 	var with credentialFlags
-	return group("credential", "Look after what operators sign with",
-		with.add(act("add NAME", "Give an operator one more credential, under approval", cobra.ExactArgs(1), func(ctx context.Context, c *api.Client, args []string) error {
+	add := act("add NAME", "Add a credential to an operator, under approval", cobra.ExactArgs(1),
+		func(ctx context.Context, c *api.Client, args []string) error {
 			credential, err := with.text()
 			if err != nil {
 				return err
 			}
 			return t.propose(ctx, c, "credential add", "", "name", args[0], "credential", credential)
-		})),
-		act("remove NAME ID", "Take a credential from an operator, under approval", cobra.ExactArgs(2), func(ctx context.Context, c *api.Client, args []string) error {
+		})
+	add.Example = "  countersign admin credential add ann --ssh-key ann-2.key.pub"
+	remove := act("remove NAME ID", "Remove a credential from an operator, under approval", cobra.ExactArgs(2),
+		func(ctx context.Context, c *api.Client, args []string) error {
 			return t.propose(ctx, c, "credential remove", "", "name", args[0], "credential", args[1])
-		}),
-	)
+		})
+	details(remove, "ID is from countersign admin operator show NAME.")
+	return group("credential", "Add and remove credentials of operators", with.add(add), remove)
 }
 
 func (t *tool) quorum(act maker) *cobra.Command {
-	return group("approvals", "Look after how many approvals an act needs",
-		act("show", "Say how many approvals an act needs, and who gives them", cobra.NoArgs, func(ctx context.Context, c *api.Client, _ []string) error {
+	show := act("show", "Show the number of approvals that an act needs, and the approvers", cobra.NoArgs,
+		func(ctx context.Context, c *api.Client, _ []string) error {
 			a, err := c.Approvals(ctx)
 			if err != nil {
 				return err
 			}
 			return t.print(a, func(w io.Writer) {
-				fmt.Fprintf(w, "needed\t%d of %d\napprovers\t%s\n", a.Needed, len(a.Approvers), strings.Join(a.Approvers, ", "))
+				fmt.Fprintf(w, "needed\t%d of %d\n", a.Needed, len(a.Approvers))
+				fmt.Fprintf(w, "approvers\t%s\n", strings.Join(a.Approvers, ", "))
 			})
-		}),
-		act("needed N", "Change how many approvals an act needs, under approval", cobra.ExactArgs(1), func(ctx context.Context, c *api.Client, args []string) error {
+		})
+	needed := act("needed N", "Change the number of approvals that an act needs, under approval", cobra.ExactArgs(1),
+		func(ctx context.Context, c *api.Client, args []string) error {
 			return t.propose(ctx, c, "approvals needed", "", "needed", args[0])
-		}),
-	)
+		})
+	needed.Example = "  countersign admin approvals needed 2"
+	return group("approvals", "Show and change the number of approvals that an act needs", show, needed)
 }
 
 func (t *tool) proposals(act maker) *cobra.Command {
@@ -210,13 +248,14 @@ func (t *tool) proposals(act maker) *cobra.Command {
 		return act(use, short, cobra.ExactArgs(1), func(ctx context.Context, c *api.Client, args []string) error {
 			id, err := strconv.ParseUint(args[0], 10, 64)
 			if err != nil {
-				return usageError{fmt.Errorf("%q is not the number of a proposal", args[0])}
+				return usageError{fmt.Errorf("%q is not the number of a proposal: "+
+					"countersign admin proposal list shows them", args[0])}
 			}
 			return do(ctx, c, id)
 		})
 	}
-	return group("proposal", "Look after acts that need approval",
-		act("list", "List proposals, the newest first", cobra.NoArgs, func(ctx context.Context, c *api.Client, _ []string) error {
+	list := act("list", "List proposals, the newest first", cobra.NoArgs,
+		func(ctx context.Context, c *api.Client, _ []string) error {
 			all, err := c.Proposals(ctx)
 			if err != nil {
 				return err
@@ -224,15 +263,18 @@ func (t *tool) proposals(act maker) *cobra.Command {
 			return t.print(all, func(w io.Writer) {
 				fmt.Fprintln(w, "ID\tACT\tBY\tEXPIRES\tAPPROVALS\tSTATE")
 				for _, p := range all {
-					approvals := fmt.Sprint(len(p.Approvals)) // what it took then is in its text; what counts now is of no account
+					// Only an open proposal has a current number of required approvals.
+					approvals := fmt.Sprint(len(p.Approvals))
 					if p.State == "open" {
 						approvals = fmt.Sprintf("%d of %d", p.Counting(), p.Required)
 					}
-					fmt.Fprintf(w, "%d\t%s\t%s\t%s\t%s\t%s\n", p.ID, p.Act, p.Proposer, date(p.Expires), approvals, p.State)
+					fmt.Fprintf(w, "%d\t%s\t%s\t%s\t%s\t%s\n",
+						p.ID, p.Act, p.Proposer, date(p.Expires), approvals, p.State)
 				}
 			})
-		}),
-		one("show ID", "Show a proposal: its text, and what came with it", func(ctx context.Context, c *api.Client, id uint64) error {
+		})
+	show := one("show ID", "Show the text of a proposal, its approvals, and its content",
+		func(ctx context.Context, c *api.Client, id uint64) error {
 			p, err := c.Proposal(ctx, id)
 			if err != nil {
 				return err
@@ -240,14 +282,16 @@ func (t *tool) proposals(act maker) *cobra.Command {
 			return t.print(p, func(w io.Writer) {
 				fmt.Fprintf(w, "%s\nstate\t%s\n", p.Text, strings.TrimSpace(p.State+" "+p.Cause))
 				for _, a := range p.Approvals {
-					fmt.Fprintf(w, "approved by\t%s, %s%s\n", a.Operator, date(a.At), either(a.Counts || p.State != "open", "", ", which does not count any more"))
+					lost := either(a.Counts || p.State != "open", "", ", which does not count any more")
+					fmt.Fprintf(w, "approved by\t%s, %s%s\n", a.Operator, date(a.At), lost)
 				}
 				if p.Content != "" {
 					fmt.Fprintf(w, "\n%s", p.Content)
 				}
 			})
-		}),
-		one("approve ID", "Approve a proposal with your SSH key; the last approval that it needs has it carried out", func(ctx context.Context, c *api.Client, id uint64) error {
+		})
+	approve := one("approve ID", "Approve a proposal with your SSH key",
+		func(ctx context.Context, c *api.Client, id uint64) error {
 			p, err := c.Proposal(ctx, id)
 			if err != nil {
 				return err
@@ -257,44 +301,50 @@ func (t *tool) proposals(act maker) *cobra.Command {
 				return err
 			}
 			return t.approve(ctx, c, me, p)
-		}),
-		one("withdraw ID", "Withdraw a proposal: its proposer or an administrator", func(ctx context.Context, c *api.Client, id uint64) error {
+		})
+	details(approve, "The last approval that the proposal needs carries the act out.")
+	withdraw := one("withdraw ID", "Withdraw a proposal, as its proposer or an administrator",
+		func(ctx context.Context, c *api.Client, id uint64) error {
 			if err := c.Withdraw(ctx, id); err != nil {
 				return err
 			}
 			return t.said("withdrawn", strconv.FormatUint(id, 10))
-		}),
-	)
+		})
+	return group("proposal", "List, show, approve and withdraw proposals", list, show, approve, withdraw)
 }
 
 func (t *tool) lock(act maker) *cobra.Command {
 	var reason string
-	c := act("lock", "Lock the appliance: no key is used until it is unlocked", cobra.NoArgs, func(ctx context.Context, c *api.Client, _ []string) error {
-		if err := c.Lock(ctx, reason); err != nil {
-			return err
-		}
-		return t.said("locked", reason)
-	})
-	c.Flags().StringVar(&reason, "reason", "", "why; it goes into the audit log")
+	c := act("lock", "Lock the appliance: stop all signing and verifying until unlock", cobra.NoArgs,
+		func(ctx context.Context, c *api.Client, _ []string) error {
+			if err := c.Lock(ctx, reason); err != nil {
+				return err
+			}
+			return t.said("locked", reason)
+		})
+	c.Example = "  countersign admin lock --reason \"somebody is in the machine room\""
+	reasonFlag(c, &reason)
 	return c
 }
 
 func (t *tool) unlock(act maker) *cobra.Command {
-	return act("unlock", "Unlock the appliance", cobra.NoArgs, func(ctx context.Context, c *api.Client, _ []string) error {
-		if err := c.Unlock(ctx); err != nil {
-			return err
-		}
-		return t.said("unlocked", "")
-	})
+	return act("unlock", "Unlock a locked appliance", cobra.NoArgs,
+		func(ctx context.Context, c *api.Client, _ []string) error {
+			if err := c.Unlock(ctx); err != nil {
+				return err
+			}
+			return t.said("unlocked", "")
+		})
 }
 
 func (t *tool) state(act maker) *cobra.Command {
-	return act("state", "Say how the appliance is, and why", cobra.NoArgs, func(ctx context.Context, c *api.Client, _ []string) error {
+	do := func(ctx context.Context, c *api.Client, _ []string) error {
 		h, err := c.Health(ctx)
 		if err != nil {
 			return err
 		}
-		// Anybody gets an answer, but the causes are for who is signed in: where that has ended, asking for something else begins it again.
+		// Health answers anyone, but gives the causes to operators only. After the end of a
+		// session, a request such as Me signs in again.
 		untold := len(h.Causes) == 0 && h.State != "operational" && h.State != "uninitialised"
 		if untold {
 			if _, err := c.Me(ctx); err == nil {
@@ -305,7 +355,8 @@ func (t *tool) state(act maker) *cobra.Command {
 			}
 		}
 		return t.print(h, func(w io.Writer) {
-			fmt.Fprintf(w, "state\t%s\nstarts\t%s\n", h.State, either(h.Unattended, "unlocked", "locked, until an operator unlocks it"))
+			starts := either(h.Unattended, "unlocked", "locked, until an operator unlocks it")
+			fmt.Fprintf(w, "state\t%s\nstarts\t%s\n", h.State, starts)
 			for _, cause := range h.Causes {
 				fmt.Fprintf(w, "cause\t%s\n", cause)
 			}
@@ -316,15 +367,18 @@ func (t *tool) state(act maker) *cobra.Command {
 				fmt.Fprintf(w, "since\t%s\n", date(h.Since))
 			}
 		})
-	})
+	}
+	return act("state", "Show the state of the appliance, and its causes", cobra.NoArgs, do)
 }
 
 func (t *tool) tls(act maker) *cobra.Command {
 	show := func(doc api.TLS) error {
 		return t.print(doc, func(w io.Writer) {
-			fmt.Fprintf(w, "certificate\t%s\nnames\t%s\n", either(doc.Installed, "of the CA of the operators", "of the appliance's own CA"), strings.Join(doc.Names, ", "))
+			ca := either(doc.Installed, "of the CA of the operators", "of the appliance's own CA")
+			fmt.Fprintf(w, "certificate\t%s\nnames\t%s\n", ca, strings.Join(doc.Names, ", "))
 			if doc.NotAfter != 0 {
-				fmt.Fprintf(w, "issuer\t%s\nvalid\tfrom %s to %s\n", doc.Issuer, date(doc.NotBefore), date(doc.NotAfter))
+				fmt.Fprintf(w, "issuer\t%s\n", doc.Issuer)
+				fmt.Fprintf(w, "valid\tfrom %s to %s\n", date(doc.NotBefore), date(doc.NotAfter))
 			}
 			if doc.Warning != "" {
 				fmt.Fprintf(w, "warning\t%s\n", doc.Warning)
@@ -332,22 +386,25 @@ func (t *tool) tls(act maker) *cobra.Command {
 			fmt.Fprintf(w, "%s", doc.CA)
 		})
 	}
-	return group("tls", "Look after the certificate of the HTTPS listener",
-		act("show", "Show the certificate, and the CA to trust", cobra.NoArgs, func(ctx context.Context, c *api.Client, _ []string) error {
+	showTLS := act("show", "Show the certificate, and the CA to trust", cobra.NoArgs,
+		func(ctx context.Context, c *api.Client, _ []string) error {
 			doc, err := c.TLS(ctx)
 			if err != nil {
 				return err
 			}
 			return show(doc)
-		}),
-		act("csr", "Print a request for a certificate, for your own CA", cobra.NoArgs, func(ctx context.Context, c *api.Client, _ []string) error {
+		})
+	csr := act("csr", "Print a certificate signing request (PEM), for your own CA", cobra.NoArgs,
+		func(ctx context.Context, c *api.Client, _ []string) error {
 			doc, err := c.CSR(ctx)
 			if err != nil {
 				return err
 			}
 			return t.print(doc, func(w io.Writer) { io.WriteString(w, doc.PEM) })
-		}),
-		act("install [FILE]", "Put the certificate that your CA has made into use, with its chain (PEM)", cobra.MaximumNArgs(1), func(ctx context.Context, c *api.Client, args []string) error {
+		})
+	csr.Example = "  countersign admin tls csr >appliance.csr"
+	install := act("install [FILE|-]", "Install a certificate of your CA with its chain (PEM)", cobra.MaximumNArgs(1),
+		func(ctx context.Context, c *api.Client, args []string) error {
 			b, err := t.readInput(args)
 			if err != nil {
 				return err
@@ -357,13 +414,15 @@ func (t *tool) tls(act maker) *cobra.Command {
 				return err
 			}
 			return show(doc)
-		}),
-		act("uninstall", "Go back to a certificate of the appliance's own CA", cobra.NoArgs, func(ctx context.Context, c *api.Client, _ []string) error {
+		})
+	install.Example = "  countersign admin tls install appliance.pem"
+	uninstall := act("uninstall", "Go back to a certificate of the appliance's own CA", cobra.NoArgs,
+		func(ctx context.Context, c *api.Client, _ []string) error {
 			doc, err := c.UninstallCertificate(ctx)
 			if err != nil {
 				return err
 			}
 			return show(doc)
-		}),
-	)
+		})
+	return group("tls", "Show and replace the certificate of the HTTPS listener", showTLS, csr, install, uninstall)
 }

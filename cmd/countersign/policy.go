@@ -21,18 +21,18 @@ import (
 	"github.com/spf13/cobra"
 )
 
-// records is where recorded decisions and the policies that made them come from: a running appliance, or the file that
-// policy export has written, on any machine.
+// records is the source of recorded decisions and of the policies that made the decisions: a
+// running appliance, or on any machine a file from policy export.
 type records struct {
 	tool         *tool
 	socket, file string
 	client       *api.Client
-	policies     map[string]api.Policy // by their hash; parsed in texts
-	texts        map[string]*policy.Policy
+	policies     map[string]api.Policy     // by SHA-256
+	parsed       map[string]*policy.Policy // by SHA-256
 }
 
-// line is one line of an exported file: a policy, or a decision.
-type line struct {
+// exportEntry is one line of an exported file: a policy, or a decision.
+type exportEntry struct {
 	Policy   *api.Policy   `json:"policy,omitempty"`
 	Decision *api.Decision `json:"decision,omitempty"`
 }
@@ -40,12 +40,17 @@ type line struct {
 func (r *records) flags(t *tool, c *cobra.Command) {
 	r.tool = t
 	t.socketFlag(c.Flags(), &r.socket)
-	c.Flags().StringVar(&r.file, "records", "", "read the decisions from this file of policy export, instead of from the appliance")
+	c.Flags().StringVar(&r.file, "records", "",
+		"read the decisions from this `file` of policy export (default: from the appliance)")
 }
 
-// each calls visit for each decision since a time, the oldest first, with the policy that made it.
-func (r *records) each(ctx context.Context, since time.Time, visit func(event uint64, raw string, rec policy.Record, by *policy.Policy) error) error {
-	see := func(d api.Decision) error {
+// visitor is called with a recorded decision, as raw text and decoded, and with the policy that
+// made the decision.
+type visitor func(event uint64, raw string, rec policy.Record, by *policy.Policy) error
+
+// each calls visit for each decision since a time, the oldest first.
+func (r *records) each(ctx context.Context, since time.Time, visit visitor) error {
+	decode := func(d api.Decision) error {
 		rec, err := policy.ParseRecord([]byte(d.Record))
 		if err != nil {
 			return fmt.Errorf("event %d: %w", d.Event, err)
@@ -59,40 +64,44 @@ func (r *records) each(ctx context.Context, since time.Time, visit func(event ui
 		}
 		return visit(d.Event, d.Record, rec, by)
 	}
-	return r.read(ctx, since, see)
+	r.policies, r.parsed = map[string]api.Policy{}, map[string]*policy.Policy{}
+	if r.file != "" {
+		return r.readFile(decode)
+	}
+	return r.readAppliance(ctx, since, decode)
 }
 
-func (r *records) read(ctx context.Context, since time.Time, see func(api.Decision) error) error {
-	r.policies, r.texts = map[string]api.Policy{}, map[string]*policy.Policy{}
-	if r.file != "" {
-		f, err := os.Open(r.file)
-		if err != nil {
-			return err
+func (r *records) readFile(visit func(api.Decision) error) error {
+	f, err := os.Open(r.file)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	d := json.NewDecoder(bufio.NewReader(f))
+	d.DisallowUnknownFields()
+	for {
+		var e exportEntry
+		err := d.Decode(&e)
+		if errors.Is(err, io.EOF) {
+			return nil
+		} else if err == nil && e.Policy == nil && e.Decision == nil {
+			err = errors.New("neither a policy nor a decision")
 		}
-		defer f.Close()
-		d := json.NewDecoder(bufio.NewReader(f))
-		d.DisallowUnknownFields()
-		for {
-			var l line
-			err := d.Decode(&l)
-			if errors.Is(err, io.EOF) {
-				return nil
-			} else if err == nil && l.Policy == nil && l.Decision == nil {
-				err = errors.New("neither a policy nor a decision")
-			}
-			if err != nil {
-				return fmt.Errorf("%s: it is not what policy export writes: %w", r.file, err)
-			}
-			if l.Policy != nil {
-				r.policies[l.Policy.SHA256] = *l.Policy
-			}
-			if l.Decision != nil {
-				if err := see(*l.Decision); err != nil {
-					return err
-				}
+		if err != nil {
+			return fmt.Errorf("%s: it is not what policy export writes: %w", r.file, err)
+		}
+		if e.Policy != nil {
+			r.policies[e.Policy.SHA256] = *e.Policy
+		}
+		if e.Decision != nil {
+			if err := visit(*e.Decision); err != nil {
+				return err
 			}
 		}
 	}
+}
+
+func (r *records) readAppliance(ctx context.Context, since time.Time, visit func(api.Decision) error) error {
 	var err error
 	if r.client, err = r.tool.dialAdmin(r.socket); err != nil {
 		return err
@@ -109,11 +118,11 @@ func (r *records) read(ctx context.Context, since time.Time, see func(api.Decisi
 		if err != nil || len(some) == 0 {
 			return err
 		}
-		if err := r.logged(ctx, some); err != nil {
+		if err := r.checkLogged(ctx, some); err != nil {
 			return err
 		}
 		for _, d := range some {
-			if err := see(d); err != nil {
+			if err := visit(d); err != nil {
 				return err
 			}
 			from = d.Event + 1
@@ -121,8 +130,9 @@ func (r *records) read(ctx context.Context, since time.Time, see func(api.Decisi
 	}
 }
 
-// logged holds records against the digests that their events have, as far as those are kept.
-func (r *records) logged(ctx context.Context, some []api.Decision) error {
+// checkLogged compares the digests of records with the digests in their events, as far as the audit
+// log still has the events.
+func (r *records) checkLogged(ctx context.Context, some []api.Decision) error {
 	inputs, last := map[uint64]string{}, some[len(some)-1].Event
 	for from := some[0].Event; from <= last; {
 		events, err := r.client.Events(ctx, from, 1000)
@@ -145,17 +155,18 @@ func (r *records) logged(ctx context.Context, some []api.Decision) error {
 }
 
 func changed(event uint64) error {
-	return fmt.Errorf("event %d of the audit log does not have the SHA-256 of its record: one of them was changed", event)
+	return fmt.Errorf("event %d of the audit log does not have the SHA-256 of its record: one of them was changed; "+
+		"check the log with countersign audit verify", event)
 }
 
-// policy returns the one with a hash, with its text.
+// policy returns the parsed policy with a SHA-256.
 func (r *records) policy(ctx context.Context, hash string) (*policy.Policy, error) {
-	if p := r.texts[hash]; p != nil {
+	if p := r.parsed[hash]; p != nil {
 		return p, nil
 	}
 	v, ok := r.policies[hash]
 	if !ok {
-		return nil, fmt.Errorf("the policy with SHA-256 %s is not there", hash)
+		return nil, fmt.Errorf("the policy with SHA-256 %s is missing in the records", hash)
 	}
 	if r.client != nil && v.Text == "" {
 		var err error
@@ -169,26 +180,28 @@ func (r *records) policy(ctx context.Context, hash string) (*policy.Policy, erro
 		return nil, err
 	}
 	if hex.EncodeToString(p.Hash[:]) != hash {
-		return nil, fmt.Errorf("version %d of the policy has another text than its SHA-256 says", v.Version)
+		return nil, fmt.Errorf("version %d of the policy was changed: its text does not have SHA-256 %s",
+			v.Version, hash)
 	}
-	r.texts[hash] = p
+	r.parsed[hash] = p
 	return p, nil
 }
 
-// errStop ends each.
+// errStop ends each without a failure.
 var errStop = errors.New("stop")
 
 func (t *tool) policy() *cobra.Command {
-	return group("policy", "Try policies out before they are in force, and see why was decided what was decided",
-		t.policyCheck(), t.policyTest(), t.policyExplain(), t.policyDiff(), t.policyExport(),
-		command("schema", "Print what policies may talk about", cobra.NoArgs, func(*cobra.Command, []string) error {
+	schema := command("schema", "Print the Cedar schema of policies: actions, and fields of a request", cobra.NoArgs,
+		func(*cobra.Command, []string) error {
 			_, err := t.stdout.Write(policy.Schema)
 			return err
-		}))
+		})
+	return group("policy", "Test policies before they are in force, and explain recorded decisions",
+		t.policyCheck(), t.policyTest(), t.policyExplain(), t.policyDiff(), t.policyExport(), schema)
 }
 
 func (t *tool) policyCheck() *cobra.Command {
-	return command("check FILE", "Hold a policy file against the schema", cobra.ExactArgs(1), func(_ *cobra.Command, args []string) error {
+	do := func(_ *cobra.Command, args []string) error {
 		p, err := policy.Load(args[0])
 		if err != nil {
 			return err
@@ -200,14 +213,17 @@ func (t *tool) policyCheck() *cobra.Command {
 				fmt.Fprintln(w, "warning\twithout a rule, everything is denied")
 			}
 		})
-	})
+	}
+	c := command("check FILE", "Check a policy file: its syntax, and its types by the schema", cobra.ExactArgs(1), do)
+	c.Example = "  countersign policy check policy.cedar"
+	return c
 }
 
-// errCases says that a case did not come out as its table expects.
+// errCases: a case did not come out as its table expects.
 var errCases = errors.New("the policy does not do what the cases expect")
 
 func (t *tool) policyTest() *cobra.Command {
-	c := command("test FILE CASES", "Hold a policy file against a table of cases", cobra.ExactArgs(2), func(_ *cobra.Command, args []string) error {
+	do := func(_ *cobra.Command, args []string) error {
 		p, err := policy.Load(args[0])
 		if err != nil {
 			return err
@@ -231,7 +247,9 @@ func (t *tool) policyTest() *cobra.Command {
 		results, wrong := []result{}, 0
 		for _, c := range cases {
 			d := p.Decide(c.Request)
-			r := result{Line: c.Line, Name: c.Name, Expect: outcome(c.Allow), Got: outcome(d.Allowed), Rules: where(p, d.Rules)}
+			r := result{
+				Line: c.Line, Name: c.Name, Expect: outcome(c.Allow), Got: outcome(d.Allowed), Rules: where(p, d.Rules),
+			}
 			switch {
 			case d.Fault != "":
 				r.Because = d.Fault
@@ -249,7 +267,8 @@ func (t *tool) policyTest() *cobra.Command {
 				if r.Because != "" {
 					by = r.Because
 				}
-				fmt.Fprintf(w, "%s\t%d\t%s\t%s\t%s\t%s\n", either(r.Expect == r.Got, "ok", "WRONG"), r.Line, r.Name, r.Expect, r.Got, by)
+				verdict := either(r.Expect == r.Got, "ok", "WRONG")
+				fmt.Fprintf(w, "%s\t%d\t%s\t%s\t%s\t%s\n", verdict, r.Line, r.Name, r.Expect, r.Got, by)
 			}
 			fmt.Fprintf(w, "\n%d cases, %d wrong\n", len(results), wrong)
 		})
@@ -257,17 +276,24 @@ func (t *tool) policyTest() *cobra.Command {
 			err = fmt.Errorf("%w: %d of %d are wrong", errCases, wrong, len(results))
 		}
 		return err
-	})
-	c.Long = "CASES is a table of comma-separated values whose first row names the columns: expect (allow or deny), peer, key, and as\n" +
-		"you need them name, action, time (RFC 3339), and any field of the schema (countersign policy schema), such as amount or\n" +
-		"used.peer.day.amount. Empty fields are absent. Windows that are not set have the document itself only. Lines that begin\n" +
-		"with # are skipped. Exit status 1: a case did not come out as expected."
+	}
+	c := command("test FILE CASES", "Test a policy file with a table of cases", cobra.ExactArgs(2), do)
+	details(c, "CASES has comma-separated values. The first row names the columns. Required: expect (allow or\n"+
+		"deny), peer and key. Optional: name, action, time (RFC 3339), and any field of the schema\n"+
+		"(countersign policy schema), for example amount or used.peer.day.amount. An empty field is\n"+
+		"absent. A window without a value counts the document of the case only. Lines that begin with #\n"+
+		"are skipped. Exit status 1: a case did not come out as expected.")
+	c.Example = "  countersign policy test policy.cedar cases.csv\n\n" +
+		"  # cases.csv\n" +
+		"  name,expect,peer,key,amount\n" +
+		"  small,allow,shop,payments,10\n" +
+		"  large,deny,shop,payments,100000"
 	return c
 }
 
 func outcome(allowed bool) string { return either(allowed, "allow", "deny") }
 
-// where names rules by their lines and ids.
+// where names rules by their lines and ids, for example "line 2 no-login".
 func where(p *policy.Policy, ids []string) []string {
 	named := []string{}
 	for _, rule := range p.Rules() {
@@ -284,10 +310,11 @@ func where(p *policy.Policy, ids []string) []string {
 
 func (t *tool) policyExplain() *cobra.Command {
 	var from records
-	c := command("explain EVENT", "Show which rules decided in an event, and by what", cobra.ExactArgs(1), func(cmd *cobra.Command, args []string) error {
+	do := func(cmd *cobra.Command, args []string) error {
 		number, err := strconv.ParseUint(args[0], 10, 64)
 		if err != nil {
-			return usageError{fmt.Errorf("%q is not the number of an event", args[0])}
+			return usageError{fmt.Errorf("%q is not the number of an event: countersign admin audit list shows them",
+				args[0])}
 		}
 		ctx, cancel := context.WithTimeout(cmd.Context(), time.Minute)
 		defer cancel()
@@ -314,13 +341,17 @@ func (t *tool) policyExplain() *cobra.Command {
 			err = fmt.Errorf("%s has no decision of event %d", from.file, number)
 		}
 		return err
-	})
+	}
+	c := command("explain EVENT", "Explain the policy decision of an event: its rules and its inputs",
+		cobra.ExactArgs(1), do)
+	c.Example = "  countersign policy explain 4711\n" +
+		"  countersign policy explain 4711 --records decisions.jsonl"
 	from.flags(t, c)
 	return c
 }
 
-// one asks the appliance for a single decision.
-func (r *records) one(ctx context.Context, event uint64, visit func(uint64, string, policy.Record, *policy.Policy) error) error {
+// one gets a single decision from the appliance.
+func (r *records) one(ctx context.Context, event uint64, visit visitor) error {
 	client, err := r.tool.dialAdmin(r.socket)
 	if err != nil {
 		return err
@@ -339,7 +370,7 @@ func (r *records) one(ctx context.Context, event uint64, visit func(uint64, stri
 	if err != nil {
 		return err
 	}
-	r.client, r.policies, r.texts = client, map[string]api.Policy{v.SHA256: v}, map[string]*policy.Policy{}
+	r.client, r.policies, r.parsed = client, map[string]api.Policy{v.SHA256: v}, map[string]*policy.Policy{}
 	by, err := r.policy(ctx, rec.Policy)
 	if err != nil {
 		return err
@@ -347,32 +378,38 @@ func (r *records) one(ctx context.Context, event uint64, visit func(uint64, stri
 	return visit(event, d.Record, rec, by)
 }
 
-// undecided says why an event has no decision, and which one does.
+// undecided returns the reason why an event has no decision, and names the event with the decision.
 func undecided(ctx context.Context, client *api.Client, event uint64) error {
 	found, err := client.Events(ctx, event, 1)
 	if err != nil {
 		return err
 	}
 	if len(found) != 1 || found[0].Index != event {
-		return fmt.Errorf("there is no event %d (any more): countersign admin audit list shows those that there are", event)
+		return fmt.Errorf("there is no event %d (any more): countersign admin audit list shows the present ones", event)
 	}
 	e := found[0]
 	switch {
 	case e.Metadata["admission"] != "":
-		return fmt.Errorf("event %d says how a request ended; what was decided about it is: countersign policy explain %s", event, e.Metadata["admission"])
+		return fmt.Errorf("event %d is the outcome of a request; its decision is in an earlier event: "+
+			"countersign policy explain %s", event, e.Metadata["admission"])
 	case e.Metadata["inputs"] != "":
-		return fmt.Errorf("the decision of event %d is not kept any more: see decision_days in [retention] of the configuration", event)
+		return fmt.Errorf("the decision of event %d was dropped by retention: "+
+			"see decision_days in [retention] of the configuration", event)
 	}
-	return fmt.Errorf("event %d (%s) has no decision: policy was not asked. The events of what it was asked have \"inputs\" in their metadata: countersign admin audit list", event, e.Type)
+	return fmt.Errorf("event %d (%s) has no decision: policy was not asked; "+
+		"look for an event with \"inputs\" in its metadata: countersign admin audit list --json", event, e.Type)
 }
 
-// explain shows a decision after it was made again, and held against its event where that can be had.
-func (t *tool) explain(ctx context.Context, from *records, event uint64, raw string, rec policy.Record, by *policy.Policy) error {
+// explain replays a decision and shows it. The digest of the record is compared with the event, if
+// the records come from an appliance.
+func (t *tool) explain(
+	ctx context.Context, from *records, event uint64, raw string, rec policy.Record, by *policy.Policy,
+) error {
 	if err := by.Replay(rec); err != nil {
 		return fmt.Errorf("event %d: %w", event, err)
 	}
 	digest := policy.Digest([]byte(raw))
-	logged := "not looked at: read from a file; its event must have this as metadata.inputs"
+	logged := "not compared with the audit log: its event must have this as metadata.inputs"
 	if from.client != nil {
 		events, err := from.client.Events(ctx, event, 1)
 		if err != nil {
@@ -402,7 +439,8 @@ func (t *tool) explain(ctx context.Context, from *records, event uint64, raw str
 	return t.print(out, func(w io.Writer) {
 		fmt.Fprintf(w, "event\t%d\ndecision\t%s\n", event, outcome(rec.Allowed))
 		fmt.Fprintf(w, "policy\tversion %d, sha256 %s\n", rec.Version, rec.Policy)
-		fmt.Fprintf(w, "peer\t%s\naction\t%s\nkey\t%s\ntime\t%s\n", rec.Peer, rec.Action, rec.Key, time.UnixMilli(rec.TimeMS).UTC().Format(time.RFC3339))
+		fmt.Fprintf(w, "peer\t%s\naction\t%s\nkey\t%s\n", rec.Peer, rec.Action, rec.Key)
+		fmt.Fprintf(w, "time\t%s\n", time.UnixMilli(rec.TimeMS).UTC().Format(time.RFC3339))
 		for _, name := range slices.Sorted(maps.Keys(context)) {
 			fmt.Fprintf(w, "  %s\t%s\n", name, context[name])
 		}
@@ -431,7 +469,7 @@ func (t *tool) explain(ctx context.Context, from *records, event uint64, raw str
 func (t *tool) policyDiff() *cobra.Command {
 	var from records
 	var since string
-	c := command("diff FILE", "List each recorded decision that a policy file would change", cobra.ExactArgs(1), func(cmd *cobra.Command, args []string) error {
+	do := func(cmd *cobra.Command, args []string) error {
 		age, err := parseAge(since)
 		if err != nil {
 			return usageError{fmt.Errorf("--since: %w", err)}
@@ -450,9 +488,9 @@ func (t *tool) policyDiff() *cobra.Command {
 			By    []string `json:"by"`
 		}
 		changes, replayed := []change{}, 0
-		ctx, cancel := context.WithTimeout(cmd.Context(), longTime)
+		ctx, cancel := context.WithTimeout(cmd.Context(), longTimeout)
 		defer cancel()
-		err = from.each(ctx, time.Now().Add(-age), func(event uint64, _ string, rec policy.Record, by *policy.Policy) error {
+		visit := func(event uint64, _ string, rec policy.Record, by *policy.Policy) error {
 			if err := by.Replay(rec); err != nil {
 				return fmt.Errorf("event %d: %w", event, err)
 			}
@@ -462,11 +500,14 @@ func (t *tool) policyDiff() *cobra.Command {
 				return fmt.Errorf("event %d: %w", event, err)
 			}
 			if d := next.Decide(q); d.Allowed != rec.Allowed {
-				changes = append(changes, change{event, time.UnixMilli(rec.TimeMS).UTC().Format(time.RFC3339), rec.Peer, rec.Key, outcome(rec.Allowed), outcome(d.Allowed), where(next, d.Rules)})
+				changes = append(changes, change{
+					event, time.UnixMilli(rec.TimeMS).UTC().Format(time.RFC3339), rec.Peer, rec.Key,
+					outcome(rec.Allowed), outcome(d.Allowed), where(next, d.Rules),
+				})
 			}
 			return nil
-		})
-		if err != nil {
+		}
+		if err := from.each(ctx, time.Now().Add(-age), visit); err != nil {
 			return err
 		}
 		return t.print(map[string]any{"decisions": replayed, "changes": changes}, func(w io.Writer) {
@@ -482,47 +523,59 @@ func (t *tool) policyDiff() *cobra.Command {
 			}
 			fmt.Fprintf(w, "%d decisions replayed, %d would change\n", replayed, len(changes))
 		})
-	})
-	c.Long = "Makes the recorded decisions again, first with the policy that made them (they must come out the same), then with FILE.\n" +
-		"What was used before each of them is taken as it was recorded: where FILE would have denied some of them, later ones\n" +
-		"would have had more of their budget left."
+	}
+	c := command("diff FILE", "List the recorded decisions that a policy file would change", cobra.ExactArgs(1), do)
+	details(c, "Each decision is replayed twice: with the policy that made the decision, which must give the\n"+
+		"same result, and with FILE. The usage before each decision is taken from the record. So where\n"+
+		"FILE would have denied a decision, the later ones still count its usage, and would have had more\n"+
+		"of their budget left.")
+	c.Example = "  countersign policy diff policy.cedar --since 30d\n" +
+		"  countersign policy diff policy.cedar --records decisions.jsonl"
 	from.flags(t, c)
-	c.Flags().StringVar(&since, "since", "30d", "how far back, such as 30d or 12h")
+	sinceFlag(c, &since)
 	return c
+}
+
+func sinceFlag(c *cobra.Command, since *string) {
+	c.Flags().StringVar(since, "since", "30d", "take the decisions of this last `duration`, for example 30d, 2w or 12h")
 }
 
 func (t *tool) policyExport() *cobra.Command {
 	var from records
 	var since string
-	c := command("export", "Write recorded decisions and their policies, to be replayed on any machine", cobra.NoArgs, func(cmd *cobra.Command, _ []string) error {
+	do := func(cmd *cobra.Command, _ []string) error {
 		age, err := parseAge(since)
 		if err != nil {
 			return usageError{fmt.Errorf("--since: %w", err)}
 		}
-		ctx, cancel := context.WithTimeout(cmd.Context(), longTime)
+		ctx, cancel := context.WithTimeout(cmd.Context(), longTimeout)
 		defer cancel()
 		w := bufio.NewWriter(t.stdout)
 		enc, written := json.NewEncoder(w), map[string]bool{}
-		err = from.each(ctx, time.Now().Add(-age), func(event uint64, raw string, rec policy.Record, by *policy.Policy) error {
+		visit := func(event uint64, raw string, rec policy.Record, _ *policy.Policy) error {
 			if !written[rec.Policy] {
 				written[rec.Policy] = true
 				p := from.policies[rec.Policy]
-				if err := enc.Encode(line{Policy: &p}); err != nil {
+				if err := enc.Encode(exportEntry{Policy: &p}); err != nil {
 					return err
 				}
 			}
-			return enc.Encode(line{Decision: &api.Decision{Event: event, Record: raw}})
-		})
+			return enc.Encode(exportEntry{Decision: &api.Decision{Event: event, Record: raw}})
+		}
+		err = from.each(ctx, time.Now().Add(-age), visit)
 		return errors.Join(err, w.Flush())
-	})
-	c.Long = "Writes JSON lines to stdout: policies with their texts, and decisions with all that they were made from. They hold amounts\n" +
-		"and parties: handle them like the payments themselves."
+	}
+	c := command("export", "Write recorded decisions and their policies to stdout, for a replay on any machine",
+		cobra.NoArgs, do)
+	details(c, "The output is JSON lines: policies with their texts, and decisions with all inputs. The inputs\n"+
+		"have amounts and parties: handle the file like the payments themselves.")
+	c.Example = "  countersign policy export --since 30d >decisions.jsonl"
 	from.flags(t, c)
-	c.Flags().StringVar(&since, "since", "30d", "how far back, such as 30d or 12h")
+	sinceFlag(c, &since)
 	return c
 }
 
-// parseAge reads a duration that may be in days or weeks.
+// parseAge reads a duration, for example 30d, 2w or 12h.
 func parseAge(s string) (time.Duration, error) {
 	for unit, of := range map[string]time.Duration{"d": 24 * time.Hour, "w": 7 * 24 * time.Hour} {
 		if number, ok := strings.CutSuffix(s, unit); ok {
@@ -534,13 +587,13 @@ func parseAge(s string) (time.Duration, error) {
 	if d, err := time.ParseDuration(s); err == nil && d >= 0 {
 		return d, nil
 	}
-	return 0, fmt.Errorf("%q is not like 30d, 2w or 12h", s)
+	return 0, fmt.Errorf("%q is not a duration: write 30d, 2w or 12h, for example", s)
 }
 
-// policyVersions is what an operator does with the policy that is in force.
+// policyVersions are the commands about the policy in force and its former versions.
 func (t *tool) policyVersions(act maker) *cobra.Command {
-	return group("policy", "Put policies in force, and show those that were",
-		act("list", "List the versions; the last one is in force", cobra.NoArgs, func(ctx context.Context, c *api.Client, _ []string) error {
+	list := act("list", "List the versions of the policy; the last one is in force", cobra.NoArgs,
+		func(ctx context.Context, c *api.Client, _ []string) error {
 			all, err := c.Policies(ctx)
 			if err != nil {
 				return err
@@ -551,11 +604,12 @@ func (t *tool) policyVersions(act maker) *cobra.Command {
 					fmt.Fprintf(w, "%d\t%s\t%s\n", p.Version, date(p.Activated), p.SHA256)
 				}
 			})
-		}),
-		act("show VERSION", "Print the text of a version", cobra.ExactArgs(1), func(ctx context.Context, c *api.Client, args []string) error {
+		})
+	show := act("show VERSION", "Print the text of a version of the policy", cobra.ExactArgs(1),
+		func(ctx context.Context, c *api.Client, args []string) error {
 			version, err := strconv.ParseUint(args[0], 10, 64)
 			if err != nil {
-				return usageError{fmt.Errorf("%q is not a version", args[0])}
+				return usageError{fmt.Errorf("%q is not a version: countersign admin policy list shows them", args[0])}
 			}
 			p, err := c.Policy(ctx, version)
 			if err != nil {
@@ -566,9 +620,11 @@ func (t *tool) policyVersions(act maker) *cobra.Command {
 			}
 			_, err = io.WriteString(t.stdout, p.Text)
 			return err
-		}),
-		act("reload", "Have the policy file read again and put in force, under approval", cobra.NoArgs, func(ctx context.Context, c *api.Client, _ []string) error {
+		})
+	show.Example = "  countersign admin policy show 2"
+	reload := act("reload", "Read the appliance's policy file again and put it in force, under approval", cobra.NoArgs,
+		func(ctx context.Context, c *api.Client, _ []string) error {
 			return t.propose(ctx, c, "policy activate", "")
-		}),
-	)
+		})
+	return group("policy", "Put policies in force, and show former versions", list, show, reload)
 }

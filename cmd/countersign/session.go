@@ -23,23 +23,24 @@ import (
 )
 
 func (t *tool) operatorFlag(flags *pflag.FlagSet) {
-	flags.StringVar(&t.operator, "operator", os.Getenv("COUNTERSIGN_OPERATOR"), "who signs in (or COUNTERSIGN_OPERATOR)")
+	flags.StringVar(&t.operator, "operator", os.Getenv("COUNTERSIGN_OPERATOR"),
+		"the `name` of the operator who signs in (or COUNTERSIGN_OPERATOR; default: the operator of the last session)")
 }
 
-// signedIn is what is kept of a session, in a file that only its owner can read.
+// signedIn is the record of a session in a file with mode 0600.
 type signedIn struct {
 	Operator   string `json:"operator"`
 	Credential string `json:"credential"`
 	Token      string `json:"token"`
 }
 
-// sessionFile is the place of the session at a socket.
+// sessionFile is the path of the file with the session for a socket.
 func sessionFile(socket string) (string, error) {
 	dir := os.Getenv("XDG_RUNTIME_DIR")
 	if dir == "" {
 		home, err := os.UserHomeDir()
 		if err != nil {
-			return "", fmt.Errorf("there is no place to keep a session: set XDG_RUNTIME_DIR: %w", err)
+			return "", fmt.Errorf("there is no folder for the session: set XDG_RUNTIME_DIR: %w", err)
 		}
 		dir = filepath.Join(home, ".local", "state")
 	}
@@ -48,7 +49,8 @@ func sessionFile(socket string) (string, error) {
 		return "", err
 	}
 	sum := sha256.Sum256([]byte(path))
-	return filepath.Join(dir, "countersign", fmt.Sprintf("session-%s-%d.json", hex.EncodeToString(sum[:8]), os.Getuid())), nil
+	name := fmt.Sprintf("session-%s-%d.json", hex.EncodeToString(sum[:8]), os.Getuid())
+	return filepath.Join(dir, "countersign", name), nil
 }
 
 func readSession(socket string) (s signedIn) {
@@ -58,7 +60,7 @@ func readSession(socket string) (s signedIn) {
 	}
 	b, err := os.ReadFile(path)
 	if err != nil || json.Unmarshal(b, &s) != nil {
-		return signedIn{} // there is none, or none that can be used: whoever needs one signs in
+		return signedIn{} // no usable session: the next command that needs one signs in
 	}
 	return s
 }
@@ -79,7 +81,7 @@ func (s signedIn) write(socket string) error {
 	if err != nil {
 		return err
 	}
-	defer os.Remove(f.Name()) // where it was not renamed
+	defer os.Remove(f.Name()) // a no-op after the renaming
 	_, err = f.Write(b)
 	if err := errors.Join(err, f.Close()); err != nil {
 		return err
@@ -87,11 +89,12 @@ func (s signedIn) write(socket string) error {
 	return os.Rename(f.Name(), path)
 }
 
-// dialAdmin returns a client with the session that is kept for the socket. When that has ended, it begins another one by itself where it
-// knows for whom.
+// dialAdmin returns a client with the stored session of the socket. When the session has ended, the
+// client signs in again by itself, if the operator is known and there is an SSH agent.
 func (t *tool) dialAdmin(socket string) (*api.Client, error) {
 	if _, err := os.Stat(socket); err != nil {
-		return nil, socketError{fmt.Errorf("no appliance is running there: %w", err)}
+		return nil, socketError{fmt.Errorf("no appliance runs at this socket: %w; "+
+			"start countersignd, or correct --socket (COUNTERSIGN_SOCKET)", err)}
 	}
 	c, kept := api.NewClient(socket), readSession(socket)
 	if t.operator == "" || t.operator == kept.Operator {
@@ -103,7 +106,7 @@ func (t *tool) dialAdmin(socket string) (*api.Client, error) {
 		c.OnSignedOut(func(ctx context.Context) (string, error) {
 			s, err := t.signIn(ctx, c.WithToken(""), socket, kept)
 			if err != nil {
-				fmt.Fprintf(t.stderr, "countersign: %s can't be signed in again: %s\n", kept.Operator, message(err))
+				fmt.Fprintf(t.stderr, "countersign: can't sign in %s again: %s\n", kept.Operator, message(err))
 			}
 			return s.Token, err
 		})
@@ -111,9 +114,10 @@ func (t *tool) dialAdmin(socket string) (*api.Client, error) {
 	return c, nil
 }
 
-var errNoAgent = errors.New("there is no SSH agent: start one (eval $(ssh-agent)), give it your key (ssh-add), and see that SSH_AUTH_SOCK is set")
+var errNoAgent = errors.New("there is no SSH agent at SSH_AUTH_SOCK: start one (eval \"$(ssh-agent)\"), " +
+	"and add your key (ssh-add)")
 
-// sshAgent is the agent of the user, and what closes the connection.
+// sshAgent connects to the user's SSH agent. The caller closes the connection.
 func sshAgent() (agent.ExtendedAgent, io.Closer, error) {
 	path := os.Getenv("SSH_AUTH_SOCK")
 	if path == "" {
@@ -126,11 +130,13 @@ func sshAgent() (agent.ExtendedAgent, io.Closer, error) {
 	return agent.NewClient(conn), conn, nil
 }
 
-// maxTries bounds with how many keys of an agent a sign-in is tried: the appliance takes five that fail.
+// maxTries is the maximum number of an agent's keys that a sign-in tries. The appliance accepts
+// five failures.
 const maxTries = 4
 
-// signIn begins a session with a key of the agent, and keeps it. Which key it is nobody says to a stranger, so they are tried, the one
-// of the last time first.
+// signIn begins a session with a key of the agent, and stores the session. The appliance does not
+// tell strangers which keys an operator has, so signIn tries the keys of the agent. The key of the
+// last session comes first.
 func (t *tool) signIn(ctx context.Context, c *api.Client, socket string, who signedIn) (api.SignedIn, error) {
 	a, closer, err := sshAgent()
 	if err != nil {
@@ -165,7 +171,9 @@ func (t *tool) signIn(ctx context.Context, c *api.Client, socket string, who sig
 		}
 	}
 	if len(keys) > 0 {
-		err = &api.Error{Code: "not_proven", Detail: fmt.Sprintf("none of the first %d keys of the SSH agent is one of the operator %s", min(len(keys), maxTries), who.Operator)}
+		detail := fmt.Sprintf("none of the first %d keys of the SSH agent is a key of operator %s: "+
+			"use an agent with only your key (ssh-add)", min(len(keys), maxTries), who.Operator)
+		err = &api.Error{Code: "not_proven", Detail: detail}
 	}
 	return api.SignedIn{}, err
 }
@@ -182,12 +190,13 @@ func (t *tool) signText(me api.Me, namespace, text string) (approval.Proof, erro
 		return approval.Proof{}, err
 	}
 	if len(keys) == 0 {
-		return approval.Proof{}, fmt.Errorf("the SSH agent has no key of %s: ssh-add it", me.Operator.Name)
+		return approval.Proof{}, fmt.Errorf("the SSH agent has no key of operator %s: ssh-add one", me.Operator.Name)
 	}
 	return approval.SignSSH(a, keys[0], namespace, text)
 }
 
-// propose asks for an act that needs approval, given the names and values of its parameters, and approves it where the caller can.
+// propose proposes an act that needs approval, with parameters as alternating names and values.
+// Without --propose-only, an approver with an SSH agent approves the proposal too.
 func (t *tool) propose(ctx context.Context, c *api.Client, act, content string, parameters ...string) error {
 	n := api.NewProposal{Act: act, Content: content}
 	for pair := range slices.Chunk(parameters, 2) {
@@ -207,13 +216,16 @@ func (t *tool) propose(ctx context.Context, c *api.Client, act, content string, 
 	if !me.Operator.Has(approval.Approver) || os.Getenv("SSH_AUTH_SOCK") == "" {
 		return t.outcome(p)
 	}
-	if err := asks(p.Text, n); err != nil { // what is signed counts for ever, so no appliance may slip anything in
-		return fmt.Errorf("proposal %d is not approved here: %w: read it, then approve it by its number", p.ID, err)
+	// A signature counts for ever, so a text that an appliance has changed must not get one.
+	if err := asks(p.Text, n); err != nil {
+		return fmt.Errorf("proposal %d is not approved yet: %w: read the proposal, then approve it by its number",
+			p.ID, err)
 	}
 	return t.approve(ctx, c, me, p)
 }
 
-// asks says whether a text asks for what was proposed. It may say more: what the appliance has filled in.
+// asks checks that a text asks for the proposed act with its parameters. The text may have more
+// parameters, which the appliance has filled in.
 func asks(text string, n api.NewProposal) error {
 	p, err := approval.ParseText(text)
 	if err != nil {
@@ -221,22 +233,23 @@ func asks(text string, n api.NewProposal) error {
 	}
 	for _, each := range n.Parameters {
 		if got := p.Parameter(each.Name); got != each.Value {
-			return fmt.Errorf("its text says %s: %s, where %s was asked for", each.Name, got, each.Value)
+			return fmt.Errorf("its text says %s: %s, but %s was proposed", each.Name, got, each.Value)
 		}
 	}
 	if p.Act != n.Act {
-		return fmt.Errorf("its text is about %s", p.Act)
+		return fmt.Errorf("its text is for the act %s, but %s was proposed", p.Act, n.Act)
 	}
 	return nil
 }
 
-// approve shows what is approved, signs it, and says what came of it.
+// approve shows the text of a proposal, asks a person at a terminal, signs the text, and prints the
+// outcome.
 func (t *tool) approve(ctx context.Context, c *api.Client, me api.Me, p api.Proposal) error {
 	fmt.Fprintf(t.stderr, "%s", p.Text)
-	if t.askedByHand() {
+	if t.interactive() {
 		fmt.Fprintf(t.stderr, "approve? [y/N] ")
 		var answer string
-		fmt.Fscanln(t.stdin, &answer) // nothing is no
+		fmt.Fscanln(t.stdin, &answer) // an empty line is no
 		if answer = strings.ToLower(answer); answer != "y" && answer != "yes" {
 			return t.outcome(p)
 		}
@@ -251,8 +264,8 @@ func (t *tool) approve(ctx context.Context, c *api.Client, me api.Me, p api.Prop
 	return t.outcome(p)
 }
 
-// askedByHand says whether somebody sits at a terminal.
-func (t *tool) askedByHand() bool {
+// interactive says whether stdin is a terminal.
+func (t *tool) interactive() bool {
 	f, ok := t.stdin.(*os.File)
 	if !ok {
 		return false
@@ -265,7 +278,7 @@ func (t *tool) askedByHand() bool {
 	return err != nil || !os.SameFile(st, null)
 }
 
-// outcome says how far a proposal is. One that has failed is a failure of the command.
+// outcome prints the state of a proposal. A failed proposal is an error.
 func (t *tool) outcome(p api.Proposal) error {
 	switch p.State {
 	case "failed", "interrupted", "expired", "withdrawn":
@@ -274,16 +287,17 @@ func (t *tool) outcome(p api.Proposal) error {
 	return t.print(p, func(w io.Writer) {
 		switch p.State {
 		case "open":
-			fmt.Fprintf(w, "proposal %d: open, %d of %d approvals; others type: countersign admin proposal approve %d\n", p.ID, p.Counting(), p.Required, p.ID)
+			fmt.Fprintf(w, "proposal %d: open, %d of %d approvals; ", p.ID, p.Counting(), p.Required)
+			fmt.Fprintf(w, "others type: countersign admin proposal approve %d\n", p.ID)
 		default:
 			fmt.Fprintf(w, "proposal %d: %s\n", p.ID, p.State)
 		}
 	})
 }
 
-// login is a command of its own, since it is about the session, not in one.
+// login does not use a maker: the command has no session yet.
 func (t *tool) login(socket *string) *cobra.Command {
-	c := command("login NAME", "Sign in with an SSH key of your agent", cobra.ExactArgs(1), func(cmd *cobra.Command, args []string) error {
+	do := func(cmd *cobra.Command, args []string) error {
 		kept := readSession(*socket)
 		if kept.Operator != args[0] {
 			kept = signedIn{Operator: args[0]}
@@ -298,16 +312,20 @@ func (t *tool) login(socket *string) *cobra.Command {
 			return err
 		}
 		return t.print(s.Session, func(w io.Writer) {
-			fmt.Fprintf(w, "signed in\t%s, until %s at the latest\nroles\t%s\n", s.Operator, date(s.Expires), roleText(s.Roles))
+			fmt.Fprintf(w, "signed in\t%s, until %s at the latest\n", s.Operator, date(s.Expires))
+			fmt.Fprintf(w, "roles\t%s\n", roleText(s.Roles))
 		})
-	})
-	c.Long = "Signs a challenge with an ed25519, ecdsa or FIDO (sk-) key of the agent at SSH_AUTH_SOCK. The session is kept in\n" +
-		"$XDG_RUNTIME_DIR/countersign, or in ~/.local/state/countersign, for this socket. When it has ended, the next command signs in\n" +
-		"again by itself, as long as the agent has the key."
+	}
+	c := command("login NAME", "Sign in as an operator with an SSH key of your agent", cobra.ExactArgs(1), do)
+	details(c, "An ed25519, ecdsa or FIDO (sk-) key of the agent at SSH_AUTH_SOCK signs a challenge. The session\n"+
+		"is stored for this socket, in $XDG_RUNTIME_DIR/countersign or ~/.local/state/countersign. When\n"+
+		"the session has ended, the next command signs in again by itself, as long as the agent has the\n"+
+		"key.")
+	c.Example = "  countersign admin login ann"
 	return c
 }
 
-// roleOrder brings a list of roles into the order that a proposal's text has.
+// roleOrder sorts a list of roles into the order of a proposal's text.
 func roleOrder(list string) string {
 	given := strings.Split(list, ",")
 	slices.SortStableFunc(given, func(x, y string) int {
