@@ -2,7 +2,6 @@ package main
 
 import (
 	"bytes"
-	"context"
 	"crypto/ed25519"
 	"encoding/binary"
 	"encoding/hex"
@@ -24,7 +23,8 @@ import (
 	"golang.org/x/mod/sumdb/tlog"
 )
 
-// logFolder writes the epochs of a log, each less than a tile, as an export has them. It returns the folder and the verifier key.
+// logFolder writes the epochs of a log in the form of an export, and returns the folder and the
+// verifier key. Each epoch is smaller than a tile.
 func logFolder(t *testing.T, private ed25519.PrivateKey, epochs ...[]audit.Event) (dir, vkey string) {
 	t.Helper()
 	dir = t.TempDir()
@@ -44,9 +44,13 @@ func logFolder(t *testing.T, private ed25519.PrivateKey, epochs ...[]audit.Event
 	var first int
 	var last audit.Checkpoint
 	for n, events := range epochs {
-		begin := audit.Event{Type: audit.EpochBegun, Actor: audit.Daemon(), Action: "epoch", Resource: fmt.Sprintf("epoch/%d", n), Outcome: "ok", Metadata: map[string]string{"first": strconv.Itoa(first)}}
+		begin := audit.Event{
+			Type: audit.EpochBegun, Actor: audit.Daemon(), Action: "epoch", Resource: fmt.Sprintf("epoch/%d", n),
+			Outcome: "ok", Metadata: map[string]string{"first": strconv.Itoa(first)},
+		}
 		if n > 0 {
-			begin.Metadata["previous_size"], begin.Metadata["previous_root"] = strconv.FormatUint(last.Size, 10), last.Root.String()
+			begin.Metadata["previous_size"] = strconv.FormatUint(last.Size, 10)
+			begin.Metadata["previous_root"] = last.Root.String()
 		}
 		var stored []tlog.Hash
 		var bundle []byte
@@ -74,7 +78,9 @@ func logFolder(t *testing.T, private ed25519.PrivateKey, epochs ...[]audit.Event
 			t.Fatal(err)
 		}
 		last = audit.Checkpoint{Epoch: uint32(n), Size: size, Root: root}
-		checkpoint, err := log.Sign(last, func(message []byte) ([]byte, error) { return ed25519.Sign(private, message), nil })
+		checkpoint, err := log.Sign(last, func(message []byte) ([]byte, error) {
+			return ed25519.Sign(private, message), nil
+		})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -100,7 +106,8 @@ func logFolder(t *testing.T, private ed25519.PrivateKey, epochs ...[]audit.Event
 
 var start = time.Date(2026, 11, 24, 8, 0, 0, 0, time.UTC)
 
-// approved are the events of an administrator who has a peer added, and the id of their credential.
+// approved returns the events of an administrator who adds a peer under approval, and the id of the
+// administrator's credential.
 func approved(t *testing.T, private ed25519.PrivateKey) (events []audit.Event, id string) {
 	t.Helper()
 	log, err := audit.NewLog(private.Public().(ed25519.PublicKey))
@@ -116,8 +123,12 @@ func approved(t *testing.T, private ed25519.PrivateKey) (events []audit.Event, i
 		t.Fatal(err)
 	}
 	c := have[0]
-	p := approval.Proposal{ID: 1, Appliance: log.Name(), Act: "peer add", Parameters: []approval.Parameter{{Name: "name", Value: "shop"}, {Name: "public_key", Value: "ab"}},
-		Proposer: "anna", Proposed: start, Expires: start.Add(24 * time.Hour), Needed: 1, Nonce: strings.Repeat("0", 32)}
+	p := approval.Proposal{
+		ID: 1, Appliance: log.Name(), Act: "peer add",
+		Parameters: []approval.Parameter{{Name: "name", Value: "shop"}, {Name: "public_key", Value: "ab"}},
+		Proposer:   "anna", Proposed: start, Expires: start.Add(24 * time.Hour),
+		Needed: 1, Nonce: strings.Repeat("0", 32),
+	}
 	proof, err := approval.SignSSH(keys, c, approval.ForProposal, p.Text())
 	if err != nil {
 		t.Fatal(err)
@@ -132,14 +143,18 @@ func approved(t *testing.T, private ed25519.PrivateKey) (events []audit.Event, i
 	digest := p.Digest()
 	sum := hex.EncodeToString(digest[:])
 	add := func(kind audit.Type, who audit.Actor, resource string, metadata ...string) {
-		e := audit.Event{Type: kind, Actor: who, Action: "test", Resource: resource, Outcome: "ok", Metadata: map[string]string{}}
+		e := audit.Event{Type: kind, Actor: who, Action: "test", Resource: resource, Outcome: "ok"}
+		e.Metadata = map[string]string{}
 		for i := 0; i < len(metadata); i += 2 {
 			e.Metadata[metadata[i]] = metadata[i+1]
 		}
 		events = append(events, e)
 	}
 	anna := audit.Operator("anna")
-	add(audit.OperatorEnrolled, audit.Operator("uid:0"), "anna", "operator", text(approval.Operator{Name: "anna", Roles: []approval.Role{approval.Administrator, approval.Approver}, Credentials: have, Added: 1}))
+	first := approval.Operator{
+		Name: "anna", Roles: []approval.Role{approval.Administrator, approval.Approver}, Credentials: have, Added: 1,
+	}
+	add(audit.OperatorEnrolled, audit.Operator("uid:0"), "anna", "operator", text(first))
 	add(audit.ProposalMade, anna, "proposal/1", "text", p.Text(), "digest", sum)
 	add(audit.ApprovalGiven, anna, "proposal/1", "digest", sum, "credential", c.ID, "proof", text(proof))
 	add(audit.ProposalRun, audit.Daemon(), "proposal/1", "digest", sum)
@@ -152,9 +167,15 @@ func approved(t *testing.T, private ed25519.PrivateKey) (events []audit.Event, i
 func TestAuditApprovals(t *testing.T) {
 	private := ed25519.NewKeyFromSeed(bytes.Repeat([]byte{7}, 32))
 	call := func(args ...string) (status int, stdout, stderr string) {
-		var out, errs bytes.Buffer
-		status = run(context.Background(), append([]string{"audit", "approvals"}, args...), strings.NewReader(""), &out, &errs)
-		return status, out.String(), errs.String()
+		return call(t, "", append([]string{"audit", "approvals"}, args...)...)
+	}
+	soundLog := func(dir, vkey string) {
+		t.Helper()
+		var errs bytes.Buffer
+		args := []string{"audit", "verify", dir, "--key", vkey}
+		if status := run(t.Context(), args, strings.NewReader(""), new(bytes.Buffer), &errs); status != 0 {
+			t.Error("the log itself is wrong: ", &errs)
+		}
 	}
 	events, id := approved(t, private)
 	dir, vkey := logFolder(t, private, events)
@@ -162,7 +183,10 @@ func TestAuditApprovals(t *testing.T) {
 	if status != 0 {
 		t.Fatal(stderr)
 	}
-	for _, want := range []string{"everything below hangs on this first administrator", id, "proposal 1", "peer add", "shop", "approved", "by anna", `PeerAdded "shop", event 5`, "done at"} {
+	for _, want := range []string{
+		"everything below hangs on this first administrator", id, "proposal 1", "peer add", "shop",
+		"approved", "by anna", `PeerAdded "shop", event 5`, "done at",
+	} {
 		if !strings.Contains(stdout, want) {
 			t.Errorf("%q is missing in\n%s", want, stdout)
 		}
@@ -174,7 +198,8 @@ func TestAuditApprovals(t *testing.T) {
 		}
 	}
 	trust(`["` + id + `"]`)
-	if status, stdout, stderr := call(dir, "--key", vkey, "--operators", trusted); status != 0 || strings.Contains(stdout, "hangs") || !strings.Contains(stdout, "who you trust") {
+	status, stdout, stderr = call(dir, "--key", vkey, "--operators", trusted)
+	if status != 0 || strings.Contains(stdout, "hangs") || !strings.Contains(stdout, "who you trust") {
 		t.Errorf("%d %s%s", status, stdout, stderr)
 	}
 	status, stdout, _ = call(dir, "--key", vkey, "--operators", trusted, "--json")
@@ -187,9 +212,12 @@ func TestAuditApprovals(t *testing.T) {
 			Did       []struct{ Event uint64 }
 		}
 	}
-	if err := json.Unmarshal([]byte(stdout), &r); err != nil || status != 0 || !r.Valid || !r.Trusted || r.First.Event != 1 || len(r.Proposals) != 1 || r.Proposals[0].State != "done" ||
+	if err := json.Unmarshal([]byte(stdout), &r); err != nil || status != 0 {
+		t.Fatalf("%d %v\n%s", status, err, stdout)
+	}
+	if !r.Valid || !r.Trusted || r.First.Event != 1 || len(r.Proposals) != 1 || r.Proposals[0].State != "done" ||
 		len(r.Proposals[0].Approvals) != 1 || r.Proposals[0].Did[0].Event != 5 {
-		t.Errorf("%d %v\n%s", status, err, stdout)
+		t.Error(stdout)
 	}
 	sshKeygen(t, stdout)
 	wrong := func(name, code string, event string, args ...string) {
@@ -204,15 +232,13 @@ func TestAuditApprovals(t *testing.T) {
 	trust(`{}`)
 	wrong("no list", "failed", "JSON list", dir, "--key", vkey, "--operators", trusted)
 
-	// A log that is whole and signed by the appliance, without the approval.
+	// A log without the approval, which the appliance itself has signed.
 	short := append(append([]audit.Event{}, events[:2]...), events[3:]...)
 	lying, _ := logFolder(t, private, short)
-	if status := run(context.Background(), []string{"audit", "verify", lying, "--key", vkey}, strings.NewReader(""), new(bytes.Buffer), os.Stderr); status != 0 {
-		t.Error("the log itself is wrong")
-	}
+	soundLog(lying, vkey)
 	wrong("no approval", "wrong_event", `"event": 3`, lying, "--key", vkey)
 
-	// An entry that was changed is noticed as it is by audit verify.
+	// A changed entry is detected, as by audit verify.
 	changed, _ := logFolder(t, private, events)
 	path := filepath.Join(changed, audit.Tile{Level: -1, N: 0, Width: len(events) + 1}.Path())
 	b, err := os.ReadFile(path)
@@ -224,21 +250,23 @@ func TestAuditApprovals(t *testing.T) {
 	}
 	wrong("a changed entry", "wrong_event", `"event": 2`, changed, "--key", vkey)
 
-	// Where the beginning was dropped, nothing is said of approvals.
-	later, _ := logFolder(t, private, events, []audit.Event{{Type: audit.RetentionApplied, Actor: audit.Daemon(), Action: "retention", Resource: "epoch/0", Outcome: "ok", Metadata: map[string]string{"root": "last"}}})
+	// Approvals can't be checked after the first epoch was dropped.
+	dropped := audit.Event{
+		Type: audit.RetentionApplied, Actor: audit.Daemon(), Action: "retention", Resource: "epoch/0", Outcome: "ok",
+		Metadata: map[string]string{"root": "last"},
+	}
+	later, _ := logFolder(t, private, events, []audit.Event{dropped})
 	if status, _, stderr := call(later, "--key", vkey); status != 0 {
 		t.Error(stderr)
 	}
 	if err := os.RemoveAll(filepath.Join(later, "epochs/0/tile")); err != nil {
 		t.Fatal(err)
 	}
-	if status := run(context.Background(), []string{"audit", "verify", later, "--key", vkey}, strings.NewReader(""), new(bytes.Buffer), os.Stderr); status != 0 {
-		t.Error("the log itself is wrong")
-	}
+	soundLog(later, vkey)
 	wrong("dropped", "failed", "can't be checked from their root", later, "--key", vkey)
 }
 
-// sshKeygen checks the first approval of a report with nothing but ssh-keygen, as docs/SPEC.md says.
+// sshKeygen checks the first approval of a report with ssh-keygen alone, as docs/SPEC.md describes.
 func sshKeygen(t *testing.T, report string) {
 	t.Helper()
 	var r struct{ Proposals []*approval.ProposalHistory }
@@ -254,11 +282,12 @@ func sshKeygen(t *testing.T, report string) {
 		}
 	}
 	for text, good := range map[string]bool{p.Text: true, strings.Replace(p.Text, "shop", "shoq", 1): false} {
-		cmd := exec.Command("ssh-keygen", "-Y", "verify", "-f", "allowed", "-I", a.Operator, "-n", approval.ForProposal, "-s", "sig")
+		cmd := exec.Command("ssh-keygen", "-Y", "verify", "-f", "allowed", "-I", a.Operator,
+			"-n", approval.ForProposal, "-s", "sig")
 		cmd.Dir, cmd.Stdin = dir, strings.NewReader(text)
 		out, err := cmd.CombinedOutput()
 		if errors.Is(err, exec.ErrNotFound) && os.Getenv("REQUIRE_DEVICES") != "1" {
-			t.Log("ssh-keygen is missing (openssh-client): what it says was not looked at")
+			t.Log("ssh-keygen is missing (openssh-client): the approval was not checked with it")
 			return
 		}
 		if (err == nil) != good {

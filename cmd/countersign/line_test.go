@@ -20,7 +20,7 @@ import (
 	"countersign/wire"
 )
 
-// peerOf starts a server and returns the flags with which its peer calls it.
+// peerOf starts a fake appliance. The function with adds the flags of its peer to arguments.
 func peerOf(t *testing.T) (s *clienttest.Server, dir string, with func(args ...string) []string) {
 	t.Helper()
 	s, err := clienttest.Start()
@@ -43,7 +43,7 @@ func lineAt(l *clienttest.KeyLine, version uint32) client.KeyLine {
 	return client.KeyLine{Key: l.Key, Version: version, PublicKey: l.Public(version), Next: l.Next(version)}
 }
 
-// pinned writes the file of a version.
+// pinned writes a file with a pinned version.
 func pinned(t *testing.T, dir string, l client.KeyLine) string {
 	t.Helper()
 	b, err := l.Encode()
@@ -73,7 +73,8 @@ func TestLinePinAndFollow(t *testing.T) {
 		t.Fatalf("%d, %q, %s, %v", status, out, stderr, err)
 	}
 	path := pinned(t, dir, lineAt(s.Line, 1))
-	if status, _, stderr := call(t, "", with("line", "pin", "nothing")...); status != 1 || !strings.Contains(stderr, "unknown_key") {
+	status, _, stderr = call(t, "", with("line", "pin", "nothing")...)
+	if status != 1 || !strings.Contains(stderr, "unknown_key") {
 		t.Errorf("%d, %s", status, stderr)
 	}
 	status, out, _ = call(t, "", with("line", "follow", path)...)
@@ -94,8 +95,11 @@ func TestLinePinAndFollow(t *testing.T) {
 			Line    json.RawMessage
 			Written bool
 		}
-		if err := json.Unmarshal([]byte(out), &doc); err != nil || status != 0 || doc.From != 1 || len(doc.Steps) != 3 || doc.Steps[2].Version != 4 || doc.Written != write {
+		if err := json.Unmarshal([]byte(out), &doc); err != nil || status != 0 {
 			t.Fatalf("%d, %s, %s, %v", status, out, stderr, err)
+		}
+		if doc.From != 1 || len(doc.Steps) != 3 || doc.Steps[2].Version != 4 || doc.Written != write {
+			t.Fatal(out)
 		}
 		want := lineAt(s.Line, 1)
 		if write {
@@ -112,7 +116,8 @@ func TestLinePinAndFollow(t *testing.T) {
 		t.Errorf("files are left: %v", files)
 	}
 	status, out, _ = call(t, "", with("line", "follow", pinned(t, dir, lineAt(s.Line, 2)))...)
-	if status != 0 || !strings.Contains(out, "step    to version 3  ") || !strings.Contains(out, "newest  version 4 of payments  ") {
+	if status != 0 || !strings.Contains(out, "step    to version 3  ") ||
+		!strings.Contains(out, "newest  version 4 of payments  ") {
 		t.Errorf("%d, %s", status, out)
 	}
 }
@@ -125,17 +130,21 @@ func TestLineFollowRefuses(t *testing.T) {
 		s.Answer = func(id string, request any) []byte {
 			if r, is := request.(*wire.Line); is {
 				next := s.Line.Next(2)
-				return wire.EncodeAnswer(id, wire.Steps{Key: r.Key, Steps: []wire.Succession{s.Line.Step(2), clienttest.Step(s.Line.Private[1], r.Key, 3, thief.Public(1), &next)}}, nil)
+				forged := clienttest.Step(s.Line.Private[1], r.Key, 3, thief.Public(1), &next)
+				steps := []wire.Succession{s.Line.Step(2), forged}
+				return wire.EncodeAnswer(id, wire.Steps{Key: r.Key, Steps: steps}, nil)
 			}
 			return nil
 		}
 	})
 	status, out, stderr := call(t, "", with("line", "follow", path, "--write")...)
-	if status != 1 || out != "" || !strings.Contains(stderr, "broken_line") || !strings.Contains(stderr, "from version 2") || lineIn(t, path) != lineAt(s.Line, 1) {
+	if status != 1 || out != "" || !strings.Contains(stderr, "broken_line") ||
+		!strings.Contains(stderr, "from version 2") || lineIn(t, path) != lineAt(s.Line, 1) {
 		t.Errorf("%d, %q, %s", status, out, stderr)
 	}
 	os.WriteFile(path, []byte(`{"key":"payments"}`), 0o600)
-	if status, _, stderr := call(t, "", with("line", "follow", path)...); status != 1 || !strings.Contains(stderr, "malformed") {
+	status, _, stderr = call(t, "", with("line", "follow", path)...)
+	if status != 1 || !strings.Contains(stderr, "malformed") {
 		t.Errorf("%d, %s", status, stderr)
 	}
 }
@@ -150,7 +159,8 @@ func TestSignByLine(t *testing.T) {
 		t.Errorf("%d, %s, %s", status, out, stderr)
 	}
 	s.Do(func(s *clienttest.Server) { s.Active, s.Shown = 3, 3 })
-	if status, out, stderr := sign("payments"); status != 0 || !strings.Contains(out, "version 3") || !strings.Contains(stderr, "line follow "+path) {
+	status, out, stderr := sign("payments")
+	if status != 0 || !strings.Contains(out, "version 3") || !strings.Contains(stderr, "line follow "+path) {
 		t.Errorf("%d, %s, %s", status, out, stderr)
 	}
 	s.Do(func(s *clienttest.Server) { s.Shown = 2 })
@@ -162,7 +172,7 @@ func TestSignByLine(t *testing.T) {
 	}
 }
 
-// screen is what a running command has printed.
+// screen is the output of a running command.
 type screen struct {
 	mu      sync.Mutex
 	b       bytes.Buffer
@@ -184,7 +194,7 @@ func (s *screen) Write(p []byte) (int, error) {
 
 func (s *screen) String() string { s.mu.Lock(); defer s.mu.Unlock(); return s.b.String() }
 
-// await waits until a text is there.
+// await waits for a text.
 func (s *screen) await(ctx context.Context, text string) {
 	defer context.AfterFunc(ctx, s.changed.Broadcast)()
 	s.mu.Lock()
@@ -221,7 +231,9 @@ func TestWatch(t *testing.T) {
 	out.await(ctx, "committed")
 	s.Send(wire.EncodeRotation(s.Line.Rotation(2)))
 	s.Await(ctx, func(seen clienttest.Seen) bool { return len(seen.Acks) == 1 })
-	s.Send(wire.EncodeRotation(wire.Rotation{Key: wire.NoiseKey, Version: 2, PublicKey: newKey, ActivatesAt: 1704067200, RetiresAt: 1704153600}))
+	s.Send(wire.EncodeRotation(wire.Rotation{
+		Key: wire.NoiseKey, Version: 2, PublicKey: newKey, ActivatesAt: 1704067200, RetiresAt: 1704153600,
+	}))
 	if status := <-ended; status != 0 {
 		t.Errorf("%d, %s", status, errs)
 	}
@@ -239,7 +251,8 @@ func TestWatch(t *testing.T) {
 		}
 		got = append(got, fmt.Sprint(doc.Key, doc.Version, doc.Error != ""))
 	}
-	if strings.Join(got, " ") != "payments2 true payments2 false noise2 false" || strings.Count(out.String(), "\n") != 3 {
+	want := "payments2 true payments2 false noise2 false"
+	if strings.Join(got, " ") != want || strings.Count(out.String(), "\n") != 3 {
 		t.Errorf("%v\n%s", got, out)
 	}
 	if !strings.Contains(errs.String(), fmt.Sprintf("from 2024-01-01T00:00:00Z on use --server-key %x", newKey)) {
@@ -249,13 +262,15 @@ func TestWatch(t *testing.T) {
 		t.Errorf("%+v", acks)
 	}
 
-	// The connection is lost, and the event comes at the next one. A signal ends it.
+	// After a lost connection, the event comes at the next one. A signal ends the command.
 	s.Await(ctx, func(seen clienttest.Seen) bool { return seen.Connections == 0 })
 	out, errs, ended = watch()
 	s.Do(func(s *clienttest.Server) { s.Greeting = [][]byte{wire.EncodeRotation(s.Line.Rotation(3))} })
 	s.Drop()
 	s.Await(ctx, func(seen clienttest.Seen) bool { return len(seen.Acks) == 3 })
-	for ctx.Err() == nil && !strings.Contains(errs.String(), "trying again in 1s") { // a request under way makes a new connection silently
+	// A request under way replaces a dropped connection silently. The test drops connections until
+	// one had no request.
+	for ctx.Err() == nil && !strings.Contains(errs.String(), "trying again in 1s") {
 		n := s.Seen().Accepted
 		s.Drop()
 		s.Await(ctx, func(seen clienttest.Seen) bool { return seen.Accepted > n && seen.Connections > 0 })
@@ -264,12 +279,16 @@ func TestWatch(t *testing.T) {
 		t.Error("the lost connection is not told")
 	}
 	cancel()
-	if status := <-ended; status != 0 || strings.Count(errs.String(), "\n") != strings.Count(errs.String(), "trying again") || !strings.HasPrefix(out.String(), `"payments" version 3 from 2024-01-01T00:00:00Z on, public key `) {
+	status := <-ended
+	onlyRetries := strings.Count(errs.String(), "\n") == strings.Count(errs.String(), "trying again")
+	line := `"payments" version 3 from 2024-01-01T00:00:00Z on, public key `
+	if status != 0 || !onlyRetries || !strings.HasPrefix(out.String(), line) {
 		t.Errorf("%d, %s, %s", status, out, errs)
 	}
 }
 
-// TestNewServerKeyIsTold: any command says it, and leaves it to watch to acknowledge.
+// TestNewServerKeyIsTold checks that any command prints a new key of the listener, and leaves the
+// acknowledgement to watch.
 func TestNewServerKeyIsTold(t *testing.T) {
 	s, _, with := peerOf(t)
 	young, err := noise.NewIdentity()
@@ -278,10 +297,13 @@ func TestNewServerKeyIsTold(t *testing.T) {
 	}
 	newKey := young.Public()
 	s.Do(func(s *clienttest.Server) {
-		s.Greeting = [][]byte{wire.EncodeRotation(wire.Rotation{Key: wire.NoiseKey, Version: 2, PublicKey: newKey, ActivatesAt: 1704067200, RetiresAt: 1704153600}), wire.EncodeRotation(s.Line.Rotation(2))}
+		ofServer := wire.Rotation{
+			Key: wire.NoiseKey, Version: 2, PublicKey: newKey, ActivatesAt: 1704067200, RetiresAt: 1704153600,
+		}
+		s.Greeting = [][]byte{wire.EncodeRotation(ofServer), wire.EncodeRotation(s.Line.Rotation(2))}
 	})
 	told := false
-	for range 50 { // the answer may overtake the event on its way to the screen
+	for range 50 { // a command may end with the answer before the event is delivered
 		_, _, stderr := call(t, "", with("keys")...)
 		told = told || strings.Contains(stderr, fmt.Sprintf("%x", newKey))
 	}
@@ -294,7 +316,10 @@ func TestWatchUsage(t *testing.T) {
 	_, dir, with := peerOf(t)
 	bad := filepath.Join(dir, "bad")
 	os.WriteFile(bad, []byte("{}"), 0o600)
-	for _, args := range [][]string{with("watch", "--until-rotations", "-1"), {"watch"}, with("watch", "more"), with("line"), with("line", "follow")} {
+	for _, args := range [][]string{
+		{"watch"}, with("watch", "--until-rotations", "-1"), with("watch", "more"),
+		with("line"), with("line", "follow"),
+	} {
 		if status, _, stderr := call(t, "", args...); status != 2 {
 			t.Errorf("%v: %d, %s", args, status, stderr)
 		}

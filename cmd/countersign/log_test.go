@@ -9,13 +9,14 @@ import (
 )
 
 func TestFirstSince(t *testing.T) {
-	for first := range uint64(3) { // what is before was dropped
+	for first := range uint64(3) { // events before first were dropped
 		for size := range uint64(20) {
 			at := func(index uint64) ([]api.Event, error) {
 				if index = max(index, first); index >= size {
 					return nil, nil
 				}
-				return []api.Event{{Index: index, Event: audit.Event{TimeMS: int64(index) / 2 * 10}}}, nil // two at a time
+				e := audit.Event{TimeMS: int64(index) / 2 * 10} // two events have one time
+				return []api.Event{{Index: index, Event: e}}, nil
 			}
 			for ms := int64(-5); ms < 110; ms += 5 {
 				got, err := firstSince(ms, at)

@@ -7,7 +7,8 @@ import (
 	"testing"
 )
 
-// TestPrintIsPlain: what others chose can't play with the terminal of who reads it.
+// TestPrintIsPlain checks that text of others can't send control characters to the reader's
+// terminal.
 func TestPrintIsPlain(t *testing.T) {
 	var out bytes.Buffer
 	show := func(w io.Writer) { fmt.Fprintf(w, "cause\t%s\nname\tJürgen ✓\n", "\x1b[2Kred\r\u009b1m\u202e\x00") }
