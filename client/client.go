@@ -41,12 +41,12 @@ var (
 	ErrHandshake = errors.New("the appliance refused the handshake")
 	// ErrUnknownOutcome: a verify request was sent, and its outcome is unknown. The connection
 	// broke, or the appliance took too long. The nonce may be spent.
-	ErrUnknownOutcome = errors.New("no answer: the nonce may be spent")
+	ErrUnknownOutcome = errors.New("the outcome of the verification is unknown: the nonce may be spent")
 	// ErrWrongAnswer: the answer of the appliance, or of an impostor, is invalid.
-	ErrWrongAnswer = errors.New("the appliance's answer can't be right")
+	ErrWrongAnswer = errors.New("the appliance's answer is invalid")
 	// ErrUnproven: the appliance did not prove that the event of a signature or verification is in
 	// its audit log; see Config.LogKey. The signature may be valid, and the client withholds it.
-	ErrUnproven = errors.New("the appliance did not prove that this is in its audit log")
+	ErrUnproven = errors.New("the appliance did not prove that the event is in its audit log")
 	// ErrClosed: Close was called.
 	ErrClosed = errors.New("the client is closed")
 )

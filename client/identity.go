@@ -34,8 +34,8 @@ func WriteIdentity(path string) (*noise.Identity, error) {
 	return id, nil
 }
 
-// ReadIdentity reads an identity file, which group and others must not have access to. Comment
-// lines begin with #.
+// ReadIdentity reads an identity file, and refuses a file to which group or others have access.
+// Comment lines begin with #.
 func ReadIdentity(path string) (*noise.Identity, error) {
 	st, err := os.Stat(path)
 	if err != nil {
