@@ -126,7 +126,7 @@ func checkEvent(t *testing.T, text string) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	before := client.Line{Key: r.Key, Version: r.Version - 1, PublicKey: doc.Succession.Old}
+	before := client.KeyLine{Key: r.Key, Version: r.Version - 1, PublicKey: doc.Succession.Old}
 	if l, err := before.Follow(*r.Succession); err != nil || l.PublicKey != r.PublicKey || l.Version != r.Version {
 		t.Errorf("%s\n%+v, %v", text, l, err)
 	}
@@ -144,15 +144,15 @@ func checkLine(t *testing.T, text string) {
 	if err := ijson.Decode([]byte(text), &d, "first", "steps", "newest", "forged"); err != nil {
 		t.Fatal(err)
 	}
-	first, err := client.DecodeLine(d.First)
+	first, err := client.DecodeKeyLine(d.First)
 	if err != nil {
 		t.Fatal(err)
 	}
-	newest, err := client.DecodeLine(d.Newest)
+	newest, err := client.DecodeKeyLine(d.Newest)
 	if err != nil {
 		t.Fatal(err)
 	}
-	if l, err := client.VerifyLine(first, d.Steps); err != nil || l != newest || len(d.Steps) < 2 {
+	if l, err := client.VerifyKeyLine(first, d.Steps); err != nil || l != newest || len(d.Steps) < 2 {
 		t.Errorf("%+v, %v", l, err)
 	}
 	if l, err := first.Follow(d.Forged); !errors.Is(err, client.ErrBrokenLine) || !strings.Contains(err.Error(), "committed") {

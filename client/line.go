@@ -184,14 +184,3 @@ func (c *Client) Acknowledge(ctx context.Context, key string, version uint32) er
 	}
 	return err
 }
-
-// Line is the former name of KeyLine.
-type Line = KeyLine
-
-// DecodeLine is the former name of DecodeKeyLine.
-func DecodeLine(b []byte) (KeyLine, error) { return DecodeKeyLine(b) }
-
-// VerifyLine is the former name of VerifyKeyLine.
-func VerifyLine(first KeyLine, steps []wire.Succession) (KeyLine, error) {
-	return VerifyKeyLine(first, steps)
-}

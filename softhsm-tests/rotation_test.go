@@ -19,7 +19,7 @@ import (
 )
 
 // pinned is the line of a key from its first version on, as the appliance says it.
-func (s *system) pinned(key string) client.Line {
+func (s *system) pinned(key string) client.KeyLine {
 	s.t.Helper()
 	keys, err := s.dial().Keys(s.t.Context())
 	if err != nil {
@@ -27,21 +27,21 @@ func (s *system) pinned(key string) client.Line {
 	}
 	for _, k := range keys {
 		if k.Name == key && k.Version == 1 && k.Next != nil {
-			return client.Line{Key: key, Version: 1, PublicKey: k.PublicKey, Next: *k.Next}
+			return client.KeyLine{Key: key, Version: 1, PublicKey: k.PublicKey, Next: *k.Next}
 		}
 	}
 	s.t.Fatalf("%q has no first version that commits to a second one", key)
-	return client.Line{}
+	return client.KeyLine{}
 }
 
 // follow checks the whole line from its first key and returns where it leads to.
-func (s *system) follow(first client.Line) client.Line {
+func (s *system) follow(first client.KeyLine) client.KeyLine {
 	s.t.Helper()
 	steps, err := s.dial().Line(s.t.Context(), first.Key, first.Version)
 	if err != nil {
 		s.t.Fatal(err)
 	}
-	last, err := client.VerifyLine(first, steps)
+	last, err := client.VerifyKeyLine(first, steps)
 	if err != nil {
 		s.t.Fatal(err)
 	}
@@ -172,7 +172,7 @@ func TestPeersFollow(t *testing.T) {
 	s.enrol()
 	heard := make(chan client.Rotation, 16)
 	c := s.clientConfig()
-	c.Lines = []client.Line{s.pinned("payments")}
+	c.Lines = []client.KeyLine{s.pinned("payments")}
 	c.RetryFor = time.Minute
 	c.OnRotation = func(r client.Rotation) { heard <- r }
 	c.OnServerKey = func([32]byte) {}
