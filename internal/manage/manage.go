@@ -8,8 +8,12 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
+	"slices"
+	"strings"
 	"time"
 
+	"countersign/internal/ijson"
 	"countersign/internal/keystore"
 )
 
@@ -87,3 +91,17 @@ func Encode(record any) []byte {
 func Seconds(d time.Duration) int64 { return int64(d / time.Second) }
 
 func Duration(seconds int64) time.Duration { return time.Duration(seconds) * time.Second }
+
+// Tokens are the PKCS#11 tokens and TPMs of the configuration, by name.
+type Tokens map[string]keystore.Store
+
+// Get returns the token of a name, or ErrNotFound.
+func (t Tokens) Get(name string) (keystore.Store, error) {
+	if store := t[name]; store != nil {
+		return store, nil
+	}
+	return nil, fmt.Errorf("token %q: %w: the configuration has %s", ijson.Clip(name), ErrNotFound, t.Names())
+}
+
+// Names lists the names in alphabetical order, with commas.
+func (t Tokens) Names() string { return strings.Join(slices.Sorted(maps.Keys(t)), ", ") }

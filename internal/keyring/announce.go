@@ -1,0 +1,169 @@
+package keyring
+
+import (
+	"fmt"
+	"maps"
+	"slices"
+
+	"countersign/internal/ijson"
+	"countersign/internal/keystore"
+	"countersign/wire"
+)
+
+// Peers are told of the newest rotation of each key: when it is announced, and at each connection,
+// until they have acknowledged it.
+
+// Announcement is what peers are told of a key.
+type Announcement struct {
+	Name    string
+	Version uint32
+	Event   string // the document that is sent
+}
+
+// newest returns the version of a key that peers are to know of: the one that was announced last,
+// unless it is the first one. The caller holds mu.
+func (r *Ring) newest(name string) *Key {
+	var last *Key
+	for ref, k := range r.keys {
+		if ref.Name == name && k.newerThan(last) {
+			last = k
+		}
+	}
+	return last
+}
+
+// newerThan reports that peers are to know of k, and not of last any more.
+func (k *Key) newerThan(last *Key) bool {
+	return k.Version > 1 && k.Announced() && (last == nil || k.Version > last.Version)
+}
+
+// Announcements lists what peers are told, by name. All sessions ask at once when there is something
+// new: the list is made once.
+func (r *Ring) Announcements() []Announcement {
+	r.mu.RLock()
+	all := r.announcements
+	r.mu.RUnlock()
+	if all != nil {
+		return all
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	newest := map[string]*Key{}
+	for ref, k := range r.keys {
+		if k.Public() && k.newerThan(newest[ref.Name]) {
+			newest[ref.Name] = k
+		}
+	}
+	r.announcements = []Announcement{}
+	for _, name := range slices.Sorted(maps.Keys(newest)) {
+		k := newest[name]
+		r.announcements = append(r.announcements, Announcement{name, k.Version, string(wire.EncodeRotation(r.rotationOf(k)))})
+	}
+	return r.announcements
+}
+
+// rotationOf is what peers are told. The caller holds mu.
+func (r *Ring) rotationOf(k *Key) wire.Rotation {
+	doc := wire.Rotation{
+		Key: k.Name, Version: k.Version, PublicKey: wire.Bytes32(k.Info().PublicKey), ActivatesAt: k.Activates.Unix(),
+		Succession: k.Succession, Authorization: k.Authorization,
+	}
+	doc.RetiresAt = k.Activates.Add(r.grace(r.settings[k.Name])).Unix()
+	if old := r.keys[keystore.Ref{Name: k.Name, Version: k.Version - 1}]; old != nil {
+		if !old.Retires.IsZero() {
+			doc.RetiresAt = old.Retires.Unix()
+		}
+		if doc.Compromised = old.Compromised; doc.Compromised {
+			doc.RetiresAt = doc.ActivatesAt
+		}
+	}
+	return doc
+}
+
+// Rotation returns the newest announced rotation of a key, for callers outside of a connection; nil:
+// there was none.
+func (r *Ring) Rotation(name string) *wire.Rotation {
+	r.mu.RLock()
+	defer r.mu.RUnlock()
+	k := r.newest(name)
+	if k == nil {
+		return nil
+	}
+	doc := r.rotationOf(k)
+	doc.Event = wire.EventRotation
+	return &doc
+}
+
+// CheckAnnounced refuses a version of a key that peers were never told of.
+func (r *Ring) CheckAnnounced(name string, version uint32) error {
+	r.mu.RLock()
+	defer r.mu.RUnlock()
+	k, newest := r.keys[keystore.Ref{Name: name, Version: version}], r.newest(name)
+	if k == nil || newest == nil || version > newest.Version || version < 2 || !k.Public() {
+		return fmt.Errorf("%w: no rotation of %q to version %d was announced", ErrUnknown, ijson.Clip(name), version)
+	}
+	return nil
+}
+
+// Watch has changed called whenever there may be news for peers. It must return at once.
+func (r *Ring) Watch(changed func()) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.watchers = append(r.watchers, changed)
+}
+
+// notify tells the watchers that there may be news.
+func (r *Ring) notify() {
+	r.mu.RLock()
+	watchers := r.watchers
+	r.mu.RUnlock()
+	for _, changed := range watchers {
+		changed()
+	}
+}
+
+// maxSteps bounds the steps in one answer, so that it fits into a message.
+const maxSteps = 50
+
+// Steps answers how a key went on from a version.
+func (r *Ring) Steps(request *wire.Line) (*wire.Steps, error) {
+	versions, err := r.Versions(request.Key)
+	if err != nil || !versions[0].Signs() {
+		return nil, fmt.Errorf("%w: there is no signing key %q", ErrUnknown, ijson.Clip(request.Key))
+	}
+	answer := &wire.Steps{Key: request.Key, Steps: []wire.Succession{}}
+	for _, k := range versions {
+		switch {
+		case k.Version <= request.From || !k.Announced():
+		case k.Succession == nil: // it could not be signed: nobody can follow
+			return answer, nil
+		case len(answer.Steps) == maxSteps:
+			answer.More = true
+			return answer, nil
+		default:
+			answer.Steps = append(answer.Steps, *k.Succession)
+		}
+	}
+	return answer, nil
+}
+
+// Listed are the keys that peers may see: those that sign, without the archived and destroyed
+// versions, which Steps shows. All enrolled peers see all of them; policy decides about their use.
+func (r *Ring) Listed() wire.KeyList {
+	list := wire.KeyList{Keys: []wire.Key{}}
+	for _, k := range r.All() {
+		info := k.Info()
+		if !k.Signs() || !k.Announced() || k.State == Archived || k.State == Destroyed {
+			continue
+		}
+		doc := wire.Key{
+			Name: k.Name, Version: k.Version, Algorithm: string(info.Algorithm), State: string(k.State),
+			Custody: string(info.Custody), Provenance: info.Provenance.String(), PublicKey: [32]byte(info.PublicKey),
+		}
+		if digest, ok := r.Next(k); ok {
+			doc.Next = (*wire.Bytes32)(&digest)
+		}
+		list.Keys = append(list.Keys, doc)
+	}
+	return list
+}

@@ -1,0 +1,272 @@
+package keyring
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"maps"
+	"slices"
+	"time"
+
+	"countersign/audit"
+	"countersign/internal/gate"
+	"countersign/internal/keystore"
+	"countersign/internal/ledger"
+	"countersign/internal/manage"
+)
+
+// retry is a rotation that has failed and is tried again, with exponential backoff.
+type retry struct {
+	cause     error
+	after     time.Time // not before
+	wait      time.Duration
+	requested bool // by an operator: the key itself is not due
+}
+
+const (
+	firstRetry = 10 * time.Second
+	lastRetry  = time.Hour
+)
+
+// retryLater notes that the rotation of a key did not succeed. Problems says so, and it is tried again
+// after a while; one that an operator has requested, until it is done or a restart.
+func (r *Ring) retryLater(name string, err error, requested bool) {
+	r.mu.Lock()
+	try := r.retries[name]
+	try.wait = min(max(2*try.wait, firstRetry), lastRetry)
+	try.cause, try.after = err, time.Now().Add(try.wait)
+	try.requested = try.requested || requested
+	r.retries[name] = try
+	r.mu.Unlock()
+	r.Log.Error("a rotation is not done; it is tried again", "key", name, "in", try.wait, "err", err)
+}
+
+// clearRetry notes that nothing is left to do for a key, whatever has done it.
+func (r *Ring) clearRetry(name string) {
+	r.mu.RLock()
+	_, failed := r.retries[name]
+	r.mu.RUnlock()
+	if failed {
+		r.mu.Lock()
+		defer r.mu.Unlock()
+		delete(r.retries, name)
+	}
+}
+
+// RetryNow has failed rotations tried again without waiting: a token may be back.
+func (r *Ring) RetryNow() {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	for name, try := range r.retries {
+		try.after, try.wait = time.Time{}, 0
+		r.retries[name] = try
+	}
+}
+
+// keepEvery is how often the ring looks for keys that are due.
+const keepEvery = time.Second
+
+// Keep rotates, activates and archives what is due, until ctx ends.
+func (r *Ring) Keep(ctx context.Context) {
+	ticker := time.NewTicker(keepEvery)
+	defer ticker.Stop()
+	for {
+		for all := r.All(); len(all) > 0 && ctx.Err() == nil; {
+			n := 1
+			for n < len(all) && all[n].Name == all[0].Name {
+				n++
+			}
+			if name := all[0].Name; r.due(all[:n]) != nil {
+				r.keepKey(ctx, name)
+			} else {
+				r.clearRetry(name)
+			}
+			all = all[n:]
+		}
+		select {
+		case <-ctx.Done():
+			return
+		case <-ticker.C:
+		}
+	}
+}
+
+// keepKey does what is due of a key, as it is under the lock.
+func (r *Ring) keepKey(ctx context.Context, name string) {
+	r.mu.RLock()
+	later := time.Now().Before(r.retries[name].after)
+	r.mu.RUnlock()
+	if later {
+		return
+	}
+	wait, cancel := context.WithTimeout(ctx, r.RequestTimeout)
+	defer cancel()
+	err := r.run(wait, fmt.Sprintf("what is due of key %q", name), func(ctx context.Context) error {
+		versions, err := r.Versions(name)
+		if errors.Is(err, manage.ErrNotFound) {
+			return nil
+		}
+		if do := r.due(versions); do != nil {
+			return do(ctx)
+		}
+		return nil
+	})
+	if err == nil {
+		r.clearRetry(name)
+	} else if ctx.Err() == nil {
+		r.retryLater(name, err, false)
+	}
+}
+
+// due returns what is to be done now for a key with these versions; nil: nothing. While it is not known
+// that the ledger is the newest, nothing is due: what the ledger says of the key may be long past.
+func (r *Ring) due(versions []*Key) func(context.Context) error {
+	if r.Gate.Blocked(gate.Rollback) || r.Gate.Blocked(gate.Counter) {
+		return nil
+	}
+	name := versions[0].Name
+	now, s, daemon := time.Now(), r.settingsOf(name), audit.Daemon()
+	var active, next *Key
+	for _, k := range versions {
+		switch {
+		// By the ledger's time, since this can't be taken back: a clock that jumps ahead ends no grace time.
+		case k.State == VerifyOnly && (!r.Ledger.Time().Before(k.Retires) || r.acknowledged(s, k)):
+			reason := "its grace time is over"
+			if now.Before(k.Retires) {
+				reason = "its successor is acknowledged"
+			}
+			return func(ctx context.Context) error { return r.setState(ctx, daemon, k, Archived, reason) }
+		case k.State == Active:
+			active = k
+		case k.State == Pending && k.Announced():
+			next = k
+		}
+	}
+	if r.Gate.Err() != nil {
+		return nil
+	}
+	if k := withoutSuccessor(versions); k != nil {
+		return func(ctx context.Context) error { return r.activateSuccessor(ctx, daemon, k) }
+	}
+	if next != nil {
+		if now.Before(next.Activates) {
+			return nil
+		}
+		return func(ctx context.Context) error { return r.activate(ctx, daemon, next) }
+	}
+	if active == nil {
+		return nil
+	}
+	if name == NoiseName && r.unauthorized(active) {
+		return func(ctx context.Context) error { return r.authorizeActive(ctx, daemon) }
+	}
+	r.mu.RLock()
+	requested := r.retries[name].requested
+	r.mu.RUnlock()
+	if due, _, _ := s.Plan.Due(active.Activates, active.Uses(), time.Time{}, now); due || requested {
+		return func(ctx context.Context) error {
+			_, err := r.rotate(ctx, daemon, name, time.Now().Add(s.Announce))
+			return err
+		}
+	}
+	return nil
+}
+
+// acknowledged reports that the peers that must have acknowledged the version after k have done so,
+// and that there is one of them: where all of them are gone, the grace time counts.
+func (r *Ring) acknowledged(s Settings, k *Key) bool {
+	return r.Peers.Acknowledged(k.Name, k.Version+1, s.Acknowledge, slices.Contains(s.Acknowledge, AllPeers))
+}
+
+// withoutSuccessor returns the version of a key that was active and is compromised, where its successor
+// is not active yet.
+func withoutSuccessor(versions []*Key) (last *Key) {
+	for _, k := range versions {
+		if k.State == Active {
+			return nil
+		}
+		if k.State != Pending {
+			last = k
+		}
+	}
+	if last != nil && last.State == Compromised {
+		return last
+	}
+	return nil
+}
+
+// NextRotation is when a key is rotated by itself and why, or when its announced version will be
+// active; zero: not by time.
+func (r *Ring) NextRotation(name string) (time.Time, string) {
+	active, err := r.Active(name)
+	if err != nil {
+		return time.Time{}, ""
+	}
+	if next := r.Version(name, active.Version+1); next != nil && next.Announced() {
+		return next.Activates, "announced"
+	}
+	_, next, why := r.settingsOf(name).Plan.Due(active.Activates, active.Uses(), time.Time{}, time.Now())
+	return next, string(why)
+}
+
+// usesKey is the record of how often keys were used, up to an event.
+const usesKey = "key-uses"
+
+// usesBehind bounds the events that a start has to read where no key was used.
+const usesBehind = 4096
+
+type usesRecord struct {
+	Next uint64            `json:"next"` // the first event that is not counted
+	Uses map[string]uint64 `json:"uses"` // by name/version
+}
+
+// takeUses lets memory say what was written down. mu is held.
+func (r *Ring) takeUses(name string, value []byte) error {
+	if name != usesKey || value == nil {
+		return nil
+	}
+	r.written = usesRecord{}
+	return json.Unmarshal(value, &r.written)
+}
+
+// countUses reads how often each key was used, and counts the admissions after that was written.
+func (r *Ring) countUses() error {
+	for _, k := range r.All() {
+		k.usage.count.Store(r.written.Uses[k.Ref().String()])
+	}
+	var broken error
+	err := r.Ledger.Events(r.written.Next, func(index uint64, b []byte) bool {
+		e, err := audit.Decode(b)
+		if err != nil {
+			broken = fmt.Errorf("event %d: %w", index, err)
+			return false
+		}
+		if ref, err := keystore.ParseRef(e.Resource); err == nil && e.Type.Kind() == audit.Admission {
+			if k := r.Version(ref.Name, ref.Version); k != nil {
+				k.usage.count.Add(1)
+			}
+		}
+		return true
+	})
+	return errors.Join(err, broken)
+}
+
+// WriteUses writes down how often each key was used. A crash can make the count of the last minute come
+// twice: then a key is rotated a little early.
+func (r *Ring) WriteUses(ctx context.Context) error {
+	_, first, tree := r.Ledger.Head()
+	now := usesRecord{Next: first + tree.Size, Uses: map[string]uint64{}}
+	for _, k := range r.All() {
+		if n := k.Uses(); n > 0 {
+			now.Uses[k.Ref().String()] = n
+		}
+	}
+	r.mu.RLock()
+	written := r.written
+	r.mu.RUnlock()
+	if maps.Equal(now.Uses, written.Uses) && now.Next < written.Next+usesBehind {
+		return nil
+	}
+	return r.Ledger.Update(ctx, func(tx *ledger.Tx) error { return tx.Put(ledger.Meta, usesKey, manage.Encode(now)) })
+}

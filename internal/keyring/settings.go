@@ -1,0 +1,225 @@
+package keyring
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"slices"
+	"time"
+
+	"countersign/audit"
+	"countersign/internal/ijson"
+	"countersign/internal/keystore"
+	"countersign/internal/ledger"
+	"countersign/internal/manage"
+	"countersign/internal/schedule"
+)
+
+// Settings say how a key is rotated, and whether an operator must confirm its use. The zero value is
+// that of a key without settings.
+type Settings struct {
+	Plan schedule.Plan // when the key is rotated by itself
+	// Announce is how long before it is active a version is announced, unless an operator says a time.
+	// Grace is how long the version before is accepted after that; 0: as long as a document may live.
+	Announce, Grace time.Duration
+	// Acknowledge names the peers that must have acknowledged a rotation so that the version before is
+	// archived ahead of its grace time, or AllPeers. None: it is kept for its grace time.
+	Acknowledge []string
+	// Presence is for how long an operator's confirmation lets the key sign; 0: none is needed.
+	Presence time.Duration
+}
+
+// AllPeers stands for all peers that are let in.
+const AllPeers = "all"
+
+// settingsRecord is the ledger's record of settings, under the key's name. Times are seconds.
+type settingsRecord struct {
+	Every       int64    `json:"every,omitempty"`
+	Window      string   `json:"window,omitempty"`
+	Uses        uint64   `json:"uses,omitempty"`
+	Announce    int64    `json:"announce,omitempty"`
+	Grace       int64    `json:"grace,omitempty"`
+	Acknowledge []string `json:"acknowledge,omitempty"`
+	Presence    int64    `json:"presence,omitempty"`
+}
+
+func (s Settings) record() settingsRecord {
+	return settingsRecord{
+		manage.Seconds(s.Plan.Every), s.Plan.Window, s.Plan.Uses, manage.Seconds(s.Announce), manage.Seconds(s.Grace),
+		s.Acknowledge, manage.Seconds(s.Presence),
+	}
+}
+
+// takeSettings lets memory say what a record says. mu is held.
+func (r *Ring) takeSettings(name string, value []byte) error {
+	var rec settingsRecord
+	if value != nil {
+		if err := json.Unmarshal(value, &rec); err != nil {
+			return fmt.Errorf("line %q in the ledger: %w", name, err)
+		}
+	}
+	before := r.settings[name]
+	now := Settings{
+		Plan:     schedule.Plan{Every: manage.Duration(rec.Every), Window: rec.Window, Uses: rec.Uses},
+		Announce: manage.Duration(rec.Announce), Grace: manage.Duration(rec.Grace), Acknowledge: rec.Acknowledge,
+		Presence: manage.Duration(rec.Presence),
+	}
+	if now.Presence != before.Presence {
+		delete(r.confirmed, name) // it was for another time
+	}
+	r.settings[name], r.announcements = now, nil
+	return nil
+}
+
+// grace is how long a version is accepted after its successor has become active.
+func (r *Ring) grace(s Settings) time.Duration {
+	if s.Grace == 0 {
+		return r.MaxLifetime
+	}
+	return s.Grace
+}
+
+func (r *Ring) settingsOf(name string) Settings {
+	r.mu.RLock()
+	defer r.mu.RUnlock()
+	return r.settings[name]
+}
+
+// Settings returns the settings of a key, or manage.ErrNotFound.
+func (r *Ring) Settings(name string) (Settings, error) {
+	_, err := r.Versions(name)
+	return r.settingsOf(name), err
+}
+
+// maxSettings is the number of bytes that an event takes of a text without cutting it.
+const maxSettings = 2000
+
+func (s Settings) check() error {
+	const year = 366 * 24 * time.Hour
+	switch {
+	case s.Announce < 0 || s.Announce > 30*24*time.Hour:
+		return errors.New("announce must be 0 to 30 days")
+	case s.Grace < 0 || s.Grace > 10*year:
+		return errors.New("grace must be 0, for as long as a document may live, to 10 years")
+	case s.Presence < 0 || s.Presence > 24*time.Hour:
+		return errors.New("presence must be 0 to 24 hours")
+	case len(s.Acknowledge) > 100:
+		return errors.New("acknowledge has more than 100 names")
+	}
+	for _, d := range []time.Duration{s.Plan.Every, s.Announce, s.Grace, s.Presence} {
+		if d%time.Second != 0 { // on disk it would be another
+			return fmt.Errorf("%v is not a number of whole seconds", d)
+		}
+	}
+	if n := len(manage.Encode(s.record())); n > maxSettings {
+		return fmt.Errorf("the settings have %d bytes, and the event that records them has room for %d: name fewer peers, or all", n, maxSettings)
+	}
+	for _, name := range s.Acknowledge {
+		if err := keystore.CheckName(name); err != nil {
+			return fmt.Errorf("acknowledge: %w", err)
+		}
+	}
+	return s.Plan.Check()
+}
+
+// lowered reports that a key may be used after fewer confirmations than before.
+func lowered(presence, before time.Duration) bool {
+	return before > 0 && (presence == 0 || presence > before)
+}
+
+// Set changes the settings of a key from now on. To let it sign on fewer confirmations needs approval.
+func (r *Ring) Set(ctx context.Context, who audit.Actor, name string, set func(*Settings) error) (s Settings, err error) {
+	err = r.run(ctx, fmt.Sprintf("the settings of key %q", ijson.Clip(name)), func(ctx context.Context) error {
+		before, err := r.Settings(name)
+		if err != nil {
+			return err
+		}
+		s = before
+		s.Acknowledge = slices.Clone(s.Acknowledge) // it is set's to change
+		if set != nil {
+			if err := set(&s); err != nil {
+				return fmt.Errorf("key %q: %w: %w", name, manage.ErrInvalid, err)
+			}
+		}
+		if err := s.check(); err != nil {
+			return fmt.Errorf("key %q: %w: %w", name, manage.ErrInvalid, err)
+		}
+		for _, peer := range s.Acknowledge {
+			if !slices.Contains(before.Acknowledge, peer) && peer != AllPeers && !r.Peers.Enrolled(peer) {
+				return fmt.Errorf("key %q: %w: acknowledge names %q, and no such peer is enrolled", name, manage.ErrInvalid, peer)
+			}
+		}
+		if own(name) && (s.Presence != 0 || name != NoiseName) {
+			return fmt.Errorf("key %q: %w: it is the appliance's own", name, manage.ErrInvalid)
+		}
+		lower := lowered(s.Presence, before.Presence)
+		if lower && who.Proposal == 0 {
+			return fmt.Errorf("key %q: %w: that it may sign on fewer confirmations", name, manage.ErrNotApproved)
+		}
+		record := manage.Encode(s.record())
+		return r.Ledger.Update(ctx, func(tx *ledger.Tx) error {
+			if err := tx.Put(ledger.Lines, name, record); err != nil {
+				return err
+			}
+			return tx.Append(ledger.EventOf(audit.NewLineChanged(who, name, record, s.Presence, lower)))
+		})
+	})
+	return s, err
+}
+
+// Confirm lets a key sign for its time of presence: an operator has just proven to be there. The
+// confirmation is in memory only. CredentialsChanged takes all confirmations back, since an operator
+// who can enrol a credential could confirm with it.
+func (r *Ring) Confirm(ctx context.Context, who audit.Actor, name string) (until time.Time, err error) {
+	if _, err := r.Versions(name); err != nil {
+		return until, err
+	}
+	r.mu.RLock()
+	credentials := r.credentials
+	r.mu.RUnlock()
+	var presence time.Duration
+	var end time.Time
+	if err := r.Ledger.Update(ctx, func(tx *ledger.Tx) error {
+		r.mu.RLock()
+		defer r.mu.RUnlock()
+		presence = r.settings[name].Presence
+		switch {
+		case presence == 0:
+			return fmt.Errorf("key %q: %w: it needs no confirmation", name, manage.ErrConflict)
+		case r.credentials != credentials:
+			return fmt.Errorf("key %q: %w: credentials have changed: confirm again", name, manage.ErrConflict)
+		}
+		end = time.Now().Add(presence)
+		return tx.Append(ledger.EventOf(audit.NewPresenceConfirmed(who, name, end)))
+	}); err != nil {
+		return until, err // the writer may still be at work: end is not ours to read
+	}
+	// The event is on disk before the key may be used. The confirmation counts if the credentials and
+	// the settings under which it was given still do.
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	switch {
+	case r.credentials != credentials:
+		return time.Time{}, fmt.Errorf("key %q: %w: credentials have changed: confirm again", name, manage.ErrConflict)
+	case r.settings[name].Presence != presence:
+		return time.Time{}, fmt.Errorf("key %q: %w: its settings have changed: confirm again", name, manage.ErrConflict)
+	}
+	r.confirmed[name] = end
+	return end, nil
+}
+
+// CredentialsChanged takes all confirmations back.
+func (r *Ring) CredentialsChanged() {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.credentials++
+	clear(r.confirmed)
+}
+
+// Confirmed is until when a key may sign on a confirmation; zero: there is none.
+func (r *Ring) Confirmed(name string) time.Time {
+	r.mu.RLock()
+	defer r.mu.RUnlock()
+	return r.confirmed[name]
+}

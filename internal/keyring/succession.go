@@ -1,0 +1,174 @@
+package keyring
+
+import (
+	"context"
+	"crypto/rand"
+	"crypto/sha256"
+	"encoding/base64"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"math"
+	"time"
+
+	"countersign/audit"
+	"countersign/internal/keystore"
+	"countersign/internal/ledger"
+	"countersign/internal/manage"
+	"countersign/transcript"
+	"countersign/wire"
+)
+
+// The documents that the appliance itself signs: steps from a version to the next one, and the
+// authorization of a Noise key.
+
+func (n newVersion) digest() [32]byte { return sha256.Sum256(n.info.PublicKey) }
+
+func base64url(b []byte) string { return base64.RawURLEncoding.EncodeToString(b) }
+
+// endorse has a version sign the step to the next one, which names the digest of the one after that.
+func (r *Ring) endorse(
+	ctx context.Context, who audit.Actor, old, next *Key, after newVersion, at time.Time,
+) (*wire.Succession, error) {
+	digest := after.digest()
+	payload, err := json.Marshal(map[string]any{
+		"key": old.Name, "version": next.Version, "time": at.Unix(), "next": base64url(digest[:]),
+		"old_public_key": base64url(old.Info().PublicKey), "new_public_key": base64url(next.Info().PublicKey),
+	})
+	if err != nil {
+		return nil, err
+	}
+	doc, signature, err := r.signOwn(ctx, who, old, "key-succession-v1", payload)
+	if err != nil {
+		return nil, err
+	}
+	return &wire.Succession{
+		Payload: doc.Payload, Nonce: doc.Nonce, Timestamp: doc.Timestamp, ExpiresAt: doc.ExpiresAt, Signature: signature,
+	}, nil
+}
+
+const authorizationType = "paykit-noise-key-authorization-v1"
+
+// authorize has the identity's key sign that a Noise key speaks for the identity.
+func (r *Ring) authorize(ctx context.Context, who audit.Actor, noise keystore.Info) (*wire.Authorization, error) {
+	identity, err := r.Signing(r.Identity)
+	if err != nil {
+		return nil, fmt.Errorf("the identity that authorises the Noise key: %w: make it, or take noise_identity out of the configuration", err)
+	}
+	owner := base64url(identity.Info().PublicKey)
+	last, err := r.Ledger.LastNumber(GenerationSeries(authorizationType, r.Identity))
+	if err != nil {
+		return nil, err
+	}
+	// The generation must be higher than the last one, whatever the clock does.
+	generation := max(time.Now().Unix(), int64(min(last, math.MaxInt64-1))+1)
+	payload, err := json.Marshal(map[string]any{
+		"owner": owner, "noise_public_key": owner, "noise_static_public_key": base64url(noise.PublicKey),
+		"key_generation": generation,
+	})
+	if err != nil {
+		return nil, err
+	}
+	_, signature, err := r.signOwn(ctx, who, identity, authorizationType, payload)
+	if err != nil {
+		return nil, err
+	}
+	return &wire.Authorization{Payload: payload, Signature: signature}, nil
+}
+
+// GenerationSeries names the series of a document's generation: it must be higher than all generations
+// before it that a key has signed.
+func GenerationSeries(kind, key string) string { return "generation\x00" + kind + "\x00" + key }
+
+// DocumentOf is what an event keeps of a document.
+func DocumentOf(doc *transcript.Document) audit.Document {
+	return audit.Document{Transcript: doc.Type, Digest: doc.Digest(), Nonce: doc.Nonce, ExpiresAt: doc.ExpiresAt}
+}
+
+// signOwn has a document signed that the appliance itself makes. The document is admitted before, as
+// any other is; policy is about peers.
+func (r *Ring) signOwn(
+	ctx context.Context, who audit.Actor, k *Key, kind string, payload []byte,
+) (*transcript.Document, []byte, error) {
+	now := time.Now().Unix()
+	request := transcript.Request{Type: kind, Payload: payload, Timestamp: now, ExpiresAt: now + 3600}
+	rand.Read(request.Nonce[:])
+	doc, err := transcript.Parse(request)
+	if err != nil {
+		return nil, nil, err
+	}
+	if err := doc.CheckSigner(k.Info().PublicKey); err != nil {
+		return nil, nil, err
+	}
+	key := k.Ref().String()
+	wait, cancel := context.WithTimeout(ctx, r.RequestTimeout)
+	defer cancel()
+	admission := ledger.Admission{
+		Scope: ledger.KeyScope(k.Name), Nonce: doc.Nonce, Digest: doc.Digest(), KeyVersion: k.Version, ExpiresAt: doc.ExpiresAt,
+	}
+	if doc.Generation != nil {
+		admission.Monotonic = &ledger.Monotonic{Series: GenerationSeries(doc.Type, k.Name), Value: *doc.Generation}
+		admission.Decide = func([]ledger.Used) ([]byte, error) { return nil, nil } // or the generation is not looked at
+	}
+	got, err := r.Ledger.Admit(wait, admission, func(v ledger.Verdict) []byte {
+		e := audit.NewAdmission(who, key, DocumentOf(doc))
+		if v == ledger.Denied {
+			e = e.AsRejected(wire.CodeDenied)
+		}
+		return e.Encode(time.Now())
+	})
+	switch {
+	case err != nil:
+		return nil, nil, err
+	case got.Verdict == ledger.Denied:
+		return nil, nil, got.Denial
+	case got.Verdict != ledger.Fresh:
+		return nil, nil, fmt.Errorf("%w: the nonce of the appliance's own document is spent", keystore.ErrUnavailable)
+	}
+	// A compromised version can still do this one thing: its successor was settled long before.
+	anyway := func() error { return nil }
+	signature, err := k.sign(wait, Own, doc.Message, func(signature []byte) bool { return k.Verify(doc.Message, signature) == nil }, anyway)
+	k.usage.count.Add(1)
+	failed := ""
+	if err != nil {
+		failed, signature = wire.CodeUnavailable, nil
+	}
+	end := audit.NewOutcome(who, key, kind, got.Event, failed)
+	return doc, signature, errors.Join(err, r.Ledger.Settle(context.WithoutCancel(ctx), got, signature, ledger.EventOf(end), nil))
+}
+
+// AuthorizeNoise has the identity sign for the Noise key that is in use, anew. Keep does so the first
+// time, and after each rotation of the identity.
+func (r *Ring) AuthorizeNoise(ctx context.Context, who audit.Actor) error {
+	if r.Identity == "" {
+		return fmt.Errorf("noise key: %w: the configuration has no noise_identity", manage.ErrConflict)
+	}
+	return r.run(ctx, "authorising the Noise key", func(ctx context.Context) error { return r.authorizeActive(ctx, who) })
+}
+
+func (r *Ring) authorizeActive(ctx context.Context, who audit.Actor) error {
+	k, err := r.Noise()
+	if err != nil {
+		return err
+	}
+	authorization, err := r.authorize(ctx, who, k.Info())
+	if err != nil {
+		return err
+	}
+	change := edit{k.Ref(), func(rec *record) { rec.Authorization = authorization }}
+	return r.change(ctx, who, []edit{change}, audit.NewNoiseKeyAuthorized(who, k.Ref().String(), r.Identity))
+}
+
+// unauthorized reports that the configured identity has not signed for a Noise key, or has signed with
+// a version that is not the active one.
+func (r *Ring) unauthorized(noise *Key) bool {
+	identity, err := r.Signing(r.Identity)
+	if r.Identity == "" || err != nil {
+		return false // it is to be made still
+	}
+	var said struct {
+		Owner string `json:"owner"`
+	}
+	return noise.Authorization == nil || json.Unmarshal(noise.Authorization.Payload, &said) != nil ||
+		said.Owner != base64url(identity.Info().PublicKey)
+}
