@@ -1,10 +1,12 @@
-// Package disktest finds out what a power cut does to a program's files. A Disk is a folder that writes down what is
-// done to the files in it, and Explore rebuilds from that record every disk that a cut could have left, and has each
-// judged. Begin reading at New and Explore; what may be lost in a cut is said in model.go.
+// Package disktest finds every disk a power cut can leave behind, and checks a program against
+// each. A Disk is a mounted directory with a record of all operations on its files. Explore
+// rebuilds the crash states (disks after a cut) from the record and runs a check on each. Begin
+// reading at New and Explore. The comment at the top of model.go lists the possible losses.
 //
-// The folder is a FUSE file system in memory. It is served by a process of its own, which is the test binary run again:
-// a program that waits for a page of a mapped file can't be stopped by Go's garbage collector, so a file system in the
-// same process would wait for it, and it for the file system. A package that uses Disk therefore says
+// The directory is a FUSE file system in memory, served by a second process of the test binary. A
+// single process would deadlock. A thread in a page fault on a mapped file waits for the file
+// system; Go's garbage collector can't stop such a thread and waits for it; the file system waits
+// for the garbage collector. A package with a Disk therefore has
 //
 //	func TestMain(m *testing.M) {
 //		disktest.Serve()
@@ -31,34 +33,41 @@ type Kind int
 
 const (
 	Create     Kind = iota + 1 // a new, empty file
-	Mkdir                      // a new folder
-	Rename                     // from Path to To, in place of what was there
+	Mkdir                      // a new directory
+	Rename                     // from Path to To; a file at To is replaced
 	Unlink                     // of a file
-	Rmdir                      // of an empty folder
+	Rmdir                      // of an empty directory
 	Write                      // Data at Offset
-	Truncate                   // to Size bytes, which may be longer
+	Truncate                   // to Size bytes, shorter or longer than before
 	Allocate                   // Size bytes at Offset; the file grows unless KeepSize
 	Sync                       // fsync of a file
 	Datasync                   // fdatasync of a file
-	FailedSync                 // fsync or fdatasync that Fail refused
-	SyncDir                    // fsync of a folder
+	FailedSync                 // fsync or fdatasync with an error injected by Fail
+	SyncDir                    // fsync of a directory
 )
 
-var kinds = [...]string{"", "create", "mkdir", "rename", "unlink", "rmdir", "write", "truncate", "allocate", "fsync",
-	"fdatasync", "failed fsync", "fsync of folder"}
+var kinds = [...]string{
+	"", "create", "mkdir", "rename", "unlink", "rmdir", "write", "truncate", "allocate",
+	"fsync", "fdatasync", "failed fsync", "fsync of folder",
+}
 
 func (k Kind) String() string { return kinds[k] }
 
-// Op is one operation that changes what is on the disk or makes it durable.
+// Op is one operation: a change of the disk, or an fsync for the changes before.
 type Op struct {
-	Kind         Kind
-	Path, To     string // as they were named at the time, relative to the folder, which is itself "."
-	Node         uint64 // the file or folder, whatever it is called; 1 is the folder itself; 0 where it is yet to be made
-	Dir, ToDir   uint64 // the folders that hold Path and To, where a name changes
-	Offset, Size int64
+	Kind Kind
+	// Path and To are names at the time of the operation, relative to the mounted directory ".".
+	Path, To string
+	// Node is the number of the file or directory and outlives renames. The mounted directory is 1.
+	// Node is 0 in a Create or Mkdir shown to a Fail function, before the node exists.
+	Node uint64
+	// Dir and ToDir are the nodes of the directories of Path and To. Both are 0 unless a name
+	// changes.
+	Dir, ToDir   uint64
+	Offset, Size int64 // in bytes
 	KeepSize     bool
 	Data         []byte
-	Mode         uint32 // of a new file or folder: permissions
+	Mode         uint32 // permissions of a new file or directory
 }
 
 func (o Op) String() string {
@@ -75,28 +84,30 @@ func (o Op) String() string {
 	return fmt.Sprintf("%v %s", o.Kind, o.Path)
 }
 
-// Record is what was done, in order, and where in it the marks are: a mark of n lies before Ops[n].
+// Record has the operations on a Disk in order, and the marks between them. A mark n lies before
+// Ops[n].
 type Record struct {
 	Ops   []Op
 	Marks []int
 }
 
-// Disk is a recorded folder. It is safe for concurrent use.
+// Disk is a recorded directory. All methods are safe for concurrent use.
 //
-// Operations are carried out one at a time, in the order of the record, and are in it before their system call returns.
-// One that fails changes nothing and is not recorded, but for FailedSync. A write of more than a mebibyte comes as
-// several. There are no links, and no holes can be made.
+// Operations run one at a time, in the order of the record, and are recorded before their system
+// call returns. A failed operation changes nothing and is not recorded, except as FailedSync. A
+// write of more than 1 MiB arrives as several operations. Links and hole punching are not
+// supported.
 type Disk struct {
 	t       testing.TB
 	dir     string
 	process *exec.Cmd
 	server  *rpc.Client
 	fail    atomic.Pointer[func(Op) syscall.Errno]
-	record  *Record // after Unmount
+	record  *Record // set by Unmount
 }
 
-// New mounts an empty Disk until the test ends. Where that can't be done it skips the test, or fails it if
-// REQUIRE_DEVICES=1.
+// New mounts an empty Disk until the test ends. Without a FUSE mount New skips the test, or fails
+// the test if REQUIRE_DEVICES=1.
 func New(t testing.TB) *Disk {
 	t.Helper()
 	d := &Disk{t: t, dir: t.TempDir()}
@@ -104,23 +115,23 @@ func New(t testing.TB) *Disk {
 	if err != nil {
 		t.Fatal(err)
 	}
-	d.process = exec.Command(exe, "-test.run=^$") // runs no test if TestMain forgets Serve
+	d.process = exec.Command(exe, "-test.run=^$") // no test runs if TestMain lacks the call of Serve
 	d.process.Env = append(os.Environ(), serveEnv+"="+d.dir)
 	d.process.Stderr = os.Stderr
-	toServer, served := socketpair(t)
-	toTest, asked := socketpair(t)
-	d.process.ExtraFiles = []*os.File{served, asked}
+	calls, serverCalls := socketpair(t)
+	faults, serverFaults := socketpair(t)
+	d.process.ExtraFiles = []*os.File{serverCalls, serverFaults}
 	if err := d.process.Start(); err != nil {
 		t.Fatal(err)
 	}
-	served.Close()
-	asked.Close()
-	d.server = rpc.NewClient(conn(t, toServer))
-	questions := rpc.NewServer()
-	if err := questions.RegisterName("Test", (*test)(d)); err != nil {
+	serverCalls.Close()
+	serverFaults.Close()
+	d.server = rpc.NewClient(conn(t, calls))
+	injector := rpc.NewServer()
+	if err := injector.RegisterName("Injector", (*injectorAPI)(d)); err != nil {
 		t.Fatal(err)
 	}
-	go questions.ServeConn(conn(t, toTest))
+	go injector.ServeConn(conn(t, faults))
 	t.Cleanup(d.end)
 
 	err = d.server.Call("Server.Ready", 0, new(int))
@@ -131,37 +142,39 @@ func New(t testing.TB) *Disk {
 	case errors.As(err, &mount):
 		t.Skipf("no FUSE mount is possible (be root with /dev/fuse, or apt-get install fuse3): %v", err)
 	case err != nil:
-		t.Fatalf("disktest: no file system: does TestMain call disktest.Serve? %v", err)
+		t.Fatalf("disktest: the file system's process does not answer: does TestMain call disktest.Serve? %v", err)
 	}
 	return d
 }
 
-// Dir is where the folder is mounted.
+// Dir is the path of the mounted directory.
 func (d *Disk) Dir() string { return d.dir }
 
-// Mark puts a mark into the record and returns the number of operations before it: those whose system calls have
-// returned, and perhaps some that are under way. What a test releases after Mark must survive a cut at or after it.
+// Mark puts a mark into the record and returns the number n of operations before the mark: all
+// with system calls that have returned, and perhaps some in progress. A result that a program
+// reports after Mark must survive every cut after n or more operations.
 func (d *Disk) Mark() (n int) {
 	d.t.Helper()
 	d.call("Mark", &n)
 	return n
 }
 
-// Fail sets what is asked before each operation, in place of what was set before; nil is nothing. Unless the answer is 0
-// it is the operation's error, and the operation is not carried out. While it is asked no other operation goes on, and
-// it may take its time; but it must not change files of the Disk.
+// Fail sets the function for fault injection, called before each operation, in place of an
+// earlier one. A nil function ends fault injection. A result other than 0 becomes the operation's
+// error, and the operation is not carried out. No other operation runs during a call of fail. The
+// function may block, but must not change files of the Disk.
 func (d *Disk) Fail(fail func(Op) syscall.Errno) {
 	d.t.Helper()
 	if fail == nil {
 		d.fail.Store(nil)
-		d.call("Ask", new(int), 0)
+		d.call("Inject", new(int), 0)
 		return
 	}
 	d.fail.Store(&fail)
-	d.call("Ask", new(int), 1)
+	d.call("Inject", new(int), 1)
 }
 
-// Record returns what was done until now, or until Unmount.
+// Record returns the operations and marks until now, or until Unmount.
 func (d *Disk) Record() Record {
 	d.t.Helper()
 	if d.record != nil {
@@ -172,7 +185,7 @@ func (d *Disk) Record() Record {
 	return r
 }
 
-// Unmount ends the recording. It fails the test while a file of the Disk is open.
+// Unmount ends the recording. An open file of the Disk fails the test.
 func (d *Disk) Unmount() {
 	d.t.Helper()
 	r := d.Record()
@@ -187,21 +200,22 @@ func (d *Disk) call(method string, answer any, argument ...int) {
 	}
 }
 
-// end has the server unmount what still is mounted, whoever uses it: it does that when it is alone.
+// end closes the connection to the server. The server then unmounts the directory, even with open
+// files, and exits.
 func (d *Disk) end() {
 	d.server.Close()
 	if err := d.process.Wait(); err != nil {
 		d.t.Errorf("disktest: the file system's process: %v", err)
 	}
-	if unix.Unmount(d.dir, unix.MNT_DETACH) == unix.EPERM { // of a server that died
+	if unix.Unmount(d.dir, unix.MNT_DETACH) == unix.EPERM { // left by a server that died
 		exec.Command("fusermount3", "-uzq", d.dir).Run()
 	}
 }
 
-// test answers the server's questions.
-type test Disk
+// injectorAPI has the method that the server calls by RPC.
+type injectorAPI Disk
 
-func (d *test) Fail(op Op, errno *syscall.Errno) error {
+func (d *injectorAPI) Fail(op Op, errno *syscall.Errno) error {
 	if fail := d.fail.Load(); fail != nil {
 		*errno = (*fail)(op)
 	}

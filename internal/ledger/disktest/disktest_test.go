@@ -66,7 +66,8 @@ func TestRecord(t *testing.T) {
 	must(t, unix.Fallocate(int(f.Fd()), 0, 0, 8192))
 	must(t, unix.Fdatasync(int(f.Fd())))
 	must(t, f.Truncate(5000))
-	if err := unix.Fallocate(int(f.Fd()), unix.FALLOC_FL_PUNCH_HOLE|unix.FALLOC_FL_KEEP_SIZE, 0, 4096); err != unix.EOPNOTSUPP {
+	const hole = unix.FALLOC_FL_PUNCH_HOLE | unix.FALLOC_FL_KEEP_SIZE
+	if err := unix.Fallocate(int(f.Fd()), hole, 0, 4096); err != unix.EOPNOTSUPP {
 		t.Errorf("a hole: %v", err)
 	}
 	must(t, os.Mkdir(in("sub"), 0o755))
@@ -79,7 +80,7 @@ func TestRecord(t *testing.T) {
 	}
 	must(t, syncDir(in("sub")))
 	must(t, syncDir(d.Dir()))
-	_, err = f.WriteAt([]byte("more"), 0) // by a handle that was opened under the old name
+	_, err = f.WriteAt([]byte("more"), 0) // f was opened under the old name
 	must(t, err)
 	got, err := os.ReadFile(in("sub/b"))
 	must(t, err)
@@ -129,7 +130,7 @@ rmdir sub`; got != want {
 	}
 }
 
-// TestMap reads a file through a map while it is written, and collects garbage meanwhile.
+// TestMap reads a mapped file during writes and garbage collections.
 func TestMap(t *testing.T) {
 	d := New(t)
 	const size = 64 * pageSize
@@ -176,7 +177,7 @@ func TestFlock(t *testing.T) {
 	must(t, unix.Flock(int(b.Fd()), unix.LOCK_EX|unix.LOCK_NB))
 }
 
-// TestMarks: whoever marks after a call has returned finds the call's operation before the mark.
+// TestMarks checks that an operation whose system call has returned lies before a later mark.
 func TestMarks(t *testing.T) {
 	d := New(t)
 	const writers, writes = 4, 50
@@ -195,7 +196,7 @@ func TestMarks(t *testing.T) {
 	wg.Wait()
 	r := d.Record()
 	for w := range writers {
-		syncs := -1 // there is one for each write
+		syncs := -1 // index of the last fsync found; each write has one
 		for i, op := range r.Ops {
 			if op.Kind == Sync && op.Path == fmt.Sprint(w) {
 				syncs++
@@ -251,7 +252,7 @@ func TestFail(t *testing.T) {
 		}
 	}
 	if info, err := f.Stat(); err != nil || info.Size() != 0 {
-		t.Errorf("something was written: %v, %v", info, err)
+		t.Errorf("a failed operation has changed the file: %v, %v", info, err)
 	}
 	var asked atomic.Int64
 	d.Fail(func(Op) syscall.Errno { asked.Add(1); return 0 })
@@ -264,8 +265,8 @@ func TestFail(t *testing.T) {
 	}
 }
 
-// everything reads the files of a folder.
-func everything(dir string) (string, error) {
+// contents lists a directory tree: names, modes, sizes and hashes.
+func contents(dir string) (string, error) {
 	var b strings.Builder
 	err := filepath.WalkDir(dir, func(p string, e os.DirEntry, err error) error {
 		if err != nil {
@@ -290,8 +291,8 @@ func everything(dir string) (string, error) {
 	return b.String(), err
 }
 
-// doAnything does n random operations in the folder and calls after for each.
-func doAnything(t *testing.T, dir string, rng *rand.Rand, n int, after func()) {
+// randomOps runs n random operations in the directory and calls after once per operation.
+func randomOps(t *testing.T, dir string, rng *rand.Rand, n int, after func()) {
 	t.Helper()
 	must(t, os.Mkdir(filepath.Join(dir, "sub"), 0o700))
 	for range n {
@@ -314,7 +315,8 @@ func doAnything(t *testing.T, dir string, rng *rand.Rand, n int, after func()) {
 			case 1:
 				must(t, f.Sync())
 			default:
-				_, err := f.WriteAt(bytes.Repeat([]byte{byte('a' + rng.IntN(26))}, 1+rng.IntN(9_000)), rng.Int64N(12_000))
+				b := bytes.Repeat([]byte{byte('a' + rng.IntN(26))}, 1+rng.IntN(9_000))
+				_, err := f.WriteAt(b, rng.Int64N(12_000))
 				must(t, err)
 			}
 			must(t, f.Close())
@@ -323,33 +325,34 @@ func doAnything(t *testing.T, dir string, rng *rand.Rand, n int, after func()) {
 	}
 }
 
-// TestAllSurvives: a disk that lost nothing is what the program saw, at each moment; and one that is laid out over
-// another is as good as new.
+// TestAllSurvives checks two things. The crash state with all operations equals the directory the
+// program saw, at each mark. And a scratch directory that held an earlier crash state equals a
+// fresh one.
 func TestAllSurvives(t *testing.T) {
 	d := New(t)
 	saw := map[int]string{}
-	doAnything(t, d.Dir(), rand.New(rand.NewPCG(1, 2)), 120, func() {
-		text, err := everything(d.Dir())
+	randomOps(t, d.Dir(), rand.New(rand.NewPCG(1, 2)), 120, func() {
+		text, err := contents(d.Dir())
 		must(t, err)
 		saw[d.Mark()] = text
 	})
 	r := d.Record()
 	met := map[int]bool{}
 	root := scratch(t)
-	used := newFolder(root)
+	used := newScratchDir(root)
 	for c := range r.cuts(Options{States: 15, Total: 1 << 20, Seed: 1}) {
-		fresh := newFolder(root)
+		fresh := newScratchDir(root)
 		must(t, fresh.put(c.state))
-		want, err := everything(fresh.dir)
+		want, err := contents(fresh.dir)
 		must(t, err)
 		must(t, os.RemoveAll(fresh.dir))
 		must(t, used.put(c.state))
-		got, err := everything(used.dir)
+		got, err := contents(used.dir)
 		must(t, err)
 		if got != want {
-			t.Fatalf("state %d is not laid out as it should be", c.number)
+			t.Fatalf("state %d differs in a scratch directory that was used before", c.number)
 		}
-		switch c.number % 7 { // what a check might do
+		switch c.number % 7 { // changes that a check might make
 		case 0:
 			os.WriteFile(filepath.Join(used.dir, "a"), []byte("overwritten"), 0o600)
 		case 1:
@@ -363,13 +366,14 @@ func TestAllSurvives(t *testing.T) {
 			}
 		}
 		if text, ok := saw[c.at]; ok && !met[c.at] {
-			met[c.at] = true // the first of a moment lost nothing
+			met[c.at] = true // the first crash state of a cut has all operations
 			if want != text {
-				t.Fatalf("after operation %d the program saw\n%s\nand the disk that lost nothing is\n%s", c.at, text, want)
+				t.Fatalf("after operation %d the program saw\n%s\nand the disk with all operations has\n%s",
+					c.at, text, want)
 			}
 		}
 	}
 	if len(met) < 100 {
-		t.Errorf("compared at %d moments only", len(met))
+		t.Errorf("compared at %d marks only", len(met))
 	}
 }

@@ -15,25 +15,31 @@ import (
 	"testing"
 )
 
-// Options of Explore. The zero value will do.
+// Options bound an exploration. The zero value has good defaults.
 type Options struct {
-	States  int    // at most, for one moment of the cut; 0 is 32
-	Total   int    // at most, in all; 0 is 10,000. Where it is the smaller bound the moments share it evenly
-	Seed    uint64 // of what is chosen; 0 is a new one
-	Only    int    // judge this state only, by the number that a violation tells
-	Workers int    // check is called by so many at once; 0 is GOMAXPROCS
+	// States is the most crash states of one cut. 0 means 32.
+	States int
+	// Total is the most crash states of all cuts. 0 means 10,000. All cuts share a smaller Total
+	// evenly.
+	Total int
+	// Seed is the seed of the random choices. 0 means a new seed.
+	Seed uint64
+	// Only is the number of a single crash state to check, from a Violation. 0 means all.
+	Only int
+	// Workers is the number of concurrent calls of check. 0 means GOMAXPROCS.
+	Workers int
 }
 
-// Result of an exploration.
+// Result sums up an exploration.
 type Result struct {
-	Cuts       int // moments of the cut
-	States     int // disks that were judged, all of them different or at different marks
+	Cuts       int // points of time at which power was cut
+	States     int // crash states checked; any two differ on disk or in the marks before the cut
 	Violations []Violation
 }
 
-// Violation is a disk that was judged to be bad.
+// Violation is a crash state with an error from check.
 type Violation struct {
-	Options Options // judge this disk again, for the same record
+	Options Options // Search with Options and the same record checks the crash state again
 	At      int     // operations before the cut
 	Lost    []string
 	Err     error
@@ -44,13 +50,14 @@ func (v Violation) String() string {
 	if more := len(lost) - 20; more > 0 {
 		lost = append(slices.Clip(lost[:20]), fmt.Sprintf("and %d more", more))
 	}
-	return fmt.Sprintf("%v\n\ta cut after %d operations (%#v) lost:\n\t%s", v.Err, v.At, v.Options, strings.Join(lost, "\n\t"))
+	return fmt.Sprintf("%v\n\ta cut after %d operations (%#v) lost:\n\t%s",
+		v.Err, v.At, v.Options, strings.Join(lost, "\n\t"))
 }
 
-// enough violations end an exploration.
-const enough = 3
+// maxViolations is the number of violations that ends an exploration.
+const maxViolations = 3
 
-// Explore is Search that fails the test for each violation.
+// Explore calls Search and fails the test for each violation.
 func Explore(t testing.TB, r Record, o Options, check func(dir string, at int) error) Result {
 	t.Helper()
 	result := Search(t, r, o, check)
@@ -60,15 +67,18 @@ func Explore(t testing.TB, r Record, o Options, check func(dir string, at int) e
 	return result
 }
 
-// Search has power go after each number of operations, and check judge the disks that could be left. For each moment
-// these are: the disk with all that was done; with only what is safe; with the last write torn; with any one operation
-// lost; with any one only; with any one page of a larger write lost; with sizes only and with bytes only; and others at
-// random, as many as the options allow. A disk that was judged before is left out, unless a mark was passed since.
+// Search cuts power after each number of operations and calls check on possible crash states. The
+// crash states of a cut are: the disk with all operations; with durable changes only; with names
+// only, with names and sizes only, with names and bytes only; with a torn last write; with any
+// one operation lost; with any one operation alone; with any one page of a larger write lost; and
+// random ones up to the bounds in Options. Search skips a disk checked before, unless a mark lies
+// between the two cuts.
 //
-// Check gets a folder that is its own until it returns, and may change it. It must close what it opens. at is the
-// number of operations before the cut: what was released at marks up to at must be there. A panic or a bad address
-// counts as its error, but not in a goroutine that it starts; it must not call t.FailNow. The folders are in memory where
-// there is /dev/shm.
+// The directory dir belongs to check until check returns, and may be changed. check must close
+// its files. at is the number of operations before the cut: results released at marks up to at
+// must be there. A panic or a memory fault counts as an error of check, but not in a goroutine
+// started by check. check must not call t.FailNow. The directories are in memory, if /dev/shm
+// exists.
 func Search(t testing.TB, r Record, o Options, check func(dir string, at int) error) Result {
 	t.Helper()
 	o.States = cmp.Or(o.States, 32)
@@ -79,25 +89,26 @@ func Search(t testing.TB, r Record, o Options, check func(dir string, at int) er
 	root := scratch(t)
 
 	result := Result{Cuts: len(r.Ops) + 1}
-	var mu sync.Mutex // of result
+	var mu sync.Mutex // guards result
 	cuts := make(chan cut)
 	var workers sync.WaitGroup
 	for range o.Workers {
 		workers.Go(func() {
-			debug.SetPanicOnFault(true) // a mapped file may be shorter than it says
-			folder := newFolder(root)
+			debug.SetPanicOnFault(true) // check may read a mapped file beyond the end
+			scratch := newScratchDir(root)
 			for c := range cuts {
-				err := folder.put(c.state)
+				err := scratch.put(c.state)
 				if err == nil {
-					err = try(check, folder.dir, c.at)
+					err = try(check, scratch.dir, c.at)
 				}
 				mu.Lock()
 				result.States++
 				if err != nil {
 					again := o
 					again.Only = c.number
-					result.Violations = append(result.Violations, Violation{again, c.at, c.loose.lost(r, c.choice), err})
-					folder = newFolder(root) // check may have left it locked or mapped
+					lost := c.volatile.lost(r, c.choice)
+					result.Violations = append(result.Violations, Violation{again, c.at, lost, err})
+					scratch = newScratchDir(root) // check may have left files locked or mapped
 				}
 				mu.Unlock()
 			}
@@ -109,7 +120,7 @@ func Search(t testing.TB, r Record, o Options, check func(dir string, at int) er
 		}
 		cuts <- c
 		mu.Lock()
-		done := len(result.Violations) >= enough
+		done := len(result.Violations) >= maxViolations
 		mu.Unlock()
 		if done {
 			break
@@ -130,23 +141,23 @@ func try(check func(string, int) error, dir string, at int) (err error) {
 	return check(dir, at)
 }
 
-// cut is a disk to be judged.
+// cut is a power cut and one crash state.
 type cut struct {
-	number int // from 1
-	at     int
-	state  *state
-	loose  loose
-	choice choice
+	number   int // of the crash state, from 1
+	at       int // operations before the cut
+	state    *state
+	volatile volatile
+	choice   choice
 }
 
-// cuts are the disks that power cuts could have left, each once. They depend on the record and the options only.
+// cuts yields the crash states, each once. The sequence depends on the record and the options only.
 func (r Record) cuts(o Options) iter.Seq[cut] {
 	return func(yield func(cut) bool) {
-		type judged struct {
+		type key struct {
 			hash  uint64
 			marks int
 		}
-		seen := map[judged]bool{}
+		seen := map[key]bool{}
 		number, m := 0, newModel()
 		for at := range len(r.Ops) + 1 {
 			if at > 0 {
@@ -160,19 +171,20 @@ func (r Record) cuts(o Options) iter.Seq[cut] {
 				}
 			}
 			share := float64(o.Total-number) / float64(len(r.Ops)+1-at)
-			budget := min(o.States, int(share+rng.Float64())) // a share below one is a chance
-			misses := 8 * o.States                            // where many choices make few disks
-			l := m.loose()
+			// The random number rounds the share up or down: 0.3 becomes 1 in 30 % of the cuts.
+			budget := min(o.States, int(share+rng.Float64()))
+			misses := 8 * o.States // bounds the choices that yield no new disk
+			l := m.volatile()
 			for c := range l.choices(rng, at-1, 2*budget) {
 				if budget == 0 || misses == 0 {
 					break
 				}
 				s := m.survive(c)
-				if seen[judged{s.hash, marks}] {
+				if seen[key{s.hash, marks}] {
 					misses--
 					continue
 				}
-				seen[judged{s.hash, marks}] = true
+				seen[key{s.hash, marks}] = true
 				number, budget = number+1, budget-1
 				if !yield(cut{number, at, s, l, c}) {
 					return
@@ -182,34 +194,37 @@ func (r Record) cuts(o Options) iter.Seq[cut] {
 	}
 }
 
-// loose is what may be lost.
-type loose struct {
-	ops     []int // that did it, in order
-	pieces  []piece
-	sectors map[piece]uint8 // that it wrote
-	sizes   []int           // operations that sized a file
-	names   []int           // operations that changed a name
+// volatile is the set of changes that a cut may lose. Operations are numbers of the record,
+// ascending.
+type volatile struct {
+	ops        []int // all operations with a volatile change
+	pageWrites []pageWrite
+	sectors    map[pageWrite]uint8 // bit i is set if the write covers sector i of the page
+	sizes      []int               // operations that changed a file's size
+	names      []int               // operations that changed a name
 }
 
-func (m *model) loose() loose {
-	l := loose{sectors: map[piece]uint8{}}
+func (m *model) volatile() volatile {
+	l := volatile{sectors: map[pageWrite]uint8{}}
 	for _, f := range m.files {
 		for i, vs := range f.versions {
 			for _, v := range vs {
-				if !v.cut {
-					l.sectors[piece{v.op, i}] = v.sectors
+				if !v.truncated {
+					l.sectors[pageWrite{v.op, i}] = v.sectors
 					l.ops = append(l.ops, v.op)
 				}
 			}
 		}
-		for _, z := range f.sizings {
+		for _, z := range f.sizeChanges {
 			l.sizes = append(l.sizes, z.op)
 		}
 	}
 	for _, r := range m.pending {
 		l.names = append(l.names, r.op)
 	}
-	l.pieces = slices.SortedFunc(maps.Keys(l.sectors), func(a, b piece) int { return cmp.Or(a.op-b.op, a.page-b.page) })
+	l.pageWrites = slices.SortedFunc(maps.Keys(l.sectors), func(a, b pageWrite) int {
+		return cmp.Or(a.op-b.op, a.page-b.page)
+	})
 	slices.Sort(l.sizes)
 	l.ops = slices.Concat(l.ops, l.sizes, l.names)
 	slices.Sort(l.ops)
@@ -217,10 +232,11 @@ func (m *model) loose() loose {
 	return l
 }
 
-// keep is the choice that these make: sectors of each piece, and operations of which the size or the name survives.
-func (l loose) keep(sectors func(piece) uint8, size, name func(op int) bool) choice {
-	c := choice{make(map[piece]uint8, len(l.pieces)), make(map[int]bool, len(l.sizes)+len(l.names))}
-	for _, p := range l.pieces {
+// keep returns a choice. sectors selects the surviving sectors of a page write; size and name
+// select the operations whose change of a size or a name survives.
+func (l volatile) keep(sectors func(pageWrite) uint8, size, name func(op int) bool) choice {
+	c := choice{make(map[pageWrite]uint8, len(l.pageWrites)), make(map[int]bool, len(l.sizes)+len(l.names))}
+	for _, p := range l.pageWrites {
 		c.sectors[p] = sectors(p)
 	}
 	for _, op := range l.sizes {
@@ -232,45 +248,48 @@ func (l loose) keep(sectors func(piece) uint8, size, name func(op int) bool) cho
 	return c
 }
 
-// choices are those that Search promises, and after them some at random. newest is the last operation.
-func (l loose) choices(rng *rand.Rand, newest, random int) iter.Seq[choice] {
+// choices yields the choices listed at Search, then a number of random choices. newest is the last
+// operation before the cut.
+func (l volatile) choices(rng *rand.Rand, newest, random int) iter.Seq[choice] {
 	yes, no := func(int) bool { return true }, func(int) bool { return false }
-	bytes, none := func(piece) uint8 { return 0xff }, func(piece) uint8 { return 0 }
-	torn := func(mask, others uint8) func(piece) uint8 {
-		return func(p piece) uint8 {
+	bytes, none := func(pageWrite) uint8 { return 0xff }, func(pageWrite) uint8 { return 0 }
+	torn := func(mask, others uint8) func(pageWrite) uint8 {
+		return func(p pageWrite) uint8 {
 			if p.op == newest {
 				return mask
 			}
 			return others
 		}
 	}
-	// one is a choice about one operation, that it is lost or that it only survives, or about one piece of a write.
+	// one returns choice i: for an operation, to lose only the operation (even i) or to keep only
+	// the operation (odd i); after all operations, to lose only one page of a write.
 	one := func(i int) choice {
 		if i >= 2*len(l.ops) {
-			return l.keep(func(p piece) uint8 { return when(p != l.pieces[i-2*len(l.ops)]) }, yes, yes)
+			return l.keep(func(p pageWrite) uint8 { return allOrNone(p != l.pageWrites[i-2*len(l.ops)]) }, yes, yes)
 		}
 		op := l.ops[i/2]
 		switch other := func(o int) bool { return o != op }; {
 		case i%2 == 0:
-			return l.keep(func(p piece) uint8 { return when(p.op != op) }, other, other)
+			return l.keep(func(p pageWrite) uint8 { return allOrNone(p.op != op) }, other, other)
 		case slices.Contains(l.names, op):
 			return l.keep(none, no, func(o int) bool { return o <= op })
 		}
-		return l.keep(func(p piece) uint8 { return when(p.op == op) }, func(o int) bool { return o == op }, yes)
+		only := func(o int) bool { return o == op }
+		return l.keep(func(p pageWrite) uint8 { return allOrNone(only(p.op)) }, only, yes)
 	}
 	return func(yield func(choice) bool) {
 		if !yield(l.keep(bytes, yes, yes)) || len(l.ops) == 0 || !yield(l.keep(none, no, no)) ||
 			!yield(l.keep(none, no, yes)) || !yield(l.keep(none, yes, yes)) || !yield(l.keep(bytes, no, yes)) {
 			return
 		}
-		if slices.ContainsFunc(l.pieces, func(p piece) bool { return p.op == newest }) {
+		if slices.ContainsFunc(l.pageWrites, func(p pageWrite) bool { return p.op == newest }) {
 			for _, mask := range []uint8{0x01, 0x0f, 0xf0, 0x7f, 0xaa, uint8(rng.Uint32())} {
 				if !yield(l.keep(torn(mask, 0xff), yes, yes)) || !yield(l.keep(torn(mask, 0), yes, yes)) {
 					return
 				}
 			}
 		}
-		for _, i := range rng.Perm(2*len(l.ops) + len(l.pieces)) {
+		for _, i := range rng.Perm(2*len(l.ops) + len(l.pageWrites)) {
 			if !yield(one(i)) {
 				return
 			}
@@ -278,12 +297,12 @@ func (l loose) choices(rng *rand.Rand, newest, random int) iter.Seq[choice] {
 		for range random {
 			share := []float64{0.1, 0.5, 0.9}[rng.IntN(3)]
 			some := func(int) bool { return rng.Float64() < share }
-			last := newest - rng.IntN(newest-l.ops[0]+2) // of the names
-			if !yield(l.keep(func(p piece) uint8 {
+			last := newest - rng.IntN(newest-l.ops[0]+2) // the last operation whose name survives
+			if !yield(l.keep(func(p pageWrite) uint8 {
 				if rng.IntN(8) == 0 {
 					return uint8(rng.Uint32())
 				}
-				return when(some(p.op))
+				return allOrNone(some(p.op))
 			}, some, func(op int) bool { return op <= last })) {
 				return
 			}
@@ -291,21 +310,26 @@ func (l loose) choices(rng *rand.Rand, newest, random int) iter.Seq[choice] {
 	}
 }
 
-func when(b bool) uint8 {
-	if b {
+// allOrNone returns the mask of all 8 sectors of a page, or of none.
+func allOrNone(all bool) uint8 {
+	if all {
 		return 0xff
 	}
 	return 0
 }
 
-// lost says what did not survive.
-func (l loose) lost(r Record, c choice) (lines []string) {
+// lost describes the changes that did not survive.
+func (l volatile) lost(r Record, c choice) (lines []string) {
 	for _, op := range l.ops {
 		var what []string
-		if (slices.Contains(l.sizes, op) || slices.Contains(l.names, op)) && !c.whole[op] {
-			what = append(what, map[bool]string{true: "the size", false: "the name"}[slices.Contains(l.sizes, op)])
+		switch {
+		case c.whole[op]:
+		case slices.Contains(l.sizes, op):
+			what = append(what, "the size")
+		case slices.Contains(l.names, op):
+			what = append(what, "the name")
 		}
-		for _, p := range l.pieces {
+		for _, p := range l.pageWrites {
 			if lost := l.sectors[p] &^ c.sectors[p]; p.op == op && lost != 0 {
 				what = append(what, fmt.Sprintf("page %d, sectors %08b", p.page, bits.Reverse8(lost)))
 			}

@@ -18,10 +18,11 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// toy keeps a value in a file that it replaces. Without names the fsync it leaves out: "file", "folder" or none.
-type toy struct{ dir, without string }
+// valueFile keeps a value in a file and replaces the file for each new value. without names the
+// fsync left out: "file", "folder", or "" for none.
+type valueFile struct{ dir, without string }
 
-func (s toy) set(value byte) error {
+func (s valueFile) set(value byte) error {
 	f, err := os.Create(filepath.Join(s.dir, "value.tmp"))
 	if err != nil {
 		return err
@@ -46,7 +47,7 @@ func (s toy) set(value byte) error {
 	return nil
 }
 
-func (s toy) get() (byte, error) {
+func (s valueFile) get() (byte, error) {
 	b, err := os.ReadFile(filepath.Join(s.dir, "value"))
 	if errors.Is(err, os.ErrNotExist) {
 		return 0, nil
@@ -60,40 +61,40 @@ func (s toy) get() (byte, error) {
 	return b[0], nil
 }
 
-func TestToy(t *testing.T) {
+func TestValueFile(t *testing.T) {
 	for _, without := range []string{"", "file", "folder"} {
 		t.Run("without "+without, func(t *testing.T) {
 			d := New(t)
 			var marks []int
 			for i := range 20 {
-				if err := (toy{d.Dir(), without}).set(byte(i + 1)); err != nil {
+				if err := (valueFile{d.Dir(), without}).set(byte(i + 1)); err != nil {
 					t.Fatal(err)
 				}
 				marks = append(marks, d.Mark())
 			}
 			d.Unmount()
-			judge := func(dir string, at int) error {
-				least := byte(0)
+			check := func(dir string, at int) error {
+				acknowledged := byte(0)
 				for _, m := range marks {
 					if m <= at {
-						least++
+						acknowledged++
 					}
 				}
-				v, err := toy{dir: dir}.get()
-				if err == nil && (v < least || v > least+1) {
-					err = fmt.Errorf("value %d, but %d was set", v, least)
+				v, err := valueFile{dir: dir}.get()
+				if err == nil && (v < acknowledged || v > acknowledged+1) {
+					err = fmt.Errorf("value %d, but %d was set", v, acknowledged)
 				}
 				return err
 			}
-			result := Search(t, d.Record(), Options{Seed: 1}, judge)
+			result := Search(t, d.Record(), Options{Seed: 1}, check)
 			if bad := len(result.Violations) > 0; bad != (without != "") || !bad && result.States < 500 {
 				t.Errorf("%+v", result)
 			}
-			if n := len(result.Violations); n >= enough+2*runtime.GOMAXPROCS(0) {
-				t.Errorf("went on to %d violations", n)
+			if n := len(result.Violations); n >= maxViolations+2*runtime.GOMAXPROCS(0) {
+				t.Errorf("the search continued to %d violations", n)
 			}
 			for _, v := range result.Violations {
-				again := Search(t, d.Record(), v.Options, judge)
+				again := Search(t, d.Record(), v.Options, check)
 				if again.States != 1 || len(again.Violations) != 1 || again.Violations[0].String() != v.String() {
 					t.Errorf("%v\nand again it is\n%+v", v, again)
 				}
@@ -102,7 +103,8 @@ func TestToy(t *testing.T) {
 	}
 }
 
-// TestCheckPanics: what check did wrong is told, and its folder isn't used again.
+// TestCheckPanics checks that a memory fault in check becomes a violation, and that the directory
+// of a violation is not used again.
 func TestCheckPanics(t *testing.T) {
 	ops := append(began("a", "A"), wrote("a", 0, "B"), wrote("a", 1, "B"))
 	var dirs []string
@@ -126,7 +128,7 @@ func TestCheckPanics(t *testing.T) {
 		defer unix.Munmap(m)
 		return fmt.Errorf("read %d", m[pageSize])
 	})
-	if len(result.Violations) < enough {
+	if len(result.Violations) < maxViolations {
 		t.Fatalf("%+v", result)
 	}
 	for _, v := range result.Violations {
@@ -136,7 +138,7 @@ func TestCheckPanics(t *testing.T) {
 	}
 }
 
-// fill makes n transactions in a database on d, after each of which it marks.
+// fill commits n transactions to a database on d and sets a mark after each.
 func fill(t *testing.T, d *Disk, o bolt.Options, n int) (marks []int) {
 	t.Helper()
 	db, err := bolt.Open(filepath.Join(d.Dir(), "db"), 0o600, &o)
@@ -154,10 +156,11 @@ func fill(t *testing.T, d *Disk, o bolt.Options, n int) (marks []int) {
 			if err != nil {
 				return err
 			}
-			if err := b.Put(binary.BigEndian.AppendUint64(nil, uint64(i)), make([]byte, 100+rng.IntN(2000))); err != nil {
+			key, value := binary.BigEndian.AppendUint64(nil, uint64(i)), make([]byte, 100+rng.IntN(2000))
+			if err := b.Put(key, value); err != nil {
 				return err
 			}
-			if i%10 == 9 { // pages become free and are used again
+			if i%10 == 9 { // frees pages of the old value, so that bbolt uses freed pages
 				return b.Put([]byte("big"), make([]byte, rng.IntN(30_000)))
 			}
 			return nil
@@ -172,12 +175,13 @@ func fill(t *testing.T, d *Disk, o bolt.Options, n int) (marks []int) {
 	return marks
 }
 
-// check opens the database and looks for what was committed.
+// check returns a check that opens the database and finds every transaction committed before the
+// cut.
 func check(marks []int) func(string, int) error {
 	return func(dir string, at int) (err error) {
 		committed, _ := slices.BinarySearch(marks, at+1)
 		if committed == 0 {
-			return nil // bbolt makes its file in place
+			return nil // bbolt creates its file in place, so a cut may leave half a file
 		}
 		committed--
 		db, err := bolt.Open(filepath.Join(dir, "db"), 0o600, &bolt.Options{Timeout: time.Second, ReadOnly: false})
@@ -187,7 +191,7 @@ func check(marks []int) func(string, int) error {
 		defer func() { err = errors.Join(err, db.Close()) }()
 		return db.View(func(tx *bolt.Tx) error {
 			var bad error
-			for err := range tx.Check() { // to its end: it reads the database
+			for err := range tx.Check() { // no break: Check reads until the channel is drained
 				bad = err
 			}
 			if bad != nil {
@@ -219,12 +223,13 @@ func TestBolt(t *testing.T) {
 			d := New(t)
 			marks := fill(t, d, tt.options, 200)
 			d.Unmount()
-			judge(t, d, tt.search, marks, tt.bad)
+			expect(t, d, tt.search, marks, tt.bad)
 		})
 	}
 }
 
-// TestFailedSync: a database in which the fsync of a meta page failed is opened again and used.
+// TestFailedSync opens and fills a database again after the fsync of a meta page has failed. A cut
+// may then damage the database.
 func TestFailedSync(t *testing.T) {
 	d := New(t)
 	marks := fill(t, d, bolt.Options{}, 20)
@@ -250,11 +255,11 @@ func TestFailedSync(t *testing.T) {
 	}
 	marks = append(marks, fill(t, d, bolt.Options{}, 20)...)
 	d.Unmount()
-	judge(t, d, Options{}, marks[:21], true)
+	expect(t, d, Options{}, marks[:21], true)
 }
 
-// judge tells whether there are violations and whether there should be.
-func judge(t *testing.T, d *Disk, o Options, marks []int, bad bool) {
+// expect searches for violations. A true bad means that the search must find some.
+func expect(t *testing.T, d *Disk, o Options, marks []int, bad bool) {
 	t.Helper()
 	start := time.Now()
 	o.Seed = 1
@@ -265,6 +270,6 @@ func judge(t *testing.T, d *Disk, o Options, marks []int, bad bool) {
 		t.Log(v)
 	}
 	if found := len(result.Violations) > 0; found != bad {
-		t.Errorf("violations: %v", found)
+		t.Errorf("violations found: %v, want %v", found, bad)
 	}
 }

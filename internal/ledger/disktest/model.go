@@ -8,28 +8,32 @@ import (
 	"slices"
 )
 
-// What may be lost in a cut, as POSIX has it and ext4, XFS and others make use of:
+// A power cut may cause the following losses. POSIX allows them; ext4, XFS and others show them.
 //
-//   - What a file held at its last fsync or fdatasync is there: bytes and size. Of what was written to it since, each
-//     sector of 512 bytes is there or not by itself: it is as it was after any of the writes to it, or before all. So a
-//     write can be torn, and pages come in any order.
-//   - The size of the file is what it was at that fsync or after any later operation that changed it, whether the bytes
-//     are there or not; missing bytes are zero. Only a truncation that shortens a file is in order with what is written
-//     to the bytes it cuts off, since it frees their blocks.
-//   - After an fsync that failed, the kernel may take for written what it wasn't able to write: no later fsync makes
-//     a page durable that was last written before. The size is written with the next.
-//   - Names live in folders. The changes in one folder survive in order: a number of them from the first on. Fsync of
-//     the folder makes those before it durable; fsync of a file doesn't make its name durable. A rename is done or not
-//     done. One that moves a file between folders is a change in both.
+//   - A file has the bytes and the size of its last fsync or fdatasync. Later writes survive by
+//     sectors of 512 bytes. Each sector, independently, has its content after any one of the
+//     later writes, or before all of them. So a write can be torn, and pages reach the disk in
+//     any order.
+//   - The size of a file is the size at the last fsync, or after any later operation with a new
+//     size. The size survives independently of the bytes; missing bytes are zero. Truncation to
+//     a shorter size is the exception: blocks become free, so the truncation is ordered with
+//     writes to the bytes cut off.
+//   - After a failed fsync, the kernel may mark dirty pages as clean. No later fsync makes a page
+//     durable whose last write came before the failure. The next fsync does write the size.
+//   - Names live in directories. The changes in one directory survive in order: the first n of
+//     them. Fsync of the directory makes all earlier changes durable. Fsync of a file does not
+//     make the file's name durable. A rename is atomic. A rename between directories is a change
+//     in both.
 //
-// Modes of files, times and blocks allocated beyond the size are not modelled: a file has the mode it was created with.
+// The model leaves out changes of a file's mode, times, and blocks allocated beyond the size. A
+// file has the mode of its creation.
 
 const (
 	pageSize   = 4096
 	sectorSize = 512
 )
 
-// page is a page of a file at some time. It doesn't change. A nil page is zeros.
+// page is the immutable content of one page of a file. A nil page has zeros only.
 type page struct {
 	data [pageSize]byte
 	hash uint64
@@ -51,7 +55,7 @@ func (p *page) bytes() (b [pageSize]byte) {
 	return b
 }
 
-// pages is a file's content. What is beyond it is zeros.
+// pages is a file's content. Bytes beyond the last page are zero.
 type pages []*page
 
 func (ps pages) at(i int) *page {
@@ -68,113 +72,113 @@ func (ps *pages) set(i int, p *page) {
 	(*ps)[i] = p
 }
 
-// version is what a page became by an operation.
+// version is the content of a page after an operation.
 type version struct {
-	op      int
-	page    *page
-	sectors uint8 // that it wrote, a bit each
-	cut     bool  // it shortened the file
+	op        int
+	page      *page
+	sectors   uint8 // bit i is set if the operation wrote sector i
+	truncated bool  // the operation shortened the file
 }
 
-// sizing is what a file's size became by an operation.
-type sizing struct {
+// sizeChange is a file's size after an operation.
+type sizeChange struct {
 	op   int
 	size int64
 }
 
 type file struct {
-	mode     uint32
-	seen     pages // by the program
-	seenSize int64
-	safe     pages // at the last fsync
-	safeSize int64
-	versions map[int][]version // since then, by page
-	sizings  []sizing          // since then
-	synced   int               // when that was
-	failed   int               // when one failed
+	mode        uint32
+	current     pages // content that the program reads
+	currentSize int64
+	durable     pages // content at the last fsync
+	durableSize int64
+	versions    map[int][]version // since the last fsync, by page
+	sizeChanges []sizeChange      // since the last fsync
+	syncedAt    int               // operation of the last fsync
+	failedAt    int               // operation of the last failed fsync
 }
 
 func (f *file) write(op int, off int64, data []byte) {
 	f.grow(op, off+int64(len(data)))
 	for len(data) > 0 {
 		i, in := int(off/pageSize), int(off%pageSize)
-		b := f.seen.at(i).bytes()
+		b := f.current.at(i).bytes()
 		n := copy(b[in:], data)
 		v := version{op: op, page: newPage(b)}
 		for s := in / sectorSize; s <= (in+n-1)/sectorSize; s++ {
 			v.sectors |= 1 << s
 		}
-		f.become(i, v)
+		f.addVersion(i, v)
 		off, data = off+int64(n), data[n:]
 	}
 }
 
-func (f *file) become(i int, v version) {
-	f.seen.set(i, v.page)
+func (f *file) addVersion(i int, v version) {
+	f.current.set(i, v.page)
 	f.versions[i] = append(f.versions[i], v)
 }
 
 func (f *file) grow(op int, size int64) {
-	if size > f.seenSize {
-		f.seenSize = size
-		f.sizings = append(f.sizings, sizing{op, size})
+	if size > f.currentSize {
+		f.currentSize = size
+		f.sizeChanges = append(f.sizeChanges, sizeChange{op, size})
 	}
 }
 
 func (f *file) truncate(op int, size int64) {
 	f.grow(op, size)
-	if size == f.seenSize {
+	if size == f.currentSize {
 		return
 	}
-	f.seenSize = size
-	f.sizings = append(f.sizings, sizing{op, size})
-	for i := int(size / pageSize); i < len(f.seen); i++ {
-		b := f.seen[i].bytes()
+	f.currentSize = size
+	f.sizeChanges = append(f.sizeChanges, sizeChange{op, size})
+	for i := int(size / pageSize); i < len(f.current); i++ {
+		b := f.current[i].bytes()
 		clear(b[max(0, size-int64(i)*pageSize):])
-		if p := newPage(b); p != f.seen[i] {
-			f.become(i, version{op: op, page: p, cut: true})
+		if p := newPage(b); p != f.current[i] {
+			f.addVersion(i, version{op: op, page: p, truncated: true})
 		}
 	}
 }
 
 func (f *file) sync(op int) {
 	for i, vs := range f.versions {
-		if vs[len(vs)-1].op >= f.failed {
-			f.safe.set(i, f.seen.at(i))
+		if vs[len(vs)-1].op >= f.failedAt {
+			f.durable.set(i, f.current.at(i))
 			delete(f.versions, i)
 		}
 	}
-	f.safeSize, f.sizings, f.synced = f.seenSize, nil, op
+	f.durableSize, f.sizeChanges, f.syncedAt = f.currentSize, nil, op
 }
 
-// renaming is a change of names.
-type renaming struct {
+// nameChange is an operation on a name, with its number.
+type nameChange struct {
 	op int
 	Op
 }
 
-// names is what a folder holds: name to node.
-type names map[string]uint64
+// dirEntries is the content of a directory: name to node.
+type dirEntries map[string]uint64
 
-// model is a disk: what is safe on it and what may be.
+// model is a disk: its durable content and the volatile changes.
 type model struct {
 	files   map[uint64]*file
-	folders map[uint64]names // what is safe; a node that is a folder is in here
-	pending []renaming
+	dirs    map[uint64]dirEntries // durable entries of every directory, by node
+	pending []nameChange          // volatile changes of names
 }
 
 func newModel() *model {
-	return &model{map[uint64]*file{}, map[uint64]names{1: {}}, nil}
+	return &model{map[uint64]*file{}, map[uint64]dirEntries{1: {}}, nil}
 }
 
-// do takes the operation with the number op.
+// do applies an operation with the number op.
 func (m *model) do(op int, o Op) {
 	f := m.files[o.Node]
 	switch o.Kind {
 	case Create:
 		m.files[o.Node] = &file{mode: o.Mode, versions: map[int][]version{}}
 	case Mkdir:
-		m.folders[o.Node] = names{}
+		m.dirs[o.Node] = dirEntries{}
 	case Write:
 		f.write(op, o.Offset, o.Data)
 	case Truncate:
@@ -186,17 +190,17 @@ func (m *model) do(op int, o Op) {
 	case Sync, Datasync:
 		f.sync(op)
 	case FailedSync:
-		f.failed = op
+		f.failedAt = op
 	case SyncDir:
 		m.syncDir(o.Node)
 	}
 	if o.Dir != 0 {
-		m.pending = append(m.pending, renaming{op, o})
+		m.pending = append(m.pending, nameChange{op, o})
 	}
 }
 
-// syncDir makes the changes in a folder durable, and with one that is a change in a further folder too the changes
-// before it there.
+// syncDir makes the changes in a directory durable. A rename to or from a further directory also
+// makes the earlier changes in the further directory durable.
 func (m *model) syncDir(dir uint64) {
 	dirs := map[uint64]bool{dir: true}
 	safe := make([]bool, len(m.pending))
@@ -206,10 +210,10 @@ func (m *model) syncDir(dir uint64) {
 			dirs[r.Dir], dirs[r.ToDir] = r.Dir != 0, r.ToDir != 0
 		}
 	}
-	var left []renaming
+	var left []nameChange
 	for i, r := range m.pending {
 		if safe[i] {
-			rename(m.folders, r)
+			rename(m.dirs, r)
 		} else {
 			left = append(left, r)
 		}
@@ -217,67 +221,69 @@ func (m *model) syncDir(dir uint64) {
 	m.pending = left
 }
 
-func rename(folders map[uint64]names, r renaming) {
+func rename(dirs map[uint64]dirEntries, r nameChange) {
 	switch r.Kind {
 	case Unlink, Rmdir:
-		delete(folders[r.Dir], path.Base(r.Path))
+		delete(dirs[r.Dir], path.Base(r.Path))
 	case Rename:
-		delete(folders[r.Dir], path.Base(r.Path))
-		folders[r.ToDir][path.Base(r.To)] = r.Node
+		delete(dirs[r.Dir], path.Base(r.Path))
+		dirs[r.ToDir][path.Base(r.To)] = r.Node
 	default:
-		folders[r.Dir][path.Base(r.Path)] = r.Node
+		dirs[r.Dir][path.Base(r.Path)] = r.Node
 	}
 }
 
-// choice is what of the unsafe survives. The zero choice is nothing.
+// choice selects the volatile changes that survive a cut. The zero choice selects none.
 type choice struct {
-	sectors map[piece]uint8
-	whole   map[int]bool // operations of which the size or the name survives; a name that doesn't takes along those after it
+	sectors map[pageWrite]uint8 // bit i is set if sector i survives
+	// whole has the operations whose change of a size or a name survives. A lost change of a name
+	// takes later changes in the same directory with it.
+	whole map[int]bool
 }
 
-// piece is the part of a write that is in one page of its file.
-type piece struct{ op, page int }
+// pageWrite is the part of a write in one page of a file.
+type pageWrite struct{ op, page int }
 
-// content is a file in a state of the disk.
+// content is a file in a crash state.
 type content struct {
 	mode  uint32
 	size  int64
-	pages pages // as long as the size is
+	pages pages // covers size bytes exactly, the last page in part
 }
 
-// state is a disk after a cut.
+// state is a crash state: a disk after a cut.
 type state struct {
-	folders []string // paths, the outer before the inner
-	files   map[string]content
-	hash    uint64
+	dirs  []string // paths, a parent before its children
+	files map[string]content
+	hash  uint64
 }
 
-// survive builds the disk.
+// survive builds the crash state of a choice.
 func (m *model) survive(c choice) *state {
-	folders := map[uint64]names{}
-	for node, held := range m.folders {
-		folders[node] = maps.Clone(held)
+	dirs := map[uint64]dirEntries{}
+	for node, held := range m.dirs {
+		dirs[node] = maps.Clone(held)
 	}
 	stopped := map[uint64]bool{}
 	for _, r := range m.pending {
 		if c.whole[r.op] && !stopped[r.Dir] && !stopped[r.ToDir] {
-			rename(folders, r)
+			rename(dirs, r)
 			continue
 		}
 		stopped[r.Dir], stopped[r.ToDir] = r.Dir != 0, r.ToDir != 0
 	}
 	s := &state{files: map[string]content{}}
-	m.walk(s, folders, 1, "", c)
+	m.walk(s, dirs, 1, "", c)
 	return s
 }
 
-func (m *model) walk(s *state, folders map[uint64]names, dir uint64, prefix string, c choice) {
-	for _, name := range slices.Sorted(maps.Keys(folders[dir])) {
-		node, p := folders[dir][name], path.Join(prefix, name)
-		if folders[node] != nil {
-			s.folders = append(s.folders, p)
+func (m *model) walk(s *state, dirs map[uint64]dirEntries, dir uint64, prefix string, c choice) {
+	for _, name := range slices.Sorted(maps.Keys(dirs[dir])) {
+		node, p := dirs[dir][name], path.Join(prefix, name)
+		if dirs[node] != nil {
+			s.dirs = append(s.dirs, p)
 			s.hash = mix(s.hash, maphash.String(seed, p))
-			m.walk(s, folders, node, p, c)
+			m.walk(s, dirs, node, p, c)
 			continue
 		}
 		f := m.files[node].survive(c)
@@ -297,17 +303,17 @@ func mix(h, x uint64) uint64 {
 }
 
 func (f *file) survive(c choice) content {
-	size, sizedBy := f.safeSize, f.synced
-	for _, z := range f.sizings {
+	size, sizedBy := f.durableSize, f.syncedAt
+	for _, z := range f.sizeChanges {
 		if c.whole[z.op] {
 			size, sizedBy = z.size, z.op
 		}
 	}
 	ps := make(pages, (size+pageSize-1)/pageSize)
-	copy(ps, f.safe)
+	copy(ps, f.durable)
 	for i, vs := range f.versions {
 		if i < len(ps) {
-			ps[i] = survivor(f.safe.at(i), vs, sizedBy, func(op int) uint8 { return c.sectors[piece{op, i}] })
+			ps[i] = survivor(f.durable.at(i), vs, sizedBy, func(op int) uint8 { return c.sectors[pageWrite{op, i}] })
 		}
 	}
 	if last := len(ps) - 1; size%pageSize > 0 && ps[last] != nil {
@@ -320,15 +326,16 @@ func (f *file) survive(c choice) content {
 	return content{f.mode, size, ps}
 }
 
-// survivor is a page of which the sectors that keep says survive. sizedBy is the last operation that the size knows.
-func survivor(safe *page, vs []version, sizedBy int, keep func(op int) uint8) *page {
-	whole, torn, b := safe, false, [pageSize]byte{}
+// survivor builds a page from the surviving sectors of its versions, selected by keep. sizedBy is
+// the operation that set the surviving size. A later truncation is lost, and so are later writes.
+func survivor(durable *page, vs []version, sizedBy int, keep func(op int) uint8) *page {
+	whole, torn, b := durable, false, [pageSize]byte{}
 	for _, v := range vs {
 		kept := keep(v.op) & v.sectors
-		if v.cut && v.op > sizedBy {
+		if v.truncated && v.op > sizedBy {
 			break
 		}
-		if v.cut || kept == 0xff {
+		if v.truncated || kept == 0xff {
 			whole, torn = v.page, false
 			continue
 		}

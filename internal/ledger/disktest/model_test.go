@@ -9,20 +9,21 @@ import (
 	"testing"
 )
 
-// disks are what the cuts after the last operation could leave, in words: the folders, and for each file its name and for each
-// sector, which is the sector's first and last byte where they are one, and "." for a zero; else both.
+// disks lists the crash states of a cut after the last operation as text, such as "a:A.(BC)
+// sub/". A file has its name and its sectors: one letter for a sector filled with the letter, "."
+// for zeros, "(BC)" for a sector that begins with B and ends with C. A directory has its name.
 func disks(ops ...Op) []string {
 	r := Record{Ops: ops, Marks: []int{len(ops)}}
 	found := map[string]bool{}
 	for c := range r.cuts(Options{States: 1000, Total: 1 << 30, Seed: 1}) {
 		if c.at == len(ops) {
-			found[words(c.state)] = true
+			found[describe(c.state)] = true
 		}
 	}
 	return slices.Sorted(maps.Keys(found))
 }
 
-func words(s *state) string {
+func describe(s *state) string {
 	var words []string
 	for name, c := range s.files {
 		var b strings.Builder
@@ -41,14 +42,15 @@ func words(s *state) string {
 		}
 		words = append(words, name+":"+b.String())
 	}
-	for _, p := range s.folders {
+	for _, p := range s.dirs {
 		words = append(words, p+"/")
 	}
 	slices.Sort(words)
 	return strings.Join(words, " ")
 }
 
-// Operations on the folder 1, in which files are known by their first letters. Offsets and sizes are sectors.
+// The functions below make operations in directory 1. The first letter of a file's name is the
+// file's node. Offsets and sizes are in sectors.
 func made(name string) Op { return Op{Kind: Create, Path: name, Node: id(name), Dir: 1} }
 func id(name string) uint64 {
 	return uint64(path.Base(name)[0])
@@ -66,17 +68,18 @@ func sized(name string, size int64) Op {
 func moved(from, to string, file uint64) Op {
 	return Op{Kind: Rename, Path: from, To: to, Node: file, Dir: 1, ToDir: 1}
 }
-func synced(name string) Op      { return Op{Kind: Sync, Path: name, Node: id(name)} }
-func failed(name string) Op      { return Op{Kind: FailedSync, Path: name, Node: id(name)} }
-func syncedFolder(dir uint64) Op { return Op{Kind: SyncDir, Node: dir} }
-func began(name, text string) []Op { // a file that is safe
-	return []Op{made(name), wrote(name, 0, text), synced(name), syncedFolder(1)}
+func synced(name string) Op   { return Op{Kind: Sync, Path: name, Node: id(name)} }
+func failed(name string) Op   { return Op{Kind: FailedSync, Path: name, Node: id(name)} }
+func syncedDir(dir uint64) Op { return Op{Kind: SyncDir, Node: dir} }
+func began(name, text string) []Op { // a durable file
+	return []Op{made(name), wrote(name, 0, text), synced(name), syncedDir(1)}
 }
 
-// movedOver has a file moved from one folder to another, and in each a name that was made before, in the second one after.
-func movedOver() []Op {
+// movedBetweenDirs moves a file between two directories. Each directory gets a new name before the
+// move, and the second directory one more after the move.
+func movedBetweenDirs() []Op {
 	return append(began("a", "A"),
-		Op{Kind: Mkdir, Path: "sub", Node: 2, Dir: 1}, syncedFolder(1),
+		Op{Kind: Mkdir, Path: "sub", Node: 2, Dir: 1}, syncedDir(1),
 		made("c"),
 		Op{Kind: Create, Path: "sub/b", Node: id("b"), Dir: 2},
 		Op{Kind: Rename, Path: "a", To: "sub/a", Node: id("a"), Dir: 1, ToDir: 2},
@@ -90,49 +93,69 @@ func TestWhatSurvives(t *testing.T) {
 		ops  []Op
 		want []string
 	}{
-		{"safe", began("a", "A"), []string{"a:A"}},
-		{"fsync of a file doesn't keep its name", []Op{made("a"), wrote("a", 0, "A"), synced("a")}, []string{"", "a:A"}},
-		{"fsync of the folder doesn't keep bytes", []Op{made("a"), wrote("a", 0, "A"), syncedFolder(1)}, []string{"a:", "a:.", "a:A"}},
-		{"a write that isn't longer", append(began("a", "A"), wrote("a", 0, "B")), []string{"a:A", "a:B"}},
+		{"durable", began("a", "A"), []string{"a:A"}},
+		{"fsync of a file leaves its name volatile", []Op{made("a"), wrote("a", 0, "A"), synced("a")},
+			[]string{"", "a:A"}},
+		{"fsync of the directory leaves bytes volatile", []Op{made("a"), wrote("a", 0, "A"), syncedDir(1)},
+			[]string{"a:", "a:.", "a:A"}},
+		{"a write within the size", append(began("a", "A"), wrote("a", 0, "B")), []string{"a:A", "a:B"}},
 		{"a write is torn", append(began("a", "AAA"), wrote("a", 0, "BBB")),
 			[]string{"a:AAA", "a:AAB", "a:ABA", "a:ABB", "a:BAA", "a:BAB", "a:BBA", "a:BBB"}},
-		{"bytes and size are apart", append(began("a", "A"), wrote("a", 1, "B")), []string{"a:A", "a:A.", "a:AB"}},
-		{"each size that was", append(began("a", "A"), sized("a", 2), sized("a", 3)), []string{"a:A", "a:A.", "a:A.."}},
-		{"an allocation sizes", append(began("a", "A"), Op{Kind: Allocate, Node: id("a"), Size: 1024}), []string{"a:A", "a:A."}},
-		{"an allocation that doesn't", append(began("a", "A"), Op{Kind: Allocate, Node: id("a"), Size: 1024, KeepSize: true}), []string{"a:A"}},
+		{"bytes and size are independent", append(began("a", "A"), wrote("a", 1, "B")),
+			[]string{"a:A", "a:A.", "a:AB"}},
+		{"each later size", append(began("a", "A"), sized("a", 2), sized("a", 3)), []string{"a:A", "a:A.", "a:A.."}},
+		{"an allocation with a new size", append(began("a", "A"), Op{Kind: Allocate, Node: id("a"), Size: 1024}),
+			[]string{"a:A", "a:A."}},
+		{"an allocation without a new size",
+			append(began("a", "A"), Op{Kind: Allocate, Node: id("a"), Size: 1024, KeepSize: true}),
+			[]string{"a:A"}},
 		{"pages in any order", append(began("a", "A"+zeros+"A"), wrote("a", 0, "B"), wrote("a", 8, "B")),
 			[]string{"a:A" + zeros + "A", "a:A" + zeros + "B", "a:B" + zeros + "A", "a:B" + zeros + "B"}},
-		{"like pages in any order", []Op{made("a"), sized("a", 9), synced("a"), syncedFolder(1), wrote("a", 0, "B"), wrote("a", 8, "B")},
+		{"equal pages in any order",
+			[]Op{made("a"), sized("a", 9), synced("a"), syncedDir(1), wrote("a", 0, "B"), wrote("a", 8, "B")},
 			[]string{"a:." + zeros + ".", "a:." + zeros + "B", "a:B" + zeros + ".", "a:B" + zeros + "B"}},
-		{"a sector is what it was after a write", append(began("a", "A"), wrote("a", 0, "B"),
+		{"a sector has its content after one of the writes", append(began("a", "A"), wrote("a", 0, "B"),
 			Op{Kind: Write, Node: id("a"), Offset: 256, Data: slices.Repeat([]byte("C"), 256)}, wrote("a", 0, "D")),
 			[]string{"a:(BC)", "a:A", "a:B", "a:D"}},
 		{"shortened", append(began("a", "AA"), sized("a", 1)), []string{"a:A", "a:AA"}},
-		{"shortened and longer again", append(began("a", "AA"), sized("a", 1), sized("a", 2)), []string{"a:A", "a:A.", "a:AA"}},
-		{"shortened and written to", append(began("a", "AA"), sized("a", 0), wrote("a", 0, "B")), []string{"a:", "a:.", "a:AA", "a:B"}},
-		{"two files", append(append(began("a", "A"), began("b", "A")...), wrote("a", 0, "B"), wrote("b", 0, "B"), synced("b")),
+		{"shortened and longer again", append(began("a", "AA"), sized("a", 1), sized("a", 2)),
+			[]string{"a:A", "a:A.", "a:AA"}},
+		{"shortened and written to", append(began("a", "AA"), sized("a", 0), wrote("a", 0, "B")),
+			[]string{"a:", "a:.", "a:AA", "a:B"}},
+		{"two files",
+			append(append(began("a", "A"), began("b", "A")...), wrote("a", 0, "B"), wrote("b", 0, "B"), synced("b")),
 			[]string{"a:A b:B", "a:B b:B"}},
 		{"names in order", []Op{made("a"), made("b"), made("c")}, []string{"", "a:", "a: b:", "a: b: c:"}},
-		{"a rename in place of another file", append(append(began("a", "A"), began("b", "B")...), moved("b", "a", id("b"))),
+		{"a rename over another file",
+			append(append(began("a", "A"), began("b", "B")...), moved("b", "a", id("b"))),
 			[]string{"a:A b:B", "a:B"}},
-		{"a rename that is safe", append(append(began("a", "A"), began("b", "B")...), moved("b", "a", id("b")), syncedFolder(1)),
+		{"a durable rename",
+			append(append(began("a", "A"), began("b", "B")...), moved("b", "a", id("b")), syncedDir(1)),
 			[]string{"a:B"}},
 		{"unlinked", append(began("a", "A"), Op{Kind: Unlink, Path: "a", Node: id("a"), Dir: 1}), []string{"", "a:A"}},
-		{"a file under its old name gets the bytes", append(began("a", "A"), moved("a", "b", id("a")), wrote("a", 0, "B")),
+		{"a file under its old name gets the bytes",
+			append(began("a", "A"), moved("a", "b", id("a")), wrote("a", 0, "B")),
 			[]string{"a:A", "a:B", "b:A", "b:B"}},
-		{"a folder", []Op{{Kind: Mkdir, Path: "sub", Node: 2, Dir: 1}}, []string{"", "sub/"}},
-		{"a file in a folder that is lost", []Op{{Kind: Mkdir, Path: "sub", Node: 2, Dir: 1},
-			{Kind: Create, Path: "sub/b", Node: id("b"), Dir: 2}, syncedFolder(2)}, []string{"", "sub/ sub/b:"}},
-		{"moved between folders", movedOver(), []string{"a:A c: sub/", "a:A c: sub/ sub/b:", "a:A sub/", "a:A sub/ sub/b:", "c: sub/ sub/a:A sub/b:", "c: sub/ sub/a:A sub/b: sub/d:"}},
-		{"moved from a folder that is safe", append(movedOver(), syncedFolder(1)),
+		{"a directory", []Op{{Kind: Mkdir, Path: "sub", Node: 2, Dir: 1}}, []string{"", "sub/"}},
+		{"a file in a lost directory", []Op{{Kind: Mkdir, Path: "sub", Node: 2, Dir: 1},
+			{Kind: Create, Path: "sub/b", Node: id("b"), Dir: 2}, syncedDir(2)}, []string{"", "sub/ sub/b:"}},
+		{"moved between directories", movedBetweenDirs(), []string{
+			"a:A c: sub/", "a:A c: sub/ sub/b:", "a:A sub/", "a:A sub/ sub/b:",
+			"c: sub/ sub/a:A sub/b:", "c: sub/ sub/a:A sub/b: sub/d:"}},
+		{"moved from a durable directory", append(movedBetweenDirs(), syncedDir(1)),
 			[]string{"c: sub/ sub/a:A sub/b:", "c: sub/ sub/a:A sub/b: sub/d:"}},
-		{"moved to a folder that is safe", append(movedOver(), syncedFolder(2)), []string{"c: sub/ sub/a:A sub/b: sub/d:"}},
+		{"moved to a durable directory", append(movedBetweenDirs(), syncedDir(2)),
+			[]string{"c: sub/ sub/a:A sub/b: sub/d:"}},
 		{"fsync failed", append(began("a", "A"), wrote("a", 0, "B"), failed("a")), []string{"a:A", "a:B"}},
-		{"fsync failed, and the next doesn't mend it", append(began("a", "A"), wrote("a", 0, "B"), wrote("a", 8, "B"), failed("a"), wrote("a", 8, "C"), synced("a")),
+		{"fsync failed, and the next leaves the page volatile",
+			append(began("a", "A"), wrote("a", 0, "B"), wrote("a", 8, "B"), failed("a"),
+				wrote("a", 8, "C"), synced("a")),
 			[]string{"a:A" + zeros + "C", "a:B" + zeros + "C"}},
-		{"fsync failed, and the next keeps the size", append(began("a", "A"), wrote("a", 0, "B"), sized("a", 0), sized("a", 1), failed("a"), synced("a")),
+		{"fsync failed, and the next keeps the size",
+			append(began("a", "A"), wrote("a", 0, "B"), sized("a", 0), sized("a", 1), failed("a"), synced("a")),
 			[]string{"a:."}},
-		{"fsync failed, and the page is written again", append(began("a", "A"), wrote("a", 0, "B"), failed("a"), wrote("a", 0, "B"), synced("a")),
+		{"fsync failed, and the page is written again",
+			append(began("a", "A"), wrote("a", 0, "B"), failed("a"), wrote("a", 0, "B"), synced("a")),
 			[]string{"a:B"}},
 	} {
 		if got := disks(tt.ops...); !slices.Equal(got, tt.want) {
@@ -141,19 +164,20 @@ func TestWhatSurvives(t *testing.T) {
 	}
 }
 
-// TestChoices: what Search promises comes before what is random.
+// TestChoices checks that the choices listed at Search come without any random choice.
 func TestChoices(t *testing.T) {
 	m := newModel()
-	ops := append(began("a", "A"), wrote("a", 0, "BBBBBBBBBBBB"), wrote("a", 12, "CC"), made("b"), sized("b", 1), wrote("a", 24, "DDDD"))
+	ops := append(began("a", "A"), wrote("a", 0, "BBBBBBBBBBBB"), wrote("a", 12, "CC"),
+		made("b"), sized("b", 1), wrote("a", 24, "DDDD"))
 	for i, op := range ops {
 		m.do(i, op)
 	}
 	var found []string
-	for c := range m.loose().choices(rand.New(rand.NewPCG(1, 1)), len(ops)-1, 0) {
-		found = append(found, words(m.survive(c)))
+	for c := range m.volatile().choices(rand.New(rand.NewPCG(1, 1)), len(ops)-1, 0) {
+		found = append(found, describe(m.survive(c)))
 	}
 	b, c := strings.Repeat("B", 12), "CC.........."
-	if want := []string{ // in any case
+	if want := []string{ // the first five, in this order
 		"a:" + b + c + "DDDD b:.",
 		"a:A",
 		"a:A b:",
@@ -181,7 +205,8 @@ func TestChoices(t *testing.T) {
 	}
 }
 
-// TestBounds: as many states as the options allow, each once, and of all moments.
+// TestBounds checks the number of crash states against the options: each comes once, and early and
+// late cuts have some.
 func TestBounds(t *testing.T) {
 	ops := began("a", "A")
 	for i := range 100 {
@@ -205,8 +230,10 @@ func TestBounds(t *testing.T) {
 				t.Errorf("%+v: state %d has the number %d", o, states, c.number)
 			}
 		}
-		if most := slices.Max(slices.Collect(maps.Values(at))); states > o.Total || most > o.States || early == 0 || last < len(ops)-20 {
-			t.Errorf("%+v: %d states, %d of the first half, at most %d of a moment, the last of moment %d", o, states, early, most, last)
+		most := slices.Max(slices.Collect(maps.Values(at)))
+		if states > o.Total || most > o.States || early == 0 || last < len(ops)-20 {
+			t.Errorf("%+v: %d states, %d of the first half, at most %d of a cut, the last of cut %d",
+				o, states, early, most, last)
 		}
 	}
 }

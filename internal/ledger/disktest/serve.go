@@ -20,16 +20,18 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// serveEnv tells a process that it is a file system, and where.
+// serveEnv is the environment variable that makes a process the file system. The value is the
+// path of the directory to mount.
 const serveEnv = "DISKTEST_SERVE"
 
-// Serve is the first call of a TestMain. It returns, unless the process was started by New to be a file system.
+// Serve must be the first call of TestMain. In a process started by New, Serve serves the file
+// system and exits; in any other process Serve returns at once.
 func Serve() {
 	dir := os.Getenv(serveEnv)
 	if dir == "" {
 		return
 	}
-	signal.Ignore(os.Interrupt) // it ends after the test does, or the mount would stay
+	signal.Ignore(os.Interrupt) // the server must outlive the test to unmount the directory
 	if err := serve(dir); err != nil {
 		fmt.Fprintln(os.Stderr, "disktest:", err)
 		os.Exit(1)
@@ -42,18 +44,19 @@ func serve(dir string) error {
 	if err != nil {
 		return err
 	}
-	questions, err := net.FileConn(os.NewFile(4, "questions"))
+	faults, err := net.FileConn(os.NewFile(4, "faults"))
 	if err != nil {
 		return err
 	}
-	s := &server{test: rpc.NewClient(questions)}
+	s := &server{injector: rpc.NewClient(faults)}
 	forever := time.Duration(1<<63 - 1)
-	// The kernel's cache of pages is what makes a mapped file and a write agree. All changes come through the kernel, so
-	// it need never forget them; and it must not hold them back, so there is no writeback cache.
+	// A mapped file and a write agree because both use the kernel's page cache. All changes come
+	// through the kernel, so cached pages never expire. A writeback cache would delay writes, so
+	// there is none.
 	s.mount, s.mountErr = fs.Mount(dir, s.newNode(0o700), &fs.Options{
 		MountOptions: fuse.MountOptions{
 			FsName: "disktest", Name: "disktest",
-			DirectMount:              true, // else by fusermount3
+			DirectMount:              true, // without root: fusermount3
 			DirectMountStrict:        os.Geteuid() == 0,
 			ExplicitDataCacheControl: true,
 			DisableXAttrs:            true,
@@ -62,11 +65,11 @@ func serve(dir string) error {
 		EntryTimeout: &forever,
 		AttrTimeout:  &forever,
 	})
-	answers := rpc.NewServer()
-	if err := answers.RegisterName("Server", (*control)(s)); err != nil {
+	api := rpc.NewServer()
+	if err := api.RegisterName("Server", (*serverAPI)(s)); err != nil {
 		return err
 	}
-	answers.ServeConn(calls) // until the test ends, in whatever way
+	api.ServeConn(calls) // until the test's process closes the connection or dies
 	if s.mount == nil || s.mount.Unmount() == nil {
 		return nil
 	}
@@ -75,26 +78,26 @@ func serve(dir string) error {
 
 // server is the file system: files in memory, and the record.
 type server struct {
-	test     *rpc.Client
+	injector *rpc.Client // the test's process
 	mount    *fuse.Server
 	mountErr error
-	ask      atomic.Bool
+	inject   atomic.Bool // the injector has a Fail function
 
-	turn sync.Mutex // held by the one operation that is carried out
-	// mu is never held while the test is asked: reads must not wait for a process that may wait for a read.
+	operation sync.Mutex // held by the one operation in progress
+	// mu is free during a call of the injector: the test's process may itself wait for a read.
 	mu    sync.RWMutex
 	nodes uint64
 	ops   []Op
 	marks []int
 }
 
-// carry asks whether op may be, does it and writes it down.
-func (s *server) carry(op Op, do func(*Op)) (errno syscall.Errno) {
-	s.turn.Lock()
-	defer s.turn.Unlock()
-	if s.ask.Load() {
-		if err := s.test.Call("Test.Fail", op, &errno); err != nil {
-			return syscall.EIO // the test is gone
+// apply asks the injector for an error, then carries op out by do and records op.
+func (s *server) apply(op Op, do func(*Op)) (errno syscall.Errno) {
+	s.operation.Lock()
+	defer s.operation.Unlock()
+	if s.inject.Load() {
+		if err := s.injector.Call("Injector.Fail", op, &errno); err != nil {
+			return syscall.EIO // the test's process has ended
 		}
 	}
 	if errno != 0 && (op.Kind == Sync || op.Kind == Datasync) {
@@ -109,12 +112,12 @@ func (s *server) carry(op Op, do func(*Op)) (errno syscall.Errno) {
 	return errno
 }
 
-// control is what the test may call.
-type control server
+// serverAPI has the methods that the test's process calls by RPC.
+type serverAPI server
 
-func (c *control) Ready(int, *int) error { return c.mountErr }
+func (c *serverAPI) Ready(int, *int) error { return c.mountErr }
 
-func (c *control) Mark(_ int, n *int) error {
+func (c *serverAPI) Mark(_ int, n *int) error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	*n = len(c.ops)
@@ -122,19 +125,19 @@ func (c *control) Mark(_ int, n *int) error {
 	return nil
 }
 
-func (c *control) Record(_ int, r *Record) error {
+func (c *serverAPI) Record(_ int, r *Record) error {
 	c.mu.RLock()
 	defer c.mu.RUnlock()
 	*r = Record{slices.Clone(c.ops), slices.Clone(c.marks)}
 	return nil
 }
 
-func (c *control) Ask(on int, _ *int) error {
-	c.ask.Store(on == 1)
+func (c *serverAPI) Inject(on int, _ *int) error {
+	c.inject.Store(on == 1)
 	return nil
 }
 
-func (c *control) Unmount(int, *int) error {
+func (c *serverAPI) Unmount(int, *int) error {
 	if c.mount == nil {
 		return errors.New("not mounted")
 	}
@@ -145,19 +148,19 @@ func (c *control) Unmount(int, *int) error {
 	return err
 }
 
-// node is a file or a folder. What it doesn't implement nobody can do, so nothing is done unseen. The tree of names is
-// go-fuse's.
+// node is a file or a directory. The kernel refuses operations without a method of node, so every
+// change is recorded. The tree of names is in go-fuse's fs.Inode.
 type node struct {
 	fs.Inode
-	s     *server
-	id    uint64
-	mode  uint32
-	mtime time.Time
-	data  []byte
-	held  int64 // bytes allocated, at least len(data)
+	s         *server
+	id        uint64
+	mode      uint32
+	mtime     time.Time
+	data      []byte
+	allocated int64 // bytes of disk space; may be more than len(data)
 }
 
-// The caller holds s.mu, except for the root.
+// newNode makes a node with the next number. The caller holds s.mu, except for the root.
 func (s *server) newNode(mode uint32) *node {
 	s.nodes++
 	return &node{s: s, id: s.nodes, mode: mode & 0o7777, mtime: time.Now()}
@@ -165,11 +168,11 @@ func (s *server) newNode(mode uint32) *node {
 
 func (n *node) path(name string) string { return path.Join(".", n.Path(nil), name) }
 
-// op is an operation of n itself.
+// op is an operation on n.
 func (n *node) op(kind Kind) Op { return Op{Kind: kind, Path: n.path(""), Node: n.id} }
 
-// name is an operation that changes a name in n, and the node that has it.
-func (n *node) name(kind Kind, name string) Op {
+// nameOp is an operation that changes a name in the directory n.
+func (n *node) nameOp(kind Kind, name string) Op {
 	op := Op{Kind: kind, Path: n.path(name), Dir: n.id}
 	if child := n.GetChild(name); child != nil {
 		op.Node = child.Operations().(*node).id
@@ -177,11 +180,11 @@ func (n *node) name(kind Kind, name string) Op {
 	return op
 }
 
-// The caller holds s.mu.
+// attr fills in the attributes. The caller holds s.mu.
 func (n *node) attr(out *fuse.Attr) {
 	out.Mode = n.mode
 	out.Size = uint64(len(n.data))
-	out.Blocks = uint64(max(n.held, int64(len(n.data)))+4095) / 4096 * 8
+	out.Blocks = uint64(max(n.allocated, int64(len(n.data)))+4095) / 4096 * 8
 	out.Blksize = 4096
 	out.Nlink = 1
 	out.Owner = fuse.Owner{Uid: uint32(os.Getuid()), Gid: uint32(os.Getgid())}
@@ -199,7 +202,7 @@ func (n *node) Setattr(_ context.Context, _ fs.FileHandle, in *fuse.SetAttrIn, o
 	if size, ok := in.GetSize(); ok {
 		op := n.op(Truncate)
 		op.Size = int64(size)
-		if errno := n.s.carry(op, func(*Op) { n.resize(op.Size) }); errno != 0 {
+		if errno := n.s.apply(op, func(*Op) { n.resize(op.Size) }); errno != 0 {
 			return errno
 		}
 	}
@@ -212,12 +215,12 @@ func (n *node) Setattr(_ context.Context, _ fs.FileHandle, in *fuse.SetAttrIn, o
 	return 0
 }
 
-// The caller holds s.mu.
+// resize changes the length of the data. The caller holds s.mu.
 func (n *node) resize(size int64) {
 	n.mtime = time.Now()
 	if old := int64(len(n.data)); size <= old {
 		n.data = slices.Clip(n.data[:size])
-		n.held = size
+		n.allocated = size
 	} else {
 		n.data = append(n.data, make([]byte, size-old)...)
 	}
@@ -238,8 +241,8 @@ func (n *node) Read(_ context.Context, _ fs.FileHandle, dest []byte, off int64) 
 
 func (n *node) Write(_ context.Context, _ fs.FileHandle, data []byte, off int64) (uint32, syscall.Errno) {
 	op := n.op(Write)
-	op.Offset, op.Data = off, slices.Clone(data) // the buffer is go-fuse's
-	errno := n.s.carry(op, func(*Op) {
+	op.Offset, op.Data = off, slices.Clone(data) // go-fuse uses the buffer again
+	errno := n.s.apply(op, func(*Op) {
 		if end := off + int64(len(data)); end > int64(len(n.data)) {
 			n.resize(end)
 		}
@@ -255,12 +258,12 @@ func (n *node) Allocate(_ context.Context, _ fs.FileHandle, off, size uint64, mo
 	}
 	op := n.op(Allocate)
 	op.Offset, op.Size, op.KeepSize = int64(off), int64(size), mode != 0
-	return n.s.carry(op, func(*Op) {
+	return n.s.apply(op, func(*Op) {
 		end := op.Offset + op.Size
 		if end > int64(len(n.data)) && !op.KeepSize {
 			n.resize(end)
 		}
-		n.held = max(n.held, end)
+		n.allocated = max(n.allocated, end)
 	})
 }
 
@@ -271,14 +274,16 @@ func (n *node) Fsync(_ context.Context, _ fs.FileHandle, flags uint32) syscall.E
 	} else if flags&1 != 0 {
 		kind = Datasync
 	}
-	return n.s.carry(n.op(kind), func(*Op) {})
+	return n.s.apply(n.op(kind), func(*Op) {})
 }
 
-func (n *node) make(ctx context.Context, kind Kind, name string, mode uint32, out *fuse.EntryOut) (*fs.Inode, syscall.Errno) {
-	op := n.name(kind, name)
+func (n *node) make(
+	ctx context.Context, kind Kind, name string, mode uint32, out *fuse.EntryOut,
+) (*fs.Inode, syscall.Errno) {
+	op := n.nameOp(kind, name)
 	op.Mode = mode & 0o7777
 	var child *node
-	if errno := n.s.carry(op, func(op *Op) {
+	if errno := n.s.apply(op, func(op *Op) {
 		child = n.s.newNode(mode)
 		op.Node = child.id
 		child.attr(&out.Attr)
@@ -292,16 +297,22 @@ func (n *node) make(ctx context.Context, kind Kind, name string, mode uint32, ou
 	return n.NewPersistentInode(ctx, child, attr), 0
 }
 
-func (n *node) Create(ctx context.Context, name string, _, mode uint32, out *fuse.EntryOut) (*fs.Inode, fs.FileHandle, uint32, syscall.Errno) {
+func (n *node) Create(
+	ctx context.Context, name string, _, mode uint32, out *fuse.EntryOut,
+) (*fs.Inode, fs.FileHandle, uint32, syscall.Errno) {
 	inode, errno := n.make(ctx, Create, name, mode, out)
 	return inode, nil, fuse.FOPEN_KEEP_CACHE, errno
 }
 
-func (n *node) Mkdir(ctx context.Context, name string, mode uint32, out *fuse.EntryOut) (*fs.Inode, syscall.Errno) {
+func (n *node) Mkdir(
+	ctx context.Context, name string, mode uint32, out *fuse.EntryOut,
+) (*fs.Inode, syscall.Errno) {
 	return n.make(ctx, Mkdir, name, mode, out)
 }
 
-func (n *node) Rename(_ context.Context, name string, newParent fs.InodeEmbedder, newName string, flags uint32) syscall.Errno {
+func (n *node) Rename(
+	_ context.Context, name string, newParent fs.InodeEmbedder, newName string, flags uint32,
+) syscall.Errno {
 	if flags&^unix.RENAME_NOREPLACE != 0 {
 		return syscall.EINVAL
 	}
@@ -309,23 +320,23 @@ func (n *node) Rename(_ context.Context, name string, newParent fs.InodeEmbedder
 	if there := to.GetChild(newName); there != nil && there.IsDir() && len(there.Children()) > 0 {
 		return syscall.ENOTEMPTY
 	}
-	op := n.name(Rename, name)
+	op := n.nameOp(Rename, name)
 	op.To, op.ToDir = to.path(newName), to.id
-	return n.s.carry(op, func(*Op) {})
+	return n.s.apply(op, func(*Op) {})
 }
 
 func (n *node) Unlink(_ context.Context, name string) syscall.Errno {
-	return n.s.carry(n.name(Unlink, name), func(*Op) {})
+	return n.s.apply(n.nameOp(Unlink, name), func(*Op) {})
 }
 
 func (n *node) Rmdir(_ context.Context, name string) syscall.Errno {
 	if child := n.GetChild(name); child != nil && len(child.Children()) > 0 {
 		return syscall.ENOTEMPTY
 	}
-	return n.s.carry(n.name(Rmdir, name), func(*Op) {})
+	return n.s.apply(n.nameOp(Rmdir, name), func(*Op) {})
 }
 
-// Statfs tells the room of the machine's temporary folder.
+// Statfs returns the free space of the machine's temporary directory.
 func (n *node) Statfs(_ context.Context, out *fuse.StatfsOut) syscall.Errno {
 	var st syscall.Statfs_t
 	if err := syscall.Statfs(os.TempDir(), &st); err != nil {

@@ -12,7 +12,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// scratch is a folder for disks, in memory where there is room.
+// scratch makes a directory for crash states: in memory under /dev/shm, else on disk.
 func scratch(t testing.TB) string {
 	t.Helper()
 	dir, err := os.MkdirTemp("/dev/shm", "disktest")
@@ -23,15 +23,16 @@ func scratch(t testing.TB) string {
 	return dir
 }
 
-// folder is where one disk after the other is laid out. Pages that are there already, since the last disk had them too,
-// are left as they are.
-type folder struct {
-	dir  string
-	laid map[string]laid
+// scratchDir is a directory that holds one crash state after the other. Pages equal to those of the
+// previous crash state are not written again.
+type scratchDir struct {
+	dir   string
+	files map[string]laidFile
 }
 
-// laid is a file as it was laid out. It has the time untouched for as long as nobody has written to it.
-type laid struct {
+// laidFile is a file as put has written it. A modification time other than untouched shows a later
+// write by check.
+type laidFile struct {
 	content
 	inode uint64
 }
@@ -40,18 +41,18 @@ var untouched = time.Unix(1e9, 0)
 
 var zeros page
 
-func newFolder(root string) *folder {
+func newScratchDir(root string) *scratchDir {
 	dir, err := os.MkdirTemp(root, "")
 	if err != nil {
-		dir = filepath.Join(root, "missing") // put says why
+		dir = filepath.Join(root, "missing") // put returns the error
 	}
-	return &folder{dir, map[string]laid{}}
+	return &scratchDir{dir, map[string]laidFile{}}
 }
 
-// put lays the disk out.
-func (f *folder) put(s *state) error {
+// put makes the directory hold the crash state s, and nothing else.
+func (f *scratchDir) put(s *state) error {
 	wanted := map[string]bool{".": true}
-	for _, p := range s.folders {
+	for _, p := range s.dirs {
 		wanted[p] = true
 	}
 	err := filepath.WalkDir(f.dir, func(p string, e fs.DirEntry, err error) error {
@@ -73,7 +74,7 @@ func (f *folder) put(s *state) error {
 	if err != nil {
 		return err
 	}
-	for _, p := range s.folders {
+	for _, p := range s.dirs {
 		if err := os.Mkdir(filepath.Join(f.dir, p), 0o700); err != nil && !os.IsExist(err) {
 			return err
 		}
@@ -86,14 +87,15 @@ func (f *folder) put(s *state) error {
 	return nil
 }
 
-func (f *folder) putFile(name string, c content) error {
-	old := f.laid[name]
-	delete(f.laid, name)
+func (f *scratchDir) putFile(name string, c content) error {
+	old := f.files[name]
+	delete(f.files, name)
 	p := filepath.Join(f.dir, name)
 	var st syscall.Stat_t
-	if err := syscall.Lstat(p, &st); err != nil || st.Ino != old.inode || st.Mtim.Nano() != untouched.UnixNano() || st.Nlink > 1 {
+	if err := syscall.Lstat(p, &st); err != nil || st.Ino != old.inode ||
+		st.Mtim.Nano() != untouched.UnixNano() || st.Nlink > 1 {
 		os.Remove(p)
-		old = laid{}
+		old = laidFile{}
 	}
 	file, err := os.OpenFile(p, os.O_RDWR|os.O_CREATE, 0o600)
 	if err != nil {
@@ -127,7 +129,7 @@ func (f *folder) putFile(name string, c content) error {
 	if err := syscall.Fstat(int(file.Fd()), &st); err != nil {
 		return err
 	}
-	f.laid[name] = laid{c, st.Ino}
+	f.files[name] = laidFile{c, st.Ino}
 	return nil
 }
 
