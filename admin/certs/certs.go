@@ -1,5 +1,6 @@
-// Package certs keeps the certificate of the admin API's HTTPS listener on loopback. Its key, and the key of the appliance's
-// own authority, are P-256 keys in the keystore. Begin with Manager.
+// Package certs manages the TLS certificate of the admin API's HTTPS listener on loopback. The
+// server's key and the key of the appliance's own certificate authority are P-256 keys in the
+// keystore. Begin reading at Manager.
 package certs
 
 import (
@@ -20,49 +21,51 @@ import (
 )
 
 const (
-	day         = 24 * time.Hour
-	renewBefore = 30 * day
+	day           = 24 * time.Hour
+	renewalWindow = 30 * day
 
-	againWithout = time.Second // after a failure, where there is no certificate to show
-	againWith    = time.Minute // and where the old one is still good
+	retryWithout = time.Second // backoff after a failed renewal, without a valid certificate
+	retryWith    = time.Minute // backoff after a failed renewal, while the old certificate is valid
 )
 
-// Store keeps certificates, which are public. It is safe for concurrent use.
+// Store keeps certificates, which are public. All methods are safe for concurrent use.
 type Store interface {
-	// Load returns what was saved last under a name: nothing, if nothing was.
+	// Load returns the value saved last under a name, or nil.
 	Load(name string) ([]byte, error)
-	// Save returns when the value is on disk. To save nothing is to forget.
+	// Save returns when the value is on disk. An empty value deletes the name.
 	Save(ctx context.Context, name string, value []byte) error
 }
 
-// The names in the Store. The values are PEM.
+// Names in the Store. The values are certificates in PEM.
 const (
 	storedAuthority = "authority"
 	storedOwn       = "own"
 	storedInstalled = "installed"
 )
 
-// Manager gives the listener its certificate: the operator's, where one is installed, and else one of the appliance's own
-// authority, which is made when it is first needed, and again in time. It is for concurrent use.
+// Manager supplies the listener's certificate. An operator's certificate is used if installed.
+// Else the appliance's own authority issues a certificate at the first connection, and renews it
+// 30 days before the end. All methods are safe for concurrent use.
 type Manager struct {
 	authorityKey signer
 	store        Store
 	names        []string
 	log          *slog.Logger
 
-	mu        sync.Mutex
-	key       signer
-	authority *x509.Certificate   // nil: to be made
-	own       *x509.Certificate   // nil: to be made
-	installed []*x509.Certificate // the server's first; none: the own one is used
-	misfit    bool                // one is installed, for another key
-	failed    time.Time           // when the own one could not be made
-	cause     error               // why; nil when it could
+	mu         sync.Mutex
+	key        signer
+	authority  *x509.Certificate   // nil until issued
+	own        *x509.Certificate   // issued by authority; nil until issued
+	installed  []*x509.Certificate // the operator's chain, leaf first; empty means own is used
+	mismatched bool                // the store has an installed certificate for another key
+	failedAt   time.Time           // time of the last failure to issue own
+	lastErr    error               // error of that failure; nil after a success
 }
 
-// New loads what the store has; the keys may be out of reach. names are what the listener is called, DNS names and IP
-// addresses, localhost if there are none. With other names another certificate is made. Another authority is made only for
-// names that the old one may not speak for, and then clients must be told of it.
+// New loads the certificates in the store. The device with the keys may be unreachable. names are
+// the DNS names and IP addresses of the listener; the default is localhost. A change of names
+// causes a new certificate. A new authority is issued only if the old one has no permission for a
+// name; clients must then trust the new authority.
 func New(authority, server keystore.Key, store Store, names []string, log *slog.Logger) (*Manager, error) {
 	if len(names) == 0 {
 		names = loopback[:1]
@@ -80,8 +83,8 @@ func New(authority, server keystore.Key, store Store, names []string, log *slog.
 	return m, m.Use(server)
 }
 
-// Use puts another version of the server's key in use. A certificate is for one key: the own one is made anew, and an
-// installed one does not count any more.
+// Use sets the version of the server's key. A certificate is for one key. A new version therefore
+// needs a new certificate of the own authority, and an installed certificate is no longer used.
 func (m *Manager) Use(server keystore.Key) error {
 	key, err := newSigner(server)
 	if err != nil {
@@ -99,75 +102,86 @@ func (m *Manager) Use(server keystore.Key) error {
 			return fmt.Errorf("certificate %q in the store: %w", name, err)
 		}
 	}
-	m.key, m.authority, m.own, m.installed, m.cause = key, nil, nil, stored[2], nil
-	if c := stored[0]; len(c) == 1 && isFor(c[0], m.authorityKey) && speaksFor(c[0], ownNames(m.names)) {
+	m.key, m.authority, m.own, m.installed, m.lastErr = key, nil, nil, stored[2], nil
+	names := ownNames(m.names)
+	if c := stored[0]; len(c) == 1 && hasKey(c[0], m.authorityKey) && covers(c[0], names) {
 		m.authority = c[0]
 	}
-	if c := stored[1]; len(c) == 1 && m.authority != nil && isFor(c[0], key) && slices.Equal(namesOf(c[0]), ownNames(m.names)) && c[0].CheckSignatureFrom(m.authority) == nil {
+	if c := stored[1]; len(c) == 1 && m.authority != nil && hasKey(c[0], key) &&
+		slices.Equal(namesOf(c[0]), names) && c[0].CheckSignatureFrom(m.authority) == nil {
 		m.own = c[0]
 	}
-	if m.misfit = len(m.installed) > 0 && !isFor(m.installed[0], key); m.misfit {
+	if m.mismatched = len(m.installed) > 0 && !hasKey(m.installed[0], key); m.mismatched {
 		m.installed = nil
-		m.log.Warn("certs: " + saysMisfit)
+		m.log.Warn("certs: " + warnMismatched)
 	}
 	return nil
 }
 
-const saysMisfit = "the installed certificate is for another key and is not used: install one for this key, or uninstall it"
+const warnMismatched = "the installed certificate is for another key and is not used: " +
+	"install one for this key, or uninstall it"
 
-// Config is TLS as the admin API speaks it. There are no session tickets: each connection proves that the key is there.
+// Config returns the TLS configuration of the admin API. Session tickets are off: every connection
+// proves access to the private key.
 func (m *Manager) Config() *tls.Config {
 	return &tls.Config{
-		MinVersion: tls.VersionTLS13, GetCertificate: m.GetCertificate, NextProtos: []string{"h2", "http/1.1"}, SessionTicketsDisabled: true,
+		MinVersion:             tls.VersionTLS13,
+		GetCertificate:         m.GetCertificate,
+		NextProtos:             []string{"h2", "http/1.1"},
+		SessionTicketsDisabled: true,
 	}
 }
 
-// GetCertificate is for a tls.Config. Where the key can't be reached the handshake fails, and the next one tries again.
+// GetCertificate implements the callback of tls.Config. While the device is unreachable, handshakes
+// fail; each new handshake tries again.
 func (m *Manager) GetCertificate(hello *tls.ClientHelloInfo) (*tls.Certificate, error) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	chain := m.installed
 	if len(chain) == 0 {
-		own, err := m.ownNow(hello.Context())
+		own, err := m.currentOwn(hello.Context())
 		if err != nil {
 			return nil, err
 		}
-		chain = []*x509.Certificate{own} // clients that trust it have the authority
+		chain = []*x509.Certificate{own} // the authority is in the clients' trust stores
 	}
-	c := &tls.Certificate{PrivateKey: m.key.in(hello.Context()), Leaf: chain[0]}
+	c := &tls.Certificate{PrivateKey: m.key.withContext(hello.Context()), Leaf: chain[0]}
 	for _, x := range chain {
 		c.Certificate = append(c.Certificate, x.Raw)
 	}
 	return c, nil
 }
 
-// ownNow gives the own certificate, and makes a new one when it is time. After a failure the old one is good until it expires.
-func (m *Manager) ownNow(ctx context.Context) (*x509.Certificate, error) {
+// currentOwn returns the own certificate, and renews it first in the last 30 days. After a failed
+// renewal the old certificate serves until its expiry.
+func (m *Manager) currentOwn(ctx context.Context) (*x509.Certificate, error) {
 	now := time.Now()
-	if m.own != nil && validFor(m.own, now, renewBefore) {
+	if m.own != nil && validFor(m.own, now, renewalWindow) {
 		return m.own, nil
 	}
-	good, again := m.own != nil && validFor(m.own, now, 0), againWithout
-	if good {
-		again = againWith
+	valid, backoff := m.own != nil && validFor(m.own, now, 0), retryWithout
+	if valid {
+		backoff = retryWith
 	}
-	if m.cause == nil || now.Sub(m.failed) >= again { // else those who wait here would ask the device one after the other
-		if m.cause = m.makeOwn(context.WithoutCancel(ctx)); m.cause != nil {
-			m.failed = time.Now()
-			m.log.Warn("certs: no new certificate", "err", m.cause)
+	// The backoff keeps handshakes that wait for mu from calling a failing device one after the
+	// other.
+	if m.lastErr == nil || now.Sub(m.failedAt) >= backoff {
+		if m.lastErr = m.issueOwn(context.WithoutCancel(ctx)); m.lastErr != nil {
+			m.failedAt = time.Now()
+			m.log.Warn("certs: no new certificate", "err", m.lastErr)
 		}
 	}
-	if m.cause != nil && !good {
-		return nil, m.cause
+	if m.lastErr != nil && !valid {
+		return nil, m.lastErr
 	}
 	return m.own, nil
 }
 
-func (m *Manager) makeOwn(ctx context.Context) error {
-	if err := m.needAuthority(ctx); err != nil {
+func (m *Manager) issueOwn(ctx context.Context) error {
+	if err := m.ensureAuthority(ctx); err != nil {
 		return err
 	}
-	own, err := newCertificate(m.authority, m.authorityKey.in(ctx), m.key.public, ownNames(m.names))
+	own, err := newCertificate(m.authority, m.authorityKey.withContext(ctx), m.key.public, ownNames(m.names))
 	if err != nil {
 		return fmt.Errorf("certificate of the admin API: %w", err)
 	}
@@ -179,12 +193,13 @@ func (m *Manager) makeOwn(ctx context.Context) error {
 	return nil
 }
 
-// needAuthority makes the authority unless it can vouch for a whole certificate's life. It is on disk before it is used.
-func (m *Manager) needAuthority(ctx context.Context) error {
-	if m.authority != nil && validFor(m.authority, time.Now(), certificateLife) {
+// ensureAuthority issues the authority's certificate unless the present one outlives a certificate
+// issued now. A new authority is on disk before its first use.
+func (m *Manager) ensureAuthority(ctx context.Context) error {
+	if m.authority != nil && validFor(m.authority, time.Now(), certificateLifetime) {
 		return nil
 	}
-	authority, err := newAuthority(m.authorityKey.in(ctx), ownNames(m.names))
+	authority, err := newAuthority(m.authorityKey.withContext(ctx), ownNames(m.names))
 	if err != nil {
 		return fmt.Errorf("authority of the admin API: %w", err)
 	}
@@ -192,30 +207,32 @@ func (m *Manager) needAuthority(ctx context.Context) error {
 		return err
 	}
 	m.authority = authority
-	m.log.Info("certs: made an authority: clients must trust this one", "issuer", authority.Subject.String(), "not_after", authority.NotAfter)
+	m.log.Info("certs: made an authority: clients must trust this one",
+		"issuer", authority.Subject.String(), "not_after", authority.NotAfter)
 	return nil
 }
 
-// Authority gives the certificate of the own authority in PEM, which clients trust.
+// Authority returns the certificate of the own authority in PEM, for the trust stores of clients.
 func (m *Manager) Authority(ctx context.Context) ([]byte, error) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	if err := m.needAuthority(ctx); err != nil {
+	if err := m.ensureAuthority(ctx); err != nil {
 		return nil, err
 	}
 	return encode(m.authority), nil
 }
 
-// CSR gives a certificate signing request in PEM, for the server's key and the names.
+// CSR returns a certificate signing request in PEM for the server's key and names.
 func (m *Manager) CSR(ctx context.Context) ([]byte, error) {
 	m.mu.Lock()
 	key := m.key
 	m.mu.Unlock()
-	return newRequest(key.in(ctx), m.names)
+	return newRequest(key.withContext(ctx), m.names)
 }
 
-// Install puts the operator's certificate in use. chain is PEM: the server's certificate, then those of its authorities in
-// order; the last may be missing. What does not fit is refused with ErrUnfit.
+// Install puts the operator's certificate in use. chain is PEM: the server's certificate, then the
+// certificates of its authorities in order; the root may be missing. Install returns ErrUnfit for a
+// chain that clients would reject.
 func (m *Manager) Install(ctx context.Context, chain []byte) error {
 	all, err := parse(chain)
 	if err != nil {
@@ -229,34 +246,34 @@ func (m *Manager) Install(ctx context.Context, chain []byte) error {
 	if err := m.store.Save(ctx, storedInstalled, encode(all...)); err != nil {
 		return err
 	}
-	m.installed, m.misfit = all, false
+	m.installed, m.mismatched = all, false
 	m.log.Info("certs: installed a certificate", "issuer", all[0].Issuer.String(), "not_after", all[0].NotAfter)
 	return nil
 }
 
-// Uninstall goes back to a certificate of the own authority.
+// Uninstall returns to a certificate of the own authority.
 func (m *Manager) Uninstall(ctx context.Context) error {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	if err := m.store.Save(ctx, storedInstalled, nil); err != nil {
 		return err
 	}
-	m.installed, m.misfit = nil, false
+	m.installed, m.mismatched = nil, false
 	m.log.Info("certs: the own certificate is in use")
 	return nil
 }
 
-// Status is the certificate in use, as an operator sees it.
+// Status describes the certificate in use for operators.
 type Status struct {
-	Installed bool      `json:"installed"` // it is the operator's, and not of the own authority
+	Installed bool      `json:"installed"` // false: issued by the own authority
 	Names     []string  `json:"names"`
 	Issuer    string    `json:"issuer"`
-	NotBefore time.Time `json:"not_before"` // zero: the own one is made at the first connection
+	NotBefore time.Time `json:"not_before"` // zero: not issued before the first connection
 	NotAfter  time.Time `json:"not_after"`
 	Warning   string    `json:"warning,omitempty"`
 }
 
-// Status asks no device.
+// Status describes the certificate in use, without a call of the device.
 func (m *Manager) Status() Status {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -266,10 +283,10 @@ func (m *Manager) Status() Status {
 	case s.Installed:
 		c = m.installed[0]
 		s.Warning = m.warn(c, now)
-	case m.misfit:
-		s.Warning = saysMisfit
-	case m.cause != nil:
-		s.Warning = "no new certificate could be made: " + m.cause.Error()
+	case m.mismatched:
+		s.Warning = warnMismatched
+	case m.lastErr != nil:
+		s.Warning = "no new certificate could be made: " + m.lastErr.Error()
 	}
 	if c != nil {
 		s.Names, s.Issuer, s.NotBefore, s.NotAfter = namesOf(c), c.Issuer.String(), c.NotBefore, c.NotAfter
@@ -277,15 +294,15 @@ func (m *Manager) Status() Status {
 	return s
 }
 
-// warn says what an operator must do about the certificate that is installed. It stays in use: the clients that trust its
-// authority do not trust ours.
+// warn returns the action that an installed certificate needs from an operator, or "". An expired
+// certificate stays in use, because clients of its authority do not trust the own authority.
 func (m *Manager) warn(c *x509.Certificate, now time.Time) string {
 	for _, name := range m.names {
 		if c.VerifyHostname(name) != nil {
 			return fmt.Sprintf("the installed certificate is not for %s: install another, or uninstall it", name)
 		}
 	}
-	switch soon := min(renewBefore, c.NotAfter.Sub(c.NotBefore)/3); {
+	switch soon := min(renewalWindow, c.NotAfter.Sub(c.NotBefore)/3); {
 	case now.Before(c.NotBefore):
 		return "the installed certificate is not valid yet: is the clock right?"
 	case !validFor(c, now, 0):
@@ -296,23 +313,25 @@ func (m *Manager) warn(c *x509.Certificate, now time.Time) string {
 	return ""
 }
 
-// ErrUnfit is a chain that can't be installed.
+// ErrUnfit means that a chain was refused and not installed.
 var ErrUnfit = errors.New("the certificate can't be installed")
 
 const (
-	maxChain    = 8
+	maxChain    = 8        // certificates
 	maxChainPEM = 64 << 10 // bytes
 )
 
-// parse reads nothing but certificates.
+// parse decodes 1 to maxChain certificates in PEM and refuses other PEM blocks, such as private
+// keys.
 func parse(text []byte) (all []*x509.Certificate, err error) {
 	if len(text) > maxChainPEM {
-		return nil, fmt.Errorf("more than %d KiB", maxChainPEM>>10)
+		return nil, fmt.Errorf("the chain is longer than %d KiB", maxChainPEM>>10)
 	}
-	begun := bytes.Count(text, []byte("-----BEGIN "))
+	begun := bytes.Count(text, []byte("-----BEGIN ")) // pem.Decode skips damaged blocks
 	for block, rest := pem.Decode(text); block != nil; block, rest = pem.Decode(rest) {
 		if block.Type != "CERTIFICATE" {
-			return nil, errors.New("it must be certificates in PEM, and nothing else: no private key belongs here")
+			return nil, errors.New("the chain has a PEM block other than CERTIFICATE: " +
+				"send certificates only, never a private key")
 		}
 		c, err := x509.ParseCertificate(block.Bytes)
 		if err != nil {
@@ -321,26 +340,33 @@ func parse(text []byte) (all []*x509.Certificate, err error) {
 		all = append(all, c)
 	}
 	if len(all) == 0 || len(all) != begun || len(all) > maxChain {
-		return nil, fmt.Errorf("it must be 1 to %d certificates in PEM, each of them whole", maxChain)
+		return nil, fmt.Errorf("the chain has %d complete certificates in PEM, of %d begun: send 1 to %d, all complete",
+			len(all), begun, maxChain)
 	}
 	return all, nil
 }
 
-// check says why a chain would not do for the listener now.
+// check returns an error for a chain that clients of the listener would reject at present.
 func check(chain []*x509.Certificate, key signer, names []string) error {
 	leaf, last := chain[0], chain[len(chain)-1]
 	switch {
-	case !isFor(leaf, key):
+	case !hasKey(leaf, key):
 		return errors.New("the first certificate is not for the server's key: make a CSR, and have that signed")
-	case leaf.IsCA || !slices.Contains(leaf.ExtKeyUsage, x509.ExtKeyUsageServerAuth) || leaf.KeyUsage&x509.KeyUsageDigitalSignature == 0:
-		return errors.New("the first certificate must be a server's: no authority, with key usage digitalSignature and extended key usage serverAuth")
+	case leaf.IsCA || leaf.KeyUsage&x509.KeyUsageDigitalSignature == 0 ||
+		!slices.Contains(leaf.ExtKeyUsage, x509.ExtKeyUsageServerAuth):
+		return errors.New("the first certificate must be a server's: no authority, " +
+			"with key usage digitalSignature and extended key usage serverAuth")
 	}
 	for i, c := range chain[1:] {
 		if err := chain[i].CheckSignatureFrom(c); err != nil {
-			return fmt.Errorf("certificate %d does not vouch for certificate %d: the chain must be in order, the server's first: %w", i+2, i+1, err)
+			return fmt.Errorf("certificate %d did not sign certificate %d: "+
+				"put the chain in order, the server's first: %w", i+2, i+1, err)
 		}
 	}
-	o := x509.VerifyOptions{Roots: x509.NewCertPool(), Intermediates: x509.NewCertPool(), KeyUsages: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth}}
+	o := x509.VerifyOptions{
+		Roots: x509.NewCertPool(), Intermediates: x509.NewCertPool(),
+		KeyUsages: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth},
+	}
 	o.Roots.AddCert(last)
 	for _, c := range chain[:len(chain)-1] {
 		o.Intermediates.AddCert(c)
@@ -353,12 +379,12 @@ func check(chain []*x509.Certificate, key signer, names []string) error {
 	return nil
 }
 
-func isFor(c *x509.Certificate, key signer) bool {
+func hasKey(c *x509.Certificate, key signer) bool {
 	public, ok := c.PublicKey.(*ecdsa.PublicKey)
 	return ok && public.Equal(key.public)
 }
 
-// validFor reports that c is valid now and for some time after.
+// validFor reports whether c is valid now and still valid after left.
 func validFor(c *x509.Certificate, now time.Time, left time.Duration) bool {
 	return !now.Before(c.NotBefore) && now.Add(left).Before(c.NotAfter)
 }

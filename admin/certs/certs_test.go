@@ -32,20 +32,20 @@ import (
 	"countersign/internal/keystore/keystoretest"
 )
 
-// shelf is a Store in memory.
-type shelf struct {
+// memoryStore is a Store in memory.
+type memoryStore struct {
 	mu     sync.Mutex
 	values map[string][]byte
-	err    error // of Save, which then saves nothing
+	err    error // returned by Save, with nothing saved
 }
 
-func (s *shelf) Load(name string) ([]byte, error) {
+func (s *memoryStore) Load(name string) ([]byte, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return s.values[name], nil
 }
 
-func (s *shelf) Save(_ context.Context, name string, value []byte) error {
+func (s *memoryStore) Save(_ context.Context, name string, value []byte) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.err == nil {
@@ -56,34 +56,35 @@ func (s *shelf) Save(_ context.Context, name string, value []byte) error {
 
 func generate(t *testing.T, s keystore.Store, name string, version uint32) keystore.Key {
 	t.Helper()
-	k, err := s.Generate(t.Context(), keystore.Ref{Name: name, Version: version}, keystore.P256, keystore.Tag{byte(version), name[0]})
+	ref, tag := keystore.Ref{Name: name, Version: version}, keystore.Tag{byte(version), name[0]}
+	k, err := s.Generate(t.Context(), ref, keystore.P256, tag)
 	if err != nil {
 		t.Fatal(err)
 	}
 	return k
 }
 
-// bench is a manager and what it stands on.
-type bench struct {
+// fixture is a Manager with keys and a store in memory.
+type fixture struct {
 	*Manager
 	t              *testing.T
 	keys           *keystoretest.Memory
 	authority, key keystore.Key
-	store          *shelf
-	signed         int // by the keystore
-	away           error
+	store          *memoryStore
+	signed         int   // number of signatures asked of the keystore
+	signErr        error // returned by the keystore instead of a signature
 }
 
-func newBench(t *testing.T, names ...string) *bench {
+func newFixture(t *testing.T, names ...string) *fixture {
 	t.Helper()
-	b := &bench{t: t, keys: keystoretest.NewMemory(), store: &shelf{values: map[string][]byte{}}}
+	b := &fixture{t: t, keys: keystoretest.NewMemory(), store: &memoryStore{values: map[string][]byte{}}}
 	b.authority, b.key = generate(t, b.keys, "admin-authority", 1), generate(t, b.keys, "server", 1)
-	b.keys.BeforeSign = func(keystore.Ref, []byte) error { b.signed++; return b.away }
+	b.keys.BeforeSign = func(keystore.Ref, []byte) error { b.signed++; return b.signErr }
 	b.restart(names...)
 	return b
 }
 
-func (b *bench) restart(names ...string) {
+func (b *fixture) restart(names ...string) {
 	b.t.Helper()
 	m, err := New(b.authority, b.key, b.store, names, slog.New(slog.DiscardHandler))
 	if err != nil {
@@ -92,8 +93,8 @@ func (b *bench) restart(names ...string) {
 	b.Manager = m
 }
 
-// pool has the own authority.
-func (b *bench) pool() *x509.CertPool {
+// pool returns the trust store of a client with the own authority.
+func (b *fixture) pool() *x509.CertPool {
 	b.t.Helper()
 	text, err := b.Authority(b.t.Context())
 	if err != nil {
@@ -111,10 +112,11 @@ func poolOf(t *testing.T, text []byte) *x509.CertPool {
 	return pool
 }
 
-// shake makes a handshake in memory, and returns what the client was shown.
-func (b *bench) shake(trust *x509.CertPool, name string) ([]*x509.Certificate, error) {
+// handshake runs a TLS handshake in memory and returns the certificates presented to the client.
+func (b *fixture) handshake(trust *x509.CertPool, name string) ([]*x509.Certificate, error) {
 	here, there := net.Pipe()
-	server, client := tls.Server(there, b.Config()), tls.Client(here, &tls.Config{RootCAs: trust, ServerName: name, NextProtos: []string{"h2"}})
+	server := tls.Server(there, b.Config())
+	client := tls.Client(here, &tls.Config{RootCAs: trust, ServerName: name, NextProtos: []string{"h2"}})
 	done := make(chan struct{})
 	go func() {
 		defer close(done)
@@ -131,17 +133,17 @@ func (b *bench) shake(trust *x509.CertPool, name string) ([]*x509.Certificate, e
 	return client.ConnectionState().PeerCertificates, err
 }
 
-// shown is the server's certificate as a client that trusts the own authority sees it.
-func (b *bench) shown() *x509.Certificate {
+// presented returns the certificate that the server presents to a client with the own authority.
+func (b *fixture) presented() *x509.Certificate {
 	b.t.Helper()
-	chain, err := b.shake(b.pool(), "localhost")
+	chain, err := b.handshake(b.pool(), "localhost")
 	if err != nil {
 		b.t.Fatal(err)
 	}
 	return chain[0]
 }
 
-// required says that a device or tool is missing.
+// required skips the test without a device or tool, or fails the test if REQUIRE_DEVICES=1.
 func required(t *testing.T, what string, err error) {
 	t.Helper()
 	if os.Getenv("REQUIRE_DEVICES") == "1" {
@@ -168,12 +170,14 @@ func openSoftHSM(t *testing.T) keystore.Store {
 	if err := os.Mkdir(filepath.Join(dir, "tokens"), 0o700); err != nil {
 		t.Fatal(err)
 	}
-	t.Setenv("SOFTHSM2_CONF", write(t, filepath.Join(dir, "softhsm2.conf"), fmt.Appendf(nil, "directories.tokendir = %s/tokens\nlog.level = ERROR\n", dir)))
+	conf := fmt.Appendf(nil, "directories.tokendir = %s/tokens\nlog.level = ERROR\n", dir)
+	t.Setenv("SOFTHSM2_CONF", write(t, filepath.Join(dir, "softhsm2.conf"), conf))
 	c := hsm.Config{
 		URI: "pkcs11:token=countersign%20test", Module: softHSM, Sessions: 4,
 		PINFile: write(t, filepath.Join(dir, "pin"), []byte("test-user-pin\n")),
 	}
-	if err := hsm.InitToken(t.Context(), c, write(t, filepath.Join(dir, "so-pin"), []byte("test-so-pin\n"))); err != nil {
+	soPIN := write(t, filepath.Join(dir, "so-pin"), []byte("test-so-pin\n"))
+	if err := hsm.InitToken(t.Context(), c, soPIN); err != nil {
 		t.Fatal(err)
 	}
 	s, err := hsm.Open(t.Context(), c)
@@ -183,7 +187,8 @@ func openSoftHSM(t *testing.T) keystore.Store {
 	return s
 }
 
-// TestServe is the real thing: keys in a token, a server on loopback, and the clients that operators have.
+// TestServe serves HTTPS on loopback with keys in a SoftHSM token. The clients are net/http and
+// OpenSSL.
 func TestServe(t *testing.T) {
 	openssl, err := exec.LookPath("openssl")
 	if err != nil {
@@ -191,7 +196,8 @@ func TestServe(t *testing.T) {
 	}
 	keys := openSoftHSM(t)
 	defer keys.Close()
-	m, err := New(generate(t, keys, "admin-authority", 1), generate(t, keys, "server", 1), &shelf{values: map[string][]byte{}}, []string{"countersign.lan"}, slog.New(slog.DiscardHandler))
+	m, err := New(generate(t, keys, "admin-authority", 1), generate(t, keys, "server", 1),
+		&memoryStore{values: map[string][]byte{}}, []string{"countersign.lan"}, slog.New(slog.DiscardHandler))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -213,9 +219,12 @@ func TestServe(t *testing.T) {
 	path := write(t, filepath.Join(t.TempDir(), "ca.pem"), authority)
 
 	ask := func(c *tls.Config, name string) (string, error) {
-		transport := &http.Transport{TLSClientConfig: c, ForceAttemptHTTP2: true, DialContext: func(ctx context.Context, network, _ string) (net.Conn, error) {
-			return new(net.Dialer).DialContext(ctx, network, at)
-		}}
+		transport := &http.Transport{
+			TLSClientConfig: c, ForceAttemptHTTP2: true,
+			DialContext: func(ctx context.Context, network, _ string) (net.Conn, error) {
+				return new(net.Dialer).DialContext(ctx, network, at)
+			},
+		}
 		defer transport.CloseIdleConnections()
 		answer, err := (&http.Client{Transport: transport}).Get("https://" + name + "/")
 		if err != nil {
@@ -229,7 +238,8 @@ func TestServe(t *testing.T) {
 	}
 	cache := tls.NewLRUClientSessionCache(4)
 	for _, name := range []string{"localhost", "localhost", "127.0.0.1", "[::1]", "countersign.lan"} {
-		if proto, err := ask(&tls.Config{RootCAs: poolOf(t, authority), ClientSessionCache: cache}, name); err != nil || proto != "HTTP/2.0" {
+		proto, err := ask(&tls.Config{RootCAs: poolOf(t, authority), ClientSessionCache: cache}, name)
+		if err != nil || proto != "HTTP/2.0" {
 			t.Errorf("%s: %s, %v", name, proto, err)
 		}
 	}
@@ -253,7 +263,8 @@ func TestServe(t *testing.T) {
 		{"-tls1_3 -no-CAfile -no-CApath -no-CAstore", false},
 		{"-tls1_2 -CAfile " + path, false},
 	} {
-		cmd := exec.CommandContext(t.Context(), openssl, append([]string{"s_client", "-connect", at, "-verify_return_error"}, strings.Fields(c.args)...)...)
+		args := append([]string{"s_client", "-connect", at, "-verify_return_error"}, strings.Fields(c.args)...)
+		cmd := exec.CommandContext(t.Context(), openssl, args...)
 		cmd.Stdin = strings.NewReader("Q\n")
 		out, err := cmd.CombinedOutput()
 		if (err == nil) != c.ok || c.ok && !bytes.Contains(out, []byte("Verify return code: 0 (ok)")) {
@@ -267,26 +278,29 @@ func TestServe(t *testing.T) {
 	}
 	cmd := exec.CommandContext(t.Context(), openssl, "req", "-verify", "-noout", "-text")
 	cmd.Stdin = bytes.NewReader(request)
-	if out, err := cmd.CombinedOutput(); err != nil || !bytes.Contains(out, []byte("DNS:countersign.lan")) || bytes.Contains(out, []byte("localhost")) ||
-		!bytes.Contains(out, []byte("X509v3 Key Usage: critical\n                    Digital Signature\n")) || !bytes.Contains(out, []byte("TLS Web Server Authentication")) {
+	if out, err := cmd.CombinedOutput(); err != nil ||
+		!bytes.Contains(out, []byte("DNS:countersign.lan")) || bytes.Contains(out, []byte("localhost")) ||
+		!bytes.Contains(out, []byte("X509v3 Key Usage: critical\n                    Digital Signature\n")) ||
+		!bytes.Contains(out, []byte("TLS Web Server Authentication")) {
 		t.Errorf("openssl req: %v\n%s", err, out)
 	}
 }
 
-// TestConstraints: with the authority's key one can't be anybody else to the clients that trust it.
+// TestConstraints checks the name constraints of the authority: its key can't make a certificate
+// for other servers, sub-authorities or clients.
 func TestConstraints(t *testing.T) {
 	openssl, err := exec.LookPath("openssl")
 	if err != nil {
 		required(t, "openssl", err)
 	}
-	b := newBench(t, "countersign.lan", "192.0.2.7")
+	b := newFixture(t, "countersign.lan", "192.0.2.7")
 	pool := b.pool()
 	path := write(t, filepath.Join(t.TempDir(), "ca.pem"), encode(b.Manager.authority))
 	stranger, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
 		t.Fatal(err)
 	}
-	key := b.authorityKey.in(t.Context())
+	key := b.authorityKey.withContext(t.Context())
 	server := func(names ...string) *x509.Certificate {
 		c, err := newCertificate(b.Manager.authority, key, &stranger.PublicKey, names)
 		if err != nil {
@@ -324,7 +338,8 @@ func TestConstraints(t *testing.T) {
 		purpose string
 		ok      bool
 	}{
-		{"all its names", own("countersign.lan", "192.0.2.7", "localhost", "127.0.0.1", "::1"), x509.ExtKeyUsageServerAuth, "sslserver", true},
+		{"all its names", own("countersign.lan", "192.0.2.7", "localhost", "127.0.0.1", "::1"),
+			x509.ExtKeyUsageServerAuth, "sslserver", true},
 		{"another host", own("bank.example"), x509.ExtKeyUsageServerAuth, "sslserver", false},
 		{"another address", own("192.0.2.8"), x509.ExtKeyUsageServerAuth, "sslserver", false},
 		{"another address of six", own("::2"), x509.ExtKeyUsageServerAuth, "sslserver", false},
@@ -339,17 +354,19 @@ func TestConstraints(t *testing.T) {
 			t.Errorf("%s: Go says %v", c.what, err)
 		}
 		file := write(t, filepath.Join(t.TempDir(), "chain.pem"), encode(c.chain...))
-		if out, err := exec.Command(openssl, "verify", "-purpose", c.purpose, "-CAfile", path, "-untrusted", file, file).CombinedOutput(); (err == nil) != c.ok {
+		cmd := exec.Command(openssl, "verify", "-purpose", c.purpose, "-CAfile", path, "-untrusted", file, file)
+		if out, err := cmd.CombinedOutput(); (err == nil) != c.ok {
 			t.Errorf("%s: OpenSSL says %v, %s", c.what, err, out)
 		}
 	}
-	if a := b.Manager.authority; a.NotAfter.Before(time.Now().AddDate(19, 11, 0)) || a.NotAfter.After(time.Now().AddDate(20, 0, 1)) {
-		t.Errorf("it ends at %v", a.NotAfter)
+	end := b.Manager.authority.NotAfter
+	if end.Before(time.Now().AddDate(19, 11, 0)) || end.After(time.Now().AddDate(20, 0, 1)) {
+		t.Errorf("the authority expires at %v", end)
 	}
 }
 
 func TestKeys(t *testing.T) {
-	b := newBench(t)
+	b := newFixture(t)
 	ed, err := b.keys.Generate(t.Context(), keystore.Ref{Name: "ed", Version: 1}, keystore.Ed25519, keystore.Tag{9})
 	if err != nil {
 		t.Fatal(err)
@@ -359,7 +376,7 @@ func TestKeys(t *testing.T) {
 			t.Error("an Ed25519 key is taken for TLS")
 		}
 	}
-	key := b.Manager.key.in(t.Context())
+	key := b.Manager.key.withContext(t.Context())
 	if _, err := key.Sign(nil, make([]byte, 32), crypto.SHA256); err == nil {
 		t.Error("a digest is signed as if it were a message")
 	}
@@ -367,12 +384,13 @@ func TestKeys(t *testing.T) {
 		t.Error("the keystore's hash is passed off as another")
 	}
 	b.keys.Corrupt = func(signature []byte) []byte { signature[len(signature)-1] ^= 1; return signature }
-	if _, err := key.SignMessage(nil, nil, crypto.SHA256); !errors.Is(err, keystore.ErrWrong) { // the keystore may have another way
+	// SignMessage passes a judge, so that a keystore with a second path to the device can retry.
+	if _, err := key.SignMessage(nil, nil, crypto.SHA256); !errors.Is(err, keystore.ErrWrong) {
 		t.Errorf("a wrong signature: %v", err)
 	}
 }
 
-// stuck is a key whose device does not come back.
+// stuck is a key on a device that never answers.
 type stuck struct{ keystore.Key }
 
 func (stuck) Sign(ctx context.Context, _ []byte, _ keystore.Judge) ([]byte, error) {
@@ -382,53 +400,62 @@ func (stuck) Sign(ctx context.Context, _ []byte, _ keystore.Judge) ([]byte, erro
 
 func TestStuckKey(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		b := newBench(t)
+		b := newFixture(t)
 		b.authority = stuck{b.authority}
 		b.restart()
 		begin := time.Now()
-		if _, err := b.GetCertificate(hello(t)); !errors.Is(err, keystore.ErrUnavailable) || time.Since(begin) != signTime {
-			t.Errorf("%v, after %v", err, time.Since(begin))
+		_, err := b.GetCertificate(hello(t))
+		if took := time.Since(begin); !errors.Is(err, keystore.ErrUnavailable) || took != signTimeout {
+			t.Errorf("%v, after %v", err, took)
 		}
 	})
 }
 
 func TestNames(t *testing.T) {
-	b := newBench(t)
+	b := newFixture(t)
 	for name, ok := range map[string]bool{
-		"localhost": true, "a": true, "countersign.lan": true, "a-1.b": true, "10.0.0.1": true, "2001:db8::1": true, strings.Repeat("a", 63) + ".b": true,
-		"": false, ".": false, "a.": false, ".a": false, "A.lan": false, "*.lan": false, "a b": false, "-a": false, "a-": false, "a_b": false, "ä": false,
-		"10.0.0.01": false, "10.0.0": false, "10.0.0.1:443": false, "2001:DB8::1": false, "2001:db8:0::1": false, "fe80::1%eth0": false, "::ffff:10.0.0.1": false,
-		"https://a": false, strings.Repeat("a", 64): false, strings.Repeat("a.", 126) + "a": true, strings.Repeat("a.", 127) + "a": false,
+		"localhost": true, "a": true, "countersign.lan": true, "a-1.b": true,
+		"10.0.0.1": true, "2001:db8::1": true, strings.Repeat("a", 63) + ".b": true,
+		"": false, ".": false, "a.": false, ".a": false, "A.lan": false, "*.lan": false,
+		"a b": false, "-a": false, "a-": false, "a_b": false, "ä": false,
+		"10.0.0.01": false, "10.0.0": false, "10.0.0.1:443": false, "2001:DB8::1": false,
+		"2001:db8:0::1": false, "fe80::1%eth0": false, "::ffff:10.0.0.1": false,
+		"https://a": false, strings.Repeat("a", 64): false,
+		strings.Repeat("a.", 126) + "a": true, strings.Repeat("a.", 127) + "a": false,
 	} {
-		if _, err := New(b.authority, b.key, b.store, []string{name}, slog.New(slog.DiscardHandler)); (err == nil) != ok {
+		_, err := New(b.authority, b.key, b.store, []string{name}, slog.New(slog.DiscardHandler))
+		if (err == nil) != ok {
 			t.Errorf("%q: %v", name, err)
 		}
 	}
 }
 
-// TestLife: what is on disk is used again, and made anew when it does not fit any more.
+// TestLife checks that certificates on disk are used again after a restart, and replaced on a
+// change of names or keys and before expiry.
 func TestLife(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		b := newBench(t, "b.lan", "a.lan")
+		b := newFixture(t, "b.lan", "a.lan")
 		if s := b.Status(); s.Installed || !s.NotAfter.IsZero() || s.Warning != "" || b.signed != 0 {
 			t.Errorf("before the first connection: %+v, %d signatures", s, b.signed)
 		}
-		first := b.shown()
+		first := b.presented()
 		authority := b.Manager.authority
 		if got := fmt.Sprint(namesOf(first)); got != "[127.0.0.1 ::1 a.lan b.lan localhost]" {
-			t.Errorf("it is for %s", got)
+			t.Errorf("the certificate is for %s", got)
 		}
-		if s := b.Status(); s.Installed || !s.NotAfter.Equal(first.NotAfter) || s.Issuer != authority.Subject.String() || s.Warning != "" || len(s.Names) != 5 {
+		if s := b.Status(); s.Installed || !s.NotAfter.Equal(first.NotAfter) ||
+			s.Issuer != authority.Subject.String() || s.Warning != "" || len(s.Names) != 5 {
 			t.Errorf("%+v", s)
 		}
 		if life := time.Until(first.NotAfter); life > 90*day || life < 90*day-time.Minute {
-			t.Errorf("it is good for %v", life)
+			t.Errorf("the certificate is valid for %v", life)
 		}
 		is := func(what string, sameCertificate, sameAuthority bool) {
 			t.Helper()
-			now := b.shown()
+			now := b.presented()
 			if now.Equal(first) != sameCertificate || b.Manager.authority.Equal(authority) != sameAuthority {
-				t.Errorf("%s: the same certificate %v, the same authority %v", what, now.Equal(first), b.Manager.authority.Equal(authority))
+				t.Errorf("%s: the same certificate %v, the same authority %v",
+					what, now.Equal(first), b.Manager.authority.Equal(authority))
 			}
 			first, authority = now, b.Manager.authority
 		}
@@ -454,45 +481,46 @@ func TestLife(t *testing.T) {
 		is("with another version after a restart", false, true)
 		b.authority = generate(t, b.keys, "admin-authority", 2)
 		b.restart("a.lan", "c.lan", "192.0.2.1")
-		b.pool() // and a crash before there is a certificate
+		b.pool() // makes the authority; the restart is a crash before the certificate exists
 		b.restart("a.lan", "c.lan", "192.0.2.1")
 		is("with another key of the authority", false, false)
-		time.Sleep(authorityLife - 89*day)
+		time.Sleep(authorityLifetime - 89*day)
 		is("when the authority ends before a certificate would", false, false)
 		b.store.values[storedOwn] = b.store.values[storedAuthority]
 		b.restart("a.lan", "c.lan", "192.0.2.1")
 		is("with the wrong one in the store", false, true)
 		b.store.values[storedOwn] = []byte("x")
 		if _, err := New(b.authority, b.key, b.store, nil, slog.New(slog.DiscardHandler)); err == nil {
-			t.Error("what can't be read in the store is overlooked")
+			t.Error("New accepts a store with an unreadable certificate")
 		}
 	})
 }
 
-// TestClockSetBack: a certificate that was made while the clock was ahead is not shown when it is right again.
+// TestClockSetBack checks that a certificate issued with the clock 10 days ahead is not presented
+// after the clock is set back.
 func TestClockSetBack(t *testing.T) {
-	b := newBench(t)
+	b := newFixture(t)
 	synctest.Test(t, func(t *testing.T) {
 		b.t = t
 		time.Sleep(10 * day)
-		b.shown()
+		b.presented()
 	})
-	synctest.Test(t, func(t *testing.T) { // it is the first day again
+	synctest.Test(t, func(t *testing.T) { // a new bubble starts at the first day again
 		b.t = t
 		b.restart()
-		if c := b.shown(); c.NotBefore.After(time.Now()) {
-			t.Errorf("it begins at %v", c.NotBefore)
+		if c := b.presented(); c.NotBefore.After(time.Now()) {
+			t.Errorf("the certificate is valid from %v", c.NotBefore)
 		}
 	})
 }
 
 func TestKeyAway(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		b := newBench(t)
+		b := newFixture(t)
 		trust := b.pool()
-		b.signed, b.away = 0, fmt.Errorf("%w: unplugged", keystore.ErrUnavailable)
+		b.signed, b.signErr = 0, fmt.Errorf("%w: unplugged", keystore.ErrUnavailable)
 		for range 5 {
-			if _, err := b.shake(trust, "localhost"); err == nil {
+			if _, err := b.handshake(trust, "localhost"); err == nil {
 				t.Fatal("a handshake without the key")
 			}
 		}
@@ -502,23 +530,23 @@ func TestKeyAway(t *testing.T) {
 		if s := b.Status(); !strings.Contains(s.Warning, "unplugged") {
 			t.Errorf("%+v", s)
 		}
-		b.away = nil
+		b.signErr = nil
 		time.Sleep(time.Second)
-		first := b.shown()
+		first := b.presented()
 		if s := b.Status(); s.Warning != "" {
 			t.Errorf("%+v", s)
 		}
 
-		b.away = keystore.ErrUnavailable // with a good certificate
-		if _, err := b.shake(trust, "localhost"); err == nil {
+		b.signErr = keystore.ErrUnavailable // while the certificate is valid
+		if _, err := b.handshake(trust, "localhost"); err == nil {
 			t.Error("a handshake without the key")
 		}
-		b.away = nil
-		if !b.shown().Equal(first) {
+		b.signErr = nil
+		if !b.presented().Equal(first) {
 			t.Error("another certificate")
 		}
 
-		time.Sleep(70 * day) // it should be renewed, and the authority's key is away
+		time.Sleep(70 * day) // renewal is due, but the authority's key is unavailable
 		b.keys.BeforeSign = func(ref keystore.Ref, _ []byte) error {
 			if ref.Name == "admin-authority" {
 				b.signed++
@@ -528,7 +556,7 @@ func TestKeyAway(t *testing.T) {
 		}
 		b.signed = 0
 		for range 5 {
-			if !b.shown().Equal(first) {
+			if !b.presented().Equal(first) {
 				t.Error("another certificate")
 			}
 			time.Sleep(2 * time.Second)
@@ -537,12 +565,12 @@ func TestKeyAway(t *testing.T) {
 			t.Errorf("the authority was asked %d times in a moment; %+v", b.signed, b.Status())
 		}
 		time.Sleep(time.Minute)
-		b.shown()
+		b.presented()
 		if b.signed != 2 {
 			t.Errorf("the authority was asked %d times in a minute", b.signed)
 		}
 		time.Sleep(21 * day)
-		if _, err := b.shake(trust, "localhost"); err == nil {
+		if _, err := b.handshake(trust, "localhost"); err == nil {
 			t.Error("an expired certificate is good")
 		}
 		if _, err := b.GetCertificate(hello(t)); !errors.Is(err, keystore.ErrUnavailable) {
@@ -550,13 +578,13 @@ func TestKeyAway(t *testing.T) {
 		}
 		b.keys.BeforeSign = nil
 		time.Sleep(time.Second)
-		if b.shown().Equal(first) {
+		if b.presented().Equal(first) {
 			t.Error("no new certificate")
 		}
 	})
 }
 
-// hello is a client's, without its connection.
+// hello returns a client's hello message, without a connection.
 func hello(t *testing.T) *tls.ClientHelloInfo {
 	t.Helper()
 	var got *tls.ClientHelloInfo
@@ -573,10 +601,11 @@ func hello(t *testing.T) *tls.ClientHelloInfo {
 	return got
 }
 
-// TestUnsaved: what is not on disk is not used; a wrong signature is not either.
+// TestUnsaved checks that a certificate is not used if the store failed, or if the signature is
+// wrong.
 func TestUnsaved(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		b := newBench(t)
+		b := newFixture(t)
 		full := errors.New("the disk is full")
 		b.store.err = full
 		if _, err := b.Authority(t.Context()); !errors.Is(err, full) || b.Manager.authority != nil {
@@ -597,16 +626,16 @@ func TestUnsaved(t *testing.T) {
 	})
 }
 
-// office is an operator's own authority.
-type office struct {
+// operatorCA is a certificate authority of the operator, with an intermediate.
+type operatorCA struct {
 	t          *testing.T
-	root, next *x509.Certificate // next is below root
+	root, next *x509.Certificate // root signed next, the intermediate
 	rootKey    *ecdsa.PrivateKey
 	nextKey    *ecdsa.PrivateKey
 }
 
-func newOffice(t *testing.T) *office {
-	o := &office{t: t}
+func newOperatorCA(t *testing.T) *operatorCA {
+	o := &operatorCA{t: t}
 	authority := x509.Certificate{
 		Subject: pkix.Name{CommonName: "Root"}, NotBefore: time.Now().Add(-day), NotAfter: time.Now().Add(1000 * day),
 		BasicConstraintsValid: true, IsCA: true, KeyUsage: x509.KeyUsageCertSign,
@@ -623,7 +652,9 @@ func newOffice(t *testing.T) *office {
 	return o
 }
 
-func (o *office) sign(template x509.Certificate, parent *x509.Certificate, public any, key *ecdsa.PrivateKey) *x509.Certificate {
+func (o *operatorCA) sign(
+	template x509.Certificate, parent *x509.Certificate, public any, key *ecdsa.PrivateKey,
+) *x509.Certificate {
 	o.t.Helper()
 	der, err := x509.CreateCertificate(rand.Reader, &template, parent, public, key)
 	if err != nil {
@@ -636,8 +667,8 @@ func (o *office) sign(template x509.Certificate, parent *x509.Certificate, publi
 	return c
 }
 
-// server makes what a CSR asks for, with a change.
-func (o *office) server(csr []byte, change func(*x509.Certificate)) *x509.Certificate {
+// server issues a certificate for a CSR. change may modify the template.
+func (o *operatorCA) server(csr []byte, change func(*x509.Certificate)) *x509.Certificate {
 	o.t.Helper()
 	block, _ := pem.Decode(csr)
 	r, err := x509.ParseCertificateRequest(block.Bytes)
@@ -648,8 +679,10 @@ func (o *office) server(csr []byte, change func(*x509.Certificate)) *x509.Certif
 		o.t.Fatal(err)
 	}
 	c := x509.Certificate{
-		Subject: r.Subject, NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(365 * day), DNSNames: r.DNSNames, IPAddresses: r.IPAddresses,
-		BasicConstraintsValid: true, KeyUsage: x509.KeyUsageDigitalSignature, ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth},
+		Subject: r.Subject, DNSNames: r.DNSNames, IPAddresses: r.IPAddresses,
+		NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(365 * day),
+		BasicConstraintsValid: true, KeyUsage: x509.KeyUsageDigitalSignature,
+		ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth},
 	}
 	if change != nil {
 		change(&c)
@@ -659,21 +692,26 @@ func (o *office) server(csr []byte, change func(*x509.Certificate)) *x509.Certif
 
 func TestInstall(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		b, o := newBench(t, "a.lan", "192.0.2.1"), newOffice(t)
-		own := b.shown()
+		b, o := newFixture(t, "a.lan", "192.0.2.1"), newOperatorCA(t)
+		own := b.presented()
 		csr, err := b.CSR(t.Context())
 		if err != nil {
 			t.Fatal(err)
 		}
 		good := encode(o.server(csr, nil), o.next, o.root)
-		made := func(change func(*x509.Certificate)) []byte { return encode(o.server(csr, change), o.next, o.root) }
+		made := func(change func(*x509.Certificate)) []byte {
+			return encode(o.server(csr, change), o.next, o.root)
+		}
+		alone := func(change func(*x509.Certificate)) []byte { return encode(o.server(csr, change)) }
+		past := func(c *x509.Certificate) { c.NotAfter = time.Now().Add(-time.Second) }
+		otherName := func(c *x509.Certificate) { c.DNSNames = []string{"b.lan"} }
 		leaf := encode(o.server(csr, nil))
 		private, err := x509.MarshalPKCS8PrivateKey(o.nextKey)
 		if err != nil {
 			t.Fatal(err)
 		}
 		key := pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: private})
-		strange := newBench(t, "a.lan", "192.0.2.1")
+		strange := newFixture(t, "a.lan", "192.0.2.1")
 		theirs, err := strange.CSR(t.Context())
 		if err != nil {
 			t.Fatal(err)
@@ -686,31 +724,37 @@ func TestInstall(t *testing.T) {
 		expired := next(func(c *x509.Certificate) { c.NotAfter = time.Now().Add(-time.Minute) })
 		narrow := next(func(c *x509.Certificate) { c.PermittedDNSDomains = []string{"b.lan"} })
 		for what, chain := range map[string][]byte{
-			"nothing":                      nil,
-			"no PEM":                       []byte("hello"),
-			"another key":                  encode(o.server(theirs, nil), o.next, o.root),
-			"the authority":                encode(o.next, o.root),
-			"the wrong order":              encode(o.server(csr, nil), o.root, o.next),
-			"the leaf last":                encode(o.root, o.next, o.server(csr, nil)),
-			"a link missing":               encode(o.server(csr, nil), o.root),
-			"another authority":            encode(o.server(csr, nil), newOffice(t).next),
-			"expired":                      made(func(c *x509.Certificate) { c.NotAfter = time.Now().Add(-time.Second) }),
-			"not valid yet":                made(func(c *x509.Certificate) { c.NotBefore = time.Now().Add(time.Minute) }),
-			"an expired one alone":         encode(o.server(csr, func(c *x509.Certificate) { c.NotAfter = time.Now().Add(-time.Second) })),
+			"nothing":           nil,
+			"no PEM":            []byte("hello"),
+			"another key":       encode(o.server(theirs, nil), o.next, o.root),
+			"the authority":     encode(o.next, o.root),
+			"the wrong order":   encode(o.server(csr, nil), o.root, o.next),
+			"the leaf last":     encode(o.root, o.next, o.server(csr, nil)),
+			"a link missing":    encode(o.server(csr, nil), o.root),
+			"another authority": encode(o.server(csr, nil), newOperatorCA(t).next),
+			"expired":           made(past),
+			"not valid yet": made(func(c *x509.Certificate) {
+				c.NotBefore = time.Now().Add(time.Minute)
+			}),
+			"an expired one alone":         alone(past),
 			"an expired authority":         encode(o.server(csr, nil), expired, o.root),
 			"an authority for other names": encode(o.server(csr, nil), narrow, o.root),
-			"a name missing":               made(func(c *x509.Certificate) { c.DNSNames = []string{"b.lan"} }),
-			"a name missing alone":         encode(o.server(csr, func(c *x509.Certificate) { c.DNSNames = []string{"b.lan"} })),
+			"a name missing":               made(otherName),
+			"a name missing alone":         alone(otherName),
 			"an address missing":           made(func(c *x509.Certificate) { c.IPAddresses = nil }),
-			"a client's":                   made(func(c *x509.Certificate) { c.ExtKeyUsage = []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth} }),
-			"no extended use":              made(func(c *x509.Certificate) { c.ExtKeyUsage = nil }),
-			"no signatures":                made(func(c *x509.Certificate) { c.KeyUsage = x509.KeyUsageKeyAgreement }),
-			"an authority of our key":      made(func(c *x509.Certificate) { c.IsCA, c.KeyUsage = true, c.KeyUsage|x509.KeyUsageCertSign }),
-			"a private key":                slices.Concat(good, key),
-			"cut":                          good[:len(good)-10],
-			"a link cut":                   slices.Concat(leaf, []byte("-----BEGIN CERTIFICATE-----\nAAAA\n"), encode(o.next)),
-			"in another envelope":          bytes.ReplaceAll(good, []byte("CERTIFICATE-----"), []byte("TRUSTED CERTIFICATE-----")),
-			"long":                         slices.Concat(good, bytes.Repeat([]byte("\n"), maxChainPEM)),
+			"a client's": made(func(c *x509.Certificate) {
+				c.ExtKeyUsage = []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth}
+			}),
+			"no extended use": made(func(c *x509.Certificate) { c.ExtKeyUsage = nil }),
+			"no signatures":   made(func(c *x509.Certificate) { c.KeyUsage = x509.KeyUsageKeyAgreement }),
+			"an authority of our key": made(func(c *x509.Certificate) {
+				c.IsCA, c.KeyUsage = true, c.KeyUsage|x509.KeyUsageCertSign
+			}),
+			"a private key":       slices.Concat(good, key),
+			"cut":                 good[:len(good)-10],
+			"a link cut":          slices.Concat(leaf, []byte("-----BEGIN CERTIFICATE-----\nAAAA\n"), encode(o.next)),
+			"in another envelope": bytes.ReplaceAll(good, []byte("CERTIFICATE---"), []byte("TRUSTED CERTIFICATE---")),
+			"long":                slices.Concat(good, bytes.Repeat([]byte("\n"), maxChainPEM)),
 		} {
 			if err := b.Install(t.Context(), chain); !errors.Is(err, ErrUnfit) {
 				t.Errorf("%s: %v", what, err)
@@ -718,8 +762,8 @@ func TestInstall(t *testing.T) {
 				t.Errorf("%s: the error shows a key: %v", what, err)
 			}
 		}
-		if !b.shown().Equal(own) || len(b.store.values[storedInstalled]) > 0 {
-			t.Error("what was refused has changed something")
+		if !b.presented().Equal(own) || len(b.store.values[storedInstalled]) > 0 {
+			t.Error("a refused chain has changed the certificate in use or the store")
 		}
 
 		for n, ok := range map[int]bool{maxChain: true, maxChain + 1: false} {
@@ -729,7 +773,12 @@ func TestInstall(t *testing.T) {
 		}
 
 		theirPool := poolOf(t, encode(o.root))
-		for _, chain := range [][]byte{good, encode(o.server(csr, nil), o.next), slices.Concat([]byte("Certificate:\n    Data:\n"), leaf), good} {
+		for _, chain := range [][]byte{
+			good,
+			encode(o.server(csr, nil), o.next),
+			slices.Concat([]byte("Certificate:\n    Data:\n"), leaf),
+			good,
+		} {
 			if err := b.Install(t.Context(), chain); err != nil {
 				t.Fatal(err)
 			}
@@ -745,20 +794,21 @@ func TestInstall(t *testing.T) {
 				t.Errorf("%d certificates, %v", len(c.Certificate), err)
 			}
 		}
-		if _, err := b.shake(theirPool, "a.lan"); err != nil {
+		if _, err := b.handshake(theirPool, "a.lan"); err != nil {
 			t.Error(err)
 		}
 		b.restart("a.lan", "192.0.2.1")
-		if _, err := b.shake(theirPool, "a.lan"); err != nil {
+		if _, err := b.handshake(theirPool, "a.lan"); err != nil {
 			t.Errorf("after a restart: %v", err)
 		}
-		if s := b.Status(); !s.Installed || s.Warning != "" || s.Issuer != "CN=Next" || !s.NotAfter.Equal(time.Now().Add(365*day)) {
+		if s := b.Status(); !s.Installed || s.Warning != "" || s.Issuer != "CN=Next" ||
+			!s.NotAfter.Equal(time.Now().Add(365*day)) {
 			t.Errorf("%+v", s)
 		}
 
 		b.store.err = errors.New("the disk is full")
 		if err := b.Uninstall(t.Context()); err == nil || !b.Status().Installed {
-			t.Errorf("%v, uninstalled, and not on disk", err)
+			t.Errorf("%v, uninstalled without a change on disk", err)
 		}
 		b.store.err = nil
 		warned := func(what, want string) {
@@ -773,7 +823,7 @@ func TestInstall(t *testing.T) {
 			t.Fatal(err)
 		}
 		warned("another key", "another key")
-		if b.shown(); b.Status().Installed {
+		if b.presented(); b.Status().Installed {
 			t.Error("an installed certificate is used with another key")
 		}
 		b.restart("a.lan", "192.0.2.1")
@@ -785,10 +835,11 @@ func TestInstall(t *testing.T) {
 		time.Sleep(30 * day)
 		warned("after the end", "has expired")
 		var invalid x509.CertificateInvalidError
-		if _, err := b.shake(theirPool, "a.lan"); !errors.As(err, &invalid) || invalid.Reason != x509.Expired {
+		if _, err := b.handshake(theirPool, "a.lan"); !errors.As(err, &invalid) || invalid.Reason != x509.Expired {
 			t.Errorf("after the end: %v", err)
 		}
-		if err := b.Install(t.Context(), made(func(c *x509.Certificate) { c.NotAfter = time.Now().Add(20 * day) })); err != nil {
+		short := made(func(c *x509.Certificate) { c.NotAfter = time.Now().Add(20 * day) })
+		if err := b.Install(t.Context(), short); err != nil {
 			t.Fatal(err)
 		}
 		warned("of short life", "")
@@ -798,7 +849,7 @@ func TestInstall(t *testing.T) {
 			t.Fatal(err)
 		}
 		warned("uninstalled", "")
-		b.shown()
+		b.presented()
 		b.restart("a.lan", "192.0.2.1")
 		if s := b.Status(); s.Installed || s.NotAfter.Before(time.Now()) {
 			t.Errorf("uninstalled, after a restart: %+v", s)
@@ -806,7 +857,8 @@ func TestInstall(t *testing.T) {
 	})
 }
 
-// TestOneSignatureAtATime: handshakes, which strangers can begin as many of as they like, take no more than one call of the device.
+// TestOneSignatureAtATime checks that concurrent handshakes make one call of the device at a time.
+// An unauthenticated client can begin any number of handshakes.
 func TestOneSignatureAtATime(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		keys := keystoretest.NewMemory()
@@ -820,13 +872,13 @@ func TestOneSignatureAtATime(t *testing.T) {
 		done := make(chan error, 5)
 		for range cap(done) {
 			go func() {
-				_, err := s.in(t.Context()).SignMessage(nil, []byte("hello"), crypto.SHA256)
+				_, err := s.withContext(t.Context()).SignMessage(nil, []byte("hello"), crypto.SHA256)
 				done <- err
 			}()
 		}
 		for i := range cap(done) {
 			if synctest.Wait(); signing.Load() != int32(i+1) {
-				t.Errorf("%d have been begun, of which %d have ended", signing.Load(), i)
+				t.Errorf("%d signatures have begun, of which %d have ended", signing.Load(), i)
 			}
 			next <- struct{}{}
 			if err := <-done; err != nil {

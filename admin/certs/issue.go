@@ -24,20 +24,22 @@ import (
 )
 
 const (
-	authorityLife   = 20 * 365 * day
-	certificateLife = 90 * day
-	backdate        = time.Hour        // for clocks that are behind
-	signTime        = 10 * time.Second // for one signature of the keystore
+	authorityLifetime   = 20 * 365 * day
+	certificateLifetime = 90 * day
+	backdate            = time.Hour        // of NotBefore, for clients with slow clocks
+	signTimeout         = 10 * time.Second // for one signature of the keystore
 )
 
-// loopback is what the listener is called on this machine, whatever else it is called.
+// loopback has the listener's names on its own machine. Every own certificate includes them.
 var loopback = []string{"localhost", "127.0.0.1", "::1"}
 
-// checkName takes a name in its only form, so that names can be compared.
+// checkName accepts a DNS name or IP address in canonical form only, because names are compared as
+// strings.
 func checkName(name string) error {
 	if at, err := netip.ParseAddr(name); err == nil {
 		if at.Zone() != "" || at.Is4In6() || at.String() != name {
-			return fmt.Errorf("name of the admin API: write the address %q without a zone, and in its short form", name)
+			return fmt.Errorf("name of the admin API: "+
+				"write the address %q in its shortest form, without a zone", name)
 		}
 		return nil
 	}
@@ -47,12 +49,12 @@ func checkName(name string) error {
 			strings.Trim(label, "abcdefghijklmnopqrstuvwxyz0123456789-") == ""
 	}
 	if !ok {
-		return fmt.Errorf("name of the admin API: %q is not a host name in lower case, nor an IP address", name)
+		return fmt.Errorf("name of the admin API: %q must be a host name in lower case or an IP address", name)
 	}
 	return nil
 }
 
-// ownNames are the names of a certificate of our own, sorted.
+// ownNames returns the sorted names of an own certificate: the configured ones and loopback.
 func ownNames(names []string) []string {
 	return sorted(slices.Concat(names, loopback))
 }
@@ -62,7 +64,7 @@ func sorted(names []string) []string {
 	return slices.Compact(names)
 }
 
-// namesOf are the names that a certificate is for, sorted.
+// namesOf returns the sorted DNS names and IP addresses of a certificate.
 func namesOf(c *x509.Certificate) []string {
 	names := slices.Clone(c.DNSNames)
 	for _, ip := range c.IPAddresses {
@@ -82,17 +84,18 @@ func split(names []string) (dns []string, ips []net.IP) {
 	return dns, ips
 }
 
-// speaksFor reports that an authority of ours was made for all of names.
-func speaksFor(authority *x509.Certificate, names []string) bool {
-	may := slices.Clone(authority.PermittedDNSDomains)
+// covers reports whether the name constraints of an own authority permit all names.
+func covers(authority *x509.Certificate, names []string) bool {
+	permitted := slices.Clone(authority.PermittedDNSDomains)
 	for _, n := range authority.PermittedIPRanges {
-		may = append(may, n.IP.String())
+		permitted = append(permitted, n.IP.String())
 	}
-	return !slices.ContainsFunc(names, func(name string) bool { return !slices.Contains(may, name) })
+	return !slices.ContainsFunc(names, func(name string) bool { return !slices.Contains(permitted, name) })
 }
 
-// newAuthority makes a certificate that can vouch for servers of these names, and for nothing else: whoever gets hold of its
-// key can't be another server to the clients that trust it.
+// newAuthority issues a self-signed CA certificate. The name constraints limit the authority to
+// servers of these names: a thief of the key can't impersonate other servers to clients that
+// trust the authority.
 func newAuthority(key signer, names []string) (*x509.Certificate, error) {
 	encoded, err := key.public.Bytes()
 	if err != nil {
@@ -101,9 +104,10 @@ func newAuthority(key signer, names []string) (*x509.Certificate, error) {
 	id := sha256.Sum256(encoded)
 	now := time.Now()
 	template := &x509.Certificate{
-		Subject:               pkix.Name{CommonName: fmt.Sprintf("Countersign authority %x", id[:4])}, // one for each key
+		// Each key has a common name of its own.
+		Subject:               pkix.Name{CommonName: fmt.Sprintf("Countersign authority %x", id[:4])},
 		NotBefore:             now.Add(-backdate),
-		NotAfter:              now.Add(authorityLife),
+		NotAfter:              now.Add(authorityLifetime),
 		BasicConstraintsValid: true, IsCA: true, MaxPathLenZero: true,
 		KeyUsage:                    x509.KeyUsageCertSign,
 		ExtKeyUsage:                 []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth},
@@ -115,18 +119,21 @@ func newAuthority(key signer, names []string) (*x509.Certificate, error) {
 		if ip4 := ip.To4(); ip4 != nil {
 			ip = ip4
 		}
-		template.PermittedIPRanges = append(template.PermittedIPRanges, &net.IPNet{IP: ip, Mask: net.CIDRMask(8*len(ip), 8*len(ip))})
+		single := &net.IPNet{IP: ip, Mask: net.CIDRMask(8*len(ip), 8*len(ip))}
+		template.PermittedIPRanges = append(template.PermittedIPRanges, single)
 	}
 	return create(template, template, key.public, key)
 }
 
-// newCertificate makes a server's certificate.
-func newCertificate(authority *x509.Certificate, key signer, public *ecdsa.PublicKey, names []string) (*x509.Certificate, error) {
+// newCertificate issues a server's certificate, signed by the authority's key.
+func newCertificate(
+	authority *x509.Certificate, key signer, public *ecdsa.PublicKey, names []string,
+) (*x509.Certificate, error) {
 	now := time.Now()
 	template := &x509.Certificate{
 		Subject:               pkix.Name{CommonName: "Countersign"},
 		NotBefore:             now.Add(-backdate),
-		NotAfter:              now.Add(certificateLife),
+		NotAfter:              now.Add(certificateLifetime),
 		BasicConstraintsValid: true,
 		KeyUsage:              x509.KeyUsageDigitalSignature,
 		ExtKeyUsage:           []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth},
@@ -144,16 +151,22 @@ func create(template, parent *x509.Certificate, public *ecdsa.PublicKey, key sig
 	return x509.ParseCertificate(der)
 }
 
-// wanted is what a CSR asks for, so that a CA that copies extensions makes a certificate that can be installed (RFC 5280, sections 4.2.1.3
-// and 4.2.1.12).
-var wanted = []pkix.Extension{
-	{Id: asn1.ObjectIdentifier{2, 5, 29, 15}, Critical: true, Value: []byte{0x03, 0x02, 0x07, 0x80}},                                 // key usage: digitalSignature
-	{Id: asn1.ObjectIdentifier{2, 5, 29, 37}, Value: []byte{0x30, 0x0a, 0x06, 0x08, 0x2b, 0x06, 0x01, 0x05, 0x05, 0x07, 0x03, 0x01}}, // extended: serverAuth
+// requestExtensions are the key usages in a CSR. A CA that copies extensions from the CSR then
+// issues a certificate accepted by Install (RFC 5280, sections 4.2.1.3 and 4.2.1.12).
+var requestExtensions = []pkix.Extension{
+	{ // key usage: digitalSignature
+		Id: asn1.ObjectIdentifier{2, 5, 29, 15}, Critical: true,
+		Value: []byte{0x03, 0x02, 0x07, 0x80},
+	},
+	{ // extended key usage: serverAuth
+		Id:    asn1.ObjectIdentifier{2, 5, 29, 37},
+		Value: []byte{0x30, 0x0a, 0x06, 0x08, 0x2b, 0x06, 0x01, 0x05, 0x05, 0x07, 0x03, 0x01},
+	},
 }
 
 func newRequest(key signer, names []string) ([]byte, error) {
-	template := &x509.CertificateRequest{SignatureAlgorithm: x509.ECDSAWithSHA256, ExtraExtensions: wanted}
-	if len(names[0]) <= 64 { // what a common name may have
+	template := &x509.CertificateRequest{SignatureAlgorithm: x509.ECDSAWithSHA256, ExtraExtensions: requestExtensions}
+	if len(names[0]) <= 64 { // the longest common name (RFC 5280, ub-common-name)
 		template.Subject.CommonName = names[0]
 	}
 	template.DNSNames, template.IPAddresses = split(names)
@@ -164,41 +177,43 @@ func newRequest(key signer, names []string) ([]byte, error) {
 	return pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE REQUEST", Bytes: der}), nil
 }
 
-// signer is a key of the keystore as crypto/tls and crypto/x509 use it: a crypto.MessageSigner, since the keystore hashes for
-// itself.
+// signer adapts a key of the keystore to crypto/tls and crypto/x509. signer implements
+// crypto.MessageSigner, because the keystore computes the hash.
 type signer struct {
-	ctx    context.Context // of the handshake or call that it is for; nil until then
+	ctx    context.Context // of one handshake or call; nil before withContext
 	key    keystore.Key
 	public *ecdsa.PublicKey
-	turn   chan struct{} // held while the keystore signs: one at a time, so that who opens many connections keeps no peer from the device
+	// semaphore allows one signature at a time. A client with many connections then occupies at
+	// most one operation of the device, and peers keep access.
+	semaphore chan struct{}
 }
 
 func newSigner(key keystore.Key) (signer, error) {
 	info := key.Info()
 	public, err := ecdsa.ParseUncompressedPublicKey(elliptic.P256(), info.PublicKey)
 	if info.Algorithm != keystore.P256 || err != nil {
-		return signer{}, fmt.Errorf("key %v is not a P-256 key, which TLS needs", info.Ref)
+		return signer{}, fmt.Errorf("key %v is not a P-256 key: TLS needs P-256", info.Ref)
 	}
-	return signer{key: key, public: public, turn: make(chan struct{}, 1)}, nil
+	return signer{key: key, public: public, semaphore: make(chan struct{}, 1)}, nil
 }
 
-func (s signer) in(ctx context.Context) signer { s.ctx = ctx; return s }
+func (s signer) withContext(ctx context.Context) signer { s.ctx = ctx; return s }
 
 func (s signer) Public() crypto.PublicKey { return s.public }
 
 func (s signer) Sign(io.Reader, []byte, crypto.SignerOpts) ([]byte, error) {
-	return nil, errors.New("the keystore signs messages, and no digests")
+	return nil, errors.New("the keystore signs messages, not digests")
 }
 
 func (s signer) SignMessage(_ io.Reader, message []byte, opts crypto.SignerOpts) ([]byte, error) {
 	if opts.HashFunc() != crypto.SHA256 {
-		return nil, fmt.Errorf("the keystore signs with SHA-256, and not with %v", opts.HashFunc())
+		return nil, fmt.Errorf("the keystore signs with SHA-256, not with %v", opts.HashFunc())
 	}
-	ctx, cancel := context.WithTimeout(s.ctx, signTime)
+	ctx, cancel := context.WithTimeout(s.ctx, signTimeout)
 	defer cancel()
 	select {
-	case s.turn <- struct{}{}:
-		defer func() { <-s.turn }()
+	case s.semaphore <- struct{}{}:
+		defer func() { <-s.semaphore }()
 	case <-ctx.Done():
 		return nil, ctx.Err()
 	}
