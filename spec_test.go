@@ -20,7 +20,7 @@ import (
 	"github.com/go-json-experiment/json/jsontext"
 )
 
-// blocks returns the fenced blocks of docs/SPEC.md whose info string is "json" and a name.
+// blocks returns the fenced blocks of docs/SPEC.md with an info string of "json" and a name.
 func blocks(t *testing.T) (found []struct{ name, text string }) {
 	t.Helper()
 	b, err := os.ReadFile("docs/SPEC.md")
@@ -73,12 +73,15 @@ func TestSpecExamples(t *testing.T) {
 			checkVector(t, b.text)
 		case "approval":
 			checkApproval(t, b.text)
-		case "noise", "noise-pubky": // read by a test of package noise
+		case "noise", "noise-pubky": // a test of package noise has the checks
 		default:
 			t.Errorf("a block named %q", b.name)
 		}
 	}
-	for kind, least := range map[string]int{"request": 8, "refused": 3, "answer": 9, "event": 2, "line": 1, "proof": 1, "vector": 11, "noise": 1, "noise-pubky": 1, "approval": 4} {
+	for kind, least := range map[string]int{
+		"request": 8, "refused": 3, "answer": 9, "event": 2, "line": 1, "proof": 1, "vector": 11,
+		"noise": 1, "noise-pubky": 1, "approval": 4,
+	} {
 		if seen[kind] < least {
 			t.Errorf("%d blocks of kind %q, expected at least %d", seen[kind], kind, least)
 		}
@@ -95,15 +98,18 @@ func checkAnswer(t *testing.T, text string) {
 	if a.Error != nil {
 		return
 	}
-	for _, result := range []any{new(wire.Pong), new(wire.KeyList), new(wire.Signed), new(wire.Verified), new(wire.Answers), new(wire.Acknowledged), new(wire.Steps)} {
+	for _, result := range []any{
+		new(wire.Pong), new(wire.KeyList), new(wire.Signed), new(wire.Verified), new(wire.Answers),
+		new(wire.Acknowledged), new(wire.Steps),
+	} {
 		if a.Into(result) == nil {
 			return
 		}
 	}
-	t.Errorf("%s\nno operation answers this", text)
+	t.Errorf("%s\nno operation has this answer", text)
 }
 
-// checkEvent reads an event, and checks what it carries.
+// checkEvent decodes an event and verifies the authorization or succession in the event.
 func checkEvent(t *testing.T, text string) {
 	t.Helper()
 	_, r, err := wire.DecodeMessage([]byte(text))
@@ -112,7 +118,9 @@ func checkEvent(t *testing.T, text string) {
 		return
 	}
 	if r.Key == wire.NoiseKey {
-		doc, err := transcript.Parse(transcript.Request{Type: "paykit-noise-key-authorization-v1", Payload: r.Authorization.Payload, ExpiresAt: 1})
+		doc, err := transcript.Parse(transcript.Request{
+			Type: "paykit-noise-key-authorization-v1", Payload: r.Authorization.Payload, ExpiresAt: 1,
+		})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -122,7 +130,10 @@ func checkEvent(t *testing.T, text string) {
 		}
 		return
 	}
-	doc, err := transcript.Parse(transcript.Request{Type: "key-succession-v1", Payload: r.Succession.Payload, Nonce: r.Succession.Nonce, Timestamp: r.Succession.Timestamp, ExpiresAt: r.Succession.ExpiresAt})
+	doc, err := transcript.Parse(transcript.Request{
+		Type: "key-succession-v1", Payload: r.Succession.Payload, Nonce: r.Succession.Nonce,
+		Timestamp: r.Succession.Timestamp, ExpiresAt: r.Succession.ExpiresAt,
+	})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -132,7 +143,8 @@ func checkEvent(t *testing.T, text string) {
 	}
 }
 
-// checkLine follows a line from its first version, and not where a thief would lead it.
+// checkLine follows a line of versions from the first to the newest. A forged step, signed by a
+// stolen key, must fail.
 func checkLine(t *testing.T, text string) {
 	t.Helper()
 	var d struct {
@@ -155,16 +167,17 @@ func checkLine(t *testing.T, text string) {
 	if l, err := client.VerifyKeyLine(first, d.Steps); err != nil || l != newest || len(d.Steps) < 2 {
 		t.Errorf("%+v, %v", l, err)
 	}
-	if l, err := first.Follow(d.Forged); !errors.Is(err, client.ErrBrokenLine) || !strings.Contains(err.Error(), "committed") {
+	l, err := first.Follow(d.Forged)
+	if !errors.Is(err, client.ErrBrokenLine) || !strings.Contains(err.Error(), "committed") {
 		t.Errorf("a forged step leads to %+v, %v", l, err)
 	}
-	first.Next = [32]byte{} // all else about it is sound
+	first.Next = [32]byte{} // without the commitment, the forged step is valid
 	if _, err := first.Follow(d.Forged); err != nil {
 		t.Error(err)
 	}
 }
 
-// checkProof has the log's verifier key after its name.
+// checkProof verifies an inclusion proof. The block's info string has the log's verifier key.
 func checkProof(t *testing.T, text, vkey string) {
 	t.Helper()
 	log, err := audit.ParseVerifierKey(vkey)
@@ -222,7 +235,9 @@ func checkVector(t *testing.T, text string) {
 	if err := ijson.Decode([]byte(text), &d); err != nil {
 		t.Fatal(err)
 	}
-	doc, err := transcript.Parse(transcript.Request{Type: d.Type, Payload: d.Payload, Nonce: d.Nonce, Timestamp: d.Timestamp, ExpiresAt: d.ExpiresAt})
+	doc, err := transcript.Parse(transcript.Request{
+		Type: d.Type, Payload: d.Payload, Nonce: d.Nonce, Timestamp: d.Timestamp, ExpiresAt: d.ExpiresAt,
+	})
 	if err != nil {
 		t.Errorf("%s\n%v", text, err)
 		return
@@ -235,27 +250,39 @@ func checkVector(t *testing.T, text string) {
 	}
 }
 
-// TestKeyNames: a succession can be written of every line, and of nothing else.
+// TestKeyNames compares the key names of key-succession-v1 with the key names of the keystore: both
+// must accept and refuse the same names.
 func TestKeyNames(t *testing.T) {
-	for _, name := range []string{"", "a", "-", "a-", "-a", "0", "payments-2", "A", "a.b", "a/1", "a b", "a\u00e9", "a_b", strings.Repeat("k", 64), strings.Repeat("k", 65)} {
-		payload := fmt.Sprintf(`{"key":%q,"version":2,"old_public_key":"%s","new_public_key":"%s","time":0}`, name,
-			"d04ab232742bb4ab3a1368bd4615e4e6d0224ab71a016baf8520a332c9778737", "a09aa5f47a6759802ff955f8dc2d2a14a5c99d23be97f864127ff9383455a4f0")
-		_, err := transcript.Parse(transcript.Request{Type: "key-succession-v1", Payload: []byte(payload), ExpiresAt: 1})
+	const (
+		oldKey = "d04ab232742bb4ab3a1368bd4615e4e6d0224ab71a016baf8520a332c9778737"
+		newKey = "a09aa5f47a6759802ff955f8dc2d2a14a5c99d23be97f864127ff9383455a4f0"
+	)
+	for _, name := range []string{
+		"", "a", "-", "a-", "-a", "0", "payments-2", "A", "a.b", "a/1", "a b", "a\u00e9", "a_b",
+		strings.Repeat("k", 64), strings.Repeat("k", 65),
+	} {
+		payload := fmt.Sprintf(`{"key":%q,"version":2,"old_public_key":"%s","new_public_key":"%s","time":0}`,
+			name, oldKey, newKey)
+		_, err := transcript.Parse(transcript.Request{
+			Type: "key-succession-v1", Payload: []byte(payload), ExpiresAt: 1,
+		})
 		if (err == nil) != (keystore.CheckName(name) == nil) {
 			t.Errorf("%q: the transcript says %v, the keystore %v", name, err, keystore.CheckName(name))
 		}
 	}
 }
 
-// TestSpecNamesEveryCodeAndType: what a program may meet is in the specification.
+// TestSpecNamesEveryCodeAndType looks in docs/SPEC.md for every error code, document type and event
+// type.
 func TestSpecNamesEveryCodeAndType(t *testing.T) {
 	b, err := os.ReadFile("docs/SPEC.md")
 	if err != nil {
 		t.Fatal(err)
 	}
 	names := []string{
-		wire.CodeMalformed, wire.CodeUnsupported, wire.CodeTooLarge, wire.CodeUnknownKey, wire.CodeKeyNotActive, wire.CodeDenied,
-		wire.CodeReplay, wire.CodeExpired, wire.CodeNotYetValid, wire.CodeLifetimeTooLong, wire.CodeInvalidSignature, wire.CodeWrongSigner,
+		wire.CodeMalformed, wire.CodeUnsupported, wire.CodeTooLarge, wire.CodeUnknownKey,
+		wire.CodeKeyNotActive, wire.CodeDenied, wire.CodeReplay, wire.CodeExpired, wire.CodeNotYetValid,
+		wire.CodeLifetimeTooLong, wire.CodeInvalidSignature, wire.CodeWrongSigner,
 		wire.CodeNotConfirmed, wire.CodeRateLimited, wire.CodeBusy, wire.CodeUnavailable,
 	}
 	for _, t := range transcript.Types() {
