@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Runs each fuzz target for a time (FUZZTIME, default 1m), as many at once as there are processors (FUZZJOBS), one worker each. What
-# makes one fail is kept as a file in the package's testdata/fuzz, and from then on is a test.
+# Runs every fuzz target for FUZZTIME (default 1m), FUZZJOBS targets at once (default: the number of
+# processors), with one worker each. FUZZ selects targets: a regular expression on package and name.
+# go test saves a failing input in the package's testdata/fuzz; later test runs repeat the input.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 time=${FUZZTIME:-1m}
@@ -8,9 +9,13 @@ jobs=${FUZZJOBS:-$(nproc)}
 out=$(mktemp -d)
 trap 'rm -rf "$out"' EXIT
 
-targets=$(grep -rHo --include='*_test.go' '^func Fuzz[A-Za-z0-9]*' . | sed 's|/[^/]*_test.go:func | |' | sort | grep -E "${FUZZ:-.}")
-[ -n "$targets" ] || { echo "no fuzz target matches FUZZ=${FUZZ:-.}" >&2; exit 2; }
-one() {
+targets=$(grep -rHo --include='*_test.go' '^func Fuzz[A-Za-z0-9]*' . |
+  sed 's|/[^/]*_test.go:func | |' | sort | grep -E "${FUZZ:-.}" || true)
+[ -n "$targets" ] || {
+  echo "no fuzz target matches FUZZ=${FUZZ:-.}: give a part of a package or name, such as noise" >&2
+  exit 2
+}
+one() { # one FOLDER TARGET: fuzzes one target and prints one line
   log="$out/$(echo "$1.$2" | tr '/' '_')"
   if go test -run '^$' -fuzz "^$2\$" -fuzztime "$time" -fuzzminimizetime 10x -parallel 1 "$1" >"$log" 2>&1; then
     echo "$1 $2: $(grep -o 'execs: [0-9]*' "$log" | tail -1), no failure"
