@@ -1,127 +1,180 @@
 #!/usr/bin/env bash
-# The main job, once, on real parts: a document is signed by a key in a SoftHSM token, or with BACKEND=tpm by one that a TPM
-# has sealed, over Noise, and judged by the appliance and by OpenSSL; and what must be refused is refused.
+# Shows the appliance at work, on real parts. A peer has a document signed over Noise, by a key in a
+# SoftHSM token; with BACKEND=tpm, by a key sealed by a TPM. The appliance and OpenSSL verify the
+# signature. Misuse is refused. All files stay in .run/demo/, so a reader can repeat offline checks.
 cd "$(dirname "$0")/.."
 . scripts/setup.sh
 
-work=$(mktemp -d)
-trap 'finish; rm -rf "$work"' EXIT
+work=$run/demo
+rm -rf "$work"
+mkdir "$work"
 export COUNTERSIGN_SERVER=$listen COUNTERSIGN_SERVER_KEY COUNTERSIGN_IDENTITY=$run/demo-peer.key
 COUNTERSIGN_SERVER_KEY=$(cat "$run/noise.pub")
-signed=0 verified=0 refused=0
+signed=0 verified=0 refused=0 steps=0
+exec 3>&1 # the terminal, for a command whose stdout goes to a file
 
 fail() { echo "demo: FAILED: $*" >&2; exit 1; }
-field() { sed -n "s/^  \"$1\": \"\\{0,1\\}\\([^\",]*\\)\"\\{0,1\\},\\{0,1\\}\$/\\1/p" "$2"; } # field NAME FILE: of indented JSON
+field() { # field NAME FILE: prints a field of indented JSON
+  sed -n "s/^  \"$1\": \"\\{0,1\\}\\([^\",]*\\)\"\\{0,1\\},\\{0,1\\}\$/\\1/p" "$2"
+}
 unhex() { tr a-f A-F | basenc -d --base16; }
 unbase64url() { tr -- '-_' '+/' | sed 's/$/==/' | basenc -d --base64 --ignore-garbage 2>/dev/null || true; }
 
-refuse() { # refuse CODE WHAT COMMAND...: the command must fail with that code
+step() { echo; echo "$((++steps)). $*"; }
+fact() { printf '   %-11s %s\n' "$1" "$2" >&3; } # fact LABEL TEXT
+run() { # run COMMAND...: prints the command and runs it
+  fact command "$*"
+  "$@"
+}
+
+refuse() { # refuse CODE WHAT COMMAND...: runs a command that must fail with an error code
   local code=$1 what=$2
   shift 2
   if "$@" >"$work/out" 2>"$work/err"; then fail "$what was accepted"; fi
   grep -q "^countersign: $code: " "$work/err" || fail "$what: expected $code, got: $(cat "$work/err")"
   refused=$((refused + 1))
-  echo "refused:   $what: $(sed 's/^countersign: //' "$work/err" | head -n 1)"
+  fact refused "$what"
+  fact "  error" "$(sed -n '1s/^countersign: //; 1s/;.*//; 1p' "$work/err")"
 }
 
-sign() { "$bin/countersign" sign --json --key payments --type paykit-subscription-v2 --as subscriber "$@"; }
+sign=("$bin/countersign" sign --json --key payments --type paykit-subscription-v2 --as subscriber)
+admin=("$bin/countersign" admin --socket "$run/admin.sock")
 
-echo "signing examples/subscription.json with the key \"payments\" of $device:"
-admin key show payments | sed 's/^/           /'
+echo "Set up: an appliance in $run/ with $device"
+fact listener "$listen, profile countersign-v1"
+fact peer "demo, with the identity file $COUNTERSIGN_IDENTITY"
+fact operator "admin, with the SSH key $run/admin.key in an SSH agent"
+fact daemon "bin/countersignd serve --config $run/countersign.toml, with its log in $run/log"
+
+step "Sign a document with a key in $device"
+fact document "examples/subscription.json"
 nonce=$(od -An -N32 -tx1 /dev/urandom | tr -d ' \n')
 now=$(date +%s)
-sign --nonce "$nonce" --timestamp "$now" examples/subscription.json >"$work/signed.json" || fail "sign"
+run "${sign[@]}" --nonce "$nonce" --timestamp "$now" examples/subscription.json >"$work/signed.json" || fail "sign"
 signed=$((signed + 1))
 event=$(field event "$work/signed.json")
-echo "signed:    signature $(field signature "$work/signed.json")"
-echo "           admitted as event $event before the key was used:"
-admin audit list --from "$event" --limit 1 | sed 's/^/           /'
+version=$(field version "$work/signed.json")
+fact key "payments, version $version"
+admin key show payments | awk -v RS= '/\nstate +active\n/' | sed -n '/^\(custody\|origin\|public key\) /s/^/   /p'
+fact signature "$(field signature "$work/signed.json")"
+fact file "$work/signed.json"
+run "${admin[@]}" audit list --from "$event" --limit 1 >"$work/out" 2>"$work/err" ||
+  fail "audit list: $(cat "$work/err")"
+grep -q "^$event .*SignatureAdmitted" "$work/out" || fail "event $event is not the admission: $(cat "$work/out")"
+fact admission "event $event of the audit log, on disk before the key was used"
 
-# An identical request after a lost answer gets the same answer.
-sign --nonce "$nonce" --timestamp "$now" examples/subscription.json >"$work/again.json" || fail "sign again"
-[ "$(field signature "$work/again.json")" = "$(field signature "$work/signed.json")" ] || fail "the repetition has another signature"
+step "Send the same request again, as a client does after a lost answer"
+"${sign[@]}" --nonce "$nonce" --timestamp "$now" examples/subscription.json >"$work/again.json" || fail "sign again"
+[ "$(field signature "$work/again.json")" = "$(field signature "$work/signed.json")" ] ||
+  fail "the repetition has another signature"
 [ "$(field repeated "$work/again.json")" = true ] || fail "the repetition is not marked"
 signed=$((signed + 1))
-echo "signed:    the same request again: the same signature, marked as repeated"
+fact answer "the same signature, marked as repeated"
 
-"$bin/countersign" verify --key payments "$work/signed.json" >"$work/out" || fail "verify"
+step "Verify the signature by the appliance"
+run "$bin/countersign" verify --key payments "$work/signed.json" >"$work/out" || fail "verify"
 verified=$((verified + 1))
-echo "verified:  by the appliance: $(cat "$work/out")"
+fact answer "$(cat "$work/out")"
 
-# OpenSSL knows nothing of us: a public key, 32 bytes of message, 64 bytes of signature.
-"$bin/countersign" transcript encode paykit-subscription-v2 "$work/signed.json" --json >"$work/encoded.json" || fail "encode"
+# OpenSSL needs only a public key, a message of 32 bytes and a signature of 64 bytes.
+step "Verify the signature by OpenSSL"
+"$bin/countersign" transcript encode paykit-subscription-v2 "$work/signed.json" --json >"$work/encoded.json" ||
+  fail "encode"
 field canonical "$work/encoded.json" | unhex | openssl dgst -sha256 -binary >"$work/message"
 key=$(admin key list | awk '$1 == "payments" && $4 == "active" { print $NF }')
 { printf 302a300506032b6570032100; printf %s "$key"; } | unhex >"$work/key.der" # RFC 8410
 field signature "$work/signed.json" | unbase64url >"$work/signature"
-openssl pkeyutl -verify -pubin -keyform DER -inkey "$work/key.der" -rawin -in "$work/message" -sigfile "$work/signature" >"$work/out" 2>&1 ||
-  fail "OpenSSL: $(cat "$work/out")"
+fact message "the SHA-256 of the document's canonical bytes (countersign transcript encode)"
+run openssl pkeyutl -verify -pubin -keyform DER -inkey "$work/key.der" -rawin -in "$work/message" \
+  -sigfile "$work/signature" >"$work/out" 2>&1 || fail "OpenSSL: $(cat "$work/out")"
 verified=$((verified + 1))
-echo "verified:  by OpenSSL, over the SHA-256 of the document's canonical bytes: $(cat "$work/out")"
+fact answer "$(cat "$work/out")"
 
-refuse replay "the signed document a second time" "$bin/countersign" verify "$work/signed.json"
-sed 's/"amount":"1000"/"amount":"9000"/; s/"amount": "1000"/"amount": "9000"/' "$work/signed.json" >"$work/tampered.json"
+step "Try misuse"
+refuse replay "the signed document, verified a second time" "$bin/countersign" verify "$work/signed.json"
+sed 's/"amount":"1000"/"amount":"9000"/; s/"amount": "1000"/"amount": "9000"/' \
+  "$work/signed.json" >"$work/tampered.json"
 cmp -s "$work/signed.json" "$work/tampered.json" && fail "nothing was tampered with"
-refuse invalid_signature "a document with another amount" "$bin/countersign" verify "$work/tampered.json"
+refuse invalid_signature "the signed document with another amount" "$bin/countersign" verify "$work/tampered.json"
 sed 's/"1000"/"2000"/' examples/subscription.json >"$work/other.json"
-refuse replay "another document under the nonce of the first" sign --nonce "$nonce" --timestamp "$now" "$work/other.json"
-refuse expired "a document that expired an hour ago" sign --timestamp "$((now - 7200))" examples/subscription.json
+refuse replay "a signature for another document under the first nonce" \
+  "${sign[@]}" --nonce "$nonce" --timestamp "$now" "$work/other.json"
+refuse expired "a signature for a document that expired an hour ago" \
+  "${sign[@]}" --timestamp "$((now - 7200))" examples/subscription.json
 "$bin/countersign" keygen "$work/stranger.key" >/dev/null
-refuse handshake_refused "a stranger" "$bin/countersign" ping --identity "$work/stranger.key"
+refuse handshake_refused "a handshake by a peer that is not enrolled" \
+  "$bin/countersign" ping --identity "$work/stranger.key"
 
-# The log, checked by who has nothing but its key.
+step "Check the audit log with nothing but the log's public key"
 vkey=$(admin audit key)
-"$bin/countersign" proof --log-key "$vkey" "$event" >"$work/out" || fail "proof"
+run "$bin/countersign" proof --log-key "$vkey" "$event" >"$work/out" || fail "proof"
 verified=$((verified + 1))
-echo "verified:  event $event is in the audit log: $(sed -n 's/^event *//p' "$work/out")"
-admin audit export "$work/log" >/dev/null || fail "export"
-"$bin/countersign" audit verify "$work/log" --key "$vkey" >"$work/out" || fail "audit verify"
+fact proven "event $event, the admission, is in the log's Merkle tree"
+run "${admin[@]}" audit export "$work/log" >/dev/null || fail "export"
+run "$bin/countersign" audit verify "$work/log" --key "$vkey" >"$work/out" || fail "audit verify"
 verified=$((verified + 1))
-echo "verified:  the whole log: $(sed -n 's/^valid *//p' "$work/out"); $(sed -n 's/^signatures */signatures: /p' "$work/out")"
-bundle=$(find "$work/log/epochs/" -path '*entries*' -type f | head -n 1)
+fact verified "$(sed -n 's/^valid *//p' "$work/out")"
+fact signatures "$(sed -n 's/^signatures *//p' "$work/out")"
+cp -r "$work/log" "$work/tampered-log"
+bundle=$(find "$work/tampered-log/epochs/" -path '*entries*' -type f | head -n 1)
 sed -i 's/SignatureRejected/SignatureVerified/; s/SubscriptionCreated/SubscriptionCreat3d/' "$bundle"
-refuse wrong_event "a log with an event that was changed" "$bin/countersign" audit verify "$work/log" --key "$vkey"
+refuse wrong_event "a copy of the log with changed events" \
+  "$bin/countersign" audit verify "$work/tampered-log" --key "$vkey"
 
-# A rotation, with a peer connected that follows the line of versions from the one that it has pinned.
+step "Rotate the key while a peer is connected"
 "$bin/countersign" line pin payments >"$work/payments.line" || fail "pin"
-"$bin/countersign" watch --line "$work/payments.line" --until-rotations 1 --timeout 60s >"$work/watched" 2>"$work/err" &
+"$bin/countersign" watch --line "$work/payments.line" --until-rotations 1 --timeout 60s \
+  >"$work/watched" 2>"$work/err" &
 watcher=$!
-until admin peer list | grep -q '^demo .* 1  *enrolled$'; do kill -0 "$watcher" || fail "watch: $(cat "$work/err")"; sleep 0.1; done
-admin key rotate payments --now >"$work/out" || fail "rotate"
-echo "rotated:   $(head -n 1 "$work/out"), by a key that version before it had named when it came into use"
+until admin peer list | grep -q '^demo .* 1  *enrolled$'; do # until the peer has 1 connection
+  kill -0 "$watcher" || fail "watch: $(cat "$work/err")"
+  sleep 0.1
+done
+run "${admin[@]}" key rotate payments --now >"$work/out" || fail "rotate"
 wait "$watcher" || fail "watch: $(cat "$work/err")"
-echo "followed:  by a connected peer, which has acknowledged it: $(cat "$work/watched")"
 "$bin/countersign" line follow --write "$work/payments.line" >"$work/out" || fail "follow the line"
-sign examples/subscription.json >"$work/new.json" || fail "sign after the rotation"
-[ "$(field version "$work/new.json")" -gt "$(field version "$work/signed.json")" ] || fail "the old version has signed"
+"${sign[@]}" examples/subscription.json >"$work/new.json" || fail "sign after the rotation"
+new=$(field version "$work/new.json")
+[ "$new" -gt "$version" ] || fail "the old version has signed"
 signed=$((signed + 1))
-echo "signed:    by version $(field version "$work/new.json"); the one before is $(admin key list | awk -v v="$(field version "$work/signed.json")" '$1 == "payments" && $2 == v { print $4 }')"
+fact successor "version $new; version $version committed to its public key before the rotation"
+fact peer "has followed the rotation from its pinned version, and acknowledged version $new"
+fact signed "examples/subscription.json, by version $new"
+state=$(admin key list | awk -v v="$version" '$1 == "payments" && $2 == v { print $4 }')
+fact predecessor "version $version is $state"
 
-# Two people: what widens what peers may do needs both.
+step "Enroll a peer with two operators"
 first_agent=$SSH_AUTH_SOCK
 new_operator second
 second_agent=$SSH_AUTH_SOCK
 export SSH_AUTH_SOCK=$first_agent
-second() { COUNTERSIGN_OPERATOR=second SSH_AUTH_SOCK=$second_agent XDG_RUNTIME_DIR="$work/second" admin "$@"; }
-admin operator show second >/dev/null 2>&1 || quietly admin operator add second --roles approver --ssh-key "$run/second.key.pub"
+second() { COUNTERSIGN_OPERATOR=second SSH_AUTH_SOCK=$second_agent XDG_RUNTIME_DIR="$here/$work/second" admin "$@"; }
+admin operator show second >/dev/null 2>&1 ||
+  quietly admin operator add second --roles approver --ssh-key "$run/second.key.pub"
 quietly admin approvals needed 2
+fact quorum "2 approvals, of the operators admin and second"
 shop=$("$bin/countersign" keygen "$work/shop.key")
-admin peer add shop "$shop" </dev/null >"$work/out" 2>"$work/err" || fail "propose: $(cat "$work/err")"
-echo "proposed:  $(cat "$work/out")"
+run "${admin[@]}" peer add shop "$shop" </dev/null >"$work/out" 2>"$work/err" || fail "propose: $(cat "$work/err")"
 proposal=$(sed -n 's/^proposal \([0-9]*\):.*/\1/p' "$work/out")
-admin peer list | grep -q '^shop ' && fail "one person has enrolled a peer"
+fact proposed "by admin: $(cat "$work/out")"
+admin peer list | grep -q '^shop ' && fail "one operator has enrolled a peer"
 second proposal approve "$proposal" </dev/null >"$work/out" 2>"$work/err" || fail "approve: $(cat "$work/err")"
 admin peer list | grep -q '^shop ' || fail "two approvals have not enrolled the peer"
-echo "approved:  by a second SSH key: $(cat "$work/out")"
+fact approved "by the SSH key of second: $(cat "$work/out")"
+fact enrolled "the peer shop"
 quietly admin peer remove shop
 admin approvals needed 1 </dev/null >"$work/out" 2>"$work/err" || fail "approvals needed 1: $(cat "$work/err")"
 quietly second proposal approve "$(sed -n 's/^proposal \([0-9]*\):.*/\1/p' "$work/out")"
 admin audit export "$work/approved" >/dev/null || fail "export"
-"$bin/countersign" audit approvals "$work/approved" --key "$vkey" >"$work/out" || fail "audit approvals: $(cat "$work/out")"
+run "$bin/countersign" audit approvals "$work/approved" --key "$vkey" >"$work/out" ||
+  fail "audit approvals: $(cat "$work/out")"
 verified=$((verified + 1))
-echo "verified:  who has approved of what, from the log alone: $(grep -c '^approved' "$work/out") approvals; among them:"
-sed -n "/^proposal $proposal /,/^outcome/p" "$work/out" | sed 's/^/           /'
+fact verified "$(grep -c '^approved' "$work/out") approvals, from the log alone; those of proposal $proposal:"
+sed -n "/^proposal $proposal /,/^outcome/p" "$work/out" | sed 's/^/               /'
 
-stop || fail "the daemon did not end well: $(tail -n 3 "$run/log")"
-echo "next:      type \"make run\" to try it yourself; README.md has the commands. \"make clean\" removes bin/, .run/ and .run-tpm/"
+stop || fail "the daemon did not stop cleanly: $(tail -n 3 "$run/log")"
+echo
+echo "next: the commands openssl, audit verify and audit approvals above work again, without the daemon"
+echo "next: \"make run\" serves the same appliance for your own commands; README.md lists some"
+echo "next: \"make clean\" removes bin/, .run/ and .run-tpm/"
 echo "demo: ok, $signed signed, $verified verified, $refused refused as they should be"
