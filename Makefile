@@ -1,6 +1,7 @@
-# The commands of README.md. Each does its own set-up.
+# The commands of README.md. Every target does its own set-up.
 export REQUIRE_DEVICES = 1
-# Copies that a computation with a secret has made are erased (package runtime/secret): for keys that a TPM seals.
+# Package runtime/secret erases the copies left by a computation with a secret. Keys sealed by a TPM
+# need the package.
 export GOEXPERIMENT = runtimesecret
 
 .PHONY: build demo run test bench fuzz clean deps
@@ -21,7 +22,7 @@ test: deps
 bench: deps
 	go test -run '^$$' -bench . -benchtime 1x ./softhsm-tests ./internal/ledger ./audit
 
-# FUZZTIME=10m make fuzz; FUZZ=transcript makes it those whose package or name has that.
+# FUZZTIME=10m make fuzz: ten minutes a target. FUZZ=transcript selects targets by package or name.
 fuzz: deps
 	@scripts/fuzz.sh
 

@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# Installs what the build, the tests and the demo need beyond Go: only what is missing, by apt-get.
+# Installs the Debian packages of the build, the tests and the demo by apt-get. Packages present are
+# left alone. Go must be installed by hand.
 set -euo pipefail
 
 missing=()
-need() { # need PACKAGE TEST...: the package is missing where the test fails
+need() { # need PACKAGE TEST...: adds the package to the missing ones if the test fails
   local package=$1
   shift
   "$@" >/dev/null 2>&1 || missing+=("$package")
@@ -17,8 +18,8 @@ need curl command -v curl
 need openssl command -v openssl
 need make command -v make
 need openssh-client command -v ssh-agent
-need chromium command -v chromium # passkeys in a real browser
-((EUID == 0)) || need fuse3 command -v fusermount3
+need chromium command -v chromium # for tests of passkeys in a browser
+((EUID == 0)) || need fuse3 command -v fusermount3 # for FUSE mounts without root
 
 if ((${#missing[@]})); then
   echo "installing: ${missing[*]}"
@@ -29,6 +30,6 @@ if ((${#missing[@]})); then
   "${as_root[@]}" apt-get install -y -qq --no-install-recommends "${missing[@]}" >/dev/null
 fi
 command -v go >/dev/null || {
-  echo "Go is missing: install Go 1.26 or later (https://go.dev/dl)" >&2
+  echo "go is not in PATH: install Go 1.26 or later (https://go.dev/dl)" >&2
   exit 1
 }

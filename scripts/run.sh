@@ -1,18 +1,26 @@
 #!/usr/bin/env bash
-# Sets .run/ up and serves until Ctrl-C.
+# Sets up .run/ and serves until Ctrl-C.
 cd "$(dirname "$0")/.."
 . scripts/setup.sh
 trap 'echo; echo stopping; kill -TERM "$daemon" 2>/dev/null || true' INT TERM
 
-# For another terminal: the demo's peer, and its operator with the agent that has his key.
+# .run/env turns another terminal into the demo peer and the operator admin. The SSH agent has the
+# operator's key.
 cat >"$run/env.new" <<ENV
-export COUNTERSIGN_SERVER=$listen COUNTERSIGN_SERVER_KEY=$(cat "$run/noise.pub") COUNTERSIGN_IDENTITY="$here/$run/demo-peer.key"
-export COUNTERSIGN_SOCKET="$here/$run/admin.sock" COUNTERSIGN_OPERATOR=admin SSH_AUTH_SOCK="$SSH_AUTH_SOCK" XDG_RUNTIME_DIR="$XDG_RUNTIME_DIR"
+export COUNTERSIGN_SERVER=$listen COUNTERSIGN_SERVER_KEY=$(cat "$run/noise.pub")
+export COUNTERSIGN_IDENTITY="$here/$run/demo-peer.key"
+export COUNTERSIGN_SOCKET="$here/$run/admin.sock" COUNTERSIGN_OPERATOR=admin
+export SSH_AUTH_SOCK="$SSH_AUTH_SOCK" XDG_RUNTIME_DIR="$XDG_RUNTIME_DIR"
 ENV
 mv "$run/env.new" "$run/env"
 cat <<TEXT
 
-Countersign serves on $listen (profile countersign-v1) and $pubky (pubky-noise-v1) until Ctrl-C. In another terminal, in this folder, type:
+Countersign serves until Ctrl-C:
+
+  $listen   peers, profile countersign-v1
+  $pubky   peers, profile pubky-noise-v1
+
+In another terminal, in this folder, type:
 
   . $run/env
   $bin/countersign sign --json --key payments --type paykit-subscription-v2 --as subscriber examples/subscription.json >signed.json
@@ -21,10 +29,11 @@ Countersign serves on $listen (profile countersign-v1) and $pubky (pubky-noise-v
   $bin/countersign admin whoami
   $bin/countersign admin audit list
 
-README.md has more. The log is in $run/log.
+README.md has more commands. The daemon's log is $run/log.
 TEXT
-while kill -0 "$daemon" 2>/dev/null; do wait "$daemon" || true; done # a signal ends wait before the daemon has ended
-rm -f "$run/env" # its agent goes
+# A signal interrupts wait before the daemon has ended, so wait runs again.
+while kill -0 "$daemon" 2>/dev/null; do wait "$daemon" || true; done
+rm -f "$run/env" # the agent ends with this script
 wait "$daemon" || died
 endTPM
 trap - EXIT

@@ -1,8 +1,10 @@
 #!/usr/bin/env bash
-# Makes .run/: a configuration, a SoftHSM token with its PIN, a ledger, a first administrator, an enrolled peer, a signing key. With
-# BACKEND=tpm it makes .run-tpm/ with a TPM (swtpm) in the token's place. What is there is left as it is, so that it can run again at
-# any time. Sourced by demo.sh and run.sh; afterwards the daemon is running as process $daemon, `stop` ends it, and an SSH agent has the
-# administrator's key.
+# Makes .run/: a configuration, a SoftHSM token and its PIN, a ledger, a first administrator, an
+# enrolled peer and a signing key. With BACKEND=tpm the folder is .run-tpm/, and a TPM (swtpm)
+# replaces the token. The script is idempotent: present parts stay as they are.
+#
+# demo.sh and run.sh source this script. Afterwards the daemon runs as process $daemon, `stop` ends
+# the daemon, and an SSH agent has the administrator's key.
 set -euo pipefail
 umask 077
 
@@ -10,14 +12,14 @@ backend=${BACKEND:-softhsm}
 case $backend in
 softhsm) run=.run device="the SoftHSM token" ;;
 tpm) run=.run-tpm device="the TPM (swtpm)" ;;
-*) echo "BACKEND is softhsm or tpm, not $backend" >&2; exit 2 ;;
+*) echo "BACKEND=$backend is unknown: set softhsm or tpm" >&2; exit 2 ;;
 esac
 bin=bin
 listen=${LISTEN:-127.0.0.1:7700}      # profile countersign-v1
 pubky=${LISTEN_PUBKY:-127.0.0.1:7701} # profile pubky-noise-v1
 here=$(pwd -P)
 
-secret() { # secret FILE: 32 random hex digits, unless the file is there
+secret() { # secret FILE: writes 32 random hex digits, unless the file exists
   [ -s "$1" ] || { od -An -N16 -tx1 /dev/urandom | tr -d ' \n' >"$1.new" && mv "$1.new" "$1"; }
 }
 
@@ -25,9 +27,9 @@ mkdir -p "$run/tokens"
 secret "$run/pin"
 swtpm='' socket=''
 if [ "$backend" = tpm ]; then
-  socket=$(mktemp -d /tmp/swtpm.XXXXXX) # the path of a socket must be short
-  swtpm socket --tpm2 --tpmstate dir="$run/tokens" --server type=unixio,path="$socket/sock" --ctrl type=unixio,path="$socket/ctrl" \
-    --flags not-need-init,startup-clear 2>"$run/swtpm.log" &
+  socket=$(mktemp -d /tmp/swtpm.XXXXXX) # a socket path has at most 107 bytes
+  swtpm socket --tpm2 --tpmstate dir="$run/tokens" --server type=unixio,path="$socket/sock" \
+    --ctrl type=unixio,path="$socket/ctrl" --flags not-need-init,startup-clear 2>"$run/swtpm.log" &
   swtpm=$!
   for _ in $(seq 100); do [ -S "$socket/sock" ] && break; sleep 0.05; done
   init=(init)
@@ -45,7 +47,7 @@ CONF
   token="uri = \"pkcs11:token=countersign\"
 module = \"/usr/lib/softhsm/libsofthsm2.so\"
 pin_file = \"pin\"
-sessions = 1 # a software token is used best by one at a time in each key worker
+sessions = 1 # SoftHSM is fastest with one session in each key worker
 environment = { SOFTHSM2_CONF = \"$here/$run/softhsm2.conf\" }"
 fi
 endAgents() {
@@ -61,13 +63,15 @@ endTPM() {
 }
 trap endTPM EXIT
 
-[ -e "$run/policy.cedar" ] || cat >"$run/policy.cedar" <<'CONF' # what operators have put in force stays
-// The demo peer may use the key "payments" with every transcript but raw: raw would be the action "sign_raw".
+# An operator may have changed the policy, so a present file stays.
+[ -e "$run/policy.cedar" ] || cat >"$run/policy.cedar" <<'CONF'
+// The demo peer may use the key "payments" with every transcript type except raw. Signing raw is
+// another action, "sign_raw".
 permit (principal == Peer::"demo", action == Action::"sign", resource == Key::"payments");
 CONF
 
 cat >"$run/countersign.toml" <<CONF
-# Made by make run and make demo. Every field is described in cmd/countersignd/config.go.
+# Made by make run and make demo. cmd/countersignd/config.go describes every field.
 listen = "$listen"
 listen_pubky = "$pubky"
 admin_socket = "admin.sock"
@@ -81,13 +85,16 @@ CONF
 "$bin/countersignd" "${init[@]}" --config "$run/countersign.toml" >/dev/null
 
 admin() { "$bin/countersign" admin --socket "$run/admin.sock" "$@"; }
-quietly() { "$@" >/dev/null 2>"$run/err" </dev/null || { cat "$run/err" >&2; exit 1; }; } # quietly COMMAND...: says something only if it fails
+quietly() { # quietly COMMAND...: prints stderr only if the command fails, and then exits
+  "$@" >/dev/null 2>"$run/err" </dev/null || { cat "$run/err" >&2; exit 1; }
+}
 as_root() { if [ "$(id -u)" = 0 ]; then "$@"; else sudo "$@"; fi; }
 
-# The operators of a real appliance have their keys in agents of their own, best on FIDO keys (ssh-keygen -t ed25519-sk).
-agents=$(mktemp -d /tmp/agents.XXXXXX) # the path of a socket must be short
+# Operators of a real appliance keep SSH keys in their own agents, best on FIDO keys
+# (ssh-keygen -t ed25519-sk).
+agents=$(mktemp -d /tmp/agents.XXXXXX) # a socket path has at most 107 bytes
 export COUNTERSIGN_OPERATOR=admin XDG_RUNTIME_DIR="$here/$run/sessions" SSH_AUTH_SOCK SSH_AGENT_PID=''
-new_operator() { # new_operator NAME: an SSH key, and an agent that has it, in $SSH_AUTH_SOCK
+new_operator() { # new_operator NAME: makes an SSH key and an agent with the key; sets SSH_AUTH_SOCK
   [ -e "$run/$1.key" ] || ssh-keygen -q -t ed25519 -N '' -C "$1" -f "$run/$1.key"
   eval "$(ssh-agent -a "$agents/$1")" >/dev/null
   agent_pids="${agent_pids:-} $SSH_AGENT_PID"
@@ -103,7 +110,7 @@ stop() {
   fi
 }
 finish() { stop || true; endTPM; }
-died() { # the daemon has ended by itself: show why
+died() { # shows the end of the log of a daemon that stopped by itself, and exits
   tail -n 5 "$run/log" >&2
   exit 1
 }
@@ -111,9 +118,10 @@ trap finish EXIT
 
 new_operator admin
 enrolled=''
-for _ in $(seq 100); do # until it answers, 10 s at the most
-  if as_root "$bin/countersign" admin --socket "$here/$run/admin.sock" operator first admin --ssh-key "$here/$run/admin.key.pub" >/dev/null 2>"$run/err" ||
-    grep -q '^countersign: conflict: ' "$run/err"; then # it has operators already
+for _ in $(seq 100); do # until the daemon answers, at most 10 s
+  if as_root "$bin/countersign" admin --socket "$here/$run/admin.sock" operator first admin \
+    --ssh-key "$here/$run/admin.key.pub" >/dev/null 2>"$run/err" ||
+    grep -q '^countersign: conflict: ' "$run/err"; then # a first operator exists
     enrolled=yes
     break
   fi
@@ -121,7 +129,11 @@ for _ in $(seq 100); do # until it answers, 10 s at the most
   grep -q '^countersign: unreachable: ' "$run/err" || break
   sleep 0.1
 done
-[ -n "$enrolled" ] || { cat "$run/err" >&2; echo "the daemon does not answer; see $run/log" >&2; exit 1; }
+[ -n "$enrolled" ] || {
+  cat "$run/err" >&2
+  echo "the daemon does not answer on $run/admin.sock: read $run/log" >&2
+  exit 1
+}
 quietly admin login admin
 admin noise-key >"$run/noise.pub"
 
