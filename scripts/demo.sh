@@ -22,7 +22,7 @@ unbase64url() { tr -- '-_' '+/' | sed 's/$/==/' | basenc -d --base64 --ignore-ga
 
 step() { echo; echo "$((++steps)). $*"; }
 fact() { printf '   %-11s %s\n' "$1" "$2" >&3; } # fact LABEL TEXT
-run() { # run COMMAND...: prints the command and runs it
+show() { # show COMMAND...: prints the command and runs it
   fact command "$*"
   "$@"
 }
@@ -37,8 +37,8 @@ refuse() { # refuse CODE WHAT COMMAND...: runs a command that must fail with an 
   fact "  error" "$(sed -n '1s/^countersign: //; 1s/;.*//; 1p' "$work/err")"
 }
 
-sign=("$bin/countersign" sign --json --key payments --type paykit-subscription-v2 --as subscriber)
-admin=("$bin/countersign" admin --socket "$run/admin.sock")
+sign_command=("$bin/countersign" sign --json --key payments --type paykit-subscription-v2 --as subscriber)
+admin_command=("$bin/countersign" admin --socket "$run/admin.sock")
 
 echo "Set up: an appliance in $run/ with $device"
 fact listener "$listen, profile countersign-v1"
@@ -50,7 +50,7 @@ step "Sign a document with a key in $device"
 fact document "examples/subscription.json"
 nonce=$(od -An -N32 -tx1 /dev/urandom | tr -d ' \n')
 now=$(date +%s)
-run "${sign[@]}" --nonce "$nonce" --timestamp "$now" examples/subscription.json >"$work/signed.json" || fail "sign"
+show "${sign_command[@]}" --nonce "$nonce" --timestamp "$now" examples/subscription.json >"$work/signed.json" || fail "sign"
 signed=$((signed + 1))
 event=$(field event "$work/signed.json")
 version=$(field version "$work/signed.json")
@@ -58,13 +58,13 @@ fact key "payments, version $version"
 admin key show payments | awk -v RS= '/\nstate +active\n/' | sed -n '/^\(custody\|origin\|public key\) /s/^/   /p'
 fact signature "$(field signature "$work/signed.json")"
 fact file "$work/signed.json"
-run "${admin[@]}" audit list --from "$event" --limit 1 >"$work/out" 2>"$work/err" ||
+show "${admin_command[@]}" audit list --from "$event" --limit 1 >"$work/out" 2>"$work/err" ||
   fail "audit list: $(cat "$work/err")"
 grep -q "^$event .*SignatureAdmitted" "$work/out" || fail "event $event is not the admission: $(cat "$work/out")"
 fact admission "event $event of the audit log, on disk before the key was used"
 
 step "Send the same request again, as a client does after a lost answer"
-"${sign[@]}" --nonce "$nonce" --timestamp "$now" examples/subscription.json >"$work/again.json" || fail "sign again"
+"${sign_command[@]}" --nonce "$nonce" --timestamp "$now" examples/subscription.json >"$work/again.json" || fail "sign again"
 [ "$(field signature "$work/again.json")" = "$(field signature "$work/signed.json")" ] ||
   fail "the repetition has another signature"
 [ "$(field repeated "$work/again.json")" = true ] || fail "the repetition is not marked"
@@ -72,7 +72,7 @@ signed=$((signed + 1))
 fact answer "the same signature, marked as repeated"
 
 step "Verify the signature by the appliance"
-run "$bin/countersign" verify --key payments "$work/signed.json" >"$work/out" || fail "verify"
+show "$bin/countersign" verify --key payments "$work/signed.json" >"$work/out" || fail "verify"
 verified=$((verified + 1))
 fact answer "$(cat "$work/out")"
 
@@ -85,7 +85,7 @@ key=$(admin key list | awk '$1 == "payments" && $4 == "active" { print $NF }')
 { printf 302a300506032b6570032100; printf %s "$key"; } | unhex >"$work/key.der" # RFC 8410
 field signature "$work/signed.json" | unbase64url >"$work/signature"
 fact message "the SHA-256 of the document's canonical bytes (countersign transcript encode)"
-run openssl pkeyutl -verify -pubin -keyform DER -inkey "$work/key.der" -rawin -in "$work/message" \
+show openssl pkeyutl -verify -pubin -keyform DER -inkey "$work/key.der" -rawin -in "$work/message" \
   -sigfile "$work/signature" >"$work/out" 2>&1 || fail "OpenSSL: $(cat "$work/out")"
 verified=$((verified + 1))
 fact answer "$(cat "$work/out")"
@@ -98,20 +98,20 @@ cmp -s "$work/signed.json" "$work/tampered.json" && fail "nothing was tampered w
 refuse invalid_signature "the signed document with another amount" "$bin/countersign" verify "$work/tampered.json"
 sed 's/"1000"/"2000"/' examples/subscription.json >"$work/other.json"
 refuse replay "a signature for another document under the first nonce" \
-  "${sign[@]}" --nonce "$nonce" --timestamp "$now" "$work/other.json"
+  "${sign_command[@]}" --nonce "$nonce" --timestamp "$now" "$work/other.json"
 refuse expired "a signature for a document that expired an hour ago" \
-  "${sign[@]}" --timestamp "$((now - 7200))" examples/subscription.json
+  "${sign_command[@]}" --timestamp "$((now - 7200))" examples/subscription.json
 "$bin/countersign" keygen "$work/stranger.key" >/dev/null
 refuse handshake_refused "a handshake by a peer that is not enrolled" \
   "$bin/countersign" ping --identity "$work/stranger.key"
 
 step "Check the audit log with nothing but the log's public key"
 vkey=$(admin audit key)
-run "$bin/countersign" proof --log-key "$vkey" "$event" >"$work/out" || fail "proof"
+show "$bin/countersign" proof --log-key "$vkey" "$event" >"$work/out" || fail "proof"
 verified=$((verified + 1))
 fact proven "event $event, the admission, is in the log's Merkle tree"
-run "${admin[@]}" audit export "$work/log" >/dev/null || fail "export"
-run "$bin/countersign" audit verify "$work/log" --key "$vkey" >"$work/out" || fail "audit verify"
+show "${admin_command[@]}" audit export "$work/log" >/dev/null || fail "export"
+show "$bin/countersign" audit verify "$work/log" --key "$vkey" >"$work/out" || fail "audit verify"
 verified=$((verified + 1))
 fact verified "$(sed -n 's/^valid *//p' "$work/out")"
 fact signatures "$(sed -n 's/^signatures *//p' "$work/out")"
@@ -130,10 +130,10 @@ until admin peer list | grep -q '^demo .* 1  *enrolled$'; do # until the peer ha
   kill -0 "$watcher" || fail "watch: $(cat "$work/err")"
   sleep 0.1
 done
-run "${admin[@]}" key rotate payments --now >"$work/out" || fail "rotate"
+show "${admin_command[@]}" key rotate payments --now >"$work/out" || fail "rotate"
 wait "$watcher" || fail "watch: $(cat "$work/err")"
 "$bin/countersign" line follow --write "$work/payments.line" >"$work/out" || fail "follow the line"
-"${sign[@]}" examples/subscription.json >"$work/new.json" || fail "sign after the rotation"
+"${sign_command[@]}" examples/subscription.json >"$work/new.json" || fail "sign after the rotation"
 new=$(field version "$work/new.json")
 [ "$new" -gt "$version" ] || fail "the old version has signed"
 signed=$((signed + 1))
@@ -154,7 +154,7 @@ admin operator show second >/dev/null 2>&1 ||
 quietly admin approvals needed 2
 fact quorum "2 approvals, of the operators admin and second"
 shop=$("$bin/countersign" keygen "$work/shop.key")
-run "${admin[@]}" peer add shop "$shop" </dev/null >"$work/out" 2>"$work/err" || fail "propose: $(cat "$work/err")"
+show "${admin_command[@]}" peer add shop "$shop" </dev/null >"$work/out" 2>"$work/err" || fail "propose: $(cat "$work/err")"
 proposal=$(sed -n 's/^proposal \([0-9]*\):.*/\1/p' "$work/out")
 fact proposed "by admin: $(cat "$work/out")"
 admin peer list | grep -q '^shop ' && fail "one operator has enrolled a peer"
@@ -166,7 +166,7 @@ quietly admin peer remove shop
 admin approvals needed 1 </dev/null >"$work/out" 2>"$work/err" || fail "approvals needed 1: $(cat "$work/err")"
 quietly second proposal approve "$(sed -n 's/^proposal \([0-9]*\):.*/\1/p' "$work/out")"
 admin audit export "$work/approved" >/dev/null || fail "export"
-run "$bin/countersign" audit approvals "$work/approved" --key "$vkey" >"$work/out" ||
+show "$bin/countersign" audit approvals "$work/approved" --key "$vkey" >"$work/out" ||
   fail "audit approvals: $(cat "$work/out")"
 verified=$((verified + 1))
 fact verified "$(grep -c '^approved' "$work/out") approvals, from the log alone; those of proposal $proposal:"
