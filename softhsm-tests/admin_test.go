@@ -82,9 +82,9 @@ func TestAdminRubbish(t *testing.T) {
 // TestStopWithStrangers: who opens connections and says nothing takes no time from an approved act that is under way at a stop.
 func TestStopWithStrangers(t *testing.T) {
 	s := newSystem(t)
-	origin := s.https()
+	origin := s.configureHTTPS()
 	p := s.serve()
-	conn := s.tls(origin) // after the handshake the daemon knows of it
+	conn := s.dialTLS(origin) // after the handshake the daemon knows of it
 	defer conn.Close()
 	p.stop()
 	if strings.Contains(p.stderr.String(), "cut off") {

@@ -74,11 +74,11 @@ func openPool(b testing.TB, device map[string]any, workers, memory, inFlight int
 	return p
 }
 
-// side is one side of a comparison: it measures once and returns calls a second.
-type side func() float64
+// measurement is one side of a comparison: it measures once and returns calls a second.
+type measurement func() float64
 
 // compare prints the ratio of each side to the first.
-func compare(parameters string, floor side, names []string, sides ...side) {
+func compare(parameters string, floor measurement, names []string, sides ...measurement) {
 	for _, measure := range append(sides, floor) { // once for nothing: sessions are opened, handles found
 		measure()
 	}
@@ -102,7 +102,7 @@ func median(of []float64) float64 {
 }
 
 // cLoop starts the loop in C on a module of this system, and returns what measures it with so many sessions.
-func (s *system) cLoop(b *testing.B, program, module string) func(sessions int) side {
+func (s *system) cLoop(b *testing.B, program, module string) func(sessions int) measurement {
 	cmd := exec.Command(program, module, s.path("pin"), "countersign/payments/1")
 	cmd.Stderr = os.Stderr
 	in, err := cmd.StdinPipe()
@@ -121,7 +121,7 @@ func (s *system) cLoop(b *testing.B, program, module string) func(sessions int) 
 		cmd.Wait()
 	})
 	answers := bufio.NewReader(out)
-	return func(sessions int) side {
+	return func(sessions int) measurement {
 		return func() (rate float64) {
 			fmt.Fprintln(in, sessions, int(measured/time.Millisecond))
 			if _, err := fmt.Fscanln(answers, &rate); err != nil {
@@ -132,8 +132,8 @@ func (s *system) cLoop(b *testing.B, program, module string) func(sessions int) 
 	}
 }
 
-// best is the loop with the number of sessions that does most.
-func best(loop func(sessions int) side) (sessions int, floor side) {
+// bestSessions is the loop with the number of sessions that does most.
+func bestSessions(loop func(sessions int) measurement) (sessions int, floor measurement) {
 	most := 0.0
 	for _, n := range []int{1, 2, 4, 8, 16} {
 		var seen []float64
@@ -148,7 +148,7 @@ func best(loop func(sessions int) side) (sessions int, floor side) {
 }
 
 // signing measures a key with so many callers. Where verify is set, what comes back is judged as in the appliance.
-func signing(b *testing.B, key keystore.Key, callers int, verify bool) side {
+func signing(b *testing.B, key keystore.Key, callers int, verify bool) measurement {
 	message := make([]byte, 115) // what message-v1 signs has about this length
 	var judge keystore.Judge
 	if verify {
@@ -184,7 +184,7 @@ func BenchmarkBackend(b *testing.B) {
 	p.stop()
 	b.Setenv("SOFTHSM2_CONF", s.path("softhsm2.conf"))
 	program := compile(b, "floor.c")
-	sessions, floor := best(s.cLoop(b, program, softHSM))
+	sessions, floor := bestSessions(s.cLoop(b, program, softHSM))
 	cores := runtime.NumCPU() // what a software token is best used with
 	store, err := hsm.Open(b.Context(), s.hsmConfig(softHSM, cores))
 	if err != nil {
@@ -250,7 +250,7 @@ func BenchmarkSign(b *testing.B) {
 	s.edit("countersign.toml", `"debug"`, `"warn"`)
 	s.edit("countersign.toml", "[tokens.main]", "[tokens.main]\nsessions = 1")
 	b.Setenv("SOFTHSM2_CONF", s.path("softhsm2.conf"))
-	_, floor := best(s.cLoop(b, compile(b, "floor.c"), softHSM))
+	_, floor := bestSessions(s.cLoop(b, compile(b, "floor.c"), softHSM))
 	p = s.serve()
 	var clients []*client.Client
 	for range 8 {

@@ -44,8 +44,8 @@ type fault struct {
 	count    int
 }
 
-// faultKinds is everything that goes wrong, each by itself.
-func faultKinds() (all []fault) {
+// allFaults is everything that goes wrong, each by itself.
+func allFaults() (all []fault) {
 	for i, name := range slices.Sorted(maps.Keys(codes)) {
 		function := []int{fnSignInit, fnSign, fnDeriveKey}[i%3]
 		all = append(all, fault{function: function, kind: "code", argument: codes[name], lasts: 100 * time.Millisecond})
@@ -86,11 +86,11 @@ func chaosSeed(t *testing.T) uint64 {
 const (
 	chaosDeadline = 300 * time.Millisecond // of the device
 	chaosTimeout  = 10 * time.Second       // of a request
-	chaosBound    = time.Second            // what an answer may take beyond that
+	chaosGrace    = time.Second            // what an answer may take beyond that
 )
 
-// signatures is how many there are at the least.
-func signatures() int64 {
+// minSignatures is how many there are at the least.
+func minSignatures() int64 {
 	if os.Getenv("RACE") == "1" {
 		return 3000 // the detector is slow
 	}
@@ -127,8 +127,8 @@ func (s *system) script(begin time.Time, faults []fault, every time.Duration, pr
 	return begin.Add(time.Duration(len(faults)) * every)
 }
 
-// whole returns when both workers are there and stay there for a while.
-func (s *system) whole(ctx context.Context) error {
+// waitForWorkers returns when both workers are there and stay there for a while.
+func (s *system) waitForWorkers(ctx context.Context) error {
 	for good := 0; good < 5; {
 		tokens, err := s.admin().Tokens(ctx)
 		if err != nil {
@@ -145,17 +145,17 @@ func (s *system) whole(ctx context.Context) error {
 	return nil
 }
 
-// outcome is what a load has seen.
-type outcome struct {
-	mu     sync.Mutex
-	asked  map[[32]byte]*question
-	failed []error
+// loadResult is what a load has seen.
+type loadResult struct {
+	mu       sync.Mutex
+	requests map[[32]byte]*request
+	failures []error
 
 	answers, handshakes atomic.Int64
 	longest             atomic.Int64 // nanoseconds
 }
 
-func (o *outcome) took(began time.Time) {
+func (o *loadResult) recordDuration(began time.Time) {
 	for took := int64(time.Since(began)); ; {
 		seen := o.longest.Load()
 		if took <= seen || o.longest.CompareAndSwap(seen, took) {
@@ -166,18 +166,18 @@ func (o *outcome) took(began time.Time) {
 
 // load has eight peers pipeline signatures and two shake hands again and again, until both the faults are over and there
 // are enough answers. The SDK does not try anything again by itself.
-func (s *system) load(t *testing.T, over func() bool) *outcome {
-	o := &outcome{asked: map[[32]byte]*question{}}
+func (s *system) load(t *testing.T, over func() bool) *loadResult {
+	o := &loadResult{requests: map[[32]byte]*request{}}
 	config := s.clientConfig()
 	config.RetryFor = 0
 	ctx, cancel := context.WithTimeout(t.Context(), 4*time.Minute)
 	defer cancel()
 	more := func() bool {
-		return ctx.Err() == nil && (!over() || o.answers.Load() < signatures())
+		return ctx.Err() == nil && (!over() || o.answers.Load() < minSignatures())
 	}
 	fail := func(err error) {
 		o.mu.Lock()
-		o.failed = append(o.failed, err)
+		o.failures = append(o.failures, err)
 		o.mu.Unlock()
 	}
 	var wg sync.WaitGroup
@@ -190,13 +190,13 @@ func (s *system) load(t *testing.T, over func() bool) *outcome {
 		for range 4 {
 			wg.Go(func() {
 				for more() {
-					q := newQuestion()
+					q := newRequest()
 					o.mu.Lock()
-					o.asked[q.d.Nonce] = q
+					o.requests[q.document.Nonce] = q
 					o.mu.Unlock()
 					began := time.Now()
-					signed, err := c.Sign(ctx, "payments", q.d)
-					o.took(began)
+					signed, err := c.Sign(ctx, "payments", q.document)
+					o.recordDuration(began)
 					if err != nil {
 						fail(err)
 						continue
@@ -214,7 +214,7 @@ func (s *system) load(t *testing.T, over func() bool) *outcome {
 			for more() {
 				began := time.Now()
 				c, err := client.Dial(ctx, config)
-				o.took(began)
+				o.recordDuration(began)
 				if err != nil {
 					fail(fmt.Errorf("handshake: %w", err))
 					continue
@@ -228,10 +228,10 @@ func (s *system) load(t *testing.T, over func() bool) *outcome {
 	if ctx.Err() != nil {
 		t.Fatalf("only %d answers in time", o.answers.Load())
 	}
-	if longest := time.Duration(o.longest.Load()); longest > chaosTimeout+chaosBound {
+	if longest := time.Duration(o.longest.Load()); longest > chaosTimeout+chaosGrace {
 		t.Errorf("a request took %v", longest)
 	}
-	t.Logf("%d signatures, %d handshakes, %d failures, the longest request took %v", o.answers.Load(), o.handshakes.Load(), len(o.failed), time.Duration(o.longest.Load()))
+	t.Logf("%d signatures, %d handshakes, %d failures, the longest request took %v", o.answers.Load(), o.handshakes.Load(), len(o.failures), time.Duration(o.longest.Load()))
 	return o
 }
 
@@ -239,7 +239,7 @@ func (s *system) load(t *testing.T, over func() bool) *outcome {
 // signature is released (the SDK verifies each), and no nonce is signed for two contents.
 func TestChaosOneWorkerAlive(t *testing.T) {
 	s := newChaos(t)
-	faults := faultKinds()
+	faults := allFaults()
 	seed := chaosSeed(t)
 	rand.New(rand.NewPCG(seed, 1)).Shuffle(len(faults), func(i, j int) { faults[i], faults[j] = faults[j], faults[i] })
 	p := s.serve()
@@ -249,7 +249,7 @@ func TestChaosOneWorkerAlive(t *testing.T) {
 	injecting.Go(func() {
 		defer over.Store(true)
 		for i := range faults {
-			if err := s.whole(t.Context()); err != nil {
+			if err := s.waitForWorkers(t.Context()); err != nil {
 				t.Error(err)
 				return
 			}
@@ -258,13 +258,13 @@ func TestChaosOneWorkerAlive(t *testing.T) {
 		}
 	})
 	o := s.load(t, over.Load)
-	for i, err := range o.failed {
+	for i, err := range o.failures {
 		if i == 5 {
 			break
 		}
 		t.Errorf("failed: %v", err)
 	}
-	s.checkAgainst(o.asked, 2000)
+	s.checkRequests(o.requests, 2000)
 	p.stop()
 	if n := strings.Count(p.stderr.String(), "a key worker is given up"); n < len(faults)/4 {
 		t.Errorf("only %d key workers were given up for %d faults: the test has lost its point", n, len(faults))
@@ -277,7 +277,7 @@ func TestChaosOneWorkerAlive(t *testing.T) {
 // appliance serves without having been started anew.
 func TestChaos(t *testing.T) {
 	s := newChaos(t)
-	faults := faultKinds()
+	faults := allFaults()
 	seed := chaosSeed(t)
 	rand.New(rand.NewPCG(seed, 2)).Shuffle(len(faults), func(i, j int) { faults[i], faults[j] = faults[j], faults[i] })
 	// At the end the device is gone for so long that no worker can be had, which short faults may not bring about.
@@ -286,7 +286,7 @@ func TestChaos(t *testing.T) {
 	end := s.script(time.Now().Add(2*time.Second), faults, 400*time.Millisecond, func(int) int { return -1 }).Add(outage.lasts)
 	p := s.serve()
 	o := s.load(t, func() bool { return time.Now().After(end) })
-	for _, err := range o.failed {
+	for _, err := range o.failures {
 		var refusal *client.Error
 		if !errors.As(err, &refusal) || refusal.Code != wire.CodeUnavailable {
 			if !strings.Contains(err.Error(), "handshake") {
@@ -295,7 +295,7 @@ func TestChaos(t *testing.T) {
 			}
 		}
 	}
-	s.checkAgainst(o.asked, 2000)
+	s.checkRequests(o.requests, 2000)
 	events := 0
 	for _, e := range s.events() {
 		if e.Type == "DeviceUnavailable" {
@@ -307,6 +307,6 @@ func TestChaos(t *testing.T) {
 	down, up := strings.Count(log, "the token does not serve"), strings.Count(log, "the token serves again")
 	t.Logf("%d key workers given up, the token was down %d times and back %d times", strings.Count(log, "a key worker is given up"), down, up)
 	if down == 0 || up != down || events != down {
-		t.Errorf("%d requests failed; %d times the log says that the token is down, %d times that it is back, %d events", len(o.failed), down, up, events)
+		t.Errorf("%d requests failed; %d times the log says that the token is down, %d times that it is back, %d events", len(o.failures), down, up, events)
 	}
 }

@@ -36,7 +36,7 @@ func TestClockBehind(t *testing.T) {
 	if _, err := c.Sign(t.Context(), "payments", d); code(err) != wire.CodeUnavailable || !strings.Contains(err.Error(), "clock") {
 		t.Errorf("with a clock behind the ledger's time: %v", err)
 	}
-	until(t, "the log says so", func() bool { return s.has("ClockRefused", "clock") })
+	until(t, "the log says so", func() bool { return s.hasEvent("ClockRefused", "clock") })
 	if out := s.must("admin", "ledger", "stats"); !strings.Contains(out, "-") {
 		t.Errorf("stats: %s", out)
 	}
@@ -44,6 +44,6 @@ func TestClockBehind(t *testing.T) {
 		signed, err := c.Sign(t.Context(), "payments", d)
 		return err == nil && !signed.Repeated
 	})
-	until(t, "the log says that too", func() bool { return s.has("ClockRecovered", "clock") })
+	until(t, "the log says that too", func() bool { return s.hasEvent("ClockRecovered", "clock") })
 	p.stop()
 }

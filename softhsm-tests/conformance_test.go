@@ -17,7 +17,7 @@ import (
 func TestConformance(t *testing.T) {
 	keystoretest.Run(t, func(t *testing.T) keystore.Store {
 		s := newSystem(t)
-		s.token(func(m *pkcs11.Ctx, h pkcs11.SessionHandle) { deleteAll(t, m, h, "") })
+		s.useToken(func(m *pkcs11.Ctx, h pkcs11.SessionHandle) { deleteAll(t, m, h, "") })
 		return s.pool(t, s.hsmConfig(softHSM, 4), 2, 1<<30)
 	})
 }

@@ -13,8 +13,8 @@ import (
 	"countersign/wire"
 )
 
-// onDisk is a system whose ledger is on a disk that can be spoilt.
-func onDisk(t *testing.T) (*system, *disktest.Disk) {
+// newSystemOnDisk is a system whose ledger is on a disk that can be spoilt.
+func newSystemOnDisk(t *testing.T) (*system, *disktest.Disk) {
 	s := newSystem(t)
 	disk := disktest.New(t)
 	s.edit("countersign.toml", `"ledger.db"`, `"`+filepath.Join(disk.Dir(), "ledger.db")+`"`)
@@ -29,26 +29,26 @@ func onDisk(t *testing.T) (*system, *disktest.Disk) {
 	return s, disk
 }
 
-// metaPages is where the two pages end that say what counts. They are there, and to write them again needs no room. Refused, they leave a
+// metaPagesEnd is where the two pages end that say what counts. They are there, and to write them again needs no room. Refused, they leave a
 // commit in doubt, which is what TestUnknownState is about: the outcome of an earlier request may be at that step.
-const metaPages = 2 * 4096
+const metaPagesEnd = 2 * 4096
 
-// full is a disk without room: what is written must fit into what the reserve has given up.
-type full struct {
-	on    atomic.Bool
-	given atomic.Bool
+// fullDisk is a disk without room: what is written must fit into what the reserve has given up.
+type fullDisk struct {
+	enabled  atomic.Bool
+	released atomic.Bool
 }
 
-func (f *full) fail(op disktest.Op) syscall.Errno {
+func (f *fullDisk) fail(op disktest.Op) syscall.Errno {
 	reserve := strings.HasSuffix(op.Path, ".reserve")
 	switch {
 	case reserve && op.Kind == disktest.Truncate && op.Size == 0:
-		f.given.Store(true)
-	case !f.on.Load():
+		f.released.Store(true)
+	case !f.enabled.Load():
 		if reserve && op.Kind == disktest.Allocate {
-			f.given.Store(false)
+			f.released.Store(false)
 		}
-	case reserve && op.Kind == disktest.Allocate, !reserve && op.Kind == disktest.Write && op.Offset >= metaPages && !f.given.Load():
+	case reserve && op.Kind == disktest.Allocate, !reserve && op.Kind == disktest.Write && op.Offset >= metaPagesEnd && !f.released.Load():
 		return syscall.ENOSPC
 	}
 	return 0
@@ -64,8 +64,8 @@ func until(t *testing.T, what string, holds func() bool) {
 	}
 }
 
-// has says whether the audit log has an event of a type about something.
-func (s *system) has(event, resource string) bool {
+// hasEvent says whether the audit log has an event of a type about something.
+func (s *system) hasEvent(event, resource string) bool {
 	for _, e := range s.events() {
 		if string(e.Type) == event && e.Resource == resource {
 			return true
@@ -77,8 +77,8 @@ func (s *system) has(event, resource string) bool {
 // TestFullDisk: while there is no room, requests are unavailable and nothing of them is kept; the log says so, by the reserve;
 // with room the same requests are served, by the same daemon.
 func TestFullDisk(t *testing.T) {
-	s, disk := onDisk(t)
-	var f full
+	s, disk := newSystemOnDisk(t)
+	var f fullDisk
 	disk.Fail(f.fail)
 	p := s.serve()
 	s.enrol()
@@ -87,7 +87,7 @@ func TestFullDisk(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	f.on.Store(true)
+	f.enabled.Store(true)
 	refused := message("BBBB").Fill(time.Hour)
 	for range 3 {
 		if _, err := c.Sign(t.Context(), "payments", refused); code(err) != wire.CodeUnavailable {
@@ -97,16 +97,16 @@ func TestFullDisk(t *testing.T) {
 	if again, err := c.Sign(t.Context(), "payments", before.Document); err != nil || !again.Repeated {
 		t.Errorf("what needs no room: %v", err)
 	}
-	until(t, "the log says that the disk is full", func() bool { return s.has("DeviceUnavailable", "ledger") })
+	until(t, "the log says that the disk is full", func() bool { return s.hasEvent("DeviceUnavailable", "ledger") })
 	if out := s.must("admin", "ledger", "stats"); !strings.Contains(out, "no space left") {
 		t.Errorf("stats: %s", out)
 	}
-	f.on.Store(false)
+	f.enabled.Store(false)
 	until(t, "requests are served again", func() bool {
 		signed, err := c.Sign(t.Context(), "payments", refused)
 		return err == nil && !signed.Repeated
 	})
-	until(t, "the log says that the disk has room", func() bool { return s.has("DeviceRecovered", "ledger") })
+	until(t, "the log says that the disk has room", func() bool { return s.hasEvent("DeviceRecovered", "ledger") })
 	p.stop()
 	if out, code := s.daemon("check", "--deep"); code != 0 {
 		t.Errorf("check: %d, %s", code, out)
@@ -115,13 +115,13 @@ func TestFullDisk(t *testing.T) {
 
 // TestDiskRefuses: a disk that can't be written makes requests unavailable, and no more.
 func TestDiskRefuses(t *testing.T) {
-	s, disk := onDisk(t)
+	s, disk := newSystemOnDisk(t)
 	p := s.serve()
 	s.enrol()
 	c := s.dial()
 	for _, errno := range []syscall.Errno{syscall.EROFS, syscall.EIO} {
 		disk.Fail(func(op disktest.Op) syscall.Errno {
-			if op.Kind == disktest.Write && op.Offset >= metaPages { // a commit that is at its last step ends
+			if op.Kind == disktest.Write && op.Offset >= metaPagesEnd { // a commit that is at its last step ends
 				return errno
 			}
 			return 0
@@ -143,7 +143,7 @@ func TestDiskRefuses(t *testing.T) {
 // TestUnknownState: when a commit may have happened and may not, the daemon answers nothing more and ends; the next start
 // knows.
 func TestUnknownState(t *testing.T) {
-	s, disk := onDisk(t)
+	s, disk := newSystemOnDisk(t)
 	p := s.serve()
 	s.enrol()
 	c := s.dial()

@@ -60,12 +60,12 @@ func TestBothProfiles(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	plain := s.peer()
+	plain := s.connect()
 	for range 3 {
-		if _, code := ask(t, conn, signDocument()); code != "ok" {
+		if _, code := roundTrip(t, conn, signDocument()); code != "ok" {
 			t.Errorf("over pubky-noise-v1: %s", code)
 		}
-		if _, code := ask(t, plain, signDocument()); code != "ok" {
+		if _, code := roundTrip(t, plain, signDocument()); code != "ok" {
 			t.Errorf("over countersign-v1: %s", code)
 		}
 	}
@@ -96,7 +96,7 @@ func TestBatchOverTheWire(t *testing.T) {
 	s := newSystem(t)
 	p := s.serve()
 	s.enrol()
-	conn := s.peer()
+	conn := s.connect()
 	item := func(changes ...string) string {
 		return signDocument(append([]string{`"id":"1",`, ""}, changes...)...)
 	}
@@ -147,7 +147,7 @@ func TestBatchOverTheWire(t *testing.T) {
 			t.Errorf("item %d has another's answer: %+v, %v", i, signed, err)
 		}
 	}
-	if _, code := ask(t, conn, `{"id":"b","op":"batch","items":[`+strings.Repeat(`1,`, 100)+`1]}`); code != "too_large" {
+	if _, code := roundTrip(t, conn, `{"id":"b","op":"batch","items":[`+strings.Repeat(`1,`, 100)+`1]}`); code != "too_large" {
 		t.Errorf("101 items: %s", code)
 	}
 	p.stop()
@@ -158,8 +158,8 @@ func TestSuspendClosesConnections(t *testing.T) {
 	s := newSystem(t)
 	p := s.serve()
 	s.enrol()
-	conn := s.peer()
-	ask(t, conn, `{"id":"1","op":"ping"}`)
+	conn := s.connect()
+	roundTrip(t, conn, `{"id":"1","op":"ping"}`)
 	if out := s.must("admin", "peer", "list"); !strings.Contains(out, "enrolled") {
 		t.Errorf("%s", out)
 	}
@@ -179,7 +179,7 @@ func TestSuspendClosesConnections(t *testing.T) {
 		t.Errorf("resume nobody: %d, %s", code, errOut)
 	}
 	s.must("admin", "peer", "resume", "demo")
-	if _, code := ask(t, s.peer(), signDocument()); code != "ok" {
+	if _, code := roundTrip(t, s.connect(), signDocument()); code != "ok" {
 		t.Errorf("after resume: %s", code)
 	}
 	p.stop()

@@ -22,10 +22,10 @@ import (
 // What BenchmarkFairness runs with. The token does one operation at a time, 200 a second; the daemon keeps two calls at it, so
 // that it never waits for the next one (see callsAhead in cmd/countersignd).
 const (
-	operation     = 5 * time.Millisecond
-	callsUnderWay = 2
+	operationTime = 5 * time.Millisecond
+	callsInFlight = 2
 	otherLanes    = 2 // the other peer or all handshakes, and the appliance's own
-	asksASecond   = 10_000
+	requestRate   = 10_000
 	fairRounds    = 7
 	fairSamples   = 100 // in a round
 )
@@ -60,7 +60,7 @@ func BenchmarkFairness(b *testing.B) {
 	s.edit("countersign.toml", `"debug"`, `"warn"`)
 	var script strings.Builder
 	for _, function := range []int{fnSign, fnDeriveKey} {
-		fmt.Fprintf(&script, "0 %d -1 %d slow %d 0 0\n", time.Now().Add(time.Hour).UnixMilli(), function, operation.Milliseconds())
+		fmt.Fprintf(&script, "0 %d -1 %d slow %d 0 0\n", time.Now().Add(time.Hour).UnixMilli(), function, operationTime.Milliseconds())
 	}
 	s.write("script", script.String())
 	p = s.serve()
@@ -75,9 +75,9 @@ func BenchmarkFairness(b *testing.B) {
 		attack        func(context.Context) (done func() float64)
 	}{
 		{"alone", "alone", func(context.Context) func() float64 { return func() float64 { return 0 } }},
-		{"greedy", "alone", func(ctx context.Context) func() float64 { return s.askTooMuch(b, ctx, attacker, config.ServerKey) }},
-		{"elsewhere", "alone", func(ctx context.Context) func() float64 { return knock(b, ctx, elsewhere(b)) }},
-		{"strangers", "elsewhere", func(ctx context.Context) func() float64 { return knock(b, ctx, s.listen) }},
+		{"greedy", "alone", func(ctx context.Context) func() float64 { return s.floodRequests(b, ctx, attacker, config.ServerKey) }},
+		{"elsewhere", "alone", func(ctx context.Context) func() float64 { return floodHandshakes(b, ctx, newSink(b)) }},
+		{"strangers", "elsewhere", func(ctx context.Context) func() float64 { return floodHandshakes(b, ctx, s.listen) }},
 	}
 	p99, medians, rates := map[string][]float64{}, map[string][]float64{}, map[string]float64{}
 	for range fairRounds {
@@ -101,7 +101,7 @@ func BenchmarkFairness(b *testing.B) {
 		}
 	}
 	p.stop()
-	more := float64((callsUnderWay+otherLanes)*operation/time.Millisecond + 20)
+	more := float64((callsInFlight+otherLanes)*operationTime/time.Millisecond + 20)
 	for _, side := range sides {
 		var ratios, over []float64
 		for round, at := range p99[side.against] {
@@ -117,8 +117,8 @@ func BenchmarkFairness(b *testing.B) {
 	}
 }
 
-// elsewhere is a listener that is not the daemon's: it takes what a stranger sends and closes.
-func elsewhere(b *testing.B) (address string) {
+// newSink is a listener that is not the daemon's: it takes what a stranger sends and closes.
+func newSink(b *testing.B) (address string) {
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		b.Fatal(err)
@@ -155,7 +155,7 @@ func paced(ctx context.Context, callers int, do func(caller int) error) (done fu
 					return
 				case <-ticker.C:
 				}
-				for due += asksASecond * tick.Seconds() / float64(callers); due >= 1; due-- {
+				for due += requestRate * tick.Seconds() / float64(callers); due >= 1; due-- {
 					if do(caller) != nil {
 						return
 					}
@@ -171,8 +171,8 @@ func paced(ctx context.Context, callers int, do func(caller int) error) (done fu
 	}
 }
 
-// askTooMuch has a peer ask for signatures over many connections, whatever is answered.
-func (s *system) askTooMuch(b *testing.B, ctx context.Context, id *noise.Identity, server [32]byte) (done func() float64) {
+// floodRequests has a peer ask for signatures over many connections, whatever is answered.
+func (s *system) floodRequests(b *testing.B, ctx context.Context, id *noise.Identity, server [32]byte) (done func() float64) {
 	const connections = 32
 	conns := make([]*noise.Conn, connections)
 	var opening sync.WaitGroup
@@ -211,8 +211,8 @@ func (s *system) askTooMuch(b *testing.B, ctx context.Context, id *noise.Identit
 	return paced(ctx, connections, func(i int) error { return conns[i].WriteMessage([]byte(signDocument())) })
 }
 
-// knock has strangers begin handshakes, each from another loopback address.
-func knock(b *testing.B, ctx context.Context, address string) (done func() float64) {
+// floodHandshakes has strangers begin handshakes, each from another loopback address.
+func floodHandshakes(b *testing.B, ctx context.Context, address string) (done func() float64) {
 	message1 := append(binary.BigEndian.AppendUint32(nil, 96), bytes.Repeat([]byte{9}, 96)...)
 	var source atomic.Uint32
 	return paced(ctx, 64, func(int) error {

@@ -21,8 +21,8 @@ import (
 	"countersign/policy"
 )
 
-// kills is how often TestKilledUnderLoad kills the daemon, unless KILLS says otherwise.
-const kills = 200
+// defaultKills is how often TestKilledUnderLoad kills the daemon, unless KILLS says otherwise.
+const defaultKills = 200
 
 // TestKilledUnderLoad kills the daemon with SIGKILL at any moment while eight peers sign, and holds what the peers saw
 // against what the ledger says afterwards:
@@ -43,7 +43,7 @@ func TestKilledUnderLoad(t *testing.T) {
 	seed := uint64(time.Now().UnixNano())
 	t.Logf("seed %d", seed)
 	random := rand.New(rand.NewPCG(seed, 0))
-	rounds := kills
+	rounds := defaultKills
 	if v := os.Getenv("KILLS"); v != "" {
 		var err error
 		if rounds, err = strconv.Atoi(v); err != nil {
@@ -53,13 +53,13 @@ func TestKilledUnderLoad(t *testing.T) {
 
 	config := s.clientConfig()
 	var mu sync.Mutex
-	asked := map[[32]byte]*question{}
+	asked := map[[32]byte]*request{}
 	answers := 0
-	shown := s.seen()
+	shown := s.monitor()
 	for round := range rounds {
 		ctx, cancel := context.WithCancel(t.Context())
 		var wg sync.WaitGroup
-		before := len(shown.texts)
+		before := len(shown.checkpoints)
 		wg.Go(func() { shown.watch(ctx, s.admin()) })
 		for range 8 {
 			c, err := client.Dial(ctx, config)
@@ -69,11 +69,11 @@ func TestKilledUnderLoad(t *testing.T) {
 			for range 4 { // pipelined
 				wg.Go(func() {
 					for ctx.Err() == nil {
-						q := newQuestion()
+						q := newRequest()
 						mu.Lock()
-						asked[q.d.Nonce] = q
+						asked[q.document.Nonce] = q
 						mu.Unlock()
-						signed, err := c.Sign(ctx, "payments", q.d)
+						signed, err := c.Sign(ctx, "payments", q.document)
 						mu.Lock()
 						if err == nil {
 							q.answer = signed
@@ -94,33 +94,33 @@ func TestKilledUnderLoad(t *testing.T) {
 		cancel()
 		wg.Wait()
 		p = s.serve()
-		(&seen{t, shown.log, shown.texts[before:]}).consistent(s.admin())
+		(&monitor{t, shown.log, shown.checkpoints[before:]}).checkConsistent(s.admin())
 		if round%5 == 4 || round == rounds-1 {
-			s.checkAgainst(asked, len(asked))
+			s.checkRequests(asked, len(asked))
 		}
 		if round%10 == 9 {
 			s.must("admin", "audit", "end-epoch")
 		}
 	}
 	s.must("admin", "audit", "export", "export")
-	shown.consistent(audit.Folder(s.path("export")))
+	shown.checkConsistent(audit.Folder(s.path("export")))
 	s.must("audit", "verify", "export", "--key", shown.log.VerifierKey(0))
 	if answers < rounds {
 		t.Errorf("only %d answers: the test has lost its point", answers)
 	}
-	if len(shown.texts) < rounds {
-		t.Errorf("only %d checkpoints were seen: the test has lost its point", len(shown.texts))
+	if len(shown.checkpoints) < rounds {
+		t.Errorf("only %d checkpoints were seen: the test has lost its point", len(shown.checkpoints))
 	}
-	t.Logf("%d kills, %d requests, %d answers, %d checkpoints", rounds, len(asked), answers, len(shown.texts))
-	s.checkCounts()
+	t.Logf("%d kills, %d requests, %d answers, %d checkpoints", rounds, len(asked), answers, len(shown.checkpoints))
+	s.checkPolicyCounts()
 	p.stop()
 	if out, code := s.daemon("check", "--deep"); code != 0 {
 		t.Errorf("check --deep: %d, %s", code, out)
 	}
 }
 
-// checkCounts reads what each admission was decided by.
-func (s *system) checkCounts() {
+// checkPolicyCounts reads what each admission was decided by.
+func (s *system) checkPolicyCounts() {
 	s.t.Helper()
 	n := int64(0)
 	for from := uint64(0); ; {
@@ -154,25 +154,25 @@ func (s *system) checkCounts() {
 	}
 }
 
-// question is a request and what came of it.
-type question struct {
-	d       client.Document
-	answer  *client.Signed
-	checked bool
+// request is a request and what came of it.
+type request struct {
+	document client.Document
+	answer   *client.Signed
+	checked  bool
 }
 
-func newQuestion() *question {
-	q := &question{d: message("AAAA")}
-	for i := range q.d.Nonce {
-		q.d.Nonce[i] = byte(rand.Uint32())
+func newRequest() *request {
+	q := &request{document: message("AAAA")}
+	for i := range q.document.Nonce {
+		q.document.Nonce[i] = byte(rand.Uint32())
 	}
-	q.d.Timestamp = time.Now().Unix()
-	q.d.ExpiresAt = q.d.Timestamp + 3600
+	q.document.Timestamp = time.Now().Unix()
+	q.document.ExpiresAt = q.document.Timestamp + 3600
 	return q
 }
 
-// checkAgainst holds all that was asked against the log, and asks again for most of it at the most.
-func (s *system) checkAgainst(asked map[[32]byte]*question, most int) {
+// checkRequests holds all that was asked against the log, and asks again for most of it at the most.
+func (s *system) checkRequests(asked map[[32]byte]*request, most int) {
 	t := s.t
 	t.Helper()
 	admissions := map[string]api.Event{}
@@ -202,13 +202,13 @@ func (s *system) checkAgainst(asked map[[32]byte]*question, most int) {
 			continue
 		}
 		most--
-		other := q.d
+		other := q.document
 		other.Payload = message("BBBB").Payload
 		var refusal *client.Error
 		if _, err := c.Sign(t.Context(), "payments", other); !errors.As(err, &refusal) || refusal.Code != "replay" {
 			t.Fatalf("a spent nonce with other content: %v", err)
 		}
-		again, err := c.Sign(t.Context(), "payments", q.d)
+		again, err := c.Sign(t.Context(), "payments", q.document)
 		if err != nil {
 			t.Fatalf("the same request again: %v", err)
 		}

@@ -75,14 +75,14 @@ func (s *system) signMany(c *client.Client, n int) {
 	wg.Wait()
 }
 
-// seen are checkpoints that were shown.
-type seen struct {
-	t     testing.TB
-	log   audit.Log
-	texts [][]byte
+// monitor are checkpoints that were shown.
+type monitor struct {
+	t           testing.TB
+	log         audit.Log
+	checkpoints [][]byte
 }
 
-func (s *system) seen() *seen {
+func (s *system) monitor() *monitor {
 	s.t.Helper()
 	l, err := s.admin().Log(s.t.Context())
 	if err != nil {
@@ -92,14 +92,14 @@ func (s *system) seen() *seen {
 	if err != nil {
 		s.t.Fatal(err)
 	}
-	return &seen{t: s.t, log: log}
+	return &monitor{t: s.t, log: log}
 }
 
 // watch fetches checkpoints over the admin socket until ctx ends.
-func (c *seen) watch(ctx context.Context, from audit.Source) {
+func (c *monitor) watch(ctx context.Context, from audit.Source) {
 	for ctx.Err() == nil {
 		if b, err := from.ReadFile(ctx, "checkpoint"); err == nil {
-			c.texts = append(c.texts, b)
+			c.checkpoints = append(c.checkpoints, b)
 		}
 		select {
 		case <-ctx.Done():
@@ -108,12 +108,12 @@ func (c *seen) watch(ctx context.Context, from audit.Source) {
 	}
 }
 
-// consistent proves with public tools, for each checkpoint that was shown, that the epoch as it is now has grown from it.
-func (c *seen) consistent(from audit.Source) {
+// checkConsistent proves with public tools, for each checkpoint that was shown, that the epoch as it is now has grown from it.
+func (c *monitor) checkConsistent(from audit.Source) {
 	c.t.Helper()
 	heads := map[uint32]audit.Checkpoint{}
 	sizes := map[uint32]map[uint64]audit.Hash{}
-	for _, text := range c.texts {
+	for _, text := range c.checkpoints {
 		shown, err := c.log.Open(text)
 		if err != nil {
 			c.t.Fatalf("%v in %q", err, text)
@@ -139,7 +139,7 @@ func (c *seen) consistent(from audit.Source) {
 		if shown.Size > head.Size {
 			c.t.Fatalf("a checkpoint of epoch %d was shown with %d events; now there are %d", shown.Epoch, shown.Size, head.Size)
 		}
-		hashes := tlog.TileHashReader(tlog.Tree{N: int64(head.Size), Hash: head.Root}, exported{c.t, from, shown.Epoch})
+		hashes := tlog.TileHashReader(tlog.Tree{N: int64(head.Size), Hash: head.Root}, tileReader{c.t, from, shown.Epoch})
 		proof, err := tlog.ProveTree(int64(head.Size), int64(shown.Size), hashes)
 		if err == nil {
 			err = tlog.CheckTree(proof, int64(head.Size), head.Root, int64(shown.Size), shown.Root)
@@ -150,18 +150,18 @@ func (c *seen) consistent(from audit.Source) {
 	}
 }
 
-// exported gives the tiles of an epoch.
-type exported struct {
+// tileReader gives the tiles of an epoch.
+type tileReader struct {
 	t     testing.TB
 	from  audit.Source
 	epoch uint32
 }
 
-func (exported) Height() int { return 8 }
+func (tileReader) Height() int { return 8 }
 
-func (exported) SaveTiles([]tlog.Tile, [][]byte) {}
+func (tileReader) SaveTiles([]tlog.Tile, [][]byte) {}
 
-func (e exported) ReadTiles(tiles []tlog.Tile) (content [][]byte, err error) {
+func (e tileReader) ReadTiles(tiles []tlog.Tile) (content [][]byte, err error) {
 	for _, tile := range tiles {
 		name := strings.Replace(tile.Path(), "tile/8/", fmt.Sprintf("epochs/%d/tile/", e.epoch), 1)
 		b, err := e.from.ReadFile(e.t.Context(), name)
@@ -216,14 +216,14 @@ func TestAuditLog(t *testing.T) {
 	p := s.serve()
 	s.enrol()
 	vkey := strings.TrimSpace(s.must("admin", "audit", "key"))
-	shown := s.seen()
+	shown := s.monitor()
 	watching, stop := context.WithCancel(t.Context())
 	var watched sync.WaitGroup
 	watched.Go(func() { shown.watch(watching, s.admin()) })
 	c := s.dial()
 	s.signMany(c, 300)
 
-	s.settled()
+	s.waitForOutcomes()
 	s.must("admin", "audit", "export", "export")
 	s.write("older", string(must(os.ReadFile(s.path("export/checkpoint")))(t)))
 	verify := func(args ...string) (report struct {
@@ -279,7 +279,7 @@ func TestAuditLog(t *testing.T) {
 	}
 	c = s.dial()
 	s.signMany(c, 20)
-	s.settled()
+	s.waitForOutcomes()
 	if r := verify("--socket", "admin.sock", "--since", "older"); r.Signatures != 360 || r.Epoch != 1 || r.Epochs != 2 {
 		t.Errorf("%+v", r)
 	}
@@ -290,12 +290,12 @@ func TestAuditLog(t *testing.T) {
 	}
 	s.must("admin", "audit", "export", "anew")
 	fsck(t, vkey, s.path("export"), s.path("export/epochs/0"), s.path("export/epochs/1"), s.path("anew"), s.path("anew/epochs/0"))
-	shown.texts = append(shown.texts, must(os.ReadFile(s.path("older")))(t))
-	if len(shown.texts) < 5 {
-		t.Errorf("only %d checkpoints were watched", len(shown.texts))
+	shown.checkpoints = append(shown.checkpoints, must(os.ReadFile(s.path("older")))(t))
+	if len(shown.checkpoints) < 5 {
+		t.Errorf("only %d checkpoints were watched", len(shown.checkpoints))
 	}
-	shown.consistent(audit.Folder(s.path("export")))
-	shown.consistent(s.admin())
+	shown.checkConsistent(audit.Folder(s.path("export")))
+	shown.checkConsistent(s.admin())
 
 	// One byte of an entry.
 	bundle := s.path("anew/epochs/0/tile/entries/001")
@@ -323,7 +323,7 @@ func TestAuditLog(t *testing.T) {
 	if _, errOut, code := s.cli("", "audit", "verify", "cut", "--key", vkey, "--since", "newer"); code != 1 || !strings.Contains(errOut, "cut off") {
 		t.Errorf("a log that was cut off: %d, %s", code, errOut)
 	}
-	if _, _, code := s.cli("", "audit", "verify", "export", "--key", otherLog); code != 1 {
+	if _, _, code := s.cli("", "audit", "verify", "export", "--key", otherLogKey); code != 1 {
 		t.Errorf("with another log's key: %d", code)
 	}
 	for _, args := range [][]string{{"audit", "verify"}, {"audit", "verify", "export", "--socket", "admin.sock", "--key", vkey}, {"audit", "verify", "export"}} {
@@ -338,15 +338,15 @@ func TestAuditLog(t *testing.T) {
 	if out, code := s.daemon("check", "--deep"); code != 0 || !strings.Contains(out, "every page, event and hash was read") {
 		t.Errorf("check --deep: %d, %s", code, out)
 	}
-	for name, b := range s.files("export", "ledger.db") { // digests and names only
+	for name, b := range s.readFiles("export", "ledger.db") { // digests and names only
 		if bytes.Contains(b, []byte("Lisbon")) || bytes.Contains(b, []byte("sub_demo_0001")) || bytes.Contains(b, []byte("lightning")) && name != "ledger.db" {
 			t.Errorf("%s has a document's content", name)
 		}
 	}
 }
 
-// otherLog is a verifier key of a log of the same kind.
-var otherLog = func() string {
+// otherLogKey is a verifier key of a log of the same kind.
+var otherLogKey = func() string {
 	log, err := audit.NewLog(bytes.Repeat([]byte{9}, 32))
 	if err != nil {
 		panic(err)
@@ -364,8 +364,8 @@ func must[T any](v T, err error) func(testing.TB) T {
 	}
 }
 
-// files reads all files below some.
-func (s *system) files(names ...string) map[string][]byte {
+// readFiles reads all files below some.
+func (s *system) readFiles(names ...string) map[string][]byte {
 	s.t.Helper()
 	all := map[string][]byte{}
 	for _, name := range names {
@@ -414,7 +414,7 @@ func TestProven(t *testing.T) {
 	if _, err := c.Verify(t.Context(), "payments", signed); err != nil {
 		t.Error(err)
 	}
-	wrong := with(otherLog)
+	wrong := with(otherLogKey)
 	if signed, err := wrong.Sign(t.Context(), "payments", message("AAAA")); !errors.Is(err, client.ErrUnproven) || signed != nil {
 		t.Errorf("a signature of another log: %v", err)
 	}
@@ -425,7 +425,7 @@ func TestProven(t *testing.T) {
 	if !strings.Contains(out, "checked") || !strings.Contains(out, "yes") || !strings.Contains(out, hex.EncodeToString(signed.Nonce[:])) {
 		t.Errorf("proof: %s", out)
 	}
-	if _, errOut, code := s.cli("", append([]string{"proof", number, "--log-key", otherLog}, append(own, "demo.key")...)...); code != 1 {
+	if _, errOut, code := s.cli("", append([]string{"proof", number, "--log-key", otherLogKey}, append(own, "demo.key")...)...); code != 1 {
 		t.Errorf("proof with another log's key: %d, %s", code, errOut)
 	}
 	// Of another peer's event, of the daemon's, and of none: one and the same answer.
@@ -494,7 +494,7 @@ func TestReceipts(t *testing.T) {
 	s.must("admin", "audit", "export", "export")
 	p.stop()
 	salt := signed.Receipt.Salt
-	for name, b := range s.files("export", "ledger.db") {
+	for name, b := range s.readFiles("export", "ledger.db") {
 		for what, secret := range map[string][]byte{
 			"the salt": salt, "the salt in hex": []byte(hex.EncodeToString(salt)), "the amount": []byte("1000 SAT"), "the amount in JSON": []byte(`"1000"`), "the currency": []byte(`"SAT"`), "the payload": []byte("sub_demo_0001"),
 		} {
@@ -509,8 +509,8 @@ func TestReceipts(t *testing.T) {
 	}
 }
 
-// settled waits until each admission has its outcome in the log: an answer does not wait for that.
-func (s *system) settled() {
+// waitForOutcomes waits until each admission has its outcome in the log: an answer does not wait for that.
+func (s *system) waitForOutcomes() {
 	s.t.Helper()
 	for began := time.Now(); ; time.Sleep(10 * time.Millisecond) {
 		open := 0

@@ -75,11 +75,11 @@ type document struct {
 
 type section struct {
 	title    string
-	commands [][]typedLine // by block
-	files    []string      // what is in fences
+	commands [][]command // by block
+	fences   []string    // what is in fences
 }
 
-type typedLine struct{ place, text string }
+type command struct{ place, text string }
 
 func readDocument(t *testing.T, path string) *document {
 	t.Helper()
@@ -89,7 +89,7 @@ func readDocument(t *testing.T, path string) *document {
 	}
 	d := &document{path: path, text: string(b)}
 	s := &section{}
-	var block []typedLine
+	var block []command
 	fence, blank := false, true
 	var inFence strings.Builder
 	for i, line := range append(strings.Split(string(b), "\n"), "") {
@@ -99,7 +99,7 @@ func readDocument(t *testing.T, path string) *document {
 			if strings.Contains(text, "<<") || strings.HasSuffix(text, "\\") {
 				t.Errorf("%s: a command is on one line", place)
 			}
-			block = append(block, typedLine{place, text})
+			block = append(block, command{place, text})
 			blank = false
 			continue
 		}
@@ -109,7 +109,7 @@ func readDocument(t *testing.T, path string) *document {
 		blank = text == ""
 		switch {
 		case strings.HasPrefix(text, "```") && fence:
-			s.files, fence = append(s.files, inFence.String()), false
+			s.fences, fence = append(s.fences, inFence.String()), false
 			inFence.Reset()
 		case strings.HasPrefix(text, "```"):
 			if fence = true; text == "```" {
@@ -147,21 +147,21 @@ func (o *operations) section(ts *testscript.TestScript, title string) *section {
 	return found[0]
 }
 
-// walk is what belongs to one script.
-type walk struct {
+// scriptState is what belongs to one script.
+type scriptState struct {
 	*system
-	address string // of the loopback network: each script has one, so that the documents' ports are free there
-	running *process
-	tpm     *tpmtest.Emulator
-	person  string   // who types
-	people  []string // the operators
-	files   *strings.Replacer
+	address   string // of the loopback network: each script has one, so that the documents' ports are free there
+	process   *process
+	tpm       *tpmtest.Emulator
+	user      string   // who types
+	operators []string // the operators
+	paths     *strings.Replacer
 }
 
 func (o *operations) setup(e *testscript.Env) error {
 	t := e.T().(testing.TB)
 	s := &system{t: t, dir: e.WorkDir}
-	w := &walk{system: s, address: fmt.Sprintf("127.%d.%d.%d", 2+rand.IntN(250), rand.IntN(256), 1+rand.IntN(254))}
+	w := &scriptState{system: s, address: fmt.Sprintf("127.%d.%d.%d", 2+rand.IntN(250), rand.IntN(256), 1+rand.IntN(254))}
 	s.listen = w.address + ":7700"
 	e.Values["walk"] = w
 	repository, err := filepath.Abs("..")
@@ -176,12 +176,12 @@ func (o *operations) setup(e *testscript.Env) error {
 	}
 	s.write(".curlrc", fmt.Sprintf("connect-to = localhost:7780:%s:7780\nsilent\nshow-error\nfail\n", w.address))
 	s.write("softhsm2.conf", fmt.Sprintf("directories.tokendir = %s\nlog.level = ERROR\n", s.path("tokens")))
-	w.files = strings.NewReplacer("/etc/countersign", e.WorkDir, "/var/lib/countersign", e.WorkDir, "127.0.0.1:", w.address+":", "https://builds.example/", "http://"+w.address+":9000/")
+	w.paths = strings.NewReplacer("/etc/countersign", e.WorkDir, "/var/lib/countersign", e.WorkDir, "127.0.0.1:", w.address+":", "https://builds.example/", "http://"+w.address+":9000/")
 	e.Defer(func() { // an agent that a document has started
-		for _, env := range sure(filepath.Glob(s.path(".*.env"))) {
+		for _, env := range orPanic(filepath.Glob(s.path(".*.env"))) {
 			b, _ := os.ReadFile(env)
 			if m := regexp.MustCompile(`SSH_AGENT_PID="(\d+)"`).FindSubmatch(b); m != nil {
-				if p, err := os.FindProcess(sure(strconv.Atoi(string(m[1])))); err == nil {
+				if p, err := os.FindProcess(orPanic(strconv.Atoi(string(m[1])))); err == nil {
 					p.Signal(syscall.SIGTERM)
 				}
 			}
@@ -190,38 +190,38 @@ func (o *operations) setup(e *testscript.Env) error {
 	return os.Mkdir(s.path("tokens"), 0o700)
 }
 
-func sure[T any](v T, err error) T {
+func orPanic[T any](v T, err error) T {
 	if err != nil {
 		panic(err)
 	}
 	return v
 }
 
-func of(ts *testscript.TestScript, neg bool) *walk {
+func stateOf(ts *testscript.TestScript, neg bool) *scriptState {
 	if neg {
 		ts.Fatalf("it has no opposite")
 	}
-	return ts.Value("walk").(*walk)
+	return ts.Value("walk").(*scriptState)
 }
 
-// environment is the file in which what a person's shell exports is kept from block to block.
-func (w *walk) environment(person string) string { return w.path("." + person + ".env") }
+// environmentFile is the file in which what a person's shell exports is kept from block to block.
+func (w *scriptState) environmentFile(person string) string { return w.path("." + person + ".env") }
 
 // shell is the beginning of what a person types.
-func (w *walk) shell(ts *testscript.TestScript) string {
-	if w.person == "" {
+func (w *scriptState) shell(ts *testscript.TestScript) string {
+	if w.user == "" {
 		ts.Fatalf("who types? say: as NAME")
 	}
-	return fmt.Sprintf("set -aeuo pipefail; cd %q; . %q; ", ts.MkAbs("."), w.environment(w.person))
+	return fmt.Sprintf("set -aeuo pipefail; cd %q; . %q; ", ts.MkAbs("."), w.environmentFile(w.user))
 }
 
 // as NAME: from now on this person types, in a shell of his own.
 func (o *operations) as(ts *testscript.TestScript, neg bool, args []string) {
-	w := of(ts, neg)
-	if w.person = args[0]; exists(w.environment(w.person)) {
+	w := stateOf(ts, neg)
+	if w.user = args[0]; exists(w.environmentFile(w.user)) {
 		return
 	}
-	w.write(filepath.Base(w.environment(w.person)), fmt.Sprintf("export XDG_RUNTIME_DIR=%q\n", w.path(w.person+".run")))
+	w.write(filepath.Base(w.environmentFile(w.user)), fmt.Sprintf("export XDG_RUNTIME_DIR=%q\n", w.path(w.user+".run")))
 }
 
 func exists(path string) bool {
@@ -231,7 +231,7 @@ func exists(path string) bool {
 
 // doc 'TITLE' [N...]: types the commands of a section, or those of its blocks N. A daemon is started, and waited for.
 func (o *operations) doc(ts *testscript.TestScript, neg bool, args []string) {
-	w := of(ts, neg)
+	w := stateOf(ts, neg)
 	s := o.section(ts, args[0])
 	if len(s.commands) == 0 {
 		ts.Fatalf("section %q has no commands", s.title)
@@ -246,7 +246,7 @@ func (o *operations) doc(ts *testscript.TestScript, neg bool, args []string) {
 				return
 			}
 			ts.Check(ts.Exec("bash", "-c", w.shell(ts)+"trap 'echo \"$place: this command has failed\" >&2' ERR\n"+script+
-				fmt.Sprintf("unset place; { umask -p; export -p; } >%[1]q.new; mv %[1]q.new %[1]q\n", w.environment(w.person))))
+				fmt.Sprintf("unset place; { umask -p; export -p; } >%[1]q.new; mv %[1]q.new %[1]q\n", w.environmentFile(w.user))))
 			script = ""
 		}
 		for _, c := range block {
@@ -267,35 +267,35 @@ func (o *operations) doc(ts *testscript.TestScript, neg bool, args []string) {
 }
 
 // start has a daemon serve, and waits until it says that it is ready.
-func (w *walk) start(ts *testscript.TestScript, line string) {
-	if w.running != nil {
+func (w *scriptState) start(ts *testscript.TestScript, line string) {
+	if w.process != nil {
 		ts.Fatalf("a daemon is running already")
 	}
 	cmd := exec.Command("bash", "-c", "exec "+line)
 	cmd.Dir, cmd.Env = w.dir, append(os.Environ(), "PATH="+bin+":"+os.Getenv("PATH"))
-	w.running = w.system.start(cmd)
+	w.process = w.system.start(cmd)
 }
 
 func (o *operations) serve(ts *testscript.TestScript, neg bool, _ []string) {
-	of(ts, neg).start(ts, "countersignd serve --config countersign.toml")
+	stateOf(ts, neg).start(ts, "countersignd serve --config countersign.toml")
 }
 
 func (o *operations) halt(ts *testscript.TestScript, neg bool, _ []string) {
-	w := of(ts, neg)
-	w.running.stop()
-	w.running = nil
+	w := stateOf(ts, neg)
+	w.process.stop()
+	w.process = nil
 }
 
 // appliance softhsm|tpm [OLD NEW]...: sets one up that has a policy for the peer shop, and starts it; what is OLD in the documents'
 // configuration is NEW.
 func (o *operations) appliance(ts *testscript.TestScript, neg bool, args []string) {
-	w := of(ts, neg)
+	w := stateOf(ts, neg)
 	w.write("pin", userPIN+"\n")
 	w.write("so-pin", "so-"+userPIN+"\n")
 	w.write("policy.cedar", "permit (principal == Peer::\"shop\", action == Action::\"sign\", resource == Key::\"payments\");\n")
-	text, init := o.section(ts, "First start").files[0], []string{"init", "--config", "countersign.toml"}
+	text, init := o.section(ts, "First start").fences[0], []string{"init", "--config", "countersign.toml"}
 	if args[0] == "tpm" {
-		text = text[:strings.Index(text, "[tokens.")] + o.section(ts, "A TPM in the token's place").files[0]
+		text = text[:strings.Index(text, "[tokens.")] + o.section(ts, "A TPM in the token's place").fences[0]
 	} else {
 		init = append(init, "--new-token", "--so-pin-file", "so-pin")
 	}
@@ -305,44 +305,44 @@ func (o *operations) appliance(ts *testscript.TestScript, neg bool, args []strin
 		}
 		text = strings.Replace(text, pair[0], strings.ReplaceAll(pair[1], `\n`, "\n"), 1)
 	}
-	w.write("countersign.toml", w.place(text))
+	w.write("countersign.toml", w.localPaths(text))
 	ts.Check(ts.Exec("countersignd", init...))
 	o.serve(ts, neg, nil)
 }
 
-// place puts what is in the documents into this script's places.
-func (w *walk) place(text string) string {
+// localPaths puts what is in the documents into this script's places.
+func (w *scriptState) localPaths(text string) string {
 	if w.tpm != nil {
 		text = strings.ReplaceAll(text, "/dev/tpmrm0", w.tpm.Socket)
 	}
-	return w.files.Replace(text)
+	return w.paths.Replace(text)
 }
 
 // peer NAME: enrols one, and makes the key payments unless it is there.
 func (o *operations) peer(ts *testscript.TestScript, neg bool, args []string) {
-	w := of(ts, neg)
+	w := stateOf(ts, neg)
 	name := args[0]
-	o.as(ts, false, w.people[:1])
+	o.as(ts, false, w.operators[:1])
 	ts.Check(ts.Exec("bash", "-c", w.shell(ts)+fmt.Sprintf("countersign keygen %[1]s.key >%[1]s.pub; countersign admin noise-key >noise.pub; countersign admin peer add %[1]s $(cat %[1]s.pub) 2>&1; "+
 		"countersign admin key show payments >/dev/null 2>&1 || countersign admin key create payments", name)))
-	if len(w.people) > 1 {
-		o.approve(ts, false, w.people[1:2])
+	if len(w.operators) > 1 {
+		o.approve(ts, false, w.operators[1:2])
 	}
 	o.as(ts, false, args)
 	w.export("COUNTERSIGN_SERVER_KEY=\"$(cat noise.pub)\" COUNTERSIGN_IDENTITY=" + name + ".key")
 }
 
 // export adds to the environment of who types.
-func (w *walk) export(what string) {
-	b, _ := os.ReadFile(w.environment(w.person))
-	w.write(filepath.Base(w.environment(w.person)), string(b)+"export "+what+"\n")
+func (w *scriptState) export(what string) {
+	b, _ := os.ReadFile(w.environmentFile(w.user))
+	w.write(filepath.Base(w.environmentFile(w.user)), string(b)+"export "+what+"\n")
 }
 
 // configure TITLE N: adds the N-th fence of a section to what is there, in this script's places.
 func (o *operations) configure(ts *testscript.TestScript, neg bool, args []string) {
-	w := of(ts, neg)
-	n := sure(strconv.Atoi(args[1]))
-	text := w.place(o.section(ts, args[0]).files[n-1])
+	w := stateOf(ts, neg)
+	n := orPanic(strconv.Atoi(args[1]))
+	text := w.localPaths(o.section(ts, args[0]).fences[n-1])
 	b, _ := os.ReadFile(w.path("countersign.toml"))
 	if before := string(b); strings.HasPrefix(text, "[") { // a table goes to the end
 		text = before + "\n" + text
@@ -354,15 +354,15 @@ func (o *operations) configure(ts *testscript.TestScript, neg bool, args []strin
 
 // file TITLE N PATH: writes the N-th fence of a section to a file.
 func (o *operations) file(ts *testscript.TestScript, neg bool, args []string) {
-	of(ts, neg).write(args[2], o.section(ts, args[0]).files[sure(strconv.Atoi(args[1]))-1])
+	stateOf(ts, neg).write(args[2], o.section(ts, args[0]).fences[orPanic(strconv.Atoi(args[1]))-1])
 }
 
 // operators NAME...: starts the daemon, enrols the first administrator and other operators who approve too, and has two approve where there are two.
 func (o *operations) operators(ts *testscript.TestScript, neg bool, names []string) {
-	w := of(ts, neg)
-	w.people = names
+	w := stateOf(ts, neg)
+	w.operators = names
 	for i, name := range names {
-		p := w.newPerson(name)
+		p := w.newOperator(name)
 		w.write(name+".key.pub", p.line+"\n")
 		o.as(ts, false, []string{name})
 		w.export(fmt.Sprintf("COUNTERSIGN_OPERATOR=%s SSH_AUTH_SOCK=%q", name, p.socket))
@@ -380,16 +380,16 @@ func (o *operations) operators(ts *testscript.TestScript, neg bool, names []stri
 
 // approve NAME: somebody approves the oldest proposal that is open, which must be done then.
 func (o *operations) approve(ts *testscript.TestScript, neg bool, args []string) {
-	w := of(ts, neg)
-	was := w.person
+	w := stateOf(ts, neg)
+	was := w.user
 	o.as(ts, false, args)
 	ts.Check(ts.Exec("bash", "-c", w.shell(ts)+`countersign admin proposal approve "$(countersign admin proposal list | awk '$NF == "open" { n = $1 } END { print n }')" | grep done`))
-	w.person = was
+	w.user = was
 }
 
 // run COMMAND: the person types something that is in no document.
 func (o *operations) run(ts *testscript.TestScript, neg bool, args []string) {
-	w := ts.Value("walk").(*walk)
+	w := ts.Value("walk").(*scriptState)
 	err := ts.Exec("bash", "-c", w.shell(ts)+strings.Join(args, " "))
 	if (err != nil) != neg {
 		ts.Fatalf("unexpected: %v", err)
@@ -398,7 +398,7 @@ func (o *operations) run(ts *testscript.TestScript, neg bool, args []string) {
 
 // until COMMAND: waits until it ends well.
 func (o *operations) until(ts *testscript.TestScript, neg bool, args []string) {
-	w := of(ts, neg)
+	w := stateOf(ts, neg)
 	var out []byte
 	for deadline := time.Now().Add(time.Minute); ; time.Sleep(50 * time.Millisecond) {
 		cmd := exec.Command("bash", "-c", w.shell(ts)+strings.Join(args, " "))
@@ -417,14 +417,14 @@ func (o *operations) until(ts *testscript.TestScript, neg bool, args []string) {
 
 // tpm starts a TPM in software, or restarts it.
 func (o *operations) tpm(ts *testscript.TestScript, neg bool, _ []string) {
-	w := of(ts, neg)
+	w := stateOf(ts, neg)
 	w.tpm = tpmtest.New(w.t)
 	ts.Setenv("TPM2TOOLS_TCTI", "swtpm:path="+w.tpm.Socket)
 }
 
 // receive FOLDER: takes what is posted to port 9000, as a receiver of webhooks does, and keeps it in files.
 func (o *operations) receive(ts *testscript.TestScript, neg bool, args []string) {
-	w := of(ts, neg)
+	w := stateOf(ts, neg)
 	l, err := net.Listen("tcp", w.address+":9000")
 	ts.Check(err)
 	ts.Defer(func() { l.Close() })
@@ -440,7 +440,7 @@ func (o *operations) receive(ts *testscript.TestScript, neg bool, args []string)
 
 // demo: has make run serve in a copy of the repository, until the end of the script, which is by Ctrl-C.
 func (o *operations) demo(ts *testscript.TestScript, neg bool, _ []string) {
-	w := of(ts, neg)
+	w := stateOf(ts, neg)
 	for _, path := range []string{"Makefile", "README.md", "scripts", "examples"} {
 		ts.Check(ts.Exec("cp", "-r", filepath.Join(ts.Getenv("REPOSITORY"), path), "."))
 	}

@@ -20,8 +20,8 @@ import (
 	"golang.org/x/crypto/ssh/agent"
 )
 
-// person is an operator of a system with an SSH agent of its own: at a socket for the CLI, and in this process.
-type person struct {
+// operator is an operator of a system with an SSH agent of its own: at a socket for the CLI, and in this process.
+type operator struct {
 	name       string
 	agent      agent.Agent
 	socket     string
@@ -29,8 +29,8 @@ type person struct {
 	credential approval.Credential
 }
 
-// newPerson starts an agent with a new key.
-func (s *system) newPerson(name string) *person {
+// newOperator starts an agent with a new key.
+func (s *system) newOperator(name string) *operator {
 	s.t.Helper()
 	public, private, err := ed25519.GenerateKey(rand.Reader)
 	if err != nil {
@@ -40,7 +40,7 @@ func (s *system) newPerson(name string) *person {
 	if err != nil {
 		s.t.Fatal(err)
 	}
-	p := &person{name: name, agent: agent.NewKeyring(), socket: s.path(name + ".agent"), line: strings.TrimSpace(string(ssh.MarshalAuthorizedKey(key)))}
+	p := &operator{name: name, agent: agent.NewKeyring(), socket: s.path(name + ".agent"), line: strings.TrimSpace(string(ssh.MarshalAuthorizedKey(key)))}
 	if err := p.agent.Add(agent.AddedKey{PrivateKey: private, Comment: name}); err != nil {
 		s.t.Fatal(err)
 	}
@@ -65,13 +65,13 @@ func (s *system) newPerson(name string) *person {
 }
 
 // client returns a client that signs the person in whenever that is needed, such as after a restart.
-func (s *system) client(p *person) *api.Client {
+func (s *system) client(p *operator) *api.Client {
 	c := api.NewClient(s.path("admin.sock"))
 	c.OnSignedOut(func(ctx context.Context) (string, error) { return s.signIn(ctx, p) })
 	return c
 }
 
-func (s *system) signIn(ctx context.Context, p *person) (token string, err error) {
+func (s *system) signIn(ctx context.Context, p *operator) (token string, err error) {
 	c := api.NewClient(s.path("admin.sock"))
 	ch, err := c.Challenge(ctx, api.NewChallenge{Purpose: "sign-in", Operator: p.name})
 	if err != nil {
@@ -85,10 +85,10 @@ func (s *system) signIn(ctx context.Context, p *person) (token string, err error
 	return signedIn.Token, err
 }
 
-// begin enrols the first administrator, once. The tests run as root.
-func (s *system) begin() {
+// enrolRoot enrols the first administrator, once. The tests run as root.
+func (s *system) enrolRoot() {
 	s.t.Helper()
-	if s.begun {
+	if s.rootEnrolled {
 		return
 	}
 	var out []byte
@@ -101,17 +101,17 @@ func (s *system) begin() {
 	if err != nil {
 		s.t.Fatalf("enrol the first administrator: %v %s", err, out)
 	}
-	s.begun = true
+	s.rootEnrolled = true
 }
 
 // TestTwoPeople: one enrols the other, both are needed from then on, and each act has what shows it years later.
 func TestTwoPeople(t *testing.T) {
 	s := newSystem(t)
 	p := s.serve()
-	if _, errOut, code := s.cliAs(&person{name: ""}, "", "admin", "key", "list"); code != 1 || !strings.HasPrefix(errOut, "countersign: signed_out: ") {
+	if _, errOut, code := s.cliAs(&operator{name: ""}, "", "admin", "key", "list"); code != 1 || !strings.HasPrefix(errOut, "countersign: signed_out: ") {
 		t.Errorf("signed out: %d %s", code, errOut)
 	}
-	second, stranger := s.newPerson("second"), s.newPerson("stranger")
+	second, stranger := s.newOperator("second"), s.newOperator("stranger")
 	if out := s.must("admin", "login", "root"); !strings.Contains(out, "administrator,operator,auditor,approver") {
 		t.Errorf("login: %s", out)
 	}
@@ -180,14 +180,14 @@ func TestTwoPeople(t *testing.T) {
 	p = s.serve() // which signs everybody out, and the agent in again
 	s.must("admin", "whoami")
 	s.must("admin", "logout")
-	if _, errOut, code := s.cliAs(&person{name: "", socket: ""}, "", "admin", "whoami"); code != 1 || !strings.HasPrefix(errOut, "countersign: signed_out: ") {
+	if _, errOut, code := s.cliAs(&operator{name: "", socket: ""}, "", "admin", "whoami"); code != 1 || !strings.HasPrefix(errOut, "countersign: signed_out: ") {
 		t.Errorf("after logout: %d %s", code, errOut)
 	}
 	p.stop()
 }
 
-// carryOut proposes an act as the first administrator and approves it; the act must not fail.
-func (s *system) carryOut(act, content string, parameters ...approval.Parameter) api.Proposal {
+// proposeAndApprove proposes an act as the first administrator and approves it; the act must not fail.
+func (s *system) proposeAndApprove(act, content string, parameters ...approval.Parameter) api.Proposal {
 	s.t.Helper()
 	p, err := s.admin().Propose(s.t.Context(), api.NewProposal{Act: act, Content: content, Parameters: parameters})
 	if err != nil {

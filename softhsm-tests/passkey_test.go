@@ -109,15 +109,15 @@ func newBrowser(t testing.TB, keys ...*x509.Certificate) *browser {
 	return b
 }
 
-// finds says whether the authenticator finds its user to be who he should be; admits, whether it tells the server so.
-func (b *browser) finds(yes bool) {
+// setUserVerified says whether the authenticator finds its user to be who he should be; admits, whether it tells the server so.
+func (b *browser) setUserVerified(yes bool) {
 	b.t.Helper()
 	if _, err := chromedp.Call(b.ctx, webauthn.SetUserVerified, webauthn.SetUserVerifiedParams{AuthenticatorID: b.authenticator, IsUserVerified: yes}); err != nil {
 		b.t.Fatal(err)
 	}
 }
 
-func (b *browser) admits(yes bool) {
+func (b *browser) setReportsVerified(yes bool) {
 	b.t.Helper()
 	no := !yes
 	if _, err := chromedp.Call(b.ctx, webauthn.SetResponseOverrideBits, webauthn.SetResponseOverrideBitsParams{AuthenticatorID: b.authenticator, IsBadUV: &no}); err != nil {
@@ -176,8 +176,8 @@ func mustRun[T any](b *browser, script string, args ...any) T {
 	return v
 }
 
-// https configures the HTTPS listener, beside the socket, makes its keys, and returns its address.
-func (s *system) https() (origin string) {
+// configureHTTPS configures the HTTPS listener, beside the socket, makes its keys, and returns its address.
+func (s *system) configureHTTPS() (origin string) {
 	s.t.Helper()
 	l, err := net.Listen("tcp", "127.0.0.1:0") // a port that is free now
 	if err != nil {
@@ -192,11 +192,11 @@ func (s *system) https() (origin string) {
 	return "https://localhost:" + port
 }
 
-// tls is a connection to the HTTPS listener, whose certificate the appliance's own CA must have signed.
-func (s *system) tls(origin string) *tls.Conn {
+// dialTLS is a connection to the HTTPS listener, whose certificate the appliance's own CA must have signed.
+func (s *system) dialTLS(origin string) *tls.Conn {
 	s.t.Helper()
 	pool := x509.NewCertPool()
-	pool.AppendCertsFromPEM(s.authority())
+	pool.AppendCertsFromPEM(s.caCertificate())
 	conn, err := tls.Dial("tcp", strings.TrimPrefix(origin, "https://"), &tls.Config{RootCAs: pool})
 	if err != nil {
 		s.t.Fatal(err)
@@ -204,16 +204,16 @@ func (s *system) tls(origin string) *tls.Conn {
 	return conn
 }
 
-// certificate is what the HTTPS listener shows.
-func (s *system) certificate(origin string) *x509.Certificate {
+// serverCertificate is what the HTTPS listener shows.
+func (s *system) serverCertificate(origin string) *x509.Certificate {
 	s.t.Helper()
-	conn := s.tls(origin)
+	conn := s.dialTLS(origin)
 	defer conn.Close()
 	return conn.ConnectionState().PeerCertificates[0]
 }
 
-// authority is the appliance's own CA.
-func (s *system) authority() []byte {
+// caCertificate is the appliance's own CA.
+func (s *system) caCertificate() []byte {
 	s.t.Helper()
 	st, err := s.admin().TLS(s.t.Context())
 	if err != nil {
@@ -225,7 +225,7 @@ func (s *system) authority() []byte {
 // TestPasskey has a browser make a passkey, and do with it all that an operator does by hand: sign in, approve, confirm.
 func TestPasskey(t *testing.T) {
 	s := newSystem(t)
-	origin := s.https()
+	origin := s.configureHTTPS()
 	p := s.serve()
 	s.enrol()
 	var shown atomic.Value // what the browser shows to another origin of the same host
@@ -234,23 +234,23 @@ func TestPasskey(t *testing.T) {
 		w.Write([]byte("<p>elsewhere"))
 	}))
 	t.Cleanup(foreign.Close)
-	b := newBrowser(t, s.certificate(origin), foreign.Certificate())
+	b := newBrowser(t, s.serverCertificate(origin), foreign.Certificate())
 	_, port, _ := net.SplitHostPort(foreign.Listener.Addr().String())
 	elsewhere := "https://localhost:" + port // of the same relying party, since that knows no ports
 
 	b.open(origin + "/v1/health/alive")
 
 	// A passkey, which an administrator gives to a new operator.
-	b.admits(false)
+	b.setReportsVerified(false)
 	if a := mustRun[answer](b, `make("alice", discouraged).then(r => ask("POST", "/v1/passkeys", r))`); a.Status != 401 || a.code() != "not_proven" {
 		t.Errorf("a passkey whose user was not verified: %v", a)
 	}
-	b.admits(true)
-	b.finds(false)
+	b.setReportsVerified(true)
+	b.setUserVerified(false)
 	if _, err := run[answer](b, `make("alice")`); err == nil || !strings.Contains(err.Error(), "NotAllowedError") {
 		t.Errorf("the options let an authenticator do without verification: %v", err)
 	}
-	b.finds(true)
+	b.setUserVerified(true)
 	made := mustRun[json.RawMessage](b, `make("alice")`)
 	var credential approval.Credential
 	if a := mustRun[answer](b, `ask("POST", "/v1/passkeys", %v)`, made); a.Status != 200 || json.Unmarshal(a.Body, &credential) != nil || credential.Check() != nil {
@@ -263,14 +263,14 @@ func TestPasskey(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	s.carryOut("operator add", "", approval.Parameter{Name: "name", Value: "alice"}, approval.Parameter{Name: "roles", Value: "operator,approver"}, approval.Parameter{Name: "credential", Value: string(text)})
+	s.proposeAndApprove("operator add", "", approval.Parameter{Name: "name", Value: "alice"}, approval.Parameter{Name: "roles", Value: "operator,approver"}, approval.Parameter{Name: "credential", Value: string(text)})
 
 	// She signs in. The page never has the token.
-	b.finds(false)
+	b.setUserVerified(false)
 	if a := mustRun[answer](b, `signIn("alice", discouraged)`); a.code() != "not_proven" {
 		t.Errorf("a sign-in without verification: %v", a)
 	}
-	b.finds(true)
+	b.setUserVerified(true)
 	if a := mustRun[answer](b, `ask("GET", "/v1/me")`); a.code() != "signed_out" || a.Type != "application/problem+json" {
 		t.Errorf("signed out: %v", a)
 	}
@@ -324,7 +324,7 @@ func TestPasskey(t *testing.T) {
 	if name != "__Host-countersign" {
 		t.Errorf("the browser shows %q: the test proves nothing", cookie)
 	}
-	stolen, err := api.NewHTTPSClient(origin, s.authority())
+	stolen, err := api.NewHTTPSClient(origin, s.caCertificate())
 	if err != nil {
 		t.Fatal(err)
 	}

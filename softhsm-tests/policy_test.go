@@ -229,7 +229,7 @@ func TestPolicyChangesUnderLoad(t *testing.T) {
 	}
 	for n := range 20 {
 		s.write("policy.cedar", strings.Replace(threeADay, "<= 3", fmt.Sprint("<= ", n%2*1000000), 1))
-		s.carryOut("policy activate", "")
+		s.proposeAndApprove("policy activate", "")
 	}
 	cancel()
 	asking.Wait()

@@ -18,8 +18,8 @@ import (
 	"github.com/miekg/pkcs11"
 )
 
-// pinned is the line of a key from its first version on, as the appliance says it.
-func (s *system) pinned(key string) client.KeyLine {
+// pinnedLine is the line of a key from its first version on, as the appliance says it.
+func (s *system) pinnedLine(key string) client.KeyLine {
 	s.t.Helper()
 	keys, err := s.dial().Keys(s.t.Context())
 	if err != nil {
@@ -34,8 +34,8 @@ func (s *system) pinned(key string) client.KeyLine {
 	return client.KeyLine{}
 }
 
-// follow checks the whole line from its first key and returns where it leads to.
-func (s *system) follow(first client.KeyLine) client.KeyLine {
+// verifyLine checks the whole line from its first key and returns where it leads to.
+func (s *system) verifyLine(first client.KeyLine) client.KeyLine {
 	s.t.Helper()
 	steps, err := s.dial().Line(s.t.Context(), first.Key, first.Version)
 	if err != nil {
@@ -48,10 +48,10 @@ func (s *system) follow(first client.KeyLine) client.KeyLine {
 	return last
 }
 
-// onToken lists the private keys of the appliance that a token has, as name/version.
-func (s *system) onToken() (labels []string) {
+// tokenKeys lists the private keys of the appliance that a token has, as name/version.
+func (s *system) tokenKeys() (labels []string) {
 	s.t.Helper()
-	s.token(func(m *pkcs11.Ctx, h pkcs11.SessionHandle) {
+	s.useToken(func(m *pkcs11.Ctx, h pkcs11.SessionHandle) {
 		if err := m.FindObjectsInit(h, []*pkcs11.Attribute{pkcs11.NewAttribute(pkcs11.CKA_CLASS, pkcs11.CKO_PRIVATE_KEY)}); err != nil {
 			s.t.Fatal(err)
 		}
@@ -80,7 +80,7 @@ func TestKilledDuringRotation(t *testing.T) {
 	s := newSystem(t)
 	p := s.serve()
 	s.enrol()
-	first := s.pinned("payments")
+	first := s.pinnedLine("payments")
 	rounds := 8
 	if v := os.Getenv("KILLS"); v != "" {
 		fmt.Sscan(v, &rounds)
@@ -135,7 +135,7 @@ func TestKilledDuringRotation(t *testing.T) {
 			}
 			confirmed[name] = active[name]
 		}
-		last := s.follow(first)
+		last := s.verifyLine(first)
 		signed, err := s.dial().Sign(t.Context(), "payments", message(fmt.Sprintf("rnd%05d", round)))
 		if err != nil {
 			t.Fatalf("round %d: %v", round, err)
@@ -157,7 +157,7 @@ func TestKilledDuringRotation(t *testing.T) {
 	}
 	slices.Sort(known)
 	p.stop()
-	if got := s.onToken(); !slices.Equal(got, known) {
+	if got := s.tokenKeys(); !slices.Equal(got, known) {
 		t.Errorf("the token has %v, the ledger %v", got, known)
 	}
 	if out, code := s.daemon("check", "--deep"); code != 0 {
@@ -172,7 +172,7 @@ func TestPeersFollow(t *testing.T) {
 	s.enrol()
 	heard := make(chan client.Rotation, 16)
 	c := s.clientConfig()
-	c.Lines = []client.KeyLine{s.pinned("payments")}
+	c.Lines = []client.KeyLine{s.pinnedLine("payments")}
 	c.RetryFor = time.Minute
 	c.OnRotation = func(r client.Rotation) { heard <- r }
 	c.OnServerKey = func([32]byte) {}
@@ -223,7 +223,7 @@ func TestPeersFollow(t *testing.T) {
 	eventually(t, "the acknowledgement", func() bool {
 		return strings.Contains(s.must("admin", "keys", "show", "payments"), "not acknowledged  by nobody")
 	})
-	s.carryOut("peer add", "", approval.Parameter{Name: "name", Value: "late"}, approval.Parameter{Name: "public_key", Value: strings.Repeat("09", 32)})
+	s.proposeAndApprove("peer add", "", approval.Parameter{Name: "name", Value: "late"}, approval.Parameter{Name: "public_key", Value: strings.Repeat("09", 32)})
 	if out := s.must("admin", "keys", "show", "payments"); !strings.Contains(out, "not acknowledged  by late") {
 		t.Errorf("keys show: %s", out)
 	}

@@ -54,17 +54,17 @@ func TestRefusesToStart(t *testing.T) {
 		{"no token", func(t *testing.T, s *system) { s.edit("countersign.toml", "system%20test", "other") }, []string{"no token matches", "other"}},
 		{"no module", func(t *testing.T, s *system) { s.edit("countersign.toml", softHSM, "/nowhere.so") }, []string{"/nowhere.so"}},
 		{"the token is another", func(t *testing.T, s *system) {
-			s.token(func(m *pkcs11.Ctx, h pkcs11.SessionHandle) { deleteAll(t, m, h, "") })
+			s.useToken(func(m *pkcs11.Ctx, h pkcs11.SessionHandle) { deleteAll(t, m, h, "") })
 		}, []string{"audit-log/1", "right token"}},
 		{"a second object with a key's label", func(t *testing.T, s *system) {
-			s.token(func(m *pkcs11.Ctx, h pkcs11.SessionHandle) { generate(t, m, h, "countersign/noise/1") })
+			s.useToken(func(m *pkcs11.Ctx, h pkcs11.SessionHandle) { generate(t, m, h, "countersign/noise/1") })
 		}, []string{"noise/1", "more than one object", "pkcs11-tool"}},
 		{"a second object with a key's label and CKA_ID", func(t *testing.T, s *system) {
 			tag := pkcs11.NewAttribute(pkcs11.CKA_ID, s.tagOf("noise/1"))
-			s.token(func(m *pkcs11.Ctx, h pkcs11.SessionHandle) { generate(t, m, h, "countersign/noise/1", tag) })
+			s.useToken(func(m *pkcs11.Ctx, h pkcs11.SessionHandle) { generate(t, m, h, "countersign/noise/1", tag) })
 		}, []string{"noise/1", "more than one object", "pkcs11-tool"}},
 		{"half a key", func(t *testing.T, s *system) {
-			s.token(func(m *pkcs11.Ctx, h pkcs11.SessionHandle) { deleteAll(t, m, h, "public") })
+			s.useToken(func(m *pkcs11.Ctx, h pkcs11.SessionHandle) { deleteAll(t, m, h, "public") })
 		}, []string{"noise/1", "half"}},
 		{"a file where the socket should be", func(t *testing.T, s *system) { s.write("admin.sock", "") }, []string{"admin.sock", "another kind"}},
 	} {
@@ -123,7 +123,7 @@ func TestInterruptedInit(t *testing.T) {
 	s.changeLedger(func(tx *bolt.Tx) error {
 		return tx.Bucket([]byte("keys")).Put([]byte("noise/1"), fmt.Appendf(nil, `{"token":"main","algorithm":"x25519","state":"making","created":1,"tag":"%x"}`, tag))
 	})
-	s.token(func(m *pkcs11.Ctx, h pkcs11.SessionHandle) { deleteAll(t, m, h, "public") })
+	s.useToken(func(m *pkcs11.Ctx, h pkcs11.SessionHandle) { deleteAll(t, m, h, "public") })
 	if out, code := s.daemon("serve"); code != 1 || !strings.Contains(out, "run countersignd init") {
 		t.Errorf("serve: %d, %s", code, out)
 	}
@@ -162,8 +162,8 @@ func (s *system) changeLedger(change func(*bolt.Tx) error) {
 	}
 }
 
-// token uses the token as another program with the PIN would.
-func (s *system) token(use func(*pkcs11.Ctx, pkcs11.SessionHandle)) {
+// useToken uses the token as another program with the PIN would.
+func (s *system) useToken(use func(*pkcs11.Ctx, pkcs11.SessionHandle)) {
 	s.t.Helper()
 	t, ok := s.t.(*testing.T)
 	if !ok {

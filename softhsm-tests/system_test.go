@@ -54,12 +54,12 @@ func TestMain(m *testing.M) {
 
 // system is a configured appliance in a folder of its own.
 type system struct {
-	t      testing.TB
-	dir    string
-	listen string
-	root   *person // the first administrator, once begun
-	begun  bool
-	api    *api.Client // as root
+	t            testing.TB
+	dir          string
+	listen       string
+	root         *operator // the first administrator, once begun
+	rootEnrolled bool
+	api          *api.Client // as root
 }
 
 // process is a running daemon.
@@ -111,7 +111,7 @@ func newFolder(t testing.TB) *system {
 	}
 	s := &system{t: t, dir: t.TempDir(), listen: l.Addr().String()}
 	l.Close()
-	s.root = s.newPerson("root")
+	s.root = s.newOperator("root")
 	s.api = s.client(s.root)
 	return s
 }
@@ -164,11 +164,11 @@ func (s *system) daemon(args ...string) (output string, code int) {
 	if _, exited := err.(*exec.ExitError); err != nil && !exited {
 		s.t.Fatal(err)
 	}
-	s.noSecrets(string(out))
+	s.checkNoPIN(string(out))
 	return string(out), cmd.ProcessState.ExitCode()
 }
 
-func (s *system) noSecrets(output string) {
+func (s *system) checkNoPIN(output string) {
 	s.t.Helper()
 	if strings.Contains(output, userPIN) {
 		s.t.Error("the PIN was printed")
@@ -181,7 +181,7 @@ func (s *system) serve(environment ...string) *process {
 	cmd := exec.Command(filepath.Join(bin, "countersignd"), "serve", "--config", s.path("countersign.toml"))
 	cmd.Env = append(os.Environ(), environment...)
 	p := s.start(cmd)
-	s.begin()
+	s.enrolRoot()
 	return p
 }
 
@@ -206,7 +206,7 @@ func (s *system) start(cmd *exec.Cmd) *process {
 			p.cmd.Process.Kill()
 			<-p.ended
 		}
-		s.noSecrets(p.stderr.String())
+		s.checkNoPIN(p.stderr.String())
 		if strings.Contains(p.stderr.String(), "DATA RACE") {
 			s.t.Error("the race detector has found a race in the daemon")
 			s.t.Log(p.stderr)
@@ -269,7 +269,7 @@ func (s *system) cli(stdin string, args ...string) (stdout, stderr string, code 
 }
 
 // cliAs runs countersign as somebody.
-func (s *system) cliAs(p *person, stdin string, args ...string) (stdout, stderr string, code int) {
+func (s *system) cliAs(p *operator, stdin string, args ...string) (stdout, stderr string, code int) {
 	s.t.Helper()
 	ctx, cancel := context.WithTimeout(s.t.Context(), time.Minute)
 	defer cancel()

@@ -72,7 +72,7 @@ func TestTPMSecretsStayInTheVault(t *testing.T) {
 	s.enrol()
 	seed := sha512.Sum512([]byte("a seed that is looked for"))
 	s.write("seed", string(seed[:32]))
-	s.carryOut("policy activate", `permit (principal == Peer::"demo", action == Action::"sign", resource);`)
+	s.proposeAndApprove("policy activate", `permit (principal == Peer::"demo", action == Action::"sign", resource);`)
 	s.must("admin", "key", "import", "old", s.path("seed"))
 	p.stop()
 	p = s.serve() // both workers unseal it
@@ -88,7 +88,7 @@ func TestTPMSecretsStayInTheVault(t *testing.T) {
 	eventually(t, "two workers", func() bool { workers = p.workers(); return len(workers) == 2 })
 	for what, secret := range map[string][]byte{"the seed": seed[:32], "a part of the seed": seed[8:24], "the scalar": expanded[1:31], "the prefix": expanded[32:64], "the PIN": []byte(userPIN)} {
 		for i, pid := range append([]int{p.cmd.Process.Pid}, workers...) {
-			if finds(t, pid, string(secret)) {
+			if memoryContains(t, pid, string(secret)) {
 				t.Errorf("%s is in the memory of %s", what, []string{"the daemon", "worker 1", "worker 2"}[i])
 			}
 		}

@@ -21,8 +21,8 @@ import (
 	"countersign/noise"
 )
 
-// peer is a bare connection of the demo peer: the test writes the documents itself.
-func (s *system) peer() *noise.Conn {
+// connect is a bare connection of the demo peer: the test writes the documents itself.
+func (s *system) connect() *noise.Conn {
 	s.t.Helper()
 	c := s.clientConfig()
 	raw, err := net.Dial("tcp", s.listen)
@@ -39,8 +39,8 @@ func (s *system) peer() *noise.Conn {
 	return conn
 }
 
-// ask sends one document and returns the answer's id and code.
-func ask(t *testing.T, conn *noise.Conn, document string) (id, code string) {
+// roundTrip sends one document and returns the answer's id and code.
+func roundTrip(t *testing.T, conn *noise.Conn, document string) (id, code string) {
 	t.Helper()
 	if err := conn.WriteMessage([]byte(document)); err != nil {
 		t.Fatal(err)
@@ -85,7 +85,7 @@ func TestRubbish(t *testing.T) {
 	s := newSystem(t)
 	p := s.serve()
 	s.enrol()
-	conn := s.peer()
+	conn := s.connect()
 	for _, c := range []struct{ doc, id, code string }{
 		{`{"id":"a","op":"ping"}`, "a", "ok"},
 		{`{"id":"a","op":"keys"}`, "a", "ok"},
@@ -110,7 +110,7 @@ func TestRubbish(t *testing.T) {
 		{`{"id":"1","op":"verify","type":"message-v1","payload":{"context":"c","message":"AA"},"nonce":"` + strings.Repeat("A", 43) +
 			`","timestamp":1,"expires_at":2,"signature":"` + strings.Repeat("A", 86) + `","public_key":"` + strings.Repeat("A", 43) + `"}`, "1", "invalid_signature"},
 	} {
-		if id, code := ask(t, conn, c.doc); id != c.id || code != c.code {
+		if id, code := roundTrip(t, conn, c.doc); id != c.id || code != c.code {
 			t.Errorf("%.80q: id %q, %s; want id %q, %s", c.doc, id, code, c.id, c.code)
 		}
 	}
@@ -137,7 +137,7 @@ func TestRubbish(t *testing.T) {
 		}
 		raw.Close()
 	}
-	if _, code := ask(t, conn, signDocument()); code != "ok" {
+	if _, code := roundTrip(t, conn, signDocument()); code != "ok" {
 		t.Errorf("after all that: %s", code)
 	}
 	p.stop()
@@ -148,7 +148,7 @@ func TestPipelining(t *testing.T) {
 	s := newSystem(t)
 	p := s.serve()
 	s.enrol()
-	conn := s.peer()
+	conn := s.connect()
 	const n = 200
 	go func() {
 		for i := range n {
@@ -286,13 +286,13 @@ func TestTokenPulledOut(t *testing.T) {
 	p.stop()
 }
 
-// record keeps what is written through it.
-type record struct {
+// recordingConn keeps what is written through it.
+type recordingConn struct {
 	net.Conn
 	sent []byte
 }
 
-func (r *record) Write(p []byte) (int, error) {
+func (r *recordingConn) Write(p []byte) (int, error) {
 	r.sent = append(r.sent, p...)
 	return r.Conn.Write(p)
 }
@@ -309,7 +309,7 @@ func TestReplayedHandshake(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	recorded := &record{Conn: raw}
+	recorded := &recordingConn{Conn: raw}
 	if _, err := noise.Connect(t.Context(), recorded, c.Identity, noise.CountersignV1, c.ServerKey, nil); err != nil {
 		t.Fatal(err)
 	}
@@ -342,8 +342,8 @@ func TestRemovedPeerIsNotServed(t *testing.T) {
 	s := newSystem(t)
 	p := s.serve()
 	s.enrol()
-	conn := s.peer()
-	ask(t, conn, `{"id":"1","op":"ping"}`)
+	conn := s.connect()
+	roundTrip(t, conn, `{"id":"1","op":"ping"}`)
 	go func() {
 		for conn.WriteMessage([]byte(signDocument())) == nil {
 		}

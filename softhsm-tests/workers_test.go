@@ -82,7 +82,7 @@ func TestDaemonHoldsNoSecrets(t *testing.T) {
 	if module(p.cmd.Process.Pid) {
 		t.Error("the daemon has the module mapped")
 	}
-	if finds(t, p.cmd.Process.Pid, userPIN) {
+	if memoryContains(t, p.cmd.Process.Pid, userPIN) {
 		t.Error("the PIN is in the daemon's memory")
 	}
 	for _, pid := range workers {
@@ -104,9 +104,9 @@ func TestDaemonHoldsNoSecrets(t *testing.T) {
 	}
 }
 
-// finds looks for a text in the writable memory of a process, but for what is locked and left out of core files: that is
+// memoryContains looks for a text in the writable memory of a process, but for what is locked and left out of core files: that is
 // where secrets of a TPM's keys are in use, on kernels without memfd_secret(2).
-func finds(t *testing.T, pid int, text string) bool {
+func memoryContains(t *testing.T, pid int, text string) bool {
 	t.Helper()
 	maps, err := os.Open(fmt.Sprintf("/proc/%d/smaps", pid))
 	if err != nil {
@@ -303,11 +303,11 @@ func TestImport(t *testing.T) {
 			t.Errorf("%v: %s", args, out)
 		}
 	}
-	if finds(t, p.cmd.Process.Pid, string(seed)) || finds(t, p.cmd.Process.Pid, text) {
+	if memoryContains(t, p.cmd.Process.Pid, string(seed)) || memoryContains(t, p.cmd.Process.Pid, text) {
 		t.Error("the seed is in the daemon's memory")
 	}
 	for _, pid := range p.workers() {
-		if finds(t, pid, string(seed)) {
+		if memoryContains(t, pid, string(seed)) {
 			t.Error("the seed is in a key worker's memory")
 		}
 	}
