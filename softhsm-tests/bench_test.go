@@ -27,30 +27,35 @@ import (
 	"countersign/tpm/tpmtest"
 )
 
-// Every benchmark prints lines NAME PARAMETERS ratio X, with the two figures that made it. A ratio is taken from rounds
-// in which its two sides take turns, short ones, since the machine may be busy with other things: it is the median of
-// the rounds' ratios.
+// Every benchmark prints lines of the form "NAME PARAMETERS ratio X", followed by the two rates of
+// the ratio. A ratio is the median over 41 rounds. In each round the two sides of the ratio run for
+// 150 ms each, one after the other, since other load on the machine varies over time.
 const (
 	rounds   = 41
 	warmUp   = 30 * time.Millisecond
 	measured = 150 * time.Millisecond
 )
 
-// compile builds a program or a shared object of testdata/ with gcc.
+// compile builds a program or a shared object from a C file in testdata/ with gcc.
 func compile(t testing.TB, source string, flags ...string) string {
 	t.Helper()
 	out := filepath.Join(t.TempDir(), strings.TrimSuffix(source, ".c")+".out")
-	if text, err := exec.Command("gcc", append(append([]string{"-O2", "-Wall", "-o", out, filepath.Join("testdata", source)}, flags...), "-ldl", "-lpthread")...).CombinedOutput(); err != nil {
+	args := slices.Concat([]string{"-O2", "-Wall", "-o", out, filepath.Join("testdata", source)}, flags,
+		[]string{"-ldl", "-lpthread"})
+	if text, err := exec.Command("gcc", args...).CombinedOutput(); err != nil {
 		t.Fatalf("gcc %s: %v\n%s", source, err, text)
 	}
 	return out
 }
 
 func (s *system) hsmConfig(module string, sessions int) hsm.Config {
-	return hsm.Config{URI: "pkcs11:token=system%20test", Module: module, PINFile: s.path("pin"), Sessions: sessions, Share: 1}
+	return hsm.Config{
+		URI: "pkcs11:token=system%20test", Module: module, PINFile: s.path("pin"), Sessions: sessions, Share: 1,
+	}
 }
 
-// pool opens the token behind the process boundary as the daemon does, with the daemon's own worker.
+// pool opens the token through key workers, as the daemon does. The workers are processes of the
+// built countersignd.
 func (s *system) pool(b testing.TB, c hsm.Config, workers, memory int) *worker.Pool {
 	b.Helper()
 	return openPool(b, map[string]any{"hsm": c}, workers, memory, max(16, 2*c.Sessions))
@@ -63,9 +68,12 @@ func openPool(b testing.TB, device map[string]any, workers, memory, inFlight int
 		b.Fatal(err)
 	}
 	p, err := worker.Open(b.Context(), worker.Config{
-		Name: "bench", Hello: hello, Workers: workers, Spread: true, InFlight: inFlight, Memory: memory, Deadline: 5 * time.Second,
-		Log:     slog.New(slog.DiscardHandler),
-		Command: func(int) *exec.Cmd { return exec.Command(filepath.Join(bin, "countersignd"), "key-worker", "bench") },
+		Name: "bench", Hello: hello, Workers: workers, Spread: true, InFlight: inFlight, Memory: memory,
+		Deadline: 5 * time.Second,
+		Log:      slog.New(slog.DiscardHandler),
+		Command: func(int) *exec.Cmd {
+			return exec.Command(filepath.Join(bin, "countersignd"), "key-worker", "bench")
+		},
 	}, false)
 	if err != nil {
 		b.Fatal(err)
@@ -74,12 +82,13 @@ func openPool(b testing.TB, device map[string]any, workers, memory, inFlight int
 	return p
 }
 
-// measurement is one side of a comparison: it measures once and returns calls a second.
+// measurement is one side of a ratio. Each call measures for 150 ms and returns calls per second.
 type measurement func() float64
 
-// compare prints the ratio of each side to the first.
+// compare prints the ratio of each side to the floor, the rate of the device alone.
 func compare(parameters string, floor measurement, names []string, sides ...measurement) {
-	for _, measure := range append(sides, floor) { // once for nothing: sessions are opened, handles found
+	// The first measurement of each side is discarded: sessions open, key handles are found.
+	for _, measure := range append(sides, floor) {
 		measure()
 	}
 	figures, ratios := make([][]float64, len(sides)), make([][]float64, len(sides))
@@ -92,7 +101,8 @@ func compare(parameters string, floor measurement, names []string, sides ...meas
 		}
 	}
 	for i, name := range names {
-		fmt.Fprintf(os.Stdout, "%s %s ratio %.2f (%.0f/s, floor %.0f/s)\n", name, parameters, median(ratios[i]), median(figures[i]), median(floors))
+		fmt.Fprintf(os.Stdout, "%s %s ratio %.2f (%.0f/s, floor %.0f/s)\n",
+			name, parameters, median(ratios[i]), median(figures[i]), median(floors))
 	}
 }
 
@@ -101,7 +111,8 @@ func median(of []float64) float64 {
 	return of[len(of)/2]
 }
 
-// cLoop starts the loop in C on a module of this system, and returns what measures it with so many sessions.
+// cLoop starts the signing loop in C (testdata/floor.c) on a PKCS#11 module. The returned function
+// makes a measurement of the loop with a number of PKCS#11 sessions.
 func (s *system) cLoop(b *testing.B, program, module string) func(sessions int) measurement {
 	cmd := exec.Command(program, module, s.path("pin"), "countersign/payments/1")
 	cmd.Stderr = os.Stderr
@@ -125,14 +136,15 @@ func (s *system) cLoop(b *testing.B, program, module string) func(sessions int) 
 		return func() (rate float64) {
 			fmt.Fprintln(in, sessions, int(measured/time.Millisecond))
 			if _, err := fmt.Fscanln(answers, &rate); err != nil {
-				b.Fatalf("the loop in C has ended: %v", err)
+				b.Fatalf("no rate from the loop in C: %v", err)
 			}
 			return rate
 		}
 	}
 }
 
-// bestSessions is the loop with the number of sessions that does most.
+// bestSessions finds the number of sessions with the highest rate, among 1, 2, 4, 8 and 16. The
+// returned floor is the measurement with this number.
 func bestSessions(loop func(sessions int) measurement) (sessions int, floor measurement) {
 	most := 0.0
 	for _, n := range []int{1, 2, 4, 8, 16} {
@@ -147,9 +159,10 @@ func bestSessions(loop func(sessions int) measurement) (sessions int, floor meas
 	return sessions, loop(sessions)
 }
 
-// signing measures a key with so many callers. Where verify is set, what comes back is judged as in the appliance.
+// signing makes a measurement of a key with a number of concurrent callers. With verify set, each
+// signature is verified before the call returns, as in the appliance.
 func signing(b *testing.B, key keystore.Key, callers int, verify bool) measurement {
-	message := make([]byte, 115) // what message-v1 signs has about this length
+	message := make([]byte, 115) // about the length of the bytes that message-v1 signs
 	var judge keystore.Judge
 	if verify {
 		public, err := eddsa.ParsePublicKey(key.Info().PublicKey)
@@ -175,8 +188,8 @@ func findKey(b *testing.B, store keystore.Store) keystore.Key {
 	return key
 }
 
-// BenchmarkBackend holds package hsm, in this process and behind the boundary, against a loop in C on the same token, with
-// and without the verification of what comes back.
+// BenchmarkBackend measures package hsm, in this process and in key workers, with and without the
+// verification of each signature. The floor is a loop in C on the same token.
 func BenchmarkBackend(b *testing.B) {
 	s := newSystem(b)
 	p := s.serve()
@@ -185,23 +198,23 @@ func BenchmarkBackend(b *testing.B) {
 	b.Setenv("SOFTHSM2_CONF", s.path("softhsm2.conf"))
 	program := compile(b, "floor.c")
 	sessions, floor := bestSessions(s.cLoop(b, program, softHSM))
-	cores := runtime.NumCPU() // what a software token is best used with
+	cores := runtime.NumCPU() // a software token is fastest with one session for each core
 	store, err := hsm.Open(b.Context(), s.hsmConfig(softHSM, cores))
 	if err != nil {
 		b.Fatal(err)
 	}
-	// As in a key worker, whose processors wait in C.
+	// A key worker sets GOMAXPROCS in the same way: its threads block in C.
 	before := runtime.GOMAXPROCS(cores + 2)
 	key := findKey(b, store)
 	compare(fmt.Sprintf("softhsm %d", sessions), floor, []string{"hsm", "hsm+verify"},
 		signing(b, key, cores, false), signing(b, key, cores, true))
-	store.Close() // the shim is SoftHSM too: there is one of it in a process
+	store.Close() // the shim below loads SoftHSM too, and a process has one instance of SoftHSM
 	runtime.GOMAXPROCS(before)
 	pooled := findKey(b, s.pool(b, s.hsmConfig(softHSM, 1), 2, 1<<30))
 	compare(fmt.Sprintf("softhsm %d", sessions), floor, []string{"worker", "worker+verify"},
 		signing(b, pooled, 64, false), signing(b, pooled, 64, true))
 
-	// What a network HSM looks like: each call takes 5 ms more and no CPU.
+	// The shim imitates a network HSM: each call takes 5 ms more and no CPU.
 	shim := compile(b, "shim.c", "-shared", "-fPIC")
 	b.Setenv("SHIM_DELAY", "5000")
 	slow, err := hsm.Open(b.Context(), s.hsmConfig(shim, 16))
@@ -214,7 +227,8 @@ func BenchmarkBackend(b *testing.B) {
 		signing(b, findKey(b, slow), 16, false), signing(b, findKey(b, one), 64, false))
 }
 
-// BenchmarkTPM holds keys that a TPM has sealed, behind the boundary, against crypto/ed25519 in this process.
+// BenchmarkTPM measures a TPM-sealed Ed25519 key in key workers. The floor is crypto/ed25519 in
+// this process, on all cores.
 func BenchmarkTPM(b *testing.B) {
 	e := tpmtest.New(b)
 	c := tpm.Config{Device: e.Socket, State: b.TempDir(), PCRs: []uint{7}, Deadline: 5 * time.Second}
@@ -222,7 +236,8 @@ func BenchmarkTPM(b *testing.B) {
 		b.Fatal(err)
 	}
 	pool := openPool(b, map[string]any{"tpm": c}, 2, 1<<30, 256)
-	key, err := pool.Generate(b.Context(), keystore.Ref{Name: "payments", Version: 1}, keystore.Ed25519, keystore.Tag{1})
+	ref := keystore.Ref{Name: "payments", Version: 1}
+	key, err := pool.Generate(b.Context(), ref, keystore.Ed25519, keystore.Tag{1})
 	if err != nil {
 		b.Fatal(err)
 	}
@@ -237,11 +252,13 @@ func BenchmarkTPM(b *testing.B) {
 			return nil
 		})
 	}
-	compare("worker 64", plain, []string{"tpm-sealed", "tpm-sealed+verify"}, signing(b, key, 64, false), signing(b, key, 64, true))
+	compare("worker 64", plain, []string{"tpm-sealed", "tpm-sealed+verify"},
+		signing(b, key, 64, false), signing(b, key, 64, true))
 }
 
-// BenchmarkSign compares the whole path (64 requests in flight over 8 connections, admitted on disk, signed, verified by
-// the appliance and again by the client, all on this machine) with what the token alone does in the same run.
+// BenchmarkSign measures sign requests through a running daemon: 64 requests in flight over 8
+// connections. Each is admitted on disk, signed, verified by the appliance and again by the client,
+// all on this machine. The floor is the token alone, measured in the same run.
 func BenchmarkSign(b *testing.B) {
 	s := newSystem(b)
 	p := s.serve()
@@ -265,7 +282,7 @@ func BenchmarkSign(b *testing.B) {
 	p.stop()
 }
 
-// rate returns how many calls a second so many callers get done after a short warm-up.
+// rate returns the calls per second of a number of concurrent callers, after a warm-up of 30 ms.
 func rate(b *testing.B, callers int, call func(ctx context.Context, caller int) error) float64 {
 	ctx, cancel := context.WithCancel(b.Context())
 	var done atomic.Int64
