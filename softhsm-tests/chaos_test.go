@@ -19,39 +19,44 @@ import (
 	"countersign/wire"
 )
 
-// Where functions stand in CK_FUNCTION_LIST, for the shim's script.
+// The shim's script names a function by its index in CK_FUNCTION_LIST (PKCS#11 v2.40).
 const (
 	fnGetSlotList, fnOpenSession, fnFindInit = 4, 12, 26
 	fnSignInit, fnSign, fnGetAttribute       = 42, 43, 24
 	fnDeriveKey                              = 62
 )
 
-// codes are return values that the ladder has to deal with (PKCS#11 v2.40, section 5.1).
+// codes are the return values from which package hsm recovers by a new PKCS#11 session, a new login
+// or a reload of the module (PKCS#11 v2.40, section 5.1).
 var codes = map[string]uint{
-	"CKR_HOST_MEMORY": 0x02, "CKR_SLOT_ID_INVALID": 0x03, "CKR_GENERAL_ERROR": 0x05, "CKR_FUNCTION_FAILED": 0x06, "CKR_DEVICE_ERROR": 0x30,
-	"CKR_DEVICE_MEMORY": 0x31, "CKR_DEVICE_REMOVED": 0x32, "CKR_FUNCTION_CANCELED": 0x50, "CKR_KEY_HANDLE_INVALID": 0x60,
-	"CKR_KEY_FUNCTION_NOT_PERMITTED": 0x68, "CKR_MECHANISM_INVALID": 0x70, "CKR_OBJECT_HANDLE_INVALID": 0x82, "CKR_OPERATION_ACTIVE": 0x90,
-	"CKR_OPERATION_NOT_INITIALIZED": 0x91, "CKR_SESSION_CLOSED": 0xb0, "CKR_SESSION_HANDLE_INVALID": 0xb3, "CKR_TOKEN_NOT_PRESENT": 0xe0,
-	"CKR_TOKEN_NOT_RECOGNIZED": 0xe1, "CKR_USER_NOT_LOGGED_IN": 0x101, "CKR_CRYPTOKI_NOT_INITIALIZED": 0x190,
+	"CKR_HOST_MEMORY": 0x02, "CKR_SLOT_ID_INVALID": 0x03, "CKR_GENERAL_ERROR": 0x05,
+	"CKR_FUNCTION_FAILED": 0x06, "CKR_DEVICE_ERROR": 0x30, "CKR_DEVICE_MEMORY": 0x31,
+	"CKR_DEVICE_REMOVED": 0x32, "CKR_FUNCTION_CANCELED": 0x50, "CKR_KEY_HANDLE_INVALID": 0x60,
+	"CKR_KEY_FUNCTION_NOT_PERMITTED": 0x68, "CKR_MECHANISM_INVALID": 0x70, "CKR_OBJECT_HANDLE_INVALID": 0x82,
+	"CKR_OPERATION_ACTIVE": 0x90, "CKR_OPERATION_NOT_INITIALIZED": 0x91, "CKR_SESSION_CLOSED": 0xb0,
+	"CKR_SESSION_HANDLE_INVALID": 0xb3, "CKR_TOKEN_NOT_PRESENT": 0xe0, "CKR_TOKEN_NOT_RECOGNIZED": 0xe1,
+	"CKR_USER_NOT_LOGGED_IN": 0x101, "CKR_CRYPTOKI_NOT_INITIALIZED": 0x190,
 }
 
-// fault is a line of the shim's script. The times are since its beginning.
+// fault is a line of the shim's script (testdata/shim.c describes the kinds).
 type fault struct {
 	lasts    time.Duration
-	function int
-	kind     string
+	function int    // index in CK_FUNCTION_LIST, or -1 for every function
+	kind     string // such as "hang"
 	argument uint
-	count    int
+	count    int // calls that the fault hits; 0 is every call while the fault lasts
 }
 
-// allFaults is everything that goes wrong, each by itself.
+// allFaults lists each return value and each other fault once.
 func allFaults() (all []fault) {
 	for i, name := range slices.Sorted(maps.Keys(codes)) {
 		function := []int{fnSignInit, fnSign, fnDeriveKey}[i%3]
 		all = append(all, fault{function: function, kind: "code", argument: codes[name], lasts: 100 * time.Millisecond})
 	}
 	for _, function := range []int{fnOpenSession, fnFindInit, fnGetAttribute, fnGetSlotList} {
-		all = append(all, fault{function: function, kind: "code", argument: codes["CKR_DEVICE_ERROR"], lasts: 100 * time.Millisecond})
+		all = append(all, fault{
+			function: function, kind: "code", argument: codes["CKR_DEVICE_ERROR"], lasts: 100 * time.Millisecond,
+		})
 	}
 	for _, function := range []int{fnSignInit, fnSign, fnDeriveKey} {
 		all = append(all,
@@ -70,7 +75,8 @@ func allFaults() (all []fault) {
 	)
 }
 
-// chaosSeed states the order of the faults; CHAOS_SEED runs a seen one again.
+// chaosSeed logs the seed of the faults' order. The environment variable CHAOS_SEED repeats the
+// order of an earlier run.
 func chaosSeed(t *testing.T) uint64 {
 	seed := uint64(time.Now().UnixNano())
 	if v := os.Getenv("CHAOS_SEED"); v != "" {
@@ -84,20 +90,20 @@ func chaosSeed(t *testing.T) uint64 {
 }
 
 const (
-	chaosDeadline = 300 * time.Millisecond // of the device
-	chaosTimeout  = 10 * time.Second       // of a request
-	chaosGrace    = time.Second            // what an answer may take beyond that
+	chaosDeadline = 300 * time.Millisecond // deadline of a call to the device
+	chaosTimeout  = 10 * time.Second       // timeout of a request
+	chaosGrace    = time.Second            // longest delay of an answer beyond chaosTimeout
 )
 
-// minSignatures is how many there are at the least.
+// minSignatures is the number of signatures at which a chaos test may end.
 func minSignatures() int64 {
 	if os.Getenv("RACE") == "1" {
-		return 3000 // the detector is slow
+		return 3000 // the race detector is slow
 	}
 	return 20_000
 }
 
-// newChaos is a system whose token is used through the shim.
+// newChaos sets up a system that loads the shim in the place of SoftHSM's module.
 func newChaos(t *testing.T) *system {
 	s := newSystem(t)
 	p := s.serve()
@@ -107,27 +113,35 @@ func newChaos(t *testing.T) *system {
 		t.Fatal(err)
 	}
 	s.edit("countersign.toml", softHSM, compile(t, "shim.c", "-shared", "-fPIC"))
-	s.edit("countersign.toml", "environment = {", fmt.Sprintf("deadline = %q\nenvironment = { SHIM_DIR = %q, SHIM_SCRIPT = %q,", chaosDeadline, s.path("shim"), s.path("script")))
-	s.edit("countersign.toml", "[tokens.main]", fmt.Sprintf("[limits]\nrequest_timeout = %q\n\n[tokens.main]", chaosTimeout))
+	s.edit("countersign.toml", "environment = {",
+		fmt.Sprintf("deadline = %q\nenvironment = { SHIM_DIR = %q, SHIM_SCRIPT = %q,",
+			chaosDeadline, s.path("shim"), s.path("script")))
+	s.edit("countersign.toml", "[tokens.main]",
+		fmt.Sprintf("[limits]\nrequest_timeout = %q\n\n[tokens.main]", chaosTimeout))
 	s.edit("countersign.toml", `"debug"`, `"info"`)
 	return s
 }
 
-// script writes faults down for the shim, one every so often, each for the process that processOf says.
-func (s *system) script(begin time.Time, faults []fault, every time.Duration, processOf func(i int) int) (end time.Time) {
+// script writes the shim's script: fault i begins at begin + i*every. processOf chooses the process
+// that the fault hits, or -1 for all.
+func (s *system) script(
+	begin time.Time, faults []fault, every time.Duration, processOf func(i int) int,
+) (end time.Time) {
 	var b strings.Builder
 	for i, f := range faults {
 		from := begin.Add(time.Duration(i) * every)
-		fmt.Fprintf(&b, "%d %d %d %d %s %d %d 0\n", from.UnixMilli(), from.Add(f.lasts).UnixMilli(), processOf(i), f.function, f.kind, f.argument, f.count)
+		fmt.Fprintf(&b, "%d %d %d %d %s %d %d 0\n", from.UnixMilli(), from.Add(f.lasts).UnixMilli(),
+			processOf(i), f.function, f.kind, f.argument, f.count)
 	}
 	s.write("script.new", b.String())
-	if err := os.Rename(s.path("script.new"), s.path("script")); err != nil { // the shim may be reading it
+	// The rename is atomic: the shim may be reading the script.
+	if err := os.Rename(s.path("script.new"), s.path("script")); err != nil {
 		s.t.Error(err)
 	}
 	return begin.Add(time.Duration(len(faults)) * every)
 }
 
-// waitForWorkers returns when both workers are there and stay there for a while.
+// waitForWorkers waits until both key workers run, in 5 looks at them that are 20 ms apart.
 func (s *system) waitForWorkers(ctx context.Context) error {
 	for good := 0; good < 5; {
 		tokens, err := s.admin().Tokens(ctx)
@@ -145,7 +159,7 @@ func (s *system) waitForWorkers(ctx context.Context) error {
 	return nil
 }
 
-// loadResult is what a load has seen.
+// loadResult has the requests, failures and latencies of a load.
 type loadResult struct {
 	mu       sync.Mutex
 	requests map[[32]byte]*request
@@ -164,8 +178,9 @@ func (o *loadResult) recordDuration(began time.Time) {
 	}
 }
 
-// load has eight peers pipeline signatures and two shake hands again and again, until both the faults are over and there
-// are enough answers. The SDK does not try anything again by itself.
+// load runs eight connections with four requests in flight each, and two loops of handshakes. load
+// ends when over reports that the faults are over and minSignatures are answered. The SDK makes no
+// retries.
 func (s *system) load(t *testing.T, over func() bool) *loadResult {
 	o := &loadResult{requests: map[[32]byte]*request{}}
 	config := s.clientConfig()
@@ -231,12 +246,14 @@ func (s *system) load(t *testing.T, over func() bool) *loadResult {
 	if longest := time.Duration(o.longest.Load()); longest > chaosTimeout+chaosGrace {
 		t.Errorf("a request took %v", longest)
 	}
-	t.Logf("%d signatures, %d handshakes, %d failures, the longest request took %v", o.answers.Load(), o.handshakes.Load(), len(o.failures), time.Duration(o.longest.Load()))
+	t.Logf("%d signatures, %d handshakes, %d failures, the longest request took %v",
+		o.answers.Load(), o.handshakes.Load(), len(o.failures), time.Duration(o.longest.Load()))
 	return o
 }
 
-// TestChaosOneWorkerAlive injects every fault, one worker at a time, in turn: no request and no handshake fails, no wrong
-// signature is released (the SDK verifies each), and no nonce is signed for two contents.
+// TestChaosOneWorkerAlive injects every fault, each into one of the two key workers, alternately.
+// No request and no handshake fails, no wrong signature is released (the SDK verifies each), and no
+// nonce is signed for two contents.
 func TestChaosOneWorkerAlive(t *testing.T) {
 	s := newChaos(t)
 	faults := allFaults()
@@ -253,8 +270,9 @@ func TestChaosOneWorkerAlive(t *testing.T) {
 				t.Error(err)
 				return
 			}
-			end := s.script(time.Now().Add(10*time.Millisecond), faults[i:i+1], faults[i].lasts, func(int) int { return i % 2 })
-			time.Sleep(time.Until(end) + chaosDeadline) // what the fault begins is noticed by then
+			begin := time.Now().Add(10 * time.Millisecond)
+			end := s.script(begin, faults[i:i+1], faults[i].lasts, func(int) int { return i % 2 })
+			time.Sleep(time.Until(end) + chaosDeadline) // the pool notices a hanging call after the deadline
 		}
 	})
 	o := s.load(t, over.Load)
@@ -267,30 +285,33 @@ func TestChaosOneWorkerAlive(t *testing.T) {
 	s.checkRequests(o.requests, 2000)
 	p.stop()
 	if n := strings.Count(p.stderr.String(), "a key worker is given up"); n < len(faults)/4 {
-		t.Errorf("only %d key workers were given up for %d faults: the test has lost its point", n, len(faults))
+		t.Errorf("only %d key workers were given up for %d faults: too few for the test to prove anything",
+			n, len(faults))
 	} else {
 		t.Logf("%d faults, %d key workers given up", len(faults), n)
 	}
 }
 
-// TestChaos injects the faults into all workers at once: what fails is unavailable and nothing else, and afterwards the
-// appliance serves without having been started anew.
+// TestChaos injects the faults into all key workers at once. Requests may fail with "unavailable"
+// and with no other code. Afterwards the appliance serves again without a restart.
 func TestChaos(t *testing.T) {
 	s := newChaos(t)
 	faults := allFaults()
 	seed := chaosSeed(t)
 	rand.New(rand.NewPCG(seed, 2)).Shuffle(len(faults), func(i, j int) { faults[i], faults[j] = faults[j], faults[i] })
-	// At the end the device is gone for so long that no worker can be had, which short faults may not bring about.
+	// The last fault removes the device for 3 s. No key worker can be started then, which short
+	// faults may not achieve.
 	outage := fault{function: -1, kind: "gone", lasts: 3 * time.Second}
 	faults = append(faults[:24], outage)
-	end := s.script(time.Now().Add(2*time.Second), faults, 400*time.Millisecond, func(int) int { return -1 }).Add(outage.lasts)
+	begin := time.Now().Add(2 * time.Second)
+	end := s.script(begin, faults, 400*time.Millisecond, func(int) int { return -1 }).Add(outage.lasts)
 	p := s.serve()
 	o := s.load(t, func() bool { return time.Now().After(end) })
 	for _, err := range o.failures {
 		var refusal *client.Error
 		if !errors.As(err, &refusal) || refusal.Code != wire.CodeUnavailable {
 			if !strings.Contains(err.Error(), "handshake") {
-				t.Errorf("failed otherwise than unavailable: %v", err)
+				t.Errorf("a request failed, but not with unavailable: %v", err)
 				break
 			}
 		}
@@ -305,8 +326,10 @@ func TestChaos(t *testing.T) {
 	p.stop()
 	log := p.stderr.String()
 	down, up := strings.Count(log, "the token does not serve"), strings.Count(log, "the token serves again")
-	t.Logf("%d key workers given up, the token was down %d times and back %d times", strings.Count(log, "a key worker is given up"), down, up)
+	t.Logf("%d key workers given up, the token was down %d times and back %d times",
+		strings.Count(log, "a key worker is given up"), down, up)
 	if down == 0 || up != down || events != down {
-		t.Errorf("%d requests failed; %d times the log says that the token is down, %d times that it is back, %d events", len(o.failures), down, up, events)
+		t.Errorf("%d requests failed; the log says %d times that the token is down and %d times that it is back; "+
+			"%d events say that it is down", len(o.failures), down, up, events)
 	}
 }

@@ -8,7 +8,7 @@ import (
 	"testing"
 )
 
-// TestCLI walks through what a user types.
+// TestCLI runs the commands of the CLI in the order in which a new user types them.
 func TestCLI(t *testing.T) {
 	s := newSystem(t)
 	p := s.serve()
@@ -42,14 +42,16 @@ func TestCLI(t *testing.T) {
 	s.must("admin", "peer", "add", "demo", public)
 	s.must(with("ping")...)
 	s.must("admin", "key", "create", "payments")
-	if out := s.must("admin", "key", "show", "payments"); !strings.Contains(out, "hsm-resident") || !strings.Contains(out, "generated: made inside the device, never readable, never extractable") {
+	if out := s.must("admin", "key", "show", "payments"); !strings.Contains(out, "hsm-resident") ||
+		!strings.Contains(out, "generated: made inside the device, never readable, never extractable") {
 		t.Errorf("key show: %s", out)
 	}
 	var keys []struct {
 		Name, State, Custody string
 		PublicKey            string `json:"public_key"`
 	}
-	if err := json.Unmarshal([]byte(s.must(with("keys", "--json")...)), &keys); err != nil || len(keys) != 1 || keys[0].Name != "payments" {
+	err := json.Unmarshal([]byte(s.must(with("keys", "--json")...)), &keys)
+	if err != nil || len(keys) != 1 || keys[0].Name != "payments" {
 		t.Fatalf("keys: %v, %v", err, keys)
 	}
 
@@ -62,7 +64,8 @@ func TestCLI(t *testing.T) {
 	refused("wrong_signer", 1, "", append(sign, "subscription.json")...)
 	signed := s.must(append(sign, "--json", "--as", "subscriber", "subscription.json")...)
 	s.write("signed.json", signed)
-	if out := s.must("transcript", "encode", "paykit-subscription-v2", "signed.json"); !strings.Contains(out, keys[0].PublicKey) {
+	out := s.must("transcript", "encode", "paykit-subscription-v2", "signed.json")
+	if !strings.Contains(out, keys[0].PublicKey) {
 		t.Errorf("encode: %s", out)
 	}
 	s.must(with("verify", "--key", "payments", "signed.json")...)
@@ -70,14 +73,16 @@ func TestCLI(t *testing.T) {
 	refused("invalid_signature", 1, strings.Replace(signed, `"1000"`, `"9000"`, 1), with("verify", "-")...)
 	refused("malformed", 1, "{}", with("verify")...)
 	refused("malformed", 1, "", with("verify", "subscription.json")...)
-	if out, errOut, code := s.cli("any bytes \x00\xff", with("sign", "--key", "payments", "--context", "release", "-")...); code != 0 || !strings.Contains(out, "payments, version 1") {
+	out, errOut, code := s.cli("any bytes \x00\xff", with("sign", "--key", "payments", "--context", "release", "-")...)
+	if code != 0 || !strings.Contains(out, "payments, version 1") {
 		t.Errorf("sign --context: %d, %s%s", code, out, errOut)
 	}
 	refused("malformed", 1, "any bytes \x00\xff", with("sign", "--key", "payments", "--type", "message-v1", "-")...)
 	refused("denied", 1, `{"message":"AA"}`, with("sign", "--key", "payments", "--type", "raw")...)
 	refused("unsupported", 1, `{}`, with("sign", "--key", "payments", "--type", "nonsense")...)
 	refused("unknown_key", 1, `{}`, with("sign", "--key", "nothing", "--type", "message-v1")...)
-	refused("lifetime_too_long", 1, `{"context":"c","message":"AA"}`, with("sign", "--key", "payments", "--type", "message-v1", "--expires", "200h")...)
+	refused("lifetime_too_long", 1, `{"context":"c","message":"AA"}`,
+		with("sign", "--key", "payments", "--type", "message-v1", "--expires", "200h")...)
 	refused("usage", 2, "", "sign", "--key", "payments", "--type", "raw")
 	refused("usage", 2, "", with("sign", "--key", "payments")...)
 	refused("usage", 2, "", with("sign", "--kye", "payments")...)
@@ -99,10 +104,11 @@ func TestCLI(t *testing.T) {
 	if out := s.must("admin", "peer", "list"); !strings.Contains(out, "demo  "+public) {
 		t.Errorf("peer list: %s", out)
 	}
-	if out := s.must("admin", "key", "list", "--json"); !strings.Contains(out, `"noise"`) || !strings.Contains(out, keys[0].PublicKey) {
+	out = s.must("admin", "key", "list", "--json")
+	if !strings.Contains(out, `"noise"`) || !strings.Contains(out, keys[0].PublicKey) {
 		t.Errorf("key list: %s", out)
 	}
-	// While the daemon runs, check looks at the rest.
+	// The daemon holds the lock on the ledger: check examines everything else.
 	if out, code := s.daemon("check"); code != 0 || !strings.Contains(out, "in use") {
 		t.Errorf("check beside the daemon: %d, %s", code, out)
 	}
@@ -110,10 +116,12 @@ func TestCLI(t *testing.T) {
 	refused("handshake_refused", 1, "", with("ping")...)
 	p.stop()
 	refused("unreachable", 3, "", with("ping")...)
-	if out, code := s.daemon("check"); code != 0 || !strings.Contains(out, "payments/1 ed25519 active hsm-resident") || !strings.Contains(out, "noise/1 x25519") {
+	if out, code := s.daemon("check"); code != 0 || !strings.Contains(out, "noise/1 x25519") ||
+		!strings.Contains(out, "payments/1 ed25519 active hsm-resident") {
 		t.Errorf("check: %d, %s", code, out)
 	}
-	if out, code := s.daemon("init"); code != 0 || !strings.Contains(out, "nothing was changed") || !strings.Contains(out, noiseKey) {
+	if out, code := s.daemon("init"); code != 0 || !strings.Contains(out, "nothing was changed") ||
+		!strings.Contains(out, noiseKey) {
 		t.Errorf("init again: %d, %s", code, out)
 	}
 }

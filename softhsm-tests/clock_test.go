@@ -11,21 +11,24 @@ import (
 	"countersign/wire"
 )
 
-// TestClockBehind: while the system's clock is behind the ledger's time by more than the tolerance, nothing is admitted, and the
-// log says so; when it has caught up, requests are served, by the same daemon.
+// TestClockBehind lets the system's clock be behind the ledger's time by more than the tolerance.
+// Meanwhile the daemon admits nothing and writes an event. When the clock has caught up, the daemon
+// serves requests again without a restart.
 func TestClockBehind(t *testing.T) {
 	s := newSystem(t)
 	s.edit("countersign.toml", "[tokens.main]", "[limits]\nclock_tolerance = \"1s\"\n\n[tokens.main]")
 	p := s.serve()
 	s.enrol()
 	p.stop()
-	// The ledger was in use while the clock was ahead.
+	// The ledger accepts a clock that is 8 s ahead, as if the system's clock had been wrong.
 	const ahead = 8 * time.Second
 	l, err := ledgertest.Open(t, s.path("ledger.db"), ledger.Options{Wall: func() time.Time { return time.Now().Add(ahead) }})
 	if err != nil {
 		t.Fatal(err)
 	}
-	accepted := audit.Event{Type: audit.ClockAccepted, Actor: audit.Operator("test"), Action: "ledger accept-time", Outcome: "ok"}
+	accepted := audit.Event{
+		Type: audit.ClockAccepted, Actor: audit.Operator("test"), Action: "ledger accept-time", Outcome: "ok",
+	}
 	if err := l.AcceptTime(t.Context(), ledger.NewEvent(accepted.Encode(time.Now()))); err != nil {
 		t.Fatal(err)
 	}
@@ -33,17 +36,18 @@ func TestClockBehind(t *testing.T) {
 	p = s.serve()
 	c := s.dial()
 	d := message("AAAA").Fill(time.Hour)
-	if _, err := c.Sign(t.Context(), "payments", d); code(err) != wire.CodeUnavailable || !strings.Contains(err.Error(), "clock") {
+	_, err = c.Sign(t.Context(), "payments", d)
+	if code(err) != wire.CodeUnavailable || !strings.Contains(err.Error(), "clock") {
 		t.Errorf("with a clock behind the ledger's time: %v", err)
 	}
-	until(t, "the log says so", func() bool { return s.hasEvent("ClockRefused", "clock") })
+	eventually(t, "an event ClockRefused", func() bool { return s.hasEvent("ClockRefused", "clock") })
 	if out := s.must("admin", "ledger", "stats"); !strings.Contains(out, "-") {
 		t.Errorf("stats: %s", out)
 	}
-	until(t, "requests are served again", func() bool {
+	eventually(t, "requests are served again", func() bool {
 		signed, err := c.Sign(t.Context(), "payments", d)
 		return err == nil && !signed.Repeated
 	})
-	until(t, "the log says that too", func() bool { return s.hasEvent("ClockRecovered", "clock") })
+	eventually(t, "an event ClockRecovered", func() bool { return s.hasEvent("ClockRecovered", "clock") })
 	p.stop()
 }

@@ -12,8 +12,8 @@ import (
 	"github.com/miekg/pkcs11"
 )
 
-// TestConformance holds the process boundary to the contract of a keystore, with two of the daemon's own key workers on a
-// token.
+// TestConformance runs the conformance suite of package keystore against a pool of two key workers
+// on a SoftHSM token. The workers are processes of the built countersignd.
 func TestConformance(t *testing.T) {
 	keystoretest.Run(t, func(t *testing.T) keystore.Store {
 		s := newSystem(t)
@@ -22,7 +22,8 @@ func TestConformance(t *testing.T) {
 	})
 }
 
-// TestConformanceTPM does so with a TPM: each store has a folder of its own.
+// TestConformanceTPM runs the suite against two key workers on a TPM. Each store has a state folder
+// of its own.
 func TestConformanceTPM(t *testing.T) {
 	e := tpmtest.New(t)
 	keystoretest.Run(t, func(t *testing.T) keystore.Store {

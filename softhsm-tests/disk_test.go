@@ -13,7 +13,7 @@ import (
 	"countersign/wire"
 )
 
-// newSystemOnDisk is a system whose ledger is on a disk that can be spoilt.
+// newSystemOnDisk sets up a system whose ledger is on a disk that can inject I/O errors.
 func newSystemOnDisk(t *testing.T) (*system, *disktest.Disk) {
 	s := newSystem(t)
 	disk := disktest.New(t)
@@ -29,14 +29,17 @@ func newSystemOnDisk(t *testing.T) (*system, *disktest.Disk) {
 	return s, disk
 }
 
-// metaPagesEnd is where the two pages end that say what counts. They are there, and to write them again needs no room. Refused, they leave a
-// commit in doubt, which is what TestUnknownState is about: the outcome of an earlier request may be at that step.
+// metaPagesEnd is the offset behind the two meta pages of a bbolt file. A commit ends with a write
+// to one of them. These pages are allocated, so a full disk does not refuse them. An error there
+// leaves the commit in doubt, which only TestUnknownState wants: the outcome of an earlier request
+// may be in its last step when a test begins to inject errors.
 const metaPagesEnd = 2 * 4096
 
-// fullDisk is a disk without room: what is written must fit into what the reserve has given up.
+// fullDisk is a disk without free space. Writes of the ledger succeed only after the ledger has
+// released its reserve file, and the reserve can't be allocated again.
 type fullDisk struct {
 	enabled  atomic.Bool
-	released atomic.Bool
+	released atomic.Bool // the reserve file is truncated to 0 bytes
 }
 
 func (f *fullDisk) fail(op disktest.Op) syscall.Errno {
@@ -48,23 +51,14 @@ func (f *fullDisk) fail(op disktest.Op) syscall.Errno {
 		if reserve && op.Kind == disktest.Allocate {
 			f.released.Store(false)
 		}
-	case reserve && op.Kind == disktest.Allocate, !reserve && op.Kind == disktest.Write && op.Offset >= metaPagesEnd && !f.released.Load():
+	case reserve && op.Kind == disktest.Allocate,
+		!reserve && op.Kind == disktest.Write && op.Offset >= metaPagesEnd && !f.released.Load():
 		return syscall.ENOSPC
 	}
 	return 0
 }
 
-// until waits for a condition.
-func until(t *testing.T, what string, holds func() bool) {
-	t.Helper()
-	for end := time.Now().Add(30 * time.Second); !holds(); time.Sleep(20 * time.Millisecond) {
-		if time.Now().After(end) {
-			t.Fatalf("in vain: %s", what)
-		}
-	}
-}
-
-// hasEvent says whether the audit log has an event of a type about something.
+// hasEvent reports that the audit log has an event of a type about a resource.
 func (s *system) hasEvent(event, resource string) bool {
 	for _, e := range s.events() {
 		if string(e.Type) == event && e.Resource == resource {
@@ -74,8 +68,9 @@ func (s *system) hasEvent(event, resource string) bool {
 	return false
 }
 
-// TestFullDisk: while there is no room, requests are unavailable and nothing of them is kept; the log says so, by the reserve;
-// with room the same requests are served, by the same daemon.
+// TestFullDisk fills the disk. Meanwhile sign requests are unavailable and leave nothing in the
+// ledger. The event about the full disk is written into the space of the reserve file. When the
+// disk has space again, the daemon serves the same requests without a restart.
 func TestFullDisk(t *testing.T) {
 	s, disk := newSystemOnDisk(t)
 	var f fullDisk
@@ -95,25 +90,26 @@ func TestFullDisk(t *testing.T) {
 		}
 	}
 	if again, err := c.Sign(t.Context(), "payments", before.Document); err != nil || !again.Repeated {
-		t.Errorf("what needs no room: %v", err)
+		t.Errorf("a repetition, which needs no disk space: %v", err)
 	}
-	until(t, "the log says that the disk is full", func() bool { return s.hasEvent("DeviceUnavailable", "ledger") })
+	eventually(t, "an event DeviceUnavailable", func() bool { return s.hasEvent("DeviceUnavailable", "ledger") })
 	if out := s.must("admin", "ledger", "stats"); !strings.Contains(out, "no space left") {
 		t.Errorf("stats: %s", out)
 	}
 	f.enabled.Store(false)
-	until(t, "requests are served again", func() bool {
+	eventually(t, "requests are served again", func() bool {
 		signed, err := c.Sign(t.Context(), "payments", refused)
 		return err == nil && !signed.Repeated
 	})
-	until(t, "the log says that the disk has room", func() bool { return s.hasEvent("DeviceRecovered", "ledger") })
+	eventually(t, "an event DeviceRecovered", func() bool { return s.hasEvent("DeviceRecovered", "ledger") })
 	p.stop()
 	if out, code := s.daemon("check", "--deep"); code != 0 {
 		t.Errorf("check: %d, %s", code, out)
 	}
 }
 
-// TestDiskRefuses: a disk that can't be written makes requests unavailable, and no more.
+// TestDiskRefuses has the disk refuse writes with EROFS and EIO. Requests are unavailable
+// meanwhile, and the daemon serves again when the disk accepts writes.
 func TestDiskRefuses(t *testing.T) {
 	s, disk := newSystemOnDisk(t)
 	p := s.serve()
@@ -121,7 +117,7 @@ func TestDiskRefuses(t *testing.T) {
 	c := s.dial()
 	for _, errno := range []syscall.Errno{syscall.EROFS, syscall.EIO} {
 		disk.Fail(func(op disktest.Op) syscall.Errno {
-			if op.Kind == disktest.Write && op.Offset >= metaPagesEnd { // a commit that is at its last step ends
+			if op.Kind == disktest.Write && op.Offset >= metaPagesEnd { // a commit at its last step succeeds
 				return errno
 			}
 			return 0
@@ -140,8 +136,8 @@ func TestDiskRefuses(t *testing.T) {
 	p.stop()
 }
 
-// TestUnknownState: when a commit may have happened and may not, the daemon answers nothing more and ends; the next start
-// knows.
+// TestUnknownState lets the fsync of a meta page fail, so that a commit may or may not be on disk.
+// The daemon then answers nothing more and ends. The next start reads the state from the disk.
 func TestUnknownState(t *testing.T) {
 	s, disk := newSystemOnDisk(t)
 	p := s.serve()
@@ -153,7 +149,7 @@ func TestUnknownState(t *testing.T) {
 	}
 	var meta atomic.Bool
 	disk.Fail(func(op disktest.Op) syscall.Errno {
-		if op.Kind == disktest.Write && op.Offset < 2*4096 { // the page that makes a transaction count
+		if op.Kind == disktest.Write && op.Offset < metaPagesEnd { // a write to a meta page commits a transaction
 			meta.Store(true)
 		}
 		if meta.Load() && op.Kind == disktest.Datasync {
@@ -178,10 +174,10 @@ func TestUnknownState(t *testing.T) {
 	p = s.serve()
 	c = s.dial()
 	if again, err := c.Sign(t.Context(), "payments", signed.Document); err != nil || !again.Repeated {
-		t.Errorf("what was answered: %v", err)
+		t.Errorf("the request that was answered: %v", err)
 	}
 	if _, err := c.Sign(t.Context(), "payments", d); err != nil {
-		t.Errorf("what was not answered: %v", err)
+		t.Errorf("the request that was not answered: %v", err)
 	}
 	p.stop()
 }

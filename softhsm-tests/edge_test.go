@@ -16,7 +16,7 @@ import (
 	"countersign/wire"
 )
 
-// servePubky has the daemon listen for clients of pubky-noise too.
+// servePubky configures a second listener, for clients of pubky-noise.
 func (s *system) servePubky() (address string) {
 	s.t.Helper()
 	address = newFolder(s.t).listen
@@ -24,7 +24,8 @@ func (s *system) servePubky() (address string) {
 	return address
 }
 
-// connectAs shakes hands as a client of a profile, with an identity where there is one.
+// connectAs makes the handshake of a client of a profile. A non-nil identity is proven in the
+// payload of the handshake.
 func (s *system) connectAs(address string, profile noise.Profile, identity ed25519.PrivateKey) (*noise.Conn, error) {
 	s.t.Helper()
 	c := s.clientConfig()
@@ -45,8 +46,9 @@ func (s *system) connectAs(address string, profile noise.Profile, identity ed255
 	return noise.Connect(ctx, raw, c.Identity, profile, c.ServerKey, payload)
 }
 
-// TestBothProfiles: a client of pubky-noise signs, and the log has the identity that it has proven; the other listener serves at
-// the same time; at each, a client of the other profile is refused.
+// TestBothProfiles has a client of pubky-noise sign, and a client of countersign-v1 at the same
+// time. The log has the identity that the pubky client has proven. Each listener refuses a client
+// of the other profile.
 func TestBothProfiles(t *testing.T) {
 	s := newSystem(t)
 	pubky := s.servePubky()
@@ -70,10 +72,10 @@ func TestBothProfiles(t *testing.T) {
 		}
 	}
 	if _, err := s.connectAs(pubky, noise.CountersignV1, nil); !errors.Is(err, noise.ErrHandshake) {
-		t.Errorf("countersign-v1 where pubky-noise-v1 is spoken: %v", err)
+		t.Errorf("countersign-v1 at the listener of pubky-noise-v1: %v", err)
 	}
 	if _, err := s.connectAs(s.listen, noise.PubkyV1, identity); !errors.Is(err, noise.ErrHandshake) {
-		t.Errorf("pubky-noise-v1 where countersign-v1 is spoken: %v", err)
+		t.Errorf("pubky-noise-v1 at the listener of countersign-v1: %v", err)
 	}
 	want := hex.EncodeToString(identity.Public().(ed25519.PublicKey))
 	seen := map[string]int{}
@@ -91,7 +93,8 @@ func TestBothProfiles(t *testing.T) {
 	p.stop()
 }
 
-// TestBatchOverTheWire: answers in the order of the items, and an item that is wrong costs the others nothing.
+// TestBatchOverTheWire sends a batch of 100 items, half of which are invalid. The
+// answers are in the order of the items, and a valid item succeeds beside invalid ones.
 func TestBatchOverTheWire(t *testing.T) {
 	s := newSystem(t)
 	p := s.serve()
@@ -111,7 +114,8 @@ func TestBatchOverTheWire(t *testing.T) {
 			items = append(items, item())
 		}
 	}
-	if err := conn.WriteMessage([]byte(`{"id":"b","op":"batch","items":[` + strings.Join(items, ",") + `]}`)); err != nil {
+	batch := `{"id":"b","op":"batch","items":[` + strings.Join(items, ",") + `]}`
+	if err := conn.WriteMessage([]byte(batch)); err != nil {
 		t.Fatal(err)
 	}
 	conn.SetReadDeadline(time.Now().Add(30 * time.Second))
@@ -144,16 +148,18 @@ func TestBatchOverTheWire(t *testing.T) {
 			t.Fatal(err)
 		}
 		if err := (wire.Answer{Result: a.Result}).Into(&signed); err != nil || signed.Nonce != asked.Nonce {
-			t.Errorf("item %d has another's answer: %+v, %v", i, signed, err)
+			t.Errorf("item %d has the answer of another item: %+v, %v", i, signed, err)
 		}
 	}
-	if _, code := roundTrip(t, conn, `{"id":"b","op":"batch","items":[`+strings.Repeat(`1,`, 100)+`1]}`); code != "too_large" {
+	tooMany := `{"id":"b","op":"batch","items":[` + strings.Repeat(`1,`, 100) + `1]}`
+	if _, code := roundTrip(t, conn, tooMany); code != "too_large" {
 		t.Errorf("101 items: %s", code)
 	}
 	p.stop()
 }
 
-// TestSuspendClosesConnections: the operator's command cuts off a connection that is open, and resume lets in again.
+// TestSuspendClosesConnections suspends a peer with an open connection. The daemon closes the
+// connection and refuses handshakes of the peer until the peer is resumed.
 func TestSuspendClosesConnections(t *testing.T) {
 	s := newSystem(t)
 	p := s.serve()
@@ -170,12 +176,13 @@ func TestSuspendClosesConnections(t *testing.T) {
 		t.Errorf("the connection is open: %v", err)
 	}
 	if _, err := s.connectAs(s.listen, noise.CountersignV1, nil); !errors.Is(err, noise.ErrHandshake) {
-		t.Errorf("it gets in: %v", err)
+		t.Errorf("a handshake of the suspended peer: %v", err)
 	}
 	if out := s.must("admin", "peer", "list"); !strings.Contains(out, "suspended") {
 		t.Errorf("%s", out)
 	}
-	if _, errOut, code := s.cli("", "admin", "peer", "resume", "nobody"); code == 0 || strings.Contains(errOut, "JSON") {
+	_, errOut, code := s.cli("", "admin", "peer", "resume", "nobody")
+	if code == 0 || strings.Contains(errOut, "JSON") {
 		t.Errorf("resume nobody: %d, %s", code, errOut)
 	}
 	s.must("admin", "peer", "resume", "demo")

@@ -9,7 +9,8 @@ import (
 	"countersign/approval"
 )
 
-// TestHTTPS: the same API on a loopback address, with a certificate whose key is in the token, over a restart too.
+// TestHTTPS uses the admin API over HTTPS on a loopback address, before and after a restart. The
+// private key of the certificate is in the token.
 func TestHTTPS(t *testing.T) {
 	s := newSystem(t)
 	address := newFolder(t).listen
@@ -36,7 +37,8 @@ func TestHTTPS(t *testing.T) {
 		must(c.SignIn(t.Context(), api.Proven{Challenge: ch.ID, Proof: proof}))(t)
 	}
 	signIn(c)
-	if me := must(c.Me(t.Context()))(t); me.Session.Channel != "https" || !strings.HasPrefix(me.Session.Source, "127.0.0.1:") {
+	me := must(c.Me(t.Context()))(t)
+	if me.Session.Channel != "https" || !strings.HasPrefix(me.Session.Source, "127.0.0.1:") {
 		t.Errorf("%+v", me)
 	}
 	if keys := must(c.Keys(t.Context()))(t); len(keys) != 4 {
@@ -45,14 +47,16 @@ func TestHTTPS(t *testing.T) {
 	if out := s.must("admin", "tls", "csr"); !strings.HasPrefix(out, "-----BEGIN CERTIFICATE REQUEST-----") {
 		t.Errorf("csr: %s", out)
 	}
-	if _, errOut, code := s.cli("no certificate", "admin", "tls", "install"); code != 1 || !strings.HasPrefix(errOut, "countersign: invalid: ") {
+	_, errOut, code := s.cli("no certificate", "admin", "tls", "install")
+	if code != 1 || !strings.HasPrefix(errOut, "countersign: invalid: ") {
 		t.Errorf("install: %d %s", code, errOut)
 	}
-	if out := s.must("admin", "tls", "show"); !strings.Contains(out, "localhost") || !strings.Contains(out, "BEGIN CERTIFICATE") {
+	out := s.must("admin", "tls", "show")
+	if !strings.Contains(out, "localhost") || !strings.Contains(out, "BEGIN CERTIFICATE") {
 		t.Errorf("show: %s", out)
 	}
 	p.stop()
 	p = s.serve()
-	signIn(dial()) // by the same CA
+	signIn(dial()) // the certificate of the same CA still verifies
 	p.stop()
 }

@@ -49,18 +49,18 @@ func children(t testing.TB, pid int) (pids []int) {
 	return pids
 }
 
-// eventually waits for a condition.
+// eventually polls a condition every 10 ms, for at most 30 s.
 func eventually(t testing.TB, what string, holds func() bool) {
 	t.Helper()
 	for deadline := time.Now().Add(30 * time.Second); !holds(); time.Sleep(10 * time.Millisecond) {
 		if time.Now().After(deadline) {
-			t.Fatalf("it did not come to be: %s", what)
+			t.Fatalf("timeout after 30 s: %s", what)
 		}
 	}
 }
 
-// TestDaemonHoldsNoSecrets looks into the memory of the running daemon: the module is not in it, nor the PIN; both are in
-// its key workers.
+// TestDaemonHoldsNoSecrets looks into the memory of the running daemon: the module is not in it,
+// nor the PIN; both are in its key workers.
 func TestDaemonHoldsNoSecrets(t *testing.T) {
 	s := newSystem(t)
 	p := s.serve()
@@ -104,8 +104,9 @@ func TestDaemonHoldsNoSecrets(t *testing.T) {
 	}
 }
 
-// memoryContains looks for a text in the writable memory of a process, but for what is locked and left out of core files: that is
-// where secrets of a TPM's keys are in use, on kernels without memfd_secret(2).
+// memoryContains looks for a text in the writable memory of a process, but for what is locked and
+// left out of core files: that is where secrets of a TPM's keys are in use, on kernels without
+// memfd_secret(2).
 func memoryContains(t *testing.T, pid int, text string) bool {
 	t.Helper()
 	maps, err := os.Open(fmt.Sprintf("/proc/%d/smaps", pid))
@@ -147,8 +148,8 @@ func memoryContains(t *testing.T, pid int, text string) bool {
 	return false
 }
 
-// TestWorkersKilled kills key workers while the daemon serves: one at a time nobody notices; both at once a request waits
-// for the next one.
+// TestWorkersKilled kills key workers while the daemon serves: one at a time nobody notices; both
+// at once a request waits for the next one.
 func TestWorkersKilled(t *testing.T) {
 	s := newSystem(t)
 	s.edit("countersign.toml", "[tokens.main]", "[tokens.main]\ndeadline = \"500ms\"")
@@ -180,8 +181,8 @@ func TestWorkersKilled(t *testing.T) {
 	p.stop()
 }
 
-// TestRefusedPIN: with a PIN that the token refuses, nothing logs in any more, not even new workers, until an operator
-// says so.
+// TestRefusedPIN: with a PIN that the token refuses, nothing logs in any more, not even new
+// workers, until an operator says so.
 func TestRefusedPIN(t *testing.T) {
 	s := newSystem(t)
 	p := s.serve()
@@ -327,8 +328,9 @@ func TestImport(t *testing.T) {
 	p.stop()
 }
 
-// TestNothingLeaks: what a pool and its workers hold is the same after many operations as after a few. SoftHSM loses
-// memory with every operation, whoever calls it; workers are renewed for that, and no operation fails by it.
+// TestNothingLeaks: what a pool and its workers hold is the same after many operations as after a
+// few. SoftHSM loses memory with every operation, whoever calls it; workers are renewed for that,
+// and no operation fails by it.
 func TestNothingLeaks(t *testing.T) {
 	memory, many := 8<<20, 100_000
 	if os.Getenv("RACE") == "1" { // the detector takes the memory of ten workers, and its time
