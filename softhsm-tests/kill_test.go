@@ -21,21 +21,25 @@ import (
 	"countersign/policy"
 )
 
-// defaultKills is how often TestKilledUnderLoad kills the daemon, unless KILLS says otherwise.
+// defaultKills is the number of kills in TestKilledUnderLoad. The environment variable KILLS
+// overrides the number.
 const defaultKills = 200
 
-// TestKilledUnderLoad kills the daemon with SIGKILL at any moment while eight peers sign, and holds what the peers saw
-// against what the ledger says afterwards:
+// TestKilledUnderLoad kills the daemon with SIGKILL at random moments while eight connections sign,
+// and compares the answers with the ledger afterwards:
 //
-//   - it reopens, with its events numbered without gaps;
-//   - every signature that a peer got has its admission in the log, for its nonce and its digest;
+//   - the ledger reopens, and its events are numbered without gaps;
+//   - every released signature has its admission in the log, for its nonce and its digest;
 //   - no nonce has two admissions;
-//   - whatever a peer had asked, answered or not, an identical request gets one and the same signature, and another
-//     request under its nonce is a replay, if the first was admitted at all;
-//   - policy has counted each admission, and nothing else: the nth was decided with n signatures of this key;
-//   - the audit log has grown from every checkpoint that was shown, and keeps the ledger's rules.
+//   - for a request that was admitted, answered or not, an identical request gets the same
+//     signature, and a request with other content and the same nonce is a replay;
+//   - policy has counted each admission and nothing else: the nth admission was decided with n
+//     signatures of this key;
+//   - every checkpoint that the daemon has published is a prefix of the audit log, and the log
+//     keeps the ledger's rules.
 //
-// SIGKILL does not lose what the kernel holds for the disk; that half of promise 1 is bbolt's fsync.
+// SIGKILL does not lose writes in the kernel's page cache. A power cut does: packages ledger and
+// disktest test the fsync that protects against this loss.
 func TestKilledUnderLoad(t *testing.T) {
 	s := newSystem(t)
 	p := s.serve()
@@ -66,7 +70,7 @@ func TestKilledUnderLoad(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			for range 4 { // pipelined
+			for range 4 { // requests in flight on a connection
 				wg.Go(func() {
 					for ctx.Err() == nil {
 						q := newRequest()
@@ -88,7 +92,7 @@ func TestKilledUnderLoad(t *testing.T) {
 			}
 			defer c.Close()
 		}
-		// Somewhere in the work: from the first admissions to a few thousand.
+		// The kill comes between the first admission and a few thousand admissions.
 		time.Sleep(time.Duration(random.IntN(60_000)) * time.Microsecond)
 		p.kill()
 		cancel()
@@ -106,10 +110,10 @@ func TestKilledUnderLoad(t *testing.T) {
 	shown.checkConsistent(audit.Folder(s.path("export")))
 	s.must("audit", "verify", "export", "--key", shown.log.VerifierKey(0))
 	if answers < rounds {
-		t.Errorf("only %d answers: the test has lost its point", answers)
+		t.Errorf("only %d answers: too few for the test to prove anything", answers)
 	}
 	if len(shown.checkpoints) < rounds {
-		t.Errorf("only %d checkpoints were seen: the test has lost its point", len(shown.checkpoints))
+		t.Errorf("only %d checkpoints were seen: too few for the test to prove anything", len(shown.checkpoints))
 	}
 	t.Logf("%d kills, %d requests, %d answers, %d checkpoints", rounds, len(asked), answers, len(shown.checkpoints))
 	s.checkPolicyCounts()
@@ -119,7 +123,7 @@ func TestKilledUnderLoad(t *testing.T) {
 	}
 }
 
-// checkPolicyCounts reads what each admission was decided by.
+// checkPolicyCounts checks that the nth admission was decided with a usage count of n signatures.
 func (s *system) checkPolicyCounts() {
 	s.t.Helper()
 	n := int64(0)
@@ -154,7 +158,7 @@ func (s *system) checkPolicyCounts() {
 	}
 }
 
-// request is a request and what came of it.
+// request is a sign request with its answer, which is nil when the request had none.
 type request struct {
 	document client.Document
 	answer   *client.Signed
@@ -171,7 +175,8 @@ func newRequest() *request {
 	return q
 }
 
-// checkRequests holds all that was asked against the log, and asks again for most of it at the most.
+// checkRequests compares all requests with the log. At most `most` admitted requests are sent
+// again, once with other content and once unchanged.
 func (s *system) checkRequests(asked map[[32]byte]*request, most int) {
 	t := s.t
 	t.Helper()
@@ -196,7 +201,8 @@ func (s *system) checkRequests(asked map[[32]byte]*request, most int) {
 		q.checked = true
 		admission, admitted := admissions[hex.EncodeToString(nonce[:])]
 		if q.answer != nil && (!admitted || admission.Index != q.answer.Event) {
-			t.Fatalf("a signature was released as event %d; the log has event %d (%v)", q.answer.Event, admission.Index, admitted)
+			t.Fatalf("a signature was released as event %d; the log has event %d (%v)",
+				q.answer.Event, admission.Index, admitted)
 		}
 		if !admitted || most <= 0 {
 			continue
@@ -212,19 +218,20 @@ func (s *system) checkRequests(asked map[[32]byte]*request, most int) {
 		if err != nil {
 			t.Fatalf("the same request again: %v", err)
 		}
-		if !again.Repeated || again.Event != admission.Index || q.answer != nil && !bytes.Equal(again.Signature, q.answer.Signature) {
+		if !again.Repeated || again.Event != admission.Index ||
+			q.answer != nil && !bytes.Equal(again.Signature, q.answer.Signature) {
 			t.Fatalf("the same request again: event %d, repeated %v", again.Event, again.Repeated)
 		}
 	}
 }
 
-// TestKilledDuringManagement kills the daemon while keys are made: afterwards each key exists whole, in the ledger and
-// in the token, or not at all, and its name can be used.
+// TestKilledDuringManagement kills the daemon while keys are created. Afterwards each key exists in
+// the ledger and in the token, or in neither, and the name of a lost key can be used again.
 func TestKilledDuringManagement(t *testing.T) {
 	s := newSystem(t)
 	p := s.serve()
 	random := rand.New(rand.NewPCG(1, 2))
-	known := map[string]string{} // what the API had confirmed
+	known := map[string]string{} // public keys by name, of the keys that the API had confirmed
 	for round := range 10 {
 		names := make(chan string, 100)
 		ctx, cancel := context.WithCancel(t.Context())
@@ -273,7 +280,8 @@ func TestKilledDuringManagement(t *testing.T) {
 	}
 }
 
-// TestEventNamesTheNonce: an admission says who, with which key and under which nonce, and nothing of the content.
+// TestEventNamesTheNonce reads the event of an admission. The event names the peer, the key and the
+// nonce, and has nothing of the document's content.
 func TestEventNamesTheNonce(t *testing.T) {
 	s := newSystem(t)
 	p := s.serve()
@@ -287,7 +295,8 @@ func TestEventNamesTheNonce(t *testing.T) {
 		t.Fatal(err)
 	}
 	b, _ := json.Marshal(events[0])
-	if e := events[0]; e.Metadata["nonce"] != hex.EncodeToString(signed.Nonce[:]) || e.Actor.Name != "demo" || e.Resource != "payments/1" {
+	e, nonce := events[0], hex.EncodeToString(signed.Nonce[:])
+	if e.Metadata["nonce"] != nonce || e.Actor.Name != "demo" || e.Resource != "payments/1" {
 		t.Errorf("%s for nonce %s", b, base64.RawURLEncoding.EncodeToString(signed.Nonce[:]))
 	}
 	if bytes.Contains(b, []byte("AAAA")) || bytes.Contains(b, []byte(`"test"`)) {
