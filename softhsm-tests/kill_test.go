@@ -123,7 +123,7 @@ func TestKilledUnderLoad(t *testing.T) {
 	}
 }
 
-// checkPolicyCounts checks that the nth admission was decided with a usage count of n signatures.
+// checkPolicyCounts checks that the nth admission was decided with a count of n signatures.
 func (s *system) checkPolicyCounts() {
 	s.t.Helper()
 	n := int64(0)
