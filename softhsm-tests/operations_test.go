@@ -23,23 +23,32 @@ import (
 	"github.com/rogpeppe/go-internal/testscript"
 )
 
-// TestOperations types every command of the documents: a script in testdata/operations sets up what a section presupposes, has its
-// commands typed as they stand (doc), and looks at what came of them.
+// TestOperations runs every command of docs/OPERATIONS.md and README.md. A script in
+// testdata/operations sets up the state that a section presupposes, runs the section's commands
+// verbatim (the script command doc) and checks the results.
 func TestOperations(t *testing.T) {
 	needSoftHSM(t)
-	o := operations{documents: []*document{readDocument(t, "docs/OPERATIONS.md"), readDocument(t, "README.md")}, typed: map[string]bool{}}
+	o := operations{
+		documents: []*document{readDocument(t, "docs/OPERATIONS.md"), readDocument(t, "README.md")},
+		typed:     map[string]bool{},
+	}
+	commands := map[string]func(*testscript.TestScript, bool, []string){
+		"appliance": o.appliance, "approve": o.approve, "as": o.as, "configure": o.configure, "demo": o.demo,
+		"doc": o.doc, "file": o.file, "halt": o.halt, "operators": o.operators, "peer": o.peer,
+		"receive": o.receive, "run": o.run, "serve": o.serve, "tpm": o.tpm, "until": o.until,
+	}
 	t.Run("scripts", func(t *testing.T) {
-		testscript.Run(t, testscript.Params{Dir: "testdata/operations", Setup: o.setup, RequireExplicitExec: true, Cmds: map[string]func(*testscript.TestScript, bool, []string){
-			"appliance": o.appliance, "as": o.as, "approve": o.approve, "configure": o.configure, "demo": o.demo, "doc": o.doc, "file": o.file, "operators": o.operators, "peer": o.peer, "receive": o.receive, "serve": o.serve, "halt": o.halt, "tpm": o.tpm,
-			"until": o.until, "run": o.run,
-		}})
+		testscript.Run(t, testscript.Params{
+			Dir: "testdata/operations", Setup: o.setup, RequireExplicitExec: true, Cmds: commands,
+		})
 	})
 	t.Run("every command was typed", func(t *testing.T) {
 		for _, d := range o.documents {
 			for _, s := range d.sections {
 				for _, b := range s.commands {
 					for _, c := range b {
-						// What the Makefile does is not tried here: make test is what runs this.
+						// Targets of the Makefile are left out: make test would run this test
+						// again.
 						if !o.typed[c.place] && !(d.path == "README.md" && strings.HasPrefix(c.text, "make ")) {
 							t.Errorf("%s: no script types this: %s", c.place, c.text)
 						}
@@ -50,7 +59,7 @@ func TestOperations(t *testing.T) {
 	})
 }
 
-// TestDocumentsLinks: a link within a document leads to one of its sections.
+// TestDocumentsLinks checks that each link within a document names one of the document's sections.
 func TestDocumentsLinks(t *testing.T) {
 	for _, path := range []string{"docs/OPERATIONS.md", "README.md"} {
 		d, anchors := readDocument(t, path), map[string]bool{}
@@ -65,8 +74,8 @@ func TestDocumentsLinks(t *testing.T) {
 	}
 }
 
-// document is Markdown with commands: blocks that are indented are commands, each on a line; what is in fences is something else, and says
-// of which language.
+// document is a Markdown file with commands. An indented block has commands, one a line. A fenced
+// block has anything else, such as a configuration, and names its language.
 type document struct {
 	path     string
 	text     string
@@ -75,11 +84,14 @@ type document struct {
 
 type section struct {
 	title    string
-	commands [][]command // by block
-	fences   []string    // what is in fences
+	commands [][]command // by indented block
+	fences   []string    // contents of the fenced blocks
 }
 
-type command struct{ place, text string }
+type command struct {
+	place string // such as docs/OPERATIONS.md:120
+	text  string
+}
 
 func readDocument(t *testing.T, path string) *document {
 	t.Helper()
@@ -128,10 +140,10 @@ func readDocument(t *testing.T, path string) *document {
 type operations struct {
 	documents []*document
 	mu        sync.Mutex
-	typed     map[string]bool // places; under mu
+	typed     map[string]bool // places of the commands that a script has run; guarded by mu
 }
 
-// section finds one by its title.
+// section finds the only section with a title.
 func (o *operations) section(ts *testscript.TestScript, title string) *section {
 	var found []*section
 	for _, d := range o.documents {
@@ -147,37 +159,40 @@ func (o *operations) section(ts *testscript.TestScript, title string) *section {
 	return found[0]
 }
 
-// scriptState is what belongs to one script.
+// scriptState is the state of one script.
 type scriptState struct {
 	*system
-	address   string // of the loopback network: each script has one, so that the documents' ports are free there
+	address   string // a loopback address for this script only, on which the documents' ports are free
 	process   *process
 	tpm       *tpmtest.Emulator
-	user      string   // who types
-	operators []string // the operators
+	user      string   // the user whose shell runs the commands
+	operators []string // in the order of their enrolment
 	paths     *strings.Replacer
 }
 
 func (o *operations) setup(e *testscript.Env) error {
 	t := e.T().(testing.TB)
 	s := &system{t: t, dir: e.WorkDir}
-	w := &scriptState{system: s, address: fmt.Sprintf("127.%d.%d.%d", 2+rand.IntN(250), rand.IntN(256), 1+rand.IntN(254))}
+	address := fmt.Sprintf("127.%d.%d.%d", 2+rand.IntN(250), rand.IntN(256), 1+rand.IntN(254))
+	w := &scriptState{system: s, address: address}
 	s.listen = w.address + ":7700"
-	e.Values["walk"] = w
+	e.Values["state"] = w
 	repository, err := filepath.Abs("..")
 	if err != nil {
 		return err
 	}
 	for name, value := range map[string]string{
-		"PATH": bin + ":" + os.Getenv("PATH"), "HOME": e.WorkDir, "BIN": bin, "REPOSITORY": repository, "ADDRESS": w.address,
-		"COUNTERSIGN_SOCKET": s.path("admin.sock"), "COUNTERSIGN_SERVER": s.listen, "SOFTHSM2_CONF": s.path("softhsm2.conf"),
+		"PATH": bin + ":" + os.Getenv("PATH"), "HOME": e.WorkDir, "BIN": bin, "REPOSITORY": repository,
+		"ADDRESS": w.address, "COUNTERSIGN_SOCKET": s.path("admin.sock"), "COUNTERSIGN_SERVER": s.listen,
+		"SOFTHSM2_CONF": s.path("softhsm2.conf"),
 	} {
 		e.Setenv(name, value)
 	}
 	s.write(".curlrc", fmt.Sprintf("connect-to = localhost:7780:%s:7780\nsilent\nshow-error\nfail\n", w.address))
 	s.write("softhsm2.conf", fmt.Sprintf("directories.tokendir = %s\nlog.level = ERROR\n", s.path("tokens")))
-	w.paths = strings.NewReplacer("/etc/countersign", e.WorkDir, "/var/lib/countersign", e.WorkDir, "127.0.0.1:", w.address+":", "https://builds.example/", "http://"+w.address+":9000/")
-	e.Defer(func() { // an agent that a document has started
+	w.paths = strings.NewReplacer("/etc/countersign", e.WorkDir, "/var/lib/countersign", e.WorkDir,
+		"127.0.0.1:", w.address+":", "https://builds.example/", "http://"+w.address+":9000/")
+	e.Defer(func() { // ends the ssh-agent that a document's command has started
 		for _, env := range orPanic(filepath.Glob(s.path(".*.env"))) {
 			b, _ := os.ReadFile(env)
 			if m := regexp.MustCompile(`SSH_AGENT_PID="(\d+)"`).FindSubmatch(b); m != nil {
@@ -190,6 +205,7 @@ func (o *operations) setup(e *testscript.Env) error {
 	return os.Mkdir(s.path("tokens"), 0o700)
 }
 
+// orPanic returns v, and panics if there is an error.
 func orPanic[T any](v T, err error) T {
 	if err != nil {
 		panic(err)
@@ -197,31 +213,34 @@ func orPanic[T any](v T, err error) T {
 	return v
 }
 
+// stateOf returns the state of a script, for a command that can't be negated with "!".
 func stateOf(ts *testscript.TestScript, neg bool) *scriptState {
 	if neg {
-		ts.Fatalf("it has no opposite")
+		ts.Fatalf("this command can't be negated: leave out the !")
 	}
-	return ts.Value("walk").(*scriptState)
+	return ts.Value("state").(*scriptState)
 }
 
-// environmentFile is the file in which what a person's shell exports is kept from block to block.
-func (w *scriptState) environmentFile(person string) string { return w.path("." + person + ".env") }
+// environmentFile is the path of the file that keeps the exported variables of a user's shell from
+// one block of commands to the next.
+func (w *scriptState) environmentFile(user string) string { return w.path("." + user + ".env") }
 
-// shell is the beginning of what a person types.
+// shell returns the bash code that precedes each command: the user's folder and environment.
 func (w *scriptState) shell(ts *testscript.TestScript) string {
 	if w.user == "" {
-		ts.Fatalf("who types? say: as NAME")
+		ts.Fatalf("no user is set: begin with the command as NAME")
 	}
 	return fmt.Sprintf("set -aeuo pipefail; cd %q; . %q; ", ts.MkAbs("."), w.environmentFile(w.user))
 }
 
-// as NAME: from now on this person types, in a shell of his own.
+// as implements "as NAME": the following commands run in the shell of the user NAME.
 func (o *operations) as(ts *testscript.TestScript, neg bool, args []string) {
 	w := stateOf(ts, neg)
 	if w.user = args[0]; exists(w.environmentFile(w.user)) {
 		return
 	}
-	w.write(filepath.Base(w.environmentFile(w.user)), fmt.Sprintf("export XDG_RUNTIME_DIR=%q\n", w.path(w.user+".run")))
+	w.write(filepath.Base(w.environmentFile(w.user)),
+		fmt.Sprintf("export XDG_RUNTIME_DIR=%q\n", w.path(w.user+".run")))
 }
 
 func exists(path string) bool {
@@ -229,7 +248,9 @@ func exists(path string) bool {
 	return err == nil
 }
 
-// doc 'TITLE' [N...]: types the commands of a section, or those of its blocks N. A daemon is started, and waited for.
+// doc implements "doc 'TITLE' [N...]", which runs the commands of a section, or those of its blocks
+// N, counted from 1. The command countersignd serve starts a daemon and waits until the daemon is
+// ready.
 func (o *operations) doc(ts *testscript.TestScript, neg bool, args []string) {
 	w := stateOf(ts, neg)
 	s := o.section(ts, args[0])
@@ -245,8 +266,10 @@ func (o *operations) doc(ts *testscript.TestScript, neg bool, args []string) {
 			if script == "" {
 				return
 			}
-			ts.Check(ts.Exec("bash", "-c", w.shell(ts)+"trap 'echo \"$place: this command has failed\" >&2' ERR\n"+script+
-				fmt.Sprintf("unset place; { umask -p; export -p; } >%[1]q.new; mv %[1]q.new %[1]q\n", w.environmentFile(w.user))))
+			trap := "trap 'echo \"$place: this command has failed\" >&2' ERR\n"
+			save := fmt.Sprintf("unset place; { umask -p; export -p; } >%[1]q.new; mv %[1]q.new %[1]q\n",
+				w.environmentFile(w.user))
+			ts.Check(ts.Exec("bash", "-c", w.shell(ts)+trap+script+save))
 			script = ""
 		}
 		for _, c := range block {
@@ -266,7 +289,7 @@ func (o *operations) doc(ts *testscript.TestScript, neg bool, args []string) {
 	}
 }
 
-// start has a daemon serve, and waits until it says that it is ready.
+// start runs the command line of a daemon and waits until the daemon is ready.
 func (w *scriptState) start(ts *testscript.TestScript, line string) {
 	if w.process != nil {
 		ts.Fatalf("a daemon is running already")
@@ -286,13 +309,15 @@ func (o *operations) halt(ts *testscript.TestScript, neg bool, _ []string) {
 	w.process = nil
 }
 
-// appliance softhsm|tpm [OLD NEW]...: sets one up that has a policy for the peer shop, and starts it; what is OLD in the documents'
-// configuration is NEW.
+// appliance implements "appliance softhsm|tpm [OLD NEW]...", which sets up an appliance with a
+// policy for the peer shop and starts the daemon. The configuration is the one of the documents,
+// with each OLD replaced by NEW.
 func (o *operations) appliance(ts *testscript.TestScript, neg bool, args []string) {
 	w := stateOf(ts, neg)
 	w.write("pin", userPIN+"\n")
 	w.write("so-pin", "so-"+userPIN+"\n")
-	w.write("policy.cedar", "permit (principal == Peer::\"shop\", action == Action::\"sign\", resource == Key::\"payments\");\n")
+	w.write("policy.cedar",
+		"permit (principal == Peer::\"shop\", action == Action::\"sign\", resource == Key::\"payments\");\n")
 	text, init := o.section(ts, "First start").fences[0], []string{"init", "--config", "countersign.toml"}
 	if args[0] == "tpm" {
 		text = text[:strings.Index(text, "[tokens.")] + o.section(ts, "A TPM in the token's place").fences[0]
@@ -310,7 +335,7 @@ func (o *operations) appliance(ts *testscript.TestScript, neg bool, args []strin
 	o.serve(ts, neg, nil)
 }
 
-// localPaths puts what is in the documents into this script's places.
+// localPaths replaces the documents' paths, addresses and TPM device by those of this script.
 func (w *scriptState) localPaths(text string) string {
 	if w.tpm != nil {
 		text = strings.ReplaceAll(text, "/dev/tpmrm0", w.tpm.Socket)
@@ -318,12 +343,15 @@ func (w *scriptState) localPaths(text string) string {
 	return w.paths.Replace(text)
 }
 
-// peer NAME: enrols one, and makes the key payments unless it is there.
+// peer implements "peer NAME": an operator enrols a peer, and creates the key payments unless the
+// key exists. Afterwards the commands run in the peer's shell.
 func (o *operations) peer(ts *testscript.TestScript, neg bool, args []string) {
 	w := stateOf(ts, neg)
 	name := args[0]
 	o.as(ts, false, w.operators[:1])
-	ts.Check(ts.Exec("bash", "-c", w.shell(ts)+fmt.Sprintf("countersign keygen %[1]s.key >%[1]s.pub; countersign admin noise-key >noise.pub; countersign admin peer add %[1]s $(cat %[1]s.pub) 2>&1; "+
+	ts.Check(ts.Exec("bash", "-c", w.shell(ts)+fmt.Sprintf("countersign keygen %[1]s.key >%[1]s.pub; "+
+		"countersign admin noise-key >noise.pub; "+
+		"countersign admin peer add %[1]s $(cat %[1]s.pub) 2>&1; "+
 		"countersign admin key show payments >/dev/null 2>&1 || countersign admin key create payments", name)))
 	if len(w.operators) > 1 {
 		o.approve(ts, false, w.operators[1:2])
@@ -332,19 +360,20 @@ func (o *operations) peer(ts *testscript.TestScript, neg bool, args []string) {
 	w.export("COUNTERSIGN_SERVER_KEY=\"$(cat noise.pub)\" COUNTERSIGN_IDENTITY=" + name + ".key")
 }
 
-// export adds to the environment of who types.
+// export adds variables to the environment of the current user.
 func (w *scriptState) export(what string) {
 	b, _ := os.ReadFile(w.environmentFile(w.user))
 	w.write(filepath.Base(w.environmentFile(w.user)), string(b)+"export "+what+"\n")
 }
 
-// configure TITLE N: adds the N-th fence of a section to what is there, in this script's places.
+// configure implements "configure TITLE N", which adds the N-th fenced block of a section to the
+// configuration, with the paths of this script.
 func (o *operations) configure(ts *testscript.TestScript, neg bool, args []string) {
 	w := stateOf(ts, neg)
 	n := orPanic(strconv.Atoi(args[1]))
 	text := w.localPaths(o.section(ts, args[0]).fences[n-1])
 	b, _ := os.ReadFile(w.path("countersign.toml"))
-	if before := string(b); strings.HasPrefix(text, "[") { // a table goes to the end
+	if before := string(b); strings.HasPrefix(text, "[") { // TOML tables follow the top-level keys
 		text = before + "\n" + text
 	} else {
 		text += "\n" + before
@@ -352,12 +381,14 @@ func (o *operations) configure(ts *testscript.TestScript, neg bool, args []strin
 	w.write("countersign.toml", text)
 }
 
-// file TITLE N PATH: writes the N-th fence of a section to a file.
+// file implements "file TITLE N PATH", which writes the N-th fenced block of a section to a file.
 func (o *operations) file(ts *testscript.TestScript, neg bool, args []string) {
 	stateOf(ts, neg).write(args[2], o.section(ts, args[0]).fences[orPanic(strconv.Atoi(args[1]))-1])
 }
 
-// operators NAME...: starts the daemon, enrols the first administrator and other operators who approve too, and has two approve where there are two.
+// operators implements "operators NAME...", which enrols the first name as the first administrator
+// and the others as operators with the role approver. With two names or more, proposals need two
+// approvals afterwards.
 func (o *operations) operators(ts *testscript.TestScript, neg bool, names []string) {
 	w := stateOf(ts, neg)
 	w.operators = names
@@ -367,10 +398,11 @@ func (o *operations) operators(ts *testscript.TestScript, neg bool, names []stri
 		o.as(ts, false, []string{name})
 		w.export(fmt.Sprintf("COUNTERSIGN_OPERATOR=%s SSH_AUTH_SOCK=%q", name, p.socket))
 		o.as(ts, false, names[:1])
-		line := fmt.Sprintf("countersign admin operator add %s --roles operator,approver --ssh-key %s.key.pub", name, name)
+		line := fmt.Sprintf("countersign admin operator add %[1]s --roles operator,approver", name)
 		if i == 0 {
-			line = fmt.Sprintf("countersign admin operator first %s --ssh-key %s.key.pub", name, name)
+			line = fmt.Sprintf("countersign admin operator first %[1]s", name)
 		}
+		line += fmt.Sprintf(" --ssh-key %s.key.pub", name)
 		ts.Check(ts.Exec("bash", "-c", w.shell(ts)+line+" 2>&1"))
 	}
 	if len(names) > 1 {
@@ -378,25 +410,29 @@ func (o *operations) operators(ts *testscript.TestScript, neg bool, names []stri
 	}
 }
 
-// approve NAME: somebody approves the oldest proposal that is open, which must be done then.
+// approve implements "approve NAME": the operator NAME approves the oldest open proposal, whose
+// state must be done afterwards.
 func (o *operations) approve(ts *testscript.TestScript, neg bool, args []string) {
 	w := stateOf(ts, neg)
 	was := w.user
 	o.as(ts, false, args)
-	ts.Check(ts.Exec("bash", "-c", w.shell(ts)+`countersign admin proposal approve "$(countersign admin proposal list | awk '$NF == "open" { n = $1 } END { print n }')" | grep done`))
+	ts.Check(ts.Exec("bash", "-c", w.shell(ts)+
+		`n=$(countersign admin proposal list | awk '$NF == "open" { n = $1 } END { print n }'); `+
+		`countersign admin proposal approve "$n" | grep done`))
 	w.user = was
 }
 
-// run COMMAND: the person types something that is in no document.
+// run implements "run COMMAND": the user runs a command that is in no document.
 func (o *operations) run(ts *testscript.TestScript, neg bool, args []string) {
-	w := ts.Value("walk").(*scriptState)
+	w := ts.Value("state").(*scriptState)
 	err := ts.Exec("bash", "-c", w.shell(ts)+strings.Join(args, " "))
 	if (err != nil) != neg {
 		ts.Fatalf("unexpected: %v", err)
 	}
 }
 
-// until COMMAND: waits until it ends well.
+// until implements "until COMMAND", which repeats a command until its exit status is 0, for at most
+// one minute.
 func (o *operations) until(ts *testscript.TestScript, neg bool, args []string) {
 	w := stateOf(ts, neg)
 	var out []byte
@@ -410,19 +446,20 @@ func (o *operations) until(ts *testscript.TestScript, neg bool, args []string) {
 			return
 		}
 		if time.Now().After(deadline) {
-			ts.Fatalf("it did not come to be: %v\n%s", err, out)
+			ts.Fatalf("the command fails after one minute of retries: %v\n%s", err, out)
 		}
 	}
 }
 
-// tpm starts a TPM in software, or restarts it.
+// tpm implements "tpm", which starts a software TPM (swtpm).
 func (o *operations) tpm(ts *testscript.TestScript, neg bool, _ []string) {
 	w := stateOf(ts, neg)
 	w.tpm = tpmtest.New(w.t)
 	ts.Setenv("TPM2TOOLS_TCTI", "swtpm:path="+w.tpm.Socket)
 }
 
-// receive FOLDER: takes what is posted to port 9000, as a receiver of webhooks does, and keeps it in files.
+// receive implements "receive FOLDER", which serves HTTP on port 9000 as a receiver of webhooks
+// does, and writes the newest request's headers and body to files.
 func (o *operations) receive(ts *testscript.TestScript, neg bool, args []string) {
 	w := stateOf(ts, neg)
 	l, err := net.Listen("tcp", w.address+":9000")
@@ -430,23 +467,30 @@ func (o *operations) receive(ts *testscript.TestScript, neg bool, args []string)
 	ts.Defer(func() { l.Close() })
 	go http.Serve(l, http.HandlerFunc(func(_ http.ResponseWriter, r *http.Request) {
 		body, _ := io.ReadAll(r.Body)
-		for name, text := range map[string]string{"webhook-id": r.Header.Get("Webhook-Id"), "webhook-timestamp": r.Header.Get("Webhook-Timestamp"),
-			"webhook-signature": r.Header.Get("Webhook-Signature"), "body": string(body)} {
-			os.WriteFile(filepath.Join(w.dir, args[0], name+".new"), []byte(text), 0o600)
-			os.Rename(filepath.Join(w.dir, args[0], name+".new"), filepath.Join(w.dir, args[0], name))
+		for name, text := range map[string]string{
+			"webhook-id":        r.Header.Get("Webhook-Id"),
+			"webhook-timestamp": r.Header.Get("Webhook-Timestamp"),
+			"webhook-signature": r.Header.Get("Webhook-Signature"),
+			"body":              string(body),
+		} {
+			path := filepath.Join(w.dir, args[0], name)
+			os.WriteFile(path+".new", []byte(text), 0o600)
+			os.Rename(path+".new", path)
 		}
 	}))
 }
 
-// demo: has make run serve in a copy of the repository, until the end of the script, which is by Ctrl-C.
+// demo implements "demo", which runs make run in a copy of the repository. At the end of the
+// script, SIGINT stops make run, as Ctrl-C does.
 func (o *operations) demo(ts *testscript.TestScript, neg bool, _ []string) {
 	w := stateOf(ts, neg)
 	for _, path := range []string{"Makefile", "README.md", "scripts", "examples"} {
 		ts.Check(ts.Exec("cp", "-r", filepath.Join(ts.Getenv("REPOSITORY"), path), "."))
 	}
 	ts.Check(os.Symlink(bin, w.path("bin")))
-	cmd := exec.Command("make", "-o", "build", "run") // what is built is there
-	cmd.Dir, cmd.Env = w.dir, append(os.Environ(), "LISTEN="+w.listen, "LISTEN_PUBKY="+w.address+":7701", "BACKEND=softhsm")
+	cmd := exec.Command("make", "-o", "build", "run") // the programs are built already
+	cmd.Dir = w.dir
+	cmd.Env = append(os.Environ(), "LISTEN="+w.listen, "LISTEN_PUBKY="+w.address+":7701", "BACKEND=softhsm")
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
 	var out strings.Builder
 	cmd.Stdout, cmd.Stderr = &out, &out
@@ -458,7 +502,7 @@ func (o *operations) demo(ts *testscript.TestScript, neg bool, _ []string) {
 		select {
 		case <-ended:
 			if !strings.HasSuffix(out.String(), "stopped\n") {
-				w.t.Errorf("make run has not ended well:\n%s", out.String())
+				w.t.Errorf("make run did not print stopped at its end:\n%s", out.String())
 			}
 		case <-time.After(time.Minute):
 			syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL)

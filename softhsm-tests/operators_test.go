@@ -20,7 +20,8 @@ import (
 	"golang.org/x/crypto/ssh/agent"
 )
 
-// operator is an operator of a system with an SSH agent of its own: at a socket for the CLI, and in this process.
+// operator is a person with an SSH agent. The CLI reaches the agent at a Unix socket, and the tests
+// use the agent in this process.
 type operator struct {
 	name       string
 	agent      agent.Agent
@@ -29,7 +30,7 @@ type operator struct {
 	credential approval.Credential
 }
 
-// newOperator starts an agent with a new key.
+// newOperator starts an SSH agent with a new Ed25519 key. The operator is not enrolled.
 func (s *system) newOperator(name string) *operator {
 	s.t.Helper()
 	public, private, err := ed25519.GenerateKey(rand.Reader)
@@ -40,7 +41,10 @@ func (s *system) newOperator(name string) *operator {
 	if err != nil {
 		s.t.Fatal(err)
 	}
-	p := &operator{name: name, agent: agent.NewKeyring(), socket: s.path(name + ".agent"), line: strings.TrimSpace(string(ssh.MarshalAuthorizedKey(key)))}
+	p := &operator{
+		name: name, agent: agent.NewKeyring(), socket: s.path(name + ".agent"),
+		line: strings.TrimSpace(string(ssh.MarshalAuthorizedKey(key))),
+	}
 	if err := p.agent.Add(agent.AddedKey{PrivateKey: private, Comment: name}); err != nil {
 		s.t.Fatal(err)
 	}
@@ -64,7 +68,8 @@ func (s *system) newOperator(name string) *operator {
 	return p
 }
 
-// client returns a client that signs the person in whenever that is needed, such as after a restart.
+// client returns a client of the admin API. The client signs the operator in when there is no
+// session, such as after a restart.
 func (s *system) client(p *operator) *api.Client {
 	c := api.NewClient(s.path("admin.sock"))
 	c.OnSignedOut(func(ctx context.Context) (string, error) { return s.signIn(ctx, p) })
@@ -85,7 +90,8 @@ func (s *system) signIn(ctx context.Context, p *operator) (token string, err err
 	return signedIn.Token, err
 }
 
-// enrolRoot enrols the first administrator, once. The tests run as root.
+// enrolRoot enrols the first administrator, once per system. Enrolment demands a caller with user
+// ID 0: tests that don't run as root call the CLI by sudo.
 func (s *system) enrolRoot() {
 	s.t.Helper()
 	if s.rootEnrolled {
@@ -94,9 +100,12 @@ func (s *system) enrolRoot() {
 	var out []byte
 	var err error
 	if os.Geteuid() == 0 {
-		_, err = api.NewClient(s.path("admin.sock")).EnrolFirst(s.t.Context(), api.NewOperator{Name: s.root.name, Credential: s.root.credential})
+		first := api.NewOperator{Name: s.root.name, Credential: s.root.credential}
+		_, err = api.NewClient(s.path("admin.sock")).EnrolFirst(s.t.Context(), first)
 	} else {
-		out, err = exec.Command("sudo", "-n", filepath.Join(bin, "countersign"), "admin", "--socket", s.path("admin.sock"), "operator", "first", s.root.name, "--ssh-key", s.root.line).CombinedOutput()
+		sudo := exec.Command("sudo", "-n", filepath.Join(bin, "countersign"), "admin",
+			"--socket", s.path("admin.sock"), "operator", "first", s.root.name, "--ssh-key", s.root.line)
+		out, err = sudo.CombinedOutput()
 	}
 	if err != nil {
 		s.t.Fatalf("enrol the first administrator: %v %s", err, out)
@@ -104,53 +113,68 @@ func (s *system) enrolRoot() {
 	s.rootEnrolled = true
 }
 
-// TestTwoPeople: one enrols the other, both are needed from then on, and each act has what shows it years later.
+// TestTwoPeople has the first administrator enrol a second approver and raise the quorum to two.
+// From then on a proposal needs both approvals, and the audit log alone shows the approvals of each
+// act.
 func TestTwoPeople(t *testing.T) {
 	s := newSystem(t)
 	p := s.serve()
-	if _, errOut, code := s.cliAs(&operator{name: ""}, "", "admin", "key", "list"); code != 1 || !strings.HasPrefix(errOut, "countersign: signed_out: ") {
+	_, errOut, code := s.cliAs(&operator{name: ""}, "", "admin", "key", "list")
+	if code != 1 || !strings.HasPrefix(errOut, "countersign: signed_out: ") {
 		t.Errorf("signed out: %d %s", code, errOut)
 	}
 	second, stranger := s.newOperator("second"), s.newOperator("stranger")
 	if out := s.must("admin", "login", "root"); !strings.Contains(out, "administrator,operator,auditor,approver") {
 		t.Errorf("login: %s", out)
 	}
-	if _, errOut, code := s.cliAs(stranger, "", "admin", "login", "root"); code != 1 || !strings.HasPrefix(errOut, "countersign: not_proven: ") {
+	_, errOut, code = s.cliAs(stranger, "", "admin", "login", "root")
+	if code != 1 || !strings.HasPrefix(errOut, "countersign: not_proven: ") {
 		t.Errorf("a stranger signs in as root: %d %s", code, errOut)
 	}
 	s.write("second.pub", second.line+"\n")
-	out, errOut, code := s.cli("", "admin", "operator", "add", "second", "--roles", "approver,operator", "--ssh-key", "second.pub")
-	if code != 0 || out != "proposal 1: done\n" || !strings.HasPrefix(errOut, "countersign-proposal-v1\n") || !strings.Contains(errOut, "\n  roles: operator,approver\n") {
+	out, errOut, code := s.cli("",
+		"admin", "operator", "add", "second", "--roles", "approver,operator", "--ssh-key", "second.pub")
+	if code != 0 || out != "proposal 1: done\n" || !strings.HasPrefix(errOut, "countersign-proposal-v1\n") ||
+		!strings.Contains(errOut, "\n  roles: operator,approver\n") {
 		t.Fatalf("operator add: %d %s %s", code, out, errOut)
 	}
 	s.must("admin", "approvals", "needed", "2")
 	public := strings.TrimSpace(s.must("keygen", s.path("demo.key")))
-	if out := s.must("admin", "peer", "add", "demo", public); !strings.HasPrefix(out, "proposal 3: open, 1 of 2 approvals; ") {
+	out = s.must("admin", "peer", "add", "demo", public)
+	if !strings.HasPrefix(out, "proposal 3: open, 1 of 2 approvals; ") {
 		t.Errorf("with one approval: %s", out)
 	}
 	if out := s.must("admin", "peer", "list"); strings.Contains(out, "demo") {
 		t.Errorf("one person has enrolled a peer: %s", out)
 	}
-	if _, errOut, code := s.cli("", "admin", "proposal", "approve", "3"); code != 1 || !strings.Contains(errOut, "countersign: conflict: ") && !strings.Contains(errOut, "countersign: exists: ") {
+	_, errOut, code = s.cli("", "admin", "proposal", "approve", "3")
+	if code != 1 || !strings.Contains(errOut, "countersign: conflict: ") &&
+		!strings.Contains(errOut, "countersign: exists: ") {
 		t.Errorf("the same person again: %d %s", code, errOut)
 	}
 	out, errOut, code = s.cliAs(second, "", "admin", "proposal", "approve", "3", "--json")
 	var done api.Proposal
-	if err := json.Unmarshal([]byte(out), &done); err != nil || code != 0 || done.State != "done" || len(done.Approvals) != 2 || !strings.Contains(errOut, public) {
+	err := json.Unmarshal([]byte(out), &done)
+	if err != nil || code != 0 || done.State != "done" || len(done.Approvals) != 2 ||
+		!strings.Contains(errOut, public) {
 		t.Errorf("approve: %d %s %s", code, out, errOut)
 	}
 	if out := s.must("admin", "peer", "list"); !strings.Contains(out, "demo  "+public) {
 		t.Errorf("peers: %s", out)
 	}
-	// Nobody is left who could undo it.
+	// The quorum is two: with one approver left, no proposal could be approved, not even one that
+	// enrols another approver.
 	if _, errOut, code := s.cli("", "admin", "operator", "remove", "second"); code != 1 {
 		t.Errorf("fewer approvers than are needed: %s", errOut)
 	}
-	if out, _, code := s.cliAs(second, "", "admin", "peer", "add", "other", strings.Repeat("0a", 32), "--propose-only", "--json"); code != 0 || !strings.Contains(out, `"state": "open"`) {
+	out, _, code = s.cliAs(second, "",
+		"admin", "peer", "add", "other", strings.Repeat("0a", 32), "--propose-only", "--json")
+	if code != 0 || !strings.Contains(out, `"state": "open"`) {
 		t.Errorf("propose-only: %d %s", code, out)
 	}
 	s.must("admin", "proposal", "withdraw", "4")
-	if out := s.must("admin", "proposal", "list"); !strings.Contains(out, "withdrawn") || !regexp.MustCompile(`peer add +root +\S+ +2 +done`).MatchString(out) {
+	out = s.must("admin", "proposal", "list")
+	if !strings.Contains(out, "withdrawn") || !regexp.MustCompile(`peer add +root +\S+ +2 +done`).MatchString(out) {
 		t.Errorf("proposals: %s", out)
 	}
 	if out := s.must("admin", "operator", "show", "second"); !strings.Contains(out, second.line) {
@@ -169,7 +193,8 @@ func TestTwoPeople(t *testing.T) {
 	vkey := strings.TrimSpace(s.must("admin", "audit", "key"))
 	for _, from := range [][]string{{"export"}, {"--socket", "admin.sock"}} {
 		s.must("admin", "audit", "export", "export")
-		if out := s.must(append([]string{"audit", "approvals", "--key", vkey}, from...)...); !strings.Contains(out, "second") || !strings.Contains(out, "peer add") {
+		out := s.must(append([]string{"audit", "approvals", "--key", vkey}, from...)...)
+		if !strings.Contains(out, "second") || !strings.Contains(out, "peer add") {
 			t.Errorf("audit approvals: %s", out)
 		}
 	}
@@ -177,16 +202,18 @@ func TestTwoPeople(t *testing.T) {
 	s.must("admin", "state")
 	s.must("admin", "approvals", "show")
 	p.stop()
-	p = s.serve() // which signs everybody out, and the agent in again
+	p = s.serve() // a restart ends all sessions: the CLI signs in again by the agent
 	s.must("admin", "whoami")
 	s.must("admin", "logout")
-	if _, errOut, code := s.cliAs(&operator{name: "", socket: ""}, "", "admin", "whoami"); code != 1 || !strings.HasPrefix(errOut, "countersign: signed_out: ") {
+	_, errOut, code = s.cliAs(&operator{name: "", socket: ""}, "", "admin", "whoami")
+	if code != 1 || !strings.HasPrefix(errOut, "countersign: signed_out: ") {
 		t.Errorf("after logout: %d %s", code, errOut)
 	}
 	p.stop()
 }
 
-// proposeAndApprove proposes an act as the first administrator and approves it; the act must not fail.
+// proposeAndApprove proposes an act and approves the proposal, both as the first administrator. The
+// test ends if the act fails or needs more approvals.
 func (s *system) proposeAndApprove(act, content string, parameters ...approval.Parameter) api.Proposal {
 	s.t.Helper()
 	p, err := s.admin().Propose(s.t.Context(), api.NewProposal{Act: act, Content: content, Parameters: parameters})

@@ -25,7 +25,7 @@ import (
 	"github.com/chromedp/chromedp"
 )
 
-// browser is a Chromium with a virtual authenticator, on one page.
+// browser is a Chromium with one page and a virtual WebAuthn authenticator.
 type browser struct {
 	t             testing.TB
 	ctx           context.Context
@@ -33,11 +33,13 @@ type browser struct {
 	authenticator webauthn.AuthenticatorID
 }
 
-// library is what a page of the appliance will do: it asks the API, and has the browser's passkeys answer.
+// library is the JavaScript that a page of the appliance will have: calls of the admin API, and
+// assertions by the browser's passkeys.
 const library = `
 const ask = async (method, path, body) => {
 	const headers = {"Content-Type": "application/json", "Countersign-Page": sessionStorage.page ?? ""};
-	const r = await fetch(path, {method, headers, body: body && JSON.stringify(body)}), text = await r.text(), answer = text ? JSON.parse(text) : null;
+	const r = await fetch(path, {method, headers, body: body && JSON.stringify(body)});
+	const text = await r.text(), answer = text ? JSON.parse(text) : null;
 	if (answer?.page) sessionStorage.page = answer.page;
 	return {status: r.status, type: r.headers.get("Content-Type"), body: answer};
 };
@@ -49,29 +51,37 @@ const must = async (...a) => {
 const make = async (name, change) => {
 	const o = await must("POST", "/v1/passkeys/options", {operator: name});
 	change?.(o.public_key);
-	const c = await navigator.credentials.create({publicKey: PublicKeyCredential.parseCreationOptionsFromJSON(o.public_key)});
+	const publicKey = PublicKeyCredential.parseCreationOptionsFromJSON(o.public_key);
+	const c = await navigator.credentials.create({publicKey});
 	return {challenge: o.challenge, credential: c.toJSON()};
 };
 const prove = async (options, change) => {
 	change?.(options);
-	const a = (await navigator.credentials.get({publicKey: PublicKeyCredential.parseRequestOptionsFromJSON(options)})).toJSON();
-	return {credential: a.id, assertion: {authenticator_data: a.response.authenticatorData, client_data_json: a.response.clientDataJSON, signature: a.response.signature}};
+	const publicKey = PublicKeyCredential.parseRequestOptionsFromJSON(options);
+	const {id, response} = (await navigator.credentials.get({publicKey})).toJSON();
+	const {authenticatorData, clientDataJSON, signature} = response;
+	const assertion = {authenticator_data: authenticatorData, client_data_json: clientDataJSON, signature};
+	return {credential: id, assertion};
 };
 const challenge = async (wanted, change) => {
 	const c = await must("POST", "/v1/challenges", wanted);
 	return {challenge: c.id, proof: await prove(c.public_key, change)};
 };
-const signIn = async (operator, change) => ask("POST", "/v1/sessions", await challenge({purpose: "sign-in", operator}, change));
+const signIn = async (operator, change) =>
+	ask("POST", "/v1/sessions", await challenge({purpose: "sign-in", operator}, change));
 const approve = async (id) => {
 	const p = await must("GET", "/v1/proposals/" + id);
 	const digest = new Uint8Array(await crypto.subtle.digest("SHA-256", new TextEncoder().encode(p.text)));
-	const options = {challenge: digest.toBase64({alphabet: "base64url", omitPadding: true}), rpId: location.hostname, userVerification: "required"};
+	const challenge = digest.toBase64({alphabet: "base64url", omitPadding: true});
+	const options = {challenge, rpId: location.hostname, userVerification: "required"};
 	return ask("POST", "/v1/proposals/" + id + "/approvals", {proof: await prove(options)});
 };
-const discouraged = o => Object.assign(o.authenticatorSelection ?? o, {userVerification: "discouraged", residentKey: "discouraged"});
+const discouraged = o => Object.assign(
+	o.authenticatorSelection ?? o, {userVerification: "discouraged", residentKey: "discouraged"});
 `
 
-// newBrowser starts a Chromium that takes TLS certificates with these keys for good, and no others.
+// newBrowser starts a Chromium that trusts the public keys of the given TLS certificates and no
+// certificate authority beside.
 func newBrowser(t testing.TB, keys ...*x509.Certificate) *browser {
 	t.Helper()
 	path, err := exec.LookPath("chromium")
@@ -86,12 +96,14 @@ func newBrowser(t testing.TB, keys ...*x509.Certificate) *browser {
 		pin := sha256.Sum256(c.RawSubjectPublicKeyInfo)
 		pins = append(pins, base64.StdEncoding.EncodeToString(pin[:]))
 	}
-	options := append(chromedp.DefaultExecAllocatorOptions[:], chromedp.ExecPath(path), chromedp.UserDataDir(t.TempDir()),
+	options := append(chromedp.DefaultExecAllocatorOptions[:], chromedp.ExecPath(path),
+		chromedp.UserDataDir(t.TempDir()),
 		chromedp.Flag("ignore-certificate-errors-spki-list", strings.Join(pins, ",")))
 	if os.Geteuid() == 0 {
 		options = append(options, chromedp.NoSandbox)
 	}
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(t.Context()), 3*time.Minute) // it lives until the test's cleanup
+	// The test's context ends before the cleanup, and the browser must not.
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(t.Context()), 3*time.Minute)
 	ctx, end := chromedp.NewExecAllocator(ctx, options...)
 	ctx, closeTab := chromedp.NewContext(ctx)
 	b := &browser{t: t, ctx: ctx, close: func() { closeTab(); end(); cancel() }}
@@ -99,9 +111,11 @@ func newBrowser(t testing.TB, keys ...*x509.Certificate) *browser {
 	if _, err := chromedp.Call(ctx, webauthn.Enable, webauthn.EnableParams{}); err != nil {
 		t.Fatalf("start Chromium: %v", err)
 	}
-	made, err := chromedp.Call(ctx, webauthn.AddVirtualAuthenticator, webauthn.AddVirtualAuthenticatorParams{Options: &webauthn.VirtualAuthenticatorOptions{
+	authenticator := webauthn.AddVirtualAuthenticatorParams{Options: &webauthn.VirtualAuthenticatorOptions{
 		Protocol: webauthn.AuthenticatorProtocolCtap2, Transport: webauthn.AuthenticatorTransportInternal,
-		HasResidentKey: true, HasUserVerification: true, IsUserVerified: true, AutomaticPresenceSimulation: true}})
+		HasResidentKey: true, HasUserVerification: true, IsUserVerified: true, AutomaticPresenceSimulation: true,
+	}}
+	made, err := chromedp.Call(ctx, webauthn.AddVirtualAuthenticator, authenticator)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -109,18 +123,22 @@ func newBrowser(t testing.TB, keys ...*x509.Certificate) *browser {
 	return b
 }
 
-// setUserVerified says whether the authenticator finds its user to be who he should be; admits, whether it tells the server so.
+// setUserVerified sets whether the authenticator's verification of the user succeeds.
 func (b *browser) setUserVerified(yes bool) {
 	b.t.Helper()
-	if _, err := chromedp.Call(b.ctx, webauthn.SetUserVerified, webauthn.SetUserVerifiedParams{AuthenticatorID: b.authenticator, IsUserVerified: yes}); err != nil {
+	params := webauthn.SetUserVerifiedParams{AuthenticatorID: b.authenticator, IsUserVerified: yes}
+	if _, err := chromedp.Call(b.ctx, webauthn.SetUserVerified, params); err != nil {
 		b.t.Fatal(err)
 	}
 }
 
+// setReportsVerified sets whether the authenticator sets the flag UV (user verified) in its
+// responses. With false, the flag is absent though the verification succeeds.
 func (b *browser) setReportsVerified(yes bool) {
 	b.t.Helper()
 	no := !yes
-	if _, err := chromedp.Call(b.ctx, webauthn.SetResponseOverrideBits, webauthn.SetResponseOverrideBitsParams{AuthenticatorID: b.authenticator, IsBadUV: &no}); err != nil {
+	params := webauthn.SetResponseOverrideBitsParams{AuthenticatorID: b.authenticator, IsBadUV: &no}
+	if _, err := chromedp.Call(b.ctx, webauthn.SetResponseOverrideBits, params); err != nil {
 		b.t.Fatal(err)
 	}
 }
@@ -137,7 +155,7 @@ func (b *browser) open(url string) {
 	}
 }
 
-// answer is what a page was answered.
+// answer is an HTTP response of the admin API to a page.
 type answer struct {
 	Status int
 	Type   string
@@ -152,7 +170,8 @@ func (a answer) code() string {
 	return e.Code
 }
 
-// run evaluates what comes to be a value of T. In it, each %v is an argument as JSON.
+// run evaluates JavaScript in the page and awaits its promise, whose value is decoded into T. Each
+// %v in the script stands for an argument in JSON.
 func run[T any](b *browser, script string, args ...any) (T, error) {
 	b.t.Helper()
 	for i, each := range args {
@@ -176,7 +195,8 @@ func mustRun[T any](b *browser, script string, args ...any) T {
 	return v
 }
 
-// configureHTTPS configures the HTTPS listener, beside the socket, makes its keys, and returns its address.
+// configureHTTPS configures the HTTPS listener beside the admin socket, has countersignd init
+// create the listener's keys, and returns the listener's origin, such as https://localhost:7780.
 func (s *system) configureHTTPS() (origin string) {
 	s.t.Helper()
 	l, err := net.Listen("tcp", "127.0.0.1:0") // a port that is free now
@@ -185,14 +205,15 @@ func (s *system) configureHTTPS() (origin string) {
 	}
 	l.Close()
 	_, port, _ := net.SplitHostPort(l.Addr().String())
-	s.edit("countersign.toml", `admin_socket = "admin.sock"`, "admin_socket = \"admin.sock\"\nadmin_https = \"127.0.0.1:"+port+`"`)
+	s.edit("countersign.toml", `admin_socket = "admin.sock"`,
+		"admin_socket = \"admin.sock\"\nadmin_https = \"127.0.0.1:"+port+`"`)
 	if out, code := s.daemon("init"); code != 0 {
 		s.t.Fatalf("init: %d\n%s", code, out)
 	}
 	return "https://localhost:" + port
 }
 
-// dialTLS is a connection to the HTTPS listener, whose certificate the appliance's own CA must have signed.
+// dialTLS connects to the HTTPS listener. Only a certificate of the appliance's own CA is accepted.
 func (s *system) dialTLS(origin string) *tls.Conn {
 	s.t.Helper()
 	pool := x509.NewCertPool()
@@ -204,7 +225,7 @@ func (s *system) dialTLS(origin string) *tls.Conn {
 	return conn
 }
 
-// serverCertificate is what the HTTPS listener shows.
+// serverCertificate fetches the certificate of the HTTPS listener.
 func (s *system) serverCertificate(origin string) *x509.Certificate {
 	s.t.Helper()
 	conn := s.dialTLS(origin)
@@ -212,7 +233,7 @@ func (s *system) serverCertificate(origin string) *x509.Certificate {
 	return conn.ConnectionState().PeerCertificates[0]
 }
 
-// caCertificate is the appliance's own CA.
+// caCertificate fetches the certificate of the appliance's own CA, in PEM.
 func (s *system) caCertificate() []byte {
 	s.t.Helper()
 	st, err := s.admin().TLS(s.t.Context())
@@ -222,13 +243,14 @@ func (s *system) caCertificate() []byte {
 	return []byte(st.CA)
 }
 
-// TestPasskey has a browser make a passkey, and do with it all that an operator does by hand: sign in, approve, confirm.
+// TestPasskey has a browser create a passkey, sign in, approve a proposal and confirm presence with
+// the passkey. A page of another origin can do nothing of this.
 func TestPasskey(t *testing.T) {
 	s := newSystem(t)
 	origin := s.configureHTTPS()
 	p := s.serve()
 	s.enrol()
-	var shown atomic.Value // what the browser shows to another origin of the same host
+	var shown atomic.Value // the Cookie header that the browser sends to another origin of the same host
 	foreign := httptest.NewTLSServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		shown.Store(r.Header.Get("Cookie"))
 		w.Write([]byte("<p>elsewhere"))
@@ -236,76 +258,87 @@ func TestPasskey(t *testing.T) {
 	t.Cleanup(foreign.Close)
 	b := newBrowser(t, s.serverCertificate(origin), foreign.Certificate())
 	_, port, _ := net.SplitHostPort(foreign.Listener.Addr().String())
-	elsewhere := "https://localhost:" + port // of the same relying party, since that knows no ports
+	elsewhere := "https://localhost:" + port // the same relying party, since an RP ID has no port
 
 	b.open(origin + "/v1/health/alive")
 
-	// A passkey, which an administrator gives to a new operator.
+	// The browser creates a passkey, and an administrator enrols an operator with the passkey.
 	b.setReportsVerified(false)
-	if a := mustRun[answer](b, `make("alice", discouraged).then(r => ask("POST", "/v1/passkeys", r))`); a.Status != 401 || a.code() != "not_proven" {
+	a := mustRun[answer](b, `make("alice", discouraged).then(r => ask("POST", "/v1/passkeys", r))`)
+	if a.Status != 401 || a.code() != "not_proven" {
 		t.Errorf("a passkey whose user was not verified: %v", a)
 	}
 	b.setReportsVerified(true)
 	b.setUserVerified(false)
 	if _, err := run[answer](b, `make("alice")`); err == nil || !strings.Contains(err.Error(), "NotAllowedError") {
-		t.Errorf("the options let an authenticator do without verification: %v", err)
+		t.Errorf("the options allow an authenticator to leave out the verification: %v", err)
 	}
 	b.setUserVerified(true)
 	made := mustRun[json.RawMessage](b, `make("alice")`)
 	var credential approval.Credential
-	if a := mustRun[answer](b, `ask("POST", "/v1/passkeys", %v)`, made); a.Status != 200 || json.Unmarshal(a.Body, &credential) != nil || credential.Check() != nil {
+	a = mustRun[answer](b, `ask("POST", "/v1/passkeys", %v)`, made)
+	if a.Status != 200 || json.Unmarshal(a.Body, &credential) != nil || credential.Check() != nil {
 		t.Fatalf("%v", a)
 	}
 	if a := mustRun[answer](b, `signIn("alice")`); a.code() != "not_proven" {
-		t.Errorf("a sign-in by a passkey that nobody has: %v", a)
+		t.Errorf("a sign-in by a passkey that no operator has: %v", a)
 	}
 	text, err := json.Marshal(credential)
 	if err != nil {
 		t.Fatal(err)
 	}
-	s.proposeAndApprove("operator add", "", approval.Parameter{Name: "name", Value: "alice"}, approval.Parameter{Name: "roles", Value: "operator,approver"}, approval.Parameter{Name: "credential", Value: string(text)})
+	s.proposeAndApprove("operator add", "",
+		approval.Parameter{Name: "name", Value: "alice"},
+		approval.Parameter{Name: "roles", Value: "operator,approver"},
+		approval.Parameter{Name: "credential", Value: string(text)})
 
-	// She signs in. The page never has the token.
+	// Alice signs in. The session is in a cookie, and the page never sees the token.
 	b.setUserVerified(false)
 	if a := mustRun[answer](b, `signIn("alice", discouraged)`); a.code() != "not_proven" {
 		t.Errorf("a sign-in without verification: %v", a)
 	}
 	b.setUserVerified(true)
-	if a := mustRun[answer](b, `ask("GET", "/v1/me")`); a.code() != "signed_out" || a.Type != "application/problem+json" {
+	a = mustRun[answer](b, `ask("GET", "/v1/me")`)
+	if a.code() != "signed_out" || a.Type != "application/problem+json" {
 		t.Errorf("signed out: %v", a)
 	}
-	a := mustRun[answer](b, `signIn("alice")`)
+	a = mustRun[answer](b, `signIn("alice")`)
 	var in api.SignedIn
 	if json.Unmarshal(a.Body, &in); a.Status != 201 || in.Operator != "alice" || in.Credential != credential.ID {
 		t.Fatalf("sign in: %v", a)
 	}
 	if in.Token != "" {
-		t.Error("a page is told the token")
+		t.Error("the answer to a page has the token")
 	}
 	if cookies := mustRun[string](b, `document.cookie`); cookies != "" {
 		t.Errorf("a page can read the cookie: %q", cookies)
 	}
-	if a := mustRun[answer](b, `ask("GET", "/v1/me")`); a.Status != 200 || !strings.Contains(string(a.Body), `"name":"alice"`) {
+	a = mustRun[answer](b, `ask("GET", "/v1/me")`)
+	if a.Status != 200 || !strings.Contains(string(a.Body), `"name":"alice"`) {
 		t.Errorf("me: %v", a)
 	}
 
-	// She approves.
-	proposal, err := s.admin().Propose(t.Context(), api.NewProposal{Act: "peer add", Parameters: []approval.Parameter{{Name: "name", Value: "shop"}, {Name: "public_key", Value: strings.Repeat("ab", 32)}}})
+	// Alice approves.
+	proposal, err := s.admin().Propose(t.Context(), api.NewProposal{Act: "peer add", Parameters: []approval.Parameter{
+		{Name: "name", Value: "shop"}, {Name: "public_key", Value: strings.Repeat("ab", 32)},
+	}})
 	if err != nil {
 		t.Fatal(err)
 	}
-	if a := mustRun[answer](b, `approve(%v)`, proposal.ID); a.Status != 200 || !strings.Contains(string(a.Body), `"state":"done"`) {
+	a = mustRun[answer](b, `approve(%v)`, proposal.ID)
+	if a.Status != 200 || !strings.Contains(string(a.Body), `"state":"done"`) {
 		t.Errorf("approve: %v", a)
 	}
 	if a := mustRun[answer](b, `approve(%v)`, proposal.ID); a.code() != "conflict" {
 		t.Errorf("approve once more: %v", a)
 	}
 
-	// She confirms that a key may sign.
+	// Alice confirms her presence, without which the key may not sign.
 	if a := mustRun[answer](b, `ask("PATCH", "/v1/keys/payments/line", {presence: 300})`); a.Status != 200 {
 		t.Fatalf("%v", a)
 	}
-	const confirm = `challenge({purpose: "presence", key: "payments"}).then(c => ask("POST", "/v1/keys/payments/confirm", c))`
+	const confirm = `challenge({purpose: "presence", key: "payments"})
+		.then(c => ask("POST", "/v1/keys/payments/confirm", c))`
 	if a := mustRun[answer](b, confirm); a.Status != 200 || !strings.Contains(string(a.Body), `"until":`) {
 		t.Errorf("confirm: %v", a)
 	}
@@ -313,7 +346,9 @@ func TestPasskey(t *testing.T) {
 		t.Errorf("%+v, %v", line, err)
 	}
 
-	// A page of another origin: it can ask neither the API nor the passkey, though the browser lets it do the latter.
+	// A page of another origin can neither read the API nor use the passkey. The browser does give
+	// an assertion to the page, since the relying party is the same; the server refuses the
+	// assertion.
 	challenge := mustRun[api.Challenge](b, `must("POST", "/v1/challenges", {purpose: "sign-in", operator: "alice"})`)
 	b.open(elsewhere)
 	if _, err := run[answer](b, `fetch(%v)`, origin+"/v1/me"); err == nil {
@@ -322,28 +357,33 @@ func TestPasskey(t *testing.T) {
 	cookie, _ := shown.Load().(string)
 	name, half, _ := strings.Cut(cookie, "=")
 	if name != "__Host-countersign" {
-		t.Errorf("the browser shows %q: the test proves nothing", cookie)
+		t.Errorf("the browser sends the cookie %q: the test proves nothing", cookie)
 	}
 	stolen, err := api.NewHTTPSClient(origin, s.caCertificate())
 	if err != nil {
 		t.Fatal(err)
 	}
 	if _, err := stolen.WithToken(half).Me(t.Context()); err == nil {
-		t.Error("the cookie, which the browser shows to any port of the host, is a token")
+		t.Error("the cookie, which the browser sends to any port of the host, is a token")
 	}
-	if _, err := run[string](b, `fetch(%v, {method: "POST", mode: "no-cors", credentials: "include", headers: {"Content-Type": "text/plain"}, body: '{"reason":"mine"}'}).then(r => r.type)`, origin+"/v1/lock"); err != nil {
-		t.Error(err) // which says nothing of what came of it
+	const lock = `fetch(%v, {
+		method: "POST", mode: "no-cors", credentials: "include",
+		headers: {"Content-Type": "text/plain"}, body: '{"reason":"mine"}',
+	}).then(r => r.type)`
+	if _, err := run[string](b, lock, origin+"/v1/lock"); err != nil {
+		t.Error(err) // the request was not sent; the check of its effect is below
 	}
 	proof := mustRun[approval.Proof](b, `prove(%v)`, challenge.PublicKey)
 	b.open(origin + "/v1/health/alive")
 	if h, err := s.admin().Health(t.Context()); err != nil || h.Locked {
 		t.Errorf("another origin locks the appliance: %+v, %v", h, err)
 	}
-	if a := mustRun[answer](b, `ask("POST", "/v1/sessions", %v)`, api.Proven{Challenge: challenge.ID, Proof: proof}); a.code() != "not_proven" {
-		t.Errorf("another origin asks the passkey: %v", a)
+	a = mustRun[answer](b, `ask("POST", "/v1/sessions", %v)`, api.Proven{Challenge: challenge.ID, Proof: proof})
+	if a.code() != "not_proven" {
+		t.Errorf("a sign-in by an assertion for another origin: %v", a)
 	}
 
-	// She signs out.
+	// Alice signs out.
 	if a := mustRun[answer](b, `ask("DELETE", "/v1/sessions/current")`); a.Status != 204 {
 		t.Errorf("sign out: %v", a)
 	}
@@ -351,7 +391,7 @@ func TestPasskey(t *testing.T) {
 		t.Errorf("signed out: %v", a)
 	}
 
-	// An auditor sees what the passkey has approved.
+	// An auditor finds the passkey's approval in the exported log.
 	s.must("admin", "audit", "export", "log")
 	var report struct {
 		Valid     bool
@@ -366,11 +406,12 @@ func TestPasskey(t *testing.T) {
 	}
 	found := false
 	for _, each := range report.Proposals {
-		found = found || each.ID == proposal.ID && len(each.Approvals) == 1 && each.Approvals[0].Operator == "alice" && each.Approvals[0].Credential == credential.ID
+		found = found || each.ID == proposal.ID && len(each.Approvals) == 1 &&
+			each.Approvals[0].Operator == "alice" && each.Approvals[0].Credential == credential.ID
 	}
 	if !found {
-		t.Errorf("it was not alice's passkey that approved of proposal %d: %s", proposal.ID, out)
+		t.Errorf("the log has no approval of proposal %d by alice's passkey: %s", proposal.ID, out)
 	}
-	b.close() // a browser opens connections ahead of need, for which the daemon would wait 5 s
+	b.close() // a browser opens spare connections, for which a stop of the daemon would wait 5 s
 	p.stop()
 }
