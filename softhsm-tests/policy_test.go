@@ -3,7 +3,6 @@ package softhsmtests
 import (
 	"bytes"
 	"context"
-	"countersign/admin/api"
 	"encoding/binary"
 	"encoding/json"
 	"errors"
@@ -14,20 +13,23 @@ import (
 	"sync"
 	"testing"
 
+	"countersign/admin/api"
 	"countersign/client"
 
 	"go.etcd.io/bbolt"
 )
 
+// threeADay has its rules in the lines 2 and 5, which TestPolicyCommands looks for.
 const threeADay = `// For tests; three a day.
 @id("three")
 permit (principal == Peer::"demo", action == Action::"sign", resource == Key::"payments")
 when { context.used.peer.day.signatures <= 3 };
-@id("no-login") forbid (principal, action, resource) when { context has message_context && context.message_context == "login" };
+@id("no-login") forbid (principal, action, resource)
+when { context has message_context && context.message_context == "login" };
 `
 
-// TestPolicyCommands walks through what an operator does with policies: sees what was decided and why, tries a change, puts it
-// in force, and has all of it checked on another machine.
+// TestPolicyCommands runs the policy commands of an operator: explain a decision, try out a change,
+// activate the change, and verify exported decisions on another machine.
 func TestPolicyCommands(t *testing.T) {
 	s := newSystem(t)
 	s.write("policy.cedar", threeADay)
@@ -42,7 +44,8 @@ func TestPolicyCommands(t *testing.T) {
 		}
 		signed = append(signed, got.Event)
 	}
-	for _, d := range []client.Document{message("four"), {Type: "message-v1", Payload: []byte(`{"context":"login","message":"AA"}`)}} {
+	login := client.Document{Type: "message-v1", Payload: []byte(`{"context":"login","message":"AA"}`)}
+	for _, d := range []client.Document{message("four"), login} {
 		var refusal *client.Error
 		if _, err := c.Sign(t.Context(), "payments", d); !errors.As(err, &refusal) || refusal.Code != "denied" {
 			t.Fatal(err)
@@ -74,7 +77,8 @@ func TestPolicyCommands(t *testing.T) {
 		}
 	}
 
-	says(s.must("policy", "explain", number(signed[2])), "by line 2", `"demo"`, "used.peer.day", "3 signatures", "replayed", "the same in the audit log")
+	says(s.must("policy", "explain", number(signed[2])),
+		"by line 2", `"demo"`, "used.peer.day", "3 signatures", "replayed", "the same in the audit log")
 	says(s.must("policy", "explain", number(denied[0])), "no rule permits it", "4 signatures")
 	says(s.must("policy", "explain", number(denied[1])), "by line 5", "login")
 	var why struct {
@@ -85,10 +89,12 @@ func TestPolicyCommands(t *testing.T) {
 		}
 		Replayed bool
 	}
-	if err := json.Unmarshal([]byte(s.must("policy", "explain", "--json", number(denied[1]))), &why); err != nil || why.Record.Allowed || len(why.Rules) != 1 || why.Rules[0].ID != "no-login" || !why.Replayed {
+	err := json.Unmarshal([]byte(s.must("policy", "explain", "--json", number(denied[1]))), &why)
+	if err != nil || why.Record.Allowed || len(why.Rules) != 1 || why.Rules[0].ID != "no-login" || !why.Replayed {
 		t.Errorf("%+v, %v", why, err)
 	}
-	fails(1, "policy explain "+number(signed[0]), "policy", "explain", number(signed[0]+1)) // one of them is an outcome
+	// The next event is an outcome: the error text names the event of the admission.
+	fails(1, "policy explain "+number(signed[0]), "policy", "explain", number(signed[0]+1))
 	fails(1, "has no decision: policy was not asked", "policy", "explain", "1")
 	fails(1, "there is no event 100000", "policy", "explain", "100000")
 	fails(2, "is not the number of an event", "policy", "explain", "first")
@@ -96,7 +102,7 @@ func TestPolicyCommands(t *testing.T) {
 	fails(1, "no such file", "policy", "check", "none.cedar")
 	fails(3, "none.sock", "policy", "explain", "1", "--socket", "none.sock")
 
-	// What would change.
+	// A change of the policy is tried out: policy diff replays the recorded decisions.
 	s.write("stricter.cedar", strings.Replace(threeADay, "<= 3", "<= 1", 1))
 	s.write("looser.cedar", strings.Replace(threeADay, "<= 3", "<= 4", 1))
 	s.write("broken.cedar", strings.Replace(threeADay, "signatures <=", "signatrues <=", 1))
@@ -109,7 +115,8 @@ func TestPolicyCommands(t *testing.T) {
 				Was, Is string
 			}
 		}
-		if err := json.Unmarshal([]byte(s.must(append([]string{"policy", "diff", "--json"}, args...)...)), &diff); err != nil || diff.Decisions != 5 {
+		out := s.must(append([]string{"policy", "diff", "--json"}, args...)...)
+		if err := json.Unmarshal([]byte(out), &diff); err != nil || diff.Decisions != 5 {
 			t.Fatalf("%+v, %v", diff, err)
 		}
 		for _, c := range diff.Changes {
@@ -126,21 +133,24 @@ func TestPolicyCommands(t *testing.T) {
 	same(changes("policy.cedar"), nil)
 	same(changes("stricter.cedar"), signed[1:])
 	same(changes("looser.cedar", "--since", "1h"), denied[:1])
-	says(s.must("policy", "diff", "stricter.cedar", "--since", "30d"), "5 decisions replayed, 2 would change", "no rule permits it")
+	says(s.must("policy", "diff", "stricter.cedar", "--since", "30d"),
+		"5 decisions replayed, 2 would change", "no rule permits it")
 	fails(1, "broken.cedar:2: ", "policy", "diff", "broken.cedar")
 	fails(1, "broken.cedar:2: ", "policy", "check", "broken.cedar")
 	says(s.must("policy", "check", "looser.cedar"), "2 rules")
 	says(s.must("policy", "schema"), "message_context?: String")
-	s.write("cases.csv", "name,expect,peer,key,used.peer.day.signatures\nthree,allow,demo,payments,3\nfour,deny,demo,payments,4\n")
+	s.write("cases.csv", "name,expect,peer,key,used.peer.day.signatures\n"+
+		"three,allow,demo,payments,3\nfour,deny,demo,payments,4\n")
 	says(s.must("policy", "test", "policy.cedar", "cases.csv"), "2 cases, 0 wrong", "line 2 three")
 	fails(1, "1 of 2 are wrong", "policy", "test", "looser.cedar", "cases.csv")
 	s.write("cases.csv", "name,expect,peer,key\nthree,maybe,demo,payments\n")
 	fails(1, "cases.csv:2: expect is allow or deny", "policy", "test", "looser.cedar", "cases.csv")
 
-	// On another machine: a file, and no socket.
+	// Another machine has a file of exported decisions and no admin socket.
 	s.write("records", s.must("policy", "export"))
 	elsewhere := []string{"--records", "records", "--socket", "none.sock"}
-	says(s.must(append([]string{"policy", "explain", number(denied[1])}, elsewhere...)...), "by line 5", "metadata.inputs")
+	says(s.must(append([]string{"policy", "explain", number(denied[1])}, elsewhere...)...),
+		"by line 5", "metadata.inputs")
 	same(changes(append([]string{"stricter.cedar"}, elsewhere...)...), signed[1:])
 	s.write("other", `{"cases":[]}`)
 	fails(1, "other: it is not what policy export writes", "policy", "diff", "policy.cedar", "--records", "other")
@@ -164,7 +174,7 @@ func TestPolicyCommands(t *testing.T) {
 		}
 	}
 
-	// Put in force.
+	// The policy is activated.
 	fails(1, "in force already, as version 1", "admin", "policy", "reload")
 	says(s.must("admin", "policy", "list"), "VERSION", "1 ")
 	s.write("policy.cedar", strings.Replace(threeADay, "signatures <=", "signatrues <=", 1))
@@ -187,11 +197,12 @@ func TestPolicyCommands(t *testing.T) {
 	fails(1, "policy version", "admin", "policy", "show", "3")
 	fails(2, "is not a version", "admin", "policy", "show", "last")
 	activated := slices.DeleteFunc(s.events()[before:], func(e api.Event) bool { return e.Type != "PolicyChanged" })
-	if len(activated) != 1 || activated[0].Metadata["version"] != "2" || activated[0].Actor.Name != "root" || activated[0].Actor.Proposal == 0 {
+	if len(activated) != 1 || activated[0].Metadata["version"] != "2" || activated[0].Actor.Name != "root" ||
+		activated[0].Actor.Proposal == 0 {
 		t.Errorf("%+v", activated)
 	}
 
-	// Somebody who has the disk changes what was decided about.
+	// An attacker with access to the disk changes an input of a recorded decision.
 	p.stop()
 	db, err := bbolt.Open(s.path("ledger.db"), 0o600, nil)
 	if err != nil {
@@ -211,7 +222,8 @@ func TestPolicyCommands(t *testing.T) {
 	says(s.must("policy", "explain", number(signed[1])), "the same in the audit log")
 }
 
-// TestPolicyChangesUnderLoad: each event has the hash of the policy that decided, and every decision comes out again.
+// TestPolicyChangesUnderLoad activates 20 policies while a peer sends sign requests. Each event has
+// the hash of the policy that decided, and a replay of every decision has the recorded result.
 func TestPolicyChangesUnderLoad(t *testing.T) {
 	s := newSystem(t)
 	s.write("policy.cedar", threeADay)
@@ -222,7 +234,7 @@ func TestPolicyChangesUnderLoad(t *testing.T) {
 	var asking sync.WaitGroup
 	for i := range 4 {
 		asking.Go(func() {
-			for n := 0; ctx.Err() == nil; n++ { // and each has its answer
+			for n := 0; ctx.Err() == nil; n++ { // each request outlives ctx, so that its answer comes
 				c.Sign(t.Context(), "payments", message(fmt.Sprintf("%08d", i*1_000_000+n)))
 			}
 		})
@@ -263,7 +275,8 @@ func TestPolicyChangesUnderLoad(t *testing.T) {
 	if len(hashes) != 0 {
 		t.Errorf("%d decisions are missing", len(hashes))
 	}
-	if out := s.must("policy", "diff", "policy.cedar"); !strings.Contains(out, "decisions replayed") { // it replays each
+	// policy diff fails if the replay of a decision differs from the record.
+	if out := s.must("policy", "diff", "policy.cedar"); !strings.Contains(out, "decisions replayed") {
 		t.Errorf("%s", out)
 	}
 }

@@ -11,7 +11,7 @@ import (
 	"countersign/tpm/tpmtest"
 )
 
-// copyLedger and restoreLedger are what a snapshot of the disk does.
+// copyLedger reads the ledger's file, as a snapshot of the disk would.
 func (s *system) copyLedger() []byte {
 	s.t.Helper()
 	b, err := os.ReadFile(s.path("ledger.db"))
@@ -21,6 +21,7 @@ func (s *system) copyLedger() []byte {
 	return b
 }
 
+// restoreLedger replaces the ledger's file by a copy.
 func (s *system) restoreLedger(b []byte) {
 	s.t.Helper()
 	if err := os.WriteFile(s.path("ledger.db"), b, 0o600); err != nil {
@@ -28,6 +29,7 @@ func (s *system) restoreLedger(b []byte) {
 	}
 }
 
+// code returns the code of a refusal, such as "unavailable", or "" if err is none.
 func code(err error) string {
 	var refusal *client.Error
 	if !errors.As(err, &refusal) {
@@ -36,8 +38,9 @@ func code(err error) string {
 	return refusal.Code
 }
 
-// TestRollback puts an older copy of the ledger in its place: nothing is signed, over restarts too, until an operator
-// accepts that, with a reason that is written down; then a spent nonce of after the copy is fresh again, which is why.
+// TestRollback replaces the ledger by an older copy. The appliance then signs nothing, across
+// restarts too, until an operator accepts the rollback with a reason, which an event records. The
+// danger of a rollback is that a nonce spent after the copy is fresh again.
 func TestRollback(t *testing.T) {
 	e := tpmtest.New(t)
 	s := newTPMSystem(t, e, "")
@@ -52,12 +55,13 @@ func TestRollback(t *testing.T) {
 	}
 	p.stop()
 	s.restoreLedger(older)
-	for range 2 { // it is latched
+	for range 2 { // the detection is durable: a restart does not clear the state
 		p = s.serve()
 		c := s.dial()
 		for _, d := range []client.Document{d, message("BBBB")} {
-			if _, err := c.Sign(t.Context(), "payments", d); code(err) != "unavailable" || strings.Contains(err.Error(), "TPM") {
-				t.Errorf("signed by a ledger that was set back: %v", err)
+			_, err := c.Sign(t.Context(), "payments", d)
+			if code(err) != "unavailable" || strings.Contains(err.Error(), "TPM") {
+				t.Errorf("a signature after a rollback of the ledger: %v", err)
 			}
 		}
 		if out := s.must("admin", "rollback", "show"); !strings.Contains(out, "an older copy") {
@@ -66,9 +70,13 @@ func TestRollback(t *testing.T) {
 		p.stop()
 	}
 	p = s.serve()
-	for _, args := range [][]string{{"key", "create", "invoices"}, {"peer", "add", "other", strings.Repeat("0a", 32)}, {"policy", "reload"}} { // nothing is widened meanwhile
+	// Acts that extend permissions are refused in this state.
+	for _, args := range [][]string{
+		{"key", "create", "invoices"}, {"peer", "add", "other", strings.Repeat("0a", 32)}, {"policy", "reload"},
+	} {
 		s.write("policy.cedar", "permit (principal, action, resource);")
-		if _, errOut, exit := s.cli("", append([]string{"admin"}, args...)...); exit != 1 || !strings.HasPrefix(errOut, "countersign: rolled_back: ") {
+		_, errOut, exit := s.cli("", append([]string{"admin"}, args...)...)
+		if exit != 1 || !strings.HasPrefix(errOut, "countersign: rolled_back: ") {
 			t.Errorf("%v: %d %s", args, exit, errOut)
 		}
 	}
@@ -87,15 +95,15 @@ func TestRollback(t *testing.T) {
 		case "RollbackAccepted":
 			accepted++
 			if ev.Metadata["reason"] != "disk replaced, copy of monday" || ev.Actor.Kind != "operator" {
-				t.Errorf("the act is not written down: %+v", ev)
+				t.Errorf("the event has not the reason or the operator: %+v", ev)
 			}
 		}
 	}
 	if detected != 1 || accepted != 1 {
-		t.Errorf("%d events that it was detected, %d that it was accepted", detected, accepted)
+		t.Errorf("%d events RollbackDetected, %d events RollbackAccepted, want 1 and 1", detected, accepted)
 	}
 	p.stop()
-	p = s.serve() // and that is the end of it
+	p = s.serve() // a restart does not detect the accepted rollback again
 	if _, err := s.dial().Sign(t.Context(), "payments", message("DDDD")); err != nil {
 		t.Errorf("after a restart: %v", err)
 	}
@@ -105,8 +113,8 @@ func TestRollback(t *testing.T) {
 	p.stop()
 }
 
-// TestCounterRises: while it serves, so that a copy of a short time ago is noticed too; and killing the daemon at any moment is
-// no rollback.
+// TestCounterRises has the daemon increment the TPM's monotonic counter while it serves, so that a
+// recent copy of the ledger is detected too. A kill of the daemon at any moment is no rollback.
 func TestCounterRises(t *testing.T) {
 	e := tpmtest.New(t)
 	s := newTPMSystem(t, e, "")
@@ -116,7 +124,7 @@ func TestCounterRises(t *testing.T) {
 	if _, err := s.dial().Sign(t.Context(), "payments", message("AAAA")); err != nil {
 		t.Fatal(err)
 	}
-	older := s.copyLedger() // of a running daemon, as a snapshot would be
+	older := s.copyLedger() // the daemon is running, as when a disk is snapshotted
 	c := s.dial()
 	sign := func() {
 		t.Helper()
@@ -125,7 +133,7 @@ func TestCounterRises(t *testing.T) {
 		}
 	}
 	before := e.Counter(t)
-	eventually(t, "the counter has risen twice", func() bool { sign(); return e.Counter(t) >= before+2 })
+	eventually(t, "two increments of the counter", func() bool { sign(); return e.Counter(t) >= before+2 })
 	for range 5 {
 		p.kill()
 		p = s.serve()
@@ -136,12 +144,14 @@ func TestCounterRises(t *testing.T) {
 	s.restoreLedger(older)
 	p = s.serve()
 	if _, err := s.dial().Sign(t.Context(), "payments", message("CCCC")); code(err) != "unavailable" {
-		t.Errorf("signed by a ledger that was set back: %v", err)
+		t.Errorf("a signature after a rollback of the ledger: %v", err)
 	}
 	p.stop()
 }
 
-// TestAnotherCounter: a ledger that is bound to none, a counter that is gone, and one that was set back are noticed too.
+// TestAnotherCounter changes the counter or the ledger's binding to the counter. The counter is set
+// back, the counter's NV index is undefined, the binding is removed from the configuration, and the
+// configuration binds a ledger that has no binding. Each change is detected.
 func TestAnotherCounter(t *testing.T) {
 	e := tpmtest.New(t)
 	s := newTPMSystem(t, e, "")
@@ -152,7 +162,7 @@ func TestAnotherCounter(t *testing.T) {
 	p = s.serve()
 	p.stop()
 	e.Stop()
-	e.SetState(t, state) // a snapshot of the machine, its TPM in software included, but not of the ledger's disk
+	e.SetState(t, state) // a snapshot of the machine and its software TPM, but not of the ledger's disk
 	e.Start()
 	refused := func(what, reason string) {
 		t.Helper()
@@ -176,14 +186,21 @@ func TestAnotherCounter(t *testing.T) {
 	refused("the binding was taken out of the configuration", "has no rollback_token")
 	s.edit("countersign.toml", "rollback_token = \"none\"\n", "")
 	refused("the ledger is bound to none", "countersignd init")
-	_ = fmt.Sprint
 }
 
-// TestCounterAway: without its counter's TPM a ledger does not admit, and does so as soon as the TPM is back.
+// TestCounterAway starts the daemon without the TPM of the counter. The ledger admits nothing until
+// the TPM is back, and needs no restart then.
 func TestCounterAway(t *testing.T) {
 	e := tpmtest.New(t)
 	s := newSystem(t) // keys in an HSM, the counter in a TPM
-	s.edit("countersign.toml", "[tokens.main]", fmt.Sprintf("noise_token = \"main\"\n\n[tokens.anchor]\ntpm = %q\nstate = \"anchor\"\ndeadline = \"500ms\"\n\n[tokens.main]", e.Socket))
+	s.edit("countersign.toml", "[tokens.main]", fmt.Sprintf(`noise_token = "main"
+
+[tokens.anchor]
+tpm = %q
+state = "anchor"
+deadline = "500ms"
+
+[tokens.main]`, e.Socket))
 	if out, exit := s.daemon("init"); exit != 0 {
 		t.Fatalf("init: %d\n%s", exit, out)
 	}
@@ -196,10 +213,13 @@ func TestCounterAway(t *testing.T) {
 	p = s.serve()
 	c := s.dial()
 	if _, err := c.Sign(t.Context(), "payments", message("AAAA")); code(err) != "unavailable" {
-		t.Errorf("signed without having looked at the counter: %v", err)
+		t.Errorf("a signature without a look at the counter: %v", err)
 	}
 	e.Start()
-	eventually(t, "it signs", func() bool { _, err := c.Sign(t.Context(), "payments", message("AAAA")); return err == nil })
+	eventually(t, "a signature", func() bool {
+		_, err := c.Sign(t.Context(), "payments", message("AAAA"))
+		return err == nil
+	})
 	p.stop()
 	older := s.copyLedger()
 	p = s.serve()
@@ -207,7 +227,7 @@ func TestCounterAway(t *testing.T) {
 	s.restoreLedger(older)
 	p = s.serve()
 	if _, err := s.dial().Sign(t.Context(), "payments", message("AAAA")); code(err) != "unavailable" {
-		t.Errorf("signed by a ledger that was set back: %v", err)
+		t.Errorf("a signature after a rollback of the ledger: %v", err)
 	}
 	p.stop()
 }

@@ -18,7 +18,8 @@ import (
 	"github.com/miekg/pkcs11"
 )
 
-// pinnedLine is the line of a key from its first version on, as the appliance says it.
+// pinnedLine fetches the line of a key for a peer to pin: the first version and its commitment to
+// the second one.
 func (s *system) pinnedLine(key string) client.KeyLine {
 	s.t.Helper()
 	keys, err := s.dial().Keys(s.t.Context())
@@ -34,7 +35,7 @@ func (s *system) pinnedLine(key string) client.KeyLine {
 	return client.KeyLine{}
 }
 
-// verifyLine checks the whole line from its first key and returns where it leads to.
+// verifyLine verifies all successions after a pinned line and returns the line's last version.
 func (s *system) verifyLine(first client.KeyLine) client.KeyLine {
 	s.t.Helper()
 	steps, err := s.dial().Line(s.t.Context(), first.Key, first.Version)
@@ -48,11 +49,12 @@ func (s *system) verifyLine(first client.KeyLine) client.KeyLine {
 	return last
 }
 
-// tokenKeys lists the private keys of the appliance that a token has, as name/version.
+// tokenKeys lists the appliance's private keys on the token, such as payments/1.
 func (s *system) tokenKeys() (labels []string) {
 	s.t.Helper()
 	s.useToken(func(m *pkcs11.Ctx, h pkcs11.SessionHandle) {
-		if err := m.FindObjectsInit(h, []*pkcs11.Attribute{pkcs11.NewAttribute(pkcs11.CKA_CLASS, pkcs11.CKO_PRIVATE_KEY)}); err != nil {
+		private := []*pkcs11.Attribute{pkcs11.NewAttribute(pkcs11.CKA_CLASS, pkcs11.CKO_PRIVATE_KEY)}
+		if err := m.FindObjectsInit(h, private); err != nil {
 			s.t.Fatal(err)
 		}
 		objects, _, err := m.FindObjects(h, 1000)
@@ -74,8 +76,9 @@ func (s *system) tokenKeys() (labels []string) {
 	return labels
 }
 
-// TestKilledDuringRotation kills the daemon at random moments of rotations. Afterwards the line holds from its first key on, one version
-// signs, what was confirmed is there, and the token has no key that the ledger doesn't know.
+// TestKilledDuringRotation kills the daemon at random moments of rotations. Afterwards the line
+// verifies from its first version on, one version is active, every confirmed rotation is kept, and
+// the token has exactly the keys of the ledger.
 func TestKilledDuringRotation(t *testing.T) {
 	s := newSystem(t)
 	p := s.serve()
@@ -103,7 +106,7 @@ func TestKilledDuringRotation(t *testing.T) {
 				k, err := s.admin().RotateKey(ctx, name, api.Rotate{Now: true})
 				if err != nil {
 					if name == "noise" && strings.Contains(err.Error(), "answer handshakes") {
-						continue // enough of them answer already
+						continue // the limit of listener keys that answer handshakes is reached
 					}
 					return
 				}
@@ -131,7 +134,8 @@ func TestKilledDuringRotation(t *testing.T) {
 		}
 		for name, version := range confirmed {
 			if active[name] < version {
-				t.Fatalf("round %d: version %d of %s was confirmed, version %d is active", round, version, name, active[name])
+				t.Fatalf("round %d: version %d of %s was confirmed, version %d is active",
+					round, version, name, active[name])
 			}
 			confirmed[name] = active[name]
 		}
@@ -140,7 +144,8 @@ func TestKilledDuringRotation(t *testing.T) {
 		if err != nil {
 			t.Fatalf("round %d: %v", round, err)
 		}
-		if signed.Version != last.Version && signed.Version != last.Version-1 { // one that is announced may be in the line already
+		// The line may already have the successor of the active version, which is announced then.
+		if signed.Version != last.Version && signed.Version != last.Version-1 {
 			t.Fatalf("round %d: version %d signs, the line leads to %d", round, signed.Version, last.Version)
 		}
 	}
@@ -165,27 +170,29 @@ func TestKilledDuringRotation(t *testing.T) {
 	}
 }
 
-// TestPeersFollow: a connected peer with a pinned line follows rotations, of its key and of the listener's, through restarts; keys show says who has not.
+// TestPeersFollow rotates a signing key and the listener's key across restarts. A connected peer
+// with a pinned line follows both. The command keys show lists the peers that have not
+// acknowledged.
 func TestPeersFollow(t *testing.T) {
 	s := newSystem(t)
 	p := s.serve()
 	s.enrol()
-	heard := make(chan client.Rotation, 16)
+	rotations := make(chan client.Rotation, 16)
 	c := s.clientConfig()
 	c.Lines = []client.KeyLine{s.pinnedLine("payments")}
 	c.RetryFor = time.Minute
-	c.OnRotation = func(r client.Rotation) { heard <- r }
+	c.OnRotation = func(r client.Rotation) { rotations <- r }
 	c.OnServerKey = func([32]byte) {}
 	peer, err := client.Dial(t.Context(), c)
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer peer.Close()
-	hears := func(key string, version uint32) client.Rotation {
+	waitForRotation := func(key string, version uint32) client.Rotation {
 		t.Helper()
 		for {
 			select {
-			case r := <-heard:
+			case r := <-rotations:
 				if r.Key == key && r.Event.Version == version {
 					if r.Err != nil {
 						t.Fatal(r.Err)
@@ -193,7 +200,7 @@ func TestPeersFollow(t *testing.T) {
 					return r
 				}
 			case <-time.After(time.Minute):
-				t.Fatalf("nothing of %s, version %d, is heard", key, version)
+				t.Fatalf("no rotation to %s, version %d, within a minute", key, version)
 			}
 		}
 	}
@@ -202,35 +209,40 @@ func TestPeersFollow(t *testing.T) {
 		t.Fatal(err)
 	}
 	for version := uint32(2); version <= 4; version++ {
-		if out := s.must("admin", "key", "rotate", "payments", "--now"); !strings.Contains(out, fmt.Sprintf("rotated     payments, version %d\n", version)) {
+		out := s.must("admin", "key", "rotate", "payments", "--now")
+		if !strings.Contains(out, fmt.Sprintf("rotated     payments, version %d\n", version)) {
 			t.Errorf("%s", out)
 		}
-		hears("payments", version)
-		if signed, err := peer.Sign(t.Context(), "payments", message(fmt.Sprintf("new%d", version))); err != nil || signed.Version != version {
+		waitForRotation("payments", version)
+		signed, err := peer.Sign(t.Context(), "payments", message(fmt.Sprintf("new%d", version)))
+		if err != nil || signed.Version != version {
 			t.Fatalf("%+v, %v", signed, err)
 		}
 		if version == 2 {
 			p.stop()
 			p = s.serve()
-			if _, err := peer.Ping(t.Context()); err != nil { // which connects again
+			if _, err := peer.Ping(t.Context()); err != nil { // the client reconnects
 				t.Fatal(err)
 			}
 		}
 	}
 	if _, err := peer.Verify(t.Context(), "payments", old); err != nil {
-		t.Errorf("what an old version has signed, within its grace time: %v", err)
+		t.Errorf("a signature of an old version, within the version's grace period: %v", err)
 	}
 	eventually(t, "the acknowledgement", func() bool {
 		return strings.Contains(s.must("admin", "keys", "show", "payments"), "not acknowledged  by nobody")
 	})
-	s.proposeAndApprove("peer add", "", approval.Parameter{Name: "name", Value: "late"}, approval.Parameter{Name: "public_key", Value: strings.Repeat("09", 32)})
+	s.proposeAndApprove("peer add", "",
+		approval.Parameter{Name: "name", Value: "late"},
+		approval.Parameter{Name: "public_key", Value: strings.Repeat("09", 32)})
 	if out := s.must("admin", "keys", "show", "payments"); !strings.Contains(out, "not acknowledged  by late") {
 		t.Errorf("keys show: %s", out)
 	}
-	// The listener's key: the peer changes over by itself while the old one still answers, also where it was away when that was announced.
+	// The listener's key is rotated. The peer changes to the new key by itself while the old key
+	// still answers handshakes, even if the peer was not connected at the announcement.
 	was := c.ServerKey
 	s.must("admin", "key", "rotate", "noise", "--now")
-	hears("noise", 2)
+	waitForRotation("noise", 2)
 	p.stop()
 	p = s.serve()
 	if _, err := peer.Ping(t.Context()); err != nil {
@@ -240,11 +252,11 @@ func TestPeersFollow(t *testing.T) {
 	p.stop()
 	p = s.serve()
 	if _, err := peer.Ping(t.Context()); err != nil {
-		t.Errorf("a peer that has changed over: %v", err)
+		t.Errorf("a peer that has changed to the new listener key: %v", err)
 	}
 	c.ServerKey, c.RetryFor = was, 0
 	if _, err := client.Dial(t.Context(), c); err == nil || !strings.Contains(err.Error(), "rotated") {
-		t.Errorf("a peer that has missed it: %v", err)
+		t.Errorf("a peer that has missed the rotation: %v", err)
 	}
 	p.stop()
 }

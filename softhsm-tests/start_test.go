@@ -15,44 +15,55 @@ import (
 	bolt "go.etcd.io/bbolt"
 )
 
-// TestRefusesToStart: each thing that is wrong costs one line that says what, and what to do, and exit status 1.
+// TestRefusesToStart breaks the configuration, the policy, the ledger, the PIN file or the token.
+// countersignd serve then ends with exit status 1 and a line that names the cause and the remedy.
 func TestRefusesToStart(t *testing.T) {
+	type breakage func(t *testing.T, s *system)
+	edit := func(old, new string) breakage {
+		return func(_ *testing.T, s *system) { s.edit("countersign.toml", old, new) }
+	}
+	limits := func(setting string) breakage {
+		return edit("[tokens.main]", "[limits]\n"+setting+"\n[tokens.main]")
+	}
+	write := func(name, content string) breakage {
+		return func(_ *testing.T, s *system) { s.write(name, content) }
+	}
+	remove := func(name string) breakage {
+		return func(_ *testing.T, s *system) { os.Remove(s.path(name)) }
+	}
 	for _, c := range []struct {
-		name  string
-		spoil func(t *testing.T, s *system)
-		want  []string
+		name     string
+		breakage breakage
+		want     []string
 	}{
-		{"a typo in the configuration", func(t *testing.T, s *system) { s.edit("countersign.toml", "admin_socket", "admin_sokcet") },
+		{"a typo in the configuration", edit("admin_socket", "admin_sokcet"),
 			[]string{"countersign.toml:3", "admin_sokcet"}},
-		{"a typo in a table", func(t *testing.T, s *system) { s.edit("countersign.toml", "pin_file", "pinfile") }, []string{"countersign.toml:11", "tokens.main.pinfile"}},
-		{"broken TOML", func(t *testing.T, s *system) { s.edit("countersign.toml", `"admin.sock"`, `"admin.sock`) }, []string{"countersign.toml:3"}},
-		{"a wrong type", func(t *testing.T, s *system) { s.edit("countersign.toml", `"ledger.db"`, `7`) }, []string{"countersign.toml:4"}},
-		{"a limit out of range", func(t *testing.T, s *system) {
-			s.edit("countersign.toml", "[tokens.main]", "[limits]\nconnections = 0\n[tokens.main]")
-		}, []string{"limits.connections", "1 to"}},
-		{"batches that are always busy", func(t *testing.T, s *system) {
-			s.edit("countersign.toml", "[tokens.main]", "[limits]\nrequests_per_peer = 99\n[tokens.main]")
-		}, []string{"limits.batch_items", "99"}},
-		{"a bad duration", func(t *testing.T, s *system) {
-			s.edit("countersign.toml", "[tokens.main]", "[limits]\nidle_timeout = \"5 minutes\"\n[tokens.main]")
-		}, []string{"countersign.toml:9"}},
-		{"no listen address", func(t *testing.T, s *system) { s.edit("countersign.toml", "listen = ", "#") }, []string{"listen is missing"}},
-		{"a bad listen address", func(t *testing.T, s *system) { s.edit("countersign.toml", s.listen, "nowhere") }, []string{"host:port"}},
-		{"no configuration", func(t *testing.T, s *system) { os.Remove(s.path("countersign.toml")) }, []string{"countersign.toml"}},
-		{"no policy", func(t *testing.T, s *system) { os.Remove(s.path("policy.cedar")) }, []string{"policy.cedar"}},
-		{"a broken policy", func(t *testing.T, s *system) {
-			s.write("policy.cedar", "\npermit (principal, action, resource) when { context.nothing };")
-		}, []string{"policy.cedar:2"}},
-		{"no ledger", func(t *testing.T, s *system) { os.Remove(s.path("ledger.db")) }, []string{"no ledger", "countersignd init"}},
-		{"a damaged ledger", func(t *testing.T, s *system) { s.write("ledger.db", "not a ledger") }, []string{"damaged", "backup"}},
-		{"a newer ledger", func(t *testing.T, s *system) {
-			s.changeLedger(func(tx *bolt.Tx) error { return tx.Bucket([]byte("meta")).Put([]byte("format"), []byte{0, 0, 0, 99}) })
+		{"a typo in a table", edit("pin_file", "pinfile"), []string{"countersign.toml:11", "tokens.main.pinfile"}},
+		{"broken TOML", edit(`"admin.sock"`, `"admin.sock`), []string{"countersign.toml:3"}},
+		{"a wrong type", edit(`"ledger.db"`, `7`), []string{"countersign.toml:4"}},
+		{"a limit out of range", limits("connections = 0"), []string{"limits.connections", "1 to"}},
+		{"batches that are always busy", limits("requests_per_peer = 99"), []string{"limits.batch_items", "99"}},
+		{"a bad duration", limits(`idle_timeout = "5 minutes"`), []string{"countersign.toml:9"}},
+		{"no listen address", edit("listen = ", "#"), []string{"listen is missing"}},
+		{"a bad listen address", func(_ *testing.T, s *system) { s.edit("countersign.toml", s.listen, "nowhere") },
+			[]string{"host:port"}},
+		{"no configuration", remove("countersign.toml"), []string{"countersign.toml"}},
+		{"no policy", remove("policy.cedar"), []string{"policy.cedar"}},
+		{"a broken policy", write("policy.cedar", "\npermit (principal, action, resource) when { context.nothing };"),
+			[]string{"policy.cedar:2"}},
+		{"no ledger", remove("ledger.db"), []string{"no ledger", "countersignd init"}},
+		{"a damaged ledger", write("ledger.db", "not a ledger"), []string{"damaged", "backup"}},
+		{"a newer ledger", func(_ *testing.T, s *system) {
+			s.changeLedger(func(tx *bolt.Tx) error {
+				return tx.Bucket([]byte("meta")).Put([]byte("format"), []byte{0, 0, 0, 99})
+			})
 		}, []string{"newer version", "99"}},
-		{"no PIN file", func(t *testing.T, s *system) { os.Remove(s.path("pin")) }, []string{"PIN file"}},
-		{"a PIN file for all", func(t *testing.T, s *system) { os.Chmod(s.path("pin"), 0o644) }, []string{"chmod 600"}},
-		{"a wrong PIN", func(t *testing.T, s *system) { s.write("pin", "another-pin") }, []string{"refuses the PIN", "will not be tried again"}},
-		{"no token", func(t *testing.T, s *system) { s.edit("countersign.toml", "system%20test", "other") }, []string{"no token matches", "other"}},
-		{"no module", func(t *testing.T, s *system) { s.edit("countersign.toml", softHSM, "/nowhere.so") }, []string{"/nowhere.so"}},
+		{"no PIN file", remove("pin"), []string{"PIN file"}},
+		{"a PIN file for all", func(_ *testing.T, s *system) { os.Chmod(s.path("pin"), 0o644) },
+			[]string{"chmod 600"}},
+		{"a wrong PIN", write("pin", "another-pin"), []string{"refuses the PIN", "will not be tried again"}},
+		{"no token", edit("system%20test", "other"), []string{"no token matches", "other"}},
+		{"no module", edit(softHSM, "/nowhere.so"), []string{"/nowhere.so"}},
 		{"the token is another", func(t *testing.T, s *system) {
 			s.useToken(func(m *pkcs11.Ctx, h pkcs11.SessionHandle) { deleteAll(t, m, h, "") })
 		}, []string{"audit-log/1", "right token"}},
@@ -66,11 +77,11 @@ func TestRefusesToStart(t *testing.T) {
 		{"half a key", func(t *testing.T, s *system) {
 			s.useToken(func(m *pkcs11.Ctx, h pkcs11.SessionHandle) { deleteAll(t, m, h, "public") })
 		}, []string{"noise/1", "half"}},
-		{"a file where the socket should be", func(t *testing.T, s *system) { s.write("admin.sock", "") }, []string{"admin.sock", "another kind"}},
+		{"a file where the socket should be", write("admin.sock", ""), []string{"admin.sock", "another kind"}},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			s := newSystem(t)
-			c.spoil(t, s)
+			c.breakage(t, s)
 			out, code := s.daemon("serve")
 			last := strings.TrimSpace(out)
 			if code != 1 || strings.Count(last, "\n") > 1 {
@@ -78,14 +89,15 @@ func TestRefusesToStart(t *testing.T) {
 			}
 			for _, want := range c.want {
 				if !strings.Contains(out, want) {
-					t.Errorf("%q is not said:\n%s", want, out)
+					t.Errorf("the output has no %q:\n%s", want, out)
 				}
 			}
 		})
 	}
 }
 
-// TestSecondDaemon: the first one goes on as if nothing had happened.
+// TestSecondDaemon starts a second daemon on the ledger of a running one. The second daemon refuses
+// to start, and the first one still serves.
 func TestSecondDaemon(t *testing.T) {
 	s := newSystem(t)
 	p := s.serve()
@@ -101,6 +113,8 @@ func TestSecondDaemon(t *testing.T) {
 	p.stop()
 }
 
+// TestServeCreatesNothing runs countersignd serve in a folder without ledger, token, PIN and
+// policy. Only countersignd init may create files.
 func TestServeCreatesNothing(t *testing.T) {
 	s := newSystem(t)
 	for _, name := range []string{"ledger.db", "tokens", "pin", "policy.cedar"} {
@@ -115,13 +129,16 @@ func TestServeCreatesNothing(t *testing.T) {
 	}
 }
 
-// TestInterruptedInit: what an init that was cut off has left behind does not stop the next one.
+// TestInterruptedInit runs countersignd init after an interrupted one. The second run completes
+// what the first run has begun.
 func TestInterruptedInit(t *testing.T) {
 	s := newSystem(t)
-	// Cut off after the ledger was made and the Noise key begun: the intent is there, and half a key.
+	// The state after an interruption during the creation of the Noise key: the ledger has the
+	// intent, and the token has one half of the key pair.
 	tag := s.tagOf("noise/1")
+	intent := fmt.Appendf(nil, `{"token":"main","algorithm":"x25519","state":"making","created":1,"tag":"%x"}`, tag)
 	s.changeLedger(func(tx *bolt.Tx) error {
-		return tx.Bucket([]byte("keys")).Put([]byte("noise/1"), fmt.Appendf(nil, `{"token":"main","algorithm":"x25519","state":"making","created":1,"tag":"%x"}`, tag))
+		return tx.Bucket([]byte("keys")).Put([]byte("noise/1"), intent)
 	})
 	s.useToken(func(m *pkcs11.Ctx, h pkcs11.SessionHandle) { deleteAll(t, m, h, "public") })
 	if out, code := s.daemon("serve"); code != 1 || !strings.Contains(out, "run countersignd init") {
@@ -133,7 +150,7 @@ func TestInterruptedInit(t *testing.T) {
 	s.serve().stop()
 }
 
-// tagOf reads the tag of a key's creation from the ledger.
+// tagOf reads a key's creation tag, its CKA_ID on the token, from the ledger.
 func (s *system) tagOf(name string) []byte {
 	s.t.Helper()
 	var tag []byte
@@ -149,7 +166,7 @@ func (s *system) tagOf(name string) []byte {
 	return tag
 }
 
-// changeLedger changes the ledger's file as a program of another version might.
+// changeLedger edits the ledger's file, as a daemon of another version might.
 func (s *system) changeLedger(change func(*bolt.Tx) error) {
 	s.t.Helper()
 	db, err := bolt.Open(s.path("ledger.db"), 0o600, nil)
@@ -162,12 +179,12 @@ func (s *system) changeLedger(change func(*bolt.Tx) error) {
 	}
 }
 
-// useToken uses the token as another program with the PIN would.
+// useToken opens a session on the token and logs in, as another program that has the PIN would.
 func (s *system) useToken(use func(*pkcs11.Ctx, pkcs11.SessionHandle)) {
 	s.t.Helper()
 	t, ok := s.t.(*testing.T)
 	if !ok {
-		s.t.Fatal("for tests only")
+		s.t.Fatal("useToken needs a *testing.T, to set SOFTHSM2_CONF")
 	}
 	t.Setenv("SOFTHSM2_CONF", s.path("softhsm2.conf"))
 	m := pkcs11.New(softHSM)
@@ -190,12 +207,15 @@ func (s *system) useToken(use func(*pkcs11.Ctx, pkcs11.SessionHandle)) {
 	use(m, h)
 }
 
-// deleteAll destroys all objects, or the public half of the Noise key only.
+// deleteAll destroys all objects on the token or, with which "public", the public half of the Noise
+// key.
 func deleteAll(t *testing.T, m *pkcs11.Ctx, h pkcs11.SessionHandle, which string) {
 	t.Helper()
 	var template []*pkcs11.Attribute
 	if which == "public" {
-		template = append(template, pkcs11.NewAttribute(pkcs11.CKA_CLASS, pkcs11.CKO_PUBLIC_KEY), pkcs11.NewAttribute(pkcs11.CKA_LABEL, "countersign/noise/1"))
+		template = append(template,
+			pkcs11.NewAttribute(pkcs11.CKA_CLASS, pkcs11.CKO_PUBLIC_KEY),
+			pkcs11.NewAttribute(pkcs11.CKA_LABEL, "countersign/noise/1"))
 	}
 	if err := m.FindObjectsInit(h, template); err != nil {
 		t.Fatal(err)
@@ -212,17 +232,25 @@ func deleteAll(t *testing.T, m *pkcs11.Ctx, h pkcs11.SessionHandle, which string
 	}
 }
 
-// generate makes an Ed25519 pair under a label, with more attributes.
+// generate creates an Ed25519 key pair with a label and further attributes (CKK_EC_EDWARDS is 0x40,
+// CKM_EC_EDWARDS_KEY_PAIR_GEN is 0x1055).
 func generate(t *testing.T, m *pkcs11.Ctx, h pkcs11.SessionHandle, label string, more ...*pkcs11.Attribute) {
 	t.Helper()
-	common := append([]*pkcs11.Attribute{pkcs11.NewAttribute(pkcs11.CKA_TOKEN, true), pkcs11.NewAttribute(pkcs11.CKA_LABEL, label), pkcs11.NewAttribute(pkcs11.CKA_KEY_TYPE, 0x40)}, more...)
-	public := append([]*pkcs11.Attribute{pkcs11.NewAttribute(pkcs11.CKA_EC_PARAMS, []byte{6, 3, 0x2b, 0x65, 0x70})}, common...)
-	if _, _, err := m.GenerateKeyPair(h, []*pkcs11.Mechanism{pkcs11.NewMechanism(0x1055, nil)}, public, common); err != nil {
+	private := append([]*pkcs11.Attribute{
+		pkcs11.NewAttribute(pkcs11.CKA_TOKEN, true),
+		pkcs11.NewAttribute(pkcs11.CKA_LABEL, label),
+		pkcs11.NewAttribute(pkcs11.CKA_KEY_TYPE, 0x40),
+	}, more...)
+	curve := pkcs11.NewAttribute(pkcs11.CKA_EC_PARAMS, []byte{6, 3, 0x2b, 0x65, 0x70})
+	public := append([]*pkcs11.Attribute{curve}, private...)
+	mechanism := []*pkcs11.Mechanism{pkcs11.NewMechanism(0x1055, nil)}
+	if _, _, err := m.GenerateKeyPair(h, mechanism, public, private); err != nil {
 		t.Fatal(err)
 	}
 }
 
-// TestAttendedStart: each start waits for an operator, and a lock outlives a restart of one that does not.
+// TestAttendedStart sets unattended_start = false: each start waits for an operator's unlock. With
+// the default, a start is unlocked, unless an operator has locked the appliance before.
 func TestAttendedStart(t *testing.T) {
 	s := newSystem(t)
 	p := s.serve()
@@ -235,7 +263,8 @@ func TestAttendedStart(t *testing.T) {
 		}
 		defer c.Close()
 		_, err = c.Sign(t.Context(), "payments", message("AAAA"))
-		if refusal, _ := errors.AsType[*client.Error](err); want == "" && err != nil || want != "" && (refusal == nil || refusal.Code != want) {
+		refusal, _ := errors.AsType[*client.Error](err)
+		if want == "" && err != nil || want != "" && (refusal == nil || refusal.Code != want) {
 			t.Errorf("%v, want %q", err, want)
 		}
 	}
@@ -251,11 +280,12 @@ func TestAttendedStart(t *testing.T) {
 	s.edit("countersign.toml", "ledger = ", "unattended_start = false\nledger = ")
 	for range 2 {
 		p = s.serve()
-		if out := s.must("admin", "state"); !strings.Contains(out, "state   locked") || !strings.Contains(out, "starts  locked") {
+		out := s.must("admin", "state")
+		if !strings.Contains(out, "state   locked") || !strings.Contains(out, "starts  locked") {
 			t.Errorf("%s", out)
 		}
 		if err := s.admin().Ready(t.Context()); err == nil {
-			t.Error("it is ready")
+			t.Error("a locked appliance is ready")
 		}
 		signs("unavailable")
 		s.must("admin", "unlock")
@@ -267,7 +297,8 @@ func TestAttendedStart(t *testing.T) {
 	}
 }
 
-// TestBrokenPolicyFile: what operators have approved stays in force, whatever becomes of the file.
+// TestBrokenPolicyFile breaks the policy file before a start. The policy that operators have
+// approved is in the ledger and stays active; the state is degraded until the file is repaired.
 func TestBrokenPolicyFile(t *testing.T) {
 	s := newSystem(t)
 	p := s.serve()
