@@ -1,4 +1,6 @@
-// Package softhsmtests runs the built daemon and the built CLI on a SoftHSM token, as a user would.
+// Package softhsmtests runs the built daemon and the built CLI on a SoftHSM token or a software
+// TPM, as a user would. system in this file is an appliance in a folder of its own; begin to read
+// there.
 package softhsmtests
 
 import (
@@ -22,13 +24,13 @@ import (
 
 const softHSM = "/usr/lib/softhsm/libsofthsm2.so"
 
-// userPIN is looked for in everything that the daemon writes.
+// userPIN must be in no output of the daemon. Every test searches the outputs for the PIN.
 const userPIN = "pin-that-must-not-be-seen"
 
 var bin string // the folder of the built commands
 
 func TestMain(m *testing.M) {
-	disktest.Serve() // in the process of a test's disk
+	disktest.Serve() // returns at once, except in a child process that serves a test's FUSE disk
 	os.Exit(func() int {
 		dir, err := os.MkdirTemp("", "countersign-bin")
 		if err != nil {
@@ -56,10 +58,10 @@ func TestMain(m *testing.M) {
 type system struct {
 	t            testing.TB
 	dir          string
-	listen       string
-	root         *operator // the first administrator, once begun
+	listen       string    // host:port of the listener for peers
+	root         *operator // the first administrator
 	rootEnrolled bool
-	api          *api.Client // as root
+	api          *api.Client // signs in as root
 }
 
 // process is a running daemon.
@@ -67,8 +69,8 @@ type process struct {
 	t      testing.TB
 	cmd    *exec.Cmd
 	stderr *bytes.Buffer
-	notify *net.UnixConn
-	ended  chan error
+	notify *net.UnixConn // systemd's notification socket
+	ended  chan error    // a reader puts the error back for the next reader
 }
 
 // newSystem writes a configuration with a SoftHSM token and runs countersignd init.
@@ -102,10 +104,10 @@ func needSoftHSM(t testing.TB) {
 	}
 }
 
-// newFolder is a system without a configuration.
+// newFolder makes a system without a configuration.
 func newFolder(t testing.TB) *system {
 	t.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0") // a port that is free now
+	l, err := net.Listen("tcp", "127.0.0.1:0") // the kernel chooses a free port
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -116,10 +118,11 @@ func newFolder(t testing.TB) *system {
 	return s
 }
 
-// configure writes a configuration with one token.
+// configure writes a configuration with one token, whose TOML settings are given.
 func (s *system) configure(token string) {
 	s.t.Helper()
-	s.write("policy.cedar", `permit (principal == Peer::"demo", action == Action::"sign", resource == Key::"payments");`)
+	s.write("policy.cedar",
+		`permit (principal == Peer::"demo", action == Action::"sign", resource == Key::"payments");`)
 	s.write("countersign.toml", fmt.Sprintf(`
 listen = %q
 admin_socket = "admin.sock"
@@ -141,7 +144,7 @@ func (s *system) write(name, content string) {
 	}
 }
 
-// edit replaces a part of a file that must be there.
+// edit replaces the first occurrence of old in a file. The test ends if there is none.
 func (s *system) edit(name, old, new string) {
 	s.t.Helper()
 	b, err := os.ReadFile(s.path(name))
@@ -151,12 +154,14 @@ func (s *system) edit(name, old, new string) {
 	s.write(name, strings.Replace(string(b), old, new, 1))
 }
 
-// daemon runs countersignd to its end and returns all that it printed, and its exit status.
+// daemon runs countersignd to its end, for at most a minute, and returns its stdout and stderr
+// together and its exit status.
 func (s *system) daemon(args ...string) (output string, code int) {
 	s.t.Helper()
 	ctx, cancel := context.WithTimeout(s.t.Context(), time.Minute)
 	defer cancel()
-	cmd := exec.CommandContext(ctx, filepath.Join(bin, "countersignd"), append(args, "--config", s.path("countersign.toml"))...)
+	args = append(args, "--config", s.path("countersign.toml"))
+	cmd := exec.CommandContext(ctx, filepath.Join(bin, "countersignd"), args...)
 	out, err := cmd.CombinedOutput()
 	if ctx.Err() != nil {
 		s.t.Fatalf("countersignd %v did not end\n%s", args, out)
@@ -175,7 +180,8 @@ func (s *system) checkNoPIN(output string) {
 	}
 }
 
-// serve starts the daemon, waits until it is ready, and sees that there is a first administrator.
+// serve starts the daemon, waits until the daemon is ready, and enrols the first administrator at
+// the first call.
 func (s *system) serve(environment ...string) *process {
 	s.t.Helper()
 	cmd := exec.Command(filepath.Join(bin, "countersignd"), "serve", "--config", s.path("countersign.toml"))
@@ -185,7 +191,7 @@ func (s *system) serve(environment ...string) *process {
 	return p
 }
 
-// start starts a daemon and waits until it reports that it is ready, as systemd would.
+// start starts a daemon and waits for READY=1 on the notification socket, as systemd does.
 func (s *system) start(cmd *exec.Cmd) *process {
 	s.t.Helper()
 	socket := filepath.Join(s.t.TempDir(), "notify")
@@ -221,7 +227,7 @@ func (s *system) start(cmd *exec.Cmd) *process {
 	return p
 }
 
-// notified returns the next message to the service manager.
+// notified returns the daemon's next message to the service manager, such as STOPPING=1.
 func (p *process) notified() string {
 	p.t.Helper()
 	buf := make([]byte, 256)
@@ -233,7 +239,7 @@ func (p *process) notified() string {
 	return string(buf[:n])
 }
 
-// stop sends SIGTERM and expects a clean end.
+// stop sends SIGTERM and expects exit status 0 within 30 s.
 func (p *process) stop() {
 	p.t.Helper()
 	p.cmd.Process.Signal(syscall.SIGTERM)
@@ -244,17 +250,18 @@ func (p *process) stop() {
 			p.t.Fatalf("after SIGTERM: %v\n%s", err, tail(p.stderr.String(), 2000))
 		}
 	case <-time.After(30 * time.Second):
-		p.t.Fatal("SIGTERM does not end it")
+		p.t.Fatal("the daemon runs 30 s after SIGTERM")
 	}
 }
 
-// kill ends the daemon as a power cut would, but for the disk's own cache.
+// kill sends SIGKILL. A kill differs from a power cut in that writes in the page cache survive.
 func (p *process) kill() {
 	p.cmd.Process.Kill()
 	err := <-p.ended
 	p.ended <- err
 }
 
+// tail returns the last n bytes of a text.
 func tail(s string, n int) string {
 	if len(s) > n {
 		return "…" + s[len(s)-n:]
@@ -268,7 +275,7 @@ func (s *system) cli(stdin string, args ...string) (stdout, stderr string, code 
 	return s.cliAs(s.root, stdin, args...)
 }
 
-// cliAs runs countersign as somebody.
+// cliAs runs countersign as an operator, with the operator's SSH agent and session.
 func (s *system) cliAs(p *operator, stdin string, args ...string) (stdout, stderr string, code int) {
 	s.t.Helper()
 	ctx, cancel := context.WithTimeout(s.t.Context(), time.Minute)
@@ -276,7 +283,8 @@ func (s *system) cliAs(p *operator, stdin string, args ...string) (stdout, stder
 	var out, errOut bytes.Buffer
 	cmd := exec.CommandContext(ctx, filepath.Join(bin, "countersign"), args...)
 	cmd.Dir, cmd.Stdin, cmd.Stdout, cmd.Stderr = s.dir, strings.NewReader(stdin), &out, &errOut
-	cmd.Env = append(os.Environ(), "COUNTERSIGN_SOCKET="+s.path("admin.sock"), "SSH_AUTH_SOCK="+p.socket, "COUNTERSIGN_OPERATOR="+p.name, "XDG_RUNTIME_DIR="+s.path(p.name+".run"))
+	cmd.Env = append(os.Environ(), "COUNTERSIGN_SOCKET="+s.path("admin.sock"), "SSH_AUTH_SOCK="+p.socket,
+		"COUNTERSIGN_OPERATOR="+p.name, "XDG_RUNTIME_DIR="+s.path(p.name+".run"))
 	if err := cmd.Run(); err != nil {
 		if _, exited := err.(*exec.ExitError); !exited {
 			s.t.Fatal(err)
@@ -285,7 +293,7 @@ func (s *system) cliAs(p *operator, stdin string, args ...string) (stdout, stder
 	return out.String(), errOut.String(), cmd.ProcessState.ExitCode()
 }
 
-// must runs countersign and expects success.
+// must runs countersign as the first administrator, expects exit status 0 and returns stdout.
 func (s *system) must(args ...string) string {
 	s.t.Helper()
 	out, errOut, code := s.cli("", args...)
@@ -295,10 +303,11 @@ func (s *system) must(args ...string) string {
 	return out
 }
 
-// admin is the API as the first administrator.
+// admin returns a client of the admin API that signs in as the first administrator.
 func (s *system) admin() *api.Client { return s.api }
 
-// enrol makes an identity, enrols it as demo, and creates the key payments.
+// enrol generates a peer identity, enrols the peer under the name demo, and creates the key
+// payments.
 func (s *system) enrol() {
 	s.t.Helper()
 	public := strings.TrimSpace(s.must("keygen", s.path("demo.key")))
@@ -306,6 +315,7 @@ func (s *system) enrol() {
 	s.must("admin", "key", "create", "payments")
 }
 
+// clientConfig returns the SDK's configuration for the peer demo.
 func (s *system) clientConfig() client.Config {
 	s.t.Helper()
 	k, err := s.admin().NoiseKey(s.t.Context())
@@ -323,6 +333,7 @@ func (s *system) clientConfig() client.Config {
 	return client.Config{Address: s.listen, ServerKey: key, Identity: id}
 }
 
+// dial connects the peer demo by the SDK.
 func (s *system) dial() *client.Client {
 	s.t.Helper()
 	c, err := client.Dial(s.t.Context(), s.clientConfig())
@@ -333,6 +344,7 @@ func (s *system) dial() *client.Client {
 	return c
 }
 
+// message makes a message-v1 document. Its text must be valid base64url.
 func message(text string) client.Document {
 	payload, err := json.Marshal(map[string]string{"context": "test", "message": text})
 	if err != nil {

@@ -15,7 +15,7 @@ import (
 	"countersign/tpm/tpmtest"
 )
 
-// newTPMSystem is a system whose token is a TPM.
+// newTPMSystem sets up a system whose only token is a TPM.
 func newTPMSystem(t testing.TB, e *tpmtest.Emulator, settings string) *system {
 	t.Helper()
 	s := newFolder(t)
@@ -27,11 +27,11 @@ func newTPMSystem(t testing.TB, e *tpmtest.Emulator, settings string) *system {
 	return s
 }
 
-// TestTPM uses the daemon on a TPM as a user would, over a restart.
+// TestTPM signs with keys in a TPM, before and after a restart of the daemon.
 func TestTPM(t *testing.T) {
 	e := tpmtest.New(t)
 	s := newTPMSystem(t, e, "")
-	out, code := s.daemon("init") // once more: nothing changes
+	out, code := s.daemon("init") // the second init
 	if code != 0 || !strings.Contains(out, "nothing was changed") {
 		t.Errorf("init again: %d %s", code, out)
 	}
@@ -41,7 +41,8 @@ func TestTPM(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if out := s.must("admin", "key", "show", "payments"); !strings.Contains(out, "tpm-sealed") || strings.Contains(out, "inside the device") {
+	out = s.must("admin", "key", "show", "payments")
+	if !strings.Contains(out, "tpm-sealed") || strings.Contains(out, "inside the device") {
 		t.Errorf("custody: %s", out)
 	}
 	s.must("admin", "key", "create", "tls", "--algorithm", "p256")
@@ -49,7 +50,8 @@ func TestTPM(t *testing.T) {
 		t.Errorf("custody: %s", out)
 	}
 	p.stop()
-	if out, code := s.daemon("check"); code != 0 || !strings.Contains(out, "PCR 11 (the unified kernel image") || !strings.Contains(out, "manufacturer") || !strings.Contains(out, "NV counters") {
+	if out, code := s.daemon("check"); code != 0 || !strings.Contains(out, "PCR 11 (the unified kernel image") ||
+		!strings.Contains(out, "manufacturer") || !strings.Contains(out, "NV counters") {
 		t.Errorf("check: %d\n%s", code, out)
 	}
 	p = s.serve()
@@ -63,11 +65,15 @@ func TestTPM(t *testing.T) {
 	}
 }
 
-// TestTPMSecretsStayInTheVault looks for a known key in the memory of the daemon and of its key workers, between uses: the
-// seed, what is made of it, and the PIN. /proc shows all but the protected mapping, where the kernel has memfd_secret.
+// TestTPMSecretsStayInTheVault searches the memory of the daemon and of its key workers, between
+// uses of a key, for the key's seed, the scalar and the prefix that Ed25519 derives from the seed,
+// and the PIN. /proc shows all memory except the protected mapping of a kernel with
+// memfd_secret(2).
 func TestTPMSecretsStayInTheVault(t *testing.T) {
 	e := tpmtest.New(t)
-	s := newTPMSystem(t, e, "pin_file = \"pin\"\nmemory_mib = 4096") // a renewed worker is another process
+	// The limit on memory is high: a renewed worker would be a process without the traces of the
+	// old.
+	s := newTPMSystem(t, e, "pin_file = \"pin\"\nmemory_mib = 4096")
 	p := s.serve()
 	s.enrol()
 	seed := sha512.Sum512([]byte("a seed that is looked for"))
@@ -75,18 +81,25 @@ func TestTPMSecretsStayInTheVault(t *testing.T) {
 	s.proposeAndApprove("policy activate", `permit (principal == Peer::"demo", action == Action::"sign", resource);`)
 	s.must("admin", "key", "import", "old", s.path("seed"))
 	p.stop()
-	p = s.serve() // both workers unseal it
+	p = s.serve() // both workers unseal the key
 	c := s.dial()
 	for i := range 200 {
 		if _, err := c.Sign(t.Context(), "old", message(fmt.Sprintf("AA%02d", i%100))); err != nil {
 			t.Fatal(err)
 		}
 	}
-	s.dial() // a handshake, with a sealed X25519 key
+	s.dial() // a handshake uses the sealed X25519 key
 	expanded := sha512.Sum512(seed[:32])
 	var workers []int
 	eventually(t, "two workers", func() bool { workers = p.workers(); return len(workers) == 2 })
-	for what, secret := range map[string][]byte{"the seed": seed[:32], "a part of the seed": seed[8:24], "the scalar": expanded[1:31], "the prefix": expanded[32:64], "the PIN": []byte(userPIN)} {
+	secrets := map[string][]byte{
+		"the seed":           seed[:32],
+		"a part of the seed": seed[8:24],
+		"the scalar":         expanded[1:31], // clamping changes the bytes 0 and 31
+		"the prefix":         expanded[32:64],
+		"the PIN":            []byte(userPIN),
+	}
+	for what, secret := range secrets {
 		for i, pid := range append([]int{p.cmd.Process.Pid}, workers...) {
 			if memoryContains(t, pid, string(secret)) {
 				t.Errorf("%s is in the memory of %s", what, []string{"the daemon", "worker 1", "worker 2"}[i])
@@ -95,15 +108,17 @@ func TestTPMSecretsStayInTheVault(t *testing.T) {
 	}
 	for _, pid := range workers {
 		maps, err := os.ReadFile(fmt.Sprintf("/proc/%d/smaps", pid))
-		if err != nil || !bytes.Contains(maps, []byte("secretmem")) && !regexp.MustCompile(`VmFlags:.* lo .*\bdd\b`).Match(maps) {
+		locked := regexp.MustCompile(`VmFlags:.* lo .*\bdd\b`)
+		if err != nil || !bytes.Contains(maps, []byte("secretmem")) && !locked.Match(maps) {
 			t.Errorf("worker %d has no protected mapping: %v", pid, err)
 		}
 	}
 	p.stop()
 }
 
-// TestTPMStateChanged: a machine in another state serves "unavailable" and explains itself, with one event; it does not
-// stop. When the state is the former one, it serves again by itself.
+// TestTPMStateChanged changes a PCR to which the keys are sealed. The daemon stays up, answers
+// "unavailable" and writes one event that names the PCR. When the PCR has the former value again,
+// the daemon serves without a restart.
 func TestTPMStateChanged(t *testing.T) {
 	e := tpmtest.New(t)
 	s := newTPMSystem(t, e, "")
@@ -128,34 +143,36 @@ func TestTPMStateChanged(t *testing.T) {
 		return n
 	}
 	eventually(t, "an event", func() bool { return unavailable() == 1 })
-	if out := s.must("admin", "token", "list"); !strings.Contains(out, "PCR 11, which measures the unified kernel image") {
+	out := s.must("admin", "token", "list")
+	if !strings.Contains(out, "PCR 11, which measures the unified kernel image") {
 		t.Errorf("token list: %s", out)
 	}
 	for range 20 {
 		client.Dial(t.Context(), config)
 	}
 	e.Stop()
-	e.Start() // a power cycle: the registers begin anew
+	e.Start() // a power cycle resets the PCRs
 	config.RetryFor = 20 * time.Second
 	c, err := client.Dial(t.Context(), config)
 	if err != nil {
-		eventually(t, "it serves again", func() bool { c, err = client.Dial(t.Context(), config); return err == nil })
+		eventually(t, "a connection", func() bool { c, err = client.Dial(t.Context(), config); return err == nil })
 	}
 	defer c.Close()
 	if _, err := c.Sign(t.Context(), "payments", message("AAAA")); err != nil {
-		t.Errorf("in the former state: %v", err)
+		t.Errorf("with the former PCR: %v", err)
 	}
 	if n := unavailable(); n != 1 {
-		t.Errorf("%d events that it is unavailable", n)
+		t.Errorf("%d events DeviceUnavailable, want 1", n)
 	}
 	p.stop()
 	if n := strings.Count(p.stderr.String(), "a key worker is given up"); n != 0 {
-		t.Errorf("%d key workers were given up, which could not help", n)
+		t.Errorf("%d key workers were given up, though another worker has the same PCRs", n)
 	}
 }
 
-// TestTPMUpdate: a machine whose keys are sealed to the word of whoever signs its updates goes on after an update that was
-// approved, by OpenSSL's key and the daemon's own command.
+// TestTPMUpdate seals keys to a policy that a signing key of the updates authorises. After an
+// approved update, with other PCRs, the daemon unseals the keys; after an unapproved one it does
+// not. The signing key is made by OpenSSL, and the approval by countersignd approve-state.
 func TestTPMUpdate(t *testing.T) {
 	e := tpmtest.New(t)
 	s := newFolder(t)
@@ -172,14 +189,15 @@ func TestTPMUpdate(t *testing.T) {
 	os.Mkdir(s.path("keys"), 0o700)
 	approve := func(name string) {
 		t.Helper()
-		out, exit := s.daemon("approve-state", "--key", s.path("update.key"), "--pcr", fmt.Sprintf("7=%x", e.PCR(t, 7)), "--pcr", fmt.Sprintf("11=%x", e.PCR(t, 11)))
+		out, exit := s.daemon("approve-state", "--key", s.path("update.key"),
+			"--pcr", fmt.Sprintf("7=%x", e.PCR(t, 7)), "--pcr", fmt.Sprintf("11=%x", e.PCR(t, 11)))
 		if exit != 0 {
 			t.Fatalf("approve-state: %d %s", exit, out)
 		}
 		s.write("keys/"+name+".approval.json", out)
 	}
 	if out, exit := s.daemon("init"); exit == 0 || !strings.Contains(out, "approve-state") {
-		t.Errorf("init in a state that nobody has approved: %d %s", exit, out)
+		t.Errorf("init in a state without an approval: %d %s", exit, out)
 	}
 	approve("first")
 	if out, exit := s.daemon("init"); exit != 0 {
@@ -198,18 +216,25 @@ func TestTPMUpdate(t *testing.T) {
 	e.Extend(t, 7)
 	p = s.serve()
 	if _, err := client.Dial(t.Context(), s.clientConfig()); err == nil {
-		t.Error("in a state that nobody has approved")
+		t.Error("a handshake in a state without an approval")
 	}
 	p.stop()
-	for _, args := range [][]string{{}, {"--key", "update.key"}, {"--key", s.path("update.pub"), "--pcr", "7=00"}, {"--key", s.path("update.key"), "--pcr", "7=00"}, {"--key", s.path("update.key"), "--pcr", "99=00"}} {
+	for _, args := range [][]string{
+		{},
+		{"--key", "update.key"},
+		{"--key", s.path("update.pub"), "--pcr", "7=00"},
+		{"--key", s.path("update.key"), "--pcr", "7=00"},
+		{"--key", s.path("update.key"), "--pcr", "99=00"},
+	} {
 		if out, exit := s.daemon(append([]string{"approve-state"}, args...)...); exit == 0 {
 			t.Errorf("approve-state %v: %s", args, out)
 		}
 	}
 }
 
-// TestTPMSick takes the TPM away, freezes it and brings it back under a daemon that serves: sealed keys are in use and go on
-// signing; what needs the TPM is unavailable for a bounded time and well again by itself.
+// TestTPMSick stops and freezes the TPM of a running daemon. Sealed keys are unsealed in the
+// workers already and keep signing. Operations that need the TPM fail within a deadline and succeed
+// again when the TPM is back, without a restart.
 func TestTPMSick(t *testing.T) {
 	e := tpmtest.New(t)
 	s := newTPMSystem(t, e, "deadline = \"500ms\"")
@@ -222,7 +247,7 @@ func TestTPMSick(t *testing.T) {
 			t.Error(err)
 		}
 	}
-	for range 20 { // both workers have it
+	for range 20 { // so that both workers unseal the key
 		sign()
 	}
 	create := func(name string) bool {
@@ -237,17 +262,18 @@ func TestTPMSick(t *testing.T) {
 		t.Error("a key was made without the TPM")
 	}
 	e.Start()
+	signs := func() bool { _, err := c.Sign(t.Context(), "payments", message("AAAA")); return err == nil }
 	eventually(t, "a key can be made", func() bool { return create("three") })
-	eventually(t, "it signs", func() bool { _, err := c.Sign(t.Context(), "payments", message("AAAA")); return err == nil })
+	eventually(t, "a signature", signs)
 	e.Freeze()
 	if create("four") {
 		t.Error("a key was made by a frozen TPM")
 	}
 	e.Thaw()
 	eventually(t, "a key can be made", func() bool { return create("five") })
-	eventually(t, "it signs", func() bool { _, err := c.Sign(t.Context(), "payments", message("AAAA")); return err == nil })
+	eventually(t, "a signature", signs)
 	p.stop()
-	if n := e.Handles(t); n > 1 { // one that a killed worker had loaded, until the next one tidies up
+	if n := e.Handles(t); n > 1 { // a killed worker leaves one, which the next worker flushes at its start
 		t.Errorf("%d handles are left in the TPM", n)
 	}
 }

@@ -21,7 +21,8 @@ import (
 	"countersign/noise"
 )
 
-// connect is a bare connection of the demo peer: the test writes the documents itself.
+// connect makes a Noise connection of the peer demo, over which a test sends JSON documents without
+// the SDK.
 func (s *system) connect() *noise.Conn {
 	s.t.Helper()
 	c := s.clientConfig()
@@ -63,29 +64,33 @@ func roundTrip(t *testing.T, conn *noise.Conn, document string) (id, code string
 	return a.ID, a.Error.Code
 }
 
-// signDocument is a sign request in JSON; changes are old, new, old, new, …
+// signDocument returns a sign request in JSON with a random nonce. changes are pairs of an old and
+// a new part of the text.
 func signDocument(changes ...string) string {
 	nonce := make([]byte, 32)
 	rand.Read(nonce)
 	now := time.Now().Unix()
-	s := fmt.Sprintf(`{"id":"1","op":"sign","key":"payments","type":"message-v1","payload":{"context":"c","message":"AA"},"nonce":"%s","timestamp":%d,"expires_at":%d}`,
+	s := fmt.Sprintf(`{"id":"1","op":"sign","key":"payments","type":"message-v1",`+
+		`"payload":{"context":"c","message":"AA"},"nonce":"%s","timestamp":%d,"expires_at":%d}`,
 		base64.RawURLEncoding.EncodeToString(nonce), now, now+60)
 	for i := 0; i < len(changes); i += 2 {
 		if !strings.Contains(s, changes[i]) {
-			panic(changes[i])
+			panic("not in the document: " + changes[i])
 		}
 		s = strings.Replace(s, changes[i], changes[i+1], 1)
 	}
 	return s
 }
 
-// TestRubbish sends what nobody should send. Every document gets its code on a connection that goes on; every broken
-// frame costs the connection; the daemon lives.
+// TestRubbish sends invalid documents and invalid frames. A document gets an error code, and the
+// connection stays open. A frame closes the connection, without a byte as an answer. The daemon
+// keeps serving.
 func TestRubbish(t *testing.T) {
 	s := newSystem(t)
 	p := s.serve()
 	s.enrol()
 	conn := s.connect()
+	zeros := func(n int) string { return base64.RawURLEncoding.EncodeToString(make([]byte, n)) }
 	for _, c := range []struct{ doc, id, code string }{
 		{`{"id":"a","op":"ping"}`, "a", "ok"},
 		{`{"id":"a","op":"keys"}`, "a", "ok"},
@@ -107,15 +112,16 @@ func TestRubbish(t *testing.T) {
 		{signDocument(`"AA"`, `"A"`), "1", "malformed"},
 		{signDocument(`"timestamp":`, `"timestamp":9999999999999999999999`), "1", "malformed"},
 		{signDocument(`"nonce":"`, `"nonce":"AA`), "1", "malformed"},
-		{`{"id":"1","op":"verify","type":"message-v1","payload":{"context":"c","message":"AA"},"nonce":"` + strings.Repeat("A", 43) +
-			`","timestamp":1,"expires_at":2,"signature":"` + strings.Repeat("A", 86) + `","public_key":"` + strings.Repeat("A", 43) + `"}`, "1", "invalid_signature"},
+		{`{"id":"1","op":"verify","type":"message-v1","payload":{"context":"c","message":"AA"},` +
+			`"nonce":"` + zeros(32) + `","timestamp":1,"expires_at":2,` +
+			`"signature":"` + zeros(64) + `","public_key":"` + zeros(32) + `"}`, "1", "invalid_signature"},
 	} {
 		if id, code := roundTrip(t, conn, c.doc); id != c.id || code != c.code {
 			t.Errorf("%.80q: id %q, %s; want id %q, %s", c.doc, id, code, c.id, c.code)
 		}
 	}
 
-	for name, bytes := range map[string][]byte{
+	for name, sent := range map[string][]byte{
 		"nothing":                  {},
 		"half a header":            {0, 0},
 		"an HTTP request":          []byte("GET / HTTP/1.1\r\nHost: countersign\r\n\r\n"),
@@ -128,7 +134,7 @@ func TestRubbish(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		raw.Write(bytes)
+		raw.Write(sent)
 		raw.(*net.TCPConn).CloseWrite()
 		raw.SetReadDeadline(time.Now().Add(20 * time.Second))
 		answer, err := io.ReadAll(raw)
@@ -138,12 +144,13 @@ func TestRubbish(t *testing.T) {
 		raw.Close()
 	}
 	if _, code := roundTrip(t, conn, signDocument()); code != "ok" {
-		t.Errorf("after all that: %s", code)
+		t.Errorf("a valid document after the invalid frames: %s", code)
 	}
 	p.stop()
 }
 
-// TestPipelining sends many requests before it reads one answer; each gets its own, in whatever order.
+// TestPipelining sends 200 requests without waiting for answers. Each request gets one answer, in
+// any order.
 func TestPipelining(t *testing.T) {
 	s := newSystem(t)
 	p := s.serve()
@@ -174,7 +181,8 @@ func TestPipelining(t *testing.T) {
 	p.stop()
 }
 
-// TestStopFinishesWhatWasAdmitted: SIGTERM under load. Each admission has its ending, and the last event says Stopped.
+// TestStopFinishesWhatWasAdmitted sends SIGTERM under load. Each admission has its outcome in the
+// log afterwards, and the last event before the next start is Stopped.
 func TestStopFinishesWhatWasAdmitted(t *testing.T) {
 	s := newSystem(t)
 	p := s.serve()
@@ -219,14 +227,14 @@ func TestStopFinishesWhatWasAdmitted(t *testing.T) {
 		case "SignatureCreated":
 			ended[e.Metadata["admission"]] = true
 		case "Stopped":
-			if i+1 == len(events) || events[i+1].Type != "Started" { // after which the one who asks has signed in
+			if i+1 == len(events) || events[i+1].Type != "Started" { // the test's own sign-in comes later
 				t.Errorf("Stopped is event %d of %d, and the next is not Started", i, len(events))
 			}
 		}
 	}
 	for index := range admitted {
 		if !ended[fmt.Sprint(index)] {
-			t.Errorf("admission %d has no ending", index)
+			t.Errorf("admission %d has no outcome", index)
 		}
 	}
 	for index := range answered {
@@ -237,7 +245,7 @@ func TestStopFinishesWhatWasAdmitted(t *testing.T) {
 	p.stop()
 }
 
-// TestWatchdog: the daemon reports to the service manager that it is alive.
+// TestWatchdog sets systemd's watchdog interval to 60 ms and waits for three keep-alive messages.
 func TestWatchdog(t *testing.T) {
 	s := newSystem(t)
 	p := s.serve("WATCHDOG_USEC=60000")
@@ -249,7 +257,8 @@ func TestWatchdog(t *testing.T) {
 	p.stop()
 }
 
-// TestTokenPulledOut takes the token away under the running daemon: unavailable, bounded, and healed without a restart.
+// TestTokenPulledOut removes the token of a running daemon. Requests are unavailable within a
+// bounded time, and succeed when the token is back, without a restart.
 func TestTokenPulledOut(t *testing.T) {
 	s := newSystem(t)
 	p := s.serve()
@@ -262,7 +271,8 @@ func TestTokenPulledOut(t *testing.T) {
 	}
 	d.Timestamp, d.ExpiresAt = time.Now().Unix(), time.Now().Unix()+600
 	var refusal *client.Error
-	if _, err := c.Sign(t.Context(), "payments", d); !errors.As(err, &refusal) || refusal.Code != "unavailable" || strings.Contains(refusal.Message, "C_") {
+	_, err := c.Sign(t.Context(), "payments", d)
+	if !errors.As(err, &refusal) || refusal.Code != "unavailable" || strings.Contains(refusal.Message, "C_") {
 		t.Errorf("without the token: %v", err)
 	}
 	if _, err := c.Ping(t.Context()); err != nil {
@@ -275,18 +285,18 @@ func TestTokenPulledOut(t *testing.T) {
 		signed, err := c.Sign(t.Context(), "payments", d)
 		if err == nil {
 			if !signed.Repeated {
-				t.Error("the nonce was admitted the first time; the answer does not say so")
+				t.Error("the nonce was admitted by the failed request, but the answer is not marked as a repetition")
 			}
 			break
 		}
 		if time.Now().After(deadline) {
-			t.Fatalf("the token is back: %v", err)
+			t.Fatalf("30 s after the token is back: %v", err)
 		}
 	}
 	p.stop()
 }
 
-// recordingConn keeps what is written through it.
+// recordingConn records the bytes that are written to a connection.
 type recordingConn struct {
 	net.Conn
 	sent []byte
@@ -297,11 +307,17 @@ func (r *recordingConn) Write(p []byte) (int, error) {
 	return r.Conn.Write(p)
 }
 
-// TestReplayedHandshake: who recorded a message 1 can hold connections with it for the time of a handshake, no longer,
-// and is never taken for the peer.
+// TestReplayedHandshake replays a recorded handshake message 1 of a peer. An attacker can hold
+// connections by a replay for the handshake timeout (500 ms here) and no longer, and the daemon
+// never takes the attacker for the peer.
 func TestReplayedHandshake(t *testing.T) {
 	s := newSystem(t)
-	s.edit("countersign.toml", "[tokens.main]", "[limits]\nconnections = 3\nstrangers = 3\nhandshakes_per_source = 20\nhandshake_timeout = \"500ms\"\n[tokens.main]")
+	s.edit("countersign.toml", "[tokens.main]", `[limits]
+connections = 3
+strangers = 3
+handshakes_per_source = 20
+handshake_timeout = "500ms"
+[tokens.main]`)
 	p := s.serve()
 	s.enrol()
 	c := s.clientConfig()
@@ -333,11 +349,12 @@ func TestReplayedHandshake(t *testing.T) {
 	}
 	p.stop()
 	if n := strings.Count(p.stderr.String(), "msg=connected"); n != 1 {
-		t.Errorf("%d connections of the peer in the log, it made one", n)
+		t.Errorf("%d connections of the peer in the log, want 1", n)
 	}
 }
 
-// TestRemovedPeerIsNotServed: what a peer had sent when it was removed is not admitted afterwards.
+// TestRemovedPeerIsNotServed removes a peer that is sending requests. After the event of the
+// removal, no request of the peer is admitted.
 func TestRemovedPeerIsNotServed(t *testing.T) {
 	s := newSystem(t)
 	p := s.serve()
