@@ -141,7 +141,7 @@ func (s *system) script(
 	return begin.Add(time.Duration(len(faults)) * every)
 }
 
-// waitForWorkers waits until both key workers run, in 5 looks at them that are 20 ms apart.
+// waitForWorkers waits until both key workers run in five consecutive polls, 20 ms apart.
 func (s *system) waitForWorkers(ctx context.Context) error {
 	for good := 0; good < 5; {
 		tokens, err := s.admin().Tokens(ctx)

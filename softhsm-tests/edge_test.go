@@ -93,8 +93,8 @@ func TestBothProfiles(t *testing.T) {
 	p.stop()
 }
 
-// TestBatchOverTheWire sends a batch of 100 items, half of which are invalid. The
-// answers are in the order of the items, and a valid item succeeds beside invalid ones.
+// TestBatchOverTheWire sends a batch of 100 items, half of which are invalid. The answers are in
+// the order of the items, and a valid item succeeds beside invalid ones.
 func TestBatchOverTheWire(t *testing.T) {
 	s := newSystem(t)
 	p := s.serve()

@@ -259,9 +259,9 @@ func TestAuditLog(t *testing.T) {
 		t.Errorf("%v", err)
 	}
 
-	// The daemon signs a checkpoint within 6 s of new events, without a request for one. The list
-	// of epochs has the number of events that the newest checkpoint covers, and makes no
-	// checkpoint.
+	// The daemon signs a checkpoint within 6 s of new events, without a request for one. The test
+	// reads the size of the newest checkpoint from the list of epochs, since a request for the
+	// checkpoint itself makes the daemon sign a new one.
 	s.signMany(c, 10)
 	last := s.events()
 	covered := func() uint64 {

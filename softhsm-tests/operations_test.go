@@ -47,8 +47,7 @@ func TestOperations(t *testing.T) {
 			for _, s := range d.sections {
 				for _, b := range s.commands {
 					for _, c := range b {
-						// Targets of the Makefile are left out: make test would run this test
-						// again.
+						// Makefile targets are left out: make test would run this test again.
 						if !o.typed[c.place] && !(d.path == "README.md" && strings.HasPrefix(c.text, "make ")) {
 							t.Errorf("%s: no script types this: %s", c.place, c.text)
 						}

@@ -80,8 +80,8 @@ const discouraged = o => Object.assign(
 	o.authenticatorSelection ?? o, {userVerification: "discouraged", residentKey: "discouraged"});
 `
 
-// newBrowser starts a Chromium that trusts the public keys of the given TLS certificates and no
-// certificate authority beside.
+// newBrowser starts a Chromium that accepts TLS certificates with the public keys of the given
+// certificates, although no CA of the browser has signed them.
 func newBrowser(t testing.TB, keys ...*x509.Certificate) *browser {
 	t.Helper()
 	path, err := exec.LookPath("chromium")

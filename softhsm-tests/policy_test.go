@@ -170,7 +170,7 @@ func TestPolicyCommands(t *testing.T) {
 			t.Fatalf("%s: nothing is changed in %s", what, exported)
 		}
 		if out, _, code := s.cli("", append([]string{"policy", "diff", "policy.cedar"}, elsewhere...)...); code != 1 {
-			t.Errorf("another %s is not noticed: %s", what, out)
+			t.Errorf("a changed %s is not noticed: %s", what, out)
 		}
 	}
 

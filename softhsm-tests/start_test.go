@@ -207,12 +207,12 @@ func (s *system) useToken(use func(*pkcs11.Ctx, pkcs11.SessionHandle)) {
 	use(m, h)
 }
 
-// deleteAll destroys all objects on the token or, with which "public", the public half of the Noise
-// key.
-func deleteAll(t *testing.T, m *pkcs11.Ctx, h pkcs11.SessionHandle, which string) {
+// deleteAll destroys all objects on the token, or only the public half of the Noise key if half is
+// "public".
+func deleteAll(t *testing.T, m *pkcs11.Ctx, h pkcs11.SessionHandle, half string) {
 	t.Helper()
 	var template []*pkcs11.Attribute
-	if which == "public" {
+	if half == "public" {
 		template = append(template,
 			pkcs11.NewAttribute(pkcs11.CKA_CLASS, pkcs11.CKO_PUBLIC_KEY),
 			pkcs11.NewAttribute(pkcs11.CKA_LABEL, "countersign/noise/1"))

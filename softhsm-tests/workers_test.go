@@ -21,12 +21,13 @@ import (
 	"countersign/internal/keystore"
 )
 
-// workers returns the processes of the daemon's key workers.
+// workers returns the process IDs of the daemon's key workers.
 func (p *process) workers() (pids []int) {
 	p.t.Helper()
 	return children(p.t, p.cmd.Process.Pid)
 }
 
+// children returns the process IDs of a process's children, from /proc/PID/task/TID/children.
 func children(t testing.TB, pid int) (pids []int) {
 	t.Helper()
 	tasks, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/children", pid))
@@ -59,8 +60,9 @@ func eventually(t testing.TB, what string, holds func() bool) {
 	}
 }
 
-// TestDaemonHoldsNoSecrets looks into the memory of the running daemon: the module is not in it,
-// nor the PIN; both are in its key workers.
+// TestDaemonHoldsNoSecrets searches the memory of the running daemon for the PIN and for the
+// PKCS#11 module. The module is mapped in the key workers only. A worker leaves no core file, and
+// the PIN is neither in its command line nor in its environment.
 func TestDaemonHoldsNoSecrets(t *testing.T) {
 	s := newSystem(t)
 	p := s.serve()
@@ -87,11 +89,13 @@ func TestDaemonHoldsNoSecrets(t *testing.T) {
 	}
 	for _, pid := range workers {
 		eventually(t, "a worker has the module mapped", func() bool { return module(pid) })
-		if limits, err := os.ReadFile(fmt.Sprintf("/proc/%d/limits", pid)); err != nil || !strings.Contains(string(limits), "Max core file size        0 ") {
+		limits, err := os.ReadFile(fmt.Sprintf("/proc/%d/limits", pid))
+		if err != nil || !strings.Contains(string(limits), "Max core file size        0 ") {
 			t.Errorf("a worker may leave a core file: %v", err)
 		}
 		for _, file := range []string{"cmdline", "environ"} {
-			if b, err := os.ReadFile(fmt.Sprintf("/proc/%d/%s", pid, file)); err != nil || bytes.Contains(b, []byte(userPIN)) {
+			b, err := os.ReadFile(fmt.Sprintf("/proc/%d/%s", pid, file))
+			if err != nil || bytes.Contains(b, []byte(userPIN)) {
 				t.Errorf("%s of a worker has the PIN: %v", file, err)
 			}
 		}
@@ -104,9 +108,9 @@ func TestDaemonHoldsNoSecrets(t *testing.T) {
 	}
 }
 
-// memoryContains looks for a text in the writable memory of a process, but for what is locked and
-// left out of core files: that is where secrets of a TPM's keys are in use, on kernels without
-// memfd_secret(2).
+// memoryContains searches the writable memory of a process for a text. Mappings that are locked and
+// left out of core files are skipped: on kernels without memfd_secret(2), key workers use the
+// secrets of TPM-sealed keys there.
 func memoryContains(t *testing.T, pid int, text string) bool {
 	t.Helper()
 	maps, err := os.Open(fmt.Sprintf("/proc/%d/smaps", pid))
@@ -123,18 +127,19 @@ func memoryContains(t *testing.T, pid int, text string) bool {
 	var from, to int64
 	var mode string
 	for lines := bufio.NewScanner(maps); lines.Scan(); {
-		var first, last int64
-		var is string
-		if n, _ := fmt.Sscanf(lines.Text(), "%x-%x %s", &first, &last, &is); n == 3 {
-			from, to, mode = first, last, is
+		var begin, end int64
+		var permissions string
+		if n, _ := fmt.Sscanf(lines.Text(), "%x-%x %s", &begin, &end, &permissions); n == 3 {
+			from, to, mode = begin, end, permissions
 		}
-		flags, ok := strings.CutPrefix(lines.Text(), "VmFlags:") // the last line of each mapping
-		if !ok || !strings.HasPrefix(mode, "rw") || strings.Contains(flags, " lo ") && strings.Contains(flags, " dd ") {
+		flags, last := strings.CutPrefix(lines.Text(), "VmFlags:") // the last line of each mapping
+		protected := strings.Contains(flags, " lo ") && strings.Contains(flags, " dd ")
+		if !last || !strings.HasPrefix(mode, "rw") || protected {
 			continue
 		}
 		const step = 1 << 20
 		for at := from; at < to; at += step {
-			buf := make([]byte, min(step+int64(len(text)), to-at))
+			buf := make([]byte, min(step+int64(len(text)), to-at)) // steps overlap by the length of the text
 			n, _ := mem.ReadAt(buf, at)
 			read += n
 			if bytes.Contains(buf[:n], []byte(text)) {
@@ -148,8 +153,8 @@ func memoryContains(t *testing.T, pid int, text string) bool {
 	return false
 }
 
-// TestWorkersKilled kills key workers while the daemon serves: one at a time nobody notices; both
-// at once a request waits for the next one.
+// TestWorkersKilled kills and stops key workers while the daemon serves. No request fails: with one
+// worker lost, the other one signs; with both lost, a request waits for a new worker.
 func TestWorkersKilled(t *testing.T) {
 	s := newSystem(t)
 	s.edit("countersign.toml", "[tokens.main]", "[tokens.main]\ndeadline = \"500ms\"")
@@ -165,14 +170,14 @@ func TestWorkersKilled(t *testing.T) {
 	for range 5 {
 		var workers []int
 		eventually(t, "two workers", func() bool { workers = p.workers(); return len(workers) == 2 })
-		for range 200 { // so that they were of use, and are replaced without a pause
+		for range 200 { // a worker that has served calls is replaced without a backoff
 			sign()
 		}
 		syscall.Kill(workers[0], syscall.SIGKILL)
 		sign()
-		syscall.Kill(workers[1], syscall.SIGSTOP) // it hangs
+		syscall.Kill(workers[1], syscall.SIGSTOP) // the worker hangs
 		sign()
-		eventually(t, "two workers, and both others", func() bool {
+		eventually(t, "two new workers", func() bool {
 			now := p.workers()
 			return len(now) == 2 && now[0] != workers[1] && now[1] != workers[1]
 		})
@@ -181,8 +186,9 @@ func TestWorkersKilled(t *testing.T) {
 	p.stop()
 }
 
-// TestRefusedPIN: with a PIN that the token refuses, nothing logs in any more, not even new
-// workers, until an operator says so.
+// TestRefusedPIN puts a wrong PIN into the PIN file and kills the key workers. After the first
+// refused login no worker logs in again, even when the PIN file is repaired, until an operator
+// types admin token retry. A retry by itself could lock the token.
 func TestRefusedPIN(t *testing.T) {
 	s := newSystem(t)
 	p := s.serve()
@@ -201,19 +207,21 @@ func TestRefusedPIN(t *testing.T) {
 	}
 	eventually(t, "unavailable", unavailable)
 	eventually(t, "the token is down", func() bool {
-		return strings.Contains(s.must("admin", "token", "list"), "down") && strings.Contains(s.must("admin", "token", "list"), "refuses the PIN")
+		out := s.must("admin", "token", "list")
+		return strings.Contains(out, "down") && strings.Contains(out, "refuses the PIN")
 	})
 	s.write("pin", userPIN+"\n")
 	if !unavailable() {
-		t.Error("somebody logged in without an operator's word")
+		t.Error("a worker logged in without an operator's retry")
 	}
 	s.must("admin", "token", "retry", "main")
-	eventually(t, "it signs again", func() bool {
+	eventually(t, "a signature", func() bool {
 		_, err := c.Sign(t.Context(), "payments", message("AAAA"))
 		return err == nil
 	})
-	if _, errOut, code := s.cli("", "admin", "token", "retry", "other"); code == 0 || !strings.Contains(errOut, "main") {
-		t.Errorf("retry of a token that is not there: %d %s", code, errOut)
+	_, errOut, code := s.cli("", "admin", "token", "retry", "other")
+	if code == 0 || !strings.Contains(errOut, "main") {
+		t.Errorf("retry of a token that does not exist: %d %s", code, errOut)
 	}
 	p.stop()
 	if n := strings.Count(p.stderr.String(), "has refused the PIN"); n != 1 {
@@ -221,7 +229,8 @@ func TestRefusedPIN(t *testing.T) {
 	}
 }
 
-// TestSeveralTokens: one token that is away costs its own keys only, at start and while serving.
+// TestSeveralTokens removes one of two tokens, of a running daemon and before a start. Only the
+// keys on the missing token are unavailable, and only until the token is back.
 func TestSeveralTokens(t *testing.T) {
 	s := newSystem(t)
 	if err := os.Mkdir(s.path("tokens2"), 0o700); err != nil {
@@ -244,8 +253,9 @@ environment = { SOFTHSM2_CONF = %q }
 	p := s.serve()
 	public := strings.TrimSpace(s.must("keygen", s.path("demo.key")))
 	s.must("admin", "peer", "add", "demo", public)
-	if _, errOut, code := s.cli("", "admin", "key", "create", "payments"); code == 0 || !strings.Contains(errOut, "main, other") {
-		t.Errorf("a key on no token: %d %s", code, errOut)
+	_, errOut, code := s.cli("", "admin", "key", "create", "payments")
+	if code == 0 || !strings.Contains(errOut, "main, other") {
+		t.Errorf("a key without a named token: %d %s", code, errOut)
 	}
 	s.must("admin", "key", "create", "payments", "--token", "main")
 	s.must("admin", "key", "create", "refunds", "--token", "other")
@@ -264,29 +274,30 @@ environment = { SOFTHSM2_CONF = %q }
 	if !signs(c, "payments") || !signs(c, "refunds") {
 		t.Error("a key does not sign")
 	}
-	away := func() { os.Rename(s.path("tokens2"), s.path("tokens2.away")) }
-	back := func() { os.Rename(s.path("tokens2.away"), s.path("tokens2")) }
-	away()
+	remove := func() { os.Rename(s.path("tokens2"), s.path("tokens2.away")) }
+	putBack := func() { os.Rename(s.path("tokens2.away"), s.path("tokens2")) }
+	remove()
 	eventually(t, "refunds is unavailable", func() bool { return !signs(c, "refunds") })
 	if !signs(c, "payments") {
 		t.Error("the other token's key is unavailable too")
 	}
-	back()
+	putBack()
 	eventually(t, "refunds signs again", func() bool { return signs(c, "refunds") })
 	p.stop()
 
-	away()
+	remove()
 	p = s.serve()
 	c = s.dial()
 	if !signs(c, "payments") || signs(c, "refunds") {
 		t.Error("started without the second token: payments must sign and refunds must not")
 	}
-	back()
+	putBack()
 	eventually(t, "refunds signs after a start without its token", func() bool { return signs(c, "refunds") })
 	p.stop()
 }
 
-// TestImport takes a key over from a seed file, as an operator would.
+// TestImport imports a key from a seed file. The key is marked as imported for ever, and the seed
+// is in no output, nor in the memory of the daemon or of a key worker.
 func TestImport(t *testing.T) {
 	s := newSystem(t)
 	p := s.serve()
@@ -295,11 +306,14 @@ func TestImport(t *testing.T) {
 	text := base64.RawURLEncoding.EncodeToString(seed)
 	s.write("seed", "keypair-seed:"+text+"\n")
 	out := s.must("admin", "key", "import", "old", s.path("seed"))
-	// The public key of this seed, by OpenSSL 3.0: openssl pkey -pubout -outform DER.
-	if !strings.Contains(out, "ea4a6c63e29c520abef5507b132ec5f9954776aebebe7b92421eea691446d22c") || !strings.Contains(out, "imported") {
+	// The public key of this seed by OpenSSL 3.0: openssl pkey -pubout -outform DER.
+	const public = "ea4a6c63e29c520abef5507b132ec5f9954776aebebe7b92421eea691446d22c"
+	if !strings.Contains(out, public) || !strings.Contains(out, "imported") {
 		t.Errorf("import: %s", out)
 	}
-	for _, args := range [][]string{{"admin", "key", "list"}, {"admin", "key", "show", "old"}, {"admin", "audit", "list"}} {
+	for _, args := range [][]string{
+		{"admin", "key", "list"}, {"admin", "key", "show", "old"}, {"admin", "audit", "list"},
+	} {
 		if out := s.must(args...); strings.Contains(out, text) || !strings.Contains(strings.ToLower(out), "import") {
 			t.Errorf("%v: %s", args, out)
 		}
@@ -313,27 +327,30 @@ func TestImport(t *testing.T) {
 		}
 	}
 	p.stop()
-	p = s.serve() // imported for ever
+	p = s.serve()
 	if out := s.must("admin", "key", "show", "old"); !strings.Contains(out, "imported: made elsewhere") {
 		t.Errorf("after a restart: %s", out)
 	}
 	os.Chmod(s.path("seed"), 0o644)
-	if _, errOut, code := s.cli("", "admin", "key", "import", "older", s.path("seed")); code == 0 || !strings.Contains(errOut, "chmod 600") {
+	_, errOut, code := s.cli("", "admin", "key", "import", "older", s.path("seed"))
+	if code == 0 || !strings.Contains(errOut, "chmod 600") {
 		t.Errorf("a seed that all can read: %d %s", code, errOut)
 	}
 	s.write("seed", "keypair-seed:"+text[:30])
-	if _, errOut, code := s.cli("", "admin", "key", "import", "older", s.path("seed")); code == 0 || strings.Contains(errOut, text[:30]) {
+	_, errOut, code = s.cli("", "admin", "key", "import", "older", s.path("seed"))
+	if code == 0 || strings.Contains(errOut, text[:30]) {
 		t.Errorf("half a seed: %d %s", code, errOut)
 	}
 	p.stop()
 }
 
-// TestNothingLeaks: what a pool and its workers hold is the same after many operations as after a
-// few. SoftHSM loses memory with every operation, whoever calls it; workers are renewed for that,
-// and no operation fails by it.
+// TestNothingLeaks counts goroutines, file descriptors and PKCS#11 sessions of a pool and its key
+// workers. After 100,000 operations there are no more of them than after 1,000. SoftHSM itself
+// leaks memory in every operation, so a worker above the memory limit (8 MiB here) is replaced, and
+// no operation fails meanwhile.
 func TestNothingLeaks(t *testing.T) {
 	memory, many := 8<<20, 100_000
-	if os.Getenv("RACE") == "1" { // the detector takes the memory of ten workers, and its time
+	if os.Getenv("RACE") == "1" { // the race detector multiplies memory and time
 		memory, many = 1<<30, 10_000
 	}
 	s := newSystem(t)
@@ -374,7 +391,7 @@ func TestNothingLeaks(t *testing.T) {
 			}
 		}
 	}
-	held := func() (counts map[string]int, largest int) {
+	measure := func() (counts map[string]int, largest int) {
 		t.Helper()
 		counts = map[string]int{"goroutines": runtime.NumGoroutine(), "workers": len(pool.Status().Workers)}
 		for i, w := range pool.Status().Workers {
@@ -407,13 +424,13 @@ func TestNothingLeaks(t *testing.T) {
 		return counts, largest
 	}
 	operations(1000)
-	before, memoryBefore := held()
+	before, memoryBefore := measure()
 	operations(many)
-	eventually(t, "the same as before", func() bool {
+	eventually(t, "the same resources as before", func() bool {
 		if slices.ContainsFunc(pool.Status().Workers, func(w keystore.Worker) bool { return w.PID == 0 }) {
-			return false // one is being renewed
+			return false // a worker is being replaced
 		}
-		after, largest := held()
+		after, largest := measure()
 		same := largest <= memory+memory/8
 		for what, n := range after {
 			same = same && n <= before[what]
@@ -428,7 +445,7 @@ func TestNothingLeaks(t *testing.T) {
 		renewed += w.Restarts
 	}
 	if renewed == 0 && memory < 1<<30 {
-		t.Error("no worker was renewed: the limit has lost its point")
+		t.Error("no worker was renewed: the memory limit is too high for the test to prove anything")
 	}
 	t.Logf("held: %v, %d KiB at first; %d workers were renewed", before, memoryBefore>>10, renewed)
 }
