@@ -1,6 +1,10 @@
-// The floor that benchmarks are held against: signatures a second by a loop over C_SignInit and C_Sign, with nothing else
-// around it. usage: floor MODULE PIN-FILE KEY-LABEL. It reads lines SESSIONS MILLISECONDS, signs for so long in so many
-// sessions, and prints the number of signatures a second.
+// floor measures the signatures per second of a loop over C_SignInit and C_Sign. The rate is the
+// floor in the ratios of the benchmarks.
+//
+//   usage: floor MODULE PIN-FILE KEY-LABEL
+//
+// For each line "SESSIONS MILLISECONDS" of stdin, floor signs in SESSIONS threads with a PKCS#11
+// session each, for MILLISECONDS, and prints the signatures per second.
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <pthread.h>
@@ -62,7 +66,8 @@ int main(int argc, char **argv) {
 	int sessions, ms, opened = 0;
 	while (scanf("%d %d", &sessions, &ms) == 2 && sessions <= 64) {
 		for (; opened < sessions; opened++)
-			must(f->function[OPEN_SESSION](slots[0], (CK_ULONG)CKF_RW_SERIAL, NULL, NULL, &loops[opened].session), "C_OpenSession");
+			must(f->function[OPEN_SESSION](slots[0], (CK_ULONG)CKF_RW_SERIAL, NULL, NULL, &loops[opened].session),
+				"C_OpenSession");
 		struct timespec from, to, wait = { ms / 1000, ms % 1000 * 1000000L };
 		stop = 0;
 		clock_gettime(CLOCK_MONOTONIC, &from);
