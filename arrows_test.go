@@ -6,125 +6,108 @@ import (
 	"encoding/json"
 	"errors"
 	"io"
+	"os"
 	"os/exec"
+	"regexp"
 	"slices"
 	"strings"
 	"testing"
 )
 
-// arrows lists the allowed imports of each package: packages of Countersign (ours) and of other
-// modules (outside). The import graph has one direction (docs/DESIGN.md, Arrows). Each important
-// outside module has a single user.
-var arrows = map[string]struct{ ours, outside []string }{
-	"internal/eddsa": {nil, []string{"filippo.io/edwards25519"}},
-	"internal/ijson": {nil, []string{"github.com/go-json-experiment/json"}},
-	"transcript": {
-		ours:    []string{"internal/eddsa", "internal/ijson"},
-		outside: []string{"github.com/go-json-experiment/json"},
-	},
-	"wire": {[]string{"internal/ijson"}, []string{"github.com/go-json-experiment/json"}},
-	"noise": {
-		ours: []string{"internal/eddsa", "internal/ijson"},
-		outside: []string{
-			"github.com/flynn/noise", "github.com/go-json-experiment/json", "golang.org/x/crypto/blake2s",
-			"lukechampine.com/blake3",
-		},
-	},
-	"policy":            {nil, []string{"github.com/cedar-policy/cedar-go"}},
-	"internal/limit":    {nil, []string{"github.com/hashicorp/golang-lru/v2"}},
-	"internal/ledger":   {[]string{"audit"}, []string{"go.etcd.io/bbolt", "golang.org/x/mod"}},
-	"internal/manage":   {ours: []string{"internal/ijson", "internal/keystore"}},
-	"internal/gate":     {ours: []string{"internal/ledger"}},
-	"internal/resource": {ours: []string{"audit"}},
-	"internal/peers": {
-		ours:    []string{"audit", "internal/ijson", "internal/keystore", "internal/ledger", "internal/manage"},
-		outside: []string{"golang.org/x/time"},
-	},
-	"internal/keyring": {ours: []string{
-		"approval", "audit", "internal/eddsa", "internal/gate", "internal/ijson", "internal/keystore", "internal/ledger",
-		"internal/limit", "internal/manage", "internal/peers", "internal/schedule", "transcript", "wire",
-	}},
-	"internal/ledger/ledgertest": {
-		ours:    []string{"internal/ledger"},
-		outside: []string{"go.etcd.io/bbolt"},
-	},
-	"internal/ledger/disktest": {
-		outside: []string{"github.com/hanwen/go-fuse/v2", "golang.org/x/sys"},
-	},
-	"approval": {
-		ours: []string{"audit"},
-		outside: []string{
-			"github.com/go-json-experiment/json", "github.com/go-webauthn/webauthn",
-			"golang.org/x/crypto/ssh",
-		},
-	},
-	"internal/operators": {
-		ours:    []string{"approval", "audit", "internal/ledger"},
-		outside: []string{"golang.org/x/time"},
-	},
-	"audit":                          {nil, []string{"github.com/go-json-experiment/json", "golang.org/x/mod"}},
-	"internal/keystore":              {nil, nil},
-	"internal/keystore/keystoretest": {[]string{"internal/keystore"}, nil},
-	"hsm": {
-		ours:    []string{"internal/keystore"},
-		outside: []string{"github.com/miekg/pkcs11", "github.com/stefanberger/go-pkcs11uri"},
-	},
-	"tpm": {
-		ours:    []string{"internal/eddsa", "internal/keystore"},
-		outside: []string{"github.com/google/go-tpm", "golang.org/x/sys"},
-	},
-	"tpm/tpmtest":              {nil, nil},
-	"internal/keystore/worker": {[]string{"internal/keystore"}, nil},
-	"appliance": {
-		ours: []string{
-			"audit", "internal/eddsa", "internal/ijson", "internal/keystore", "internal/ledger",
-			"internal/limit", "noise", "policy", "internal/schedule", "transcript", "internal/webhook",
-			"wire",
-		},
-		outside: []string{"golang.org/x/time"},
-	},
-	"admin": {
-		ours: []string{
-			"admin/api", "admin/certs", "appliance", "approval", "audit", "internal/ijson",
-			"internal/keystore", "internal/ledger", "internal/operators", "policy", "internal/schedule",
-			"internal/webhook",
-		},
-		outside: []string{
-			"github.com/danielgtaylor/huma/v2", "github.com/labstack/echo/v4", "golang.org/x/net/netutil",
-		},
-	},
-	"admin/certs": {[]string{"internal/keystore"}, nil},
-	"admin/api":   {[]string{"approval", "audit", "internal/keystore", "wire"}, nil},
-	"client": {
-		ours:    []string{"audit", "internal/eddsa", "internal/ijson", "noise", "transcript", "wire"},
-		outside: []string{"github.com/go-json-experiment/json"},
-	},
-	"client/clienttest": {
-		ours:    []string{"noise", "transcript", "wire"},
-		outside: []string{"github.com/go-json-experiment/json"},
+// room is what a package may import: packages of the project, and outside modules that have a home.
+// Names are separated by spaces.
+type room struct{ ours, outside string }
+
+// arrows is the house of packages, from the roof down: a package imports packages of the floors
+// below only. Each outside module that matters has one home. The table is exact: an arrow that no
+// import uses fails the test as a missing arrow does.
+var arrows = map[string]room{
+	// The binaries.
+	"cmd/countersignd": {
+		ours: `admin admin/certs appliance audit hsm internal/anchor internal/keyring internal/keystore
+			internal/keystore/worker internal/ledger internal/manage internal/operators
+			internal/resource internal/webhook noise policy tpm`,
+		outside: `github.com/coreos/go-systemd/v22 github.com/pelletier/go-toml/v2 github.com/spf13/cobra
+			golang.org/x/sys`,
 	},
 	"cmd/countersign": {
-		ours: []string{
-			"admin/api", "approval", "audit", "client", "internal/ijson", "internal/keystore", "policy",
-			"transcript",
-		},
-		outside: []string{"github.com/spf13/cobra", "github.com/spf13/pflag", "golang.org/x/crypto/ssh"},
+		ours:    "admin/api approval audit client internal/ijson internal/keystore policy transcript",
+		outside: "github.com/spf13/cobra github.com/spf13/pflag golang.org/x/crypto/ssh",
 	},
-	"cmd/countersignd": {
-		ours: []string{
-			"admin", "admin/certs", "appliance", "audit", "hsm", "internal/keystore",
-			"internal/keystore/worker", "internal/ledger", "noise", "internal/operators", "policy", "tpm",
-			"internal/webhook",
-		},
-		outside: []string{
-			"github.com/coreos/go-systemd/v22", "github.com/pelletier/go-toml/v2", "github.com/spf13/cobra",
-			"golang.org/x/sys",
-		},
+	// The edge for operators.
+	"admin": {
+		ours: `admin/api admin/certs appliance approval audit internal/anchor internal/ijson
+			internal/keyring internal/keystore internal/ledger internal/manage internal/operators
+			internal/peers internal/schedule internal/webhook policy`,
+		outside: "github.com/danielgtaylor/huma/v2 github.com/labstack/echo/v4 golang.org/x/net/netutil",
 	},
-	"internal/schedule": {nil, []string{"github.com/adhocore/gronx"}},
-	"internal/webhook":  {nil, nil},
-	"softhsm-tests":     {nil, nil},
-	"":                  {nil, nil},
+	"admin/certs": {ours: "internal/keystore"},
+	"admin/api":   {ours: "approval audit internal/keystore wire"},
+	// The walk.
+	"appliance": {
+		ours: `audit internal/anchor internal/eddsa internal/gate internal/ijson internal/keyring
+			internal/keystore internal/ledger internal/limit internal/manage internal/peers
+			internal/resource internal/webhook noise policy transcript wire`,
+		outside: "golang.org/x/time",
+	},
+	// Below the walk: each of these packages follows a part of the ledger.
+	"internal/keyring": {
+		ours: `approval audit internal/eddsa internal/gate internal/ijson internal/keystore
+			internal/ledger internal/limit internal/manage internal/peers internal/schedule
+			transcript wire`,
+	},
+	"internal/peers": {
+		ours:    "audit internal/ijson internal/keystore internal/ledger internal/manage",
+		outside: "golang.org/x/time",
+	},
+	"internal/anchor": {
+		ours: `audit internal/gate internal/keystore internal/ledger internal/manage internal/resource`,
+	},
+	"internal/operators": {ours: "approval audit internal/ledger internal/manage"},
+	"internal/gate":      {ours: "internal/ledger"},
+	"internal/ledger":    {ours: "audit", outside: "go.etcd.io/bbolt golang.org/x/mod"},
+	"internal/manage":    {ours: "internal/ijson internal/keystore"},
+	"internal/resource":  {ours: "audit"},
+	// The devices.
+	"hsm": {
+		ours:    `internal/keystore`,
+		outside: `github.com/miekg/pkcs11 github.com/stefanberger/go-pkcs11uri`,
+	},
+	"tpm": {
+		ours:    `internal/eddsa internal/keystore`,
+		outside: `github.com/google/go-tpm golang.org/x/sys`,
+	},
+	"internal/keystore/worker": {ours: "internal/keystore"},
+	// For programs of peers and auditors.
+	"client": {ours: "audit internal/eddsa internal/ijson noise transcript wire"},
+	"noise": {
+		ours: "internal/eddsa internal/ijson",
+		outside: `github.com/flynn/noise github.com/go-json-experiment/json golang.org/x/crypto/blake2s
+			lukechampine.com/blake3`,
+	},
+	"transcript": {ours: "internal/eddsa internal/ijson", outside: "github.com/go-json-experiment/json"},
+	"wire":       {ours: "internal/ijson", outside: "github.com/go-json-experiment/json"},
+	"approval": {
+		ours:    "audit",
+		outside: "github.com/go-json-experiment/json github.com/go-webauthn/webauthn golang.org/x/crypto/ssh",
+	},
+	"audit": {outside: "github.com/go-json-experiment/json golang.org/x/mod"},
+	// The leaves: one trade each.
+	"policy":            {outside: "github.com/cedar-policy/cedar-go"},
+	"internal/eddsa":    {outside: "filippo.io/edwards25519"},
+	"internal/ijson":    {outside: "github.com/go-json-experiment/json"},
+	"internal/keystore": {},
+	"internal/limit":    {outside: "github.com/hashicorp/golang-lru/v2"},
+	"internal/schedule": {outside: "github.com/adhocore/gronx"},
+	"internal/webhook":  {},
+	// For tests.
+	"client/clienttest":              {ours: "noise transcript wire"},
+	"internal/keystore/keystoretest": {ours: "internal/keystore"},
+	"internal/ledger/ledgertest":     {ours: "internal/ledger", outside: "go.etcd.io/bbolt"},
+	"internal/ledger/disktest":       {outside: "github.com/hanwen/go-fuse/v2 golang.org/x/sys"},
+	"softhsm-tests":                  {},
+	"tpm/tpmtest":                    {},
+	"":                               {},
 }
 
 type pkg struct {
@@ -172,16 +155,28 @@ func TestImportArrows(t *testing.T) {
 		if len(p.CgoFiles) > 0 && name != "hsm" {
 			t.Errorf("%s has cgo files: only package hsm, which key workers run, may use C", name)
 		}
+		ours, outside := strings.Fields(allowed.ours), strings.Fields(allowed.outside)
+		used := map[string]bool{}
 		for _, path := range p.Imports {
-			if ours, ok := strings.CutPrefix(path, module+"/"); ok {
-				if !slices.Contains(allowed.ours, ours) {
-					t.Errorf("%s imports %s", name, ours)
+			if name, ok := strings.CutPrefix(path, module+"/"); ok {
+				used[name] = slices.Contains(ours, name)
+				if !used[name] {
+					t.Errorf("%s imports %s", p.ImportPath, path)
 				}
-			} else if first, _, _ := strings.Cut(path, "/"); strings.Contains(first, ".") &&
-				!slices.ContainsFunc(allowed.outside, func(module string) bool {
-					return path == module || strings.HasPrefix(path, module+"/")
-				}) {
-				t.Errorf("%s imports %s", name, path)
+				continue
+			}
+			home := slices.IndexFunc(outside, func(module string) bool {
+				return path == module || strings.HasPrefix(path, module+"/")
+			})
+			if first, _, _ := strings.Cut(path, "/"); home >= 0 {
+				used[outside[home]] = true
+			} else if strings.Contains(first, ".") {
+				t.Errorf("%s imports %s", p.ImportPath, path)
+			}
+		}
+		for _, each := range append(ours, outside...) {
+			if !used[each] {
+				t.Errorf("%s does not import %s: remove the arrow", name, each)
 			}
 		}
 	}
@@ -205,6 +200,30 @@ func TestCLINeedsNoC(t *testing.T) {
 		} {
 			if strings.HasPrefix(p.ImportPath, heavy) {
 				t.Errorf("countersign links %s", p.ImportPath)
+			}
+		}
+	}
+}
+
+// TestOneConstructor: only package audit puts events together, and a test opens a ledger with a
+// replica beside it, unless the line says why not.
+func TestOneConstructor(t *testing.T) {
+	literal := regexp.MustCompile(`(^|[^\]])audit\.Event\{`)
+	for folder, files := range tracked(t, "*.go") {
+		for _, file := range files {
+			b, err := os.ReadFile(file)
+			if err != nil {
+				t.Fatal(err)
+			}
+			test := strings.HasSuffix(file, "_test.go")
+			for i, line := range strings.Split(string(b), "\n") {
+				if !test && folder != "audit" && literal.MatchString(line) {
+					t.Errorf("%s:%d: make the event with a constructor of package audit", file, i+1)
+				}
+				alone := strings.Contains(line, "// without a replica: ")
+				if test && !alone && strings.Contains(line, "ledger."+"Open(") {
+					t.Errorf("%s:%d: open the ledger with ledgertest.Open", file, i+1)
+				}
 			}
 		}
 	}

@@ -19,8 +19,8 @@ import (
 const (
 	codeColumns  = 120
 	proseColumns = 100
-	// pronounShare is the largest share of pronouns among the words of a folder's comments. Go's
-	// own sumdb packages and bbolt have 4 to 5 %.
+	// pronounShare is the largest share of pronouns among the words of a folder's comments. bbolt
+	// and golang.org/x/mod/sumdb have 4 to 5 %.
 	pronounShare = 0.06
 )
 
@@ -136,7 +136,8 @@ func isDirective(c *ast.Comment) bool {
 	return regexp.MustCompile(`^//[a-z]+:|^// (Unordered )?[oO]utput:`).MatchString(c.Text)
 }
 
-// prose is the text of a comment without slashes and without indented blocks, which hold code and tables.
+// prose is the text of a comment without slashes and without indented blocks, which hold code and
+// tables.
 func (c comment) prose() string {
 	var b strings.Builder
 	for line := range strings.Lines(c.text) {
@@ -204,7 +205,8 @@ func paragraphs(t *testing.T, file string) map[string]string {
 			continue
 		}
 		trimmed := strings.TrimSpace(line)
-		if code || trimmed == "" || strings.HasPrefix(line, "    ") || strings.HasPrefix(trimmed, "|") || strings.HasPrefix(trimmed, "#") {
+		block := strings.HasPrefix(line, "    ") || strings.HasPrefix(trimmed, "|") || strings.HasPrefix(trimmed, "#")
+		if code || trimmed == "" || block {
 			flush()
 			continue
 		}
@@ -212,7 +214,8 @@ func paragraphs(t *testing.T, file string) map[string]string {
 			flush()
 			trimmed = item.ReplaceAllString(trimmed, "")
 		}
-		if n := width(line); n > proseColumns && strings.Contains(strings.TrimSpace(line), " ") && !strings.Contains(line, "](") {
+		breakable := strings.Contains(trimmed, " ") && !strings.Contains(line, "](")
+		if n := width(line); n > proseColumns && breakable {
 			t.Errorf("%s:%d: %d columns of prose, at most %d", file, i+1, n, proseColumns)
 		}
 		text = append(text, trimmed)

@@ -12,11 +12,10 @@ import (
 	"countersign/approval"
 	"countersign/audit"
 	"countersign/internal/keystore"
+	"countersign/internal/manage"
 	"countersign/internal/operators"
 	"countersign/policy"
 )
-
-const policyActivate = "policy activate"
 
 type (
 	parameters = []approval.Parameter
@@ -31,15 +30,15 @@ var acts = map[string]struct {
 	roles []approval.Role
 	prepare
 }{
-	"peer add":          {of(operator), addPeer},
-	policyActivate:      {of(administrator), activate},
-	"rollback accept":   {of(administrator), acceptRollback},
-	"hold release":      {of(administrator), release},
-	"clock accept":      {of(administrator), acceptTime},
-	"key destroy":       {of(administrator, operator), destroyKey},
-	"key compromise":    {of(administrator, operator), compromiseKey},
-	"key presence":      {of(administrator, operator), lowerPresence},
-	"retention shorten": {of(administrator), shortenRetention},
+	approval.ActPeerAdd:          {of(operator), addPeer},
+	approval.ActPolicyActivate:   {of(administrator), activate},
+	approval.ActRollbackAccept:   {of(administrator), acceptRollback},
+	approval.ActHoldRelease:      {of(administrator), release},
+	approval.ActClockAccept:      {of(administrator), acceptTime},
+	approval.ActKeyDestroy:       {of(administrator, operator), destroyKey},
+	approval.ActKeyCompromise:    {of(administrator, operator), compromiseKey},
+	approval.ActKeyPresence:      {of(administrator, operator), lowerPresence},
+	approval.ActRetentionShorten: {of(administrator), shortenRetention},
 }
 
 // Acts is the table for operators.Open. An act is judged when it is proposed, so that nobody approves what can't be done, and once more
@@ -78,13 +77,13 @@ func addPeer(a *appliance.Appliance, p parameters, _ []byte) (parameters, do, er
 	if err := keystore.CheckName(name); err != nil {
 		return nil, nil, invalid.errorf("peer %q: %v", name, err)
 	}
-	for _, each := range a.Peers() {
+	for _, each := range a.Peers.All() {
 		if each.Name == name || each.PublicKey == [32]byte(key) {
-			return nil, nil, fmt.Errorf("peer %q: %w, as %q", name, appliance.ErrExists, each.Name)
+			return nil, nil, fmt.Errorf("peer %q: %w, as %q", name, manage.ErrExists, each.Name)
 		}
 	}
 	return list("name", name, "public_key", hex.EncodeToString(key)), func(ctx context.Context, who audit.Actor) error {
-		_, err := a.AddPeer(ctx, who, name, key)
+		_, err := a.Peers.Add(ctx, who, name, key)
 		return err
 	}, notRolledBack(a)
 }
@@ -121,11 +120,11 @@ func acceptRollback(a *appliance.Appliance, p parameters, _ []byte) (parameters,
 	if err != nil {
 		return nil, nil, err
 	}
-	rolled, err := a.Rollback()
+	rolled, err := a.Anchor.Rollback()
 	if err == nil && rolled == nil {
-		err = fmt.Errorf("rollback: %w: none was found", appliance.ErrNotFound)
+		err = fmt.Errorf("rollback: %w: none was found", manage.ErrNotFound)
 	}
-	return p, func(ctx context.Context, who audit.Actor) error { return a.AcceptRollback(ctx, who, v["reason"]) }, err
+	return p, func(ctx context.Context, who audit.Actor) error { return a.Anchor.Accept(ctx, who, v["reason"]) }, err
 }
 
 func release(a *appliance.Appliance, p parameters, _ []byte) (parameters, do, error) {
@@ -138,8 +137,8 @@ func release(a *appliance.Appliance, p parameters, _ []byte) (parameters, do, er
 		return nil, nil, invalid.errorf("epoch: %q is not the number of one", v["epoch"])
 	}
 	epochs, _, err := a.Preview()
-	if err == nil && !slices.ContainsFunc(epochs, func(e appliance.Fate) bool { return uint64(e.Number) == n && e.Hold != "" }) {
-		err = fmt.Errorf("a hold on epoch %d: %w", n, appliance.ErrNotFound)
+	if err == nil && !slices.ContainsFunc(epochs, func(e appliance.EpochStatus) bool { return uint64(e.Number) == n && e.Hold != "" }) {
+		err = fmt.Errorf("a hold on epoch %d: %w", n, manage.ErrNotFound)
 	}
 	return list("epoch", strconv.FormatUint(n, 10), "reason", v["reason"]), func(ctx context.Context, who audit.Actor) error {
 		return a.Release(ctx, who, uint32(n), v["reason"])
@@ -178,7 +177,7 @@ func list(pairs ...string) (p parameters) {
 
 // notRolledBack keeps what widens from being done while the ledger is older than its counter.
 func notRolledBack(a *appliance.Appliance) error {
-	rolled, err := a.Rollback()
+	rolled, err := a.Anchor.Rollback()
 	if err == nil && rolled != nil {
 		err = rolledBack.errorf(rolledBackAdvice)
 	}

@@ -20,8 +20,10 @@ import (
 	"countersign/appliance"
 	"countersign/audit"
 	"countersign/internal/ijson"
+	"countersign/internal/keyring"
 	"countersign/internal/keystore"
 	"countersign/internal/operators"
+	"countersign/internal/peers"
 	"countersign/policy"
 
 	"github.com/danielgtaylor/huma/v2"
@@ -41,7 +43,7 @@ const (
 // Config is what the API is the edge of.
 type Config struct {
 	Appliance  *appliance.Appliance
-	Operators  *operators.Desk
+	Operators  *operators.Registry
 	LoadPolicy func() (*policy.Policy, error) // reads the policy file again
 	ErrorLog   *log.Logger                    // of net/http: handshakes that fail, and handlers that panic
 	Group      string                         // the number of the group whose members may talk on the Unix socket; "": nobody but root and the daemon's user
@@ -163,7 +165,7 @@ func (s *server) routes() {
 
 func (s *server) createKey(ctx context.Context, who caller, in *body[api.NewKey]) (api.Key, error) {
 	n := in.Body
-	k, err := s.Appliance.CreateKey(ctx, who.actor(), appliance.NewKey{Name: n.Name, Algorithm: keystore.Algorithm(n.Algorithm), Token: n.Token, Seed: n.SeedFile})
+	k, err := s.Appliance.Keys.Create(ctx, who.actor(), keyring.NewKey{Name: n.Name, Algorithm: keystore.Algorithm(n.Algorithm), Token: n.Token, Seed: n.SeedFile})
 	if err != nil {
 		return api.Key{}, err
 	}
@@ -171,16 +173,16 @@ func (s *server) createKey(ctx context.Context, who caller, in *body[api.NewKey]
 }
 
 func (s *server) keys(context.Context, caller, *none) ([]api.Key, error) {
-	return docs(s.Appliance.Keys(), s.keyDoc), nil
+	return docs(s.Appliance.Keys.All(), s.keyDoc), nil
 }
 
 func (s *server) key(_ context.Context, _ caller, in *named) ([]api.Key, error) {
-	versions, err := s.Appliance.Key(in.Name)
+	versions, err := s.Appliance.Keys.Versions(in.Name)
 	return docs(versions, s.keyDoc), err
 }
 
 func (s *server) noiseKey(context.Context, caller, *none) (api.Key, error) {
-	k, err := s.Appliance.NoiseKey()
+	k, err := s.Appliance.Keys.Noise()
 	if err != nil {
 		return api.Key{}, err
 	}
@@ -201,7 +203,7 @@ func (s *server) retryToken(ctx context.Context, who caller, in *named) error {
 }
 
 func (s *server) rollback(context.Context, caller, *none) (api.Rollback, error) {
-	r, err := s.Appliance.Rollback()
+	r, err := s.Appliance.Anchor.Rollback()
 	if err != nil || r == nil {
 		return api.Rollback{}, err
 	}
@@ -209,21 +211,21 @@ func (s *server) rollback(context.Context, caller, *none) (api.Rollback, error) 
 }
 
 func (s *server) peers(context.Context, caller, *none) ([]api.Peer, error) {
-	return docs(s.Appliance.Peers(), func(p appliance.PeerStatus) api.Peer {
+	return docs(s.Appliance.Peers.All(), func(p peers.Status) api.Peer {
 		return api.Peer{Name: p.Name, PublicKey: hex.EncodeToString(p.PublicKey[:]), Added: p.Added.Unix(), Suspended: p.Suspended, LastSeen: unix(p.Seen), Connections: p.Connections}
 	}), nil
 }
 
 func (s *server) removePeer(ctx context.Context, who caller, in *named) error {
-	return s.Appliance.RemovePeer(ctx, who.actor(), in.Name)
+	return s.Appliance.Peers.Remove(ctx, who.actor(), in.Name)
 }
 
 func (s *server) suspendPeer(ctx context.Context, who caller, in *named) error {
-	return s.Appliance.SuspendPeer(ctx, who.actor(), in.Name)
+	return s.Appliance.Peers.Suspend(ctx, who.actor(), in.Name)
 }
 
 func (s *server) resumePeer(ctx context.Context, who caller, in *named) error {
-	return s.Appliance.ResumePeer(ctx, who.actor(), in.Name)
+	return s.Appliance.Peers.Resume(ctx, who.actor(), in.Name)
 }
 
 type eventsInput struct {
@@ -240,7 +242,7 @@ func (s *server) events(_ context.Context, _ caller, in *eventsInput) ([]api.Eve
 	return all, err
 }
 
-func (s *server) keyDoc(k *appliance.Key) api.Key {
+func (s *server) keyDoc(k *keyring.Key) api.Key {
 	info := k.Info()
 	doc := api.Key{
 		Name: k.Name, Version: k.Version, Algorithm: string(info.Algorithm), State: string(k.State), Custody: string(info.Custody),
@@ -248,7 +250,7 @@ func (s *server) keyDoc(k *appliance.Key) api.Key {
 		PublicKey: hex.EncodeToString(info.PublicKey), Origin: info.Provenance.String(), Provenance: info.Provenance, Created: k.Created.Unix(),
 		Activates: unix(k.Activates), Retires: unix(k.Retires), Uses: k.Uses(), Authorization: k.Authorization,
 	}
-	if next, ok := s.Appliance.Next(k); ok {
+	if next, ok := s.Appliance.Keys.Next(k); ok {
 		doc.Next = hex.EncodeToString(next[:])
 	}
 	return doc

@@ -22,6 +22,7 @@ import (
 	"countersign/appliance"
 	"countersign/approval"
 	"countersign/audit"
+	"countersign/internal/keyring"
 	"countersign/internal/keystore"
 	"countersign/internal/keystore/keystoretest"
 	"countersign/internal/ledger"
@@ -37,7 +38,7 @@ import (
 type rig struct {
 	t      *testing.T
 	app    *appliance.Appliance
-	desk   *operators.Desk
+	desk   *operators.Registry
 	store  *keystoretest.Memory
 	server *server
 	socket string
@@ -91,8 +92,8 @@ func newRigIn(t *testing.T, state string) *rig {
 		map[string]keystore.Store{"memory": store}, r.rules(), log); err != nil {
 		t.Fatal(err)
 	}
-	for _, name := range []string{appliance.NoiseName, appliance.LogName} {
-		if _, err := r.app.CreateOwnKey(t.Context(), audit.Daemon(), name, "memory"); err != nil {
+	for _, name := range []string{keyring.NoiseName, keyring.LogName} {
+		if _, err := r.app.Keys.CreateOwn(t.Context(), audit.Daemon(), name, "memory"); err != nil {
 			t.Fatal(err)
 		}
 	}

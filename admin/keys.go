@@ -11,6 +11,7 @@ import (
 	"countersign/admin/api"
 	"countersign/appliance"
 	"countersign/audit"
+	"countersign/internal/keyring"
 	"countersign/internal/schedule"
 )
 
@@ -29,7 +30,7 @@ func (s *server) rotate(ctx context.Context, who caller, in *struct {
 	Name string `path:"name" maxLength:"200"`
 	Body api.Rotate
 }) (api.Key, error) {
-	l, err := s.Appliance.Line(in.Name)
+	l, err := s.Appliance.Keys.Settings(in.Name)
 	if err != nil {
 		return api.Key{}, err
 	}
@@ -40,7 +41,7 @@ func (s *server) rotate(ctx context.Context, who caller, in *struct {
 	if in.Body.Now {
 		at = time.Now()
 	}
-	k, err := s.Appliance.Rotate(ctx, who.actor(), in.Name, at)
+	k, err := s.Appliance.Keys.Rotate(ctx, who.actor(), in.Name, at)
 	if err != nil {
 		return api.Key{}, err
 	}
@@ -48,19 +49,19 @@ func (s *server) rotate(ctx context.Context, who caller, in *struct {
 }
 
 func (s *server) line(_ context.Context, _ caller, in *named) (api.Line, error) {
-	l, err := s.Appliance.Line(in.Name)
+	l, err := s.Appliance.Keys.Settings(in.Name)
 	return s.lineDoc(in.Name, l), err
 }
 
-func (s *server) lineDoc(name string, l appliance.Line) api.Line {
+func (s *server) lineDoc(name string, l keyring.Settings) api.Line {
 	doc := api.Line{Settings: api.Settings{
 		Every: seconds(l.Plan.Every), Window: l.Plan.Window, Uses: l.Plan.Uses, Announce: seconds(l.Announce), Grace: seconds(l.Grace),
 		Acknowledge: append([]string{}, l.Acknowledge...), Presence: seconds(l.Presence),
-	}, Unacknowledged: []string{}, Rotation: s.Appliance.Rotation(name)}
-	at, why := s.Appliance.NextRotation(name)
-	doc.NextRotation, doc.NextReason, doc.Confirmed = unix(at), why, unix(s.Appliance.Confirmed(name))
+	}, Unacknowledged: []string{}, Rotation: s.Appliance.Keys.Rotation(name)}
+	at, why := s.Appliance.Keys.NextRotation(name)
+	doc.NextRotation, doc.NextReason, doc.Confirmed = unix(at), why, unix(s.Appliance.Keys.Confirmed(name))
 	if doc.Rotation != nil {
-		doc.Unacknowledged = append(doc.Unacknowledged, s.Appliance.Unacknowledged(name, doc.Rotation.Version)...)
+		doc.Unacknowledged = append(doc.Unacknowledged, s.Appliance.Peers.Unacknowledged(name, doc.Rotation.Version)...)
 	}
 	return doc
 }
@@ -71,7 +72,7 @@ func (s *server) setLine(ctx context.Context, who caller, in *struct {
 	Name string `path:"name" maxLength:"200"`
 	Body api.Change
 }) (api.Line, error) {
-	l, err := s.Appliance.SetLine(ctx, who.actor(), in.Name, func(l *appliance.Line) error { return change(l, in.Body) })
+	l, err := s.Appliance.Keys.Set(ctx, who.actor(), in.Name, func(l *keyring.Settings) error { return change(l, in.Body) })
 	if err != nil {
 		return api.Line{}, err
 	}
@@ -81,7 +82,7 @@ func (s *server) setLine(ctx context.Context, who caller, in *struct {
 // most bounds what is said in seconds, so that no duration overflows.
 const most = 100 * 366 * 24 * 3600
 
-func change(l *appliance.Line, c api.Change) error {
+func change(l *keyring.Settings, c api.Change) error {
 	for _, each := range []struct {
 		from *int64
 		to   *time.Duration
@@ -106,7 +107,7 @@ func (s *server) archive(ctx context.Context, who caller, in *struct {
 	Name    string `path:"name" maxLength:"200"`
 	Version uint32 `path:"version" maximum:"4294967295"` // said here: huma would cut off what is above
 }) error {
-	return s.Appliance.Archive(ctx, who.actor(), in.Name, in.Version)
+	return s.Appliance.Keys.Archive(ctx, who.actor(), in.Name, in.Version)
 }
 
 // confirm takes a fresh proof: that of the session may be an hour old.
@@ -117,12 +118,12 @@ func (s *server) confirm(ctx context.Context, who caller, in *struct {
 	if err := s.Operators.Prove(ctx, *who.session, in.Body.Challenge, in.Name, in.Body.Proof); err != nil {
 		return api.Confirmed{}, err
 	}
-	until, err := s.Appliance.Confirm(ctx, who.actor(), in.Name)
+	until, err := s.Appliance.Keys.Confirm(ctx, who.actor(), in.Name)
 	return api.Confirmed{Until: unix(until)}, err
 }
 
 func (s *server) authorizeNoise(ctx context.Context, who caller, _ *none) (api.Key, error) {
-	if err := s.Appliance.AuthorizeNoise(ctx, who.actor()); err != nil {
+	if err := s.Appliance.Keys.AuthorizeNoise(ctx, who.actor()); err != nil {
 		return api.Key{}, err
 	}
 	return s.noiseKey(ctx, who, nil)
@@ -139,8 +140,8 @@ func versionOf(v map[string]string) (uint32, error) {
 }
 
 // inState refuses what can't be done to a version as it is now.
-func inState(a *appliance.Appliance, name string, version uint32, states ...appliance.State) error {
-	versions, err := a.Key(name)
+func inState(a *appliance.Appliance, name string, version uint32, states ...keyring.State) error {
+	versions, err := a.Keys.Versions(name)
 	if err != nil {
 		return err
 	}
@@ -170,8 +171,8 @@ func destroyKey(a *appliance.Appliance, p parameters, _ []byte) (parameters, do,
 		return nil, nil, err
 	}
 	return list("key", v["key"], "version", strconv.FormatUint(uint64(version), 10)), func(ctx context.Context, who audit.Actor) error {
-		return a.Destroy(ctx, who, v["key"], version)
-	}, inState(a, v["key"], version, appliance.Archived, appliance.Compromised)
+		return a.Keys.Destroy(ctx, who, v["key"], version)
+	}, inState(a, v["key"], version, keyring.Archived, keyring.Compromised)
 }
 
 func compromiseKey(a *appliance.Appliance, p parameters, _ []byte) (parameters, do, error) {
@@ -184,8 +185,8 @@ func compromiseKey(a *appliance.Appliance, p parameters, _ []byte) (parameters, 
 		return nil, nil, err
 	}
 	return list("key", v["key"], "version", strconv.FormatUint(uint64(version), 10), "reason", v["reason"]), func(ctx context.Context, who audit.Actor) error {
-		return a.Compromise(ctx, who, v["key"], version, v["reason"])
-	}, inState(a, v["key"], version, appliance.Active, appliance.VerifyOnly, appliance.Archived)
+		return a.Keys.Compromise(ctx, who, v["key"], version, v["reason"])
+	}, inState(a, v["key"], version, keyring.Active, keyring.VerifyOnly, keyring.Archived)
 }
 
 func lowerPresence(a *appliance.Appliance, p parameters, _ []byte) (parameters, do, error) {
@@ -197,9 +198,9 @@ func lowerPresence(a *appliance.Appliance, p parameters, _ []byte) (parameters, 
 	if err != nil {
 		return nil, nil, invalid.errorf("seconds: %q is not a number of them", v["seconds"])
 	}
-	_, err = a.Line(v["key"])
+	_, err = a.Keys.Settings(v["key"])
 	return list("key", v["key"], "seconds", strconv.FormatUint(n, 10)), func(ctx context.Context, who audit.Actor) error {
-		_, err := a.SetLine(ctx, who, v["key"], func(l *appliance.Line) error { l.Presence = time.Duration(n) * time.Second; return nil })
+		_, err := a.Keys.Set(ctx, who, v["key"], func(l *keyring.Settings) error { l.Presence = time.Duration(n) * time.Second; return nil })
 		return err
 	}, err
 }
@@ -234,5 +235,5 @@ func shortenRetention(a *appliance.Appliance, p parameters, _ []byte) (parameter
 			}
 		}
 	}
-	return list(pairs...), func(ctx context.Context, who audit.Actor) error { return a.ShortenRetention(ctx, who, said, shorten) }, a.Shorter(shorten)
+	return list(pairs...), func(ctx context.Context, who audit.Actor) error { return a.ShortenRetention(ctx, who, said, shorten) }, a.CheckShorter(shorten)
 }

@@ -13,6 +13,7 @@ import (
 	"countersign/admin/api"
 	"countersign/appliance"
 	"countersign/internal/ledger"
+	"countersign/internal/manage"
 	"countersign/internal/webhook"
 
 	"github.com/danielgtaylor/huma/v2"
@@ -23,7 +24,7 @@ func (s *server) log(context.Context, caller, *none) (api.Log, error) {
 	if err != nil {
 		return api.Log{}, err
 	}
-	key, err := s.Appliance.LogKey()
+	key, err := s.Appliance.Keys.LogKey()
 	if err != nil {
 		return api.Log{}, err
 	}
@@ -72,7 +73,7 @@ func (p *path) Resolve(c huma.Context) []error {
 func (s *server) logFile(ctx context.Context, path string) (*file, error) {
 	b, err := s.Appliance.LogFile(ctx, path)
 	if errors.Is(err, fs.ErrNotExist) {
-		return nil, fmt.Errorf("%s: %w", path, appliance.ErrNotFound)
+		return nil, fmt.Errorf("%s: %w", path, manage.ErrNotFound)
 	} else if err != nil {
 		return nil, err
 	}
@@ -84,7 +85,7 @@ func (s *server) logFile(ctx context.Context, path string) (*file, error) {
 
 func (s *server) retention(context.Context, caller, *none) (api.Retention, error) {
 	epochs, before, err := s.Appliance.Preview()
-	return api.Retention{ReceiptsBefore: before.Unix(), Epochs: docs(epochs, func(e appliance.Fate) api.Epoch {
+	return api.Retention{ReceiptsBefore: before.Unix(), Epochs: docs(epochs, func(e appliance.EpochStatus) api.Epoch {
 		return api.Epoch{
 			Epoch: e.Number, First: e.First, Size: e.Size, Begun: e.Begun / 1000, Ended: e.Ended / 1000, Due: unix(e.Due), Dropped: e.Dropping / 1000,
 			Hold: e.Hold, Checkpoint: e.Signed,
@@ -165,7 +166,7 @@ func (s *server) policy(_ context.Context, _ caller, in *struct {
 			return policyDoc(v), nil
 		}
 	}
-	return api.Policy{}, fmt.Errorf("policy version %d: %w", in.Version, appliance.ErrNotFound)
+	return api.Policy{}, fmt.Errorf("policy version %d: %w", in.Version, manage.ErrNotFound)
 }
 
 func decisionDoc(d appliance.Decision) api.Decision {

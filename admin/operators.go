@@ -201,7 +201,7 @@ func (s *server) proposal(_ context.Context, _ caller, in *numbered) (api.Propos
 
 func (s *server) propose(ctx context.Context, who caller, in *body[api.NewProposal]) (api.Proposal, error) {
 	n := in.Body
-	if n.Act == policyActivate && n.Content == "" { // what is approved is what the file says now
+	if n.Act == approval.ActPolicyActivate && n.Content == "" { // what is approved is what the file says now
 		p, err := s.LoadPolicy()
 		if err != nil {
 			return api.Proposal{}, invalid.errorf("%v", err)

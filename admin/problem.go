@@ -14,6 +14,8 @@ import (
 	"countersign/admin/certs"
 	"countersign/appliance"
 	"countersign/approval"
+	"countersign/internal/anchor"
+	"countersign/internal/manage"
 	"countersign/internal/operators"
 
 	"github.com/danielgtaylor/huma/v2"
@@ -53,16 +55,16 @@ var problems = []struct {
 	err error
 	problem
 }{
-	{appliance.ErrInvalid, invalid}, {operators.ErrInvalid, invalid}, {approval.ErrInvalid, invalid}, {certs.ErrUnfit, invalid},
-	{appliance.ErrExists, exists}, {operators.ErrExists, exists},
-	{appliance.ErrNotFound, notFound}, {operators.ErrNotFound, notFound},
+	{manage.ErrInvalid, invalid}, {operators.ErrInvalid, invalid}, {approval.ErrInvalid, invalid}, {certs.ErrUnfit, invalid},
+	{manage.ErrExists, exists}, {operators.ErrExists, exists},
+	{manage.ErrNotFound, notFound}, {operators.ErrNotFound, notFound},
 	{approval.ErrNotProven, notProven},
 	{operators.ErrSignedOut, signedOut},
 	{operators.ErrNotAllowed, notAllowed},
-	{appliance.ErrNotApproved, needsApproval},
+	{manage.ErrNotApproved, needsApproval},
 	{appliance.ErrLocked, locked},
-	{appliance.ErrRolledBack, rolledBack},
-	{appliance.ErrConflict, conflict}, {operators.ErrConflict, conflict},
+	{anchor.ErrRolledBack, rolledBack},
+	{manage.ErrConflict, conflict}, {operators.ErrConflict, conflict},
 	{operators.ErrLimited, rateLimited},
 	{operators.ErrUninitialised, uninitialised},
 }

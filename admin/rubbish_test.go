@@ -51,7 +51,7 @@ func TestRubbish(t *testing.T) {
 			t.Errorf("%s %s %.60s: %d %.300s, want %d", c.method, c.path, c.body, resp.StatusCode, text, c.status)
 		}
 	}
-	if keys := r.app.Keys(); len(keys) != 2 {
+	if keys := r.app.Keys.All(); len(keys) != 2 {
 		t.Errorf("%d keys", len(keys))
 	}
 }

@@ -17,10 +17,12 @@ import (
 
 	"countersign/audit"
 	"countersign/internal/eddsa"
+	"countersign/internal/keyring"
 	"countersign/internal/keystore"
 	"countersign/internal/keystore/keystoretest"
 	"countersign/internal/ledger"
 	"countersign/internal/ledger/ledgertest"
+	"countersign/internal/manage"
 	"countersign/policy"
 	"countersign/transcript"
 	"countersign/wire"
@@ -38,13 +40,17 @@ var limits = func() Limits {
 
 var kept = Retention{Epoch: Month, Audit: 7 * 365 * 24 * time.Hour, Receipts: 7 * 365 * 24 * time.Hour, Decisions: 30 * 24 * time.Hour, Nonces: 24 * time.Hour}
 
+// approved is an operator who carries out an approved proposal.
+var approved = audit.Actor{Kind: "operator", Name: "test", Proposal: 1}
+
 // rig is an appliance on a real ledger and a keystore in memory, with a key and two peers.
 type rig struct {
 	*Appliance
 	store  *keystoretest.Memory
+	with   Limits
 	path   string
-	shop   Peer
-	cafe   Peer
+	shop   Caller
+	cafe   Caller
 	public []byte
 }
 
@@ -53,27 +59,45 @@ func newRig(t *testing.T) *rig {
 	return newRigAt(t, filepath.Join(t.TempDir(), "ledger.db"))
 }
 
+// newRigWith makes one whose limits are changed.
+func newRigWith(t *testing.T, change func(*Limits)) *rig {
+	t.Helper()
+	limits := limits
+	change(&limits)
+	return newRigOf(t, limits, filepath.Join(t.TempDir(), "ledger.db"))
+}
+
 func newRigAt(t *testing.T, path string) *rig {
 	t.Helper()
-	r := &rig{store: keystoretest.NewMemory(), path: path}
+	return newRigOf(t, limits, path)
+}
+
+func newRigOf(t *testing.T, limits Limits, path string) *rig {
+	t.Helper()
+	r := &rig{store: keystoretest.NewMemory(), path: path, with: limits}
 	if err := ledger.Create(r.path, ledger.Options{}); err != nil {
 		t.Fatal(err)
 	}
 	r.open(t)
 	t.Cleanup(func() { r.ledger.Close() })
 	operator := audit.Operator("test")
-	k, err := r.CreateKey(t.Context(), operator, NewKey{Name: "payments"})
+	k, err := r.Keys.Create(t.Context(), operator, keyring.NewKey{Name: "payments"})
 	if err != nil {
 		t.Fatal(err)
 	}
 	r.public = k.Info().PublicKey
-	if r.shop, err = r.AddPeer(t.Context(), operator, "shop", bytes.Repeat([]byte{7}, 32)); err != nil {
-		t.Fatal(err)
-	}
-	if r.cafe, err = r.AddPeer(t.Context(), operator, "cafe", bytes.Repeat([]byte{8}, 32)); err != nil {
-		t.Fatal(err)
-	}
+	r.shop, r.cafe = r.enrol(t, "shop", 7), r.enrol(t, "cafe", 8)
 	return r
+}
+
+// enrol enrols a peer, whose public key is 32 times a byte.
+func (r *rig) enrol(t *testing.T, name string, key byte) Caller {
+	t.Helper()
+	p, err := r.Peers.Add(t.Context(), operator, name, bytes.Repeat([]byte{key}, 32))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return Caller{Peer: p}
 }
 
 func (r *rig) open(t *testing.T) {
@@ -82,7 +106,7 @@ func (r *rig) open(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if r.Appliance, err = New(t.Context(), Config{Limits: limits, Retention: kept}, l, map[string]keystore.Store{"memory": r.store}, parsed(t, allowShop), slog.New(slog.DiscardHandler)); err != nil {
+	if r.Appliance, err = New(t.Context(), Config{Limits: r.with, Retention: kept}, l, map[string]keystore.Store{"memory": r.store}, parsed(t, allowShop), slog.New(slog.DiscardHandler)); err != nil {
 		l.Close()
 		t.Fatal(err)
 	}
@@ -106,7 +130,7 @@ func message(n byte, content string) *wire.Sign {
 	}}
 }
 
-func (r *rig) sign(t *testing.T, who Peer, req *wire.Sign) *wire.Signed {
+func (r *rig) sign(t *testing.T, who Caller, req *wire.Sign) *wire.Signed {
 	t.Helper()
 	s, err := r.Sign(t.Context(), who, req)
 	if err != nil {
@@ -207,7 +231,7 @@ func TestAnotherPeersNonce(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	r.rules.Store(&rules{Policy: p})
+	r.policies.file = p
 	req := message(1, "m")
 	r.sign(t, r.shop, req)
 	_, err = r.Sign(t.Context(), r.cafe, req)
@@ -217,13 +241,13 @@ func TestAnotherPeersNonce(t *testing.T) {
 // TestRefusalsSpendNothing: what is refused before the admission leaves the nonce fresh.
 func TestRefusalsSpendNothing(t *testing.T) {
 	r := newRig(t)
-	if _, err := r.CreateOwnKey(t.Context(), audit.Operator("test"), NoiseName, "memory"); err != nil {
+	if _, err := r.Keys.CreateOwn(t.Context(), audit.Operator("test"), keyring.NoiseName, "memory"); err != nil {
 		t.Fatal(err)
 	}
 	r.store.BeforeSign = func(keystore.Ref, []byte) error { t.Error("the key was used"); return nil }
 	for _, c := range []struct {
 		code   string
-		who    Peer
+		who    Caller
 		change func(*wire.Sign)
 	}{
 		{"unknown_key", r.shop, func(s *wire.Sign) { s.Key = "nothing" }},
@@ -398,7 +422,7 @@ func TestVerifyOrder(t *testing.T) {
 
 func TestVerifyWithANamedKeyOfAnother(t *testing.T) {
 	r := newRig(t)
-	if _, err := r.CreateKey(t.Context(), audit.Operator("test"), NewKey{Name: "other"}); err != nil {
+	if _, err := r.Keys.Create(t.Context(), audit.Operator("test"), keyring.NewKey{Name: "other"}); err != nil {
 		t.Fatal(err)
 	}
 	req := message(1, "m")
@@ -462,7 +486,7 @@ func TestKeysAreHeldAgainstTheToken(t *testing.T) {
 			return err
 		}
 		defer l.Close()
-		_, err = New(t.Context(), Config{Limits: limits, Retention: kept}, l, map[string]keystore.Store{"memory": r.store}, r.rules.Load().Policy, slog.New(slog.DiscardHandler))
+		_, err = New(t.Context(), Config{Limits: limits, Retention: kept}, l, map[string]keystore.Store{"memory": r.store}, r.policies.file, slog.New(slog.DiscardHandler))
 		return err
 	}
 	ref := keystore.Ref{Name: "payments", Version: 1}
@@ -490,7 +514,7 @@ func TestUnfinishedKeyIsClearedAway(t *testing.T) {
 	if _, err := r.store.Key(t.Context(), ref); err != nil {
 		t.Errorf("opening has cleared it away: %v", err)
 	}
-	if err := r.Recover(t.Context()); err != nil {
+	if err := r.Keys.Recover(t.Context()); err != nil {
 		t.Fatal(err)
 	}
 	if _, err := r.store.Key(t.Context(), ref); !errors.Is(err, keystore.ErrNotFound) {
@@ -499,7 +523,7 @@ func TestUnfinishedKeyIsClearedAway(t *testing.T) {
 	if got := r.events(t); got[len(got)-1] != audit.KeyCreationFailed {
 		t.Errorf("events %v", got)
 	}
-	if _, err := r.CreateKey(t.Context(), audit.Operator("test"), NewKey{Name: "half"}); err != nil {
+	if _, err := r.Keys.Create(t.Context(), audit.Operator("test"), keyring.NewKey{Name: "half"}); err != nil {
 		t.Errorf("the name can't be used: %v", err)
 	}
 }
@@ -508,7 +532,7 @@ func TestUnfinishedKeyIsClearedAway(t *testing.T) {
 func (r *rig) pending(t *testing.T, ref keystore.Ref, tag keystore.Tag) {
 	t.Helper()
 	if err := r.ledger.Update(t.Context(), func(tx *ledger.Tx) error {
-		return tx.Put(ledger.Keys, ref.String(), encode(keyRecord{Token: "memory", Algorithm: keystore.Ed25519, State: making, Tag: tag}))
+		return tx.Put(ledger.Keys, ref.String(), manage.Encode(map[string]any{"token": "memory", "algorithm": keystore.Ed25519, "state": "making", "tag": tag}))
 	}); err != nil {
 		t.Fatal(err)
 	}
@@ -522,7 +546,7 @@ func TestSomebodyElsesKeyIsNotClearedAway(t *testing.T) {
 	if _, err := r.store.Generate(t.Context(), ref, keystore.Ed25519, keystore.Tag{2}); err != nil {
 		t.Fatal(err)
 	}
-	if err := r.Recover(t.Context()); err != nil {
+	if err := r.Keys.Recover(t.Context()); err != nil {
 		t.Fatal(err)
 	}
 	if _, err := r.store.Key(t.Context(), ref); err != nil {
@@ -545,7 +569,7 @@ func TestCallerLeavesACreation(t *testing.T) {
 	ctx, cancel := context.WithCancel(t.Context())
 	done := make(chan error)
 	go func() {
-		_, err := r.CreateKey(ctx, audit.Operator("test"), NewKey{Name: "slow"})
+		_, err := r.Keys.Create(ctx, audit.Operator("test"), keyring.NewKey{Name: "slow"})
 		done <- err
 	}()
 	<-inDevice
@@ -553,110 +577,23 @@ func TestCallerLeavesACreation(t *testing.T) {
 	if err := <-done; !errors.Is(err, keystore.ErrUnavailable) {
 		t.Errorf("%v, want %v", err, keystore.ErrUnavailable)
 	}
-	if err := r.RemovePeer(t.Context(), audit.Operator("test"), "cafe"); err != nil {
+	if err := r.Peers.Remove(t.Context(), audit.Operator("test"), "cafe"); err != nil {
 		t.Errorf("remove a peer beside it: %v", err)
 	}
 	again, giveUp := context.WithCancel(t.Context())
 	giveUp()
-	if _, err := r.CreateKey(again, audit.Operator("test"), NewKey{Name: "other"}); !errors.Is(err, keystore.ErrUnavailable) {
+	if _, err := r.Keys.Create(again, audit.Operator("test"), keyring.NewKey{Name: "other"}); !errors.Is(err, keystore.ErrUnavailable) {
 		t.Errorf("another key beside it: %v, want %v", err, keystore.ErrUnavailable)
 	}
 	r.store.BeforeGenerate = nil
 	close(release)
-	if _, err := r.CreateKey(t.Context(), audit.Operator("test"), NewKey{Name: "slow"}); !errors.Is(err, ErrExists) {
-		t.Errorf("the creation that went on: %v, want %v", err, ErrExists)
+	if _, err := r.Keys.Create(t.Context(), audit.Operator("test"), keyring.NewKey{Name: "slow"}); !errors.Is(err, manage.ErrExists) {
+		t.Errorf("the creation that went on: %v, want %v", err, manage.ErrExists)
 	}
 	r.ledger.Close()
 	r.open(t)
-	if _, err := r.Key("slow"); err != nil {
+	if _, err := r.Keys.Versions("slow"); err != nil {
 		t.Error(err)
-	}
-}
-
-// TestCallerLeavesAManagementAct: whether the caller waits or not, memory and ledger agree.
-func TestCallerLeavesAManagementAct(t *testing.T) {
-	r := newRig(t)
-	who := audit.Operator("test")
-	gone, leave := context.WithCancel(t.Context())
-	leave()
-	for n := range byte(20) {
-		name, key := fmt.Sprintf("p%d", n), bytes.Repeat([]byte{100 + n}, 32)
-		r.AddPeer(gone, who, name, key)
-		r.agrees(t)
-		if _, err := r.AddPeer(t.Context(), who, name, key); err != nil && !errors.Is(err, ErrExists) {
-			t.Fatal(err)
-		}
-		r.RemovePeer(gone, who, name)
-		if _, ok := r.member([32]byte(key)); ok {
-			t.Fatal("the peer is still let in")
-		}
-		if err := r.RemovePeer(t.Context(), who, name); err != nil && !errors.Is(err, ErrNotFound) {
-			t.Fatal(err)
-		}
-		r.agrees(t)
-	}
-	if len(r.Peers()) != 2 {
-		t.Errorf("%d peers are left", len(r.Peers()))
-	}
-}
-
-// TestRemovedPeerStaysRemoved: a removal whose caller left while a request was with the device, the same key enrolled
-// under another name, and that removed too. After a restart nobody is back.
-func TestRemovedPeerStaysRemoved(t *testing.T) {
-	r := newRig(t)
-	who := audit.Operator("test")
-	gone, leave := context.WithCancel(t.Context())
-	leave()
-	r.RemovePeer(gone, who, "shop")
-	if _, ok := r.member(r.shop.PublicKey); ok {
-		t.Error("it is not cut off at once")
-	}
-	if _, err := r.AddPeer(t.Context(), who, "shop2", r.shop.PublicKey[:]); err != nil && !errors.Is(err, ErrExists) {
-		t.Fatal(err)
-	}
-	for _, name := range []string{"shop", "shop2"} {
-		if err := r.RemovePeer(t.Context(), who, name); err != nil && !errors.Is(err, ErrNotFound) {
-			t.Fatal(err)
-		}
-	}
-	r.ledger.Close()
-	r.open(t)
-	if _, ok := r.member(r.shop.PublicKey); ok {
-		t.Error("it is back after a restart")
-	}
-}
-
-// TestRemovingWaitsForNobody: another act hangs; the peer is cut off all the same.
-func TestRemovingWaitsForNobody(t *testing.T) {
-	r := newRig(t)
-	if err := r.enrolling.acquire(t.Context()); err != nil {
-		t.Fatal(err)
-	}
-	ctx, cancel := context.WithCancel(t.Context())
-	cancel()
-	if err := r.RemovePeer(ctx, audit.Operator("test"), "shop"); !errors.Is(err, keystore.ErrUnavailable) {
-		t.Errorf("%v, want %v", err, keystore.ErrUnavailable)
-	}
-	if _, ok := r.member(r.shop.PublicKey); ok {
-		t.Error("the peer is still let in")
-	}
-	r.enrolling.release()
-}
-
-// agrees compares the peers in memory with those in the ledger, when no act is under way.
-func (r *rig) agrees(t *testing.T) {
-	t.Helper()
-	if err := r.enrolling.acquire(t.Context()); err != nil {
-		t.Fatal(err)
-	}
-	defer r.enrolling.release()
-	var onDisk, inMemory []string
-	r.ledger.All(ledger.Peers, func(name string, _ []byte) error { onDisk = append(onDisk, name); return nil })
-	for _, p := range r.Peers() {
-		inMemory = append(inMemory, p.Name)
-	}
-	if !slices.Equal(onDisk, inMemory) {
-		t.Fatalf("in the ledger %q, in memory %q", onDisk, inMemory)
 	}
 }
 
@@ -664,43 +601,43 @@ func TestManageRefuses(t *testing.T) {
 	r := newRig(t)
 	who := audit.Operator("test")
 	before := len(r.events(t))
-	if _, err := r.CreateKey(t.Context(), who, NewKey{Name: "payments"}); !errors.Is(err, ErrExists) {
+	if _, err := r.Keys.Create(t.Context(), who, keyring.NewKey{Name: "payments"}); !errors.Is(err, manage.ErrExists) {
 		t.Errorf("an existing key: %v", err)
 	}
 	for _, name := range []string{"", "noise", "UPPER", "a/b", "-a", strings.Repeat("a", 65), "a\n"} {
-		if _, err := r.CreateKey(t.Context(), who, NewKey{Name: name}); !errors.Is(err, ErrInvalid) {
+		if _, err := r.Keys.Create(t.Context(), who, keyring.NewKey{Name: name}); !errors.Is(err, manage.ErrInvalid) {
 			t.Errorf("key %q: %v", name, err)
 		}
 	}
 	// Something of this name is on the token that the ledger does not know: it is not ours to replace or to clear away.
 	foreign := keystore.Ref{Name: "foreign", Version: 1}
 	r.store.Generate(t.Context(), foreign, keystore.Ed25519, keystore.Tag{1})
-	if _, err := r.CreateKey(t.Context(), who, NewKey{Name: "foreign"}); !errors.Is(err, ErrExists) {
+	if _, err := r.Keys.Create(t.Context(), who, keyring.NewKey{Name: "foreign"}); !errors.Is(err, manage.ErrExists) {
 		t.Errorf("a key of somebody else: %v", err)
 	}
 	if _, err := r.store.Key(t.Context(), foreign); err != nil {
 		t.Errorf("somebody else's key is gone: %v", err)
 	}
-	if _, err := r.AddPeer(t.Context(), who, "shop", bytes.Repeat([]byte{1}, 31)); !errors.Is(err, ErrInvalid) {
+	if _, err := r.Peers.Add(t.Context(), who, "shop", bytes.Repeat([]byte{1}, 31)); !errors.Is(err, manage.ErrInvalid) {
 		t.Errorf("a short key: %v", err)
 	}
-	if _, err := r.AddPeer(t.Context(), who, "zero", make([]byte, 32)); !errors.Is(err, ErrInvalid) {
+	if _, err := r.Peers.Add(t.Context(), who, "zero", make([]byte, 32)); !errors.Is(err, manage.ErrInvalid) {
 		t.Errorf("a key of low order: %v", err)
 	}
-	if _, err := r.AddPeer(t.Context(), who, "shop", bytes.Repeat([]byte{3}, 32)); !errors.Is(err, ErrExists) {
+	if _, err := r.Peers.Add(t.Context(), who, "shop", bytes.Repeat([]byte{3}, 32)); !errors.Is(err, manage.ErrExists) {
 		t.Errorf("a name twice: %v", err)
 	}
-	if _, err := r.AddPeer(t.Context(), who, "shop2", r.shop.PublicKey[:]); !errors.Is(err, ErrExists) {
+	if _, err := r.Peers.Add(t.Context(), who, "shop2", r.shop.PublicKey[:]); !errors.Is(err, manage.ErrExists) {
 		t.Errorf("a key twice: %v", err)
 	}
-	if err := r.RemovePeer(t.Context(), who, "nobody"); !errors.Is(err, ErrNotFound) {
+	if err := r.Peers.Remove(t.Context(), who, "nobody"); !errors.Is(err, manage.ErrNotFound) {
 		t.Errorf("remove nobody: %v", err)
 	}
 	if after := len(r.events(t)); after != before {
 		t.Errorf("%d events of acts that were refused", after-before)
 	}
-	if len(r.Peers()) != 2 || len(r.Keys()) != 2 {
-		t.Errorf("%v, %v", r.Peers(), r.Keys())
+	if len(r.Peers.All()) != 2 || len(r.Keys.All()) != 2 {
+		t.Errorf("%v, %v", r.Peers.All(), r.Keys.All())
 	}
 }
 

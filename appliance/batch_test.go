@@ -14,6 +14,7 @@ import (
 	"testing"
 
 	"countersign/audit"
+	"countersign/internal/keyring"
 	"countersign/internal/keystore"
 	"countersign/internal/ledger"
 	"countersign/internal/ledger/disktest"
@@ -112,8 +113,8 @@ func TestBatch(t *testing.T) {
 			t.Errorf("%d of %s, want %d", got, of, want)
 		}
 	}
-	if r.requests != 0 || shop.member.requests != 0 {
-		t.Errorf("%d and %d requests are said to be served still", r.requests, shop.member.requests)
+	if of, all := r.Peers.Serving(shop.Member); of != 0 || all != 0 {
+		t.Errorf("%d and %d requests are said to be served still", all, of)
 	}
 }
 
@@ -195,26 +196,24 @@ func TestBatchLimits(t *testing.T) {
 	if after := len(logOf(t, r.Appliance, 1)); after != before {
 		t.Errorf("%d events", after-before)
 	}
-	r.limits.RequestsPerPeer = 99
-	if a := handled(t, r.Appliance, shop, batchOf(many(100)...)); codeOf(a.Error) != "busy" {
+	r = newRigWith(t, func(l *Limits) { l.RequestsPerPeer = 99 })
+	if a := handled(t, r.Appliance, r.handler(t, "shop"), batchOf(many(100)...)); codeOf(a.Error) != "busy" {
 		t.Errorf("more items than a peer's requests: %v", a.Error)
 	}
-	r.limits.RequestsPerPeer = 100
-	batched(t, r.Appliance, shop, many(100)...)
+	r = newRigWith(t, func(l *Limits) { l.RequestsPerPeer = 100 })
+	batched(t, r.Appliance, r.handler(t, "shop"), many(100)...)
 }
 
 // TestLongestAnswersFit: the answers to the largest batches fit into a message, or what was done for them would be lost.
 func TestLongestAnswersFit(t *testing.T) {
-	r := newRig(t)
+	r := newRigWith(t, func(l *Limits) { l.RefusalsPerMinute = 1_000_000 })
 	long := strings.Repeat("k", 64)
-	k, err := r.CreateKey(t.Context(), operator, NewKey{Name: long})
+	k, err := r.Keys.Create(t.Context(), operator, keyring.NewKey{Name: long})
 	if err != nil {
 		t.Fatal(err)
 	}
 	r.permits(t, `permit (principal, action == Action::"sign", resource);`)
-	r.limits.RefusalsPerMinute = 1_000_000
 	shop := r.handler(t, "shop")
-	*shop.member = *r.newMember(shop.peer, peerRecord{})
 	var asked []any
 	for n := range 100 {
 		s := numbered(n, "")
@@ -261,7 +260,7 @@ func TestLongestAnswersFit(t *testing.T) {
 // permits puts rules in force.
 func (r *rig) permits(t *testing.T, text string) {
 	t.Helper()
-	r.rules.Store(&rules{Policy: parsed(t, text)})
+	r.policies.file = parsed(t, text)
 }
 
 // TestBatchWithoutADisk: each item is unavailable, and none of its nonces is spent; when the disk is back, the same batch is

@@ -7,20 +7,21 @@ import (
 	"maps"
 	"math"
 	"math/big"
-	"sync/atomic"
 	"time"
 
 	"countersign/audit"
+	"countersign/internal/keyring"
+	"countersign/internal/keystore"
 	"countersign/internal/ledger"
 	"countersign/policy"
 	"countersign/transcript"
 	"countersign/wire"
 )
 
-// decision asks policy about a sign request, inside its admission, where what was signed before is counted, and makes the event
-// that says what was decided.
+// decision asks policy about a sign request, inside the request's admission, where earlier signatures
+// are counted, and makes the event that records the answer.
 type decision struct {
-	inForce    *atomic.Pointer[rules]
+	policies   *policies
 	mayUse     func() error // whether the key may sign at this moment
 	request    policy.Request
 	payment    bool
@@ -28,25 +29,25 @@ type decision struct {
 	salt       [16]byte
 	counts     []ledger.Count
 	generation *ledger.Monotonic // nil: the document has none
-	marks      audit.Event       // of the admission
+	admission  audit.Event
 
-	// What decide has found.
+	// The answer of decide.
 	rules   *rules
-	refused error // by the key's state, before policy was asked
+	refused error // by the state of the key, before policy was asked
 	allowed bool
 	record  []byte
 }
 
-// decisionOf prepares what can be made without the ledger. What only the appliance itself may sign, and what no rule can judge,
-// is refused here.
-func (a *Appliance) decisionOf(who Peer, key *Key, doc *transcript.Document) (*decision, error) {
+// decisionOf prepares the parts of a decision that need no ledger. Documents that only the appliance
+// itself may sign, and amounts that no rule can judge, are refused here.
+func (a *Appliance) decisionOf(who Caller, key *keyring.Key, doc *transcript.Document) (*decision, error) {
 	if doc.Reserved {
 		return nil, fmt.Errorf("%w: %s is made by the appliance only", errNotYours, doc.Type)
 	}
-	admitted, _, _ := audit.OfDocument(doc.Type)
-	d := &decision{inForce: &a.rules, mayUse: func() error { return a.mayUse(key) }, payment: doc.Payment != nil, at: time.Now(), marks: audit.Event{
-		Type: admitted, Actor: who.actor(), Action: "sign", Resource: key.Info().Ref.String(), Outcome: "ok", Metadata: metadataOf(doc),
-	}}
+	d := &decision{
+		policies: &a.policies, mayUse: func() error { return a.Keys.MayUse(key) }, payment: doc.Payment != nil, at: time.Now(),
+		admission: audit.NewAdmission(who.actor(), key.Ref().String(), keyring.DocumentOf(doc)),
+	}
 	rand.Read(d.salt[:])
 	fields := maps.Clone(doc.Fields)
 	if fields == nil {
@@ -79,11 +80,12 @@ func (a *Appliance) decisionOf(who Peer, key *Key, doc *transcript.Document) (*d
 		series := policy.Counted[i] + "\x00" + subject
 		d.counts = append(d.counts, ledger.Count{Series: "signatures\x00" + series, Add: big.NewInt(1)})
 		if d.payment {
-			d.counts = append(d.counts, ledger.Count{Series: "amount\x00" + series + "\x00" + doc.Payment.Currency, Add: exact})
+			amounts := "amount\x00" + series + "\x00" + doc.Payment.Currency
+			d.counts = append(d.counts, ledger.Count{Series: amounts, Add: exact})
 		}
 	}
 	if doc.Generation != nil {
-		d.generation = &ledger.Monotonic{Series: generations(doc.Type, key.Name), Value: *doc.Generation}
+		d.generation = &ledger.Monotonic{Series: keyring.GenerationSeries(doc.Type, key.Name), Value: *doc.Generation}
 	}
 	action := policy.Sign
 	if doc.Type == "raw" {
@@ -94,16 +96,18 @@ func (a *Appliance) decisionOf(who Peer, key *Key, doc *transcript.Document) (*d
 	return d, err
 }
 
-// generations is the series of a number that must rise.
-func generations(kind, key string) string { return "generation\x00" + kind + "\x00" + key }
-
 const counterpartyIndex = 2 // in policy.Counted
 
-// decide is asked by the ledger, with what each of counts has. The policy is that of this moment, so that none decides after another
-// one is in force, however long the request has waited; asked again, it is all decided again.
+// decide answers the ledger, with the sums of counts. The policy is that of this moment, so that no
+// policy decides after another one is in force, however long the request has waited. When the ledger
+// asks again, everything is decided again.
 func (d *decision) decide(used []ledger.Used) ([]byte, error) {
-	d.rules, d.refused = d.inForce.Load(), d.mayUse()
-	if d.refused != nil {
+	if d.refused = d.mayUse(); d.refused != nil {
+		return nil, d.refused
+	}
+	var err error
+	if d.rules, err = d.policies.inForce(); err != nil {
+		d.refused = fmt.Errorf("%w: %w", keystore.ErrUnavailable, err)
 		return nil, d.refused
 	}
 	d.request.Used = policy.Usage{}
@@ -128,23 +132,20 @@ func (d *decision) decide(used []ledger.Used) ([]byte, error) {
 	return d.record, decided.Err()
 }
 
-// event is what the ledger writes down.
+// event is the event that the ledger writes down.
 func (d *decision) event(v ledger.Verdict) []byte {
-	e := d.marks
-	if v == ledger.Denied && d.refused != nil {
+	e := d.admission
+	switch {
+	case v == ledger.Denied && d.refused != nil:
 		_, answer := refuse(d.refused)
-		e.Type, e.Outcome = audit.SignatureRejected, answer.Code
-		return verdictEvent(e, v)
-	}
-	if v != ledger.Replay {
-		e.Metadata = maps.Clone(e.Metadata)
-		e.Metadata["policy"], e.Metadata["inputs"] = hex.EncodeToString(d.rules.Hash[:]), policy.Digest(d.record)
-	}
-	if v == ledger.Denied {
-		e.Type, e.Outcome = audit.SignatureRejected, wire.CodeDenied
+		e = e.AsRejected(answer.Code)
+	case v == ledger.Denied:
+		e = e.Decided(d.rules.Hash, policy.Digest(d.record)).AsRejected(wire.CodeDenied)
 		if d.allowed {
-			e.Metadata["refused"] = "generation" // by the ledger, not by policy
+			e = e.RefusedByGeneration() // by the ledger, not by policy
 		}
+	case v != ledger.Replay:
+		e = e.Decided(d.rules.Hash, policy.Digest(d.record))
 	}
 	return verdictEvent(e, v)
 }
@@ -154,8 +155,8 @@ type writtenDown struct{ error }
 
 func (w writtenDown) Unwrap() error { return w.error }
 
-// refusal is what an admission that was not admitted tells the peer: that policy does not allow it, or that the nonce is spent,
-// and where it was the peer's own request, by which event.
+// refusal is the error of an admission that was not admitted: policy does not allow it, or the nonce is
+// spent, and where the peer's own request has spent it, by which event.
 func refusal(a ledger.Admitted) error {
 	switch {
 	case a.Verdict == ledger.Denied:

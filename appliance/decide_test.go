@@ -14,6 +14,8 @@ import (
 
 	"countersign/audit"
 	"countersign/internal/ledger"
+	"countersign/internal/manage"
+	"countersign/internal/peers"
 	"countersign/policy"
 	"countersign/transcript"
 	"countersign/wire"
@@ -33,7 +35,7 @@ func TestEveryContextFitsTheSchema(t *testing.T) {
 	if err := json.Unmarshal(b, &vectors); err != nil {
 		t.Fatal(err)
 	}
-	key, err := r.signingKey("payments")
+	key, err := r.Keys.Signing("payments")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -46,7 +48,7 @@ func TestEveryContextFitsTheSchema(t *testing.T) {
 		if err != nil {
 			t.Fatalf("%s: %v", v.Type, err)
 		}
-		for _, who := range []Peer{r.shop, {Name: "x", PublicKey: r.shop.PublicKey, Identity: hex.EncodeToString(r.public)}} {
+		for _, who := range []Caller{r.shop, {Peer: peers.Peer{Name: "x", PublicKey: r.shop.PublicKey}, Identity: hex.EncodeToString(r.public)}} {
 			d, err := r.decisionOf(who, key, doc)
 			if doc.Reserved {
 				r.refuses(t, wire.CodeDenied, err)
@@ -157,7 +159,7 @@ func TestDecisionsGo(t *testing.T) {
 		if _, err := r.retain(t.Context()); err != nil {
 			t.Fatal(err)
 		}
-		if _, err := r.Decision(signed.Event); (err == nil) != kept || err != nil && !errors.Is(err, ErrNotFound) {
+		if _, err := r.Decision(signed.Event); (err == nil) != kept || err != nil && !errors.Is(err, manage.ErrNotFound) {
 			t.Errorf("kept: %v, %v", kept, err)
 		}
 	}
@@ -174,7 +176,7 @@ func TestDecisionsGo(t *testing.T) {
 // record and its event say so.
 func TestPolicyOfTheMoment(t *testing.T) {
 	r := newEdge(t, nil)
-	key, err := r.signingKey("payments")
+	key, err := r.Keys.Signing("payments")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -182,7 +184,7 @@ func TestPolicyOfTheMoment(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	d, err := r.decisionOf(Peer{Name: "shop", PublicKey: r.shop.Public()}, key, doc)
+	d, err := r.decisionOf(Caller{Peer: peers.Peer{Name: "shop", PublicKey: r.shop.Public()}}, key, doc)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -198,8 +200,8 @@ func TestPolicyOfTheMoment(t *testing.T) {
 	if !errors.Is(err, policy.ErrDenied) {
 		t.Errorf("it was decided by a policy that is not in force any more: %v", err)
 	}
-	if _, err := r.Decision(1); !errors.Is(err, ErrNotFound) {
-		t.Errorf("an event that is no decision: %v, want %v", err, ErrNotFound)
+	if _, err := r.Decision(1); !errors.Is(err, manage.ErrNotFound) {
+		t.Errorf("an event that is no decision: %v, want %v", err, manage.ErrNotFound)
 	}
 	if rec, err := policy.ParseRecord(record); err != nil || rec.Version != version || none.Replay(rec) != nil {
 		t.Errorf("the record says version %d, %v; want %d", rec.Version, err, version)

@@ -21,10 +21,12 @@ import (
 	"time"
 
 	"countersign/audit"
+	"countersign/internal/keyring"
 	"countersign/internal/keystore"
 	"countersign/internal/keystore/keystoretest"
 	"countersign/internal/ledger"
 	"countersign/internal/ledger/ledgertest"
+	"countersign/internal/peers"
 	"countersign/noise"
 	"countersign/wire"
 )
@@ -119,16 +121,16 @@ func newEdge(t *testing.T, change func(*Limits)) *edge {
 	}
 	e.open()
 	t.Cleanup(func() { e.close() })
-	k, err := e.CreateKey(t.Context(), operator, NewKey{Name: "payments"})
+	k, err := e.Keys.Create(t.Context(), operator, keyring.NewKey{Name: "payments"})
 	if err != nil {
 		t.Fatal(err)
 	}
 	e.public = k.Info().PublicKey
-	if k, err = e.CreateOwnKey(t.Context(), operator, NoiseName, "memory"); err != nil {
+	if k, err = e.Keys.CreateOwn(t.Context(), operator, keyring.NoiseName, "memory"); err != nil {
 		t.Fatal(err)
 	}
 	e.server = [32]byte(k.Info().PublicKey)
-	if _, err = e.CreateOwnKey(t.Context(), operator, LogName, "memory"); err != nil {
+	if _, err = e.Keys.CreateOwn(t.Context(), operator, keyring.LogName, "memory"); err != nil {
 		t.Fatal(err)
 	}
 	e.shop, e.cafe = e.enrol("shop"), e.enrol("cafe")
@@ -206,7 +208,7 @@ func (e *edge) enrol(name string) *noise.Identity {
 	e.t.Helper()
 	id := newIdentity(e.t)
 	public := id.Public()
-	if _, err := e.AddPeer(e.t.Context(), operator, name, public[:]); err != nil {
+	if _, err := e.Peers.Add(e.t.Context(), operator, name, public[:]); err != nil {
 		e.t.Fatal(err)
 	}
 	return id
@@ -397,10 +399,10 @@ func batchOf(items ...any) string {
 	return `{"id":"b","op":"batch","items":[` + strings.Join(all, ",") + `]}`
 }
 
-func (e *edge) status(name string) PeerStatus {
+func (e *edge) status(name string) peers.Status {
 	e.t.Helper()
-	all := e.Peers()
-	i := slices.IndexFunc(all, func(p PeerStatus) bool { return p.Name == name })
+	all := e.Peers.All()
+	i := slices.IndexFunc(all, func(p peers.Status) bool { return p.Name == name })
 	if i < 0 {
 		e.t.Fatalf("no peer %q", name)
 	}
@@ -671,7 +673,7 @@ func TestStrangersTakeAllPlaces(t *testing.T) {
 func TestStrangersLearnNothing(t *testing.T) {
 	e := newEdge(t, func(l *Limits) { l.Handshakes.PerSource, l.Handshakes.Global, l.Strangers = 500, 1000, 800 })
 	suspended := e.enrol("suspended")
-	if err := e.SuspendPeer(t.Context(), operator, "suspended"); err != nil {
+	if err := e.Peers.Suspend(t.Context(), operator, "suspended"); err != nil {
 		t.Fatal(err)
 	}
 	_, ed, _ := ed25519.GenerateKey(nil)

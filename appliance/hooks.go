@@ -7,15 +7,16 @@ import (
 	"strings"
 	"time"
 
+	"countersign/internal/keyring"
 	"countersign/internal/ledger"
 	"countersign/internal/webhook"
 	"countersign/wire"
 )
 
-// Those who are not peers hear of rotations by webhooks. What each has been told of each line last is in the ledger, so that a restart
-// tells what was not delivered again.
+// Webhooks tell of rotations those who are not peers. The ledger has what each target was told last of
+// each key, so that a restart tells again what was not delivered.
 
-const hookKeys = "webhook/" // then target/key
+const hookKeys = "webhook/" // then target/key -> the id of the message
 
 // hookBody is what is posted: the payload of Standard Webhooks.
 type hookBody struct {
@@ -24,7 +25,7 @@ type hookBody struct {
 	Data      wire.Rotation `json:"data"`
 }
 
-// hookID names a rotation, and its state as far as others want to know.
+// hookID names a rotation, and whether the version before was compromised.
 func hookID(r wire.Rotation) string {
 	id := fmt.Sprintf("rotation_%s_%d", r.Key, r.Version)
 	if r.Compromised {
@@ -41,15 +42,16 @@ func (a *Appliance) keepHooks(ctx context.Context) {
 	sender, err := webhook.New(webhook.Config{
 		Targets: a.webhooks, Log: a.log,
 		Sign: func(ctx context.Context, message []byte) ([]byte, error) {
-			k, err := a.LogKey()
+			k, err := a.Keys.LogKey()
 			if err != nil {
 				return nil, err
 			}
-			return k.Sign(inLane(ctx, ownLane), message, func(signature []byte) bool { return k.verify(message, signature) == nil })
+			return k.Sign(ctx, keyring.Own, message, func(signature []byte) bool { return k.Verify(message, signature) == nil })
 		},
 		Delivered: func(target, id string) {
 			if err := a.writeHook(ctx, target, id); err != nil {
-				a.log.Error("that a webhook was told is not written down; after a restart it is told again", "target", target, "id", id, "err", err)
+				a.log.Error("that a webhook was told is not written down; after a restart it is told again",
+					"target", target, "id", id, "err", err)
 			}
 		},
 		GaveUp: func(target, id string, err error) {
@@ -62,14 +64,12 @@ func (a *Appliance) keepHooks(ctx context.Context) {
 	}
 	news := make(chan struct{}, 1)
 	news <- struct{}{}
-	a.mu.Lock()
-	a.hooks = append(a.hooks, func() {
+	a.Keys.Watch(func() {
 		select {
 		case news <- struct{}{}:
-		default:
+		default: // it will look anyway
 		}
 	})
-	a.mu.Unlock()
 	done := make(chan struct{})
 	go func() { defer close(done); sender.Run(ctx) }()
 	defer func() { <-done }()
@@ -86,16 +86,18 @@ func (a *Appliance) keepHooks(ctx context.Context) {
 	}
 }
 
-// writeHook writes down what a target was told last of a line, even if it is being stopped.
+// writeHook writes down what a target was told last of a key, even if the daemon is being stopped.
 func (a *Appliance) writeHook(ctx context.Context, target, id string) error {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), a.limits.RequestTimeout)
 	defer cancel()
 	line := strings.TrimSuffix(strings.TrimPrefix(id, "rotation_"), "_compromised")
 	line = line[:strings.LastIndexByte(line, '_')]
-	return a.ledger.Update(ctx, func(tx *ledger.Tx) error { return tx.Put(ledger.Meta, hookKeys+target+"/"+line, []byte(id)) })
+	return a.ledger.Update(ctx, func(tx *ledger.Tx) error {
+		return tx.Put(ledger.Meta, hookKeys+target+"/"+line, []byte(id))
+	})
 }
 
-// queueHooks hands in what a target has not been told.
+// queueHooks hands to the sender what a target has not been told.
 func (a *Appliance) queueHooks(sender *webhook.Sender, queued map[[2]string]bool) error {
 	told := map[string]string{}
 	if err := a.ledger.All(ledger.Meta, func(name string, value []byte) error {
@@ -106,9 +108,9 @@ func (a *Appliance) queueHooks(sender *webhook.Sender, queued map[[2]string]bool
 	}); err != nil {
 		return err
 	}
-	for _, n := range a.announcements() {
-		name := n.name
-		r := a.Rotation(name)
+	for _, n := range a.Keys.Announcements() {
+		name := n.Name
+		r := a.Keys.Rotation(name)
 		if r == nil {
 			continue
 		}
@@ -118,7 +120,8 @@ func (a *Appliance) queueHooks(sender *webhook.Sender, queued map[[2]string]bool
 			return err
 		}
 		for _, t := range a.webhooks {
-			if mark := [2]string{t.Name, id}; told[hookKeys+t.Name+"/"+name] != id && !queued[mark] {
+			mark := [2]string{t.Name, id}
+			if told[hookKeys+t.Name+"/"+name] != id && !queued[mark] {
 				if err := sender.Queue(t.Name, webhook.Message{ID: id, Body: body}); err != nil {
 					return err
 				}

@@ -15,6 +15,7 @@ import (
 	"testing"
 	"time"
 
+	"countersign/internal/keyring"
 	"countersign/internal/ledger"
 	"countersign/internal/webhook"
 	"countersign/wire"
@@ -120,7 +121,7 @@ func (e *edge) tell(receivers ...*receiver) {
 	e.t.Helper()
 	e.close()
 	e.open()
-	k, err := e.LogKey()
+	k, err := e.Keys.LogKey()
 	if err != nil {
 		e.t.Fatal(err)
 	}
@@ -158,7 +159,7 @@ func TestWebhook(t *testing.T) {
 	e := newEdge(t, nil)
 	h := newReceiver(t)
 	e.tell(h)
-	k, err := e.Rotate(t.Context(), operator, "payments", time.Now())
+	k, err := e.Keys.Rotate(t.Context(), operator, "payments", time.Now())
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -172,13 +173,13 @@ func TestWebhook(t *testing.T) {
 	}
 	e.toldOf("rotation_payments_2")
 	e.tell(h)
-	if _, err := e.Rotate(t.Context(), operator, NoiseName, time.Now().Add(time.Hour)); err != nil {
+	if _, err := e.Keys.Rotate(t.Context(), operator, keyring.NoiseName, time.Now().Add(time.Hour)); err != nil {
 		t.Fatal(err)
 	}
 	same(t, h.hears(2), "rotation_noise_2", "rotation_payments_2") // not the other one again
 	e.toldOf("rotation_noise_2")
 	// A version that has been followed turns out to be compromised: they must hear of it at once.
-	if err := e.Compromise(t.Context(), approved, "payments", 1, "stolen"); err != nil {
+	if err := e.Keys.Compromise(t.Context(), approved, "payments", 1, "stolen"); err != nil {
 		t.Fatal(err)
 	}
 	same(t, h.hears(3), "rotation_noise_2", "rotation_payments_2", "rotation_payments_2_compromised")
@@ -186,7 +187,7 @@ func TestWebhook(t *testing.T) {
 		t.Errorf("%+v", d)
 	}
 	e.toldOf("rotation_payments_2_compromised")
-	if err := e.Compromise(t.Context(), approved, "payments", 2, "stolen"); err != nil {
+	if err := e.Keys.Compromise(t.Context(), approved, "payments", 2, "stolen"); err != nil {
 		t.Fatal(err)
 	}
 	same(t, h.hears(4), "rotation_noise_2", "rotation_payments_2", "rotation_payments_2_compromised", "rotation_payments_3_compromised")
@@ -201,7 +202,7 @@ func TestWebhookIsTriedAgain(t *testing.T) {
 	e := newEdge(t, nil)
 	fine, ill := newReceiver(t), newReceiver(t, 500)
 	e.tell(fine, ill)
-	if _, err := e.Rotate(t.Context(), operator, "payments", time.Now()); err != nil {
+	if _, err := e.Keys.Rotate(t.Context(), operator, "payments", time.Now()); err != nil {
 		t.Fatal(err)
 	}
 	same(t, fine.hears(1), "rotation_payments_2")
@@ -221,7 +222,7 @@ func TestWebhookAfterAnError(t *testing.T) {
 	e := newEdge(t, nil)
 	h := newReceiver(t, 500)
 	e.tell(h)
-	if _, err := e.Rotate(t.Context(), operator, "payments", time.Now()); err != nil {
+	if _, err := e.Keys.Rotate(t.Context(), operator, "payments", time.Now()); err != nil {
 		t.Fatal(err)
 	}
 	same(t, h.hears(1), "rotation_payments_2")
@@ -248,18 +249,18 @@ func TestWebhookThatIsSlow(t *testing.T) {
 	h, quick := newReceiver(t), newReceiver(t)
 	h.hold = make(chan struct{})
 	e.tell(h, quick)
-	for i, name := range []string{"payments", NoiseName} {
-		if _, err := e.Rotate(t.Context(), operator, name, time.Now().Add(time.Hour)); err != nil {
+	for i, name := range []string{"payments", keyring.NoiseName} {
+		if _, err := e.Keys.Rotate(t.Context(), operator, name, time.Now().Add(time.Hour)); err != nil {
 			t.Fatal(err)
 		}
 		quick.hears(i + 1)
 	}
 	close(h.hold)
 	e.toldOf("rotation_noise_2")
-	if _, err := e.CreateKey(t.Context(), operator, NewKey{Name: "a-last-one"}); err != nil {
+	if _, err := e.Keys.Create(t.Context(), operator, keyring.NewKey{Name: "a-last-one"}); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := e.Rotate(t.Context(), operator, "a-last-one", time.Now()); err != nil {
+	if _, err := e.Keys.Rotate(t.Context(), operator, "a-last-one", time.Now()); err != nil {
 		t.Fatal(err)
 	}
 	for _, h := range []*receiver{h, quick} { // the oldest goes first, so that nothing is behind the last one

@@ -2,6 +2,7 @@ package appliance
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"net"
@@ -10,7 +11,10 @@ import (
 	"testing"
 	"time"
 
+	"countersign/internal/keyring"
 	"countersign/internal/keystore"
+	"countersign/internal/ledger"
+	"countersign/internal/manage"
 	"countersign/noise"
 	"countersign/wire"
 )
@@ -60,7 +64,7 @@ func TestPeersHearOfRotations(t *testing.T) {
 	e := newEdge(t, nil)
 	shop := e.session("127.0.0.1", e.shop)
 	at := time.Now().Add(time.Hour)
-	if _, err := e.Rotate(t.Context(), operator, "payments", at); err != nil {
+	if _, err := e.Keys.Rotate(t.Context(), operator, "payments", at); err != nil {
 		t.Fatal(err)
 	}
 	r := hears(t, shop)
@@ -74,7 +78,7 @@ func TestPeersHearOfRotations(t *testing.T) {
 	if a, _ := asks(t, shop, fmt.Sprintf(ack, 2)); a.Error != nil {
 		t.Errorf("%+v", a)
 	}
-	if got := e.Unacknowledged("payments", 2); !slices.Equal(got, []string{"cafe"}) {
+	if got := e.Peers.Unacknowledged("payments", 2); !slices.Equal(got, []string{"cafe"}) {
 		t.Errorf("not acknowledged by %v", got)
 	}
 	for range 2 { // the café comes later, and again after a restart
@@ -118,7 +122,7 @@ func TestBothNoiseKeysAnswer(t *testing.T) {
 	e := newEdge(t, nil)
 	old := e.server
 	connected := e.session("127.0.0.1", e.shop)
-	next, err := e.Rotate(t.Context(), operator, NoiseName, time.Now().Add(time.Hour))
+	next, err := e.Keys.Rotate(t.Context(), operator, keyring.NoiseName, time.Now().Add(time.Hour))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -128,9 +132,8 @@ func TestBothNoiseKeysAnswer(t *testing.T) {
 	}
 	for _, active := range []bool{false, true} {
 		if active {
-			if err := e.act(t.Context(), e.creating, "test", func(ctx context.Context) error { return e.activate(ctx, operator, next) }); err != nil {
-				t.Fatal(err)
-			}
+			e.isDue(next)
+			eventually(t, "it is active", func() bool { k, err := e.Keys.Noise(); return err == nil && k.Version == next.Version })
 		}
 		for _, server := range [][32]byte{old, [32]byte(r.PublicKey)} {
 			e.server = server
@@ -139,7 +142,7 @@ func TestBothNoiseKeysAnswer(t *testing.T) {
 		e.server = newIdentity(t).Public()
 		e.staysOut("127.0.0.1", e.shop)
 	}
-	if err := e.Archive(t.Context(), operator, NoiseName, 1); err != nil {
+	if err := e.Keys.Archive(t.Context(), operator, keyring.NoiseName, 1); err != nil {
 		t.Fatal(err)
 	}
 	e.server = old
@@ -156,7 +159,7 @@ func TestBothNoiseKeysAnswer(t *testing.T) {
 func TestCompromiseIsToldToAll(t *testing.T) {
 	e := newEdge(t, nil)
 	shop := e.session("127.0.0.1", e.shop)
-	if _, err := e.Rotate(t.Context(), operator, "payments", time.Now().Add(time.Hour)); err != nil {
+	if _, err := e.Keys.Rotate(t.Context(), operator, "payments", time.Now().Add(time.Hour)); err != nil {
 		t.Fatal(err)
 	}
 	hears(t, shop)
@@ -164,7 +167,7 @@ func TestCompromiseIsToldToAll(t *testing.T) {
 	if a, _ := asks(t, shop, ack); a.Error != nil {
 		t.Fatalf("%+v", a)
 	}
-	if err := e.Compromise(t.Context(), approved, "payments", 1, "stolen"); err != nil {
+	if err := e.Keys.Compromise(t.Context(), approved, "payments", 1, "stolen"); err != nil {
 		t.Fatal(err)
 	}
 	var r *wire.Rotation
@@ -180,7 +183,7 @@ func TestCompromiseIsToldToAll(t *testing.T) {
 		t.Errorf("the shop hears %+v", r)
 	}
 	e.restart()
-	if got := e.Unacknowledged("payments", 2); !slices.Equal(got, []string{"cafe", "shop"}) {
+	if got := e.Peers.Unacknowledged("payments", 2); !slices.Equal(got, []string{"cafe", "shop"}) {
 		t.Errorf("not acknowledged by %v", got)
 	}
 	shop, err := e.shake("127.0.0.1", e.shop)
@@ -194,7 +197,7 @@ func TestCompromiseIsToldToAll(t *testing.T) {
 	if a.Error != nil || before[0].Version != 2 || !before[0].Compromised {
 		t.Errorf("%+v, %+v", a, before)
 	}
-	if got := e.Unacknowledged("payments", 2); !slices.Equal(got, []string{"cafe"}) {
+	if got := e.Peers.Unacknowledged("payments", 2); !slices.Equal(got, []string{"cafe"}) {
 		t.Errorf("not acknowledged by %v", got)
 	}
 }
@@ -237,7 +240,7 @@ func TestPeerThatDoesNotRead(t *testing.T) {
 	}
 	begin := time.Now()
 	for n := range uint32(20) {
-		if k, err := e.Rotate(t.Context(), operator, "payments", time.Now()); err != nil || k.Version != n+2 {
+		if k, err := e.Keys.Rotate(t.Context(), operator, "payments", time.Now()); err != nil || k.Version != n+2 {
 			t.Fatal(err)
 		}
 	}
@@ -253,10 +256,25 @@ func TestPeerThatDoesNotRead(t *testing.T) {
 	}
 }
 
+// isDue brings the time of an announced version forward to now, in the ledger.
+func (e *edge) isDue(k *keyring.Key) {
+	e.t.Helper()
+	if err := e.ledger.Update(e.t.Context(), func(tx *ledger.Tx) error {
+		var record map[string]any
+		if err := json.Unmarshal(tx.Get(ledger.Keys, k.Ref().String()), &record); err != nil {
+			return err
+		}
+		record["activates"] = time.Now().Unix()
+		return tx.Put(ledger.Keys, k.Ref().String(), manage.Encode(record))
+	}); err != nil {
+		e.t.Fatal(err)
+	}
+}
+
 // TestNoiseKeyIsCompromisedInAHandshake: what the device answers after that is used for nothing.
 func TestNoiseKeyIsCompromisedInAHandshake(t *testing.T) {
 	r := newRig(t)
-	k, err := r.CreateOwnKey(t.Context(), operator, NoiseName, "memory")
+	k, err := r.Keys.CreateOwn(t.Context(), operator, keyring.NoiseName, "memory")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -268,18 +286,20 @@ func TestNoiseKeyIsCompromisedInAHandshake(t *testing.T) {
 		}
 	}
 	done := make(chan error)
-	go func() { _, err := k.Exchange(context.Background(), newIdentity(t).Public()); done <- err }()
+	go func() { _, err := k.Exchange(context.Background(), keyring.Own, newIdentity(t).Public()); done <- err }()
 	<-inDevice
-	r.compromise(t, NoiseName, 1)
+	if err := r.Keys.Compromise(t.Context(), approved, keyring.NoiseName, 1, "stolen"); err != nil {
+		t.Fatal(err)
+	}
 	close(release)
-	if err := <-done; !errors.Is(err, errKeyNotActive) {
+	if err := <-done; !errors.Is(err, keyring.ErrNotActive) {
 		t.Errorf("%v", err)
 	}
-	if _, err := k.Exchange(t.Context(), newIdentity(t).Public()); !errors.Is(err, errKeyNotActive) { // the device is not even asked
+	if _, err := k.Exchange(t.Context(), keyring.Own, newIdentity(t).Public()); !errors.Is(err, keyring.ErrNotActive) { // the device is not even asked
 		t.Errorf("%v", err)
 	}
 	var answering []uint32
-	for _, k := range r.noiseKeys() {
+	for _, k := range r.Keys.Answering() {
 		answering = append(answering, k.Version)
 	}
 	if !slices.Equal(answering, []uint32{2}) {
@@ -292,15 +312,15 @@ func TestToldOnce(t *testing.T) {
 	e := newEdge(t, nil)
 	shop := e.session("127.0.0.1", e.shop)
 	at := time.Now().Add(time.Hour)
-	for _, name := range []string{"payments", NoiseName} {
-		if _, err := e.Rotate(t.Context(), operator, name, at); err != nil {
+	for _, name := range []string{"payments", keyring.NoiseName} {
+		if _, err := e.Keys.Rotate(t.Context(), operator, name, at); err != nil {
 			t.Fatal(err)
 		}
 		if r := hears(t, shop); r.Key != name {
 			t.Errorf("the shop hears %+v of %s", r, name)
 		}
 	}
-	e.wake()
+	e.Peers.Wake()
 	if _, before := asks(t, shop, ping); len(before) > 0 {
 		t.Errorf("the shop hears again: %+v", before[0])
 	}

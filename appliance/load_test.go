@@ -7,6 +7,7 @@ import (
 	"io"
 	"log/slog"
 	"net"
+	"net/netip"
 	"os"
 	"slices"
 	"strconv"
@@ -251,9 +252,13 @@ func TestBusy(t *testing.T) {
 // handler is a session without a connection: what handle needs.
 func (a *Appliance) handler(t *testing.T, name string) *session {
 	t.Helper()
-	for _, m := range a.peers {
-		if m.Name == name {
-			return &session{member: m, peer: m.Peer}
+	for _, p := range a.Peers.All() {
+		if p.Name == name {
+			s, err := a.Peers.Enter(p.PublicKey, io.NopCloser(nil), netip.Addr{})
+			if err != nil {
+				t.Fatal(err)
+			}
+			return &session{Session: s, caller: Caller{Peer: p.Peer}}
 		}
 	}
 	t.Fatalf("no peer %q", name)
@@ -279,10 +284,8 @@ func TestRefusalsAreLimited(t *testing.T) {
 	for name, size := range map[string]int{"one by one": 1, "in batches": 100} {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
-				r := newRig(t)
+				r := newRigWith(t, func(l *Limits) { l.RefusalsPerMinute = 60 })
 				defer r.ledger.Close()
-				r.limits.RefusalsPerMinute = 60
-				r.renew()
 				shop := r.handler(t, "shop")
 				spent := numbered(1_000_000, "m")
 				if _, err := r.Sign(t.Context(), r.shop, spent); err != nil {
@@ -351,10 +354,8 @@ func TestRefusalsAreLimited(t *testing.T) {
 // TestPace: beyond so many requests a second a peer is told to come later, and nothing is done; another one notices nothing.
 func TestPace(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		r := newRig(t)
+		r := newRigWith(t, func(l *Limits) { l.RequestsPerSecond, l.BatchItems = 10, 10 })
 		defer r.ledger.Close()
-		r.limits.RequestsPerSecond, r.limits.BatchItems = 10, 10
-		r.renew()
 		shop, cafe := r.handler(t, "shop"), r.handler(t, "cafe")
 		for range 10 {
 			if a := handled(t, r.Appliance, shop, ping); a.Error != nil {
@@ -377,22 +378,13 @@ func TestPace(t *testing.T) {
 	})
 }
 
-// renew gives the peers the limits that were set.
-func (r *rig) renew() {
-	for _, m := range r.peers {
-		*m = *r.newMember(m.Peer, peerRecord{})
-	}
-}
-
 // TestUnreadable: what is no request counts like one, and costs the log no more than other refusals.
 func TestUnreadable(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		r := newRig(t)
+		r := newRigWith(t, func(l *Limits) { l.RefusalsPerMinute, l.RequestsPerSecond, l.BatchItems = 60, 100, 100 })
 		defer r.ledger.Close()
 		var log logged
 		r.log = slog.New(slog.NewTextHandler(&log, nil))
-		r.limits.RefusalsPerMinute, r.limits.RequestsPerSecond, r.limits.BatchItems = 60, 100, 100
-		r.renew()
 		shop := r.handler(t, "shop")
 		before, limited := len(logOf(t, r.Appliance, 1)), 0
 		for range 1000 {

@@ -11,20 +11,22 @@ import (
 	"time"
 
 	"countersign/audit"
+	"countersign/internal/keyring"
 	"countersign/internal/keystore"
 	"countersign/internal/ledger"
+	"countersign/internal/resource"
 	"countersign/wire"
 )
 
 // checkpointEvery is how often a checkpoint is signed while there are new events.
 const checkpointEvery = 2 * time.Second
 
-// retainEvery is how often is looked at what is kept too long.
+// retainEvery is how often retention is applied.
 const retainEvery = time.Minute
 
 // Log names the audit log by the key of its checkpoints, and says which epoch is the present one.
 func (a *Appliance) Log() (audit.Log, uint32, error) {
-	key, err := a.LogKey()
+	key, err := a.Keys.LogKey()
 	if err != nil {
 		return audit.Log{}, 0, err
 	}
@@ -33,17 +35,17 @@ func (a *Appliance) Log() (audit.Log, uint32, error) {
 	return log, epoch, err
 }
 
-// checkpoint returns a signed checkpoint of an epoch that has at least so many events. Who asks while one is being signed waits
-// for that.
+// checkpoint returns a signed checkpoint of an epoch that has at least size events. Callers that come
+// while one is being signed wait for it.
 func (a *Appliance) checkpoint(ctx context.Context, epoch uint32, size uint64) (ledger.Epoch, error) {
 	e, err := a.ledger.Epoch(epoch)
 	if err != nil || e.Signed >= size {
 		return e, err
 	}
-	if err := a.signing.acquire(ctx); err != nil {
+	if err := a.signing.Acquire(ctx); err != nil {
 		return e, err
 	}
-	defer a.signing.release()
+	defer a.signing.Release()
 	if e, err = a.ledger.Epoch(epoch); err != nil || e.Signed >= size {
 		return e, err
 	}
@@ -60,7 +62,7 @@ func (a *Appliance) checkpoint(ctx context.Context, epoch uint32, size uint64) (
 			return e, err
 		}
 	}
-	key, err := a.LogKey()
+	key, err := a.Keys.LogKey()
 	if err != nil {
 		return e, err
 	}
@@ -68,15 +70,15 @@ func (a *Appliance) checkpoint(ctx context.Context, epoch uint32, size uint64) (
 	if err != nil {
 		return e, err
 	}
-	// Whoever asks: others wait for this checkpoint too, and must not wait for all that a busy peer has asked for.
-	own := inLane(ctx, ownLane)
+	// In the appliance's own lane, whichever peer asks: others wait for this checkpoint too, and must not
+	// wait for everything that a busy peer has asked for.
 	text, err := log.Sign(head, func(message []byte) ([]byte, error) {
-		return key.Sign(own, message, func(signature []byte) bool { return key.verify(message, signature) == nil })
+		return key.Sign(ctx, keyring.Own, message, func(signature []byte) bool { return key.Verify(message, signature) == nil })
 	})
 	if err != nil {
 		return e, fmt.Errorf("sign the checkpoint of %d events: %w", head.Size, err)
 	}
-	// What the tree says is on disk already; the checkpoint is too before anybody sees it.
+	// The tree is on disk already; the checkpoint is too before anybody sees it.
 	if err := a.ledger.SetCheckpoint(ctx, epoch, head.Size, text); err != nil {
 		return e, err
 	}
@@ -84,7 +86,7 @@ func (a *Appliance) checkpoint(ctx context.Context, epoch uint32, size uint64) (
 }
 
 // Proof shows a peer that one of its events is in the log.
-func (a *Appliance) Proof(ctx context.Context, who Peer, event uint64) (*wire.Proven, error) {
+func (a *Appliance) Proof(ctx context.Context, who Caller, event uint64) (*wire.Proven, error) {
 	none := fmt.Errorf("%w: event %d is not one of yours", errNotYours, event)
 	e, err := a.ledger.EpochOf(event)
 	if errors.Is(err, ledger.ErrNotFound) {
@@ -95,13 +97,13 @@ func (a *Appliance) Proof(ctx context.Context, who Peer, event uint64) (*wire.Pr
 	if e.Dropping != 0 {
 		return nil, fmt.Errorf("event %d: %w", event, ledger.ErrDropped)
 	}
-	leaf, err := a.event(event)
+	leaves, err := a.eventsOf(event, 1)
 	if errors.Is(err, ledger.ErrNotFound) {
 		return nil, none
 	} else if err != nil {
 		return nil, err
 	}
-	said, err := audit.Decode(leaf)
+	said, err := audit.Decode(leaves[0])
 	if err != nil {
 		return nil, err
 	}
@@ -112,7 +114,9 @@ func (a *Appliance) Proof(ctx context.Context, who Peer, event uint64) (*wire.Pr
 	if e, err = a.checkpoint(ctx, e.Number, index+1); err != nil {
 		return nil, err
 	}
-	p := &wire.Proven{Event: event, Epoch: e.Number, Index: index, Leaf: leaf, Path: []wire.Bytes32{}, Checkpoint: e.Checkpoint}
+	p := &wire.Proven{
+		Event: event, Epoch: e.Number, Index: index, Leaf: leaves[0], Path: []wire.Bytes32{}, Checkpoint: e.Checkpoint,
+	}
 	return p, a.ledger.Hashes(e.Number, func(stored audit.Reader) error {
 		path, err := audit.Prove(e.Signed, index, stored)
 		for _, h := range path {
@@ -122,16 +126,7 @@ func (a *Appliance) Proof(ctx context.Context, who Peer, event uint64) (*wire.Pr
 	})
 }
 
-// event returns the bytes of one.
-func (a *Appliance) event(index uint64) ([]byte, error) {
-	some, err := a.eventsOf(index, 1)
-	if err != nil {
-		return nil, err
-	}
-	return some[0], nil
-}
-
-// eventsOf returns n events from index first on, or ErrNotFound where one is missing.
+// eventsOf returns the bytes of n events from index first on, or ErrNotFound where one is missing.
 func (a *Appliance) eventsOf(first uint64, n int) (some [][]byte, err error) {
 	err = a.ledger.Events(first, func(index uint64, b []byte) bool {
 		if index != first+uint64(len(some)) {
@@ -146,8 +141,9 @@ func (a *Appliance) eventsOf(first uint64, n int) (some [][]byte, err error) {
 	return some, err
 }
 
-// LogFile returns a file of the log's static form (C2SP tlog-tiles): checkpoint, tile/… of the present epoch, and
-// epochs/N/checkpoint, epochs/N/tile/… of any. The error wraps fs.ErrNotExist where there is none.
+// LogFile returns a file of the log's static form (C2SP tlog-tiles): checkpoint and tile/… of the
+// present epoch, epochs/N/checkpoint and epochs/N/tile/… of any. The error wraps fs.ErrNotExist where
+// there is none.
 func (a *Appliance) LogFile(ctx context.Context, path string) ([]byte, error) {
 	number, _, _ := a.ledger.Head()
 	rest := path
@@ -176,7 +172,7 @@ func (a *Appliance) LogFile(ctx context.Context, path string) ([]byte, error) {
 		} else if e.Signed == 0 {
 			return nil, err
 		}
-		return []byte(e.Checkpoint), nil // of what is there; where none can be signed now, the last one
+		return []byte(e.Checkpoint), nil // the last one, where none can be signed now
 	}
 	tile, ok := audit.ParseTile(rest)
 	if !ok || e.Dropping != 0 || !tile.In(size) {
@@ -198,37 +194,44 @@ func (a *Appliance) LogFile(ctx context.Context, path string) ([]byte, error) {
 	return bundle, nil
 }
 
-// keepLog does until ctx ends what the log needs beside requests: checkpoints, epochs, retention, and the events that say that
-// the disk or the clock is not as it should be.
+// The resources that admissions need beside the tokens.
+var (
+	diskResource = resource.Resource{
+		Name: "ledger", Away: audit.DeviceUnavailable, Back: audit.DeviceRecovered,
+		Lost: "nothing is admitted: the disk takes nothing", Found: "admissions go on: the disk takes writes again",
+	}
+	clockResource = resource.Resource{
+		Name: "clock", Away: audit.ClockRefused, Back: audit.ClockRecovered,
+		Lost: "nothing is admitted: the clock is wrong", Found: "admissions go on: the clock is right again",
+	}
+)
+
+// keepLog does until ctx ends what the log needs beside requests: checkpoints, epochs, retention, and
+// the events of the disk and the clock.
 func (a *Appliance) keepLog(ctx context.Context) {
 	ticker := time.NewTicker(checkpointEvery)
 	defer ticker.Stop()
-	said := map[string]string{}
-	// once says an error when it begins, not each time.
-	once := func(what string, err error) {
-		if text := fmt.Sprint(err); err == nil {
-			delete(said, what)
-		} else if said[what] != text && ctx.Err() == nil {
-			said[what] = text
-			a.log.Error(what, "err", err)
+	check := func(lost string, err error) { // a task that fails is a line when that begins, not each time
+		if ctx.Err() == nil {
+			a.monitor.Check(ctx, resource.Resource{Name: lost, Lost: lost}, err)
 		}
 	}
-	var disk, clock bool
 	var retained time.Time
 	for {
-		once("the audit log's checkpoint is not signed; it is tried again", a.signLog(ctx))
+		check("the audit log's checkpoint is not signed; it is tried again", a.signLog(ctx))
 		a.refusals.flushDue(ctx, a)
 		if a.ledger.Trouble() != nil {
 			a.ledger.Alive(ctx) // which tries the disk again
 		}
-		a.watch(ctx, &disk, a.ledger.Trouble(), audit.DeviceUnavailable, audit.DeviceRecovered, "ledger")
+		a.monitor.Check(ctx, diskResource, a.ledger.Trouble())
 		_, _, behind := a.ledger.Clock()
-		a.watch(ctx, &clock, behind, audit.ClockRefused, audit.ClockRecovered, "clock")
+		a.monitor.Check(ctx, clockResource, behind)
+		a.monitor.Flush(ctx)
 		if time.Since(retained) >= retainEvery {
-			once("when peers were last seen is not written down", a.writeSeen(ctx))
-			once("how often keys were used is not written down", a.writeUses(ctx))
+			check("when peers were last seen is not written down", a.Peers.WriteSeen(ctx))
+			check("how often keys were used is not written down", a.Keys.WriteUses(ctx))
 			more, err := a.retain(ctx)
-			once("retention could not be applied; it is tried again", err)
+			check("retention could not be applied; it is tried again", err)
 			if !more {
 				retained = time.Now()
 			}
@@ -241,24 +244,8 @@ func (a *Appliance) keepLog(ctx context.Context) {
 	}
 }
 
-// watch writes down once that something does not serve, and once that it does again.
-func (a *Appliance) watch(ctx context.Context, bad *bool, err error, begins, ends audit.Type, resource string) {
-	if *bad == (err != nil) {
-		return
-	}
-	e := audit.Event{Type: ends, Actor: audit.Daemon(), Action: "serve", Resource: resource, Outcome: "ok"}
-	if err != nil {
-		e.Type, e.Outcome, e.Metadata = begins, wire.CodeUnavailable, map[string]string{"cause": err.Error()}
-		a.log.Error("nothing is admitted", "why", resource, "err", err)
-	} else {
-		a.log.Info("admissions go on", "was", resource)
-	}
-	if a.record(ctx, e) == nil || err != nil { // that it is well again must be in the log
-		*bad = err != nil
-	}
-}
-
-// signLog ends an epoch that is over, and signs what has no checkpoint yet: of ended epochs the final one, first.
+// signLog ends an epoch that is over, and signs what has no checkpoint yet: first the final
+// checkpoints of ended epochs.
 func (a *Appliance) signLog(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, a.limits.RequestTimeout)
 	defer cancel()
@@ -284,7 +271,7 @@ func (a *Appliance) signLog(ctx context.Context) error {
 
 // signEnded signs the final checkpoints that are not signed, the oldest first.
 func (a *Appliance) signEnded(ctx context.Context, present uint32) error {
-	missing := present // the first that may have none: they are signed in order, so all before a final one are final
+	missing := present // the first epoch that may have none: they are signed in order
 	for ; missing > 0; missing-- {
 		if e, err := a.ledger.Epoch(missing - 1); err != nil {
 			return err
@@ -302,11 +289,4 @@ func (a *Appliance) signEnded(ctx context.Context, present uint32) error {
 		}
 	}
 	return nil
-}
-
-// lastCheckpoint covers all events at the end.
-func (a *Appliance) lastCheckpoint(ctx context.Context) {
-	if err := a.signLog(ctx); err != nil { // the next start signs what is there
-		a.log.Error("the last checkpoint is not signed", "err", err)
-	}
 }

@@ -13,8 +13,10 @@ import (
 	"time"
 
 	"countersign/audit"
+	"countersign/internal/keyring"
 	"countersign/internal/keystore"
 	"countersign/internal/ledger"
+	"countersign/internal/manage"
 	"countersign/policy"
 	"countersign/wire"
 )
@@ -23,7 +25,7 @@ import (
 func logRig(t *testing.T) (*rig, audit.Log) {
 	t.Helper()
 	r := newRig(t)
-	if _, err := r.CreateOwnKey(t.Context(), audit.Operator("test"), LogName, "memory"); err != nil {
+	if _, err := r.Keys.CreateOwn(t.Context(), audit.Operator("test"), keyring.LogName, "memory"); err != nil {
 		t.Fatal(err)
 	}
 	log, _, err := r.Log()
@@ -70,10 +72,10 @@ func TestReceipt(t *testing.T) {
 	if s := r.sign(t, r.shop, message(2, "")); s.Receipt != nil {
 		t.Error("a message has a receipt")
 	}
-	if _, err := r.Receipt("00"); !errors.Is(err, ErrInvalid) {
+	if _, err := r.Receipt("00"); !errors.Is(err, manage.ErrInvalid) {
 		t.Errorf("a bad id: %v", err)
 	}
-	if _, err := r.Receipt(fmt.Sprintf("%032x", 1)); !errors.Is(err, ErrNotFound) {
+	if _, err := r.Receipt(fmt.Sprintf("%032x", 1)); !errors.Is(err, manage.ErrNotFound) {
 		t.Errorf("another id: %v", err)
 	}
 }
@@ -112,7 +114,7 @@ func TestProofs(t *testing.T) {
 	}
 	_, err := r.Proof(t.Context(), r.cafe, first.Event)
 	r.refuses(t, wire.CodeDenied, err)
-	r.store.Remove(keystore.Ref{Name: LogName, Version: 1})
+	r.store.Remove(keystore.Ref{Name: keyring.LogName, Version: 1})
 	if _, err := r.Proof(t.Context(), r.shop, first.Event); err != nil {
 		t.Errorf("what a checkpoint covers needs no token: %v", err)
 	}
@@ -122,15 +124,15 @@ func TestProofs(t *testing.T) {
 func TestPeersCantUseTheLogKey(t *testing.T) {
 	r, _ := logRig(t)
 	req := message(1, "")
-	req.Key = LogName
+	req.Key = keyring.LogName
 	_, err := r.Sign(t.Context(), r.shop, req)
 	r.refuses(t, wire.CodeUnknownKey, err)
-	for _, k := range r.signingKeys().Keys {
-		if k.Name == LogName {
+	for _, k := range r.Keys.Listed().Keys {
+		if k.Name == keyring.LogName {
 			t.Error("it is listed")
 		}
 	}
-	if _, err := r.CreateKey(t.Context(), audit.Operator("test"), NewKey{Name: LogName}); !errors.Is(err, ErrInvalid) {
+	if _, err := r.Keys.Create(t.Context(), audit.Operator("test"), keyring.NewKey{Name: keyring.LogName}); !errors.Is(err, manage.ErrInvalid) {
 		t.Errorf("it can be created: %v", err)
 	}
 }
@@ -190,7 +192,7 @@ func TestRetention(t *testing.T) {
 	}
 	retain()
 	verify(audit.Report{Epochs: 2})
-	if err := r.Release(t.Context(), operator, 0, ""); !errors.Is(err, ErrInvalid) {
+	if err := r.Release(t.Context(), operator, 0, ""); !errors.Is(err, manage.ErrInvalid) {
 		t.Errorf("released without a reason: %v", err)
 	}
 	if err := r.Release(t.Context(), operator, 0, "over"); err != nil {
@@ -202,10 +204,10 @@ func TestRetention(t *testing.T) {
 	if err != nil || len(epochs) != 2 || epochs[0].Dropped == 0 || epochs[1].Dropping != 0 {
 		t.Errorf("%+v, %v", epochs, err)
 	}
-	if err := r.Hold(t.Context(), operator, 0, "too late"); !errors.Is(err, ErrInvalid) {
+	if err := r.Hold(t.Context(), operator, 0, "too late"); !errors.Is(err, manage.ErrInvalid) {
 		t.Errorf("a dropped epoch is held: %v", err)
 	}
-	if err := r.Hold(t.Context(), operator, 9, "none"); !errors.Is(err, ErrNotFound) {
+	if err := r.Hold(t.Context(), operator, 9, "none"); !errors.Is(err, manage.ErrNotFound) {
 		t.Errorf("there is no epoch 9: %v", err)
 	}
 	_, err = r.Proof(t.Context(), r.shop, 4)
@@ -287,9 +289,9 @@ func TestKeepLog(t *testing.T) {
 	if n, events := count(); n != 150 || events != 2 {
 		t.Errorf("%d refusals in %d events", n, events)
 	}
-	var bad bool
+	r.monitor.Start(t.Context(), r.record, nil)
 	for _, err := range []error{nil, ledger.ErrClock, ledger.ErrClock, nil, nil} {
-		r.watch(t.Context(), &bad, err, audit.ClockRefused, audit.ClockRecovered, "clock")
+		r.monitor.Check(t.Context(), clockResource, err)
 	}
 	var said []audit.Type
 	r.Events(0, func(_ uint64, e audit.Event) bool {

@@ -10,6 +10,7 @@ import (
 	"unicode"
 
 	"countersign/audit"
+	"countersign/internal/manage"
 	"countersign/noise"
 )
 
@@ -20,8 +21,8 @@ func TestKeepOut(t *testing.T) {
 		act  func(*edge) error
 		says audit.Type
 	}{
-		"suspended": {func(e *edge) error { return e.SuspendPeer(t.Context(), operator, "shop") }, audit.PeerSuspended},
-		"removed":   {func(e *edge) error { return e.RemovePeer(t.Context(), operator, "shop") }, audit.PeerRemoved},
+		"suspended": {func(e *edge) error { return e.Peers.Suspend(t.Context(), operator, "shop") }, audit.PeerSuspended},
+		"removed":   {func(e *edge) error { return e.Peers.Remove(t.Context(), operator, "shop") }, audit.PeerRemoved},
 	} {
 		t.Run(name, func(t *testing.T) {
 			e := newEdge(t, func(l *Limits) { l.Calls, l.RequestTimeout = map[string]int{"memory": 64}, time.Hour })
@@ -87,10 +88,10 @@ func TestKeepOut(t *testing.T) {
 			if s := e.status("shop"); !s.Suspended || s.Connections != 0 || s.Seen.IsZero() {
 				t.Errorf("%+v", s)
 			}
-			if err := e.SuspendPeer(t.Context(), operator, "shop"); err != nil {
+			if err := e.Peers.Suspend(t.Context(), operator, "shop"); err != nil {
 				t.Errorf("a second time: %v", err)
 			}
-			if err := e.ResumePeer(t.Context(), operator, "shop"); err != nil {
+			if err := e.Peers.Resume(t.Context(), operator, "shop"); err != nil {
 				t.Fatal(err)
 			}
 			conn := e.session("127.0.0.1", e.shop)
@@ -110,12 +111,12 @@ func TestKeepOut(t *testing.T) {
 func TestKeepOutNobody(t *testing.T) {
 	e := newEdge(t, nil)
 	for name, act := range map[string]func() error{
-		"suspend": func() error { return e.SuspendPeer(t.Context(), operator, "nobody") },
-		"resume":  func() error { return e.ResumePeer(t.Context(), operator, "nobody") },
-		"remove":  func() error { return e.RemovePeer(t.Context(), operator, "nobody") },
+		"suspend": func() error { return e.Peers.Suspend(t.Context(), operator, "nobody") },
+		"resume":  func() error { return e.Peers.Resume(t.Context(), operator, "nobody") },
+		"remove":  func() error { return e.Peers.Remove(t.Context(), operator, "nobody") },
 	} {
-		if err := act(); !errors.Is(err, ErrNotFound) {
-			t.Errorf("%s nobody: %v, want %v", name, err, ErrNotFound)
+		if err := act(); !errors.Is(err, manage.ErrNotFound) {
+			t.Errorf("%s nobody: %v, want %v", name, err, manage.ErrNotFound)
 		}
 	}
 }
@@ -124,12 +125,12 @@ func TestKeepOutNobody(t *testing.T) {
 func TestEnrolledAgain(t *testing.T) {
 	e := newEdge(t, nil)
 	old := e.session("127.0.0.1", e.shop)
-	if err := e.RemovePeer(t.Context(), operator, "shop"); err != nil {
+	if err := e.Peers.Remove(t.Context(), operator, "shop"); err != nil {
 		t.Fatal(err)
 	}
 	ends(t, old)
 	public := e.shop.Public()
-	if _, err := e.AddPeer(t.Context(), operator, "shop", public[:]); err != nil {
+	if _, err := e.Peers.Add(t.Context(), operator, "shop", public[:]); err != nil {
 		t.Fatal(err)
 	}
 	if _, err := exchange(old, ping); err == nil {
@@ -210,7 +211,7 @@ func TestNothingUnescapedInTheLog(t *testing.T) {
 			}
 		}
 	}
-	if _, err := e.AddPeer(t.Context(), operator, hostile[0], make([]byte, 32)); err == nil {
+	if _, err := e.Peers.Add(t.Context(), operator, hostile[0], make([]byte, 32)); err == nil {
 		t.Error("a peer of that name")
 	}
 	e.stop()

@@ -5,25 +5,25 @@ import (
 	"errors"
 	"strings"
 
+	"countersign/internal/anchor"
+	"countersign/internal/keyring"
 	"countersign/internal/keystore"
 	"countersign/internal/ledger"
+	"countersign/internal/peers"
 	"countersign/policy"
 	"countersign/transcript"
 	"countersign/wire"
 )
 
-// The appliance's own refusals; the others are born in the packages that judge.
+// The appliance's own refusals; the others are made in the packages that judge.
 var (
-	errUnknownKey       = errors.New("unknown key")
-	errKeyNotActive     = errors.New("the key is not active")
 	errInvalidSignature = errors.New("invalid signature")
 	errReplay           = errors.New("the nonce is spent")
 	errUnknownOutcome   = errors.New("the nonce may be spent")
 	errNotYours         = errors.New("not yours")
-	errNotConfirmed     = errors.New("an operator must be there")
 )
 
-// class is what an error means for the one who gets it and for the daemon.
+// class is what an error means for the peer and for the daemon.
 type class int
 
 const (
@@ -32,8 +32,9 @@ const (
 	fatal                    // the daemon stops
 )
 
-// table translates errors into codes, once. A message is ours where the error's own text would tell a peer about the
-// inside of the appliance; otherwise it is about the peer's own request and may be told.
+// table translates errors into codes, once. A row has a message where the error's own text would tell a
+// peer about the inside of the appliance; otherwise the text is about the peer's own request and may be
+// told.
 var table = []struct {
 	err     error
 	class   class
@@ -41,9 +42,9 @@ var table = []struct {
 	message string
 }{
 	{ledger.ErrUnknownState, fatal, wire.CodeUnavailable, "the appliance can't answer now"},
-	{ErrRolledBack, unavailable, wire.CodeUnavailable, "the appliance can't answer before an operator has acted"},
+	{anchor.ErrRolledBack, unavailable, wire.CodeUnavailable, "the appliance can't answer before an operator has acted"},
 	{ErrLocked, unavailable, wire.CodeUnavailable, "the appliance can't answer before an operator has acted"},
-	{errNotConfirmed, refused, wire.CodeNotConfirmed, ""},
+	{keyring.ErrNotConfirmed, refused, wire.CodeNotConfirmed, ""},
 	{errUnknownOutcome, unavailable, wire.CodeUnavailable, "the appliance took too long; the nonce may be spent, and then the same request is a replay"},
 	{transcript.ErrMalformed, refused, wire.CodeMalformed, ""},
 	{transcript.ErrUnsupported, refused, wire.CodeUnsupported, ""},
@@ -51,13 +52,13 @@ var table = []struct {
 	{transcript.ErrNotYetValid, refused, wire.CodeNotYetValid, ""},
 	{transcript.ErrLifetimeTooLong, refused, wire.CodeLifetimeTooLong, ""},
 	{transcript.ErrWrongSigner, refused, wire.CodeWrongSigner, ""},
-	{errUnknownKey, refused, wire.CodeUnknownKey, ""},
-	{errKeyNotActive, refused, wire.CodeKeyNotActive, ""},
+	{keyring.ErrUnknown, refused, wire.CodeUnknownKey, ""},
+	{keyring.ErrNotActive, refused, wire.CodeKeyNotActive, ""},
 	{errInvalidSignature, refused, wire.CodeInvalidSignature, ""},
 	{errReplay, refused, wire.CodeReplay, ""},
 	{errNotYours, refused, wire.CodeDenied, ""},
-	{errBusy, unavailable, wire.CodeBusy, "too many requests are being served; send the same request again"},
-	{errRate, unavailable, wire.CodeRateLimited, "too many requests a second; send the same request again"},
+	{peers.ErrBusy, unavailable, wire.CodeBusy, "too many requests are being served; send the same request again"},
+	{peers.ErrRate, unavailable, wire.CodeRateLimited, "too many requests a second; send the same request again"},
 	{ledger.ErrNotHigher, refused, wire.CodeDenied, ""},
 	{policy.ErrDenied, refused, wire.CodeDenied, "policy does not allow this peer to sign this with this key"},
 	{ledger.ErrDisk, unavailable, wire.CodeUnavailable, "the appliance can't write anything down now; send the same request again"},
@@ -71,8 +72,8 @@ var table = []struct {
 	{context.DeadlineExceeded, unavailable, wire.CodeUnavailable, "the appliance took too long; send the same request again"},
 }
 
-// refuse gives an error its class and the answer to the peer. What is in nobody's table is a fault of ours: the peer
-// gets "unavailable", the log gets all of it.
+// refuse gives an error its class and the answer to the peer. An error that is not in the table is a
+// fault of ours: the peer gets "unavailable", the log gets all of it.
 func refuse(err error) (class, *wire.Error) {
 	for _, row := range table {
 		if errors.Is(err, row.err) {

@@ -3,7 +3,6 @@ package appliance
 import (
 	"context"
 	"errors"
-	"fmt"
 	"strconv"
 	"sync"
 	"time"
@@ -12,26 +11,23 @@ import (
 	"countersign/internal/ijson"
 	"countersign/internal/keystore"
 	"countersign/internal/ledger"
+	"countersign/internal/peers"
 	"countersign/wire"
-)
-
-// errBusy and errRate refuse before anything is done.
-var (
-	errBusy = errors.New("too many requests are being served")
-	errRate = errors.New("too many requests a second")
 )
 
 // retryAfter is what a peer is told that came too often, in seconds.
 const retryAfter = 1
 
-// busyTime is how long a peer waits to be told that it asks too much. Who asks again at once would otherwise cost the processor more
-// than those who are served.
+// busyTime is how long a peer waits for the answer that it asks too much. A peer that asks again at once
+// would otherwise cost the processor more than the peers that are served.
 const busyTime = 100 * time.Millisecond
 
-// handle answers one request. Without an answer, nil, the connection ends: after a fatal error, and for a peer that is kept out.
+// handle answers one request. Without an answer, nil, the connection ends: after a fatal error, and for
+// a peer that is kept out.
 func (a *Appliance) handle(s *session, message []byte) []byte {
-	// Not the connection's context: what has been admitted is finished, even if the peer has gone or the daemon stops.
-	ctx, cancel := context.WithTimeout(inLane(context.Background(), string(s.peer.PublicKey[:])), a.limits.RequestTimeout)
+	// Not the connection's context: an admitted request is finished, even if the peer has gone or the
+	// daemon stops.
+	ctx, cancel := context.WithTimeout(context.Background(), a.limits.RequestTimeout)
 	defer cancel()
 	id, request, malformed := wire.Parse(message, a.limits.BatchItems)
 	weight := 1
@@ -39,17 +35,17 @@ func (a *Appliance) handle(s *session, message []byte) []byte {
 	if isBatch {
 		weight = len(batch.Items)
 	}
-	in, err := a.begin(s.member, weight)
-	if !in {
+	err := a.Peers.Begin(s.Member, weight)
+	if errors.Is(err, peers.ErrGone) {
 		return nil // removed, with messages still in the buffer
 	}
 	if err != nil {
 		_, refusal := refuse(err)
-		a.refusals.count(audit.RateLimitTriggered, "request", s.peer.Name, refusal.Code)
+		a.refusals.count(audit.RateLimitTriggered, "request", s.caller.Name, refusal.Code)
 		pause(ctx, busyTime)
 		return wire.EncodeAnswer(id, nil, refusal)
 	}
-	defer a.end(s.member, weight)
+	defer a.Peers.End(s.Member, weight)
 	if malformed != nil {
 		return wire.EncodeAnswer(id, nil, a.unreadable(s, malformed.(*wire.Error)))
 	}
@@ -67,30 +63,30 @@ func (a *Appliance) handle(s *session, message []byte) []byte {
 	return wire.EncodeAnswer(id, result, refusal)
 }
 
-// unreadable deals with what is no request. It costs the log no more than other refusals.
+// unreadable refuses a message that is no request. It costs the log no more than other refusals.
 func (a *Appliance) unreadable(s *session, refusal *wire.Error) *wire.Error {
-	if s.member.refusals.Tokens() < 1 {
-		a.refusals.count(audit.SignatureRejected, "request", s.peer.Name, refusal.Code)
+	if s.Member.Refusals.Tokens() < 1 {
+		a.refusals.count(audit.SignatureRejected, "request", s.caller.Name, refusal.Code)
 		return refusal
 	}
-	s.member.refusals.Reserve()
-	a.log.Info("refused", "peer", s.peer.Name, "code", refusal.Code, "err", refusal.Message)
+	s.Member.Refusals.Reserve()
+	a.log.Info("refused", "peer", s.caller.Name, "code", refusal.Code, "err", refusal.Message)
 	return refusal
 }
 
 // serve carries out one request. It is not ok after a fatal error.
 func (a *Appliance) serve(ctx context.Context, s *session, member *ledger.Member, request any) (result any, refusal *wire.Error, ok bool) {
 	began := time.Now()
-	who := s.peer
+	who := s.caller
 	who.member = member
-	who.quiet = s.member.refusals.Tokens() < 1
+	who.quiet = s.Member.Refusals.Tokens() < 1
 	var op, key string
 	var err error
 	switch r := request.(type) {
 	case *wire.Ping:
 		op, result = wire.OpPing, wire.Pong{Service: "countersign", Time: began.Unix()}
 	case *wire.Keys:
-		op, result = wire.OpKeys, a.signingKeys()
+		op, result = wire.OpKeys, a.Keys.Listed()
 	case *wire.Sign:
 		op, key = wire.OpSign, r.Key
 		result, err = a.Sign(ctx, who, r)
@@ -102,7 +98,7 @@ func (a *Appliance) serve(ctx context.Context, s *session, member *ledger.Member
 		result, err = a.Proof(ctx, who, r.Event)
 	case *wire.Line:
 		op, key = wire.OpLine, r.Key
-		result, err = a.Steps(r)
+		result, err = a.Keys.Steps(r)
 	case *wire.Ack:
 		op, key = wire.OpAck, r.Key
 		result, err = a.Acknowledge(ctx, who, r)
@@ -110,13 +106,13 @@ func (a *Appliance) serve(ctx context.Context, s *session, member *ledger.Member
 		return nil, r, true
 	}
 	if err == nil {
-		a.log.Debug("served", "peer", s.peer.Name, "op", op, "key", key, "took", time.Since(began))
+		a.log.Debug("served", "peer", s.caller.Name, "op", op, "key", key, "took", time.Since(began))
 		return result, nil, true
 	}
 	member.Leave(ctx) // the others need not wait until the refusal is written down
 	c, refusal := refuse(err)
 	if !who.quiet {
-		s.member.refusals.Reserve() // a debt where there are several at once
+		s.Member.Refusals.Reserve() // a debt where there are several at once
 	}
 	switch {
 	case c == refused && who.quiet:
@@ -141,7 +137,8 @@ func refusalType(code string) audit.Type {
 	return audit.SignatureRejected
 }
 
-// batch carries out the items at once. Their admissions share a commit, each has an answer of its own, in their order.
+// batch carries out the items at once. Their admissions share a commit, and each item has an answer of
+// its own, in their order.
 func (a *Appliance) batch(ctx context.Context, s *session, b *wire.Batch) (wire.Answers, bool) {
 	answers := wire.Answers{Answers: make([]wire.ItemAnswer, len(b.Items))}
 	group := a.ledger.Group(len(b.Items))
@@ -164,56 +161,15 @@ func (a *Appliance) batch(ctx context.Context, s *session, b *wire.Batch) (wire.
 	return answers, fine
 }
 
-// begin lets a peer's requests be served, unless there are too many; in is false for one that is kept out.
-func (a *Appliance) begin(m *member, n int) (in bool, err error) {
-	a.mu.Lock()
-	defer a.mu.Unlock()
-	switch {
-	case !m.in():
-		return false, nil
-	case m.requests+n > a.limits.RequestsPerPeer:
-		return true, fmt.Errorf("%w for this peer", errBusy)
-	case a.requests+n > a.limits.Requests && m.requests > 0: // who has none gets in, or a few peers could keep all others out
-		return true, errBusy
-	case !m.pace.AllowN(time.Now(), n):
-		return true, errRate
-	}
-	m.seen = time.Now()
-	m.requests += n
-	a.requests += n
-	return true, nil
-}
-
-func (a *Appliance) end(m *member, n int) {
-	a.mu.Lock()
-	defer a.mu.Unlock()
-	m.requests -= n
-	a.requests -= n
-}
-
-// recordRefusal writes a refusal of its own down, unless the ledger has done so with its verdict. What has no sound form says nothing that
-// is worth keeping.
-func (a *Appliance) recordRefusal(ctx context.Context, who Peer, op, key, code string, err error) error {
-	if errors.As(err, new(writtenDown)) || code == wire.CodeMalformed || code == wire.CodeUnsupported || code == wire.CodeTooLarge {
+// recordRefusal writes the event of a refusal down, unless the ledger has done so with its verdict. A
+// request without a sound form says nothing that is worth keeping.
+func (a *Appliance) recordRefusal(ctx context.Context, who Caller, op, key, code string, err error) error {
+	formless := code == wire.CodeMalformed || code == wire.CodeUnsupported || code == wire.CodeTooLarge
+	if formless || errors.As(err, new(writtenDown)) {
 		return nil
 	}
 	if keystore.CheckName(key) != nil && key != "" {
-		key = strconv.QuoteToASCII(ijson.Clip(key)) // no key of ours: whatever the peer has written
+		key = strconv.QuoteToASCII(ijson.Clip(key)) // no key of ours, but any text of the peer
 	}
-	return a.record(ctx, audit.Event{Type: audit.SignatureRejected, Actor: who.actor(), Action: op, Resource: key, Outcome: code})
-}
-
-// signingKeys lists what peers may see: the keys that sign, without what is past: see Steps for that. All enrolled peers see all of them; policy
-// decides about use.
-func (a *Appliance) signingKeys() wire.KeyList {
-	list := wire.KeyList{Keys: []wire.Key{}}
-	for _, k := range a.Keys() {
-		if info := k.Info(); signs(k.Name, info.Algorithm) && k.announced() && k.State != Archived && k.State != Destroyed {
-			list.Keys = append(list.Keys, wire.Key{
-				Name: k.Name, Version: k.Version, Algorithm: string(info.Algorithm), State: string(k.State),
-				Custody: string(info.Custody), Provenance: info.Provenance.String(), PublicKey: [32]byte(info.PublicKey), Next: a.announcedNext(k),
-			})
-		}
-	}
-	return list
+	return a.record(ctx, audit.NewRejection(who.actor(), op, key, code))
 }

@@ -13,10 +13,8 @@ import (
 // TestPaceOfRubbish: what has no sound form counts too.
 func TestPaceOfRubbish(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		r := newRig(t)
+		r := newRigWith(t, func(l *Limits) { l.RequestsPerSecond, l.BatchItems = 10, 10 })
 		defer r.ledger.Close()
-		r.limits.RequestsPerSecond, r.limits.BatchItems = 10, 10
-		r.renew()
 		shop := r.handler(t, "shop")
 		var got []string
 		for range 12 {
@@ -31,10 +29,8 @@ func TestPaceOfRubbish(t *testing.T) {
 // TestFailuresAreLimited: a peer that repeats a request while the device fails at once grows the log no faster than one that is refused.
 func TestFailuresAreLimited(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		r := newRig(t)
+		r := newRigWith(t, func(l *Limits) { l.RefusalsPerMinute = 10 })
 		defer r.ledger.Close()
-		r.limits.RefusalsPerMinute = 10
-		r.renew()
 		shop := r.handler(t, "shop")
 		r.store.BeforeSign = func(keystore.Ref, []byte) error { return fmt.Errorf("unplugged: %w", keystore.ErrUnavailable) }
 		same := request(1, "m")

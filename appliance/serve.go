@@ -15,11 +15,12 @@ import (
 	"countersign/internal/keystore"
 	"countersign/internal/ledger"
 	"countersign/internal/limit"
+	"countersign/internal/peers"
 	"countersign/noise"
 	"countersign/wire"
 )
 
-// Listener is where peers connect, and what handshakes there carry.
+// Listener is an address where peers connect, and the profile of handshakes there.
 type Listener struct {
 	net.Listener
 	Profile noise.Profile
@@ -27,16 +28,29 @@ type Listener struct {
 
 // session is one connection of an enrolled peer.
 type session struct {
+	*peers.Session
 	conn   *noise.Conn
-	member *member
-	peer   Peer          // the member's, with what this connection has proven
-	ended  chan struct{} // closed when nothing is being served on it any more
-	news   chan struct{} // there may be something to tell the peer
+	caller Caller // the member, with what this connection has proven
 }
 
-// Serve answers peers on the listeners until ctx ends; then it takes no new requests, finishes those that it has begun, and
-// returns nil. When the ledger's state becomes unknown, it stops too, answers nothing that would need the ledger, and
-// returns that error. The listeners are closed in any case.
+// Caller is the peer that a request comes from.
+type Caller struct {
+	peers.Peer
+	Identity string // hex of the Ed25519 key that the session has proven to be bound to; "" in countersign-v1
+
+	quiet  bool           // refusals are counted, not written down one by one, nor is a repetition that fails again
+	member *ledger.Member // of the batch that the request is an item of; nil: of none
+}
+
+func (c Caller) actor() audit.Actor {
+	actor := audit.Peer(c.Name, c.PublicKey)
+	actor.Identity = c.Identity
+	return actor
+}
+
+// Serve answers peers on the listeners until ctx ends; then it takes no new requests, finishes those
+// that it has begun, and returns nil. When the ledger's state becomes unknown, Serve stops too, answers
+// nothing that would need the ledger, and returns that error. The listeners are closed in any case.
 func (a *Appliance) Serve(ctx context.Context, listeners ...Listener) error {
 	stop, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
@@ -49,11 +63,9 @@ func (a *Appliance) Serve(ctx context.Context, listeners ...Listener) error {
 	}()
 	var working sync.WaitGroup
 	working.Go(func() { a.keepLog(stop) })
-	working.Go(func() { a.keepKeys(stop) })
+	working.Go(func() { a.Keys.Keep(stop) })
 	working.Go(func() { a.keepHooks(stop) })
-	if a.anchor.Token != "" {
-		working.Go(func() { a.keepAnchored(stop) })
-	}
+	working.Go(func() { a.Anchor.Keep(stop) })
 	var serving sync.WaitGroup
 	for _, l := range listeners {
 		context.AfterFunc(stop, func() { l.Close() })
@@ -99,7 +111,7 @@ func (a *Appliance) accept(stop context.Context, l Listener, serving *sync.WaitG
 	return nil
 }
 
-// addressOf is where a connection comes from. What is no address is one source.
+// addressOf is the address that a connection comes from. All connections without one are one source.
 func addressOf(conn interface{ RemoteAddr() net.Addr }) netip.Addr {
 	at, _ := netip.ParseAddrPort(conn.RemoteAddr().String())
 	return at.Addr()
@@ -115,18 +127,18 @@ func (a *Appliance) accepting(ctx context.Context, err error) bool {
 	return true
 }
 
-// refusalTime is a tick: a handshake that was begun is refused at the next one, so that how long it took does not say why. More
-// than an exchange of a device takes.
+// refusalTime is a tick: a handshake that was begun is refused at the next tick after its message, so
+// that the time does not tell the reason. It is longer than an exchange of a device takes.
 const refusalTime = 100 * time.Millisecond
 
-// serveConn shakes hands and serves one connection. A peer whose handshake is refused sees a closed connection, whatever the
-// reason, and sees it at a tick after its message.
+// serveConn shakes hands and serves one connection. A peer whose handshake is refused sees a closed
+// connection, whatever the reason, at a tick after its message.
 func (a *Appliance) serveConn(stop context.Context, raw net.Conn, profile noise.Profile, place *limit.Place) {
 	from := raw.RemoteAddr().String()
-	hctx, cancel := context.WithTimeout(inLane(stop, handshakeLane), a.limits.HandshakeTimeout)
+	hctx, cancel := context.WithTimeout(stop, a.limits.HandshakeTimeout)
 	defer cancel()
 	var statics []noise.Static
-	for _, k := range a.noiseKeys() {
+	for _, k := range a.Keys.Answering() {
 		statics = append(statics, static{k})
 	}
 	if len(statics) == 0 {
@@ -139,7 +151,7 @@ func (a *Appliance) serveConn(stop context.Context, raw net.Conn, profile noise.
 		begun = time.Now()
 		return err
 	}
-	conn, err := noise.Accept(hctx, raw, statics, profile, admit, func(peer [32]byte) bool { _, ok := a.member(peer); return ok })
+	conn, err := noise.Accept(hctx, raw, statics, profile, admit, a.Peers.In)
 	if attempt != nil {
 		defer attempt.End() // after Good it does nothing
 	}
@@ -151,8 +163,8 @@ func (a *Appliance) serveConn(stop context.Context, raw net.Conn, profile noise.
 		a.log.Debug("no handshake", "from", from, "err", err)
 		return
 	case failedHere(err) && (hctx.Err() == nil || time.Since(begun) > a.limits.HandshakeTimeout/2):
-		// A device that is away or has too much to do must not lock the peers out. Who sends message 1 at the last moment, so
-		// that its time ends while the device works, does not get that work for nothing.
+		// A device that is away or busy must not lock the peers out. A client that sends message 1 at the
+		// last moment, so that its time ends while the device works, does not get that work for nothing.
 		a.failing.Do(func() { a.log.Error("handshakes fail", "from", from, "err", err) })
 		attempt.Forget()
 	case err != nil:
@@ -160,36 +172,47 @@ func (a *Appliance) serveConn(stop context.Context, raw net.Conn, profile noise.
 		a.refusals.count(audit.HandshakeRefused, "handshake", "", wire.CodeDenied)
 	}
 	if err != nil {
-		attempt.End() // those who wait for its end need not wait for the tick
+		attempt.End() // other connections that wait for its end need not wait for the tick
 		pause(stop, refusalTime-time.Since(begun)%refusalTime)
 		return
 	}
-	// A recorded message 1 can be replayed without the private key. Only a message that decrypts proves that somebody
-	// has it; until then the connection is a handshake, with a handshake's time.
-	s := &session{conn: conn, ended: make(chan struct{}), news: make(chan struct{}, 1)}
-	defer close(s.ended)
+	// A recorded message 1 can be replayed without the private key. Only a message that decrypts proves
+	// that the client has it; until then the connection is a handshake, with a handshake's time.
 	stopReading := context.AfterFunc(stop, func() { conn.SetReadDeadline(time.Unix(1, 0)) })
 	defer stopReading()
-	proof, err := a.read(stop, s, a.limits.HandshakeTimeout)
+	proof, err := a.read(stop, conn, a.limits.HandshakeTimeout)
 	if err != nil {
 		a.log.Info("handshake not used", "from", from, "err", err)
 		return
 	}
 	attempt.Good()
 	place.Proven()
-	if !a.enter(s) {
-		return // removed while it was shaking hands, or it has too many connections
+	entered, err := a.Peers.Enter(conn.Peer(), conn, addressOf(conn))
+	if errors.Is(err, peers.ErrTooMany) {
+		a.refusals.count(audit.RateLimitTriggered, "connect", entered.Member.Name, wire.CodeBusy)
 	}
-	defer a.leave(s)
-	a.log.Info("connected", "from", from, "peer", s.peer.Name, "profile", string(profile))
+	if err != nil {
+		return // or the peer was removed while it was shaking hands
+	}
+	defer a.Peers.Leave(entered)
+	s := &session{Session: entered, conn: conn, caller: Caller{Peer: entered.Member.Peer}}
+	if identity, ok := conn.Identity(); ok {
+		s.caller.Identity = hex.EncodeToString(identity[:])
+	}
+	a.log.Info("connected", "from", from, "peer", s.caller.Name, "profile", string(profile))
 	a.serveSession(stop, s, proof)
-	a.log.Info("disconnected", "from", from, "peer", s.peer.Name)
+	a.log.Info("disconnected", "from", from, "peer", s.caller.Name)
 }
 
-// failedHere says that a handshake failed because of the device, or because its time was over while it waited for that: the deadline of
-// the network is another error.
+// failedHere reports that a handshake failed because of the device, or because its time was over while
+// it waited for the device: the deadline of the network is another error.
 func failedHere(err error) bool {
-	return errors.Is(err, keystore.ErrUnavailable) || errors.Is(err, keystore.ErrAuth) || errors.Is(err, keystore.ErrSealed) || errors.Is(err, context.DeadlineExceeded)
+	for _, ours := range []error{keystore.ErrUnavailable, keystore.ErrAuth, keystore.ErrSealed, context.DeadlineExceeded} {
+		if errors.Is(err, ours) {
+			return true
+		}
+	}
+	return false
 }
 
 // pause waits, unless stop ends.
@@ -200,54 +223,24 @@ func pause(stop context.Context, d time.Duration) {
 	}
 }
 
-func (a *Appliance) enter(s *session) bool {
-	a.mu.Lock()
-	defer a.mu.Unlock()
-	m := a.peers[s.conn.Peer()]
-	if m == nil || !m.in() {
-		return false
-	}
-	if m.sessions >= a.limits.ConnectionsPerPeer {
-		a.refusals.count(audit.RateLimitTriggered, "connect", m.Name, wire.CodeBusy)
-		return false
-	}
-	s.member, s.peer = m, m.Peer
-	if identity, ok := s.conn.Identity(); ok {
-		s.peer.Identity = hex.EncodeToString(identity[:])
-	}
-	m.seen = time.Now()
-	if from := addressOf(s.conn); from.IsValid() {
-		m.from = from.String()
-	}
-	m.sessions++
-	a.sessions[s] = struct{}{}
-	return true
-}
-
-func (a *Appliance) leave(s *session) {
-	a.mu.Lock()
-	defer a.mu.Unlock()
-	s.member.seen = time.Now()
-	s.member.sessions--
-	delete(a.sessions, s)
-}
-
-// read waits for a message as long as it may take to begin, then as long as it may take to come, and no longer than until stop ends.
-func (a *Appliance) read(stop context.Context, s *session, within time.Duration) ([]byte, error) {
-	for _, step := range []time.Duration{within, min(within, a.limits.ReadTimeout)} {
-		s.conn.SetReadDeadline(time.Now().Add(step))
-		if stop.Err() != nil { // looked at after the deadline was set, which may have replaced the one that stop has set
+// read waits for a message as long as it may take to begin, then as long as it may take to come, and no
+// longer than until stop ends.
+func (a *Appliance) read(stop context.Context, conn *noise.Conn, within time.Duration) ([]byte, error) {
+	for _, limit := range []time.Duration{within, min(within, a.limits.ReadTimeout)} {
+		conn.SetReadDeadline(time.Now().Add(limit))
+		if stop.Err() != nil { // after the deadline was set, which may have replaced the one that stop has set
 			return nil, stop.Err()
 		}
-		if err := s.conn.Await(); err != nil {
+		if err := conn.Await(); err != nil {
 			return nil, err
 		}
 	}
-	return s.conn.ReadMessage()
+	return conn.ReadMessage()
 }
 
-// serveSession answers requests, the first of which has been read, until the peer goes, is removed, or stop ends. At most
-// InFlight are being served at once, and one more is read; beyond that TCP slows the peer down.
+// serveSession answers requests, the first of which has been read, until the peer goes, is removed, or
+// stop ends. At most InFlight requests are being served at once, and one more is read; beyond that TCP
+// slows the peer down.
 func (a *Appliance) serveSession(stop context.Context, s *session, message []byte) {
 	s.conn.SetWriteLimit(a.limits.WriteTimeout)
 	var serving sync.WaitGroup
@@ -285,20 +278,11 @@ func (a *Appliance) serveSession(stop context.Context, s *session, message []byt
 			}
 		}
 		var err error
-		if message, err = a.read(stop, s, a.limits.IdleTimeout); err != nil {
+		if message, err = a.read(stop, s.conn, a.limits.IdleTimeout); err != nil {
 			if !errors.Is(err, io.EOF) && stop.Err() == nil {
-				a.log.Info("connection ended", "peer", s.peer.Name, "err", err)
+				a.log.Info("connection ended", "peer", s.caller.Name, "err", err)
 			}
 			return
 		}
 	}
-}
-
-// static is the listener's key as package noise wants it.
-type static struct{ key *Key }
-
-func (s static) Public() [32]byte { return [32]byte(s.key.Info().PublicKey) }
-
-func (s static) Exchange(ctx context.Context, peer [32]byte) ([32]byte, error) {
-	return s.key.Exchange(ctx, peer)
 }

@@ -2,18 +2,17 @@ package appliance
 
 import (
 	"context"
-	"strconv"
 	"sync"
 	"time"
 
 	"countersign/audit"
 )
 
-// tallyEvery is how long what strangers and greedy peers do is counted before it becomes an event.
+// tallyEvery is how long refusals of strangers and greedy peers are counted before they become an event.
 const tallyEvery = time.Minute
 
-// tally counts what a flood must not fill the log with. The first of a kind is an event at the next flush, and then there is
-// one for each tallyEvery.
+// tally counts refusals that must not fill the log in a flood. The first of a kind is an event at the
+// next flush; after that there is one event for each tallyEvery.
 type tally struct {
 	mu     sync.Mutex
 	counts map[counted]*span
@@ -48,7 +47,7 @@ func (t *tally) count(event audit.Type, action, resource, outcome string) {
 	s.n++
 }
 
-// take gives what is to be written down.
+// take returns the events that are to be written down.
 func (t *tally) take(all bool) (events []audit.Event) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -60,8 +59,8 @@ func (t *tally) take(all bool) (events []audit.Event) {
 		if s.n == 0 || !all && !quiet {
 			continue
 		}
-		events = append(events, audit.Event{Type: key.event, Actor: audit.Daemon(), Action: key.action, Resource: key.resource, Outcome: key.outcome,
-			Metadata: map[string]string{"count": strconv.FormatUint(s.n, 10), "since": strconv.FormatInt(s.since.UnixMilli(), 10), "until": strconv.FormatInt(s.until.UnixMilli(), 10)}})
+		span := audit.Span{Count: s.n, Since: s.since, Until: s.until}
+		events = append(events, audit.NewCount(key.event, key.action, key.resource, key.outcome, span))
 		s.n, s.flushed = 0, time.Now()
 	}
 	return events
@@ -71,7 +70,7 @@ func (t *tally) flushDue(ctx context.Context, a *Appliance) { t.write(ctx, a, fa
 
 func (t *tally) flush(ctx context.Context, a *Appliance) { t.write(ctx, a, true) }
 
-// write has a time of its own: what was taken would be lost with a daemon that stops meanwhile.
+// write has a time of its own: counts that were taken would be lost with a daemon that stops meanwhile.
 func (t *tally) write(ctx context.Context, a *Appliance, all bool) {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), a.limits.RequestTimeout)
 	defer cancel()

@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"countersign/audit"
+	"countersign/internal/keyring"
 	"countersign/internal/keystore"
 	"countersign/internal/ledger"
 	"countersign/policy"
@@ -121,12 +122,12 @@ func TestWhatIsCounted(t *testing.T) {
 		r := newRig(t)
 		defer r.ledger.Close()
 		r.permits(t, dailyBudget)
-		other, err := r.CreateKey(t.Context(), operator, NewKey{Name: "orders"})
+		other, err := r.Keys.Create(t.Context(), operator, keyring.NewKey{Name: "orders"})
 		if err != nil {
 			t.Fatal(err)
 		}
 		n := 0
-		asks := func(who Peer, key string, public []byte, payee byte, amount, currency, code string) {
+		asks := func(who Caller, key string, public []byte, payee byte, amount, currency, code string) {
 			t.Helper()
 			n++
 			s := payment(n, public, payee, amount, currency)
@@ -229,7 +230,7 @@ func TestGenerationOnlyRises(t *testing.T) {
 	asks(10, "9223372036854775808", "malformed")
 	asks(10, "-1", "malformed")
 	asks(10, "9223372036854775807", "denied")
-	k, err := r.CreateKey(t.Context(), operator, NewKey{Name: "orders"})
+	k, err := r.Keys.Create(t.Context(), operator, keyring.NewKey{Name: "orders"})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -242,7 +243,7 @@ func TestGenerationOnlyRises(t *testing.T) {
 func TestSuccessionIsNotForPeers(t *testing.T) {
 	r := newRig(t)
 	r.permits(t, `permit (principal, action, resource);`)
-	k, err := r.CreateKey(t.Context(), operator, NewKey{Name: "orders"})
+	k, err := r.Keys.Create(t.Context(), operator, keyring.NewKey{Name: "orders"})
 	if err != nil {
 		t.Fatal(err)
 	}

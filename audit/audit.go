@@ -1,11 +1,13 @@
-// Package audit is the audit log: what an event says, the Merkle tree over the events, the checkpoints that are signed of
-// it, and what anyone needs to check all that without trusting the appliance. The ledger stores the bytes; this package
-// gives them their meaning. Begin reading at Event, then at Verify.
+// Package audit defines the audit log: events, the Merkle tree over the events, signed checkpoints
+// of the tree, proofs, and verification by anyone without trust in the appliance. The ledger stores
+// the bytes; this package gives the bytes their meaning. Begin reading at Event, then at Verify.
 //
-// The log is cut into epochs, each a tree of its own (RFC 6962) in the form of C2SP tlog-tiles, with checkpoints in the form
-// of C2SP tlog-checkpoint. Events are numbered through all epochs; the first event of an epoch names the end of the epoch before.
+// The log is divided into epochs. Each epoch has a Merkle tree of its own (RFC 6962) in the form of
+// C2SP tlog-tiles, with checkpoints in the form of C2SP tlog-checkpoint. Event numbers run through
+// all epochs: after an epoch 0 of 1000 events, epoch 1 begins with event 1000. The first event of
+// an epoch names the final size and root of the epoch before.
 //
-// An event holds no payload, no amount and no secret: digests, names and public keys only.
+// An event contains digests, names and public keys only: no payload, no amount and no secret.
 package audit
 
 import (
@@ -21,14 +23,15 @@ import (
 	strict "github.com/go-json-experiment/json"
 )
 
-// Type says what happened.
+// Type is the type of an event.
 type Type string
 
-// The events. A signature leaves two marks: its admission is on disk before the key is used (SignatureAdmitted, or
-// PaymentInitiated where the document is a payment); its outcome says how it ended. An admission without an outcome means
-// that the appliance was cut off in between: assume that the signature exists. Kind says what is what.
+// The types of events. A signature has two events. The admission (SignatureAdmitted, or
+// PaymentInitiated for a payment) is on disk before the key is used. The outcome, for example
+// SignatureCreated, records how the request ended. An admission without an outcome means that the
+// appliance stopped in between: assume that the signature exists. Type.Kind tells the two apart.
 const (
-	EpochBegun          Type = "EpochBegun" // the first event of each epoch; it names the end of the one before
+	EpochBegun          Type = "EpochBegun" // the first event of each epoch; names the end of the epoch before
 	Started             Type = "Started"
 	Stopped             Type = "Stopped"
 	SignatureAdmitted   Type = "SignatureAdmitted"
@@ -36,7 +39,7 @@ const (
 	SignatureFailed     Type = "SignatureFailed"
 	SubscriptionCreated Type = "SubscriptionCreated" // the signature of a subscription
 	PaymentInitiated    Type = "PaymentInitiated"    // the admission of a payment
-	PaymentCompleted    Type = "PaymentCompleted"    // its signature
+	PaymentCompleted    Type = "PaymentCompleted"    // the signature of a payment
 	PaymentFailed       Type = "PaymentFailed"
 	SignatureVerified   Type = "SignatureVerified"
 	SignatureRejected   Type = "SignatureRejected"
@@ -49,10 +52,10 @@ const (
 	KeyRotated          Type = "KeyRotated"
 	KeyRotationFailed   Type = "KeyRotationFailed"
 	KeyStateChanged     Type = "KeyStateChanged" // metadata from and to
-	KeyCommitted        Type = "KeyCommitted"    // a version's successor is made: metadata next is SHA-256 of its public key
+	KeyCommitted        Type = "KeyCommitted"    // a successor exists; metadata next: SHA-256 of its public key
 	RotationAnnounced   Type = "RotationAnnounced"
 	RotationKnown       Type = "RotationKnown" // a peer has acknowledged a rotation
-	LineChanged         Type = "LineChanged"   // how a key is rotated, and whether operators must confirm it
+	LineChanged         Type = "LineChanged"   // how a key is rotated, and whether operators must confirm its use
 	NoiseKeyAuthorized  Type = "NoiseKeyAuthorized"
 	PeerAdded           Type = "PeerAdded"
 	PeerRemoved         Type = "PeerRemoved"
@@ -60,75 +63,85 @@ const (
 	PeerResumed         Type = "PeerResumed"
 	PolicyChanged       Type = "PolicyChanged"
 	OperatorEnrolled    Type = "OperatorEnrolled" // the first administrator, by root
-	OperatorChanged     Type = "OperatorChanged"  // metadata operator: the record after it; none where it was removed
+	OperatorChanged     Type = "OperatorChanged"  // metadata operator: the new record; absent after a removal
 	OperatorSignedIn    Type = "OperatorSignedIn"
 	OperatorSignedOut   Type = "OperatorSignedOut"
 	SignInRefused       Type = "SignInRefused"
 	PresenceConfirmed   Type = "PresenceConfirmed" // of an operator, for a key
 	ApprovalsChanged    Type = "ApprovalsChanged"  // how many approvers an act needs
-	ProposalMade        Type = "ProposalMade"      // metadata text, which is what is approved, and its digest
+	ProposalMade        Type = "ProposalMade"      // metadata text: the text to approve; digest: the text's SHA-256
 	ApprovalGiven       Type = "ApprovalGiven"     // metadata digest, credential, proof
 	ProposalWithdrawn   Type = "ProposalWithdrawn"
 	ProposalExpired     Type = "ProposalExpired"
-	ProposalRun         Type = "ProposalRun"        // it was approved, and is carried out from here on
-	ProposalDone        Type = "ProposalDone"       // and how that ended
-	CertificateChanged  Type = "CertificateChanged" // of the admin API; metadata sha256 of what was to be installed
+	ProposalRun         Type = "ProposalRun"        // the proposal was approved, and its execution begins
+	ProposalDone        Type = "ProposalDone"       // the execution's outcome
+	CertificateChanged  Type = "CertificateChanged" // of the admin API; metadata sha256: of the certificate to install
 	Locked              Type = "Locked"
 	Unlocked            Type = "Unlocked"
 	BackupMade          Type = "BackupMade"
 	BackupRestored      Type = "BackupRestored"
 	RetentionChanged    Type = "RetentionChanged"
-	RetentionApplied    Type = "RetentionApplied" // names the epoch that is dropped, or the time before which receipts are
+	RetentionApplied    Type = "RetentionApplied" // names the dropped epoch, or the bound before which receipts go
 	LegalHoldSet        Type = "LegalHoldSet"
 	LegalHoldReleased   Type = "LegalHoldReleased"
 	LedgerCompacted     Type = "LedgerCompacted"
 	DeviceUnavailable   Type = "DeviceUnavailable" // a token, or the ledger's disk
 	DeviceRecovered     Type = "DeviceRecovered"
 	TokenRetried        Type = "TokenRetried"
-	LedgerBound         Type = "LedgerBound" // to a counter that only rises
+	LedgerBound         Type = "LedgerBound" // to a monotonic counter
 	RollbackDetected    Type = "RollbackDetected"
 	RollbackAccepted    Type = "RollbackAccepted"
-	ClockRefused        Type = "ClockRefused" // the clock is behind the ledger's time: nothing is admitted
+	ClockRefused        Type = "ClockRefused" // the clock is behind the ledger's time: no admissions
 	ClockRecovered      Type = "ClockRecovered"
-	ClockAccepted       Type = "ClockAccepted" // an operator says that the clock is right, and the ledger's time follows it
+	ClockAccepted       Type = "ClockAccepted" // an operator confirmed the clock; the ledger's time follows
 )
 
-// Kind is what an event means for the rules of the ledger.
+// Kind is the role of an event in the rules of the ledger.
 type Kind int
 
 const (
-	Other     Kind = iota // it has no rule
+	Other     Kind = iota // no rule applies
 	Admission             // a nonce was spent, and a signature may follow
-	Outcome               // it ends the admission that it names
-	Spent                 // a nonce was spent, and nothing follows
+	Outcome               // the admission in the metadata has ended
+	Spent                 // a nonce was spent, and no outcome follows
 )
 
-// kinds lists all types.
+// kinds lists all types with their kinds.
 var kinds = map[Type]Kind{
-	EpochBegun: Other, Started: Other, Stopped: Other,
 	SignatureAdmitted: Admission, PaymentInitiated: Admission,
-	SignatureCreated: Outcome, SignatureFailed: Outcome, SubscriptionCreated: Outcome, PaymentCompleted: Outcome, PaymentFailed: Outcome,
-	SignatureVerified: Spent, SignatureRejected: Other, ReplayRefused: Other, RateLimitTriggered: Other, HandshakeRefused: Other,
-	KeyCreated: Other, KeyImported: Other, KeyCreationFailed: Other, KeyRotated: Other, KeyRotationFailed: Other, KeyStateChanged: Other,
+	SignatureCreated: Outcome, SignatureFailed: Outcome,
+	SubscriptionCreated: Outcome, PaymentCompleted: Outcome, PaymentFailed: Outcome,
+	SignatureVerified: Spent,
+
+	EpochBegun: Other, Started: Other, Stopped: Other,
+	SignatureRejected: Other, ReplayRefused: Other, RateLimitTriggered: Other, HandshakeRefused: Other,
+	KeyCreated: Other, KeyImported: Other, KeyCreationFailed: Other,
+	KeyRotated: Other, KeyRotationFailed: Other, KeyStateChanged: Other,
 	KeyCommitted: Other, RotationAnnounced: Other, RotationKnown: Other, LineChanged: Other, NoiseKeyAuthorized: Other,
 	PeerAdded: Other, PeerRemoved: Other, PeerSuspended: Other, PeerResumed: Other, PolicyChanged: Other,
-	OperatorEnrolled: Other, OperatorChanged: Other, OperatorSignedIn: Other, OperatorSignedOut: Other, SignInRefused: Other, PresenceConfirmed: Other,
-	ApprovalsChanged: Other, ProposalMade: Other, ApprovalGiven: Other, ProposalWithdrawn: Other, ProposalExpired: Other, ProposalRun: Other, ProposalDone: Other,
-	CertificateChanged: Other, Locked: Other, Unlocked: Other, RetentionChanged: Other,
-	BackupMade: Other, BackupRestored: Other, RetentionApplied: Other, LegalHoldSet: Other, LegalHoldReleased: Other, LedgerCompacted: Other,
-	DeviceUnavailable: Other, DeviceRecovered: Other, TokenRetried: Other,
-	LedgerBound: Other, RollbackDetected: Other, RollbackAccepted: Other, ClockRefused: Other, ClockRecovered: Other, ClockAccepted: Other,
+	OperatorEnrolled: Other, OperatorChanged: Other, OperatorSignedIn: Other, OperatorSignedOut: Other,
+	SignInRefused: Other, PresenceConfirmed: Other,
+	ApprovalsChanged: Other, ProposalMade: Other, ApprovalGiven: Other, ProposalWithdrawn: Other,
+	ProposalExpired: Other, ProposalRun: Other, ProposalDone: Other,
+	CertificateChanged: Other, Locked: Other, Unlocked: Other, BackupMade: Other, BackupRestored: Other,
+	RetentionChanged: Other, RetentionApplied: Other, LegalHoldSet: Other, LegalHoldReleased: Other,
+	LedgerCompacted: Other, DeviceUnavailable: Other, DeviceRecovered: Other, TokenRetried: Other,
+	LedgerBound: Other, RollbackDetected: Other, RollbackAccepted: Other,
+	ClockRefused: Other, ClockRecovered: Other, ClockAccepted: Other,
 }
 
 // Types lists all types in alphabetical order.
 func Types() []Type { return slices.Sorted(maps.Keys(kinds)) }
 
-// Known says whether there is such a type, and Kind what it means.
+// Known reports whether t is one of Types.
 func (t Type) Known() bool { _, ok := kinds[t]; return ok }
 
+// Kind returns the kind of events of this type: Other for an unknown type.
 func (t Type) Kind() Kind { return kinds[t] }
 
-// OfDocument returns the types of the three marks that a signature of a document leaves.
+// OfDocument returns the types of the admission and of the two outcomes for a document of a
+// transcript type. Example: PaymentInitiated, PaymentCompleted and PaymentFailed for
+// payment-request-v1.
 func OfDocument(transcript string) (admitted, created, failed Type) {
 	switch transcript {
 	case "payment-request-v1":
@@ -144,36 +157,41 @@ type Event struct {
 	TimeMS   int64             `json:"time_ms"` // Unix milliseconds
 	Type     Type              `json:"type"`
 	Actor    Actor             `json:"actor"`
-	Action   string            `json:"action"`             // what the actor asked for: sign, verify, key create, …
-	Resource string            `json:"resource,omitempty"` // what it was to be done with: a key or a peer
+	Action   string            `json:"action"`             // the request: sign, verify, key create, …
+	Resource string            `json:"resource,omitempty"` // the object of the request: a key or a peer
 	Outcome  string            `json:"outcome"`            // ok, or the code of the refusal
 	Metadata map[string]string `json:"metadata,omitempty"`
 }
 
-// Actor is who asked: a peer by name and Noise key, an operator, or the daemon itself.
+// Actor is the origin of a request: a peer with its name and Noise key, an operator, or the daemon.
 type Actor struct {
 	Kind      string `json:"kind"` // peer, operator or daemon
 	Name      string `json:"name"`
 	PublicKey string `json:"public_key,omitempty"` // hex
-	// Identity is the Ed25519 key, in hex, that a peer of the profile pubky-noise-v1 has proven to be bound to.
+	// Identity is the Ed25519 key, in hex, to which a peer of the profile pubky-noise-v1 has proven
+	// a binding.
 	Identity string `json:"identity,omitempty"`
-	// Proposal is the number of the approved proposal that the operator's act carries out.
+	// Proposal is the number of the approved proposal that the operator's act executes.
 	Proposal uint64 `json:"proposal,omitempty"`
 }
 
-// Peer, Operator and Daemon name the actor of an event.
+// Peer returns the actor for a peer with a Noise public key.
 func Peer(name string, publicKey [32]byte) Actor {
 	return Actor{Kind: "peer", Name: name, PublicKey: hex.EncodeToString(publicKey[:])}
 }
 
+// Operator returns the actor for an operator.
 func Operator(name string) Actor { return Actor{Kind: "operator", Name: name} }
 
+// Daemon returns the actor for events that the daemon causes itself, for example Started.
 func Daemon() Actor { return Actor{Kind: "daemon", Name: "countersignd"} }
 
-// maxText bounds a text in the metadata: the cause of an error may be long, and an entry of the log has 65535 bytes at most.
+// maxText is the largest size of a text in the metadata, in bytes. The cause of an error may be
+// long, and an entry of the log has at most 65535 bytes.
 const maxText = 2048
 
-// Encode writes the event with the given time; equal events give equal bytes. Too long a text is cut.
+// Encode encodes the event with the given time as JSON. Equal events have equal encodings. A text
+// of more than 2048 bytes in the metadata is cut.
 func (e Event) Encode(now time.Time) []byte {
 	e.TimeMS = now.UnixMilli()
 	for name, text := range e.Metadata {
@@ -184,12 +202,12 @@ func (e Event) Encode(now time.Time) []byte {
 	}
 	b, err := json.Marshal(e)
 	if err != nil {
-		panic("audit: an event that is not JSON: " + err.Error()) // strings and numbers always are
+		panic("audit: encode an event: " + err.Error()) // strings and numbers always have an encoding
 	}
 	return b
 }
 
-// Decode reads what Encode wrote.
+// Decode decodes the JSON of Encode.
 func Decode(b []byte) (Event, error) {
 	var e Event
 	if err := json.Unmarshal(b, &e); err != nil {
@@ -198,8 +216,8 @@ func Decode(b []byte) (Event, error) {
 	return e, nil
 }
 
-// decodeStrict reads an event and holds it against the schema: no other fields, none twice, a known type, an actor, an action, an
-// outcome, a time.
+// decodeStrict decodes an event and checks the schema: no unknown field, no duplicate field, a
+// known type, an actor, an action, an outcome, a time.
 func decodeStrict(b []byte) (Event, error) {
 	var e Event
 	if err := strict.Unmarshal(b, &e, strict.RejectUnknownMembers(true)); err != nil {
@@ -215,9 +233,9 @@ func decodeStrict(b []byte) (Event, error) {
 	case e.Actor.Kind == "peer" && len(e.Actor.PublicKey) != 64:
 		return Event{}, errors.New("its actor has no public key")
 	case e.Actor.Identity != "" && (e.Actor.Kind != "peer" || len(e.Actor.Identity) != 64):
-		return Event{}, errors.New("its actor has an identity that is none")
+		return Event{}, fmt.Errorf("its actor has the identity %q, want a peer with 64 hex digits", e.Actor.Identity)
 	case e.Actor.Proposal != 0 && e.Actor.Kind != "operator":
-		return Event{}, errors.New("its actor carries out a proposal and is no operator")
+		return Event{}, fmt.Errorf("its actor executes proposal %d and is no operator", e.Actor.Proposal)
 	case e.Action == "" || e.Outcome == "":
 		return Event{}, errors.New("it has no action or no outcome")
 	}

@@ -5,7 +5,6 @@ import (
 	"crypto/ed25519"
 	"encoding/base64"
 	"encoding/hex"
-	"errors"
 	"fmt"
 	"strconv"
 	"strings"
@@ -14,16 +13,16 @@ import (
 	"golang.org/x/mod/sumdb/tlog"
 )
 
-// A Log is known by the Ed25519 key that signs its checkpoints. Each epoch has an origin of its own, since it is a tree of
-// its own:
+// Log is the identity of an audit log: the Ed25519 public key that verifies its checkpoints. Each
+// epoch is a tree of its own and therefore has an origin of its own:
 //
 //	countersign/ID/EPOCH       ID: the first 16 hex digits of the public key
 //
-// The verifier key of an epoch (C2SP signed-note) is made of origin and public key, so that the one of any epoch tells those of
-// all.
+// The verifier key of an epoch (C2SP signed-note) consists of the origin and the public key. The
+// verifier keys of all epochs therefore follow from any one of them.
 type Log struct{ public ed25519.PublicKey }
 
-// NewLog returns the log whose checkpoints a public key signs.
+// NewLog returns the log whose checkpoints verify under an Ed25519 public key of 32 bytes.
 func NewLog(public []byte) (Log, error) {
 	if len(public) != ed25519.PublicKeySize {
 		return Log{}, fmt.Errorf("audit: the log's key has %d bytes, want %d", len(public), ed25519.PublicKeySize)
@@ -31,32 +30,35 @@ func NewLog(public []byte) (Log, error) {
 	return Log{bytes.Clone(public)}, nil
 }
 
-// ParseVerifierKey reads the verifier key of any epoch.
+// ParseVerifierKey returns the log of a verifier key, which may be that of any epoch.
 func ParseVerifierKey(vkey string) (Log, error) {
 	vkey = strings.TrimSpace(vkey)
 	fields := strings.SplitN(vkey, "+", 3)
 	if _, err := note.NewVerifier(vkey); err != nil || len(fields) != 3 {
-		return Log{}, errors.New("audit: this is not a verifier key: it has the form NAME+HASH+KEY (countersign admin audit key)")
+		return Log{}, fmt.Errorf("audit: %q is not a verifier key: "+
+			"want NAME+HASH+KEY, as countersign admin audit key prints it", vkey)
 	}
 	b, err := base64.StdEncoding.DecodeString(fields[2])
 	if err != nil || len(b) != 1+ed25519.PublicKeySize {
-		return Log{}, errors.New("audit: the verifier key is not of an Ed25519 key")
+		return Log{}, fmt.Errorf("audit: the verifier key %q has no Ed25519 key", vkey)
 	}
 	l := Log{b[1:]}
 	if _, err := l.epochOf(fields[0]); err != nil {
-		return Log{}, fmt.Errorf("audit: the verifier key is not of a log of this kind: %w", err)
+		return Log{}, fmt.Errorf("audit: the verifier key is not of an audit log of Countersign: %w", err)
 	}
 	return l, nil
 }
 
-// Name is countersign/ID: what all epochs' origins begin with, and what the appliance is called in what operators sign.
+// Name returns countersign/ID, the prefix of the origins of all epochs. The texts that operators
+// approve name the appliance by it.
 func (l Log) Name() string { return "countersign/" + hex.EncodeToString(l.public[:8]) }
 
-// Origin is the first line of an epoch's checkpoints.
+// Origin returns the first line of an epoch's checkpoints: countersign/ID/EPOCH.
 func (l Log) Origin(epoch uint32) string {
 	return l.Name() + "/" + strconv.FormatUint(uint64(epoch), 10)
 }
 
+// epochOf returns the epoch of an origin of the log.
 func (l Log) epochOf(origin string) (uint32, error) {
 	rest, ok := strings.CutPrefix(origin, l.Name()+"/")
 	n, err := strconv.ParseUint(rest, 10, 32)
@@ -66,7 +68,8 @@ func (l Log) epochOf(origin string) (uint32, error) {
 	return uint32(n), nil
 }
 
-// VerifierKey is what others need to check an epoch's checkpoints with.
+// VerifierKey returns the verifier key of an epoch (C2SP signed-note): other tools verify the
+// checkpoints of the epoch with the key.
 func (l Log) VerifierKey(epoch uint32) string {
 	vkey, err := note.NewEd25519VerifierKey(l.Origin(epoch), l.public)
 	if err != nil {
@@ -78,15 +81,16 @@ func (l Log) VerifierKey(epoch uint32) string {
 // Checkpoint is the head of an epoch's tree.
 type Checkpoint struct {
 	Epoch uint32
-	Size  uint64
-	Root  Hash
+	Size  uint64 // events of the epoch
+	Root  Hash   // root hash of the tree over the events
 }
 
 func (c Checkpoint) body(l Log) string {
 	return fmt.Sprintf("%s\n%d\n%s\n", l.Origin(c.Epoch), c.Size, c.Root)
 }
 
-// Sign writes a checkpoint with the signature that sign makes over it.
+// Sign returns the signed note of a checkpoint (C2SP tlog-checkpoint). The function sign makes the
+// Ed25519 signature over a message.
 func (l Log) Sign(c Checkpoint, sign func(message []byte) ([]byte, error)) ([]byte, error) {
 	v, err := note.NewVerifier(l.VerifierKey(c.Epoch))
 	if err != nil {
@@ -95,6 +99,7 @@ func (l Log) Sign(c Checkpoint, sign func(message []byte) ([]byte, error)) ([]by
 	return note.Sign(&note.Note{Text: c.body(l)}, signer{v, sign})
 }
 
+// signer is the note.Signer whose private key is behind a function.
 type signer struct {
 	note.Verifier
 	sign func([]byte) ([]byte, error)
@@ -102,7 +107,8 @@ type signer struct {
 
 func (s signer) Sign(message []byte) ([]byte, error) { return s.sign(message) }
 
-// Open reads a checkpoint and checks its signature. Signatures of others (witnesses) are not looked at.
+// Open parses the signed note of a checkpoint and verifies the log's signature. Open ignores
+// signatures of other keys, for example of witnesses.
 func (l Log) Open(text []byte) (Checkpoint, error) {
 	origin, _, _ := strings.Cut(string(text), "\n")
 	epoch, err := l.epochOf(origin)
@@ -126,39 +132,44 @@ func (l Log) Open(text []byte) (Checkpoint, error) {
 	if err != nil || lines[1] != strconv.FormatUint(c.Size, 10) {
 		return Checkpoint{}, fmt.Errorf("audit: checkpoint of epoch %d: its size is %q", epoch, lines[1])
 	}
-	if c.Root, err = tlog.ParseHash(lines[2]); err != nil || lines[2] != c.Root.String() {
+	if err := c.Root.UnmarshalText([]byte(lines[2])); err != nil || lines[2] != c.Root.String() {
 		return Checkpoint{}, fmt.Errorf("audit: checkpoint of epoch %d: its root is %q", epoch, lines[2])
 	}
 	return c, nil
 }
 
-// Proof shows that an event is in the log.
+// Proof proves that an event is in the log (inclusion proof).
 type Proof struct {
-	Event      uint64 // its number through all epochs, by the appliance's word: the tree knows Index only
-	Index      uint64 // its place in the epoch's tree
-	Leaf       []byte // the event as it is in the log
-	Path       []Hash // from the leaf to the root (RFC 6962 section 2.1.1)
-	Checkpoint []byte // signed, of a tree that has the event
+	Event      uint64 // number of the event through all epochs; a claim of the appliance: the tree proves Index only
+	Index      uint64 // index of the leaf in the epoch's tree, from 0 on
+	Leaf       []byte // JSON of the event, byte for byte as in the log
+	Path       []Hash // audit path from the leaf to the root (RFC 6962 section 2.1.1)
+	Checkpoint []byte // signed note of a tree that includes the leaf
 }
 
-// Prove makes the path for a leaf of a tree of that size.
+// Prove returns the audit path (RFC 6962 section 2.1.1) of a leaf in the tree of size leaves.
 func Prove(size, index uint64, r Reader) ([]Hash, error) {
-	return tlog.ProveRecord(int64(size), int64(index), r)
+	path, err := tlog.ProveRecord(int64(size), int64(index), tlogReader{r})
+	if err != nil {
+		return nil, err
+	}
+	return convert[Hash](path), nil
 }
 
-// Check holds a proof against the log's key. It returns the event and the checkpoint.
+// Check verifies a proof with the log's key and returns the event and the checkpoint.
 func (l Log) Check(p Proof) (Event, Checkpoint, error) {
 	c, err := l.Open(p.Checkpoint)
 	if err != nil {
 		return Event{}, Checkpoint{}, err
 	}
 	if p.Index >= c.Size {
-		return Event{}, Checkpoint{}, fmt.Errorf("audit: proof: leaf %d is not in a tree of %d", p.Index, c.Size)
+		return Event{}, Checkpoint{}, fmt.Errorf("audit: proof: leaf %d is not in a tree of %d leaves", p.Index, c.Size)
 	}
-	if err := tlog.CheckRecord(p.Path, int64(c.Size), c.Root, int64(p.Index), LeafHash(p.Leaf)); err != nil {
-		return Event{}, Checkpoint{}, fmt.Errorf("audit: proof: it does not lead to the root of the checkpoint: %w", err)
+	path, root, leaf := convert[tlog.Hash](p.Path), tlog.Hash(c.Root), tlog.RecordHash(p.Leaf)
+	if err := tlog.CheckRecord(path, int64(c.Size), root, int64(p.Index), leaf); err != nil {
+		return Event{}, Checkpoint{}, fmt.Errorf("audit: proof: its path does not end at the checkpoint: %w", err)
 	}
-	e, err := decodeStrict(p.Leaf) // as Verify does: there is one way to read it
+	e, err := decodeStrict(p.Leaf) // as in Verify: an event has one reading
 	if err != nil {
 		return Event{}, Checkpoint{}, fmt.Errorf("audit: proof: event %d: %w", p.Event, err)
 	}

@@ -18,8 +18,10 @@ import (
 	"countersign/audit"
 )
 
-// What follows is the work of an operator who has the log's files, and sometimes its key. Each must be found.
+// The tests in this file are attacks by an operator who has the files of the log, and in some tests
+// the log's key. Verify must find each attack.
 
+// wrongEvent returns the number of the event that an error of Verify names, or -1.
 func wrongEvent(err error) int64 {
 	var wrong *audit.Wrong
 	if errors.As(err, &wrong) {
@@ -28,71 +30,69 @@ func wrongEvent(err error) int64 {
 	return -1
 }
 
-func changed(e audit.Event, change func(*audit.Event)) []byte {
-	e.Metadata = maps.Clone(e.Metadata)
-	change(&e)
-	return encode(e)
-}
-
-// TestFirstWrong: whatever the file and the byte, and whatever the rules would say of what comes later, it is the first wrong
-// event that is named.
+// TestFirstWrong checks that Verify names the first wrong event, for changes in each kind of file
+// and even if a later event breaks a rule.
 func TestFirstWrong(t *testing.T) {
 	m := newMemory(t)
 	m.epoch(t, signatures(333, 1, 0)...) // 667 events in bundles of 256, 256, 155
 	m.epoch(t)
-	clone := func() *memory { c := *m; c.files = maps.Clone(m.files); return &c }
-	edit := func(m *memory, name, old, new string) {
+	const (
+		entries0    = "epochs/0/tile/entries/000"
+		entries1    = "epochs/0/tile/entries/001"
+		entries2    = "epochs/0/tile/entries/002.p/155"
+		leaves1     = "epochs/0/tile/0/001"
+		leaves2     = "epochs/0/tile/0/002.p/155"
+		nodes       = "epochs/0/tile/1/000.p/2"
+		nextEntries = "tile/entries/000.p/1" // of the next epoch
+	)
+	edit := func(m *memory, name string, oldNonce, newNonce int) {
+		nonce := func(n int) []byte { return fmt.Appendf(nil, `"nonce":"%064x"`, n) }
 		b, ok := m.files[name]
-		if !ok || !bytes.Contains(b, []byte(old)) {
-			t.Fatalf("%s has no %q", name, old)
+		if !ok || !bytes.Contains(b, nonce(oldNonce)) {
+			t.Fatalf("%s has no nonce %d", name, oldNonce)
 		}
-		m.files[name] = bytes.Replace(b, []byte(old), []byte(new), 1)
+		m.files[name] = bytes.Replace(b, nonce(oldNonce), nonce(newNonce), 1)
 	}
-	nonce := func(n int) string { return fmt.Sprintf(`"nonce":"%064x"`, n) }
+	flipByte := func(m *memory, name string, at int) { m.files[name] = flip(m.files[name], at) }
 	for name, c := range map[string]struct {
-		want int64
+		want int64 // number of the wrong event
 		do   func(m *memory)
 	}{
-		"a nonce made that of a later event": {1, func(m *memory) { edit(m, "epochs/0/tile/entries/000", nonce(1), nonce(2)) }},
-		"in a bundle that is not full":       {513, func(m *memory) { edit(m, "epochs/0/tile/entries/002.p/155", nonce(257), nonce(258)) }},
-		"a length":                           {0, func(m *memory) { m.files["epochs/0/tile/entries/000"] = flip(m.files["epochs/0/tile/entries/000"], 1) }},
-		"a later length": {512, func(m *memory) {
-			f := m.files
-			f["epochs/0/tile/entries/002.p/155"] = flip(f["epochs/0/tile/entries/002.p/155"], 0)
-		}},
+		"a nonce made that of a later event": {1, func(m *memory) { edit(m, entries0, 1, 2) }},
+		"in a bundle that is not full":       {513, func(m *memory) { edit(m, entries2, 257, 258) }},
+		"a length":                           {0, func(m *memory) { flipByte(m, entries0, 1) }},
+		"a later length":                     {512, func(m *memory) { flipByte(m, entries2, 0) }},
 		"an entry and its tile": {256, func(m *memory) {
-			edit(m, "epochs/0/tile/entries/001", nonce(140), nonce(999))
-			m.files["epochs/0/tile/0/001"] = flip(m.files["epochs/0/tile/0/001"], 23*32)
+			edit(m, entries1, 140, 999)
+			flipByte(m, leaves1, 23*32)
 		}},
-		"a tile":              {256 + 23, func(m *memory) { m.files["epochs/0/tile/0/001"] = flip(m.files["epochs/0/tile/0/001"], 23*32) }},
-		"a tile of tiles":     {256, func(m *memory) { m.files["epochs/0/tile/1/000.p/2"] = flip(m.files["epochs/0/tile/1/000.p/2"], 33) }},
-		"a bundle is missing": {256, func(m *memory) { delete(m.files, "epochs/0/tile/entries/001") }},
-		"a tile is missing":   {512, func(m *memory) { delete(m.files, "epochs/0/tile/0/002.p/155") }},
-		"a bundle twice":      {256, func(m *memory) { m.files["epochs/0/tile/entries/001"] = m.files["epochs/0/tile/entries/000"] }},
+		"a tile":              {256 + 23, func(m *memory) { flipByte(m, leaves1, 23*32) }},
+		"a tile of tiles":     {256, func(m *memory) { flipByte(m, nodes, 33) }},
+		"a bundle is missing": {256, func(m *memory) { delete(m.files, entries1) }},
+		"a tile is missing":   {512, func(m *memory) { delete(m.files, leaves2) }},
+		"a bundle twice":      {256, func(m *memory) { m.files[entries1] = m.files[entries0] }},
 		"two bundles swapped": {0, func(m *memory) {
-			f := m.files
-			f["epochs/0/tile/entries/001"], f["epochs/0/tile/entries/000"] = f["epochs/0/tile/entries/000"], f["epochs/0/tile/entries/001"]
+			m.files[entries1], m.files[entries0] = m.files[entries0], m.files[entries1]
 		}},
 		"an entry is too many": {511, func(m *memory) {
-			f := m.files
-			f["epochs/0/tile/entries/001"] = append(bytes.Clone(f["epochs/0/tile/entries/001"]), 0, 0)
+			m.files[entries1] = append(bytes.Clone(m.files[entries1]), 0, 0)
 		}},
 		"a bundle is cut off": {511, func(m *memory) {
-			b := m.files["epochs/0/tile/entries/001"]
-			m.files["epochs/0/tile/entries/001"] = b[:len(b)-1]
+			m.files[entries1] = m.files[entries1][:len(m.files[entries1])-1]
 		}},
-		"a bundle is empty":                        {512, func(m *memory) { m.files["epochs/0/tile/entries/002.p/155"] = nil }},
-		"a tile of the wrong width":                {512, func(m *memory) { m.files["epochs/0/tile/0/002.p/155"] = m.files["epochs/0/tile/0/001"] }},
-		"the first of the next epoch":              {667, func(m *memory) { m.files["tile/entries/000.p/1"] = flip(m.files["tile/entries/000.p/1"], 20) }},
-		"the first of the next epoch has no place": {667, func(m *memory) { m.files["tile/entries/000.p/1"] = m.files["epochs/0/tile/entries/000"] }},
+		"a bundle is empty":                        {512, func(m *memory) { m.files[entries2] = nil }},
+		"a tile of the wrong width":                {512, func(m *memory) { m.files[leaves2] = m.files[leaves1] }},
+		"the first of the next epoch":              {667, func(m *memory) { flipByte(m, nextEntries, 20) }},
+		"the first of the next epoch has no place": {667, func(m *memory) { m.files[nextEntries] = m.files[entries0] }},
 	} {
-		spoilt := clone()
-		c.do(spoilt)
+		spoilt := *m
+		spoilt.files = maps.Clone(m.files)
+		c.do(&spoilt)
 		if _, err := spoilt.verify(audit.VerifyOptions{}); wrongEvent(err) != c.want {
 			t.Errorf("%s: %v, want event %d", name, err, c.want)
 		}
 	}
-	// Every byte of a small log.
+	// Every byte of the entries of a small log.
 	m = newMemory(t)
 	m.epoch(t, signatures(2, 1, 0)...)
 	name := "tile/entries/000.p/5"
@@ -109,58 +109,93 @@ func TestFirstWrong(t *testing.T) {
 	}
 }
 
+// flip returns a copy with the lowest bit of one byte flipped.
 func flip(b []byte, at int) []byte {
 	b = bytes.Clone(b)
 	b[at] ^= 1
 	return b
 }
 
-// TestHostileRules: events that the log's own key has signed and that no sound ledger writes, and such as it does write.
+// TestHostileRules verifies events with the signature of the log's own key: events that no correct
+// ledger writes, and similar events that a correct ledger does write.
 func TestHostileRules(t *testing.T) {
-	sound := encode(admitted(0, 1))
-	failure := func(second int, admission uint64) audit.Event {
+	admission := encode(admitted(0, 1)) // event 1 in most cases
+	signature := encode(created(1, 1))
+	failed := func(second int, admission uint64) audit.Event {
 		e := created(second, admission)
 		e.Type, e.Outcome = audit.SignatureFailed, "unavailable"
 		return e
 	}
-	later := func(e audit.Event, d time.Duration) audit.Event { e.TimeMS += d.Milliseconds(); return e }
+	failure := encode(failed(1, 1))
+	later := func(e audit.Event, d time.Duration) []byte { e.TimeMS += d.Milliseconds(); return encode(e) }
 	expiring := func(second, nonce, expires int) []byte {
-		return changed(admitted(second, nonce), func(e *audit.Event) { e.Metadata["expires_at"] = strconv.Itoa(noon + expires) })
+		return changed(admitted(second, nonce), func(e *audit.Event) {
+			e.Metadata["expires_at"] = strconv.Itoa(noon + expires)
+		})
 	}
-	subscription := changed(admitted(0, 1), func(e *audit.Event) { e.Metadata["transcript"] = "paykit-subscription-v2" })
-	tick := encode(audit.Event{TimeMS: at(0).Add(9000 * time.Hour).UnixMilli(), Type: audit.Started, Actor: audit.Daemon(), Action: "serve", Outcome: "ok"})
+	ofType := func(kind audit.Type) func(*audit.Event) { return func(e *audit.Event) { e.Type = kind } }
+	madeAs := func(kind audit.Type) []byte { return changed(created(1, 1), ofType(kind)) }
+	failedPayment := changed(failed(1, 1), ofType(audit.PaymentFailed))
+	outcome := func(text string) func(*audit.Event) { return func(e *audit.Event) { e.Outcome = text } }
+	document := func(transcript string) []byte {
+		return changed(admitted(0, 1), func(e *audit.Event) { e.Metadata["transcript"] = transcript })
+	}
+	capitals := func(e *audit.Event) { e.Metadata["nonce"] = strings.ToUpper(e.Metadata["nonce"]) }
+	daemons := func(e audit.Event) []byte {
+		e.Actor, e.Outcome = audit.Daemon(), "ok"
+		return encode(e)
+	}
+	subscription := document("paykit-subscription-v2")
+	tick := daemons(audit.Event{TimeMS: at(9000 * 3600).UnixMilli(), Type: audit.Started, Action: "serve"})
+	epoch := daemons(audit.Event{TimeMS: 1, Type: audit.EpochBegun, Action: "epoch", Resource: "epoch/1"})
+	type list [][]byte
 	for name, c := range map[string]struct {
-		wrong     int64
-		unsettled uint64
-		events    [][]byte
+		wrong     int64  // number of the wrong event; -1: the log is valid
+		unsettled uint64 // admissions without an outcome in a valid log
+		events    list
 	}{
-		"the clock leaps between admission and outcome": {-1, 0, [][]byte{sound, encode(later(created(0, 1), 9000*time.Hour))}},
-		"the clock leaps and comes back":                {-1, 0, [][]byte{sound, tick, encode(created(1, 1))}},
-		"time leaps to forget a nonce, and comes back":  {3, 0, [][]byte{sound, tick, encode(admitted(1, 1))}},
-		"that in two leaps":                             {7, 0, [][]byte{sound, tick, encode(admitted(5, 2)), encode(admitted(3600*5, 3)), tick, encode(admitted(6, 4)), encode(admitted(7, 3))}},
-		"and after its expiry":                          {-1, 2, [][]byte{sound, tick, encode(admitted(3*3600, 1))}},
-		"two nonces, of which the later is nearer":      {4, 0, [][]byte{expiring(0, 1, 7200*10), expiring(0, 2, 60), tick, expiring(3600*5, 1, 3600*6)}},
-		"back in two steps, the later one further":      {4, 0, [][]byte{expiring(0, 1, 4*3600), tick, encode(admitted(5*3600, 2)), expiring(3*3600, 1, 9*3600)}},
-		"again after its expiry, and once more":         {4, 0, [][]byte{expiring(0, 1, 3600), expiring(2*3600, 1, 10*3600), encode(admitted(3*3600, 2)), expiring(4*3600, 1, 10*3600)}},
-		"a message that fails as a payment":             {2, 0, [][]byte{sound, changed(failure(1, 1), func(e *audit.Event) { e.Type = audit.PaymentFailed })}},
-		"an expired document":                           {1, 0, [][]byte{expiring(0, 1, -2*3600)}},
-		"a document that lives for ever":                {1, 0, [][]byte{expiring(0, 1, 1<<40)}},
-		"a nonce in capitals":                           {1, 0, [][]byte{changed(admitted(0, 0xabc), func(e *audit.Event) { e.Metadata["nonce"] = strings.ToUpper(e.Metadata["nonce"]) })}},
-		"a failure that is ok":                          {2, 0, [][]byte{sound, changed(failure(1, 1), func(e *audit.Event) { e.Outcome = "ok" })}},
-		"a signature that is not ok":                    {2, 0, [][]byte{sound, changed(created(1, 1), func(e *audit.Event) { e.Outcome = "denied" })}},
-		"an admission that is not ok":                   {1, 0, [][]byte{changed(admitted(0, 1), func(e *audit.Event) { e.Outcome = "denied" })}},
-		"a failure only":                                {-1, 0, [][]byte{sound, encode(failure(1, 1))}},
-		"two failures":                                  {-1, 0, [][]byte{sound, encode(failure(1, 1)), encode(failure(1, 1))}},
-		"a failure after the signature":                 {3, 0, [][]byte{sound, encode(created(1, 1)), encode(failure(1, 1))}},
-		"a payment without its initiation":              {2, 0, [][]byte{sound, changed(created(1, 1), func(e *audit.Event) { e.Type = audit.PaymentCompleted })}},
-		"a payment admitted as a message":               {1, 0, [][]byte{changed(admitted(0, 1), func(e *audit.Event) { e.Metadata["transcript"] = "payment-request-v1" })}},
-		"a subscription":                                {-1, 0, [][]byte{subscription, changed(created(1, 1), func(e *audit.Event) { e.Type = audit.SubscriptionCreated })}},
-		"a subscription that ends as a message":         {2, 0, [][]byte{subscription, encode(created(1, 1))}},
-		"an admission without a version":                {1, 0, [][]byte{changed(admitted(0, 1), func(e *audit.Event) { e.Resource = "payments" })}},
-		"verified without a signer":                     {1, 0, [][]byte{changed(admitted(0, 1), func(e *audit.Event) { e.Type = audit.SignatureVerified })}},
-		"an epoch within an epoch":                      {1, 0, [][]byte{encode(audit.Event{TimeMS: 1, Type: audit.EpochBegun, Actor: audit.Daemon(), Action: "epoch", Resource: "epoch/1", Outcome: "ok"})}},
-		"an epoch dropped that has not ended":           {1, 0, [][]byte{retained(0, audit.Hash{})}},
-		"an epoch dropped that never was":               {1, 0, [][]byte{retained(7, audit.Hash{})}},
+		// Changes of the clock. A tick is an event more than a year later.
+		"the clock leaps between admission and outcome": {-1, 0, list{admission, later(created(0, 1), 9000*time.Hour)}},
+		"the clock leaps and comes back":                {-1, 0, list{admission, tick, signature}},
+		"time leaps to forget a nonce, and comes back":  {3, 0, list{admission, tick, encode(admitted(1, 1))}},
+		"the same in two leaps": {7, 0, list{
+			admission, tick, encode(admitted(5, 2)), encode(admitted(3600*5, 3)),
+			tick, encode(admitted(6, 4)), encode(admitted(7, 3)),
+		}},
+		"time leaps, and a nonce recurs after expiry": {-1, 2, list{admission, tick, encode(admitted(3*3600, 1))}},
+		"two nonces, of which the later is nearer": {4, 0, list{
+			expiring(0, 1, 7200*10), expiring(0, 2, 60), tick, expiring(3600*5, 1, 3600*6),
+		}},
+		"back in two steps, the later one further": {4, 0, list{
+			expiring(0, 1, 4*3600), tick, encode(admitted(5*3600, 2)), expiring(3*3600, 1, 9*3600),
+		}},
+		"again after its expiry, and once more": {4, 0, list{
+			expiring(0, 1, 3600), expiring(2*3600, 1, 10*3600),
+			encode(admitted(3*3600, 2)), expiring(4*3600, 1, 10*3600),
+		}},
+		"an expired document":            {1, 0, list{expiring(0, 1, -2*3600)}},
+		"a document that lives for ever": {1, 0, list{expiring(0, 1, 1<<40)}},
+		"a nonce in capitals":            {1, 0, list{changed(admitted(0, 0xabc), capitals)}},
+
+		"a message that fails as a payment":     {2, 0, list{admission, failedPayment}},
+		"a failure that is ok":                  {2, 0, list{admission, changed(failed(1, 1), outcome("ok"))}},
+		"a signature that is not ok":            {2, 0, list{admission, changed(created(1, 1), outcome("denied"))}},
+		"an admission that is not ok":           {1, 0, list{changed(admitted(0, 1), outcome("denied"))}},
+		"a failure only":                        {-1, 0, list{admission, failure}},
+		"two failures":                          {-1, 0, list{admission, failure, failure}},
+		"a failure after the signature":         {3, 0, list{admission, signature, failure}},
+		"a payment without its initiation":      {2, 0, list{admission, madeAs(audit.PaymentCompleted)}},
+		"a payment admitted as a message":       {1, 0, list{document("payment-request-v1")}},
+		"a subscription":                        {-1, 0, list{subscription, madeAs(audit.SubscriptionCreated)}},
+		"a subscription that ends as a message": {2, 0, list{subscription, signature}},
+		"an admission without a version": {1, 0, list{
+			changed(admitted(0, 1), func(e *audit.Event) { e.Resource = "payments" }),
+		}},
+		"verified without a signer": {1, 0, list{changed(admitted(0, 1), ofType(audit.SignatureVerified))}},
+
+		"an epoch within an epoch":            {1, 0, list{epoch}},
+		"an epoch dropped that has not ended": {1, 0, list{retained(0, audit.Hash{})}},
+		"an epoch dropped that never was":     {1, 0, list{retained(7, audit.Hash{})}},
 	} {
 		m := newMemory(t)
 		m.epoch(t, c.events...)
@@ -171,18 +206,23 @@ func TestHostileRules(t *testing.T) {
 	}
 }
 
+// retained returns the event about a dropped epoch.
 func retained(epoch int, root audit.Hash) []byte {
-	return encode(audit.Event{TimeMS: at(0).UnixMilli(), Type: audit.RetentionApplied, Actor: audit.Daemon(), Action: "retention", Resource: fmt.Sprintf("epoch/%d", epoch), Outcome: "ok",
-		Metadata: map[string]string{"root": root.String()}})
+	return encode(audit.Event{
+		TimeMS: at(0).UnixMilli(), Type: audit.RetentionApplied, Actor: audit.Daemon(),
+		Action: "retention", Resource: fmt.Sprintf("epoch/%d", epoch), Outcome: "ok",
+		Metadata: map[string]string{"root": root.String()},
+	})
 }
 
+// drop deletes the files of an epoch but its checkpoint, as retention does.
 func (m *memory) drop(epoch int) {
 	maps.DeleteFunc(m.files, func(name string, _ []byte) bool {
 		return strings.HasPrefix(name, fmt.Sprintf("epochs/%d/tile/", epoch))
 	})
 }
 
-// TestHostileEpochs plays with whole epochs.
+// TestHostileEpochs replaces, removes and repeats whole epochs and their checkpoints.
 func TestHostileEpochs(t *testing.T) {
 	three := func() *memory {
 		m := newMemory(t)
@@ -207,6 +247,9 @@ func TestHostileEpochs(t *testing.T) {
 		}
 		return text
 	}
+	present := func(c audit.Checkpoint) func(*memory) {
+		return func(m *memory) { m.files["checkpoint"] = sign(m, c) }
+	}
 	for name, do := range map[string]func(m *memory){
 		"an epoch is missing":            func(m *memory) { m.drop(0) },
 		"one in the middle":              func(m *memory) { m.drop(1) },
@@ -217,10 +260,12 @@ func TestHostileEpochs(t *testing.T) {
 		"one with the other's entries":   func(m *memory) { copyEpoch(m, 0, 1, "tile/") },
 		"of another log of the same key": func(m *memory) { maps.Copy(m.files, onlyEpochs(foreign.files)) },
 		"the end is an older one":        func(m *memory) { m.files["checkpoint"] = m.files["epochs/1/checkpoint"] },
-		"a checkpoint of nothing":        func(m *memory) { m.files["checkpoint"] = sign(m, audit.Checkpoint{Epoch: 2}) },
-		"a final one of nothing":         func(m *memory) { m.files["epochs/0/checkpoint"] = sign(m, audit.Checkpoint{}) },
-		"the largest epoch":              func(m *memory) { m.files["checkpoint"] = sign(m, audit.Checkpoint{Epoch: 1<<32 - 1, Size: 1}) },
-		"the largest size":               func(m *memory) { m.files["checkpoint"] = sign(m, audit.Checkpoint{Epoch: 2, Size: 1<<62 - 1}) },
+		"a checkpoint of nothing":        present(audit.Checkpoint{Epoch: 2}),
+		"a final one of nothing": func(m *memory) {
+			m.files["epochs/0/checkpoint"] = sign(m, audit.Checkpoint{})
+		},
+		"the largest epoch": present(audit.Checkpoint{Epoch: 1<<32 - 1, Size: 1}),
+		"the largest size":  present(audit.Checkpoint{Epoch: 2, Size: 1<<62 - 1}),
 		"sizes whose sum is larger": func(m *memory) {
 			for n := range uint32(3) {
 				m.files[fmt.Sprintf("epochs/%d/checkpoint", n)] = sign(m, audit.Checkpoint{Epoch: n, Size: 1<<62 - 1})
@@ -236,7 +281,7 @@ func TestHostileEpochs(t *testing.T) {
 			t.Errorf("%s: it is believed", name)
 		}
 	}
-	// An epoch without events, of which nothing is wrong but that.
+	// An epoch without events that is otherwise valid.
 	m := newMemory(t)
 	m.epoch(t, signatures(200, 1, 0)...)
 	m.put(t, nil)
@@ -244,7 +289,7 @@ func TestHostileEpochs(t *testing.T) {
 	if _, err := m.verify(audit.VerifyOptions{}); err == nil {
 		t.Error("an epoch without events: it is believed")
 	}
-	// One that is dropped twice.
+	// An epoch that is dropped twice.
 	m = newMemory(t)
 	m.epoch(t)
 	root := m.last.Root
@@ -253,21 +298,21 @@ func TestHostileEpochs(t *testing.T) {
 	if _, err := m.verify(audit.VerifyOptions{}); wrongEvent(err) != 3 {
 		t.Errorf("an epoch that is dropped twice: %v", err)
 	}
-	// What is wrong by the rules comes first where it does, though a later entry of the bundle was changed.
+	// An event that breaks a rule, before an entry of the same bundle that was changed.
 	m = newMemory(t)
 	m.epoch(t, append([][]byte{encode(created(0, 17))}, signatures(50, 2, 0)...)...)
 	m.files["tile/entries/000.p/102"] = flip(m.files["tile/entries/000.p/102"], 9000)
 	if _, err := m.verify(audit.VerifyOptions{}); wrongEvent(err) != 1 {
 		t.Errorf("event 1 is wrong and a later one was changed: %v", err)
 	}
-	// A log that says where it begins to get rid of its beginning.
+	// A log without its beginning: its first event claims that the log begins there.
 	m = newMemory(t)
 	m.events = 1 << 40
 	m.epoch(t, encode(created(0, 17)))
 	if _, err := m.verify(audit.VerifyOptions{}); wrongEvent(err) != 0 {
 		t.Errorf("a log that begins with event 2^40: %v", err)
 	}
-	// Ended epochs are held against an older checkpoint too.
+	// Ended epochs that contradict an older checkpoint.
 	m = three()
 	for name, since := range map[string]audit.Checkpoint{
 		"longer than the epoch":   {Epoch: 0, Size: 402, Root: audit.Hash{1}},
@@ -289,7 +334,8 @@ func onlyEpochs(files map[string][]byte) map[string][]byte {
 	return files
 }
 
-// TestDroppedOneAfterTheOther: the event that drops an epoch is in a later one, and is dropped with that in its time.
+// TestDroppedOneAfterTheOther drops five epochs in order. The event about a dropped epoch is in a
+// later epoch, and is itself dropped with the later epoch.
 func TestDroppedOneAfterTheOther(t *testing.T) {
 	m := newMemory(t)
 	var roots []audit.Hash
@@ -304,7 +350,8 @@ func TestDroppedOneAfterTheOther(t *testing.T) {
 			m.drop(n - 2)
 		}
 		since := m.files["epochs/0/checkpoint"]
-		if r, err := m.verify(audit.VerifyOptions{Since: since}); err != nil || r.Dropped != max(0, n-1) || r.SinceDropped {
+		r, err := m.verify(audit.VerifyOptions{Since: since})
+		if err != nil || r.Dropped != max(0, n-1) || r.SinceDropped {
 			t.Errorf("epoch %d: %+v, %v", n, r, err)
 		}
 	}
@@ -313,7 +360,7 @@ func TestDroppedOneAfterTheOther(t *testing.T) {
 		t.Fatal(err)
 	}
 	if r, err := m.verify(audit.VerifyOptions{Since: older}); err != nil || !r.SinceDropped {
-		t.Errorf("%+v, %v: nothing shows that the log went on from a checkpoint within an epoch that was dropped", r, err)
+		t.Errorf("%+v, %v: want SinceDropped for a checkpoint within a dropped epoch", r, err)
 	}
 	m.drop(4)
 	if _, err := m.verify(audit.VerifyOptions{}); err == nil {
@@ -321,7 +368,8 @@ func TestDroppedOneAfterTheOther(t *testing.T) {
 	}
 }
 
-// TestWidths: trees whose last bundle, tile, or tile of tiles is just full, or just not.
+// TestWidths verifies trees whose last bundle, tile, or tile of tiles is just full or just not
+// full.
 func TestWidths(t *testing.T) {
 	for _, n := range []int{1, 2, 255, 256, 257, 511, 512, 65_535, 65_536, 65_537, 65_792, 65_793} {
 		m := newMemory(t)
@@ -334,7 +382,9 @@ func TestWidths(t *testing.T) {
 			t.Errorf("%d events: %+v, %v", n, r, err)
 		}
 		for name := range m.files {
-			if strings.HasPrefix(name, "epochs/") || n > 1000 && (n == 65_535 || n > 65_537 || !strings.Contains(name, ".p/")) {
+			// Large trees take long: only the partial files of two of them are changed.
+			tooMany := n > 1000 && (n == 65_535 || n > 65_537 || !strings.Contains(name, ".p/"))
+			if strings.HasPrefix(name, "epochs/") || tooMany {
 				continue
 			}
 			whole := m.files[name]
@@ -347,7 +397,8 @@ func TestWidths(t *testing.T) {
 	}
 }
 
-// TestFolderIsHostile: what is no file, or larger than any, is refused at once.
+// TestFolderIsHostile checks that a name which is no regular file, and a file larger than MaxFile,
+// are refused within 5 s.
 func TestFolderIsHostile(t *testing.T) {
 	m := newMemory(t)
 	m.epoch(t, signatures(3, 1, 0)...)
@@ -380,7 +431,8 @@ func TestFolderIsHostile(t *testing.T) {
 	}
 }
 
-// TestMeanwhile: an epoch that ends while the log is read is not taken for a wrong log.
+// TestMeanwhile checks the errors of a log that changes during the reading: none names a wrong
+// event. The present epoch ends, retention drops an epoch, or the source fails.
 func TestMeanwhile(t *testing.T) {
 	m := newMemory(t)
 	m.epoch(t, signatures(300, 1, 0)...)
@@ -391,7 +443,11 @@ func TestMeanwhile(t *testing.T) {
 		}
 		return m.ReadFile(ctx, name)
 	})
-	if _, err := m.log.Verify(t.Context(), from, audit.VerifyOptions{}); err == nil || wrongEvent(err) >= 0 || !strings.Contains(err.Error(), "try again") {
+	verify := func() error {
+		_, err := m.log.Verify(t.Context(), from, audit.VerifyOptions{})
+		return err
+	}
+	if err := verify(); err == nil || wrongEvent(err) >= 0 || !strings.Contains(err.Error(), "try again") {
 		t.Errorf("%v", err)
 	}
 	if _, err := m.verify(audit.VerifyOptions{}); err != nil {
@@ -404,7 +460,7 @@ func TestMeanwhile(t *testing.T) {
 		}
 		return m.ReadFile(ctx, name)
 	}
-	if _, err := m.log.Verify(t.Context(), from, audit.VerifyOptions{}); err == nil || wrongEvent(err) >= 0 || !strings.Contains(err.Error(), "was dropped meanwhile") {
+	if err := verify(); err == nil || wrongEvent(err) >= 0 || !strings.Contains(err.Error(), "was dropped meanwhile") {
 		t.Errorf("%v", err)
 	}
 	broken := errors.New("broken")
@@ -414,8 +470,8 @@ func TestMeanwhile(t *testing.T) {
 		}
 		return m.ReadFile(ctx, name)
 	}
-	if _, err := m.log.Verify(t.Context(), from, audit.VerifyOptions{}); !errors.Is(err, broken) || wrongEvent(err) >= 0 {
-		t.Errorf("what can't be read is not an event's fault: %v", err)
+	if err := verify(); !errors.Is(err, broken) || wrongEvent(err) >= 0 {
+		t.Errorf("an event is blamed for a failed read: %v", err)
 	}
 }
 
@@ -423,7 +479,8 @@ type sourceFunc func(context.Context, string) ([]byte, error)
 
 func (f sourceFunc) ReadFile(ctx context.Context, name string) ([]byte, error) { return f(ctx, name) }
 
-// TestMirrorAfterRetention: a folder that has what was dropped meanwhile is brought up to date, and keeps it.
+// TestMirrorAfterRetention updates a copy that has an epoch which retention has dropped since. The
+// copy keeps the epoch.
 func TestMirrorAfterRetention(t *testing.T) {
 	m := newMemory(t)
 	m.epoch(t, signatures(300, 1, 0)...)
@@ -443,7 +500,7 @@ func TestMirrorAfterRetention(t *testing.T) {
 			t.Error(err)
 		}
 	}
-	// The folder of another log, or of another end of this one, is not mixed with it.
+	// A copy of one log is not updated from another log of the same key.
 	other := newMemory(t)
 	other.epoch(t, signatures(300, 2, 0)...)
 	other.epoch(t, slices.Repeat([][]byte{encode(admitted(0, 1))}, 3)...)
@@ -452,10 +509,14 @@ func TestMirrorAfterRetention(t *testing.T) {
 	}
 }
 
-// TestLongMetadata: no cause of an error is so long that its event can't be an entry of the log.
+// TestLongMetadata checks that a text of 140,000 bytes in the metadata is cut, so that the event
+// fits into an entry of the log.
 func TestLongMetadata(t *testing.T) {
 	metadata := map[string]string{"cause": strings.Repeat("ü", 70_000), "other": "short"}
-	e := audit.Event{Type: audit.DeviceUnavailable, Actor: audit.Daemon(), Action: "serve", Outcome: "unavailable", Metadata: metadata}
+	e := audit.Event{
+		Type: audit.DeviceUnavailable, Actor: audit.Daemon(),
+		Action: "serve", Outcome: "unavailable", Metadata: metadata,
+	}
 	m := newMemory(t)
 	m.epoch(t, e.Encode(at(0)))
 	if _, err := m.verify(audit.VerifyOptions{}); err != nil {

@@ -10,21 +10,23 @@ import (
 	"path/filepath"
 )
 
-// Source gives the files of a log's static form by their names: checkpoint and tile/… of the present epoch, and
-// epochs/N/checkpoint and epochs/N/tile/… of each. The error wraps fs.ErrNotExist where there is none.
+// Source reads the files of a log in its static form. The names are checkpoint and tile/… for the
+// present epoch, and epochs/N/checkpoint and epochs/N/tile/… for every epoch N. The error of a
+// missing file wraps fs.ErrNotExist.
 type Source interface {
 	ReadFile(ctx context.Context, name string) ([]byte, error)
 }
 
-// Folder is a source on disk.
+// Folder is a Source on disk: the path of the folder.
 type Folder string
 
+// ReadFile reads a regular file of at most MaxFile bytes.
 func (f Folder) ReadFile(_ context.Context, name string) ([]byte, error) {
 	path := filepath.Join(string(f), filepath.FromSlash(name))
 	if st, err := os.Stat(path); err != nil {
 		return nil, err
-	} else if !st.Mode().IsRegular() { // opening it could wait for ever
-		return nil, fmt.Errorf("%s is not a file", path)
+	} else if !st.Mode().IsRegular() { // opening a named pipe could block for ever
+		return nil, fmt.Errorf("%s is not a regular file", path)
 	}
 	file, err := os.Open(path)
 	if err != nil {
@@ -34,24 +36,32 @@ func (f Folder) ReadFile(_ context.Context, name string) ([]byte, error) {
 	return ReadAll(name, file)
 }
 
-// MaxFile is more than any file of a log has: a bundle of the largest entries.
+// MaxFile is an upper bound for the size of a file of a log, in bytes: a bundle of 256 entries of
+// 65535 bytes, each after its length of 2 bytes.
 const MaxFile = TileWidth * (2 + 1<<16)
 
-// ReadAll reads a file of a log, and no more than one can have.
+// ReadAll reads a file of a log. The error for more than MaxFile bytes has the file's name.
 func ReadAll(name string, r io.Reader) ([]byte, error) {
 	b, err := io.ReadAll(io.LimitReader(r, MaxFile+1))
 	if err == nil && len(b) > MaxFile {
-		err = fmt.Errorf("%s is larger than a file of a log can be", name)
+		err = fmt.Errorf("%s has more than the %d bytes that a file of a log can have", name, MaxFile)
 	}
 	return b, err
 }
 
 func epochFile(epoch uint32, name string) string { return fmt.Sprintf("epochs/%d/%s", epoch, name) }
 
-// Mirror copies a log into a folder, or brings one that was made before up to date; what it has that was dropped meanwhile stays. Each epoch is a static tree of its own in
-// epochs/N; checkpoint and tile of the folder itself are links to those of the present epoch. What is there and can't change is
-// not copied again. It returns the checkpoint of the present epoch.
-func Mirror(ctx context.Context, from Source, log Log, dir string, progress func(done, all uint64)) (Checkpoint, error) {
+// Mirror copies a log into the folder dir and returns the checkpoint of the present epoch. If dir
+// has an older copy, Mirror updates the copy: full tiles are not copied again, because they can't
+// change, and epochs that retention has dropped meanwhile stay in dir. Each epoch is a static tree
+// of its own in epochs/N. The names checkpoint and tile in dir are links to those of the present
+// epoch.
+//
+// Mirror calls progress, which may be nil, with the events copied and the events in total of the
+// epoch.
+func Mirror(
+	ctx context.Context, from Source, log Log, dir string, progress func(done, all uint64),
+) (Checkpoint, error) {
 	text, err := from.ReadFile(ctx, "checkpoint")
 	if err != nil {
 		return Checkpoint{}, fmt.Errorf("audit: checkpoint: %w", err)
@@ -74,18 +84,20 @@ func Mirror(ctx context.Context, from Source, log Log, dir string, progress func
 			return Checkpoint{}, err
 		}
 		if c.Epoch != epoch {
-			return Checkpoint{}, fmt.Errorf("audit: epoch %d: its checkpoint is of epoch %d: the log has gone on meanwhile, so try again", epoch, c.Epoch)
+			return Checkpoint{}, fmt.Errorf("audit: epoch %d: its checkpoint is of epoch %d: "+
+				"the log began a new epoch during the copy: try again", epoch, c.Epoch)
 		}
 		present = c
-		if whole, err := mirrored(log, dir, c); err != nil {
+		if complete, err := mirrored(log, dir, c); err != nil {
 			return Checkpoint{}, err
-		} else if whole {
+		} else if complete {
 			continue
 		}
 		if err := mirrorEpoch(ctx, from, dir, c, progress); err != nil {
 			return Checkpoint{}, err
 		}
-		if err := writeFile(dir, epochFile(epoch, "checkpoint"), text); err != nil { // last: what it covers is there
+		// The checkpoint is written last: a checkpoint in the folder has all its tiles there.
+		if err := writeFile(dir, epochFile(epoch, "checkpoint"), text); err != nil {
 			return Checkpoint{}, err
 		}
 	}
@@ -97,8 +109,9 @@ func Mirror(ctx context.Context, from Source, log Log, dir string, progress func
 	return present, nil
 }
 
-// mirrored says whether a folder has all of an epoch, or refuses a folder that has another log's.
-func mirrored(log Log, dir string, c Checkpoint) (whole bool, err error) {
+// mirrored reports whether the folder has a complete copy of an epoch. A folder with another log,
+// or with a later state of the log, is an error.
+func mirrored(log Log, dir string, c Checkpoint) (complete bool, err error) {
 	name := epochFile(c.Epoch, "checkpoint")
 	text, err := Folder(dir).ReadFile(context.Background(), name)
 	if errors.Is(err, fs.ErrNotExist) {
@@ -107,13 +120,18 @@ func mirrored(log Log, dir string, c Checkpoint) (whole bool, err error) {
 		return false, err
 	}
 	before, err := log.Open(text)
-	if err != nil || before.Epoch != c.Epoch || before.Size > c.Size || before.Size == c.Size && before.Root != c.Root {
-		return false, fmt.Errorf("audit: %s has %s of another log than this one, or of a later state of it: export to another folder", dir, name)
+	sameSize := before.Size == c.Size
+	if err != nil || before.Epoch != c.Epoch || before.Size > c.Size || sameSize && before.Root != c.Root {
+		return false, fmt.Errorf("audit: %s has the file %s of another log, or of a later state of this log: "+
+			"export to another folder", dir, name)
 	}
-	return before.Size == c.Size, nil
+	return sameSize, nil
 }
 
-func mirrorEpoch(ctx context.Context, from Source, dir string, c Checkpoint, progress func(done, all uint64)) error {
+// mirrorEpoch copies the tiles and bundles of an epoch.
+func mirrorEpoch(
+	ctx context.Context, from Source, dir string, c Checkpoint, progress func(done, all uint64),
+) error {
 	return Tiles(c.Size, func(t Tile) error {
 		name := epochFile(c.Epoch, t.Path())
 		if t.Width == TileWidth {
@@ -123,9 +141,10 @@ func mirrorEpoch(ctx context.Context, from Source, dir string, c Checkpoint, pro
 		}
 		b, err := from.ReadFile(ctx, name)
 		if errors.Is(err, fs.ErrNotExist) && t.Level == -1 && t.N == 0 {
-			return errSkip // dropped by retention: its checkpoint stays
+			return errSkip // dropped by retention; only the checkpoint remains
 		} else if errors.Is(err, fs.ErrNotExist) {
-			return fmt.Errorf("audit: epoch %d was dropped when the folder had a part of it, so export to another folder: %w", c.Epoch, err)
+			return fmt.Errorf("audit: retention dropped epoch %d before its copy was complete: "+
+				"export to another folder: %w", c.Epoch, err)
 		} else if err != nil {
 			return fmt.Errorf("audit: %w", err)
 		}
@@ -136,7 +155,7 @@ func mirrorEpoch(ctx context.Context, from Source, dir string, c Checkpoint, pro
 	})
 }
 
-// writeFile makes a file whole or not at all.
+// writeFile writes a file atomically: a temporary file is renamed over the name.
 func writeFile(dir, name string, b []byte) error {
 	path := filepath.Join(dir, filepath.FromSlash(name))
 	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
@@ -149,10 +168,10 @@ func writeFile(dir, name string, b []byte) error {
 	return os.Rename(temp, path)
 }
 
-// link makes a symbolic link, or points one that is there elsewhere.
+// link makes or replaces a symbolic link at a path, atomically.
 func link(to, at string) error {
 	if st, err := os.Lstat(at); err == nil && st.Mode().Type() != os.ModeSymlink {
-		return fmt.Errorf("audit: %s is there and is not a link: this is not the folder of an export", at)
+		return fmt.Errorf("audit: %s exists and is not a link, so the folder is no export: use another", at)
 	}
 	temp := at + ".new"
 	if err := os.Remove(temp); err != nil && !errors.Is(err, fs.ErrNotExist) {

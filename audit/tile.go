@@ -7,19 +7,21 @@ import (
 	"golang.org/x/mod/sumdb/tlog"
 )
 
-// TileWidth is how many hashes or entries a full tile has.
+// TileWidth is the number of hashes in a full tile, and of entries in a full bundle.
 const TileWidth = 256
 
-// Tile names a file of a log's static form (C2SP tlog-tiles).
+// Tile names a file in the static form of a log (C2SP tlog-tiles): a tile of hashes or a bundle of
+// entries.
 type Tile struct {
-	Level int    // -1: a bundle of entries
-	N     uint64 // its place in the level
-	Width int    // 1 to TileWidth
+	Level int    // from 0 on for hashes, -1 for a bundle of entries
+	N     uint64 // index within the level, from 0 on
+	Width int    // hashes or entries, 1 to TileWidth
 }
 
 func (t Tile) tlog() tlog.Tile { return tlog.Tile{H: 8, L: t.Level, N: int64(t.N), W: t.Width} }
 
-// Path is the tile's name: tile/LEVEL/N, tile/entries/N, with .p/WIDTH where it is not full.
+// Path returns the name of the file: tile/LEVEL/N or tile/entries/N, with the suffix .p/WIDTH for a
+// partial tile. Example: tile/entries/x001/234.p/7 is the bundle 1234 with 7 entries.
 func (t Tile) Path() string {
 	path := strings.TrimPrefix(t.tlog().Path(), "tile/8/")
 	if rest, ok := strings.CutPrefix(path, "data/"); ok {
@@ -28,33 +30,34 @@ func (t Tile) Path() string {
 	return "tile/" + path
 }
 
-// ParseTile reads a tile's name.
-func ParseTile(path string) (Tile, bool) {
-	rest, ok := strings.CutPrefix(path, "tile/")
+// ParseTile parses the result of Tile.Path, with a level of at most 63. ok is false for any other
+// text.
+func ParseTile(path string) (tile Tile, ok bool) {
+	rest, isTile := strings.CutPrefix(path, "tile/")
 	if entries, is := strings.CutPrefix(rest, "entries/"); is {
 		rest = "data/" + entries
 	}
 	t, err := tlog.ParseTilePath("tile/8/" + rest)
-	tile := Tile{t.L, uint64(t.N), t.W}
-	return tile, ok && err == nil && tile.Level <= 63 && tile.Path() == path
+	tile = Tile{t.L, uint64(t.N), t.W}
+	return tile, isTile && err == nil && tile.Level <= 63 && tile.Path() == path
 }
 
-// In says that a tree of so many leaves has the tile.
+// In reports whether a tree of size leaves has the tile.
 func (t Tile) In(size uint64) bool {
-	if t.Level > 7 { // 256 to the 8th is more than any tree has
+	if t.Level > 7 { // a hash of level 8 would cover 256^8 = 2^64 leaves
 		return false
 	}
 	nodes := size >> (8 * max(0, t.Level))
 	return t.N <= nodes>>8 && t.N*TileWidth+uint64(t.Width) <= nodes
 }
 
-// Hashes gives the content of a tile of hashes.
-func (t Tile) Hashes(r Reader) ([]byte, error) { return tlog.ReadTileData(t.tlog(), r) }
+// Hashes returns the content of a tile of hashes: Width hashes of 32 bytes each.
+func (t Tile) Hashes(r Reader) ([]byte, error) { return tlog.ReadTileData(t.tlog(), tlogReader{r}) }
 
-// errSkip ends Tiles.
+// errSkip is the error with which a visit function ends Tiles without an error.
 var errSkip = errors.New("skip")
 
-// Tiles calls visit for each file that a tree of so many leaves has, bundles first.
+// Tiles calls visit for each file of a tree of size leaves, bundles first.
 func Tiles(size uint64, visit func(Tile) error) error {
 	for level := -1; level <= 7; level++ {
 		nodes := size >> (8 * max(0, level))

@@ -1,76 +1,88 @@
 package audit
 
 import (
-	"bytes"
 	"cmp"
 	"context"
-	"encoding/binary"
 	"errors"
 	"fmt"
 	"io/fs"
 	"maps"
 	"slices"
 	"strconv"
-	"strings"
-
-	"golang.org/x/mod/sumdb/tlog"
 )
 
-// Wrong is what Verify has found: the first event that is not as it must be.
+// Wrong is the error of Verify for the first event that breaks a rule.
 type Wrong struct {
-	Event  uint64
+	Event  uint64 // number of the event through all epochs
 	Reason string
 }
 
 func (w *Wrong) Error() string { return fmt.Sprintf("event %d: %s", w.Event, w.Reason) }
 
-// Report is what Verify has seen when all is well.
+// Report is the result of Verify for a valid log.
 type Report struct {
-	First      uint64     `json:"first"`  // number of the first event that is there
-	Events     uint64     `json:"events"` // how many were checked
+	First      uint64     `json:"first"`  // number of the first event that is not dropped
+	Events     uint64     `json:"events"` // number of verified events
 	Epochs     int        `json:"epochs"`
-	Dropped    int        `json:"dropped"`    // epochs that retention has dropped, as the log itself says
-	Signatures uint64     `json:"signatures"` // each with its admission
-	Unsettled  uint64     `json:"unsettled"`  // admissions whose outcome is not in the log: assume that there is a signature
-	Checkpoint Checkpoint `json:"-"`
-	// SinceDropped: the epoch of the older checkpoint was dropped, so nothing shows that the log went on from there.
+	Dropped    int        `json:"dropped"`    // epochs that retention has dropped, according to the log itself
+	Signatures uint64     `json:"signatures"` // each has its admission
+	Unsettled  uint64     `json:"unsettled"`  // admissions without an outcome: assume that the signature exists
+	Checkpoint Checkpoint `json:"-"`          // of the present epoch
+	// SinceDropped is true if retention has dropped the epoch of VerifyOptions.Since. The log then
+	// does not prove that it continues from that checkpoint.
 	SinceDropped bool `json:"since_dropped,omitempty"`
 }
 
-// VerifyOptions say what to hold the log against beside its own key.
+// VerifyOptions are the optional inputs of Verify.
 type VerifyOptions struct {
-	Since    []byte // an older checkpoint, of any epoch, which the log must be a continuation of; nil: none
+	// Since is an older signed checkpoint of any epoch, or nil. The log must continue from it.
+	Since []byte
+	// Progress is called after each bundle of at most 256 events, with the number of verified
+	// events and the number of all events.
 	Progress func(done, all uint64)
-	// Follow is called as the log begins to be read, which may be twice. What it returns gets each event that has its form and
-	// follows the rules; an error of it ends the reading, and is returned. Of the last epoch's events, the root is not checked yet.
+	// Follow is called when a reading of the log begins. Verify may read the log twice. The
+	// returned function gets each event in order, after the checks of its schema and of the
+	// ledger's rules. An error of the function ends the reading, and Verify returns that error. The
+	// root of an epoch is checked after the epoch's last event only: results count when Verify has
+	// returned no error.
 	Follow func() func(index uint64, e Event) error
 }
 
-// Verify checks a log with nothing but its key: every checkpoint's signature; every entry against the tiles and the root;
-// every epoch against what the next one says of it; the form of every event; and the ledger's rules: no nonce is spent twice
-// while it lives, and each signature has its admission. The error is a *Wrong where one event can be named. It reads one file
-// at a time and keeps in memory what is known of nonces that live, and of admissions without an outcome.
+// Verify verifies a log. The log's key is the only trusted input. Verify checks
+//
+//   - the signature of every checkpoint,
+//   - every entry against the tiles and the root of its epoch,
+//   - the end of every epoch against the first event of the next one,
+//   - the schema of every event,
+//   - the rules of the ledger: no nonce is spent twice before its expiry, and each signature has an
+//     admission.
+//
+// The error is a *Wrong if one event is at fault. Verify reads one file at a time. The memory holds
+// the nonces that have not expired and the admissions without an outcome.
 func (l Log) Verify(ctx context.Context, from Source, o VerifyOptions) (Report, error) {
-	v := verifier{ctx: ctx, log: l, from: from, options: o, rules: newRules(nil)}
+	v := verifier{ctx: ctx, log: l, from: from, options: o, rules: newRuleChecker(nil)}
 	err := v.run()
-	if back := v.rules.back; back != nil && ctx.Err() == nil {
-		// The log's time went back to when nonces lived that are forgotten by now. Once more, and they are kept until then.
-		v = verifier{ctx: ctx, log: l, from: from, options: o, rules: newRules(back)}
+	if regressions := v.rules.regressions; regressions != nil && ctx.Err() == nil {
+		// The log's time went back, perhaps to a time at which forgotten nonces had not expired. A
+		// second reading knows how far the time goes back, and keeps each nonce as long as
+		// necessary.
+		v = verifier{ctx: ctx, log: l, from: from, options: o, rules: newRuleChecker(regressions)}
 		err = v.run()
 	}
 	return v.report, err
 }
 
+// verifier is one reading of a log.
 type verifier struct {
 	ctx     context.Context
 	log     Log
 	from    Source
 	options VerifyOptions
 	report  Report
-	rules   *rules
-	since   *Checkpoint
-	total   uint64 // events that will be looked at
-	next    uint64 // number of the next event
+	rules   *ruleChecker
+	since   *Checkpoint // of VerifyOptions.Since, or nil
+	total   uint64      // number of events to verify
+	next    uint64      // number of the next event
 	follow  func(uint64, Event) error
 }
 
@@ -78,30 +90,71 @@ func (v *verifier) run() error {
 	if v.options.Follow != nil {
 		v.follow = v.options.Follow()
 	}
+	heads, err := v.checkpoints()
+	if err != nil {
+		return err
+	}
+	present := heads[len(heads)-1]
+	first := uint32(0) // the first epoch that is not dropped
+	for ; first < present.Epoch; first++ {
+		if exists, err := v.hasEntries(heads[first]); err != nil {
+			return err
+		} else if exists {
+			break
+		}
+		v.next += heads[first].Size
+	}
+	v.report.First, v.rules.first = v.next, v.next
+	for _, c := range heads[first:] {
+		v.total += c.Size
+	}
+	for i, c := range heads[first:] {
+		var before *Checkpoint
+		if c.Epoch > 0 {
+			before = &heads[int(first)+i-1]
+		}
+		if err := v.epoch(c, before, c.Epoch == present.Epoch); err != nil {
+			return v.concurrentChange(present, heads[first], err)
+		}
+	}
+	v.report.Epochs, v.report.Dropped, v.report.Checkpoint = len(heads)-int(first), int(first), present
+	if err := v.checkDrops(heads, first); err != nil {
+		return err
+	}
+	v.report.SinceDropped = v.since != nil && v.since.Epoch < first && v.since.Size < heads[v.since.Epoch].Size
+	v.report.Signatures, v.report.Unsettled = v.rules.signatures, v.rules.unsettled
+	return nil
+}
+
+// checkpoints reads the final checkpoints of the ended epochs and the checkpoint of the present
+// epoch, which comes last. The sizes are plausible, and the older checkpoint of the options, if
+// any, does not contradict the end of its epoch.
+func (v *verifier) checkpoints() ([]Checkpoint, error) {
 	text, err := v.from.ReadFile(v.ctx, "checkpoint")
 	if err != nil {
-		return fmt.Errorf("audit: checkpoint: %w", err)
+		return nil, fmt.Errorf("audit: checkpoint: %w", err)
 	}
 	present, err := v.log.Open(text)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	if v.options.Since != nil {
 		since, err := v.log.Open(v.options.Since)
 		if err != nil {
-			return fmt.Errorf("audit: the older checkpoint: %w", err)
+			return nil, fmt.Errorf("audit: the older checkpoint: %w", err)
 		}
 		if since.Epoch > present.Epoch || since.Epoch == present.Epoch && since.Size > present.Size {
-			return fmt.Errorf("audit: the older checkpoint is of epoch %d with %d events, the log ends in epoch %d with %d: it was cut off or is older",
+			return nil, fmt.Errorf("audit: the older checkpoint is of epoch %d with %d events, "+
+				"the log ends in epoch %d with %d: it was cut off or is older",
 				since.Epoch, since.Size, present.Epoch, present.Size)
 		}
 		v.since = &since
 	}
-	var heads []Checkpoint // each is read before there is room for it
+	var heads []Checkpoint // grows with the files read: a forged epoch number of 2^32-1 allocates nothing
 	for epoch := range present.Epoch {
 		head, err := v.final(epoch)
 		if err != nil {
-			return err
+			return nil, err
 		}
 		heads = append(heads, head)
 	}
@@ -109,67 +162,23 @@ func (v *verifier) run() error {
 	var events uint64
 	for _, c := range heads {
 		if c.Size == 0 {
-			return fmt.Errorf("audit: the checkpoint of epoch %d says that it is empty, and none is", c.Epoch)
+			return nil, fmt.Errorf("audit: the checkpoint of epoch %d has no events, want at least 1", c.Epoch)
 		}
-		if events += c.Size; events >= 1<<62 { // each is less than that
-			return errors.New("audit: the checkpoints say that there are more events than can be")
+		if events += c.Size; events >= 1<<62 { // no overflow: each size is less than 2^62
+			return nil, errors.New("audit: the checkpoints have 2^62 events or more")
 		}
 	}
 	if v.since != nil {
-		if ended := heads[v.since.Epoch]; v.since.Size > ended.Size || v.since.Size == ended.Size && v.since.Root != ended.Root {
-			return fmt.Errorf("audit: epoch %d ended otherwise than the older checkpoint says: %w", ended.Epoch, errChanged)
+		end := heads[v.since.Epoch]
+		if v.since.Size > end.Size || v.since.Size == end.Size && v.since.Root != end.Root {
+			return nil, fmt.Errorf("audit: the older checkpoint contradicts the one of epoch %d: %w",
+				end.Epoch, errChanged)
 		}
 	}
-	first := uint32(0) // the first epoch that is there
-	for ; first < present.Epoch; first++ {
-		if there, err := v.has(heads[first]); err != nil {
-			return err
-		} else if there {
-			break
-		}
-		v.next += heads[first].Size
-	}
-	v.total, v.report.First, v.rules.first = events-v.next, v.next, v.next
-	for i, c := range heads[first:] {
-		var before *Checkpoint
-		if c.Epoch > 0 {
-			before = &heads[int(first)+i-1]
-		}
-		if err := v.epoch(c, before, c.Epoch == present.Epoch); err != nil {
-			return v.meanwhile(present, heads[first], err)
-		}
-	}
-	v.report.Epochs, v.report.Dropped, v.report.Checkpoint = len(heads)-int(first), int(first), present
-	// Epochs are dropped in their order. So the log says it of the last one; of those before it, its own word may be gone too.
-	if first > 0 && v.rules.dropped[first-1] == (said{}) {
-		return fmt.Errorf("audit: epoch %d is not there, and the log does not say that retention has dropped it", first-1)
-	}
-	for _, epoch := range slices.SortedFunc(maps.Keys(v.rules.dropped), func(a, b uint32) int { return cmp.Compare(v.rules.dropped[a].event, v.rules.dropped[b].event) }) {
-		if s := v.rules.dropped[epoch]; epoch >= present.Epoch || s.root != heads[epoch].Root.String() {
-			return &Wrong{s.event, fmt.Sprintf("it drops an epoch %d that has another end than the final checkpoint says, or none", epoch)}
-		}
-	}
-	v.report.SinceDropped = v.since != nil && v.since.Epoch < first && v.since.Size < heads[v.since.Epoch].Size
-	v.report.Signatures, v.report.Unsettled = v.rules.signatures, v.rules.unsettled
-	return nil
+	return heads, nil
 }
 
-// meanwhile says why a running appliance's log may seem wrong: its present epoch has ended while it was read, or retention has
-// dropped the first one.
-func (v *verifier) meanwhile(present, first Checkpoint, err error) error {
-	text, readErr := v.from.ReadFile(v.ctx, "checkpoint")
-	if readErr != nil {
-		return err
-	}
-	if now, openErr := v.log.Open(text); openErr == nil && now.Epoch > present.Epoch {
-		return fmt.Errorf("audit: epoch %d has ended meanwhile, so try again: %v", present.Epoch, err)
-	}
-	if there, readErr := v.has(first); readErr == nil && !there && first.Epoch < present.Epoch {
-		return fmt.Errorf("audit: epoch %d was dropped meanwhile, so try again: %v", first.Epoch, err)
-	}
-	return err
-}
-
+// final reads the final checkpoint of an ended epoch.
 func (v *verifier) final(epoch uint32) (Checkpoint, error) {
 	text, err := v.from.ReadFile(v.ctx, epochFile(epoch, "checkpoint"))
 	if err != nil {
@@ -182,37 +191,71 @@ func (v *verifier) final(epoch uint32) (Checkpoint, error) {
 	return c, err
 }
 
-// has says whether an epoch's entries are there.
-func (v *verifier) has(c Checkpoint) (bool, error) {
-	_, err := v.from.ReadFile(v.ctx, epochFile(c.Epoch, Tile{0, 0, int(min(TileWidth, c.Size))}.Path()))
-	return err == nil, ignoreMissing(err)
+// hasEntries reports whether an epoch's files exist: retention drops all files but the checkpoint.
+func (v *verifier) hasEntries(c Checkpoint) (bool, error) {
+	firstTile := Tile{0, 0, int(min(TileWidth, c.Size))}
+	_, err := v.from.ReadFile(v.ctx, epochFile(c.Epoch, firstTile.Path()))
+	if errors.Is(err, fs.ErrNotExist) {
+		return false, nil
+	}
+	return err == nil, err
 }
 
-func ignoreMissing(err error) error {
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil
+// concurrentChange returns the error of an epoch that a running appliance has changed during the
+// reading: the present epoch has ended, or retention has dropped the first epoch. Otherwise
+// concurrentChange returns err.
+func (v *verifier) concurrentChange(present, first Checkpoint, err error) error {
+	text, readErr := v.from.ReadFile(v.ctx, "checkpoint")
+	if readErr != nil {
+		return err
+	}
+	if now, openErr := v.log.Open(text); openErr == nil && now.Epoch > present.Epoch {
+		return fmt.Errorf("audit: epoch %d has ended meanwhile, so try again: %v", present.Epoch, err)
+	}
+	if exists, readErr := v.hasEntries(first); readErr == nil && !exists && first.Epoch < present.Epoch {
+		return fmt.Errorf("audit: epoch %d was dropped meanwhile, so try again: %v", first.Epoch, err)
 	}
 	return err
 }
 
-// file reads a file of an epoch: that of the present one where it is in the folder itself too.
-func (v *verifier) file(epoch uint32, present bool, t Tile) ([]byte, error) {
-	name := epochFile(epoch, t.Path())
-	if present {
-		name = t.Path()
+// checkDrops checks the events about dropped epochs: the missing epochs before first are dropped
+// according to the log, and each such event has the root of the epoch's final checkpoint.
+func (v *verifier) checkDrops(heads []Checkpoint, first uint32) error {
+	// Epochs are dropped in order. The log therefore has the event for the last dropped epoch; the
+	// events for the epochs before may have been dropped themselves.
+	if first > 0 && v.rules.drops[first-1] == (drop{}) {
+		return fmt.Errorf("audit: epoch %d is missing, and the log does not say that retention has dropped it", first-1)
 	}
-	return v.from.ReadFile(v.ctx, name)
+	byEvent := func(a, b uint32) int { return cmp.Compare(v.rules.drops[a].event, v.rules.drops[b].event) }
+	for _, epoch := range slices.SortedFunc(maps.Keys(v.rules.drops), byEvent) {
+		d, present := v.rules.drops[epoch], uint32(len(heads)-1)
+		if epoch >= present {
+			return &Wrong{d.event, fmt.Sprintf("it drops epoch %d, which has not ended", epoch)}
+		}
+		if root := heads[epoch].Root.String(); d.root != root {
+			return &Wrong{d.event, fmt.Sprintf("it drops epoch %d with root %q, its final checkpoint has %s",
+				epoch, d.root, root)}
+		}
+	}
+	return nil
 }
 
-// epoch checks one tree.
+// epoch verifies one epoch: its tree and its events. before is the final checkpoint of the epoch
+// before, or nil.
 func (v *verifier) epoch(c Checkpoint, before *Checkpoint, present bool) error {
-	t := tree{head: c, read: func(tile Tile) ([]byte, error) { return v.file(c.Epoch, present, tile) }}
+	read := func(tile Tile) ([]byte, error) {
+		if present {
+			return v.from.ReadFile(v.ctx, tile.Path())
+		}
+		return v.from.ReadFile(v.ctx, epochFile(c.Epoch, tile.Path()))
+	}
+	t := treeChecker{head: c, read: read}
 	if v.since != nil && v.since.Epoch == c.Epoch {
 		t.since = v.since
 	}
 	first := v.next
-	// wrong names an event by its place in the epoch. What could not be read is no event's fault.
-	wrong := func(at uint64, err error) error {
+	// blame attributes an error to the event with index at. A failed read is no fault of an event.
+	blame := func(at uint64, err error) error {
 		if v.ctx.Err() != nil {
 			return v.ctx.Err()
 		}
@@ -226,42 +269,46 @@ func (v *verifier) epoch(c Checkpoint, before *Checkpoint, present bool) error {
 			return err
 		}
 		tile := Tile{-1, n, int(min(TileWidth, c.Size-n*TileWidth))}
-		bundle, err := v.file(c.Epoch, present, tile)
+		bundle, err := read(tile)
 		if err != nil {
-			return wrong(n*TileWidth, err)
+			return blame(n*TileWidth, err)
 		}
-		entries, form := split(bundle, tile.Width)
-		at, err := t.bundle(n, entries, form)
-		sound := entries // those before the first that is wrong are held against the rules first
-		if err != nil && at/TileWidth == n && at%TileWidth <= uint64(len(entries)) {
-			sound = entries[:at%TileWidth]
-		} else if err != nil {
-			sound = nil
+		entries, formErr := split(bundle, tile.Width)
+		at, treeErr := t.addBundle(n, entries, formErr)
+		if treeErr != nil {
+			// The rules are checked for the entries before the first wrong one: an entry there that
+			// breaks a rule is the first wrong event.
+			valid := at % TileWidth
+			if at/TileWidth != n || valid > uint64(len(entries)) {
+				valid = 0
+			}
+			entries = entries[:valid]
 		}
-		if n == 0 && len(sound) > 0 {
-			if err := v.begin(c, before, sound[0]); err != nil {
+		if n == 0 && len(entries) > 0 {
+			if err := v.checkFirst(c, before, entries[0]); err != nil {
 				return err
 			}
 		}
-		if err := v.events(n, sound); err != nil {
+		if err := v.events(n, entries); err != nil {
 			return err
 		}
-		if err != nil {
-			return wrong(at, err)
+		if treeErr != nil {
+			return blame(at, treeErr)
 		}
 	}
-	root, at, err := t.end()
+	root, at, err := t.finish()
 	if err != nil {
-		return wrong(at, err)
+		return blame(at, err)
 	}
 	if root != c.Root {
-		return fmt.Errorf("audit: epoch %d: its events and tiles are not those of its checkpoint", c.Epoch)
+		return fmt.Errorf("audit: epoch %d: its events have the root %v, its checkpoint has %v", c.Epoch, root, c.Root)
 	}
 	return nil
 }
 
-// begin reads an epoch's first event: it says where it begins and how the epoch before has ended.
-func (v *verifier) begin(c Checkpoint, before *Checkpoint, entry []byte) error {
+// checkFirst checks the first event of an epoch: the number of that event, and the size and root of
+// the epoch before.
+func (v *verifier) checkFirst(c Checkpoint, before *Checkpoint, entry []byte) error {
 	e, err := decodeStrict(entry)
 	if err != nil {
 		return &Wrong{v.next, err.Error()}
@@ -272,15 +319,17 @@ func (v *verifier) begin(c Checkpoint, before *Checkpoint, entry []byte) error {
 	}
 	switch {
 	case e.Type != EpochBegun || e.Resource != "epoch/"+strconv.FormatUint(uint64(c.Epoch), 10):
-		return &Wrong{v.next, fmt.Sprintf("epoch %d does not begin with an event that says so", c.Epoch)}
+		return &Wrong{v.next, fmt.Sprintf("epoch %d begins with %s of %q, want %s of \"epoch/%d\"",
+			c.Epoch, e.Type, e.Resource, EpochBegun, c.Epoch)}
 	case e.Metadata["first"] != want["first"]:
 		return &Wrong{v.next, fmt.Sprintf("it says that epoch %d begins with event %q", c.Epoch, e.Metadata["first"])}
 	case !maps.Equal(e.Metadata, want):
-		return &Wrong{v.next, fmt.Sprintf("it names another end of the epoch before %d than that one's final checkpoint", c.Epoch)}
+		return &Wrong{v.next, fmt.Sprintf("it contradicts the final checkpoint of the epoch before epoch %d", c.Epoch)}
 	}
 	return nil
 }
 
+// events checks the schema and the rules of the events of a bundle.
 func (v *verifier) events(bundle uint64, entries [][]byte) error {
 	for i, b := range entries {
 		e, err := decodeStrict(b)
@@ -290,7 +339,7 @@ func (v *verifier) events(bundle uint64, entries [][]byte) error {
 		if err != nil {
 			return &Wrong{v.next, err.Error()}
 		}
-		if err := v.rules.follow(v.next, e); err != nil {
+		if err := v.rules.check(v.next, e); err != nil {
 			return &Wrong{v.next, err.Error()}
 		}
 		if v.follow != nil {
@@ -303,353 +352,6 @@ func (v *verifier) events(bundle uint64, entries [][]byte) error {
 	}
 	if v.options.Progress != nil {
 		v.options.Progress(v.report.Events, v.total)
-	}
-	return nil
-}
-
-func entryLength(bundle []byte) uint16 {
-	if len(bundle) < 2 {
-		return 0
-	}
-	return binary.BigEndian.Uint16(bundle)
-}
-
-// split takes a bundle apart: u16 length || entry, again and again (C2SP tlog-tiles). With an error come the entries before it.
-func split(bundle []byte, n int) (entries [][]byte, err error) {
-	entries = make([][]byte, 0, n)
-	for range n {
-		size := int(entryLength(bundle))
-		if len(bundle) < 2+size {
-			return entries, errors.New("it ends within an entry")
-		}
-		entries, bundle = append(entries, bundle[2:2+size]), bundle[2+size:]
-	}
-	if len(bundle) > 0 {
-		return entries, fmt.Errorf("%d bytes follow its %d entries", len(bundle), n)
-	}
-	return entries, nil
-}
-
-// tree makes an epoch's tree of its entries and holds each tile against it.
-type tree struct {
-	head  Checkpoint
-	read  func(Tile) ([]byte, error)
-	since *Checkpoint // an older one of this epoch, or nil
-	tree  Tree
-	sure  []Hash    // the roots of full bundles, from one whose number is a multiple of TileWidth on, that the checkpoint vouches for
-	rows  [8][]byte // the hashes of each level's tile that is not full yet
-	n     [8]uint64 // the full ones
-}
-
-var errChanged = errors.New("the log was changed since the older checkpoint")
-
-// mismatch is an error that is about an event.
-type mismatch struct{ reason string }
-
-func (m *mismatch) Error() string { return m.reason }
-
-// bundle adds the entries of a bundle; form is what is wrong with its form. The error comes with the place in the epoch of the
-// first entry that it can be about.
-func (t *tree) bundle(n uint64, entries [][]byte, form error) (at uint64, err error) {
-	if n%TileWidth == 0 { // where there are none, the tiles themselves are compared all the same
-		t.sure, _ = t.hashes(8, n, min(TileWidth, t.head.Size>>8-n))
-	}
-	name := Tile{-1, n, int(min(TileWidth, t.head.Size-n*TileWidth))}.Path()
-	if form != nil {
-		return t.firstWrong(n, entries), &mismatch{fmt.Sprintf("%s: %v", name, form)}
-	}
-	changed := false
-	for _, b := range entries {
-		level := 0
-		t.tree.Append(LeafHash(b), func(h Hash) { // the roots of the subtrees that this leaf completes, by their height
-			if row := level / 8; level%8 == 0 && row < len(t.rows) {
-				t.rows[row] = append(t.rows[row], h[:]...)
-			}
-			level++
-		})
-		if t.since != nil && t.since.Size == t.tree.Size {
-			root, err := t.tree.Root()
-			changed = err != nil || root != t.since.Root
-		}
-	}
-	if i := int(n % TileWidth); i < len(t.sure) && !bytes.HasSuffix(t.rows[1], t.sure[i][:]) {
-		return t.firstWrong(n, entries), &mismatch{fmt.Sprintf("it is not what the checkpoint vouches for, by %s", name)}
-	}
-	for level := range t.rows {
-		if len(t.rows[level]) == TileWidth*len(Hash{}) || level == 0 { // the last bundle may not be full
-			if at, err := t.compare(level); err != nil {
-				return at, err
-			}
-		}
-	}
-	if changed {
-		return t.tree.Size, fmt.Errorf("its first %d events have another tree: %w", t.since.Size, errChanged)
-	}
-	return 0, nil
-}
-
-// firstWrong finds the first entry that is not what the checkpoint vouches for. Where the tile is wrong too, it is the bundle's
-// first one.
-func (t *tree) firstWrong(n uint64, entries [][]byte) (at uint64) {
-	width := min(TileWidth, t.head.Size-n*TileWidth)
-	at = n * TileWidth
-	leaves, err := t.hashes(0, at, width)
-	if err != nil {
-		return at
-	}
-	for i, b := range entries {
-		if LeafHash(b) != leaves[i] {
-			return at + uint64(i)
-		}
-	}
-	return at + min(uint64(len(entries)), width-1)
-}
-
-// hashes reads some hashes of a level and checks that the checkpoint vouches for them.
-func (t *tree) hashes(level int, from, n uint64) ([]Hash, error) {
-	indexes := make([]int64, n)
-	for i := range indexes {
-		indexes[i] = tlog.StoredHashIndex(level, int64(from)+int64(i))
-	}
-	return tlog.TileHashReader(tlog.Tree{N: int64(t.head.Size), Hash: t.head.Root}, tiles{t.read}).ReadHashes(indexes)
-}
-
-// tiles is the tlog.TileReader of a tree.
-type tiles struct{ read func(Tile) ([]byte, error) }
-
-func (tiles) Height() int { return 8 }
-
-func (tiles) SaveTiles([]tlog.Tile, [][]byte) {}
-
-func (t tiles) ReadTiles(names []tlog.Tile) (content [][]byte, err error) {
-	for _, name := range names {
-		b, err := t.read(Tile{name.L, uint64(name.N), name.W})
-		if err != nil {
-			return nil, err
-		}
-		content = append(content, b)
-	}
-	return content, nil
-}
-
-// compare holds a level's newest tile against its file.
-func (t *tree) compare(level int) (at uint64, err error) {
-	row := t.rows[level]
-	tile := Tile{level, t.n[level], len(row) / len(Hash{})}
-	at = tile.N * TileWidth << (8 * level)
-	b, err := t.read(tile)
-	if err != nil {
-		return at, err
-	}
-	if !bytes.Equal(b, row) {
-		same := 0
-		for same < min(len(row), len(b)) && b[same] == row[same] {
-			same++
-		}
-		at = (tile.N*TileWidth + uint64(same/len(Hash{}))) << (8 * level)
-		return min(at, t.tree.Size-1), &mismatch{fmt.Sprintf("it is not what %s says", tile.Path())}
-	}
-	if len(row) == TileWidth*len(Hash{}) {
-		t.rows[level], t.n[level] = row[:0], t.n[level]+1
-	}
-	return at, nil
-}
-
-// end compares the tiles that are not full, and returns the root.
-func (t *tree) end() (root Hash, at uint64, err error) {
-	for level := range t.rows {
-		if len(t.rows[level]) > 0 {
-			if at, err := t.compare(level); err != nil {
-				return Hash{}, at, err
-			}
-		}
-	}
-	root, err = t.tree.Root()
-	return root, 0, err
-}
-
-// rules are what the ledger promises, as far as the log shows it.
-type rules struct {
-	first      uint64             // events before it are not there
-	nonces     map[[16]byte]nonce // that live
-	hours      map[int64][][16]byte
-	open       map[uint64]admission
-	now        int64 // the hour before the log's: nonces that expired before it are forgotten
-	latest     int64 // the latest hour that the log has told
-	dropped    map[uint32]said
-	signatures uint64
-	unsettled  uint64
-	back       []step // where a nonce was spent before now
-	known      []step // what back was when the log was read before
-}
-
-// admission is what may still get an outcome. One that failed may: the same request may succeed later.
-type admission struct {
-	who             [16]byte // a hash of who and what
-	created, failed Type
-	settled         bool
-}
-
-// nonce says who spent one, and the hour of its expiry.
-type nonce struct {
-	event uint64
-	hour  int64
-}
-
-// said is an event that drops an epoch.
-type said struct {
-	event uint64
-	root  string
-}
-
-// step is an event and the hour of its time.
-type step struct {
-	event uint64
-	hour  int64
-}
-
-func newRules(known []step) *rules {
-	return &rules{nonces: map[[16]byte]nonce{}, hours: map[int64][][16]byte{}, open: map[uint64]admission{}, dropped: map[uint32]said{}, known: known}
-}
-
-const (
-	hourMS = 3_600_000
-	// maxLifetime is more than a document may live.
-	maxLifetime = 400 * 24 * 3600
-)
-
-// follow takes the next event.
-func (r *rules) follow(index uint64, e Event) error {
-	hour := e.TimeMS / hourMS
-	r.latest = max(r.latest, hour)
-	for len(r.known) > 0 && r.known[0].event < index {
-		r.known = r.known[1:]
-	}
-	now := r.latest - 1
-	if len(r.known) > 0 { // in increasing order: no later event goes back further
-		now = min(now, r.known[0].hour)
-	}
-	if now > r.now { // what has expired may be spent again
-		r.now = now
-		for hour, prints := range r.hours {
-			if hour < now {
-				for _, print := range prints {
-					if r.nonces[print].hour == hour {
-						delete(r.nonces, print)
-					}
-				}
-				delete(r.hours, hour)
-			}
-		}
-	}
-	switch e.Type.Kind() {
-	case Admission, Spent:
-		if hour < r.now {
-			for len(r.back) > 0 && r.back[len(r.back)-1].hour >= hour {
-				r.back = r.back[:len(r.back)-1]
-			}
-			r.back = append(r.back, step{index, hour})
-		}
-		return r.spend(index, e)
-	case Outcome:
-		return r.settle(e)
-	}
-	if text, ok := strings.CutPrefix(e.Resource, "epoch/"); ok && e.Type == RetentionApplied {
-		epoch, err := strconv.ParseUint(text, 10, 32)
-		if err != nil {
-			return fmt.Errorf("%s of an epoch %q", e.Type, text)
-		}
-		if s, twice := r.dropped[uint32(epoch)]; twice {
-			return fmt.Errorf("epoch %d was dropped by event %d", epoch, s.event)
-		}
-		r.dropped[uint32(epoch)] = said{index, e.Metadata["root"]}
-	}
-	return nil
-}
-
-// mix is a hash of texts that tells them apart.
-func mix(texts ...string) [16]byte {
-	var b []byte
-	for _, t := range texts {
-		b = append(binary.AppendUvarint(b, uint64(len(t))), t...)
-	}
-	h := tlog.RecordHash(b)
-	return [16]byte(h[:16])
-}
-
-func owner(e Event) [16]byte { return mix(e.Actor.PublicKey, e.Resource) }
-
-// isHash says that a text is 32 bytes in hex, in the one way that they are written.
-func isHash(s string) bool {
-	for i := range len(s) {
-		if c := s[i]; (c < '0' || c > '9') && (c < 'a' || c > 'f') {
-			return false
-		}
-	}
-	return len(s) == 64
-}
-
-func (r *rules) spend(index uint64, e Event) error {
-	expires, err := strconv.ParseInt(e.Metadata["expires_at"], 10, 64)
-	if err != nil || !isHash(e.Metadata["nonce"]) || !isHash(e.Metadata["digest"]) {
-		return fmt.Errorf("%s without nonce, digest and expires_at", e.Type)
-	}
-	if now := e.TimeMS / 1000; expires < now-3600 || expires > now+maxLifetime { // what is closer may be a clock that was set
-		return fmt.Errorf("%s of a document that expires at %d, at %d", e.Type, expires, now)
-	}
-	scope := "signer " + e.Metadata["signer"]
-	admitted, created, failed := OfDocument(e.Metadata["transcript"])
-	if e.Type.Kind() == Admission {
-		name, version, _ := strings.Cut(e.Resource, "/") // the nonce is spent whatever the version
-		if scope = "key " + name; name == "" || version == "" {
-			return fmt.Errorf("%s without a key and its version", e.Type)
-		}
-		if e.Type != admitted || e.Outcome != "ok" {
-			return fmt.Errorf("%s with outcome %q of a document of type %q", e.Type, e.Outcome, e.Metadata["transcript"])
-		}
-	} else if !isHash(e.Metadata["signer"]) {
-		return fmt.Errorf("%s without a signer", e.Type)
-	}
-	print := mix(scope, e.Metadata["nonce"])
-	if before, twice := r.nonces[print]; twice && before.hour >= e.TimeMS/hourMS {
-		return fmt.Errorf("its nonce was spent by event %d", before.event)
-	}
-	hour := expires / 3600
-	r.nonces[print] = nonce{index, hour}
-	r.hours[hour] = append(r.hours[hour], print)
-	if e.Type.Kind() == Admission {
-		r.open[index] = admission{owner(e), created, failed, false}
-		r.unsettled++
-	}
-	return nil
-}
-
-func (r *rules) settle(e Event) error {
-	number, err := strconv.ParseUint(e.Metadata["admission"], 10, 64)
-	if err != nil {
-		return fmt.Errorf("%s names no admission", e.Type)
-	}
-	if number < r.first {
-		return nil // it was dropped with its epoch
-	}
-	a, ok := r.open[number]
-	switch {
-	case !ok:
-		return fmt.Errorf("%s: event %d is no admission that could have this outcome", e.Type, number)
-	case a.who != owner(e):
-		return fmt.Errorf("%s: event %d is an admission of somebody or something else", e.Type, number)
-	case e.Type != a.created && e.Type != a.failed || (e.Type == a.created) != (e.Outcome == "ok"):
-		return fmt.Errorf("%s with outcome %q: event %d is no admission that could end like this", e.Type, e.Outcome, number)
-	}
-	if !a.settled {
-		r.unsettled--
-	}
-	if e.Type == a.created {
-		r.signatures++
-		delete(r.open, number)
-	} else {
-		a.settled = true
-		r.open[number] = a
 	}
 	return nil
 }

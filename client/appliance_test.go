@@ -5,8 +5,8 @@ import (
 	"testing"
 	"time"
 
-	"countersign/appliance"
 	"countersign/client"
+	"countersign/internal/keyring"
 )
 
 // TestRotationOfAnAppliance rotates the keys of a real appliance. A connected peer follows the
@@ -50,14 +50,14 @@ func TestRotationOfAnAppliance(t *testing.T) {
 	// acknowledged waits for the acknowledgement, which the client sends after OnRotation.
 	acknowledged := func(name string, version uint32) {
 		t.Helper()
-		for len(a.app.Unacknowledged(name, version)) > 0 {
+		for len(a.app.Peers.Unacknowledged(name, version)) > 0 {
 			if _, err := c.Ping(ctx); err != nil {
 				t.Fatal(err)
 			}
 		}
 	}
 	for version := uint32(2); version <= 3; version++ {
-		k, err := a.app.Rotate(ctx, operator, "payments", time.Now())
+		k, err := a.app.Keys.Rotate(ctx, operator, "payments", time.Now())
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -93,14 +93,14 @@ func TestRotationOfAnAppliance(t *testing.T) {
 		t.Errorf("%+v, %v", l, err)
 	}
 
-	k, err := a.app.Rotate(ctx, operator, appliance.NoiseName, time.Now())
+	k, err := a.app.Keys.Rotate(ctx, operator, keyring.NoiseName, time.Now())
 	if err != nil {
 		t.Fatal(err)
 	}
 	if r := next(); r.Key != client.NoiseKey || r.Err != nil || <-kept != [32]byte(k.Info().PublicKey) {
 		t.Fatalf("%+v", r)
 	}
-	acknowledged(appliance.NoiseName, 2)
+	acknowledged(keyring.NoiseName, 2)
 	if err := a.stop(); err != nil {
 		t.Fatal(err)
 	}

@@ -134,7 +134,7 @@ func TestReconnects(t *testing.T) {
 func TestRemovedPeerIsCutOff(t *testing.T) {
 	a := start(t)
 	c := dial(t, a.config())
-	if err := a.app.RemovePeer(t.Context(), operator, "shop"); err != nil {
+	if err := a.app.Peers.Remove(t.Context(), operator, "shop"); err != nil {
 		t.Fatal(err)
 	}
 	if _, err := c.Ping(t.Context()); !errors.Is(err, client.ErrHandshake) {

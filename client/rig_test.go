@@ -11,6 +11,7 @@ import (
 	"countersign/appliance"
 	"countersign/audit"
 	"countersign/client"
+	"countersign/internal/keyring"
 	"countersign/internal/keystore"
 	"countersign/internal/keystore/keystoretest"
 	"countersign/internal/ledger"
@@ -48,7 +49,8 @@ func startAppliance() (a *testAppliance, err error) {
 	if err := ledger.Create(path, ledger.Options{}); err != nil {
 		return nil, err
 	}
-	if a.ledger, err = ledger.Open(path, ledger.Options{}); err != nil {
+	a.ledger, err = ledger.Open(path, ledger.Options{}) // without a replica: examples have no testing.T
+	if err != nil {
 		return nil, err
 	}
 	p, err := policy.Parse("policy.cedar", []byte(rules))
@@ -67,16 +69,16 @@ func startAppliance() (a *testAppliance, err error) {
 	if err != nil {
 		return nil, err
 	}
-	if _, err := a.app.CreateOwnKey(ctx, operator, appliance.LogName, "memory"); err != nil {
+	if _, err := a.app.Keys.CreateOwn(ctx, operator, keyring.LogName, "memory"); err != nil {
 		return nil, err
 	}
-	k, err := a.app.CreateOwnKey(ctx, operator, appliance.NoiseName, "memory")
+	k, err := a.app.Keys.CreateOwn(ctx, operator, keyring.NoiseName, "memory")
 	if err != nil {
 		return nil, err
 	}
 	a.key = [32]byte(k.Info().PublicKey)
 	for _, name := range []string{"payments", "certificates"} {
-		if _, err := a.app.CreateKey(ctx, operator, appliance.NewKey{Name: name}); err != nil {
+		if _, err := a.app.Keys.Create(ctx, operator, keyring.NewKey{Name: name}); err != nil {
 			return nil, err
 		}
 	}
@@ -84,7 +86,7 @@ func startAppliance() (a *testAppliance, err error) {
 		return nil, err
 	}
 	public := a.shop.Public()
-	if _, err := a.app.AddPeer(ctx, operator, "shop", public[:]); err != nil {
+	if _, err := a.app.Peers.Add(ctx, operator, "shop", public[:]); err != nil {
 		return nil, err
 	}
 	return a, a.serve()

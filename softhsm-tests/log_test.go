@@ -144,11 +144,11 @@ func (m *monitor) checkConsistent(from audit.Source) {
 			m.t.Fatalf("a checkpoint of epoch %d was shown with %d events; now there are %d",
 				shown.Epoch, shown.Size, head.Size)
 		}
-		tree := tlog.Tree{N: int64(head.Size), Hash: head.Root}
+		tree := tlog.Tree{N: int64(head.Size), Hash: tlog.Hash(head.Root)}
 		hashes := tlog.TileHashReader(tree, tileReader{m.t, from, shown.Epoch})
 		proof, err := tlog.ProveTree(int64(head.Size), int64(shown.Size), hashes)
 		if err == nil {
-			err = tlog.CheckTree(proof, int64(head.Size), head.Root, int64(shown.Size), shown.Root)
+			err = tlog.CheckTree(proof, int64(head.Size), tlog.Hash(head.Root), int64(shown.Size), tlog.Hash(shown.Root))
 		}
 		if err != nil {
 			m.t.Fatalf("epoch %d, no consistency between %d and %d events: %v", shown.Epoch, shown.Size, head.Size, err)

@@ -77,7 +77,7 @@ func logFolder(t *testing.T, private ed25519.PrivateKey, epochs ...[]audit.Event
 		if err != nil {
 			t.Fatal(err)
 		}
-		last = audit.Checkpoint{Epoch: uint32(n), Size: size, Root: root}
+		last = audit.Checkpoint{Epoch: uint32(n), Size: size, Root: audit.Hash(root)}
 		checkpoint, err := log.Sign(last, func(message []byte) ([]byte, error) {
 			return ed25519.Sign(private, message), nil
 		})
@@ -87,7 +87,7 @@ func logFolder(t *testing.T, private ed25519.PrivateKey, epochs ...[]audit.Event
 		if err := audit.Tiles(size, func(tile audit.Tile) error {
 			b := bundle
 			if tile.Level >= 0 {
-				b, err = tile.Hashes(reader)
+				b, err = tlog.ReadTileData(tlog.Tile{H: 8, L: tile.Level, N: int64(tile.N), W: tile.Width}, reader)
 			}
 			write(fmt.Sprintf("epochs/%d/%s", n, tile.Path()), b)
 			if n == len(epochs)-1 {

@@ -84,11 +84,11 @@ func check(ctx context.Context, path string, c Config, deep bool, stdout, stderr
 	if err != nil {
 		return err
 	}
-	for _, k := range app.Keys() {
+	for _, k := range app.Keys.All() {
 		info := k.Info()
 		say("key", "ok: %v %s %s %s, public key %s", info.Ref, info.Algorithm, k.State, info.Custody, hex.EncodeToString(info.PublicKey))
 	}
-	say("peers", "%d enrolled", len(app.Peers()))
+	say("peers", "%d enrolled", len(app.Peers.All()))
 	if err := app.Ready(); err != nil {
 		return err
 	}

@@ -15,6 +15,7 @@ import (
 
 	"countersign/appliance"
 	"countersign/hsm"
+	"countersign/internal/anchor"
 	"countersign/internal/keystore"
 	"countersign/internal/ledger"
 	"countersign/internal/webhook"
@@ -523,8 +524,8 @@ func (c *Config) appliance() appliance.Config {
 	return appliance.Config{Limits: c.limits(), Anchor: c.anchor(), Retention: c.retention(), Attended: !c.UnattendedStart, Identity: c.NoiseIdentity, Webhooks: c.webhooks()}
 }
 
-func (c *Config) anchor() appliance.Anchor {
-	return appliance.Anchor{Token: c.RollbackToken, Interval: c.RollbackInterval.std(), Admissions: uint64(c.RollbackAdmissions)}
+func (c *Config) anchor() anchor.Config {
+	return anchor.Config{Token: c.RollbackToken, Interval: c.RollbackInterval.std(), Admissions: uint64(c.RollbackAdmissions)}
 }
 
 func (c *Config) retention() appliance.Retention {

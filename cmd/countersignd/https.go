@@ -12,12 +12,14 @@ import (
 	"countersign/admin/certs"
 	"countersign/appliance"
 	"countersign/audit"
+	"countersign/internal/keyring"
 	"countersign/internal/keystore"
 	"countersign/internal/ledger"
+	"countersign/internal/manage"
 )
 
 // httpsKeys are those of the HTTPS listener.
-var httpsKeys = []string{appliance.CAName, appliance.AdminName}
+var httpsKeys = []string{keyring.CAName, keyring.AdminName}
 
 // makeHTTPSKeys makes those that are not there.
 func makeHTTPSKeys(ctx context.Context, c Config, app *appliance.Appliance, who audit.Actor, stderr io.Writer) error {
@@ -25,10 +27,10 @@ func makeHTTPSKeys(ctx context.Context, c Config, app *appliance.Appliance, who 
 		return nil
 	}
 	for _, name := range httpsKeys {
-		if _, err := app.ActiveKey(name); err == nil {
+		if _, err := app.Keys.Active(name); err == nil {
 			continue
 		}
-		if _, err := app.CreateOwnKey(ctx, who, name, c.NoiseToken); err != nil {
+		if _, err := app.Keys.CreateOwn(ctx, who, name, c.NoiseToken); err != nil {
 			return err
 		}
 		fmt.Fprintf(stderr, "created the key %s of the HTTPS listener in the token\n", name)
@@ -43,13 +45,13 @@ func certificates(c Config, p parts, log *slog.Logger) (*certs.Manager, error) {
 	}
 	var keys []keystore.Key
 	for _, name := range httpsKeys {
-		k, err := p.app.ActiveKey(name)
-		if errors.Is(err, appliance.ErrNotFound) {
+		k, err := p.app.Keys.Active(name)
+		if errors.Is(err, manage.ErrNotFound) {
 			return nil, errors.New("the HTTPS listener has no keys: run countersignd init")
 		} else if err != nil {
 			return nil, err
 		}
-		keys = append(keys, k)
+		keys = append(keys, k.In(keyring.Own))
 	}
 	return certs.New(keys[0], keys[1], certificateStore{p.ledger}, []string{c.AdminName}, log)
 }

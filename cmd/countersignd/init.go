@@ -12,10 +12,11 @@ import (
 	"path/filepath"
 	"slices"
 
-	"countersign/appliance"
 	"countersign/audit"
 	"countersign/hsm"
+	"countersign/internal/keyring"
 	"countersign/internal/ledger"
+	"countersign/internal/manage"
 	"countersign/policy"
 	"countersign/tpm"
 )
@@ -66,15 +67,15 @@ func initialise(ctx context.Context, c Config, newToken bool, soPINFile string, 
 		return err
 	}
 	defer p.close(log)
-	if err := p.app.Recover(ctx); err != nil {
+	if err := p.app.Keys.Recover(ctx); err != nil {
 		return err
 	}
 	operator := audit.Operator(fmt.Sprintf("uid:%d", os.Getuid()))
-	if err := p.app.BindLedger(ctx, operator); err != nil {
+	if err := p.app.Anchor.Bind(ctx, operator); err != nil {
 		return err
 	}
-	if _, err := p.app.LogKey(); errors.Is(err, appliance.ErrNotFound) {
-		if _, err := p.app.CreateOwnKey(ctx, operator, appliance.LogName, c.NoiseToken); err != nil {
+	if _, err := p.app.Keys.LogKey(); errors.Is(err, manage.ErrNotFound) {
+		if _, err := p.app.Keys.CreateOwn(ctx, operator, keyring.LogName, c.NoiseToken); err != nil {
 			return err
 		}
 		fmt.Fprintf(stderr, "created the audit log's key in the token\n")
@@ -84,9 +85,9 @@ func initialise(ctx context.Context, c Config, newToken bool, soPINFile string, 
 	if err := makeHTTPSKeys(ctx, c, p.app, operator, stderr); err != nil {
 		return err
 	}
-	key, err := p.app.NoiseKey()
-	if errors.Is(err, appliance.ErrNotFound) {
-		key, err = p.app.CreateOwnKey(ctx, operator, appliance.NoiseName, c.NoiseToken)
+	key, err := p.app.Keys.Noise()
+	if errors.Is(err, manage.ErrNotFound) {
+		key, err = p.app.Keys.CreateOwn(ctx, operator, keyring.NoiseName, c.NoiseToken)
 		if err == nil {
 			fmt.Fprintf(stderr, "created the listener's Noise key in the token\n")
 		}

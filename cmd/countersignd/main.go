@@ -11,13 +11,13 @@ import (
 	"os"
 	"os/signal"
 	"strings"
-	"sync"
 	"syscall"
 	"time"
 
 	"countersign/appliance"
 	"countersign/internal/keystore"
 	"countersign/internal/ledger"
+	"countersign/internal/resource"
 	"countersign/policy"
 
 	"github.com/spf13/cobra"
@@ -167,57 +167,37 @@ func open(ctx context.Context, c Config, log *slog.Logger) (p parts, err error) 
 	if p.ledger, err = openLedger(c); err != nil {
 		return p, errors.Join(broken, fmt.Errorf("%s: %w", c.Ledger, err))
 	}
-	if broken != nil { // what operators have approved stays in force, whatever becomes of the file
+	if broken != nil { // the policy that operators have approved stays in force, whatever becomes of the file
 		if rules, err = appliance.ApprovedPolicy(p.ledger); rules == nil || err != nil {
 			return p, errors.Join(broken, err)
 		}
 	}
-	// A token can change before there is an appliance to write that down: then it is written down when there is one.
-	var changing sync.Mutex
-	var app *appliance.Appliance // under changing
-	var early []func(*appliance.Appliance)
+	// The monitor keeps the changes of tokens until there is an appliance to write them down.
+	config := c.appliance()
+	config.Monitor = resource.NewMonitor(log, config.Limits.RequestTimeout)
 	changed := func(token string, up bool, cause error) {
-		changing.Lock()
-		defer changing.Unlock()
-		if app == nil {
-			early = append(early, func(a *appliance.Appliance) { a.TokenChanged(token, up, cause) })
-			return
-		}
-		app.TokenChanged(token, up, cause)
+		config.Monitor.Report(context.Background(), appliance.TokenResource(token), up, cause)
 	}
 	if p.tokens, err = openTokens(ctx, c, log, changed); err != nil {
 		return p, err
 	}
-	if p.app, err = appliance.New(ctx, c.appliance(), p.ledger, p.tokens, rules, log); err != nil {
+	if p.app, err = appliance.New(ctx, config, p.ledger, p.tokens, rules, log); err != nil {
 		return p, err
 	}
 	if broken != nil {
 		p.app.PolicyFileBroken(broken)
 	}
-	changing.Lock()
-	defer changing.Unlock()
-	app = p.app
-	for _, write := range early {
-		write(app)
-	}
 	return p, nil
 }
 
-// openLedger opens it so that nonces are kept as long as is in force, which may be another time than the configuration says.
+// openLedger opens the ledger so that nonces are kept as long as is in force, which may be another time
+// than the configuration says.
 func openLedger(c Config) (*ledger.Ledger, error) {
-	l, err := ledger.Open(c.Ledger, c.ledger())
-	if err != nil {
-		return nil, err
-	}
-	kept, _, err := c.retention().InForce(l)
-	if err == nil && kept.Nonces == c.Retention.Nonces.std() {
-		return l, nil
-	}
-	if err := errors.Join(err, l.Close()); err != nil {
-		return nil, err
-	}
 	options := c.ledger()
-	options.Margin = kept.Nonces
+	options.MarginOf = func(v ledger.View) (time.Duration, error) {
+		kept, _, err := c.retention().InForce(v)
+		return kept.Nonces, err
+	}
 	return ledger.Open(c.Ledger, options)
 }
 

@@ -134,16 +134,16 @@ func serve(ctx context.Context, c Config, stderr io.Writer) error {
 }
 
 // openDesk gives the operators their place.
-func openDesk(c Config, p parts, log *slog.Logger) (*operators.Desk, error) {
+func openDesk(c Config, p parts, log *slog.Logger) (*operators.Registry, error) {
 	name, _, err := p.app.Log()
 	if err != nil {
 		return nil, err
 	}
-	return operators.Open(p.ledger, operators.Config{Appliance: name.Name(), RPID: c.AdminName, Origin: c.adminOrigin(), Acts: admin.Acts(p.app), Changed: p.app.CredentialsChanged, Log: log})
+	return operators.Open(p.ledger, operators.Config{Appliance: name.Name(), RPID: c.AdminName, Origin: c.adminOrigin(), Acts: admin.Acts(p.app), Changed: p.app.Keys.CredentialsChanged, Log: log})
 }
 
 // expire ends proposals whose time is over, as soon as anybody could notice.
-func expire(ctx context.Context, desk *operators.Desk, log *slog.Logger) {
+func expire(ctx context.Context, desk *operators.Registry, log *slog.Logger) {
 	ticker := time.NewTicker(time.Minute)
 	defer ticker.Stop()
 	for {

@@ -10,18 +10,18 @@ import (
 	"countersign/wire"
 )
 
-// Peers are told of the newest rotation of each key: when it is announced, and at each connection,
-// until they have acknowledged it.
+// The appliance tells peers of the newest rotation of each key: at the announcement, and again at
+// each connection until the peer has acknowledged the rotation.
 
-// Announcement is what peers are told of a key.
+// Announcement is the newest rotation of a key, ready for peers.
 type Announcement struct {
 	Name    string
 	Version uint32
-	Event   string // the document that is sent
+	Event   string // the event rotation in JSON
 }
 
-// newest returns the version of a key that peers are to know of: the one that was announced last,
-// unless it is the first one. The caller holds mu.
+// newest returns the version of a key that was announced last, or nil if the key has only version
+// 1. The caller holds mu.
 func (r *Ring) newest(name string) *Key {
 	var last *Key
 	for ref, k := range r.keys {
@@ -32,13 +32,13 @@ func (r *Ring) newest(name string) *Key {
 	return last
 }
 
-// newerThan reports that peers are to know of k, and not of last any more.
+// newerThan reports that k is announced and newer than last. Version 1 of a key is no rotation.
 func (k *Key) newerThan(last *Key) bool {
 	return k.Version > 1 && k.Announced() && (last == nil || k.Version > last.Version)
 }
 
-// Announcements lists what peers are told, by name. All sessions ask at once when there is something
-// new: the list is made once.
+// Announcements lists the newest rotations, by the name of the key. The list is cached, since all
+// sessions ask at the same time after each change.
 func (r *Ring) Announcements() []Announcement {
 	r.mu.RLock()
 	all := r.announcements
@@ -57,16 +57,17 @@ func (r *Ring) Announcements() []Announcement {
 	r.announcements = []Announcement{}
 	for _, name := range slices.Sorted(maps.Keys(newest)) {
 		k := newest[name]
-		r.announcements = append(r.announcements, Announcement{name, k.Version, string(wire.EncodeRotation(r.rotationOf(k)))})
+		event := wire.EncodeRotation(r.rotationOf(k))
+		r.announcements = append(r.announcements, Announcement{name, k.Version, string(event)})
 	}
 	return r.announcements
 }
 
-// rotationOf is what peers are told. The caller holds mu.
+// rotationOf makes the event rotation of a version. The caller holds mu.
 func (r *Ring) rotationOf(k *Key) wire.Rotation {
 	doc := wire.Rotation{
-		Key: k.Name, Version: k.Version, PublicKey: wire.Bytes32(k.Info().PublicKey), ActivatesAt: k.Activates.Unix(),
-		Succession: k.Succession, Authorization: k.Authorization,
+		Key: k.Name, Version: k.Version, PublicKey: wire.Bytes32(k.Info().PublicKey),
+		ActivatesAt: k.Activates.Unix(), Succession: k.Succession, Authorization: k.Authorization,
 	}
 	doc.RetiresAt = k.Activates.Add(r.grace(r.settings[k.Name])).Unix()
 	if old := r.keys[keystore.Ref{Name: k.Name, Version: k.Version - 1}]; old != nil {
@@ -80,8 +81,8 @@ func (r *Ring) rotationOf(k *Key) wire.Rotation {
 	return doc
 }
 
-// Rotation returns the newest announced rotation of a key, for callers outside of a connection; nil:
-// there was none.
+// Rotation returns the newest announced rotation of a key for webhooks and operators, or nil if
+// none was announced.
 func (r *Ring) Rotation(name string) *wire.Rotation {
 	r.mu.RLock()
 	defer r.mu.RUnlock()
@@ -94,7 +95,7 @@ func (r *Ring) Rotation(name string) *wire.Rotation {
 	return &doc
 }
 
-// CheckAnnounced refuses a version of a key that peers were never told of.
+// CheckAnnounced refuses a version of a key that was never announced to peers.
 func (r *Ring) CheckAnnounced(name string, version uint32) error {
 	r.mu.RLock()
 	defer r.mu.RUnlock()
@@ -105,14 +106,15 @@ func (r *Ring) CheckAnnounced(name string, version uint32) error {
 	return nil
 }
 
-// Watch has changed called whenever there may be news for peers. It must return at once.
+// Watch has changed called after each change that peers may have to be told. changed must not
+// block.
 func (r *Ring) Watch(changed func()) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	r.watchers = append(r.watchers, changed)
 }
 
-// notify tells the watchers that there may be news.
+// notify calls the watchers.
 func (r *Ring) notify() {
 	r.mu.RLock()
 	watchers := r.watchers
@@ -122,10 +124,10 @@ func (r *Ring) notify() {
 	}
 }
 
-// maxSteps bounds the steps in one answer, so that it fits into a message.
+// maxSteps bounds the steps in one answer, so that the answer fits into a message.
 const maxSteps = 50
 
-// Steps answers how a key went on from a version.
+// Steps answers the operation line: the steps of a key after a version.
 func (r *Ring) Steps(request *wire.Line) (*wire.Steps, error) {
 	versions, err := r.Versions(request.Key)
 	if err != nil || !versions[0].Signs() {
@@ -135,7 +137,7 @@ func (r *Ring) Steps(request *wire.Line) (*wire.Steps, error) {
 	for _, k := range versions {
 		switch {
 		case k.Version <= request.From || !k.Announced():
-		case k.Succession == nil: // it could not be signed: nobody can follow
+		case k.Succession == nil: // the old version could not sign the step, so no peer can follow
 			return answer, nil
 		case len(answer.Steps) == maxSteps:
 			answer.More = true
@@ -147,8 +149,9 @@ func (r *Ring) Steps(request *wire.Line) (*wire.Steps, error) {
 	return answer, nil
 }
 
-// Listed are the keys that peers may see: those that sign, without the archived and destroyed
-// versions, which Steps shows. All enrolled peers see all of them; policy decides about their use.
+// Listed answers the operation keys: the announced versions of signing keys, without the archived
+// and destroyed versions, which Steps leads past. Every enrolled peer sees every key; policy
+// decides about the use of the keys.
 func (r *Ring) Listed() wire.KeyList {
 	list := wire.KeyList{Keys: []wire.Key{}}
 	for _, k := range r.All() {

@@ -11,17 +11,16 @@ import (
 	"countersign/audit"
 	"countersign/internal/ijson"
 	"countersign/internal/keystore"
-	"countersign/internal/ledger"
 	"countersign/internal/manage"
 )
 
-// The creation of a key writes its intent down first. The key comes into use only when it has been
-// proven and one transaction says so, together with everything that has to be true then: a signing key
-// has a successor from its first moment. A crash in between leaves versions that are marked as being
-// made, and they are cleared away.
+// The creation of a key first writes a record in the state making: the intent. One later
+// transaction brings the key into use, after the device has made the key, together with all that
+// must be true from then on: a signing key has a successor from the first moment. A crash in
+// between leaves records in the state making, which Recover clears away.
 
-// Recover clears away the remains of creations that were cut off. Those versions have never been in
-// use, and objects with another tag than theirs are not touched.
+// Recover clears away the remains of creations that a crash has cut off. Such versions have never
+// been in use. An object on the token with another tag than the record has is not touched.
 func (r *Ring) Recover(ctx context.Context) error {
 	unfinished, err := r.unfinished()
 	if err != nil {
@@ -30,10 +29,11 @@ func (r *Ring) Recover(ctx context.Context) error {
 	for ref, rec := range unfinished {
 		err := r.clearAway(ctx, ref, rec, "interrupted")
 		switch {
-		case errors.Is(err, keystore.ErrUnavailable), errors.Is(err, keystore.ErrSealed), errors.Is(err, keystore.ErrAuth),
-			errors.Is(err, manage.ErrNotFound):
-			// It can wait: the next creation of the version clears it away first.
-			r.Log.Warn("an unfinished key is not cleared away, since its token does not answer", "key", ref.String(), "err", err)
+		case errors.Is(err, keystore.ErrUnavailable), errors.Is(err, keystore.ErrSealed),
+			errors.Is(err, keystore.ErrAuth), errors.Is(err, manage.ErrNotFound):
+			// Clearing away can wait: the next creation of the version begins with the same.
+			r.Log.Warn("an unfinished key is not cleared away, since its token does not answer",
+				"key", ref.String(), "err", err)
 		case err != nil:
 			return err
 		}
@@ -41,7 +41,7 @@ func (r *Ring) Recover(ctx context.Context) error {
 	return nil
 }
 
-// clearAway removes the remains of a creation that did not end well.
+// clearAway removes the remains of a failed creation from the token, then from the ledger.
 func (r *Ring) clearAway(ctx context.Context, ref keystore.Ref, rec record, outcome string) error {
 	store, err := r.Tokens.Get(rec.Token)
 	if err == nil {
@@ -50,24 +50,20 @@ func (r *Ring) clearAway(ctx context.Context, ref keystore.Ref, rec record, outc
 	if err != nil {
 		return fmt.Errorf("clear away the unfinished key %v: %w", ref, err)
 	}
-	return r.Ledger.Update(ctx, func(tx *ledger.Tx) error {
-		if err := tx.Delete(ledger.Keys, ref.String()); err != nil {
-			return err
-		}
-		return tx.Append(ledger.EventOf(audit.NewKeyCreationFailed(ref.String(), outcome)))
-	})
+	cleared := edit{ref, func(rec *record) { *rec = record{} }} // absent again
+	return r.change(ctx, audit.Daemon(), []edit{cleared}, audit.NewKeyCreationFailed(ref.String(), outcome))
 }
 
-// NewKey says what key to make.
+// NewKey describes a key to make or to import.
 type NewKey struct {
 	Name      string
 	Algorithm keystore.Algorithm // default: Ed25519
-	Token     string             // where; may be left out where there is only one
-	Seed      string             // for an import: the path of the file with the seed, which the key worker reads
+	Token     string             // name of the token; default: the only token
+	Seed      string             // path of the file with the seed to import; the key worker reads the file
 }
 
-// Create makes or imports version 1 of a signing key, and makes its successor. When ctx ends first,
-// the creation goes on: All has the key when it has come into use, and the audit log how it ended.
+// Create makes or imports version 1 of a signing key, and makes version 2. When ctx ends first, the
+// creation goes on: All lists the key once the key is in use, and the audit log has the outcome.
 func (r *Ring) Create(ctx context.Context, who audit.Actor, n NewKey) (*Key, error) {
 	if n.Algorithm == "" {
 		n.Algorithm = keystore.Ed25519
@@ -77,10 +73,11 @@ func (r *Ring) Create(ctx context.Context, who audit.Actor, n NewKey) (*Key, err
 	case own(n.Name):
 		return nil, fmt.Errorf("key %q: %w: the name belongs to the appliance's own key", n.Name, manage.ErrInvalid)
 	case n.Algorithm != keystore.Ed25519 && n.Algorithm != keystore.P256:
-		return nil, fmt.Errorf("key %q: %w: a signing key is %s or %s", name, manage.ErrInvalid, keystore.Ed25519, keystore.P256)
+		return nil, fmt.Errorf("key %q: %w: a signing key is %s or %s",
+			name, manage.ErrInvalid, keystore.Ed25519, keystore.P256)
 	case n.Seed != "" && (n.Algorithm != keystore.Ed25519 || !filepath.IsAbs(n.Seed)):
-		return nil, fmt.Errorf("key %q: %w: what can be imported is an ed25519 seed, in a file that is named by an absolute path",
-			name, manage.ErrInvalid)
+		return nil, fmt.Errorf("key %q: %w: what can be imported is an ed25519 seed, "+
+			"in a file that is named by an absolute path", name, manage.ErrInvalid)
 	}
 	if err := r.Gate.Err(); err != nil {
 		return nil, fmt.Errorf("key %q: %w", name, err)
@@ -88,13 +85,14 @@ func (r *Ring) Create(ctx context.Context, who audit.Actor, n NewKey) (*Key, err
 	return r.createFirst(ctx, who, n)
 }
 
-// CreateOwn makes one of the appliance's own keys on a token; countersignd init calls it.
+// CreateOwn makes one of the appliance's own keys on a token, for countersignd init.
 func (r *Ring) CreateOwn(ctx context.Context, who audit.Actor, name, token string) (*Key, error) {
 	alg, ok := map[string]keystore.Algorithm{
 		NoiseName: keystore.X25519, LogName: keystore.Ed25519, AdminName: keystore.P256, CAName: keystore.P256,
 	}[name]
 	if !ok {
-		return nil, fmt.Errorf("key %q: %w: the appliance has no such key of its own", ijson.Clip(name), manage.ErrInvalid)
+		return nil, fmt.Errorf("key %q: %w: the appliance has no such key of its own",
+			ijson.Clip(name), manage.ErrInvalid)
 	}
 	return r.createFirst(ctx, who, NewKey{Name: name, Algorithm: alg, Token: token})
 }
@@ -117,7 +115,7 @@ func (r *Ring) createFirst(ctx context.Context, who audit.Actor, n NewKey) (*Key
 	return r.Version(n.Name, 1), nil
 }
 
-// run runs an act on keys to its end.
+// run runs an act on keys to its end, one act at a time.
 func (r *Ring) run(ctx context.Context, what string, do func(context.Context) error) error {
 	return r.changing.Run(ctx, r.Log, what, do)
 }
@@ -126,7 +124,7 @@ func (r *Ring) create(ctx context.Context, who audit.Actor, ref keystore.Ref, n 
 	if versions, _ := r.Versions(n.Name); len(versions) > 0 {
 		return fmt.Errorf("key %q: %w", n.Name, manage.ErrExists)
 	}
-	first, err := r.make(ctx, ref, n)
+	first, err := r.make(ctx, who, ref, n)
 	if err != nil {
 		return err
 	}
@@ -134,22 +132,23 @@ func (r *Ring) create(ctx context.Context, who audit.Actor, ref keystore.Ref, n 
 	if !signs(n.Name, n.Algorithm) {
 		return r.change(ctx, who, []edit{first.as(Active)}, made)
 	}
-	next, err := r.makeNext(ctx, ref, n.Token)
+	next, err := r.makeNext(ctx, who, ref, n.Token)
 	if err != nil {
 		return errors.Join(err, r.clearAway(ctx, ref, first.record, "failed"))
 	}
-	// After an error here the change may be written all the same: nothing is cleared away before the
-	// ledger has been looked at again.
+	// An error here may come after the commit. So nothing is cleared away before the next start or
+	// creation has read the ledger again.
 	return r.change(ctx, who, []edit{first.as(Active), next.as(Pending)}, made, next.commitment(who))
 }
 
-// newVersion is a version that was made and proven, and is in use for nothing yet.
+// newVersion is a version that the device has made and proven. No transaction has brought the
+// version into use yet.
 type newVersion struct {
 	info   keystore.Info
 	record record // in the state making
 }
 
-// as is the edit by which the version comes into use.
+// as is the edit that brings the version into use in a state.
 func (n newVersion) as(s State) edit {
 	return edit{n.info.Ref, func(rec *record) {
 		rec.made(n.info)
@@ -168,20 +167,20 @@ func factsOf(info keystore.Info, token string) audit.KeyFacts {
 	}
 }
 
-// commitment is the event by which the version before commits to this one.
+// commitment is the event KeyCommitted: the version before commits to the digest of this version.
 func (n newVersion) commitment(who audit.Actor) audit.Event {
 	before := keystore.Ref{Name: n.info.Ref.Name, Version: n.info.Ref.Version - 1}
 	return audit.NewKeyCommitted(who, before.String(), n.digest(), n.facts())
 }
 
-// makeNext makes the successor of a signing key's version.
-func (r *Ring) makeNext(ctx context.Context, of keystore.Ref, token string) (newVersion, error) {
+// makeNext makes the successor of a version of a signing key.
+func (r *Ring) makeNext(ctx context.Context, who audit.Actor, of keystore.Ref, token string) (newVersion, error) {
 	ref := keystore.Ref{Name: of.Name, Version: of.Version + 1}
-	return r.make(ctx, ref, NewKey{Name: of.Name, Algorithm: keystore.Ed25519, Token: token})
+	return r.make(ctx, who, ref, NewKey{Name: of.Name, Algorithm: keystore.Ed25519, Token: token})
 }
 
-// make makes a version on its token and leaves the ledger saying that it is being made.
-func (r *Ring) make(ctx context.Context, ref keystore.Ref, n NewKey) (newVersion, error) {
+// make makes a version on its token. The ledger has the version in the state making then.
+func (r *Ring) make(ctx context.Context, who audit.Actor, ref keystore.Ref, n NewKey) (newVersion, error) {
 	store, err := r.Tokens.Get(n.Token)
 	if err != nil {
 		return newVersion{}, fmt.Errorf("key %q: %w", ref.Name, err)
@@ -190,22 +189,21 @@ func (r *Ring) make(ctx context.Context, ref keystore.Ref, n NewKey) (newVersion
 	if err != nil {
 		return newVersion{}, err
 	}
-	if rec, ok := unfinished[ref]; ok { // an earlier one could not be cleared away then
+	if rec, ok := unfinished[ref]; ok { // of an earlier creation, whose token did not answer
 		if err := r.clearAway(ctx, ref, rec, "failed"); err != nil {
 			return newVersion{}, fmt.Errorf("key %q: %w", ref.Name, err)
 		}
 	}
 	if _, err := store.Key(ctx, ref); err == nil {
-		return newVersion{}, fmt.Errorf("key %v: %w on the token, but not in the ledger: does the token belong to another appliance, "+
-			"or is the ledger an older copy? Take it from the token, or use that ledger", ref, manage.ErrExists)
+		return newVersion{}, fmt.Errorf("key %v: %w on the token, but not in the ledger: does the token belong "+
+			"to another appliance, or is the ledger an older copy? Take it from the token, or use that ledger",
+			ref, manage.ErrExists)
 	} else if !errors.Is(err, keystore.ErrNotFound) {
 		return newVersion{}, fmt.Errorf("key %v: %w", ref, err)
 	}
 	rec := record{Token: n.Token, Algorithm: n.Algorithm, State: making, Created: time.Now().Unix()}
 	rand.Read(rec.Tag[:])
-	if err := r.Ledger.Update(ctx, func(tx *ledger.Tx) error {
-		return tx.Put(ledger.Keys, ref.String(), manage.Encode(rec))
-	}); err != nil {
+	if err := r.change(ctx, who, []edit{{ref, func(written *record) { *written = rec }}}); err != nil {
 		return newVersion{}, err
 	}
 	var made keystore.Key

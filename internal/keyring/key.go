@@ -16,44 +16,45 @@ import (
 	"countersign/wire"
 )
 
-// Lane is a queue in front of a token: a caller waits for the device in its lane. Lanes take turns, so
-// that a caller waits for at most one operation of each other lane, and for those under way. Each peer
-// has a lane, all handshakes have one, and the appliance itself has one.
+// Lane is a queue in front of a token, see limit.Fair. Lanes take turns: a caller waits for the
+// operations in progress, and for at most one operation of each other lane. Each peer has a lane,
+// all handshakes share a lane, and the appliance itself has a lane.
 type Lane string
 
 const (
 	Own        Lane = ""
-	Handshakes Lane = "handshakes" // lanes of peers have 32 bytes
+	Handshakes Lane = "handshakes" // differs from each peer's lane, which has 32 bytes
 )
 
-// LaneOf is the lane of a peer, by its public key.
+// LaneOf is the lane of a peer, by the peer's public key.
 func LaneOf(peer [32]byte) Lane { return Lane(peer[:]) }
 
-// Key is one version of a key as ledger and token agree on it. A Key does not change: another state is
-// another Key.
+// Key is one version of a key, as in the ledger and on the token. A Key is immutable: a version in
+// another state is another Key.
 type Key struct {
 	Name    string
 	Version uint32
-	Token   string // the name of the token that has it
+	Token   string // name of the token with the private key
 	State   State
 	Created time.Time
-	// Activates is when the version becomes active, or has; zero while it is pending and not announced.
-	// Retires is when a verify-only version is archived at the latest.
+	// Activates is the time at which the version became or will become active; zero for a pending
+	// version that is not announced. Retires is the time at which a verify-only version is archived
+	// at the latest.
 	Activates, Retires time.Time
-	Compromised        bool // found to be so at some time, whatever its state is now
+	Compromised        bool // set for ever by a compromise; the state may be destroyed by now
 	Succession         *wire.Succession
 	Authorization      *wire.Authorization
 
 	device keystore.Key
-	public *eddsa.PublicKey // of an Ed25519 key
-	turns  *limit.Fair      // of its token
+	public *eddsa.PublicKey // nil: no Ed25519 key
+	turns  *limit.Fair      // of the token
 	usage  *usage
 }
 
-// usage is what all Keys of one version share.
+// usage is shared by all Keys of one version.
 type usage struct {
 	count   atomic.Uint64 // uses of the private key
-	retired atomic.Bool   // the private key is not used any more
+	retired atomic.Bool   // set when the version goes out of use
 }
 
 // Info describes the key: name, algorithm, public key, custody, provenance.
@@ -62,13 +63,14 @@ func (k *Key) Info() keystore.Info { return k.device.Info() }
 // Ref is the name and version of the key: "payments/3".
 func (k *Key) Ref() keystore.Ref { return keystore.Ref{Name: k.Name, Version: k.Version} }
 
-// Uses is how many signatures the version has made.
+// Uses is the number of signatures that the version has made.
 func (k *Key) Uses() uint64 { return k.usage.count.Load() }
 
 // Announced reports that peers may know of the version.
 func (k *Key) Announced() bool { return k.State != Pending || !k.Activates.IsZero() }
 
-// inUse refuses a version that is out of use by now, whatever it was when the request chose it.
+// inUse refuses a version that is out of use at this moment. The version may have gone out of use
+// after the request had chosen the version.
 func (k *Key) inUse() error {
 	if k.usage.retired.Load() {
 		return fmt.Errorf("%w: version %d of %q is out of use", ErrNotActive, k.Version, k.Name)
@@ -76,10 +78,10 @@ func (k *Key) inUse() error {
 	return nil
 }
 
-// digest is what the version before commits to.
+// digest is SHA-256 of the public key: the version before commits to the digest.
 func (k *Key) digest() [32]byte { return sha256.Sum256(k.Info().PublicKey) }
 
-// Verify judges an Ed25519 signature by the strict rules that a stranger will judge by.
+// Verify verifies an Ed25519 signature by the strict rules of package eddsa, as strangers do.
 func (k *Key) Verify(message, signature []byte) error {
 	if k.public == nil {
 		return fmt.Errorf("%v is not an Ed25519 key", k.Ref())
@@ -87,8 +89,8 @@ func (k *Key) Verify(message, signature []byte) error {
 	return k.public.Verify(message, signature)
 }
 
-// Sign waits for its turn in a lane and signs. A version that has gone out of use meanwhile signs
-// nothing.
+// Sign waits for a turn in a lane and signs. The result is ErrNotActive if the version goes out of
+// use meanwhile.
 func (k *Key) Sign(ctx context.Context, lane Lane, message []byte, judge keystore.Judge) ([]byte, error) {
 	signature, err := k.sign(ctx, lane, message, judge, k.inUse)
 	if err == nil {
@@ -97,8 +99,10 @@ func (k *Key) Sign(ctx context.Context, lane Lane, message []byte, judge keystor
 	return signature, err
 }
 
-// sign signs while may allows it: before the device is asked, and before its signature is given out.
-func (k *Key) sign(ctx context.Context, lane Lane, message []byte, judge keystore.Judge, may func() error) ([]byte, error) {
+// sign calls may before the device signs, and again before the signature is returned.
+func (k *Key) sign(
+	ctx context.Context, lane Lane, message []byte, judge keystore.Judge, may func() error,
+) ([]byte, error) {
 	release, err := k.turns.Acquire(ctx, string(lane))
 	if err != nil {
 		return nil, err
@@ -114,7 +118,7 @@ func (k *Key) sign(ctx context.Context, lane Lane, message []byte, judge keystor
 	return signature, err
 }
 
-// Exchange waits for its turn in a lane and makes the shared secret.
+// Exchange waits for a turn in a lane and computes the X25519 shared secret.
 func (k *Key) Exchange(ctx context.Context, lane Lane, peer [32]byte) (shared [32]byte, err error) {
 	release, err := k.turns.Acquire(ctx, string(lane))
 	if err != nil {
@@ -131,7 +135,7 @@ func (k *Key) Exchange(ctx context.Context, lane Lane, peer [32]byte) (shared [3
 	return shared, err
 }
 
-// In gives the key to a user that knows no lanes: all its uses are in one.
+// In returns the key as a keystore.Key whose uses all wait in one lane.
 func (k *Key) In(lane Lane) keystore.Key { return inLane{k, lane} }
 
 type inLane struct {
@@ -147,11 +151,12 @@ func (k inLane) Exchange(ctx context.Context, peer [32]byte) ([32]byte, error) {
 	return k.Key.Exchange(ctx, k.lane, peer)
 }
 
-// canaryDomain keeps the signature of a proof from meaning anything: it is on no checkpoint, and on no
-// transcript.
+// canaryDomain separates the messages of proofs from all others: no checkpoint and no transcript
+// begins with these bytes.
 const canaryDomain = "countersign-canary-v1\x00"
 
-// Prove has the device show that it has a private key. A key must not come into use without.
+// Prove has the device use the private key once, and checks the result. A key must not come into
+// use without a proof.
 func (r *Ring) Prove(ctx context.Context, k *Key) (err error) {
 	ctx, cancel := context.WithTimeout(ctx, r.RequestTimeout)
 	defer cancel()
@@ -192,7 +197,7 @@ func proveExchange(ctx context.Context, k *Key) error {
 	return err
 }
 
-// gone stands for a key whose token the configuration does not have.
+// gone is the device of a key whose token is missing in the configuration: every use fails.
 type gone struct{ info keystore.Info }
 
 func (g gone) Info() keystore.Info { return g.info }

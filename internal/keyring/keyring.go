@@ -1,6 +1,7 @@
-// Package keyring keeps the keys: their versions and states, who may use which, creation, rotation and
-// compromise, and the use of private keys that live in tokens. The records are in the ledger; memory
-// follows them. Begin reading at Transitions in states.go, then at rotate.go.
+// Package keyring keeps the keys: their versions and states, the right to use a version, creation,
+// rotation and compromise, and the use of private keys that live in tokens. The ledger has the
+// records, and memory follows the ledger. Begin reading at Transitions in states.go, then at
+// rotate.go.
 package keyring
 
 import (
@@ -39,8 +40,8 @@ var (
 const (
 	// NoiseName is the key whose versions answer handshakes.
 	NoiseName = "noise"
-	// LogName is the key whose active version signs the checkpoints of the audit log, and the appliance's
-	// own statements: webhooks and canaries.
+	// LogName is the key whose active version signs the checkpoints of the audit log, webhooks and
+	// canaries.
 	LogName = "audit-log"
 	// AdminName and CAName are the keys of the admin API's certificate and of its issuer.
 	AdminName = "admin-tls"
@@ -55,28 +56,28 @@ func own(name string) bool {
 // rotates reports that a key can have a second version.
 func rotates(name string) bool { return !own(name) || name == NoiseName }
 
-// signs reports that a key makes peers' signatures. Each of its versions has a successor, made before
-// the version comes into use, and the digest of its public key is written down and given out: a thief
-// with the version's private key can't name another successor.
+// signs reports that a key makes signatures for peers. Each version of such a key has a successor,
+// made before the version comes into use. The digest of the successor's public key is in the log
+// and given out: a thief with the version's private key can't name another successor.
 func signs(name string, alg keystore.Algorithm) bool { return alg == keystore.Ed25519 && !own(name) }
 
-// Public reports that others may hear of a key: the Noise key, and keys that sign.
+// Public reports that rotations of the key are announced: of the Noise key, and of signing keys.
 func (k *Key) Public() bool { return k.Name == NoiseName || k.Signs() }
 
 // Signs reports that peers may ask for signatures of the key.
 func (k *Key) Signs() bool { return signs(k.Name, k.Info().Algorithm) }
 
-// Config is what a ring needs.
+// Config has the parts of the appliance that a ring uses.
 type Config struct {
 	Ledger *ledger.Ledger
 	Tokens manage.Tokens
-	Calls  map[string]int // of each token at once
-	Gate   *gate.Gate     // while it is blocked, nothing new is made
+	Calls  map[string]int // at most so many calls of a token at once, by the token's name
+	Gate   *gate.Gate     // a blocked gate stops creations and rotations
 	Peers  *peers.Registry
 	Log    *slog.Logger
 
 	Identity       string        // the signing key that authorises the Noise key; "": none
-	MaxLifetime    time.Duration // of a document: the grace time of a key that has no other
+	MaxLifetime    time.Duration // of a document; the default of a key's grace time
 	RequestTimeout time.Duration // for one use of a device
 }
 
@@ -85,30 +86,30 @@ type Ring struct {
 	Config
 	turns map[string]*limit.Fair // by token
 
-	// changing is held while keys change, however long the device takes: two acts on keys never run at
-	// once.
+	// changing serializes the acts on keys: an act holds the lock to its end, however long the
+	// device takes.
 	changing manage.Lock
-	written  usesRecord // as it is on disk; under mu
 
-	// mu guards all of memory below. It is held for look-ups and changes of memory only, never while a
-	// device or the disk is waited for: admissions ask for the state of a key, and the ledger's writer
-	// takes mu to let memory follow.
+	// mu guards all fields below. No holder waits for a device or the disk: admissions read the
+	// state of a key under mu, and the ledger's writer takes mu to let memory follow.
 	mu            sync.RWMutex
-	keys          map[keystore.Ref]*Key       // all versions that exist
-	byPublic      map[[32]byte][]keystore.Ref // the Ed25519 keys, by public key
-	active        map[string]*Key             // the version that signs, by name
+	keys          map[keystore.Ref]*Key       // all versions, apart from those in the state making
+	byPublic      map[[32]byte][]keystore.Ref // versions with an Ed25519 key, by public key
+	active        map[string]*Key             // active versions, by name
 	settings      map[string]Settings         // by name
-	confirmed     map[string]time.Time        // until when an operator's confirmation lets a key sign
-	credentials   uint64                      // how often operators' credentials have changed
-	retries       map[string]retry            // rotations that have failed, by name
-	lost          map[keystore.Ref]string     // keys that are to be used and are not on their token
-	announcements []Announcement              // what peers are told; nil: to be made anew
-	watchers      []func()                    // called when there may be news for peers
+	written       usesRecord                  // the last record of the uses
+	confirmed     map[string]time.Time        // ends of the operators' confirmations, by name
+	credentials   uint64                      // number of changes of operators' credentials
+	retries       map[string]retry            // failed rotations, by name
+	lost          map[keystore.Ref]string     // problems of versions that are missing on their token
+	announcements []Announcement              // cache; nil: empty
+	watchers      []func()                    // called after a change that peers may have to be told
 }
 
-// Open reads the keys and holds each against its token: a key that is missing, ambiguous or another is
-// an error, since serving without it would be a silent loss. A token that does not answer costs its
-// own keys only, for now, unless the listener's key is on it. Open changes nothing.
+// Open reads the keys and compares each key with its token. A missing, ambiguous or different key
+// is an error: to serve without the key would be a silent loss. While a token does not answer, only
+// the keys of the token are unusable, unless the token has the listener's key: then Open fails.
+// Open changes nothing.
 func Open(ctx context.Context, c Config) (*Ring, error) {
 	r := &Ring{
 		Config: c, turns: map[string]*limit.Fair{}, changing: manage.NewLock(),
@@ -116,7 +117,7 @@ func Open(ctx context.Context, c Config) (*Ring, error) {
 		settings: map[string]Settings{}, confirmed: map[string]time.Time{},
 		retries: map[string]retry{}, lost: map[keystore.Ref]string{},
 	}
-	for name := range c.Tokens { // how many callers may wait is bounded by how many requests are let in
+	for name := range c.Tokens { // limit.Fair bounds no waiting callers: the limits of requests do
 		r.turns[name] = limit.NewFair(max(1, c.Calls[name]))
 	}
 	if err := c.Ledger.Follow(ctx, &r.mu,
@@ -136,7 +137,7 @@ func Open(ctx context.Context, c Config) (*Ring, error) {
 	return r, r.countUses()
 }
 
-// takeKey lets memory say what a record says. mu is held.
+// takeKey updates memory from the record of a version. mu is held.
 func (r *Ring) takeKey(name string, value []byte) error {
 	ref, err := keystore.ParseRef(name)
 	if err != nil {
@@ -171,7 +172,7 @@ func (r *Ring) takeKey(name string, value []byte) error {
 		k.Retires = time.Unix(rec.Retires, 0)
 	}
 	if rec.Algorithm == keystore.Ed25519 {
-		k.public, _ = eddsa.ParsePublicKey(info.PublicKey) // one that is unusable verifies nothing
+		k.public, _ = eddsa.ParsePublicKey(info.PublicKey) // an unusable key verifies nothing
 	}
 	if before := r.keys[ref]; before != nil {
 		k.usage = before.usage
@@ -189,37 +190,38 @@ func (r *Ring) takeKey(name string, value []byte) error {
 	return nil
 }
 
-// deactivate notes that a version is not the active one. mu is held.
+// deactivate notes that a version is not the active version. mu is held.
 func (r *Ring) deactivate(ref keystore.Ref) {
 	if was := r.active[ref.Name]; was != nil && was.Version == ref.Version {
 		delete(r.active, ref.Name)
 	}
 }
 
-// remove forgets a version. mu is held.
+// remove removes a version from memory. mu is held.
 func (r *Ring) remove(ref keystore.Ref) {
 	k := r.keys[ref]
 	if k == nil {
-		return // it was being made
+		return // the version was in the state making
 	}
 	delete(r.keys, ref)
 	if k.public != nil {
 		public := [32]byte(k.Info().PublicKey)
-		r.byPublic[public] = slices.DeleteFunc(r.byPublic[public], func(other keystore.Ref) bool { return other == ref })
+		same := func(other keystore.Ref) bool { return other == ref }
+		r.byPublic[public] = slices.DeleteFunc(r.byPublic[public], same)
 	}
 	r.announcements = nil
 	r.deactivate(ref)
 }
 
-// checkToken holds a key against its token at the start. An active version that is missing is an
-// error: it is the wrong token, or a loss that must not go unseen. A pending or verify-only version
-// signs nothing now, and must not keep all other keys from signing: Problems names it, and it can't
-// become active, see Prove.
+// checkToken compares a key with its token at the start. A missing active version is an error: the
+// token is a wrong one, or the loss must not go unseen. A missing pending or verify-only version
+// signs nothing now, and must not keep the other keys from signing: Problems names the version, and
+// a missing version can't become active, see Prove.
 func (r *Ring) checkToken(ctx context.Context, k *Key) error {
 	info, ref := k.Info(), k.Ref()
 	store, err := r.Tokens.Get(k.Token)
 	if err != nil && k.State.outOfUse() {
-		return nil // its token may be gone with it
+		return nil // the token may be gone with the version
 	} else if err != nil {
 		return fmt.Errorf("key %v: %w", ref, err)
 	}
@@ -228,8 +230,10 @@ func (r *Ring) checkToken(ctx context.Context, k *Key) error {
 	}
 	there, err := store.Key(ctx, ref)
 	switch {
-	case errors.Is(err, keystore.ErrUnavailable) && (ref.Name != NoiseName || k.State != Active), errors.Is(err, keystore.ErrSealed):
-		r.Log.Warn("a key is not held against its token, which does not give it out now", "key", ref.String(), "token", k.Token, "err", err)
+	case errors.Is(err, keystore.ErrUnavailable) && (ref.Name != NoiseName || k.State != Active),
+		errors.Is(err, keystore.ErrSealed):
+		r.Log.Warn("a key is not held against its token, which does not give it out now",
+			"key", ref.String(), "token", k.Token, "err", err)
 		return nil
 	case errors.Is(err, keystore.ErrNotFound) && k.State.outOfUse():
 		r.Log.Warn("a key that is out of use is not on its token any more", "key", ref.String(), "token", k.Token)
@@ -245,21 +249,23 @@ func (r *Ring) checkToken(ctx context.Context, k *Key) error {
 	case err != nil:
 		return err
 	}
-	if got := there.Info(); !bytes.Equal(got.PublicKey, info.PublicKey) || got.Algorithm != info.Algorithm || got.Tag != info.Tag {
+	got := there.Info()
+	if !bytes.Equal(got.PublicKey, info.PublicKey) || got.Algorithm != info.Algorithm || got.Tag != info.Tag {
 		return fmt.Errorf("key %v on the token is %s %x, the ledger has %s %x: is it the right token?",
 			ref, got.Algorithm, got.PublicKey, info.Algorithm, info.PublicKey)
 	}
 	return nil
 }
 
-// edit changes one version's record.
+// edit is a change of one version's record.
 type edit struct {
 	ref    keystore.Ref
 	change func(*record)
 }
 
-// change carries out edits in one transaction with their events. Each change of a state is held
-// against Transitions: what the table does not have, or not for this actor, is not written.
+// change carries out edits in one transaction with their events. Each change of a state must be in
+// Transitions, for this actor and with one of these events; otherwise nothing is written. A version
+// without a record is absent, and the record of a version that becomes absent is deleted.
 func (r *Ring) change(ctx context.Context, who audit.Actor, edits []edit, events ...audit.Event) error {
 	return r.Ledger.Update(ctx, func(tx *ledger.Tx) error { return changeIn(tx, who, edits, events...) })
 }
@@ -267,22 +273,26 @@ func (r *Ring) change(ctx context.Context, who audit.Actor, edits []edit, events
 func changeIn(tx *ledger.Tx, who audit.Actor, edits []edit, events ...audit.Event) error {
 	for _, e := range edits {
 		name := e.ref.String()
-		_, rec, err := decode(name, tx.Get(ledger.Keys, name))
-		if err != nil {
-			return err
+		var rec record // of an absent version
+		if value := tx.Get(ledger.Keys, name); value != nil {
+			var err error
+			if _, rec, err = decode(name, value); err != nil {
+				return err
+			}
 		}
 		from := rec.State
 		e.change(&rec)
 		if rec.State != from {
 			t, err := transition(from, rec.State, who)
 			if err == nil && !t.writtenBy(events) {
-				err = fmt.Errorf("%w: from %s to %s without its event", manage.ErrInvalid, from, rec.State)
+				err = fmt.Errorf("%w: from %s to %s without its event",
+					manage.ErrInvalid, from.name(), rec.State.name())
 			}
 			if err != nil {
 				return fmt.Errorf("key %v: %w", e.ref, err)
 			}
 		}
-		if err := tx.Put(ledger.Keys, name, manage.Encode(rec)); err != nil {
+		if err := rec.write(tx, name); err != nil {
 			return err
 		}
 	}
@@ -294,13 +304,13 @@ func changeIn(tx *ledger.Tx, who audit.Actor, edits []edit, events ...audit.Even
 	return nil
 }
 
-// record writes an event down.
+// record appends an event to the audit log.
 func (r *Ring) record(ctx context.Context, e audit.Event) error {
 	_, err := r.Ledger.Append(ctx, ledger.EventOf(e))
 	return err
 }
 
-// All lists all versions of all keys, the appliance's own included, by name and version.
+// All lists all versions of all keys, in the order of names and versions.
 func (r *Ring) All() []*Key {
 	r.mu.RLock()
 	all := slices.Collect(maps.Values(r.keys))
@@ -309,7 +319,7 @@ func (r *Ring) All() []*Key {
 	return all
 }
 
-// inOrder is by name and version.
+// inOrder compares names, then versions.
 func inOrder(x, y *Key) int {
 	return cmp.Or(strings.Compare(x.Name, y.Name), cmp.Compare(x.Version, y.Version))
 }
@@ -338,7 +348,7 @@ func (r *Ring) Version(name string, version uint32) *Key {
 	return r.keys[keystore.Ref{Name: name, Version: version}]
 }
 
-// Next returns SHA-256 of the public key of a version's successor, where that has been made.
+// Next returns the digest of a version's successor, if the successor has been made.
 func (r *Ring) Next(k *Key) (digest [32]byte, ok bool) {
 	if next := r.Version(k.Name, k.Version+1); next != nil {
 		return next.digest(), true
@@ -346,7 +356,7 @@ func (r *Ring) Next(k *Key) (digest [32]byte, ok bool) {
 	return digest, false
 }
 
-// Active returns the active version of a key, one of the appliance's own included.
+// Active returns the active version of a key, or manage.ErrNotFound.
 func (r *Ring) Active(name string) (*Key, error) {
 	r.mu.RLock()
 	defer r.mu.RUnlock()
@@ -356,14 +366,14 @@ func (r *Ring) Active(name string) (*Key, error) {
 	return nil, fmt.Errorf("an active version of the key %q: %w", ijson.Clip(name), manage.ErrNotFound)
 }
 
-// Noise returns the key that new clients are to be told.
+// Noise returns the active version of the Noise key, for new clients.
 func (r *Ring) Noise() (*Key, error) { return r.Active(NoiseName) }
 
-// LogKey returns the key that signs the audit log's checkpoints.
+// LogKey returns the active version of the audit log's key.
 func (r *Ring) LogKey() (*Key, error) { return r.Active(LogName) }
 
-// Answering are the Noise keys that answer handshakes: the active one first, then the announced one and
-// the one before.
+// Answering lists the versions of the Noise key that answer handshakes: the active version first,
+// then the announced and the verify-only versions, the newest first.
 func (r *Ring) Answering() (keys []*Key) {
 	r.mu.RLock()
 	defer r.mu.RUnlock()
@@ -381,8 +391,7 @@ func (r *Ring) Answering() (keys []*Key) {
 	return keys
 }
 
-// Signing returns the active version of a key that peers may ask signatures of, or ErrUnknown or
-// ErrNotActive.
+// Signing returns the active version of a signing key, or ErrUnknown or ErrNotActive.
 func (r *Ring) Signing(name string) (*Key, error) {
 	r.mu.RLock()
 	defer r.mu.RUnlock()
@@ -397,8 +406,8 @@ func (r *Ring) Signing(name string) (*Key, error) {
 	return nil, fmt.Errorf("%w: there is no signing key %q", ErrUnknown, ijson.Clip(name))
 }
 
-// Admitted returns a version that an earlier admission names. Of an archived version, signatures of
-// that time can still be had.
+// Admitted returns a version that an earlier admission names. The earlier signatures of an archived
+// version are still given out.
 func (r *Ring) Admitted(name string, version uint32) (*Key, error) {
 	k := r.Version(name, version)
 	if k == nil || k.State == Compromised || k.State == Destroyed {
@@ -407,8 +416,8 @@ func (r *Ring) Admitted(name string, version uint32) (*Key, error) {
 	return k, nil
 }
 
-// MayUse is asked inside an admission: whether the version may sign at this moment, whatever it was
-// when the request came. A version that has just been followed may finish what it has begun.
+// MayUse decides inside an admission whether a version may sign at this moment: the state may have
+// changed since the request arrived. A verify-only version may still finish its requests.
 func (r *Ring) MayUse(k *Key) error {
 	r.mu.RLock()
 	defer r.mu.RUnlock()
@@ -422,8 +431,8 @@ func (r *Ring) MayUse(k *Key) error {
 	return nil
 }
 
-// CheckSigner refuses a public key that is known to be compromised, and holds it against the key that
-// a request names; nil: none.
+// CheckSigner refuses the public key of a compromised version. If the request names a key, the
+// public key must be one of the key's active and verify-only versions.
 func (r *Ring) CheckSigner(name *string, publicKey [32]byte) error {
 	if name != nil {
 		if _, err := r.Signing(*name); err != nil && !errors.Is(err, ErrNotActive) {
@@ -436,18 +445,20 @@ func (r *Ring) CheckSigner(name *string, publicKey [32]byte) error {
 	for _, ref := range r.byPublic[publicKey] {
 		switch k := r.keys[ref]; {
 		case k.Compromised:
-			return fmt.Errorf("%w: the public key is that of a compromised version of %q", transcript.ErrWrongSigner, ref.Name)
+			return fmt.Errorf("%w: the public key is that of a compromised version of %q",
+				transcript.ErrWrongSigner, ref.Name)
 		case name != nil && ref.Name == *name:
 			known = known || k.State.accepted()
 		}
 	}
 	if name != nil && !known {
-		return fmt.Errorf("%w: the public key is no version of %q that is in use", transcript.ErrWrongSigner, ijson.Clip(*name))
+		return fmt.Errorf("%w: the public key is no version of %q that is in use",
+			transcript.ErrWrongSigner, ijson.Clip(*name))
 	}
 	return nil
 }
 
-// Problems names the rotations that are not done, and the keys that are missing on their tokens.
+// Problems describes the failed rotations, and the versions that are missing on their tokens.
 func (r *Ring) Problems() (all []string) {
 	r.mu.RLock()
 	defer r.mu.RUnlock()
@@ -460,5 +471,5 @@ func (r *Ring) Problems() (all []string) {
 	return all
 }
 
-// Stop waits until no act on keys is under way, and lets no other one begin.
+// Stop waits for the end of the act on keys in progress, and lets no other act begin.
 func (r *Ring) Stop(ctx context.Context) error { return r.changing.Acquire(ctx) }

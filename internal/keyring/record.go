@@ -7,6 +7,7 @@ import (
 
 	"countersign/internal/keystore"
 	"countersign/internal/ledger"
+	"countersign/internal/manage"
 	"countersign/wire"
 )
 
@@ -14,20 +15,22 @@ import (
 type record struct {
 	Token     string             `json:"token"`
 	Algorithm keystore.Algorithm `json:"algorithm"`
-	// PublicKey (hex) and Custody are missing while the version is being made.
-	PublicKey  string              `json:"public_key,omitempty"`
-	Custody    keystore.Custody    `json:"custody,omitempty"`
-	Provenance keystore.Provenance `json:"provenance"` // as it was when the key was made: imported stays imported
+	// PublicKey (hex) and Custody are missing in the state making.
+	PublicKey string           `json:"public_key,omitempty"`
+	Custody   keystore.Custody `json:"custody,omitempty"`
+	// Provenance is that of the creation: an imported key stays imported.
+	Provenance keystore.Provenance `json:"provenance"`
 	State      State               `json:"state"`
-	Created    int64               `json:"created"`             // Unix seconds, as the two below
-	Activates  int64               `json:"activates,omitempty"` // when the version becomes active or has; 0: not announced
-	Retires    int64               `json:"retires,omitempty"`   // when a verify-only version is archived at the latest
-	Tag        keystore.Tag        `json:"tag"`                 // of the creation
-	// Compromised stays, whatever becomes of the version after that: its private key may be somewhere
-	// else for ever.
+	// Created, Activates and Retires are Unix seconds, see Key. Activates is 0 before the
+	// announcement.
+	Created   int64        `json:"created"`
+	Activates int64        `json:"activates,omitempty"`
+	Retires   int64        `json:"retires,omitempty"`
+	Tag       keystore.Tag `json:"tag"` // of the creation
+	// Compromised stays set in all later states: the private key may be in other hands for ever.
 	Compromised bool `json:"compromised,omitempty"`
-	// Succession is the step from the version before to this one. Authorization lets a Noise key speak
-	// for the identity.
+	// Succession is the step from the version before to this version. Authorization lets a Noise
+	// key speak for the identity.
 	Succession    *wire.Succession    `json:"succession,omitempty"`
 	Authorization *wire.Authorization `json:"authorization,omitempty"`
 }
@@ -40,23 +43,32 @@ func decode(name string, value []byte) (ref keystore.Ref, rec record, err error)
 	return ref, rec, err
 }
 
-// info describes the key of a record that is not being made.
+// info describes the key of a record in any state but making.
 func (rec record) info(ref keystore.Ref) (keystore.Info, error) {
 	public, err := hex.DecodeString(rec.PublicKey)
 	if err != nil || len(public) == 0 {
 		return keystore.Info{}, fmt.Errorf("key %v in the ledger has no public key", ref)
 	}
 	return keystore.Info{
-		Ref: ref, Algorithm: rec.Algorithm, PublicKey: public, Custody: rec.Custody, Provenance: rec.Provenance, Tag: rec.Tag,
+		Ref: ref, Algorithm: rec.Algorithm, PublicKey: public, Custody: rec.Custody,
+		Provenance: rec.Provenance, Tag: rec.Tag,
 	}, nil
 }
 
-// made completes a record with what the device says of the key.
+// made completes a record with the device's description of the key.
 func (rec *record) made(info keystore.Info) {
 	rec.PublicKey, rec.Custody, rec.Provenance = hex.EncodeToString(info.PublicKey), info.Custody, info.Provenance
 }
 
-// unfinished reads the records of versions that are being made.
+// write writes the record, or deletes the record of an absent version.
+func (rec record) write(tx *ledger.Tx, name string) error {
+	if rec.State == absent {
+		return tx.Delete(ledger.Keys, name)
+	}
+	return tx.Put(ledger.Keys, name, manage.Encode(rec))
+}
+
+// unfinished reads the records in the state making.
 func (r *Ring) unfinished() (map[keystore.Ref]record, error) {
 	records := map[keystore.Ref]record{}
 	err := r.Ledger.All(ledger.Keys, func(name string, value []byte) error {

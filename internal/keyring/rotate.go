@@ -15,32 +15,38 @@ import (
 	"countersign/wire"
 )
 
-// A rotation. The invariant on disk, at any moment and for each key:
+// A rotation replaces the active version of a key by the next version. The invariant on disk, at
+// any moment and for each key:
 //
-//   - At most one version is active. A version is followed by the next number, and by no other key than
-//     the one whose digest was written down (KeyCommitted) when the version came into use or was
-//     announced: that key is there, as pending, and is never made anew.
-//   - A version that peers have been told of has its step: signed by the version before it, admitted
-//     before it was signed, and naming the digest of the version that will follow.
+//   - At most one version is active. The successor of a version has the next number, and the digest
+//     that the log has committed to (KeyCommitted) since the version came into use or was
+//     announced. The successor exists already, as pending, and is never made anew.
+//   - Each announced version has its step: signed by the version before, admitted before the
+//     signature, and naming the digest of the version after.
 //
-// So a rotation goes like this, and each line is one transaction:
+// A rotation therefore has three parts, each with one transaction at its end:
 //
-//	announce: the version after the next is made (until the end of this it counts for nothing); the
-//	          active version signs the step to the next one; then, at once, the next one has its step
-//	          and its time, and the one after it is pending. Peers are told.
-//	activate: at that time the next one is active and the one before is verify-only.
-//	archive:  when its grace time is over, or all peers have acknowledged that must.
+//	announce: the device makes the version after the next, still in the state making; the active
+//	          version signs the step to the next version. Then the next version gets its step and
+//	          its time, and the version after is pending. Peers are told.
+//	activate: at that time the next version becomes active, and the old version verify-only.
+//	archive:  at the end of the grace time, or when all peers that must acknowledge have done so,
+//	          the old version goes out of use.
 //
 // A failure before the end of announce has changed nothing.
 
 const (
-	maxAhead     = 366 * 24 * time.Hour // that a version is announced: nothing else can be until it is active
-	maxAnswering = 4                    // Noise keys, before another one is made
+	// maxAhead bounds the time between announcement and activation: the key can't be rotated
+	// meanwhile.
+	maxAhead = 366 * 24 * time.Hour
+	// maxAnswering bounds the versions of the Noise key that answer: a stranger's handshake costs
+	// the device an exchange with each of them.
+	maxAnswering = 4
 )
 
-// Rotate announces the next version of a key, to be active at a time; a time before now means at once.
-// When ctx ends first, the rotation goes on. A rotation that the device or the disk has prevented is
-// tried again.
+// Rotate announces the next version of a key. The version becomes active at the time at; a time in
+// the past means at once. When ctx ends first, the rotation goes on. A rotation that has failed
+// because of the device or the disk is retried.
 func (r *Ring) Rotate(ctx context.Context, who audit.Actor, name string, at time.Time) (*Key, error) {
 	if err := r.Gate.Err(); err != nil {
 		return nil, fmt.Errorf("key %q: %w", ijson.Clip(name), err)
@@ -68,7 +74,7 @@ func (r *Ring) rotate(ctx context.Context, who audit.Actor, name string, at time
 	if err != nil {
 		return nil, err
 	}
-	if k := withoutSuccessor(versions); k != nil { // it is overdue
+	if k := withoutSuccessor(versions); k != nil { // a rotation is overdue
 		if err := r.activateSuccessor(ctx, who, k); err != nil {
 			return nil, err
 		}
@@ -82,9 +88,9 @@ func (r *Ring) rotate(ctx context.Context, who audit.Actor, name string, at time
 		return nil, fmt.Errorf("key %q: %w: version %d is announced and will be active at %s",
 			name, manage.ErrConflict, next.Version, next.Activates.UTC().Format(time.RFC3339))
 	}
-	if name == NoiseName && len(r.Answering()) >= maxAnswering { // a stranger's handshake costs the device an exchange with each
-		return nil, fmt.Errorf("key %q: %w: %d versions answer handshakes: archive one, or wait for the end of its grace time",
-			name, manage.ErrConflict, maxAnswering)
+	if name == NoiseName && len(r.Answering()) >= maxAnswering {
+		return nil, fmt.Errorf("key %q: %w: %d versions answer handshakes: archive one, "+
+			"or wait for the end of its grace time", name, manage.ErrConflict, maxAnswering)
 	}
 	if next, err = r.announce(ctx, who, old, at); err != nil {
 		return nil, r.notRotated(ctx, who, old, err)
@@ -93,18 +99,19 @@ func (r *Ring) rotate(ctx context.Context, who audit.Actor, name string, at time
 		return next, nil
 	}
 	if err := r.activate(ctx, who, next); err != nil {
-		return nil, fmt.Errorf("version %d of key %q is announced, and not active yet; it is tried again: %w", next.Version, name, err)
+		return nil, fmt.Errorf("version %d of key %q is announced, and not active yet; it is tried again: %w",
+			next.Version, name, err)
 	}
 	return r.Version(next.Name, next.Version), nil
 }
 
-// notRotated writes down that a rotation has failed, and why.
+// notRotated records the failure of a rotation with its cause.
 func (r *Ring) notRotated(ctx context.Context, who audit.Actor, old *Key, why error) error {
 	r.Log.Error("a key is not rotated; nothing was changed", "key", old.Name, "err", why)
 	return errors.Join(why, r.record(ctx, audit.NewKeyRotationFailed(who, old.Ref().String(), why)))
 }
 
-// announce prepares the step from a version, which is active or compromised, to the next one.
+// announce announces the version after old, which is active or compromised.
 func (r *Ring) announce(ctx context.Context, who audit.Actor, old *Key, at time.Time) (*Key, error) {
 	if now := time.Now(); at.Before(now) {
 		at = now
@@ -115,12 +122,13 @@ func (r *Ring) announce(ctx context.Context, who audit.Actor, old *Key, at time.
 	}
 	next := r.Version(ref.Name, ref.Version)
 	if next == nil {
-		return nil, fmt.Errorf("key %q: %w: version %d has no successor: make another key", old.Name, manage.ErrConflict, old.Version)
+		return nil, fmt.Errorf("key %q: %w: version %d has no successor: make another key",
+			old.Name, manage.ErrConflict, old.Version)
 	}
-	if err := r.Prove(ctx, next); err != nil { // it was made long ago
+	if err := r.Prove(ctx, next); err != nil { // the creation may be long ago
 		return nil, err
 	}
-	after, err := r.makeNext(ctx, ref, next.Token)
+	after, err := r.makeNext(ctx, who, ref, next.Token)
 	if err != nil {
 		return nil, err
 	}
@@ -137,9 +145,11 @@ func (r *Ring) announce(ctx context.Context, who audit.Actor, old *Key, at time.
 	return r.Version(ref.Name, ref.Version), nil
 }
 
-// announceOwn announces a version of the Noise key, which nobody follows by its steps.
-func (r *Ring) announceOwn(ctx context.Context, who audit.Actor, old *Key, ref keystore.Ref, at time.Time) (*Key, error) {
-	next, err := r.make(ctx, ref, NewKey{Name: old.Name, Algorithm: old.Info().Algorithm, Token: old.Token})
+// announceOwn announces a version of a key without steps: the Noise key, or a P-256 key.
+func (r *Ring) announceOwn(
+	ctx context.Context, who audit.Actor, old *Key, ref keystore.Ref, at time.Time,
+) (*Key, error) {
+	next, err := r.make(ctx, who, ref, NewKey{Name: old.Name, Algorithm: old.Info().Algorithm, Token: old.Token})
 	if err != nil {
 		return nil, err
 	}
@@ -165,9 +175,9 @@ func announcementOf(who audit.Actor, old *Key, next keystore.Info, at time.Time)
 	return audit.NewRotationAnnounced(who, old.Ref().String(), next.Ref.Version, at, factsOf(next, ""))
 }
 
-// activate makes an announced version the one that signs.
+// activate makes an announced version the active version.
 func (r *Ring) activate(ctx context.Context, who audit.Actor, next *Key) error {
-	if err := r.Prove(ctx, next); err != nil { // or nothing of the key would sign any more
+	if err := r.Prove(ctx, next); err != nil { // with a lost version nothing of the key would sign any more
 		return err
 	}
 	now := time.Now()
@@ -175,7 +185,8 @@ func (r *Ring) activate(ctx context.Context, who audit.Actor, next *Key) error {
 	var retires time.Time
 	if old := r.Version(next.Name, next.Version-1); old != nil && old.State == Active {
 		retires = now.Add(r.grace(r.settingsOf(next.Name)))
-		edits = append(edits, edit{old.Ref(), func(rec *record) { rec.State, rec.Retires = VerifyOnly, retires.Unix() }})
+		replaced := func(rec *record) { rec.State, rec.Retires = VerifyOnly, retires.Unix() }
+		edits = append(edits, edit{old.Ref(), replaced})
 	}
 	e := audit.NewKeyRotated(who, next.Ref().String(), next.Info().PublicKey, retires)
 	if err := r.change(ctx, who, edits, e); err != nil {
@@ -187,8 +198,8 @@ func (r *Ring) activate(ctx context.Context, who audit.Actor, next *Key) error {
 	return nil
 }
 
-// Archive takes a verify-only version out of use before its grace time is over: its signatures are not
-// accepted any more.
+// Archive takes a verify-only version out of use before the end of its grace time: signatures of
+// the version are not accepted any more.
 func (r *Ring) Archive(ctx context.Context, who audit.Actor, name string, version uint32) error {
 	return r.run(ctx, fmt.Sprintf("archiving key %q", ijson.Clip(name)), func(ctx context.Context) error {
 		k, err := r.mayBecome(name, version, Archived, who)
@@ -199,7 +210,7 @@ func (r *Ring) Archive(ctx context.Context, who audit.Actor, name string, versio
 	})
 }
 
-// mayBecome returns a version that the table lets become of another state, by an actor.
+// mayBecome returns a version, if Transitions lets the actor change its state.
 func (r *Ring) mayBecome(name string, version uint32, to State, who audit.Actor) (*Key, error) {
 	k := r.Version(name, version)
 	if k == nil {
@@ -220,9 +231,9 @@ func stateChanged(who audit.Actor, k *Key, to State, reason string) audit.Event 
 	return audit.NewKeyStateChanged(who, k.Ref().String(), string(k.State), string(to), reason)
 }
 
-// Destroy destroys the private key of a version that is out of use. The device goes first: after a
-// crash the ledger may have a key that is gone, which can be destroyed once more, and never says of a
-// key that it is gone while it is there.
+// Destroy destroys the private key of a version that is out of use: first in the device, then in
+// the ledger. After a crash in between, the ledger still has the version, and an operator destroys
+// the version once more. The ledger never calls a private key destroyed that still exists.
 func (r *Ring) Destroy(ctx context.Context, who audit.Actor, name string, version uint32) error {
 	if err := approved(Destroyed, who); err != nil {
 		return fmt.Errorf("key %q: %w", ijson.Clip(name), err)
@@ -233,7 +244,7 @@ func (r *Ring) Destroy(ctx context.Context, who audit.Actor, name string, versio
 			return err
 		}
 		next := r.Version(k.Name, k.Version+1)
-		if k.State == Compromised && (next == nil || next.State == Pending) { // its step may still be needed
+		if k.State == Compromised && (next == nil || next.State == Pending) { // the version may have to sign the step
 			return fmt.Errorf("key %v: %w: its successor is not active yet", k.Ref(), manage.ErrConflict)
 		}
 		store, err := r.Tokens.Get(k.Token)
@@ -247,16 +258,17 @@ func (r *Ring) Destroy(ctx context.Context, who audit.Actor, name string, versio
 	})
 }
 
-// Compromise says that the private key of a version may be in other hands. From the moment that this
-// is written down the version signs nothing, and nothing that it has signed is believed. Where it was
-// the active one, its successor follows at once; where that can't be done now, it is tried until it
-// can, and meanwhile nothing of the key signs.
+// Compromise marks a version whose private key may be in other hands. From the commit on, the
+// version signs nothing, and none of its signatures is believed. The successor of an active version
+// becomes active at once. If the device fails, Keep retries until the successor is active;
+// meanwhile nothing of the key signs.
 func (r *Ring) Compromise(ctx context.Context, who audit.Actor, name string, version uint32, reason string) error {
 	if err := approved(Compromised, who); err != nil {
 		return fmt.Errorf("key %q: %w", ijson.Clip(name), err)
 	}
 	if !rotates(name) {
-		return fmt.Errorf("key %q: %w: this line of the appliance's own has no successor: make a new appliance", name, manage.ErrInvalid)
+		return fmt.Errorf("key %q: %w: this line of the appliance's own has no successor: make a new appliance",
+			name, manage.ErrInvalid)
 	}
 	if err := manage.CheckReason(reason); err != nil {
 		return fmt.Errorf("key %q: %w", ijson.Clip(name), err)
@@ -272,17 +284,17 @@ func (r *Ring) Compromise(ctx context.Context, who audit.Actor, name string, ver
 		r.notify()
 		r.Log.Warn("a key is compromised", "key", k.Ref().String(), "operator", who.Name, "reason", reason)
 		if k.State != Active || r.Gate.Err() != nil {
-			return nil // in the latter case Keep comes back to it
+			return nil // Keep rotates once the gate is open
 		}
 		if err := r.activateSuccessor(ctx, who, k); err != nil {
-			r.retryLater(name, err, false) // Keep tries it again
+			r.retryLater(name, err, false)
 		}
 		return nil
 	})
 }
 
-// markCompromised writes down that a version is compromised. A peer that has acknowledged its
-// successor has not heard of that yet, so the acknowledgement is taken back.
+// markCompromised records that a version is compromised. Acknowledgements of the successor are
+// taken back in the same transaction: peers gave them before the compromise was announced.
 func (r *Ring) markCompromised(ctx context.Context, who audit.Actor, k *Key, reason string) error {
 	compromised := edit{k.Ref(), func(rec *record) { rec.State, rec.Compromised = Compromised, true }}
 	return r.Ledger.Update(ctx, func(tx *ledger.Tx) error {

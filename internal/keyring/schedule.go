@@ -16,12 +16,12 @@ import (
 	"countersign/internal/manage"
 )
 
-// retry is a rotation that has failed and is tried again, with exponential backoff.
+// retry is a failed rotation that is retried with exponential backoff.
 type retry struct {
 	cause     error
-	after     time.Time // not before
-	wait      time.Duration
-	requested bool // by an operator: the key itself is not due
+	after     time.Time     // earliest time of the next try
+	wait      time.Duration // the present backoff
+	requested bool          // by an operator: the schedule alone would not rotate the key
 }
 
 const (
@@ -29,8 +29,8 @@ const (
 	lastRetry  = time.Hour
 )
 
-// retryLater notes that the rotation of a key did not succeed. Problems says so, and it is tried again
-// after a while; one that an operator has requested, until it is done or a restart.
+// retryLater notes a failed rotation: Problems reports the failure, and Keep retries after the
+// backoff. A rotation that an operator has requested is retried until success or a restart.
 func (r *Ring) retryLater(name string, err error, requested bool) {
 	r.mu.Lock()
 	try := r.retries[name]
@@ -42,7 +42,7 @@ func (r *Ring) retryLater(name string, err error, requested bool) {
 	r.Log.Error("a rotation is not done; it is tried again", "key", name, "in", try.wait, "err", err)
 }
 
-// clearRetry notes that nothing is left to do for a key, whatever has done it.
+// clearRetry notes that no rotation of a key is due any more.
 func (r *Ring) clearRetry(name string) {
 	r.mu.RLock()
 	_, failed := r.retries[name]
@@ -54,7 +54,7 @@ func (r *Ring) clearRetry(name string) {
 	}
 }
 
-// RetryNow has failed rotations tried again without waiting: a token may be back.
+// RetryNow ends the backoff of all failed rotations: a token may be back.
 func (r *Ring) RetryNow() {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -64,7 +64,7 @@ func (r *Ring) RetryNow() {
 	}
 }
 
-// keepEvery is how often the ring looks for keys that are due.
+// keepEvery is the interval between two looks for keys that are due.
 const keepEvery = time.Second
 
 // Keep rotates, activates and archives what is due, until ctx ends.
@@ -92,7 +92,7 @@ func (r *Ring) Keep(ctx context.Context) {
 	}
 }
 
-// keepKey does what is due of a key, as it is under the lock.
+// keepKey does what is due of a key, by the state of the key under the lock.
 func (r *Ring) keepKey(ctx context.Context, name string) {
 	r.mu.RLock()
 	later := time.Now().Before(r.retries[name].after)
@@ -119,8 +119,8 @@ func (r *Ring) keepKey(ctx context.Context, name string) {
 	}
 }
 
-// due returns what is to be done now for a key with these versions; nil: nothing. While it is not known
-// that the ledger is the newest, nothing is due: what the ledger says of the key may be long past.
+// due returns the act that is due now for a key with these versions, or nil. While the ledger may
+// be an older copy, no act is due: the present state of the key is unknown.
 func (r *Ring) due(versions []*Key) func(context.Context) error {
 	if r.Gate.Blocked(gate.Rollback) || r.Gate.Blocked(gate.Counter) {
 		return nil
@@ -130,7 +130,8 @@ func (r *Ring) due(versions []*Key) func(context.Context) error {
 	var active, next *Key
 	for _, k := range versions {
 		switch {
-		// By the ledger's time, since this can't be taken back: a clock that jumps ahead ends no grace time.
+		// The ledger's time decides, since a clock that jumps ahead must end no grace time:
+		// archiving can't be taken back.
 		case k.State == VerifyOnly && (!r.Ledger.Time().Before(k.Retires) || r.acknowledged(s, k)):
 			reason := "its grace time is over"
 			if now.Before(k.Retires) {
@@ -173,14 +174,14 @@ func (r *Ring) due(versions []*Key) func(context.Context) error {
 	return nil
 }
 
-// acknowledged reports that the peers that must have acknowledged the version after k have done so,
-// and that there is one of them: where all of them are gone, the grace time counts.
+// acknowledged reports that all peers that must acknowledge the version after k have done so, at
+// least one peer. Without any such peer, the grace time counts.
 func (r *Ring) acknowledged(s Settings, k *Key) bool {
 	return r.Peers.Acknowledged(k.Name, k.Version+1, s.Acknowledge, slices.Contains(s.Acknowledge, AllPeers))
 }
 
-// withoutSuccessor returns the version of a key that was active and is compromised, where its successor
-// is not active yet.
+// withoutSuccessor returns the last active version of a key, if the version is compromised and its
+// successor is not active yet; otherwise nil.
 func withoutSuccessor(versions []*Key) (last *Key) {
 	for _, k := range versions {
 		if k.State == Active {
@@ -196,8 +197,8 @@ func withoutSuccessor(versions []*Key) (last *Key) {
 	return nil
 }
 
-// NextRotation is when a key is rotated by itself and why, or when its announced version will be
-// active; zero: not by time.
+// NextRotation returns the time of the next scheduled rotation with its reason, or the time at
+// which the announced version becomes active. Zero: no rotation is due by time.
 func (r *Ring) NextRotation(name string) (time.Time, string) {
 	active, err := r.Active(name)
 	if err != nil {
@@ -210,18 +211,20 @@ func (r *Ring) NextRotation(name string) (time.Time, string) {
 	return next, string(why)
 }
 
-// usesKey is the record of how often keys were used, up to an event.
+// usesKey is the key of the usesRecord in the table Meta.
 const usesKey = "key-uses"
 
-// usesBehind bounds the events that a start has to read where no key was used.
+// usesBehind bounds the events that a start must read if no key was used.
 const usesBehind = 4096
 
+// usesRecord has the number of uses of each version up to an event. A start counts the admissions
+// after the event.
 type usesRecord struct {
 	Next uint64            `json:"next"` // the first event that is not counted
 	Uses map[string]uint64 `json:"uses"` // by name/version
 }
 
-// takeUses lets memory say what was written down. mu is held.
+// takeUses updates memory from the record of the uses. mu is held.
 func (r *Ring) takeUses(name string, value []byte) error {
 	if name != usesKey || value == nil {
 		return nil
@@ -230,7 +233,8 @@ func (r *Ring) takeUses(name string, value []byte) error {
 	return json.Unmarshal(value, &r.written)
 }
 
-// countUses reads how often each key was used, and counts the admissions after that was written.
+// countUses sets the uses of each version: those of the record, and the admissions after the
+// record.
 func (r *Ring) countUses() error {
 	for _, k := range r.All() {
 		k.usage.count.Store(r.written.Uses[k.Ref().String()])
@@ -252,8 +256,8 @@ func (r *Ring) countUses() error {
 	return errors.Join(err, broken)
 }
 
-// WriteUses writes down how often each key was used. A crash can make the count of the last minute come
-// twice: then a key is rotated a little early.
+// WriteUses writes the record of the uses. A crash can have the uses of the last minute counted
+// twice; then a key is rotated a little early.
 func (r *Ring) WriteUses(ctx context.Context) error {
 	_, first, tree := r.Ledger.Head()
 	now := usesRecord{Next: first + tree.Size, Uses: map[string]uint64{}}

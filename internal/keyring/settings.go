@@ -16,21 +16,23 @@ import (
 	"countersign/internal/schedule"
 )
 
-// Settings say how a key is rotated, and whether an operator must confirm its use. The zero value is
-// that of a key without settings.
+// Settings are the schedule of a key's rotations, and the confirmations that its use needs. A key
+// without a record has the zero value.
 type Settings struct {
-	Plan schedule.Plan // when the key is rotated by itself
-	// Announce is how long before it is active a version is announced, unless an operator says a time.
-	// Grace is how long the version before is accepted after that; 0: as long as a document may live.
+	Plan schedule.Plan // of rotations without an operator
+	// Announce is the time between the announcement of a scheduled rotation and the activation.
+	// Grace is the time for which the old version is accepted after the activation; 0: the maximal
+	// lifetime of a document.
 	Announce, Grace time.Duration
-	// Acknowledge names the peers that must have acknowledged a rotation so that the version before is
-	// archived ahead of its grace time, or AllPeers. None: it is kept for its grace time.
+	// Acknowledge names peers, or AllPeers. When all of them have acknowledged a rotation, the old
+	// version is archived before the end of its grace time. Empty: no version is archived early.
 	Acknowledge []string
-	// Presence is for how long an operator's confirmation lets the key sign; 0: none is needed.
+	// Presence is the time for which an operator's confirmation lets the key sign; 0: the key needs
+	// no confirmation.
 	Presence time.Duration
 }
 
-// AllPeers stands for all peers that are let in.
+// AllPeers in Settings.Acknowledge stands for all peers that are let in.
 const AllPeers = "all"
 
 // settingsRecord is the ledger's record of settings, under the key's name. Times are seconds.
@@ -51,7 +53,7 @@ func (s Settings) record() settingsRecord {
 	}
 }
 
-// takeSettings lets memory say what a record says. mu is held.
+// takeSettings updates memory from the record of a key's settings. mu is held.
 func (r *Ring) takeSettings(name string, value []byte) error {
 	var rec settingsRecord
 	if value != nil {
@@ -66,13 +68,13 @@ func (r *Ring) takeSettings(name string, value []byte) error {
 		Presence: manage.Duration(rec.Presence),
 	}
 	if now.Presence != before.Presence {
-		delete(r.confirmed, name) // it was for another time
+		delete(r.confirmed, name) // the confirmation was for another time of presence
 	}
 	r.settings[name], r.announcements = now, nil
 	return nil
 }
 
-// grace is how long a version is accepted after its successor has become active.
+// grace is the time for which a version is accepted after the activation of its successor.
 func (r *Ring) grace(s Settings) time.Duration {
 	if s.Grace == 0 {
 		return r.MaxLifetime
@@ -92,7 +94,7 @@ func (r *Ring) Settings(name string) (Settings, error) {
 	return r.settingsOf(name), err
 }
 
-// maxSettings is the number of bytes that an event takes of a text without cutting it.
+// maxSettings bounds the record of settings, in bytes: an event keeps a text of this length uncut.
 const maxSettings = 2000
 
 func (s Settings) check() error {
@@ -108,12 +110,13 @@ func (s Settings) check() error {
 		return errors.New("acknowledge has more than 100 names")
 	}
 	for _, d := range []time.Duration{s.Plan.Every, s.Announce, s.Grace, s.Presence} {
-		if d%time.Second != 0 { // on disk it would be another
+		if d%time.Second != 0 { // the record has whole seconds
 			return fmt.Errorf("%v is not a number of whole seconds", d)
 		}
 	}
 	if n := len(manage.Encode(s.record())); n > maxSettings {
-		return fmt.Errorf("the settings have %d bytes, and the event that records them has room for %d: name fewer peers, or all", n, maxSettings)
+		return fmt.Errorf("the settings have %d bytes, and the event that records them has room for %d: "+
+			"name fewer peers, or all", n, maxSettings)
 	}
 	for _, name := range s.Acknowledge {
 		if err := keystore.CheckName(name); err != nil {
@@ -128,15 +131,18 @@ func lowered(presence, before time.Duration) bool {
 	return before > 0 && (presence == 0 || presence > before)
 }
 
-// Set changes the settings of a key from now on. To let it sign on fewer confirmations needs approval.
-func (r *Ring) Set(ctx context.Context, who audit.Actor, name string, set func(*Settings) error) (s Settings, err error) {
+// Set changes the settings of a key from now on. A change that lets the key sign on fewer
+// confirmations needs approval.
+func (r *Ring) Set(
+	ctx context.Context, who audit.Actor, name string, set func(*Settings) error,
+) (s Settings, err error) {
 	err = r.run(ctx, fmt.Sprintf("the settings of key %q", ijson.Clip(name)), func(ctx context.Context) error {
 		before, err := r.Settings(name)
 		if err != nil {
 			return err
 		}
 		s = before
-		s.Acknowledge = slices.Clone(s.Acknowledge) // it is set's to change
+		s.Acknowledge = slices.Clone(s.Acknowledge) // set may change the elements
 		if set != nil {
 			if err := set(&s); err != nil {
 				return fmt.Errorf("key %q: %w: %w", name, manage.ErrInvalid, err)
@@ -147,7 +153,8 @@ func (r *Ring) Set(ctx context.Context, who audit.Actor, name string, set func(*
 		}
 		for _, peer := range s.Acknowledge {
 			if !slices.Contains(before.Acknowledge, peer) && peer != AllPeers && !r.Peers.Enrolled(peer) {
-				return fmt.Errorf("key %q: %w: acknowledge names %q, and no such peer is enrolled", name, manage.ErrInvalid, peer)
+				return fmt.Errorf("key %q: %w: acknowledge names %q, and no such peer is enrolled",
+					name, manage.ErrInvalid, peer)
 			}
 		}
 		if own(name) && (s.Presence != 0 || name != NoiseName) {
@@ -169,8 +176,8 @@ func (r *Ring) Set(ctx context.Context, who audit.Actor, name string, set func(*
 }
 
 // Confirm lets a key sign for its time of presence: an operator has just proven to be there. The
-// confirmation is in memory only. CredentialsChanged takes all confirmations back, since an operator
-// who can enrol a credential could confirm with it.
+// confirmation is in memory only. CredentialsChanged takes all confirmations back: an operator who
+// can enrol a credential could confirm with the new credential.
 func (r *Ring) Confirm(ctx context.Context, who audit.Actor, name string) (until time.Time, err error) {
 	if _, err := r.Versions(name); err != nil {
 		return until, err
@@ -193,10 +200,10 @@ func (r *Ring) Confirm(ctx context.Context, who audit.Actor, name string) (until
 		end = time.Now().Add(presence)
 		return tx.Append(ledger.EventOf(audit.NewPresenceConfirmed(who, name, end)))
 	}); err != nil {
-		return until, err // the writer may still be at work: end is not ours to read
+		return until, err // the ledger's writer may still run the function, which writes end
 	}
-	// The event is on disk before the key may be used. The confirmation counts if the credentials and
-	// the settings under which it was given still do.
+	// The event is on disk before the key may be used. The confirmation counts only if credentials
+	// and presence are still the same.
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	switch {
@@ -217,7 +224,7 @@ func (r *Ring) CredentialsChanged() {
 	clear(r.confirmed)
 }
 
-// Confirmed is until when a key may sign on a confirmation; zero: there is none.
+// Confirmed returns the end of a key's confirmation, or zero without a confirmation.
 func (r *Ring) Confirmed(name string) time.Time {
 	r.mu.RLock()
 	defer r.mu.RUnlock()

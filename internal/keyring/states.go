@@ -10,52 +10,63 @@ import (
 	"countersign/internal/manage"
 )
 
-// State is where a version of a key is in its life.
+// State is the state of a version in its life cycle.
 type State string
 
 const (
-	// absent: the ledger has no record of the version.
+	// absent is the state of a version without a record.
 	absent State = ""
-	// making: the version is written down and being made. It counts for nothing, and after a crash it is
-	// cleared away.
+	// making is the state between the record and the key on the token. The version counts for
+	// nothing, and Recover clears the version away after a crash.
 	making State = "making"
-	// Pending: made and proven, and the next version of its key. It is announced when it has a time from
-	// which it will be active.
+	// Pending is the state of the next version of a key, made and proven. A pending version with a
+	// time of activation is announced.
 	Pending State = "pending"
-	// Active: the version that signs. A key has one at the most.
+	// Active is the state of the version that signs. A key has at most one active version.
 	Active State = "active"
-	// VerifyOnly: its successor signs; for its grace time its own signatures are good.
+	// VerifyOnly is the state of a version whose successor is active: for the grace time,
+	// signatures of the version are accepted.
 	VerifyOnly State = "verify-only"
-	// Archived: out of use, and still on its token.
+	// Archived is the state of a version that is out of use and still on its token.
 	Archived State = "archived"
-	// Compromised: the private key may be in other hands. No signature of the version is believed any more.
+	// Compromised is the state of a version whose private key may be in other hands. No signature
+	// of the version is believed any more.
 	Compromised State = "compromised"
-	// Destroyed: the private key is gone.
+	// Destroyed is the state of a version whose private key is gone.
 	Destroyed State = "destroyed"
 )
 
-// outOfUse reports that the private key of such a version is not used any more.
+// outOfUse reports that no private key of a version in the state is used any more.
 func (s State) outOfUse() bool { return s == Archived || s == Compromised || s == Destroyed }
 
-// accepted reports that a signature of such a version is good under the key's name.
+// name is the state in error texts.
+func (s State) name() string {
+	if s == absent {
+		return "absent"
+	}
+	return string(s)
+}
+
+// accepted reports that the signatures of a version in the state are accepted under the key's name.
 func (s State) accepted() bool { return s == Active || s == VerifyOnly }
 
 // Transition is a step from one state of a version to another.
 type Transition struct {
 	From, To State
-	By       string       // the actor that may cause it: "daemon", "operator" or both
-	Events   []audit.Type // of which one is written in the same transaction; none: the step counts for nothing yet
-	Act      string       // the approved proposal that it needs; "": none
+	By       string       // kinds of actors that may cause the step: "daemon", "operator" or both
+	Events   []audit.Type // one of them is in the same transaction; nil: none, since the step counts for nothing yet
+	Act      string       // act of the approved proposal that the step needs; "": none
 }
 
 const either = "operator or daemon"
 
-// Transitions are all steps that the state of a version can take. Ring.change refuses every other one.
+// Transitions are all steps between the states of a version. Ring.change refuses every other step.
+// docs/SPEC.md has the table too.
 var Transitions = []Transition{
 	{absent, making, either, nil, ""},
 	{making, absent, "daemon", []audit.Type{audit.KeyCreationFailed}, ""},
 	{making, Pending, either, []audit.Type{audit.KeyCommitted, audit.RotationAnnounced}, ""},
-	{making, Active, "operator", []audit.Type{audit.KeyCreated, audit.KeyImported}, ""},
+	{making, Active, either, []audit.Type{audit.KeyCreated, audit.KeyImported}, ""},
 	{Pending, Active, either, []audit.Type{audit.KeyRotated}, ""},
 	{Active, VerifyOnly, either, []audit.Type{audit.KeyRotated}, ""},
 	{VerifyOnly, Archived, either, []audit.Type{audit.KeyStateChanged}, ""},
@@ -66,7 +77,7 @@ var Transitions = []Transition{
 	{Compromised, Destroyed, "operator", []audit.Type{audit.KeyStateChanged}, approval.ActKeyDestroy},
 }
 
-// approved refuses a step to a state that needs an approved proposal, where the actor carries out none.
+// approved refuses a step without an approved proposal, if the steps to the state need one.
 func approved(to State, who audit.Actor) error {
 	needs := slices.ContainsFunc(Transitions, func(t Transition) bool { return t.To == to && t.Act != "" })
 	if needs && who.Proposal == 0 {
@@ -75,32 +86,33 @@ func approved(to State, who audit.Actor) error {
 	return nil
 }
 
-// transition finds a step in the table, and holds the actor against it.
+// transition finds a step in the table, and checks the actor.
 func transition(from, to State, who audit.Actor) (t Transition, err error) {
 	if err := approved(to, who); err != nil {
 		return t, err
 	}
 	i := slices.IndexFunc(Transitions, func(t Transition) bool { return t.From == from && t.To == to })
 	if i < 0 {
-		return t, fmt.Errorf("%w: it is %s, and must be %s", manage.ErrConflict, from, before(to))
+		return t, fmt.Errorf("%w: it is %s, and must be %s", manage.ErrConflict, from.name(), before(to))
 	}
 	if t = Transitions[i]; !strings.Contains(t.By, who.Kind) {
-		return t, fmt.Errorf("%w: to become %s is for the %s to cause", manage.ErrConflict, to, t.By)
+		return t, fmt.Errorf("%w: to become %s is for the %s to cause", manage.ErrConflict, to.name(), t.By)
 	}
 	return t, nil
 }
 
-// writtenBy reports that one of the events of a step is written with it.
+// writtenBy reports that events has one of the step's events.
 func (t Transition) writtenBy(events []audit.Event) bool {
-	return len(t.Events) == 0 || slices.ContainsFunc(events, func(e audit.Event) bool { return slices.Contains(t.Events, e.Type) })
+	isOwn := func(e audit.Event) bool { return slices.Contains(t.Events, e.Type) }
+	return len(t.Events) == 0 || slices.ContainsFunc(events, isOwn)
 }
 
-// before lists the states from which a version can come to one: "active or archived".
+// before lists the states from which a step leads to a state: "active or archived".
 func before(to State) string {
 	var from []string
 	for _, t := range Transitions {
 		if t.To == to {
-			from = append(from, string(t.From))
+			from = append(from, t.From.name())
 		}
 	}
 	return strings.Join(from, " or ")

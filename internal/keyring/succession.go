@@ -19,14 +19,15 @@ import (
 	"countersign/wire"
 )
 
-// The documents that the appliance itself signs: steps from a version to the next one, and the
-// authorization of a Noise key.
+// The appliance signs two types of documents of its own: steps from a version to the next version,
+// and authorizations of Noise keys.
 
 func (n newVersion) digest() [32]byte { return sha256.Sum256(n.info.PublicKey) }
 
 func base64url(b []byte) string { return base64.RawURLEncoding.EncodeToString(b) }
 
-// endorse has a version sign the step to the next one, which names the digest of the one after that.
+// endorse has a version sign the step to the next version. The step names the digest of the version
+// after the next.
 func (r *Ring) endorse(
 	ctx context.Context, who audit.Actor, old, next *Key, after newVersion, at time.Time,
 ) (*wire.Succession, error) {
@@ -43,17 +44,19 @@ func (r *Ring) endorse(
 		return nil, err
 	}
 	return &wire.Succession{
-		Payload: doc.Payload, Nonce: doc.Nonce, Timestamp: doc.Timestamp, ExpiresAt: doc.ExpiresAt, Signature: signature,
+		Payload: doc.Payload, Nonce: doc.Nonce, Timestamp: doc.Timestamp, ExpiresAt: doc.ExpiresAt,
+		Signature: signature,
 	}, nil
 }
 
 const authorizationType = "paykit-noise-key-authorization-v1"
 
-// authorize has the identity's key sign that a Noise key speaks for the identity.
+// authorize has the identity's key sign the authorization of a Noise key.
 func (r *Ring) authorize(ctx context.Context, who audit.Actor, noise keystore.Info) (*wire.Authorization, error) {
 	identity, err := r.Signing(r.Identity)
 	if err != nil {
-		return nil, fmt.Errorf("the identity that authorises the Noise key: %w: make it, or take noise_identity out of the configuration", err)
+		return nil, fmt.Errorf("the identity that authorises the Noise key: %w: "+
+			"make it, or take noise_identity out of the configuration", err)
 	}
 	owner := base64url(identity.Info().PublicKey)
 	last, err := r.Ledger.LastNumber(GenerationSeries(authorizationType, r.Identity))
@@ -76,17 +79,17 @@ func (r *Ring) authorize(ctx context.Context, who audit.Actor, noise keystore.In
 	return &wire.Authorization{Payload: payload, Signature: signature}, nil
 }
 
-// GenerationSeries names the series of a document's generation: it must be higher than all generations
-// before it that a key has signed.
+// GenerationSeries names the monotonic series of generations of a document type that a key signs:
+// each generation must be higher than all generations before.
 func GenerationSeries(kind, key string) string { return "generation\x00" + kind + "\x00" + key }
 
-// DocumentOf is what an event keeps of a document.
+// DocumentOf is the part of a document that an event keeps.
 func DocumentOf(doc *transcript.Document) audit.Document {
 	return audit.Document{Transcript: doc.Type, Digest: doc.Digest(), Nonce: doc.Nonce, ExpiresAt: doc.ExpiresAt}
 }
 
-// signOwn has a document signed that the appliance itself makes. The document is admitted before, as
-// any other is; policy is about peers.
+// signOwn makes, admits and signs a document of the appliance's own. The admission is on disk
+// before the signature, as for peers. Policy has no rules for the appliance itself.
 func (r *Ring) signOwn(
 	ctx context.Context, who audit.Actor, k *Key, kind string, payload []byte,
 ) (*transcript.Document, []byte, error) {
@@ -104,11 +107,13 @@ func (r *Ring) signOwn(
 	wait, cancel := context.WithTimeout(ctx, r.RequestTimeout)
 	defer cancel()
 	admission := ledger.Admission{
-		Scope: ledger.KeyScope(k.Name), Nonce: doc.Nonce, Digest: doc.Digest(), KeyVersion: k.Version, ExpiresAt: doc.ExpiresAt,
+		Scope: ledger.KeyScope(k.Name), Nonce: doc.Nonce, Digest: doc.Digest(), KeyVersion: k.Version,
+		ExpiresAt: doc.ExpiresAt,
 	}
 	if doc.Generation != nil {
 		admission.Monotonic = &ledger.Monotonic{Series: GenerationSeries(doc.Type, k.Name), Value: *doc.Generation}
-		admission.Decide = func([]ledger.Used) ([]byte, error) { return nil, nil } // or the generation is not looked at
+		// Without Decide, the ledger ignores Monotonic.
+		admission.Decide = func([]ledger.Used) ([]byte, error) { return nil, nil }
 	}
 	got, err := r.Ledger.Admit(wait, admission, func(v ledger.Verdict) []byte {
 		e := audit.NewAdmission(who, key, DocumentOf(doc))
@@ -125,25 +130,28 @@ func (r *Ring) signOwn(
 	case got.Verdict != ledger.Fresh:
 		return nil, nil, fmt.Errorf("%w: the nonce of the appliance's own document is spent", keystore.ErrUnavailable)
 	}
-	// A compromised version can still do this one thing: its successor was settled long before.
+	// Even a compromised version signs the step: the log committed to the successor long before.
 	anyway := func() error { return nil }
-	signature, err := k.sign(wait, Own, doc.Message, func(signature []byte) bool { return k.Verify(doc.Message, signature) == nil }, anyway)
+	verifies := func(signature []byte) bool { return k.Verify(doc.Message, signature) == nil }
+	signature, err := k.sign(wait, Own, doc.Message, verifies, anyway)
 	k.usage.count.Add(1)
 	failed := ""
 	if err != nil {
 		failed, signature = wire.CodeUnavailable, nil
 	}
-	end := audit.NewOutcome(who, key, kind, got.Event, failed)
-	return doc, signature, errors.Join(err, r.Ledger.Settle(context.WithoutCancel(ctx), got, signature, ledger.EventOf(end), nil))
+	end := ledger.EventOf(audit.NewOutcome(who, key, kind, got.Event, failed))
+	return doc, signature, errors.Join(err, r.Ledger.Settle(context.WithoutCancel(ctx), got, signature, end, nil))
 }
 
-// AuthorizeNoise has the identity sign for the Noise key that is in use, anew. Keep does so the first
-// time, and after each rotation of the identity.
+// AuthorizeNoise has the identity sign a new authorization of the active Noise key. Keep signs the
+// first authorization, and one after each rotation of the identity.
 func (r *Ring) AuthorizeNoise(ctx context.Context, who audit.Actor) error {
 	if r.Identity == "" {
 		return fmt.Errorf("noise key: %w: the configuration has no noise_identity", manage.ErrConflict)
 	}
-	return r.run(ctx, "authorising the Noise key", func(ctx context.Context) error { return r.authorizeActive(ctx, who) })
+	return r.run(ctx, "authorising the Noise key", func(ctx context.Context) error {
+		return r.authorizeActive(ctx, who)
+	})
 }
 
 func (r *Ring) authorizeActive(ctx context.Context, who audit.Actor) error {
@@ -159,12 +167,12 @@ func (r *Ring) authorizeActive(ctx context.Context, who audit.Actor) error {
 	return r.change(ctx, who, []edit{change}, audit.NewNoiseKeyAuthorized(who, k.Ref().String(), r.Identity))
 }
 
-// unauthorized reports that the configured identity has not signed for a Noise key, or has signed with
-// a version that is not the active one.
+// unauthorized reports that a Noise key has no authorization by the active version of the
+// configured identity.
 func (r *Ring) unauthorized(noise *Key) bool {
 	identity, err := r.Signing(r.Identity)
 	if r.Identity == "" || err != nil {
-		return false // it is to be made still
+		return false // an operator must make the identity first
 	}
 	var said struct {
 		Owner string `json:"owner"`

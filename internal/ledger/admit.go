@@ -6,88 +6,92 @@ import (
 	"fmt"
 )
 
-// Scope is where a nonce is single use: the signatures of one key, or the public key of one signer
-// for verification.
+// Scope is the domain in which a nonce is single use: the signatures of one key, or the
+// verifications under one public key.
 type Scope string
 
-// KeyScope is the scope of signatures made with a key of ours, whatever its version.
+// KeyScope returns the scope of the signatures by one of the appliance's keys, in all its versions.
 func KeyScope(name string) Scope { return Scope("k" + name) }
 
-// SignerScope is the scope of signatures that are verified under a signer's public key. A stranger
-// can't reach it without that signer's private key, so no stranger can burn a signer's nonce.
+// SignerScope returns the scope of verifications under a signer's public key. Only a valid
+// signature spends a nonce in the scope. A stranger without the signer's private key therefore
+// can't burn a nonce of the signer.
 func SignerScope(publicKey []byte) Scope { return Scope("s" + string(publicKey)) }
 
-// Admission is what gets written down before a key signs or a verification is confirmed.
+// Admission is the durable record that precedes a signature or the confirmation of a verification.
 type Admission struct {
 	Scope      Scope
 	Nonce      [32]byte
-	Digest     [32]byte // of the whole request
-	Peer       [32]byte // the public key of the peer that asks
-	KeyVersion uint32   // that the admission is for: a repetition must not be signed with another
-	ExpiresAt  int64    // Unix seconds: the nonce is kept until then and the margin after it
-	Once       bool     // a repetition is a replay too
-	Quiet      bool     // a replay or a denial is not written down
-	Member     *Member  // of the batch that the request is an item of; nil: of none
-	// Counts are the series that a fresh nonce is counted in. Monotonic is a number that must be higher
-	// than the last one of its series.
+	Digest     [32]byte // hash of the whole request
+	Peer       [32]byte // public key of the requesting peer
+	KeyVersion uint32   // version of the key; a repetition must be signed with the same version
+	ExpiresAt  int64    // Unix seconds; the nonce is kept until then and for Options.Margin after
+	Once       bool     // a repetition counts as a replay
+	Quiet      bool     // a replay or a denial writes no event
+	Member     *Member  // place in a batch; nil for a single request
+	// Counts are the series in which a fresh nonce is counted. Monotonic, if set, is a number that
+	// must be higher than the last number of its series.
 	Counts    []Count
 	Monotonic *Monotonic
-	// Decide may refuse a fresh nonce by what the series have, each with what this admission would add;
-	// nil admits. The record that it returns is kept beside the event, whatever the decision. Decide
-	// must be pure: it may run again.
+	// Decide may deny a fresh nonce. The argument has the sums of the series in Counts, including
+	// this admission; a nil refusal admits. The record is kept beside the event for either
+	// decision. Decide must be pure, because it may run twice. A nil Decide admits.
 	Decide func(used []Used) (record []byte, refusal error)
 }
 
-// Monotonic is a number that must be higher than in all admissions before that named the same series.
+// Monotonic is a number that must be higher than the numbers of all earlier admissions with the
+// same series.
 type Monotonic struct {
 	Series string
 	Value  uint64
 }
 
-// Verdict is what the ledger found about a nonce.
+// Verdict is the result of an admission.
 type Verdict int
 
 const (
-	// Fresh: the nonce was not spent in its scope; now it is.
+	// Fresh means that the nonce was not spent in its scope before, and is spent now.
 	Fresh Verdict = iota + 1
-	// Repeated: the same peer had asked for the same thing before.
+	// Repeated means that the same peer sent the same request before.
 	Repeated
-	// Replay: the nonce was spent on something else, by another peer, or on something that is given once.
+	// Replay means that the nonce was spent by another request or another peer, or that the same
+	// request came again although the admission has Once.
 	Replay
-	// Denied: Decide refused, or Monotonic is not higher. The nonce is not spent, and nothing was counted.
+	// Denied means that Decide refused, or that Monotonic is not higher. The nonce is not spent,
+	// and the series are not changed.
 	Denied
 )
 
 // Admitted is the answer of Admit. After Repeated, KeyVersion, Event and Signature are those of the
-// first time.
+// first admission.
 type Admitted struct {
 	Admission
 	Verdict   Verdict
-	Event     uint64 // number of the admission; after Replay and Denied, of the event that records the refusal, or 0
-	Signature []byte // the outcome, where it is known
+	Event     uint64 // number of the event: of the admission, or after Replay and Denied of the refusal; 0 for none
+	Signature []byte // after Repeated: the signature, or nil if there is none yet
 	First     uint64 // after Replay: number of the admission that spent the nonce
-	Own       bool   // after Replay: the first admission was this peer's, for the same request
+	Own       bool   // after Replay: the first admission has the same peer and the same request
 	Denial    error  // after Denied: the error of Decide, or ErrNotHigher
 }
 
-// Admit spends a nonce. When it returns, the verdict and its event are on disk. event gives the bytes
-// to write down for a fresh nonce, for a replay and for a denial; it must be pure. A repetition writes
-// nothing: its admission is on disk already.
+// Admit spends a nonce. When Admit returns, the verdict and its event are on disk. The function
+// event returns the bytes of the event for the verdicts Fresh, Replay and Denied, and must be pure.
+// Repeated writes no event, because the admission is on disk already.
 //
-// ErrDisk, ErrClock and ErrTooMany mean that nothing was written and the nonce is not spent. Any other
-// error means that no verdict is known. The nonce may be spent all the same; asking again gives
-// Repeated then, or Replay where the admission is for Once.
+// ErrDisk, ErrClock and ErrTooMany mean that nothing was written and the nonce is not spent. After
+// any other error the verdict is unknown, and the nonce may be spent. A second Admit then returns
+// Repeated, or Replay for an admission with Once.
 func (l *Ledger) Admit(ctx context.Context, a Admission, event func(Verdict) []byte) (Admitted, error) {
 	if err := l.suspended.Load(); err != nil {
 		return Admitted{}, *err
 	}
 	l.admitted.Add(1)
-	print := fingerprintOf(a.Scope, a.Nonce)
+	fp := fingerprintOf(a.Scope, a.Nonce)
 	var fresh Event
 	if a.Decide == nil {
-		fresh = NewEvent(event(Fresh)) // here, since the writer has enough to do
+		fresh = NewEvent(event(Fresh)) // hashed here, to spare the writer
 	}
-	s := spent{print: print, owner: ownerOf(a.Digest, a.Peer), version: a.KeyVersion}
+	s := spent{fingerprint: fp, requestHash: hashRequest(a.Digest, a.Peer), version: a.KeyVersion}
 	result := Admitted{Admission: a}
 	var refused error
 	r := &request{done: make(chan error, 1), apply: func(t *txn) (err error) {
@@ -98,11 +102,11 @@ func (l *Ledger) Admit(ctx context.Context, a Admission, event func(Verdict) []b
 		}
 		var record []byte
 		fresh := fresh
-		prior, found, err := t.find(print)
+		prior, found, err := t.find(fp)
 		switch {
 		case err != nil:
 			return err
-		case found && prior.owner == s.owner && !a.Once: // nothing is written, so nothing can be in the way
+		case found && prior.requestHash == s.requestHash && !a.Once: // writes nothing: works with a full disk, too
 			result.Verdict, result.KeyVersion, result.Event = Repeated, prior.version, prior.event
 			result.Signature = t.outcome(prior)
 			return nil
@@ -111,24 +115,24 @@ func (l *Ledger) Admit(ctx context.Context, a Admission, event func(Verdict) []b
 			return nil
 		case !found:
 			s.hour = hourOf(a.ExpiresAt)
-			if refused = t.mayKeep(s.hour); refused != nil {
+			if refused = t.checkCapacity(s.hour); refused != nil {
 				return nil
 			}
 			if result.Verdict = Fresh; a.Decide != nil {
 				counted := t.count(a.Counts)
 				record, result.Denial = a.Decide(counted.used)
 				if result.Denial == nil {
-					result.Denial = t.mayIncrease(a.Monotonic)
+					result.Denial = t.checkMonotonic(a.Monotonic)
 				}
 				if result.Denial != nil {
 					result.Verdict = Denied
-				} else if err := t.keep(counted, a.Monotonic); err != nil {
+				} else if err := t.writeCounts(counted, a.Monotonic); err != nil {
 					return err
 				}
 				fresh = NewEvent(event(result.Verdict))
 			}
 		default:
-			result.First, result.Own, result.Verdict = prior.event, prior.owner == s.owner, Replay
+			result.First, result.Own, result.Verdict = prior.event, prior.requestHash == s.requestHash, Replay
 		}
 		if result.Verdict != Fresh && a.Quiet {
 			return nil
@@ -165,16 +169,16 @@ func (l *Ledger) Admit(ctx context.Context, a Admission, event func(Verdict) []b
 	return result, nil
 }
 
-// Settle records how an admission ended: the signature, or nil where there is none, the event that
-// says so, and a receipt where there is one. Settle returns when the writer has taken the outcome,
-// which reaches the disk together with later requests. If a crash comes first, the admission still
-// stands, and a repetition of the request makes the same signature again.
+// Settle records the outcome of an admission: the signature or nil, the event, and the receipt or
+// nil. Settle returns when the outcome is in the writer's queue. The outcome reaches the disk
+// together with later requests. After a crash before that, the admission is still on disk, and a
+// repetition of the request makes the same signature again.
 func (l *Ledger) Settle(ctx context.Context, a Admitted, signature []byte, event Event, receipt *Receipt) error {
-	signature = bytes.Clone(signature) // the writer reads it after the caller has gone on
+	signature = bytes.Clone(signature) // the writer reads the copy after Settle has returned
 	return l.submit(ctx, &request{apply: func(t *txn) error {
 		s := spent{event: a.Event, hour: hourOf(a.ExpiresAt)}
 		if t.outcome(s) != nil {
-			return nil // settled before: of two repetitions at once, both have signed, or one has failed
+			return nil // two repetitions at once: the other one has settled the admission with a signature
 		}
 		if signature != nil {
 			if err := t.settle(s, signature); err != nil {
@@ -191,7 +195,7 @@ func (l *Ledger) Settle(ctx context.Context, a Admitted, signature []byte, event
 	}})
 }
 
-// Spent returns the admission that spent a nonce, or ErrNotFound.
+// Spent returns the admission that spent a nonce, or an error that wraps ErrNotFound.
 func (l *Ledger) Spent(ctx context.Context, scope Scope, nonce [32]byte) (Admitted, error) {
 	var a Admitted
 	var found bool
@@ -205,7 +209,7 @@ func (l *Ledger) Spent(ctx context.Context, scope Scope, nonce [32]byte) (Admitt
 	}})
 	switch {
 	case err != nil:
-		return Admitted{}, err // the writer may still be at work
+		return Admitted{}, err // the writer may still use the variables
 	case !found:
 		return Admitted{}, fmt.Errorf("nonce: %w", ErrNotFound)
 	}

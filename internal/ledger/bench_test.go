@@ -21,18 +21,19 @@ import (
 	bolt "go.etcd.io/bbolt"
 )
 
-// Every benchmark prints lines NAME PARAMETERS ratio X, with the two figures that made it: medians of short rounds in which
-// the two sides take turns, since the machine may be busy with other things.
+// Every benchmark prints lines NAME PARAMETERS ratio X, with the two rates of the ratio. The
+// figures are medians of short rounds. The two sides take turns, because other programs may use the
+// machine.
 const (
 	callers  = 64
 	rounds   = 41
 	measured = 150 * time.Millisecond
 )
 
-// eventBytes is as long as the event of an admission.
+// eventBytes has the typical length of the event of an admission.
 var eventBytes = []byte(strings.Repeat("e", 480))
 
-// rate returns how many calls a second so many callers get done.
+// rate returns the number of calls per second that all callers complete together.
 func rate(b *testing.B, call func() error) float64 {
 	var done atomic.Int64
 	var over atomic.Bool
@@ -57,13 +58,15 @@ func rate(b *testing.B, call func() error) float64 {
 	return float64(n) / took.Seconds()
 }
 
+// compare measures both sides in turns and prints the ratio.
 func compare(b *testing.B, name string, side, floor func() error) {
 	var ratios, sides, floors []float64
 	for range rounds {
 		f, s := rate(b, floor), rate(b, side)
 		ratios, sides, floors = append(ratios, s/f), append(sides, s), append(floors, f)
 	}
-	fmt.Fprintf(os.Stdout, "%s ratio %.2f (%.0f/s, floor %.0f/s)\n", name, median(ratios), median(sides), median(floors))
+	fmt.Fprintf(os.Stdout, "%s ratio %.2f (%.0f/s, floor %.0f/s)\n",
+		name, median(ratios), median(sides), median(floors))
 }
 
 func median(of []float64) float64 {
@@ -71,7 +74,7 @@ func median(of []float64) float64 {
 	return of[len(of)/2]
 }
 
-// admitting spends random nonces that expire at one time.
+// admitting returns a function that spends a random nonce.
 func admitting(ctx context.Context, l *ledger.Ledger, expiresAt func() int64) func() error {
 	return func() error {
 		a := ledger.Admission{Scope: ledger.KeyScope("payments"), KeyVersion: 1, ExpiresAt: expiresAt()}
@@ -86,8 +89,9 @@ func admitting(ctx context.Context, l *ledger.Ledger, expiresAt func() int64) fu
 
 func inAnHour() int64 { return time.Now().Unix() + 3600 }
 
-// bare is a group commit with bbolt and nothing else, of the same bytes: the event, the record of the nonce, and two hashes of the
-// tree, each at the end of its bucket.
+// bare returns a function that writes with bbolt and a group commit, without a ledger. The written
+// bytes are the same: the event, the record of the nonce, and two hashes of the tree, each at the
+// end of a bucket.
 func bare(b *testing.B, dir string) func() error {
 	db, err := bolt.Open(filepath.Join(dir, "bare.db"), 0o600, &bolt.Options{FreelistType: bolt.FreelistMapType})
 	if err != nil {
@@ -152,7 +156,7 @@ func benchLedger(b *testing.B, o ledger.Options) (*ledger.Ledger, string) {
 	if err := ledger.Create(path, o); err != nil {
 		b.Fatal(err)
 	}
-	l, err := ledger.Open(path, o)
+	l, err := ledger.Open(path, o) // without a replica: a benchmark
 	if err != nil {
 		b.Fatal(err)
 	}
@@ -160,25 +164,28 @@ func benchLedger(b *testing.B, o ledger.Options) (*ledger.Ledger, string) {
 	return l, path
 }
 
-// BenchmarkAdmit holds durable admissions with event and hashes against a bare group commit of the same bytes.
+// BenchmarkAdmit compares durable admissions with a bare group commit of the same bytes.
 func BenchmarkAdmit(b *testing.B) {
 	l, path := benchLedger(b, ledger.Options{})
-	compare(b, fmt.Sprintf("admit callers=%d", callers), admitting(b.Context(), l, inAnHour), bare(b, filepath.Dir(path)))
+	side, floor := admitting(b.Context(), l, inAnHour), bare(b, filepath.Dir(path))
+	compare(b, fmt.Sprintf("admit callers=%d", callers), side, floor)
 }
 
-// BenchmarkWindows holds admissions that are counted in six series, as a payment is, and decided with a record against those that
-// are not.
+// BenchmarkWindows compares admissions with six series and a decision record, as a payment has,
+// with plain admissions.
 func BenchmarkWindows(b *testing.B) {
 	plain, _ := benchLedger(b, ledger.Options{})
 	counted, _ := benchLedger(b, ledger.Options{})
-	amount, _ := new(big.Int).SetString("10000000000000000000000000000000", 10) // 1,000 with 28 places
+	amount, _ := new(big.Int).SetString("10000000000000000000000000000000", 10) // 1,000 with 28 decimal places
 	record := []byte(strings.Repeat("r", 900))
 	one := big.NewInt(1)
 	side := func() error {
 		a := ledger.Admission{Scope: ledger.KeyScope("payments"), KeyVersion: 1, ExpiresAt: inAnHour()}
 		rand.Read(a.Nonce[:])
 		for i, subject := range []string{"peer", "key", fmt.Sprint("counterparty ", a.Nonce[0])} {
-			a.Counts = append(a.Counts, ledger.Count{Series: subject, Add: one}, ledger.Count{Series: fmt.Sprint(i, " amount ", subject), Add: amount})
+			a.Counts = append(a.Counts,
+				ledger.Count{Series: subject, Add: one},
+				ledger.Count{Series: fmt.Sprint(i, " amount ", subject), Add: amount})
 		}
 		a.Decide = func([]ledger.Used) ([]byte, error) { return record, nil }
 		_, err := counted.Admit(b.Context(), a, func(ledger.Verdict) []byte { return eventBytes })
@@ -187,13 +194,13 @@ func BenchmarkWindows(b *testing.B) {
 	compare(b, fmt.Sprintf("admit+windows callers=%d", callers), side, admitting(b.Context(), plain, inAnHour))
 }
 
-// BenchmarkManyNonces holds a ledger with five million live nonces against an empty one, and says what they cost at the start
-// and in memory.
+// BenchmarkManyNonces compares a ledger of five million nonces with an empty one. The benchmark
+// also prints the time of the start and the memory for each nonce.
 func BenchmarkManyNonces(b *testing.B) {
 	const n = 5_000_000
 	empty, _ := benchLedger(b, ledger.Options{})
 	full, path := benchLedger(b, ledger.Options{})
-	for hour := range int64(25) { // as they are after a day
+	for hour := range int64(25) { // distributed as after a day
 		if err := full.Fill(b.Context(), n/25, time.Now().Unix()-hour*3600+3600); err != nil {
 			b.Fatal(err)
 		}
@@ -201,7 +208,7 @@ func BenchmarkManyNonces(b *testing.B) {
 	full.Close()
 	before := heap()
 	begin := time.Now()
-	full, err := ledger.Open(path, ledger.Options{})
+	full, err := ledger.Open(path, ledger.Options{}) // without a replica: a benchmark
 	if err != nil {
 		b.Fatal(err)
 	}
@@ -210,10 +217,13 @@ func BenchmarkManyNonces(b *testing.B) {
 	if s, err := full.Stats(); err != nil || s.Nonces != n {
 		b.Fatal(s, err)
 	}
-	fmt.Fprintf(os.Stdout, "start nonces=%d %.2f s, %.0f bytes of memory a nonce\n", n, took.Seconds(), float64(heap()-before)/n)
-	compare(b, fmt.Sprintf("admit callers=%d nonces=%d", callers, n), admitting(b.Context(), full, inAnHour), admitting(b.Context(), empty, inAnHour))
+	fmt.Fprintf(os.Stdout, "start nonces=%d %.2f s, %.0f bytes of memory a nonce\n",
+		n, took.Seconds(), float64(heap()-before)/n)
+	side, floor := admitting(b.Context(), full, inAnHour), admitting(b.Context(), empty, inAnHour)
+	compare(b, fmt.Sprintf("admit callers=%d nonces=%d", callers, n), side, floor)
 }
 
+// heap returns the size of the heap in use, in bytes.
 func heap() int64 {
 	var m runtime.MemStats
 	runtime.GC()
@@ -221,7 +231,8 @@ func heap() int64 {
 	return int64(m.HeapInuse)
 }
 
-// BenchmarkExpiry holds the latencies of admissions while a million nonces expire against those without.
+// BenchmarkExpiry compares the latencies of admissions with and without an expiry of a million
+// nonces.
 func BenchmarkExpiry(b *testing.B) {
 	const n = 1_000_000
 	var ahead atomic.Int64
@@ -237,14 +248,15 @@ func BenchmarkExpiry(b *testing.B) {
 			b.Fatal(err)
 		}
 		calm := p99(b, admit)
-		ahead.Add(int64(26 * time.Hour)) // all of them expire now
+		ahead.Add(int64(26 * time.Hour)) // all nonces of Fill expire
 		busy := p99(b, admit)
 		ratios, with, without = append(ratios, busy/calm), append(with, busy), append(without, calm)
 	}
-	fmt.Fprintf(os.Stdout, "expiry nonces=%d p99 ratio %.2f (%.2f ms, without %.2f ms)\n", n, median(ratios), median(with), median(without))
+	fmt.Fprintf(os.Stdout, "expiry nonces=%d p99 ratio %.2f (%.2f ms, without %.2f ms)\n",
+		n, median(ratios), median(with), median(without))
 }
 
-// p99 is of a second's calls, in milliseconds.
+// p99 returns the 99th percentile of the latencies in one second, in milliseconds.
 func p99(b *testing.B, call func() error) float64 {
 	var mu sync.Mutex
 	var took []float64

@@ -11,9 +11,10 @@ import (
 	bolt "go.etcd.io/bbolt"
 )
 
-// Check reads the whole file: all pages, every event against its hash, the trees against their roots,
-// every record of a nonce, and every receipt. The error names the first damage found. The ledger must
-// not be in use. progress may be nil.
+// Check reads the whole file: all pages, every event and its hash, the trees and their roots, every
+// record of a nonce, and every receipt. The error names the first damage found. The ledger must not
+// be in use. progress, which may be nil, gets the number of checked events and the number of all
+// events.
 func Check(path string, o Options, progress func(done, all uint64)) (err error) {
 	defer wrap(&err, "check")
 	l, err := Open(path, o)
@@ -31,6 +32,7 @@ func Check(path string, o Options, progress func(done, all uint64)) (err error) 
 	})
 }
 
+// checkAll checks all records. next is the number of the next event.
 func checkAll(tx *bolt.Tx, next uint64, progress func(done, all uint64)) error {
 	var expect uint64 // the first event of the next epoch
 	err := root(tx, bucketEpochs).ForEach(func(k, _ []byte) error {
@@ -69,7 +71,7 @@ func checkAll(tx *bolt.Tx, next uint64, progress func(done, all uint64)) error {
 	if err := root(tx, bucketDecisions).ForEach(func(k, v []byte) error {
 		d, err := decodeDecision(k, v)
 		if err == nil && d.Event >= next {
-			err = fmt.Errorf("%w: there is a decision of event %d, which is not there", ErrCorrupt, d.Event)
+			err = fmt.Errorf("%w: there is a decision of event %d, which does not exist", ErrCorrupt, d.Event)
 		}
 		return err
 	}); err != nil {
@@ -81,7 +83,7 @@ func checkAll(tx *bolt.Tx, next uint64, progress func(done, all uint64)) error {
 	return checkReceipts(tx)
 }
 
-// checkTotals sees that the totals of each series never fall.
+// checkTotals checks that the totals of each series never fall.
 func checkTotals(b *bolt.Bucket) error {
 	var series, last []byte
 	return b.ForEach(func(k, v []byte) error {
@@ -99,7 +101,7 @@ func checkTotals(b *bolt.Bucket) error {
 	})
 }
 
-// checkSpent looks at the records that belong to spent nonces, whether the nonces have expired or not.
+// checkSpent checks the records of spent nonces, or of their outcomes. Expired nonces are included.
 func checkSpent(tx *bolt.Tx, number byte, next uint64, check func(hour uint32, k, v []byte) error) error {
 	all, bucket := root(tx, number), buckets[number].name
 	return all.ForEach(func(name, _ []byte) error {
@@ -117,7 +119,7 @@ func checkSpent(tx *bolt.Tx, number byte, next uint64, check func(hour uint32, k
 	})
 }
 
-// checkReceipts holds the receipts and the index of their ids against each other.
+// checkReceipts compares the receipts with the index of their ids.
 func checkReceipts(tx *bolt.Tx) error {
 	receipts, ids := root(tx, bucketReceipts), root(tx, bucketIDs)
 	err := receipts.ForEach(func(k, v []byte) error {
@@ -138,6 +140,7 @@ func checkReceipts(tx *bolt.Tx) error {
 	})
 }
 
+// checkEpoch checks the events of an epoch and its tree.
 func checkEpoch(tx *bolt.Tx, e Epoch, next uint64, progress func(done, all uint64)) error {
 	stored := reader{tx, e.Number}
 	var tree treeCheck
@@ -160,10 +163,10 @@ func checkEpoch(tx *bolt.Tx, e Epoch, next uint64, progress func(done, all uint6
 	return tree.end(e, stored)
 }
 
-// treeCheck makes a tree anew and holds it against the hashes that were stored.
+// treeCheck computes a tree again and compares it with the stored hashes.
 type treeCheck struct {
 	tree audit.Tree
-	at   int64 // position of the next stored hash
+	at   int64 // index of the next stored hash
 }
 
 func (c *treeCheck) append(leaf audit.Hash, stored reader) (err error) {
@@ -180,6 +183,7 @@ func (c *treeCheck) append(leaf audit.Hash, stored reader) (err error) {
 	return err
 }
 
+// end compares the root with the root of the ended epoch and with the newest checkpoint.
 func (c *treeCheck) end(e Epoch, stored reader) error {
 	root, err := c.tree.Root()
 	if err != nil {

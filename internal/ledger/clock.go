@@ -7,27 +7,29 @@ import (
 	"time"
 )
 
-// clock is the ledger's time: what nonces expire by, and the mark that admissions must not run behind.
+// clock is the ledger's time. Nonces expire by the ledger's time.
 //
-// It follows the system's clock and only moves forward, but never faster than time itself and an eighth more, measured by a
-// clock that nobody can set. So when the system's clock jumps ahead, by a mistake of NTP or of an operator, nonces don't
-// vanish: to reach the end of a nonce that lives for MaxLifetime and is kept for Margin after that, the ledger's time
-// needs longer than MaxLifetime, however wrong the system's clock is and however long. (It is less than an eighth where
-// MaxLifetime is more than eight times Margin without the tolerance.) Where the daemon was down, or the machine suspended or
-// paused, the ledger's time is behind afterwards and catches up at that pace; meanwhile nonces are kept longer than they
-// must, and that is all.
+// The ledger's time follows the system's clock, and only moves forward. Its rate is at most 9/8 of
+// real time, measured by the monotonic clock, which can't be set. A system clock that jumps ahead,
+// by a fault of NTP or of an operator, therefore makes no nonce expire early: the ledger's time
+// needs longer than MaxLifetime to cover MaxLifetime and Margin, however wrong the system's clock
+// is. If MaxLifetime is more than eight times Margin less the tolerance, the rate is lower than
+// 9/8.
 //
-// When the system's clock is behind the ledger's time by more than the tolerance, nothing is admitted until it is not:
-// documents would live again whose nonces may be gone.
+// After a stop of the daemon, or a suspension of the machine, the ledger's time is behind and
+// catches up at that rate. Until then nonces are kept longer than necessary, without other effects.
+//
+// If the system's clock is behind the ledger's time by more than the tolerance, the ledger refuses
+// admissions. Otherwise expired documents would be valid again, and their nonces may be forgotten.
 type clock struct {
 	wall      func() time.Time
 	elapsed   func() time.Duration
 	tolerance time.Duration
-	slowness  time.Duration // the pace of catching up is one in so many
+	slowness  time.Duration // the rate is 1 + 1/slowness; 8 gives 9/8
 
 	mu   sync.Mutex
 	now  time.Time     // the ledger's time
-	last time.Duration // elapsed, when it was now
+	last time.Duration // result of elapsed at now
 }
 
 func (c *clock) start(o Options, now time.Time) {
@@ -35,7 +37,8 @@ func (c *clock) start(o Options, now time.Time) {
 	c.slowness = max(8, o.MaxLifetime/max(time.Second, o.Margin-o.ClockTolerance)+1)
 }
 
-// tick moves the ledger's time forward and returns it, with ErrClock where the system's clock is too far behind it.
+// tick moves the ledger's time forward and returns the new time. The error is ErrClock if the
+// system's clock is behind by more than the tolerance.
 func (c *clock) tick() (now time.Time, behind error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -55,7 +58,7 @@ func (c *clock) tick() (now time.Time, behind error) {
 
 func (c *clock) time() time.Time { now, _ := c.tick(); return now }
 
-// accept brings the ledger's time forward at once.
+// accept sets the ledger's time forward at once.
 func (c *clock) accept(to time.Time) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -64,14 +67,15 @@ func (c *clock) accept(to time.Time) {
 	}
 }
 
-// Clock returns the ledger's time and the system's. The error wraps ErrClock where nothing is admitted because of them.
+// Clock returns the ledger's time and the system's time. The error wraps ErrClock while the ledger
+// refuses admissions because of the difference.
 func (l *Ledger) Clock() (now, wall time.Time, err error) {
 	now, err = l.clock.tick()
 	return now, l.clock.wall(), err
 }
 
-// AcceptTime brings the ledger's time forward to the system's clock at once, with the event that says so. What expires by that
-// is forgotten.
+// AcceptTime sets the ledger's time forward to the system's clock at once, and writes an event.
+// Nonces that expire thereby are forgotten.
 func (l *Ledger) AcceptTime(ctx context.Context, event Event) error {
 	return l.submit(ctx, &request{alone: true, done: make(chan error, 1), apply: func(t *txn) error {
 		if wall := l.clock.wall(); wall.After(t.now) {

@@ -15,17 +15,18 @@ import (
 	"countersign/internal/ledger/ledgertest"
 )
 
-// machine has a ledger and two clocks: one that can be set, and one that nobody sets.
+// machine has a ledger and two simulated clocks.
 type machine struct {
 	path    string
 	options ledger.Options
 
 	mu      sync.Mutex
-	wall    time.Time
-	elapsed time.Duration
+	wall    time.Time     // the system's clock, which can be set
+	elapsed time.Duration // the monotonic clock
 }
 
-// inMemory is a folder for a ledger that commits often, in memory where there is such a one.
+// inMemory returns a folder in memory for a ledger with many commits, or a folder on disk if the
+// machine has no /dev/shm.
 func inMemory(t *testing.T) string {
 	dir, err := os.MkdirTemp("/dev/shm", "ledger")
 	if err != nil {
@@ -39,7 +40,10 @@ const tolerance = 2 * time.Minute
 
 func newMachine(t *testing.T, o ledger.Options) *machine {
 	t.Helper()
-	m := &machine{path: filepath.Join(inMemory(t), "ledger.db"), options: o, wall: time.Date(2026, 3, 1, 12, 0, 0, 0, time.UTC)}
+	m := &machine{
+		path: filepath.Join(inMemory(t), "ledger.db"), options: o,
+		wall: time.Date(2026, 3, 1, 12, 0, 0, 0, time.UTC),
+	}
 	m.options.Wall = func() time.Time { m.mu.Lock(); defer m.mu.Unlock(); return m.wall }
 	m.options.Elapsed = func() time.Duration { m.mu.Lock(); defer m.mu.Unlock(); return m.elapsed }
 	if err := ledger.Create(m.path, m.options); err != nil {
@@ -59,18 +63,23 @@ func (m *machine) open(t *testing.T) *ledger.Ledger {
 	return l
 }
 
-// pass lets time go by; step sets the clock, as NTP does, or as it looks after the machine was suspended or paused.
+// pass moves both clocks forward: time passes.
 func (m *machine) pass(d time.Duration) {
 	m.mu.Lock()
 	m.wall, m.elapsed = m.wall.Add(d), m.elapsed+d
 	m.mu.Unlock()
 }
+
+// step moves the system's clock only. NTP does so, and a suspended or paused machine has the same
+// effect.
 func (m *machine) step(d time.Duration) { m.mu.Lock(); m.wall = m.wall.Add(d); m.mu.Unlock() }
 
+// admission returns an admission that expires after lifetime, by the system's clock.
 func (m *machine) admission(nonce byte, lifetime time.Duration) ledger.Admission {
 	return ledger.Admission{Scope: "k", Nonce: [32]byte{nonce}, ExpiresAt: m.options.Wall().Add(lifetime).Unix()}
 }
 
+// wantTime compares the ledger's time.
 func wantTime(t *testing.T, l *ledger.Ledger, want time.Time) {
 	t.Helper()
 	if got := l.Time(); !got.Equal(want) {
@@ -78,6 +87,7 @@ func wantTime(t *testing.T, l *ledger.Ledger, want time.Time) {
 	}
 }
 
+// refused checks that an admission fails with an error.
 func refused(t *testing.T, l *ledger.Ledger, a ledger.Admission, want error) {
 	t.Helper()
 	if r, err := l.Admit(t.Context(), a, event); !errors.Is(err, want) {
@@ -85,8 +95,9 @@ func refused(t *testing.T, l *ledger.Ledger, a ledger.Admission, want error) {
 	}
 }
 
-// TestTheClockIsReadAsItIs: Go compares two readings of time.Now by the monotonic clock, by which no step of the system's
-// clock is seen. The ledger must have none of that.
+// TestTheClockIsReadAsItIs checks that the ledger's times have no monotonic reading. Go compares
+// two times with such a reading by the monotonic clock, and then a step of the system's clock has
+// no effect.
 func TestTheClockIsReadAsItIs(t *testing.T) {
 	l, _ := create(t)
 	for range 2 {
@@ -98,8 +109,9 @@ func TestTheClockIsReadAsItIs(t *testing.T) {
 	}
 }
 
-// TestStepBack: within the tolerance admissions go on and the ledger's time stands; beyond it nothing is admitted or
-// written, all else goes on, through a restart too, and it heals when the clock does.
+// TestStepBack sets the system's clock back. Within the tolerance admissions go on, and the
+// ledger's time stands still. Beyond the tolerance admissions fail and write nothing, also after a
+// restart, and other requests go on. Admissions work again when the clock has caught up.
 func TestStepBack(t *testing.T) {
 	m := newMachine(t, ledger.Options{})
 	l := m.open(t)
@@ -112,7 +124,7 @@ func TestStepBack(t *testing.T) {
 	for range 2 {
 		before := l.Commits()
 		refused(t, l, m.admission(3, time.Hour), ledger.ErrClock)
-		mustAdmit(t, l, m.admission(1, time.Hour), ledger.Repeated) // which admits nothing
+		mustAdmit(t, l, m.admission(1, time.Hour), ledger.Repeated) // a repetition is no admission
 		if _, _, err := l.Clock(); !errors.Is(err, ledger.ErrClock) || l.Commits() != before {
 			t.Errorf("%v, %d commits", err, l.Commits()-before)
 		}
@@ -133,8 +145,8 @@ func TestStepBack(t *testing.T) {
 	wantTime(t, l, mark.Add(time.Minute))
 }
 
-// TestStepForward: the ledger's time follows a clock that was set ahead at nine eighths of the pace of time, so that a nonce
-// is known for longer than its document could have lived.
+// TestStepForward sets the system's clock ahead. The ledger's time follows at 9/8 of real time, so
+// a nonce is known for longer than the lifetime of its document.
 func TestStepForward(t *testing.T) {
 	m := newMachine(t, ledger.Options{})
 	l := m.open(t)
@@ -145,7 +157,7 @@ func TestStepForward(t *testing.T) {
 	wantTime(t, l, begin)
 	m.pass(8 * time.Hour)
 	wantTime(t, l, begin.Add(9*time.Hour))
-	for range 20 { // however often it is asked
+	for range 20 { // requests do not change the rate
 		m.pass(8 * time.Hour)
 		mustAdmit(t, l, long, 0)
 	}
@@ -153,15 +165,15 @@ func TestStepForward(t *testing.T) {
 	if r := mustAdmit(t, l, long, 0); r.Verdict != ledger.Repeated {
 		t.Errorf("verdict %d after 7 days", r.Verdict)
 	}
-	m.step(-365 * 24 * time.Hour) // the clock was put right
+	m.step(-365 * 24 * time.Hour) // the clock is corrected
 	wantTime(t, l, begin.Add(21*9*time.Hour))
 	refused(t, l, m.admission(2, time.Hour), ledger.ErrClock)
-	m.pass(21*time.Hour - tolerance) // 21 times one hour too far
+	m.pass(21*time.Hour - tolerance) // the ledger's time is ahead by 21 times one hour
 	mustAdmit(t, l, m.admission(2, time.Hour), ledger.Fresh)
 }
 
-// TestSuspend: while the machine was suspended or paused, the clock that nobody sets stood. The ledger's time is behind
-// afterwards, which refuses nothing, and catches up.
+// TestSuspend suspends the machine: the monotonic clock stands still. Afterwards the ledger's time
+// is behind and catches up. Admissions go on meanwhile.
 func TestSuspend(t *testing.T) {
 	m := newMachine(t, ledger.Options{})
 	l := m.open(t)
@@ -169,7 +181,7 @@ func TestSuspend(t *testing.T) {
 	a := m.admission(1, time.Hour)
 	mustAdmit(t, l, a, ledger.Fresh)
 	m.step(3 * 24 * time.Hour)
-	mustAdmit(t, l, a, ledger.Repeated) // expired by the clock long since
+	mustAdmit(t, l, a, ledger.Repeated) // expired by the system's clock
 	mustAdmit(t, l, m.admission(2, time.Hour), ledger.Fresh)
 	m.pass(24 * time.Hour)
 	wantTime(t, l, begin.Add(27*time.Hour))
@@ -178,7 +190,7 @@ func TestSuspend(t *testing.T) {
 	}
 	m.pass(23*24*time.Hour - time.Hour)
 	if now, wall, _ := l.Clock(); !now.Before(wall) {
-		t.Error("it has caught up too early")
+		t.Error("the ledger's time has caught up too early")
 	}
 	m.pass(time.Hour)
 	wantTime(t, l, m.wall)
@@ -186,8 +198,9 @@ func TestSuspend(t *testing.T) {
 	wantTime(t, l, m.wall)
 }
 
-// TestDownForDays: the ledger's time goes on from where it was. An operator may say that the clock is right: it follows
-// at once then, what expires is forgotten, and what was forgotten is refused and not fresh.
+// TestDownForDays stops the daemon for five days. The ledger's time continues where it stopped.
+// After AcceptTime the ledger's time is that of the clock, and expired nonces are forgotten. A
+// forgotten nonce is refused, not fresh.
 func TestDownForDays(t *testing.T) {
 	m := newMachine(t, ledger.Options{})
 	l := m.open(t)
@@ -221,10 +234,11 @@ func TestDownForDays(t *testing.T) {
 	if err := l.AcceptTime(t.Context(), note("behind")); err != nil {
 		t.Error(err)
 	}
-	wantTime(t, l, begin.Add(5*24*time.Hour)) // it never goes back
+	wantTime(t, l, begin.Add(5*24*time.Hour)) // the ledger's time never goes back
 }
 
-// TestAcceptTimeNotWritten: while its event is not on disk, the ledger's time is what it was.
+// TestAcceptTimeNotWritten checks that the ledger's time does not change if AcceptTime is not
+// written.
 func TestAcceptTimeNotWritten(t *testing.T) {
 	m := newMachine(t, ledger.Options{})
 	begin := m.wall
@@ -247,8 +261,9 @@ func TestAcceptTimeNotWritten(t *testing.T) {
 	mustAdmit(t, l, a, ledger.Repeated)
 }
 
-// TestTheToleranceIsWithinThePace: a nonce of the longest life, admitted while the ledger's time is as far ahead of the clock
-// as may be, is known for that life, even if the clock is far ahead from then on.
+// TestTheToleranceIsWithinThePace admits a nonce with the longest lifetime while the ledger's time
+// is ahead of the clock by the whole tolerance. Then the clock is set far ahead. The nonce is still
+// known for the whole lifetime.
 func TestTheToleranceIsWithinThePace(t *testing.T) {
 	life := 30 * 24 * time.Hour
 	m := newMachine(t, ledger.Options{MaxLifetime: life})
@@ -256,7 +271,7 @@ func TestTheToleranceIsWithinThePace(t *testing.T) {
 	if _, err := l.Append(t.Context(), note("at noon")); err != nil {
 		t.Fatal(err)
 	}
-	m.step(-time.Second) // so that it expires in the last second of an hour
+	m.step(-time.Second) // the nonce expires in the last second of an hour
 	l.Time()
 	m.pass(tolerance - time.Second)
 	l.Time()
@@ -268,7 +283,8 @@ func TestTheToleranceIsWithinThePace(t *testing.T) {
 	mustAdmit(t, l, a, ledger.Repeated)
 }
 
-// TestAnyExpiry: what has expired long since is refused, what never expires is kept.
+// TestAnyExpiry checks extreme expiries: a nonce that expired before the margin is refused, and a
+// nonce that never expires is kept.
 func TestAnyExpiry(t *testing.T) {
 	m := newMachine(t, ledger.Options{})
 	l := m.open(t)
@@ -288,7 +304,8 @@ func TestAnyExpiry(t *testing.T) {
 	}
 }
 
-// TestBeforeTheEpoch: a clock that has never been set does not keep the ledger from what it promises.
+// TestBeforeTheEpoch checks a system's clock before 1970, which was never set: nonces are single
+// use, and are kept until they expire.
 func TestBeforeTheEpoch(t *testing.T) {
 	m := newMachine(t, ledger.Options{})
 	m.path += "2"
@@ -311,31 +328,34 @@ func TestBeforeTheEpoch(t *testing.T) {
 	refused(t, l, a, ledger.ErrClock)
 }
 
-// TestNonceIsNeverForgottenEarly lives weeks of a machine whose clock is set at random, that is suspended, paused and
-// started anew, and holds the ledger against what it promises:
+// TestNonceIsNeverForgottenEarly simulates weeks of a machine whose clock is set at random, and
+// which is suspended, paused and restarted. The test checks that
 //
-//   - one request is fresh once, whatever happens;
-//   - a nonce is known until its document's time has gone by, by the time that passes, whatever the clock says;
-//   - a document that has not expired by the clock is not forgotten: it is a repetition, or refused;
-//   - what has expired by the ledger's time, and the margin after it, is forgotten;
-//   - the ledger's time never goes back, but for what no transaction has written when the ledger is opened anew.
+//   - a request is fresh once;
+//   - a nonce is known for the lifetime of its document in real time, independently of the system's
+//     clock;
+//   - a document that has not expired by the system's clock is a repetition or refused, never fresh
+//     again;
+//   - a nonce is forgotten after its expiry and the margin, by the ledger's time;
+//   - the ledger's time never goes back, except at an opening to the last time on disk.
 func TestNonceIsNeverForgottenEarly(t *testing.T) {
 	day := 24 * time.Hour
-	t.Run("defaults", func(t *testing.T) { liveThrough(t, ledger.Options{}, false) })
-	t.Run("an operator accepts the clock", func(t *testing.T) { liveThrough(t, ledger.Options{}, true) })
-	t.Run("short margin", func(t *testing.T) { liveThrough(t, ledger.Options{Margin: time.Hour}, true) })
-	t.Run("long life", func(t *testing.T) { liveThrough(t, ledger.Options{MaxLifetime: 30 * day}, false) })
+	t.Run("defaults", func(t *testing.T) { simulate(t, ledger.Options{}, false) })
+	t.Run("an operator accepts the clock", func(t *testing.T) { simulate(t, ledger.Options{}, true) })
+	t.Run("short margin", func(t *testing.T) { simulate(t, ledger.Options{Margin: time.Hour}, true) })
+	t.Run("long life", func(t *testing.T) { simulate(t, ledger.Options{MaxLifetime: 30 * day}, false) })
 }
 
-// past is an admission and when it was.
+// past is an earlier admission of the simulation.
 type past struct {
 	ledger.Admission
-	admitted time.Duration // that had passed
-	lives    time.Duration // from then on, by the clock
-	accepts  int           // of times, before
+	admitted time.Duration // monotonic time of the admission
+	lifetime time.Duration // of the document
+	accepts  int           // number of AcceptTime before the admission
 }
 
-func liveThrough(t *testing.T, o ledger.Options, accepts bool) {
+// simulate runs 300 random steps. If accepts is set, the operator sometimes calls AcceptTime.
+func simulate(t *testing.T, o ledger.Options, accepts bool) {
 	seed := rand.Uint64()
 	r := rand.New(rand.NewPCG(seed, 1))
 	defer func() {
@@ -365,21 +385,21 @@ func liveThrough(t *testing.T, o ledger.Options, accepts bool) {
 				t.Fatalf("refused at %v, and it expires at %v: %v", now, time.Unix(p.ExpiresAt, 0), err)
 			}
 			if gone && behind == nil && wall.Unix() <= p.ExpiresAt && o.Margin > tolerance {
-				t.Fatalf("forgotten, and its document is alive by the clock")
+				t.Fatalf("forgotten, and its document has not expired by the clock")
 			}
 		case err != nil:
 			t.Fatal(err)
 		case got.Verdict != ledger.Repeated:
-			t.Fatalf("verdict %d for what was admitted before", got.Verdict)
+			t.Fatalf("verdict %d for an earlier admission", got.Verdict)
 		}
 		_, err = l.Spent(t.Context(), p.Scope, p.Nonce)
 		switch known := err == nil; {
 		case !known && !errors.Is(err, ledger.ErrNotFound):
 			t.Fatal(err)
-		case !known && p.accepts == accepted && m.elapsed-p.admitted < p.lives:
-			t.Fatalf("forgotten %v after it was admitted for %v", m.elapsed-p.admitted, p.lives)
+		case !known && p.accepts == accepted && m.elapsed-p.admitted < p.lifetime:
+			t.Fatalf("forgotten %v after it was admitted for %v", m.elapsed-p.admitted, p.lifetime)
 		case known && !now.Before(time.Unix(p.ExpiresAt, 0).Add(o.Margin+time.Hour)):
-			t.Fatalf("it is still known at %v, and it expired at %v", now, time.Unix(p.ExpiresAt, 0))
+			t.Fatalf("the nonce is known at %v and expired at %v", now, time.Unix(p.ExpiresAt, 0))
 		}
 	}
 	for n := range 300 {
@@ -389,18 +409,18 @@ func liveThrough(t *testing.T, o ledger.Options, accepts bool) {
 		case 1:
 			m.step(-random(2 * tolerance))
 		case 2:
-			m.step(random(20 * 24 * time.Hour)) // by mistake, or suspended
+			m.step(random(20 * 24 * time.Hour)) // a wrong clock, or a suspension
 		case 3:
 			m.step(-random(10 * 24 * time.Hour))
 		case 4, 5:
 			l.Close()
-			m.pass(random(time.Hour)) // down
+			m.pass(random(time.Hour)) // the daemon is down
 			m.step(random(time.Hour))
 			l = m.open(t)
 			latest = written
 		case 6:
 			if now := l.Time(); m.options.Wall().Before(now) || r.IntN(4) == 0 {
-				m.step(now.Sub(m.options.Wall())) // the clock is put right, as far as the ledger knows
+				m.step(now.Sub(m.options.Wall())) // the clock is corrected to the ledger's time
 			}
 		case 7:
 			if accepts && r.IntN(5) == 0 {
@@ -417,8 +437,10 @@ func liveThrough(t *testing.T, o ledger.Options, accepts bool) {
 		} else {
 			latest = now
 		}
-		lives := 1 + random(o.MaxLifetime)
-		p := past{ledger.Admission{Scope: "k", Nonce: [32]byte{byte(n), byte(n >> 8)}, ExpiresAt: m.options.Wall().Add(lives).Unix()}, m.elapsed, lives, accepted}
+		lifetime := 1 + random(o.MaxLifetime)
+		a := m.admission(0, lifetime)
+		a.Nonce = [32]byte{byte(n), byte(n >> 8)}
+		p := past{a, m.elapsed, lifetime, accepted}
 		got, err := l.Admit(t.Context(), p.Admission, event)
 		_, _, behind := l.Clock()
 		switch {

@@ -15,15 +15,15 @@ import (
 // Stats are the sizes of a ledger.
 type Stats struct {
 	FileSize    int64     `json:"file_size"`   // bytes
-	FreeBytes   int64     `json:"free_bytes"`  // of the file, to be used again
-	Events      uint64    `json:"events"`      // that were ever written
-	FirstEvent  uint64    `json:"first_event"` // the first that is still there
+	FreeBytes   int64     `json:"free_bytes"`  // of the file; writes use them again
+	Events      uint64    `json:"events"`      // all events ever written, the dropped ones too
+	FirstEvent  uint64    `json:"first_event"` // number of the first event that is not dropped
 	Epochs      int       `json:"epochs"`
-	Nonces      int       `json:"nonces"` // alive
+	Nonces      int       `json:"nonces"` // not expired
 	MaxNonces   int       `json:"max_nonces"`
-	Time        time.Time `json:"time"`         // the ledger's
-	BehindClock int64     `json:"behind_clock"` // seconds from the ledger's time to the system's clock; negative: ahead
-	Trouble     string    `json:"trouble,omitempty"`
+	Time        time.Time `json:"time"`              // the ledger's time
+	BehindClock int64     `json:"behind_clock"`      // seconds, system's clock less ledger's time
+	Trouble     string    `json:"trouble,omitempty"` // see Ledger.Trouble
 }
 
 func (l *Ledger) stats() bolt.Stats {
@@ -32,11 +32,11 @@ func (l *Ledger) stats() bolt.Stats {
 	return l.db.Stats()
 }
 
-// Stats collects the sizes. It does not wait for the writer.
+// Stats returns the sizes, without waiting for the writer.
 func (l *Ledger) Stats() (s Stats, err error) {
 	now, wall, _ := l.Clock()
 	s = Stats{
-		Events: l.shown.Load().next, Nonces: l.nonces.living(now), MaxNonces: l.options.MaxNonces,
+		Events: l.published.Load().next, Nonces: l.nonces.countAlive(now), MaxNonces: l.options.MaxNonces,
 		Time: now.UTC(), BehindClock: int64(wall.Sub(now) / time.Second),
 	}
 	if err := l.Trouble(); err != nil {
@@ -53,8 +53,9 @@ func (l *Ledger) Stats() (s Stats, err error) {
 	return s, err
 }
 
-// Snapshot writes a copy of the ledger's file to w, as of one moment, while admissions go on. The copy
-// is a ledger that Open takes. Compaction waits for the end of a snapshot, and so does Close.
+// Snapshot writes a consistent copy of the ledger's file to w while admissions go on. Open accepts
+// the copy as a ledger. Compact refuses during a snapshot, and Close waits for the end of the
+// snapshot.
 func (l *Ledger) Snapshot(w io.Writer) (err error) {
 	defer wrap(&err, "snapshot")
 	l.copying.RLock()
@@ -70,12 +71,13 @@ func (l *Ledger) Snapshot(w io.Writer) (err error) {
 	return err
 }
 
-// Compact copies the ledger into a new file without free pages and puts that in the place of the old
-// one. Until Compact returns, everything that writes waits. After a crash the old file is there or the
-// new one, whole, and both say the same. While a snapshot is being written, Compact refuses: ErrBusy.
+// Compact copies the ledger into a new file without free pages and replaces the old file. All
+// writes wait during the copy. After a crash, either the old file or the new file is there,
+// complete, and both have the same content. During a snapshot Compact returns ErrBusy. The results
+// are the sizes of the file in bytes before and after, and the time that writes waited.
 func (l *Ledger) Compact(ctx context.Context, event Event) (before, after int64, took time.Duration, err error) {
 	if !l.copying.TryLock() {
-		return 0, 0, 0, fmt.Errorf("compact: %w: try again when it is done", ErrBusy)
+		return 0, 0, 0, fmt.Errorf("compact: %w: try again after it", ErrBusy)
 	}
 	if _, err := l.Append(ctx, event); err != nil {
 		l.copying.Unlock()
@@ -84,21 +86,21 @@ func (l *Ledger) Compact(ctx context.Context, event Event) (before, after int64,
 	var failure error
 	compacting := &request{alone: true, done: make(chan error, 1), apply: func(t *txn) error {
 		begin := time.Now()
-		if failure = t.tx.Rollback(); failure == nil { // the transaction writes nothing: the file is replaced
+		if failure = t.tx.Rollback(); failure == nil { // the file of the transaction is replaced
 			before, after, failure = l.compact()
 		}
 		took = time.Since(begin)
 		return errDone
 	}}
 	ended := make(chan error, 1)
-	go func() { // to the end, whether the caller waits or not: a snapshot must not begin before
+	go func() { // holds the lock to the end, even without a caller: a snapshot must not begin before
 		defer l.copying.Unlock()
 		ended <- l.submit(context.WithoutCancel(ctx), compacting)
 	}()
 	select {
 	case err = <-ended:
 	case <-ctx.Done():
-		return 0, 0, 0, fmt.Errorf("compact: it goes on: %w", ctx.Err())
+		return 0, 0, 0, fmt.Errorf("compact: the copy goes on: %w", ctx.Err())
 	}
 	if errors.Is(err, errDone) {
 		err = failure
@@ -109,19 +111,19 @@ func (l *Ledger) Compact(ctx context.Context, event Event) (before, after int64,
 	return before, after, took, nil
 }
 
-// errDone ends a request that has no transaction.
+// errDone is the error of a request that has ended its transaction by itself.
 var errDone = errors.New("done")
 
-// compacted ends the name of the file that is to take the ledger's place.
-const compacted = ".compact"
+// compactSuffix is the suffix of the temporary file that replaces the ledger.
+const compactSuffix = ".compact"
 
 func (l *Ledger) compact() (before, after int64, err error) {
 	defer wrap(&err, "compact")
-	temp := l.path + compacted
+	temp := l.path + compactSuffix
 	if err := os.Remove(temp); err != nil && !os.IsNotExist(err) {
 		return 0, 0, err
 	}
-	defer os.Remove(temp) // left by a failure; after the rename there is none
+	defer os.Remove(temp) // for a failure: after the rename, the name does not exist
 	if before, err = size(l.path); err != nil {
 		return 0, 0, err
 	}
@@ -139,11 +141,12 @@ func (l *Ledger) compact() (before, after int64, err error) {
 	}
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if err := moveInto(temp, l.path); err != nil {
+	if err := syncAndRename(temp, l.path); err != nil {
 		return 0, 0, err
 	}
 	old := l.db
-	// The name is the new file's: writes to the old one from here on would be gone after a restart.
+	// The name belongs to the new file now. Later writes to the old file would be lost at a
+	// restart, so an error from here on is fatal.
 	if err := syncPath(filepath.Dir(l.path), "folder"); err != nil {
 		return 0, 0, l.fail(err)
 	}

@@ -19,7 +19,7 @@ import (
 	bolt "go.etcd.io/bbolt"
 )
 
-// content is all that is in a ledger's file, by its path in it.
+// content returns all records of a ledger's file by their paths.
 func content(t *testing.T, path string) map[string]string {
 	t.Helper()
 	db, err := bolt.Open(path, 0o600, &bolt.Options{ReadOnly: true})
@@ -47,7 +47,7 @@ func content(t *testing.T, path string) map[string]string {
 	return all
 }
 
-// furnish makes a ledger have something of everything, and free pages.
+// furnish fills a ledger with records of each kind, and makes free pages.
 func furnish(t *testing.T, l *ledger.Ledger) {
 	t.Helper()
 	for n := range byte(20) {
@@ -56,7 +56,8 @@ func furnish(t *testing.T, l *ledger.Ledger) {
 		a.Monotonic = &ledger.Monotonic{Series: "r", Value: uint64(n) + 1}
 		a.Decide = upTo(100)
 		got := mustAdmit(t, l, a, ledger.Fresh)
-		if err := l.Settle(t.Context(), got, []byte{n}, note("signed"), &ledger.Receipt{ID: ledger.ReceiptID{n + 1}, TimeMS: int64(n)}); err != nil {
+		receipt := &ledger.Receipt{ID: ledger.ReceiptID{n + 1}, TimeMS: int64(n)}
+		if err := l.Settle(t.Context(), got, []byte{n}, note("signed"), receipt); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -87,7 +88,8 @@ func furnish(t *testing.T, l *ledger.Ledger) {
 	}
 }
 
-// TestCompactKeepsAll: nothing but the event and the time differs afterwards, the file is smaller, and the ledger goes on.
+// TestCompactKeepsAll checks that compaction makes the file smaller and changes only the event, its
+// hash and the time. The temporary file of an earlier compaction is removed.
 func TestCompactKeepsAll(t *testing.T) {
 	l, path := create(t)
 	furnish(t, l)
@@ -98,7 +100,7 @@ func TestCompactKeepsAll(t *testing.T) {
 	}
 	l = open(t, path)
 	if _, err := os.Stat(path + ".compact"); err == nil {
-		t.Error("what a crash has left of a compaction is still there")
+		t.Error("the temporary file of a crashed compaction still exists")
 	}
 	if err := os.WriteFile(path+".compact", []byte("left over"), 0o600); err != nil {
 		t.Fatal(err)
@@ -119,9 +121,9 @@ func TestCompactKeepsAll(t *testing.T) {
 			changed++
 		}
 	}
-	// The time, the event, and the chunk of its hashes.
+	// The time, the event, and the chunk with its hash.
 	if changed != 3 || len(after) < len(before)+1 || len(after) > len(before)+2 {
-		t.Errorf("%d records differ, and there were %d and are %d", changed, len(before), len(after))
+		t.Errorf("%d records differ, %d records before, %d after", changed, len(before), len(after))
 	}
 	l = open(t, path)
 	mustAdmit(t, l, admission("k", 1, 1, 1), ledger.Repeated)
@@ -132,10 +134,12 @@ func TestCompactKeepsAll(t *testing.T) {
 	}
 }
 
-// TestCompactBesideOthers: who admits waits and who reads goes on, and nobody notices.
+// TestCompactBesideOthers compacts while other goroutines admit and read. Admissions wait, reads go
+// on, and all results are correct.
 func TestCompactBesideOthers(t *testing.T) {
 	l, path := create(t)
 	furnish(t, l)
+	nonce := func(n uint32) [32]byte { return [32]byte{byte(n), byte(n >> 8), byte(n >> 16)} }
 	var over atomic.Bool
 	var admitted atomic.Uint32
 	var wg sync.WaitGroup
@@ -144,11 +148,12 @@ func TestCompactBesideOthers(t *testing.T) {
 			for !over.Load() {
 				n := admitted.Add(1)
 				a := admission("beside", 0, 1, 1)
-				a.Nonce = [32]byte{byte(n), byte(n >> 8), byte(n >> 16)}
+				a.Nonce = nonce(n)
 				if r, err := l.Admit(t.Context(), a, event); err != nil || r.Verdict != ledger.Fresh {
 					t.Errorf("verdict %d, %v", r.Verdict, err)
 				}
-				if r, err := l.Admit(t.Context(), admission("k", byte(n%20), byte(n%20), 1), event); err != nil || r.Verdict != ledger.Repeated {
+				spent := admission("k", byte(n%20), byte(n%20), 1)
+				if r, err := l.Admit(t.Context(), spent, event); err != nil || r.Verdict != ledger.Repeated {
 					t.Errorf("a spent nonce: verdict %d, %v", r.Verdict, err)
 				}
 			}
@@ -156,13 +161,15 @@ func TestCompactBesideOthers(t *testing.T) {
 		wg.Go(func() {
 			for !over.Load() {
 				next := uint64(40)
-				if err := l.Events(next, func(index uint64, _ []byte) bool { next++; return index == next-1 && next < 3000 }); err != nil || next != 3000 {
+				visit := func(index uint64, _ []byte) bool { next++; return index == next-1 && next < 3000 }
+				if err := l.Events(next, visit); err != nil || next != 3000 {
 					t.Errorf("events up to %d: %v", next, err)
 				}
 				if _, err := l.Receipt(ledger.ReceiptID{3}); err != nil {
 					t.Error(err)
 				}
-				if err := l.Hashes(1, func(r audit.Reader) error { _, err := audit.Prove(5001, 77, r); return err }); err != nil {
+				prove := func(r audit.Reader) error { _, err := audit.Prove(5001, 77, r); return err }
+				if err := l.Hashes(1, prove); err != nil {
 					t.Error(err)
 				}
 				if _, err := l.Stats(); err != nil {
@@ -184,32 +191,32 @@ func TestCompactBesideOthers(t *testing.T) {
 	l.Close()
 	l = open(t, path)
 	for n := range admitted.Load() {
-		if _, err := l.Spent(t.Context(), "beside", [32]byte{byte(n + 1), byte((n + 1) >> 8), byte((n + 1) >> 16)}); err != nil {
+		if _, err := l.Spent(t.Context(), "beside", nonce(n+1)); err != nil {
 			t.Errorf("nonce %d: %v", n+1, err)
 		}
 	}
 }
 
-// TestCompactThatFails: where there is no room for the copy, or it can't be synced or get its name, the old file serves on
-// and nothing is left of the copy.
+// TestCompactThatFails checks failures before the copy has replaced the file: the disk is full, or
+// the copy can't be created, synced or renamed. The ledger goes on with the old file, and the copy
+// is removed.
 func TestCompactThatFails(t *testing.T) {
 	disk := disktest.New(t)
+	onCopy := func(kind disktest.Kind) func(disktest.Op) bool {
+		return func(op disktest.Op) bool { return op.Kind == kind && strings.HasSuffix(op.Path, ".compact") }
+	}
 	for name, breaks := range map[string]func(disktest.Op) bool{
-		"no room":  func(op disktest.Op) bool { return op.Kind == disktest.Write && strings.HasSuffix(op.Path, ".compact") },
-		"no sync":  func(op disktest.Op) bool { return op.Kind == disktest.Sync && strings.HasSuffix(op.Path, ".compact") },
+		"no room":  onCopy(disktest.Write),
+		"no sync":  onCopy(disktest.Sync),
 		"no name":  func(op disktest.Op) bool { return op.Kind == disktest.Rename },
 		"no entry": func(op disktest.Op) bool { return op.Kind == disktest.Create },
 	} {
 		t.Run(name, func(t *testing.T) {
 			l, path := createOn(t, disk)
 			mustAdmit(t, l, admission("k", 1, 1, 1), ledger.Fresh)
-			disk.Fail(func(op disktest.Op) syscall.Errno {
-				if breaks(op) {
-					return syscall.ENOSPC
-				}
-				return 0
-			})
-			if _, _, _, err := l.Compact(t.Context(), note("compacted")); err == nil || !strings.Contains(err.Error(), syscall.ENOSPC.Error()) {
+			disk.Fail(failing(syscall.ENOSPC, breaks))
+			_, _, _, err := l.Compact(t.Context(), note("compacted"))
+			if err == nil || !strings.Contains(err.Error(), syscall.ENOSPC.Error()) {
 				t.Errorf("%v", err)
 			}
 			disk.Fail(nil)
@@ -229,18 +236,13 @@ func TestCompactThatFails(t *testing.T) {
 	}
 }
 
-// TestCompactWithoutItsFolder: once the copy has the name, a folder that can't be synced ends the ledger. What it would write
-// from there on, to whichever file, could be gone after a crash.
+// TestCompactWithoutItsFolder checks a failed sync of the folder after the rename. The ledger ends
+// with ErrUnknownState, because later writes to either file could be lost in a crash.
 func TestCompactWithoutItsFolder(t *testing.T) {
 	disk := disktest.New(t)
 	l, path := createOn(t, disk)
 	mustAdmit(t, l, admission("k", 1, 1, 1), ledger.Fresh)
-	disk.Fail(func(op disktest.Op) syscall.Errno {
-		if op.Kind == disktest.SyncDir {
-			return syscall.EIO
-		}
-		return 0
-	})
+	disk.Fail(failing(syscall.EIO, func(op disktest.Op) bool { return op.Kind == disktest.SyncDir }))
 	if _, _, _, err := l.Compact(t.Context(), note("compacted")); !errors.Is(err, ledger.ErrUnknownState) {
 		t.Errorf("%v", err)
 	}

@@ -15,7 +15,7 @@ import (
 
 var errSpent = errors.New("over budget")
 
-// upTo counts in a series, and refuses beyond a number.
+// upTo returns a Decide that denies when the first series has more than a number in 24 hours.
 func upTo(most int64) func([]ledger.Used) ([]byte, error) {
 	return func(used []ledger.Used) ([]byte, error) {
 		if n := used[0][2].Int64(); n > most {
@@ -25,6 +25,7 @@ func upTo(most int64) func([]ledger.Used) ([]byte, error) {
 	}
 }
 
+// counted returns an admission that adds 1 to the series "n", with a limit.
 func counted(nonce byte, most int64) ledger.Admission {
 	a := admission("k", nonce, nonce, 1)
 	a.Counts = []ledger.Count{{Series: "n", Add: big.NewInt(1)}}
@@ -32,7 +33,7 @@ func counted(nonce byte, most int64) ledger.Admission {
 	return a
 }
 
-// counter reads a series, by an admission that is denied.
+// counter returns the sum of a series in 24 hours, which a denied admission reads.
 func counter(t *testing.T, l *ledger.Ledger, series string) (value string) {
 	t.Helper()
 	a := admission("other", 255, 1, 1)
@@ -42,7 +43,8 @@ func counter(t *testing.T, l *ledger.Ledger, series string) (value string) {
 	return value
 }
 
-// TestCountersAreOfTheAdmission: they change with an admission and stay, and whatever else comes of a request changes none.
+// TestCountersAreOfTheAdmission checks that an admission changes the series durably, and that a
+// repetition, a replay or a denial changes nothing.
 func TestCountersAreOfTheAdmission(t *testing.T) {
 	l, path := create(t)
 	for n := range byte(3) {
@@ -65,13 +67,14 @@ func TestCountersAreOfTheAdmission(t *testing.T) {
 		l.Close()
 		l = open(t, path)
 	}
-	mustAdmit(t, l, counted(4, 4), ledger.Fresh) // there is budget again, and its nonce is as good as it was
+	mustAdmit(t, l, counted(4, 4), ledger.Fresh) // the limit is higher, and the denied nonce is still fresh
 	if n, none := counter(t, l, "n"), counter(t, l, "m"); n != "4" || none != "0" {
 		t.Errorf("%s and %s, want 4 and 0", n, none)
 	}
 }
 
-// TestRequestsThatShareACommitCountEachOther: a budget is not passed by asking for it at once.
+// TestRequestsThatShareACommitCountEachOther checks that concurrent requests in one transaction
+// can't exceed a limit.
 func TestRequestsThatShareACommitCountEachOther(t *testing.T) {
 	l, _ := create(t)
 	release := l.Occupy()
@@ -94,13 +97,13 @@ func TestRequestsThatShareACommitCountEachOther(t *testing.T) {
 	}
 	release()
 	wg.Wait()
-	if fresh.Load() != 7 || denied.Load() != 13 || counter(t, l, "n") != "7" {
-		t.Errorf("%d fresh, %d denied, and the counter is %s; want 7, 13, 7", fresh.Load(), denied.Load(), counter(t, l, "n"))
+	if n := counter(t, l, "n"); fresh.Load() != 7 || denied.Load() != 13 || n != "7" {
+		t.Errorf("%d fresh, %d denied, and the counter is %s; want 7, 13, 7", fresh.Load(), denied.Load(), n)
 	}
 }
 
-// TestWhatIsNotKeptIsNotCounted: a nonce that is refused for want of room or by its time changes no counter, though others
-// that share its commit are written.
+// TestWhatIsNotKeptIsNotCounted checks that an admission with ErrTooMany or ErrClock changes no
+// series, while another request of the same transaction is written.
 func TestWhatIsNotKeptIsNotCounted(t *testing.T) {
 	for want, change := range map[error]func(*ledger.Options, *ledger.Admission){
 		ledger.ErrTooMany: func(o *ledger.Options, _ *ledger.Admission) { o.MaxNonces = 1 },
@@ -144,7 +147,7 @@ func TestWhatIsNotKeptIsNotCounted(t *testing.T) {
 	}
 }
 
-// TestDecideMayRunAgain: what was counted for a transaction that could not be written is not counted.
+// TestDecideMayRunAgain checks that a transaction which was not written changes no series.
 func TestDecideMayRunAgain(t *testing.T) {
 	l, path := create(t)
 	l.Close()
@@ -167,7 +170,8 @@ func TestDecideMayRunAgain(t *testing.T) {
 	}
 }
 
-// TestTooMany: beyond MaxNonces fresh ones are refused and nothing else is, until some have expired.
+// TestTooMany checks that with MaxNonces nonces, fresh ones are refused until some have expired.
+// Other requests are not refused.
 func TestTooMany(t *testing.T) {
 	m := newMachine(t, ledger.Options{MaxNonces: 3})
 	l := m.open(t)
@@ -179,7 +183,7 @@ func TestTooMany(t *testing.T) {
 		before := l.Commits()
 		refused(t, l, m.admission(4, 5*time.Hour), ledger.ErrTooMany)
 		if l.Commits() != before {
-			t.Error("it was written down")
+			t.Error("a refused admission was written")
 		}
 		mustAdmit(t, l, first, ledger.Repeated)
 		if _, err := l.Append(t.Context(), note("more")); err != nil {

@@ -10,31 +10,31 @@ import (
 	bolt "go.etcd.io/bbolt"
 )
 
-// ErrNotHigher is the refusal of an admission whose Monotonic is not higher than the last number of
-// its series.
+// ErrNotHigher is the denial of an admission whose Monotonic is not higher than the last number of
+// the series.
 var ErrNotHigher = errors.New("the number is not higher than the last")
 
-// mayIncrease holds a number against the last one of its series. It changes nothing.
-func (t *txn) mayIncrease(m *Monotonic) error {
+// checkMonotonic compares a number with the last number of its series, and changes nothing.
+func (t *txn) checkMonotonic(m *Monotonic) error {
 	if m == nil {
 		return nil
 	}
-	last := lastOf(t.tx, m.Series)
-	if last != nil && m.Value <= binary.BigEndian.Uint64(last) {
-		return fmt.Errorf("%w: %d is not above %d, which was signed before", ErrNotHigher, m.Value, binary.BigEndian.Uint64(last))
+	if last := lastNumber(t.tx, m.Series); last != nil && m.Value <= binary.BigEndian.Uint64(last) {
+		return fmt.Errorf("%w: %d is not above %d, which was signed before",
+			ErrNotHigher, m.Value, binary.BigEndian.Uint64(last))
 	}
 	return nil
 }
 
-// lastOf returns the last number of a series in its bytes, or nil.
-func lastOf(tx *bolt.Tx, series string) []byte {
+// lastNumber returns the last number of a series as 8 bytes, or nil.
+func lastNumber(tx *bolt.Tx, series string) []byte {
 	return root(tx, bucketMonotonic).Get(seriesOf(series))
 }
 
-// LastNumber returns the last number of a series, or 0.
+// LastNumber returns the last number of a series of Monotonic, or 0 for a new series.
 func (l *Ledger) LastNumber(series string) (last uint64, err error) {
 	err = l.view(func(tx *bolt.Tx) error {
-		if v := lastOf(tx, series); len(v) == 8 {
+		if v := lastNumber(tx, series); len(v) == 8 {
 			last = binary.BigEndian.Uint64(v)
 		}
 		return nil
@@ -42,11 +42,10 @@ func (l *Ledger) LastNumber(series string) (last uint64, err error) {
 	return last, err
 }
 
-// Decision is the record that Decide has returned, in the bytes of the caller, with the number of the
-// event.
+// Decision is a record that Admission.Decide returned. The bytes belong to the caller of Admit.
 type Decision struct {
-	Event  uint64
-	TimeMS int64 // Unix milliseconds of the ledger's time
+	Event  uint64 // number of the event of the admission or denial
+	TimeMS int64  // Unix milliseconds of the ledger's time
 	Record []byte
 }
 
@@ -61,7 +60,7 @@ func decodeDecision(k, v []byte) (Decision, error) {
 	return Decision{binary.BigEndian.Uint64(k), int64(binary.BigEndian.Uint64(v)), bytes.Clone(v[8:])}, nil
 }
 
-// Decision returns the decision of an event, or ErrNotFound.
+// Decision returns the decision of an event, or an error that wraps ErrNotFound.
 func (l *Ledger) Decision(event uint64) (d Decision, err error) {
 	err = l.view(func(tx *bolt.Tx) error {
 		v := root(tx, bucketDecisions).Get(u64(event))
@@ -74,15 +73,15 @@ func (l *Ledger) Decision(event uint64) (d Decision, err error) {
 	return d, err
 }
 
-// Decisions calls visit for each decision from an event and a time (Unix milliseconds) on, in their
-// order, until visit returns false.
+// Decisions calls visit for each decision in the order of the events, until visit returns false.
+// The first decision has at least the event number from and the time sinceMS (Unix milliseconds).
 func (l *Ledger) Decisions(from uint64, sinceMS int64, visit func(Decision) bool) error {
 	return l.view(func(tx *bolt.Tx) error {
 		c := root(tx, bucketDecisions).Cursor()
 		if k, _ := c.First(); k != nil {
 			first := binary.BigEndian.Uint64(k)
 			k, _ = c.Last()
-			// Times stand in the order of the events.
+			// The times increase with the event numbers, so a binary search finds sinceMS.
 			from = max(from, first+uint64(sort.Search(int(binary.BigEndian.Uint64(k)-first)+1, func(i int) bool {
 				_, v := c.Seek(u64(first + uint64(i)))
 				return len(v) >= 8 && int64(binary.BigEndian.Uint64(v)) >= sinceMS
@@ -101,10 +100,10 @@ func (l *Ledger) Decisions(from uint64, sinceMS int64, visit func(Decision) bool
 	})
 }
 
-// removeDecisions removes the oldest decisions, as far as they are from before a time.
+// removeDecisions removes at most maxRemovals of the decisions before a time, the oldest first.
 func (t *txn) removeDecisions(before int64) (removed int, err error) {
 	b := t.bucket(bucketDecisions)
-	for ; removed < stepsAtOnce; removed++ {
+	for ; removed < maxRemovals; removed++ {
 		k, v := b.cursor().First()
 		if k == nil || len(v) >= 8 && int64(binary.BigEndian.Uint64(v)) >= before {
 			break

@@ -9,23 +9,25 @@ import (
 	"time"
 )
 
-// reserveSize is room for some ten thousand events, reserveEvery how often it is tried to have it again. Tests have less.
+// reserveSize is the size of the reserve: 8 MiB hold some ten thousand events. reserveEvery is the
+// interval between attempts to acquire the reserve again. Tests set smaller values.
 var (
 	reserveSize  int64 = 8 << 20
 	reserveEvery       = 200 * time.Millisecond
 )
 
-// reserve is a file that takes room on the disk, to be given up when there is no other: then what was admitted can
-// still be settled, and the log can say what happened. It has no content and needs no fsync: whether it is there is seen
-// at the start.
+// reserve is a file that reserves disk space. When the disk is full, the ledger releases the
+// reserve: outcomes of admissions and events can still be written. The file has no content and
+// needs no fsync, because Open acquires the reserve anew.
 type reserve struct {
 	path  string
-	taken bool
+	held  bool
 	tried time.Time
 }
 
-// take makes the file, unless it is there. While there is no room for it, nothing is admitted.
-func (r *reserve) take() error {
+// acquire creates the file and allocates its space. While that fails, the ledger refuses
+// admissions.
+func (r *reserve) acquire() error {
 	f, err := os.OpenFile(r.path, os.O_CREATE|os.O_WRONLY, 0o600)
 	if err != nil {
 		return err
@@ -33,36 +35,37 @@ func (r *reserve) take() error {
 	defer f.Close()
 	err = syscall.Fallocate(int(f.Fd()), 0, 0, reserveSize)
 	if errors.Is(err, syscall.EOPNOTSUPP) {
-		err = nil // a file system that can't promise room
+		err = nil // the file system has no preallocation
 	}
 	if err != nil {
 		f.Truncate(0)
 		return err
 	}
-	r.taken = true
+	r.held = true
 	return nil
 }
 
-// takeAgain tries, but not all the time.
-func (r *reserve) takeAgain() error {
+// retry calls acquire, at most once in reserveEvery.
+func (r *reserve) retry() error {
 	if since := time.Since(r.tried); since < reserveEvery {
 		return syscall.ENOSPC
 	}
 	r.tried = time.Now()
-	return r.take()
+	return r.acquire()
 }
 
-// give gives the room up, and says whether there was some.
-func (r *reserve) give() bool {
-	if !r.taken {
+// release frees the space, and reports whether space was freed.
+func (r *reserve) release() bool {
+	if !r.held {
 		return false
 	}
-	r.taken, r.tried = false, time.Now()
+	r.held, r.tried = false, time.Now()
 	return os.Truncate(r.path, 0) == nil
 }
 
-// noRoom says that more room would help. bbolt does not wrap what it gets when it makes its file grow.
-func noRoom(err error) bool {
+// isDiskFull reports whether an error means a full disk or an exhausted quota. bbolt does not wrap
+// the error of a failed growth of its file, so the text is searched, too.
+func isDiskFull(err error) bool {
 	return err != nil && slices.ContainsFunc([]error{syscall.ENOSPC, syscall.EDQUOT}, func(full error) bool {
 		return errors.Is(err, full) || strings.Contains(err.Error(), full.Error())
 	})

@@ -20,7 +20,7 @@ import (
 	"countersign/internal/ledger/disktest"
 )
 
-// createOn makes a ledger on a disk that the test can break.
+// createOn creates a ledger on a disk whose operations the test can let fail.
 func createOn(t *testing.T, disk *disktest.Disk) (*ledger.Ledger, string) {
 	t.Helper()
 	dir, err := os.MkdirTemp(disk.Dir(), "")
@@ -35,7 +35,8 @@ func createOn(t *testing.T, disk *disktest.Disk) (*ledger.Ledger, string) {
 	return open(t, path), path
 }
 
-// TestBrokenDisk breaks the disk in each way, and holds the ledger against what it says about that.
+// TestBrokenDisk lets the operations of the disk fail in different ways, and checks the errors of
+// the ledger and its recovery.
 func TestBrokenDisk(t *testing.T) {
 	disk := disktest.New(t)
 	t.Run("full", func(t *testing.T) { fullDisk(t, disk) })
@@ -46,18 +47,23 @@ func TestBrokenDisk(t *testing.T) {
 		return op.Kind == kind && strings.HasSuffix(op.Path, "ledger.db")
 	}
 	t.Run("read only", func(t *testing.T) {
-		brokenForAWhile(t, disk, syscall.EROFS, func(op disktest.Op) bool { return op.Kind != disktest.Datasync && op.Kind != disktest.Sync })
+		brokenTemporarily(t, disk, syscall.EROFS, noSync)
 	})
 	t.Run("a page can't be written", func(t *testing.T) {
-		brokenForAWhile(t, disk, syscall.EIO, func(op disktest.Op) bool { return onLedger(disktest.Write, op) && op.Offset >= 8192 })
+		dataPage := func(op disktest.Op) bool { return onLedger(disktest.Write, op) && op.Offset >= 8192 }
+		brokenTemporarily(t, disk, syscall.EIO, dataPage)
 	})
 	t.Run("pages can't be synced", func(t *testing.T) {
-		brokenForAWhile(t, disk, syscall.EIO, func(op disktest.Op) bool { return onLedger(disktest.Datasync, op) })
+		brokenTemporarily(t, disk, syscall.EIO, func(op disktest.Op) bool { return onLedger(disktest.Datasync, op) })
 	})
 	t.Run("the page that counts can't be synced", func(t *testing.T) { unknownState(t, disk) })
 	t.Run("the file can't grow", func(t *testing.T) { cannotGrow(t, disk) })
 }
 
+// noSync reports whether an operation is no sync of a file.
+func noSync(op disktest.Op) bool { return op.Kind != disktest.Datasync && op.Kind != disktest.Sync }
+
+// failing returns a function for Disk.Fail. The operations that breaks selects fail with errno.
 func failing(errno syscall.Errno, breaks func(disktest.Op) bool) func(disktest.Op) syscall.Errno {
 	return func(op disktest.Op) syscall.Errno {
 		if breaks(op) {
@@ -67,14 +73,15 @@ func failing(errno syscall.Errno, breaks func(disktest.Op) bool) func(disktest.O
 	}
 }
 
-// healed waits until something is admitted again: the ledger does not try the reserve all the time.
-func healed(t *testing.T, l *ledger.Ledger, a ledger.Admission) ledger.Admitted {
+// admitWhenHealed repeats an admission until the ledger admits, for at most 20 s: the ledger tries
+// to acquire the reserve at intervals.
+func admitWhenHealed(t *testing.T, l *ledger.Ledger, a ledger.Admission) ledger.Admitted {
 	t.Helper()
 	for range 1000 {
 		switch got, err := l.Admit(t.Context(), a, event); {
 		case err == nil:
 			if err := l.Trouble(); err != nil {
-				t.Errorf("it is well again, and says: %v", err)
+				t.Errorf("admissions work, and Trouble is %v", err)
 			}
 			return got
 		case !errors.Is(err, ledger.ErrDisk):
@@ -82,13 +89,14 @@ func healed(t *testing.T, l *ledger.Ledger, a ledger.Admission) ledger.Admitted 
 		}
 		time.Sleep(20 * time.Millisecond)
 	}
-	t.Fatal("it does not get well")
+	t.Fatal("admissions still fail")
 	return ledger.Admitted{}
 }
 
-// brokenForAWhile: nothing is admitted, nothing of what was asked for is kept, what needs no writing goes on, outcomes wait, and
-// when the disk is well again, so is the ledger.
-func brokenForAWhile(t *testing.T, disk *disktest.Disk, errno syscall.Errno, breaks func(disktest.Op) bool) {
+// brokenTemporarily checks a disk that fails for a while. Admissions and other writes fail and
+// leave nothing behind, repetitions work, and outcomes wait. When the disk works again, so does the
+// ledger.
+func brokenTemporarily(t *testing.T, disk *disktest.Disk, errno syscall.Errno, breaks func(disktest.Op) bool) {
 	l, path := createOn(t, disk)
 	first := mustAdmit(t, l, admission("k", 1, 1, 1), ledger.Fresh)
 	disk.Fail(failing(errno, breaks))
@@ -97,24 +105,26 @@ func brokenForAWhile(t *testing.T, disk *disktest.Disk, errno syscall.Errno, bre
 	}
 	disk.Fail(nil)
 	if err := errors.Join(l.Alive(t.Context()), l.Trouble()); err != nil {
-		t.Errorf("the disk is well again, nothing waits, and Alive has not found out: %v", err)
+		t.Errorf("the disk works, no outcome waits, and Alive has not tried it: %v", err)
 	}
 	disk.Fail(failing(errno, breaks))
 	before := l.Commits()
 	for range 2 {
-		if r, err := l.Admit(t.Context(), admission("k", 2, 1, 1), event); !errors.Is(err, ledger.ErrDisk) || !errors.Is(err, errno) {
+		r, err := l.Admit(t.Context(), admission("k", 2, 1, 1), event)
+		if !errors.Is(err, ledger.ErrDisk) || !errors.Is(err, errno) {
 			t.Errorf("verdict %d, %v", r.Verdict, err)
 		}
 		if _, err := l.Append(t.Context(), note("not written")); !errors.Is(err, ledger.ErrDisk) {
 			t.Error(err)
 		}
 	}
-	if err := l.Settle(t.Context(), first, []byte("signature"), note("settled"), &ledger.Receipt{ID: ledger.ReceiptID{1}, TimeMS: 1}); err != nil {
+	receipt := &ledger.Receipt{ID: ledger.ReceiptID{1}, TimeMS: 1}
+	if err := l.Settle(t.Context(), first, []byte("signature"), note("settled"), receipt); err != nil {
 		t.Error(err)
 	}
 	refusal := errors.New("refused")
 	if err := l.Update(t.Context(), func(*ledger.Tx) error { return refusal }); !errors.Is(err, refusal) {
-		t.Errorf("an update that fails by itself: %v", err)
+		t.Errorf("an update whose function fails: %v", err)
 	}
 	mustAdmit(t, l, admission("k", 1, 1, 1), ledger.Repeated)
 	if err := l.Alive(t.Context()); err != nil {
@@ -128,7 +138,7 @@ func brokenForAWhile(t *testing.T, disk *disktest.Disk, errno syscall.Errno, bre
 	}
 	disk.Fail(nil)
 	if err := errors.Join(l.Alive(t.Context()), l.Trouble()); err != nil {
-		t.Errorf("the disk is well again, and Alive has not found out: %v", err)
+		t.Errorf("the disk works, and Alive has not tried it: %v", err)
 	}
 	for range 2 {
 		if r := mustAdmit(t, l, admission("k", 1, 1, 1), ledger.Repeated); string(r.Signature) != "signature" {
@@ -147,25 +157,28 @@ func brokenForAWhile(t *testing.T, disk *disktest.Disk, errno syscall.Errno, bre
 	l.Close()
 }
 
-// fullDisk: the reserve has room for outcomes and events, nothing is admitted, and when the reserve is used up outcomes wait.
+// fullDisk checks a full disk. Outcomes and events use the space of the reserve, and admissions
+// fail. When the reserve is used up, outcomes wait.
 func fullDisk(t *testing.T, disk *disktest.Disk) {
 	l, path := createOn(t, disk)
 	first := mustAdmit(t, l, admission("k", 1, 1, 1), ledger.Fresh)
 	second := mustAdmit(t, l, admission("k", 2, 1, 1), ledger.Fresh)
-	var given, used atomic.Bool
+	var released, used atomic.Bool // of the reserve
 	disk.Fail(failing(syscall.ENOSPC, func(op disktest.Op) bool {
 		if op.Kind == disktest.Truncate && strings.HasSuffix(op.Path, ".reserve") {
-			given.Store(true)
+			released.Store(true)
 		}
-		return op.Kind == disktest.Allocate || op.Kind == disktest.Write && (!given.Load() || used.Load())
+		hasSpace := released.Load() && !used.Load()
+		return op.Kind == disktest.Allocate || op.Kind == disktest.Write && !hasSpace
 	}))
 	admit := func() {
 		t.Helper()
-		if r, err := l.Admit(t.Context(), admission("k", 3, 1, 1), event); !errors.Is(err, ledger.ErrDisk) || !errors.Is(err, syscall.ENOSPC) {
+		r, err := l.Admit(t.Context(), admission("k", 3, 1, 1), event)
+		if !errors.Is(err, ledger.ErrDisk) || !errors.Is(err, syscall.ENOSPC) {
 			t.Errorf("verdict %d, %v", r.Verdict, err)
 		}
 		if _, err := l.Spent(t.Context(), "k", [32]byte{3}); !errors.Is(err, ledger.ErrNotFound) {
-			t.Errorf("the nonce of what was refused: %v", err)
+			t.Errorf("the nonce of a failed admission: %v", err)
 		}
 	}
 	admit()
@@ -175,7 +188,7 @@ func fullDisk(t *testing.T, disk *disktest.Disk) {
 	if _, err := l.Append(t.Context(), note("disk full")); err != nil {
 		t.Errorf("the reserve is not used: %v", err)
 	}
-	admit() // the reserve is not for this
+	admit() // admissions do not use the reserve
 	if err := l.Trouble(); !errors.Is(err, ledger.ErrDisk) {
 		t.Errorf("trouble: %v", err)
 	}
@@ -191,26 +204,28 @@ func fullDisk(t *testing.T, disk *disktest.Disk) {
 		t.Errorf("%q", got)
 	}
 	disk.Fail(nil)
-	if got := healed(t, l, admission("k", 3, 1, 1)); got.Verdict != ledger.Fresh {
+	if got := admitWhenHealed(t, l, admission("k", 3, 1, 1)); got.Verdict != ledger.Fresh {
 		t.Errorf("verdict %d", got.Verdict)
 	}
 	for range 2 {
 		if r := mustAdmit(t, l, admission("k", 2, 1, 1), ledger.Repeated); string(r.Signature) != "second" {
 			t.Errorf("the outcome is %q", r.Signature)
 		}
-		if got := events(t, l); fmt.Sprint(got) != "[verdict 1 verdict 1 first settled disk full second settled verdict 1]" {
-			t.Errorf("%q", got)
+		want := "[verdict 1 verdict 1 first settled disk full second settled verdict 1]"
+		if got := events(t, l); fmt.Sprint(got) != want {
+			t.Errorf("%q, want %s", got, want)
 		}
 		l.Close()
 		l = open(t, path)
 	}
 	if st, err := os.Stat(path + ".reserve"); err != nil || st.Size() < 1<<20 {
-		t.Errorf("the reserve was not taken again: %v, %v", st, err)
+		t.Errorf("the reserve was not acquired again: %v, %v", st, err)
 	}
 	l.Close()
 }
 
-// fullAtTheStart: a ledger opens without room for its reserve, says so, and admits once there is room.
+// fullAtTheStart checks that a ledger opens on a full disk without a reserve, reports Trouble, and
+// admits when the disk has space.
 func fullAtTheStart(t *testing.T, disk *disktest.Disk) {
 	l, path := createOn(t, disk)
 	mustAdmit(t, l, admission("k", 1, 1, 1), ledger.Fresh)
@@ -230,17 +245,17 @@ func fullAtTheStart(t *testing.T, disk *disktest.Disk) {
 		t.Error(err)
 	}
 	if l.Trouble() == nil {
-		t.Error("there is no reserve yet")
+		t.Error("Trouble is nil, and there is no reserve")
 	}
 	disk.Fail(nil)
-	if got := healed(t, l, admission("k", 2, 1, 1)); got.Verdict != ledger.Fresh {
+	if got := admitWhenHealed(t, l, admission("k", 2, 1, 1)); got.Verdict != ledger.Fresh {
 		t.Errorf("verdict %d", got.Verdict)
 	}
 	l.Close()
 }
 
-// manyOutcomesWait: all outcomes that come while the disk takes nothing are written when it does, in their order, though
-// requests that fail by themselves come in between, and at Close at the latest.
+// manyOutcomesWait checks that 3,000 outcomes wait while the disk fails, and are written in order
+// when the disk works, at Close at the latest. Other requests fail in between.
 func manyOutcomesWait(t *testing.T, disk *disktest.Disk) {
 	const n = 3000
 	l, path := createOn(t, disk)
@@ -258,27 +273,31 @@ func manyOutcomesWait(t *testing.T, disk *disktest.Disk) {
 			}
 		}
 	}
-	if err := l.Alive(t.Context()); err != nil { // all of them were tried
+	if err := l.Alive(t.Context()); err != nil { // the writer has tried all outcomes
 		t.Error(err)
 	}
 	disk.Fail(nil)
 	l.Close()
 	l = open(t, path)
-	if got := events(t, l); len(got) != n || got[0] != "0" || got[n-1] != fmt.Sprint(n-1) || !slices.IsSortedFunc(got, func(a, b string) int {
-		return len(a) - len(b)
-	}) {
-		t.Errorf("%d events of %d", len(got), n)
+	got := events(t, l)
+	inOrder := slices.IsSortedFunc(got, func(a, b string) int { return len(a) - len(b) })
+	if len(got) != n || got[0] != "0" || got[n-1] != fmt.Sprint(n-1) || !inOrder {
+		t.Errorf("%d events, want %d in order", len(got), n)
 	}
 	l.Close()
 }
 
-// unknownState: where the page that counts was written and not synced, the ledger ends, and opening it again says which it was.
+// unknownState checks a meta page that is written and not synced. The ledger ends with
+// ErrUnknownState, and a new opening finds out whether the transaction was written.
 func unknownState(t *testing.T, disk *disktest.Disk) {
 	l, path := createOn(t, disk)
 	mustAdmit(t, l, admission("k", 1, 1, 1), ledger.Fresh)
 	var syncs atomic.Int32
-	disk.Fail(failing(syscall.EIO, func(op disktest.Op) bool { return op.Kind == disktest.Datasync && syncs.Add(1) == 2 }))
-	if r, err := l.Admit(t.Context(), admission("k", 2, 1, 1), event); !errors.Is(err, ledger.ErrUnknownState) || errors.Is(err, ledger.ErrDisk) {
+	disk.Fail(failing(syscall.EIO, func(op disktest.Op) bool {
+		return op.Kind == disktest.Datasync && syncs.Add(1) == 2
+	}))
+	r, err := l.Admit(t.Context(), admission("k", 2, 1, 1), event)
+	if !errors.Is(err, ledger.ErrUnknownState) || errors.Is(err, ledger.ErrDisk) {
 		t.Errorf("verdict %d, %v", r.Verdict, err)
 	}
 	select {
@@ -298,12 +317,13 @@ func unknownState(t *testing.T, disk *disktest.Disk) {
 	l.Close()
 	l = open(t, path)
 	mustAdmit(t, l, admission("k", 1, 1, 1), ledger.Repeated)
-	mustAdmit(t, l, admission("k", 2, 1, 1), ledger.Repeated) // this file system has kept it
+	mustAdmit(t, l, admission("k", 2, 1, 1), ledger.Repeated) // this file system has kept the page
 	mustAdmit(t, l, admission("k", 3, 1, 1), ledger.Fresh)
 	l.Close()
 }
 
-// cannotGrow: a transaction for which the file must grow is not written, and the ledger goes on.
+// cannotGrow checks that a transaction is not written if the file can't grow, and that the ledger
+// goes on.
 func cannotGrow(t *testing.T, disk *disktest.Disk) {
 	l, path := createOn(t, disk)
 	large := func(tx *ledger.Tx) error {
@@ -318,12 +338,12 @@ func cannotGrow(t *testing.T, disk *disktest.Disk) {
 		}
 		if errno == syscall.ENOSPC {
 			if st, err := os.Stat(path + ".reserve"); err != nil || st.Size() != 0 {
-				t.Errorf("the reserve was not given up: %v, %v", st, err)
+				t.Errorf("the reserve was not released: %v, %v", st, err)
 			}
 		}
 	}
 	disk.Fail(nil)
-	healed(t, l, admission("k", 1, 1, 1))
+	admitWhenHealed(t, l, admission("k", 1, 1, 1))
 	if err := l.Update(t.Context(), large); err != nil {
 		t.Error(err)
 	}
@@ -333,7 +353,8 @@ func cannotGrow(t *testing.T, disk *disktest.Disk) {
 	l.Close()
 }
 
-// TestFullFileSystem fills a small file system for real. It runs again as root of a user namespace, who may mount one there.
+// TestFullFileSystem fills a real file system of 32 MiB. The test binary runs again as root of a
+// user namespace, where root may mount a tmpfs.
 func TestFullFileSystem(t *testing.T) {
 	const inside = "LEDGER_TEST_NAMESPACE"
 	if os.Getenv(inside) == "" {
@@ -391,7 +412,7 @@ func TestFullFileSystem(t *testing.T) {
 	if err := os.Remove(ballast); err != nil {
 		t.Fatal(err)
 	}
-	if got := healed(t, l, admission("k", 2, 1, 1)); got.Verdict != ledger.Fresh {
+	if got := admitWhenHealed(t, l, admission("k", 2, 1, 1)); got.Verdict != ledger.Fresh {
 		t.Errorf("verdict %d", got.Verdict)
 	}
 	l.Close()
@@ -406,8 +427,8 @@ func TestFullFileSystem(t *testing.T) {
 	checkFile(t, path)
 }
 
-// TestFollow holds memory against the disk: a follower sees each record once it is on disk, before
-// anything that comes later is decided, and never a record that was not written.
+// TestFollow checks that a follower gets each record after the commit and before the next request,
+// and never gets a record that was not written.
 func TestFollow(t *testing.T) {
 	disk := disktest.New(t)
 	l, path := createOn(t, disk)
@@ -445,7 +466,7 @@ func TestFollow(t *testing.T) {
 		mu.Lock()
 		defer mu.Unlock()
 		if !slices.Equal(seen, all) {
-			t.Errorf("%s: it has seen %q, want %q", what, seen, all)
+			t.Errorf("%s: the follower has seen %q, want %q", what, seen, all)
 		}
 		seen = nil
 	}
@@ -458,7 +479,7 @@ func TestFollow(t *testing.T) {
 		t.Error(err)
 	}
 	disk.Fail(nil)
-	want("what was not written")
+	want("after a failed write")
 	release := l.Occupy()
 	done := make(chan error, 2)
 	go func() { done <- put("first", nil) }()
@@ -467,7 +488,7 @@ func TestFollow(t *testing.T) {
 	}
 	go func() {
 		done <- l.Update(t.Context(), func(tx *ledger.Tx) error {
-			want("the decision after it", "meta first [118]", "peers first []")
+			want("the next request", "meta first [118]", "peers first []")
 			return tx.Delete(ledger.Meta, "first")
 		})
 	}()
@@ -479,7 +500,7 @@ func TestFollow(t *testing.T) {
 		t.Error(err)
 	}
 	if seen[0] != "meta first []" || len(seen) != 1 {
-		t.Errorf("after the deletion it has seen %q", seen)
+		t.Errorf("after the deletion the follower has seen %q", seen)
 	}
 	seen = nil
 	l.Close()
@@ -488,8 +509,8 @@ func TestFollow(t *testing.T) {
 	want("a new start", "peers before []", "peers first []", "meta before [118]")
 }
 
-// TestFollowFails: memory that can't take a record is an error at the start, and the end of a ledger
-// that runs, since memory would say something else than the disk.
+// TestFollowFails checks an error of Take. At the start, Follow returns the error. Later the ledger
+// ends, because the memory would differ from the disk.
 func TestFollowFails(t *testing.T) {
 	l, path := create(t)
 	put := func() error {
@@ -509,11 +530,12 @@ func TestFollowFails(t *testing.T) {
 		t.Errorf("at the start: %v", err)
 	}
 	if err := put(); err != nil {
-		t.Errorf("a follower that was refused at the start follows all the same: %v", err)
+		t.Errorf("a follower with an error at the start gets records: %v", err)
 	}
 }
 
-// TestOwnRecords: no Update can write the ledger's own records, or a bucket that is no table.
+// TestOwnRecords checks that no Update can change the ledger's own records, or a bucket that is no
+// table.
 func TestOwnRecords(t *testing.T) {
 	l, path := create(t)
 	for _, at := range []struct {
@@ -525,7 +547,7 @@ func TestOwnRecords(t *testing.T) {
 			"delete": func(tx *ledger.Tx) error { return tx.Delete(at.table, at.key) },
 		} {
 			if at.key == "" && what == "delete" {
-				continue // nothing to delete
+				continue // a delete of an empty key is no error
 			}
 			if err := l.Update(t.Context(), change); err == nil {
 				t.Errorf("%s of %q in %q", what, at.key, at.table)
@@ -536,13 +558,14 @@ func TestOwnRecords(t *testing.T) {
 		t.Errorf("the format is shown: %x, %v", v, err)
 	}
 	if err := l.All(ledger.Meta, func(key string, _ []byte) error { return errors.New(key) }); err != nil {
-		t.Errorf("a record of its own is listed: %v", err)
+		t.Errorf("a record of the ledger itself is listed: %v", err)
 	}
 	l.Close()
 	open(t, path)
 }
 
-// TestSuspended: what has come to the ledger before it was suspended, and is decided afterwards, is not admitted, nor is it a repetition.
+// TestSuspended checks admissions in the queue when the ledger is suspended. All fail, even a
+// repetition.
 func TestSuspended(t *testing.T) {
 	l, _ := create(t)
 	mustAdmit(t, l, admission("k", 1, 1, 1), ledger.Fresh)

@@ -8,7 +8,7 @@ import (
 	bolt "go.etcd.io/bbolt"
 )
 
-// CaptureFile makes the next Open hand its file to the test, which may then break it.
+// CaptureFile captures the file of the next Open, so that the test can break the file.
 func CaptureFile() (file func() *os.File, restore func()) {
 	var last *os.File
 	openFile = func(name string, flag int, perm os.FileMode) (*os.File, error) {
@@ -19,7 +19,7 @@ func CaptureFile() (file func() *os.File, restore func()) {
 	return func() *os.File { return last }, func() { openFile = os.OpenFile }
 }
 
-// Occupy keeps the writer busy until release is called, so that requests pile up behind it.
+// Occupy keeps the writer busy until release is called. Requests wait in the queue meanwhile.
 func (l *Ledger) Occupy() (release func()) {
 	held, ch := make(chan struct{}), make(chan struct{})
 	l.requests <- &request{alone: true, apply: func(*txn) error { close(held); <-ch; return nil }}
@@ -27,7 +27,7 @@ func (l *Ledger) Occupy() (release func()) {
 	return func() { close(ch) }
 }
 
-// Waiting returns how many requests wait for the writer.
+// Waiting returns the number of requests in the queue.
 func (l *Ledger) Waiting() int { return len(l.requests) }
 
 // Commits returns the number of the last transaction on disk.
@@ -36,11 +36,10 @@ func (l *Ledger) Commits() (n int) {
 	return n
 }
 
-// Synced reports whether each commit and each growth of the file is followed by a sync.
+// Synced reports whether bbolt syncs after each commit and each growth of the file.
 func (l *Ledger) Synced() bool { return !l.db.NoSync && !l.db.NoGrowSync }
 
-// Fill spends n nonces that expire at the given time, with an event each, and without waiting for the disk more often than it
-// must.
+// Fill spends n nonces with the same expiry, each with an event, in transactions of 20,000.
 func (l *Ledger) Fill(ctx context.Context, n int, expiresAt int64) error {
 	event := NewEvent([]byte("filled"))
 	for done := 0; done < n; {
@@ -53,7 +52,8 @@ func (l *Ledger) Fill(ctx context.Context, n int, expiresAt int64) error {
 				if err != nil {
 					return err
 				}
-				if err := t.spend(spent{event: number, hour: hourOf(expiresAt), print: fingerprintOf("filled", nonce)}); err != nil {
+				fp := fingerprintOf("filled", nonce)
+				if err := t.spend(spent{event: number, hour: hourOf(expiresAt), fingerprint: fp}); err != nil {
 					return err
 				}
 			}
@@ -66,21 +66,21 @@ func (l *Ledger) Fill(ctx context.Context, n int, expiresAt int64) error {
 	return nil
 }
 
-// SkipSync leaves out the fsyncs of one kind: commit, file, folder or meta.
+// SkipSync disables the fsyncs of one kind: commit, file, folder or meta.
 func SkipSync(kind string) (restore func()) {
 	before := noSync
 	noSync = func(what string) bool { return what == kind }
 	return func() { noSync = before }
 }
 
-// SmallReserve makes the reserve small, to be had again at once.
+// SmallReserve sets a reserve of 64 KiB that is acquired again at the next attempt.
 func SmallReserve() (restore func()) {
 	size, every := reserveSize, reserveEvery
 	reserveSize, reserveEvery = 64<<10, 0
 	return func() { reserveSize, reserveEvery = size, every }
 }
 
-// Totals returns how many totals all series have.
+// Totals returns the number of stored totals of all series.
 func (l *Ledger) Totals() (n int) {
 	l.db.View(func(tx *bolt.Tx) error { n = root(tx, bucketCounters).Stats().KeyN; return nil })
 	return n

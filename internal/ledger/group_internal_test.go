@@ -9,8 +9,8 @@ import (
 	"time"
 )
 
-// TestGroupThatNobodyWaitsFor: while the disk hangs, a group whose contexts have ended before the writer could take it is given up, as
-// a request that is alone is.
+// TestGroupThatNobodyWaitsFor checks a group whose contexts end while the disk hangs and the queue
+// is full. The group is abandoned, as a single request is, and no nonce is spent.
 func TestGroupThatNobodyWaitsFor(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		path := filepath.Join(t.TempDir(), "ledger.db")
@@ -41,7 +41,7 @@ func TestGroupThatNobodyWaitsFor(t *testing.T) {
 		synctest.Wait()
 		close(hang)
 		if _, err := l.Spent(t.Context(), scope, nonce); !errors.Is(err, ErrNotFound) {
-			t.Errorf("the nonce is spent, and nobody was there: %v", err)
+			t.Errorf("the nonce of an abandoned group is spent: %v", err)
 		}
 	})
 }

@@ -11,7 +11,7 @@ import (
 	"countersign/internal/ledger/disktest"
 )
 
-// member joins a group and admits; its outcome comes on the channel.
+// member admits as a new member of a group. The channel gets the result.
 func member(ctx context.Context, l *ledger.Ledger, g *ledger.Group, a ledger.Admission) <-chan error {
 	done := make(chan error, 1)
 	a.Member = g.Member()
@@ -26,8 +26,9 @@ func member(ctx context.Context, l *ledger.Ledger, g *ledger.Group, a ledger.Adm
 	return done
 }
 
-// TestGroupIsOneCommit: all admissions of a batch, among them one that is refused and one that is asked for twice, are one
-// transaction, whatever else the writer does; what a member does after that is its own.
+// TestGroupIsOneCommit checks that all admissions of a group are one transaction. Among the
+// admissions are a replay and a repetition. A second admission of a member does not wait for the
+// group.
 func TestGroupIsOneCommit(t *testing.T) {
 	l, _ := create(t)
 	mustAdmit(t, l, admission("k", 200, 1, 1), ledger.Fresh)
@@ -77,10 +78,11 @@ func TestGroupIsOneCommit(t *testing.T) {
 	}
 	a = admission("k", 202, 1, 1)
 	a.Member = member
-	mustAdmit(t, l, a, ledger.Fresh) // the second does not
+	mustAdmit(t, l, a, ledger.Fresh) // the second admission does not wait
 }
 
-// TestGroupMembersThatLeave: whoever ends without a request keeps nobody waiting, in whatever order they end.
+// TestGroupMembersThatLeave checks that members without a request do not delay the group, whether
+// they leave before or after the others admit.
 func TestGroupMembersThatLeave(t *testing.T) {
 	l, _ := create(t)
 	for _, order := range []string{"first", "last", "only"} {
@@ -106,7 +108,8 @@ func TestGroupMembersThatLeave(t *testing.T) {
 	}
 }
 
-// TestGroupMemberWhoseTimeIsOver: it is told so while the group gathers, and what it had handed in is carried out with the others'.
+// TestGroupMemberWhoseTimeIsOver checks a member whose context ends before the group is complete.
+// The member's Admit returns at once, and the writer executes its request with those of the others.
 func TestGroupMemberWhoseTimeIsOver(t *testing.T) {
 	l, _ := create(t)
 	g := l.Group(2)
@@ -122,7 +125,7 @@ func TestGroupMemberWhoseTimeIsOver(t *testing.T) {
 	mustAdmit(t, l, admission("k", 1, 1, 1), ledger.Repeated)
 }
 
-// TestGroupInAClosingLedger: those who wait for the rest are not left waiting.
+// TestGroupInAClosingLedger checks that Close ends the waiting of an incomplete group.
 func TestGroupInAClosingLedger(t *testing.T) {
 	l, _ := create(t)
 	g := l.Group(2)
@@ -136,27 +139,28 @@ func TestGroupInAClosingLedger(t *testing.T) {
 	}
 }
 
-// TestGroupOnABrokenDisk: all members are told the same, and none of their nonces is spent; when the state is unknown, all are
-// told that.
+// TestGroupOnABrokenDisk checks that all members get the same error. After ErrDisk no nonce is
+// spent.
 func TestGroupOnABrokenDisk(t *testing.T) {
 	disk := disktest.New(t)
 	l, _ := createOn(t, disk)
 	fails := func(want error) {
 		t.Helper()
 		g := l.Group(2)
-		one, two := member(t.Context(), l, g, admission("k", 1, 1, 1)), member(t.Context(), l, g, admission("k", 2, 1, 1))
+		one := member(t.Context(), l, g, admission("k", 1, 1, 1))
+		two := member(t.Context(), l, g, admission("k", 2, 1, 1))
 		for _, done := range []<-chan error{one, two} {
 			if err := <-done; !errors.Is(err, want) {
 				t.Errorf("%v, want %v", err, want)
 			}
 		}
 	}
-	disk.Fail(failing(syscall.EROFS, func(op disktest.Op) bool { return op.Kind != disktest.Datasync && op.Kind != disktest.Sync }))
+	disk.Fail(failing(syscall.EROFS, noSync))
 	fails(ledger.ErrDisk)
 	disk.Fail(nil)
 	for n := range byte(2) {
 		if _, err := l.Spent(t.Context(), "k", [32]byte{n + 1}); !errors.Is(err, ledger.ErrNotFound) {
-			t.Errorf("the nonce of what was refused: %v", err)
+			t.Errorf("the nonce of a failed admission: %v", err)
 		}
 	}
 	gathering := l.Group(2)

@@ -1,24 +1,24 @@
-// Package ledger is the appliance's durable memory: spent nonces, admissions and their outcomes, the
-// events of the audit log with the hashes of their tree, receipts, keys and peers, in one bbolt file.
-// Begin reading at Admit, then at transact.
+// Package ledger is the durable storage of the appliance, in one bbolt file: spent nonces,
+// admissions and outcomes, the events of the audit log with the hashes of their tree, receipts,
+// keys and peers. Begin reading at Admit, then at transact.
 //
-// The promises:
+// The guarantees:
 //
-//   - When Admit, Append or Update returns without an error, its writes are on disk (fsync done) and
-//     stay there through a crash or a power cut.
-//   - A nonce is fresh once in its scope, whatever process is killed and whenever, until its own expiry
-//     and the margin after it have passed by the ledger's time. The system's clock can't shorten that:
+//   - When Admit, Append or Update returns without an error, the writes are on disk (fsync done)
+//     and survive a crash or a power cut.
+//   - A nonce is fresh once in its scope, until the ledger's time has passed the nonce's expiry and
+//     the margin. Killed processes and changes of the system's clock do not weaken this guarantee:
 //     see clock.
-//   - A transaction that could not be written leaves nothing behind: ErrDisk, and the same request may
-//     be made again. When the ledger does not know whether a transaction was written, it refuses
-//     everything with ErrUnknownState and closes Failed. The process must end; opening the file again
-//     is the recovery.
-//   - The hashes of the tree are in the transaction of their events.
+//   - A failed transaction leaves nothing behind: ErrDisk means that the same request may be made
+//     again. If the ledger can't tell whether a transaction was written, every request fails with
+//     ErrUnknownState and the channel Failed is closed. The process must then end. The recovery is
+//     to open the file again.
+//   - An event and the hashes of its tree are written in one transaction.
 //   - Memory follows the disk: see Follow.
 //
-// One goroutine writes. It gathers the requests that wait into one transaction (group commit), so that
-// callers share an fsync; a lone request waits for no other. The result of a transaction is a list of
-// writes: see Writes.
+// A single goroutine, the writer, executes all requests. The writer combines waiting requests into
+// one transaction (group commit), so that callers share an fsync. A lone request does not wait for
+// others. The result of a transaction is a list of writes: see Writes.
 package ledger
 
 import (
@@ -26,6 +26,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"math"
 	"os"
 	"path/filepath"
 	"runtime/debug"
@@ -40,10 +41,11 @@ import (
 	bolterrors "go.etcd.io/bbolt/errors"
 )
 
-// format is the version of the file's layout. A ledger with a higher one belongs to a newer program.
+// format is the version of the file's layout. Open refuses any other version; a higher one belongs
+// to a newer program.
 const format = 4
 
-// At opening.
+// Errors of Create and Open.
 var (
 	ErrMissing = errors.New("there is no ledger here")
 	ErrExists  = errors.New("there is a ledger here already")
@@ -52,19 +54,19 @@ var (
 	ErrCorrupt = errors.New("the file is damaged or is not a ledger")
 )
 
-// At use.
+// Errors of an open ledger.
 var (
 	ErrClosed       = errors.New("ledger: closed")
 	ErrUnknownState = errors.New("ledger: a commit failed and the state on disk is unknown")
-	ErrDisk         = errors.New("ledger: the disk does not take what is to be written; nothing of it was kept")
+	ErrDisk         = errors.New("ledger: the disk refused the write, and nothing was written")
 	ErrClock        = errors.New("ledger: the clock is behind the ledger's time")
 	ErrTooMany      = errors.New("ledger: too many nonces are alive")
 	ErrNotFound     = errors.New("ledger: no such entry")
-	ErrDropped      = errors.New("ledger: it was dropped by retention")
-	ErrBusy         = errors.New("ledger: a copy of the file is being made")
+	ErrDropped      = errors.New("ledger: dropped by retention")
+	ErrBusy         = errors.New("ledger: a snapshot is being written")
 )
 
-// Seams for tests that break the disk.
+// Replaceable functions for tests that break the disk.
 var (
 	openFile = os.OpenFile
 	noSync   = func(what string) bool { return false }
@@ -72,31 +74,31 @@ var (
 
 // The sizes of the file and of its mapping into memory.
 const (
-	// mapSize is the address space that the file is mapped into, 64 GiB. While a file fits, bbolt never
-	// maps it anew, for which it would wait for all readers: a snapshot that takes minutes would stop
-	// the writer. Only pages that are used take memory.
-	mapSize = 64 << 30
-	// growBy is how much the file grows at once, in bytes.
+	// mapSize is the size of the mapping, 64 GiB. A file that fits is never mapped again. For a new
+	// mapping bbolt waits for all readers: a snapshot of minutes would stop the writer. The mapping
+	// is address space; only used pages take memory.
+	mapSize = min(64<<30, math.MaxInt/2) // less on 32-bit machines
+	// growBy is the step by which the file grows: 1 MiB.
 	growBy = 1 << 20
 )
 
-// Options say how long things are kept and which clock is trusted. The zero value has the defaults.
+// Options are the retention of nonces and the clocks. The zero value has the defaults.
 type Options struct {
-	Margin         time.Duration // that a nonce is kept after its own expiry. Default: 24 h
-	MaxLifetime    time.Duration // of what is admitted. Default: 168 h. It bounds how fast a clock may be followed
-	MaxNonces      int           // that may be alive. Default: 20,000,000, for which some 1 GiB of memory is needed
-	ClockTolerance time.Duration // how far the clock may be behind the ledger's time. Default: 2 min
+	Margin         time.Duration // for which a nonce is kept after its expiry. Default: 24 h
+	MaxLifetime    time.Duration // of a document; bounds the rate of the ledger's time, see clock. Default: 168 h
+	MaxNonces      int           // nonces that have not expired. Default: 20,000,000, with some 1 GiB of memory
+	ClockTolerance time.Duration // by which the clock may be behind the ledger's time. Default: 2 min
 
-	// MarginOf, if set, reads the margin out of the ledger's records at opening, in place of Margin.
+	// MarginOf, if set, reads the margin from the ledger's records at opening and replaces Margin.
 	MarginOf func(View) (time.Duration, error)
 
-	// Replicate, if set, gets each list of writes that was made durable, in order and encoded (see
-	// Writes.Encode), before the writer decides anything else: for a Replica. Close calls it
-	// with nil when the last list is out and the file is still open.
+	// Replicate, if set, gets each durable list of writes for a Replica, in order and encoded (see
+	// Writes.Encode), before the writer executes the next request. Close calls Replicate with nil
+	// after the last list, while the file is still open.
 	Replicate func(list []byte)
 
-	Wall    func() time.Time     // the system's clock; default: time.Now
-	Elapsed func() time.Duration // a clock that nobody sets; default: the system's monotonic one
+	Wall    func() time.Time     // the system's clock. Default: time.Now
+	Elapsed func() time.Duration // a clock that can't be set. Default: the system's monotonic clock
 }
 
 func (o *Options) fill() {
@@ -115,8 +117,8 @@ func (o *Options) fill() {
 	if wall == nil {
 		wall = time.Now
 	}
-	// Without the monotonic reading, by which Go would compare two times and not see that the system's
-	// clock was set.
+	// Round removes the monotonic reading. With the reading, Go would compare two times by it and
+	// miss a change of the system's clock.
 	o.Wall = func() time.Time { return wall().Round(0) }
 	if o.Elapsed == nil {
 		begin := time.Now()
@@ -124,41 +126,42 @@ func (o *Options) fill() {
 	}
 }
 
-// Ledger is safe for concurrent use.
+// Ledger is an open ledger. All methods are safe for concurrent use.
 type Ledger struct {
 	path      string
 	options   Options
 	clock     clock
 	requests  chan *request
-	stopping  chan struct{} // closed by Close: no more requests
+	stopping  chan struct{} // closed by Close: new requests are refused
 	done      chan struct{} // closed when the writer has ended
 	failed    chan struct{} // closed at the first commit whose result is unknown
 	stop      sync.Once
 	ended     sync.Once
-	suspended atomic.Pointer[error]    // why there are no admissions now
+	suspended atomic.Pointer[error]    // reason of Suspend, or nil
 	admitted  atomic.Uint64            // since the ledger was opened
-	trouble   atomic.Pointer[error]    // why the last transaction was not written
-	shown     atomic.Pointer[logState] // the log as it is on disk
-	swept     []byte                   // Sweep's own: how far it has come with idle series
+	trouble   atomic.Pointer[error]    // why the last transaction was not written, or nil
+	published atomic.Pointer[logState] // end of the log on disk, for readers
+	swept     []byte                   // belongs to Sweep: key at which the search for idle series goes on
 
-	// copying is read-locked while a snapshot is written, and write-locked while compaction replaces
-	// the file: a snapshot may take minutes, which the writer must never wait for.
+	// copying is read-locked during a snapshot, and write-locked while compaction replaces the
+	// file. A snapshot may take minutes, and the writer must never wait for it: db has a lock of
+	// its own.
 	copying sync.RWMutex
 
-	mu sync.RWMutex // write-locked to replace db
+	mu sync.RWMutex // write-locked for a replacement of db
 	db *bolt.DB
 
-	// The writer's own.
+	// The fields below belong to the writer.
 	log       logState
 	nonces    nonces
 	reserve   reserve
-	backlog   []*request // outcomes that could not be written yet
+	backlog   []*request // outcomes that wait for the disk
 	followers []*follower
 }
 
-// Create makes an empty ledger at path. The file is built under a temporary name, fsynced and
-// renamed, and the folder is fsynced: after a crash there is a whole ledger or none. An existing file
-// is never touched.
+// Create makes an empty ledger at path. Create builds the file under a temporary name, syncs and
+// renames the file, and syncs the folder: after a crash there is a complete ledger or none. An
+// existing file is never changed.
 func Create(path string, o Options) (err error) {
 	defer wrap(&err, "create")
 	o.fill()
@@ -167,7 +170,7 @@ func Create(path string, o Options) (err error) {
 		return err
 	}
 	defer dir.Close()
-	// The lock keeps two creators from replacing each other's work between look and rename.
+	// The lock prevents that two processes both see no file and then replace each other's ledger.
 	if err := syscall.Flock(int(dir.Fd()), syscall.LOCK_EX|syscall.LOCK_NB); err != nil {
 		return ErrInUse
 	}
@@ -183,13 +186,13 @@ func Create(path string, o Options) (err error) {
 	if err := build(temp, o.Wall()); err != nil {
 		return err
 	}
-	if err := moveInto(temp, path); err != nil {
+	if err := syncAndRename(temp, path); err != nil {
 		return err
 	}
 	return syncPath(filepath.Dir(path), "folder")
 }
 
-// build makes the file with its first event.
+// build creates the file with the first event.
 func build(path string, now time.Time) error {
 	db, err := bolt.Open(path, 0o600, &bolt.Options{Timeout: time.Second})
 	if err != nil {
@@ -220,15 +223,16 @@ func makeRoots(tx *bolt.Tx) error {
 	return nil
 }
 
-// moveInto gives a closed file its name. After a crash either this file or the one that had the name
-// before is there, whole. Which of them is settled once the folder is synced.
-func moveInto(temp, path string) error {
+// syncAndRename syncs a closed file and renames it. After a crash, the name has either this file or
+// the file before, complete. The name is durable when the folder is synced.
+func syncAndRename(temp, path string) error {
 	if err := syncPath(temp, "file"); err != nil {
 		return err
 	}
 	return os.Rename(temp, path)
 }
 
+// syncPath syncs a file or folder. what is the kind for noSync.
 func syncPath(path, what string) error {
 	if noSync(what) {
 		return nil
@@ -241,8 +245,8 @@ func syncPath(path, what string) error {
 	return f.Sync()
 }
 
-// Open opens the ledger at path and takes the file's lock. It looks at everything that a sound ledger
-// has at its edges: see checkPages, checkLayout, loadLog and nonces.load. Check looks at all the rest.
+// Open opens the ledger at path and locks the file. Open checks a part of the file for damage: see
+// checkPages, checkLayout, loadLog and nonces.load. Check reads all of the file.
 func Open(path string, o Options) (l *Ledger, err error) {
 	defer wrap(&err, "open")
 	o.fill()
@@ -258,16 +262,16 @@ func Open(path string, o Options) (l *Ledger, err error) {
 		db.Close()
 		return nil, err
 	}
-	os.Remove(path + compacted) // left by a crash; it takes room
+	os.Remove(path + compactSuffix) // a crash may have left the file
 	l.reserve = reserve{path: path + ".reserve"}
-	if err := l.reserve.take(); err != nil {
-		l.troubled(err)
+	if err := l.reserve.acquire(); err != nil {
+		l.setTrouble(err)
 	}
 	go l.write()
 	return l, nil
 }
 
-// load reads what the writer keeps in memory.
+// load loads the memory of the writer from the file.
 func (l *Ledger) load() error {
 	err := l.db.View(func(tx *bolt.Tx) error {
 		if err := checkLayout(tx); err != nil {
@@ -290,13 +294,13 @@ func (l *Ledger) load() error {
 	if err != nil {
 		return err
 	}
-	l.shown.Store(new(l.log))
+	l.published.Store(new(l.log))
 	l.nonces.margin = l.options.Margin
 	return l.nonces.load(l.db, l.clock.time(), l.log.next)
 }
 
-// guard runs a function that reads a file that may be damaged. bbolt answers damage with a panic, and
-// with a memory fault where the file is shorter than it says: both become ErrCorrupt.
+// guard calls a function that reads a file which may be damaged. bbolt panics on damage, and a file
+// that is too short causes a memory fault. Both become ErrCorrupt.
 func guard(read func() error) (err error) {
 	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
 	defer func() {
@@ -313,7 +317,7 @@ func openBolt(path string) (db *bolt.DB, err error) {
 	} else if err != nil {
 		return nil, err
 	} else if st.Size() == 0 {
-		return nil, ErrCorrupt // bbolt would make a new database of it
+		return nil, ErrCorrupt // bbolt would initialize an empty file
 	}
 	err = guard(func() (err error) {
 		db, err = bolt.Open(path, 0o600, &bolt.Options{
@@ -336,15 +340,15 @@ func openBolt(path string) (db *bolt.DB, err error) {
 		return nil, err
 	}
 	db.AllocSize = growBy
-	if err := guard(func() error { return settlePages(path, db) }); err != nil {
+	if err := guard(func() error { return recoverPages(path, db) }); err != nil {
 		db.Close()
 		return nil, err
 	}
 	return db, nil
 }
 
-// settlePages checks the pages of a file that was opened, and sees that what counts is on disk.
-func settlePages(path string, db *bolt.DB) error {
+// recoverPages checks the pages of an opened file and writes the meta pages again.
+func recoverPages(path string, db *bolt.DB) error {
 	f, err := os.OpenFile(path, os.O_RDWR, 0)
 	if err != nil {
 		return err
@@ -356,14 +360,14 @@ func settlePages(path string, db *bolt.DB) error {
 	return rewriteMeta(f, int64(db.Info().PageSize))
 }
 
-// rewriteMeta writes the two pages that say what counts once more, as they are, and syncs. Where the
-// fsync of such a page has failed before, the system may take the page for written and never write
-// it, and everything built on it would not count after a power cut.
+// rewriteMeta writes bbolt's two meta pages again, unchanged, and syncs. A meta page points to the
+// root of a transaction. After a failed fsync of a meta page, the kernel may consider the page
+// written and never write it. Later transactions would then be lost in a power cut.
 func rewriteMeta(f *os.File, pageSize int64) error {
 	if noSync("meta") {
 		return nil
 	}
-	for _, at := range []int64{0, pageSize} { // one at a time: the other one is whole
+	for _, at := range []int64{0, pageSize} { // one at a time: the other page stays intact
 		page := make([]byte, pageSize)
 		if _, err := f.ReadAt(page, at); err != nil {
 			return err
@@ -378,6 +382,7 @@ func rewriteMeta(f *os.File, pageSize int64) error {
 	return nil
 }
 
+// checkLayout checks the format, and that each bucket exists.
 func checkLayout(tx *bolt.Tx) error {
 	meta := root(tx, bucketMeta)
 	if meta == nil {
@@ -399,12 +404,12 @@ func checkLayout(tx *bolt.Tx) error {
 		if b == nil {
 			return fmt.Errorf("%w: its bucket %s is missing", ErrCorrupt, buckets[number].name)
 		}
-		b.Cursor().Last() // walks one path from the root to a leaf
+		b.Cursor().Last() // reads one path from the root to a leaf: panics on damage
 	}
 	return nil
 }
 
-// Close finishes what was handed in and closes the file.
+// Close executes the queued requests and closes the file.
 func (l *Ledger) Close() error {
 	l.stop.Do(func() { close(l.stopping) })
 	<-l.done
@@ -416,7 +421,7 @@ func (l *Ledger) Close() error {
 	return l.db.Close()
 }
 
-// Suspend makes Admit refuse with err, until Suspend is called with nil. Everything else goes on.
+// Suspend makes Admit fail with err until Suspend(nil). Other requests are not affected.
 func (l *Ledger) Suspend(err error) {
 	if err == nil {
 		l.suspended.Store(nil)
@@ -425,13 +430,16 @@ func (l *Ledger) Suspend(err error) {
 	l.suspended.Store(&err)
 }
 
-// Admitted is the number of admissions since the ledger was opened.
+// Admitted returns the number of calls of Admit since the ledger was opened, without suspended
+// calls.
 func (l *Ledger) Admitted() uint64 { return l.admitted.Load() }
 
-// Failed is closed when the state on disk is unknown: the process must end.
+// Failed returns a channel that is closed when the state on disk is unknown. The process must then
+// end.
 func (l *Ledger) Failed() <-chan struct{} { return l.failed }
 
-// Trouble says why the last transaction was not written, or nil. It wraps ErrDisk.
+// Trouble returns the reason why the last transaction was not written, or nil. The error wraps
+// ErrDisk.
 func (l *Ledger) Trouble() error {
 	if err := l.trouble.Load(); err != nil {
 		return *err
@@ -439,7 +447,8 @@ func (l *Ledger) Trouble() error {
 	return nil
 }
 
-func (l *Ledger) troubled(err error) {
+// setTrouble sets the error of Trouble. nil clears the error.
+func (l *Ledger) setTrouble(err error) {
 	if err == nil {
 		l.trouble.Store(nil)
 	} else {
@@ -448,9 +457,9 @@ func (l *Ledger) troubled(err error) {
 	}
 }
 
-// Alive returns when the writer has come round to this request. Alive writes nothing, except to a
-// disk that was in trouble, which it tries again. A disk that is in trouble still is not its error,
-// since the writer is alive.
+// Alive returns when the writer has executed an empty request. Alive writes nothing unless the last
+// transaction was not written: the disk is then tried again. ErrDisk is no error of Alive, because
+// the writer is alive.
 func (l *Ledger) Alive(ctx context.Context) error {
 	err := l.submit(ctx, &request{done: make(chan error, 1), apply: func(t *txn) error {
 		t.wrote = t.wrote || l.trouble.Load() != nil
@@ -462,7 +471,7 @@ func (l *Ledger) Alive(ctx context.Context) error {
 	return err
 }
 
-// view reads what is on disk.
+// view reads the last transaction on disk.
 func (l *Ledger) view(read func(*bolt.Tx) error) error {
 	l.mu.RLock()
 	defer l.mu.RUnlock()
@@ -473,6 +482,7 @@ func (l *Ledger) view(read func(*bolt.Tx) error) error {
 	return err
 }
 
+// wrap adds the operation to an error.
 func wrap(err *error, doing string) {
 	if *err != nil {
 		*err = fmt.Errorf("ledger: %s: %w", doing, *err)

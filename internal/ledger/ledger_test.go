@@ -19,7 +19,7 @@ import (
 	bolt "go.etcd.io/bbolt"
 )
 
-// create makes a ledger and opens it. Every test ends with a check of the whole file.
+// create creates and opens a ledger. At the end of the test, the whole file is checked.
 func create(t *testing.T) (*ledger.Ledger, string) {
 	t.Helper()
 	path := filepath.Join(t.TempDir(), "ledger.db")
@@ -40,7 +40,7 @@ func open(t *testing.T, path string) *ledger.Ledger {
 	return l
 }
 
-// checkFile reads the whole file: pages, events, hashes, nonces.
+// checkFile checks the whole file: pages, events, hashes, nonces.
 func checkFile(t *testing.T, path string) {
 	t.Helper()
 	if err := ledger.Check(path, ledger.Options{}, nil); err != nil {
@@ -48,14 +48,21 @@ func checkFile(t *testing.T, path string) {
 	}
 }
 
+// admission returns an admission of key version 1 that expires in 1000 s.
 func admission(scope ledger.Scope, nonce, digest, peer byte) ledger.Admission {
-	return ledger.Admission{Scope: scope, Nonce: [32]byte{nonce}, Digest: [32]byte{digest}, Peer: [32]byte{peer}, KeyVersion: 1, ExpiresAt: time.Now().Unix() + 1000}
+	return ledger.Admission{
+		Scope: scope, Nonce: [32]byte{nonce}, Digest: [32]byte{digest}, Peer: [32]byte{peer},
+		KeyVersion: 1, ExpiresAt: time.Now().Unix() + 1000,
+	}
 }
 
+// event returns the event of an admission as a text, for example "verdict 1" for ledger.Fresh.
 func event(v ledger.Verdict) []byte { return fmt.Appendf(nil, "verdict %d", v) }
 
 func note(text string) ledger.Event { return ledger.NewEvent([]byte(text)) }
 
+// mustAdmit admits, and fails the test for another verdict than want. A want of 0 accepts any
+// verdict.
 func mustAdmit(t *testing.T, l *ledger.Ledger, a ledger.Admission, want ledger.Verdict) ledger.Admitted {
 	t.Helper()
 	got, err := l.Admit(t.Context(), a, event)
@@ -68,9 +75,10 @@ func mustAdmit(t *testing.T, l *ledger.Ledger, a ledger.Admission, want ledger.V
 	return got
 }
 
+// events returns all events after EpochBegun, which is event 0.
 func events(t *testing.T, l *ledger.Ledger) (all []string) {
 	t.Helper()
-	if err := l.Events(1, func(_ uint64, e []byte) bool { all = append(all, string(e)); return true }); err != nil { // after EpochBegun
+	if err := l.Events(1, func(_ uint64, e []byte) bool { all = append(all, string(e)); return true }); err != nil {
 		t.Fatal(err)
 	}
 	return all
@@ -89,18 +97,18 @@ func TestNonceIsSingleUseInItsScope(t *testing.T) {
 	mustAdmit(t, l, admission(ledger.KeyScope("a"), 1, 2, 1), ledger.Replay) // other content
 	mustAdmit(t, l, admission(ledger.KeyScope("a"), 1, 1, 2), ledger.Replay) // another peer
 	mustAdmit(t, l, admission(ledger.KeyScope("b"), 1, 1, 1), ledger.Fresh)  // another key
-	mustAdmit(t, l, admission(signer, 1, 1, 1), ledger.Fresh)                // a signer's
+	mustAdmit(t, l, admission(signer, 1, 1, 1), ledger.Fresh)                // a signer as the scope
 	mustAdmit(t, l, admission(ledger.KeyScope("a"), 2, 1, 1), ledger.Fresh)  // another nonce
 
 	once := admission(ledger.SignerScope([]byte("x")), 1, 1, 1)
 	once.Once = true
 	confirmed := mustAdmit(t, l, once, ledger.Fresh)
 	if r := mustAdmit(t, l, once, ledger.Replay); !r.Own || r.First != confirmed.Event || r.Event == r.First {
-		t.Errorf("what may be had once, by the same peer: %+v", r)
+		t.Errorf("an admission with Once, by the same peer: %+v", r)
 	}
 	once.Peer = [32]byte{2}
 	if r := mustAdmit(t, l, once, ledger.Replay); r.Own || r.First != confirmed.Event {
-		t.Errorf("what may be had once, by another peer: %+v", r)
+		t.Errorf("an admission with Once, by another peer: %+v", r)
 	}
 
 	signature := bytes.Repeat([]byte{9}, 64)
@@ -110,13 +118,16 @@ func TestNonceIsSingleUseInItsScope(t *testing.T) {
 	if err := l.Settle(t.Context(), first, signature, note("signed twice"), nil); err != nil {
 		t.Fatal(err)
 	}
-	if err := l.Settle(t.Context(), first, nil, note("failed, of two at once the other one"), nil); err != nil {
+	if err := l.Settle(t.Context(), first, nil, note("the other one of two repetitions failed"), nil); err != nil {
 		t.Fatal(err)
 	}
 	if r := mustAdmit(t, l, again, ledger.Repeated); !bytes.Equal(r.Signature, signature) {
 		t.Errorf("after settling: %+v", r)
 	}
-	want := []string{"verdict 1", "verdict 3", "verdict 3", "verdict 1", "verdict 1", "verdict 1", "verdict 1", "verdict 3", "verdict 3", "signed"}
+	want := []string{
+		"verdict 1", "verdict 3", "verdict 3", "verdict 1", "verdict 1", "verdict 1",
+		"verdict 1", "verdict 3", "verdict 3", "signed",
+	}
 	for reopened := range 2 {
 		if got := events(t, l); fmt.Sprint(got) != fmt.Sprint(want) {
 			t.Errorf("events %q, want %q (reopened %d)", got, want, reopened)
@@ -135,7 +146,8 @@ func TestNonceIsSingleUseInItsScope(t *testing.T) {
 	}
 }
 
-// TestOneOfManyIsFresh: of requests that arrive at once with one nonce, exactly one finds it fresh.
+// TestOneOfManyIsFresh sends 32 concurrent requests with one nonce. The nonce is fresh for exactly
+// one.
 func TestOneOfManyIsFresh(t *testing.T) {
 	l, _ := create(t)
 	for round := range byte(20) {
@@ -166,8 +178,8 @@ func TestOneOfManyIsFresh(t *testing.T) {
 	}
 }
 
-// TestOnDiskWhenItReturns copies the file at the moment that Admit returns and opens the copy: what had been answered is
-// in it. (That the copy would survive a power cut is bbolt's fdatasync, which is on.)
+// TestOnDiskWhenItReturns copies the file whenever Admit has returned, and opens the copy. The copy
+// has all admissions so far. TestCommitsReachTheDisk and TestPowerCuts test the sync.
 func TestOnDiskWhenItReturns(t *testing.T) {
 	l, path := create(t)
 	for n := range byte(50) {
@@ -216,12 +228,12 @@ func TestRequestsShareACommit(t *testing.T) {
 	}
 	release()
 	wg.Wait()
-	if n := l.Commits() - before; n != 2 { // the one that was held, and one for all
+	if n := l.Commits() - before; n != 2 { // one of Occupy, and one for all requests
 		t.Errorf("%d commits for 100 requests that waited together", n)
 	}
 }
 
-// TestNotWritten: what could not be written has left nothing behind, and the ledger goes on.
+// TestNotWritten checks that a failed write leaves nothing behind, and that the ledger goes on.
 func TestNotWritten(t *testing.T) {
 	l, path := create(t)
 	l.Close()
@@ -243,7 +255,7 @@ func TestNotWritten(t *testing.T) {
 		t.Error("Failed is closed")
 	default:
 	}
-	mustAdmit(t, l, admission("k", 1, 1, 1), ledger.Repeated) // nothing to be written
+	mustAdmit(t, l, admission("k", 1, 1, 1), ledger.Repeated) // a repetition writes nothing
 	l.Close()
 	restore()
 	l = open(t, path)
@@ -303,7 +315,7 @@ func TestACallerThatLeavesWaitsForNobody(t *testing.T) {
 		t.Errorf("%v", err)
 	}
 	release()
-	// It had been handed in, so it was carried out; asking again finds it.
+	// The request was in the queue, so the writer has executed it: the nonce is spent.
 	mustAdmit(t, l, admission("k", 1, 1, 1), ledger.Repeated)
 }
 
@@ -319,7 +331,7 @@ func TestClosedLedger(t *testing.T) {
 		t.Errorf("%v", err)
 	}
 	if got := events(t, open(t, path)); len(got) != 1 {
-		t.Errorf("what was handed in before Close is lost: %q", got)
+		t.Errorf("an outcome in the queue before Close is lost: %q", got)
 	}
 }
 
@@ -354,7 +366,7 @@ func TestCreateAndOpenRefuse(t *testing.T) {
 		"empty": {}, "text": []byte("not a database"), "zeros": make([]byte, 65536), "half": whole[:len(whole)/2],
 		"one page": whole[:4096], "metas only": whole[:8192], "another bbolt file": foreignBytes,
 	} {
-		p := filepath.Join(dir, name) // bbolt keeps the lock of a file that it could not open
+		p := filepath.Join(dir, name) // a file for each case: bbolt keeps the lock after a failed open
 		if err := os.WriteFile(p, content, 0o600); err != nil {
 			t.Fatal(err)
 		}
@@ -373,12 +385,14 @@ func TestCreateAndOpenRefuse(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	db.Update(func(tx *bolt.Tx) error { return tx.Bucket([]byte("meta")).Put([]byte("format"), []byte{0, 0, 0, 99}) })
+	db.Update(func(tx *bolt.Tx) error {
+		return tx.Bucket([]byte("meta")).Put([]byte("format"), []byte{0, 0, 0, 99})
+	})
 	db.Close()
 	if _, err := ledgertest.Open(t, newer, ledger.Options{}); !errors.Is(err, ledger.ErrFormat) {
 		t.Errorf("newer format: %v", err)
 	}
-	// What a crash of an earlier Create left behind is in nobody's way.
+	// The temporary file of an earlier Create that crashed does not disturb.
 	fresh := filepath.Join(dir, "fresh")
 	if err := os.WriteFile(fresh+".new", []byte("half a ledger"), 0o600); err != nil {
 		t.Fatal(err)
@@ -394,8 +408,7 @@ func TestCreateAndOpenRefuse(t *testing.T) {
 	}
 }
 
-// TestCommitsReachTheDisk: bbolt's fdatasync is on. (What it is worth in a power cut is tested elsewhere than in a process
-// that goes on living.)
+// TestCommitsReachTheDisk checks that bbolt's fdatasync is on. TestPowerCuts tests the effect.
 func TestCommitsReachTheDisk(t *testing.T) {
 	l, _ := create(t)
 	if !l.Synced() {

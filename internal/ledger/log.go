@@ -7,7 +7,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"slices"
-	"strconv"
+	"strings"
 	"time"
 
 	"countersign/audit"
@@ -17,34 +17,34 @@ import (
 )
 
 const (
-	segment     = 4096 // events of one bucket; they are dropped together
-	chunkHashes = 64   // of the tree in one value
+	segment     = 4096 // events in one bucket; retention drops the bucket as a whole
+	chunkHashes = 64   // hashes of the tree in one value
 )
 
-// Event is what gets written down, with its hash, so that the writer need not make it.
+// Event is an encoded event with its hash. The caller computes the hash, to spare the writer.
 type Event struct {
 	bytes []byte
 	hash  audit.Hash
 }
 
-// NewEvent hashes an event, which must not be changed afterwards.
+// NewEvent hashes an encoded event. The bytes must not change afterwards.
 func NewEvent(b []byte) Event { return Event{b, audit.LeafHash(b)} }
 
 // EventOf encodes and hashes an event of the audit log, with the time of now.
 func EventOf(e audit.Event) Event { return NewEvent(e.Encode(time.Now())) }
 
-// logState is where the log ends.
+// logState is the end of the log.
 type logState struct {
 	next   uint64 // number of the next event
-	epoch  uint32
+	epoch  uint32 // number of the present epoch
 	first  uint64 // number of the epoch's first event
 	tree   audit.Tree
-	chunks uint64 // full ones
-	chunk  []byte // the hashes after them
+	chunks uint64 // number of full chunks of hashes in the epoch
+	chunk  []byte // hashes after the full chunks
 }
 
 func (s logState) copy() logState {
-	s.chunk = slices.Clone(s.chunk) // bbolt keeps what it was given until the transaction ends
+	s.chunk = slices.Clone(s.chunk) // bbolt refers to the bytes until the transaction ends
 	return s
 }
 
@@ -53,17 +53,17 @@ type Epoch struct {
 	Number     uint32 `json:"-"`
 	First      uint64 `json:"first"`                // number of its first event
 	Begun      int64  `json:"begun"`                // Unix milliseconds of the ledger's time
-	Ended      int64  `json:"ended,omitempty"`      // 0: it is the present one
-	Size       uint64 `json:"size,omitempty"`       // once it has ended
-	Root       []byte `json:"root,omitempty"`       // once it has ended
-	Checkpoint string `json:"checkpoint,omitempty"` // the newest one, signed; once it has ended, the final one
-	Signed     uint64 `json:"signed,omitempty"`     // the size that it is of
-	Hold       string `json:"hold,omitempty"`       // why it must not be dropped
-	Dropping   int64  `json:"dropping,omitempty"`   // since when it is gone for readers
-	Dropped    int64  `json:"dropped,omitempty"`    // when nothing of it was left
+	Ended      int64  `json:"ended,omitempty"`      // Unix milliseconds; 0 for the present epoch
+	Size       uint64 `json:"size,omitempty"`       // events of an ended epoch
+	Root       []byte `json:"root,omitempty"`       // root hash of an ended epoch
+	Checkpoint string `json:"checkpoint,omitempty"` // newest signed checkpoint; of an ended epoch, the final one
+	Signed     uint64 `json:"signed,omitempty"`     // size in the checkpoint
+	Hold       string `json:"hold,omitempty"`       // reason of a legal hold
+	Dropping   int64  `json:"dropping,omitempty"`   // Unix milliseconds; readers no longer see the epoch
+	Dropped    int64  `json:"dropped,omitempty"`    // Unix milliseconds; all records are removed
 }
 
-// Final says that the epoch has ended and its final checkpoint is signed.
+// Final reports whether the epoch has ended and its final checkpoint is signed.
 func (e Epoch) Final() bool { return e.Ended != 0 && e.Signed == e.Size }
 
 func epochKey(n uint32) []byte { return binary.BigEndian.AppendUint32(nil, n) }
@@ -92,7 +92,7 @@ func (t *txn) putEpoch(e Epoch) error {
 	return t.bucket(bucketEpochs).put(epochKey(e.Number), b)
 }
 
-// beginEpoch begins the first epoch, or the one after the present one. Its first event names where that ended.
+// beginEpoch begins epoch n. Its first event names the end of the epoch before; nil: there is none.
 func (t *txn) beginEpoch(n uint32, who audit.Actor, before *audit.EpochEnd) error {
 	if err := t.putEpoch(Epoch{Number: n, First: t.log.next, Begun: t.now.UnixMilli()}); err != nil {
 		return err
@@ -103,8 +103,9 @@ func (t *txn) beginEpoch(n uint32, who audit.Actor, before *audit.EpochEnd) erro
 	return err
 }
 
-// EndEpoch ends the present epoch and begins the next one, and returns the number of that. The final checkpoint is to be signed
-// afterwards: what it will say is settled now.
+// EndEpoch ends the present epoch, begins the next one, and returns the number of the new epoch.
+// The caller signs the final checkpoint of the ended epoch afterwards. Its content does not change
+// any more.
 func (l *Ledger) EndEpoch(ctx context.Context, who audit.Actor) (uint32, error) {
 	var next uint32
 	err := l.submit(ctx, &request{alone: true, done: make(chan error, 1), apply: func(t *txn) error {
@@ -127,12 +128,13 @@ func (l *Ledger) EndEpoch(ctx context.Context, who audit.Actor) (uint32, error) 
 		return t.beginEpoch(next, who, &audit.EpochEnd{Size: e.Size, Root: root})
 	}})
 	if err != nil {
-		return 0, err // the writer may still be at it
+		return 0, err // the writer may still use the variable
 	}
 	return next, nil
 }
 
-// loadLog finds where the log ends, and holds the last segment of it against its hashes, and the tree against the newest checkpoint.
+// loadLog finds the end of the log. loadLog checks the last segment of events against its hashes,
+// and the tree against the newest checkpoint.
 func loadLog(tx *bolt.Tx) (s logState, err error) {
 	last, _ := root(tx, bucketEpochs).Cursor().Last()
 	if len(last) != 4 {
@@ -150,7 +152,8 @@ func loadLog(tx *bolt.Tx) (s logState, err error) {
 	}
 	events := root(tx, bucketEvents).Bucket(name)
 	newest, _ := events.Cursor().Last()
-	if len(newest) != 8 || binary.BigEndian.Uint64(newest)/segment != binary.BigEndian.Uint64(name) || binary.BigEndian.Uint64(newest) < s.first {
+	misplaced := func(event, number uint64) bool { return event/segment != number || event < s.first }
+	if len(newest) != 8 || misplaced(binary.BigEndian.Uint64(newest), binary.BigEndian.Uint64(name)) {
 		return s, fmt.Errorf("%w: the last event found is %x in segment %x", ErrCorrupt, newest, name)
 	}
 	s.next = binary.BigEndian.Uint64(newest) + 1
@@ -169,12 +172,12 @@ func loadLog(tx *bolt.Tx) (s logState, err error) {
 		}
 	}
 	if e.Signed > s.tree.Size {
-		return s, fmt.Errorf("%w: a checkpoint was signed of %d events, and there are %d", ErrCorrupt, e.Signed, s.tree.Size)
+		return s, fmt.Errorf("%w: the checkpoint has %d events, the log has %d", ErrCorrupt, e.Signed, s.tree.Size)
 	}
 	return s, checkRoot(e, s.tree, stored)
 }
 
-// checkEvent holds an event against its hash, and returns that.
+// checkEvent compares an event with its stored hash, and returns the hash.
 func checkEvent(events *bolt.Bucket, stored reader, index, first uint64) (audit.Hash, error) {
 	b := events.Get(u64(index))
 	h, err := stored.ReadHashes([]int64{tlog.StoredHashIndex(0, int64(index-first))})
@@ -187,7 +190,8 @@ func checkEvent(events *bolt.Bucket, stored reader, index, first uint64) (audit.
 	return h[0], nil
 }
 
-// checkRoot holds the hashes against the newest checkpoint. Its signature is checked by those who have the key.
+// checkRoot compares the stored hashes with the newest checkpoint of an epoch. The ledger has no
+// key to verify the signature of the checkpoint.
 func checkRoot(e Epoch, tree audit.Tree, stored reader) error {
 	if e.Signed == 0 {
 		return nil
@@ -200,13 +204,13 @@ func checkRoot(e Epoch, tree audit.Tree, stored reader) error {
 	if err != nil {
 		return err
 	}
-	if !bytes.Contains([]byte(e.Checkpoint), []byte("\n"+strconv.FormatUint(e.Signed, 10)+"\n"+root.String()+"\n")) {
+	if body := fmt.Sprintf("\n%d\n%v\n", e.Signed, root); !strings.Contains(e.Checkpoint, body) {
 		return fmt.Errorf("%w: the tree of epoch %d is not that of its checkpoint", ErrCorrupt, e.Number)
 	}
 	return nil
 }
 
-// reader gives the stored hashes of an epoch.
+// reader reads the stored hashes of an epoch. reader is an audit.Reader.
 type reader struct {
 	tx    *bolt.Tx
 	epoch uint32
@@ -226,7 +230,8 @@ func (r reader) ReadHashes(indexes []int64) ([]audit.Hash, error) {
 	return hashes, nil
 }
 
-// Hashes calls read with the stored hashes of an epoch.
+// Hashes calls read with a reader of the stored hashes of an epoch. The reader is valid until read
+// returns. The error for a dropped epoch wraps ErrDropped.
 func (l *Ledger) Hashes(epoch uint32, read func(audit.Reader) error) error {
 	return l.view(func(tx *bolt.Tx) error {
 		e, err := getEpoch(tx, epoch)
@@ -240,13 +245,14 @@ func (l *Ledger) Hashes(epoch uint32, read func(audit.Reader) error) error {
 	})
 }
 
-// Head says where the log on disk ends: the present epoch, the number of its first event, and the tree.
+// Head returns the end of the log on disk: the present epoch, the number of its first event, and
+// its tree.
 func (l *Ledger) Head() (epoch uint32, first uint64, tree audit.Tree) {
-	s := l.shown.Load()
+	s := l.published.Load()
 	return s.epoch, s.first, s.tree
 }
 
-// Epochs lists all epochs, the dropped ones too.
+// Epochs returns all epochs, including dropped ones.
 func (l *Ledger) Epochs() (all []Epoch, err error) {
 	err = l.view(func(tx *bolt.Tx) error {
 		return root(tx, bucketEpochs).ForEach(func(k, _ []byte) error {
@@ -258,20 +264,20 @@ func (l *Ledger) Epochs() (all []Epoch, err error) {
 	return all, err
 }
 
-// Epoch returns one of them.
+// Epoch returns an epoch by its number, or an error that wraps ErrNotFound.
 func (l *Ledger) Epoch(n uint32) (e Epoch, err error) {
 	err = l.view(func(tx *bolt.Tx) (err error) { e, err = getEpoch(tx, n); return err })
 	return e, err
 }
 
-// EpochOf returns the epoch that an event is in.
+// EpochOf returns the epoch of an event, or an error that wraps ErrNotFound.
 func (l *Ledger) EpochOf(event uint64) (e Epoch, err error) {
-	if event >= l.shown.Load().next {
+	if event >= l.published.Load().next {
 		return e, fmt.Errorf("event %d: %w", event, ErrNotFound)
 	}
 	err = l.view(func(tx *bolt.Tx) error {
 		c := root(tx, bucketEpochs).Cursor()
-		for k, _ := c.Last(); k != nil; k, _ = c.Prev() { // most ask for new ones
+		for k, _ := c.Last(); k != nil; k, _ = c.Prev() { // newest first: most requests are for new events
 			if e, err = getEpoch(tx, binary.BigEndian.Uint32(k)); err != nil || e.First <= event {
 				return err
 			}
@@ -281,9 +287,10 @@ func (l *Ledger) EpochOf(event uint64) (e Epoch, err error) {
 	return e, err
 }
 
-// SetCheckpoint keeps a signed checkpoint of an epoch; it may be shown when this returns. One that is not newer is not kept.
+// SetCheckpoint stores a signed checkpoint of an epoch, unless a checkpoint of the same or a larger
+// size is stored. The checkpoint may be published when SetCheckpoint has returned.
 func (l *Ledger) SetCheckpoint(ctx context.Context, epoch uint32, size uint64, text []byte) error {
-	if _, err := l.Epoch(epoch); err != nil { // an error of the request itself would be damage
+	if _, err := l.Epoch(epoch); err != nil { // in the shared transaction below, the error would be fatal
 		return err
 	}
 	return l.submit(ctx, &request{done: make(chan error, 1), apply: func(t *txn) error {
@@ -297,11 +304,12 @@ func (l *Ledger) SetCheckpoint(ctx context.Context, epoch uint32, size uint64, t
 	}})
 }
 
-// eventsAtOnce bounds how long a reader holds on to pages that the writer would use again.
-const eventsAtOnce = 256
+// maxEventsPerView is the number of events that one read transaction reads. A long read transaction
+// would keep pages from the writer.
+const maxEventsPerView = 256
 
-// Events calls visit for each event on disk from number from on, until visit returns false. What retention has dropped
-// is passed over.
+// Events calls visit for each event on disk from number from on, until visit returns false. Dropped
+// events are skipped.
 func (l *Ledger) Events(from uint64, visit func(index uint64, event []byte) bool) error {
 	type numbered struct {
 		index uint64
@@ -312,9 +320,10 @@ func (l *Ledger) Events(from uint64, visit func(index uint64, event []byte) bool
 		err := l.view(func(tx *bolt.Tx) error {
 			from = max(from, firstKept(tx))
 			segments := root(tx, bucketEvents).Cursor()
-			for name, _ := segments.Seek(u64(from / segment)); name != nil && len(some) < eventsAtOnce; name, _ = segments.Next() {
+			name, _ := segments.Seek(u64(from / segment))
+			for ; name != nil && len(some) < maxEventsPerView; name, _ = segments.Next() {
 				c := root(tx, bucketEvents).Bucket(name).Cursor()
-				for k, v := c.Seek(u64(from)); k != nil && len(some) < eventsAtOnce; k, v = c.Next() {
+				for k, v := c.Seek(u64(from)); k != nil && len(some) < maxEventsPerView; k, v = c.Next() {
 					some = append(some, numbered{binary.BigEndian.Uint64(k), bytes.Clone(v)})
 				}
 			}
@@ -328,14 +337,14 @@ func (l *Ledger) Events(from uint64, visit func(index uint64, event []byte) bool
 				return nil
 			}
 		}
-		if len(some) < eventsAtOnce {
+		if len(some) < maxEventsPerView {
 			return nil
 		}
 		from = some[len(some)-1].index + 1
 	}
 }
 
-// firstKept is the number of the first event that retention has left.
+// firstKept returns the number of the first event that is not dropped.
 func firstKept(tx *bolt.Tx) uint64 {
 	c := root(tx, bucketEpochs).Cursor()
 	for k, _ := c.First(); k != nil; k, _ = c.Next() {
@@ -346,5 +355,5 @@ func firstKept(tx *bolt.Tx) uint64 {
 	return 0
 }
 
-// Time is the ledger's time.
+// Time returns the ledger's time.
 func (l *Ledger) Time() time.Time { return l.clock.time() }

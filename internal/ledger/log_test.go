@@ -16,7 +16,7 @@ import (
 	"golang.org/x/mod/sumdb/tlog"
 )
 
-// reference is the tree as tlog makes it.
+// reference is a tree that package tlog computes. reference is a tlog.HashReader.
 type reference struct {
 	size   int64
 	hashes []tlog.Hash
@@ -38,13 +38,13 @@ func (r *reference) append(t *testing.T, event []byte) {
 	r.size, r.hashes = r.size+1, append(r.hashes, some...)
 }
 
-func (r *reference) root(t *testing.T) tlog.Hash {
+func (r *reference) root(t *testing.T) audit.Hash {
 	t.Helper()
 	h, err := tlog.TreeHash(r.size, r)
 	if err != nil {
 		t.Fatal(err)
 	}
-	return h
+	return audit.Hash(h)
 }
 
 // grow appends n events in one transaction.
@@ -62,7 +62,8 @@ func grow(t *testing.T, l *ledger.Ledger, n int) {
 	}
 }
 
-// sameTree holds the present epoch, and all hashes that are stored of it, against tlog over its events.
+// sameTree compares the tree and the stored hashes of the present epoch with those of package tlog
+// over the same events.
 func sameTree(t *testing.T, l *ledger.Ledger) {
 	t.Helper()
 	epoch, first, tree := l.Head()
@@ -78,11 +79,12 @@ func sameTree(t *testing.T, l *ledger.Ledger) {
 	}
 	root, err := tree.Root()
 	if err != nil || tree.Size != uint64(want.size) || root != want.root(t) {
-		t.Fatalf("epoch %d: %d events with the root %v, want %d with %v; %v", epoch, tree.Size, root, want.size, want.root(t), err)
+		t.Fatalf("epoch %d: %d events with the root %v, want %d with %v; %v",
+			epoch, tree.Size, root, want.size, want.root(t), err)
 	}
 	if err := l.Hashes(epoch, func(r audit.Reader) error {
 		for i, h := range want.hashes {
-			if got, err := r.ReadHashes([]int64{int64(i)}); err != nil || got[0] != h {
+			if got, err := r.ReadHashes([]int64{int64(i)}); err != nil || got[0] != audit.Hash(h) {
 				return fmt.Errorf("hash %d is %v, want %v; %w", i, got, h, err)
 			}
 		}
@@ -92,8 +94,8 @@ func sameTree(t *testing.T, l *ledger.Ledger) {
 	}
 }
 
-// TestTheTreeIsThatOfTheEvents: at sizes about the edges of chunks and segments, before and after opening anew, and in each of
-// several epochs that begin anywhere in a segment.
+// TestTheTreeIsThatOfTheEvents compares the tree at sizes around the edges of chunks and segments,
+// before and after a new opening, in three epochs that begin at different positions of a segment.
 func TestTheTreeIsThatOfTheEvents(t *testing.T) {
 	m := newMachine(t, ledger.Options{})
 	l := m.open(t)
@@ -121,7 +123,8 @@ func TestTheTreeIsThatOfTheEvents(t *testing.T) {
 	}
 }
 
-// TestEpochsAreAChain: the first event of each names size and root of the one before, at every size about a chunk's edge.
+// TestEpochsAreAChain checks that the first event of an epoch has the size and root of the epoch
+// before, for sizes around the edges of chunks.
 func TestEpochsAreAChain(t *testing.T) {
 	m := newMachine(t, ledger.Options{})
 	l := m.open(t)
@@ -142,7 +145,8 @@ func TestEpochsAreAChain(t *testing.T) {
 			l = m.open(t)
 		}
 		e, err := l.Epoch(uint32(n))
-		if err != nil || e.First != first || e.Size != uint64(size) || string(e.Root) != string(root[:]) || e.Ended == 0 || e.Final() {
+		if err != nil || e.First != first || e.Size != uint64(size) || string(e.Root) != string(root[:]) ||
+			e.Ended == 0 || e.Final() {
 			t.Errorf("%+v, %v", e, err)
 		}
 		first += uint64(size)
@@ -158,7 +162,7 @@ func TestEpochsAreAChain(t *testing.T) {
 			}
 		}
 		if _, err := l.EpochOf(first + 1); !errors.Is(err, ledger.ErrNotFound) {
-			t.Errorf("an event that is not there: %v", err)
+			t.Errorf("an event that does not exist: %v", err)
 		}
 		if err := l.Hashes(uint32(n), func(r audit.Reader) error {
 			again, err := audit.LoadTree(uint64(size), r)
@@ -175,31 +179,36 @@ func TestEpochsAreAChain(t *testing.T) {
 	}
 }
 
-// TestEventsFromAnywhere: each event from a number on comes once and in order, across pages of events and segments.
+// TestEventsFromAnywhere checks that each event from a number on comes once and in order, across
+// the limits of read transactions and segments.
 func TestEventsFromAnywhere(t *testing.T) {
 	m := newMachine(t, ledger.Options{})
 	l := m.open(t)
 	const n = 9001
 	grow(t, l, n-1)
-	for _, from := range []uint64{0, 1, 255, 256, 257, 4095, 4096, 4097, 3840, 3841, 8191, 8192, n - 256, n - 1, n, n + 5000, 1 << 63} {
+	for _, from := range []uint64{
+		0, 1, 255, 256, 257, 4095, 4096, 4097, 3840, 3841, 8191, 8192, n - 256, n - 1, n, n + 5000, 1 << 63,
+	} {
 		next := from
-		if err := l.Events(from, func(index uint64, _ []byte) bool { next++; return index == next-1 }); err != nil || next != max(from, n) {
+		err := l.Events(from, func(index uint64, _ []byte) bool { next++; return index == next-1 })
+		if err != nil || next != max(from, n) {
 			t.Errorf("from %d up to %d, %v", from, next, err)
 		}
 		seen := 0
 		if err := l.Events(from, func(uint64, []byte) bool { seen++; return seen < 300 }); err != nil || seen > 300 {
-			t.Errorf("%d events for who wanted 300, %v", seen, err)
+			t.Errorf("%d events, want at most 300; %v", seen, err)
 		}
 	}
 }
 
-// checkpointText has of a checkpoint what the ledger looks at.
+// checkpointText returns a checkpoint with the parts that the ledger reads.
 func checkpointText(tree audit.Tree) []byte {
 	root, _ := tree.Root()
 	return fmt.Appendf(nil, "origin\n%d\n%s\n\n— sig\n", tree.Size, root)
 }
 
-// TestSetCheckpoint: the newest one is kept, one of an epoch that is not there is refused, and the ledger goes on.
+// TestSetCheckpoint checks that the largest checkpoint stays, and that a checkpoint of a missing
+// epoch is refused without an end of the ledger.
 func TestSetCheckpoint(t *testing.T) {
 	m := newMachine(t, ledger.Options{})
 	l := m.open(t)
@@ -226,13 +235,15 @@ func TestSetCheckpoint(t *testing.T) {
 	grow(t, l, 1)
 }
 
-// TestDamageIsNamed: Open finds what is damaged at the log's end, and Check all the rest, and says what it is.
+// TestDamageIsNamed changes records of a ledger. Open finds damage at the end of the log, and Check
+// finds all other damage. The error names the damaged record.
 func TestDamageIsNamed(t *testing.T) {
 	m := newMachine(t, ledger.Options{})
 	l := m.open(t)
 	a := m.admission(1, 1000)
 	got := mustAdmit(t, l, a, ledger.Fresh)
-	if err := l.Settle(t.Context(), got, []byte("s"), note("settled"), &ledger.Receipt{ID: ledger.ReceiptID{1}, TimeMS: 1}); err != nil {
+	receipt := &ledger.Receipt{ID: ledger.ReceiptID{1}, TimeMS: 1}
+	if err := l.Settle(t.Context(), got, []byte("s"), note("settled"), receipt); err != nil {
 		t.Fatal(err)
 	}
 	grow(t, l, 5000)
@@ -269,39 +280,49 @@ func TestDamageIsNamed(t *testing.T) {
 			return b(tx).Put([]byte(k), v)
 		}
 	}
-	spent := string([]byte{0, byte(got.ExpiresAt / 3600 >> 16), byte(got.ExpiresAt / 3600 >> 8), byte(got.ExpiresAt / 3600)}) + key(0)
+	remove := func(b func(*bolt.Tx) *bolt.Bucket, k string) func(tx *bolt.Tx) error {
+		return func(tx *bolt.Tx) error { return b(tx).Delete([]byte(k)) }
+	}
+	put := func(b func(*bolt.Tx) *bolt.Bucket, k string, v []byte) func(tx *bolt.Tx) error {
+		return func(tx *bolt.Tx) error { return b(tx).Put([]byte(k), v) }
+	}
+	hour := got.ExpiresAt / 3600
+	spent := string([]byte{0, byte(hour >> 16), byte(hour >> 8), byte(hour)}) + key(0)
+	const epoch0 = "\x00\x00\x00\x00"
+	series, receiptID := strings.Repeat("s", 16), string(receipt.ID[:])
 	for name, damage := range map[string]struct {
-		open   bool // Open finds it
-		says   string
+		open   bool   // Open finds the damage
+		says   string // part of the error
 		change func(tx *bolt.Tx) error
 	}{
 		"an event at the end":      {true, "event 5000 ", flip(in("events", key(1)), key(5000))},
 		"an event before":          {false, "event 17 ", flip(in("events", key(0)), key(17))},
-		"an event that is missing": {false, "event 18 ", func(tx *bolt.Tx) error { return in("events", key(0))(tx).Delete([]byte(key(18))) }},
-		"the last event is gone":   {true, "hash", func(tx *bolt.Tx) error { return in("events", key(1))(tx).Delete([]byte(key(5002))) }},
-		"a hash":                   {false, "event 114 ", flip(in("hashes"), "\x00\x00\x00\x00"+key(3))},
-		"hashes are missing":       {false, "epoch 0", func(tx *bolt.Tx) error { return in("hashes")(tx).Delete([]byte("\x00\x00\x00\x00" + key(5))) }},
+		"an event that is missing": {false, "event 18 ", remove(in("events", key(0)), key(18))},
+		"the last event is gone":   {true, "hash", remove(in("events", key(1)), key(5002))},
+		"a hash":                   {false, "event 114 ", flip(in("hashes"), epoch0+key(3))},
+		"hashes are missing":       {false, "epoch 0", remove(in("hashes"), epoch0+key(5))},
 		"the checkpoint": {true, "checkpoint", func(tx *bolt.Tx) error {
-			v := in("epochs")(tx).Get([]byte("\x00\x00\x00\x00"))
-			return in("epochs")(tx).Put([]byte("\x00\x00\x00\x00"), []byte(strings.Replace(string(v), `origin\n5003`, `origin\n5002`, 1)))
+			v := string(in("epochs")(tx).Get([]byte(epoch0)))
+			return in("epochs")(tx).Put([]byte(epoch0), []byte(strings.Replace(v, `origin\n5003`, `origin\n5002`, 1)))
 		}},
-		"a nonce":                  {true, "nonce", func(tx *bolt.Tx) error { return in("nonces", spent)(tx).Put([]byte(key(1)), []byte("short")) }},
+		"a nonce":                  {true, "nonce", put(in("nonces", spent), key(1), []byte("short"))},
 		"a nonce that was changed": {true, "event 1 ", flip(in("nonces", spent), key(1))},
 		"a nonce in another segment": {true, "event 1 ", func(tx *bolt.Tx) error {
 			v := append([]byte(nil), in("nonces", spent)(tx).Get([]byte(key(1)))...)
 			other, err := in("nonces")(tx).CreateBucket([]byte(spent[:4] + key(1)))
 			return errors.Join(err, other.Put([]byte(key(1)), v))
 		}},
-		"an outcome in another segment": {false, "outcomes", func(tx *bolt.Tx) error { return in("outcomes", spent)(tx).Put([]byte(key(5000)), []byte("s")) }},
-		"a receipt is gone": {false, "receipt", func(tx *bolt.Tx) error {
-			return in("receipts")(tx).Delete([]byte(key(1) + "\x01" + strings.Repeat("\x00", 15)))
-		}},
-		"a decision of no event": {false, "decision", func(tx *bolt.Tx) error { return in("decisions")(tx).Put([]byte(key(1<<30)), make([]byte, 9)) }},
-		"a decision that is cut": {false, "decision", func(tx *bolt.Tx) error { return in("decisions")(tx).Put([]byte(key(1)), []byte("short")) }},
+		"an outcome in another segment": {false, "outcomes", put(in("outcomes", spent), key(5000), []byte("s"))},
+		"a receipt is gone":             {false, "receipt", remove(in("receipts"), key(1)+receiptID)},
+		"a decision of no event":        {false, "decision", put(in("decisions"), key(1<<30), make([]byte, 9))},
+		"a decision that is cut":        {false, "decision", put(in("decisions"), key(1), []byte("short"))},
 		"a total that falls": {false, "series", func(tx *bolt.Tx) error {
-			return errors.Join(in("counters")(tx).Put([]byte(strings.Repeat("s", 16)+key(1)), []byte{2}), in("counters")(tx).Put([]byte(strings.Repeat("s", 16)+key(2)), []byte{1}))
+			return errors.Join(
+				in("counters")(tx).Put([]byte(series+key(1)), []byte{2}),
+				in("counters")(tx).Put([]byte(series+key(2)), []byte{1}),
+			)
 		}},
-		"the time": {true, "time", func(tx *bolt.Tx) error { return in("meta")(tx).Delete([]byte("time")) }},
+		"the time": {true, "time", remove(in("meta"), "time")},
 		"a bucket": {true, "counters", func(tx *bolt.Tx) error { return tx.DeleteBucket([]byte("counters")) }},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -331,6 +352,7 @@ func TestDamageIsNamed(t *testing.T) {
 	}
 }
 
+// closed closes the ledger of a machine and returns its path.
 func closed(m *machine, l *ledger.Ledger) string {
 	l.Close()
 	return m.path

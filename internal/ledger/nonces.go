@@ -16,14 +16,17 @@ import (
 	bolt "go.etcd.io/bbolt"
 )
 
-// A spent nonce is a record on disk, written at the end of the segment of its hour of expiry, so that the writer touches few
-// pages however many there are, and an entry in memory, by which it is found. Nothing is searched on disk but for a
-// nonce that was spent.
+// A spent nonce has a record on disk and an entry in memory. Lookups use the memory; the disk is
+// read only for a nonce that was spent. Records are grouped by the hour of expiry and by the
+// segment of the log, and appended at the end of the group. A commit therefore writes few pages,
+// even with millions of nonces.
 //
-// Memory and disk agree at the start, by load, and after each transaction, by add. An hour whose nonces have expired is
-// forgotten at once; its records on disk are pages that sweep gives back to the file when it needs some.
+// Memory and disk agree after load at the start, and after follow for each transaction. When all
+// nonces of an hour have expired, the memory forgets the hour at once. The records on disk stay
+// until sweep frees their pages, when the file needs free pages.
 
-// fingerprint is a nonce in its scope: the first half of a SHA-256. Who makes two of one fingerprint has a nonce refused.
+// fingerprint identifies a nonce in its scope: the first 16 bytes of a SHA-256. A peer that finds a
+// collision of two own nonces gets the second one refused, and no more.
 type fingerprint [16]byte
 
 func fingerprintOf(scope Scope, nonce [32]byte) fingerprint {
@@ -34,23 +37,26 @@ func fingerprintOf(scope Scope, nonce [32]byte) fingerprint {
 	return fingerprint(sum[:16])
 }
 
-// ownerOf is who asked for what: only an equal one is a repetition.
-func ownerOf(digest, peer [32]byte) [32]byte { return sha256.Sum256(append(digest[:], peer[:]...)) }
+// hashRequest returns the hash of a request's digest and peer. A repetition has the same hash.
+func hashRequest(digest, peer [32]byte) [32]byte { return sha256.Sum256(append(digest[:], peer[:]...)) }
 
-// hourOf is the hour in which a document expires; all that expire in it are forgotten together.
+// hourOf returns the hour of an expiry, in hours since 1970. All nonces of an hour are forgotten
+// together.
 func hourOf(expiresAt int64) uint32 {
 	return uint32(min(max(0, expiresAt/3600), 1<<32-1))
 }
 
-// spent is the record of a spent nonce. On disk, under u64 event:
+// spent is the record of a spent nonce. The record on disk has the key u64 event and the value
 //
-//	fingerprint (16) || owner (32) || u32 key version || u32 CRC-32C of hour, event and all of that
+//	fingerprint (16) || request hash (32) || u32 key version || u32 checksum
+//
+// The checksum is the CRC-32C of u32 hour, u64 event and the 52 bytes before the checksum.
 type spent struct {
-	event   uint64
-	hour    uint32
-	print   fingerprint
-	owner   [32]byte
-	version uint32
+	event       uint64
+	hour        uint32
+	fingerprint fingerprint
+	requestHash [32]byte
+	version     uint32
 }
 
 const spentSize = 16 + 32 + 4 + 4
@@ -59,17 +65,18 @@ var castagnoli = crc32.MakeTable(crc32.Castagnoli)
 
 func (s spent) encode() []byte {
 	b := make([]byte, 0, spentSize)
-	b = append(append(b, s.print[:]...), s.owner[:]...)
+	b = append(append(b, s.fingerprint[:]...), s.requestHash[:]...)
 	b = binary.BigEndian.AppendUint32(b, s.version)
-	return binary.BigEndian.AppendUint32(b, s.sum(b))
+	return binary.BigEndian.AppendUint32(b, s.checksum(b))
 }
 
-// sum makes a record that was changed on the disk no nonce, rather than another one: the right one would be fresh.
-func (s spent) sum(b []byte) uint32 {
-	var place [12]byte
-	binary.BigEndian.PutUint32(place[:], s.hour)
-	binary.BigEndian.PutUint64(place[4:], s.event)
-	return crc32.Update(crc32.Checksum(place[:], castagnoli), castagnoli, b)
+// checksum returns the CRC-32C of a record. A changed record is therefore an error at opening.
+// Without the checksum a changed fingerprint would make the real nonce fresh again.
+func (s spent) checksum(b []byte) uint32 {
+	var position [12]byte
+	binary.BigEndian.PutUint32(position[:], s.hour)
+	binary.BigEndian.PutUint64(position[4:], s.event)
+	return crc32.Update(crc32.Checksum(position[:], castagnoli), castagnoli, b)
 }
 
 func decodeSpent(hour uint32, k, v []byte) (spent, error) {
@@ -77,22 +84,22 @@ func decodeSpent(hour uint32, k, v []byte) (spent, error) {
 		return spent{}, fmt.Errorf("%w: a nonce of hour %d has %d and %d bytes", ErrCorrupt, hour, len(k), len(v))
 	}
 	s := spent{binary.BigEndian.Uint64(k), hour, fingerprint(v), [32]byte(v[16:]), binary.BigEndian.Uint32(v[48:])}
-	if s.sum(v[:spentSize-4]) != binary.BigEndian.Uint32(v[spentSize-4:]) {
+	if s.checksum(v[:spentSize-4]) != binary.BigEndian.Uint32(v[spentSize-4:]) {
 		return spent{}, fmt.Errorf("%w: the nonce of event %d is not what was written", ErrCorrupt, s.event)
 	}
 	return s, nil
 }
 
-// segmentName is the bucket of a record: hour of expiry and segment of the log.
+// segmentName returns the name of a record's bucket: hour of expiry and segment of the log.
 func (s spent) segmentName() []byte {
 	return binary.BigEndian.AppendUint64(binary.BigEndian.AppendUint32(nil, s.hour), s.event/segment)
 }
 
-// nonces are the spent nonces that are alive, in memory, by the hour of their expiry. The writer owns
-// them; mu is held where hours come and go, so that living can be asked by anybody.
+// nonces are the spent nonces in memory that have not expired, by the hour of expiry. The writer
+// owns the nonces. Other goroutines may call countAlive: mu protects the list of hours.
 type nonces struct {
 	margin  time.Duration
-	alive   int
+	alive   int  // number of nonces in all hours
 	expired bool // records of expired hours may be on disk
 
 	mu    sync.Mutex
@@ -102,23 +109,23 @@ type nonces struct {
 type hour struct {
 	number uint32
 	spent  map[fingerprint]uint64 // the number of the admission
-	count  atomic.Int64           // the length of spent, for readers
+	count  atomic.Int64           // length of spent, for other goroutines
 }
 
-// gone says that the nonces of an hour need not be known any more.
-func (n *nonces) gone(hour uint32, now time.Time) bool {
+// expiredHour reports whether all nonces of an hour have expired and the margin has passed.
+func (n *nonces) expiredHour(hour uint32, now time.Time) bool {
 	return !now.Before(time.Unix((int64(hour)+1)*3600, 0).Add(n.margin))
 }
 
-// expire forgets the hours that are gone.
+// expire forgets the expired hours.
 func (n *nonces) expire(now time.Time) {
-	if !slices.ContainsFunc(n.hours, func(h *hour) bool { return n.gone(h.number, now) }) {
+	if !slices.ContainsFunc(n.hours, func(h *hour) bool { return n.expiredHour(h.number, now) }) {
 		return
 	}
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	n.hours = slices.DeleteFunc(n.hours, func(h *hour) bool {
-		gone := n.gone(h.number, now)
+		gone := n.expiredHour(h.number, now)
 		if gone {
 			n.alive -= len(h.spent)
 			n.expired = true
@@ -127,21 +134,22 @@ func (n *nonces) expire(now time.Time) {
 	})
 }
 
-// living is how many nonces are alive at a time.
-func (n *nonces) living(now time.Time) (count int) {
+// countAlive returns the number of nonces that have not expired at a time.
+func (n *nonces) countAlive(now time.Time) (count int) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	for _, h := range n.hours {
-		if !n.gone(h.number, now) {
+		if !n.expiredHour(h.number, now) {
 			count += int(h.count.Load())
 		}
 	}
 	return count
 }
 
-// load reads the records of all hours that are alive, several hours at once: it is what a start takes longest for.
+// load reads the records of all hours that have not expired. Several hours are read in parallel,
+// because load is the longest part of a start.
 func (n *nonces) load(db *bolt.DB, now time.Time, next uint64) error {
-	segments := map[uint32][][]byte{} // the names, by hour
+	segments := map[uint32][][]byte{} // names of the buckets by hour
 	err := db.View(func(tx *bolt.Tx) error {
 		c := root(tx, bucketNonces).Cursor()
 		for name, _ := c.First(); name != nil; name, _ = c.Next() {
@@ -149,7 +157,7 @@ func (n *nonces) load(db *bolt.DB, now time.Time, next uint64) error {
 				return fmt.Errorf("%w: there are nonces in %x", ErrCorrupt, name)
 			}
 			number := binary.BigEndian.Uint32(name)
-			if n.gone(number, now) {
+			if n.expiredHour(number, now) {
 				n.expired = true
 				continue
 			}
@@ -165,11 +173,11 @@ func (n *nonces) load(db *bolt.DB, now time.Time, next uint64) error {
 		err error
 	}
 	results := make(chan result, len(segments))
-	places := make(chan struct{}, runtime.GOMAXPROCS(0))
+	slots := make(chan struct{}, runtime.GOMAXPROCS(0))
 	for number, names := range segments {
 		go func() {
-			places <- struct{}{}
-			defer func() { <-places }()
+			slots <- struct{}{}
+			defer func() { <-slots }()
 			r := result{hour: &hour{number: number}}
 			r.err = guard(func() error {
 				return db.View(func(tx *bolt.Tx) (err error) {
@@ -189,12 +197,13 @@ func (n *nonces) load(db *bolt.DB, now time.Time, next uint64) error {
 	return err
 }
 
+// loadHour reads the records of an hour.
 func loadHour(bucket *bolt.Bucket, number uint32, names [][]byte, next uint64) (map[fingerprint]uint64, error) {
 	type record struct {
-		print fingerprint
-		event uint64
+		fingerprint fingerprint
+		event       uint64
 	}
-	records := make([]record, 0, len(names)*segment/8) // first, so that the map has its size from the beginning
+	records := make([]record, 0, len(names)*segment/8) // read before the map is made, so that the map never grows
 	for _, name := range names {
 		b := bucket.Bucket(name)
 		if b == nil {
@@ -209,16 +218,17 @@ func loadHour(bucket *bolt.Bucket, number uint32, names [][]byte, next uint64) (
 			if s.event >= next || s.event/segment != binary.BigEndian.Uint64(name[4:]) {
 				return nil, fmt.Errorf("%w: the nonce of event %d is in %x", ErrCorrupt, s.event, name)
 			}
-			records = append(records, record{s.print, s.event})
+			records = append(records, record{s.fingerprint, s.event})
 		}
 	}
 	m := make(map[fingerprint]uint64, len(records))
 	for _, r := range records {
-		m[r.print] = r.event
+		m[r.fingerprint] = r.event
 	}
 	return m, nil
 }
 
+// hour returns the nonces of an hour, which is added if necessary.
 func (n *nonces) hour(number uint32) *hour {
 	for _, h := range n.hours {
 		if h.number == number {
@@ -232,7 +242,7 @@ func (n *nonces) hour(number uint32) *hour {
 	return h
 }
 
-// follow takes a record of the list of a transaction into memory.
+// follow adds a record to the memory. The record is from the list of writes of a transaction.
 func (n *nonces) follow(segmentName, k, v []byte) error {
 	if len(segmentName) != 12 {
 		return fmt.Errorf("%w: there are nonces in %x", ErrCorrupt, segmentName)
@@ -242,18 +252,18 @@ func (n *nonces) follow(segmentName, k, v []byte) error {
 		return err
 	}
 	h := n.hour(s.hour)
-	h.spent[s.print] = s.event
+	h.spent[s.fingerprint] = s.event
 	h.count.Add(1)
 	n.alive++
 	return nil
 }
 
-// find looks a nonce up.
-func (t *txn) find(print fingerprint) (s spent, found bool, err error) {
-	at, found := t.spent[print]
+// find returns the record of a spent nonce.
+func (t *txn) find(fp fingerprint) (s spent, found bool, err error) {
+	at, found := t.spent[fp]
 	for i := 0; !found && i < len(t.l.nonces.hours); i++ {
 		at.hour = t.l.nonces.hours[i].number
-		at.event, found = t.l.nonces.hours[i].spent[print]
+		at.event, found = t.l.nonces.hours[i].spent[fp]
 	}
 	if !found {
 		return s, false, nil
@@ -261,20 +271,21 @@ func (t *txn) find(print fingerprint) (s spent, found bool, err error) {
 	s.event, s.hour = at.event, at.hour
 	b := root(t.tx, bucketNonces).Bucket(s.segmentName())
 	if b == nil {
-		return s, false, fmt.Errorf("%w: the nonce of event %d is not there any more", ErrCorrupt, s.event)
+		return s, false, fmt.Errorf("%w: the nonce of event %d is missing", ErrCorrupt, s.event)
 	}
 	k := u64(s.event)
 	s, err = decodeSpent(s.hour, k, b.Get(k))
-	if err == nil && s.print != print {
+	if err == nil && s.fingerprint != fp {
 		err = fmt.Errorf("%w: the nonce of event %d is another", ErrCorrupt, at.event)
 	}
 	return s, true, err
 }
 
-// mayKeep refuses a nonce that can't be kept.
-func (t *txn) mayKeep(hour uint32) error {
-	if t.l.nonces.gone(hour, t.now) {
-		return fmt.Errorf("%w: what expires then is forgotten already", ErrClock)
+// checkCapacity returns an error for a nonce that can't be kept: its hour has expired, or the
+// memory has MaxNonces nonces.
+func (t *txn) checkCapacity(hour uint32) error {
+	if t.l.nonces.expiredHour(hour, t.now) {
+		return fmt.Errorf("%w: a nonce of that expiry is forgotten already", ErrClock)
 	}
 	if t.l.nonces.alive+len(t.spent) >= t.l.options.MaxNonces {
 		return fmt.Errorf("%w: %d", ErrTooMany, t.l.options.MaxNonces)
@@ -282,17 +293,17 @@ func (t *txn) mayKeep(hour uint32) error {
 	return nil
 }
 
-// spend writes a record down.
+// spend writes the record of a nonce.
 func (t *txn) spend(s spent) error {
 	b, err := t.bucket(bucketNonces).inner(s.segmentName())
 	if err != nil {
 		return err
 	}
-	t.spent[s.print] = spentAt{s.event, s.hour}
+	t.spent[s.fingerprint] = spentAt{s.event, s.hour}
 	return b.put(u64(s.event), s.encode())
 }
 
-// outcome returns the signature that an admission ended with, or nil.
+// outcome returns the signature of an admission, or nil.
 func (t *txn) outcome(s spent) []byte {
 	b := root(t.tx, bucketOutcomes).Bucket(s.segmentName())
 	if b == nil {
@@ -301,9 +312,9 @@ func (t *txn) outcome(s spent) []byte {
 	return bytes.Clone(b.Get(u64(s.event)))
 }
 
-// settle writes an outcome down, unless its nonce is forgotten already.
+// settle writes the signature of an admission, unless the nonce has expired.
 func (t *txn) settle(s spent, signature []byte) error {
-	if t.l.nonces.gone(s.hour, t.now) {
+	if t.l.nonces.expiredHour(s.hour, t.now) {
 		return nil
 	}
 	b, err := t.bucket(bucketOutcomes).inner(s.segmentName())
@@ -313,21 +324,23 @@ func (t *txn) settle(s spent, signature []byte) error {
 	return b.put(u64(s.event), signature)
 }
 
-// enoughFree is how many free pages the file has to have before more are made of what has expired. bbolt writes the list of
-// free pages with each transaction, so there should not be too many; with enough, the file does not grow.
-const enoughFree = 1024
+// minFreePages is the number of free pages from which on sweep frees no more. With enough free
+// pages the file does not grow. With too many, each transaction is slow, because bbolt writes the
+// list of free pages each time.
+const minFreePages = 1024
 
-// sweep gives the pages of what has expired back to the file, where it needs some: in one transaction as many segments as have the
-// records of a full one together, since those whose nonces expire in many hours are small and many.
+// sweep frees the pages of expired records, if the file has fewer than minFreePages free pages. One
+// transaction frees the buckets of some 4096 records: a segment whose nonces expire in many hours
+// has many small buckets.
 func (t *txn) sweep() error {
-	if !t.l.nonces.expired || t.l.db.Stats().FreePageN >= enoughFree {
+	if !t.l.nonces.expired || t.l.db.Stats().FreePageN >= minFreePages {
 		return nil
 	}
 	for _, number := range []byte{bucketNonces, bucketOutcomes} {
 		b := t.bucket(number)
 		for records := 0; records < segment; {
 			first, _ := b.cursor().First()
-			if first == nil || !t.l.nonces.gone(binary.BigEndian.Uint32(first), t.now) {
+			if first == nil || !t.l.nonces.expiredHour(binary.BigEndian.Uint32(first), t.now) {
 				t.swept = t.swept || number == bucketNonces
 				break
 			}

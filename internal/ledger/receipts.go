@@ -10,15 +10,17 @@ import (
 	bolt "go.etcd.io/bbolt"
 )
 
-// ReceiptID names a receipt; in text it is hex.
+// ReceiptID identifies a receipt. The text form is 32 hex digits.
 type ReceiptID [16]byte
 
+// MarshalText encodes the id in hex.
 func (id ReceiptID) MarshalText() ([]byte, error) { return []byte(hex.EncodeToString(id[:])), nil }
 
+// UnmarshalText decodes the text of MarshalText.
 func (id *ReceiptID) UnmarshalText(text []byte) error {
 	b, err := hex.DecodeString(string(text))
 	if err != nil || len(b) != len(id) {
-		return fmt.Errorf("a receipt's id is %d hex digits", 2*len(id))
+		return fmt.Errorf("%q is not the id of a receipt: want %d hex digits", text, 2*len(id))
 	}
 	copy(id[:], b)
 	return nil
@@ -28,7 +30,7 @@ func (id *ReceiptID) UnmarshalText(text []byte) error {
 type Receipt struct {
 	ID         ReceiptID `json:"id"`
 	TimeMS     int64     `json:"time_ms"`    // Unix milliseconds
-	Commitment []byte    `json:"commitment"` // to the amount, with a salt that is not here
+	Commitment []byte    `json:"commitment"` // to the amount, with a salt; the ledger does not have the salt
 	Method     string    `json:"method"`
 	Status     string    `json:"status"`
 	Event      uint64    `json:"event"` // number of the admission
@@ -54,7 +56,7 @@ func decodeReceipt(b []byte) (r Receipt, err error) {
 	return r, nil
 }
 
-// Receipt returns a receipt by its id, or ErrNotFound.
+// Receipt returns a receipt by its id, or an error that wraps ErrNotFound.
 func (l *Ledger) Receipt(id ReceiptID) (r Receipt, err error) {
 	err = l.view(func(tx *bolt.Tx) (err error) {
 		at := root(tx, bucketIDs).Get(id[:])
@@ -71,8 +73,10 @@ func (l *Ledger) Receipt(id ReceiptID) (r Receipt, err error) {
 	return r, err
 }
 
-// Receipts returns at most limit receipts from a time up to before another, both in Unix milliseconds, in the order of
-// their time, and those of the same millisecond as after only behind it (the place where the last answer ended).
+// Receipts returns at most limit receipts with times from <= time < to, in Unix milliseconds, in
+// the order of time and id. A to of 0 is no bound. If after is not zero, the receipts of the
+// millisecond from begin behind the id after: the next page begins with the time and id of the last
+// receipt.
 func (l *Ledger) Receipts(from, to int64, after ReceiptID, limit int) (found []Receipt, err error) {
 	if to == 0 {
 		to = math.MaxInt64

@@ -14,20 +14,22 @@ import (
 	bolt "go.etcd.io/bbolt"
 )
 
-// Replica is a copy of a ledger that follows it by its lists of writes alone: see Options.Replicate.
-// It decides nothing and syncs nothing; its file is what Open takes when the replica takes over.
+// Replica is a copy of a ledger that applies the ledger's lists of writes: see Options.Replicate. A
+// replica makes no decisions and does not sync its file. For a takeover, Open opens the file as a
+// ledger.
 type Replica struct{ db *bolt.DB }
 
-// OpenReplica opens a copy at path that Snapshot has made, or the file that Create has made.
+// OpenReplica opens a file of Snapshot or Create as a replica.
 func OpenReplica(path string) (*Replica, error) {
-	db, err := bolt.Open(path, 0o600, &bolt.Options{Timeout: time.Second, NoSync: true, FreelistType: bolt.FreelistMapType})
+	o := &bolt.Options{Timeout: time.Second, NoSync: true, FreelistType: bolt.FreelistMapType}
+	db, err := bolt.Open(path, 0o600, o)
 	if err != nil {
 		return nil, fmt.Errorf("replica: %w", err)
 	}
 	return &Replica{db}, nil
 }
 
-// Apply takes the next list.
+// Apply applies the next encoded list.
 func (r *Replica) Apply(list []byte) error {
 	w, err := DecodeWrites(list)
 	if err != nil {
@@ -42,8 +44,8 @@ func (r *Replica) Apply(list []byte) error {
 // Close closes the file.
 func (r *Replica) Close() error { return r.db.Close() }
 
-// Digest describes what the writer keeps in memory: the end of the log, and the nonces that are alive
-// at a time of the ledger. A replica that is opened as a ledger has the digest of its original.
+// Digest returns a hash of the writer's memory: the end of the log, and the nonces that have not
+// expired at the time at. A replica that is opened as a ledger has the digest of the original.
 func (l *Ledger) Digest(ctx context.Context, at time.Time) (digest string, err error) {
 	select {
 	case <-l.done: // the writer has ended
@@ -55,7 +57,7 @@ func (l *Ledger) Digest(ctx context.Context, at time.Time) (digest string, err e
 		return nil
 	}})
 	if err != nil {
-		return "", err // the writer may still be at work
+		return "", err // the writer may still use the variable
 	}
 	return digest, nil
 }
@@ -67,12 +69,12 @@ func (l *Ledger) digest(at time.Time) string {
 	fmt.Fprintln(h, s.next, s.epoch, s.first, s.tree.Size, root, err, s.chunks, hex.EncodeToString(s.chunk))
 	byNumber := func(x, y *hour) int { return cmp.Compare(x.number, y.number) }
 	for _, hour := range slices.SortedFunc(slices.Values(l.nonces.hours), byNumber) {
-		if l.nonces.gone(hour.number, at) || len(hour.spent) == 0 {
+		if l.nonces.expiredHour(hour.number, at) || len(hour.spent) == 0 {
 			continue
 		}
 		fmt.Fprintln(h, hour.number, len(hour.spent))
-		for _, print := range slices.SortedFunc(maps.Keys(hour.spent), fingerprint.compare) {
-			fmt.Fprintln(h, hex.EncodeToString(print[:]), hour.spent[print])
+		for _, fp := range slices.SortedFunc(maps.Keys(hour.spent), fingerprint.compare) {
+			fmt.Fprintln(h, hex.EncodeToString(fp[:]), hour.spent[fp])
 		}
 	}
 	return hex.EncodeToString(h.Sum(nil))

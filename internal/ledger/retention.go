@@ -9,15 +9,16 @@ import (
 	bolt "go.etcd.io/bbolt"
 )
 
-// stepsAtOnce bounds the records that one transaction of retention removes, and with it how long
-// other requests wait for that transaction.
-const stepsAtOnce = 2048
+// maxRemovals is the largest number of records that one transaction of retention removes. The bound
+// limits the time that other requests wait for the transaction.
+const maxRemovals = 2048
 
-// fewFree is how many free pages the file may have before retention waits until pages have been used
-// again: see enoughFree.
-const fewFree = 8192
+// maxFreePages is the number of free pages from which on Sweep removes nothing, until writes have
+// used pages again: see minFreePages.
+const maxFreePages = 8192
 
-// Hold keeps an epoch from being dropped; an empty reason releases it. Event says so in the log.
+// Hold protects an epoch from Drop (legal hold), and writes the event. An empty reason releases the
+// hold.
 func (l *Ledger) Hold(ctx context.Context, epoch uint32, reason string, event Event) error {
 	return l.submit(ctx, &request{alone: true, done: make(chan error, 1), apply: func(t *txn) error {
 		e, err := getEpoch(t.tx, epoch)
@@ -36,9 +37,9 @@ func (l *Ledger) Hold(ctx context.Context, epoch uint32, reason string, event Ev
 	}})
 }
 
-// Drop makes an epoch gone for all readers, in the transaction of the event that says so. Its final
-// checkpoint stays. Sweep removes its records. Drop refuses an epoch that is held, has not ended, has
-// no final checkpoint, or follows one that is not dropped.
+// Drop hides an epoch from all readers, and writes the event in the same transaction. The final
+// checkpoint stays. Sweep removes the records. Drop refuses an epoch that is held, has not ended,
+// has no final checkpoint, or follows an epoch that is not dropped.
 func (l *Ledger) Drop(ctx context.Context, epoch uint32, event Event) error {
 	return l.submit(ctx, &request{alone: true, done: make(chan error, 1), apply: func(t *txn) error {
 		e, err := getEpoch(t.tx, epoch)
@@ -68,21 +69,21 @@ func (l *Ledger) Drop(ctx context.Context, epoch uint32, event Event) error {
 	}})
 }
 
-// Sweep removes some records of dropped epochs, some receipts and decisions from before a time (Unix
-// milliseconds), and some series that are in no window any more. It says whether there may be more.
-// While many pages are free, Sweep does nothing and says that there is more. Only one Sweep may run
-// at a time.
+// Sweep removes a bounded number of records: of dropped epochs, of receipts and decisions before a
+// time (Unix milliseconds), and of idle series. The result reports whether more records may be due.
+// While more than 8192 pages are free, Sweep removes nothing and returns true. Only one Sweep may
+// run at a time.
 func (l *Ledger) Sweep(ctx context.Context, receiptsBefore, decisionsBefore int64) (bool, error) {
-	if l.stats().FreePageN > fewFree {
+	if l.stats().FreePageN > maxFreePages {
 		return true, nil
 	}
-	var due bool // look first: a transaction costs an fsync
+	var due bool // found in a read transaction: a write transaction costs an fsync
 	var series []byte
 	if err := l.view(func(tx *bolt.Tx) error {
-		epoch, err := dropping(tx)
+		epoch, err := pendingDrop(tx)
 		receipt, _ := root(tx, bucketReceipts).Cursor().First()
 		_, decision := root(tx, bucketDecisions).Cursor().First()
-		series, l.swept = idle(tx, l.swept, l.clock.time())
+		series, l.swept = nextIdleSeries(tx, l.swept, l.clock.time())
 		due = epoch != nil || series != nil ||
 			receipt != nil && int64(binary.BigEndian.Uint64(receipt)) < receiptsBefore ||
 			decision != nil && int64(binary.BigEndian.Uint64(decision)) < decisionsBefore
@@ -96,22 +97,24 @@ func (l *Ledger) Sweep(ctx context.Context, receiptsBefore, decisionsBefore int6
 		return err
 	}})
 	if err != nil {
-		return true, err // the writer may still be at work
+		return true, err // the writer may still use the variable
 	}
 	return more, nil
 }
 
+// sweepOld removes records of one kind. more reports whether another call may remove further
+// records.
 func (t *txn) sweepOld(receiptsBefore, decisionsBefore int64, series []byte) (more bool, err error) {
-	if removed, err := t.removeReceipts(receiptsBefore); err != nil || removed == stepsAtOnce {
+	if removed, err := t.removeReceipts(receiptsBefore); err != nil || removed == maxRemovals {
 		return true, err
 	}
-	if removed, err := t.removeDecisions(decisionsBefore); err != nil || removed == stepsAtOnce {
+	if removed, err := t.removeDecisions(decisionsBefore); err != nil || removed == maxRemovals {
 		return true, err
 	}
 	if series != nil {
 		return true, t.removeSeries(series)
 	}
-	e, err := dropping(t.tx)
+	e, err := pendingDrop(t.tx)
 	if err != nil || e == nil {
 		return false, err
 	}
@@ -122,8 +125,8 @@ func (t *txn) sweepOld(receiptsBefore, decisionsBefore int64, series []byte) (mo
 	return true, t.putEpoch(*e)
 }
 
-// dropping returns the first epoch that was dropped and whose records are still there, or nil.
-func dropping(tx *bolt.Tx) (*Epoch, error) {
+// pendingDrop returns the first dropped epoch with records on disk, or nil.
+func pendingDrop(tx *bolt.Tx) (*Epoch, error) {
 	c := root(tx, bucketEpochs).Cursor()
 	for k, _ := c.First(); k != nil; k, _ = c.Next() {
 		e, err := getEpoch(tx, binary.BigEndian.Uint32(k))
@@ -137,8 +140,8 @@ func dropping(tx *bolt.Tx) (*Epoch, error) {
 	return nil, nil
 }
 
-// removeEpoch removes one segment of events, or the events of a segment that the next epoch shares,
-// or some hashes.
+// removeEpoch removes one segment of events, or at most maxRemovals events of a segment that the
+// next epoch shares, or some chunks of hashes. done reports that the epoch has no records any more.
 func (t *txn) removeEpoch(e Epoch) (done bool, err error) {
 	end := e.First + e.Size
 	events := t.bucket(bucketEvents)
@@ -150,7 +153,7 @@ func (t *txn) removeEpoch(e Epoch) (done bool, err error) {
 			if err != nil {
 				return false, err
 			}
-			for i := range stepsAtOnce {
+			for i := range maxRemovals {
 				k, _ := b.cursor().First()
 				if k == nil || binary.BigEndian.Uint64(k) >= end {
 					if i > 0 {
@@ -161,14 +164,14 @@ func (t *txn) removeEpoch(e Epoch) (done bool, err error) {
 				if err := b.delete(bytes.Clone(k)); err != nil {
 					return false, err
 				}
-				if i == stepsAtOnce-1 {
+				if i == maxRemovals-1 {
 					return false, nil
 				}
 			}
 		}
 	}
 	hashes := t.bucket(bucketHashes)
-	for range stepsAtOnce / chunkHashes {
+	for range maxRemovals / chunkHashes {
 		k, _ := hashes.cursor().First()
 		if k == nil || binary.BigEndian.Uint32(k) > e.Number {
 			return true, nil
@@ -180,9 +183,10 @@ func (t *txn) removeEpoch(e Epoch) (done bool, err error) {
 	return false, nil
 }
 
+// removeReceipts removes at most maxRemovals of the receipts before a time, the oldest first.
 func (t *txn) removeReceipts(before int64) (removed int, err error) {
 	b, ids := t.bucket(bucketReceipts), t.bucket(bucketIDs)
-	for ; removed < stepsAtOnce; removed++ {
+	for ; removed < maxRemovals; removed++ {
 		k, _ := b.cursor().First()
 		if k == nil || int64(binary.BigEndian.Uint64(k)) >= before {
 			break
@@ -191,7 +195,7 @@ func (t *txn) removeReceipts(before int64) (removed int, err error) {
 		if err := b.delete(k); err != nil {
 			return removed, err
 		}
-		if id := k[8:]; bytes.Equal(ids.get(id), k[:8]) { // unless a later receipt has the same id
+		if id := k[8:]; bytes.Equal(ids.get(id), k[:8]) { // false if a later receipt has the same id
 			if err := ids.delete(id); err != nil {
 				return removed, err
 			}

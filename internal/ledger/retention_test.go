@@ -11,7 +11,7 @@ import (
 	"countersign/internal/ledger"
 )
 
-// endEpoch ends the present epoch and gives it its final checkpoint.
+// endEpoch ends the present epoch and stores its final checkpoint.
 func endEpoch(t *testing.T, l *ledger.Ledger) {
 	t.Helper()
 	epoch, _, tree := l.Head()
@@ -23,14 +23,16 @@ func endEpoch(t *testing.T, l *ledger.Ledger) {
 	}
 }
 
-// TestDropRefuses what is held, has not ended, has no final checkpoint or follows one that is kept; nothing is written then.
+// TestDropRefuses checks that Drop refuses an epoch that is held, has not ended, has no final
+// checkpoint, or follows an epoch that is not dropped. A refused Drop writes nothing.
 func TestDropRefuses(t *testing.T) {
 	m := newMachine(t, ledger.Options{})
 	l := m.open(t)
 	refuses := func(epoch uint32, why string) {
 		t.Helper()
 		before := l.Commits()
-		if err := l.Drop(t.Context(), epoch, note("dropped")); err == nil || !strings.Contains(err.Error(), why) || l.Commits() != before {
+		err := l.Drop(t.Context(), epoch, note("dropped"))
+		if err == nil || !strings.Contains(err.Error(), why) || l.Commits() != before {
 			t.Errorf("epoch %d: %v; want %q", epoch, err, why)
 		}
 	}
@@ -60,19 +62,21 @@ func TestDropRefuses(t *testing.T) {
 	}
 	var all []string
 	l.Events(0, func(_ uint64, b []byte) bool { all = append(all, string(b)); return true })
-	if got := all[1:]; len(all) != 6 || fmt.Sprint(got[1:]) != "[held released dropped dropped]" { // after two of EpochBegun
+	// The first two events that are left are EpochBegun.
+	if len(all) != 6 || fmt.Sprint(all[2:]) != "[held released dropped dropped]" {
 		t.Errorf("%q", all)
 	}
 }
 
-// TestDropAndSweep: what is dropped is gone for readers at once, its final checkpoint stays, and it is taken away in steps
-// between which the ledger may be opened anew, up to the epoch's end and no further.
+// TestDropAndSweep checks that readers no longer see a dropped epoch, and that its final checkpoint
+// stays. Sweep removes the records of the epoch, and no others, in steps. The ledger is closed and
+// opened between the steps.
 func TestDropAndSweep(t *testing.T) {
 	m := newMachine(t, ledger.Options{})
 	l := m.open(t)
 	grow(t, l, 9999)
 	endEpoch(t, l)
-	grow(t, l, 2999) // it shares a segment with the one before, and with the one after
+	grow(t, l, 2999) // the epoch shares segments with the epochs before and after
 	endEpoch(t, l)
 	grow(t, l, 100)
 	first := map[uint32]uint64{0: 0, 1: 10000, 2: 13000}
@@ -84,13 +88,15 @@ func TestDropAndSweep(t *testing.T) {
 		for more := true; more; steps++ {
 			from := first[epoch+1]
 			begins := uint64(1 << 63)
-			if err := l.Events(0, func(index uint64, _ []byte) bool { begins = index; return false }); err != nil || begins != from {
+			err := l.Events(0, func(index uint64, _ []byte) bool { begins = index; return false })
+			if err != nil || begins != from {
 				t.Fatalf("step %d: the log begins at %d, want %d; %v", steps, begins, from, err)
 			}
 			if err := l.Hashes(epoch, func(audit.Reader) error { return nil }); !errors.Is(err, ledger.ErrDropped) {
 				t.Fatal(err)
 			}
-			if e, err := l.EpochOf(from - 1); err != nil || e.Number != epoch || !strings.HasPrefix(e.Checkpoint, "origin\n") || !e.Final() {
+			e, err := l.EpochOf(from - 1)
+			if err != nil || e.Number != epoch || !strings.HasPrefix(e.Checkpoint, "origin\n") || !e.Final() {
 				t.Fatalf("%+v, %v", e, err)
 			}
 			sameTree(t, l)
@@ -98,7 +104,6 @@ func TestDropAndSweep(t *testing.T) {
 			checkFile(t, m.path)
 			l = m.open(t)
 			before := l.Commits()
-			var err error
 			if more, err = l.Sweep(t.Context(), 0, 0); err != nil || l.Commits() > before+1 {
 				t.Fatal(err)
 			}
@@ -122,8 +127,8 @@ func TestDropAndSweep(t *testing.T) {
 	}
 }
 
-// TestReceiptsByIDAndTime: pages of receipts follow each other without a gap, those of one millisecond too; what is dropped
-// is gone by id and by time.
+// TestReceiptsByIDAndTime checks that pages of receipts have no gaps and no overlaps, even within
+// one millisecond, and that Sweep removes a receipt from both indexes.
 func TestReceiptsByIDAndTime(t *testing.T) {
 	m := newMachine(t, ledger.Options{})
 	l := m.open(t)
@@ -156,7 +161,8 @@ func TestReceiptsByIDAndTime(t *testing.T) {
 			t.Fatalf("%d", all)
 		}
 	}
-	if some, err := l.Receipts(2, 4, ledger.ReceiptID{}, 100); len(all) != n || err != nil || len(some) != 14 || some[0].TimeMS != 2 || some[13].TimeMS != 3 {
+	some, err := l.Receipts(2, 4, ledger.ReceiptID{}, 100)
+	if len(all) != n || err != nil || len(some) != 14 || some[0].TimeMS != 2 || some[13].TimeMS != 3 {
 		t.Errorf("%d, %v, %v", len(all), some, err)
 	}
 	for more := true; more; {
@@ -167,7 +173,8 @@ func TestReceiptsByIDAndTime(t *testing.T) {
 	}
 	for i := range byte(n) {
 		r, err := l.Receipt(ledger.ReceiptID{i + 1})
-		if gone := i/7 < 3; gone != errors.Is(err, ledger.ErrNotFound) || !gone && (err != nil || r.TimeMS != int64(i/7)) {
+		removed := i/7 < 3
+		if removed != errors.Is(err, ledger.ErrNotFound) || !removed && (err != nil || r.TimeMS != int64(i/7)) {
 			t.Errorf("receipt %d: %+v, %v", i+1, r, err)
 		}
 	}
@@ -176,19 +183,19 @@ func TestReceiptsByIDAndTime(t *testing.T) {
 	}
 }
 
-// TestExpiry: an hour's nonces are forgotten together once the margin is over, and their records go with later
-// transactions, however many segments they are in.
+// TestExpiry checks that the nonces of an hour are forgotten together after the margin, and that
+// later transactions remove their records.
 func TestExpiry(t *testing.T) {
 	m := newMachine(t, ledger.Options{})
 	l := m.open(t)
-	for n := range byte(40) { // in hours of their own
+	for n := range byte(40) { // each expires in an hour of its own
 		got := mustAdmit(t, l, m.admission(n, time.Duration(n)*time.Hour), ledger.Fresh)
 		if err := l.Settle(t.Context(), got, []byte("s"), note("settled"), nil); err != nil {
 			t.Fatal(err)
 		}
 	}
 	m.pass(30 * time.Hour)
-	alive := 40 - 6 // of the hours 12 to 17, and a day
+	alive := 40 - 6 // those of the hours 12 to 17 have expired, and the margin of 24 h is over
 	if s, err := l.Stats(); err != nil || s.Nonces != alive {
 		t.Errorf("%d nonces, want %d; %v", s.Nonces, alive, err)
 	}

@@ -11,15 +11,15 @@ import (
 	bolt "go.etcd.io/bbolt"
 )
 
-// The numbers of the buckets in the root, as encoded lists of writes name them. Numbers in keys are
-// big-endian.
+// The numbers of the buckets in the root. Encoded lists of writes have these numbers. An arrow
+// leads from key to value; integers in keys are big-endian.
 const (
 	bucketMeta      byte = iota // format, time, and the records of the table Meta
-	bucketEvents                // a bucket for each segment, u64; in it u64 event -> its bytes
-	bucketHashes                // u32 epoch || u64 chunk -> up to 64 hashes, in the order in which Tree.Append makes them
+	bucketEvents                // a bucket for each u64 segment, with u64 event -> encoded event
+	bucketHashes                // u32 epoch || u64 chunk -> up to 64 hashes in the order of Tree.Append
 	bucketEpochs                // u32 epoch -> Epoch in JSON
-	bucketNonces                // a bucket for each u32 hour of expiry || u64 segment; in it u64 event -> spent
-	bucketOutcomes              // the same buckets; in them u64 event of the admission -> signature
+	bucketNonces                // a bucket for each u32 hour of expiry || u64 segment, with u64 event -> spent
+	bucketOutcomes              // buckets of the same names, with u64 event of the admission -> signature
 	bucketReceipts              // i64 time in ms || id (16) -> Receipt in JSON
 	bucketIDs                   // receipt id (16) -> i64 time in ms
 	bucketCounters              // running totals: see windows.go
@@ -33,9 +33,10 @@ const (
 	bucketProposals
 )
 
-// buckets are those of the root by number. A file of this format has exactly these; a new one goes to
-// the end. The fill is how full bbolt leaves a page when it splits one: keys that only rise leave
-// full pages.
+// buckets are the buckets of the root by number. A file of this format has exactly these buckets; a
+// new bucket is added at the end. The fill is the share of a page that bbolt fills when a page is
+// split. For increasing keys almost full pages are best, because no key is inserted into an old
+// page.
 var buckets = [...]struct {
 	name []byte
 	fill float64
@@ -61,15 +62,15 @@ var buckets = [...]struct {
 
 const fullPages = 0.95
 
-// rootPlaces are the places of the buckets in the root.
-var rootPlaces = func() (all [len(buckets)]place) {
+// rootPaths are the paths of the buckets in the root.
+var rootPaths = func() (all [len(buckets)]bucketPath) {
 	for i := range all {
 		all[i].top = byte(i)
 	}
 	return all
 }()
 
-// root returns a bucket of the root for reading.
+// root returns a bucket of the root, for reading.
 func root(tx *bolt.Tx, number byte) *bolt.Bucket { return tx.Bucket(buckets[number].name) }
 
 // The ledger's own records in the bucket of the table Meta.
@@ -78,8 +79,8 @@ var (
 	keyTime   = []byte("time")   // i64 Unix nanoseconds
 )
 
-// Table is a named set of records that the management of the appliance needs. The bytes of a record
-// belong to the package that writes it.
+// Table is a named set of records for the management of the appliance. The package that writes a
+// record defines the bytes.
 type Table string
 
 const (
@@ -97,15 +98,16 @@ var tables = map[Table]byte{
 	Operators: bucketOperators, Proposals: bucketProposals, Meta: bucketMeta,
 }
 
-// reserved reports that a record of Meta is the ledger's own.
+// reserved reports whether a record of Meta belongs to the ledger itself.
 func reserved(table Table, key string) bool {
 	return table == Meta && (key == string(keyFormat) || key == string(keyTime))
 }
 
-// View reads records at one moment. It is valid until the function that got it returns.
+// View is a consistent snapshot of all records. A View is valid until the function with the View as
+// its argument returns.
 type View struct{ tx *bolt.Tx }
 
-// Get returns a record, or nil.
+// Get returns a copy of a record, or nil if there is none.
 func (v View) Get(table Table, key string) []byte {
 	number, known := tables[table]
 	if !known || reserved(table, key) {
@@ -114,7 +116,7 @@ func (v View) Get(table Table, key string) []byte {
 	return bytes.Clone(root(v.tx, number).Get([]byte(key)))
 }
 
-// All calls visit for each record of a table in the order of their keys.
+// All calls visit for each record of a table in the order of the keys.
 func (v View) All(table Table, visit func(key string, value []byte) error) error {
 	number, known := tables[table]
 	if !known {
@@ -128,23 +130,25 @@ func (v View) All(table Table, visit func(key string, value []byte) error) error
 	})
 }
 
-// View calls read with the records as of now. read must not wait for the ledger.
+// View calls read with the last transaction on disk. read must not wait for a request of the
+// ledger.
 func (l *Ledger) View(read func(View) error) error {
 	return l.view(func(tx *bolt.Tx) error { return read(View{tx}) })
 }
 
-// Get returns a record as of now, or nil.
+// Get returns a record of the last transaction on disk, or nil if there is none.
 func (l *Ledger) Get(table Table, key string) (value []byte, err error) {
 	err = l.View(func(v View) error { value = v.Get(table, key); return nil })
 	return value, err
 }
 
-// All calls visit for each record of a table as of now, in the order of their keys.
+// All calls visit for each record of a table in the last transaction on disk, in the order of the
+// keys.
 func (l *Ledger) All(table Table, visit func(key string, value []byte) error) error {
 	return l.View(func(v View) error { return v.All(table, visit) })
 }
 
-// Append writes an event down and returns its number when it is on disk.
+// Append writes an event, and returns its number when the event is on disk.
 func (l *Ledger) Append(ctx context.Context, e Event) (uint64, error) {
 	var index uint64
 	err := l.submit(ctx, &request{done: make(chan error, 1), apply: func(t *txn) (err error) {
@@ -152,26 +156,28 @@ func (l *Ledger) Append(ctx context.Context, e Event) (uint64, error) {
 		return err
 	}})
 	if err != nil {
-		return 0, err // the writer may still be at work: index is not ours to read
+		return 0, err // the writer may still write index
 	}
 	return index, nil
 }
 
-// Update changes records in a transaction of its own. When Update returns nil, the change is on disk,
-// and every follower of a changed table has seen it. Any error of change undoes all of it.
+// Update changes records in a transaction of its own. When Update returns nil, the change is on
+// disk, and every follower of a changed table has the change. An error of change rolls the
+// transaction back.
 func (l *Ledger) Update(ctx context.Context, change func(*Tx) error) error {
 	return l.submit(ctx, &request{alone: true, done: make(chan error, 1), apply: func(t *txn) error {
 		return change(&Tx{View{t.tx}, t})
 	}})
 }
 
-// Tx is an Update under way. Its View shows the records with the changes so far.
+// Tx is the transaction of an Update. The View includes the changes so far.
 type Tx struct {
 	View
 	t *txn
 }
 
-// Put writes a record. A key is not empty, and not one of the ledger's own in Meta.
+// Put writes a record. The key must not be empty, and must not be a key of the ledger itself in
+// Meta.
 func (t *Tx) Put(table Table, key string, value []byte) error {
 	b, err := t.t.table(table, key)
 	if err != nil {
@@ -180,7 +186,7 @@ func (t *Tx) Put(table Table, key string, value []byte) error {
 	return b.put([]byte(key), slices.Clip(value))
 }
 
-// Delete removes a record. A record that is not there is no error.
+// Delete removes a record. A missing record is no error.
 func (t *Tx) Delete(table Table, key string) error {
 	b, err := t.t.table(table, key)
 	if err != nil {
@@ -189,17 +195,15 @@ func (t *Tx) Delete(table Table, key string) error {
 	return b.delete([]byte(key))
 }
 
-// Append writes an event together with the change.
+// Append writes an event in the transaction.
 func (t *Tx) Append(e Event) error {
 	_, err := t.t.append(e)
 	return err
 }
 
-// OnCommit has the writer call done when the change is on disk.
-func (t *Tx) OnCommit(done func()) { t.t.tx.OnCommit(done) }
-
 var errReserved = errors.New("ledger: the record is the ledger's own")
 
+// table returns the bucket of a table for a change of the record key.
 func (t *txn) table(table Table, key string) (bucket, error) {
 	number, known := tables[table]
 	switch {
@@ -211,29 +215,32 @@ func (t *txn) table(table Table, key string) (bucket, error) {
 	return t.bucket(number), nil
 }
 
-// Record takes one record of a table into memory: its bytes, or nil where it was deleted. The same
-// function runs at the start, while the ledger runs, and on a replica that takes over.
+// Record is a function that updates the memory for one record of a table. The value is nil for a
+// deleted record. The same function is called at the start, for each later transaction, and on a
+// replica that takes over.
 type Record func(key string, value []byte) error
 
-// Followed is a table with the function that takes its records.
+// Followed is a table with the function for its records.
 type Followed struct {
 	Table Table
 	Take  Record
 }
 
-// follower is memory that follows tables.
+// follower is a set of tables with the functions that update the memory.
 type follower struct {
 	lock sync.Locker
 	take [len(buckets)]Record // by bucket
 }
 
-// Follow lets memory follow tables. It calls Take for each record that is there, and from then on for
-// each record that a transaction has changed, in the order of its list: after the commit, and before
-// the writer decides or answers anything else. So what memory says is always what the disk says.
+// Follow keeps memory equal to tables on disk. Follow calls Take for each existing record. From
+// then on the writer calls Take for each record that a transaction has changed, in order. The calls
+// happen after the commit, and before the writer answers the requests or executes others. The
+// memory therefore always has the state on disk.
 //
-// lock is held around the records of one transaction, so that memory never shows a part of one; it
-// must not be held by anybody who waits for the ledger. An error of Take at the start is returned.
-// Later it means that memory can't follow the disk, and ends the ledger as a failed commit does.
+// The writer holds lock for all records of one transaction, so that readers of the memory never see
+// a part of a transaction. A goroutine that waits for the ledger must not hold lock. Follow returns
+// an error of Take at the start. A later error of Take means that the memory differs from the disk.
+// The ledger then ends as after a failed commit.
 func (l *Ledger) Follow(ctx context.Context, lock sync.Locker, tables ...Followed) error {
 	f := &follower{lock: lock}
 	for _, each := range tables {
@@ -267,11 +274,11 @@ func tableNumber(table Table) byte {
 	return number
 }
 
-// follow shows the records of a list to one follower.
+// follow calls the functions of a follower for the records of a list.
 func (f *follower) follow(w *Writes) (err error) {
 	locked := false
 	for _, each := range w.list {
-		take := f.take[each.place.top]
+		take := f.take[each.path.top]
 		if take == nil || reservedWrite(each) {
 			continue
 		}
@@ -287,12 +294,13 @@ func (f *follower) follow(w *Writes) (err error) {
 			value = []byte{}
 		}
 		if err = take(string(each.key), value); err != nil {
-			return fmt.Errorf("record %s of %s: %w", each.key, buckets[each.place.top].name, err)
+			return fmt.Errorf("record %s of %s: %w", each.key, buckets[each.path.top].name, err)
 		}
 	}
 	return nil
 }
 
+// reservedWrite reports whether a write concerns a record that belongs to the ledger itself.
 func reservedWrite(w write) bool {
-	return w.place.top == bucketMeta && (bytes.Equal(w.key, keyTime) || bytes.Equal(w.key, keyFormat))
+	return w.path.top == bucketMeta && (bytes.Equal(w.key, keyTime) || bytes.Equal(w.key, keyFormat))
 }

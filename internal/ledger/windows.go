@@ -10,28 +10,29 @@ import (
 	bolt "go.etcd.io/bbolt"
 )
 
-// Windows are the rolling windows that admissions are counted in. A window holds what was admitted
-// after now less its length, by the ledger's time: no clock can make that run ahead, so a window
-// never ends early.
+// Windows are the lengths of the rolling windows in which admissions are counted. A window has the
+// admissions after now minus its length, by the ledger's time. The ledger's time can't be set
+// ahead, so no window ends early.
 var Windows = [...]time.Duration{time.Minute, time.Hour, 24 * time.Hour, 7 * 24 * time.Hour, longestWindow}
 
 const longestWindow = 30 * 24 * time.Hour
 
-// Count is what an admission adds to a series: 1 where signatures are counted, an amount where
-// amounts are.
+// Count is the addition of an admission to a series: 1 for a count of signatures, or an amount for
+// a sum of amounts.
 type Count struct {
 	Series string
 	Add    *big.Int // not negative
 }
 
-// Used is the sum of a series in each of the Windows, with what the admission would add.
+// Used is the sum of a series in each of the Windows, including the admission under decision.
 type Used [len(Windows)]*big.Int
 
-// A series is kept as running totals, one for each time at which it grew. The sum of a window is one
-// exact subtraction: the last total less the total at the beginning of the window. Of the totals
-// older than the longest window, the last one is kept. The key is a hash of the series' name (16)
-// and the time (8, Unix nanoseconds), the value is the total (big-endian).
+// A series is stored as running totals, one for each time at which the series grew. The sum of a
+// window is an exact subtraction: the last total minus the total at the begin of the window. Of the
+// totals before the longest window, only the last is kept. The key is the hash of the series (16
+// bytes) and the time (8 bytes, Unix nanoseconds). The value is the total (big-endian, any length).
 
+// seriesOf returns the hash of a series' name: the first 16 bytes of its SHA-256.
 func seriesOf(name string) []byte {
 	sum := sha256.Sum256([]byte(name))
 	return sum[:16]
@@ -41,7 +42,7 @@ func totalKey(series []byte, at int64) []byte {
 	return binary.BigEndian.AppendUint64(append(make([]byte, 0, 24), series...), uint64(at))
 }
 
-// totalAt returns the newest total of a series at a time or before it; nil where there is none.
+// totalAt returns the newest total of a series at or before a time, or nil.
 func totalAt(c *bolt.Cursor, series []byte, at int64) (when int64, total *big.Int) {
 	after := totalKey(series, at+1)
 	before := c.Prev
@@ -55,13 +56,14 @@ func totalAt(c *bolt.Cursor, series []byte, at int64) (when int64, total *big.In
 	return int64(binary.BigEndian.Uint64(k[len(series):])), new(big.Int).SetBytes(v)
 }
 
-// counting is what an admission would change.
+// counting has the new totals of an admission, and the sums for the decision.
 type counting struct {
-	keys, totals [][]byte
+	keys, totals [][]byte // of the totals to write
 	used         []Used
 }
 
-// count computes the sums of the series with an admission of now. It changes nothing.
+// count computes the sums of the series including an admission at the present time, and changes
+// nothing.
 func (t *txn) count(counts []Count) (n counting) {
 	c := root(t.tx, bucketCounters).Cursor()
 	for _, count := range counts {
@@ -70,7 +72,7 @@ func (t *txn) count(counts []Count) (n counting) {
 		if total == nil {
 			total = new(big.Int)
 		}
-		now = max(now, last) // the totals of a series stand in the order of their times, whatever the ledger's time does
+		now = max(now, last) // the times of a series never decrease, even if the ledger's time does
 		total.Add(total, count.Add)
 		var used Used
 		for i, length := range Windows {
@@ -85,10 +87,10 @@ func (t *txn) count(counts []Count) (n counting) {
 	return n
 }
 
-// keep writes the totals and the monotonic number of an admission down. For each total that is
-// written, at most two that are in no window any more are removed: so the cleaning costs no request
-// much, and the totals do not grow in number.
-func (t *txn) keep(n counting, m *Monotonic) error {
+// writeCounts writes the totals and the monotonic number of an admission. For each written total,
+// at most two totals before the longest window are removed. The number of totals therefore stays
+// bounded, at a small cost for each request.
+func (t *txn) writeCounts(n counting, m *Monotonic) error {
 	if m != nil {
 		if err := t.bucket(bucketMonotonic).put(seriesOf(m.Series), u64(m.Value)); err != nil {
 			return err
@@ -115,12 +117,13 @@ func (t *txn) keep(n counting, m *Monotonic) error {
 	return nil
 }
 
-// idle finds the first series from a key on that is in no window any more. It looks at some series
-// only: next is where to go on, nil at the end.
-func idle(tx *bolt.Tx, from []byte, now time.Time) (series, next []byte) {
+// nextIdleSeries returns the first series from a key on whose last total is before the longest
+// window. At most maxRemovals series are read. The next search begins at the key next; nil means
+// the end.
+func nextIdleSeries(tx *bolt.Tx, from []byte, now time.Time) (series, next []byte) {
 	c := root(tx, bucketCounters).Cursor()
 	k, _ := c.Seek(from)
-	for range stepsAtOnce {
+	for range maxRemovals {
 		if k == nil {
 			return nil, nil
 		}
@@ -133,13 +136,13 @@ func idle(tx *bolt.Tx, from []byte, now time.Time) (series, next []byte) {
 	return nil, next
 }
 
-// removeSeries removes some totals of an idle series.
+// removeSeries removes at most maxRemovals totals of an idle series.
 func (t *txn) removeSeries(series []byte) error {
 	b := t.bucket(bucketCounters)
 	if last, _ := totalAt(b.cursor(), series, 1<<63-2); last > t.now.Add(-longestWindow).UnixNano() {
 		return nil // the series has grown since
 	}
-	for range stepsAtOnce {
+	for range maxRemovals {
 		k, _ := b.cursor().Seek(series)
 		if !bytes.HasPrefix(k, series) {
 			return nil

@@ -11,8 +11,8 @@ import (
 	"countersign/internal/ledger"
 )
 
-// TestWindowsAreExact holds the windows of several series against a list of all that was admitted, through restarts and idle
-// months, with steps that fall on the edges of the windows.
+// TestWindowsAreExact compares the windows of four series with a list of all admissions, through
+// restarts and idle months. The steps of the time fall on the edges of the windows.
 func TestWindowsAreExact(t *testing.T) {
 	type entry struct {
 		at  time.Time
@@ -77,7 +77,8 @@ func TestWindowsAreExact(t *testing.T) {
 	}
 }
 
-// TestIdleSeriesGo: what is in no window any more is taken away, a series that grows by itself, others by Sweep; and nothing else.
+// TestIdleSeriesGo checks that totals before the longest window are removed: those of a growing
+// series by its admissions, those of an idle series by Sweep. Other totals stay.
 func TestIdleSeriesGo(t *testing.T) {
 	m := newMachine(t, ledger.Options{MaxLifetime: 48 * time.Hour})
 	l := m.open(t)
@@ -113,13 +114,14 @@ func TestIdleSeriesGo(t *testing.T) {
 	if got := l.Totals(); got != 1 {
 		t.Errorf("%d totals are left, want that of the young series", got)
 	}
-	if got := counter(t, l, "young"); got != "0" { // it is older than a day
-		t.Errorf("it has %s", got)
+	if got := counter(t, l, "young"); got != "0" { // the admission is more than 24 hours ago
+		t.Errorf("the young series has %s, want 0", got)
 	}
 }
 
-// TestMonotonic: a number that is not higher is refused, whatever happened in between, and a
-// repetition is not asked again.
+// TestMonotonic checks that a number which is not higher is denied, also after a restart and for
+// another request. A repetition is not checked again, and a denied request does not raise the
+// number.
 func TestMonotonic(t *testing.T) {
 	l, path := create(t)
 	with := func(nonce byte, series string, to uint64) ledger.Admission {
@@ -134,7 +136,8 @@ func TestMonotonic(t *testing.T) {
 		if to > 0 {
 			verdict = ledger.Fresh
 		}
-		if got := mustAdmit(t, l, with(byte(10+n), "a", to), verdict); verdict == ledger.Denied && !errors.Is(got.Denial, ledger.ErrNotHigher) {
+		got := mustAdmit(t, l, with(byte(10+n), "a", to), verdict)
+		if verdict == ledger.Denied && !errors.Is(got.Denial, ledger.ErrNotHigher) {
 			t.Error(got.Denial)
 		}
 	}
@@ -146,10 +149,11 @@ func TestMonotonic(t *testing.T) {
 	refused := with(21, "a", 9)
 	refused.Decide = func([]ledger.Used) ([]byte, error) { return nil, errSpent }
 	mustAdmit(t, l, refused, ledger.Denied)
-	mustAdmit(t, l, with(22, "a", 6), ledger.Fresh) // what was refused has raised nothing
+	mustAdmit(t, l, with(22, "a", 6), ledger.Fresh) // the denied request has not raised the number
 }
 
-// TestDecisions are kept with their event, of admissions and denials, and go by their time.
+// TestDecisions checks that the records of admissions and denials are stored with their events, and
+// that Sweep removes them by their time.
 func TestDecisions(t *testing.T) {
 	m := newMachine(t, ledger.Options{MaxLifetime: 48 * time.Hour})
 	l := m.open(t)
@@ -173,7 +177,11 @@ func TestDecisions(t *testing.T) {
 		m.pass(time.Minute)
 	}
 	read := func(from uint64, since int64) (got string) {
-		if err := l.Decisions(from, since, func(d ledger.Decision) bool { got += string(d.Record); return len(got) < 8 }); err != nil {
+		err := l.Decisions(from, since, func(d ledger.Decision) bool {
+			got += string(d.Record)
+			return len(got) < 8
+		})
+		if err != nil {
 			t.Fatal(err)
 		}
 		return got
@@ -183,12 +191,16 @@ func TestDecisions(t *testing.T) {
 		from  uint64
 		since int64
 		want  string
-	}{{0, 0, "01234567"}, {events[4], 0, "456789"}, {0, begin + 180_000, "3456789"}, {0, begin + 180_001, "456789"}, {events[9] + 1, 0, ""}, {0, begin + 99*60_000, ""}} {
+	}{
+		{0, 0, "01234567"}, {events[4], 0, "456789"}, {events[9] + 1, 0, ""},
+		{0, begin + 180_000, "3456789"}, {0, begin + 180_001, "456789"}, {0, begin + 99*60_000, ""},
+	} {
 		if got := read(c.from, c.since); got != c.want {
 			t.Errorf("from %d since %d: %s, want %s", c.from, c.since, got, c.want)
 		}
 	}
-	if d, err := l.Decision(events[3]); err != nil || string(d.Record) != "3" || d.Event != events[3] || d.TimeMS != begin+180_000 {
+	d, err := l.Decision(events[3])
+	if err != nil || string(d.Record) != "3" || d.Event != events[3] || d.TimeMS != begin+180_000 {
 		t.Errorf("%+v, %v", d, err)
 	}
 	if _, err := l.Decision(events[3] + 1); !errors.Is(err, ledger.ErrNotFound) {

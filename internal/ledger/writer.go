@@ -13,24 +13,25 @@ import (
 	bolt "go.etcd.io/bbolt"
 )
 
-// maxBatch bounds the requests in one transaction, and with it the time that a commit takes.
+// maxBatch is the largest number of requests in one transaction. The bound limits the time of a
+// commit.
 const maxBatch = 512
 
-// maxBacklog bounds the outcomes that wait for a disk that takes writes again. Nothing is admitted
-// meanwhile, so no more outcomes are expected than there are requests under way.
+// maxBacklog is the largest number of outcomes that wait while the disk refuses writes. The ledger
+// refuses admissions meanwhile, so the expected number is at most that of the requests under way.
 const maxBacklog = 64 * maxBatch
 
-// request is work for the writer. apply runs inside a transaction that other requests share, or, where
-// alone is set, in a transaction of its own that an error rolls back. apply may run again. done gets
-// the result of the commit; nil: no caller waits.
+// request is work for the writer. apply runs in a transaction that other requests share. If alone
+// is set, apply has a transaction of its own, and an error of apply rolls the transaction back.
+// apply may run twice. done gets the result of the commit; done is nil if no caller waits.
 type request struct {
 	apply func(*txn) error
 	alone bool
 	done  chan error
 }
 
-// submit hands a request to the writer and waits for its commit, if a caller waits. Where ctx ends
-// first, the request may still be carried out.
+// submit sends a request to the writer and waits for the commit, unless done is nil. If ctx ends
+// first, the writer may still execute the request.
 func (l *Ledger) submit(ctx context.Context, r *request) error {
 	select {
 	case <-l.failed:
@@ -49,7 +50,7 @@ func (l *Ledger) submit(ctx context.Context, r *request) error {
 	return l.await(ctx, r)
 }
 
-// await waits for the commit of a request that was handed in.
+// await waits for the commit of a request in the queue.
 func (l *Ledger) await(ctx context.Context, r *request) error {
 	if r.done == nil {
 		return nil
@@ -61,7 +62,7 @@ func (l *Ledger) await(ctx context.Context, r *request) error {
 		return fmt.Errorf("ledger: waiting for the disk: %w", ctx.Err())
 	case <-l.done:
 	}
-	select { // the writer has ended: the answer is there by now, or never comes
+	select { // the writer has ended: either the answer is in the channel, or there will be none
 	case err := <-r.done:
 		return err
 	default:
@@ -69,7 +70,8 @@ func (l *Ledger) await(ctx context.Context, r *request) error {
 	}
 }
 
-// write is the one writer.
+// write is the goroutine of the writer. write ends when Close has been called and the queue is
+// empty.
 func (l *Ledger) write() {
 	defer close(l.done)
 	for {
@@ -77,13 +79,13 @@ func (l *Ledger) write() {
 		case first := <-l.requests:
 			l.serve(first)
 		case <-l.stopping:
-			for { // requests that were handed in before
+			for { // the rest of the queue
 				select {
 				case first := <-l.requests:
 					l.serve(first)
 				default:
 					if len(l.backlog) > 0 {
-						l.carryOut(nil)
+						l.execute(nil)
 					}
 					return
 				}
@@ -92,7 +94,8 @@ func (l *Ledger) write() {
 	}
 }
 
-// serve carries out a request and all that wait behind it, as far as they fit into one transaction.
+// serve executes a request together with waiting requests: at most maxBatch in one transaction. A
+// request with alone ends the batch and has a transaction of its own.
 func (l *Ledger) serve(first *request) {
 	batch := []*request{first}
 gather:
@@ -106,27 +109,27 @@ gather:
 	}
 	if last := len(batch) - 1; batch[last].alone {
 		if last > 0 {
-			l.carryOut(batch[:last])
+			l.execute(batch[:last])
 		}
-		l.carryOut(batch[last:])
+		l.execute(batch[last:])
 	} else {
-		l.carryOut(batch)
+		l.execute(batch)
 	}
 }
 
-// carryOut runs a batch and tells each request how it ended. Outcomes of the backlog go first.
-func (l *Ledger) carryOut(batch []*request) {
+// execute executes a batch and answers its requests. The outcomes of the backlog go first.
+func (l *Ledger) execute(batch []*request) {
 	for len(l.backlog) > 0 {
 		some := l.backlog[:min(maxBatch, len(l.backlog))]
-		if err := l.try(some); errors.Is(err, ErrDisk) {
-			break // the batch is tried all the same: it may need less room
+		if err := l.attempt(some); errors.Is(err, ErrDisk) {
+			break // the batch may need less space, so the batch is tried, too
 		}
 		l.backlog = slices.Clone(l.backlog[len(some):])
 	}
-	err := l.try(batch)
+	err := l.attempt(batch)
 	if errors.Is(err, ErrDisk) {
 		for _, r := range batch {
-			if r.done == nil && len(l.backlog) < maxBacklog { // no caller would hand it in again
+			if r.done == nil && len(l.backlog) < maxBacklog { // without a caller, the request would be lost
 				l.backlog = append(l.backlog, r)
 			}
 		}
@@ -134,20 +137,22 @@ func (l *Ledger) carryOut(batch []*request) {
 	answer(batch, err)
 }
 
-// try runs a batch without the reserve of disk space, and then with it. While there is no room,
-// nothing is admitted, and everything else lives on what the reserve has given up.
-func (l *Ledger) try(batch []*request) error {
+// attempt executes a batch. If the disk is full, attempt releases the reserve and executes the
+// batch again. Until the reserve is acquired again, the ledger refuses admissions, and the other
+// requests use the space of the reserve.
+func (l *Ledger) attempt(batch []*request) error {
 	var full error
-	if l.trouble.Load() != nil && !l.reserve.taken && l.reserve.takeAgain() != nil {
+	if l.trouble.Load() != nil && !l.reserve.held && l.reserve.retry() != nil {
 		full = l.Trouble()
 	}
 	err := l.transact(batch, full)
-	if noRoom(err) && l.reserve.give() {
-		err = l.transact(batch, err) // the trouble stays until there is room for the reserve
+	if isDiskFull(err) && l.reserve.release() {
+		err = l.transact(batch, err) // Trouble stays set until the reserve is acquired
 	}
 	return err
 }
 
+// answer sends a result to the callers of a batch.
 func answer(batch []*request, err error) {
 	for _, r := range batch {
 		if r.done != nil {
@@ -156,34 +161,33 @@ func answer(batch []*request, err error) {
 	}
 }
 
-// txn is a transaction under way: its list of writes, and what it will change in the writer's memory
-// once the list is on disk.
+// txn is a transaction of the writer: the list of writes, and the changes of the writer's memory
+// that take effect after the commit.
 type txn struct {
-	l        *Ledger // nil while the file is being made
+	l        *Ledger // nil during Create
 	tx       *bolt.Tx
 	now      time.Time // the ledger's time
-	closed   error     // why nothing is admitted: the clock, or a full disk
-	wrote    bool
-	swept    bool // nothing of an expired hour is left
-	accepted bool // now is to be the ledger's time, by the word of an operator
+	closed   error     // why admissions are refused: the clock, or a full disk
+	wrote    bool      // the transaction must be committed
+	swept    bool      // no record of an expired hour is on disk
+	accepted bool      // now becomes the ledger's time: see AcceptTime
 	log      logState
-	spent    map[fingerprint]spentAt // in this transaction
+	spent    map[fingerprint]spentAt // by this transaction
 	writes   Writes
-	roots    [len(buckets)]bucket // opened so far
-	inners   [len(buckets)]bucket // the one opened last in each root
+	roots    [len(buckets)]bucket // cache of opened buckets
+	inners   [len(buckets)]bucket // cache of the last opened inner bucket
 }
 
-// spentAt is where the record of a spent nonce is.
+// spentAt is the location of a nonce's record.
 type spentAt struct {
 	event uint64 // of the admission
 	hour  uint32 // of expiry
 }
 
-// transact runs a batch in one transaction: each request makes its part of the list of writes, and
-// commit makes the list durable. While closed is set, nothing is admitted.
+// transact executes a batch in one transaction. Each request adds its part to the list of writes,
+// and commit makes the list durable. A non-nil closed is the error of all admissions.
 //
-// The error is that of a request that is alone, or ErrDisk when nothing was written, or
-// ErrUnknownState.
+// The error is that of a request with alone, or ErrDisk if nothing was written, or ErrUnknownState.
 func (l *Ledger) transact(batch []*request, closed error) error {
 	select {
 	case <-l.failed:
@@ -208,7 +212,7 @@ func (l *Ledger) transact(batch []*request, closed error) error {
 		if err := r.apply(t); err != nil && r.alone {
 			return err
 		} else if err != nil {
-			return l.fail(err) // a request that shares a transaction fails only by damage
+			return l.fail(err) // an error of a shared transaction is damage to the file
 		}
 	}
 	if !t.wrote {
@@ -220,28 +224,28 @@ func (l *Ledger) transact(batch []*request, closed error) error {
 	if err := l.commit(tx, &t.writes); err != nil {
 		return err
 	}
-	// From here on the list is on disk. Memory follows it before anything else is decided.
+	// The list is on disk. The memory follows before the next transaction.
 	l.log = t.log
-	l.shown.Store(new(l.log))
+	l.published.Store(new(l.log))
 	if t.swept {
 		l.nonces.expired = false
 	}
 	if t.accepted {
 		l.clock.accept(t.now)
 	}
-	if l.reserve.taken {
-		l.troubled(nil)
+	if l.reserve.held {
+		l.setTrouble(nil)
 	}
 	return l.follow(&t.writes)
 }
 
-// commit makes a list durable: nil means that it is, ErrDisk that nothing of it was kept, and
-// ErrUnknownState that nobody knows.
+// commit makes a list durable. A nil error means that the list is on disk. ErrDisk means that
+// nothing was written, ErrUnknownState that the result is unknown.
 //
-// Here bbolt writes the pages that the list has changed, syncs, writes the page that makes them
-// count, and syncs again. Everything behind this line works on the list alone, so that the list may
-// one day be made durable in another way: appended to a log with one sync, or agreed on by a quorum,
-// with the pages written afterwards.
+// bbolt writes the changed pages, syncs, writes the meta page that points to them, and syncs again.
+// All code after commit uses the list alone. Another implementation could therefore replace this
+// one: append the list to a log with one sync, or let a quorum agree on the list, and write the
+// pages afterwards.
 func (l *Ledger) commit(tx *bolt.Tx, w *Writes) error {
 	id := tx.ID()
 	if err := tx.Commit(); err != nil {
@@ -253,28 +257,29 @@ func (l *Ledger) commit(tx *bolt.Tx, w *Writes) error {
 	return nil
 }
 
-// notCommitted tells a transaction of which nothing counts from one whose state is unknown: while the
-// page that makes it count does not have its number, its data lies in pages that nothing points to.
+// notCommitted returns the error of a failed commit. While the newest meta page has a lower number
+// than the transaction, no page points to the transaction's data: nothing was written (ErrDisk).
+// Otherwise the state is unknown.
 func (l *Ledger) notCommitted(id int, err error) error {
-	var counts int
-	if l.db.View(func(tx *bolt.Tx) error { counts = tx.ID(); return nil }) != nil || counts >= id {
+	var newest int
+	if l.db.View(func(tx *bolt.Tx) error { newest = tx.ID(); return nil }) != nil || newest >= id {
 		return l.fail(err)
 	}
-	l.troubled(err)
+	l.setTrouble(err)
 	return l.Trouble()
 }
 
-// fail ends the ledger's life. Only the writer calls it, once.
+// fail makes the ledger unusable. Only the writer calls fail, once.
 func (l *Ledger) fail(err error) error {
 	close(l.failed)
 	return fmt.Errorf("%w: %w", ErrUnknownState, err)
 }
 
-// follow shows a list that is on disk to the memory of the ledger and to all followers.
+// follow updates the ledger's memory and all followers with a list that is on disk.
 func (l *Ledger) follow(w *Writes) error {
 	for _, each := range w.list {
-		if each.place.top == bucketNonces && each.op == opPut {
-			if err := l.nonces.follow(each.place.inner, each.key, each.value); err != nil {
+		if each.path.top == bucketNonces && each.op == opPut {
+			if err := l.nonces.follow(each.path.inner, each.key, each.value); err != nil {
 				return l.fail(err)
 			}
 		}
@@ -287,7 +292,7 @@ func (l *Ledger) follow(w *Writes) error {
 	return nil
 }
 
-// finish writes what belongs to every transaction.
+// finish writes the records of every transaction: the ledger's time, and the last chunk of hashes.
 func (t *txn) finish() error {
 	t.writes.Time = t.now
 	now := binary.BigEndian.AppendUint64(nil, uint64(t.now.UnixNano()))
@@ -297,7 +302,7 @@ func (t *txn) finish() error {
 	return t.putChunk()
 }
 
-// append gives an event the next number and writes it down with the hashes that it adds to the tree.
+// append writes an event with the next number, adds it to the tree, and returns the number.
 func (t *txn) append(e Event) (uint64, error) {
 	t.wrote = true
 	index := t.log.next
@@ -320,15 +325,16 @@ func (t *txn) append(e Event) (uint64, error) {
 	return index, broken
 }
 
-// segment returns the bucket of the events of a segment, which is made with the first of them.
+// segment returns the bucket for the events of a segment. The first event of the segment creates
+// the bucket.
 func (t *txn) segment(number uint64) (bucket, error) {
-	if b := t.inners[bucketEvents]; b.b != nil && binary.BigEndian.Uint64(b.place.inner) == number {
+	if b := t.inners[bucketEvents]; b.b != nil && binary.BigEndian.Uint64(b.path.inner) == number {
 		return b, nil
 	}
 	return t.bucket(bucketEvents).inner(u64(number))
 }
 
-// putChunk writes the hashes that are not in a full chunk.
+// putChunk writes the hashes after the full chunks.
 func (t *txn) putChunk() error {
 	if len(t.log.chunk) == 0 {
 		return nil

@@ -10,66 +10,68 @@ import (
 	bolt "go.etcd.io/bbolt"
 )
 
-// Writes is the result of a transaction as a value: all its writes in their order, with the
-// ledger's time. The writer decides while it makes the list: nonces, policy, windows, expiry, free
-// pages. Applying a list decides nothing, so that a replica which applies the same lists in the same
-// order has the same buckets, byte for byte.
+// Writes is the list of writes of a transaction, in order, with the ledger's time. All decisions
+// are made before: nonces, policy, windows, expiry, free pages. To apply a list needs no decision.
+// A replica that applies the same lists in the same order therefore has equal buckets, byte for
+// byte.
 type Writes struct {
-	Time time.Time // the ledger's
+	Time time.Time // the ledger's time
 	list []write
 }
 
 // write is one change of a bucket.
 type write struct {
 	op    op
-	place *place
+	path  *bucketPath
 	key   []byte // of opPut and opDelete
 	value []byte // of opPut
 }
 
-// op is what a write does. Its numbers are those of the encoded form.
+// op is the operation of a write. The encoded form has these numbers.
 type op byte
 
 const (
 	opPut        op = 1
 	opDelete     op = 2
-	opMakeBucket op = 3 // the bucket inside place.top that place.inner names
+	opMakeBucket op = 3 // the bucket path.inner in path.top
 	opDropBucket op = 4
 )
 
-// place is the path of a bucket: the number of one in the root, and the name of one inside that.
-type place struct {
+// bucketPath is the path of a bucket: the number of a bucket in the root, and the name of a bucket
+// inside.
+type bucketPath struct {
 	top   byte
-	inner []byte // nil: the bucket of the root itself
+	inner []byte // nil for the bucket in the root itself
 }
 
-// writesForm is the first byte of an encoded list: the version of this form.
-const writesForm = 1
+// writesVersion is the first byte of an encoded list: the version of the encoding.
+const writesVersion = 1
 
-// samePlace marks a write of an encoded list that goes to the bucket of the write before it.
-const samePlace = 0x80
+// samePath marks an encoded write whose bucket is that of the write before.
+const samePath = 0x80
 
-// Encode gives the list as bytes: u8 form || i64 Unix nanoseconds || writes. A write is
+// Encode encodes the list: u8 version || i64 Unix nanoseconds || writes. A write is
 //
-//	u8 op, with 0x80 set where the bucket is that of the write before
+//	u8 op, with 0x80 set if the bucket is that of the write before
 //	u8 number of the bucket in the root || text inner     unless 0x80 is set
 //	text key                                              of a put or a delete
 //	text value                                            of a put
 //
-// A text is its length as a varint (encoding/binary) and its bytes. An inner name is never empty;
-// length 0 says that the write goes to the bucket of the root itself. Numbers are big-endian.
+// A text is its length as a varint (encoding/binary) and its bytes. A text inner of length 0 means
+// the bucket in the root itself, because the name of an inner bucket is never empty. Integers are
+// big-endian.
 func (w *Writes) Encode() []byte {
 	b := make([]byte, 0, 9+128*len(w.list))
-	b = binary.BigEndian.AppendUint64(append(b, writesForm), uint64(w.Time.UnixNano()))
+	b = binary.BigEndian.AppendUint64(append(b, writesVersion), uint64(w.Time.UnixNano()))
 	text := func(t []byte) { b = append(binary.AppendUvarint(b, uint64(len(t))), t...) }
-	var last *place
+	var last *bucketPath
 	for _, each := range w.list {
-		if each.place == last {
-			b = append(b, byte(each.op)|samePlace)
+		if each.path == last {
+			b = append(b, byte(each.op)|samePath)
 		} else {
-			b = append(b, byte(each.op), each.place.top)
-			text(each.place.inner)
-			last = each.place
+			b = append(b, byte(each.op), each.path.top)
+			text(each.path.inner)
+			last = each.path
 		}
 		if each.op == opPut || each.op == opDelete {
 			text(each.key)
@@ -81,11 +83,11 @@ func (w *Writes) Encode() []byte {
 	return b
 }
 
-var errNotWrites = errors.New("ledger: the bytes are no encoded list of writes")
+var errNotWrites = errors.New("ledger: not an encoded list of writes")
 
-// DecodeWrites reads what Encode wrote. The list refers to b, which must not change afterwards.
+// DecodeWrites decodes a list of Encode. The list refers to b, so b must not change afterwards.
 func DecodeWrites(b []byte) (*Writes, error) {
-	if len(b) < 9 || b[0] != writesForm {
+	if len(b) < 9 || b[0] != writesVersion {
 		return nil, errNotWrites
 	}
 	w := &Writes{Time: time.Unix(0, int64(binary.BigEndian.Uint64(b[1:])))}
@@ -101,30 +103,30 @@ func DecodeWrites(b []byte) (*Writes, error) {
 		b = b[size+int(n):]
 		return t
 	}
-	var last *place
+	var last *bucketPath
 	for len(b) > 0 && !broken {
-		each := write{op: op(b[0] &^ samePlace), place: last}
-		if b[0]&samePlace == 0 {
+		each := write{op: op(b[0] &^ samePath), path: last}
+		if b[0]&samePath == 0 {
 			if len(b) < 2 {
 				return nil, errNotWrites
 			}
-			last = &place{top: b[1]}
+			last = &bucketPath{top: b[1]}
 			b = b[2:]
 			if inner := text(); len(inner) > 0 {
 				last.inner = inner
 			}
-			each.place = last
+			each.path = last
 		} else {
 			b = b[1:]
 		}
 		switch {
-		case each.place == nil || int(each.place.top) >= len(buckets):
+		case each.path == nil || int(each.path.top) >= len(buckets):
 			return nil, errNotWrites
 		case each.op == opPut:
 			each.key, each.value = text(), text()
 		case each.op == opDelete:
 			each.key = text()
-		case each.op != opMakeBucket && each.op != opDropBucket || each.place.inner == nil:
+		case each.op != opMakeBucket && each.op != opDropBucket || each.path.inner == nil:
 			return nil, errNotWrites
 		}
 		w.list = append(w.list, each)
@@ -135,15 +137,15 @@ func DecodeWrites(b []byte) (*Writes, error) {
 	return w, nil
 }
 
-// apply repeats the list in a transaction.
+// apply performs the writes of the list in a transaction.
 func (w *Writes) apply(tx *bolt.Tx) error {
 	for _, each := range w.list {
-		top := tx.Bucket(buckets[each.place.top].name)
+		top := tx.Bucket(buckets[each.path.top].name)
 		if top == nil {
-			return fmt.Errorf("%w: its bucket %s is missing", ErrCorrupt, buckets[each.place.top].name)
+			return fmt.Errorf("%w: its bucket %s is missing", ErrCorrupt, buckets[each.path.top].name)
 		}
 		b := top
-		if inner := each.place.inner; inner != nil {
+		if inner := each.path.inner; inner != nil {
 			var err error
 			switch each.op {
 			case opMakeBucket:
@@ -152,14 +154,14 @@ func (w *Writes) apply(tx *bolt.Tx) error {
 				err = top.DeleteBucket(inner)
 			default:
 				if b = top.Bucket(inner); b == nil {
-					err = fmt.Errorf("%w: there is no bucket %x in %s", ErrCorrupt, inner, buckets[each.place.top].name)
+					err = fmt.Errorf("%w: there is no bucket %x in %s", ErrCorrupt, inner, buckets[each.path.top].name)
 				}
 			}
 			if err != nil {
 				return err
 			}
 		}
-		b.FillPercent = buckets[each.place.top].fill
+		b.FillPercent = buckets[each.path.top].fill
 		var err error
 		switch each.op {
 		case opPut:
@@ -174,34 +176,35 @@ func (w *Writes) apply(tx *bolt.Tx) error {
 	return nil
 }
 
-// bucket is one of the transaction under way. Its changes are noted in the transaction's list; keys
-// and values that are put must not change until the transaction has ended.
+// bucket is a bucket in a transaction of the writer. Each change is added to the transaction's
+// list. Written keys and values must not change until the transaction has ended.
 type bucket struct {
-	b     *bolt.Bucket
-	t     *txn
-	place *place
+	b    *bolt.Bucket
+	t    *txn
+	path *bucketPath
 }
 
 func (b bucket) get(key []byte) []byte { return b.b.Get(key) }
 
-// cursor is for reading only.
+// cursor returns a cursor for reading only.
 func (b bucket) cursor() *bolt.Cursor { return b.b.Cursor() }
 
-// peek returns the bucket of a name inside b for reading, or nil.
+// peek returns an inner bucket for reading, or nil if there is none.
 func (b bucket) peek(name []byte) *bolt.Bucket { return b.b.Bucket(name) }
 
-// bucket returns the one of the root with a number.
+// bucket returns a bucket in the root by its number.
 func (t *txn) bucket(number byte) bucket {
 	if t.roots[number].b == nil {
 		b := t.tx.Bucket(buckets[number].name)
 		b.FillPercent = buckets[number].fill
-		t.roots[number] = bucket{b, t, &rootPlaces[number]}
+		t.roots[number] = bucket{b, t, &rootPaths[number]}
 	}
 	return t.roots[number]
 }
 
+// note adds a write to the transaction's list.
 func (b bucket) note(w write) {
-	w.place = b.place
+	w.path = b.path
 	b.t.writes.list = append(b.t.writes.list, w)
 }
 
@@ -221,13 +224,13 @@ func (b bucket) delete(key []byte) error {
 	return nil
 }
 
-// inner returns the bucket of a name inside b, which is made where there is none.
+// inner returns an inner bucket, which is created if there is none.
 func (b bucket) inner(name []byte) (bucket, error) {
-	last := &b.t.inners[b.place.top]
-	if last.b != nil && bytes.Equal(last.place.inner, name) {
+	last := &b.t.inners[b.path.top]
+	if last.b != nil && bytes.Equal(last.path.inner, name) {
 		return *last, nil
 	}
-	in := bucket{b.peek(name), b.t, &place{b.place.top, name}}
+	in := bucket{b.peek(name), b.t, &bucketPath{b.path.top, name}}
 	if in.b == nil {
 		var err error
 		if in.b, err = b.b.CreateBucket(name); err != nil {
@@ -235,17 +238,17 @@ func (b bucket) inner(name []byte) (bucket, error) {
 		}
 		in.note(write{op: opMakeBucket})
 	}
-	in.b.FillPercent = buckets[b.place.top].fill
+	in.b.FillPercent = buckets[b.path.top].fill
 	*last = in
 	return in, nil
 }
 
-// drop removes the bucket of a name inside b.
+// drop removes an inner bucket.
 func (b bucket) drop(name []byte) error {
 	if err := b.b.DeleteBucket(name); err != nil {
 		return err
 	}
-	b.t.inners[b.place.top] = bucket{}
-	b.t.writes.list = append(b.t.writes.list, write{op: opDropBucket, place: &place{b.place.top, name}})
+	b.t.inners[b.path.top] = bucket{}
+	b.t.writes.list = append(b.t.writes.list, write{op: opDropBucket, path: &bucketPath{b.path.top, name}})
 	return nil
 }

@@ -14,7 +14,8 @@ import (
 	"countersign/internal/ledger/ledgertest"
 )
 
-// TestReplicaFindsDifferences: the comparison that every ledger of the tests ends with can fail.
+// TestReplicaFindsDifferences checks that ledgertest.Equal finds differences. Every ledger of the
+// tests ends with that comparison.
 func TestReplicaFindsDifferences(t *testing.T) {
 	dir, begin := t.TempDir(), time.Now()
 	file := func(name string, change func(l *ledger.Ledger)) string {
@@ -46,8 +47,10 @@ func TestReplicaFindsDifferences(t *testing.T) {
 		t.Error(err)
 	}
 	for name, other := range map[string]func(*ledger.Ledger){
-		"another value": put("k", "w"), "another key": put("l", "v"), "one more": func(l *ledger.Ledger) { put("k", "v")(l); put("m", "")(l) },
-		"a nonce": func(l *ledger.Ledger) { put("k", "v")(l); mustAdmit(t, l, admission("k", 1, 1, 1), 0) },
+		"another value": put("k", "w"),
+		"another key":   put("l", "v"),
+		"one more":      func(l *ledger.Ledger) { put("k", "v")(l); put("m", "")(l) },
+		"a nonce":       func(l *ledger.Ledger) { put("k", "v")(l); mustAdmit(t, l, admission("k", 1, 1, 1), 0) },
 	} {
 		if ledgertest.Equal(same, file(name, other)) == nil {
 			t.Errorf("%s is not found", name)
@@ -55,7 +58,8 @@ func TestReplicaFindsDifferences(t *testing.T) {
 	}
 }
 
-// TestDecodeWrites: an encoded list reads back as it was, and nothing else is taken for one.
+// TestDecodeWrites checks that a decoded list encodes to the same bytes again, and that malformed
+// lists are refused.
 func TestDecodeWrites(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "ledger.db")
 	if err := ledger.Create(path, ledger.Options{}); err != nil {
@@ -67,7 +71,7 @@ func TestDecodeWrites(t *testing.T) {
 			lists = append(lists, list)
 		}
 	}
-	l, err := ledger.Open(path, ledger.Options{Replicate: keep})
+	l, err := ledger.Open(path, ledger.Options{Replicate: keep}) // without a replica: the test takes its place
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -95,12 +99,13 @@ func TestDecodeWrites(t *testing.T) {
 		}
 	}
 	for name, list := range map[string][]byte{
-		"nothing": nil, "another form": append([]byte{2}, lists[0][1:]...), "cut": lists[0][:len(lists[0])-1],
+		"nothing": nil, "another version": append([]byte{2}, lists[0][1:]...), "cut": lists[0][:len(lists[0])-1],
 		"no bucket":      append(bytes.Clone(lists[0][:9]), 0x81, 1, 'k', 1, 'v'),
 		"unknown bucket": append(bytes.Clone(lists[0][:9]), 1, 200, 0, 1, 'k', 1, 'v'),
 		"a root made":    append(bytes.Clone(lists[0][:9]), 3, 1, 0),
 		"unknown write":  append(bytes.Clone(lists[0][:9]), 9, 1, 0, 1, 'k'),
-		"too long":       append(bytes.Clone(lists[0][:9]), 2, 1, 0, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0x7f),
+		"too long": append(bytes.Clone(lists[0][:9]), 2, 1, 0,
+			0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0x7f),
 	} {
 		if _, err := ledger.DecodeWrites(list); err == nil {
 			t.Errorf("%s is taken for a list", name)
@@ -108,11 +113,11 @@ func TestDecodeWrites(t *testing.T) {
 	}
 }
 
-// gate is a writer that stops after some bytes until it is opened.
+// gate is a writer that blocks after some bytes until the channel open is closed.
 type gate struct {
 	io.Writer
-	room    int
-	stopped chan struct{}
+	room    int           // bytes until the gate blocks
+	stopped chan struct{} // closed when the gate blocks
 	open    chan struct{}
 }
 
@@ -125,8 +130,9 @@ func (g *gate) Write(b []byte) (int, error) {
 	return g.Writer.Write(b)
 }
 
-// TestSnapshot: while a snapshot stands still, admissions go on, though the file must grow to several
-// times its size, statistics are given, and compaction refuses. The copy is the ledger as it was.
+// TestSnapshot blocks a snapshot. Meanwhile admissions go on, even if the file grows to four times
+// its size, Stats returns, and Compact refuses. The copy has the state at the begin of the
+// snapshot.
 func TestSnapshot(t *testing.T) {
 	l, _ := create(t)
 	furnish(t, l)
@@ -162,7 +168,8 @@ func TestSnapshot(t *testing.T) {
 	checkFile(t, copied)
 	c := open(t, copied)
 	if s, err := c.Stats(); err != nil || s.Events != before.Events || s.Nonces != before.Nonces {
-		t.Errorf("the copy has %d events and %d nonces, the ledger had %d and %d: %v", s.Events, s.Nonces, before.Events, before.Nonces, err)
+		t.Errorf("the copy has %d events and %d nonces, the ledger had %d and %d: %v",
+			s.Events, s.Nonces, before.Events, before.Nonces, err)
 	}
 	mustAdmit(t, c, admission("k", 100, 1, 1), ledger.Fresh) // admitted after the snapshot had begun
 	l.Close()
@@ -180,7 +187,7 @@ func size(t *testing.T, l *ledger.Ledger) int64 {
 	return s.FileSize
 }
 
-// TestStatsWaitForNothing: the sizes are told while the writer is busy.
+// TestStatsWaitForNothing checks that Stats returns while the writer is busy.
 func TestStatsWaitForNothing(t *testing.T) {
 	l, _ := create(t)
 	mustAdmit(t, l, admission("k", 1, 1, 1), ledger.Fresh)
@@ -192,7 +199,7 @@ func TestStatsWaitForNothing(t *testing.T) {
 	}
 }
 
-// TestMarginOf: the margin is read out of the ledger's own records at opening.
+// TestMarginOf checks that the margin is read from the ledger's records at opening.
 func TestMarginOf(t *testing.T) {
 	m := newMachine(t, ledger.Options{})
 	m.options.MarginOf = func(v ledger.View) (time.Duration, error) {
@@ -203,7 +210,8 @@ func TestMarginOf(t *testing.T) {
 	}
 	l := m.open(t)
 	mustAdmit(t, l, m.admission(1, time.Hour), ledger.Fresh)
-	if err := l.Update(t.Context(), func(tx *ledger.Tx) error { return tx.Put(ledger.Meta, "margin", []byte("1h")) }); err != nil {
+	put := func(tx *ledger.Tx) error { return tx.Put(ledger.Meta, "margin", []byte("1h")) }
+	if err := l.Update(t.Context(), put); err != nil {
 		t.Fatal(err)
 	}
 	m.pass(4 * time.Hour)
@@ -221,7 +229,8 @@ func TestMarginOf(t *testing.T) {
 	}
 	l.Close()
 	m.options.MarginOf = func(ledger.View) (time.Duration, error) { return 0, errSpent }
-	if _, err := ledger.Open(m.path, m.options); !errors.Is(err, errSpent) {
+	_, err := ledger.Open(m.path, m.options) // without a replica: it does not open
+	if !errors.Is(err, errSpent) {
 		t.Errorf("a record that can't be read: %v", err)
 	}
 }

@@ -23,9 +23,17 @@ var (
 	ErrNotFound = errors.New("it does not exist")
 	ErrInvalid  = errors.New("it is not valid")
 	ErrConflict = errors.New("it can't be done now")
+	// ErrUnavailable: the caller may try again. It is keystore.ErrUnavailable to errors.Is.
+	ErrUnavailable error = unavailable{}
 	// ErrNotApproved refuses an act that only an approved proposal may do.
 	ErrNotApproved = errors.New("it needs an approved proposal")
 )
+
+type unavailable struct{}
+
+func (unavailable) Error() string { return "not available now" }
+
+func (unavailable) Is(target error) bool { return target == keystore.ErrUnavailable }
 
 // Lock is a mutex that a context can give up waiting for.
 type Lock chan struct{}
@@ -33,13 +41,13 @@ type Lock chan struct{}
 // NewLock returns a lock that is free.
 func NewLock() Lock { return make(Lock, 1) }
 
-// Acquire takes the lock, or returns keystore.ErrUnavailable when ctx ends first.
+// Acquire takes the lock, or returns ErrUnavailable when ctx ends first.
 func (l Lock) Acquire(ctx context.Context) error {
 	select {
 	case l <- struct{}{}:
 		return nil
 	case <-ctx.Done():
-		return fmt.Errorf("%w: another act of management is not done yet: %w", keystore.ErrUnavailable, ctx.Err())
+		return fmt.Errorf("%w: another act of management is not done yet: %w", ErrUnavailable, ctx.Err())
 	}
 }
 
@@ -66,7 +74,7 @@ func (l Lock) Run(ctx context.Context, log *slog.Logger, what string, do func(co
 	case err := <-done:
 		return err
 	case <-ctx.Done():
-		return fmt.Errorf("%s: %w: it goes on; look later how it ended", what, keystore.ErrUnavailable)
+		return fmt.Errorf("%s: %w: it goes on; look later how it ended", what, ErrUnavailable)
 	}
 }
 

@@ -14,6 +14,7 @@ import (
 	"countersign/approval"
 	"countersign/audit"
 	"countersign/internal/ledger"
+	"countersign/internal/manage"
 )
 
 // neededKey is the record of the table Meta that says how many approvals are needed; without it, 1.
@@ -25,28 +26,28 @@ type roster struct {
 	needed int
 }
 
-// tables is a ledger, or a transaction of it.
-type tables interface {
-	All(ledger.Table, func(key string, value []byte) error) error
-}
-
-func readRoster(t tables) (r roster, err error) {
+func readRoster(v ledger.View) (r roster, err error) {
 	r = roster{map[string]person{}, 1}
-	if err := t.All(ledger.Operators, func(name string, value []byte) error {
+	if err := v.All(ledger.Operators, func(name string, value []byte) error {
 		p, err := decodePerson(name, value)
 		r.people[name] = p
 		return err
 	}); err != nil {
 		return r, err
 	}
-	return r, t.All(ledger.Meta, func(key string, value []byte) (err error) {
-		if key == neededKey {
-			if r.needed, err = strconv.Atoi(string(value)); err != nil || r.needed < 1 {
-				return fmt.Errorf("how many approvals are needed is %q in the ledger", value)
-			}
-		}
-		return nil
-	})
+	r.needed, err = decodeNeeded(v.Get(ledger.Meta, neededKey))
+	return r, err
+}
+
+func decodeNeeded(value []byte) (int, error) {
+	if value == nil {
+		return 1, nil
+	}
+	needed, err := strconv.Atoi(string(value))
+	if err != nil || needed < 1 {
+		return 0, fmt.Errorf("how many approvals are needed is %q in the ledger", value)
+	}
+	return needed, nil
 }
 
 func decodePerson(name string, value []byte) (p person, err error) {
@@ -57,15 +58,6 @@ func decodePerson(name string, value []byte) (p person, err error) {
 		return p, fmt.Errorf("operator %q in the ledger: %w", name, err)
 	}
 	return p, nil
-}
-
-// encode writes a record. What it is made of always is JSON.
-func encode(v any) []byte {
-	b, err := json.Marshal(v)
-	if err != nil {
-		panic("operators: a record that is not JSON: " + err.Error())
-	}
-	return b
 }
 
 // sound refuses a roster that must never be: nobody could administrate the appliance, or approve an act, or it is not known who did.
@@ -80,7 +72,7 @@ func (r *roster) sound() error {
 		if len(p.Credentials) == 0 {
 			return fmt.Errorf("operator %q: %w: it would have no credential: add another one before, or remove the operator", name, ErrConflict)
 		}
-		if len(encode(p.Operator)) >= maxRecord {
+		if len(manage.Encode(p.Operator)) >= maxRecord {
 			return fmt.Errorf("operator %q: %w: it has too many credentials: remove one", name, ErrConflict)
 		}
 		for _, c := range p.Credentials {
@@ -121,15 +113,15 @@ type ownAct struct {
 	amend      amend
 }
 
-func (d *Desk) ownActs() map[string]Act {
+func (d *Registry) ownActs() map[string]Act {
 	acts := map[string]Act{}
 	for action, own := range map[string]ownAct{
-		"operator add":      {[]string{"name", "roles", "credential"}, d.addOperator},
-		"operator roles":    {[]string{"name", "roles"}, setRoles},
-		"operator remove":   {[]string{"name"}, removeOperator},
-		"credential add":    {[]string{"name", "credential"}, d.addCredential},
-		"credential remove": {[]string{"name", "credential"}, removeCredential},
-		"approvals needed":  {[]string{"needed"}, setNeeded},
+		approval.ActOperatorAdd:      {[]string{"name", "roles", "credential"}, d.addOperator},
+		approval.ActOperatorRoles:    {[]string{"name", "roles"}, setRoles},
+		approval.ActOperatorRemove:   {[]string{"name"}, removeOperator},
+		approval.ActCredentialAdd:    {[]string{"name", "credential"}, d.addCredential},
+		approval.ActCredentialRemove: {[]string{"name", "credential"}, removeCredential},
+		approval.ActApprovalsNeeded:  {[]string{"needed"}, setNeeded},
 	} {
 		acts[action] = Act{
 			Check: func(p []approval.Parameter, _ []byte) ([]approval.Parameter, error) { return d.checkOwn(own, p) }, // no sha256: nothing goes with it
@@ -160,7 +152,7 @@ func (a *ownAct) values(p []approval.Parameter) (values []string, err error) {
 }
 
 // checkOwn tries the act on what memory has. The roles and the credential get the one form that they have, which is the one to approve.
-func (d *Desk) checkOwn(own ownAct, p []approval.Parameter) ([]approval.Parameter, error) {
+func (d *Registry) checkOwn(own ownAct, p []approval.Parameter) ([]approval.Parameter, error) {
 	p = slices.Clone(p)
 	for i := range p {
 		switch {
@@ -175,7 +167,7 @@ func (d *Desk) checkOwn(own ownAct, p []approval.Parameter) ([]approval.Paramete
 			if err != nil {
 				return nil, err
 			}
-			p[i].Value = string(encode(c))
+			p[i].Value = string(manage.Encode(c))
 		}
 	}
 	values, err := own.values(p)
@@ -191,65 +183,51 @@ func (d *Desk) checkOwn(own ownAct, p []approval.Parameter) ([]approval.Paramete
 	return p, r.sound()
 }
 
-// amend changes the roster that the ledger has, in one transaction with its event: what it leads to is held against what must be true
-// of it there. Then memory follows.
-func (d *Desk) amend(ctx context.Context, who audit.Actor, action string, change func(*roster) (name, what string, err error)) error {
+// amend changes the roster that the ledger has, in one transaction with its event. The result is held
+// against what must be true of a roster there.
+func (d *Registry) amend(
+	ctx context.Context, who audit.Actor, action string, change func(*roster) (name, what string, err error),
+) error {
 	return d.write(ctx, action, func(ctx context.Context) error {
-		var r roster
-		var name string
-		if err := d.ledger.Update(ctx, func(tx *ledger.Tx) (err error) {
-			if r, err = readRoster(tx); err != nil {
+		return d.ledger.Update(ctx, func(tx *ledger.Tx) error {
+			r, err := readRoster(tx.View)
+			if err != nil {
 				return err
 			}
-			var what string
-			if name, what, err = change(&r); err != nil {
+			name, what, err := change(&r)
+			if err != nil {
 				return err
 			}
 			if err := r.sound(); err != nil {
 				return err
 			}
-			e := audit.Event{Type: audit.OperatorChanged, Actor: who, Action: action, Resource: name, Outcome: "ok", Metadata: map[string]string{"change": what}}
-			p, there := r.people[name]
-			switch {
-			case name == "":
-				needed := strconv.Itoa(r.needed)
-				e.Type, e.Resource, e.Metadata = audit.ApprovalsChanged, "approvals", map[string]string{"needed": needed}
-				err = tx.Put(ledger.Meta, neededKey, []byte(needed))
-			case !there:
-				err = tx.Delete(ledger.Operators, name)
-			default:
-				if what == "" { // the first one
-					e.Type, e.Metadata = audit.OperatorEnrolled, map[string]string{}
-				}
-				e.Metadata["operator"] = string(encode(p.Operator))
-				err = tx.Put(ledger.Operators, name, encode(p))
-			}
+			e, err := r.write(tx, who, action, name, what)
 			if err != nil {
 				return err
 			}
-			return tx.Append(entry(e))
-		}); err != nil {
-			return err
-		}
-		// From here on it is on disk.
-		if p, there := r.people[name]; there {
-			d.follow(name, &p)
-		} else if name != "" {
-			d.follow(name, nil)
-		}
-		d.mu.Lock()
-		d.roster.needed = r.needed
-		d.mu.Unlock()
-		if name != "" && d.Changed != nil {
-			d.Changed()
-		}
-		return nil
+			return tx.Append(ledger.EventOf(e))
+		})
 	})
+}
+
+// write writes the record that an act has changed, and returns the event of the change.
+func (r *roster) write(tx *ledger.Tx, who audit.Actor, action, name, what string) (audit.Event, error) {
+	p, there := r.people[name]
+	record := manage.Encode(p.Operator)
+	switch {
+	case name == "":
+		return audit.NewApprovalsChanged(who, action, r.needed), tx.Put(ledger.Meta, neededKey, []byte(strconv.Itoa(r.needed)))
+	case !there:
+		return audit.NewOperatorChanged(who, action, name, what, nil), tx.Delete(ledger.Operators, name)
+	case what == "":
+		return audit.NewOperatorEnrolled(who, action, name, record), tx.Put(ledger.Operators, name, manage.Encode(p))
+	}
+	return audit.NewOperatorChanged(who, action, name, what, record), tx.Put(ledger.Operators, name, manage.Encode(p))
 }
 
 // EnrolFirst enrols the first operator, who may do all that the others need to be enrolled: only root on the Unix socket can, and only
 // while the ledger has none.
-func (d *Desk) EnrolFirst(ctx context.Context, ch Channel, name string, c approval.Credential) (approval.Operator, error) {
+func (d *Registry) EnrolFirst(ctx context.Context, ch Channel, name string, c approval.Credential) (approval.Operator, error) {
 	if !ch.root() {
 		return approval.Operator{}, fmt.Errorf("%w: root enrols the first operator, on the Unix socket", ErrNotAllowed)
 	}
@@ -260,7 +238,7 @@ func (d *Desk) EnrolFirst(ctx context.Context, ch Channel, name string, c approv
 		if len(r.people) > 0 {
 			return "", "", fmt.Errorf("%w: there are operators already: propose to add one", ErrConflict)
 		}
-		_, _, err := d.addOperator(r, []string{name, joinRoles(roles), string(encode(c))})
+		_, _, err := d.addOperator(r, []string{name, joinRoles(roles), string(manage.Encode(c))})
 		first = r.people[name].Operator
 		return name, "", err
 	})
@@ -270,7 +248,7 @@ func (d *Desk) EnrolFirst(ctx context.Context, ch Channel, name string, c approv
 	return first, nil
 }
 
-func (d *Desk) addOperator(r *roster, values []string) (string, string, error) {
+func (d *Registry) addOperator(r *roster, values []string) (string, string, error) {
 	name := values[0]
 	if !nameable(name) {
 		return "", "", fmt.Errorf("operator: %w: a name has 1 to %d lower-case letters, digits and hyphens, and does not begin with a hyphen", ErrInvalid, maxName)
@@ -288,7 +266,7 @@ func (d *Desk) addOperator(r *roster, values []string) (string, string, error) {
 	}
 	c.Added = time.Now().Unix()
 	r.people[name] = person{Operator: approval.Operator{Name: name, Roles: roles, Credentials: []approval.Credential{c}, Added: c.Added}}
-	return name, "added", nil
+	return name, approval.ChangeAdded, nil
 }
 
 func setRoles(r *roster, values []string) (string, string, error) {
@@ -300,16 +278,16 @@ func setRoles(r *roster, values []string) (string, string, error) {
 		return "", "", err
 	}
 	r.people[p.Name] = p
-	return p.Name, "roles", nil
+	return p.Name, approval.ChangeRoles, nil
 }
 
 func removeOperator(r *roster, values []string) (string, string, error) {
 	p, err := r.get(values[0])
 	delete(r.people, p.Name)
-	return p.Name, "removed", err
+	return p.Name, approval.ChangeRemoved, err
 }
 
-func (d *Desk) addCredential(r *roster, values []string) (string, string, error) {
+func (d *Registry) addCredential(r *roster, values []string) (string, string, error) {
 	p, err := r.get(values[0])
 	if err != nil {
 		return "", "", err
@@ -321,7 +299,7 @@ func (d *Desk) addCredential(r *roster, values []string) (string, string, error)
 	c.Added = time.Now().Unix()
 	p.Credentials = append(slices.Clone(p.Credentials), c)
 	r.people[p.Name] = p
-	return p.Name, "credential added", nil
+	return p.Name, approval.ChangeCredentialAdded, nil
 }
 
 func removeCredential(r *roster, values []string) (string, string, error) {
@@ -337,7 +315,7 @@ func removeCredential(r *roster, values []string) (string, string, error) {
 	p.Counts = maps.Clone(p.Counts)
 	delete(p.Counts, values[1])
 	r.people[p.Name] = p
-	return p.Name, "credential removed", nil
+	return p.Name, approval.ChangeCredentialRemoved, nil
 }
 
 func setNeeded(r *roster, values []string) (string, string, error) {
@@ -385,7 +363,7 @@ func joinRoles(roles []approval.Role) string {
 }
 
 // parseCredential reads one that is to be added: sound, for this appliance, and without the time at which that will be.
-func (d *Desk) parseCredential(s string) (c approval.Credential, err error) {
+func (d *Registry) parseCredential(s string) (c approval.Credential, err error) {
 	dec := json.NewDecoder(bytes.NewReader([]byte(s)))
 	dec.DisallowUnknownFields()
 	if err := dec.Decode(&c); err != nil || dec.More() || c.Added != 0 {

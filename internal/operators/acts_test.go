@@ -8,6 +8,7 @@ import (
 
 	"countersign/approval"
 	"countersign/audit"
+	"countersign/internal/manage"
 )
 
 // TestActsOnOperators runs each of them through a proposal.
@@ -27,7 +28,7 @@ func TestActsOnOperators(t *testing.T) {
 		p     []approval.Parameter
 		holds func() bool
 	}{
-		{"operator add", parameters("name", "bob", "roles", "approver,auditor", "credential", " "+string(encode(bob.credential))+" "), func() bool {
+		{"operator add", parameters("name", "bob", "roles", "approver,auditor", "credential", " "+string(manage.Encode(bob.credential))+" "), func() bool {
 			o, err := r.Operator("bob")
 			c, has := o.Credential(bob.credential.ID)
 			return err == nil && slices.Equal(o.Roles, []approval.Role{approval.Auditor, approval.Approver}) && has && c.Added > 0 && o.Added > 0
@@ -36,7 +37,7 @@ func TestActsOnOperators(t *testing.T) {
 			o, _ := r.Operator("bob")
 			return slices.Equal(o.Roles, []approval.Role{approval.OperatorRole, approval.Approver})
 		}},
-		{"credential add", parameters("name", "bob", "credential", string(encode(key.credential))), func() bool {
+		{"credential add", parameters("name", "bob", "credential", string(manage.Encode(key.credential))), func() bool {
 			o, _ := r.Operator("bob")
 			return len(o.Credentials) == 2
 		}},
@@ -60,7 +61,7 @@ func TestActsOnOperators(t *testing.T) {
 			after, err = r.approve(t, bob, p)
 		}
 		if err != nil || after.State != Done || !act.holds() {
-			t.Fatalf("%s: %v, %s %s; the operators are %s", act.name, err, after.State, after.Cause, encode(r.Operators()))
+			t.Fatalf("%s: %v, %s %s; the operators are %s", act.name, err, after.State, after.Cause, manage.Encode(r.Operators()))
 		}
 		of := audit.OperatorChanged
 		if act.name == "approvals needed" {
@@ -69,8 +70,8 @@ func TestActsOnOperators(t *testing.T) {
 		if _, e := r.events(t, of); e.Actor.Name != "o0" || e.Actor.Proposal != p.ID || e.Action != act.name {
 			t.Errorf("%s: the event is %+v", act.name, e)
 		}
-		before := string(encode(r.roster.people)) + fmt.Sprint(r.Needed())
-		if r.reopen(t); string(encode(r.roster.people))+fmt.Sprint(r.Needed()) != before {
+		before := string(manage.Encode(r.roster.people)) + fmt.Sprint(r.Needed())
+		if r.reopen(t); string(manage.Encode(r.roster.people))+fmt.Sprint(r.Needed()) != before {
 			t.Errorf("%s: after a restart the operators are others", act.name)
 		}
 	}
@@ -83,7 +84,7 @@ func TestRosterStaysSound(t *testing.T) {
 	r := newRig(t, 3)
 	r.must(t, setNeeded, "2")
 	free, passkey := newSigner(t, ""), newPasskey(t, "p", 0)
-	json := func(c approval.Credential) string { return string(encode(c)) }
+	json := func(c approval.Credential) string { return string(manage.Encode(c)) }
 	with := func(change func(*approval.Credential)) string {
 		c := passkey.credential
 		change(&c)
@@ -122,14 +123,14 @@ func TestRosterStaysSound(t *testing.T) {
 		"no credential":                {r.addCredential, []string{"o1", "{}"}, ErrInvalid},
 		"an RSA key":                   {r.addCredential, []string{"o1", `{"id":"","kind":"ssh","public_key":"ssh-rsa AAAA"}`}, ErrInvalid},
 	} {
-		before := string(encode(r.Operators()))
+		before := string(manage.Encode(r.Operators()))
 		n, _ := r.events(t, audit.OperatorChanged)
 		if err := r.amendBy(t, c.act, c.values...); err == nil {
 			t.Errorf("%s: it is taken", name)
 		} else {
 			want(t, err, c.is)
 		}
-		if after, _ := r.events(t, audit.OperatorChanged); after != n || string(encode(r.Operators())) != before || r.Needed() != 2 {
+		if after, _ := r.events(t, audit.OperatorChanged); after != n || string(manage.Encode(r.Operators())) != before || r.Needed() != 2 {
 			t.Errorf("%s: it has changed something", name)
 		}
 	}
@@ -144,11 +145,11 @@ func TestRosterStaysSound(t *testing.T) {
 		err = r.amendBy(t, r.addCredential, "o2", json(newSigner(t, "").credential))
 	}
 	want(t, err, ErrConflict)
-	if o, _ := r.Operator("o2"); len(encode(o)) >= maxRecord || n < 5 {
-		t.Errorf("after %d credentials the operator has %d bytes", n, len(encode(o)))
+	if o, _ := r.Operator("o2"); len(manage.Encode(o)) >= maxRecord || n < 5 {
+		t.Errorf("after %d credentials the operator has %d bytes", n, len(manage.Encode(o)))
 	}
 	_, e := r.events(t, audit.OperatorChanged)
-	if o, _ := r.Operator("o2"); e.Metadata["operator"] != string(encode(o)) {
+	if o, _ := r.Operator("o2"); e.Metadata["operator"] != string(manage.Encode(o)) {
 		t.Errorf("the event has not all of the operator: %s", e.Metadata["operator"])
 	}
 	r.reopen(t) // and it is sound on disk too

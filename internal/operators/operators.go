@@ -1,6 +1,6 @@
 // Package operators keeps the people who run an appliance: who they are, their sessions, and the acts that they propose and approve.
 // What counts is in the ledger; challenges and sessions are in memory only, so that a restart signs everybody out. What an operator
-// proves is judged by package approval. Begin reading at Desk.SignIn, then at Desk.Approve.
+// proves is judged by package approval. Begin reading at Registry.SignIn, then at Registry.Approve.
 //
 // # A proposal never runs twice
 //
@@ -42,6 +42,7 @@ import (
 	"countersign/approval"
 	"countersign/audit"
 	"countersign/internal/ledger"
+	"countersign/internal/manage"
 )
 
 // What callers tell apart. A proof that does not hold is approval.ErrNotProven.
@@ -53,7 +54,7 @@ var (
 	ErrNotAllowed    = errors.New("not allowed")
 	ErrConflict      = errors.New("not possible as it is now")
 	ErrLimited       = errors.New("too many proofs have failed")
-	ErrUnavailable   = errors.New("not available now")
+	ErrUnavailable   = manage.ErrUnavailable
 	ErrUninitialised = errors.New("there are no operators yet: root enrols the first one on the Unix socket")
 )
 
@@ -118,13 +119,16 @@ const (
 	maxName      = 64
 )
 
-// Desk is where operators come to. It is safe for concurrent use.
-type Desk struct {
+// Registry is where operators come to. It is safe for concurrent use.
+type Registry struct {
 	Config
 	ledger  *ledger.Ledger
-	writing chan struct{} // held while the ledger is written and memory follows; never while an act is carried out
+	writing manage.Lock // held while the ledger is written; never while an act is carried out
 
-	mu        sync.Mutex // short
+	// mu guards all of memory below. It is held for look-ups and changes of memory only; the ledger's
+	// writer takes it to let memory follow.
+	mu        sync.Mutex
+	loaded    bool // the records of the start have been taken
 	roster    roster
 	proposals map[uint64]*record
 	ends      map[uint64]chan struct{} // of those that are being carried out: closed when that is over
@@ -137,9 +141,9 @@ type Desk struct {
 
 // Open reads what the ledger has. What it finds running was interrupted, by a crash or a stop, and is written down as that: so no two
 // desks may be open on one ledger.
-func Open(l *ledger.Ledger, c Config) (*Desk, error) {
-	d := &Desk{
-		Config: c, ledger: l, writing: make(chan struct{}, 1), proposals: map[uint64]*record{}, ends: map[uint64]chan struct{}{},
+func Open(l *ledger.Ledger, c Config) (*Registry, error) {
+	d := &Registry{
+		Config: c, ledger: l, writing: manage.NewLock(), roster: roster{map[string]person{}, 1}, proposals: map[uint64]*record{}, ends: map[uint64]chan struct{}{},
 		sessions: map[[32]byte]*Session{}, used: used{}, failures: failures{each: map[failureKey]*bucket{}},
 	}
 	rand.Read(d.secret[:])
@@ -152,25 +156,21 @@ func Open(l *ledger.Ledger, c Config) (*Desk, error) {
 		}
 		d.Acts[name] = act
 	}
-	var err error
-	if d.roster, err = readRoster(l); err != nil {
+	if err := l.Follow(context.Background(), &d.mu,
+		ledger.Followed{Table: ledger.Operators, Take: d.takeOperator},
+		ledger.Followed{Table: ledger.Meta, Take: d.takeNeeded},
+		ledger.Followed{Table: ledger.Proposals, Take: d.takeProposal}); err != nil {
 		return nil, err
 	}
-	if err := l.All(ledger.Proposals, func(key string, value []byte) error {
-		r, err := decodeRecord(key, value)
-		if err == nil {
-			d.proposals[r.id()] = r
-		}
-		return err
-	}); err != nil {
-		return nil, err
-	}
+	d.mu.Lock()
+	d.loaded = true
+	d.mu.Unlock()
 	return d, d.endInterrupted()
 }
 
 // Close waits until the acts under way have ended and that is written down. No others begin. What has not ended when ctx does is found
 // interrupted by the next Open.
-func (d *Desk) Close(ctx context.Context) error {
+func (d *Registry) Close(ctx context.Context) error {
 	if err := d.write(ctx, "stop", func(context.Context) error { // after it, no proposal becomes running: see Approve
 		d.mu.Lock()
 		defer d.mu.Unlock()
@@ -192,35 +192,15 @@ func (d *Desk) Close(ctx context.Context) error {
 	return nil
 }
 
-func (d *Desk) stopping() bool {
+func (d *Registry) stopping() bool {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	return d.closing
 }
 
-// write has do change the ledger and let memory follow, to the end, whether the caller waits or not: what was handed to the ledger may
-// be written, and memory has to say the same.
-func (d *Desk) write(ctx context.Context, what string, do func(context.Context) error) error {
-	select {
-	case d.writing <- struct{}{}:
-	case <-ctx.Done():
-		return fmt.Errorf("%s: %w: others are being served: %w", what, ErrUnavailable, ctx.Err())
-	}
-	done := make(chan error, 1)
-	go func() {
-		defer func() { <-d.writing }()
-		err := do(context.WithoutCancel(ctx))
-		if err != nil && ctx.Err() != nil {
-			d.Log.Error("what an operator asked for and did not wait for failed", "what", what, "err", err)
-		}
-		done <- err
-	}()
-	select {
-	case err := <-done:
-		return err
-	case <-ctx.Done():
-		return fmt.Errorf("%s: %w: it goes on; look later how it ended", what, ErrUnavailable)
-	}
+// write has do change the ledger to the end, whether the caller waits or not.
+func (d *Registry) write(ctx context.Context, what string, do func(context.Context) error) error {
+	return d.writing.Run(ctx, d.Log, what, do)
 }
 
 // person is an operator as the ledger has it.
@@ -248,14 +228,14 @@ func (p *person) counted(credential string, n uint32) (changed bool, err error) 
 }
 
 // Begun says whether there is an operator. Until then there is no work for a desk but EnrolFirst.
-func (d *Desk) Begun() bool {
+func (d *Registry) Begun() bool {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	return len(d.roster.people) > 0
 }
 
 // Operators lists them by name.
-func (d *Desk) Operators() (all []approval.Operator) {
+func (d *Registry) Operators() (all []approval.Operator) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	for _, p := range d.roster.people {
@@ -266,7 +246,7 @@ func (d *Desk) Operators() (all []approval.Operator) {
 }
 
 // Operator returns that of a name, or ErrNotFound.
-func (d *Desk) Operator(name string) (approval.Operator, error) {
+func (d *Registry) Operator(name string) (approval.Operator, error) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	p, ok := d.roster.people[name]
@@ -277,26 +257,53 @@ func (d *Desk) Operator(name string) (approval.Operator, error) {
 }
 
 // Needed is how many approvals an act needs.
-func (d *Desk) Needed() int {
+func (d *Registry) Needed() int {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	return d.roster.needed
 }
 
-// follow lets memory say what the ledger says of an operator: who is nil where it was removed. Sessions of an operator who is another
-// one now have ended when it returns.
-func (d *Desk) follow(name string, who *person) {
-	d.mu.Lock()
-	defer d.mu.Unlock()
+// takeOperator lets memory say what the record of an operator says. Sessions of an operator who is
+// another one now have ended when it returns, and confirmations of presence have died. mu is held.
+func (d *Registry) takeOperator(name string, value []byte) error {
 	before, there := d.roster.people[name]
-	if who == nil {
+	if value == nil {
 		delete(d.roster.people, name)
 	} else {
-		d.roster.people[name] = *who
+		p, err := decodePerson(name, value)
+		if err != nil {
+			return err
+		}
+		d.roster.people[name] = p
+		if there && string(manage.Encode(before.Operator)) == string(manage.Encode(p.Operator)) {
+			return nil // a credential has counted a signature
+		}
 	}
-	if who == nil || !there || string(encode(before.Operator)) != string(encode(who.Operator)) {
-		d.endSessions(name)
+	d.endSessions(name)
+	if d.loaded && d.Changed != nil {
+		d.Changed()
 	}
+	return nil
 }
 
-func entry(e audit.Event) ledger.Event { return ledger.NewEvent(e.Encode(time.Now())) }
+// takeNeeded lets memory say how many approvals an act needs. mu is held.
+func (d *Registry) takeNeeded(key string, value []byte) (err error) {
+	if key == neededKey {
+		d.roster.needed, err = decodeNeeded(value)
+	}
+	return err
+}
+
+// takeProposal lets memory say what the record of a proposal says. mu is held.
+func (d *Registry) takeProposal(key string, value []byte) error {
+	if value == nil {
+		id, err := strconv.ParseUint(key, 10, 64)
+		delete(d.proposals, id)
+		return err
+	}
+	r, err := decodeRecord(key, value)
+	if err == nil {
+		d.proposals[r.id()] = r
+	}
+	return err
+}

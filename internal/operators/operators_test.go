@@ -24,6 +24,7 @@ import (
 	"countersign/audit"
 	"countersign/internal/ledger"
 	"countersign/internal/ledger/ledgertest"
+	"countersign/internal/manage"
 
 	"golang.org/x/crypto/ssh"
 	"golang.org/x/crypto/ssh/agent"
@@ -122,7 +123,7 @@ func (s *signer) assert(t *testing.T, text string) approval.Proof {
 // rig is a desk on a real ledger with an act "test" that counts, and as many operators as asked for: the first one, "o0", is the
 // administrator; all are approvers.
 type rig struct {
-	*Desk
+	*Registry
 	ledger  *ledger.Ledger
 	path    string
 	name    string // of the appliance
@@ -163,7 +164,7 @@ func (r *rig) enrol(t *testing.T, s *signer, roles string) {
 	if r.people = append(r.people, s); len(r.people) == 1 {
 		_, err = r.EnrolFirst(t.Context(), root, s.name, s.credential)
 	} else {
-		err = r.amendBy(t, r.addOperator, s.name, roles, string(encode(s.credential)))
+		err = r.amendBy(t, r.addOperator, s.name, roles, string(manage.Encode(s.credential)))
 	}
 	if err != nil {
 		t.Fatal(err)
@@ -211,7 +212,7 @@ func (r *rig) openOn(l *ledger.Ledger, err error) error {
 		l.Close()
 		return err
 	}
-	r.ledger, r.Desk = l, d
+	r.ledger, r.Registry = l, d
 	return nil
 }
 
@@ -307,8 +308,8 @@ func (r *rig) replay(t *testing.T) *approval.Report {
 	if err != nil {
 		t.Fatalf("an auditor says: %v", err)
 	}
-	if string(encode(report.Operators)) != string(encode(r.Operators())) || report.Needed != r.Needed() {
-		t.Errorf("by the log, %d approvals are needed, and the operators are %s", report.Needed, encode(report.Operators))
+	if string(manage.Encode(report.Operators)) != string(manage.Encode(r.Operators())) || report.Needed != r.Needed() {
+		t.Errorf("by the log, %d approvals are needed, and the operators are %s", report.Needed, manage.Encode(report.Operators))
 	}
 	for _, c := range report.Proposals {
 		if p, err := r.Proposal(c.ID); err == nil && string(p.State) != c.State {
@@ -361,9 +362,9 @@ func TestEnrolFirst(t *testing.T) {
 	if n, e := r.events(t, audit.OperatorEnrolled); enrolled.Load() != 1 || n != 1 || len(r.Operators()) != 1 || e.Actor.Name != "uid:0" {
 		t.Errorf("%d of 8 have enrolled the first operator, with %d events, the last one by %q", enrolled.Load(), n, e.Actor.Name)
 	}
-	before := string(encode(r.Operators()))
+	before := string(manage.Encode(r.Operators()))
 	r.reopen(t)
-	if after := string(encode(r.Operators())); after != before || !r.Begun() || r.Needed() != 1 {
+	if after := string(manage.Encode(r.Operators())); after != before || !r.Begun() || r.Needed() != 1 {
 		t.Errorf("after a restart the operators are %s, before %s", after, before)
 	}
 }

@@ -17,6 +17,7 @@ import (
 	"countersign/approval"
 	"countersign/audit"
 	"countersign/internal/ledger"
+	"countersign/internal/manage"
 )
 
 // Bounds of proposals.
@@ -123,33 +124,29 @@ func (r *roster) approver(name, credential string) bool {
 }
 
 // over says whether its time is over, by the clock or by the ledger's time, which nobody sets back.
-func (d *Desk) over(r *record) bool {
+func (d *Registry) over(r *record) bool {
 	return !time.Now().Before(r.proposal.Expires) || !d.ledger.Time().Before(r.proposal.Expires)
 }
 
 // end lets a proposal end, and returns the event.
 func (r *record) end(state State, cause string) audit.Event {
 	r.State, r.Cause, r.Content, r.Ended = state, cause, nil, time.Now().Unix()
-	e := r.event(audit.ProposalDone, r.actor(), "proposal run")
 	switch state {
 	case Expired:
-		e = r.event(audit.ProposalExpired, audit.Daemon(), "proposal expire")
+		return audit.NewProposalExpired(r.ref())
 	case Failed, Interrupted:
-		e.Outcome = string(state)
-		e.Metadata["cause"] = cause
+		return audit.NewProposalDone(r.actor(), r.ref(), string(state), cause)
 	}
-	return e
+	return audit.NewProposalDone(r.actor(), r.ref(), "", "")
 }
 
-func (r *record) event(t audit.Type, who audit.Actor, action string) audit.Event {
-	digest := r.proposal.Digest()
-	return audit.Event{Type: t, Actor: who, Action: action, Resource: "proposal/" + strconv.FormatUint(r.id(), 10), Outcome: "ok",
-		Metadata: map[string]string{"digest": hex.EncodeToString(digest[:])}}
+func (r *record) ref() audit.ProposalRef {
+	return audit.ProposalRef{ID: r.id(), Digest: r.proposal.Digest()}
 }
 
-// step is one transaction on a proposal: change gets it as the ledger has it, and returns the events of the change. When it is on disk,
-// memory follows, and then is called.
-func (d *Desk) step(ctx context.Context, id uint64, change func(*ledger.Tx, *record) ([]audit.Event, error), then func(*record)) error {
+// update is one transaction on a proposal: change gets it as the ledger has it, and returns the events
+// of the change. When it is on disk, then is called.
+func (d *Registry) update(ctx context.Context, id uint64, change func(*ledger.Tx, *record) ([]audit.Event, error), then func(*record)) error {
 	return d.write(ctx, "proposal "+strconv.FormatUint(id, 10), func(ctx context.Context) error {
 		var r *record
 		if err := d.ledger.Update(ctx, func(tx *ledger.Tx) (err error) {
@@ -168,9 +165,6 @@ func (d *Desk) step(ctx context.Context, id uint64, change func(*ledger.Tx, *rec
 		}); err != nil {
 			return err
 		}
-		d.mu.Lock()
-		d.proposals[id] = r
-		d.mu.Unlock()
 		if then != nil {
 			then(r)
 		}
@@ -179,16 +173,16 @@ func (d *Desk) step(ctx context.Context, id uint64, change func(*ledger.Tx, *rec
 }
 
 func put(tx *ledger.Tx, r *record, events ...audit.Event) error {
-	err := tx.Put(ledger.Proposals, recordKey(r.id()), encode(r))
+	err := tx.Put(ledger.Proposals, recordKey(r.id()), manage.Encode(r))
 	for _, e := range events {
-		err = errors.Join(err, tx.Append(entry(e)))
+		err = errors.Join(err, tx.Append(ledger.EventOf(e)))
 	}
 	return err
 }
 
 // Propose writes down an act to be approved. A lifetime of 0 is DefaultLifetime. What goes with it has to be named by the parameter
 // sha256, since the text is all that is approved.
-func (d *Desk) Propose(ctx context.Context, s Session, act string, p []approval.Parameter, content []byte, lifetime time.Duration) (Proposal, error) {
+func (d *Registry) Propose(ctx context.Context, s Session, act string, p []approval.Parameter, content []byte, lifetime time.Duration) (Proposal, error) {
 	if _, err := d.alive(s); err != nil {
 		return Proposal{}, err
 	}
@@ -215,8 +209,8 @@ func (d *Desk) Propose(ctx context.Context, s Session, act string, p []approval.
 		if err != nil {
 			return err
 		}
-		if err := d.ledger.Update(ctx, func(tx *ledger.Tx) error {
-			all, err := readRoster(tx)
+		return d.ledger.Update(ctx, func(tx *ledger.Tx) error {
+			all, err := readRoster(tx.View)
 			if err != nil {
 				return err
 			}
@@ -244,19 +238,8 @@ func (d *Desk) Propose(ctx context.Context, s Session, act string, p []approval.
 					return err
 				}
 			}
-			e := r.event(audit.ProposalMade, audit.Operator(who.Name), "proposal make")
-			e.Metadata["text"] = r.Text
-			return put(tx, r, e)
-		}); err != nil {
-			return err
-		}
-		d.mu.Lock()
-		defer d.mu.Unlock()
-		d.proposals[id] = r
-		for _, old := range dropped {
-			delete(d.proposals, old)
-		}
-		return nil
+			return put(tx, r, audit.NewProposalMade(audit.Operator(who.Name), r.ref(), r.Text))
+		})
 	})
 	if err != nil {
 		return Proposal{}, err
@@ -279,7 +262,7 @@ func (r *record) whole() bool {
 
 // place returns the number of the next proposal, and the ended ones that make room for it. The one with the highest number is always
 // kept, so that no number comes twice. writing is held.
-func (d *Desk) place(proposer string) (id uint64, dropped []uint64, err error) {
+func (d *Registry) place(proposer string) (id uint64, dropped []uint64, err error) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	var pending, his int
@@ -303,7 +286,7 @@ func (d *Desk) place(proposer string) (id uint64, dropped []uint64, err error) {
 // Approve adds the approval of a session's operator, and carries the act out where that was the last one needed. It returns the
 // proposal as it is then: still open, or as the act ended, or running where ctx ended before the act. That an act has failed is no
 // error of Approve.
-func (d *Desk) Approve(ctx context.Context, s Session, id uint64, p approval.Proof) (Proposal, error) {
+func (d *Registry) Approve(ctx context.Context, s Session, id uint64, p approval.Proof) (Proposal, error) {
 	seen, err := d.alive(s)
 	if err != nil {
 		return Proposal{}, err
@@ -324,7 +307,7 @@ func (d *Desk) Approve(ctx context.Context, s Session, id uint64, p approval.Pro
 	}
 	var late bool
 	var end chan struct{}
-	err = d.step(ctx, id, func(tx *ledger.Tx, r *record) ([]audit.Event, error) {
+	err = d.update(ctx, id, func(tx *ledger.Tx, r *record) ([]audit.Event, error) {
 		if d.stopping() {
 			return nil, fmt.Errorf("approval: %w: the appliance stops", ErrUnavailable)
 		}
@@ -334,7 +317,7 @@ func (d *Desk) Approve(ctx context.Context, s Session, id uint64, p approval.Pro
 		if r.State != Pending {
 			return nil, fmt.Errorf("proposal %d: %w: it is %s", id, ErrConflict, r.State)
 		}
-		all, err := readRoster(tx)
+		all, err := readRoster(tx.View)
 		if err != nil {
 			return nil, err
 		}
@@ -349,14 +332,12 @@ func (d *Desk) Approve(ctx context.Context, s Session, id uint64, p approval.Pro
 		given := slices.ContainsFunc(r.Approvals, func(a approved) bool { return a.Operator == who.Name })
 		if !given {
 			r.Approvals = append(r.Approvals, approved{who.Name, p.Credential, time.Now().Unix()})
-			e := r.event(audit.ApprovalGiven, audit.Operator(who.Name), "proposal approve")
-			e.Metadata["credential"], e.Metadata["proof"] = p.Credential, string(encode(p))
-			events = append(events, e)
+			events = append(events, audit.NewApprovalGiven(audit.Operator(who.Name), r.ref(), p.Credential, manage.Encode(p)))
 		}
 		switch {
 		case r.counting(&all) >= max(r.proposal.Needed, all.needed):
 			r.State = Running // once: nothing leads back to open
-			events = append(events, r.event(audit.ProposalRun, r.actor(), "proposal run"))
+			events = append(events, audit.NewProposalRun(r.actor(), r.ref()))
 		case given: // which was worth to try: his approval, or another one, may count again
 			return nil, fmt.Errorf("proposal %d: %w: you have approved it already, which can be done once", id, ErrConflict)
 		}
@@ -389,7 +370,7 @@ func (d *Desk) Approve(ctx context.Context, s Session, id uint64, p approval.Pro
 }
 
 // carryOut runs the act of a proposal that has become running, and writes down how it ended.
-func (d *Desk) carryOut(act Act, r *record, end chan struct{}) {
+func (d *Registry) carryOut(act Act, r *record, end chan struct{}) {
 	defer func() {
 		d.mu.Lock()
 		delete(d.ends, r.id())
@@ -399,7 +380,7 @@ func (d *Desk) carryOut(act Act, r *record, end chan struct{}) {
 	state, cause := d.run(act, r)
 	log := d.Log.With("proposal", r.id(), "act", r.proposal.Act)
 	for {
-		err := d.step(context.Background(), r.id(), func(_ *ledger.Tx, r *record) ([]audit.Event, error) {
+		err := d.update(context.Background(), r.id(), func(_ *ledger.Tx, r *record) ([]audit.Event, error) {
 			if r.State != Running {
 				return nil, fmt.Errorf("%w: it is %s", ErrConflict, r.State)
 			}
@@ -420,7 +401,7 @@ func (d *Desk) carryOut(act Act, r *record, end chan struct{}) {
 }
 
 // run carries an act out. That it panicked must not take the appliance with it; but nobody knows what it did.
-func (d *Desk) run(act Act, r *record) (state State, cause string) {
+func (d *Registry) run(act Act, r *record) (state State, cause string) {
 	defer func() {
 		if p := recover(); p != nil {
 			d.Log.Error("an approved act has panicked", "proposal", r.id(), "act", r.proposal.Act, "panic", p, "stack", string(debug.Stack()))
@@ -437,12 +418,12 @@ func (d *Desk) run(act Act, r *record) (state State, cause string) {
 }
 
 // endInterrupted ends what the ledger has as running: nobody here carries it out.
-func (d *Desk) endInterrupted() error {
+func (d *Registry) endInterrupted() error {
 	for _, id := range slices.Sorted(maps.Keys(d.proposals)) {
 		if d.proposals[id].State != Running {
 			continue
 		}
-		if err := d.step(context.Background(), id, func(_ *ledger.Tx, r *record) ([]audit.Event, error) {
+		if err := d.update(context.Background(), id, func(_ *ledger.Tx, r *record) ([]audit.Event, error) {
 			e := r.end(Interrupted, "the appliance stopped while it was carried out: look at how far it has come")
 			e.Actor = audit.Daemon()
 			return []audit.Event{e}, nil
@@ -455,13 +436,13 @@ func (d *Desk) endInterrupted() error {
 }
 
 // Withdraw ends an open proposal: its proposer can, and an administrator.
-func (d *Desk) Withdraw(ctx context.Context, s Session, id uint64) error {
+func (d *Registry) Withdraw(ctx context.Context, s Session, id uint64) error {
 	if _, err := d.alive(s); err != nil {
 		return err
 	}
 	var late bool
-	err := d.step(ctx, id, func(tx *ledger.Tx, r *record) ([]audit.Event, error) {
-		all, err := readRoster(tx)
+	err := d.update(ctx, id, func(tx *ledger.Tx, r *record) ([]audit.Event, error) {
+		all, err := readRoster(tx.View)
 		if err != nil {
 			return nil, err
 		}
@@ -476,7 +457,7 @@ func (d *Desk) Withdraw(ctx context.Context, s Session, id uint64) error {
 			return []audit.Event{r.end(Expired, "")}, nil
 		}
 		r.end(Withdrawn, "")
-		return []audit.Event{r.event(audit.ProposalWithdrawn, audit.Operator(s.Operator), "proposal withdraw")}, nil
+		return []audit.Event{audit.NewProposalWithdrawn(audit.Operator(s.Operator), r.ref())}, nil
 	}, nil)
 	if err == nil && late {
 		err = fmt.Errorf("proposal %d: %w: it has expired", id, ErrConflict)
@@ -485,7 +466,7 @@ func (d *Desk) Withdraw(ctx context.Context, s Session, id uint64) error {
 }
 
 // Expire ends the open proposals whose time is over. To be called once a minute; until then they can't be approved either.
-func (d *Desk) Expire(ctx context.Context) error {
+func (d *Registry) Expire(ctx context.Context) error {
 	d.mu.Lock()
 	var due []uint64
 	for id, r := range d.proposals {
@@ -496,7 +477,7 @@ func (d *Desk) Expire(ctx context.Context) error {
 	d.mu.Unlock()
 	slices.Sort(due)
 	for _, id := range due {
-		err := d.step(ctx, id, func(_ *ledger.Tx, r *record) ([]audit.Event, error) {
+		err := d.update(ctx, id, func(_ *ledger.Tx, r *record) ([]audit.Event, error) {
 			if r.State != Pending {
 				return nil, ErrConflict
 			}
@@ -510,7 +491,7 @@ func (d *Desk) Expire(ctx context.Context) error {
 }
 
 // Proposals lists those that are kept, the newest first.
-func (d *Desk) Proposals() (all []Proposal) {
+func (d *Registry) Proposals() (all []Proposal) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	for _, r := range d.proposals {
@@ -521,7 +502,7 @@ func (d *Desk) Proposals() (all []Proposal) {
 }
 
 // Proposal returns that of a number, or ErrNotFound.
-func (d *Desk) Proposal(id uint64) (Proposal, error) {
+func (d *Registry) Proposal(id uint64) (Proposal, error) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	r, there := d.proposals[id]
@@ -532,7 +513,7 @@ func (d *Desk) Proposal(id uint64) (Proposal, error) {
 }
 
 // show is a proposal as of now. mu is held.
-func (d *Desk) show(r *record) Proposal {
+func (d *Registry) show(r *record) Proposal {
 	p := Proposal{Proposal: *r.proposal, State: r.State, Required: max(r.proposal.Needed, d.roster.needed), Content: slices.Clone(r.Content), Cause: r.Cause}
 	p.Parameters = slices.Clone(r.proposal.Parameters)
 	if p.State == Pending && d.over(r) {

@@ -17,6 +17,7 @@ import (
 
 	"countersign/approval"
 	"countersign/audit"
+	"countersign/internal/manage"
 )
 
 func TestProposalIsCarriedOut(t *testing.T) {
@@ -189,7 +190,7 @@ func TestHangingActIsInterrupted(t *testing.T) {
 	if err != nil || after.State != Running {
 		t.Fatalf("for a caller who leaves it is %v, %v", after.State, err)
 	}
-	before := r.Desk
+	before := r.Registry
 	before.mu.Lock()
 	end := before.ends[p.ID]
 	before.mu.Unlock()
@@ -218,7 +219,7 @@ func TestCallerLeaves(t *testing.T) {
 		t.Fatal(err)
 	}
 	// While it is carried out, others are served.
-	r.must(t, r.addOperator, "bob", "approver", string(encode(newSigner(t, "").credential)))
+	r.must(t, r.addOperator, "bob", "approver", string(manage.Encode(newSigner(t, "").credential)))
 	other := r.propose(t, s, "test")
 	ctx, give := context.WithTimeout(t.Context(), time.Millisecond)
 	defer give()
@@ -341,7 +342,7 @@ func TestApprovalsThatCountNoMore(t *testing.T) {
 		"the role": {func(t *testing.T, r *rig) { r.must(t, setRoles, "o1", "auditor") },
 			func(t *testing.T, r *rig) *signer { r.must(t, setRoles, "o1", "approver"); return r.people[1] }},
 		"the credential": {func(t *testing.T, r *rig) {
-			r.must(t, r.addCredential, "o1", string(encode(r.people[4].credential)))
+			r.must(t, r.addCredential, "o1", string(manage.Encode(r.people[4].credential)))
 			r.must(t, removeCredential, "o1", r.people[1].credential.ID)
 		}, func(t *testing.T, r *rig) *signer {
 			p, _ := r.Proposal(1)
@@ -353,7 +354,7 @@ func TestApprovalsThatCountNoMore(t *testing.T) {
 			func(t *testing.T, r *rig) *signer { return r.people[3] }},
 		"the credential, which is another's now": {func(t *testing.T, r *rig) {
 			r.must(t, removeOperator, "o1")
-			r.must(t, r.addCredential, "o2", string(encode(r.people[1].credential)))
+			r.must(t, r.addCredential, "o2", string(manage.Encode(r.people[1].credential)))
 		}, func(t *testing.T, r *rig) *signer { return r.people[3] }},
 		"nothing, but more are needed": {func(t *testing.T, r *rig) { r.must(t, setNeeded, "3") },
 			func(t *testing.T, r *rig) *signer { return r.people[3] }},
@@ -408,7 +409,7 @@ func TestOnePersonCountsOnce(t *testing.T) {
 	r := newRig(t, 2)
 	r.must(t, setNeeded, "2")
 	second := newSigner(t, "o1")
-	r.must(t, r.addCredential, "o1", string(encode(second.credential)))
+	r.must(t, r.addCredential, "o1", string(manage.Encode(second.credential)))
 	s, _ := r.signIn(t, r.people[0], root)
 	p := r.propose(t, s, "test")
 	if _, err := r.approve(t, r.people[1], p); err != nil {

@@ -11,6 +11,7 @@ import (
 
 	"countersign/approval"
 	"countersign/audit"
+	"countersign/internal/ledger"
 )
 
 // Bounds of sessions.
@@ -46,7 +47,7 @@ func newSession(ch Channel, credential string) (Session, string) {
 }
 
 // admit lets a session in. Only the hash of its token is kept.
-func (d *Desk) admit(s Session, token string) {
+func (d *Registry) admit(s Session, token string) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	d.sweep()
@@ -65,7 +66,7 @@ func (d *Desk) admit(s Session, token string) {
 }
 
 // sweep drops what time has ended. mu is held.
-func (d *Desk) sweep() {
+func (d *Registry) sweep() {
 	now := time.Now()
 	for key, s := range d.sessions {
 		if s.over(now) {
@@ -75,7 +76,7 @@ func (d *Desk) sweep() {
 }
 
 // endSessions ends those of an operator. mu is held.
-func (d *Desk) endSessions(operator string) {
+func (d *Registry) endSessions(operator string) {
 	for key, s := range d.sessions {
 		if s.Operator == operator {
 			delete(d.sessions, key)
@@ -85,7 +86,7 @@ func (d *Desk) endSessions(operator string) {
 
 // Session returns that of a token, and counts as a use of it: ErrSignedOut where there is none, or where it was begun on another channel
 // or by another user of this machine.
-func (d *Desk) Session(token string, ch Channel) (Session, error) {
+func (d *Registry) Session(token string, ch Channel) (Session, error) {
 	key := sha256.Sum256([]byte(token))
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -109,7 +110,7 @@ func (s *Session) copy() Session {
 }
 
 // Sessions lists those that are alive, the oldest first.
-func (d *Desk) Sessions() (all []Session) {
+func (d *Registry) Sessions() (all []Session) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	d.sweep()
@@ -121,7 +122,7 @@ func (d *Desk) Sessions() (all []Session) {
 }
 
 // alive returns the operator of a session that has not ended since the caller got it.
-func (d *Desk) alive(s Session) (person, error) {
+func (d *Registry) alive(s Session) (person, error) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	d.sweep()
@@ -135,9 +136,9 @@ func (d *Desk) alive(s Session) (person, error) {
 
 // SignOut ends a session, Revoke another one: its operator's own, or for an administrator anybody's. It has ended before that is written
 // down, whatever the disk says.
-func (d *Desk) SignOut(ctx context.Context, s Session) error { return d.Revoke(ctx, s, s.ID) }
+func (d *Registry) SignOut(ctx context.Context, s Session) error { return d.Revoke(ctx, s, s.ID) }
 
-func (d *Desk) Revoke(ctx context.Context, s Session, id string) error {
+func (d *Registry) Revoke(ctx context.Context, s Session, id string) error {
 	who, err := d.alive(s)
 	if err != nil {
 		return err
@@ -146,15 +147,14 @@ func (d *Desk) Revoke(ctx context.Context, s Session, id string) error {
 	if err != nil {
 		return err
 	}
-	_, err = d.ledger.Append(ctx, entry(audit.Event{Type: audit.OperatorSignedOut, Actor: audit.Operator(who.Name), Action: "sign out", Resource: "session/" + ended.ID, Outcome: "ok",
-		Metadata: map[string]string{"operator": ended.Operator, "channel": ended.Channel.String()}}))
-	if err != nil {
+	e := audit.NewOperatorSignedOut(who.Name, ended.ID, ended.Operator, ended.Channel.String())
+	if _, err = d.ledger.Append(ctx, ledger.EventOf(e)); err != nil {
 		return fmt.Errorf("sign out: it has ended, and that was not written down: %w", err)
 	}
 	return nil
 }
 
-func (d *Desk) end(who person, id string) (Session, error) {
+func (d *Registry) end(who person, id string) (Session, error) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	for key, s := range d.sessions {

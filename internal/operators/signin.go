@@ -19,6 +19,7 @@ import (
 	"countersign/approval"
 	"countersign/audit"
 	"countersign/internal/ledger"
+	"countersign/internal/manage"
 )
 
 const challengeLife = 2 * time.Minute
@@ -42,7 +43,7 @@ type challenge struct {
 
 // Challenge makes one. For approval.ForSignIn there is no subject, and the operator is who the caller says to be: nobody is told
 // whether there is such an operator. For approval.ForPresence it is the operator of a session, and the subject a key's name.
-func (d *Desk) Challenge(purpose, operator, subject string, ch Channel) (Challenge, error) {
+func (d *Registry) Challenge(purpose, operator, subject string, ch Channel) (Challenge, error) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	presence := purpose == approval.ForPresence
@@ -64,7 +65,7 @@ func (d *Desk) Challenge(purpose, operator, subject string, ch Channel) (Challen
 	return out, nil
 }
 
-func (d *Desk) text(c challenge, ch Channel) string {
+func (d *Registry) text(c challenge, ch Channel) string {
 	lines := []string{c.purpose, "appliance: " + d.Appliance, "operator: " + c.operator}
 	if c.subject != "" {
 		lines = append(lines, "key: "+c.subject)
@@ -73,19 +74,19 @@ func (d *Desk) text(c challenge, ch Channel) string {
 }
 
 // seal makes the id of a challenge: what it is, in lines, under a MAC that also covers whom it is for.
-func (d *Desk) seal(c challenge, ch Channel) string {
+func (d *Registry) seal(c challenge, ch Channel) string {
 	said := strings.Join([]string{c.purpose, c.operator, c.subject, c.nonce, strconv.FormatInt(c.expires.UnixNano(), 10)}, "\n")
 	return base64.RawURLEncoding.EncodeToString(append(d.mac(said, ch), said...))
 }
 
-func (d *Desk) mac(said string, ch Channel) []byte {
+func (d *Registry) mac(said string, ch Channel) []byte {
 	m := hmac.New(sha256.New, d.secret[:])
 	fmt.Fprintf(m, "%s\n%d\n%s", ch.Kind, ch.UID, said)
 	return m.Sum(nil)
 }
 
 // unseal reads an id that seal has made for this caller and this purpose; the challenge may be used or expired.
-func (d *Desk) unseal(id, purpose string, ch Channel) (c challenge, ok bool) {
+func (d *Registry) unseal(id, purpose string, ch Channel) (c challenge, ok bool) {
 	b, err := base64.RawURLEncoding.DecodeString(id)
 	if err != nil || len(b) < sha256.Size || !hmac.Equal(b[:sha256.Size], d.mac(string(b[sha256.Size:]), ch)) {
 		return challenge{}, false
@@ -120,7 +121,7 @@ func (p person) named(proof approval.Proof) approval.Proof {
 //
 // Nobody guesses a signature: the limit on failures is for the sake of the log, and who can prove to be an operator is never kept out by
 // what others have failed in his name.
-func (d *Desk) prove(ctx context.Context, ch Channel, id, purpose string, p *approval.Proof) (c challenge, who person, count uint32, err error) {
+func (d *Registry) prove(ctx context.Context, ch Channel, id, purpose string, p *approval.Proof) (c challenge, who person, count uint32, err error) {
 	c, genuine := d.unseal(id, purpose, ch)
 	d.mu.Lock()
 	who = d.roster.people[c.operator]
@@ -162,7 +163,7 @@ func (u used) has(nonce string, now time.Time) bool {
 }
 
 // verify holds a proof against a text and one of the operator's credentials.
-func (d *Desk) verify(who person, namespace, text string, p approval.Proof) (count uint32, err error) {
+func (d *Registry) verify(who person, namespace, text string, p approval.Proof) (count uint32, err error) {
 	c, there := who.Credential(p.Credential)
 	if !there {
 		return 0, fmt.Errorf("%w: the operator has no such credential", approval.ErrNotProven)
@@ -181,7 +182,7 @@ func (d *Desk) verify(who person, namespace, text string, p approval.Proof) (cou
 }
 
 // refused writes down that a proof was refused, up to as many as the log should have.
-func (d *Desk) refused(ctx context.Context, ch Channel, operator, purpose string, p approval.Proof, cause error) {
+func (d *Registry) refused(ctx context.Context, ch Channel, operator, purpose string, p approval.Proof, cause error) {
 	d.Log.Warn("a proof was refused", "operator", operator, "purpose", purpose, "channel", ch.String(), "cause", cause)
 	d.mu.Lock()
 	silent := d.failures.written.take(eventsBurst, eventsEvery) > 0
@@ -197,15 +198,16 @@ func (d *Desk) refused(ctx context.Context, ch Channel, operator, purpose string
 	if errors.Is(cause, ErrLimited) {
 		outcome = "rate_limited"
 	}
-	e := audit.Event{Type: audit.SignInRefused, Actor: audit.Daemon(), Action: "sign in", Resource: operator, Outcome: outcome, Metadata: map[string]string{
-		"purpose": purpose, "credential": credential, "channel": ch.String(), "cause": cause.Error()}}
-	if _, err := d.ledger.Append(ctx, entry(e)); err != nil {
+	e := audit.NewSignInRefused(operator, outcome, audit.Refusal{
+		Purpose: purpose, Credential: credential, Channel: ch.String(), Cause: cause.Error(),
+	})
+	if _, err := d.ledger.Append(ctx, ledger.EventOf(e)); err != nil {
 		d.Log.Error("the refusal of a proof was not written down", "err", err)
 	}
 }
 
 // SignIn begins a session for the operator of a challenge. The token is the caller's to keep; nobody else has it.
-func (d *Desk) SignIn(ctx context.Context, ch Channel, challenge string, p approval.Proof) (s Session, token string, err error) {
+func (d *Registry) SignIn(ctx context.Context, ch Channel, challenge string, p approval.Proof) (s Session, token string, err error) {
 	c, seen, count, err := d.prove(ctx, ch, challenge, approval.ForSignIn, &p)
 	if err != nil {
 		return Session{}, "", fmt.Errorf("sign-in: %w", err)
@@ -217,8 +219,8 @@ func (d *Desk) SignIn(ctx context.Context, ch Channel, challenge string, p appro
 			if who, err = d.stillHas(tx, seen, p.Credential, count); err != nil {
 				return err
 			}
-			return tx.Append(entry(audit.Event{Type: audit.OperatorSignedIn, Actor: audit.Operator(who.Name), Action: "sign in", Resource: "session/" + begun.ID, Outcome: "ok",
-				Metadata: map[string]string{"credential": p.Credential, "roles": joinRoles(who.Roles), "channel": ch.String()}}))
+			e := audit.NewOperatorSignedIn(who.Name, begun.ID, p.Credential, joinRoles(who.Roles), ch.String())
+			return tx.Append(ledger.EventOf(e))
 		}); err != nil {
 			return err
 		}
@@ -239,7 +241,7 @@ func (d *Desk) SignIn(ctx context.Context, ch Channel, challenge string, p appro
 
 // stillHas returns the operator that the ledger has, who must have the credential that he has proven to have as memory had him, and
 // whose count goes on.
-func (d *Desk) stillHas(tx *ledger.Tx, seen person, credential string, count uint32) (person, error) {
+func (d *Registry) stillHas(tx *ledger.Tx, seen person, credential string, count uint32) (person, error) {
 	value := tx.Get(ledger.Operators, seen.Name)
 	if len(value) == 0 {
 		return person{}, fmt.Errorf("%w: the operator was removed", approval.ErrNotProven)
@@ -256,12 +258,12 @@ func (d *Desk) stillHas(tx *ledger.Tx, seen person, credential string, count uin
 	if err != nil || !changed {
 		return who, err
 	}
-	return who, tx.Put(ledger.Operators, who.Name, encode(who))
+	return who, tx.Put(ledger.Operators, who.Name, manage.Encode(who))
 }
 
 // Prove holds a fresh proof of a session's operator against a challenge for approval.ForPresence with that subject. It is good once, for
 // what is done now.
-func (d *Desk) Prove(ctx context.Context, s Session, challenge, subject string, p approval.Proof) error {
+func (d *Registry) Prove(ctx context.Context, s Session, challenge, subject string, p approval.Proof) error {
 	if _, err := d.alive(s); err != nil {
 		return err
 	}

@@ -42,6 +42,13 @@ func (r *Registry) Leave(s *Session) {
 	close(s.ended)
 }
 
+// Serving is how many requests of a member, and of all members, are being served.
+func (r *Registry) Serving(m *Member) (ofMember, all int) {
+	r.mu.RLock()
+	defer r.mu.RUnlock()
+	return m.requests, r.requests
+}
+
 // Wake has all sessions look for news.
 func (r *Registry) Wake() {
 	r.mu.RLock()

@@ -30,7 +30,8 @@ type Monitor struct {
 
 	mu      sync.Mutex
 	record  func(context.Context, audit.Event) error // nil: before Start
-	away    map[string]bool                          // by name
+	back    func()
+	away    map[string]bool // by name
 	pending []*change
 }
 
@@ -48,9 +49,11 @@ func NewMonitor(log *slog.Logger, timeout time.Duration) *Monitor {
 }
 
 // Start gives the monitor the function that writes events down, and writes down the changes so far.
-func (m *Monitor) Start(ctx context.Context, record func(context.Context, audit.Event) error) {
+// back is called when a resource with events has come back: what has failed for want of it may be tried
+// again now.
+func (m *Monitor) Start(ctx context.Context, record func(context.Context, audit.Event) error, back func()) {
 	m.mu.Lock()
-	m.record = record
+	m.record, m.back = record, back
 	m.mu.Unlock()
 	m.Flush(ctx)
 }
@@ -63,9 +66,16 @@ func (m *Monitor) Check(ctx context.Context, r Resource, err error) {
 // Report says whether a resource is there, and if not, why; the cause may be nil. A report that says
 // what is known changes nothing.
 func (m *Monitor) Report(ctx context.Context, r Resource, there bool, cause error) {
-	if m.note(r, !there, cause) {
-		m.Flush(ctx)
+	if !m.note(r, !there, cause) {
+		return
 	}
+	m.mu.Lock()
+	back := m.back
+	m.mu.Unlock()
+	if there && back != nil {
+		back()
+	}
+	m.Flush(ctx)
 }
 
 func (m *Monitor) note(r Resource, away bool, cause error) (changed bool) {

@@ -27,12 +27,13 @@ func TestMonitor(t *testing.T) {
 	m.Report(ctx, token, true, nil)
 	var written []string
 	var broken error
+	backs := 0
 	m.Start(ctx, func(_ context.Context, e audit.Event) error {
 		if broken == nil {
 			written = append(written, fmt.Sprint(e.Type, " ", e.Resource, " ", e.Outcome, " ", e.Metadata["cause"]))
 		}
 		return broken
-	})
+	}, func() { backs++ })
 	want := func(what string, events ...string) {
 		t.Helper()
 		if !slices.Equal(written, events) {
@@ -54,6 +55,9 @@ func TestMonitor(t *testing.T) {
 	broken = nil
 	m.Flush(ctx)
 	want("later", "DeviceRecovered ledger ok ")
+	if backs != 3 {
+		t.Errorf("%d times it is said that something is back", backs)
+	}
 	counter := Resource{Name: "counter", Lost: "no counter"}
 	m.Check(ctx, counter, errors.New("gone"))
 	m.Check(ctx, counter, errors.New("gone"))

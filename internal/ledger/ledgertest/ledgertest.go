@@ -1,6 +1,6 @@
-// Package ledgertest opens ledgers for tests, each with a replica beside it. The replica is fed with
-// the encoded lists of writes only. When the ledger is closed, the buckets of both are compared, and
-// what a ledger has in memory after it has opened the replica's file.
+// Package ledgertest opens ledgers for tests, each with a replica. The replica gets the encoded
+// lists of writes only. When the ledger is closed, the buckets of ledger and replica are compared.
+// Then the replica is opened as a ledger, and the memory of both is compared.
 package ledgertest
 
 import (
@@ -20,14 +20,14 @@ import (
 	bolt "go.etcd.io/bbolt"
 )
 
-// Open opens a ledger as ledger.Open does. The test fails if the replica is not equal when the ledger
-// is closed.
+// Open opens a ledger as ledger.Open does. The test fails if the replica differs from the ledger
+// when the ledger is closed.
 func Open(t testing.TB, path string, o ledger.Options) (*ledger.Ledger, error) {
 	t.Helper()
 	f := &follower{t: t, options: o, dir: t.TempDir()}
 	watched := o
 	watched.Replicate = f.take
-	if o.MarginOf != nil { // read once: a record that changes later counts from the next opening on
+	if o.MarginOf != nil { // read once: the replica must have the margin from the opening of the ledger
 		watched.MarginOf = func(v ledger.View) (margin time.Duration, err error) {
 			margin, err = o.MarginOf(v)
 			f.options.MarginOf = func(ledger.View) (time.Duration, error) { return margin, err }
@@ -48,6 +48,7 @@ func Open(t testing.TB, path string, o ledger.Options) (*ledger.Ledger, error) {
 	return l, nil
 }
 
+// write writes a snapshot of a ledger to a file.
 func write(l *ledger.Ledger, path string) error {
 	f, err := os.Create(path)
 	if err != nil {
@@ -60,7 +61,7 @@ func write(l *ledger.Ledger, path string) error {
 	return f.Close()
 }
 
-// follower feeds a replica, and compares it once.
+// follower sends the lists to a replica, and compares ledger and replica once.
 type follower struct {
 	t       testing.TB
 	options ledger.Options
@@ -68,13 +69,13 @@ type follower struct {
 	dir     string
 
 	mu      sync.Mutex
-	replica *ledger.Replica // nil: compared
-	lists   int
+	replica *ledger.Replica // nil after the comparison
+	lists   int             // number of lists so far
 }
 
 func (f *follower) path() string { return filepath.Join(f.dir, "replica.db") }
 
-// take gets a list that was committed, or nil when the ledger is being closed.
+// take applies a committed list to the replica. A nil list means that the ledger is being closed.
 func (f *follower) take(list []byte) {
 	if list == nil {
 		f.end()
@@ -90,7 +91,8 @@ func (f *follower) take(list []byte) {
 	}
 }
 
-// end compares. A ledger whose state is unknown is not compared: its disk may be one list ahead.
+// end compares ledger and replica. A ledger with an unknown state is not compared: its disk may be
+// one list ahead.
 func (f *follower) end() {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -111,10 +113,11 @@ func (f *follower) end() {
 	}
 }
 
+// compare compares the buckets, and then the memory of the ledger and of the replica as a ledger.
 func (f *follower) compare() error {
 	original := filepath.Join(f.dir, "original.db")
 	if err := write(f.l, original); errors.Is(err, fs.ErrClosed) {
-		return nil // the test has closed the file of the ledger, to break it
+		return nil // the test has closed the ledger's file, to break the ledger
 	} else if err != nil {
 		return err
 	}
@@ -134,12 +137,12 @@ func (f *follower) compare() error {
 	}
 	defer took.Close()
 	if got, err := took.Digest(ctx, now); err != nil || got != want {
-		return fmt.Errorf("its memory is another: %s, want %s, %w", got, want, err)
+		return fmt.Errorf("its memory differs: %s, want %s, %w", got, want, err)
 	}
 	return nil
 }
 
-// Equal compares all buckets of two ledgers' files.
+// Equal returns an error that names the first difference between the buckets of two ledger files.
 func Equal(path, other string) error {
 	x, err := bolt.Open(path, 0o600, &bolt.Options{ReadOnly: true, Timeout: time.Second})
 	if err != nil {
@@ -159,16 +162,16 @@ func Equal(path, other string) error {
 type buckets = func(name []byte) *bolt.Bucket
 
 // equal compares the records of two buckets, and the buckets inside them, in order.
-func equal(place string, x, y *bolt.Cursor, inX, inY buckets) error {
+func equal(path string, x, y *bolt.Cursor, inX, inY buckets) error {
 	k, v := x.First()
 	other, w := y.First()
 	for ; k != nil || other != nil; k, v = x.Next() {
 		if !bytes.Equal(k, other) || !bytes.Equal(v, w) || (v == nil) != (w == nil) {
-			return fmt.Errorf("%s: %x is %x, the replica has %x: %x", place, k, v, other, w)
+			return fmt.Errorf("%s: %x is %x, the replica has %x: %x", path, k, v, other, w)
 		}
 		if v == nil {
 			x, y := inX(k), inY(k)
-			if err := equal(place+"/"+string(k), x.Cursor(), y.Cursor(), x.Bucket, y.Bucket); err != nil {
+			if err := equal(path+"/"+string(k), x.Cursor(), y.Cursor(), x.Bucket, y.Bucket); err != nil {
 				return err
 			}
 		}

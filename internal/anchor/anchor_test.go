@@ -1,4 +1,4 @@
-package appliance
+package anchor
 
 import (
 	"testing"
@@ -7,7 +7,7 @@ import (
 
 // TestCounterIsDue: after the interval with any admission, sooner after many, and never so often that memory wears out.
 func TestCounterIsDue(t *testing.T) {
-	a := Anchor{Interval: time.Hour, Admissions: 100}
+	a := Config{Interval: time.Hour, Admissions: 100}
 	for _, c := range []struct {
 		admitted uint64
 		since    time.Duration
