@@ -31,7 +31,7 @@ var arrows = map[string]room{
 			golang.org/x/sys`,
 	},
 	"cmd/countersign": {
-		ours:    "admin/api approval audit client internal/ijson internal/keystore policy transcript",
+		ours:    "admin/api approval audit client internal/ijson internal/keystore internal/sshagent policy transcript",
 		outside: "github.com/spf13/cobra github.com/spf13/pflag golang.org/x/crypto/ssh",
 	},
 	// The edge for operators.
@@ -68,6 +68,7 @@ var arrows = map[string]room{
 	"internal/ledger":    {ours: "audit", outside: "go.etcd.io/bbolt golang.org/x/mod"},
 	"internal/manage":    {ours: "internal/ijson internal/keystore"},
 	"internal/resource":  {ours: "audit"},
+	"internal/sshagent":  {ours: "approval", outside: "golang.org/x/crypto/ssh"},
 	// The devices.
 	"hsm": {
 		ours:    `internal/keystore`,

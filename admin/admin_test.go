@@ -28,6 +28,7 @@ import (
 	"countersign/internal/ledger"
 	"countersign/internal/ledger/ledgertest"
 	"countersign/internal/operators"
+	"countersign/internal/sshagent"
 	"countersign/policy"
 
 	"golang.org/x/crypto/ssh"
@@ -199,7 +200,7 @@ func (r *rig) proof(name, text string) approval.Proof {
 	r.t.Helper()
 	o := must(r.desk.Operator(name))(r.t)
 	namespace, _, _ := strings.Cut(text, "\n")
-	return must(approval.SignSSH(r.agent, o.Credentials[0], namespace, text))(r.t)
+	return must(sshagent.Sign(r.agent, o.Credentials[0], namespace, text))(r.t)
 }
 
 func (r *rig) signIn(c *api.Client, name string) *api.Client {

@@ -19,7 +19,7 @@ import (
 	"github.com/fxamacker/cbor/v2"
 )
 
-// authenticator makes passkeys in software: one key, and what it says is for a test to change.
+// authenticator is an authenticator in software with one key. Tests change its statements.
 type authenticator struct {
 	key        crypto.Signer
 	id         []byte
@@ -28,8 +28,8 @@ type authenticator struct {
 	flags      byte
 	count      uint32
 	extensions []byte
-	client     map[string]any // fields of the client data, beside challenge and type
-	ceremony   string         // instead of what it is
+	client     map[string]any // fields of the client data, without challenge and type
+	ceremony   string         // type of the client data; "": the real ceremony
 	format     string
 	statement  any
 }
@@ -41,7 +41,11 @@ const (
 
 func newAuthenticator(t testing.TB, kind string) *authenticator {
 	t.Helper()
-	a := &authenticator{id: bytes.Repeat([]byte{9}, 32), rpID: testRP, flags: 0x05, count: 41, client: map[string]any{"origin": testOrigin, "crossOrigin": false}, format: "none", statement: map[string]any{}}
+	a := &authenticator{
+		id: bytes.Repeat([]byte{9}, 32), rpID: testRP, flags: 0x05, count: 41,
+		client: map[string]any{"origin": testOrigin, "crossOrigin": false},
+		format: "none", statement: map[string]any{},
+	}
 	if kind == "ES256" {
 		k := must(ecdsa.GenerateKey(elliptic.P256(), rand.Reader))
 		point := must(k.PublicKey.ECDH()).Bytes()
@@ -82,29 +86,37 @@ func (a *authenticator) sign(t testing.TB, message []byte) []byte {
 	return must(a.key.Sign(rand.Reader, message, hash))
 }
 
-// create answers like navigator.credentials.create().
+// create returns the answer of navigator.credentials.create().
 func (a *authenticator) create(challenge []byte) []byte {
 	attested := append(make([]byte, 16), byte(len(a.id)>>8), byte(len(a.id)))
 	attested = append(append(attested, a.id...), encodeCBOR(a.cose)...)
-	object := encodeCBOR(map[string]any{"fmt": a.format, "attStmt": a.statement, "authData": a.data(a.flags|0x40, attested)})
-	return must(json.Marshal(map[string]any{"id": b64(a.id), "rawId": b64(a.id), "type": "public-key", "clientExtensionResults": map[string]any{},
-		"response": map[string]any{"clientDataJSON": b64(a.clientData("webauthn.create", challenge)), "attestationObject": b64(object), "transports": []string{"internal"}}}))
+	object := encodeCBOR(map[string]any{
+		"fmt": a.format, "attStmt": a.statement, "authData": a.data(a.flags|0x40, attested),
+	})
+	return must(json.Marshal(map[string]any{
+		"id": b64(a.id), "rawId": b64(a.id), "type": "public-key", "clientExtensionResults": map[string]any{},
+		"response": map[string]any{
+			"clientDataJSON": b64(a.clientData("webauthn.create", challenge)), "attestationObject": b64(object),
+			"transports": []string{"internal"},
+		},
+	}))
 }
 
-// get answers like navigator.credentials.get() to a text.
+// get returns the answer of navigator.credentials.get() for a text.
 func (a *authenticator) get(t testing.TB, c Credential, text string) Proof {
 	t.Helper()
 	challenge := sha256.Sum256([]byte(text))
 	client, data := a.clientData("webauthn.get", challenge[:]), a.data(a.flags, nil)
 	said := sha256.Sum256(client)
-	return Proof{Credential: c.ID, Assertion: &Assertion{b64(data), b64(client), b64(a.sign(t, append(bytes.Clone(data), said[:]...)))}}
+	signature := a.sign(t, append(bytes.Clone(data), said[:]...))
+	return Proof{Credential: c.ID, Assertion: &Assertion{b64(data), b64(client), b64(signature)}}
 }
 
 var challenge = []byte("a challenge of 32 bytes, at least")
 
 func b64(b []byte) string { return base64.RawURLEncoding.EncodeToString(b) }
 
-// enrol makes the passkey of an authenticator.
+// enrol registers a passkey of the authenticator.
 func (a *authenticator) enrol(t testing.TB) Credential {
 	t.Helper()
 	c, err := NewPasskey(challenge, testRP, testOrigin, a.create(challenge))
@@ -116,7 +128,7 @@ func (a *authenticator) enrol(t testing.TB) Credential {
 
 func TestPasskey(t *testing.T) {
 	for _, kind := range []string{"ES256", "EdDSA"} {
-		for range 200 { // coordinates that begin with zeros too
+		for range 200 { // some coordinates begin with zeros
 			if kind == "EdDSA" {
 				break
 			}
@@ -124,7 +136,8 @@ func TestPasskey(t *testing.T) {
 		}
 		a := newAuthenticator(t, kind)
 		c := a.enrol(t)
-		if err := c.Check(); err != nil || c.ID != NewID(c.PublicKey) || c.RPID != testRP || c.CredentialID != b64(a.id) {
+		if err := c.Check(); err != nil || c.ID != NewID(c.PublicKey) || c.RPID != testRP ||
+			c.CredentialID != b64(a.id) {
 			t.Fatalf("%+v, %v", c, err)
 		}
 		p := a.get(t, c, sampleText)
@@ -155,14 +168,16 @@ func TestPasskey(t *testing.T) {
 						b = append(b, bit)
 					}
 					*field(&changed) = b64(b)
-					if _, err := c.Verify(ForSignIn, sampleText, Proof{Credential: c.ID, Assertion: &changed}); !errors.Is(err, ErrNotProven) {
+					_, err := c.Verify(ForSignIn, sampleText, Proof{Credential: c.ID, Assertion: &changed})
+					if !errors.Is(err, ErrNotProven) {
 						t.Errorf("%s: byte %d of the %s changed: %v", kind, i, name, err)
 					}
 				}
 			}
 			changed := *p.Assertion
 			*field(&changed) += "\n"
-			if _, err := c.Verify(ForSignIn, sampleText, Proof{Credential: c.ID, Assertion: &changed}); !errors.Is(err, ErrNotProven) {
+			_, err := c.Verify(ForSignIn, sampleText, Proof{Credential: c.ID, Assertion: &changed})
+			if !errors.Is(err, ErrNotProven) {
 				t.Errorf("%s: a line end after the %s: %v", kind, name, err)
 			}
 		}
@@ -173,34 +188,48 @@ func TestPasskey(t *testing.T) {
 	}
 }
 
-// TestPasskeyRules breaks one rule at a time, in what is signed well.
+// TestPasskeyRules breaks one rule at a time, under a valid signature.
 func TestPasskeyRules(t *testing.T) {
 	long := strings.Repeat("x", MaxProof)
+	origin := func(value string) func(*authenticator) {
+		return func(a *authenticator) { a.client["origin"] = value }
+	}
 	for name, test := range map[string]struct {
 		change       func(*authenticator)
-		make, assert bool // whether it is good for create and for get
+		make, assert bool // accepted after create, and after get
 	}{
-		"as it is":               {func(*authenticator) {}, true, true},
-		"what browsers add":      {func(a *authenticator) { a.client["other_keys_can_be_added_here"] = "do not compare" }, true, true},
-		"extensions":             {func(a *authenticator) { a.flags |= 0x80; a.extensions = encodeCBOR(map[string]any{"credProtect": 2}) }, true, true},
-		"backed up":              {func(a *authenticator) { a.flags |= 0x18 }, true, true},
-		"packed attestation":     {func(a *authenticator) { a.format, a.statement = "packed", map[string]any{"alg": -7, "sig": []byte{1}} }, true, true},
-		"unknown attestation":    {func(a *authenticator) { a.format, a.statement = "acme", map[string]any{"x": 1} }, true, true},
-		"another port":           {func(a *authenticator) { a.client["origin"] = "https://localhost" }, false, true},
-		"the other ceremony":     {func(a *authenticator) { a.ceremony = "webauthn.create" }, true, false},
-		"the other one":          {func(a *authenticator) { a.ceremony = "webauthn.get" }, false, true},
-		"no ceremony":            {func(a *authenticator) { a.ceremony = "x" }, false, false},
-		"http":                   {func(a *authenticator) { a.client["origin"] = "http://localhost:7780" }, false, false},
-		"another host":           {func(a *authenticator) { a.client["origin"] = "https://localhost.example:7780" }, false, false},
-		"a host below":           {func(a *authenticator) { a.client["origin"] = "https://a.localhost:7780" }, false, false},
-		"a user":                 {func(a *authenticator) { a.client["origin"] = "https://localhost:7780@example" }, false, false},
-		"a path":                 {func(a *authenticator) { a.client["origin"] = testOrigin + "/" }, false, false},
-		"port 0":                 {func(a *authenticator) { a.client["origin"] = "https://localhost:0" }, false, false},
-		"port +1":                {func(a *authenticator) { a.client["origin"] = "https://localhost:+1" }, false, false},
-		"an empty port":          {func(a *authenticator) { a.client["origin"] = "https://localhost:" }, false, false},
-		"no origin":              {func(a *authenticator) { delete(a.client, "origin") }, false, false},
-		"a frame":                {func(a *authenticator) { a.client["crossOrigin"] = true }, false, false},
-		"a frame of another":     {func(a *authenticator) { a.client["topOrigin"] = "https://evil.example" }, false, false},
+		"as it is":  {func(*authenticator) {}, true, true},
+		"backed up": {func(a *authenticator) { a.flags |= 0x18 }, true, true},
+		"what browsers add": {func(a *authenticator) {
+			a.client["other_keys_can_be_added_here"] = "do not compare"
+		}, true, true},
+		"extensions": {func(a *authenticator) {
+			a.flags |= 0x80
+			a.extensions = encodeCBOR(map[string]any{"credProtect": 2})
+		}, true, true},
+		"packed attestation": {func(a *authenticator) {
+			a.format, a.statement = "packed", map[string]any{"alg": -7, "sig": []byte{1}}
+		}, true, true},
+		"unknown attestation": {func(a *authenticator) {
+			a.format, a.statement = "acme", map[string]any{"x": 1}
+		}, true, true},
+		"another port":       {origin("https://localhost"), false, true},
+		"the other ceremony": {func(a *authenticator) { a.ceremony = "webauthn.create" }, true, false},
+		"the other one":      {func(a *authenticator) { a.ceremony = "webauthn.get" }, false, true},
+		"no ceremony":        {func(a *authenticator) { a.ceremony = "x" }, false, false},
+		"http":               {origin("http://localhost:7780"), false, false},
+		"another host":       {origin("https://localhost.example:7780"), false, false},
+		"a host below":       {origin("https://a.localhost:7780"), false, false},
+		"a user":             {origin("https://localhost:7780@example"), false, false},
+		"a path":             {origin(testOrigin + "/"), false, false},
+		"port 0":             {origin("https://localhost:0"), false, false},
+		"port +1":            {origin("https://localhost:+1"), false, false},
+		"an empty port":      {origin("https://localhost:"), false, false},
+		"no origin":          {func(a *authenticator) { delete(a.client, "origin") }, false, false},
+		"a frame":            {func(a *authenticator) { a.client["crossOrigin"] = true }, false, false},
+		"a frame of another": {func(a *authenticator) {
+			a.client["topOrigin"] = "https://evil.example"
+		}, false, false},
 		"another relying party":  {func(a *authenticator) { a.rpID = "example.com" }, false, false},
 		"no user":                {func(a *authenticator) { a.flags &^= 1 }, false, false},
 		"user not verified":      {func(a *authenticator) { a.flags &^= 4 }, false, false},
@@ -228,7 +257,8 @@ func TestPasskeyRules(t *testing.T) {
 		if err == nil && (made.PublicKey != c.PublicKey || made.Check() != nil) {
 			t.Errorf("%s: %+v", name, made)
 		}
-		if _, err = c.Verify(ForSignIn, sampleText, a.get(t, c, sampleText)); (err == nil) != test.assert || err != nil && !errors.Is(err, ErrNotProven) {
+		_, err = c.Verify(ForSignIn, sampleText, a.get(t, c, sampleText))
+		if (err == nil) != test.assert || err != nil && !errors.Is(err, ErrNotProven) {
 			t.Errorf("%s: get: %v", name, err)
 		}
 	}
@@ -249,7 +279,7 @@ func TestPasskeyRules(t *testing.T) {
 			t.Errorf("%s: %v", name, err)
 		}
 	}
-	// The same key with more in it is the same credential.
+	// A further field in the COSE key changes nothing: the credential has the canonical form.
 	a.cose[-100] = "more"
 	if again, err := NewPasskey(challenge, testRP, testOrigin, a.create(challenge)); err != nil || again != c {
 		t.Errorf("%+v, %v", again, err)
@@ -273,15 +303,17 @@ func TestPasskeyRules(t *testing.T) {
 	if _, err := NewPasskey(challenge, testRP, testOrigin, ed.create(challenge)); !errors.Is(err, ErrNotProven) {
 		t.Errorf("EdDSA of another name: %v", err)
 	}
+	const rest = `"challenge":"%","origin":"https://localhost"}`
 	for name, client := range map[string]string{
-		"two types":     `{"type":"webauthn.create","type":"webauthn.get","challenge":"%","origin":"https://localhost"}`,
-		"another case":  `{"Type":"webauthn.get","challenge":"%","origin":"https://localhost"}`,
-		"data after it": `{"type":"webauthn.get","challenge":"%","origin":"https://localhost"}{}`,
+		"two types":     `{"type":"webauthn.create","type":"webauthn.get",` + rest,
+		"another case":  `{"Type":"webauthn.get",` + rest,
+		"data after it": `{"type":"webauthn.get",` + rest + `{}`,
 	} {
 		sum := sha256.Sum256([]byte(sampleText))
 		said := []byte(strings.Replace(client, "%", b64(sum[:]), 1))
 		digest, data := sha256.Sum256(said), a.data(5, nil)
-		p := Proof{Credential: c.ID, Assertion: &Assertion{b64(data), b64(said), b64(a.sign(t, append(bytes.Clone(data), digest[:]...)))}}
+		signature := a.sign(t, append(bytes.Clone(data), digest[:]...))
+		p := Proof{Credential: c.ID, Assertion: &Assertion{b64(data), b64(said), b64(signature)}}
 		if _, err := c.Verify(ForSignIn, sampleText, p); !errors.Is(err, ErrNotProven) {
 			t.Errorf("%s: %v", name, err)
 		}
@@ -314,9 +346,12 @@ func TestPasskeyOptions(t *testing.T) {
 	if err := json.Unmarshal(text, &create); err != nil {
 		t.Fatal(err)
 	}
-	if create.RP.ID != testRP || create.User.Name != "anna" || create.User.DisplayName != "anna" || len(must(decode(create.User.ID))) != 32 || create.Challenge != b64(challenge) ||
-		len(create.PubKeyCredParams) != 2 || create.PubKeyCredParams[0].Alg != -7 || create.PubKeyCredParams[1].Alg != -8 ||
-		len(create.ExcludeCredentials) != 1 || create.ExcludeCredentials[0].ID != c.CredentialID || create.AuthenticatorSelection.UserVerification != "required" || create.Attestation != "none" {
+	if create.RP.ID != testRP || create.User.Name != "anna" || create.User.DisplayName != "anna" ||
+		len(must(decode(create.User.ID))) != 32 || create.Challenge != b64(challenge) ||
+		len(create.PubKeyCredParams) != 2 ||
+		create.PubKeyCredParams[0].Alg != -7 || create.PubKeyCredParams[1].Alg != -8 ||
+		len(create.ExcludeCredentials) != 1 || create.ExcludeCredentials[0].ID != c.CredentialID ||
+		create.AuthenticatorSelection.UserVerification != "required" || create.Attestation != "none" {
 		t.Errorf("%s", text)
 	}
 	var get struct {
@@ -328,7 +363,8 @@ func TestPasskeyOptions(t *testing.T) {
 		t.Fatal(err)
 	}
 	if get.Challenge != b64(challenge) || get.RPID != testRP || get.UserVerification != "required" ||
-		len(get.AllowCredentials) != 1 || get.AllowCredentials[0].Type != "public-key" || get.AllowCredentials[0].ID != c.CredentialID {
+		len(get.AllowCredentials) != 1 || get.AllowCredentials[0].Type != "public-key" ||
+		get.AllowCredentials[0].ID != c.CredentialID {
 		t.Errorf("%s", text)
 	}
 }

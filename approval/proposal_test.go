@@ -10,14 +10,20 @@ import (
 )
 
 func sampleProposal() *Proposal {
-	return &Proposal{ID: 7, Appliance: "countersign/0011223344556677", Act: "key destroy", Parameters: []Parameter{{"key", "payments"}, {"version", "1"}},
-		Proposer: "anna", Proposed: time.Date(2026, 11, 24, 8, 0, 0, 0, time.UTC), Expires: time.Date(2026, 11, 25, 8, 0, 0, 0, time.UTC), Needed: 2, Nonce: "000102030405060708090a0b0c0d0e0f"}
+	return &Proposal{
+		ID: 7, Appliance: "countersign/0011223344556677",
+		Act: "key destroy", Parameters: []Parameter{{"key", "payments"}, {"version", "1"}},
+		Proposer: "anna", Proposed: time.Date(2026, 11, 24, 8, 0, 0, 0, time.UTC),
+		Expires: time.Date(2026, 11, 25, 8, 0, 0, 0, time.UTC), Needed: 2, Nonce: "000102030405060708090a0b0c0d0e0f",
+	}
 }
 
 func TestProposalText(t *testing.T) {
 	p := sampleProposal()
-	const want = "countersign-proposal-v1\nappliance: countersign/0011223344556677\nproposal: 7\nact: key destroy\n  key: payments\n  version: 1\n" +
-		"proposed by: anna\nproposed at: 2026-11-24T08:00:00Z\nexpires at: 2026-11-25T08:00:00Z\napprovals needed: 2\nnonce: 000102030405060708090a0b0c0d0e0f\n"
+	const want = "countersign-proposal-v1\nappliance: countersign/0011223344556677\nproposal: 7\nact: key destroy\n" +
+		"  key: payments\n  version: 1\n" +
+		"proposed by: anna\nproposed at: 2026-11-24T08:00:00Z\nexpires at: 2026-11-25T08:00:00Z\n" +
+		"approvals needed: 2\nnonce: 000102030405060708090a0b0c0d0e0f\n"
 	if p.Text() != want {
 		t.Errorf("%s", p.Text())
 	}
@@ -26,17 +32,20 @@ func TestProposalText(t *testing.T) {
 		t.Errorf("%s", p.Text())
 	}
 	again, err := ParseText(want)
-	if err != nil || again.Text() != want || again.Digest() != p.Digest() || again.Parameter("version") != "1" || again.Parameter("x") != "" {
+	if err != nil || again.Text() != want || again.Digest() != p.Digest() ||
+		again.Parameter("version") != "1" || again.Parameter("x") != "" {
 		t.Errorf("%+v, %v", again, err)
 	}
-	// A value may look like a line of its own: it stays in its line.
+	// A value that looks like another line stays a value.
 	p.Parameters = []Parameter{{"reason", "approvals needed: 1"}, {"name", "act: peer add"}, {"x", "  y: z"[2:]}}
-	if again, err := ParseText(p.Text()); err != nil || again.Needed != 2 || again.Act != "key destroy" || again.Parameter("reason") != "approvals needed: 1" || again.Parameter("x") != "y: z" {
+	if again, err := ParseText(p.Text()); err != nil || again.Needed != 2 || again.Act != "key destroy" ||
+		again.Parameter("reason") != "approvals needed: 1" || again.Parameter("x") != "y: z" {
 		t.Errorf("%+v, %v", again, err)
 	}
 }
 
-// TestParseTextTakesOneForm: a text in which a byte is changed, added or missing is refused, or is the text of what it then says.
+// TestParseTextTakesOneForm changes, adds and removes bytes of a text. ParseText must refuse the
+// result, or the result must be the canonical text of another proposal.
 func TestParseTextTakesOneForm(t *testing.T) {
 	text := sampleProposal().Text()
 	try := func(b []byte) {
@@ -60,14 +69,15 @@ func TestParseTextTakesOneForm(t *testing.T) {
 	}
 	line := func(old, new string) string { return strings.Replace(text, old, new, 1) }
 	for name, text := range map[string]string{
-		"nothing":                "",
-		"no line end":            strings.TrimSuffix(text, "\n"),
-		"two":                    text + "\n",
-		"CRLF":                   strings.ReplaceAll(text, "\n", "\r\n"),
-		"another purpose":        line(ForProposal, ForSignIn),
-		"a line twice":           line("act: key destroy\n", "act: key destroy\nact: key destroy\n"),
-		"an unknown line":        line("nonce", "note: x\nnonce"),
-		"another order":          line("appliance: countersign/0011223344556677\nproposal: 7\n", "proposal: 7\nappliance: countersign/0011223344556677\n"),
+		"nothing":         "",
+		"no line end":     strings.TrimSuffix(text, "\n"),
+		"two":             text + "\n",
+		"CRLF":            strings.ReplaceAll(text, "\n", "\r\n"),
+		"another purpose": line(ForProposal, ForSignIn),
+		"a line twice":    line("act: key destroy\n", "act: key destroy\nact: key destroy\n"),
+		"an unknown line": line("nonce", "note: x\nnonce"),
+		"another order": line("appliance: countersign/0011223344556677\nproposal: 7\n",
+			"proposal: 7\nappliance: countersign/0011223344556677\n"),
 		"a parameter elsewhere":  line("nonce", "  x: y\nnonce"),
 		"indented further":       line("  key", "    key"),
 		"not indented":           line("  key", "key"),
@@ -109,7 +119,7 @@ func TestParseTextTakesOneForm(t *testing.T) {
 	}
 }
 
-// TestProposalCheck: what Check lets through is read again as it was.
+// TestProposalCheck checks that ParseText gives back each proposal that Check accepts.
 func TestProposalCheck(t *testing.T) {
 	for name, test := range map[string]struct {
 		change func(*Proposal)
@@ -157,7 +167,8 @@ func credentialJSON(t *testing.T) string {
 	return string(must(json.Marshal(c)))
 }
 
-// passkeyJSON is the longest credential that an operator may have of a host with a long name.
+// passkeyJSON is the longest possible credential: a passkey with an id of 255 bytes, for a host
+// with a name of 253 bytes.
 func passkeyJSON(t *testing.T) string {
 	a := newAuthenticator(t, "ES256")
 	a.id = make([]byte, maxCredentialID)
@@ -169,7 +180,7 @@ func passkeyJSON(t *testing.T) string {
 	return string(must(json.Marshal(c)))
 }
 
-// FuzzParseText: what is read is what Text writes, and nothing else.
+// FuzzParseText checks that ParseText accepts canonical texts only.
 func FuzzParseText(f *testing.F) {
 	f.Add(sampleProposal().Text())
 	f.Add(strings.Replace(sampleProposal().Text(), "payments", "  x: y", 1))
@@ -185,7 +196,7 @@ func FuzzParseText(f *testing.F) {
 		if p.Text() != text || p.Check() != nil || len(text) > MaxText {
 			t.Fatalf("%q: %+v, %v", text, p, p.Check())
 		}
-		// Read without our parser: each line is one field, and the fields are those of the proposal.
+		// An independent parser: each line is one field, and the fields are those of the proposal.
 		lines := strings.Split(text, "\n")
 		if len(lines) != 10+len(p.Parameters) || lines[3] != "act: "+p.Act {
 			t.Fatalf("%q: %+v", text, p)

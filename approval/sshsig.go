@@ -10,17 +10,21 @@ import (
 	"strings"
 
 	"golang.org/x/crypto/ssh"
-	"golang.org/x/crypto/ssh/agent"
 )
 
-// sshTypes are the types of SSH keys that can be a credential. RSA's are too long for an event, and DSA is broken.
-var sshTypes = []string{ssh.KeyAlgoED25519, ssh.KeyAlgoECDSA256, ssh.KeyAlgoECDSA384, ssh.KeyAlgoECDSA521, ssh.KeyAlgoSKED25519, ssh.KeyAlgoSKECDSA256}
+// sshTypes are the types of SSH keys that can be a credential. RSA keys are too long for an event,
+// and DSA is broken.
+var sshTypes = []string{
+	ssh.KeyAlgoED25519, ssh.KeyAlgoECDSA256, ssh.KeyAlgoECDSA384, ssh.KeyAlgoECDSA521,
+	ssh.KeyAlgoSKED25519, ssh.KeyAlgoSKECDSA256,
+}
 
-// maxSSHKey is more than a key of these types has, but for a FIDO key with a long application.
+// maxSSHKey is the maximum length of a public key's text, in bytes. Keys of sshTypes are shorter,
+// except FIDO keys with a long application name.
 const maxSSHKey = 400
 
-// NewSSH makes the credential of an SSH public key: a line of authorized_keys, or of a file that ends in .pub. The error wraps
-// ErrInvalid.
+// NewSSH makes a credential from an SSH public key: a line of authorized_keys, or of a file *.pub.
+// The error wraps ErrInvalid.
 func NewSSH(line string) (Credential, error) {
 	line = strings.TrimSpace(line)
 	if strings.ContainsAny(line, "\r\n") {
@@ -28,31 +32,26 @@ func NewSSH(line string) (Credential, error) {
 	}
 	key, _, options, _, err := ssh.ParseAuthorizedKey([]byte(line))
 	if err != nil {
-		return Credential{}, fmt.Errorf("SSH key: %w: this is not a public key: give the line of a file like id_ed25519.pub", ErrInvalid)
+		return Credential{}, fmt.Errorf("SSH key: %w: this is not a public key: "+
+			"give the line of a file like id_ed25519.pub", ErrInvalid)
 	}
 	if len(options) > 0 {
-		return Credential{}, fmt.Errorf("SSH key: %w: options before a key mean nothing here: leave them out", ErrInvalid)
+		return Credential{}, fmt.Errorf("SSH key: %w: options before a key mean nothing here: leave them out",
+			ErrInvalid)
 	}
-	c, err := ofSSH(key)
-	if err != nil {
-		return Credential{}, fmt.Errorf("SSH key: %w: %w", ErrInvalid, err)
-	}
-	return c, nil
-}
-
-func ofSSH(key ssh.PublicKey) (Credential, error) {
 	text := key.Type() + " " + base64.StdEncoding.EncodeToString(key.Marshal())
 	if _, err := sshKey(text); err != nil {
-		return Credential{}, err
+		return Credential{}, fmt.Errorf("SSH key: %w: %w", ErrInvalid, err)
 	}
 	return Credential{ID: NewID(text), Kind: SSH, PublicKey: text}, nil
 }
 
-// sshKey reads the one form of a public key.
+// sshKey parses the canonical form of a public key: type, space, base64, and no comment.
 func sshKey(text string) (ssh.PublicKey, error) {
 	name, encoded, _ := strings.Cut(text, " ")
 	if !slices.Contains(sshTypes, name) {
-		return nil, errors.New("its type can't be used: use ed25519, ecdsa, or a FIDO key (ssh-keygen -t ed25519-sk); no RSA, no certificates")
+		return nil, errors.New("its type can't be used: use ed25519, ecdsa, or a FIDO key " +
+			"(ssh-keygen -t ed25519-sk); no RSA, no certificates")
 	}
 	if len(text) > maxSSHKey {
 		return nil, fmt.Errorf("it has more than %d bytes", maxSSHKey)
@@ -68,7 +67,7 @@ func sshKey(text string) (ssh.PublicKey, error) {
 	return key, nil
 }
 
-// sshsigBlob is what is in an armored signature (OpenSSH, PROTOCOL.sshsig), and sshsigSigned what the signature is over.
+// sshsigBlob is the content of an armored signature (OpenSSH, PROTOCOL.sshsig).
 type sshsigBlob struct {
 	Magic     [6]byte
 	Version   uint32
@@ -79,6 +78,7 @@ type sshsigBlob struct {
 	Signature string
 }
 
+// sshsigSigned is the message that the key signs (OpenSSH, PROTOCOL.sshsig).
 type sshsigSigned struct {
 	Magic     [6]byte
 	Namespace string
@@ -94,7 +94,8 @@ const (
 	sshsigEnd   = "\n-----END SSH SIGNATURE-----"
 )
 
-// parseSSHSIG takes an armored signature apart. What it accepts is all used: nothing can be changed in it that is not looked at.
+// parseSSHSIG parses an armored signature. The caller verifies or compares every field of the
+// result, so no byte of an accepted signature can change.
 func parseSSHSIG(armored string) (blob sshsigBlob, signature ssh.Signature, err error) {
 	text := strings.TrimSpace(strings.ReplaceAll(armored, "\r\n", "\n"))
 	text, begins := strings.CutPrefix(text, sshsigBegin)
@@ -111,7 +112,19 @@ func parseSSHSIG(armored string) (blob sshsigBlob, signature ssh.Signature, err 
 	return blob, signature, nil
 }
 
-// verifySSH checks an SSHSIG over a text.
+// armorSSHSIG encodes a blob in lines of 70 characters, as ssh-keygen does.
+func armorSSHSIG(blob sshsigBlob) string {
+	var b strings.Builder
+	b.WriteString(sshsigBegin)
+	encoded := base64.StdEncoding.EncodeToString(ssh.Marshal(blob))
+	for line := range slices.Chunk([]byte(encoded), 70) {
+		b.Write(line)
+		b.WriteByte('\n')
+	}
+	return strings.TrimSuffix(b.String(), "\n") + sshsigEnd + "\n"
+}
+
+// verifySSH verifies an SSHSIG over a text.
 func (c Credential) verifySSH(namespace, text, armored string) (signCount uint32, err error) {
 	key, err := sshKey(c.PublicKey)
 	if err != nil {
@@ -146,7 +159,9 @@ func (c Credential) verifySSH(namespace, text, armored string) (signCount uint32
 		if ssh.Unmarshal(signature.Rest, &device) != nil {
 			return 0, errors.New("the SSH signature is not of a FIDO key")
 		}
-		if device.Flags&1 == 0 { // ssh.PublicKey looks too; it must not depend on how the key was read
+		// key.Verify checks the user-presence flag too. The check must not depend on how the key
+		// was parsed.
+		if device.Flags&1 == 0 {
 			return 0, errors.New("nobody touched the FIDO key: make it without no-touch-required")
 		}
 		signCount = device.Count
@@ -159,59 +174,30 @@ func (c Credential) verifySSH(namespace, text, armored string) (signCount uint32
 	return signCount, nil
 }
 
-// SignSSH has an agent sign a text, whose first line is the namespace, and checks what it has made. The agent may be waiting
-// for a touch meanwhile.
-func SignSSH(a agent.Agent, c Credential, namespace, text string) (Proof, error) {
+// SignSSH makes the SSHSIG of a text, whose first line is the namespace, with the SSH key of a
+// credential. The function sign makes the signature proper: it gets a message of about 100 bytes,
+// and returns the signature in SSH wire format (RFC 4253 section 6.6), as an SSH agent does. sign
+// may wait for a touch. SignSSH verifies the proof before it returns; then the error wraps
+// ErrNotProven.
+func SignSSH(
+	c Credential, namespace, text string, sign func(message []byte) (signature []byte, err error),
+) (Proof, error) {
 	if c.Kind != SSH {
-		return Proof{}, errors.New("an agent can't sign with a passkey")
+		return Proof{}, errors.New("an SSH key is needed: a passkey makes no SSH signature")
 	}
 	key, err := sshKey(c.PublicKey)
 	if err != nil {
 		return Proof{}, err
 	}
 	sum := sha256.Sum256([]byte(text))
-	signature, err := a.Sign(key, ssh.Marshal(sshsigSigned{sshsigMagic, namespace, "", "sha256", sum[:]}))
+	signature, err := sign(ssh.Marshal(sshsigSigned{sshsigMagic, namespace, "", "sha256", sum[:]}))
 	if err != nil {
-		return Proof{}, fmt.Errorf("the SSH agent does not sign with this key: %w", err)
+		return Proof{}, err
 	}
-	blob := ssh.Marshal(sshsigBlob{sshsigMagic, 1, string(key.Marshal()), namespace, "", "sha256", string(ssh.Marshal(signature))})
-	var lines strings.Builder
-	lines.WriteString(sshsigBegin)
-	for chunk := range slices.Chunk([]byte(base64.StdEncoding.EncodeToString(blob)), 70) { // as ssh-keygen breaks them
-		lines.Write(chunk)
-		lines.WriteByte('\n')
-	}
-	p := Proof{Credential: c.ID, SSHSIG: strings.TrimSuffix(lines.String(), "\n") + sshsigEnd + "\n"}
+	blob := sshsigBlob{sshsigMagic, 1, string(key.Marshal()), namespace, "", "sha256", string(signature)}
+	p := Proof{Credential: c.ID, SSHSIG: armorSSHSIG(blob)}
 	if _, err := c.Verify(namespace, text, p); err != nil {
-		return Proof{}, fmt.Errorf("what the SSH agent has made: %w", err)
+		return Proof{}, fmt.Errorf("the new SSH signature is wrong: %w", err)
 	}
 	return p, nil
-}
-
-// InAgent returns those of the credentials of which an agent has the key, in the agent's order. Where known is nil it returns all
-// keys of the agent that can be credentials.
-func InAgent(a agent.Agent, known []Credential) ([]Credential, error) {
-	keys, err := a.List()
-	if err != nil {
-		return nil, fmt.Errorf("the SSH agent does not say which keys it has: %w", err)
-	}
-	var found []Credential
-	for _, k := range keys {
-		key, err := ssh.ParsePublicKey(k.Blob)
-		if err != nil {
-			continue // of a type that is unknown here
-		}
-		c, err := ofSSH(key)
-		if err != nil {
-			continue
-		}
-		i := slices.IndexFunc(known, func(other Credential) bool { return other.ID == c.ID && other.Kind == SSH })
-		if i >= 0 {
-			c = known[i]
-		}
-		if i >= 0 || known == nil {
-			found = append(found, c)
-		}
-	}
-	return found, nil
 }

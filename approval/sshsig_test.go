@@ -10,22 +10,21 @@ import (
 	"crypto/sha256"
 	"encoding/base64"
 	"errors"
+	"io"
 	"math/big"
-	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
-	"time"
 
 	"golang.org/x/crypto/ssh"
-	"golang.org/x/crypto/ssh/agent"
 )
 
-const sampleText = ForSignIn + "\nappliance: countersign/0011223344556677\noperator: anna\nchannel: unix\nexpires at: 2026-11-24T08:02:00Z\nnonce: 000102030405060708090a0b0c0d0e0f\n"
+const sampleText = ForSignIn + "\nappliance: countersign/0011223344556677\noperator: anna\nchannel: unix\n" +
+	"expires at: 2026-11-24T08:02:00Z\nnonce: 000102030405060708090a0b0c0d0e0f\n"
 
-// keygen runs the real ssh-keygen.
+// keygen runs ssh-keygen of OpenSSH.
 func keygen(t *testing.T, stdin string, args ...string) (string, error) {
 	t.Helper()
 	if _, err := exec.LookPath("ssh-keygen"); err != nil {
@@ -40,14 +39,15 @@ func keygen(t *testing.T, stdin string, args ...string) (string, error) {
 	return string(out), err
 }
 
-// accepted has the real ssh-keygen verify a signature by a credential over a text.
+// accepted has ssh-keygen verify a credential's signature over a text.
 func accepted(t *testing.T, c Credential, namespace, text, sshsig string) {
 	t.Helper()
 	dir := t.TempDir()
 	signers, sig := filepath.Join(dir, "signers"), filepath.Join(dir, "sig")
 	write(t, signers, "anna "+c.PublicKey+"\n")
 	write(t, sig, sshsig)
-	if out, err := keygen(t, text, "-Y", "verify", "-f", signers, "-I", "anna", "-n", namespace, "-s", sig); err != nil {
+	out, err := keygen(t, text, "-Y", "verify", "-f", signers, "-I", "anna", "-n", namespace, "-s", sig)
+	if err != nil {
 		t.Errorf("ssh-keygen refuses it: %v\n%s%s", err, out, sshsig)
 	}
 }
@@ -59,32 +59,39 @@ func write(t *testing.T, path, text string) {
 	}
 }
 
-// person is an operator's agent with one key, and the credential of it.
-func person(t testing.TB, private any) (agent.Agent, Credential) {
+// person returns an operator's private key, and the credential for its public half.
+func person(t testing.TB, private any) (ssh.Signer, Credential) {
 	t.Helper()
-	a := agent.NewKeyring()
-	if err := a.Add(agent.AddedKey{PrivateKey: private}); err != nil {
-		t.Fatal(err)
-	}
-	all, err := InAgent(a, nil)
-	if err != nil || len(all) != 1 {
-		t.Fatal(all, err)
-	}
-	return a, all[0]
+	signer := must(ssh.NewSignerFromKey(private))
+	return signer, must(NewSSH(string(ssh.MarshalAuthorizedKey(signer.PublicKey()))))
 }
 
-// ed25519Person has the same key each time for the same number.
-func ed25519Person(t testing.TB, n byte) (agent.Agent, Credential) {
+// ed25519Person returns a fixed key for each number.
+func ed25519Person(t testing.TB, n byte) (ssh.Signer, Credential) {
 	return person(t, ed25519.NewKeyFromSeed(bytes.Repeat([]byte{n}, 32)))
 }
 
-// TestSSHKeygenVerifies: what ssh-keygen signs is proven, and ssh-keygen takes what an agent has signed here.
+// signSSH signs a text with a key in memory.
+func signSSH(s ssh.Signer, c Credential, namespace, text string) (Proof, error) {
+	return SignSSH(c, namespace, text, func(message []byte) ([]byte, error) {
+		signature, err := s.Sign(rand.Reader, message)
+		if err != nil {
+			return nil, err
+		}
+		return ssh.Marshal(signature), nil
+	})
+}
+
+// TestSSHKeygenVerifies signs with ssh-keygen and verifies with Verify, and the other way round.
 func TestSSHKeygenVerifies(t *testing.T) {
-	for _, kind := range [][]string{{"ed25519"}, {"ecdsa", "-b", "256"}, {"ecdsa", "-b", "384"}, {"ecdsa", "-b", "521"}} {
+	for _, kind := range [][]string{
+		{"ed25519"}, {"ecdsa", "-b", "256"}, {"ecdsa", "-b", "384"}, {"ecdsa", "-b", "521"},
+	} {
 		t.Run(strings.Join(kind, ""), func(t *testing.T) {
 			dir := t.TempDir()
 			key, text := filepath.Join(dir, "key"), filepath.Join(dir, "text")
-			if out, err := keygen(t, "", append([]string{"-q", "-N", "", "-C", "anna@example with spaces", "-f", key, "-t"}, kind...)...); err != nil {
+			args := append([]string{"-q", "-N", "", "-C", "anna@example with spaces", "-f", key, "-t"}, kind...)
+			if out, err := keygen(t, "", args...); err != nil {
 				t.Fatal(err, out)
 			}
 			line, err := os.ReadFile(key + ".pub")
@@ -98,20 +105,23 @@ func TestSSHKeygenVerifies(t *testing.T) {
 			write(t, text, sampleText)
 			for _, hash := range []string{"sha256", "sha512"} {
 				os.Remove(text + ".sig")
-				if out, err := keygen(t, "", "-Y", "sign", "-n", ForSignIn, "-O", "hashalg="+hash, "-f", key, text); err != nil {
+				out, err := keygen(t, "", "-Y", "sign", "-n", ForSignIn, "-O", "hashalg="+hash, "-f", key, text)
+				if err != nil {
 					t.Fatal(err, out)
 				}
 				sig, err := os.ReadFile(text + ".sig")
 				if err != nil {
 					t.Fatal(err)
 				}
-				if _, err := c.Verify(ForSignIn, sampleText, Proof{Credential: c.ID, SSHSIG: string(sig)}); err != nil {
+				p := Proof{Credential: c.ID, SSHSIG: string(sig)}
+				if _, err := c.Verify(ForSignIn, sampleText, p); err != nil {
 					t.Errorf("%s: %v", hash, err)
 				}
-				if _, err := c.Verify(ForSignIn, sampleText, Proof{Credential: c.ID, SSHSIG: strings.ReplaceAll(string(sig), "\n", "\r\n")}); err != nil {
+				crlf := Proof{Credential: c.ID, SSHSIG: strings.ReplaceAll(string(sig), "\n", "\r\n")}
+				if _, err := c.Verify(ForSignIn, sampleText, crlf); err != nil {
 					t.Errorf("%s with CRLF: %v", hash, err)
 				}
-				if _, err := c.Verify(ForSignIn, sampleText+" ", Proof{Credential: c.ID, SSHSIG: string(sig)}); !errors.Is(err, ErrNotProven) {
+				if _, err := c.Verify(ForSignIn, sampleText+" ", p); !errors.Is(err, ErrNotProven) {
 					t.Errorf("%s over another text: %v", hash, err)
 				}
 			}
@@ -123,76 +133,16 @@ func TestSSHKeygenVerifies(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			a, same := person(t, private)
+			signer, same := person(t, private)
 			if same != c {
-				t.Fatalf("the agent's is %+v, that of the file %+v", same, c)
+				t.Fatalf("the credential of the private key is %+v, and of the public file %+v", same, c)
 			}
-			p, err := SignSSH(a, c, ForSignIn, sampleText)
+			p, err := signSSH(signer, c, ForSignIn, sampleText)
 			if err != nil {
 				t.Fatal(err)
 			}
 			accepted(t, c, ForSignIn, sampleText, p.SSHSIG)
 		})
-	}
-}
-
-// TestSSHAgent signs through the real ssh-agent.
-func TestSSHAgent(t *testing.T) {
-	path, err := exec.LookPath("ssh-agent")
-	if err != nil {
-		if os.Getenv("REQUIRE_DEVICES") == "1" {
-			t.Fatal("ssh-agent is missing: install openssh-client")
-		}
-		t.Skip("ssh-agent is missing: install openssh-client")
-	}
-	dir, err := os.MkdirTemp("", "agent") // the path of a socket must be short
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer os.RemoveAll(dir)
-	socket := filepath.Join(dir, "s")
-	cmd := exec.Command(path, "-D", "-a", socket)
-	if err := cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
-	defer func() { cmd.Process.Kill(); cmd.Wait() }()
-	var conn net.Conn
-	for deadline := time.Now().Add(10 * time.Second); ; {
-		if conn, err = net.Dial("unix", socket); err == nil {
-			break
-		} else if time.Now().After(deadline) {
-			t.Fatal(err)
-		}
-	}
-	defer conn.Close()
-	a := agent.NewClient(conn)
-	for _, private := range []any{ed25519.NewKeyFromSeed(make([]byte, 32)), must(ecdsa.GenerateKey(elliptic.P256(), rand.Reader)), must(rsa.GenerateKey(rand.Reader, 2048))} {
-		if err := a.Add(agent.AddedKey{PrivateKey: private}); err != nil {
-			t.Fatal(err)
-		}
-	}
-	all, err := InAgent(a, nil)
-	if err != nil || len(all) != 2 {
-		t.Fatalf("%d of 3 keys can be used, want 2 without RSA's: %v", len(all), err)
-	}
-	for _, c := range all {
-		if p, err := SignSSH(a, c, ForSignIn, sampleText); err != nil {
-			t.Error(err)
-		} else {
-			accepted(t, c, ForSignIn, sampleText, p.SSHSIG)
-		}
-	}
-	known := all[1]
-	known.Added = 17
-	if found, err := InAgent(a, []Credential{{ID: "another", Kind: SSH}, known}); err != nil || len(found) != 1 || found[0] != known {
-		t.Errorf("%+v, %v", found, err)
-	}
-	_, stranger := ed25519Person(t, 9)
-	if found, err := InAgent(a, []Credential{stranger}); err != nil || len(found) != 0 {
-		t.Errorf("%+v, %v", found, err)
-	}
-	if _, err := SignSSH(a, stranger, ForSignIn, sampleText); err == nil {
-		t.Error("an agent signs with a key that it has not")
 	}
 }
 
@@ -203,9 +153,8 @@ func must[T any](v T, err error) T {
 	return v
 }
 
-// fido is an agent with a FIDO key in software.
+// fido is a FIDO key in software, an ssh.Signer.
 type fido struct {
-	agent.Agent
 	ed     ed25519.PrivateKey
 	ec     *ecdsa.PrivateKey
 	flags  byte
@@ -239,7 +188,9 @@ func newFido(t testing.TB, kind string) *fido {
 	return f
 }
 
-func (f *fido) Sign(_ ssh.PublicKey, data []byte) (*ssh.Signature, error) {
+func (f *fido) PublicKey() ssh.PublicKey { return f.public }
+
+func (f *fido) Sign(_ io.Reader, data []byte) (*ssh.Signature, error) {
 	device := ssh.Marshal(struct {
 		Flags byte
 		Count uint32
@@ -260,7 +211,8 @@ func (f *fido) Sign(_ ssh.PublicKey, data []byte) (*ssh.Signature, error) {
 	return s, nil
 }
 
-// TestFIDOKeys: a FIDO key proves with a touch, and not without. ssh-keygen takes what it has signed.
+// TestFIDOKeys checks that a signature of a FIDO key is a proof only with a touch, and that
+// ssh-keygen accepts the signature.
 func TestFIDOKeys(t *testing.T) {
 	for _, kind := range []string{ssh.KeyAlgoSKED25519, ssh.KeyAlgoSKECDSA256} {
 		f := newFido(t, kind)
@@ -271,7 +223,7 @@ func TestFIDOKeys(t *testing.T) {
 		if c.Check() != nil {
 			t.Error(c.Check())
 		}
-		p, err := SignSSH(f, c, ForSignIn, sampleText)
+		p, err := signSSH(f, c, ForSignIn, sampleText)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -281,7 +233,8 @@ func TestFIDOKeys(t *testing.T) {
 		accepted(t, c, ForSignIn, sampleText, p.SSHSIG)
 		for _, flags := range []byte{0, 4} {
 			f.flags = flags
-			if _, err := SignSSH(f, c, ForSignIn, sampleText); !errors.Is(err, ErrNotProven) || !strings.Contains(err.Error(), "touched") {
+			_, err := signSSH(f, c, ForSignIn, sampleText)
+			if !errors.Is(err, ErrNotProven) || !strings.Contains(err.Error(), "touched") {
 				t.Errorf("%s without a touch: %v", kind, err)
 			}
 		}
@@ -294,13 +247,13 @@ func TestFIDOKeys(t *testing.T) {
 	}
 }
 
-// sshsigOf makes a proof and lets a test change what is in it; the signature itself stays what it was.
-func sshsigOf(t testing.TB, a agent.Agent, c Credential, change func(*sshsigBlob, *ssh.Signature)) Proof {
+// sshsigOf makes a valid proof, has a test change its fields, and does not sign again.
+func sshsigOf(t testing.TB, s ssh.Signer, c Credential, change func(*sshsigBlob, *ssh.Signature)) Proof {
 	t.Helper()
-	if f, is := a.(*fido); is {
+	if f, is := s.(*fido); is {
 		f.flags = 1
 	}
-	p, err := SignSSH(a, c, ForSignIn, sampleText)
+	p, err := signSSH(s, c, ForSignIn, sampleText)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -316,22 +269,25 @@ func sshsigOf(t testing.TB, a agent.Agent, c Credential, change func(*sshsigBlob
 func armor(b []byte) string { return sshsigBegin + base64.StdEncoding.EncodeToString(b) + sshsigEnd }
 
 func TestSSHSIGRefused(t *testing.T) {
-	a, c := ed25519Person(t, 1)
+	signer, c := ed25519Person(t, 1)
 	_, other := ed25519Person(t, 2)
-	good := sshsigOf(t, a, c, func(*sshsigBlob, *ssh.Signature) {})
+	changed := func(change func(*sshsigBlob, *ssh.Signature)) Proof { return sshsigOf(t, signer, c, change) }
+	good := changed(func(*sshsigBlob, *ssh.Signature) {})
 	if _, err := c.Verify(ForSignIn, sampleText, good); err != nil {
 		t.Fatal(err)
 	}
-	// resigned signs again, so that only the rule itself refuses.
+	// resigned signs the changed fields: the signature is valid, and only the rule under test
+	// refuses.
 	resigned := func(change func(*sshsigBlob, *sshsigSigned)) Proof {
-		return sshsigOf(t, a, c, func(b *sshsigBlob, s *ssh.Signature) {
+		return changed(func(b *sshsigBlob, s *ssh.Signature) {
 			sum := sha256.Sum256([]byte(sampleText))
 			signed := sshsigSigned{sshsigMagic, ForSignIn, "", "sha256", sum[:]}
 			change(b, &signed)
-			*s = *must(a.Sign(must(sshKey(c.PublicKey)), ssh.Marshal(signed)))
+			*s = *must(signer.Sign(rand.Reader, ssh.Marshal(signed)))
 		})
 	}
-	raw, _ := base64.StdEncoding.DecodeString(strings.TrimSuffix(strings.TrimPrefix(good.SSHSIG, sshsigBegin), sshsigEnd))
+	_, body, _ := strings.Cut(good.SSHSIG, sshsigBegin)
+	raw, _ := base64.StdEncoding.DecodeString(strings.TrimSuffix(body, sshsigEnd))
 	for name, p := range map[string]Proof{
 		"no proof":             {Credential: c.ID},
 		"another credential":   {Credential: other.ID, SSHSIG: good.SSHSIG},
@@ -344,17 +300,23 @@ func TestSSHSIGRefused(t *testing.T) {
 		"too long":             {Credential: c.ID, SSHSIG: good.SSHSIG + strings.Repeat("\n", MaxProof)},
 		"trailing data":        {Credential: c.ID, SSHSIG: armor(append(bytes.Clone(raw), 0))},
 		"cut off":              {Credential: c.ID, SSHSIG: armor(raw[:len(raw)-1])},
-		"version 2":            sshsigOf(t, a, c, func(b *sshsigBlob, _ *ssh.Signature) { b.Version = 2 }),
-		"magic":                sshsigOf(t, a, c, func(b *sshsigBlob, _ *ssh.Signature) { b.Magic[5] = 'H' }),
-		"reserved":             sshsigOf(t, a, c, func(b *sshsigBlob, _ *ssh.Signature) { b.Reserved = "x" }),
-		"after the signature":  sshsigOf(t, a, c, func(_ *sshsigBlob, s *ssh.Signature) { s.Rest = []byte{0} }),
-		"the other hash":       sshsigOf(t, a, c, func(b *sshsigBlob, _ *ssh.Signature) { b.Hash = "sha512" }),
+		"version 2":            changed(func(b *sshsigBlob, _ *ssh.Signature) { b.Version = 2 }),
+		"magic":                changed(func(b *sshsigBlob, _ *ssh.Signature) { b.Magic[5] = 'H' }),
+		"reserved":             changed(func(b *sshsigBlob, _ *ssh.Signature) { b.Reserved = "x" }),
+		"after the signature":  changed(func(_ *sshsigBlob, s *ssh.Signature) { s.Rest = []byte{0} }),
+		"the other hash":       changed(func(b *sshsigBlob, _ *ssh.Signature) { b.Hash = "sha512" }),
 		"sha1":                 resigned(func(b *sshsigBlob, s *sshsigSigned) { b.Hash, s.Hash = "sha1", "sha1" }),
-		"no hash":              resigned(func(b *sshsigBlob, s *sshsigSigned) { b.Hash, s.Hash, s.Digest = "", "", []byte(sampleText) }),
-		"another namespace":    resigned(func(b *sshsigBlob, s *sshsigSigned) { b.Namespace, s.Namespace = "file", "file" }),
 		"namespace not signed": resigned(func(_ *sshsigBlob, s *sshsigSigned) { s.Namespace = "file" }),
-		"another key in it":    sshsigOf(t, a, c, func(b *sshsigBlob, _ *ssh.Signature) { b.PublicKey = string(must(sshKey(other.PublicKey)).Marshal()) }),
-		"a key in front":       sshsigOf(t, a, c, func(b *sshsigBlob, _ *ssh.Signature) { b.PublicKey += "\x00" }),
+		"a key in front":       changed(func(b *sshsigBlob, _ *ssh.Signature) { b.PublicKey += "\x00" }),
+		"another namespace": resigned(func(b *sshsigBlob, s *sshsigSigned) {
+			b.Namespace, s.Namespace = "file", "file"
+		}),
+		"no hash": resigned(func(b *sshsigBlob, s *sshsigSigned) {
+			b.Hash, s.Hash, s.Digest = "", "", []byte(sampleText)
+		}),
+		"another key in it": changed(func(b *sshsigBlob, _ *ssh.Signature) {
+			b.PublicKey = string(must(sshKey(other.PublicKey)).Marshal())
+		}),
 	} {
 		if _, err := c.Verify(ForSignIn, sampleText, p); !errors.Is(err, ErrNotProven) {
 			t.Errorf("%s: %v", name, err)
@@ -363,16 +325,17 @@ func TestSSHSIGRefused(t *testing.T) {
 	if _, err := c.Verify(ForPresence, sampleText, good); !errors.Is(err, ErrNotProven) {
 		t.Errorf("a signature for a sign-in proves a presence: %v", err)
 	}
-	// A text whose first line is another purpose is not signed for this one, even if the namespace of the signature is.
+	// The first line of a text and the namespace of the signature must be the same purpose.
 	text := strings.Replace(sampleText, ForSignIn, ForPresence, 1)
-	if _, err := SignSSH(a, c, ForSignIn, text); !errors.Is(err, ErrNotProven) {
+	if _, err := signSSH(signer, c, ForSignIn, text); !errors.Is(err, ErrNotProven) {
 		t.Errorf("a text of another purpose: %v", err)
 	}
 	for i := range raw {
 		for _, bit := range []byte{1, 0x80} {
 			b := bytes.Clone(raw)
 			b[i] ^= bit
-			if _, err := c.Verify(ForSignIn, sampleText, Proof{Credential: c.ID, SSHSIG: armor(b)}); !errors.Is(err, ErrNotProven) {
+			_, err := c.Verify(ForSignIn, sampleText, Proof{Credential: c.ID, SSHSIG: armor(b)})
+			if !errors.Is(err, ErrNotProven) {
 				t.Errorf("byte %d changed: %v", i, err)
 			}
 		}
@@ -383,7 +346,9 @@ func TestNewSSHRefuses(t *testing.T) {
 	_, c := ed25519Person(t, 1)
 	rsaKey := must(ssh.NewPublicKey(&must(rsa.GenerateKey(rand.Reader, 2048)).PublicKey))
 	signer := must(ssh.NewSignerFromKey(ed25519.NewKeyFromSeed(make([]byte, 32))))
-	certificate := &ssh.Certificate{Key: must(sshKey(c.PublicKey)), CertType: ssh.UserCert, ValidBefore: ssh.CertTimeInfinity}
+	certificate := &ssh.Certificate{
+		Key: must(sshKey(c.PublicKey)), CertType: ssh.UserCert, ValidBefore: ssh.CertTimeInfinity,
+	}
 	if err := certificate.SignCert(rand.Reader, signer); err != nil {
 		t.Fatal(err)
 	}
@@ -427,23 +392,24 @@ func TestNewSSHRefuses(t *testing.T) {
 	}
 }
 
-// FuzzSSHSIG: nothing but the one signature proves, however it is written.
+// FuzzSSHSIG checks that every accepted armored text decodes to one and the same signature.
 func FuzzSSHSIG(f *testing.F) {
-	a, c := ed25519Person(f, 1)
-	p, err := SignSSH(a, c, ForSignIn, sampleText)
+	signer, c := ed25519Person(f, 1)
+	p, err := signSSH(signer, c, ForSignIn, sampleText)
 	if err != nil {
 		f.Fatal(err)
 	}
 	want, _, _ := parseSSHSIG(p.SSHSIG)
 	f.Add(p.SSHSIG)
 	f.Add(strings.ReplaceAll(p.SSHSIG, "\n", "\r\n"))
-	f.Add(sshsigOf(f, a, c, func(b *sshsigBlob, _ *ssh.Signature) { b.Reserved = "x" }).SSHSIG)
+	f.Add(sshsigOf(f, signer, c, func(b *sshsigBlob, _ *ssh.Signature) { b.Reserved = "x" }).SSHSIG)
 	f.Fuzz(func(t *testing.T, armored string) {
 		_, err := c.Verify(ForSignIn, sampleText, Proof{Credential: c.ID, SSHSIG: armored})
 		if err != nil && !errors.Is(err, ErrNotProven) {
 			t.Fatal(err)
 		}
-		if blob, _, parsed := parseSSHSIG(armored); err == nil && (parsed != nil || blob != want) { // Ed25519 signs a text in one way
+		// Ed25519 is deterministic: a text has one signature.
+		if blob, _, parsed := parseSSHSIG(armored); err == nil && (parsed != nil || blob != want) {
 			t.Fatalf("%q proves too", armored)
 		}
 	})

@@ -7,6 +7,7 @@ import (
 
 	"countersign/admin/api"
 	"countersign/approval"
+	"countersign/internal/sshagent"
 )
 
 // TestHTTPS uses the admin API over HTTPS on a loopback address, before and after a restart. The
@@ -33,7 +34,7 @@ func TestHTTPS(t *testing.T) {
 	}
 	signIn := func(c *api.Client) {
 		ch := must(c.Challenge(t.Context(), api.NewChallenge{Purpose: "sign-in", Operator: "root"}))(t)
-		proof := must(approval.SignSSH(s.root.agent, s.root.credential, approval.ForSignIn, ch.Text))(t)
+		proof := must(sshagent.Sign(s.root.agent, s.root.credential, approval.ForSignIn, ch.Text))(t)
 		must(c.SignIn(t.Context(), api.Proven{Challenge: ch.ID, Proof: proof}))(t)
 	}
 	signIn(c)

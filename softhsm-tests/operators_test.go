@@ -15,6 +15,7 @@ import (
 
 	"countersign/admin/api"
 	"countersign/approval"
+	"countersign/internal/sshagent"
 
 	"golang.org/x/crypto/ssh"
 	"golang.org/x/crypto/ssh/agent"
@@ -82,7 +83,7 @@ func (s *system) signIn(ctx context.Context, p *operator) (token string, err err
 	if err != nil {
 		return "", err
 	}
-	proof, err := approval.SignSSH(p.agent, p.credential, approval.ForSignIn, ch.Text)
+	proof, err := sshagent.Sign(p.agent, p.credential, approval.ForSignIn, ch.Text)
 	if err != nil {
 		return "", err
 	}
@@ -220,7 +221,7 @@ func (s *system) proposeAndApprove(act, content string, parameters ...approval.P
 	if err != nil {
 		s.t.Fatal(err)
 	}
-	proof, err := approval.SignSSH(s.root.agent, s.root.credential, approval.ForProposal, p.Text)
+	proof, err := sshagent.Sign(s.root.agent, s.root.credential, approval.ForProposal, p.Text)
 	if err == nil {
 		p, err = s.admin().Approve(s.t.Context(), p.ID, proof)
 	}

@@ -18,6 +18,7 @@ import (
 
 	"countersign/approval"
 	"countersign/audit"
+	"countersign/internal/sshagent"
 
 	"golang.org/x/crypto/ssh/agent"
 	"golang.org/x/mod/sumdb/tlog"
@@ -118,7 +119,7 @@ func approved(t *testing.T, private ed25519.PrivateKey) (events []audit.Event, i
 	if err := keys.Add(agent.AddedKey{PrivateKey: ed25519.NewKeyFromSeed(bytes.Repeat([]byte{1}, 32))}); err != nil {
 		t.Fatal(err)
 	}
-	have, err := approval.InAgent(keys, nil)
+	have, err := sshagent.Credentials(keys, nil)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -129,7 +130,7 @@ func approved(t *testing.T, private ed25519.PrivateKey) (events []audit.Event, i
 		Proposer:   "anna", Proposed: start, Expires: start.Add(24 * time.Hour),
 		Needed: 1, Nonce: strings.Repeat("0", 32),
 	}
-	proof, err := approval.SignSSH(keys, c, approval.ForProposal, p.Text())
+	proof, err := sshagent.Sign(keys, c, approval.ForProposal, p.Text())
 	if err != nil {
 		t.Fatal(err)
 	}

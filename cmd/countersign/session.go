@@ -16,6 +16,7 @@ import (
 
 	"countersign/admin/api"
 	"countersign/approval"
+	"countersign/internal/sshagent"
 
 	"github.com/spf13/cobra"
 	"github.com/spf13/pflag"
@@ -143,7 +144,7 @@ func (t *tool) signIn(ctx context.Context, c *api.Client, socket string, who sig
 		return api.SignedIn{}, err
 	}
 	defer closer.Close()
-	keys, err := approval.InAgent(a, nil)
+	keys, err := sshagent.Credentials(a, nil)
 	if err != nil {
 		return api.SignedIn{}, err
 	}
@@ -158,7 +159,7 @@ func (t *tool) signIn(ctx context.Context, c *api.Client, socket string, who sig
 		if err != nil {
 			return api.SignedIn{}, err
 		}
-		proof, err := approval.SignSSH(a, k, approval.ForSignIn, ch.Text)
+		proof, err := sshagent.Sign(a, k, approval.ForSignIn, ch.Text)
 		if err != nil {
 			return api.SignedIn{}, err
 		}
@@ -185,14 +186,14 @@ func (t *tool) signText(me api.Me, namespace, text string) (approval.Proof, erro
 		return approval.Proof{}, err
 	}
 	defer closer.Close()
-	keys, err := approval.InAgent(a, me.Operator.Credentials)
+	keys, err := sshagent.Credentials(a, me.Operator.Credentials)
 	if err != nil {
 		return approval.Proof{}, err
 	}
 	if len(keys) == 0 {
 		return approval.Proof{}, fmt.Errorf("the SSH agent has no key of operator %s: ssh-add one", me.Operator.Name)
 	}
-	return approval.SignSSH(a, keys[0], namespace, text)
+	return sshagent.Sign(a, keys[0], namespace, text)
 }
 
 // propose proposes an act that needs approval, with parameters as alternating names and values.

@@ -17,6 +17,7 @@ import (
 	"countersign/internal/ledger"
 	"countersign/internal/ledger/disktest"
 	"countersign/internal/manage"
+	"countersign/internal/sshagent"
 )
 
 func TestMain(m *testing.M) {
@@ -107,7 +108,7 @@ func TestPowerCut(t *testing.T) {
 // approveAgain signs in and approves, and does not end the test.
 func (r *rig) approveAgain(s *signer, p Proposal) error {
 	sign := func(namespace, text string) approval.Proof {
-		proof, err := approval.SignSSH(s.agent, s.credential, namespace, text)
+		proof, err := sshagent.Sign(s.agent, s.credential, namespace, text)
 		if err != nil {
 			panic(err)
 		}

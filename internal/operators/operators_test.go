@@ -25,6 +25,7 @@ import (
 	"countersign/internal/ledger"
 	"countersign/internal/ledger/ledgertest"
 	"countersign/internal/manage"
+	"countersign/internal/sshagent"
 
 	"golang.org/x/crypto/ssh"
 	"golang.org/x/crypto/ssh/agent"
@@ -95,7 +96,7 @@ func (s *signer) sign(t *testing.T, text string) approval.Proof {
 		return s.assert(t, text)
 	}
 	namespace, _, _ := strings.Cut(text, "\n")
-	p, err := approval.SignSSH(s.agent, s.credential, namespace, text)
+	p, err := sshagent.Sign(s.agent, s.credential, namespace, text)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -48,7 +48,7 @@ func TestSignIn(t *testing.T) {
 	want(t, err, ErrSignedOut)
 }
 
-// sshsig signs a text for any namespace, which approval.SignSSH refuses to do.
+// sshsig signs a text for any namespace, which sshagent.Sign refuses to do.
 func sshsig(t *testing.T, s *signer, namespace, text string) approval.Proof {
 	t.Helper()
 	keys, err := s.agent.List()

@@ -1,0 +1,60 @@
+// Package sshagent finds the credentials of operators in an SSH agent, and signs with them. The
+// package is apart from package approval, so that the API of approval names no type of
+// golang.org/x/crypto.
+package sshagent
+
+import (
+	"fmt"
+	"slices"
+
+	"countersign/approval"
+
+	"golang.org/x/crypto/ssh"
+	"golang.org/x/crypto/ssh/agent"
+)
+
+// Sign has an agent sign a text with the key of a credential. The first line of the text is the
+// namespace. The agent may wait for a touch meanwhile. The proof is verified: see approval.SignSSH.
+func Sign(a agent.Agent, c approval.Credential, namespace, text string) (approval.Proof, error) {
+	return approval.SignSSH(c, namespace, text, func(message []byte) ([]byte, error) {
+		key, _, _, _, err := ssh.ParseAuthorizedKey([]byte(c.PublicKey))
+		if err != nil {
+			return nil, err
+		}
+		signature, err := a.Sign(key, message)
+		if err != nil {
+			return nil, fmt.Errorf("the SSH agent does not sign with this key: %w", err)
+		}
+		return ssh.Marshal(signature), nil
+	})
+}
+
+// Credentials returns the known credentials whose keys an agent has, in the agent's order. If known
+// is nil, Credentials returns all keys of the agent that can be credentials.
+func Credentials(a agent.Agent, known []approval.Credential) ([]approval.Credential, error) {
+	keys, err := a.List()
+	if err != nil {
+		return nil, fmt.Errorf("the SSH agent does not say which keys it has: %w", err)
+	}
+	var found []approval.Credential
+	for _, k := range keys {
+		key, err := ssh.ParsePublicKey(k.Blob)
+		if err != nil {
+			continue // an unknown type
+		}
+		c, err := approval.NewSSH(string(ssh.MarshalAuthorizedKey(key)))
+		if err != nil {
+			continue // for example RSA
+		}
+		i := slices.IndexFunc(known, func(other approval.Credential) bool {
+			return other.ID == c.ID && other.Kind == approval.SSH
+		})
+		if i >= 0 {
+			c = known[i]
+		}
+		if i >= 0 || known == nil {
+			found = append(found, c)
+		}
+	}
+	return found, nil
+}
