@@ -7,8 +7,8 @@ import (
 	"countersign/audit"
 )
 
-// The acts that need approval, by the names that proposals call them: acts that destroy, that widen,
-// or that accept a loss. Each is in the table gates.
+// The acts that need approval, by the names that proposals use: acts that destroy, that widen a
+// permission, or that accept a loss. Each act is in the table gates.
 const (
 	ActPeerAdd          = "peer add"
 	ActPolicyActivate   = "policy activate"
@@ -27,17 +27,18 @@ const (
 	ActApprovalsNeeded  = "approvals needed"
 )
 
-// gate says by which event an act is recognised in the log, and what its proposal must say.
+// gate connects an act with the event that records the act in the log.
 type gate struct {
 	act   string
 	event audit.Type
-	// does reports that an event of the type is this act; nil: always.
-	does func(m map[string]string) bool
-	// want are the parameters that the proposal must have, with the values of the event.
-	want func(resource string, m map[string]string) []Parameter
+	// matches reports that an event of the type records the act. A nil function matches each event.
+	matches func(m map[string]string) bool
+	// parameters returns the parameters that the proposal must have, with the values of the event.
+	// A nil function asks for no parameter.
+	parameters func(resource string, m map[string]string) []Parameter
 }
 
-// is reports that a metadata entry has a value.
+// is matches events whose metadata entry has a value.
 func is(name, value string) func(m map[string]string) bool {
 	return func(m map[string]string) bool { return m[name] == value }
 }
@@ -51,8 +52,8 @@ func nameOf(resource string, _ map[string]string) []Parameter {
 	return []Parameter{{"name", resource}}
 }
 
-// gates is the table of all acts that need approval. The replay of a log runs by it, and tests hold
-// package operators, package admin and the transitions of keys against it.
+// gates is the table of all acts that need approval. The replay of a log uses the table, and tests
+// hold package operators, package admin and the transitions of keys against the table.
 var gates = []gate{
 	{ActPeerAdd, audit.PeerAdded, nil, func(resource string, m map[string]string) []Parameter {
 		return []Parameter{{"name", resource}, {"public_key", m["public_key"]}}
@@ -69,9 +70,10 @@ var gates = []gate{
 	{ActClockAccept, audit.ClockAccepted, nil, nil},
 	{ActKeyDestroy, audit.KeyStateChanged, is("to", "destroyed"), versionOf},
 	{ActKeyCompromise, audit.KeyStateChanged, is("to", "compromised"), versionOf},
-	{ActKeyPresence, audit.LineChanged, is("presence_lowered", "yes"), func(resource string, m map[string]string) []Parameter {
-		return []Parameter{{"key", resource}, {"seconds", m["presence"]}}
-	}},
+	{ActKeyPresence, audit.LineChanged, is("presence_lowered", "yes"),
+		func(resource string, m map[string]string) []Parameter {
+			return []Parameter{{"key", resource}, {"seconds", m["presence"]}}
+		}},
 	{ActRetentionShorten, audit.RetentionChanged, is("shortened", "yes"), nil},
 	{ActOperatorAdd, audit.OperatorChanged, is("change", ChangeAdded), nameOf},
 	{ActOperatorRoles, audit.OperatorChanged, is("change", ChangeRoles), nameOf},
@@ -101,17 +103,17 @@ func Acts() (all []string) {
 	return all
 }
 
-// NeedsApproval returns the act that an event carries out, or "" where the event needs no approval.
+// NeedsApproval returns the act that an event records, or "" if the event needs no approval.
 func NeedsApproval(e audit.Event) (act string) {
 	g, _ := gateOf(e)
 	return g.act
 }
 
-// gateOf finds the gate of an event. A change of an operator that no gate knows has a gate without an
-// act, which no proposal fits.
+// gateOf finds the gate of an event. An unknown change of an operator has a gate without an act,
+// and no proposal fits that gate.
 func gateOf(e audit.Event) (g gate, gated bool) {
 	for _, g := range gates {
-		if g.event == e.Type && (g.does == nil || g.does(e.Metadata)) {
+		if g.event == e.Type && (g.matches == nil || g.matches(e.Metadata)) {
 			return g, true
 		}
 	}

@@ -1,7 +1,8 @@
-// Package approval is what operators prove: who they are, and that they approve of an act. It has their roles and credentials,
-// the canonical text of a proposal, what a signature over such a text is worth, and the check of all that from the audit log
-// alone, without trusting the appliance. It keeps nothing: package operators does. Begin reading at Proposal, then at
-// Credential.Verify.
+// Package approval verifies the identity of operators and their approvals of acts. The package has
+// the roles and credentials of operators, the canonical text of a proposal, the verification of a
+// signature over such a text, and the verification of all approvals from the audit log alone,
+// without trust in the appliance. Package internal/operators stores operators and proposals;
+// package approval stores nothing. Begin reading at Proposal, then at Credential.Verify and Replay.
 package approval
 
 import (
@@ -16,15 +17,15 @@ import (
 	"unicode/utf8"
 )
 
-// Role is what an operator may do.
+// Role is a set of permissions of an operator.
 type Role string
 
 const (
-	Administrator Role = "administrator" // operators, tokens, locks, what binds the appliance to its device
+	Administrator Role = "administrator" // operators, tokens, locks, the binding of the appliance to its device
 	OperatorRole  Role = "operator"      // daily work: keys, rotations, peers
 	Auditor       Role = "auditor"       // reads everything
 	Backup        Role = "backup"        // makes and restores backups
-	Metrics       Role = "metrics"       // reads how the appliance is
+	Metrics       Role = "metrics"       // reads the appliance's health
 	Approver      Role = "approver"      // approves proposals
 )
 
@@ -33,27 +34,29 @@ func Roles() []Role {
 	return []Role{Administrator, OperatorRole, Auditor, Backup, Metrics, Approver}
 }
 
-// Known says whether there is such a role.
+// Known reports whether the role is one of Roles.
 func (r Role) Known() bool { return slices.Contains(Roles(), r) }
 
 // The kinds of credentials.
 const (
-	SSH     = "ssh"     // an SSH key, used through an agent; a FIDO key where its type begins with sk-
+	SSH     = "ssh"     // an SSH key, used through an agent; a FIDO key if its type begins with sk-
 	Passkey = "passkey" // a WebAuthn credential with user verification
 )
 
-// Credential is what an operator signs with. Its public half is all that is known of it.
+// Credential is the public half of a key with which an operator signs. The appliance never has the
+// private half.
 type Credential struct {
 	ID        string `json:"id"`   // first 32 hex digits of SHA-256 of PublicKey: see NewID
 	Kind      string `json:"kind"` // SSH or Passkey
 	PublicKey string `json:"public_key"`
-	// CredentialID and RPID are there for a passkey: its id, base64url, and the relying party that it is for.
+	// CredentialID and RPID belong to a passkey: the passkey's own id, base64url, and its relying
+	// party.
 	CredentialID string `json:"credential_id,omitempty"`
 	RPID         string `json:"rp_id,omitempty"`
 	Added        int64  `json:"added,omitempty"` // Unix seconds
 }
 
-// Operator is a person.
+// Operator is a person with roles and credentials.
 type Operator struct {
 	Name        string       `json:"name"`
 	Roles       []Role       `json:"roles"`
@@ -61,12 +64,12 @@ type Operator struct {
 	Added       int64        `json:"added"` // Unix seconds
 }
 
-// Has says whether the operator has one of the roles.
+// Has reports whether the operator has at least one of the roles.
 func (o *Operator) Has(roles ...Role) bool {
 	return slices.ContainsFunc(roles, func(r Role) bool { return slices.Contains(o.Roles, r) })
 }
 
-// Credential returns that of an id.
+// Credential returns the operator's credential with an id.
 func (o *Operator) Credential(id string) (Credential, bool) {
 	i := slices.IndexFunc(o.Credentials, func(c Credential) bool { return c.ID == id })
 	if i < 0 {
@@ -82,51 +85,61 @@ type Proof struct {
 	Assertion  *Assertion `json:"assertion,omitempty"`
 }
 
-// Assertion is what a passkey answers (WebAuthn section 5.2.2), each base64url without padding.
+// Assertion is a passkey's answer (WebAuthn section 5.2.2). Each field is base64url without
+// padding.
 type Assertion struct {
 	AuthenticatorData string `json:"authenticator_data"`
 	ClientDataJSON    string `json:"client_data_json"`
 	Signature         string `json:"signature"`
 }
 
-// What is signed for. Each is the namespace of an SSHSIG, and the first line of the text.
+// The purposes of signatures. Each purpose is the namespace of an SSHSIG and the first line of the
+// signed text, so that a signature for one purpose is worth nothing for another one.
 const (
 	ForSignIn   = "countersign-sign-in-v1"
 	ForPresence = "countersign-presence-v1"
 	ForProposal = "countersign-proposal-v1"
 )
 
-// ErrNotProven is what a proof that does not hold is refused with.
+// ErrNotProven is the error for a proof that does not hold.
 var ErrNotProven = errors.New("the signature does not prove it")
 
-// ErrInvalid is what is not well-formed.
+// ErrInvalid is the error for malformed input.
 var ErrInvalid = errors.New("not valid")
 
-// maxValue has room for the JSON of a credential.
+// maxValue is the maximum length of a value, in bytes. The JSON of a credential fits.
 const maxValue = 1000
 
-// checkValue refuses what can't be a value on a line of a text, or would not be seen in one: empty, too long, not UTF-8, with spaces
-// at an end, with control characters, or with those that have no form of their own (such as what turns the direction of writing, or a letter that is blank).
+// checkValue refuses a value that a text can't hold on one line, or that a reader would not see: an
+// empty value, more than maxValue bytes, invalid UTF-8, spaces at an end, control characters, and
+// invisible characters (for example marks that reverse the direction of writing, and blank
+// letters).
 func checkValue(s string) error {
 	hidden := func(r rune) bool {
-		return unicode.In(r, unicode.Cc, unicode.Cf, unicode.Zl, unicode.Zp, unicode.Other_Default_Ignorable_Code_Point, unicode.Variation_Selector) || r == '\u2800' // the blank of Braille
+		return unicode.In(r, unicode.Cc, unicode.Cf, unicode.Zl, unicode.Zp,
+			unicode.Other_Default_Ignorable_Code_Point, unicode.Variation_Selector) ||
+			r == '\u2800' // the blank of Braille
 	}
-	if s == "" || len(s) > maxValue || !utf8.ValidString(s) || strings.TrimSpace(s) != s || strings.ContainsFunc(s, hidden) {
-		return fmt.Errorf("must have 1 to %d bytes of text on one line, without hidden characters, and no space at its ends", maxValue)
+	if s == "" || len(s) > maxValue || !utf8.ValidString(s) || strings.TrimSpace(s) != s ||
+		strings.ContainsFunc(s, hidden) {
+		return fmt.Errorf("must have 1 to %d bytes of text on one line, without hidden characters, "+
+			"and no space at its ends", maxValue)
 	}
 	return nil
 }
 
-// MaxProof bounds the JSON of a proof, so that an event has room for all of it.
+// MaxProof is the maximum length of the JSON of a proof, in bytes. An event of the audit log has
+// room for the whole proof.
 const MaxProof = 2000
 
-// NewID is the id of a credential with this public key.
+// NewID returns the id of the credential with a public key.
 func NewID(publicKey string) string {
 	sum := sha256.Sum256([]byte(publicKey))
 	return hex.EncodeToString(sum[:16])
 }
 
-// Check says whether a credential is one that NewSSH or NewPasskey could have made. The error wraps ErrInvalid.
+// Check reports whether NewSSH or NewPasskey could have made the credential. The error wraps
+// ErrInvalid.
 func (c Credential) Check() error {
 	var err error
 	switch c.Kind {
@@ -154,10 +167,12 @@ func (c Credential) Check() error {
 	return nil
 }
 
-// Verify checks a proof over a text, whose first line is the namespace. It returns the authenticator's count of its signatures, 0
-// where it has none: one that falls back tells of a copy. Errors wrap ErrNotProven.
+// Verify verifies a proof over a text, whose first line is the namespace. Verify returns the
+// authenticator's signature counter, or 0 if the authenticator does not count. A counter that goes
+// back reveals a copy of the credential. Errors wrap ErrNotProven.
 //
-// It knows nothing of time and of use: that a text is one of ours, not expired and not used before is for the caller to say.
+// Verify does not look at time or use: the caller must check that the appliance made the text, that
+// the text has not expired, and that the text is used once.
 func (c Credential) Verify(namespace, text string, p Proof) (signCount uint32, err error) {
 	b, err := json.Marshal(p)
 	switch {

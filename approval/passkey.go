@@ -16,19 +16,20 @@ import (
 	"github.com/go-webauthn/webauthn/protocol/webauthncose"
 )
 
-// maxCredentialID is less than what WebAuthn allows, 1023 bytes: a credential must have room in the text of a proposal.
+// maxCredentialID is the maximum length of a passkey's id, in bytes. WebAuthn allows 1023 bytes,
+// but the text of a proposal must have room for a credential.
 const maxCredentialID = 255
 
-// decode reads base64url without padding, in its one form.
+// decode decodes base64url without padding, in its canonical form only.
 func decode(s string) ([]byte, error) {
 	b, err := base64.RawURLEncoding.Strict().DecodeString(s)
-	if err != nil || base64.RawURLEncoding.EncodeToString(b) != s { // the decoder skips line ends
+	if err != nil || base64.RawURLEncoding.EncodeToString(b) != s { // the decoder skips line breaks
 		return nil, errors.New("it is not base64url without padding")
 	}
 	return b, nil
 }
 
-// checkRPID refuses what is not the name of a host.
+// checkRPID refuses a relying party that is not the name of a host.
 func checkRPID(s string) error {
 	if s == "" || len(s) > 253 || strings.ContainsFunc(s, func(r rune) bool {
 		return (r < 'a' || r > 'z') && (r < '0' || r > '9') && r != '-' && r != '.'
@@ -38,7 +39,8 @@ func checkRPID(s string) error {
 	return nil
 }
 
-// coseKey reads a public key in its one form: base64url of a COSE_Key in CTAP2's canonical CBOR, with nothing else in it.
+// coseKey parses the canonical form of a public key: base64url of a COSE_Key in the canonical CBOR
+// of CTAP2, without further fields.
 func coseKey(text string) (any, error) {
 	b, err := decode(text)
 	if err != nil {
@@ -54,25 +56,23 @@ func coseKey(text string) (any, error) {
 	return key, nil
 }
 
+// parseCOSE parses a COSE_Key of ES256 or EdDSA, and returns its canonical encoding, too.
 func parseCOSE(b []byte) (key any, canonical []byte, err error) {
 	key, err = webauthncose.ParsePublicKey(b)
 	if err != nil {
 		return nil, nil, errors.New("it is not a COSE key")
 	}
+	known := false
 	switch k := key.(type) {
 	case webauthncose.EC2PublicKeyData:
-		if webauthncose.COSEAlgorithmIdentifier(k.Algorithm) != webauthncose.AlgES256 || webauthncose.COSEEllipticCurve(k.Curve) != webauthncose.P256 {
-			err = errors.New("its algorithm is neither ES256 nor EdDSA")
-		}
+		known = webauthncose.COSEAlgorithmIdentifier(k.Algorithm) == webauthncose.AlgES256 &&
+			webauthncose.COSEEllipticCurve(k.Curve) == webauthncose.P256
 	case webauthncose.OKPPublicKeyData:
-		if webauthncose.COSEAlgorithmIdentifier(k.Algorithm) != webauthncose.AlgEdDSA || webauthncose.COSEEllipticCurve(k.Curve) != webauthncose.Ed25519 {
-			err = errors.New("its algorithm is neither ES256 nor EdDSA")
-		}
-	default:
-		err = errors.New("its algorithm is neither ES256 nor EdDSA")
+		known = webauthncose.COSEAlgorithmIdentifier(k.Algorithm) == webauthncose.AlgEdDSA &&
+			webauthncose.COSEEllipticCurve(k.Curve) == webauthncose.Ed25519
 	}
-	if err != nil {
-		return nil, nil, err
+	if !known {
+		return nil, nil, errors.New("its algorithm is neither ES256 nor EdDSA")
 	}
 	canonical, err = webauthncbor.Marshal(key)
 	return key, canonical, err
@@ -84,7 +84,8 @@ const (
 	getCeremony    = "webauthn.get"
 )
 
-// checkClient reads what the browser says that it was asked for, and where (WebAuthn section 5.8.1).
+// checkClient verifies the client data (WebAuthn section 5.8.1): the browser's statement of the
+// ceremony, the challenge, and the page that has asked. checkClient returns the origin of the page.
 func checkClient(clientDataJSON []byte, ceremony string, challenge []byte, rpID string) (origin string, err error) {
 	var said struct {
 		Type        string `json:"type"`
@@ -93,7 +94,8 @@ func checkClient(clientDataJSON []byte, ceremony string, challenge []byte, rpID 
 		CrossOrigin bool   `json:"crossOrigin"`
 		TopOrigin   string `json:"topOrigin"`
 	}
-	if err := strict.Unmarshal(clientDataJSON, &said); err != nil { // no name twice; the browser may add fields
+	// Duplicate names are refused. The browser may add fields.
+	if err := strict.Unmarshal(clientDataJSON, &said); err != nil {
 		return "", errors.New("the client data are not JSON")
 	}
 	rest, https := strings.CutPrefix(said.Origin, "https://"+rpID)
@@ -116,22 +118,22 @@ func checkClient(clientDataJSON []byte, ceremony string, challenge []byte, rpID 
 const (
 	flagPresent    = 1 << 0
 	flagVerified   = 1 << 2
-	flagAttested   = 1 << 6 // a credential follows
+	flagAttested   = 1 << 6 // attested credential data follow
 	flagExtensions = 1 << 7
 )
 
-// authenticatorData is what an authenticator says (WebAuthn section 6.1).
+// authenticatorData is an authenticator's signed statement (WebAuthn section 6.1).
 type authenticatorData struct {
-	count        uint32
-	credentialID []byte // these two where it has made a credential
-	key          []byte
+	count        uint32 // signature counter
+	credentialID []byte // of a new credential
+	key          []byte // of a new credential: a COSE_Key
 }
 
-// checkAuthenticator reads an authenticator's data, holds them against the relying party, and demands that the user was there and
-// verified.
+// checkAuthenticator parses an authenticator's data, and verifies the relying party, the user's
+// presence and the user's verification.
 func checkAuthenticator(b []byte, rpID string) (a authenticatorData, err error) {
 	bad := errors.New("the authenticator's data are not well-formed")
-	const fixed, attested = 32 + 1 + 4, 16 + 2 // the hash, flags and count; the make and the length of the id
+	const fixed, attested = 32 + 1 + 4, 16 + 2 // hash, flags, counter; AAGUID, length of the id
 	if len(b) < fixed {
 		return a, bad
 	}
@@ -153,7 +155,7 @@ func checkAuthenticator(b []byte, rpID string) (a authenticatorData, err error) 
 		a.key, rest = rest[:n], rest[n:]
 	}
 	if flags&flagExtensions != 0 {
-		var outputs map[string]webauthncbor.RawMessage // nothing was asked for, so they mean nothing here
+		var outputs map[string]webauthncbor.RawMessage // ignored: the appliance asks for no extension
 		n, err := webauthncbor.UnmarshalFirst(rest, &outputs)
 		if err != nil {
 			return a, bad
@@ -173,7 +175,7 @@ func checkAuthenticator(b []byte, rpID string) (a authenticatorData, err error) 
 	return a, nil
 }
 
-// verifyPasskey checks an assertion (WebAuthn section 7.2) whose challenge is the digest of a text.
+// verifyPasskey verifies an assertion (WebAuthn section 7.2) whose challenge is SHA-256 of a text.
 func (c Credential) verifyPasskey(text string, a *Assertion) (signCount uint32, err error) {
 	key, err := coseKey(c.PublicKey)
 	if err != nil {
@@ -194,14 +196,17 @@ func (c Credential) verifyPasskey(text string, a *Assertion) (signCount uint32, 
 		return 0, err
 	}
 	client := sha256.Sum256(clientDataJSON)
-	if good, err := webauthncose.VerifySignature(key, append(bytes.Clone(said), client[:]...), signature); err != nil || !good {
+	signed := append(bytes.Clone(said), client[:]...)
+	if good, err := webauthncose.VerifySignature(key, signed, signature); err != nil || !good {
 		return 0, errors.New("the signature is not good")
 	}
 	return data.count, nil
 }
 
-// NewPasskey makes the credential of what navigator.credentials.create() has answered: the JSON of PublicKeyCredential.toJSON().
-// What the authenticator says of its make (its attestation) is not looked at: who enrols it vouches for it. Errors wrap ErrNotProven.
+// NewPasskey makes a credential from the answer of navigator.credentials.create(): the JSON of
+// PublicKeyCredential.toJSON(). NewPasskey ignores the attestation, the authenticator's statement
+// of its make and model: the operators who approve the credential vouch for the authenticator.
+// Errors wrap ErrNotProven.
 func NewPasskey(challenge []byte, rpID, origin string, creationResponseJSON []byte) (Credential, error) {
 	c, err := newPasskey(challenge, rpID, origin, creationResponseJSON)
 	if err != nil {
@@ -253,22 +258,28 @@ func newPasskey(challenge []byte, rpID, origin string, answer []byte) (Credentia
 		return Credential{}, errors.New("the browser names another credential than the authenticator")
 	}
 	if len(id) > maxCredentialID {
-		return Credential{}, fmt.Errorf("the authenticator's credential id has more than %d bytes: use another authenticator", maxCredentialID)
+		return Credential{}, fmt.Errorf("the authenticator's credential id has more than %d bytes: "+
+			"use another authenticator", maxCredentialID)
 	}
 	_, canonical, err := parseCOSE(data.key)
 	if err != nil {
 		return Credential{}, err
 	}
 	public := base64.RawURLEncoding.EncodeToString(canonical)
-	c := Credential{ID: NewID(public), Kind: Passkey, PublicKey: public, CredentialID: base64.RawURLEncoding.EncodeToString(id), RPID: rpID}
+	c := Credential{
+		ID: NewID(public), Kind: Passkey, PublicKey: public,
+		CredentialID: base64.RawURLEncoding.EncodeToString(id), RPID: rpID,
+	}
 	return c, c.Check()
 }
 
-// passkeyTimeout is how long a browser lets a user take, in milliseconds: as long as a challenge lives.
+// passkeyTimeout is the user's time for an answer in the browser, in milliseconds: the lifetime of
+// a challenge.
 const passkeyTimeout = 120_000
 
-// PasskeyOptions is what navigator.credentials.create() is asked with, in the form of PublicKeyCredential.parseCreationOptionsFromJSON():
-// a passkey for an operator of this name, by an authenticator that has none of exclude.
+// PasskeyOptions returns the argument of navigator.credentials.create(), in the form that
+// PublicKeyCredential.parseCreationOptionsFromJSON() takes: a passkey for an operator of this name,
+// by an authenticator without any of the credentials in exclude.
 func PasskeyOptions(challenge []byte, rpID, name string, exclude []Credential) json.RawMessage {
 	type algorithm struct {
 		Type string `json:"type"`
@@ -294,21 +305,25 @@ func PasskeyOptions(challenge []byte, rpID, name string, exclude []Credential) j
 		} `json:"authenticatorSelection"`
 		Attestation string `json:"attestation"`
 	}
-	user := sha256.Sum256([]byte("countersign operator " + name)) // a handle that says no name
+	user := sha256.Sum256([]byte("countersign operator " + name)) // a user handle that does not reveal the name
 	o.RP.ID, o.RP.Name = rpID, "Countersign"
 	o.User.ID, o.User.Name, o.User.DisplayName = base64.RawURLEncoding.EncodeToString(user[:]), name, name
 	o.Challenge, o.Timeout = base64.RawURLEncoding.EncodeToString(challenge), passkeyTimeout
-	o.PubKeyCredParams = []algorithm{{"public-key", int(webauthncose.AlgES256)}, {"public-key", int(webauthncose.AlgEdDSA)}}
+	o.PubKeyCredParams = []algorithm{
+		{"public-key", int(webauthncose.AlgES256)}, {"public-key", int(webauthncose.AlgEdDSA)},
+	}
 	o.ExcludeCredentials = descriptors(rpID, exclude)
-	// Discoverable, since who signs in is given no list of passkeys.
+	// The passkey must be discoverable: a sign-in does not list the passkeys of an operator to
+	// strangers.
 	o.AuthenticatorSelection.ResidentKey, o.AuthenticatorSelection.UserVerification = "required", "required"
 	o.Attestation = "none"
 	return options(o)
 }
 
-// PasskeyRequest is what navigator.credentials.get() is asked with, in the form of PublicKeyCredential.parseRequestOptionsFromJSON().
-// The challenge is SHA-256 of the text that is to be signed. With no passkey of the relying party in allow, the browser offers those
-// that it finds itself.
+// PasskeyRequest returns the argument of navigator.credentials.get(), in the form that
+// PublicKeyCredential.parseRequestOptionsFromJSON() takes. The challenge is SHA-256 of the text to
+// be signed. If allow has no passkey of the relying party, the browser offers discoverable
+// passkeys.
 func PasskeyRequest(challenge []byte, rpID string, allow []Credential) json.RawMessage {
 	return options(struct {
 		Challenge        string       `json:"challenge"`
@@ -337,7 +352,7 @@ func descriptors(rpID string, all []Credential) []descriptor {
 func options(v any) json.RawMessage {
 	b, err := json.Marshal(v)
 	if err != nil {
-		panic("approval: options that are not JSON: " + err.Error()) // text, numbers and bytes always are
+		panic("approval: encode options: " + err.Error()) // unreachable: text, numbers and bytes have an encoding
 	}
 	return b
 }

@@ -10,15 +10,15 @@ import (
 	"time"
 )
 
-// Proposal is an act that needs approval. What approvers sign is its Text.
+// Proposal is an act that needs approval. Approvers sign the proposal's Text.
 type Proposal struct {
 	ID         uint64
-	Appliance  string // the name of its audit log, so that an approval is good at one appliance only
-	Act        string // such as "key destroy"
+	Appliance  string // the name of its audit log: an approval is valid at one appliance only
+	Act        string // for example "key destroy"
 	Parameters []Parameter
 	Proposer   string
 	Proposed   time.Time // whole seconds
-	Expires    time.Time // whole seconds; not carried out after that
+	Expires    time.Time // whole seconds; not carried out later
 	Needed     int       // approvals
 	Nonce      string    // 32 hex digits
 }
@@ -39,11 +39,12 @@ func (p *Proposal) Parameter(name string) string {
 	return ""
 }
 
-// MaxText bounds a proposal's text, so that an event has room for all of it.
+// MaxText is the maximum length of a proposal's text, in bytes. An event of the audit log has room
+// for the whole text.
 const MaxText = 2000
 
-// Text is the one form of a proposal: lines of a name, a colon, a space and a value, each ended by a line feed. The parameters come
-// in their order, indented by two spaces.
+// Text returns the canonical form of a proposal: lines of a name, a colon, a space and a value,
+// each ended by a line feed. The parameters come in their order, indented by two spaces.
 func (p *Proposal) Text() string {
 	var b strings.Builder
 	line := func(name, value string) { fmt.Fprintf(&b, "%s: %s\n", name, value) }
@@ -62,14 +63,15 @@ func (p *Proposal) Text() string {
 	return b.String()
 }
 
-// Digest is SHA-256 of the text: the challenge of a WebAuthn assertion, and the hash inside of an SSHSIG that is made with the hash
-// algorithm sha256.
+// Digest returns SHA-256 of the text. The digest is the challenge of a WebAuthn assertion, and the
+// hash inside an SSHSIG with the hash algorithm sha256.
 func (p *Proposal) Digest() [32]byte { return sha256.Sum256([]byte(p.Text())) }
 
-// ParseText reads what Text has written, and nothing else. The error wraps ErrInvalid.
+// ParseText parses a text that Text has written, and refuses every other text. The error wraps
+// ErrInvalid.
 func ParseText(text string) (*Proposal, error) {
-	bad := func(what string) (*Proposal, error) {
-		return nil, fmt.Errorf("proposal: %w: %s", ErrInvalid, what)
+	bad := func(reason string) (*Proposal, error) {
+		return nil, fmt.Errorf("proposal: %w: %s", ErrInvalid, reason)
 	}
 	lines := strings.Split(strings.TrimSuffix(text, "\n"), "\n")
 	if len(text) > MaxText || len(lines) < 9 || lines[0] != ForProposal {
@@ -96,11 +98,11 @@ func ParseText(text string) (*Proposal, error) {
 	p.Needed, errs[3] = strconv.Atoi(values["approvals needed"])
 	for _, err := range errs {
 		if err != nil {
-			return bad("a number or a time is none")
+			return bad("a number or a time has another form")
 		}
 	}
-	if p.Text() != text { // the order, and each form that has another one
-		return bad("it is not in the one form that it has")
+	if p.Text() != text { // another order of lines, or another form of a number or a time
+		return bad("its text is not in the canonical form")
 	}
 	if err := p.Check(); err != nil {
 		return nil, err
@@ -108,7 +110,7 @@ func ParseText(text string) (*Proposal, error) {
 	return p, nil
 }
 
-// MaxLife is how long a proposal may be open.
+// MaxLife is the maximum time from a proposal to its expiry.
 const MaxLife = 7 * 24 * time.Hour
 
 var (
@@ -117,48 +119,59 @@ var (
 	nonceForm     = regexp.MustCompile(`^[0-9a-f]{32}$`)
 )
 
-// Check says whether a proposal is one that ParseText would read out of its Text. The error wraps ErrInvalid.
+// Check reports whether ParseText would parse the proposal's Text. The error wraps ErrInvalid.
 func (p *Proposal) Check() error {
-	err := checkValue(p.Appliance)
-	second := func(t time.Time) bool { return t.Nanosecond() == 0 && t.Year() >= 1970 && t.Year() <= 9999 }
-	switch {
-	case err != nil:
-		err = fmt.Errorf("the appliance %w", err)
-	case checkValue(p.Proposer) != nil:
-		err = fmt.Errorf("the proposer %w", checkValue(p.Proposer))
-	case p.ID == 0:
-		err = errors.New("its number is 0")
-	case len(p.Act) > 40 || !actForm.MatchString(p.Act):
-		err = errors.New("an act has words of small letters, 40 bytes at most")
-	case p.Needed < 1:
-		err = errors.New("it needs no approval")
-	case !nonceForm.MatchString(p.Nonce):
-		err = errors.New("it has no nonce of 32 hex digits")
-	case !second(p.Proposed.UTC()) || !second(p.Expires.UTC()):
-		err = errors.New("its times are not in whole seconds")
-	case !p.Expires.After(p.Proposed) || p.Expires.Sub(p.Proposed) > MaxLife:
-		err = fmt.Errorf("it must expire after it was proposed, and within %d days", MaxLife/(24*time.Hour))
-	}
-	seen := map[string]bool{}
-	for _, each := range p.Parameters {
-		if err != nil {
-			break
-		}
-		switch {
-		case len(each.Name) > 40 || !parameterForm.MatchString(each.Name):
-			err = errors.New("the name of a parameter has small letters, digits and _, 40 bytes at most")
-		case seen[each.Name]:
-			err = fmt.Errorf("the parameter %s is there twice", each.Name)
-		case checkValue(each.Value) != nil:
-			err = fmt.Errorf("the parameter %s %w", each.Name, checkValue(each.Value))
-		}
-		seen[each.Name] = true
+	err := p.checkFields()
+	if err == nil {
+		err = p.checkParameters()
 	}
 	if err == nil && len(p.Text()) > MaxText {
 		err = fmt.Errorf("its text has more than %d bytes", MaxText)
 	}
 	if err != nil {
 		return fmt.Errorf("proposal: %w: %w", ErrInvalid, err)
+	}
+	return nil
+}
+
+func (p *Proposal) checkFields() error {
+	second := func(t time.Time) bool { return t.Nanosecond() == 0 && t.Year() >= 1970 && t.Year() <= 9999 }
+	if err := checkValue(p.Appliance); err != nil {
+		return fmt.Errorf("the appliance %w", err)
+	}
+	if err := checkValue(p.Proposer); err != nil {
+		return fmt.Errorf("the proposer %w", err)
+	}
+	switch {
+	case p.ID == 0:
+		return errors.New("its number is 0")
+	case len(p.Act) > 40 || !actForm.MatchString(p.Act):
+		return errors.New("an act has words of small letters, 40 bytes at most")
+	case p.Needed < 1:
+		return errors.New("it needs no approval")
+	case !nonceForm.MatchString(p.Nonce):
+		return errors.New("it has no nonce of 32 hex digits")
+	case !second(p.Proposed.UTC()) || !second(p.Expires.UTC()):
+		return errors.New("its times are not in whole seconds")
+	case !p.Expires.After(p.Proposed) || p.Expires.Sub(p.Proposed) > MaxLife:
+		return fmt.Errorf("it must expire after it was proposed, and within %d days", MaxLife/(24*time.Hour))
+	}
+	return nil
+}
+
+func (p *Proposal) checkParameters() error {
+	seen := map[string]bool{}
+	for _, each := range p.Parameters {
+		if len(each.Name) > 40 || !parameterForm.MatchString(each.Name) {
+			return errors.New("the name of a parameter has small letters, digits and _, 40 bytes at most")
+		}
+		if seen[each.Name] {
+			return fmt.Errorf("the parameter %s is there twice", each.Name)
+		}
+		if err := checkValue(each.Value); err != nil {
+			return fmt.Errorf("the parameter %s %w", each.Name, err)
+		}
+		seen[each.Name] = true
 	}
 	return nil
 }

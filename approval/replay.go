@@ -18,24 +18,26 @@ import (
 	strict "github.com/go-json-experiment/json"
 )
 
-// Report is what a log says of operators and approvals when all is well.
+// Report is the result of a valid log: the operators, the proposals and their approvals.
 type Report struct {
-	First     *Enrolment         `json:"first,omitempty"` // nil: there are no operators, and nothing needs approval
-	Needed    int                `json:"needed"`          // approvals at the end
-	Operators []Operator         `json:"operators"`       // at the end, by name
-	Proposals []*ProposalHistory `json:"proposals"`       // in the order of their making
-	// Others are the ids of proposals' acts that this program does not know. They gate nothing that it knows either.
+	First     *Enrolment         `json:"first,omitempty"` // nil: there are no operators, and no act needs approval
+	Needed    int                `json:"needed"`          // approvals, after the last event
+	Operators []Operator         `json:"operators"`       // after the last event, by name
+	Proposals []*ProposalHistory `json:"proposals"`       // in the order of the events ProposalMade
+	// Others are the ids of proposals for acts that this program does not know. Such a proposal
+	// permits no known act either.
 	Others []uint64 `json:"others,omitempty"`
 }
 
-// Enrolment is that of the first administrator, which nobody had to approve: all that follows hangs on it.
+// Enrolment is the enrolment of the first administrator, the root of trust: the enrolment needs no
+// approval, and the first administrator approves the next ones.
 type Enrolment struct {
 	Event    uint64    `json:"event"`
 	Time     time.Time `json:"time"`
 	Operator Operator  `json:"operator"`
 }
 
-// ProposalHistory is what became of a proposal.
+// ProposalHistory is a proposal with its approvals and its outcome.
 type ProposalHistory struct {
 	ID         uint64      `json:"id"`
 	Act        string      `json:"act"`
@@ -47,127 +49,138 @@ type ProposalHistory struct {
 	Event      uint64      `json:"event"`
 	Approvals  []Approval  `json:"approvals"`
 	State      string      `json:"state"`           // open, running, done, failed, interrupted, withdrawn, expired
-	Run        time.Time   `json:"run,omitzero"`    // when it began to be carried out
-	Ended      time.Time   `json:"ended,omitzero"`  // when that, or the proposal, ended
-	Cause      string      `json:"cause,omitempty"` // why it failed
+	Run        time.Time   `json:"run,omitzero"`    // the start of the execution
+	Ended      time.Time   `json:"ended,omitzero"`  // the end of the execution, or of an open proposal
+	Cause      string      `json:"cause,omitempty"` // of a failure
 	Did        []Effect    `json:"did"`             // the events that needed this proposal
 
-	Text string `json:"text"` // what the approvers signed
+	Text string `json:"text"` // signed by the approvers
 
-	digest string
-	says   *Proposal
+	digest   string    // SHA-256 of Text, hex
+	proposal *Proposal // parsed from Text
 }
 
-// Approval is one that is proven.
+// Approval is an approval whose proof was verified.
 type Approval struct {
 	Operator   string    `json:"operator"`
 	Credential string    `json:"credential"` // its id
-	PublicKey  string    `json:"public_key"` // of the credential, as it was at that moment
+	PublicKey  string    `json:"public_key"` // of the credential at the time of the approval
 	Event      uint64    `json:"event"`
 	Time       time.Time `json:"time"`
-	Proof      Proof     `json:"proof"` // so that others can check it
+	Proof      Proof     `json:"proof"` // for other verifiers
 }
 
-// Effect is an event that a proposal has allowed.
+// Effect is an event that a proposal has permitted.
 type Effect struct {
 	Event    uint64     `json:"event"`
 	Type     audit.Type `json:"type"`
 	Resource string     `json:"resource,omitempty"`
 }
 
-// ErrNoRoot is a log whose beginning is not there: who its operators were can't be told.
-var ErrNoRoot = errors.New("the log begins after its event 0, since retention has dropped epochs: approvals can't be checked from their root, so use a copy of the log that was exported before")
+// ErrNoRoot is the error for a log without its first event. The first operators are unknown then.
+var ErrNoRoot = errors.New("the log begins after its event 0, since retention has dropped epochs: " +
+	"approvals can't be checked from their root, so use a copy of the log that was exported before")
 
-// ReplayOptions say what to hold the approvals against beside the log itself.
+// ReplayOptions are expectations of the verifier that the log itself can't prove.
 type ReplayOptions struct {
-	Appliance string   // its name in proposals, which is that of its log (audit.Log.Name); "": not checked
-	Trusted   []string // the ids of credentials of which the first administrator may have some, and no others; nil: not checked
+	// Appliance is the name in proposals: the name of the appliance's log (audit.Log.Name). An
+	// empty name is not checked.
+	Appliance string
+	// Trusted are ids of credentials. Each credential of the first administrator must be one of
+	// them. A nil list is not checked.
+	Trusted []string
 }
 
-// Chain follows the events of a log from event 0 on, and believes nothing that the appliance says of approvals: what needs one has
-// it, by the signatures of those who were approvers at that moment. That the events are those of the log is what audit.Log.Verify
-// checks. The appliance could still do what it does not write down.
+// Chain verifies the approvals in a log, event by event from event 0 on. Each act that needs
+// approval must have an approved proposal, by the signatures of operators who were approvers at
+// that time; the statements of the appliance do not count. audit.Log.Verify must have verified
+// before that the events are the events of the log. A malicious appliance can still carry out an
+// act without any event.
 type Chain struct {
 	options   ReplayOptions
-	next      uint64
+	next      uint64              // index of the next event
 	operators map[string]Operator // by name
 	proposals map[uint64]*ProposalHistory
-	policy    string // the hash of the one that is in force
+	policy    string // hash of the policy in force
 	report    Report
 }
 
-// NewChain returns a chain that has seen nothing yet.
+// NewChain returns a chain without events.
 func NewChain(o ReplayOptions) *Chain {
-	return &Chain{options: o, operators: map[string]Operator{}, proposals: map[uint64]*ProposalHistory{}, report: Report{Proposals: []*ProposalHistory{}}}
+	return &Chain{
+		options: o, operators: map[string]Operator{}, proposals: map[uint64]*ProposalHistory{},
+		report: Report{Proposals: []*ProposalHistory{}},
+	}
 }
 
-// Replay follows all events of a log. The error is a *audit.Wrong where an event is not as it must be.
+// Replay verifies the approvals in all events of a log. The error is an *audit.Wrong for an event
+// that breaks a rule, or ErrNoRoot.
 func Replay(events iter.Seq2[uint64, audit.Event], o ReplayOptions) (*Report, error) {
-	a := NewChain(o)
+	c := NewChain(o)
 	for index, e := range events {
-		if err := a.Follow(index, e); err != nil {
+		if err := c.Follow(index, e); err != nil {
 			return nil, err
 		}
 	}
-	return a.Report(), nil
+	return c.Report(), nil
 }
 
-// Report says what was seen so far.
-func (a *Chain) Report() *Report {
-	r := a.report
-	r.Operators = make([]Operator, 0, len(a.operators))
-	for _, name := range slices.Sorted(maps.Keys(a.operators)) {
-		r.Operators = append(r.Operators, a.operators[name])
+// Report returns the result for the events so far.
+func (c *Chain) Report() *Report {
+	r := c.report
+	r.Operators = make([]Operator, 0, len(c.operators))
+	for _, name := range slices.Sorted(maps.Keys(c.operators)) {
+		r.Operators = append(r.Operators, c.operators[name])
 	}
 	return &r
 }
 
-// Follow takes the next event. The error is a *audit.Wrong, or ErrNoRoot.
-func (a *Chain) Follow(index uint64, e audit.Event) error {
-	if a.next == 0 && index != 0 {
+// Follow verifies the next event. The error is an *audit.Wrong, or ErrNoRoot.
+func (c *Chain) Follow(index uint64, e audit.Event) error {
+	if c.next == 0 && index != 0 {
 		return ErrNoRoot
 	}
-	if index != a.next {
-		return fmt.Errorf("approval: event %d comes after event %d", index, a.next-1)
+	if index != c.next {
+		return fmt.Errorf("approval: event %d comes after event %d", index, c.next-1)
 	}
-	a.next++
-	if err := a.follow(index, e); err != nil {
+	c.next++
+	if err := c.follow(index, e); err != nil {
 		return &audit.Wrong{Event: index, Reason: fmt.Sprintf("%s: %v", e.Type, err)}
 	}
 	return nil
 }
 
-func (a *Chain) follow(index uint64, e audit.Event) error {
+func (c *Chain) follow(index uint64, e audit.Event) error {
 	switch e.Type {
 	case audit.OperatorEnrolled:
-		return a.enrol(index, e)
+		return c.enrol(index, e)
 	case audit.ProposalMade:
-		return a.propose(index, e)
+		return c.propose(index, e)
 	case audit.ApprovalGiven:
-		return a.approve(index, e)
+		return c.approve(index, e)
 	case audit.ProposalRun, audit.ProposalDone, audit.ProposalWithdrawn, audit.ProposalExpired:
-		return a.step(e)
+		return c.transition(e)
 	}
 	if e.Type == audit.PolicyChanged {
-		before := a.policy
-		a.policy = e.Metadata["sha256"]
-		if e.Actor.Kind == "daemon" && (before == "" || before == a.policy) {
-			return nil // put in force at the start: the one that was, or the first one
+		before := c.policy
+		c.policy = e.Metadata["sha256"]
+		if e.Actor.Kind == "daemon" && (before == "" || before == c.policy) {
+			return nil // activated at a start: the same policy as before, or the first one
 		}
 	}
 	g, gated := gateOf(e)
-	if !gated || a.report.First == nil {
+	if !gated || c.report.First == nil {
 		return nil
 	}
-	p, err := a.carriedOut(e, g)
+	p, err := c.permittedBy(e, g)
 	if err != nil {
 		return err
 	}
 	switch e.Type {
 	case audit.OperatorChanged:
-		err = a.change(e, p.says)
+		err = c.changeOperator(e, p.proposal)
 	case audit.ApprovalsChanged:
-		err = a.setNeeded(e.Metadata["needed"])
+		err = c.setNeeded(e.Metadata["needed"])
 	case audit.RetentionChanged:
 		for _, each := range p.Parameters {
 			if each.Name != "reason" && e.Metadata[each.Name] != each.Value {
@@ -181,9 +194,10 @@ func (a *Chain) follow(index uint64, e audit.Event) error {
 	return err
 }
 
-// carriedOut finds the proposal that an event carries out: it is running, says just that, and has not done it yet.
-func (a *Chain) carriedOut(e audit.Event, g gate) (*ProposalHistory, error) {
-	p := a.proposals[e.Actor.Proposal]
+// permittedBy returns the proposal that permits an event. The proposal must be running, ask for the
+// recorded act with the recorded values, and have permitted no event before.
+func (c *Chain) permittedBy(e audit.Event, g gate) (*ProposalHistory, error) {
+	p := c.proposals[e.Actor.Proposal]
 	switch {
 	case g.act == "":
 		return nil, fmt.Errorf("it says that it is a change %q, which is unknown", e.Metadata["change"])
@@ -198,40 +212,42 @@ func (a *Chain) carriedOut(e audit.Event, g gate) (*ProposalHistory, error) {
 	case len(p.Did) > 0:
 		return nil, fmt.Errorf("it carries out proposal %d, which event %d did already", p.ID, p.Did[0].Event)
 	}
-	if g.want == nil {
+	if g.parameters == nil {
 		return p, nil
 	}
-	for _, each := range g.want(e.Resource, e.Metadata) {
-		if said := p.says.Parameter(each.Name); said != each.Value || said == "" {
+	for _, each := range g.parameters(e.Resource, e.Metadata) {
+		if said := p.proposal.Parameter(each.Name); said != each.Value || said == "" {
 			return nil, fmt.Errorf("its %s is %q, and proposal %d says %q", each.Name, each.Value, p.ID, said)
 		}
 	}
 	return p, nil
 }
 
-// enrol takes the first administrator.
-func (a *Chain) enrol(index uint64, e audit.Event) error {
-	if a.report.First != nil {
-		return fmt.Errorf("the first administrator was enrolled by event %d", a.report.First.Event)
+// enrol adds the first administrator.
+func (c *Chain) enrol(index uint64, e audit.Event) error {
+	if c.report.First != nil {
+		return fmt.Errorf("the first administrator was enrolled by event %d", c.report.First.Event)
 	}
 	o, err := readOperator(e)
 	if err != nil {
 		return err
 	}
-	for _, c := range o.Credentials {
-		if a.options.Trusted != nil && !slices.Contains(a.options.Trusted, c.ID) {
-			return fmt.Errorf("the first administrator %q has the credential %s, which is not among those that you trust", o.Name, c.ID)
+	for _, own := range o.Credentials {
+		if c.options.Trusted != nil && !slices.Contains(c.options.Trusted, own.ID) {
+			return fmt.Errorf("the first administrator %q has the credential %s, "+
+				"which is not among those that you trust", o.Name, own.ID)
 		}
 	}
-	if err := a.put(map[string]Operator{o.Name: *o}, 1); err != nil {
+	if err := c.setState(map[string]Operator{o.Name: *o}, 1); err != nil {
 		return err
 	}
-	a.report.First = &Enrolment{index, at(e), *o}
+	c.report.First = &Enrolment{index, timeOf(e), *o}
 	return nil
 }
 
-// put takes a state of operators and of how many approvals are needed.
-func (a *Chain) put(operators map[string]Operator, needed int) error {
+// setState replaces the operators and the number of approvals that an act needs. setState refuses a
+// state without an administrator, or with fewer approvers than needed approvals.
+func (c *Chain) setState(operators map[string]Operator, needed int) error {
 	count := func(r Role) (n int) {
 		for _, o := range operators {
 			if o.Has(r) {
@@ -246,28 +262,28 @@ func (a *Chain) put(operators map[string]Operator, needed int) error {
 	case needed < 1 || needed > count(Approver):
 		return fmt.Errorf("it leaves %d approvers where %d approvals are needed", count(Approver), needed)
 	}
-	a.operators, a.report.Needed = operators, needed
+	c.operators, c.report.Needed = operators, needed
 	return nil
 }
 
-func (a *Chain) setNeeded(text string) error {
+func (c *Chain) setNeeded(text string) error {
 	needed, err := strconv.Atoi(text)
 	if err != nil {
 		return fmt.Errorf("the number of approvals is %q", text)
 	}
-	return a.put(a.operators, needed)
+	return c.setState(c.operators, needed)
 }
 
-// readOperator reads the record in an event.
+// readOperator decodes the record of an operator in an event.
 func readOperator(e audit.Event) (*Operator, error) {
 	o := new(Operator)
-	if err := read(e.Metadata["operator"], o); err != nil {
+	if err := decodeJSON(e.Metadata["operator"], o); err != nil {
 		return nil, errors.New("it has no record of an operator")
 	}
 	if o.Name != e.Resource || checkValue(o.Name) != nil {
 		return nil, fmt.Errorf("it is about %q, and its record is of %q", e.Resource, o.Name)
 	}
-	if !slices.Equal(o.Roles, sorted(o.Roles)) || len(o.Roles) == 0 {
+	if !slices.Equal(o.Roles, sortedRoles(o.Roles)) || len(o.Roles) == 0 {
 		return nil, errors.New("its record has other roles than there are, or in another order")
 	}
 	seen := map[string]bool{}
@@ -286,47 +302,48 @@ func readOperator(e audit.Event) (*Operator, error) {
 	return o, nil
 }
 
-// read reads JSON with nothing else in it.
-func read(text string, v any) error {
+// decodeJSON decodes strict JSON: no duplicate names, no unknown fields, nothing after the value.
+func decodeJSON(text string, v any) error {
 	return strict.Unmarshal([]byte(text), v, strict.RejectUnknownMembers(true))
 }
 
-// sorted returns the roles that there are of some, in the order of Roles.
-func sorted(some []Role) []Role {
+// sortedRoles returns the known roles of some, each once, in the order of Roles.
+func sortedRoles(some []Role) []Role {
 	return slices.DeleteFunc(Roles(), func(r Role) bool { return !slices.Contains(some, r) })
 }
 
-// change takes an operator's new record. It must be the former one with what the proposal says and nothing else.
-func (a *Chain) change(e audit.Event, p *Proposal) error {
-	before, there := a.operators[e.Resource]
+// changeOperator replaces an operator's record. The new record must be the former record with the
+// change that the proposal names, and no other change.
+func (c *Chain) changeOperator(e audit.Event, p *Proposal) error {
+	before, there := c.operators[e.Resource]
 	if added := e.Metadata["change"] == ChangeAdded; added && there {
 		return fmt.Errorf("there is an operator %q", e.Resource)
 	} else if !added && !there {
 		return fmt.Errorf("there is no operator %q", e.Resource)
 	}
-	operators := maps.Clone(a.operators)
+	operators := maps.Clone(c.operators)
 	if e.Metadata["change"] == ChangeRemoved {
 		if e.Metadata["operator"] != "" {
 			return errors.New("it has a record of an operator who is removed")
 		}
 		delete(operators, e.Resource)
-		return a.put(operators, a.report.Needed)
+		return c.setState(operators, c.report.Needed)
 	}
 	after, err := readOperator(e)
 	if err != nil {
 		return err
 	}
 	want := Operator{before.Name, before.Roles, slices.Clone(before.Credentials), before.Added}
-	roles := func() {
+	setRoles := func() {
 		want.Roles = nil
 		for name := range strings.SplitSeq(p.Parameter("roles"), ",") {
 			want.Roles = append(want.Roles, Role(name))
 		}
 	}
-	// credential appends the one that the proposal has, as of the time that the record says.
-	credential := func() (err error) {
+	// addCredential appends the credential of the proposal. The time in the new record counts.
+	addCredential := func() error {
 		var c Credential
-		if read(p.Parameter("credential"), &c) != nil || c.Added != 0 || c.Check() != nil {
+		if decodeJSON(p.Parameter("credential"), &c) != nil || c.Added != 0 || c.Check() != nil {
 			return fmt.Errorf("proposal %d has no credential", p.ID)
 		}
 		if i := slices.IndexFunc(after.Credentials, func(each Credential) bool { return each.ID == c.ID }); i >= 0 {
@@ -338,12 +355,12 @@ func (a *Chain) change(e audit.Event, p *Proposal) error {
 	switch e.Metadata["change"] {
 	case ChangeAdded:
 		want.Name, want.Added = e.Resource, after.Added
-		roles()
-		err = credential()
+		setRoles()
+		err = addCredential()
 	case ChangeRoles:
-		roles()
+		setRoles()
 	case ChangeCredentialAdded:
-		err = credential()
+		err = addCredential()
 	case ChangeCredentialRemoved:
 		id := p.Parameter("credential")
 		if _, has := before.Credential(id); !has {
@@ -358,48 +375,50 @@ func (a *Chain) change(e audit.Event, p *Proposal) error {
 		return fmt.Errorf("the record is not the former one with the change that proposal %d says", p.ID)
 	}
 	operators[e.Resource] = *after
-	return a.put(operators, a.report.Needed)
+	return c.setState(operators, c.report.Needed)
 }
 
-func at(e audit.Event) time.Time { return time.UnixMilli(e.TimeMS).UTC() }
+func timeOf(e audit.Event) time.Time { return time.UnixMilli(e.TimeMS).UTC() }
 
-func (a *Chain) propose(index uint64, e audit.Event) error {
+func (c *Chain) propose(index uint64, e audit.Event) error {
 	p, err := ParseText(e.Metadata["text"])
 	if err != nil {
 		return err
 	}
 	digest := p.Digest()
-	c := &ProposalHistory{ID: p.ID, Act: p.Act, Parameters: p.Parameters, Proposer: p.Proposer, Proposed: p.Proposed, Expires: p.Expires, Needed: p.Needed, Event: index,
-		Approvals: []Approval{}, State: "open", Did: []Effect{}, Text: p.Text(), digest: hex.EncodeToString(digest[:]), says: p}
-	_, operator := a.operators[e.Actor.Name]
-	switch before := a.proposals[p.ID]; {
+	h := &ProposalHistory{
+		ID: p.ID, Act: p.Act, Parameters: append([]Parameter{}, p.Parameters...), Proposer: p.Proposer,
+		Proposed: p.Proposed, Expires: p.Expires, Needed: p.Needed, Event: index,
+		Approvals: []Approval{}, State: "open", Did: []Effect{},
+		Text: p.Text(), digest: hex.EncodeToString(digest[:]), proposal: p,
+	}
+	_, operator := c.operators[e.Actor.Name]
+	switch before := c.proposals[p.ID]; {
 	case before != nil:
 		return fmt.Errorf("proposal %d was made by event %d", p.ID, before.Event)
-	case e.Resource != resource(p.ID) || e.Metadata["digest"] != c.digest:
+	case e.Resource != resource(p.ID) || e.Metadata["digest"] != h.digest:
 		return errors.New("its number or digest is not that of its text")
-	case a.options.Appliance != "" && p.Appliance != a.options.Appliance:
-		return fmt.Errorf("its text is for the appliance %q, and this log is that of %q", p.Appliance, a.options.Appliance)
+	case c.options.Appliance != "" && p.Appliance != c.options.Appliance:
+		return fmt.Errorf("its text is for the appliance %q, and this log is that of %q",
+			p.Appliance, c.options.Appliance)
 	case e.Actor.Kind != "operator" || e.Actor.Name != p.Proposer || !operator:
 		return fmt.Errorf("it is by %q, who is no operator or not the one of its text", e.Actor.Name)
-	case p.Needed != a.report.Needed:
-		return fmt.Errorf("its text says that %d approvals are needed, where %d are", p.Needed, a.report.Needed)
+	case p.Needed != c.report.Needed:
+		return fmt.Errorf("its text says that %d approvals are needed, where %d are", p.Needed, c.report.Needed)
 	}
-	if c.Parameters == nil {
-		c.Parameters = []Parameter{}
-	}
-	a.proposals[p.ID], a.report.Proposals = c, append(a.report.Proposals, c)
+	c.proposals[p.ID], c.report.Proposals = h, append(c.report.Proposals, h)
 	if !slices.Contains(Acts(), p.Act) {
-		a.report.Others = append(a.report.Others, p.ID)
+		c.report.Others = append(c.report.Others, p.ID)
 	}
 	return nil
 }
 
 func resource(id uint64) string { return "proposal/" + strconv.FormatUint(id, 10) }
 
-// of finds the proposal that an event is about.
-func (a *Chain) of(e audit.Event) (*ProposalHistory, error) {
+// proposalOf returns the proposal that an event names by its number and digest.
+func (c *Chain) proposalOf(e audit.Event) (*ProposalHistory, error) {
 	id, err := strconv.ParseUint(strings.TrimPrefix(e.Resource, "proposal/"), 10, 64)
-	p := a.proposals[id]
+	p := c.proposals[id]
 	if err != nil || e.Resource != resource(id) || p == nil {
 		return nil, fmt.Errorf("there is no %q", e.Resource)
 	}
@@ -409,21 +428,21 @@ func (a *Chain) of(e audit.Event) (*ProposalHistory, error) {
 	return p, nil
 }
 
-// over says whether an event is later than a proposal may be used: after the second in which it expires.
-func (c *ProposalHistory) over(e audit.Event) bool { return at(e).Unix() > c.Expires.Unix() }
+// expiredAt reports that an event comes after the second in which the proposal expires.
+func (p *ProposalHistory) expiredAt(e audit.Event) bool { return timeOf(e).Unix() > p.Expires.Unix() }
 
-func (a *Chain) approve(index uint64, e audit.Event) error {
-	p, err := a.of(e)
+func (c *Chain) approve(index uint64, e audit.Event) error {
+	p, err := c.proposalOf(e)
 	if err != nil {
 		return err
 	}
 	if p.State != "open" {
 		return fmt.Errorf("proposal %d is %s", p.ID, p.State)
 	}
-	if p.over(e) {
+	if p.expiredAt(e) {
 		return fmt.Errorf("proposal %d had expired", p.ID)
 	}
-	o, there := a.operators[e.Actor.Name]
+	o, there := c.operators[e.Actor.Name]
 	if e.Actor.Kind != "operator" || !there || !o.Has(Approver) {
 		return fmt.Errorf("it is by %q, who is no approver", e.Actor.Name)
 	}
@@ -431,26 +450,27 @@ func (a *Chain) approve(index uint64, e audit.Event) error {
 		return fmt.Errorf("%q has approved proposal %d already", o.Name, p.ID)
 	}
 	var proof Proof
-	if err := read(e.Metadata["proof"], &proof); err != nil || proof.Credential != e.Metadata["credential"] {
+	if err := decodeJSON(e.Metadata["proof"], &proof); err != nil || proof.Credential != e.Metadata["credential"] {
 		return errors.New("it has no proof, or one by another credential than it names")
 	}
-	c, has := o.Credential(proof.Credential)
+	used, has := o.Credential(proof.Credential)
 	if !has {
 		return fmt.Errorf("%q has no credential %s", o.Name, proof.Credential)
 	}
-	if _, err := c.Verify(ForProposal, p.Text, proof); err != nil {
+	if _, err := used.Verify(ForProposal, p.Text, proof); err != nil {
 		return err
 	}
-	p.Approvals = append(p.Approvals, Approval{o.Name, c.ID, c.PublicKey, index, at(e), proof})
+	p.Approvals = append(p.Approvals, Approval{o.Name, used.ID, used.PublicKey, index, timeOf(e), proof})
 	return nil
 }
 
-// counts is how many approvals count at this moment: those of approvers who have the credential still, each person and each
-// credential once.
-func (a *Chain) counts(p *ProposalHistory) int {
+// countApprovals returns the number of valid approvals after the last event. An approval is valid
+// while its operator is an approver and has the credential. Each operator and each credential
+// counts once.
+func (c *Chain) countApprovals(p *ProposalHistory) int {
 	names, credentials := map[string]bool{}, map[string]bool{}
 	for _, each := range p.Approvals {
-		o := a.operators[each.Operator]
+		o := c.operators[each.Operator]
 		if _, has := o.Credential(each.Credential); has && o.Has(Approver) && !credentials[each.Credential] {
 			names[each.Operator], credentials[each.Credential] = true, true
 		}
@@ -458,24 +478,29 @@ func (a *Chain) counts(p *ProposalHistory) int {
 	return len(names)
 }
 
-// step takes what becomes of a proposal.
-func (a *Chain) step(e audit.Event) error {
-	p, err := a.of(e)
+// transition changes the state of a proposal: from running for ProposalDone, from open for all
+// others.
+func (c *Chain) transition(e audit.Event) error {
+	p, err := c.proposalOf(e)
 	if err != nil {
 		return err
 	}
-	if from := map[bool]string{true: "running", false: "open"}[e.Type == audit.ProposalDone]; p.State != from {
+	from := "open"
+	if e.Type == audit.ProposalDone {
+		from = "running"
+	}
+	if p.State != from {
 		return fmt.Errorf("proposal %d is %s, and not %s", p.ID, p.State, from)
 	}
 	switch e.Type {
 	case audit.ProposalRun:
-		if p.over(e) {
+		if p.expiredAt(e) {
 			return fmt.Errorf("proposal %d had expired", p.ID)
 		}
-		if n, needed := a.counts(p), max(p.Needed, a.report.Needed); n < needed {
+		if n, needed := c.countApprovals(p), max(p.Needed, c.report.Needed); n < needed {
 			return fmt.Errorf("proposal %d has %d approvals that count, and needs %d", p.ID, n, needed)
 		}
-		p.State, p.Run = "running", at(e)
+		p.State, p.Run = "running", timeOf(e)
 		return nil
 	case audit.ProposalDone:
 		state := map[string]string{"ok": "done", "failed": "failed", "interrupted": "interrupted"}[e.Outcome]
@@ -484,7 +509,7 @@ func (a *Chain) step(e audit.Event) error {
 		}
 		p.State, p.Cause = state, e.Metadata["cause"]
 	case audit.ProposalWithdrawn:
-		o := a.operators[e.Actor.Name]
+		o := c.operators[e.Actor.Name]
 		if e.Actor.Kind != "operator" || e.Actor.Name != p.Proposer && !o.Has(Administrator) {
 			return fmt.Errorf("it is by %q, who is neither the proposer nor an administrator", e.Actor.Name)
 		}
@@ -492,11 +517,11 @@ func (a *Chain) step(e audit.Event) error {
 	case audit.ProposalExpired:
 		p.State = "expired"
 	}
-	p.Ended = at(e)
+	p.Ended = timeOf(e)
 	return nil
 }
 
-// Trusted reads a list of credentials: their ids, or the credentials themselves, as JSON.
+// Trusted parses a JSON list of credentials, or of ids of credentials, and returns the ids.
 func Trusted(b []byte) (ids []string, err error) {
 	var list []json.RawMessage
 	if err := strict.Unmarshal(b, &list); err != nil || len(list) == 0 {
@@ -505,8 +530,8 @@ func Trusted(b []byte) (ids []string, err error) {
 	for _, each := range list {
 		var id string
 		var c Credential
-		if read(string(each), &id) != nil {
-			if read(string(each), &c) != nil || c.Check() != nil {
+		if decodeJSON(string(each), &id) != nil {
+			if decodeJSON(string(each), &c) != nil || c.Check() != nil {
 				return nil, fmt.Errorf("%w: %s is neither the id of a credential nor a credential", ErrInvalid, each)
 			}
 			id = c.ID
