@@ -67,7 +67,7 @@ func (s *server) ready(_ context.Context, _ caller, _ *none) (well, error) {
 func (s *server) health(_ context.Context, who caller, _ *none) (api.Health, error) {
 	h := s.Appliance.Health()
 	doc := api.Health{State: string(h.Condition), Causes: []string{}, Locked: h.Lock != nil, Unattended: !h.Attended}
-	if !s.Operators.Begun() {
+	if !s.Operators.Initialised() {
 		doc.State = stateUninitialised
 	}
 	if h.Lock != nil {

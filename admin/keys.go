@@ -115,7 +115,7 @@ func (s *server) confirm(ctx context.Context, who caller, in *struct {
 	Name string `path:"name" maxLength:"200"`
 	Body api.Proven
 }) (api.Confirmed, error) {
-	if err := s.Operators.Prove(ctx, *who.session, in.Body.Challenge, in.Name, in.Body.Proof); err != nil {
+	if err := s.Operators.VerifyPresence(ctx, *who.session, in.Body.Challenge, in.Name, in.Body.Proof); err != nil {
 		return api.Confirmed{}, err
 	}
 	until, err := s.Appliance.Keys.Confirm(ctx, who.actor(), in.Name)

@@ -147,7 +147,7 @@ type (
 // authorise is what each request must pass before anything of it but its head is read.
 func (s *server) authorise(o operation, c huma.Context) (caller, error) {
 	who := caller{connection: c.Context().Value(connectionKey{}).(connection)}
-	if err := o.refusedIn(!s.Operators.Begun(), uninitialised, "root enrols the first administrator: countersign admin operator first"); err != nil {
+	if err := o.refusedIn(!s.Operators.Initialised(), uninitialised, "root enrols the first administrator: countersign admin operator first"); err != nil {
 		return who, err
 	}
 	token, byCookie := token(c)

@@ -17,13 +17,14 @@ import (
 	"countersign/internal/manage"
 )
 
-// neededKey is the record of the table Meta that says how many approvals are needed; without it, 1.
+// neededKey is the key of the quorum in the table Meta: the number of approvals that an act needs.
+// A ledger without the record has a quorum of 1.
 const neededKey = "approvals-needed"
 
-// roster is who there is, and how many approvals are needed.
+// roster has all operators and the quorum.
 type roster struct {
 	people map[string]person
-	needed int
+	needed int // approvals for an act
 }
 
 func readRoster(v ledger.View) (r roster, err error) {
@@ -60,8 +61,11 @@ func decodePerson(name string, value []byte) (p person, err error) {
 	return p, nil
 }
 
-// sound refuses a roster that must never be: nobody could administrate the appliance, or approve an act, or it is not known who did.
-func (r *roster) sound() error {
+// validate checks the invariants of a roster: at most maxOperators operators, each with a
+// credential and a record below maxRecord bytes; no credential with two operators; at least one
+// administrator; as many approvers as the quorum. Otherwise the appliance could have no
+// administrator, no act could be approved, or the signer of an approval would be ambiguous.
+func (r *roster) validate() error {
 	if len(r.people) > maxOperators {
 		return fmt.Errorf("%w: there may be %d operators", ErrConflict, maxOperators)
 	}
@@ -70,7 +74,8 @@ func (r *roster) sound() error {
 	for _, name := range slices.Sorted(maps.Keys(r.people)) {
 		p := r.people[name]
 		if len(p.Credentials) == 0 {
-			return fmt.Errorf("operator %q: %w: it would have no credential: add another one before, or remove the operator", name, ErrConflict)
+			return fmt.Errorf("operator %q: %w: it would have no credential: "+
+				"add another one before, or remove the operator", name, ErrConflict)
 		}
 		if len(manage.Encode(p.Operator)) >= maxRecord {
 			return fmt.Errorf("operator %q: %w: it has too many credentials: remove one", name, ErrConflict)
@@ -103,42 +108,45 @@ func (r *roster) sound() error {
 	return nil
 }
 
-// amend is an act on a roster. It says whom it has changed, "" where it was the number of approvals, and how. It gets the values of the
-// act's parameters, and has no effects but on the roster.
-type amend func(r *roster, values []string) (name, change string, err error)
+// mutation changes a roster and nothing else. The values are those of an act's parameters. A
+// mutation returns the name of the changed operator ("" for the quorum) and the kind of the change.
+type mutation func(r *roster, values []string) (name, change string, err error)
 
-// ownAct is one of the acts of this package.
-type ownAct struct {
+// operatorAct is an act on operators.
+type operatorAct struct {
 	parameters []string
-	amend      amend
+	mutate     mutation
 }
 
-func (d *Registry) ownActs() map[string]Act {
+func (r *Registry) operatorActs() map[string]Act {
 	acts := map[string]Act{}
-	for action, own := range map[string]ownAct{
-		approval.ActOperatorAdd:      {[]string{"name", "roles", "credential"}, d.addOperator},
+	for action, own := range map[string]operatorAct{
+		approval.ActOperatorAdd:      {[]string{"name", "roles", "credential"}, r.addOperator},
 		approval.ActOperatorRoles:    {[]string{"name", "roles"}, setRoles},
 		approval.ActOperatorRemove:   {[]string{"name"}, removeOperator},
-		approval.ActCredentialAdd:    {[]string{"name", "credential"}, d.addCredential},
+		approval.ActCredentialAdd:    {[]string{"name", "credential"}, r.addCredential},
 		approval.ActCredentialRemove: {[]string{"name", "credential"}, removeCredential},
 		approval.ActApprovalsNeeded:  {[]string{"needed"}, setNeeded},
 	} {
 		acts[action] = Act{
-			Check: func(p []approval.Parameter, _ []byte) ([]approval.Parameter, error) { return d.checkOwn(own, p) }, // no sha256: nothing goes with it
+			// Content is refused: no parameter sha256 names it. See Propose.
+			Check: func(p []approval.Parameter, _ []byte) ([]approval.Parameter, error) { return r.dryRun(own, p) },
 			Run: func(ctx context.Context, who audit.Actor, p []approval.Parameter, _ []byte) error {
 				values, err := own.values(p)
 				if err != nil {
 					return err
 				}
-				return d.amend(ctx, who, action, func(r *roster) (string, string, error) { return own.amend(r, values) })
+				return r.updateRoster(ctx, who, action, func(people *roster) (string, string, error) {
+					return own.mutate(people, values)
+				})
 			},
 		}
 	}
 	return acts
 }
 
-// values reads the parameters, which must be there in their order, and no others.
-func (a *ownAct) values(p []approval.Parameter) (values []string, err error) {
+// values returns the values of the parameters. The parameters must be complete and in their order.
+func (a *operatorAct) values(p []approval.Parameter) (values []string, err error) {
 	for i, each := range p {
 		if i >= len(a.parameters) || each.Name != a.parameters[i] {
 			break
@@ -151,8 +159,9 @@ func (a *ownAct) values(p []approval.Parameter) (values []string, err error) {
 	return values, nil
 }
 
-// checkOwn tries the act on what memory has. The roles and the credential get the one form that they have, which is the one to approve.
-func (d *Registry) checkOwn(own ownAct, p []approval.Parameter) ([]approval.Parameter, error) {
+// dryRun applies the act to a copy of the roster in memory, and returns the parameters to be
+// approved: roles and credentials get their canonical form.
+func (r *Registry) dryRun(own operatorAct, p []approval.Parameter) ([]approval.Parameter, error) {
 	p = slices.Clone(p)
 	for i := range p {
 		switch {
@@ -163,7 +172,7 @@ func (d *Registry) checkOwn(own ownAct, p []approval.Parameter) ([]approval.Para
 			}
 			p[i].Value = joinRoles(roles)
 		case p[i].Name == "credential" && strings.HasPrefix(strings.TrimSpace(p[i].Value), "{"):
-			c, err := d.parseCredential(p[i].Value)
+			c, err := r.parseCredential(p[i].Value)
 			if err != nil {
 				return nil, err
 			}
@@ -174,34 +183,34 @@ func (d *Registry) checkOwn(own ownAct, p []approval.Parameter) ([]approval.Para
 	if err != nil {
 		return nil, err
 	}
-	d.mu.Lock()
-	r := roster{maps.Clone(d.roster.people), d.roster.needed}
-	d.mu.Unlock()
-	if _, _, err := own.amend(&r, values); err != nil {
+	r.mu.Lock()
+	people := roster{maps.Clone(r.roster.people), r.roster.needed}
+	r.mu.Unlock()
+	if _, _, err := own.mutate(&people, values); err != nil {
 		return nil, err
 	}
-	return p, r.sound()
+	return p, people.validate()
 }
 
-// amend changes the roster that the ledger has, in one transaction with its event. The result is held
-// against what must be true of a roster there.
-func (d *Registry) amend(
-	ctx context.Context, who audit.Actor, action string, change func(*roster) (name, what string, err error),
+// updateRoster changes the roster in the ledger. The change, the validation of the result and the
+// event are one transaction.
+func (r *Registry) updateRoster(
+	ctx context.Context, who audit.Actor, action string, mutate func(*roster) (name, change string, err error),
 ) error {
-	return d.write(ctx, action, func(ctx context.Context) error {
-		return d.ledger.Update(ctx, func(tx *ledger.Tx) error {
-			r, err := readRoster(tx.View)
+	return r.write(ctx, action, func(ctx context.Context) error {
+		return r.ledger.Update(ctx, func(tx *ledger.Tx) error {
+			people, err := readRoster(tx.View)
 			if err != nil {
 				return err
 			}
-			name, what, err := change(&r)
+			name, change, err := mutate(&people)
 			if err != nil {
 				return err
 			}
-			if err := r.sound(); err != nil {
+			if err := people.validate(); err != nil {
 				return err
 			}
-			e, err := r.write(tx, who, action, name, what)
+			e, err := people.store(tx, who, action, name, change)
 			if err != nil {
 				return err
 			}
@@ -210,100 +219,109 @@ func (d *Registry) amend(
 	})
 }
 
-// write writes the record that an act has changed, and returns the event of the change.
-func (r *roster) write(tx *ledger.Tx, who audit.Actor, action, name, what string) (audit.Event, error) {
-	p, there := r.people[name]
+// store writes the changed record to the ledger, and returns the event of the change.
+func (r *roster) store(tx *ledger.Tx, who audit.Actor, action, name, change string) (audit.Event, error) {
+	p, exists := r.people[name]
 	record := manage.Encode(p.Operator)
 	switch {
 	case name == "":
-		return audit.NewApprovalsChanged(who, action, r.needed), tx.Put(ledger.Meta, neededKey, []byte(strconv.Itoa(r.needed)))
-	case !there:
-		return audit.NewOperatorChanged(who, action, name, what, nil), tx.Delete(ledger.Operators, name)
-	case what == "":
-		return audit.NewOperatorEnrolled(who, action, name, record), tx.Put(ledger.Operators, name, manage.Encode(p))
+		err := tx.Put(ledger.Meta, neededKey, []byte(strconv.Itoa(r.needed)))
+		return audit.NewApprovalsChanged(who, action, r.needed), err
+	case !exists:
+		return audit.NewOperatorChanged(who, action, name, change, nil), tx.Delete(ledger.Operators, name)
+	case change == "":
+		err := tx.Put(ledger.Operators, name, manage.Encode(p))
+		return audit.NewOperatorEnrolled(who, action, name, record), err
 	}
-	return audit.NewOperatorChanged(who, action, name, what, record), tx.Put(ledger.Operators, name, manage.Encode(p))
+	err := tx.Put(ledger.Operators, name, manage.Encode(p))
+	return audit.NewOperatorChanged(who, action, name, change, record), err
 }
 
-// EnrolFirst enrols the first operator, who may do all that the others need to be enrolled: only root on the Unix socket can, and only
-// while the ledger has none.
-func (d *Registry) EnrolFirst(ctx context.Context, ch Channel, name string, c approval.Credential) (approval.Operator, error) {
+// EnrolFirst enrols the first operator, with all roles that the next enrolments need. Only root on
+// the Unix socket can enrol the first operator, and only while the ledger has no operator.
+func (r *Registry) EnrolFirst(
+	ctx context.Context, ch Channel, name string, c approval.Credential,
+) (approval.Operator, error) {
 	if !ch.root() {
 		return approval.Operator{}, fmt.Errorf("%w: root enrols the first operator, on the Unix socket", ErrNotAllowed)
 	}
 	c.Added = 0
 	roles := []approval.Role{approval.Administrator, approval.OperatorRole, approval.Auditor, approval.Approver}
+	values := []string{name, joinRoles(roles), string(manage.Encode(c))}
 	var first approval.Operator
-	err := d.amend(ctx, audit.Operator("uid:0"), "operator enrol", func(r *roster) (string, string, error) {
-		if len(r.people) > 0 {
+	err := r.updateRoster(ctx, audit.Operator("uid:0"), "operator enrol", func(people *roster) (string, string, error) {
+		if len(people.people) > 0 {
 			return "", "", fmt.Errorf("%w: there are operators already: propose to add one", ErrConflict)
 		}
-		_, _, err := d.addOperator(r, []string{name, joinRoles(roles), string(manage.Encode(c))})
-		first = r.people[name].Operator
+		_, _, err := r.addOperator(people, values)
+		first = people.people[name].Operator
 		return name, "", err
 	})
 	if err != nil {
-		return approval.Operator{}, err // the transaction may still be under way: first is not ours to read
+		return approval.Operator{}, err // the transaction may still run: reading first would be a data race
 	}
 	return first, nil
 }
 
-func (d *Registry) addOperator(r *roster, values []string) (string, string, error) {
+func (r *Registry) addOperator(people *roster, values []string) (string, string, error) {
 	name := values[0]
-	if !nameable(name) {
-		return "", "", fmt.Errorf("operator: %w: a name has 1 to %d lower-case letters, digits and hyphens, and does not begin with a hyphen", ErrInvalid, maxName)
+	if !validName(name) {
+		return "", "", fmt.Errorf("operator: %w: a name has 1 to %d lower-case letters, digits and hyphens, "+
+			"and does not begin with a hyphen", ErrInvalid, maxName)
 	}
-	if _, there := r.people[name]; there {
+	if _, exists := people.people[name]; exists {
 		return "", "", fmt.Errorf("operator %q: %w", name, ErrExists)
 	}
 	roles, err := parseRoles(values[1])
 	if err != nil {
 		return "", "", err
 	}
-	c, err := d.parseCredential(values[2])
+	c, err := r.parseCredential(values[2])
 	if err != nil {
 		return "", "", err
 	}
 	c.Added = time.Now().Unix()
-	r.people[name] = person{Operator: approval.Operator{Name: name, Roles: roles, Credentials: []approval.Credential{c}, Added: c.Added}}
+	people.people[name] = person{Operator: approval.Operator{
+		Name: name, Roles: roles, Credentials: []approval.Credential{c}, Added: c.Added,
+	}}
 	return name, approval.ChangeAdded, nil
 }
 
-func setRoles(r *roster, values []string) (string, string, error) {
-	p, err := r.get(values[0])
+func setRoles(people *roster, values []string) (string, string, error) {
+	p, err := people.operator(values[0])
 	if err != nil {
 		return "", "", err
 	}
 	if p.Roles, err = parseRoles(values[1]); err != nil {
 		return "", "", err
 	}
-	r.people[p.Name] = p
+	people.people[p.Name] = p
 	return p.Name, approval.ChangeRoles, nil
 }
 
-func removeOperator(r *roster, values []string) (string, string, error) {
-	p, err := r.get(values[0])
-	delete(r.people, p.Name)
+func removeOperator(people *roster, values []string) (string, string, error) {
+	p, err := people.operator(values[0])
+	delete(people.people, p.Name)
 	return p.Name, approval.ChangeRemoved, err
 }
 
-func (d *Registry) addCredential(r *roster, values []string) (string, string, error) {
-	p, err := r.get(values[0])
+func (r *Registry) addCredential(people *roster, values []string) (string, string, error) {
+	p, err := people.operator(values[0])
 	if err != nil {
 		return "", "", err
 	}
-	c, err := d.parseCredential(values[1])
+	c, err := r.parseCredential(values[1])
 	if err != nil {
 		return "", "", err
 	}
 	c.Added = time.Now().Unix()
 	p.Credentials = append(slices.Clone(p.Credentials), c)
-	r.people[p.Name] = p
+	people.people[p.Name] = p
 	return p.Name, approval.ChangeCredentialAdded, nil
 }
 
-func removeCredential(r *roster, values []string) (string, string, error) {
-	p, err := r.get(values[0])
+func removeCredential(people *roster, values []string) (string, string, error) {
+	p, err := people.operator(values[0])
 	if err != nil {
 		return "", "", err
 	}
@@ -312,35 +330,37 @@ func removeCredential(r *roster, values []string) (string, string, error) {
 		return "", "", fmt.Errorf("credential of operator %q: %w", p.Name, ErrNotFound)
 	}
 	p.Credentials = slices.Delete(slices.Clone(p.Credentials), i, i+1)
-	p.Counts = maps.Clone(p.Counts)
-	delete(p.Counts, values[1])
-	r.people[p.Name] = p
+	p.SignCounts = maps.Clone(p.SignCounts)
+	delete(p.SignCounts, values[1])
+	people.people[p.Name] = p
 	return p.Name, approval.ChangeCredentialRemoved, nil
 }
 
-func setNeeded(r *roster, values []string) (string, string, error) {
+func setNeeded(people *roster, values []string) (string, string, error) {
 	n, err := strconv.Atoi(values[0])
 	if err != nil || strconv.Itoa(n) != values[0] {
 		return "", "", fmt.Errorf("approvals needed: %w: it must be a number", ErrInvalid)
 	}
-	r.needed = n
+	people.needed = n
 	return "", "", nil
 }
 
-func (r *roster) get(name string) (person, error) {
-	p, there := r.people[name]
-	if !there {
+func (r *roster) operator(name string) (person, error) {
+	p, exists := r.people[name]
+	if !exists {
 		return p, fmt.Errorf("operator: %w", ErrNotFound)
 	}
 	return p, nil
 }
 
-// nameable is the rule of all names (see keystore.CheckName).
-func nameable(name string) bool {
-	return name != "" && len(name) <= maxName && name[0] != '-' && strings.Trim(name, "abcdefghijklmnopqrstuvwxyz0123456789-") == ""
+// validName checks the rule for all names (see keystore.CheckName).
+func validName(name string) bool {
+	return name != "" && len(name) <= maxName && name[0] != '-' &&
+		strings.Trim(name, "abcdefghijklmnopqrstuvwxyz0123456789-") == ""
 }
 
-// parseRoles reads known roles, each once, in any order, and returns them in the order of approval.Roles.
+// parseRoles parses a list of known roles, each at most once, in any order. The result is in the
+// order of approval.Roles.
 func parseRoles(s string) (roles []approval.Role, err error) {
 	named := strings.Split(s, ",")
 	for _, r := range approval.Roles() {
@@ -349,7 +369,8 @@ func parseRoles(s string) (roles []approval.Role, err error) {
 		}
 	}
 	if len(roles) != len(named) {
-		return nil, fmt.Errorf("roles: %w: they are some of %s, each once, with commas in between", ErrInvalid, joinRoles(approval.Roles()))
+		return nil, fmt.Errorf("roles: %w: they are some of %s, each once, with commas in between",
+			ErrInvalid, joinRoles(approval.Roles()))
 	}
 	return roles, nil
 }
@@ -362,8 +383,9 @@ func joinRoles(roles []approval.Role) string {
 	return strings.Join(names, ",")
 }
 
-// parseCredential reads one that is to be added: sound, for this appliance, and without the time at which that will be.
-func (d *Registry) parseCredential(s string) (c approval.Credential, err error) {
+// parseCredential parses the JSON of a new credential. The credential must be valid, must be for
+// this appliance if it is a passkey, and must have no time Added: the act sets the time.
+func (r *Registry) parseCredential(s string) (c approval.Credential, err error) {
 	dec := json.NewDecoder(bytes.NewReader([]byte(s)))
 	dec.DisallowUnknownFields()
 	if err := dec.Decode(&c); err != nil || dec.More() || c.Added != 0 {
@@ -372,8 +394,8 @@ func (d *Registry) parseCredential(s string) (c approval.Credential, err error) 
 	if err := c.Check(); err != nil {
 		return c, fmt.Errorf("credential: %w: %w", ErrInvalid, err)
 	}
-	if c.Kind == approval.Passkey && c.RPID != d.RPID {
-		return c, fmt.Errorf("credential: %w: it is a passkey for another place than %q", ErrInvalid, d.RPID)
+	if c.Kind == approval.Passkey && c.RPID != r.RPID {
+		return c, fmt.Errorf("credential: %w: it is a passkey for another place than %q", ErrInvalid, r.RPID)
 	}
 	return c, nil
 }

@@ -11,7 +11,7 @@ import (
 	"countersign/internal/manage"
 )
 
-// TestActsOnOperators runs each of them through a proposal.
+// TestActsOnOperators carries out each act on operators by an approved proposal.
 func TestActsOnOperators(t *testing.T) {
 	r := newRig(t, 1)
 	admin := r.people[0]
@@ -23,15 +23,17 @@ func TestActsOnOperators(t *testing.T) {
 		}
 		return p
 	}
+	spaced := " " + string(manage.Encode(bob.credential)) + " "
 	for _, act := range []struct {
 		name  string
 		p     []approval.Parameter
-		holds func() bool
+		holds func() bool // after the act
 	}{
-		{"operator add", parameters("name", "bob", "roles", "approver,auditor", "credential", " "+string(manage.Encode(bob.credential))+" "), func() bool {
+		{"operator add", parameters("name", "bob", "roles", "approver,auditor", "credential", spaced), func() bool {
 			o, err := r.Operator("bob")
 			c, has := o.Credential(bob.credential.ID)
-			return err == nil && slices.Equal(o.Roles, []approval.Role{approval.Auditor, approval.Approver}) && has && c.Added > 0 && o.Added > 0
+			return err == nil && slices.Equal(o.Roles, []approval.Role{approval.Auditor, approval.Approver}) &&
+				has && c.Added > 0 && o.Added > 0
 		}},
 		{"operator roles", parameters("name", "bob", "roles", "approver,operator"), func() bool {
 			o, _ := r.Operator("bob")
@@ -48,7 +50,10 @@ func TestActsOnOperators(t *testing.T) {
 		}},
 		{"approvals needed", parameters("needed", "2"), func() bool { return r.Needed() == 2 }},
 		{"approvals needed", parameters("needed", "1"), func() bool { return r.Needed() == 1 }},
-		{"operator remove", parameters("name", "bob"), func() bool { _, err := r.Operator("bob"); return err != nil && len(r.Operators()) == 1 }},
+		{"operator remove", parameters("name", "bob"), func() bool {
+			_, err := r.Operator("bob")
+			return err != nil && len(r.Operators()) == 1
+		}},
 	} {
 		s, _ := r.signIn(t, admin, root)
 		needed := r.Needed()
@@ -61,7 +66,8 @@ func TestActsOnOperators(t *testing.T) {
 			after, err = r.approve(t, bob, p)
 		}
 		if err != nil || after.State != Done || !act.holds() {
-			t.Fatalf("%s: %v, %s %s; the operators are %s", act.name, err, after.State, after.Cause, manage.Encode(r.Operators()))
+			t.Fatalf("%s: %v, %s %s; the operators are %s",
+				act.name, err, after.State, after.Cause, manage.Encode(r.Operators()))
 		}
 		of := audit.OperatorChanged
 		if act.name == "approvals needed" {
@@ -70,8 +76,9 @@ func TestActsOnOperators(t *testing.T) {
 		if _, e := r.events(t, of); e.Actor.Name != "o0" || e.Actor.Proposal != p.ID || e.Action != act.name {
 			t.Errorf("%s: the event is %+v", act.name, e)
 		}
-		before := string(manage.Encode(r.roster.people)) + fmt.Sprint(r.Needed())
-		if r.reopen(t); string(manage.Encode(r.roster.people))+fmt.Sprint(r.Needed()) != before {
+		state := func() string { return string(manage.Encode(r.roster.people)) + fmt.Sprint(r.Needed()) }
+		before := state()
+		if r.reopen(t); state() != before {
 			t.Errorf("%s: after a restart the operators are others", act.name)
 		}
 	}
@@ -80,9 +87,9 @@ func TestActsOnOperators(t *testing.T) {
 	}
 }
 
-func TestRosterStaysSound(t *testing.T) {
+func TestRosterInvariants(t *testing.T) {
 	r := newRig(t, 3)
-	r.must(t, setNeeded, "2")
+	r.apply(t, setNeeded, "2")
 	free, passkey := newSigner(t, ""), newPasskey(t, "p", 0)
 	json := func(c approval.Credential) string { return string(manage.Encode(c)) }
 	with := func(change func(*approval.Credential)) string {
@@ -90,8 +97,14 @@ func TestRosterStaysSound(t *testing.T) {
 		change(&c)
 		return json(c)
 	}
+	elsewhere := with(func(c *approval.Credential) { c.RPID = "example.org" })
+	renamed := with(func(c *approval.Credential) { c.ID = free.credential.ID })
+	timed := with(func(c *approval.Credential) { c.Added = 1 })
+	unused, taken := json(free.credential), json(r.people[1].credential)
+	const rsaKey = `{"id":"","kind":"ssh","public_key":"ssh-rsa AAAA"}`
+	unknownField := strings.Replace(json(free.credential), "{", `{"x":1,`, 1)
 	for name, c := range map[string]struct {
-		act    amend
+		m      mutation
 		values []string
 		is     error
 	}{
@@ -111,38 +124,39 @@ func TestRosterStaysSound(t *testing.T) {
 		"to remove whom there is none": {removeOperator, []string{"x"}, ErrNotFound},
 		"a credential there is none":   {removeCredential, []string{"o1", r.people[2].credential.ID}, ErrNotFound},
 		"a name that is taken":         {r.addOperator, []string{"o1", "approver", json(free.credential)}, ErrExists},
-		"a name that is none":          {r.addOperator, []string{"uid:0", "approver", json(free.credential)}, ErrInvalid},
-		"a credential of another":      {r.addOperator, []string{"x", "approver", json(r.people[1].credential)}, ErrExists},
+		"a name that is none":          {r.addOperator, []string{"uid:0", "approver", unused}, ErrInvalid},
+		"a credential of another":      {r.addOperator, []string{"x", "approver", taken}, ErrExists},
 		"a credential twice":           {r.addCredential, []string{"o1", json(r.people[1].credential)}, ErrExists},
 		"another's to add":             {r.addCredential, []string{"o1", json(r.people[2].credential)}, ErrExists},
-		"a passkey for elsewhere":      {r.addCredential, []string{"o1", with(func(c *approval.Credential) { c.RPID = "example.org" })}, ErrInvalid},
-		"another id":                   {r.addCredential, []string{"o1", with(func(c *approval.Credential) { c.ID = free.credential.ID })}, ErrInvalid},
-		"a time":                       {r.addCredential, []string{"o1", with(func(c *approval.Credential) { c.Added = 1 })}, ErrInvalid},
-		"an unknown field":             {r.addCredential, []string{"o1", strings.Replace(json(free.credential), "{", `{"x":1,`, 1)}, ErrInvalid},
+		"a passkey for elsewhere":      {r.addCredential, []string{"o1", elsewhere}, ErrInvalid},
+		"another id":                   {r.addCredential, []string{"o1", renamed}, ErrInvalid},
+		"a time":                       {r.addCredential, []string{"o1", timed}, ErrInvalid},
+		"an unknown field":             {r.addCredential, []string{"o1", unknownField}, ErrInvalid},
 		"two documents":                {r.addCredential, []string{"o1", json(free.credential) + "{}"}, ErrInvalid},
 		"no credential":                {r.addCredential, []string{"o1", "{}"}, ErrInvalid},
-		"an RSA key":                   {r.addCredential, []string{"o1", `{"id":"","kind":"ssh","public_key":"ssh-rsa AAAA"}`}, ErrInvalid},
+		"an RSA key":                   {r.addCredential, []string{"o1", rsaKey}, ErrInvalid},
 	} {
 		before := string(manage.Encode(r.Operators()))
 		n, _ := r.events(t, audit.OperatorChanged)
-		if err := r.amendBy(t, c.act, c.values...); err == nil {
+		if err := r.mutate(t, c.m, c.values...); err == nil {
 			t.Errorf("%s: it is taken", name)
 		} else {
 			want(t, err, c.is)
 		}
-		if after, _ := r.events(t, audit.OperatorChanged); after != n || string(manage.Encode(r.Operators())) != before || r.Needed() != 2 {
+		after, _ := r.events(t, audit.OperatorChanged)
+		if after != n || string(manage.Encode(r.Operators())) != before || r.Needed() != 2 {
 			t.Errorf("%s: it has changed something", name)
 		}
 	}
-	r.must(t, setRoles, "o2", "auditor") // two approvers are left, and two are needed
-	want(t, r.amendBy(t, setRoles, "o1", "auditor"), ErrConflict)
-	want(t, r.amendBy(t, removeOperator, "o1"), ErrConflict)
-	want(t, r.amendBy(t, removeCredential, "o1", r.people[1].credential.ID), ErrConflict)
+	r.apply(t, setRoles, "o2", "auditor") // two approvers are left, and two are needed
+	want(t, r.mutate(t, setRoles, "o1", "auditor"), ErrConflict)
+	want(t, r.mutate(t, removeOperator, "o1"), ErrConflict)
+	want(t, r.mutate(t, removeCredential, "o1", r.people[1].credential.ID), ErrConflict)
 
 	var err error
 	n := 1
 	for ; err == nil && n < 100; n++ {
-		err = r.amendBy(t, r.addCredential, "o2", json(newSigner(t, "").credential))
+		err = r.mutate(t, r.addCredential, "o2", json(newSigner(t, "").credential))
 	}
 	want(t, err, ErrConflict)
 	if o, _ := r.Operator("o2"); len(manage.Encode(o)) >= maxRecord || n < 5 {
@@ -152,20 +166,22 @@ func TestRosterStaysSound(t *testing.T) {
 	if o, _ := r.Operator("o2"); e.Metadata["operator"] != string(manage.Encode(o)) {
 		t.Errorf("the event has not all of the operator: %s", e.Metadata["operator"])
 	}
-	r.reopen(t) // and it is sound on disk too
+	r.reopen(t) // the roster on disk is valid, too
 }
 
-// TestLedgerDecides proposes two acts of which each is sound, and both are not.
+// TestLedgerDecides approves two acts at once. Each act alone leaves an administrator, and both
+// together leave none: one of the acts must fail.
 func TestLedgerDecides(t *testing.T) {
 	r := newRig(t, 3)
-	r.must(t, setRoles, "o1", "administrator,approver")
+	r.apply(t, setRoles, "o1", "administrator,approver")
 	s, _ := r.signIn(t, r.people[2], root)
 	_, err := r.Propose(t.Context(), s, "operator remove", []approval.Parameter{{Name: "name", Value: "o0"}}, nil, 0)
 	want(t, err, ErrNotAllowed) // an approver is no administrator
 	s, _ = r.signIn(t, r.people[0], root)
 	var both []Proposal
 	for _, name := range []string{"o0", "o1"} {
-		both = append(both, r.propose(t, s, "operator roles", approval.Parameter{Name: "name", Value: name}, approval.Parameter{Name: "roles", Value: "approver"}))
+		both = append(both, r.propose(t, s, "operator roles",
+			approval.Parameter{Name: "name", Value: name}, approval.Parameter{Name: "roles", Value: "approver"}))
 	}
 	states := map[State]int{}
 	results := make([]Proposal, 2)
@@ -205,7 +221,7 @@ func TestOwnActsAreChecked(t *testing.T) {
 			want(t, err, ErrInvalid)
 		}
 	}
-	// What can't be carried out now is not proposed.
+	// An act that would fail now can't be proposed.
 	_, err := r.Propose(t.Context(), s, "operator remove", []approval.Parameter{{Name: "name", Value: "o0"}}, nil, 0)
 	want(t, err, ErrConflict)
 	if len(r.Proposals()) != 0 {

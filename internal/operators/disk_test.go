@@ -21,16 +21,17 @@ import (
 )
 
 func TestMain(m *testing.M) {
-	disktest.Serve() // in the process of a test's disk
+	disktest.Serve() // serves the file system if this process is the one of a test's disk
 	os.Exit(m.Run())
 }
 
-// TestPowerCut cuts the power at each moment of a proposal's life, and looks at each disk that could be left then: what was said to be
-// there is there, and what may have been carried out is not carried out again, whoever approves it.
+// TestPowerCut cuts the power at each moment of a proposal's life, and opens the possible disks of
+// that moment. A confirmed state must be on the disk. An act that may have been carried out must
+// not run again, even if all approvers approve again.
 func TestPowerCut(t *testing.T) {
 	disk := disktest.New(t)
 	r := newRigIn(t, disk.Dir(), "countersign.example/a", 2)
-	r.must(t, setNeeded, "2")
+	r.apply(t, setNeeded, "2")
 	enrolled := disk.Mark()
 	s, _ := r.signIn(t, r.people[0], root)
 	p := r.propose(t, s, "test")
@@ -40,7 +41,7 @@ func TestPowerCut(t *testing.T) {
 	}
 	approved := disk.Mark()
 	var begun int
-	r.act = func(context.Context, audit.Actor) error { begun = disk.Mark(); return nil }
+	r.effect = func(context.Context, audit.Actor) error { begun = disk.Mark(); return nil }
 	if after, err := r.approve(t, r.people[1], p); err != nil || after.State != Done {
 		t.Fatal(after.State, err)
 	}
@@ -54,7 +55,7 @@ func TestPowerCut(t *testing.T) {
 	seen := map[State]int{}
 	disktest.Explore(t, disk.Record(), disktest.Options{States: 12, Total: 1200}, func(dir string, at int) error {
 		left := &rig{path: filepath.Join(dir, "ledger.db"), name: r.name, people: r.people}
-		l, err := ledger.Open(left.path, ledger.Options{}) // without a replica: it is read only, hundreds of times
+		l, err := ledger.Open(left.path, ledger.Options{}) // without a replica: one of hundreds of disks
 		if err := left.openOn(l, err); at < enrolled && err != nil {
 			return nil
 		} else if err != nil {
@@ -82,7 +83,7 @@ func TestPowerCut(t *testing.T) {
 				return err
 			}
 		}
-		runs := 0 // before and after the cut
+		runs := 0 // of the act, before and after the power cut
 		if at >= begun {
 			runs++
 		}
@@ -105,7 +106,7 @@ func TestPowerCut(t *testing.T) {
 	}
 }
 
-// approveAgain signs in and approves, and does not end the test.
+// approveAgain signs in and approves. approveAgain may run outside the goroutine of the test.
 func (r *rig) approveAgain(s *signer, p Proposal) error {
 	sign := func(namespace, text string) approval.Proof {
 		proof, err := sshagent.Sign(s.agent, s.credential, namespace, text)
@@ -137,7 +138,8 @@ func TestBrokenDisk(t *testing.T) {
 		t.Cleanup(func() { disk.Fail(nil) })
 		return r
 	}
-	// failSync has the nth sync of the ledger's file fail: the first one is before the page that counts, the second one after it.
+	// failSync has the nth sync of the ledger's file fail: the first sync comes before the write of
+	// the meta page, the second sync after it.
 	failSync := func(nth int32) {
 		var syncs atomic.Int32
 		disk.Fail(func(op disktest.Op) syscall.Errno {
@@ -171,7 +173,7 @@ func TestBrokenDisk(t *testing.T) {
 		_, err := r.Approve(t.Context(), s, p.ID, r.people[0].sign(t, p.Text()))
 		want(t, err, ledger.ErrUnknownState)
 		disk.Fail(nil)
-		r.reopen(t) // where it turns out that it was written
+		r.reopen(t) // the transaction was written after all
 		if got, _ := r.Proposal(p.ID); got.State != Interrupted || r.ran.Load() != 0 {
 			t.Errorf("it is %s, and has run %d times", got.State, r.ran.Load())
 		}
@@ -183,7 +185,7 @@ func TestBrokenDisk(t *testing.T) {
 		p := r.propose(t, s, "test")
 		failed := make(chan struct{})
 		var once sync.Once
-		r.act = func(context.Context, audit.Actor) error {
+		r.effect = func(context.Context, audit.Actor) error {
 			disk.Fail(func(op disktest.Op) syscall.Errno {
 				if op.Kind != disktest.Datasync {
 					return 0
@@ -222,7 +224,8 @@ func TestBrokenDisk(t *testing.T) {
 	t.Run("no operator without its event", func(t *testing.T) {
 		r := rigOn(t)
 		failSync(1)
-		want(t, r.amendBy(t, r.addOperator, "bob", "approver", string(manage.Encode(newSigner(t, "").credential))), ledger.ErrDisk)
+		err := r.mutate(t, r.addOperator, "bob", "approver", string(manage.Encode(newSigner(t, "").credential)))
+		want(t, err, ledger.ErrDisk)
 		if n := len(r.Operators()); n != 1 || r.changed.Load() != 1 {
 			t.Errorf("there are %d operators, and presence has heard of %d changes", n, r.changed.Load())
 		}

@@ -37,13 +37,13 @@ var (
 	https = Channel{Kind: HTTPS, Source: "127.0.0.1"}
 )
 
-// signer is a person with the means to sign.
+// signer is a person with a private key: in an SSH agent, or of a passkey.
 type signer struct {
 	name       string
 	agent      agent.Agent
 	credential approval.Credential
-	passkey    *ecdsa.PrivateKey // in place of the agent
-	count      uint32            // of the passkey
+	passkey    *ecdsa.PrivateKey // instead of the agent
+	count      uint32            // signature counter of the passkey
 	origin     string
 }
 
@@ -67,7 +67,7 @@ func newSigner(t *testing.T, name string) *signer {
 	return s
 }
 
-// newPasskey is a signer with an authenticator that counts from a number on.
+// newPasskey returns a signer with a passkey, whose signature counter begins at a number.
 func newPasskey(t *testing.T, name string, count uint32) *signer {
 	t.Helper()
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
@@ -81,15 +81,18 @@ func newPasskey(t *testing.T, name string, count uint32) *signer {
 	cose := append([]byte{0xa5, 1, 2, 3, 0x26, 0x20, 1, 0x21, 0x58, 0x20}, point[1:33]...)
 	cose = append(append(cose, 0x22, 0x58, 0x20), point[33:]...)
 	public := base64.RawURLEncoding.EncodeToString(cose)
-	s := &signer{name: name, passkey: key, count: count, origin: "https://localhost:7780", credential: approval.Credential{
-		ID: approval.NewID(public), Kind: approval.Passkey, PublicKey: public, CredentialID: base64.RawURLEncoding.EncodeToString([]byte(name)), RPID: "localhost"}}
+	c := approval.Credential{
+		ID: approval.NewID(public), Kind: approval.Passkey, PublicKey: public,
+		CredentialID: base64.RawURLEncoding.EncodeToString([]byte(name)), RPID: "localhost",
+	}
+	s := &signer{name: name, passkey: key, count: count, origin: "https://localhost:7780", credential: c}
 	if err := s.credential.Check(); err != nil {
 		t.Fatal(err)
 	}
 	return s
 }
 
-// sign proves a text that is for what its first line says.
+// sign signs a text for the purpose in its first line.
 func (s *signer) sign(t *testing.T, text string) approval.Proof {
 	t.Helper()
 	if s.passkey != nil {
@@ -106,7 +109,10 @@ func (s *signer) sign(t *testing.T, text string) approval.Proof {
 func (s *signer) assert(t *testing.T, text string) approval.Proof {
 	t.Helper()
 	challenge, rp := sha256.Sum256([]byte(text)), sha256.Sum256([]byte("localhost"))
-	client, err := json.Marshal(map[string]any{"type": "webauthn.get", "challenge": base64.RawURLEncoding.EncodeToString(challenge[:]), "origin": s.origin, "crossOrigin": false})
+	b64 := base64.RawURLEncoding.EncodeToString
+	client, err := json.Marshal(map[string]any{
+		"type": "webauthn.get", "challenge": b64(challenge[:]), "origin": s.origin, "crossOrigin": false,
+	})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -117,12 +123,13 @@ func (s *signer) assert(t *testing.T, text string) approval.Proof {
 	if err != nil {
 		t.Fatal(err)
 	}
-	b64 := base64.RawURLEncoding.EncodeToString
-	return approval.Proof{Credential: s.credential.ID, Assertion: &approval.Assertion{AuthenticatorData: b64(data), ClientDataJSON: b64(client), Signature: b64(signature)}}
+	return approval.Proof{Credential: s.credential.ID, Assertion: &approval.Assertion{
+		AuthenticatorData: b64(data), ClientDataJSON: b64(client), Signature: b64(signature),
+	}}
 }
 
-// rig is a desk on a real ledger with an act "test" that counts, and as many operators as asked for: the first one, "o0", is the
-// administrator; all are approvers.
+// rig is a test rig: a Registry on a ledger on disk, with the operators o0, o1, and so on. All
+// operators are approvers, and o0 is an administrator, too. The act "test" counts its executions.
 type rig struct {
 	*Registry
 	ledger  *ledger.Ledger
@@ -131,7 +138,7 @@ type rig struct {
 	people  []*signer
 	ran     atomic.Int32
 	changed atomic.Int32
-	act     func(context.Context, audit.Actor) error // what the act does besides
+	effect  func(context.Context, audit.Actor) error // of the act "test"; may be nil
 }
 
 func newRig(t *testing.T, people int) *rig {
@@ -158,29 +165,32 @@ func newRigIn(t *testing.T, dir, name string, people int) *rig {
 	return r
 }
 
-// enrol adds an operator without approval, but the first one.
+// enrol adds an operator without approval. The first one is an administrator.
 func (r *rig) enrol(t *testing.T, s *signer, roles string) {
 	t.Helper()
 	var err error
 	if r.people = append(r.people, s); len(r.people) == 1 {
 		_, err = r.EnrolFirst(t.Context(), root, s.name, s.credential)
 	} else {
-		err = r.amendBy(t, r.addOperator, s.name, roles, string(manage.Encode(s.credential)))
+		err = r.mutate(t, r.addOperator, s.name, roles, string(manage.Encode(s.credential)))
 	}
 	if err != nil {
 		t.Fatal(err)
 	}
 }
 
-// amendBy carries an act on operators out without approval.
-func (r *rig) amendBy(t *testing.T, act amend, values ...string) error {
+// mutate applies a mutation of the roster without approval.
+func (r *rig) mutate(t *testing.T, m mutation, values ...string) error {
 	t.Helper()
-	return r.amend(t.Context(), audit.Operator("test"), "test", func(all *roster) (string, string, error) { return act(all, values) })
+	return r.updateRoster(t.Context(), audit.Operator("test"), "test", func(all *roster) (string, string, error) {
+		return m(all, values)
+	})
 }
 
-func (r *rig) must(t *testing.T, act amend, values ...string) {
+// apply is mutate for a valid mutation.
+func (r *rig) apply(t *testing.T, m mutation, values ...string) {
 	t.Helper()
-	if err := r.amendBy(t, act, values...); err != nil {
+	if err := r.mutate(t, m, values...); err != nil {
 		t.Fatal(err)
 	}
 }
@@ -199,25 +209,28 @@ func (r *rig) openOn(l *ledger.Ledger, err error) error {
 		return err
 	}
 	check := func(p []approval.Parameter, _ []byte) ([]approval.Parameter, error) { return p, nil }
-	d, err := Open(l, Config{Appliance: r.name, RPID: "localhost", Origin: "https://localhost:7780", Log: slog.New(slog.NewTextHandler(io.Discard, nil)),
-		Changed: func() { r.changed.Add(1) },
-		Acts: map[string]Act{"test": {Roles: []approval.Role{approval.Administrator, approval.Approver}, Check: check,
-			Run: func(ctx context.Context, who audit.Actor, _ []approval.Parameter, _ []byte) error {
-				r.ran.Add(1)
-				if r.act != nil {
-					return r.act(ctx, who)
-				}
-				return nil
-			}}}})
+	run := func(ctx context.Context, who audit.Actor, _ []approval.Parameter, _ []byte) error {
+		r.ran.Add(1)
+		if r.effect != nil {
+			return r.effect(ctx, who)
+		}
+		return nil
+	}
+	roles := []approval.Role{approval.Administrator, approval.Approver}
+	registry, err := Open(l, Config{
+		Appliance: r.name, RPID: "localhost", Origin: "https://localhost:7780",
+		Acts: map[string]Act{"test": {Roles: roles, Check: check, Run: run}}, Changed: func() { r.changed.Add(1) },
+		Log: slog.New(slog.NewTextHandler(io.Discard, nil)),
+	})
 	if err != nil {
 		l.Close()
 		return err
 	}
-	r.ledger, r.Registry = l, d
+	r.ledger, r.Registry = l, registry
 	return nil
 }
 
-// reopen is a restart after a crash: what is not on disk is lost.
+// reopen restarts as after a crash: the memory is lost.
 func (r *rig) reopen(t *testing.T) {
 	t.Helper()
 	if err := r.ledger.Close(); err != nil {
@@ -255,7 +268,7 @@ func (r *rig) approve(t *testing.T, s *signer, p Proposal) (Proposal, error) {
 	return r.Approve(t.Context(), session, p.ID, s.sign(t, p.Text()))
 }
 
-// events counts those of a type, and returns the last one.
+// events counts the events of a type, and returns the last one.
 func (r *rig) events(t *testing.T, of audit.Type) (n int, last audit.Event) {
 	t.Helper()
 	if err := r.ledger.Events(0, func(_ uint64, b []byte) bool {
@@ -292,7 +305,8 @@ func (r *rig) trail(t *testing.T, id uint64) string {
 	return strings.Join(all, " ")
 }
 
-// replay checks the log as an auditor does, who believes nothing but signatures. It is for tests that do not use must.
+// replay verifies the approvals in the log as an auditor does. replay fails after a call of mutate
+// or apply, which change operators without approval.
 func (r *rig) replay(t *testing.T) *approval.Report {
 	t.Helper()
 	report, err := approval.Replay(func(yield func(uint64, audit.Event) bool) {
@@ -310,7 +324,8 @@ func (r *rig) replay(t *testing.T) *approval.Report {
 		t.Fatalf("an auditor says: %v", err)
 	}
 	if string(manage.Encode(report.Operators)) != string(manage.Encode(r.Operators())) || report.Needed != r.Needed() {
-		t.Errorf("by the log, %d approvals are needed, and the operators are %s", report.Needed, manage.Encode(report.Operators))
+		t.Errorf("by the log, %d approvals are needed, and the operators are %s",
+			report.Needed, manage.Encode(report.Operators))
 	}
 	for _, c := range report.Proposals {
 		if p, err := r.Proposal(c.ID); err == nil && string(p.State) != c.State {
@@ -349,23 +364,26 @@ func TestEnrolFirst(t *testing.T) {
 		_, err := r.EnrolFirst(t.Context(), root, bad, s.credential)
 		want(t, err, ErrInvalid)
 	}
-	if r.Begun() {
+	if r.Initialised() {
 		t.Error("an operator is there after refusals")
 	}
 	var enrolled atomic.Int32
 	all(8, func(i int) {
-		if _, err := r.EnrolFirst(t.Context(), root, fmt.Sprintf("alice-%d", i), newSigner(t, "").credential); err == nil {
+		_, err := r.EnrolFirst(t.Context(), root, fmt.Sprintf("alice-%d", i), newSigner(t, "").credential)
+		if err == nil {
 			enrolled.Add(1)
 		} else {
 			want(t, err, ErrConflict)
 		}
 	})
-	if n, e := r.events(t, audit.OperatorEnrolled); enrolled.Load() != 1 || n != 1 || len(r.Operators()) != 1 || e.Actor.Name != "uid:0" {
-		t.Errorf("%d of 8 have enrolled the first operator, with %d events, the last one by %q", enrolled.Load(), n, e.Actor.Name)
+	n, e := r.events(t, audit.OperatorEnrolled)
+	if enrolled.Load() != 1 || n != 1 || len(r.Operators()) != 1 || e.Actor.Name != "uid:0" {
+		t.Errorf("%d of 8 have enrolled the first operator, with %d events, the last one by %q",
+			enrolled.Load(), n, e.Actor.Name)
 	}
 	before := string(manage.Encode(r.Operators()))
 	r.reopen(t)
-	if after := string(manage.Encode(r.Operators())); after != before || !r.Begun() || r.Needed() != 1 {
+	if after := string(manage.Encode(r.Operators())); after != before || !r.Initialised() || r.Needed() != 1 {
 		t.Errorf("after a restart the operators are %s, before %s", after, before)
 	}
 }

@@ -20,50 +20,51 @@ import (
 	"countersign/internal/manage"
 )
 
-// Bounds of proposals.
+// Limits of proposals.
 const (
 	MinLifetime     = 5 * time.Minute
 	DefaultLifetime = 24 * time.Hour
 	MaxLifetime     = 7 * 24 * time.Hour
-	MaxContent      = 256 << 10 // bytes that go with one
-	maxPending      = 64        // that are open or running
-	maxPendingOf    = 16        // of one proposer, so that nobody takes all places
-	maxEnded        = 1000      // that are kept to be looked at; the audit log has all
+	MaxContent      = 256 << 10 // bytes of a proposal's content
+	maxPending      = 64        // open or running proposals
+	maxPendingOf    = 16        // open or running proposals of one proposer, so that one can't use up maxPending
+	maxEnded        = 1000      // ended proposals in the ledger; the audit log has all
 )
 
-// State is where a proposal is on its way.
+// State is the state of a proposal.
 type State string
 
 const (
 	Pending     State = "open"
-	Running     State = "running"     // approved, and being carried out
-	Done        State = "done"        // carried out
-	Failed      State = "failed"      // carried out, with an error
+	Running     State = "running"     // approved; the act is being carried out
+	Done        State = "done"        // the act has succeeded
+	Failed      State = "failed"      // the act has returned an error
 	Expired     State = "expired"     // not approved in time
 	Withdrawn   State = "withdrawn"   // by its proposer or an administrator
-	Interrupted State = "interrupted" // it was begun, and nobody knows how far it has come
+	Interrupted State = "interrupted" // the act has started; its effects are unknown
 )
 
-// Proposal is an act that was proposed, and what became of it. What approvers sign is its Text.
+// Proposal is a proposed act with its approvals and its outcome. Approvers sign the proposal's
+// Text.
 type Proposal struct {
 	approval.Proposal
 	State     State
-	Approvals []Approval // in the order in which they came
-	Required  int        // approvals: by the text, or by what is in force where that is more
-	Content   []byte     // what goes with it, until it has ended. The parameter sha256 is its digest
-	Ended     time.Time  // zero until then
-	Cause     string     // why it failed or was interrupted
+	Approvals []Approval // in the order of time
+	Required  int        // approvals: the larger of the number in the text and the number in force
+	Content   []byte     // until the end; for example a policy. The parameter sha256 is the content's digest
+	Ended     time.Time  // zero before the end
+	Cause     string     // of a failure or an interruption
 }
 
-// Approval is one that was given.
+// Approval is an approval of a proposal.
 type Approval struct {
 	Operator   string
 	Credential string
 	At         time.Time
-	Counts     bool // its operator is an approver now, and has the credential
+	Counts     bool // the operator is an approver now, and has the credential
 }
 
-// record is a proposal in the ledger, under its number.
+// record is a proposal's record in the ledger. The key is the proposal's number.
 type record struct {
 	Text      string     `json:"text"`
 	State     State      `json:"state"`
@@ -72,7 +73,7 @@ type record struct {
 	Ended     int64      `json:"ended,omitempty"` // Unix seconds
 	Cause     string     `json:"cause,omitempty"`
 
-	proposal *approval.Proposal // Text, read
+	proposal *approval.Proposal // parsed from Text
 }
 
 type approved struct {
@@ -100,35 +101,37 @@ func decodeRecord(key string, value []byte) (*record, error) {
 
 func (r *record) id() uint64 { return r.proposal.ID }
 
-// actor is who carries it out.
+// actor returns the actor of the act: the proposer, with the number of the proposal.
 func (r *record) actor() audit.Actor {
 	a := audit.Operator(r.proposal.Proposer)
 	a.Proposal = r.id()
 	return a
 }
 
-// counting is how many approvals count by a roster.
-func (r *record) counting(by *roster) (n int) {
+// countApprovals returns the number of approvals that are valid by a roster.
+func (r *record) countApprovals(people *roster) (n int) {
 	for _, a := range r.Approvals {
-		if by.approver(a.Operator, a.Credential) {
+		if people.isApprover(a.Operator, a.Credential) {
 			n++
 		}
 	}
 	return n
 }
 
-func (r *roster) approver(name, credential string) bool {
+// isApprover reports whether an operator exists, is an approver, and has the credential.
+func (r *roster) isApprover(name, credential string) bool {
 	p := r.people[name]
 	_, has := p.Credential(credential)
 	return has && p.Has(approval.Approver)
 }
 
-// over says whether its time is over, by the clock or by the ledger's time, which nobody sets back.
-func (d *Registry) over(r *record) bool {
-	return !time.Now().Before(r.proposal.Expires) || !d.ledger.Time().Before(r.proposal.Expires)
+// expired reports whether a proposal has expired, by the system clock or by the ledger's time. The
+// ledger's time is monotonic: a clock that is set back revives no proposal.
+func (r *Registry) expired(rec *record) bool {
+	return !time.Now().Before(rec.proposal.Expires) || !r.ledger.Time().Before(rec.proposal.Expires)
 }
 
-// end lets a proposal end, and returns the event.
+// end sets the final state of a proposal, and returns the event.
 func (r *record) end(state State, cause string) audit.Event {
 	r.State, r.Cause, r.Content, r.Ended = state, cause, nil, time.Now().Unix()
 	switch state {
@@ -144,29 +147,31 @@ func (r *record) ref() audit.ProposalRef {
 	return audit.ProposalRef{ID: r.id(), Digest: r.proposal.Digest()}
 }
 
-// update is one transaction on a proposal: change gets it as the ledger has it, and returns the events
-// of the change. When it is on disk, then is called.
-func (d *Registry) update(ctx context.Context, id uint64, change func(*ledger.Tx, *record) ([]audit.Event, error), then func(*record)) error {
-	return d.write(ctx, "proposal "+strconv.FormatUint(id, 10), func(ctx context.Context) error {
-		var r *record
-		if err := d.ledger.Update(ctx, func(tx *ledger.Tx) (err error) {
+// update changes a proposal in one transaction. change gets the record of the ledger, and returns
+// the events of the change. After the commit, update calls then; then may be nil.
+func (r *Registry) update(
+	ctx context.Context, id uint64, change func(*ledger.Tx, *record) ([]audit.Event, error), then func(*record),
+) error {
+	return r.write(ctx, "proposal "+strconv.FormatUint(id, 10), func(ctx context.Context) error {
+		var rec *record
+		if err := r.ledger.Update(ctx, func(tx *ledger.Tx) (err error) {
 			value := tx.Get(ledger.Proposals, recordKey(id))
 			if len(value) == 0 {
 				return fmt.Errorf("proposal: %w", ErrNotFound)
 			}
-			if r, err = decodeRecord(recordKey(id), value); err != nil {
+			if rec, err = decodeRecord(recordKey(id), value); err != nil {
 				return err
 			}
-			events, err := change(tx, r)
+			events, err := change(tx, rec)
 			if err != nil {
 				return err
 			}
-			return put(tx, r, events...)
+			return put(tx, rec, events...)
 		}); err != nil {
 			return err
 		}
 		if then != nil {
-			then(r)
+			then(rec)
 		}
 		return nil
 	})
@@ -180,13 +185,15 @@ func put(tx *ledger.Tx, r *record, events ...audit.Event) error {
 	return err
 }
 
-// Propose writes down an act to be approved. A lifetime of 0 is DefaultLifetime. What goes with it has to be named by the parameter
-// sha256, since the text is all that is approved.
-func (d *Registry) Propose(ctx context.Context, s Session, act string, p []approval.Parameter, content []byte, lifetime time.Duration) (Proposal, error) {
-	if _, err := d.alive(s); err != nil {
+// Propose adds a proposal for an act. A lifetime of 0 is DefaultLifetime. The parameter sha256 must
+// be the digest of the content, because approvers sign only the text.
+func (r *Registry) Propose(
+	ctx context.Context, s Session, act string, p []approval.Parameter, content []byte, lifetime time.Duration,
+) (Proposal, error) {
+	if _, err := r.requireSession(s); err != nil {
 		return Proposal{}, err
 	}
-	a, known := d.Acts[act]
+	a, known := r.Acts[act]
 	if lifetime == 0 {
 		lifetime = DefaultLifetime
 	}
@@ -203,48 +210,54 @@ func (d *Registry) Propose(ctx context.Context, s Session, act string, p []appro
 		return Proposal{}, fmt.Errorf("proposal to %s: %w", act, err)
 	}
 	now := time.Now().Truncate(time.Second)
-	r := &record{State: Pending, Content: slices.Clone(content)}
-	err = d.write(ctx, "proposal", func(ctx context.Context) error {
-		id, dropped, err := d.place(s.Operator)
+	rec := &record{State: Pending, Content: slices.Clone(content)}
+	err = r.write(ctx, "proposal", func(ctx context.Context) error {
+		id, evicted, err := r.nextNumber(s.Operator)
 		if err != nil {
 			return err
 		}
-		return d.ledger.Update(ctx, func(tx *ledger.Tx) error {
-			all, err := readRoster(tx.View)
+		return r.ledger.Update(ctx, func(tx *ledger.Tx) error {
+			people, err := readRoster(tx.View)
 			if err != nil {
 				return err
 			}
-			who := all.people[s.Operator]
+			who := people.people[s.Operator]
 			if !who.Has(a.proposers()...) {
-				return fmt.Errorf("proposal to %s: %w: it is for the role %s", act, ErrNotAllowed, joinRoles(a.proposers()))
+				return fmt.Errorf("proposal to %s: %w: it is for the role %s",
+					act, ErrNotAllowed, joinRoles(a.proposers()))
 			}
-			made := &approval.Proposal{ID: id, Appliance: d.Appliance, Act: act, Parameters: p, Proposer: who.Name,
-				Proposed: now.UTC(), Expires: now.Add(lifetime).UTC().Truncate(time.Second), Needed: all.needed, Nonce: random()}
-			r.Text = made.Text()
+			made := &approval.Proposal{
+				ID: id, Appliance: r.Appliance, Act: act, Parameters: p, Proposer: who.Name,
+				Proposed: now.UTC(), Expires: now.Add(lifetime).UTC().Truncate(time.Second),
+				Needed: people.needed, Nonce: randomHex(),
+			}
+			rec.Text = made.Text()
 			if err := made.Check(); err != nil {
 				return fmt.Errorf("proposal to %s: %w: %w", act, ErrInvalid, err)
 			}
-			if r.proposal, err = approval.ParseText(r.Text); err != nil || !slices.Equal(r.proposal.Parameters, p) {
+			rec.proposal, err = approval.ParseText(rec.Text)
+			if err != nil || !slices.Equal(rec.proposal.Parameters, p) {
 				return fmt.Errorf("proposal to %s: %w: its text does not say it", act, ErrInvalid)
 			}
-			if !r.whole() {
-				return fmt.Errorf("proposal to %s: %w: the parameter sha256 is not the digest of what goes with it", act, ErrInvalid)
+			if !rec.contentMatches() {
+				return fmt.Errorf("proposal to %s: %w: the parameter sha256 is not the digest of what goes with it",
+					act, ErrInvalid)
 			}
 			if len(tx.Get(ledger.Proposals, recordKey(id))) > 0 {
 				return fmt.Errorf("proposal %d: %w", id, ErrExists)
 			}
-			for _, old := range dropped {
+			for _, old := range evicted {
 				if err := tx.Delete(ledger.Proposals, recordKey(old)); err != nil {
 					return err
 				}
 			}
-			return put(tx, r, audit.NewProposalMade(audit.Operator(who.Name), r.ref(), r.Text))
+			return put(tx, rec, audit.NewProposalMade(audit.Operator(who.Name), rec.ref(), rec.Text))
 		})
 	})
 	if err != nil {
 		return Proposal{}, err
 	}
-	return d.Proposal(r.id())
+	return r.Proposal(rec.id())
 }
 
 func (a *Act) proposers() []approval.Role {
@@ -254,210 +267,225 @@ func (a *Act) proposers() []approval.Role {
 	return a.Roles
 }
 
-// whole says that what goes with a proposal is what its text says.
-func (r *record) whole() bool {
+// contentMatches reports whether the parameter sha256 is the digest of the content. A proposal
+// without content always matches.
+func (r *record) contentMatches() bool {
 	digest := sha256.Sum256(r.Content)
 	return len(r.Content) == 0 || r.proposal.Parameter("sha256") == hex.EncodeToString(digest[:])
 }
 
-// place returns the number of the next proposal, and the ended ones that make room for it. The one with the highest number is always
-// kept, so that no number comes twice. writing is held.
-func (d *Registry) place(proposer string) (id uint64, dropped []uint64, err error) {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	var pending, his int
+// nextNumber returns the number of the next proposal, and the oldest ended proposals beyond
+// maxEnded, to be evicted. The proposal with the highest number is never evicted, so that no number
+// is used twice. The caller holds writing.
+func (r *Registry) nextNumber(proposer string) (id uint64, evicted []uint64, err error) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	var pending, own int
 	var ended []uint64
-	for n, r := range d.proposals {
-		if id = max(id, n); r.State != Pending && r.State != Running {
+	for n, rec := range r.proposals {
+		if id = max(id, n); rec.State != Pending && rec.State != Running {
 			ended = append(ended, n)
 			continue
 		}
-		if pending++; r.proposal.Proposer == proposer {
-			his++
+		if pending++; rec.proposal.Proposer == proposer {
+			own++
 		}
 	}
-	if pending >= maxPending || his >= maxPendingOf {
-		return 0, nil, fmt.Errorf("proposal: %w: %d are open, of which %d are yours; there may be %d and %d: withdraw some", ErrConflict, pending, his, maxPending, maxPendingOf)
+	if pending >= maxPending || own >= maxPendingOf {
+		return 0, nil, fmt.Errorf("proposal: %w: %d are open, of which %d are yours; there may be %d and %d: "+
+			"withdraw some", ErrConflict, pending, own, maxPending, maxPendingOf)
 	}
 	slices.Sort(ended)
 	return id + 1, ended[:max(0, len(ended)-maxEnded)], nil
 }
 
-// Approve adds the approval of a session's operator, and carries the act out where that was the last one needed. It returns the
-// proposal as it is then: still open, or as the act ended, or running where ctx ended before the act. That an act has failed is no
-// error of Approve.
-func (d *Registry) Approve(ctx context.Context, s Session, id uint64, p approval.Proof) (Proposal, error) {
-	seen, err := d.alive(s)
+// Approve adds the approval of a session's operator. After the last needed approval, Approve
+// carries the act out and waits for its end. Approve returns the proposal: open, or ended, or
+// running if ctx has ended before the act. A failed act is no error of Approve.
+func (r *Registry) Approve(ctx context.Context, s Session, id uint64, p approval.Proof) (Proposal, error) {
+	seen, err := r.requireSession(s)
 	if err != nil {
 		return Proposal{}, err
 	}
-	p = seen.named(p)
-	now, err := d.Proposal(id)
+	p = seen.resolveCredential(p)
+	now, err := r.Proposal(id)
 	if err != nil {
 		return Proposal{}, err
 	}
-	act, known := d.Acts[now.Act]
+	act, known := r.Acts[now.Act]
 	if !known {
 		return Proposal{}, fmt.Errorf("proposal %d: %w: this version does not know what it asks for", id, ErrConflict)
 	}
-	count, err := d.verify(seen, approval.ForProposal, now.Text(), p) // which names the proposal and the appliance
+	// The text has the names of the proposal and the appliance: the proof is valid for nothing
+	// else.
+	count, err := r.verifyProof(seen, approval.ForProposal, now.Text(), p)
 	if err != nil {
-		d.refused(ctx, s.Channel, s.Operator, approval.ForProposal, p, err)
+		r.recordRefusal(ctx, s.Channel, s.Operator, approval.ForProposal, p, err)
 		return Proposal{}, fmt.Errorf("approval: %w", err)
 	}
 	var late bool
-	var end chan struct{}
-	err = d.update(ctx, id, func(tx *ledger.Tx, r *record) ([]audit.Event, error) {
-		if d.stopping() {
+	var ended chan struct{}
+	err = r.update(ctx, id, func(tx *ledger.Tx, rec *record) ([]audit.Event, error) {
+		if r.stopping() {
 			return nil, fmt.Errorf("approval: %w: the appliance stops", ErrUnavailable)
 		}
-		if late = r.State == Pending && d.over(r); late {
-			return []audit.Event{r.end(Expired, "")}, nil
+		if late = rec.State == Pending && r.expired(rec); late {
+			return []audit.Event{rec.end(Expired, "")}, nil
 		}
-		if r.State != Pending {
-			return nil, fmt.Errorf("proposal %d: %w: it is %s", id, ErrConflict, r.State)
+		if rec.State != Pending {
+			return nil, fmt.Errorf("proposal %d: %w: it is %s", id, ErrConflict, rec.State)
 		}
-		all, err := readRoster(tx.View)
+		people, err := readRoster(tx.View)
 		if err != nil {
 			return nil, err
 		}
-		who, err := d.stillHas(tx, seen, p.Credential, count)
+		who, err := r.recheckCredential(tx, seen, p.Credential, count)
 		if err != nil {
 			return nil, err
 		}
-		if !all.approver(who.Name, p.Credential) {
+		if !people.isApprover(who.Name, p.Credential) {
 			return nil, fmt.Errorf("approval: %w: it is for the role %s", ErrNotAllowed, approval.Approver)
 		}
 		var events []audit.Event
-		given := slices.ContainsFunc(r.Approvals, func(a approved) bool { return a.Operator == who.Name })
+		given := slices.ContainsFunc(rec.Approvals, func(a approved) bool { return a.Operator == who.Name })
 		if !given {
-			r.Approvals = append(r.Approvals, approved{who.Name, p.Credential, time.Now().Unix()})
-			events = append(events, audit.NewApprovalGiven(audit.Operator(who.Name), r.ref(), p.Credential, manage.Encode(p)))
+			rec.Approvals = append(rec.Approvals, approved{who.Name, p.Credential, time.Now().Unix()})
+			events = append(events,
+				audit.NewApprovalGiven(audit.Operator(who.Name), rec.ref(), p.Credential, manage.Encode(p)))
 		}
 		switch {
-		case r.counting(&all) >= max(r.proposal.Needed, all.needed):
-			r.State = Running // once: nothing leads back to open
-			events = append(events, audit.NewProposalRun(r.actor(), r.ref()))
-		case given: // which was worth to try: his approval, or another one, may count again
-			return nil, fmt.Errorf("proposal %d: %w: you have approved it already, which can be done once", id, ErrConflict)
+		case rec.countApprovals(&people) >= max(rec.proposal.Needed, people.needed):
+			rec.State = Running // once: no transition leads back to open
+			events = append(events, audit.NewProposalRun(rec.actor(), rec.ref()))
+		case given: // an error only now, because an approval that did not count may count again
+			return nil, fmt.Errorf("proposal %d: %w: you have approved it already, which can be done once",
+				id, ErrConflict)
 		}
 		return events, nil
-	}, func(r *record) { // it is on disk
-		if r.State == Running {
-			end = make(chan struct{})
-			d.mu.Lock()
-			d.ends[id] = end
-			d.mu.Unlock()
-			go d.carryOut(act, r, end)
+	}, func(rec *record) { // after the commit
+		if rec.State == Running {
+			ended = make(chan struct{})
+			r.mu.Lock()
+			r.executing[id] = ended
+			r.mu.Unlock()
+			go r.execute(act, rec, ended)
 		}
 	})
 	switch {
 	case errors.Is(err, approval.ErrNotProven):
-		d.refused(ctx, s.Channel, s.Operator, approval.ForProposal, p, err)
+		r.recordRefusal(ctx, s.Channel, s.Operator, approval.ForProposal, p, err)
 		return Proposal{}, err
 	case err != nil:
 		return Proposal{}, err
 	case late:
 		return Proposal{}, fmt.Errorf("proposal %d: %w: it has expired", id, ErrConflict)
 	}
-	if end != nil {
+	if ended != nil {
 		select {
-		case <-end:
-		case <-ctx.Done(): // it goes on
+		case <-ended:
+		case <-ctx.Done(): // the act goes on
 		}
 	}
-	return d.Proposal(id)
+	return r.Proposal(id)
 }
 
-// carryOut runs the act of a proposal that has become running, and writes down how it ended.
-func (d *Registry) carryOut(act Act, r *record, end chan struct{}) {
+// execute carries out the act of a proposal that has just become running, writes the end of the
+// act, and closes ended.
+func (r *Registry) execute(act Act, rec *record, ended chan struct{}) {
 	defer func() {
-		d.mu.Lock()
-		delete(d.ends, r.id())
-		d.mu.Unlock()
-		close(end)
+		r.mu.Lock()
+		delete(r.executing, rec.id())
+		r.mu.Unlock()
+		close(ended)
 	}()
-	state, cause := d.run(act, r)
-	log := d.Log.With("proposal", r.id(), "act", r.proposal.Act)
+	state, cause := r.run(act, rec)
+	log := r.Log.With("proposal", rec.id(), "act", rec.proposal.Act)
 	for {
-		err := d.update(context.Background(), r.id(), func(_ *ledger.Tx, r *record) ([]audit.Event, error) {
-			if r.State != Running {
-				return nil, fmt.Errorf("%w: it is %s", ErrConflict, r.State)
+		err := r.update(context.Background(), rec.id(), func(_ *ledger.Tx, rec *record) ([]audit.Event, error) {
+			if rec.State != Running {
+				return nil, fmt.Errorf("%w: it is %s", ErrConflict, rec.State)
 			}
-			return []audit.Event{r.end(state, cause)}, nil
+			return []audit.Event{rec.end(state, cause)}, nil
 		}, nil)
 		if !errors.Is(err, ledger.ErrDisk) {
 			if err != nil {
-				log.Error("how an approved act has ended was not written down: it will be interrupted", "state", state, "cause", cause, "err", err)
+				log.Error("how an approved act has ended was not written down: it will be interrupted",
+					"state", state, "cause", cause, "err", err)
 			}
 			return
 		}
 		log.Error("how an approved act has ended is not written down yet", "state", state, "cause", cause, "err", err)
 		select {
 		case <-time.After(time.Second):
-		case <-d.ledger.Failed():
+		case <-r.ledger.Failed():
 		}
 	}
 }
 
-// run carries an act out. That it panicked must not take the appliance with it; but nobody knows what it did.
-func (d *Registry) run(act Act, r *record) (state State, cause string) {
+// run calls the act's Run. A panic must not end the appliance. The effects of the act are unknown
+// after a panic.
+func (r *Registry) run(act Act, rec *record) (state State, cause string) {
 	defer func() {
 		if p := recover(); p != nil {
-			d.Log.Error("an approved act has panicked", "proposal", r.id(), "act", r.proposal.Act, "panic", p, "stack", string(debug.Stack()))
+			r.Log.Error("an approved act has panicked",
+				"proposal", rec.id(), "act", rec.proposal.Act, "panic", p, "stack", string(debug.Stack()))
 			state, cause = Interrupted, "it has panicked: the log of the daemon says where"
 		}
 	}()
-	if !r.whole() {
+	if !rec.contentMatches() {
 		return Failed, "what goes with it is not what was approved"
 	}
-	if err := act.Run(context.Background(), r.actor(), slices.Clone(r.proposal.Parameters), slices.Clone(r.Content)); err != nil {
+	err := act.Run(context.Background(), rec.actor(), slices.Clone(rec.proposal.Parameters), slices.Clone(rec.Content))
+	if err != nil {
 		return Failed, err.Error()
 	}
 	return Done, ""
 }
 
-// endInterrupted ends what the ledger has as running: nobody here carries it out.
-func (d *Registry) endInterrupted() error {
-	for _, id := range slices.Sorted(maps.Keys(d.proposals)) {
-		if d.proposals[id].State != Running {
+// endInterrupted marks the running proposals in the ledger as interrupted. Open calls
+// endInterrupted before an act can start.
+func (r *Registry) endInterrupted() error {
+	for _, id := range slices.Sorted(maps.Keys(r.proposals)) {
+		if r.proposals[id].State != Running {
 			continue
 		}
-		if err := d.update(context.Background(), id, func(_ *ledger.Tx, r *record) ([]audit.Event, error) {
-			e := r.end(Interrupted, "the appliance stopped while it was carried out: look at how far it has come")
+		if err := r.update(context.Background(), id, func(_ *ledger.Tx, rec *record) ([]audit.Event, error) {
+			e := rec.end(Interrupted, "the appliance stopped while it was carried out: look at how far it has come")
 			e.Actor = audit.Daemon()
 			return []audit.Event{e}, nil
 		}, nil); err != nil {
 			return err
 		}
-		d.Log.Warn("an approved act was interrupted: look at how far it has come", "proposal", id, "act", d.proposals[id].proposal.Act)
+		r.Log.Warn("an approved act was interrupted: look at how far it has come",
+			"proposal", id, "act", r.proposals[id].proposal.Act)
 	}
 	return nil
 }
 
-// Withdraw ends an open proposal: its proposer can, and an administrator.
-func (d *Registry) Withdraw(ctx context.Context, s Session, id uint64) error {
-	if _, err := d.alive(s); err != nil {
+// Withdraw ends an open proposal. The session must be of the proposer or an administrator.
+func (r *Registry) Withdraw(ctx context.Context, s Session, id uint64) error {
+	if _, err := r.requireSession(s); err != nil {
 		return err
 	}
 	var late bool
-	err := d.update(ctx, id, func(tx *ledger.Tx, r *record) ([]audit.Event, error) {
-		all, err := readRoster(tx.View)
+	err := r.update(ctx, id, func(tx *ledger.Tx, rec *record) ([]audit.Event, error) {
+		people, err := readRoster(tx.View)
 		if err != nil {
 			return nil, err
 		}
-		who := all.people[s.Operator]
+		who := people.people[s.Operator]
 		switch {
-		case r.proposal.Proposer != s.Operator && !who.Has(approval.Administrator):
-			return nil, fmt.Errorf("proposal %d: %w: its proposer and administrators can withdraw it", id, ErrNotAllowed)
-		case r.State != Pending:
-			return nil, fmt.Errorf("proposal %d: %w: it is %s", id, ErrConflict, r.State)
+		case rec.proposal.Proposer != s.Operator && !who.Has(approval.Administrator):
+			return nil, fmt.Errorf("proposal %d: %w: its proposer and administrators can withdraw it",
+				id, ErrNotAllowed)
+		case rec.State != Pending:
+			return nil, fmt.Errorf("proposal %d: %w: it is %s", id, ErrConflict, rec.State)
 		}
-		if late = d.over(r); late {
-			return []audit.Event{r.end(Expired, "")}, nil
+		if late = r.expired(rec); late {
+			return []audit.Event{rec.end(Expired, "")}, nil
 		}
-		r.end(Withdrawn, "")
-		return []audit.Event{audit.NewProposalWithdrawn(audit.Operator(s.Operator), r.ref())}, nil
+		rec.end(Withdrawn, "")
+		return []audit.Event{audit.NewProposalWithdrawn(audit.Operator(s.Operator), rec.ref())}, nil
 	}, nil)
 	if err == nil && late {
 		err = fmt.Errorf("proposal %d: %w: it has expired", id, ErrConflict)
@@ -465,65 +493,70 @@ func (d *Registry) Withdraw(ctx context.Context, s Session, id uint64) error {
 	return err
 }
 
-// Expire ends the open proposals whose time is over. To be called once a minute; until then they can't be approved either.
-func (d *Registry) Expire(ctx context.Context) error {
-	d.mu.Lock()
+// Expire ends the open proposals that have expired. The daemon calls Expire once a minute. An
+// expired proposal can't be approved, even before that call.
+func (r *Registry) Expire(ctx context.Context) error {
+	r.mu.Lock()
 	var due []uint64
-	for id, r := range d.proposals {
-		if r.State == Pending && d.over(r) {
+	for id, rec := range r.proposals {
+		if rec.State == Pending && r.expired(rec) {
 			due = append(due, id)
 		}
 	}
-	d.mu.Unlock()
+	r.mu.Unlock()
 	slices.Sort(due)
 	for _, id := range due {
-		err := d.update(ctx, id, func(_ *ledger.Tx, r *record) ([]audit.Event, error) {
-			if r.State != Pending {
+		err := r.update(ctx, id, func(_ *ledger.Tx, rec *record) ([]audit.Event, error) {
+			if rec.State != Pending {
 				return nil, ErrConflict
 			}
-			return []audit.Event{r.end(Expired, "")}, nil
+			return []audit.Event{rec.end(Expired, "")}, nil
 		}, nil)
-		if err != nil && !errors.Is(err, ErrConflict) { // it has ended in between
+		if err != nil && !errors.Is(err, ErrConflict) { // ErrConflict: the proposal has ended in between
 			return err
 		}
 	}
 	return nil
 }
 
-// Proposals lists those that are kept, the newest first.
-func (d *Registry) Proposals() (all []Proposal) {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	for _, r := range d.proposals {
-		all = append(all, d.show(r))
+// Proposals lists the proposals in the ledger, the newest first.
+func (r *Registry) Proposals() (all []Proposal) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	for _, rec := range r.proposals {
+		all = append(all, r.snapshot(rec))
 	}
 	slices.SortFunc(all, func(x, y Proposal) int { return cmp.Compare(y.ID, x.ID) })
 	return all
 }
 
-// Proposal returns that of a number, or ErrNotFound.
-func (d *Registry) Proposal(id uint64) (Proposal, error) {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	r, there := d.proposals[id]
-	if !there {
+// Proposal returns the proposal with a number, or ErrNotFound.
+func (r *Registry) Proposal(id uint64) (Proposal, error) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	rec, exists := r.proposals[id]
+	if !exists {
 		return Proposal{}, fmt.Errorf("proposal: %w", ErrNotFound)
 	}
-	return d.show(r), nil
+	return r.snapshot(rec), nil
 }
 
-// show is a proposal as of now. mu is held.
-func (d *Registry) show(r *record) Proposal {
-	p := Proposal{Proposal: *r.proposal, State: r.State, Required: max(r.proposal.Needed, d.roster.needed), Content: slices.Clone(r.Content), Cause: r.Cause}
-	p.Parameters = slices.Clone(r.proposal.Parameters)
-	if p.State == Pending && d.over(r) {
-		p.State = Expired // which Expire will write
+// snapshot returns a copy of a proposal as of now. The caller holds mu.
+func (r *Registry) snapshot(rec *record) Proposal {
+	p := Proposal{
+		Proposal: *rec.proposal, State: rec.State, Required: max(rec.proposal.Needed, r.roster.needed),
+		Content: slices.Clone(rec.Content), Cause: rec.Cause,
 	}
-	if r.Ended != 0 {
-		p.Ended = time.Unix(r.Ended, 0).UTC()
+	p.Parameters = slices.Clone(rec.proposal.Parameters)
+	if p.State == Pending && r.expired(rec) {
+		p.State = Expired // Expire will write the state
 	}
-	for _, a := range r.Approvals {
-		p.Approvals = append(p.Approvals, Approval{a.Operator, a.Credential, time.Unix(a.At, 0).UTC(), d.roster.approver(a.Operator, a.Credential)})
+	if rec.Ended != 0 {
+		p.Ended = time.Unix(rec.Ended, 0).UTC()
+	}
+	for _, a := range rec.Approvals {
+		counts := r.roster.isApprover(a.Operator, a.Credential)
+		p.Approvals = append(p.Approvals, Approval{a.Operator, a.Credential, time.Unix(a.At, 0).UTC(), counts})
 	}
 	return p
 }

@@ -23,23 +23,27 @@ import (
 func TestProposalIsCarriedOut(t *testing.T) {
 	r := newRig(t, 2)
 	var who audit.Actor
-	r.act = func(_ context.Context, by audit.Actor) error { who = by; return nil }
-	r.must(t, setNeeded, "2")
+	r.effect = func(_ context.Context, by audit.Actor) error { who = by; return nil }
+	r.apply(t, setNeeded, "2")
 	s, _ := r.signIn(t, r.people[0], root)
 	p := r.propose(t, s, "test", approval.Parameter{Name: "reason", Value: "because"})
-	if p.ID != 1 || p.State != Pending || p.Required != 2 || p.Appliance != r.name || p.Proposer != "o0" || p.Expires.Sub(p.Proposed) != DefaultLifetime {
+	if p.ID != 1 || p.State != Pending || p.Required != 2 || p.Appliance != r.name || p.Proposer != "o0" ||
+		p.Expires.Sub(p.Proposed) != DefaultLifetime {
 		t.Errorf("the proposal is %+v", p)
 	}
-	digest := p.Digest()
-	if _, e := r.events(t, audit.ProposalMade); e.Metadata["text"] != p.Text() || e.Metadata["digest"] != hex.EncodeToString(digest[:]) {
+	sum := p.Digest()
+	digest := hex.EncodeToString(sum[:])
+	if _, e := r.events(t, audit.ProposalMade); e.Metadata["text"] != p.Text() || e.Metadata["digest"] != digest {
 		t.Errorf("the event is %+v", e)
 	}
 	after, err := r.approve(t, r.people[1], p)
-	if err != nil || after.State != Pending || len(after.Approvals) != 1 || !after.Approvals[0].Counts || r.ran.Load() != 0 {
+	if err != nil || after.State != Pending || len(after.Approvals) != 1 || !after.Approvals[0].Counts ||
+		r.ran.Load() != 0 {
 		t.Fatalf("after one approval it is %+v, %v", after, err)
 	}
 	_, e := r.events(t, audit.ApprovalGiven)
-	if e.Actor.Name != "o1" || e.Metadata["credential"] != r.people[1].credential.ID || !strings.Contains(e.Metadata["proof"], "SSH SIGNATURE") || e.Metadata["digest"] != hex.EncodeToString(digest[:]) {
+	if e.Actor.Name != "o1" || e.Metadata["credential"] != r.people[1].credential.ID ||
+		!strings.Contains(e.Metadata["proof"], "SSH SIGNATURE") || e.Metadata["digest"] != digest {
 		t.Errorf("the event is %+v", e)
 	}
 	_, err = r.approve(t, r.people[1], p) // once
@@ -63,14 +67,14 @@ func TestProposalIsCarriedOut(t *testing.T) {
 	}
 }
 
-// TestApprovalsAtOnce has 50 approvers approve at one time, where one is enough and where all are needed.
+// TestApprovalsAtOnce has 50 approvers approve at once, with a quorum of 1, 25 and 50.
 func TestApprovalsAtOnce(t *testing.T) {
 	const approvers = 50
 	for _, needed := range []int{1, 25, approvers} {
 		t.Run(fmt.Sprint(needed), func(t *testing.T) {
 			r := newRig(t, approvers)
 			if needed > 1 {
-				r.must(t, setNeeded, fmt.Sprint(needed))
+				r.apply(t, setNeeded, fmt.Sprint(needed))
 			}
 			s, _ := r.signIn(t, r.people[0], root)
 			p := r.propose(t, s, "test")
@@ -97,8 +101,10 @@ func TestApprovalsAtOnce(t *testing.T) {
 			if err != nil || after.State != Done || r.ran.Load() != 1 {
 				t.Errorf("it is %v, %v, and has run %d times", after.State, err, r.ran.Load())
 			}
-			if int(given.Load()) != needed || int(late.Load()) != approvers-needed || len(after.Approvals) != needed || done.Load() < 1 {
-				t.Errorf("%d have approved and %d were late; it has %d approvals", given.Load(), late.Load(), len(after.Approvals))
+			if int(given.Load()) != needed || int(late.Load()) != approvers-needed ||
+				len(after.Approvals) != needed || done.Load() < 1 {
+				t.Errorf("%d have approved and %d were late; it has %d approvals",
+					given.Load(), late.Load(), len(after.Approvals))
 			}
 			for _, of := range []audit.Type{audit.ProposalRun, audit.ProposalDone} {
 				if n, _ := r.events(t, of); n != 1 {
@@ -109,10 +115,11 @@ func TestApprovalsAtOnce(t *testing.T) {
 	}
 }
 
-// TestCrash looks at what is on disk at each step: the file is what a crash would have left then.
+// TestCrash copies the ledger in each state of a proposal, as a crash would leave the file, and
+// opens the copies.
 func TestCrash(t *testing.T) {
 	r := newRig(t, 2)
-	r.must(t, setNeeded, "2")
+	r.apply(t, setNeeded, "2")
 	copied := map[string]string{}
 	save := func(name string) {
 		t.Helper()
@@ -132,7 +139,7 @@ func TestCrash(t *testing.T) {
 		t.Fatal(err)
 	}
 	save("approved once")
-	r.act = func(context.Context, audit.Actor) error { save("running"); return nil }
+	r.effect = func(context.Context, audit.Actor) error { save("running"); return nil }
 	if _, err := r.approve(t, r.people[0], p); err != nil {
 		t.Fatal(err)
 	}
@@ -140,8 +147,8 @@ func TestCrash(t *testing.T) {
 	for _, c := range []struct {
 		name      string
 		state     State
-		approvals int    // of two that it takes after the crash
-		trail     string // then
+		approvals int    // accepted after the crash, of two
+		trail     string // events after these approvals
 		ran       int32
 	}{
 		{"proposed", Pending, 2, "ProposalMade ApprovalGiven ApprovalGiven ProposalRun ProposalDone", 1},
@@ -151,7 +158,7 @@ func TestCrash(t *testing.T) {
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			crashed := &rig{path: copied[c.name], name: r.name, people: r.people}
-			for range 2 { // the second start finds what the first one has made of it
+			for range 2 { // the second start finds the state that the first start has written
 				crashed.open(t)
 				if got, err := crashed.Proposal(p.ID); err != nil || got.State != c.state || got.Text() != p.Text() {
 					t.Errorf("it is %+v, %v", got, err)
@@ -177,11 +184,12 @@ func TestCrash(t *testing.T) {
 	}
 }
 
-// TestHangingActIsInterrupted: its caller leaves, the ledger is closed below it, and it ends when another desk is at work.
+// TestHangingActIsInterrupted checks an act that outlives its caller and its ledger, and ends after
+// another Registry was opened.
 func TestHangingActIsInterrupted(t *testing.T) {
 	r := newRig(t, 1)
 	hang, begun := make(chan struct{}), make(chan struct{})
-	r.act = func(context.Context, audit.Actor) error { close(begun); <-hang; return nil }
+	r.effect = func(context.Context, audit.Actor) error { close(begun); <-hang; return nil }
 	s, _ := r.signIn(t, r.people[0], root)
 	p := r.propose(t, s, "test")
 	ctx, leave := context.WithCancel(t.Context())
@@ -192,18 +200,20 @@ func TestHangingActIsInterrupted(t *testing.T) {
 	}
 	before := r.Registry
 	before.mu.Lock()
-	end := before.ends[p.ID]
+	end := before.executing[p.ID]
 	before.mu.Unlock()
 	r.reopen(t)
 	close(hang)
-	<-end // the old one could not write that
+	<-end // the old Registry could not write the end
 	if got, _ := r.Proposal(p.ID); got.State != Interrupted || got.Cause == "" {
 		t.Errorf("after a restart it is %+v", got)
 	}
 	_, err = r.approve(t, r.people[0], p)
 	want(t, err, ErrConflict)
-	if r.reopen(t); r.ran.Load() != 1 || r.trail(t, p.ID) != "ProposalMade ApprovalGiven ProposalRun ProposalDone:interrupted" {
-		t.Errorf("it has run %d times; the log has %s", r.ran.Load(), r.trail(t, p.ID))
+	r.reopen(t)
+	trail := r.trail(t, p.ID)
+	if r.ran.Load() != 1 || trail != "ProposalMade ApprovalGiven ProposalRun ProposalDone:interrupted" {
+		t.Errorf("it has run %d times; the log has %s", r.ran.Load(), trail)
 	}
 	r.replay(t)
 }
@@ -212,14 +222,14 @@ func TestCallerLeaves(t *testing.T) {
 	r := newRig(t, 1)
 	hang := make(chan struct{})
 	ctx, leave := context.WithCancel(t.Context())
-	r.act = func(ctx context.Context, _ audit.Actor) error { leave(); <-hang; return ctx.Err() }
+	r.effect = func(ctx context.Context, _ audit.Actor) error { leave(); <-hang; return ctx.Err() }
 	s, _ := r.signIn(t, r.people[0], root)
 	p := r.propose(t, s, "test")
 	if _, err := r.Approve(ctx, s, p.ID, r.people[0].sign(t, p.Text())); err != nil {
 		t.Fatal(err)
 	}
-	// While it is carried out, others are served.
-	r.must(t, r.addOperator, "bob", "approver", string(manage.Encode(newSigner(t, "").credential)))
+	// Other requests are served while the act runs.
+	r.apply(t, r.addOperator, "bob", "approver", string(manage.Encode(newSigner(t, "").credential)))
 	other := r.propose(t, s, "test")
 	ctx, give := context.WithTimeout(t.Context(), time.Millisecond)
 	defer give()
@@ -247,10 +257,12 @@ func TestActsFail(t *testing.T) {
 		state State
 		trail string
 	}{
-		"an error": {func(context.Context, audit.Actor) error { return errors.New("no such key") }, Failed, "ProposalDone:failed"},
-		"a panic":  {func(context.Context, audit.Actor) error { panic("x") }, Interrupted, "ProposalDone:interrupted"},
+		"an error": {func(context.Context, audit.Actor) error {
+			return errors.New("no such key")
+		}, Failed, "ProposalDone:failed"},
+		"a panic": {func(context.Context, audit.Actor) error { panic("x") }, Interrupted, "ProposalDone:interrupted"},
 	} {
-		r.act = c.act
+		r.effect = c.act
 		r.ran.Store(0)
 		s, _ := r.signIn(t, r.people[0], root)
 		p := r.propose(t, s, "test")
@@ -279,7 +291,7 @@ func TestExpiredNeverRuns(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				r := newRig(t, 2)
-				r.must(t, setNeeded, "2")
+				r.apply(t, setNeeded, "2")
 				s, _ := r.signIn(t, r.people[0], root)
 				p, err := r.Propose(t.Context(), s, "test", nil, nil, MinLifetime)
 				if err != nil {
@@ -333,37 +345,41 @@ func TestWithdrawnNeverRuns(t *testing.T) {
 	}
 }
 
-// TestApprovalsThatCountNoMore takes something away from the first approver before the second one approves.
+// TestApprovalsThatCountNoMore takes the role, a credential or the enrolment from the first
+// approver before the second one approves.
 func TestApprovalsThatCountNoMore(t *testing.T) {
 	for name, c := range map[string]struct {
 		take func(t *testing.T, r *rig)
-		back func(t *testing.T, r *rig) (again *signer) // what makes it count again, and who has to approve then; nil: the act runs already
+		// back may make the first approval count again, and returns the approver whose approval
+		// then starts the act. A nil function means that the act has run already.
+		back func(t *testing.T, r *rig) *signer
 	}{
-		"the role": {func(t *testing.T, r *rig) { r.must(t, setRoles, "o1", "auditor") },
-			func(t *testing.T, r *rig) *signer { r.must(t, setRoles, "o1", "approver"); return r.people[1] }},
+		"the role": {func(t *testing.T, r *rig) { r.apply(t, setRoles, "o1", "auditor") },
+			func(t *testing.T, r *rig) *signer { r.apply(t, setRoles, "o1", "approver"); return r.people[1] }},
 		"the credential": {func(t *testing.T, r *rig) {
-			r.must(t, r.addCredential, "o1", string(manage.Encode(r.people[4].credential)))
-			r.must(t, removeCredential, "o1", r.people[1].credential.ID)
+			r.apply(t, r.addCredential, "o1", string(manage.Encode(r.people[4].credential)))
+			r.apply(t, removeCredential, "o1", r.people[1].credential.ID)
 		}, func(t *testing.T, r *rig) *signer {
 			p, _ := r.Proposal(1)
-			_, err := r.approve(t, &signer{name: "o1", agent: r.people[4].agent, credential: r.people[4].credential}, p)
-			want(t, err, ErrConflict) // once
+			other := &signer{name: "o1", agent: r.people[4].agent, credential: r.people[4].credential}
+			_, err := r.approve(t, other, p)
+			want(t, err, ErrConflict) // an operator approves once
 			return r.people[3]
 		}},
-		"the enrolment": {func(t *testing.T, r *rig) { r.must(t, removeOperator, "o1") },
+		"the enrolment": {func(t *testing.T, r *rig) { r.apply(t, removeOperator, "o1") },
 			func(t *testing.T, r *rig) *signer { return r.people[3] }},
 		"the credential, which is another's now": {func(t *testing.T, r *rig) {
-			r.must(t, removeOperator, "o1")
-			r.must(t, r.addCredential, "o2", string(manage.Encode(r.people[1].credential)))
+			r.apply(t, removeOperator, "o1")
+			r.apply(t, r.addCredential, "o2", string(manage.Encode(r.people[1].credential)))
 		}, func(t *testing.T, r *rig) *signer { return r.people[3] }},
-		"nothing, but more are needed": {func(t *testing.T, r *rig) { r.must(t, setNeeded, "3") },
+		"nothing, but more are needed": {func(t *testing.T, r *rig) { r.apply(t, setNeeded, "3") },
 			func(t *testing.T, r *rig) *signer { return r.people[3] }},
-		"nothing, and fewer are needed": {func(t *testing.T, r *rig) { r.must(t, setNeeded, "1") }, nil},
+		"nothing, and fewer are needed": {func(t *testing.T, r *rig) { r.apply(t, setNeeded, "1") }, nil},
 	} {
 		t.Run(name, func(t *testing.T) {
 			r := newRig(t, 4)
-			r.people = append(r.people, newSigner(t, "")) // a free key
-			r.must(t, setNeeded, "2")
+			r.people = append(r.people, newSigner(t, "")) // a key of no operator
+			r.apply(t, setNeeded, "2")
 			s, _ := r.signIn(t, r.people[0], root)
 			p := r.propose(t, s, "test")
 			if _, err := r.approve(t, r.people[1], p); err != nil {
@@ -393,13 +409,14 @@ func TestApprovalsThatCountNoMore(t *testing.T) {
 	}
 }
 
-// TestFewerNeededThanItsText: what was approved is that two approve.
+// TestFewerNeededThanItsText checks that the quorum in a proposal's text counts if the quorum in
+// force is smaller.
 func TestFewerNeededThanItsText(t *testing.T) {
 	r := newRig(t, 2)
-	r.must(t, setNeeded, "2")
+	r.apply(t, setNeeded, "2")
 	s, _ := r.signIn(t, r.people[0], root)
 	p := r.propose(t, s, "test")
-	r.must(t, setNeeded, "1")
+	r.apply(t, setNeeded, "1")
 	if after, err := r.approve(t, r.people[0], p); err != nil || after.State != Pending || r.ran.Load() != 0 {
 		t.Errorf("it is %s, %v", after.State, err)
 	}
@@ -407,9 +424,9 @@ func TestFewerNeededThanItsText(t *testing.T) {
 
 func TestOnePersonCountsOnce(t *testing.T) {
 	r := newRig(t, 2)
-	r.must(t, setNeeded, "2")
+	r.apply(t, setNeeded, "2")
 	second := newSigner(t, "o1")
-	r.must(t, r.addCredential, "o1", string(manage.Encode(second.credential)))
+	r.apply(t, r.addCredential, "o1", string(manage.Encode(second.credential)))
 	s, _ := r.signIn(t, r.people[0], root)
 	p := r.propose(t, s, "test")
 	if _, err := r.approve(t, r.people[1], p); err != nil {
@@ -426,7 +443,7 @@ func TestApprovalsOfSomethingElse(t *testing.T) {
 	r := newRig(t, 2)
 	s, _ := r.signIn(t, r.people[0], root)
 	p, other := r.propose(t, s, "test"), r.propose(t, s, "test")
-	// Another appliance, where the same person is an operator and makes the same proposal.
+	// On another appliance, the same person is an operator and makes the same proposal.
 	b := newRigNamed(t, "countersign.example/b", 0)
 	b.enrol(t, r.people[0], "")
 	bs, _ := b.signIn(t, r.people[0], root)
@@ -482,6 +499,8 @@ func TestProposeRefuses(t *testing.T) {
 	digest := sha256.Sum256([]byte("text"))
 	named := []approval.Parameter{{Name: "sha256", Value: hex.EncodeToString(digest[:])}}
 	one := func(name, value string) []approval.Parameter { return []approval.Parameter{{Name: name, Value: value}} }
+	long := strings.Repeat("x", 900)
+	tooLong := slices.Concat(one("a", long), one("b", long), one("c", "x"))
 	for name, c := range map[string]struct {
 		s        Session
 		act      string
@@ -502,7 +521,7 @@ func TestProposeRefuses(t *testing.T) {
 		"two lines":                {s, "test", one("reason", "a\nnonce: b"), nil, 0, ErrInvalid},
 		"a name with a value":      {s, "test", one("reason: a", "b"), nil, 0, ErrInvalid},
 		"an empty value":           {s, "test", one("reason", ""), nil, 0, ErrInvalid},
-		"too long a text":          {s, "test", slices.Concat(one("a", strings.Repeat("x", 900)), one("b", strings.Repeat("x", 900)), one("c", "x")), nil, 0, ErrInvalid},
+		"too long a text":          {s, "test", tooLong, nil, 0, ErrInvalid},
 	} {
 		if _, err := r.Propose(t.Context(), c.s, c.act, c.p, c.content, c.lifetime); err == nil {
 			t.Errorf("%s: it is proposed", name)
@@ -528,7 +547,8 @@ func TestProposeRefuses(t *testing.T) {
 	r.propose(t, s, "test")
 }
 
-// TestEndedProposalsMakeRoom: the oldest ended ones go, and no number comes twice.
+// TestEndedProposalsMakeRoom checks that the oldest ended proposals are evicted, and that no number
+// is used twice.
 func TestEndedProposalsMakeRoom(t *testing.T) {
 	r := newRig(t, 1)
 	s, _ := r.signIn(t, r.people[0], root)
@@ -536,7 +556,7 @@ func TestEndedProposalsMakeRoom(t *testing.T) {
 	if err := r.Withdraw(t.Context(), s, first.ID); err != nil {
 		t.Fatal(err)
 	}
-	for i := range maxEnded { // as many others, which are in memory only
+	for i := range maxEnded { // maxEnded other ended proposals, in memory only
 		ended := *r.proposals[first.ID]
 		text := *ended.proposal
 		text.ID = uint64(3 + i)
@@ -544,7 +564,8 @@ func TestEndedProposalsMakeRoom(t *testing.T) {
 		r.proposals[text.ID] = &ended
 	}
 	last := r.propose(t, s, "test")
-	if _, err := r.Proposal(first.ID); !errors.Is(err, ErrNotFound) || last.ID != maxEnded+3 || len(r.Proposals()) != maxEnded+2 {
+	_, err := r.Proposal(first.ID)
+	if !errors.Is(err, ErrNotFound) || last.ID != maxEnded+3 || len(r.Proposals()) != maxEnded+2 {
 		t.Errorf("%v; the last one is %d of %d", err, last.ID, len(r.Proposals()))
 	}
 	r.reopen(t)

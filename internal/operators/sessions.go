@@ -14,89 +14,93 @@ import (
 	"countersign/internal/ledger"
 )
 
-// Bounds of sessions.
+// Limits of sessions.
 const (
 	sessionLife = time.Hour
 	sessionIdle = 15 * time.Minute
-	maxSessions = 16 // of an operator; one more ends that which was not used for the longest time
+	maxSessions = 16 // of an operator; the next sign-in ends the session with the longest idle time
 )
 
-// Session is a person at work. It ends with time, when it is signed out or revoked, and with any change of its operator.
+// Session is a signed-in operator. A session ends after its lifetime or idle time, by a sign-out or
+// a revocation, and with any change of its operator.
 type Session struct {
 	ID         string
 	Operator   string
 	Roles      []approval.Role
-	Credential string // the id of that with which it was begun
+	Credential string // id of the credential of the sign-in
 	Channel    Channel
 	Begun      time.Time
-	Expires    time.Time // in any case
+	Expires    time.Time // end of the lifetime
 	LastUsed   time.Time
 }
 
-func (s *Session) over(now time.Time) bool {
+func (s *Session) expired(now time.Time) bool {
 	return !now.Before(s.Expires) || now.Sub(s.LastUsed) >= sessionIdle
 }
 
-// newSession makes one, with the token that is the only way to it.
+// newSession returns a new session and its bearer token: 32 random bytes, base64url.
 func newSession(ch Channel, credential string) (Session, string) {
 	b := make([]byte, 32)
 	rand.Read(b)
 	now := time.Now()
-	return Session{ID: random(), Credential: credential, Channel: ch, Begun: now, Expires: now.Add(sessionLife), LastUsed: now},
-		base64.RawURLEncoding.EncodeToString(b)
+	s := Session{
+		ID: randomHex(), Credential: credential, Channel: ch,
+		Begun: now, Expires: now.Add(sessionLife), LastUsed: now,
+	}
+	return s, base64.RawURLEncoding.EncodeToString(b)
 }
 
-// admit lets a session in. Only the hash of its token is kept.
-func (d *Registry) admit(s Session, token string) {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	d.sweep()
+// addSession adds a session. Memory has only SHA-256 of the token.
+func (r *Registry) addSession(s Session, token string) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.dropExpired()
 	n, oldest := 0, [32]byte{}
-	for key, other := range d.sessions {
+	for key, other := range r.sessions {
 		if other.Operator == s.Operator {
-			if n++; n == 1 || other.LastUsed.Before(d.sessions[oldest].LastUsed) {
+			if n++; n == 1 || other.LastUsed.Before(r.sessions[oldest].LastUsed) {
 				oldest = key
 			}
 		}
 	}
 	if n >= maxSessions {
-		delete(d.sessions, oldest)
+		delete(r.sessions, oldest)
 	}
-	d.sessions[sha256.Sum256([]byte(token))] = &s
+	r.sessions[sha256.Sum256([]byte(token))] = &s
 }
 
-// sweep drops what time has ended. mu is held.
-func (d *Registry) sweep() {
+// dropExpired removes the expired sessions. The caller holds mu.
+func (r *Registry) dropExpired() {
 	now := time.Now()
-	for key, s := range d.sessions {
-		if s.over(now) {
-			delete(d.sessions, key)
+	for key, s := range r.sessions {
+		if s.expired(now) {
+			delete(r.sessions, key)
 		}
 	}
 }
 
-// endSessions ends those of an operator. mu is held.
-func (d *Registry) endSessions(operator string) {
-	for key, s := range d.sessions {
+// endSessions ends all sessions of an operator. The caller holds mu.
+func (r *Registry) endSessions(operator string) {
+	for key, s := range r.sessions {
 		if s.Operator == operator {
-			delete(d.sessions, key)
+			delete(r.sessions, key)
 		}
 	}
 }
 
-// Session returns that of a token, and counts as a use of it: ErrSignedOut where there is none, or where it was begun on another channel
-// or by another user of this machine.
-func (d *Registry) Session(token string, ch Channel) (Session, error) {
+// Session returns the session of a token, and resets its idle time. The error is ErrSignedOut for
+// an unknown token, and for a token from another kind of channel or another user of this machine.
+func (r *Registry) Session(token string, ch Channel) (Session, error) {
 	key := sha256.Sum256([]byte(token))
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	s, there := d.sessions[key]
-	if !there || !s.Channel.same(ch) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	s, exists := r.sessions[key]
+	if !exists || !s.Channel.sameCaller(ch) {
 		return Session{}, ErrSignedOut
 	}
 	now := time.Now()
-	if s.over(now) {
-		delete(d.sessions, key)
+	if s.expired(now) {
+		delete(r.sessions, key)
 		return Session{}, ErrSignedOut
 	}
 	s.LastUsed = now
@@ -109,59 +113,63 @@ func (s *Session) copy() Session {
 	return c
 }
 
-// Sessions lists those that are alive, the oldest first.
-func (d *Registry) Sessions() (all []Session) {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	d.sweep()
-	for _, s := range d.sessions {
+// Sessions lists the live sessions, the oldest first.
+func (r *Registry) Sessions() (all []Session) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.dropExpired()
+	for _, s := range r.sessions {
 		all = append(all, s.copy())
 	}
 	slices.SortFunc(all, func(x, y Session) int { return x.Begun.Compare(y.Begun) })
 	return all
 }
 
-// alive returns the operator of a session that has not ended since the caller got it.
-func (d *Registry) alive(s Session) (person, error) {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	d.sweep()
-	for _, each := range d.sessions {
+// requireSession returns the operator of a session, or ErrSignedOut if the session has ended since
+// the caller got it.
+func (r *Registry) requireSession(s Session) (person, error) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.dropExpired()
+	for _, each := range r.sessions {
 		if each.ID == s.ID && each.Operator == s.Operator {
-			return d.roster.people[s.Operator], nil
+			return r.roster.people[s.Operator], nil
 		}
 	}
 	return person{}, ErrSignedOut
 }
 
-// SignOut ends a session, Revoke another one: its operator's own, or for an administrator anybody's. It has ended before that is written
-// down, whatever the disk says.
-func (d *Registry) SignOut(ctx context.Context, s Session) error { return d.Revoke(ctx, s, s.ID) }
+// SignOut ends a session. See Revoke.
+func (r *Registry) SignOut(ctx context.Context, s Session) error { return r.Revoke(ctx, s, s.ID) }
 
-func (d *Registry) Revoke(ctx context.Context, s Session, id string) error {
-	who, err := d.alive(s)
+// Revoke ends another session: a session of the same operator, or as an administrator any session.
+// The session ends in memory before the event is written, so a broken disk does not keep a session
+// alive.
+func (r *Registry) Revoke(ctx context.Context, s Session, id string) error {
+	who, err := r.requireSession(s)
 	if err != nil {
 		return err
 	}
-	ended, err := d.end(who, id)
+	ended, err := r.endSession(who, id)
 	if err != nil {
 		return err
 	}
 	e := audit.NewOperatorSignedOut(who.Name, ended.ID, ended.Operator, ended.Channel.String())
-	if _, err = d.ledger.Append(ctx, ledger.EventOf(e)); err != nil {
+	if _, err = r.ledger.Append(ctx, ledger.EventOf(e)); err != nil {
 		return fmt.Errorf("sign out: it has ended, and that was not written down: %w", err)
 	}
 	return nil
 }
 
-func (d *Registry) end(who person, id string) (Session, error) {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	for key, s := range d.sessions {
+func (r *Registry) endSession(who person, id string) (Session, error) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	for key, s := range r.sessions {
 		if s.ID == id && (s.Operator == who.Name || who.Has(approval.Administrator)) {
-			delete(d.sessions, key)
+			delete(r.sessions, key)
 			return *s, nil
 		}
 	}
-	return Session{}, fmt.Errorf("session: %w", ErrNotFound) // nor whether another operator has it
+	// The error does not reveal whether another operator has such a session.
+	return Session{}, fmt.Errorf("session: %w", ErrNotFound)
 }

@@ -24,39 +24,44 @@ import (
 
 const challengeLife = 2 * time.Minute
 
-// Challenge is what has to be signed, once, to prove to be an operator.
+// Challenge is a text that an operator signs once, as a proof of identity.
 type Challenge struct {
 	ID      string
-	Text    string // its first line is the namespace of an SSHSIG; the challenge of a passkey is SHA-256 of it
+	Text    string // the first line is the namespace of an SSHSIG; SHA-256 of Text is the challenge of a passkey
 	Expires time.Time
 	RPID    string
-	// Allowed are the passkeys that may answer. For a sign-in there are none, since a stranger may ask for it: that is with a discoverable
-	// passkey.
+	// Allowed are the operator's passkeys. A challenge for a sign-in lists none, because strangers
+	// may ask for one: a sign-in needs a discoverable passkey.
 	Allowed []approval.Credential
 }
 
-// challenge is what its id says. The desk keeps none, only which were used: a stranger who asks for many drives out nobody's.
+// challenge is the content of a challenge's id. The Registry stores only the nonces of used
+// challenges, so that a stranger who asks for many challenges evicts no other challenge.
 type challenge struct {
 	purpose, operator, subject, nonce string
 	expires                           time.Time
 }
 
-// Challenge makes one. For approval.ForSignIn there is no subject, and the operator is who the caller says to be: nobody is told
-// whether there is such an operator. For approval.ForPresence it is the operator of a session, and the subject a key's name.
-func (d *Registry) Challenge(purpose, operator, subject string, ch Channel) (Challenge, error) {
-	d.mu.Lock()
-	defer d.mu.Unlock()
+// Challenge makes a challenge. For approval.ForSignIn the subject is empty, and the operator is the
+// caller's claim: the answer does not reveal whether such an operator exists. For
+// approval.ForPresence the operator is the operator of a session, and the subject is the name of a
+// key.
+func (r *Registry) Challenge(purpose, operator, subject string, ch Channel) (Challenge, error) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
 	presence := purpose == approval.ForPresence
 	switch {
-	case len(d.roster.people) == 0:
+	case len(r.roster.people) == 0:
 		return Challenge{}, ErrUninitialised
-	case !presence && purpose != approval.ForSignIn, !nameable(operator), presence != nameable(subject), ch.Kind != Unix && ch.Kind != HTTPS:
-		return Challenge{}, fmt.Errorf("challenge: %w: it is for a sign-in or a presence, of an operator by name", ErrInvalid)
+	case !presence && purpose != approval.ForSignIn, !validName(operator), presence != validName(subject),
+		ch.Kind != Unix && ch.Kind != HTTPS:
+		return Challenge{}, fmt.Errorf("challenge: %w: it is for a sign-in or a presence, of an operator by name",
+			ErrInvalid)
 	}
-	c := challenge{purpose, operator, subject, random(), time.Now().Add(challengeLife)}
-	out := Challenge{ID: d.seal(c, ch), Text: d.text(c, ch), Expires: c.expires, RPID: d.RPID}
+	c := challenge{purpose, operator, subject, randomHex(), time.Now().Add(challengeLife)}
+	out := Challenge{ID: r.challengeID(c, ch), Text: r.challengeText(c, ch), Expires: c.expires, RPID: r.RPID}
 	if presence {
-		p, err := d.roster.get(operator)
+		p, err := r.roster.operator(operator)
 		if err != nil {
 			return Challenge{}, err
 		}
@@ -65,35 +70,40 @@ func (d *Registry) Challenge(purpose, operator, subject string, ch Channel) (Cha
 	return out, nil
 }
 
-func (d *Registry) text(c challenge, ch Channel) string {
-	lines := []string{c.purpose, "appliance: " + d.Appliance, "operator: " + c.operator}
+func (r *Registry) challengeText(c challenge, ch Channel) string {
+	lines := []string{c.purpose, "appliance: " + r.Appliance, "operator: " + c.operator}
 	if c.subject != "" {
 		lines = append(lines, "key: "+c.subject)
 	}
-	return strings.Join(append(lines, "channel: "+ch.Kind, "expires at: "+c.expires.UTC().Format(time.RFC3339), "nonce: "+c.nonce), "\n") + "\n"
+	expires := c.expires.UTC().Format(time.RFC3339)
+	return strings.Join(append(lines, "channel: "+ch.Kind, "expires at: "+expires, "nonce: "+c.nonce), "\n") + "\n"
 }
 
-// seal makes the id of a challenge: what it is, in lines, under a MAC that also covers whom it is for.
-func (d *Registry) seal(c challenge, ch Channel) string {
-	said := strings.Join([]string{c.purpose, c.operator, c.subject, c.nonce, strconv.FormatInt(c.expires.UnixNano(), 10)}, "\n")
-	return base64.RawURLEncoding.EncodeToString(append(d.mac(said, ch), said...))
+// challengeID returns the id of a challenge: its fields, one a line, after an HMAC-SHA-256 of 32
+// bytes over the fields and the caller's channel.
+func (r *Registry) challengeID(c challenge, ch Channel) string {
+	expires := strconv.FormatInt(c.expires.UnixNano(), 10)
+	fields := strings.Join([]string{c.purpose, c.operator, c.subject, c.nonce, expires}, "\n")
+	return base64.RawURLEncoding.EncodeToString(append(r.mac(fields, ch), fields...))
 }
 
-func (d *Registry) mac(said string, ch Channel) []byte {
-	m := hmac.New(sha256.New, d.secret[:])
-	fmt.Fprintf(m, "%s\n%d\n%s", ch.Kind, ch.UID, said)
+func (r *Registry) mac(fields string, ch Channel) []byte {
+	m := hmac.New(sha256.New, r.secret[:])
+	fmt.Fprintf(m, "%s\n%d\n%s", ch.Kind, ch.UID, fields)
 	return m.Sum(nil)
 }
 
-// unseal reads an id that seal has made for this caller and this purpose; the challenge may be used or expired.
-func (d *Registry) unseal(id, purpose string, ch Channel) (c challenge, ok bool) {
+// parseChallengeID authenticates and parses an id for this caller and this purpose. The challenge
+// may be used or expired.
+func (r *Registry) parseChallengeID(id, purpose string, ch Channel) (c challenge, ok bool) {
 	b, err := base64.RawURLEncoding.DecodeString(id)
-	if err != nil || len(b) < sha256.Size || !hmac.Equal(b[:sha256.Size], d.mac(string(b[sha256.Size:]), ch)) {
+	if err != nil || len(b) < sha256.Size || !hmac.Equal(b[:sha256.Size], r.mac(string(b[sha256.Size:]), ch)) {
 		return challenge{}, false
 	}
-	said := strings.Split(string(b[sha256.Size:]), "\n")
-	expires, err := strconv.ParseInt(said[4], 10, 64)
-	return challenge{said[0], said[1], said[2], said[3], time.Unix(0, expires)}, err == nil && said[0] == purpose
+	fields := strings.Split(string(b[sha256.Size:]), "\n") // five: the MAC is right
+	expires, err := strconv.ParseInt(fields[4], 10, 64)
+	c = challenge{fields[0], fields[1], fields[2], fields[3], time.Unix(0, expires)}
+	return c, err == nil && c.purpose == purpose
 }
 
 func passkeys(p person) (all []approval.Credential) {
@@ -105,9 +115,9 @@ func passkeys(p person) (all []approval.Credential) {
 	return all
 }
 
-// named has a proof name a credential by the id that it has here. A page whose browser has chosen among the passkeys that it found knows
-// the passkey's own id and nothing else of it.
-func (p person) named(proof approval.Proof) approval.Proof {
+// resolveCredential replaces a passkey's own id in a proof by the id of the credential. A page
+// knows only the passkey's own id if the browser has offered discoverable passkeys.
+func (p person) resolveCredential(proof approval.Proof) approval.Proof {
 	for _, c := range passkeys(p) {
 		if proof.Assertion != nil && proof.Credential == c.CredentialID {
 			proof.Credential = c.ID
@@ -116,35 +126,39 @@ func (p person) named(proof approval.Proof) approval.Proof {
 	return proof
 }
 
-// prove uses a challenge up, and has the proof name the credential by its id. It returns who has signed it, as memory has him, and the
-// number of the signature. The refusal is an event and says nothing about the reason to a stranger.
+// verifyChallenge verifies the proof of a challenge, and uses the challenge up. verifyChallenge
+// resolves the id of the credential in the proof, and returns the operator's record in memory and
+// the signature counter. A refusal is an event with the cause; the error reveals no cause to a
+// stranger.
 //
-// Nobody guesses a signature: the limit on failures is for the sake of the log, and who can prove to be an operator is never kept out by
-// what others have failed in his name.
-func (d *Registry) prove(ctx context.Context, ch Channel, id, purpose string, p *approval.Proof) (c challenge, who person, count uint32, err error) {
-	c, genuine := d.unseal(id, purpose, ch)
-	d.mu.Lock()
-	who = d.roster.people[c.operator]
-	d.mu.Unlock()
-	*p = who.named(*p)
+// A signature can't be guessed. The limit on failures only protects the log from many events: a
+// valid proof is accepted, whatever failures others have caused in the operator's name.
+func (r *Registry) verifyChallenge(
+	ctx context.Context, ch Channel, id, purpose string, p *approval.Proof,
+) (c challenge, who person, count uint32, err error) {
+	c, genuine := r.parseChallengeID(id, purpose, ch)
+	r.mu.Lock()
+	who = r.roster.people[c.operator]
+	r.mu.Unlock()
+	*p = who.resolveCredential(*p)
 	if genuine {
-		count, err = d.verify(who, purpose, d.text(c, ch), *p)
+		count, err = r.verifyProof(who, purpose, r.challengeText(c, ch), *p)
 	}
-	d.mu.Lock()
-	if now := time.Now(); !genuine || d.used.has(c.nonce, now) || !now.Before(c.expires) {
+	r.mu.Lock()
+	if now := time.Now(); !genuine || r.used.contains(c.nonce, now) || !now.Before(c.expires) {
 		err = fmt.Errorf("%w: the challenge is unknown, used or expired", approval.ErrNotProven)
 	}
 	if err != nil {
-		if wait := d.failures.take(failureKey{purpose, ch.Kind, ch.UID, c.operator}); wait > 0 {
+		if wait := r.failures.take(failureKey{purpose, ch.Kind, ch.UID, c.operator}); wait > 0 {
 			err = &Limited{wait}
 		}
 	}
 	if genuine && !errors.Is(err, ErrLimited) {
-		d.used[c.nonce] = c.expires // from here on nobody can use it
+		r.used[c.nonce] = c.expires // the challenge is used up
 	}
-	d.mu.Unlock()
+	r.mu.Unlock()
 	if err != nil {
-		d.refused(ctx, ch, c.operator, purpose, *p, err)
+		r.recordRefusal(ctx, ch, c.operator, purpose, *p, err)
 		if !errors.Is(err, ErrLimited) {
 			err = approval.ErrNotProven
 		}
@@ -153,46 +167,50 @@ func (d *Registry) prove(ctx context.Context, ch Channel, id, purpose string, p 
 	return c, who, count, nil
 }
 
-// used are the nonces of challenges that were used and have not expired: as many as proofs hold or may fail in that time.
-type used map[string]time.Time
+// usedNonces are the nonces of used challenges, with the time of their expiry. The size is bounded
+// by the valid proofs and the permitted failures within challengeLife.
+type usedNonces map[string]time.Time
 
-func (u used) has(nonce string, now time.Time) bool {
+func (u usedNonces) contains(nonce string, now time.Time) bool {
 	maps.DeleteFunc(u, func(_ string, expires time.Time) bool { return !now.Before(expires) })
-	_, has := u[nonce]
-	return has
+	_, used := u[nonce]
+	return used
 }
 
-// verify holds a proof against a text and one of the operator's credentials.
-func (d *Registry) verify(who person, namespace, text string, p approval.Proof) (count uint32, err error) {
-	c, there := who.Credential(p.Credential)
-	if !there {
+// verifyProof verifies a proof over a text by one of the operator's credentials.
+func (r *Registry) verifyProof(who person, namespace, text string, p approval.Proof) (count uint32, err error) {
+	c, exists := who.Credential(p.Credential)
+	if !exists {
 		return 0, fmt.Errorf("%w: the operator has no such credential", approval.ErrNotProven)
 	}
 	if count, err = c.Verify(namespace, text, p); err != nil {
 		return 0, err
 	}
-	if p.Assertion != nil && d.Origin != "" { // another page of this machine may not ask for it
+	if p.Assertion != nil && r.Origin != "" { // a page on another port of this machine must not use the passkey
 		var from struct{ Origin string }
 		b, err := base64.RawURLEncoding.DecodeString(p.Assertion.ClientDataJSON)
-		if err := errors.Join(err, json.Unmarshal(b, &from)); err != nil || from.Origin != d.Origin {
+		if err := errors.Join(err, json.Unmarshal(b, &from)); err != nil || from.Origin != r.Origin {
 			return 0, fmt.Errorf("%w: the passkey was asked by a page of another origin", approval.ErrNotProven)
 		}
 	}
 	return count, nil
 }
 
-// refused writes down that a proof was refused, up to as many as the log should have.
-func (d *Registry) refused(ctx context.Context, ch Channel, operator, purpose string, p approval.Proof, cause error) {
-	d.Log.Warn("a proof was refused", "operator", operator, "purpose", purpose, "channel", ch.String(), "cause", cause)
-	d.mu.Lock()
-	silent := d.failures.written.take(eventsBurst, eventsEvery) > 0
-	d.mu.Unlock()
+// recordRefusal writes the refusal of a proof to the daemon's log and, within the limits of
+// eventsBurst and eventsEvery, to the audit log.
+func (r *Registry) recordRefusal(
+	ctx context.Context, ch Channel, operator, purpose string, p approval.Proof, cause error,
+) {
+	r.Log.Warn("a proof was refused", "operator", operator, "purpose", purpose, "channel", ch.String(), "cause", cause)
+	r.mu.Lock()
+	silent := r.failures.events.take(eventsBurst, eventsEvery) > 0
+	r.mu.Unlock()
 	if silent {
 		return
 	}
 	credential := p.Credential
 	if b, err := hex.DecodeString(credential); err != nil || len(b) != 16 {
-		credential = "" // nothing of a stranger's
+		credential = "" // no text of a stranger goes into the audit log
 	}
 	outcome := "not_proven"
 	if errors.Is(cause, ErrLimited) {
@@ -201,22 +219,25 @@ func (d *Registry) refused(ctx context.Context, ch Channel, operator, purpose st
 	e := audit.NewSignInRefused(operator, outcome, audit.Refusal{
 		Purpose: purpose, Credential: credential, Channel: ch.String(), Cause: cause.Error(),
 	})
-	if _, err := d.ledger.Append(ctx, ledger.EventOf(e)); err != nil {
-		d.Log.Error("the refusal of a proof was not written down", "err", err)
+	if _, err := r.ledger.Append(ctx, ledger.EventOf(e)); err != nil {
+		r.Log.Error("the refusal of a proof was not written down", "err", err)
 	}
 }
 
-// SignIn begins a session for the operator of a challenge. The token is the caller's to keep; nobody else has it.
-func (d *Registry) SignIn(ctx context.Context, ch Channel, challenge string, p approval.Proof) (s Session, token string, err error) {
-	c, seen, count, err := d.prove(ctx, ch, challenge, approval.ForSignIn, &p)
+// SignIn begins a session for the operator of a challenge. SignIn returns the only copy of the
+// token.
+func (r *Registry) SignIn(
+	ctx context.Context, ch Channel, challenge string, p approval.Proof,
+) (s Session, token string, err error) {
+	c, seen, count, err := r.verifyChallenge(ctx, ch, challenge, approval.ForSignIn, &p)
 	if err != nil {
 		return Session{}, "", fmt.Errorf("sign-in: %w", err)
 	}
 	begun, secret := newSession(ch, p.Credential)
-	err = d.write(ctx, "sign-in", func(ctx context.Context) error {
+	err = r.write(ctx, "sign-in", func(ctx context.Context) error {
 		var who person
-		if err := d.ledger.Update(ctx, func(tx *ledger.Tx) (err error) {
-			if who, err = d.stillHas(tx, seen, p.Credential, count); err != nil {
+		if err := r.ledger.Update(ctx, func(tx *ledger.Tx) (err error) {
+			if who, err = r.recheckCredential(tx, seen, p.Credential, count); err != nil {
 				return err
 			}
 			e := audit.NewOperatorSignedIn(who.Name, begun.ID, p.Credential, joinRoles(who.Roles), ch.String())
@@ -224,13 +245,14 @@ func (d *Registry) SignIn(ctx context.Context, ch Channel, challenge string, p a
 		}); err != nil {
 			return err
 		}
-		// On disk; and who the operator is can't change before the session is there, to end with that.
+		// The event is on disk. The lock writing keeps the operator unchanged until the session
+		// exists: a later change ends the session.
 		begun.Operator, begun.Roles = who.Name, slices.Clone(who.Roles)
-		d.admit(begun, secret)
+		r.addSession(begun, secret)
 		return nil
 	})
 	if errors.Is(err, approval.ErrNotProven) {
-		d.refused(ctx, ch, c.operator, approval.ForSignIn, p, err)
+		r.recordRefusal(ctx, ch, c.operator, approval.ForSignIn, p, err)
 		err = fmt.Errorf("sign-in: %w", approval.ErrNotProven)
 	}
 	if err != nil {
@@ -239,9 +261,10 @@ func (d *Registry) SignIn(ctx context.Context, ch Channel, challenge string, p a
 	return begun, secret, nil
 }
 
-// stillHas returns the operator that the ledger has, who must have the credential that he has proven to have as memory had him, and
-// whose count goes on.
-func (d *Registry) stillHas(tx *ledger.Tx, seen person, credential string, count uint32) (person, error) {
+// recheckCredential returns the operator's record in the ledger, and writes the signature counter.
+// The credential must be the same as in the record in memory, by which the proof was verified; the
+// counter must be higher than the one in the ledger.
+func (r *Registry) recheckCredential(tx *ledger.Tx, seen person, credential string, count uint32) (person, error) {
 	value := tx.Get(ledger.Operators, seen.Name)
 	if len(value) == 0 {
 		return person{}, fmt.Errorf("%w: the operator was removed", approval.ErrNotProven)
@@ -251,63 +274,64 @@ func (d *Registry) stillHas(tx *ledger.Tx, seen person, credential string, count
 		return person{}, err
 	}
 	before, _ := seen.Credential(credential)
-	if now, there := who.Credential(credential); !there || now != before {
+	if now, exists := who.Credential(credential); !exists || now != before {
 		return person{}, fmt.Errorf("%w: the credential was removed", approval.ErrNotProven)
 	}
-	changed, err := who.counted(credential, count)
+	changed, err := who.advanceCounter(credential, count)
 	if err != nil || !changed {
 		return who, err
 	}
 	return who, tx.Put(ledger.Operators, who.Name, manage.Encode(who))
 }
 
-// Prove holds a fresh proof of a session's operator against a challenge for approval.ForPresence with that subject. It is good once, for
-// what is done now.
-func (d *Registry) Prove(ctx context.Context, s Session, challenge, subject string, p approval.Proof) error {
-	if _, err := d.alive(s); err != nil {
+// VerifyPresence verifies a fresh proof of a session's operator, over a challenge for
+// approval.ForPresence with the same subject. A proof is valid once.
+func (r *Registry) VerifyPresence(ctx context.Context, s Session, challenge, subject string, p approval.Proof) error {
+	if _, err := r.requireSession(s); err != nil {
 		return err
 	}
-	c, seen, count, err := d.prove(ctx, s.Channel, challenge, approval.ForPresence, &p)
+	c, seen, count, err := r.verifyChallenge(ctx, s.Channel, challenge, approval.ForPresence, &p)
 	if err != nil {
 		return fmt.Errorf("presence: %w", err)
 	}
 	if c.operator != s.Operator || c.subject != subject {
-		return fmt.Errorf("presence: %w: the challenge is another operator's, or for another key", approval.ErrNotProven)
+		return fmt.Errorf("presence: %w: the challenge is another operator's, or for another key",
+			approval.ErrNotProven)
 	}
-	err = d.write(ctx, "presence", func(ctx context.Context) error {
-		return d.ledger.Update(ctx, func(tx *ledger.Tx) error {
-			_, err := d.stillHas(tx, seen, p.Credential, count)
+	err = r.write(ctx, "presence", func(ctx context.Context) error {
+		return r.ledger.Update(ctx, func(tx *ledger.Tx) error {
+			_, err := r.recheckCredential(tx, seen, p.Credential, count)
 			return err
 		})
 	})
 	if errors.Is(err, approval.ErrNotProven) {
-		d.refused(ctx, s.Channel, c.operator, approval.ForPresence, p, err)
+		r.recordRefusal(ctx, s.Channel, c.operator, approval.ForPresence, p, err)
 	}
 	return err
 }
 
-// random returns 32 hex digits.
-func random() string {
+// randomHex returns 32 random hex digits.
+func randomHex() string {
 	b := make([]byte, 16)
 	rand.Read(b)
 	return hex.EncodeToString(b)
 }
 
-// How many proofs may fail at once, and how soon another one may.
+// Limits of failed proofs: a burst, and the time after which a leaky bucket has room for one more.
 const (
-	failuresBurst, failuresEvery       = 5, 12 * time.Second // of an operator, by a channel
-	allFailuresBurst, allFailuresEvery = 50, time.Second
-	eventsBurst, eventsEvery           = 300, 200 * time.Millisecond // of refusals: 600 in any minute
+	failuresBurst, failuresEvery       = 5, 12 * time.Second         // for one failureKey
+	allFailuresBurst, allFailuresEvery = 50, time.Second             // for all callers together
+	eventsBurst, eventsEvery           = 300, 200 * time.Millisecond // events of refusals: at most 600 in any minute
 )
 
-// failures limits how often a failed proof is told to be one, and is written down.
+// failures limits the failed proofs. Above the limit the answer is ErrLimited, not ErrNotProven.
 type failures struct {
-	each    map[failureKey]*bucket
-	all     bucket
-	written bucket
+	each   map[failureKey]*leakyBucket
+	all    leakyBucket
+	events leakyBucket // of refusals in the audit log
 }
 
-// failureKey is who has failed, as far as that is known.
+// failureKey identifies the caller of a failed proof, as far as possible.
 type failureKey struct {
 	purpose  string
 	kind     string
@@ -315,12 +339,14 @@ type failureKey struct {
 	operator string
 }
 
-// take counts a failure, or says how long to wait. Nothing is taken of one limit where the other one is reached.
+// take counts a failure, or returns the time to wait. A failure above one of the two limits counts
+// for neither limit.
 func (f *failures) take(key failureKey) time.Duration {
-	maps.DeleteFunc(f.each, func(_ failureKey, b *bucket) bool { b.leak(failuresEvery); return b.spent == 0 }) // no more are left than fail
+	// Empty buckets go, so that the map has at most as many buckets as recent failures.
+	maps.DeleteFunc(f.each, func(_ failureKey, b *leakyBucket) bool { b.leak(failuresEvery); return b.level == 0 })
 	b := f.each[key]
 	if b == nil {
-		b = new(bucket)
+		b = new(leakyBucket)
 		f.each[key] = b
 	}
 	wait := b.take(failuresBurst, failuresEvery)
@@ -328,29 +354,30 @@ func (f *failures) take(key failureKey) time.Duration {
 		return wait
 	}
 	if wait = f.all.take(allFailuresBurst, allFailuresEvery); wait > 0 {
-		b.spent = max(0, b.spent-1)
+		b.level = max(0, b.level-1)
 	}
 	return wait
 }
 
-// bucket counts what leaks out of it with time. Unlike a rate.Limiter it takes back, and says when it is empty.
-type bucket struct {
-	spent float64
-	at    time.Time
+// leakyBucket is a leaky bucket. Unlike a rate.Limiter, a leakyBucket can take a count back, and
+// shows when it is empty.
+type leakyBucket struct {
+	level float64
+	at    time.Time // of the level
 }
 
-// take adds one, or says how long to wait, in whole seconds.
-func (b *bucket) take(most float64, every time.Duration) time.Duration {
+// take adds 1 to the level, or returns the time to wait, in whole seconds.
+func (b *leakyBucket) take(capacity float64, every time.Duration) time.Duration {
 	b.leak(every)
-	if over := b.spent + 1 - most; over > 0 {
+	if over := b.level + 1 - capacity; over > 0 {
 		return (time.Duration(over*float64(every)) + time.Second - 1).Truncate(time.Second)
 	}
-	b.spent++
+	b.level++
 	return 0
 }
 
-func (b *bucket) leak(every time.Duration) {
+func (b *leakyBucket) leak(every time.Duration) {
 	now := time.Now()
-	b.spent = max(0, b.spent-float64(now.Sub(b.at))/float64(every))
+	b.level = max(0, b.level-float64(now.Sub(b.at))/float64(every))
 	b.at = now
 }

@@ -23,10 +23,12 @@ import (
 func TestSignIn(t *testing.T) {
 	r := newRig(t, 1)
 	s, token := r.signIn(t, r.people[0], user)
-	if s.Operator != "o0" || s.Credential != r.people[0].credential.ID || len(s.Roles) != 4 || s.Expires.Sub(s.Begun) != time.Hour {
+	if s.Operator != "o0" || s.Credential != r.people[0].credential.ID || len(s.Roles) != 4 ||
+		s.Expires.Sub(s.Begun) != time.Hour {
 		t.Errorf("the session is %+v", s)
 	}
-	if _, e := r.events(t, audit.OperatorSignedIn); e.Actor.Name != "o0" || e.Resource != "session/"+s.ID || strings.Contains(string(manage.Encode(e)), token) {
+	if _, e := r.events(t, audit.OperatorSignedIn); e.Actor.Name != "o0" || e.Resource != "session/"+s.ID ||
+		strings.Contains(string(manage.Encode(e)), token) {
 		t.Errorf("the event is %+v", e)
 	}
 	if got, err := r.Session(token, user); err != nil || got.ID != s.ID {
@@ -39,7 +41,7 @@ func TestSignIn(t *testing.T) {
 	_, err := r.Session(token+"x", user)
 	want(t, err, ErrSignedOut)
 	_, token0 := r.signIn(t, r.people[0], root)
-	_, err = r.Session(token0, Channel{Kind: HTTPS}) // which has no user
+	_, err = r.Session(token0, Channel{Kind: HTTPS}) // a channel with user 0, too
 	want(t, err, ErrSignedOut)
 	if r.reopen(t); len(r.Sessions()) != 0 {
 		t.Error("a restart did not sign everybody out")
@@ -48,7 +50,8 @@ func TestSignIn(t *testing.T) {
 	want(t, err, ErrSignedOut)
 }
 
-// sshsig signs a text for any namespace, which sshagent.Sign refuses to do.
+// sshsig signs a text for any namespace. sshagent.Sign refuses a namespace that is not the text's
+// first line.
 func sshsig(t *testing.T, s *signer, namespace, text string) approval.Proof {
 	t.Helper()
 	keys, err := s.agent.List()
@@ -74,7 +77,9 @@ func sshsig(t *testing.T, s *signer, namespace, text string) approval.Proof {
 		Version                                         uint32
 		PublicKey, Namespace, Reserved, Hash, Signature string
 	}{magic, 1, string(public.Marshal()), namespace, "", "sha256", string(ssh.Marshal(signature))})
-	return approval.Proof{Credential: s.credential.ID, SSHSIG: "-----BEGIN SSH SIGNATURE-----\n" + base64.StdEncoding.EncodeToString(blob) + "\n-----END SSH SIGNATURE-----\n"}
+	armored := "-----BEGIN SSH SIGNATURE-----\n" + base64.StdEncoding.EncodeToString(blob) +
+		"\n-----END SSH SIGNATURE-----\n"
+	return approval.Proof{Credential: s.credential.ID, SSHSIG: armored}
 }
 
 func TestSignInRefused(t *testing.T) {
@@ -85,9 +90,11 @@ func TestSignInRefused(t *testing.T) {
 		ch        Channel
 		proof     approval.Proof
 	}
-	for name, break_ := range map[string]func(t *testing.T, a *attempt){
-		"another namespace": func(t *testing.T, a *attempt) { a.proof = sshsig(t, a.me, approval.ForPresence, a.c.Text) },
-		"another text":      func(t *testing.T, a *attempt) { a.proof = a.me.sign(t, a.c.Text+"x\n") },
+	for name, corrupt := range map[string]func(t *testing.T, a *attempt){
+		"another namespace": func(t *testing.T, a *attempt) {
+			a.proof = sshsig(t, a.me, approval.ForPresence, a.c.Text)
+		},
+		"another text": func(t *testing.T, a *attempt) { a.proof = a.me.sign(t, a.c.Text+"x\n") },
 		"another appliance": func(t *testing.T, a *attempt) {
 			a.proof = a.me.sign(t, strings.Replace(a.c.Text, "example/a", "example/b", 1))
 		},
@@ -128,10 +135,10 @@ func TestSignInRefused(t *testing.T) {
 			a.proof = a.me.sign(t, a.c.Text)
 		},
 		"a removed credential": func(t *testing.T, a *attempt) {
-			a.r.must(t, a.r.addCredential, a.me.name, string(manage.Encode(newSigner(t, "").credential)))
-			a.r.must(t, removeCredential, a.me.name, a.me.credential.ID)
+			a.r.apply(t, a.r.addCredential, a.me.name, string(manage.Encode(newSigner(t, "").credential)))
+			a.r.apply(t, removeCredential, a.me.name, a.me.credential.ID)
 		},
-		"an operator who was removed": func(t *testing.T, a *attempt) { a.r.must(t, removeOperator, a.me.name) },
+		"an operator who was removed": func(t *testing.T, a *attempt) { a.r.apply(t, removeOperator, a.me.name) },
 		"no proof":                    func(t *testing.T, a *attempt) { a.proof = approval.Proof{} },
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -143,7 +150,7 @@ func TestSignInRefused(t *testing.T) {
 					t.Fatal(err)
 				}
 				a.proof = a.me.sign(t, a.c.Text)
-				break_(t, a)
+				corrupt(t, a)
 				before, _ := r.events(t, audit.SignInRefused)
 				_, token, err := r.SignIn(t.Context(), a.ch, a.c.ID, a.proof)
 				want(t, err, approval.ErrNotProven)
@@ -163,10 +170,10 @@ func TestSignInRefused(t *testing.T) {
 }
 
 func TestStrangersLearnNoNames(t *testing.T) {
-	synctest.Test(t, strangersLearnNoNames) // where two challenges expire at one time
+	synctest.Test(t, strangersLearnNoNames) // in a bubble two challenges have the same expiry
 }
 
-// nonce is the last line of a challenge's text.
+// nonce returns the nonce in a challenge's text.
 func nonce(c Challenge) string {
 	_, nonce, _ := strings.Cut(c.Text, "nonce: ")
 	return strings.TrimSpace(nonce)
@@ -176,19 +183,21 @@ func strangersLearnNoNames(t *testing.T) {
 	r := newRig(t, 0)
 	r.enrol(t, newPasskey(t, "alice", 0), "")
 	same := func(c Challenge, name string) string {
-		return fmt.Sprint(strings.NewReplacer(nonce(c), "NONCE", name, "NAME").Replace(c.Text), len(c.ID), c.RPID, c.Allowed)
+		text := strings.NewReplacer(nonce(c), "NONCE", name, "NAME").Replace(c.Text)
+		return fmt.Sprint(text, len(c.ID), c.RPID, c.Allowed)
 	}
 	known, err1 := r.Challenge(approval.ForSignIn, "alice", "", https)
 	unknown, err2 := r.Challenge(approval.ForSignIn, "mallo", "", https)
 	if err1 != nil || err2 != nil || same(known, "alice") != same(unknown, "mallo") {
-		t.Errorf("the challenges are different:\n%s, %v\n%s, %v", same(known, "alice"), err1, same(unknown, "mallo"), err2)
+		t.Errorf("the challenges are different:\n%s, %v\n%s, %v",
+			same(known, "alice"), err1, same(unknown, "mallo"), err2)
 	}
 	if c, err := r.Challenge(approval.ForPresence, "alice", "payments", https); err != nil || len(c.Allowed) != 1 {
 		t.Errorf("for a presence the passkeys are %v, %v", c.Allowed, err)
 	}
 }
 
-// fail signs in with the key of another one.
+// fail signs in without a signature.
 func (r *rig) fail(t *testing.T, operator string, ch Channel) error {
 	t.Helper()
 	c, err := r.Challenge(approval.ForSignIn, operator, "", ch)
@@ -206,24 +215,26 @@ func TestFailedSignInsAreLimited(t *testing.T) {
 			want(t, r.fail(t, "o1", user), approval.ErrNotProven)
 		}
 		var limited *Limited
-		if err := r.fail(t, "o1", user); !errors.As(err, &limited) || !errors.Is(err, ErrLimited) || limited.RetryAfter != failuresEvery {
+		err := r.fail(t, "o1", user)
+		if !errors.As(err, &limited) || !errors.Is(err, ErrLimited) || limited.RetryAfter != failuresEvery {
 			t.Fatalf("after %d failures: %v", failuresBurst, err)
 		}
-		// Neither another channel nor another operator pays for it.
+		// Another channel and another operator have limits of their own.
 		r.signIn(t, r.people[1], https)
 		r.signIn(t, r.people[1], root)
 		r.signIn(t, r.people[0], user)
-		// And he himself, who has the right key, is let in: it may be others who fail in his name.
+		// The operator with the right key is let in: the failures may be another person's.
 		c, err := r.Challenge(approval.ForSignIn, "o1", "", user)
 		if err != nil {
 			t.Fatal(err)
 		}
 		_, _, err = r.SignIn(t.Context(), user, c.ID, r.people[0].sign(t, c.Text))
 		want(t, err, ErrLimited)
-		if _, _, err = r.SignIn(t.Context(), user, c.ID, r.people[1].sign(t, c.Text)); err != nil { // nor has that used up the challenge
+		// A limited failure does not use the challenge up.
+		if _, _, err = r.SignIn(t.Context(), user, c.ID, r.people[1].sign(t, c.Text)); err != nil {
 			t.Errorf("with the right key: %v", err)
 		}
-		for range 3 * failuresBurst { // no failure, no limit
+		for range 3 * failuresBurst { // successes have no limit
 			r.signIn(t, r.people[1], user)
 		}
 		time.Sleep(limited.RetryAfter)
@@ -242,9 +253,9 @@ func TestFailedSignInsAreLimitedOverAll(t *testing.T) {
 		if err := r.fail(t, "y", https); !errors.As(err, &limited) || limited.RetryAfter != time.Second {
 			t.Errorf("after %d failures of all: %v", allFailuresBurst, err)
 		}
-		r.signIn(t, r.people[0], https) // whom nobody keeps out
+		r.signIn(t, r.people[0], https) // a valid proof has no limit
 		for range 2 * failuresBurst {
-			want(t, r.fail(t, "y", https), ErrLimited) // which does not count as his own failure
+			want(t, r.fail(t, "y", https), ErrLimited) // does not count for the limit of y
 		}
 		time.Sleep(time.Second)
 		want(t, r.fail(t, "y", https), approval.ErrNotProven)
@@ -254,7 +265,7 @@ func TestFailedSignInsAreLimitedOverAll(t *testing.T) {
 		if n := len(r.failures.each); n != 1 {
 			t.Errorf("%d failures are remembered an hour later", n)
 		}
-		// Only so many are written down.
+		// The audit log has at most eventsBurst events of refusals at once.
 		before, _ := r.events(t, audit.SignInRefused)
 		for range 2 * eventsBurst {
 			r.fail(t, "z", https)
@@ -265,7 +276,8 @@ func TestFailedSignInsAreLimitedOverAll(t *testing.T) {
 	})
 }
 
-// TestNobodyDrivesOutChallenges: who asks for any number of them takes nobody's away, and no memory.
+// TestNobodyDrivesOutChallenges checks that thousands of challenges evict no other challenge, and
+// take no memory.
 func TestNobodyDrivesOutChallenges(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		r := newRig(t, 1)
@@ -295,7 +307,7 @@ func TestNobodyDrivesOutChallenges(t *testing.T) {
 	})
 }
 
-// TestChallengeIsSealed: any change of its id makes it none, for no caller but the one who got it.
+// TestChallengeIsSealed checks that a changed id of a challenge is refused.
 func TestChallengeIsSealed(t *testing.T) {
 	r := newRig(t, 1)
 	c, err := r.Challenge(approval.ForSignIn, "o0", "", user)
@@ -310,12 +322,12 @@ func TestChallengeIsSealed(t *testing.T) {
 	for i := range id {
 		changed := slices.Clone(id)
 		changed[i] ^= 1
-		if _, ok := r.unseal(base64.RawURLEncoding.EncodeToString(changed), approval.ForSignIn, user); ok {
+		if _, ok := r.parseChallengeID(base64.RawURLEncoding.EncodeToString(changed), approval.ForSignIn, user); ok {
 			t.Fatalf("byte %d may be another one", i)
 		}
 	}
 	for _, id := range []string{"", "AAAA", c.ID[:len(c.ID)-1], c.ID + "A", c.ID + "=", strings.Repeat("A", 400)} {
-		if _, ok := r.unseal(id, approval.ForSignIn, user); ok {
+		if _, ok := r.parseChallengeID(id, approval.ForSignIn, user); ok {
 			t.Errorf("%q is a challenge", id)
 		}
 	}
@@ -340,7 +352,7 @@ func TestSessionsEndWithTime(t *testing.T) {
 		if all := r.Sessions(); len(all) != 1 || all[0].ID != s.ID {
 			t.Errorf("the sessions are %+v", all)
 		}
-		time.Sleep(4 * time.Second) // 1 h since it was begun
+		time.Sleep(4 * time.Second) // 1 h after the sign-in
 		_, err = r.Session(token, user)
 		want(t, err, ErrSignedOut)
 		_, err = r.Propose(t.Context(), s, "test", nil, nil, 0)
@@ -384,7 +396,7 @@ func TestSessionsOfAnOperatorAreBounded(t *testing.T) {
 		_, second := r.signIn(t, r.people[1], user)
 		other, _ := r.signIn(t, r.people[0], user)
 		time.Sleep(time.Second)
-		if _, err := r.Session(first, user); err != nil { // now the second one was idle for longest
+		if _, err := r.Session(first, user); err != nil { // now the second session has the longest idle time
 			t.Fatal(err)
 		}
 		for range maxSessions - 1 {
@@ -397,7 +409,7 @@ func TestSessionsOfAnOperatorAreBounded(t *testing.T) {
 		if n := len(r.Sessions()); n != maxSessions+1 {
 			t.Errorf("there are %d sessions", n)
 		}
-		if _, err := r.alive(other); err != nil {
+		if _, err := r.requireSession(other); err != nil {
 			t.Errorf("another operator's session: %v", err)
 		}
 	})
@@ -405,17 +417,19 @@ func TestSessionsOfAnOperatorAreBounded(t *testing.T) {
 
 func TestSessionsDieWithChanges(t *testing.T) {
 	for name, change := range map[string]func(t *testing.T, r *rig){
-		"roles": func(t *testing.T, r *rig) { r.must(t, setRoles, "o1", "auditor") },
+		"roles": func(t *testing.T, r *rig) { r.apply(t, setRoles, "o1", "auditor") },
 		"credential added": func(t *testing.T, r *rig) {
-			r.must(t, r.addCredential, "o1", string(manage.Encode(newSigner(t, "").credential)))
+			r.apply(t, r.addCredential, "o1", string(manage.Encode(newSigner(t, "").credential)))
 		},
-		"credential removed": func(t *testing.T, r *rig) { r.must(t, removeCredential, "o1", r.people[2].credential.ID) },
-		"removed":            func(t *testing.T, r *rig) { r.must(t, removeOperator, "o1") },
+		"credential removed": func(t *testing.T, r *rig) {
+			r.apply(t, removeCredential, "o1", r.people[2].credential.ID)
+		},
+		"removed": func(t *testing.T, r *rig) { r.apply(t, removeOperator, "o1") },
 	} {
 		t.Run(name, func(t *testing.T) {
 			r := newRig(t, 2)
 			r.people = append(r.people, newSigner(t, "o1"))
-			r.must(t, r.addCredential, "o1", string(manage.Encode(r.people[2].credential)))
+			r.apply(t, r.addCredential, "o1", string(manage.Encode(r.people[2].credential)))
 			_, dies := r.signIn(t, r.people[1], user)
 			_, lives := r.signIn(t, r.people[0], user)
 			before := r.changed.Load()
@@ -427,14 +441,16 @@ func TestSessionsDieWithChanges(t *testing.T) {
 			if r.changed.Load() != before+1 {
 				t.Error("confirmations of presence were not told")
 			}
-			if _, e := r.events(t, audit.OperatorChanged); e.Metadata["change"] != name || e.Resource != "o1" || (e.Metadata["operator"] == "") != (name == "removed") {
+			_, e := r.events(t, audit.OperatorChanged)
+			if e.Metadata["change"] != name || e.Resource != "o1" ||
+				(e.Metadata["operator"] == "") != (name == "removed") {
 				t.Errorf("the event is %+v", e)
 			}
 		})
 	}
 }
 
-func TestProve(t *testing.T) {
+func TestVerifyPresence(t *testing.T) {
 	r := newRig(t, 2)
 	s, _ := r.signIn(t, r.people[0], user)
 	challenge := func(purpose, operator, subject string) Challenge {
@@ -446,22 +462,26 @@ func TestProve(t *testing.T) {
 		return c
 	}
 	c := challenge(approval.ForPresence, "o0", "payments")
-	if err := r.Prove(t.Context(), s, c.ID, "payments", r.people[0].sign(t, c.Text)); err != nil {
+	if err := r.VerifyPresence(t.Context(), s, c.ID, "payments", r.people[0].sign(t, c.Text)); err != nil {
 		t.Error(err)
 	}
-	want(t, r.Prove(t.Context(), s, c.ID, "payments", r.people[0].sign(t, c.Text)), approval.ErrNotProven) // once
+	again := r.VerifyPresence(t.Context(), s, c.ID, "payments", r.people[0].sign(t, c.Text))
+	want(t, again, approval.ErrNotProven)
 	c = challenge(approval.ForPresence, "o0", "payments")
-	want(t, r.Prove(t.Context(), s, c.ID, "other", r.people[0].sign(t, c.Text)), approval.ErrNotProven)
+	want(t, r.VerifyPresence(t.Context(), s, c.ID, "other", r.people[0].sign(t, c.Text)), approval.ErrNotProven)
 	c = challenge(approval.ForPresence, "o1", "payments")
-	want(t, r.Prove(t.Context(), s, c.ID, "payments", r.people[1].sign(t, c.Text)), approval.ErrNotProven)
+	want(t, r.VerifyPresence(t.Context(), s, c.ID, "payments", r.people[1].sign(t, c.Text)), approval.ErrNotProven)
 	c = challenge(approval.ForSignIn, "o0", "")
-	want(t, r.Prove(t.Context(), s, c.ID, "payments", r.people[0].sign(t, c.Text)), approval.ErrNotProven)
+	want(t, r.VerifyPresence(t.Context(), s, c.ID, "payments", r.people[0].sign(t, c.Text)), approval.ErrNotProven)
 	c = challenge(approval.ForPresence, "o0", "payments")
 	if err := r.SignOut(t.Context(), s); err != nil {
 		t.Fatal(err)
 	}
-	want(t, r.Prove(t.Context(), s, c.ID, "payments", r.people[0].sign(t, c.Text)), ErrSignedOut)
-	for _, bad := range [][3]string{{approval.ForPresence, "o0", ""}, {approval.ForPresence, "o0", "a\nb"}, {approval.ForSignIn, "o0", "payments"}, {approval.ForSignIn, "a\nb", ""}, {approval.ForProposal, "o0", ""}} {
+	want(t, r.VerifyPresence(t.Context(), s, c.ID, "payments", r.people[0].sign(t, c.Text)), ErrSignedOut)
+	for _, bad := range [][3]string{
+		{approval.ForPresence, "o0", ""}, {approval.ForPresence, "o0", "a\nb"},
+		{approval.ForSignIn, "o0", "payments"}, {approval.ForSignIn, "a\nb", ""}, {approval.ForProposal, "o0", ""},
+	} {
 		_, err := r.Challenge(bad[0], bad[1], bad[2], user)
 		want(t, err, ErrInvalid)
 	}
@@ -469,7 +489,8 @@ func TestProve(t *testing.T) {
 	want(t, err, ErrNotFound)
 }
 
-// TestPasskeyByItsOwnID: a browser that has found a passkey itself says no other id of it.
+// TestPasskeyByItsOwnID signs in with the passkey's own id: a browser with a discoverable passkey
+// does not know the id of the credential.
 func TestPasskeyByItsOwnID(t *testing.T) {
 	r := newRig(t, 1)
 	alice := newPasskey(t, "alice", 0)
@@ -486,12 +507,13 @@ func TestPasskeyByItsOwnID(t *testing.T) {
 	if c, err = r.Challenge(approval.ForPresence, "alice", "payments", root); err != nil {
 		t.Fatal(err)
 	}
-	if err := r.Prove(t.Context(), s, c.ID, "payments", own(alice.sign(t, c.Text))); err != nil {
+	if err := r.VerifyPresence(t.Context(), s, c.ID, "payments", own(alice.sign(t, c.Text))); err != nil {
 		t.Error(err)
 	}
 	first, _ := r.signIn(t, r.people[0], root)
 	p := r.propose(t, first, "test")
-	if p, err = r.Approve(t.Context(), s, p.ID, own(alice.sign(t, p.Text()))); err != nil || p.State != Done || p.Approvals[0].Credential != alice.credential.ID {
+	p, err = r.Approve(t.Context(), s, p.ID, own(alice.sign(t, p.Text())))
+	if err != nil || p.State != Done || p.Approvals[0].Credential != alice.credential.ID {
 		t.Errorf("%+v, %v", p, err)
 	}
 	if _, e := r.events(t, audit.ApprovalGiven); !strings.Contains(e.Metadata["proof"], alice.credential.ID) {
@@ -515,9 +537,9 @@ func TestPasskeyCounts(t *testing.T) {
 			t.Errorf("a sign-in with the count %d: %v", count, err)
 		}
 	}
-	try(0, true) // it does not count
+	try(0, true) // no counter yet
 	try(0, true)
-	try(7, true) // it does
+	try(7, true) // a counter from now on
 	try(7, false)
 	try(6, false)
 	try(0, false)
@@ -528,17 +550,19 @@ func TestPasskeyCounts(t *testing.T) {
 	try(7, false)
 	try(8, true)
 
-	s, token := r.signIn(t, &signer{name: "alice", passkey: alice.passkey, credential: alice.credential, origin: alice.origin, count: 9}, root)
-	if _, err := r.Session(token, root); err != nil { // a count is no change of the operator
+	alice.count = 9
+	s, token := r.signIn(t, alice, root)
+	if _, err := r.Session(token, root); err != nil { // a new counter is no change of the operator
 		t.Error(err)
 	}
-	for _, count := range []uint32{9, 10} { // presence and approvals are counted too
+	for _, count := range []uint32{9, 10} { // proofs of presence and of approvals count, too
 		alice.count = count
 		c, err := r.Challenge(approval.ForPresence, "alice", "payments", root)
 		if err != nil {
 			t.Fatal(err)
 		}
-		if err := r.Prove(t.Context(), s, c.ID, "payments", alice.sign(t, c.Text)); (err == nil) != (count == 10) {
+		err = r.VerifyPresence(t.Context(), s, c.ID, "payments", alice.sign(t, c.Text))
+		if (err == nil) != (count == 10) {
 			t.Errorf("a presence with the count %d: %v", count, err)
 		}
 	}
@@ -568,7 +592,8 @@ func TestSignInIsWrittenFirst(t *testing.T) {
 	r.open(t)
 }
 
-// TestLedgerDecidesWhoProves changes the ledger between the look at the proof, which is by memory, and the transaction.
+// TestLedgerDecidesWhoProves changes the ledger between the verification of a proof, which uses the
+// memory, and the transaction.
 func TestLedgerDecidesWhoProves(t *testing.T) {
 	for name, change := range map[string]func(tx *ledger.Tx, p person) error{
 		"removed": func(tx *ledger.Tx, p person) error { return tx.Delete(ledger.Operators, p.Name) },
@@ -592,10 +617,10 @@ func TestLedgerDecidesWhoProves(t *testing.T) {
 					t.Fatal(err1, err2)
 				}
 				p := r.propose(t, s, "test")
-				r.writing <- struct{}{} // so that all three wait where memory has been asked
+				r.writing <- struct{}{} // all three requests wait for the lock, after the verification
 				errs := make(chan error, 3)
 				go func() { _, _, err := r.SignIn(t.Context(), user, in.ID, me.sign(t, in.Text)); errs <- err }()
-				go func() { errs <- r.Prove(t.Context(), s, there.ID, "payments", me.sign(t, there.Text)) }()
+				go func() { errs <- r.VerifyPresence(t.Context(), s, there.ID, "payments", me.sign(t, there.Text)) }()
 				go func() { _, err := r.Approve(t.Context(), s, p.ID, me.sign(t, p.Text())); errs <- err }()
 				synctest.Wait()
 				if err := r.ledger.Update(t.Context(), func(tx *ledger.Tx) error {
@@ -611,8 +636,11 @@ func TestLedgerDecidesWhoProves(t *testing.T) {
 				for range 3 {
 					want(t, <-errs, approval.ErrNotProven)
 				}
-				if n, _ := r.events(t, audit.SignInRefused); n != 3 || r.ran.Load() != 0 || len(r.Sessions()) != 0 { // memory follows, and has ended the session
-					t.Errorf("there are %d events and %d sessions; it has run %d times", n, len(r.Sessions()), r.ran.Load())
+				// The memory follows the ledger: the change has ended the session.
+				n, _ := r.events(t, audit.SignInRefused)
+				if n != 3 || r.ran.Load() != 0 || len(r.Sessions()) != 0 {
+					t.Errorf("there are %d events and %d sessions; it has run %d times",
+						n, len(r.Sessions()), r.ran.Load())
 				}
 			})
 		})
@@ -636,7 +664,8 @@ func TestNobodyWaitsForEver(t *testing.T) {
 	})
 }
 
-// TestMemoryFollowsForWhoHasLeft: what waited for the ledger when its caller left is carried out as a whole.
+// TestMemoryFollowsForWhoHasLeft checks that a request is carried out completely if its caller
+// leaves while the request waits for the ledger.
 func TestMemoryFollowsForWhoHasLeft(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		r := newRig(t, 1)
@@ -657,19 +686,19 @@ func TestMemoryFollowsForWhoHasLeft(t *testing.T) {
 	})
 }
 
-// TestStrangersStopNoPresence: who has signed in is not limited by what others fail in his name.
+// TestStrangersStopNoPresence checks that failures by strangers do not limit a signed-in operator.
 func TestStrangersStopNoPresence(t *testing.T) {
 	r := newRig(t, 1)
 	s, _ := r.signIn(t, r.people[0], https)
 	for range 2 * allFailuresBurst {
 		r.fail(t, "o0", https)
-		r.fail(t, random(), https)
+		r.fail(t, randomHex(), https)
 	}
 	c, err := r.Challenge(approval.ForPresence, "o0", "payments", https)
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := r.Prove(t.Context(), s, c.ID, "payments", r.people[0].sign(t, c.Text)); err != nil {
+	if err := r.VerifyPresence(t.Context(), s, c.ID, "payments", r.people[0].sign(t, c.Text)); err != nil {
 		t.Error(err)
 	}
 }
