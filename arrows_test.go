@@ -42,7 +42,7 @@ var arrows = map[string]room{
 		outside: "github.com/danielgtaylor/huma/v2 github.com/labstack/echo/v4 golang.org/x/net/netutil",
 	},
 	"admin/certs": {ours: "internal/keystore"},
-	"admin/api":   {ours: "approval audit internal/keystore wire"},
+	"admin/api":   {ours: "approval audit wire"},
 	// The walk.
 	"appliance": {
 		ours: `audit internal/anchor internal/eddsa internal/gate internal/ijson internal/keyring

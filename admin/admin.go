@@ -192,7 +192,11 @@ func (s *server) noiseKey(context.Context, caller, *none) (api.Key, error) {
 func (s *server) tokens(context.Context, caller, *none) ([]api.Token, error) {
 	all := []api.Token{}
 	for name, status := range s.Appliance.Tokens() {
-		all = append(all, api.Token{Name: name, Status: status})
+		token := api.Token{Name: name, Up: status.Up, Cause: status.Cause}
+		for _, w := range status.Workers {
+			token.Workers = append(token.Workers, api.Worker{PID: w.PID, Served: w.Served, Restarts: w.Restarts})
+		}
+		all = append(all, token)
 	}
 	slices.SortFunc(all, func(x, y api.Token) int { return strings.Compare(x.Name, y.Name) })
 	return all, nil
@@ -247,7 +251,7 @@ func (s *server) keyDoc(k *keyring.Key) api.Key {
 	doc := api.Key{
 		Name: k.Name, Version: k.Version, Algorithm: string(info.Algorithm), State: string(k.State), Custody: string(info.Custody),
 		Token:     k.Token,
-		PublicKey: hex.EncodeToString(info.PublicKey), Origin: info.Provenance.String(), Provenance: info.Provenance, Created: k.Created.Unix(),
+		PublicKey: hex.EncodeToString(info.PublicKey), Origin: info.Provenance.String(), Provenance: api.Provenance(info.Provenance), Created: k.Created.Unix(),
 		Activates: unix(k.Activates), Retires: unix(k.Retires), Uses: k.Uses(), Authorization: k.Authorization,
 	}
 	if next, ok := s.Appliance.Keys.Next(k); ok {

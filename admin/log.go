@@ -119,7 +119,7 @@ func (s *server) receipt(_ context.Context, _ caller, in *struct {
 type receiptsInput struct {
 	From  int64  `query:"from" minimum:"0" doc:"Unix milliseconds"`
 	To    int64  `query:"to" minimum:"0" doc:"Unix milliseconds, not included; 0: no end"`
-	After string `query:"after" maxLength:"64" doc:"the id of the last receipt of the answer before, with its time as from"`
+	After string `query:"after" maxLength:"64"` // see afterDescription
 	Limit int    `query:"limit" minimum:"1" maximum:"1000" default:"1000"`
 }
 

@@ -45,6 +45,12 @@ var (
 	rateLimited   = problem{"rate_limited", http.StatusTooManyRequests, "Too many attempts"}
 )
 
+// codes lists all problems, in the order of the OpenAPI document.
+var codes = []problem{
+	invalid, exists, notFound, unavailable, signedOut, notAllowed, uninitialised, locked, rolledBack, conflict,
+	needsApproval, rateLimited, notProven,
+}
+
 // statuses lists what every operation may be refused with.
 var statuses = []int{http.StatusBadRequest, http.StatusUnauthorized, http.StatusForbidden, http.StatusNotFound, http.StatusConflict, http.StatusRequestEntityTooLarge,
 	http.StatusTooManyRequests, http.StatusServiceUnavailable}

@@ -1,6 +1,6 @@
-// Package api is the language of the local admin API: the documents that it takes and gives, and a client that speaks
-// it over the Unix socket or over HTTPS. It is all that an operator's tool needs; the server is in package admin, and the whole API
-// in admin/openapi.json. Begin reading at Client.
+// Package api has the documents of the local admin API, and a client for the Unix socket and for
+// HTTPS. Operators' tools need no other package. Package admin is the server, and
+// admin/openapi.json describes the whole API. Begin reading at Client.
 package api
 
 import (
@@ -11,7 +11,6 @@ import (
 	"strconv"
 
 	"countersign/audit"
-	"countersign/internal/keystore"
 	"countersign/wire"
 )
 
@@ -24,36 +23,55 @@ type Key struct {
 	Custody   string `json:"custody"`
 	Token     string `json:"token"`
 	PublicKey string `json:"public_key"`
-	// Origin is generated or imported; Provenance is what the device said of the key when it was made.
-	Origin     string              `json:"origin"`
-	Provenance keystore.Provenance `json:"provenance"`
-	Created    int64               `json:"created"` // Unix seconds, as the two below; 0 where there is none
-	Activates  int64               `json:"activates" doc:"when it becomes active, or has"`
-	Retires    int64               `json:"retires" doc:"verify-only: when it is archived at the latest"`
-	Uses       uint64              `json:"uses" doc:"signatures that it has made"`
-	// Next is SHA-256 of the public key of the next version, hex: what the line is committed to.
+	// Origin is generated or imported. Provenance is the device's statement at the creation of the
+	// key.
+	Origin     string     `json:"origin"`
+	Provenance Provenance `json:"provenance"`
+	Created    int64      `json:"created"` // Unix seconds, like the next two; 0: none
+	Activates  int64      `json:"activates" doc:"when it becomes active, or has"`
+	Retires    int64      `json:"retires" doc:"verify-only: when it is archived at the latest"`
+	Uses       uint64     `json:"uses" doc:"signatures that it has made"`
+	// Next is SHA-256 of the public key of the next version, hex. The line of keys is committed to
+	// it.
 	Next string `json:"next,omitempty"`
-	// Authorization is what the identity has signed for a Noise key.
+	// Authorization is the identity key's signature for a Noise key.
 	Authorization *wire.Authorization `json:"authorization,omitempty"`
 }
 
-// Token is how a token of the appliance is.
-type Token struct {
-	Name string `json:"name"`
-	keystore.Status
+// Provenance is a device's statement about the past of a key. A key is generated if all fields are
+// true, and imported otherwise.
+type Provenance struct {
+	Local            bool `json:"local"`             // made inside the device (CKA_LOCAL)
+	AlwaysSensitive  bool `json:"always_sensitive"`  // was never readable (CKA_ALWAYS_SENSITIVE)
+	NeverExtractable bool `json:"never_extractable"` // was never extractable (CKA_NEVER_EXTRACTABLE)
 }
 
-// Peer is an enrolled client. PublicKey is hex.
+// Token is the state of a token.
+type Token struct {
+	Name    string   `json:"name"`
+	Up      bool     `json:"up"`
+	Cause   string   `json:"cause,omitempty"` // of an outage
+	Workers []Worker `json:"workers"`         // processes that use the token
+}
+
+// Worker is the state of a key worker: a process that uses a token.
+type Worker struct {
+	PID      int    `json:"pid"`      // 0: no process now
+	Served   uint64 `json:"served"`   // calls answered by this process
+	Restarts int    `json:"restarts"` // processes replaced so far
+}
+
+// Peer is an enrolled client of the listener. PublicKey is hex.
 type Peer struct {
 	Name        string `json:"name"`
 	PublicKey   string `json:"public_key"`
 	Added       int64  `json:"added"` // Unix seconds
 	Suspended   bool   `json:"suspended"`
 	LastSeen    int64  `json:"last_seen"`   // Unix seconds; 0: never
-	Connections int    `json:"connections"` // open now
+	Connections int    `json:"connections"` // open connections
 }
 
-// Policy is a version of the policy that was or is in force. Text is there where one version was asked for.
+// Policy is a present or past version of the policy. A list of versions has no texts.
 type Policy struct {
 	Version   uint64 `json:"version"`
 	SHA256    string `json:"sha256"`
@@ -61,7 +79,8 @@ type Policy struct {
 	Text      string `json:"text,omitempty"`
 }
 
-// Decision is what policy decided in an event: the record (policy.Record in JSON) byte for byte, whose SHA-256 is in the event.
+// Decision is the decision of the policy in an event. Record is policy.Record in JSON, byte for
+// byte: the event has its SHA-256.
 type Decision struct {
 	Event  uint64 `json:"event"`
 	Record string `json:"record"`
@@ -73,7 +92,7 @@ type Event struct {
 	audit.Event
 }
 
-// NewKey is what creating a key takes.
+// NewKey asks for a new key.
 type NewKey struct {
 	Name      string `json:"name" maxLength:"64" doc:"of the line of keys: lower-case letters, digits and -"`
 	Algorithm string `json:"algorithm,omitempty" enum:"ed25519,p256" doc:"ed25519 where it is left out"`
@@ -81,39 +100,39 @@ type NewKey struct {
 	SeedFile  string `json:"seed_file,omitempty" maxLength:"4096" doc:"import: an absolute path on the appliance"`
 }
 
-// Rollback says whether the ledger is older than the counter that it is bound to.
+// Rollback reports whether the ledger is older than the monotonic counter of its device.
 type Rollback struct {
 	Detected bool   `json:"detected"`
 	Reason   string `json:"reason,omitempty"`
-	Ledger   uint64 `json:"ledger"`  // the counter's value by the ledger
-	Counter  uint64 `json:"counter"` // and by its device
-	At       int64  `json:"at"`      // when it was detected, Unix seconds
+	Ledger   uint64 `json:"ledger"`  // the counter's value in the ledger
+	Counter  uint64 `json:"counter"` // the counter's value in the device
+	At       int64  `json:"at"`      // time of the detection, Unix seconds
 }
 
-// Log names the audit log.
+// Log has the names of the audit log and the keys that verify its signatures.
 type Log struct {
 	Epoch       uint32 `json:"epoch"`
-	VerifierKey string `json:"verifier_key"` // of that epoch, in the form of C2SP signed-note
+	VerifierKey string `json:"verifier_key"` // of the epoch, in the form of C2SP signed-note
 	WebhookKey  string `json:"webhook_key"`  // the same key, in the form of Standard Webhooks
 }
 
-// Epoch is a part of the audit log with a tree of its own. Times are Unix seconds, 0 where there is none.
+// Epoch is a part of the audit log with a Merkle tree of its own. Times are Unix seconds; 0: none.
 type Epoch struct {
 	Epoch      uint32 `json:"epoch"`
 	First      uint64 `json:"first"` // number of its first event
 	Size       uint64 `json:"size"`  // events
 	Begun      int64  `json:"begun"`
 	Ended      int64  `json:"ended"`
-	Due        int64  `json:"due"`     // when retention may drop it
-	Dropped    int64  `json:"dropped"` // when it did
-	Hold       string `json:"hold,omitempty"`
-	Checkpoint uint64 `json:"checkpoint"` // events that the newest signed checkpoint covers
+	Due        int64  `json:"due"`            // end of retention: the epoch may be dropped
+	Dropped    int64  `json:"dropped"`        // time of the drop
+	Hold       string `json:"hold,omitempty"` // reason of a legal hold
+	Checkpoint uint64 `json:"checkpoint"`     // events that the newest signed checkpoint covers
 }
 
-// Retention says what retention has done and will do.
+// Retention is the schedule of retention.
 type Retention struct {
 	Epochs         []Epoch `json:"epochs"`
-	ReceiptsBefore int64   `json:"receipts_before"` // receipts of before are dropped
+	ReceiptsBefore int64   `json:"receipts_before"` // Unix seconds; older receipts are dropped
 }
 
 // Hold sets a legal hold.
@@ -131,40 +150,43 @@ type Receipt struct {
 	Event      uint64 `json:"event"`
 }
 
-// Ledger says how large the ledger is, in bytes where nothing else is said.
+// Ledger has the sizes and the clock of the ledger.
 type Ledger struct {
-	FileSize    int64  `json:"file_size"`
-	FreeBytes   int64  `json:"free_bytes"`
+	FileSize    int64  `json:"file_size"`  // bytes
+	FreeBytes   int64  `json:"free_bytes"` // in the file
 	Events      uint64 `json:"events"`
 	FirstEvent  uint64 `json:"first_event"`
 	Epochs      int    `json:"epochs"`
 	Nonces      int    `json:"nonces"`
 	MaxNonces   int    `json:"max_nonces"`
 	Time        int64  `json:"time"`         // of the ledger, Unix seconds
-	BehindClock int64  `json:"behind_clock"` // seconds that it is behind the system's clock
+	BehindClock int64  `json:"behind_clock"` // seconds from Time to the system's clock
 	Trouble     string `json:"trouble,omitempty"`
 }
 
-// Compacted says what a compaction has done.
+// Compacted is the result of a compaction.
 type Compacted struct {
-	Before int64 `json:"before"`
-	After  int64 `json:"after"`
-	TookMS int64 `json:"took_ms"` // for which nothing was admitted
+	Before int64 `json:"before"`  // bytes
+	After  int64 `json:"after"`   // bytes
+	TookMS int64 `json:"took_ms"` // the ledger admitted no request for this time
 }
 
+// CreateKey creates or imports a key.
 func (c *Client) CreateKey(ctx context.Context, n NewKey) (k Key, err error) {
 	return k, c.do(ctx, http.MethodPost, "/v1/keys", n, &k)
 }
 
+// Tokens lists the tokens.
 func (c *Client) Tokens(ctx context.Context) (tokens []Token, err error) {
 	return tokens, c.do(ctx, http.MethodGet, "/v1/tokens", nil, &tokens)
 }
 
-// RetryToken lets a token be asked for a login again after its PIN was refused.
+// RetryToken permits one more login to a token that has refused the PIN.
 func (c *Client) RetryToken(ctx context.Context, name string) error {
 	return c.do(ctx, http.MethodPost, "/v1/tokens/"+url.PathEscape(name)+"/retry", nil, nil)
 }
 
+// Keys lists all versions of all keys.
 func (c *Client) Keys(ctx context.Context) (keys []Key, err error) {
 	return keys, c.do(ctx, http.MethodGet, "/v1/keys", nil, &keys)
 }
@@ -174,94 +196,108 @@ func (c *Client) Key(ctx context.Context, name string) (versions []Key, err erro
 	return versions, c.do(ctx, http.MethodGet, "/v1/keys/"+url.PathEscape(name), nil, &versions)
 }
 
-// NoiseKey returns the key that the listener answers handshakes with.
+// NoiseKey returns the listener's static key for handshakes.
 func (c *Client) NoiseKey(ctx context.Context) (k Key, err error) {
 	return k, c.do(ctx, http.MethodGet, "/v1/noise-key", nil, &k)
 }
 
+// Rollback reports whether the ledger was rolled back.
 func (c *Client) Rollback(ctx context.Context) (r Rollback, err error) {
 	return r, c.do(ctx, http.MethodGet, "/v1/rollback", nil, &r)
 }
 
+// Peers lists the enrolled peers.
 func (c *Client) Peers(ctx context.Context) (peers []Peer, err error) {
 	return peers, c.do(ctx, http.MethodGet, "/v1/peers", nil, &peers)
 }
 
+// RemovePeer removes a peer's enrolment and closes its connections.
 func (c *Client) RemovePeer(ctx context.Context, name string) error {
 	return c.do(ctx, http.MethodDelete, "/v1/peers/"+url.PathEscape(name), nil, nil)
 }
 
-// SuspendPeer keeps a peer out until ResumePeer.
+// SuspendPeer refuses a peer until ResumePeer.
 func (c *Client) SuspendPeer(ctx context.Context, name string) error {
 	return c.do(ctx, http.MethodPost, "/v1/peers/"+url.PathEscape(name)+"/suspend", nil, nil)
 }
 
+// ResumePeer admits a suspended peer again.
 func (c *Client) ResumePeer(ctx context.Context, name string) error {
 	return c.do(ctx, http.MethodPost, "/v1/peers/"+url.PathEscape(name)+"/resume", nil, nil)
 }
 
-// Policies lists the versions without their texts, the oldest first; the last one is in force.
+// Policies lists the versions of the policy without texts, the oldest first. The last one is in
+// force.
 func (c *Client) Policies(ctx context.Context) (all []Policy, err error) {
 	return all, c.do(ctx, http.MethodGet, "/v1/policies", nil, &all)
 }
 
-// Policy returns a version with its text.
+// Policy returns a version of the policy with its text.
 func (c *Client) Policy(ctx context.Context, version uint64) (p Policy, err error) {
 	return p, c.do(ctx, http.MethodGet, "/v1/policies/"+strconv.FormatUint(version, 10), nil, &p)
 }
 
-// Decision returns what policy decided in an event.
+// Decision returns the decision of the policy in an event.
 func (c *Client) Decision(ctx context.Context, event uint64) (d Decision, err error) {
 	return d, c.do(ctx, http.MethodGet, "/v1/decisions/"+strconv.FormatUint(event, 10), nil, &d)
 }
 
-// Decisions returns decisions from an event and a time (Unix milliseconds) on, as many as fit into an answer; none: there are no more.
+// Decisions returns the first decisions, at most 1000, from the event number from and the time
+// sinceMS (Unix milliseconds) on. An empty list is the end.
 func (c *Client) Decisions(ctx context.Context, from uint64, sinceMS int64) (found []Decision, err error) {
 	q := url.Values{"from": {strconv.FormatUint(from, 10)}, "since": {strconv.FormatInt(sinceMS, 10)}}
 	return found, c.do(ctx, http.MethodGet, "/v1/decisions?"+q.Encode(), nil, &found)
 }
 
-// Events returns at most limit events from index from on, as far as they are on disk.
+// Events returns at most limit events on disk, from the index from on.
 func (c *Client) Events(ctx context.Context, from uint64, limit int) (events []Event, err error) {
 	q := url.Values{"from": {strconv.FormatUint(from, 10)}, "limit": {strconv.Itoa(limit)}}
 	return events, c.do(ctx, http.MethodGet, "/v1/events?"+q.Encode(), nil, &events)
 }
 
-// Log names the audit log.
+// Log returns the names and keys of the audit log.
 func (c *Client) Log(ctx context.Context) (l Log, err error) {
 	return l, c.do(ctx, http.MethodGet, "/v1/log", nil, &l)
 }
 
-// EndEpoch ends the present epoch of the audit log; it returns the next one.
+// EndEpoch ends the present epoch of the audit log, and returns the log with the next epoch.
 func (c *Client) EndEpoch(ctx context.Context) (l Log, err error) {
 	return l, c.do(ctx, http.MethodPost, "/v1/log/epochs", nil, &l)
 }
 
+// Retention returns the epochs, and the times at which retention drops data.
 func (c *Client) Retention(ctx context.Context) (r Retention, err error) {
 	return r, c.do(ctx, http.MethodGet, "/v1/retention", nil, &r)
 }
 
-// Hold keeps an epoch from being dropped.
+// Hold sets a legal hold: retention does not drop the epoch.
 func (c *Client) Hold(ctx context.Context, epoch uint32, reason string) error {
 	return c.do(ctx, http.MethodPost, fmt.Sprintf("/v1/log/epochs/%d/hold", epoch), Hold{reason}, nil)
 }
 
+// Receipt returns a receipt.
 func (c *Client) Receipt(ctx context.Context, id string) (r Receipt, err error) {
 	return r, c.do(ctx, http.MethodGet, "/v1/receipts/"+url.PathEscape(id), nil, &r)
 }
 
-// Receipts returns at most limit receipts from a time up to before another (0: no end), both in Unix milliseconds. Where there
-// were more, the next ones come from the last one's time on, after its id.
+// Receipts returns at most limit receipts with from <= time < to, in Unix milliseconds; a to of 0
+// is no limit. For the next receipts, pass the time of the last receipt as from, and its id as
+// after.
 func (c *Client) Receipts(ctx context.Context, from, to int64, after string, limit int) (found []Receipt, err error) {
-	q := url.Values{"from": {strconv.FormatInt(from, 10)}, "to": {strconv.FormatInt(to, 10)}, "after": {after}, "limit": {strconv.Itoa(limit)}}
+	q := url.Values{
+		"from": {strconv.FormatInt(from, 10)}, "to": {strconv.FormatInt(to, 10)},
+		"after": {after}, "limit": {strconv.Itoa(limit)},
+	}
 	return found, c.do(ctx, http.MethodGet, "/v1/receipts?"+q.Encode(), nil, &found)
 }
 
+// Ledger returns the sizes and the clock of the ledger.
 func (c *Client) Ledger(ctx context.Context) (l Ledger, err error) {
 	return l, c.do(ctx, http.MethodGet, "/v1/ledger", nil, &l)
 }
 
-// Compact gives the ledger's free space back. Nothing is admitted meanwhile.
+// Compact returns the free space of the ledger's file to the file system. The ledger admits no
+// request meanwhile.
 func (c *Client) Compact(ctx context.Context) (done Compacted, err error) {
 	return done, c.do(ctx, http.MethodPost, "/v1/ledger/compact", nil, &done)
 }

@@ -19,23 +19,25 @@ import (
 	"countersign/audit"
 )
 
-// Error is a refusal: a document of RFC 9457, with a code for programs.
+// Error is a refusal: a problem document of RFC 9457, with a code for programs.
 type Error struct {
 	Type       string `json:"type" format:"uri" doc:"urn:countersign:error: and the code"`
 	Title      string `json:"title" doc:"says what the code means"`
 	Status     int    `json:"status" doc:"of HTTP"`
 	Detail     string `json:"detail" doc:"what it is here, for people"`
-	Code       string `json:"code" enum:"invalid,exists,not_found,unavailable,signed_out,not_allowed,uninitialised,locked,rolled_back,conflict,needs_approval,rate_limited,not_proven"`
+	Code       string `json:"code"` // for example not_found; admin/openapi.json lists all codes
 	RetryAfter int    `json:"retry_after,omitempty" doc:"seconds; with rate_limited"`
 }
 
 func (e *Error) Error() string { return e.Code + ": " + e.Detail }
 
-// GetStatus, ContentType and GetHeaders say to the server how the document is sent.
+// GetStatus returns the HTTP status. The server uses GetStatus, ContentType and GetHeaders.
 func (e *Error) GetStatus() int { return e.Status }
 
+// ContentType returns the content type of problem documents.
 func (e *Error) ContentType(string) string { return "application/problem+json" }
 
+// GetHeaders returns the HTTP headers of the refusal.
 func (e *Error) GetHeaders() http.Header {
 	h := http.Header{}
 	if e.RetryAfter > 0 {
@@ -47,7 +49,7 @@ func (e *Error) GetHeaders() http.Header {
 	return h
 }
 
-// Client talks to an appliance. It is safe for concurrent use.
+// Client is a client of the admin API of one appliance. A Client is safe for concurrent use.
 type Client struct {
 	http  *http.Client
 	base  string
@@ -57,7 +59,7 @@ type Client struct {
 	signIn    func(context.Context) (token string, err error)
 }
 
-// NewClient returns a client for the socket at path.
+// NewClient returns a client for the Unix socket at path.
 func NewClient(path string) *Client {
 	return &Client{base: "http://countersign", http: &http.Client{Transport: &http.Transport{
 		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
@@ -66,36 +68,39 @@ func NewClient(path string) *Client {
 	}}}
 }
 
-// NewHTTPSClient returns a client for the loopback listener at an address like https://localhost:7780. It trusts the certificates in
-// caPEM and no others.
+// NewHTTPSClient returns a client for the loopback listener at an address like
+// https://localhost:7780. The client trusts only the CA certificates in caPEM.
 func NewHTTPSClient(url string, caPEM []byte) (*Client, error) {
 	pool := x509.NewCertPool()
 	if !pool.AppendCertsFromPEM(caPEM) {
 		return nil, errors.New("there is no certificate in the PEM of the CA")
 	}
 	return &Client{base: strings.TrimSuffix(url, "/"), http: &http.Client{
-		Transport:     &http.Transport{TLSClientConfig: &tls.Config{RootCAs: pool, MinVersion: tls.VersionTLS13}},
-		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }, // which would take the token along
+		Transport: &http.Transport{TLSClientConfig: &tls.Config{RootCAs: pool, MinVersion: tls.VersionTLS13}},
+		// A redirect would send the token to another address.
+		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
 	}}, nil
 }
 
-// SetToken has the client show a session's token from now on; "" signs it out on its side.
+// SetToken sets the session's token for the next requests. An empty token means signed out.
 func (c *Client) SetToken(token string) { c.token.Store(&token) }
 
-// WithToken returns a client of the same connections with a token of its own.
+// WithToken returns a client with a token of its own, over the same connections.
 func (c *Client) WithToken(token string) *Client {
 	other := &Client{http: c.http, base: c.base}
 	other.SetToken(token)
 	return other
 }
 
-// OnSignedOut has signIn called when an answer is signed_out; then what was asked is asked once more with its token. Where it fails, the
-// answer counts. Call it before the client is used.
+// OnSignedOut sets a function for an answer signed_out. The client calls signIn, and sends the
+// request once more with the new token. If signIn fails, the caller gets the answer signed_out.
+// OnSignedOut must be called before the first request.
 func (c *Client) OnSignedOut(signIn func(context.Context) (token string, err error)) {
 	c.signIn = signIn
 }
 
-// ReadFile gets a file of the audit log's static form: it makes the client an audit.Source.
+// ReadFile returns a file of the audit log in the form of C2SP tlog-tiles. With ReadFile, the
+// client is an audit.Source.
 func (c *Client) ReadFile(ctx context.Context, name string) ([]byte, error) {
 	resp, err := c.send(ctx, http.MethodGet, "/"+name, nil)
 	if err != nil {
@@ -114,7 +119,7 @@ func (c *Client) ReadFile(ctx context.Context, name string) ([]byte, error) {
 	return b, nil
 }
 
-// send asks, and once more where that was signed out and somebody can be signed in.
+// send sends a request, and after an answer signed_out once more with the token of signIn.
 func (c *Client) send(ctx context.Context, method, path string, body []byte) (*http.Response, error) {
 	token := ""
 	if t := c.token.Load(); t != nil {
@@ -135,7 +140,7 @@ func (c *Client) send(ctx context.Context, method, path string, body []byte) (*h
 	}
 	c.signingIn.Lock()
 	defer c.signingIn.Unlock()
-	if now := c.token.Load(); now == nil || *now == token { // else another call has signed in meanwhile
+	if now := c.token.Load(); now == nil || *now == token { // otherwise another call has signed in meanwhile
 		fresh, err := c.signIn(ctx)
 		if err != nil {
 			return resp, nil

@@ -9,30 +9,45 @@ import (
 	"countersign/wire"
 )
 
-// Line is how a key is rotated, and how that goes. Durations are seconds, times Unix seconds, 0 where there is none.
+// Line has the settings of a line of keys, and the state of its rotation. Durations are seconds,
+// times Unix seconds; 0: none.
 type Line struct {
 	Settings
-	// NextRotation is when it is rotated by itself, as far as a clock can tell, and why: age, uses or window.
+	// NextRotation is the time of the next automatic rotation, as far as known. NextReason is age,
+	// uses or window.
 	NextRotation int64  `json:"next_rotation"`
 	NextReason   string `json:"next_reason,omitempty"`
-	// Rotation is what peers are told of: the newest version that was announced. Unacknowledged are the peers that have not acknowledged it.
+	// Rotation is the newest announced version, as peers see it. Unacknowledged lists the peers
+	// that have not acknowledged that version.
 	Rotation       *wire.Rotation `json:"rotation,omitempty"`
 	Unacknowledged []string       `json:"unacknowledged"`
 	Confirmed      int64          `json:"confirmed" doc:"until when an operator's confirmation lets it sign"`
 }
 
-// Settings say how a key is rotated, and whether an operator must confirm its use.
+// Settings are the settings of a line of keys: its rotation, and the presence of an operator.
 type Settings struct {
-	Every       int64    `json:"every" minimum:"0" doc:"seconds after which a version is rotated: an hour to ten years; 0: not by age"`
-	Window      string   `json:"window" maxLength:"100" doc:"cron, five fields, UTC: it is rotated within an hour of a tick only; alone: at each tick"`
-	Uses        uint64   `json:"uses" doc:"signatures after which a version is rotated; 0: however many"`
-	Announce    int64    `json:"announce" minimum:"0" doc:"seconds between the announcement of a version and its activation"`
-	Grace       int64    `json:"grace" minimum:"0" doc:"seconds for which the version before is accepted; 0: as long as a document may live"`
-	Acknowledge []string `json:"acknowledge" maxItems:"100" doc:"peers that must have acknowledged a rotation so that the version before is archived ahead of its grace time; all: each one; none: it is not"`
-	Presence    int64    `json:"presence" minimum:"0" maximum:"86400" doc:"seconds for which an operator's confirmation lets it sign; 0: none is needed. Less of it needs an approved proposal: key presence"`
+	// Every is the age at which a version is rotated, in seconds: an hour to ten years. 0 is no
+	// rotation by age.
+	Every int64 `json:"every" minimum:"0"`
+	// Window is a cron expression of five fields, UTC. The key is rotated only within an hour after
+	// a tick. Without Every and Uses, the key is rotated at each tick.
+	Window   string `json:"window" maxLength:"100"`
+	Uses     uint64 `json:"uses" doc:"signatures after which a version is rotated; 0: however many"`
+	Announce int64  `json:"announce" minimum:"0" doc:"seconds between the announcement of a version and its activation"`
+	// Grace is the time for which the previous version is accepted, in seconds. 0 is the maximum
+	// lifetime of a document.
+	Grace int64 `json:"grace" minimum:"0"`
+	// Acknowledge lists peers. When all of them have acknowledged a rotation, the previous version
+	// is archived before the end of its grace time. "all" means each peer. An empty list means
+	// never.
+	Acknowledge []string `json:"acknowledge" maxItems:"100"`
+	// Presence is the time for which an operator's confirmation lets the key sign, in seconds. 0
+	// means that no confirmation is needed. A smaller value needs an approved proposal: key
+	// presence.
+	Presence int64 `json:"presence" minimum:"0" maximum:"86400"`
 }
 
-// Change changes settings: those that are there.
+// Change changes settings. A nil field leaves the setting as it is.
 type Change struct {
 	Every       *int64    `json:"every,omitempty" minimum:"0"`
 	Window      *string   `json:"window,omitempty" maxLength:"100"`
@@ -43,45 +58,48 @@ type Change struct {
 	Presence    *int64    `json:"presence,omitempty" minimum:"0" maximum:"86400"`
 }
 
-// Rotate asks for the next version.
+// Rotate asks for the next version of a key.
 type Rotate struct {
-	At int64 `json:"at,omitempty" minimum:"0" maximum:"253402300799" doc:"when it is to be active, Unix seconds; 0: after the line's time of announcement"`
-	// Now goes before At.
+	// At is the time of the activation, in Unix seconds. 0 is the end of the line's time of
+	// announcement.
+	At int64 `json:"at,omitempty" minimum:"0" maximum:"253402300799"`
+	// Now overrides At.
 	Now bool `json:"now,omitempty" doc:"at once"`
 }
 
-// Confirmed says until when a key may sign.
+// Confirmed is the answer to a confirmation of presence.
 type Confirmed struct {
-	Until int64 `json:"until"` // Unix seconds
+	Until int64 `json:"until"` // the key may sign before; Unix seconds
 }
 
 func keyPath(name, rest string) string { return "/v1/keys/" + url.PathEscape(name) + rest }
 
-// Line says how a key is rotated.
+// Line returns the settings of a key and the state of its rotation.
 func (c *Client) Line(ctx context.Context, name string) (l Line, err error) {
 	return l, c.do(ctx, http.MethodGet, keyPath(name, "/line"), nil, &l)
 }
 
+// SetLine changes the settings of a key.
 func (c *Client) SetLine(ctx context.Context, name string, change Change) (l Line, err error) {
 	return l, c.do(ctx, http.MethodPatch, keyPath(name, "/line"), change, &l)
 }
 
-// RotateKey announces the next version of a key, and returns it.
+// RotateKey announces the next version of a key, and returns that version.
 func (c *Client) RotateKey(ctx context.Context, name string, r Rotate) (k Key, err error) {
 	return k, c.do(ctx, http.MethodPost, keyPath(name, "/rotate"), r, &k)
 }
 
-// ArchiveKey takes a version out of use that is verify-only, ahead of its time.
+// ArchiveKey archives a verify-only version before the end of its grace time.
 func (c *Client) ArchiveKey(ctx context.Context, name string, version uint32) error {
 	return c.do(ctx, http.MethodPost, keyPath(name, fmt.Sprintf("/versions/%d/archive", version)), nil, nil)
 }
 
-// ConfirmKey lets a key sign for its time of presence, by a proof over a challenge for it.
+// ConfirmKey lets a key sign for its time of presence. The proof is over a challenge for that key.
 func (c *Client) ConfirmKey(ctx context.Context, name string, p Proven) (done Confirmed, err error) {
 	return done, c.do(ctx, http.MethodPost, keyPath(name, "/confirm"), p, &done)
 }
 
-// AuthorizeNoiseKey has the identity's key sign for the Noise key that is in use.
+// AuthorizeNoiseKey has the identity key sign for the active Noise key.
 func (c *Client) AuthorizeNoiseKey(ctx context.Context) (k Key, err error) {
 	return k, c.do(ctx, http.MethodPost, "/v1/noise-key/authorize", nil, &k)
 }

@@ -10,19 +10,22 @@ import (
 	"countersign/approval"
 )
 
-// NewChallenge asks for a text to be signed.
+// NewChallenge asks for a challenge.
 type NewChallenge struct {
 	Purpose  string `json:"purpose" enum:"sign-in,presence"`
 	Operator string `json:"operator,omitempty" maxLength:"64" doc:"sign-in: who wants to"`
 	Key      string `json:"key,omitempty" maxLength:"64" doc:"presence: for which key"`
 }
 
-// Challenge is a text to be signed once. An SSHSIG is over the text, and has its first line as the namespace; a passkey signs SHA-256 of it.
+// Challenge is a text to be signed once. An SSHSIG is over the text, with its first line as the
+// namespace. A passkey signs SHA-256 of the text.
 type Challenge struct {
-	ID        string          `json:"id"`
-	Text      string          `json:"text"`
-	Expires   int64           `json:"expires"` // Unix seconds
-	PublicKey json.RawMessage `json:"public_key" doc:"PublicKeyCredentialRequestOptionsJSON of WebAuthn level 3: what navigator.credentials.get takes as publicKey"`
+	ID      string `json:"id"`
+	Text    string `json:"text"`
+	Expires int64  `json:"expires"` // Unix seconds
+	// PublicKey is a PublicKeyCredentialRequestOptionsJSON of WebAuthn level 3, for the argument
+	// publicKey of navigator.credentials.get.
+	PublicKey json.RawMessage `json:"public_key"`
 }
 
 // Proven is a challenge with its proof.
@@ -31,7 +34,7 @@ type Proven struct {
 	Proof     approval.Proof `json:"proof"`
 }
 
-// Session is a person who is signed in. Times are Unix seconds.
+// Session is the session of a signed-in operator. Times are Unix seconds.
 type Session struct {
 	ID         string          `json:"id"`
 	Operator   string          `json:"operator"`
@@ -45,14 +48,16 @@ type Session struct {
 	Current    bool            `json:"current" doc:"it is that of this request"`
 }
 
-// SignedIn is a new session with its token, which is said this once.
+// SignedIn is a new session with its token. No other answer has the token.
 type SignedIn struct {
 	Session
 	Token string `json:"token,omitempty" doc:"sent as Authorization: Bearer; a browser does not get it"`
-	Page  string `json:"page,omitempty" doc:"over HTTPS, for a browser: sent as Countersign-Page, together with the cookie. Each is half of the token"`
+	// Page is half of the token, for a page in a browser, over HTTPS. The page sends it in the
+	// header Countersign-Page, together with the cookie, which is the other half.
+	Page string `json:"page,omitempty"`
 }
 
-// Me is who asks.
+// Me is the caller's operator and session.
 type Me struct {
 	Operator approval.Operator `json:"operator"`
 	Session  Session           `json:"session"`
@@ -64,18 +69,19 @@ type NewOperator struct {
 	Credential approval.Credential `json:"credential"`
 }
 
-// NewPasskey asks for the options of a registration.
+// NewPasskey asks for the options of a passkey's registration.
 type NewPasskey struct {
 	Operator string `json:"operator" maxLength:"64" doc:"the name that the passkey is to have"`
 }
 
-// PasskeyOptions are what a browser's navigator.credentials.create takes as publicKey, and the challenge that belongs to it.
+// PasskeyOptions are the argument publicKey of a browser's navigator.credentials.create, and its
+// challenge.
 type PasskeyOptions struct {
 	Challenge string          `json:"challenge" doc:"its id"`
 	PublicKey json.RawMessage `json:"public_key" doc:"PublicKeyCredentialCreationOptionsJSON of WebAuthn level 3"`
 }
 
-// Registration is what a browser has made.
+// Registration is a new passkey.
 type Registration struct {
 	Challenge  string          `json:"challenge" maxLength:"128" doc:"its id"`
 	Credential json.RawMessage `json:"credential" doc:"RegistrationResponseJSON of WebAuthn level 3"`
@@ -85,11 +91,13 @@ type Registration struct {
 type NewProposal struct {
 	Act        string               `json:"act" maxLength:"64" doc:"such as peer add"`
 	Parameters []approval.Parameter `json:"parameters,omitempty" maxItems:"16"`
-	Content    string               `json:"content,omitempty" maxLength:"1000000" doc:"policy activate: its text; without it, that of the policy file"`
-	Lifetime   int64                `json:"lifetime,omitempty" minimum:"300" maximum:"604800" doc:"seconds; a day where it is left out"`
+	// Content is the text of the policy, for policy activate. Without Content, the appliance takes
+	// the text of the policy file.
+	Content  string `json:"content,omitempty" maxLength:"1000000"`
+	Lifetime int64  `json:"lifetime,omitempty" minimum:"300" maximum:"604800" doc:"seconds; a day where it is left out"`
 }
 
-// Proposal is an act that was proposed. Text is what is approved. Times are Unix seconds, 0 where there is none.
+// Proposal is a proposed act with its approvals. Times are Unix seconds; 0: none.
 type Proposal struct {
 	ID         uint64               `json:"id"`
 	Act        string               `json:"act"`
@@ -100,13 +108,15 @@ type Proposal struct {
 	State      string               `json:"state" enum:"open,running,done,failed,expired,withdrawn,interrupted"`
 	Required   int                  `json:"required" doc:"approvals that it takes as of now"`
 	Approvals  []Approval           `json:"approvals"`
-	Text       string               `json:"text" doc:"what is signed to approve it; its first line is the namespace of an SSHSIG, and SHA-256 of it the challenge of a passkey"`
-	Content    string               `json:"content,omitempty" doc:"where one proposal was asked for, and it has not ended"`
-	Ended      int64                `json:"ended"`
-	Cause      string               `json:"cause,omitempty" doc:"why it failed"`
+	// Text is signed by approvers. The first line is the namespace of an SSHSIG. SHA-256 of Text is
+	// the challenge of a passkey.
+	Text    string `json:"text"`
+	Content string `json:"content,omitempty" doc:"where one proposal was asked for, and it has not ended"`
+	Ended   int64  `json:"ended"`
+	Cause   string `json:"cause,omitempty" doc:"why it failed"`
 }
 
-// Counting is how many of a proposal's approvals count.
+// Counting returns the number of valid approvals.
 func (p *Proposal) Counting() (n int) {
 	for _, a := range p.Approvals {
 		if a.Counts {
@@ -116,7 +126,7 @@ func (p *Proposal) Counting() (n int) {
 	return n
 }
 
-// Approval is one that was given.
+// Approval is an approval of a proposal.
 type Approval struct {
 	Operator   string `json:"operator"`
 	Credential string `json:"credential"`
@@ -129,13 +139,13 @@ type NewApproval struct {
 	Proof approval.Proof `json:"proof"`
 }
 
-// Approvals says who approves.
+// Approvals has the approvers and the quorum.
 type Approvals struct {
-	Needed    int      `json:"needed"`
+	Needed    int      `json:"needed"` // approvals for an act
 	Approvers []string `json:"approvers"`
 }
 
-// Health is how the appliance is.
+// Health is the state of the appliance.
 type Health struct {
 	State      string   `json:"state" enum:"uninitialised,locked,operational,degraded,rolled-back"`
 	Causes     []string `json:"causes" doc:"why it is not operational; for who is signed in"`
@@ -149,7 +159,7 @@ type Lock struct {
 	Reason string `json:"reason" maxLength:"500" doc:"it goes into the audit log"`
 }
 
-// TLS is the certificate of the loopback listener. Times are Unix seconds, 0 where there is none yet.
+// TLS is the certificate of the loopback listener. Times are Unix seconds; 0: no certificate yet.
 type TLS struct {
 	Installed bool     `json:"installed" doc:"it is the operator's, and not of the appliance's own CA"`
 	Names     []string `json:"names"`
@@ -160,20 +170,22 @@ type TLS struct {
 	CA        string   `json:"ca" doc:"PEM of the appliance's own CA: what to trust where nothing is installed"`
 }
 
-// PEM is a certificate with its chain, or a request for one.
+// PEM is a certificate with its chain, or a certificate signing request.
 type PEM struct {
 	PEM string `json:"pem" maxLength:"60000"`
 }
 
+// Me returns the caller's operator and session.
 func (c *Client) Me(ctx context.Context) (m Me, err error) {
 	return m, c.do(ctx, http.MethodGet, "/v1/me", nil, &m)
 }
 
+// Challenge returns a new challenge.
 func (c *Client) Challenge(ctx context.Context, n NewChallenge) (ch Challenge, err error) {
 	return ch, c.do(ctx, http.MethodPost, "/v1/challenges", n, &ch)
 }
 
-// SignIn begins a session, and has the client show its token.
+// SignIn begins a session, and sets its token for the next requests of the client.
 func (c *Client) SignIn(ctx context.Context, p Proven) (s SignedIn, err error) {
 	if err = c.do(ctx, http.MethodPost, "/v1/sessions", p, &s); err == nil {
 		c.SetToken(s.Token)
@@ -181,104 +193,118 @@ func (c *Client) SignIn(ctx context.Context, p Proven) (s SignedIn, err error) {
 	return s, err
 }
 
-// Sessions lists the caller's own; an administrator's all.
+// Sessions lists the caller's own sessions, or for an administrator all sessions.
 func (c *Client) Sessions(ctx context.Context) (all []Session, err error) {
 	return all, c.do(ctx, http.MethodGet, "/v1/sessions", nil, &all)
 }
 
-// EndSession ends one; "current" is that of the client.
+// EndSession ends a session. The id "current" is the client's own session.
 func (c *Client) EndSession(ctx context.Context, id string) error {
 	return c.do(ctx, http.MethodDelete, "/v1/sessions/"+url.PathEscape(id), nil, nil)
 }
 
+// PasskeyOptions begins the registration of a passkey.
 func (c *Client) PasskeyOptions(ctx context.Context, n NewPasskey) (o PasskeyOptions, err error) {
 	return o, c.do(ctx, http.MethodPost, "/v1/passkeys/options", n, &o)
 }
 
-// RegisterPasskey returns the credential, which nobody has until a proposal gives it to an operator.
+// RegisterPasskey returns the credential of a new passkey. The credential belongs to no operator
+// until a proposal adds it to one.
 func (c *Client) RegisterPasskey(ctx context.Context, r Registration) (cred approval.Credential, err error) {
 	return cred, c.do(ctx, http.MethodPost, "/v1/passkeys", r, &cred)
 }
 
+// Operators lists the operators.
 func (c *Client) Operators(ctx context.Context) (all []approval.Operator, err error) {
 	return all, c.do(ctx, http.MethodGet, "/v1/operators", nil, &all)
 }
 
+// Operator returns an operator.
 func (c *Client) Operator(ctx context.Context, name string) (o approval.Operator, err error) {
 	return o, c.do(ctx, http.MethodGet, "/v1/operators/"+url.PathEscape(name), nil, &o)
 }
 
-// EnrolFirst enrols the first administrator: for root, over the Unix socket, once.
+// EnrolFirst enrols the first administrator. Only root can call EnrolFirst, over the Unix socket,
+// once.
 func (c *Client) EnrolFirst(ctx context.Context, n NewOperator) (o approval.Operator, err error) {
 	return o, c.do(ctx, http.MethodPost, "/v1/operators/first", n, &o)
 }
 
-// Propose asks for an act under approval.
+// Propose proposes an act.
 func (c *Client) Propose(ctx context.Context, n NewProposal) (p Proposal, err error) {
 	return p, c.do(ctx, http.MethodPost, "/v1/proposals", n, &p)
 }
 
-// Proposals lists all that there are, the newest first.
+// Proposals lists the proposals, the newest first.
 func (c *Client) Proposals(ctx context.Context) (all []Proposal, err error) {
 	return all, c.do(ctx, http.MethodGet, "/v1/proposals", nil, &all)
 }
 
 func proposalPath(id uint64) string { return "/v1/proposals/" + strconv.FormatUint(id, 10) }
 
+// Proposal returns a proposal.
 func (c *Client) Proposal(ctx context.Context, id uint64) (p Proposal, err error) {
 	return p, c.do(ctx, http.MethodGet, proposalPath(id), nil, &p)
 }
 
-// Approve approves a proposal. The answer says whether it was carried out by that, and how it ended.
+// Approve approves a proposal. The last needed approval starts the act; the answer then has the
+// outcome.
 func (c *Client) Approve(ctx context.Context, id uint64, proof approval.Proof) (p Proposal, err error) {
 	return p, c.do(ctx, http.MethodPost, proposalPath(id)+"/approvals", NewApproval{proof}, &p)
 }
 
+// Withdraw ends an open proposal.
 func (c *Client) Withdraw(ctx context.Context, id uint64) error {
 	return c.do(ctx, http.MethodPost, proposalPath(id)+"/withdraw", nil, nil)
 }
 
+// Approvals returns the approvers and the quorum.
 func (c *Client) Approvals(ctx context.Context) (a Approvals, err error) {
 	return a, c.do(ctx, http.MethodGet, "/v1/approvals", nil, &a)
 }
 
-// Alive and Ready are nil, or say why not.
+// Alive returns nil if the daemon and the writer of its ledger respond.
 func (c *Client) Alive(ctx context.Context) error {
 	return c.do(ctx, http.MethodGet, "/v1/health/alive", nil, nil)
 }
 
+// Ready returns nil if the appliance can sign.
 func (c *Client) Ready(ctx context.Context) error {
 	return c.do(ctx, http.MethodGet, "/v1/health/ready", nil, nil)
 }
 
+// Health returns the state of the appliance.
 func (c *Client) Health(ctx context.Context) (h Health, err error) {
 	return h, c.do(ctx, http.MethodGet, "/v1/health/state", nil, &h)
 }
 
-// Lock has no key be used until Unlock.
+// Lock locks the appliance: no key is used until Unlock.
 func (c *Client) Lock(ctx context.Context, reason string) error {
 	return c.do(ctx, http.MethodPost, "/v1/lock", Lock{reason}, nil)
 }
 
+// Unlock unlocks the appliance.
 func (c *Client) Unlock(ctx context.Context) error {
 	return c.do(ctx, http.MethodPost, "/v1/unlock", nil, nil)
 }
 
+// TLS returns the certificate of the loopback listener.
 func (c *Client) TLS(ctx context.Context) (t TLS, err error) {
 	return t, c.do(ctx, http.MethodGet, "/v1/tls", nil, &t)
 }
 
-// CSR returns a request for a certificate of the listener's key, PEM.
+// CSR returns a certificate signing request for the listener's key.
 func (c *Client) CSR(ctx context.Context) (p PEM, err error) {
 	return p, c.do(ctx, http.MethodPost, "/v1/tls/csr", nil, &p)
 }
 
-// InstallCertificate puts a certificate that a CA has made of the request into use; its chain follows it.
+// InstallCertificate installs a certificate, followed by its chain, that a CA has made from the
+// request.
 func (c *Client) InstallCertificate(ctx context.Context, pem string) (t TLS, err error) {
 	return t, c.do(ctx, http.MethodPut, "/v1/tls/certificate", PEM{pem}, &t)
 }
 
-// UninstallCertificate goes back to one of the appliance's own CA.
+// UninstallCertificate goes back to a certificate of the appliance's own CA.
 func (c *Client) UninstallCertificate(ctx context.Context) (t TLS, err error) {
 	return t, c.do(ctx, http.MethodDelete, "/v1/tls/certificate", nil, &t)
 }
