@@ -18,7 +18,7 @@ import (
 
 var write = flag.Bool("write", false, "write openapi.json")
 
-// TestOpenAPI holds the document in the repository to the types and routes.
+// TestOpenAPI compares openapi.json with the document of the types and routes.
 func TestOpenAPI(t *testing.T) {
 	s, e := newServer(Config{})
 	if *write {
@@ -27,12 +27,13 @@ func TestOpenAPI(t *testing.T) {
 		}
 	}
 	if b, err := os.ReadFile("openapi.json"); err != nil || string(b) != string(s.document) {
-		t.Errorf("openapi.json is not what the types and routes say (%v): look at the difference after go generate ./admin", err)
+		t.Errorf("openapi.json is not what the types and routes say (%v): "+
+			"look at the difference after go generate ./admin", err)
 	}
 	shown := map[string]bool{}
+	routes := strings.NewReplacer("/tile/{path}", "/tile/*", "/epochs/{path}", "/epochs/*", "{", ":", "}", "")
 	for _, o := range operationsOf(t, s.document) {
-		path := strings.NewReplacer("/tile/{path}", "/tile/*", "/epochs/{path}", "/epochs/*", "{", ":", "}", "").Replace(o.path)
-		shown[o.method+" "+path] = true
+		shown[o.method+" "+routes.Replace(o.path)] = true
 		if o.Summary == "" || o.OperationID == "" || o.Roles == nil || o.Refused == nil {
 			t.Errorf("%s %s does not say what it is, who may call it and when: %+v", o.method, o.path, o)
 		}
@@ -42,7 +43,8 @@ func TestOpenAPI(t *testing.T) {
 			}
 		}
 		for _, name := range regexp.MustCompile(`{(.*?)}`).FindAllStringSubmatch(o.path, -1) {
-			if !slices.ContainsFunc(o.Parameters, func(p parameter) bool { return p.In == "path" && p.Name == name[1] && p.Required }) {
+			used := func(p parameter) bool { return p.In == "path" && p.Name == name[1] && p.Required }
+			if !slices.ContainsFunc(o.Parameters, used) {
 				t.Errorf("%s %s: %s is not read", o.method, o.path, name[0])
 			}
 		}
@@ -108,7 +110,8 @@ func operationsOf(t *testing.T, document []byte) (all []shownOperation) {
 	return all
 }
 
-// TestAccess calls each operation of the document in each role, and signed out, in each state, through the sockets.
+// TestAccess calls each operation of the document with each role and signed out, in each state,
+// over both channels.
 func TestAccess(t *testing.T) {
 	empty := newRig(t)
 	roles := append(approval.Roles(), "")
@@ -116,19 +119,24 @@ func TestAccess(t *testing.T) {
 		*rig
 		tokens map[string]map[approval.Role]string // by channel
 	}
-	rigs := map[string]inState{}
-	for _, state := range []string{string(appliance.Operational), stateLocked, stateRolledBack, stateDegraded} {
-		r := inState{newRigIn(t, state), map[string]map[approval.Role]string{"unix": {"": ""}, "https": {"": ""}}}
+	newState := func(r *rig) inState {
+		return inState{r, map[string]map[approval.Role]string{"unix": {"": ""}, "https": {"": ""}}}
+	}
+	const operational = string(appliance.Operational)
+	rigs := map[string]inState{stateUninitialised: newState(empty)}
+	for _, state := range []string{operational, stateLocked, stateRolledBack, stateDegraded} {
+		r := newState(newRigIn(t, state))
 		r.enrol(r.root(), r.unix())
 		for _, role := range approval.Roles() {
-			r.tokens["unix"][role], r.tokens["https"][role] = r.token(r.unix(), string(role)), r.token(r.https(), string(role))
+			r.tokens["unix"][role] = r.token(r.unix(), string(role))
+			r.tokens["https"][role] = r.token(r.https(), string(role))
 		}
 		rigs[state] = r
 	}
-	rigs[stateUninitialised] = inState{empty, map[string]map[approval.Role]string{"unix": {"": ""}, "https": {"": ""}}}
-	fill := strings.NewReplacer("{name}", "nothing", "{id}", "77", "{epoch}", "77", "{version}", "77", "{event}", "7777777", "{path}", "none/77")
+	fill := strings.NewReplacer("{name}", "nothing", "{id}", "77", "{epoch}", "77", "{version}", "77",
+		"{event}", "7777777", "{path}", "none/77")
 	calls := 0
-	for _, o := range operationsOf(t, rigs[string(appliance.Operational)].server.document) {
+	for _, o := range operationsOf(t, rigs[operational].server.document) {
 		want := func(state string, role approval.Role) string {
 			i := slices.IndexFunc(*o.Refused, func(r refusal) bool { return r.State == state })
 			switch {
@@ -147,7 +155,7 @@ func TestAccess(t *testing.T) {
 		check := func(channel, state string, role approval.Role) {
 			calls++
 			r := rigs[state]
-			if state == stateLocked { // the call before may have unlocked it
+			if state == stateLocked { // the previous call may have unlocked the appliance
 				if err := r.app.Lock(t.Context(), audit.Operator("test"), "test"); err != nil {
 					t.Fatal(err)
 				}
@@ -167,24 +175,28 @@ func TestAccess(t *testing.T) {
 			resp, refusal, text := call(t, client, o.method, url+fill.Replace(o.path), body, headers)
 			got := refusal.Code
 			expected := want(state, role)
-			if expected == "" && slices.Contains(guards, got) && !known[o.OperationID+" "+got] || expected != "" && got != expected {
-				t.Errorf("%s %s over %s, %s, as %q: %d %q, want %q\n%.300s", o.method, o.path, channel, state, role, resp.StatusCode, got, expected, text)
+			unexpected := slices.Contains(guards, got) && !known[o.OperationID+" "+got]
+			if expected == "" && unexpected || expected != "" && got != expected {
+				t.Errorf("%s %s over %s, %s, as %q: %d %q, want %q\n%.300s",
+					o.method, o.path, channel, state, role, resp.StatusCode, got, expected, text)
 			}
-			if expected == "" && state == string(appliance.Operational) && o.method == "GET" && !strings.Contains(o.path, "{") && o.path != "/checkpoint" && resp.StatusCode != 200 {
+			plain := o.method == "GET" && !strings.Contains(o.path, "{") && o.path != "/checkpoint"
+			if expected == "" && state == operational && plain && resp.StatusCode != 200 {
 				t.Errorf("%s %s: %d %.300s", o.method, o.path, resp.StatusCode, text)
 			}
-			if resp.StatusCode >= 400 && (resp.Header.Get("Content-Type") != "application/problem+json" || refusal.Type != "urn:countersign:error:"+got ||
-				refusal.Status != resp.StatusCode || refusal.Title == "" || refusal.Detail == "") {
+			if resp.StatusCode >= 400 && (resp.Header.Get("Content-Type") != "application/problem+json" ||
+				refusal.Type != "urn:countersign:error:"+got || refusal.Status != resp.StatusCode ||
+				refusal.Title == "" || refusal.Detail == "") {
 				t.Errorf("%s %s: %s %s", o.method, o.path, resp.Header, text)
 			}
 		}
 		for state := range rigs {
 			for _, role := range roles {
 				if state == stateUninitialised && role != "" {
-					continue // there is nobody
+					continue // no operator exists
 				}
 				check("unix", state, role)
-				if state == string(appliance.Operational) || state == stateLocked || state == stateUninitialised {
+				if state == operational || state == stateLocked || state == stateUninitialised {
 					check("https", state, role)
 				}
 			}
@@ -195,7 +207,7 @@ func TestAccess(t *testing.T) {
 	}
 }
 
-// known are refusals with the same codes that come from an operation itself.
+// known are refusals by an operation itself, with the code of a refusal by authorise.
 var known = map[string]bool{
-	"first-operator not_allowed": true, // but root on the Unix socket
+	"first-operator not_allowed": true, // for all callers except root on the Unix socket
 }

@@ -19,15 +19,17 @@ import (
 
 type (
 	parameters = []approval.Parameter
-	do         = func(context.Context, audit.Actor) error
+	do         = func(context.Context, audit.Actor) error // carries an act out
 )
 
-// prepare judges what is proposed. It returns the parameters as they are to be approved, and what carries the act out.
+// prepare validates the parameters and the content of an act. prepare returns the parameters in the
+// form to be approved, and the function that carries the act out.
 type prepare func(a *appliance.Appliance, p parameters, content []byte) (parameters, do, error)
 
-// acts are what can be proposed, besides the acts on operators: those that destroy, widen, or accept a loss; and who may propose them.
+// acts are the acts that need an approved proposal, with the roles of the proposer: acts that
+// destroy, widen a permission, or accept a loss. Package operators has the acts on operators.
 var acts = map[string]struct {
-	roles []approval.Role
+	roles []approval.Role // of the proposer
 	prepare
 }{
 	approval.ActPeerAdd:          {of(operator), addPeer},
@@ -41,8 +43,8 @@ var acts = map[string]struct {
 	approval.ActRetentionShorten: {of(administrator), shortenRetention},
 }
 
-// Acts is the table for operators.Open. An act is judged when it is proposed, so that nobody approves what can't be done, and once more
-// when it is carried out.
+// Acts returns the acts for operators.Open. An act is validated at the proposal, so that operators
+// do not approve an impossible act, and again before the execution.
 func Acts(a *appliance.Appliance) map[string]operators.Act {
 	all := map[string]operators.Act{}
 	for name, act := range acts {
@@ -82,13 +84,15 @@ func addPeer(a *appliance.Appliance, p parameters, _ []byte) (parameters, do, er
 			return nil, nil, fmt.Errorf("peer %q: %w, as %q", name, manage.ErrExists, each.Name)
 		}
 	}
-	return list("name", name, "public_key", hex.EncodeToString(key)), func(ctx context.Context, who audit.Actor) error {
+	p = list("name", name, "public_key", hex.EncodeToString(key))
+	return p, func(ctx context.Context, who audit.Actor) error {
 		_, err := a.Peers.Add(ctx, who, name, key)
 		return err
 	}, notRolledBack(a)
 }
 
-// activate puts the text that was approved in force: the digest is in the proposal's text, the policy lies beside it.
+// activate puts the approved policy in force. The text of the policy is the content of the
+// proposal, and the parameter sha256 is its digest.
 func activate(a *appliance.Appliance, p parameters, content []byte) (parameters, do, error) {
 	v, err := values(p, "?sha256")
 	if err != nil {
@@ -137,10 +141,12 @@ func release(a *appliance.Appliance, p parameters, _ []byte) (parameters, do, er
 		return nil, nil, invalid.errorf("epoch: %q is not the number of one", v["epoch"])
 	}
 	epochs, _, err := a.Preview()
-	if err == nil && !slices.ContainsFunc(epochs, func(e appliance.EpochStatus) bool { return uint64(e.Number) == n && e.Hold != "" }) {
+	held := func(e appliance.EpochStatus) bool { return uint64(e.Number) == n && e.Hold != "" }
+	if err == nil && !slices.ContainsFunc(epochs, held) {
 		err = fmt.Errorf("a hold on epoch %d: %w", n, manage.ErrNotFound)
 	}
-	return list("epoch", strconv.FormatUint(n, 10), "reason", v["reason"]), func(ctx context.Context, who audit.Actor) error {
+	p = list("epoch", strconv.FormatUint(n, 10), "reason", v["reason"])
+	return p, func(ctx context.Context, who audit.Actor) error {
 		return a.Release(ctx, who, uint32(n), v["reason"])
 	}, err
 }
@@ -150,11 +156,13 @@ func acceptTime(a *appliance.Appliance, p parameters, _ []byte) (parameters, do,
 	return nil, a.AcceptTime, err
 }
 
-// values reads an act's parameters: those that are named, once each, and no others. One with a question mark may be missing.
+// values returns the values of an act's parameters by name. Each parameter must be one of names,
+// and must occur once. A name after a question mark is optional.
 func values(p parameters, names ...string) (map[string]string, error) {
 	v := map[string]string{}
 	for _, each := range p {
-		if _, twice := v[each.Name]; twice || !slices.Contains(names, each.Name) && !slices.Contains(names, "?"+each.Name) {
+		known := slices.Contains(names, each.Name) || slices.Contains(names, "?"+each.Name)
+		if _, twice := v[each.Name]; twice || !known {
 			return nil, invalid.errorf("parameter %q is not one of this act, or is there twice", each.Name)
 		}
 		v[each.Name] = each.Value
@@ -167,7 +175,7 @@ func values(p parameters, names ...string) (map[string]string, error) {
 	return v, nil
 }
 
-// list makes parameters of names and values.
+// list returns parameters from alternating names and values.
 func list(pairs ...string) (p parameters) {
 	for pair := range slices.Chunk(pairs, 2) {
 		p = append(p, approval.Parameter{Name: pair[0], Value: pair[1]})
@@ -175,7 +183,8 @@ func list(pairs ...string) (p parameters) {
 	return p
 }
 
-// notRolledBack keeps what widens from being done while the ledger is older than its counter.
+// notRolledBack refuses acts that widen a permission while the ledger is older than its monotonic
+// counter.
 func notRolledBack(a *appliance.Appliance) error {
 	rolled, err := a.Anchor.Rollback()
 	if err == nil && rolled != nil {

@@ -35,18 +35,19 @@ import (
 	"golang.org/x/crypto/ssh/agent"
 )
 
-// rig is the API over a real appliance, ledger and desk, on a Unix socket and on HTTPS.
+// rig is a test rig: the API on a Unix socket and on HTTPS, with an appliance, a ledger on disk,
+// and a registry of operators.
 type rig struct {
-	t      *testing.T
-	app    *appliance.Appliance
-	desk   *operators.Registry
-	store  *keystoretest.Memory
-	server *server
-	socket string
-	url    string // of HTTPS
-	ca     []byte
-	agent  agent.Agent
-	policy string // what the policy file has
+	t        *testing.T
+	app      *appliance.Appliance
+	registry *operators.Registry
+	store    *keystoretest.Memory
+	server   *server
+	socket   string
+	url      string // of HTTPS
+	ca       []byte
+	agent    agent.Agent
+	policy   string // content of the policy file
 }
 
 const allowShop = `permit (principal == Peer::"shop", action == Action::"sign", resource == Key::"payments");`
@@ -56,12 +57,12 @@ func newRig(t *testing.T) *rig {
 	return newRigIn(t, string(appliance.Operational))
 }
 
-// down is a token that does not serve, by its own word.
+// down is a token in an outage.
 type down struct{ keystore.Store }
 
 func (down) Status() keystore.Status { return keystore.Status{Cause: "it was pulled out"} }
 
-// newRigIn makes one that is in a state.
+// newRigIn returns a rig with the appliance in a state.
 func newRigIn(t *testing.T, state string) *rig {
 	t.Helper()
 	r := &rig{t: t, store: keystoretest.NewMemory(), agent: agent.NewKeyring(), policy: allowShop}
@@ -79,8 +80,9 @@ func newRigIn(t *testing.T, state string) *rig {
 	}
 	t.Cleanup(func() { l.Close() })
 	if state == stateRolledBack {
+		const record = `{"ledger":1,"counter":2,"reason":"test","at":"2026-01-01T00:00:00Z"}`
 		if err := l.Update(t.Context(), func(tx *ledger.Tx) error {
-			return tx.Put(ledger.Meta, "rollback", []byte(`{"ledger":1,"counter":2,"reason":"test","at":"2026-01-01T00:00:00Z"}`))
+			return tx.Put(ledger.Meta, "rollback", []byte(record))
 		}); err != nil {
 			t.Fatal(err)
 		}
@@ -89,8 +91,11 @@ func newRigIn(t *testing.T, state string) *rig {
 	limits.Calls = map[string]int{"memory": 4}
 	long := 7 * 365 * 24 * time.Hour
 	log := slog.New(slog.DiscardHandler)
-	if r.app, err = appliance.New(t.Context(), appliance.Config{Limits: limits, Retention: appliance.Retention{Epoch: appliance.Month, Audit: long, Receipts: long, Decisions: long, Nonces: 24 * time.Hour}}, l,
-		map[string]keystore.Store{"memory": store}, r.rules(), log); err != nil {
+	config := appliance.Config{Limits: limits, Retention: appliance.Retention{
+		Epoch: appliance.Month, Audit: long, Receipts: long, Decisions: long, Nonces: 24 * time.Hour,
+	}}
+	tokens := map[string]keystore.Store{"memory": store}
+	if r.app, err = appliance.New(t.Context(), config, l, tokens, r.rules(), log); err != nil {
 		t.Fatal(err)
 	}
 	for _, name := range []string{keyring.NoiseName, keyring.LogName} {
@@ -109,14 +114,20 @@ func newRigIn(t *testing.T, state string) *rig {
 	_, port, _ := net.SplitHostPort(address)
 	tcp.Close()
 	r.url = "https://localhost:" + port
-	if r.desk, err = operators.Open(l, operators.Config{Appliance: "test", RPID: "localhost", Origin: r.url, Acts: Acts(r.app), Log: log}); err != nil {
+	if r.registry, err = operators.Open(l, operators.Config{
+		Appliance: "test", RPID: "localhost", Origin: r.url, Acts: Acts(r.app), Log: log,
+	}); err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() { r.desk.Close(context.Background()) })
+	t.Cleanup(func() { r.registry.Close(context.Background()) })
 	certs := newCertificates(t)
 	r.ca = must(certs.Authority(t.Context()))(t)
-	c := Config{Appliance: r.app, Operators: r.desk, ErrorLog: slog.NewLogLogger(slog.DiscardHandler, slog.LevelInfo), LoadPolicy: func() (*policy.Policy, error) { return policy.Parse("policy.cedar", []byte(r.policy)) },
-		Certificates: certs, Hosts: []string{"localhost:" + port}, Origin: r.url, RPID: "localhost"}
+	c := Config{
+		Appliance: r.app, Operators: r.registry,
+		LoadPolicy: func() (*policy.Policy, error) { return policy.Parse("policy.cedar", []byte(r.policy)) },
+		ErrorLog:   slog.NewLogLogger(slog.DiscardHandler, slog.LevelInfo), Certificates: certs,
+		Hosts: []string{"localhost:" + port}, Origin: r.url, RPID: "localhost",
+	}
 	r.server, _ = newServer(c)
 	srv := New(c)
 	r.socket = filepath.Join(t.TempDir(), "admin.sock")
@@ -143,13 +154,14 @@ func (r *rig) rules() *policy.Policy {
 	return p
 }
 
-// newCertificates makes certificates of keys in memory.
+// newCertificates returns certificates for keys in memory.
 func newCertificates(t *testing.T) *certs.Manager {
 	t.Helper()
 	store := keystoretest.NewMemory()
 	var keys [2]keystore.Key
 	for i, name := range []string{"ca", "tls"} {
-		keys[i] = must(store.Generate(t.Context(), keystore.Ref{Name: name, Version: 1}, keystore.P256, keystore.Tag{byte(i)}))(t)
+		ref := keystore.Ref{Name: name, Version: 1}
+		keys[i] = must(store.Generate(t.Context(), ref, keystore.P256, keystore.Tag{byte(i)}))(t)
 	}
 	return must(certs.New(keys[0], keys[1], new(saved), nil, slog.New(slog.DiscardHandler)))(t)
 }
@@ -168,7 +180,7 @@ func (s *saved) Save(_ context.Context, name string, value []byte) error {
 	return nil
 }
 
-// credential makes an SSH key, which the agent has.
+// credential adds a new SSH key to the agent, and returns the credential.
 func (r *rig) credential(name string) approval.Credential {
 	r.t.Helper()
 	public, private, err := ed25519.GenerateKey(rand.Reader)
@@ -198,7 +210,7 @@ func must[T any](v T, err error) func(t testing.TB) T {
 // proof signs a text with an operator's key.
 func (r *rig) proof(name, text string) approval.Proof {
 	r.t.Helper()
-	o := must(r.desk.Operator(name))(r.t)
+	o := must(r.registry.Operator(name))(r.t)
 	namespace, _, _ := strings.Cut(text, "\n")
 	return must(sshagent.Sign(r.agent, o.Credentials[0], namespace, text))(r.t)
 }
@@ -218,10 +230,12 @@ func (r *rig) https() *api.Client {
 	return must(api.NewHTTPSClient(r.url, r.ca))(r.t)
 }
 
-// root enrols the first administrator and signs in.
+// root enrols the first administrator, without the API, and signs in. The test need not run as
+// root.
 func (r *rig) root() *api.Client {
 	r.t.Helper()
-	must(r.desk.EnrolFirst(r.t.Context(), operators.Channel{Kind: operators.Unix}, "root", r.credential("root")))(r.t) // whoever runs the test
+	channel := operators.Channel{Kind: operators.Unix}
+	must(r.registry.EnrolFirst(r.t.Context(), channel, "root", r.credential("root")))(r.t)
 	return r.signIn(r.unix(), "root")
 }
 
@@ -234,13 +248,14 @@ func (r *rig) carryOut(c *api.Client, act string, parameters ...string) api.Prop
 	return must(c.Approve(r.t.Context(), p.ID, r.proof("root", p.Text)))(r.t)
 }
 
-// enrol gives each role an operator of its name, and signs it in.
+// enrol adds an operator for each role, with the name of the role, and signs the operators in.
 func (r *rig) enrol(root *api.Client, channel *api.Client) map[approval.Role]*api.Client {
 	r.t.Helper()
 	clients := map[approval.Role]*api.Client{}
 	for _, role := range approval.Roles() {
 		c := must(json.Marshal(r.credential(string(role))))(r.t)
-		if p := r.carryOut(root, "operator add", "name", string(role), "roles", string(role), "credential", string(c)); p.State != "done" {
+		p := r.carryOut(root, "operator add", "name", string(role), "roles", string(role), "credential", string(c))
+		if p.State != "done" {
 			r.t.Fatalf("%+v", p)
 		}
 		clients[role] = r.signIn(channel, string(role))
@@ -260,7 +275,9 @@ func code(err error) string {
 }
 
 // call sends a request and reads the answer.
-func call(t *testing.T, c *http.Client, method, url, body string, headers map[string]string) (*http.Response, api.Error, string) {
+func call(
+	t *testing.T, c *http.Client, method, url, body string, headers map[string]string,
+) (*http.Response, api.Error, string) {
 	t.Helper()
 	req, err := http.NewRequestWithContext(t.Context(), method, url, strings.NewReader(body))
 	if err != nil {
@@ -292,9 +309,10 @@ func call(t *testing.T, c *http.Client, method, url, body string, headers map[st
 }
 
 func (r *rig) unixHTTP() *http.Client {
-	return &http.Client{Transport: &http.Transport{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+	dial := func(ctx context.Context, _, _ string) (net.Conn, error) {
 		return new(net.Dialer).DialContext(ctx, "unix", r.socket)
-	}}}
+	}
+	return &http.Client{Transport: &http.Transport{DialContext: dial}}
 }
 
 func (r *rig) httpsHTTP() *http.Client {
@@ -303,7 +321,7 @@ func (r *rig) httpsHTTP() *http.Client {
 	return &http.Client{Transport: &http.Transport{TLSClientConfig: &tls.Config{RootCAs: pool}}}
 }
 
-// wants says that a call must be refused with a code; "": it must not.
+// wants demands that a call was refused with a code, or for the code "" that the call was accepted.
 func wants(t *testing.T, what, want string, err error) {
 	t.Helper()
 	if got := code(err); got != want {

@@ -25,13 +25,13 @@ import (
 	"golang.org/x/net/netutil"
 )
 
-// connection is what is known of the other end without any word of it.
+// connection is a connection with the facts that the kernel or TLS gives about the caller.
 type connection struct {
 	operators.Channel
-	stranger bool // it may not talk at all
+	refused bool // no request of this connection is served
 }
 
-// name says in events who it is that nobody has signed in as.
+// name returns the name of a signed-out caller for events.
 func (c connection) name() string {
 	if c.Kind == operators.Unix {
 		return fmt.Sprintf("uid:%d", c.UID)
@@ -41,7 +41,8 @@ func (c connection) name() string {
 
 type connectionKey struct{}
 
-// withConnection notes who is at the other end: net/http has no other place for what belongs to a connection.
+// withConnection puts the connection into the context. net/http has no other place for data of a
+// connection.
 func (s *server) withConnection(ctx context.Context, conn net.Conn) context.Context {
 	return context.WithValue(ctx, connectionKey{}, s.connectionOf(conn))
 }
@@ -50,16 +51,17 @@ func (s *server) connectionOf(conn net.Conn) connection {
 	switch conn := conn.(type) {
 	case *net.UnixConn:
 		uid, err := peerUID(conn)
-		return connection{operators.Channel{Kind: operators.Unix, UID: uid}, err != nil || !s.mayTalk(uid)}
+		return connection{operators.Channel{Kind: operators.Unix, UID: uid}, err != nil || !s.mayConnect(uid)}
 	case *tls.Conn:
 		return connection{operators.Channel{Kind: operators.HTTPS, Source: conn.RemoteAddr().String()}, false}
 	}
-	return connection{stranger: true}
+	return connection{refused: true}
 }
 
-// mayTalk is for root, for who runs the daemon, and for the members of the group that the configuration names. The socket's folder and
-// mode say the same; what they say depends on no mistake of an administrator's here.
-func (s *server) mayTalk(uid uint32) bool {
+// mayConnect admits root, the daemon's user, and the members of the group in the configuration. The
+// modes of the socket and its folder have the same effect. mayConnect protects against a wrong
+// mode.
+func (s *server) mayConnect(uid uint32) bool {
 	if uid == 0 || int(uid) == os.Geteuid() {
 		return true
 	}
@@ -74,7 +76,7 @@ func (s *server) mayTalk(uid uint32) bool {
 	return err == nil && slices.Contains(groups, s.Group)
 }
 
-// peerUID is what the kernel says of the process at the other end (SO_PEERCRED).
+// peerUID returns the user of the process at the other end, from the kernel (SO_PEERCRED).
 func peerUID(conn *net.UnixConn) (uid uint32, err error) {
 	raw, err := conn.SyscallConn()
 	if err != nil {
@@ -90,20 +92,23 @@ func peerUID(conn *net.UnixConn) (uid uint32, err error) {
 	return uid, errors.Join(err, bad)
 }
 
-// door lets in who may talk, and over HTTPS only what is meant for this host: a name of somebody else's that leads here (DNS rebinding)
-// is not.
-func (s *server) door(next http.Handler) http.Handler {
+// guard refuses connections of other users, and over HTTPS requests for another host. The check of
+// the host stops DNS rebinding: a stranger's domain name that resolves to this address.
+func (s *server) guard(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		conn, _ := r.Context().Value(connectionKey{}).(connection)
 		h := w.Header()
 		h.Set("Cache-Control", "no-store")
 		h.Set("X-Content-Type-Options", "nosniff")
-		if conn.Kind == operators.HTTPS && s.RPID != "localhost" { // which other programs of the machine are called too, and not all over HTTPS
+		// Other programs of this machine serve plain HTTP at localhost, so HSTS for localhost would
+		// block them.
+		if conn.Kind == operators.HTTPS && s.RPID != "localhost" {
 			h.Set("Strict-Transport-Security", "max-age=31536000")
 		}
 		switch {
-		case conn.stranger || conn.Kind == "":
-			writeProblem(w, notAllowed.document("this user may not talk to the appliance: see admin_group in the configuration"))
+		case conn.refused || conn.Kind == "":
+			writeProblem(w, notAllowed.document(
+				"this user may not talk to the appliance: see admin_group in the configuration"))
 		case conn.Kind == operators.HTTPS && !slices.Contains(s.Hosts, r.Host):
 			writeProblem(w, notAllowed.document("the appliance is not called by that name: it is "+s.Origin))
 		default:
@@ -112,19 +117,20 @@ func (s *server) door(next http.Handler) http.Handler {
 	})
 }
 
-// sameOrigin says whether a browser says that a page of ours has asked.
+// sameOrigin reports whether, by the browser's headers, a page of the appliance has sent the
+// request.
 func (s *server) sameOrigin(c huma.Context) bool {
 	return c.Header("Sec-Fetch-Site") == "same-origin" || c.Header("Origin") == s.Origin
 }
 
-// foreign says whether a browser says that another page has asked.
-func (s *server) foreign(c huma.Context) bool {
+// crossOrigin reports whether, by the browser's headers, another page has sent the request.
+func (s *server) crossOrigin(c huma.Context) bool {
 	site, origin := c.Header("Sec-Fetch-Site"), c.Header("Origin")
 	return site != "" && site != "same-origin" && site != "none" || origin != "" && origin != s.Origin
 }
 
-// Listen makes the socket, for its owner, and where there is one for a group (its number). A socket that nobody listens on any more is
-// replaced.
+// Listen creates the Unix socket with mode 0600, or with mode 0660 for a group (its number). Listen
+// replaces a socket without a listener.
 func Listen(path, group string) (net.Listener, error) {
 	if st, err := os.Lstat(path); err == nil {
 		if st.Mode().Type() != os.ModeSocket {
@@ -138,7 +144,7 @@ func Listen(path, group string) (net.Listener, error) {
 			return nil, fmt.Errorf("admin socket: %w", err)
 		}
 	}
-	old := syscall.Umask(0o177) // the socket must not be open to others even for a moment
+	old := syscall.Umask(0o177) // closes the socket to others from the first moment
 	l, err := net.Listen("unix", path)
 	syscall.Umask(old)
 	if err != nil {
@@ -160,40 +166,43 @@ func Listen(path, group string) (net.Listener, error) {
 	return l, nil
 }
 
-// maxConnections is how many there may be over HTTPS at a time; others wait. On the Unix socket the mode of the socket says who may open
-// any.
+// maxConnections is the maximum number of HTTPS connections at a time. Further connections wait.
+// The Unix socket has no maximum, because its mode keeps strangers out.
 const maxConnections = 256
 
-// ListenTLS listens on a loopback address, and nowhere else, with TLS 1.3, and nothing older.
+// ListenTLS listens on a loopback address, with TLS 1.3. ListenTLS refuses other addresses, and the
+// listener refuses older versions of TLS.
 func ListenTLS(address string, c *certs.Manager) (net.Listener, error) {
 	host, _, err := net.SplitHostPort(address)
 	if err != nil {
 		return nil, fmt.Errorf("admin HTTPS: %w", err)
 	}
 	if ip, err := netip.ParseAddr(host); err != nil || !ip.IsLoopback() {
-		return nil, fmt.Errorf("admin HTTPS: %q is not a loopback address such as 127.0.0.1 or ::1: put a tunnel in front of it for others", host)
+		return nil, fmt.Errorf("admin HTTPS: %q is not a loopback address such as 127.0.0.1 or ::1: "+
+			"put a tunnel in front of it for others", host)
 	}
 	var lc net.ListenConfig
-	lc.SetMultipathTCP(false) // which the rules of a sandbox on TCP ports do not cover
+	lc.SetMultipathTCP(false) // a sandbox's rules on TCP ports do not cover Multipath TCP
 	l, err := lc.Listen(context.Background(), "tcp", address)
 	if err != nil {
 		return nil, fmt.Errorf("admin HTTPS: %w", err)
 	}
 	l = netutil.LimitListener(l, maxConnections)
 	config := c.Config()
-	config.NextProtos = []string{"http/1.1"} // net/http speaks no other on a listener that does TLS by itself
+	config.NextProtos = []string{"http/1.1"} // net/http supports no other protocol on a TLS listener
 	return tls.NewListener(l, config), nil
 }
 
-// A browser gets its session's token in two halves, of which one alone is nothing: the cookie, which no script of a page can read, and
-// what the page keeps and says in a header. For a browser shows a cookie to whoever listens on any port of its host.
+// A browser gets a token in two halves: one in a cookie, one for the page, which sends its half in
+// a header. One half alone is worthless. Scripts can't read the cookie. A cookie with the whole
+// token would not be safe: a browser sends a cookie to the listeners on all ports of a host.
 const (
 	cookieName = "__Host-countersign"
 	pageHeader = "Countersign-Page"
 )
 
-// halves splits a token: both halves are random, and it is their XOR.
-func halves(token string) (cookie, page string) {
+// splitToken splits a token into two random halves. The token is their XOR.
+func splitToken(token string) (cookie, page string) {
 	b, err := base64.RawURLEncoding.DecodeString(token)
 	if err != nil {
 		panic("admin: a token is base64url: " + err.Error())
@@ -204,8 +213,8 @@ func halves(token string) (cookie, page string) {
 	return base64.RawURLEncoding.EncodeToString(one), base64.RawURLEncoding.EncodeToString(other)
 }
 
-// whole is the token of two halves, or "".
-func whole(cookie, page string) string {
+// joinToken returns the token of two halves, or "".
+func joinToken(cookie, page string) string {
 	one, err1 := base64.RawURLEncoding.DecodeString(cookie)
 	other, err2 := base64.RawURLEncoding.DecodeString(page)
 	if err1 != nil || err2 != nil || len(one) != len(other) {
@@ -215,7 +224,8 @@ func whole(cookie, page string) string {
 	return base64.RawURLEncoding.EncodeToString(one)
 }
 
-// token is what a request shows for its session, and whether a browser has added it by itself.
+// token returns the token of a request, and reports whether half of the token came in a cookie,
+// which browsers add to every request.
 func token(c huma.Context) (token string, byCookie bool) {
 	if scheme, token, ok := strings.Cut(c.Header("Authorization"), " "); ok && strings.EqualFold(scheme, "Bearer") {
 		return token, false
@@ -229,10 +239,11 @@ func token(c huma.Context) (token string, byCookie bool) {
 	}
 	for _, each := range cookies {
 		if each.Name == cookieName {
-			return whole(each.Value, c.Header(pageHeader)), true
+			return joinToken(each.Value, c.Header(pageHeader)), true
 		}
 	}
 	return "", false
 }
 
+// safe reports whether a method is safe (RFC 9110 section 9.2.1): the request changes nothing.
 func safe(method string) bool { return method == http.MethodGet || method == http.MethodHead }

@@ -19,8 +19,8 @@ import (
 	"countersign/admin/api"
 )
 
-// TestBrowserRules: who comes over HTTPS has called the appliance by its name, and where a browser adds the cookie by itself, pages of the
-// appliance have asked it to.
+// TestBrowserRules checks the rules for HTTPS: a request names the appliance's host, and a request
+// with a cookie comes from a page of the appliance.
 func TestBrowserRules(t *testing.T) {
 	r := newRig(t)
 	root := r.root()
@@ -28,16 +28,18 @@ func TestBrowserRules(t *testing.T) {
 	ch := must(r.https().Challenge(t.Context(), api.NewChallenge{Purpose: "sign-in", Operator: "root"}))(t)
 	proof := r.proof("root", ch.Text)
 	body := fmt.Sprintf(`{"challenge":%q,"proof":{"credential":%q,"sshsig":%q}}`, ch.ID, proof.Credential, proof.SSHSIG)
-	if _, refusal, text := call(t, web, "POST", r.url+"/v1/sessions", body, map[string]string{"Sec-Fetch-Site": "cross-site"}); refusal.Code != notAllowed.code {
+	crossSite := map[string]string{"Sec-Fetch-Site": "cross-site"}
+	if _, refusal, text := call(t, web, "POST", r.url+"/v1/sessions", body, crossSite); refusal.Code != "not_allowed" {
 		t.Errorf("another page signs somebody in: %s", text)
 	}
 	resp, _, text := call(t, web, "POST", r.url+"/v1/sessions", body, map[string]string{"Origin": r.url})
 	cookies := resp.Cookies()
-	if len(cookies) != 1 || cookies[0].Name != "__Host-countersign" || !cookies[0].Secure || !cookies[0].HttpOnly || cookies[0].SameSite != http.SameSiteStrictMode || cookies[0].Path != "/" ||
+	if len(cookies) != 1 || cookies[0].Name != "__Host-countersign" || !cookies[0].Secure || !cookies[0].HttpOnly ||
+		cookies[0].SameSite != http.SameSiteStrictMode || cookies[0].Path != "/" ||
 		cookies[0].Domain != "" || cookies[0].MaxAge < 3000 {
 		t.Fatalf("%v %s", resp.Header, text)
 	}
-	token := r.token(r.https(), "root") // of a program; a browser's is in TestBrowserSession
+	token := r.token(r.https(), "root") // of a program; see TestBrowserSession for a browser
 	bearer := "Bearer " + token
 	for _, c := range []struct {
 		what, method, path string
@@ -47,21 +49,25 @@ func TestBrowserRules(t *testing.T) {
 		{"without it nobody does", "GET", "/v1/me", nil, "signed_out"},
 		{"a cookie that is none", "GET", "/v1/me", map[string]string{"Cookie": `="` + token}, "signed_out"},
 		{"the token writes", "DELETE", "/v1/peers/none", map[string]string{"Authorization": bearer}, "not_found"},
-		{"but not for another page", "DELETE", "/v1/peers/none", map[string]string{"Authorization": bearer, "Origin": "https://evil.example"}, "not_allowed"},
+		{"but not for another page", "DELETE", "/v1/peers/none",
+			map[string]string{"Authorization": bearer, "Origin": "https://evil.example"}, "not_allowed"},
 		{"a name that leads here", "GET", "/v1/health/alive", map[string]string{"Host": "evil.example"}, "not_allowed"},
-		{"the address", "GET", "/v1/me", map[string]string{"Host": "127.0.0.1:1", "Authorization": bearer}, "not_allowed"},
+		{"the address", "GET", "/v1/me",
+			map[string]string{"Host": "127.0.0.1:1", "Authorization": bearer}, "not_allowed"},
 	} {
 		if resp, refusal, text := call(t, web, c.method, r.url+c.path, "", c.headers); refusal.Code != c.want {
 			t.Errorf("%s: %d %s, want %q", c.what, resp.StatusCode, text, c.want)
 		}
 	}
-	// A session is good on the channel that it was begun on.
+	// A session is valid only on the channel of its sign-in.
 	_, err := r.unix().WithToken(token).Me(t.Context())
 	wants(t, "a token of HTTPS on the socket", "signed_out", err)
 	unix := r.token(root, "root")
 	_, err = r.https().WithToken(unix).Me(t.Context())
 	wants(t, "a token of the socket over HTTPS", "signed_out", err)
-	if _, refusal, _ := call(t, r.unixHTTP(), "GET", "http://countersign/v1/me", "", map[string]string{"Cookie": cookieName + "=" + unix}); refusal.Code != "signed_out" {
+	cookie := map[string]string{"Cookie": cookieName + "=" + unix}
+	_, refusal, _ := call(t, r.unixHTTP(), "GET", "http://countersign/v1/me", "", cookie)
+	if refusal.Code != "signed_out" {
 		t.Errorf("a cookie on the socket: %+v", refusal)
 	}
 }
@@ -70,7 +76,8 @@ func TestOnlyTLS13OnLoopback(t *testing.T) {
 	r := newRig(t)
 	address := strings.Replace(r.url, "https://localhost", "127.0.0.1", 1)
 	for version, want := range map[uint16]bool{tls.VersionTLS12: false, tls.VersionTLS13: true} {
-		conn, err := tls.Dial("tcp", address, &tls.Config{InsecureSkipVerify: true, MinVersion: version, MaxVersion: version})
+		config := &tls.Config{InsecureSkipVerify: true, MinVersion: version, MaxVersion: version}
+		conn, err := tls.Dial("tcp", address, config)
 		if err == nil {
 			conn.Close()
 		}
@@ -89,14 +96,16 @@ func TestOnlyTLS13OnLoopback(t *testing.T) {
 	}
 }
 
-// TestStrangersOnTheSocket: the socket may be open to all by mistake, its folder too.
+// TestStrangersOnTheSocket checks that strangers are refused even if the modes of the socket and
+// its folder are wrong.
 func TestStrangersOnTheSocket(t *testing.T) {
 	r := newRig(t)
 	if st, err := os.Stat(r.socket); err != nil || st.Mode().Perm() != 0o600 {
 		t.Errorf("%v, %v", st, err)
 	}
-	if os.Geteuid() != 0 { // only root can call as somebody else
-		if out, err := exec.Command("sudo", "-n", os.Args[0], "-test.run=^TestStrangersOnTheSocket$").CombinedOutput(); err != nil && os.Getenv("REQUIRE_DEVICES") == "1" {
+	if os.Geteuid() != 0 { // only root can call as another user
+		cmd := exec.Command("sudo", "-n", os.Args[0], "-test.run=^TestStrangersOnTheSocket$")
+		if out, err := cmd.CombinedOutput(); err != nil && os.Getenv("REQUIRE_DEVICES") == "1" {
 			t.Fatalf("as root: %v %s", err, out)
 		} else if err != nil {
 			t.Skipf("it needs root: %v", err)
@@ -111,7 +120,7 @@ func TestStrangersOnTheSocket(t *testing.T) {
 	const nobody = 65534
 	status := make(chan string)
 	go func() {
-		runtime.LockOSThread() // and never unlocked: the thread ends with its user
+		runtime.LockOSThread() // without an unlock, so that the thread with the other user ends
 		if _, _, e := syscall.RawSyscall(syscall.SYS_SETRESUID, ^uintptr(0), nobody, ^uintptr(0)); e != 0 {
 			status <- e.Error()
 			return
@@ -133,11 +142,11 @@ func TestStrangersOnTheSocket(t *testing.T) {
 	if got := <-status; got != "403" {
 		t.Errorf("a stranger gets %s", got)
 	}
-	if r.server.mayTalk(nobody) || !r.server.mayTalk(0) || !r.server.mayTalk(uint32(os.Geteuid())) {
+	if r.server.mayConnect(nobody) || !r.server.mayConnect(0) || !r.server.mayConnect(uint32(os.Geteuid())) {
 		t.Error("who may talk is wrong")
 	}
 	r.server.Group = "65534" // of Debian's nobody
-	if !r.server.mayTalk(nobody) || r.server.mayTalk(12345) {
+	if !r.server.mayConnect(nobody) || r.server.mayConnect(12345) {
 		t.Error("who may talk by a group is wrong")
 	}
 }

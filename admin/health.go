@@ -9,32 +9,35 @@ import (
 	"countersign/appliance"
 )
 
-// The states of an appliance. The first one that holds is the one that it is in.
+// The states of an appliance. If several apply, the first one counts.
 const (
-	stateUninitialised = "uninitialised" // it has no operators
+	stateUninitialised = "uninitialised" // no operators
 	stateRolledBack    = string(appliance.RolledBack)
 	stateLocked        = string(appliance.LockedUp)
 	stateDegraded      = string(appliance.Degraded)
 )
 
-// canaryTime bounds a canary, and canaryEvery how often one flies, for all callers together: they are not signed in.
+// A canary is a test signature. Strangers can ask for one, so all callers together get one a
+// second.
 const (
-	canaryTime  = 5 * time.Second
-	canaryEvery = time.Second
+	canaryTimeout  = 5 * time.Second
+	canaryInterval = time.Second
 )
 
-// canaries remembers the last one.
-type canaries struct {
+// canaryCache has the result of the last canary.
+type canaryCache struct {
 	mu  sync.Mutex
 	at  time.Time
 	err error
 }
 
-func (c *canaries) fly(canary func(context.Context) error) error {
+// result returns the cached result, or the result of a new canary after canaryInterval.
+func (c *canaryCache) result(canary func(context.Context) error) error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if time.Since(c.at) >= canaryEvery {
-		ctx, cancel := context.WithTimeout(context.Background(), canaryTime) // of no caller's: the result is for all
+	if time.Since(c.at) >= canaryInterval {
+		// The result is for all callers, so the context is of none.
+		ctx, cancel := context.WithTimeout(context.Background(), canaryTimeout)
 		defer cancel()
 		c.err = canary(ctx)
 		c.at = time.Now()
@@ -42,13 +45,14 @@ func (c *canaries) fly(canary func(context.Context) error) error {
 	return c.err
 }
 
-// well answers who is not signed in: what is wrong is for operators.
+// well is the answer of alive and ready. The callers can be strangers, so the answer has no causes.
+// The name of the type is in the OpenAPI document.
 type well struct {
 	OK bool `json:"ok"`
 }
 
 func (s *server) alive(ctx context.Context, _ caller, _ *none) (well, error) {
-	ctx, cancel := context.WithTimeout(ctx, canaryTime)
+	ctx, cancel := context.WithTimeout(ctx, canaryTimeout)
 	defer cancel()
 	if s.Appliance.Alive(ctx) != nil {
 		return well{}, unavailable.errorf("the ledger's writer does not come round")
@@ -57,13 +61,13 @@ func (s *server) alive(ctx context.Context, _ caller, _ *none) (well, error) {
 }
 
 func (s *server) ready(_ context.Context, _ caller, _ *none) (well, error) {
-	if s.canaries.fly(s.Appliance.Canary) != nil {
+	if s.canary.result(s.Appliance.Canary) != nil {
 		return well{}, unavailable.errorf("it can't sign now: countersign admin state says more to operators")
 	}
 	return well{true}, nil
 }
 
-// health says to anybody in which state the appliance is, and why to operators only.
+// health returns the state of the appliance. Only operators get the causes.
 func (s *server) health(_ context.Context, who caller, _ *none) (api.Health, error) {
 	h := s.Appliance.Health()
 	doc := api.Health{State: string(h.Condition), Causes: []string{}, Locked: h.Lock != nil, Unattended: !h.Attended}

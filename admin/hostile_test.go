@@ -13,12 +13,12 @@ import (
 	"countersign/admin/api"
 )
 
-// TestOutOfRange: what does not fit into a number is refused, and is no other number.
+// TestOutOfRange checks that a number out of range is refused, and not truncated.
 func TestOutOfRange(t *testing.T) {
 	r := newRig(t)
 	root := r.root()
 	must(root.CreateKey(t.Context(), api.NewKey{Name: "payments"}))(t)
-	must(root.RotateKey(t.Context(), "payments", api.Rotate{Now: true}))(t) // version 1 could be archived
+	must(root.RotateKey(t.Context(), "payments", api.Rotate{Now: true}))(t) // now version 1 could be archived
 	token := r.token(r.unix(), "root")
 	for _, c := range []struct{ method, path, body string }{
 		{"POST", "/v1/keys/payments/versions/4294967297/archive", ""},
@@ -28,15 +28,17 @@ func TestOutOfRange(t *testing.T) {
 		{"POST", "/v1/keys/payments/rotate", `{"at":18446744073709551617}`},
 		{"GET", "/v1/proposals/18446744073709551617", ""},
 	} {
-		resp, refusal, _ := call(t, r.unixHTTP(), c.method, "http://countersign"+c.path, c.body, map[string]string{"Authorization": "Bearer " + token})
+		bearer := map[string]string{"Authorization": "Bearer " + token}
+		resp, refusal, _ := call(t, r.unixHTTP(), c.method, "http://countersign"+c.path, c.body, bearer)
 		if resp.StatusCode != 400 || refusal.Code != "invalid" {
 			t.Errorf("%s %s %s: %d %+v", c.method, c.path, c.body, resp.StatusCode, refusal)
 		}
 	}
-	if k := must(root.Key(t.Context(), "payments"))(t); len(k) != 3 || k[0].State != "verify-only" || k[1].State != "active" || k[2].State != "pending" {
+	k := must(root.Key(t.Context(), "payments"))(t)
+	if len(k) != 3 || k[0].State != "verify-only" || k[1].State != "active" || k[2].State != "pending" {
 		t.Errorf("%+v", k)
 	}
-	// And so it is with all numbers of 32 bits: huma reads them as such of 64 and cuts off what is above.
+	// Every number of 32 bits needs a maximum: huma parses 64 bits, and truncates.
 	var doc struct {
 		Paths map[string]map[string]struct {
 			Parameters []struct {
@@ -62,7 +64,7 @@ func TestOutOfRange(t *testing.T) {
 	}
 }
 
-// TestClearRefusals: what comes to no operation is told in the same form what to do.
+// TestClearRefusals checks that requests for no operation get a problem document with advice.
 func TestClearRefusals(t *testing.T) {
 	r := newRig(t)
 	r.root()
@@ -78,7 +80,8 @@ func TestClearRefusals(t *testing.T) {
 		{"GET", "/v1/keys", map[string]string{"Host": "evil.example"}, 403, r.url},
 	} {
 		resp, refusal, body := call(t, r.httpsHTTP(), c.method, r.url+c.path, "", c.headers)
-		if resp.StatusCode != c.status || resp.Header.Get("Content-Type") != "application/problem+json" || !strings.Contains(refusal.Detail, c.says) || strings.Contains(body, "message=") {
+		if resp.StatusCode != c.status || resp.Header.Get("Content-Type") != "application/problem+json" ||
+			!strings.Contains(refusal.Detail, c.says) || strings.Contains(body, "message=") {
 			t.Errorf("%s %s: %d %s", c.method, c.path, resp.StatusCode, body)
 		}
 		if c.status == 405 && resp.Header.Get("Allow") == "" {
@@ -87,13 +90,16 @@ func TestClearRefusals(t *testing.T) {
 	}
 	token := r.token(r.https(), "root")
 	for _, scheme := range []string{"Bearer", "bearer", "BEARER"} {
-		if resp, _, body := call(t, r.httpsHTTP(), "GET", r.url+"/v1/me", "", map[string]string{"Authorization": scheme + " " + token}); resp.StatusCode != 200 || resp.Header.Get("Strict-Transport-Security") != "" {
+		header := map[string]string{"Authorization": scheme + " " + token}
+		resp, _, body := call(t, r.httpsHTTP(), "GET", r.url+"/v1/me", "", header)
+		if resp.StatusCode != 200 || resp.Header.Get("Strict-Transport-Security") != "" {
 			t.Errorf("%s: %d %s", scheme, resp.StatusCode, body)
 		}
 	}
 }
 
-// TestConnectionsAreBounded: who holds all connections of HTTPS makes others wait there, and not on the socket.
+// TestConnectionsAreBounded checks that a caller with all HTTPS connections makes others wait over
+// HTTPS, and not on the Unix socket.
 func TestConnectionsAreBounded(t *testing.T) {
 	r := newRig(t)
 	root := r.root()
@@ -111,7 +117,7 @@ func TestConnectionsAreBounded(t *testing.T) {
 	if _, err := root.Me(t.Context()); err != nil {
 		t.Error(err)
 	}
-	for _, conn := range held[:2] { // the call before has left one that waits
+	for _, conn := range held[:2] { // two, because the connection of the previous call waits, too
 		conn.Close()
 	}
 	if err := c.Alive(t.Context()); err != nil {
@@ -119,7 +125,8 @@ func TestConnectionsAreBounded(t *testing.T) {
 	}
 }
 
-// TestRegistrations: nobody who begins to make passkeys keeps others from it, and an id is good as it was given, for a while.
+// TestRegistrations checks that thousands of registrations evict none, and that only the unchanged
+// id of a registration is valid, before its expiry.
 func TestRegistrations(t *testing.T) {
 	r := newRig(t)
 	r.root()
@@ -131,43 +138,48 @@ func TestRegistrations(t *testing.T) {
 			mine = o
 		}
 	}
-	id, challenge := r.server.registration(time.Now().Add(time.Minute))
-	if got, ok := r.server.begun(id); !ok || !bytes.Equal(got, challenge) {
+	id, challenge := r.server.newRegistration(time.Now().Add(time.Minute))
+	if got, ok := r.server.parseRegistration(id); !ok || !bytes.Equal(got, challenge) {
 		t.Errorf("%q is no registration", id)
 	}
 	for i := range id {
 		b := []byte(id)
 		b[i] ^= 1
-		if _, ok := r.server.begun(string(b)); ok {
+		if _, ok := r.server.parseRegistration(string(b)); ok {
 			t.Errorf("byte %d may be another one", i)
 		}
 	}
 	for _, id := range []string{"", ".", "..", id + "0", id[1:], "x" + id} {
-		if _, ok := r.server.begun(id); ok {
+		if _, ok := r.server.parseRegistration(id); ok {
 			t.Errorf("%q is a registration", id)
 		}
 	}
-	if id, _ := r.server.registration(time.Now().Add(-time.Second)); func() bool { _, ok := r.server.begun(id); return ok }() {
+	expired, _ := r.server.newRegistration(time.Now().Add(-time.Second))
+	if _, ok := r.server.parseRegistration(expired); ok {
 		t.Error("one that is too old is good")
 	}
 	_, err := c.RegisterPasskey(t.Context(), api.Registration{Challenge: mine.Challenge, Credential: []byte("{}")})
 	if code(err) != "not_proven" || strings.Contains(err.Error(), "challenge") {
 		t.Errorf("the first of many was driven out: %v", err)
 	}
-	if _, err := c.RegisterPasskey(t.Context(), api.Registration{Challenge: id, Credential: []byte("{}")}); code(err) != "not_proven" || !strings.Contains(err.Error(), "challenge") {
+	_, err = c.RegisterPasskey(t.Context(), api.Registration{Challenge: id, Credential: []byte("{}")})
+	if code(err) != "not_proven" || !strings.Contains(err.Error(), "challenge") {
 		t.Errorf("one of another server: %v", err)
 	}
 }
 
-// TestBrowserSession: a browser's session is its cookie and what its page says together, and nothing else of them.
+// TestBrowserSession checks that a browser's session needs the cookie and the header, both halves
+// of the token.
 func TestBrowserSession(t *testing.T) {
 	r := newRig(t)
 	r.root()
 	ch := must(r.https().Challenge(t.Context(), api.NewChallenge{Purpose: "sign-in", Operator: "root"}))(t)
 	proven := string(must(json.Marshal(api.Proven{Challenge: ch.ID, Proof: r.proof("root", ch.Text)}))(t))
-	resp, refusal, body := call(t, r.httpsHTTP(), "POST", r.url+"/v1/sessions", proven, map[string]string{"Sec-Fetch-Site": "same-origin"})
+	own := map[string]string{"Sec-Fetch-Site": "same-origin"}
+	resp, refusal, body := call(t, r.httpsHTTP(), "POST", r.url+"/v1/sessions", proven, own)
 	var in api.SignedIn
-	if err := json.Unmarshal([]byte(body), &in); err != nil || resp.StatusCode != 201 || in.Token != "" || in.Page == "" || len(resp.Cookies()) != 1 {
+	if err := json.Unmarshal([]byte(body), &in); err != nil || resp.StatusCode != 201 || in.Token != "" ||
+		in.Page == "" || len(resp.Cookies()) != 1 {
 		t.Fatalf("%d %+v %s", resp.StatusCode, refusal, body)
 	}
 	c := resp.Cookies()[0]
@@ -178,39 +190,53 @@ func TestBrowserSession(t *testing.T) {
 	if token := r.token(r.https(), "root"); strings.Contains(body, token) || page == c.Value {
 		t.Error("the halves are not halves")
 	}
+	// with has both halves, and further headers by name and value.
+	with := func(more ...string) map[string]string {
+		headers := map[string]string{"Cookie": cookie, "Countersign-Page": page}
+		for i := 0; i < len(more); i += 2 {
+			headers[more[i]] = more[i+1]
+		}
+		return headers
+	}
 	for name, a := range map[string]struct {
 		method  string
 		headers map[string]string
 		code    string
 	}{
-		"both":                      {"GET", map[string]string{"Cookie": cookie, "Countersign-Page": page}, ""},
+		"both":                      {"GET", with(), ""},
 		"the cookie":                {"GET", map[string]string{"Cookie": cookie}, "signed_out"},
 		"the page":                  {"GET", map[string]string{"Countersign-Page": page}, "signed_out"},
-		"the cookie twice":          {"GET", map[string]string{"Cookie": cookie, "Countersign-Page": c.Value}, "signed_out"},
+		"the cookie twice":          {"GET", with("Countersign-Page", c.Value), "signed_out"},
 		"the cookie as the token":   {"GET", map[string]string{"Authorization": "Bearer " + c.Value}, "signed_out"},
 		"the page as the token":     {"GET", map[string]string{"Authorization": "Bearer " + page}, "signed_out"},
-		"another page":              {"GET", map[string]string{"Cookie": cookie, "Countersign-Page": "A" + page[1:]}, "signed_out"},
-		"no base64":                 {"GET", map[string]string{"Cookie": cookie, "Countersign-Page": "*"}, "signed_out"},
-		"an act":                    {"POST", map[string]string{"Cookie": cookie, "Countersign-Page": page, "Sec-Fetch-Site": "same-origin"}, ""},
-		"an act by the origin":      {"POST", map[string]string{"Cookie": cookie, "Countersign-Page": page, "Origin": r.url}, ""},
-		"an act of who knows where": {"POST", map[string]string{"Cookie": cookie, "Countersign-Page": page}, "not_allowed"},
-		"an act of the same site":   {"POST", map[string]string{"Cookie": cookie, "Countersign-Page": page, "Sec-Fetch-Site": "same-site"}, "not_allowed"},
-		"an act of another site":    {"POST", map[string]string{"Cookie": cookie, "Countersign-Page": page, "Sec-Fetch-Site": "cross-site"}, "not_allowed"},
-		"an act of another origin":  {"POST", map[string]string{"Cookie": cookie, "Countersign-Page": page, "Sec-Fetch-Site": "same-origin", "Origin": "https://localhost:1"}, "not_allowed"},
-		"an act of a hidden origin": {"POST", map[string]string{"Cookie": cookie, "Countersign-Page": page, "Origin": "null"}, "not_allowed"},
+		"another page":              {"GET", with("Countersign-Page", "A"+page[1:]), "signed_out"},
+		"no base64":                 {"GET", with("Countersign-Page", "*"), "signed_out"},
+		"an act":                    {"POST", with("Sec-Fetch-Site", "same-origin"), ""},
+		"an act by the origin":      {"POST", with("Origin", r.url), ""},
+		"an act of who knows where": {"POST", with(), "not_allowed"},
+		"an act of the same site":   {"POST", with("Sec-Fetch-Site", "same-site"), "not_allowed"},
+		"an act of another site":    {"POST", with("Sec-Fetch-Site", "cross-site"), "not_allowed"},
+		"an act of another origin": {
+			"POST", with("Sec-Fetch-Site", "same-origin", "Origin", "https://localhost:1"), "not_allowed",
+		},
+		"an act of a hidden origin": {"POST", with("Origin", "null"), "not_allowed"},
 	} {
 		path, body := "/v1/me", ""
 		if a.method == "POST" {
 			path, body = "/v1/lock", `{"reason":"test"}`
 		}
-		if resp, refusal, text := call(t, r.httpsHTTP(), a.method, r.url+path, body, a.headers); refusal.Code != a.code || a.code == "" && resp.StatusCode/100 != 2 {
+		resp, refusal, text := call(t, r.httpsHTTP(), a.method, r.url+path, body, a.headers)
+		if refusal.Code != a.code || a.code == "" && resp.StatusCode/100 != 2 {
 			t.Errorf("%s: %d %s", name, resp.StatusCode, text)
 		}
 	}
-	if _, refusal, _ := call(t, r.unixHTTP(), "GET", "http://countersign/v1/me", "", map[string]string{"Cookie": cookie, "Countersign-Page": page}); refusal.Code != "signed_out" {
+	_, refusal, _ = call(t, r.unixHTTP(), "GET", "http://countersign/v1/me", "", with())
+	if refusal.Code != "signed_out" {
 		t.Errorf("on the socket: %+v", refusal)
 	}
-	if resp, _, _ := call(t, r.httpsHTTP(), "DELETE", r.url+"/v1/sessions/current", "", map[string]string{"Cookie": cookie, "Countersign-Page": page, "Sec-Fetch-Site": "same-origin"}); resp.StatusCode != 204 || len(resp.Cookies()) != 1 || resp.Cookies()[0].MaxAge >= 0 {
+	resp, _, _ = call(t, r.httpsHTTP(), "DELETE", r.url+"/v1/sessions/current", "",
+		with("Sec-Fetch-Site", "same-origin"))
+	if resp.StatusCode != 204 || len(resp.Cookies()) != 1 || resp.Cookies()[0].MaxAge >= 0 {
 		t.Errorf("sign out: %d %v", resp.StatusCode, resp.Cookies())
 	}
 }

@@ -2,7 +2,6 @@ package admin
 
 import (
 	"context"
-	"net/http"
 	"slices"
 	"strconv"
 	"strings"
@@ -14,17 +13,6 @@ import (
 	"countersign/internal/keyring"
 	"countersign/internal/schedule"
 )
-
-// The life of keys: rotation, and who must be there.
-
-func (s *server) keyRoutes() {
-	route(s, operation{route: "POST /v1/keys/{name}/rotate", id: "rotate-key", summary: "Announce the next version of a key", roles: of(operator), refused: making}, s.rotate)
-	route(s, operation{route: "GET /v1/keys/{name}/line", id: "line", summary: "Say how a key is rotated, and who has not acknowledged it", roles: everyone, refused: always}, s.line)
-	route(s, operation{route: "PATCH /v1/keys/{name}/line", id: "set-line", summary: "Say how a key is rotated", roles: of(operator), refused: always}, s.setLine)
-	act(s, operation{route: "POST /v1/keys/{name}/versions/{version}/archive", id: "archive-key", summary: "Take a version out of use that was followed", roles: of(operator), refused: always}, s.archive)
-	route(s, operation{route: "POST /v1/keys/{name}/confirm", id: "confirm-key", summary: "Confirm by a signed challenge that a key may sign for a while", roles: of(operator), refused: always}, s.confirm)
-	route(s, operation{route: "POST /v1/noise-key/authorize", id: "authorize-noise-key", summary: "Have the identity's key sign for the Noise key", roles: of(operator), refused: making, status: http.StatusCreated}, s.authorizeNoise)
-}
 
 func (s *server) rotate(ctx context.Context, who caller, in *struct {
 	Name string `path:"name" maxLength:"200"`
@@ -55,13 +43,15 @@ func (s *server) line(_ context.Context, _ caller, in *named) (api.Line, error) 
 
 func (s *server) lineDoc(name string, l keyring.Settings) api.Line {
 	doc := api.Line{Settings: api.Settings{
-		Every: seconds(l.Plan.Every), Window: l.Plan.Window, Uses: l.Plan.Uses, Announce: seconds(l.Announce), Grace: seconds(l.Grace),
+		Every: seconds(l.Plan.Every), Window: l.Plan.Window, Uses: l.Plan.Uses,
+		Announce: seconds(l.Announce), Grace: seconds(l.Grace),
 		Acknowledge: append([]string{}, l.Acknowledge...), Presence: seconds(l.Presence),
 	}, Unacknowledged: []string{}, Rotation: s.Appliance.Keys.Rotation(name)}
-	at, why := s.Appliance.Keys.NextRotation(name)
-	doc.NextRotation, doc.NextReason, doc.Confirmed = unix(at), why, unix(s.Appliance.Keys.Confirmed(name))
+	at, reason := s.Appliance.Keys.NextRotation(name)
+	doc.NextRotation, doc.NextReason, doc.Confirmed = unix(at), reason, unix(s.Appliance.Keys.Confirmed(name))
 	if doc.Rotation != nil {
-		doc.Unacknowledged = append(doc.Unacknowledged, s.Appliance.Peers.Unacknowledged(name, doc.Rotation.Version)...)
+		missing := s.Appliance.Peers.Unacknowledged(name, doc.Rotation.Version)
+		doc.Unacknowledged = append(doc.Unacknowledged, missing...)
 	}
 	return doc
 }
@@ -72,23 +62,26 @@ func (s *server) setLine(ctx context.Context, who caller, in *struct {
 	Name string `path:"name" maxLength:"200"`
 	Body api.Change
 }) (api.Line, error) {
-	l, err := s.Appliance.Keys.Set(ctx, who.actor(), in.Name, func(l *keyring.Settings) error { return change(l, in.Body) })
+	l, err := s.Appliance.Keys.Set(ctx, who.actor(), in.Name, func(l *keyring.Settings) error {
+		changeSettings(l, in.Body)
+		return nil
+	})
 	if err != nil {
 		return api.Line{}, err
 	}
 	return s.lineDoc(in.Name, l), nil
 }
 
-// most bounds what is said in seconds, so that no duration overflows.
-const most = 100 * 366 * 24 * 3600
+// maxSeconds is 100 years. Longer times are cut, so that no duration overflows.
+const maxSeconds = 100 * 366 * 24 * 3600
 
-func change(l *keyring.Settings, c api.Change) error {
+func changeSettings(l *keyring.Settings, c api.Change) {
 	for _, each := range []struct {
 		from *int64
 		to   *time.Duration
 	}{{c.Every, &l.Plan.Every}, {c.Announce, &l.Announce}, {c.Grace, &l.Grace}, {c.Presence, &l.Presence}} {
 		if each.from != nil {
-			*each.to = time.Duration(min(*each.from, most)) * time.Second
+			*each.to = time.Duration(min(*each.from, maxSeconds)) * time.Second
 		}
 	}
 	if c.Window != nil {
@@ -100,17 +93,16 @@ func change(l *keyring.Settings, c api.Change) error {
 	if c.Acknowledge != nil {
 		l.Acknowledge = *c.Acknowledge
 	}
-	return nil
 }
 
 func (s *server) archive(ctx context.Context, who caller, in *struct {
 	Name    string `path:"name" maxLength:"200"`
-	Version uint32 `path:"version" maximum:"4294967295"` // said here: huma would cut off what is above
+	Version uint32 `path:"version" maximum:"4294967295"` // without the maximum, huma truncates larger numbers
 }) error {
 	return s.Appliance.Keys.Archive(ctx, who.actor(), in.Name, in.Version)
 }
 
-// confirm takes a fresh proof: that of the session may be an hour old.
+// confirm needs a fresh proof, because the proof of the session's sign-in may be an hour old.
 func (s *server) confirm(ctx context.Context, who caller, in *struct {
 	Name string `path:"name" maxLength:"200"`
 	Body api.Proven
@@ -129,8 +121,6 @@ func (s *server) authorizeNoise(ctx context.Context, who caller, _ *none) (api.K
 	return s.noiseKey(ctx, who, nil)
 }
 
-// The acts on keys that destroy or widen.
-
 func versionOf(v map[string]string) (uint32, error) {
 	n, err := strconv.ParseUint(v["version"], 10, 32)
 	if err != nil || n == 0 {
@@ -139,8 +129,8 @@ func versionOf(v map[string]string) (uint32, error) {
 	return uint32(n), nil
 }
 
-// inState refuses what can't be done to a version as it is now.
-func inState(a *appliance.Appliance, name string, version uint32, states ...keyring.State) error {
+// requireState refuses an act on a version in another state.
+func requireState(a *appliance.Appliance, name string, version uint32, states ...keyring.State) error {
 	versions, err := a.Keys.Versions(name)
 	if err != nil {
 		return err
@@ -156,7 +146,8 @@ func inState(a *appliance.Appliance, name string, version uint32, states ...keyr
 		for _, s := range states {
 			wanted = append(wanted, string(s))
 		}
-		return conflict.errorf("key %q: version %d is %s, and must be %s", name, version, k.State, strings.Join(wanted, " or "))
+		return conflict.errorf("key %q: version %d is %s, and must be %s",
+			name, version, k.State, strings.Join(wanted, " or "))
 	}
 	return notFound.errorf("key %q: there is no version %d", name, version)
 }
@@ -170,9 +161,10 @@ func destroyKey(a *appliance.Appliance, p parameters, _ []byte) (parameters, do,
 	if err != nil {
 		return nil, nil, err
 	}
-	return list("key", v["key"], "version", strconv.FormatUint(uint64(version), 10)), func(ctx context.Context, who audit.Actor) error {
+	p = list("key", v["key"], "version", strconv.FormatUint(uint64(version), 10))
+	return p, func(ctx context.Context, who audit.Actor) error {
 		return a.Keys.Destroy(ctx, who, v["key"], version)
-	}, inState(a, v["key"], version, keyring.Archived, keyring.Compromised)
+	}, requireState(a, v["key"], version, keyring.Archived, keyring.Compromised)
 }
 
 func compromiseKey(a *appliance.Appliance, p parameters, _ []byte) (parameters, do, error) {
@@ -184,9 +176,10 @@ func compromiseKey(a *appliance.Appliance, p parameters, _ []byte) (parameters, 
 	if err != nil {
 		return nil, nil, err
 	}
-	return list("key", v["key"], "version", strconv.FormatUint(uint64(version), 10), "reason", v["reason"]), func(ctx context.Context, who audit.Actor) error {
+	p = list("key", v["key"], "version", strconv.FormatUint(uint64(version), 10), "reason", v["reason"])
+	return p, func(ctx context.Context, who audit.Actor) error {
 		return a.Keys.Compromise(ctx, who, v["key"], version, v["reason"])
-	}, inState(a, v["key"], version, keyring.Active, keyring.VerifyOnly, keyring.Archived)
+	}, requireState(a, v["key"], version, keyring.Active, keyring.VerifyOnly, keyring.Archived)
 }
 
 func lowerPresence(a *appliance.Appliance, p parameters, _ []byte) (parameters, do, error) {
@@ -199,13 +192,17 @@ func lowerPresence(a *appliance.Appliance, p parameters, _ []byte) (parameters, 
 		return nil, nil, invalid.errorf("seconds: %q is not a number of them", v["seconds"])
 	}
 	_, err = a.Keys.Settings(v["key"])
-	return list("key", v["key"], "seconds", strconv.FormatUint(n, 10)), func(ctx context.Context, who audit.Actor) error {
-		_, err := a.Keys.Set(ctx, who, v["key"], func(l *keyring.Settings) error { l.Presence = time.Duration(n) * time.Second; return nil })
+	p = list("key", v["key"], "seconds", strconv.FormatUint(n, 10))
+	return p, func(ctx context.Context, who audit.Actor) error {
+		_, err := a.Keys.Set(ctx, who, v["key"], func(l *keyring.Settings) error {
+			l.Presence = time.Duration(n) * time.Second
+			return nil
+		})
 		return err
 	}, err
 }
 
-// shortenRetention takes only what is to be changed.
+// shortenRetention changes only the times in the parameters.
 func shortenRetention(a *appliance.Appliance, p parameters, _ []byte) (parameters, do, error) {
 	names := []string{"audit", "receipts", "decisions", "nonces"}
 	v, err := values(p, "?audit", "?receipts", "?decisions", "?nonces")
@@ -213,27 +210,32 @@ func shortenRetention(a *appliance.Appliance, p parameters, _ []byte) (parameter
 		return nil, nil, err
 	}
 	var pairs []string
-	times, said := map[string]time.Duration{}, map[string]string{}
+	times, texts := map[string]time.Duration{}, map[string]string{}
 	for _, name := range names {
 		if v[name] == "" {
 			continue
 		}
 		d, err := schedule.ParseEvery(v[name])
 		if err != nil {
-			return nil, nil, invalid.errorf("%s: %q is not a time such as 36h, 90d or 52w: an hour at least", name, v[name])
+			return nil, nil, invalid.errorf("%s: %q is not a time such as 36h, 90d or 52w: an hour at least",
+				name, v[name])
 		}
-		times[name], said[name] = d, v[name]
+		times[name], texts[name] = d, v[name]
 		pairs = append(pairs, name, v[name])
 	}
 	if len(pairs) == 0 {
 		return nil, nil, invalid.errorf("say what is to be kept for how long: %s", strings.Join(names, ", "))
 	}
 	shorten := func(r *appliance.Retention) {
-		for name, to := range map[string]*time.Duration{"audit": &r.Audit, "receipts": &r.Receipts, "decisions": &r.Decisions, "nonces": &r.Nonces} {
+		for name, to := range map[string]*time.Duration{
+			"audit": &r.Audit, "receipts": &r.Receipts, "decisions": &r.Decisions, "nonces": &r.Nonces,
+		} {
 			if d, ok := times[name]; ok {
 				*to = d
 			}
 		}
 	}
-	return list(pairs...), func(ctx context.Context, who audit.Actor) error { return a.ShortenRetention(ctx, who, said, shorten) }, a.CheckShorter(shorten)
+	return list(pairs...), func(ctx context.Context, who audit.Actor) error {
+		return a.ShortenRetention(ctx, who, texts, shorten)
+	}, a.CheckShorter(shorten)
 }

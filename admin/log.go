@@ -28,7 +28,9 @@ func (s *server) log(context.Context, caller, *none) (api.Log, error) {
 	if err != nil {
 		return api.Log{}, err
 	}
-	return api.Log{Epoch: epoch, VerifierKey: log.VerifierKey(epoch), WebhookKey: webhook.FormatKey(key.Info().PublicKey)}, nil
+	return api.Log{
+		Epoch: epoch, VerifierKey: log.VerifierKey(epoch), WebhookKey: webhook.FormatKey(key.Info().PublicKey),
+	}, nil
 }
 
 func (s *server) endEpoch(ctx context.Context, who caller, _ *none) (api.Log, error) {
@@ -44,23 +46,36 @@ type file struct {
 	Body         []byte
 }
 
-// logFiles registers the audit log as C2SP tlog-tiles has it, under the names of an export. OpenAPI has no parameter with slashes in
-// it, so what is served and what is in the document are two things.
+// logFiles registers the files of the audit log in the form of C2SP tlog-tiles, with the names of
+// an export. OpenAPI has no parameters with slashes, so that a served path and the documented path
+// can differ.
 func (s *server) logFiles() {
-	for _, at := range []struct{ path, id, shown string }{{"/checkpoint", "log-checkpoint", ""}, {"/tile/*", "log-tile", "/tile/{path}"}, {"/epochs/*", "log-epoch", "/epochs/{path}"}} {
-		o := operation{route: "GET " + at.path, id: at.id, summary: "Get a file of the audit log", roles: of(auditor, backup), refused: always, hidden: at.shown != ""}
-		raw(s, o, func(ctx context.Context, _ caller, in *path) (*file, error) { return s.logFile(ctx, in.path) })
+	binary := &huma.Schema{Type: huma.TypeString, Format: "binary"}
+	for _, at := range []struct{ path, id, shown string }{
+		{"/checkpoint", "log-checkpoint", ""},
+		{"/tile/*", "log-tile", "/tile/{path}"},
+		{"/epochs/*", "log-epoch", "/epochs/{path}"},
+	} {
+		o := operation{
+			route: "GET " + at.path, id: at.id, summary: "Get a file of the audit log",
+			roles: of(auditor, backup), refused: whileUninitialised, hidden: at.shown != "",
+		}
+		routeRaw(s, func(ctx context.Context, _ caller, in *path) (*file, error) { return s.logFile(ctx, in.path) }, o)
 		if o.hidden {
 			s.api.OpenAPI().AddOperation(&huma.Operation{
-				Method: http.MethodGet, Path: at.shown, OperationID: o.id, Summary: o.summary, Extensions: o.extensions(), Security: o.security(),
-				Parameters: []*huma.Param{{Name: "path", In: "path", Required: true, Description: "may have slashes in it", Schema: &huma.Schema{Type: huma.TypeString}}},
-				Responses:  s.responses("200", "application/octet-stream", &huma.Schema{Type: huma.TypeString, Format: "binary"}),
+				Method: http.MethodGet, Path: at.shown, OperationID: o.id, Summary: o.summary,
+				Extensions: o.extensions(), Security: o.security(),
+				Parameters: []*huma.Param{{
+					Name: "path", In: "path", Required: true, Description: "may have slashes in it",
+					Schema: &huma.Schema{Type: huma.TypeString},
+				}},
+				Responses: s.responses("200", "application/octet-stream", binary),
 			})
 		}
 	}
 }
 
-// path is that of the request.
+// path is the path of a request without the first slash.
 type path struct{ path string }
 
 func (p *path) Resolve(c huma.Context) []error {
@@ -69,7 +84,7 @@ func (p *path) Resolve(c huma.Context) []error {
 	return nil
 }
 
-// logFile gives a file of the log's static form. Only a checkpoint of the present epoch ever changes.
+// logFile returns a file of the audit log. Only the checkpoint of the present epoch changes.
 func (s *server) logFile(ctx context.Context, path string) (*file, error) {
 	b, err := s.Appliance.LogFile(ctx, path)
 	if errors.Is(err, fs.ErrNotExist) {
@@ -87,8 +102,8 @@ func (s *server) retention(context.Context, caller, *none) (api.Retention, error
 	epochs, before, err := s.Appliance.Preview()
 	return api.Retention{ReceiptsBefore: before.Unix(), Epochs: docs(epochs, func(e appliance.EpochStatus) api.Epoch {
 		return api.Epoch{
-			Epoch: e.Number, First: e.First, Size: e.Size, Begun: e.Begun / 1000, Ended: e.Ended / 1000, Due: unix(e.Due), Dropped: e.Dropping / 1000,
-			Hold: e.Hold, Checkpoint: e.Signed,
+			Epoch: e.Number, First: e.First, Size: e.Size, Begun: e.Begun / 1000, Ended: e.Ended / 1000,
+			Due: unix(e.Due), Dropped: e.Dropping / 1000, Hold: e.Hold, Checkpoint: e.Signed,
 		}
 	})}, err
 }
@@ -103,7 +118,10 @@ func (s *server) hold(ctx context.Context, who caller, in *holdInput) error {
 }
 
 func receiptDoc(r ledger.Receipt) api.Receipt {
-	return api.Receipt{ID: hex.EncodeToString(r.ID[:]), TimeMS: r.TimeMS, Commitment: hex.EncodeToString(r.Commitment), Method: r.Method, Status: r.Status, Event: r.Event}
+	return api.Receipt{
+		ID: hex.EncodeToString(r.ID[:]), TimeMS: r.TimeMS, Commitment: hex.EncodeToString(r.Commitment),
+		Method: r.Method, Status: r.Status, Event: r.Event,
+	}
 }
 
 func (s *server) receipt(_ context.Context, _ caller, in *struct {
@@ -131,13 +149,14 @@ func (s *server) receipts(_ context.Context, _ caller, in *receiptsInput) ([]api
 func (s *server) ledger(ctx context.Context, _ caller, _ *none) (api.Ledger, error) {
 	st, err := s.Appliance.LedgerStats()
 	return api.Ledger{
-		FileSize: st.FileSize, FreeBytes: st.FreeBytes, Events: st.Events, FirstEvent: st.FirstEvent, Epochs: st.Epochs, Nonces: st.Nonces, MaxNonces: st.MaxNonces,
+		FileSize: st.FileSize, FreeBytes: st.FreeBytes, Events: st.Events, FirstEvent: st.FirstEvent,
+		Epochs: st.Epochs, Nonces: st.Nonces, MaxNonces: st.MaxNonces,
 		Time: st.Time.Unix(), BehindClock: st.BehindClock, Trouble: st.Trouble,
 	}, err
 }
 
 func (s *server) compact(ctx context.Context, who caller, _ *none) (api.Compacted, error) {
-	// It takes as long as it takes, and who asked gets to know how it ended.
+	// A compaction can take longer than requestTimeout. The caller waits for the result.
 	before, after, took, err := s.Appliance.Compact(context.WithoutCancel(ctx), who.actor())
 	return api.Compacted{Before: before, After: after, TookMS: took.Milliseconds()}, err
 }

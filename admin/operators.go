@@ -32,7 +32,10 @@ func (s *server) challenge(_ context.Context, who caller, in *body[api.NewChalle
 	}
 	ch, err := s.Operators.Challenge(purpose, n.Operator, n.Key, who.Channel)
 	digest := sha256.Sum256([]byte(ch.Text))
-	return api.Challenge{ID: ch.ID, Text: ch.Text, Expires: ch.Expires.Unix(), PublicKey: approval.PasskeyRequest(digest[:], ch.RPID, ch.Allowed)}, err
+	return api.Challenge{
+		ID: ch.ID, Text: ch.Text, Expires: ch.Expires.Unix(),
+		PublicKey: approval.PasskeyRequest(digest[:], ch.RPID, ch.Allowed),
+	}, err
 }
 
 func sessionDoc(x operators.Session, who caller) api.Session {
@@ -41,32 +44,34 @@ func sessionDoc(x operators.Session, who caller) api.Session {
 		source = connection{Channel: x.Channel}.name()
 	}
 	return api.Session{
-		ID: x.ID, Operator: x.Operator, Roles: x.Roles, Credential: x.Credential, Channel: x.Channel.Kind, Source: source,
-		Begun: x.Begun.Unix(), LastUsed: x.LastUsed.Unix(), Expires: x.Expires.Unix(), Current: who.session != nil && who.session.ID == x.ID,
+		ID: x.ID, Operator: x.Operator, Roles: x.Roles, Credential: x.Credential,
+		Channel: x.Channel.Kind, Source: source,
+		Begun: x.Begun.Unix(), LastUsed: x.LastUsed.Unix(), Expires: x.Expires.Unix(),
+		Current: who.session != nil && who.session.ID == x.ID,
 	}
 }
 
-type signedIn struct {
+type signInOutput struct {
 	SetCookie string `header:"Set-Cookie" doc:"over HTTPS: half of the token, for a browser"`
 	Body      api.SignedIn
 }
 
 func (s *server) signIn(ctx context.Context, who caller, in *struct {
-	Site string `header:"Sec-Fetch-Site" hidden:"true"` // which browsers send, and nothing else does
+	Site string `header:"Sec-Fetch-Site" hidden:"true"` // only browsers send the header
 	Body api.Proven
-}) (*signedIn, error) {
+}) (*signInOutput, error) {
 	session, token, err := s.Operators.SignIn(ctx, who.Channel, in.Body.Challenge, in.Body.Proof)
 	if err != nil {
 		return nil, err
 	}
 	who.session = &session
-	out := &signedIn{Body: api.SignedIn{Session: sessionDoc(session, who), Token: token}}
+	out := &signInOutput{Body: api.SignedIn{Session: sessionDoc(session, who), Token: token}}
 	if who.Kind == operators.HTTPS {
 		var half string
-		half, out.Body.Page = halves(token)
+		half, out.Body.Page = splitToken(token)
 		out.SetCookie = cookie(half, int(time.Until(session.Expires).Seconds()))
 		if in.Site != "" {
-			out.Body.Token = "" // no script of a page can have it: the cookie is out of its reach
+			out.Body.Token = "" // a script must not get the token; it can't read the cookie
 		}
 	}
 	return out, nil
@@ -79,70 +84,79 @@ func (s *server) sessions(_ context.Context, who caller, _ *none) ([]api.Session
 	return docs(all, func(x operators.Session) api.Session { return sessionDoc(x, who) }), nil
 }
 
-type sessionEnded struct {
+type endSessionOutput struct {
 	SetCookie string `header:"Set-Cookie" doc:"over HTTPS, of this session: the cookie is forgotten"`
 }
 
 func (s *server) endSession(ctx context.Context, who caller, in *struct {
 	ID string `path:"id" maxLength:"64"`
-}) (*sessionEnded, error) {
+}) (*endSessionOutput, error) {
 	if in.ID != "current" && in.ID != who.session.ID {
-		return &sessionEnded{}, s.Operators.Revoke(ctx, *who.session, in.ID)
+		return &endSessionOutput{}, s.Operators.Revoke(ctx, *who.session, in.ID)
 	}
-	out := &sessionEnded{}
+	out := &endSessionOutput{}
 	if who.Kind == operators.HTTPS {
 		out.SetCookie = cookie("", -1)
 	}
 	return out, s.Operators.SignOut(ctx, *who.session)
 }
 
-// cookie is what a browser keeps of a session. The prefix of its name makes browsers refuse it from anything but this host over TLS.
-func cookie(token string, maxAge int) string {
-	c := http.Cookie{Name: cookieName, Value: token, Path: "/", MaxAge: maxAge, Secure: true, HttpOnly: true, SameSite: http.SameSiteStrictMode}
+// cookie returns the cookie with a browser's half of a token. The prefix __Host- of the name makes
+// browsers refuse the cookie from another host or without TLS.
+func cookie(half string, maxAge int) string {
+	c := http.Cookie{
+		Name: cookieName, Value: half, Path: "/", MaxAge: maxAge,
+		Secure: true, HttpOnly: true, SameSite: http.SameSiteStrictMode,
+	}
 	return c.String()
 }
 
-// A registration is a passkey in the making. Who makes one need not be signed in, and gets nothing by it: it is a credential when an
-// approved proposal gives it to an operator. So nothing is kept of it, which strangers could drive out: the challenge is the digest of
-// its id, and the id says how long it is good, under a MAC.
+// registrationTimeout is the time to make a passkey.
+//
+// A registration needs no session, and gives no right: a passkey is a credential only after an
+// approved proposal. Strangers can begin registrations, so the server stores none, and strangers
+// can evict none: the id of a registration has the expiry and a MAC, and the challenge is SHA-256
+// of the id.
+const registrationTimeout = 5 * time.Minute
 
-const registrationTime = 5 * time.Minute
-
-func (s *server) registration(until time.Time) (id string, challenge []byte) {
-	said := rand.Text() + "." + strconv.FormatInt(until.Unix(), 10)
-	return s.registrationOf(said)
+// newRegistration returns the id and the challenge of a new registration.
+func (s *server) newRegistration(expires time.Time) (id string, challenge []byte) {
+	return s.registration(rand.Text() + "." + strconv.FormatInt(expires.Unix(), 10))
 }
 
-func (s *server) registrationOf(said string) (id string, challenge []byte) {
+// registration returns the id and the challenge for a nonce and an expiry: "nonce.expiry".
+func (s *server) registration(fields string) (id string, challenge []byte) {
 	m := hmac.New(sha256.New, s.secret[:])
-	m.Write([]byte(said))
-	id = said + "." + hex.EncodeToString(m.Sum(nil))
+	m.Write([]byte(fields))
+	id = fields + "." + hex.EncodeToString(m.Sum(nil))
 	digest := sha256.Sum256([]byte(id))
 	return id, digest[:]
 }
 
-// begun returns the challenge of an id that registration has made.
-func (s *server) begun(id string) (challenge []byte, ok bool) {
-	said := id[:max(0, strings.LastIndexByte(id, '.'))]
-	whole, challenge := s.registrationOf(said)
-	if !hmac.Equal([]byte(whole), []byte(id)) {
+// parseRegistration returns the challenge of an id, if newRegistration has made the id and it has
+// not expired.
+func (s *server) parseRegistration(id string) (challenge []byte, ok bool) {
+	fields := id[:max(0, strings.LastIndexByte(id, '.'))]
+	genuine, challenge := s.registration(fields)
+	if !hmac.Equal([]byte(genuine), []byte(id)) {
 		return nil, false
 	}
-	_, text, _ := strings.Cut(said, ".")
-	until, err := strconv.ParseInt(text, 10, 64)
-	return challenge, err == nil && time.Now().Unix() < until
+	_, text, _ := strings.Cut(fields, ".")
+	expires, err := strconv.ParseInt(text, 10, 64)
+	return challenge, err == nil && time.Now().Unix() < expires
 }
 
 func (s *server) passkeyOptions(_ context.Context, _ caller, in *body[api.NewPasskey]) (api.PasskeyOptions, error) {
 	if strings.TrimSpace(in.Body.Operator) == "" {
 		return api.PasskeyOptions{}, invalid.errorf("operator is missing: the name is shown by the browser")
 	}
-	id, challenge := s.registration(time.Now().Add(registrationTime))
-	return api.PasskeyOptions{Challenge: id, PublicKey: approval.PasskeyOptions(challenge, s.RPID, in.Body.Operator, nil)}, nil
+	id, challenge := s.newRegistration(time.Now().Add(registrationTimeout))
+	options := approval.PasskeyOptions(challenge, s.RPID, in.Body.Operator, nil)
+	return api.PasskeyOptions{Challenge: id, PublicKey: options}, nil
 }
 
 func (s *server) passkey(_ context.Context, _ caller, in *body[api.Registration]) (approval.Credential, error) {
-	challenge, ok := s.begun(in.Body.Challenge)
+	challenge, ok := s.parseRegistration(in.Body.Challenge)
 	if !ok {
 		return approval.Credential{}, notProven.errorf("the challenge is unknown or too old: ask for a new one")
 	}
@@ -173,7 +187,8 @@ func (s *server) approvals(context.Context, caller, *none) (api.Approvals, error
 
 func proposalDoc(p operators.Proposal) api.Proposal {
 	return api.Proposal{
-		ID: p.ID, Act: p.Act, Parameters: append([]approval.Parameter{}, p.Parameters...), Proposer: p.Proposer, Proposed: p.Proposed.Unix(), Expires: p.Expires.Unix(),
+		ID: p.ID, Act: p.Act, Parameters: append([]approval.Parameter{}, p.Parameters...), Proposer: p.Proposer,
+		Proposed: p.Proposed.Unix(), Expires: p.Expires.Unix(),
 		State: string(p.State), Required: p.Required, Text: p.Text(), Ended: unix(p.Ended), Cause: p.Cause,
 		Approvals: docs(p.Approvals, func(a operators.Approval) api.Approval {
 			return api.Approval{Operator: a.Operator, Credential: a.Credential, At: a.At.Unix(), Counts: a.Counts}
@@ -201,14 +216,15 @@ func (s *server) proposal(_ context.Context, _ caller, in *numbered) (api.Propos
 
 func (s *server) propose(ctx context.Context, who caller, in *body[api.NewProposal]) (api.Proposal, error) {
 	n := in.Body
-	if n.Act == approval.ActPolicyActivate && n.Content == "" { // what is approved is what the file says now
+	if n.Act == approval.ActPolicyActivate && n.Content == "" { // the present text of the file is approved
 		p, err := s.LoadPolicy()
 		if err != nil {
 			return api.Proposal{}, invalid.errorf("%v", err)
 		}
 		n.Content = string(p.Text)
 	}
-	p, err := s.Operators.Propose(ctx, *who.session, n.Act, n.Parameters, []byte(n.Content), time.Duration(n.Lifetime)*time.Second)
+	lifetime := time.Duration(n.Lifetime) * time.Second
+	p, err := s.Operators.Propose(ctx, *who.session, n.Act, n.Parameters, []byte(n.Content), lifetime)
 	if err != nil {
 		return api.Proposal{}, err
 	}

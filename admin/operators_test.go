@@ -25,7 +25,8 @@ import (
 	"countersign/internal/keystore"
 )
 
-// TestFirstAdministrator: root on the socket, once.
+// TestFirstAdministrator checks that only root on the Unix socket can enrol the first
+// administrator, once.
 func TestFirstAdministrator(t *testing.T) {
 	r := newRig(t)
 	first := api.NewOperator{Name: "alice", Credential: r.credential("alice")}
@@ -42,23 +43,27 @@ func TestFirstAdministrator(t *testing.T) {
 	_, err = r.unix().EnrolFirst(t.Context(), api.NewOperator{Name: "bob", Credential: r.credential("bob")})
 	wants(t, "a second time", "conflict", err)
 	c := r.signIn(r.unix(), "alice")
-	if me := must(c.Me(t.Context()))(t); me.Operator.Name != "alice" || !me.Session.Current || me.Session.Channel != "unix" {
+	me := must(c.Me(t.Context()))(t)
+	if me.Operator.Name != "alice" || !me.Session.Current || me.Session.Channel != "unix" {
 		t.Errorf("%+v", me)
 	}
 }
 
-// TestSignInIsLimited: the sixth failure is refused, with the time to wait in header and document.
+// TestSignInIsLimited checks that the sixth failure is limited, with the time to wait in the header
+// and in the document.
 func TestSignInIsLimited(t *testing.T) {
 	r := newRig(t)
 	r.root()
 	for i := range 6 {
 		ch := must(r.https().Challenge(t.Context(), api.NewChallenge{Purpose: "sign-in", Operator: "root"}))(t)
-		body := fmt.Sprintf(`{"challenge":%q,"proof":{"credential":"00000000000000000000000000000000","sshsig":"x"}}`, ch.ID)
+		body := fmt.Sprintf(`{"challenge":%q,"proof":{"credential":%q,"sshsig":"x"}}`, ch.ID, strings.Repeat("0", 32))
 		resp, refusal, text := call(t, r.httpsHTTP(), "POST", r.url+"/v1/sessions", body, nil)
 		if i < 5 && (resp.StatusCode != 401 || refusal.Code != "not_proven") {
 			t.Fatalf("%d: %d %s", i, resp.StatusCode, text)
 		}
-		if i == 5 && (resp.StatusCode != 429 || refusal.Code != "rate_limited" || refusal.RetryAfter < 1 || refusal.RetryAfter > 12 || resp.Header.Get("Retry-After") != fmt.Sprint(refusal.RetryAfter)) {
+		if i == 5 && (resp.StatusCode != 429 || refusal.Code != "rate_limited" ||
+			refusal.RetryAfter < 1 || refusal.RetryAfter > 12 ||
+			resp.Header.Get("Retry-After") != fmt.Sprint(refusal.RetryAfter)) {
 			t.Errorf("%v %s", resp.Header, text)
 		}
 	}
@@ -94,7 +99,8 @@ func TestSessions(t *testing.T) {
 	wants(t, "after that", "signed_out", err)
 }
 
-// TestActs proposes each act of the table, has it approved, and looks for what it does.
+// TestActs proposes acts with wrong and right parameters, approves proposals, and checks the
+// effects. See TestEveryAct for all acts.
 func TestActs(t *testing.T) {
 	r := newRig(t)
 	root := r.root()
@@ -131,15 +137,18 @@ func TestActs(t *testing.T) {
 		_, err := propose(people[c.by], c.act, c.p...)
 		wants(t, fmt.Sprintf("%s proposes %s %v", c.by, c.act, c.p), c.want, err)
 	}
-	_, err := people[operator].Propose(t.Context(), api.NewProposal{Act: "policy activate", Content: "permit (principal, action, resource);"})
+	const all = "permit (principal, action, resource);"
+	_, err := people[operator].Propose(t.Context(), api.NewProposal{Act: "policy activate", Content: all})
 	wants(t, "an operator proposes a policy", "not_allowed", err)
-	if all := must(root.Proposals(t.Context()))(t); slices.ContainsFunc(all, func(p api.Proposal) bool { return p.State == "open" }) {
+	open := func(p api.Proposal) bool { return p.State == "open" }
+	if all := must(root.Proposals(t.Context()))(t); slices.ContainsFunc(all, open) {
 		t.Errorf("something that was refused is there: %+v", all)
 	}
 
-	// One person proposes, another approves.
+	// One operator proposes, another one approves.
 	p := must(propose(people[operator], "peer add", "name", "shop", "public_key", strings.ToUpper(key)))(t)
-	if p.State != "open" || p.Required != 1 || !strings.Contains(p.Text, "\n  public_key: "+key+"\n") || len(must(root.Peers(t.Context()))(t)) != 0 {
+	if p.State != "open" || p.Required != 1 || !strings.Contains(p.Text, "\n  public_key: "+key+"\n") ||
+		len(must(root.Peers(t.Context()))(t)) != 0 {
 		t.Fatalf("%+v", p)
 	}
 	_, err = people[operator].Approve(t.Context(), p.ID, r.proof("operator", p.Text))
@@ -155,40 +164,45 @@ func TestActs(t *testing.T) {
 	_, err = propose(people[operator], "peer add", "name", "other", "public_key", key)
 	wants(t, "the same key", "exists", err)
 
-	// The policy is what the file says when it is proposed, whatever it says later.
+	// The text of the policy file at the time of the proposal counts, and a later change of the
+	// file does not.
 	r.policy = strings.Replace(allowShop, "payments", "invoices", 1)
 	p = must(propose(people[administrator], "policy activate"))(t)
 	if shown := must(root.Proposal(t.Context(), p.ID))(t); shown.Content != r.policy {
 		t.Errorf("%+v", shown)
 	}
 	proposed := r.policy
-	r.policy = "permit (principal, action, resource);"
+	r.policy = all
 	if p = must(people[approver].Approve(t.Context(), p.ID, r.proof("approver", p.Text)))(t); p.State != "done" {
 		t.Errorf("%+v", p)
 	}
-	all := must(root.Policies(t.Context()))(t)
-	if in := must(root.Policy(t.Context(), all[len(all)-1].Version))(t); in.Text != proposed {
+	versions := must(root.Policies(t.Context()))(t)
+	if in := must(root.Policy(t.Context(), versions[len(versions)-1].Version))(t); in.Text != proposed {
 		t.Errorf("in force: %q", in.Text)
 	}
-	_, err = root.Propose(t.Context(), api.NewProposal{Act: "policy activate", Content: "permit (" + strings.Repeat(" ", 100_000)})
+	broken := "permit (" + strings.Repeat(" ", 100_000)
+	_, err = root.Propose(t.Context(), api.NewProposal{Act: "policy activate", Content: broken})
 	wants(t, "a broken policy, larger than other bodies", "invalid", err)
 
 	if err := root.Hold(t.Context(), 0, "case 17"); err != nil {
 		t.Fatal(err)
 	}
-	if p := r.carryOut(root, "hold release", "epoch", "0", "reason", "settled"); p.State != "done" || must(root.Retention(t.Context()))(t).Epochs[0].Hold != "" {
+	released := r.carryOut(root, "hold release", "epoch", "0", "reason", "settled")
+	if released.State != "done" || must(root.Retention(t.Context()))(t).Epochs[0].Hold != "" {
 		t.Errorf("%+v", p)
 	}
 	if p := r.carryOut(root, "clock accept"); p.State != "done" {
 		t.Errorf("%+v", p)
 	}
 
-	// Who did it, and by which proposal, is in the log.
+	// The events have the proposer and the number of the proposal.
 	by := map[audit.Type]audit.Actor{}
 	for _, e := range must(root.Events(t.Context(), 0, 1000))(t) {
 		by[e.Type] = e.Actor
 	}
-	for event, name := range map[audit.Type]string{audit.PeerAdded: "operator", audit.PolicyChanged: "administrator", audit.LegalHoldReleased: "root"} {
+	for event, name := range map[audit.Type]string{
+		audit.PeerAdded: "operator", audit.PolicyChanged: "administrator", audit.LegalHoldReleased: "root",
+	} {
 		if a := by[event]; a.Kind != "operator" || a.Name != name || a.Proposal == 0 {
 			t.Errorf("%s: %+v", event, a)
 		}
@@ -201,7 +215,9 @@ func TestActs(t *testing.T) {
 func TestWithdraw(t *testing.T) {
 	r := newRig(t)
 	people := r.enrol(r.root(), r.unix())
-	p := must(people[operator].Propose(t.Context(), api.NewProposal{Act: "peer add", Parameters: pairs("name", "shop", "public_key", strings.Repeat("0a", 32)), Lifetime: 300}))(t)
+	parameters := pairs("name", "shop", "public_key", strings.Repeat("0a", 32))
+	p := must(people[operator].Propose(t.Context(),
+		api.NewProposal{Act: "peer add", Parameters: parameters, Lifetime: 300}))(t)
 	if p.Expires-p.Proposed != 300 {
 		t.Errorf("%+v", p)
 	}
@@ -211,17 +227,20 @@ func TestWithdraw(t *testing.T) {
 	wants(t, "approved after that", "conflict", err)
 }
 
-// TestPasskey makes a passkey, gives it to an operator, and signs in and approves with it, as a browser would.
+// TestPasskey registers a passkey, adds an operator with the passkey, signs in and approves, as a
+// browser would.
 func TestPasskey(t *testing.T) {
 	r := newRig(t)
 	root := r.root()
 	web := r.https()
 	pk := newPasskey(t, r.url)
 	o := must(web.PasskeyOptions(t.Context(), api.NewPasskey{Operator: "carol"}))(t)
-	credential := must(web.RegisterPasskey(t.Context(), api.Registration{Challenge: o.Challenge, Credential: pk.create(t, o.PublicKey)}))(t)
+	registration := api.Registration{Challenge: o.Challenge, Credential: pk.create(t, o.PublicKey)}
+	credential := must(web.RegisterPasskey(t.Context(), registration))(t)
 	text := string(must(json.Marshal(credential))(t))
-	if p := r.carryOut(root, "operator add", "name", "carol", "roles", "administrator,approver", "credential", text); p.State != "done" {
-		t.Fatalf("%+v", p)
+	added := r.carryOut(root, "operator add", "name", "carol", "roles", "administrator,approver", "credential", text)
+	if added.State != "done" {
+		t.Fatalf("%+v", added)
 	}
 	ch := must(web.Challenge(t.Context(), api.NewChallenge{Purpose: "sign-in", Operator: "carol"}))(t)
 	evil := newPasskey(t, "https://localhost:1")
@@ -238,7 +257,7 @@ func TestPasskey(t *testing.T) {
 	}
 }
 
-// passkey is an authenticator with one key (ES256), and the page that asks it.
+// passkey is an authenticator with one key (ES256), and the origin of the page that uses it.
 type passkey struct {
 	origin string
 	key    *ecdsa.PrivateKey
@@ -247,12 +266,13 @@ type passkey struct {
 }
 
 func newPasskey(t *testing.T, origin string) *passkey {
-	p := &passkey{origin: origin, key: must(ecdsa.GenerateKey(elliptic.P256(), rand.Reader))(t), id: make([]byte, 16)}
+	key := must(ecdsa.GenerateKey(elliptic.P256(), rand.Reader))(t)
+	p := &passkey{origin: origin, key: key, id: make([]byte, 16)}
 	rand.Read(p.id)
 	return p
 }
 
-// data is authenticatorData, without what is attested.
+// data returns authenticatorData, without attested credential data.
 func (p *passkey) data(flags byte) []byte {
 	p.count++
 	rp := sha256.Sum256([]byte("localhost"))
@@ -265,7 +285,8 @@ func (p *passkey) client(t *testing.T, kind string, options json.RawMessage) []b
 	if err := json.Unmarshal(options, &o); err != nil || o.Challenge == "" {
 		t.Fatalf("%s: %v", options, err)
 	}
-	return fmt.Appendf(nil, `{"type":"webauthn.%s","challenge":%q,"origin":%q,"crossOrigin":false}`, kind, o.Challenge, p.origin)
+	return fmt.Appendf(nil, `{"type":"webauthn.%s","challenge":%q,"origin":%q,"crossOrigin":false}`,
+		kind, o.Challenge, p.origin)
 }
 
 var base64url = base64.RawURLEncoding.EncodeToString
@@ -281,8 +302,10 @@ func (p *passkey) create(t *testing.T, options json.RawMessage) json.RawMessage 
 	data = append(data, 0x22, 0x58, 32) // y
 	data = append(data, point[33:]...)
 	attestation := append([]byte("\xa3\x63fmt\x64none\x67attStmt\xa0\x68authData\x58"), byte(len(data)))
-	return fmt.Appendf(nil, `{"id":%q,"rawId":%q,"type":"public-key","response":{"clientDataJSON":%q,"attestationObject":%q}}`,
-		base64url(p.id), base64url(p.id), base64url(p.client(t, "create", options)), base64url(append(attestation, data...)))
+	response := fmt.Sprintf(`{"clientDataJSON":%q,"attestationObject":%q}`,
+		base64url(p.client(t, "create", options)), base64url(append(attestation, data...)))
+	id := base64url(p.id)
+	return fmt.Appendf(nil, `{"id":%q,"rawId":%q,"type":"public-key","response":%s}`, id, id, response)
 }
 
 func (p *passkey) get(t *testing.T, credential string, options json.RawMessage) approval.Proof {
@@ -291,29 +314,32 @@ func (p *passkey) get(t *testing.T, credential string, options json.RawMessage) 
 	hash := sha256.Sum256(client)
 	signed := sha256.Sum256(append(slices.Clone(data), hash[:]...))
 	signature := must(ecdsa.SignASN1(rand.Reader, p.key, signed[:]))(t)
-	return approval.Proof{Credential: credential, Assertion: &approval.Assertion{AuthenticatorData: base64url(data), ClientDataJSON: base64url(client), Signature: base64url(signature)}}
+	return approval.Proof{Credential: credential, Assertion: &approval.Assertion{
+		AuthenticatorData: base64url(data), ClientDataJSON: base64url(client), Signature: base64url(signature),
+	}}
 }
 
-// TestCanaries: however many ask, one flies a second, and a device that hangs costs five.
+// TestCanaries checks that all callers together get one test signature a second, and that a device
+// that hangs costs five seconds.
 func TestCanaries(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		var c canaries
-		flown := 0
-		fly := func(context.Context) error { flown++; return nil }
+		var c canaryCache
+		signatures := 0
+		sign := func(context.Context) error { signatures++; return nil }
 		for range 100 {
-			if err := c.fly(fly); err != nil {
+			if err := c.result(sign); err != nil {
 				t.Error(err)
 			}
 		}
-		time.Sleep(canaryEvery)
-		c.fly(fly)
-		if flown != 2 {
-			t.Errorf("%d have flown", flown)
+		time.Sleep(canaryInterval)
+		c.result(sign)
+		if signatures != 2 {
+			t.Errorf("there are %d signatures", signatures)
 		}
-		time.Sleep(canaryEvery)
+		time.Sleep(canaryInterval)
 		begun := time.Now()
-		err := c.fly(func(ctx context.Context) error { <-ctx.Done(); return ctx.Err() })
-		if !errors.Is(err, context.DeadlineExceeded) || time.Since(begun) != canaryTime {
+		err := c.result(func(ctx context.Context) error { <-ctx.Done(); return ctx.Err() })
+		if !errors.Is(err, context.DeadlineExceeded) || time.Since(begun) != canaryTimeout {
 			t.Errorf("after %v: %v", time.Since(begun), err)
 		}
 	})
@@ -329,8 +355,10 @@ func TestHealth(t *testing.T) {
 	if wants(t, "not ready", "unavailable", err); strings.Contains(err.Error(), "secret") {
 		t.Errorf("a stranger is told %v", err)
 	}
-	for _, want := range []string{string(appliance.Operational), stateDegraded, stateRolledBack} {
-		if h := must(newRigIn(t, want).root().Health(t.Context()))(t); h.State != want || (len(h.Causes) == 0) != (want == string(appliance.Operational)) {
+	const operational = string(appliance.Operational)
+	for _, want := range []string{operational, stateDegraded, stateRolledBack} {
+		h := must(newRigIn(t, want).root().Health(t.Context()))(t)
+		if h.State != want || (len(h.Causes) == 0) != (want == operational) {
 			t.Errorf("%+v, want %s", h, want)
 		}
 	}

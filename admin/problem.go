@@ -22,7 +22,7 @@ import (
 	"github.com/labstack/echo/v4"
 )
 
-// problem is a kind of refusal: its code, its status, and its title, which never changes.
+// problem is a kind of refusal. Programs can rely on the code and the title.
 type problem struct {
 	code   string
 	status int
@@ -51,17 +51,19 @@ var codes = []problem{
 	needsApproval, rateLimited, notProven,
 }
 
-// statuses lists what every operation may be refused with.
-var statuses = []int{http.StatusBadRequest, http.StatusUnauthorized, http.StatusForbidden, http.StatusNotFound, http.StatusConflict, http.StatusRequestEntityTooLarge,
-	http.StatusTooManyRequests, http.StatusServiceUnavailable}
+// statuses lists the HTTP statuses of refusals, for every operation.
+var statuses = []int{
+	http.StatusBadRequest, http.StatusUnauthorized, http.StatusForbidden, http.StatusNotFound, http.StatusConflict,
+	http.StatusRequestEntityTooLarge, http.StatusTooManyRequests, http.StatusServiceUnavailable,
+}
 
-// problems says what an error of the appliance or of the operators is to the caller. The first one that fits counts; what is not here is
-// unavailable.
+// problems maps errors to problems. The first matching row counts. Other errors are unavailable.
 var problems = []struct {
 	err error
 	problem
 }{
-	{manage.ErrInvalid, invalid}, {operators.ErrInvalid, invalid}, {approval.ErrInvalid, invalid}, {certs.ErrUnfit, invalid},
+	{manage.ErrInvalid, invalid}, {operators.ErrInvalid, invalid}, {approval.ErrInvalid, invalid},
+	{certs.ErrUnfit, invalid},
 	{manage.ErrExists, exists}, {operators.ErrExists, exists},
 	{manage.ErrNotFound, notFound}, {operators.ErrNotFound, notFound},
 	{approval.ErrNotProven, notProven},
@@ -75,29 +77,31 @@ var problems = []struct {
 	{operators.ErrUninitialised, uninitialised},
 }
 
-// errAs makes an error of a kind where it arises in this package.
-type errAs struct {
+// problemError is an error of this package with its problem.
+type problemError struct {
 	problem
 	text string
 }
 
-func (e errAs) Error() string { return e.text }
+func (e problemError) Error() string { return e.text }
 
 func (p problem) errorf(format string, args ...any) error {
-	return errAs{p, fmt.Sprintf(format, args...)}
+	return problemError{p, fmt.Sprintf(format, args...)}
 }
 
 func (p problem) document(detail string) *api.Error {
-	return &api.Error{Type: "urn:countersign:error:" + p.code, Title: p.title, Status: p.status, Detail: detail, Code: p.code}
+	return &api.Error{
+		Type: "urn:countersign:error:" + p.code, Title: p.title, Status: p.status, Detail: detail, Code: p.code,
+	}
 }
 
-// translate makes the document of an error, once for all routes.
+// translate returns the problem document of an error, for all routes.
 func translate(err error) *api.Error {
 	if refusal, ok := errors.AsType[*api.Error](err); ok {
 		return refusal
 	}
 	kind := unavailable
-	if here, ok := errors.AsType[errAs](err); ok {
+	if here, ok := errors.AsType[problemError](err); ok {
 		kind = here.problem
 	} else if route, ok := errors.AsType[*echo.HTTPError](err); ok && route.Code < http.StatusInternalServerError {
 		if kind = invalid; route.Code == http.StatusNotFound {
@@ -132,14 +136,15 @@ func writeProblem(w http.ResponseWriter, e *api.Error) {
 	json.NewEncoder(w).Encode(e)
 }
 
-// fail answers what never came to an operation.
-func fail(err error, c echo.Context) {
+// writeError answers a request for which there is no operation.
+func writeError(err error, c echo.Context) {
 	if !c.Response().Committed {
 		writeProblem(c.Response(), translate(err))
 	}
 }
 
-// configureHuma has huma speak of errors as we do. It has no other place for that than variables of its own.
+// configureHuma makes huma use problem documents of this package. huma has only global variables
+// for that.
 var configureHuma = sync.OnceFunc(func() {
 	huma.DefaultArrayNullable = false
 	huma.NewError = func(status int, text string, errs ...error) huma.StatusError {
@@ -160,7 +165,7 @@ var configureHuma = sync.OnceFunc(func() {
 			} else {
 				text += ":"
 			}
-			text += " " + strings.TrimSpace(detail.Location+" "+detail.Message) // the value is not said: it may be a secret
+			text += " " + strings.TrimSpace(detail.Location+" "+detail.Message) // not the value: it may be a secret
 		}
 		if len(text) > 500 {
 			text = strings.ToValidUTF8(text[:500], "") + "…"

@@ -14,31 +14,40 @@ import (
 	"github.com/danielgtaylor/huma/v2"
 )
 
-// operation declares a route: all that is asked of a caller before its handler runs is here, and in the OpenAPI document.
+// operation declares a route with its rules. authorise enforces the rules before the handler runs,
+// and the OpenAPI document shows them.
 type operation struct {
 	route   string // method and path
 	id      string
 	summary string
-	roles   []approval.Role // of which the caller needs one; everyone: being signed in is enough; anyone: not even that
-	refused []refusal       // the states in which it is refused
-	status  int             // of success, where it is not 200, or 204 without a document
-	body    int64           // bound of the request's body, where it is not maxBody
-	hidden  bool            // from the document, where another one stands for it
+	roles   []approval.Role // the caller needs one of them; or public, or signedIn
+	refused []refusal       // the states in which the operation is refused
+	status  int             // of success; 0: 200, or 204 without a document
+	body    int64           // maximum length of the request's body, in bytes; 0: maxBody
+	hidden  bool            // not in the OpenAPI document, which has another operation instead
 }
 
-// refusal is a state of the appliance, and the code of what is refused in it.
+// refusal is a state of the appliance, and the code of a refusal in that state.
 type refusal struct {
 	State string `json:"state"`
 	Code  string `json:"code"`
 }
 
+// The roles of operations for all callers.
 var (
-	anyone   = []approval.Role{}
-	everyone = []approval.Role{"*"}
+	public   = []approval.Role{}    // no session is needed
+	signedIn = []approval.Role{"*"} // any role
+)
 
-	never  = []refusal{}
-	always = []refusal{{stateUninitialised, uninitialised.code}} // as long as there is nobody who could be allowed to do it
-	making = []refusal{{stateUninitialised, uninitialised.code}, {stateLocked, locked.code}, {stateRolledBack, rolledBack.code}}
+// The states in which operations are refused.
+var (
+	inNoState = []refusal{}
+	// whileUninitialised is for most operations: without operators, no caller can have a role.
+	whileUninitialised = []refusal{{stateUninitialised, uninitialised.code}}
+	// whileBlocked is for operations that make a key or use a key.
+	whileBlocked = []refusal{
+		{stateUninitialised, uninitialised.code}, {stateLocked, locked.code}, {stateRolledBack, rolledBack.code},
+	}
 )
 
 const (
@@ -52,7 +61,7 @@ const (
 
 func of(roles ...approval.Role) []approval.Role { return roles }
 
-// caller is who calls, and over what.
+// caller is the caller of an operation, with the connection.
 type caller struct {
 	connection
 	session *operators.Session // nil: signed out
@@ -66,11 +75,13 @@ func (c caller) actor() audit.Actor {
 }
 
 func (c caller) has(roles ...approval.Role) bool {
-	return c.session != nil && slices.ContainsFunc(roles, func(r approval.Role) bool { return slices.Contains(c.session.Roles, r) })
+	return c.session != nil && slices.ContainsFunc(roles, func(r approval.Role) bool {
+		return slices.Contains(c.session.Roles, r)
+	})
 }
 
-// raw registers an operation whose answer is a whole output of huma.
-func raw[I, O any](s *server, o operation, do func(context.Context, caller, *I) (*O, error)) {
+// routeRaw registers an operation whose handler returns an output struct of huma.
+func routeRaw[I, O any](s *server, do func(context.Context, caller, *I) (*O, error), o operation) {
 	method, path, ok := strings.Cut(o.route, " ")
 	if !ok || o.roles == nil || o.refused == nil || o.summary == "" {
 		panic("admin: " + o.route + " does not say who may call it and when")
@@ -79,10 +90,11 @@ func raw[I, O any](s *server, o operation, do func(context.Context, caller, *I) 
 		o.body = maxBody
 	}
 	huma.Register(s.api, huma.Operation{
-		Method: method, Path: path, OperationID: o.id, Summary: o.summary, DefaultStatus: o.status, MaxBodyBytes: o.body, Hidden: o.hidden,
-		Errors: statuses, Extensions: o.extensions(), Security: o.security(), RejectUnknownQueryParameters: true,
+		Method: method, Path: path, OperationID: o.id, Summary: o.summary, Hidden: o.hidden,
+		DefaultStatus: o.status, MaxBodyBytes: o.body, RejectUnknownQueryParameters: true,
+		Errors: statuses, Extensions: o.extensions(), Security: o.security(),
 		Middlewares: huma.Middlewares{func(c huma.Context, next func(huma.Context)) {
-			ctx, cancel := context.WithTimeout(c.Context(), actTime)
+			ctx, cancel := context.WithTimeout(c.Context(), requestTimeout)
 			defer cancel()
 			who, err := s.authorise(o, c)
 			if err != nil {
@@ -106,7 +118,8 @@ func raw[I, O any](s *server, o operation, do func(context.Context, caller, *I) 
 	})
 }
 
-// callerKey is where the middleware leaves the caller for the wrapper of the handler, which passes it on as an argument.
+// callerKey is the context key of the caller, from the middleware to the wrapper of the handler.
+// Handlers get the caller as an argument.
 type callerKey struct{}
 
 func (o operation) extensions() map[string]any {
@@ -123,19 +136,19 @@ func (o operation) security() []map[string][]string {
 type answer[D any] struct{ Body D }
 
 // route registers an operation that answers with a document.
-func route[I, D any](s *server, o operation, do func(context.Context, caller, *I) (D, error)) {
-	raw(s, o, func(ctx context.Context, who caller, in *I) (*answer[D], error) {
+func route[I, D any](s *server, do func(context.Context, caller, *I) (D, error), o operation) {
+	routeRaw(s, func(ctx context.Context, who caller, in *I) (*answer[D], error) {
 		d, err := do(ctx, who, in)
 		return &answer[D]{d}, err
-	})
+	}, o)
 }
 
-// act registers an operation that answers with nothing.
-func act[I any](s *server, o operation, do func(context.Context, caller, *I) error) {
-	raw(s, o, func(ctx context.Context, who caller, in *I) (*struct{}, error) { return nil, do(ctx, who, in) })
+// routeEmpty registers an operation that answers without a document.
+func routeEmpty[I any](s *server, do func(context.Context, caller, *I) error, o operation) {
+	routeRaw(s, func(ctx context.Context, who caller, in *I) (*struct{}, error) { return nil, do(ctx, who, in) }, o)
 }
 
-// What handlers read.
+// The inputs of several handlers.
 type (
 	none  struct{}
 	named struct {
@@ -144,25 +157,27 @@ type (
 	body[D any] struct{ Body D }
 )
 
-// authorise is what each request must pass before anything of it but its head is read.
+// authorise applies the rules of an operation to a request. authorise has read the head of the
+// request only.
 func (s *server) authorise(o operation, c huma.Context) (caller, error) {
 	who := caller{connection: c.Context().Value(connectionKey{}).(connection)}
-	if err := o.refusedIn(!s.Operators.Initialised(), uninitialised, "root enrols the first administrator: countersign admin operator first"); err != nil {
+	const enrol = "root enrols the first administrator: countersign admin operator first"
+	if err := o.refusedIn(!s.Operators.Initialised(), uninitialised, enrol); err != nil {
 		return who, err
 	}
 	token, byCookie := token(c)
-	if !safe(c.Method()) && who.Kind == operators.HTTPS && (s.foreign(c) || byCookie && !s.sameOrigin(c)) {
+	if !safe(c.Method()) && who.Kind == operators.HTTPS && (s.crossOrigin(c) || byCookie && !s.sameOrigin(c)) {
 		return who, notAllowed.errorf("a browser asks for that from pages of the appliance only")
 	}
 	session, err := s.Operators.Session(token, who.Channel)
 	if err == nil {
 		who.session = &session
 	}
-	if len(o.roles) > 0 { // else some know more of who is signed in
+	if len(o.roles) > 0 { // a public operation may answer a signed-in caller with more details
 		if err != nil {
 			return who, err
 		}
-		if o.roles[0] != everyone[0] && !who.has(o.roles...) {
+		if o.roles[0] != signedIn[0] && !who.has(o.roles...) {
 			return who, notAllowed.errorf("that is for operators with one of the roles %s", join(o.roles))
 		}
 	}
@@ -173,9 +188,11 @@ func (s *server) authorise(o operation, c huma.Context) (caller, error) {
 	return who, o.refusedIn(h.Lock != nil, locked, "unlock it first: countersign admin unlock")
 }
 
-const rolledBackAdvice = "the ledger is older than its counter: put the newest one back, or accept it (countersign admin rollback)"
+const rolledBackAdvice = "the ledger is older than its counter: " +
+	"put the newest one back, or accept it (countersign admin rollback)"
 
-// refusedIn is the error of an operation that is refused in a state, if the appliance is in it.
+// refusedIn returns an error if the appliance is in a state, and the operation is refused in that
+// state.
 func (o operation) refusedIn(is bool, p problem, advice string) error {
 	if is && slices.ContainsFunc(o.refused, func(r refusal) bool { return r.Code == p.code }) {
 		return p.errorf("%s", advice)

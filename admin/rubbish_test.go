@@ -5,11 +5,13 @@ import (
 	"testing"
 )
 
-// TestRubbish: what is not in the document is refused, and nothing of it is said again.
+// TestRubbish checks that requests against the document are refused, and that the refusal has no
+// value of the request.
 func TestRubbish(t *testing.T) {
 	r := newRig(t)
 	token := r.token(r.root(), "root")
 	secret := "this-may-be-a-secret"
+	seventeen := strings.Repeat(`{"name":"a","value":"b"},`, 16) + `{"name":"a","value":"b"}`
 	for _, c := range []struct {
 		method, path, body, kind string
 		status                   int
@@ -30,7 +32,7 @@ func TestRubbish(t *testing.T) {
 		{"POST", "/v1/proposals", strings.Repeat(" ", maxProposal), "", 413},
 		{"POST", "/v1/proposals", `{"act":"clock accept","lifetime":1}`, "", 400},
 		{"POST", "/v1/proposals", `{"act":"clock accept","lifetime":1e9}`, "", 400},
-		{"POST", "/v1/proposals", `{"act":"clock accept","parameters":[` + strings.Repeat(`{"name":"a","value":"b"},`, 16) + `{"name":"a","value":"b"}]}`, "", 400},
+		{"POST", "/v1/proposals", `{"act":"clock accept","parameters":[` + seventeen + `]}`, "", 400},
 		{"GET", "/v1/events?limit=0", ``, "", 400},
 		{"GET", "/v1/events?limit=1001", ``, "", 400},
 		{"GET", "/v1/events?from=-1", ``, "", 400},
@@ -38,7 +40,7 @@ func TestRubbish(t *testing.T) {
 		{"GET", "/v1/policies/last", ``, "", 400},
 		{"GET", "/v1/nothing", ``, "", 404},
 		{"PATCH", "/v1/keys", `{}`, "", 405},
-		{"POST", "/v1/peers", `{"name":"a"}`, "", 405}, // under approval now
+		{"POST", "/v1/peers", `{"name":"a"}`, "", 405}, // a new peer needs a proposal
 		{"GET", "/tile/../../etc/passwd", ``, "", 404},
 	} {
 		headers := map[string]string{"Authorization": "Bearer " + token}
@@ -46,8 +48,12 @@ func TestRubbish(t *testing.T) {
 			headers["Content-Type"] = c.kind
 		}
 		resp, refusal, text := call(t, r.unixHTTP(), c.method, "http://countersign"+c.path, c.body, headers)
-		if resp.StatusCode != c.status || refusal.Status != c.status || len(text) > 1000 || strings.Contains(text, secret) ||
-			refusal.Code != map[bool]string{true: "not_found", false: "invalid"}[c.status == 404] {
+		want := "invalid"
+		if c.status == 404 {
+			want = "not_found"
+		}
+		if resp.StatusCode != c.status || refusal.Status != c.status || refusal.Code != want ||
+			len(text) > 1000 || strings.Contains(text, secret) {
 			t.Errorf("%s %s %.60s: %d %.300s, want %d", c.method, c.path, c.body, resp.StatusCode, text, c.status)
 		}
 	}

@@ -6,7 +6,7 @@ import (
 	"countersign/admin/api"
 )
 
-// hasTLS is nil where there is a listener that needs a certificate.
+// hasTLS returns an error without an HTTPS listener.
 func (s *server) hasTLS() error {
 	if s.Certificates == nil {
 		return notFound.errorf("the appliance has no HTTPS listener: see admin_https in the configuration")
@@ -24,7 +24,8 @@ func (s *server) tls(ctx context.Context, _ caller, _ *none) (api.TLS, error) {
 	}
 	st := s.Certificates.Status()
 	return api.TLS{
-		Installed: st.Installed, Names: append([]string{}, st.Names...), Issuer: st.Issuer, NotBefore: unix(st.NotBefore), NotAfter: unix(st.NotAfter), Warning: st.Warning, CA: string(ca),
+		Installed: st.Installed, Names: append([]string{}, st.Names...), Issuer: st.Issuer,
+		NotBefore: unix(st.NotBefore), NotAfter: unix(st.NotAfter), Warning: st.Warning, CA: string(ca),
 	}, nil
 }
 

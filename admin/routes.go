@@ -1,0 +1,208 @@
+package admin
+
+import "net/http"
+
+// routes registers all operations. An operation of logFiles is registered in log.go.
+func (s *server) routes() {
+	routeRaw(s, s.openapi, operation{
+		route: "GET /v1/openapi.json", id: "openapi", summary: "This document",
+		roles: public, refused: inNoState})
+	for _, at := range []struct{ path, id string }{{"/v1/health/", ""}, {"/health/", "-short"}} {
+		route(s, s.alive, operation{
+			route: "GET " + at.path + "alive", id: "alive" + at.id,
+			summary: "Say whether the daemon comes round",
+			roles:   public, refused: inNoState})
+		route(s, s.ready, operation{
+			route: "GET " + at.path + "ready", id: "ready" + at.id,
+			summary: "Say whether it signs: by a signature, made once a second at the most",
+			roles:   public, refused: inNoState})
+		route(s, s.health, operation{
+			route: "GET " + at.path + "state", id: "state" + at.id,
+			summary: "Say in which state the appliance is, and to who is signed in why",
+			roles:   public, refused: inNoState})
+	}
+	routeEmpty(s, s.lock, operation{
+		route: "POST /v1/lock", id: "lock",
+		summary: "Lock the appliance: no key is used until it is unlocked",
+		roles:   of(administrator, operator), refused: whileUninitialised})
+	routeEmpty(s, s.unlock, operation{
+		route: "POST /v1/unlock", id: "unlock", summary: "Unlock the appliance",
+		roles: of(administrator), refused: whileUninitialised})
+
+	route(s, s.me, operation{
+		route: "GET /v1/me", id: "me", summary: "Say who is signed in",
+		roles: signedIn, refused: whileUninitialised})
+	route(s, s.challenge, operation{
+		route: "POST /v1/challenges", id: "challenge",
+		summary: "Get a text to be signed, to sign in or to confirm presence",
+		roles:   public, refused: whileUninitialised, status: http.StatusCreated})
+	routeRaw(s, s.signIn, operation{
+		route: "POST /v1/sessions", id: "sign-in", summary: "Sign in with a signed challenge",
+		roles: public, refused: whileUninitialised, status: http.StatusCreated})
+	route(s, s.sessions, operation{
+		route: "GET /v1/sessions", id: "sessions", summary: "List one's own sessions; administrators see all",
+		roles: signedIn, refused: whileUninitialised})
+	routeRaw(s, s.endSession, operation{
+		route: "DELETE /v1/sessions/{id}", id: "end-session",
+		summary: "End a session: one's own (current is this one), as an administrator any",
+		roles:   signedIn, refused: whileUninitialised})
+	route(s, s.passkeyOptions, operation{
+		route: "POST /v1/passkeys/options", id: "passkey-options", summary: "Begin to make a passkey",
+		roles: public, refused: whileUninitialised, status: http.StatusCreated})
+	route(s, s.passkey, operation{
+		route: "POST /v1/passkeys", id: "passkey",
+		summary: "Check a new passkey; a proposal gives it to an operator",
+		roles:   public, refused: whileUninitialised})
+	route(s, s.enrolFirst, operation{
+		route: "POST /v1/operators/first", id: "first-operator",
+		summary: "Enrol the first administrator: for root on the Unix socket, once",
+		roles:   public, refused: inNoState, status: http.StatusCreated})
+	route(s, s.operators, operation{
+		route: "GET /v1/operators", id: "operators", summary: "List operators",
+		roles: of(administrator, auditor, approver), refused: whileUninitialised})
+	route(s, s.operator, operation{
+		route: "GET /v1/operators/{name}", id: "operator", summary: "Show an operator",
+		roles: of(administrator, auditor, approver), refused: whileUninitialised})
+	route(s, s.approvals, operation{
+		route: "GET /v1/approvals", id: "approvals",
+		summary: "Say how many approvals an act needs, and who gives them",
+		roles:   of(administrator, operator, auditor, approver), refused: whileUninitialised})
+	route(s, s.proposals, operation{
+		route: "GET /v1/proposals", id: "proposals", summary: "List proposals, the newest first",
+		roles: of(administrator, operator, auditor, approver), refused: whileUninitialised})
+	route(s, s.propose, operation{
+		route: "POST /v1/proposals", id: "propose", summary: "Propose an act that needs approval",
+		roles: of(administrator, operator), refused: whileUninitialised, status: http.StatusCreated, body: maxProposal})
+	route(s, s.proposal, operation{
+		route: "GET /v1/proposals/{id}", id: "proposal", summary: "Show a proposal",
+		roles: of(administrator, operator, auditor, approver), refused: whileUninitialised})
+	route(s, s.approve, operation{
+		route: "POST /v1/proposals/{id}/approvals", id: "approve",
+		summary: "Approve a proposal by a signature over its text",
+		roles:   of(approver), refused: whileUninitialised})
+	routeEmpty(s, s.withdraw, operation{
+		route: "POST /v1/proposals/{id}/withdraw", id: "withdraw", summary: "Withdraw a proposal",
+		roles: of(administrator, operator), refused: whileUninitialised})
+
+	route(s, s.createKey, operation{
+		route: "POST /v1/keys", id: "create-key", summary: "Create or import a signing key",
+		roles: of(operator), refused: whileBlocked, status: http.StatusCreated})
+	route(s, s.keys, operation{
+		route: "GET /v1/keys", id: "keys", summary: "List all versions of all keys",
+		roles: signedIn, refused: whileUninitialised})
+	route(s, s.key, operation{
+		route: "GET /v1/keys/{name}", id: "key", summary: "Show all versions of a key",
+		roles: signedIn, refused: whileUninitialised})
+	route(s, s.rotate, operation{
+		route: "POST /v1/keys/{name}/rotate", id: "rotate-key", summary: "Announce the next version of a key",
+		roles: of(operator), refused: whileBlocked})
+	route(s, s.line, operation{
+		route: "GET /v1/keys/{name}/line", id: "line",
+		summary: "Say how a key is rotated, and who has not acknowledged it",
+		roles:   signedIn, refused: whileUninitialised})
+	route(s, s.setLine, operation{
+		route: "PATCH /v1/keys/{name}/line", id: "set-line", summary: "Say how a key is rotated",
+		roles: of(operator), refused: whileUninitialised})
+	routeEmpty(s, s.archive, operation{
+		route: "POST /v1/keys/{name}/versions/{version}/archive", id: "archive-key",
+		summary: "Take a version out of use that was followed",
+		roles:   of(operator), refused: whileUninitialised})
+	route(s, s.confirm, operation{
+		route: "POST /v1/keys/{name}/confirm", id: "confirm-key",
+		summary: "Confirm by a signed challenge that a key may sign for a while",
+		roles:   of(operator), refused: whileUninitialised})
+	route(s, s.authorizeNoise, operation{
+		route: "POST /v1/noise-key/authorize", id: "authorize-noise-key",
+		summary: "Have the identity's key sign for the Noise key",
+		roles:   of(operator), refused: whileBlocked, status: http.StatusCreated})
+	route(s, s.noiseKey, operation{
+		route: "GET /v1/noise-key", id: "noise-key",
+		summary: "Show the key that the listener answers handshakes with",
+		roles:   signedIn, refused: whileUninitialised})
+	route(s, s.tokens, operation{
+		route: "GET /v1/tokens", id: "tokens", summary: "Say how the tokens and their key workers are",
+		roles: of(administrator, operator, auditor, metrics), refused: whileUninitialised})
+	routeEmpty(s, s.retryToken, operation{
+		route: "POST /v1/tokens/{name}/retry", id: "retry-token",
+		summary: "Log in to a token again after its PIN was refused",
+		roles:   of(administrator), refused: whileUninitialised})
+	route(s, s.rollback, operation{
+		route: "GET /v1/rollback", id: "rollback",
+		summary: "Say whether the ledger is older than its counter",
+		roles:   of(administrator, operator, auditor, approver), refused: whileUninitialised})
+	route(s, s.peers, operation{
+		route: "GET /v1/peers", id: "peers", summary: "List the enrolled peers",
+		roles: signedIn, refused: whileUninitialised})
+	routeEmpty(s, s.removePeer, operation{
+		route: "DELETE /v1/peers/{name}", id: "remove-peer",
+		summary: "Take a peer's enrolment back and close its connections",
+		roles:   of(operator), refused: whileUninitialised})
+	routeEmpty(s, s.suspendPeer, operation{
+		route: "POST /v1/peers/{name}/suspend", id: "suspend-peer",
+		summary: "Keep a peer out until it is resumed",
+		roles:   of(operator), refused: whileUninitialised})
+	routeEmpty(s, s.resumePeer, operation{
+		route: "POST /v1/peers/{name}/resume", id: "resume-peer", summary: "Let a suspended peer in again",
+		roles: of(operator), refused: whileUninitialised})
+
+	route(s, s.policies, operation{
+		route: "GET /v1/policies", id: "policies",
+		summary: "List the versions of the policy without their texts; the last one is in force",
+		roles:   of(administrator, operator, auditor, approver), refused: whileUninitialised})
+	route(s, s.policy, operation{
+		route: "GET /v1/policies/{version}", id: "policy",
+		summary: "Show a version of the policy with its text",
+		roles:   of(administrator, operator, auditor, approver), refused: whileUninitialised})
+	route(s, s.decisions, operation{
+		route: "GET /v1/decisions", id: "decisions", summary: "List what policy decided",
+		roles: of(administrator, auditor), refused: whileUninitialised})
+	route(s, s.decision, operation{
+		route: "GET /v1/decisions/{event}", id: "decision", summary: "Show what policy decided in an event",
+		roles: of(administrator, auditor), refused: whileUninitialised})
+
+	route(s, s.events, operation{
+		route: "GET /v1/events", id: "events", summary: "List events of the audit log",
+		roles: of(administrator, operator, auditor), refused: whileUninitialised})
+	route(s, s.log, operation{
+		route: "GET /v1/log", id: "log", summary: "Name the audit log",
+		roles: of(administrator, operator, auditor, backup), refused: whileUninitialised})
+	route(s, s.endEpoch, operation{
+		route: "POST /v1/log/epochs", id: "end-epoch", summary: "End the present epoch of the audit log",
+		roles: of(operator), refused: whileUninitialised})
+	routeEmpty(s, s.hold, operation{
+		route: "POST /v1/log/epochs/{epoch}/hold", id: "hold",
+		summary: "Keep an epoch from being dropped (legal hold)",
+		roles:   of(administrator), refused: whileUninitialised})
+	s.logFiles()
+	route(s, s.retention, operation{
+		route: "GET /v1/retention", id: "retention", summary: "Say what retention has dropped and will drop",
+		roles: of(administrator, auditor, backup), refused: whileUninitialised})
+	route(s, s.receipts, operation{
+		route: "GET /v1/receipts", id: "receipts", summary: "List receipts by time",
+		roles: of(operator, auditor), refused: whileUninitialised})
+	route(s, s.receipt, operation{
+		route: "GET /v1/receipts/{id}", id: "receipt", summary: "Show a receipt",
+		roles: of(operator, auditor), refused: whileUninitialised})
+	route(s, s.ledger, operation{
+		route: "GET /v1/ledger", id: "ledger", summary: "Say how large the ledger is and how its clock is",
+		roles: of(administrator, operator, auditor, backup, metrics), refused: whileUninitialised})
+	route(s, s.compact, operation{
+		route: "POST /v1/ledger/compact", id: "compact",
+		summary: "Give the free space of the ledger's file back",
+		roles:   of(operator), refused: whileUninitialised})
+
+	route(s, s.tls, operation{
+		route: "GET /v1/tls", id: "tls",
+		summary: "Show the certificate of the HTTPS listener and whom to trust for it",
+		roles:   signedIn, refused: whileUninitialised})
+	route(s, s.csr, operation{
+		route: "POST /v1/tls/csr", id: "csr", summary: "Ask for a request for a certificate",
+		roles: of(administrator), refused: whileUninitialised})
+	route(s, s.installCertificate, operation{
+		route: "PUT /v1/tls/certificate", id: "install-certificate", summary: "Put a certificate into use",
+		roles: of(administrator), refused: whileUninitialised})
+	route(s, s.uninstallCertificate, operation{
+		route: "DELETE /v1/tls/certificate", id: "uninstall-certificate",
+		summary: "Go back to a certificate of the appliance's own CA",
+		roles:   of(administrator), refused: whileUninitialised})
+}
