@@ -10,8 +10,8 @@ import (
 	"time"
 )
 
-// Each event has one constructor here, with typed fields: so its action, its resource and the names in
-// its metadata stand in one place. Actor and time apart, equal arguments give equal events.
+// Each event has one constructor in this file, with typed fields: action, resource and metadata
+// names of an event stand in one place. Equal arguments give equal events, except for the time.
 
 // newEvent makes an event with the outcome ok. pairs are names and values of the metadata.
 func newEvent(t Type, who Actor, action, resource string, pairs ...string) Event {
@@ -22,7 +22,7 @@ func newEvent(t Type, who Actor, action, resource string, pairs ...string) Event
 	return e
 }
 
-// with adds an entry to the metadata of an event that only the caller has.
+// with adds an entry to the metadata of an event with no other user.
 func (e Event) with(name, value string) Event {
 	if e.Metadata == nil {
 		e.Metadata = make(map[string]string, 8)
@@ -31,7 +31,7 @@ func (e Event) with(name, value string) Event {
 	return e
 }
 
-// own returns an event whose metadata are the caller's to change.
+// own returns an event with metadata of its own, free to change.
 func (e Event) own() Event {
 	e.Metadata = maps.Clone(e.Metadata)
 	return e
@@ -56,11 +56,13 @@ type EpochEnd struct {
 	Root Hash
 }
 
-// NewEpochBegun is the first event of an epoch. before is the end of the epoch before; nil: there is none.
+// NewEpochBegun is the first event of an epoch. before is the end of the epoch before; nil: there
+// is none.
 func NewEpochBegun(who Actor, epoch uint32, first uint64, before *EpochEnd) Event {
 	e := newEvent(EpochBegun, who, "epoch", epochResource(epoch), "first", decimal(first))
 	if before != nil {
-		e = e.with("previous_size", decimal(before.Size)).with("previous_root", base64.StdEncoding.EncodeToString(before.Root[:]))
+		root := base64.StdEncoding.EncodeToString(before.Root[:])
+		e = e.with("previous_size", decimal(before.Size)).with("previous_root", root)
 	}
 	return e
 }
@@ -72,9 +74,10 @@ func NewStarted() Event { return newEvent(Started, Daemon(), "serve", "") }
 
 func NewStopped() Event { return newEvent(Stopped, Daemon(), "serve", "") }
 
-// Document is what an event keeps of a document: enough to recognise it, nothing of its content.
+// Document is the part of a document in an event: enough to recognise the document, without any
+// content.
 type Document struct {
-	Transcript string // its type
+	Transcript string // the type
 	Digest     [32]byte
 	Nonce      [32]byte
 	ExpiresAt  int64 // Unix seconds
@@ -102,13 +105,13 @@ func NewOutcome(who Actor, key, transcript string, admission uint64, failed stri
 	return e
 }
 
-// NewVerification is a signature that was found good. key is the name of the key that the request
-// names, or "".
+// NewVerification records a valid signature by a signer. key is the name of the key in the request,
+// or "".
 func NewVerification(who Actor, key string, d Document, signer [32]byte) Event {
 	return newEvent(SignatureVerified, who, "verify", key).of(d).with("signer", hex.EncodeToString(signer[:]))
 }
 
-// AsReplay is the event of a nonce that was spent before, in place of the event of its admission.
+// AsReplay turns the event of an admission into the event of a spent nonce.
 func (e Event) AsReplay(code string) Event {
 	e.Type = ReplayRefused
 	return e.ended(code)
@@ -120,33 +123,33 @@ func (e Event) AsRejected(code string) Event {
 	return e.ended(code)
 }
 
-// Decided adds the SHA-256 of the policy that has decided, and the digest of its inputs.
+// Decided adds the SHA-256 of the deciding policy, and the digest of the inputs.
 func (e Event) Decided(policy [32]byte, inputs string) Event {
 	return e.own().with("policy", hex.EncodeToString(policy[:])).with("inputs", inputs)
 }
 
-// RefusedByGeneration says that policy had allowed the signature, and a generation that is not higher
-// than the last one has not.
+// RefusedByGeneration marks a refusal by the ledger after policy had allowed the signature: the
+// generation is not higher than the last one.
 func (e Event) RefusedByGeneration() Event { return e.own().with("refused", "generation") }
 
-// NewRejection is a request that was refused before its admission.
+// NewRejection records a request refused before the admission.
 func NewRejection(who Actor, action, resource, code string) Event {
 	return newEvent(SignatureRejected, who, action, resource).ended(code)
 }
 
-// Span is how often something has happened from a time to a time.
+// Span counts repetitions from one time to another.
 type Span struct {
 	Count        uint64
 	Since, Until time.Time
 }
 
-// NewCount aggregates events of one type that are too many to be written down one by one.
+// NewCount aggregates events of one type: too many to record one by one.
 func NewCount(t Type, action, resource, outcome string, s Span) Event {
 	return newEvent(t, Daemon(), action, resource, "count", decimal(s.Count),
 		"since", decimal(s.Since.UnixMilli()), "until", decimal(s.Until.UnixMilli())).ended(outcome)
 }
 
-// KeyFacts are what an event says of a key's version that was made.
+// KeyFacts are the properties of a new version of a key in an event.
 type KeyFacts struct {
 	PublicKey  []byte
 	Algorithm  string
@@ -155,7 +158,7 @@ type KeyFacts struct {
 	Token      string
 }
 
-// NewKeyCreated is version 1 of a key that came into use, made on its token or imported.
+// NewKeyCreated records version 1 of a key coming into use, made on a token or imported.
 func NewKeyCreated(who Actor, key string, k KeyFacts, imported bool) Event {
 	t, action := KeyCreated, "key create"
 	if imported {
@@ -165,26 +168,26 @@ func NewKeyCreated(who Actor, key string, k KeyFacts, imported bool) Event {
 		"custody", k.Custody, "provenance", k.Provenance, "token", k.Token)
 }
 
-// NewKeyCreationFailed is a version that has never come into use and was cleared away.
+// NewKeyCreationFailed records the removal of a version before any use.
 func NewKeyCreationFailed(key, outcome string) Event {
 	return newEvent(KeyCreationFailed, Daemon(), "key create", key).ended(outcome)
 }
 
-// NewKeyCommitted says that a version has a successor: next is the SHA-256 of its public key.
+// NewKeyCommitted records the successor of a version: next is the SHA-256 of the public key.
 func NewKeyCommitted(who Actor, key string, next [32]byte, k KeyFacts) Event {
 	return newEvent(KeyCommitted, who, "key create", key, "next", hex.EncodeToString(next[:]),
 		"custody", k.Custody, "provenance", k.Provenance, "token", k.Token)
 }
 
-// NewRotationAnnounced says when the version after that of key will be active.
+// NewRotationAnnounced records the time at which the version after key will be active.
 func NewRotationAnnounced(who Actor, key string, version uint32, activates time.Time, k KeyFacts) Event {
 	return newEvent(RotationAnnounced, who, "key rotate", key, "version", decimal(version),
 		"public_key", hex.EncodeToString(k.PublicKey), "activates_at", decimal(activates.Unix()),
 		"custody", k.Custody, "provenance", k.Provenance)
 }
 
-// NewKeyRotated says that a version is active. retires is when the version before it is archived; zero:
-// that was not active.
+// NewKeyRotated records a new active version. retires is the latest time of archiving for the
+// version before; zero: no active version before.
 func NewKeyRotated(who Actor, key string, publicKey []byte, retires time.Time) Event {
 	e := newEvent(KeyRotated, who, "key rotate", key, "public_key", hex.EncodeToString(publicKey))
 	if !retires.IsZero() {
@@ -193,12 +196,12 @@ func NewKeyRotated(who Actor, key string, publicKey []byte, retires time.Time) E
 	return e
 }
 
-// NewKeyRotationFailed says that a rotation has failed and changed nothing.
+// NewKeyRotationFailed records a rotation without any change.
 func NewKeyRotationFailed(who Actor, key string, cause error) Event {
 	return newEvent(KeyRotationFailed, who, "key rotate", key, "cause", cause.Error()).ended("failed")
 }
 
-// NewKeyStateChanged says that a version has another state. The reason may be "".
+// NewKeyStateChanged records another state of a version. The reason may be "".
 func NewKeyStateChanged(who Actor, key, from, to, reason string) Event {
 	e := newEvent(KeyStateChanged, who, "key state", key, "from", from, "to", to)
 	if reason != "" {
@@ -207,13 +210,13 @@ func NewKeyStateChanged(who Actor, key, from, to, reason string) Event {
 	return e
 }
 
-// NewRotationKnown says that a peer has acknowledged a version of a key.
+// NewRotationKnown records the acknowledgement of a version by a peer.
 func NewRotationKnown(who Actor, key string, version uint32) Event {
 	return newEvent(RotationKnown, who, "rotation.ack", key, "version", decimal(version))
 }
 
-// NewLineChanged says how a key is rotated from now on: settings are the bytes of the record. lowered:
-// the key may sign on fewer confirmations than before.
+// NewLineChanged records the settings of a key: settings are the bytes of the record. lowered: the
+// key may sign on fewer confirmations than before.
 func NewLineChanged(who Actor, key string, settings []byte, presence time.Duration, lowered bool) Event {
 	e := newEvent(LineChanged, who, "key set", key, "settings", string(settings),
 		"presence", decimal(int64(presence/time.Second)))
@@ -228,12 +231,12 @@ func NewPresenceConfirmed(who Actor, key string, until time.Time) Event {
 	return newEvent(PresenceConfirmed, who, "key confirm", key, "until", decimal(until.Unix()))
 }
 
-// NewNoiseKeyAuthorized says that a version of the Noise key speaks for an identity, the name of a key.
+// NewNoiseKeyAuthorized records the authorization of a Noise key by an identity, the name of a key.
 func NewNoiseKeyAuthorized(who Actor, key, identity string) Event {
 	return newEvent(NoiseKeyAuthorized, who, "noise authorize", key, "identity", identity)
 }
 
-// NewPeerAdded enrols a peer by its Noise static public key.
+// NewPeerAdded enrols a peer by name and Noise static public key.
 func NewPeerAdded(who Actor, name string, publicKey [32]byte) Event {
 	return newEvent(PeerAdded, who, "peer add", name, "public_key", hex.EncodeToString(publicKey[:]))
 }
@@ -262,7 +265,7 @@ func NewOperatorEnrolled(who Actor, action, name string, record []byte) Event {
 	return newEvent(OperatorEnrolled, who, action, name, "operator", string(record))
 }
 
-// NewOperatorChanged says what an act has changed of an operator: record is the operator after it in
+// NewOperatorChanged records a change of an operator. record is the operator after the change in
 // JSON; nil: the operator was removed.
 func NewOperatorChanged(who Actor, action, name, change string, record []byte) Event {
 	e := newEvent(OperatorChanged, who, action, name, "change", change)
@@ -289,16 +292,16 @@ func NewOperatorSignedOut(by, session, operator, channel string) Event {
 		"operator", operator, "channel", channel)
 }
 
-// Refusal says of a refused proof what it was for and why it was refused.
+// Refusal gives the purpose, the credential and the channel of a refused proof, and the cause.
 type Refusal struct{ Purpose, Credential, Channel, Cause string }
 
-// NewSignInRefused is a proof that was not believed, in an operator's name.
+// NewSignInRefused records a refused proof in the name of an operator.
 func NewSignInRefused(operator, outcome string, r Refusal) Event {
 	return newEvent(SignInRefused, Daemon(), "sign in", operator, "purpose", r.Purpose,
 		"credential", r.Credential, "channel", r.Channel, "cause", r.Cause).ended(outcome)
 }
 
-// ProposalRef names a proposal in events: its number, and the SHA-256 of its text.
+// ProposalRef names a proposal in events by number and by the SHA-256 of the text.
 type ProposalRef struct {
 	ID     uint64
 	Digest [32]byte
@@ -308,20 +311,20 @@ func (p ProposalRef) event(t Type, who Actor, action string) Event {
 	return newEvent(t, who, action, "proposal/"+strconv.FormatUint(p.ID, 10), "digest", hex.EncodeToString(p.Digest[:]))
 }
 
-// NewProposalMade has the text that is to be approved.
+// NewProposalMade has the text to be approved.
 func NewProposalMade(who Actor, p ProposalRef, text string) Event {
 	return p.event(ProposalMade, who, "proposal make").with("text", text)
 }
 
-// NewApprovalGiven has the proof of an approver. credential is the id of its credential.
+// NewApprovalGiven has the proof of an approver. credential is the id of a credential.
 func NewApprovalGiven(who Actor, p ProposalRef, credential string, proof []byte) Event {
 	return p.event(ApprovalGiven, who, "proposal approve").with("credential", credential).with("proof", string(proof))
 }
 
-// NewProposalRun says that a proposal is carried out from here on.
+// NewProposalRun records the beginning of the act of a proposal.
 func NewProposalRun(who Actor, p ProposalRef) Event { return p.event(ProposalRun, who, "proposal run") }
 
-// NewProposalDone says how carrying it out has ended: failed is "", failed or interrupted.
+// NewProposalDone records the end of the act of a proposal: failed is "", failed or interrupted.
 func NewProposalDone(who Actor, p ProposalRef, failed, cause string) Event {
 	e := p.event(ProposalDone, who, "proposal run")
 	if failed != "" {
@@ -330,7 +333,7 @@ func NewProposalDone(who Actor, p ProposalRef, failed, cause string) Event {
 	return e
 }
 
-// NewProposalWithdrawn and NewProposalExpired end a proposal that was not carried out.
+// NewProposalWithdrawn and NewProposalExpired end a proposal without the act.
 func NewProposalWithdrawn(who Actor, p ProposalRef) Event {
 	return p.event(ProposalWithdrawn, who, "proposal withdraw")
 }
@@ -339,7 +342,8 @@ func NewProposalExpired(p ProposalRef) Event {
 	return p.event(ProposalExpired, Daemon(), "proposal expire")
 }
 
-// NewCertificateChanged is another certificate of the admin API; nil: one that the appliance issues.
+// NewCertificateChanged records another certificate of the admin API; nil: a certificate by the CA
+// of the appliance.
 func NewCertificateChanged(who Actor, action, resource string, certificate []byte) Event {
 	e := newEvent(CertificateChanged, who, action, resource)
 	if certificate != nil {
@@ -355,8 +359,8 @@ func NewLocked(who Actor, reason string) Event {
 
 func NewUnlocked(who Actor) Event { return newEvent(Unlocked, who, "unlock", "") }
 
-// NewRetentionChanged has the records of the retention before and after in JSON. proposed is what an
-// approved proposal has said, in its words; nil: no operator has shortened anything.
+// NewRetentionChanged has the records of the retention before and after in JSON. proposed are the
+// parameters of an approved proposal; nil: no operator has shortened the retention.
 func NewRetentionChanged(who Actor, from, to []byte, proposed map[string]string) Event {
 	e := newEvent(RetentionChanged, who, "retention", "retention", "from", string(from), "to", string(to))
 	if proposed != nil {
@@ -386,12 +390,12 @@ func NewLegalHoldReleased(who Actor, epoch uint32, reason string) Event {
 	return newEvent(LegalHoldReleased, who, "retention", epochResource(epoch), "reason", reason)
 }
 
-// NewLedgerCompacted says that the ledger's file was copied without its free pages.
+// NewLedgerCompacted records a compaction of the ledger's file.
 func NewLedgerCompacted(who Actor) Event {
 	return newEvent(LedgerCompacted, who, "ledger compact", "")
 }
 
-// NewAway says that a resource has gone away: DeviceUnavailable of a token or the ledger's disk,
+// NewAway records the failure of a resource: DeviceUnavailable of a token or the ledger's disk,
 // ClockRefused of the clock. The cause may be nil.
 func NewAway(t Type, resource string, cause error) Event {
 	e := newEvent(t, Daemon(), "serve", resource).ended("unavailable")
@@ -401,10 +405,10 @@ func NewAway(t Type, resource string, cause error) Event {
 	return e
 }
 
-// NewBack says that a resource has come back: DeviceRecovered or ClockRecovered.
+// NewBack records the recovery of a resource: DeviceRecovered or ClockRecovered.
 func NewBack(t Type, resource string) Event { return newEvent(t, Daemon(), "serve", resource) }
 
-// NewTokenRetried says that an operator lets a token be asked for a login again.
+// NewTokenRetried records the permission of an operator for one more login to a token.
 func NewTokenRetried(who Actor, token string) Event {
 	return newEvent(TokenRetried, who, "token retry", token)
 }
@@ -414,20 +418,19 @@ func NewLedgerBound(who Actor, token string, counter uint64) Event {
 	return newEvent(LedgerBound, who, "bind", token, "counter", decimal(counter))
 }
 
-// NewRollbackDetected says that the ledger, which records one value of its counter, was found beside a
-// counter with another.
+// NewRollbackDetected records a ledger with one value of the counter beside a counter with another.
 func NewRollbackDetected(reason string, ledger, counter uint64) Event {
 	return newEvent(RollbackDetected, Daemon(), "start", "",
 		"reason", reason, "ledger", decimal(ledger), "counter", decimal(counter)).ended("refused")
 }
 
-// NewRollbackAccepted says that an operator has accepted a rollback.
+// NewRollbackAccepted records the acceptance of a rollback by an operator.
 func NewRollbackAccepted(who Actor, reason string, ledger, counter uint64) Event {
 	return newEvent(RollbackAccepted, who, "rollback accept", "",
 		"reason", reason, "ledger", decimal(ledger), "counter", decimal(counter))
 }
 
-// NewClockAccepted says that the ledger's time follows the clock at once, by the word of an operator.
+// NewClockAccepted records an operator's order to set the ledger's time to the clock at once.
 func NewClockAccepted(who Actor, ledger, clock time.Time) Event {
 	return newEvent(ClockAccepted, who, "ledger accept-time", "",
 		"ledger", ledger.UTC().Format(time.RFC3339), "clock", clock.UTC().Format(time.RFC3339))

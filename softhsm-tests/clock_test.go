@@ -22,7 +22,8 @@ func TestClockBehind(t *testing.T) {
 	p.stop()
 	// The ledger accepts a clock that is 8 s ahead, as if the system's clock had been wrong.
 	const ahead = 8 * time.Second
-	l, err := ledgertest.Open(t, s.path("ledger.db"), ledger.Options{Wall: func() time.Time { return time.Now().Add(ahead) }})
+	wall := func() time.Time { return time.Now().Add(ahead) }
+	l, err := ledgertest.Open(t, s.path("ledger.db"), ledger.Options{Wall: wall})
 	if err != nil {
 		t.Fatal(err)
 	}

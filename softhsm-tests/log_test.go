@@ -148,7 +148,8 @@ func (m *monitor) checkConsistent(from audit.Source) {
 		hashes := tlog.TileHashReader(tree, tileReader{m.t, from, shown.Epoch})
 		proof, err := tlog.ProveTree(int64(head.Size), int64(shown.Size), hashes)
 		if err == nil {
-			err = tlog.CheckTree(proof, int64(head.Size), tlog.Hash(head.Root), int64(shown.Size), tlog.Hash(shown.Root))
+			now, before := tlog.Hash(head.Root), tlog.Hash(shown.Root)
+			err = tlog.CheckTree(proof, int64(head.Size), now, int64(shown.Size), before)
 		}
 		if err != nil {
 			m.t.Fatalf("epoch %d, no consistency between %d and %d events: %v", shown.Epoch, shown.Size, head.Size, err)

@@ -271,7 +271,8 @@ func (of *signFlags) envelope() (d client.Document, err error) {
 			return d, err
 		}
 		if pinned.Key != of.keyName {
-			return d, usageError{fmt.Errorf("--line %s is for key %q, not for key %q: countersign line pin makes a file",
+			return d, usageError{fmt.Errorf(
+				"--line %s is for key %q, not for key %q: countersign line pin makes a file",
 				of.line, pinned.Key, of.keyName)}
 		}
 		of.lines = []client.KeyLine{pinned}
