@@ -1,5 +1,6 @@
-// Package gate says whether anything is admitted. A gate is blocked by reasons, each of which comes
-// and goes by itself; while there is one, the ledger admits nothing.
+// Package gate decides whether the ledger admits requests. Several independent reasons can block
+// the gate: a rollback, a counter not read yet, an operator's lock. The ledger admits nothing while
+// at least one reason blocks.
 package gate
 
 import (
@@ -9,13 +10,13 @@ import (
 	"countersign/internal/ledger"
 )
 
-// Reason is a reason for which nothing is admitted.
+// Reason is a reason to refuse all admissions.
 type Reason int
 
 // The reasons, the gravest first.
 const (
-	Rollback Reason = iota // the ledger is older than the counter that it is bound to
-	Counter                // the ledger has not been held against its counter yet
+	Rollback Reason = iota // the ledger is older than its monotonic counter
+	Counter                // the ledger has not been compared with its monotonic counter yet
 	Operator               // an operator has locked the appliance
 	reasons
 )
@@ -25,54 +26,56 @@ type Gate struct {
 	ledger *ledger.Ledger
 
 	mu      sync.RWMutex
-	blocked [reasons]error // nil: not by this reason
+	blocked [reasons]error // nil: the reason does not block
 }
 
-// New returns a gate that lets admissions pass.
+// New returns an open gate.
 func New(l *ledger.Ledger) *Gate { return &Gate{ledger: l} }
 
-// Block stops all admissions for a reason, until it is unblocked. err is what a caller is told.
-// Block does not wait for the ledger: admissions that wait there are refused.
+// Block makes the ledger refuse all admissions until Unblock is called with the same reason. The
+// caller of Admit gets the error of the gravest reason. Block does not wait for the ledger: the
+// ledger also refuses the admissions in its queue.
 func (g *Gate) Block(why Reason, err error) { g.set(why, err) }
 
-// Unblock takes a reason away. Other reasons keep the gate blocked.
+// Unblock ends the block by one reason. Other reasons keep blocking.
 func (g *Gate) Unblock(why Reason) { g.set(why, nil) }
 
 func (g *Gate) set(why Reason, err error) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	g.blocked[why] = err
-	for _, err := range g.blocked {
-		if err != nil {
-			g.ledger.Suspend(err)
-			return
-		}
-	}
-	g.ledger.Suspend(nil)
+	_, gravest := g.gravest()
+	g.ledger.Suspend(gravest)
 }
 
-// Blocked reports whether a reason blocks the gate.
-func (g *Gate) Blocked(why Reason) bool {
-	g.mu.RLock()
-	defer g.mu.RUnlock()
-	return g.blocked[why] != nil
-}
-
-// Err joins the errors of all reasons; nil: admissions pass.
-func (g *Gate) Err() error {
-	g.mu.RLock()
-	defer g.mu.RUnlock()
-	return errors.Join(g.blocked[:]...)
-}
-
-// Gravest returns the gravest reason with its error; nil: admissions pass.
-func (g *Gate) Gravest() (Reason, error) {
-	g.mu.RLock()
-	defer g.mu.RUnlock()
+// gravest returns the gravest blocking reason and its error. The caller holds mu.
+func (g *Gate) gravest() (Reason, error) {
 	for why, err := range g.blocked {
 		if err != nil {
 			return Reason(why), err
 		}
 	}
 	return 0, nil
+}
+
+// Blocked reports whether a reason blocks.
+func (g *Gate) Blocked(why Reason) bool {
+	g.mu.RLock()
+	defer g.mu.RUnlock()
+	return g.blocked[why] != nil
+}
+
+// Err joins the errors of all blocking reasons. A nil error means that the gate is open.
+func (g *Gate) Err() error {
+	g.mu.RLock()
+	defer g.mu.RUnlock()
+	return errors.Join(g.blocked[:]...)
+}
+
+// Gravest returns the gravest blocking reason and its error. A nil error means that the gate is
+// open.
+func (g *Gate) Gravest() (Reason, error) {
+	g.mu.RLock()
+	defer g.mu.RUnlock()
+	return g.gravest()
 }
