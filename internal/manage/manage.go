@@ -1,5 +1,5 @@
-// Package manage has what all acts of management share: the errors that tell why an act was refused,
-// the lock that keeps two acts apart, and the rules of names and reasons.
+// Package manage has the common parts of management acts: the errors of refused acts, a lock that
+// runs acts one at a time, and the rules for names and reasons.
 package manage
 
 import (
@@ -17,16 +17,17 @@ import (
 	"countersign/internal/keystore"
 )
 
-// The reasons for which an act of management is refused.
+// The errors of refused acts.
 var (
-	ErrExists   = errors.New("it exists already")
-	ErrNotFound = errors.New("it does not exist")
-	ErrInvalid  = errors.New("it is not valid")
-	ErrConflict = errors.New("it can't be done now")
-	// ErrUnavailable: the caller may try again. It is keystore.ErrUnavailable to errors.Is.
+	ErrExists   = errors.New("already exists")
+	ErrNotFound = errors.New("does not exist")
+	ErrInvalid  = errors.New("not valid")
+	ErrConflict = errors.New("not possible now")
+	// ErrUnavailable allows a retry by the caller. For errors.Is the error is also
+	// keystore.ErrUnavailable.
 	ErrUnavailable error = unavailable{}
-	// ErrNotApproved refuses an act that only an approved proposal may do.
-	ErrNotApproved = errors.New("it needs an approved proposal")
+	// ErrNotApproved refuses an act outside an approved proposal.
+	ErrNotApproved = errors.New("an approved proposal is required")
 )
 
 type unavailable struct{}
@@ -35,75 +36,84 @@ func (unavailable) Error() string { return "not available now" }
 
 func (unavailable) Is(target error) bool { return target == keystore.ErrUnavailable }
 
-// Lock is a mutex that a context can give up waiting for.
+// Lock is a mutex with a timeout.
 type Lock chan struct{}
 
-// NewLock returns a lock that is free.
+// NewLock returns an unlocked Lock.
 func NewLock() Lock { return make(Lock, 1) }
 
-// Acquire takes the lock, or returns ErrUnavailable when ctx ends first.
+// Acquire locks the mutex, or returns ErrUnavailable if ctx ends first.
 func (l Lock) Acquire(ctx context.Context) error {
 	select {
 	case l <- struct{}{}:
 		return nil
 	case <-ctx.Done():
-		return fmt.Errorf("%w: another act of management is not done yet: %w", ErrUnavailable, ctx.Err())
+		return fmt.Errorf("%w: another act of management has not ended yet: %w", ErrUnavailable, ctx.Err())
 	}
 }
 
-// Release gives the lock back.
+// Release unlocks the mutex.
 func (l Lock) Release() { <-l }
 
-// Run runs an act under the lock to its end, whether the caller waits or not: a request that the
-// ledger or the device has taken may be carried out, and memory has to say the same. When ctx ends
-// first, the act goes on, and the caller is told so; a failure goes to the log then.
-func (l Lock) Run(ctx context.Context, log *slog.Logger, what string, do func(context.Context) error) error {
+// Run runs a management act under the lock. Once begun, the act runs to its end, because the ledger
+// or the device may carry out a request without a waiting caller, and memory must then follow. If
+// ctx ends first, Run returns ErrUnavailable and the act goes on. An error of the act then goes to
+// the log.
+func (l Lock) Run(ctx context.Context, log *slog.Logger, act string, do func(context.Context) error) error {
 	if err := l.Acquire(ctx); err != nil {
 		return err
 	}
-	done := make(chan error, 1)
+	done := make(chan error) // without a buffer: either the caller gets an error, or the log
 	go func() {
 		defer l.Release()
 		err := do(context.WithoutCancel(ctx))
-		if err != nil && ctx.Err() != nil {
-			log.Error("an act of management whose caller has left failed", "act", what, "err", err)
+		select {
+		case done <- err:
+		case <-ctx.Done():
+			if err != nil {
+				log.Error("an act of management failed after its caller had left", "act", act, "err", err)
+			}
 		}
-		done <- err
 	}()
 	select {
 	case err := <-done:
 		return err
 	case <-ctx.Done():
-		return fmt.Errorf("%s: %w: it goes on; look later how it ended", what, ErrUnavailable)
+		return fmt.Errorf("%s: %w: the act goes on; look later for its result", act, ErrUnavailable)
 	}
 }
 
-// CheckReason refuses a reason that is not 1 to 500 bytes.
+// maxReason is the longest reason of an operator, in bytes.
+const maxReason = 500
+
+// CheckReason returns ErrInvalid unless a reason has 1 to 500 bytes.
 func CheckReason(reason string) error {
-	if reason == "" || len(reason) > 500 {
-		return fmt.Errorf("%w: a reason of 1 to 500 bytes must be given; it is written down", ErrInvalid)
+	if reason == "" || len(reason) > maxReason {
+		return fmt.Errorf("%w: the reason has %d bytes: give one of 1 to %d bytes for the audit log",
+			ErrInvalid, len(reason), maxReason)
 	}
 	return nil
 }
 
-// Encode gives a record of the ledger as JSON. Records are structs that always are JSON.
+// Encode encodes a record of the ledger as JSON. Encode panics on a value without a JSON form.
 func Encode(record any) []byte {
 	b, err := json.Marshal(record)
 	if err != nil {
-		panic("manage: a record that is not JSON: " + err.Error())
+		panic("manage: encode a record: " + err.Error())
 	}
 	return b
 }
 
-// Seconds and Duration convert the times of records, which are whole seconds.
+// Seconds returns a duration in whole seconds, the unit of records.
 func Seconds(d time.Duration) int64 { return int64(d / time.Second) }
 
+// Duration is the inverse of Seconds.
 func Duration(seconds int64) time.Duration { return time.Duration(seconds) * time.Second }
 
-// Tokens are the PKCS#11 tokens and TPMs of the configuration, by name.
+// Tokens has the PKCS#11 tokens and TPMs of the configuration by name.
 type Tokens map[string]keystore.Store
 
-// Get returns the token of a name, or ErrNotFound.
+// Get returns a token by name, or ErrNotFound.
 func (t Tokens) Get(name string) (keystore.Store, error) {
 	if store := t[name]; store != nil {
 		return store, nil
@@ -111,5 +121,5 @@ func (t Tokens) Get(name string) (keystore.Store, error) {
 	return nil, fmt.Errorf("token %q: %w: the configuration has %s", ijson.Clip(name), ErrNotFound, t.Names())
 }
 
-// Names lists the names in alphabetical order, with commas.
+// Names returns the names in alphabetical order, separated by commas.
 func (t Tokens) Names() string { return strings.Join(slices.Sorted(maps.Keys(t)), ", ") }
