@@ -295,7 +295,7 @@ func (a *Appliance) RecordCertificate(ctx context.Context, who audit.Actor, acti
 
 // TokenResource is what the monitor tells of a token.
 func TokenResource(name string) resource.Resource {
-	return resource.Resource{Name: name, Away: audit.DeviceUnavailable, Back: audit.DeviceRecovered}
+	return resource.Resource{Name: name, Failed: audit.DeviceUnavailable, Recovered: audit.DeviceRecovered}
 }
 
 // Events calls visit for each event of the audit log from index from on, until visit returns false.

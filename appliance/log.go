@@ -197,12 +197,12 @@ func (a *Appliance) LogFile(ctx context.Context, path string) ([]byte, error) {
 // The resources that admissions need beside the tokens.
 var (
 	diskResource = resource.Resource{
-		Name: "ledger", Away: audit.DeviceUnavailable, Back: audit.DeviceRecovered,
-		Lost: "nothing is admitted: the disk takes nothing", Found: "admissions go on: the disk takes writes again",
+		Name: "ledger", Failed: audit.DeviceUnavailable, Recovered: audit.DeviceRecovered,
+		FailedText: "nothing is admitted: the disk takes nothing", RecoveredText: "admissions go on: the disk takes writes again",
 	}
 	clockResource = resource.Resource{
-		Name: "clock", Away: audit.ClockRefused, Back: audit.ClockRecovered,
-		Lost: "nothing is admitted: the clock is wrong", Found: "admissions go on: the clock is right again",
+		Name: "clock", Failed: audit.ClockRefused, Recovered: audit.ClockRecovered,
+		FailedText: "nothing is admitted: the clock is wrong", RecoveredText: "admissions go on: the clock is right again",
 	}
 )
 
@@ -213,7 +213,7 @@ func (a *Appliance) keepLog(ctx context.Context) {
 	defer ticker.Stop()
 	check := func(lost string, err error) { // a task that fails is a line when that begins, not each time
 		if ctx.Err() == nil {
-			a.monitor.Check(ctx, resource.Resource{Name: lost, Lost: lost}, err)
+			a.monitor.Check(ctx, resource.Resource{Name: lost, FailedText: lost}, err)
 		}
 	}
 	var retained time.Time

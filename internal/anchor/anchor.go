@@ -250,8 +250,8 @@ func (a *Anchor) increment(ctx context.Context, counter keystore.Counter, value 
 
 // counterResource is what the monitor tells of the counter. The audit log has no events of it.
 var counterResource = resource.Resource{
-	Name: "counter", Lost: "the counter that the ledger is bound to can't be used; it is tried again",
-	Found: "the counter that the ledger is bound to can be used again",
+	Name: "counter", FailedText: "the counter that the ledger is bound to can't be used; it is tried again",
+	RecoveredText: "the counter that the ledger is bound to can be used again",
 }
 
 // Keep checks the ledger until that has been possible, and increments the counter from time to time,

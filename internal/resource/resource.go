@@ -1,6 +1,7 @@
-// Package resource notices that a resource of the appliance goes away and comes back: a token with
-// its key workers, the ledger's disk, the clock, the monotonic counter. Each change is one line in
-// the log of the daemon and, where the audit log has types for it, one event.
+// Package resource monitors the resources of the appliance: the tokens with their key workers, the
+// ledger's disk, the clock, the monotonic counter. A resource fails and recovers. Each of these
+// transitions is one line of the daemon's log and, for resources with event types, one event of the
+// audit log.
 package resource
 
 import (
@@ -13,121 +14,123 @@ import (
 	"countersign/audit"
 )
 
-// Resource says what is told of a resource.
+// Resource is a dependency of the appliance that can fail for a time.
 type Resource struct {
-	Name       string     // in events: "clock", "ledger", the name of a token
-	Away, Back audit.Type // the events; "": none
-	// Lost and Found are the lines of the daemon's log; "": none.
-	Lost, Found string
+	Name              string     // in events: "clock", "ledger", the name of a token
+	Failed, Recovered audit.Type // event types; "" for no events
+	// FailedText and RecoveredText are lines of the daemon's log; "" for no line.
+	FailedText, RecoveredText string
 }
 
-// Monitor is safe for concurrent use. Changes that come before Start are kept until then.
+// Monitor is safe for concurrent use. A Monitor keeps the transitions before Start until then.
 type Monitor struct {
 	log     *slog.Logger
 	timeout time.Duration
 
-	writing sync.Mutex // held while events are written, so that they stand in the order of the changes
+	writing sync.Mutex // held during Flush, so that events keep the order of the transitions
 
-	mu      sync.Mutex
-	record  func(context.Context, audit.Event) error // nil: before Start
-	back    func()
-	away    map[string]bool // by name
-	pending []*change
+	mu        sync.Mutex
+	record    func(context.Context, audit.Event) error // nil before Start
+	recovered func()
+	failed    map[string]bool // by name
+	pending   []*transition
 }
 
-// change is an event that is not written down yet.
-type change struct {
+// transition is a failure or a recovery whose event is not on disk yet.
+type transition struct {
 	resource Resource
-	away     bool
+	failed   bool
 	cause    error
 }
 
-// NewMonitor returns a monitor to which all resources are there. timeout bounds the time for writing
-// one event.
+// NewMonitor returns a monitor of resources that have not failed. The timeout applies to the write
+// of one event.
 func NewMonitor(log *slog.Logger, timeout time.Duration) *Monitor {
-	return &Monitor{log: log, timeout: timeout, away: map[string]bool{}}
+	return &Monitor{log: log, timeout: timeout, failed: map[string]bool{}}
 }
 
-// Start gives the monitor the function that writes events down, and writes down the changes so far.
-// back is called when a resource with events has come back: what has failed for want of it may be tried
-// again now.
-func (m *Monitor) Start(ctx context.Context, record func(context.Context, audit.Event) error, back func()) {
+// Start sets the function that writes events, and writes the events of the transitions so far. The
+// monitor calls recovered, if set, at each recovery of a resource with events, so that the caller
+// can retry operations that failed without the resource.
+func (m *Monitor) Start(ctx context.Context, record func(context.Context, audit.Event) error, recovered func()) {
 	m.mu.Lock()
-	m.record, m.back = record, back
+	m.record, m.recovered = record, recovered
 	m.mu.Unlock()
 	m.Flush(ctx)
 }
 
-// Check reports a resource as away for a reason, or with nil as there.
+// Check reports a resource as failed for a non-nil error, and as up for a nil error.
 func (m *Monitor) Check(ctx context.Context, r Resource, err error) {
 	m.Report(ctx, r, err == nil, err)
 }
 
-// Report says whether a resource is there, and if not, why; the cause may be nil. A report that says
-// what is known changes nothing.
-func (m *Monitor) Report(ctx context.Context, r Resource, there bool, cause error) {
-	if !m.note(r, !there, cause) {
+// Report reports whether a resource is up. The cause of a failure may be nil. A report of the known
+// state changes nothing.
+func (m *Monitor) Report(ctx context.Context, r Resource, up bool, cause error) {
+	if !m.note(r, !up, cause) {
 		return
 	}
 	m.mu.Lock()
-	back := m.back
+	recovered := m.recovered
 	m.mu.Unlock()
-	if there && back != nil {
-		back()
+	if up && recovered != nil {
+		recovered()
 	}
 	m.Flush(ctx)
 }
 
-func (m *Monitor) note(r Resource, away bool, cause error) (changed bool) {
+// note logs a transition and queues its event. The result is false for the known state and for a
+// resource without events.
+func (m *Monitor) note(r Resource, failed bool, cause error) (queued bool) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	if m.away[r.Name] == away {
+	if m.failed[r.Name] == failed {
 		return false
 	}
-	m.away[r.Name] = away
-	if away && r.Lost != "" {
-		m.log.Error(r.Lost, "resource", r.Name, "err", cause)
-	} else if !away && r.Found != "" {
-		m.log.Info(r.Found, "resource", r.Name)
+	m.failed[r.Name] = failed
+	if failed && r.FailedText != "" {
+		m.log.Error(r.FailedText, "resource", r.Name, "err", cause)
+	} else if !failed && r.RecoveredText != "" {
+		m.log.Info(r.RecoveredText, "resource", r.Name)
 	}
-	if r.Away == "" {
+	if r.Failed == "" {
 		return false
 	}
-	// While the disk takes nothing, at most two changes are kept of a resource: a third one and the
-	// second cancel each other out.
-	var waiting []*change
-	for _, c := range m.pending {
-		if c.resource.Name == r.Name {
-			waiting = append(waiting, c)
+	// At most two transitions of a resource are pending while the disk takes no writes. A third one
+	// cancels the second.
+	var pending []*transition
+	for _, t := range m.pending {
+		if t.resource.Name == r.Name {
+			pending = append(pending, t)
 		}
 	}
-	if len(waiting) < 2 {
-		m.pending = append(m.pending, &change{r, away, cause})
+	if len(pending) < 2 {
+		m.pending = append(m.pending, &transition{r, failed, cause})
 	} else {
-		m.remove(waiting[len(waiting)-1])
+		m.remove(pending[len(pending)-1])
 	}
 	return true
 }
 
-// Flush writes down the changes that the disk has not taken yet, in their order.
+// Flush writes the events of pending transitions in order, until the disk refuses one.
 func (m *Monitor) Flush(ctx context.Context) {
 	m.writing.Lock()
 	defer m.writing.Unlock()
 	for {
-		record, next, more := m.next()
-		if !more {
+		record, next := m.next()
+		if next == nil {
 			return
 		}
-		e := audit.NewBack(next.resource.Back, next.resource.Name)
-		if next.away {
-			e = audit.NewAway(next.resource.Away, next.resource.Name, next.cause)
+		e := audit.NewBack(next.resource.Recovered, next.resource.Name)
+		if next.failed {
+			e = audit.NewAway(next.resource.Failed, next.resource.Name, next.cause)
 		}
 		within, cancel := context.WithTimeout(context.WithoutCancel(ctx), m.timeout)
 		err := record(within, e)
 		cancel()
 		if err != nil {
-			m.log.Error("the event of a resource's change is not written down yet", "resource", next.resource.Name,
-				"away", next.away, "err", err)
+			m.log.Error("the event of a resource's transition is not written yet",
+				"resource", next.resource.Name, "failed", next.failed, "err", err)
 			return
 		}
 		m.mu.Lock()
@@ -136,16 +139,17 @@ func (m *Monitor) Flush(ctx context.Context) {
 	}
 }
 
-// remove takes a change out of those that are pending. The caller holds mu.
-func (m *Monitor) remove(c *change) {
-	m.pending = slices.DeleteFunc(m.pending, func(other *change) bool { return other == c })
+// remove removes a transition from pending. The caller holds mu.
+func (m *Monitor) remove(t *transition) {
+	m.pending = slices.DeleteFunc(m.pending, func(other *transition) bool { return other == t })
 }
 
-func (m *Monitor) next() (record func(context.Context, audit.Event) error, c *change, more bool) {
+// next returns the first pending transition, or nil.
+func (m *Monitor) next() (record func(context.Context, audit.Event) error, t *transition) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	if m.record == nil || len(m.pending) == 0 {
-		return nil, nil, false
+		return nil, nil
 	}
-	return m.record, m.pending[0], true
+	return m.record, m.pending[0]
 }
