@@ -1,6 +1,6 @@
-// Package peers keeps the enrolled peers: who they are, whether they are let in, which sessions they
-// have open, and what they may cost. The enrolment is in the ledger, under the peer's name; memory
-// follows it. Begin reading at Registry.
+// Package peers keeps the enrolled peers, their open sessions, and their rate limits. The ledger
+// has the enrolments, under the names of the peers. Memory follows the ledger. Begin reading at
+// Registry.
 package peers
 
 import (
@@ -27,20 +27,23 @@ import (
 	"golang.org/x/time/rate"
 )
 
-// ErrBusy and ErrRate refuse a request before anything is done for it.
+// The errors of requests that are refused before any work.
 var (
 	ErrBusy = errors.New("too many requests are being served")
 	ErrRate = errors.New("too many requests a second")
+	// ErrGone refuses a peer that is removed or suspended.
+	ErrGone = errors.New("the peer is enrolled no more")
 )
 
-// Limits bound what one peer, and all peers together, can cost.
+// Limits are the limits of one peer, and of all peers together. An item of a batch counts as one
+// request.
 type Limits struct {
-	Connections       int // open at once, of one peer
-	Requests          int // being served at once, of all peers, the items of a batch one by one
-	RequestsOfPeer    int // being served at once, of one peer
+	Connections       int // open connections of one peer
+	Requests          int // requests of all peers being served
+	RequestsOfPeer    int // requests of one peer being served
 	RequestsPerSecond int // of one peer
-	RefusalsPerMinute int // of one peer that are written down one by one; the others are counted
-	BatchItems        int // in one request
+	RefusalsPerMinute int // of one peer with an event each; further refusals are counted
+	BatchItems        int // items of one batch
 }
 
 // Peer is an enrolled client of the listener.
@@ -50,43 +53,44 @@ type Peer struct {
 	Added     time.Time // when it was enrolled
 }
 
-// Member is an enrolment with what it costs now. Another enrolment of the same peer is another member.
+// Member is an enrolment in memory, with its sessions and rate limiters. A peer that is removed and
+// enrolled again is a new Member.
 type Member struct {
 	Peer
-	// Refusals says how many refusals of the peer are written down one by one.
+	// Refusals limits the refusals with an event each.
 	Refusals *rate.Limiter
 
-	pace *rate.Limiter // of its requests
+	requestRate *rate.Limiter
 
-	// Under Registry.mu.
+	// The fields below are guarded by Registry.mu.
 	suspended bool
 	removed   bool
-	seen      time.Time         // when it last proved to be there
-	from      string            // the address from which it last connected; "" if never
-	written   time.Time         // seen, as the ledger has it
-	requests  int               // being served, the items of a batch one by one
-	sessions  int               // open connections
-	known     map[string]uint32 // by key: the version whose rotation the peer has acknowledged
+	seen      time.Time         // last session or request; zero for never
+	from      string            // address of the last session; "" for none
+	written   time.Time         // the ledger's value of seen
+	requests  int               // requests being served; an item of a batch counts as one
+	sessions  int               // open sessions
+	known     map[string]uint32 // last acknowledged version of each key
 }
 
-// in reports that the peer may be served.
-func (m *Member) in() bool { return !m.suspended && !m.removed }
+// active reports whether the peer may open sessions and send requests.
+func (m *Member) active() bool { return !m.suspended && !m.removed }
 
 // Session is an open connection of a member.
 type Session struct {
 	Member *Member
-	// News gets a value when there may be something to tell the peer.
+	// News receives a value when the peer may have to be told of a rotation.
 	News  chan struct{}
 	conn  io.Closer
-	ended chan struct{} // closed when nothing is being served on it any more
+	ended chan struct{} // closed by Leave
 }
 
-// Status is a peer as an operator sees it.
+// Status is the status of a peer for operators.
 type Status struct {
 	Peer
 	Suspended   bool
-	Seen        time.Time // zero: never
-	Connections int       // open now
+	Seen        time.Time // last session or request; zero for never
+	Connections int       // open connections
 }
 
 // Registry is safe for concurrent use.
@@ -95,13 +99,13 @@ type Registry struct {
 	limits Limits
 	log    *slog.Logger
 
-	enrolling manage.Lock // held while an enrolment changes, so that the last act counts
+	enrolling manage.Lock // held by an act on an enrolment, so that acts have an order
 
-	// mu guards all of memory: it is held for map look-ups and counters only, never for I/O. The
-	// ledger's writer takes it to let memory follow.
+	// mu guards the memory. The ledger's writer holds mu while memory follows the ledger. A holder
+	// of mu must not wait for the ledger, or for other I/O.
 	mu       sync.RWMutex
 	members  map[[32]byte]*Member // by public key
-	requests int                  // being served
+	requests int                  // requests being served
 	sessions map[*Session]struct{}
 }
 
@@ -110,11 +114,12 @@ type record struct {
 	PublicKey string            `json:"public_key"` // hex
 	Added     int64             `json:"added"`      // Unix seconds
 	Suspended bool              `json:"suspended,omitempty"`
-	Seen      int64             `json:"seen,omitempty"`  // Unix seconds; up to a minute late
-	From      string            `json:"from,omitempty"`  // the address from which it last connected
-	Known     map[string]uint32 `json:"known,omitempty"` // by key: the version whose rotation the peer has acknowledged
+	Seen      int64             `json:"seen,omitempty"`  // Unix seconds; at most about a minute old
+	From      string            `json:"from,omitempty"`  // address of the last session
+	Known     map[string]uint32 `json:"known,omitempty"` // last acknowledged version of each key
 }
 
+// decode decodes the ledger's record of a peer.
 func decode(name string, value []byte) (r record, p Peer, err error) {
 	if err := json.Unmarshal(value, &r); err != nil {
 		return r, p, fmt.Errorf("peer %q in the ledger: %w", name, err)
@@ -126,7 +131,7 @@ func decode(name string, value []byte) (r record, p Peer, err error) {
 	return r, Peer{Name: name, PublicKey: [32]byte(key), Added: time.Unix(r.Added, 0)}, nil
 }
 
-// Open reads the enrolments, and follows them from then on.
+// Open reads the enrolments from the ledger. The registry's memory follows the ledger from then on.
 func Open(ctx context.Context, l *ledger.Ledger, limits Limits, log *slog.Logger) (*Registry, error) {
 	r := &Registry{
 		ledger: l, limits: limits, log: log, enrolling: manage.NewLock(),
@@ -135,7 +140,8 @@ func Open(ctx context.Context, l *ledger.Ledger, limits Limits, log *slog.Logger
 	return r, l.Follow(ctx, &r.mu, ledger.Followed{Table: ledger.Peers, Take: r.take})
 }
 
-// take lets memory say what a record says. mu is held.
+// take updates memory from the record of a peer. A nil value means that the record was deleted. The
+// ledger's writer holds mu.
 func (r *Registry) take(name string, value []byte) error {
 	m := r.named(name)
 	if value == nil {
@@ -174,15 +180,15 @@ func (r *Registry) take(name string, value []byte) error {
 }
 
 func (r *Registry) newMember(p Peer) *Member {
-	perMinute := r.limits.RefusalsPerMinute
+	perSecond, perMinute := r.limits.RequestsPerSecond, r.limits.RefusalsPerMinute
 	return &Member{
-		Peer:     p,
-		pace:     rate.NewLimiter(rate.Limit(r.limits.RequestsPerSecond), max(r.limits.RequestsPerSecond, r.limits.BatchItems)),
-		Refusals: rate.NewLimiter(rate.Limit(float64(perMinute)/60), perMinute),
+		Peer:        p,
+		requestRate: rate.NewLimiter(rate.Limit(perSecond), max(perSecond, r.limits.BatchItems)),
+		Refusals:    rate.NewLimiter(rate.Limit(float64(perMinute)/60), perMinute),
 	}
 }
 
-// named returns the member of a name, or nil. The caller holds mu.
+// named returns the member with a name, or nil. The caller holds mu.
 func (r *Registry) named(name string) *Member {
 	for _, m := range r.members {
 		if m.Name == name {
@@ -192,27 +198,27 @@ func (r *Registry) named(name string) *Member {
 	return nil
 }
 
-// Remember calls visit for each peer that is let in with the address from which it last connected and
-// the time since then: so that a flood can't keep those peers out after a restart.
+// Remember calls visit for each active peer, with the address of its last session and the time
+// since then. After a restart, a flood of strangers can't keep peers at these addresses out.
 func (r *Registry) Remember(visit func(from netip.Addr, ago time.Duration)) {
 	r.mu.RLock()
 	defer r.mu.RUnlock()
 	for _, m := range r.members {
-		if from, err := netip.ParseAddr(m.from); err == nil && m.in() {
+		if from, err := netip.ParseAddr(m.from); err == nil && m.active() {
 			visit(from, time.Since(m.seen))
 		}
 	}
 }
 
-// In reports whether a public key is that of a peer that is let in.
+// In reports whether a public key belongs to an enrolled peer that is not suspended.
 func (r *Registry) In(publicKey [32]byte) bool {
 	r.mu.RLock()
 	defer r.mu.RUnlock()
 	m := r.members[publicKey]
-	return m != nil && m.in()
+	return m != nil && m.active()
 }
 
-// Enrolled reports whether there is a peer of a name.
+// Enrolled reports whether a peer with a name is enrolled.
 func (r *Registry) Enrolled(name string) bool {
 	r.mu.RLock()
 	defer r.mu.RUnlock()
@@ -220,13 +226,13 @@ func (r *Registry) Enrolled(name string) bool {
 	return m != nil && !m.removed
 }
 
-// All lists the enrolled peers by name.
+// All returns the enrolled peers in the order of their names.
 func (r *Registry) All() (all []Status) {
 	r.mu.RLock()
 	defer r.mu.RUnlock()
 	for _, m := range r.members {
 		if m.removed {
-			continue // and the ledger has not taken that yet
+			continue // the ledger does not have the removal yet
 		}
 		all = append(all, Status{Peer: m.Peer, Suspended: m.suspended, Seen: m.seen, Connections: m.sessions})
 	}
@@ -234,13 +240,14 @@ func (r *Registry) All() (all []Status) {
 	return all
 }
 
-// Add enrols a client under a name, by its Noise static public key. Neither may be enrolled already.
+// Add enrols a client with a name and a Noise static public key. Neither may be enrolled already.
 func (r *Registry) Add(ctx context.Context, who audit.Actor, name string, publicKey []byte) (Peer, error) {
 	if err := keystore.CheckName(name); err != nil {
 		return Peer{}, fmt.Errorf("peer %q: %w: %w", ijson.Clip(name), manage.ErrInvalid, err)
 	}
 	if len(publicKey) != 32 || keystore.LowOrder([32]byte(publicKey)) {
-		return Peer{}, fmt.Errorf("peer %q: %w: its public key must be 32 bytes of an X25519 key", name, manage.ErrInvalid)
+		return Peer{}, fmt.Errorf("peer %q: %w: its public key must be 32 bytes of an X25519 key",
+			name, manage.ErrInvalid)
 	}
 	p := Peer{Name: name, PublicKey: [32]byte(publicKey), Added: time.Now()}
 	if err := r.run(ctx, name, func(ctx context.Context) error { return r.enrol(ctx, who, p) }); err != nil {
@@ -249,11 +256,13 @@ func (r *Registry) Add(ctx context.Context, who audit.Actor, name string, public
 	return p, nil
 }
 
+// run runs an act on an enrolment.
 func (r *Registry) run(ctx context.Context, name string, do func(context.Context) error) error {
 	return r.enrolling.Run(ctx, r.log, fmt.Sprintf("peer %q", ijson.Clip(name)), do)
 }
 
-// enrol writes a peer down. The ledger decides what is enrolled already, not memory.
+// enrol writes the record of a new peer. The check for an existing enrolment reads the ledger:
+// memory may lack a peer whose removal has failed.
 func (r *Registry) enrol(ctx context.Context, who audit.Actor, p Peer) error {
 	rec := record{PublicKey: hex.EncodeToString(p.PublicKey[:]), Added: p.Added.Unix()}
 	return r.ledger.Update(ctx, func(tx *ledger.Tx) error {
@@ -276,12 +285,12 @@ func (r *Registry) enrol(ctx context.Context, who audit.Actor, p Peer) error {
 	})
 }
 
-// Remove takes a client's enrolment back, Suspend keeps the client out until Resume. The peer is cut
-// off first, without the disk and without waiting for anybody: its connections are closed, and its
-// requests have ended, before the act is written down. After an error the ledger may still have the
-// peer, and would let it in again at the next start: ask again.
+// Remove ends a client's enrolment. Remove first disconnects the peer, without waiting for the disk
+// or for another act: the peer is refused from then on, and its connections are closed. The removal
+// is written when the peer's last request has ended. After an error the ledger may still have the
+// peer, and the next start would enrol the peer again: the caller must repeat Remove.
 func (r *Registry) Remove(ctx context.Context, who audit.Actor, name string) error {
-	return r.keepOut(ctx, name, func(m *Member) { m.removed = true }, func(tx *ledger.Tx) error {
+	return r.exclude(ctx, name, func(m *Member) { m.removed = true }, func(tx *ledger.Tx) error {
 		if err := tx.Delete(ledger.Peers, name); err != nil {
 			return err
 		}
@@ -289,12 +298,15 @@ func (r *Registry) Remove(ctx context.Context, who audit.Actor, name string) err
 	})
 }
 
+// Suspend refuses a peer until Resume. The steps are the steps of Remove, and after an error the
+// caller must repeat Suspend.
 func (r *Registry) Suspend(ctx context.Context, who audit.Actor, name string) error {
-	return r.keepOut(ctx, name, func(m *Member) { m.suspended = true }, func(tx *ledger.Tx) error {
+	return r.exclude(ctx, name, func(m *Member) { m.suspended = true }, func(tx *ledger.Tx) error {
 		return setSuspended(tx, who, name, true)
 	})
 }
 
+// Resume ends a suspension.
 func (r *Registry) Resume(ctx context.Context, who audit.Actor, name string) error {
 	return r.run(ctx, name, func(ctx context.Context) error {
 		return r.ledger.Update(ctx, func(tx *ledger.Tx) error {
@@ -306,8 +318,8 @@ func (r *Registry) Resume(ctx context.Context, who audit.Actor, name string) err
 	})
 }
 
-// setSuspended writes down whether a peer is kept out. A peer that is so already is no event; its
-// record is written all the same, so that memory says what it says.
+// setSuspended writes whether a peer is suspended. An unchanged record has no event, but is written
+// all the same, so that memory follows.
 func setSuspended(tx *ledger.Tx, who audit.Actor, name string, suspended bool) error {
 	rec, _, err := decode(name, tx.Get(ledger.Peers, name))
 	if err != nil {
@@ -325,14 +337,15 @@ func setSuspended(tx *ledger.Tx, who audit.Actor, name string, suspended bool) e
 	return tx.Append(ledger.EventOf(e))
 }
 
-// keepOut marks a peer in memory before the disk says the same: an emergency does not wait for the
-// disk. Then it closes the peer's connections, and writes the act down when nothing is served for the
-// peer any more.
-func (r *Registry) keepOut(ctx context.Context, name string, mark func(*Member), write func(*ledger.Tx) error) error {
-	r.cutOff(name, mark)
+// exclude marks a peer in memory before the ledger has the act, because an emergency must not wait
+// for the disk. Then exclude closes the peer's connections, waits for the peer's last request, and
+// writes the act.
+func (r *Registry) exclude(ctx context.Context, name string, mark func(*Member), write func(*ledger.Tx) error) error {
+	r.disconnect(name, mark)
 	return r.run(ctx, name, func(ctx context.Context) error {
-		for _, end := range r.cutOff(name, mark) { // again: the peer may have been enrolled or resumed in between
-			<-end // the time of one request at the most
+		// Again, because an act before this one may have enrolled or resumed the peer.
+		for _, end := range r.disconnect(name, mark) {
+			<-end // at most the time of one request
 		}
 		return r.ledger.Update(ctx, func(tx *ledger.Tx) error {
 			if err := enrolled(tx, name); err != nil {
@@ -343,6 +356,7 @@ func (r *Registry) keepOut(ctx context.Context, name string, mark func(*Member),
 	})
 }
 
+// enrolled returns ErrNotFound for a name without a record.
 func enrolled(tx *ledger.Tx, name string) error {
 	if tx.Get(ledger.Peers, name) == nil {
 		return fmt.Errorf("peer %q: %w", ijson.Clip(name), manage.ErrNotFound)
@@ -350,9 +364,9 @@ func enrolled(tx *ledger.Tx, name string) error {
 	return nil
 }
 
-// cutOff marks a peer and closes its connections. ended has a channel for each, which is closed when
-// nothing is being served on the connection any more.
-func (r *Registry) cutOff(name string, mark func(*Member)) (ended []<-chan struct{}) {
+// disconnect marks a peer and closes its connections. The result has a channel for each session,
+// which is closed when the last request of the session has ended.
+func (r *Registry) disconnect(name string, mark func(*Member)) (ended []<-chan struct{}) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	if m := r.named(name); m != nil {
@@ -367,11 +381,8 @@ func (r *Registry) cutOff(name string, mark func(*Member)) (ended []<-chan struc
 	return ended
 }
 
-// ErrGone refuses a peer that is enrolled no more.
-var ErrGone = errors.New("the peer is enrolled no more")
-
-// Acknowledge notes that a peer has taken notice of the rotation of a key to a version. A repetition
-// changes nothing.
+// Acknowledge writes that a peer has acknowledged the rotation of a key to a version. Acknowledge
+// is idempotent. The error is ErrGone for a peer that is not enrolled.
 func (r *Registry) Acknowledge(ctx context.Context, p Peer, who audit.Actor, key string, version uint32) error {
 	r.mu.RLock()
 	m := r.members[p.PublicKey]
@@ -402,8 +413,8 @@ func (r *Registry) Acknowledge(ctx context.Context, p Peer, who audit.Actor, key
 	})
 }
 
-// Forget writes down, in a transaction of the caller, that nobody has acknowledged a version of a key:
-// what is to be known of it has changed.
+// Forget removes all acknowledgements of one version of a key, in the caller's transaction. A
+// rotation with new facts, such as a compromise, must be acknowledged again.
 func Forget(tx *ledger.Tx, key string, version uint32) error {
 	again := map[string]record{}
 	if err := tx.All(ledger.Peers, func(name string, value []byte) error {
@@ -425,19 +436,20 @@ func Forget(tx *ledger.Tx, key string, version uint32) error {
 	return nil
 }
 
-// Known is the version of a key whose rotation a member has acknowledged; 0: none.
+// Known returns the last version of a key that a member has acknowledged, or 0.
 func (r *Registry) Known(m *Member, key string) uint32 {
 	r.mu.RLock()
 	defer r.mu.RUnlock()
 	return m.known[key]
 }
 
-// Unacknowledged lists the peers, of those that are let in, that have not acknowledged a version.
+// Unacknowledged returns the names of the active peers that have not acknowledged a version of a
+// key.
 func (r *Registry) Unacknowledged(key string, version uint32) (names []string) {
 	r.mu.RLock()
 	defer r.mu.RUnlock()
 	for _, m := range r.members {
-		if m.in() && m.known[key] < version {
+		if m.active() && m.known[key] < version {
 			names = append(names, m.Name)
 		}
 	}
@@ -445,14 +457,14 @@ func (r *Registry) Unacknowledged(key string, version uint32) (names []string) {
 	return names
 }
 
-// Acknowledged reports that all peers of a list have acknowledged a version of a key, and that there
-// is one of them that is let in. all takes every peer for one of the list.
+// Acknowledged reports whether every active peer of a list has acknowledged a version of a key. The
+// list must have at least one active peer. If all is set, the list has every peer.
 func (r *Registry) Acknowledged(key string, version uint32, list []string, all bool) bool {
 	r.mu.RLock()
 	defer r.mu.RUnlock()
 	asked := 0
 	for _, m := range r.members {
-		if !m.in() || !all && !slices.Contains(list, m.Name) {
+		if !m.active() || !all && !slices.Contains(list, m.Name) {
 			continue
 		}
 		if m.known[key] < version {
@@ -463,17 +475,17 @@ func (r *Registry) Acknowledged(key string, version uint32, list []string, all b
 	return asked > 0
 }
 
-// WriteSeen writes down when peers were last seen, as far as that has changed.
+// WriteSeen writes the changed times and addresses of last sessions to the ledger.
 func (r *Registry) WriteSeen(ctx context.Context) error {
-	type sight struct {
+	type last struct {
 		at   time.Time
 		from string
 	}
 	r.mu.RLock()
-	changed := map[*Member]sight{}
+	changed := map[*Member]last{}
 	for _, m := range r.members {
-		if m.seen.Unix() > m.written.Unix() { // a record has whole seconds
-			changed[m] = sight{m.seen, m.from}
+		if m.seen.Unix() > m.written.Unix() { // records have whole seconds
+			changed[m] = last{m.seen, m.from}
 		}
 	}
 	r.mu.RUnlock()
@@ -481,12 +493,12 @@ func (r *Registry) WriteSeen(ctx context.Context) error {
 		return nil
 	}
 	return r.ledger.Update(ctx, func(tx *ledger.Tx) error {
-		for m, last := range changed {
+		for m, seen := range changed {
 			rec, p, err := decode(m.Name, tx.Get(ledger.Peers, m.Name))
 			if err != nil || p.PublicKey != m.PublicKey {
-				continue // removed meanwhile
+				continue // the peer has been removed
 			}
-			rec.Seen, rec.From = last.at.Unix(), last.from
+			rec.Seen, rec.From = seen.at.Unix(), seen.from
 			if err := tx.Put(ledger.Peers, m.Name, manage.Encode(rec)); err != nil {
 				return err
 			}
@@ -495,5 +507,5 @@ func (r *Registry) WriteSeen(ctx context.Context) error {
 	})
 }
 
-// Stop waits until no act is under way, and lets no other one begin.
+// Stop waits for the end of the act under way. Later acts are refused.
 func (r *Registry) Stop(ctx context.Context) error { return r.enrolling.Acquire(ctx) }

@@ -7,16 +7,16 @@ import (
 	"time"
 )
 
-// ErrTooMany refuses a connection of a peer that has as many as it may.
+// ErrTooMany refuses a connection of a peer with Limits.Connections open connections.
 var ErrTooMany = fmt.Errorf("%w: too many connections", ErrBusy)
 
-// Enter opens a session of a peer on a connection. It returns ErrGone for a public key that is not
-// let in, and ErrTooMany with the member.
+// Enter opens a session of the peer with a public key. The error is ErrGone for a key without an
+// active peer, or ErrTooMany together with a session that names the member and must not be used.
 func (r *Registry) Enter(publicKey [32]byte, conn io.Closer, from netip.Addr) (*Session, error) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	m := r.members[publicKey]
-	if m == nil || !m.in() {
+	if m == nil || !m.active() {
 		return nil, ErrGone
 	}
 	s := &Session{Member: m, News: make(chan struct{}, 1), conn: conn, ended: make(chan struct{})}
@@ -32,7 +32,7 @@ func (r *Registry) Enter(publicKey [32]byte, conn io.Closer, from netip.Addr) (*
 	return s, nil
 }
 
-// Leave ends a session, on which nothing is being served any more.
+// Leave ends a session. The session's last request must have ended.
 func (r *Registry) Leave(s *Session) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -42,38 +42,41 @@ func (r *Registry) Leave(s *Session) {
 	close(s.ended)
 }
 
-// Serving is how many requests of a member, and of all members, are being served.
+// Serving returns the number of requests being served: of a member, and of all members.
 func (r *Registry) Serving(m *Member) (ofMember, all int) {
 	r.mu.RLock()
 	defer r.mu.RUnlock()
 	return m.requests, r.requests
 }
 
-// Wake has all sessions look for news.
+// Wake signals all sessions that there may be news.
 func (r *Registry) Wake() {
 	r.mu.RLock()
 	defer r.mu.RUnlock()
 	for s := range r.sessions {
 		select {
 		case s.News <- struct{}{}:
-		default: // the session will look anyway
+		default: // the session has not read the last signal yet
 		}
 	}
 }
 
-// Begin lets n requests of a peer be served, unless there are too many: ErrBusy or ErrRate. It returns
-// ErrGone for a peer that is not let in any more.
+// Begin counts n requests of a member as being served, until End. The error is ErrBusy for too many
+// requests at once, ErrRate for too many a second, and ErrGone for a member that is not active.
+//
+// The limit of all peers together applies only to a member with requests under way. A member
+// without any gets in, because otherwise a few peers could keep all others out.
 func (r *Registry) Begin(m *Member, n int) error {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	switch {
-	case !m.in():
+	case !m.active():
 		return ErrGone
 	case m.requests+n > r.limits.RequestsOfPeer:
 		return fmt.Errorf("%w for this peer", ErrBusy)
-	case r.requests+n > r.limits.Requests && m.requests > 0: // a peer that has none gets in, or a few peers could keep all others out
+	case r.requests+n > r.limits.Requests && m.requests > 0:
 		return ErrBusy
-	case !m.pace.AllowN(time.Now(), n):
+	case !m.requestRate.AllowN(time.Now(), n):
 		return ErrRate
 	}
 	m.seen = time.Now()
@@ -82,7 +85,7 @@ func (r *Registry) Begin(m *Member, n int) error {
 	return nil
 }
 
-// End says that n requests have been served.
+// End ends the count of n requests that have been served.
 func (r *Registry) End(m *Member, n int) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
