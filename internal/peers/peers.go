@@ -63,18 +63,19 @@ type Member struct {
 	requestRate *rate.Limiter
 
 	// The fields below are guarded by Registry.mu.
-	suspended bool
-	removed   bool
-	seen      time.Time         // last session or request; zero for never
-	from      string            // address of the last session; "" for none
-	written   time.Time         // the ledger's value of seen
-	requests  int               // requests being served; an item of a batch counts as one
-	sessions  int               // open sessions
-	known     map[string]uint32 // last acknowledged version of each key
+	suspended  bool              // in the ledger
+	suspending bool              // Suspend has begun, and the ledger may not have the suspension
+	removed    bool              // Remove has begun, or the ledger has the removal
+	seen       time.Time         // last session or request; zero for never
+	from       string            // address of the last session; "" for none
+	written    time.Time         // the ledger's value of seen
+	requests   int               // requests being served; an item of a batch counts as one
+	sessions   int               // open sessions
+	known      map[string]uint32 // last acknowledged version of each key
 }
 
 // active reports whether the peer may open sessions and send requests.
-func (m *Member) active() bool { return !m.suspended && !m.removed }
+func (m *Member) active() bool { return !m.suspended && !m.suspending && !m.removed }
 
 // Session is an open connection of a member.
 type Session struct {
@@ -166,7 +167,9 @@ func (r *Registry) take(name string, value []byte) error {
 		m = r.newMember(p)
 		r.members[p.PublicKey] = m
 	}
-	m.suspended = rec.Suspended
+	if m.suspended = rec.Suspended; m.suspended {
+		m.suspending = false
+	}
 	if m.known = rec.Known; m.known == nil {
 		m.known = map[string]uint32{}
 	}
@@ -234,7 +237,9 @@ func (r *Registry) All() (all []Status) {
 		if m.removed {
 			continue // the ledger does not have the removal yet
 		}
-		all = append(all, Status{Peer: m.Peer, Suspended: m.suspended, Seen: m.seen, Connections: m.sessions})
+		all = append(all, Status{
+			Peer: m.Peer, Suspended: m.suspended || m.suspending, Seen: m.seen, Connections: m.sessions,
+		})
 	}
 	slices.SortFunc(all, func(x, y Status) int { return strings.Compare(x.Name, y.Name) })
 	return all
@@ -262,7 +267,7 @@ func (r *Registry) run(ctx context.Context, name string, do func(context.Context
 }
 
 // enrol writes the record of a new peer. The check for an existing enrolment reads the ledger:
-// memory may lack a peer whose removal has failed.
+// memory hides a peer whose removal has failed.
 func (r *Registry) enrol(ctx context.Context, who audit.Actor, p Peer) error {
 	rec := record{PublicKey: hex.EncodeToString(p.PublicKey[:]), Added: p.Added.Unix()}
 	return r.ledger.Update(ctx, func(tx *ledger.Tx) error {
@@ -301,7 +306,7 @@ func (r *Registry) Remove(ctx context.Context, who audit.Actor, name string) err
 // Suspend refuses a peer until Resume. The steps are the steps of Remove, and after an error the
 // caller must repeat Suspend.
 func (r *Registry) Suspend(ctx context.Context, who audit.Actor, name string) error {
-	return r.exclude(ctx, name, func(m *Member) { m.suspended = true }, func(tx *ledger.Tx) error {
+	return r.exclude(ctx, name, func(m *Member) { m.suspending = true }, func(tx *ledger.Tx) error {
 		return setSuspended(tx, who, name, true)
 	})
 }
@@ -309,12 +314,20 @@ func (r *Registry) Suspend(ctx context.Context, who audit.Actor, name string) er
 // Resume ends a suspension.
 func (r *Registry) Resume(ctx context.Context, who audit.Actor, name string) error {
 	return r.run(ctx, name, func(ctx context.Context) error {
-		return r.ledger.Update(ctx, func(tx *ledger.Tx) error {
+		if err := r.ledger.Update(ctx, func(tx *ledger.Tx) error {
 			if err := enrolled(tx, name); err != nil {
 				return err
 			}
 			return setSuspended(tx, who, name, false)
-		})
+		}); err != nil {
+			return err
+		}
+		r.mu.Lock()
+		defer r.mu.Unlock()
+		if m := r.named(name); m != nil {
+			m.suspending = false // of a Suspend that has failed
+		}
+		return nil
 	})
 }
 
