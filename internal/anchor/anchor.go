@@ -1,11 +1,14 @@
-// Package anchor binds the ledger to a monotonic counter, so that an older copy of the ledger in its
-// place is noticed: such a copy would have forgotten nonces.
+// Package anchor binds the ledger to a monotonic counter, to detect a rollback: an older copy of
+// the ledger in place of the newest. An older copy lacks spent nonces, so old requests could be
+// signed again.
 //
-// The invariant, on disk and in the device, at any moment: counter <= recorded <= counter + 1. For an
-// increment the ledger records the new value first, durably, and then the counter is incremented. So a
-// ledger that records less than the counter says is older than the last increment, and a ledger that
-// records more than one above it was written with another counter. A copy of the ledger can hide what
-// was admitted since the last increment before the copy was made.
+// The invariant is: counter <= recorded <= counter + 1. The recorded value is in the ledger, the
+// counter in the device. For an increment, the ledger first records the new value durably. Then the
+// counter is incremented. A ledger that records less than the counter is therefore older than the
+// last increment. A ledger that records more than counter + 1 was written with another counter.
+//
+// A copy made after the last increment is not detected. Such a copy lacks at most the admissions of
+// one Config.Interval.
 package anchor
 
 import (
@@ -24,50 +27,50 @@ import (
 	"countersign/internal/resource"
 )
 
-// Config says which counter the ledger is bound to, and how often it is incremented.
+// Config is the configuration of an Anchor.
 type Config struct {
-	Token      string        // that has the counter; empty: the ledger is bound to nothing
-	Interval   time.Duration // after which the counter is incremented, if there were admissions
-	Admissions uint64        // after which it is incremented sooner, but not within leastInterval
+	Token      string        // token with the counter; "" for a ledger without a counter
+	Interval   time.Duration // time between increments, if there are admissions
+	Admissions uint64        // admissions before an earlier increment, at least leastInterval after the last
 }
 
-// leastInterval bounds how much admissions wear the counter's memory: 105,120 increments a year at the
-// most.
+// leastInterval limits the wear of the counter's memory to 105,120 increments a year.
 const leastInterval = 5 * time.Minute
 
-// due reports whether the counter is to be incremented, so many admissions and so long after the last
-// time.
+// due reports whether an increment is due. The arguments count from the last increment.
 func (c Config) due(admitted uint64, since time.Duration) bool {
 	return admitted > 0 && (since >= c.Interval || admitted >= c.Admissions && since >= leastInterval)
 }
 
 var (
-	// ErrRolledBack refuses everything that a ledger which has forgotten something must not do.
+	// ErrRolledBack refuses admissions by a ledger that lacks spent nonces.
 	ErrRolledBack = errors.New("the ledger is older than the counter that it is bound to")
-	errUnchecked  = fmt.Errorf("%w: the ledger has not been held against its counter yet", keystore.ErrUnavailable)
+	errUnchecked  = fmt.Errorf("%w: the ledger has not been compared with its counter yet", keystore.ErrUnavailable)
 )
 
-// record is what the ledger knows of its counter.
+// record is the ledger's record of its counter.
 type record struct {
 	Token string `json:"token"`
 	Value uint64 `json:"value"`
 }
 
-// Rollback says that the ledger is not the one that it should be. It stays until an operator accepts it.
+// Rollback is the ledger's record of a detected rollback. The record stays until an operator
+// accepts the rollback.
 type Rollback struct {
-	Ledger  uint64    `json:"ledger"`  // the value that the ledger records
-	Counter uint64    `json:"counter"` // the value of the counter
+	Ledger  uint64    `json:"ledger"`  // recorded value
+	Counter uint64    `json:"counter"` // value of the counter
 	Reason  string    `json:"reason"`
 	At      time.Time `json:"at"`
 }
 
+// The keys of the records in the table Meta.
 const (
 	anchorKey   = "anchor"
 	rollbackKey = "rollback"
 )
 
-// Anchor holds a ledger against its counter. Its methods are called by one goroutine at a time, except
-// Rollback and Accept.
+// Anchor compares a ledger with its counter and increments the counter. Rollback and Accept are
+// safe for concurrent use. The other methods must be called by one goroutine at a time.
 type Anchor struct {
 	Config
 	ledger    *ledger.Ledger
@@ -76,14 +79,17 @@ type Anchor struct {
 	monitor   *resource.Monitor
 	log       *slog.Logger
 	accepting manage.Lock
-	checked   bool // the ledger has been held against its counter; of Start, then of Keep, then of Stop
+	checked   bool // the ledger has been compared with its counter; used by Start, Keep and Stop in turn
 }
 
 // New returns the anchor of a ledger.
-func New(c Config, l *ledger.Ledger, tokens manage.Tokens, g *gate.Gate, m *resource.Monitor, log *slog.Logger) *Anchor {
+func New(
+	c Config, l *ledger.Ledger, tokens manage.Tokens, g *gate.Gate, m *resource.Monitor, log *slog.Logger,
+) *Anchor {
 	return &Anchor{Config: c, ledger: l, tokens: tokens, gate: g, monitor: m, log: log, accepting: manage.NewLock()}
 }
 
+// counter returns the counter of the configured token.
 func (a *Anchor) counter() (keystore.Counter, error) {
 	store, err := a.tokens.Get(a.Token)
 	if err != nil {
@@ -96,7 +102,7 @@ func (a *Anchor) counter() (keystore.Counter, error) {
 	return counter, nil
 }
 
-// read reads a record of the table Meta; nil: there is none.
+// read reads a record of the table Meta, or returns nil if there is none.
 func read[T any](l *ledger.Ledger, key string) (*T, error) {
 	value, err := l.Get(ledger.Meta, key)
 	if err != nil || value == nil {
@@ -106,8 +112,9 @@ func read[T any](l *ledger.Ledger, key string) (*T, error) {
 	return rec, json.Unmarshal(value, rec)
 }
 
-// Bind binds a ledger to its counter that is bound to none yet. Only init does so, since a ledger that
-// says nothing of its counter may be any.
+// Bind binds a ledger without a counter to the configured counter. Only countersignd init calls
+// Bind, because a running daemon can't tell a new ledger from an old copy without a record of its
+// counter.
 func (a *Anchor) Bind(ctx context.Context, who audit.Actor) error {
 	if a.Token == "" {
 		return nil
@@ -132,7 +139,7 @@ func (a *Anchor) Bind(ctx context.Context, who audit.Actor) error {
 	})
 }
 
-// define makes a counter, unless there is one, and reads it.
+// define makes the counter, unless the counter exists, and returns its value.
 func define(ctx context.Context, counter keystore.Counter) (uint64, error) {
 	if err := counter.DefineCounter(ctx); err != nil {
 		return 0, err
@@ -140,12 +147,13 @@ func define(ctx context.Context, counter keystore.Counter) (uint64, error) {
 	return counter.ReadCounter(ctx)
 }
 
+// put writes the recorded value.
 func (a *Anchor) put(tx *ledger.Tx, value uint64) error {
 	return tx.Put(ledger.Meta, anchorKey, manage.Encode(record{a.Token, value}))
 }
 
-// check holds the ledger against its counter, and lets the ledger admit when it is the newest. The
-// error is ErrRolledBack where it is not.
+// check compares the ledger with its counter. For the newest ledger check increments the counter
+// and unblocks the gate. For another ledger the error is ErrRolledBack.
 func (a *Anchor) check(ctx context.Context) error {
 	bound, err := read[record](a.ledger, anchorKey)
 	if err != nil {
@@ -155,57 +163,63 @@ func (a *Anchor) check(ctx context.Context) error {
 	switch {
 	case err != nil:
 		return err
-	case rolled != nil: // found before, and not accepted: whatever the counter says now
+	case rolled != nil: // detected before and not accepted, so the counter's value does not matter
 		a.gate.Block(gate.Rollback, ErrRolledBack)
 		return ErrRolledBack
 	case a.Token == "" && bound == nil:
-		a.sound()
+		a.unblock()
 		return nil
 	case a.Token == "":
-		return a.rolledBack(ctx, bound, 0,
-			fmt.Sprintf("the ledger is bound to the counter of token %q, and the configuration has no rollback_token", bound.Token))
+		return a.detect(ctx, bound, 0, fmt.Sprintf("the ledger is bound to the counter of token %q, "+
+			"and the configuration has no rollback_token", bound.Token))
 	}
 	counter, err := a.counter()
 	if err != nil {
 		return err
 	}
 	value, err := counter.ReadCounter(ctx)
+	var reason string
 	switch {
 	case errors.Is(err, keystore.ErrNotFound):
-		return a.rolledBack(ctx, bound, value, "the counter is gone: the TPM was cleared, or is another")
+		reason = "the counter is gone: the TPM was cleared, or is another"
 	case err != nil:
 		return err
 	case bound == nil:
-		return a.rolledBack(ctx, bound, value,
-			"the ledger is bound to no counter, so it may be any; one that was never bound is bound by countersignd init")
+		reason = "the ledger is bound to no counter, so it may be any; " +
+			"one that was never bound is bound by countersignd init"
 	case bound.Token != a.Token:
-		return a.rolledBack(ctx, bound, value, fmt.Sprintf("the ledger is bound to the counter of token %q", bound.Token))
+		reason = fmt.Sprintf("the ledger is bound to the counter of token %q", bound.Token)
 	case bound.Value < value:
-		return a.rolledBack(ctx, bound, value, "the ledger is an older copy: what was admitted since it was made is forgotten")
+		reason = "the ledger is an older copy: what was admitted since it was made is forgotten"
 	case bound.Value > value+1:
-		return a.rolledBack(ctx, bound, value, "the counter is behind the ledger: its device was set back, or is another")
+		reason = "the counter is behind the ledger: its device was set back, or is another"
+	}
+	if reason != "" {
+		return a.detect(ctx, bound, value, reason)
 	}
 	if err := a.increment(ctx, counter, value); err != nil {
 		return err
 	}
-	a.sound()
+	a.unblock()
 	return nil
 }
 
-func (a *Anchor) sound() {
+// unblock opens the gate for the newest ledger.
+func (a *Anchor) unblock() {
 	a.gate.Unblock(gate.Rollback)
 	a.gate.Unblock(gate.Counter)
 }
 
-// rolledBack writes the finding down, and lets nothing be admitted.
-func (a *Anchor) rolledBack(ctx context.Context, bound *record, value uint64, reason string) error {
+// detect blocks the gate and records a rollback. The error is ErrRolledBack. The record has an
+// audit event with the reason.
+func (a *Anchor) detect(ctx context.Context, bound *record, value uint64, reason string) error {
 	found := Rollback{Counter: value, Reason: reason, At: time.Now().UTC().Truncate(time.Second)}
 	if bound != nil {
 		found.Ledger = bound.Value
 	}
 	a.gate.Block(gate.Rollback, ErrRolledBack)
-	a.log.Error("rollback detected: nothing is signed or verified until an operator accepts it (countersign admin rollback)",
-		"reason", reason, "ledger", found.Ledger, "counter", found.Counter)
+	a.log.Error("rollback detected: nothing is signed or verified until an operator accepts the rollback "+
+		"(countersign admin rollback)", "reason", reason, "ledger", found.Ledger, "counter", found.Counter)
 	err := a.ledger.Update(ctx, func(tx *ledger.Tx) error {
 		if err := tx.Put(ledger.Meta, rollbackKey, manage.Encode(found)); err != nil {
 			return err
@@ -215,7 +229,8 @@ func (a *Anchor) rolledBack(ctx context.Context, bound *record, value uint64, re
 	return errors.Join(ErrRolledBack, err)
 }
 
-// Start checks the ledger. While the counter's device does not answer, admissions wait until it does.
+// Start compares the ledger with its counter. A rollback, or a device that does not answer, is no
+// error: the gate then stays blocked. Keep repeats the comparison until the device answers.
 func (a *Anchor) Start(ctx context.Context) error {
 	err := a.check(ctx)
 	switch {
@@ -226,36 +241,38 @@ func (a *Anchor) Start(ctx context.Context) error {
 		return nil
 	case errors.Is(err, keystore.ErrUnavailable), errors.Is(err, keystore.ErrSealed), errors.Is(err, keystore.ErrAuth):
 		a.gate.Block(gate.Counter, errUnchecked)
-		a.log.Error("the ledger can't be held against its counter; nothing is admitted until that is done", "token", a.Token, "err", err)
+		a.log.Error("the ledger can't be compared with its counter; nothing is admitted until then",
+			"token", a.Token, "err", err)
 		return nil
 	}
 	return err
 }
 
-// increment increments the counter from value. It happens twice where a first try got lost; then the
-// ledger records that.
+// increment records value+1, and then increments the counter from value. An earlier increment
+// without an answer may take effect late, so the counter may reach value+2. The ledger then records
+// value+2. A crash before that record is later detected as a rollback, although there was none.
 func (a *Anchor) increment(ctx context.Context, counter keystore.Counter, value uint64) error {
-	recorded := func(value uint64) error {
+	record := func(value uint64) error {
 		return a.ledger.Update(ctx, func(tx *ledger.Tx) error { return a.put(tx, value) })
 	}
-	if err := recorded(value + 1); err != nil {
+	if err := record(value + 1); err != nil {
 		return err
 	}
 	now, err := counter.IncrementCounter(ctx)
 	if err == nil && now > value+1 {
-		err = recorded(now)
+		err = record(now)
 	}
 	return err
 }
 
-// counterResource is what the monitor tells of the counter. The audit log has no events of it.
+// counterResource is the counter as a resource of the monitor, without events in the audit log.
 var counterResource = resource.Resource{
-	Name: "counter", FailedText: "the counter that the ledger is bound to can't be used; it is tried again",
+	Name: "counter", FailedText: "the counter that the ledger is bound to can't be used; a retry follows",
 	RecoveredText: "the counter that the ledger is bound to can be used again",
 }
 
-// Keep checks the ledger until that has been possible, and increments the counter from time to time,
-// until ctx ends.
+// Keep increments the counter when an increment is due, until ctx ends. If Start could not compare
+// the ledger with its counter, Keep first retries once a second.
 func (a *Anchor) Keep(ctx context.Context) {
 	if a.Token == "" {
 		return
@@ -275,14 +292,14 @@ func (a *Anchor) Keep(ctx context.Context) {
 			if err = a.check(ctx); err == nil {
 				a.checked, incremented = true, time.Now()
 			} else if errors.Is(err, ErrRolledBack) {
-				err = nil // an operator must act
+				err = nil // the counter works, and an operator must act
 			}
 		case a.due(a.ledger.Admitted()-admitted, time.Since(incremented)):
 			if err = a.advance(ctx); err == nil {
 				incremented, admitted = time.Now(), a.ledger.Admitted()
 			}
 		default:
-			continue // nothing was tried
+			continue // the counter has not been used
 		}
 		if ctx.Err() == nil {
 			a.monitor.Check(ctx, counterResource, err)
@@ -290,7 +307,7 @@ func (a *Anchor) Keep(ctx context.Context) {
 	}
 }
 
-// advance increments the counter of a ledger that is the newest.
+// advance increments the counter of a ledger that has been compared with the counter.
 func (a *Anchor) advance(ctx context.Context) error {
 	counter, err := a.counter()
 	if err != nil {
@@ -303,21 +320,22 @@ func (a *Anchor) advance(ctx context.Context) error {
 	return a.increment(ctx, counter, value)
 }
 
-// Stop increments the counter of a sound ledger at the end, so that a copy made later is noticed.
+// Stop increments the counter once more, so that a copy made before Stop is detected later.
 func (a *Anchor) Stop(ctx context.Context) error {
 	if rolled, err := a.Rollback(); err != nil || rolled != nil || a.Token == "" || !a.checked {
 		return err
 	}
-	if err := a.advance(ctx); err != nil { // the next start finds a sound ledger all the same
+	if err := a.advance(ctx); err != nil { // the invariant holds, and the next start succeeds
 		a.log.Error("the ledger's counter is not incremented at the end", "err", err)
 	}
 	return nil
 }
 
-// Rollback returns what was found, or nil.
+// Rollback returns the detected rollback that no operator has accepted, or nil.
 func (a *Anchor) Rollback() (*Rollback, error) { return read[Rollback](a.ledger, rollbackKey) }
 
-// Accept lets the ledger admit again, as it is. The operator knows which nonces it may have forgotten.
+// Accept binds the ledger as it is to the counter, and ends the rollback. The nonces that the
+// ledger lacks are fresh again. The operator has judged that danger.
 func (a *Anchor) Accept(ctx context.Context, who audit.Actor, reason string) error {
 	if err := manage.CheckReason(reason); err != nil {
 		return fmt.Errorf("rollback: %w", err)
@@ -353,9 +371,9 @@ func (a *Anchor) Accept(ctx context.Context, who audit.Actor, reason string) err
 			return err
 		}
 		a.log.Warn("a rollback was accepted", "operator", who.Name, "reason", reason)
-		return a.check(ctx) // which lets the ledger admit
+		return a.check(ctx) // opens the gate
 	})
 }
 
-// StopAccepting waits until no act is under way, and lets no other one begin.
+// StopAccepting waits for the end of an Accept under way. Later calls are refused.
 func (a *Anchor) StopAccepting(ctx context.Context) error { return a.accepting.Acquire(ctx) }

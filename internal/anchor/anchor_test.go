@@ -5,7 +5,8 @@ import (
 	"time"
 )
 
-// TestCounterIsDue: after the interval with any admission, sooner after many, and never so often that memory wears out.
+// TestCounterIsDue: an increment is due after the interval if there was an admission, and sooner
+// after many admissions, but not within leastInterval.
 func TestCounterIsDue(t *testing.T) {
 	a := Config{Interval: time.Hour, Admissions: 100}
 	for _, c := range []struct {
