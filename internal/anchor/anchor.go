@@ -79,14 +79,18 @@ type Anchor struct {
 	monitor   *resource.Monitor
 	log       *slog.Logger
 	accepting manage.Lock
-	checked   bool // the ledger has been compared with its counter; used by Start, Keep and Stop in turn
+	comparing manage.Lock // held while the recorded value or the counter changes, or both are compared
+	checked   bool        // the ledger has been compared with its counter; used by Start, Keep and Stop in turn
 }
 
 // New returns the anchor of a ledger.
 func New(
 	c Config, l *ledger.Ledger, tokens manage.Tokens, g *gate.Gate, m *resource.Monitor, log *slog.Logger,
 ) *Anchor {
-	return &Anchor{Config: c, ledger: l, tokens: tokens, gate: g, monitor: m, log: log, accepting: manage.NewLock()}
+	return &Anchor{
+		Config: c, ledger: l, tokens: tokens, gate: g, monitor: m, log: log,
+		accepting: manage.NewLock(), comparing: manage.NewLock(),
+	}
 }
 
 // counter returns the counter of the configured token.
@@ -155,6 +159,15 @@ func (a *Anchor) put(tx *ledger.Tx, value uint64) error {
 // check compares the ledger with its counter. For the newest ledger check increments the counter
 // and unblocks the gate. For another ledger the error is ErrRolledBack.
 func (a *Anchor) check(ctx context.Context) error {
+	if err := a.comparing.Acquire(ctx); err != nil {
+		return err
+	}
+	defer a.comparing.Release()
+	return a.compare(ctx)
+}
+
+// compare is check for the holder of comparing.
+func (a *Anchor) compare(ctx context.Context) error {
 	bound, err := read[record](a.ledger, anchorKey)
 	if err != nil {
 		return err
@@ -309,6 +322,10 @@ func (a *Anchor) Keep(ctx context.Context) {
 
 // advance increments the counter of a ledger that has been compared with the counter.
 func (a *Anchor) advance(ctx context.Context) error {
+	if err := a.comparing.Acquire(ctx); err != nil {
+		return err
+	}
+	defer a.comparing.Release()
 	counter, err := a.counter()
 	if err != nil {
 		return err
@@ -341,6 +358,10 @@ func (a *Anchor) Accept(ctx context.Context, who audit.Actor, reason string) err
 		return fmt.Errorf("rollback: %w", err)
 	}
 	return a.accepting.Run(ctx, a.log, "accept a rollback", func(ctx context.Context) error {
+		if err := a.comparing.Acquire(ctx); err != nil {
+			return err
+		}
+		defer a.comparing.Release()
 		rolled, err := a.Rollback()
 		if err != nil {
 			return err
@@ -371,7 +392,7 @@ func (a *Anchor) Accept(ctx context.Context, who audit.Actor, reason string) err
 			return err
 		}
 		a.log.Warn("a rollback was accepted", "operator", who.Name, "reason", reason)
-		return a.check(ctx) // opens the gate
+		return a.compare(ctx) // opens the gate
 	})
 }
 

@@ -502,6 +502,43 @@ func TestKeep(t *testing.T) {
 	})
 }
 
+// TestAcceptBesideKeep: Keep compares the ledger with the counter once a second after a rollback,
+// also while an acceptance increments the counter. The acceptance must not be taken for a rollback.
+func TestAcceptBesideKeep(t *testing.T) {
+	e := tpmtest.New(t)
+	synctest.Test(t, func(t *testing.T) {
+		r := newRig(t, t.TempDir(), openTPM(t, e))
+		r.rollBack()
+		ctx, stop := context.WithCancel(t.Context())
+		kept, accepted := make(chan struct{}), make(chan struct{})
+		go func() { r.Keep(ctx); close(kept) }()
+		var reads atomic.Int32
+		r.tpm.read = func() error {
+			switch reads.Add(1) {
+			case 2: // the acceptance is written; its comparison begins, and Keep's ticker fires
+				time.Sleep(2 * time.Second)
+			case 3: // Keep's comparison, after the acceptance
+				<-accepted
+			}
+			return nil
+		}
+		if err := r.Accept(t.Context(), operator, "disk replaced"); err != nil {
+			t.Error(err)
+		}
+		close(accepted)
+		time.Sleep(2 * time.Second)
+		if rolled, err := r.Rollback(); err != nil || rolled != nil {
+			t.Errorf("detected after the acceptance: %+v, %v", rolled, err)
+		}
+		if err := r.admit(); err != nil {
+			t.Errorf("after the acceptance: %v", err)
+		}
+		stop()
+		<-kept
+		r.holds("after the acceptance")
+	})
+}
+
 // TestWithoutACounter: a ledger without a counter is neither compared nor changed.
 func TestWithoutACounter(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "ledger.db")
