@@ -1,11 +1,11 @@
-// Package appliance is the daemon without its edges: it serves peers over Noise, signs and verifies for
-// them, and keeps the log. Begin reading at Appliance.Sign in sign.go: it is the whole protocol on one
-// screen. Keys live in package keyring, enrolled peers in package peers.
+// Package appliance is the daemon without its edges: the service for peers over Noise, the protocol
+// of signing and verifying, and the audit log. Begin reading at Appliance.Sign in sign.go, which is
+// the whole protocol on one screen. Package keyring has the keys, package peers the enrolled peers.
 //
-// Errors have three classes, decided where the error is made. Refused: the request is wrong or not
-// allowed; a stable code says why. Unavailable: a device or the disk does not answer in time; the same
-// request may be sent again. Fatal: the ledger's state is unknown; the daemon stops, and starting again
-// is the recovery. refuse.go translates them, once.
+// Errors have three classes. A refused request is wrong or not allowed, and a stable code says why.
+// Unavailable means that a device or the disk does not answer in time; the client may send the same
+// request again. After a fatal error the ledger's state is unknown: the daemon stops, and a restart
+// is the recovery. refuse.go translates errors into classes and codes, at one place.
 package appliance
 
 import (
@@ -33,39 +33,40 @@ import (
 	"golang.org/x/time/rate"
 )
 
-// Limits bounds what peers and strangers can cost. Every field must be set; cmd/countersignd documents
-// them and has the defaults.
+// Limits are the limits for peers and strangers. Every field must be set. The configuration of
+// cmd/countersignd documents the fields and their defaults.
 type Limits struct {
-	Connections          int // open at once, handshakes included
-	Strangers            int // of them: unproven connections from addresses that no peer has connected from
+	Connections          int // open connections, handshakes included
+	Strangers            int // open connections without a decrypted message, from addresses without a good session
 	ConnectionsPerSource int
 	ConnectionsPerPeer   int
-	InFlight             int // requests of one connection that are being served at once
-	Requests             int // being served at once in all, the items of a batch one by one
-	RequestsPerPeer      int
+	InFlight             int // requests of one connection being served
+	Requests             int // requests of all peers being served; an item of a batch counts as one
+	RequestsPerPeer      int // requests of one peer being served
 	RequestsPerSecond    int // of one peer
-	RefusalsPerMinute    int // of one peer that are written down one by one; the others are counted
+	RefusalsPerMinute    int // of one peer with an event each; further refusals are counted
 	BatchItems           int
-	Calls                map[string]int // of each token at once
+	Calls                map[string]int // calls to each token at once
 	Handshakes           limit.Config
 
 	HandshakeTimeout time.Duration // for the handshake, and again for the first request
-	ReadTimeout      time.Duration // for a request, from its first byte to its last
-	IdleTimeout      time.Duration // without a request on a connection
+	ReadTimeout      time.Duration // for a request, from the first byte to the last
+	IdleTimeout      time.Duration // for a connection without a request
 	WriteTimeout     time.Duration // for one answer
-	RequestTimeout   time.Duration // for one request, the device's time included; and for recording its outcome
-	ClockSkew        time.Duration // how far a document's timestamp may lie in the future
-	MaxLifetime      time.Duration // of a document: expires_at - timestamp
+	RequestTimeout   time.Duration // for one request with the device's time, and again for the outcome's record
+	ClockSkew        time.Duration // largest distance of a document's timestamp in the future
+	MaxLifetime      time.Duration // largest expires_at - timestamp of a document
 }
 
-// DefaultLimits are the limits of an appliance without a configuration of its own. Calls is not set: it
-// depends on the tokens.
+// DefaultLimits returns the default limits. Calls is not set, because Calls depends on the tokens.
 func DefaultLimits() Limits {
 	return Limits{
 		Connections: 1024, Strangers: 512, ConnectionsPerSource: 256, ConnectionsPerPeer: 128,
-		InFlight: 64, Requests: 1024, RequestsPerPeer: 256, RequestsPerSecond: 10_000, RefusalsPerMinute: 600, BatchItems: 100,
+		InFlight: 64, Requests: 1024, RequestsPerPeer: 256, RequestsPerSecond: 10_000, RefusalsPerMinute: 600,
+		BatchItems: 100,
 		Handshakes: limit.Config{
-			PerSource: 5, Global: 100, Kept: 25, Window: time.Minute, GoodFor: 24 * time.Hour, Sources: 100_000, Waiting: 256,
+			PerSource: 5, Global: 100, Kept: 25, Window: time.Minute, GoodFor: 24 * time.Hour,
+			Sources: 100_000, Waiting: 256,
 		},
 		HandshakeTimeout: 10 * time.Second, ReadTimeout: 30 * time.Second, IdleTimeout: 5 * time.Minute,
 		WriteTimeout: 10 * time.Second, RequestTimeout: 15 * time.Second,
@@ -78,10 +79,10 @@ type Config struct {
 	Limits    Limits
 	Anchor    anchor.Config
 	Retention Retention
-	Attended  bool   // each start waits for an operator to unlock it
-	Identity  string // the signing key that authorises the Noise key; "": none
+	Attended  bool   // each start waits for an operator's unlock
+	Identity  string // name of the signing key that authorizes the Noise key; "" for none
 	Webhooks  []webhook.Target
-	// Monitor, if set, knows already of tokens that have gone away.
+	// Monitor, if set, may have failed tokens already.
 	Monitor *resource.Monitor
 }
 
@@ -101,27 +102,28 @@ type Appliance struct {
 	log      *slog.Logger
 
 	policies   policies
-	locked     atomic.Pointer[Lock] // nil: it is not
-	refusals   tally                // of what is too many to be written down one by one
-	failing    rate.Sometimes       // lines in the log about handshakes that fail because of the device
+	locked     atomic.Pointer[Lock] // nil for an unlocked appliance
+	refusals   tally                // refusals beyond the limit of events
+	failing    rate.Sometimes       // lines of the log about handshakes that fail because of the device
 	handshakes *limit.Handshakes
 	places     *limit.Connections
 
 	signing   manage.Lock // held while a checkpoint is signed
-	locking   manage.Lock // held while the appliance is locked or unlocked
-	retaining manage.Lock // held while the retention changes
+	locking   manage.Lock // held by Lock and Unlock
+	retaining manage.Lock // held by ShortenRetention
 
-	// mu guards the retention, which the ledger's writer changes when its record does.
+	// mu guards the retention. The ledger's writer holds mu while memory follows the ledger.
 	mu         sync.RWMutex
 	retention  Retention // in force
-	configured Retention // as the configuration says
-	shorter    bool      // the configuration would keep something for a shorter time
+	configured Retention // from the configuration
+	shorter    bool      // a time of the configuration is shorter than the one in force
 }
 
-// New puts an appliance together: it reads keys and peers from the ledger, and holds each key against
-// its token, see keyring.Open. New changes nothing.
+// New returns an appliance with the keys and peers of the ledger. New compares each key with its
+// token: see keyring.Open. New changes neither the ledger nor a token.
 func New(
-	ctx context.Context, c Config, l *ledger.Ledger, tokens map[string]keystore.Store, p *policy.Policy, log *slog.Logger,
+	ctx context.Context, c Config, l *ledger.Ledger, tokens map[string]keystore.Store, p *policy.Policy,
+	log *slog.Logger,
 ) (a *Appliance, err error) {
 	limits := c.Limits
 	a = &Appliance{
@@ -139,12 +141,14 @@ func New(
 	if err := l.Follow(ctx, &a.mu, ledger.Followed{Table: ledger.Meta, Take: a.takeMeta}); err != nil {
 		return nil, err
 	}
-	if err := l.Follow(ctx, &a.policies.mu, ledger.Followed{Table: ledger.Policies, Take: a.policies.take}); err != nil {
+	versions := ledger.Followed{Table: ledger.Policies, Take: a.policies.take}
+	if err := l.Follow(ctx, &a.policies.mu, versions); err != nil {
 		return nil, err
 	}
 	if a.Peers, err = peers.Open(ctx, l, peers.Limits{
 		Connections: limits.ConnectionsPerPeer, Requests: limits.Requests, RequestsOfPeer: limits.RequestsPerPeer,
-		RequestsPerSecond: limits.RequestsPerSecond, RefusalsPerMinute: limits.RefusalsPerMinute, BatchItems: limits.BatchItems,
+		RequestsPerSecond: limits.RequestsPerSecond, RefusalsPerMinute: limits.RefusalsPerMinute,
+		BatchItems: limits.BatchItems,
 	}, log); err != nil {
 		return nil, err
 	}
@@ -160,9 +164,10 @@ func New(
 	return a, nil
 }
 
-// Ready holds an appliance against what serving needs.
+// Ready returns an error if a key that Serve needs is missing.
 func (a *Appliance) Ready() error {
-	if _, err := a.Keys.Versions(keyring.NoiseName); err != nil { // after a compromise none may be active: serving mends that
+	// After a compromise no version may be active: Serve then activates the successor.
+	if _, err := a.Keys.Versions(keyring.NoiseName); err != nil {
 		return errors.New("the listener has no Noise key: run countersignd init")
 	}
 	if _, err := a.Keys.LogKey(); err != nil {
@@ -171,8 +176,8 @@ func (a *Appliance) Ready() error {
 	return nil
 }
 
-// Start clears away the remains of creations that were cut off, sees whether serving can begin, and
-// writes down that it does.
+// Start removes the remains of interrupted key creations, loads the state that Serve needs, and
+// writes the event Started.
 func (a *Appliance) Start(ctx context.Context) error {
 	if err := a.Keys.Recover(ctx); err != nil {
 		return err
@@ -182,7 +187,9 @@ func (a *Appliance) Start(ctx context.Context) error {
 	}
 	if a.attended && a.locked.Load() == nil {
 		a.setLock(&Lock{
-			By: "countersignd", Reason: "it was started, and an operator must unlock it (unattended_start = false)", At: time.Now().UTC(),
+			By:     "countersignd",
+			Reason: "it was started, and an operator must unlock it (unattended_start = false)",
+			At:     time.Now().UTC(),
 		})
 	}
 	if err := a.Anchor.Start(ctx); err != nil {
@@ -198,50 +205,51 @@ func (a *Appliance) Start(ctx context.Context) error {
 	return a.recordInTime(audit.NewStarted())
 }
 
-// Stop writes down that the daemon ends, after everything that was admitted has been settled.
+// Stop writes the event Stopped. Serve must have ended, so every admission has been settled.
 func (a *Appliance) Stop() error {
 	ctx, cancel := context.WithTimeout(context.Background(), a.limits.RequestTimeout)
 	defer cancel()
-	for _, stop := range []func(context.Context) error{ // no act of management begins any more
-		a.Keys.Stop, a.locking.Acquire, a.Peers.Stop, a.retaining.Acquire, a.Anchor.StopAccepting, a.policies.activating.Acquire,
+	for _, stop := range []func(context.Context) error{ // later acts of management are refused
+		a.Keys.Stop, a.locking.Acquire, a.Peers.Stop, a.retaining.Acquire, a.Anchor.StopAccepting,
+		a.policies.activating.Acquire,
 	} {
 		if err := stop(ctx); err != nil {
-			a.log.Error("stopping during an act of management; the next start clears away what is left of it", "err", err)
+			a.log.Error("stopping during an act of management; the next start removes its remains", "err", err)
 		}
 	}
 	a.refusals.flush(ctx, a)
 	if err := a.Peers.WriteSeen(ctx); err != nil {
-		a.log.Error("when peers were last seen is not written down", "err", err)
+		a.log.Error("the times of peers' last sessions are not written", "err", err)
 	}
 	if err := a.Keys.WriteUses(ctx); err != nil {
-		a.log.Error("how often keys were used is not written down; the next start counts it", "err", err)
+		a.log.Error("the number of uses of keys is not written; the next start counts again", "err", err)
 	}
 	if err := a.recordInTime(audit.NewStopped()); err != nil {
 		return err
 	}
-	if err := a.signLog(ctx); err != nil { // the next start signs what is there
+	if err := a.signLog(ctx); err != nil { // the next start signs a checkpoint
 		a.log.Error("the last checkpoint is not signed", "err", err)
 	}
 	return a.Anchor.Stop(ctx)
 }
 
-// Alive returns when the ledger's writer has come round, for a watchdog.
+// Alive returns when the ledger's writer has executed an empty request, for a watchdog.
 func (a *Appliance) Alive(ctx context.Context) error { return a.ledger.Alive(ctx) }
 
-// record writes an event down and waits until it is on disk.
+// record writes an event, and returns when the event is on disk.
 func (a *Appliance) record(ctx context.Context, e audit.Event) error {
 	_, err := a.ledger.Append(ctx, ledger.EventOf(e))
 	return err
 }
 
-// recordInTime writes an event down, even if the daemon is being stopped.
+// recordInTime writes an event with a timeout of its own, also while the daemon stops.
 func (a *Appliance) recordInTime(e audit.Event) error {
 	ctx, cancel := context.WithTimeout(context.Background(), a.limits.RequestTimeout)
 	defer cancel()
 	return a.record(ctx, e)
 }
 
-// takeMeta lets memory say what a record of the appliance as a whole says. mu is held.
+// takeMeta updates memory from a record of the appliance as a whole. The ledger's writer holds mu.
 func (a *Appliance) takeMeta(name string, value []byte) error {
 	switch name {
 	case lockKey:
@@ -252,7 +260,8 @@ func (a *Appliance) takeMeta(name string, value []byte) error {
 	return nil
 }
 
-// Canary has the log's key sign a message that means nothing: the whole way to the device and back.
+// Canary has the audit log's key sign a test message, to check the whole way to the device and
+// back. The error is that of the gate if admissions are blocked.
 func (a *Appliance) Canary(ctx context.Context) error {
 	if err := a.gate.Err(); err != nil {
 		return err
@@ -273,7 +282,7 @@ func (a *Appliance) Tokens() map[string]keystore.Status {
 	return all
 }
 
-// RetryToken lets a token be asked for a login again after its PIN was refused.
+// RetryToken allows another login at a token that has refused the PIN.
 func (a *Appliance) RetryToken(ctx context.Context, who audit.Actor, name string) error {
 	store, err := a.tokens.Get(name)
 	if err != nil {
@@ -287,18 +296,19 @@ func (a *Appliance) RetryToken(ctx context.Context, who audit.Actor, name string
 	return nil
 }
 
-// RecordCertificate writes down that an operator is about to give the admin API another certificate.
-// Whether the API takes it depends on the certificate.
+// RecordCertificate writes that an operator is about to give the admin API another certificate. The
+// event comes before the API's check of the certificate.
 func (a *Appliance) RecordCertificate(ctx context.Context, who audit.Actor, action string, certificate []byte) error {
 	return a.record(ctx, audit.NewCertificateChanged(who, action, keyring.AdminName, certificate))
 }
 
-// TokenResource is what the monitor tells of a token.
+// TokenResource is a token as a resource of the monitor.
 func TokenResource(name string) resource.Resource {
 	return resource.Resource{Name: name, Failed: audit.DeviceUnavailable, Recovered: audit.DeviceRecovered}
 }
 
-// Events calls visit for each event of the audit log from index from on, until visit returns false.
+// Events calls visit for each event of the audit log, beginning at the index from, until visit
+// returns false.
 func (a *Appliance) Events(from uint64, visit func(index uint64, e audit.Event) bool) error {
 	var broken error
 	err := a.ledger.Events(from, func(index uint64, b []byte) bool {

@@ -294,7 +294,8 @@ func TestSubscriptionBySubscriber(t *testing.T) {
 	}
 }
 
-// TestDeviceThatLies: a signature that does not verify is never released, and the request can be asked again.
+// TestDeviceThatLies: a signature that does not verify is never released, and the request can be
+// asked again.
 func TestDeviceThatLies(t *testing.T) {
 	for name, corrupt := range map[string]func([]byte) []byte{
 		"a flipped bit": func(b []byte) []byte { b[5] ^= 1; return b },
@@ -320,7 +321,8 @@ func TestDeviceThatLies(t *testing.T) {
 	}
 }
 
-// TestDeviceThatFails: the nonce is spent, the same request gets its signature when the device is back, another does not.
+// TestDeviceThatFails: the nonce is spent, the same request gets its signature when the device is
+// back, another does not.
 func TestDeviceThatFails(t *testing.T) {
 	r := newRig(t)
 	r.store.BeforeSign = func(keystore.Ref, []byte) error { return fmt.Errorf("unplugged: %w", keystore.ErrUnavailable) }
@@ -335,8 +337,8 @@ func TestDeviceThatFails(t *testing.T) {
 	}
 }
 
-// TestWhileTheFirstIsStillWaiting: the device holds a request; a second one with its nonce and other content is refused
-// at once, an identical one gets the same signature.
+// TestWhileTheFirstIsStillWaiting: the device holds a request; a second one with its nonce and
+// other content is refused at once, an identical one gets the same signature.
 func TestWhileTheFirstIsStillWaiting(t *testing.T) {
 	r := newRig(t)
 	inDevice, release := make(chan struct{}, 2), make(chan struct{})
@@ -453,7 +455,8 @@ func TestTimeGoesBy(t *testing.T) {
 	})
 }
 
-// TestSlowDeviceIsBounded: a device that does not come back costs "unavailable" after the request's time.
+// TestSlowDeviceIsBounded: a device that does not come back costs "unavailable" after the request's
+// time.
 func TestSlowDeviceIsBounded(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		r := newRig(t)
@@ -501,7 +504,8 @@ func TestKeysAreHeldAgainstTheToken(t *testing.T) {
 	}
 }
 
-// TestUnfinishedKeyIsClearedAway: a crash between the intent and the record leaves a key that has never been used.
+// TestUnfinishedKeyIsClearedAway: a crash between the intent and the record leaves a key that has
+// never been used.
 func TestUnfinishedKeyIsClearedAway(t *testing.T) {
 	r := newRig(t)
 	ref, tag := keystore.Ref{Name: "half", Version: 1}, keystore.Tag{9}
@@ -538,7 +542,8 @@ func (r *rig) pending(t *testing.T, ref keystore.Ref, tag keystore.Tag) {
 	}
 }
 
-// TestSomebodyElsesKeyIsNotClearedAway: the token was changed for another one that has a key of the same name.
+// TestSomebodyElsesKeyIsNotClearedAway: the token was changed for another one that has a key of the
+// same name.
 func TestSomebodyElsesKeyIsNotClearedAway(t *testing.T) {
 	r := newRig(t)
 	ref := keystore.Ref{Name: "orders", Version: 1}
@@ -554,8 +559,8 @@ func TestSomebodyElsesKeyIsNotClearedAway(t *testing.T) {
 	}
 }
 
-// TestCallerLeavesACreation: the device takes its time, the caller leaves; the key is whole afterwards, and meanwhile a
-// peer can be removed.
+// TestCallerLeavesACreation: the device takes its time, the caller leaves; the key is whole
+// afterwards, and meanwhile a peer can be removed.
 func TestCallerLeavesACreation(t *testing.T) {
 	r := newRig(t)
 	inDevice, release := make(chan struct{}), make(chan struct{})
@@ -609,7 +614,8 @@ func TestManageRefuses(t *testing.T) {
 			t.Errorf("key %q: %v", name, err)
 		}
 	}
-	// Something of this name is on the token that the ledger does not know: it is not ours to replace or to clear away.
+	// Something of this name is on the token that the ledger does not know: it is not ours to
+	// replace or to clear away.
 	foreign := keystore.Ref{Name: "foreign", Version: 1}
 	r.store.Generate(t.Context(), foreign, keystore.Ed25519, keystore.Tag{1})
 	if _, err := r.Keys.Create(t.Context(), who, keyring.NewKey{Name: "foreign"}); !errors.Is(err, manage.ErrExists) {
@@ -641,7 +647,8 @@ func TestManageRefuses(t *testing.T) {
 	}
 }
 
-// TestEveryErrorHasOneCode: what a stranger to the table says is "unavailable", and nothing of it reaches the peer.
+// TestEveryErrorHasOneCode: what a stranger to the table says is "unavailable", and nothing of it
+// reaches the peer.
 func TestEveryErrorHasOneCode(t *testing.T) {
 	secret := errors.New("C_Login: pin 1234 in /etc/countersign")
 	for _, err := range []error{secret, fmt.Errorf("%w: %w", keystore.ErrUnavailable, secret), fmt.Errorf("%w: %w", keystore.ErrAuth, secret),

@@ -106,7 +106,8 @@ func TestBatch(t *testing.T) {
 			}
 		}
 	}
-	// Three admitted and signed, one verified, two replays, four that say what was refused. The malformed write nothing.
+	// Three admitted and signed, one verified, two replays, four that say what was refused. The
+	// malformed write nothing.
 	events := logOf(t, r.Appliance, 1)[before:]
 	for of, want := range map[audit.Type]int{audit.SignatureAdmitted: 3, audit.SignatureCreated: 3, audit.SignatureVerified: 1, audit.ReplayRefused: 2, audit.SignatureRejected: 4} {
 		if got := countOf(events, of); got != want {
@@ -141,7 +142,8 @@ func TestBatchSharesACommit(t *testing.T) {
 	}
 }
 
-// TestSameTwiceInABatch: one admission, one signature, and one of the answers says that it is repeated.
+// TestSameTwiceInABatch: one admission, one signature, and one of the answers says that it is
+// repeated.
 func TestSameTwiceInABatch(t *testing.T) {
 	r := newRig(t)
 	before := len(logOf(t, r.Appliance, 1))
@@ -204,7 +206,8 @@ func TestBatchLimits(t *testing.T) {
 	batched(t, r.Appliance, r.handler(t, "shop"), many(100)...)
 }
 
-// TestLongestAnswersFit: the answers to the largest batches fit into a message, or what was done for them would be lost.
+// TestLongestAnswersFit: the answers to the largest batches fit into a message, or what was done
+// for them would be lost.
 func TestLongestAnswersFit(t *testing.T) {
 	r := newRigWith(t, func(l *Limits) { l.RefusalsPerMinute = 1_000_000 })
 	long := strings.Repeat("k", 64)
@@ -263,8 +266,9 @@ func (r *rig) permits(t *testing.T, text string) {
 	r.policies.file = parsed(t, text)
 }
 
-// TestBatchWithoutADisk: each item is unavailable, and none of its nonces is spent; when the disk is back, the same batch is
-// served. With a ledger whose state is unknown the connection ends without an answer.
+// TestBatchWithoutADisk: each item is unavailable, and none of its nonces is spent; when the disk
+// is back, the same batch is served. With a ledger whose state is unknown the connection ends
+// without an answer.
 func TestBatchWithoutADisk(t *testing.T) {
 	disk := disktest.New(t)
 	r := newRigAt(t, filepath.Join(disk.Dir(), "ledger.db"))

@@ -18,34 +18,35 @@ import (
 	"countersign/wire"
 )
 
-// decision asks policy about a sign request, inside the request's admission, where earlier signatures
-// are counted, and makes the event that records the answer.
+// decision is the decision about one sign request. The ledger calls decide inside the admission,
+// because the budgets need exact counts of earlier signatures. Then the ledger calls event.
 type decision struct {
 	policies   *policies
-	mayUse     func() error // whether the key may sign at this moment
+	mayUse     func() error // the error of a key that may not sign at this moment
 	request    policy.Request
 	payment    bool
 	at         time.Time
 	salt       [16]byte
 	counts     []ledger.Count
-	generation *ledger.Monotonic // nil: the document has none
+	generation *ledger.Monotonic // nil for a document without a generation
 	admission  audit.Event
 
-	// The answer of decide.
+	// The results of decide.
 	rules   *rules
-	refused error // by the state of the key, before policy was asked
+	refused error // of the key's state or the policy's text, before the policy was evaluated
 	allowed bool
 	record  []byte
 }
 
-// decisionOf prepares the parts of a decision that need no ledger. Documents that only the appliance
-// itself may sign, and amounts that no rule can judge, are refused here.
+// decisionOf prepares a decision outside the ledger. The error refuses documents reserved for the
+// appliance itself, and amounts beyond the range of Cedar's integers.
 func (a *Appliance) decisionOf(who Caller, key *keyring.Key, doc *transcript.Document) (*decision, error) {
 	if doc.Reserved {
 		return nil, fmt.Errorf("%w: %s is made by the appliance only", errNotYours, doc.Type)
 	}
 	d := &decision{
-		policies: &a.policies, mayUse: func() error { return a.Keys.MayUse(key) }, payment: doc.Payment != nil, at: time.Now(),
+		policies: &a.policies, mayUse: func() error { return a.Keys.MayUse(key) },
+		payment: doc.Payment != nil, at: time.Now(),
 		admission: audit.NewAdmission(who.actor(), key.Ref().String(), keyring.DocumentOf(doc)),
 	}
 	rand.Read(d.salt[:])
@@ -96,11 +97,12 @@ func (a *Appliance) decisionOf(who Caller, key *keyring.Key, doc *transcript.Doc
 	return d, err
 }
 
-const counterpartyIndex = 2 // in policy.Counted
+// counterpartyIndex is the index of the counterparty in policy.Counted.
+const counterpartyIndex = 2
 
-// decide answers the ledger, with the sums of counts. The policy is that of this moment, so that no
-// policy decides after another one is in force, however long the request has waited. When the ledger
-// asks again, everything is decided again.
+// decide evaluates the policy with the sums of d.counts. The policy is the one in force at this
+// moment, however long the request has waited: no policy decides after its successor is in force.
+// The ledger may call decide twice.
 func (d *decision) decide(used []ledger.Used) ([]byte, error) {
 	if d.refused = d.mayUse(); d.refused != nil {
 		return nil, d.refused
@@ -132,7 +134,7 @@ func (d *decision) decide(used []ledger.Used) ([]byte, error) {
 	return d.record, decided.Err()
 }
 
-// event is the event that the ledger writes down.
+// event returns the encoded event for a verdict.
 func (d *decision) event(v ledger.Verdict) []byte {
 	e := d.admission
 	switch {
@@ -142,7 +144,7 @@ func (d *decision) event(v ledger.Verdict) []byte {
 	case v == ledger.Denied:
 		e = e.Decided(d.rules.Hash, policy.Digest(d.record)).AsRejected(wire.CodeDenied)
 		if d.allowed {
-			e = e.RefusedByGeneration() // by the ledger, not by policy
+			e = e.RefusedByGeneration() // the ledger refused, and the policy allowed
 		}
 	case v != ledger.Replay:
 		e = e.Decided(d.rules.Hash, policy.Digest(d.record))
@@ -150,21 +152,21 @@ func (d *decision) event(v ledger.Verdict) []byte {
 	return verdictEvent(e, v)
 }
 
-// writtenDown is a refusal that the ledger has recorded with its verdict.
-type writtenDown struct{ error }
+// recorded is a refusal with an event in the ledger.
+type recorded struct{ error }
 
-func (w writtenDown) Unwrap() error { return w.error }
+func (r recorded) Unwrap() error { return r.error }
 
-// refusal is the error of an admission that was not admitted: policy does not allow it, or the nonce is
-// spent, and where the peer's own request has spent it, by which event.
+// refusal returns the error of a verdict Denied or Replay. For a nonce that the peer's own request
+// has spent, the error names the event of that request.
 func refusal(a ledger.Admitted) error {
 	switch {
 	case a.Verdict == ledger.Denied:
-		return writtenDown{a.Denial}
+		return recorded{a.Denial}
 	case a.Verdict == ledger.Replay && a.Own:
-		return writtenDown{fmt.Errorf("%w: your own request for this document spent it, as event %d", errReplay, a.First)}
+		return recorded{fmt.Errorf("%w: your own request for this document spent it, as event %d", errReplay, a.First)}
 	case a.Verdict == ledger.Replay:
-		return writtenDown{errReplay}
+		return recorded{errReplay}
 	}
 	return nil
 }

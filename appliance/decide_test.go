@@ -21,7 +21,8 @@ import (
 	"countersign/wire"
 )
 
-// TestEveryContextFitsTheSchema: whatever the type of a document, a policy that fits the schema can judge it.
+// TestEveryContextFitsTheSchema: whatever the type of a document, a policy that fits the schema can
+// judge it.
 func TestEveryContextFitsTheSchema(t *testing.T) {
 	r := newRig(t)
 	b, err := os.ReadFile("../transcript/testdata/vectors.json")
@@ -103,7 +104,8 @@ func (r *rig) payment(n byte, amount, currency, payee string) *wire.Sign {
 	return s
 }
 
-// TestBudgets: what is admitted is counted, exactly, once, by currency and by counterparty; what is denied is not.
+// TestBudgets: what is admitted is counted, exactly, once, by currency and by counterparty; what is
+// denied is not.
 func TestBudgets(t *testing.T) {
 	r := newRig(t)
 	p, err := policy.Parse("policy.cedar", []byte(`permit (principal, action == Action::"sign", resource) when { context has amount && context.used.key.day.amount <= 10 }
@@ -135,7 +137,8 @@ unless { context.used.counterparty.day.amount > 6 };`))
 	denies(message(5, ""))
 }
 
-// TestDecisionsGo: what was decided is forgotten after its time; the events and what was counted are not.
+// TestDecisionsGo: what was decided is forgotten after its time; the events and what was counted
+// are not.
 func TestDecisionsGo(t *testing.T) {
 	r := newRig(t)
 	signed := r.sign(t, r.shop, message(1, ""))
@@ -172,8 +175,8 @@ func TestDecisionsGo(t *testing.T) {
 	}
 }
 
-// TestPolicyOfTheMoment: a request that began under a policy is decided by the one that is in force when it is decided, and its
-// record and its event say so.
+// TestPolicyOfTheMoment: a request that began under a policy is decided by the one that is in force
+// when it is decided, and its record and its event say so.
 func TestPolicyOfTheMoment(t *testing.T) {
 	r := newEdge(t, nil)
 	key, err := r.Keys.Signing("payments")

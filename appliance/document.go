@@ -10,14 +10,14 @@ import (
 	"countersign/wire"
 )
 
-// documentOf is the part of a request that the transcript judges.
+// documentOf returns the document of a request for package transcript.
 func documentOf(d wire.Document) transcript.Request {
 	return transcript.Request{
 		Type: d.Type, Payload: d.Payload, Nonce: d.Nonce, Timestamp: d.Timestamp, ExpiresAt: d.ExpiresAt,
 	}
 }
 
-// verdictEvent encodes the event of an admission, or that of a replay where the ledger found one.
+// verdictEvent encodes the event of an admission, or of a replay if the verdict is Replay.
 func verdictEvent(admission audit.Event, v ledger.Verdict) []byte {
 	if v == ledger.Replay {
 		admission = admission.AsReplay(wire.CodeReplay)
@@ -25,16 +25,15 @@ func verdictEvent(admission audit.Event, v ledger.Verdict) []byte {
 	return admission.Encode(time.Now())
 }
 
-// The id and the salt of a receipt are made of the signature: the peer has the signature, and a
-// repetition gives the same receipt. The ledger has the signature as long as it has the nonce; after
-// that, no amount can be guessed from the records of the ledger.
-
+// receiptPart derives the id or the salt of a receipt from the signature. A repetition of the
+// request therefore gives the same receipt. The ledger deletes the signature together with the
+// nonce. From then on, the ledger's records do not allow to guess the amount.
 func receiptPart(what string, signature []byte) []byte {
 	sum := sha256.Sum256(append([]byte("countersign-receipt-"+what+"-v1\x00"), signature...))
 	return sum[:16]
 }
 
-// receiptFor is the receipt that the peer gets; nil where the document is no payment.
+// receiptFor returns the receipt for the peer, or nil for a document that is no payment.
 func receiptFor(doc *transcript.Document, signature []byte) *wire.Receipt {
 	if doc.Payment == nil {
 		return nil
@@ -42,7 +41,7 @@ func receiptFor(doc *transcript.Document, signature []byte) *wire.Receipt {
 	return &wire.Receipt{ID: receiptPart("id", signature), Salt: receiptPart("salt", signature)}
 }
 
-// receiptRecord is the receipt that the ledger keeps; nil where there is none.
+// receiptRecord returns the receipt for the ledger, or nil without a payment or a signature.
 func receiptRecord(doc *transcript.Document, signature []byte, event uint64) *ledger.Receipt {
 	if doc.Payment == nil || signature == nil {
 		return nil
@@ -54,7 +53,7 @@ func receiptRecord(doc *transcript.Document, signature []byte, event uint64) *le
 	}
 }
 
-// commitment hides an amount: without the salt it can't be guessed.
+// commitment returns a commitment to an amount. Without the salt the amount can't be guessed.
 func commitment(salt []byte, p *transcript.Payment) []byte {
 	b := append([]byte("countersign-receipt-v1\x00"), salt...)
 	sum := sha256.Sum256(append(b, p.Amount+" "+p.Currency...))

@@ -31,7 +31,8 @@ import (
 	"countersign/wire"
 )
 
-// edge is an appliance that serves both profiles on loopback addresses, with peers that hold real keys.
+// edge is an appliance that serves both profiles on loopback addresses, with peers that hold real
+// keys.
 type edge struct {
 	*Appliance
 	t         *testing.T
@@ -72,7 +73,8 @@ func held(t *testing.T, by *atomic.Pointer[hold]) (entered *atomic.Int64, releas
 	return &h.entered, release
 }
 
-// heldDevice holds every signature with payments from now on, until release; heldExchanges those of handshakes.
+// heldDevice holds every signature with payments from now on, until release; heldExchanges those of
+// handshakes.
 func (e *edge) heldDevice() (entered *atomic.Int64, release func()) { return held(e.t, &e.signing) }
 func (e *edge) heldExchanges() (entered *atomic.Int64, release func()) {
 	return held(e.t, &e.exchanging)
@@ -335,7 +337,8 @@ func closes(t *testing.T, conn net.Conn) {
 	}
 }
 
-// ends expects that a connection is over: by a close, or by a reset where something unread was thrown away.
+// ends expects that a connection is over: by a close, or by a reset where something unread was
+// thrown away.
 func ends(t *testing.T, conn *noise.Conn) {
 	t.Helper()
 	for {
@@ -430,7 +433,8 @@ func countOf(events []audit.Event, of audit.Type) (n int) {
 	return n
 }
 
-// TestRefusedBeforeTheDevice: what is no handshake, and what the limiter refuses, costs the device nothing.
+// TestRefusedBeforeTheDevice: what is no handshake, and what the limiter refuses, costs the device
+// nothing.
 func TestRefusedBeforeTheDevice(t *testing.T) {
 	e := newEdge(t, nil)
 	for name, b := range map[string][]byte{
@@ -508,7 +512,8 @@ func (e *edge) message1(from string, id *noise.Identity) []byte {
 	return r.sent
 }
 
-// TestReplayedMessage1ResetsNothing: a recording gets a message 2, counts as a handshake that failed, and makes no source good.
+// TestReplayedMessage1ResetsNothing: a recording gets a message 2, counts as a handshake that
+// failed, and makes no source good.
 func TestReplayedMessage1ResetsNothing(t *testing.T) {
 	clock := new(movedClock)
 	e := newEdge(t, func(l *Limits) { l.Handshakes.Now = clock.now })
@@ -530,7 +535,8 @@ func TestReplayedMessage1ResetsNothing(t *testing.T) {
 	e.session("127.0.0.6", e.shop)
 }
 
-// TestOnlyATransportMessageResets: a handshake to the end changes nothing yet, the first message after it forgets what failed.
+// TestOnlyATransportMessageResets: a handshake to the end changes nothing yet, the first message
+// after it forgets what failed.
 func TestOnlyATransportMessageResets(t *testing.T) {
 	e := newEdge(t, nil)
 	const from = "127.0.0.7"
@@ -569,7 +575,8 @@ func TestOnlyATransportMessageResets(t *testing.T) {
 	answers(t, other, ping, "")
 }
 
-// TestManyConnectionsAtOnce: a good client's pool opens far more than a source has attempts, all at once.
+// TestManyConnectionsAtOnce: a good client's pool opens far more than a source has attempts, all at
+// once.
 func TestManyConnectionsAtOnce(t *testing.T) {
 	e := newEdge(t, nil)
 	var wg sync.WaitGroup
@@ -589,8 +596,9 @@ func TestManyConnectionsAtOnce(t *testing.T) {
 	}
 }
 
-// TestStrangersFlood: 10,000 handshakes from 10,000 addresses. Who was good before gets in meanwhile, and what he asks is
-// answered; the flood costs the device what is allowed for it and no more.
+// TestStrangersFlood: 10,000 handshakes from 10,000 addresses. Who was good before gets in
+// meanwhile, and what he asks is answered; the flood costs the device what is allowed for it and no
+// more.
 func TestStrangersFlood(t *testing.T) {
 	e := newEdge(t, nil)
 	e.session("127.0.0.1", e.shop).Close()
@@ -656,7 +664,8 @@ func TestStrangersFlood(t *testing.T) {
 	}
 }
 
-// TestStrangersTakeAllPlaces: connections that say nothing have all places that strangers get. Who was good has others.
+// TestStrangersTakeAllPlaces: connections that say nothing have all places that strangers get. Who
+// was good has others.
 func TestStrangersTakeAllPlaces(t *testing.T) {
 	e := newEdge(t, func(l *Limits) { l.Strangers, l.Connections, l.HandshakeTimeout = 8, 12, time.Hour })
 	e.session("127.0.0.1", e.shop).Close()
@@ -669,7 +678,8 @@ func TestStrangersTakeAllPlaces(t *testing.T) {
 	e.staysOut("127.1.1.2", e.cafe)
 }
 
-// TestStrangersLearnNothing: whatever is wrong with a handshake, its end looks the same, and comes at a tick.
+// TestStrangersLearnNothing: whatever is wrong with a handshake, its end looks the same, and comes
+// at a tick.
 func TestStrangersLearnNothing(t *testing.T) {
 	e := newEdge(t, func(l *Limits) { l.Handshakes.PerSource, l.Handshakes.Global, l.Strangers = 500, 1000, 800 })
 	suspended := e.enrol("suspended")

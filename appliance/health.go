@@ -7,12 +7,12 @@ import (
 	"countersign/internal/gate"
 )
 
-// Condition is the state of the appliance in one word, as operators know it.
+// Condition is the state of the appliance in one word, for operators.
 type Condition string
 
 const (
 	Operational Condition = "operational"
-	Degraded    Condition = "degraded" // all or some of it serves, and an operator should look
+	Degraded    Condition = "degraded" // serves at least in part, and an operator should look
 	LockedUp    Condition = "locked"
 	RolledBack  Condition = "rolled-back"
 )
@@ -21,11 +21,11 @@ const (
 type Health struct {
 	Condition Condition
 	Causes    []string
-	Lock      *Lock // nil: not locked
-	Attended  bool  // each start waits for an operator
+	Lock      *Lock // nil for an unlocked appliance
+	Attended  bool  // each start waits for an operator's unlock
 }
 
-// Health collects the state without asking a device.
+// Health returns the state without a call to a device.
 func (a *Appliance) Health() Health {
 	h := Health{Condition: Operational, Lock: a.locked.Load(), Attended: a.attended}
 	add := func(format string, args ...any) { h.Causes = append(h.Causes, fmt.Sprintf(format, args...)) }
@@ -53,7 +53,9 @@ func (a *Appliance) Health() Health {
 		h.Condition = Degraded
 	}
 	if why, err := a.gate.Gravest(); err != nil {
-		h.Condition = map[gate.Reason]Condition{gate.Rollback: RolledBack, gate.Counter: Degraded, gate.Operator: LockedUp}[why]
+		h.Condition = map[gate.Reason]Condition{
+			gate.Rollback: RolledBack, gate.Counter: Degraded, gate.Operator: LockedUp,
+		}[why]
 		h.Causes = slices.Insert(h.Causes, 0, err.Error())
 	}
 	return h

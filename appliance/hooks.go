@@ -13,19 +13,19 @@ import (
 	"countersign/wire"
 )
 
-// Webhooks tell of rotations those who are not peers. The ledger has what each target was told last of
-// each key, so that a restart tells again what was not delivered.
+// hookKeys is the prefix of the records of delivered messages: webhook/target/key -> id of the last
+// message about the key. After a restart, the messages that were not delivered are sent again.
+const hookKeys = "webhook/"
 
-const hookKeys = "webhook/" // then target/key -> the id of the message
-
-// hookBody is what is posted: the payload of Standard Webhooks.
+// hookBody is the payload of a message (Standard Webhooks).
 type hookBody struct {
 	Type      string        `json:"type"`
 	Timestamp time.Time     `json:"timestamp"`
 	Data      wire.Rotation `json:"data"`
 }
 
-// hookID names a rotation, and whether the version before was compromised.
+// hookID returns the id of the message about a rotation. A later compromise of the version before
+// has another id, so a message of its own.
 func hookID(r wire.Rotation) string {
 	id := fmt.Sprintf("rotation_%s_%d", r.Key, r.Version)
 	if r.Compromised {
@@ -34,7 +34,7 @@ func hookID(r wire.Rotation) string {
 	return id
 }
 
-// keepHooks tells the webhooks until ctx ends.
+// keepHooks sends messages about rotations to the webhooks until ctx ends.
 func (a *Appliance) keepHooks(ctx context.Context) {
 	if len(a.webhooks) == 0 {
 		return
@@ -46,11 +46,12 @@ func (a *Appliance) keepHooks(ctx context.Context) {
 			if err != nil {
 				return nil, err
 			}
-			return k.Sign(ctx, keyring.Own, message, func(signature []byte) bool { return k.Verify(message, signature) == nil })
+			verifies := func(signature []byte) bool { return k.Verify(message, signature) == nil }
+			return k.Sign(ctx, keyring.Own, message, verifies)
 		},
 		Delivered: func(target, id string) {
 			if err := a.writeHook(ctx, target, id); err != nil {
-				a.log.Error("that a webhook was told is not written down; after a restart it is told again",
+				a.log.Error("the delivery to a webhook is not written; after a restart the message is sent again",
 					"target", target, "id", id, "err", err)
 			}
 		},
@@ -58,7 +59,7 @@ func (a *Appliance) keepHooks(ctx context.Context) {
 			a.log.Error("a webhook is not told of a rotation", "target", target, "id", id, "err", err)
 		},
 	})
-	if err != nil { // the configuration was checked before
+	if err != nil { // the configuration has been checked before
 		a.log.Error("there are no webhooks", "err", err)
 		return
 	}
@@ -67,7 +68,7 @@ func (a *Appliance) keepHooks(ctx context.Context) {
 	a.Keys.Watch(func() {
 		select {
 		case news <- struct{}{}:
-		default: // it will look anyway
+		default: // the last signal has not been read yet
 		}
 	})
 	done := make(chan struct{})
@@ -86,7 +87,7 @@ func (a *Appliance) keepHooks(ctx context.Context) {
 	}
 }
 
-// writeHook writes down what a target was told last of a key, even if the daemon is being stopped.
+// writeHook writes the id of a delivered message, also while the daemon stops.
 func (a *Appliance) writeHook(ctx context.Context, target, id string) error {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), a.limits.RequestTimeout)
 	defer cancel()
@@ -97,7 +98,8 @@ func (a *Appliance) writeHook(ctx context.Context, target, id string) error {
 	})
 }
 
-// queueHooks hands to the sender what a target has not been told.
+// queueHooks queues the messages that have not been delivered. queued has the messages in the
+// queue.
 func (a *Appliance) queueHooks(sender *webhook.Sender, queued map[[2]string]bool) error {
 	told := map[string]string{}
 	if err := a.ledger.All(ledger.Meta, func(name string, value []byte) error {

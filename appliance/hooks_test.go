@@ -153,8 +153,8 @@ func same(t *testing.T, got []string, want ...string) {
 	}
 }
 
-// TestWebhook: a rotation is told once, with a signature of the log's key; what was delivered is not told again after a restart, and
-// what is new is, as is that the version before is compromised.
+// TestWebhook: a rotation is told once, with a signature of the log's key; what was delivered is
+// not told again after a restart, and what is new is, as is that the version before is compromised.
 func TestWebhook(t *testing.T) {
 	e := newEdge(t, nil)
 	h := newReceiver(t)
@@ -197,7 +197,8 @@ func TestWebhook(t *testing.T) {
 	same(t, h.hears(4), "rotation_noise_2", "rotation_payments_2", "rotation_payments_2_compromised", "rotation_payments_3_compromised")
 }
 
-// TestWebhookIsTriedAgain: one that does not take it does not keep it from another, and gets it in the end, the last time after a restart.
+// TestWebhookIsTriedAgain: one that does not take it does not keep it from another, and gets it in
+// the end, the last time after a restart.
 func TestWebhookIsTriedAgain(t *testing.T) {
 	e := newEdge(t, nil)
 	fine, ill := newReceiver(t), newReceiver(t, 500)

@@ -10,24 +10,24 @@ import (
 	"countersign/wire"
 )
 
-// rotations lists what a peer has not acknowledged, except what it was told on this connection (heard,
-// by key), and notes there what it lists.
-func (a *Appliance) rotations(m *peers.Member, heard map[string]string) (all []string) {
+// rotations returns the announced rotations that a peer has not acknowledged, without the events
+// sent on this connection. sent has the last event of each key; rotations adds the returned events.
+func (a *Appliance) rotations(m *peers.Member, sent map[string]string) (all []string) {
 	for _, n := range a.Keys.Announcements() {
-		if a.Peers.Known(m, n.Name) < n.Version && heard[n.Name] != n.Event {
-			heard[n.Name] = n.Event
+		if a.Peers.Known(m, n.Name) < n.Version && sent[n.Name] != n.Event {
+			sent[n.Name] = n.Event
 			all = append(all, n.Event)
 		}
 	}
 	return all
 }
 
-// inform tells a peer of rotations until ctx ends: when they are announced, and at each connection,
-// until the peer has acknowledged them.
+// inform sends rotations to a peer until ctx ends. A peer gets a rotation at the announcement, and
+// on each new connection until the peer has acknowledged the rotation.
 func (a *Appliance) inform(ctx context.Context, s *session) {
-	heard := map[string]string{}
+	sent := map[string]string{}
 	for {
-		for _, event := range a.rotations(s.Member, heard) {
+		for _, event := range a.rotations(s.Member, sent) {
 			if s.conn.WriteMessage([]byte(event)) != nil {
 				s.conn.Close() // the peer does not read
 				return
@@ -41,7 +41,7 @@ func (a *Appliance) inform(ctx context.Context, s *session) {
 	}
 }
 
-// Acknowledge notes that a peer has taken notice of a rotation.
+// Acknowledge writes that a peer has acknowledged a rotation.
 func (a *Appliance) Acknowledge(ctx context.Context, who Caller, r *wire.Ack) (*wire.Acknowledged, error) {
 	if err := a.Keys.CheckAnnounced(r.Key, r.Version); err != nil && a.Peers.In(who.PublicKey) {
 		return nil, err
@@ -56,7 +56,8 @@ func (a *Appliance) Acknowledge(ctx context.Context, who Caller, r *wire.Ack) (*
 	return &wire.Acknowledged{Key: r.Key, Version: r.Version}, nil
 }
 
-// static is the listener's key as package noise wants it: its uses wait in the lane of handshakes.
+// static is a Noise key of the listener as a noise.Static. Exchanges wait in the lane of
+// handshakes.
 type static struct{ key *keyring.Key }
 
 func (s static) Public() [32]byte { return [32]byte(s.key.Info().PublicKey) }

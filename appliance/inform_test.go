@@ -59,7 +59,8 @@ func asks(t *testing.T, conn *noise.Conn, document string) (answer wire.Answer, 
 	}
 }
 
-// TestPeersHearOfRotations: those who are connected at once, others at their next connection, each until it has acknowledged it.
+// TestPeersHearOfRotations: those who are connected at once, others at their next connection, each
+// until it has acknowledged it.
 func TestPeersHearOfRotations(t *testing.T) {
 	e := newEdge(t, nil)
 	shop := e.session("127.0.0.1", e.shop)
@@ -95,7 +96,8 @@ func TestPeersHearOfRotations(t *testing.T) {
 		cafe.Close()
 		e.restart()
 	}
-	// Who has acknowledged hears nothing; the answer to a second request is behind what it would have heard.
+	// Who has acknowledged hears nothing; the answer to a second request is behind what it would
+	// have heard.
 	shop = e.session("127.0.0.1", e.shop)
 	if _, before := asks(t, shop, ping); len(before) > 0 {
 		t.Errorf("the shop hears again: %+v", before)
@@ -117,7 +119,8 @@ func TestPeersHearOfRotations(t *testing.T) {
 	}
 }
 
-// TestBothNoiseKeysAnswer: the old and the new one from the announcement on, until the old one is out of use.
+// TestBothNoiseKeysAnswer: the old and the new one from the announcement on, until the old one is
+// out of use.
 func TestBothNoiseKeysAnswer(t *testing.T) {
 	e := newEdge(t, nil)
 	old := e.server
@@ -154,8 +157,8 @@ func TestBothNoiseKeysAnswer(t *testing.T) {
 	}
 }
 
-// TestCompromiseIsToldToAll: who has acknowledged a rotation hears of it once more when the version before turns out to be compromised, and it
-// has to be acknowledged again.
+// TestCompromiseIsToldToAll: who has acknowledged a rotation hears of it once more when the version
+// before turns out to be compromised, and it has to be acknowledged again.
 func TestCompromiseIsToldToAll(t *testing.T) {
 	e := newEdge(t, nil)
 	shop := e.session("127.0.0.1", e.shop)
@@ -218,7 +221,8 @@ func (p pipes) Accept() (net.Conn, error) {
 
 func (p pipes) Close() error { close(p.conns); return nil }
 
-// TestPeerThatDoesNotRead: it holds up no rotation, is cut off, and nothing of it is left when serving ends.
+// TestPeerThatDoesNotRead: it holds up no rotation, is cut off, and nothing of it is left when
+// serving ends.
 func TestPeerThatDoesNotRead(t *testing.T) {
 	e := newEdge(t, func(l *Limits) { l.WriteTimeout = 100 * time.Millisecond })
 	e.stop()

@@ -48,7 +48,8 @@ func trickle(conn net.Conn, b []byte) {
 	}
 }
 
-// TestTimeouts: each test has one timeout that is short; the others would let the connection live on.
+// TestTimeouts: each test has one timeout that is short; the others would let the connection live
+// on.
 func TestTimeouts(t *testing.T) {
 	const short = 300 * time.Millisecond
 	quiet := func(e *edge) (net.Conn, time.Time) {
@@ -129,7 +130,8 @@ func TestTimeouts(t *testing.T) {
 	}
 }
 
-// TestReaderThatDoesNotRead: it is cut off when what it was sent fits nowhere, and others are answered meanwhile.
+// TestReaderThatDoesNotRead: it is cut off when what it was sent fits nowhere, and others are
+// answered meanwhile.
 func TestReaderThatDoesNotRead(t *testing.T) {
 	e := newEdge(t, func(l *Limits) {
 		l.WriteTimeout, l.IdleTimeout, l.RequestsPerSecond = time.Second, time.Hour, 1_000_000
@@ -211,7 +213,8 @@ func TestConnectionLimits(t *testing.T) {
 	}
 }
 
-// TestBusy: over its requests, or over those in all, a peer is told when to come again; one that has none gets in all the same.
+// TestBusy: over its requests, or over those in all, a peer is told when to come again; one that
+// has none gets in all the same.
 func TestBusy(t *testing.T) {
 	const three = 3
 	for name, change := range map[string]func(*Limits){
@@ -278,8 +281,8 @@ func handled(t *testing.T, a *Appliance, s *session, document string) wire.Answe
 	return answer
 }
 
-// TestRefusalsAreLimited: what is refused grows the log by no more than its rate, one by one and in batches; beyond that it is
-// counted, with the same answers. What is good is served all the while.
+// TestRefusalsAreLimited: what is refused grows the log by no more than its rate, one by one and in
+// batches; beyond that it is counted, with the same answers. What is good is served all the while.
 func TestRefusalsAreLimited(t *testing.T) {
 	for name, size := range map[string]int{"one by one": 1, "in batches": 100} {
 		t.Run(name, func(t *testing.T) {
@@ -351,7 +354,8 @@ func TestRefusalsAreLimited(t *testing.T) {
 	}
 }
 
-// TestPace: beyond so many requests a second a peer is told to come later, and nothing is done; another one notices nothing.
+// TestPace: beyond so many requests a second a peer is told to come later, and nothing is done;
+// another one notices nothing.
 func TestPace(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		r := newRigWith(t, func(l *Limits) { l.RequestsPerSecond, l.BatchItems = 10, 10 })
@@ -378,7 +382,8 @@ func TestPace(t *testing.T) {
 	})
 }
 
-// TestUnreadable: what is no request counts like one, and costs the log no more than other refusals.
+// TestUnreadable: what is no request counts like one, and costs the log no more than other
+// refusals.
 func TestUnreadable(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		r := newRigWith(t, func(l *Limits) { l.RefusalsPerMinute, l.RequestsPerSecond, l.BatchItems = 60, 100, 100 })
@@ -408,8 +413,8 @@ func TestUnreadable(t *testing.T) {
 	})
 }
 
-// TestDeviceThatHoldsHandshakes: who waits for it in vain sees the end that everybody sees, and the log does not say that a peer
-// was refused. When the device is back, so are the peers.
+// TestDeviceThatHoldsHandshakes: who waits for it in vain sees the end that everybody sees, and the
+// log does not say that a peer was refused. When the device is back, so are the peers.
 func TestDeviceThatHoldsHandshakes(t *testing.T) {
 	e := newEdge(t, func(l *Limits) { l.Calls, l.HandshakeTimeout = map[string]int{"memory": 1}, 500*time.Millisecond })
 	entered, release := e.heldExchanges()
@@ -429,8 +434,8 @@ func TestDeviceThatHoldsHandshakes(t *testing.T) {
 	answers(t, e.session("127.0.0.3", e.shop), ping, "")
 }
 
-// TestTurns: however many requests of one peer are waiting for the device, another one's comes after those that are under way and
-// one of each other lane.
+// TestTurns: however many requests of one peer are waiting for the device, another one's comes
+// after those that are under way and one of each other lane.
 func TestTurns(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		r := newRig(t)

@@ -13,10 +13,10 @@ import (
 	"countersign/internal/manage"
 )
 
-// ErrLocked refuses what a locked appliance does not do.
+// ErrLocked refuses requests to a locked appliance.
 var ErrLocked = errors.New("the appliance is locked")
 
-// Lock is an operator's stop of all signing and verifying. It outlives restarts.
+// Lock is an operator's stop of all signing and verifying. A lock outlives restarts.
 type Lock struct {
 	By     string    `json:"by"`
 	Reason string    `json:"reason"`
@@ -25,7 +25,7 @@ type Lock struct {
 
 const lockKey = "lock"
 
-// setLock lets memory say that the appliance is locked; nil: that it is not.
+// setLock sets the lock in memory. nil is no lock.
 func (a *Appliance) setLock(l *Lock) {
 	a.locked.Store(l)
 	if l == nil {
@@ -35,7 +35,7 @@ func (a *Appliance) setLock(l *Lock) {
 	a.gate.Block(gate.Operator, fmt.Errorf("%w by %s: %s", ErrLocked, l.By, l.Reason))
 }
 
-// takeLock lets memory say what the record says.
+// takeLock updates memory from the record of the lock.
 func (a *Appliance) takeLock(value []byte) error {
 	if value == nil {
 		a.setLock(nil)
@@ -49,29 +49,33 @@ func (a *Appliance) takeLock(value []byte) error {
 	return nil
 }
 
-// Lock stops all signing and verifying until Unlock: when it returns, nothing is admitted any more.
+// Lock stops all signing and verifying until Unlock. The ledger admits nothing from the moment of
+// the call: an emergency does not wait for the disk. After an error a restart may unlock the
+// appliance.
 func (a *Appliance) Lock(ctx context.Context, who audit.Actor, reason string) error {
 	if err := manage.CheckReason(reason); err != nil {
 		return fmt.Errorf("lock: %w", err)
 	}
 	l := &Lock{By: who.Name, Reason: reason, At: time.Now().UTC().Truncate(time.Second)}
-	a.setLock(l) // before the disk says so: an emergency does not wait for it
+	a.setLock(l)
 	return a.locking.Run(ctx, a.log, "locking", func(ctx context.Context) error {
-		a.setLock(l) // again: an operator may have unlocked it in between
+		a.setLock(l) // again, because an act before this one may have unlocked the appliance
 		if err := a.ledger.Update(ctx, func(tx *ledger.Tx) error {
 			if err := tx.Put(ledger.Meta, lockKey, manage.Encode(l)); err != nil {
 				return err
 			}
 			return tx.Append(ledger.EventOf(audit.NewLocked(who, reason)))
 		}); err != nil {
-			return fmt.Errorf("it is locked, but that is not written down, and a restart would unlock it: lock it again: %w", err)
+			return fmt.Errorf("the appliance is locked, but the ledger does not have the lock, and a restart would unlock it: "+
+				"lock again: %w", err)
 		}
-		a.log.Warn("locked: nothing is signed or verified until an operator unlocks it", "operator", who.Name, "reason", reason)
+		a.log.Warn("locked: nothing is signed or verified until an operator unlocks the appliance",
+			"operator", who.Name, "reason", reason)
 		return nil
 	})
 }
 
-// Unlock ends a lock.
+// Unlock ends a lock. The error is manage.ErrConflict for an unlocked appliance.
 func (a *Appliance) Unlock(ctx context.Context, who audit.Actor) error {
 	return a.locking.Run(ctx, a.log, "unlocking", func(ctx context.Context) error {
 		if a.locked.Load() == nil {

@@ -18,13 +18,14 @@ import (
 	"countersign/wire"
 )
 
-// checkpointEvery is how often a checkpoint is signed while there are new events.
+// checkpointEvery is the time between checkpoints while there are new events.
 const checkpointEvery = 2 * time.Second
 
-// retainEvery is how often retention is applied.
+// retainEvery is the time between runs of retention.
 const retainEvery = time.Minute
 
-// Log names the audit log by the key of its checkpoints, and says which epoch is the present one.
+// Log returns the audit log, which is named by the key of its checkpoints, and the number of the
+// present epoch.
 func (a *Appliance) Log() (audit.Log, uint32, error) {
 	key, err := a.Keys.LogKey()
 	if err != nil {
@@ -35,8 +36,8 @@ func (a *Appliance) Log() (audit.Log, uint32, error) {
 	return log, epoch, err
 }
 
-// checkpoint returns a signed checkpoint of an epoch that has at least size events. Callers that come
-// while one is being signed wait for it.
+// checkpoint returns an epoch with a signed checkpoint over at least size events. Concurrent
+// callers share one signature.
 func (a *Appliance) checkpoint(ctx context.Context, epoch uint32, size uint64) (ledger.Epoch, error) {
 	e, err := a.ledger.Epoch(epoch)
 	if err != nil || e.Signed >= size {
@@ -70,22 +71,23 @@ func (a *Appliance) checkpoint(ctx context.Context, epoch uint32, size uint64) (
 	if err != nil {
 		return e, err
 	}
-	// In the appliance's own lane, whichever peer asks: others wait for this checkpoint too, and must not
-	// wait for everything that a busy peer has asked for.
+	// The signature waits in the appliance's own lane, not in the lane of the asking peer. Other
+	// callers need this checkpoint too, and must not wait for all requests of a busy peer.
 	text, err := log.Sign(head, func(message []byte) ([]byte, error) {
-		return key.Sign(ctx, keyring.Own, message, func(signature []byte) bool { return key.Verify(message, signature) == nil })
+		verifies := func(signature []byte) bool { return key.Verify(message, signature) == nil }
+		return key.Sign(ctx, keyring.Own, message, verifies)
 	})
 	if err != nil {
 		return e, fmt.Errorf("sign the checkpoint of %d events: %w", head.Size, err)
 	}
-	// The tree is on disk already; the checkpoint is too before anybody sees it.
+	// The tree is on disk. The checkpoint must be on disk before a caller gets it.
 	if err := a.ledger.SetCheckpoint(ctx, epoch, head.Size, text); err != nil {
 		return e, err
 	}
 	return a.ledger.Epoch(epoch)
 }
 
-// Proof shows a peer that one of its events is in the log.
+// Proof returns the proof that an event of the calling peer is in the log.
 func (a *Appliance) Proof(ctx context.Context, who Caller, event uint64) (*wire.Proven, error) {
 	none := fmt.Errorf("%w: event %d is not one of yours", errNotYours, event)
 	e, err := a.ledger.EpochOf(event)
@@ -126,7 +128,8 @@ func (a *Appliance) Proof(ctx context.Context, who Caller, event uint64) (*wire.
 	})
 }
 
-// eventsOf returns the bytes of n events from index first on, or ErrNotFound where one is missing.
+// eventsOf returns the encoded bytes of n events beginning at the index first, or ErrNotFound if
+// one is missing.
 func (a *Appliance) eventsOf(first uint64, n int) (some [][]byte, err error) {
 	err = a.ledger.Events(first, func(index uint64, b []byte) bool {
 		if index != first+uint64(len(some)) {
@@ -141,9 +144,9 @@ func (a *Appliance) eventsOf(first uint64, n int) (some [][]byte, err error) {
 	return some, err
 }
 
-// LogFile returns a file of the log's static form (C2SP tlog-tiles): checkpoint and tile/… of the
-// present epoch, epochs/N/checkpoint and epochs/N/tile/… of any. The error wraps fs.ErrNotExist where
-// there is none.
+// LogFile returns a file of the log's static form (C2SP tlog-tiles). The files are checkpoint and
+// tile/… of the present epoch, and epochs/N/checkpoint and epochs/N/tile/… of every epoch. The
+// error wraps fs.ErrNotExist for other names, and for tiles of a dropped epoch.
 func (a *Appliance) LogFile(ctx context.Context, path string) ([]byte, error) {
 	number, _, _ := a.ledger.Head()
 	rest := path
@@ -172,7 +175,7 @@ func (a *Appliance) LogFile(ctx context.Context, path string) ([]byte, error) {
 		} else if e.Signed == 0 {
 			return nil, err
 		}
-		return []byte(e.Checkpoint), nil // the last one, where none can be signed now
+		return []byte(e.Checkpoint), nil // the last checkpoint if the key can't sign now
 	}
 	tile, ok := audit.ParseTile(rest)
 	if !ok || e.Dropping != 0 || !tile.In(size) {
@@ -180,7 +183,10 @@ func (a *Appliance) LogFile(ctx context.Context, path string) ([]byte, error) {
 	}
 	if tile.Level >= 0 {
 		var b []byte
-		err := a.ledger.Hashes(e.Number, func(stored audit.Reader) (err error) { b, err = tile.Hashes(stored); return err })
+		err := a.ledger.Hashes(e.Number, func(stored audit.Reader) (err error) {
+			b, err = tile.Hashes(stored)
+			return err
+		})
 		return b, err
 	}
 	entries, err := a.eventsOf(e.First+tile.N*audit.TileWidth, tile.Width)
@@ -194,7 +200,7 @@ func (a *Appliance) LogFile(ctx context.Context, path string) ([]byte, error) {
 	return bundle, nil
 }
 
-// The resources that admissions need beside the tokens.
+// The resources of admissions beside the tokens.
 var (
 	diskResource = resource.Resource{
 		Name: "ledger", Failed: audit.DeviceUnavailable, Recovered: audit.DeviceRecovered,
@@ -206,32 +212,32 @@ var (
 	}
 )
 
-// keepLog does until ctx ends what the log needs beside requests: checkpoints, epochs, retention, and
-// the events of the disk and the clock.
+// keepLog does the periodic work of the log until ctx ends: checkpoints, epochs, retention, and the
+// events of the disk and the clock.
 func (a *Appliance) keepLog(ctx context.Context) {
 	ticker := time.NewTicker(checkpointEvery)
 	defer ticker.Stop()
-	check := func(lost string, err error) { // a task that fails is a line when that begins, not each time
+	check := func(failure string, err error) { // the first of several failures is a line of the log
 		if ctx.Err() == nil {
-			a.monitor.Check(ctx, resource.Resource{Name: lost, FailedText: lost}, err)
+			a.monitor.Check(ctx, resource.Resource{Name: failure, FailedText: failure}, err)
 		}
 	}
 	var retained time.Time
 	for {
-		check("the audit log's checkpoint is not signed; it is tried again", a.signLog(ctx))
+		check("the audit log's checkpoint is not signed; a retry follows", a.signLog(ctx))
 		a.refusals.flushDue(ctx, a)
 		if a.ledger.Trouble() != nil {
-			a.ledger.Alive(ctx) // which tries the disk again
+			a.ledger.Alive(ctx) // tries the disk again
 		}
 		a.monitor.Check(ctx, diskResource, a.ledger.Trouble())
 		_, _, behind := a.ledger.Clock()
 		a.monitor.Check(ctx, clockResource, behind)
 		a.monitor.Flush(ctx)
 		if time.Since(retained) >= retainEvery {
-			check("when peers were last seen is not written down", a.Peers.WriteSeen(ctx))
-			check("how often keys were used is not written down", a.Keys.WriteUses(ctx))
+			check("the times of peers' last sessions are not written", a.Peers.WriteSeen(ctx))
+			check("the number of uses of keys is not written", a.Keys.WriteUses(ctx))
 			more, err := a.retain(ctx)
-			check("retention could not be applied; it is tried again", err)
+			check("retention could not be applied; a retry follows", err)
 			if !more {
 				retained = time.Now()
 			}
@@ -244,8 +250,8 @@ func (a *Appliance) keepLog(ctx context.Context) {
 	}
 }
 
-// signLog ends an epoch that is over, and signs what has no checkpoint yet: first the final
-// checkpoints of ended epochs.
+// signLog ends an epoch whose period is over, and signs the missing checkpoints. The final
+// checkpoints of ended epochs come first.
 func (a *Appliance) signLog(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, a.limits.RequestTimeout)
 	defer cancel()
@@ -269,9 +275,9 @@ func (a *Appliance) signLog(ctx context.Context) error {
 	return err
 }
 
-// signEnded signs the final checkpoints that are not signed, the oldest first.
+// signEnded signs the missing final checkpoints, the oldest first.
 func (a *Appliance) signEnded(ctx context.Context, present uint32) error {
-	missing := present // the first epoch that may have none: they are signed in order
+	missing := present // the first epoch without a final checkpoint: all before have one
 	for ; missing > 0; missing-- {
 		if e, err := a.ledger.Epoch(missing - 1); err != nil {
 			return err

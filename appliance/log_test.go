@@ -42,7 +42,8 @@ func (f files) ReadFile(ctx context.Context, name string) ([]byte, error) {
 	return f.LogFile(ctx, name)
 }
 
-// TestReceipt: a payment leaves a receipt without its amount, which the peer alone can show; the same request gets the same one.
+// TestReceipt: a payment leaves a receipt without its amount, which the peer alone can show; the
+// same request gets the same one.
 func TestReceipt(t *testing.T) {
 	r, _ := logRig(t)
 	req := message(1, "")
@@ -162,7 +163,8 @@ func TestLogFiles(t *testing.T) {
 	}
 }
 
-// TestRetention: an epoch goes when its time is over, not before, and not while it is held; what is left can be verified.
+// TestRetention: an epoch goes when its time is over, not before, and not while it is held; what is
+// left can be verified.
 func TestRetention(t *testing.T) {
 	r, log := logRig(t)
 	r.sign(t, r.shop, message(1, ""))
@@ -250,8 +252,8 @@ func TestEpochPeriods(t *testing.T) {
 	}
 }
 
-// TestKeepLog: what the log needs happens by itself: a checkpoint, the count of refused strangers, and one event each that
-// something does not serve and that it does again.
+// TestKeepLog: what the log needs happens by itself: a checkpoint, the count of refused strangers,
+// and one event each that something does not serve and that it does again.
 func TestKeepLog(t *testing.T) {
 	r, _ := logRig(t)
 	for range 100 {

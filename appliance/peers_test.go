@@ -14,8 +14,9 @@ import (
 	"countersign/noise"
 )
 
-// TestKeepOut: a peer's connections are closed at once, also while its requests hang in the device; what was admitted has its
-// ending before the ledger says that the peer is out; nothing of it is served afterwards, and others go on.
+// TestKeepOut: a peer's connections are closed at once, also while its requests hang in the device;
+// what was admitted has its ending before the ledger says that the peer is out; nothing of it is
+// served afterwards, and others go on.
 func TestKeepOut(t *testing.T) {
 	for name, c := range map[string]struct {
 		act  func(*edge) error
@@ -121,7 +122,8 @@ func TestKeepOutNobody(t *testing.T) {
 	}
 }
 
-// TestEnrolledAgain: a peer that was removed and is enrolled again under its key is served on new connections only.
+// TestEnrolledAgain: a peer that was removed and is enrolled again under its key is served on new
+// connections only.
 func TestEnrolledAgain(t *testing.T) {
 	e := newEdge(t, nil)
 	old := e.session("127.0.0.1", e.shop)
@@ -163,7 +165,8 @@ func TestLastSeen(t *testing.T) {
 	}
 }
 
-// TestNothingUnescapedInTheLog: what peers and strangers write comes out as text in quotes, whatever it is.
+// TestNothingUnescapedInTheLog: what peers and strangers write comes out as text in quotes,
+// whatever it is.
 func TestNothingUnescapedInTheLog(t *testing.T) {
 	e := newEdge(t, func(l *Limits) { l.Handshakes.PerSource = 100 })
 	const marker = "marked"
@@ -235,8 +238,8 @@ func TestNothingUnescapedInTheLog(t *testing.T) {
 	}
 }
 
-// TestFloodAfterARestart: where peers have come from is known after a restart, so that strangers who came in between can't keep them
-// out.
+// TestFloodAfterARestart: where peers have come from is known after a restart, so that strangers
+// who came in between can't keep them out.
 func TestFloodAfterARestart(t *testing.T) {
 	e := newEdge(t, func(l *Limits) { l.Handshakes.Global, l.Handshakes.Kept, l.Handshakes.PerSource = 8, 2, 2 })
 	conn := e.session("127.0.0.1", e.shop)

@@ -23,25 +23,25 @@ type rules struct {
 	version uint64
 }
 
-// policies keeps the policy in force and the versions before it. The texts are in the ledger; memory
-// follows the newest.
+// policies has the policy in force. The ledger has the texts of all versions. Memory follows the
+// newest version.
 type policies struct {
 	ledger     *ledger.Ledger
 	log        *slog.Logger
-	activating manage.Lock    // held while a policy is put in force
-	file       *policy.Policy // of the start
+	activating manage.Lock    // held by activate
+	file       *policy.Policy // the policy file as read at the start
 
-	// mu guards the policy in force, which decides inside an admission. The ledger's writer takes it to
-	// let memory follow.
+	// mu guards the policy in force. The ledger's writer locks mu during admissions, and while
+	// memory follows the ledger. A holder of mu must not wait for the ledger.
 	mu      sync.Mutex
-	newest  PolicyVersion  // zero: the ledger has none yet
-	current *rules         // the newest, parsed; nil: not yet
-	offered *policy.Policy // about to be written, parsed already
-	waits   bool           // the policy file is another than the policy in force
-	broken  error          // why the policy file can't be used
+	newest  PolicyVersion  // zero for a ledger without a version
+	current *rules         // newest, parsed; nil if not parsed yet
+	offered *policy.Policy // the argument of activate, which need not be parsed again
+	waits   bool           // the policy file differs from the policy in force
+	broken  error          // the error of an unusable policy file
 }
 
-// PolicyVersion is a policy that was or is in force.
+// PolicyVersion is the policy in force, or one before it.
 type PolicyVersion struct {
 	Version   uint64
 	Hash      string // SHA-256 of the text, hex
@@ -49,12 +49,14 @@ type PolicyVersion struct {
 	Activated time.Time
 }
 
+// policyRecord is the ledger's record of a version.
 type policyRecord struct {
 	Hash      string `json:"sha256"`
 	Text      string `json:"text"`
 	Activated int64  `json:"activated"` // Unix seconds
 }
 
+// policyKey returns the key of a version's record. Keys sort in the order of versions.
 func policyKey(version uint64) string { return fmt.Sprintf("%020d", version) }
 
 func decodePolicy(key string, value []byte) (PolicyVersion, error) {
@@ -66,8 +68,8 @@ func decodePolicy(key string, value []byte) (PolicyVersion, error) {
 	return PolicyVersion{version, r.Hash, r.Text, time.Unix(r.Activated, 0).UTC()}, nil
 }
 
-// take lets memory follow the newest version. mu is held. The text is parsed when it is needed, since
-// only the newest of many is.
+// take updates memory from the record of a version. The ledger's writer holds mu. inForce parses
+// the text later, because only the newest of many versions is needed.
 func (p *policies) take(key string, value []byte) error {
 	if value == nil {
 		return nil // no version is ever removed
@@ -83,7 +85,7 @@ func (p *policies) take(key string, value []byte) error {
 	return nil
 }
 
-// inForce returns the policy in force. Before the first start that is the file's.
+// inForce returns the policy in force: before the first start, the policy file.
 func (p *policies) inForce() (*rules, error) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -100,7 +102,7 @@ func (p *policies) inForce() (*rules, error) {
 	return p.current, nil
 }
 
-// Policies lists all versions, the oldest first; the last one is in force.
+// Policies returns all versions, the oldest first. The last version is in force.
 func (a *Appliance) Policies() (all []PolicyVersion, err error) {
 	err = a.ledger.All(ledger.Policies, func(key string, value []byte) error {
 		v, err := decodePolicy(key, value)
@@ -110,8 +112,8 @@ func (a *Appliance) Policies() (all []PolicyVersion, err error) {
 	return all, err
 }
 
-// start puts the file's policy in force, unless there are operators: they approve of a policy, and an
-// appliance that is started anew must not take one that they have not seen.
+// start activates the policy file, unless there are operators. Operators approve policies, and a
+// restart must not activate a policy without their approval.
 func (p *policies) start(ctx context.Context) error {
 	governed := false
 	if err := p.ledger.View(func(v ledger.View) (err error) { governed, err = isGoverned(v); return err }); err != nil {
@@ -133,7 +135,8 @@ func (p *policies) start(ctx context.Context) error {
 	return err
 }
 
-// ApprovedPolicy returns the policy in force of a ledger that has operators; nil where it has none.
+// ApprovedPolicy returns the policy in force of a ledger with operators, or nil for a ledger
+// without operators.
 func ApprovedPolicy(l *ledger.Ledger) (p *policy.Policy, err error) {
 	err = l.View(func(v ledger.View) error {
 		if governed, err := isGoverned(v); err != nil || !governed {
@@ -153,13 +156,13 @@ func ApprovedPolicy(l *ledger.Ledger) (p *policy.Policy, err error) {
 	return p, err
 }
 
-// isGoverned reports that there are operators, whose approval counts.
+// isGoverned reports whether there are operators, so that approvals are required.
 func isGoverned(v ledger.View) (yes bool, err error) {
 	err = v.All(ledger.Operators, func(string, []byte) error { yes = true; return nil })
 	return yes, err
 }
 
-// PolicyFileBroken notes that the policy file can't be used; the policy in force stays.
+// PolicyFileBroken reports an unusable policy file to operators. The policy in force stays.
 func (a *Appliance) PolicyFileBroken(why error) {
 	a.log.Error("the policy file can't be used; the policy in force stays", "err", why)
 	a.policies.mu.Lock()
@@ -167,13 +170,13 @@ func (a *Appliance) PolicyFileBroken(why error) {
 	a.policies.broken = why
 }
 
-// problems names what an operator should see to.
+// problems returns the problems of the policy file, for operators.
 func (p *policies) problems() (all []string) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if p.waits {
-		all = append(all, "the policy file is another than the policy in force: have it approved (countersign admin policy reload), "+
-			"or put the old text back")
+		all = append(all, "the policy file is another than the policy in force: have it approved "+
+			"(countersign admin policy reload), or put the old text back")
 	}
 	if p.broken != nil {
 		all = append(all, fmt.Sprintf("the policy file can't be used, and the policy in force stays: correct it, "+
@@ -182,13 +185,17 @@ func (p *policies) problems() (all []string) {
 	return all
 }
 
-// Activate puts a policy in force: when it returns, no other one decides any more. The policy is a new
-// version, with an event, unless its text is in force already.
-func (a *Appliance) Activate(ctx context.Context, who audit.Actor, p *policy.Policy) (version uint64, changed bool, err error) {
+// Activate puts a policy in force. When Activate returns, no other policy decides any more. The
+// policy is a new version with an event, unless the same text is in force already.
+func (a *Appliance) Activate(
+	ctx context.Context, who audit.Actor, p *policy.Policy,
+) (version uint64, changed bool, err error) {
 	return a.policies.activate(ctx, who, p)
 }
 
-func (p *policies) activate(ctx context.Context, who audit.Actor, offered *policy.Policy) (version uint64, changed bool, err error) {
+func (p *policies) activate(
+	ctx context.Context, who audit.Actor, offered *policy.Policy,
+) (version uint64, changed bool, err error) {
 	err = p.activating.Run(ctx, p.log, "activating a policy", func(ctx context.Context) error {
 		hash := hex.EncodeToString(offered.Hash[:])
 		p.mu.Lock()
@@ -220,10 +227,10 @@ func (p *policies) activate(ctx context.Context, who audit.Actor, offered *polic
 	return version, changed, nil
 }
 
-// Decision is one that policy made, with the event that records it.
+// Decision is a decision of the policy about one request.
 type Decision struct {
-	Event  uint64
-	Record []byte // policy.Record in JSON, the bytes whose digest is in the event
+	Event  uint64 // number of the event with the decision
+	Record []byte // policy.Record in JSON; the event has the digest of these bytes
 }
 
 // Decision returns the decision of an event, or manage.ErrNotFound.
@@ -235,8 +242,10 @@ func (a *Appliance) Decision(event uint64) (Decision, error) {
 	return Decision{d.Event, d.Record}, err
 }
 
-// Decisions calls visit for each decision from an event and a time on, in their order, until visit
-// returns false.
+// Decisions calls visit for each decision since an event and a time, in order, until visit returns
+// false.
 func (a *Appliance) Decisions(from uint64, since time.Time, visit func(Decision) bool) error {
-	return a.ledger.Decisions(from, since.UnixMilli(), func(d ledger.Decision) bool { return visit(Decision{d.Event, d.Record}) })
+	return a.ledger.Decisions(from, since.UnixMilli(), func(d ledger.Decision) bool {
+		return visit(Decision{d.Event, d.Record})
+	})
 }

@@ -15,7 +15,7 @@ import (
 	"countersign/wire"
 )
 
-// The appliance's own refusals; the others are made in the packages that judge.
+// The appliance's own refusals. Other packages have the refusals of their checks.
 var (
 	errInvalidSignature = errors.New("invalid signature")
 	errReplay           = errors.New("the nonce is spent")
@@ -23,18 +23,18 @@ var (
 	errNotYours         = errors.New("not yours")
 )
 
-// class is what an error means for the peer and for the daemon.
+// class is the meaning of an error for the peer and for the daemon.
 type class int
 
 const (
-	refused     class = iota // the request is wrong, or not allowed
-	unavailable              // the same request may be sent again
+	refused     class = iota // the request is wrong or not allowed
+	unavailable              // the peer may send the same request again
 	fatal                    // the daemon stops
 )
 
-// table translates errors into codes, once. A row has a message where the error's own text would tell a
-// peer about the inside of the appliance; otherwise the text is about the peer's own request and may be
-// told.
+// table translates errors into classes and codes. A row with a message replaces the error's text,
+// which would tell a peer about the inside of the appliance. Without a message, the peer gets the
+// error's text, which is about the peer's own request.
 var table = []struct {
 	err     error
 	class   class
@@ -45,7 +45,8 @@ var table = []struct {
 	{anchor.ErrRolledBack, unavailable, wire.CodeUnavailable, "the appliance can't answer before an operator has acted"},
 	{ErrLocked, unavailable, wire.CodeUnavailable, "the appliance can't answer before an operator has acted"},
 	{keyring.ErrNotConfirmed, refused, wire.CodeNotConfirmed, ""},
-	{errUnknownOutcome, unavailable, wire.CodeUnavailable, "the appliance took too long; the nonce may be spent, and then the same request is a replay"},
+	{errUnknownOutcome, unavailable, wire.CodeUnavailable,
+		"the appliance took too long; the nonce may be spent, and then the same request is a replay"},
 	{transcript.ErrMalformed, refused, wire.CodeMalformed, ""},
 	{transcript.ErrUnsupported, refused, wire.CodeUnsupported, ""},
 	{transcript.ErrExpired, refused, wire.CodeExpired, ""},
@@ -61,24 +62,27 @@ var table = []struct {
 	{peers.ErrRate, unavailable, wire.CodeRateLimited, "too many requests a second; send the same request again"},
 	{ledger.ErrNotHigher, refused, wire.CodeDenied, ""},
 	{policy.ErrDenied, refused, wire.CodeDenied, "policy does not allow this peer to sign this with this key"},
-	{ledger.ErrDisk, unavailable, wire.CodeUnavailable, "the appliance can't write anything down now; send the same request again"},
+	{ledger.ErrDisk, unavailable, wire.CodeUnavailable,
+		"the appliance can't write anything down now; send the same request again"},
 	{ledger.ErrClock, unavailable, wire.CodeUnavailable, "the appliance's clock is not right; send the same request again"},
-	{ledger.ErrTooMany, unavailable, wire.CodeBusy, "too many nonces are alive; send the same request again when some have expired"},
+	{ledger.ErrTooMany, unavailable, wire.CodeBusy,
+		"too many nonces are alive; send the same request again when some have expired"},
 	{ledger.ErrDropped, refused, wire.CodeDenied, "the event was dropped by retention"},
 	{ledger.ErrClosed, unavailable, wire.CodeUnavailable, "the appliance is stopping"},
 	{keystore.ErrUnavailable, unavailable, wire.CodeUnavailable, "the key can't be reached now; send the same request again"},
 	{keystore.ErrAuth, unavailable, wire.CodeUnavailable, "the key can't be reached now; send the same request again"},
 	{keystore.ErrSealed, unavailable, wire.CodeUnavailable, "the key can't be reached now; send the same request again"},
-	{context.DeadlineExceeded, unavailable, wire.CodeUnavailable, "the appliance took too long; send the same request again"},
+	{context.DeadlineExceeded, unavailable, wire.CodeUnavailable,
+		"the appliance took too long; send the same request again"},
 }
 
-// refuse gives an error its class and the answer to the peer. An error that is not in the table is a
-// fault of ours: the peer gets "unavailable", the log gets all of it.
+// refuse returns the class of an error and the answer to the peer. An error without a row is a
+// fault of the appliance: the peer gets "unavailable", and the daemon's log gets the text.
 func refuse(err error) (class, *wire.Error) {
 	for _, row := range table {
 		if errors.Is(err, row.err) {
 			message := row.message
-			if message == "" { // the code says already what kind of error it is
+			if message == "" { // the code stands for the first part of the text
 				message = strings.TrimPrefix(err.Error(), row.err.Error()+": ")
 			}
 			answer := &wire.Error{Code: row.code, Message: message}

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"strconv"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"countersign/audit"
@@ -15,18 +16,18 @@ import (
 	"countersign/wire"
 )
 
-// retryAfter is what a peer is told that came too often, in seconds.
+// retryAfter is the retry time in answers with the codes busy and rate_limited, in seconds.
 const retryAfter = 1
 
-// busyTime is how long a peer waits for the answer that it asks too much. A peer that asks again at once
-// would otherwise cost the processor more than the peers that are served.
+// busyTime is the delay of answers with these codes. Without the delay, a peer that retries at once
+// would cost more processor time than a peer with served requests.
 const busyTime = 100 * time.Millisecond
 
-// handle answers one request. Without an answer, nil, the connection ends: after a fatal error, and for
-// a peer that is kept out.
+// handle returns the answer to one request. A nil answer ends the connection: after a fatal error,
+// and for a removed or suspended peer.
 func (a *Appliance) handle(s *session, message []byte) []byte {
-	// Not the connection's context: an admitted request is finished, even if the peer has gone or the
-	// daemon stops.
+	// The context is not the connection's: an admitted request is finished also when the peer
+	// leaves or the daemon stops.
 	ctx, cancel := context.WithTimeout(context.Background(), a.limits.RequestTimeout)
 	defer cancel()
 	id, request, malformed := wire.Parse(message, a.limits.BatchItems)
@@ -37,7 +38,7 @@ func (a *Appliance) handle(s *session, message []byte) []byte {
 	}
 	err := a.Peers.Begin(s.Member, weight)
 	if errors.Is(err, peers.ErrGone) {
-		return nil // removed, with messages still in the buffer
+		return nil // excluded, with messages still in the buffer
 	}
 	if err != nil {
 		_, refusal := refuse(err)
@@ -63,7 +64,8 @@ func (a *Appliance) handle(s *session, message []byte) []byte {
 	return wire.EncodeAnswer(id, result, refusal)
 }
 
-// unreadable refuses a message that is no request. It costs the log no more than other refusals.
+// unreadable refuses a message that is no request. The limit of refusals bounds its lines in the
+// log.
 func (a *Appliance) unreadable(s *session, refusal *wire.Error) *wire.Error {
 	if s.Member.Refusals.Tokens() < 1 {
 		a.refusals.count(audit.SignatureRejected, "request", s.caller.Name, refusal.Code)
@@ -74,8 +76,10 @@ func (a *Appliance) unreadable(s *session, refusal *wire.Error) *wire.Error {
 	return refusal
 }
 
-// serve carries out one request. It is not ok after a fatal error.
-func (a *Appliance) serve(ctx context.Context, s *session, member *ledger.Member, request any) (result any, refusal *wire.Error, ok bool) {
+// serve executes one request. ok is false after a fatal error.
+func (a *Appliance) serve(
+	ctx context.Context, s *session, member *ledger.Member, request any,
+) (result any, refusal *wire.Error, ok bool) {
 	began := time.Now()
 	who := s.caller
 	who.member = member
@@ -102,17 +106,17 @@ func (a *Appliance) serve(ctx context.Context, s *session, member *ledger.Member
 	case *wire.Ack:
 		op, key = wire.OpAck, r.Key
 		result, err = a.Acknowledge(ctx, who, r)
-	case *wire.Error: // an item of a batch that has no sound form
+	case *wire.Error: // a malformed item of a batch
 		return nil, r, true
 	}
 	if err == nil {
 		a.log.Debug("served", "peer", s.caller.Name, "op", op, "key", key, "took", time.Since(began))
 		return result, nil, true
 	}
-	member.Leave(ctx) // the others need not wait until the refusal is written down
+	member.Leave(ctx) // the batch need not wait for the refusal's event
 	c, refusal := refuse(err)
 	if !who.quiet {
-		s.Member.Refusals.Reserve() // a debt where there are several at once
+		s.Member.Refusals.Reserve() // concurrent refusals may take the limiter below zero
 	}
 	switch {
 	case c == refused && who.quiet:
@@ -122,14 +126,14 @@ func (a *Appliance) serve(ctx context.Context, s *session, member *ledger.Member
 		if err := a.recordRefusal(ctx, who, op, key, refusal.Code, err); err != nil {
 			c, refusal = refuse(err)
 		}
-	case c == unavailable && who.quiet: // the log has enough of that
+	case c == unavailable && who.quiet: // beyond the limit of lines in the log
 	default:
 		a.log.Error("not served", "peer", who.Name, "op", op, "key", ijson.Clip(key), "code", refusal.Code, "err", err)
 	}
 	return nil, refusal, c != fatal
 }
 
-// refusalType is the type of the event that says that a request was refused.
+// refusalType returns the type of the event of a refusal.
 func refusalType(code string) audit.Type {
 	if code == wire.CodeReplay {
 		return audit.ReplayRefused
@@ -137,39 +141,38 @@ func refusalType(code string) audit.Type {
 	return audit.SignatureRejected
 }
 
-// batch carries out the items at once. Their admissions share a commit, and each item has an answer of
-// its own, in their order.
+// batch executes the items of a batch concurrently. The admissions share one commit. The answers
+// are in the order of the items. The result is false after a fatal error.
 func (a *Appliance) batch(ctx context.Context, s *session, b *wire.Batch) (wire.Answers, bool) {
 	answers := wire.Answers{Answers: make([]wire.ItemAnswer, len(b.Items))}
 	group := a.ledger.Group(len(b.Items))
 	var serving sync.WaitGroup
-	var failed sync.Once
-	fine := true
+	var fatal atomic.Bool
 	for i, item := range b.Items {
 		serving.Go(func() {
 			member := group.Member()
-			defer member.Leave(ctx) // if nothing was admitted
+			defer member.Leave(ctx) // for an item without an admission
 			result, refusal, ok := a.serve(ctx, s, member, item)
 			if !ok {
-				failed.Do(func() { fine = false })
+				fatal.Store(true)
 				return
 			}
 			answers.Answers[i] = wire.NewItemAnswer(result, refusal)
 		})
 	}
 	serving.Wait()
-	return answers, fine
+	return answers, !fatal.Load()
 }
 
-// recordRefusal writes the event of a refusal down, unless the ledger has done so with its verdict. A
-// request without a sound form says nothing that is worth keeping.
+// recordRefusal writes the event of a refusal, unless the ledger has written the event together
+// with the verdict. A malformed request has no event, because its content is not worth a record.
 func (a *Appliance) recordRefusal(ctx context.Context, who Caller, op, key, code string, err error) error {
-	formless := code == wire.CodeMalformed || code == wire.CodeUnsupported || code == wire.CodeTooLarge
-	if formless || errors.As(err, new(writtenDown)) {
+	malformed := code == wire.CodeMalformed || code == wire.CodeUnsupported || code == wire.CodeTooLarge
+	if malformed || errors.As(err, new(recorded)) {
 		return nil
 	}
 	if keystore.CheckName(key) != nil && key != "" {
-		key = strconv.QuoteToASCII(ijson.Clip(key)) // no key of ours, but any text of the peer
+		key = strconv.QuoteToASCII(ijson.Clip(key)) // arbitrary text of the peer
 	}
 	return a.record(ctx, audit.NewRejection(who.actor(), op, key, code))
 }

@@ -26,7 +26,8 @@ func TestPaceOfRubbish(t *testing.T) {
 	})
 }
 
-// TestFailuresAreLimited: a peer that repeats a request while the device fails at once grows the log no faster than one that is refused.
+// TestFailuresAreLimited: a peer that repeats a request while the device fails at once grows the
+// log no faster than one that is refused.
 func TestFailuresAreLimited(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		r := newRigWith(t, func(l *Limits) { l.RefusalsPerMinute = 10 })

@@ -14,7 +14,7 @@ import (
 	"countersign/internal/manage"
 )
 
-// Period is how long an epoch of the audit log lasts, by the calendar in UTC.
+// Period is the length of an epoch of the audit log, by the calendar in UTC.
 type Period string
 
 const (
@@ -23,30 +23,30 @@ const (
 	Month Period = "month"
 )
 
-// Retention says how long each kind of record is kept. The ledger itself keeps nonces: see
-// ledger.Options.
+// Retention has the retention times of records.
 type Retention struct {
 	Epoch     Period
-	Audit     time.Duration // an epoch is dropped so long after it has ended
-	Receipts  time.Duration // a receipt is dropped so long after its time
-	Decisions time.Duration // and a decision of policy with its inputs
-	Nonces    time.Duration // and a spent nonce, after its document has expired; the ledger's margin
+	Audit     time.Duration // of an epoch, from the epoch's end
+	Receipts  time.Duration // of a receipt, from the receipt's time
+	Decisions time.Duration // of a decision with its inputs, from the decision's time
+	Nonces    time.Duration // of a nonce, from the document's expiry; the ledger's Options.Margin
 }
 
-// retentionKey is the record of the retention in force.
+// retentionKey is the key of the record of the retention in force.
 const retentionKey = "retention"
 
-// retentionRecord has seconds.
+// retentionRecord is the ledger's record of a retention, with times in seconds.
 type retentionRecord struct {
 	Audit     int64 `json:"audit"`
 	Receipts  int64 `json:"receipts"`
 	Decisions int64 `json:"decisions"`
 	Nonces    int64 `json:"nonces"`
-	// Configured is what the configuration said when this was written: as long as it says the same, it
-	// asks for nothing new.
+	// Configured has the times of the configuration when the record was written. An unchanged
+	// configuration asks for no change.
 	Configured *retentionRecord `json:"configured,omitempty"`
 }
 
+// record returns the times as a record.
 func (r Retention) record() retentionRecord {
 	s := manage.Seconds
 	return retentionRecord{s(r.Audit), s(r.Receipts), s(r.Decisions), s(r.Nonces), nil}
@@ -59,17 +59,16 @@ func (r Retention) with(record retentionRecord) Retention {
 	return r
 }
 
-// shortest takes of each time the shorter one.
+// shortest returns r with the shorter of each two times.
 func (r Retention) shortest(o Retention) Retention {
 	r.Audit, r.Receipts = min(r.Audit, o.Audit), min(r.Receipts, o.Receipts)
 	r.Decisions, r.Nonces = min(r.Decisions, o.Decisions), min(r.Nonces, o.Nonces)
 	return r
 }
 
-// InForce returns the retention that is in force under a configuration that says r. Once there are
-// operators, a configuration that says something new is believed as far as it is longer than before:
-// to keep something for a shorter time destroys, and needs approval. ignored reports that the
-// configuration was not believed in something.
+// InForce returns the retention in force under a configuration with r. If there are operators, a
+// changed time of the configuration has an effect only if the time is longer than before. A shorter
+// time destroys records and needs approval. ignored reports that such a time has no effect.
 func (r Retention) InForce(v ledger.View) (in Retention, ignored bool, err error) {
 	before, err := decodeRetention(v.Get(ledger.Meta, retentionKey))
 	if err != nil || before == nil {
@@ -78,30 +77,30 @@ func (r Retention) InForce(v ledger.View) (in Retention, ignored bool, err error
 	if governed, err := isGoverned(v); err != nil || !governed {
 		return r, false, err
 	}
-	said, then := r.record(), before.Configured
+	now, then := r.record(), before.Configured
 	if then == nil {
 		then = new(retentionRecord)
 	}
 	times := *before
 	for _, t := range []struct {
-		in             *int64
-		said, saidThen int64
+		inForce                   *int64
+		configured, configuredOld int64
 	}{
-		{&times.Audit, said.Audit, then.Audit}, {&times.Receipts, said.Receipts, then.Receipts},
-		{&times.Decisions, said.Decisions, then.Decisions}, {&times.Nonces, said.Nonces, then.Nonces},
+		{&times.Audit, now.Audit, then.Audit}, {&times.Receipts, now.Receipts, then.Receipts},
+		{&times.Decisions, now.Decisions, then.Decisions}, {&times.Nonces, now.Nonces, then.Nonces},
 	} {
 		switch {
-		case t.said == t.saidThen: // nothing new
-		case t.said > *t.in:
-			*t.in = t.said
-		case t.said < *t.in:
+		case t.configured == t.configuredOld: // no change
+		case t.configured > *t.inForce:
+			*t.inForce = t.configured
+		case t.configured < *t.inForce:
 			ignored = true
 		}
 	}
 	return r.with(times), ignored, nil
 }
 
-// decodeRetention reads the record; nil: there is none.
+// decodeRetention decodes the record, or returns nil if there is none.
 func decodeRetention(value []byte) (*retentionRecord, error) {
 	if value == nil {
 		return nil, nil
@@ -113,7 +112,7 @@ func decodeRetention(value []byte) (*retentionRecord, error) {
 	return r, nil
 }
 
-// takeRetention lets memory say what the record says. mu is held.
+// takeRetention updates memory from the record of the retention. The ledger's writer holds mu.
 func (a *Appliance) takeRetention(value []byte) error {
 	record, err := decodeRetention(value)
 	if record != nil {
@@ -122,7 +121,7 @@ func (a *Appliance) takeRetention(value []byte) error {
 	return err
 }
 
-// startRetention writes down what is in force from now on.
+// startRetention writes the retention that is in force from now on.
 func (a *Appliance) startRetention(ctx context.Context) error {
 	var in Retention
 	var before *retentionRecord
@@ -149,14 +148,15 @@ func (a *Appliance) startRetention(ctx context.Context) error {
 	return a.writeRetention(ctx, audit.Daemon(), in.with(*before), in, nil)
 }
 
+// retentionInForce returns the retention in memory.
 func (a *Appliance) retentionInForce() Retention {
 	a.mu.RLock()
 	defer a.mu.RUnlock()
 	return a.retention
 }
 
-// CheckShorter refuses a change that does not keep something for a shorter time than now, or that keeps
-// something longer.
+// CheckShorter returns manage.ErrInvalid unless a change makes at least one time shorter and none
+// longer. The minimum is a day, and an hour for nonces.
 func (a *Appliance) CheckShorter(change func(*Retention)) error {
 	now := a.retentionInForce()
 	wanted := now
@@ -166,17 +166,20 @@ func (a *Appliance) CheckShorter(change func(*Retention)) error {
 	case wanted.Audit < day || wanted.Receipts < day || wanted.Decisions < day || wanted.Nonces < time.Hour:
 		return fmt.Errorf("retention: %w: at least a day, and for nonces an hour", manage.ErrInvalid)
 	case wanted != now.shortest(wanted):
-		return fmt.Errorf("retention: %w: that keeps something longer, which the configuration can say: in force are audit %v, "+
-			"receipts %v, decisions %v, nonces %v", manage.ErrInvalid, now.Audit, now.Receipts, now.Decisions, now.Nonces)
+		return fmt.Errorf("retention: %w: that keeps something longer, which the configuration can say: "+
+			"in force are audit %v, receipts %v, decisions %v, nonces %v",
+			manage.ErrInvalid, now.Audit, now.Receipts, now.Decisions, now.Nonces)
 	case wanted == now:
 		return fmt.Errorf("retention: %w: that is in force already", manage.ErrInvalid)
 	}
 	return nil
 }
 
-// ShortenRetention puts another retention in force. That of nonces counts from the next start on.
-// proposed is the proposal in its own words: the event repeats it.
-func (a *Appliance) ShortenRetention(ctx context.Context, who audit.Actor, proposed map[string]string, change func(*Retention)) error {
+// ShortenRetention puts shorter times in force, for an approved proposal. The time of nonces has an
+// effect from the next start on. proposed has the parameters of the proposal, for the event.
+func (a *Appliance) ShortenRetention(
+	ctx context.Context, who audit.Actor, proposed map[string]string, change func(*Retention),
+) error {
 	if who.Proposal == 0 {
 		return fmt.Errorf("retention: %w", manage.ErrNotApproved)
 	}
@@ -191,13 +194,14 @@ func (a *Appliance) ShortenRetention(ctx context.Context, who audit.Actor, propo
 	})
 }
 
+// writeRetention writes a retention with its event.
 func (a *Appliance) writeRetention(
 	ctx context.Context, who audit.Actor, before, wanted Retention, proposed map[string]string,
 ) error {
 	return a.ledger.Update(ctx, func(tx *ledger.Tx) error {
-		record, said := wanted.record(), a.configured.record()
+		record, configured := wanted.record(), a.configured.record()
 		e := audit.NewRetentionChanged(who, manage.Encode(before.record()), manage.Encode(record), proposed)
-		record.Configured = &said
+		record.Configured = &configured
 		if err := tx.Put(ledger.Meta, retentionKey, manage.Encode(record)); err != nil {
 			return err
 		}
@@ -205,21 +209,21 @@ func (a *Appliance) writeRetention(
 	})
 }
 
-// over reports that an epoch that began then is to end.
+// over reports whether the period of an epoch is over.
 func (r Retention) over(begun, now time.Time) bool {
 	begun, now = begun.UTC(), now.UTC()
 	layout := map[Period]string{Hour: "2006-01-02 15", Day: "2006-01-02", Month: "2006-01"}[r.Epoch]
 	return now.After(begun) && begun.Format(layout) != now.Format(layout)
 }
 
-// EpochStatus is an epoch with the time at which retention will drop it.
+// EpochStatus is an epoch with the time of its drop by retention.
 type EpochStatus struct {
 	ledger.Epoch
-	Due time.Time // when it may be dropped; zero: it has not ended
+	Due time.Time // zero for the present epoch
 }
 
-// Preview says what retention will do: each epoch with its time, and before when receipts are dropped
-// now. It changes nothing.
+// Preview returns the epochs, and the time before which receipts are dropped now. Preview changes
+// nothing.
 func (a *Appliance) Preview() (epochs []EpochStatus, receiptsBefore time.Time, err error) {
 	retention := a.retentionInForce()
 	all, err := a.ledger.Epochs()
@@ -236,14 +240,14 @@ func (a *Appliance) Preview() (epochs []EpochStatus, receiptsBefore time.Time, e
 	return epochs, a.ledger.Time().Add(-retention.Receipts).UTC(), err
 }
 
-// receiptsKey is the record of the time before which receipts were dropped last.
+// receiptsKey is the key of the record with the last time of dropReceipts.
 const receiptsKey = "receipts-before"
 
-// sweepsAtOnce bounds the transactions of one run of retention.
+// sweepsAtOnce is the largest number of sweep transactions in one run of retention.
 const sweepsAtOnce = 50
 
-// retain drops epochs that are due, and removes some of what was dropped. It does little at a time, and
-// says whether there is more.
+// retain drops due epochs, and deletes dropped records in at most sweepsAtOnce transactions. more
+// reports that some records are left.
 func (a *Appliance) retain(ctx context.Context) (more bool, err error) {
 	epochs, before, err := a.Preview()
 	if err != nil {
@@ -254,7 +258,7 @@ func (a *Appliance) retain(ctx context.Context) (more bool, err error) {
 			continue
 		}
 		if e.Due.IsZero() || e.Hold != "" || a.ledger.Time().Before(e.Due) || !e.Final() {
-			break // epochs go in their order
+			break // epochs are dropped in order
 		}
 		dropped := audit.NewEpochDropped(e.Number, e.First, audit.EpochEnd{Size: e.Size, Root: audit.Hash(e.Root)})
 		if err := a.ledger.Drop(ctx, e.Number, ledger.EventOf(dropped)); err != nil {
@@ -274,10 +278,10 @@ func (a *Appliance) retain(ctx context.Context) (more bool, err error) {
 	return true, nil
 }
 
-// errSame ends an Update that would change nothing.
+// errSame cancels an Update without a change.
 var errSame = errors.New("the same")
 
-// dropReceipts writes down, once a day at the most, that receipts of before a time are dropped.
+// dropReceipts writes the event of dropped receipts, at most once a day.
 func (a *Appliance) dropReceipts(ctx context.Context, before time.Time) error {
 	day := strconv.FormatInt(before.Truncate(24*time.Hour).UnixMilli(), 10)
 	due, err := a.ledger.Receipts(0, before.UnixMilli(), ledger.ReceiptID{}, 1)
@@ -299,15 +303,17 @@ func (a *Appliance) dropReceipts(ctx context.Context, before time.Time) error {
 	return err
 }
 
-// Hold keeps an epoch from being dropped, for a reason that is written down. Release ends the hold.
+// Hold protects an epoch from retention until Release. The event has the reason.
 func (a *Appliance) Hold(ctx context.Context, who audit.Actor, epoch uint32, reason string) error {
 	return a.hold(ctx, epoch, reason, reason, audit.NewLegalHoldSet(who, epoch, reason))
 }
 
+// Release ends a hold. The event has the reason.
 func (a *Appliance) Release(ctx context.Context, who audit.Actor, epoch uint32, reason string) error {
 	return a.hold(ctx, epoch, "", reason, audit.NewLegalHoldReleased(who, epoch, reason))
 }
 
+// hold writes the reason of a hold; an empty reason releases the epoch.
 func (a *Appliance) hold(ctx context.Context, epoch uint32, set, reason string, e audit.Event) error {
 	if err := manage.CheckReason(reason); err != nil {
 		return fmt.Errorf("epoch %d: %w", epoch, err)
@@ -321,7 +327,7 @@ func (a *Appliance) hold(ctx context.Context, epoch uint32, set, reason string, 
 	return err
 }
 
-// EndEpoch ends the present epoch of the audit log now, and signs its final checkpoint.
+// EndEpoch ends the present epoch of the audit log, and signs the epoch's final checkpoint.
 func (a *Appliance) EndEpoch(ctx context.Context, who audit.Actor) (next uint32, err error) {
 	if next, err = a.ledger.EndEpoch(ctx, who); err != nil {
 		return 0, err
@@ -330,14 +336,14 @@ func (a *Appliance) EndEpoch(ctx context.Context, who audit.Actor) (next uint32,
 	return next, a.signEnded(ctx, next)
 }
 
-// AcceptTime brings the ledger's time forward to the system's clock, which an operator has seen to be
-// right.
+// AcceptTime sets the ledger's time forward to the system's clock. An operator has checked the
+// clock.
 func (a *Appliance) AcceptTime(ctx context.Context, who audit.Actor) error {
 	before, wall, _ := a.ledger.Clock()
 	return a.ledger.AcceptTime(ctx, ledger.EventOf(audit.NewClockAccepted(who, before, wall)))
 }
 
-// Compact gives the free space of the ledger's file back. Nothing is admitted meanwhile.
+// Compact releases the free space of the ledger's file. All writes wait meanwhile.
 func (a *Appliance) Compact(ctx context.Context, who audit.Actor) (before, after int64, took time.Duration, err error) {
 	before, after, took, err = a.ledger.Compact(ctx, ledger.EventOf(audit.NewLedgerCompacted(who)))
 	if errors.Is(err, ledger.ErrBusy) {
@@ -349,7 +355,7 @@ func (a *Appliance) Compact(ctx context.Context, who audit.Actor) (before, after
 // LedgerStats returns the sizes of the ledger.
 func (a *Appliance) LedgerStats() (ledger.Stats, error) { return a.ledger.Stats() }
 
-// Receipt and Receipts look receipts up.
+// Receipt returns a receipt by its id.
 func (a *Appliance) Receipt(id string) (ledger.Receipt, error) {
 	var key ledger.ReceiptID
 	if err := key.UnmarshalText([]byte(id)); err != nil {
@@ -362,6 +368,8 @@ func (a *Appliance) Receipt(id string) (ledger.Receipt, error) {
 	return r, err
 }
 
+// Receipts returns at most limit receipts with times from <= time < to, in Unix milliseconds: see
+// ledger.Receipts. after is the id of the last receipt of the page before, or "".
 func (a *Appliance) Receipts(from, to int64, after string, limit int) ([]ledger.Receipt, error) {
 	var key ledger.ReceiptID
 	if after != "" {

@@ -20,7 +20,7 @@ import (
 	"countersign/wire"
 )
 
-// Listener is an address where peers connect, and the profile of handshakes there.
+// Listener is a listener for peers, with the profile of its handshakes.
 type Listener struct {
 	net.Listener
 	Profile noise.Profile
@@ -30,27 +30,29 @@ type Listener struct {
 type session struct {
 	*peers.Session
 	conn   *noise.Conn
-	caller Caller // the member, with what this connection has proven
+	caller Caller
 }
 
-// Caller is the peer that a request comes from.
+// Caller is the peer of a request.
 type Caller struct {
 	peers.Peer
-	Identity string // hex of the Ed25519 key that the session has proven to be bound to; "" in countersign-v1
+	Identity string // hex of the Ed25519 key bound to the session; "" in countersign-v1
 
-	quiet  bool           // refusals are counted, not written down one by one, nor is a repetition that fails again
-	member *ledger.Member // of the batch that the request is an item of; nil: of none
+	quiet  bool           // a refusal is counted without an event, and so is a repeated failure
+	member *ledger.Member // place in a batch; nil for a single request
 }
 
+// actor returns the caller as the actor of events.
 func (c Caller) actor() audit.Actor {
 	actor := audit.Peer(c.Name, c.PublicKey)
 	actor.Identity = c.Identity
 	return actor
 }
 
-// Serve answers peers on the listeners until ctx ends; then it takes no new requests, finishes those
-// that it has begun, and returns nil. When the ledger's state becomes unknown, Serve stops too, answers
-// nothing that would need the ledger, and returns that error. The listeners are closed in any case.
+// Serve answers peers on the listeners until ctx ends. Then Serve accepts no new requests, finishes
+// the requests under way, and returns nil. If the ledger's state becomes unknown, Serve stops at
+// once, gives no answer that needs the ledger, and returns ledger.ErrUnknownState. Serve closes the
+// listeners.
 func (a *Appliance) Serve(ctx context.Context, listeners ...Listener) error {
 	stop, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
@@ -85,7 +87,7 @@ func (a *Appliance) Serve(ctx context.Context, listeners ...Listener) error {
 	return nil
 }
 
-// accept serves the connections of one listener, each in serving.
+// accept serves the connections of one listener, each in a goroutine of serving.
 func (a *Appliance) accept(stop context.Context, l Listener, serving *sync.WaitGroup) error {
 	for stop.Err() == nil {
 		conn, err := l.Accept()
@@ -111,13 +113,15 @@ func (a *Appliance) accept(stop context.Context, l Listener, serving *sync.WaitG
 	return nil
 }
 
-// addressOf is the address that a connection comes from. All connections without one are one source.
+// addressOf returns the remote address of a connection. All connections without an address are one
+// source.
 func addressOf(conn interface{ RemoteAddr() net.Addr }) netip.Addr {
 	at, _ := netip.ParseAddrPort(conn.RemoteAddr().String())
 	return at.Addr()
 }
 
-// accepting waits out an error of Accept that passes (out of file descriptors, a connection that was reset already).
+// accepting waits after a temporary error of Accept, such as a lack of file descriptors or a
+// connection that is reset already. The result is false for a closed listener.
 func (a *Appliance) accepting(ctx context.Context, err error) bool {
 	if errors.Is(err, net.ErrClosed) {
 		return false
@@ -127,12 +131,13 @@ func (a *Appliance) accepting(ctx context.Context, err error) bool {
 	return true
 }
 
-// refusalTime is a tick: a handshake that was begun is refused at the next tick after its message, so
-// that the time does not tell the reason. It is longer than an exchange of a device takes.
+// refusalTime is the interval of ticks for refusals. A handshake is refused at the next tick after
+// its first message, so that the time does not reveal the reason. The interval is longer than an
+// exchange of a device.
 const refusalTime = 100 * time.Millisecond
 
-// serveConn shakes hands and serves one connection. A peer whose handshake is refused sees a closed
-// connection, whatever the reason, at a tick after its message.
+// serveConn performs the handshake and serves one connection. A refusal of the handshake is a
+// closed connection at a tick, for every reason.
 func (a *Appliance) serveConn(stop context.Context, raw net.Conn, profile noise.Profile, place *limit.Place) {
 	from := raw.RemoteAddr().String()
 	hctx, cancel := context.WithTimeout(stop, a.limits.HandshakeTimeout)
@@ -142,7 +147,7 @@ func (a *Appliance) serveConn(stop context.Context, raw net.Conn, profile noise.
 		statics = append(statics, static{k})
 	}
 	if len(statics) == 0 {
-		return // until a compromised key has its successor
+		return // a compromised key has no active successor yet
 	}
 	var attempt *limit.Attempt
 	var begun time.Time
@@ -153,18 +158,18 @@ func (a *Appliance) serveConn(stop context.Context, raw net.Conn, profile noise.
 	}
 	conn, err := noise.Accept(hctx, raw, statics, profile, admit, a.Peers.In)
 	if attempt != nil {
-		defer attempt.End() // after Good it does nothing
+		defer attempt.End() // does nothing after Good
 	}
 	switch {
 	case errors.Is(err, limit.ErrLimited):
 		a.refusals.count(audit.RateLimitTriggered, "handshake", "", wire.CodeRateLimited)
 		return
-	case err != nil && attempt == nil: // no handshake: nothing was computed for it
+	case err != nil && attempt == nil: // no handshake began, so the device was not used
 		a.log.Debug("no handshake", "from", from, "err", err)
 		return
 	case failedHere(err) && (hctx.Err() == nil || time.Since(begun) > a.limits.HandshakeTimeout/2):
-		// A device that is away or busy must not lock the peers out. A client that sends message 1 at the
-		// last moment, so that its time ends while the device works, does not get that work for nothing.
+		// An unavailable or busy device must not lock the peers out: the attempt does not count.
+		// But a client that sends message 1 just before the timeout gets no exchange for free.
 		a.failing.Do(func() { a.log.Error("handshakes fail", "from", from, "err", err) })
 		attempt.Forget()
 	case err != nil:
@@ -172,12 +177,13 @@ func (a *Appliance) serveConn(stop context.Context, raw net.Conn, profile noise.
 		a.refusals.count(audit.HandshakeRefused, "handshake", "", wire.CodeDenied)
 	}
 	if err != nil {
-		attempt.End() // other connections that wait for its end need not wait for the tick
+		attempt.End() // connections in the queue need not wait for the tick
 		pause(stop, refusalTime-time.Since(begun)%refusalTime)
 		return
 	}
-	// A recorded message 1 can be replayed without the private key. Only a message that decrypts proves
-	// that the client has it; until then the connection is a handshake, with a handshake's time.
+	// A recorded message 1 can be replayed without the private key. Only a decrypted transport
+	// message proves that the client has the private key. Until then, the handshake's timeout
+	// applies.
 	stopReading := context.AfterFunc(stop, func() { conn.SetReadDeadline(time.Unix(1, 0)) })
 	defer stopReading()
 	proof, err := a.read(stop, conn, a.limits.HandshakeTimeout)
@@ -192,7 +198,7 @@ func (a *Appliance) serveConn(stop context.Context, raw net.Conn, profile noise.
 		a.refusals.count(audit.RateLimitTriggered, "connect", entered.Member.Name, wire.CodeBusy)
 	}
 	if err != nil {
-		return // or the peer was removed while it was shaking hands
+		return // too many connections, or the peer was excluded during the handshake
 	}
 	defer a.Peers.Leave(entered)
 	s := &session{Session: entered, conn: conn, caller: Caller{Peer: entered.Member.Peer}}
@@ -204,10 +210,12 @@ func (a *Appliance) serveConn(stop context.Context, raw net.Conn, profile noise.
 	a.log.Info("disconnected", "from", from, "peer", s.caller.Name)
 }
 
-// failedHere reports that a handshake failed because of the device, or because its time was over while
-// it waited for the device: the deadline of the network is another error.
+// failedHere reports whether a handshake failed because of the device, including a timeout while
+// the handshake waited for the device. A timeout of the network is another error.
 func failedHere(err error) bool {
-	for _, ours := range []error{keystore.ErrUnavailable, keystore.ErrAuth, keystore.ErrSealed, context.DeadlineExceeded} {
+	for _, ours := range []error{
+		keystore.ErrUnavailable, keystore.ErrAuth, keystore.ErrSealed, context.DeadlineExceeded,
+	} {
 		if errors.Is(err, ours) {
 			return true
 		}
@@ -215,7 +223,7 @@ func failedHere(err error) bool {
 	return false
 }
 
-// pause waits, unless stop ends.
+// pause waits for a time, or until stop ends.
 func pause(stop context.Context, d time.Duration) {
 	select {
 	case <-stop.Done():
@@ -223,12 +231,12 @@ func pause(stop context.Context, d time.Duration) {
 	}
 }
 
-// read waits for a message as long as it may take to begin, then as long as it may take to come, and no
-// longer than until stop ends.
+// read reads a message. The first byte must come within a time, the message within the read
+// timeout, and both before stop ends.
 func (a *Appliance) read(stop context.Context, conn *noise.Conn, within time.Duration) ([]byte, error) {
 	for _, limit := range []time.Duration{within, min(within, a.limits.ReadTimeout)} {
 		conn.SetReadDeadline(time.Now().Add(limit))
-		if stop.Err() != nil { // after the deadline was set, which may have replaced the one that stop has set
+		if stop.Err() != nil { // checked after SetReadDeadline, which may have replaced the deadline of stop
 			return nil, stop.Err()
 		}
 		if err := conn.Await(); err != nil {
@@ -238,9 +246,9 @@ func (a *Appliance) read(stop context.Context, conn *noise.Conn, within time.Dur
 	return conn.ReadMessage()
 }
 
-// serveSession answers requests, the first of which has been read, until the peer goes, is removed, or
-// stop ends. At most InFlight requests are being served at once, and one more is read; beyond that TCP
-// slows the peer down.
+// serveSession answers the requests of a session, beginning with message, until the peer leaves or
+// is excluded, or stop ends. At most InFlight requests are served at once, and one more is read.
+// Beyond that, TCP slows the peer down.
 func (a *Appliance) serveSession(stop context.Context, s *session, message []byte) {
 	s.conn.SetWriteLimit(a.limits.WriteTimeout)
 	var serving sync.WaitGroup
@@ -248,12 +256,14 @@ func (a *Appliance) serveSession(stop context.Context, s *session, message []byt
 	informing, done := context.WithCancel(stop)
 	defer done()
 	serving.Go(func() { a.inform(informing, s) })
-	requests := make(chan []byte) // to goroutines that stay: one for each request would grow its stack anew each time
+	// The goroutines serve many requests each, because a new goroutine would have to grow its
+	// stack.
+	requests := make(chan []byte)
 	defer close(requests)
 	serve := func(request []byte) {
 		answer := a.handle(s, request)
 		if answer == nil || s.conn.WriteMessage(answer) != nil {
-			s.conn.Close() // no answer can be given, or the peer does not read it
+			s.conn.Close() // there is no answer, or the peer does not read
 		}
 	}
 	for begun := 0; ; {

@@ -13,9 +13,9 @@ import (
 	"countersign/wire"
 )
 
-// Sign is the protocol. A new step that is not one of its own lines belongs somewhere else.
+// Sign is the protocol of a signature. Code that is no step of the protocol belongs elsewhere.
 func (a *Appliance) Sign(ctx context.Context, who Caller, r *wire.Sign) (*wire.Signed, error) {
-	// The request: a key that may sign, and a document that obeys the rules of its type.
+	// The request names a key that may sign, and has a document that obeys the rules of its type.
 	key, err := a.Keys.Signing(r.Key)
 	if err != nil {
 		return nil, err
@@ -30,15 +30,17 @@ func (a *Appliance) Sign(ctx context.Context, who Caller, r *wire.Sign) (*wire.S
 	if err := doc.CheckSigner(key.Info().PublicKey); err != nil {
 		return nil, err
 	}
-	// Whether this peer may have it: policy answers inside the admission, where earlier signatures are counted.
+	// The policy decides inside the admission, where the ledger counts earlier signatures.
 	d, err := a.decisionOf(who, key, doc)
 	if err != nil {
 		return nil, err
 	}
-	// Up to here nothing has changed. After the next line the nonce is spent and the admission is on disk, come what may.
+	// Nothing has changed so far. After Admit the nonce is spent and the admission is on disk,
+	// whatever happens later.
 	admitted, err := a.ledger.Admit(ctx, ledger.Admission{
-		Scope: ledger.KeyScope(r.Key), Nonce: doc.Nonce, Digest: doc.Digest(), Peer: who.PublicKey, KeyVersion: key.Version,
-		ExpiresAt: doc.ExpiresAt, Quiet: who.quiet, Member: who.member, Counts: d.counts, Monotonic: d.generation, Decide: d.decide,
+		Scope: ledger.KeyScope(r.Key), Nonce: doc.Nonce, Digest: doc.Digest(), Peer: who.PublicKey,
+		KeyVersion: key.Version, ExpiresAt: doc.ExpiresAt, Quiet: who.quiet, Member: who.member,
+		Counts: d.counts, Monotonic: d.generation, Decide: d.decide,
 	}, d.event)
 	if err != nil {
 		return nil, err
@@ -46,13 +48,14 @@ func (a *Appliance) Sign(ctx context.Context, who Caller, r *wire.Sign) (*wire.S
 	if err := refusal(admitted); err != nil {
 		return nil, err
 	}
-	// A repetition is for the version that was admitted then, and gets the signature of then: Ed25519 is deterministic.
+	// A repeated request gets the version and the signature of its first admission. Ed25519 is
+	// deterministic, so a signature made again is the same.
 	if admitted.KeyVersion != key.Version {
 		if key, err = a.Keys.Admitted(r.Key, admitted.KeyVersion); err != nil {
 			return nil, err
 		}
 	}
-	// No signature is released that a stranger would not accept, whatever has made it.
+	// Every signature is verified before its release, from the device and from the ledger.
 	verifies := func(signature []byte) bool { return key.Verify(doc.Message, signature) == nil }
 	signature := admitted.Signature
 	if signature == nil {
@@ -75,15 +78,15 @@ func (a *Appliance) Sign(ctx context.Context, who Caller, r *wire.Sign) (*wire.S
 	}, nil
 }
 
-// settle records how an admission ended. The answer does not wait for the disk: the admission is there,
-// and says that a signature may exist. The ending has a time of its own, since it must not be lost
-// because the time of the request is over.
+// settle records the outcome of an admission. The answer does not wait for the disk, because the
+// admission is on disk and shows that a signature may exist. The record has a timeout of its own:
+// the outcome must not be lost with the request's timeout.
 func (a *Appliance) settle(
 	ctx context.Context, who Caller, key *keyring.Key, doc *transcript.Document,
 	admitted ledger.Admitted, signature []byte, failure error,
 ) error {
 	if failure != nil && who.quiet && admitted.Verdict == ledger.Repeated {
-		return nil // the first time has said so
+		return nil // the first failure has been recorded
 	}
 	failed := ""
 	if failure != nil {

@@ -8,27 +8,31 @@ import (
 	"countersign/audit"
 )
 
-// tallyEvery is how long refusals of strangers and greedy peers are counted before they become an event.
+// tallyEvery is the time between two events with the count of one kind of refusal.
 const tallyEvery = time.Minute
 
-// tally counts refusals that must not fill the log in a flood. The first of a kind is an event at the
-// next flush; after that there is one event for each tallyEvery.
+// tally counts the refusals of strangers, and of peers beyond a limit. A flood of refusals must not
+// fill the audit log. The first refusal of a kind is an event at the next flush. Later refusals of
+// the kind share one event each tallyEvery.
 type tally struct {
 	mu     sync.Mutex
 	counts map[counted]*span
 }
 
+// counted is a kind of refusal.
 type counted struct {
 	event                     audit.Type
 	action, resource, outcome string
 }
 
+// span is the count of a kind since the last event.
 type span struct {
 	n            uint64
 	since, until time.Time
 	flushed      time.Time
 }
 
+// count adds one refusal.
 func (t *tally) count(event audit.Type, action, resource, outcome string) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -47,14 +51,14 @@ func (t *tally) count(event audit.Type, action, resource, outcome string) {
 	s.n++
 }
 
-// take returns the events that are to be written down.
+// take returns the due events, or with all the events of all counts, and resets their counts.
 func (t *tally) take(all bool) (events []audit.Event) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	for key, s := range t.counts {
 		quiet := time.Since(s.flushed) >= tallyEvery
 		if s.n == 0 && quiet {
-			delete(t.counts, key) // so that memory is bounded by what happens now
+			delete(t.counts, key) // memory is bounded by the kinds of the last minute
 		}
 		if s.n == 0 || !all && !quiet {
 			continue
@@ -66,17 +70,20 @@ func (t *tally) take(all bool) (events []audit.Event) {
 	return events
 }
 
+// flushDue writes the due events.
 func (t *tally) flushDue(ctx context.Context, a *Appliance) { t.write(ctx, a, false) }
 
+// flush writes the events of all counts.
 func (t *tally) flush(ctx context.Context, a *Appliance) { t.write(ctx, a, true) }
 
-// write has a time of its own: counts that were taken would be lost with a daemon that stops meanwhile.
+// write writes events with a timeout of its own, because take has reset the counts, and a stopping
+// daemon would lose them.
 func (t *tally) write(ctx context.Context, a *Appliance, all bool) {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), a.limits.RequestTimeout)
 	defer cancel()
 	for _, e := range t.take(all) {
 		if err := a.record(ctx, e); err != nil {
-			a.log.Error("a count is not written down", "event", e.Type, "count", e.Metadata["count"], "err", err)
+			a.log.Error("a count of refusals is not written", "event", e.Type, "count", e.Metadata["count"], "err", err)
 		}
 	}
 }

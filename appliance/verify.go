@@ -14,17 +14,18 @@ import (
 	"countersign/wire"
 )
 
-// Verify judges a signature and spends its nonce, in this order: the signature, the times, the signer,
-// and only then the nonce, so that no peer can burn a nonce without the signer's private key. The
-// second time, the same document is a replay even for the peer that asked first: the nonce is there to
-// tell that.
+// Verify verifies a signed document and spends its nonce. The order is: the signature, the times,
+// the signer, the nonce. A peer without the signer's private key therefore can't burn a nonce. A
+// document is a replay the second time, also for the peer that asked first, because the nonce has
+// to tell a repeated document.
 func (a *Appliance) Verify(ctx context.Context, who Caller, r *wire.Verify) (*wire.Verified, error) {
 	doc, err := transcript.Parse(documentOf(r.Document))
 	if err != nil {
 		return nil, err
 	}
 	if doc.Unbound {
-		return nil, fmt.Errorf("%w: the signature of a %s document does not cover its nonce, so a replay can't be told",
+		return nil, fmt.Errorf(
+			"%w: the signature of a %s document does not cover its nonce, so a replay can't be told",
 			transcript.ErrUnsupported, doc.Type)
 	}
 	if err := eddsa.Verify(r.PublicKey[:], doc.Message, r.Signature); err != nil {

@@ -33,7 +33,8 @@ func payment(n int, payer []byte, payee byte, amount, currency string) *wire.Sig
 	return s
 }
 
-// TestBudgetIsExact: many ask at once, alone and in batches, and what is admitted is the budget: no unit more, and none less.
+// TestBudgetIsExact: many ask at once, alone and in batches, and what is admitted is the budget: no
+// unit more, and none less.
 func TestBudgetIsExact(t *testing.T) {
 	r := newRig(t)
 	r.permits(t, dailyBudget)
@@ -62,7 +63,8 @@ func TestBudgetIsExact(t *testing.T) {
 	if got := admitted.Load(); got != 10_000_000 || denied.Load() != 1+64*3-40 {
 		t.Errorf("%d SAT were admitted, %d requests denied", got, denied.Load())
 	}
-	// What was admitted has its answer still; what was denied has spent neither its nonce nor anything else.
+	// What was admitted has its answer still; what was denied has spent neither its nonce nor
+	// anything else.
 	again := func() {
 		t.Helper()
 		if s := r.sign(t, r.shop, first); !s.Repeated {
@@ -116,7 +118,8 @@ func TestBudgetInBatches(t *testing.T) {
 	}
 }
 
-// TestWhatIsCounted: each peer, key and counterparty for itself, each currency for itself, for as long as the window is.
+// TestWhatIsCounted: each peer, key and counterparty for itself, each currency for itself, for as
+// long as the window is.
 func TestWhatIsCounted(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		r := newRig(t)
@@ -179,7 +182,8 @@ func authorization(n int, owner []byte, generation string) *wire.Sign {
 	return s
 }
 
-// TestGenerationOnlyRises: also for many at once, and after a restart; a repetition has its answer; each key has its own.
+// TestGenerationOnlyRises: also for many at once, and after a restart; a repetition has its answer;
+// each key has its own.
 func TestGenerationOnlyRises(t *testing.T) {
 	r := newRig(t)
 	const all = `permit (principal, action == Action::"sign", resource);`
