@@ -38,16 +38,21 @@ var limits = func() Limits {
 	return l
 }()
 
-var kept = Retention{Epoch: Month, Audit: 7 * 365 * 24 * time.Hour, Receipts: 7 * 365 * 24 * time.Hour, Decisions: 30 * 24 * time.Hour, Nonces: 24 * time.Hour}
+const day = 24 * time.Hour
 
-// approved is an operator who carries out an approved proposal.
+var kept = Retention{
+	Epoch: Month, Audit: 7 * 365 * day, Receipts: 7 * 365 * day, Decisions: 30 * day, Nonces: day,
+}
+
+// approved is an operator with an approved proposal.
 var approved = audit.Actor{Kind: "operator", Name: "test", Proposal: 1}
 
-// rig is an appliance on a real ledger and a keystore in memory, with a key and two peers.
+// rig is an appliance on a real ledger and a keystore in memory, with the key "payments" and the
+// peers "shop" and "cafe".
 type rig struct {
 	*Appliance
 	store  *keystoretest.Memory
-	with   Limits
+	limits Limits
 	path   string
 	shop   Caller
 	cafe   Caller
@@ -59,7 +64,7 @@ func newRig(t *testing.T) *rig {
 	return newRigAt(t, filepath.Join(t.TempDir(), "ledger.db"))
 }
 
-// newRigWith makes one whose limits are changed.
+// newRigWith makes a rig with changed limits.
 func newRigWith(t *testing.T, change func(*Limits)) *rig {
 	t.Helper()
 	limits := limits
@@ -74,7 +79,7 @@ func newRigAt(t *testing.T, path string) *rig {
 
 func newRigOf(t *testing.T, limits Limits, path string) *rig {
 	t.Helper()
-	r := &rig{store: keystoretest.NewMemory(), path: path, with: limits}
+	r := &rig{store: keystoretest.NewMemory(), path: path, limits: limits}
 	if err := ledger.Create(r.path, ledger.Options{}); err != nil {
 		t.Fatal(err)
 	}
@@ -90,7 +95,7 @@ func newRigOf(t *testing.T, limits Limits, path string) *rig {
 	return r
 }
 
-// enrol enrols a peer, whose public key is 32 times a byte.
+// enrol enrols a peer with a public key of 32 equal bytes.
 func (r *rig) enrol(t *testing.T, name string, key byte) Caller {
 	t.Helper()
 	p, err := r.Peers.Add(t.Context(), operator, name, bytes.Repeat([]byte{key}, 32))
@@ -106,10 +111,17 @@ func (r *rig) open(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if r.Appliance, err = New(t.Context(), Config{Limits: r.with, Retention: kept}, l, map[string]keystore.Store{"memory": r.store}, parsed(t, allowShop), slog.New(slog.DiscardHandler)); err != nil {
+	if r.Appliance, err = r.new(t, l, kept); err != nil {
 		l.Close()
 		t.Fatal(err)
 	}
+}
+
+// new makes an appliance on a ledger, with a configured retention.
+func (r *rig) new(t *testing.T, l *ledger.Ledger, retention Retention) (*Appliance, error) {
+	c := Config{Limits: r.limits, Retention: retention}
+	tokens := map[string]keystore.Store{"memory": r.store}
+	return New(t.Context(), c, l, tokens, parsed(t, allowShop), slog.New(slog.DiscardHandler))
 }
 
 func parsed(t *testing.T, rules string) *policy.Policy {
@@ -121,15 +133,17 @@ func parsed(t *testing.T, rules string) *policy.Policy {
 	return p
 }
 
-// message is a sign request for a message that is valid now; n makes its nonce.
+// message returns a valid sign request for a message. n is the first byte of the nonce.
 func message(n byte, content string) *wire.Sign {
 	now := time.Now().Unix()
+	encoded := base64.RawURLEncoding.EncodeToString([]byte(content))
 	return &wire.Sign{ID: "1", Op: "sign", Key: "payments", Document: wire.Document{
-		Type: "message-v1", Payload: fmt.Appendf(nil, `{"context":"test","message":%q}`, base64.RawURLEncoding.EncodeToString([]byte(content))),
+		Type: "message-v1", Payload: fmt.Appendf(nil, `{"context":"test","message":%q}`, encoded),
 		Nonce: wire.Bytes32{n}, Timestamp: now, ExpiresAt: now + 3600,
 	}}
 }
 
+// sign signs, and fails the test on an error.
 func (r *rig) sign(t *testing.T, who Caller, req *wire.Sign) *wire.Signed {
 	t.Helper()
 	s, err := r.Sign(t.Context(), who, req)
@@ -139,6 +153,7 @@ func (r *rig) sign(t *testing.T, who Caller, req *wire.Sign) *wire.Signed {
 	return s
 }
 
+// refuses expects an error with a code.
 func (r *rig) refuses(t *testing.T, code string, err error) {
 	t.Helper()
 	if err == nil {
@@ -150,22 +165,23 @@ func (r *rig) refuses(t *testing.T, code string, err error) {
 	}
 }
 
+// events returns the types of all events but the first.
 func (r *rig) events(t *testing.T) (types []audit.Type) {
 	t.Helper()
-	if err := r.ledger.Alive(t.Context()); err != nil { // what is waiting is on disk after that
-		t.Fatal(err)
-	}
-	if err := r.Events(1, func(_ uint64, e audit.Event) bool { types = append(types, e.Type); return true }); err != nil {
-		t.Fatal(err)
+	for _, e := range logOf(t, r.Appliance, 1) {
+		types = append(types, e.Type)
 	}
 	return types
 }
 
+// verifyOf returns the request to verify a signature.
 func verifyOf(s *wire.Sign, signed *wire.Signed) *wire.Verify {
-	return &wire.Verify{ID: "2", Op: "verify", PublicKey: signed.PublicKey, Signature: signed.Signature, Document: s.Document}
+	return &wire.Verify{
+		ID: "2", Op: "verify", PublicKey: signed.PublicKey, Signature: signed.Signature, Document: s.Document,
+	}
 }
 
-// TestAdmittedOnDiskBeforeTheKeyIsUsed looks at the disk from inside the device: promise 1.
+// TestAdmittedOnDiskBeforeTheKeyIsUsed reads the disk during the device's signature: promise 1.
 func TestAdmittedOnDiskBeforeTheKeyIsUsed(t *testing.T) {
 	r := newRig(t)
 	used := 0
@@ -176,7 +192,10 @@ func TestAdmittedOnDiskBeforeTheKeyIsUsed(t *testing.T) {
 			t.Errorf("the key is used and the admission is not on disk: %v", err)
 		}
 		found := false
-		r.Events(spent.Event, func(_ uint64, e audit.Event) bool { found = e.Type == audit.SignatureAdmitted; return false })
+		r.Events(spent.Event, func(_ uint64, e audit.Event) bool {
+			found = e.Type == audit.SignatureAdmitted
+			return false
+		})
 		if !found {
 			t.Error("the key is used and the event of the admission is not on disk")
 		}
@@ -190,6 +209,8 @@ func TestAdmittedOnDiskBeforeTheKeyIsUsed(t *testing.T) {
 	}
 }
 
+// TestSign: the same request again gets the same signature, also after a restart. Another request
+// under the nonce is a replay.
 func TestSign(t *testing.T) {
 	r := newRig(t)
 	req := message(1, "hello")
@@ -201,30 +222,33 @@ func TestSign(t *testing.T) {
 	if err := eddsa.Verify(r.public, doc.Message, s.Signature); err != nil {
 		t.Error(err)
 	}
-	if s.Repeated || s.Key != "payments" || s.Version != 1 || s.Nonce != req.Nonce || !bytes.Equal(s.PublicKey[:], r.public) {
+	if s.Repeated || s.Key != "payments" || s.Version != 1 || s.Nonce != req.Nonce ||
+		!bytes.Equal(s.PublicKey[:], r.public) {
 		t.Errorf("%+v", s)
 	}
-	again := r.sign(t, r.shop, req)
-	if !again.Repeated || !bytes.Equal(again.Signature, s.Signature) || again.Event != s.Event {
-		t.Errorf("the same request again: %+v, first %+v", again, s)
+	repeat := func(when string) {
+		t.Helper()
+		again := r.sign(t, r.shop, req)
+		if !again.Repeated || !bytes.Equal(again.Signature, s.Signature) || again.Event != s.Event {
+			t.Errorf("the same request %s: %+v, first %+v", when, again, s)
+		}
+		_, err := r.Sign(t.Context(), r.shop, message(1, "other content"))
+		r.refuses(t, "replay", err)
 	}
-	_, err = r.Sign(t.Context(), r.shop, message(1, "other content"))
-	r.refuses(t, "replay", err)
-	want := []audit.Type{audit.KeyCreated, audit.KeyCommitted, audit.PeerAdded, audit.PeerAdded, audit.SignatureAdmitted, audit.SignatureCreated, audit.ReplayRefused}
+	repeat("again")
+	want := []audit.Type{
+		audit.KeyCreated, audit.KeyCommitted, audit.PeerAdded, audit.PeerAdded,
+		audit.SignatureAdmitted, audit.SignatureCreated, audit.ReplayRefused,
+	}
 	if got := r.events(t); !slices.Equal(got, want) {
 		t.Errorf("events %v, want %v", got, want)
 	}
-	// All of it through a restart.
 	r.ledger.Close()
 	r.open(t)
-	if again := r.sign(t, r.shop, req); !again.Repeated || !bytes.Equal(again.Signature, s.Signature) || again.Event != s.Event {
-		t.Errorf("after a restart: %+v, first %+v", again, s)
-	}
-	_, err = r.Sign(t.Context(), r.shop, message(1, "other content"))
-	r.refuses(t, "replay", err)
+	repeat("after a restart")
 }
 
-// TestAnotherPeersNonce: the same request from another peer is no repetition.
+// TestAnotherPeersNonce: the same request of another peer is a replay.
 func TestAnotherPeersNonce(t *testing.T) {
 	r := newRig(t)
 	p, err := policy.Parse("policy.cedar", []byte(`permit (principal, action, resource);`))
@@ -238,7 +262,7 @@ func TestAnotherPeersNonce(t *testing.T) {
 	r.refuses(t, "replay", err)
 }
 
-// TestRefusalsSpendNothing: what is refused before the admission leaves the nonce fresh.
+// TestRefusalsSpendNothing: a request that is refused before its admission leaves the nonce fresh.
 func TestRefusalsSpendNothing(t *testing.T) {
 	r := newRig(t)
 	if _, err := r.Keys.CreateOwn(t.Context(), audit.Operator("test"), keyring.NoiseName, "memory"); err != nil {
@@ -261,7 +285,9 @@ func TestRefusalsSpendNothing(t *testing.T) {
 		{"denied", r.cafe, func(*wire.Sign) {}},
 		{"denied", r.shop, func(s *wire.Sign) { s.Payload = []byte(`{"context":"forbidden","message":""}`) }},
 		{"denied", r.shop, func(s *wire.Sign) { s.Type, s.Payload = "raw", []byte(`{"message":"AA"}`) }},
-		{"wrong_signer", r.shop, func(s *wire.Sign) { s.Type, s.Payload = "paykit-subscription-v2", subscription(nil) }},
+		{"wrong_signer", r.shop, func(s *wire.Sign) {
+			s.Type, s.Payload = "paykit-subscription-v2", subscription(nil)
+		}},
 	} {
 		req := message(1, "m")
 		c.change(req)
@@ -274,16 +300,19 @@ func TestRefusalsSpendNothing(t *testing.T) {
 	}
 }
 
-// subscription is a payload between two parties, the first of which may be given.
+// subscription returns the payload of a subscription. A nil subscriber is a foreign key.
 func subscription(subscriber []byte) []byte {
 	if subscriber == nil {
 		subscriber = ed25519.NewKeyFromSeed(bytes.Repeat([]byte{1}, 32)).Public().(ed25519.PublicKey)
 	}
 	provider := ed25519.NewKeyFromSeed(bytes.Repeat([]byte{2}, 32)).Public().(ed25519.PublicKey)
-	return fmt.Appendf(nil, `{"subscription_id":"s","subscriber":"%x","provider":"%x","terms":{"amount":"1000","currency":"SAT","frequency":"Daily",
-		"method":"lightning","max_amount_per_period":null,"description":""},"metadata":{},"created_at":1,"starts_at":1,"ends_at":null}`, subscriber, provider)
+	return fmt.Appendf(nil, `{"subscription_id":"s","subscriber":"%x","provider":"%x",
+		"terms":{"amount":"1000","currency":"SAT","frequency":"Daily","method":"lightning",
+		"max_amount_per_period":null,"description":""},
+		"metadata":{},"created_at":1,"starts_at":1,"ends_at":null}`, subscriber, provider)
 }
 
+// TestSubscriptionBySubscriber: a party to a subscription can sign the subscription.
 func TestSubscriptionBySubscriber(t *testing.T) {
 	r := newRig(t)
 	req := message(1, "")
@@ -294,8 +323,8 @@ func TestSubscriptionBySubscriber(t *testing.T) {
 	}
 }
 
-// TestDeviceThatLies: a signature that does not verify is never released, and the request can be
-// asked again.
+// TestDeviceThatLies: a signature that does not verify is never released. The same request can be
+// sent again, and gets a signature of the repaired device.
 func TestDeviceThatLies(t *testing.T) {
 	for name, corrupt := range map[string]func([]byte) []byte{
 		"a flipped bit": func(b []byte) []byte { b[5] ^= 1; return b },
@@ -321,11 +350,16 @@ func TestDeviceThatLies(t *testing.T) {
 	}
 }
 
-// TestDeviceThatFails: the nonce is spent, the same request gets its signature when the device is
-// back, another does not.
+// unplugged is the BeforeSign of a device that does not answer.
+func unplugged(keystore.Ref, []byte) error {
+	return fmt.Errorf("unplugged: %w", keystore.ErrUnavailable)
+}
+
+// TestDeviceThatFails: the nonce is spent. The same request gets its signature when the device
+// works again. Another request under the nonce is a replay.
 func TestDeviceThatFails(t *testing.T) {
 	r := newRig(t)
-	r.store.BeforeSign = func(keystore.Ref, []byte) error { return fmt.Errorf("unplugged: %w", keystore.ErrUnavailable) }
+	r.store.BeforeSign = unplugged
 	req := message(1, "m")
 	_, err := r.Sign(t.Context(), r.shop, req)
 	r.refuses(t, "unavailable", err)
@@ -337,8 +371,8 @@ func TestDeviceThatFails(t *testing.T) {
 	}
 }
 
-// TestWhileTheFirstIsStillWaiting: the device holds a request; a second one with its nonce and
-// other content is refused at once, an identical one gets the same signature.
+// TestWhileTheFirstIsStillWaiting: the device holds a request. A second request with the nonce and
+// other content is refused at once. An identical one gets the same signature.
 func TestWhileTheFirstIsStillWaiting(t *testing.T) {
 	r := newRig(t)
 	inDevice, release := make(chan struct{}, 2), make(chan struct{})
@@ -361,21 +395,16 @@ func TestWhileTheFirstIsStillWaiting(t *testing.T) {
 	<-inDevice
 	close(release)
 	a, b := <-results, <-results
-	if a.err != nil || b.err != nil || !bytes.Equal(a.s.Signature, b.s.Signature) || a.s.Event != b.s.Event || a.s.Repeated == b.s.Repeated {
+	if a.err != nil || b.err != nil || !bytes.Equal(a.s.Signature, b.s.Signature) ||
+		a.s.Event != b.s.Event || a.s.Repeated == b.s.Repeated {
 		t.Errorf("%+v, %+v", a, b)
 	}
-	created := 0
-	for _, e := range r.events(t) {
-		if e == audit.SignatureCreated {
-			created++
-		}
-	}
-	if created != 1 {
-		t.Errorf("%d outcomes of one admission", created)
+	if n := countOf(logOf(t, r.Appliance, 1), audit.SignatureCreated); n != 1 {
+		t.Errorf("%d outcomes of one admission", n)
 	}
 }
 
-// TestVerifyOrder: nothing but a good signature by an allowed signer spends a nonce: promise 4.
+// TestVerifyOrder: only a good signature by an allowed signer spends a nonce: promise 4.
 func TestVerifyOrder(t *testing.T) {
 	r := newRig(t)
 	req := message(1, "")
@@ -396,9 +425,12 @@ func TestVerifyOrder(t *testing.T) {
 		{"invalid_signature", func(v *wire.Verify) { v.PublicKey = wire.Bytes32{1} }},
 		{"invalid_signature", func(v *wire.Verify) { v.PublicKey = [32]byte(foreign.Public().(ed25519.PublicKey)) }},
 		{"invalid_signature", func(v *wire.Verify) { v.ExpiresAt++ }},
-		{"invalid_signature", func(v *wire.Verify) { v.Payload = bytes.Replace(v.Payload, []byte("1000"), []byte("9000"), 1) }},
+		{"invalid_signature", func(v *wire.Verify) {
+			v.Payload = bytes.Replace(v.Payload, []byte("1000"), []byte("9000"), 1)
+		}},
 		{"wrong_signer", func(v *wire.Verify) {
-			v.PublicKey, v.Signature = [32]byte(foreign.Public().(ed25519.PublicKey)), ed25519.Sign(foreign, doc.Message)
+			v.PublicKey = [32]byte(foreign.Public().(ed25519.PublicKey))
+			v.Signature = ed25519.Sign(foreign, doc.Message)
 		}},
 		{"unknown_key", func(v *wire.Verify) { v.Key = new("nothing") }},
 		{"unknown_key", func(v *wire.Verify) { v.Key = new("") }},
@@ -422,6 +454,7 @@ func TestVerifyOrder(t *testing.T) {
 	r.refuses(t, "replay", err) // another peer
 }
 
+// TestVerifyWithANamedKeyOfAnother: a request that names a key must have a signature by that key.
 func TestVerifyWithANamedKeyOfAnother(t *testing.T) {
 	r := newRig(t)
 	if _, err := r.Keys.Create(t.Context(), audit.Operator("test"), keyring.NewKey{Name: "other"}); err != nil {
@@ -434,7 +467,7 @@ func TestVerifyWithANamedKeyOfAnother(t *testing.T) {
 	r.refuses(t, "wrong_signer", err)
 }
 
-// TestTimeGoesBy runs on the clock of a bubble: from valid to expired, without waiting.
+// TestTimeGoesBy has a document expire on the clock of a synctest bubble.
 func TestTimeGoesBy(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		r := newRig(t)
@@ -443,7 +476,7 @@ func TestTimeGoesBy(t *testing.T) {
 		late := message(2, "m")
 		v := verifyOf(req, r.sign(t, r.shop, req))
 		v2 := verifyOf(late, r.sign(t, r.shop, late))
-		time.Sleep(3600 * time.Second) // up to and including expires_at
+		time.Sleep(3600 * time.Second) // to expires_at, which is the last valid second
 		if _, err := r.Verify(t.Context(), r.shop, v); err != nil {
 			t.Errorf("in its last second: %v", err)
 		}
@@ -455,8 +488,8 @@ func TestTimeGoesBy(t *testing.T) {
 	})
 }
 
-// TestSlowDeviceIsBounded: a device that does not come back costs "unavailable" after the request's
-// time.
+// TestSlowDeviceIsBounded: with a device that does not answer, a request is "unavailable" after the
+// request timeout. The outcome of the admission is recorded nevertheless.
 func TestSlowDeviceIsBounded(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		r := newRig(t)
@@ -475,13 +508,15 @@ func TestSlowDeviceIsBounded(t *testing.T) {
 				t.Errorf("it took %v", took)
 			}
 			if got := r.events(t); got[len(got)-1] != audit.SignatureFailed {
-				t.Fatalf("the ending of the admission is lost with the request's time: %v", got)
+				t.Fatalf("the outcome of the admission is lost with the request's timeout: %v", got)
 			}
 		}
 	})
 }
 
-func TestKeysAreHeldAgainstTheToken(t *testing.T) {
+// TestKeysAreComparedWithTheToken: New refuses a token without a key of the ledger, or with another
+// key under the name.
+func TestKeysAreComparedWithTheToken(t *testing.T) {
 	reopen := func(r *rig) error {
 		r.ledger.Close()
 		l, err := ledgertest.Open(t, r.path, ledger.Options{})
@@ -489,7 +524,7 @@ func TestKeysAreHeldAgainstTheToken(t *testing.T) {
 			return err
 		}
 		defer l.Close()
-		_, err = New(t.Context(), Config{Limits: limits, Retention: kept}, l, map[string]keystore.Store{"memory": r.store}, r.policies.file, slog.New(slog.DiscardHandler))
+		_, err = r.new(t, l, kept)
 		return err
 	}
 	ref := keystore.Ref{Name: "payments", Version: 1}
@@ -504,9 +539,9 @@ func TestKeysAreHeldAgainstTheToken(t *testing.T) {
 	}
 }
 
-// TestUnfinishedKeyIsClearedAway: a crash between the intent and the record leaves a key that has
-// never been used.
-func TestUnfinishedKeyIsClearedAway(t *testing.T) {
+// TestUnfinishedKeyIsDestroyed: a crash between the intent and the record of a key leaves a key on
+// the token that was never used. Recover destroys such a key.
+func TestUnfinishedKeyIsDestroyed(t *testing.T) {
 	r := newRig(t)
 	ref, tag := keystore.Ref{Name: "half", Version: 1}, keystore.Tag{9}
 	r.pending(t, ref, tag)
@@ -514,15 +549,15 @@ func TestUnfinishedKeyIsClearedAway(t *testing.T) {
 		t.Fatal(err)
 	}
 	r.ledger.Close()
-	r.open(t) // changes nothing by itself
+	r.open(t) // changes nothing
 	if _, err := r.store.Key(t.Context(), ref); err != nil {
-		t.Errorf("opening has cleared it away: %v", err)
+		t.Errorf("New has destroyed the key: %v", err)
 	}
 	if err := r.Keys.Recover(t.Context()); err != nil {
 		t.Fatal(err)
 	}
 	if _, err := r.store.Key(t.Context(), ref); !errors.Is(err, keystore.ErrNotFound) {
-		t.Errorf("it is still on the token: %v", err)
+		t.Errorf("the key is still on the token: %v", err)
 	}
 	if got := r.events(t); got[len(got)-1] != audit.KeyCreationFailed {
 		t.Errorf("events %v", got)
@@ -532,19 +567,20 @@ func TestUnfinishedKeyIsClearedAway(t *testing.T) {
 	}
 }
 
-// pending writes down the intent to make a key.
+// pending writes the intent to make a key.
 func (r *rig) pending(t *testing.T, ref keystore.Ref, tag keystore.Tag) {
 	t.Helper()
 	if err := r.ledger.Update(t.Context(), func(tx *ledger.Tx) error {
-		return tx.Put(ledger.Keys, ref.String(), manage.Encode(map[string]any{"token": "memory", "algorithm": keystore.Ed25519, "state": "making", "tag": tag}))
+		return tx.Put(ledger.Keys, ref.String(), manage.Encode(map[string]any{
+			"token": "memory", "algorithm": keystore.Ed25519, "state": "making", "tag": tag,
+		}))
 	}); err != nil {
 		t.Fatal(err)
 	}
 }
 
-// TestSomebodyElsesKeyIsNotClearedAway: the token was changed for another one that has a key of the
-// same name.
-func TestSomebodyElsesKeyIsNotClearedAway(t *testing.T) {
+// TestForeignKeyIsNotDestroyed: another token has a foreign key under the name of an intent.
+func TestForeignKeyIsNotDestroyed(t *testing.T) {
 	r := newRig(t)
 	ref := keystore.Ref{Name: "orders", Version: 1}
 	r.pending(t, ref, keystore.Tag{1})
@@ -555,12 +591,12 @@ func TestSomebodyElsesKeyIsNotClearedAway(t *testing.T) {
 		t.Fatal(err)
 	}
 	if _, err := r.store.Key(t.Context(), ref); err != nil {
-		t.Errorf("somebody else's key is gone: %v", err)
+		t.Errorf("the foreign key is gone: %v", err)
 	}
 }
 
-// TestCallerLeavesACreation: the device takes its time, the caller leaves; the key is whole
-// afterwards, and meanwhile a peer can be removed.
+// TestCallerLeavesACreation: the caller leaves while a slow device makes a key. The key is complete
+// afterwards. Meanwhile a peer can be removed, and another creation gives up with its caller.
 func TestCallerLeavesACreation(t *testing.T) {
 	r := newRig(t)
 	inDevice, release := make(chan struct{}), make(chan struct{})
@@ -587,12 +623,14 @@ func TestCallerLeavesACreation(t *testing.T) {
 	}
 	again, giveUp := context.WithCancel(t.Context())
 	giveUp()
-	if _, err := r.Keys.Create(again, audit.Operator("test"), keyring.NewKey{Name: "other"}); !errors.Is(err, keystore.ErrUnavailable) {
+	_, err := r.Keys.Create(again, audit.Operator("test"), keyring.NewKey{Name: "other"})
+	if !errors.Is(err, keystore.ErrUnavailable) {
 		t.Errorf("another key beside it: %v, want %v", err, keystore.ErrUnavailable)
 	}
 	r.store.BeforeGenerate = nil
 	close(release)
-	if _, err := r.Keys.Create(t.Context(), audit.Operator("test"), keyring.NewKey{Name: "slow"}); !errors.Is(err, manage.ErrExists) {
+	_, err = r.Keys.Create(t.Context(), audit.Operator("test"), keyring.NewKey{Name: "slow"})
+	if !errors.Is(err, manage.ErrExists) {
 		t.Errorf("the creation that went on: %v, want %v", err, manage.ErrExists)
 	}
 	r.ledger.Close()
@@ -602,6 +640,7 @@ func TestCallerLeavesACreation(t *testing.T) {
 	}
 }
 
+// TestManageRefuses: a refused act has no event and no effect.
 func TestManageRefuses(t *testing.T) {
 	r := newRig(t)
 	who := audit.Operator("test")
@@ -614,27 +653,29 @@ func TestManageRefuses(t *testing.T) {
 			t.Errorf("key %q: %v", name, err)
 		}
 	}
-	// Something of this name is on the token that the ledger does not know: it is not ours to
-	// replace or to clear away.
+	// The token has a foreign key under the name, which must be neither replaced nor destroyed.
 	foreign := keystore.Ref{Name: "foreign", Version: 1}
 	r.store.Generate(t.Context(), foreign, keystore.Ed25519, keystore.Tag{1})
 	if _, err := r.Keys.Create(t.Context(), who, keyring.NewKey{Name: "foreign"}); !errors.Is(err, manage.ErrExists) {
-		t.Errorf("a key of somebody else: %v", err)
+		t.Errorf("a foreign key: %v", err)
 	}
 	if _, err := r.store.Key(t.Context(), foreign); err != nil {
-		t.Errorf("somebody else's key is gone: %v", err)
+		t.Errorf("the foreign key is gone: %v", err)
 	}
-	if _, err := r.Peers.Add(t.Context(), who, "shop", bytes.Repeat([]byte{1}, 31)); !errors.Is(err, manage.ErrInvalid) {
-		t.Errorf("a short key: %v", err)
-	}
-	if _, err := r.Peers.Add(t.Context(), who, "zero", make([]byte, 32)); !errors.Is(err, manage.ErrInvalid) {
-		t.Errorf("a key of low order: %v", err)
-	}
-	if _, err := r.Peers.Add(t.Context(), who, "shop", bytes.Repeat([]byte{3}, 32)); !errors.Is(err, manage.ErrExists) {
-		t.Errorf("a name twice: %v", err)
-	}
-	if _, err := r.Peers.Add(t.Context(), who, "shop2", r.shop.PublicKey[:]); !errors.Is(err, manage.ErrExists) {
-		t.Errorf("a key twice: %v", err)
+	for what, c := range map[string]struct {
+		name string
+		key  []byte
+		want error
+	}{
+		"a short key":         {"shop", bytes.Repeat([]byte{1}, 31), manage.ErrInvalid},
+		"a key of low order":  {"zero", make([]byte, 32), manage.ErrInvalid},
+		"a name twice":        {"shop", bytes.Repeat([]byte{3}, 32), manage.ErrExists},
+		"a public key twice":  {"shop2", r.shop.PublicKey[:], manage.ErrExists},
+		"a name with a slash": {"a/b", bytes.Repeat([]byte{3}, 32), manage.ErrInvalid},
+	} {
+		if _, err := r.Peers.Add(t.Context(), who, c.name, c.key); !errors.Is(err, c.want) {
+			t.Errorf("%s: %v, want %v", what, err, c.want)
+		}
 	}
 	if err := r.Peers.Remove(t.Context(), who, "nobody"); !errors.Is(err, manage.ErrNotFound) {
 		t.Errorf("remove nobody: %v", err)
@@ -647,12 +688,17 @@ func TestManageRefuses(t *testing.T) {
 	}
 }
 
-// TestEveryErrorHasOneCode: what a stranger to the table says is "unavailable", and nothing of it
-// reaches the peer.
-func TestEveryErrorHasOneCode(t *testing.T) {
+// TestErrorsTellNoSecrets: an error without a row of the table is "unavailable". The peer gets no
+// text of such an error, nor of an error of a device, the disk or the policy.
+func TestErrorsTellNoSecrets(t *testing.T) {
 	secret := errors.New("C_Login: pin 1234 in /etc/countersign")
-	for _, err := range []error{secret, fmt.Errorf("%w: %w", keystore.ErrUnavailable, secret), fmt.Errorf("%w: %w", keystore.ErrAuth, secret),
-		fmt.Errorf("%w: %w", ledger.ErrUnknownState, secret), fmt.Errorf("%w: %w", policy.ErrDenied, secret)} {
+	all := []error{secret}
+	for _, known := range []error{
+		keystore.ErrUnavailable, keystore.ErrAuth, ledger.ErrUnknownState, policy.ErrDenied,
+	} {
+		all = append(all, fmt.Errorf("%w: %w", known, secret))
+	}
+	for _, err := range all {
 		c, refusal := refuse(err)
 		if strings.Contains(refusal.Message, "1234") || strings.Contains(refusal.Message, "/etc") {
 			t.Errorf("the peer is told %q", refusal.Message)
