@@ -26,7 +26,7 @@ func TestMain(m *testing.M) {
 	os.Exit(m.Run())
 }
 
-// batched asks a batch and expects that many answers.
+// batched sends a batch, and expects one answer for each item.
 func batched(t *testing.T, a *Appliance, s *session, items ...any) []wire.ItemAnswer {
 	t.Helper()
 	answer := handled(t, a, s, batchOf(items...))
@@ -43,6 +43,7 @@ func batched(t *testing.T, a *Appliance, s *session, items ...any) []wire.ItemAn
 	return all.Answers
 }
 
+// signedOf returns the signature of an answer, and fails the test on a refusal.
 func signedOf(t *testing.T, a wire.ItemAnswer) (s wire.Signed) {
 	t.Helper()
 	if err := (wire.Answer{Result: a.Result, Error: a.Error}).Into(&s); err != nil {
@@ -51,7 +52,7 @@ func signedOf(t *testing.T, a wire.ItemAnswer) (s wire.Signed) {
 	return s
 }
 
-// TestBatch: an answer for each item, in their order, whatever the others are.
+// TestBatch: each item has its own answer, in order, whatever the other items are.
 func TestBatch(t *testing.T) {
 	r := newRig(t)
 	shop := r.handler(t, "shop")
@@ -79,7 +80,7 @@ func TestBatch(t *testing.T) {
 		{`{"op":"sign"}`, "malformed"},
 		{`{"op":"ping"}`, "unsupported"},
 		{`{"op":"batch","items":[]}`, "unsupported"},
-		{request(13, "m"), "malformed"}, // with an id
+		{request(13, "m"), "malformed"}, // has an id
 		{numbered(14, "b"), ""},
 		{changed(15, func(s *wire.Sign) { s.Type = "message-v9" }), "unsupported"},
 		{changed(16, func(s *wire.Sign) { s.Payload = []byte(`{"context":"forbidden","message":""}`) }), "denied"},
@@ -106,20 +107,22 @@ func TestBatch(t *testing.T) {
 			}
 		}
 	}
-	// Three admitted and signed, one verified, two replays, four that say what was refused. The
-	// malformed write nothing.
+	// Malformed items have no event.
 	events := logOf(t, r.Appliance, 1)[before:]
-	for of, want := range map[audit.Type]int{audit.SignatureAdmitted: 3, audit.SignatureCreated: 3, audit.SignatureVerified: 1, audit.ReplayRefused: 2, audit.SignatureRejected: 4} {
+	for of, want := range map[audit.Type]int{
+		audit.SignatureAdmitted: 3, audit.SignatureCreated: 3, audit.SignatureVerified: 1,
+		audit.ReplayRefused: 2, audit.SignatureRejected: 4,
+	} {
 		if got := countOf(events, of); got != want {
 			t.Errorf("%d of %s, want %d", got, of, want)
 		}
 	}
 	if of, all := r.Peers.Serving(shop.Member); of != 0 || all != 0 {
-		t.Errorf("%d and %d requests are said to be served still", all, of)
+		t.Errorf("%d requests count as being served, %d of them the shop's", all, of)
 	}
 }
 
-// TestBatchSharesACommit: when the first key is used, all that the batch was admitted is on disk.
+// TestBatchSharesACommit: at the first use of the key, all admissions of the batch are on disk.
 func TestBatchSharesACommit(t *testing.T) {
 	r := newRig(t)
 	var asked []any
@@ -142,8 +145,8 @@ func TestBatchSharesACommit(t *testing.T) {
 	}
 }
 
-// TestSameTwiceInABatch: one admission, one signature, and one of the answers says that it is
-// repeated.
+// TestSameTwiceInABatch: three equal items have one admission and one signature. Two of the answers
+// are marked as repeated.
 func TestSameTwiceInABatch(t *testing.T) {
 	r := newRig(t)
 	before := len(logOf(t, r.Appliance, 1))
@@ -170,6 +173,8 @@ func TestSameTwiceInABatch(t *testing.T) {
 	}
 }
 
+// TestBatchLimits: a batch beyond a limit, or without the form of a batch, is refused as a whole
+// and has no event.
 func TestBatchLimits(t *testing.T) {
 	r := newRig(t)
 	shop := r.handler(t, "shop")
@@ -206,8 +211,8 @@ func TestBatchLimits(t *testing.T) {
 	batched(t, r.Appliance, r.handler(t, "shop"), many(100)...)
 }
 
-// TestLongestAnswersFit: the answers to the largest batches fit into a message, or what was done
-// for them would be lost.
+// TestLongestAnswersFit: the answers to the largest batches fit into a message. Otherwise
+// signatures that were made would be lost.
 func TestLongestAnswersFit(t *testing.T) {
 	r := newRigWith(t, func(l *Limits) { l.RefusalsPerMinute = 1_000_000 })
 	long := strings.Repeat("k", 64)
@@ -221,7 +226,8 @@ func TestLongestAnswersFit(t *testing.T) {
 	for n := range 100 {
 		s := numbered(n, "")
 		s.Key, s.Type = long, "payment-request-v1"
-		s.Payload = fmt.Appendf(nil, `{"payer":"%x","amount":"1","currency":"SAT","method":"m","endpoint":"e"}`, k.Info().PublicKey)
+		s.Payload = fmt.Appendf(nil, `{"payer":"%x","amount":"1","currency":"SAT","method":"m","endpoint":"e"}`,
+			k.Info().PublicKey)
 		asked = append(asked, s)
 	}
 	for _, a := range batched(t, r.Appliance, shop, asked...) {
@@ -230,15 +236,21 @@ func TestLongestAnswersFit(t *testing.T) {
 		}
 	}
 	longest := 0
-	// Errors repeat text of the peer's. What grows most when it is quoted, once and once more.
+	nonce := strings.Repeat("A", 43)
+	document := func(key, kind, payload, nonce string) string {
+		return `{"op":"sign","key":"` + key + `","type":"` + kind + `","payload":` + payload +
+			`,"nonce":"` + nonce + `","timestamp":1,"expires_at":2}`
+	}
+	const messageV1 = "message-v1"
+	// Errors repeat text of the peer. These texts grow most when quoted, once and twice.
 	for _, hostile := range []string{`\\`, `\"`, `\u0001`, `\n`, "\u2028", `\u007f`, "é", "<", `\u001b[`} {
 		for name, item := range map[string]string{
-			"key":     `{"op":"sign","key":"%s","type":"message-v1","payload":{"context":"c","message":""},"nonce":"` + strings.Repeat("A", 43) + `","timestamp":1,"expires_at":2}`,
-			"type":    `{"op":"sign","key":"payments","type":"%s","payload":{},"nonce":"` + strings.Repeat("A", 43) + `","timestamp":1,"expires_at":2}`,
+			"key":     document("%s", messageV1, `{"context":"c","message":""}`, nonce),
+			"type":    document("payments", "%s", `{}`, nonce),
 			"field":   `{"op":"sign","%s":1}`,
-			"payload": `{"op":"sign","key":"payments","type":"message-v1","payload":{"%s":1},"nonce":"` + strings.Repeat("A", 43) + `","timestamp":1,"expires_at":2}`,
-			"within":  `{"op":"sign","key":"payments","type":"message-v1","payload":{"context":"%s"},"nonce":"` + strings.Repeat("A", 43) + `","timestamp":1,"expires_at":2}`,
-			"nonce":   `{"op":"sign","key":"payments","type":"message-v1","payload":{},"nonce":"%s","timestamp":1,"expires_at":2}`,
+			"payload": document("payments", messageV1, `{"%s":1}`, nonce),
+			"within":  document("payments", messageV1, `{"context":"%s"}`, nonce),
+			"nonce":   document("payments", messageV1, `{}`, "%s"),
 			"op":      `{"op":"%s"}`,
 		} {
 			room := wire.MaxDocument/100 - len(fmt.Sprintf(item, "")) - 2
@@ -260,15 +272,15 @@ func TestLongestAnswersFit(t *testing.T) {
 	t.Logf("the longest has %d bytes", longest)
 }
 
-// permits puts rules in force.
+// permits changes the policy file. The file is in force, because the rig has not been started.
 func (r *rig) permits(t *testing.T, text string) {
 	t.Helper()
 	r.policies.file = parsed(t, text)
 }
 
-// TestBatchWithoutADisk: each item is unavailable, and none of its nonces is spent; when the disk
-// is back, the same batch is served. With a ledger whose state is unknown the connection ends
-// without an answer.
+// TestBatchWithoutADisk: on a disk that refuses writes, each valid item is unavailable, and no
+// nonce is spent. When the disk takes writes again, the same batch is served. If the ledger's state
+// is unknown, the connection ends without an answer.
 func TestBatchWithoutADisk(t *testing.T) {
 	disk := disktest.New(t)
 	r := newRigAt(t, filepath.Join(disk.Dir(), "ledger.db"))
@@ -281,8 +293,10 @@ func TestBatchWithoutADisk(t *testing.T) {
 		return syscall.EROFS
 	})
 	a := batched(t, r.Appliance, shop, asked...)
-	if codeOf(a[0].Error) != "unavailable" || codeOf(a[1].Error) != "unavailable" || codeOf(a[2].Error) != "unsupported" {
-		t.Errorf("on a disk that takes nothing: %+v", a)
+	for i, want := range []string{"unavailable", "unavailable", "unsupported"} {
+		if got := codeOf(a[i].Error); got != want {
+			t.Errorf("item %d on a disk that refuses writes: %q, want %q", i, got, want)
+		}
 	}
 	disk.Fail(nil)
 	if err := r.ledger.Alive(t.Context()); err != nil { // tries the disk again
@@ -307,7 +321,8 @@ func TestBatchWithoutADisk(t *testing.T) {
 		t.Errorf("answered by a ledger whose state is unknown: %s", b)
 	}
 	disk.Fail(nil)
-	if err := r.record(t.Context(), audit.Event{Type: audit.Stopped, Actor: audit.Daemon()}); !errors.Is(err, ledger.ErrUnknownState) {
+	err := r.record(t.Context(), audit.NewStopped())
+	if !errors.Is(err, ledger.ErrUnknownState) {
 		t.Errorf("%v", err)
 	}
 	if err := r.ledger.Close(); err != nil {

@@ -21,8 +21,8 @@ import (
 	"countersign/wire"
 )
 
-// TestEveryContextFitsTheSchema: whatever the type of a document, a policy that fits the schema can
-// judge it.
+// TestEveryContextFitsTheSchema: the context of every type of document fits the schema of policies,
+// and the recorded decision can be replayed.
 func TestEveryContextFitsTheSchema(t *testing.T) {
 	r := newRig(t)
 	b, err := os.ReadFile("../transcript/testdata/vectors.json")
@@ -41,15 +41,22 @@ func TestEveryContextFitsTheSchema(t *testing.T) {
 		t.Fatal(err)
 	}
 	vectors = append(vectors, vectors[0])
-	vectors[len(vectors)-1].Type = "payment-request-v1" // an amount at the limit, and this key as a party
-	vectors[len(vectors)-1].Payload = fmt.Appendf(nil, `{"payer":"%x","payee":"d04ab232742bb4ab3a1368bd4615e4e6d0224ab71a016baf8520a332c9778737","amount":"9223372036854775806","currency":"SAT","method":"x","endpoint":"y"}`, r.public)
+	largest := r.payment(1, "9223372036854775806", "SAT", payeeOne) // the largest amount, with this key as a party
+	vectors[len(vectors)-1].Type = largest.Type
+	vectors[len(vectors)-1].Payload = json.RawMessage(largest.Payload)
 	seen := map[string]bool{}
 	for _, v := range vectors {
-		doc, err := transcript.Parse(transcript.Request{Type: v.Type, Payload: v.Payload, Timestamp: 1, ExpiresAt: transcript.MaxTime})
+		doc, err := transcript.Parse(transcript.Request{
+			Type: v.Type, Payload: v.Payload, Timestamp: 1, ExpiresAt: transcript.MaxTime,
+		})
 		if err != nil {
 			t.Fatalf("%s: %v", v.Type, err)
 		}
-		for _, who := range []Caller{r.shop, {Peer: peers.Peer{Name: "x", PublicKey: r.shop.PublicKey}, Identity: hex.EncodeToString(r.public)}} {
+		identified := Caller{
+			Peer:     peers.Peer{Name: "x", PublicKey: r.shop.PublicKey},
+			Identity: hex.EncodeToString(r.public),
+		}
+		for _, who := range []Caller{r.shop, identified} {
 			d, err := r.decisionOf(who, key, doc)
 			if doc.Reserved {
 				r.refuses(t, wire.CodeDenied, err)
@@ -79,12 +86,18 @@ func TestEveryContextFitsTheSchema(t *testing.T) {
 			if err := d.rules.Replay(rec); err != nil {
 				t.Errorf("%s: %v", v.Type, err)
 			}
-			if want := map[bool]string{true: policy.SignRaw, false: policy.Sign}[v.Type == "raw"]; rec.Action != want {
+			want := policy.Sign
+			if v.Type == "raw" {
+				want = policy.SignRaw
+			}
+			if rec.Action != want {
 				t.Errorf("%s is %s", v.Type, rec.Action)
 			}
-			both := len(doc.Signers) == 2 && slices.ContainsFunc(doc.Signers, func(k []byte) bool { return bytes.Equal(k, r.public) })
+			party := slices.ContainsFunc(doc.Signers, func(k []byte) bool { return bytes.Equal(k, r.public) })
+			both := len(doc.Signers) == 2 && party
 			if (rec.Used[counterpartyIndex] != policy.Usage{}[0]) != both {
-				t.Errorf("%s: counted for a counterparty: %v, which is there: %v", v.Type, rec.Used[counterpartyIndex], both)
+				t.Errorf("%s: counted for a counterparty: %v; there is one: %v",
+					v.Type, rec.Used[counterpartyIndex], both)
 			}
 			seen[v.Type] = true
 		}
@@ -96,30 +109,35 @@ func TestEveryContextFitsTheSchema(t *testing.T) {
 	}
 }
 
-// payment is a request for a payment from the rig's key to one of two payees.
+// The public keys of two payees.
+const (
+	payeeOne = "d04ab232742bb4ab3a1368bd4615e4e6d0224ab71a016baf8520a332c9778737"
+	payeeTwo = "a09aa5f47a6759802ff955f8dc2d2a14a5c99d23be97f864127ff9383455a4f0"
+)
+
+// payment returns a sign request for a payment from the rig's key to a payee.
 func (r *rig) payment(n byte, amount, currency, payee string) *wire.Sign {
 	s := message(n, "")
 	s.Type = "payment-request-v1"
-	s.Payload = fmt.Appendf(nil, `{"payer":"%x","payee":%q,"amount":%q,"currency":%q,"method":"x","endpoint":"y"}`, r.public, payee, amount, currency)
+	s.Payload = fmt.Appendf(nil, `{"payer":"%x","payee":%q,"amount":%q,"currency":%q,"method":"x","endpoint":"y"}`,
+		r.public, payee, amount, currency)
 	return s
 }
 
-// TestBudgets: what is admitted is counted, exactly, once, by currency and by counterparty; what is
-// denied is not.
+// TestBudgets: an admitted amount is counted exactly and once, by currency and by counterparty. A
+// denied amount is not counted.
 func TestBudgets(t *testing.T) {
 	r := newRig(t)
-	p, err := policy.Parse("policy.cedar", []byte(`permit (principal, action == Action::"sign", resource) when { context has amount && context.used.key.day.amount <= 10 }
-unless { context.used.counterparty.day.amount > 6 };`))
-	if err != nil {
-		t.Fatal(err)
-	}
+	p := parsed(t, `permit (principal, action == Action::"sign", resource)
+when { context has amount && context.used.key.day.amount <= 10 }
+unless { context.used.counterparty.day.amount > 6 };`)
 	if _, changed, err := r.Activate(t.Context(), audit.Operator("test"), p); err != nil || !changed {
 		t.Fatal(changed, err)
 	}
 	if _, changed, err := r.Activate(t.Context(), audit.Operator("test"), p); err != nil || changed {
 		t.Fatal(changed, err)
 	}
-	const one, two = "d04ab232742bb4ab3a1368bd4615e4e6d0224ab71a016baf8520a332c9778737", "a09aa5f47a6759802ff955f8dc2d2a14a5c99d23be97f864127ff9383455a4f0"
+	const one, two = payeeOne, payeeTwo
 	denies := func(s *wire.Sign) {
 		t.Helper()
 		_, err := r.Sign(t.Context(), r.shop, s)
@@ -129,7 +147,7 @@ unless { context.used.counterparty.day.amount > 6 };`))
 	r.sign(t, r.shop, r.payment(1, "5.5", "SAT", one)) // a repetition
 	denies(r.payment(2, "0.5000000000000000000000000001", "SAT", one))
 	denies(r.payment(2, "1", "SAT", one))
-	r.sign(t, r.shop, r.payment(2, "0.5", "SAT", one)) // 6, and the nonce of what was denied is not spent
+	r.sign(t, r.shop, r.payment(2, "0.5", "SAT", one)) // 6; the denials have not spent the nonce
 	r.sign(t, r.cafe, r.payment(3, "4", "SAT", two))   // 10 for the key
 	denies(r.payment(4, "0.01", "SAT", two))
 	r.sign(t, r.shop, r.payment(4, "6", "EUR", one))
@@ -137,9 +155,9 @@ unless { context.used.counterparty.day.amount > 6 };`))
 	denies(message(5, ""))
 }
 
-// TestDecisionsGo: what was decided is forgotten after its time; the events and what was counted
-// are not.
-func TestDecisionsGo(t *testing.T) {
+// TestDecisionsAreDropped: a decision is dropped after its retention time. The event and the counts
+// stay.
+func TestDecisionsAreDropped(t *testing.T) {
 	r := newRig(t)
 	signed := r.sign(t, r.shop, message(1, ""))
 	d, err := r.Decision(signed.Event)
@@ -157,12 +175,13 @@ func TestDecisionsGo(t *testing.T) {
 	}
 	for _, kept := range []bool{true, false} {
 		if !kept {
-			r.retention.Decisions = -1 << 40 // less than nothing: some minutes from now
+			r.retention.Decisions = -1 << 40 // -18 minutes: decisions of the next 18 minutes are due, too
 		}
 		if _, err := r.retain(t.Context()); err != nil {
 			t.Fatal(err)
 		}
-		if _, err := r.Decision(signed.Event); (err == nil) != kept || err != nil && !errors.Is(err, manage.ErrNotFound) {
+		_, err := r.Decision(signed.Event)
+		if (err == nil) != kept || err != nil && !errors.Is(err, manage.ErrNotFound) {
 			t.Errorf("kept: %v, %v", kept, err)
 		}
 	}
@@ -175,8 +194,8 @@ func TestDecisionsGo(t *testing.T) {
 	}
 }
 
-// TestPolicyOfTheMoment: a request that began under a policy is decided by the one that is in force
-// when it is decided, and its record and its event say so.
+// TestPolicyOfTheMoment: a request begins under one policy, and is decided under another. The
+// policy in force at the decision decides, and is in the record.
 func TestPolicyOfTheMoment(t *testing.T) {
 	r := newEdge(t, nil)
 	key, err := r.Keys.Signing("payments")
@@ -191,20 +210,17 @@ func TestPolicyOfTheMoment(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	none, err := policy.Parse("policy.cedar", nil)
-	if err != nil {
-		t.Fatal(err)
-	}
+	none := parsed(t, "")
 	version, _, err := r.Activate(t.Context(), operator, none)
 	if err != nil {
 		t.Fatal(err)
 	}
 	record, err := d.decide(nil)
 	if !errors.Is(err, policy.ErrDenied) {
-		t.Errorf("it was decided by a policy that is not in force any more: %v", err)
+		t.Errorf("a policy that is not in force any more has decided: %v", err)
 	}
 	if _, err := r.Decision(1); !errors.Is(err, manage.ErrNotFound) {
-		t.Errorf("an event that is no decision: %v, want %v", err, manage.ErrNotFound)
+		t.Errorf("an event without a decision: %v, want %v", err, manage.ErrNotFound)
 	}
 	if rec, err := policy.ParseRecord(record); err != nil || rec.Version != version || none.Replay(rec) != nil {
 		t.Errorf("the record says version %d, %v; want %d", rec.Version, err, version)

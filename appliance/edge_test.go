@@ -31,8 +31,8 @@ import (
 	"countersign/wire"
 )
 
-// edge is an appliance that serves both profiles on loopback addresses, with peers that hold real
-// keys.
+// edge is an appliance with listeners for both profiles on loopback addresses, and with the peers
+// "shop" and "cafe" with real keys.
 type edge struct {
 	*Appliance
 	t         *testing.T
@@ -44,7 +44,7 @@ type edge struct {
 	shop      *noise.Identity
 	cafe      *noise.Identity
 	server    [32]byte
-	public    []byte // of payments
+	public    []byte // public key of "payments"
 	at        map[noise.Profile]string
 	exchanges atomic.Int64
 	stop      func()
@@ -52,7 +52,7 @@ type edge struct {
 	signing, exchanging atomic.Pointer[hold]
 }
 
-// hold is a device that does not come back until it is released.
+// hold blocks operations of the device until its release.
 type hold struct {
 	entered  atomic.Int64
 	released chan struct{}
@@ -65,6 +65,7 @@ func (h *hold) wait() {
 	}
 }
 
+// held installs a hold until release or the end of the test.
 func held(t *testing.T, by *atomic.Pointer[hold]) (entered *atomic.Int64, release func()) {
 	h := &hold{released: make(chan struct{})}
 	by.Store(h)
@@ -73,14 +74,15 @@ func held(t *testing.T, by *atomic.Pointer[hold]) (entered *atomic.Int64, releas
 	return &h.entered, release
 }
 
-// heldDevice holds every signature with payments from now on, until release; heldExchanges those of
-// handshakes.
+// heldDevice holds every signature with the key "payments" until release. entered counts them.
 func (e *edge) heldDevice() (entered *atomic.Int64, release func()) { return held(e.t, &e.signing) }
+
+// heldExchanges holds every exchange of a handshake until release. entered counts them.
 func (e *edge) heldExchanges() (entered *atomic.Int64, release func()) {
 	return held(e.t, &e.exchanging)
 }
 
-// logged is a log that can be read while it is written.
+// logged is a buffer for a log with concurrent writers and readers.
 type logged struct {
 	mu sync.Mutex
 	b  bytes.Buffer
@@ -100,10 +102,13 @@ func (l *logged) String() string {
 
 var operator = audit.Operator("test")
 
-// newEdge makes one with the default limits, but for what change changes.
+// newEdge makes an edge with the default limits, after change.
 func newEdge(t *testing.T, change func(*Limits)) *edge {
 	t.Helper()
-	e := &edge{t: t, limits: DefaultLimits(), rules: allowShop, store: keystoretest.NewMemory(), path: filepath.Join(t.TempDir(), "ledger.db"), log: new(logged)}
+	e := &edge{
+		t: t, limits: DefaultLimits(), rules: allowShop, store: keystoretest.NewMemory(),
+		path: filepath.Join(t.TempDir(), "ledger.db"), log: new(logged),
+	}
 	e.limits.Calls = map[string]int{"memory": 4}
 	if change != nil {
 		change(&e.limits)
@@ -147,7 +152,9 @@ func (e *edge) open() {
 		e.t.Fatal(err)
 	}
 	log := slog.New(slog.NewTextHandler(e.log, &slog.HandlerOptions{Level: slog.LevelDebug}))
-	if e.Appliance, err = New(e.t.Context(), Config{Limits: e.limits, Retention: kept}, l, map[string]keystore.Store{"memory": e.store}, parsed(e.t, e.rules), log); err != nil {
+	c := Config{Limits: e.limits, Retention: kept}
+	tokens := map[string]keystore.Store{"memory": e.store}
+	if e.Appliance, err = New(e.t.Context(), c, l, tokens, parsed(e.t, e.rules), log); err != nil {
 		l.Close()
 		e.t.Fatal(err)
 	}
@@ -189,7 +196,7 @@ func (e *edge) close() {
 	e.ledger.Close()
 }
 
-// restart is another process with the same ledger.
+// restart stops the appliance and starts another one on the same ledger.
 func (e *edge) restart() {
 	e.t.Helper()
 	e.close()
@@ -206,6 +213,7 @@ func newIdentity(t *testing.T) *noise.Identity {
 	return id
 }
 
+// enrol enrols a peer with a new key.
 func (e *edge) enrol(name string) *noise.Identity {
 	e.t.Helper()
 	id := newIdentity(e.t)
@@ -216,10 +224,11 @@ func (e *edge) enrol(name string) *noise.Identity {
 	return id
 }
 
-// patience is far above all that is waited for: only what does not come takes it.
+// patience is the timeout for conditions that must come true. A test takes so long only if it
+// fails.
 const patience = 30 * time.Second
 
-// dial connects from an address.
+// dial connects from a local address.
 func (e *edge) dial(from string, profile noise.Profile) (*net.TCPConn, error) {
 	d := net.Dialer{LocalAddr: &net.TCPAddr{IP: net.ParseIP(from)}, Timeout: patience}
 	conn, err := d.DialContext(e.t.Context(), "tcp", e.at[profile])
@@ -229,7 +238,7 @@ func (e *edge) dial(from string, profile noise.Profile) (*net.TCPConn, error) {
 	return conn.(*net.TCPConn), nil
 }
 
-// raw is a connection that is open until the test ends.
+// raw returns a TCP connection without a handshake, open until the end of the test.
 func (e *edge) raw(from string, profile noise.Profile) *net.TCPConn {
 	e.t.Helper()
 	conn, err := e.dial(from, profile)
@@ -240,7 +249,7 @@ func (e *edge) raw(from string, profile noise.Profile) *net.TCPConn {
 	return conn
 }
 
-// shake shakes hands and says nothing more.
+// shake performs the handshake and sends no message.
 func (e *edge) shake(from string, id *noise.Identity) (*noise.Conn, error) {
 	raw, err := e.dial(from, noise.CountersignV1)
 	if err != nil {
@@ -258,7 +267,7 @@ func (e *edge) shake(from string, id *noise.Identity) (*noise.Conn, error) {
 
 const ping = `{"id":"p","op":"ping"}`
 
-// getsIn shakes hands and has a ping answered.
+// getsIn opens a session: a handshake and an answered ping.
 func (e *edge) getsIn(from string, id *noise.Identity) (*noise.Conn, error) {
 	conn, err := e.shake(from, id)
 	if err != nil {
@@ -271,6 +280,7 @@ func (e *edge) getsIn(from string, id *noise.Identity) (*noise.Conn, error) {
 	return conn, nil
 }
 
+// session opens a session until the end of the test.
 func (e *edge) session(from string, id *noise.Identity) *noise.Conn {
 	e.t.Helper()
 	conn, err := e.getsIn(from, id)
@@ -281,14 +291,16 @@ func (e *edge) session(from string, id *noise.Identity) *noise.Conn {
 	return conn
 }
 
+// staysOut expects that no session can be opened.
 func (e *edge) staysOut(from string, id *noise.Identity) {
 	e.t.Helper()
 	if conn, err := e.getsIn(from, id); err == nil {
 		conn.Close()
-		e.t.Errorf("from %s: it got in", from)
+		e.t.Errorf("from %s: a session was opened", from)
 	}
 }
 
+// exchange sends a request and returns the answer.
 func exchange(conn *noise.Conn, document string) (wire.Answer, error) {
 	if err := conn.WriteMessage([]byte(document)); err != nil {
 		return wire.Answer{}, err
@@ -296,6 +308,7 @@ func exchange(conn *noise.Conn, document string) (wire.Answer, error) {
 	return receive(conn)
 }
 
+// receive returns the next answer. Rotations before the answer are skipped.
 func receive(conn *noise.Conn) (wire.Answer, error) {
 	for {
 		conn.SetReadDeadline(time.Now().Add(patience))
@@ -309,7 +322,7 @@ func receive(conn *noise.Conn) (wire.Answer, error) {
 	}
 }
 
-// answers expects an answer with a code; "" is a result.
+// answers expects an answer with a code. The code "" is a result.
 func answers(t *testing.T, conn *noise.Conn, document, code string) {
 	t.Helper()
 	a, err := exchange(conn, document)
@@ -321,6 +334,7 @@ func answers(t *testing.T, conn *noise.Conn, document, code string) {
 	}
 }
 
+// codeOf returns the code of a refusal, or "" for a result.
 func codeOf(refusal *wire.Error) string {
 	if refusal == nil {
 		return ""
@@ -328,17 +342,17 @@ func codeOf(refusal *wire.Error) string {
 	return refusal.Code
 }
 
-// closes expects that the other end closes, without a byte.
+// closes expects that the appliance closes a connection without sending a byte.
 func closes(t *testing.T, conn net.Conn) {
 	t.Helper()
 	conn.SetReadDeadline(time.Now().Add(patience))
 	if b, err := io.ReadAll(conn); err != nil || len(b) > 0 {
-		t.Errorf("it read %d bytes and %v, want an end and nothing before it", len(b), err)
+		t.Errorf("read %d bytes and %v, want the end only", len(b), err)
 	}
 }
 
-// ends expects that a connection is over: by a close, or by a reset where something unread was
-// thrown away.
+// ends expects that a connection ends: by a close, or by a reset if the appliance has not read all
+// bytes.
 func ends(t *testing.T, conn *noise.Conn) {
 	t.Helper()
 	for {
@@ -352,24 +366,26 @@ func ends(t *testing.T, conn *noise.Conn) {
 	}
 }
 
-// eventually waits for a condition.
+// eventually waits for a condition, at most for patience.
 func eventually(t *testing.T, what string, holds func() bool) {
 	t.Helper()
 	for deadline := time.Now().Add(patience); !holds(); time.Sleep(time.Millisecond) {
 		if time.Now().After(deadline) {
-			t.Fatalf("it did not come to be: %s", what)
+			t.Fatalf("after %v still not: %s", patience, what)
 		}
 	}
 }
 
+// frame prefixes a message with the four bytes of its length.
 func frame(b []byte) []byte { return append(binary.BigEndian.AppendUint32(nil, uint32(len(b))), b...) }
 
 // nonsense has the length of a message 1 of countersign-v1.
 var nonsense = frame(bytes.Repeat([]byte{9}, 96))
 
-// request is a sign request in JSON; n makes its id and its nonce.
+// request returns a sign request in JSON. n makes the id and the nonce.
 func request(n int, content string) string { return encoded(numbered(n, content)) }
 
+// numbered returns a sign request. n makes the id and the nonce.
 func numbered(n int, content string) *wire.Sign {
 	s := message(0, content)
 	s.ID = fmt.Sprint(n)
@@ -385,7 +401,7 @@ func encoded(v any) string {
 	return string(b)
 }
 
-// batchOf is a batch of requests, whose ids are taken away.
+// batchOf returns a batch of requests in JSON, without their ids.
 func batchOf(items ...any) string {
 	var all []string
 	for _, item := range items {
@@ -402,6 +418,7 @@ func batchOf(items ...any) string {
 	return `{"id":"b","op":"batch","items":[` + strings.Join(all, ",") + `]}`
 }
 
+// status returns the status of a peer.
 func (e *edge) status(name string) peers.Status {
 	e.t.Helper()
 	all := e.Peers.All()
@@ -412,18 +429,22 @@ func (e *edge) status(name string) peers.Status {
 	return all[i]
 }
 
-// logOf reads the audit log from an event on.
+// logOf returns the events of the audit log, beginning at an index.
 func logOf(t *testing.T, a *Appliance, from uint64) (all []audit.Event) {
 	t.Helper()
 	if err := a.ledger.Alive(t.Context()); err != nil {
 		t.Fatal(err)
 	}
-	if err := a.Events(from, func(_ uint64, e audit.Event) bool { all = append(all, e); return true }); err != nil {
+	if err := a.Events(from, func(_ uint64, e audit.Event) bool {
+		all = append(all, e)
+		return true
+	}); err != nil {
 		t.Fatal(err)
 	}
 	return all
 }
 
+// countOf returns the number of events of a type.
 func countOf(events []audit.Event, of audit.Type) (n int) {
 	for _, e := range events {
 		if e.Type == of {
@@ -433,8 +454,8 @@ func countOf(events []audit.Event, of audit.Type) (n int) {
 	return n
 }
 
-// TestRefusedBeforeTheDevice: what is no handshake, and what the limiter refuses, costs the device
-// nothing.
+// TestRefusedBeforeTheDevice: a malformed first message, and a handshake beyond the limit, cost no
+// exchange of the device.
 func TestRefusedBeforeTheDevice(t *testing.T) {
 	e := newEdge(t, nil)
 	for name, b := range map[string][]byte{
@@ -448,7 +469,7 @@ func TestRefusedBeforeTheDevice(t *testing.T) {
 		"an HTTP request":     []byte("GET / HTTP/1.1\r\nHost: countersign\r\n\r\n"),
 		"the longest message": binary.BigEndian.AppendUint32(nil, 65535),
 	} {
-		for range 7 { // more than a source has attempts: these are none
+		for range 7 { // more than the attempts of a source: a malformed message is no attempt
 			conn := e.raw("127.0.0.9", noise.CountersignV1)
 			conn.Write(b)
 			conn.CloseWrite()
@@ -459,7 +480,7 @@ func TestRefusedBeforeTheDevice(t *testing.T) {
 		}
 	}
 	if n := e.exchanges.Load(); n != 0 {
-		t.Errorf("what is no handshake has cost %d exchanges", n)
+		t.Errorf("malformed messages have cost %d exchanges", n)
 	}
 	e.session("127.0.0.9", e.shop)
 
@@ -481,16 +502,16 @@ func TestRefusedBeforeTheDevice(t *testing.T) {
 	if n := e.exchanges.Load() - before; n != 5 {
 		t.Errorf("beyond the limit a source has cost %d exchanges, want 5", n)
 	}
-	e.session("127.0.0.3", e.shop) // another one's budget
+	e.session("127.0.0.3", e.shop) // another source has its own limit
 }
 
-// movedClock is a clock that the test moves.
+// movedClock is a clock that a test can move forward.
 type movedClock struct{ ahead atomic.Int64 }
 
 func (c *movedClock) now() time.Time          { return time.Now().Add(time.Duration(c.ahead.Load())) }
 func (c *movedClock) advance(d time.Duration) { c.ahead.Add(int64(d)) }
 
-// recording keeps what is written.
+// recording is a connection that records the sent bytes.
 type recording struct {
 	net.Conn
 	sent []byte
@@ -501,7 +522,7 @@ func (r *recording) Write(p []byte) (int, error) {
 	return r.Conn.Write(p)
 }
 
-// message1 records a message 1 that the appliance takes.
+// message1 records a valid message 1.
 func (e *edge) message1(from string, id *noise.Identity) []byte {
 	e.t.Helper()
 	r := &recording{Conn: e.raw(from, noise.CountersignV1)}
@@ -512,8 +533,8 @@ func (e *edge) message1(from string, id *noise.Identity) []byte {
 	return r.sent
 }
 
-// TestReplayedMessage1ResetsNothing: a recording gets a message 2, counts as a handshake that
-// failed, and makes no source good.
+// TestReplayedMessage1ResetsNothing: a replayed message 1 gets a message 2, counts as a failed
+// handshake, and does not make its source good.
 func TestReplayedMessage1ResetsNothing(t *testing.T) {
 	clock := new(movedClock)
 	e := newEdge(t, func(l *Limits) { l.Handshakes.Now = clock.now })
@@ -529,14 +550,14 @@ func TestReplayedMessage1ResetsNothing(t *testing.T) {
 	before := e.exchanges.Load()
 	e.staysOut("127.0.0.6", e.shop)
 	if n := e.exchanges.Load() - before; n != 0 {
-		t.Errorf("the refused one has cost %d exchanges", n)
+		t.Errorf("the refused handshake has cost %d exchanges", n)
 	}
 	clock.advance(e.limits.Handshakes.Window)
 	e.session("127.0.0.6", e.shop)
 }
 
-// TestOnlyATransportMessageResets: a handshake to the end changes nothing yet, the first message
-// after it forgets what failed.
+// TestOnlyATransportMessageResets: a complete handshake changes nothing. The first transport
+// message resets the failures of its source.
 func TestOnlyATransportMessageResets(t *testing.T) {
 	e := newEdge(t, nil)
 	const from = "127.0.0.7"
@@ -556,17 +577,17 @@ func TestOnlyATransportMessageResets(t *testing.T) {
 	before := e.exchanges.Load()
 	sixth := e.raw(from, noise.CountersignV1)
 	sixth.Write(nonsense)
-	other := e.session("127.0.0.8", e.cafe) // it comes later and is answered: the sixth waits
+	other := e.session("127.0.0.8", e.cafe) // comes later and is answered, while the sixth waits
 	if n := e.exchanges.Load() - before; n != 2 {
-		t.Errorf("the sixth has not waited: %d exchanges, want the other source's 2", n)
+		t.Errorf("the sixth has not waited: %d exchanges, want the 2 of the other source", n)
 	}
 	answers(t, good, ping, "")
-	closes(t, sixth) // which had its turn
+	closes(t, sixth) // has had an exchange
 	for range 4 {
 		fails()
 	}
 	if n := e.exchanges.Load() - before; n != 2+5 {
-		t.Errorf("%d exchanges, want 7: what failed before is forgotten", n)
+		t.Errorf("%d exchanges, want 7: the failures before are reset", n)
 	}
 	fails()
 	if n := e.exchanges.Load() - before; n != 2+5 {
@@ -575,8 +596,8 @@ func TestOnlyATransportMessageResets(t *testing.T) {
 	answers(t, other, ping, "")
 }
 
-// TestManyConnectionsAtOnce: a good client's pool opens far more than a source has attempts, all at
-// once.
+// TestManyConnectionsAtOnce: a good client's pool opens 64 connections at once, more than the
+// attempts of a source.
 func TestManyConnectionsAtOnce(t *testing.T) {
 	e := newEdge(t, nil)
 	var wg sync.WaitGroup
@@ -596,9 +617,9 @@ func TestManyConnectionsAtOnce(t *testing.T) {
 	}
 }
 
-// TestStrangersFlood: 10,000 handshakes from 10,000 addresses. Who was good before gets in
-// meanwhile, and what he asks is answered; the flood costs the device what is allowed for it and no
-// more.
+// TestStrangersFlood: strangers send 10,000 handshakes from 10,000 addresses. A peer with a good
+// session before gets in meanwhile and is answered. The flood costs the device at most the
+// exchanges of its limit.
 func TestStrangersFlood(t *testing.T) {
 	e := newEdge(t, nil)
 	e.session("127.0.0.1", e.shop).Close()
@@ -643,7 +664,7 @@ func TestStrangersFlood(t *testing.T) {
 		conn.Close()
 	}
 	t.Logf("%d sessions meanwhile", n)
-	// One exchange each for the strangers' share of the budget, two for each of the shop's.
+	// Each of the 75 handshakes for strangers costs one exchange, each of the shop's costs two.
 	if got, most := e.exchanges.Load()-before, int64(75+2*n); got > most {
 		t.Errorf("%d exchanges, want at most %d", got, most)
 	}
@@ -664,8 +685,8 @@ func TestStrangersFlood(t *testing.T) {
 	}
 }
 
-// TestStrangersTakeAllPlaces: connections that say nothing have all places that strangers get. Who
-// was good has others.
+// TestStrangersTakeAllPlaces: silent connections occupy all places for strangers. A peer with a
+// good session before has other places.
 func TestStrangersTakeAllPlaces(t *testing.T) {
 	e := newEdge(t, func(l *Limits) { l.Strangers, l.Connections, l.HandshakeTimeout = 8, 12, time.Hour })
 	e.session("127.0.0.1", e.shop).Close()
@@ -678,17 +699,19 @@ func TestStrangersTakeAllPlaces(t *testing.T) {
 	e.staysOut("127.1.1.2", e.cafe)
 }
 
-// TestStrangersLearnNothing: whatever is wrong with a handshake, its end looks the same, and comes
+// TestStrangersLearnNothing: every refused handshake ends in the same way: a close without a byte,
 // at a tick.
 func TestStrangersLearnNothing(t *testing.T) {
-	e := newEdge(t, func(l *Limits) { l.Handshakes.PerSource, l.Handshakes.Global, l.Strangers = 500, 1000, 800 })
+	e := newEdge(t, func(l *Limits) {
+		l.Handshakes.PerSource, l.Handshakes.Global, l.Strangers = 500, 1000, 800
+	})
 	suspended := e.enrol("suspended")
 	if err := e.Peers.Suspend(t.Context(), operator, "suspended"); err != nil {
 		t.Fatal(err)
 	}
 	_, ed, _ := ed25519.GenerateKey(nil)
 	stranger, wrong := newIdentity(t), newIdentity(t).Public()
-	// first makes the message 1 that somebody would send.
+	// first returns the message 1 of an identity.
 	first := func(id *noise.Identity, profile noise.Profile, server [32]byte, payload []byte) []byte {
 		here, there := net.Pipe()
 		r := &recording{Conn: here}
@@ -709,6 +732,9 @@ func TestStrangersLearnNothing(t *testing.T) {
 		return p
 	}
 	good := payload(e.shop, e.server, time.Time{})
+	strangers := payload(stranger, e.server, time.Time{})
+	forged := bytes.Replace(good, []byte(`"sig":[`), []byte(`"sig":[1`), 1)
+	forServer := bytes.Replace(good, []byte("Client"), []byte("Server"), 1)
 	type attempt struct {
 		name    string
 		profile noise.Profile
@@ -721,13 +747,13 @@ func TestStrangersLearnNothing(t *testing.T) {
 		{"another server's key", plain, first(e.shop, plain, wrong, nil)},
 		{"no handshake", plain, nonsense},
 		{"the other profile", pubky, first(e.shop, plain, e.server, nil)},
-		{"a stranger with an identity", pubky, first(stranger, pubky, e.server, payload(stranger, e.server, time.Time{}))},
-		{"a stranger without a sound one", pubky, first(stranger, pubky, e.server, good)},
-		{"somebody else's identity", pubky, first(e.shop, pubky, e.server, payload(stranger, e.server, time.Time{}))},
+		{"a stranger with an identity", pubky, first(stranger, pubky, e.server, strangers)},
+		{"a stranger with a peer's identity", pubky, first(stranger, pubky, e.server, good)},
+		{"a peer with a stranger's identity", pubky, first(e.shop, pubky, e.server, strangers)},
 		{"an identity for another server", pubky, first(e.shop, pubky, e.server, payload(e.shop, wrong, time.Time{}))},
-		{"an identity that is no JSON", pubky, first(e.shop, pubky, e.server, []byte("{\x00"))},
-		{"one for a server", pubky, first(e.shop, pubky, e.server, bytes.Replace(good, []byte("Client"), []byte("Server"), 1))},
-		{"one signed wrongly", pubky, first(e.shop, pubky, e.server, bytes.Replace(good, []byte(`"sig":[`), []byte(`"sig":[1`), 1))},
+		{"an identity without JSON", pubky, first(e.shop, pubky, e.server, []byte("{\x00"))},
+		{"an identity for the role of a server", pubky, first(e.shop, pubky, e.server, forServer)},
+		{"an identity with a forged signature", pubky, first(e.shop, pubky, e.server, forged)},
 	}
 	for i, message := range [][]byte{first(e.shop, plain, e.server, nil), first(e.shop, pubky, e.server, good)} {
 		profile := []noise.Profile{plain, pubky}[i]
