@@ -21,25 +21,27 @@ import (
 	"countersign/wire"
 )
 
-// receiver is somebody with a webhook, who believes what the log's key has signed.
+// receiver is the receiver of a webhook. The receiver verifies signatures with the audit log's key.
 type receiver struct {
 	*httptest.Server
 	t   *testing.T
 	key ed25519.PublicKey
 
 	mu     sync.Mutex
-	status []int         // of the next answers; then 204
-	hold   chan struct{} // where it is set, no answer comes before it is closed
+	status []int         // status codes of the next answers; then 204
+	hold   chan struct{} // if set, answers wait until hold is closed
 	tries  int
 	got    []heard
 	more   chan struct{}
 }
 
+// heard is a received message.
 type heard struct {
 	id   string
 	body hookBody
 }
 
+// newReceiver starts a receiver, with status codes for its first answers.
 func newReceiver(t *testing.T, status ...int) *receiver {
 	h := &receiver{t: t, status: status, more: make(chan struct{}, 1000)}
 	h.Server = httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
@@ -55,7 +57,7 @@ func newReceiver(t *testing.T, status ...int) *receiver {
 			err = webhook.Verify(h.key, r.Header, body, time.Now(), webhook.Tolerance)
 		}
 		if err != nil {
-			h.t.Errorf("a message that nobody should believe: %v", err)
+			h.t.Errorf("a message without a valid signature: %v", err)
 		}
 		if len(h.status) > 0 {
 			code := h.status[0]
@@ -74,7 +76,7 @@ func newReceiver(t *testing.T, status ...int) *receiver {
 	return h
 }
 
-// hears waits until so many messages were taken, and returns their ids in alphabetical order.
+// hears waits for n messages, and returns the ids of all messages in alphabetical order.
 func (h *receiver) hears(n int) (ids []string) {
 	h.t.Helper()
 	for {
@@ -96,13 +98,14 @@ func (h *receiver) hears(n int) (ids []string) {
 	}
 }
 
-// hearsOf waits until a message was taken.
+// hearsOf waits for the message with an id.
 func (h *receiver) hearsOf(id string) {
 	h.t.Helper()
 	for n := 1; !slices.Contains(h.hears(n), id); n++ {
 	}
 }
 
+// heard returns the body of the message with an id.
 func (h *receiver) heard(id string) hookBody {
 	h.t.Helper()
 	h.mu.Lock()
@@ -112,11 +115,11 @@ func (h *receiver) heard(id string) hookBody {
 			return m.body
 		}
 	}
-	h.t.Fatalf("nothing was heard of %s", id)
+	h.t.Fatalf("there is no message %s", id)
 	return hookBody{}
 }
 
-// tell makes the edge tell a receiver, from its next start on.
+// tell restarts the edge with receivers as its webhooks.
 func (e *edge) tell(receivers ...*receiver) {
 	e.t.Helper()
 	e.close()
@@ -133,12 +136,12 @@ func (e *edge) tell(receivers ...*receiver) {
 	e.serve()
 }
 
-// toldOf waits until the ledger says that a target was told.
+// toldOf waits until the ledger has the delivery of a message.
 func (e *edge) toldOf(id string) {
 	e.t.Helper()
 	for end := time.Now().Add(patience); !slices.Contains(slices.Collect(e.marks()), id); {
 		if time.Now().After(end) {
-			e.t.Fatalf("it is not written down that %s was told", id)
+			e.t.Fatalf("the ledger does not have the delivery of %s", id)
 		}
 		if err := e.ledger.Alive(e.t.Context()); err != nil {
 			e.t.Fatal(err)
@@ -146,6 +149,7 @@ func (e *edge) toldOf(id string) {
 	}
 }
 
+// same compares ids.
 func same(t *testing.T, got []string, want ...string) {
 	t.Helper()
 	if !slices.Equal(got, want) {
@@ -153,8 +157,8 @@ func same(t *testing.T, got []string, want ...string) {
 	}
 }
 
-// TestWebhook: a rotation is told once, with a signature of the log's key; what was delivered is
-// not told again after a restart, and what is new is, as is that the version before is compromised.
+// TestWebhook: a rotation is one message with a signature of the audit log's key. A restart does
+// not send a delivered message again. A compromise of the version before is another message.
 func TestWebhook(t *testing.T) {
 	e := newEdge(t, nil)
 	h := newReceiver(t)
@@ -165,40 +169,44 @@ func TestWebhook(t *testing.T) {
 	}
 	same(t, h.hears(1), "rotation_payments_2")
 	m := h.heard("rotation_payments_2")
-	if d := m.Data; m.Type != "key.rotation" || d.Event != wire.EventRotation || d.Key != "payments" || d.PublicKey != wire.Bytes32(k.Info().PublicKey) || d.Succession == nil || d.Compromised {
+	if d := m.Data; m.Type != "key.rotation" || d.Event != wire.EventRotation || d.Key != "payments" ||
+		d.PublicKey != wire.Bytes32(k.Info().PublicKey) || d.Succession == nil || d.Compromised {
 		t.Errorf("%+v", m)
 	}
 	if age := time.Since(m.Timestamp); age < -time.Minute || age > time.Minute {
-		t.Errorf("it says that it is of %v", m.Timestamp)
+		t.Errorf("the timestamp is %v", m.Timestamp)
 	}
 	e.toldOf("rotation_payments_2")
 	e.tell(h)
 	if _, err := e.Keys.Rotate(t.Context(), operator, keyring.NoiseName, time.Now().Add(time.Hour)); err != nil {
 		t.Fatal(err)
 	}
-	same(t, h.hears(2), "rotation_noise_2", "rotation_payments_2") // not the other one again
+	same(t, h.hears(2), "rotation_noise_2", "rotation_payments_2")
 	e.toldOf("rotation_noise_2")
-	// A version that has been followed turns out to be compromised: they must hear of it at once.
+	// The compromise of an earlier version is sent at once.
 	if err := e.Keys.Compromise(t.Context(), approved, "payments", 1, "stolen"); err != nil {
 		t.Fatal(err)
 	}
-	same(t, h.hears(3), "rotation_noise_2", "rotation_payments_2", "rotation_payments_2_compromised")
-	if d := h.heard("rotation_payments_2_compromised").Data; !d.Compromised || d.RetiresAt != d.ActivatesAt || d.Version != 2 {
+	want := []string{"rotation_noise_2", "rotation_payments_2", "rotation_payments_2_compromised"}
+	same(t, h.hears(3), want...)
+	d := h.heard("rotation_payments_2_compromised").Data
+	if !d.Compromised || d.RetiresAt != d.ActivatesAt || d.Version != 2 {
 		t.Errorf("%+v", d)
 	}
 	e.toldOf("rotation_payments_2_compromised")
 	if err := e.Keys.Compromise(t.Context(), approved, "payments", 2, "stolen"); err != nil {
 		t.Fatal(err)
 	}
-	same(t, h.hears(4), "rotation_noise_2", "rotation_payments_2", "rotation_payments_2_compromised", "rotation_payments_3_compromised")
+	want = append(want, "rotation_payments_3_compromised")
+	same(t, h.hears(4), want...)
 	e.toldOf("rotation_payments_3_compromised")
 	e.tell(h)
 	e.stop()
-	same(t, h.hears(4), "rotation_noise_2", "rotation_payments_2", "rotation_payments_2_compromised", "rotation_payments_3_compromised")
+	same(t, h.hears(4), want...)
 }
 
-// TestWebhookIsTriedAgain: one that does not take it does not keep it from another, and gets it in
-// the end, the last time after a restart.
+// TestWebhookIsTriedAgain: the refusal of one receiver does not delay another receiver. After a
+// restart the message is sent again to the first receiver only.
 func TestWebhookIsTriedAgain(t *testing.T) {
 	e := newEdge(t, nil)
 	fine, ill := newReceiver(t), newReceiver(t, 500)
@@ -208,7 +216,7 @@ func TestWebhookIsTriedAgain(t *testing.T) {
 	}
 	same(t, fine.hears(1), "rotation_payments_2")
 	e.toldOf("rotation_payments_2")
-	<-ill.more // it has refused it
+	<-ill.more // the message has been refused
 	e.tell(fine, ill)
 	same(t, ill.hears(1), "rotation_payments_2")
 	e.stop()
@@ -218,7 +226,7 @@ func TestWebhookIsTriedAgain(t *testing.T) {
 	}
 }
 
-// TestWebhookAfterAnError: it is tried again by itself.
+// TestWebhookAfterAnError: a refused message is retried without a restart.
 func TestWebhookAfterAnError(t *testing.T) {
 	e := newEdge(t, nil)
 	h := newReceiver(t, 500)
@@ -232,7 +240,7 @@ func TestWebhookAfterAnError(t *testing.T) {
 	}
 }
 
-// marks are what the ledger says that targets were told.
+// marks yields the ids of delivered messages in the ledger.
 func (e *edge) marks() iter.Seq[string] {
 	return func(yield func(string) bool) {
 		e.ledger.All(ledger.Meta, func(name string, value []byte) error {
@@ -244,7 +252,8 @@ func (e *edge) marks() iter.Seq[string] {
 	}
 }
 
-// TestWebhookThatIsSlow: what waits for it is not handed in once more when there is something else.
+// TestWebhookThatIsSlow: messages in the queue of a slow receiver are not queued again with later
+// news.
 func TestWebhookThatIsSlow(t *testing.T) {
 	e := newEdge(t, nil)
 	h, quick := newReceiver(t), newReceiver(t)
@@ -264,7 +273,7 @@ func TestWebhookThatIsSlow(t *testing.T) {
 	if _, err := e.Keys.Rotate(t.Context(), operator, "a-last-one", time.Now()); err != nil {
 		t.Fatal(err)
 	}
-	for _, h := range []*receiver{h, quick} { // the oldest goes first, so that nothing is behind the last one
+	for _, h := range []*receiver{h, quick} { // messages are sent in order, so none follows the last one
 		h.hearsOf("rotation_a-last-one_2")
 		same(t, h.hears(3), "rotation_a-last-one_2", "rotation_noise_2", "rotation_payments_2")
 	}

@@ -19,7 +19,7 @@ import (
 	"countersign/wire"
 )
 
-// hears reads until a rotation comes.
+// hears returns the next rotation on a connection.
 func hears(t *testing.T, conn *noise.Conn) *wire.Rotation {
 	t.Helper()
 	for {
@@ -36,7 +36,7 @@ func hears(t *testing.T, conn *noise.Conn) *wire.Rotation {
 	}
 }
 
-// asks sends a request and returns its answer, and the rotations that come before it.
+// asks sends a request, and returns the answer and the rotations before the answer.
 func asks(t *testing.T, conn *noise.Conn, document string) (answer wire.Answer, before []*wire.Rotation) {
 	t.Helper()
 	if err := conn.WriteMessage([]byte(document)); err != nil {
@@ -59,8 +59,8 @@ func asks(t *testing.T, conn *noise.Conn, document string) (answer wire.Answer, 
 	}
 }
 
-// TestPeersHearOfRotations: those who are connected at once, others at their next connection, each
-// until it has acknowledged it.
+// TestPeersHearOfRotations: a connected peer gets a rotation at once, another peer at its next
+// connection. Each peer gets the rotation on every connection until its acknowledgement.
 func TestPeersHearOfRotations(t *testing.T) {
 	e := newEdge(t, nil)
 	shop := e.session("127.0.0.1", e.shop)
@@ -69,12 +69,13 @@ func TestPeersHearOfRotations(t *testing.T) {
 		t.Fatal(err)
 	}
 	r := hears(t, shop)
-	if r.Key != "payments" || r.Version != 2 || r.ActivatesAt != at.Unix() || r.RetiresAt <= r.ActivatesAt || r.Succession == nil || r.Compromised {
+	if r.Key != "payments" || r.Version != 2 || r.ActivatesAt != at.Unix() || r.RetiresAt <= r.ActivatesAt ||
+		r.Succession == nil || r.Compromised {
 		t.Errorf("the shop hears %+v", r)
 	}
 	ack := `{"id":"a","op":"rotation.ack","key":"payments","version":%d}`
 	if a, _ := asks(t, shop, fmt.Sprintf(ack, 3)); codeOf(a.Error) != wire.CodeUnknownKey {
-		t.Errorf("a rotation that there is not: %+v", a)
+		t.Errorf("an acknowledgement without a rotation: %+v", a)
 	}
 	if a, _ := asks(t, shop, fmt.Sprintf(ack, 2)); a.Error != nil {
 		t.Errorf("%+v", a)
@@ -82,7 +83,7 @@ func TestPeersHearOfRotations(t *testing.T) {
 	if got := e.Peers.Unacknowledged("payments", 2); !slices.Equal(got, []string{"cafe"}) {
 		t.Errorf("not acknowledged by %v", got)
 	}
-	for range 2 { // the café comes later, and again after a restart
+	for range 2 { // the café connects later, and again after a restart
 		cafe, err := e.shake("127.0.0.1", e.cafe)
 		if err != nil {
 			t.Fatal(err)
@@ -96,8 +97,8 @@ func TestPeersHearOfRotations(t *testing.T) {
 		cafe.Close()
 		e.restart()
 	}
-	// Who has acknowledged hears nothing; the answer to a second request is behind what it would
-	// have heard.
+	// A peer with an acknowledgement gets no rotation. The rotation would come before the second
+	// answer.
 	shop = e.session("127.0.0.1", e.shop)
 	if _, before := asks(t, shop, ping); len(before) > 0 {
 		t.Errorf("the shop hears again: %+v", before)
@@ -108,19 +109,21 @@ func TestPeersHearOfRotations(t *testing.T) {
 		t.Errorf("the line: %+v, %v", steps, err)
 	}
 	for _, bad := range []string{"noise", "audit-log", "nothing"} {
-		if a, _ := asks(t, shop, fmt.Sprintf(`{"id":"l","op":"line","key":%q,"from":1}`, bad)); codeOf(a.Error) != wire.CodeUnknownKey {
+		a, _ := asks(t, shop, fmt.Sprintf(`{"id":"l","op":"line","key":%q,"from":1}`, bad))
+		if codeOf(a.Error) != wire.CodeUnknownKey {
 			t.Errorf("the line of %s: %+v", bad, a)
 		}
 	}
 	a, _ = asks(t, shop, `{"id":"k","op":"keys"}`)
 	var list wire.KeyList
-	if err := a.Into(&list); err != nil || len(list.Keys) != 2 || list.Keys[0].Next == nil || list.Keys[1].State != "pending" || strings.Contains(string(a.Result), `"version":3`) {
+	if err := a.Into(&list); err != nil || len(list.Keys) != 2 || list.Keys[0].Next == nil ||
+		list.Keys[1].State != "pending" || strings.Contains(string(a.Result), `"version":3`) {
 		t.Errorf("the keys: %s, %v", a.Result, err)
 	}
 }
 
-// TestBothNoiseKeysAnswer: the old and the new one from the announcement on, until the old one is
-// out of use.
+// TestBothNoiseKeysAnswer: the old and the new Noise key answer from the announcement on, until the
+// old key is archived.
 func TestBothNoiseKeysAnswer(t *testing.T) {
 	e := newEdge(t, nil)
 	old := e.server
@@ -136,7 +139,10 @@ func TestBothNoiseKeysAnswer(t *testing.T) {
 	for _, active := range []bool{false, true} {
 		if active {
 			e.isDue(next)
-			eventually(t, "it is active", func() bool { k, err := e.Keys.Noise(); return err == nil && k.Version == next.Version })
+			eventually(t, "the new key is active", func() bool {
+				k, err := e.Keys.Noise()
+				return err == nil && k.Version == next.Version
+			})
 		}
 		for _, server := range [][32]byte{old, [32]byte(r.PublicKey)} {
 			e.server = server
@@ -153,12 +159,12 @@ func TestBothNoiseKeysAnswer(t *testing.T) {
 	e.server = [32]byte(r.PublicKey)
 	e.session("127.0.0.1", e.shop)
 	if a, _ := asks(t, connected, ping); a.Error != nil {
-		t.Errorf("who was connected: %+v", a)
+		t.Errorf("a session from before: %+v", a)
 	}
 }
 
-// TestCompromiseIsToldToAll: who has acknowledged a rotation hears of it once more when the version
-// before turns out to be compromised, and it has to be acknowledged again.
+// TestCompromiseIsToldToAll: after the compromise of the version before, a rotation is sent again
+// to peers that have acknowledged the rotation. The rotation must be acknowledged again.
 func TestCompromiseIsToldToAll(t *testing.T) {
 	e := newEdge(t, nil)
 	shop := e.session("127.0.0.1", e.shop)
@@ -174,7 +180,7 @@ func TestCompromiseIsToldToAll(t *testing.T) {
 		t.Fatal(err)
 	}
 	var r *wire.Rotation
-	for range 2 { // that it is compromised, and that the next one is active
+	for range 2 { // one message for the compromise, one for the activation of the successor
 		if r = hears(t, shop); r.Version != 2 || !r.Compromised {
 			t.Errorf("the shop hears %+v", r)
 		}
@@ -205,7 +211,7 @@ func TestCompromiseIsToldToAll(t *testing.T) {
 	}
 }
 
-// pipes listens for connections that hold nothing: what is written waits for who reads it.
+// pipes is a listener for connections without buffers: a write waits for the read.
 type pipes struct {
 	net.Listener
 	conns chan net.Conn
@@ -221,8 +227,8 @@ func (p pipes) Accept() (net.Conn, error) {
 
 func (p pipes) Close() error { close(p.conns); return nil }
 
-// TestPeerThatDoesNotRead: it holds up no rotation, is cut off, and nothing of it is left when
-// serving ends.
+// TestPeerThatDoesNotRead: a peer that does not read delays no rotation and is disconnected. Serve
+// can end.
 func TestPeerThatDoesNotRead(t *testing.T) {
 	e := newEdge(t, func(l *Limits) { l.WriteTimeout = 100 * time.Millisecond })
 	e.stop()
@@ -250,7 +256,7 @@ func TestPeerThatDoesNotRead(t *testing.T) {
 	}
 	for e.status("shop").Connections > 0 {
 		if time.Since(begin) > patience {
-			t.Fatal("it is still connected")
+			t.Fatal("the peer is still connected")
 		}
 		e.ledger.Alive(t.Context())
 	}
@@ -260,7 +266,7 @@ func TestPeerThatDoesNotRead(t *testing.T) {
 	}
 }
 
-// isDue brings the time of an announced version forward to now, in the ledger.
+// isDue changes the activation time of an announced version to now, in the ledger.
 func (e *edge) isDue(k *keyring.Key) {
 	e.t.Helper()
 	if err := e.ledger.Update(e.t.Context(), func(tx *ledger.Tx) error {
@@ -275,7 +281,8 @@ func (e *edge) isDue(k *keyring.Key) {
 	}
 }
 
-// TestNoiseKeyIsCompromisedInAHandshake: what the device answers after that is used for nothing.
+// TestNoiseKeyIsCompromisedInAHandshake: a secret that the device returns after the compromise is
+// not used.
 func TestNoiseKeyIsCompromisedInAHandshake(t *testing.T) {
 	r := newRig(t)
 	k, err := r.Keys.CreateOwn(t.Context(), operator, keyring.NoiseName, "memory")
@@ -290,7 +297,11 @@ func TestNoiseKeyIsCompromisedInAHandshake(t *testing.T) {
 		}
 	}
 	done := make(chan error)
-	go func() { _, err := k.Exchange(context.Background(), keyring.Own, newIdentity(t).Public()); done <- err }()
+	peer := newIdentity(t).Public()
+	go func() {
+		_, err := k.Exchange(context.Background(), keyring.Own, peer)
+		done <- err
+	}()
 	<-inDevice
 	if err := r.Keys.Compromise(t.Context(), approved, keyring.NoiseName, 1, "stolen"); err != nil {
 		t.Fatal(err)
@@ -299,7 +310,8 @@ func TestNoiseKeyIsCompromisedInAHandshake(t *testing.T) {
 	if err := <-done; !errors.Is(err, keyring.ErrNotActive) {
 		t.Errorf("%v", err)
 	}
-	if _, err := k.Exchange(t.Context(), keyring.Own, newIdentity(t).Public()); !errors.Is(err, keyring.ErrNotActive) { // the device is not even asked
+	// The second exchange does not reach the device, where BeforeExchange would panic.
+	if _, err := k.Exchange(t.Context(), keyring.Own, peer); !errors.Is(err, keyring.ErrNotActive) {
 		t.Errorf("%v", err)
 	}
 	var answering []uint32
@@ -311,7 +323,7 @@ func TestNoiseKeyIsCompromisedInAHandshake(t *testing.T) {
 	}
 }
 
-// TestToldOnce: on one connection a rotation is told once, whatever else there is to tell.
+// TestToldOnce: a rotation is sent once on a connection, also when other rotations follow.
 func TestToldOnce(t *testing.T) {
 	e := newEdge(t, nil)
 	shop := e.session("127.0.0.1", e.shop)

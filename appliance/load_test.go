@@ -24,19 +24,19 @@ import (
 	"countersign/wire"
 )
 
-// lasts expects that a connection ends by itself, and not before its time.
+// lasts expects that the appliance ends a connection, not before least has passed.
 func lasts(t *testing.T, what string, conn net.Conn, begun time.Time, least time.Duration) {
 	t.Helper()
 	conn.SetReadDeadline(time.Now().Add(patience))
 	if _, err := io.Copy(io.Discard, conn); errors.Is(err, os.ErrDeadlineExceeded) {
-		t.Errorf("%s: it stays open", what)
+		t.Errorf("%s: the connection stays open", what)
 	}
 	if took := time.Since(begun); took < least {
-		t.Errorf("%s: cut after %v, before its %v", what, took, least)
+		t.Errorf("%s: ended after %v, before its %v", what, took, least)
 	}
 }
 
-// trickle sends a byte now and then until it can't.
+// trickle sends one byte each 10 ms until a write fails.
 func trickle(conn net.Conn, b []byte) {
 	ticker := time.NewTicker(10 * time.Millisecond)
 	defer ticker.Stop()
@@ -48,12 +48,12 @@ func trickle(conn net.Conn, b []byte) {
 	}
 }
 
-// TestTimeouts: each test has one timeout that is short; the others would let the connection live
-// on.
+// TestTimeouts: each subtest has one short timeout. The other timeouts would keep the connection
+// open.
 func TestTimeouts(t *testing.T) {
 	const short = 300 * time.Millisecond
 	quiet := func(e *edge) (net.Conn, time.Time) {
-		begun := time.Now() // before it is accepted
+		begun := time.Now() // before Accept
 		return e.raw("127.0.0.2", noise.CountersignV1), begun
 	}
 	handshakeTrickles := func(e *edge) (net.Conn, time.Time) {
@@ -104,12 +104,13 @@ func TestTimeouts(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			e := newEdge(t, func(l *Limits) {
-				l.HandshakeTimeout, l.ReadTimeout, l.IdleTimeout, l.WriteTimeout = time.Hour, time.Hour, time.Hour, time.Hour
+				l.HandshakeTimeout, l.ReadTimeout = time.Hour, time.Hour
+				l.IdleTimeout, l.WriteTimeout = time.Hour, time.Hour
 				c.change(l)
 			})
 			conn, begun := c.begin(e)
 			stop, stopped := make(chan struct{}), make(chan struct{})
-			go func() { // the others notice nothing
+			go func() { // another peer is served meanwhile
 				defer close(stopped)
 				other, err := e.getsIn("127.0.0.3", e.cafe)
 				for err == nil {
@@ -121,7 +122,7 @@ func TestTimeouts(t *testing.T) {
 						_, err = exchange(other, ping)
 					}
 				}
-				t.Errorf("another one: %v", err)
+				t.Errorf("another peer: %v", err)
 			}()
 			lasts(t, name, conn, begun, short)
 			close(stop)
@@ -130,13 +131,14 @@ func TestTimeouts(t *testing.T) {
 	}
 }
 
-// TestReaderThatDoesNotRead: it is cut off when what it was sent fits nowhere, and others are
-// answered meanwhile.
+// TestReaderThatDoesNotRead: a client that does not read its answers is disconnected when the
+// buffers are full. Other peers are answered meanwhile.
 func TestReaderThatDoesNotRead(t *testing.T) {
 	e := newEdge(t, func(l *Limits) {
 		l.WriteTimeout, l.IdleTimeout, l.RequestsPerSecond = time.Second, time.Hour, 1_000_000
 	})
-	conn, err := noise.Connect(t.Context(), e.raw("127.0.0.2", noise.CountersignV1), e.shop, noise.CountersignV1, e.server, nil)
+	raw := e.raw("127.0.0.2", noise.CountersignV1)
+	conn, err := noise.Connect(t.Context(), raw, e.shop, noise.CountersignV1, e.server, nil)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -166,7 +168,8 @@ func TestReaderThatDoesNotRead(t *testing.T) {
 	answers(t, again, request(1, "m"), "")
 }
 
-// TestConnectionLimits: in all, of a source and of a peer; what is closed makes room.
+// TestConnectionLimits: there are limits for all connections, for a source and for a peer. A closed
+// connection makes room.
 func TestConnectionLimits(t *testing.T) {
 	for name, c := range map[string]struct {
 		change  func(*Limits)
@@ -174,12 +177,24 @@ func TestConnectionLimits(t *testing.T) {
 		others  func(e *edge) (string, *noise.Identity)
 		othersN bool // the others get in
 	}{
-		"in all": {func(l *Limits) { l.Connections, l.Strangers = 4, 4 }, func(i int) string { return fmt.Sprintf("127.0.1.%d", i+1) },
-			func(e *edge) (string, *noise.Identity) { return "127.0.2.1", e.cafe }, false},
-		"of a source": {func(l *Limits) { l.ConnectionsPerSource = 4 }, func(int) string { return "127.0.1.1" },
-			func(e *edge) (string, *noise.Identity) { return "127.0.2.1", e.shop }, true},
-		"of a peer": {func(l *Limits) { l.ConnectionsPerPeer = 4 }, func(i int) string { return fmt.Sprintf("127.0.1.%d", i+1) },
-			func(e *edge) (string, *noise.Identity) { return "127.0.1.1", e.cafe }, true},
+		"in all": {
+			func(l *Limits) { l.Connections, l.Strangers = 4, 4 },
+			func(i int) string { return fmt.Sprintf("127.0.1.%d", i+1) },
+			func(e *edge) (string, *noise.Identity) { return "127.0.2.1", e.cafe },
+			false,
+		},
+		"of a source": {
+			func(l *Limits) { l.ConnectionsPerSource = 4 },
+			func(int) string { return "127.0.1.1" },
+			func(e *edge) (string, *noise.Identity) { return "127.0.2.1", e.shop },
+			true,
+		},
+		"of a peer": {
+			func(l *Limits) { l.ConnectionsPerPeer = 4 },
+			func(i int) string { return fmt.Sprintf("127.0.1.%d", i+1) },
+			func(e *edge) (string, *noise.Identity) { return "127.0.1.1", e.cafe },
+			true,
+		},
 	} {
 		t.Run(name, func(t *testing.T) {
 			e := newEdge(t, c.change)
@@ -207,14 +222,14 @@ func TestConnectionLimits(t *testing.T) {
 			})
 			e.stop()
 			if log := logOf(t, e.Appliance, 1); countOf(log, audit.RateLimitTriggered) == 0 {
-				t.Error("the log does not say so")
+				t.Error("no event of the refusals")
 			}
 		})
 	}
 }
 
-// TestBusy: over its requests, or over those in all, a peer is told when to come again; one that
-// has none gets in all the same.
+// TestBusy: beyond the requests of a peer, or of all peers, the answer is busy with a retry time. A
+// peer without requests under way is served all the same.
 func TestBusy(t *testing.T) {
 	const three = 3
 	for name, change := range map[string]func(*Limits){
@@ -247,12 +262,15 @@ func TestBusy(t *testing.T) {
 					t.Errorf("%+v, %v", a.Error, err)
 				}
 			}
-			eventually(t, "it is served again", func() bool { a, err := exchange(second, request(9, "m")); return err == nil && a.Error == nil })
+			eventually(t, "the peer is served again", func() bool {
+				a, err := exchange(second, request(9, "m"))
+				return err == nil && a.Error == nil
+			})
 		})
 	}
 }
 
-// handler is a session without a connection: what handle needs.
+// handler returns a session without a connection, for calls of handle.
 func (a *Appliance) handler(t *testing.T, name string) *session {
 	t.Helper()
 	for _, p := range a.Peers.All() {
@@ -268,6 +286,7 @@ func (a *Appliance) handler(t *testing.T, name string) *session {
 	return nil
 }
 
+// handled returns the answer of handle.
 func handled(t *testing.T, a *Appliance, s *session, document string) wire.Answer {
 	t.Helper()
 	b := a.handle(s, []byte(document))
@@ -281,8 +300,9 @@ func handled(t *testing.T, a *Appliance, s *session, document string) wire.Answe
 	return answer
 }
 
-// TestRefusalsAreLimited: what is refused grows the log by no more than its rate, one by one and in
-// batches; beyond that it is counted, with the same answers. What is good is served all the while.
+// TestRefusalsAreLimited: refused requests have at most RefusalsPerMinute events, as single
+// requests and in batches. Further refusals are counted, with the same answers. Good requests are
+// served all the while.
 func TestRefusalsAreLimited(t *testing.T) {
 	for name, size := range map[string]int{"one by one": 1, "in batches": 100} {
 		t.Run(name, func(t *testing.T) {
@@ -297,7 +317,7 @@ func TestRefusalsAreLimited(t *testing.T) {
 				before := len(logOf(t, r.Appliance, 1))
 				n := 0
 				refusable := func(item *wire.Sign) string {
-					if n++; n%2 == 0 { // a replay, which the ledger finds
+					if n++; n%2 == 0 { // a replay, refused by the ledger
 						*item = *numbered(1_000_000, fmt.Sprint(n))
 						return wire.CodeReplay
 					}
@@ -324,7 +344,7 @@ func TestRefusalsAreLimited(t *testing.T) {
 						}
 					}
 				}
-				for range 5 * 60 * min(size, 2) / 2 { // one by one: faster than its rate
+				for range 5 * 60 * min(size, 2) / 2 { // faster than the limit, also for single requests
 					var item wire.Sign
 					want := refusable(&item)
 					if a := handled(t, r.Appliance, shop, batchOf(&item)); !strings.Contains(string(a.Result), want) {
@@ -337,14 +357,15 @@ func TestRefusalsAreLimited(t *testing.T) {
 				}
 				counted := 0
 				for _, e := range r.refusals.take(true) {
-					if (e.Type == audit.ReplayRefused) != (e.Outcome == wire.CodeReplay) || e.Resource != "shop" || e.Action != "sign" {
+					replay := e.Outcome == wire.CodeReplay
+					if (e.Type == audit.ReplayRefused) != replay || e.Resource != "shop" || e.Action != "sign" {
 						t.Errorf("%+v", e)
 					}
 					some, _ := strconv.Atoi(e.Metadata["count"])
 					counted += some
 				}
 				if counted+grown != n {
-					t.Errorf("%d are counted and %d written down, of %d", counted, grown, n)
+					t.Errorf("%d of %d refusals are counted, and %d have an event", counted, n, grown)
 				}
 				if a := handled(t, r.Appliance, shop, request(2_000_000, "m")); a.Error != nil {
 					t.Errorf("beyond the limit a good request: %v", a.Error)
@@ -354,8 +375,8 @@ func TestRefusalsAreLimited(t *testing.T) {
 	}
 }
 
-// TestPace: beyond so many requests a second a peer is told to come later, and nothing is done;
-// another one notices nothing.
+// TestPace: beyond the requests per second of a peer, the answer is rate_limited and the request
+// has no effect. Other peers are not affected.
 func TestPace(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		r := newRigWith(t, func(l *Limits) { l.RequestsPerSecond, l.BatchItems = 10, 10 })
@@ -366,27 +387,32 @@ func TestPace(t *testing.T) {
 				t.Fatal(a.Error)
 			}
 		}
-		if a := handled(t, r.Appliance, shop, request(1, "m")); codeOf(a.Error) != wire.CodeRateLimited || a.Error.RetryAfter < 1 {
+		a := handled(t, r.Appliance, shop, request(1, "m"))
+		if codeOf(a.Error) != wire.CodeRateLimited || a.Error.RetryAfter < 1 {
 			t.Errorf("%+v", a.Error)
 		}
 		if a := handled(t, r.Appliance, cafe, ping); a.Error != nil {
 			t.Errorf("another peer: %v", a.Error)
 		}
 		time.Sleep(time.Second)
-		if a := handled(t, r.Appliance, shop, request(1, "m")); a.Error != nil || strings.Contains(string(a.Result), `"repeated":true`) {
+		a = handled(t, r.Appliance, shop, request(1, "m"))
+		if a.Error != nil || strings.Contains(string(a.Result), `"repeated":true`) {
 			t.Errorf("a second later: %s, %v", a.Result, a.Error)
 		}
-		if events := r.refusals.take(true); len(events) != 1 || events[0].Type != audit.RateLimitTriggered || events[0].Resource != "shop" {
+		events := r.refusals.take(true)
+		if len(events) != 1 || events[0].Type != audit.RateLimitTriggered || events[0].Resource != "shop" {
 			t.Errorf("%+v", events)
 		}
 	})
 }
 
-// TestUnreadable: what is no request counts like one, and costs the log no more than other
-// refusals.
+// TestUnreadable: a message that is no request counts as one, and has no more lines in the log than
+// other refusals.
 func TestUnreadable(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		r := newRigWith(t, func(l *Limits) { l.RefusalsPerMinute, l.RequestsPerSecond, l.BatchItems = 60, 100, 100 })
+		r := newRigWith(t, func(l *Limits) {
+			l.RefusalsPerMinute, l.RequestsPerSecond, l.BatchItems = 60, 100, 100
+		})
 		defer r.ledger.Close()
 		var log logged
 		r.log = slog.New(slog.NewTextHandler(&log, nil))
@@ -402,7 +428,7 @@ func TestUnreadable(t *testing.T) {
 			}
 		}
 		if limited == 0 {
-			t.Error("1,000 at once, and 100 a second are allowed")
+			t.Error("1,000 requests at once are served, and the limit is 100 a second")
 		}
 		if lines := strings.Count(log.String(), "\n"); lines < 60 || lines > 80 {
 			t.Errorf("%d lines of the log", lines)
@@ -413,20 +439,24 @@ func TestUnreadable(t *testing.T) {
 	})
 }
 
-// TestDeviceThatHoldsHandshakes: who waits for it in vain sees the end that everybody sees, and the
-// log does not say that a peer was refused. When the device is back, so are the peers.
+// TestDeviceThatHoldsHandshakes: a handshake that waits for the device until its timeout ends as
+// every refused handshake does, but the log has no refusal of a peer. When the device works again,
+// peers get in.
 func TestDeviceThatHoldsHandshakes(t *testing.T) {
-	e := newEdge(t, func(l *Limits) { l.Calls, l.HandshakeTimeout = map[string]int{"memory": 1}, 500*time.Millisecond })
+	e := newEdge(t, func(l *Limits) {
+		l.Calls, l.HandshakeTimeout = map[string]int{"memory": 1}, 500*time.Millisecond
+	})
 	entered, release := e.heldExchanges()
 	first, second := e.raw("127.0.0.2", noise.CountersignV1), e.raw("127.0.0.3", noise.CountersignV1)
 	first.Write(nonsense)
-	eventually(t, "one is in the device", func() bool { return entered.Load() == 1 })
+	eventually(t, "one exchange is in the device", func() bool { return entered.Load() == 1 })
 	second.Write(nonsense)
 	closes(t, second)
 	if n := entered.Load(); n != 1 {
-		t.Errorf("%d are in the device", n)
+		t.Errorf("%d exchanges are in the device", n)
 	}
-	if text := e.log.String(); !strings.Contains(text, "handshakes fail") || strings.Contains(text, `msg="handshake refused"`) {
+	text := e.log.String()
+	if !strings.Contains(text, "handshakes fail") || strings.Contains(text, `msg="handshake refused"`) {
 		t.Errorf("%s", text)
 	}
 	release()
@@ -434,8 +464,8 @@ func TestDeviceThatHoldsHandshakes(t *testing.T) {
 	answers(t, e.session("127.0.0.3", e.shop), ping, "")
 }
 
-// TestTurns: however many requests of one peer are waiting for the device, another one's comes
-// after those that are under way and one of each other lane.
+// TestTurns: one peer has 200 requests in the queue for the device. The request of another peer
+// comes after the calls under way and one request of each other lane.
 func TestTurns(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		r := newRig(t)
@@ -471,7 +501,7 @@ func TestTurns(t *testing.T) {
 		}
 		mu.Lock()
 		if at := slices.Index(order, string(doc.Message)); at < 0 || at > before {
-			t.Errorf("it is number %d of %d, want at most %d to come before it", at, len(order), before)
+			t.Errorf("%d of %d operations come before the request, want at most %d", at, len(order), before)
 		}
 		mu.Unlock()
 		close(gate)

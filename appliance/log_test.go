@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
+	"slices"
 	"strconv"
 	"testing"
 	"time"
@@ -17,11 +18,10 @@ import (
 	"countersign/internal/keystore"
 	"countersign/internal/ledger"
 	"countersign/internal/manage"
-	"countersign/policy"
 	"countersign/wire"
 )
 
-// logRig is a rig whose audit log has its key.
+// logRig makes a rig with a key of the audit log.
 func logRig(t *testing.T) (*rig, audit.Log) {
 	t.Helper()
 	r := newRig(t)
@@ -35,22 +35,23 @@ func logRig(t *testing.T) (*rig, audit.Log) {
 	return r, log
 }
 
-// files makes the appliance an audit.Source.
+// files is an appliance as an audit.Source.
 type files struct{ *Appliance }
 
 func (f files) ReadFile(ctx context.Context, name string) ([]byte, error) {
 	return f.LogFile(ctx, name)
 }
 
-// TestReceipt: a payment leaves a receipt without its amount, which the peer alone can show; the
-// same request gets the same one.
+// TestReceipt: a payment has a receipt with a commitment to its amount. The ledger has neither the
+// salt nor the amount. The same request gets the same receipt.
 func TestReceipt(t *testing.T) {
 	r, _ := logRig(t)
 	req := message(1, "")
 	req.Type, req.Payload = "paykit-subscription-v2", subscription(r.public)
 	signed := r.sign(t, r.shop, req)
 	again := r.sign(t, r.shop, req)
-	if signed.Receipt == nil || again.Receipt == nil || !bytes.Equal(signed.Receipt.ID, again.Receipt.ID) || !bytes.Equal(signed.Receipt.Salt, again.Receipt.Salt) {
+	if signed.Receipt == nil || again.Receipt == nil || !bytes.Equal(signed.Receipt.ID, again.Receipt.ID) ||
+		!bytes.Equal(signed.Receipt.Salt, again.Receipt.Salt) {
 		t.Fatalf("%+v, again %+v", signed.Receipt, again.Receipt)
 	}
 	if err := r.ledger.Alive(t.Context()); err != nil {
@@ -61,13 +62,15 @@ func TestReceipt(t *testing.T) {
 		t.Fatalf("%+v, %v", all, err)
 	}
 	kept, err := r.Receipt(fmt.Sprintf("%x", signed.Receipt.ID))
-	if err != nil || kept.Event != signed.Event || kept.Status != "completed" || kept.Method != all[0].Method || kept.Method == "" {
+	if err != nil || kept.Event != signed.Event || kept.Status != "completed" ||
+		kept.Method != all[0].Method || kept.Method == "" {
 		t.Errorf("%+v, %v", kept, err)
 	}
 	if want := commitmentOf(signed.Receipt.Salt, "1000 SAT"); !bytes.Equal(kept.Commitment, want) {
 		t.Errorf("the commitment is %x, want %x", kept.Commitment, want)
 	}
-	if b, err := os.ReadFile(r.path); err != nil || bytes.Contains(b, signed.Receipt.Salt) || bytes.Contains(b, []byte("1000 SAT")) {
+	b, err := os.ReadFile(r.path)
+	if err != nil || bytes.Contains(b, signed.Receipt.Salt) || bytes.Contains(b, []byte("1000 SAT")) {
 		t.Errorf("the salt or the amount is in the ledger: %v", err)
 	}
 	if s := r.sign(t, r.shop, message(2, "")); s.Receipt != nil {
@@ -77,17 +80,18 @@ func TestReceipt(t *testing.T) {
 		t.Errorf("a bad id: %v", err)
 	}
 	if _, err := r.Receipt(fmt.Sprintf("%032x", 1)); !errors.Is(err, manage.ErrNotFound) {
-		t.Errorf("another id: %v", err)
+		t.Errorf("an unknown id: %v", err)
 	}
 }
 
-// commitmentOf follows docs/SPEC.md.
+// commitmentOf returns the commitment of docs/SPEC.md.
 func commitmentOf(salt []byte, amount string) []byte {
-	h := sha256Of([]byte("countersign-receipt-v1"), []byte{0}, salt, []byte(amount))
+	h := sha256.Sum256(slices.Concat([]byte("countersign-receipt-v1"), []byte{0}, salt, []byte(amount)))
 	return h[:]
 }
 
-// TestProofs: a peer gets the proof of its own events and of no others, at once, and across epochs.
+// TestProofs: a peer gets the proof of each of its own events at once, across epochs, and of no
+// other event.
 func TestProofs(t *testing.T) {
 	r, log := logRig(t)
 	first := r.sign(t, r.shop, message(1, ""))
@@ -117,11 +121,12 @@ func TestProofs(t *testing.T) {
 	r.refuses(t, wire.CodeDenied, err)
 	r.store.Remove(keystore.Ref{Name: keyring.LogName, Version: 1})
 	if _, err := r.Proof(t.Context(), r.shop, first.Event); err != nil {
-		t.Errorf("what a checkpoint covers needs no token: %v", err)
+		t.Errorf("an event under a checkpoint needs no token: %v", err)
 	}
 }
 
-// TestPeersCantUseTheLogKey: neither by its name nor by listing it.
+// TestPeersCantUseTheLogKey: the key of the audit log is unknown to peers, and no operator can
+// create a key of that name.
 func TestPeersCantUseTheLogKey(t *testing.T) {
 	r, _ := logRig(t)
 	req := message(1, "")
@@ -130,15 +135,17 @@ func TestPeersCantUseTheLogKey(t *testing.T) {
 	r.refuses(t, wire.CodeUnknownKey, err)
 	for _, k := range r.Keys.Listed().Keys {
 		if k.Name == keyring.LogName {
-			t.Error("it is listed")
+			t.Error("the key is listed")
 		}
 	}
-	if _, err := r.Keys.Create(t.Context(), audit.Operator("test"), keyring.NewKey{Name: keyring.LogName}); !errors.Is(err, manage.ErrInvalid) {
-		t.Errorf("it can be created: %v", err)
+	_, err = r.Keys.Create(t.Context(), audit.Operator("test"), keyring.NewKey{Name: keyring.LogName})
+	if !errors.Is(err, manage.ErrInvalid) {
+		t.Errorf("a key of that name can be created: %v", err)
 	}
 }
 
-// TestLogFiles: what the appliance serves is a log that anyone can verify, epoch by epoch.
+// TestLogFiles: the files of the log can be verified by anyone, epoch by epoch. Other names do not
+// exist.
 func TestLogFiles(t *testing.T) {
 	r, log := logRig(t)
 	for n := range byte(150) {
@@ -150,21 +157,25 @@ func TestLogFiles(t *testing.T) {
 	for n := range byte(3) {
 		r.sign(t, r.shop, message(200+n, ""))
 	}
-	if err := r.ledger.Alive(t.Context()); err != nil { // the last outcome is on disk after that
+	if err := r.ledger.Alive(t.Context()); err != nil { // writes the last outcome
 		t.Fatal(err)
 	}
-	if report, err := log.Verify(t.Context(), files{r.Appliance}, audit.VerifyOptions{}); err != nil || report.Signatures != 153 || report.Epochs != 2 {
+	report, err := log.Verify(t.Context(), files{r.Appliance}, audit.VerifyOptions{})
+	if err != nil || report.Signatures != 153 || report.Epochs != 2 {
 		t.Errorf("%+v, %v", report, err)
 	}
-	for _, name := range []string{"", "tile", "tile/0/001", "tile/0/000.p/200", "tile/5/000.p/1", "epochs/2/checkpoint", "epochs/00/checkpoint", "epochs/x/checkpoint", "epochs/0", "epochs/0/tile/entries/007", "../ledger.db"} {
+	for _, name := range []string{
+		"", "tile", "tile/0/001", "tile/0/000.p/200", "tile/5/000.p/1", "epochs/2/checkpoint", "epochs/00/checkpoint",
+		"epochs/x/checkpoint", "epochs/0", "epochs/0/tile/entries/007", "../ledger.db",
+	} {
 		if _, err := r.LogFile(t.Context(), name); !errors.Is(err, fs.ErrNotExist) {
 			t.Errorf("%q: %v", name, err)
 		}
 	}
 }
 
-// TestRetention: an epoch goes when its time is over, not before, and not while it is held; what is
-// left can be verified.
+// TestRetention: an epoch is dropped after its retention time, and not during a hold. The rest of
+// the log can be verified.
 func TestRetention(t *testing.T) {
 	r, log := logRig(t)
 	r.sign(t, r.shop, message(1, ""))
@@ -215,14 +226,19 @@ func TestRetention(t *testing.T) {
 	_, err = r.Proof(t.Context(), r.shop, 4)
 	r.refuses(t, wire.CodeDenied, err)
 	var types []audit.Type
-	if err := r.Events(0, func(_ uint64, e audit.Event) bool { types = append(types, e.Type); return true }); err != nil {
+	if err := r.Events(0, func(_ uint64, e audit.Event) bool {
+		types = append(types, e.Type)
+		return true
+	}); err != nil {
 		t.Fatal(err)
 	}
-	if fmt.Sprint(types) != "[EpochBegun SignatureAdmitted SignatureCreated LegalHoldSet LegalHoldReleased RetentionApplied]" {
-		t.Error(types)
+	const want = "[EpochBegun SignatureAdmitted SignatureCreated LegalHoldSet LegalHoldReleased RetentionApplied]"
+	if fmt.Sprint(types) != want {
+		t.Errorf("%v, want %s", types, want)
 	}
 }
 
+// TestEpochPeriods: a period is over when the calendar in UTC has moved on.
 func TestEpochPeriods(t *testing.T) {
 	at := func(text string) time.Time {
 		v, err := time.Parse(time.RFC3339, text)
@@ -240,7 +256,7 @@ func TestEpochPeriods(t *testing.T) {
 		{Month, "2026-11-30T23:59:59Z", "2026-12-01T00:00:00Z", true},
 		{Month, "2026-11-10T00:00:00Z", "2027-11-10T00:00:00Z", true},
 		{Month, "2026-12-01T01:00:00+02:00", "2026-11-30T23:30:00Z", false},
-		{Month, "2026-12-01T00:00:00Z", "2026-11-30T00:00:00Z", false}, // time never runs back
+		{Month, "2026-12-01T00:00:00Z", "2026-11-30T00:00:00Z", false}, // the time is before the epoch
 		{Day, "2026-11-01T00:00:00Z", "2026-11-01T23:59:59Z", false},
 		{Day, "2026-11-01T23:00:00Z", "2026-11-02T00:00:00Z", true},
 		{Hour, "2026-11-01T23:00:00Z", "2026-11-01T23:59:59Z", false},
@@ -252,8 +268,8 @@ func TestEpochPeriods(t *testing.T) {
 	}
 }
 
-// TestKeepLog: what the log needs happens by itself: a checkpoint, the count of refused strangers,
-// and one event each that something does not serve and that it does again.
+// TestKeepLog: keepLog signs a checkpoint and writes the count of refused strangers. The failure
+// and the recovery of a resource have one event each.
 func TestKeepLog(t *testing.T) {
 	r, _ := logRig(t)
 	for range 100 {
@@ -266,7 +282,7 @@ func TestKeepLog(t *testing.T) {
 		t.Helper()
 		for end := time.Now().Add(20 * time.Second); !holds(); time.Sleep(10 * time.Millisecond) {
 			if time.Now().After(end) {
-				t.Fatalf("in vain: %s", what)
+				t.Fatalf("after 20 s still not: %s", what)
 			}
 		}
 	}
@@ -307,16 +323,12 @@ func TestKeepLog(t *testing.T) {
 	}
 }
 
-func sha256Of(parts ...[]byte) [32]byte { return sha256.Sum256(bytes.Join(parts, nil)) }
-
-// TestPolicyChange: that another policy is in force is an event, once.
+// TestPolicyChange: each change of the policy in force is one event. The same text again is no
+// change.
 func TestPolicyChange(t *testing.T) {
 	r, _ := logRig(t)
 	for i, text := range []string{allowShop, allowShop, "", allowShop} {
-		p, err := policy.Parse("policy.cedar", []byte(text))
-		if err != nil {
-			t.Fatal(err)
-		}
+		p := parsed(t, text)
 		version, changed, err := r.Activate(t.Context(), audit.Operator("test"), p)
 		if want := []uint64{1, 1, 2, 3}[i]; err != nil || version != want || changed != (i != 1) {
 			t.Fatalf("version %d, changed %v, %v; want version %d", version, changed, err, want)
@@ -335,7 +347,8 @@ func TestPolicyChange(t *testing.T) {
 	}); err != nil {
 		t.Fatal(err)
 	}
-	if len(hashes) != 6 || hashes[0] != "" || hashes[1] == hashes[3] || hashes[1] != hashes[2] || hashes[3] != hashes[4] || hashes[5] != hashes[1] {
+	if len(hashes) != 6 || hashes[0] != "" || hashes[1] == hashes[3] || hashes[1] != hashes[2] ||
+		hashes[3] != hashes[4] || hashes[5] != hashes[1] {
 		t.Errorf("%q", hashes)
 	}
 }

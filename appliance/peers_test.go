@@ -14,21 +14,31 @@ import (
 	"countersign/noise"
 )
 
-// TestKeepOut: a peer's connections are closed at once, also while its requests hang in the device;
-// what was admitted has its ending before the ledger says that the peer is out; nothing of it is
-// served afterwards, and others go on.
+// TestKeepOut: the connections of a suspended or removed peer are closed at once, also while its
+// requests are with the device. The ledger has the outcomes of all admissions before the suspension
+// or removal. Other peers are served all the while.
 func TestKeepOut(t *testing.T) {
 	for name, c := range map[string]struct {
 		act  func(*edge) error
 		says audit.Type
 	}{
-		"suspended": {func(e *edge) error { return e.Peers.Suspend(t.Context(), operator, "shop") }, audit.PeerSuspended},
-		"removed":   {func(e *edge) error { return e.Peers.Remove(t.Context(), operator, "shop") }, audit.PeerRemoved},
+		"suspended": {
+			func(e *edge) error { return e.Peers.Suspend(t.Context(), operator, "shop") },
+			audit.PeerSuspended,
+		},
+		"removed": {
+			func(e *edge) error { return e.Peers.Remove(t.Context(), operator, "shop") },
+			audit.PeerRemoved,
+		},
 	} {
 		t.Run(name, func(t *testing.T) {
 			e := newEdge(t, func(l *Limits) { l.Calls, l.RequestTimeout = map[string]int{"memory": 64}, time.Hour })
 			entered, release := e.heldDevice()
-			idle, busy, batch := e.session("127.0.0.1", e.shop), e.session("127.0.0.1", e.shop), e.session("127.0.0.1", e.shop)
+			var sessions [3]*noise.Conn
+			for i := range sessions {
+				sessions[i] = e.session("127.0.0.1", e.shop)
+			}
+			idle, busy, batch := sessions[0], sessions[1], sessions[2]
 			for n := range 5 {
 				busy.WriteMessage([]byte(request(n, "m")))
 			}
@@ -51,12 +61,12 @@ func TestKeepOut(t *testing.T) {
 			ends(t, batch)
 			select {
 			case err := <-done:
-				t.Errorf("written down while requests are with the device: %v", err)
+				t.Errorf("the act ends while requests are with the device: %v", err)
 			default:
 			}
 			e.staysOut("127.0.0.1", e.shop)
 			if _, err := exchange(unused, ping); err == nil {
-				t.Error("a handshake from before is served")
+				t.Error("a handshake from before the act is served")
 			}
 			cafe := e.session("127.0.0.2", e.cafe)
 			answers(t, cafe, ping, "")
@@ -71,15 +81,15 @@ func TestKeepOut(t *testing.T) {
 				case audit.SignatureCreated:
 					ended++
 				case audit.SignatureAdmitted:
-					t.Error("something was admitted meanwhile")
+					t.Error("a request was admitted meanwhile")
 				case c.says:
 					if ended != 25 {
-						t.Errorf("the event comes after %d of 25 endings (%d of %d)", ended, i, len(events))
+						t.Errorf("the event comes after %d of 25 outcomes (%d of %d)", ended, i, len(events))
 					}
 				}
 			}
 			if countOf(events, c.says) != 1 {
-				t.Errorf("%d events of it", countOf(events, c.says))
+				t.Errorf("%d events of the act", countOf(events, c.says))
 			}
 			e.restart()
 			e.staysOut("127.0.0.1", e.shop)
@@ -102,13 +112,15 @@ func TestKeepOut(t *testing.T) {
 			}
 			e.restart()
 			e.session("127.0.0.1", e.shop)
-			if log := logOf(t, e.Appliance, 1); countOf(log, audit.PeerSuspended) != 1 || countOf(log, audit.PeerResumed) != 1 {
-				t.Error("what is so already is an event")
+			log := logOf(t, e.Appliance, 1)
+			if countOf(log, audit.PeerSuspended) != 1 || countOf(log, audit.PeerResumed) != 1 {
+				t.Error("an act without an effect is an event")
 			}
 		})
 	}
 }
 
+// TestKeepOutNobody: acts on an unknown name are refused.
 func TestKeepOutNobody(t *testing.T) {
 	e := newEdge(t, nil)
 	for name, act := range map[string]func() error{
@@ -122,7 +134,7 @@ func TestKeepOutNobody(t *testing.T) {
 	}
 }
 
-// TestEnrolledAgain: a peer that was removed and is enrolled again under its key is served on new
+// TestEnrolledAgain: a removed peer that is enrolled again with the same key is served on new
 // connections only.
 func TestEnrolledAgain(t *testing.T) {
 	e := newEdge(t, nil)
@@ -141,7 +153,7 @@ func TestEnrolledAgain(t *testing.T) {
 	answers(t, e.session("127.0.0.1", e.shop), request(1, "m"), "")
 }
 
-// TestLastSeen survives a restart.
+// TestLastSeen: the time of a peer's last session outlives a restart.
 func TestLastSeen(t *testing.T) {
 	e := newEdge(t, nil)
 	if s := e.status("shop"); !s.Seen.IsZero() || s.Connections != 0 {
@@ -153,49 +165,57 @@ func TestLastSeen(t *testing.T) {
 		t.Errorf("%+v", s)
 	}
 	a.Close()
-	eventually(t, "one is gone", func() bool { return e.status("shop").Connections == 1 })
+	eventually(t, "one session has ended", func() bool { return e.status("shop").Connections == 1 })
 	b.Close()
-	eventually(t, "none is there", func() bool { return e.status("shop").Connections == 0 })
+	eventually(t, "all sessions have ended", func() bool { return e.status("shop").Connections == 0 })
 	e.restart()
 	if s := e.status("shop"); s.Seen.Unix() < before.Unix() || s.Connections != 0 {
 		t.Errorf("after a restart: %+v", s)
 	}
 	if s := e.status("cafe"); !s.Seen.IsZero() {
-		t.Errorf("another one: %+v", s)
+		t.Errorf("another peer: %+v", s)
 	}
 }
 
-// TestNothingUnescapedInTheLog: what peers and strangers write comes out as text in quotes,
-// whatever it is.
+// TestNothingUnescapedInTheLog: the logs have text of peers and strangers as printable text in
+// quotes.
 func TestNothingUnescapedInTheLog(t *testing.T) {
 	e := newEdge(t, func(l *Limits) { l.Handshakes.PerSource = 100 })
 	const marker = "marked"
-	hostile := []string{marker + "\nlevel=ERROR msg=forged", marker + "\x1b[2J\x1b]0;x\a", marker + "\r\u2028\u202e\u200b\x00\x7f\u0085"}
+	hostile := []string{
+		marker + "\nlevel=ERROR msg=forged",
+		marker + "\x1b[2J\x1b]0;x\a",
+		marker + "\r\u2028\u202e\u200b\x00\x7f\u0085",
+	}
 	conn := e.session("127.0.0.1", e.shop)
 	for _, h := range hostile {
 		quoted := encoded(map[string]string{"": h})
 		quoted = quoted[len(`{"":`) : len(quoted)-1]
+		replaced := func(document, old, new string) string { return strings.Replace(document, old, new, 1) }
+		item := replaced(replaced(request(7, "m"), `"id":"7",`, ""), `"payments"`, quoted)
+		nonce := strings.Repeat("A", 43)
 		for _, document := range []string{
 			h,
 			`{"id":` + quoted + `,"op":"ping"}`,
 			`{"id":"1","op":` + quoted + `}`,
 			`{"id":"1","op":"ping",` + quoted + `:1}`,
 			`{"id":"1","op":"ping",` + quoted + `:1,` + quoted + `:2}`,
-			strings.Replace(request(1, "m"), `"payments"`, quoted, 1),
-			strings.Replace(request(2, "m"), `"message-v1"`, quoted, 1),
-			strings.Replace(request(3, "m"), `"test"`, quoted, 1),
-			strings.Replace(request(4, "m"), `"context"`, quoted, 1),
-			strings.Replace(request(5, "m"), `"nonce":"`, `"nonce":`+quoted+`,"x":"`, 1),
-			strings.Replace(request(6, "m"), `"timestamp":`, `"timestamp":`+quoted+`,"x":`, 1),
-			batchOf(quoted, `{"op":`+quoted+`}`, `{"op":"sign",`+quoted+`:1}`, strings.Replace(strings.Replace(request(7, "m"), `"id":"7",`, "", 1), `"payments"`, quoted, 1)),
-			`{"id":"1","op":"verify","key":` + quoted + `,"type":"message-v1","payload":{"context":` + quoted + `,"message":"AA"},"nonce":"` + strings.Repeat("A", 43) +
-				`","timestamp":1,"expires_at":2,"signature":"` + strings.Repeat("A", 86) + `","public_key":"` + strings.Repeat("A", 43) + `"}`,
+			replaced(request(1, "m"), `"payments"`, quoted),
+			replaced(request(2, "m"), `"message-v1"`, quoted),
+			replaced(request(3, "m"), `"test"`, quoted),
+			replaced(request(4, "m"), `"context"`, quoted),
+			replaced(request(5, "m"), `"nonce":"`, `"nonce":`+quoted+`,"x":"`),
+			replaced(request(6, "m"), `"timestamp":`, `"timestamp":`+quoted+`,"x":`),
+			batchOf(quoted, `{"op":`+quoted+`}`, `{"op":"sign",`+quoted+`:1}`, item),
+			`{"id":"1","op":"verify","key":` + quoted + `,"type":"message-v1","payload":{"context":` + quoted +
+				`,"message":"AA"},"nonce":"` + nonce + `","timestamp":1,"expires_at":2,"signature":"` +
+				strings.Repeat("A", 86) + `","public_key":"` + nonce + `"}`,
 		} {
 			if _, err := exchange(conn, document); err != nil {
 				t.Fatalf("%q: %v", document, err)
 			}
 		}
-		// A stranger's: the frames, and an identity payload.
+		// Strangers can send frames and identity payloads.
 		raw := e.raw("127.0.0.2", noise.CountersignV1)
 		raw.Write([]byte(h + h + h + h))
 		raw.CloseWrite()
@@ -205,11 +225,14 @@ func TestNothingUnescapedInTheLog(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			for _, payload := range []string{h, `{` + quoted + `:1}`, `{` + quoted + `:1,` + quoted + `:1}`, `{"role":` + quoted + `}`,
-				strings.Replace(string(good), `"Client"`, quoted, 1), strings.Replace(string(good), `"hint"`, quoted, 1), strings.Replace(string(good), `"role"`, quoted+`:1,"role"`, 1)} {
+			for _, payload := range []string{
+				h, `{` + quoted + `:1}`, `{` + quoted + `:1,` + quoted + `:1}`, `{"role":` + quoted + `}`,
+				replaced(string(good), `"Client"`, quoted), replaced(string(good), `"hint"`, quoted),
+				replaced(string(good), `"role"`, quoted+`:1,"role"`),
+			} {
 				raw := e.raw("127.0.0.3", noise.PubkyV1)
 				if _, err := noise.Connect(t.Context(), raw, id, noise.PubkyV1, e.server, []byte(payload)); err == nil {
-					t.Errorf("%q is taken", payload)
+					t.Errorf("%q is accepted", payload)
 				}
 			}
 		}
@@ -220,28 +243,31 @@ func TestNothingUnescapedInTheLog(t *testing.T) {
 	e.stop()
 	text := e.log.String()
 	if !strings.Contains(text, marker) {
-		t.Fatal("the log has nothing of it: the test has lost its point")
+		t.Fatal("the log has no text of the peer: the test has lost its point")
 	}
 	for line := range strings.Lines(text) {
 		line = strings.TrimSuffix(line, "\n")
 		if !strings.HasPrefix(line, "time=") {
-			t.Errorf("a line that is not the daemon's: %q", line)
+			t.Errorf("a line that the daemon did not begin: %q", line)
 		}
 		if i := strings.IndexFunc(line, func(r rune) bool { return !unicode.IsPrint(r) }); i >= 0 {
 			t.Errorf("%q at %d of %q", line[i], i, line)
 		}
 	}
 	for _, ev := range logOf(t, e.Appliance, 1) {
-		if b := string(ev.Encode(time.Now())); strings.ContainsFunc(b, func(r rune) bool { return !unicode.IsPrint(r) }) {
-			t.Errorf("an event that does not print: %q", b)
+		b := string(ev.Encode(time.Now()))
+		if strings.ContainsFunc(b, func(r rune) bool { return !unicode.IsPrint(r) }) {
+			t.Errorf("an event with unprintable text: %q", b)
 		}
 	}
 }
 
-// TestFloodAfterARestart: where peers have come from is known after a restart, so that strangers
-// who came in between can't keep them out.
+// TestFloodAfterARestart: the addresses of peers outlive a restart. A flood of strangers after the
+// restart can't keep the peers out.
 func TestFloodAfterARestart(t *testing.T) {
-	e := newEdge(t, func(l *Limits) { l.Handshakes.Global, l.Handshakes.Kept, l.Handshakes.PerSource = 8, 2, 2 })
+	e := newEdge(t, func(l *Limits) {
+		l.Handshakes.Global, l.Handshakes.Kept, l.Handshakes.PerSource = 8, 2, 2
+	})
 	conn := e.session("127.0.0.1", e.shop)
 	conn.Close()
 	e.restart()

@@ -19,22 +19,26 @@ import (
 )
 
 const dailyBudget = `permit (principal == Peer::"shop", action == Action::"sign", resource) when {
-  context has amount && context has currency && context.currency == "SAT" && context.amount <= 500000 && context.used.peer.day.amount <= 10000000 };
+  context has amount && context has currency && context.currency == "SAT" &&
+  context.amount <= 500000 && context.used.peer.day.amount <= 10000000 };
 permit (principal == Peer::"cafe", action == Action::"sign", resource) when {
   context has amount && context.used.counterparty.day.amount <= 1000 && context.used.key.hour.signatures <= 100 };
-permit (principal, action == Action::"sign", resource) when { context.transcript == "message-v1" && context.used.peer.minute.signatures <= 3 };`
+permit (principal, action == Action::"sign", resource) when {
+  context.transcript == "message-v1" && context.used.peer.minute.signatures <= 3 };`
 
-// payment is a request to sign that this key pays somebody.
+// payment returns a sign request for a payment. payee is the last byte of a seed of the payee's
+// key.
 func payment(n int, payer []byte, payee byte, amount, currency string) *wire.Sign {
 	s := numbered(n, "")
 	s.Type = "payment-request-v1"
-	s.Payload = fmt.Appendf(nil, `{"payer":"%x","payee":"%x","amount":"%s","currency":"%s","method":"m","endpoint":"e"}`, payer,
-		ed25519.NewKeyFromSeed(append(make([]byte, 31), payee)).Public(), amount, currency)
+	s.Payload = fmt.Appendf(nil,
+		`{"payer":"%x","payee":"%x","amount":"%s","currency":"%s","method":"m","endpoint":"e"}`,
+		payer, ed25519.NewKeyFromSeed(append(make([]byte, 31), payee)).Public(), amount, currency)
 	return s
 }
 
-// TestBudgetIsExact: many ask at once, alone and in batches, and what is admitted is the budget: no
-// unit more, and none less.
+// TestBudgetIsExact: 193 concurrent requests for 250,000 SAT meet a budget of 10,000,000 SAT. The
+// admitted sum is the budget exactly.
 func TestBudgetIsExact(t *testing.T) {
 	r := newRig(t)
 	r.permits(t, dailyBudget)
@@ -63,8 +67,8 @@ func TestBudgetIsExact(t *testing.T) {
 	if got := admitted.Load(); got != 10_000_000 || denied.Load() != 1+64*3-40 {
 		t.Errorf("%d SAT were admitted, %d requests denied", got, denied.Load())
 	}
-	// What was admitted has its answer still; what was denied has spent neither its nonce nor
-	// anything else.
+	// An admitted request still gets its answer. A denied request has spent neither nonce nor
+	// budget.
 	again := func() {
 		t.Helper()
 		if s := r.sign(t, r.shop, first); !s.Repeated {
@@ -90,7 +94,7 @@ func TestBudgetIsExact(t *testing.T) {
 	}
 }
 
-// TestBudgetInBatches is the same with batches, whose admissions share a transaction.
+// TestBudgetInBatches: the budget is exact also in batches, where admissions share a transaction.
 func TestBudgetInBatches(t *testing.T) {
 	r := newRig(t)
 	r.permits(t, dailyBudget)
@@ -118,9 +122,9 @@ func TestBudgetInBatches(t *testing.T) {
 	}
 }
 
-// TestWhatIsCounted: each peer, key and counterparty for itself, each currency for itself, for as
-// long as the window is.
-func TestWhatIsCounted(t *testing.T) {
+// TestCounts: each peer, key, counterparty and currency has its own count, for the time of the
+// window.
+func TestCounts(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		r := newRig(t)
 		defer r.ledger.Close()
@@ -143,14 +147,14 @@ func TestWhatIsCounted(t *testing.T) {
 		}
 		const payments, orders = "payments", "orders"
 		theirs := other.Info().PublicKey
-		// Of a counterparty, with a key, in a currency.
+		// The count of a counterparty belongs to one key and one currency.
 		asks(r.cafe, payments, r.public, 2, "1000", "SAT", "")
 		asks(r.cafe, payments, r.public, 2, "0.5", "SAT", "denied")
 		asks(r.cafe, payments, r.public, 3, "1000", "SAT", "")
 		asks(r.cafe, payments, r.public, 2, "1000", "EUR", "")
 		asks(r.cafe, orders, theirs, 2, "1000", "SAT", "")
 		asks(r.cafe, orders, theirs, 2, "1", "SAT", "denied")
-		// Of a peer, with whatever key, to whomever.
+		// The count of a peer belongs to all keys and counterparties.
 		for range 10 {
 			asks(r.shop, payments, r.public, 4, "500000", "SAT", "")
 			asks(r.shop, orders, theirs, 5, "500000", "SAT", "")
@@ -163,8 +167,8 @@ func TestWhatIsCounted(t *testing.T) {
 		time.Sleep(time.Second)
 		asks(r.cafe, payments, r.public, 2, "1000", "SAT", "")
 		asks(r.shop, orders, theirs, 6, "1", "SAT", "")
-		// Signatures: three in a minute, of each peer.
-		for i, code := range []string{"", "", "denied", "denied"} { // the payment is the first
+		// A peer may have three signatures in a minute. The payment above is the first.
+		for i, code := range []string{"", "", "denied", "denied"} {
 			n++
 			if _, err := r.Sign(t.Context(), r.shop, numbered(n, "m")); code != "" {
 				r.refuses(t, code, err)
@@ -175,6 +179,7 @@ func TestWhatIsCounted(t *testing.T) {
 	})
 }
 
+// authorization returns a sign request for an authorization of a Noise key.
 func authorization(n int, owner []byte, generation string) *wire.Sign {
 	s := numbered(n, "")
 	s.Type = "paykit-noise-key-authorization-v1"
@@ -182,8 +187,9 @@ func authorization(n int, owner []byte, generation string) *wire.Sign {
 	return s
 }
 
-// TestGenerationOnlyRises: also for many at once, and after a restart; a repetition has its answer;
-// each key has its own.
+// TestGenerationOnlyRises: each generation of a key must be higher than the one before, also for
+// concurrent requests and after a restart. A repeated request gets its answer. Each key has its own
+// generations.
 func TestGenerationOnlyRises(t *testing.T) {
 	r := newRig(t)
 	const all = `permit (principal, action == Action::"sign", resource);`
@@ -222,8 +228,9 @@ func TestGenerationOnlyRises(t *testing.T) {
 	if admitted.Load() != 1 {
 		t.Errorf("%d authorizations of one generation", admitted.Load())
 	}
-	// Policy comes first, and what it denies does not rise.
-	r.permits(t, `permit (principal, action == Action::"sign", resource) when { context has generation && context.generation < 50 };`)
+	// The policy decides first. A denied generation does not count.
+	r.permits(t, `permit (principal, action == Action::"sign", resource)
+when { context has generation && context.generation < 50 };`)
 	asks(6, "60", "denied")
 	r.ledger.Close()
 	r.open(t)
@@ -243,7 +250,7 @@ func TestGenerationOnlyRises(t *testing.T) {
 	r.sign(t, r.shop, other)
 }
 
-// TestSuccessionIsNotForPeers, whatever the rules say.
+// TestSuccessionIsNotForPeers: no policy allows peers to have a key succession signed.
 func TestSuccessionIsNotForPeers(t *testing.T) {
 	r := newRig(t)
 	r.permits(t, `permit (principal, action, resource);`)
@@ -254,13 +261,15 @@ func TestSuccessionIsNotForPeers(t *testing.T) {
 	r.store.BeforeSign = func(keystore.Ref, []byte) error { t.Error("the key was used"); return nil }
 	s := numbered(1, "")
 	s.Type = "key-succession-v1"
-	s.Payload = fmt.Appendf(nil, `{"key":"payments","version":2,"old_public_key":"%x","new_public_key":"%x","time":1}`, r.public, k.Info().PublicKey)
+	s.Payload = fmt.Appendf(nil,
+		`{"key":"payments","version":2,"old_public_key":"%x","new_public_key":"%x","time":1}`,
+		r.public, k.Info().PublicKey)
 	_, err = r.Sign(t.Context(), r.shop, s)
 	r.refuses(t, "denied", err)
 	if a := batched(t, r.Appliance, r.handler(t, "shop"), s); codeOf(a[0].Error) != "denied" {
 		t.Errorf("%+v", a)
 	}
 	if _, err := r.ledger.Spent(t.Context(), ledger.KeyScope("payments"), s.Nonce); err == nil {
-		t.Error("it has spent a nonce")
+		t.Error("the refusal has spent a nonce")
 	}
 }
