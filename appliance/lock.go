@@ -66,8 +66,8 @@ func (a *Appliance) Lock(ctx context.Context, who audit.Actor, reason string) er
 			}
 			return tx.Append(ledger.EventOf(audit.NewLocked(who, reason)))
 		}); err != nil {
-			return fmt.Errorf("the appliance is locked, but the ledger does not have the lock, and a restart would unlock it: "+
-				"lock again: %w", err)
+			return fmt.Errorf("the appliance is locked, but the ledger does not have the lock, "+
+				"and a restart would unlock it: lock again: %w", err)
 		}
 		a.log.Warn("locked: nothing is signed or verified until an operator unlocks the appliance",
 			"operator", who.Name, "reason", reason)

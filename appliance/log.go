@@ -204,11 +204,13 @@ func (a *Appliance) LogFile(ctx context.Context, path string) ([]byte, error) {
 var (
 	diskResource = resource.Resource{
 		Name: "ledger", Failed: audit.DeviceUnavailable, Recovered: audit.DeviceRecovered,
-		FailedText: "nothing is admitted: the disk takes nothing", RecoveredText: "admissions go on: the disk takes writes again",
+		FailedText:    "nothing is admitted: the disk takes no writes",
+		RecoveredText: "admissions go on: the disk takes writes again",
 	}
 	clockResource = resource.Resource{
 		Name: "clock", Failed: audit.ClockRefused, Recovered: audit.ClockRecovered,
-		FailedText: "nothing is admitted: the clock is wrong", RecoveredText: "admissions go on: the clock is right again",
+		FailedText:    "nothing is admitted: the clock is wrong",
+		RecoveredText: "admissions go on: the clock is right again",
 	}
 )
 

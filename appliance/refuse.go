@@ -32,6 +32,12 @@ const (
 	fatal                    // the daemon stops
 )
 
+// Messages of several rows.
+const (
+	needsOperator  = "the appliance can't answer before an operator has acted"
+	keyUnreachable = "the key can't be reached now; send the same request again"
+)
+
 // table translates errors into classes and codes. A row with a message replaces the error's text,
 // which would tell a peer about the inside of the appliance. Without a message, the peer gets the
 // error's text, which is about the peer's own request.
@@ -42,8 +48,8 @@ var table = []struct {
 	message string
 }{
 	{ledger.ErrUnknownState, fatal, wire.CodeUnavailable, "the appliance can't answer now"},
-	{anchor.ErrRolledBack, unavailable, wire.CodeUnavailable, "the appliance can't answer before an operator has acted"},
-	{ErrLocked, unavailable, wire.CodeUnavailable, "the appliance can't answer before an operator has acted"},
+	{anchor.ErrRolledBack, unavailable, wire.CodeUnavailable, needsOperator},
+	{ErrLocked, unavailable, wire.CodeUnavailable, needsOperator},
 	{keyring.ErrNotConfirmed, refused, wire.CodeNotConfirmed, ""},
 	{errUnknownOutcome, unavailable, wire.CodeUnavailable,
 		"the appliance took too long; the nonce may be spent, and then the same request is a replay"},
@@ -64,14 +70,15 @@ var table = []struct {
 	{policy.ErrDenied, refused, wire.CodeDenied, "policy does not allow this peer to sign this with this key"},
 	{ledger.ErrDisk, unavailable, wire.CodeUnavailable,
 		"the appliance can't write anything down now; send the same request again"},
-	{ledger.ErrClock, unavailable, wire.CodeUnavailable, "the appliance's clock is not right; send the same request again"},
+	{ledger.ErrClock, unavailable, wire.CodeUnavailable,
+		"the appliance's clock is not right; send the same request again"},
 	{ledger.ErrTooMany, unavailable, wire.CodeBusy,
 		"too many nonces are alive; send the same request again when some have expired"},
 	{ledger.ErrDropped, refused, wire.CodeDenied, "the event was dropped by retention"},
 	{ledger.ErrClosed, unavailable, wire.CodeUnavailable, "the appliance is stopping"},
-	{keystore.ErrUnavailable, unavailable, wire.CodeUnavailable, "the key can't be reached now; send the same request again"},
-	{keystore.ErrAuth, unavailable, wire.CodeUnavailable, "the key can't be reached now; send the same request again"},
-	{keystore.ErrSealed, unavailable, wire.CodeUnavailable, "the key can't be reached now; send the same request again"},
+	{keystore.ErrUnavailable, unavailable, wire.CodeUnavailable, keyUnreachable},
+	{keystore.ErrAuth, unavailable, wire.CodeUnavailable, keyUnreachable},
+	{keystore.ErrSealed, unavailable, wire.CodeUnavailable, keyUnreachable},
 	{context.DeadlineExceeded, unavailable, wire.CodeUnavailable,
 		"the appliance took too long; send the same request again"},
 }

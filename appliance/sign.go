@@ -61,7 +61,8 @@ func (a *Appliance) Sign(ctx context.Context, who Caller, r *wire.Sign) (*wire.S
 	if signature == nil {
 		signature, err = key.Sign(ctx, keyring.LaneOf(who.PublicKey), doc.Message, verifies)
 	} else if !verifies(signature) {
-		err = fmt.Errorf("%w: the signature that the ledger has for %v does not verify", keystore.ErrUnavailable, key.Ref())
+		err = fmt.Errorf("%w: the signature that the ledger has for %v does not verify",
+			keystore.ErrUnavailable, key.Ref())
 	}
 	if admitted.Signature == nil {
 		if lost := a.settle(ctx, who, key, doc, admitted, signature, err); lost != nil {
