@@ -15,7 +15,7 @@ import (
 	"countersign/tpm"
 )
 
-// approveState signs a state of a machine and prints the approval.
+// approveState signs the state of a machine, values of PCRs, and prints the approval.
 func approveState(keyPath string, registers map[string]string, stdout io.Writer) error {
 	if keyPath == "" || len(registers) == 0 {
 		return errors.New("--key and at least one --pcr must be given")
@@ -27,7 +27,7 @@ func approveState(keyPath string, registers map[string]string, stdout io.Writer)
 	defer clear(b)
 	block, _ := pem.Decode(b)
 	if block == nil {
-		return fmt.Errorf("key file %s: it is not PEM", keyPath)
+		return fmt.Errorf("key file %s: not PEM", keyPath)
 	}
 	var key any
 	if key, err = x509.ParsePKCS8PrivateKey(block.Bytes); err != nil {
@@ -35,13 +35,13 @@ func approveState(keyPath string, registers map[string]string, stdout io.Writer)
 	}
 	signer, ok := key.(crypto.Signer)
 	if err != nil || !ok {
-		return fmt.Errorf("key file %s: it has no private key that can be read", keyPath)
+		return fmt.Errorf("key file %s: no private key in the form PKCS#8 or SEC 1", keyPath)
 	}
 	values := map[uint][]byte{}
 	for index, value := range registers {
 		n, err := strconv.ParseUint(index, 10, 8)
 		if err != nil {
-			return fmt.Errorf("--pcr: %q is not the number of a register", index)
+			return fmt.Errorf("--pcr: %q is not the number of a register, 0 to 23", index)
 		}
 		if values[uint(n)], err = hex.DecodeString(value); err != nil {
 			return fmt.Errorf("--pcr %d: the value is not hex", n)

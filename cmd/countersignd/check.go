@@ -16,7 +16,8 @@ import (
 	"countersign/policy"
 )
 
-// check opens everything that serve would, changes nothing, and says what it found, a line a part. While a daemon runs, the ledger is its own; the rest is checked all the same.
+// check opens all parts that serve opens, and prints a line for each part. check changes nothing.
+// While a daemon has the ledger open, the other parts are checked.
 func check(ctx context.Context, path string, c Config, deep bool, stdout, stderr io.Writer) error {
 	say := func(part, format string, args ...any) {
 		fmt.Fprintf(stdout, "%-8s %s\n", part, fmt.Sprintf(format, args...))
@@ -53,7 +54,8 @@ func check(ctx context.Context, path string, c Config, deep bool, stdout, stderr
 				verdict = "LACKING"
 			}
 			say("", "%-9s %-7s %s: %s", f.What, f.For, verdict, f.Text)
-			if !f.OK && (f.For == keystore.Ed25519 || f.For == keystore.X25519 && name == c.NoiseToken) {
+			needed := f.For == keystore.Ed25519 || f.For == keystore.X25519 && name == c.NoiseToken
+			if !f.OK && needed {
 				lacking = append(lacking, fmt.Errorf("token %s lacks what %s keys need: %s", name, f.For, f.Text))
 			}
 		}
@@ -86,7 +88,8 @@ func check(ctx context.Context, path string, c Config, deep bool, stdout, stderr
 	}
 	for _, k := range app.Keys.All() {
 		info := k.Info()
-		say("key", "ok: %v %s %s %s, public key %s", info.Ref, info.Algorithm, k.State, info.Custody, hex.EncodeToString(info.PublicKey))
+		say("key", "ok: %v %s %s %s, public key %s",
+			info.Ref, info.Algorithm, k.State, info.Custody, hex.EncodeToString(info.PublicKey))
 	}
 	say("peers", "%d enrolled", len(app.Peers.All()))
 	if err := app.Ready(); err != nil {

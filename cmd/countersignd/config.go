@@ -24,240 +24,279 @@ import (
 	"github.com/pelletier/go-toml/v2"
 )
 
-// Config is the daemon's configuration, a TOML file. A field that is not described here is refused with its line. Paths
-// that are not absolute are relative to the folder of the file. Durations are written like "10s", "5m" or "168h".
+// Config is the daemon's configuration, a TOML file. An unknown field is an error with its line.
+// Relative paths are relative to the directory of the file. Durations have units: "10s", "5m",
+// "168h".
 type Config struct {
-	// Listen is the TCP address, host:port, at which peers connect over Noise with the profile countersign-v1. It or listen_pubky
-	// is required. Whoever can reach it can make the token work for two key exchanges per handshake, as often as limits.handshakes
-	// lets it: bind it to the network of the payment servers only.
+	// Listen is the TCP address, host:port, of the listener for peers with the profile
+	// countersign-v1. Listen or listen_pubky is required. Each client on the network can make the
+	// token do two key exchanges for a handshake, at the rate of limits.handshakes. Bind the
+	// listener to the network of the payment servers only.
 	Listen string `toml:"listen"`
 
-	// ListenPubky is the same for peers with the profile pubky-noise-v1, as pubky-noise's clients have it. Default: nowhere.
+	// ListenPubky is the same for peers with the profile pubky-noise-v1, the profile of
+	// pubky-noise's clients. Default: no listener.
 	ListenPubky string `toml:"listen_pubky"`
 
-	// AdminSocket is the path of the Unix socket of the admin API. Required. It is made for its owner only (mode 0600), in a folder
-	// that should be closed to others too: whoever may open it may try to sign in, and root may enrol the first administrator.
+	// AdminSocket is the path of the Unix socket of the admin API. Required. The socket has mode
+	// 0600, so only its owner can open it. Close its directory to other users, too. A user who can
+	// open the socket can try to sign in, and root can enrol the first administrator.
 	AdminSocket string `toml:"admin_socket"`
 
-	// AdminGroup is the name of a group whose members may use the socket too (mode 0660). Default: nobody but root and the daemon's
-	// own user.
+	// AdminGroup is the name of a group with access to the socket (mode 0660). Default: access for
+	// root and the daemon's user only.
 	AdminGroup string `toml:"admin_group"`
 
-	// AdminHTTPS is the loopback address, such as 127.0.0.1:7780, at which the admin API is served over HTTPS too, for browsers.
-	// Default: nowhere. countersignd init makes its keys in the token of the Noise key, which must be able to make P-256 keys.
+	// AdminHTTPS is the loopback address, such as 127.0.0.1:7780, of the admin API over HTTPS, for
+	// browsers. Default: no HTTPS. countersignd init makes the HTTPS keys in the token of the Noise
+	// key, which must support P-256 keys.
 	AdminHTTPS string `toml:"admin_https"`
 
-	// AdminName is the name that browsers call it by. Passkeys are bound to it: with another name they do not work any more. Default:
-	// localhost.
+	// AdminName is the host name of the admin API in browsers. Default: localhost. Danger: passkeys
+	// are bound to the name, and stop working with another name.
 	AdminName string `toml:"admin_name"`
 
-	// Ledger is the file that holds spent nonces, events, keys and peers. Required; countersignd init creates it. It
-	// must be on a local disk. Danger: an older copy put back in its place forgets nonces, and what was signed under
-	// them can be signed again.
+	// Ledger is the file with spent nonces, events, keys and peers. Required. The disk must be
+	// local. countersignd init creates the file. Danger: an older copy of the file lacks nonces,
+	// and requests with these nonces can be signed again.
 	Ledger string `toml:"ledger"`
 
-	// Policy is the file with the Cedar policies that say who may sign what with which key. Required. An empty file
-	// denies everything. It is read at start, and by countersign admin policy reload.
+	// Policy is the file with the Cedar policies for signatures: the permitted peers, keys and
+	// documents. Required. An empty file denies every request. The daemon reads the file at start,
+	// and for countersign admin policy reload.
 	Policy string `toml:"policy"`
 
-	// LogLevel is debug, info, warn or error. Default: info. At info each connection and each refusal is a line.
+	// LogLevel is debug, info, warn or error. Default: info, with a line for each connection and
+	// refusal.
 	LogLevel string `toml:"log_level"`
 
-	// Tokens are the PKCS#11 tokens that hold the keys, each as a table [tokens.NAME]. At least one. The name is written
-	// down with each key: it must stay. A token that does not answer costs its own keys only, unless the listener's
-	// Noise key is on it: then nobody can connect.
+	// Tokens has the PKCS#11 tokens and TPMs with the keys, each as a table [tokens.NAME]. At least
+	// one is required. The ledger records the name with each key, so the name must stay. A token
+	// that does not answer makes its own keys unavailable, and no others. Without the listener's
+	// Noise key no peer can connect.
 	Tokens map[string]*Token `toml:"tokens"`
 
-	// NoiseToken is the name of the token on which countersignd init makes the listener's Noise key. It may be left out
-	// where there is only one token.
+	// NoiseToken is the name of the token for the listener's Noise key. countersignd init makes the
+	// key. Default: the only token.
 	NoiseToken string `toml:"noise_token"`
 
-	// RollbackToken is the name of the token with a TPM to whose counter the ledger is bound, so that an older copy of the
-	// ledger in its place is noticed at start. Default: the only one with a TPM; without one, nothing notices. none turns
-	// it off.
+	// RollbackToken is the name of a token with a TPM. The ledger is bound to the TPM's monotonic
+	// counter, so that the daemon detects an older copy of the ledger at start. Default: the only
+	// token with a TPM. The value none turns the detection off. Danger: without a counter, no older
+	// copy is detected.
 	RollbackToken string `toml:"rollback_token"`
 
-	// RollbackInterval is after how long the counter rises, if there were admissions. Default: 1h, 8,760 times a year at the
-	// most; the memory of a TPM bears some 100,000 and more. Danger: the copy of a ledger can hide what was admitted between
-	// the copy and the next rise.
+	// RollbackInterval is the time between increments of the counter, if there are admissions.
+	// Default: 1h, at most 8,760 increments a year; the memory of a TPM endures at least some
+	// 100,000. Danger: an older copy of the ledger can hide the admissions between the copy and the
+	// next increment.
 	RollbackInterval Duration `toml:"rollback_interval"`
 
-	// RollbackAdmissions makes it rise sooner, but not more often than each 5 minutes. Default: 10000.
+	// RollbackAdmissions is the number of admissions for an earlier increment. Two increments are
+	// at least 5 minutes apart. Default: 10000.
 	RollbackAdmissions int `toml:"rollback_admissions"`
 
-	// UnattendedStart is whether the appliance serves as soon as it is started. Default: true. With false each start is locked until an
-	// operator unlocks it (countersign admin unlock), so that nobody can make it sign by starting it.
+	// UnattendedStart allows the appliance to sign as soon as the daemon has started. Default:
+	// true. With false, each start is locked until an operator's unlock (countersign admin unlock).
+	// Then a start of the daemon alone does not make the appliance sign.
 	UnattendedStart bool `toml:"unattended_start"`
 
-	// NoiseIdentity is the name of a signing key whose word lets the Noise key speak for it (paykit-noise-key-authorization-v1), so that
-	// who knows it can find the Noise key again after that was rotated. Default: none.
+	// NoiseIdentity is the name of a signing key that authorizes the Noise key
+	// (paykit-noise-key-authorization-v1). A peer that knows the signing key can find the Noise key
+	// again after a rotation. Default: none.
 	NoiseIdentity string `toml:"noise_identity"`
 
-	// Webhooks are told of rotations, each as a table [[webhooks]].
+	// Webhooks has the receivers of messages about rotations, each as a table [[webhooks]].
 	Webhooks []Webhook `toml:"webhooks"`
 
-	// Retention says how long what is kept. What the ledger has goes before it where that is longer: to keep something for a shorter time
-	// must be approved (countersign admin retention shorten).
+	// Retention has the retention times of records. A longer time in the ledger prevails, because a
+	// shorter time needs approval (countersign admin retention shorten).
 	Retention Retention `toml:"retention"`
 
-	// Limits bounds what peers can cost.
+	// Limits has the limits for peers and strangers.
 	Limits Limits `toml:"limits"`
 }
 
-// Webhook is somebody to tell of rotations: a POST with a body that is signed by the audit log's key, in the form of Standard Webhooks.
+// Webhook is a receiver of messages about rotations. A message is a POST with a body signed by the
+// audit log's key (Standard Webhooks).
 type Webhook struct {
-	// Name is for people and logs. Required.
+	// Name identifies the receiver in logs. Required.
 	Name string `toml:"name"`
-	// URL is where to post to: https, or http on this machine. Required. It may hold a secret, and is never shown.
+	// URL is the receiver's address: https, or http on this machine. Required. The daemon never
+	// shows the URL, which may contain a secret.
 	URL string `toml:"url"`
-	// CAFile has the authorities to trust in place of the system's (PEM).
+	// CAFile is a PEM file with the trusted certificate authorities. Default: those of the system.
 	CAFile string `toml:"ca_file"`
 }
 
-// Retention says how long what is kept. What is over goes by itself; countersign admin retention preview says what and when.
+// Retention has the retention times of records. The daemon drops older records by itself.
+// countersign admin retention preview shows the next drops.
 type Retention struct {
-	// Epoch is after how long the audit log begins a new tree: month, day or hour, by the calendar in UTC. Default: month. Whole
-	// epochs are dropped.
+	// Epoch is the period of the audit log's epochs: month, day or hour, by the calendar in UTC.
+	// Each epoch has a tree of its own and is dropped as a whole. Default: month.
 	Epoch string `toml:"epoch"`
-	// AuditDays is how long after its end an epoch of the audit log is kept. Default: 2557, seven years. Danger: what is
-	// dropped can't be shown any more; its final checkpoint stays.
+	// AuditDays is the retention time of an epoch of the audit log, from the epoch's end. Default:
+	// 2557, seven years. Danger: dropped events can't be shown any more. The final checkpoint
+	// stays.
 	AuditDays int `toml:"audit_days"`
-	// ReceiptDays is how long receipts are kept. Default: 2557, seven years.
+	// ReceiptDays is the retention time of receipts. Default: 2557, seven years.
 	ReceiptDays int `toml:"receipt_days"`
-	// DecisionDays is how long what policy decided is kept with its inputs, amounts and parties among them, for countersign policy
-	// explain and diff. Default: 35.
+	// DecisionDays is the retention time of the policy's decisions with their inputs, which include
+	// amounts and parties. countersign policy explain and diff read the decisions. Default: 35.
 	DecisionDays int `toml:"decision_days"`
-	// Nonces is how long a spent nonce is kept after its document has expired. Default: 24h. A nonce is never forgotten before
-	// its document has expired.
+	// Nonces is the retention time of a spent nonce, from the expiry of its document. Default: 24h.
+	// No nonce is dropped before its document has expired.
 	Nonces Duration `toml:"nonces"`
 }
 
-// Token names a PKCS#11 token and says how it is used.
+// Token is the configuration of a PKCS#11 token or a TPM.
 type Token struct {
-	// URI says which PKCS#11 token, as RFC 7512 has it: pkcs11:token=LABEL, and serial, manufacturer, model or slot-id
-	// where the label is not enough. module-path and pin-source are understood, pin-value is refused. A token has a URI or
-	// a TPM.
+	// URI is the RFC 7512 URI of a PKCS#11 token: pkcs11:token=LABEL. The attributes serial,
+	// manufacturer, model and slot-id tell tokens with the same label apart. module-path and
+	// pin-source are supported, pin-value is refused. A token has either a URI or a TPM.
 	URI string `toml:"uri"`
 
-	// TPM is the path of a TPM 2.0: /dev/tpmrm0, or a Unix socket of swtpm for tests. Ed25519 and X25519 keys are sealed by
-	// it to the state of this machine, and are in the memory of the key workers while they are in use; P-256 keys live in it.
+	// TPM is the path of a TPM 2.0: /dev/tpmrm0, or a Unix socket of swtpm for tests. The TPM seals
+	// Ed25519 and X25519 keys to the state of this machine. These keys are in the memory of the key
+	// workers while in use. P-256 keys never leave the TPM.
 	TPM string `toml:"tpm"`
 
-	// State is the folder in which a TPM's keys rest, encrypted by it. Required with a TPM. Danger: without it and the TPM
-	// together, the keys are lost.
+	// State is the directory with the TPM's keys, encrypted by the TPM. Required with a TPM.
+	// Danger: the keys are lost if either the directory or the TPM is lost.
 	State string `toml:"state"`
 
-	// PCRs are the registers of the TPM's SHA-256 bank that a new key is sealed to, as they are when it is made. Default: [7],
-	// the Secure Boot state. Danger: each register more binds the keys to more of what an update may change; none leaves
-	// them to whoever boots this machine.
+	// PCRs are the registers of the TPM's SHA-256 bank that a new key is sealed to, with their
+	// values at that time. Default: [7], the Secure Boot state. Danger: more registers lock the
+	// keys after more kinds of updates. Without a register, the keys can be used after a boot of
+	// any system on this machine.
 	PCRs []uint `toml:"pcrs"`
 
-	// PolicyKey is the file with the public key (ECDSA on P-256, PEM) of whoever approves states of this machine: new keys are
-	// sealed to its word instead of to the present state. Approvals are files NAME.approval.json in State, made by countersignd
-	// approve-state. Danger: who has the private key can have the keys unsealed in any state.
+	// PolicyKey is the file with the public key (ECDSA on P-256, PEM) of the approver of this
+	// machine's states. New keys are then sealed to approved states in place of the present state.
+	// An approval is a file NAME.approval.json in State, made by countersignd approve-state.
+	// Danger: the holder of the private key can have the keys unsealed in any state.
 	PolicyKey string `toml:"policy_key"`
 
-	// IdleLock is how long a TPM's key stays unsealed without being used. Default: 0, until the daemon stops.
+	// IdleLock is the time without a use after which a TPM's key is sealed again. Default: 0, the
+	// key stays unsealed until the daemon stops.
 	IdleLock Duration `toml:"idle_lock"`
 
-	// Module is the path of the PKCS#11 module, unless the URI has module-path. Danger: it is code of its vendor that
-	// runs with the daemon's rights.
+	// Module is the path of the PKCS#11 module, unless the URI has module-path. Danger: the module
+	// is code of its vendor and runs with the daemon's rights.
 	Module string `toml:"module"`
 
-	// PINFile has the user's PIN on one line, unless the URI has pin-source. Only its owner may be able to read it
-	// (mode 0600). A PIN that the token refuses is not tried again until an operator says so. With a TPM it may be left out;
-	// where it is set, new keys need it, and the TPM counts wrong ones.
+	// PINFile is the file with the user's PIN on one line, unless the URI has pin-source. The file
+	// must have mode 0600. A refused PIN is not tried again until an operator's retry (countersign
+	// admin token retry). With a TPM the field is optional: new keys then need the PIN, and the TPM
+	// counts wrong PINs.
 	PINFile string `toml:"pin_file"`
 
-	// Environment is set for the key workers, which load the module: many modules are configured by variables, such as
-	// SOFTHSM2_CONF. Default: nothing. Paths in it must be absolute.
+	// Environment has variables for the key workers, which load the module. Many modules are
+	// configured by variables, such as SOFTHSM2_CONF. Default: no variables. Paths must be
+	// absolute.
 	Environment map[string]string `toml:"environment"`
 
-	// Workers is how many key workers use the token, each a process of its own. Default: 2, the second a hot standby.
-	// Danger: with 1, requests fail while a worker that hung or crashed is replaced.
+	// Workers is the number of key workers: processes that use the token. Default: 2, where the
+	// second is a hot standby. Danger: with 1, requests fail during the replacement of a worker
+	// that hung or crashed.
 	Workers int `toml:"workers"`
 
-	// Spread is whether all workers are used at the same time. Default: true. Set it to false for a module that serves
-	// one process at a time well; then the others only stand by.
+	// Spread distributes calls over all workers. Default: true. With false, one worker serves and
+	// the others stand by: for a module that works well with one process at a time only.
 	Spread bool `toml:"spread"`
 
-	// Sessions is how many operations one worker may have in the token at once. Default: 4. A software token is best
-	// used with 1, since its sessions stand in each other's way inside one process; a network HSM may want many more.
-	// What the token allows, shared by the workers, goes before this.
+	// Sessions is the number of concurrent operations of one worker in the token. Default: 4. For a
+	// software token 1 is best, because concurrent sessions in one process block each other. A
+	// network HSM may need many more. The limit of the token itself, shared by the workers,
+	// prevails.
 	Sessions int `toml:"sessions"`
 
-	// Deadline is for one use of a key by the device. Default: 5s. A worker that misses it is killed and replaced, and
-	// the call goes to another one. Generating, importing and listing keys and the start of a worker have four of them.
+	// Deadline is the timeout for one use of a key by the device. Default: 5s. A worker is killed
+	// and replaced after the timeout, and another worker gets the call. Generating, importing and
+	// listing keys, and the start of a worker, have four times the timeout.
 	Deadline Duration `toml:"deadline"`
 
-	// MemoryMiB is how large a key worker may grow, in MiB, before it is renewed. Default: 256. Modules leak: SoftHSM 2.6.1
-	// loses 64 bytes a signature and 312 a handshake's exchange. No call is lost by it. A worker needs some 10 to begin.
+	// MemoryMiB is the memory of a key worker in MiB after which the worker is renewed, without the
+	// loss of a call. Default: 256. A new worker needs some 10 MiB. Modules leak: SoftHSM 2.6.1
+	// loses 64 bytes a signature, and 312 bytes a handshake's exchange.
 	MemoryMiB int `toml:"memory_mib"`
 
-	// Quirks goes before what is known of the module: see Quirks in package hsm. Default: what countersignd check says.
+	// Quirks replaces the known quirks of the module: see Quirks in package hsm. Default: the
+	// quirks printed by countersignd check.
 	Quirks hsm.Quirks `toml:"quirks"`
 }
 
-// Limits bounds what peers can cost. There is no value for "unlimited".
+// Limits has the limits for peers and strangers. No value means "unlimited".
 type Limits struct {
-	// Connections open at once, handshakes included; more are closed at once. Default: 1024.
+	// Connections is the number of open connections, handshakes included. Further connections are
+	// closed at once. Default: 1024.
 	Connections int `toml:"connections"`
-	// Strangers is how many of them may be connections that have proven nothing yet and come from an address from which nobody has
-	// within a day. Default: half of connections.
+	// Strangers is the number of open connections of strangers: no message has been decrypted yet,
+	// and no peer has had a session from the address within a day. Default: half of connections.
 	Strangers int `toml:"strangers"`
-	// ConnectionsPerSource is how many one address may have open, an IPv6 /64 being one. Default: 256.
+	// ConnectionsPerSource is the number of open connections of one address. An IPv6 /64 is one
+	// address. Default: 256.
 	ConnectionsPerSource int `toml:"connections_per_source"`
-	// ConnectionsPerPeer is how many one peer may have open. Default: 128.
+	// ConnectionsPerPeer is the number of open connections of one peer. Default: 128.
 	ConnectionsPerPeer int `toml:"connections_per_peer"`
-	// HandshakesPerSource and Handshakes are how many handshakes of one address, and of all, may be under way or have failed within a
-	// minute. One that proves good does not count any more. Defaults: 5, 100. A quarter of Handshakes is kept for addresses from which
-	// somebody has proven to be a peer within a day.
+	// HandshakesPerSource and Handshakes are the numbers of handshakes, of one address and of all,
+	// that are under way or have failed within a minute. A handshake with a decrypted first message
+	// does not count any more. Defaults: 5, 100. A quarter of Handshakes is reserved for addresses
+	// of peers with a session within a day.
 	HandshakesPerSource int `toml:"handshakes_per_source"`
 	Handshakes          int `toml:"handshakes"`
-	// Sources is how many addresses are remembered for that, some 150 bytes each. Default: 100000.
+	// Sources is the number of remembered addresses, some 150 bytes each. Default: 100000.
 	Sources int `toml:"sources"`
-	// InFlight is how many requests of one connection are served at once; further ones wait unread. Default: 64.
+	// InFlight is the number of requests of one connection being served. Further requests wait
+	// unread. Default: 64.
 	InFlight int `toml:"in_flight"`
-	// Requests is how many requests are served at once in all, the items of a batch one by one; more are refused as
-	// busy, but for one of a peer that has none. Default: 1024.
+	// Requests is the number of requests of all peers being served. An item of a batch counts as
+	// one. Further requests are refused (busy), except one of a peer without requests under way.
+	// Default: 1024.
 	Requests int `toml:"requests"`
-	// RequestsPerPeer is the same for one peer. Default: 256.
+	// RequestsPerPeer is the number of requests of one peer being served. Default: 256.
 	RequestsPerPeer int `toml:"requests_per_peer"`
-	// RequestsPerSecond is how many requests one peer may send a second; more are refused (rate_limited). Default: 10000.
+	// RequestsPerSecond is the number of requests of one peer in a second. Further requests are
+	// refused (rate_limited). Default: 10000.
 	RequestsPerSecond int `toml:"requests_per_second"`
-	// RefusalsPerMinute is how many refused requests of one peer are events of the audit log within a minute; further ones are
-	// counted, in one event a minute. Default: 600.
+	// RefusalsPerMinute is the number of refusals of one peer with an event each in a minute.
+	// Further refusals are counted in one event a minute. Default: 600.
 	RefusalsPerMinute int `toml:"refusals_per_minute"`
-	// BatchItems is how many items a batch may have. Default: 100, whose answers fit into a message.
+	// BatchItems is the number of items of a batch. Default: 100, whose answers fit into a message.
 	BatchItems int `toml:"batch_items"`
-	// HandshakeTimeout is for the handshake, and again for the first request after it: until that decrypts, nobody has
-	// proven to be the peer. Default: 10s.
+	// HandshakeTimeout is the timeout for the handshake, and again for the first request. Until the
+	// first request is decrypted, the client has not proven to be the peer. Default: 10s.
 	HandshakeTimeout Duration `toml:"handshake_timeout"`
-	// ReadTimeout is for a request, from its first byte to its last. Default: 30s.
+	// ReadTimeout is the timeout for a request, from the first byte to the last. Default: 30s.
 	ReadTimeout Duration `toml:"read_timeout"`
-	// IdleTimeout closes a connection on which no request came. Default: 5m.
+	// IdleTimeout is the time without a request after which a connection is closed. Default: 5m.
 	IdleTimeout Duration `toml:"idle_timeout"`
-	// WriteTimeout cuts off a peer that does not read its answers. Default: 10s.
+	// WriteTimeout is the timeout for one answer. A peer that does not read is disconnected.
+	// Default: 10s.
 	WriteTimeout Duration `toml:"write_timeout"`
-	// RequestTimeout is for one request, the device's time included; then the answer is "unavailable". The ending of an
-	// admission has the same time once more to be written down. Default: 15s. It must be more than two of each token's
-	// deadline, so that a call that hung in one worker can be done by another.
+	// RequestTimeout is the timeout for one request, the device's time included. The answer is then
+	// "unavailable". The outcome of an admission has the same time again to reach the disk.
+	// Default: 15s. The value must be more than twice each token's deadline, so that a second
+	// worker can do the call of a worker that hung.
 	RequestTimeout Duration `toml:"request_timeout"`
-	// ClockSkew is how far a document's timestamp may lie in the future. Default: 30s.
+	// ClockSkew is the largest distance of a document's timestamp in the future. Default: 30s.
 	ClockSkew Duration `toml:"clock_skew"`
-	// MaxLifetime of a document, expires_at - timestamp. Default: 168h (7 days, what Paykit's signers use). Danger: a
-	// nonce is kept until its document has expired, so this bounds how much the ledger has to keep.
+	// MaxLifetime is the longest lifetime of a document, expires_at - timestamp. Default: 168h, 7
+	// days, as Paykit's signers use. Danger: the ledger keeps a nonce until its document has
+	// expired, so a longer lifetime makes a larger ledger.
 	MaxLifetime Duration `toml:"max_lifetime"`
-	// Nonces is how many spent nonces may be alive at once; beyond that requests are refused as busy. Default: 20000000. Each
-	// takes some 40 bytes of the daemon's memory.
+	// Nonces is the number of live nonces. Further requests are refused (busy). Default: 20000000.
+	// A nonce takes some 40 bytes of the daemon's memory.
 	Nonces int `toml:"nonces"`
-	// ClockTolerance is how far the system's clock may be behind the ledger's time before nothing is admitted. Default: 2m.
+	// ClockTolerance is the largest lag of the system's clock behind the ledger's time. With a
+	// larger lag, the ledger admits nothing. Default: 2m.
 	ClockTolerance Duration `toml:"clock_tolerance"`
 }
 
-// Duration is a time.Duration that TOML writes like "10s".
+// Duration is a time.Duration with the text form "10s".
 type Duration time.Duration
 
+// std returns the time.Duration.
 func (d Duration) std() time.Duration { return time.Duration(d) }
 
 func (d *Duration) UnmarshalText(text []byte) error {
@@ -266,24 +305,34 @@ func (d *Duration) UnmarshalText(text []byte) error {
 	return err
 }
 
+// defaults returns the configuration of an empty file.
 func defaults() Config {
 	l := appliance.DefaultLimits()
 	return Config{
-		LogLevel: "info", AdminName: "localhost", UnattendedStart: true, RollbackInterval: Duration(time.Hour), RollbackAdmissions: 10_000,
-		Tokens:    map[string]*Token{},
-		Retention: Retention{Epoch: string(appliance.Month), AuditDays: 2557, ReceiptDays: 2557, DecisionDays: 35, Nonces: Duration(24 * time.Hour)},
+		LogLevel: "info", AdminName: "localhost", UnattendedStart: true,
+		RollbackInterval: Duration(time.Hour), RollbackAdmissions: 10_000,
+		Tokens: map[string]*Token{},
+		Retention: Retention{
+			Epoch: string(appliance.Month), AuditDays: 2557, ReceiptDays: 2557, DecisionDays: 35,
+			Nonces: Duration(24 * time.Hour),
+		},
 		Limits: Limits{
-			Connections: l.Connections, ConnectionsPerSource: l.ConnectionsPerSource, ConnectionsPerPeer: l.ConnectionsPerPeer,
+			Connections: l.Connections, ConnectionsPerSource: l.ConnectionsPerSource,
+			ConnectionsPerPeer:  l.ConnectionsPerPeer,
 			HandshakesPerSource: l.Handshakes.PerSource, Handshakes: l.Handshakes.Global, Sources: l.Handshakes.Sources,
-			InFlight: l.InFlight, Requests: l.Requests, RequestsPerPeer: l.RequestsPerPeer, RequestsPerSecond: l.RequestsPerSecond, RefusalsPerMinute: l.RefusalsPerMinute, BatchItems: l.BatchItems,
-			HandshakeTimeout: Duration(l.HandshakeTimeout), ReadTimeout: Duration(l.ReadTimeout), IdleTimeout: Duration(l.IdleTimeout), WriteTimeout: Duration(l.WriteTimeout),
-			RequestTimeout: Duration(l.RequestTimeout), ClockSkew: Duration(l.ClockSkew), MaxLifetime: Duration(l.MaxLifetime),
-			Nonces: 20_000_000, ClockTolerance: Duration(2 * time.Minute),
+			InFlight: l.InFlight, Requests: l.Requests, RequestsPerPeer: l.RequestsPerPeer,
+			RequestsPerSecond: l.RequestsPerSecond, RefusalsPerMinute: l.RefusalsPerMinute, BatchItems: l.BatchItems,
+			HandshakeTimeout: Duration(l.HandshakeTimeout), ReadTimeout: Duration(l.ReadTimeout),
+			IdleTimeout: Duration(l.IdleTimeout), WriteTimeout: Duration(l.WriteTimeout),
+			RequestTimeout: Duration(l.RequestTimeout), ClockSkew: Duration(l.ClockSkew),
+			MaxLifetime: Duration(l.MaxLifetime),
+			Nonces:      20_000_000, ClockTolerance: Duration(2 * time.Minute),
 		},
 	}
 }
 
-// loadConfig reads and checks a configuration file. Errors are one line and name the line of the file where they can.
+// loadConfig reads and checks a configuration file. An error is one line. An error of the TOML
+// names the line of the file.
 func loadConfig(path string) (Config, error) {
 	b, err := os.ReadFile(path)
 	if err != nil {
@@ -292,6 +341,7 @@ func loadConfig(path string) (Config, error) {
 	return parseConfig(path, b)
 }
 
+// parseConfig parses and checks the bytes of the file path.
 func parseConfig(path string, b []byte) (Config, error) {
 	var names struct{ Tokens map[string]any }
 	if err := toml.Unmarshal(b, &names); err != nil {
@@ -299,7 +349,10 @@ func parseConfig(path string, b []byte) (Config, error) {
 	}
 	c := defaults()
 	for name := range names.Tokens {
-		c.Tokens[name] = &Token{PCRs: []uint{7}, Workers: 2, Spread: true, Sessions: 4, MemoryMiB: 256, Deadline: Duration(5 * time.Second)}
+		c.Tokens[name] = &Token{
+			PCRs: []uint{7}, Workers: 2, Spread: true, Sessions: 4, MemoryMiB: 256,
+			Deadline: Duration(5 * time.Second),
+		}
 	}
 	if err := toml.NewDecoder(bytes.NewReader(b)).DisallowUnknownFields().Decode(&c); err != nil {
 		return Config{}, fmt.Errorf("config: %s", explainTOML(path, err))
@@ -323,6 +376,7 @@ func parseConfig(path string, b []byte) (Config, error) {
 	return c, nil
 }
 
+// explainTOML returns an error of the TOML decoder as one line with its place in the file.
 func explainTOML(path string, err error) string {
 	var unknown *toml.StrictMissingError
 	var broken *toml.DecodeError
@@ -337,9 +391,11 @@ func explainTOML(path string, err error) string {
 	return fmt.Sprintf("%s: %v", path, err)
 }
 
+// check checks the fields, and sets the names of default tokens.
 func (c *Config) check() error {
 	for _, required := range []struct{ field, value string }{
-		{"listen", c.Listen + c.ListenPubky}, {"admin_socket", c.AdminSocket}, {"ledger", c.Ledger}, {"policy", c.Policy},
+		{"listen", c.Listen + c.ListenPubky}, {"admin_socket", c.AdminSocket},
+		{"ledger", c.Ledger}, {"policy", c.Policy},
 	} {
 		if required.value == "" {
 			return fmt.Errorf("%s is missing", required.field)
@@ -352,7 +408,8 @@ func (c *Config) check() error {
 	}
 	if host, _, err := net.SplitHostPort(c.AdminHTTPS); c.AdminHTTPS != "" {
 		if ip, bad := netip.ParseAddr(host); err != nil || bad != nil || !ip.IsLoopback() {
-			return fmt.Errorf("admin_https: %q is not a loopback address with a port, such as 127.0.0.1:7780", c.AdminHTTPS)
+			return fmt.Errorf("admin_https: %q is not a loopback address with a port, such as 127.0.0.1:7780",
+				c.AdminHTTPS)
 		}
 	}
 	if _, err := c.logLevel(); err != nil {
@@ -382,11 +439,12 @@ func (c *Config) check() error {
 		{"retention.decision_days", c.Retention.DecisionDays, 36_525},
 	} {
 		if n.value < 1 || n.value > n.most {
-			return fmt.Errorf("%s must be 1 to %d", n.field, n.most)
+			return fmt.Errorf("%s must be 1 to %d, and is %d", n.field, n.most, n.value)
 		}
 	}
 	if most := min(c.Limits.Requests, c.Limits.RequestsPerPeer); c.Limits.BatchItems > most {
-		return fmt.Errorf("limits.batch_items must be at most limits.requests and limits.requests_per_peer, %d: a larger batch would always be busy", most)
+		return fmt.Errorf("limits.batch_items must be at most limits.requests and limits.requests_per_peer, %d: "+
+			"a larger batch would always be busy", most)
 	}
 	for _, d := range []struct {
 		field       string
@@ -405,7 +463,7 @@ func (c *Config) check() error {
 		{"retention.nonces", c.Retention.Nonces, time.Hour, 366 * 24 * time.Hour},
 	} {
 		if v := time.Duration(d.value); v < d.least || v > d.most {
-			return fmt.Errorf("%s must be %v to %v", d.field, d.least, d.most)
+			return fmt.Errorf("%s must be %v to %v, and is %v", d.field, d.least, d.most, v)
 		}
 	}
 	if p := appliance.Period(c.Retention.Epoch); p != appliance.Month && p != appliance.Day && p != appliance.Hour {
@@ -422,6 +480,7 @@ func (c *Config) check() error {
 	return c.checkTokens()
 }
 
+// checkTokens is the part of check for tokens.
 func (c *Config) checkTokens() error {
 	if len(c.Tokens) == 0 {
 		return errors.New("there is no token: write a table [tokens.NAME]")
@@ -459,13 +518,13 @@ func (c *Config) checkTokens() error {
 			least, most int
 		}{{"workers", t.Workers, 1, 16}, {"sessions", t.Sessions, 1, 1024}, {"memory_mib", t.MemoryMiB, 32, 65536}} {
 			if n.value < n.least || n.value > n.most {
-				return fmt.Errorf("%s%s must be %d to %d", in, n.field, n.least, n.most)
+				return fmt.Errorf("%s%s must be %d to %d, and is %d", in, n.field, n.least, n.most, n.value)
 			}
 		}
 		if d := time.Duration(t.Deadline); d < 10*time.Millisecond || d > time.Minute {
-			return fmt.Errorf("%sdeadline must be 10ms to 1m0s", in)
+			return fmt.Errorf("%sdeadline must be 10ms to 1m0s, and is %v", in, d)
 		} else if time.Duration(c.Limits.RequestTimeout) <= 2*d {
-			return fmt.Errorf("limits.request_timeout must be more than two of %sdeadline, %v", in, 2*d)
+			return fmt.Errorf("limits.request_timeout must be more than twice %sdeadline, more than %v", in, 2*d)
 		}
 		if err := t.checkBackend(); err != nil {
 			return fmt.Errorf("%s%w", in, err)
@@ -477,7 +536,7 @@ func (c *Config) checkTokens() error {
 	return nil
 }
 
-// checkBackend sees that what is set is about one device.
+// checkBackend checks that a token has the fields of one kind of device only.
 func (t *Token) checkBackend() error {
 	switch {
 	case t.URI == "" && t.TPM == "":
@@ -491,11 +550,11 @@ func (t *Token) checkBackend() error {
 	case t.TPM != "" && (t.Module != "" || t.Quirks != hsm.Quirks{}):
 		return errors.New("module and quirks are for a PKCS#11 token")
 	case t.IdleLock < 0:
-		return errors.New("idle_lock must not be negative")
+		return fmt.Errorf("idle_lock must not be negative, and is %v", t.IdleLock.std())
 	}
 	for _, pcr := range t.PCRs {
 		if pcr > 23 {
-			return fmt.Errorf("pcrs: there is no PCR %d", pcr)
+			return fmt.Errorf("pcrs: there is no PCR %d: the last one is 23", pcr)
 		}
 	}
 	return nil
@@ -506,11 +565,16 @@ func (c *Config) logLevel() (level slog.Level, err error) {
 }
 
 func (t *Token) hsm() hsm.Config {
-	return hsm.Config{URI: t.URI, Module: t.Module, PINFile: t.PINFile, Sessions: t.Sessions, Share: t.Workers, Quirks: t.Quirks}
+	return hsm.Config{
+		URI: t.URI, Module: t.Module, PINFile: t.PINFile, Sessions: t.Sessions, Share: t.Workers, Quirks: t.Quirks,
+	}
 }
 
 func (t *Token) tpm() tpm.Config {
-	return tpm.Config{Device: t.TPM, State: t.State, PCRs: t.PCRs, PolicyKey: t.PolicyKey, PINFile: t.PINFile, Deadline: t.Deadline.std(), IdleLock: t.IdleLock.std()}
+	return tpm.Config{
+		Device: t.TPM, State: t.State, PCRs: t.PCRs, PolicyKey: t.PolicyKey, PINFile: t.PINFile,
+		Deadline: t.Deadline.std(), IdleLock: t.IdleLock.std(),
+	}
 }
 
 func (c *Config) webhooks() (targets []webhook.Target) {
@@ -521,33 +585,49 @@ func (c *Config) webhooks() (targets []webhook.Target) {
 }
 
 func (c *Config) appliance() appliance.Config {
-	return appliance.Config{Limits: c.limits(), Anchor: c.anchor(), Retention: c.retention(), Attended: !c.UnattendedStart, Identity: c.NoiseIdentity, Webhooks: c.webhooks()}
+	return appliance.Config{
+		Limits: c.limits(), Anchor: c.anchor(), Retention: c.retention(), Attended: !c.UnattendedStart,
+		Identity: c.NoiseIdentity, Webhooks: c.webhooks(),
+	}
 }
 
 func (c *Config) anchor() anchor.Config {
-	return anchor.Config{Token: c.RollbackToken, Interval: c.RollbackInterval.std(), Admissions: uint64(c.RollbackAdmissions)}
+	return anchor.Config{
+		Token: c.RollbackToken, Interval: c.RollbackInterval.std(), Admissions: uint64(c.RollbackAdmissions),
+	}
 }
 
 func (c *Config) retention() appliance.Retention {
-	day := 24 * time.Hour
-	return appliance.Retention{Epoch: appliance.Period(c.Retention.Epoch), Audit: time.Duration(c.Retention.AuditDays) * day, Receipts: time.Duration(c.Retention.ReceiptDays) * day,
-		Decisions: time.Duration(c.Retention.DecisionDays) * day, Nonces: c.Retention.Nonces.std()}
+	r := c.Retention
+	days := func(n int) time.Duration { return time.Duration(n) * 24 * time.Hour }
+	return appliance.Retention{
+		Epoch: appliance.Period(r.Epoch), Audit: days(r.AuditDays), Receipts: days(r.ReceiptDays),
+		Decisions: days(r.DecisionDays), Nonces: r.Nonces.std(),
+	}
 }
 
 func (c *Config) ledger() ledger.Options {
-	return ledger.Options{Margin: c.Retention.Nonces.std(), MaxLifetime: c.Limits.MaxLifetime.std(), MaxNonces: c.Limits.Nonces, ClockTolerance: c.Limits.ClockTolerance.std()}
+	return ledger.Options{
+		Margin: c.Retention.Nonces.std(), MaxLifetime: c.Limits.MaxLifetime.std(), MaxNonces: c.Limits.Nonces,
+		ClockTolerance: c.Limits.ClockTolerance.std(),
+	}
 }
 
 func (c *Config) limits() appliance.Limits {
 	l := c.Limits
 	limits := appliance.DefaultLimits()
-	limits.Connections, limits.Strangers, limits.ConnectionsPerSource, limits.ConnectionsPerPeer = l.Connections, l.Strangers, l.ConnectionsPerSource, l.ConnectionsPerPeer
-	limits.Handshakes.PerSource, limits.Handshakes.Global, limits.Handshakes.Kept = l.HandshakesPerSource, l.Handshakes, l.Handshakes/4
+	limits.Connections, limits.Strangers = l.Connections, l.Strangers
+	limits.ConnectionsPerSource, limits.ConnectionsPerPeer = l.ConnectionsPerSource, l.ConnectionsPerPeer
+	limits.Handshakes.PerSource, limits.Handshakes.Global = l.HandshakesPerSource, l.Handshakes
+	limits.Handshakes.Kept = l.Handshakes / 4
 	limits.Handshakes.Sources, limits.Handshakes.Waiting = max(l.Sources, l.Handshakes+1), l.ConnectionsPerSource
-	limits.InFlight, limits.Requests, limits.RequestsPerPeer, limits.BatchItems = l.InFlight, l.Requests, l.RequestsPerPeer, l.BatchItems
+	limits.InFlight, limits.Requests = l.InFlight, l.Requests
+	limits.RequestsPerPeer, limits.BatchItems = l.RequestsPerPeer, l.BatchItems
 	limits.RequestsPerSecond, limits.RefusalsPerMinute = l.RequestsPerSecond, l.RefusalsPerMinute
-	limits.HandshakeTimeout, limits.ReadTimeout, limits.IdleTimeout, limits.WriteTimeout = l.HandshakeTimeout.std(), l.ReadTimeout.std(), l.IdleTimeout.std(), l.WriteTimeout.std()
-	limits.RequestTimeout, limits.ClockSkew, limits.MaxLifetime = l.RequestTimeout.std(), l.ClockSkew.std(), l.MaxLifetime.std()
+	limits.HandshakeTimeout, limits.ReadTimeout = l.HandshakeTimeout.std(), l.ReadTimeout.std()
+	limits.IdleTimeout, limits.WriteTimeout = l.IdleTimeout.std(), l.WriteTimeout.std()
+	limits.RequestTimeout = l.RequestTimeout.std()
+	limits.ClockSkew, limits.MaxLifetime = l.ClockSkew.std(), l.MaxLifetime.std()
 	limits.Calls = map[string]int{}
 	for name, t := range c.Tokens {
 		limits.Calls[name] = callsAhead * t.Workers * t.Sessions
@@ -555,5 +635,6 @@ func (c *Config) limits() appliance.Limits {
 	return limits
 }
 
-// callsAhead is how many calls a token gets for each session that it has: one is carried out while another one is on its way.
+// callsAhead is the number of calls in flight for each session of a token: one in the device, and
+// one on its way, so that the device is never idle.
 const callsAhead = 2

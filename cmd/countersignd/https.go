@@ -18,10 +18,11 @@ import (
 	"countersign/internal/manage"
 )
 
-// httpsKeys are those of the HTTPS listener.
+// httpsKeys are the names of the keys of the HTTPS listener: of its authority and of its
+// certificate.
 var httpsKeys = []string{keyring.CAName, keyring.AdminName}
 
-// makeHTTPSKeys makes those that are not there.
+// makeHTTPSKeys makes the missing keys of the HTTPS listener.
 func makeHTTPSKeys(ctx context.Context, c Config, app *appliance.Appliance, who audit.Actor, stderr io.Writer) error {
 	if c.AdminHTTPS == "" {
 		return nil
@@ -38,7 +39,7 @@ func makeHTTPSKeys(ctx context.Context, c Config, app *appliance.Appliance, who 
 	return nil
 }
 
-// certificates are those of the HTTPS listener; nil where there is none.
+// certificates returns the certificates of the HTTPS listener, or nil without admin_https.
 func certificates(c Config, p parts, log *slog.Logger) (*certs.Manager, error) {
 	if c.AdminHTTPS == "" {
 		return nil, nil
@@ -56,21 +57,18 @@ func certificates(c Config, p parts, log *slog.Logger) (*certs.Manager, error) {
 	return certs.New(keys[0], keys[1], certificateStore{p.ledger}, []string{c.AdminName}, log)
 }
 
-// certificateStore keeps certificates in the ledger.
+// certificateStore stores certificates in the ledger.
 type certificateStore struct{ *ledger.Ledger }
 
+// certificatePrefix is the prefix of the records' keys.
 const certificatePrefix = "certificate "
 
-func (s certificateStore) Load(name string) (found []byte, err error) {
-	err = s.All(ledger.Meta, func(key string, value []byte) error {
-		if key == certificatePrefix+name {
-			found = append([]byte{}, value...)
-		}
-		return nil
-	})
-	return found, err
+// Load returns a certificate, or nil if there is none.
+func (s certificateStore) Load(name string) ([]byte, error) {
+	return s.Get(ledger.Meta, certificatePrefix+name)
 }
 
+// Save stores a certificate. An empty value deletes the certificate.
 func (s certificateStore) Save(ctx context.Context, name string, value []byte) error {
 	return s.Update(ctx, func(tx *ledger.Tx) error {
 		if len(value) == 0 {
@@ -80,13 +78,14 @@ func (s certificateStore) Save(ctx context.Context, name string, value []byte) e
 	})
 }
 
-// httpsPort is the port that browsers call.
+// httpsPort returns the port of the HTTPS listener, or "".
 func (c *Config) httpsPort() string {
-	_, port, _ := net.SplitHostPort(c.AdminHTTPS) // checked when it was read
+	_, port, _ := net.SplitHostPort(c.AdminHTTPS) // checked by Config.check
 	return port
 }
 
-// adminOrigin is that of the pages that browsers may call it from.
+// adminOrigin returns the web origin of the admin API. Browsers may call the API from pages of this
+// origin only.
 func (c *Config) adminOrigin() string {
 	if c.AdminHTTPS == "" {
 		return "https://" + c.AdminName
@@ -94,7 +93,7 @@ func (c *Config) adminOrigin() string {
 	return "https://" + net.JoinHostPort(c.AdminName, c.httpsPort())
 }
 
-// adminGroup is the number of the group of the admin socket; "" where there is none.
+// adminGroup returns the id of the admin socket's group, or "" without admin_group.
 func (c *Config) adminGroup() (string, error) {
 	if c.AdminGroup == "" {
 		return "", nil

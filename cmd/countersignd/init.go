@@ -21,8 +21,8 @@ import (
 	"countersign/tpm"
 )
 
-// initialise creates what serve needs: the token if asked to, the ledger, the Noise key. Each step is whole or not done,
-// and is left alone where it is done already.
+// initialise creates the parts that serve needs: with newToken the tokens, then the ledger and the
+// keys. initialise is idempotent: each step is atomic, and an existing part is not changed.
 func initialise(ctx context.Context, c Config, newToken bool, soPINFile string, stdout, stderr io.Writer) error {
 	if newToken != (soPINFile != "") {
 		return errors.New("--new-token and --so-pin-file go together")
@@ -42,7 +42,7 @@ func initialise(ctx context.Context, c Config, newToken bool, soPINFile string, 
 			}
 		}
 	}
-	// Before anything is created here: is there a token to go with it?
+	// The token of the Noise key must answer before the ledger is created.
 	log := slog.New(slog.NewTextHandler(stderr, &slog.HandlerOptions{Level: slog.LevelError}))
 	token := *c.Tokens[c.NoiseToken]
 	token.Workers = 1
@@ -101,7 +101,8 @@ func initialise(ctx context.Context, c Config, newToken bool, soPINFile string, 
 	return nil
 }
 
-// makeFolder makes one folder, unless it is there, so that it will be there after a power cut.
+// makeFolder makes one directory, unless the directory exists, and syncs the parent against a power
+// cut.
 func makeFolder(path string) error {
 	if err := os.Mkdir(path, 0o700); errors.Is(err, os.ErrExist) {
 		return nil
@@ -116,12 +117,13 @@ func makeFolder(path string) error {
 	return parent.Sync()
 }
 
-// makeTokens makes the tokens that are not there. It is not the daemon: the module is loaded here.
+// makeTokens initialises the missing PKCS#11 tokens. This process loads the modules, unlike the
+// daemon, whose key workers do.
 func makeTokens(ctx context.Context, c Config, soPINFile string, stderr io.Writer) error {
 	for _, name := range slices.Sorted(maps.Keys(c.Tokens)) {
 		t := c.Tokens[name]
 		if t.TPM != "" {
-			continue // there is nothing to make
+			continue // a TPM needs no initialisation here
 		}
 		for name, value := range t.Environment {
 			if err := os.Setenv(name, value); err != nil {

@@ -1,5 +1,5 @@
-// Command countersignd is the Countersign daemon: it serves peers over Noise and the operator on a Unix socket. Its
-// configuration is described at Config.
+// Command countersignd is the Countersign daemon: the service for peers over Noise, and for
+// operators on a Unix socket. Config describes the configuration.
 package main
 
 import (
@@ -24,13 +24,15 @@ import (
 )
 
 func main() {
-	// Further signals change nothing: stopping takes a bounded time, and what was admitted must be finished.
+	// A second signal has no effect: the stop takes a bounded time, and admitted requests must be
+	// finished.
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, syscall.SIGINT)
 	code := run(ctx, os.Args[1:], os.Stdout, os.Stderr)
 	stop()
 	os.Exit(code)
 }
 
+// run executes a command line, and returns the exit status.
 func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 	var configPath string
 	root := &cobra.Command{
@@ -39,7 +41,8 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 		SilenceUsage:  true,
 		SilenceErrors: true,
 	}
-	root.PersistentFlags().StringVar(&configPath, "config", "/etc/countersign/countersign.toml", "the configuration file (TOML)")
+	root.PersistentFlags().StringVar(&configPath, "config", "/etc/countersign/countersign.toml",
+		"the configuration file (TOML)")
 	root.SetArgs(args)
 	root.SetOut(stdout)
 	root.SetErr(stderr)
@@ -48,22 +51,27 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 	var soPINFile string
 	initCmd := &cobra.Command{
 		Use:   "init",
-		Short: "Create the ledger and the listener's Noise key; print the key's public half",
-		Long: "Creates the ledger and, in the token, the listener's Noise key, whose public half it prints: peers need it.\n" +
-			"What is there already is left as it is, so an interrupted init can be run again.",
+		Short: "Create the ledger and the listener's Noise key; print the public key",
+		Long: "Creates the ledger and, in the token, the listener's Noise key and the audit log's key.\n" +
+			"Prints the public Noise key, which peers need. An existing part is not changed: run an\n" +
+			"interrupted init again.",
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			ctx, cancel := context.WithTimeout(cmd.Context(), startTime)
 			defer cancel()
-			return withConfig(configPath, func(c Config) error { return initialise(ctx, c, newToken, soPINFile, stdout, stderr) })
+			return withConfig(configPath, func(c Config) error {
+				return initialise(ctx, c, newToken, soPINFile, stdout, stderr)
+			})
 		},
 	}
-	initCmd.Flags().BoolVar(&newToken, "new-token", false, "make the token first, labelled as the URI says, unless it is there")
-	initCmd.Flags().StringVar(&soPINFile, "so-pin-file", "", "with --new-token: the file with the security officer's PIN")
+	initCmd.Flags().BoolVar(&newToken, "new-token", false,
+		"initialise each missing PKCS#11 token first, with the label of its URI")
+	initCmd.Flags().StringVar(&soPINFile, "so-pin-file", "",
+		"with --new-token: the file with the security officer's PIN")
 
 	serveCmd := &cobra.Command{
 		Use:   "serve",
-		Short: "Serve peers and the operator until SIGTERM",
+		Short: "Serve peers and operators until SIGTERM",
 		Args:  cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			err := withConfig(configPath, func(c Config) error { return serve(cmd.Context(), c, stderr) })
@@ -77,7 +85,7 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 	var deep bool
 	checkCmd := &cobra.Command{
 		Use:   "check",
-		Short: "Say whether serve would start: configuration, policy, token, ledger, keys",
+		Short: "Check whether serve would start: configuration, policy, tokens, ledger, keys",
 		Args:  cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			ctx := cmd.Context()
@@ -86,27 +94,33 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 				ctx, cancel = context.WithTimeout(ctx, startTime)
 				defer cancel()
 			}
-			return withConfig(configPath, func(c Config) error { return check(ctx, configPath, c, deep, stdout, stderr) })
+			return withConfig(configPath, func(c Config) error {
+				return check(ctx, configPath, c, deep, stdout, stderr)
+			})
 		},
 	}
-	checkCmd.Flags().BoolVar(&deep, "deep", false, "read the whole ledger: each page, each event against its hash, each tree against its root")
+	checkCmd.Flags().BoolVar(&deep, "deep", false,
+		"read the whole ledger: each page, and compare each event with its hash, each tree with its root")
 	workerCmd := &cobra.Command{
-		Use: workerCommand, Hidden: true, Args: cobra.ExactArgs(1), // the token's name, for whoever looks at the processes
+		Use: workerCommand, Hidden: true, Args: cobra.ExactArgs(1), // the token's name, for lists of processes
 		RunE: func(*cobra.Command, []string) error { return keyWorker() },
 	}
 	var keyPath string
 	var registers map[string]string
 	approveCmd := &cobra.Command{
 		Use:   "approve-state",
-		Short: "Sign a state of a machine with a TPM, for keys that are sealed to policy_key; print it",
-		Long: "Signs values of PCRs with the private key to policy_key (ECDSA on P-256, PEM) and prints the approval. Written to a file\n" +
-			"NAME.approval.json in the token's state folder, it lets the machine use its keys in that state. It needs no TPM and no\n" +
-			"configuration: run it where the updates are signed. countersignd check prints the values of a machine as it is.",
+		Short: "Approve a state of a machine with a TPM, for keys that are sealed to policy_key",
+		Long: "Signs values of PCRs with the private key to policy_key (ECDSA on P-256, PEM), and prints\n" +
+			"the approval. Write the approval to a file NAME.approval.json in the token's state folder:\n" +
+			"the machine can then use its keys in that state. The command needs no TPM and no\n" +
+			"configuration: run it where updates are signed. countersignd check prints the present values\n" +
+			"of a machine.",
 		Args: cobra.NoArgs,
 		RunE: func(*cobra.Command, []string) error { return approveState(keyPath, registers, stdout) },
 	}
 	approveCmd.Flags().StringVar(&keyPath, "key", "", "the file with the private key")
-	approveCmd.Flags().StringToStringVar(&registers, "pcr", nil, "N=HEX, a register of bank SHA-256 and its value; for each that the keys are sealed to")
+	approveCmd.Flags().StringToStringVar(&registers, "pcr", nil,
+		"N=HEX, a register of the SHA-256 bank and its value; repeat for each register that the keys are sealed to")
 	root.AddCommand(initCmd, serveCmd, checkCmd, approveCmd, workerCmd)
 	if err := root.ExecuteContext(ctx); err != nil {
 		fmt.Fprintf(stderr, "countersignd: %s\n", advise(err))
@@ -115,6 +129,7 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 	return 0
 }
 
+// withConfig calls do with the configuration of a file.
 func withConfig(path string, do func(Config) error) error {
 	c, err := loadConfig(path)
 	if err != nil {
@@ -123,7 +138,7 @@ func withConfig(path string, do func(Config) error) error {
 	return do(c)
 }
 
-// advise makes one line of an error that ended the program and says what to do about it.
+// advise returns an error as one line, with advice if there is any.
 func advise(err error) string {
 	text := strings.Join(strings.Fields(err.Error()), " ")
 	for _, a := range []struct {
@@ -133,7 +148,8 @@ func advise(err error) string {
 		{ledger.ErrMissing, "run: countersignd init"},
 		{ledger.ErrInUse, "stop the other countersignd first"},
 		{ledger.ErrFormat, "install that version again"},
-		{ledger.ErrCorrupt, "restore it from a backup; do not replace it with an empty one, its nonces would be forgotten"},
+		{ledger.ErrCorrupt, "restore it from a backup; do not replace it with an empty one, " +
+			"its nonces would be forgotten"},
 		{ledger.ErrUnknownState, "look at the disk, then start again: the ledger recovers by being opened"},
 		{keystore.ErrAuth, "correct the PIN file; the PIN was tried once and will not be tried again"},
 		{syscall.EADDRINUSE, "another program listens there; change listen in the configuration"},
@@ -145,16 +161,17 @@ func advise(err error) string {
 	return text
 }
 
-// parts is what init, serve and check open, in the order in which they are cheap to refuse.
+// parts are the open parts of an appliance.
 type parts struct {
 	ledger *ledger.Ledger
 	tokens map[string]keystore.Store
 	app    *appliance.Appliance
 }
 
-// startTime bounds how long the token may take until the appliance is put together.
+// startTime is the timeout for the tokens until the appliance is complete.
 const startTime = time.Minute
 
+// open opens the parts. The ledger comes first, because its errors cost the least time.
 func open(ctx context.Context, c Config, log *slog.Logger) (p parts, err error) {
 	ctx, cancel := context.WithTimeout(ctx, startTime)
 	defer cancel()
@@ -167,12 +184,12 @@ func open(ctx context.Context, c Config, log *slog.Logger) (p parts, err error) 
 	if p.ledger, err = openLedger(c); err != nil {
 		return p, errors.Join(broken, fmt.Errorf("%s: %w", c.Ledger, err))
 	}
-	if broken != nil { // the policy that operators have approved stays in force, whatever becomes of the file
+	if broken != nil { // the policy approved by operators stays in force without the file
 		if rules, err = appliance.ApprovedPolicy(p.ledger); rules == nil || err != nil {
 			return p, errors.Join(broken, err)
 		}
 	}
-	// The monitor keeps the changes of tokens until there is an appliance to write them down.
+	// The monitor keeps the failures of tokens until the appliance can write the events.
 	config := c.appliance()
 	config.Monitor = resource.NewMonitor(log, config.Limits.RequestTimeout)
 	changed := func(token string, up bool, cause error) {
@@ -190,8 +207,8 @@ func open(ctx context.Context, c Config, log *slog.Logger) (p parts, err error) 
 	return p, nil
 }
 
-// openLedger opens the ledger so that nonces are kept as long as is in force, which may be another time
-// than the configuration says.
+// openLedger opens the ledger with the retention time of nonces in force, which the ledger has. The
+// configuration may have another time.
 func openLedger(c Config) (*ledger.Ledger, error) {
 	options := c.ledger()
 	options.MarginOf = func(v ledger.View) (time.Duration, error) {
@@ -201,8 +218,9 @@ func openLedger(c Config) (*ledger.Ledger, error) {
 	return ledger.Open(c.Ledger, options)
 }
 
+// close closes the parts. The tokens come first, because their failures are events in the ledger.
 func (p parts) close(log *slog.Logger) {
-	closeTokens(p.tokens, log) // first: what changes with them is written down
+	closeTokens(p.tokens, log)
 	if p.ledger != nil {
 		if err := p.ledger.Close(); err != nil {
 			log.Error("close the ledger", "err", err)

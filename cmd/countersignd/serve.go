@@ -23,7 +23,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// stopWait bounds how long the admin API may take to finish its requests at the end, and then the acts that were approved.
+// stopWait is the timeout at the end for the requests of the admin API, and again for approved
+// acts.
 const stopWait = 5 * time.Second
 
 // serve runs the daemon until ctx ends.
@@ -32,7 +33,7 @@ func serve(ctx context.Context, c Config, stderr io.Writer) error {
 		return err
 	}
 	if os.Getenv("GOGC") == "" {
-		debug.SetGCPercent(400) // the heap is a few MiB: to collect it five times less often costs nothing that counts
+		debug.SetGCPercent(400) // the heap is a few MiB: fewer collections save time at little memory
 	}
 	level, err := c.logLevel()
 	if err != nil {
@@ -90,7 +91,8 @@ func serve(ctx context.Context, c Config, stderr io.Writer) error {
 	defer cancel(nil)
 	host := net.JoinHostPort(c.AdminName, c.httpsPort())
 	api := admin.New(admin.Config{
-		Appliance: p.app, Operators: desk, LoadPolicy: func() (*policy.Policy, error) { return policy.Load(c.Policy) }, Group: group,
+		Appliance: p.app, Operators: desk, Group: group,
+		LoadPolicy:   func() (*policy.Policy, error) { return policy.Load(c.Policy) },
 		ErrorLog:     slog.NewLogLogger(log.Handler(), slog.LevelWarn),
 		Certificates: certs, Hosts: []string{host}, Origin: c.adminOrigin(), RPID: c.AdminName,
 	})
@@ -118,7 +120,7 @@ func serve(ctx context.Context, c Config, stderr io.Writer) error {
 		api.Close()
 	}
 	apiDone.Wait()
-	// Time of its own: a connection of which nothing was read yet, which anybody can open, uses up all of the other.
+	// A timeout of its own, because any client can use up the other one with a silent connection.
 	finish, finished := context.WithTimeout(context.Background(), stopWait)
 	defer finished()
 	if err := desk.Close(finish); err != nil {
@@ -133,16 +135,19 @@ func serve(ctx context.Context, c Config, stderr io.Writer) error {
 	return p.app.Stop()
 }
 
-// openDesk gives the operators their place.
+// openDesk opens the registry of operators.
 func openDesk(c Config, p parts, log *slog.Logger) (*operators.Registry, error) {
 	name, _, err := p.app.Log()
 	if err != nil {
 		return nil, err
 	}
-	return operators.Open(p.ledger, operators.Config{Appliance: name.Name(), RPID: c.AdminName, Origin: c.adminOrigin(), Acts: admin.Acts(p.app), Changed: p.app.Keys.CredentialsChanged, Log: log})
+	return operators.Open(p.ledger, operators.Config{
+		Appliance: name.Name(), RPID: c.AdminName, Origin: c.adminOrigin(), Acts: admin.Acts(p.app),
+		Changed: p.app.Keys.CredentialsChanged, Log: log,
+	})
 }
 
-// expire ends proposals whose time is over, as soon as anybody could notice.
+// expire ends expired proposals, once a minute until ctx ends.
 func expire(ctx context.Context, desk *operators.Registry, log *slog.Logger) {
 	ticker := time.NewTicker(time.Minute)
 	defer ticker.Stop()
@@ -153,14 +158,14 @@ func expire(ctx context.Context, desk *operators.Registry, log *slog.Logger) {
 		case <-ticker.C:
 		}
 		if err := desk.Expire(ctx); err != nil && ctx.Err() == nil {
-			log.Error("proposals whose time is over can't be ended", "err", err)
+			log.Error("expired proposals can't be ended", "err", err)
 		}
 	}
 }
 
-// listen opens the listeners that are configured.
+// listen opens the listeners for peers.
 func listen(ctx context.Context, c Config) (all []appliance.Listener, err error) {
-	// Go's default would be MPTCP, which the rules of a sandbox on TCP ports do not cover.
+	// Go's default is MPTCP, which a sandbox's rules for TCP ports do not cover.
 	var lc net.ListenConfig
 	lc.SetMultipathTCP(false)
 	for _, at := range []struct {
@@ -182,8 +187,8 @@ func listen(ctx context.Context, c Config) (all []appliance.Listener, err error)
 	return all, nil
 }
 
-// watchdog tells systemd that the daemon is alive as long as the ledger's writer comes round: a daemon that can't write
-// down can't sign, and is better started anew.
+// watchdog notifies systemd's watchdog while the ledger's writer executes requests. A daemon that
+// can't write can't sign, and systemd restarts the daemon.
 func watchdog(ctx context.Context, app *appliance.Appliance, log *slog.Logger) {
 	interval, err := daemon.SdWatchdogEnabled(false)
 	if err != nil || interval == 0 {
@@ -208,8 +213,8 @@ func watchdog(ctx context.Context, app *appliance.Appliance, log *slog.Logger) {
 	}
 }
 
-// noCoreFiles keeps the memory of this process, which has seen the PIN, out of core files and from other processes of
-// the same user.
+// noCoreFiles protects the memory of this process, which may contain the PIN: from core files, and
+// from other processes of the same user.
 func noCoreFiles() error {
 	if err := unix.Setrlimit(unix.RLIMIT_CORE, &unix.Rlimit{}); err != nil {
 		return fmt.Errorf("no core files: %w", err)

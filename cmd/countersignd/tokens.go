@@ -20,14 +20,17 @@ import (
 	"countersign/tpm"
 )
 
-// workerCommand is the hidden subcommand under which countersignd runs itself as a key worker.
+// workerCommand is the hidden command of a key worker process.
 const workerCommand = "key-worker"
 
-// openToken starts the key workers of a token. The daemon's process never loads the module or reads the PIN.
-func openToken(ctx context.Context, name string, t *Token, patient bool, log *slog.Logger, changed func(up bool, cause error)) (keystore.Store, error) {
+// openToken starts the key workers of a token. The daemon's process never loads the module or reads
+// the PIN. A patient token need not answer yet.
+func openToken(
+	ctx context.Context, name string, t *Token, patient bool, log *slog.Logger, changed func(up bool, cause error),
+) (keystore.Store, error) {
 	device, inFlight := device{HSM: new(t.hsm())}, max(16, 2*t.Sessions)
 	if t.TPM != "" {
-		device.HSM, device.TPM, inFlight = nil, new(t.tpm()), 256 // most of what is asked of it is done without the TPM
+		device.HSM, device.TPM, inFlight = nil, new(t.tpm()), 256 // most calls are done without the TPM
 	}
 	hello, err := json.Marshal(device)
 	if err != nil {
@@ -37,16 +40,17 @@ func openToken(ctx context.Context, name string, t *Token, patient bool, log *sl
 		Name: name, Hello: hello, Workers: t.Workers, Spread: t.Spread, InFlight: inFlight, Memory: t.MemoryMiB << 20,
 		Deadline: t.Deadline.std(), Log: log, OnChange: changed,
 		Command: func(int) *exec.Cmd {
-			// The running binary, even if a package has replaced the file meanwhile.
+			// The running binary, also after an update of the file.
 			cmd := exec.Command("/proc/self/exe", workerCommand, name)
 			cmd.Args[0] = "countersignd"
-			cmd.Env = slices.DeleteFunc(os.Environ(), func(v string) bool { // the service manager's words are for the daemon
-				return strings.HasPrefix(v, "NOTIFY_SOCKET=") || strings.HasPrefix(v, "WATCHDOG_") || strings.HasPrefix(v, "LISTEN_")
+			cmd.Env = slices.DeleteFunc(os.Environ(), func(v string) bool { // systemd's variables are for the daemon
+				return strings.HasPrefix(v, "NOTIFY_SOCKET=") || strings.HasPrefix(v, "WATCHDOG_") ||
+					strings.HasPrefix(v, "LISTEN_")
 			})
 			for name, value := range t.Environment {
 				cmd.Env = append(cmd.Env, name+"="+value)
 			}
-			cmd.Env = append(cmd.Env, "GOTRACEBACK=none") // no registers and no stack of a crash in a log: they can hold secrets
+			cmd.Env = append(cmd.Env, "GOTRACEBACK=none") // registers and stacks in a log could show secrets
 			return cmd
 		},
 	}, patient)
@@ -56,17 +60,17 @@ func openToken(ctx context.Context, name string, t *Token, patient bool, log *sl
 	return pool, nil
 }
 
-// keyWorker is the process that a Pool has started.
+// keyWorker is the main function of a key worker, started by a worker.Pool.
 func keyWorker() error {
 	if err := noCoreFiles(); err != nil {
 		return err
 	}
-	signal.Ignore(syscall.SIGTERM, syscall.SIGINT, syscall.SIGHUP) // the daemon decides, by closing the socket
+	signal.Ignore(syscall.SIGTERM, syscall.SIGINT, syscall.SIGHUP) // the daemon ends the worker by closing the socket
 	socket := os.NewFile(3, "key worker")
 	if st, err := socket.Stat(); err != nil || st.Mode().Type() != os.ModeSocket {
 		return errors.New("key-worker is for countersignd itself")
 	}
-	return worker.Serve(socket, func(ctx context.Context, config []byte, gate worker.LogIn) (keystore.Store, int, error) {
+	open := func(ctx context.Context, config []byte, gate worker.LogIn) (keystore.Store, int, error) {
 		var d device
 		if err := json.Unmarshal(config, &d); err != nil {
 			return nil, 0, err
@@ -76,21 +80,23 @@ func keyWorker() error {
 			return nil, 0, err
 		}
 		return store, lanes, nil
-	})
+	}
+	return worker.Serve(socket, open)
 }
 
-// device is what a key worker is told: one of its fields is set.
+// device is the configuration of a key worker: either HSM or TPM.
 type device struct {
 	HSM *hsm.Config `json:"hsm,omitempty"`
 	TPM *tpm.Config `json:"tpm,omitempty"`
 }
 
+// open opens the device, and returns the number of concurrent operations.
 func (d device) open(ctx context.Context, gate worker.LogIn) (keystore.Store, int, error) {
 	switch {
 	case d.HSM != nil:
 		d.HSM.LogIn = gate
-		// Go takes the place of a thread that waits in C away only after a while: there is one for each that may wait, and
-		// some for those that don't.
+		// Go reuses the processor of a thread that waits in C only after a while. So each session
+		// has a processor, and two are left for other goroutines.
 		runtime.GOMAXPROCS(d.HSM.Sessions + 2)
 		store, err := hsm.Open(ctx, *d.HSM)
 		return store, d.HSM.Sessions, err
@@ -99,14 +105,18 @@ func (d device) open(ctx context.Context, gate worker.LogIn) (keystore.Store, in
 		store, err := tpm.Open(ctx, *d.TPM)
 		return store, runtime.GOMAXPROCS(0), err
 	}
-	return nil, 0, errors.New("a key worker was told of no device")
+	return nil, 0, errors.New("a key worker has no device in its configuration")
 }
 
-// openTokens opens all tokens. That with the Noise key must answer; another one may come later.
-func openTokens(ctx context.Context, c Config, log *slog.Logger, changed func(token string, up bool, cause error)) (map[string]keystore.Store, error) {
+// openTokens opens all tokens. The token with the Noise key must answer. Another token may answer
+// later.
+func openTokens(
+	ctx context.Context, c Config, log *slog.Logger, changed func(token string, up bool, cause error),
+) (map[string]keystore.Store, error) {
 	all := map[string]keystore.Store{}
 	for name, t := range c.Tokens {
-		store, err := openToken(ctx, name, t, name != c.NoiseToken, log, func(up bool, cause error) { changed(name, up, cause) })
+		changedToken := func(up bool, cause error) { changed(name, up, cause) }
+		store, err := openToken(ctx, name, t, name != c.NoiseToken, log, changedToken)
 		if err != nil {
 			closeTokens(all, log)
 			return nil, err
@@ -116,6 +126,7 @@ func openTokens(ctx context.Context, c Config, log *slog.Logger, changed func(to
 	return all, nil
 }
 
+// closeTokens closes tokens, and logs errors.
 func closeTokens(all map[string]keystore.Store, log *slog.Logger) {
 	for name, store := range all {
 		if err := store.Close(); err != nil {
