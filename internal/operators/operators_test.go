@@ -158,7 +158,10 @@ func newRigIn(t *testing.T, dir, name string, people int) *rig {
 		t.Fatal(err)
 	}
 	r.open(t)
-	t.Cleanup(func() { r.ledger.Close() })
+	t.Cleanup(func() {
+		r.agrees(t)
+		r.ledger.Close()
+	})
 	for i := range people {
 		r.enrol(t, newSigner(t, fmt.Sprintf("o%d", i)), "approver")
 	}
@@ -200,6 +203,37 @@ func (r *rig) open(t *testing.T) {
 	l, err := ledgertest.Open(t, r.path, ledger.Options{})
 	if err := r.openOn(l, err); err != nil {
 		t.Fatal(err)
+	}
+}
+
+// agrees compares the memory with the records of the ledger, read anew by the functions that a start
+// uses. A ledger that is closed or has failed is not compared.
+func (r *rig) agrees(t *testing.T) {
+	t.Helper()
+	anew := &Registry{
+		roster: roster{map[string]person{}, 1}, proposals: map[uint64]*record{}, sessions: map[[32]byte]*Session{},
+	}
+	err := r.ledger.View(func(v ledger.View) error {
+		return errors.Join(v.All(ledger.Operators, anew.takeOperator), v.All(ledger.Meta, anew.takeNeeded),
+			v.All(ledger.Proposals, anew.takeProposal))
+	})
+	if errors.Is(err, ledger.ErrClosed) {
+		return
+	} else if err != nil {
+		t.Fatal(err)
+	}
+	select {
+	case <-r.ledger.Failed():
+		return
+	default:
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if got, want := fmt.Sprint(r.roster), fmt.Sprint(anew.roster); got != want {
+		t.Errorf("the roster in memory is %s, the ledger has %s", got, want)
+	}
+	if got, want := string(manage.Encode(r.proposals)), string(manage.Encode(anew.proposals)); got != want {
+		t.Errorf("the proposals in memory are %s, the ledger has %s", got, want)
 	}
 }
 
