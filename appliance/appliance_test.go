@@ -688,9 +688,9 @@ func TestManageRefuses(t *testing.T) {
 	}
 }
 
-// TestErrorsTellNoSecrets: an error without a row of the table is "unavailable". The peer gets no
+// TestEveryErrorHasOneCode: an error without a row of the table is "unavailable". The peer gets no
 // text of such an error, nor of an error of a device, the disk or the policy.
-func TestErrorsTellNoSecrets(t *testing.T) {
+func TestEveryErrorHasOneCode(t *testing.T) {
 	secret := errors.New("C_Login: pin 1234 in /etc/countersign")
 	all := []error{secret}
 	for _, known := range []error{
