@@ -82,7 +82,7 @@ func serve(ctx context.Context, c Config, stderr io.Writer) error {
 		}
 		doors = append(doors, l)
 	}
-	desk, err := openDesk(c, p, log)
+	registry, err := openOperators(c, p, log)
 	if err != nil {
 		return err
 	}
@@ -91,7 +91,7 @@ func serve(ctx context.Context, c Config, stderr io.Writer) error {
 	defer cancel(nil)
 	host := net.JoinHostPort(c.AdminName, c.httpsPort())
 	api := admin.New(admin.Config{
-		Appliance: p.app, Operators: desk, Group: group,
+		Appliance: p.app, Operators: registry, Group: group,
 		LoadPolicy:   func() (*policy.Policy, error) { return policy.Load(c.Policy) },
 		ErrorLog:     slog.NewLogLogger(log.Handler(), slog.LevelWarn),
 		Certificates: certs, Hosts: []string{host}, Origin: c.adminOrigin(), RPID: c.AdminName,
@@ -104,7 +104,7 @@ func serve(ctx context.Context, c Config, stderr io.Writer) error {
 			}
 		})
 	}
-	go expire(ctx, desk, log)
+	go expire(ctx, registry, log)
 	context.AfterFunc(ctx, func() { daemon.SdNotify(false, daemon.SdNotifyStopping) })
 	go watchdog(ctx, p.app, log)
 	for _, l := range peers {
@@ -123,7 +123,7 @@ func serve(ctx context.Context, c Config, stderr io.Writer) error {
 	// A timeout of its own, because any client can use up the other one with a silent connection.
 	finish, finished := context.WithTimeout(context.Background(), stopWait)
 	defer finished()
-	if err := desk.Close(finish); err != nil {
+	if err := registry.Close(finish); err != nil {
 		log.Error("an approved act is cut off", "err", err)
 	}
 	if cause := context.Cause(ctx); err == nil && cause != nil && !errors.Is(cause, context.Canceled) {
@@ -135,8 +135,8 @@ func serve(ctx context.Context, c Config, stderr io.Writer) error {
 	return p.app.Stop()
 }
 
-// openDesk opens the registry of operators.
-func openDesk(c Config, p parts, log *slog.Logger) (*operators.Registry, error) {
+// openOperators opens the registry of operators.
+func openOperators(c Config, p parts, log *slog.Logger) (*operators.Registry, error) {
 	name, _, err := p.app.Log()
 	if err != nil {
 		return nil, err
@@ -148,7 +148,7 @@ func openDesk(c Config, p parts, log *slog.Logger) (*operators.Registry, error) 
 }
 
 // expire ends expired proposals, once a minute until ctx ends.
-func expire(ctx context.Context, desk *operators.Registry, log *slog.Logger) {
+func expire(ctx context.Context, registry *operators.Registry, log *slog.Logger) {
 	ticker := time.NewTicker(time.Minute)
 	defer ticker.Stop()
 	for {
@@ -157,7 +157,7 @@ func expire(ctx context.Context, desk *operators.Registry, log *slog.Logger) {
 			return
 		case <-ticker.C:
 		}
-		if err := desk.Expire(ctx); err != nil && ctx.Err() == nil {
+		if err := registry.Expire(ctx); err != nil && ctx.Err() == nil {
 			log.Error("expired proposals can't be ended", "err", err)
 		}
 	}
