@@ -106,6 +106,7 @@ type Registry struct {
 	// of mu must not wait for the ledger, or for other I/O.
 	mu       sync.RWMutex
 	members  map[[32]byte]*Member // by public key
+	names    map[string]*Member   // the same members, by name
 	requests int                  // requests being served
 	sessions map[*Session]struct{}
 }
@@ -136,7 +137,7 @@ func decode(name string, value []byte) (r record, p Peer, err error) {
 func Open(ctx context.Context, l *ledger.Ledger, limits Limits, log *slog.Logger) (*Registry, error) {
 	r := &Registry{
 		ledger: l, limits: limits, log: log, enrolling: manage.NewLock(),
-		members: map[[32]byte]*Member{}, sessions: map[*Session]struct{}{},
+		members: map[[32]byte]*Member{}, names: map[string]*Member{}, sessions: map[*Session]struct{}{},
 	}
 	return r, l.Follow(ctx, &r.mu, ledger.Followed{Table: ledger.Peers, Take: r.take})
 }
@@ -144,12 +145,9 @@ func Open(ctx context.Context, l *ledger.Ledger, limits Limits, log *slog.Logger
 // take updates memory from the record of a peer. A nil value means that the record was deleted. The
 // ledger's writer holds mu.
 func (r *Registry) take(name string, value []byte) error {
-	m := r.named(name)
+	m := r.names[name]
 	if value == nil {
-		if m != nil {
-			m.removed = true
-			delete(r.members, m.PublicKey)
-		}
+		r.forget(m)
 		return nil
 	}
 	rec, p, err := decode(name, value)
@@ -160,12 +158,9 @@ func (r *Registry) take(name string, value []byte) error {
 		return fmt.Errorf("peers %q and %q in the ledger have the same public key", other.Name, name)
 	}
 	if m == nil || m.PublicKey != p.PublicKey {
-		if m != nil {
-			m.removed = true
-			delete(r.members, m.PublicKey)
-		}
+		r.forget(m)
 		m = r.newMember(p)
-		r.members[p.PublicKey] = m
+		r.members[p.PublicKey], r.names[name] = m, m
 	}
 	if m.suspended = rec.Suspended; m.suspended {
 		m.suspending = false
@@ -191,14 +186,14 @@ func (r *Registry) newMember(p Peer) *Member {
 	}
 }
 
-// named returns the member with a name, or nil. The caller holds mu.
-func (r *Registry) named(name string) *Member {
-	for _, m := range r.members {
-		if m.Name == name {
-			return m
-		}
+// forget removes a member from memory; nil is no member. The caller holds mu.
+func (r *Registry) forget(m *Member) {
+	if m == nil {
+		return
 	}
-	return nil
+	m.removed = true
+	delete(r.members, m.PublicKey)
+	delete(r.names, m.Name)
 }
 
 // Remember calls visit for each active peer, with the address of its last session and the time
@@ -225,7 +220,7 @@ func (r *Registry) In(publicKey [32]byte) bool {
 func (r *Registry) Enrolled(name string) bool {
 	r.mu.RLock()
 	defer r.mu.RUnlock()
-	m := r.named(name)
+	m := r.names[name]
 	return m != nil && !m.removed
 }
 
@@ -324,7 +319,7 @@ func (r *Registry) Resume(ctx context.Context, who audit.Actor, name string) err
 		}
 		r.mu.Lock()
 		defer r.mu.Unlock()
-		if m := r.named(name); m != nil {
+		if m := r.names[name]; m != nil {
 			m.suspending = false // of a Suspend that has failed
 		}
 		return nil
@@ -382,7 +377,7 @@ func enrolled(tx *ledger.Tx, name string) error {
 func (r *Registry) disconnect(name string, mark func(*Member)) (ended []<-chan struct{}) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	if m := r.named(name); m != nil {
+	if m := r.names[name]; m != nil {
 		mark(m)
 	}
 	for s := range r.sessions {
