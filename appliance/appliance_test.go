@@ -323,6 +323,36 @@ func TestSubscriptionBySubscriber(t *testing.T) {
 	}
 }
 
+// TestRepetitionAfterRotation: a document that names the signing version as a party gets the same
+// answer again after a rotation. Another document for the old version is refused.
+func TestRepetitionAfterRotation(t *testing.T) {
+	r := newRig(t)
+	req := message(1, "")
+	req.Type, req.Payload = "paykit-subscription-v2", subscription(r.public)
+	first := r.sign(t, r.shop, req)
+	if _, err := r.Keys.Rotate(t.Context(), operator, "payments", time.Now()); err != nil {
+		t.Fatal(err)
+	}
+	again := r.sign(t, r.shop, req)
+	if !again.Repeated || !bytes.Equal(again.Signature, first.Signature) || again.Version != 1 {
+		t.Errorf("after the rotation: %+v", again)
+	}
+	before := len(r.events(t))
+	other := *req
+	other.Nonce = wire.Bytes32{2}
+	_, err := r.Sign(t.Context(), r.shop, &other)
+	r.refuses(t, "wrong_signer", err)
+	if after := len(r.events(t)); after != before {
+		t.Errorf("%d events of a refusal before the admission", after-before)
+	}
+	_, err = r.Sign(t.Context(), r.cafe, req)
+	r.refuses(t, "replay", err)
+	replay := *req
+	replay.ExpiresAt--
+	_, err = r.Sign(t.Context(), r.shop, &replay)
+	r.refuses(t, "replay", err)
+}
+
 // TestDeviceThatLies: a signature that does not verify is never released. The same request can be
 // sent again, and gets a signature of the repaired device.
 func TestDeviceThatLies(t *testing.T) {

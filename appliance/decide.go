@@ -22,7 +22,7 @@ import (
 // because the budgets need exact counts of earlier signatures. Then the ledger calls event.
 type decision struct {
 	policies   *policies
-	mayUse     func() error // the error of a key that may not sign at this moment
+	mayUse     func() error // the error of a version that may not sign the document at this moment
 	request    policy.Request
 	payment    bool
 	at         time.Time
@@ -44,9 +44,14 @@ func (a *Appliance) decisionOf(who Caller, key *keyring.Key, doc *transcript.Doc
 	if doc.Reserved {
 		return nil, fmt.Errorf("%w: %s is made by the appliance only", errNotYours, doc.Type)
 	}
+	mayUse := func() error {
+		if err := a.Keys.MayUse(key); err != nil {
+			return err
+		}
+		return doc.CheckSigner(key.Info().PublicKey) // a fresh nonce is for this version only
+	}
 	d := &decision{
-		policies: &a.policies, mayUse: func() error { return a.Keys.MayUse(key) },
-		payment: doc.Payment != nil, at: time.Now(),
+		policies: &a.policies, mayUse: mayUse, payment: doc.Payment != nil, at: time.Now(),
 		admission: audit.NewAdmission(who.actor(), key.Ref().String(), keyring.DocumentOf(doc)),
 	}
 	rand.Read(d.salt[:])

@@ -67,6 +67,7 @@ func TestEveryContextFitsTheSchema(t *testing.T) {
 				t.Errorf("%s: %v", v.Type, err)
 				continue
 			}
+			d.mayUse = func() error { return nil } // the vectors name other keys as parties
 			used := make([]ledger.Used, len(d.counts))
 			for i := range used {
 				for w := range used[i] {

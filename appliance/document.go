@@ -1,10 +1,13 @@
 package appliance
 
 import (
+	"context"
 	"crypto/sha256"
+	"errors"
 	"time"
 
 	"countersign/audit"
+	"countersign/internal/keyring"
 	"countersign/internal/ledger"
 	"countersign/transcript"
 	"countersign/wire"
@@ -15,6 +18,27 @@ func documentOf(d wire.Document) transcript.Request {
 	return transcript.Request{
 		Type: d.Type, Payload: d.Payload, Nonce: d.Nonce, Timestamp: d.Timestamp, ExpiresAt: d.ExpiresAt,
 	}
+}
+
+// checkSigner holds the parties of a document against the key. After a rotation, a repetition names
+// the version of its admission: that version is the signer then, and Admit tells a repetition from
+// a replay. A fresh nonce is for the active version only: see decision.decide.
+func (a *Appliance) checkSigner(ctx context.Context, key *keyring.Key, doc *transcript.Document) error {
+	refused := doc.CheckSigner(key.Info().PublicKey)
+	if refused == nil {
+		return nil
+	}
+	spent, err := a.ledger.Spent(ctx, ledger.KeyScope(key.Name), doc.Nonce)
+	if errors.Is(err, ledger.ErrNotFound) {
+		return refused
+	} else if err != nil {
+		return err
+	}
+	admitted := a.Keys.Version(key.Name, spent.KeyVersion)
+	if admitted == nil {
+		return refused
+	}
+	return doc.CheckSigner(admitted.Info().PublicKey)
 }
 
 // verdictEvent encodes the event of an admission, or of a replay if the verdict is Replay.

@@ -27,7 +27,7 @@ func (a *Appliance) Sign(ctx context.Context, who Caller, r *wire.Sign) (*wire.S
 	if err := doc.CheckTime(time.Now(), a.limits.ClockSkew, a.limits.MaxLifetime); err != nil {
 		return nil, err
 	}
-	if err := doc.CheckSigner(key.Info().PublicKey); err != nil {
+	if err := a.checkSigner(ctx, key, doc); err != nil {
 		return nil, err
 	}
 	// The policy decides inside the admission, where the ledger counts earlier signatures.
