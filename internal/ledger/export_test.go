@@ -8,6 +8,13 @@ import (
 	bolt "go.etcd.io/bbolt"
 )
 
+// MapSize sets the size of the mapping of the next Open.
+func MapSize(size int) (restore func()) {
+	before := mapSize
+	mapSize = size
+	return func() { mapSize = before }
+}
+
 // CaptureFile captures the file of the next Open, so that the test can break the file.
 func CaptureFile() (file func() *os.File, restore func()) {
 	var last *os.File

@@ -66,21 +66,20 @@ var (
 	ErrBusy         = errors.New("ledger: a snapshot is being written")
 )
 
-// Replaceable functions for tests that break the disk.
+// Replaceable for tests, which break the disk and the mapping.
 var (
 	openFile = os.OpenFile
 	noSync   = func(what string) bool { return false }
+
+	// mapSize is the size of the mapping into memory, 64 GiB. A file that fits is never mapped
+	// again. For a new mapping bbolt waits for all readers: a snapshot of minutes would stop the
+	// writer. The mapping is address space; only used pages take memory. Where the address space is
+	// limited (ulimit -v), the mapping has the size of the file.
+	mapSize = min(64<<30, math.MaxInt/2) // less on 32-bit machines
 )
 
-// The sizes of the file and of its mapping into memory.
-const (
-	// mapSize is the size of the mapping, 64 GiB. A file that fits is never mapped again. For a new
-	// mapping bbolt waits for all readers: a snapshot of minutes would stop the writer. The mapping
-	// is address space; only used pages take memory.
-	mapSize = min(64<<30, math.MaxInt/2) // less on 32-bit machines
-	// growBy is the step by which the file grows: 1 MiB.
-	growBy = 1 << 20
-)
+// growBy is the step by which the file grows: 1 MiB.
+const growBy = 1 << 20
 
 // Options are the retention of nonces and the clocks. The zero value has the defaults.
 type Options struct {
@@ -320,13 +319,17 @@ func openBolt(path string) (db *bolt.DB, err error) {
 		return nil, ErrCorrupt // bbolt would initialize an empty file
 	}
 	err = guard(func() (err error) {
-		db, err = bolt.Open(path, 0o600, &bolt.Options{
+		options := &bolt.Options{
 			Timeout:         100 * time.Millisecond,
 			FreelistType:    bolt.FreelistMapType,
 			OpenFile:        openFile,
 			NoSync:          noSync("commit"),
 			InitialMmapSize: mapSize,
-		})
+		}
+		if db, err = bolt.Open(path, 0o600, options); errors.Is(err, syscall.ENOMEM) {
+			options.InitialMmapSize = 0
+			db, err = bolt.Open(path, 0o600, options)
+		}
 		var system syscall.Errno
 		switch {
 		case errors.Is(err, bolterrors.ErrTimeout):

@@ -187,6 +187,15 @@ func size(t *testing.T, l *ledger.Ledger) int64 {
 	return s.FileSize
 }
 
+// TestLittleAddressSpace: a ledger opens where the address space has no room for the mapping.
+func TestLittleAddressSpace(t *testing.T) {
+	defer ledger.MapSize(1 << 47)() // more than any process has on amd64 and arm64
+	l, path := create(t)
+	mustAdmit(t, l, admission("k", 1, 1, 1), ledger.Fresh)
+	l.Close()
+	mustAdmit(t, open(t, path), admission("k", 1, 1, 1), ledger.Repeated)
+}
+
 // TestStatsWaitForNothing checks that Stats returns while the writer is busy.
 func TestStatsWaitForNothing(t *testing.T) {
 	l, _ := create(t)
