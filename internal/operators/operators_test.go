@@ -206,8 +206,8 @@ func (r *rig) open(t *testing.T) {
 	}
 }
 
-// agrees compares the memory with the records of the ledger, read anew by the functions that a start
-// uses. A ledger that is closed or has failed is not compared.
+// agrees compares the memory with the records of the ledger, read anew by the functions that a
+// start uses. A ledger that is closed or has failed is not compared.
 func (r *rig) agrees(t *testing.T) {
 	t.Helper()
 	anew := &Registry{
