@@ -133,9 +133,14 @@ func parsed(t *testing.T, rules string) *policy.Policy {
 	return p
 }
 
-// message returns a valid sign request for a message. n is the first byte of the nonce.
+// started is the time of every document of a test run, in seconds since 1970.
+var started = time.Now().Unix()
+
+// message returns a valid sign request for a message. n is the first byte of the nonce. Two calls
+// with equal arguments return equal documents, also when a second ends between the calls. A test
+// with a fake clock, which begins in the year 2000, gets a document of the fake time.
 func message(n byte, content string) *wire.Sign {
-	now := time.Now().Unix()
+	now := min(started, time.Now().Unix())
 	encoded := base64.RawURLEncoding.EncodeToString([]byte(content))
 	return &wire.Sign{ID: "1", Op: "sign", Key: "payments", Document: wire.Document{
 		Type: "message-v1", Payload: fmt.Appendf(nil, `{"context":"test","message":%q}`, encoded),
