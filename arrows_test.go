@@ -45,16 +45,16 @@ var arrows = map[string]room{
 	"admin/api":   {ours: "approval audit wire"},
 	// The walk.
 	"appliance": {
-		ours: `audit internal/anchor internal/eddsa internal/gate internal/ijson internal/keyring
-			internal/keystore internal/ledger internal/limit internal/manage internal/peers
-			internal/resource internal/webhook noise policy transcript wire`,
+		ours: `audit internal/anchor internal/cause internal/eddsa internal/gate internal/ijson
+			internal/keyring internal/keystore internal/ledger internal/limit internal/manage
+			internal/peers internal/resource internal/webhook noise policy transcript wire`,
 		outside: "golang.org/x/time",
 	},
 	// Below the walk: each of these packages follows a part of the ledger.
 	"internal/keyring": {
-		ours: `approval audit internal/eddsa internal/gate internal/ijson internal/keystore
-			internal/ledger internal/limit internal/manage internal/peers internal/schedule
-			transcript wire`,
+		ours: `approval audit internal/cause internal/eddsa internal/gate internal/ijson
+			internal/keystore internal/ledger internal/limit internal/manage internal/peers
+			internal/schedule transcript wire`,
 	},
 	"internal/peers": {
 		ours:    "audit internal/ijson internal/keystore internal/ledger internal/manage",
@@ -64,6 +64,7 @@ var arrows = map[string]room{
 		ours: `audit internal/gate internal/keystore internal/ledger internal/manage internal/resource`,
 	},
 	"internal/operators": {ours: "approval audit internal/ledger internal/manage"},
+	"internal/cause":     {},
 	"internal/gate":      {ours: "internal/ledger"},
 	"internal/ledger":    {ours: "audit", outside: "go.etcd.io/bbolt golang.org/x/mod"},
 	"internal/manage":    {ours: "internal/ijson internal/keystore"},

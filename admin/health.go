@@ -70,7 +70,7 @@ func (s *server) ready(_ context.Context, _ caller, _ *none) (well, error) {
 // health returns the state of the appliance. Only operators get the causes.
 func (s *server) health(_ context.Context, who caller, _ *none) (api.Health, error) {
 	h := s.Appliance.Health()
-	doc := api.Health{State: string(h.Condition), Causes: []string{}, Locked: h.Lock != nil, Unattended: !h.Attended}
+	doc := api.Health{State: string(h.Condition), Causes: []api.Cause{}, Locked: h.Lock != nil, Unattended: !h.Attended}
 	if !s.Operators.Initialised() {
 		doc.State = stateUninitialised
 	}
@@ -78,7 +78,9 @@ func (s *server) health(_ context.Context, who caller, _ *none) (api.Health, err
 		doc.Since = h.Lock.At.Unix()
 	}
 	if who.session != nil {
-		doc.Causes = append(doc.Causes, h.Causes...)
+		for _, c := range h.Causes {
+			doc.Causes = append(doc.Causes, api.Cause{Code: c.Code, Subject: c.Subject, Text: c.Text, Do: c.Do})
+		}
 	}
 	return doc, nil
 }

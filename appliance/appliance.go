@@ -19,6 +19,7 @@ import (
 
 	"countersign/audit"
 	"countersign/internal/anchor"
+	"countersign/internal/cause"
 	"countersign/internal/gate"
 	"countersign/internal/keyring"
 	"countersign/internal/keystore"
@@ -82,6 +83,9 @@ type Config struct {
 	Attended  bool   // each start waits for an operator's unlock
 	Identity  string // name of the signing key that authorizes the Noise key; "" for none
 	Webhooks  []webhook.Target
+	// LoadPolicy reads the policy file, to see whether the file is still the policy in force. Nil
+	// takes the policy of New for the file's.
+	LoadPolicy func() (*policy.Policy, error)
 	// Monitor, if set, may have failed tokens already.
 	Monitor *resource.Monitor
 }
@@ -99,6 +103,7 @@ type Appliance struct {
 	tokens   manage.Tokens
 	gate     *gate.Gate
 	monitor  *resource.Monitor
+	causes   []func() []cause.Cause
 	log      *slog.Logger
 
 	policies   policies
@@ -116,7 +121,7 @@ type Appliance struct {
 	mu         sync.RWMutex
 	retention  Retention // in force
 	configured Retention // from the configuration
-	shorter    bool      // a time of the configuration is shorter than the one in force
+	asked      Retention // from the configuration when the retention in force was written
 }
 
 // New returns an appliance with the keys and peers of the ledger. New compares each key with its
@@ -125,10 +130,15 @@ func New(
 	ctx context.Context, c Config, l *ledger.Ledger, tokens map[string]keystore.Store, p *policy.Policy,
 	log *slog.Logger,
 ) (a *Appliance, err error) {
+	if c.LoadPolicy == nil {
+		c.LoadPolicy = func() (*policy.Policy, error) { return p, nil }
+	}
 	limits := c.Limits
 	a = &Appliance{
 		limits: limits, attended: c.Attended, webhooks: c.Webhooks, ledger: l, tokens: tokens, gate: gate.New(l),
-		monitor: c.Monitor, log: log, policies: policies{ledger: l, log: log, activating: manage.NewLock(), file: p},
+		monitor: c.Monitor, log: log, policies: policies{
+			ledger: l, log: log, activating: manage.NewLock(), file: p, load: c.LoadPolicy,
+		},
 		handshakes: limit.NewHandshakes(limits.Handshakes),
 		places:     limit.NewConnections(limits.Connections, limits.ConnectionsPerSource, limits.Strangers),
 		signing:    manage.NewLock(), locking: manage.NewLock(), retaining: manage.NewLock(),
@@ -160,6 +170,7 @@ func New(
 		return nil, err
 	}
 	a.Keys.Watch(a.Peers.Wake)
+	a.Report(a.ownCauses)
 	a.Anchor = anchor.New(c.Anchor, l, tokens, a.gate, a.monitor, log)
 	return a, nil
 }
@@ -261,10 +272,16 @@ func (a *Appliance) takeMeta(name string, value []byte) error {
 }
 
 // Canary has the audit log's key sign a test message, to check the whole way to the device and
-// back. The error is that of the gate if admissions are blocked.
+// back. The error is that of the gate if admissions are blocked, and names the cause if another
+// cause stops admissions.
 func (a *Appliance) Canary(ctx context.Context) error {
 	if err := a.gate.Err(); err != nil {
 		return err
+	}
+	for _, c := range a.Health().Causes {
+		if c.Stops {
+			return errors.New(c.String())
+		}
 	}
 	k, err := a.Keys.LogKey()
 	if err != nil {

@@ -56,7 +56,8 @@ func TestMemoryFollowsTheLock(t *testing.T) {
 	})
 	lock.By, lock.Reason = "bob", "still"
 	r.put(t, ledger.Meta, lockKey, manage.Encode(lock))
-	if h := r.Health(); h.Lock == nil || *h.Lock != lock || h.Causes[0] != "the appliance is locked by bob: still" {
+	const text = "the appliance is locked by bob: still"
+	if h := r.Health(); h.Lock == nil || *h.Lock != lock || h.Causes[0].Text != text {
 		t.Errorf("another lock: %+v", h)
 	}
 	r.put(t, ledger.Meta, lockKey, nil)

@@ -1,9 +1,9 @@
 package appliance
 
 import (
-	"fmt"
 	"slices"
 
+	"countersign/internal/cause"
 	"countersign/internal/gate"
 )
 
@@ -20,43 +20,51 @@ const (
 // Health is the state of the appliance with its causes.
 type Health struct {
 	Condition Condition
-	Causes    []string
-	Lock      *Lock // nil for an unlocked appliance
-	Attended  bool  // each start waits for an operator's unlock
+	Causes    []cause.Cause // the gravest first
+	Lock      *Lock         // nil for an unlocked appliance
+	Attended  bool          // each start waits for an operator's unlock
 }
 
-// Health returns the state without a call to a device.
+// conditions has the conditions of causes that have one of their own.
+var conditions = map[*cause.Kind]Condition{cause.RolledBack: RolledBack, cause.Locked: LockedUp}
+
+// Health returns the state without a call to a device. Each cause is read from the present state
+// of its component, so a cause is gone as soon as its reason is.
 func (a *Appliance) Health() Health {
 	h := Health{Condition: Operational, Lock: a.locked.Load(), Attended: a.attended}
-	add := func(format string, args ...any) { h.Causes = append(h.Causes, fmt.Sprintf(format, args...)) }
-	for name, status := range a.Tokens() {
-		if !status.Up {
-			add("token %s does not serve: %s", name, status.Cause)
-		}
+	for _, causes := range a.causes {
+		h.Causes = append(h.Causes, causes()...)
 	}
-	if err := a.ledger.Trouble(); err != nil {
-		add("%v", err)
-	}
-	if _, _, behind := a.ledger.Clock(); behind != nil {
-		add("%v", behind)
-	}
-	h.Causes = append(h.Causes, a.Keys.Problems()...)
-	h.Causes = append(h.Causes, a.policies.problems()...)
-	a.mu.RLock()
-	if a.shorter {
-		add("the retention of the configuration is shorter than what is in force, which stays: " +
-			"have it approved (countersign admin retention shorten), or correct it")
-	}
-	a.mu.RUnlock()
-	slices.Sort(h.Causes)
+	cause.Sort(h.Causes)
 	if len(h.Causes) > 0 {
 		h.Condition = Degraded
-	}
-	if why, err := a.gate.Gravest(); err != nil {
-		h.Condition = map[gate.Reason]Condition{
-			gate.Rollback: RolledBack, gate.Counter: Degraded, gate.Operator: LockedUp,
-		}[why]
-		h.Causes = slices.Insert(h.Causes, 0, err.Error())
+		if c, ok := conditions[h.Causes[0].Kind]; ok {
+			h.Condition = c
+		}
 	}
 	return h
+}
+
+// Report adds a source of causes. Report must not be called after Serve has begun.
+func (a *Appliance) Report(causes func() []cause.Cause) { a.causes = append(a.causes, causes) }
+
+// ownCauses returns the causes of the appliance's own parts.
+func (a *Appliance) ownCauses() (all []cause.Cause) {
+	for why, kind := range map[gate.Reason]*cause.Kind{
+		gate.Rollback: cause.RolledBack, gate.Counter: cause.Counter, gate.Operator: cause.Locked,
+	} {
+		all = append(all, kind.Err("", a.gate.Cause(why))...)
+	}
+	for name, status := range a.Tokens() {
+		if !status.Up {
+			all = append(all, cause.TokenUnavailable.Of(name, "%s", status.Cause))
+		}
+	}
+	all = append(all, cause.Disk.Err("", a.ledger.Trouble())...)
+	_, _, behind := a.ledger.Clock()
+	all = append(all, cause.Clock.Err("", behind)...)
+	if a.waits() {
+		all = append(all, cause.RetentionWaits.Of("", "a time of the configuration is shorter"))
+	}
+	return slices.Concat(all, a.Keys.Causes(), a.policies.causes())
 }

@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"countersign/audit"
+	"countersign/internal/cause"
 	"countersign/internal/ledger"
 	"countersign/internal/manage"
 	"countersign/policy"
@@ -30,6 +31,7 @@ type policies struct {
 	log        *slog.Logger
 	activating manage.Lock    // held by activate
 	file       *policy.Policy // the policy file as read at the start
+	load       func() (*policy.Policy, error)
 
 	// mu guards the policy in force. The ledger's writer locks mu during admissions, and while
 	// memory follows the ledger. A holder of mu must not wait for the ledger.
@@ -37,7 +39,7 @@ type policies struct {
 	newest  PolicyVersion  // zero for a ledger without a version
 	current *rules         // newest, parsed; nil if not parsed yet
 	offered *policy.Policy // the argument of activate, which need not be parsed again
-	waits   bool           // the policy file differs from the policy in force
+	onDisk  string         // SHA-256 of the policy file at the last look, hex; "" for an unusable file
 	broken  error          // the error of an unusable policy file
 }
 
@@ -115,6 +117,7 @@ func (a *Appliance) Policies() (all []PolicyVersion, err error) {
 // start activates the policy file, unless there are operators. Operators approve policies, and a
 // restart must not activate a policy without their approval.
 func (p *policies) start(ctx context.Context) error {
+	defer p.look()
 	governed := false
 	if err := p.ledger.View(func(v ledger.View) (err error) { governed, err = isGoverned(v); return err }); err != nil {
 		return err
@@ -124,10 +127,8 @@ func (p *policies) start(ctx context.Context) error {
 	}
 	p.mu.Lock()
 	newest := p.newest
-	p.waits = governed && newest.Version > 0 && newest.Hash != hex.EncodeToString(p.file.Hash[:])
-	waits := p.waits
 	p.mu.Unlock()
-	if waits {
+	if governed && newest.Version > 0 && newest.Hash != hex.EncodeToString(p.file.Hash[:]) {
 		p.log.Warn("the policy file is not in force, since operators have not approved it", "in_force", newest.Hash)
 		return nil
 	}
@@ -162,27 +163,27 @@ func isGoverned(v ledger.View) (yes bool, err error) {
 	return yes, err
 }
 
-// PolicyFileBroken reports an unusable policy file to operators. The policy in force stays.
-func (a *Appliance) PolicyFileBroken(why error) {
-	a.log.Error("the policy file can't be used; the policy in force stays", "err", why)
-	a.policies.mu.Lock()
-	defer a.policies.mu.Unlock()
-	a.policies.broken = why
-}
-
-// problems returns the problems of the policy file, for operators.
-func (p *policies) problems() (all []string) {
+// look reads the policy file again, for causes.
+func (p *policies) look() {
+	file, err := p.load()
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if p.waits {
-		all = append(all, "the policy file is another than the policy in force: have it approved "+
-			"(countersign admin policy reload), or put the old text back")
+	if err != nil && p.broken == nil {
+		p.log.Error("the policy file can't be used; the policy in force stays", "err", err)
 	}
-	if p.broken != nil {
-		all = append(all, fmt.Sprintf("the policy file can't be used, and the policy in force stays: correct it, "+
-			"or put the old text back (countersign admin policy show): %v", p.broken))
+	if p.onDisk, p.broken = "", err; err == nil {
+		p.onDisk = hex.EncodeToString(file.Hash[:])
 	}
-	return all
+}
+
+// causes returns the causes of the policy file at the last look.
+func (p *policies) causes() (all []cause.Cause) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.onDisk != "" && p.newest.Version > 0 && p.onDisk != p.newest.Hash {
+		all = append(all, cause.PolicyWaits.Of("", "SHA-256 %s is in force, the file has %s", p.newest.Hash, p.onDisk))
+	}
+	return append(all, cause.PolicyBroken.Err("", p.broken)...)
 }
 
 // Activate puts a policy in force. When Activate returns, no other policy decides any more. The
@@ -218,11 +219,6 @@ func (p *policies) activate(
 	})
 	if err != nil {
 		return 0, false, err
-	}
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	if p.waits = false; who.Kind == "operator" {
-		p.broken = nil
 	}
 	return version, changed, nil
 }

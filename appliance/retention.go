@@ -116,9 +116,29 @@ func decodeRetention(value []byte) (*retentionRecord, error) {
 func (a *Appliance) takeRetention(value []byte) error {
 	record, err := decodeRetention(value)
 	if record != nil {
-		a.retention = a.configured.with(*record)
+		a.retention, a.asked = a.configured.with(*record), a.configured
+		if record.Configured != nil {
+			a.asked = a.configured.with(*record.Configured)
+		}
 	}
 	return err
+}
+
+// waits reports whether a time of the configuration has no effect: the time has changed since the
+// retention in force was written, and is shorter than the one in force.
+func (a *Appliance) waits() bool {
+	a.mu.RLock()
+	defer a.mu.RUnlock()
+	now, asked, in := a.configured, a.asked, a.retention
+	for _, t := range [][3]time.Duration{
+		{now.Audit, asked.Audit, in.Audit}, {now.Receipts, asked.Receipts, in.Receipts},
+		{now.Decisions, asked.Decisions, in.Decisions}, {now.Nonces, asked.Nonces, in.Nonces},
+	} {
+		if t[0] != t[1] && t[0] < t[2] {
+			return true
+		}
+	}
+	return false
 }
 
 // startRetention writes the retention that is in force from now on.
@@ -135,9 +155,6 @@ func (a *Appliance) startRetention(ctx context.Context) error {
 		return err
 	}
 	if ignored {
-		a.mu.Lock()
-		a.shorter = true
-		a.mu.Unlock()
 		a.log.Warn("the retention of the configuration is shorter than what is in force, which stays")
 	}
 	if before == nil {
@@ -145,7 +162,22 @@ func (a *Appliance) startRetention(ctx context.Context) error {
 	} else if in == in.with(*before) {
 		return nil
 	}
-	return a.writeRetention(ctx, audit.Daemon(), in.with(*before), in, nil)
+	// A time without effect is not noted as asked for, so that the state goes on to name it.
+	asked := a.configured.record()
+	if then := before.Configured; ignored && then != nil {
+		now, in := asked, in.record()
+		for _, t := range []struct{ asked, now, then, in *int64 }{
+			{&asked.Audit, &now.Audit, &then.Audit, &in.Audit},
+			{&asked.Receipts, &now.Receipts, &then.Receipts, &in.Receipts},
+			{&asked.Decisions, &now.Decisions, &then.Decisions, &in.Decisions},
+			{&asked.Nonces, &now.Nonces, &then.Nonces, &in.Nonces},
+		} {
+			if *t.now < *t.in {
+				*t.asked = *t.then
+			}
+		}
+	}
+	return a.writeRetention(ctx, audit.Daemon(), in.with(*before), in, asked, nil)
 }
 
 // retentionInForce returns the retention in memory.
@@ -190,18 +222,20 @@ func (a *Appliance) ShortenRetention(
 		if err := a.CheckShorter(change); err != nil {
 			return err
 		}
-		return a.writeRetention(ctx, who, before, wanted, proposed)
+		return a.writeRetention(ctx, who, before, wanted, a.configured.record(), proposed)
 	})
 }
 
-// writeRetention writes a retention with its event.
+// writeRetention writes a retention with its event. asked has the times of the configuration that
+// are taken into account.
 func (a *Appliance) writeRetention(
-	ctx context.Context, who audit.Actor, before, wanted Retention, proposed map[string]string,
+	ctx context.Context, who audit.Actor, before, wanted Retention, asked retentionRecord,
+	proposed map[string]string,
 ) error {
 	return a.ledger.Update(ctx, func(tx *ledger.Tx) error {
-		record, configured := wanted.record(), a.configured.record()
+		record := wanted.record()
 		e := audit.NewRetentionChanged(who, manage.Encode(before.record()), manage.Encode(record), proposed)
-		record.Configured = &configured
+		record.Configured = &asked
 		if err := tx.Put(ledger.Meta, retentionKey, manage.Encode(record)); err != nil {
 			return err
 		}

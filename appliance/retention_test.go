@@ -2,10 +2,10 @@ package appliance
 
 import (
 	"errors"
-	"strings"
 	"testing"
 	"time"
 
+	"countersign/internal/cause"
 	"countersign/internal/ledger"
 	"countersign/internal/manage"
 )
@@ -24,7 +24,7 @@ func TestRetentionIsNotShortened(t *testing.T) {
 	if err := r.startRetention(t.Context()); err != nil {
 		t.Fatal(err)
 	}
-	if h := r.Health(); h.Condition != Degraded || !strings.Contains(strings.Join(h.Causes, ""), "retention") {
+	if h := r.Health(); h.Condition != Degraded || len(h.Causes) != 1 || h.Causes[0].Kind != cause.RetentionWaits {
 		t.Errorf("%+v", h)
 	}
 	if got := r.retentionInForce(); got.Audit != kept.Audit || got.Receipts != kept.Receipts+time.Hour {
@@ -37,6 +37,9 @@ func TestRetentionIsNotShortened(t *testing.T) {
 	}
 	if err := r.ShortenRetention(t.Context(), approved, proposed, shorten); err != nil {
 		t.Fatal(err)
+	}
+	if h := r.Health(); h.Condition != Operational {
+		t.Errorf("degraded after the approval: %+v", h)
 	}
 	for _, longer := range []func(*Retention){
 		func(r *Retention) { r.Audit = 49 * time.Hour },

@@ -147,11 +147,19 @@ type Approvals struct {
 
 // Health is the state of the appliance.
 type Health struct {
-	State      string   `json:"state" enum:"uninitialised,locked,operational,degraded,rolled-back"`
-	Causes     []string `json:"causes" doc:"why it is not operational; for who is signed in"`
-	Since      int64    `json:"since" doc:"when it was locked, Unix seconds; 0: it is not"`
-	Locked     bool     `json:"locked"`
-	Unattended bool     `json:"unattended" doc:"it starts unlocked"`
+	State      string  `json:"state" enum:"uninitialised,locked,operational,degraded,rolled-back"`
+	Causes     []Cause `json:"causes" doc:"why it is not operational, the gravest first; for who is signed in"`
+	Since      int64   `json:"since" doc:"when it was locked, Unix seconds; 0: it is not"`
+	Locked     bool    `json:"locked"`
+	Unattended bool    `json:"unattended" doc:"it starts unlocked"`
+}
+
+// Cause is one reason why the state is not operational. A cause is gone when its reason is.
+type Cause struct {
+	Code    string `json:"code" doc:"stable; docs/SPEC.md lists all codes"`
+	Subject string `json:"subject,omitempty" doc:"the token, key, webhook or file concerned"`
+	Text    string `json:"text" doc:"the details"`
+	Do      string `json:"do" doc:"what to do"`
 }
 
 // Lock locks the appliance.

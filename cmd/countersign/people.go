@@ -358,7 +358,8 @@ func (t *tool) state(act maker) *cobra.Command {
 			starts := either(h.Unattended, "unlocked", "locked, until an operator unlocks it")
 			fmt.Fprintf(w, "state\t%s\nstarts\t%s\n", h.State, starts)
 			for _, cause := range h.Causes {
-				fmt.Fprintf(w, "cause\t%s\n", cause)
+				subject := strings.TrimSpace(cause.Code + " " + cause.Subject)
+				fmt.Fprintf(w, "cause\t%s: %s\n\t%s\n", subject, cause.Text, cause.Do)
 			}
 			if untold {
 				fmt.Fprintf(w, "cause\ttold to operators: countersign admin login NAME\n")

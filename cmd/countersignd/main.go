@@ -191,6 +191,7 @@ func open(ctx context.Context, c Config, log *slog.Logger) (p parts, err error) 
 	}
 	// The monitor keeps the failures of tokens until the appliance can write the events.
 	config := c.appliance()
+	config.LoadPolicy = func() (*policy.Policy, error) { return policy.Load(c.Policy) }
 	config.Monitor = resource.NewMonitor(log, config.Limits.RequestTimeout)
 	changed := func(token string, up bool, cause error) {
 		config.Monitor.Report(context.Background(), appliance.TokenResource(token), up, cause)
@@ -200,9 +201,6 @@ func open(ctx context.Context, c Config, log *slog.Logger) (p parts, err error) 
 	}
 	if p.app, err = appliance.New(ctx, config, p.ledger, p.tokens, rules, log); err != nil {
 		return p, err
-	}
-	if broken != nil {
-		p.app.PolicyFileBroken(broken)
 	}
 	return p, nil
 }

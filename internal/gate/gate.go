@@ -44,18 +44,17 @@ func (g *Gate) set(why Reason, err error) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	g.blocked[why] = err
-	_, gravest := g.gravest()
-	g.ledger.Suspend(gravest)
+	g.ledger.Suspend(g.gravest())
 }
 
-// gravest returns the gravest blocking reason and its error. The caller holds mu.
-func (g *Gate) gravest() (Reason, error) {
-	for why, err := range g.blocked {
+// gravest returns the error of the gravest blocking reason. The caller holds mu.
+func (g *Gate) gravest() error {
+	for _, err := range g.blocked {
 		if err != nil {
-			return Reason(why), err
+			return err
 		}
 	}
-	return 0, nil
+	return nil
 }
 
 // Blocked reports whether a reason blocks.
@@ -72,10 +71,9 @@ func (g *Gate) Err() error {
 	return errors.Join(g.blocked[:]...)
 }
 
-// Gravest returns the gravest blocking reason and its error. A nil error means that the gate is
-// open.
-func (g *Gate) Gravest() (Reason, error) {
+// Cause returns the error of a reason, or nil for a reason that does not block.
+func (g *Gate) Cause(why Reason) error {
 	g.mu.RLock()
 	defer g.mu.RUnlock()
-	return g.gravest()
+	return g.blocked[why]
 }

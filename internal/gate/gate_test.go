@@ -60,14 +60,16 @@ func TestReasonsAreIndependent(t *testing.T) {
 	check := func() {
 		t.Helper()
 		var gravest error
-		var reason gate.Reason
 		all := g.Err()
 		for why := len(errorOf) - 1; why >= 0; why-- {
 			if set[why] {
-				gravest, reason = errorOf[why], gate.Reason(why)
+				gravest = errorOf[why]
 			}
 			if got := g.Blocked(gate.Reason(why)); got != set[why] {
 				t.Errorf("%v: reason %d blocks: %v", set, why, got)
+			}
+			if err := g.Cause(gate.Reason(why)); (err == errorOf[why]) != set[why] {
+				t.Errorf("%v: the cause of reason %d: %v", set, why, err)
 			}
 			if errors.Is(all, errorOf[why]) != set[why] {
 				t.Errorf("%v: the joined errors are %q", set, all)
@@ -75,9 +77,6 @@ func TestReasonsAreIndependent(t *testing.T) {
 		}
 		if (all == nil) != (gravest == nil) {
 			t.Errorf("%v: the joined errors are %v", set, all)
-		}
-		if why, err := g.Gravest(); why != reason || err != gravest {
-			t.Errorf("%v: the gravest is %d, %v; want %d, %v", set, why, err, reason, gravest)
 		}
 		if err := l.admit(t.Context()); err != gravest {
 			t.Errorf("%v: the ledger answers %v, want %v", set, err, gravest)
@@ -177,8 +176,8 @@ func TestConcurrentReasons(t *testing.T) {
 				if !g.Blocked(why) || !errors.Is(g.Err(), errorOf[why]) {
 					t.Errorf("reason %d does not block", why)
 				}
-				if gravest, err := g.Gravest(); err == nil || gravest > why {
-					t.Errorf("the gravest is %d, %v; reason %d blocks", gravest, err, why)
+				if err := g.Cause(why); err != errorOf[why] {
+					t.Errorf("the cause of reason %d is %v", why, err)
 				}
 				g.Unblock(why)
 			}

@@ -18,6 +18,7 @@ import (
 	"time"
 
 	"countersign/audit"
+	"countersign/internal/cause"
 	"countersign/internal/eddsa"
 	"countersign/internal/gate"
 	"countersign/internal/ijson"
@@ -215,7 +216,7 @@ func (r *Ring) remove(ref keystore.Ref) {
 
 // checkToken compares a key with its token at the start. A missing active version is an error: the
 // token is a wrong one, or the loss must not go unseen. A missing pending or verify-only version
-// signs nothing now, and must not keep the other keys from signing: Problems names the version, and
+// signs nothing now, and must not keep the other keys from signing: Causes names the version, and
 // a missing version can't become active, see Prove.
 func (r *Ring) checkToken(ctx context.Context, k *Key) error {
 	info, ref := k.Info(), k.Ref()
@@ -242,7 +243,7 @@ func (r *Ring) checkToken(ctx context.Context, k *Key) error {
 		r.Log.Error("a key is not on its token", "key", ref.String(), "state", string(k.State), "token", k.Token)
 		r.mu.Lock()
 		defer r.mu.Unlock()
-		r.lost[ref] = fmt.Sprintf("key %v, which is %s, is not on token %s: restore the token", ref, k.State, k.Token)
+		r.lost[ref] = fmt.Sprintf("the %s version is not on token %s", k.State, k.Token)
 		return nil
 	case errors.Is(err, keystore.ErrNotFound):
 		return fmt.Errorf("the ledger has key %v and the token does not: is it the right token? %w", ref, err)
@@ -458,15 +459,15 @@ func (r *Ring) CheckSigner(name *string, publicKey [32]byte) error {
 	return nil
 }
 
-// Problems describes the failed rotations, and the versions that are missing on their tokens.
-func (r *Ring) Problems() (all []string) {
+// Causes returns the failed rotations, and the versions that are missing on their tokens.
+func (r *Ring) Causes() (all []cause.Cause) {
 	r.mu.RLock()
 	defer r.mu.RUnlock()
 	for name, try := range r.retries {
-		all = append(all, fmt.Sprintf("the rotation of %s is not done: %v", name, try.cause))
+		all = append(all, cause.Rotation.Of(name, "%v", try.cause))
 	}
-	for _, what := range r.lost {
-		all = append(all, what)
+	for ref, what := range r.lost {
+		all = append(all, cause.KeyMissing.Of(ref.String(), "%s", what))
 	}
 	return all
 }

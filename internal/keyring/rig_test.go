@@ -300,7 +300,7 @@ func (r *rig) keep(t *testing.T, name string) { r.Keys.KeepKey(t.Context(), name
 // condition expects a state of the appliance. A cause of a degraded one contains the text.
 func (r *rig) condition(t *testing.T, want appliance.Condition, cause string) {
 	t.Helper()
-	if h := r.Health(); h.Condition != want || !strings.Contains(strings.Join(h.Causes, ""), cause) {
+	if h := r.Health(); h.Condition != want || !strings.Contains(fmt.Sprint(h.Causes), cause) {
 		t.Errorf("%+v, want %s because of %q", h, want, cause)
 	}
 }

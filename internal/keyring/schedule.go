@@ -29,7 +29,7 @@ const (
 	lastRetry  = time.Hour
 )
 
-// retryLater notes a failed rotation: Problems reports the failure, and Keep retries after the
+// retryLater notes a failed rotation: Causes reports the failure, and Keep retries after the
 // backoff. A rotation that an operator has requested is retried until success or a restart.
 func (r *Ring) retryLater(name string, err error, requested bool) {
 	r.mu.Lock()
