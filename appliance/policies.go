@@ -220,6 +220,7 @@ func (p *policies) activate(
 	if err != nil {
 		return 0, false, err
 	}
+	p.look() // the state follows at once
 	return version, changed, nil
 }
 
