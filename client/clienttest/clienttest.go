@@ -85,13 +85,15 @@ func (s *Server) Close() {
 	s.ended.Wait()
 }
 
-// Drop ends the present connections.
+// Drop ends the present connections. Seen counts them no more when Drop returns.
 func (s *Server) Drop() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for c := range s.conns {
 		c.Close()
+		delete(s.conns, c)
 	}
+	s.changed.Broadcast()
 }
 
 // Do changes the server under its lock.
