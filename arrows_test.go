@@ -109,6 +109,7 @@ var arrows = map[string]room{
 	"internal/ledger/disktest":       {outside: "github.com/hanwen/go-fuse/v2 golang.org/x/sys"},
 	"softhsm-tests":                  {},
 	"tpm/tpmtest":                    {},
+	"internal/spectest":              {},
 	"":                               {},
 }
 

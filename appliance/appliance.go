@@ -119,9 +119,9 @@ type Appliance struct {
 
 	// mu guards the retention. The ledger's writer holds mu while memory follows the ledger.
 	mu         sync.RWMutex
-	retention  Retention // in force
-	configured Retention // from the configuration
-	asked      Retention // from the configuration when the retention in force was written
+	retention  Retention       // in force
+	configured Retention       // from the configuration
+	retained   retentionRecord // the record of retention
 }
 
 // New returns an appliance with the keys and peers of the ledger. New compares each key with its

@@ -63,7 +63,7 @@ func (a *Appliance) ownCauses() (all []cause.Cause) {
 	all = append(all, cause.Disk.Err("", a.ledger.Trouble())...)
 	_, _, behind := a.ledger.Clock()
 	all = append(all, cause.Clock.Err("", behind)...)
-	if a.waits() {
+	if a.retentionWaits() {
 		all = append(all, cause.RetentionWaits.Of("", "a time of the configuration is shorter"))
 	}
 	return slices.Concat(all, a.Keys.Causes(), a.policies.causes())

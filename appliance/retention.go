@@ -66,38 +66,57 @@ func (r Retention) shortest(o Retention) Retention {
 	return r
 }
 
-// InForce returns the retention in force under a configuration with r. If there are operators, a
-// changed time of the configuration has an effect only if the time is longer than before. A shorter
-// time destroys records and needs approval. ignored reports that such a time has no effect.
-func (r Retention) InForce(v ledger.View) (in Retention, ignored bool, err error) {
-	before, err := decodeRetention(v.Get(ledger.Meta, retentionKey))
-	if err != nil || before == nil {
-		return r, false, err
+// times returns the times of the record, in the order of the fields.
+func (r *retentionRecord) times() [4]*int64 {
+	return [4]*int64{&r.Audit, &r.Receipts, &r.Decisions, &r.Nonces}
+}
+
+// under returns the times in force under a configuration, if there are operators. A changed time of
+// the configuration has an effect only if the time is longer than before: a shorter time destroys
+// records and needs approval. ignored reports a time without effect. asked has the times of the
+// configuration to write down: for a time without effect the one before, so that the time stays
+// changed.
+func (r retentionRecord) under(configured retentionRecord) (in, asked retentionRecord, ignored bool) {
+	before := retentionRecord{}
+	if r.Configured != nil {
+		before = *r.Configured
 	}
-	if governed, err := isGoverned(v); err != nil || !governed {
-		return r, false, err
-	}
-	now, then := r.record(), before.Configured
-	if then == nil {
-		then = new(retentionRecord)
-	}
-	times := *before
-	for _, t := range []struct {
-		inForce                   *int64
-		configured, configuredOld int64
-	}{
-		{&times.Audit, now.Audit, then.Audit}, {&times.Receipts, now.Receipts, then.Receipts},
-		{&times.Decisions, now.Decisions, then.Decisions}, {&times.Nonces, now.Nonces, then.Nonces},
-	} {
+	in, asked = r, configured
+	for i, now := range configured.times() {
+		inForce, then := in.times()[i], before.times()[i]
 		switch {
-		case t.configured == t.configuredOld: // no change
-		case t.configured > *t.inForce:
-			*t.inForce = t.configured
-		case t.configured < *t.inForce:
+		case *now == *then: // no change
+		case *now > *inForce:
+			*inForce = *now
+		case *now < *inForce:
+			*asked.times()[i] = *then
 			ignored = true
 		}
 	}
-	return r.with(times), ignored, nil
+	return in, asked, ignored
+}
+
+// InForce returns the retention in force under a configuration with r: r itself before there are
+// operators, see retentionRecord.under.
+func (r Retention) InForce(v ledger.View) (Retention, error) {
+	in, _, _, err := r.inForce(v)
+	return in, err
+}
+
+// inForce returns the retention in force, the times to write down as asked for, and the record
+// before, which is nil in a new ledger.
+func (r Retention) inForce(v ledger.View) (
+	in Retention, asked retentionRecord, before *retentionRecord, err error,
+) {
+	before, err = decodeRetention(v.Get(ledger.Meta, retentionKey))
+	if err != nil || before == nil {
+		return r, r.record(), before, err
+	}
+	if governed, err := isGoverned(v); err != nil || !governed {
+		return r, r.record(), before, err
+	}
+	times, asked, _ := before.under(r.record())
+	return r.with(times), asked, before, nil
 }
 
 // decodeRetention decodes the record, or returns nil if there is none.
@@ -116,66 +135,37 @@ func decodeRetention(value []byte) (*retentionRecord, error) {
 func (a *Appliance) takeRetention(value []byte) error {
 	record, err := decodeRetention(value)
 	if record != nil {
-		a.retention, a.asked = a.configured.with(*record), a.configured
-		if record.Configured != nil {
-			a.asked = a.configured.with(*record.Configured)
-		}
+		a.retained, a.retention = *record, a.configured.with(*record)
 	}
 	return err
 }
 
-// waits reports whether a time of the configuration has no effect: the time has changed since the
-// retention in force was written, and is shorter than the one in force.
-func (a *Appliance) waits() bool {
+// retentionWaits reports whether a time of the configuration has no effect.
+func (a *Appliance) retentionWaits() bool {
 	a.mu.RLock()
 	defer a.mu.RUnlock()
-	now, asked, in := a.configured, a.asked, a.retention
-	for _, t := range [][3]time.Duration{
-		{now.Audit, asked.Audit, in.Audit}, {now.Receipts, asked.Receipts, in.Receipts},
-		{now.Decisions, asked.Decisions, in.Decisions}, {now.Nonces, asked.Nonces, in.Nonces},
-	} {
-		if t[0] != t[1] && t[0] < t[2] {
-			return true
-		}
-	}
-	return false
+	_, _, ignored := a.retained.under(a.configured.record())
+	return ignored
 }
 
 // startRetention writes the retention that is in force from now on.
 func (a *Appliance) startRetention(ctx context.Context) error {
 	var in Retention
+	var asked retentionRecord
 	var before *retentionRecord
-	var ignored bool
 	if err := a.ledger.View(func(v ledger.View) (err error) {
-		if before, err = decodeRetention(v.Get(ledger.Meta, retentionKey)); err == nil {
-			in, ignored, err = a.configured.InForce(v)
-		}
+		in, asked, before, err = a.configured.inForce(v)
 		return err
 	}); err != nil {
 		return err
 	}
-	if ignored {
+	if asked != a.configured.record() {
 		a.log.Warn("the retention of the configuration is shorter than what is in force, which stays")
 	}
 	if before == nil {
 		before = new(retentionRecord)
 	} else if in == in.with(*before) {
 		return nil
-	}
-	// A time without effect is not noted as asked for, so that the state goes on to name it.
-	asked := a.configured.record()
-	if then := before.Configured; ignored && then != nil {
-		now, in := asked, in.record()
-		for _, t := range []struct{ asked, now, then, in *int64 }{
-			{&asked.Audit, &now.Audit, &then.Audit, &in.Audit},
-			{&asked.Receipts, &now.Receipts, &then.Receipts, &in.Receipts},
-			{&asked.Decisions, &now.Decisions, &then.Decisions, &in.Decisions},
-			{&asked.Nonces, &now.Nonces, &then.Nonces, &in.Nonces},
-		} {
-			if *t.now < *t.in {
-				*t.asked = *t.then
-			}
-		}
 	}
 	return a.writeRetention(ctx, audit.Daemon(), in.with(*before), in, asked, nil)
 }

@@ -30,6 +30,12 @@ func TestRetentionIsNotShortened(t *testing.T) {
 	if got := r.retentionInForce(); got.Audit != kept.Audit || got.Receipts != kept.Receipts+time.Hour {
 		t.Errorf("%+v", got)
 	}
+	if err := r.startRetention(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if h := r.Health(); h.Condition != Degraded {
+		t.Errorf("the next start hides that a time has no effect: %+v", h)
+	}
 	shorten := func(r *Retention) { r.Audit = 48 * time.Hour }
 	proposed := map[string]string{"audit": "48h"}
 	if err := r.ShortenRetention(t.Context(), operator, proposed, shorten); !errors.Is(err, manage.ErrNotApproved) {
@@ -64,8 +70,8 @@ func TestRetentionIsNotShortened(t *testing.T) {
 		now := less
 		now.Audit = c.configured
 		if err := r.ledger.View(func(v ledger.View) error {
-			got, ignored, err := now.InForce(v)
-			if got.Audit != c.want || ignored != c.ignored {
+			got, asked, _, err := now.inForce(v)
+			if ignored := asked != now.record(); got.Audit != c.want || ignored != c.ignored {
 				t.Errorf("configured %v: %v, ignored %t", c.configured, got.Audit, ignored)
 			}
 			return err

@@ -210,7 +210,7 @@ func open(ctx context.Context, c Config, log *slog.Logger) (p parts, err error) 
 func openLedger(c Config) (*ledger.Ledger, error) {
 	options := c.ledger()
 	options.MarginOf = func(v ledger.View) (time.Duration, error) {
-		kept, _, err := c.retention().InForce(v)
+		kept, err := c.retention().InForce(v)
 		return kept.Nonces, err
 	}
 	return ledger.Open(c.Ledger, options)

@@ -78,42 +78,20 @@ var (
 		"see the token of the counter: countersign admin token list")
 	Locked = stops("locked", "an operator has locked the appliance, or the start waits for an operator",
 		"countersign admin unlock")
-	Starting = stops("starting", "the daemon waits for a device, an address or a file",
-		"see the text for what is awaited")
 	Disk = stops("disk", "the ledger's disk takes no writes",
 		"make room on the disk, or mend the disk; the ledger tries again by itself")
 	Clock = stops("clock", "the system's clock is behind the ledger's time, or too far ahead",
 		"set the clock right")
-	NoncesFull = stops("nonces-full", "no more nonces of one kind can be spent before some expire",
-		"raise limits.nonces, shorten lifetimes or retention.nonces, or find the peer that spends them")
 )
 
 // The causes by which a part of the appliance does not work, or may soon not work.
 var (
-	NoncesFilling = define("nonces-filling", "more than 80 % of a share of nonces are spent and alive",
-		"find the peer that spends them, or raise limits.nonces")
 	TokenUnavailable = define("token-unavailable", "a token does not serve, so its keys can't be used",
 		"see the text; countersign admin token list")
-	TokenPIN = define("token-pin-refused", "a token has refused the PIN, which is not tried again by itself",
-		"correct the PIN file, then: countersign admin token retry NAME")
-	TokenLocked = define("token-locked", "a token is locked, in lockout, or one wrong PIN away from it",
-		"unlock the token with its own tools, then: countersign admin token retry NAME")
-	TokenReplaced = define("token-replaced", "a token was initialised again, cleared or exchanged",
-		"put the right token back, or restore the token's keys")
-	TokenRedundancy = define("token-redundancy", "a token has fewer key workers than configured",
-		"see the text; a worker is started again by itself")
-	TokenRestarts = define("token-restarts", "key workers of a token end again and again",
-		"see the daemon's log; test the module with countersignd check")
 	KeyMissing = define("key-missing", "a key of the ledger is not on its token",
 		"restore the token, or rotate the key")
 	Rotation = define("rotation-failing", "a rotation that is due could not be done; a retry follows",
 		"see the text")
-	Checkpoint = define("checkpoint-failing", "the audit log's checkpoint could not be signed; a retry follows",
-		"see the token of the log's key")
-	CounterFailing = define("counter-failing", "the monotonic counter can't be read or incremented",
-		"see the token of the counter: countersign admin token list")
-	AnchorLost = define("anchor-lost", "the monotonic counter of the ledger is gone for good",
-		"have a new counter approved: countersign admin rollback accept")
 	PolicyWaits = define("policy-differs", "the policy file is another than the policy in force",
 		"have it approved (countersign admin policy reload), or put the old text back")
 	PolicyBroken = define("policy-file-broken", "the policy file can't be used, and the policy in force stays",
@@ -121,12 +99,4 @@ var (
 	RetentionWaits = define("retention-differs",
 		"the retention of the configuration is shorter than the retention in force, which stays",
 		"have it approved (countersign admin retention shorten), or correct the configuration")
-	Webhook = define("webhook-failing", "a webhook's receiver does not take messages, which are tried again",
-		"mend the receiver; see countersign admin webhooks")
-	Certificate = define("certificate-expiring", "the certificate of the admin API ends soon, or has ended",
-		"install a new one: countersign admin tls")
-	LogUnread = define("log-unread", "the daemon's log is not read, so lines were dropped",
-		"see what reads the daemon's standard error")
-	NotifyUnread = define("notify-unread", "the service manager does not read the daemon's notifications",
-		"see the service manager")
 )

@@ -1,7 +1,6 @@
 package keyring_test
 
 import (
-	"flag"
 	"fmt"
 	"maps"
 	"os"
@@ -19,6 +18,7 @@ import (
 	"countersign/internal/keystore"
 	"countersign/internal/ledger"
 	"countersign/internal/manage"
+	"countersign/internal/spectest"
 )
 
 // allStates are all states of a version.
@@ -439,14 +439,8 @@ func TestTransitionsThatNeedApproval(t *testing.T) {
 	}
 }
 
-var write = flag.Bool("write", false, "write the table of key states into docs/SPEC.md")
-
-const spec = "../../docs/SPEC.md"
-
 // TestSpecHasTransitions holds the table of steps in docs/SPEC.md equal to Transitions. After a
-// change of Transitions, the flag -write brings the table up to date:
-//
-//	go test -run TestSpecHasTransitions ./internal/keyring -args -write
+// change of Transitions, the flag -write brings the table up to date: see spectest.
 func TestSpecHasTransitions(t *testing.T) {
 	const header = "| from | to | by | event | approval |\n| --- | --- | --- | --- | --- |\n"
 	cell := func(names ...string) string {
@@ -455,35 +449,14 @@ func TestSpecHasTransitions(t *testing.T) {
 		}
 		return " `" + strings.Join(names, "` or `") + "` "
 	}
-	want := header
+	rows := ""
 	for _, s := range keyring.Transitions {
 		var events []string
 		for _, e := range s.Events {
 			events = append(events, string(e))
 		}
 		cells := []string{cell(s.From.Title()), cell(s.To.Title()), " " + s.By + " ", cell(events...), cell(s.Act)}
-		want += "|" + strings.Join(cells, "|") + "|\n"
+		rows += "|" + strings.Join(cells, "|") + "|\n"
 	}
-	b, err := os.ReadFile(spec)
-	if err != nil {
-		t.Fatal(err)
-	}
-	before, after, found := strings.Cut(string(b), header)
-	if !found {
-		t.Fatalf("docs/SPEC.md has no table with the columns\n%s", header)
-	}
-	got := header
-	for line := range strings.Lines(after) {
-		if !strings.HasPrefix(line, "|") {
-			break
-		}
-		got += line
-	}
-	if *write {
-		if err := os.WriteFile(spec, []byte(before+want+after[len(got)-len(header):]), 0o644); err != nil {
-			t.Fatal(err)
-		}
-	} else if got != want {
-		t.Errorf("docs/SPEC.md has\n%s\nthe table is\n%s", got, want)
-	}
+	spectest.Table(t, "../../docs/SPEC.md", header, rows)
 }

@@ -1,0 +1,42 @@
+// Package spectest holds tables of docs/SPEC.md against the tables that the code runs by.
+package spectest
+
+import (
+	"flag"
+	"os"
+	"strings"
+	"testing"
+)
+
+var write = flag.Bool("write", false, "write the tables of the tests into docs/SPEC.md")
+
+// Table compares the table of docs/SPEC.md below a header of two lines with rows, one line each.
+// The path of docs/SPEC.md begins at the folder of the test. With the flag -write, Table writes the
+// rows into the document:
+//
+//	go test -run TestSpec ./internal/cause -args -write
+func Table(t *testing.T, spec, header, rows string) {
+	t.Helper()
+	b, err := os.ReadFile(spec)
+	if err != nil {
+		t.Fatal(err)
+	}
+	before, after, found := strings.Cut(string(b), header)
+	if !found {
+		t.Fatalf("docs/SPEC.md has no table with the columns\n%s", header)
+	}
+	got := ""
+	for line := range strings.Lines(after) {
+		if !strings.HasPrefix(line, "|") {
+			break
+		}
+		got += line
+	}
+	if *write {
+		if err := os.WriteFile(spec, []byte(before+header+rows+after[len(got):]), 0o644); err != nil {
+			t.Fatal(err)
+		}
+	} else if got != rows {
+		t.Errorf("docs/SPEC.md has\n%s\nthe table is\n%s", got, rows)
+	}
+}
