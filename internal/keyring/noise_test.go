@@ -2,6 +2,7 @@ package keyring_test
 
 import (
 	"encoding/base64"
+	"encoding/binary"
 	"encoding/json"
 	"errors"
 	"math"
@@ -110,13 +111,15 @@ func TestGenerationRises(t *testing.T) {
 	series := keyring.GenerationSeries("paykit-noise-key-authorization-v1", "payments")
 	raise := func(to uint64) {
 		t.Helper()
-		_, err := r.ledger.Admit(t.Context(), ledger.Admission{
-			Scope: "x", Nonce: [32]byte{byte(to)}, ExpiresAt: time.Now().Unix() + 60,
+		var nonce [32]byte
+		binary.BigEndian.PutUint64(nonce[:], to)
+		got, err := r.ledger.Admit(t.Context(), ledger.Admission{
+			Scope: "x", Nonce: nonce, ExpiresAt: time.Now().Unix() + 60,
 			Monotonic: &ledger.Monotonic{Series: series, Value: to},
 			Decide:    func([]ledger.Used) ([]byte, error) { return nil, nil },
 		}, func(ledger.Verdict) []byte { return []byte("{}") })
-		if err != nil {
-			t.Fatal(err)
+		if err != nil || got.Verdict != ledger.Fresh {
+			t.Fatal(got.Verdict, err)
 		}
 	}
 	ahead := uint64(time.Now().Add(1000 * time.Hour).Unix())
