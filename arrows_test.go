@@ -98,7 +98,7 @@ var arrows = map[string]room{
 	"policy":            {outside: "github.com/cedar-policy/cedar-go"},
 	"internal/eddsa":    {outside: "filippo.io/edwards25519"},
 	"internal/ijson":    {outside: "github.com/go-json-experiment/json"},
-	"internal/keystore": {},
+	"internal/keystore": {outside: "golang.org/x/sys"},
 	"internal/limit":    {outside: "github.com/hashicorp/golang-lru/v2"},
 	"internal/schedule": {outside: "github.com/adhocore/gronx"},
 	"internal/webhook":  {},

@@ -52,8 +52,9 @@ func ParseSeed(b []byte) (seed [32]byte, err error) {
 // maxSecret is the largest size of a secret file in bytes, far above a PIN's or a seed's.
 const maxSecret = 4096
 
-// ReadSecret reads a file of at most 4096 bytes without permissions for group and others. Errors
-// call the file by the argument what, for example "seed file".
+// ReadSecret reads a file of at most 4096 bytes without permissions for group and others, or with
+// an ACL for this process's user alone. Errors call the file by the argument what, for example
+// "seed file".
 func ReadSecret(path, what string) ([]byte, error) {
 	f, err := os.OpenFile(path, os.O_RDONLY|syscall.O_NONBLOCK, 0) // opening a FIFO must not block
 	if err != nil {
@@ -64,9 +65,8 @@ func ReadSecret(path, what string) ([]byte, error) {
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w", what, err)
 	}
-	if !st.Mode().IsRegular() || st.Mode().Perm()&0o077 != 0 {
-		return nil, fmt.Errorf("%s %s: its mode is %v; it must be a file that only its owner can read: chmod 600 %s",
-			what, path, st.Mode(), path)
+	if err := onlyForUs(f, st); err != nil {
+		return nil, fmt.Errorf("%s %s: %w", what, path, err)
 	}
 	if st.Size() > maxSecret {
 		return nil, fmt.Errorf("%s %s: it has %d bytes; at most %d are allowed", what, path, st.Size(), maxSecret)
