@@ -1,7 +1,6 @@
 package main
 
 import (
-	"bytes"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -10,7 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
-	"strings"
+	"strconv"
 	"time"
 
 	"countersign/appliance"
@@ -20,13 +19,11 @@ import (
 	"countersign/internal/ledger"
 	"countersign/internal/webhook"
 	"countersign/tpm"
-
-	"github.com/pelletier/go-toml/v2"
 )
 
-// Config is the daemon's configuration, a TOML file. An unknown field is an error with its line.
-// Relative paths are relative to the directory of the file. Durations have units: "10s", "5m",
-// "168h".
+// Config is the daemon's configuration, a TOML file in UTF-8 without a byte order mark. An unknown
+// field is an error with its line, and so is a name in another case. Relative paths of all fields
+// are relative to the directory of the file. A duration is a text with a unit: "10s", "5m", "168h".
 type Config struct {
 	// Listen is the TCP address, host:port, of the listener for peers with the profile
 	// countersign-v1. Listen or listen_pubky is required. Each client on the network can make the
@@ -43,8 +40,8 @@ type Config struct {
 	// open the socket can try to sign in, and root can enrol the first administrator.
 	AdminSocket string `toml:"admin_socket"`
 
-	// AdminGroup is the name of a group with access to the socket (mode 0660). Default: access for
-	// root and the daemon's user only.
+	// AdminGroup is the name of a group with access to the socket (mode 0660). The group must
+	// exist. Default: access for root and the daemon's user only.
 	AdminGroup string `toml:"admin_group"`
 
 	// AdminHTTPS is the loopback address, such as 127.0.0.1:7780, of the admin API over HTTPS, for
@@ -186,7 +183,8 @@ type Token struct {
 	Module string `toml:"module"`
 
 	// PINFile is the file with the user's PIN on one line, unless the URI has pin-source. The file
-	// must have mode 0600. A refused PIN is not tried again until an operator's retry (countersign
+	// must have mode 0600, or an ACL for the daemon's user alone, as a credential of systemd
+	// (LoadCredential) has. A refused PIN is not tried again until an operator's retry (countersign
 	// admin token retry). With a TPM the field is optional: new keys then need the PIN, and the TPM
 	// counts wrong PINs.
 	PINFile string `toml:"pin_file"`
@@ -305,6 +303,13 @@ func (d *Duration) UnmarshalText(text []byte) error {
 	return err
 }
 
+// defaultToken returns the configuration of an empty table [tokens.NAME].
+func defaultToken() *Token {
+	return &Token{
+		PCRs: []uint{7}, Workers: 2, Spread: true, Sessions: 4, MemoryMiB: 256, Deadline: Duration(5 * time.Second),
+	}
+}
+
 // defaults returns the configuration of an empty file.
 func defaults() Config {
 	l := appliance.DefaultLimits()
@@ -338,57 +343,46 @@ func loadConfig(path string) (Config, error) {
 	if err != nil {
 		return Config{}, fmt.Errorf("config: %w", err)
 	}
-	return parseConfig(path, b)
+	c, err := parseConfig(path, b)
+	if err != nil {
+		return Config{}, err
+	}
+	if _, err := c.adminGroup(); err != nil {
+		return Config{}, fmt.Errorf("config: %s: %w", path, err)
+	}
+	return c, nil
 }
 
 // parseConfig parses and checks the bytes of the file path.
 func parseConfig(path string, b []byte) (Config, error) {
-	var names struct{ Tokens map[string]any }
-	if err := toml.Unmarshal(b, &names); err != nil {
-		return Config{}, fmt.Errorf("config: %s", explainTOML(path, err))
-	}
 	c := defaults()
-	for name := range names.Tokens {
-		c.Tokens[name] = &Token{
-			PCRs: []uint{7}, Workers: 2, Spread: true, Sessions: 4, MemoryMiB: 256,
-			Deadline: Duration(5 * time.Second),
-		}
+	if err := decodeTOML(path, b, &c); err != nil {
+		return Config{}, err
 	}
-	if err := toml.NewDecoder(bytes.NewReader(b)).DisallowUnknownFields().Decode(&c); err != nil {
-		return Config{}, fmt.Errorf("config: %s", explainTOML(path, err))
-	}
+	c.resolve(filepath.Dir(path))
 	if c.Limits.Strangers == 0 {
 		c.Limits.Strangers = (c.Limits.Connections + 1) / 2
 	}
 	if err := c.check(); err != nil {
 		return Config{}, fmt.Errorf("config: %s: %w", path, err)
 	}
-	dir := filepath.Dir(path)
+	return c, nil
+}
+
+// resolve makes the paths of all fields relative to the directory of the file.
+func (c *Config) resolve(dir string) {
 	paths := []*string{&c.AdminSocket, &c.Ledger, &c.Policy}
 	for _, t := range c.Tokens {
 		paths = append(paths, &t.Module, &t.PINFile, &t.TPM, &t.State, &t.PolicyKey)
+	}
+	for i := range c.Webhooks {
+		paths = append(paths, &c.Webhooks[i].CAFile)
 	}
 	for _, p := range paths {
 		if *p != "" && !filepath.IsAbs(*p) {
 			*p = filepath.Join(dir, *p)
 		}
 	}
-	return c, nil
-}
-
-// explainTOML returns an error of the TOML decoder as one line with its place in the file.
-func explainTOML(path string, err error) string {
-	var unknown *toml.StrictMissingError
-	var broken *toml.DecodeError
-	switch {
-	case errors.As(err, &unknown):
-		row, _ := unknown.Errors[0].Position()
-		return fmt.Sprintf("%s:%d: unknown field %q", path, row, strings.Join(unknown.Errors[0].Key(), "."))
-	case errors.As(err, &broken):
-		row, _ := broken.Position()
-		return fmt.Sprintf("%s:%d: %s", path, row, strings.TrimPrefix(broken.Error(), "toml: "))
-	}
-	return fmt.Sprintf("%s: %v", path, err)
 }
 
 // check checks the fields, and sets the names of default tokens.
@@ -401,16 +395,8 @@ func (c *Config) check() error {
 			return fmt.Errorf("%s is missing", required.field)
 		}
 	}
-	for _, l := range []struct{ field, address string }{{"listen", c.Listen}, {"listen_pubky", c.ListenPubky}} {
-		if _, _, err := net.SplitHostPort(l.address); err != nil && l.address != "" {
-			return fmt.Errorf("%s: %q is not host:port", l.field, l.address)
-		}
-	}
-	if host, _, err := net.SplitHostPort(c.AdminHTTPS); c.AdminHTTPS != "" {
-		if ip, bad := netip.ParseAddr(host); err != nil || bad != nil || !ip.IsLoopback() {
-			return fmt.Errorf("admin_https: %q is not a loopback address with a port, such as 127.0.0.1:7780",
-				c.AdminHTTPS)
-		}
+	if err := c.checkAddresses(); err != nil {
+		return err
 	}
 	if _, err := c.logLevel(); err != nil {
 		return fmt.Errorf("log_level: %q is none of debug, info, warn, error", c.LogLevel)
@@ -479,6 +465,42 @@ func (c *Config) check() error {
 	}
 	return c.checkTokens()
 }
+
+// checkAddresses is the part of check for the listeners.
+func (c *Config) checkAddresses() error {
+	fields := map[string]string{} // by address
+	for _, l := range []struct{ field, address string }{
+		{"listen", c.Listen}, {"listen_pubky", c.ListenPubky}, {"admin_https", c.AdminHTTPS},
+	} {
+		if l.address == "" {
+			continue
+		}
+		host, port, err := net.SplitHostPort(l.address)
+		if err != nil {
+			return fmt.Errorf("%s: %q is not host:port", l.field, l.address)
+		}
+		if n, err := strconv.ParseUint(port, 10, 16); err != nil || n == 0 {
+			return fmt.Errorf("%s: %q has the port %q; a port is a number from 1 to 65535", l.field, l.address, port)
+		}
+		if ip, err := netip.ParseAddr(host); l.field == "admin_https" && (err != nil || !ip.IsLoopback()) {
+			return fmt.Errorf("admin_https: %q is not a loopback address with a port, such as 127.0.0.1:7780",
+				l.address)
+		}
+		if other := fields[l.address]; other != "" {
+			return fmt.Errorf("%s and %s are both %q: each needs an address of its own", other, l.field, l.address)
+		}
+		fields[l.address] = l.field
+	}
+	if n := len(c.AdminSocket); n > maxSocketPath {
+		return fmt.Errorf("admin_socket: the path %s has %d bytes; at most %d are possible",
+			c.AdminSocket, n, maxSocketPath)
+	}
+	return nil
+}
+
+// maxSocketPath is the longest path of a Unix socket in bytes (unix(7): sun_path has 108 bytes,
+// with the terminating zero).
+const maxSocketPath = 107
 
 // checkTokens is the part of check for tokens.
 func (c *Config) checkTokens() error {
@@ -549,8 +571,8 @@ func (t *Token) checkBackend() error {
 		return errors.New("state is missing: the folder for the TPM's keys")
 	case t.TPM != "" && (t.Module != "" || t.Quirks != hsm.Quirks{}):
 		return errors.New("module and quirks are for a PKCS#11 token")
-	case t.IdleLock < 0:
-		return fmt.Errorf("idle_lock must not be negative, and is %v", t.IdleLock.std())
+	case t.IdleLock != 0 && (t.IdleLock.std() < time.Second || t.IdleLock.std() > 31*24*time.Hour):
+		return fmt.Errorf("idle_lock must be 0s (never), or 1s to 744h0m0s, and is %v", t.IdleLock.std())
 	}
 	for _, pcr := range t.PCRs {
 		if pcr > 23 {

@@ -1,7 +1,11 @@
 package main
 
 import (
+	"encoding/pem"
+	"net/http/httptest"
+	"os"
 	"path/filepath"
+	"reflect"
 	"strings"
 	"testing"
 	"time"
@@ -44,7 +48,7 @@ func TestConfig(t *testing.T) {
 		limits + "batch_items = 101\n":                                    "limits.batch_items must be 1 to 100",
 		limits + "requests_per_peer = 99\n":                               "limits.batch_items must be at most",
 		least + "[retention]\ndecision_days = 0\n":                        "retention.decision_days",
-		limits + "idle_timeout = 5\n":                                     "limits.idle_timeout must be 1s to 24h0m0s",
+		limits + "idle_timeout = \"5ms\"\n":                               "limits.idle_timeout must be 1s to 24h0m0s",
 		least + "[limits\n":                                               "c.toml:7",
 		replaced("[tokens.main]", "[tokens.main]\nworkers = 99999999999"): "workers must be",
 	} {
@@ -52,6 +56,112 @@ func TestConfig(t *testing.T) {
 		if err == nil || !strings.Contains(err.Error(), want) || strings.Contains(err.Error(), "\n") {
 			t.Errorf("%q: %v, want %q", text, err, want)
 		}
+	}
+}
+
+// TestConfigMeansWhatItSays: a name in another case, a name that is written twice, a duration
+// without a unit, a byte order mark and an address that can't be are errors with their line or
+// field. The last of two values never wins.
+func TestConfigMeansWhatItSays(t *testing.T) {
+	table := func(name, line string) string { return least + "[" + name + "]\n" + line + "\n" }
+	token := func(line string) string { return least + line + "\n" }
+	replaced := func(old, new string) string { return strings.Replace(least, old, new, 1) }
+	idle := "tpm = \"/dev/tpmrm0\"\nstate = \"s\"\nidle_lock = \"5ns\""
+	for text, want := range map[string]string{
+		"Unattended_Start = true\n" + least:                           `c.toml:1: unknown field "Unattended_Start"`,
+		"unattended_start = false\nUNATTENDED_START = true\n" + least: `c.toml:2: unknown field "UNATTENDED_START"`,
+		"log_level = \"info\"\nlog_level = \"warn\"\n" + least:        "c.toml:2: ",
+		replaced("[tokens.main]", "[Tokens.main]"):                    `c.toml:5: unknown field "Tokens"`,
+		token("PIN_file = \"pin\""):                                   `c.toml:7: unknown field "tokens.main.PIN_file"`,
+		table("tokens.main.Quirks", "copies = \"no\""):                `c.toml:7: unknown field "tokens.main.Quirks"`,
+		token("quirks = { Copies = \"no\" }"):                         `c.toml:7: unknown field "tokens.main.quirks.`,
+		token("quirks.Copies = \"no\""):                               `c.toml:7: unknown field "tokens.main.quirks.`,
+		least + "[[webhooks]]\nName = \"x\"\n":                        `c.toml:8: unknown field "webhooks.Name"`,
+		"webhooks = [{ Name = \"x\" }]\n" + least:                     `c.toml:1: unknown field "webhooks.Name"`,
+		"limits = { Nonces = 1 }\n" + least:                           `c.toml:1: unknown field "limits.Nonces"`,
+		table("limits", "clock_skew = 30"):                            `c.toml:8: limits.clock_skew must be a text`,
+		table("limits", "clock_skew = 3.5"):                           `c.toml:8: limits.clock_skew must be a text`,
+		table("limits", "clock_skew = \"30\""):                        "c.toml:8: ",
+		table("limits", "clock_skew = 07:32:00"):                      `c.toml:8: limits.clock_skew must be a text`,
+		"limits.clock_skew = 30\n" + least:                            `c.toml:1: limits.clock_skew must be a text`,
+		"limits = { clock_skew = 30 }\n" + least:                      `c.toml:1: limits.clock_skew must be a text`,
+		token("deadline = 5"):                                         `c.toml:7: tokens.main.deadline must be a text`,
+		"rollback_interval = 3600\n" + least:                          `c.toml:1: rollback_interval must be a text`,
+		replaced("uri = \"pkcs11:token=countersign\"", idle):          "idle_lock must be",
+		"\xef\xbb\xbf" + least:                                        "c.toml:1: the file begins with a byte",
+		"\xff\xfel\x00":                                               "c.toml:1: the file begins with a byte",
+		replaced(":7700", ":70000"):                                   `listen: "127.0.0.1:70000" has the port "70000"`,
+		replaced(":7700", ":http"):                                    `has the port "http"`,
+		"admin_https = \"127.0.0.1:70000\"\n" + least:                 `admin_https: "127.0.0.1:70000" has the port`,
+		"listen_pubky = \"127.0.0.1:7700\"\n" + least:                 "listen and listen_pubky are both",
+		replaced("admin.sock", strings.Repeat("s", 103)):              "admin_socket: the path /etc/sss",
+	} {
+		_, err := parseConfig("/etc/c.toml", []byte(text))
+		if err == nil || !strings.Contains(err.Error(), want) || strings.Contains(err.Error(), "\n") {
+			t.Errorf("%q: %v, want %q", text, err, want)
+		}
+	}
+	if _, err := parseConfig("/etc/c.toml", []byte(replaced("admin.sock", strings.Repeat("s", 102)))); err != nil {
+		t.Errorf("a socket path of 107 bytes: %v", err)
+	}
+	path := filepath.Join(t.TempDir(), "c.toml")
+	if err := os.WriteFile(path, []byte("admin_group = \"no-such-group\"\n"+least), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := loadConfig(path); err == nil || !strings.Contains(err.Error(), "admin_group: ") {
+		t.Errorf("a group that is not there: %v", err)
+	}
+}
+
+// TestConfigPaths: relative paths of all fields are relative to the directory of the file.
+func TestConfigPaths(t *testing.T) {
+	dir := t.TempDir()
+	server := httptest.NewTLSServer(nil)
+	defer server.Close()
+	ca := pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: server.Certificate().Raw})
+	if err := os.WriteFile(filepath.Join(dir, "ca.pem"), ca, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	c, err := parseConfig(filepath.Join(dir, "c.toml"), []byte("noise_token = \"main\"\n"+least+`module = "m.so"
+pin_file = "pin"
+[tokens.tpm]
+tpm = "tpm.sock"
+state = "state"
+policy_key = "key.pem"
+[[webhooks]]
+name = "shop"
+url = "https://shop.example/hook"
+ca_file = "ca.pem"
+`))
+	if err != nil {
+		t.Fatal(err)
+	}
+	var paths func(v reflect.Value) int
+	paths = func(v reflect.Value) (n int) {
+		switch v.Kind() {
+		case reflect.Pointer:
+			return paths(v.Elem())
+		case reflect.Slice:
+			for i := range v.Len() {
+				n += paths(v.Index(i))
+			}
+		case reflect.Map:
+			for each := v.MapRange(); each.Next(); {
+				n += paths(each.Value())
+			}
+		case reflect.Struct:
+			for _, each := range v.Fields() {
+				n += paths(each)
+			}
+		case reflect.String:
+			if strings.HasPrefix(v.String(), dir+"/") {
+				n++
+			}
+		}
+		return n
+	}
+	if n := paths(reflect.ValueOf(c)); n != 9 {
+		t.Errorf("%d paths are in the directory of the file, want 9: %+v", n, c)
 	}
 }
 
