@@ -549,27 +549,32 @@ func TestSlowDeviceIsBounded(t *testing.T) {
 	})
 }
 
-// TestKeysAreComparedWithTheToken: New refuses a token without a key of the ledger, or with another
-// key under the name.
+// TestKeysAreComparedWithTheToken: a key that is missing on its token, or another key under the
+// name, is a cause in the state from the start on.
 func TestKeysAreComparedWithTheToken(t *testing.T) {
 	reopen := func(r *rig) error {
+		t.Helper()
 		r.ledger.Close()
 		l, err := ledgertest.Open(t, r.path, ledger.Options{})
 		if err != nil {
 			return err
 		}
 		defer l.Close()
-		_, err = r.new(t, l, kept)
-		return err
+		a, err := r.new(t, l, kept)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return errors.New(fmt.Sprint(a.Health().Causes))
 	}
 	ref := keystore.Ref{Name: "payments", Version: 1}
 	r := newRig(t)
 	r.store.Remove(ref)
-	if err := reopen(r); !errors.Is(err, keystore.ErrNotFound) || !strings.Contains(err.Error(), "payments/1") {
+	if err := reopen(r); !strings.Contains(err.Error(), "payments/1") ||
+		!strings.Contains(err.Error(), keystore.ErrNotFound.Error()) {
 		t.Errorf("a missing key: %v", err)
 	}
 	r.store.Generate(t.Context(), ref, keystore.Ed25519, keystore.Tag{1})
-	if err := reopen(r); err == nil || !strings.Contains(err.Error(), "payments/1") {
+	if err := reopen(r); !strings.Contains(err.Error(), "payments/1 on token") {
 		t.Errorf("another key under the name: %v", err)
 	}
 }

@@ -6,6 +6,8 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"os/exec"
+	"path/filepath"
 	"strings"
 	"testing"
 
@@ -62,11 +64,10 @@ func TestRefusesToStart(t *testing.T) {
 		{"a PIN file for all", func(_ *testing.T, s *system) { os.Chmod(s.path("pin"), 0o644) },
 			[]string{"chmod 600"}},
 		{"a wrong PIN", write("pin", "another-pin"), []string{"refuses the PIN", "will not be tried again"}},
-		{"no token", edit("system%20test", "other"), []string{"no token matches", "other"}},
 		{"no module", edit(softHSM, "/nowhere.so"), []string{"/nowhere.so"}},
 		{"the token is another", func(t *testing.T, s *system) {
 			s.useToken(func(m *pkcs11.Ctx, h pkcs11.SessionHandle) { deleteAll(t, m, h, "") })
-		}, []string{"audit-log/1", "right token"}},
+		}, []string{"noise/1", "right token"}},
 		{"a second object with a key's label", func(t *testing.T, s *system) {
 			s.useToken(func(m *pkcs11.Ctx, h pkcs11.SessionHandle) { generate(t, m, h, "countersign/noise/1") })
 		}, []string{"noise/1", "more than one object", "pkcs11-tool"}},
@@ -247,6 +248,97 @@ func generate(t *testing.T, m *pkcs11.Ctx, h pkcs11.SessionHandle, label string,
 	if _, _, err := m.GenerateKeyPair(h, mechanism, public, private); err != nil {
 		t.Fatal(err)
 	}
+}
+
+// TestDeviceComesLate starts the daemon before its token is there, and before its address is there
+// (in a network namespace without addresses). The daemon tells the service manager what is
+// missing, is alive and not ready, and serves when the missing part comes.
+func TestDeviceComesLate(t *testing.T) {
+	waits := func(t *testing.T, s *system, p *process, what string) {
+		t.Helper()
+		got := p.notified()
+		if !strings.Contains(got, "STATUS=waits for "+what) || !strings.Contains(got, "\nEXTEND_TIMEOUT_USEC=") {
+			t.Fatalf("notified %q, want that it waits for %s", got, what)
+		}
+		if err := s.admin().Alive(t.Context()); err != nil {
+			t.Errorf("it waits and is not alive: %v", err)
+		}
+		if err := s.admin().Ready(t.Context()); err == nil {
+			t.Error("it waits and is ready")
+		}
+		s.enrolRoot()
+		if out := s.must("admin", "state"); !strings.Contains(out, "degraded") || !strings.Contains(out, "waits for") {
+			t.Errorf("%s", out)
+		}
+	}
+	serves := func(t *testing.T, s *system, p *process) {
+		t.Helper()
+		for got := ""; got != "READY=1"; got = p.notified() {
+			if got != "" && !strings.HasPrefix(got, "STATUS=") {
+				t.Fatalf("notified %q", got)
+			}
+		}
+		eventually(t, "readiness", func() bool { return s.admin().Ready(t.Context()) == nil })
+		eventually(t, "no cause is left", func() bool {
+			return strings.Contains(s.must("admin", "state"), "operational")
+		})
+	}
+	command := func(s *system, before ...string) *exec.Cmd {
+		args := append(before, filepath.Join(bin, "countersignd"), "serve", "--config", s.path("countersign.toml"))
+		cmd := exec.Command(args[0], args[1:]...)
+		cmd.Env = os.Environ()
+		return cmd
+	}
+	t.Run("the token", func(t *testing.T) {
+		s := newSystem(t)
+		if err := os.Rename(s.path("tokens"), s.path("away")); err != nil {
+			t.Fatal(err)
+		}
+		p := s.begin(command(s))
+		waits(t, s, p, "the Noise key")
+		if err := os.Rename(s.path("away"), s.path("tokens")); err != nil {
+			t.Fatal(err)
+		}
+		serves(t, s, p)
+		s.enrol()
+		if _, err := s.dial().Sign(t.Context(), "payments", message("AAAA")); err != nil {
+			t.Error(err)
+		}
+		p.stop()
+	})
+	t.Run("a token without its PIN", func(t *testing.T) {
+		s := newSystem(t)
+		if err := os.Rename(s.path("tokens"), s.path("away")); err != nil {
+			t.Fatal(err)
+		}
+		s.write("pin", "another-pin")
+		p := s.begin(command(s))
+		waits(t, s, p, "the Noise key")
+		if err := os.Rename(s.path("away"), s.path("tokens")); err != nil {
+			t.Fatal(err)
+		}
+		if err := <-p.ended; err == nil || !strings.Contains(p.stderr.String(), "refuses the PIN") {
+			t.Errorf("%v", err)
+		} else {
+			p.ended <- err
+		}
+	})
+	t.Run("the address", func(t *testing.T) {
+		if os.Geteuid() != 0 {
+			t.Skip("a network namespace needs root")
+		}
+		s := newSystem(t)
+		s.edit("countersign.toml", s.listen, "[2001:db8::7]:7700") // RFC 3849
+		p := s.begin(command(s, "unshare", "--net"))
+		waits(t, s, p, "the address [2001:db8::7]:7700")
+		add := exec.Command("nsenter", "--net", "--target", fmt.Sprint(p.cmd.Process.Pid),
+			"ip", "-6", "address", "add", "2001:db8::7/128", "dev", "lo")
+		if out, err := add.CombinedOutput(); err != nil {
+			t.Fatalf("%v %s", err, out)
+		}
+		serves(t, s, p)
+		p.stop()
+	})
 }
 
 // TestAttendedStart sets unattended_start = false: each start waits for an operator's unlock. With

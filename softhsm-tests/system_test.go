@@ -194,6 +194,16 @@ func (s *system) serve(environment ...string) *process {
 // start starts a daemon and waits for READY=1 on the notification socket, as systemd does.
 func (s *system) start(cmd *exec.Cmd) *process {
 	s.t.Helper()
+	p := s.begin(cmd)
+	if got := p.notified(); got != "READY=1" {
+		s.t.Fatalf("notified %q, want READY=1\n%s", got, p.stderr)
+	}
+	return p
+}
+
+// begin starts a daemon with a notification socket.
+func (s *system) begin(cmd *exec.Cmd) *process {
+	s.t.Helper()
 	socket := filepath.Join(s.t.TempDir(), "notify")
 	notify, err := net.ListenUnixgram("unixgram", &net.UnixAddr{Name: socket, Net: "unixgram"})
 	if err != nil {
@@ -221,16 +231,13 @@ func (s *system) start(cmd *exec.Cmd) *process {
 			s.t.Logf("the daemon's log:\n%s", tail(p.stderr.String(), 3000))
 		}
 	})
-	if got := p.notified(); got != "READY=1" {
-		s.t.Fatalf("notified %q, want READY=1\n%s", got, p.stderr)
-	}
 	return p
 }
 
 // notified returns the daemon's next message to the service manager, such as STOPPING=1.
 func (p *process) notified() string {
 	p.t.Helper()
-	buf := make([]byte, 256)
+	buf := make([]byte, 4096)
 	p.notify.SetReadDeadline(time.Now().Add(30 * time.Second))
 	n, err := p.notify.Read(buf)
 	if err != nil {

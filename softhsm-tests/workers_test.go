@@ -294,6 +294,26 @@ environment = { SOFTHSM2_CONF = %q }
 	putBack()
 	eventually(t, "refunds signs after a start without its token", func() bool { return signs(c, "refunds") })
 	p.stop()
+
+	// Whatever is wrong with the second token: a start costs its keys only.
+	s.write("wrong-pin", "another-pin")
+	second := "uri = \"pkcs11:token=second\"\nmodule = " + strconv.Quote(softHSM) + "\npin_file = \"pin\""
+	for _, wrong := range []string{
+		strings.Replace(second, `"pin"`, `"wrong-pin"`, 1), strings.Replace(second, softHSM, "/nowhere.so", 1),
+		strings.Replace(second, "second", "third", 1), strings.Replace(second, `"pin"`, `"no-file"`, 1),
+	} {
+		s.edit("countersign.toml", second, wrong)
+		p = s.serve()
+		c = s.dial()
+		if !signs(c, "payments") || signs(c, "refunds") {
+			t.Errorf("%s: payments must sign and refunds must not", wrong)
+		}
+		if out := s.must("admin", "state"); !strings.Contains(out, "token-unavailable other") {
+			t.Errorf("%s: %s", wrong, out)
+		}
+		p.stop()
+		s.edit("countersign.toml", wrong, second)
+	}
 }
 
 // TestImport imports a key from a seed file. The key is marked as imported for ever, and the seed

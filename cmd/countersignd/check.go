@@ -34,7 +34,7 @@ func check(ctx context.Context, path string, c Config, deep bool, stdout, stderr
 	var lacking []error
 	for _, name := range slices.Sorted(maps.Keys(c.Tokens)) {
 		t := c.Tokens[name]
-		store, err := openToken(ctx, name, t, false, log, nil)
+		store, err := openToken(ctx, name, t, false, false, log, nil)
 		if err != nil {
 			return err
 		}

@@ -28,7 +28,8 @@ type Config struct {
 	// Listen is the TCP address, host:port, of the listener for peers with the profile
 	// countersign-v1. Listen or listen_pubky is required. Each client on the network can make the
 	// token do two key exchanges for a handshake, at the rate of limits.handshakes. Bind the
-	// listener to the network of the payment servers only.
+	// listener to the network of the payment servers only. A start waits for an address that the
+	// machine does not have yet.
 	Listen string `toml:"listen"`
 
 	// ListenPubky is the same for peers with the profile pubky-noise-v1, the profile of
@@ -70,7 +71,7 @@ type Config struct {
 	// Tokens has the PKCS#11 tokens and TPMs with the keys, each as a table [tokens.NAME]. At least
 	// one is required. The ledger records the name with each key, so the name must stay. A token
 	// that does not answer makes its own keys unavailable, and no others. Without the listener's
-	// Noise key no peer can connect.
+	// Noise key no peer can connect: a start waits for the token.
 	Tokens map[string]*Token `toml:"tokens"`
 
 	// NoiseToken is the name of the token for the listener's Noise key. countersignd init makes the

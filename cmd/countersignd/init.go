@@ -46,7 +46,7 @@ func initialise(ctx context.Context, c Config, newToken bool, soPINFile string, 
 	log := slog.New(slog.NewTextHandler(stderr, &slog.HandlerOptions{Level: slog.LevelError}))
 	token := *c.Tokens[c.NoiseToken]
 	token.Workers = 1
-	store, err := openToken(ctx, c.NoiseToken, &token, false, log, nil)
+	store, err := openToken(ctx, c.NoiseToken, &token, false, false, log, nil)
 	if err != nil {
 		return err
 	}

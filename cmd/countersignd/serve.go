@@ -16,7 +16,6 @@ import (
 	"countersign/admin"
 	"countersign/appliance"
 	"countersign/internal/operators"
-	"countersign/noise"
 	"countersign/policy"
 
 	"github.com/coreos/go-systemd/v22/daemon"
@@ -45,15 +44,19 @@ func serve(ctx context.Context, c Config, stderr io.Writer) error {
 		return err
 	}
 	defer p.close(log)
-	peers, err := listen(ctx, c)
+	doors := peerDoors(c)
+	defer func() {
+		for _, d := range doors {
+			d.Close()
+		}
+	}()
+	missing, err := lookForMissing(ctx, p.app, doors) // before the event Started, and the admin API's first answer
 	if err != nil {
 		return err
 	}
-	defer func() {
-		for _, l := range peers {
-			l.Close()
-		}
-	}()
+	var waiting waits
+	waiting.set(missing)
+	p.app.Report(waiting.causes)
 	group, err := c.adminGroup()
 	if err != nil {
 		return err
@@ -62,9 +65,9 @@ func serve(ctx context.Context, c Config, stderr io.Writer) error {
 	if err != nil {
 		return err
 	}
-	doors := []net.Listener{socket}
+	adminDoors := []net.Listener{socket}
 	defer func() {
-		for _, l := range doors {
+		for _, l := range adminDoors {
 			l.Close()
 		}
 	}()
@@ -80,7 +83,7 @@ func serve(ctx context.Context, c Config, stderr io.Writer) error {
 		if err != nil {
 			return err
 		}
-		doors = append(doors, l)
+		adminDoors = append(adminDoors, l)
 	}
 	registry, err := openOperators(c, p, log)
 	if err != nil {
@@ -97,7 +100,7 @@ func serve(ctx context.Context, c Config, stderr io.Writer) error {
 		Certificates: certs, Hosts: []string{host}, Origin: c.adminOrigin(), RPID: c.AdminName,
 	})
 	var apiDone sync.WaitGroup
-	for _, l := range doors {
+	for _, l := range adminDoors {
 		apiDone.Go(func() {
 			if err := api.Serve(l); !errors.Is(err, http.ErrServerClosed) {
 				cancel(fmt.Errorf("admin API: %w", err))
@@ -107,11 +110,21 @@ func serve(ctx context.Context, c Config, stderr io.Writer) error {
 	go expire(ctx, registry, log)
 	context.AfterFunc(ctx, func() { daemon.SdNotify(false, daemon.SdNotifyStopping) })
 	go watchdog(ctx, p.app, log)
-	for _, l := range peers {
-		log.Info("serving", "listen", l.Addr().String(), "profile", string(l.Profile), "admin", c.AdminSocket)
-	}
-	daemon.SdNotify(false, daemon.SdNotifyReady)
+	go func() {
+		if err := waitUntilReady(ctx, p.app, doors, &waiting, log); err != nil {
+			cancel(err)
+			return
+		}
+		for _, d := range doors {
+			log.Info("serving", "listen", d.address, "profile", string(d.profile), "admin", c.AdminSocket)
+		}
+		daemon.SdNotify(false, daemon.SdNotifyReady)
+	}()
 
+	var peers []appliance.Listener
+	for _, d := range doors {
+		peers = append(peers, appliance.Listener{Listener: d, Profile: d.profile})
+	}
 	err = p.app.Serve(ctx, peers...)
 	log.Info("stopping", "err", err)
 	wait, done := context.WithTimeout(context.Background(), stopWait)
@@ -161,30 +174,6 @@ func expire(ctx context.Context, registry *operators.Registry, log *slog.Logger)
 			log.Error("expired proposals can't be ended", "err", err)
 		}
 	}
-}
-
-// listen opens the listeners for peers.
-func listen(ctx context.Context, c Config) (all []appliance.Listener, err error) {
-	// Go's default is MPTCP, which a sandbox's rules for TCP ports do not cover.
-	var lc net.ListenConfig
-	lc.SetMultipathTCP(false)
-	for _, at := range []struct {
-		address string
-		profile noise.Profile
-	}{{c.Listen, noise.CountersignV1}, {c.ListenPubky, noise.PubkyV1}} {
-		if at.address == "" {
-			continue
-		}
-		l, err := lc.Listen(ctx, "tcp", at.address)
-		if err != nil {
-			for _, open := range all {
-				open.Close()
-			}
-			return nil, fmt.Errorf("listen: %w", err)
-		}
-		all = append(all, appliance.Listener{Listener: l, Profile: at.profile})
-	}
-	return all, nil
 }
 
 // watchdog notifies systemd's watchdog while the ledger's writer executes requests. A daemon that

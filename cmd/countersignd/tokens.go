@@ -12,6 +12,7 @@ import (
 	"runtime"
 	"slices"
 	"strings"
+	"sync"
 	"syscall"
 
 	"countersign/hsm"
@@ -24,9 +25,11 @@ import (
 const workerCommand = "key-worker"
 
 // openToken starts the key workers of a token. The daemon's process never loads the module or reads
-// the PIN. A patient token need not answer yet.
+// the PIN. A patient token need not answer yet, and may fail in any way if the Noise key is on
+// another token.
 func openToken(
-	ctx context.Context, name string, t *Token, patient bool, log *slog.Logger, changed func(up bool, cause error),
+	ctx context.Context, name string, t *Token, patient, optional bool, log *slog.Logger,
+	changed func(up bool, cause error),
 ) (keystore.Store, error) {
 	device, inFlight := device{HSM: new(t.hsm())}, max(16, 2*t.Sessions)
 	if t.TPM != "" {
@@ -38,7 +41,7 @@ func openToken(
 	}
 	pool, err := worker.Open(ctx, worker.Config{
 		Name: name, Hello: hello, Workers: t.Workers, Spread: t.Spread, InFlight: inFlight, Memory: t.MemoryMiB << 20,
-		Deadline: t.Deadline.std(), Log: log, OnChange: changed,
+		Deadline: t.Deadline.std(), Log: log, OnChange: changed, Optional: optional,
 		Command: func(int) *exec.Cmd {
 			// The running binary, also after an update of the file.
 			cmd := exec.Command("/proc/self/exe", workerCommand, name)
@@ -108,20 +111,32 @@ func (d device) open(ctx context.Context, gate worker.LogIn) (keystore.Store, in
 	return nil, 0, errors.New("a key worker has no device in its configuration")
 }
 
-// openTokens opens all tokens. The token with the Noise key must answer. Another token may answer
-// later.
+// openTokens opens all tokens at once, so that a token that hangs costs the others no time. All
+// tokens may answer later. A failure of the token with the Noise key that no wait can heal, such as
+// a wrong PIN, is an error.
 func openTokens(
 	ctx context.Context, c Config, log *slog.Logger, changed func(token string, up bool, cause error),
 ) (map[string]keystore.Store, error) {
-	all := map[string]keystore.Store{}
+	var opening sync.WaitGroup
+	var mu sync.Mutex // guards all and failed
+	all, failed := map[string]keystore.Store{}, error(nil)
 	for name, t := range c.Tokens {
-		changedToken := func(up bool, cause error) { changed(name, up, cause) }
-		store, err := openToken(ctx, name, t, name != c.NoiseToken, log, changedToken)
-		if err != nil {
-			closeTokens(all, log)
-			return nil, err
-		}
-		all[name] = store
+		opening.Go(func() {
+			changedToken := func(up bool, cause error) { changed(name, up, cause) }
+			store, err := openToken(ctx, name, t, true, name != c.NoiseToken, log, changedToken)
+			mu.Lock()
+			defer mu.Unlock()
+			if err != nil {
+				failed = errors.Join(failed, err)
+			} else {
+				all[name] = store
+			}
+		})
+	}
+	opening.Wait()
+	if failed != nil {
+		closeTokens(all, log)
+		return nil, failed
 	}
 	return all, nil
 }

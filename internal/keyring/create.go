@@ -27,14 +27,11 @@ func (r *Ring) Recover(ctx context.Context) error {
 		return err
 	}
 	for ref, rec := range unfinished {
-		err := r.clearAway(ctx, ref, rec, "interrupted")
-		switch {
-		case errors.Is(err, keystore.ErrUnavailable), errors.Is(err, keystore.ErrSealed),
-			errors.Is(err, keystore.ErrAuth), errors.Is(err, manage.ErrNotFound):
+		if err := r.destroyRemains(ctx, ref, rec); err != nil {
 			// Clearing away can wait: the next creation of the version begins with the same.
-			r.Log.Warn("an unfinished key is not cleared away, since its token does not answer",
+			r.Log.Warn("an unfinished key is not cleared away, since its token does not do it",
 				"key", ref.String(), "err", err)
-		case err != nil:
+		} else if err := r.forgetUnfinished(ctx, ref, "interrupted"); err != nil {
 			return err
 		}
 	}
@@ -43,6 +40,14 @@ func (r *Ring) Recover(ctx context.Context) error {
 
 // clearAway removes the remains of a failed creation from the token, then from the ledger.
 func (r *Ring) clearAway(ctx context.Context, ref keystore.Ref, rec record, outcome string) error {
+	if err := r.destroyRemains(ctx, ref, rec); err != nil {
+		return err
+	}
+	return r.forgetUnfinished(ctx, ref, outcome)
+}
+
+// destroyRemains removes the remains of a failed creation from the token.
+func (r *Ring) destroyRemains(ctx context.Context, ref keystore.Ref, rec record) error {
 	store, err := r.Tokens.Get(rec.Token)
 	if err == nil {
 		err = store.Destroy(ctx, ref, rec.Tag)
@@ -50,6 +55,11 @@ func (r *Ring) clearAway(ctx context.Context, ref keystore.Ref, rec record, outc
 	if err != nil {
 		return fmt.Errorf("clear away the unfinished key %v: %w", ref, err)
 	}
+	return nil
+}
+
+// forgetUnfinished deletes the record of a failed creation.
+func (r *Ring) forgetUnfinished(ctx context.Context, ref keystore.Ref, outcome string) error {
 	cleared := edit{ref, func(rec *record) { *rec = record{} }} // absent again
 	return r.change(ctx, audit.Daemon(), []edit{cleared}, audit.NewKeyCreationFailed(ref.String(), outcome))
 }

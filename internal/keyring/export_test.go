@@ -2,6 +2,7 @@ package keyring
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"slices"
 
@@ -60,8 +61,11 @@ func (r *Ring) FirstUncounted() uint64 {
 func (r *Ring) Lose(ref keystore.Ref, problem string) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	r.lost[ref] = problem
+	r.lost[ref] = errors.New(problem)
 }
+
+// KeepCompared compares the keys with tokens that come, until ctx ends.
+func (r *Ring) KeepCompared(ctx context.Context) { r.keepCompared(ctx) }
 
 // Digest is the digest that the version before commits to.
 func (k *Key) Digest() [32]byte { return k.digest() }

@@ -5,7 +5,6 @@
 package keyring
 
 import (
-	"bytes"
 	"cmp"
 	"context"
 	"errors"
@@ -102,24 +101,25 @@ type Ring struct {
 	confirmed     map[string]time.Time        // ends of the operators' confirmations, by name
 	credentials   uint64                      // number of changes of operators' credentials
 	retries       map[string]retry            // failed rotations, by name
-	lost          map[keystore.Ref]string     // problems of versions that are missing on their token
+	lost          map[keystore.Ref]error      // faults of versions that are missing on their token, or different
+	uncompared    map[string]error            // tokens that are not compared with the ledger yet, see compare.go
 	announcements []Announcement              // cache; nil: empty
 	watchers      []func()                    // called after a change that peers may have to be told
 }
 
-// Open reads the keys and compares each key with its token. A missing, ambiguous or different key
-// is an error: to serve without the key would be a silent loss. While a token does not answer, only
-// the keys of the token are unusable, unless the token has the listener's key: then Open fails.
-// Open changes nothing.
+// Open reads the keys, and compares them with the tokens that answer. Keep compares the keys of a
+// token that comes later. A key without its token in the configuration is an error, unless the key
+// is out of use. Open changes nothing.
 func Open(ctx context.Context, c Config) (*Ring, error) {
 	r := &Ring{
 		Config: c, turns: map[string]*limit.Fair{}, changing: manage.NewLock(),
 		keys: map[keystore.Ref]*Key{}, byPublic: map[[32]byte][]keystore.Ref{}, active: map[string]*Key{},
 		settings: map[string]Settings{}, confirmed: map[string]time.Time{},
-		retries: map[string]retry{}, lost: map[keystore.Ref]string{},
+		retries: map[string]retry{}, lost: map[keystore.Ref]error{}, uncompared: map[string]error{},
 	}
 	for name := range c.Tokens { // limit.Fair bounds no waiting callers: the limits of requests do
 		r.turns[name] = limit.NewFair(max(1, c.Calls[name]))
+		r.uncompared[name] = errNotCompared
 	}
 	if err := c.Ledger.Follow(ctx, &r.mu,
 		ledger.Followed{Table: ledger.Lines, Take: r.takeSettings},
@@ -131,10 +131,12 @@ func Open(ctx context.Context, c Config) (*Ring, error) {
 		if active, _ := r.Active(k.Name); k.State == Active && active != k {
 			return nil, fmt.Errorf("the ledger has two active versions of key %q: restore it from a backup", k.Name)
 		}
-		if err := r.checkToken(ctx, k); err != nil {
-			return nil, err
+		// The token of a key that is out of use may be gone with the key.
+		if _, err := r.Tokens.Get(k.Token); err != nil && !k.State.outOfUse() {
+			return nil, fmt.Errorf("key %v: %w", k.Ref(), err)
 		}
 	}
+	r.compareAll(ctx)
 	return r, r.countUses()
 }
 
@@ -212,50 +214,6 @@ func (r *Ring) remove(ref keystore.Ref) {
 	}
 	r.announcements = nil
 	r.deactivate(ref)
-}
-
-// checkToken compares a key with its token at the start. A missing active version is an error: the
-// token is a wrong one, or the loss must not go unseen. A missing pending or verify-only version
-// signs nothing now, and must not keep the other keys from signing: Causes names the version, and
-// a missing version can't become active, see Prove.
-func (r *Ring) checkToken(ctx context.Context, k *Key) error {
-	info, ref := k.Info(), k.Ref()
-	store, err := r.Tokens.Get(k.Token)
-	if err != nil && k.State.outOfUse() {
-		return nil // the token may be gone with the version
-	} else if err != nil {
-		return fmt.Errorf("key %v: %w", ref, err)
-	}
-	if k.State == Destroyed {
-		return nil
-	}
-	there, err := store.Key(ctx, ref)
-	switch {
-	case errors.Is(err, keystore.ErrUnavailable) && (ref.Name != NoiseName || k.State != Active),
-		errors.Is(err, keystore.ErrSealed):
-		r.Log.Warn("a key is not held against its token, which does not give it out now",
-			"key", ref.String(), "token", k.Token, "err", err)
-		return nil
-	case errors.Is(err, keystore.ErrNotFound) && k.State.outOfUse():
-		r.Log.Warn("a key that is out of use is not on its token any more", "key", ref.String(), "token", k.Token)
-		return nil
-	case errors.Is(err, keystore.ErrNotFound) && k.State != Active:
-		r.Log.Error("a key is not on its token", "key", ref.String(), "state", string(k.State), "token", k.Token)
-		r.mu.Lock()
-		defer r.mu.Unlock()
-		r.lost[ref] = fmt.Sprintf("the %s version is not on token %s", k.State, k.Token)
-		return nil
-	case errors.Is(err, keystore.ErrNotFound):
-		return fmt.Errorf("the ledger has key %v and the token does not: is it the right token? %w", ref, err)
-	case err != nil:
-		return err
-	}
-	got := there.Info()
-	if !bytes.Equal(got.PublicKey, info.PublicKey) || got.Algorithm != info.Algorithm || got.Tag != info.Tag {
-		return fmt.Errorf("key %v on the token is %s %x, the ledger has %s %x: is it the right token?",
-			ref, got.Algorithm, got.PublicKey, info.Algorithm, info.PublicKey)
-	}
-	return nil
 }
 
 // edit is a change of one version's record.
@@ -466,8 +424,8 @@ func (r *Ring) Causes() (all []cause.Cause) {
 	for name, try := range r.retries {
 		all = append(all, cause.Rotation.Of(name, "%v", try.cause))
 	}
-	for ref, what := range r.lost {
-		all = append(all, cause.KeyMissing.Of(ref.String(), "%s", what))
+	for ref, fault := range r.lost {
+		all = append(all, cause.KeyMissing.Of(ref.String(), "%v", fault))
 	}
 	return all
 }

@@ -3,19 +3,23 @@ package keyring_test
 import (
 	"context"
 	"errors"
+	"fmt"
+	"sync/atomic"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"countersign/appliance"
 	"countersign/internal/keyring"
 	"countersign/internal/keystore"
+	"countersign/internal/keystore/keystoretest"
 	"countersign/internal/ledger"
 	"countersign/internal/manage"
 )
 
 // TestSuccessorIsMissing: without a version that does not sign now, the appliance starts, signs,
-// names the version, and does not rotate to a missing one. Without its active version it does not
-// start.
+// names the version, and does not rotate to a missing one. A missing active version costs the key
+// alone.
 func TestSuccessorIsMissing(t *testing.T) {
 	r := newRig(t)
 	second, third := keystore.Ref{Name: "payments", Version: 2}, keystore.Ref{Name: "payments", Version: 3}
@@ -43,8 +47,78 @@ func TestSuccessorIsMissing(t *testing.T) {
 		t.Errorf("version %d signs", s.Version)
 	}
 	r.store.Remove(second)
-	r.ledger.Close()
-	refused(t, keystore.ErrNotFound, r.tryOpen(t))
+	if _, err := r.Keys.Create(t.Context(), operator, keyring.NewKey{Name: "other"}); err != nil {
+		t.Fatal(err)
+	}
+	r.reopen(t)
+	r.condition(t, appliance.Degraded, "key payments/2, which is active, is not on token memory")
+	other, err := r.Keys.Signing("other")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := other.Sign(t.Context(), keyring.Own, []byte("m"), nil); err != nil {
+		t.Errorf("another key of the token: %v", err)
+	}
+}
+
+// late is a token that does not answer while err is set, and has no Noise key while lacks is set.
+type late struct {
+	*keystoretest.Memory
+	err   atomic.Pointer[error]
+	lacks atomic.Bool
+}
+
+func (l *late) Key(ctx context.Context, ref keystore.Ref) (keystore.Key, error) {
+	if err := l.err.Load(); err != nil {
+		return nil, *err
+	}
+	if l.lacks.Load() && ref.Name == keyring.NoiseName {
+		return nil, keystore.ErrNotFound
+	}
+	return l.Memory.Key(ctx, ref)
+}
+
+// TestTokenComesLate: the ring opens without a token, with the keys of the token there. The keys
+// are compared when the token comes, and a fault that is mended goes away.
+func TestTokenComesLate(t *testing.T) {
+	for _, class := range []error{keystore.ErrUnavailable, keystore.ErrAuth} {
+		synctest.Test(t, func(t *testing.T) {
+			r := newRig(t)
+			r.createOwn(t, keyring.NoiseName)
+			token := &late{Memory: r.store}
+			config := r.Keys.Config
+			config.Tokens = map[string]keystore.Store{"memory": token}
+			away := fmt.Errorf("unplugged: %w", class)
+			token.err.Store(&away)
+			ring, err := keyring.Open(t.Context(), config)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if k := ring.Version("payments", 1); k == nil || k.State != keyring.Active {
+				t.Errorf("%+v", k)
+			}
+			refused(t, class, ring.Listening())
+			if all := ring.Causes(); len(all) > 0 {
+				t.Errorf("%v", all)
+			}
+			ctx, cancel := context.WithCancel(t.Context())
+			defer cancel()
+			go ring.KeepCompared(ctx)
+			look := func() { time.Sleep(2 * time.Second); synctest.Wait() } // of the fake clock
+			look()
+			refused(t, class, ring.Listening())
+			token.lacks.Store(true)
+			token.err.Store(nil)
+			look()
+			refused(t, keystore.ErrNotFound, ring.Listening())
+			token.lacks.Store(false)
+			ring.RetryNow()
+			look()
+			if err := ring.Listening(); err != nil || len(ring.Causes()) > 0 {
+				t.Errorf("%v, %v", err, ring.Causes())
+			}
+		})
+	}
 }
 
 // TestTokenIsGone: a version that is out of use does not need its token in the configuration; every

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"maps"
 	"slices"
+	"sync"
 	"time"
 
 	"countersign/audit"
@@ -54,8 +55,10 @@ func (r *Ring) clearRetry(name string) {
 	}
 }
 
-// RetryNow ends the backoff of all failed rotations: a token may be back.
+// RetryNow ends the backoff of all failed rotations, and has lost keys looked for again: a token
+// may be back.
 func (r *Ring) RetryNow() {
+	r.compareAgain()
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	for name, try := range r.retries {
@@ -67,8 +70,12 @@ func (r *Ring) RetryNow() {
 // keepEvery is the interval between two looks for keys that are due.
 const keepEvery = time.Second
 
-// Keep rotates, activates and archives what is due, until ctx ends.
+// Keep rotates, activates and archives what is due, and compares keys with tokens that come, until
+// ctx ends.
 func (r *Ring) Keep(ctx context.Context) {
+	var comparing sync.WaitGroup // a token that hangs must not delay what is due on others
+	comparing.Go(func() { r.keepCompared(ctx) })
+	defer comparing.Wait()
 	ticker := time.NewTicker(keepEvery)
 	defer ticker.Stop()
 	for {

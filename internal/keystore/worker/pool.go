@@ -58,8 +58,8 @@ type waiter struct {
 
 // Open starts the workers and returns when the first of them is ready. Open fails when all starts
 // have failed, or at the first failure that every worker would have, for example a refused PIN. The
-// pool is then closed. With patient, an unavailable device (keystore.ErrUnavailable) is no failure:
-// the pool opens and retries the starts.
+// pool is then closed. With patient, an unavailable device (keystore.ErrUnavailable) is no failure,
+// and with Config.Optional no failure is one: the pool opens and retries the starts.
 func Open(ctx context.Context, c Config, patient bool) (*Pool, error) {
 	p := &Pool{
 		config: c, closed: make(chan struct{}), changed: make(chan struct{}, 1), loginLock: make(chan struct{}, 1),
@@ -84,7 +84,7 @@ func Open(ctx context.Context, c Config, patient bool) (*Pool, error) {
 			break // another worker can't do better
 		}
 	}
-	if err == nil || patient && errors.Is(err, keystore.ErrUnavailable) {
+	if err == nil || patient && (p.config.Optional || errors.Is(err, keystore.ErrUnavailable)) {
 		p.mu.Lock()
 		p.opened = true
 		p.slotsChanged()
@@ -278,7 +278,11 @@ func (p *Pool) noWorker() error {
 	if p.authErr != nil {
 		return p.authErr
 	}
-	return fmt.Errorf("%w: there is no key worker for token %q", keystore.ErrUnavailable, p.config.Name)
+	none := fmt.Errorf("%w: there is no key worker for token %q", keystore.ErrUnavailable, p.config.Name)
+	if p.cause != nil {
+		return fmt.Errorf("%w: %v", none, p.cause) // the class of the cause is not that of the call
+	}
+	return none
 }
 
 // release ends a reservation. The first call in the queue that can use a worker gets one.

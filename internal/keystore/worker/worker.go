@@ -33,6 +33,9 @@ type Config struct {
 	Memory   int                        // bytes; a larger worker is renewed without losing a call: modules leak
 	Deadline time.Duration              // for one use of a key by the device; a slow operation has slowFactor of these
 	Log      *slog.Logger
+	// Optional has a patient Open succeed whatever the device's failure: a wrong PIN or another
+	// device costs the keys of this token only.
+	Optional bool
 	// OnChange, if not nil, receives the start and the end of each outage: no worker can be
 	// started, or the device refuses to unseal a key. A goroutine of the pool makes the calls, one
 	// after another and in order, so a slow OnChange delays no signature.
