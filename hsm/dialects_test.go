@@ -127,7 +127,7 @@ func TestWithoutEdDSA(t *testing.T) {
 	t.Setenv("SHIM_DIALECT", "no-eddsa")
 	store := open(t, newShim(t, 2).config)
 	defer store.Close()
-	found, err := store.Inspect(t.Context())
+	found, err := store.Inspect(t.Context(), true)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -155,7 +155,7 @@ func TestWithoutEdDSA(t *testing.T) {
 // finding returns the only finding of a kind for an algorithm.
 func finding(t *testing.T, store *hsm.Store, what string, alg keystore.Algorithm) (found keystore.Finding) {
 	t.Helper()
-	all, err := store.Inspect(t.Context())
+	all, err := store.Inspect(t.Context(), true)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -12,9 +12,14 @@ import (
 	"github.com/miekg/pkcs11"
 )
 
-// Inspect reports the module, the token, the quirks and the mechanisms, and tests each algorithm
-// with a temporary key. Temporary keys are session objects: the token drops them with the session.
-func (st *Store) Inspect(ctx context.Context) (found []keystore.Finding, err error) {
+// throwAway is the reference of the keys of Inspect. A leading hyphen is in no valid name, so no
+// listing takes a key left by a crash for a key of the appliance.
+var throwAway = keystore.Ref{Name: "-throw-away", Version: 1}
+
+// Inspect reports the module, the token, the quirks and the mechanisms. With prove, Inspect tests
+// each algorithm with a token object, as the appliance's keys are: some tokens refuse session
+// objects, and others make session objects only.
+func (st *Store) Inspect(ctx context.Context, prove bool) (found []keystore.Finding, err error) {
 	report := func(what string, alg keystore.Algorithm, ok bool, format string, args ...any) {
 		found = append(found, keystore.Finding{What: what, For: alg, OK: ok, Text: fmt.Sprintf(format, args...)})
 	}
@@ -56,6 +61,12 @@ func (st *Store) Inspect(ctx context.Context) (found []keystore.Finding, err err
 				}
 			}
 		}
+		if !prove {
+			return nil
+		}
+		if err := st.clearThrowAways(s); err != nil {
+			return err
+		}
 		for _, alg := range keystore.Algorithms {
 			c, _ := st.curveFor(alg)
 			if err := st.testThrowAway(s, c, false); err != nil {
@@ -75,43 +86,41 @@ func (st *Store) Inspect(ctx context.Context) (found []keystore.Finding, err err
 	return found, err
 }
 
-// testThrowAway makes a temporary key as session objects, uses the key once and destroys the key.
+// clearThrowAways removes what an interrupted Inspect has left on the token.
+func (st *Store) clearThrowAways(s session) error {
+	left, err := st.find(s, labelOf(throwAway))
+	for _, o := range left {
+		if err := st.module.DestroyObject(s.handle, o); err != nil {
+			return deviceError("C_DestroyObject", err)
+		}
+	}
+	return err
+}
+
+// testThrowAway makes a key on the token, uses the key once and destroys the key.
 func (st *Store) testThrowAway(s session, c curve, imported bool) (err error) {
 	var tag keystore.Tag
 	rand.Read(tag[:])
-	ref := keystore.Ref{Name: "throw-away", Version: 1}
-	var private pkcs11.ObjectHandle
 	if imported {
 		var seed [32]byte
 		rand.Read(seed[:])
-		private, err = st.importSeed(s, ref, c, tag, seed, false)
+		err = st.importSeed(s, throwAway, c, tag, seed)
 	} else {
-		_, private, err = st.generate(s, ref, c, tag, false)
+		err = st.generate(s, throwAway, c, tag)
 	}
-	defer func() { err = errors.Join(err, st.destroy(s, ref, tag)) }()
+	defer func() { err = errors.Join(err, st.destroy(s, throwAway, tag)) }()
 	if err != nil {
 		return err
 	}
-	public, err := st.find(s, labelOf(ref), attr(pkcs11.CKA_ID, tag[:]),
-		attr(pkcs11.CKA_CLASS, pkcs11.CKO_PUBLIC_KEY))
+	_, private, err := st.verifyCreated(s, throwAway, c, tag, !imported)
 	if err != nil {
 		return err
-	} else if len(public) != 1 {
-		return fmt.Errorf("the key has %d public objects, want 1", len(public))
-	}
-	point, err := st.attributes(s, public[0], pkcs11.CKA_EC_POINT)
-	if err != nil {
-		return err
-	}
-	info := keystore.Info{Ref: ref, Algorithm: c.alg, PublicKey: c.pointOf(point[0])}
-	if info.PublicKey == nil {
-		return fmt.Errorf("CKA_EC_POINT has %d bytes: %s has public keys of %d", len(point[0]), c.alg, c.point)
 	}
 	value := []*pkcs11.Attribute{attr(pkcs11.CKA_VALUE, nil)}
 	if _, err := st.module.GetAttributeValue(s.handle, private, value); err == nil {
 		return errors.New("the private key can be read")
 	}
-	return st.prove(s, info, private)
+	return nil
 }
 
 func limitText(n uint) string {

@@ -325,8 +325,7 @@ func (st *Store) pair(s session, by *pkcs11.Attribute) (private, public []pkcs11
 func (st *Store) Generate(ctx context.Context, ref keystore.Ref, alg keystore.Algorithm, tag keystore.Tag) (
 	keystore.Key, error) {
 	return st.create(ctx, "generate", ref, alg, tag, func(s session, c curve) error {
-		_, _, err := st.generate(s, ref, c, tag, true)
-		return err
+		return st.generate(s, ref, c, tag)
 	})
 }
 
@@ -351,7 +350,7 @@ func (st *Store) create(ctx context.Context, operation string, ref keystore.Ref,
 			return fmt.Errorf("%w: %d objects are labelled %q", keystore.ErrExists, n, labelPrefix+ref.String())
 		}
 		if err = makeObjects(s, c); err == nil {
-			info, err = st.verifyCreated(s, ref, c, tag, operation == "generate")
+			info, _, err = st.verifyCreated(s, ref, c, tag, operation == "generate")
 		}
 		if err != nil {
 			// Best effort: a remaining object is unusable, since the ledger has no record of the
@@ -368,24 +367,23 @@ func (st *Store) create(ctx context.Context, operation string, ref keystore.Ref,
 
 // verifyCreated reads the attributes of a new key back from the token and proves the key by a use.
 func (st *Store) verifyCreated(s session, ref keystore.Ref, c curve, tag keystore.Tag, generated bool) (
-	keystore.Info, error) {
-	info, private, err := st.load(s, labelOf(ref), ref)
-	if err != nil {
-		return info, err
+	info keystore.Info, private pkcs11.ObjectHandle, err error) {
+	if info, private, err = st.load(s, labelOf(ref), ref); err != nil {
+		return info, 0, err
 	}
 	if info.Tag != tag || info.Algorithm != c.alg || info.Provenance.Generated() != generated {
-		return info, fmt.Errorf("%w: the token made the key with other attributes than requested", keystore.ErrUnfit)
+		return info, 0, fmt.Errorf("%w: the token made the key with other attributes than requested", keystore.ErrUnfit)
 	}
-	return info, st.prove(s, info, private)
+	return info, private, st.prove(s, info, private)
 }
 
 // templates returns the attributes of a new key pair. Every usage flag is set explicitly, since the
 // defaults differ between modules and permit too much.
-func (st *Store) templates(ref keystore.Ref, c curve, tag keystore.Tag, onToken bool) (
+func (st *Store) templates(ref keystore.Ref, c curve, tag keystore.Tag) (
 	public, private []*pkcs11.Attribute) {
 	signs := c.alg != keystore.X25519
 	common := []*pkcs11.Attribute{
-		attr(pkcs11.CKA_TOKEN, onToken),
+		attr(pkcs11.CKA_TOKEN, true),
 		attr(pkcs11.CKA_LABEL, labelPrefix+ref.String()),
 		attr(pkcs11.CKA_ID, tag[:]),
 		attr(pkcs11.CKA_KEY_TYPE, c.kind),
@@ -417,16 +415,14 @@ func (st *Store) templates(ref keystore.Ref, c curve, tag keystore.Tag, onToken 
 	return public, private
 }
 
-// generate makes a key pair of token objects, or of session objects if onToken is false.
-func (st *Store) generate(s session, ref keystore.Ref, c curve, tag keystore.Tag, onToken bool) (
-	public, private pkcs11.ObjectHandle, err error) {
-	pub, prv := st.templates(ref, c, tag, onToken)
+// generate makes a key pair of token objects.
+func (st *Store) generate(s session, ref keystore.Ref, c curve, tag keystore.Tag) error {
+	pub, prv := st.templates(ref, c, tag)
 	mechanism := []*pkcs11.Mechanism{pkcs11.NewMechanism(c.keygen, nil)}
-	public, private, err = st.module.GenerateKeyPair(s.handle, mechanism, pub, prv)
-	if err != nil {
-		return 0, 0, deviceError("C_GenerateKeyPair", err)
+	if _, _, err := st.module.GenerateKeyPair(s.handle, mechanism, pub, prv); err != nil {
+		return deviceError("C_GenerateKeyPair", err)
 	}
-	return public, private, nil
+	return nil
 }
 
 // Import makes a key from the seed in the file at path. Copies of the seed may stay in the memory
@@ -438,34 +434,31 @@ func (st *Store) Import(ctx context.Context, ref keystore.Ref, path string, tag 
 	}
 	defer clear(seed[:])
 	return st.create(ctx, "import", ref, keystore.Ed25519, tag, func(s session, c curve) error {
-		_, err := st.importSeed(s, ref, c, tag, seed, true)
-		return err
+		return st.importSeed(s, ref, c, tag, seed)
 	})
 }
 
 // importSeed writes both objects of a key, first the public object and then the private one. After
 // a crash in between, load finds half a pair and refuses the key.
-func (st *Store) importSeed(s session, ref keystore.Ref, c curve, tag keystore.Tag, seed [32]byte, onToken bool) (
-	pkcs11.ObjectHandle, error) {
+func (st *Store) importSeed(s session, ref keystore.Ref, c curve, tag keystore.Tag, seed [32]byte) error {
 	private := ed25519.NewKeyFromSeed(seed[:])
 	defer clear(private)
 	point := bytes.Clone(private[32:])
 	if st.quirks.ECPoint == "octet-string" {
 		point = append([]byte{0x04, byte(len(point))}, point...)
 	}
-	pub, prv := st.templates(ref, c, tag, onToken)
+	pub, prv := st.templates(ref, c, tag)
 	pub = append(pub, attr(pkcs11.CKA_EC_POINT, point))
 	if _, err := st.module.CreateObject(s.handle, pub); err != nil {
-		return 0, deviceError("C_CreateObject (public key)", err)
+		return deviceError("C_CreateObject (public key)", err)
 	}
 	value := attr(pkcs11.CKA_VALUE, seed[:])
 	defer clear(value.Value)
 	prv = append(prv, attr(pkcs11.CKA_EC_PARAMS, st.params(c)), value)
-	object, err := st.module.CreateObject(s.handle, prv)
-	if err != nil {
-		return 0, deviceError("C_CreateObject (private key)", err)
+	if _, err := st.module.CreateObject(s.handle, prv); err != nil {
+		return deviceError("C_CreateObject (private key)", err)
 	}
-	return object, nil
+	return nil
 }
 
 // prove uses a new key once and checks the result in Go. A key without this proof must not come

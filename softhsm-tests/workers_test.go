@@ -432,7 +432,7 @@ func TestNothingLeaks(t *testing.T) {
 			t.Fatal(err)
 		}
 		counts["fds"] = len(fds)
-		found, err := pool.Inspect(ctx)
+		found, err := pool.Inspect(ctx, false)
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -44,7 +44,7 @@ func check(ctx context.Context, path string, c Config, deep bool, stdout, stderr
 			return fmt.Errorf("token %s: %w", name, err)
 		}
 		say("token", "ok: %s, %s%s, %d keys of ours", name, t.URI, t.TPM, len(infos))
-		found, err := store.Inspect(ctx)
+		found, err := store.Inspect(ctx, false)
 		if err != nil {
 			return fmt.Errorf("token %s: %w", name, err)
 		}

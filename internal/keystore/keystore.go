@@ -180,9 +180,10 @@ type Store interface {
 	// other objects. Destroy is for keys never used, or with an approved destruction. A call
 	// without anything to remove succeeds.
 	Destroy(ctx context.Context, ref Ref, tag Tag) error
-	// Inspect lists the device's abilities and proves each with throw-away keys. The device's
-	// keys stay as before.
-	Inspect(ctx context.Context) ([]Finding, error)
+	// Inspect lists what the device says of itself. With prove, Inspect also makes a key of each
+	// algorithm in the way of Generate, uses the key, and destroys the key: only such a key shows
+	// what Generate can do, and the device is written to. All other keys stay as before.
+	Inspect(ctx context.Context, prove bool) ([]Finding, error)
 	// Status gives the last known state, without a call to the device.
 	Status() Status
 	// Retry permits logins again after ErrAuth. An operator calls Retry after correcting the PIN.

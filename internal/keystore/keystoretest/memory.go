@@ -70,7 +70,7 @@ func (m *Memory) Keys(context.Context) (infos []keystore.Info, err error) {
 
 func (m *Memory) Bind(info keystore.Info) keystore.Key { return bound{m, info} }
 
-func (m *Memory) Inspect(context.Context) ([]keystore.Finding, error) {
+func (m *Memory) Inspect(context.Context, bool) ([]keystore.Finding, error) {
 	return []keystore.Finding{{What: "memory", OK: true, Text: "keys in memory, for tests"}}, nil
 }
 

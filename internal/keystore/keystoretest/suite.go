@@ -253,13 +253,15 @@ func Run(t *testing.T, open func(*testing.T) keystore.Store) {
 	t.Run("Inspect", func(t *testing.T) {
 		s := store(t)
 		generate(t, s, "a", 1, keystore.Ed25519)
-		found, err := s.Inspect(t.Context())
-		if err != nil || len(found) == 0 {
-			t.Fatalf("%v, %v", found, err)
-		}
-		for _, f := range found {
-			if !f.OK {
-				t.Errorf("%+v", f)
+		for _, prove := range []bool{false, true} {
+			found, err := s.Inspect(t.Context(), prove)
+			if err != nil || len(found) == 0 {
+				t.Fatalf("%v, %v", found, err)
+			}
+			for _, f := range found {
+				if !f.OK || !prove && f.What == "proof" {
+					t.Errorf("%+v", f)
+				}
 			}
 		}
 		if infos, err := s.Keys(t.Context()); err != nil || len(infos) != 1 {

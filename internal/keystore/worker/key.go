@@ -136,9 +136,9 @@ func (p *Pool) Keys(ctx context.Context) (infos []keystore.Info, err error) {
 	return infos, err
 }
 
-// Inspect makes throw-away keys, so Inspect is an at-most-once call.
-func (p *Pool) Inspect(ctx context.Context) (found []keystore.Finding, err error) {
-	err = p.request(ctx, true, call{Op: opInspect}, decodeInto(&found))
+// Inspect may make throw-away keys, so Inspect is an at-most-once call.
+func (p *Pool) Inspect(ctx context.Context, prove bool) (found []keystore.Finding, err error) {
+	err = p.request(ctx, true, call{Op: opInspect, Prove: prove}, decodeInto(&found))
 	return found, err
 }
 

@@ -21,6 +21,7 @@ type call struct {
 	Algorithm keystore.Algorithm `json:"algorithm,omitempty"`
 	Tag       keystore.Tag       `json:"tag,omitzero"`
 	Path      string             `json:"path,omitempty"`
+	Prove     bool               `json:"prove,omitempty"`
 }
 
 const (
@@ -226,7 +227,7 @@ func (w *server) do(ctx context.Context, c call) ([]byte, error) {
 	case opDestroy:
 		err = w.store.Destroy(ctx, c.Ref, c.Tag)
 	case opInspect:
-		answer, err = w.store.Inspect(ctx)
+		answer, err = w.store.Inspect(ctx, c.Prove)
 	case opDefine, opRead, opIncrement:
 		answer, err = w.counterOp(ctx, c.Op)
 	default:
