@@ -4,13 +4,16 @@ import (
 	"context"
 	"fmt"
 
+	"countersign/internal/keystore"
+
 	"github.com/miekg/pkcs11"
 )
 
 // InitToken makes a new token in the first slot with an uninitialised token. The label is the URI's
 // token attribute, the user PIN is the one in Config.PINFile, and the PIN of the security officer
 // (SO) is read from soPINFile. InitToken changes no initialised token, with one exception: a token
-// matching the URI and without a user PIN gets the user PIN. InitToken must not run beside an open
+// matching the URI and without a user PIN gets the user PIN. A token that matches and is complete is
+// keystore.ErrExists. InitToken must not run beside an open
 // Store. If ctx ends first, the calls into the module go on in the background, and the process
 // should exit.
 func InitToken(ctx context.Context, c Config, soPINFile string) error {
@@ -31,11 +34,6 @@ func initToken(c Config, soPINFile string) error {
 	}
 	defer s.unload()
 	uri, module := s.uri, s.module
-	label := uri.attrs["token"]
-	if label == "" || len(label) > 32 || len(uri.attrs) > 1 || uri.slotID != nil {
-		return fmt.Errorf("hsm: new token: the URI must have a token attribute of 1 to 32 bytes, for the label, " +
-			"and no attribute but token")
-	}
 	pin, err := readPIN(s.pinFile)
 	if err != nil {
 		return fmt.Errorf("hsm: new token: %w", err)
@@ -64,8 +62,13 @@ func initToken(c Config, soPINFile string) error {
 		case info.Flags&pkcs11.CKF_USER_PIN_INITIALIZED == 0:
 			return setPIN(module, uri, soPIN, pin) // an earlier InitToken was interrupted before setPIN
 		default:
-			return fmt.Errorf("hsm: new token: there is a token that matches %q already", uri.text)
+			return fmt.Errorf("hsm: new token: a token matches %q already: %w", uri.text, keystore.ErrExists)
 		}
+	}
+	label := uri.attrs["token"]
+	if label == "" || len(label) > 32 || len(uri.attrs) > 1 || uri.slotID != nil {
+		return fmt.Errorf("hsm: new token: the URI must have a token attribute of 1 to 32 bytes, for the label, " +
+			"and no attribute but token")
 	}
 	if len(empty) == 0 {
 		return fmt.Errorf("hsm: new token: none of the %d slots holds an empty token", len(slots))

@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -19,6 +20,7 @@ import (
 
 // TestRefusesToStart breaks the configuration, the policy, the ledger, the PIN file or the token.
 // countersignd serve then ends with exit status 1 and a line that names the cause and the remedy.
+// countersignd check refuses all that serve refuses, with the same cause.
 func TestRefusesToStart(t *testing.T) {
 	type breakage func(t *testing.T, s *system)
 	edit := func(old, new string) breakage {
@@ -79,6 +81,22 @@ func TestRefusesToStart(t *testing.T) {
 			s.useToken(func(m *pkcs11.Ctx, h pkcs11.SessionHandle) { deleteAll(t, m, h, "public") })
 		}, []string{"noise/1", "half"}},
 		{"a file where the socket should be", write("admin.sock", ""), []string{"admin.sock", "another kind"}},
+		{"a port that is none", func(_ *testing.T, s *system) { s.edit("countersign.toml", s.listen, "127.0.0.1:70000") },
+			[]string{"listen", "70000"}},
+		{"a port in use", func(t *testing.T, s *system) {
+			l, err := net.Listen("tcp", s.listen)
+			if err != nil {
+				t.Fatal(err)
+			}
+			t.Cleanup(func() { l.Close() })
+		}, []string{"listen", "another program"}},
+		{"a long path of the socket", edit("admin.sock", strings.Repeat("a", 150)), []string{"admin_socket", "107"}},
+		{"no folder for the socket", edit("admin.sock", "missing/admin.sock"), []string{"missing/admin.sock"}},
+		{"no folder for the ledger", edit("ledger.db", "missing/ledger.db"), []string{"missing/ledger.db"}},
+		{"a group that is not there", edit("ledger =", "admin_group = \"no-such-group\"\nledger ="),
+			[]string{"admin_group", "no-such-group"}},
+		{"HTTPS without keys", edit("ledger =", "admin_https = \"127.0.0.1:1\"\nledger ="),
+			[]string{"HTTPS", "countersignd init"}},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			s := newSystem(t)
@@ -91,6 +109,15 @@ func TestRefusesToStart(t *testing.T) {
 			for _, want := range c.want {
 				if !strings.Contains(out, want) {
 					t.Errorf("the output has no %q:\n%s", want, out)
+				}
+			}
+			out, code = s.daemon("check")
+			if code != 1 {
+				t.Errorf("check: exit status %d\n%s", code, out)
+			}
+			for _, want := range c.want {
+				if !strings.Contains(out, want) {
+					t.Errorf("check: the output has no %q:\n%s", want, out)
 				}
 			}
 		})

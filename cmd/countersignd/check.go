@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bufio"
 	"context"
 	"encoding/hex"
 	"errors"
@@ -8,92 +9,191 @@ import (
 	"io"
 	"log/slog"
 	"maps"
+	"os"
 	"slices"
+	"strings"
 
 	"countersign/appliance"
 	"countersign/internal/keystore"
 	"countersign/internal/ledger"
 	"countersign/policy"
+
+	"golang.org/x/sys/unix"
 )
 
-// check opens all parts that serve opens, and prints a line for each part. check changes nothing.
-// While a daemon has the ledger open, the other parts are checked.
-func check(ctx context.Context, path string, c Config, deep bool, stdout, stderr io.Writer) error {
-	say := func(part, format string, args ...any) {
-		fmt.Fprintf(stdout, "%-8s %s\n", part, fmt.Sprintf(format, args...))
-	}
-	say("config", "ok: %s", path)
+// checkOptions are the flags of countersignd check.
+type checkOptions struct {
+	deep  bool
+	write bool // prove tokens with throw-away keys, without a question
+}
+
+// report is the output of check: a line for each part, and the faults for the summary.
+type report struct {
+	stdout io.Writer
+	faults []error
+}
+
+func (r *report) say(part, format string, args ...any) {
+	fmt.Fprintf(r.stdout, "%-8s %s\n", part, fmt.Sprintf(format, args...))
+}
+
+// fault prints a fault. The other parts are checked all the same.
+func (r *report) fault(part string, err error) {
+	r.say(part, "FAULT: %s", advise(err))
+	r.faults = append(r.faults, err)
+}
+
+// check does all that serve does before the event Started, and prints a line for each part and a
+// summary. check writes to no ledger, and to a token only with consent: by --write, or by an answer
+// on a terminal. While a daemon has the ledger open, the other parts are checked.
+func check(
+	ctx context.Context, path string, c Config, o checkOptions, stdin *os.File, stdout, stderr io.Writer,
+) error {
+	r := &report{stdout: stdout}
+	r.say("config", "ok: %s", path)
 	rules, err := policy.Load(c.Policy)
 	if err != nil {
-		return err
+		r.fault("policy", err)
+	} else {
+		r.say("policy", "ok: %s, sha256 %x", c.Policy, rules.Hash)
 	}
-	say("policy", "ok: %s, sha256 %x", c.Policy, rules.Hash)
 	log := slog.New(slog.DiscardHandler)
-	tokens := map[string]keystore.Store{}
+	prove := o.write || consents(stdin, stderr)
+	tokens := r.checkTokens(ctx, c, prove, log)
 	defer func() { closeTokens(tokens, log) }()
-	var lacking []error
+	if o.deep {
+		r.checkDeep(c, stderr)
+	}
+	r.checkLedger(ctx, c, tokens, rules, log)
+	if len(r.faults) > 0 {
+		r.say("summary", "%d faults: serve may not start, or not serve with all keys", len(r.faults))
+		return errors.Join(r.faults...)
+	}
+	if prove {
+		r.say("summary", "ok")
+	} else {
+		r.say("summary", "ok; no token has proven a key: --write has each token make and destroy throw-away keys")
+	}
+	return nil
+}
+
+// consents asks on a terminal whether tokens may be written to.
+func consents(stdin *os.File, stderr io.Writer) bool {
+	if _, err := unix.IoctlGetTermios(int(stdin.Fd()), unix.TCGETS); err != nil {
+		return false
+	}
+	fmt.Fprint(stderr, "May each token make, use and destroy throw-away keys, as a proof? [y/N] ")
+	answer, _ := bufio.NewReader(stdin).ReadString('\n')
+	return strings.EqualFold(strings.TrimSpace(answer), "y")
+}
+
+// checkTokens opens all tokens and prints their findings. The result has the tokens that answer.
+func (r *report) checkTokens(
+	ctx context.Context, c Config, prove bool, log *slog.Logger,
+) map[string]keystore.Store {
+	tokens := map[string]keystore.Store{}
 	for _, name := range slices.Sorted(maps.Keys(c.Tokens)) {
 		t := c.Tokens[name]
 		store, err := openToken(ctx, name, t, false, false, log, nil)
 		if err != nil {
-			return err
+			r.fault("token", err)
+			continue
 		}
 		tokens[name] = store
 		infos, err := store.Keys(ctx)
 		if err != nil {
-			return fmt.Errorf("token %s: %w", name, err)
+			r.fault("token", fmt.Errorf("token %s: %w", name, err))
+			continue
 		}
-		say("token", "ok: %s, %s%s, %d keys of ours", name, t.URI, t.TPM, len(infos))
-		found, err := store.Inspect(ctx, false)
+		r.say("token", "ok: %s, %s%s, %d keys of ours", name, t.URI, t.TPM, len(infos))
+		found, err := store.Inspect(ctx, prove)
 		if err != nil {
-			return fmt.Errorf("token %s: %w", name, err)
+			r.fault("token", fmt.Errorf("token %s: %w", name, err))
+			continue
 		}
 		for _, f := range found {
 			verdict := "ok"
 			if !f.OK {
 				verdict = "LACKING"
 			}
-			say("", "%-9s %-7s %s: %s", f.What, f.For, verdict, f.Text)
-			needed := f.For == keystore.Ed25519 || f.For == keystore.X25519 && name == c.NoiseToken
-			if !f.OK && needed {
-				lacking = append(lacking, fmt.Errorf("token %s lacks what %s keys need: %s", name, f.For, f.Text))
-			}
+			r.say("", "%-9s %-7s %s: %s", f.What, f.For, verdict, f.Text)
 		}
+		r.faults = append(r.faults, lacking(c, name, found)...)
 	}
-	if deep {
-		err := ledger.Check(c.Ledger, c.ledger(), func(done, all uint64) {
-			if done > 0 && done%65536 == 0 {
-				fmt.Fprintf(stderr, "ledger: %d of %d events\n", done, all)
-			}
-		})
-		if errors.Is(err, ledger.ErrInUse) {
-			return fmt.Errorf("%s: %w: --deep needs it for itself", c.Ledger, err)
-		} else if err != nil {
-			return fmt.Errorf("%s: %w", c.Ledger, err)
+	return tokens
+}
+
+// checkDeep reads the whole ledger.
+func (r *report) checkDeep(c Config, stderr io.Writer) {
+	err := ledger.Check(c.Ledger, c.ledger(), func(done, all uint64) {
+		if done > 0 && done%65536 == 0 {
+			fmt.Fprintf(stderr, "ledger: %d of %d events\n", done, all)
 		}
-		say("ledger", "ok: every page, event and hash was read")
+	})
+	switch {
+	case errors.Is(err, ledger.ErrInUse):
+		r.fault("ledger", fmt.Errorf("%s: %w: --deep needs it for itself", c.Ledger, err))
+	case err != nil:
+		r.fault("ledger", fmt.Errorf("%s: %w", c.Ledger, err))
+	default:
+		r.say("ledger", "ok: every page, event and hash was read")
 	}
-	l, err := ledger.Open(c.Ledger, c.ledger())
-	if errors.Is(err, ledger.ErrInUse) {
-		say("ledger", "in use: a daemon is running; the ledger and its keys are not checked")
-		return errors.Join(lacking...)
-	} else if err != nil {
-		return fmt.Errorf("%s: %w", c.Ledger, err)
+}
+
+// checkLedger opens the ledger, compares the keys with the tokens, and opens the listeners.
+func (r *report) checkLedger(
+	ctx context.Context, c Config, tokens map[string]keystore.Store, rules *policy.Policy, log *slog.Logger,
+) {
+	l, err := openLedger(c)
+	switch {
+	case errors.Is(err, ledger.ErrInUse):
+		r.say("ledger", "in use: a daemon is running; the ledger, its keys and the listeners are not checked")
+		return
+	case errors.Is(err, ledger.ErrMissing) && len(r.faults) > 0:
+		r.fault("ledger", fmt.Errorf("%s: there is none yet; remove the other faults, then run countersignd init",
+			c.Ledger))
+		return
+	case err != nil:
+		r.fault("ledger", fmt.Errorf("%s: %w", c.Ledger, err))
+		return
 	}
 	defer l.Close()
-	say("ledger", "ok: %s", c.Ledger)
+	r.say("ledger", "ok: %s", c.Ledger)
+	if rules == nil {
+		if rules, err = appliance.ApprovedPolicy(l); err != nil {
+			r.fault("policy", err)
+		}
+	}
+	if rules == nil || len(tokens) < len(c.Tokens) {
+		r.say("keys", "not checked, since the policy or a token has a fault")
+		return
+	}
 	app, err := appliance.New(ctx, c.appliance(), l, tokens, rules, log)
 	if err != nil {
-		return err
+		r.fault("keys", err)
+		return
+	}
+	causes, verdict := app.Keys.Causes(), "ok"
+	if len(causes) > 0 {
+		verdict = "in the ledger" // the faults below say which keys their tokens do not have
 	}
 	for _, k := range app.Keys.All() {
 		info := k.Info()
-		say("key", "ok: %v %s %s %s, public key %s",
-			info.Ref, info.Algorithm, k.State, info.Custody, hex.EncodeToString(info.PublicKey))
+		r.say("key", "%s: %v %s %s %s, public key %s",
+			verdict, info.Ref, info.Algorithm, k.State, info.Custody, hex.EncodeToString(info.PublicKey))
 	}
-	say("peers", "%d enrolled", len(app.Peers.All()))
-	if err := app.Ready(); err != nil {
-		return err
+	for _, c := range causes {
+		r.fault("key", errors.New(c.Text))
 	}
-	return errors.Join(lacking...)
+	r.say("peers", "%d enrolled", len(app.Peers.All()))
+	ready, err := prepare(ctx, c, parts{ledger: l, tokens: tokens, app: app}, log)
+	defer ready.close()
+	if err != nil {
+		r.fault("serve", err)
+		return
+	}
+	for _, address := range ready.missing {
+		r.say("listen", "waits for %s", address)
+	}
+	r.say("listen", "ok: admin socket %s, and the addresses that this machine has", c.AdminSocket)
 }

@@ -46,8 +46,8 @@ type Config struct {
 	AdminGroup string `toml:"admin_group"`
 
 	// AdminHTTPS is the loopback address, such as 127.0.0.1:7780, of the admin API over HTTPS, for
-	// browsers. Default: no HTTPS. countersignd init makes the HTTPS keys in the token of the Noise
-	// key, which must support P-256 keys.
+	// browsers. Default: no HTTPS. countersignd init makes the HTTPS keys in log_token, which
+	// must support P-256 keys.
 	AdminHTTPS string `toml:"admin_https"`
 
 	// AdminName is the host name of the admin API in browsers. Default: localhost. Danger: passkeys
@@ -77,6 +77,12 @@ type Config struct {
 	// NoiseToken is the name of the token for the listener's Noise key. countersignd init makes the
 	// key. Default: the only token.
 	NoiseToken string `toml:"noise_token"`
+
+	// LogToken is the name of the token for the audit log's key and the HTTPS keys, which
+	// countersignd init makes. Default: noise_token. With another token, an HSM without X25519 has
+	// the log's key and the signing keys, and a TPM has the Noise key. A key that exists stays on
+	// its token.
+	LogToken string `toml:"log_token"`
 
 	// RollbackToken is the name of a token with a TPM. The ledger is bound to the TPM's monotonic
 	// counter, so that the daemon detects an older copy of the ledger at start. Default: the only
@@ -515,6 +521,11 @@ func (c *Config) checkTokens() error {
 	}
 	if c.Tokens[c.NoiseToken] == nil {
 		return fmt.Errorf("noise_token: %q is none of the tokens", c.NoiseToken)
+	}
+	if c.LogToken == "" {
+		c.LogToken = c.NoiseToken
+	} else if c.Tokens[c.LogToken] == nil {
+		return fmt.Errorf("log_token: %q is none of the tokens", c.LogToken)
 	}
 	var tpms []string
 	for name, t := range c.Tokens {

@@ -13,45 +13,59 @@ import (
 	"slices"
 
 	"countersign/audit"
-	"countersign/hsm"
 	"countersign/internal/keyring"
+	"countersign/internal/keystore"
 	"countersign/internal/ledger"
 	"countersign/internal/manage"
 	"countersign/policy"
 	"countersign/tpm"
 )
 
+// initOptions are the flags of countersignd init.
+type initOptions struct {
+	newToken  bool
+	soPINFile string
+	token     string // add this token, and touch neither the other tokens nor the ledger
+}
+
 // initialise creates the parts that serve needs: with newToken the tokens, then the ledger and the
-// keys. initialise is idempotent: each step is atomic, and an existing part is not changed.
-func initialise(ctx context.Context, c Config, newToken bool, soPINFile string, stdout, stderr io.Writer) error {
-	if newToken != (soPINFile != "") {
+// keys. initialise is idempotent: each step is atomic, and an existing part is not changed. The
+// tokens prove that they can have the keys before the ledger is made.
+func initialise(ctx context.Context, c Config, o initOptions, stdout, stderr io.Writer) error {
+	if o.newToken != (o.soPINFile != "") {
 		return errors.New("--new-token and --so-pin-file go together")
+	}
+	if o.token != "" && c.Tokens[o.token] == nil {
+		return fmt.Errorf("--token %s: the configuration has no table [tokens.%s]; write the table first",
+			o.token, o.token)
 	}
 	if _, err := policy.Load(c.Policy); err != nil {
 		return err
 	}
-	if newToken {
-		if err := makeTokens(ctx, c, soPINFile, stderr); err != nil {
+	// What a module prints is shown only if a step fails: stderr has the steps.
+	log := slog.New(slog.NewTextHandler(stderr, &slog.HandlerOptions{Level: slog.LevelError}))
+	names := slices.Sorted(maps.Keys(c.Tokens))
+	if o.token != "" {
+		names = []string{o.token}
+	}
+	for _, name := range names {
+		if err := makeToken(ctx, name, c.Tokens[name], o, log, stderr); err != nil {
 			return err
 		}
 	}
-	for _, name := range slices.Sorted(maps.Keys(c.Tokens)) {
-		if t := c.Tokens[name]; t.TPM != "" {
-			if err := tpm.Provision(ctx, t.tpm()); err != nil {
-				return fmt.Errorf("token %s: %w", name, err)
-			}
+	if o.token != "" {
+		if err := proveToken(ctx, c, o.token, true, log); err != nil {
+			return err
 		}
+		fmt.Fprintf(stderr, "the token %s can have keys; a daemon that runs needs a restart to use the token\n", o.token)
+		return nil
 	}
-	// The token of the Noise key must answer before the ledger is created.
-	log := slog.New(slog.NewTextHandler(stderr, &slog.HandlerOptions{Level: slog.LevelError}))
-	token := *c.Tokens[c.NoiseToken]
-	token.Workers = 1
-	store, err := openToken(ctx, c.NoiseToken, &token, false, false, log, nil)
-	if err != nil {
-		return err
-	}
-	if err := store.Close(); err != nil {
-		return err
+	_, err := os.Stat(c.Ledger)
+	fresh := errors.Is(err, os.ErrNotExist)
+	for _, name := range slices.Compact(slices.Sorted(slices.Values([]string{c.NoiseToken, c.LogToken}))) {
+		if err := proveToken(ctx, c, name, fresh, log); err != nil {
+			return err
+		}
 	}
 	if err := makeFolder(filepath.Dir(c.Ledger)); err != nil {
 		return fmt.Errorf("ledger: %w", err)
@@ -75,7 +89,7 @@ func initialise(ctx context.Context, c Config, newToken bool, soPINFile string, 
 		return err
 	}
 	if _, err := p.app.Keys.LogKey(); errors.Is(err, manage.ErrNotFound) {
-		if _, err := p.app.Keys.CreateOwn(ctx, operator, keyring.LogName, c.NoiseToken); err != nil {
+		if _, err := p.app.Keys.CreateOwn(ctx, operator, keyring.LogName, c.LogToken); err != nil {
 			return err
 		}
 		fmt.Fprintf(stderr, "created the audit log's key in the token\n")
@@ -117,30 +131,66 @@ func makeFolder(path string) error {
 	return parent.Sync()
 }
 
-// makeTokens initialises the missing PKCS#11 tokens. This process loads the modules, unlike the
-// daemon, whose key workers do.
-func makeTokens(ctx context.Context, c Config, soPINFile string, stderr io.Writer) error {
-	for _, name := range slices.Sorted(maps.Keys(c.Tokens)) {
-		t := c.Tokens[name]
-		if t.TPM != "" {
-			continue // a TPM needs no initialisation here
-		}
-		for name, value := range t.Environment {
-			if err := os.Setenv(name, value); err != nil {
-				return fmt.Errorf("environment %s: %w", name, err)
-			}
-		}
-		store, err := hsm.Open(ctx, t.hsm())
-		if err == nil {
-			err = store.Close()
-		} else if errors.Is(err, hsm.ErrNoToken) || errors.Is(err, hsm.ErrNoUserPIN) {
-			if err = hsm.InitToken(ctx, t.hsm(), soPINFile); err == nil {
-				fmt.Fprintf(stderr, "created the token %s\n", t.URI)
-			}
-		}
-		if err != nil {
+// makeToken initialises a token: with newToken a PKCS#11 token that is missing, and a TPM always.
+func makeToken(ctx context.Context, name string, t *Token, o initOptions, log *slog.Logger, stderr io.Writer) error {
+	if t.TPM != "" {
+		if err := tpm.Provision(ctx, t.tpm()); err != nil {
 			return fmt.Errorf("token %s: %w", name, err)
 		}
+		return nil
 	}
-	return nil
+	if !o.newToken {
+		return nil
+	}
+	made, err := newToken(ctx, name, t, o.soPINFile, log)
+	if made {
+		fmt.Fprintf(stderr, "created the token %s\n", t.URI)
+	}
+	return err
+}
+
+// proveToken opens a token, which must answer. With prove, throw-away keys show that the token can
+// have the keys that the configuration puts there.
+func proveToken(ctx context.Context, c Config, name string, prove bool, log *slog.Logger) error {
+	token := *c.Tokens[name]
+	token.Workers = 1
+	store, err := openToken(ctx, name, &token, false, false, log, nil)
+	if err != nil {
+		return err
+	}
+	defer closeTokens(map[string]keystore.Store{name: store}, log)
+	if !prove {
+		return nil
+	}
+	found, err := store.Inspect(ctx, true)
+	if err != nil {
+		return fmt.Errorf("token %s: %w", name, err)
+	}
+	return errors.Join(lacking(c, name, found)...)
+}
+
+// lacking returns an error for each finding without which a token can't have its keys.
+func lacking(c Config, name string, found []keystore.Finding) (all []error) {
+	for _, f := range found {
+		if !f.OK && slices.Contains(c.algorithms(name), f.For) {
+			all = append(all, fmt.Errorf("token %s lacks what %s keys need: %s: %s; use another token "+
+				"(noise_token, log_token)", name, f.For, f.What, f.Text))
+		}
+	}
+	return all
+}
+
+// algorithms returns the algorithms that a token must have. A token for signing keys needs Ed25519.
+// A token for the Noise key alone needs X25519 alone.
+func (c *Config) algorithms(token string) (all []keystore.Algorithm) {
+	if token != c.NoiseToken || c.LogToken == token {
+		all = append(all, keystore.Ed25519)
+	}
+	if token == c.NoiseToken {
+		all = append(all, keystore.X25519)
+	}
+	if token == c.LogToken && c.AdminHTTPS != "" {
+		all = append(all, keystore.P256)
+	}
+	return all
 }

@@ -47,27 +47,29 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 	root.SetOut(stdout)
 	root.SetErr(stderr)
 
-	var newToken bool
-	var soPINFile string
+	var making initOptions
 	initCmd := &cobra.Command{
 		Use:   "init",
 		Short: "Create the ledger and the listener's Noise key; print the public key",
 		Long: "Creates the ledger and, in the token, the listener's Noise key and the audit log's key.\n" +
 			"Prints the public Noise key, which peers need. An existing part is not changed: run an\n" +
-			"interrupted init again.",
+			"interrupted init again. Before a ledger is made, the tokens make, use and destroy a\n" +
+			"throw-away key of each kind.",
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			ctx, cancel := context.WithTimeout(cmd.Context(), startTime)
 			defer cancel()
 			return withConfig(configPath, func(c Config) error {
-				return initialise(ctx, c, newToken, soPINFile, stdout, stderr)
+				return initialise(ctx, c, making, stdout, stderr)
 			})
 		},
 	}
-	initCmd.Flags().BoolVar(&newToken, "new-token", false,
+	initCmd.Flags().BoolVar(&making.newToken, "new-token", false,
 		"initialise each missing PKCS#11 token first, with the label of its URI")
-	initCmd.Flags().StringVar(&soPINFile, "so-pin-file", "",
+	initCmd.Flags().StringVar(&making.soPINFile, "so-pin-file", "",
 		"with --new-token: the file with the security officer's PIN")
+	initCmd.Flags().StringVar(&making.token, "token", "",
+		"add this token of the configuration to an appliance, and touch no other token and no ledger")
 
 	serveCmd := &cobra.Command{
 		Use:   "serve",
@@ -82,25 +84,27 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 			return err
 		},
 	}
-	var deep bool
+	var checking checkOptions
 	checkCmd := &cobra.Command{
 		Use:   "check",
 		Short: "Check whether serve would start: configuration, policy, tokens, ledger, keys",
 		Args:  cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			ctx := cmd.Context()
-			if !deep {
+			if !checking.deep {
 				var cancel context.CancelFunc
 				ctx, cancel = context.WithTimeout(ctx, startTime)
 				defer cancel()
 			}
 			return withConfig(configPath, func(c Config) error {
-				return check(ctx, configPath, c, deep, stdout, stderr)
+				return check(ctx, configPath, c, checking, os.Stdin, stdout, stderr)
 			})
 		},
 	}
-	checkCmd.Flags().BoolVar(&deep, "deep", false,
+	checkCmd.Flags().BoolVar(&checking.deep, "deep", false,
 		"read the whole ledger: each page, and compare each event with its hash, each tree with its root")
+	checkCmd.Flags().BoolVar(&checking.write, "write", false,
+		"have each token make, use and destroy throw-away keys, without a question: only such keys prove a token")
 	workerCmd := &cobra.Command{
 		Use: workerCommand, Hidden: true, Args: cobra.ExactArgs(1), // the token's name, for lists of processes
 		RunE: func(*cobra.Command, []string) error { return keyWorker() },

@@ -44,46 +44,16 @@ func serve(ctx context.Context, c Config, stderr io.Writer) error {
 		return err
 	}
 	defer p.close(log)
-	doors := peerDoors(c)
-	defer func() {
-		for _, d := range doors {
-			d.Close()
-		}
-	}()
-	missing, err := lookForMissing(ctx, p.app, doors) // before the event Started, and the admin API's first answer
+	ready, err := prepare(ctx, c, p, log)
+	defer ready.close()
 	if err != nil {
 		return err
 	}
 	var waiting waits
-	waiting.set(missing)
+	waiting.set(ready.missing)
 	p.app.Report(waiting.causes)
-	group, err := c.adminGroup()
-	if err != nil {
-		return err
-	}
-	socket, err := admin.Listen(c.AdminSocket, group)
-	if err != nil {
-		return err
-	}
-	adminDoors := []net.Listener{socket}
-	defer func() {
-		for _, l := range adminDoors {
-			l.Close()
-		}
-	}()
 	if err := p.app.Start(ctx); err != nil {
 		return err
-	}
-	certs, err := certificates(c, p, log)
-	if err != nil {
-		return err
-	}
-	if certs != nil {
-		l, err := admin.ListenTLS(c.AdminHTTPS, certs)
-		if err != nil {
-			return err
-		}
-		adminDoors = append(adminDoors, l)
 	}
 	registry, err := openOperators(c, p, log)
 	if err != nil {
@@ -94,13 +64,13 @@ func serve(ctx context.Context, c Config, stderr io.Writer) error {
 	defer cancel(nil)
 	host := net.JoinHostPort(c.AdminName, c.httpsPort())
 	api := admin.New(admin.Config{
-		Appliance: p.app, Operators: registry, Group: group,
+		Appliance: p.app, Operators: registry, Group: ready.group,
 		LoadPolicy:   func() (*policy.Policy, error) { return policy.Load(c.Policy) },
 		ErrorLog:     slog.NewLogLogger(log.Handler(), slog.LevelWarn),
-		Certificates: certs, Hosts: []string{host}, Origin: c.adminOrigin(), RPID: c.AdminName,
+		Certificates: ready.certs, Hosts: []string{host}, Origin: c.adminOrigin(), RPID: c.AdminName,
 	})
 	var apiDone sync.WaitGroup
-	for _, l := range adminDoors {
+	for _, l := range ready.admin {
 		apiDone.Go(func() {
 			if err := api.Serve(l); !errors.Is(err, http.ErrServerClosed) {
 				cancel(fmt.Errorf("admin API: %w", err))
@@ -111,18 +81,18 @@ func serve(ctx context.Context, c Config, stderr io.Writer) error {
 	context.AfterFunc(ctx, func() { daemon.SdNotify(false, daemon.SdNotifyStopping) })
 	go watchdog(ctx, p.app, log)
 	go func() {
-		if err := waitUntilReady(ctx, p.app, doors, &waiting, log); err != nil {
+		if err := waitUntilReady(ctx, p.app, ready.doors, &waiting, log); err != nil {
 			cancel(err)
 			return
 		}
-		for _, d := range doors {
+		for _, d := range ready.doors {
 			log.Info("serving", "listen", d.address, "profile", string(d.profile), "admin", c.AdminSocket)
 		}
 		daemon.SdNotify(false, daemon.SdNotifyReady)
 	}()
 
 	var peers []appliance.Listener
-	for _, d := range doors {
+	for _, d := range ready.doors {
 		peers = append(peers, appliance.Listener{Listener: d, Profile: d.profile})
 	}
 	err = p.app.Serve(ctx, peers...)

@@ -14,6 +14,7 @@ import (
 	"strings"
 	"sync"
 	"syscall"
+	"time"
 
 	"countersign/hsm"
 	"countersign/internal/keystore"
@@ -31,17 +32,54 @@ func openToken(
 	ctx context.Context, name string, t *Token, patient, optional bool, log *slog.Logger,
 	changed func(up bool, cause error),
 ) (keystore.Store, error) {
-	device, inFlight := device{HSM: new(t.hsm())}, max(16, 2*t.Sessions)
+	config, err := workers(name, t, "", log)
+	if err != nil {
+		return nil, err
+	}
+	config.OnChange, config.Optional = changed, optional
+	pool, err := worker.Open(ctx, config, patient)
+	if err != nil {
+		return nil, fmt.Errorf("token %s: %w", name, err)
+	}
+	return pool, nil
+}
+
+// newToken has a key worker initialise a PKCS#11 token, and reports whether the token was missing.
+// The module has the token's environment, and its output goes to the log.
+func newToken(ctx context.Context, name string, t *Token, soPINFile string, log *slog.Logger) (made bool, err error) {
+	config, err := workers(name, t, soPINFile, log)
+	if err != nil {
+		return false, err
+	}
+	config.Workers, config.Deadline = 1, max(config.Deadline, newTokenTime)
+	pool, err := worker.Open(ctx, config, false)
+	switch {
+	case errors.Is(err, keystore.ErrExists):
+		return false, nil
+	case err != nil:
+		return false, fmt.Errorf("token %s: %w", name, err)
+	}
+	return true, pool.Close()
+}
+
+// newTokenTime is the least deadline of a worker that initialises a token; the start of a worker
+// has four times the deadline. An HSM takes seconds for C_InitToken.
+const newTokenTime = 10 * time.Second
+
+// workers returns the configuration of the key workers of a token. With soPINFile, a worker begins
+// with hsm.InitToken.
+func workers(name string, t *Token, soPINFile string, log *slog.Logger) (c worker.Config, err error) {
+	device, inFlight := device{HSM: new(t.hsm()), SOPINFile: soPINFile}, max(16, 2*t.Sessions)
 	if t.TPM != "" {
 		device.HSM, device.TPM, inFlight = nil, new(t.tpm()), 256 // most calls are done without the TPM
 	}
 	hello, err := json.Marshal(device)
 	if err != nil {
-		return nil, err
+		return c, err
 	}
-	pool, err := worker.Open(ctx, worker.Config{
+	return worker.Config{
 		Name: name, Hello: hello, Workers: t.Workers, Spread: t.Spread, InFlight: inFlight, Memory: t.MemoryMiB << 20,
-		Deadline: t.Deadline.std(), Log: log, OnChange: changed, Optional: optional,
+		Deadline: t.Deadline.std(), Log: log,
 		Command: func(int) *exec.Cmd {
 			// The running binary, also after an update of the file.
 			cmd := exec.Command("/proc/self/exe", workerCommand, name)
@@ -56,11 +94,7 @@ func openToken(
 			cmd.Env = append(cmd.Env, "GOTRACEBACK=none") // registers and stacks in a log could show secrets
 			return cmd
 		},
-	}, patient)
-	if err != nil {
-		return nil, fmt.Errorf("token %s: %w", name, err)
-	}
-	return pool, nil
+	}, nil
 }
 
 // keyWorker is the main function of a key worker, started by a worker.Pool.
@@ -91,6 +125,8 @@ func keyWorker() error {
 type device struct {
 	HSM *hsm.Config `json:"hsm,omitempty"`
 	TPM *tpm.Config `json:"tpm,omitempty"`
+
+	SOPINFile string `json:"so_pin_file,omitempty"` // of the token that HSM is to become first
 }
 
 // open opens the device, and returns the number of concurrent operations.
@@ -101,6 +137,11 @@ func (d device) open(ctx context.Context, gate worker.LogIn) (keystore.Store, in
 		// Go reuses the processor of a thread that waits in C only after a while. So each session
 		// has a processor, and two are left for other goroutines.
 		runtime.GOMAXPROCS(d.HSM.Sessions + 2)
+		if d.SOPINFile != "" {
+			if err := hsm.InitToken(ctx, *d.HSM, d.SOPINFile); err != nil {
+				return nil, 0, err
+			}
+		}
 		store, err := hsm.Open(ctx, *d.HSM)
 		return store, d.HSM.Sessions, err
 	case d.TPM != nil:

@@ -78,6 +78,8 @@ var (
 		"see the token of the counter: countersign admin token list")
 	Locked = stops("locked", "an operator has locked the appliance, or the start waits for an operator",
 		"countersign admin unlock")
+	Starting = stops("starting", "the daemon waits for a device or an address, and serves no peer yet",
+		"see the text for what is awaited")
 	Disk = stops("disk", "the ledger's disk takes no writes",
 		"make room on the disk, or mend the disk; the ledger tries again by itself")
 	Clock = stops("clock", "the system's clock is behind the ledger's time, or too far ahead",

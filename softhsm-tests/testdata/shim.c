@@ -19,6 +19,7 @@
 //     point-raw    CKA_EC_POINT is written and read without DER
 //     point-bits   CKA_EC_POINT is read as a BIT STRING
 //     no-eddsa     CKM_EDDSA is missing
+//     no-x25519    the curve of X25519 is refused
 //     no-allowed   CKA_ALLOWED_MECHANISMS is refused
 //
 // A line of the script is FROM TO PROCESS FUNCTION FAULT ARGUMENT COUNT SKIP:
@@ -291,6 +292,7 @@ static CK_RV into(const CK_ATTRIBUTE *from, CK_ULONG count, CK_ATTRIBUTE *to, un
 			if (refused) return CKR_CURVE_NOT_SUPPORTED;
 			int curve25519 = is(a, curves[1].oid) || is(a, curves[1].name);
 			if (speaks("montgomery") && curve25519 != x25519) return CKR_CURVE_NOT_SUPPORTED;
+			if (speaks("no-x25519") && curve25519) return CKR_CURVE_NOT_SUPPORTED;
 		}
 		if (a->type == CKA_EC_POINT && speaks("point-raw")) {
 			if (a->length != 32) return CKR_ATTRIBUTE_VALUE_INVALID;

@@ -1,0 +1,59 @@
+package main
+
+import (
+	"context"
+	"log/slog"
+	"net"
+
+	"countersign/admin"
+	"countersign/admin/certs"
+)
+
+// prepared has the listeners and the certificates of a daemon before the event Started. serve and
+// check prepare in the same way, so check refuses what serve refuses. Nothing is written.
+type prepared struct {
+	doors   []*door
+	missing []string // addresses and the Noise key, as far as the machine does not have them yet
+	group   string   // id of the admin socket's group, or ""
+	admin   []net.Listener
+	certs   *certs.Manager // nil without admin_https
+}
+
+// prepare opens all that serve needs beside the parts. The caller closes the listeners, also after
+// an error.
+func prepare(ctx context.Context, c Config, p parts, log *slog.Logger) (r prepared, err error) {
+	if err := p.app.Ready(); err != nil {
+		return r, err
+	}
+	r.doors = peerDoors(c)
+	if r.missing, err = lookForMissing(ctx, p.app, r.doors); err != nil {
+		return r, err
+	}
+	if r.group, err = c.adminGroup(); err != nil {
+		return r, err
+	}
+	socket, err := admin.Listen(c.AdminSocket, r.group)
+	if err != nil {
+		return r, err
+	}
+	r.admin = append(r.admin, socket)
+	if r.certs, err = certificates(c, p, log); err != nil || r.certs == nil {
+		return r, err
+	}
+	https, err := admin.ListenTLS(c.AdminHTTPS, r.certs)
+	if err != nil {
+		return r, err
+	}
+	r.admin = append(r.admin, https)
+	return r, nil
+}
+
+// close closes the listeners.
+func (r prepared) close() {
+	for _, d := range r.doors {
+		d.Close()
+	}
+	for _, l := range r.admin {
+		l.Close()
+	}
+}
