@@ -12,10 +12,9 @@ import (
 // InitToken makes a new token in the first slot with an uninitialised token. The label is the URI's
 // token attribute, the user PIN is the one in Config.PINFile, and the PIN of the security officer
 // (SO) is read from soPINFile. InitToken changes no initialised token, with one exception: a token
-// matching the URI and without a user PIN gets the user PIN. A token that matches and is complete is
-// keystore.ErrExists. InitToken must not run beside an open
-// Store. If ctx ends first, the calls into the module go on in the background, and the process
-// should exit.
+// matching the URI and without a user PIN gets the user PIN. Another token that matches is
+// keystore.ErrExists. InitToken must not run beside an open Store. If ctx ends first, the calls
+// into the module go on in the background, and the process should exit.
 func InitToken(ctx context.Context, c Config, soPINFile string) error {
 	done := make(chan error, 1)
 	go func() { done <- initToken(c, soPINFile) }()

@@ -152,6 +152,21 @@ func TestCheckProvesWithConsent(t *testing.T) {
 	})
 }
 
+// TestCheckAsksOnATerminal runs countersignd check on a terminal: only the answer y permits keys on
+// the tokens.
+func TestCheckAsksOnATerminal(t *testing.T) {
+	s := newSystem(t)
+	for answer, want := range map[string]int{"y\n": 3, "n\n": 0, "\n": 0} {
+		line := fmt.Sprintf("%s check --config %s", filepath.Join(bin, "countersignd"), s.path("countersign.toml"))
+		cmd := exec.CommandContext(t.Context(), "script", "-qec", line, "/dev/null") // script(1) has a terminal
+		cmd.Stdin = strings.NewReader(answer)
+		out, err := cmd.CombinedOutput()
+		if err != nil || strings.Count(string(out), "proof ") != want || !strings.Contains(string(out), "[y/N]") {
+			t.Errorf("%q: %v\n%s", answer, err, out)
+		}
+	}
+}
+
 // TestSigningKeysOnHSMNoiseOnTPM puts the Noise key on a TPM. The audit log's key, the HTTPS keys
 // and the signing keys are on a PKCS#11 token that has no X25519.
 func TestSigningKeysOnHSMNoiseOnTPM(t *testing.T) {

@@ -81,8 +81,9 @@ func TestRefusesToStart(t *testing.T) {
 			s.useToken(func(m *pkcs11.Ctx, h pkcs11.SessionHandle) { deleteAll(t, m, h, "public") })
 		}, []string{"noise/1", "half"}},
 		{"a file where the socket should be", write("admin.sock", ""), []string{"admin.sock", "another kind"}},
-		{"a port that is none", func(_ *testing.T, s *system) { s.edit("countersign.toml", s.listen, "127.0.0.1:70000") },
-			[]string{"listen", "70000"}},
+		{"a port that is none", func(_ *testing.T, s *system) {
+			s.edit("countersign.toml", s.listen, "127.0.0.1:70000")
+		}, []string{"listen", "70000"}},
 		{"a port in use", func(t *testing.T, s *system) {
 			l, err := net.Listen("tcp", s.listen)
 			if err != nil {

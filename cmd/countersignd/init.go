@@ -42,7 +42,7 @@ func initialise(ctx context.Context, c Config, o initOptions, stdout, stderr io.
 	if _, err := policy.Load(c.Policy); err != nil {
 		return err
 	}
-	// What a module prints is shown only if a step fails: stderr has the steps.
+	// A module's output is logged as a warning, and is not shown: stderr has the steps.
 	log := slog.New(slog.NewTextHandler(stderr, &slog.HandlerOptions{Level: slog.LevelError}))
 	names := slices.Sorted(maps.Keys(c.Tokens))
 	if o.token != "" {
@@ -57,7 +57,7 @@ func initialise(ctx context.Context, c Config, o initOptions, stdout, stderr io.
 		if err := proveToken(ctx, c, o.token, true, log); err != nil {
 			return err
 		}
-		fmt.Fprintf(stderr, "the token %s can have keys; a daemon that runs needs a restart to use the token\n", o.token)
+		fmt.Fprintf(stderr, "the token %s can have keys; a running daemon uses the token after a restart\n", o.token)
 		return nil
 	}
 	_, err := os.Stat(c.Ledger)
