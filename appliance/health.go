@@ -1,10 +1,12 @@
 package appliance
 
 import (
+	"fmt"
 	"slices"
 
 	"countersign/internal/cause"
 	"countersign/internal/gate"
+	"countersign/internal/keystore"
 )
 
 // Condition is the state of the appliance in one word, for operators.
@@ -36,6 +38,9 @@ func (a *Appliance) Health() Health {
 		h.Causes = append(h.Causes, causes()...)
 	}
 	cause.Sort(h.Causes)
+	h.Causes = slices.CompactFunc(h.Causes, func(a, b cause.Cause) bool { // a key missed at the start and in use
+		return a.Kind == b.Kind && a.Subject != "" && a.Subject == b.Subject
+	})
 	if len(h.Causes) > 0 {
 		h.Condition = Degraded
 		if c, ok := conditions[h.Causes[0].Kind]; ok {
@@ -43,6 +48,14 @@ func (a *Appliance) Health() Health {
 		}
 	}
 	return h
+}
+
+// faults has the cause of each kind of a token's fault.
+var faults = map[keystore.FaultKind]*cause.Kind{
+	keystore.FaultUnavailable: cause.TokenUnavailable, keystore.FaultPINRefused: cause.TokenPIN,
+	keystore.FaultLocked: cause.TokenLocked, keystore.FaultReplaced: cause.TokenReplaced,
+	keystore.FaultRedundancy: cause.TokenRedundancy, keystore.FaultRestarts: cause.TokenRestarts,
+	keystore.FaultKeyMissing: cause.KeyMissing,
 }
 
 // Report adds a source of causes. Report must not be called after Serve has begun.
@@ -56,8 +69,15 @@ func (a *Appliance) ownCauses() (all []cause.Cause) {
 		all = append(all, kind.Err("", a.gate.Cause(why))...)
 	}
 	for name, status := range a.Tokens() {
-		if !status.Up {
+		if !status.Up && len(status.Faults) == 0 { // a store without workers
 			all = append(all, cause.TokenUnavailable.Of(name, "%s", status.Cause))
+		}
+		for _, f := range status.Faults {
+			subject, text := name, f.Text
+			if f.Key != (keystore.Ref{}) {
+				subject, text = f.Key.String(), fmt.Sprintf("token %s: %s", name, f.Text)
+			}
+			all = append(all, faults[f.Kind].Of(subject, "%s", text))
 		}
 	}
 	all = append(all, cause.Disk.Err("", a.ledger.Trouble())...)

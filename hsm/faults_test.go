@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"maps"
 	"slices"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -378,6 +379,89 @@ func TestLoggedOutIsNotGone(t *testing.T) {
 			t.Errorf("Destroy has left %d objects, %v", len(left), err)
 		}
 	})
+}
+
+// TestLostKeysCostThemselves destroys two of three keys and goes on using all three. A lost key is
+// keystore.ErrNotFound at each use, and never a fault of the device: each has the module
+// initialised once at the most, and the third key signs.
+func TestLostKeysCostThemselves(t *testing.T) {
+	s := newShim(t, 2)
+	store := open(t, s.config)
+	defer store.Close()
+	good := generate(t, store, "good", keystore.Ed25519)
+	var lost []keystore.Key
+	for _, name := range []string{"payments", "invoices"} {
+		key := generate(t, store, name, keystore.Ed25519)
+		signs(t, key)
+		if err := store.Destroy(t.Context(), key.Info().Ref, key.Info().Tag); err != nil {
+			t.Fatal(err)
+		}
+		lost = append(lost, key)
+	}
+	began := s.count(initialize)
+	for range 20 {
+		for _, key := range lost {
+			_, err := key.Sign(t.Context(), []byte("m"), nil)
+			if !errors.Is(err, keystore.ErrNotFound) || errors.Is(err, keystore.ErrUnavailable) {
+				t.Fatalf("%v: %v, want %v", key.Info().Ref, err, keystore.ErrNotFound)
+			}
+			if _, err := store.Key(t.Context(), key.Info().Ref); !errors.Is(err, keystore.ErrNotFound) {
+				t.Fatalf("%v: %v, want %v", key.Info().Ref, err, keystore.ErrNotFound)
+			}
+			signs(t, good)
+		}
+	}
+	if n := s.count(initialize) - began; n > len(lost) {
+		t.Errorf("the module was initialised %d times for %d lost keys", n, len(lost))
+	}
+	generate(t, store, "payments", keystore.Ed25519)
+}
+
+// TestTriesOfThePIN opens tokens that tell how many tries of the PIN are left. The PIN is not tried
+// on the last try without an operator's permission, and not at all once the PIN is locked; the
+// error is keystore.ErrLastTry. Inspect tells of a wrong PIN before.
+func TestTriesOfThePIN(t *testing.T) {
+	const getTokenInfo = 6
+	for _, c := range []struct {
+		name      string
+		flags     uint
+		permitted bool
+		opens     bool
+	}{
+		{"all tries", 0, false, true},
+		{"some tries", pkcs11.CKF_USER_PIN_COUNT_LOW, false, true},
+		{"the last try", pkcs11.CKF_USER_PIN_COUNT_LOW | pkcs11.CKF_USER_PIN_FINAL_TRY, false, false},
+		{"the last try, permitted", pkcs11.CKF_USER_PIN_COUNT_LOW | pkcs11.CKF_USER_PIN_FINAL_TRY, true, true},
+		{"locked", pkcs11.CKF_USER_PIN_LOCKED, true, false},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			s := newShim(t, 1)
+			s.inject(fault{function: getTokenInfo, kind: "flags", argument: c.flags})
+			s.config.LogIn = func(_ context.Context, logIn func(lastTry bool) error) error { return logIn(c.permitted) }
+			store, err := hsm.Open(t.Context(), s.config)
+			logins := s.count(login)
+			if !c.opens {
+				if !errors.Is(err, keystore.ErrLastTry) || !errors.Is(err, keystore.ErrAuth) || logins > 0 {
+					t.Fatalf("%v, want %v; %d logins", err, keystore.ErrLastTry, logins)
+				}
+				return
+			}
+			if err != nil || logins != 1 {
+				t.Fatalf("%v, %d logins", err, logins)
+			}
+			defer store.Close()
+			found, err := store.Inspect(t.Context(), false)
+			if err != nil {
+				t.Fatal(err)
+			}
+			low := slices.ContainsFunc(found, func(f keystore.Finding) bool {
+				return f.What == "pin" && strings.Contains(f.Text, "CKF_USER_PIN_COUNT_LOW")
+			})
+			if low != (c.flags != 0) {
+				t.Errorf("%+v", found)
+			}
+		})
+	}
 }
 
 // TestRefusedMeanwhile invalidates a handle between the cache and the module. By the time of the

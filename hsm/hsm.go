@@ -13,6 +13,7 @@
 package hsm
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -41,11 +42,17 @@ type Config struct {
 	// Nil allows every login. LogIn has two purposes. A refused PIN must not be tried again by any
 	// process. One process at a time may log in: SoftHSM rewrites the token's file at a login, and
 	// another process initialising its module at the same time may miss the token.
-	LogIn func(ctx context.Context, logIn func() error) error `json:"-"`
+	//
+	// lastTry permits a login with one try left until the token locks.
+	LogIn func(ctx context.Context, logIn func(lastTry bool) error) error `json:"-"`
 }
 
 // restartBackoff is the least time between two re-initialisations of the module.
 const restartBackoff = time.Second
+
+// errRestarted refuses a re-initialisation so soon after the last one.
+var errRestarted = fmt.Errorf("%w: the last initialisation of the module was less than %v ago",
+	keystore.ErrUnavailable, restartBackoff)
 
 // Store is a keystore.Store on one token.
 type Store struct {
@@ -76,6 +83,8 @@ type Store struct {
 	recoverMu   sync.Mutex
 	nextRestart time.Time // guarded by recoverMu; no re-initialisation before this time
 	authFailed  error     // guarded by recoverMu; set once the token has refused the PIN
+
+	triesLow atomic.Bool // a wrong PIN was tried before the last login (CKF_USER_PIN_COUNT_LOW)
 
 	login  atomic.Uint64 // handle of the login session; owner of the login and of copied keys
 	copyMu sync.Mutex    // held during C_CopyObject in the login session
@@ -193,14 +202,13 @@ func (s *Store) restart(ctx context.Context, since uint64) error {
 	}
 	if since != 0 {
 		if time.Now().Before(s.nextRestart) {
-			return fmt.Errorf("%w: the last initialisation of the module was less than %v ago",
-				keystore.ErrUnavailable, restartBackoff)
+			return errRestarted
 		}
 		s.nextRestart = time.Now().Add(restartBackoff)
 		s.module.Finalize()
 		s.open.Store(0)
 	}
-	err := s.guardedLogIn(ctx, func() error {
+	err := s.guardedLogIn(ctx, func(lastTry bool) error {
 		if err := s.module.Initialize(); err != nil {
 			return deviceError("C_Initialize", err)
 		}
@@ -209,7 +217,7 @@ func (s *Store) restart(ctx context.Context, since uint64) error {
 			err = deviceError("C_GetInfo", err)
 		} else if s.slot, err = findSlot(s.module, s.uri); err == nil {
 			if s.quirks, err = s.quirksOf(info); err == nil {
-				err = s.logIn()
+				err = s.logIn(lastTry)
 			}
 		}
 		if err != nil {
@@ -223,13 +231,22 @@ func (s *Store) restart(ctx context.Context, since uint64) error {
 	return err
 }
 
+// PINPath is the path of the file with the user PIN, or "" for a faulty configuration.
+func (c Config) PINPath() string {
+	uri, err := parseURI(c.URI)
+	if err != nil {
+		return c.PINFile
+	}
+	return cmp.Or(c.PINFile, uri.pin)
+}
+
 // guardedLogIn runs a login through Config.LogIn and remembers a refused PIN. The caller holds
 // recoverMu.
-func (s *Store) guardedLogIn(ctx context.Context, logIn func() error) (err error) {
+func (s *Store) guardedLogIn(ctx context.Context, logIn func(lastTry bool) error) (err error) {
 	if s.config.LogIn != nil {
 		err = s.config.LogIn(ctx, logIn)
 	} else {
-		err = logIn()
+		err = logIn(false)
 	}
 	if errors.Is(err, keystore.ErrAuth) {
 		s.authFailed = err
@@ -263,7 +280,10 @@ func (s *Store) logInAgain(ctx context.Context, since uint64) (bool, error) {
 // logIn logs in for all sessions of the process. The login session stays open, since the token ends
 // the login with the last open session. The caller holds recoverMu, and moduleMu for reading or
 // writing.
-func (s *Store) logIn() error {
+func (s *Store) logIn(lastTry bool) error {
+	if err := s.checkTries(lastTry); err != nil {
+		return err
+	}
 	login, err := s.module.OpenSession(s.slot, pkcs11.CKF_SERIAL_SESSION|pkcs11.CKF_RW_SESSION)
 	if err != nil {
 		return deviceError("C_OpenSession", err)
@@ -277,6 +297,27 @@ func (s *Store) logIn() error {
 	err = s.module.Login(login, pkcs11.CKU_USER, pin)
 	if err != nil && !isCode(err, pkcs11.CKR_USER_ALREADY_LOGGED_IN) {
 		return deviceError("C_Login", err)
+	}
+	return nil
+}
+
+// checkTries refuses a login that the token would not take, or that could lock the token: a PIN
+// file is not always right, and an operator may still know the PIN. Flags of a token are read, not
+// believed: a token without counts sets none.
+func (s *Store) checkTries(lastTry bool) error {
+	info, err := s.module.GetTokenInfo(s.slot)
+	if err != nil {
+		return deviceError("C_GetTokenInfo", err)
+	}
+	s.triesLow.Store(info.Flags&pkcs11.CKF_USER_PIN_COUNT_LOW != 0)
+	switch {
+	case info.Flags&pkcs11.CKF_USER_PIN_LOCKED != 0:
+		return fmt.Errorf("hsm: %w: the user PIN is locked (CKF_USER_PIN_LOCKED); the security officer sets a new "+
+			"one: pkcs11-tool --module MODULE --login --login-type so --init-pin", keystore.ErrLastTry)
+	case info.Flags&pkcs11.CKF_USER_PIN_FINAL_TRY != 0 && !lastTry:
+		return fmt.Errorf("hsm: %w: one more wrong PIN locks the token (CKF_USER_PIN_FINAL_TRY), so the PIN is not "+
+			"tried; make sure of the PIN file, then run countersign admin token retry, "+
+			"or countersignd check --retry-pin", keystore.ErrLastTry)
 	}
 	return nil
 }
@@ -366,7 +407,10 @@ func (s *Store) withSession(ctx context.Context, operation string, use func(sess
 				continue // the login is not the cause
 			}
 		case 3:
-			if failed := s.restart(ctx, held.generation); failed != nil {
+			failed := s.restart(ctx, held.generation)
+			if errors.Is(err, errLost) && errors.Is(failed, errRestarted) {
+				continue // a module this new does not lose keys: the key is missing, the device works
+			} else if failed != nil {
 				return fail(failed)
 			}
 		}

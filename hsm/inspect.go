@@ -45,6 +45,10 @@ func (st *Store) Inspect(ctx context.Context, prove bool) (found []keystore.Find
 			token.Label, token.ManufacturerID, token.Model, token.SerialNumber,
 			token.FirmwareVersion.Major, token.FirmwareVersion.Minor,
 			limitText(token.MaxSessionCount), st.open.Load()+1, st.sessionLimit())
+		report("pin", "", true, "%s", map[bool]string{
+			false: "accepted; the token told of no wrong PIN before", // or counts none
+			true:  "accepted; before that a wrong PIN was tried (CKF_USER_PIN_COUNT_LOW): who tries one?",
+		}[st.triesLow.Load()])
 		q := st.quirks
 		report("quirks", "", true, "ec_params %s, ec_point %s, x25519 %s, copies %s, allowed_mechanisms %s (%s)",
 			q.ECParams, q.ECPoint, q.X25519, q.Copies, q.AllowedMechanisms, q.source)

@@ -90,7 +90,7 @@ type handle struct {
 	public  []byte
 	private pkcs11.ObjectHandle
 	logins  uint64 // value of Store.logins at the lookup
-	missing bool   // the lookup failed after every recovery step
+	missing bool   // the lookup failed after every recovery step; other fields than ref are zero
 }
 
 func (k *key) Info() keystore.Info { return k.info }
@@ -126,7 +126,7 @@ func (k *key) use(ctx context.Context, operation string, f func(session, *handle
 		h := k.handle(logins)
 		if h == nil {
 			found, err := st.findBound(s, k.info)
-			if errors.Is(err, errLost) && k.knownMissing(logins) {
+			if errors.Is(err, errLost) && k.knownMissing() {
 				return fmt.Errorf("%w: %v", keystore.ErrNotFound, err) // every recovery step was tried before
 			} else if err != nil {
 				return err
@@ -141,7 +141,7 @@ func (k *key) use(ctx context.Context, operation string, f func(session, *handle
 		return err
 	})
 	if errors.Is(err, errLost) {
-		st.handles.Store(k.info.Tag, &handle{ref: k.info.Ref, logins: st.logins.Load(), missing: true})
+		st.handles.Store(k.info.Tag, &handle{ref: k.info.Ref, missing: true})
 	}
 	return err
 }
@@ -162,10 +162,13 @@ func (k *key) handle(logins uint64) *handle {
 	return h
 }
 
-// knownMissing reports a failed lookup of the key during the given login.
-func (k *key) knownMissing(logins uint64) bool {
+// knownMissing reports a lookup of the key that failed after every recovery step. Such a key has no
+// further recovery, whatever logins come later: the recovery from one missing key is a new login
+// for another, and all keys of the token would wait for one re-initialisation after another. Each
+// use looks on the token once, so a restored key is found.
+func (k *key) knownMissing() bool {
 	h := k.cached()
-	return h != nil && h.missing && h.logins == logins
+	return h != nil && h.missing
 }
 
 // forget drops a tag's handle from the cache. With Quirks.Copies it also destroys the copied key
@@ -207,8 +210,8 @@ func (st *Store) Key(ctx context.Context, ref keystore.Ref) (keystore.Key, error
 	err := st.withSession(ctx, fmt.Sprintf("find %v", ref), func(s session) (err error) {
 		if info, _, err = st.load(s, labelOf(ref), ref); err != nil {
 			st.handles.Range(func(tag, h any) bool { // a copied key must not outlive the original
-				if h.(*handle).ref == ref {
-					st.forget(s, tag.(keystore.Tag), h.(*handle))
+				if h := h.(*handle); h.ref == ref && !h.missing {
+					st.forget(s, tag.(keystore.Tag), h)
 				}
 				return true
 			})

@@ -104,8 +104,15 @@ func TestRefusesToStart(t *testing.T) {
 			c.breakage(t, s)
 			out, code := s.daemon("serve")
 			last := strings.TrimSpace(out)
-			if code != 1 || strings.Count(last, "\n") > 1 {
-				t.Errorf("exit status %d, %d lines:\n%s", code, strings.Count(last, "\n")+1, out)
+			want := map[string]int{
+				"a wrong PIN": 3, "no ledger": 4, "a damaged ledger": 4, "a newer ledger": 4,
+			}[c.name]
+			if want == 0 && strings.HasPrefix(out, "countersignd: config:") {
+				want = 2
+			}
+			want = max(want, 1)
+			if code != want || strings.Count(last, "\n") > 1 {
+				t.Errorf("exit status %d, want %d, %d lines:\n%s", code, want, strings.Count(last, "\n")+1, out)
 			}
 			for _, want := range c.want {
 				if !strings.Contains(out, want) {
@@ -123,6 +130,47 @@ func TestRefusesToStart(t *testing.T) {
 			}
 		})
 	}
+}
+
+// TestPINIsRefusedOnce starts the daemon with a wrong PIN again and again, as a service manager
+// does. The token sees one login, and each start says why it ends, in status 3. The right PIN needs
+// no more than its file.
+func TestPINIsRefusedOnce(t *testing.T) {
+	const login = 18 // the index of C_Login in CK_FUNCTION_LIST
+	s := newSystem(t)
+	s.edit("countersign.toml", softHSM, compile(t, "shim.c", "-shared", "-fPIC"))
+	s.edit("countersign.toml", "environment = { ", fmt.Sprintf("environment = { SHIM_LOG = %q, ", s.path("calls")))
+	s.write("pin", "another-pin\n")
+	logins := func() (n int) {
+		b, _ := os.ReadFile(s.path("calls"))
+		for line := range strings.Lines(string(b)) {
+			if strings.HasPrefix(line, fmt.Sprint(login, " ")) {
+				n++
+			}
+		}
+		return n
+	}
+	for range 5 {
+		if out, code := s.daemon("serve"); code != 3 || !strings.Contains(out, "CKR_PIN_INCORRECT") {
+			t.Errorf("exit status %d: %s", code, out)
+		}
+	}
+	if out, code := s.daemon("check"); code != 3 || !strings.Contains(out, "CKR_PIN_INCORRECT") {
+		t.Errorf("check: exit status %d: %s", code, out)
+	}
+	if n := logins(); n != 1 {
+		t.Errorf("five starts and a check have tried a wrong PIN %d times", n)
+	}
+	if out, code := s.daemon("check", "--retry-pin", "main"); code != 3 || logins() != 2 {
+		t.Errorf("an operator's word: exit status %d, %d logins: %s", code, logins(), out)
+	}
+	s.write("pin", userPIN+"\n")
+	p := s.serve()
+	s.enrol()
+	if _, err := s.dial().Sign(t.Context(), "payments", message("AAAA")); err != nil {
+		t.Error(err)
+	}
+	p.stop()
 }
 
 // TestSecondDaemon starts a second daemon on the ledger of a running one. The second daemon refuses
@@ -150,7 +198,7 @@ func TestServeCreatesNothing(t *testing.T) {
 		os.Rename(s.path(name), s.path(name)+".away")
 	}
 	before, _ := os.ReadDir(s.dir)
-	if _, code := s.daemon("serve"); code != 1 {
+	if _, code := s.daemon("serve"); code != 4 {
 		t.Errorf("exit status %d", code)
 	}
 	if after, _ := os.ReadDir(s.dir); len(after) != len(before) {

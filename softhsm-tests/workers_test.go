@@ -19,6 +19,8 @@ import (
 
 	"countersign/client"
 	"countersign/internal/keystore"
+
+	"github.com/miekg/pkcs11"
 )
 
 // workers returns the process IDs of the daemon's key workers.
@@ -187,8 +189,8 @@ func TestWorkersKilled(t *testing.T) {
 }
 
 // TestRefusedPIN puts a wrong PIN into the PIN file and kills the key workers. After the first
-// refused login no worker logs in again, even when the PIN file is repaired, until an operator
-// types admin token retry. A retry by itself could lock the token.
+// refused login no worker logs in again, until an operator types admin token retry, or the PIN file
+// has been another one for a while (TestCorrectedPINFile). A retry by itself could lock the token.
 func TestRefusedPIN(t *testing.T) {
 	s := newSystem(t)
 	p := s.serve()
@@ -211,9 +213,6 @@ func TestRefusedPIN(t *testing.T) {
 		return strings.Contains(out, "down") && strings.Contains(out, "refuses the PIN")
 	})
 	s.write("pin", userPIN+"\n")
-	if !unavailable() {
-		t.Error("a worker logged in without an operator's retry")
-	}
 	s.must("admin", "token", "retry", "main")
 	eventually(t, "a signature", func() bool {
 		_, err := c.Sign(t.Context(), "payments", message("AAAA"))
@@ -227,6 +226,69 @@ func TestRefusedPIN(t *testing.T) {
 	if n := strings.Count(p.stderr.String(), "has refused the PIN"); n != 1 {
 		t.Errorf("the log says %d times that the token has refused the PIN", n)
 	}
+}
+
+// TestLostKeysInTheState deletes two of three keys on the token. Requests for them cost no worker
+// and no request for the third key, and each loss is one cause in the state and one event.
+func TestLostKeysInTheState(t *testing.T) {
+	s := newSystem(t)
+	s.write("policy.cedar", `permit (principal == Peer::"demo", action == Action::"sign", resource);`)
+	p := s.serve()
+	s.enrol()
+	for _, name := range []string{"invoices", "good"} {
+		s.must("admin", "key", "create", name)
+	}
+	c := s.dial()
+	var workers []int
+	eventually(t, "two workers", func() bool { workers = p.workers(); return len(workers) == 2 })
+	lost := []string{"invoices", "payments"}
+	s.useToken(func(m *pkcs11.Ctx, h pkcs11.SessionHandle) {
+		for _, name := range lost {
+			label := []*pkcs11.Attribute{pkcs11.NewAttribute(pkcs11.CKA_LABEL, "countersign/"+name+"/1")}
+			if err := m.FindObjectsInit(h, label); err != nil {
+				t.Fatal(err)
+			}
+			objects, _, err := m.FindObjects(h, 10)
+			if err != nil || len(objects) != 2 {
+				t.Fatalf("%s: %d objects, %v", name, len(objects), err)
+			}
+			m.FindObjectsFinal(h)
+			for _, o := range objects {
+				if err := m.DestroyObject(h, o); err != nil {
+					t.Fatal(err)
+				}
+			}
+		}
+	})
+	for n := range 10 {
+		for _, name := range lost {
+			if _, err := c.Sign(t.Context(), name, message(fmt.Sprintf("%s%02d", name[:2], n))); err == nil {
+				t.Fatalf("%s signs without its key", name)
+			}
+		}
+		if _, err := c.Sign(t.Context(), "good", message(fmt.Sprintf("go%02d", n))); err != nil {
+			t.Errorf("a healthy key: %v", err)
+		}
+	}
+	if now := p.workers(); !slices.Equal(now, workers) {
+		t.Errorf("the workers are %v and were %v", now, workers)
+	}
+	state := s.must("admin", "state")
+	for _, name := range lost {
+		if strings.Count(state, "key-missing") != 2 || !strings.Contains(state, name+"/1") {
+			t.Errorf("the state:\n%s", state)
+		}
+		eventually(t, "the event of "+name, func() bool {
+			n := 0
+			for _, e := range s.events() {
+				if e.Type == "DeviceUnavailable" && e.Resource == name+"/1" {
+					n++
+				}
+			}
+			return n == 1
+		})
+	}
+	p.stop()
 }
 
 // TestSeveralTokens removes one of two tokens, of a running daemon and before a start. Only the

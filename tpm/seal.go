@@ -369,9 +369,10 @@ func deviceError(command string, err error) error {
 		return fmt.Errorf("tpm: %w: %s: the object was sealed by another TPM, or changed since: %w",
 			keystore.ErrUnfit, command, err)
 	case errors.Is(err, tpm2.TPMRCLockout):
-		return fmt.Errorf("tpm: %w: %s: the TPM is locked after wrong PINs; wait "+
+		return fmt.Errorf("tpm: %w: %s: wait "+
 			"(tpm2_getcap properties-variable: TPM2_PT_LOCKOUT_INTERVAL is the time in seconds for one try), "+
-			"or use the lockout authorisation (tpm2_dictionarylockout --clear-lockout): %w", class, command, err)
+			"or use the lockout authorisation (tpm2_dictionarylockout --clear-lockout): %w",
+			keystore.ErrLockedOut, command, err)
 	}
 	return fmt.Errorf("tpm: %w: %s: %w", class, command, err)
 }

@@ -45,8 +45,9 @@ type Config struct {
 	IdleLock  time.Duration // unsealed seeds are wiped after this time without use; 0: never
 
 	// LogIn wraps each use of the PIN, and may refuse the use. Nil allows every use. The TPM counts
-	// wrong PINs and locks after a few.
-	LogIn func(ctx context.Context, logIn func() error) error `json:"-"`
+	// wrong PINs and locks after a few. The lock ends by itself, and an unclean stop counts too, so
+	// that the last try is no reason to wait for an operator: lastTry has no effect.
+	LogIn func(ctx context.Context, logIn func(lastTry bool) error) error `json:"-"`
 }
 
 // ErrNotProvisioned reports a state directory without a preceding Provision.
@@ -197,7 +198,7 @@ func (s *Store) withPIN(ctx context.Context, needed bool, use func(pin []byte) e
 	if refused != nil {
 		return refused
 	}
-	logIn := func() error {
+	logIn := func(bool) error {
 		pin, err := readPIN(s.config.PINFile)
 		if err != nil {
 			return err
@@ -209,7 +210,7 @@ func (s *Store) withPIN(ctx context.Context, needed bool, use func(pin []byte) e
 	if s.config.LogIn != nil {
 		err = s.config.LogIn(ctx, logIn)
 	} else {
-		err = logIn()
+		err = logIn(false)
 	}
 	if errors.Is(err, keystore.ErrAuth) {
 		s.mu.Lock()

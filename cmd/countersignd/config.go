@@ -229,6 +229,11 @@ type Token struct {
 	// Quirks replaces the known quirks of the module: see Quirks in package hsm. Default: the
 	// quirks printed by countersignd check.
 	Quirks hsm.Quirks `toml:"quirks"`
+
+	// The fields below are no settings.
+
+	memo  string // path of the file that remembers a refused PIN, beside the ledger
+	retry bool   // an operator has the PIN tried again: countersignd check --retry-pin
 }
 
 // Limits has the limits for peers and strangers. No value means "unlimited".
@@ -379,8 +384,9 @@ func parseConfig(path string, b []byte) (Config, error) {
 // resolve makes the paths of all fields relative to the directory of the file.
 func (c *Config) resolve(dir string) {
 	paths := []*string{&c.AdminSocket, &c.Ledger, &c.Policy}
-	for _, t := range c.Tokens {
-		paths = append(paths, &t.Module, &t.PINFile, &t.TPM, &t.State, &t.PolicyKey)
+	for name, t := range c.Tokens {
+		t.memo = c.Ledger + "." + name + ".refused-pin"
+		paths = append(paths, &t.memo, &t.Module, &t.PINFile, &t.TPM, &t.State, &t.PolicyKey)
 	}
 	for i := range c.Webhooks {
 		paths = append(paths, &c.Webhooks[i].CAFile)
@@ -602,6 +608,14 @@ func (t *Token) hsm() hsm.Config {
 	return hsm.Config{
 		URI: t.URI, Module: t.Module, PINFile: t.PINFile, Sessions: t.Sessions, Share: t.Workers, Quirks: t.Quirks,
 	}
+}
+
+// pinPath is the path of the PIN file, or "".
+func (t *Token) pinPath() string {
+	if t.TPM != "" {
+		return t.PINFile
+	}
+	return t.hsm().PINPath()
 }
 
 func (t *Token) tpm() tpm.Config {

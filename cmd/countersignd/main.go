@@ -85,6 +85,7 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 		},
 	}
 	var checking checkOptions
+	var retryPIN []string
 	checkCmd := &cobra.Command{
 		Use:   "check",
 		Short: "Check whether serve would start: configuration, policy, tokens, ledger, keys",
@@ -97,6 +98,13 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 				defer cancel()
 			}
 			return withConfig(configPath, func(c Config) error {
+				for _, name := range retryPIN {
+					t := c.Tokens[name]
+					if t == nil {
+						return fmt.Errorf("--retry-pin %s: the configuration has no such token", name)
+					}
+					t.retry = true
+				}
 				return check(ctx, configPath, c, checking, os.Stdin, stdout, stderr)
 			})
 		},
@@ -105,6 +113,8 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 		"read the whole ledger: each page, and compare each event with its hash, each tree with its root")
 	checkCmd.Flags().BoolVar(&checking.write, "write", false,
 		"have each token make, use and destroy throw-away keys, without a question: only such keys prove a token")
+	checkCmd.Flags().StringSliceVar(&retryPIN, "retry-pin", nil,
+		"TOKEN: try the PIN of this token, although it was refused before or is on its last try")
 	workerCmd := &cobra.Command{
 		Use: workerCommand, Hidden: true, Args: cobra.ExactArgs(1), // the token's name, for lists of processes
 		RunE: func(*cobra.Command, []string) error { return keyWorker() },
@@ -126,18 +136,46 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 	approveCmd.Flags().StringToStringVar(&registers, "pcr", nil,
 		"N=HEX, a register of the SHA-256 bank and its value; repeat for each register that the keys are sealed to")
 	root.AddCommand(initCmd, serveCmd, checkCmd, approveCmd, workerCmd)
+	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return configError{err} })
 	if err := root.ExecuteContext(ctx); err != nil {
 		fmt.Fprintf(stderr, "countersignd: %s\n", advise(err))
-		return 1
+		return exitStatus(err)
 	}
 	return 0
 }
+
+// errConfig is the class of a configuration that no restart mends.
+var errConfig = errors.New("config")
+
+// exitStatus gives the exit status of an error by its class. docs/OPERATIONS.md has the table, for
+// service managers: another start can help only after status 1. An error of two classes has the
+// status of the first row.
+func exitStatus(err error) int {
+	for _, class := range []struct {
+		err    error
+		status int
+	}{
+		{errConfig, 2},
+		{keystore.ErrAuth, 3},
+		{ledger.ErrMissing, 4}, {ledger.ErrFormat, 4}, {ledger.ErrCorrupt, 4},
+	} {
+		if errors.Is(err, class.err) {
+			return class.status
+		}
+	}
+	return 1
+}
+
+// configError is an error of class errConfig.
+type configError struct{ error }
+
+func (configError) Is(target error) bool { return target == errConfig }
 
 // withConfig calls do with the configuration of a file.
 func withConfig(path string, do func(Config) error) error {
 	c, err := loadConfig(path)
 	if err != nil {
-		return err
+		return configError{err}
 	}
 	return do(c)
 }
@@ -155,7 +193,8 @@ func advise(err error) string {
 		{ledger.ErrCorrupt, "restore it from a backup; do not replace it with an empty one, " +
 			"its nonces would be forgotten"},
 		{ledger.ErrUnknownState, "look at the disk, then start again: the ledger recovers by being opened"},
-		{keystore.ErrAuth, "correct the PIN file; the PIN was tried once and will not be tried again"},
+		{keystore.ErrAuth, "correct the PIN file; this PIN will not be tried again, " +
+			"unless by countersignd check --retry-pin TOKEN"},
 		{syscall.EADDRINUSE, "another program listens there; change listen in the configuration"},
 	} {
 		if errors.Is(err, a.err) {
@@ -197,8 +236,8 @@ func open(ctx context.Context, c Config, log *slog.Logger) (p parts, err error) 
 	config := c.appliance()
 	config.LoadPolicy = func() (*policy.Policy, error) { return policy.Load(c.Policy) }
 	config.Monitor = resource.NewMonitor(log, config.Limits.RequestTimeout)
-	changed := func(token string, up bool, cause error) {
-		config.Monitor.Report(context.Background(), appliance.TokenResource(token), up, cause)
+	changed := func(name string, up bool, cause error) { // of a token, or of a key such as payments/1
+		config.Monitor.Report(context.Background(), appliance.TokenResource(name), up, cause)
 	}
 	if p.tokens, err = openTokens(ctx, c, log, changed); err != nil {
 		return p, err

@@ -30,7 +30,7 @@ const workerCommand = "key-worker"
 // another token.
 func openToken(
 	ctx context.Context, name string, t *Token, patient, optional bool, log *slog.Logger,
-	changed func(up bool, cause error),
+	changed func(resource string, up bool, cause error),
 ) (keystore.Store, error) {
 	config, err := workers(name, t, "", log)
 	if err != nil {
@@ -80,6 +80,7 @@ func workers(name string, t *Token, soPINFile string, log *slog.Logger) (c worke
 	return worker.Config{
 		Name: name, Hello: hello, Workers: t.Workers, Spread: t.Spread, InFlight: inFlight, Memory: t.MemoryMiB << 20,
 		Deadline: t.Deadline.std(), Log: log,
+		PINFile: t.pinPath(), Device: t.URI + t.TPM, Memo: t.memo, Retry: t.retry,
 		Command: func(int) *exec.Cmd {
 			// The running binary, also after an update of the file.
 			cmd := exec.Command("/proc/self/exe", workerCommand, name)
@@ -156,15 +157,14 @@ func (d device) open(ctx context.Context, gate worker.LogIn) (keystore.Store, in
 // tokens may answer later. A failure of the token with the Noise key that no wait can heal, such as
 // a wrong PIN, is an error.
 func openTokens(
-	ctx context.Context, c Config, log *slog.Logger, changed func(token string, up bool, cause error),
+	ctx context.Context, c Config, log *slog.Logger, changed func(resource string, up bool, cause error),
 ) (map[string]keystore.Store, error) {
 	var opening sync.WaitGroup
 	var mu sync.Mutex // guards all and failed
 	all, failed := map[string]keystore.Store{}, error(nil)
 	for name, t := range c.Tokens {
 		opening.Go(func() {
-			changedToken := func(up bool, cause error) { changed(name, up, cause) }
-			store, err := openToken(ctx, name, t, true, name != c.NoiseToken, log, changedToken)
+			store, err := openToken(ctx, name, t, true, name != c.NoiseToken, log, changed)
 			mu.Lock()
 			defer mu.Unlock()
 			if err != nil {

@@ -90,6 +90,16 @@ var (
 var (
 	TokenUnavailable = define("token-unavailable", "a token does not serve, so its keys can't be used",
 		"see the text; countersign admin token list")
+	TokenPIN = define("token-pin-refused", "a token has refused the PIN, which is not tried again by itself",
+		"correct the PIN file, then: countersign admin token retry NAME")
+	TokenLocked = define("token-locked", "a token is locked, in lockout, or one wrong PIN away from it",
+		"unlock the token with its own tools, then: countersign admin token retry NAME")
+	TokenReplaced = define("token-replaced", "a token was initialised again, cleared or exchanged",
+		"put the right token back, or restore the token's keys")
+	TokenRedundancy = define("token-redundancy", "a token has fewer key workers than configured",
+		"see the text; a worker is started again by itself")
+	TokenRestarts = define("token-restarts", "key workers of a token end again and again",
+		"see the daemon's log; test the module with countersignd check")
 	KeyMissing = define("key-missing", "a key of the ledger is not on its token",
 		"restore the token, or rotate the key")
 	Rotation = define("rotation-failing", "a rotation that is due could not be done; a retry follows",

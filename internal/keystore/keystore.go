@@ -196,6 +196,41 @@ type Status struct {
 	Up      bool     `json:"up"`
 	Cause   string   `json:"cause,omitempty"` // of an outage
 	Workers []Worker `json:"workers"`         // the processes with the device, where the store has some
+	Faults  []Fault  `json:"faults,omitempty"`
+}
+
+// Fault is a reason for an operator to look at a device that may still serve. A fault is computed
+// from the present state of the store, so that it ends with its reason.
+type Fault struct {
+	Kind FaultKind `json:"kind"`
+	Key  Ref       `json:"key,omitzero"` // the key concerned; zero for the device as a whole
+	Text string    `json:"text"`         // without a secret
+}
+
+// FaultKind is a kind of fault: the code of a cause in the state of the appliance (internal/cause).
+type FaultKind string
+
+const (
+	FaultUnavailable FaultKind = "token-unavailable" // no worker can use the device; or a sealed key
+	FaultPINRefused  FaultKind = "token-pin-refused" // ErrAuth: no login before a change of the PIN file, or Retry
+	FaultLocked      FaultKind = "token-locked"      // ErrLastTry or ErrLockedOut
+	FaultReplaced    FaultKind = "token-replaced"    // ErrReplaced, or none of the keys is on the device any more
+	FaultRedundancy  FaultKind = "token-redundancy"  // fewer workers than configured
+	FaultRestarts    FaultKind = "token-restarts"    // workers end again and again
+	FaultKeyMissing  FaultKind = "key-missing"       // the use of a key has found it missing, or another in its place
+)
+
+// FaultOf gives the kind of the error of an outage.
+func FaultOf(err error) FaultKind {
+	switch {
+	case errors.Is(err, ErrLastTry), errors.Is(err, ErrLockedOut):
+		return FaultLocked
+	case errors.Is(err, ErrAuth):
+		return FaultPINRefused
+	case errors.Is(err, ErrReplaced):
+		return FaultReplaced
+	}
+	return FaultUnavailable
 }
 
 // Worker is the state of one key worker.
@@ -222,6 +257,24 @@ func (j Judge) Accepts(signature []byte) bool { return j == nil || j(signature) 
 // ErrWrong is a store's error for a wrong answer of the device, for example a signature that the
 // judge has rejected.
 var ErrWrong = fmt.Errorf("%w: the device has answered wrongly", ErrUnavailable)
+
+// ErrReplaced is a store's error for another device, or an emptied one, in the place of the device
+// with the keys. The store works again when the right device is back.
+var ErrReplaced = fmt.Errorf("%w: the device with its keys is not there", ErrUnavailable)
+
+// ErrLastTry is a store's error for a PIN that the device would lock with one more wrong try, or
+// has locked. The PIN was not tried: only an operator's Retry permits a login on the last try.
+var ErrLastTry = fmt.Errorf("%w: it has one try left, or none", ErrAuth)
+
+// ErrLockedOut is a store's error for a device that uses no PIN for a while, after wrong ones (the
+// dictionary attack lockout of a TPM). As with ErrSealed, of which ErrLockedOut is a kind, neither
+// another worker nor a new one can help, and a later use of the key may succeed.
+var ErrLockedOut error = lockedOut{}
+
+type lockedOut struct{}
+
+func (lockedOut) Error() string        { return "the device is locked for a time after wrong PINs" }
+func (lockedOut) Is(target error) bool { return target == ErrSealed }
 
 // Key is one key pair. The private half can be used and not read. A Key is safe for concurrent use
 // and stays valid until its store is closed, through reconnections of the device.

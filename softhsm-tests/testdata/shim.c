@@ -43,6 +43,7 @@
 //     gone    the device is removed (CKR_DEVICE_REMOVED)
 //     limit   at most ARGUMENT sessions can be open (CKR_SESSION_COUNT)
 //     lost    all objects are missing
+//     flags   CK_TOKEN_INFO.flags has the bits of ARGUMENT as well (C_GetTokenInfo)
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <fcntl.h>
@@ -135,7 +136,8 @@ static struct fault *due(int function, const char *kind) {
 		if (f->process >= 0 && f->process != process) continue;
 		if (f->function >= 0 && f->function != function) continue;
 		if (kind != NULL ? strcmp(f->kind, kind) : !strcmp(f->kind, "wrong") || !strcmp(f->kind, "short") ||
-				!strcmp(f->kind, "logout") || !strcmp(f->kind, "limit") || !strcmp(f->kind, "lost")) continue;
+				!strcmp(f->kind, "logout") || !strcmp(f->kind, "limit") || !strcmp(f->kind, "lost") ||
+				!strcmp(f->kind, "flags")) continue;
 		if (f->count > 0 && f->hits == f->skip + f->count) continue;
 		if (f->hits++ < f->skip) continue;
 		met = *f;
@@ -384,6 +386,8 @@ static CK_RV get_token_info(CK_ULONG slot, CK_TOKEN_INFO *info) {
 	CK_RV rv = real->function[GET_TOKEN_INFO](slot, info);
 	const char *most = getenv("SHIM_MOST");
 	if (rv == CKR_OK && most != NULL) sscanf(most, "%lu %lu", &info->most, &info->most_rw);
+	struct fault *f = due(GET_TOKEN_INFO, "flags");
+	if (rv == CKR_OK && f != NULL) info->flags |= f->argument;
 	return ended(GET_TOKEN_INFO, 0, rv);
 }
 

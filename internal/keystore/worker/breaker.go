@@ -2,6 +2,7 @@ package worker
 
 import (
 	"errors"
+	"slices"
 
 	"countersign/internal/keystore"
 )
@@ -11,10 +12,11 @@ import (
 // probe that can close the breaker. An outage is reported once, and so is its end. An outage is an
 // open breaker, or a key that the device refuses to unseal.
 
-// change is a report of an outage's start or end.
+// change is a report of an outage's start or end, or of a key's loss or return.
 type change struct {
-	up    bool
-	cause error
+	resource string // Config.Name, or the key's reference
+	up       bool
+	cause    error
 }
 
 // slotsChanged updates the breaker and the queue after a worker has come or gone, under mu.
@@ -24,7 +26,7 @@ func (p *Pool) slotsChanged() {
 		p.down = p.down && s.process == nil && !s.starting
 	}
 	if p.down && p.opened {
-		p.reportOutage(p.cause)
+		p.reportOutage(p.outage())
 	}
 	p.dispatch()
 }
@@ -32,7 +34,7 @@ func (p *Pool) slotsChanged() {
 // reportOutage reports an outage, unless the one before has not ended. The caller holds mu.
 func (p *Pool) reportOutage(cause error) {
 	if !p.outageReported.Swap(true) {
-		p.enqueueChange(change{false, cause})
+		p.enqueueChange(change{p.config.Name, false, cause})
 	}
 }
 
@@ -43,7 +45,7 @@ func (p *Pool) reportRecovery() {
 	defer p.mu.Unlock()
 	if p.outageReported.Load() && !p.down && len(p.sealed) == 0 {
 		p.outageReported.Store(false)
-		p.enqueueChange(change{up: true})
+		p.enqueueChange(change{resource: p.config.Name, up: true})
 	}
 }
 
@@ -57,13 +59,12 @@ func (p *Pool) trackSealed(ref keystore.Ref, err error) {
 	}
 	p.mu.Lock()
 	if sealed {
-		p.sealed[ref] = true
+		p.sealed[ref] = err
 	} else {
 		delete(p.sealed, ref)
 	}
 	p.sealedCount.Store(int64(len(p.sealed)))
-	if sealed && !p.outageReported.Load() {
-		p.cause = err
+	if sealed {
 		p.reportOutage(err)
 	}
 	p.mu.Unlock()
@@ -76,11 +77,16 @@ func (p *Pool) trackSealed(ref keystore.Ref, err error) {
 const maxChanges = 64
 
 // enqueueChange queues a change for deliverChanges without blocking. The caller holds mu. With a
-// full queue, the end of an outage cancels the outage's start, so the queue still alternates.
+// full queue, the end of an outage cancels the outage's start, so the changes of each resource
+// still alternate.
 func (p *Pool) enqueueChange(c change) {
 	if c.up && len(p.changes) >= maxChanges {
-		p.changes = p.changes[:len(p.changes)-1]
-		return
+		for i, before := range slices.Backward(p.changes) {
+			if before.resource == c.resource {
+				p.changes = slices.Delete(p.changes, i, i+1)
+				return
+			}
+		}
 	}
 	p.changes = append(p.changes, c)
 	select {
@@ -105,33 +111,21 @@ func (p *Pool) deliverChanges() {
 			if p.isClosed() {
 				return
 			}
-			if c.up {
+			switch {
+			case c.resource != p.config.Name && c.up:
+				p.config.Log.Info("a key is on its token again", "key", c.resource, "token", p.config.Name)
+			case c.resource != p.config.Name:
+				p.config.Log.Error("a key is not on its token: restore the token, or rotate the key",
+					"key", c.resource, "token", p.config.Name, "err", c.cause)
+			case c.up:
 				p.config.Log.Info("the token serves again", "token", p.config.Name)
-			} else {
+			default:
 				p.config.Log.Error("the token does not serve: its keys are unavailable until it is back",
 					"token", p.config.Name, "err", c.cause)
 			}
 			if p.config.OnChange != nil {
-				p.config.OnChange(c.up, c.cause)
+				p.config.OnChange(c.resource, c.up, c.cause)
 			}
 		}
 	}
-}
-
-// Status gives the breaker's state and the workers' processes.
-func (p *Pool) Status() keystore.Status {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	st := keystore.Status{Up: !p.down && len(p.sealed) == 0}
-	if !st.Up && p.cause != nil {
-		st.Cause = p.cause.Error()
-	}
-	for _, s := range p.slots {
-		w := keystore.Worker{Restarts: s.restarts}
-		if s.process != nil {
-			w.PID, w.Served = s.process.cmd.Process.Pid, s.process.served.Load()
-		}
-		st.Workers = append(st.Workers, w)
-	}
-	return st
 }

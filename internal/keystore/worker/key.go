@@ -81,6 +81,7 @@ func (k *key) use(ctx context.Context, op kind, body []byte, check func([]byte) 
 		return proc.useKey(ctx, p.config.Deadline, done, op, k, body)
 	}, check)
 	p.trackSealed(k.info.Ref, err)
+	p.trackMissing(k, err)
 	return answer, err
 }
 
@@ -201,6 +202,11 @@ func (p *Pool) Destroy(ctx context.Context, ref keystore.Ref, tag keystore.Tag) 
 	c := call{Op: opDestroy, Ref: ref, Tag: tag}
 	if err := p.request(ctx, false, c, nil); err != nil {
 		return err
+	}
+	for _, k := range p.missingKeys() {
+		if k.info.Ref == ref && k.info.Tag == tag {
+			p.trackMissing(k, nil) // its loss needs nobody any more
+		}
 	}
 	p.mu.Lock()
 	var all []*process

@@ -73,9 +73,13 @@ func (p *Pool) runSlot(s *slot, first chan<- error) {
 			return
 		}
 		p.mu.Lock()
+		if s.process != nil && !errors.Is(err, errRenewed) {
+			p.countEnd(time.Now())
+		}
 		s.failures++
 		s.restarts++
-		s.process, s.starting = nil, s.failures == 0
+		// After a refused PIN nobody starts a worker, however healthy the one before was.
+		s.process, s.starting = nil, s.failures == 0 && p.authErr == nil
 		p.cause = err
 		retry, authErr := p.retry, p.authErr
 		p.slotsChanged()
@@ -131,7 +135,7 @@ func (p *Pool) startWorker(ctx context.Context, number int) (*process, error) {
 			keystore.ErrUnavailable, proc.failure())
 	}
 	if errors.Is(err, keystore.ErrAuth) {
-		p.stopLogins(err, retries)
+		err = p.stopLogins(err, retries)
 	}
 	return proc, err
 }

@@ -166,8 +166,9 @@ func (p *pipe) receive() (id uint64, k kind, body []byte, err error) {
 }
 
 // classes are the errors of package keystore with the same meaning on both sides. A class's number
-// on the socket is its index.
+// on the socket is its index. A class that wraps another comes first.
 var classes = []error{
+	keystore.ErrReplaced, keystore.ErrLastTry, keystore.ErrLockedOut,
 	keystore.ErrUnavailable, keystore.ErrAuth, keystore.ErrNotFound, keystore.ErrExists, keystore.ErrAmbiguous,
 	keystore.ErrUnfit, keystore.ErrRefused, keystore.ErrPeerKey, keystore.ErrSealed,
 }

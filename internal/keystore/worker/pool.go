@@ -7,6 +7,7 @@ import (
 	"slices"
 	"sync"
 	"sync/atomic"
+	"time"
 
 	"countersign/internal/keystore"
 )
@@ -27,18 +28,28 @@ type Pool struct {
 	queue   []*waiter       // calls without a worker, oldest first
 	keys    map[string]*key // by the encoded keystore.Info
 	opened  bool            // Open has returned
-	authErr error           // the token's refusal of the PIN: no login until Retry
+	authErr error           // the token's refusal of the PIN: no login until Retry, or another PIN file
+	refusal refusal         // of authErr, across restarts
+	lastTry bool            // an operator permits a login on the last try
 	retry   chan struct{}   // Retry closes and replaces the channel
 	retries int             // number of calls of Retry
 
 	// The circuit breaker, see breaker.go. Under mu; the atomics are also read without mu.
-	down           bool                  // no slot has a worker, or will have one soon
-	cause          error                 // of the last failure
-	outageReported atomic.Bool           // an outage is reported, and its end is not
-	changes        []change              // the reports to OnChange: down, up, down, ...
-	changed        chan struct{}         // capacity 1: changes is not empty
-	sealed         map[keystore.Ref]bool // keys that the device refuses in the machine's present state
+	down           bool                   // no slot has a worker, or will have one soon
+	cause          error                  // of the last failure
+	outageReported atomic.Bool            // an outage is reported, and its end is not
+	changes        []change               // the reports to OnChange: down, up, down, ...
+	changed        chan struct{}          // capacity 1: changes is not empty
+	sealed         map[keystore.Ref]error // keys that the device refuses in the machine's present state
 	sealedCount    atomic.Int64
+
+	// The faults, see faults.go. Under mu; the atomic is also read without mu.
+	missing      map[*key]error // lost keys, with the error of the use
+	missingCount atomic.Int64
+	listed       int           // number of lost keys at the last listing
+	emptied      bool          // the last listing had no key
+	ends         []time.Time   // of the last workers that have ended, at most manyEnds
+	probeNow     chan struct{} // capacity 1: a key was lost
 }
 
 // slot is one worker's place in the pool. Processes come and go, the slot stays.
@@ -63,12 +74,19 @@ type waiter struct {
 func Open(ctx context.Context, c Config, patient bool) (*Pool, error) {
 	p := &Pool{
 		config: c, closed: make(chan struct{}), changed: make(chan struct{}, 1), loginLock: make(chan struct{}, 1),
-		keys: map[string]*key{}, sealed: map[keystore.Ref]bool{}, retry: make(chan struct{}),
+		keys: map[string]*key{}, sealed: map[keystore.Ref]error{}, retry: make(chan struct{}),
+		missing: map[*key]error{}, probeNow: make(chan struct{}, 1), refusal: newRefusal(c),
+	}
+	if c.Retry {
+		if err := p.forgetRefusal(true); err != nil {
+			return nil, err
+		}
 	}
 	for n := range c.Workers {
 		p.slots = append(p.slots, &slot{number: n, starting: true})
 	}
 	p.goroutines.Go(p.deliverChanges)
+	p.goroutines.Go(p.probe)
 	first := make(chan error, c.Workers)
 	for _, s := range p.slots {
 		p.goroutines.Go(func() { p.runSlot(s, first) })
@@ -183,7 +201,7 @@ func (p *Pool) do(
 		case ctx.Err() != nil && errors.Is(err, ctx.Err()):
 			return nil, err
 		case errors.Is(err, keystore.ErrAuth):
-			p.stopLogins(err, proc.retries)
+			lastErr = p.stopLogins(err, proc.retries)
 			proc.fail(err)
 		case errors.Is(err, keystore.ErrUnavailable):
 			proc.fail(err)
@@ -194,7 +212,7 @@ func (p *Pool) do(
 			return nil, err
 		}
 		if atMostOnce {
-			return nil, err
+			return nil, lastErr
 		}
 	}
 	return nil, lastErr

@@ -31,8 +31,8 @@ const (
 )
 
 // LogIn asks for permission to log in to the device and runs logIn if permission is granted; see
-// hsm.Config. A denied login gives keystore.ErrAuth.
-type LogIn func(ctx context.Context, logIn func() error) error
+// hsm.Config. A denied login gives keystore.ErrAuth. lastTry permits a login with one try left.
+type LogIn func(ctx context.Context, logIn func(lastTry bool) error) error
 
 // closeTimeout is the time for closing a device. Afterwards the process ends without closing.
 const closeTimeout = 2 * time.Second
@@ -53,7 +53,7 @@ func Serve(
 	socket.Close()
 	w := &server{
 		pipe: p, signQueue: make(chan signing, maxQueue),
-		keys: map[uint32]keystore.Key{}, logins: map[uint64]chan bool{},
+		keys: map[uint32]keystore.Key{}, logins: map[uint64]chan grant{},
 	}
 	ctx, cancel := context.WithCancel(context.Background())
 	defer cancel()
@@ -84,7 +84,11 @@ func Serve(
 			reply := w.logins[id]
 			w.mu.Unlock()
 			if reply != nil {
-				reply <- len(body) == 1 && body[0] == 1
+				answer := denied
+				if len(body) == 1 {
+					answer = grant(body[0])
+				}
+				reply <- answer
 			}
 		case bind:
 			var info keystore.Info
@@ -138,9 +142,9 @@ type server struct {
 	loginMu sync.Mutex // held during a login: the pool grants one at a time
 
 	mu        sync.Mutex
-	store     keystore.Store       // under mu until hello is answered, constant afterwards
-	logins    map[uint64]chan bool // under mu: login requests without a reply, by id
-	lastLogin uint64               // under mu: id of the last login request
+	store     keystore.Store        // under mu until hello is answered, constant afterwards
+	logins    map[uint64]chan grant // under mu: login requests without a reply, by id
+	lastLogin uint64                // under mu: id of the last login request
 }
 
 // signing is a signature to make, with the id of its sign frame.
@@ -260,10 +264,10 @@ func (w *server) counterOp(ctx context.Context, op string) (value uint64, err er
 
 // logIn is the LogIn of the worker. The pool grants the login or denies the login: another worker
 // may know of a wrong PIN, and a further attempt could lock the token.
-func (w *server) logIn(ctx context.Context, logIn func() error) error {
+func (w *server) logIn(ctx context.Context, logIn func(lastTry bool) error) error {
 	w.loginMu.Lock()
 	defer w.loginMu.Unlock()
-	reply := make(chan bool, 1)
+	reply := make(chan grant, 1)
 	w.mu.Lock()
 	w.lastLogin++
 	id := w.lastLogin
@@ -277,16 +281,16 @@ func (w *server) logIn(ctx context.Context, logIn func() error) error {
 	if err := w.pipe.send(id, loginRequest); err != nil {
 		return fmt.Errorf("%w: %w", keystore.ErrUnavailable, err)
 	}
+	var answer grant
 	select {
-	case granted := <-reply:
-		if !granted {
-			return fmt.Errorf("%w: a login was refused before; correct the PIN, then run countersign admin token retry",
-				keystore.ErrAuth)
+	case answer = <-reply:
+		if answer == denied {
+			return fmt.Errorf("%w: a login was refused before", keystore.ErrAuth) // the pool knows more
 		}
 	case <-ctx.Done():
 		return fmt.Errorf("%w: %w", keystore.ErrUnavailable, ctx.Err())
 	}
-	err := logIn()
+	err := logIn(answer == grantedLastTry)
 	var refused []byte
 	if errors.Is(err, keystore.ErrAuth) {
 		refused = encodeError(err)

@@ -3,8 +3,9 @@
 // process. Only key workers load the module and read the PIN.
 //
 // Begin reading at Pool.do in pool.go, the retry loop around every use of a key. Then follow
-// lifecycle.go (starts, monitors and replaces workers), login.go (one login at a time), breaker.go
-// (the circuit breaker), key.go (the methods of keystore.Store), process.go (one worker as the pool
+// lifecycle.go (starts, monitors and replaces workers), login.go (one login at a time), refusal.go
+// (refused PINs, remembered across restarts), breaker.go (the circuit breaker), faults.go (the
+// state for operators), key.go (the methods of keystore.Store), process.go (one worker as the pool
 // sees it), pipe.go (frames on the socket) and serve.go (the worker's side of the boundary).
 //
 // A call has an answer or an error by its context's end, whatever the device does. The pool kills
@@ -36,10 +37,18 @@ type Config struct {
 	// Optional has a patient Open succeed whatever the device's failure: a wrong PIN or another
 	// device costs the keys of this token only.
 	Optional bool
-	// OnChange, if not nil, receives the start and the end of each outage: no worker can be
-	// started, or the device refuses to unseal a key. A goroutine of the pool makes the calls, one
-	// after another and in order, so a slow OnChange delays no signature.
-	OnChange func(up bool, cause error)
+	// OnChange, if not nil, receives the start and the end of each outage, with Name: no worker can
+	// be started, or the device refuses to unseal a key. OnChange also receives the loss of a key
+	// from the device, and its return, with the key's reference ("payments/1"). A goroutine of the
+	// pool makes the calls, one after another and in order, so a slow OnChange delays no signature.
+	OnChange func(resource string, up bool, cause error)
+
+	PINFile string // path of the PIN, or "" for a device without one; the pool never reads the file
+	Device  string // names the device in remembered refusals: its URI, or the path of a TPM
+	Memo    string // path of the file that remembers a refused PIN across restarts (refusal.go), or ""
+	// Retry has Open forget a refused PIN, and permits one login on the last try, as Pool.Retry:
+	// the word of an operator.
+	Retry bool
 }
 
 // slowFactor is the number of deadlines for a slow operation: a start, a key generation, an

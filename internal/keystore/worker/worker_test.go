@@ -111,7 +111,10 @@ func runWorker(number string) error {
 		if err := d.fault("open"); err != nil {
 			return nil, 0, err
 		}
-		err := gate(ctx, func() error {
+		err := gate(ctx, func(lastTry bool) error {
+			if lastTry {
+				d.record("last-try")
+			}
 			d.record("login")
 			return d.fault("login")
 		})
@@ -243,7 +246,9 @@ func (d *device) Key(ctx context.Context, ref keystore.Ref) (keystore.Key, error
 }
 
 func (d *device) Keys(ctx context.Context) ([]keystore.Info, error) {
-	if d.fault("keys") != nil {
+	if err := d.fault("keys"); errors.Is(err, keystore.ErrNotFound) {
+		return nil, nil
+	} else if err != nil {
 		return slices.Repeat([]keystore.Info{payments}, 10_000), nil
 	}
 	return d.Memory.Keys(ctx)
@@ -395,7 +400,8 @@ type harness struct {
 	dir string
 
 	mu       sync.Mutex
-	reported []bool // the calls of OnChange
+	reported []bool   // the calls of OnChange about the token
+	keys     []string // the calls of OnChange about keys
 	log      bytes.Buffer
 }
 
@@ -424,10 +430,14 @@ func (h *harness) config(change func(c *Config)) Config {
 				"GOTRACEBACK=none", "GORACE=atexit_sleep_ms=0")
 			return cmd
 		},
-		OnChange: func(up bool, _ error) {
+		OnChange: func(resource string, up bool, _ error) {
 			h.mu.Lock()
 			defer h.mu.Unlock()
-			h.reported = append(h.reported, up)
+			if resource == "test" {
+				h.reported = append(h.reported, up)
+			} else {
+				h.keys = append(h.keys, fmt.Sprint(resource, " ", up))
+			}
 		},
 	}
 	if change != nil {
@@ -1118,6 +1128,210 @@ func TestRefusedPIN(t *testing.T) {
 				t.Errorf("there were %d logins, want 7", n)
 			}
 		})
+	}
+}
+
+// TestRefusedPINAfterHealth changes the PIN beside two healthy workers, which end one after the
+// other. No third worker is expected then: the pool says that it is down, calls fail at once, and
+// the faults are gone after Retry.
+func TestRefusedPINAfterHealth(t *testing.T) {
+	h := openPool(t, nil)
+	h.inject("login.always", keystore.ErrAuth.Error())
+	first, second := h.pids()[0], h.pids()[1]
+	syscall.Kill(first, syscall.SIGKILL)
+	h.eventually("the standby serves alone", func() bool {
+		return h.hasFaults(keystore.FaultPINRefused, keystore.FaultRedundancy)
+	})
+	if !h.Status().Up {
+		t.Error("the token is down with a worker")
+	}
+	h.mustSign()
+	syscall.Kill(second, syscall.SIGKILL)
+	h.eventually("the token is down", func() bool { return !h.Status().Up && len(h.changes()) == 1 })
+	if !h.hasFaults(keystore.FaultPINRefused) {
+		t.Errorf("the faults are %v", h.Status().Faults)
+	}
+	ctx := h.within(bound)
+	if err := h.sign(ctx); !errors.Is(err, keystore.ErrAuth) || ctx.Err() != nil {
+		t.Errorf("sign: %v, want %v", err, keystore.ErrAuth)
+	}
+	h.clear("login.always")
+	h.Retry()
+	h.eventually("all workers are there", func() bool { return !slices.Contains(h.pids(), 0) })
+	h.mustSign()
+	h.eventually("nothing is left of it", func() bool { return h.hasFaults() && len(h.changes()) == 2 })
+}
+
+// hasFaults reports whether the status has faults of exactly these kinds.
+func (h *harness) hasFaults(want ...keystore.FaultKind) bool {
+	var got []keystore.FaultKind
+	for _, f := range h.Status().Faults {
+		got = append(got, f.Kind)
+	}
+	return slices.Equal(got, want)
+}
+
+// TestRefusalIsRemembered opens a pool again and again with a refused PIN, as a service manager
+// does. The PIN reaches the token once for each PIN file, and once for each word of an operator.
+func TestRefusalIsRemembered(t *testing.T) {
+	h := newHarness(t)
+	h.inject("login.always", keystore.ErrAuth.Error())
+	pin := filepath.Join(h.dir, "pin")
+	write := func() {
+		t.Helper()
+		if err := errors.Join(os.WriteFile(pin+".new", []byte("x"), 0o600), os.Rename(pin+".new", pin)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	write()
+	memo := filepath.Join(h.dir, "memo")
+	open := func(what string, logins int, change func(c *Config)) {
+		t.Helper()
+		before := h.count("login")
+		_, err := Open(h.within(bound), h.config(func(c *Config) {
+			c.PINFile, c.Memo, c.Device = pin, memo, "pkcs11:token=test"
+			if change != nil {
+				change(c)
+			}
+		}), true)
+		if !errors.Is(err, keystore.ErrAuth) {
+			t.Errorf("%s: %v, want %v", what, err, keystore.ErrAuth)
+		}
+		if n := h.count("login") - before; n != logins {
+			t.Errorf("%s: the PIN was tried %d times, want %d", what, n, logins)
+		}
+	}
+	open("first", 1, nil)
+	for range 4 {
+		open("again", 0, nil)
+	}
+	open("another token", 1, func(c *Config) { c.Name, c.Memo = "other", memo+".other" })
+	open("another device", 1, func(c *Config) { c.Device = "pkcs11:token=other" })
+	open("the first device once more", 1, nil) // one refusal is remembered for each token
+	write()
+	open("another PIN file", 1, nil)
+	open("the same file", 0, nil)
+	open("by an operator", 1, func(c *Config) { c.Retry = true })
+	open("afterwards", 0, nil)
+	if n := h.count("last-try"); n != 1 {
+		t.Errorf("%d logins were permitted on the last try, want the operator's", n)
+	}
+	if b, err := os.ReadFile(memo); err != nil || json.Unmarshal(b, new(memoOf)) != nil {
+		t.Errorf("the file is %q, %v", b, err)
+	}
+	if err := os.WriteFile(memo, []byte("{"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	open("a damaged file", 0, nil)
+	if left, err := filepath.Glob(memo + "*.new-*"); err != nil || len(left) > 0 {
+		t.Errorf("files are left: %v, %v", left, err)
+	}
+	nowhere := func(c *Config) { c.Memo = filepath.Join(h.dir, "none", "memo") }
+	_, err := Open(h.within(bound), h.config(func(c *Config) { c.PINFile = pin; nowhere(c) }), true)
+	if !errors.Is(err, keystore.ErrAuth) || !strings.Contains(err.Error(), "can't be written") {
+		t.Errorf("a folder that takes no file: %v", err)
+	}
+}
+
+type memoOf = struct{ Digest, At, Error string }
+
+// TestCorrectedPINFile corrects the PIN file of a running pool, which then logs in without a word
+// of an operator, but not on the last try.
+func TestCorrectedPINFile(t *testing.T) {
+	var pin string
+	h := openPool(t, func(c *Config) {
+		dir := t.TempDir()
+		pin = filepath.Join(dir, "pin")
+		c.PINFile, c.Memo, c.Deadline = pin, filepath.Join(dir, "memo"), time.Second
+	})
+	h.inject("login.always", keystore.ErrAuth.Error())
+	for _, pid := range h.pids() {
+		syscall.Kill(pid, syscall.SIGKILL)
+	}
+	h.eventually("the token is down", func() bool { return !h.Status().Up })
+	h.clear("login.always")
+	if err := os.WriteFile(pin, []byte("right"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	h.eventually("all workers are there", func() bool { return !slices.Contains(h.pids(), 0) && h.hasFaults() })
+	h.mustSign()
+	if n := h.count("last-try"); n != 0 {
+		t.Errorf("%d logins were permitted on the last try", n)
+	}
+}
+
+// TestLastTry has a token with one try left. No PIN is refused, so the pool looks again by itself,
+// and serves once the token has its tries back. An operator's Retry permits one login.
+func TestLastTry(t *testing.T) {
+	h := openPool(t, nil)
+	h.inject("login.always", keystore.ErrLastTry.Error())
+	for _, pid := range h.pids() {
+		syscall.Kill(pid, syscall.SIGKILL)
+	}
+	h.eventually("the token is down", func() bool { return !h.Status().Up && h.hasFaults(keystore.FaultLocked) })
+	h.Retry()
+	h.eventually("an operator's login is permitted", func() bool { return h.count("last-try") == 1 })
+	h.clear("login.always")
+	h.eventually("all workers are there", func() bool { return !slices.Contains(h.pids(), 0) && h.hasFaults() })
+	h.mustSign()
+}
+
+// TestFaults brings a token into each state that its status tells, and out of it again: none needs
+// a restart or a request to be over.
+func TestFaults(t *testing.T) {
+	h := openPool(t, func(c *Config) { c.Deadline = time.Second })
+	h.inject("open.1.always", "exit")
+	syscall.Kill(h.pids()[1], syscall.SIGKILL)
+	h.eventually("the standby is missing", func() bool { return h.hasFaults(keystore.FaultRedundancy) })
+	h.clear("open.1.always")
+	h.eventually("the standby is back", func() bool { return h.hasFaults() })
+
+	for _, name := range []string{"sign.always", "key.always"} {
+		h.inject(name, keystore.ErrNotFound.Error())
+	}
+	before := h.pids()
+	for range 3 {
+		if err := h.sign(h.within(bound)); !errors.Is(err, keystore.ErrNotFound) {
+			t.Errorf("sign: %v, want %v", err, keystore.ErrNotFound)
+		}
+	}
+	h.eventually("the key is missing", func() bool { return h.hasFaults(keystore.FaultKeyMissing) })
+	if st := h.Status(); !st.Up || st.Faults[0].Key != payments.Ref || !slices.Equal(h.pids(), before) {
+		t.Errorf("with a lost key: %+v", st)
+	}
+	for _, name := range []string{"sign.always", "key.always"} {
+		h.clear(name)
+	}
+	h.eventually("the key is back", func() bool { return h.hasFaults() })
+	h.eventually("one change each", func() bool {
+		h.mu.Lock()
+		defer h.mu.Unlock()
+		return slices.Equal(h.keys, []string{"payments/1 false", "payments/1 true"})
+	})
+
+	for _, name := range []string{"sign.always", "key.always", "keys.always"} {
+		h.inject(name, keystore.ErrNotFound.Error())
+	}
+	h.sign(h.within(bound))
+	h.eventually("the token is empty", func() bool {
+		return h.hasFaults(keystore.FaultKeyMissing, keystore.FaultReplaced)
+	})
+	for _, name := range []string{"sign.always", "key.always", "keys.always"} {
+		h.clear(name)
+	}
+	h.eventually("the right token is back", func() bool { return h.hasFaults() })
+
+	for range manyEnds {
+		h.faultOnce("sign", "crash", h.count("hit-sign")+1)
+	}
+	h.eventually("workers end again and again", func() bool { return h.hasFaults(keystore.FaultRestarts) })
+	h.Pool.mu.Lock()
+	for i := range h.ends { // as if that had been long ago
+		h.ends[i] = h.ends[i].Add(-endsTime)
+	}
+	h.Pool.mu.Unlock()
+	if !h.hasFaults() {
+		t.Errorf("the faults are %v", h.Status().Faults)
 	}
 }
 

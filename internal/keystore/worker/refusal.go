@@ -1,0 +1,149 @@
+package worker
+
+import (
+	"bytes"
+	"crypto/sha256"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"syscall"
+	"time"
+
+	"countersign/internal/keystore"
+)
+
+// A refused PIN is remembered in a file, because a service manager restarts a daemon that has
+// ended: each restart would try the wrong PIN once more, and five lock a token. The file names the
+// device and the PIN file by a digest of what identifies them. The PIN itself, or a digest of the
+// PIN, is never written. The memory ends when the PIN file is another, or when an operator says so.
+//
+// The file is written after the refusal: a power cut in between costs one try. A file written
+// before each login would let a crash in the login forbid the next start. Each token has a file of
+// its own, and a write replaces the file whole, so that serve and check may run at the same time.
+// The mode lets every user read the file: nothing in it is secret, and check may run as root.
+
+// refusal is the file of one token.
+type refusal struct {
+	path, token, device, pinFile string
+	tried                        string // the digest before the last login
+	refused                      string // the digest of the refused PIN file, or ""
+	seen                         string // the digest at the last call of changed
+}
+
+// memo is the content of the file.
+type memo struct {
+	Digest string `json:"digest"` // hex
+	At     string `json:"at"`     // RFC 3339
+	Err    string `json:"error"`
+}
+
+func newRefusal(c Config) refusal {
+	r := refusal{path: c.Memo, token: c.Name, device: c.Device, pinFile: c.PINFile}
+	if c.PINFile == "" {
+		r.path = "" // nothing can be tried again
+	}
+	return r
+}
+
+// identify gives the digest of the token and the PIN file: SHA-256 of the device's name and of the
+// file's path, file system, inode, size and times. The content is not read. A file that can't be
+// looked at has a digest too, since another state of the file has another one.
+func (r *refusal) identify() string {
+	var st syscall.Stat_t
+	err := syscall.Stat(r.pinFile, &st)
+	sum := sha256.Sum256(fmt.Appendf(nil, "countersign: a refused PIN\x00%q %q %q %v %d %d %d %d %d",
+		r.token, r.device, r.pinFile, err, st.Dev, st.Ino, st.Size, st.Mtim.Nano(), st.Ctim.Nano()))
+	return hex.EncodeToString(sum[:])
+}
+
+// remembered is the refusal of a PIN file with this digest, or nil. A file of another refusal is
+// out of date. An unreadable file is a refusal: to guess would cost a try.
+func (r *refusal) remembered(digest string) error {
+	if r.path == "" {
+		return nil
+	}
+	b, err := os.ReadFile(r.path)
+	if errors.Is(err, os.ErrNotExist) {
+		return nil
+	}
+	var m memo
+	if err == nil {
+		err = json.Unmarshal(b, &m)
+	}
+	if err != nil {
+		return fmt.Errorf("%w: %s may have a refusal of it, and can't be read (%w); remove the file if the PIN is "+
+			"right", keystore.ErrAuth, r.path, err)
+	}
+	if m.Digest != digest {
+		return nil
+	}
+	return fmt.Errorf("%w: the PIN in %s was refused at %s (%s)", keystore.ErrAuth, r.pinFile, m.At, m.Err)
+}
+
+// refuse notes the digest of a refused PIN file.
+func (r *refusal) refuse(digest string) { r.refused, r.seen = digest, digest }
+
+// keep writes the refusal of the PIN file that the last login has read.
+func (r *refusal) keep(cause error) error {
+	r.refuse(r.tried)
+	if r.path == "" {
+		return nil
+	}
+	b, err := json.Marshal(memo{r.tried, time.Now().UTC().Format(time.RFC3339), cause.Error()})
+	if err != nil {
+		return err
+	}
+	dir := filepath.Dir(r.path)
+	f, err := os.CreateTemp(dir, filepath.Base(r.path)+".new-*")
+	if err != nil {
+		return err
+	}
+	defer os.Remove(f.Name()) // after the rename there is no such file
+	_, err = f.Write(append(bytes.Clone(b), '\n'))
+	err = errors.Join(err, f.Chmod(0o644), f.Sync(), f.Close())
+	if err == nil {
+		err = os.Rename(f.Name(), r.path)
+	}
+	if err == nil {
+		err = syncFolder(dir)
+	}
+	return err
+}
+
+// forget ends the memory of a refusal.
+func (r *refusal) forget() error {
+	r.refuse("")
+	if r.path == "" {
+		return nil
+	}
+	err := os.Remove(r.path)
+	if errors.Is(err, os.ErrNotExist) {
+		return nil
+	} else if err != nil {
+		return err
+	}
+	return syncFolder(filepath.Dir(r.path))
+}
+
+// changed reports that the PIN file is another than the refused one, at two calls in a row.
+func (r *refusal) changed() bool {
+	if r.pinFile == "" {
+		return false
+	}
+	now := r.identify()
+	settled := now == r.seen
+	r.seen = now
+	return settled && now != r.refused
+}
+
+func syncFolder(path string) error {
+	dir, err := os.Open(path)
+	if err != nil {
+		return err
+	}
+	defer dir.Close()
+	return dir.Sync()
+}
