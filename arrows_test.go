@@ -25,7 +25,7 @@ var arrows = map[string]room{
 	// The binaries.
 	"cmd/countersignd": {
 		ours: `admin admin/certs appliance audit hsm internal/anchor internal/cause internal/keyring
-			internal/keystore internal/keystore/worker internal/ledger internal/manage internal/operators
+			internal/keystore internal/keystore/worker internal/ledger internal/logqueue internal/manage internal/operators
 			internal/resource internal/webhook noise policy tpm`,
 		outside: `github.com/coreos/go-systemd/v22 github.com/pelletier/go-toml/v2 github.com/spf13/cobra
 			golang.org/x/sys`,
@@ -100,6 +100,7 @@ var arrows = map[string]room{
 	"internal/ijson":    {outside: "github.com/go-json-experiment/json"},
 	"internal/keystore": {outside: "golang.org/x/sys"},
 	"internal/limit":    {outside: "github.com/hashicorp/golang-lru/v2"},
+	"internal/logqueue": {outside: "golang.org/x/time"},
 	"internal/schedule": {outside: "github.com/adhocore/gronx"},
 	"internal/webhook":  {},
 	// For tests.

@@ -39,6 +39,9 @@ const (
 	maxProposal    = 1<<20 + maxBody  // bytes of a proposal's body, which may contain a policy
 	maxEvents      = 1000             // events or decisions in an answer
 	requestTimeout = 30 * time.Second // for the device and the disk
+	// writeTimeout ends a connection that does not read, from the end of the request's header on.
+	// The time covers the body, the request and the answer.
+	writeTimeout = 2 * time.Minute
 )
 
 // Config is the configuration of the server.
@@ -73,6 +76,7 @@ func New(c Config) *http.Server {
 		Handler:           http.MaxBytesHandler(s.guard(handler), maxProposal),
 		ReadHeaderTimeout: 10 * time.Second,
 		ReadTimeout:       30 * time.Second,
+		WriteTimeout:      writeTimeout,
 		IdleTimeout:       2 * time.Minute,
 		MaxHeaderBytes:    16 << 10,
 		ConnContext:       s.withConnection,

@@ -211,7 +211,9 @@ func (s *system) begin(cmd *exec.Cmd) *process {
 	}
 	p := &process{t: s.t, cmd: cmd, stderr: new(bytes.Buffer), notify: notify, ended: make(chan error, 1)}
 	p.cmd.Env = append(p.cmd.Env, "NOTIFY_SOCKET="+socket)
-	p.cmd.Stderr = p.stderr
+	if p.cmd.Stderr == nil {
+		p.cmd.Stderr = p.stderr
+	}
 	if err := p.cmd.Start(); err != nil {
 		s.t.Fatal(err)
 	}

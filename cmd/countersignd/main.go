@@ -17,6 +17,7 @@ import (
 	"countersign/appliance"
 	"countersign/internal/keystore"
 	"countersign/internal/ledger"
+	"countersign/internal/logqueue"
 	"countersign/internal/resource"
 	"countersign/policy"
 
@@ -27,13 +28,19 @@ func main() {
 	// A second signal has no effect: the stop takes a bounded time, and admitted requests must be
 	// finished.
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, syscall.SIGINT)
-	code := run(ctx, os.Args[1:], os.Stdout, os.Stderr)
+	signal.Ignore(syscall.SIGPIPE) // a reader of stdout or stderr that leaves must not end the daemon
+	stderr := logqueue.New(os.Stderr)
+	code := run(ctx, os.Args[1:], os.Stdout, stderr)
 	stop()
+	stderr.Close(lastLines)
 	os.Exit(code)
 }
 
+// lastLines is the time for the last lines of stderr, which a reader may not read.
+const lastLines = 2 * time.Second
+
 // run executes a command line, and returns the exit status.
-func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
+func run(ctx context.Context, args []string, stdout io.Writer, stderr *logqueue.Queue) int {
 	var configPath string
 	root := &cobra.Command{
 		Use:           "countersignd",
@@ -76,7 +83,12 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 		Short: "Serve peers and operators until SIGTERM",
 		Args:  cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			err := withConfig(configPath, func(c Config) error { return serve(cmd.Context(), c, stderr) })
+			reload := make(chan os.Signal, 1)
+			signal.Notify(reload, syscall.SIGHUP) // also during the start, which SIGHUP must not end
+			defer signal.Stop(reload)
+			err := withConfig(configPath, func(c Config) error {
+				return serve(cmd.Context(), configPath, c, stderr, reload)
+			})
 			if cmd.Context().Err() != nil && errors.Is(err, context.Canceled) {
 				fmt.Fprintln(stderr, "countersignd: stopped before it served")
 				return nil

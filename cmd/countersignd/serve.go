@@ -4,17 +4,20 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
+	stdlog "log"
 	"log/slog"
 	"net"
 	"net/http"
 	"os"
 	"runtime/debug"
+	"slices"
 	"sync"
 	"time"
 
 	"countersign/admin"
 	"countersign/appliance"
+	"countersign/internal/cause"
+	"countersign/internal/logqueue"
 	"countersign/internal/operators"
 	"countersign/policy"
 
@@ -26,8 +29,9 @@ import (
 // acts.
 const stopWait = 5 * time.Second
 
-// serve runs the daemon until ctx ends.
-func serve(ctx context.Context, c Config, stderr io.Writer) error {
+// serve runs the daemon until ctx ends. After each signal of reload, the daemon reads the
+// configuration file again.
+func serve(ctx context.Context, path string, c Config, stderr *logqueue.Queue, reload <-chan os.Signal) error {
 	if err := noCoreFiles(); err != nil {
 		return err
 	}
@@ -38,7 +42,9 @@ func serve(ctx context.Context, c Config, stderr io.Writer) error {
 	if err != nil {
 		return err
 	}
-	log := slog.New(slog.NewTextHandler(stderr, &slog.HandlerOptions{Level: level}))
+	var inForce slog.LevelVar
+	inForce.Set(level)
+	log := slog.New(logqueue.NewPace(slog.NewTextHandler(stderr, &slog.HandlerOptions{Level: &inForce})))
 	p, err := open(ctx, c, log)
 	if err != nil {
 		return err
@@ -51,7 +57,10 @@ func serve(ctx context.Context, c Config, stderr io.Writer) error {
 	}
 	var waiting waits
 	waiting.set(ready.missing)
-	p.app.Report(waiting.causes)
+	notifications := &notifier{log: log}
+	p.app.Report(func() []cause.Cause {
+		return slices.Concat(waiting.causes(), unreadLog(stderr), notifications.causes())
+	})
 	if err := p.app.Start(ctx); err != nil {
 		return err
 	}
@@ -66,7 +75,7 @@ func serve(ctx context.Context, c Config, stderr io.Writer) error {
 	api := admin.New(admin.Config{
 		Appliance: p.app, Operators: registry, Group: ready.group,
 		LoadPolicy:   func() (*policy.Policy, error) { return policy.Load(c.Policy) },
-		ErrorLog:     slog.NewLogLogger(log.Handler(), slog.LevelWarn),
+		ErrorLog:     stdlog.New(logqueue.Printer{Log: log, Message: "the admin API's HTTP server"}, "", 0),
 		Certificates: ready.certs, Hosts: []string{host}, Origin: c.adminOrigin(), RPID: c.AdminName,
 	})
 	var apiDone sync.WaitGroup
@@ -78,17 +87,20 @@ func serve(ctx context.Context, c Config, stderr io.Writer) error {
 		})
 	}
 	go expire(ctx, registry, log)
-	context.AfterFunc(ctx, func() { daemon.SdNotify(false, daemon.SdNotifyStopping) })
-	go watchdog(ctx, p.app, log)
+	context.AfterFunc(ctx, func() { notifications.send(daemon.SdNotifyStopping) })
+	go watchdog(ctx, prober{p.app, c.AdminSocket, ready.doors}, notifications, log)
+	go reloadAll(ctx, path, c, &inForce, p.app, reload, log)
 	go func() {
-		if err := waitUntilReady(ctx, p.app, ready.doors, &waiting, log); err != nil {
+		if err := waitUntilReady(ctx, p.app, ready.doors, &waiting, notifications, log); err != nil {
 			cancel(err)
 			return
 		}
 		for _, d := range ready.doors {
 			log.Info("serving", "listen", d.address, "profile", string(d.profile), "admin", c.AdminSocket)
 		}
-		daemon.SdNotify(false, daemon.SdNotifyReady)
+		// READY is worth a wait, since the service manager would end a daemon that is not ready.
+		for !notifications.send(daemon.SdNotifyReady) && ctx.Err() == nil {
+		}
 	}()
 
 	var peers []appliance.Listener
@@ -143,32 +155,6 @@ func expire(ctx context.Context, registry *operators.Registry, log *slog.Logger)
 		if err := registry.Expire(ctx); err != nil && ctx.Err() == nil {
 			log.Error("expired proposals can't be ended", "err", err)
 		}
-	}
-}
-
-// watchdog notifies systemd's watchdog while the ledger's writer executes requests. A daemon that
-// can't write can't sign, and systemd restarts the daemon.
-func watchdog(ctx context.Context, app *appliance.Appliance, log *slog.Logger) {
-	interval, err := daemon.SdWatchdogEnabled(false)
-	if err != nil || interval == 0 {
-		return
-	}
-	ticker := time.NewTicker(interval / 3)
-	defer ticker.Stop()
-	for {
-		select {
-		case <-ctx.Done():
-			return
-		case <-ticker.C:
-		}
-		alive, cancel := context.WithTimeout(ctx, interval/3)
-		err := app.Alive(alive)
-		cancel()
-		if err != nil {
-			log.Error("watchdog: the ledger does not answer", "err", err)
-			continue
-		}
-		daemon.SdNotify(false, daemon.SdNotifyWatchdog)
 	}
 }
 

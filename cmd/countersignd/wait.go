@@ -18,8 +18,6 @@ import (
 	"countersign/internal/keystore"
 	"countersign/internal/manage"
 	"countersign/noise"
-
-	"github.com/coreos/go-systemd/v22/daemon"
 )
 
 // A device or an address can come up later than the machine. The daemon then starts without: the
@@ -161,7 +159,7 @@ const stillStarting = "EXTEND_TIMEOUT_USEC=30000000"
 // waitUntilReady returns when peers can be served: all addresses are bound, and the Noise key's
 // token answers. The error is one that no wait can heal, or that of ctx.
 func waitUntilReady(
-	ctx context.Context, app *appliance.Appliance, doors []*door, waiting *waits, log *slog.Logger,
+	ctx context.Context, app *appliance.Appliance, doors []*door, waiting *waits, manager *notifier, log *slog.Logger,
 ) error {
 	ticker := time.NewTicker(waitEvery)
 	defer ticker.Stop()
@@ -175,7 +173,7 @@ func waitUntilReady(
 		waiting.set(missing)
 		if len(missing) == 0 {
 			if len(told) > 0 {
-				daemon.SdNotify(false, "STATUS=serves peers")
+				manager.send("STATUS=serves peers")
 			}
 			return nil
 		}
@@ -184,7 +182,7 @@ func waitUntilReady(
 			told, toldAt = missing, time.Now()
 		}
 		status := strings.Join(strings.Fields(strings.Join(missing, "; ")), " ") // one line
-		daemon.SdNotify(false, "STATUS=waits for "+status+"\n"+stillStarting)
+		manager.send("STATUS=waits for " + status + "\n" + stillStarting)
 		select {
 		case <-ctx.Done():
 			return ctx.Err()

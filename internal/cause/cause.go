@@ -111,4 +111,8 @@ var (
 	RetentionWaits = define("retention-differs",
 		"the retention of the configuration is shorter than the retention in force, which stays",
 		"have it approved (countersign admin retention shorten), or correct the configuration")
+	LogUnread = define("log-unread", "the daemon's log is not read, so lines were dropped",
+		"see what reads the daemon's standard error")
+	NotifyUnread = define("notify-unread", "the service manager does not read the daemon's notifications",
+		"see the service manager")
 )

@@ -36,7 +36,7 @@ var (
 type Target struct {
 	Name   string // for operators, logs and callbacks
 	URL    string // https, or http to this machine; never shown, because a URL may have a secret
-	CAFile string // path of certificate authorities in PEM, in place of the system's; or empty
+	CAFile string // path of certificate authorities in PEM, in place of the system's; read at each attempt; or empty
 }
 
 // client returns an HTTP transport for the target. For an http URL the transport connects to this
@@ -54,16 +54,9 @@ func (t Target) client() (*http.Transport, error) {
 	case u.Hostname() == "" || u.User != nil || u.Fragment != "":
 		return nil, errors.New("the URL must have a host, no user, no password and no fragment")
 	}
-	trust := &tls.Config{MinVersion: tls.VersionTLS12}
-	if t.CAFile != "" {
-		pem, err := os.ReadFile(t.CAFile)
-		if err != nil {
-			return nil, err
-		}
-		trust.RootCAs = x509.NewCertPool()
-		if !trust.RootCAs.AppendCertsFromPEM(pem) {
-			return nil, fmt.Errorf("%s has no certificate in PEM", t.CAFile)
-		}
+	trust, err := t.trust()
+	if err != nil {
+		return nil, err
 	}
 	dialer := net.Dialer{}
 	if u.Scheme == "http" {
@@ -79,6 +72,38 @@ func (t Target) client() (*http.Transport, error) {
 		DialContext: dialer.DialContext, TLSClientConfig: trust, MaxResponseHeaderBytes: maxResponse,
 		DisableKeepAlives: true, // messages are too rare to keep connections
 	}, nil
+}
+
+// trust reads the certificate authorities of the target.
+func (t Target) trust() (*tls.Config, error) {
+	trust := &tls.Config{MinVersion: tls.VersionTLS12}
+	if t.CAFile == "" {
+		return trust, nil
+	}
+	pem, err := os.ReadFile(t.CAFile)
+	if err != nil {
+		return nil, err
+	}
+	trust.RootCAs = x509.NewCertPool()
+	if !trust.RootCAs.AppendCertsFromPEM(pem) {
+		return nil, fmt.Errorf("%s has no certificate in PEM", t.CAFile)
+	}
+	return trust, nil
+}
+
+// current returns the client for one attempt, with the authorities that CAFile has now: a renewed
+// authority needs no restart.
+func (q *queue) current() (*http.Client, error) {
+	if q.CAFile == "" {
+		return &q.client, nil
+	}
+	trust, err := q.trust()
+	if err != nil {
+		return nil, fmt.Errorf("ca_file: %w", err)
+	}
+	transport := q.client.Transport.(*http.Transport).Clone()
+	transport.TLSClientConfig = trust
+	return &http.Client{Transport: transport, CheckRedirect: q.client.CheckRedirect}, nil
 }
 
 // Send posts body, a JSON document, to a target in one attempt. A nil error means a 2xx response.
@@ -101,7 +126,11 @@ func (s *Sender) send(ctx context.Context, t *queue, id string, body []byte) err
 	if err != nil {
 		return err
 	}
-	response, err := t.client.Do(request)
+	client, err := t.current()
+	if err != nil {
+		return err
+	}
+	response, err := client.Do(request)
 	if err != nil {
 		var outer *url.Error // the text of an *url.Error shows the URL
 		if errors.As(err, &outer) {

@@ -11,6 +11,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"math/big"
 	"net"
 	"net/http"
 	"net/http/httptest"
@@ -512,4 +513,48 @@ func TestBorn(t *testing.T) {
 		synctest.Wait()
 		wantLines(t, b.read()[1:], "shop lost future: "+ErrLate.Error())
 	})
+}
+
+// TestAuthorityRenewed exchanges the file of certificate authorities: the next attempt trusts the
+// authorities of the new file, without a new sender.
+func TestAuthorityRenewed(t *testing.T) {
+	server := httptest.NewUnstartedServer(http.HandlerFunc(func(http.ResponseWriter, *http.Request) {}))
+	server.Config.ErrorLog = slog.NewLogLogger(slog.DiscardHandler, 0)
+	server.StartTLS()
+	defer server.Close()
+	file := filepath.Join(t.TempDir(), "ca.pem")
+	write := func(b []byte) {
+		t.Helper()
+		if err := os.WriteFile(file, b, 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	write(anotherAuthority(t))
+	s, _ := newSender(t, Target{Name: "shop", URL: server.URL, CAFile: file})
+	if err := s.Send(t.Context(), "shop", "msg_1", nil); err == nil {
+		t.Fatal("a receiver of another authority is trusted")
+	}
+	write([]byte("half a file"))
+	if err := s.Send(t.Context(), "shop", "msg_1", nil); err == nil || !strings.Contains(err.Error(), "ca_file") {
+		t.Fatalf("with a broken file: %v", err)
+	}
+	write(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: server.Certificate().Raw}))
+	if err := s.Send(t.Context(), "shop", "msg_1", nil); err != nil {
+		t.Errorf("with the receiver's authority: %v", err)
+	}
+}
+
+// anotherAuthority returns a self-signed certificate in PEM.
+func anotherAuthority(t *testing.T) []byte {
+	t.Helper()
+	public, private, err := ed25519.GenerateKey(nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	c := &x509.Certificate{SerialNumber: big.NewInt(1), NotAfter: time.Now().Add(time.Hour), IsCA: true}
+	b, err := x509.CreateCertificate(rand.Reader, c, c, public, private)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: b})
 }

@@ -1,0 +1,168 @@
+package logqueue_test
+
+import (
+	"bufio"
+	"bytes"
+	"fmt"
+	"io"
+	"log/slog"
+	"os"
+	"os/signal"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"countersign/internal/logqueue"
+)
+
+// TestUnreadPipe fills a pipe that nobody reads. No Write blocks, the dropped lines are counted,
+// and the reader that comes back gets the count in their place.
+func TestUnreadPipe(t *testing.T) {
+	r, w, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer r.Close()
+	q := logqueue.New(w)
+	const lines = 40_000
+	for i := range lines {
+		fmt.Fprintf(q, "line %06d %s\n", i, strings.Repeat("x", 100))
+	}
+	lost, since := q.Unread()
+	if lost == 0 || since.IsZero() {
+		t.Fatalf("%d lines are lost, since %v: want some", lost, since)
+	}
+	if q.Close(0) {
+		t.Error("Close reports that all was written")
+	}
+	go func() { q.Close(time.Hour); w.Close() }()
+	read, told, last := 0, 0, -1
+	for s := bufio.NewScanner(r); s.Scan(); {
+		var i, n int
+		if _, err := fmt.Sscanf(s.Text(), "line %d", &i); err == nil {
+			if i <= last {
+				t.Fatalf("line %d comes after line %d", i, last)
+			}
+			read, last = read+1, i
+		} else if _, after, ok := strings.Cut(s.Text(), " lines="); ok {
+			fmt.Sscan(after, &n)
+			told += n
+		}
+	}
+	if read+told != lines || told < lost {
+		t.Errorf("%d lines were read and %d told as dropped, of %d", read, told, lines)
+	}
+	if lost, _ := q.Unread(); lost != 0 {
+		t.Errorf("%d lines are lost after the count was read", lost)
+	}
+}
+
+// TestClosedPipe writes to a pipe whose reader has gone: the lines are lost and counted, and Close
+// returns.
+func TestClosedPipe(t *testing.T) {
+	signal.Ignore(syscall.SIGPIPE)
+	defer signal.Reset(syscall.SIGPIPE)
+	r, w, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer w.Close()
+	r.Close()
+	q := logqueue.New(w)
+	io.WriteString(q, "one\n")
+	if q.Close(time.Hour) {
+		t.Error("Close reports that all was written")
+	}
+	if lost, _ := q.Unread(); lost != 1 {
+		t.Errorf("%d lines are lost, want 1", lost)
+	}
+}
+
+// flaky is a destination that fails until it is mended.
+type flaky struct {
+	mu     sync.Mutex
+	mended bool
+	text   bytes.Buffer
+}
+
+func (f *flaky) Write(b []byte) (int, error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if !f.mended {
+		return 0, syscall.EPIPE
+	}
+	return f.text.Write(b)
+}
+
+// take returns the text so far, and forgets the text.
+func (f *flaky) take() string {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	defer f.text.Reset()
+	return f.text.String()
+}
+
+// TestReaderComesBack loses lines to a failing destination, as to a FIFO without a reader, and has
+// them told with the next line.
+func TestReaderComesBack(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := &flaky{}
+		q := logqueue.New(f)
+		for range 3 {
+			io.WriteString(q, "lost\n")
+			synctest.Wait()
+		}
+		if lost, _ := q.Unread(); lost != 3 {
+			t.Fatalf("%d lines are lost, want 3", lost)
+		}
+		f.mu.Lock()
+		f.mended = true
+		f.mu.Unlock()
+		io.WriteString(q, "read\n")
+		synctest.Wait()
+		if lost, _ := q.Unread(); lost != 0 {
+			t.Errorf("%d lines are lost after the reader has come back", lost)
+		}
+		if !q.Close(time.Hour) {
+			t.Error("Close reports lost lines")
+		}
+		if text := f.take(); !strings.Contains(text, "lines=3") || !strings.HasSuffix(text, "\nread\n") {
+			t.Errorf("the reader got %q", text)
+		}
+	})
+}
+
+// TestPace has a stranger cause 10,000 lines: few are written, the others are counted, and lines of
+// another kind come through.
+func TestPace(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := &flaky{mended: true}
+		log := slog.New(logqueue.NewPace(slog.NewTextHandler(b, nil)))
+		for i := range 10_000 {
+			log.With("n", i).Warn("a stranger was here", "from", i)
+		}
+		log.Warn("something else")
+		log.Debug("not shown at this level")
+		before := b.take()
+		written := strings.Count(before, "a stranger was here")
+		if written == 0 || written > 100 {
+			t.Errorf("%d lines were written", written)
+		}
+		if !strings.Contains(before, "something else") {
+			t.Error("a line of another kind is missing")
+		}
+		time.Sleep(time.Hour)
+		synctest.Wait()
+		after, want := b.take(), fmt.Sprintf("lines=%d ", 10_000-written)
+		if strings.Count(after, want) != 1 {
+			t.Errorf("the log says %q, want one line with %q", after, want)
+		}
+		log.Warn("a stranger was here")
+		if b.take() == "" {
+			t.Error("no line an hour later")
+		}
+	})
+}
