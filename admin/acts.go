@@ -98,7 +98,7 @@ func activate(a *appliance.Appliance, p parameters, content []byte) (parameters,
 	if err != nil {
 		return nil, nil, err
 	}
-	rules, err := policy.Parse("policy.cedar", content)
+	rules, err := policy.Offer("policy.cedar", content)
 	if err != nil {
 		return nil, nil, invalid.errorf("%v", err)
 	}

@@ -15,6 +15,7 @@ import (
 	"countersign/admin/api"
 	"countersign/approval"
 	"countersign/internal/operators"
+	"countersign/policy"
 )
 
 func (s *server) me(_ context.Context, who caller, _ *none) (api.Me, error) {
@@ -210,7 +211,7 @@ func (s *server) proposal(_ context.Context, _ caller, in *numbered) (api.Propos
 		return api.Proposal{}, err
 	}
 	doc := proposalDoc(p)
-	doc.Content = string(p.Content)
+	doc.Content, doc.Warnings = string(p.Content), s.doubts(p)
 	return doc, nil
 }
 
@@ -228,7 +229,24 @@ func (s *server) propose(ctx context.Context, who caller, in *body[api.NewPropos
 	if err != nil {
 		return api.Proposal{}, err
 	}
-	return proposalDoc(p), nil
+	doc := proposalDoc(p)
+	doc.Warnings = s.doubts(p)
+	return doc, nil
+}
+
+// doubts lists the warnings about a proposed policy.
+func (s *server) doubts(p operators.Proposal) (all []string) {
+	if p.Act != approval.ActPolicyActivate {
+		return nil
+	}
+	rules, err := policy.Parse("policy.cedar", p.Content)
+	if err != nil {
+		return nil // refused when the act is carried out
+	}
+	for _, w := range rules.Warnings(s.Appliance.KnowsName) {
+		all = append(all, w.String())
+	}
+	return all
 }
 
 func (s *server) approve(ctx context.Context, who caller, in *struct {

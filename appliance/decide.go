@@ -7,6 +7,7 @@ import (
 	"maps"
 	"math"
 	"math/big"
+	"strings"
 	"time"
 
 	"countersign/audit"
@@ -66,6 +67,12 @@ func (a *Appliance) decisionOf(who Caller, key *keyring.Key, doc *transcript.Doc
 	if who.Identity != "" {
 		fields["identity"] = who.Identity
 	}
+	// A currency is one currency, and has one sum, in each spelling: SAT and sat.
+	currency := ""
+	if d.payment {
+		currency = strings.ToUpper(doc.Payment.Currency) // ASCII, see package transcript
+		fields["currency"] = currency
+	}
 	counterparty := hex.EncodeToString(doc.Counterparty(key.Info().PublicKey))
 	if counterparty != "" {
 		fields["counterparty"] = counterparty
@@ -80,13 +87,13 @@ func (a *Appliance) decisionOf(who Caller, key *keyring.Key, doc *transcript.Doc
 		fields["amount"], fields["amount_e8"] = amount, amountE8
 	}
 	for i, subject := range []string{who.Name, key.Name, key.Name + "\x00" + counterparty} {
-		if i == counterpartyIndex && counterparty == "" {
-			break
+		if i == counterpartyIndex && counterparty == "" && !d.payment {
+			break // payments that name no counterparty share one window of the key
 		}
 		series := policy.Counted[i] + "\x00" + subject
 		d.counts = append(d.counts, ledger.Count{Series: "signatures\x00" + series, Add: big.NewInt(1)})
 		if d.payment {
-			amounts := "amount\x00" + series + "\x00" + doc.Payment.Currency
+			amounts := "amount\x00" + series + "\x00" + currency
 			d.counts = append(d.counts, ledger.Count{Series: amounts, Add: exact})
 		}
 	}

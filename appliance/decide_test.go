@@ -10,9 +10,11 @@ import (
 	"math/big"
 	"os"
 	"slices"
+	"strings"
 	"testing"
 
 	"countersign/audit"
+	"countersign/internal/cause"
 	"countersign/internal/ledger"
 	"countersign/internal/manage"
 	"countersign/internal/peers"
@@ -87,6 +89,7 @@ func TestEveryContextFitsTheSchema(t *testing.T) {
 			if err := d.rules.Replay(rec); err != nil {
 				t.Errorf("%s: %v", v.Type, err)
 			}
+			possible(t, rec)
 			want := policy.Sign
 			if v.Type == "raw" {
 				want = policy.SignRaw
@@ -95,7 +98,7 @@ func TestEveryContextFitsTheSchema(t *testing.T) {
 				t.Errorf("%s is %s", v.Type, rec.Action)
 			}
 			party := slices.ContainsFunc(doc.Signers, func(k []byte) bool { return bytes.Equal(k, r.public) })
-			both := len(doc.Signers) == 2 && party
+			both := len(doc.Signers) == 2 && party || doc.Payment != nil // payments without one share a window
 			if (rec.Used[counterpartyIndex] != policy.Usage{}[0]) != both {
 				t.Errorf("%s: counted for a counterparty: %v; there is one: %v",
 					v.Type, rec.Used[counterpartyIndex], both)
@@ -107,6 +110,78 @@ func TestEveryContextFitsTheSchema(t *testing.T) {
 		if !seen[known.Name] {
 			t.Errorf("there is no vector of %s", known.Name)
 		}
+	}
+}
+
+// possible sees that a rule may compare with each value of a recorded context: the annotations of
+// the schema bound no value that a document can have.
+func possible(t *testing.T, rec policy.Record) {
+	t.Helper()
+	var fields map[string]any
+	d := json.NewDecoder(bytes.NewReader(rec.Context))
+	d.UseNumber()
+	if err := d.Decode(&fields); err != nil {
+		t.Fatal(err)
+	}
+	for name, value := range fields {
+		literal := fmt.Sprint(value)
+		if text, is := value.(string); is {
+			literal = `"` + strings.NewReplacer(`\`, `\\`, `"`, `\"`).Replace(text) + `"`
+		}
+		rule := fmt.Sprintf("forbid (principal, action == Action::%q, resource) "+
+			"when { context.transcript == %q && context has %s && context.%s == %s };",
+			rec.Action, fields["transcript"], name, name, literal)
+		if _, err := policy.Offer("p", []byte(rule)); err != nil {
+			t.Errorf("%s: %v", rule, err)
+		}
+	}
+}
+
+// TestPaymentsEscapeNoWindow: payments that name no payee share one window of the key, and a
+// currency has one sum in all spellings.
+func TestPaymentsEscapeNoWindow(t *testing.T) {
+	for name, payload := range map[string]string{
+		"without a payee": `{"payer":"%x","amount":"3","currency":"SAT","method":"x","endpoint":"y"}`,
+		"another spelling": `{"payer":"%x","payee":"` + payeeOne + `","amount":"3","currency":"sAt","method":"x",` +
+			`"endpoint":"y"}`,
+	} {
+		r := newRig(t)
+		p := parsed(t, `permit (principal, action == Action::"sign", resource)
+when { context has amount && context.used.counterparty.day.amount <= 5 };`)
+		if _, _, err := r.Activate(t.Context(), audit.Operator("test"), p); err != nil {
+			t.Fatal(err)
+		}
+		first := r.payment(1, "3", "SAT", payeeOne)
+		if name == "without a payee" {
+			first.Payload = fmt.Appendf(nil, payload, r.public)
+		}
+		if _, err := r.Sign(t.Context(), r.shop, first); err != nil {
+			t.Fatalf("%s: %v", name, err)
+		}
+		second := r.payment(2, "3", "SAT", payeeOne)
+		second.Payload = fmt.Appendf(nil, payload, r.public)
+		_, err := r.Sign(t.Context(), r.shop, second)
+		r.refuses(t, wire.CodeDenied, err)
+	}
+}
+
+// TestApprovedRuleThatNeverApplies: a policy that was approved before the checks of its rules stays
+// in force, and the state tells operators of it.
+func TestApprovedRuleThatNeverApplies(t *testing.T) {
+	r := newRig(t)
+	p := parsed(t, `forbid (principal, action, resource) when { context.weekday == "sunday" };`)
+	if _, _, err := r.Activate(t.Context(), audit.Operator("test"), p); err != nil {
+		t.Fatal(err)
+	}
+	told := func() bool {
+		pointless := func(c cause.Cause) bool { return c.Kind == cause.PolicyPointless }
+		return slices.ContainsFunc(r.Health().Causes, pointless)
+	}
+	if !told() {
+		t.Error("the state does not tell of it")
+	}
+	if _, _, err := r.Activate(t.Context(), audit.Operator("test"), parsed(t, "")); err != nil || told() {
+		t.Error("the state still tells of it", err)
 	}
 }
 

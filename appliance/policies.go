@@ -7,14 +7,17 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"slices"
 	"strconv"
 	"sync"
 	"time"
 
 	"countersign/audit"
 	"countersign/internal/cause"
+	"countersign/internal/keyring"
 	"countersign/internal/ledger"
 	"countersign/internal/manage"
+	"countersign/internal/peers"
 	"countersign/policy"
 )
 
@@ -41,6 +44,8 @@ type policies struct {
 	offered *policy.Policy // the argument of activate, which need not be parsed again
 	onDisk  string         // SHA-256 of the policy file at the last look, hex; "" for an unusable file
 	broken  error          // the error of an unusable policy file
+	checked *policy.Policy // the policy in force that dead is about
+	dead    error          // the error of Offer for checked, which was approved before an update
 }
 
 // PolicyVersion is the policy in force, or one before it.
@@ -163,9 +168,22 @@ func isGoverned(v ledger.View) (yes bool, err error) {
 	return yes, err
 }
 
+// KnowsName reports whether there is a peer or a key of this name, for the warnings about a policy
+// (see policy.Warnings). A name of another type counts as known.
+func (a *Appliance) KnowsName(entity, name string) bool {
+	switch entity {
+	case "Peer":
+		return slices.ContainsFunc(a.Peers.All(), func(p peers.Status) bool { return p.Name == name })
+	case "Key":
+		return slices.ContainsFunc(a.Keys.All(), func(k *keyring.Key) bool { return k.Info().Ref.Name == name })
+	}
+	return true
+}
+
 // look reads the policy file again, for causes.
 func (p *policies) look() {
 	file, err := p.load()
+	p.check()
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if err != nil && p.broken == nil {
@@ -176,6 +194,24 @@ func (p *policies) look() {
 	}
 }
 
+// check looks for rules of the policy in force that would be refused today.
+func (p *policies) check() {
+	rules, err := p.inForce()
+	if err != nil {
+		return
+	}
+	p.mu.Lock()
+	done := p.checked == rules.Policy
+	p.mu.Unlock()
+	if done {
+		return
+	}
+	dead := rules.Check("the policy in force")
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.checked, p.dead = rules.Policy, dead
+}
+
 // causes returns the causes of the policy file at the last look.
 func (p *policies) causes() (all []cause.Cause) {
 	p.mu.Lock()
@@ -183,7 +219,8 @@ func (p *policies) causes() (all []cause.Cause) {
 	if p.onDisk != "" && p.newest.Version > 0 && p.onDisk != p.newest.Hash {
 		all = append(all, cause.PolicyWaits.Of("", "SHA-256 %s is in force, the file has %s", p.newest.Hash, p.onDisk))
 	}
-	return append(all, cause.PolicyBroken.Err("", p.broken)...)
+	all = append(all, cause.PolicyBroken.Err("", p.broken)...)
+	return append(all, cause.PolicyPointless.Err("", p.dead)...)
 }
 
 // Activate puts a policy in force. When Activate returns, no other policy decides any more. The

@@ -211,7 +211,7 @@ func windowPaths() (all []string) {
 func caseUsage(context map[string]any, set map[string]int64) (u Usage, err error) {
 	for i, counted := range Counted {
 		var least Window
-		if counted != "counterparty" || context["counterparty"] != nil {
+		if counted != "counterparty" || context["counterparty"] != nil || context["amount"] != nil {
 			least.Signatures = 1
 			least.Amount, _ = context["amount"].(int64)
 			least.AmountE8, _ = context["amount_e8"].(int64)
@@ -231,8 +231,8 @@ func caseUsage(context map[string]any, set map[string]int64) (u Usage, err error
 					return u, fmt.Errorf(
 						"%s: %d is less than %d, which this document and the shorter windows have already",
 						path(what), v, *n)
-				} else if ok && counted == "counterparty" && context["counterparty"] == nil && v > 0 {
-					return u, fmt.Errorf("%s: without a counterparty it is always 0", path(what))
+				} else if ok && least == (Window{}) && v > 0 && counted == "counterparty" {
+					return u, fmt.Errorf("%s: without a counterparty it is always 0, but for payments", path(what))
 				} else if ok {
 					*n = v
 				}

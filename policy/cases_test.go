@@ -83,7 +83,8 @@ func TestParseCases(t *testing.T) {
 	}
 	own := policy.Window{Signatures: 1, Amount: 5, AmountE8: 500000000}
 	seven := policy.Window{Signatures: 1, Amount: 7, AmountE8: 700000000}
-	if want := (policy.Usage{{own, own, seven, seven, seven}, {own, own, own, own, own}}); a.Request.Used != want {
+	owns := [...]policy.Window{own, own, own, own, own} // a payment without a counterparty has the window of all such
+	if want := (policy.Usage{{own, own, seven, seven, seven}, owns, owns}); a.Request.Used != want {
 		t.Errorf("%v, want %v", a.Request.Used, want)
 	}
 	one := policy.Window{Signatures: 1}

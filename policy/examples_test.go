@@ -30,6 +30,9 @@ func TestExamples(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
+		for _, w := range p.Warnings(nil) {
+			t.Errorf("%s: %v", file, w)
+		}
 		table := strings.TrimSuffix(file, ".cedar") + ".csv"
 		text, err := os.ReadFile(table)
 		if err != nil {

@@ -137,13 +137,35 @@ type Policy struct {
 	readsUsed bool
 }
 
-// Load reads and validates a policy file.
+// Load reads the policy file, which is to come into force: see Offer.
 func Load(path string) (*Policy, error) {
 	b, err := os.ReadFile(path)
 	if err != nil {
 		return nil, fmt.Errorf("policy: %w", err)
 	}
-	return Parse(path, b)
+	return Offer(path, b)
+}
+
+// Reader returns a Load that checks the file only when its bytes are others than at the last call,
+// for a caller that asks every few seconds.
+func Reader(path string) func() (*Policy, error) {
+	var mu sync.Mutex // guards the variables below
+	var last []byte
+	var p *Policy
+	err := errors.New("policy: not read yet")
+	return func() (*Policy, error) {
+		b, failed := os.ReadFile(path)
+		if failed != nil {
+			return nil, fmt.Errorf("policy: %w", failed)
+		}
+		mu.Lock()
+		defer mu.Unlock()
+		if last == nil || !bytes.Equal(b, last) {
+			last = append([]byte{}, b...)
+			p, err = Offer(path, b)
+		}
+		return p, err
+	}
 }
 
 // resolvedSchema returns the parsed Schema.
@@ -166,9 +188,9 @@ const (
 	maxDepth = 64        // nested brackets
 )
 
-// code yields the bytes of a text outside of strings and comments, with their offsets.
-func code(text []byte) iter.Seq2[int, byte] {
-	return func(yield func(int, byte) bool) {
+// spans yields the first and the last offset of each string, comment and other byte of a text.
+func spans(text []byte) iter.Seq2[int, int] {
+	return func(yield func(int, int) bool) {
 		for i := 0; i < len(text); i++ {
 			end := i
 			switch rest := text[i:]; {
@@ -187,13 +209,55 @@ func code(text []byte) iter.Seq2[int, byte] {
 					}
 				}
 			}
-			if end > i {
-				i = end
-			} else if !yield(i, text[i]) {
+			if !yield(i, end) {
+				return
+			}
+			i = end
+		}
+	}
+}
+
+// code yields the bytes of a text outside of strings and comments, with their offsets.
+func code(text []byte) iter.Seq2[int, byte] {
+	return func(yield func(int, byte) bool) {
+		for i, end := range spans(text) {
+			if i == end && !yield(i, text[i]) {
 				return
 			}
 		}
 	}
+}
+
+// unbalanced returns a sentence about the first bracket without its other half, or about a string
+// without its end, and the offset.
+func unbalanced(text []byte) (at int, sentence string) {
+	var open []int
+	for i, end := range spans(text) {
+		switch c := text[i]; c {
+		case '"':
+			if end >= len(text) {
+				return i, "the string is not closed: a quote is missing at its end"
+			}
+		case '(', '[', '{':
+			if open = append(open, i); len(open) > maxDepth {
+				return i, fmt.Sprintf("brackets nest more than %d deep", maxDepth)
+			}
+		case ')', ']', '}':
+			other := map[byte]byte{')': '(', ']': '[', '}': '{'}[c]
+			if len(open) == 0 {
+				return i, fmt.Sprintf("the bracket %c closes nothing: remove it, or add the opening %c", c, other)
+			}
+			last := open[len(open)-1]
+			if open = open[:len(open)-1]; text[last] != other {
+				return last, fmt.Sprintf("the bracket %c is not closed before a %c follows", text[last], c)
+			}
+		}
+	}
+	if len(open) > 0 {
+		last := open[len(open)-1]
+		return last, fmt.Sprintf("the bracket %c is not closed", text[last])
+	}
+	return 0, ""
 }
 
 // Parse reads rules and validates them against the schema. Errors name the line in file.
@@ -207,16 +271,8 @@ func Parse(file string, text []byte) (*Policy, error) {
 	if bytes.HasPrefix(text, []byte("\ufeff")) {
 		return fail(1, "the text begins with a byte order mark: save it as UTF-8 without one")
 	}
-	depth := 0
-	for i, c := range code(text) {
-		switch c {
-		case '(', '[', '{':
-			if depth++; depth > maxDepth {
-				return fail(1+bytes.Count(text[:i], []byte("\n")), "brackets nest more than %d deep", maxDepth)
-			}
-		case ')', ']', '}':
-			depth--
-		}
+	if at, sentence := unbalanced(text); sentence != "" {
+		return fail(1+bytes.Count(text[:at], []byte("\n")), "%s", sentence)
 	}
 	list, err := cedar.NewPolicyListFromBytes(file, text)
 	// A number out of range is the only error without a place from cedar-go.

@@ -236,3 +236,33 @@ func FuzzParse(f *testing.F) {
 		}
 	})
 }
+
+// TestReader changes a policy file under a Reader: each call has the policy or the error of the
+// bytes that the file has then.
+func TestReader(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "policy.cedar")
+	read := policy.Reader(path)
+	if _, err := read(); !errors.Is(err, os.ErrNotExist) {
+		t.Fatalf("a missing file: %v", err)
+	}
+	var first *policy.Policy
+	permit := "permit (principal, action, resource);"
+	for i, text := range []string{permit, "", "permit (", permit} {
+		if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		p, err := read()
+		again, errAgain := read()
+		if (err == nil) != (text != "permit (") || p != again || err != errAgain {
+			t.Errorf("text %d: %v, then %v", i, err, errAgain)
+		}
+		if err == nil && string(p.Text) != text {
+			t.Errorf("text %d: the policy is %q", i, p.Text)
+		}
+		if i == 0 {
+			first = p
+		} else if p == first {
+			t.Errorf("text %d: the first policy came again", i)
+		}
+	}
+}

@@ -138,6 +138,11 @@ func TestPolicyCommands(t *testing.T) {
 	fails(1, "broken.cedar:2: ", "policy", "diff", "broken.cedar")
 	fails(1, "broken.cedar:2: ", "policy", "check", "broken.cedar")
 	says(s.must("policy", "check", "looser.cedar"), "2 rules")
+	const typo = `forbid (principal, action, resource) when { context has mesage_context && context.hour < 8 };`
+	s.write("typo.cedar", typo)
+	fails(1, "typo.cedar:1: context has mesage_context can never hold", "policy", "check", "typo.cedar")
+	s.write("names.cedar", `permit (principal == Peer::"demmo", action, resource == Key::"payments");`)
+	says(s.must("policy", "check", "names.cedar", "--names"), `line 1: there is no Peer::"demmo"`)
 	says(s.must("policy", "schema"), "message_context?: String")
 	s.write("cases.csv", "name,expect,peer,key,used.peer.day.signatures\n"+
 		"three,allow,demo,payments,3\nfour,deny,demo,payments,4\n")
@@ -180,14 +185,20 @@ func TestPolicyCommands(t *testing.T) {
 	s.write("policy.cedar", strings.Replace(threeADay, "signatures <=", "signatrues <=", 1))
 	before := len(s.events())
 	fails(1, "policy.cedar:2: ", "admin", "policy", "reload")
+	s.write("policy.cedar", threeADay+typo)
+	fails(1, "can never hold", "admin", "policy", "reload")
 	if _, err := c.Sign(t.Context(), "payments", message("stillfourAAA")); err == nil {
 		t.Error("a broken policy has changed something")
 	}
 	if after := s.events(); len(after) != before+1 || after[before].Type != "SignatureRejected" {
 		t.Errorf("%v", after[before:])
 	}
-	s.write("policy.cedar", strings.Replace(threeADay, "<= 3", "<= 1000", 1))
-	says(s.must("admin", "policy", "reload"), ": done")
+	s.write("policy.cedar", strings.Replace(threeADay, "<= 3", "<= 1000", 1)+
+		`permit (principal, action, resource == Key::"x");`)
+	out, errOut, code := s.cli("", "admin", "policy", "reload")
+	if code != 0 || !strings.Contains(out, ": done") || !strings.Contains(errOut, `there is no Key::"x"`) {
+		t.Errorf("%d: %s%s", code, out, errOut)
+	}
 	if _, err := c.Sign(t.Context(), "payments", message("fouratlastAA")); err != nil {
 		t.Error(err)
 	}

@@ -112,8 +112,10 @@ type Proposal struct {
 	// the challenge of a passkey.
 	Text    string `json:"text"`
 	Content string `json:"content,omitempty" doc:"where one proposal was asked for, and it has not ended"`
-	Ended   int64  `json:"ended"`
-	Cause   string `json:"cause,omitempty" doc:"why it failed"`
+	// Warnings are doubts about the rules of policy activate, such as a name that does not exist.
+	Warnings []string `json:"warnings,omitempty" doc:"where one proposal was asked for or made"`
+	Ended    int64    `json:"ended"`
+	Cause    string   `json:"cause,omitempty" doc:"why it failed"`
 }
 
 // Counting returns the number of valid approvals.

@@ -285,6 +285,9 @@ func (t *tool) proposals(act maker) *cobra.Command {
 					lost := either(a.Counts || p.State != "open", "", ", which does not count any more")
 					fmt.Fprintf(w, "approved by\t%s, %s%s\n", a.Operator, date(a.At), lost)
 				}
+				for _, each := range p.Warnings {
+					fmt.Fprintf(w, "warning\t%s\n", each)
+				}
 				if p.Content != "" {
 					fmt.Fprintf(w, "\n%s", p.Content)
 				}

@@ -201,22 +201,66 @@ func (t *tool) policy() *cobra.Command {
 }
 
 func (t *tool) policyCheck() *cobra.Command {
-	do := func(_ *cobra.Command, args []string) error {
+	var names bool
+	var socket string
+	do := func(cmd *cobra.Command, args []string) error {
 		p, err := policy.Load(args[0])
 		if err != nil {
 			return err
 		}
-		rules := p.Rules()
-		return t.print(map[string]any{"sha256": hex.EncodeToString(p.Hash[:]), "rules": len(rules)}, func(w io.Writer) {
+		var known func(entity, name string) bool
+		if names {
+			if known, err = t.knownNames(cmd.Context(), socket); err != nil {
+				return err
+			}
+		}
+		rules, warnings := p.Rules(), append([]policy.Warning{}, p.Warnings(known)...)
+		out := map[string]any{"sha256": hex.EncodeToString(p.Hash[:]), "rules": len(rules), "warnings": warnings}
+		return t.print(out, func(w io.Writer) {
 			fmt.Fprintf(w, "sound\t%d rules\nsha256\t%x\n", len(rules), p.Hash)
+			for _, each := range warnings {
+				fmt.Fprintf(w, "warning\t%v\n", each)
+			}
 			if len(rules) == 0 {
 				fmt.Fprintln(w, "warning\twithout a rule, everything is denied")
 			}
 		})
 	}
-	c := command("check FILE", "Check a policy file: its syntax, and its types by the schema", cobra.ExactArgs(1), do)
-	c.Example = "  countersign policy check policy.cedar"
+	c := command("check FILE", "Check a policy file: syntax, types, rules that never apply", cobra.ExactArgs(1), do)
+	details(c, "Exit status 1: the appliance would refuse the file. A warning is about a rule that may be right:\n"+
+		"an amount without its currency, == with a *, and, with --names, a peer or a key that the\n"+
+		"appliance does not have.")
+	c.Example = "  countersign policy check policy.cedar\n" +
+		"  countersign policy check policy.cedar --names"
+	c.Flags().BoolVar(&names, "names", false,
+		"ask the appliance for peers and keys, and warn of names that do not exist")
+	t.socketFlag(c.Flags(), &socket)
 	return c
+}
+
+// knownNames asks the appliance for its peers and keys. Names of other types count as known.
+func (t *tool) knownNames(ctx context.Context, socket string) (func(entity, name string) bool, error) {
+	client, err := t.dialAdmin(socket)
+	if err != nil {
+		return nil, err
+	}
+	peers, err := client.Peers(ctx)
+	if err != nil {
+		return nil, err
+	}
+	keys, err := client.Keys(ctx)
+	if err != nil {
+		return nil, err
+	}
+	return func(entity, name string) bool {
+		switch entity {
+		case "Peer":
+			return slices.ContainsFunc(peers, func(p api.Peer) bool { return p.Name == name })
+		case "Key":
+			return slices.ContainsFunc(keys, func(k api.Key) bool { return k.Name == name })
+		}
+		return true
+	}, nil
 }
 
 // errCases: a case did not come out as its table expects.

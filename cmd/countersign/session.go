@@ -207,6 +207,9 @@ func (t *tool) propose(ctx context.Context, c *api.Client, act, content string, 
 	if err != nil {
 		return err
 	}
+	for _, w := range p.Warnings {
+		fmt.Fprintf(t.stderr, "countersign: warning: %s\n", w)
+	}
 	if t.proposeOnly {
 		return t.outcome(p)
 	}

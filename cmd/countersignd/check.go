@@ -186,6 +186,9 @@ func (r *report) checkLedger(
 		r.fault("key", errors.New(c.Text))
 	}
 	r.say("peers", "%d enrolled", len(app.Peers.All()))
+	for _, w := range rules.Warnings(app.KnowsName) {
+		r.say("warning", "%s: %v", c.Policy, w)
+	}
 	ready, err := prepare(ctx, c, parts{ledger: l, tokens: tokens, app: app}, log)
 	defer ready.close()
 	if err != nil {

@@ -246,7 +246,7 @@ func open(ctx context.Context, c Config, log *slog.Logger) (p parts, err error) 
 	}
 	// The monitor keeps the failures of tokens until the appliance can write the events.
 	config := c.appliance()
-	config.LoadPolicy = func() (*policy.Policy, error) { return policy.Load(c.Policy) }
+	config.LoadPolicy = policy.Reader(c.Policy)
 	config.Monitor = resource.NewMonitor(log, config.Limits.RequestTimeout)
 	changed := func(name string, up bool, cause error) { // of a token, or of a key such as payments/1
 		config.Monitor.Report(context.Background(), appliance.TokenResource(name), up, cause)
@@ -256,6 +256,9 @@ func open(ctx context.Context, c Config, log *slog.Logger) (p parts, err error) 
 	}
 	if p.app, err = appliance.New(ctx, config, p.ledger, p.tokens, rules, log); err != nil {
 		return p, err
+	}
+	for _, w := range rules.Warnings(p.app.KnowsName) {
+		log.Warn("a rule of the policy may not do what was meant", "rule", w.Rule, "line", w.Line, "why", w.Text)
 	}
 	return p, nil
 }

@@ -108,6 +108,8 @@ var (
 		"have it approved (countersign admin policy reload), or put the old text back")
 	PolicyBroken = define("policy-file-broken", "the policy file can't be used, and the policy in force stays",
 		"correct it, or put the old text back (countersign admin policy show)")
+	PolicyPointless = define("policy-rule-pointless", "a rule of the policy in force can never do what it says",
+		"correct the policy file, and have it approved (countersign admin policy reload)")
 	RetentionWaits = define("retention-differs",
 		"the retention of the configuration is shorter than the retention in force, which stays",
 		"have it approved (countersign admin retention shorten), or correct the configuration")
