@@ -25,8 +25,8 @@ var arrows = map[string]room{
 	// The binaries.
 	"cmd/countersignd": {
 		ours: `admin admin/certs appliance audit hsm internal/anchor internal/cause internal/keyring
-			internal/keystore internal/keystore/worker internal/ledger internal/logqueue internal/manage internal/operators
-			internal/resource internal/webhook noise policy tpm`,
+			internal/keystore internal/keystore/worker internal/ledger internal/logqueue internal/manage
+			internal/operators internal/resource internal/webhook noise policy tpm`,
 		outside: `github.com/coreos/go-systemd/v22 github.com/pelletier/go-toml/v2 github.com/spf13/cobra
 			golang.org/x/sys`,
 	},

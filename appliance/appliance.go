@@ -109,7 +109,9 @@ type Appliance struct {
 	policies   policies
 	locked     atomic.Pointer[Lock] // nil for an unlocked appliance
 	refusals   tally                // refusals beyond the limit of events
-	failing    rate.Sometimes       // lines of the log about handshakes that fail because of the device
+	upkeep     upkeep
+	hooks      atomic.Pointer[webhook.Sender] // nil before Serve, and without webhooks
+	failing    rate.Sometimes                 // lines of the log about handshakes that fail because of the device
 	handshakes *limit.Handshakes
 	places     *limit.Connections
 

@@ -3,6 +3,7 @@ package appliance
 import (
 	"fmt"
 	"slices"
+	"sync"
 
 	"countersign/internal/cause"
 	"countersign/internal/gate"
@@ -86,5 +87,38 @@ func (a *Appliance) ownCauses() (all []cause.Cause) {
 	if a.retentionWaits() {
 		all = append(all, cause.RetentionWaits.Of("", "a time of the configuration is shorter"))
 	}
-	return slices.Concat(all, a.Keys.Causes(), a.policies.causes())
+	return slices.Concat(all, a.Keys.Causes(), a.policies.causes(), a.upkeep.causes(), a.hookCauses())
+}
+
+// checkpointFailure is the failure of the periodic work with a cause of its own.
+const checkpointFailure = "the audit log's checkpoint is not signed; a retry follows"
+
+// upkeep has the failures of the periodic work, each until the work is done again.
+type upkeep struct {
+	mu     sync.Mutex
+	failed map[string]error // by the text of the failure
+}
+
+func (u *upkeep) set(failure string, err error) {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	if u.failed == nil {
+		u.failed = map[string]error{}
+	}
+	if u.failed[failure] = err; err == nil {
+		delete(u.failed, failure)
+	}
+}
+
+func (u *upkeep) causes() (all []cause.Cause) {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	for failure, err := range u.failed {
+		if failure == checkpointFailure {
+			all = append(all, cause.Checkpoint.Err("", err)...)
+		} else {
+			all = append(all, cause.Upkeep.Of("", "%s: %v", failure, err))
+		}
+	}
+	return all
 }

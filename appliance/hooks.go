@@ -7,6 +7,7 @@ import (
 	"strings"
 	"time"
 
+	"countersign/internal/cause"
 	"countersign/internal/keyring"
 	"countersign/internal/ledger"
 	"countersign/internal/webhook"
@@ -63,6 +64,7 @@ func (a *Appliance) keepHooks(ctx context.Context) {
 		a.log.Error("there are no webhooks", "err", err)
 		return
 	}
+	a.hooks.Store(sender)
 	news := make(chan struct{}, 1)
 	news <- struct{}{}
 	a.Keys.Watch(func() {
@@ -85,6 +87,19 @@ func (a *Appliance) keepHooks(ctx context.Context) {
 			}
 		}
 	}
+}
+
+// hookCauses returns the webhooks that were not told at the last attempt. An attempt follows for
+// each message that waits, and for each new message.
+func (a *Appliance) hookCauses() (all []cause.Cause) {
+	sender := a.hooks.Load()
+	if sender == nil {
+		return nil
+	}
+	for target, err := range sender.Failures() {
+		all = append(all, cause.Webhook.Err(target, err)...)
+	}
+	return all
 }
 
 // writeHook writes the id of a delivered message, also while the daemon stops.

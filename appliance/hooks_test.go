@@ -15,6 +15,7 @@ import (
 	"testing"
 	"time"
 
+	"countersign/internal/cause"
 	"countersign/internal/keyring"
 	"countersign/internal/ledger"
 	"countersign/internal/webhook"
@@ -217,6 +218,9 @@ func TestWebhookIsTriedAgain(t *testing.T) {
 	same(t, fine.hears(1), "rotation_payments_2")
 	e.toldOf("rotation_payments_2")
 	<-ill.more // the message has been refused
+	eventually(t, "the refusal is a cause", func() bool {
+		return slices.Contains(codes(e.Appliance), cause.Webhook.Code)
+	})
 	e.tell(fine, ill)
 	same(t, ill.hears(1), "rotation_payments_2")
 	e.stop()
@@ -237,6 +241,10 @@ func TestWebhookAfterAnError(t *testing.T) {
 	same(t, h.hears(1), "rotation_payments_2")
 	if h.tries != 2 || !strings.Contains(e.log.String(), "not delivered") {
 		t.Errorf("tried %d times", h.tries)
+	}
+	e.toldOf("rotation_payments_2")
+	if got := codes(e.Appliance); slices.Contains(got, cause.Webhook.Code) {
+		t.Errorf("the causes are %v after the delivery", got)
 	}
 }
 

@@ -221,12 +221,13 @@ func (a *Appliance) keepLog(ctx context.Context) {
 	defer ticker.Stop()
 	check := func(failure string, err error) { // the first of several failures is a line of the log
 		if ctx.Err() == nil {
+			a.upkeep.set(failure, err)
 			a.monitor.Check(ctx, resource.Resource{Name: failure, FailedText: failure}, err)
 		}
 	}
 	var retained time.Time
 	for {
-		check("the audit log's checkpoint is not signed; a retry follows", a.signLog(ctx))
+		check(checkpointFailure, a.signLog(ctx))
 		a.refusals.flushDue(ctx, a)
 		if a.ledger.Trouble() != nil {
 			a.ledger.Alive(ctx) // tries the disk again

@@ -150,8 +150,10 @@ ca_file = "ca.pem"
 				n += paths(each.Value())
 			}
 		case reflect.Struct:
-			for _, each := range v.Fields() {
-				n += paths(each)
+			for field, each := range v.Fields() {
+				if field.IsExported() { // a field of the file
+					n += paths(each)
+				}
 			}
 		case reflect.String:
 			if strings.HasPrefix(v.String(), dir+"/") {

@@ -12,6 +12,7 @@ import (
 	"countersign/admin/certs"
 	"countersign/appliance"
 	"countersign/audit"
+	"countersign/internal/cause"
 	"countersign/internal/keyring"
 	"countersign/internal/keystore"
 	"countersign/internal/ledger"
@@ -55,6 +56,17 @@ func certificates(c Config, p parts, log *slog.Logger) (*certs.Manager, error) {
 		keys = append(keys, k.In(keyring.Own))
 	}
 	return certs.New(keys[0], keys[1], certificateStore{p.ledger}, []string{c.AdminName}, log)
+}
+
+// warning returns the cause of a certificate that needs an operator; nil is no HTTPS listener.
+func warning(m *certs.Manager) []cause.Cause {
+	if m == nil {
+		return nil
+	}
+	if text := m.Status().Warning; text != "" {
+		return []cause.Cause{cause.Certificate.Of("", "%s", text)}
+	}
+	return nil
 }
 
 // certificateStore stores certificates in the ledger.

@@ -59,7 +59,7 @@ func serve(ctx context.Context, path string, c Config, stderr *logqueue.Queue, r
 	waiting.set(ready.missing)
 	notifications := &notifier{log: log}
 	p.app.Report(func() []cause.Cause {
-		return slices.Concat(waiting.causes(), unreadLog(stderr), notifications.causes())
+		return slices.Concat(waiting.causes(), unreadLog(stderr), notifications.causes(), warning(ready.certs))
 	})
 	if err := p.app.Start(ctx); err != nil {
 		return err

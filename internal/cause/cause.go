@@ -113,6 +113,15 @@ var (
 	RetentionWaits = define("retention-differs",
 		"the retention of the configuration is shorter than the retention in force, which stays",
 		"have it approved (countersign admin retention shorten), or correct the configuration")
+	Checkpoint = define("checkpoint-failing", "the audit log's checkpoint could not be signed; a retry follows",
+		"see the token of the log's key: countersign admin token list")
+	Upkeep = define("upkeep-failing", "a periodic work of the daemon has failed; a retry follows",
+		"see the text")
+	Webhook = define("webhook-failing", "the last message to a webhook's receiver was not accepted",
+		"mend the receiver; waiting messages are sent again by themselves, given up ones after a restart")
+	Certificate = define("certificate-expiring",
+		"the certificate of the admin API ends soon, has ended, is for another key, or can't be renewed",
+		"see the text; countersign admin tls")
 	LogUnread = define("log-unread", "the daemon's log is not read, so lines were dropped",
 		"see what reads the daemon's standard error")
 	NotifyUnread = define("notify-unread", "the service manager does not read the daemon's notifications",

@@ -62,6 +62,7 @@ type queue struct {
 
 	mu      sync.Mutex
 	waiting []*pending // guarded by mu; the oldest first
+	failure error      // guarded by mu: of the last attempt; nil after a success
 }
 
 // pending is a message in a retry queue.
@@ -88,6 +89,20 @@ func New(c Config) (*Sender, error) {
 		}}
 	}
 	return s, nil
+}
+
+// Failures returns the error of each target whose last attempt has failed. A target that has
+// responded with 410 Gone keeps ErrGone until the next start.
+func (s *Sender) Failures() map[string]error {
+	all := map[string]error{}
+	for name, q := range s.targets {
+		q.mu.Lock()
+		if q.failure != nil {
+			all[name] = q.failure
+		}
+		q.mu.Unlock()
+	}
+	return all
 }
 
 // Queue adds a message to a target's queue without waiting. A full queue of 256 messages (maxQueue)
@@ -179,6 +194,11 @@ func (q *queue) next(ctx context.Context) *pending {
 // attempt sends a message once. The message is then delivered, given up or queued again.
 func (s *Sender) attempt(ctx context.Context, q *queue, w *pending) {
 	err := s.send(ctx, q, w.ID, w.Body)
+	if ctx.Err() == nil || err == nil {
+		q.mu.Lock()
+		q.failure = err
+		q.mu.Unlock()
+	}
 	switch {
 	case err == nil:
 		s.c.Delivered(q.Name, w.ID)

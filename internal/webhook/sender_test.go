@@ -367,10 +367,16 @@ func TestDelivery(t *testing.T) {
 		enqueue(t, s, "shop", "bad", "msg_1", "msg_2")
 		time.Sleep(time.Second)
 		synctest.Wait()
+		if f := s.Failures(); len(f) != 1 || !errors.Is(f["shop"], ErrRefused) {
+			t.Errorf("failures: %v", f)
+		}
 		up = true
 		enqueue(t, s, "shop", "msg_3")
 		synctest.Wait()
 		wantLines(t, b.read(), "shop has msg_3") // without waiting for the retries of the others
+		if f := s.Failures(); len(f) != 0 {
+			t.Errorf("failures after a success: %v", f)
+		}
 		time.Sleep(time.Minute)
 		synctest.Wait()
 		got := b.read()
@@ -444,6 +450,9 @@ func TestGone(t *testing.T) {
 		wantLines(t, b.read(), "shop lost msg_2: "+gone, "shop lost msg_1: "+gone, "shop lost msg_3: "+gone)
 		if asked != 2 {
 			t.Errorf("it was asked %d times", asked)
+		}
+		if f := s.Failures(); !errors.Is(f["shop"], ErrGone) {
+			t.Errorf("failures: %v", f)
 		}
 	})
 }
