@@ -19,8 +19,8 @@ import (
 )
 
 // TestRefusesToStart breaks the configuration, the policy, the ledger, the PIN file or the token.
-// countersignd serve then ends with exit status 1 and a line that names the cause and the remedy.
-// countersignd check refuses all that serve refuses, with the same cause.
+// countersignd serve then ends with the exit status of the cause's class, and a line that names the
+// cause and the remedy. countersignd check refuses all that serve refuses, with the same cause.
 func TestRefusesToStart(t *testing.T) {
 	type breakage func(t *testing.T, s *system)
 	edit := func(old, new string) breakage {
@@ -106,6 +106,7 @@ func TestRefusesToStart(t *testing.T) {
 			last := strings.TrimSpace(out)
 			want := map[string]int{
 				"a wrong PIN": 3, "no ledger": 4, "a damaged ledger": 4, "a newer ledger": 4,
+				"no folder for the ledger": 4,
 			}[c.name]
 			if want == 0 && strings.HasPrefix(out, "countersignd: config:") {
 				want = 2
@@ -120,8 +121,8 @@ func TestRefusesToStart(t *testing.T) {
 				}
 			}
 			out, code = s.daemon("check")
-			if code != 1 {
-				t.Errorf("check: exit status %d\n%s", code, out)
+			if code != want {
+				t.Errorf("check: exit status %d, want %d\n%s", code, want, out)
 			}
 			for _, want := range c.want {
 				if !strings.Contains(out, want) {

@@ -370,7 +370,11 @@ environment = { SOFTHSM2_CONF = %q }
 		if !signs(c, "payments") || signs(c, "refunds") {
 			t.Errorf("%s: payments must sign and refunds must not", wrong)
 		}
-		if out := s.must("admin", "state"); !strings.Contains(out, "token-unavailable other") {
+		code := "token-unavailable other"
+		if strings.Contains(wrong, "wrong-pin") {
+			code = "token-pin-refused other"
+		}
+		if out := s.must("admin", "state"); !strings.Contains(out, code) {
 			t.Errorf("%s: %s", wrong, out)
 		}
 		p.stop()

@@ -221,6 +221,7 @@ type parts struct {
 	ledger *ledger.Ledger
 	tokens map[string]keystore.Store
 	app    *appliance.Appliance
+	doubts []policy.Warning // about the policy of the start
 }
 
 // startTime is the timeout for the tokens until the appliance is complete.
@@ -257,9 +258,7 @@ func open(ctx context.Context, c Config, log *slog.Logger) (p parts, err error) 
 	if p.app, err = appliance.New(ctx, config, p.ledger, p.tokens, rules, log); err != nil {
 		return p, err
 	}
-	for _, w := range rules.Warnings(p.app.KnowsName) {
-		log.Warn("a rule of the policy may not do what was meant", "rule", w.Rule, "line", w.Line, "why", w.Text)
-	}
+	p.doubts = rules.Warnings(p.app.KnowsName)
 	return p, nil
 }
 

@@ -64,6 +64,9 @@ func serve(ctx context.Context, path string, c Config, stderr *logqueue.Queue, r
 	if err := p.app.Start(ctx); err != nil {
 		return err
 	}
+	for _, w := range p.doubts {
+		log.Warn("a rule of the policy may not do what was meant", "rule", w.Rule, "line", w.Line, "why", w.Text)
+	}
 	registry, err := openOperators(c, p, log)
 	if err != nil {
 		return err
