@@ -173,6 +173,123 @@ func TestWatchdogProves(t *testing.T) {
 	p.stop()
 }
 
+// TestWatchdogStarves puts a socket that answers nothing in the place of the admin socket, as a
+// handler that hangs would be: the watchdog is fed no more.
+func TestWatchdogStarves(t *testing.T) {
+	s := newSystem(t)
+	cmd := exec.Command(filepath.Join(bin, "countersignd"), "serve", "--config", s.path("countersign.toml"))
+	log := &lines{changed: make(chan struct{}, 1)}
+	cmd.Env, cmd.Stderr = append(os.Environ(), "WATCHDOG_USEC=600000"), log
+	p := s.start(cmd)
+	if got := p.notified(); got != "WATCHDOG=1" {
+		t.Fatalf("notified %q", got)
+	}
+	if err := os.Rename(s.path("admin.sock"), s.path("served.sock")); err != nil {
+		t.Fatal(err)
+	}
+	silent, err := net.Listen("unix", s.path("admin.sock"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	const hangs = "watchdog: requests are not served"
+	log.await(t, hangs)
+	fed := make(chan string, 100)
+	p.notify.SetReadDeadline(time.Now().Add(time.Minute))
+	go func() {
+		for buf := make([]byte, 4096); ; {
+			n, err := p.notify.Read(buf)
+			if err != nil {
+				return
+			}
+			fed <- string(buf[:n])
+		}
+	}()
+	for len(fed) > 0 { // sent before the socket was exchanged
+		<-fed
+	}
+	for range 3 {
+		log.await(t, hangs)
+	}
+	if len(fed) > 0 {
+		t.Errorf("the watchdog was fed: %q", <-fed)
+	}
+	silent.Close()
+	os.Remove(s.path("admin.sock"))
+	if err := os.Rename(s.path("served.sock"), s.path("admin.sock")); err != nil {
+		t.Fatal(err)
+	}
+	if got := <-fed; got != "WATCHDOG=1" {
+		t.Errorf("notified %q after the door is back", got)
+	}
+	p.stop()
+}
+
+// TestDescriptorsRunOut opens connections until the daemon has no file descriptor for a further
+// one. Strangers can't starve the watchdog by that, and the peer is served when they have gone.
+func TestDescriptorsRunOut(t *testing.T) {
+	s := newSystem(t)
+	cmd := exec.Command("prlimit", "--nofile=128", filepath.Join(bin, "countersignd"), "serve",
+		"--config", s.path("countersign.toml"))
+	log := &lines{changed: make(chan struct{}, 1)}
+	cmd.Env, cmd.Stderr = append(os.Environ(), "WATCHDOG_USEC=3000000"), log
+	p := s.start(cmd)
+	s.enrolRoot()
+	s.enrol()
+	var all []net.Conn
+	for range 200 {
+		conn, err := net.Dial("tcp", s.listen)
+		if err != nil {
+			t.Fatal(err)
+		}
+		all = append(all, conn)
+	}
+	log.await(t, "too many open files")
+	for range 3 {
+		if got := p.notified(); got != "WATCHDOG=1" {
+			t.Fatalf("notified %q", got)
+		}
+	}
+	for _, conn := range all {
+		conn.Close()
+	}
+	if _, err := s.dial().Sign(t.Context(), "payments", message("descript")); err != nil {
+		t.Error(err)
+	}
+	p.cmd.Process.Signal(syscall.SIGTERM)
+	for p.notified() != "STOPPING=1" {
+	}
+	p.stop()
+}
+
+// TestStrangersFillNoLog has a stranger send 2,000 first messages that are not TLS to the HTTPS
+// listener, and as many that are no handshake to the peers' listener: the log counts them.
+func TestStrangersFillNoLog(t *testing.T) {
+	s := newSystem(t)
+	address := newFolder(t).listen
+	s.edit("countersign.toml", `log_level = "debug"`, `log_level = "info"`) // debug has each line
+	s.edit("countersign.toml", "admin_socket", "admin_https = \""+address+"\"\nadmin_socket")
+	if out, code := s.daemon("init"); code != 0 {
+		t.Fatalf("init: %d %s", code, out)
+	}
+	p := s.serve()
+	for range 2000 {
+		for _, to := range []string{address, s.listen} {
+			conn, err := net.Dial("tcp", to)
+			if err != nil {
+				t.Fatal(err)
+			}
+			conn.SetDeadline(time.Now().Add(30 * time.Second))
+			conn.Write([]byte("\xff\xff\xff\xffGET / HTTP/1.0\r\n\r\n"))
+			io.Copy(io.Discard, conn) // until the daemon hangs up
+			conn.Close()
+		}
+	}
+	p.stop()
+	if n := strings.Count(p.stderr.String(), "\n"); n > 200 {
+		t.Errorf("4,000 messages of strangers made %d lines of the log", n)
+	}
+}
+
 // hasCause reports whether the state has a cause with a code.
 func (s *system) hasCause(code string) bool {
 	s.t.Helper()

@@ -1,0 +1,60 @@
+package main
+
+import (
+	"context"
+	"net"
+	"net/http"
+	"path/filepath"
+	"testing"
+	"time"
+)
+
+// TestProbesFail probes doors that take connections and answer nothing, and doors that answer. Only
+// an answer feeds the watchdog.
+func TestProbesFail(t *testing.T) {
+	ctx, cancel := context.WithTimeout(t.Context(), 200*time.Millisecond)
+	defer cancel()
+	socket := filepath.Join(t.TempDir(), "admin.sock")
+	if err := (prober{socket: socket}).probeAdmin(ctx); err == nil {
+		t.Error("an admin socket that is missing is alive")
+	}
+	l, err := net.Listen("unix", socket)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	if err := (prober{socket: socket}).probeAdmin(ctx); err == nil {
+		t.Error("an admin API that does not answer is alive")
+	}
+	go http.Serve(l, http.NotFoundHandler())
+	if err := (prober{socket: socket}).probeAdmin(t.Context()); err != nil {
+		t.Errorf("an admin API that answers: %v", err)
+	}
+	peers, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel = context.WithTimeout(t.Context(), 200*time.Millisecond)
+	defer cancel()
+	if err := probePeers(ctx, peers.Addr()); err == nil {
+		t.Error("a listener that does not answer is alive")
+	}
+	go func() {
+		for {
+			conn, err := peers.Accept()
+			if err != nil {
+				return
+			}
+			conn.Close()
+		}
+	}()
+	ctx, cancel = context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
+	if err := probePeers(ctx, peers.Addr()); err != nil {
+		t.Errorf("a listener that refuses the message: %v", err)
+	}
+	peers.Close()
+	if err := probePeers(ctx, peers.Addr()); err == nil {
+		t.Error("a listener that is closed is alive")
+	}
+}
