@@ -61,7 +61,7 @@ var arrows = map[string]room{
 		outside: "golang.org/x/time",
 	},
 	"internal/anchor": {
-		ours: `audit internal/gate internal/keystore internal/ledger internal/manage internal/resource`,
+		ours: `audit internal/cause internal/gate internal/keystore internal/ledger internal/manage internal/resource`,
 	},
 	"internal/operators": {ours: "approval audit internal/ledger internal/manage"},
 	"internal/cause":     {},
@@ -109,7 +109,7 @@ var arrows = map[string]room{
 	"internal/ledger/ledgertest":     {ours: "internal/ledger", outside: "go.etcd.io/bbolt"},
 	"internal/ledger/disktest":       {outside: "github.com/hanwen/go-fuse/v2 golang.org/x/sys"},
 	"softhsm-tests":                  {},
-	"tpm/tpmtest":                    {},
+	"tpm/tpmtest":                    {outside: `github.com/google/go-tpm`},
 	"internal/spectest":              {},
 	"":                               {},
 }

@@ -124,10 +124,7 @@ func acceptRollback(a *appliance.Appliance, p parameters, _ []byte) (parameters,
 	if err != nil {
 		return nil, nil, err
 	}
-	rolled, err := a.Anchor.Rollback()
-	if err == nil && rolled == nil {
-		err = fmt.Errorf("rollback: %w: none was found", manage.ErrNotFound)
-	}
+	_, err = a.Anchor.Acceptable()
 	return p, func(ctx context.Context, who audit.Actor) error { return a.Anchor.Accept(ctx, who, v["reason"]) }, err
 }
 

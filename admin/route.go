@@ -188,7 +188,7 @@ func (s *server) authorise(o operation, c huma.Context) (caller, error) {
 	return who, o.refusedIn(h.Lock != nil, locked, "unlock it first: countersign admin unlock")
 }
 
-const rolledBackAdvice = "the ledger is older than its counter: " +
+const rolledBackAdvice = "the ledger is older than its counter, or the counter is gone: " +
 	"put the newest one back, or accept it (countersign admin rollback)"
 
 // refusedIn returns an error if the appliance is in a state, and the operation is refused in that

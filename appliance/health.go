@@ -29,7 +29,9 @@ type Health struct {
 }
 
 // conditions has the conditions of causes that have one of their own.
-var conditions = map[*cause.Kind]Condition{cause.RolledBack: RolledBack, cause.Locked: LockedUp}
+var conditions = map[*cause.Kind]Condition{
+	cause.RolledBack: RolledBack, cause.AnchorLost: RolledBack, cause.Locked: LockedUp,
+}
 
 // Health returns the state without a call to a device. Each cause is read from the present state
 // of its component, so a cause is gone as soon as its reason is.
@@ -64,11 +66,7 @@ func (a *Appliance) Report(causes func() []cause.Cause) { a.causes = append(a.ca
 
 // ownCauses returns the causes of the appliance's own parts.
 func (a *Appliance) ownCauses() (all []cause.Cause) {
-	for why, kind := range map[gate.Reason]*cause.Kind{
-		gate.Rollback: cause.RolledBack, gate.Counter: cause.Counter, gate.Operator: cause.Locked,
-	} {
-		all = append(all, kind.Err("", a.gate.Cause(why))...)
-	}
+	all = cause.Locked.Err("", a.gate.Cause(gate.Operator))
 	for name, status := range a.Tokens() {
 		if !status.Up && len(status.Faults) == 0 { // a store without workers
 			all = append(all, cause.TokenUnavailable.Of(name, "%s", status.Cause))

@@ -27,6 +27,7 @@ import (
 // to the signer is usable in every approved state, without being sealed again
 // (TPM2_PolicyAuthorize, TPM 2.0 Part 3, section 23.16).
 type Approval struct {
+	Bank      Bank   `json:"bank,omitempty"`
 	PCRs      []pcr  `json:"pcrs"`
 	Signature []byte `json:"signature"` // ECDSA over SHA-256 of the policy's digest, ASN.1 DER
 }
@@ -34,13 +35,18 @@ type Approval struct {
 // approvalSuffix is the suffix of the names of approval files in the state directory.
 const approvalSuffix = ".approval.json"
 
-// Approve signs a state. registers has the values of registers 0 to 23 of the SHA-256 bank by
-// index, 32 bytes each. key is an ECDSA key on P-256.
-func Approve(key crypto.Signer, registers map[uint][]byte) (a Approval, err error) {
-	for index := uint(0); index < 24; index++ {
+// Approve signs a state. registers has the values of registers 0 to 23 of a bank by index. key is
+// an ECDSA key on P-256.
+func Approve(key crypto.Signer, bank Bank, registers map[uint][]byte) (a Approval, err error) {
+	if err := bank.Check(); err != nil {
+		return a, fmt.Errorf("tpm: PCR bank: %w", err)
+	}
+	a.Bank = bank.stored()
+	_, size := bank.hash()
+	for index := uint(0); index <= lastPCR; index++ {
 		if value, ok := registers[index]; ok {
-			if len(value) != sha256.Size {
-				return a, fmt.Errorf("tpm: PCR %d has %d bytes, want %d", index, len(value), sha256.Size)
+			if len(value) != size {
+				return a, fmt.Errorf("tpm: PCR %d has %d bytes, want %d", index, len(value), size)
 			}
 			a.PCRs = append(a.PCRs, pcr{index, value})
 		}
@@ -60,7 +66,9 @@ func Approve(key crypto.Signer, registers map[uint][]byte) (a Approval, err erro
 }
 
 // policy returns the digest of the approved policy.
-func (a Approval) policy() (tpm2.TPM2BDigest, error) { return sealed{PCRs: a.PCRs}.policy() }
+func (a Approval) policy() (tpm2.TPM2BDigest, error) {
+	return sealed{Bank: a.Bank, PCRs: a.PCRs}.policy()
+}
 
 // digest returns the signed digest: SHA-256 of the policy's digest and an empty policyRef.
 func (a Approval) digest() ([]byte, error) {
@@ -116,13 +124,13 @@ func (d stateDir) approvals() (all []Approval) {
 // authorize replaces PolicyPCR by PolicyAuthorize with the approval of the present state, in a
 // policy session right after its PolicyPCR.
 func (d sealed) authorize(t transport.TPM, session tpm2.TPMHandle) error {
-	now, err := readPCRs(t, indicesOf(d.PCRs))
+	now, err := readPCRs(t, d.Bank, indicesOf(d.PCRs))
 	if err != nil {
 		return err
 	}
 	approval := Approval{}
 	for _, a := range d.approvals {
-		sameRegisters := bytes.Equal(tpm2.Marshal(selection(a.PCRs)), tpm2.Marshal(selection(now)))
+		sameRegisters := bytes.Equal(tpm2.Marshal(selection(a.Bank, a.PCRs)), tpm2.Marshal(selection(d.Bank, now)))
 		if sameRegisters && bytes.Equal(digestOf(a.PCRs), digestOf(now)) {
 			approval = a
 		}

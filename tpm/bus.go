@@ -1,6 +1,7 @@
 package tpm
 
 import (
+	"bytes"
 	"context"
 	"encoding/binary"
 	"errors"
@@ -15,6 +16,7 @@ import (
 
 	"github.com/google/go-tpm/tpm2"
 	"github.com/google/go-tpm/tpm2/transport"
+	"golang.org/x/sys/unix"
 )
 
 // bus gives access to the TPM: one user at a time, with a connection for each user and a timeout
@@ -114,15 +116,37 @@ func (b *bus) flushStale(t transport.TPM) error {
 	return flushAll(t, transientFirst, loadedSessionFirst)
 }
 
-// dial opens the device file, or connects to the socket.
+// dial opens the device file, or connects to the socket, and waits for other users within the
+// timeout of a command. A socket with a full queue of connections gives EAGAIN (unix(7)): swtpm's
+// queue has one place, and a connection that was closed keeps the place until swtpm sees the end. A
+// device file without the kernel's resource manager gives EBUSY while another process uses the TPM.
 func (b *bus) dial(ctx context.Context) (connection, error) {
+	ctx, cancel := context.WithTimeout(ctx, b.timeout)
+	defer cancel()
+	var busy error // of the last try
+	for backoff := time.Millisecond; ; backoff = min(2*backoff, 100*time.Millisecond) {
+		conn, err := b.dialOnce(ctx)
+		if errors.Is(err, unix.EAGAIN) || errors.Is(err, unix.EBUSY) {
+			busy = err
+			select {
+			case <-time.After(backoff):
+				continue
+			case <-ctx.Done():
+			}
+		}
+		if err != nil && busy != nil && ctx.Err() != nil {
+			return nil, fmt.Errorf("%w: another process uses the TPM: %w", ctx.Err(), busy)
+		}
+		return conn, err
+	}
+}
+
+func (b *bus) dialOnce(ctx context.Context) (connection, error) {
 	st, err := os.Stat(b.path)
 	if err != nil {
 		return nil, err
 	}
 	if st.Mode()&os.ModeSocket != 0 {
-		ctx, cancel := context.WithTimeout(ctx, b.timeout)
-		defer cancel()
 		return new(net.Dialer).DialContext(ctx, "unix", b.path)
 	}
 	if st.Mode()&os.ModeDevice == 0 {
@@ -157,16 +181,23 @@ func (c *channel) Send(command []byte) (response []byte, err error) {
 	defer func() {
 		if err != nil {
 			c.broken = fmt.Errorf("tpm: %w: %w: %w", keystore.ErrUnavailable, errNoResponse, err)
-			c.conn.Close()
+			if errors.Is(err, os.ErrDeadlineExceeded) {
+				go c.conn.Close() // without a poll the driver may hold the file until its own end
+			} else {
+				c.conn.Close()
+			}
 			err = c.broken
 		}
 	}()
 	deadline := time.Now().Add(c.timeout)
-	if err := c.conn.SetDeadline(deadline); err != nil && !errors.Is(err, os.ErrNoDeadline) {
+	exchange := c.exchange
+	if err := c.conn.SetDeadline(deadline); errors.Is(err, os.ErrNoDeadline) {
+		exchange = func(command []byte) ([]byte, error) { return c.exchangeUntil(deadline, command) }
+	} else if err != nil {
 		return nil, err
 	}
 	for backoff := time.Millisecond; ; backoff = min(2*backoff, 100*time.Millisecond) {
-		response, err := c.exchange(command)
+		response, err := exchange(command)
 		if err != nil || !time.Now().Add(backoff).Before(deadline) {
 			return response, err
 		}
@@ -176,6 +207,28 @@ func (c *channel) Send(command []byte) (response []byte, err error) {
 		default:
 			return response, nil
 		}
+	}
+}
+
+// exchangeUntil is exchange for a device file without deadlines of its own: a driver that can't be
+// polled. After the deadline the goroutine stays in the driver until the driver returns, and nobody
+// reads the response.
+func (c *channel) exchangeUntil(deadline time.Time, command []byte) ([]byte, error) {
+	type answer struct {
+		response []byte
+		err      error
+	}
+	answers := make(chan answer, 1)
+	own := bytes.Clone(command) // the caller may reuse the memory after the deadline
+	go func() {
+		response, err := c.exchange(own)
+		answers <- answer{response, err}
+	}()
+	select {
+	case a := <-answers:
+		return a.response, a.err
+	case <-time.After(time.Until(deadline)):
+		return nil, os.ErrDeadlineExceeded
 	}
 }
 

@@ -43,15 +43,20 @@ func (s *Store) Inspect(ctx context.Context, prove bool) (found []keystore.Findi
 			return err
 		}
 		report("pcr", "", true, "banks: %s", strings.Join(banks, ", "))
-		pcrs, err := readPCRs(t, s.config.PCRs)
+		pcrs, err := readPCRs(t, s.config.PCRBank, s.config.PCRs)
 		if err != nil {
 			report("pcr", "", false, "%v", err)
 			return nil
 		}
 		for _, p := range pcrs {
-			report("seal to", "", true, "PCR %d (%s): %s", p.Index, pcrContents[p.Index], hex.EncodeToString(p.Value))
+			report("seal to", "", true, "PCR %d (%s), bank %s: %s", p.Index, pcrContents[p.Index],
+				s.config.PCRBank, hex.EncodeToString(p.Value))
 		}
-		report("seal to", "", true, "PIN: %v; storage root key %x", s.config.PINFile != "", s.srk.name.Buffer)
+		if err := checkMeasured(s.config.PCRBank, pcrs, s.config.ZeroPCRs); err != nil && s.approver == nil {
+			report("seal to", "", false, "%v", err)
+		}
+		report("seal to", "", true, "PIN: %v; storage root key %x at %#x",
+			s.config.PINFile != "", s.srk.name.Buffer, uint32(s.srk.handle))
 		return nil
 	})
 	if err != nil || !prove {
@@ -100,7 +105,7 @@ func properties(t transport.TPM) (map[tpm2.TPMPT]uint32, error) {
 	return all, nil
 }
 
-// pcrBanks returns the hash algorithms of the active PCR banks.
+// pcrBanks returns the names of the active PCR banks.
 func pcrBanks(t transport.TPM) (banks []string, err error) {
 	got, err := tpm2.GetCapability{Capability: tpm2.TPMCapPCRs, PropertyCount: 16}.Execute(t)
 	if err != nil {
@@ -112,7 +117,7 @@ func pcrBanks(t transport.TPM) (banks []string, err error) {
 	}
 	for _, b := range list.PCRSelections {
 		if strings.Trim(string(b.PCRSelect), "\x00") != "" {
-			banks = append(banks, fmt.Sprint(b.Hash))
+			banks = append(banks, bankName(b.Hash))
 		}
 	}
 	return banks, nil

@@ -345,7 +345,10 @@ func (s *Store) make(t transport.TPM, r *record, pin []byte, seed seedSource) (e
 // sealTemplate returns the configured policy of new objects: registers without values, and the
 // approver.
 func (s *Store) sealTemplate() sealed {
-	d := sealed{Approver: s.approver, approvals: s.dir.approvals()}
+	d := sealed{
+		Bank: s.config.PCRBank.stored(), Approver: s.approver,
+		approvals: s.dir.approvals(), unmeasured: s.config.ZeroPCRs,
+	}
 	for _, index := range s.config.PCRs {
 		d.PCRs = append(d.PCRs, pcr{Index: index})
 	}
@@ -383,9 +386,8 @@ func (s *Store) Destroy(_ context.Context, ref keystore.Ref, tag keystore.Tag) e
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if u := s.seeds[tag]; u != nil {
-		clear(u.key)
-		delete(s.seeds, tag)
+	if !s.closed {
+		s.forget(tag)
 	}
 	return nil
 }

@@ -26,17 +26,27 @@ type Quote struct {
 // attestationFile is the name of the file with the stored attestation key.
 const attestationFile = "attestation.json"
 
-// Quote has the TPM sign registers of the SHA-256 bank together with the caller's nonce of at most
-// 32 bytes. The first quote makes the attestation key. The attestation key is restricted: the TPM
-// signs only statements of its own with such a key.
+// Quote has the TPM sign one or more registers of the configured bank together with the caller's
+// nonce of at most 32 bytes. The first quote makes the attestation key. The attestation key is
+// restricted: the TPM signs only statements of its own with such a key.
 func (s *Store) Quote(ctx context.Context, pcrs []uint, nonce []byte) (q Quote, err error) {
 	if len(nonce) > 32 {
 		return q, fmt.Errorf("tpm: quote: %w: the nonce has %d bytes, at most 32 are allowed",
 			keystore.ErrRefused, len(nonce))
 	}
+	err = CheckPCRs(pcrs)
+	if len(pcrs) == 0 {
+		err = fmt.Errorf("name one or more of the registers 0 to %d", lastPCR)
+	}
+	if err != nil { // without a connection to the TPM
+		return q, fmt.Errorf("tpm: quote: %w: %w", keystore.ErrRefused, err)
+	}
 	s.dirMu.Lock()
 	defer s.dirMu.Unlock()
 	err = s.bus.use(ctx, func(t transport.TPM) error {
+		if _, err := readPCRs(t, s.config.PCRBank, pcrs); err != nil { // this TPM may lack some
+			return err
+		}
 		key, err := s.attestationKey(t)
 		if err != nil {
 			return err
@@ -51,7 +61,7 @@ func (s *Store) Quote(ctx context.Context, pcrs []uint, nonce []byte) (q Quote, 
 				},
 				QualifyingData: tpm2.TPM2BData{Buffer: nonce},
 				InScheme:       tpm2.TPMTSigScheme{Scheme: tpm2.TPMAlgNull},
-				PCRSelect:      selectionOf(pcrs),
+				PCRSelect:      selectionOf(s.config.PCRBank, pcrs),
 			}.Execute(t)
 			if err != nil {
 				return deviceError("TPM2_Quote", err)

@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"io"
 	"math/big"
+	"slices"
 
 	"countersign/internal/keystore"
 
@@ -17,11 +18,27 @@ import (
 )
 
 // srkHandle is the conventional handle of the storage root key (TCG TPM v2.0 Provisioning Guidance,
-// section 7.5.1).
-const srkHandle tpm2.TPMHandle = 0x81000001
+// section 7.5.1). The owner's persistent objects have the handles from firstOwnerHandle to
+// lastOwnerHandle.
+const (
+	srkHandle        tpm2.TPMHandle = 0x81000001
+	firstOwnerHandle tpm2.TPMHandle = 0x81000000
+	lastOwnerHandle  tpm2.TPMHandle = 0x817fffff
+)
+
+// CheckStorageRoot returns an error for a handle that can't be the storage root key's. Zero stands
+// for the conventional handle.
+func CheckStorageRoot(handle uint32) error {
+	if handle != 0 && (handle < uint32(firstOwnerHandle) || handle > uint32(lastOwnerHandle)) {
+		return fmt.Errorf("%#x is not a persistent handle of the owner, %#x to %#x",
+			handle, uint32(firstOwnerHandle), uint32(lastOwnerHandle))
+	}
+	return nil
+}
 
 // storageKey is a TPM's storage root key (SRK).
 type storageKey struct {
+	handle tpm2.TPMHandle
 	name   tpm2.TPM2BName
 	public tpm2.TPMTPublic
 }
@@ -31,7 +48,7 @@ type storageKey struct {
 // decrypt the salt, so a device on the bus learns nothing.
 func (k storageKey) object() tpm2.AuthHandle {
 	session := k.session(tpm2.AESEncryption(128, tpm2.EncryptInOut))
-	return tpm2.AuthHandle{Handle: srkHandle, Name: k.name, Auth: session}
+	return tpm2.AuthHandle{Handle: k.handle, Name: k.name, Auth: session}
 }
 
 // session returns an HMAC session salted to the storage root key.
@@ -40,7 +57,7 @@ func (k storageKey) session(options ...tpm2.AuthOption) tpm2.Session {
 }
 
 // salted is the option of a session salted to the storage root key.
-func (k storageKey) salted() tpm2.AuthOption { return tpm2.Salted(srkHandle, k.public) }
+func (k storageKey) salted() tpm2.AuthOption { return tpm2.Salted(k.handle, k.public) }
 
 // Parameter encryption of a session: of the first parameter of the command, or of the response.
 var (
@@ -50,8 +67,13 @@ var (
 
 // readSRK reads the storage root key and compares the key with the TCG template. Without a key the
 // error is TPM_RC_HANDLE.
-func readSRK(t transport.TPM) (p storageKey, err error) {
-	r, err := tpm2.ReadPublic{ObjectHandle: srkHandle}.Execute(t)
+func readSRK(t transport.TPM, handle tpm2.TPMHandle) (p storageKey, err error) {
+	r, err := tpm2.ReadPublic{ObjectHandle: handle}.Execute(t)
+	if errors.Is(err, tpm2.TPMRCHandle) {
+		if err := ownerEnabled(t); err != nil {
+			return p, err
+		}
+	}
 	if err != nil {
 		return p, deviceError("TPM2_ReadPublic", err)
 	}
@@ -63,18 +85,84 @@ func readSRK(t transport.TPM) (p storageKey, err error) {
 	if err != nil {
 		return p, deviceError("TPM2_ReadPublic", err)
 	}
-	template := *public
-	template.Unique = tpm2.ECCSRKTemplate.Unique
-	if !bytes.Equal(tpm2.Marshal(template), tpm2.Marshal(tpm2.ECCSRKTemplate)) {
-		return p, fmt.Errorf("tpm: %w: the key at %#x is not an ECC P-256 storage root key by the TCG template",
-			keystore.ErrUnfit, uint32(srkHandle))
+	if !isSRK(*public) {
+		advice := "free a handle with tpm2_evictcontrol"
+		if free, err := freeHandle(t); err != nil {
+			return p, err
+		} else if free != 0 {
+			advice = fmt.Sprintf("write storage_root = %#x, a free handle, into the token's table, "+
+				"and run countersignd init: it makes the right key there", uint32(free))
+		}
+		return p, fmt.Errorf("tpm: %w: the key at %#x is %s, and this token needs an ECC P-256 storage root key "+
+			"by the TCG template; leave that key to its owner, and %s",
+			keystore.ErrUnfit, uint32(handle), describe(*public), advice)
 	}
-	return storageKey{*name, *public}, nil
+	return storageKey{handle, *name, *public}, nil
+}
+
+// isSRK reports whether a public area is the TCG template's, apart from the point.
+func isSRK(public tpm2.TPMTPublic) bool {
+	if public.Type != tpm2.TPMAlgECC { // the parts of a TPMT_PUBLIC can only be encoded with their own type
+		return false
+	}
+	public.Unique = tpm2.ECCSRKTemplate.Unique
+	return bytes.Equal(tpm2.Marshal(public), tpm2.Marshal(tpm2.ECCSRKTemplate))
+}
+
+// describe says what kind of key a public area is of.
+func describe(public tpm2.TPMTPublic) string {
+	kind := fmt.Sprintf("of the type %#04x", uint16(public.Type))
+	if rsa, err := public.Parameters.RSADetail(); err == nil && public.Type == tpm2.TPMAlgRSA {
+		kind = fmt.Sprintf("an RSA-%d key", rsa.KeyBits)
+	} else if _, err := public.Parameters.ECCDetail(); err == nil && public.Type == tpm2.TPMAlgECC {
+		kind = "another ECC key"
+	}
+	if a := public.ObjectAttributes; a.Restricted && a.Decrypt {
+		kind += ", a storage key of other software (Windows and tpm2-tss make such keys)"
+	}
+	return kind
+}
+
+// freeHandle returns a handle without an object for a storage root key, or zero.
+func freeHandle(t transport.TPM) (tpm2.TPMHandle, error) {
+	const count = 254
+	got, err := tpm2.GetCapability{
+		Capability: tpm2.TPMCapHandles, Property: uint32(srkHandle), PropertyCount: count,
+	}.Execute(t)
+	if err != nil {
+		return 0, deviceError("TPM2_GetCapability", err)
+	}
+	used, err := got.CapabilityData.Data.Handles()
+	if err != nil {
+		return 0, deviceError("TPM2_GetCapability", err)
+	}
+	for handle := srkHandle; handle < srkHandle+count; handle++ {
+		if !slices.Contains(used.Handle, handle) {
+			return handle, nil
+		}
+	}
+	return 0, nil
+}
+
+// ownerEnabled returns an error if the owner's hierarchy is disabled: the TPM then has none of the
+// owner's objects and NV indices until the next start of the machine, or until the platform enables
+// the hierarchy (TPM 2.0 Part 3, section 24.2).
+func ownerEnabled(t transport.TPM) error {
+	props, err := properties(t)
+	if err != nil {
+		return err
+	}
+	if props[tpm2.TPMPTStartupClear]&(1<<1) == 0 { // TPMA_STARTUP_CLEAR, shEnable
+		return fmt.Errorf("tpm: %w: the owner's hierarchy of this TPM is disabled, so its storage root key and "+
+			"its counter can't be used; enable it in the firmware's settings, and start the machine again "+
+			"(tpm2_getcap properties-variable: shEnable)", keystore.ErrUnavailable)
+	}
+	return nil
 }
 
 // makeSRK returns the storage root key, and makes the key first if necessary.
-func makeSRK(t transport.TPM) (storageKey, error) {
-	p, err := readSRK(t)
+func makeSRK(t transport.TPM, handle tpm2.TPMHandle) (storageKey, error) {
+	p, err := readSRK(t, handle)
 	if !errors.Is(err, tpm2.TPMRCHandle) {
 		return p, err
 	}
@@ -83,47 +171,56 @@ func makeSRK(t transport.TPM) (storageKey, error) {
 		InPublic:      tpm2.New2B(tpm2.ECCSRKTemplate),
 	}.Execute(t)
 	if err != nil {
-		return p, deviceError("TPM2_CreatePrimary", err)
+		return p, ownerError("TPM2_CreatePrimary", err)
 	}
 	defer flush(t, made.ObjectHandle)
 	_, err = tpm2.EvictControl{
 		Auth:             tpm2.AuthHandle{Handle: tpm2.TPMRHOwner, Auth: tpm2.PasswordAuth(nil)},
 		ObjectHandle:     tpm2.NamedHandle{Handle: made.ObjectHandle, Name: made.Name},
-		PersistentHandle: srkHandle,
+		PersistentHandle: handle,
 	}.Execute(t)
 	if err != nil {
-		return p, deviceError("TPM2_EvictControl", err)
+		return p, ownerError("TPM2_EvictControl", err)
 	}
-	return readSRK(t)
+	return readSRK(t, handle)
 }
 
-// checkSRK returns the storage root key if the key has the given name.
-func checkSRK(t transport.TPM, name tpm2.TPM2BName) (storageKey, error) {
-	p, err := readSRK(t)
-	if errors.Is(err, tpm2.TPMRCHandle) {
-		return p, fmt.Errorf("tpm: %w: the TPM has no storage root key any more: the TPM was cleared, "+
-			"and the sealed keys are lost", keystore.ErrUnfit)
-	} else if err != nil {
+// checkSRK returns the storage root key if the key has the given name. Another TPM, and a TPM that
+// was cleared, are keystore.ErrReplaced.
+func checkSRK(t transport.TPM, handle tpm2.TPMHandle, name tpm2.TPM2BName) (storageKey, error) {
+	p, err := readSRK(t, handle)
+	var found string
+	switch {
+	case errors.Is(err, tpm2.TPMRCHandle):
+		found = "there is none"
+	case errors.Is(err, keystore.ErrUnfit):
+		found = "there is another software's key"
+	case err != nil:
 		return p, err
+	case bytes.Equal(p.name.Buffer, name.Buffer):
+		return p, nil
+	default:
+		found = fmt.Sprintf("there is %x", p.name.Buffer)
 	}
-	if !bytes.Equal(p.name.Buffer, name.Buffer) {
-		return p, fmt.Errorf("tpm: %w: this folder belongs to another TPM, or to this one before it was cleared: "+
-			"its storage root key was %x and is %x", keystore.ErrUnfit, name.Buffer, p.name.Buffer)
-	}
-	return p, nil
+	return p, fmt.Errorf("tpm: %w: this folder belongs to another TPM, or to this one before it was cleared "+
+		"(its storage root key is %x, and at %#x %s); put the right TPM back, or correct storage_root; if that "+
+		"TPM is gone, its sealed keys are lost: name a new folder in state, and run countersignd init --token NAME",
+		keystore.ErrReplaced, name.Buffer, uint32(handle), found)
 }
 
 // sealed is the stored form of a TPM object: the object's two parts, and its policy.
 type sealed struct {
 	Public  []byte `json:"public"`  // TPM2B_PUBLIC, content
 	Private []byte `json:"private"` // TPM2B_PRIVATE, content: encrypted by the TPM
-	PCRs    []pcr  `json:"pcrs"`    // with the values at the time of sealing
+	Bank    Bank   `json:"bank,omitempty"`
+	PCRs    []pcr  `json:"pcrs"` // with the values at the time of sealing
 	PIN     bool   `json:"pin"`
 	// Approver is the public key of the approver of states. Without an approver only the state at
 	// the time of sealing is valid.
 	Approver []byte `json:"approver,omitempty"`
 
-	approvals []Approval // the present approvals
+	approvals  []Approval // the present approvals
+	unmeasured []uint     // registers that may be without a measurement, for create
 }
 
 // policy returns the policy digest of the object. Each use must match the policy. The policy is
@@ -135,7 +232,8 @@ func (d sealed) policy() (digest tpm2.TPM2BDigest, err error) {
 		return digest, err
 	}
 	if d.Approver == nil {
-		registers := tpm2.PolicyPCR{Pcrs: selection(d.PCRs), PcrDigest: tpm2.TPM2BDigest{Buffer: digestOf(d.PCRs)}}
+		values := tpm2.TPM2BDigest{Buffer: digestOf(d.PCRs)}
+		registers := tpm2.PolicyPCR{Pcrs: selection(d.Bank, d.PCRs), PcrDigest: values}
 		err = registers.Update(calculator)
 	} else {
 		var name *tpm2.TPM2BName
@@ -175,8 +273,13 @@ var signingKey = tpm2.TPMTPublic{
 func create(t transport.TPM, srk storageKey, template sealed, pin, data []byte) (d sealed, err error) {
 	d = template
 	d.PIN = pin != nil
-	if d.PCRs, err = readPCRs(t, indicesOf(d.PCRs)); err != nil {
+	if d.PCRs, err = readPCRs(t, d.Bank, indicesOf(d.PCRs)); err != nil {
 		return d, err
+	}
+	if d.Approver == nil { // an approver has judged the values
+		if err := checkMeasured(d.Bank, d.PCRs, d.unmeasured); err != nil {
+			return d, err
+		}
 	}
 	policy, err := d.policy()
 	if err != nil {
@@ -246,7 +349,7 @@ func withAuthorization(t transport.TPM, srk storageKey, d sealed, pin []byte, en
 
 // satisfy runs the policy commands of the object in a policy session.
 func (d sealed) satisfy(t transport.TPM, session tpm2.TPMHandle) error {
-	if _, err := (tpm2.PolicyPCR{PolicySession: session, Pcrs: selection(d.PCRs)}).Execute(t); err != nil {
+	if _, err := (tpm2.PolicyPCR{PolicySession: session, Pcrs: selection(d.Bank, d.PCRs)}).Execute(t); err != nil {
 		return deviceError("TPM2_PolicyPCR", err)
 	}
 	if d.Approver != nil {
@@ -375,6 +478,18 @@ func deviceError(command string, err error) error {
 			keystore.ErrLockedOut, command, err)
 	}
 	return fmt.Errorf("tpm: %w: %s: %w", class, command, err)
+}
+
+// ownerError is deviceError for a command that needs the owner's authorisation. Countersign has no
+// password of the owner, and needs none after countersignd init.
+func ownerError(command string, err error) error {
+	if errors.Is(err, tpm2.TPMRCAuthFail) || errors.Is(err, tpm2.TPMRCBadAuth) {
+		return fmt.Errorf("tpm: %w: %s: the owner of this TPM has a password, which countersignd does not have; "+
+			"take it off (tpm2_changeauth -c owner -p PASSWORD), run the command again, "+
+			"and set it again (tpm2_changeauth -c owner PASSWORD): only new counters and storage root keys "+
+			"need the owner: %v", keystore.ErrRefused, command, err)
+	}
+	return deviceError(command, err)
 }
 
 // readPIN reads a PIN file: one line of at most 32 bytes, readable by the file's owner only.

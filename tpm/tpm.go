@@ -14,6 +14,7 @@ package tpm
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/hex"
 	"encoding/json"
@@ -36,7 +37,13 @@ import (
 type Config struct {
 	Device string // /dev/tpmrm0, or the path of a Unix socket of swtpm
 	State  string // the state directory, with the sealed blobs
-	PCRs   []uint // registers of the SHA-256 bank: new keys are sealed to the present values
+	// StorageRoot is the handle of the storage root key; 0 stands for 0x81000001.
+	StorageRoot uint32
+	// CounterIndex is the NV index of the monotonic counter; 0 stands for 0x01800c51.
+	CounterIndex uint32
+	PCRBank      Bank   // the bank of PCRs; "" stands for sha256
+	PCRs         []uint // registers of the bank: new keys are sealed to the present values
+	ZeroPCRs     []uint // those of PCRs that may be without a measurement
 	// PolicyKey is the path of the approver's public key, or empty. With PolicyKey, new keys are
 	// usable in every state signed by the approver (see Approval) and in no other state.
 	PolicyKey string
@@ -50,8 +57,10 @@ type Config struct {
 	LogIn func(ctx context.Context, logIn func(lastTry bool) error) error `json:"-"`
 }
 
+func (c Config) storageRoot() tpm2.TPMHandle { return cmp.Or(tpm2.TPMHandle(c.StorageRoot), srkHandle) }
+
 // ErrNotProvisioned reports a state directory without a preceding Provision.
-var ErrNotProvisioned = errors.New("tpm: the folder belongs to no TPM yet")
+var ErrNotProvisioned = fmt.Errorf("tpm: %w: the folder belongs to no TPM yet", keystore.ErrReplaced)
 
 // Store is a keystore.Store on one TPM and one state directory.
 type Store struct {
@@ -88,11 +97,11 @@ func Provision(ctx context.Context, c Config) error {
 	dir := stateDir(c.State)
 	b := newBus(c)
 	defer b.close()
+	if _, err := dir.readBinding(); !errors.Is(err, ErrNotProvisioned) {
+		return err // without a look at the TPM, which may be away
+	}
 	return b.use(ctx, func(t transport.TPM) error {
-		if _, err := dir.readBinding(); !errors.Is(err, ErrNotProvisioned) {
-			return err
-		}
-		srk, err := makeSRK(t)
+		srk, err := makeSRK(t, c.storageRoot())
 		if err != nil {
 			return err
 		}
@@ -127,7 +136,7 @@ func Open(ctx context.Context, c Config) (*Store, error) {
 		if err := s.bus.flushStale(t); err != nil {
 			return err
 		}
-		s.srk, err = checkSRK(t, name)
+		s.srk, err = checkSRK(t, c.storageRoot(), name)
 		return err
 	})
 	if err != nil {
@@ -212,7 +221,7 @@ func (s *Store) withPIN(ctx context.Context, needed bool, use func(pin []byte) e
 	} else {
 		err = logIn(false)
 	}
-	if errors.Is(err, keystore.ErrAuth) {
+	if errors.Is(err, keystore.ErrAuth) && s.config.LogIn == nil { // LogIn remembers refusals itself
 		s.mu.Lock()
 		s.authFailed = err
 		s.mu.Unlock()
@@ -281,9 +290,13 @@ func (s *Store) addToVault(r record, data []byte) error {
 	if s.seeds[r.Info.Tag] != nil {
 		return nil
 	}
-	memory, err := s.vault.slot()
-	if err != nil {
-		return err
+	memory := s.vault.slot()
+	for tag := range s.seeds { // with all slots in use, any other key gives its slot up
+		if memory != nil {
+			break
+		}
+		s.forget(tag)
+		memory = s.vault.slot()
 	}
 	if r.Info.Algorithm == keystore.Ed25519 {
 		eddsa.Expand(memory, seed)
@@ -292,12 +305,20 @@ func (s *Store) addToVault(r record, data []byte) error {
 	}
 	u := &unsealed{r.Info, memory}
 	if !u.matchesPublicKey() {
-		clear(memory)
+		s.vault.put(memory)
 		return fmt.Errorf("%v: %w: the sealed seed has another public key than its record",
 			r.Info.Ref, keystore.ErrUnfit)
 	}
 	s.seeds[r.Info.Tag] = u
 	return nil
+}
+
+// forget wipes an unsealed key. The caller holds mu.
+func (s *Store) forget(tag keystore.Tag) {
+	if u := s.seeds[tag]; u != nil {
+		s.vault.put(u.key)
+		delete(s.seeds, tag)
+	}
 }
 
 // bindingFile is the name of the file that binds a state directory to a TPM.

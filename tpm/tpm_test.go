@@ -299,7 +299,7 @@ func TestApprovedStates(t *testing.T) {
 	}
 	approve := func(name string, key *ecdsa.PrivateKey) {
 		t.Helper()
-		a, err := tpm.Approve(key, map[uint][]byte{7: e.PCR(t, 7), 11: e.PCR(t, 11)})
+		a, err := tpm.Approve(key, "", map[uint][]byte{7: e.PCR(t, 7), 11: e.PCR(t, 11)})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -387,6 +387,11 @@ func TestQuote(t *testing.T) {
 	if _, err := s.Quote(t.Context(), []uint{7}, make([]byte, 33)); !errors.Is(err, keystore.ErrRefused) {
 		t.Errorf("a nonce of 33 bytes: %v", err)
 	}
+	for _, registers := range [][]uint{nil, {}, {24}, {7, 24}, {1 << 20}} {
+		if _, err := s.Quote(t.Context(), registers, []byte("n")); !errors.Is(err, keystore.ErrRefused) {
+			t.Errorf("a quote over %v: %v, want %v", registers, err, keystore.ErrRefused)
+		}
+	}
 }
 
 // TestCrowdedTPM fills the TPM's object slots, locks the TPM by wrong PINs and fills the NV memory.
@@ -433,7 +438,7 @@ func TestCrowdedTPM(t *testing.T) {
 	signs(t, guarded)
 
 	e.FillNV(t)
-	err = s.DefineCounter(t.Context())
+	err = s.DefineCounter(t.Context(), keystore.Owner{1})
 	if !errors.Is(err, keystore.ErrRefused) || !strings.Contains(err.Error(), "no room") {
 		t.Errorf("a counter where there is no room: %v", err)
 	}

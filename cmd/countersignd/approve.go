@@ -16,7 +16,7 @@ import (
 )
 
 // approveState signs the state of a machine, values of PCRs, and prints the approval.
-func approveState(keyPath string, registers map[string]string, stdout io.Writer) error {
+func approveState(keyPath, bank string, registers map[string]string, stdout io.Writer) error {
 	if keyPath == "" || len(registers) == 0 {
 		return errors.New("--key and at least one --pcr must be given")
 	}
@@ -47,7 +47,7 @@ func approveState(keyPath string, registers map[string]string, stdout io.Writer)
 			return fmt.Errorf("--pcr %d: the value is not hex", n)
 		}
 	}
-	approval, err := tpm.Approve(signer, values)
+	approval, err := tpm.Approve(signer, tpm.Bank(bank), values)
 	if err != nil {
 		return err
 	}

@@ -169,8 +169,26 @@ type Token struct {
 	// Danger: the keys are lost if either the directory or the TPM is lost.
 	State string `toml:"state"`
 
-	// PCRs are the registers of the TPM's SHA-256 bank that a new key is sealed to, with their
-	// values at that time. Default: [7], the Secure Boot state. Danger: more registers lock the
+	// StorageRoot is the handle of the TPM's storage root key, an ECC P-256 key by the TCG
+	// template. countersignd init makes the key at a free handle. Default: 0x81000001. Another
+	// handle is for a machine with another kind of key there, such as the RSA key of Windows.
+	StorageRoot uint32 `toml:"storage_root"`
+
+	// CounterIndex is the NV index of the TPM's monotonic counter (rollback_token). Default:
+	// 0x01800c51. Each appliance on one TPM needs an index of its own.
+	CounterIndex uint32 `toml:"counter_index"`
+
+	// PCRBank is the bank of the TPM's PCRs for new keys: sha256, sha384 or sha512. Default:
+	// sha256.
+	PCRBank string `toml:"pcr_bank"`
+
+	// ZeroPCRs are those of PCRs that may be without a measurement (all bits are alike). Default:
+	// none, and a key is not sealed to such a register. Danger: on a machine that measures nothing,
+	// the keys can be used after a boot of any system.
+	ZeroPCRs []uint `toml:"zero_pcrs"`
+
+	// PCRs are the registers of the TPM's bank that a new key is sealed to, with their values at
+	// that time. Default: [7], the Secure Boot state. Danger: more registers lock the
 	// keys after more kinds of updates. Without a register, the keys can be used after a boot of
 	// any system on this machine.
 	PCRs []uint `toml:"pcrs"`
@@ -583,8 +601,10 @@ func (t *Token) checkBackend() error {
 		return errors.New("uri is missing, or tpm")
 	case t.URI != "" && t.TPM != "":
 		return errors.New("uri and tpm exclude each other: a token is in one device")
-	case t.URI != "" && (t.State != "" || t.IdleLock != 0 || t.PolicyKey != ""):
-		return errors.New("state, policy_key and idle_lock are for a TPM")
+	case t.URI != "" && (t.State != "" || t.IdleLock != 0 || t.PolicyKey != "" || t.StorageRoot != 0 ||
+		t.CounterIndex != 0 || t.PCRBank != "" || t.ZeroPCRs != nil):
+		return errors.New("state, storage_root, counter_index, pcr_bank, zero_pcrs, policy_key and idle_lock " +
+			"are for a TPM")
 	case t.TPM != "" && t.State == "":
 		return errors.New("state is missing: the folder for the TPM's keys")
 	case t.TPM != "" && (t.Module != "" || t.Quirks != hsm.Quirks{}):
@@ -592,9 +612,16 @@ func (t *Token) checkBackend() error {
 	case t.IdleLock != 0 && (t.IdleLock.std() < time.Second || t.IdleLock.std() > 31*24*time.Hour):
 		return fmt.Errorf("idle_lock must be 0s (never), or 1s to 744h0m0s, and is %v", t.IdleLock.std())
 	}
-	for _, pcr := range t.PCRs {
-		if pcr > 23 {
-			return fmt.Errorf("pcrs: there is no PCR %d: the last one is 23", pcr)
+	for _, c := range []struct {
+		field string
+		err   error
+	}{
+		{"pcrs", tpm.CheckPCRs(t.PCRs)}, {"zero_pcrs", tpm.CheckPCRs(t.ZeroPCRs)},
+		{"pcr_bank", tpm.Bank(t.PCRBank).Check()}, {"storage_root", tpm.CheckStorageRoot(t.StorageRoot)},
+		{"counter_index", tpm.CheckCounterIndex(t.CounterIndex)},
+	} {
+		if c.err != nil {
+			return fmt.Errorf("%s: %w", c.field, c.err)
 		}
 	}
 	return nil
@@ -620,7 +647,8 @@ func (t *Token) pinPath() string {
 
 func (t *Token) tpm() tpm.Config {
 	return tpm.Config{
-		Device: t.TPM, State: t.State, PCRs: t.PCRs, PolicyKey: t.PolicyKey, PINFile: t.PINFile,
+		Device: t.TPM, State: t.State, StorageRoot: t.StorageRoot, CounterIndex: t.CounterIndex,
+		PCRBank: tpm.Bank(t.PCRBank), PCRs: t.PCRs, ZeroPCRs: t.ZeroPCRs, PolicyKey: t.PolicyKey, PINFile: t.PINFile,
 		Deadline: t.Deadline.std(), IdleLock: t.IdleLock.std(),
 	}
 }

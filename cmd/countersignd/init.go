@@ -57,7 +57,7 @@ func initialise(ctx context.Context, c Config, o initOptions, stdout, stderr io.
 		if err := proveToken(ctx, c, o.token, true, log); err != nil {
 			return err
 		}
-		fmt.Fprintf(stderr, "the token %s can have keys; a running daemon uses the token after a restart\n", o.token)
+		fmt.Fprintf(stderr, "the token %s is ready; a running daemon uses the token after a restart\n", o.token)
 		return nil
 	}
 	_, err := os.Stat(c.Ledger)
@@ -181,9 +181,9 @@ func lacking(c Config, name string, found []keystore.Finding) (all []error) {
 }
 
 // algorithms returns the algorithms that a token must have. A token for signing keys needs Ed25519.
-// A token for the Noise key alone needs X25519 alone.
+// A token for the Noise key alone needs X25519 alone. A TPM with the counter need not have keys.
 func (c *Config) algorithms(token string) (all []keystore.Algorithm) {
-	if token != c.NoiseToken || c.LogToken == token {
+	if token == c.LogToken || token != c.NoiseToken && token != c.RollbackToken {
 		all = append(all, keystore.Ed25519)
 	}
 	if token == c.NoiseToken {

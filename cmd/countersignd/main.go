@@ -131,7 +131,7 @@ func run(ctx context.Context, args []string, stdout io.Writer, stderr *logqueue.
 		Use: workerCommand, Hidden: true, Args: cobra.ExactArgs(1), // the token's name, for lists of processes
 		RunE: func(*cobra.Command, []string) error { return keyWorker() },
 	}
-	var keyPath string
+	var keyPath, bank string
 	var registers map[string]string
 	approveCmd := &cobra.Command{
 		Use:   "approve-state",
@@ -142,11 +142,12 @@ func run(ctx context.Context, args []string, stdout io.Writer, stderr *logqueue.
 			"configuration: run it where updates are signed. countersignd check prints the present values\n" +
 			"of a machine.",
 		Args: cobra.NoArgs,
-		RunE: func(*cobra.Command, []string) error { return approveState(keyPath, registers, stdout) },
+		RunE: func(*cobra.Command, []string) error { return approveState(keyPath, bank, registers, stdout) },
 	}
 	approveCmd.Flags().StringVar(&keyPath, "key", "", "the file with the private key")
 	approveCmd.Flags().StringToStringVar(&registers, "pcr", nil,
-		"N=HEX, a register of the SHA-256 bank and its value; repeat for each register that the keys are sealed to")
+		"N=HEX, a register of the bank and its value; repeat for each register that the keys are sealed to")
+	approveCmd.Flags().StringVar(&bank, "bank", "sha256", "the bank of the registers, as pcr_bank has it")
 	root.AddCommand(initCmd, serveCmd, checkCmd, approveCmd, workerCmd)
 	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return configError{err} })
 	if err := root.ExecuteContext(ctx); err != nil {

@@ -9,17 +9,24 @@
 //
 // A copy made after the last increment is not detected. Such a copy lacks at most the admissions of
 // one Config.Interval.
+//
+// A ledger whose counter is gone may be any copy, and is treated as a rollback. The comparison at
+// the start shows that the ledger is the newest, so a counter that fails later stops nothing.
 package anchor
 
 import (
 	"context"
+	"crypto/rand"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"log/slog"
+	"slices"
+	"sync/atomic"
 	"time"
 
 	"countersign/audit"
+	"countersign/internal/cause"
 	"countersign/internal/gate"
 	"countersign/internal/keystore"
 	"countersign/internal/ledger"
@@ -48,6 +55,12 @@ var (
 	errUnchecked  = fmt.Errorf("%w: the ledger has not been compared with its counter yet", keystore.ErrUnavailable)
 )
 
+// lost is the ErrRolledBack of a ledger without its counter. The text is the reason.
+type lost string
+
+func (l lost) Error() string        { return string(l) }
+func (l lost) Is(target error) bool { return target == ErrRolledBack }
+
 // record is the ledger's record of its counter.
 type record struct {
 	Token string `json:"token"`
@@ -57,16 +70,26 @@ type record struct {
 // Rollback is the ledger's record of a detected rollback. The record stays until an operator
 // accepts the rollback.
 type Rollback struct {
-	Ledger  uint64    `json:"ledger"`  // recorded value
-	Counter uint64    `json:"counter"` // value of the counter
+	Ledger  uint64    `json:"ledger"`         // recorded value
+	Counter uint64    `json:"counter"`        // value of the counter
+	Lost    bool      `json:"lost,omitempty"` // the counter is gone, or another than the recorded one
 	Reason  string    `json:"reason"`
 	At      time.Time `json:"at"`
+}
+
+// err returns the error of the gate.
+func (r Rollback) err() error {
+	if r.Lost {
+		return lost(r.Reason)
+	}
+	return ErrRolledBack
 }
 
 // The keys of the records in the table Meta.
 const (
 	anchorKey   = "anchor"
 	rollbackKey = "rollback"
+	ownerKey    = "counter-owner"
 )
 
 // Anchor compares a ledger with its counter and increments the counter. Rollback and Accept are
@@ -81,6 +104,8 @@ type Anchor struct {
 	accepting manage.Lock
 	comparing manage.Lock // held while the recorded value or the counter changes, or both are compared
 	checked   bool        // the ledger has been compared with its counter; used by Start, Keep and Stop in turn
+
+	failing atomic.Pointer[error] // of the last increment that was due, after the comparison
 }
 
 // New returns the anchor of a ledger.
@@ -93,17 +118,60 @@ func New(
 	}
 }
 
-// counter returns the counter of the configured token.
-func (a *Anchor) counter() (keystore.Counter, error) {
+// counter is the ledger's own counter in a device.
+type counter struct {
+	device keystore.Counter
+	owner  keystore.Owner
+}
+
+func (c counter) define(ctx context.Context) error         { return c.device.DefineCounter(ctx, c.owner) }
+func (c counter) read(ctx context.Context) (uint64, error) { return c.device.ReadCounter(ctx, c.owner) }
+func (c counter) increment(ctx context.Context) (uint64, error) {
+	return c.device.IncrementCounter(ctx, c.owner)
+}
+
+// counter returns the ledger's counter in the configured token. A ledger without an owner's
+// identifier was bound to a counter without a mark.
+func (a *Anchor) counter() (c counter, err error) {
 	store, err := a.tokens.Get(a.Token)
 	if err != nil {
-		return nil, err
+		return c, err
 	}
-	counter, ok := store.(keystore.Counter)
-	if !ok {
-		return nil, fmt.Errorf("token %q has no counter", a.Token)
+	var ok bool
+	if c.device, ok = store.(keystore.Counter); !ok {
+		return c, fmt.Errorf("token %q has no counter", a.Token)
 	}
-	return counter, nil
+	owner, err := read[keystore.Owner](a.ledger, ownerKey)
+	if owner != nil {
+		c.owner = *owner
+	}
+	return c, err
+}
+
+// newCounter is counter for a ledger that is about to be bound. The identifier is written down
+// before the device defines a counter with its mark, so a crash in between loses no counter.
+func (a *Anchor) newCounter(ctx context.Context) (counter, error) {
+	c, err := a.counter()
+	if err != nil || c.owner != (keystore.Owner{}) {
+		return c, err
+	}
+	rand.Read(c.owner[:])
+	return c, a.ledger.Update(ctx, func(tx *ledger.Tx) error {
+		return tx.Put(ledger.Meta, ownerKey, manage.Encode(c.owner))
+	})
+}
+
+// isDevice reports an error of the device with the counter. The ledger's other keys are in other
+// devices, so the daemon goes on.
+func isDevice(err error) bool {
+	for _, class := range []error{
+		keystore.ErrUnavailable, keystore.ErrSealed, keystore.ErrAuth, keystore.ErrRefused,
+	} {
+		if errors.Is(err, class) {
+			return true
+		}
+	}
+	return false
 }
 
 // read reads a record of the table Meta, or returns nil if there is none.
@@ -127,7 +195,7 @@ func (a *Anchor) Bind(ctx context.Context, who audit.Actor) error {
 	if err != nil || bound != nil {
 		return err
 	}
-	counter, err := a.counter()
+	counter, err := a.newCounter(ctx)
 	if err != nil {
 		return err
 	}
@@ -144,11 +212,11 @@ func (a *Anchor) Bind(ctx context.Context, who audit.Actor) error {
 }
 
 // define makes the counter, unless the counter exists, and returns its value.
-func define(ctx context.Context, counter keystore.Counter) (uint64, error) {
-	if err := counter.DefineCounter(ctx); err != nil {
+func define(ctx context.Context, counter counter) (uint64, error) {
+	if err := counter.define(ctx); err != nil {
 		return 0, err
 	}
-	return counter.ReadCounter(ctx)
+	return counter.read(ctx)
 }
 
 // put writes the recorded value.
@@ -177,38 +245,49 @@ func (a *Anchor) compare(ctx context.Context) error {
 	case err != nil:
 		return err
 	case rolled != nil: // detected before and not accepted, so the counter's value does not matter
-		a.gate.Block(gate.Rollback, ErrRolledBack)
+		a.gate.Block(gate.Rollback, rolled.err())
 		return ErrRolledBack
 	case a.Token == "" && bound == nil:
 		a.unblock()
 		return nil
 	case a.Token == "":
-		return a.detect(ctx, bound, 0, fmt.Sprintf("the ledger is bound to the counter of token %q, "+
-			"and the configuration has no rollback_token", bound.Token))
+		return a.detect(ctx, Rollback{Ledger: bound.Value, Lost: true, Reason: fmt.Sprintf("the ledger is bound to "+
+			"the counter of token %q, and the configuration has no rollback_token", bound.Token)})
 	}
 	counter, err := a.counter()
 	if err != nil {
 		return err
 	}
-	value, err := counter.ReadCounter(ctx)
-	var reason string
+	value, err := counter.read(ctx)
+	found := Rollback{Counter: value, Lost: true}
+	if bound != nil {
+		found.Ledger = bound.Value
+	}
 	switch {
 	case errors.Is(err, keystore.ErrNotFound):
-		reason = "the counter is gone: the TPM was cleared, or is another"
+		found.Reason = "the counter is gone: the TPM was cleared, or is another"
+	case errors.Is(err, keystore.ErrUnfit):
+		found.Reason = fmt.Sprintf("the counter is gone: %v", err)
+	case isDevice(err):
+		a.gate.Block(gate.Counter, fmt.Errorf("%w: token %s: %w; if that device is lost for good, "+
+			"bind the ledger to another one (docs/OPERATIONS.md, a lost counter)", errUnchecked, a.Token, err))
+		return err
 	case err != nil:
 		return err
 	case bound == nil:
-		reason = "the ledger is bound to no counter, so it may be any; " +
+		found.Reason = "the ledger is bound to no counter, so it may be any; " +
 			"one that was never bound is bound by countersignd init"
 	case bound.Token != a.Token:
-		reason = fmt.Sprintf("the ledger is bound to the counter of token %q", bound.Token)
+		found.Reason = fmt.Sprintf("the ledger is bound to the counter of token %q", bound.Token)
 	case bound.Value < value:
-		reason = "the ledger is an older copy: what was admitted since it was made is forgotten"
+		found.Reason = "the ledger is an older copy: what was admitted since it was made is forgotten"
+		found.Lost = false
 	case bound.Value > value+1:
-		reason = "the counter is behind the ledger: its device was set back, or is another"
+		found.Reason = "the counter is behind the ledger: its device was set back, or is another"
+		found.Lost = false
 	}
-	if reason != "" {
-		return a.detect(ctx, bound, value, reason)
+	if found.Reason != "" {
+		return a.detect(ctx, found)
 	}
 	if err := a.increment(ctx, counter, value); err != nil {
 		return err
@@ -225,19 +304,16 @@ func (a *Anchor) unblock() {
 
 // detect blocks the gate and records a rollback. The error is ErrRolledBack. The record has an
 // audit event with the reason.
-func (a *Anchor) detect(ctx context.Context, bound *record, value uint64, reason string) error {
-	found := Rollback{Counter: value, Reason: reason, At: time.Now().UTC().Truncate(time.Second)}
-	if bound != nil {
-		found.Ledger = bound.Value
-	}
-	a.gate.Block(gate.Rollback, ErrRolledBack)
+func (a *Anchor) detect(ctx context.Context, found Rollback) error {
+	found.At = time.Now().UTC().Truncate(time.Second)
+	a.gate.Block(gate.Rollback, found.err())
 	a.log.Error("rollback detected: nothing is signed or verified until an operator accepts the rollback "+
-		"(countersign admin rollback)", "reason", reason, "ledger", found.Ledger, "counter", found.Counter)
+		"(countersign admin rollback)", "reason", found.Reason, "ledger", found.Ledger, "counter", found.Counter)
 	err := a.ledger.Update(ctx, func(tx *ledger.Tx) error {
 		if err := tx.Put(ledger.Meta, rollbackKey, manage.Encode(found)); err != nil {
 			return err
 		}
-		return tx.Append(ledger.EventOf(audit.NewRollbackDetected(reason, found.Ledger, found.Counter)))
+		return tx.Append(ledger.EventOf(audit.NewRollbackDetected(found.Reason, found.Ledger, found.Counter)))
 	})
 	return errors.Join(ErrRolledBack, err)
 }
@@ -252,8 +328,7 @@ func (a *Anchor) Start(ctx context.Context) error {
 		return nil
 	case errors.Is(err, ErrRolledBack):
 		return nil
-	case errors.Is(err, keystore.ErrUnavailable), errors.Is(err, keystore.ErrSealed), errors.Is(err, keystore.ErrAuth):
-		a.gate.Block(gate.Counter, errUnchecked)
+	case isDevice(err):
 		a.log.Error("the ledger can't be compared with its counter; nothing is admitted until then",
 			"token", a.Token, "err", err)
 		return nil
@@ -264,14 +339,14 @@ func (a *Anchor) Start(ctx context.Context) error {
 // increment records value+1, and then increments the counter from value. An earlier increment
 // without an answer may take effect late, so the counter may reach value+2. The ledger then records
 // value+2. A crash before that record is later detected as a rollback, although there was none.
-func (a *Anchor) increment(ctx context.Context, counter keystore.Counter, value uint64) error {
+func (a *Anchor) increment(ctx context.Context, counter counter, value uint64) error {
 	record := func(value uint64) error {
 		return a.ledger.Update(ctx, func(tx *ledger.Tx) error { return a.put(tx, value) })
 	}
 	if err := record(value + 1); err != nil {
 		return err
 	}
-	now, err := counter.IncrementCounter(ctx)
+	now, err := counter.increment(ctx)
 	if err == nil && now > value+1 {
 		err = record(now)
 	}
@@ -310,6 +385,9 @@ func (a *Anchor) Keep(ctx context.Context) {
 		case a.due(a.ledger.Admitted()-admitted, time.Since(incremented)):
 			if err = a.advance(ctx); err == nil {
 				incremented, admitted = time.Now(), a.ledger.Admitted()
+				a.failing.Store(nil)
+			} else if ctx.Err() == nil {
+				a.failing.Store(&err)
 			}
 		default:
 			continue // the counter has not been used
@@ -330,7 +408,7 @@ func (a *Anchor) advance(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	value, err := counter.ReadCounter(ctx)
+	value, err := counter.read(ctx)
 	if err != nil {
 		return err
 	}
@@ -348,8 +426,35 @@ func (a *Anchor) Stop(ctx context.Context) error {
 	return nil
 }
 
+// Causes returns the causes of the state of the appliance that are about the counter.
+func (a *Anchor) Causes() []cause.Cause {
+	rolled, unread := a.gate.Cause(gate.Rollback), a.gate.Cause(gate.Counter)
+	kind := cause.RolledBack
+	if _, ok := rolled.(lost); ok {
+		kind = cause.AnchorLost
+	}
+	all := slices.Concat(kind.Err("", rolled), cause.Counter.Err("", unread))
+	if err := a.failing.Load(); err != nil {
+		all = append(all, cause.CounterFailing.Of("", "token %s: %v", a.Token, *err))
+	}
+	return all
+}
+
 // Rollback returns the detected rollback that no operator has accepted, or nil.
 func (a *Anchor) Rollback() (*Rollback, error) { return read[Rollback](a.ledger, rollbackKey) }
+
+// Acceptable returns the rollback that Accept would accept. Without one the error is
+// manage.ErrNotFound.
+func (a *Anchor) Acceptable() (*Rollback, error) {
+	rolled, err := a.Rollback()
+	if err != nil || rolled != nil {
+		return rolled, err
+	}
+	if unread := a.gate.Cause(gate.Counter); unread != nil {
+		return nil, fmt.Errorf("rollback: %w: none was found, since %v", manage.ErrNotFound, unread)
+	}
+	return nil, fmt.Errorf("rollback: %w: none was found", manage.ErrNotFound)
+}
 
 // Accept binds the ledger as it is to the counter, and ends the rollback. The nonces that the
 // ledger lacks are fresh again. The operator has judged that danger.
@@ -362,16 +467,22 @@ func (a *Anchor) Accept(ctx context.Context, who audit.Actor, reason string) err
 			return err
 		}
 		defer a.comparing.Release()
-		rolled, err := a.Rollback()
+		rolled, err := a.Acceptable()
 		if err != nil {
 			return err
-		}
-		if rolled == nil {
-			return fmt.Errorf("rollback: %w: none was found", manage.ErrNotFound)
 		}
 		var value uint64
 		if a.Token != "" {
 			counter, err := a.counter()
+			if err != nil {
+				return err
+			}
+			if counter.owner == (keystore.Owner{}) { // a counter without a mark stays while it is there
+				_, err = counter.read(ctx)
+				if errors.Is(err, keystore.ErrNotFound) || errors.Is(err, keystore.ErrUnfit) {
+					counter, err = a.newCounter(ctx)
+				}
+			}
 			if err != nil {
 				return err
 			}

@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync/atomic"
 	"syscall"
@@ -16,6 +17,7 @@ import (
 	"time"
 
 	"countersign/audit"
+	"countersign/internal/cause"
 	"countersign/internal/gate"
 	"countersign/internal/keystore"
 	"countersign/internal/keystore/keystoretest"
@@ -38,6 +40,8 @@ var operator = audit.Operator("test")
 // faulty is a TPM with faults of the counter. A nil function is no fault.
 type faulty struct {
 	*tpm.Store
+	emulator  *tpmtest.Emulator
+	bound     bool         // a ledger has been bound to the counter
 	read      func() error // before the counter is read
 	increment func() error // before the counter is incremented
 	answer    func() error // after the counter was incremented
@@ -50,18 +54,18 @@ func call(fault func() error) error {
 	return fault()
 }
 
-func (f *faulty) ReadCounter(ctx context.Context) (uint64, error) {
+func (f *faulty) ReadCounter(ctx context.Context, owner keystore.Owner) (uint64, error) {
 	if err := call(f.read); err != nil {
 		return 0, err
 	}
-	return f.Store.ReadCounter(ctx)
+	return f.Store.ReadCounter(ctx, owner)
 }
 
-func (f *faulty) IncrementCounter(ctx context.Context) (uint64, error) {
+func (f *faulty) IncrementCounter(ctx context.Context, owner keystore.Owner) (uint64, error) {
 	if err := call(f.increment); err != nil {
 		return 0, err
 	}
-	value, err := f.Store.IncrementCounter(ctx)
+	value, err := f.Store.IncrementCounter(ctx, owner)
 	if err == nil {
 		err = call(f.answer)
 	}
@@ -99,7 +103,7 @@ func openTPM(t *testing.T, e *tpmtest.Emulator) *faulty {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { s.Close() })
-	return &faulty{Store: s}
+	return &faulty{Store: s, emulator: e}
 }
 
 // newRig makes a rig with its ledger in a directory. The anchor has not been started.
@@ -114,6 +118,10 @@ func newRig(t *testing.T, dir string, store *faulty) *rig {
 	}
 	r.open()
 	t.Cleanup(func() { r.ledger.Close() })
+	if store.bound { // to the ledger of an earlier rig
+		store.emulator.UndefineCounter(t)
+	}
+	store.bound = true
 	if err := r.Bind(t.Context(), operator); err != nil {
 		t.Fatal(err)
 	}
@@ -153,7 +161,7 @@ func (r *rig) admit() error {
 // values returns the counter and the recorded value.
 func (r *rig) values() (counter, recorded uint64) {
 	r.t.Helper()
-	counter, err := r.tpm.Store.ReadCounter(r.t.Context())
+	counter, err := r.tpm.Store.ReadCounter(r.t.Context(), r.owner())
 	if err != nil {
 		r.t.Fatal(err)
 	}
@@ -162,6 +170,28 @@ func (r *rig) values() (counter, recorded uint64) {
 		r.t.Fatal(err)
 	}
 	return counter, bound.Value
+}
+
+// owner returns the identifier of the ledger's counter.
+func (r *rig) owner() keystore.Owner {
+	r.t.Helper()
+	owner, err := read[keystore.Owner](r.ledger, ownerKey)
+	if err != nil || owner == nil {
+		r.t.Fatalf("the ledger has no owner's identifier: %v", err)
+	}
+	return *owner
+}
+
+// reports checks the kinds of the causes.
+func (r *rig) reports(when string, want ...*cause.Kind) {
+	r.t.Helper()
+	var got []*cause.Kind
+	for _, c := range r.Causes() {
+		got = append(got, c.Kind)
+	}
+	if !slices.Equal(got, want) {
+		r.t.Errorf("%s: the causes are %v, want %v", when, r.Causes(), want)
+	}
 }
 
 // holds checks the invariant, unless a rollback is recorded.
@@ -305,7 +335,7 @@ func TestLostIncrement(t *testing.T) {
 		t.Fatal(err)
 	}
 	before, _ := r.values()
-	r.tpm.increment = func() error { _, err := r.tpm.Store.IncrementCounter(t.Context()); return err }
+	r.tpm.increment = func() error { _, err := r.tpm.Store.IncrementCounter(t.Context(), r.owner()); return err }
 	if err := r.advance(t.Context()); err != nil {
 		t.Fatal(err)
 	}
@@ -363,6 +393,11 @@ func TestRollbackIsDetected(t *testing.T) {
 				if err := r.admit(); !errors.Is(err, ErrRolledBack) {
 					t.Errorf("an admission: %v, want %v", err, ErrRolledBack)
 				}
+				kind := cause.AnchorLost
+				if strings.Contains(c.reason, "older copy") || strings.Contains(c.reason, "behind the ledger") {
+					kind = cause.RolledBack
+				}
+				r.reports(c.reason, kind)
 				if err := r.Stop(t.Context()); err != nil {
 					t.Error(err)
 				}
@@ -414,7 +449,9 @@ func TestNewestLedger(t *testing.T) {
 // error of the configuration.
 func TestStartErrors(t *testing.T) {
 	r := newRig(t, t.TempDir(), openTPM(t, tpmtest.New(t)))
-	for _, unusable := range []error{keystore.ErrUnavailable, keystore.ErrSealed, keystore.ErrAuth} {
+	for _, unusable := range []error{
+		keystore.ErrUnavailable, keystore.ErrSealed, keystore.ErrAuth, keystore.ErrReplaced, keystore.ErrRefused,
+	} {
 		r.tpm.read = func() error { return unusable }
 		if err := r.restart(); err != nil {
 			t.Fatal(err)
@@ -437,6 +474,126 @@ func TestStartErrors(t *testing.T) {
 		if err := r.restart(); err == nil || !strings.Contains(err.Error(), want) {
 			t.Errorf("%v, want %s", err, want)
 		}
+	}
+}
+
+// TestSecondLedger: a second ledger is not bound to the counter of the first one, and changes
+// nothing there.
+func TestSecondLedger(t *testing.T) {
+	store := openTPM(t, tpmtest.New(t))
+	first := newRig(t, t.TempDir(), store)
+	if err := first.Start(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	second := &rig{t: t, path: filepath.Join(t.TempDir(), "ledger.db"), tpm: store, config: first.config}
+	if err := ledger.Create(second.path, ledger.Options{}); err != nil {
+		t.Fatal(err)
+	}
+	second.open()
+	defer second.ledger.Close()
+	before, _ := first.values()
+	for range 2 {
+		err := second.Bind(t.Context(), operator)
+		if !errors.Is(err, keystore.ErrUnfit) || !strings.Contains(err.Error(), "another countersign appliance") {
+			t.Errorf("a second ledger is bound: %v", err)
+		}
+	}
+	if after, _ := first.values(); after != before {
+		t.Errorf("the first ledger's counter was changed from %d to %d", before, after)
+	}
+	first.holds("beside a second ledger")
+}
+
+// TestLostCounter: a counter that is gone for good is a rollback. The counter's index may be taken
+// by then. One acceptance binds the ledger to a new counter, or to none.
+func TestLostCounter(t *testing.T) {
+	undefine := func(r *rig) { r.tpm.emulator.UndefineCounter(t) }
+	for name, c := range map[string]struct{ lose, mend func(*rig) }{
+		"undefined":          {undefine, func(*rig) {}},
+		"its index is taken": {func(r *rig) { undefine(r); r.tpm.emulator.TakeCounter(t) }, undefine},
+		"another TPM":        {func(r *rig) { r.tpm = openTPM(t, tpmtest.New(t)) }, func(*rig) {}},
+		"the TPM is taken out": {
+			func(r *rig) { r.tpm.read = func() error { return keystore.ErrReplaced } },
+			func(r *rig) { r.config.Token = "" },
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			r := newRig(t, t.TempDir(), openTPM(t, tpmtest.New(t)))
+			c.lose(r)
+			if err := r.restart(); err != nil {
+				t.Fatal(err)
+			}
+			if err := r.admit(); err == nil {
+				t.Error("the ledger admits without its counter")
+			}
+			if r.gate.Blocked(gate.Counter) { // the right TPM may come back
+				r.reports("while the TPM is out", cause.Counter)
+				err := r.Accept(t.Context(), operator, "the TPM has died")
+				if !errors.Is(err, manage.ErrNotFound) || !strings.Contains(err.Error(), keystore.ErrReplaced.Error()) {
+					t.Errorf("accepted while the counter is unread: %v", err)
+				}
+			}
+			c.mend(r)
+			if err := r.restart(); err != nil {
+				t.Fatal(err)
+			}
+			r.reports("after a restart", cause.AnchorLost)
+			if err := r.admit(); !errors.Is(err, ErrRolledBack) {
+				t.Errorf("an admission before the acceptance: %v, want %v", err, ErrRolledBack)
+			}
+			if err := r.Accept(t.Context(), operator, "the TPM has died"); err != nil {
+				t.Fatal(err)
+			}
+			for range 2 {
+				if err := r.admit(); err != nil {
+					t.Errorf("after the acceptance: %v", err)
+				}
+				r.reports("after the acceptance")
+				if err := r.restart(); err != nil {
+					t.Fatal(err)
+				}
+			}
+		})
+	}
+}
+
+// TestUnmarkedCounter: a ledger that was bound before counters had marks keeps its counter.
+func TestUnmarkedCounter(t *testing.T) {
+	r := newRig(t, t.TempDir(), openTPM(t, tpmtest.New(t)))
+	e := r.tpm
+	if err := r.ledger.Update(t.Context(), func(tx *ledger.Tx) error {
+		return tx.Delete(ledger.Meta, ownerKey)
+	}); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := e.Store.ReadCounter(t.Context(), keystore.Owner{}); !errors.Is(err, keystore.ErrUnfit) {
+		t.Fatalf("a marked counter is taken for one without a mark: %v", err)
+	}
+	r.tpm = openTPM(t, tpmtest.New(t))
+	if err := r.tpm.DefineCounter(t.Context(), keystore.Owner{}); err != nil {
+		t.Fatal(err)
+	}
+	value, err := r.tpm.Store.ReadCounter(t.Context(), keystore.Owner{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, recorded := range []uint64{value, 0} { // the newest ledger, and then an older copy
+		r.setBack(record{"tpm", recorded})
+		if err := r.restart(); err != nil {
+			t.Fatal(err)
+		}
+		if rolled, err := r.Rollback(); err != nil || (rolled != nil) != (recorded == 0) {
+			t.Errorf("recorded %d: %+v, %v", recorded, rolled, err)
+		}
+	}
+	if err := r.Accept(t.Context(), operator, "test"); err != nil {
+		t.Fatal(err)
+	}
+	if err := r.restart(); err != nil {
+		t.Fatal(err)
+	}
+	if err := r.admit(); err != nil {
+		t.Error(err)
 	}
 }
 
@@ -464,6 +621,7 @@ func TestKeep(t *testing.T) {
 		if err := r.admit(); !errors.Is(err, keystore.ErrUnavailable) {
 			t.Errorf("an admission before the comparison: %v", err)
 		}
+		r.reports("before the comparison", cause.Counter)
 		away.Store(false)
 		time.Sleep(2 * time.Second)
 		if err := r.admit(); err != nil {
@@ -479,10 +637,16 @@ func TestKeep(t *testing.T) {
 			t.Errorf("after intervals without admissions the counter is %d, want %d", counter, first+1)
 		}
 		r.admit()
+		r.reports("after the comparison")
 		away.Store(true)
 		time.Sleep(time.Minute)
+		if err := r.admit(); err != nil {
+			t.Errorf("an admission without the counter, after the comparison: %v", err)
+		}
+		r.reports("without the counter", cause.CounterFailing)
 		away.Store(false)
 		time.Sleep(2 * time.Second)
+		r.reports("with the counter again")
 		if counter, recorded := r.values(); counter != first+2 || recorded != counter {
 			t.Errorf("after a retry the counter is %d, and the ledger records %d; want %d", counter, recorded, first+2)
 		}

@@ -74,8 +74,10 @@ func stops(code, means, do string) *Kind {
 var (
 	RolledBack = stops("rolled-back", "the ledger is older than its monotonic counter",
 		"restore the newest ledger, or have the loss approved: countersign admin rollback accept")
+	AnchorLost = stops("anchor-lost", "the ledger's counter is gone, or another one is configured",
+		"find out why, then have the ledger bound as configured now: countersign admin rollback accept")
 	Counter = stops("counter-unread", "the ledger has not been compared with its monotonic counter yet",
-		"see the token of the counter: countersign admin token list")
+		"put the device of the counter right, see the text; the ledger is then compared by itself")
 	Locked = stops("locked", "an operator has locked the appliance, or the start waits for an operator",
 		"countersign admin unlock")
 	Starting = stops("starting", "the daemon waits for a device or an address, and serves no peer yet",
@@ -104,6 +106,9 @@ var (
 		"restore the token, or rotate the key")
 	Rotation = define("rotation-failing", "a rotation that is due could not be done; a retry follows",
 		"see the text")
+	CounterFailing = define("counter-failing",
+		"the monotonic counter can't be incremented, so that a copy of the ledger made meanwhile is not detected",
+		"see the text, and the token of the counter: countersign admin token list")
 	PolicyWaits = define("policy-differs", "the policy file is another than the policy in force",
 		"have it approved (countersign admin policy reload), or put the old text back")
 	PolicyBroken = define("policy-file-broken", "the policy file can't be used, and the policy in force stays",

@@ -291,15 +291,31 @@ type Key interface {
 }
 
 // Counter is a Store with a monotonic counter in its device. No caller, and no restore of a backup,
-// can set the counter back.
+// can set the counter back. Each counter has an owner: two appliances never share one. In place of
+// the owner's counter, the device may have something else (ErrUnfit).
 type Counter interface {
-	// DefineCounter makes the counter. DefineCounter is idempotent.
-	DefineCounter(ctx context.Context) error
+	// DefineCounter makes the owner's counter. DefineCounter is idempotent.
+	DefineCounter(ctx context.Context, owner Owner) error
 	// ReadCounter returns the counter's value, or ErrNotFound for a counter never defined or lost.
-	ReadCounter(ctx context.Context) (uint64, error)
+	ReadCounter(ctx context.Context, owner Owner) (uint64, error)
 	// IncrementCounter adds one and returns the new value. After an error the counter may have the
 	// old value or the new one.
-	IncrementCounter(ctx context.Context) (uint64, error)
+	IncrementCounter(ctx context.Context, owner Owner) (uint64, error)
+}
+
+// Owner is the random identifier of a counter's owner. The zero Owner has a counter without a mark:
+// counters were defined without marks before 2026-11-29.
+type Owner [32]byte
+
+// MarshalText and UnmarshalText make an Owner 64 hex digits in JSON.
+func (o Owner) MarshalText() ([]byte, error) { return hex.AppendEncode(nil, o[:]), nil }
+
+func (o *Owner) UnmarshalText(b []byte) error {
+	if len(b) != hex.EncodedLen(len(o)) {
+		return errors.New("an owner has 64 hex digits")
+	}
+	_, err := hex.Decode(o[:], b)
+	return err
 }
 
 // BatchSigner is a Store with cheaper signatures in a batch than one by one.

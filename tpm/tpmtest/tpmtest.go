@@ -12,6 +12,9 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"github.com/google/go-tpm/tpm2"
+	"github.com/google/go-tpm/tpm2/transport"
 )
 
 // Emulator is a running swtpm.
@@ -44,7 +47,27 @@ func New(t testing.TB) *Emulator {
 	return e
 }
 
-// Start starts swtpm as after switching on a machine: with all registers at zero.
+// measured are the registers that a boot has measured something into.
+var measured = []tpm2.TPMHandle{7, 11}
+
+// measure extends registers, as firmware and boot loader do.
+func (e *Emulator) measure(conn net.Conn) {
+	e.t.Helper()
+	var digests tpm2.TPMLDigestValues
+	banks := map[tpm2.TPMIAlgHash]int{tpm2.TPMAlgSHA256: 32, tpm2.TPMAlgSHA384: 48, tpm2.TPMAlgSHA512: 64}
+	for hash, size := range banks {
+		digests.Digests = append(digests.Digests, tpm2.TPMTHA{HashAlg: hash, Digest: make([]byte, size)})
+	}
+	for _, register := range measured {
+		if _, err := (tpm2.PCRExtend{
+			PCRHandle: tpm2.AuthHandle{Handle: register, Auth: tpm2.PasswordAuth(nil)}, Digests: digests,
+		}).Execute(transport.FromReadWriter(conn)); err != nil {
+			e.t.Fatal(err)
+		}
+	}
+}
+
+// Start starts swtpm as after switching on a machine, after the measurements of a boot.
 func (e *Emulator) Start() {
 	e.t.Helper()
 	e.cmd = exec.Command("swtpm", "socket", "--tpm2", "--tpmstate", "dir="+e.dir,
@@ -57,6 +80,7 @@ func (e *Emulator) Start() {
 	for deadline := time.Now().Add(10 * time.Second); ; time.Sleep(5 * time.Millisecond) {
 		conn, err := net.Dial("unix", e.Socket)
 		if err == nil {
+			e.measure(conn)
 			conn.Close()
 			return
 		}
@@ -110,6 +134,56 @@ func (e *Emulator) Counter(t testing.TB) uint64 {
 	}
 	return binary.BigEndian.Uint64(out)
 }
+
+// StorageRoot makes a storage root key of an algorithm of tpm2-tools at 0x81000001, as Windows and
+// tpm2-tss do with RSA keys.
+func (e *Emulator) StorageRoot(t testing.TB, algorithm string) {
+	t.Helper()
+	context := filepath.Join(e.dir, "context")
+	e.tool(t, "tpm2_createprimary", "-C", "o", "-G", algorithm, "-c", context, "-Q", "-a",
+		"restricted|decrypt|fixedtpm|fixedparent|sensitivedataorigin|userwithauth|noda")
+	e.tool(t, "tpm2_evictcontrol", "-C", "o", "-c", context, "0x81000001", "-Q")
+	e.tool(t, "tpm2_flushcontext", "-t")
+}
+
+// OwnerPassword changes the owner's password from the old one; "" stands for none.
+func (e *Emulator) OwnerPassword(t testing.TB, old, password string) {
+	t.Helper()
+	args := []string{"tpm2_changeauth", "-c", "owner"}
+	if old != "" {
+		args = append(args, "-p", old)
+	}
+	if password != "" {
+		args = append(args, password)
+	}
+	e.tool(t, args...)
+}
+
+// TakeCounter defines the counter's index for another purpose: 32 bytes of data.
+func (e *Emulator) TakeCounter(t testing.TB) {
+	e.tool(t, "tpm2_nvdefine", counter, "-C", "o", "-s", "32")
+}
+
+// EnableOwner enables or disables the owner's hierarchy, as the platform can until the next start.
+func (e *Emulator) EnableOwner(t testing.TB, enabled bool) {
+	t.Helper()
+	state := "clear"
+	if enabled {
+		state = "set"
+	}
+	e.tool(t, "tpm2_hierarchycontrol", "-C", "p", "shEnable", state)
+}
+
+// Allocate changes the active PCR banks, and starts the machine again.
+func (e *Emulator) Allocate(t testing.TB, banks string) {
+	t.Helper()
+	e.tool(t, "tpm2_pcrallocate", banks, "-Q")
+	e.Stop()
+	e.Start()
+}
+
+// Clear removes all of the owner's objects, as the menu of a firmware does.
+func (e *Emulator) Clear(t testing.TB) { e.tool(t, "tpm2_clear", "-c", "p") }
 
 // UndefineCounter removes the monotonic counter with the owner's authorisation.
 func (e *Emulator) UndefineCounter(t testing.TB) { e.tool(t, "tpm2_nvundefine", counter) }
@@ -166,6 +240,17 @@ func (e *Emulator) PCR(t testing.TB, index int) []byte {
 func (e *Emulator) LeakObject(t testing.TB) {
 	t.Helper()
 	e.tool(t, "tpm2_createprimary", "-C", "n", "-c", filepath.Join(e.dir, "context"), "-Q")
+}
+
+// FailedTries returns the number of wrong authorisations that the TPM has counted.
+func (e *Emulator) FailedTries(t testing.TB) (n int) {
+	t.Helper()
+	out := string(e.tool(t, "tpm2_getcap", "properties-variable"))
+	_, value, _ := strings.Cut(out, "TPM2_PT_LOCKOUT_COUNTER: ")
+	if _, err := fmt.Sscanf(value, "%v", &n); err != nil {
+		t.Fatalf("tpm2_getcap: %v\n%s", err, out)
+	}
+	return n
 }
 
 // Unlock ends a lockout after wrong PINs.

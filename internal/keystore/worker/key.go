@@ -226,18 +226,18 @@ func (p *Pool) Destroy(ctx context.Context, ref keystore.Ref, tag keystore.Tag) 
 
 // DefineCounter is one of the methods of keystore.Counter. On a device without a monotonic counter
 // all three methods give keystore.ErrRefused.
-func (p *Pool) DefineCounter(ctx context.Context) error {
-	return p.request(ctx, false, call{Op: opDefine}, nil)
+func (p *Pool) DefineCounter(ctx context.Context, owner keystore.Owner) error {
+	return p.request(ctx, false, call{Op: opDefine, Owner: owner}, nil)
 }
 
 // ReadCounter returns the counter's value.
-func (p *Pool) ReadCounter(ctx context.Context) (value uint64, err error) {
-	err = p.request(ctx, false, call{Op: opRead}, decodeInto(&value))
+func (p *Pool) ReadCounter(ctx context.Context, owner keystore.Owner) (value uint64, err error) {
+	err = p.request(ctx, false, call{Op: opRead, Owner: owner}, decodeInto(&value))
 	return value, err
 }
 
 // IncrementCounter is an at-most-once call: a retry could add two.
-func (p *Pool) IncrementCounter(ctx context.Context) (value uint64, err error) {
-	err = p.request(ctx, true, call{Op: opIncrement}, decodeInto(&value))
+func (p *Pool) IncrementCounter(ctx context.Context, owner keystore.Owner) (value uint64, err error) {
+	err = p.request(ctx, true, call{Op: opIncrement, Owner: owner}, decodeInto(&value))
 	return value, err
 }

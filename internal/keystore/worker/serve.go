@@ -22,6 +22,7 @@ type call struct {
 	Tag       keystore.Tag       `json:"tag,omitzero"`
 	Path      string             `json:"path,omitempty"`
 	Prove     bool               `json:"prove,omitempty"`
+	Owner     keystore.Owner     `json:"owner,omitzero"` // of a counter
 }
 
 const (
@@ -233,7 +234,7 @@ func (w *server) do(ctx context.Context, c call) ([]byte, error) {
 	case opInspect:
 		answer, err = w.store.Inspect(ctx, c.Prove)
 	case opDefine, opRead, opIncrement:
-		answer, err = w.counterOp(ctx, c.Op)
+		answer, err = w.counterOp(ctx, c.Op, c.Owner)
 	default:
 		err = fmt.Errorf("key worker: there is no operation %q", c.Op)
 	}
@@ -247,17 +248,17 @@ func (w *server) do(ctx context.Context, c call) ([]byte, error) {
 }
 
 // counterOp carries out an operation of a monotonic counter.
-func (w *server) counterOp(ctx context.Context, op string) (value uint64, err error) {
+func (w *server) counterOp(ctx context.Context, op string, owner keystore.Owner) (value uint64, err error) {
 	counter, ok := w.store.(keystore.Counter)
 	switch {
 	case !ok:
 		err = fmt.Errorf("%w: this device has no counter", keystore.ErrRefused)
 	case op == opDefine:
-		err = counter.DefineCounter(ctx)
+		err = counter.DefineCounter(ctx, owner)
 	case op == opRead:
-		value, err = counter.ReadCounter(ctx)
+		value, err = counter.ReadCounter(ctx, owner)
 	default:
-		value, err = counter.IncrementCounter(ctx)
+		value, err = counter.IncrementCounter(ctx, owner)
 	}
 	return value, err
 }
