@@ -80,7 +80,7 @@ func workers(name string, t *Token, soPINFile string, log *slog.Logger) (c worke
 	return worker.Config{
 		Name: name, Hello: hello, Workers: t.Workers, Spread: t.Spread, InFlight: inFlight, Memory: t.MemoryMiB << 20,
 		Deadline: t.Deadline.std(), Log: log,
-		PINFile: t.pinPath(), Device: t.URI + t.TPM, Memo: t.memo, Retry: t.retry,
+		PINPerKey: t.TPM != "", PINFile: t.pinPath(), Device: t.URI + t.TPM, Memo: t.memo, Retry: t.retry,
 		Command: func(int) *exec.Cmd {
 			// The running binary, also after an update of the file.
 			cmd := exec.Command("/proc/self/exe", workerCommand, name)

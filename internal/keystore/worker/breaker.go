@@ -49,11 +49,11 @@ func (p *Pool) reportRecovery() {
 	}
 }
 
-// trackSealed keeps the set of keys that the device refuses to unseal in the machine's present
-// state (keystore.ErrSealed). err is the result of a use of the key. The first such key begins an
-// outage, and the last key's return ends the outage.
+// trackSealed keeps the set of keys that the device refuses to unseal: in the machine's present
+// state (keystore.ErrSealed), or by the PIN where only some keys need the PIN. err is the result of
+// a use of the key. The first such key begins an outage, and the last key's return ends the outage.
 func (p *Pool) trackSealed(ref keystore.Ref, err error) {
-	sealed := errors.Is(err, keystore.ErrSealed)
+	sealed := errors.Is(err, keystore.ErrSealed) || p.config.PINPerKey && errors.Is(err, keystore.ErrAuth)
 	if !sealed && (err != nil || p.sealedCount.Load() == 0) {
 		return // the usual case, without a lock
 	}

@@ -27,8 +27,8 @@ const (
 // outage is the error of an open breaker. The caller holds mu. A refused PIN comes before the end
 // of the last worker, since the refusal is why no other worker starts.
 func (p *Pool) outage() error {
-	if p.authErr != nil {
-		return p.authErr
+	if refused := p.barred(); refused != nil {
+		return refused
 	}
 	return p.cause
 }
@@ -154,7 +154,9 @@ func (p *Pool) Status() keystore.Status {
 		add(keystore.FaultPINRefused, keystore.Ref{}, "%v", p.authErr)
 	}
 	for ref, err := range p.sealed {
-		add(keystore.FaultOf(err), ref, "%v", err)
+		if p.authErr == nil || !errors.Is(err, keystore.ErrAuth) { // the refused PIN is one fault, above
+			add(keystore.FaultOf(err), ref, "%v", err)
+		}
 		st.Cause = cmp.Or(st.Cause, err.Error())
 	}
 	if p.emptied {

@@ -79,9 +79,9 @@ func (p *Pool) runSlot(s *slot, first chan<- error) {
 		s.failures++
 		s.restarts++
 		// After a refused PIN nobody starts a worker, however healthy the one before was.
-		s.process, s.starting = nil, s.failures == 0 && p.authErr == nil
+		s.process, s.starting = nil, s.failures == 0 && p.barred() == nil
 		p.cause = err
-		retry, authErr := p.retry, p.authErr
+		retry, authErr := p.retry, p.barred()
 		p.slotsChanged()
 		p.mu.Unlock()
 		if proc != nil {

@@ -115,6 +115,14 @@ func (p *Pool) stopLogins(err error, retries int) error {
 	return err
 }
 
+// barred is the refusal of the PIN that keeps workers from starting. The caller holds mu.
+func (p *Pool) barred() error {
+	if p.config.PINPerKey {
+		return nil
+	}
+	return p.authErr
+}
+
 // Retry permits logins again, one of them on the last try, and ends all backoff pauses at once.
 func (p *Pool) Retry() {
 	if err := p.forgetRefusal(true); err != nil {

@@ -202,6 +202,9 @@ func (p *Pool) do(
 			return nil, err
 		case errors.Is(err, keystore.ErrAuth):
 			lastErr = p.stopLogins(err, proc.retries)
+			if p.config.PINPerKey {
+				return nil, lastErr
+			}
 			proc.fail(err)
 		case errors.Is(err, keystore.ErrUnavailable):
 			proc.fail(err)
@@ -293,8 +296,8 @@ func (p *Pool) acquire(ctx context.Context, tried []*process) (*process, error) 
 
 // noWorker is the error of a call without a worker. The caller holds mu.
 func (p *Pool) noWorker() error {
-	if p.authErr != nil {
-		return p.authErr
+	if refused := p.barred(); refused != nil {
+		return refused
 	}
 	none := fmt.Errorf("%w: there is no key worker for token %q", keystore.ErrUnavailable, p.config.Name)
 	if p.cause != nil {

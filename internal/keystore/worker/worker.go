@@ -43,6 +43,10 @@ type Config struct {
 	// pool makes the calls, one after another and in order, so a slow OnChange delays no signature.
 	OnChange func(resource string, up bool, cause error)
 
+	// PINPerKey is for a device that serves without the PIN, which only some keys need: a TPM. A
+	// refused PIN then costs these keys, and ends no worker.
+	PINPerKey bool
+
 	PINFile string // path of the PIN, or "" for a device without one; the pool never reads the file
 	Device  string // names the device in remembered refusals: its URI, or the path of a TPM
 	Memo    string // path of the file that remembers a refused PIN across restarts (refusal.go), or ""
