@@ -231,3 +231,65 @@ deadline = "500ms"
 	}
 	p.stop()
 }
+
+// TestLostCounter has the TPM of the counter cleared beside an HSM. The daemon starts and admits
+// nothing. A new folder, init and one approved acceptance bind the ledger to a new counter.
+func TestLostCounter(t *testing.T) {
+	e := tpmtest.New(t)
+	s := newSystem(t)
+	s.edit("countersign.toml", "[tokens.main]", fmt.Sprintf(`noise_token = "main"
+
+[tokens.anchor]
+tpm = %q
+state = "anchor"
+deadline = "500ms"
+
+[tokens.main]`, e.Socket))
+	init := func(args ...string) {
+		t.Helper()
+		if out, exit := s.daemon(append([]string{"init"}, args...)...); exit != 0 {
+			t.Fatalf("init: %d\n%s", exit, out)
+		}
+	}
+	init()
+	p := s.serve()
+	public := strings.TrimSpace(s.must("keygen", s.path("demo.key")))
+	s.must("admin", "peer", "add", "demo", public)
+	s.must("admin", "key", "create", "payments", "--token", "main")
+	p.stop()
+	e.Clear(t)
+	p = s.serve() // the HSM's keys wait for the counter, and the daemon is up
+	if _, err := s.dial().Sign(t.Context(), "payments", message("AAAA")); code(err) != "unavailable" {
+		t.Errorf("a signature without a counter: %v", err)
+	}
+	eventually(t, "what to do, in the state", func() bool { // the first key worker must have looked at the TPM
+		out := s.must("admin", "state")
+		return strings.Contains(out, "counter-unread") && strings.Contains(out, "new folder in state")
+	})
+	_, errOut, exit := s.cli("", "admin", "rollback", "accept", "--reason", "too early")
+	if exit != 1 || !strings.Contains(errOut, "new folder in state") {
+		t.Errorf("accepted before there is a counter: %d %s", exit, errOut)
+	}
+	p.stop()
+	s.edit("countersign.toml", `state = "anchor"`, `state = "anchor-2"`)
+	init("--token", "anchor")
+	p = s.serve()
+	if out := s.must("admin", "state"); !strings.Contains(out, "anchor-lost: the counter is gone") {
+		t.Errorf("the state of a lost counter: %s", out)
+	}
+	if out := s.must("admin", "rollback", "show"); !strings.Contains(out, "the counter is gone") {
+		t.Errorf("rollback show: %s", out)
+	}
+	s.must("admin", "rollback", "accept", "--reason", "the TPM was cleared")
+	if out := s.must("admin", "state"); !strings.Contains(out, "operational") {
+		t.Errorf("the state after the acceptance: %s", out)
+	}
+	for range 2 {
+		if _, err := s.dial().Sign(t.Context(), "payments", message("BBBB")); err != nil {
+			t.Errorf("with a new counter: %v", err)
+		}
+		p.stop()
+		p = s.serve()
+	}
+	p.stop()
+}

@@ -8,6 +8,7 @@ import (
 	"os/exec"
 	"regexp"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -276,4 +277,141 @@ func TestTPMSick(t *testing.T) {
 	if n := e.Handles(t); n > 1 { // a killed worker leaves one, which the next worker flushes at its start
 		t.Errorf("%d handles are left in the TPM", n)
 	}
+}
+
+// besideHSM sets up a system with a TPM as the token other beside an HSM, and a key in each:
+// payments in the HSM, invoices in the TPM.
+func besideHSM(t *testing.T, e *tpmtest.Emulator, top, token string) (*system, *process) {
+	t.Helper()
+	s := newSystem(t)
+	s.write("policy.cedar", `permit (principal == Peer::"demo", action == Action::"sign", resource);`)
+	s.write("other-pin", userPIN+"\n")
+	s.edit("countersign.toml", "[tokens.main]", fmt.Sprintf(`noise_token = "main"
+%s
+
+[tokens.other]
+tpm = %q
+state = "other"
+deadline = "500ms"
+%s
+
+[tokens.main]`, top, e.Socket, token))
+	for _, args := range [][]string{{"init"}, {"init", "--token", "other"}} {
+		if out, exit := s.daemon(args...); exit != 0 {
+			t.Fatalf("%v: %d\n%s", args, exit, out)
+		}
+	}
+	p := s.serve()
+	public := strings.TrimSpace(s.must("keygen", s.path("demo.key")))
+	s.must("admin", "peer", "add", "demo", public)
+	s.must("admin", "key", "create", "payments", "--token", "main")
+	s.must("admin", "key", "create", "invoices", "--token", "other")
+	return s, p
+}
+
+// signs checks the code of the answer to a request for a signature; "" for a signature.
+func (s *system) signs(key, want string) {
+	s.t.Helper()
+	if _, err := s.dial().Sign(s.t.Context(), key, message("AAAA")); code(err) != want || want == "" && err != nil {
+		s.t.Errorf("a signature with %s: %v, want %q", key, err, want)
+	}
+}
+
+// TestClearedTPM clears a TPM beside an HSM while the daemon serves. Only the TPM's keys are lost,
+// also after a restart, and the state names the token. When the right TPM is back, so are its keys.
+func TestClearedTPM(t *testing.T) {
+	e := tpmtest.New(t)
+	s, p := besideHSM(t, e, `rollback_token = "none"`, "")
+	s.signs("payments", "")
+	s.signs("invoices", "")
+	right := e.State(t)
+	e.Clear(t)
+	tokens, err := s.admin().Tokens(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, token := range tokens {
+		for _, w := range token.Workers {
+			if token.Name == "other" && w.PID > 0 { // unsealed keys serve on until a worker unseals them again
+				syscall.Kill(w.PID, syscall.SIGKILL)
+			}
+		}
+	}
+	lost := func() bool {
+		out := s.must("admin", "state")
+		return strings.Count(out, "\ncause ") == 1 && strings.Contains(out, "token-replaced other: ") &&
+			strings.Contains(out, "or to this one before it was cleared")
+	}
+	eventually(t, "the cause of a cleared TPM, and no other", lost)
+	s.signs("payments", "")
+	s.signs("invoices", "unavailable")
+	p.stop()
+	p = s.serve()
+	eventually(t, "the cause after a restart, and no other", lost)
+	s.signs("payments", "")
+	s.signs("invoices", "unavailable")
+	if out, exit := s.daemon("check"); exit != 1 || !strings.Contains(out, "token    ok: main") ||
+		!strings.Contains(out, "this folder belongs to another TPM") {
+		t.Errorf("check: %d\n%s", exit, out)
+	}
+	e.Stop()
+	e.SetState(t, right)
+	e.Start()
+	eventually(t, "an operational state", func() bool {
+		return strings.Contains(s.must("admin", "state"), "operational")
+	})
+	s.signs("invoices", "")
+	p.stop()
+}
+
+// TestWrongPINOfTPM has a wrong PIN of a TPM with the counter and a key of its own, beside an HSM.
+// The PIN is tried once in five starts, and costs that key only: the counter needs no PIN.
+func TestWrongPINOfTPM(t *testing.T) {
+	e := tpmtest.New(t)
+	s, p := besideHSM(t, e, "", `pin_file = "other-pin"`)
+	s.signs("invoices", "")
+	p.stop()
+	s.write("other-pin", "wrong\n")
+	for range 5 {
+		p = s.serve()
+		s.signs("invoices", "unavailable")
+		s.signs("payments", "")
+		eventually(t, "the cause of a refused PIN", func() bool {
+			return strings.Contains(s.must("admin", "state"), "token-pin-refused other: ")
+		})
+		p.stop()
+	}
+	if n := e.FailedTries(t); n != 1 {
+		t.Errorf("the TPM has counted %d wrong PINs, want 1", n)
+	}
+	s.write("other-pin", userPIN+"\n")
+	p = s.serve()
+	s.signs("invoices", "")
+	p.stop()
+}
+
+// TestLockoutOfTPM has a TPM in its dictionary attack lockout, with the right PIN again. The state
+// names the lockout, the keys of an HSM are served, and all is well by itself after the lockout.
+func TestLockoutOfTPM(t *testing.T) {
+	e := tpmtest.New(t)
+	s, p := besideHSM(t, e, "", `pin_file = "other-pin"`)
+	p.stop()
+	s.write("other-pin", "wrong\n")
+	p = s.serve()
+	for e.FailedTries(t) < 3 { // the emulator's limit
+		s.must("admin", "token", "retry", "other")
+		s.signs("invoices", "unavailable")
+	}
+	s.write("other-pin", userPIN+"\n")
+	eventually(t, "the cause of a lockout", func() bool {
+		return strings.Contains(s.must("admin", "state"), "token-locked ")
+	})
+	s.signs("invoices", "unavailable")
+	s.signs("payments", "")
+	e.Unlock(t)
+	eventually(t, "an operational state", func() bool {
+		return strings.Contains(s.must("admin", "state"), "operational")
+	})
+	s.signs("invoices", "")
+	p.stop()
 }
