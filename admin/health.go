@@ -78,11 +78,22 @@ func (s *server) health(_ context.Context, who caller, _ *none) (api.Health, err
 		doc.Since = h.Lock.At.Unix()
 	}
 	if who.session != nil {
+		doc.Nonces = noncesDoc(s.Appliance.Nonces())
 		for _, c := range h.Causes {
 			doc.Causes = append(doc.Causes, api.Cause{Code: c.Code, Subject: c.Subject, Text: c.Text, Do: c.Do})
 		}
 	}
 	return doc, nil
+}
+
+func noncesDoc(n appliance.Nonces) *api.Nonces {
+	return &api.Nonces{
+		Alive: n.Alive, Max: n.Max, Signing: n.Signing, Verifying: n.Verifying, VerifyingMax: n.Bounds.Verifying,
+		Own: n.Own, OwnReserved: n.Bounds.Own, PeerMax: n.Bounds.Peer,
+		Largest: docs(n.Largest, func(s appliance.NonceShare) api.NonceShare {
+			return api.NonceShare{Peer: s.Peer, Use: s.Use.String(), Alive: s.Alive}
+		}),
+	}
 }
 
 type lockInput = body[api.Lock]

@@ -173,6 +173,7 @@ func New(
 	}
 	a.Keys.Watch(a.Peers.Wake)
 	a.Report(a.ownCauses)
+	a.Report(a.nonceCauses)
 	a.Anchor = anchor.New(c.Anchor, l, tokens, a.gate, a.monitor, log)
 	a.Report(a.Anchor.Causes)
 	return a, nil

@@ -154,6 +154,27 @@ type Health struct {
 	Since      int64   `json:"since" doc:"when it was locked, Unix seconds; 0: it is not"`
 	Locked     bool    `json:"locked"`
 	Unattended bool    `json:"unattended" doc:"it starts unlocked"`
+	Nonces     *Nonces `json:"nonces,omitempty" doc:"for who is signed in"`
+}
+
+// Nonces are the numbers of live nonces, by use.
+type Nonces struct {
+	Alive        int          `json:"alive"`
+	Max          int          `json:"max"`
+	Signing      int          `json:"signing" doc:"for signatures, of all peers"`
+	Verifying    int          `json:"verifying" doc:"for verifications, of all peers"`
+	VerifyingMax int          `json:"verifying_max"`
+	Own          int          `json:"own" doc:"for the appliance's own signatures"`
+	OwnReserved  int          `json:"own_reserved"`
+	PeerMax      int          `json:"peer_max" doc:"of one peer for one use"`
+	Largest      []NonceShare `json:"largest" doc:"at most five"`
+}
+
+// NonceShare is the number of live nonces of a peer for one use.
+type NonceShare struct {
+	Peer  string `json:"peer"`
+	Use   string `json:"use" enum:"sign,verify"`
+	Alive int    `json:"alive"`
 }
 
 // Cause is one reason why the state is not operational. A cause is gone when its reason is.

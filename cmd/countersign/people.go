@@ -364,6 +364,13 @@ func (t *tool) state(act maker) *cobra.Command {
 				subject := strings.TrimSpace(cause.Code + " " + cause.Subject)
 				fmt.Fprintf(w, "cause\t%s: %s\n\t%s\n", subject, cause.Text, cause.Do)
 			}
+			if n := h.Nonces; n != nil {
+				fmt.Fprintf(w, "nonces\t%d alive of %d: %d sign, %d verify (at most %d), %d own (%d reserved)\n",
+					n.Alive, n.Max, n.Signing, n.Verifying, n.VerifyingMax, n.Own, n.OwnReserved)
+				for _, s := range n.Largest {
+					fmt.Fprintf(w, "\t%s: %d %s, at most %d\n", s.Peer, s.Alive, s.Use, n.PeerMax)
+				}
+			}
 			if untold {
 				fmt.Fprintf(w, "cause\ttold to operators: countersign admin login NAME\n")
 			}

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -313,9 +314,19 @@ type Limits struct {
 	// days, as Paykit's signers use. Danger: the ledger keeps a nonce until its document has
 	// expired, so a longer lifetime makes a larger ledger.
 	MaxLifetime Duration `toml:"max_lifetime"`
-	// Nonces is the number of live nonces. Further requests are refused (busy). Default: 20000000.
-	// A nonce takes some 40 bytes of the daemon's memory.
+	// Nonces is the number of live nonces, at least 3. Further requests are refused (busy).
+	// Default: 20000000. A nonce takes some 40 bytes of the daemon's memory.
 	Nonces int `toml:"nonces"`
+	// NoncesPerPeer is the number of live nonces of one peer for its signatures, and again for its
+	// verifications. Further requests of this peer are refused (busy), and of no other peer.
+	// Default: a quarter of nonces.
+	NoncesPerPeer *int `toml:"nonces_per_peer"`
+	// NoncesVerify is the number of live nonces of all peers for verifications. The other nonces
+	// are left for signatures, whatever is verified. Default: half of nonces.
+	NoncesVerify *int `toml:"nonces_verify"`
+	// NoncesOwn is the number of nonces that are reserved for the appliance's own signatures, such
+	// as the steps of rotations: each takes a nonce for a day. Default: a hundredth of nonces.
+	NoncesOwn *int `toml:"nonces_own"`
 	// ClockTolerance is the largest lag of the system's clock behind the ledger's time. With a
 	// larger lag, the ledger admits nothing. Default: 2m.
 	ClockTolerance Duration `toml:"clock_tolerance"`
@@ -393,6 +404,10 @@ func parseConfig(path string, b []byte) (Config, error) {
 	if c.Limits.Strangers == 0 {
 		c.Limits.Strangers = (c.Limits.Connections + 1) / 2
 	}
+	bounds := ledger.DefaultBounds(c.Limits.Nonces)
+	c.Limits.NoncesPerPeer = cmp.Or(c.Limits.NoncesPerPeer, &bounds.Peer)
+	c.Limits.NoncesVerify = cmp.Or(c.Limits.NoncesVerify, &bounds.Verifying)
+	c.Limits.NoncesOwn = cmp.Or(c.Limits.NoncesOwn, &bounds.Own)
 	if err := c.check(); err != nil {
 		return Config{}, fmt.Errorf("config: %s: %w", path, err)
 	}
@@ -432,6 +447,9 @@ func (c *Config) check() error {
 	if _, err := c.logLevel(); err != nil {
 		return fmt.Errorf("log_level: %q is none of debug, info, warn, error", c.LogLevel)
 	}
+	if c.Limits.Nonces < 3 { // one each for signing, verification, and the appliance
+		return fmt.Errorf("limits.nonces must be at least 3, and is %d", c.Limits.Nonces)
+	}
 	for _, n := range []struct {
 		field       string
 		value, most int
@@ -451,6 +469,9 @@ func (c *Config) check() error {
 		{"limits.batch_items", c.Limits.BatchItems, 100},
 		{"rollback_admissions", c.RollbackAdmissions, 1_000_000_000},
 		{"limits.nonces", c.Limits.Nonces, 1_000_000_000},
+		{"limits.nonces_own", *c.Limits.NoncesOwn, c.Limits.Nonces - 2},
+		{"limits.nonces_per_peer", *c.Limits.NoncesPerPeer, c.Limits.Nonces - *c.Limits.NoncesOwn},
+		{"limits.nonces_verify", *c.Limits.NoncesVerify, c.Limits.Nonces - *c.Limits.NoncesOwn - 1},
 		{"retention.audit_days", c.Retention.AuditDays, 36_525},
 		{"retention.receipt_days", c.Retention.ReceiptDays, 36_525},
 		{"retention.decision_days", c.Retention.DecisionDays, 36_525},
@@ -686,6 +707,9 @@ func (c *Config) ledger() ledger.Options {
 	return ledger.Options{
 		Margin: c.Retention.Nonces.std(), MaxLifetime: c.Limits.MaxLifetime.std(), MaxNonces: c.Limits.Nonces,
 		ClockTolerance: c.Limits.ClockTolerance.std(),
+		Bounds: ledger.Bounds{
+			Peer: *c.Limits.NoncesPerPeer, Verifying: *c.Limits.NoncesVerify, Own: *c.Limits.NoncesOwn,
+		},
 	}
 }
 

@@ -2,6 +2,7 @@ package main
 
 import (
 	"encoding/pem"
+	"fmt"
 	"net/http/httptest"
 	"os"
 	"path/filepath"
@@ -9,6 +10,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"countersign/internal/ledger"
 )
 
 const least = `listen = "127.0.0.1:7700"
@@ -51,6 +54,7 @@ func TestConfig(t *testing.T) {
 		limits + "idle_timeout = \"5ms\"\n":                               "limits.idle_timeout must be 1s to 24h0m0s",
 		least + "[limits\n":                                               "c.toml:7",
 		replaced("[tokens.main]", "[tokens.main]\nworkers = 99999999999"): "workers must be",
+		limits + "nonces = 2\n":                                           "limits.nonces must be at least 3",
 	} {
 		_, err := parseConfig("/etc/c.toml", []byte(text))
 		if err == nil || !strings.Contains(err.Error(), want) || strings.Contains(err.Error(), "\n") {
@@ -164,6 +168,37 @@ ca_file = "ca.pem"
 	}
 	if n := paths(reflect.ValueOf(c)); n != 9 {
 		t.Errorf("%d paths are in the directory of the file, want 9: %+v", n, c)
+	}
+}
+
+// TestBoundsOfNonces: the bounds of nonces follow limits.nonces, and each is accepted from 1 to its
+// largest value.
+func TestBoundsOfNonces(t *testing.T) {
+	with := func(lines string) (ledger.Options, error) {
+		c, err := parseConfig("/etc/c.toml", []byte(least+"[limits]\n"+lines))
+		if err != nil {
+			return ledger.Options{}, err
+		}
+		return c.ledger(), nil
+	}
+	for lines, want := range map[string]ledger.Bounds{
+		"":              {Peer: 5_000_000, Verifying: 10_000_000, Own: 200_000},
+		"nonces = 1000": {Peer: 250, Verifying: 500, Own: 10},
+		"nonces = 3":    {Peer: 1, Verifying: 1, Own: 1},
+		"nonces = 1000\nnonces_per_peer = 1\nnonces_verify = 2\nnonces_own = 3": {Peer: 1, Verifying: 2, Own: 3},
+	} {
+		if o, err := with(lines); err != nil || o.Bounds != want {
+			t.Errorf("%q: %+v, %v; want %+v", lines, o.Bounds, err, want)
+		}
+	}
+	for field, most := range map[string]int{"nonces_per_peer": 990, "nonces_verify": 989, "nonces_own": 499} {
+		for n, ok := range map[int]bool{0: false, 1: true, most: true, most + 1: false, -1: false} {
+			_, err := with(fmt.Sprintf("nonces = 1000\n%s = %d\n", field, n))
+			if (err == nil) != ok || err != nil && !strings.Contains(err.Error(), "limits."+field+" must be 1 to") &&
+				!strings.Contains(err.Error(), "limits.nonces_verify must be 1 to") {
+				t.Errorf("%s = %d: %v", field, n, err)
+			}
+		}
 	}
 }
 

@@ -86,6 +86,8 @@ var (
 		"make room on the disk, or mend the disk; the ledger tries again by itself")
 	Clock = stops("clock", "the system's clock is behind the ledger's time, or too far ahead",
 		"set the clock right")
+	NoncesFull = stops("nonces-full", "as many nonces are alive as the peers may have together",
+		"find the peer with the largest share (countersign admin state); wait for an expiry, or raise limits.nonces")
 )
 
 // The causes by which a part of the appliance does not work, or may soon not work.
@@ -109,6 +111,11 @@ var (
 	CounterFailing = define("counter-failing",
 		"the monotonic counter can't be incremented, so that a copy of the ledger made meanwhile is not detected",
 		"see the text, and the token of the counter: countersign admin token list")
+	NoncesShare = define("nonces-share-full",
+		"a peer, or verification as a whole, has as many live nonces as it may, and is refused more as busy",
+		"find out why; wait for nonces to expire, or raise limits.nonces_per_peer or limits.nonces_verify")
+	NoncesFilling = define("nonces-filling", "more than 80 % of a bound of live nonces is used",
+		"find out why before the bound is reached; raise it (limits.nonces and the bounds after it) if need be")
 	PolicyWaits = define("policy-differs", "the policy file is another than the policy in force",
 		"have it approved (countersign admin policy reload), or put the old text back")
 	PolicyBroken = define("policy-file-broken", "the policy file can't be used, and the policy in force stays",

@@ -16,14 +16,16 @@ func KeyScope(name string) Scope { return Scope("k" + name) }
 // SignerScope returns the scope of verifications under a signer's public key. Only a valid
 // signature spends a nonce in the scope. A stranger without the signer's private key therefore
 // can't burn a nonce of the signer.
-func SignerScope(publicKey []byte) Scope { return Scope("s" + string(publicKey)) }
+func SignerScope(publicKey []byte) Scope { return Scope(signerScope + string(publicKey)) }
+
+const signerScope = "s" // the begin of the scopes of verifications
 
 // Admission is the durable record that precedes a signature or the confirmation of a verification.
 type Admission struct {
 	Scope      Scope
 	Nonce      [32]byte
 	Digest     [32]byte // hash of the whole request
-	Peer       [32]byte // public key of the requesting peer
+	Peer       [32]byte // public key of the requesting peer; zero for the appliance itself
 	KeyVersion uint32   // version of the key; a repetition must be signed with the same version
 	ExpiresAt  int64    // Unix seconds; the nonce is kept until then and for Options.Margin after
 	Once       bool     // a repetition counts as a replay
@@ -91,7 +93,9 @@ func (l *Ledger) Admit(ctx context.Context, a Admission, event func(Verdict) []b
 	if a.Decide == nil {
 		fresh = NewEvent(event(Fresh)) // hashed here, to spare the writer
 	}
-	s := spent{fingerprint: fp, requestHash: hashRequest(a.Digest, a.Peer), version: a.KeyVersion}
+	s := spent{
+		fingerprint: fp, requestHash: hashRequest(a.Digest, a.Peer), version: a.KeyVersion, share: a.share(),
+	}
 	result := Admitted{Admission: a}
 	var refused error
 	r := &request{done: make(chan error, 1), apply: func(t *txn) (err error) {
@@ -115,7 +119,7 @@ func (l *Ledger) Admit(ctx context.Context, a Admission, event func(Verdict) []b
 			return nil
 		case !found:
 			s.hour = hourOf(a.ExpiresAt)
-			if refused = t.checkCapacity(s.hour); refused != nil {
+			if refused = t.checkRoom(s.share, s.hour); refused != nil {
 				return nil
 			}
 			if result.Verdict = Fresh; a.Decide != nil {

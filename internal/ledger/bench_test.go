@@ -111,7 +111,7 @@ func bare(b *testing.B, dir string) func() error {
 	}
 	requests := make(chan chan error, 4*callers)
 	b.Cleanup(func() { close(requests) })
-	values := [][]byte{eventBytes, make([]byte, 56), make([]byte, 64)}
+	values := [][]byte{eventBytes, make([]byte, 65), make([]byte, 64)}
 	go func() {
 		var n uint64
 		for first := range requests {

@@ -35,8 +35,9 @@ func (l *Ledger) stats() bolt.Stats {
 // Stats returns the sizes, without waiting for the writer.
 func (l *Ledger) Stats() (s Stats, err error) {
 	now, wall, _ := l.Clock()
+	alive := l.nonces.heldAt(now)
 	s = Stats{
-		Events: l.published.Load().next, Nonces: l.nonces.countAlive(now), MaxNonces: l.options.MaxNonces,
+		Events: l.published.Load().next, Nonces: alive.all(), MaxNonces: l.options.MaxNonces,
 		Time: now.UTC(), BehindClock: int64(wall.Sub(now) / time.Second),
 	}
 	if err := l.Trouble(); err != nil {

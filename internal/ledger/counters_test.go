@@ -106,7 +106,7 @@ func TestRequestsThatShareACommitCountEachOther(t *testing.T) {
 // series, while another request of the same transaction is written.
 func TestWhatIsNotKeptIsNotCounted(t *testing.T) {
 	for want, change := range map[error]func(*ledger.Options, *ledger.Admission){
-		ledger.ErrTooMany: func(o *ledger.Options, _ *ledger.Admission) { o.MaxNonces = 1 },
+		ledger.ErrTooMany: func(o *ledger.Options, _ *ledger.Admission) { o.MaxNonces = 2 },
 		ledger.ErrClock:   func(_ *ledger.Options, a *ledger.Admission) { a.ExpiresAt = 1 },
 	} {
 		_, path := create(t)

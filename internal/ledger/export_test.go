@@ -60,7 +60,9 @@ func (l *Ledger) Fill(ctx context.Context, n int, expiresAt int64) error {
 					return err
 				}
 				fp := fingerprintOf("filled", nonce)
-				if err := t.spend(spent{event: number, hour: hourOf(expiresAt), fingerprint: fp}); err != nil {
+				if err := t.spend(spent{
+					event: number, hour: hourOf(expiresAt), fingerprint: fp, share: share{use: Own},
+				}); err != nil {
 					return err
 				}
 			}

@@ -22,6 +22,7 @@
 package ledger
 
 import (
+	"cmp"
 	"context"
 	"encoding/binary"
 	"errors"
@@ -43,7 +44,7 @@ import (
 
 // format is the version of the file's layout. Open refuses any other version; a higher one belongs
 // to a newer program.
-const format = 4
+const format = 5
 
 // Errors of Create and Open.
 var (
@@ -61,6 +62,8 @@ var (
 	ErrDisk         = errors.New("ledger: the disk refused the write, and nothing was written")
 	ErrClock        = errors.New("ledger: the clock is behind the ledger's time")
 	ErrTooMany      = errors.New("ledger: too many nonces are alive")
+	ErrShare        = fmt.Errorf("%w in the share of this peer", ErrTooMany)
+	ErrVerifying    = fmt.Errorf("%w in the share of verification", ErrTooMany)
 	ErrNotFound     = errors.New("ledger: no such entry")
 	ErrDropped      = errors.New("ledger: dropped by retention")
 	ErrBusy         = errors.New("ledger: a snapshot is being written")
@@ -86,6 +89,7 @@ type Options struct {
 	Margin         time.Duration // for which a nonce is kept after its expiry. Default: 24 h
 	MaxLifetime    time.Duration // of a document; bounds the rate of the ledger's time, see clock. Default: 168 h
 	MaxNonces      int           // nonces that have not expired. Default: 20,000,000, with some 1 GiB of memory
+	Bounds         Bounds        // of MaxNonces. Default: DefaultBounds
 	ClockTolerance time.Duration // by which the clock may be behind the ledger's time. Default: 2 min
 
 	// MarginOf, if set, reads the margin from the ledger's records at opening and replaces Margin.
@@ -112,6 +116,10 @@ func (o *Options) fill() {
 	if o.MaxNonces == 0 {
 		o.MaxNonces = 20_000_000
 	}
+	b := DefaultBounds(o.MaxNonces)
+	o.Bounds.Peer = cmp.Or(o.Bounds.Peer, b.Peer)
+	o.Bounds.Verifying = cmp.Or(o.Bounds.Verifying, b.Verifying)
+	o.Bounds.Own = cmp.Or(o.Bounds.Own, b.Own)
 	wall := o.Wall
 	if wall == nil {
 		wall = time.Now

@@ -10,7 +10,6 @@ import (
 	"runtime"
 	"slices"
 	"sync"
-	"sync/atomic"
 	"time"
 
 	bolt "go.etcd.io/bbolt"
@@ -48,25 +47,28 @@ func hourOf(expiresAt int64) uint32 {
 
 // spent is the record of a spent nonce. The record on disk has the key u64 event and the value
 //
-//	fingerprint (16) || request hash (32) || u32 key version || u32 checksum
+//	fingerprint (16) || request hash (32) || u32 key version || u8 use || peer (8) || u32 checksum
 //
-// The checksum is the CRC-32C of u32 hour, u64 event and the 52 bytes before the checksum.
+// Use and peer are the share. The checksum is the CRC-32C of u32 hour, u64 event and the 61 bytes
+// before the checksum.
 type spent struct {
 	event       uint64
 	hour        uint32
 	fingerprint fingerprint
 	requestHash [32]byte
 	version     uint32
+	share       share
 }
 
-const spentSize = 16 + 32 + 4 + 4
+const spentSize = 16 + 32 + 4 + 1 + 8 + 4
 
 var castagnoli = crc32.MakeTable(crc32.Castagnoli)
 
 func (s spent) encode() []byte {
 	b := make([]byte, 0, spentSize)
 	b = append(append(b, s.fingerprint[:]...), s.requestHash[:]...)
-	b = binary.BigEndian.AppendUint32(b, s.version)
+	b = append(binary.BigEndian.AppendUint32(b, s.version), byte(s.share.use))
+	b = append(b, s.share.peer[:]...)
 	return binary.BigEndian.AppendUint32(b, s.checksum(b))
 }
 
@@ -83,9 +85,15 @@ func decodeSpent(hour uint32, k, v []byte) (spent, error) {
 	if len(k) != 8 || len(v) != spentSize {
 		return spent{}, fmt.Errorf("%w: a nonce of hour %d has %d and %d bytes", ErrCorrupt, hour, len(k), len(v))
 	}
-	s := spent{binary.BigEndian.Uint64(k), hour, fingerprint(v), [32]byte(v[16:]), binary.BigEndian.Uint32(v[48:])}
+	s := spent{
+		binary.BigEndian.Uint64(k), hour, fingerprint(v), [32]byte(v[16:]), binary.BigEndian.Uint32(v[48:]),
+		share{Use(v[52]), PeerID(v[53:])},
+	}
 	if s.checksum(v[:spentSize-4]) != binary.BigEndian.Uint32(v[spentSize-4:]) {
 		return spent{}, fmt.Errorf("%w: the nonce of event %d is not what was written", ErrCorrupt, s.event)
+	}
+	if u := s.share.use; u < Signing || u > Own || (u == Own) != (s.share.peer == PeerID{}) {
+		return spent{}, fmt.Errorf("%w: the nonce of event %d is of no known share", ErrCorrupt, s.event)
 	}
 	return s, nil
 }
@@ -96,20 +104,21 @@ func (s spent) segmentName() []byte {
 }
 
 // nonces are the spent nonces in memory that have not expired, by the hour of expiry. The writer
-// owns the nonces. Other goroutines may call countAlive: mu protects the list of hours.
+// owns the nonces. Other goroutines may call heldAt: the writer changes the list of hours and the
+// numbers of nonces under mu.
 type nonces struct {
 	margin  time.Duration
-	alive   int  // number of nonces in all hours
 	expired bool // records of expired hours may be on disk
 
 	mu    sync.Mutex
 	hours []*hour
+	held  held // in all hours
 }
 
 type hour struct {
 	number uint32
 	spent  map[fingerprint]uint64 // the number of the admission
-	count  atomic.Int64           // length of spent, for other goroutines
+	held   held
 }
 
 // expiredHour reports whether all nonces of an hour have expired and the margin has passed.
@@ -127,23 +136,11 @@ func (n *nonces) expire(now time.Time) {
 	n.hours = slices.DeleteFunc(n.hours, func(h *hour) bool {
 		gone := n.expiredHour(h.number, now)
 		if gone {
-			n.alive -= len(h.spent)
+			n.held.addAll(h.held, -1)
 			n.expired = true
 		}
 		return gone
 	})
-}
-
-// countAlive returns the number of nonces that have not expired at a time.
-func (n *nonces) countAlive(now time.Time) (count int) {
-	n.mu.Lock()
-	defer n.mu.Unlock()
-	for _, h := range n.hours {
-		if !n.expiredHour(h.number, now) {
-			count += int(h.count.Load())
-		}
-	}
-	return count
 }
 
 // load reads the records of all hours that have not expired. Several hours are read in parallel,
@@ -180,52 +177,57 @@ func (n *nonces) load(db *bolt.DB, now time.Time, next uint64) error {
 			defer func() { <-slots }()
 			r := result{hour: &hour{number: number}}
 			r.err = guard(func() error {
-				return db.View(func(tx *bolt.Tx) (err error) {
-					r.spent, err = loadHour(root(tx, bucketNonces), number, names, next)
-					return err
-				})
+				return db.View(func(tx *bolt.Tx) error { return r.load(root(tx, bucketNonces), names, next) })
 			})
 			results <- r
 		}()
 	}
 	for range segments {
 		r := <-results
-		r.count.Store(int64(len(r.spent)))
-		n.hours, n.alive = append(n.hours, r.hour), n.alive+len(r.spent)
+		n.hours = append(n.hours, r.hour)
+		n.held.addAll(r.held, 1)
 		err = errors.Join(err, r.err)
 	}
 	return err
 }
 
-// loadHour reads the records of an hour.
-func loadHour(bucket *bolt.Bucket, number uint32, names [][]byte, next uint64) (map[fingerprint]uint64, error) {
+// load reads the records of an hour from the buckets of its segments.
+func (h *hour) load(bucket *bolt.Bucket, names [][]byte, next uint64) error {
 	type record struct {
 		fingerprint fingerprint
 		event       uint64
 	}
 	records := make([]record, 0, len(names)*segment/8) // read before the map is made, so that the map never grows
+	var last share                                     // consecutive nonces of a share are counted together
+	var consecutive int
 	for _, name := range names {
 		b := bucket.Bucket(name)
 		if b == nil {
-			return nil, fmt.Errorf("%w: there are nonces in %x", ErrCorrupt, name)
+			return fmt.Errorf("%w: there are nonces in %x", ErrCorrupt, name)
 		}
 		c := b.Cursor()
 		for k, v := c.First(); k != nil; k, v = c.Next() {
-			s, err := decodeSpent(number, k, v)
+			s, err := decodeSpent(h.number, k, v)
 			if err != nil {
-				return nil, err
+				return err
 			}
 			if s.event >= next || s.event/segment != binary.BigEndian.Uint64(name[4:]) {
-				return nil, fmt.Errorf("%w: the nonce of event %d is in %x", ErrCorrupt, s.event, name)
+				return fmt.Errorf("%w: the nonce of event %d is in %x", ErrCorrupt, s.event, name)
 			}
 			records = append(records, record{s.fingerprint, s.event})
+			if s.share != last {
+				h.held.add(last, consecutive)
+				last, consecutive = s.share, 0
+			}
+			consecutive++
 		}
 	}
-	m := make(map[fingerprint]uint64, len(records))
+	h.held.add(last, consecutive)
+	h.spent = make(map[fingerprint]uint64, len(records))
 	for _, r := range records {
-		m[r.fingerprint] = r.event
+		h.spent[r.fingerprint] = r.event
 	}
-	return m, nil
+	return nil
 }
 
 // hour returns the nonces of an hour, which is added if necessary.
@@ -253,8 +255,10 @@ func (n *nonces) follow(segmentName, k, v []byte) error {
 	}
 	h := n.hour(s.hour)
 	h.spent[s.fingerprint] = s.event
-	h.count.Add(1)
-	n.alive++
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	h.held.add(s.share, 1)
+	n.held.add(s.share, 1)
 	return nil
 }
 
@@ -281,18 +285,6 @@ func (t *txn) find(fp fingerprint) (s spent, found bool, err error) {
 	return s, true, err
 }
 
-// checkCapacity returns an error for a nonce that can't be kept: its hour has expired, or the
-// memory has MaxNonces nonces.
-func (t *txn) checkCapacity(hour uint32) error {
-	if t.l.nonces.expiredHour(hour, t.now) {
-		return fmt.Errorf("%w: a nonce of that expiry is forgotten already", ErrClock)
-	}
-	if t.l.nonces.alive+len(t.spent) >= t.l.options.MaxNonces {
-		return fmt.Errorf("%w: %d", ErrTooMany, t.l.options.MaxNonces)
-	}
-	return nil
-}
-
 // spend writes the record of a nonce.
 func (t *txn) spend(s spent) error {
 	b, err := t.bucket(bucketNonces).inner(s.segmentName())
@@ -300,6 +292,7 @@ func (t *txn) spend(s spent) error {
 		return err
 	}
 	t.spent[s.fingerprint] = spentAt{s.event, s.hour}
+	t.held.add(s.share, 1)
 	return b.put(u64(s.event), s.encode())
 }
 

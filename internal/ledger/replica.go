@@ -73,6 +73,9 @@ func (l *Ledger) digest(at time.Time) string {
 			continue
 		}
 		fmt.Fprintln(h, hour.number, len(hour.spent))
+		for _, s := range slices.SortedFunc(maps.Keys(hour.held.shares), share.compare) {
+			fmt.Fprintln(h, s.use, hex.EncodeToString(s.peer[:]), hour.held.shares[s])
+		}
 		for _, fp := range slices.SortedFunc(maps.Keys(hour.spent), fingerprint.compare) {
 			fmt.Fprintln(h, hex.EncodeToString(fp[:]), hour.spent[fp])
 		}

@@ -173,6 +173,7 @@ type txn struct {
 	accepted bool      // now becomes the ledger's time: see AcceptTime
 	log      logState
 	spent    map[fingerprint]spentAt // by this transaction
+	held     held                    // the same nonces by share
 	writes   Writes
 	roots    [len(buckets)]bucket // cache of opened buckets
 	inners   [len(buckets)]bucket // cache of the last opened inner bucket
