@@ -19,18 +19,27 @@ import (
 	"countersign/wire"
 )
 
-// decision is the decision about one sign request. The ledger calls decide inside the admission,
-// because the budgets need exact counts of earlier signatures. Then the ledger calls event.
+// decision is the decision about one request to sign or to verify. The ledger calls decide inside
+// the admission, because the budgets need exact counts of earlier admissions. Then the ledger calls
+// event.
 type decision struct {
 	policies   *policies
+	who        Caller
+	doc        *transcript.Document
+	action     string
+	key        string       // name; "" for another signer than the appliance
+	publicKey  []byte       // of the key or the signer
 	mayUse     func() error // the error of a version that may not sign the document at this moment
-	request    policy.Request
-	payment    bool
 	at         time.Time
-	salt       [16]byte
-	counts     []ledger.Count
 	generation *ledger.Monotonic // nil for a document without a generation
 	admission  audit.Event
+
+	// The results of prepare.
+	prepared bool
+	request  policy.Request
+	payment  bool // the amounts are counted
+	salt     [16]byte
+	series   []ledger.Count
 
 	// The results of decide.
 	rules   *rules
@@ -39,8 +48,8 @@ type decision struct {
 	record  []byte
 }
 
-// decisionOf prepares a decision outside the ledger. The error refuses documents reserved for the
-// appliance itself, and amounts beyond the range of Cedar's integers.
+// decisionOf prepares a decision about a signature outside the ledger. The error refuses documents
+// reserved for the appliance itself, and amounts beyond the range of Cedar's integers.
 func (a *Appliance) decisionOf(who Caller, key *keyring.Key, doc *transcript.Document) (*decision, error) {
 	if doc.Reserved {
 		return nil, fmt.Errorf("%w: %s is made by the appliance only", errNotYours, doc.Type)
@@ -52,9 +61,48 @@ func (a *Appliance) decisionOf(who Caller, key *keyring.Key, doc *transcript.Doc
 		return doc.CheckSigner(key.Info().PublicKey) // a fresh nonce is for this version only
 	}
 	d := &decision{
-		policies: &a.policies, mayUse: mayUse, payment: doc.Payment != nil, at: time.Now(),
+		policies: &a.policies, who: who, doc: doc, action: policy.Sign, key: key.Name,
+		publicKey: key.Info().PublicKey, mayUse: mayUse, at: time.Now(),
 		admission: audit.NewAdmission(who.actor(), key.Ref().String(), keyring.DocumentOf(doc)),
 	}
+	if doc.Type == "raw" {
+		d.action = policy.SignRaw
+	}
+	if doc.Generation != nil {
+		d.generation = &ledger.Monotonic{Series: keyring.GenerationSeries(doc.Type, key.Name), Value: *doc.Generation}
+	}
+	return d, d.prepare()
+}
+
+// verificationOf prepares a decision about a verification, if the policy has a rule about
+// verifications.
+func (a *Appliance) verificationOf(who Caller, r *wire.Verify, doc *transcript.Document) (*decision, error) {
+	d := &decision{
+		policies: &a.policies, who: who, doc: doc, action: policy.Verify,
+		key: a.Keys.NameOf(r.Key, r.PublicKey), publicKey: r.PublicKey[:], at: time.Now(),
+		admission: audit.NewVerification(who.actor(), r.KeyName(), keyring.DocumentOf(doc), r.PublicKey),
+	}
+	if d.undecided() {
+		return d, nil
+	}
+	return d, d.prepare()
+}
+
+// undecided reports that the policy in force has no rule about the action, which is then allowed.
+func (d *decision) undecided() bool {
+	if d.action != policy.Verify {
+		return false
+	}
+	rules, err := d.policies.inForce()
+	return err == nil && !rules.Verifies
+}
+
+// prepare makes the request for the policy, and the series in which an admission is counted.
+func (d *decision) prepare() (err error) {
+	if d.prepared {
+		return nil
+	}
+	doc := d.doc
 	rand.Read(d.salt[:])
 	fields := maps.Clone(doc.Fields)
 	if fields == nil {
@@ -64,49 +112,60 @@ func (a *Appliance) decisionOf(who Caller, key *keyring.Key, doc *transcript.Doc
 	fields["lifetime"] = doc.ExpiresAt - doc.Timestamp
 	fields["size"] = int64(len(doc.Canonical))
 	policy.SetTime(fields, d.at)
-	if who.Identity != "" {
-		fields["identity"] = who.Identity
+	if d.who.Identity != "" {
+		fields["identity"] = d.who.Identity
 	}
-	// A currency is one currency, and has one sum, in each spelling: SAT and sat.
-	currency := ""
-	if d.payment {
-		currency = strings.ToUpper(doc.Payment.Currency) // ASCII, see package transcript
-		fields["currency"] = currency
-	}
-	counterparty := hex.EncodeToString(doc.Counterparty(key.Info().PublicKey))
+	counterparty := hex.EncodeToString(doc.Counterparty(d.publicKey))
 	if counterparty != "" {
 		fields["counterparty"] = counterparty
 	}
+	// A currency is one currency, and has one sum, in each spelling: SAT and sat.
+	currency := ""
 	var exact *big.Int
-	if d.payment {
+	if doc.Payment != nil {
+		currency = strings.ToUpper(doc.Payment.Currency) // ASCII, see package transcript
 		exact = doc.Payment.Exact()
 		amount, amountE8 := policy.Amounts(exact)
 		if amount == math.MaxInt64 {
-			return nil, fmt.Errorf("%w: the amount is larger than any rule can judge", policy.ErrDenied)
+			return fmt.Errorf("%w: the amount is larger than any rule can judge", policy.ErrDenied)
 		}
-		fields["amount"], fields["amount_e8"] = amount, amountE8
+		fields["currency"], fields["amount"], fields["amount_e8"] = currency, amount, amountE8
 	}
-	for i, subject := range []string{who.Name, key.Name, key.Name + "\x00" + counterparty} {
+	if d.request, err = policy.NewRequest(d.who.Name, d.action, d.key, fields); err != nil {
+		return err
+	}
+	d.prepared = true
+	one := big.NewInt(1)
+	if d.action == policy.Verify {
+		if d.key == "" {
+			d.request.Signer = hex.EncodeToString(d.publicKey)
+		}
+		d.series = []ledger.Count{{Series: "verifications\x00" + policy.Counted[0] + "\x00" + d.who.Name, Add: one}}
+		return nil
+	}
+	d.payment = doc.Payment != nil
+	for i, subject := range []string{d.who.Name, d.key, d.key + "\x00" + counterparty} {
 		if i == counterpartyIndex && counterparty == "" && !d.payment {
 			break // payments that name no counterparty share one window of the key
 		}
 		series := policy.Counted[i] + "\x00" + subject
-		d.counts = append(d.counts, ledger.Count{Series: "signatures\x00" + series, Add: big.NewInt(1)})
+		d.series = append(d.series, ledger.Count{Series: "signatures\x00" + series, Add: one})
 		if d.payment {
 			amounts := "amount\x00" + series + "\x00" + currency
-			d.counts = append(d.counts, ledger.Count{Series: amounts, Add: exact})
+			d.series = append(d.series, ledger.Count{Series: amounts, Add: exact})
 		}
 	}
-	if doc.Generation != nil {
-		d.generation = &ledger.Monotonic{Series: keyring.GenerationSeries(doc.Type, key.Name), Value: *doc.Generation}
+	return nil
+}
+
+// counts returns the series of the admission. The ledger may call counts twice, each time before
+// decide.
+func (d *decision) counts() []ledger.Count {
+	if d.undecided() {
+		return nil
 	}
-	action := policy.Sign
-	if doc.Type == "raw" {
-		action = policy.SignRaw
-	}
-	var err error
-	d.request, err = policy.NewRequest(who.Name, action, key.Name, fields)
-	return d, err
+	d.refused = d.prepare() // the policy may have changed since verificationOf
+	return d.series
 }
 
 // counterpartyIndex is the index of the counterparty in policy.Counted.
@@ -116,7 +175,13 @@ const counterpartyIndex = 2
 // moment, however long the request has waited: no policy decides after its successor is in force.
 // The ledger may call decide twice.
 func (d *decision) decide(used []ledger.Used) ([]byte, error) {
-	if d.refused = d.mayUse(); d.refused != nil {
+	if d.record = nil; d.undecided() {
+		return nil, nil
+	}
+	if d.refused == nil && d.mayUse != nil {
+		d.refused = d.mayUse()
+	}
+	if d.refused != nil {
 		return nil, d.refused
 	}
 	var err error
@@ -158,7 +223,7 @@ func (d *decision) event(v ledger.Verdict) []byte {
 		if d.allowed {
 			e = e.RefusedByGeneration() // the ledger refused, and the policy allowed
 		}
-	case v != ledger.Replay:
+	case v != ledger.Replay && d.record != nil:
 		e = e.Decided(d.rules.Hash, policy.Digest(d.record))
 	}
 	return verdictEvent(e, v)

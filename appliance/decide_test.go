@@ -70,7 +70,7 @@ func TestEveryContextFitsTheSchema(t *testing.T) {
 				continue
 			}
 			d.mayUse = func() error { return nil } // the vectors name other keys as parties
-			used := make([]ledger.Used, len(d.counts))
+			used := make([]ledger.Used, len(d.series))
 			for i := range used {
 				for w := range used[i] {
 					if used[i][w] = new(big.Int).Lsh(big.NewInt(1), 200); i%2 == 0 || !d.payment {

@@ -67,7 +67,7 @@ var table = []struct {
 	{peers.ErrBusy, unavailable, wire.CodeBusy, "too many requests are being served; send the same request again"},
 	{peers.ErrRate, unavailable, wire.CodeRateLimited, "too many requests a second; send the same request again"},
 	{ledger.ErrNotHigher, refused, wire.CodeDenied, ""},
-	{policy.ErrDenied, refused, wire.CodeDenied, "policy does not allow this peer to sign this with this key"},
+	{policy.ErrDenied, refused, wire.CodeDenied, "policy does not allow this to this peer"},
 	{ledger.ErrDisk, unavailable, wire.CodeUnavailable,
 		"the appliance can't write anything down now; send the same request again"},
 	{ledger.ErrClock, unavailable, wire.CodeUnavailable,

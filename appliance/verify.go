@@ -6,16 +6,14 @@ import (
 	"fmt"
 	"time"
 
-	"countersign/audit"
 	"countersign/internal/eddsa"
-	"countersign/internal/keyring"
 	"countersign/internal/ledger"
 	"countersign/transcript"
 	"countersign/wire"
 )
 
 // Verify verifies a signed document and spends its nonce. The order is: the signature, the times,
-// the signer, the nonce. A peer without the signer's private key therefore can't burn a nonce. A
+// the signer, the nonce, the policy. A peer without the signer's private key therefore can't burn a nonce. A
 // document is a replay the second time, also for the peer that asked first, because the nonce has
 // to tell a repeated document.
 func (a *Appliance) Verify(ctx context.Context, who Caller, r *wire.Verify) (*wire.Verified, error) {
@@ -40,11 +38,15 @@ func (a *Appliance) Verify(ctx context.Context, who Caller, r *wire.Verify) (*wi
 	if err := a.Keys.CheckSigner(r.Key, r.PublicKey); err != nil {
 		return nil, err
 	}
-	e := audit.NewVerification(who.actor(), r.KeyName(), keyring.DocumentOf(doc), r.PublicKey)
+	d, err := a.verificationOf(who, r, doc)
+	if err != nil {
+		return nil, err
+	}
 	admitted, err := a.ledger.Admit(ctx, ledger.Admission{
 		Scope: ledger.SignerScope(r.PublicKey[:]), Nonce: doc.Nonce, Digest: doc.Digest(), Peer: who.PublicKey,
 		ExpiresAt: doc.ExpiresAt, Once: true, Quiet: who.quiet, Member: who.member,
-	}, func(v ledger.Verdict) []byte { return verdictEvent(e, v) })
+		Counts: d.counts, Decide: d.decide,
+	}, d.event)
 	if errors.Is(err, context.DeadlineExceeded) {
 		return nil, fmt.Errorf("%w: %w", errUnknownOutcome, err)
 	} else if err != nil {

@@ -8,6 +8,7 @@ import (
 	"maps"
 	"math"
 	"math/big"
+	"regexp"
 	"slices"
 	"strconv"
 	"strings"
@@ -29,8 +30,9 @@ type Case struct {
 // columns. Empty lines and lines that begin with # are skipped.
 //
 // The columns expect (allow or deny), peer and key are required. Optional columns are name, action,
-// time (RFC 3339, sets hour and weekday), and each field of the schema's context, such as
-// used.peer.day.amount. An empty field is absent.
+// time (RFC 3339, sets hour and weekday), signer (64 hex digits, in place of a key for the action
+// verify), and each field of the schema's context, such as used.peer.day.amount. An empty field is
+// absent.
 //
 // The defaults are action sign, transcript message-v1, lifetime 3600, size 256, and 12:00 UTC on
 // a Monday. Each of amount and amount_e8 has its default from the other one. By default a window
@@ -99,7 +101,7 @@ func settable(column string) bool {
 	attribute, ok := context[cedar.String(column)]
 	_, record := attribute.Type.(resolved.RecordType)
 	return ok && !record ||
-		slices.Contains([]string{"expect", "name", "peer", "key", "action", "time"}, column) ||
+		slices.Contains([]string{"expect", "name", "peer", "key", "signer", "action", "time"}, column) ||
 		slices.Contains(windowPaths(), column)
 }
 
@@ -121,8 +123,14 @@ func parseCase(fields map[string]string) (c Case, err error) {
 	}
 	c.Name = take("name", "")
 	peer, key, action := take("peer", ""), take("key", ""), take("action", Sign)
-	if peer == "" || key == "" {
+	signer := take("signer", "")
+	switch {
+	case peer == "" || key == "" && signer == "":
 		return c, errors.New("peer and key are needed")
+	case signer != "" && (action != Verify || key != ""):
+		return c, errors.New("a signer is for the action verify, and in place of a key")
+	case signer != "" && !isPublicKey.MatchString(signer):
+		return c, fmt.Errorf("signer: %q is not a public key: 64 hex digits in small letters", signer)
 	}
 	schema, ok := resolvedSchema().Actions[cedar.NewEntityUID("Action", cedar.String(action))]
 	if !ok {
@@ -171,11 +179,14 @@ func parseCase(fields map[string]string) (c Case, err error) {
 	if c.Request, err = NewRequest(peer, action, key, context); err != nil {
 		return c, err
 	}
-	if c.Request.Used, err = caseUsage(context, used); err != nil {
+	c.Request.Signer = signer
+	if c.Request.Used, err = caseUsage(action, context, used); err != nil {
 		return c, err
 	}
 	return c, c.Request.Check()
 }
+
+var isPublicKey = regexp.MustCompile("^[0-9a-f]{64}$")
 
 var weekdays = [...]string{"Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"}
 
@@ -208,10 +219,19 @@ func windowPaths() (all []string) {
 
 // caseUsage makes the windows of a case: the numbers that the row sets, and defaults for the
 // others (see ParseCases).
-func caseUsage(context map[string]any, set map[string]int64) (u Usage, err error) {
+func caseUsage(action string, context map[string]any, set map[string]int64) (u Usage, err error) {
 	for i, counted := range Counted {
 		var least Window
-		if counted != "counterparty" || context["counterparty"] != nil || context["amount"] != nil {
+		if action == Verify {
+			for path, v := range set {
+				if v > 0 && !(strings.HasPrefix(path, "used.peer.") && strings.HasSuffix(path, ".signatures")) {
+					return u, fmt.Errorf("%s: for a verification it is always 0", path)
+				}
+			}
+			if counted == "peer" {
+				least.Signatures = 1
+			}
+		} else if counted != "counterparty" || context["counterparty"] != nil || context["amount"] != nil {
 			least.Signatures = 1
 			least.Amount, _ = context["amount"].(int64)
 			least.AmountE8, _ = context["amount_e8"].(int64)

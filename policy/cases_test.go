@@ -64,6 +64,37 @@ func TestParseCasesRefusesWithTheLine(t *testing.T) {
 
 // TestParseCases reads a table with quotes, spaces, both line ends, a byte order mark and absent
 // fields.
+// TestCasesOfVerification: a case of a verification has a key or a signer, and counts the peer's
+// verifications only.
+func TestCasesOfVerification(t *testing.T) {
+	const head = "expect,peer,key,signer,action,currency,amount,used.peer.day.signatures,used.key.day.signatures\n"
+	signer := strings.Repeat("0a", 32)
+	cases, err := policy.ParseCases("c.csv", []byte(head+"allow,shop,,"+signer+",verify,SAT,5,7,\n"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	r := cases[0].Request
+	var want policy.Usage
+	for w := range policy.Windows {
+		want[0][w].Signatures = max(1, 7*int64(min(1, w/2)))
+	}
+	if r.Signer != signer || r.Key != "" || r.Used != want {
+		t.Errorf("%+v, want %v", r, want)
+	}
+	for row, says := range map[string]string{
+		"allow,shop,,,verify,,,,":                     "peer and key are needed",
+		"allow,shop,,x,verify,,,,":                    "is not a public key",
+		"allow,shop,,0A" + signer[2:] + ",verify,,,,": "is not a public key",
+		"allow,shop,k," + signer + ",verify,,,,":      "in place of a key",
+		"allow,shop,," + signer + ",sign,,,,":         "in place of a key",
+		"allow,shop,," + signer + ",verify,,,,1":      "used.key.day.signatures: for a verification",
+	} {
+		if _, err := policy.ParseCases("c.csv", []byte(head+row+"\n")); err == nil || !strings.Contains(err.Error(), says) {
+			t.Errorf("%s: %v, want %q", row, err, says)
+		}
+	}
+}
+
 func TestParseCases(t *testing.T) {
 	cases, err := policy.ParseCases("c.csv", []byte("\ufeff# a table\r\n"+
 		" name , expect,peer,\"key\",action,time,currency,amount,amount_e8,"+

@@ -373,6 +373,13 @@ type environment struct {
 // judged, so that no policy can occupy the daemon.
 const maxWork = 4_000_000
 
+// neverOf has the transcript types of which no document comes to an action.
+var neverOf = map[string][]string{
+	Sign: {"raw"},
+	// The signed bytes of these types do not have the nonce.
+	Verify: {"raw", "paykit-http-signature-v1", "paykit-noise-key-authorization-v1"},
+}
+
 // environments lists the environments that a rule's scope allows.
 func environments(tree *ast.Policy) (all []*environment) {
 	for uid, action := range resolvedSchema().Actions {
@@ -382,10 +389,13 @@ func environments(tree *ast.Policy) (all []*environment) {
 		for _, principal := range action.AppliesTo.Principals {
 			for _, resource := range action.AppliesTo.Resources {
 				e := &environment{uid, principal, resource, action.AppliesTo.Context, state{}, maxWork}
-				if transcript := e.get("context.transcript", e.base); uid.ID == Sign && transcript.kind == 's' {
-					e.base = e.base.with("context.transcript", transcript.without(one("raw")))
-				} else if uid.ID == SignRaw && transcript.kind == 's' {
-					e.base = e.base.with("context.transcript", one("raw"))
+				if transcript := e.get("context.transcript", e.base); transcript.kind == 's' {
+					if never := neverOf[string(uid.ID)]; uid.ID == SignRaw {
+						transcript = one("raw")
+					} else {
+						transcript.not = append(slices.Clone(transcript.not), never...)
+					}
+					e.base = e.base.with("context.transcript", transcript)
 				}
 				scopes := map[string]ast.IsScopeNode{
 					"principal": tree.Principal, "action": tree.Action, "resource": tree.Resource,

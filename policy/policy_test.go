@@ -82,6 +82,46 @@ func TestDecide(t *testing.T) {
 	}
 }
 
+// TestVerification: without a rule that names the action, every verification is allowed, whatever
+// rules without an action say. With one, rules decide as for signatures.
+func TestVerification(t *testing.T) {
+	own := ask(t, "shop", policy.Verify, "payments", nil)
+	other := ask(t, "shop", policy.Verify, "", nil)
+	other.Signer = strings.Repeat("0a", 32)
+	if err := other.Check(); err != nil {
+		t.Error(err)
+	}
+	const signs = `permit (principal, action == Action::"sign", resource);`
+	for text, want := range map[string]string{
+		"":    "own other",
+		signs: "own other",
+		signs + `forbid (principal, action, resource);`:                                                         "own other",
+		`permit (principal, action == Action::"verify", resource is Key);`:                                      "own",
+		`permit (principal, action in [Action::"sign", Action::"verify"], resource is Signer);`:                 "other",
+		`permit (principal, action, resource) when { action == Action::"verify" && resource is Key };`:          "own",
+		`permit (principal, action, resource) unless { action == Action::"verify" };`:                           "",
+		`permit (principal, action, resource);forbid (principal, action in Action::"verify", resource is Key);`: "other",
+		`permit (principal, action == Action::"verify", resource == Signer::"` + other.Signer + `");`:           "other",
+		`permit (principal == Peer::"cafe", action == Action::"verify", resource);`:                             "",
+		`permit (principal, action == Action::"verify", resource);forbid (principal, action, resource is Key);`: "other",
+	} {
+		p, err := policy.Offer("policy.cedar", []byte(text))
+		if err != nil {
+			t.Error(err)
+			continue
+		}
+		var got []string
+		for _, r := range []policy.Request{own, other} {
+			if p.Decide(r).Allowed {
+				got = append(got, map[bool]string{true: "own", false: "other"}[r.Signer == ""])
+			}
+		}
+		if strings.Join(got, " ") != want {
+			t.Errorf("%s\nallows %q, want %q", text, got, want)
+		}
+	}
+}
+
 // TestARuleThatFailsDenies sees that a forbid that can't be evaluated, because of an overflow, does
 // not allow the requests that the rule forbids.
 func TestARuleThatFailsDenies(t *testing.T) {

@@ -18,9 +18,10 @@ type Record struct {
 	TimeMS  int64           `json:"time_ms"` // of the appliance's clock, Unix milliseconds
 	Peer    string          `json:"peer"`
 	Action  string          `json:"action"`
-	Key     string          `json:"key"`
-	Context json.RawMessage `json:"context"` // without the field used, in Cedar's JSON
-	Used    Usage           `json:"used"`    // in the order of Counted and Windows: signatures, amount, amount_e8
+	Key     string          `json:"key"`              // "" for a Signer
+	Signer  string          `json:"signer,omitempty"` // of a verification: see Request
+	Context json.RawMessage `json:"context"`          // without the field used, in Cedar's JSON
+	Used    Usage           `json:"used"`             // in the order of Counted and Windows: signatures, amount, amount_e8
 	Allowed bool            `json:"allowed"`
 	Rules   []string        `json:"rules"` // ids of the deciding rules
 	Fault   string          `json:"fault,omitempty"`
@@ -35,7 +36,7 @@ func (p *Policy) Decided(version uint64, timeMS int64, r Request, salt [16]byte)
 	d := p.Decide(r)
 	b, err := json.Marshal(Record{
 		Policy: hex.EncodeToString(p.Hash[:]), Version: version, TimeMS: timeMS, Peer: r.Peer, Action: r.Action,
-		Key: r.Key, Context: r.encoded, Used: r.Used,
+		Key: r.Key, Signer: r.Signer, Context: r.encoded, Used: r.Used,
 		Allowed: d.Allowed, Rules: d.Rules, Fault: d.Fault, Salt: hex.EncodeToString(salt[:]),
 	})
 	if err != nil {
@@ -65,7 +66,7 @@ func Digest(record []byte) string {
 
 // Request returns the input of the decision.
 func (r Record) Request() (Request, error) {
-	q := Request{Peer: r.Peer, Action: r.Action, Key: r.Key, Used: r.Used, encoded: r.Context}
+	q := Request{Peer: r.Peer, Action: r.Action, Key: r.Key, Signer: r.Signer, Used: r.Used, encoded: r.Context}
 	if err := json.Unmarshal(r.Context, &q.context); err != nil {
 		return q, fmt.Errorf("policy: record: %w", err)
 	}

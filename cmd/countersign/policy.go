@@ -215,14 +215,17 @@ func (t *tool) policyCheck() *cobra.Command {
 			}
 		}
 		rules, warnings := p.Rules(), append([]policy.Warning{}, p.Warnings(known)...)
-		out := map[string]any{"sha256": hex.EncodeToString(p.Hash[:]), "rules": len(rules), "warnings": warnings}
+		out := map[string]any{"sha256": hex.EncodeToString(p.Hash[:]), "rules": len(rules), "verifies": p.Verifies,
+			"warnings": warnings}
 		return t.print(out, func(w io.Writer) {
 			fmt.Fprintf(w, "sound\t%d rules\nsha256\t%x\n", len(rules), p.Hash)
+			fmt.Fprintf(w, "verify\t%s\n", either(p.Verifies, "by these rules",
+				`every peer, since no rule names Action::"verify"`))
 			for _, each := range warnings {
 				fmt.Fprintf(w, "warning\t%v\n", each)
 			}
 			if len(rules) == 0 {
-				fmt.Fprintln(w, "warning\twithout a rule, everything is denied")
+				fmt.Fprintln(w, "warning\twithout a rule, nothing is signed")
 			}
 		})
 	}
@@ -298,7 +301,7 @@ func (t *tool) policyTest() *cobra.Command {
 			case d.Fault != "":
 				r.Because = d.Fault
 			case len(d.Rules) == 0:
-				r.Because = "no rule permits it"
+				r.Because = either(d.Allowed, `no rule names Action::"verify"`, "no rule permits it")
 			}
 			if results = append(results, r); r.Expect != r.Got {
 				wrong++
@@ -323,9 +326,9 @@ func (t *tool) policyTest() *cobra.Command {
 	}
 	c := command("test FILE CASES", "Test a policy file with a table of cases", cobra.ExactArgs(2), do)
 	details(c, "CASES has comma-separated values. The first row names the columns. Required: expect (allow or\n"+
-		"deny), peer and key. Optional: name, action, time (RFC 3339), and any field of the schema\n"+
-		"(countersign policy schema), for example amount or used.peer.day.amount. An empty field is\n"+
-		"absent. A window without a value counts the document of the case only. Lines that begin with #\n"+
+		"deny), peer and key. Optional: name, action, time (RFC 3339), signer (in place of a key, for\n"+
+		"the action verify), and any field of the schema (countersign policy schema), for example amount\n"+
+		"or used.peer.day.amount. An empty field is absent. A window without a value counts the document of the case only. Lines that begin with #\n"+
 		"are skipped. Exit status 1: a case did not come out as expected.")
 	c.Example = "  countersign policy test policy.cedar cases.csv\n\n" +
 		"  # cases.csv\n" +
@@ -483,7 +486,7 @@ func (t *tool) explain(
 	return t.print(out, func(w io.Writer) {
 		fmt.Fprintf(w, "event\t%d\ndecision\t%s\n", event, outcome(rec.Allowed))
 		fmt.Fprintf(w, "policy\tversion %d, sha256 %s\n", rec.Version, rec.Policy)
-		fmt.Fprintf(w, "peer\t%s\naction\t%s\nkey\t%s\n", rec.Peer, rec.Action, rec.Key)
+		fmt.Fprintf(w, "peer\t%s\naction\t%s\nkey\t%s\n", rec.Peer, rec.Action, resource(rec))
 		fmt.Fprintf(w, "time\t%s\n", time.UnixMilli(rec.TimeMS).UTC().Format(time.RFC3339))
 		for _, name := range slices.Sorted(maps.Keys(context)) {
 			fmt.Fprintf(w, "  %s\t%s\n", name, context[name])
@@ -508,6 +511,14 @@ func (t *tool) explain(
 		}
 		fmt.Fprintf(w, "replayed\tthe same\nrecord\tsha256 %s, %s\n", digest, logged)
 	})
+}
+
+// resource names the key of a decision, or the signer of a verification without a key.
+func resource(rec policy.Record) string {
+	if rec.Signer != "" {
+		return "signer " + rec.Signer
+	}
+	return rec.Key
 }
 
 func (t *tool) policyDiff() *cobra.Command {
@@ -545,7 +556,7 @@ func (t *tool) policyDiff() *cobra.Command {
 			}
 			if d := next.Decide(q); d.Allowed != rec.Allowed {
 				changes = append(changes, change{
-					event, time.UnixMilli(rec.TimeMS).UTC().Format(time.RFC3339), rec.Peer, rec.Key,
+					event, time.UnixMilli(rec.TimeMS).UTC().Format(time.RFC3339), rec.Peer, resource(rec),
 					outcome(rec.Allowed), outcome(d.Allowed), where(next, d.Rules),
 				})
 			}

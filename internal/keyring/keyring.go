@@ -417,6 +417,22 @@ func (r *Ring) CheckSigner(name *string, publicKey [32]byte) error {
 	return nil
 }
 
+// NameOf returns the name of the key with a public key, in a version whose signatures are accepted,
+// or "". The name of the request is the result where it is given: see CheckSigner.
+func (r *Ring) NameOf(name *string, publicKey [32]byte) string {
+	if name != nil {
+		return *name
+	}
+	r.mu.RLock()
+	defer r.mu.RUnlock()
+	for _, ref := range r.byPublic[publicKey] {
+		if r.keys[ref].State.accepted() {
+			return ref.Name
+		}
+	}
+	return ""
+}
+
 // Causes returns the failed rotations, and the versions that are missing on their tokens.
 func (r *Ring) Causes() (all []cause.Cause) {
 	r.mu.RLock()

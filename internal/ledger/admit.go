@@ -31,14 +31,22 @@ type Admission struct {
 	Once       bool     // a repetition counts as a replay
 	Quiet      bool     // a replay or a denial writes no event
 	Member     *Member  // place in a batch; nil for a single request
-	// Counts are the series in which a fresh nonce is counted. Monotonic, if set, is a number that
-	// must be higher than the last number of its series.
-	Counts    []Count
+	// Counts, if set, returns the series in which a fresh nonce is counted. Counts is called before
+	// Decide, and must be pure as well. Monotonic, if set, is a number that must be higher than the
+	// last number of its series.
+	Counts    func() []Count
 	Monotonic *Monotonic
 	// Decide may deny a fresh nonce. The argument has the sums of the series in Counts, including
 	// this admission; a nil refusal admits. The record is kept beside the event for either
 	// decision. Decide must be pure, because it may run twice. A nil Decide admits.
 	Decide func(used []Used) (record []byte, refusal error)
+}
+
+func (a *Admission) counts() []Count {
+	if a.Counts == nil {
+		return nil
+	}
+	return a.Counts()
 }
 
 // Monotonic is a number that must be higher than the numbers of all earlier admissions with the
@@ -123,7 +131,7 @@ func (l *Ledger) Admit(ctx context.Context, a Admission, event func(Verdict) []b
 				return nil
 			}
 			if result.Verdict = Fresh; a.Decide != nil {
-				counted := t.count(a.Counts)
+				counted := t.count(a.counts())
 				record, result.Denial = a.Decide(counted.used)
 				if result.Denial == nil {
 					result.Denial = t.checkMonotonic(a.Monotonic)

@@ -182,11 +182,13 @@ func BenchmarkWindows(b *testing.B) {
 	side := func() error {
 		a := ledger.Admission{Scope: ledger.KeyScope("payments"), KeyVersion: 1, ExpiresAt: inAnHour()}
 		rand.Read(a.Nonce[:])
+		var counts []ledger.Count
 		for i, subject := range []string{"peer", "key", fmt.Sprint("counterparty ", a.Nonce[0])} {
-			a.Counts = append(a.Counts,
+			counts = append(counts,
 				ledger.Count{Series: subject, Add: one},
 				ledger.Count{Series: fmt.Sprint(i, " amount ", subject), Add: amount})
 		}
+		a.Counts = countIn(counts...)
 		a.Decide = func([]ledger.Used) ([]byte, error) { return record, nil }
 		_, err := counted.Admit(b.Context(), a, func(ledger.Verdict) []byte { return eventBytes })
 		return err

@@ -52,7 +52,7 @@ func furnish(t *testing.T, l *ledger.Ledger) {
 	t.Helper()
 	for n := range byte(20) {
 		a := admission("k", n, n, 1)
-		a.Counts = []ledger.Count{{Series: "n", Add: big.NewInt(1)}}
+		a.Counts = countIn(ledger.Count{Series: "n", Add: big.NewInt(1)})
 		a.Monotonic = &ledger.Monotonic{Series: "r", Value: uint64(n) + 1}
 		a.Decide = upTo(100)
 		got := mustAdmit(t, l, a, ledger.Fresh)

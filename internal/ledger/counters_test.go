@@ -16,6 +16,11 @@ import (
 var errSpent = errors.New("over budget")
 
 // upTo returns a Decide that denies when the first series has more than a number in 24 hours.
+// countIn returns series for Admission.Counts.
+func countIn(all ...ledger.Count) func() []ledger.Count {
+	return func() []ledger.Count { return all }
+}
+
 func upTo(most int64) func([]ledger.Used) ([]byte, error) {
 	return func(used []ledger.Used) ([]byte, error) {
 		if n := used[0][2].Int64(); n > most {
@@ -28,7 +33,7 @@ func upTo(most int64) func([]ledger.Used) ([]byte, error) {
 // counted returns an admission that adds 1 to the series "n", with a limit.
 func counted(nonce byte, most int64) ledger.Admission {
 	a := admission("k", nonce, nonce, 1)
-	a.Counts = []ledger.Count{{Series: "n", Add: big.NewInt(1)}}
+	a.Counts = countIn(ledger.Count{Series: "n", Add: big.NewInt(1)})
 	a.Decide = upTo(most)
 	return a
 }
@@ -37,7 +42,7 @@ func counted(nonce byte, most int64) ledger.Admission {
 func counter(t *testing.T, l *ledger.Ledger, series string) (value string) {
 	t.Helper()
 	a := admission("other", 255, 1, 1)
-	a.Counts = []ledger.Count{{Series: series, Add: new(big.Int)}}
+	a.Counts = countIn(ledger.Count{Series: series, Add: new(big.Int)})
 	a.Decide = func(used []ledger.Used) ([]byte, error) { value = used[0][2].String(); return nil, errSpent }
 	mustAdmit(t, l, a, ledger.Denied)
 	return value

@@ -194,7 +194,7 @@ func (s *scenario) admissions(n int) {
 		wg.Go(func() {
 			text := fmt.Sprintf("admitted %x", a.Nonce[:4])
 			var total int64
-			a.Counts = []ledger.Count{{Series: "payments", Add: big.NewInt(3)}}
+			a.Counts = countIn(ledger.Count{Series: "payments", Add: big.NewInt(3)})
 			a.Decide = func(used []ledger.Used) ([]byte, error) {
 				total = used[0][len(ledger.Windows)-1].Int64()
 				return []byte(text), nil
@@ -392,7 +392,7 @@ func (s *scenario) judge(dir string, at int) error {
 		}
 	}
 	a := ledger.Admission{Scope: "k", ExpiresAt: s.wall.Unix() + 3600}
-	a.Counts = []ledger.Count{{Series: "payments", Add: new(big.Int)}}
+	a.Counts = countIn(ledger.Count{Series: "payments", Add: new(big.Int)})
 	a.Decide = func(used []ledger.Used) ([]byte, error) {
 		has = used[0][len(ledger.Windows)-1].Int64()
 		return nil, nil

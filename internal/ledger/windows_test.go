@@ -38,7 +38,7 @@ func TestWindowsAreExact(t *testing.T) {
 		refuse := random.IntN(5) == 0
 		a := m.admission(0, time.Hour)
 		a.Nonce = [32]byte{byte(n), byte(n >> 8)}
-		a.Counts = []ledger.Count{{Series: series, Add: add}}
+		a.Counts = countIn(ledger.Count{Series: series, Add: add})
 		var got ledger.Used
 		a.Decide = func(used []ledger.Used) ([]byte, error) {
 			if got = used[0]; refuse {
@@ -88,7 +88,7 @@ func TestIdleSeriesGo(t *testing.T) {
 		n++
 		a := m.admission(0, time.Hour)
 		a.Nonce = [32]byte{byte(n), byte(n >> 8)}
-		a.Counts = []ledger.Count{{Series: series, Add: big.NewInt(1)}}
+		a.Counts = countIn(ledger.Count{Series: series, Add: big.NewInt(1)})
 		a.Decide = func([]ledger.Used) ([]byte, error) { return nil, nil }
 		mustAdmit(t, l, a, ledger.Fresh)
 		m.pass(time.Hour)
