@@ -13,9 +13,9 @@ import (
 )
 
 // Verify verifies a signed document and spends its nonce. The order is: the signature, the times,
-// the signer, the nonce, the policy. A peer without the signer's private key therefore can't burn a nonce. A
-// document is a replay the second time, also for the peer that asked first, because the nonce has
-// to tell a repeated document.
+// the signer, the nonce, the policy. A peer without the signer's private key therefore can't burn a
+// nonce. A document is a replay the second time, also for the peer that asked first, because the
+// nonce has to tell a repeated document.
 func (a *Appliance) Verify(ctx context.Context, who Caller, r *wire.Verify) (*wire.Verified, error) {
 	doc, err := transcript.Parse(documentOf(r.Document))
 	if err != nil {

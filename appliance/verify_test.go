@@ -17,7 +17,8 @@ import (
 	"countersign/wire"
 )
 
-// foreign returns the request to verify a message that a foreign key has signed, and the key in hex.
+// foreign returns the request to verify a message that a foreign key has signed, and the public key
+// in hex.
 func foreign(t *testing.T, n byte) (*wire.Verify, string) {
 	t.Helper()
 	key := ed25519.NewKeyFromSeed(make([]byte, 32))

@@ -89,7 +89,8 @@ func TestCasesOfVerification(t *testing.T) {
 		"allow,shop,," + signer + ",sign,,,,":         "in place of a key",
 		"allow,shop,," + signer + ",verify,,,,1":      "used.key.day.signatures: for a verification",
 	} {
-		if _, err := policy.ParseCases("c.csv", []byte(head+row+"\n")); err == nil || !strings.Contains(err.Error(), says) {
+		_, err := policy.ParseCases("c.csv", []byte(head+row+"\n"))
+		if err == nil || !strings.Contains(err.Error(), says) {
 			t.Errorf("%s: %v, want %q", row, err, says)
 		}
 	}

@@ -91,19 +91,20 @@ func TestVerification(t *testing.T) {
 	if err := other.Check(); err != nil {
 		t.Error(err)
 	}
-	const signs = `permit (principal, action == Action::"sign", resource);`
+	const all = `permit (principal, action, resource);`
+	const about = `permit (principal, action == Action::"verify", resource`
 	for text, want := range map[string]string{
-		"":    "own other",
-		signs: "own other",
-		signs + `forbid (principal, action, resource);`:                                                         "own other",
-		`permit (principal, action == Action::"verify", resource is Key);`:                                      "own",
-		`permit (principal, action in [Action::"sign", Action::"verify"], resource is Signer);`:                 "other",
-		`permit (principal, action, resource) when { action == Action::"verify" && resource is Key };`:          "own",
-		`permit (principal, action, resource) unless { action == Action::"verify" };`:                           "",
-		`permit (principal, action, resource);forbid (principal, action in Action::"verify", resource is Key);`: "other",
-		`permit (principal, action == Action::"verify", resource == Signer::"` + other.Signer + `");`:           "other",
-		`permit (principal == Peer::"cafe", action == Action::"verify", resource);`:                             "",
-		`permit (principal, action == Action::"verify", resource);forbid (principal, action, resource is Key);`: "other",
+		"":  "own other",
+		all: "own other",
+		all + `forbid (principal, action, resource);`:                                                  "own other",
+		about + ` is Key);`:                                                                            "own",
+		about + ` == Signer::"` + other.Signer + `");`:                                                 "other",
+		about + `);forbid (principal, action, resource is Key);`:                                       "other",
+		`permit (principal, action in [Action::"sign", Action::"verify"], resource is Signer);`:        "other",
+		`permit (principal, action, resource) when { action == Action::"verify" && resource is Key };`: "own",
+		`permit (principal, action, resource) unless { action == Action::"verify" };`:                  "",
+		all + `forbid (principal, action in Action::"verify", resource is Key);`:                       "other",
+		`permit (principal == Peer::"cafe", action == Action::"verify", resource);`:                    "",
 	} {
 		p, err := policy.Offer("policy.cedar", []byte(text))
 		if err != nil {

@@ -18,10 +18,10 @@ type Record struct {
 	TimeMS  int64           `json:"time_ms"` // of the appliance's clock, Unix milliseconds
 	Peer    string          `json:"peer"`
 	Action  string          `json:"action"`
-	Key     string          `json:"key"`              // "" for a Signer
-	Signer  string          `json:"signer,omitempty"` // of a verification: see Request
-	Context json.RawMessage `json:"context"`          // without the field used, in Cedar's JSON
-	Used    Usage           `json:"used"`             // in the order of Counted and Windows: signatures, amount, amount_e8
+	Key     string          `json:"key"` // "" with a signer
+	Signer  string          `json:"signer,omitempty"`
+	Context json.RawMessage `json:"context"` // without the field used, in Cedar's JSON
+	Used    Usage           `json:"used"`    // in the order of Counted and Windows: signatures, amount, amount_e8
 	Allowed bool            `json:"allowed"`
 	Rules   []string        `json:"rules"` // ids of the deciding rules
 	Fault   string          `json:"fault,omitempty"`

@@ -328,8 +328,9 @@ func (t *tool) policyTest() *cobra.Command {
 	details(c, "CASES has comma-separated values. The first row names the columns. Required: expect (allow or\n"+
 		"deny), peer and key. Optional: name, action, time (RFC 3339), signer (in place of a key, for\n"+
 		"the action verify), and any field of the schema (countersign policy schema), for example amount\n"+
-		"or used.peer.day.amount. An empty field is absent. A window without a value counts the document of the case only. Lines that begin with #\n"+
-		"are skipped. Exit status 1: a case did not come out as expected.")
+		"or used.peer.day.amount. An empty field is absent. A window without a value counts the document\n"+
+		"of the case only. Lines that begin with # are skipped. Exit status 1: a case did not come out as\n"+
+		"expected.")
 	c.Example = "  countersign policy test policy.cedar cases.csv\n\n" +
 		"  # cases.csv\n" +
 		"  name,expect,peer,key,amount\n" +
