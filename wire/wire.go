@@ -411,7 +411,7 @@ func parseBatch(id string, document ijson.Object, maxItems int) (string, any, er
 }
 
 func parseItem(b []byte) any {
-	document, err := ijson.Parse(b)
+	document, err := ijson.Inner(b)
 	if err != nil {
 		return refuse(CodeMalformed, "%v", err)
 	}

@@ -10,6 +10,7 @@ import (
 	"fmt"
 	"io"
 	"reflect"
+	"slices"
 	"strings"
 
 	"github.com/go-json-experiment/json"
@@ -27,31 +28,48 @@ type Object struct {
 
 // Parse checks that b is one I-JSON object of at most MaxDepth levels. The Object refers to b.
 func Parse(b []byte) (o Object, err error) {
-	d := jsontext.NewDecoder(bytes.NewReader(b))
-	if d.PeekKind() != '{' {
-		return o, errors.New("not a JSON object")
+	found, err := fields(b)
+	if err != nil {
+		return o, err
 	}
-	for first := true; first || d.StackDepth() > 0; first = false {
-		token, err := d.ReadToken()
-		if err != nil {
-			return o, explain(err)
-		}
-		if d.StackDepth() > MaxDepth {
-			return o, fmt.Errorf("arrays and objects nest deeper than %d", MaxDepth)
-		}
-		if token.Kind() == '"' && strings.ContainsFunc(token.String(), noncharacter) {
-			return o, errors.New("text contains a Unicode noncharacter (RFC 7493)")
-		}
+	if err := grammar(b); err != nil {
+		return o, err
+	}
+	return object(b, found), nil
+}
+
+// Inner returns the object in a value of an Object. The value has been checked as a part of the
+// Object, so Inner only finds the fields.
+func Inner(value jsontext.Value) (o Object, err error) {
+	found, err := fields(value)
+	if err != nil {
+		return o, err
+	}
+	return object(value, found), nil
+}
+
+func object(b []byte, found []member) Object {
+	o := Object{raw: b, Members: make(map[string]jsontext.Value, len(found))}
+	for _, m := range found {
+		o.Members[string(m.name)] = m.value
+	}
+	return o
+}
+
+// grammar checks the grammar of JSON and the encoding of text.
+func grammar(b []byte) error {
+	d := jsontext.NewDecoder(bytes.NewBuffer(b), scanned)
+	if _, err := d.ReadValue(); err != nil {
+		return explain(err)
 	}
 	if _, err := d.ReadToken(); err != io.EOF {
-		return o, errors.New("more data follows the JSON object")
+		return errors.New("more data follows the JSON object")
 	}
-	o.raw = b
-	if err := json.Unmarshal(b, &o.Members); err != nil {
-		return o, explain(err)
-	}
-	return o, nil
+	return nil
 }
+
+// scanned is the option for a document without duplicate names: see scan.
+var scanned = jsontext.AllowDuplicateNames(true)
 
 // Into reads the object into v strictly. The required fields must be present and not null.
 func (o Object) Into(v any, required ...string) error {
@@ -60,19 +78,34 @@ func (o Object) Into(v any, required ...string) error {
 			return fmt.Errorf("%s is missing", name)
 		}
 	}
-	if err := json.Unmarshal(o.raw, v, json.RejectUnknownMembers(true)); err != nil {
+	return decode(o.raw, v)
+}
+
+// decode decodes a scanned document into v strictly.
+func decode(b []byte, v any) error {
+	if err := json.Unmarshal(b, v, json.RejectUnknownMembers(true), scanned); err != nil {
 		return explain(err)
 	}
 	return nil
 }
 
-// Decode parses b and reads the object into v: see Parse and Into.
+// Decode does what Parse and Into do, with one scan and one decoding of b.
 func Decode(b []byte, v any, required ...string) error {
-	o, err := Parse(b)
+	found, err := fields(b)
 	if err != nil {
 		return err
 	}
-	return o.Into(v, required...)
+	if err := decode(b, v); err != nil {
+		return err
+	}
+	for _, name := range required {
+		if !slices.ContainsFunc(found, func(m member) bool {
+			return string(m.name) == name && m.value.Kind() != 'n'
+		}) {
+			return fmt.Errorf("%s is missing", name)
+		}
+	}
+	return nil
 }
 
 // noncharacter reports the code points that RFC 7493, section 2.1, forbids: U+FDD0 to U+FDEF, and
@@ -99,9 +132,6 @@ func explain(err error) error {
 	}
 	var syntactic *jsontext.SyntacticError
 	if errors.As(err, &syntactic) {
-		if errors.Is(err, jsontext.ErrDuplicateName) {
-			return fmt.Errorf("duplicate field %q", field(syntactic.JSONPointer))
-		}
 		return fmt.Errorf("broken JSON at byte %d", syntactic.ByteOffset)
 	}
 	return errors.New("broken JSON: it ends early")
