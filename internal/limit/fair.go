@@ -15,6 +15,9 @@ import (
 //   - Waiting lanes take turns, one slot a turn. Within a lane the order is first in, first out.
 //     So the first caller of a lane waits for the next free slot, and then for at most one turn of
 //     each other waiting lane, however many calls the other lanes have.
+//   - With a quantum (NewWeighted), calls have a cost, and a turn is a quantum of cost: several
+//     calls of a low cost, or a part of a call of a high cost, which then comes in a later turn. So
+//     waiting lanes get equal shares by cost (deficit round robin).
 //   - A lane keeps its turn when one of its callers gives up. A slot granted at that moment goes to
 //     the next caller of the same lane. A lane without waiting callers loses its turn, and joins at
 //     the end later.
@@ -26,9 +29,11 @@ import (
 // save a newcomer less than the time of one operation. Operations must have a deadline: with all
 // slots hanging, every caller waits.
 //
-// Fair is safe for concurrent use. Each method takes constant time, apart from the wait in Acquire.
+// Fair is safe for concurrent use. Each method takes constant time, apart from the wait in Acquire;
+// with a quantum, a release takes at most cost / quantum steps for each waiting lane.
 type Fair struct {
-	slots int
+	slots   int
+	quantum int // cost of a turn
 
 	mu      sync.Mutex
 	held    int
@@ -39,33 +44,44 @@ type Fair struct {
 
 // lane is a lane with waiting callers.
 type lane struct {
-	name  string
-	turn  *list.Element // in Fair.turns
-	queue list.List     // of *ticket
+	name   string
+	turn   *list.Element // in Fair.turns
+	begun  bool          // the turn has begun: credit has the quantum of the turn
+	credit int           // cost that the lane may still use
+	queue  list.List     // of *ticket
 }
 
 // ticket is the place of one caller in its lane's queue.
 type ticket struct {
 	lane    string
+	cost    int
 	element *list.Element // in the lane's queue; nil once granted or canceled
 	granted chan struct{} // closed when the caller has a slot
 }
 
 // NewFair makes a Fair with slots, at least 1. NewFair panics with fewer.
-func NewFair(slots int) *Fair {
-	if slots < 1 {
-		panic(fmt.Sprintf("limit: %d slots", slots))
+func NewFair(slots int) *Fair { return NewWeighted(slots, 1) }
+
+// NewWeighted makes a Fair whose turns have a quantum of cost, at least 1.
+func NewWeighted(slots, quantum int) *Fair {
+	if slots < 1 || quantum < 1 {
+		panic(fmt.Sprintf("limit: %d slots, quantum %d", slots, quantum))
 	}
-	return &Fair{slots: slots, lanes: map[string]*lane{}}
+	return &Fair{slots: slots, quantum: quantum, lanes: map[string]*lane{}}
 }
 
 // Acquire waits for a slot until ctx ends. The caller holds the slot until release is called.
 // release is idempotent.
 func (f *Fair) Acquire(ctx context.Context, lane string) (release func(), err error) {
+	return f.AcquireCost(ctx, lane, 1)
+}
+
+// AcquireCost is Acquire for a call with a cost.
+func (f *Fair) AcquireCost(ctx context.Context, lane string, cost int) (release func(), err error) {
 	if err := ctx.Err(); err != nil {
 		return nil, err
 	}
-	if t := f.enqueue(lane); t != nil {
+	if t := f.enqueue(lane, cost); t != nil {
 		select {
 		case <-t.granted:
 		case <-ctx.Done():
@@ -82,7 +98,7 @@ func (f *Fair) Acquire(ctx context.Context, lane string) (release func(), err er
 }
 
 // enqueue takes a free slot and returns nil, or returns a ticket in the lane's queue.
-func (f *Fair) enqueue(name string) *ticket {
+func (f *Fair) enqueue(name string, cost int) *ticket {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	if f.held < f.slots { // then no caller is waiting
@@ -96,7 +112,7 @@ func (f *Fair) enqueue(name string) *ticket {
 		f.lanes[name] = l
 	}
 	f.waiting++
-	t := &ticket{lane: name, granted: make(chan struct{})}
+	t := &ticket{lane: name, cost: cost, granted: make(chan struct{})}
 	t.element = l.queue.PushBack(t)
 	return t
 }
@@ -111,15 +127,36 @@ func (f *Fair) release() {
 // passOn is release with mu held.
 func (f *Fair) passOn() {
 	f.held--
-	if turn := f.turns.Front(); turn != nil {
-		f.turns.MoveToBack(turn)
-		f.grant(turn.Value.(*lane))
+	for turn := f.turns.Front(); turn != nil; turn = f.turns.Front() {
+		l := turn.Value.(*lane)
+		if !l.begun {
+			l.begun = true
+			l.credit += f.quantum
+		}
+		if cost := l.first().cost; cost <= l.credit {
+			l.credit -= cost
+			f.grant(l)
+			if l.queue.Len() > 0 && l.first().cost > l.credit {
+				f.endTurn(l)
+			}
+			return
+		}
+		f.endTurn(l)
 	}
 }
 
+// endTurn moves a waiting lane to the end. The lane keeps its credit for its next turn.
+func (f *Fair) endTurn(l *lane) {
+	l.begun = false
+	f.turns.MoveToBack(l.turn)
+}
+
+// first returns the first ticket of a waiting lane.
+func (l *lane) first() *ticket { return l.queue.Front().Value.(*ticket) }
+
 // grant gives a free slot to the first ticket of l.
 func (f *Fair) grant(l *lane) {
-	t := l.queue.Front().Value.(*ticket)
+	t := l.first()
 	f.remove(t)
 	f.held++
 	close(t.granted)

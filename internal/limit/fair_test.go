@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -56,11 +57,11 @@ func TestTurns(t *testing.T) {
 		{"a1 b1 b2", "go +a2 a1", "a2 b1 b2"}, // a2 was in time
 	} {
 		f := NewFair(1)
-		f.enqueue("first")
+		f.enqueue("first", 1)
 		tickets := map[string]*ticket{}
 		var order []string
 		come := func(name string) {
-			tickets[name] = f.enqueue(name[:1])
+			tickets[name] = f.enqueue(name[:1], 1)
 			order = append(order, name)
 		}
 		for _, name := range strings.Fields(c.come) {
@@ -150,7 +151,7 @@ func TestFairInvariants(t *testing.T) {
 			fresh = nil
 			switch r.IntN(5) {
 			case 0, 1, 2:
-				p := f.enqueue(name)
+				p := f.enqueue(name, 1)
 				if (p == nil) != (heldBefore < slots) {
 					t.Fatalf("%d of %d are held, and it waits: %v", heldBefore, slots, p != nil)
 				}
@@ -381,4 +382,76 @@ func BenchmarkFairCrowded(b *testing.B) {
 			release()
 		}
 	})
+}
+
+// TestTurnsByCost lists the order of the grants with a quantum of 4. A ticket is named by its lane,
+// its number in the lane and its cost.
+func TestTurnsByCost(t *testing.T) {
+	for _, c := range []struct{ come, gone, want string }{
+		{"a1:4 a2:4 b1:4 b2:4", "", "a1 b1 a2 b2"},
+		{"a1:1 a2:1 a3:1 a4:1 a5:1 b1:4 b2:1", "", "a1 a2 a3 a4 b1 a5 b2"},
+		{"a1:12 b1:1 b2:4 b3:4 b4:4", "", "b1 b2 a1 b3 b4"}, // three turns are one call of 12
+		{"a1:5 a2:3 b1:4 b2:4", "", "b1 a1 a2 b2"},          // the rest of a turn is kept for the next one
+		{"a1:3 a2:3 b1:4 b2:4", "", "a1 b1 a2 b2"},
+		{"a1:64", "", "a1"},
+		{"a1:8 a2:1 b1:8", "a1", "a2 b1"},
+	} {
+		f := NewWeighted(1, 4)
+		f.enqueue("first", 1)
+		tickets := map[string]*ticket{}
+		for _, what := range strings.Fields(c.come) {
+			name, cost, _ := strings.Cut(what, ":")
+			n, err := strconv.Atoi(cost)
+			if err != nil {
+				t.Fatal(err)
+			}
+			tickets[name] = f.enqueue(name[:1], n)
+		}
+		for _, name := range strings.Fields(c.gone) {
+			f.cancel(tickets[name])
+			delete(tickets, name)
+		}
+		var got []string
+		for f.release(); len(tickets) > 0; f.release() {
+			for name, p := range tickets {
+				if granted(p) {
+					got = append(got, name)
+					delete(tickets, name)
+				}
+			}
+		}
+		if strings.Join(got, " ") != c.want {
+			t.Errorf("%s, gone %q: %v; want %s", c.come, c.gone, got, c.want)
+		}
+		idle(t, f)
+	}
+}
+
+// TestSharesByCost has a lane with calls of the highest cost beside a lane with calls of the
+// lowest. While both wait, the sums of their costs differ by one call and one quantum at the most.
+func TestSharesByCost(t *testing.T) {
+	const quantum, most = 8, 100
+	f := NewWeighted(1, quantum)
+	f.enqueue("first", 1)
+	var large, small []*ticket
+	for range 50 {
+		large = append(large, f.enqueue("large", most))
+	}
+	for range 50 * most {
+		small = append(small, f.enqueue("small", 1))
+	}
+	for len(large) > 0 && len(small) > 0 {
+		f.release()
+		switch {
+		case granted(large[0]):
+			large = large[1:]
+		case granted(small[0]):
+			small = small[1:]
+		default:
+			t.Fatal("no call has the slot")
+		}
+		if more := (50-len(large))*most - (50*most - len(small)); more > most+quantum || more < -most-quantum {
+			t.Fatalf("the lane with large calls is ahead by %d", more)
+		}
+	}
 }
