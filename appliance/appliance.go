@@ -13,6 +13,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"runtime"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -45,6 +46,7 @@ type Limits struct {
 	Requests             int // requests of all peers being served; an item of a batch counts as one
 	RequestsPerPeer      int // requests of one peer being served
 	RequestsPerSecond    int // of one peer
+	BytesPerSecond       int // of one peer's messages
 	RefusalsPerMinute    int // of one peer with an event each; further refusals are counted
 	BatchItems           int
 	Calls                map[string]int // calls to each token at once
@@ -63,8 +65,8 @@ type Limits struct {
 func DefaultLimits() Limits {
 	return Limits{
 		Connections: 1024, Strangers: 512, ConnectionsPerSource: 256, ConnectionsPerPeer: 128,
-		InFlight: 64, Requests: 1024, RequestsPerPeer: 256, RequestsPerSecond: 10_000, RefusalsPerMinute: 600,
-		BatchItems: 100,
+		InFlight: 64, Requests: 1024, RequestsPerPeer: 256, RequestsPerSecond: 10_000,
+		BytesPerSecond: 8_000_000, RefusalsPerMinute: 600, BatchItems: 100,
 		Handshakes: limit.Config{
 			PerSource: 5, Global: 100, Kept: 25, Window: time.Minute, GoodFor: 24 * time.Hour,
 			Sources: 100_000, Waiting: 256,
@@ -114,6 +116,7 @@ type Appliance struct {
 	failing    rate.Sometimes                 // lines of the log about handshakes that fail because of the device
 	handshakes *limit.Handshakes
 	places     *limit.Connections
+	processor  *limit.Fair // for the reading of peers' documents, by bytes
 
 	signing   manage.Lock // held while a checkpoint is signed
 	locking   manage.Lock // held by Lock and Unlock
@@ -143,6 +146,7 @@ func New(
 		},
 		handshakes: limit.NewHandshakes(limits.Handshakes),
 		places:     limit.NewConnections(limits.Connections, limits.ConnectionsPerSource, limits.Strangers),
+		processor:  limit.NewWeighted(max(1, runtime.GOMAXPROCS(0)-1), turnBytes),
 		signing:    manage.NewLock(), locking: manage.NewLock(), retaining: manage.NewLock(),
 		retention: c.Retention, configured: c.Retention,
 	}
@@ -159,8 +163,8 @@ func New(
 	}
 	if a.Peers, err = peers.Open(ctx, l, peers.Limits{
 		Connections: limits.ConnectionsPerPeer, Requests: limits.Requests, RequestsOfPeer: limits.RequestsPerPeer,
-		RequestsPerSecond: limits.RequestsPerSecond, RefusalsPerMinute: limits.RefusalsPerMinute,
-		BatchItems: limits.BatchItems,
+		RequestsPerSecond: limits.RequestsPerSecond, BytesPerSecond: limits.BytesPerSecond,
+		RefusalsPerMinute: limits.RefusalsPerMinute, BatchItems: limits.BatchItems,
 	}, log); err != nil {
 		return nil, err
 	}

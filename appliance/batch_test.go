@@ -317,7 +317,7 @@ func TestBatchWithoutADisk(t *testing.T) {
 		}
 		return 0
 	})
-	if b := r.handle(shop, []byte(batchOf(numbered(3, "m"), numbered(4, "m"), `{"op":"x"}`))); b != nil {
+	if b := r.answer(shop, []byte(batchOf(numbered(3, "m"), numbered(4, "m"), `{"op":"x"}`))); b != nil {
 		t.Errorf("answered by a ledger whose state is unknown: %s", b)
 	}
 	disk.Fail(nil)

@@ -1,6 +1,7 @@
 package appliance
 
 import (
+	"context"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -286,10 +287,19 @@ func (a *Appliance) handler(t *testing.T, name string) *session {
 	return nil
 }
 
-// handled returns the answer of handle.
+// answer returns the answer to a message, or nil for none.
+func (a *Appliance) answer(s *session, message []byte) []byte {
+	r, err := a.take(context.Background(), s, message)
+	if err != nil {
+		return nil
+	}
+	return a.handle(s, r)
+}
+
+// handled returns the answer to a document.
 func handled(t *testing.T, a *Appliance, s *session, document string) wire.Answer {
 	t.Helper()
-	b := a.handle(s, []byte(document))
+	b := a.answer(s, []byte(document))
 	if b == nil {
 		t.Fatalf("%.60s: no answer", document)
 	}
@@ -483,7 +493,7 @@ func TestTurns(t *testing.T) {
 		}
 		shop, cafe := r.handler(t, "shop"), r.handler(t, "cafe")
 		for n := range 200 {
-			go r.handle(shop, []byte(request(n, "m")))
+			go r.answer(shop, []byte(request(n, "m")))
 			synctest.Wait()
 		}
 		last := numbered(1000, "m")
@@ -491,7 +501,7 @@ func TestTurns(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		go r.handle(cafe, []byte(encoded(last)))
+		go r.answer(cafe, []byte(encoded(last)))
 		synctest.Wait()
 		const others = 1
 		before := limits.Calls["memory"] + others

@@ -12,7 +12,6 @@ import (
 	"countersign/internal/ijson"
 	"countersign/internal/keystore"
 	"countersign/internal/ledger"
-	"countersign/internal/peers"
 	"countersign/wire"
 )
 
@@ -23,45 +22,33 @@ const retryAfter = 1
 // would cost more processor time than a peer with served requests.
 const busyTime = 100 * time.Millisecond
 
-// handle returns the answer to one request. A nil answer ends the connection: after a fatal error,
-// and for a removed or suspended peer.
-func (a *Appliance) handle(s *session, message []byte) []byte {
+// handle returns the answer to one request. A nil answer ends the connection, after a fatal error.
+func (a *Appliance) handle(s *session, r taken) []byte {
+	defer a.Peers.End(s.Member, r.places)
 	// The context is not the connection's: an admitted request is finished also when the peer
 	// leaves or the daemon stops.
 	ctx, cancel := context.WithTimeout(context.Background(), a.limits.RequestTimeout)
 	defer cancel()
-	id, request, malformed := wire.Parse(message, a.limits.BatchItems)
-	weight := 1
-	batch, isBatch := request.(*wire.Batch)
-	if isBatch {
-		weight = len(batch.Items)
-	}
-	err := a.Peers.Begin(s.Member, weight)
-	if errors.Is(err, peers.ErrGone) {
-		return nil // excluded, with messages still in the buffer
-	}
-	if err != nil {
-		_, refusal := refuse(err)
+	switch body := r.body.(type) {
+	case limited:
+		_, refusal := refuse(body)
 		a.refusals.count(audit.RateLimitTriggered, "request", s.caller.Name, refusal.Code)
 		pause(ctx, busyTime)
-		return wire.EncodeAnswer(id, nil, refusal)
-	}
-	defer a.Peers.End(s.Member, weight)
-	if malformed != nil {
-		return wire.EncodeAnswer(id, nil, a.unreadable(s, malformed.(*wire.Error)))
-	}
-	if isBatch {
-		answers, ok := a.batch(ctx, s, batch)
+		return wire.EncodeAnswer(r.id, nil, refusal)
+	case *wire.Error:
+		return wire.EncodeAnswer(r.id, nil, a.unreadable(s, body))
+	case *wire.Batch:
+		answers, ok := a.batch(ctx, s, body)
 		if !ok {
 			return nil
 		}
-		return wire.EncodeAnswer(id, answers, nil)
+		return wire.EncodeAnswer(r.id, answers, nil)
 	}
-	result, refusal, ok := a.serve(ctx, s, nil, request)
+	result, refusal, ok := a.serve(ctx, s, nil, r.body)
 	if !ok {
 		return nil
 	}
-	return wire.EncodeAnswer(id, result, refusal)
+	return wire.EncodeAnswer(r.id, result, refusal)
 }
 
 // unreadable refuses a message that is no request. The limit of refusals bounds its lines in the

@@ -29,8 +29,19 @@ type Listener struct {
 // session is one connection of an enrolled peer.
 type session struct {
 	*peers.Session
-	conn   *noise.Conn
+	conn   hangUp
 	caller Caller
+}
+
+// hangUp is a connection whose end also ends the waits of its session.
+type hangUp struct {
+	*noise.Conn
+	end context.CancelFunc
+}
+
+func (h hangUp) Close() error {
+	h.end()
+	return h.Conn.Close()
 }
 
 // Caller is the peer of a request.
@@ -186,14 +197,17 @@ func (a *Appliance) serveConn(stop context.Context, raw net.Conn, profile noise.
 	// applies.
 	stopReading := context.AfterFunc(stop, func() { conn.SetReadDeadline(time.Unix(1, 0)) })
 	defer stopReading()
-	proof, err := a.read(stop, conn, a.limits.HandshakeTimeout)
+	proof, err := a.read(stop, conn, a.limits.HandshakeTimeout, nil)
 	if err != nil {
 		a.log.Info("handshake not used", "from", from, "err", err)
 		return
 	}
 	attempt.Good()
 	place.Proven()
-	entered, err := a.Peers.Enter(conn.Peer(), conn, addressOf(conn))
+	here, end := context.WithCancel(stop)
+	defer end()
+	closing := hangUp{conn, end}
+	entered, err := a.Peers.Enter(conn.Peer(), closing, addressOf(conn))
 	if errors.Is(err, peers.ErrTooMany) {
 		a.refusals.count(audit.RateLimitTriggered, "connect", entered.Member.Name, wire.CodeBusy)
 	}
@@ -201,12 +215,12 @@ func (a *Appliance) serveConn(stop context.Context, raw net.Conn, profile noise.
 		return // too many connections, or the peer was excluded during the handshake
 	}
 	defer a.Peers.Leave(entered)
-	s := &session{Session: entered, conn: conn, caller: Caller{Peer: entered.Member.Peer}}
+	s := &session{Session: entered, conn: closing, caller: Caller{Peer: entered.Member.Peer}}
 	if identity, ok := conn.Identity(); ok {
 		s.caller.Identity = hex.EncodeToString(identity[:])
 	}
 	a.log.Info("connected", "from", from, "peer", s.caller.Name, "profile", string(profile))
-	a.serveSession(stop, s, proof)
+	a.serveSession(here, s, proof)
 	a.log.Info("disconnected", "from", from, "peer", s.caller.Name)
 }
 
@@ -231,24 +245,9 @@ func pause(stop context.Context, d time.Duration) {
 	}
 }
 
-// read reads a message. The first byte must come within a time, the message within the read
-// timeout, and both before stop ends.
-func (a *Appliance) read(stop context.Context, conn *noise.Conn, within time.Duration) ([]byte, error) {
-	for _, limit := range []time.Duration{within, min(within, a.limits.ReadTimeout)} {
-		conn.SetReadDeadline(time.Now().Add(limit))
-		if stop.Err() != nil { // checked after SetReadDeadline, which may have replaced the deadline of stop
-			return nil, stop.Err()
-		}
-		if err := conn.Await(); err != nil {
-			return nil, err
-		}
-	}
-	return conn.ReadMessage()
-}
-
 // serveSession answers the requests of a session, beginning with message, until the peer leaves or
-// is excluded, or stop ends. At most InFlight requests are served at once, and one more is read.
-// Beyond that, TCP slows the peer down.
+// is excluded, or stop ends. At most InFlight requests are served at once. Further ones stay unread,
+// so TCP slows the peer down.
 func (a *Appliance) serveSession(stop context.Context, s *session, message []byte) {
 	s.conn.SetWriteLimit(a.limits.WriteTimeout)
 	var serving sync.WaitGroup
@@ -258,41 +257,50 @@ func (a *Appliance) serveSession(stop context.Context, s *session, message []byt
 	serving.Go(func() { a.inform(informing, s) })
 	// The goroutines serve many requests each, because a new goroutine would have to grow its
 	// stack.
-	requests := make(chan []byte)
+	requests := make(chan taken)
 	defer close(requests)
-	serve := func(request []byte) {
-		answer := a.handle(s, request)
+	// inFlight has a value for each request that is served, and for the one that is read.
+	inFlight := make(chan struct{}, a.limits.InFlight)
+	serve := func(r taken) {
+		answer := a.handle(s, r)
 		if answer == nil || s.conn.WriteMessage(answer) != nil {
 			s.conn.Close() // there is no answer, or the peer does not read
 		}
+		<-inFlight
 	}
-	for begun := 0; ; {
+	inFlight <- struct{}{}
+	err := a.pace(stop, s, len(message))
+	for begun := 0; err == nil; {
+		var r taken
+		if r, err = a.take(stop, s, message); err != nil {
+			break
+		}
 		select {
-		case requests <- message:
+		case requests <- r:
 		default:
-			if begun < a.limits.InFlight {
-				begun++
-				request := message
-				serving.Go(func() {
-					serve(request)
-					for request := range requests {
-						serve(request)
-					}
-				})
+			if begun == a.limits.InFlight {
+				requests <- r // one of the goroutines has just served a request
 				break
 			}
-			select {
-			case requests <- message:
-			case <-stop.Done():
-				return
-			}
+			begun++
+			serving.Go(func() {
+				serve(r)
+				for r := range requests {
+					serve(r)
+				}
+			})
 		}
-		var err error
-		if message, err = a.read(stop, s.conn, a.limits.IdleTimeout); err != nil {
-			if !errors.Is(err, io.EOF) && stop.Err() == nil {
-				a.log.Info("connection ended", "peer", s.caller.Name, "err", err)
-			}
+		message = nil // not kept while the connection waits
+		select {
+		case inFlight <- struct{}{}:
+			message, err = a.read(stop, s.conn.Conn, a.limits.IdleTimeout, func(length int) error {
+				return a.pace(stop, s, length)
+			})
+		case <-stop.Done():
 			return
 		}
+	}
+	if !errors.Is(err, io.EOF) && stop.Err() == nil {
+		a.log.Info("connection ended", "peer", s.caller.Name, "err", err)
 	}
 }

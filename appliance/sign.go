@@ -20,7 +20,7 @@ func (a *Appliance) Sign(ctx context.Context, who Caller, r *wire.Sign) (*wire.S
 	if err != nil {
 		return nil, err
 	}
-	doc, err := transcript.Parse(documentOf(r.Document))
+	doc, err := a.parse(ctx, who, r.Document)
 	if err != nil {
 		return nil, err
 	}

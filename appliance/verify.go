@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"time"
 
-	"countersign/internal/eddsa"
 	"countersign/internal/ledger"
 	"countersign/transcript"
 	"countersign/wire"
@@ -17,7 +16,7 @@ import (
 // nonce. A document is a replay the second time, also for the peer that asked first, because the
 // nonce has to tell a repeated document.
 func (a *Appliance) Verify(ctx context.Context, who Caller, r *wire.Verify) (*wire.Verified, error) {
-	doc, err := transcript.Parse(documentOf(r.Document))
+	doc, err := a.parse(ctx, who, r.Document)
 	if err != nil {
 		return nil, err
 	}
@@ -26,8 +25,8 @@ func (a *Appliance) Verify(ctx context.Context, who Caller, r *wire.Verify) (*wi
 			"%w: the signature of a %s document does not cover its nonce, so a replay can't be told",
 			transcript.ErrUnsupported, doc.Type)
 	}
-	if err := eddsa.Verify(r.PublicKey[:], doc.Message, r.Signature); err != nil {
-		return nil, fmt.Errorf("%w: %w", errInvalidSignature, err)
+	if err := a.check(ctx, who, doc, r); err != nil {
+		return nil, err
 	}
 	if err := doc.CheckTime(time.Now(), a.limits.ClockSkew, a.limits.MaxLifetime); err != nil {
 		return nil, err

@@ -15,6 +15,7 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"slices"
 	"sync"
 	"time"
 
@@ -26,6 +27,8 @@ const (
 	MaxMessage   = 65535                // limit of a frame, and so of a Noise message
 	MaxPlaintext = MaxMessage - tagSize // limit of the plaintext of a transport message
 
+	headerSize  = 4
+	firstPart   = 4096 // of a frame that is read into a new buffer
 	tagSize     = 16
 	minMessage1 = 32 + 32 + tagSize + tagSize // e, s (encrypted), payload (empty)
 	minMessage2 = 32 + tagSize                // e, payload (empty)
@@ -279,6 +282,20 @@ func (c *Conn) Await() error {
 	return err
 }
 
+// Next waits for the header of the next message, and returns the message's length in bytes. The
+// message itself stays unread, so a caller can wait before ReadMessage, and TCP slows the peer down.
+func (c *Conn) Next() (length int, err error) {
+	header, err := c.r.Peek(headerSize)
+	if err == io.EOF && len(header) > 0 {
+		err = io.ErrUnexpectedEOF
+	}
+	if err != nil {
+		return 0, err
+	}
+	n, err := frameLength(header, tagSize, MaxMessage)
+	return n - tagSize, err
+}
+
 // ReadMessage returns the next message. The error io.EOF means a clean end of the connection
 // between two messages.
 func (c *Conn) ReadMessage() ([]byte, error) {
@@ -342,27 +359,40 @@ func (c *Conn) applyContext(ctx context.Context) (lift func()) {
 	}
 }
 
+// frameLength returns the length in the header of a frame. A length outside of the limits is
+// ErrFrame.
+func frameLength(header []byte, minLen, maxLen int) (int, error) {
+	n := binary.BigEndian.Uint32(header)
+	if n < uint32(minLen) || n > uint32(maxLen) {
+		return 0, fmt.Errorf("%w: %d bytes, expected %d to %d", ErrFrame, n, minLen, maxLen)
+	}
+	return int(n), nil
+}
+
 // readFrame returns a frame of minLen to maxLen bytes, valid until the next call. The length is
-// checked before the allocation of memory: the buffer has at most maxLen bytes, and grows with the
-// frames of the peer.
+// checked before the allocation of memory, and the buffer grows with the bytes that have arrived: a
+// header alone costs 4 KiB, whatever length it announces.
 func (c *Conn) readFrame(minLen, maxLen int) ([]byte, error) {
-	var header [4]byte
+	var header [headerSize]byte
 	if _, err := io.ReadFull(c.r, header[:]); err != nil {
 		return nil, err
 	}
-	n := binary.BigEndian.Uint32(header[:])
-	if n < uint32(minLen) || n > uint32(maxLen) {
-		return nil, fmt.Errorf("%w: %d bytes, expected %d to %d", ErrFrame, n, minLen, maxLen)
-	}
-	if cap(c.frame) < int(n) {
-		c.frame = make([]byte, n)
-	}
-	c.frame = c.frame[:n]
-	if _, err := io.ReadFull(c.r, c.frame); err != nil {
-		if err == io.EOF {
-			err = io.ErrUnexpectedEOF
-		}
+	n, err := frameLength(header[:], minLen, maxLen)
+	if err != nil {
 		return nil, err
+	}
+	for c.frame = c.frame[:0]; len(c.frame) < n; {
+		if len(c.frame) == cap(c.frame) {
+			c.frame = slices.Grow(c.frame, min(n-len(c.frame), max(len(c.frame), firstPart)))
+		}
+		began := len(c.frame)
+		c.frame = c.frame[:min(n, cap(c.frame))]
+		if _, err := io.ReadFull(c.r, c.frame[began:]); err != nil {
+			if err == io.EOF {
+				err = io.ErrUnexpectedEOF
+			}
+			return nil, err
+		}
 	}
 	return c.frame, nil
 }

@@ -286,8 +286,12 @@ type Limits struct {
 	// RequestsPerPeer is the number of requests of one peer being served. Default: 256.
 	RequestsPerPeer int `toml:"requests_per_peer"`
 	// RequestsPerSecond is the number of requests of one peer in a second. Further requests are
-	// refused (rate_limited). Default: 10000.
+	// refused (rate_limited), up to as many again. Beyond that, messages wait unread. Default:
+	// 10000.
 	RequestsPerSecond int `toml:"requests_per_second"`
+	// BytesPerSecond is the number of bytes of one peer's messages in a second. Further messages
+	// wait unread. A batch of 100 items has up to 65,519 bytes. Default: 8000000.
+	BytesPerSecond int `toml:"bytes_per_second"`
 	// RefusalsPerMinute is the number of refusals of one peer with an event each in a minute.
 	// Further refusals are counted in one event a minute. Default: 600.
 	RefusalsPerMinute int `toml:"refusals_per_minute"`
@@ -367,7 +371,8 @@ func defaults() Config {
 			ConnectionsPerPeer:  l.ConnectionsPerPeer,
 			HandshakesPerSource: l.Handshakes.PerSource, Handshakes: l.Handshakes.Global, Sources: l.Handshakes.Sources,
 			InFlight: l.InFlight, Requests: l.Requests, RequestsPerPeer: l.RequestsPerPeer,
-			RequestsPerSecond: l.RequestsPerSecond, RefusalsPerMinute: l.RefusalsPerMinute, BatchItems: l.BatchItems,
+			RequestsPerSecond: l.RequestsPerSecond, BytesPerSecond: l.BytesPerSecond,
+			RefusalsPerMinute: l.RefusalsPerMinute, BatchItems: l.BatchItems,
 			HandshakeTimeout: Duration(l.HandshakeTimeout), ReadTimeout: Duration(l.ReadTimeout),
 			IdleTimeout: Duration(l.IdleTimeout), WriteTimeout: Duration(l.WriteTimeout),
 			RequestTimeout: Duration(l.RequestTimeout), ClockSkew: Duration(l.ClockSkew),
@@ -465,6 +470,7 @@ func (c *Config) check() error {
 		{"limits.requests", c.Limits.Requests, 100_000},
 		{"limits.requests_per_peer", c.Limits.RequestsPerPeer, 100_000},
 		{"limits.requests_per_second", c.Limits.RequestsPerSecond, 10_000_000},
+		{"limits.bytes_per_second", c.Limits.BytesPerSecond, 1_000_000_000},
 		{"limits.refusals_per_minute", c.Limits.RefusalsPerMinute, 10_000_000},
 		{"limits.batch_items", c.Limits.BatchItems, 100},
 		{"rollback_admissions", c.RollbackAdmissions, 1_000_000_000},
@@ -723,7 +729,8 @@ func (c *Config) limits() appliance.Limits {
 	limits.Handshakes.Sources, limits.Handshakes.Waiting = max(l.Sources, l.Handshakes+1), l.ConnectionsPerSource
 	limits.InFlight, limits.Requests = l.InFlight, l.Requests
 	limits.RequestsPerPeer, limits.BatchItems = l.RequestsPerPeer, l.BatchItems
-	limits.RequestsPerSecond, limits.RefusalsPerMinute = l.RequestsPerSecond, l.RefusalsPerMinute
+	limits.RequestsPerSecond, limits.BytesPerSecond = l.RequestsPerSecond, l.BytesPerSecond
+	limits.RefusalsPerMinute = l.RefusalsPerMinute
 	limits.HandshakeTimeout, limits.ReadTimeout = l.HandshakeTimeout.std(), l.ReadTimeout.std()
 	limits.IdleTimeout, limits.WriteTimeout = l.IdleTimeout.std(), l.WriteTimeout.std()
 	limits.RequestTimeout = l.RequestTimeout.std()

@@ -42,6 +42,7 @@ type Limits struct {
 	Requests          int // requests of all peers being served
 	RequestsOfPeer    int // requests of one peer being served
 	RequestsPerSecond int // of one peer
+	BytesPerSecond    int // of one peer's messages
 	RefusalsPerMinute int // of one peer with an event each; further refusals are counted
 	BatchItems        int // items of one batch
 }
@@ -61,6 +62,8 @@ type Member struct {
 	Refusals *rate.Limiter
 
 	requestRate *rate.Limiter
+	messageRate *rate.Limiter // of Pace
+	byteRate    *rate.Limiter // of Pace
 
 	// The fields below are guarded by Registry.mu.
 	suspended  bool              // in the ledger
@@ -182,6 +185,8 @@ func (r *Registry) newMember(p Peer) *Member {
 	return &Member{
 		Peer:        p,
 		requestRate: rate.NewLimiter(rate.Limit(perSecond), max(perSecond, r.limits.BatchItems)),
+		messageRate: rate.NewLimiter(rate.Limit(messagesPerRequest*perSecond), messagesPerRequest*perSecond),
+		byteRate:    rate.NewLimiter(rate.Limit(r.limits.BytesPerSecond), max(r.limits.BytesPerSecond, longest)),
 		Refusals:    rate.NewLimiter(rate.Limit(float64(perMinute)/60), perMinute),
 	}
 }

@@ -44,7 +44,8 @@ var shop, cafe = publicKey(7), publicKey(8)
 func publicKey(b byte) [32]byte { return [32]byte(bytes.Repeat([]byte{b}, 32)) }
 
 var limits = Limits{
-	Connections: 2, Requests: 10, RequestsOfPeer: 5, RequestsPerSecond: 100, RefusalsPerMinute: 60, BatchItems: 10,
+	Connections: 2, Requests: 10, RequestsOfPeer: 5, RequestsPerSecond: 100, BytesPerSecond: 1_000_000,
+	RefusalsPerMinute: 60, BatchItems: 10,
 }
 
 func newRig(t *testing.T) *rig {

@@ -1,6 +1,7 @@
 package peers
 
 import (
+	"context"
 	"fmt"
 	"io"
 	"net/netip"
@@ -61,12 +62,51 @@ func (r *Registry) Wake() {
 	}
 }
 
+const (
+	// messagesPerRequest times RequestsPerSecond messages of a peer are read in a second. The
+	// messages beyond RequestsPerSecond are read for their ids, to be answered as ErrRate.
+	messagesPerRequest = 2
+
+	// longest is the longest message, in bytes.
+	longest = 1 << 16
+)
+
+// Pace waits until a message of n bytes may be read from a member, until ctx ends. held reports
+// whether the message had to wait. Messages of a member that wait at the same time, on several
+// connections, are read one after the other. Memory is not bounded here: a caller must have one
+// message wait for each connection, and leave the message unread.
+func (m *Member) Pace(ctx context.Context, n int) (held bool, err error) {
+	now := time.Now()
+	message, bytes := m.messageRate.ReserveN(now, 1), m.byteRate.ReserveN(now, min(n, longest))
+	wait := max(message.DelayFrom(now), bytes.DelayFrom(now))
+	if wait == 0 {
+		return false, ctx.Err()
+	}
+	timer := time.NewTimer(wait)
+	defer timer.Stop()
+	select {
+	case <-timer.C:
+		return true, nil
+	case <-ctx.Done():
+		message.Cancel()
+		bytes.Cancel()
+		return true, ctx.Err()
+	}
+}
+
 // Begin counts n requests of a member as being served, until End. The error is ErrBusy for too many
 // requests at once, ErrRate for too many a second, and ErrGone for a member that is not active.
 //
 // The limit of all peers together applies only to a member with requests under way. A member
 // without any gets in, because otherwise a few peers could keep all others out.
-func (r *Registry) Begin(m *Member, n int) error {
+func (r *Registry) Begin(m *Member, n int) error { return r.begin(m, n, 0) }
+
+// More counts n further requests of a message that Begin has counted as one request: the number of
+// items of a batch is known only after the message has been read.
+func (r *Registry) More(m *Member, n int) error { return r.begin(m, n, 1) }
+
+// begin counts n requests of a message that has counted some already.
+func (r *Registry) begin(m *Member, n, counted int) error {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	switch {
@@ -74,7 +114,7 @@ func (r *Registry) Begin(m *Member, n int) error {
 		return ErrGone
 	case m.requests+n > r.limits.RequestsOfPeer:
 		return fmt.Errorf("%w for this peer", ErrBusy)
-	case r.requests+n > r.limits.Requests && m.requests > 0:
+	case r.requests+n > r.limits.Requests && m.requests > counted:
 		return ErrBusy
 	case !m.requestRate.AllowN(time.Now(), n):
 		return ErrRate
