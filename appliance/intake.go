@@ -18,8 +18,8 @@ import (
 // Before one byte of a message's JSON is read, the message has
 //
 //   - a place in its connection (Limits.InFlight): see serveSession;
-//   - the pace of its peer, in messages and bytes: see read. Until then the message is not read from
-//     the connection, so TCP slows the peer down, and no memory is used for the message;
+//   - the pace of its peer, in messages and bytes: see read. Until then the message is left in the
+//     connection, so TCP slows the peer down, and no memory is used for the message;
 //   - a place among the requests that are served: see take. Without a place the message is read
 //     only for its id, and answered as busy or rate_limited;
 //   - the turn of its peer at the processor: see turn. The turns leave a processor to everything

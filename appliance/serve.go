@@ -246,8 +246,8 @@ func pause(stop context.Context, d time.Duration) {
 }
 
 // serveSession answers the requests of a session, beginning with message, until the peer leaves or
-// is excluded, or stop ends. At most InFlight requests are served at once. Further ones stay unread,
-// so TCP slows the peer down.
+// is excluded, or stop ends. At most InFlight requests are served at once. Further requests stay
+// unread, so TCP slows the peer down.
 func (a *Appliance) serveSession(stop context.Context, s *session, message []byte) {
 	s.conn.SetWriteLimit(a.limits.WriteTimeout)
 	var serving sync.WaitGroup

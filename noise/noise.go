@@ -283,7 +283,7 @@ func (c *Conn) Await() error {
 }
 
 // Next waits for the header of the next message, and returns the message's length in bytes. The
-// message itself stays unread, so a caller can wait before ReadMessage, and TCP slows the peer down.
+// message itself stays unread: a caller can wait before ReadMessage, and TCP slows the peer down.
 func (c *Conn) Next() (length int, err error) {
 	header, err := c.r.Peek(headerSize)
 	if err == io.EOF && len(header) > 0 {

@@ -449,3 +449,50 @@ func TestLowOrderEphemeral(t *testing.T) {
 		t.Errorf("%v", a.err)
 	}
 }
+
+// TestNext: the length of a message is known before the message is read. A length that no message
+// has is ErrFrame at once.
+func TestNext(t *testing.T) {
+	for header, want := range map[string]struct {
+		length int
+		err    error
+	}{
+		"\x00\x00\x00\x10": {0, nil}, "\x00\x00\x00\x11": {1, nil}, "\x00\x00\xff\xff": {MaxPlaintext, nil},
+		"\x00\x00\x00\x0f": {0, ErrFrame}, "\x00\x01\x00\x00": {0, ErrFrame}, "\xff\xff\xff\xff": {0, ErrFrame},
+		"": {0, io.EOF}, "\x00\x00\x00": {0, io.ErrUnexpectedEOF},
+	} {
+		ours, theirs := net.Pipe()
+		go func() {
+			theirs.Write([]byte(header))
+			theirs.Close()
+		}()
+		n, err := newConn(ours).Next()
+		if !errors.Is(err, want.err) || err == nil && n != want.length {
+			t.Errorf("%x: %d, %v; want %d, %v", header, n, err, want.length, want.err)
+		}
+	}
+}
+
+// TestFrameBufferGrowsWithWhatArrives: a header that announces the longest message costs the memory
+// of the first part only, as long as no more has arrived.
+func TestFrameBufferGrowsWithWhatArrives(t *testing.T) {
+	sent := bytes.Repeat([]byte("0123456789abcdef"), MaxMessage/16+1)[:MaxMessage]
+	for _, arrived := range []int{0, 1, firstPart, firstPart + 1, 20_000, MaxMessage} {
+		ours, theirs := net.Pipe()
+		go func() {
+			theirs.Write(append([]byte{0, 0, 0xff, 0xff}, sent[:arrived]...))
+			theirs.Close()
+		}()
+		c := newConn(ours)
+		frame, err := c.readFrame(tagSize, MaxMessage)
+		if arrived < MaxMessage && !errors.Is(err, io.ErrUnexpectedEOF) {
+			t.Errorf("%d bytes: %v", arrived, err)
+		}
+		if arrived == MaxMessage && (err != nil || !bytes.Equal(frame, sent)) {
+			t.Errorf("the whole frame: %v", err)
+		}
+		if most := max(2*firstPart, 5*arrived/2); cap(c.frame) > most {
+			t.Errorf("%d bytes have arrived, and the buffer has %d, more than %d", arrived, cap(c.frame), most)
+		}
+	}
+}

@@ -1,11 +1,14 @@
 package peers
 
 import (
+	"context"
 	"errors"
 	"net/netip"
 	"testing"
 	"testing/synctest"
 	"time"
+
+	"countersign/audit"
 )
 
 // TestEnterLimit: a peer may have Limits.Connections sessions. One that ends makes room. Other
@@ -190,5 +193,102 @@ func TestWake(t *testing.T) {
 		if got := len(s.News); got != want {
 			t.Errorf("%d signals, want %d", got, want)
 		}
+	}
+}
+
+// TestMore: the items of a batch count beside the place that the batch has already. The batch of a
+// peer without other requests gets in beyond the limit of all peers, as its first place does.
+func TestMore(t *testing.T) {
+	small := limits
+	small.Requests, small.RequestsOfPeer = 6, 5
+	r := newRigIn(t, t.TempDir(), small)
+	shopAt, _ := r.enter(t, shop)
+	cafeAt, _ := r.enter(t, cafe)
+	for _, step := range []struct {
+		act  func(*Member, int) error
+		s    *Session
+		n    int
+		want error
+	}{
+		{r.Begin, cafeAt, 4, nil},
+		{r.Begin, shopAt, 1, nil},
+		{r.More, shopAt, 5, ErrBusy}, // more than RequestsOfPeer
+		{r.More, shopAt, 2, nil},     // 7 of 6 in all
+		{r.Begin, shopAt, 1, ErrBusy},
+		{r.More, cafeAt, 1, ErrBusy}, // the cafe has other requests
+	} {
+		if err := step.act(step.s.Member, step.n); !errors.Is(err, step.want) || (err == nil) != (step.want == nil) {
+			t.Errorf("%d of %s: %v, want %v", step.n, step.s.Member.Name, err, step.want)
+		}
+	}
+	if of, all := r.Serving(shopAt.Member); of != 3 || all != 7 {
+		t.Errorf("%d of %d, want 3 of 7", of, all)
+	}
+	r.End(shopAt.Member, 3)
+	r.End(cafeAt.Member, 4)
+	r.Leave(shopAt)
+	r.Leave(cafeAt)
+	if err := r.Remove(t.Context(), audit.Operator("test"), "shop"); err != nil {
+		t.Fatal(err)
+	}
+	if err := r.More(shopAt.Member, 1); !errors.Is(err, ErrGone) {
+		t.Errorf("an item of a removed peer: %v", err)
+	}
+}
+
+// TestPace: messages and bytes are paced exactly, for all callers of a member together and for no
+// other member. A wait that is given up takes nothing of the pace.
+func TestPace(t *testing.T) {
+	for name, c := range map[string]struct {
+		perSecond, bytes, length, burst int
+		every                           time.Duration
+	}{
+		"in messages":                   {5, 1_000_000, 10, 10, 100 * time.Millisecond},
+		"in bytes":                      {1000, 100_000, 50_000, 2, 500 * time.Millisecond},
+		"in bytes, below the longest":   {1000, longest / 8, longest, 1, 8 * time.Second},
+		"in bytes, of the longest":      {1000, longest, longest, 1, time.Second},
+		"in bytes, longer than allowed": {1000, longest, 2 * longest, 1, time.Second},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				paced := limits
+				paced.RequestsPerSecond, paced.BytesPerSecond = c.perSecond, c.bytes
+				r := newRigIn(t, t.TempDir(), paced)
+				s, _ := r.enter(t, shop)
+				other, _ := r.enter(t, cafe)
+				began := time.Now()
+				done := make(chan time.Duration)
+				for range c.burst + 4 {
+					go func() {
+						held, err := s.Member.Pace(t.Context(), c.length)
+						if held != (time.Since(began) > 0) || err != nil {
+							t.Errorf("held %v after %v, %v", held, time.Since(began), err)
+						}
+						done <- time.Since(began)
+					}()
+				}
+				for n := range c.burst + 4 {
+					want := time.Duration(max(0, n+1-c.burst)) * c.every
+					if got := <-done; got.Round(time.Microsecond) != want {
+						t.Errorf("message %d is read after %v, want %v", n, got, want)
+					}
+				}
+				ctx, cancel := context.WithCancel(t.Context())
+				go cancel()
+				if held, err := s.Member.Pace(ctx, c.length); !held || !errors.Is(err, context.Canceled) {
+					t.Errorf("a wait that is given up: held %v, %v", held, err)
+				}
+				now := time.Now()
+				s.Member.Pace(t.Context(), c.length)
+				if took := time.Since(now); took.Round(time.Microsecond) > c.every {
+					t.Errorf("the message after a wait that is given up: %v", took)
+				}
+				if held, err := other.Member.Pace(t.Context(), c.length); held || err != nil {
+					t.Errorf("another member: held %v, %v", held, err)
+				}
+				r.Leave(s)
+				r.Leave(other)
+			})
+		})
 	}
 }
