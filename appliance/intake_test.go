@@ -390,8 +390,8 @@ func TestRateOfABatch(t *testing.T) {
 	})
 }
 
-// TestMemoryOfMalformedDocuments: four connections send malformed documents of 50 KB as fast as they
-// can. The heap does not grow by more than the documents being read.
+// TestMemoryOfMalformedDocuments: four connections send malformed documents of 50 KB as fast as the
+// appliance reads them. The heap grows by a few documents, and not by all that are sent.
 func TestMemoryOfMalformedDocuments(t *testing.T) {
 	e := newEdge(t, func(l *Limits) { l.BytesPerSecond = 1_000_000_000 })
 	heap := func() int64 {
@@ -431,7 +431,7 @@ func TestMemoryOfMalformedDocuments(t *testing.T) {
 		}
 		most = max(most, heap())
 	}
-	if grown := most - before; grown > 64<<20 {
+	if grown := most - before; grown > 16<<20 {
 		t.Errorf("the heap has grown by %d MiB", grown>>20)
 	}
 }

@@ -33,10 +33,12 @@ const (
 
 // BenchmarkFairness measures the latency of a peer, the victim, that has one sign request in flight
 // at a time. The token does 200 operations a second. The latency under an attack is compared with
-// the latency without one. There are two attacks:
+// the latency without one. There are three attacks:
 //
 //   - greedy: another peer sends 10,000 sign requests a second over 32 connections, without waiting
 //     for answers. Its fair share would be 100 a second;
+//   - malformed: another peer sends documents of 50 KB with 6,000 names over 4 connections, as fast
+//     as the appliance reads them. No document is a request;
 //   - strangers: clients without an enrolled key begin 10,000 handshakes a second, each from a
 //     loopback address of its own.
 //
@@ -92,6 +94,9 @@ func BenchmarkFairness(b *testing.B) {
 		}},
 		{"greedy", "alone", func(ctx context.Context) func() float64 {
 			return s.floodRequests(b, ctx, attacker, config.ServerKey)
+		}},
+		{"malformed", "alone", func(ctx context.Context) func() float64 {
+			return s.floodMalformed(b, ctx, attacker, config.ServerKey)
 		}},
 		{"elsewhere", "alone", func(ctx context.Context) func() float64 {
 			return floodHandshakes(b, ctx, newSink(b))
@@ -196,11 +201,29 @@ func paced(ctx context.Context, callers int, do func(caller int) error) (done fu
 	}
 }
 
-// floodRequests sends sign requests of a peer over 32 connections and discards the answers.
+// floodRequests sends sign requests of a peer over 32 connections.
 func (s *system) floodRequests(
 	b *testing.B, ctx context.Context, id *noise.Identity, server [32]byte,
 ) (done func() float64) {
-	const connections = 32
+	return s.flood(b, ctx, id, server, 32, func() string { return signDocument() })
+}
+
+// floodMalformed sends documents of 50 KB that are no requests over 4 connections.
+func (s *system) floodMalformed(
+	b *testing.B, ctx context.Context, id *noise.Identity, server [32]byte,
+) (done func() float64) {
+	var names []string
+	for i := range 6000 {
+		names = append(names, fmt.Sprintf(`"%x":1`, i))
+	}
+	document := strings.Replace(signDocument(), `"payload":{`, `"payload":{`+strings.Join(names, ",")+`,`, 1)
+	return s.flood(b, ctx, id, server, 4, func() string { return document })
+}
+
+// flood sends documents of a peer over a number of connections and discards the answers.
+func (s *system) flood(
+	b *testing.B, ctx context.Context, id *noise.Identity, server [32]byte, connections int, document func() string,
+) (done func() float64) {
 	conns := make([]*noise.Conn, connections)
 	var opening sync.WaitGroup
 	for i := range conns {
@@ -235,7 +258,7 @@ func (s *system) floodRequests(
 		}()
 		context.AfterFunc(ctx, func() { c.Close() })
 	}
-	return paced(ctx, connections, func(i int) error { return conns[i].WriteMessage([]byte(signDocument())) })
+	return paced(ctx, connections, func(i int) error { return conns[i].WriteMessage([]byte(document())) })
 }
 
 // floodHandshakes begins handshakes with an invalid message 1, each from another loopback address.
