@@ -1,7 +1,7 @@
-// Package limit shares a device between more callers than the device can serve. Handshakes limits
-// the rate of handshakes, Connections limits the number of open connections, and Fair is a fair
-// queue for the device. None of the three starts a goroutine. Memory is bounded by the configured
-// limits, and in Fair by the number of waiting callers. Begin reading at Handshakes.
+// Package limit shares a device, or the processors, between more callers than can be served.
+// Handshakes limits the rate of handshakes, Connections limits the number of open connections, and
+// Fair is a fair queue for the device. None of the three starts a goroutine. Memory is bounded by
+// the configured limits, and in Fair by the number of waiting callers. Begin reading at Handshakes.
 package limit
 
 import "net/netip"
