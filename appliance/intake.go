@@ -109,6 +109,10 @@ func (a *Appliance) take(ctx context.Context, s *session, message []byte) (r tak
 		if refused = a.Peers.More(s.Member, len(batch.Items)-1); refused == nil {
 			r.places = len(batch.Items)
 		}
+		if errors.Is(refused, peers.ErrGone) {
+			a.Peers.End(s.Member, r.places)
+			return taken{}, refused
+		}
 	}
 	switch r.id, r.body = id, body; {
 	case refused != nil:

@@ -1,6 +1,7 @@
 package appliance
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -125,14 +126,18 @@ func flood(conn *noise.Conn, document []byte) (read *atomic.Int64, answered map[
 	return read, answered
 }
 
-// malformed returns a document of some length with many names, which is no request.
+// malformed returns a document of a length with many names, which is no request.
 func malformed(length int) []byte {
 	var b strings.Builder
-	b.WriteString(`{"id":"1","op":"sign","payload":{`)
-	for i := 0; b.Len() < length-len(`"":0}}`); i++ {
-		fmt.Fprintf(&b, `"%x":1,`, i)
+	b.WriteString(`{"id":"1","op":"sign","payload":[`)
+	for b.Len() < length-500 {
+		b.WriteString("{")
+		for i := range 40 {
+			fmt.Fprintf(&b, `"%x":1,`, i)
+		}
+		b.WriteString(`"":0},`)
 	}
-	return []byte(b.String() + `"":0}}`)
+	return append([]byte(b.String()+`0]}`), bytes.Repeat([]byte(" "), length-b.Len()-3)...)
 }
 
 // TestPaceHoldsMessagesBack: beyond its pace in messages, a peer's messages are not read, on all of
@@ -196,7 +201,7 @@ func TestPaceHoldsMessagesBack(t *testing.T) {
 func TestPaceInBytes(t *testing.T) {
 	const length = 1 << 15
 	withPaced(t, func(l *Limits) { l.BytesPerSecond = 4 * length }, func(t *testing.T, p *paced) {
-		read, _ := flood(p.connect(t, p.shop), malformed(length)[:length])
+		read, _ := flood(p.connect(t, p.shop), malformed(length))
 		other := p.connect(t, p.cafe)
 		for second := range int64(10) {
 			synctest.Wait()

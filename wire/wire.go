@@ -393,18 +393,22 @@ func parseOp(document ijson.Object) (op string, refusal *Error) {
 // other items.
 func parseBatch(id string, document ijson.Object, maxItems int) (string, any, error) {
 	var b struct {
-		ID    string            `json:"id"`
-		Op    string            `json:"op"`
-		Items []json.RawMessage `json:"items"`
+		ID    string          `json:"id"`
+		Op    string          `json:"op"`
+		Items json.RawMessage `json:"items"`
 	}
 	if err := document.Into(&b, "items"); err != nil {
 		return id, nil, refuse(CodeMalformed, "%v", err)
 	}
-	if len(b.Items) == 0 || len(b.Items) > maxItems {
-		return id, nil, refuse(CodeTooLarge, "a batch has 1 to %d items, not %d", maxItems, len(b.Items))
+	items, err := ijson.Elements(document.Members["items"], maxItems)
+	if err != nil && !errors.Is(err, ijson.ErrTooMany) {
+		return id, nil, refuse(CodeMalformed, "items: %v", err)
+	}
+	if err != nil || len(items) == 0 {
+		return id, nil, refuse(CodeTooLarge, "a batch has 1 to %d items", maxItems)
 	}
 	batch := &Batch{ID: id, Op: b.Op}
-	for _, item := range b.Items {
+	for _, item := range items {
 		batch.Items = append(batch.Items, parseItem(item))
 	}
 	return id, batch, nil

@@ -24,6 +24,9 @@ func tokens(b []byte) (members map[string]jsontext.Value, err error) {
 		if err != nil {
 			return nil, err
 		}
+		if kind, n := d.StackIndex(d.StackDepth()); kind == '{' && n > 2*MaxFields {
+			return nil, errors.New("too many fields")
+		}
 		if d.StackDepth() > MaxDepth {
 			return nil, errors.New("too deep")
 		}
@@ -36,9 +39,6 @@ func tokens(b []byte) (members map[string]jsontext.Value, err error) {
 	}
 	if err := json.Unmarshal(b, &members); err != nil {
 		return nil, err
-	}
-	if len(members) > maxFields {
-		return nil, errors.New("too many fields")
 	}
 	return members, nil
 }
@@ -62,10 +62,11 @@ var documents = map[string]string{
 	`{"a":"\ud83d\ude00","b":"\ufffd","c":"😀\uFFFD"}`:                   "",
 	`{"a":[` + strings.Repeat("[", 14) + strings.Repeat("]", 14) + `]}`: "",
 	`{"a":[` + strings.Repeat("[", 15) + strings.Repeat("]", 15) + `]}`: "arrays and objects nest deeper than 16",
-	`{` + names(maxFields) + `}`:                                        "",
-	`{` + names(maxFields+1) + `}`:                                      "the object has more than 64 fields",
-	`{"a":{` + names(5000) + `}}`:                                       "",
-	`{"a":{` + names(5000) + `,"7":0}}`:                                 `duplicate field "a.7"`,
+	`{` + names(MaxFields) + `}`:                                        "",
+	`{` + names(MaxFields+1) + `}`:                                      "an object has more than 64 fields",
+	`{"a":[{` + names(MaxFields) + `},{` + names(MaxFields) + `}]}`:     "",
+	`{"a":{` + names(MaxFields+1) + `}}`:                                "an object has more than 64 fields",
+	`{"a":{` + names(40) + `,"7":0}}`:                                   `duplicate field "a.7"`,
 	`{"a":1,"a":2}`:                                                     `duplicate field "a"`,
 	`{"a":1,"\u0061":2}`:                                                `duplicate field "a"`,
 	`{"a":[0,{"b":{"c":1, "d":2,"c" :3}}]}`:                             `duplicate field "a.1.b.c"`,
@@ -175,6 +176,35 @@ func TestRequired(t *testing.T) {
 			if (err != nil) != missing || missing && err.Error() != "A is missing" {
 				t.Errorf("%s: %s: %v", how, b, err)
 			}
+		}
+	}
+}
+
+// TestElements compares the elements of arrays with those of package jsontext.
+func TestElements(t *testing.T) {
+	for _, array := range []string{
+		`[]`, ` [ ] `, `[1]`, `[ "a,b" , {"c":[1,2]},[3,[4,5]], "]\"," ]`, `[{"a":"[{"},null]`, `[[],[[]],{}]`,
+	} {
+		var want []jsontext.Value
+		if err := json.Unmarshal([]byte(array), &want); err != nil {
+			t.Fatal(err)
+		}
+		got, err := Elements([]byte(array), len(want))
+		if err != nil || len(got) != len(want) {
+			t.Fatalf("%s: %q, %v", array, got, err)
+		}
+		for i := range want {
+			if !bytes.Equal(got[i], want[i]) {
+				t.Errorf("%s: element %d is %s, want %s", array, i, got[i], want[i])
+			}
+		}
+		if _, err := Elements([]byte(array), len(want)-1); len(want) > 0 && err != ErrTooMany {
+			t.Errorf("%s: one too many: %v", array, err)
+		}
+	}
+	for _, other := range []string{`{}`, `"[]"`, `1`, ``} {
+		if _, err := Elements([]byte(other), 9); err == nil {
+			t.Errorf("%s is taken for an array", other)
 		}
 	}
 }

@@ -15,8 +15,9 @@ import (
 	"github.com/go-json-experiment/json/jsontext"
 )
 
-// maxFields bounds the fields of the outermost object. Every object of the protocol has fewer.
-const maxFields = 64
+// MaxFields bounds the fields of an object. The largest object of the protocol is the metadata of a
+// paykit-subscription-v2, with at most 64.
+const MaxFields = 64
 
 // member is a field of the outermost object.
 type member struct {
@@ -30,8 +31,8 @@ type member struct {
 // is no JSON the result means nothing, and the decoder refuses the document. So a scan comes
 // before the decoder, and never in its place.
 //
-// Time grows with the length of the document, for the names as n log n. Memory is 16 bytes for each
-// name of the open objects. A name with its value has at least 5 bytes of the document.
+// Time grows with the length of the document. Memory is bounded by MaxDepth objects of MaxFields
+// names, 16 bytes each.
 type scan struct {
 	b       []byte
 	members []member
@@ -77,6 +78,48 @@ func fields(b []byte) ([]member, error) {
 	}
 	return s.members, nil
 }
+
+// Elements returns the elements of an array in an Object. The error is ErrTooMany for more than most
+// elements.
+func Elements(array jsontext.Value, most int) (all []jsontext.Value, err error) {
+	s := scan{b: array}
+	start := space(array, 0)
+	if start == len(array) || array[start] != '[' {
+		return nil, errors.New("must be an array")
+	}
+	start++
+	depth := 0
+	for i := start; i < len(array); i++ {
+		switch array[i] {
+		case '"':
+			end, _, err := s.text(i)
+			if err != nil {
+				return nil, err
+			}
+			i = end - 1
+		case '{', '[':
+			depth++
+		case '}', ']', ',':
+			if array[i] != ',' {
+				depth--
+			}
+			if depth > 0 || depth == 0 && array[i] != ',' {
+				continue
+			}
+			if one := bytes.Trim(array[start:i], " \t\r\n"); len(one) > 0 {
+				if len(all) == most {
+					return nil, ErrTooMany
+				}
+				all = append(all, one)
+			}
+			start = i + 1
+		}
+	}
+	return all, nil
+}
+
+// ErrTooMany refuses an array with too many elements.
+var ErrTooMany = errors.New("too many elements")
 
 // space returns the index of the first byte from i on that is no white space.
 func space(b []byte, i int) int {
@@ -183,10 +226,10 @@ func (s *scan) field(start, end int, escaped bool) error {
 	if escaped {
 		text = s.unescaped(uint32(start), uint32(end))
 	}
+	if len(s.names)-s.open[s.depth-1].first == MaxFields {
+		return fmt.Errorf("an object has more than %d fields", MaxFields)
+	}
 	if s.depth == 1 {
-		if len(s.members) == maxFields {
-			return fmt.Errorf("the object has more than %d fields", maxFields)
-		}
 		s.members = append(s.members, member{name: text})
 	}
 	s.names = append(s.names, name{maphash.Bytes(seed, text), uint32(start), uint32(end)})
