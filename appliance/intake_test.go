@@ -218,48 +218,104 @@ func TestPaceInBytes(t *testing.T) {
 	})
 }
 
-// TestTurnAtTheProcessor: while the processor reads one document, the documents of a peer wait on
-// each of its connections, and then a document of another peer. The other peer's document is read
-// in its turn, before the first peer has had a larger share.
+// TestTurnAtTheProcessor: while the processor reads one document, long documents of one peer wait,
+// and then short documents of another peer, and then a third one. Each gets its turn: the short
+// documents have all been read, and no long one, when the third peer has the slot.
 func TestTurnAtTheProcessor(t *testing.T) {
 	withPaced(t, func(l *Limits) {}, func(t *testing.T, p *paced) {
-		release, err := p.processor.Acquire(t.Context(), "another")
+		first, err := p.processor.Acquire(t.Context(), "first")
 		if err != nil {
 			t.Fatal(err)
 		}
 		long, short := p.session(t, "market"), p.session(t, "kiosk")
-		var order []string
-		var done atomic.Int32
-		take := func(name string, s *session, document []byte) {
+		var read [2]atomic.Int32
+		take := func(i int, s *session, document []byte) {
 			go func() {
 				r, err := p.take(t.Context(), s, document)
 				if err != nil || r.places != 1 {
-					t.Errorf("%s: %v, %d places", name, err, r.places)
+					t.Errorf("%v, %d places", err, r.places)
 				}
-				order = append(order, name) // one at a time: there is one slot
 				p.Peers.End(s.Member, r.places)
-				done.Add(1)
+				read[i].Add(1)
 			}()
 			synctest.Wait()
 		}
 		for range 5 {
-			take("long", long, malformed(60_000))
+			take(0, long, malformed(60_000))
 		}
 		for range 5 {
-			take("short", short, []byte(ping))
+			take(1, short, []byte(ping))
 		}
-		if len(order) != 0 {
-			t.Fatalf("%v have been read without a slot", order)
+		third := make(chan func())
+		go func() {
+			release, err := p.processor.Acquire(t.Context(), "third")
+			if err != nil {
+				t.Error(err)
+			}
+			third <- release
+		}()
+		synctest.Wait()
+		if read[0].Load() != 0 || read[1].Load() != 0 {
+			t.Errorf("%d long and %d short documents have been read without a slot", read[0].Load(), read[1].Load())
+		}
+		first()
+		release := <-third
+		synctest.Wait()
+		if read[0].Load() != 0 || read[1].Load() != 5 {
+			t.Errorf("before the third peer, %d long and %d short documents have been read; want 0 and 5",
+				read[0].Load(), read[1].Load())
 		}
 		release()
 		synctest.Wait()
-		if done.Load() != 10 || !slices.Equal(order[:5], []string{"short", "short", "short", "short", "short"}) {
-			t.Errorf("read in the order %v", order)
-		}
-		if of, all := p.Peers.Serving(long.Member); of != 0 || all != 0 {
-			t.Errorf("%d places of %d are held", of, all)
+		if of, all := p.Peers.Serving(long.Member); read[0].Load() != 5 || of != 0 || all != 0 {
+			t.Errorf("in the end %d long documents have been read, and %d places of %d are held",
+				read[0].Load(), of, all)
 		}
 	})
+}
+
+// TestDocumentsWaitForTheTurn: the payload of a request, and a signature to verify, wait for the
+// peer's turn too.
+func TestDocumentsWaitForTheTurn(t *testing.T) {
+	withPaced(t, func(l *Limits) {}, func(t *testing.T, p *paced) {
+		sign := numbered(1, "m")
+		signed, err := p.Sign(t.Context(), p.rig.shop, sign)
+		if err != nil {
+			t.Fatal(err)
+		}
+		verify := &wire.Verify{Document: sign.Document, PublicKey: signed.PublicKey, Signature: signed.Signature}
+		doc, err := p.parse(t.Context(), p.rig.shop, sign.Document)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for what, act := range map[string]func(ctx context.Context) error{
+			"sign":   func(ctx context.Context) error { _, err := p.Sign(ctx, p.rig.shop, sign); return err },
+			"verify": func(ctx context.Context) error { _, err := p.Verify(ctx, p.rig.shop, verify); return err },
+			"check":  func(ctx context.Context) error { return p.check(ctx, p.rig.shop, doc, verify) },
+		} {
+			release, err := p.processor.Acquire(t.Context(), "another")
+			if err != nil {
+				t.Fatal(err)
+			}
+			ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+			began := time.Now()
+			err = act(ctx)
+			if code := codeOfError(err); code != wire.CodeUnavailable || time.Since(began) != time.Second {
+				t.Errorf("%s without a turn: %v after %v", what, err, time.Since(began))
+			}
+			cancel()
+			release()
+			if err := act(t.Context()); err != nil {
+				t.Errorf("%s: %v", what, err)
+			}
+		}
+	})
+}
+
+// codeOfError returns the code of an error for the peer.
+func codeOfError(err error) string {
+	_, answer := refuse(err)
+	return answer.Code
 }
 
 // session returns a session of a peer without a connection, for take and handle.
