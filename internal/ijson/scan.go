@@ -79,8 +79,8 @@ func fields(b []byte) ([]member, error) {
 	return s.members, nil
 }
 
-// Elements returns the elements of an array in an Object. The error is ErrTooMany for more than most
-// elements.
+// Elements returns the elements of an array in an Object. The error is ErrTooMany for more than
+// most elements.
 func Elements(array jsontext.Value, most int) (all []jsontext.Value, err error) {
 	s := scan{b: array}
 	start := space(array, 0)
