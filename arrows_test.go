@@ -54,10 +54,10 @@ var arrows = map[string]room{
 	"internal/keyring": {
 		ours: `approval audit internal/cause internal/eddsa internal/gate internal/ijson
 			internal/keystore internal/ledger internal/limit internal/manage internal/peers
-			internal/schedule transcript wire`,
+			internal/pubkey internal/schedule transcript wire`,
 	},
 	"internal/peers": {
-		ours:    "audit internal/ijson internal/keystore internal/ledger internal/manage",
+		ours:    "audit internal/ijson internal/keystore internal/ledger internal/manage internal/pubkey",
 		outside: "golang.org/x/time",
 	},
 	"internal/anchor": {
@@ -72,28 +72,30 @@ var arrows = map[string]room{
 	"internal/sshagent":  {ours: "approval", outside: "golang.org/x/crypto/ssh"},
 	// The devices.
 	"hsm": {
-		ours:    `internal/keystore`,
+		ours:    `internal/keystore internal/pubkey`,
 		outside: `github.com/miekg/pkcs11 github.com/stefanberger/go-pkcs11uri`,
 	},
 	"tpm": {
-		ours:    `internal/eddsa internal/keystore`,
+		ours:    `internal/eddsa internal/keystore internal/pubkey`,
 		outside: `github.com/google/go-tpm golang.org/x/sys`,
 	},
-	"internal/keystore/worker": {ours: "internal/keystore"},
+	"internal/keystore/worker": {ours: "internal/keystore internal/pubkey"},
 	// For programs of peers and auditors.
-	"client": {ours: "audit internal/eddsa internal/ijson noise transcript wire"},
+	"client": {ours: "audit internal/eddsa internal/ijson internal/pubkey noise transcript wire"},
 	"noise": {
-		ours: "internal/eddsa internal/ijson",
+		ours: "internal/eddsa internal/ijson internal/pubkey",
 		outside: `github.com/flynn/noise github.com/go-json-experiment/json golang.org/x/crypto/blake2s
 			lukechampine.com/blake3`,
 	},
-	"transcript": {ours: "internal/eddsa internal/ijson", outside: "github.com/go-json-experiment/json"},
-	"wire":       {ours: "internal/ijson", outside: "github.com/go-json-experiment/json"},
+	"transcript": {
+		ours: "internal/eddsa internal/ijson internal/pubkey", outside: "github.com/go-json-experiment/json",
+	},
+	"wire": {ours: "internal/ijson", outside: "github.com/go-json-experiment/json"},
 	"approval": {
-		ours:    "audit",
+		ours:    "audit internal/eddsa internal/pubkey",
 		outside: "github.com/go-json-experiment/json github.com/go-webauthn/webauthn golang.org/x/crypto/ssh",
 	},
-	"audit": {outside: "github.com/go-json-experiment/json golang.org/x/mod"},
+	"audit": {ours: "internal/eddsa", outside: "github.com/go-json-experiment/json golang.org/x/mod"},
 	// The leaves: one trade each.
 	"policy":            {outside: "github.com/cedar-policy/cedar-go"},
 	"internal/eddsa":    {outside: "filippo.io/edwards25519"},
@@ -102,10 +104,11 @@ var arrows = map[string]room{
 	"internal/limit":    {outside: "github.com/hashicorp/golang-lru/v2"},
 	"internal/logqueue": {outside: "golang.org/x/time"},
 	"internal/schedule": {outside: "github.com/adhocore/gronx"},
-	"internal/webhook":  {},
+	"internal/pubkey":   {},
+	"internal/webhook":  {ours: "internal/eddsa"},
 	// For tests.
 	"client/clienttest":              {ours: "noise transcript wire"},
-	"internal/keystore/keystoretest": {ours: "internal/keystore"},
+	"internal/keystore/keystoretest": {ours: "internal/keystore internal/pubkey"},
 	"internal/ledger/ledgertest":     {ours: "internal/ledger", outside: "go.etcd.io/bbolt"},
 	"internal/ledger/disktest":       {outside: "github.com/hanwen/go-fuse/v2 golang.org/x/sys"},
 	"softhsm-tests":                  {},

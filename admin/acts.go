@@ -11,9 +11,9 @@ import (
 	"countersign/appliance"
 	"countersign/approval"
 	"countersign/audit"
-	"countersign/internal/keystore"
 	"countersign/internal/manage"
 	"countersign/internal/operators"
+	"countersign/internal/peers"
 	"countersign/policy"
 )
 
@@ -76,8 +76,8 @@ func addPeer(a *appliance.Appliance, p parameters, _ []byte) (parameters, do, er
 	if err != nil || len(key) != 32 {
 		return nil, nil, invalid.errorf("peer %q: its public key must be 64 hex digits", name)
 	}
-	if err := keystore.CheckName(name); err != nil {
-		return nil, nil, invalid.errorf("peer %q: %v", name, err)
+	if err := peers.Check(name, key); err != nil { // before anybody approves it
+		return nil, nil, err
 	}
 	for _, each := range a.Peers.All() {
 		if each.Name == name || each.PublicKey == [32]byte(key) {

@@ -106,6 +106,7 @@ func TestActs(t *testing.T) {
 	root := r.root()
 	people := r.enrol(root, r.unix())
 	key := strings.Repeat("0a", 32)
+	lowOrder, encodedTwice := strings.Repeat("00", 32), key[2:]+"8a" // refused before anybody approves it
 	propose := func(c *api.Client, act string, p ...string) (api.Proposal, error) {
 		return c.Propose(t.Context(), api.NewProposal{Act: act, Parameters: pairs(p...)})
 	}
@@ -122,6 +123,8 @@ func TestActs(t *testing.T) {
 		{operator, "peer add", []string{"name", "shop"}, "invalid"},
 		{operator, "peer add", []string{"name", "shop", "public_key", "zz"}, "invalid"},
 		{operator, "peer add", []string{"name", "shop", "public_key", key[2:]}, "invalid"},
+		{operator, "peer add", []string{"name", "shop", "public_key", lowOrder}, "invalid"},
+		{operator, "peer add", []string{"name", "shop", "public_key", encodedTwice}, "invalid"},
 		{operator, "peer add", []string{"name", "No Good", "public_key", key}, "invalid"},
 		{operator, "peer add", []string{"name", "shop", "public_key", key, "more", "1"}, "invalid"},
 		{operator, "peer add", []string{"name", "shop", "name", "shop", "public_key", key}, "invalid"},

@@ -548,3 +548,63 @@ func BenchmarkVerify(b *testing.B) {
 	slices.Sort(rates)
 	fmt.Fprintf(os.Stdout, "audit-verify events=%d cores=1 %.0f events/s\n", m.events, rates[len(rates)/2])
 }
+
+// TestLogKeyIsAKey makes logs of points of small order, under which a constant is the signature of
+// every checkpoint, of a point of mixed order and of no point, and writes a key in another form.
+func TestLogKeyIsAKey(t *testing.T) {
+	for _, first := range []byte{0, 1, 2} { // order 4, order 1, no point
+		public := append([]byte{first}, make([]byte, 31)...)
+		if _, err := audit.NewLog(public); err == nil {
+			t.Errorf("%x is the key of a log", public)
+		}
+		name := fmt.Sprintf("countersign/%x/0", public[:8])
+		vkey, err := note.NewEd25519VerifierKey(name, public)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := audit.ParseVerifierKey(vkey); err == nil {
+			t.Errorf("%s is a verifier key", vkey)
+		}
+	}
+	vkey := newMemory(t).log.VerifierKey(0)
+	for _, other := range []string{
+		strings.Replace(vkey, "+", "+0", 1), // no second form of the hash
+		vkey[:len(vkey)-4] + "\n" + vkey[len(vkey)-4:],
+	} {
+		if _, err := audit.ParseVerifierKey(other); err == nil {
+			t.Errorf("%q is a verifier key", other)
+		}
+	}
+}
+
+// TestExtensionLines opens checkpoints with extension lines, of which an empty one is none (C2SP
+// tlog-checkpoint). The signature is good for all texts.
+func TestExtensionLines(t *testing.T) {
+	m := newMemory(t)
+	v, err := note.NewVerifier(m.log.VerifierKey(0))
+	if err != nil {
+		t.Fatal(err)
+	}
+	root := audit.Hash{}.String()
+	for extension, good := range map[string]bool{
+		"": true, "x\n": true, "x\ny\n": true, " \n": true, "\n": false, "\n\n": false, "x\n\n": false, "\nx\n": false,
+		"x\n\ny\n": false,
+	} {
+		text := m.log.Origin(0) + "\n1\n" + root + "\n" + extension
+		signed, err := note.Sign(&note.Note{Text: text}, noteSigner{v, m})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := m.log.Open(signed); (err == nil) != good {
+			t.Errorf("%q: %v", extension, err)
+		}
+	}
+}
+
+// noteSigner signs notes with the key of a log.
+type noteSigner struct {
+	note.Verifier
+	m *memory
+}
+
+func (s noteSigner) Sign(message []byte) ([]byte, error) { return s.m.sign(message) }

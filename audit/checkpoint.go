@@ -6,8 +6,11 @@ import (
 	"encoding/base64"
 	"encoding/hex"
 	"fmt"
+	"slices"
 	"strconv"
 	"strings"
+
+	"countersign/internal/eddsa"
 
 	"golang.org/x/mod/sumdb/note"
 	"golang.org/x/mod/sumdb/tlog"
@@ -22,10 +25,12 @@ import (
 // verifier keys of all epochs therefore follow from any one of them.
 type Log struct{ public ed25519.PublicKey }
 
-// NewLog returns the log whose checkpoints verify under an Ed25519 public key of 32 bytes.
+// NewLog returns the log whose checkpoints verify under an Ed25519 public key of 32 bytes. The key
+// must be one by the strict rules of docs/SPEC.md section 5: under a key of small order, everybody
+// can sign checkpoints.
 func NewLog(public []byte) (Log, error) {
-	if len(public) != ed25519.PublicKeySize {
-		return Log{}, fmt.Errorf("audit: the log's key has %d bytes, want %d", len(public), ed25519.PublicKeySize)
+	if err := eddsa.CheckPublicKey(public); err != nil {
+		return Log{}, fmt.Errorf("audit: the log's key: %w", err)
 	}
 	return Log{bytes.Clone(public)}, nil
 }
@@ -38,13 +43,20 @@ func ParseVerifierKey(vkey string) (Log, error) {
 		return Log{}, fmt.Errorf("audit: %q is not a verifier key: "+
 			"want NAME+HASH+KEY, as countersign admin audit key prints it", vkey)
 	}
-	b, err := base64.StdEncoding.DecodeString(fields[2])
+	b, err := base64.StdEncoding.Strict().DecodeString(fields[2])
 	if err != nil || len(b) != 1+ed25519.PublicKeySize {
 		return Log{}, fmt.Errorf("audit: the verifier key %q has no Ed25519 key", vkey)
 	}
-	l := Log{b[1:]}
-	if _, err := l.epochOf(fields[0]); err != nil {
+	l, err := NewLog(b[1:])
+	if err != nil {
+		return Log{}, fmt.Errorf("the verifier key %q: %w", vkey, err)
+	}
+	epoch, err := l.epochOf(fields[0])
+	if err != nil {
 		return Log{}, fmt.Errorf("audit: the verifier key is not of an audit log of Countersign: %w", err)
+	}
+	if canonical := l.VerifierKey(epoch); canonical != vkey {
+		return Log{}, fmt.Errorf("audit: the verifier key %q is not in its one form, which is %q", vkey, canonical)
 	}
 	return l, nil
 }
@@ -126,6 +138,10 @@ func (l Log) Open(text []byte) (Checkpoint, error) {
 	lines := strings.Split(n.Text, "\n")
 	if len(lines) < 4 {
 		return Checkpoint{}, fmt.Errorf("audit: checkpoint of epoch %d: it has %d lines", epoch, len(lines))
+	}
+	// An extension line has at least one byte (C2SP tlog-checkpoint). The text ends in a newline.
+	if slices.Contains(lines[3:len(lines)-1], "") {
+		return Checkpoint{}, fmt.Errorf("audit: checkpoint of epoch %d: it has an empty extension line", epoch)
 	}
 	c := Checkpoint{Epoch: epoch}
 	c.Size, err = strconv.ParseUint(lines[1], 10, 62)

@@ -24,6 +24,7 @@ import (
 	"countersign/audit"
 	"countersign/internal/eddsa"
 	"countersign/internal/ijson"
+	"countersign/internal/pubkey"
 	"countersign/noise"
 	"countersign/transcript"
 	"countersign/wire"
@@ -142,6 +143,14 @@ func New(c Config) (*Client, error) {
 		return nil, errors.New("client: no ServerKey: set the listener's public key")
 	case c.Identity == nil:
 		return nil, errors.New("client: no Identity: set this peer's static key")
+	}
+	if err := pubkey.CheckX25519(c.ServerKey[:]); err != nil {
+		return nil, fmt.Errorf("client: ServerKey: %w", err)
+	}
+	if c.FormerServerKey != [32]byte{} {
+		if err := pubkey.CheckX25519(c.FormerServerKey[:]); err != nil {
+			return nil, fmt.Errorf("client: FormerServerKey: %w", err)
+		}
 	}
 	if c.ConnectTimeout == 0 {
 		c.ConnectTimeout = 10 * time.Second
@@ -696,6 +705,9 @@ func ParseKey(s string) (key [32]byte, err error) {
 	}
 	if _, err := hex.Decode(key[:], []byte(s)); err != nil {
 		return [32]byte{}, fmt.Errorf("a public key has 64 hex digits: %w", err)
+	}
+	if err := pubkey.CheckX25519(key[:]); err != nil {
+		return [32]byte{}, err
 	}
 	return key, nil
 }

@@ -5,8 +5,11 @@ import (
 	"crypto"
 	"crypto/ed25519"
 	"crypto/rand"
+	"crypto/sha256"
 	"crypto/x509"
 	"crypto/x509/pkix"
+	"encoding/base64"
+	"encoding/hex"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -510,5 +513,44 @@ func TestIdentityFiles(t *testing.T) {
 	os.Chmod(path, 0o644)
 	if _, err := client.ReadIdentity(path); err == nil || !strings.Contains(err.Error(), "chmod 600") {
 		t.Errorf("readable by others: %v", err)
+	}
+}
+
+// TestPinnedKeysAreKeys configures keys of the listener, of the log and of a line that are no keys.
+func TestPinnedKeysAreKeys(t *testing.T) {
+	good, err := noise.NewIdentity()
+	if err != nil {
+		t.Fatal(err)
+	}
+	second := good.Public()
+	second[31] |= 0x80
+	small := [32]byte{1}
+	name, key := fmt.Sprintf("countersign/%x/0", small[:8]), append([]byte{1}, small[:]...)
+	hash := sha256.Sum256(fmt.Appendf(nil, "%s\n%s", name, key)) // C2SP signed-note
+	vkey := fmt.Sprintf("%s+%x+%s", name, hash[:4], base64.StdEncoding.EncodeToString(key))
+	for what, change := range map[string]func(*client.Config){
+		"ServerKey, encoded twice":       func(c *client.Config) { c.ServerKey = second },
+		"ServerKey of low order":         func(c *client.Config) { c.ServerKey = small },
+		"FormerServerKey, encoded twice": func(c *client.Config) { c.FormerServerKey = second },
+		"FormerServerKey of low order":   func(c *client.Config) { c.FormerServerKey = small },
+		"ServerIdentity of small order":  func(c *client.Config) { c.ServerIdentity = small },
+		"LogKey of small order":          func(c *client.Config) { c.LogKey = vkey },
+		"line of small order": func(c *client.Config) {
+			c.Lines = []client.KeyLine{{Key: "payments", Version: 1, PublicKey: small}}
+		},
+	} {
+		config := client.Config{Address: "127.0.0.1:1", ServerKey: good.Public(), Identity: good}
+		if _, err := client.New(config); err != nil {
+			t.Fatal(err)
+		}
+		change(&config)
+		if _, err := client.New(config); err == nil {
+			t.Errorf("%s: a client", what)
+		}
+	}
+	for _, key := range [][32]byte{second, small, {}} {
+		if _, err := client.ParseKey(hex.EncodeToString(key[:])); err == nil {
+			t.Errorf("%x is a key", key)
+		}
 	}
 }

@@ -11,6 +11,7 @@ import (
 	"strings"
 
 	"countersign/internal/keystore"
+	"countersign/internal/pubkey"
 
 	"github.com/miekg/pkcs11"
 )
@@ -101,7 +102,7 @@ func (k *key) Exchange(ctx context.Context, peer [32]byte) (shared [32]byte, err
 	if k.info.Algorithm != keystore.X25519 {
 		return shared, fmt.Errorf("hsm: %v: %w: it is not an exchange key", k.info.Ref, keystore.ErrRefused)
 	}
-	if keystore.LowOrder(peer) {
+	if pubkey.LowOrder(peer) {
 		return shared, keystore.ErrPeerKey
 	}
 	err = k.use(ctx, "exchange", func(s session, h *handle) (err error) {

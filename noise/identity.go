@@ -4,6 +4,7 @@ import (
 	"context"
 	"crypto/ecdh"
 	"crypto/rand"
+	"errors"
 )
 
 // Identity is a static key pair in memory, for a peer. The appliance's static key is on a device.
@@ -18,8 +19,12 @@ func NewIdentity() (*Identity, error) {
 	return &Identity{key}, nil
 }
 
-// IdentityFrom returns the key pair of an X25519 private key of 32 bytes.
+// IdentityFrom returns the key pair of an X25519 private key of 32 bytes. A key of zeros is
+// refused: it is an empty field or file, and everybody has it.
 func IdentityFrom(private []byte) (*Identity, error) {
+	if len(private) == 32 && [32]byte(private) == [32]byte{} {
+		return nil, errors.New("noise: the private key is all zero: make one with NewIdentity")
+	}
 	key, err := ecdh.X25519().NewPrivateKey(private)
 	if err != nil {
 		return nil, err

@@ -19,6 +19,8 @@ import (
 	"sync"
 	"time"
 
+	"countersign/internal/pubkey"
+
 	"github.com/flynn/noise"
 )
 
@@ -146,7 +148,8 @@ func (c *Conn) accept(ctx context.Context, statics []Static, profile Profile,
 	if profile == PubkyV1 {
 		c.identity, identityErr = checkIdentity(payload, c.peer, c.own, time.Now())
 	}
-	if !enrolled(c.peer) {
+	// A key with two encodings would have two enrolments: only one encoding is let in.
+	if !enrolled(c.peer) || pubkey.CheckX25519(c.peer[:]) != nil {
 		return ErrNotEnrolled
 	}
 	if identityErr != nil {

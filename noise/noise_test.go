@@ -496,3 +496,35 @@ func TestFrameBufferGrowsWithWhatArrives(t *testing.T) {
 		}
 	}
 }
+
+// twisted is an identity with its public key in another encoding: X25519 ignores the top bit.
+type twisted struct{ *Identity }
+
+func (i twisted) Public() (key [32]byte) {
+	key = i.Identity.Public()
+	key[31] |= 0x80
+	return key
+}
+
+// TestSecondEncodingOfAPeersKey connects by a second encoding of a static key. A ledger of an older
+// version may have the second encoding as another peer.
+func TestSecondEncodingOfAPeersKey(t *testing.T) {
+	me, server := identity(t), identity(t)
+	for _, static := range []Static{me, twisted{me}} {
+		c, s := pair(t)
+		ch := accept(t, s, server, func(peer [32]byte) bool { return peer == static.Public() })
+		_, err := Connect(t.Context(), c, static, CountersignV1, server.Public(), nil)
+		got := <-ch
+		canonical := static == Static(me)
+		if (err == nil) != canonical || errors.Is(got.err, ErrNotEnrolled) == canonical {
+			t.Errorf("%x: %v, %v", static.Public(), err, got.err)
+		}
+	}
+}
+
+// TestPrivateKeyOfZeros reads the private key that everybody has.
+func TestPrivateKeyOfZeros(t *testing.T) {
+	if _, err := IdentityFrom(make([]byte, 32)); err == nil {
+		t.Error("32 zeros are an identity")
+	}
+}

@@ -3,6 +3,7 @@ package softhsmtests
 import (
 	"bytes"
 	"context"
+	"crypto/ed25519"
 	"crypto/sha256"
 	"encoding/binary"
 	"encoding/hex"
@@ -371,7 +372,7 @@ func TestAuditLog(t *testing.T) {
 
 // otherLogKey is the verifier key of another appliance's log.
 var otherLogKey = func() string {
-	log, err := audit.NewLog(bytes.Repeat([]byte{9}, 32))
+	log, err := audit.NewLog(ed25519.NewKeyFromSeed(bytes.Repeat([]byte{9}, 32)).Public().(ed25519.PublicKey))
 	if err != nil {
 		panic(err)
 	}

@@ -320,7 +320,7 @@ func TestPasskey(t *testing.T) {
 
 	// Alice approves.
 	proposal, err := s.admin().Propose(t.Context(), api.NewProposal{Act: "peer add", Parameters: []approval.Parameter{
-		{Name: "name", Value: "shop"}, {Name: "public_key", Value: strings.Repeat("ab", 32)},
+		{Name: "name", Value: "shop"}, {Name: "public_key", Value: strings.Repeat("2b", 32)},
 	}})
 	if err != nil {
 		t.Fatal(err)

@@ -16,6 +16,7 @@ import (
 
 	"countersign/internal/eddsa"
 	"countersign/internal/keystore"
+	"countersign/internal/pubkey"
 
 	"github.com/google/go-tpm/tpm2"
 	"github.com/google/go-tpm/tpm2/transport"
@@ -144,7 +145,7 @@ func (k *key) Exchange(ctx context.Context, peer [32]byte) (shared [32]byte, err
 	if k.info.Algorithm != keystore.X25519 {
 		return shared, fmt.Errorf("tpm: %v: %w: it is not an exchange key", k.info.Ref, keystore.ErrRefused)
 	}
-	if keystore.LowOrder(peer) {
+	if pubkey.LowOrder(peer) {
 		return shared, keystore.ErrPeerKey
 	}
 	u, release, err := k.store.seed(ctx, k)

@@ -1,9 +1,10 @@
 package transcript
 
 import (
-	"crypto/ecdh"
 	"encoding/binary"
 	"encoding/hex"
+
+	"countersign/internal/pubkey"
 )
 
 var paykitNoiseKeyAuthorizationType = Type{
@@ -12,7 +13,7 @@ var paykitNoiseKeyAuthorizationType = Type{
 	[]Field{
 		{"owner", true, formKey + "; the signer"},
 		{"noise_public_key", true, formKey},
-		{"noise_static_public_key", false, formKey + "; X25519, not of low order"},
+		{"noise_static_public_key", false, formKey + "; X25519, canonical and not of low order"},
 		{"key_generation", true, "an integer from 0 to 9223372036854775807; each signature needs a greater one"},
 	},
 	paykitNoiseKeyAuthorization,
@@ -43,8 +44,10 @@ func paykitNoiseKeyAuthorization(d *Document) error {
 	if err := p.NoisePublicKey.check("payload.noise_public_key"); err != nil {
 		return err
 	}
-	if p.NoiseStaticPublicKey != nil && lowOrder(*p.NoiseStaticPublicKey) {
-		return malformed("payload.noise_static_public_key", "must not be a point of low order")
+	if p.NoiseStaticPublicKey != nil {
+		if err := pubkey.CheckX25519(p.NoiseStaticPublicKey[:]); err != nil {
+			return malformed("payload.noise_static_public_key", "is not usable: %v", err)
+		}
 	}
 	if p.KeyGeneration < 0 {
 		return malformed("payload.key_generation", "must not be negative")
@@ -67,20 +70,4 @@ func paykitNoiseKeyAuthorization(d *Document) error {
 		"generation":       p.KeyGeneration,
 	}
 	return nil
-}
-
-// lowOrder reports X25519 public keys of low order, such as 32 zero bytes. With such a key every
-// exchange has the same result, zero, which is no secret. crypto/ecdh refuses that result for any
-// private key (RFC 7748, section 6.1).
-func lowOrder(key publicKey) bool {
-	private, err := ecdh.X25519().NewPrivateKey(make([]byte, 32))
-	if err != nil {
-		return true
-	}
-	public, err := ecdh.X25519().NewPublicKey(key[:])
-	if err != nil {
-		return true
-	}
-	_, err = private.ECDH(public)
-	return err != nil
 }

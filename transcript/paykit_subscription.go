@@ -396,7 +396,7 @@ var errPublicKey = errors.New("must be " + formKey)
 // zBase32 is the encoding of keys in Pubky: human-oriented base-32, 5 bits a character, no padding.
 var zBase32 = base32.NewEncoding("ybndrfg8ejkmcpqxot1uwisza345h769").WithPadding(base32.NoPadding)
 
-// check refuses bytes that are no point on the curve, and points of small order.
+// check refuses bytes that are no point on the curve, and points of another order than the prime L.
 func (k publicKey) check(field string) error {
 	if err := eddsa.CheckPublicKey(k[:]); err != nil {
 		return malformed(field, "is not a usable Ed25519 public key: %v", err)

@@ -1,12 +1,13 @@
 // Package eddsa verifies Ed25519 signatures by the strictest rules in use, and checks public keys
 // by the same rules. Sign makes signatures with keys outside Go's heap.
 //
-// The rules are those of RFC 8032 section 5.1.7 and of verify_strict in ed25519-dalek:
+// The rules are those of RFC 8032 section 5.1.7, of verify_strict in ed25519-dalek, and one more:
 //
 //   - the public key A and the commitment R are canonical encodings of points on the curve
 //     (y < 2^255-19, and no sign bit for x = 0);
-//   - neither A nor R has small order, so no signature is valid for two messages or without a
-//     secret;
+//   - A has prime order L, as every key that is made by RFC 8032: no signature is valid without a
+//     secret, and no secret has a second public key, which would be A and a point of small order;
+//   - R does not have small order;
 //   - S is reduced (S < L);
 //   - the equation is checked without the cofactor, and with k reduced mod L: [S]B = R + [k]A.
 //
@@ -16,7 +17,9 @@ package eddsa
 import (
 	"crypto/ed25519"
 	"crypto/sha512"
+	"encoding/binary"
 	"errors"
+	"sync/atomic"
 
 	"filippo.io/edwards25519"
 )
@@ -26,6 +29,7 @@ var (
 	ErrKeySize       = errors.New("an Ed25519 public key has 32 bytes")
 	ErrKeyEncoding   = errors.New("the public key is not the canonical encoding of a point on edwards25519")
 	ErrKeySmallOrder = errors.New("the public key is a point of small order")
+	ErrKeyMixedOrder = errors.New("the public key is a point of mixed order, which RFC 8032 makes of no private key")
 	ErrSignature     = errors.New("the signature does not verify")
 )
 
@@ -37,11 +41,15 @@ type PublicKey struct {
 }
 
 // ParsePublicKey parses a public key of 32 bytes. Errors are a wrong length (ErrKeySize), a
-// non-canonical encoding or no point on the curve (ErrKeyEncoding), and a point of small order
-// (ErrKeySmallOrder).
+// non-canonical encoding or no point on the curve (ErrKeyEncoding), a point of small order
+// (ErrKeySmallOrder), and the sum of such a point and one of prime order (ErrKeyMixedOrder).
 func ParsePublicKey(key []byte) (*PublicKey, error) {
 	if len(key) != ed25519.PublicKeySize {
 		return nil, ErrKeySize
+	}
+	slot := &recent[binary.LittleEndian.Uint16(key)%uint16(len(recent))]
+	if k := slot.Load(); k != nil && string(k.encoded[:]) == string(key) {
+		return k, nil
 	}
 	// SetBytes accepts y >= p and a sign bit for x = 0. Bytes returns the canonical encoding, so
 	// the comparison refuses any other.
@@ -54,7 +62,31 @@ func ParsePublicKey(key []byte) (*PublicKey, error) {
 	}
 	k := &PublicKey{encoded: [ed25519.PublicKeySize]byte(key)}
 	k.minus.Negate(a)
+	// [L]A is the identity if and only if [L-1]A = -A.
+	if new(edwards25519.Point).VarTimeDoubleScalarBaseMult(minusOne, a, zero).Equal(&k.minus) != 1 {
+		return nil, ErrKeyMixedOrder
+	}
+	slot.Store(k)
 	return k, nil
+}
+
+// recent has keys that were parsed lately, at most one for each value of their first bits. The
+// check of the order costs as much as the verification of a signature, and a document names the
+// same parties again and again. Public keys are no secret.
+var recent [1024]atomic.Pointer[PublicKey]
+
+// zero and minusOne are scalars mod L.
+var (
+	zero     = edwards25519.NewScalar()
+	minusOne = edwards25519.NewScalar().Subtract(zero, one())
+)
+
+func one() *edwards25519.Scalar {
+	s, err := edwards25519.NewScalar().SetCanonicalBytes(append([]byte{1}, make([]byte, 31)...))
+	if err != nil {
+		panic("eddsa: " + err.Error()) // unreachable: 1 is canonical
+	}
+	return s
 }
 
 // Verify checks a signature of 64 bytes (R || S) over message by the rules of the package. The

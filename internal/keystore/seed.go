@@ -29,8 +29,16 @@ func ReadSeed(path string) (seed [32]byte, err error) {
 }
 
 // ParseSeed reads a seed in one of three formats: 32 raw bytes, one line with 64 hex digits, or one
-// line with keypair-seed: and base64url. The error has no part of the seed.
+// line with keypair-seed: and base64url. A seed of zeros is refused: it comes from an empty disk or
+// a failed generator, and everybody has it. The error has no part of the seed.
 func ParseSeed(b []byte) (seed [32]byte, err error) {
+	if seed, err = decodeSeed(b); err == nil && seed == [32]byte{} {
+		err = errors.New("the seed is all zero, so everybody has it: make another")
+	}
+	return seed, err
+}
+
+func decodeSeed(b []byte) (seed [32]byte, err error) {
 	if len(b) == len(seed) {
 		return [32]byte(b), nil
 	}

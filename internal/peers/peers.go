@@ -23,6 +23,7 @@ import (
 	"countersign/internal/keystore"
 	"countersign/internal/ledger"
 	"countersign/internal/manage"
+	"countersign/internal/pubkey"
 
 	"golang.org/x/time/rate"
 )
@@ -245,14 +246,23 @@ func (r *Registry) All() (all []Status) {
 	return all
 }
 
+// Check refuses what can't be enrolled: a name against the rule for names, or bytes that are no
+// canonical X25519 public key. The error wraps manage.ErrInvalid.
+func Check(name string, publicKey []byte) error {
+	err := keystore.CheckName(name)
+	if err == nil {
+		err = pubkey.CheckX25519(publicKey)
+	}
+	if err != nil {
+		return fmt.Errorf("peer %q: %w: %w", ijson.Clip(name), manage.ErrInvalid, err)
+	}
+	return nil
+}
+
 // Add enrols a client with a name and a Noise static public key. Neither may be enrolled already.
 func (r *Registry) Add(ctx context.Context, who audit.Actor, name string, publicKey []byte) (Peer, error) {
-	if err := keystore.CheckName(name); err != nil {
-		return Peer{}, fmt.Errorf("peer %q: %w: %w", ijson.Clip(name), manage.ErrInvalid, err)
-	}
-	if len(publicKey) != 32 || keystore.LowOrder([32]byte(publicKey)) {
-		return Peer{}, fmt.Errorf("peer %q: %w: its public key must be 32 bytes of an X25519 key",
-			name, manage.ErrInvalid)
+	if err := Check(name, publicKey); err != nil {
+		return Peer{}, err
 	}
 	p := Peer{Name: name, PublicKey: [32]byte(publicKey), Added: time.Now()}
 	if err := r.run(ctx, name, func(ctx context.Context) error { return r.enrol(ctx, who, p) }); err != nil {

@@ -621,3 +621,26 @@ func TestStop(t *testing.T) {
 	}
 	r.enrolling.Release()
 }
+
+// TestPeerKeyHasOneEncoding enrols a peer's key with its top bit set, which X25519 ignores, and
+// keys that are no keys.
+func TestPeerKeyHasOneEncoding(t *testing.T) {
+	r := newRig(t)
+	second := shop
+	second[31] |= 0x80
+	p := [32]byte{0xed, 31: 0x7f}
+	for i := 1; i < 31; i++ {
+		p[i] = 0xff
+	}
+	for what, key := range map[string][]byte{
+		"a second encoding": second[:], "p, in place of 0": p[:], "low order": make([]byte, 32),
+		"low order, encoded twice": append(make([]byte, 31), 0x80), "31 bytes": shop[:31], "nothing": nil,
+	} {
+		if _, err := r.Add(t.Context(), operator, "other", key); !errors.Is(err, manage.ErrInvalid) {
+			t.Errorf("%s: %v", what, err)
+		}
+	}
+	if r.Enrolled("other") {
+		t.Error("other is enrolled")
+	}
+}

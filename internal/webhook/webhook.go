@@ -13,6 +13,8 @@ import (
 	"strconv"
 	"strings"
 	"time"
+
+	"countersign/internal/eddsa"
 )
 
 // Tolerance is the usual limit of the difference between the clocks of sender and receiver.
@@ -55,6 +57,9 @@ func ParseKey(s string) (ed25519.PublicKey, error) {
 	if !ok || err != nil || len(key) != ed25519.PublicKeySize || FormatKey(key) != s {
 		return nil, errors.New("a webhook's public key is whpk_ and the base64 of 32 bytes")
 	}
+	if err := eddsa.CheckPublicKey(key); err != nil {
+		return nil, fmt.Errorf("a webhook's public key: %w", err)
+	}
 	return key, nil
 }
 
@@ -63,8 +68,9 @@ func ParseKey(s string) (ed25519.PublicKey, error) {
 // several times, with the same Webhook-Id. A receiver detects replays by storing each Webhook-Id
 // for twice the tolerance.
 func Verify(key ed25519.PublicKey, header http.Header, body []byte, now time.Time, tolerance time.Duration) error {
-	if len(key) != ed25519.PublicKeySize {
-		return errors.New("a webhook's public key has 32 bytes")
+	public, err := eddsa.ParsePublicKey(key)
+	if err != nil {
+		return fmt.Errorf("a webhook's public key: %w", err)
 	}
 	id, at, signatures, err := parseHeader(header)
 	if err != nil {
@@ -80,7 +86,7 @@ func Verify(key ed25519.PublicKey, header http.Header, body []byte, now time.Tim
 			continue // a signature of another scheme
 		}
 		signature, err := base64.StdEncoding.Strict().DecodeString(text)
-		if err == nil && ed25519.Verify(key, signed, signature) {
+		if err == nil && public.Verify(signed, signature) == nil {
 			return nil
 		}
 	}

@@ -115,3 +115,20 @@ func TestKeyText(t *testing.T) {
 		}
 	}
 }
+
+// TestNobodysKey parses and uses keys of small order, under which a constant is the signature of
+// every message, and a key that is no point.
+func TestNobodysKey(t *testing.T) {
+	constant := signaturePrefix + base64.StdEncoding.EncodeToString(append([]byte{1}, make([]byte, 63)...))
+	header := vectorHeader()
+	header.Set(headerSignature, constant)
+	for _, first := range []byte{0, 1, 2} { // order 4, order 1, no point
+		key := append(ed25519.PublicKey{first}, make([]byte, 31)...)
+		if _, err := ParseKey(FormatKey(key)); err == nil {
+			t.Errorf("%x is a key", key)
+		}
+		if err := Verify(key, header, []byte(vectorBody), time.Unix(1700000000, 0), Tolerance); err == nil {
+			t.Errorf("%x: a constant is a signature", key)
+		}
+	}
+}

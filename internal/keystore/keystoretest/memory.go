@@ -14,6 +14,7 @@ import (
 	"sync"
 
 	"countersign/internal/keystore"
+	"countersign/internal/pubkey"
 )
 
 // Memory is an in-memory Store for tests only. Memory obeys the contract, and its hooks inject
@@ -221,7 +222,7 @@ func (k *memoryKey) Exchange(ctx context.Context, peer [32]byte) (shared [32]byt
 	if k.store.BeforeExchange != nil {
 		k.store.BeforeExchange(k.info.Ref)
 	}
-	if keystore.LowOrder(peer) {
+	if pubkey.LowOrder(peer) {
 		return shared, keystore.ErrPeerKey
 	}
 	if err := k.usable(ctx); err != nil {

@@ -7,6 +7,7 @@ import (
 	"fmt"
 
 	"countersign/internal/keystore"
+	"countersign/internal/pubkey"
 )
 
 // key is a keystore.Key of a Pool.
@@ -54,7 +55,7 @@ func (k *key) Exchange(ctx context.Context, peer [32]byte) (shared [32]byte, err
 	if k.info.Algorithm != keystore.X25519 {
 		return shared, fmt.Errorf("%v: %w: it is not an exchange key", k.info.Ref, keystore.ErrRefused)
 	}
-	if keystore.LowOrder(peer) {
+	if pubkey.LowOrder(peer) {
 		return shared, keystore.ErrPeerKey
 	}
 	answer, err := k.use(ctx, exchange, peer[:], func(secret []byte) error {
