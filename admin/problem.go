@@ -62,7 +62,7 @@ var problems = []struct {
 	err error
 	problem
 }{
-	{manage.ErrInvalid, invalid}, {operators.ErrInvalid, invalid}, {approval.ErrInvalid, invalid},
+	{manage.ErrInvalid, invalid}, {approval.ErrInvalid, invalid},
 	{certs.ErrUnfit, invalid},
 	{manage.ErrExists, exists}, {operators.ErrExists, exists},
 	{manage.ErrNotFound, notFound}, {operators.ErrNotFound, notFound},

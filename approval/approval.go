@@ -85,6 +85,15 @@ type Proof struct {
 	Assertion  *Assertion `json:"assertion,omitempty"`
 }
 
+// Canonical returns a valid proof in the one form that the audit log has: the lines of an SSHSIG
+// are those of ssh-keygen. An assertion has one form only.
+func (p Proof) Canonical() Proof {
+	if blob, _, err := parseSSHSIG(p.SSHSIG); err == nil {
+		p.SSHSIG = armorSSHSIG(blob)
+	}
+	return p
+}
+
 // Assertion is a passkey's answer (WebAuthn section 5.2.2). Each field is base64url without
 // padding.
 type Assertion struct {
@@ -138,6 +147,18 @@ func NewID(publicKey string) string {
 	return hex.EncodeToString(sum[:16])
 }
 
+// ParseCredential reads the JSON of a credential: one object with the known names in their case,
+// each once. The error wraps ErrInvalid.
+func ParseCredential(text string) (c Credential, err error) {
+	if err := decodeJSON(text, &c); err != nil {
+		return Credential{}, fmt.Errorf("credential: %w: it is not the JSON of one: %w", ErrInvalid, err)
+	}
+	if err := c.Check(); err != nil {
+		return Credential{}, err
+	}
+	return c, nil
+}
+
 // Check reports whether NewSSH or NewPasskey could have made the credential. The error wraps
 // ErrInvalid.
 func (c Credential) Check() error {
@@ -167,14 +188,21 @@ func (c Credential) Check() error {
 	return nil
 }
 
-// Verify verifies a proof over a text, whose first line is the namespace. Verify returns the
-// authenticator's signature counter, or 0 if the authenticator does not count. A counter that goes
-// back reveals a copy of the credential. Errors wrap ErrNotProven.
+// Verified is the content of a valid proof besides the text.
+type Verified struct {
+	// SignCount is the authenticator's signature counter, or 0 if the authenticator does not count.
+	// A counter that goes back reveals a copy of the credential.
+	SignCount uint32
+	// Origin is the origin of the page that asked a passkey, as "https://host:port"; "" for SSH.
+	Origin string
+}
+
+// Verify verifies a proof over a text, whose first line is the namespace. Errors wrap ErrNotProven.
 //
 // Verify does not look at time or use: the caller must check that the appliance made the text, that
 // the text has not expired, and that the text is used once.
-func (c Credential) Verify(namespace, text string, p Proof) (signCount uint32, err error) {
-	b, err := json.Marshal(p)
+func (c Credential) Verify(namespace, text string, p Proof) (v Verified, err error) {
+	b, err := json.Marshal(p.Canonical()) // as in the log
 	switch {
 	case err != nil || len(b) > MaxProof:
 		err = fmt.Errorf("it has more than %d bytes", MaxProof)
@@ -185,14 +213,14 @@ func (c Credential) Verify(namespace, text string, p Proof) (signCount uint32, e
 	case (p.SSHSIG == "") == (p.Assertion == nil):
 		err = errors.New("it must have an SSHSIG or an assertion")
 	case p.SSHSIG != "" && c.Kind == SSH:
-		signCount, err = c.verifySSH(namespace, text, p.SSHSIG)
+		v, err = c.verifySSH(namespace, text, p.SSHSIG)
 	case p.Assertion != nil && c.Kind == Passkey:
-		signCount, err = c.verifyPasskey(text, p.Assertion)
+		v, err = c.verifyPasskey(text, p.Assertion)
 	default:
 		err = fmt.Errorf("the credential is of kind %q", c.Kind)
 	}
 	if err != nil {
-		return 0, fmt.Errorf("%w: %w", ErrNotProven, err)
+		return Verified{}, fmt.Errorf("%w: %w", ErrNotProven, err)
 	}
-	return signCount, nil
+	return v, nil
 }

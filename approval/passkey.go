@@ -8,8 +8,12 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"slices"
 	"strconv"
 	"strings"
+
+	"countersign/internal/eddsa"
+	"countersign/internal/pubkey"
 
 	strict "github.com/go-json-experiment/json"
 	"github.com/go-webauthn/webauthn/protocol/webauthncbor"
@@ -67,12 +71,17 @@ func parseCOSE(b []byte) (key any, canonical []byte, err error) {
 	case webauthncose.EC2PublicKeyData:
 		known = webauthncose.COSEAlgorithmIdentifier(k.Algorithm) == webauthncose.AlgES256 &&
 			webauthncose.COSEEllipticCurve(k.Curve) == webauthncose.P256
+		err = pubkey.CheckP256(slices.Concat([]byte{4}, k.XCoord, k.YCoord))
 	case webauthncose.OKPPublicKeyData:
 		known = webauthncose.COSEAlgorithmIdentifier(k.Algorithm) == webauthncose.AlgEdDSA &&
 			webauthncose.COSEEllipticCurve(k.Curve) == webauthncose.Ed25519
+		err = eddsa.CheckPublicKey(k.XCoord)
 	}
 	if !known {
 		return nil, nil, errors.New("its algorithm is neither ES256 nor EdDSA")
+	}
+	if err != nil { // the module's own check looks at lengths only, of Ed25519
+		return nil, nil, err
 	}
 	canonical, err = webauthncbor.Marshal(key)
 	return key, canonical, err
@@ -118,6 +127,8 @@ func checkClient(clientDataJSON []byte, ceremony string, challenge []byte, rpID 
 const (
 	flagPresent    = 1 << 0
 	flagVerified   = 1 << 2
+	flagEligible   = 1 << 3 // the credential may be backed up (BE)
+	flagBackedUp   = 1 << 4 // the credential is backed up (BS)
 	flagAttested   = 1 << 6 // attested credential data follow
 	flagExtensions = 1 << 7
 )
@@ -171,36 +182,39 @@ func checkAuthenticator(b []byte, rpID string) (a authenticatorData, err error) 
 		return a, errors.New("the user was not there")
 	case flags&flagVerified == 0:
 		return a, errors.New("the authenticator has not verified the user: it needs a PIN, a finger or a face")
+	case flags&flagBackedUp != 0 && flags&flagEligible == 0: // WebAuthn section 6.1.3
+		return a, errors.New("the authenticator says that the credential is backed up, and that it can't be")
 	}
 	return a, nil
 }
 
 // verifyPasskey verifies an assertion (WebAuthn section 7.2) whose challenge is SHA-256 of a text.
-func (c Credential) verifyPasskey(text string, a *Assertion) (signCount uint32, err error) {
+func (c Credential) verifyPasskey(text string, a *Assertion) (v Verified, err error) {
 	key, err := coseKey(c.PublicKey)
 	if err != nil {
-		return 0, err
+		return v, err
 	}
 	said, err1 := decode(a.AuthenticatorData)
 	clientDataJSON, err2 := decode(a.ClientDataJSON)
 	signature, err3 := decode(a.Signature)
 	if err := errors.Join(err1, err2, err3); err != nil {
-		return 0, errors.New("the assertion is not base64url without padding")
+		return v, errors.New("the assertion is not base64url without padding")
 	}
 	challenge := sha256.Sum256([]byte(text))
-	if _, err := checkClient(clientDataJSON, getCeremony, challenge[:], c.RPID); err != nil {
-		return 0, err
+	origin, err := checkClient(clientDataJSON, getCeremony, challenge[:], c.RPID)
+	if err != nil {
+		return v, err
 	}
 	data, err := checkAuthenticator(said, c.RPID)
 	if err != nil {
-		return 0, err
+		return v, err
 	}
 	client := sha256.Sum256(clientDataJSON)
 	signed := append(bytes.Clone(said), client[:]...)
 	if good, err := webauthncose.VerifySignature(key, signed, signature); err != nil || !good {
-		return 0, errors.New("the signature is not good")
+		return v, errors.New("the signature is not good")
 	}
-	return data.count, nil
+	return Verified{SignCount: data.count, Origin: origin}, nil
 }
 
 // NewPasskey makes a credential from the answer of navigator.credentials.create(): the JSON of

@@ -12,6 +12,7 @@ import (
 	"encoding/binary"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"maps"
 	"strings"
 	"testing"
@@ -141,8 +142,9 @@ func TestPasskey(t *testing.T) {
 			t.Fatalf("%+v, %v", c, err)
 		}
 		p := a.get(t, c, sampleText)
-		if n, err := c.Verify(ForSignIn, sampleText, p); err != nil || n != 41 {
-			t.Fatalf("%s: %d, %v", kind, n, err)
+		v, err := c.Verify(ForSignIn, sampleText, p)
+		if want := (Verified{SignCount: 41, Origin: testOrigin}); err != nil || v != want {
+			t.Fatalf("%s: %+v, want %+v, %v", kind, v, want, err)
 		}
 		for _, text := range []string{sampleText + "\n", strings.Replace(sampleText, "anna", "bert", 1)} {
 			if _, err := c.Verify(ForSignIn, text, p); !errors.Is(err, ErrNotProven) {
@@ -198,8 +200,10 @@ func TestPasskeyRules(t *testing.T) {
 		change       func(*authenticator)
 		make, assert bool // accepted after create, and after get
 	}{
-		"as it is":  {func(*authenticator) {}, true, true},
-		"backed up": {func(a *authenticator) { a.flags |= 0x18 }, true, true},
+		"as it is":                {func(*authenticator) {}, true, true},
+		"backed up":               {func(a *authenticator) { a.flags |= 0x18 }, true, true},
+		"may be backed up":        {func(a *authenticator) { a.flags |= 0x08 }, true, true},
+		"backed up, and can't be": {func(a *authenticator) { a.flags |= 0x10 }, false, false},
 		"what browsers add": {func(a *authenticator) {
 			a.client["other_keys_can_be_added_here"] = "do not compare"
 		}, true, true},
@@ -307,6 +311,8 @@ func TestPasskeyRules(t *testing.T) {
 	for name, client := range map[string]string{
 		"two types":     `{"type":"webauthn.create","type":"webauthn.get",` + rest,
 		"another case":  `{"Type":"webauthn.get",` + rest,
+		"two origins":   `{"type":"webauthn.get","origin":"https://localhost",` + rest,
+		"not UTF-8":     `{"type":"webauthn.get","x":"` + "\xff" + `",` + rest,
 		"data after it": `{"type":"webauthn.get",` + rest + `{}`,
 	} {
 		sum := sha256.Sum256([]byte(sampleText))
@@ -317,6 +323,18 @@ func TestPasskeyRules(t *testing.T) {
 		if _, err := c.Verify(ForSignIn, sampleText, p); !errors.Is(err, ErrNotProven) {
 			t.Errorf("%s: %v", name, err)
 		}
+	}
+	// A name in another case is another field: the origin of the answer is the browser's.
+	sum := sha256.Sum256([]byte(sampleText))
+	said := fmt.Appendf(nil, `{"type":"webauthn.get","challenge":"%s","origin":"https://localhost","ORIGIN":"%s"}`,
+		b64(sum[:]), testOrigin)
+	digest, data := sha256.Sum256(said), a.data(5, nil)
+	p := Proof{Credential: c.ID, Assertion: &Assertion{
+		b64(data), b64(said), b64(a.sign(t, append(bytes.Clone(data), digest[:]...))),
+	}}
+	v, err := c.Verify(ForSignIn, sampleText, p)
+	if want := (Verified{SignCount: 41, Origin: "https://localhost"}); err != nil || v != want {
+		t.Errorf("two spellings of the origin: %+v, want %+v, %v", v, want, err)
 	}
 }
 

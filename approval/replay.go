@@ -342,8 +342,8 @@ func (c *Chain) changeOperator(e audit.Event, p *Proposal) error {
 	}
 	// addCredential appends the credential of the proposal. The time in the new record counts.
 	addCredential := func() error {
-		var c Credential
-		if decodeJSON(p.Parameter("credential"), &c) != nil || c.Added != 0 || c.Check() != nil {
+		c, err := ParseCredential(p.Parameter("credential"))
+		if err != nil || c.Added != 0 {
 			return fmt.Errorf("proposal %d has no credential", p.ID)
 		}
 		if i := slices.IndexFunc(after.Credentials, func(each Credential) bool { return each.ID == c.ID }); i >= 0 {
@@ -529,9 +529,9 @@ func Trusted(b []byte) (ids []string, err error) {
 	}
 	for _, each := range list {
 		var id string
-		var c Credential
 		if decodeJSON(string(each), &id) != nil {
-			if decodeJSON(string(each), &c) != nil || c.Check() != nil {
+			c, err := ParseCredential(string(each))
+			if err != nil {
 				return nil, fmt.Errorf("%w: %s is neither the id of a credential nor a credential", ErrInvalid, each)
 			}
 			id = c.ID

@@ -1,13 +1,18 @@
 package approval
 
 import (
+	"bytes"
+	"crypto/ed25519"
 	"crypto/sha256"
 	"crypto/sha512"
 	"encoding/base64"
 	"errors"
 	"fmt"
+	"math/big"
 	"slices"
 	"strings"
+
+	"countersign/internal/eddsa"
 
 	"golang.org/x/crypto/ssh"
 )
@@ -64,6 +69,14 @@ func sshKey(text string) (ssh.PublicKey, error) {
 	if err != nil || key.Type() != name || name+" "+base64.StdEncoding.EncodeToString(key.Marshal()) != text {
 		return nil, errors.New("it is not a public key of the type that it names")
 	}
+	// Package ssh checks that an ECDSA key is a point on its curve, and nothing of an Ed25519 key.
+	if public, ok := key.(ssh.CryptoPublicKey); ok {
+		if point, ok := public.CryptoPublicKey().(ed25519.PublicKey); ok {
+			if err := eddsa.CheckPublicKey(point); err != nil {
+				return nil, err
+			}
+		}
+	}
 	return key, nil
 }
 
@@ -95,15 +108,17 @@ const (
 )
 
 // parseSSHSIG parses an armored signature. The caller verifies or compares every field of the
-// result, so no byte of an accepted signature can change.
+// result, so no byte of an accepted signature can change. ssh-keygen reads each accepted form: the
+// text begins with the first line of the armor, lines end with a line feed only, and nothing but
+// one line feed follows the last line. The length of the lines is free.
 func parseSSHSIG(armored string) (blob sshsigBlob, signature ssh.Signature, err error) {
-	text := strings.TrimSpace(strings.ReplaceAll(armored, "\r\n", "\n"))
-	text, begins := strings.CutPrefix(text, sshsigBegin)
+	text, begins := strings.CutPrefix(strings.TrimSuffix(armored, "\n"), sshsigBegin)
 	text, ends := strings.CutSuffix(text, sshsigEnd)
-	b, err := base64.StdEncoding.Strict().DecodeString(text)
+	b, err := base64.StdEncoding.Strict().DecodeString(text) // skips \r and \n
 	switch {
-	case !begins || !ends || err != nil:
-		return blob, signature, errors.New("this is not an armored SSH signature")
+	case !begins || !ends || err != nil || strings.Contains(text, "\r"):
+		return blob, signature, errors.New("this is not an armored SSH signature as ssh-keygen writes and reads it: " +
+			"lines end with a line feed, and nothing is before the first or after the last")
 	case ssh.Unmarshal(b, &blob) != nil || ssh.Unmarshal([]byte(blob.Signature), &signature) != nil:
 		return blob, signature, errors.New("the SSH signature is cut off, or something follows it")
 	case blob.Magic != sshsigMagic || blob.Version != 1 || blob.Reserved != "":
@@ -125,20 +140,20 @@ func armorSSHSIG(blob sshsigBlob) string {
 }
 
 // verifySSH verifies an SSHSIG over a text.
-func (c Credential) verifySSH(namespace, text, armored string) (signCount uint32, err error) {
+func (c Credential) verifySSH(namespace, text, armored string) (v Verified, err error) {
 	key, err := sshKey(c.PublicKey)
 	if err != nil {
-		return 0, err
+		return v, err
 	}
 	blob, signature, err := parseSSHSIG(armored)
 	if err != nil {
-		return 0, err
+		return v, err
 	}
 	switch {
 	case blob.PublicKey != string(key.Marshal()):
-		return 0, errors.New("the SSH signature is of another key")
+		return Verified{}, errors.New("the SSH signature is of another key")
 	case blob.Namespace != namespace:
-		return 0, fmt.Errorf("the SSH signature is for %q", blob.Namespace)
+		return Verified{}, fmt.Errorf("the SSH signature is for %q", blob.Namespace)
 	}
 	signed := sshsigSigned{sshsigMagic, namespace, "", blob.Hash, nil}
 	switch blob.Hash {
@@ -149,7 +164,7 @@ func (c Credential) verifySSH(namespace, text, armored string) (signCount uint32
 		sum := sha512.Sum512([]byte(text))
 		signed.Digest = sum[:]
 	default:
-		return 0, errors.New("the SSH signature has another hash algorithm than sha256 and sha512")
+		return Verified{}, errors.New("the SSH signature has another hash algorithm than sha256 and sha512")
 	}
 	if strings.HasPrefix(key.Type(), "sk-") {
 		var device struct {
@@ -157,21 +172,27 @@ func (c Credential) verifySSH(namespace, text, armored string) (signCount uint32
 			Count uint32
 		}
 		if ssh.Unmarshal(signature.Rest, &device) != nil {
-			return 0, errors.New("the SSH signature is not of a FIDO key")
+			return Verified{}, errors.New("the SSH signature is not of a FIDO key")
 		}
 		// key.Verify checks the user-presence flag too. The check must not depend on how the key
 		// was parsed.
 		if device.Flags&1 == 0 {
-			return 0, errors.New("nobody touched the FIDO key: make it without no-touch-required")
+			return Verified{}, errors.New("nobody touched the FIDO key: make it without no-touch-required")
 		}
-		signCount = device.Count
+		v.SignCount = device.Count
 	} else if len(signature.Rest) > 0 {
-		return 0, errors.New("something follows the SSH signature")
+		return Verified{}, errors.New("something follows the SSH signature")
+	}
+	// Package ssh reads the numbers of an ECDSA signature with any number of zeros in front.
+	var numbers struct{ R, S *big.Int }
+	if strings.Contains(key.Type(), "ecdsa") && (ssh.Unmarshal(signature.Blob, &numbers) != nil ||
+		!bytes.Equal(ssh.Marshal(numbers), signature.Blob)) {
+		return Verified{}, errors.New("the numbers of the SSH signature are not in their one form")
 	}
 	if err := key.Verify(ssh.Marshal(signed), &signature); err != nil {
-		return 0, errors.New("the SSH signature is not good: it is of another text, or was changed")
+		return Verified{}, errors.New("the SSH signature is not good: it is of another text, or was changed")
 	}
-	return signCount, nil
+	return v, nil
 }
 
 // SignSSH makes the SSHSIG of a text, whose first line is the namespace, with the SSH key of a

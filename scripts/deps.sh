@@ -17,6 +17,7 @@ need libc6-dev test -e /usr/include/stdlib.h
 need curl command -v curl
 need openssl command -v openssl
 need make command -v make
+need jq command -v jq # for the commands of docs/SPEC.md
 need openssh-client command -v ssh-agent
 need chromium command -v chromium # for tests of passkeys in a browser
 ((EUID == 0)) || need fuse3 command -v fusermount3 # for FUSE mounts without root

@@ -5,6 +5,8 @@ import (
 	"crypto/ed25519"
 	"crypto/rand"
 	"encoding/json"
+	"errors"
+	"fmt"
 	"net"
 	"os"
 	"os/exec"
@@ -211,6 +213,71 @@ func TestTwoPeople(t *testing.T) {
 		t.Errorf("after logout: %d %s", code, errOut)
 	}
 	p.stop()
+}
+
+// TestApprovalByKeygenAlone types the commands of docs/SPEC.md by which ssh-keygen checks a logged
+// approval. The first proof came with its base64 in one long line, as other tools write it. An
+// armor that ssh-keygen can't read is refused, and costs the proposal nothing.
+func TestApprovalByKeygenAlone(t *testing.T) {
+	if _, err := exec.LookPath("jq"); err != nil {
+		if os.Getenv("REQUIRE_DEVICES") == "1" {
+			t.Fatal("jq is missing: install jq")
+		}
+		t.Skip("jq is missing: install jq")
+	}
+	s := newSystem(t)
+	p := s.serve()
+	proposal, err := s.admin().Propose(t.Context(), api.NewProposal{Act: "peer add", Parameters: []approval.Parameter{
+		{Name: "name", Value: "shop"}, {Name: "public_key", Value: strings.Repeat("0a", 32)},
+	}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	proof, err := sshagent.Sign(s.root.agent, s.root.credential, approval.ForProposal, proposal.Text)
+	if err != nil {
+		t.Fatal(err)
+	}
+	armored := proof.SSHSIG
+	for what, unreadable := range map[string]string{
+		"CRLF": strings.ReplaceAll(armored, "\n", "\r\n"), "a leading blank": " " + armored,
+		"a leading line": "\n" + armored, "text after it": armored + "x",
+	} {
+		proof.SSHSIG = unreadable
+		var refused *api.Error
+		_, err := s.admin().Approve(t.Context(), proposal.ID, proof)
+		if !errors.As(err, &refused) || refused.Code != "not_proven" {
+			t.Errorf("%s: %v", what, err)
+		}
+	}
+	lines := strings.Split(strings.TrimSpace(armored), "\n")
+	last := len(lines) - 1
+	proof.SSHSIG = lines[0] + "\n" + strings.Join(lines[1:last], "") + "\n" + lines[last]
+	if proposal, err = s.admin().Approve(t.Context(), proposal.ID, proof); err != nil || proposal.State != "done" {
+		t.Fatalf("%+v, %v", proposal, err)
+	}
+	s.must("admin", "audit", "export", "log")
+	s.write("log.vkey", s.must("admin", "audit", "key"))
+	p.stop()
+
+	spec, err := os.ReadFile("../docs/SPEC.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, section, _ := strings.Cut(string(spec), "### One approval, with ssh-keygen alone\n")
+	section, _, _ = strings.Cut(section, "\n#")
+	typed := ""
+	for line := range strings.Lines(section) {
+		if command, is := strings.CutPrefix(line, "    "); is {
+			typed += strings.ReplaceAll(command, "anna", s.root.name)
+		}
+	}
+	shell := exec.Command("sh", "-eux", "-c", typed)
+	shell.Dir, shell.Env = s.dir, append(os.Environ(), "PATH="+bin+":"+os.Getenv("PATH"))
+	out, err := shell.CombinedOutput()
+	want := fmt.Sprintf("Good %q signature for %s", approval.ForProposal, s.root.name)
+	if err != nil || !strings.Contains(string(out), want) {
+		t.Errorf("%v, want %s:\n%s", err, want, out)
+	}
 }
 
 // proposeAndApprove proposes an act and approves the proposal, both as the first administrator. The

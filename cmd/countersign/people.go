@@ -110,7 +110,7 @@ func (f *credentialFlags) read() (c approval.Credential, err error) {
 				return c, err
 			}
 		}
-		if err := json.Unmarshal(b, &c); err != nil {
+		if c, err = approval.ParseCredential(string(b)); err != nil {
 			return c, fmt.Errorf("--credential: %w", err)
 		}
 		return c, nil

@@ -1,7 +1,6 @@
 package operators
 
 import (
-	"bytes"
 	"context"
 	"encoding/json"
 	"fmt"
@@ -386,13 +385,11 @@ func joinRoles(roles []approval.Role) string {
 // parseCredential parses the JSON of a new credential. The credential must be valid, must be for
 // this appliance if it is a passkey, and must have no time Added: the act sets the time.
 func (r *Registry) parseCredential(s string) (c approval.Credential, err error) {
-	dec := json.NewDecoder(bytes.NewReader([]byte(s)))
-	dec.DisallowUnknownFields()
-	if err := dec.Decode(&c); err != nil || dec.More() || c.Added != 0 {
-		return c, fmt.Errorf("credential: %w: it is not the JSON of one", ErrInvalid)
+	if c, err = approval.ParseCredential(s); err != nil {
+		return c, err
 	}
-	if err := c.Check(); err != nil {
-		return c, fmt.Errorf("credential: %w: %w", ErrInvalid, err)
+	if c.Added != 0 {
+		return c, fmt.Errorf("credential: %w: it says when it was added, which the act does", ErrInvalid)
 	}
 	if c.Kind == approval.Passkey && c.RPID != r.RPID {
 		return c, fmt.Errorf("credential: %w: it is a passkey for another place than %q", ErrInvalid, r.RPID)

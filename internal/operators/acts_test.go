@@ -102,6 +102,8 @@ func TestRosterInvariants(t *testing.T) {
 	timed := with(func(c *approval.Credential) { c.Added = 1 })
 	unused, taken := json(free.credential), json(r.people[1].credential)
 	const rsaKey = `{"id":"","kind":"ssh","public_key":"ssh-rsa AAAA"}`
+	otherCase := strings.Replace(json(free.credential), `"id"`, `"ID"`, 1)
+	nameTwice := strings.Replace(json(free.credential), "{", `{"kind":"passkey",`, 1)
 	unknownField := strings.Replace(json(free.credential), "{", `{"x":1,`, 1)
 	for name, c := range map[string]struct {
 		m      mutation
@@ -132,6 +134,8 @@ func TestRosterInvariants(t *testing.T) {
 		"another id":                   {r.addCredential, []string{"o1", renamed}, ErrInvalid},
 		"a time":                       {r.addCredential, []string{"o1", timed}, ErrInvalid},
 		"an unknown field":             {r.addCredential, []string{"o1", unknownField}, ErrInvalid},
+		"a name in another case":       {r.addCredential, []string{"o1", otherCase}, ErrInvalid},
+		"a name twice":                 {r.addCredential, []string{"o1", nameTwice}, ErrInvalid},
 		"two documents":                {r.addCredential, []string{"o1", json(free.credential) + "{}"}, ErrInvalid},
 		"no credential":                {r.addCredential, []string{"o1", "{}"}, ErrInvalid},
 		"an RSA key":                   {r.addCredential, []string{"o1", rsaKey}, ErrInvalid},

@@ -56,7 +56,7 @@ import (
 var (
 	ErrNotFound      = errors.New("there is none such")
 	ErrExists        = errors.New("it exists already")
-	ErrInvalid       = errors.New("not valid")
+	ErrInvalid       = approval.ErrInvalid
 	ErrSignedOut     = errors.New("not signed in: sign in again")
 	ErrNotAllowed    = errors.New("not allowed")
 	ErrConflict      = errors.New("not possible as it is now")

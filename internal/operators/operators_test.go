@@ -45,6 +45,7 @@ type signer struct {
 	passkey    *ecdsa.PrivateKey // instead of the agent
 	count      uint32            // signature counter of the passkey
 	origin     string
+	more       string // further fields of the client data
 }
 
 func newSigner(t *testing.T, name string) *signer {
@@ -116,6 +117,7 @@ func (s *signer) assert(t *testing.T, text string) approval.Proof {
 	if err != nil {
 		t.Fatal(err)
 	}
+	client = append(client[:len(client)-1], s.more+"}"...)
 	data := binary.BigEndian.AppendUint32(append(rp[:], 5), s.count) // user present and verified
 	said := sha256.Sum256(client)
 	digest := sha256.Sum256(append(data[:len(data):len(data)], said[:]...))

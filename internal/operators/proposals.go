@@ -323,6 +323,7 @@ func (r *Registry) Approve(ctx context.Context, s Session, id uint64, p approval
 		r.recordRefusal(ctx, s.Channel, s.Operator, approval.ForProposal, p, err)
 		return Proposal{}, fmt.Errorf("approval: %w", err)
 	}
+	p = p.Canonical() // the log has the form that ssh-keygen writes
 	var late bool
 	var ended chan struct{}
 	err = r.update(ctx, id, func(tx *ledger.Tx, rec *record) ([]audit.Event, error) {

@@ -4,6 +4,7 @@ import (
 	"context"
 	"crypto/sha256"
 	"encoding/hex"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"os"
@@ -571,5 +572,25 @@ func TestEndedProposalsMakeRoom(t *testing.T) {
 	r.reopen(t)
 	if got := r.Proposals(); len(got) != 2 || got[0].ID != last.ID || got[1].ID != open.ID {
 		t.Errorf("the ledger has %+v", got)
+	}
+}
+
+// TestApprovalInTheLogIsCanonical approves with the armor in one long line, as a tool other than
+// ssh-keygen may write it. The log has the form of ssh-keygen.
+func TestApprovalInTheLogIsCanonical(t *testing.T) {
+	r := newRig(t, 1)
+	s, _ := r.signIn(t, r.people[0], root)
+	p := r.propose(t, s, "test")
+	proof := r.people[0].sign(t, p.Text())
+	want := proof.SSHSIG
+	lines := strings.Split(strings.TrimSpace(want), "\n")
+	proof.SSHSIG = lines[0] + "\n" + strings.Join(lines[1:len(lines)-1], "") + "\n" + lines[len(lines)-1]
+	if _, err := r.Approve(t.Context(), s, p.ID, proof); err != nil {
+		t.Fatal(err)
+	}
+	_, e := r.events(t, audit.ApprovalGiven)
+	var logged approval.Proof
+	if err := json.Unmarshal([]byte(e.Metadata["proof"]), &logged); err != nil || logged.SSHSIG != want {
+		t.Errorf("the log has %q, want %q: %v", logged.SSHSIG, want, err)
 	}
 }

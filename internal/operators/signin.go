@@ -7,7 +7,6 @@ import (
 	"crypto/sha256"
 	"encoding/base64"
 	"encoding/hex"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"maps"
@@ -183,17 +182,15 @@ func (r *Registry) verifyProof(who person, namespace, text string, p approval.Pr
 	if !exists {
 		return 0, fmt.Errorf("%w: the operator has no such credential", approval.ErrNotProven)
 	}
-	if count, err = c.Verify(namespace, text, p); err != nil {
+	v, err := c.Verify(namespace, text, p)
+	if err != nil {
 		return 0, err
 	}
-	if p.Assertion != nil && r.Origin != "" { // a page on another port of this machine must not use the passkey
-		var from struct{ Origin string }
-		b, err := base64.RawURLEncoding.DecodeString(p.Assertion.ClientDataJSON)
-		if err := errors.Join(err, json.Unmarshal(b, &from)); err != nil || from.Origin != r.Origin {
-			return 0, fmt.Errorf("%w: the passkey was asked by a page of another origin", approval.ErrNotProven)
-		}
+	// A page on another port of this machine must not use the passkey.
+	if p.Assertion != nil && r.Origin != "" && v.Origin != r.Origin {
+		return 0, fmt.Errorf("%w: the passkey was asked by a page of another origin", approval.ErrNotProven)
 	}
-	return count, nil
+	return v.SignCount, nil
 }
 
 // recordRefusal writes the refusal of a proof to the daemon's log and, within the limits of

@@ -576,6 +576,8 @@ func TestPasskeyCounts(t *testing.T) {
 	}
 	alice.origin = "https://localhost:9999"
 	try(12, false)
+	alice.more = `,"ORIGIN":"https://localhost:7780"` // another field: names are matched by case
+	try(13, false)
 }
 
 func TestSignInIsWrittenFirst(t *testing.T) {
