@@ -106,6 +106,8 @@ var (
 		"see the daemon's log; test the module with countersignd check")
 	KeyMissing = define("key-missing", "a key of the ledger is not on its token",
 		"restore the token, or rotate the key")
+	KeyTwice = define("key-twice", "a key has the public key of another one, from a seed that was imported twice",
+		"rotate all but one of them; if one is compromised, have the others marked: countersign admin key compromise")
 	Rotation = define("rotation-failing", "a rotation that is due could not be done; a retry follows",
 		"see the text")
 	CounterFailing = define("counter-failing",

@@ -1,6 +1,7 @@
 package keyring_test
 
 import (
+	"context"
 	"errors"
 	"os"
 	"path/filepath"
@@ -10,8 +11,11 @@ import (
 
 	"countersign/appliance"
 	"countersign/audit"
+	"countersign/internal/cause"
 	"countersign/internal/keyring"
 	"countersign/internal/keystore"
+	"countersign/internal/keystore/keystoretest"
+	"countersign/internal/ledger"
 	"countersign/internal/manage"
 	"countersign/transcript"
 )
@@ -142,28 +146,180 @@ func TestCompromiseIsRefused(t *testing.T) {
 	r.wantStates(t, "payments", "compromised active pending")
 }
 
-// TestOneKeyTwoNames: a private key under two names is compromised under both.
-func TestOneKeyTwoNames(t *testing.T) {
-	r := newRig(t)
-	seed := filepath.Join(t.TempDir(), "seed")
-	if err := os.WriteFile(seed, []byte(strings.Repeat("07", 32)), 0o600); err != nil {
+// writeSeed writes a seed file.
+func writeSeed(t *testing.T, digits string) (path string) {
+	t.Helper()
+	path = filepath.Join(t.TempDir(), "seed")
+	if err := os.WriteFile(path, []byte(digits), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	var public [32]byte
-	for _, name := range []string{"one", "two"} {
-		k, err := r.Keys.Create(t.Context(), operator, keyring.NewKey{Name: name, Seed: seed})
-		if err != nil {
-			t.Fatal(err)
+	return path
+}
+
+// TestPublicKeyExistsOnce imports one seed under a second name, while the first name is active,
+// verify-only, archived and destroyed, and on another token. The key under the second name is gone
+// from the token afterwards.
+func TestPublicKeyExistsOnce(t *testing.T) {
+	other := keystoretest.NewMemory()
+	r := newRig(t, func(r *rig) { r.more = map[string]keystore.Store{"other": other} })
+	seed := writeSeed(t, strings.Repeat("07", 32))
+	if _, err := r.Keys.Create(t.Context(), operator, keyring.NewKey{
+		Name: "one", Token: "memory", Seed: seed,
+	}); err != nil {
+		t.Fatal(err)
+	}
+	again := func(state keyring.State) {
+		t.Helper()
+		if k := r.Keys.Version("one", 1); k.State != state {
+			t.Fatalf("%v is %s, want %s", k.Ref(), k.State, state)
 		}
-		public = [32]byte(k.Info().PublicKey)
-		if err := r.Keys.CheckSigner(&name, public); err != nil {
-			t.Error(err)
+		for token, store := range map[string]*keystoretest.Memory{"memory": r.store, "other": other} {
+			_, err := r.Keys.Create(t.Context(), operator, keyring.NewKey{Name: "two", Token: token, Seed: seed})
+			if !errors.Is(err, manage.ErrExists) || !strings.Contains(err.Error(), "one/1") {
+				t.Errorf("while one/1 is %s, on %s: %v", state, token, err)
+			}
+			if r.Keys.Version("two", 1) != nil {
+				t.Errorf("while one/1 is %s, on %s: two/1 is there", state, token)
+			}
+			_, err = store.Key(t.Context(), keystore.Ref{Name: "two", Version: 1})
+			if !errors.Is(err, keystore.ErrNotFound) {
+				t.Errorf("while one/1 is %s: two/1 stays on %s: %v", state, token, err)
+			}
 		}
 	}
+	again(keyring.Active)
+	r.rotate(t, "one", time.Now())
+	again(keyring.VerifyOnly)
+	if err := r.Keys.Archive(t.Context(), operator, "one", 1); err != nil {
+		t.Fatal(err)
+	}
+	again(keyring.Archived)
+	if err := r.Keys.Destroy(t.Context(), approved, "one", 1); err != nil {
+		t.Fatal(err)
+	}
+	again(keyring.Destroyed)
+	r.reopen(t)
+	again(keyring.Destroyed)
+	if _, err := r.Keys.Create(t.Context(), operator, keyring.NewKey{
+		Name: "two", Token: "other", Seed: writeSeed(t, strings.Repeat("08", 32)),
+	}); err != nil {
+		t.Errorf("another seed: %v", err)
+	}
+}
+
+// TestGeneratedKeyExistsOnce has a token whose generator repeats itself: the key and its successor
+// are equal, and a key of another name is equal to both.
+func TestGeneratedKeyExistsOnce(t *testing.T) {
+	other := keystoretest.NewMemory()
+	seed := writeSeed(t, strings.Repeat("07", 32))
+	r := newRig(t, func(r *rig) { r.more = map[string]keystore.Store{"other": repeating{other, seed}} })
+	for _, name := range []string{"one", "two"} {
+		_, err := r.Keys.Create(t.Context(), operator, keyring.NewKey{Name: name, Token: "other"})
+		refused(t, keystore.ErrWrong, err)
+		for version := range uint32(2) {
+			ref := keystore.Ref{Name: name, Version: version + 1}
+			if r.Keys.Version(name, ref.Version) != nil {
+				t.Errorf("%v is there", ref)
+			}
+			if _, err := other.Key(t.Context(), ref); !errors.Is(err, keystore.ErrNotFound) {
+				t.Errorf("%v stays on its token: %v", ref, err)
+			}
+		}
+	}
+	if _, err := r.Keys.Create(t.Context(), operator, keyring.NewKey{
+		Name: "one", Token: "memory", Seed: seed,
+	}); err != nil {
+		t.Fatal(err)
+	}
+	_, err := r.Keys.Create(t.Context(), operator, keyring.NewKey{Name: "two", Token: "other"})
+	refused(t, manage.ErrExists, err)
+}
+
+// repeating generates one key again and again.
+type repeating struct {
+	*keystoretest.Memory
+	seed string
+}
+
+func (m repeating) Generate(
+	ctx context.Context, ref keystore.Ref, _ keystore.Algorithm, tag keystore.Tag,
+) (keystore.Key, error) {
+	return m.Import(ctx, ref, m.seed, tag)
+}
+
+// TestSeedOfZerosIsRefused imports the seed that everybody has.
+func TestSeedOfZerosIsRefused(t *testing.T) {
+	r := newRig(t)
+	seed := writeSeed(t, strings.Repeat("00", 32))
+	if _, err := r.Keys.Create(t.Context(), operator, keyring.NewKey{Name: "one", Seed: seed}); err == nil {
+		t.Error("a seed of zeros is a key")
+	}
+	if r.Keys.Version("one", 1) != nil {
+		t.Error("one/1 is there")
+	}
+}
+
+// TestCompromiseIsOfThePublicKey has a ledger of before one public key had one name: the compromise
+// of one name stops the other one, now and after a restart.
+func TestCompromiseIsOfThePublicKey(t *testing.T) {
+	r := newRig(t)
+	seed := writeSeed(t, strings.Repeat("07", 32))
+	if _, err := r.Keys.Create(t.Context(), operator, keyring.NewKey{Name: "one", Seed: seed}); err != nil {
+		t.Fatal(err)
+	}
+	// two/1 becomes a second one/1.
+	made, err := r.Keys.Create(t.Context(), operator, keyring.NewKey{Name: "two"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := r.store.Destroy(t.Context(), made.Ref(), made.Info().Tag); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := r.store.Import(t.Context(), made.Ref(), seed, r.Keys.Version("one", 1).Info().Tag); err != nil {
+		t.Fatal(err)
+	}
+	for _, write := range []func(tx *ledger.Tx) error{
+		func(tx *ledger.Tx) error { return tx.Delete(ledger.Keys, "two/1") },
+		func(tx *ledger.Tx) error { return tx.Put(ledger.Keys, "two/1", tx.Get(ledger.Keys, "one/1")) },
+	} {
+		if err := r.ledger.Update(t.Context(), write); err != nil {
+			t.Fatal(err)
+		}
+	}
+	k := r.Keys.Version("two", 1)
+	name, public, message := "two", [32]byte(k.Info().PublicKey), []byte("a message")
+	if err := r.Keys.CheckSigner(&name, public); err != nil || r.Keys.MayUse(k) != nil {
+		t.Fatal(err, r.Keys.MayUse(k))
+	}
+	if _, err := k.Sign(t.Context(), keyring.Own, message, nil); err != nil {
+		t.Fatal(err)
+	}
+	twice := func(text string) {
+		t.Helper()
+		r.hasCause(t, cause.KeyTwice, "two/1", text)
+	}
+	twice("too")
 	r.compromise(t, "one", 1)
-	two := "two"
-	refused(t, transcript.ErrWrongSigner, r.Keys.CheckSigner(&two, public))
-	refused(t, transcript.ErrWrongSigner, r.Keys.CheckSigner(nil, public))
+	stopped := func() {
+		t.Helper()
+		k := r.Keys.Version("two", 1)
+		refused(t, keyring.ErrNotActive, r.Keys.MayUse(k))
+		_, err := k.Sign(t.Context(), keyring.Own, message, nil)
+		refused(t, keyring.ErrNotActive, err)
+		refused(t, transcript.ErrWrongSigner, r.Keys.CheckSigner(&name, public))
+		refused(t, transcript.ErrWrongSigner, r.Keys.CheckSigner(nil, public))
+		twice("compromised")
+	}
+	stopped()
+	r.reopen(t)
+	stopped()
+	r.compromise(t, "two", 1) // and the cause is over
+	r.wantStates(t, "two", "compromised active pending")
+	for _, c := range r.Keys.Causes() {
+		if c.Kind == cause.KeyTwice {
+			t.Errorf("after the compromise of both: %v", c)
+		}
+	}
 	if err := r.Keys.CheckSigner(nil, [32]byte{1}); err != nil {
 		t.Errorf("a stranger's key: %v", err)
 	}

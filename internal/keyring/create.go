@@ -9,9 +9,11 @@ import (
 	"time"
 
 	"countersign/audit"
+	"countersign/internal/eddsa"
 	"countersign/internal/ijson"
 	"countersign/internal/keystore"
 	"countersign/internal/manage"
+	"countersign/internal/pubkey"
 )
 
 // The creation of a key first writes a record in the state making: the intent. One later
@@ -143,6 +145,10 @@ func (r *Ring) create(ctx context.Context, who audit.Actor, ref keystore.Ref, n 
 		return r.change(ctx, who, []edit{first.as(Active)}, made)
 	}
 	next, err := r.makeNext(ctx, who, ref, n.Token)
+	if err == nil && next.digest() == first.digest() { // neither is in the ledger's memory yet
+		err = errors.Join(fmt.Errorf("key %v: %w: it has the public key of %v: the token's generator repeats itself",
+			next.info.Ref, keystore.ErrWrong, ref), r.clearAway(ctx, next.info.Ref, next.record, "failed"))
+	}
 	if err != nil {
 		return errors.Join(err, r.clearAway(ctx, ref, first.record, "failed"))
 	}
@@ -222,8 +228,34 @@ func (r *Ring) make(ctx context.Context, who audit.Actor, ref keystore.Ref, n Ne
 	} else {
 		made, err = store.Import(ctx, ref, n.Seed, rec.Tag)
 	}
+	if err == nil {
+		err = r.checkNew(made.Info())
+	}
 	if err != nil {
 		return newVersion{}, errors.Join(fmt.Errorf("key %q: %w", ref.Name, err), r.clearAway(ctx, ref, rec, "failed"))
 	}
 	return newVersion{made.Info(), rec}, nil
+}
+
+// checkNew refuses a public key that is none by the strict rules of its algorithm, and one that the
+// ledger has already: on any token, under any name, and also archived or destroyed. The same
+// private key under two names would sign two documents under one nonce, and would go on after the
+// compromise of one name. No act is under way meanwhile, so the key stays the only one.
+func (r *Ring) checkNew(info keystore.Info) error {
+	check, known := map[keystore.Algorithm]func([]byte) error{
+		keystore.Ed25519: eddsa.CheckPublicKey, keystore.X25519: pubkey.CheckX25519, keystore.P256: pubkey.CheckP256,
+	}[info.Algorithm]
+	if !known {
+		return fmt.Errorf("%w: its algorithm %q is unknown", manage.ErrInvalid, info.Algorithm)
+	}
+	if err := check(info.PublicKey); err != nil {
+		return fmt.Errorf("%w: %w", keystore.ErrWrong, err)
+	}
+	r.mu.RLock()
+	defer r.mu.RUnlock()
+	if refs := r.byPublic[string(info.PublicKey)]; len(refs) > 0 {
+		return fmt.Errorf("%w: its public key is that of %v, which is %s: one key has one name",
+			manage.ErrExists, refs[0], r.keys[refs[0]].State)
+	}
+	return nil
 }

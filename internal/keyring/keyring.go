@@ -93,18 +93,18 @@ type Ring struct {
 	// mu guards all fields below. No holder waits for a device or the disk: admissions read the
 	// state of a key under mu, and the ledger's writer takes mu to let memory follow.
 	mu            sync.RWMutex
-	keys          map[keystore.Ref]*Key       // all versions, apart from those in the state making
-	byPublic      map[[32]byte][]keystore.Ref // versions with an Ed25519 key, by public key
-	active        map[string]*Key             // active versions, by name
-	settings      map[string]Settings         // by name
-	written       usesRecord                  // the last record of the uses
-	confirmed     map[string]time.Time        // ends of the operators' confirmations, by name
-	credentials   uint64                      // number of changes of operators' credentials
-	retries       map[string]retry            // failed rotations, by name
-	lost          map[keystore.Ref]error      // faults of versions that are missing on their token, or different
-	uncompared    map[string]error            // tokens that are not compared with the ledger yet, see compare.go
-	announcements []Announcement              // cache; nil: empty
-	watchers      []func()                    // called after a change that peers may have to be told
+	keys          map[keystore.Ref]*Key     // all versions, apart from those in the state making
+	byPublic      map[string][]keystore.Ref // versions of any state, by public key: one each, see checkNew
+	active        map[string]*Key           // active versions, by name
+	settings      map[string]Settings       // by name
+	written       usesRecord                // the last record of the uses
+	confirmed     map[string]time.Time      // ends of the operators' confirmations, by name
+	credentials   uint64                    // number of changes of operators' credentials
+	retries       map[string]retry          // failed rotations, by name
+	lost          map[keystore.Ref]error    // faults of versions that are missing on their token, or different
+	uncompared    map[string]error          // tokens that are not compared with the ledger yet, see compare.go
+	announcements []Announcement            // cache; nil: empty
+	watchers      []func()                  // called after a change that peers may have to be told
 }
 
 // Open reads the keys, and compares them with the tokens that answer. Keep compares the keys of a
@@ -113,7 +113,7 @@ type Ring struct {
 func Open(ctx context.Context, c Config) (*Ring, error) {
 	r := &Ring{
 		Config: c, turns: map[string]*limit.Fair{}, changing: manage.NewLock(),
-		keys: map[keystore.Ref]*Key{}, byPublic: map[[32]byte][]keystore.Ref{}, active: map[string]*Key{},
+		keys: map[keystore.Ref]*Key{}, byPublic: map[string][]keystore.Ref{}, active: map[string]*Key{},
 		settings: map[string]Settings{}, confirmed: map[string]time.Time{},
 		retries: map[string]retry{}, lost: map[keystore.Ref]error{}, uncompared: map[string]error{},
 	}
@@ -179,16 +179,36 @@ func (r *Ring) takeKey(name string, value []byte) error {
 	}
 	if before := r.keys[ref]; before != nil {
 		k.usage = before.usage
-	} else if k.public != nil {
-		public := [32]byte(info.PublicKey)
-		r.byPublic[public] = append(r.byPublic[public], ref) // a seed that was imported twice has two names
+	} else {
+		r.byPublic[string(info.PublicKey)] = append(r.byPublic[string(info.PublicKey)], ref)
 	}
-	k.usage.retired.Store(k.State.outOfUse())
 	r.keys[ref], r.announcements = k, nil
+	r.retire(info.PublicKey)
 	if k.State == Active {
 		r.active[k.Name] = k
 	} else {
 		r.deactivate(ref)
+	}
+	return nil
+}
+
+// retire ends the use of the versions with a public key that are out of use, and of all of them
+// after a compromise of one. A ledger of an earlier version can have a public key under two names.
+// mu is held.
+func (r *Ring) retire(publicKey []byte) {
+	compromised := r.compromised(publicKey) != nil
+	for _, ref := range r.byPublic[string(publicKey)] {
+		k := r.keys[ref]
+		k.usage.retired.Store(compromised || k.State.outOfUse())
+	}
+}
+
+// compromised returns a compromised version with a public key, or nil. mu is held.
+func (r *Ring) compromised(publicKey []byte) *Key {
+	for _, ref := range r.byPublic[string(publicKey)] {
+		if k := r.keys[ref]; k.Compromised {
+			return k
+		}
 	}
 	return nil
 }
@@ -207,11 +227,8 @@ func (r *Ring) remove(ref keystore.Ref) {
 		return // the version was in the state making
 	}
 	delete(r.keys, ref)
-	if k.public != nil {
-		public := [32]byte(k.Info().PublicKey)
-		same := func(other keystore.Ref) bool { return other == ref }
-		r.byPublic[public] = slices.DeleteFunc(r.byPublic[public], same)
-	}
+	public := string(k.Info().PublicKey)
+	r.byPublic[public] = slices.DeleteFunc(r.byPublic[public], func(other keystore.Ref) bool { return other == ref })
 	r.announcements = nil
 	r.deactivate(ref)
 }
@@ -382,7 +399,7 @@ func (r *Ring) MayUse(k *Key) error {
 	defer r.mu.RUnlock()
 	now := r.keys[k.Ref()]
 	switch {
-	case now == nil || !now.State.accepted():
+	case now == nil || !now.State.accepted() || r.compromised(k.Info().PublicKey) != nil:
 		return fmt.Errorf("%w: version %d of %q is out of use", ErrNotActive, k.Version, k.Name)
 	case r.settings[k.Name].Presence > 0 && !time.Now().Before(r.confirmed[k.Name]):
 		return fmt.Errorf("%w: an operator must confirm that %q may sign", ErrNotConfirmed, k.Name)
@@ -400,15 +417,13 @@ func (r *Ring) CheckSigner(name *string, publicKey [32]byte) error {
 	}
 	r.mu.RLock()
 	defer r.mu.RUnlock()
+	if k := r.compromised(publicKey[:]); k != nil {
+		return fmt.Errorf("%w: the public key is that of a compromised version of %q",
+			transcript.ErrWrongSigner, k.Name)
+	}
 	known := false
-	for _, ref := range r.byPublic[publicKey] {
-		switch k := r.keys[ref]; {
-		case k.Compromised:
-			return fmt.Errorf("%w: the public key is that of a compromised version of %q",
-				transcript.ErrWrongSigner, ref.Name)
-		case name != nil && ref.Name == *name:
-			known = known || k.State.accepted()
-		}
+	for _, ref := range r.byPublic[string(publicKey[:])] {
+		known = known || name != nil && ref.Name == *name && r.keys[ref].State.accepted()
 	}
 	if name != nil && !known {
 		return fmt.Errorf("%w: the public key is no version of %q that is in use",
@@ -425,7 +440,7 @@ func (r *Ring) NameOf(name *string, publicKey [32]byte) string {
 	}
 	r.mu.RLock()
 	defer r.mu.RUnlock()
-	for _, ref := range r.byPublic[publicKey] {
+	for _, ref := range r.byPublic[string(publicKey[:])] {
 		if r.keys[ref].State.accepted() {
 			return ref.Name
 		}
@@ -433,7 +448,8 @@ func (r *Ring) NameOf(name *string, publicKey [32]byte) string {
 	return ""
 }
 
-// Causes returns the failed rotations, and the versions that are missing on their tokens.
+// Causes returns the failed rotations, the versions that are missing on their tokens, and the
+// versions with the public key of another version.
 func (r *Ring) Causes() (all []cause.Cause) {
 	r.mu.RLock()
 	defer r.mu.RUnlock()
@@ -442,6 +458,20 @@ func (r *Ring) Causes() (all []cause.Cause) {
 	}
 	for ref, fault := range r.lost {
 		all = append(all, cause.KeyMissing.Of(ref.String(), "%v", fault))
+	}
+	for public, refs := range r.byPublic {
+		for _, ref := range refs {
+			i := slices.IndexFunc(refs, func(other keystore.Ref) bool { return other != ref })
+			if i < 0 || r.keys[ref].State.outOfUse() {
+				continue
+			}
+			text := fmt.Sprintf("key %v has the public key of %v too", ref, refs[i])
+			if k := r.compromised([]byte(public)); k != nil {
+				text = fmt.Sprintf("key %v has the public key of %v, which is compromised, and signs nothing",
+					ref, k.Ref())
+			}
+			all = append(all, cause.KeyTwice.Of(ref.String(), "%s", text))
+		}
 	}
 	return all
 }

@@ -18,6 +18,7 @@ import (
 
 	"countersign/appliance"
 	"countersign/audit"
+	"countersign/internal/cause"
 	"countersign/internal/eddsa"
 	"countersign/internal/keyring"
 	"countersign/internal/keystore"
@@ -52,6 +53,7 @@ type rig struct {
 	options ledger.Options
 	ledger  *ledger.Ledger
 	store   *keystoretest.Memory
+	more    map[string]keystore.Store // further tokens, by name
 	monitor *resource.Monitor
 	path    string
 	shop    appliance.Caller
@@ -80,7 +82,7 @@ func newRigAt(t *testing.T, path string, change ...func(*rig)) *rig {
 		r.agrees(t)
 		r.ledger.Close()
 	})
-	k, err := r.Keys.Create(t.Context(), operator, keyring.NewKey{Name: "payments"})
+	k, err := r.Keys.Create(t.Context(), operator, keyring.NewKey{Name: "payments", Token: "memory"})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -119,12 +121,14 @@ func (r *rig) tryOpen(t *testing.T) error {
 	}
 	log, day := slog.New(slog.DiscardHandler), 24*time.Hour
 	monitor := resource.NewMonitor(log, r.limits.RequestTimeout)
+	stores := map[string]keystore.Store{"memory": r.store}
+	maps.Copy(stores, r.more)
 	a, err := appliance.New(t.Context(), appliance.Config{
 		Limits: r.limits, Monitor: monitor,
 		Retention: appliance.Retention{
 			Epoch: appliance.Month, Audit: 365 * day, Receipts: 365 * day, Decisions: 30 * day, Nonces: day,
 		},
-	}, l, map[string]keystore.Store{"memory": r.store}, p, log)
+	}, l, stores, p, log)
 	if err != nil {
 		l.Close()
 		return err
@@ -207,6 +211,17 @@ func (r *rig) sign(t *testing.T, who appliance.Caller, req *wire.Sign) *wire.Sig
 		t.Fatal(err)
 	}
 	return s
+}
+
+// hasCause requires a cause with a subject and a text.
+func (r *rig) hasCause(t *testing.T, kind *cause.Kind, subject, text string) {
+	t.Helper()
+	for _, c := range r.Keys.Causes() {
+		if c.Kind == kind && c.Subject == subject && strings.Contains(c.Text, text) {
+			return
+		}
+	}
+	t.Errorf("no cause %s of %s with %q: %v", kind.Code, subject, text, r.Keys.Causes())
 }
 
 // refused expects an error for a reason.

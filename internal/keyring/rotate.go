@@ -262,6 +262,10 @@ func (r *Ring) Destroy(ctx context.Context, who audit.Actor, name string, versio
 // version signs nothing, and none of its signatures is believed. The successor of an active version
 // becomes active at once. If the device fails, Keep retries until the successor is active;
 // meanwhile nothing of the key signs.
+//
+// The compromise is of the public key: a version of another name with the same public key, from a
+// ledger of before this was refused, signs nothing either, and is a cause in the state. The version
+// itself becomes compromised, and gets its successor, by a proposal of its own.
 func (r *Ring) Compromise(ctx context.Context, who audit.Actor, name string, version uint32, reason string) error {
 	if err := approved(Compromised, who); err != nil {
 		return fmt.Errorf("key %q: %w", ijson.Clip(name), err)
