@@ -110,8 +110,9 @@ func (r Request) Check() error {
 type Decision struct {
 	Allowed bool
 	// Rules are the ids (see Rule) of the deciding rules: the permits of an allowed request, or the
-	// forbids of a denied one. A denied request without Rules has no rule that permits it. An
-	// allowed request without Rules is a verification that no rule is about: see Policy.Verifies.
+	// forbids of a denied one. A denied request without Rules and Fault has no rule that permits
+	// it. An allowed request without Rules is a verification that no rule is about: see
+	// Policy.Verifies.
 	Rules []string
 	// Fault says why a request is denied in spite of its permits. A rule that can't be evaluated
 	// denies.
@@ -419,6 +420,9 @@ func (p *Policy) Decide(r Request) Decision {
 		d.Fault = "raw needs a rule that names one peer, the action sign_raw and one key"
 	default:
 		d.Allowed = true
+	}
+	if decision == cedar.Allow && !d.Allowed {
+		d.Rules = nil // permits, which decide nothing beside a fault
 	}
 	return d
 }
