@@ -161,7 +161,7 @@ func New(
 	if err := l.Follow(ctx, &a.policies.mu, versions); err != nil {
 		return nil, err
 	}
-	if a.Peers, err = peers.Open(ctx, l, peers.Limits{
+	if a.Peers, err = peers.Open(ctx, l, a.gate, peers.Limits{
 		Connections: limits.ConnectionsPerPeer, Requests: limits.Requests, RequestsOfPeer: limits.RequestsPerPeer,
 		RequestsPerSecond: limits.RequestsPerSecond, BytesPerSecond: limits.BytesPerSecond,
 		RefusalsPerMinute: limits.RefusalsPerMinute, BatchItems: limits.BatchItems,

@@ -318,7 +318,7 @@ func TestBatchWithoutADisk(t *testing.T) {
 		return 0
 	})
 	if b := r.answer(shop, []byte(batchOf(numbered(3, "m"), numbered(4, "m"), `{"op":"x"}`))); b != nil {
-		t.Errorf("answered by a ledger whose state is unknown: %s", b)
+		t.Errorf("answered by a ledger whose state is unknown: %s", b.encode())
 	}
 	disk.Fail(nil)
 	err := r.record(t.Context(), audit.NewStopped())

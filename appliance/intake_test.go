@@ -383,6 +383,7 @@ func TestLetGoWhileWaiting(t *testing.T) {
 					if took := time.Since(began); took > busyTime {
 						t.Errorf("it took %v", took)
 					}
+					time.Sleep(busyTime) // of the request that is being refused
 					synctest.Wait()
 					for _, s := range p.Peers.All() {
 						if s.Name == "market" && s.Connections != 0 {

@@ -287,8 +287,8 @@ func (a *Appliance) handler(t *testing.T, name string) *session {
 	return nil
 }
 
-// answer returns the answer to a message, or nil for none.
-func (a *Appliance) answer(s *session, message []byte) []byte {
+// answer returns the reply to a message, or nil for none.
+func (a *Appliance) answer(s *session, message []byte) *reply {
 	r, err := a.take(context.Background(), s, message)
 	if err != nil {
 		return nil
@@ -299,12 +299,15 @@ func (a *Appliance) answer(s *session, message []byte) []byte {
 // handled returns the answer to a document.
 func handled(t *testing.T, a *Appliance, s *session, document string) wire.Answer {
 	t.Helper()
-	b := a.answer(s, []byte(document))
-	if b == nil {
+	r := a.answer(s, []byte(document))
+	if r == nil {
 		t.Fatalf("%.60s: no answer", document)
 	}
-	answer, err := wire.DecodeAnswer(b)
-	if err != nil {
+	var answer wire.Answer
+	if err := a.release(s.caller, r, func(b []byte) (err error) {
+		answer, err = wire.DecodeAnswer(b)
+		return err
+	}); err != nil {
 		t.Fatal(err)
 	}
 	return answer

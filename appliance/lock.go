@@ -50,14 +50,17 @@ func (a *Appliance) takeLock(value []byte) error {
 }
 
 // Lock stops all signing and verifying until Unlock. The ledger admits nothing from the moment of
-// the call: an emergency does not wait for the disk. After an error a restart may unlock the
-// appliance.
+// the call: an emergency does not wait for the disk. When Lock has returned, also with an error, no
+// key is used for a peer, and no signature and no confirmation is released. Lock does not wait for
+// a device, and waits at most Limits.WriteTimeout for a peer that does not read its answer. After
+// an error a restart may unlock the appliance.
 func (a *Appliance) Lock(ctx context.Context, who audit.Actor, reason string) error {
 	if err := manage.CheckReason(reason); err != nil {
 		return fmt.Errorf("lock: %w", err)
 	}
 	l := &Lock{By: who.Name, Reason: reason, At: time.Now().UTC().Truncate(time.Second)}
 	a.setLock(l)
+	defer a.gate.Enforce()
 	return a.locking.Run(ctx, a.log, "locking", func(ctx context.Context) error {
 		a.setLock(l) // again, because an act before this one may have unlocked the appliance
 		if err := a.ledger.Update(ctx, func(tx *ledger.Tx) error {

@@ -64,6 +64,7 @@ var table = []struct {
 	{errInvalidSignature, refused, wire.CodeInvalidSignature, ""},
 	{errReplay, refused, wire.CodeReplay, ""},
 	{errNotYours, refused, wire.CodeDenied, ""},
+	{peers.ErrGone, unavailable, wire.CodeUnavailable, needsOperator}, // the peer's connections are closed
 	{peers.ErrBusy, unavailable, wire.CodeBusy, "too many requests are being served; send the same request again"},
 	{peers.ErrRate, unavailable, wire.CodeRateLimited, "too many requests a second; send the same request again"},
 	{ledger.ErrNotHigher, refused, wire.CodeDenied, ""},

@@ -22,8 +22,8 @@ const retryAfter = 1
 // would cost more processor time than a peer with served requests.
 const busyTime = 100 * time.Millisecond
 
-// handle returns the answer to one request. A nil answer ends the connection, after a fatal error.
-func (a *Appliance) handle(s *session, r taken) []byte {
+// handle returns the reply to one request. A nil reply ends the connection, after a fatal error.
+func (a *Appliance) handle(s *session, r taken) *reply {
 	defer a.Peers.End(s.Member, r.places)
 	// The context is not the connection's: an admitted request is finished also when the peer
 	// leaves or the daemon stops.
@@ -34,21 +34,21 @@ func (a *Appliance) handle(s *session, r taken) []byte {
 		_, refusal := refuse(body)
 		a.refusals.count(audit.RateLimitTriggered, "request", s.caller.Name, refusal.Code)
 		pause(ctx, busyTime)
-		return wire.EncodeAnswer(r.id, nil, refusal)
+		return single(r.id, answer{refusal: refusal})
 	case *wire.Error:
-		return wire.EncodeAnswer(r.id, nil, a.unreadable(s, body))
+		return single(r.id, answer{refusal: a.unreadable(s, body)})
 	case *wire.Batch:
 		answers, ok := a.batch(ctx, s, body)
 		if !ok {
 			return nil
 		}
-		return wire.EncodeAnswer(r.id, answers, nil)
+		return &reply{id: r.id, batch: true, answers: answers}
 	}
-	result, refusal, ok := a.serve(ctx, s, nil, r.body)
+	served, ok := a.serve(ctx, s, nil, r.body)
 	if !ok {
 		return nil
 	}
-	return wire.EncodeAnswer(r.id, result, refusal)
+	return single(r.id, served)
 }
 
 // unreadable refuses a message that is no request. The limit of refusals bounds its lines in the
@@ -66,12 +66,14 @@ func (a *Appliance) unreadable(s *session, refusal *wire.Error) *wire.Error {
 // serve executes one request. ok is false after a fatal error.
 func (a *Appliance) serve(
 	ctx context.Context, s *session, member *ledger.Member, request any,
-) (result any, refusal *wire.Error, ok bool) {
+) (served answer, ok bool) {
 	began := time.Now()
 	who := s.caller
 	who.member = member
 	who.quiet = s.Member.Refusals.Tokens() < 1
 	var op, key string
+	var result any
+	var may func() error
 	var err error
 	switch r := request.(type) {
 	case *wire.Ping:
@@ -80,10 +82,13 @@ func (a *Appliance) serve(
 		op, result = wire.OpKeys, a.Keys.Listed()
 	case *wire.Sign:
 		op, key = wire.OpSign, r.Key
-		result, err = a.Sign(ctx, who, r)
+		var signed *wire.Signed
+		signed, err = a.Sign(ctx, who, r)
+		result, may = signed, func() error { return a.Keys.MayHave(who.Peer, r.Key, signed.Version) }
 	case *wire.Verify:
 		op, key = wire.OpVerify, r.KeyName()
 		result, err = a.Verify(ctx, who, r)
+		may = func() error { return a.mayConfirm(who, r) }
 	case *wire.Proof:
 		op = wire.OpProof
 		result, err = a.Proof(ctx, who, r.Event)
@@ -94,11 +99,11 @@ func (a *Appliance) serve(
 		op, key = wire.OpAck, r.Key
 		result, err = a.Acknowledge(ctx, who, r)
 	case *wire.Error: // a malformed item of a batch
-		return nil, r, true
+		return answer{refusal: r}, true
 	}
 	if err == nil {
 		a.log.Debug("served", "peer", s.caller.Name, "op", op, "key", key, "took", time.Since(began))
-		return result, nil, true
+		return answer{result: result, may: may}, true
 	}
 	member.Leave(ctx) // the batch need not wait for the refusal's event
 	c, refusal := refuse(err)
@@ -117,7 +122,7 @@ func (a *Appliance) serve(
 	default:
 		a.log.Error("not served", "peer", who.Name, "op", op, "key", ijson.Clip(key), "code", refusal.Code, "err", err)
 	}
-	return nil, refusal, c != fatal
+	return answer{refusal: refusal}, c != fatal
 }
 
 // refusalType returns the type of the event of a refusal.
@@ -130,8 +135,8 @@ func refusalType(code string) audit.Type {
 
 // batch executes the items of a batch concurrently. The admissions share one commit. The answers
 // are in the order of the items. The result is false after a fatal error.
-func (a *Appliance) batch(ctx context.Context, s *session, b *wire.Batch) (wire.Answers, bool) {
-	answers := wire.Answers{Answers: make([]wire.ItemAnswer, len(b.Items))}
+func (a *Appliance) batch(ctx context.Context, s *session, b *wire.Batch) ([]answer, bool) {
+	answers := make([]answer, len(b.Items))
 	group := a.ledger.Group(len(b.Items))
 	var serving sync.WaitGroup
 	var fatal atomic.Bool
@@ -139,12 +144,11 @@ func (a *Appliance) batch(ctx context.Context, s *session, b *wire.Batch) (wire.
 		serving.Go(func() {
 			member := group.Member()
 			defer member.Leave(ctx) // for an item without an admission
-			result, refusal, ok := a.serve(ctx, s, member, item)
+			served, ok := a.serve(ctx, s, member, item)
 			if !ok {
 				fatal.Store(true)
-				return
 			}
-			answers.Answers[i] = wire.NewItemAnswer(result, refusal)
+			answers[i] = served
 		})
 	}
 	serving.Wait()

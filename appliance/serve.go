@@ -261,9 +261,9 @@ func (a *Appliance) serveSession(stop context.Context, s *session, message []byt
 	defer close(requests)
 	// inFlight has a value for each request that is served, and for the one that is read.
 	inFlight := make(chan struct{}, a.limits.InFlight)
-	serve := func(r taken) {
-		answer := a.handle(s, r)
-		if answer == nil || s.conn.WriteMessage(answer) != nil {
+	serve := func(t taken) {
+		r := a.handle(s, t)
+		if r == nil || a.release(s.caller, r, s.conn.WriteMessage) != nil {
 			s.conn.Close() // there is no answer, or the peer does not read
 		}
 		<-inFlight

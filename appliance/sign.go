@@ -40,7 +40,8 @@ func (a *Appliance) Sign(ctx context.Context, who Caller, r *wire.Sign) (*wire.S
 	admitted, err := a.ledger.Admit(ctx, ledger.Admission{
 		Scope: ledger.KeyScope(r.Key), Nonce: doc.Nonce, Digest: doc.Digest(), Peer: who.PublicKey,
 		KeyVersion: key.Version, ExpiresAt: doc.ExpiresAt, Quiet: who.quiet, Member: who.member,
-		Counts: d.counts, Monotonic: d.generation, Decide: d.decide,
+		May: func() error { return a.Peers.Serves(who.Peer) }, Counts: d.counts,
+		Monotonic: d.generation, Decide: d.decide,
 	}, d.event)
 	if err != nil {
 		return nil, err
@@ -59,7 +60,7 @@ func (a *Appliance) Sign(ctx context.Context, who Caller, r *wire.Sign) (*wire.S
 	verifies := func(signature []byte) bool { return key.Verify(doc.Message, signature) == nil }
 	signature := admitted.Signature
 	if signature == nil {
-		signature, err = key.Sign(ctx, keyring.LaneOf(who.PublicKey), doc.Message, verifies)
+		signature, err = a.Keys.Sign(ctx, who.Peer, key, doc.Message, verifies)
 	} else if !verifies(signature) {
 		err = fmt.Errorf("%w: the signature that the ledger has for %v does not verify",
 			keystore.ErrUnavailable, key.Ref())

@@ -34,7 +34,8 @@ func (a *Appliance) Verify(ctx context.Context, who Caller, r *wire.Verify) (*wi
 	if err := doc.CheckSigner(r.PublicKey[:]); err != nil {
 		return nil, err
 	}
-	if err := a.Keys.CheckSigner(r.Key, r.PublicKey); err != nil {
+	may := func() error { return a.mayConfirm(who, r) }
+	if err := may(); err != nil {
 		return nil, err
 	}
 	d, err := a.verificationOf(who, r, doc)
@@ -43,7 +44,7 @@ func (a *Appliance) Verify(ctx context.Context, who Caller, r *wire.Verify) (*wi
 	}
 	admitted, err := a.ledger.Admit(ctx, ledger.Admission{
 		Scope: ledger.SignerScope(r.PublicKey[:]), Nonce: doc.Nonce, Digest: doc.Digest(), Peer: who.PublicKey,
-		ExpiresAt: doc.ExpiresAt, Once: true, Quiet: who.quiet, Member: who.member,
+		ExpiresAt: doc.ExpiresAt, Once: true, Quiet: who.quiet, Member: who.member, May: may,
 		Counts: d.counts, Decide: d.decide,
 	}, d.event)
 	if errors.Is(err, context.DeadlineExceeded) {
@@ -55,4 +56,13 @@ func (a *Appliance) Verify(ctx context.Context, who Caller, r *wire.Verify) (*wi
 		return nil, err
 	}
 	return &wire.Verified{Valid: true, Event: admitted.Event}, nil
+}
+
+// mayConfirm refuses to confirm a signature at this moment: while the peer is not served, and for
+// the public key of a compromised version.
+func (a *Appliance) mayConfirm(who Caller, r *wire.Verify) error {
+	if err := a.Peers.Serves(who.Peer); err != nil {
+		return err
+	}
+	return a.Keys.CheckSigner(r.Key, r.PublicKey)
 }

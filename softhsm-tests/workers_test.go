@@ -556,3 +556,66 @@ func atoi(t *testing.T, s string) int {
 	}
 	return n
 }
+
+// TestLockWhileTheDeviceHangs locks the appliance while both key workers hang with admitted
+// requests. The command does not wait for the workers, and the requests end with it. When the
+// workers go on, no signature is released. After the unlocking the same requests get theirs.
+func TestLockWhileTheDeviceHangs(t *testing.T) {
+	s := newSystem(t)
+	slow := "[limits]\nrequest_timeout = \"3m\"\n\n[tokens.main]\ndeadline = \"1m\""
+	s.edit("countersign.toml", "[tokens.main]", slow)
+	p := s.serve()
+	s.enrol()
+	c := s.dial()
+	if _, err := c.Sign(t.Context(), "payments", message("AAAA")); err != nil {
+		t.Fatal(err)
+	}
+	count := func(of string) (n int) {
+		for _, e := range s.events() {
+			if string(e.Type) == of {
+				n++
+			}
+		}
+		return n
+	}
+	var workers []int
+	eventually(t, "two workers", func() bool { workers = p.workers(); return len(workers) == 2 })
+	signal := func(what syscall.Signal) {
+		for _, pid := range workers {
+			syscall.Kill(pid, what)
+		}
+	}
+	signal(syscall.SIGSTOP)
+	t.Cleanup(func() { signal(syscall.SIGCONT) })
+	const requests = 12 // more than the workers take at once
+	var documents [requests]client.Document
+	results := make(chan error, requests)
+	for i := range documents {
+		documents[i] = message("AAAA").Fill(time.Hour)
+		go func() { _, err := c.Sign(t.Context(), "payments", documents[i]); results <- err }()
+	}
+	eventually(t, "all are admitted", func() bool { return count("SignatureAdmitted") == 1+requests })
+	s.must("admin", "lock", "--reason", "incident")
+	for range requests {
+		select {
+		case err := <-results:
+			if code(err) != "unavailable" {
+				t.Errorf("%v, want unavailable", err)
+			}
+		case <-time.After(30 * time.Second): // half the deadline of a worker
+			t.Fatal("the requests wait for the device after the lock")
+		}
+	}
+	signal(syscall.SIGCONT)
+	s.must("admin", "unlock")
+	for _, d := range documents {
+		if again, err := c.Sign(t.Context(), "payments", d); err != nil || !again.Repeated {
+			t.Errorf("the same request after the unlocking: %+v, %v", again, err)
+		}
+	}
+	eventually(t, "all signatures are in the log", func() bool { return count("SignatureCreated") == 1+requests })
+	if failed := count("SignatureFailed"); failed != requests {
+		t.Errorf("%d admissions have failed at the lock, want %d", failed, requests)
+	}
+	p.stop()
+}

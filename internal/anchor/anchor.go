@@ -307,6 +307,7 @@ func (a *Anchor) unblock() {
 func (a *Anchor) detect(ctx context.Context, found Rollback) error {
 	found.At = time.Now().UTC().Truncate(time.Second)
 	a.gate.Block(gate.Rollback, found.err())
+	defer a.gate.Enforce()
 	a.log.Error("rollback detected: nothing is signed or verified until an operator accepts the rollback "+
 		"(countersign admin rollback)", "reason", found.Reason, "ledger", found.Ledger, "counter", found.Counter)
 	err := a.ledger.Update(ctx, func(tx *ledger.Tx) error {

@@ -216,16 +216,21 @@ func (r *rig) setBack(bound record) {
 	}
 }
 
-// rollBack makes a rollback, and starts the anchor.
+// rollBack makes a rollback, and starts the anchor during a use of a key.
 func (r *rig) rollBack() {
 	r.t.Helper()
 	counter, _ := r.values()
 	r.setBack(record{"tpm", counter - 1})
+	ctx, use := r.gate.Use(r.t.Context(), r.gate.Err)
+	defer use.End()
 	if err := r.Start(r.t.Context()); err != nil {
 		r.t.Fatal(err)
 	}
 	if !r.gate.Blocked(gate.Rollback) {
 		r.t.Fatal("the rollback is not detected")
+	}
+	if ctx.Err() == nil || !errors.Is(use.Err(), ErrRolledBack) {
+		r.t.Errorf("a use of a key that began before is not cut off: %v", use.Err())
 	}
 }
 

@@ -1,6 +1,10 @@
 // Package gate decides whether the ledger admits requests. Several independent reasons can block
 // the gate: a rollback, a counter not read yet, an operator's lock. The ledger admits nothing while
 // at least one reason blocks.
+//
+// The gate also knows the uses of private keys and the releases of answers that are under way, see
+// Use. An act that takes a right away (a lock, a suspension, a removal, a compromise, a rollback)
+// changes the state that the uses ask, and then calls Enforce.
 package gate
 
 import (
@@ -27,10 +31,13 @@ type Gate struct {
 
 	mu      sync.RWMutex
 	blocked [reasons]error // nil: the reason does not block
+
+	using sync.Mutex // guards uses; its holder calls nothing
+	uses  map[*Use]struct{}
 }
 
 // New returns an open gate.
-func New(l *ledger.Ledger) *Gate { return &Gate{ledger: l} }
+func New(l *ledger.Ledger) *Gate { return &Gate{ledger: l, uses: map[*Use]struct{}{}} }
 
 // Block makes the ledger refuse all admissions until Unblock is called with the same reason. The
 // caller of Admit gets the error of the gravest reason. Block does not wait for the ledger: the

@@ -13,6 +13,7 @@ import (
 	"countersign/internal/eddsa"
 	"countersign/internal/keystore"
 	"countersign/internal/limit"
+	"countersign/internal/peers"
 	"countersign/wire"
 )
 
@@ -89,8 +90,8 @@ func (k *Key) Verify(message, signature []byte) error {
 	return k.public.Verify(message, signature)
 }
 
-// Sign waits for a turn in a lane and signs. The result is ErrNotActive if the version goes out of
-// use meanwhile.
+// Sign waits for a turn in a lane and signs for the appliance itself. The result is ErrNotActive if
+// the version goes out of use meanwhile.
 func (k *Key) Sign(ctx context.Context, lane Lane, message []byte, judge keystore.Judge) ([]byte, error) {
 	signature, err := k.sign(ctx, lane, message, judge, k.inUse)
 	if err == nil {
@@ -99,10 +100,49 @@ func (k *Key) Sign(ctx context.Context, lane Lane, message []byte, judge keystor
 	return signature, err
 }
 
-// sign calls may before the device signs, and again before the signature is returned.
+// Sign signs for a peer, in the peer's lane. The right to the signature is asked before the device
+// signs, and again before the signature is returned: the version must be in use, the peer active
+// and the gate open. An act that takes the right away ends the wait at once, see gate.Use.
+func (r *Ring) Sign(
+	ctx context.Context, who peers.Peer, k *Key, message []byte, judge keystore.Judge,
+) ([]byte, error) {
+	ctx, use := r.Gate.Use(ctx, func() error {
+		if err := r.Peers.Serves(who); err != nil {
+			return err
+		}
+		return k.inUse()
+	})
+	defer use.End()
+	signature, err := k.sign(ctx, LaneOf(who.PublicKey), message, judge, use.Err)
+	if err == nil {
+		k.usage.count.Add(1)
+	}
+	return signature, err
+}
+
+// MayHave refuses to release a signature of a version to a peer at this moment. Signatures of an
+// archived version were made in time, and are still given out.
+func (r *Ring) MayHave(who peers.Peer, name string, version uint32) error {
+	if err := r.Peers.Serves(who); err != nil {
+		return err
+	}
+	_, err := r.Admitted(name, version)
+	return err
+}
+
+// sign calls may before the wait for a turn, before the device signs, and before the signature is
+// returned. The error of may comes before the error of a wait that ends with the right.
 func (k *Key) sign(
 	ctx context.Context, lane Lane, message []byte, judge keystore.Judge, may func() error,
-) ([]byte, error) {
+) (signature []byte, err error) {
+	defer func() {
+		if refused := may(); refused != nil {
+			signature, err = nil, refused
+		}
+	}()
+	if err := may(); err != nil {
+		return nil, err
+	}
 	release, err := k.turns.Acquire(ctx, string(lane))
 	if err != nil {
 		return nil, err
@@ -111,11 +151,7 @@ func (k *Key) sign(
 	if err := may(); err != nil {
 		return nil, err
 	}
-	signature, err := k.device.Sign(ctx, message, judge)
-	if refused := may(); refused != nil {
-		return nil, refused
-	}
-	return signature, err
+	return k.device.Sign(ctx, message, judge)
 }
 
 // Exchange waits for a turn in a lane and computes the X25519 shared secret.

@@ -241,12 +241,13 @@ type edit struct {
 
 // change carries out edits in one transaction with their events. Each change of a state must be in
 // Transitions, for this actor and with one of these events; otherwise nothing is written. A version
-// without a record is absent, and the record of a version that becomes absent is deleted.
+// without a record is absent, and the record of a version that becomes absent is deleted. While the
+// gate is blocked, no version comes into use, also if the gate was open when the act began.
 func (r *Ring) change(ctx context.Context, who audit.Actor, edits []edit, events ...audit.Event) error {
-	return r.Ledger.Update(ctx, func(tx *ledger.Tx) error { return changeIn(tx, who, edits, events...) })
+	return r.Ledger.Update(ctx, func(tx *ledger.Tx) error { return r.changeIn(tx, who, edits, events...) })
 }
 
-func changeIn(tx *ledger.Tx, who audit.Actor, edits []edit, events ...audit.Event) error {
+func (r *Ring) changeIn(tx *ledger.Tx, who audit.Actor, edits []edit, events ...audit.Event) error {
 	for _, e := range edits {
 		name := e.ref.String()
 		var rec record // of an absent version
@@ -259,6 +260,9 @@ func changeIn(tx *ledger.Tx, who audit.Actor, edits []edit, events ...audit.Even
 		from := rec.State
 		e.change(&rec)
 		if rec.State != from {
+			if err := r.Gate.Err(); err != nil && (rec.State == Pending || rec.State == Active) {
+				return fmt.Errorf("key %v: %w", e.ref, err)
+			}
 			t, err := transition(from, rec.State, who)
 			if err == nil && !t.writtenBy(events) {
 				err = fmt.Errorf("%w: from %s to %s without its event",

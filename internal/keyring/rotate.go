@@ -254,6 +254,7 @@ func (r *Ring) Destroy(ctx context.Context, who audit.Actor, name string, versio
 		if err := store.Destroy(ctx, k.Ref(), k.Info().Tag); err != nil {
 			return fmt.Errorf("key %v: %w", k.Ref(), err)
 		}
+		defer r.Gate.Enforce() // an archived version's earlier signatures were given out until now
 		return r.setState(ctx, who, k, Destroyed, "")
 	})
 }
@@ -285,6 +286,7 @@ func (r *Ring) Compromise(ctx context.Context, who audit.Actor, name string, ver
 		if err := r.markCompromised(ctx, who, k, reason); err != nil {
 			return err
 		}
+		r.Gate.Enforce()
 		r.notify()
 		r.Log.Warn("a key is compromised", "key", k.Ref().String(), "operator", who.Name, "reason", reason)
 		if k.State != Active || r.Gate.Err() != nil {
@@ -305,7 +307,7 @@ func (r *Ring) markCompromised(ctx context.Context, who audit.Actor, k *Key, rea
 		if err := peers.Forget(tx, k.Name, k.Version+1); err != nil {
 			return err
 		}
-		return changeIn(tx, who, []edit{compromised}, stateChanged(who, k, Compromised, reason))
+		return r.changeIn(tx, who, []edit{compromised}, stateChanged(who, k, Compromised, reason))
 	})
 }
 

@@ -39,7 +39,7 @@ func (r *Ring) endorse(
 	if err != nil {
 		return nil, err
 	}
-	doc, signature, err := r.signOwn(ctx, who, old, "key-succession-v1", payload)
+	doc, signature, err := r.signOwn(ctx, who, old, successionType, payload)
 	if err != nil {
 		return nil, err
 	}
@@ -49,7 +49,10 @@ func (r *Ring) endorse(
 	}, nil
 }
 
-const authorizationType = "paykit-noise-key-authorization-v1"
+const (
+	successionType    = "key-succession-v1"
+	authorizationType = "paykit-noise-key-authorization-v1"
+)
 
 // authorize has the identity's key sign the authorization of a Noise key.
 func (r *Ring) authorize(ctx context.Context, who audit.Actor, noise keystore.Info) (*wire.Authorization, error) {
@@ -130,10 +133,17 @@ func (r *Ring) signOwn(
 	case got.Verdict != ledger.Fresh:
 		return nil, nil, fmt.Errorf("%w: the nonce of the appliance's own document is spent", keystore.ErrUnavailable)
 	}
-	// Even a compromised version signs the step: the log committed to the successor long before.
-	anyway := func() error { return nil }
+	wait, use := r.Gate.Use(wait, func() error {
+		// Even a compromised version signs the step: the log committed to the successor long
+		// before.
+		if err := r.Gate.Err(); err != nil || kind == successionType {
+			return err
+		}
+		return k.inUse()
+	})
+	defer use.End()
 	verifies := func(signature []byte) bool { return k.Verify(doc.Message, signature) == nil }
-	signature, err := k.sign(wait, Own, doc.Message, verifies, anyway)
+	signature, err := k.sign(wait, Own, doc.Message, verifies, use.Err)
 	k.usage.count.Add(1)
 	failed := ""
 	if err != nil {

@@ -4,10 +4,13 @@ import (
 	"context"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
 
+	"countersign/appliance"
+	"countersign/audit"
 	"countersign/internal/keyring"
 	"countersign/internal/keystore"
 )
@@ -74,6 +77,73 @@ func TestOutOfUse(t *testing.T) {
 			}
 		})
 	}
+}
+
+// TestLockedMeanwhile: the appliance is locked while the device makes a key, or the successor of a
+// version. When Lock has returned, no version comes into use. After the unlocking the same act
+// works.
+func TestLockedMeanwhile(t *testing.T) {
+	for name, act := range map[string]func(*rig) error{
+		"creation": func(r *rig) error {
+			_, err := r.Keys.Create(t.Context(), operator, keyring.NewKey{Name: "other"})
+			return err
+		},
+		"rotation": func(r *rig) error {
+			_, err := r.Keys.Rotate(t.Context(), operator, "payments", time.Now())
+			return err
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			r := newRig(t)
+			var lock sync.Once
+			r.store.BeforeGenerate = func(keystore.Ref) error {
+				lock.Do(func() {
+					if err := r.Lock(t.Context(), operator, "incident"); err != nil {
+						t.Error(err)
+					}
+				})
+				return nil
+			}
+			refused(t, appliance.ErrLocked, act(r))
+			r.wantStates(t, "payments", "active pending")
+			if _, err := r.Keys.Versions("other"); err == nil {
+				t.Error("a key came into use")
+			}
+			if err := r.Unlock(t.Context(), operator); err != nil {
+				t.Fatal(err)
+			}
+			if err := act(r); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+}
+
+// TestOwnDocumentsOfACompromisedVersion: a compromised version signs the step to its successor, and
+// nothing else of the appliance's own: the identity that is compromised while an authorization of
+// the Noise key waits for the device does not sign the authorization.
+func TestOwnDocumentsOfACompromisedVersion(t *testing.T) {
+	r := newRig(t)
+	r.createOwn(t, keyring.NoiseName)
+	r.Keys.Identity = "payments"
+	inDevice, release := make(chan struct{}), make(chan struct{})
+	var held sync.Once
+	r.store.BeforeSign = func(ref keystore.Ref, m []byte) error {
+		if ref.Version == 1 && strings.HasPrefix(string(m), "paykit.noise_key_authorization") {
+			held.Do(func() { close(inDevice); <-release })
+		}
+		return nil
+	}
+	done := make(chan error)
+	go func() { done <- r.Keys.AuthorizeNoise(context.Background(), operator) }()
+	<-inDevice
+	ref := keystore.Ref{Name: "payments", Version: 1}
+	event := audit.NewKeyStateChanged(approved, ref.String(), "active", "compromised", "stolen")
+	if err := r.Keys.Change(t.Context(), approved, ref, keyring.Compromised, event); err != nil {
+		t.Error(err)
+	}
+	close(release)
+	refused(t, keyring.ErrNotActive, <-done)
 }
 
 // TestProofOfABusyPeer: a peer that asks for a proof while its own requests wait for the device

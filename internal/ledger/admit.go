@@ -31,6 +31,9 @@ type Admission struct {
 	Once       bool     // a repetition counts as a replay
 	Quiet      bool     // a replay or a denial writes no event
 	Member     *Member  // place in a batch; nil for a single request
+	// May refuses an admission or a repetition at the moment of the transaction, before anything is
+	// read or written. Admit returns the error of May. A nil May refuses nothing.
+	May func() error
 	// Counts, if set, returns the series in which a fresh nonce is counted. Counts is called before
 	// Decide, and must be pure as well. Monotonic, if set, is a number that must be higher than the
 	// last number of its series.
@@ -88,9 +91,9 @@ type Admitted struct {
 // event returns the bytes of the event for the verdicts Fresh, Replay and Denied, and must be pure.
 // Repeated writes no event, because the admission is on disk already.
 //
-// ErrDisk, ErrClock and ErrTooMany mean that nothing was written and the nonce is not spent. After
-// any other error the verdict is unknown, and the nonce may be spent. A second Admit then returns
-// Repeated, or Replay for an admission with Once.
+// ErrDisk, ErrClock, ErrTooMany and the errors of May and Suspend mean that nothing was written and
+// the nonce is not spent. After any other error the verdict is unknown, and the nonce may be spent.
+// A second Admit then returns Repeated, or Replay for an admission with Once.
 func (l *Ledger) Admit(ctx context.Context, a Admission, event func(Verdict) []byte) (Admitted, error) {
 	if err := l.suspended.Load(); err != nil {
 		return Admitted{}, *err
@@ -111,6 +114,11 @@ func (l *Ledger) Admit(ctx context.Context, a Admission, event func(Verdict) []b
 		if err := l.suspended.Load(); err != nil { // suspended while this request waited
 			refused = *err
 			return nil
+		}
+		if a.May != nil {
+			if refused = a.May(); refused != nil {
+				return nil
+			}
 		}
 		var record []byte
 		fresh := fresh

@@ -19,6 +19,7 @@ import (
 	"time"
 
 	"countersign/audit"
+	"countersign/internal/gate"
 	"countersign/internal/ijson"
 	"countersign/internal/keystore"
 	"countersign/internal/ledger"
@@ -85,9 +86,8 @@ func (m *Member) active() bool { return !m.suspended && !m.suspending && !m.remo
 type Session struct {
 	Member *Member
 	// News receives a value when the peer may have to be told of a rotation.
-	News  chan struct{}
-	conn  io.Closer
-	ended chan struct{} // closed by Leave
+	News chan struct{}
+	conn io.Closer
 }
 
 // Status is the status of a peer for operators.
@@ -101,6 +101,7 @@ type Status struct {
 // Registry is safe for concurrent use.
 type Registry struct {
 	ledger *ledger.Ledger
+	gate   *gate.Gate
 	limits Limits
 	log    *slog.Logger
 
@@ -138,9 +139,11 @@ func decode(name string, value []byte) (r record, p Peer, err error) {
 }
 
 // Open reads the enrolments from the ledger. The registry's memory follows the ledger from then on.
-func Open(ctx context.Context, l *ledger.Ledger, limits Limits, log *slog.Logger) (*Registry, error) {
+func Open(
+	ctx context.Context, l *ledger.Ledger, g *gate.Gate, limits Limits, log *slog.Logger,
+) (*Registry, error) {
 	r := &Registry{
-		ledger: l, limits: limits, log: log, enrolling: manage.NewLock(),
+		ledger: l, gate: g, limits: limits, log: log, enrolling: manage.NewLock(),
 		members: map[[32]byte]*Member{}, names: map[string]*Member{}, sessions: map[*Session]struct{}{},
 	}
 	return r, l.Follow(ctx, &r.mu, ledger.Followed{Table: ledger.Peers, Take: r.take})
@@ -222,6 +225,20 @@ func (r *Registry) In(publicKey [32]byte) bool {
 	return m != nil && m.active()
 }
 
+// Serves refuses a use for a peer at this moment: with the error of the gate if the gate is
+// blocked, and with ErrGone for a peer that is removed or suspended.
+func (r *Registry) Serves(p Peer) error {
+	if err := r.gate.Err(); err != nil {
+		return err
+	}
+	r.mu.RLock()
+	defer r.mu.RUnlock()
+	if m := r.members[p.PublicKey]; m == nil || m.Name != p.Name || !m.active() {
+		return ErrGone
+	}
+	return nil
+}
+
 // Enrolled reports whether a peer with a name is enrolled.
 func (r *Registry) Enrolled(name string) bool {
 	r.mu.RLock()
@@ -300,10 +317,10 @@ func (r *Registry) enrol(ctx context.Context, who audit.Actor, p Peer) error {
 	})
 }
 
-// Remove ends a client's enrolment. Remove first disconnects the peer, without waiting for the disk
-// or for another act: the peer is refused from then on, and its connections are closed. The removal
-// is written when the peer's last request has ended. After an error the ledger may still have the
-// peer, and the next start would enrol the peer again: the caller must repeat Remove.
+// Remove ends a client's enrolment. Remove first disconnects the peer, without waiting for the
+// disk, a device or another act: the peer is refused from then on, its connections are closed, and
+// no key is used for its requests. After an error the ledger may still have the peer, and the next
+// start would enrol the peer again: the caller must repeat Remove.
 func (r *Registry) Remove(ctx context.Context, who audit.Actor, name string) error {
 	return r.exclude(ctx, name, func(m *Member) { m.removed = true }, func(tx *ledger.Tx) error {
 		if err := tx.Delete(ledger.Peers, name); err != nil {
@@ -361,15 +378,14 @@ func setSuspended(tx *ledger.Tx, who audit.Actor, name string, suspended bool) e
 }
 
 // exclude marks a peer in memory before the ledger has the act, because an emergency must not wait
-// for the disk. Then exclude closes the peer's connections, waits for the peer's last request, and
-// writes the act.
+// for the disk. Then exclude closes the peer's connections, writes the act, and enforces the act on
+// the uses of keys under way. Requests of the peer may still be under way: the ledger admits none
+// of them, and records the failure of the ones that were admitted before.
 func (r *Registry) exclude(ctx context.Context, name string, mark func(*Member), write func(*ledger.Tx) error) error {
+	defer r.gate.Enforce()
 	r.disconnect(name, mark)
 	return r.run(ctx, name, func(ctx context.Context) error {
-		// Again, because an act before this one may have enrolled or resumed the peer.
-		for _, end := range r.disconnect(name, mark) {
-			<-end // at most the time of one request
-		}
+		r.disconnect(name, mark) // again, because an act before this one may have enrolled or resumed the peer
 		return r.ledger.Update(ctx, func(tx *ledger.Tx) error {
 			if err := enrolled(tx, name); err != nil {
 				return err
@@ -387,9 +403,8 @@ func enrolled(tx *ledger.Tx, name string) error {
 	return nil
 }
 
-// disconnect marks a peer and closes its connections. The result has a channel for each session,
-// which is closed when the last request of the session has ended.
-func (r *Registry) disconnect(name string, mark func(*Member)) (ended []<-chan struct{}) {
+// disconnect marks a peer and closes its connections.
+func (r *Registry) disconnect(name string, mark func(*Member)) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	if m := r.names[name]; m != nil {
@@ -398,10 +413,8 @@ func (r *Registry) disconnect(name string, mark func(*Member)) (ended []<-chan s
 	for s := range r.sessions {
 		if s.Member.Name == name {
 			s.conn.Close()
-			ended = append(ended, s.ended)
 		}
 	}
-	return ended
 }
 
 // Acknowledge writes that a peer has acknowledged the rotation of a key to a version. Acknowledge
@@ -419,7 +432,7 @@ func (r *Registry) Acknowledge(ctx context.Context, p Peer, who audit.Actor, key
 	}
 	return r.ledger.Update(ctx, func(tx *ledger.Tx) error {
 		rec, enrolled, err := decode(p.Name, tx.Get(ledger.Peers, p.Name))
-		if err != nil || enrolled.PublicKey != p.PublicKey {
+		if err != nil || enrolled.PublicKey != p.PublicKey || !r.In(p.PublicKey) {
 			return ErrGone
 		}
 		if rec.Known[key] >= version {

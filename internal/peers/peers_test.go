@@ -18,6 +18,7 @@ import (
 	"time"
 
 	"countersign/audit"
+	"countersign/internal/gate"
 	"countersign/internal/keystore"
 	"countersign/internal/ledger"
 	"countersign/internal/ledger/disktest"
@@ -78,7 +79,7 @@ func (r *rig) open(t *testing.T, limits Limits) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if r.Registry, err = Open(t.Context(), l, limits, slog.New(slog.DiscardHandler)); err != nil {
+	if r.Registry, err = Open(t.Context(), l, gate.New(l), limits, slog.New(slog.DiscardHandler)); err != nil {
 		t.Fatal(err)
 	}
 }
@@ -139,7 +140,7 @@ func (r *rig) agrees(t *testing.T) {
 	if err := r.WriteSeen(ctx); err != nil {
 		t.Fatal(err)
 	}
-	second, err := Open(ctx, r.ledger, r.limits, r.log)
+	second, err := Open(ctx, r.ledger, r.gate, r.limits, r.log)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -285,7 +286,7 @@ func TestDamagedRecords(t *testing.T) {
 		}); err != nil {
 			t.Fatal(err)
 		}
-		_, err = Open(t.Context(), l, limits, slog.New(slog.DiscardHandler))
+		_, err = Open(t.Context(), l, gate.New(l), limits, slog.New(slog.DiscardHandler))
 		if err == nil || !strings.Contains(err.Error(), want) {
 			t.Errorf("%v, want %s", err, want)
 		}
@@ -372,10 +373,10 @@ func TestExclusionWaitsForNoOtherAct(t *testing.T) {
 	}
 }
 
-// TestExclusionWaitsForRequests: the act is written after the last request of the peer. The peer
-// stays refused meanwhile, although its record is written for other reasons: an acknowledgement of
-// the peer itself, and the time of its last session.
-func TestExclusionWaitsForRequests(t *testing.T) {
+// TestExclusionWaitsForNoRequest: the act is on disk while a request of the peer is under way. The
+// peer stays refused, although its record is written for another reason: the time of its last
+// session. The request can't acknowledge a rotation any more.
+func TestExclusionWaitsForNoRequest(t *testing.T) {
 	for name, c := range map[string]struct {
 		act     func(*rig) error
 		written audit.Type
@@ -388,13 +389,18 @@ func TestExclusionWaitsForRequests(t *testing.T) {
 		if err := r.Begin(session.Member, 1); err != nil {
 			t.Fatal(err)
 		}
-		before := r.events()
-		done := make(chan error, 1)
-		go func() { done <- c.act(r) }()
-		for !conn.closed.Load() {
-			time.Sleep(time.Millisecond)
+		p := session.Member.Peer
+		if err := r.Serves(p); err != nil {
+			t.Errorf("%s: before the act: %v", name, err)
 		}
-		r.acknowledge(t, "shop", shop, 2)
+		before := r.events()
+		if err := c.act(r); err != nil || !conn.closed.Load() {
+			t.Errorf("%s: %v, the connection is closed: %v", name, err, conn.closed.Load())
+		}
+		err := r.Acknowledge(t.Context(), p, audit.Peer(p.Name, shop), "payments", 2)
+		if serves := r.Serves(p); !errors.Is(err, ErrGone) || !errors.Is(serves, ErrGone) {
+			t.Errorf("%s: an acknowledgement: %v, a use: %v, want %v", name, err, serves, ErrGone)
+		}
 		if err := r.WriteSeen(t.Context()); err != nil {
 			t.Fatal(err)
 		}
@@ -407,16 +413,13 @@ func TestExclusionWaitsForRequests(t *testing.T) {
 		if err := r.Begin(session.Member, 1); !errors.Is(err, ErrGone) {
 			t.Errorf("%s: a new request: %v, want %v", name, err, ErrGone)
 		}
-		if got := r.events(); got != before+1 {
-			t.Errorf("%s: %d events before the end of the request, want the acknowledgement", name, got-before)
-		}
 		r.End(session.Member, 1)
 		r.Leave(session)
-		if err := <-done; err != nil {
-			t.Errorf("%s: %v", name, err)
+		if got := r.events(); got != before+1 {
+			t.Errorf("%s: %d events, want that of the act", name, got-before)
 		}
 		var last audit.Type
-		if err := r.ledger.Events(before+1, func(_ uint64, b []byte) bool {
+		if err := r.ledger.Events(before, func(_ uint64, b []byte) bool {
 			e, err := audit.Decode(b)
 			if err != nil {
 				t.Error(err)

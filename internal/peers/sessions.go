@@ -20,7 +20,7 @@ func (r *Registry) Enter(publicKey [32]byte, conn io.Closer, from netip.Addr) (*
 	if m == nil || !m.active() {
 		return nil, ErrGone
 	}
-	s := &Session{Member: m, News: make(chan struct{}, 1), conn: conn, ended: make(chan struct{})}
+	s := &Session{Member: m, News: make(chan struct{}, 1), conn: conn}
 	if m.sessions >= r.limits.Connections {
 		return s, ErrTooMany
 	}
@@ -40,7 +40,6 @@ func (r *Registry) Leave(s *Session) {
 	s.Member.seen = time.Now()
 	s.Member.sessions--
 	delete(r.sessions, s)
-	close(s.ended)
 }
 
 // Serving returns the number of requests being served: of a member, and of all members.

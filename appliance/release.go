@@ -1,0 +1,61 @@
+package appliance
+
+import "countersign/wire"
+
+// answer is the answer to a request or to an item of a batch, before its release: a result or a
+// refusal.
+type answer struct {
+	result  any
+	refusal *wire.Error
+	may     func() error // refuses the release of a signature or confirmation at this moment; nil: never
+}
+
+// reply is the reply to a message, with one answer or those of a batch.
+type reply struct {
+	id      string
+	batch   bool
+	answers []answer
+}
+
+func single(id string, served answer) *reply { return &reply{id: id, answers: []answer{served}} }
+
+// may refuses the release of the reply if one of its answers may not be released as it is.
+func (r *reply) may() error {
+	for i := range r.answers { // only may: release may be replacing the answers
+		if may := r.answers[i].may; may != nil {
+			if err := may(); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+func (r *reply) encode() []byte {
+	if !r.batch {
+		return wire.EncodeAnswer(r.id, r.answers[0].result, r.answers[0].refusal)
+	}
+	all := wire.Answers{Answers: make([]wire.ItemAnswer, len(r.answers))}
+	for i, each := range r.answers {
+		all.Answers[i] = wire.NewItemAnswer(each.result, each.refusal)
+	}
+	return wire.EncodeAnswer(r.id, all, nil)
+}
+
+// release writes a reply to its connection. An answer whose right was taken away since the key was
+// used is withheld: the peer gets the refusal instead. The act that takes a right away waits for
+// the writes of answers that it does not allow any more, see gate.Release.
+func (a *Appliance) release(who Caller, r *reply, write func([]byte) error) error {
+	defer a.gate.Release(r.may).End()
+	for i, each := range r.answers {
+		if each.may == nil {
+			continue
+		}
+		if err := each.may(); err != nil {
+			_, refusal := refuse(err)
+			r.answers[i].result, r.answers[i].refusal = nil, refusal
+			a.log.Warn("an answer is withheld", "peer", who.Name, "code", refusal.Code, "err", err)
+		}
+	}
+	return write(r.encode())
+}
