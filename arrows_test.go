@@ -96,9 +96,11 @@ var arrows = map[string]room{
 		ours:    "audit internal/eddsa internal/pubkey",
 		outside: "github.com/go-json-experiment/json github.com/go-webauthn/webauthn golang.org/x/crypto/ssh",
 	},
-	"audit": {ours: "internal/eddsa", outside: "github.com/go-json-experiment/json golang.org/x/mod"},
+	"audit": {
+		ours: "internal/eddsa internal/ijson", outside: "github.com/go-json-experiment/json golang.org/x/mod",
+	},
 	// The leaves: one trade each.
-	"policy":            {outside: "github.com/cedar-policy/cedar-go"},
+	"policy":            {ours: "internal/ijson", outside: "github.com/cedar-policy/cedar-go"},
 	"internal/eddsa":    {outside: "filippo.io/edwards25519"},
 	"internal/ijson":    {outside: "github.com/go-json-experiment/json"},
 	"internal/keystore": {outside: "golang.org/x/sys"},

@@ -20,6 +20,8 @@ import (
 	"strings"
 	"time"
 
+	"countersign/internal/ijson"
+
 	strict "github.com/go-json-experiment/json"
 )
 
@@ -172,7 +174,7 @@ type Actor struct {
 	// a binding.
 	Identity string `json:"identity,omitempty"`
 	// Proposal is the number of the approved proposal that the operator's act executes.
-	Proposal uint64 `json:"proposal,omitempty"`
+	Proposal uint64 `json:"proposal,omitempty,omitzero"`
 }
 
 // Peer returns the actor for a peer with a Noise public key.
@@ -190,8 +192,8 @@ func Daemon() Actor { return Actor{Kind: "daemon", Name: "countersignd"} }
 // long, and an entry of the log has at most 65535 bytes.
 const maxText = 2048
 
-// Encode encodes the event with the given time as JSON. Equal events have equal encodings. A text
-// of more than 2048 bytes in the metadata is cut.
+// Encode encodes the event with the given time as JSON, by ijson.Encode. Equal events have equal
+// encodings. A text of more than 2048 bytes in the metadata is cut.
 func (e Event) Encode(now time.Time) []byte {
 	e.TimeMS = now.UnixMilli()
 	for name, text := range e.Metadata {
@@ -200,11 +202,7 @@ func (e Event) Encode(now time.Time) []byte {
 			e.Metadata[name] = strings.ToValidUTF8(text[:maxText-len("…")], "") + "…"
 		}
 	}
-	b, err := json.Marshal(e)
-	if err != nil {
-		panic("audit: encode an event: " + err.Error()) // strings and numbers always have an encoding
-	}
-	return b
+	return ijson.Encode(e)
 }
 
 // Decode decodes the JSON of Encode.

@@ -54,7 +54,9 @@ type Request struct {
 	Used   Usage
 
 	context cedar.Record // without the field used
-	encoded []byte       // context in JSON
+	encoded []byte       // context in the form of a Record
+
+	withheld []string // fields of a recorded context whose text is not known
 }
 
 // NewRequest makes a request with a context of the given fields. The schema defines the names; the
@@ -71,10 +73,9 @@ func NewRequest(peer, action, key string, fields map[string]any) (Request, error
 			return Request{}, fmt.Errorf("%w: %s is a %T, which no rule can judge", ErrDenied, name, value)
 		}
 	}
-	r := Request{Peer: peer, Action: action, Key: key, context: cedar.NewRecord(record)}
-	var err error
-	r.encoded, err = r.context.MarshalJSON()
-	return r, err
+	return Request{
+		Peer: peer, Action: action, Key: key, context: cedar.NewRecord(record), encoded: recorded(fields),
+	}, nil
 }
 
 // cedar returns the request in Cedar's form. With used, the context has the field used.
@@ -300,9 +301,8 @@ func Parse(file string, text []byte) (*Policy, error) {
 		Text:   text,
 		rules:  cedar.NewPolicySet(),
 		narrow: map[cedar.PolicyID]bool{},
-		// An escape such as "\u{75}sed" spells the name used in another way.
-		readsUsed: bytes.Contains(text, []byte("used")) || bytes.Contains(text, []byte(`\`)),
 	}
+	p.readsUsed = p.mentions("used")
 	unprintable := func(r rune) bool { return !strconv.IsPrint(r) }
 	validator := validate.New(resolvedSchema())
 	for _, rule := range list {
@@ -414,7 +414,8 @@ func (p *Policy) Decide(r Request) Decision {
 		first := slices.MinFunc(why.Errors, func(a, b cedar.DiagnosticError) int {
 			return strings.Compare(string(a.PolicyID), string(b.PolicyID))
 		})
-		d.Fault = fmt.Sprintf("%s can't be evaluated: %s", first.PolicyID, oneLine(errors.New(first.Message)))
+		reason := oneLine(errors.New(first.Message))
+		d.Fault = clipFault(fmt.Sprintf("%s can't be evaluated: %s", first.PolicyID, reason))
 	case decision != cedar.Allow:
 	case r.Action == SignRaw && !slices.ContainsFunc(why.Reasons, narrow):
 		d.Fault = "raw needs a rule that names one peer, the action sign_raw and one key"

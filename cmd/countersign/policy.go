@@ -358,6 +358,7 @@ func where(p *policy.Policy, ids []string) []string {
 
 func (t *tool) policyExplain() *cobra.Command {
 	var from records
+	var texts []string
 	do := func(cmd *cobra.Command, args []string) error {
 		number, err := strconv.ParseUint(args[0], 10, 64)
 		if err != nil {
@@ -372,7 +373,7 @@ func (t *tool) policyExplain() *cobra.Command {
 				return nil
 			}
 			found = true
-			if err := t.explain(ctx, &from, event, raw, rec, by); err != nil {
+			if err := t.explain(ctx, &from, event, raw, rec, by, texts); err != nil {
 				return err
 			}
 			return errStop
@@ -393,9 +394,31 @@ func (t *tool) policyExplain() *cobra.Command {
 	c := command("explain EVENT", "Explain the policy decision of an event: its rules and its inputs",
 		cobra.ExactArgs(1), do)
 	c.Example = "  countersign policy explain 4711\n" +
-		"  countersign policy explain 4711 --records decisions.jsonl"
+		"  countersign policy explain 4711 --records decisions.jsonl\n" +
+		"  countersign policy explain 4711 --text endpoint=endpoint.txt"
+	details(c, "Of a text with more than 256 bytes, the record of a decision has SHA-256 and length. Where a rule\n"+
+		"reads such a text, --text gives the text of the document, in a file without anything else.")
 	from.flags(t, c)
+	c.Flags().StringArrayVar(&texts, "text", nil, "take a long text from a file, as `FIELD=FILE`")
 	return c
+}
+
+// withTexts puts long texts into a record. Each argument is a field and a file.
+func withTexts(rec policy.Record, texts []string) (policy.Record, error) {
+	for _, text := range texts {
+		field, file, ok := strings.Cut(text, "=")
+		if !ok {
+			return rec, usageError{fmt.Errorf("--text: %q is not like endpoint=endpoint.txt", text)}
+		}
+		b, err := os.ReadFile(file)
+		if err != nil {
+			return rec, err
+		}
+		if rec, err = rec.WithText(field, string(b)); err != nil {
+			return rec, err
+		}
+	}
+	return rec, nil
 }
 
 // one gets a single decision from the appliance.
@@ -451,9 +474,13 @@ func undecided(ctx context.Context, client *api.Client, event uint64) error {
 // explain replays a decision and shows it. The digest of the record is compared with the event, if
 // the records come from an appliance.
 func (t *tool) explain(
-	ctx context.Context, from *records, event uint64, raw string, rec policy.Record, by *policy.Policy,
+	ctx context.Context, from *records, event uint64, raw string, rec policy.Record, by *policy.Policy, texts []string,
 ) error {
-	if err := by.Replay(rec); err != nil {
+	full, err := withTexts(rec, texts)
+	if err != nil {
+		return err
+	}
+	if err := by.Replay(full); err != nil {
 		return fmt.Errorf("event %d: %w", event, err)
 	}
 	digest := policy.Digest([]byte(raw))
@@ -510,6 +537,9 @@ func (t *tool) explain(
 		for _, r := range rules {
 			fmt.Fprintf(w, "by line %d\t%s\n", r.Line, strings.ReplaceAll(strings.TrimSpace(r.Text), "\n", "\n\t"))
 		}
+		if rec.More > 0 {
+			fmt.Fprintf(w, "by\t%d further rules\n", rec.More)
+		}
 		fmt.Fprintf(w, "replayed\tthe same\nrecord\tsha256 %s, %s\n", digest, logged)
 	})
 }
@@ -543,18 +573,22 @@ func (t *tool) policyDiff() *cobra.Command {
 			Is    string   `json:"is"`
 			By    []string `json:"by"`
 		}
-		changes, replayed := []change{}, 0
+		changes, replayed, withheld := []change{}, 0, 0
 		ctx, cancel := context.WithTimeout(cmd.Context(), longTimeout)
 		defer cancel()
 		visit := func(event uint64, _ string, rec policy.Record, by *policy.Policy) error {
-			if err := by.Replay(rec); err != nil {
-				return fmt.Errorf("event %d: %w", event, err)
-			}
-			replayed++
 			q, err := rec.Request()
 			if err != nil {
 				return fmt.Errorf("event %d: %w", event, err)
 			}
+			if err := errors.Join(by.Readable(q), next.Readable(q)); err != nil {
+				withheld++ // a rule reads a long text, of which the record has the SHA-256
+				return nil
+			}
+			if err := by.Replay(rec); err != nil {
+				return fmt.Errorf("event %d: %w", event, err)
+			}
+			replayed++
 			if d := next.Decide(q); d.Allowed != rec.Allowed {
 				changes = append(changes, change{
 					event, time.UnixMilli(rec.TimeMS).UTC().Format(time.RFC3339), rec.Peer, resource(rec),
@@ -566,7 +600,8 @@ func (t *tool) policyDiff() *cobra.Command {
 		if err := from.each(ctx, time.Now().Add(-age), visit); err != nil {
 			return err
 		}
-		return t.print(map[string]any{"decisions": replayed, "changes": changes}, func(w io.Writer) {
+		out := map[string]any{"decisions": replayed, "withheld": withheld, "changes": changes}
+		return t.print(out, func(w io.Writer) {
 			if len(changes) > 0 {
 				fmt.Fprintln(w, "EVENT\tTIME\tPEER\tKEY\tWAS\tWOULD BE\tBY")
 			}
@@ -578,6 +613,10 @@ func (t *tool) policyDiff() *cobra.Command {
 				fmt.Fprintf(w, "%d\t%s\t%s\t%s\t%s\t%s\t%s\n", c.Event, c.Time, c.Peer, c.Key, c.Was, c.Is, by)
 			}
 			fmt.Fprintf(w, "%d decisions replayed, %d would change\n", replayed, len(changes))
+			if withheld > 0 {
+				fmt.Fprintf(w, "%d decisions not replayed: a rule reads a text of more than %d bytes, which no record has\n",
+					withheld, policy.MaxText)
+			}
 		})
 	}
 	c := command("diff FILE", "List the recorded decisions that a policy file would change", cobra.ExactArgs(1), do)

@@ -44,7 +44,7 @@ func serve(ctx context.Context, path string, c Config, stderr *logqueue.Queue, r
 	}
 	var inForce slog.LevelVar
 	inForce.Set(level)
-	log := slog.New(logqueue.NewPace(slog.NewTextHandler(stderr, &slog.HandlerOptions{Level: &inForce})))
+	log := slog.New(logqueue.NewPace(slog.NewTextHandler(stderr, logOptions(&inForce))))
 	p, err := open(ctx, c, log)
 	if err != nil {
 		return err
