@@ -11,6 +11,7 @@ import (
 	"context"
 	"crypto/rand"
 	"encoding/hex"
+	"fmt"
 	"log"
 	"net/http"
 	"slices"
@@ -37,7 +38,6 @@ import (
 const (
 	maxBody        = 64 << 10         // bytes of a body, except of a proposal
 	maxProposal    = 1<<20 + maxBody  // bytes of a proposal's body, which may contain a policy
-	maxEvents      = 1000             // events or decisions in an answer
 	requestTimeout = 30 * time.Second // for the device and the disk
 	// writeTimeout ends a connection that does not read, from the end of the request's header on.
 	// The time covers the body, the request and the answer.
@@ -98,7 +98,7 @@ func newServer(c Config) (*server, *echo.Echo) {
 	config.OpenAPIPath, config.DocsPath, config.SchemasPath = "", "", "" // the console shows the documentation
 	config.CreateHooks = nil
 	strict := huma.Format{
-		Marshal:   huma.DefaultJSONFormat.Marshal,
+		Marshal:   marshal,
 		Unmarshal: func(b []byte, v any) error { return ijson.Decode(b, v) },
 	}
 	config.Formats = map[string]huma.Format{"application/json": strict, "json": strict}
@@ -127,13 +127,19 @@ func (s *server) createKey(ctx context.Context, who caller, in *body[api.NewKey]
 	return s.keyDoc(k), nil
 }
 
-func (s *server) keys(context.Context, caller, *none) ([]api.Key, error) {
-	return docs(s.Appliance.Keys.All(), s.keyDoc), nil
+// keyOrder is the order of listings of keys: by name and version. No name has a space.
+func keyOrder(k *keyring.Key) string { return fmt.Sprintf("%s %010d", k.Name, k.Version) }
+
+func (s *server) keys(_ context.Context, _ caller, in *pageInput) (*listed[api.Key], error) {
+	return paged(in, s.Appliance.Keys.All(), keyOrder, s.keyDoc), nil
 }
 
-func (s *server) key(_ context.Context, _ caller, in *named) ([]api.Key, error) {
+func (s *server) key(_ context.Context, _ caller, in *struct {
+	Name  string `path:"name" maxLength:"200"`
+	After string `query:"after" maxLength:"200" doc:"the header Countersign-Next of the page before"`
+}) (*listed[api.Key], error) {
 	versions, err := s.Appliance.Keys.Versions(in.Name)
-	return docs(versions, s.keyDoc), err
+	return paged(&pageInput{in.After}, versions, keyOrder, s.keyDoc), err
 }
 
 func (s *server) noiseKey(context.Context, caller, *none) (api.Key, error) {
@@ -169,8 +175,9 @@ func (s *server) rollback(context.Context, caller, *none) (api.Rollback, error) 
 	return api.Rollback{Detected: true, Reason: r.Reason, Ledger: r.Ledger, Counter: r.Counter, At: r.At.Unix()}, nil
 }
 
-func (s *server) peers(context.Context, caller, *none) ([]api.Peer, error) {
-	return docs(s.Appliance.Peers.All(), func(p peers.Status) api.Peer {
+func (s *server) peers(_ context.Context, _ caller, in *pageInput) (*listed[api.Peer], error) {
+	name := func(p peers.Status) string { return p.Name }
+	return paged(in, s.Appliance.Peers.All(), name, func(p peers.Status) api.Peer {
 		return api.Peer{
 			Name: p.Name, PublicKey: hex.EncodeToString(p.PublicKey[:]), Added: p.Added.Unix(),
 			Suspended: p.Suspended, LastSeen: unix(p.Seen), Connections: p.Connections,
@@ -195,13 +202,11 @@ type eventsInput struct {
 	Limit int    `query:"limit" minimum:"1" maximum:"1000" default:"1000"`
 }
 
-func (s *server) events(_ context.Context, _ caller, in *eventsInput) ([]api.Event, error) {
-	all := []api.Event{}
-	err := s.Appliance.Events(in.From, func(index uint64, e audit.Event) bool {
-		all = append(all, api.Event{Index: index, Event: e})
-		return len(all) < in.Limit
+func (s *server) events(_ context.Context, _ caller, in *eventsInput) (*page[api.Event], error) {
+	p := &page[api.Event]{limit: in.Limit}
+	return p, s.Appliance.Events(in.From, func(index uint64, e audit.Event) bool {
+		return p.add(api.Event{Index: index, Event: e}) && !p.full()
 	})
-	return all, err
 }
 
 func (s *server) keyDoc(k *keyring.Key) api.Key {

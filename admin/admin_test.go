@@ -40,6 +40,7 @@ import (
 type rig struct {
 	t        *testing.T
 	app      *appliance.Appliance
+	ledger   *ledger.Ledger
 	registry *operators.Registry
 	store    *keystoretest.Memory
 	server   *server
@@ -79,6 +80,7 @@ func newRigIn(t *testing.T, state string) *rig {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { l.Close() })
+	r.ledger = l
 	if state == stateRolledBack {
 		const record = `{"ledger":1,"counter":2,"reason":"test","at":"2026-01-01T00:00:00Z"}`
 		if err := l.Update(t.Context(), func(tx *ledger.Tx) error {

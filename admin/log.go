@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io/fs"
 	"net/http"
+	"slices"
 	"strings"
 	"time"
 
@@ -98,8 +99,12 @@ func (s *server) logFile(ctx context.Context, path string) (*file, error) {
 	return &file{"application/octet-stream", "private, max-age=31536000, immutable", b}, nil
 }
 
-func (s *server) retention(context.Context, caller, *none) (api.Retention, error) {
+func (s *server) retention(_ context.Context, _ caller, in *struct {
+	From uint32 `query:"from" maximum:"4294967295" doc:"the first epoch; an empty list of epochs is the end"`
+}) (api.Retention, error) {
 	epochs, before, err := s.Appliance.Preview()
+	epochs = slices.DeleteFunc(epochs, func(e appliance.EpochStatus) bool { return e.Number < in.From })
+	epochs = epochs[:min(len(epochs), maxEntries)]
 	return api.Retention{ReceiptsBefore: before.Unix(), Epochs: docs(epochs, func(e appliance.EpochStatus) api.Epoch {
 		return api.Epoch{
 			Epoch: e.Number, First: e.First, Size: e.Size, Begun: e.Begun / 1000, Ended: e.Ended / 1000,
@@ -141,9 +146,15 @@ type receiptsInput struct {
 	Limit int    `query:"limit" minimum:"1" maximum:"1000" default:"1000"`
 }
 
-func (s *server) receipts(_ context.Context, _ caller, in *receiptsInput) ([]api.Receipt, error) {
+func (s *server) receipts(_ context.Context, _ caller, in *receiptsInput) (*page[api.Receipt], error) {
 	found, err := s.Appliance.Receipts(in.From, in.To, in.After, in.Limit)
-	return docs(found, receiptDoc), err
+	p := new(page[api.Receipt])
+	for _, r := range found {
+		if !p.add(receiptDoc(r)) {
+			break
+		}
+	}
+	return p, err
 }
 
 func (s *server) ledger(ctx context.Context, _ caller, _ *none) (api.Ledger, error) {
@@ -165,27 +176,17 @@ func policyDoc(v appliance.PolicyVersion) api.Policy {
 	return api.Policy{Version: v.Version, SHA256: v.Hash, Activated: v.Activated.Unix(), Text: v.Text}
 }
 
-func (s *server) policies(context.Context, caller, *none) ([]api.Policy, error) {
+func (s *server) policies(_ context.Context, _ caller, in *pageInput) (*listed[api.Policy], error) {
 	all, err := s.Appliance.Policies()
-	return docs(all, func(v appliance.PolicyVersion) api.Policy {
-		v.Text = ""
-		return policyDoc(v)
-	}), err
+	version := func(v appliance.PolicyVersion) string { return fmt.Sprintf("%020d", v.Version) }
+	return paged(in, all, version, policyDoc), err
 }
 
 func (s *server) policy(_ context.Context, _ caller, in *struct {
 	Version uint64 `path:"version"`
 }) (api.Policy, error) {
-	all, err := s.Appliance.Policies()
-	if err != nil {
-		return api.Policy{}, err
-	}
-	for _, v := range all {
-		if v.Version == in.Version {
-			return policyDoc(v), nil
-		}
-	}
-	return api.Policy{}, fmt.Errorf("policy version %d: %w", in.Version, manage.ErrNotFound)
+	v, err := s.Appliance.Policy(in.Version)
+	return policyDoc(v), err
 }
 
 func decisionDoc(d appliance.Decision) api.Decision {
@@ -202,11 +203,9 @@ func (s *server) decision(_ context.Context, _ caller, in *struct {
 func (s *server) decisions(_ context.Context, _ caller, in *struct {
 	From  uint64 `query:"from" doc:"the number of an event"`
 	Since int64  `query:"since" minimum:"0" doc:"Unix milliseconds"`
-}) ([]api.Decision, error) {
-	all := []api.Decision{}
-	err := s.Appliance.Decisions(in.From, time.UnixMilli(in.Since), func(d appliance.Decision) bool {
-		all = append(all, decisionDoc(d))
-		return len(all) < maxEvents
+}) (*page[api.Decision], error) {
+	p := new(page[api.Decision])
+	return p, s.Appliance.Decisions(in.From, time.UnixMilli(in.Since), func(d appliance.Decision) bool {
+		return p.add(decisionDoc(d)) && !p.full()
 	})
-	return all, err
 }

@@ -6,6 +6,8 @@ import (
 	"crypto/rand"
 	"crypto/sha256"
 	"encoding/hex"
+	"fmt"
+	"math"
 	"net/http"
 	"slices"
 	"strconv"
@@ -78,11 +80,12 @@ func (s *server) signIn(ctx context.Context, who caller, in *struct {
 	return out, nil
 }
 
-func (s *server) sessions(_ context.Context, who caller, _ *none) ([]api.Session, error) {
+func (s *server) sessions(_ context.Context, who caller, in *pageInput) (*listed[api.Session], error) {
 	all := slices.DeleteFunc(s.Operators.Sessions(), func(x operators.Session) bool {
 		return x.Operator != who.session.Operator && !who.has(administrator)
 	})
-	return docs(all, func(x operators.Session) api.Session { return sessionDoc(x, who) }), nil
+	age := func(x operators.Session) string { return fmt.Sprintf("%020d %s", x.Begun.UnixNano(), x.ID) }
+	return paged(in, all, age, func(x operators.Session) api.Session { return sessionDoc(x, who) }), nil
 }
 
 type endSessionOutput struct {
@@ -168,8 +171,10 @@ func (s *server) enrolFirst(ctx context.Context, who caller, in *body[api.NewOpe
 	return s.Operators.EnrolFirst(ctx, who.Channel, in.Body.Name, in.Body.Credential)
 }
 
-func (s *server) operators(context.Context, caller, *none) ([]approval.Operator, error) {
-	return append([]approval.Operator{}, s.Operators.Operators()...), nil
+func (s *server) operators(_ context.Context, _ caller, in *pageInput) (*listed[approval.Operator], error) {
+	name := func(o approval.Operator) string { return o.Name }
+	same := func(o approval.Operator) approval.Operator { return o }
+	return paged(in, s.Operators.Operators(), name, same), nil
 }
 
 func (s *server) operator(_ context.Context, _ caller, in *named) (approval.Operator, error) {
@@ -197,8 +202,9 @@ func proposalDoc(p operators.Proposal) api.Proposal {
 	}
 }
 
-func (s *server) proposals(context.Context, caller, *none) ([]api.Proposal, error) {
-	return docs(s.Operators.Proposals(), proposalDoc), nil
+func (s *server) proposals(_ context.Context, _ caller, in *pageInput) (*listed[api.Proposal], error) {
+	newest := func(p operators.Proposal) string { return fmt.Sprintf("%020d", math.MaxUint64-p.ID) }
+	return paged(in, s.Operators.Proposals(), newest, proposalDoc), nil
 }
 
 type numbered struct {

@@ -39,7 +39,7 @@ func (s *server) routes() {
 	routeRaw(s, s.signIn, operation{
 		route: "POST /v1/sessions", id: "sign-in", summary: "Sign in with a signed challenge",
 		roles: public, refused: whileUninitialised, status: http.StatusCreated})
-	route(s, s.sessions, operation{
+	routeRaw(s, s.sessions, operation{
 		route: "GET /v1/sessions", id: "sessions", summary: "List one's own sessions; administrators see all",
 		roles: signedIn, refused: whileUninitialised})
 	routeRaw(s, s.endSession, operation{
@@ -57,7 +57,7 @@ func (s *server) routes() {
 		route: "POST /v1/operators/first", id: "first-operator",
 		summary: "Enrol the first administrator: for root on the Unix socket, once",
 		roles:   public, refused: inNoState, status: http.StatusCreated})
-	route(s, s.operators, operation{
+	routeRaw(s, s.operators, operation{
 		route: "GET /v1/operators", id: "operators", summary: "List operators",
 		roles: of(administrator, auditor, approver), refused: whileUninitialised})
 	route(s, s.operator, operation{
@@ -67,7 +67,7 @@ func (s *server) routes() {
 		route: "GET /v1/approvals", id: "approvals",
 		summary: "Say how many approvals an act needs, and who gives them",
 		roles:   of(administrator, operator, auditor, approver), refused: whileUninitialised})
-	route(s, s.proposals, operation{
+	routeRaw(s, s.proposals, operation{
 		route: "GET /v1/proposals", id: "proposals", summary: "List proposals, the newest first",
 		roles: of(administrator, operator, auditor, approver), refused: whileUninitialised})
 	route(s, s.propose, operation{
@@ -87,10 +87,10 @@ func (s *server) routes() {
 	route(s, s.createKey, operation{
 		route: "POST /v1/keys", id: "create-key", summary: "Create or import a signing key",
 		roles: of(operator), refused: whileBlocked, status: http.StatusCreated})
-	route(s, s.keys, operation{
+	routeRaw(s, s.keys, operation{
 		route: "GET /v1/keys", id: "keys", summary: "List all versions of all keys",
 		roles: signedIn, refused: whileUninitialised})
-	route(s, s.key, operation{
+	routeRaw(s, s.key, operation{
 		route: "GET /v1/keys/{name}", id: "key", summary: "Show all versions of a key",
 		roles: signedIn, refused: whileUninitialised})
 	route(s, s.rotate, operation{
@@ -130,7 +130,7 @@ func (s *server) routes() {
 		route: "GET /v1/rollback", id: "rollback",
 		summary: "Say whether the ledger is older than its counter",
 		roles:   of(administrator, operator, auditor, approver), refused: whileUninitialised})
-	route(s, s.peers, operation{
+	routeRaw(s, s.peers, operation{
 		route: "GET /v1/peers", id: "peers", summary: "List the enrolled peers",
 		roles: signedIn, refused: whileUninitialised})
 	routeEmpty(s, s.removePeer, operation{
@@ -145,7 +145,7 @@ func (s *server) routes() {
 		route: "POST /v1/peers/{name}/resume", id: "resume-peer", summary: "Let a suspended peer in again",
 		roles: of(operator), refused: whileUninitialised})
 
-	route(s, s.policies, operation{
+	routeRaw(s, s.policies, operation{
 		route: "GET /v1/policies", id: "policies",
 		summary: "List the versions of the policy without their texts; the last one is in force",
 		roles:   of(administrator, operator, auditor, approver), refused: whileUninitialised})

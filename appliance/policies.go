@@ -109,14 +109,29 @@ func (p *policies) inForce() (*rules, error) {
 	return p.current, nil
 }
 
-// Policies returns all versions, the oldest first. The last version is in force.
+// Policies returns all versions without their texts, the oldest first. The last version is in
+// force.
 func (a *Appliance) Policies() (all []PolicyVersion, err error) {
 	err = a.ledger.All(ledger.Policies, func(key string, value []byte) error {
 		v, err := decodePolicy(key, value)
+		v.Text = ""
 		all = append(all, v)
 		return err
 	})
 	return all, err
+}
+
+// Policy returns a version with its text, or manage.ErrNotFound.
+func (a *Appliance) Policy(version uint64) (PolicyVersion, error) {
+	key := policyKey(version)
+	value, err := a.ledger.Get(ledger.Policies, key)
+	if err == nil && value == nil {
+		err = fmt.Errorf("policy version %d: %w", version, manage.ErrNotFound)
+	}
+	if err != nil {
+		return PolicyVersion{}, err
+	}
+	return decodePolicy(key, value)
 }
 
 // start activates the policy file, unless there are operators. Operators approve policies, and a

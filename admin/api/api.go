@@ -187,13 +187,13 @@ func (c *Client) RetryToken(ctx context.Context, name string) error {
 }
 
 // Keys lists all versions of all keys.
-func (c *Client) Keys(ctx context.Context) (keys []Key, err error) {
-	return keys, c.do(ctx, http.MethodGet, "/v1/keys", nil, &keys)
+func (c *Client) Keys(ctx context.Context) ([]Key, error) {
+	return list[Key](ctx, c, "/v1/keys")
 }
 
 // Key returns all versions of a key.
-func (c *Client) Key(ctx context.Context, name string) (versions []Key, err error) {
-	return versions, c.do(ctx, http.MethodGet, "/v1/keys/"+url.PathEscape(name), nil, &versions)
+func (c *Client) Key(ctx context.Context, name string) ([]Key, error) {
+	return list[Key](ctx, c, "/v1/keys/"+url.PathEscape(name))
 }
 
 // NoiseKey returns the listener's static key for handshakes.
@@ -207,8 +207,8 @@ func (c *Client) Rollback(ctx context.Context) (r Rollback, err error) {
 }
 
 // Peers lists the enrolled peers.
-func (c *Client) Peers(ctx context.Context) (peers []Peer, err error) {
-	return peers, c.do(ctx, http.MethodGet, "/v1/peers", nil, &peers)
+func (c *Client) Peers(ctx context.Context) ([]Peer, error) {
+	return list[Peer](ctx, c, "/v1/peers")
 }
 
 // RemovePeer removes a peer's enrolment and closes its connections.
@@ -228,8 +228,8 @@ func (c *Client) ResumePeer(ctx context.Context, name string) error {
 
 // Policies lists the versions of the policy without texts, the oldest first. The last one is in
 // force.
-func (c *Client) Policies(ctx context.Context) (all []Policy, err error) {
-	return all, c.do(ctx, http.MethodGet, "/v1/policies", nil, &all)
+func (c *Client) Policies(ctx context.Context) ([]Policy, error) {
+	return list[Policy](ctx, c, "/v1/policies")
 }
 
 // Policy returns a version of the policy with its text.
@@ -242,14 +242,14 @@ func (c *Client) Decision(ctx context.Context, event uint64) (d Decision, err er
 	return d, c.do(ctx, http.MethodGet, "/v1/decisions/"+strconv.FormatUint(event, 10), nil, &d)
 }
 
-// Decisions returns the first decisions, at most 1000, from the event number from and the time
-// sinceMS (Unix milliseconds) on. An empty list is the end.
+// Decisions returns the first decisions, at most 1000 and 1 MiB, from the event number from and the
+// time sinceMS (Unix milliseconds) on. An empty list is the end.
 func (c *Client) Decisions(ctx context.Context, from uint64, sinceMS int64) (found []Decision, err error) {
 	q := url.Values{"from": {strconv.FormatUint(from, 10)}, "since": {strconv.FormatInt(sinceMS, 10)}}
 	return found, c.do(ctx, http.MethodGet, "/v1/decisions?"+q.Encode(), nil, &found)
 }
 
-// Events returns at most limit events on disk, from the index from on.
+// Events returns at most limit events and 1 MiB, from the index from on. An empty list is the end.
 func (c *Client) Events(ctx context.Context, from uint64, limit int) (events []Event, err error) {
 	q := url.Values{"from": {strconv.FormatUint(from, 10)}, "limit": {strconv.Itoa(limit)}}
 	return events, c.do(ctx, http.MethodGet, "/v1/events?"+q.Encode(), nil, &events)
@@ -267,7 +267,18 @@ func (c *Client) EndEpoch(ctx context.Context) (l Log, err error) {
 
 // Retention returns the epochs, and the times at which retention drops data.
 func (c *Client) Retention(ctx context.Context) (r Retention, err error) {
-	return r, c.do(ctx, http.MethodGet, "/v1/retention", nil, &r)
+	for from := uint32(0); ; from = r.Epochs[len(r.Epochs)-1].Epoch + 1 {
+		var some Retention
+		path := "/v1/retention?from=" + strconv.FormatUint(uint64(from), 10)
+		if err := c.do(ctx, http.MethodGet, path, nil, &some); err != nil {
+			return r, err
+		}
+		some.Epochs = append(r.Epochs, some.Epochs...)
+		if end := len(some.Epochs) == len(r.Epochs); end {
+			return some, nil
+		}
+		r = some
+	}
 }
 
 // Hold sets a legal hold: retention does not drop the epoch.

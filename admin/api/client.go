@@ -12,6 +12,7 @@ import (
 	"io/fs"
 	"net"
 	"net/http"
+	"net/url"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -171,26 +172,48 @@ func refusal(resp *http.Response, b []byte) error {
 }
 
 func (c *Client) do(ctx context.Context, method, path string, body, result any) error {
+	_, err := c.call(ctx, method, path, body, result)
+	return err
+}
+
+// call sends a request, reads the answer into result, and returns the headers of the answer.
+func (c *Client) call(ctx context.Context, method, path string, body, result any) (http.Header, error) {
 	var b []byte
 	if body != nil {
 		var err error
 		if b, err = json.Marshal(body); err != nil {
-			return err
+			return nil, err
 		}
 	}
 	resp, err := c.send(ctx, method, path, b)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	defer resp.Body.Close()
 	if b, err = io.ReadAll(resp.Body); err != nil {
-		return err
+		return nil, err
 	}
 	if resp.StatusCode/100 != 2 {
-		return refusal(resp, b)
+		return nil, refusal(resp, b)
 	}
 	if result == nil {
-		return nil
+		return resp.Header, nil
 	}
-	return json.Unmarshal(b, result)
+	return resp.Header, json.Unmarshal(b, result)
+}
+
+// list returns the documents of all pages of a listing.
+func list[D any](ctx context.Context, c *Client, path string) ([]D, error) {
+	all := []D{}
+	for after := ""; ; {
+		var some []D
+		header, err := c.call(ctx, http.MethodGet, path+"?after="+url.QueryEscape(after), nil, &some)
+		if err != nil {
+			return nil, err
+		}
+		all = append(all, some...)
+		if after = header.Get("Countersign-Next"); after == "" {
+			return all, nil
+		}
+	}
 }

@@ -225,8 +225,8 @@ func (c *Client) SignIn(ctx context.Context, p Proven) (s SignedIn, err error) {
 }
 
 // Sessions lists the caller's own sessions, or for an administrator all sessions.
-func (c *Client) Sessions(ctx context.Context) (all []Session, err error) {
-	return all, c.do(ctx, http.MethodGet, "/v1/sessions", nil, &all)
+func (c *Client) Sessions(ctx context.Context) ([]Session, error) {
+	return list[Session](ctx, c, "/v1/sessions")
 }
 
 // EndSession ends a session. The id "current" is the client's own session.
@@ -246,8 +246,8 @@ func (c *Client) RegisterPasskey(ctx context.Context, r Registration) (cred appr
 }
 
 // Operators lists the operators.
-func (c *Client) Operators(ctx context.Context) (all []approval.Operator, err error) {
-	return all, c.do(ctx, http.MethodGet, "/v1/operators", nil, &all)
+func (c *Client) Operators(ctx context.Context) ([]approval.Operator, error) {
+	return list[approval.Operator](ctx, c, "/v1/operators")
 }
 
 // Operator returns an operator.
@@ -267,8 +267,8 @@ func (c *Client) Propose(ctx context.Context, n NewProposal) (p Proposal, err er
 }
 
 // Proposals lists the proposals, the newest first.
-func (c *Client) Proposals(ctx context.Context) (all []Proposal, err error) {
-	return all, c.do(ctx, http.MethodGet, "/v1/proposals", nil, &all)
+func (c *Client) Proposals(ctx context.Context) ([]Proposal, error) {
+	return list[Proposal](ctx, c, "/v1/proposals")
 }
 
 func proposalPath(id uint64) string { return "/v1/proposals/" + strconv.FormatUint(id, 10) }

@@ -143,7 +143,7 @@ func (t *tool) events(act maker) *cobra.Command {
 					found = append(found, e)
 				}
 			}
-			if len(page) < n {
+			if len(page) == 0 {
 				break
 			}
 		}

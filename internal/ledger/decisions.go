@@ -76,28 +76,29 @@ func (l *Ledger) Decision(event uint64) (d Decision, err error) {
 // Decisions calls visit for each decision in the order of the events, until visit returns false.
 // The first decision has at least the event number from and the time sinceMS (Unix milliseconds).
 func (l *Ledger) Decisions(from uint64, sinceMS int64, visit func(Decision) bool) error {
-	return l.view(func(tx *bolt.Tx) error {
+	return l.inViews(from, func(tx *bolt.Tx, from uint64, v *view) {
 		c := root(tx, bucketDecisions).Cursor()
-		if k, _ := c.First(); k != nil {
-			first := binary.BigEndian.Uint64(k)
-			k, _ = c.Last()
-			// The times increase with the event numbers, so a binary search finds sinceMS.
-			from = max(from, first+uint64(sort.Search(int(binary.BigEndian.Uint64(k)-first)+1, func(i int) bool {
-				_, v := c.Seek(u64(first + uint64(i)))
-				return len(v) >= 8 && int64(binary.BigEndian.Uint64(v)) >= sinceMS
-			})))
+		for k, b := c.Seek(u64(max(from, firstDecision(c, sinceMS)))); k != nil && v.take(k, b); k, b = c.Next() {
 		}
-		for k, v := c.Seek(u64(from)); k != nil; k, v = c.Next() {
-			d, err := decodeDecision(k, v)
-			if err != nil {
-				return err
-			}
-			if !visit(d) {
-				return nil
-			}
-		}
-		return nil
+	}, func(r numbered) (bool, error) {
+		d, err := decodeDecision(u64(r.index), r.bytes)
+		return err == nil && visit(d), err
 	})
+}
+
+// firstDecision returns the number of an event from which on all decisions have at least a time.
+// The times increase with the event numbers, so a binary search finds the number.
+func firstDecision(c *bolt.Cursor, sinceMS int64) uint64 {
+	k, _ := c.First()
+	if k == nil {
+		return 0
+	}
+	first := binary.BigEndian.Uint64(k)
+	k, _ = c.Last()
+	return first + uint64(sort.Search(int(binary.BigEndian.Uint64(k)-first)+1, func(i int) bool {
+		_, v := c.Seek(u64(first + uint64(i)))
+		return len(v) >= 8 && int64(binary.BigEndian.Uint64(v)) >= sinceMS
+	}))
 }
 
 // removeDecisions removes at most maxRemovals of the decisions before a time, the oldest first.

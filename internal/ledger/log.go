@@ -304,44 +304,72 @@ func (l *Ledger) SetCheckpoint(ctx context.Context, epoch uint32, size uint64, t
 	}})
 }
 
-// maxEventsPerView is the number of events that one read transaction reads. A long read transaction
-// would keep pages from the writer.
-const maxEventsPerView = 256
+// A read transaction reads at most maxEventsPerView events or decisions, and ends after
+// maxBytesPerView bytes of them. A long read transaction would keep pages from the writer, and the
+// records are in memory until the caller has seen them.
+const (
+	maxEventsPerView = 256
+	maxBytesPerView  = 256 << 10
+)
+
+// numbered is a record with the number of its event.
+type numbered struct {
+	index uint64
+	bytes []byte
+}
+
+// view is what one read transaction has read.
+type view struct {
+	records []numbered
+	size    int // bytes of the records
+}
+
+// take adds a copy of a record, or returns false if the view has enough.
+func (v *view) take(k, b []byte) bool {
+	if len(v.records) >= maxEventsPerView || v.size >= maxBytesPerView {
+		return false
+	}
+	v.records = append(v.records, numbered{binary.BigEndian.Uint64(k), bytes.Clone(b)})
+	v.size += len(b)
+	return true
+}
+
+// inViews calls visit for records in the order of their events, until visit returns an error. read
+// reads the records from number from on, in one read transaction. The end is a view without a
+// record.
+func (l *Ledger) inViews(from uint64, read func(*bolt.Tx, uint64, *view), visit func(numbered) (bool, error)) error {
+	for {
+		var v view
+		if err := l.view(func(tx *bolt.Tx) error { read(tx, from, &v); return nil }); err != nil {
+			return err
+		}
+		for _, each := range v.records {
+			if more, err := visit(each); err != nil || !more {
+				return err
+			}
+			from = each.index + 1
+		}
+		if len(v.records) == 0 {
+			return nil
+		}
+	}
+}
 
 // Events calls visit for each event on disk from number from on, until visit returns false. Dropped
 // events are skipped.
 func (l *Ledger) Events(from uint64, visit func(index uint64, event []byte) bool) error {
-	type numbered struct {
-		index uint64
-		bytes []byte
-	}
-	for {
-		var some []numbered
-		err := l.view(func(tx *bolt.Tx) error {
-			from = max(from, firstKept(tx))
-			segments := root(tx, bucketEvents).Cursor()
-			name, _ := segments.Seek(u64(from / segment))
-			for ; name != nil && len(some) < maxEventsPerView; name, _ = segments.Next() {
-				c := root(tx, bucketEvents).Bucket(name).Cursor()
-				for k, v := c.Seek(u64(from)); k != nil && len(some) < maxEventsPerView; k, v = c.Next() {
-					some = append(some, numbered{binary.BigEndian.Uint64(k), bytes.Clone(v)})
+	return l.inViews(from, func(tx *bolt.Tx, from uint64, v *view) {
+		from = max(from, firstKept(tx))
+		segments := root(tx, bucketEvents).Cursor()
+		for name, _ := segments.Seek(u64(from / segment)); name != nil; name, _ = segments.Next() {
+			c := root(tx, bucketEvents).Bucket(name).Cursor()
+			for k, b := c.Seek(u64(from)); k != nil; k, b = c.Next() {
+				if !v.take(k, b) {
+					return
 				}
 			}
-			return nil
-		})
-		if err != nil {
-			return err
 		}
-		for _, e := range some {
-			if !visit(e.index, e.bytes) {
-				return nil
-			}
-		}
-		if len(some) < maxEventsPerView {
-			return nil
-		}
-		from = some[len(some)-1].index + 1
-	}
+	}, func(e numbered) (bool, error) { return visit(e.index, e.bytes), nil })
 }
 
 // firstKept returns the number of the first event that is not dropped.

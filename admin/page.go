@@ -1,0 +1,113 @@
+package admin
+
+import (
+	"bytes"
+	"encoding/json"
+	"io"
+	"reflect"
+	"slices"
+	"strings"
+
+	"github.com/danielgtaylor/huma/v2"
+)
+
+// The limits of a page of a listing. A page ends before the document that would exceed maxPage; a
+// larger document is a page by itself.
+const (
+	maxPage    = 1 << 20 // bytes
+	maxEntries = 1000    // documents
+)
+
+// page is a page of a listing: the JSON array of its documents. Each document is encoded when it is
+// added, and the bytes are sent as they are. The memory of an answer is therefore one page, however
+// long the listing is. An error after the first document still gives a problem document, which an
+// answer that has begun could not.
+type page[D any] struct {
+	b     bytes.Buffer
+	n     int
+	limit int // documents; 0: maxEntries
+}
+
+// add adds a document, or returns false if the document belongs to the next page.
+func (p *page[D]) add(doc D) bool {
+	if p.full() {
+		return false
+	}
+	before := p.b.Len()
+	p.b.WriteByte("[,"[min(p.n, 1)])
+	e := json.NewEncoder(&p.b)
+	e.SetEscapeHTML(false)
+	if err := e.Encode(doc); err != nil {
+		panic("admin: a document that is no JSON: " + err.Error()) // text and numbers always have an encoding
+	}
+	p.b.Truncate(p.b.Len() - 1) // the line feed of Encode
+	if p.n > 0 && p.b.Len() > maxPage {
+		p.b.Truncate(before)
+		return false
+	}
+	p.n++
+	return true
+}
+
+// full reports whether no other document fits in any case.
+func (p *page[D]) full() bool {
+	limit := p.limit
+	if limit == 0 {
+		limit = maxEntries
+	}
+	return p.n >= limit || p.n > 0 && p.b.Len() >= maxPage
+}
+
+func (p *page[D]) writeTo(w io.Writer) error {
+	if p.n == 0 {
+		p.b.WriteByte('[')
+	}
+	p.b.WriteByte(']')
+	_, err := w.Write(p.b.Bytes())
+	return err
+}
+
+// Schema documents the page as an array.
+func (*page[D]) Schema(r huma.Registry) *huma.Schema {
+	return huma.SchemaFromType(r, reflect.TypeFor[[]D]())
+}
+
+// marshal writes the body of an answer.
+func marshal(w io.Writer, v any) error {
+	if p, is := v.(interface{ writeTo(io.Writer) error }); is {
+		return p.writeTo(w)
+	}
+	return huma.DefaultJSONFormat.Marshal(w, v)
+}
+
+// pageInput selects a page of a listing that is in memory.
+type pageInput struct {
+	After string `query:"after" maxLength:"200" doc:"the header Countersign-Next of the page before"`
+}
+
+// listed is a page of a listing with the cursor of the next page.
+type listed[D any] struct {
+	Next string `header:"Countersign-Next" doc:"the parameter after for the next page; absent on the last page"`
+	Body *page[D]
+}
+
+// paged returns a page of a listing. key gives each entry a text in the order of the listing. A page
+// begins with the first entry behind the key After, so that entries that come or go between two
+// pages make no other entry appear twice or not at all.
+func paged[T, D any](in *pageInput, all []T, key func(T) string, doc func(T) D) *listed[D] {
+	out := &listed[D]{Body: new(page[D])}
+	slices.SortFunc(all, func(x, y T) int { return strings.Compare(key(x), key(y)) })
+	last := ""
+	for _, each := range all {
+		at := key(each)
+		if in.After != "" && at <= in.After {
+			continue
+		}
+		if !out.Body.add(doc(each)) {
+			out.Next = last
+			break
+		}
+		last = at
+	}
+	return out
+}
