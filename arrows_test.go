@@ -57,8 +57,8 @@ var arrows = map[string]room{
 			internal/pubkey internal/schedule transcript wire`,
 	},
 	"internal/peers": {
-		ours: `audit internal/gate internal/ijson internal/keystore internal/ledger internal/manage
-			internal/pubkey`,
+		ours: `audit internal/gate internal/ijson internal/keystore internal/ledger internal/limit
+			internal/manage internal/pubkey`,
 		outside: "golang.org/x/time",
 	},
 	"internal/anchor": {

@@ -181,6 +181,7 @@ func (s *server) peers(_ context.Context, _ caller, in *pageInput) (*listed[api.
 		return api.Peer{
 			Name: p.Name, PublicKey: hex.EncodeToString(p.PublicKey[:]), Added: p.Added.Unix(),
 			Suspended: p.Suspended, LastSeen: unix(p.Seen), Connections: p.Connections,
+			UsedBytes: p.Used.Kept, UsedRefusalBytes: p.Used.Refused,
 		}
 	}), nil
 }

@@ -91,9 +91,9 @@ type listed[D any] struct {
 	Body *page[D]
 }
 
-// paged returns a page of a listing. key gives each entry a text in the order of the listing. A page
-// begins with the first entry behind the key After, so that entries that come or go between two
-// pages make no other entry appear twice or not at all.
+// paged returns a page of a listing. key gives each entry a text in the order of the listing. A
+// page begins with the first entry behind the key After, so that entries that come or go between
+// two pages make no other entry appear twice or not at all.
 func paged[T, D any](in *pageInput, all []T, key func(T) string, doc func(T) D) *listed[D] {
 	out := &listed[D]{Body: new(page[D])}
 	slices.SortFunc(all, func(x, y T) int { return strings.Compare(key(x), key(y)) })

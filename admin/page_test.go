@@ -65,7 +65,8 @@ func (r *rig) decide(lengths []int) []uint64 {
 				},
 			}
 			event := audit.NewRejection(audit.Peer("shop", [32]byte{1}), "sign", "payments", "denied")
-			done, err := r.ledger.Admit(r.t.Context(), a, func(ledger.Verdict) []byte { return event.Encode(time.Now()) })
+			encode := func(ledger.Verdict) []byte { return event.Encode(time.Now()) }
+			done, err := r.ledger.Admit(r.t.Context(), a, encode)
 			if err != nil {
 				r.t.Error(err)
 			}
@@ -76,8 +77,8 @@ func (r *rig) decide(lengths []int) []uint64 {
 	return events
 }
 
-// TestListingsAreBounded reads 100,000 events and large decisions by pages. Each page has a bound of
-// bytes and of memory, and no document is lost or comes twice, also where one document alone is
+// TestListingsAreBounded reads 100,000 events and large decisions by pages. Each page has a bound
+// of bytes and of memory, and no document is lost or comes twice, also where one document alone is
 // larger than a page.
 func TestListingsAreBounded(t *testing.T) {
 	r := newRig(t)

@@ -42,12 +42,14 @@ type Limits struct {
 	Strangers            int // open connections without a decrypted message, from addresses without a good session
 	ConnectionsPerSource int
 	ConnectionsPerPeer   int
-	InFlight             int // requests of one connection being served
-	Requests             int // requests of all peers being served; an item of a batch counts as one
-	RequestsPerPeer      int // requests of one peer being served
-	RequestsPerSecond    int // of one peer
-	BytesPerSecond       int // of one peer's messages
-	RefusalsPerMinute    int // of one peer with an event each; further refusals are counted
+	InFlight             int   // requests of one connection being served
+	Requests             int   // requests of all peers being served; an item of a batch counts as one
+	RequestsPerPeer      int   // requests of one peer being served
+	RequestsPerSecond    int   // of one peer
+	BytesPerSecond       int   // of one peer's messages
+	RefusalsPerMinute    int   // of one peer with an event each; further refusals are counted
+	BytesPerDay          int64 // bytes that served requests of one peer make the ledger keep
+	RefusalBytesPerDay   int64 // bytes of the records of one peer's refusals
 	BatchItems           int
 	Calls                map[string]int // calls to each token at once
 	Handshakes           limit.Config
@@ -67,6 +69,7 @@ func DefaultLimits() Limits {
 		Connections: 1024, Strangers: 512, ConnectionsPerSource: 256, ConnectionsPerPeer: 128,
 		InFlight: 64, Requests: 1024, RequestsPerPeer: 256, RequestsPerSecond: 10_000,
 		BytesPerSecond: 8_000_000, RefusalsPerMinute: 600, BatchItems: 100,
+		BytesPerDay: 10 << 30, RefusalBytesPerDay: 16 << 20,
 		Handshakes: limit.Config{
 			PerSource: 5, Global: 100, Kept: 25, Window: time.Minute, GoodFor: 24 * time.Hour,
 			Sources: 100_000, Waiting: 256,
@@ -165,6 +168,7 @@ func New(
 		Connections: limits.ConnectionsPerPeer, Requests: limits.Requests, RequestsOfPeer: limits.RequestsPerPeer,
 		RequestsPerSecond: limits.RequestsPerSecond, BytesPerSecond: limits.BytesPerSecond,
 		RefusalsPerMinute: limits.RefusalsPerMinute, BatchItems: limits.BatchItems,
+		BytesPerDay: limits.BytesPerDay, RefusalBytesPerDay: limits.RefusalBytesPerDay,
 	}, log); err != nil {
 		return nil, err
 	}

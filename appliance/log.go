@@ -237,6 +237,7 @@ func (a *Appliance) keepLog(ctx context.Context) {
 		a.monitor.Check(ctx, clockResource, behind)
 		a.monitor.Flush(ctx)
 		a.policies.look()
+		check("the quotas of peers are not written", a.Peers.WriteGreedy(ctx))
 		if time.Since(retained) >= retainEvery {
 			check("the times of peers' last sessions are not written", a.Peers.WriteSeen(ctx))
 			check("the number of uses of keys is not written", a.Keys.WriteUses(ctx))

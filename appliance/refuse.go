@@ -65,6 +65,8 @@ var table = []struct {
 	{errReplay, refused, wire.CodeReplay, ""},
 	{errNotYours, refused, wire.CodeDenied, ""},
 	{peers.ErrGone, unavailable, wire.CodeUnavailable, needsOperator}, // the peer's connections are closed
+	{peers.ErrQuota, unavailable, wire.CodeBusy,
+		"this peer has used up its bytes on the appliance's disk for now; send the same request again later"},
 	{peers.ErrBusy, unavailable, wire.CodeBusy, "too many requests are being served; send the same request again"},
 	{peers.ErrRate, unavailable, wire.CodeRateLimited, "too many requests a second; send the same request again"},
 	{ledger.ErrNotHigher, refused, wire.CodeDenied, ""},

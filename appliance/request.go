@@ -12,6 +12,7 @@ import (
 	"countersign/internal/ijson"
 	"countersign/internal/keystore"
 	"countersign/internal/ledger"
+	"countersign/internal/peers"
 	"countersign/wire"
 )
 
@@ -70,7 +71,17 @@ func (a *Appliance) serve(
 	began := time.Now()
 	who := s.caller
 	who.member = member
-	who.quiet = s.Member.Refusals.Tokens() < 1
+	most := reservation(request)
+	who.bill = new(bill)
+	kept, refusals := a.Peers.Reserve(s.Member, most)
+	defer func() { a.Peers.Return(s.Member, unused(most, who.bill.Bytes, kept, refusals)) }()
+	if !kept {
+		_, refusal := refuse(peers.ErrQuota)
+		a.refusals.count(audit.RateLimitTriggered, "quota", who.Name, refusal.Code)
+		pause(ctx, busyTime)
+		return answer{refusal: refusal}, true
+	}
+	who.quiet = !refusals || s.Member.Refusals.Tokens() < 1
 	var op, key string
 	var result any
 	var may func() error
@@ -165,5 +176,8 @@ func (a *Appliance) recordRefusal(ctx context.Context, who Caller, op, key, code
 	if keystore.CheckName(key) != nil && key != "" {
 		key = strconv.QuoteToASCII(ijson.Clip(key)) // arbitrary text of the peer
 	}
-	return a.record(ctx, audit.NewRejection(who.actor(), op, key, code))
+	e := ledger.EventOf(audit.NewRejection(who.actor(), op, key, code))
+	who.bill.refused(e)
+	_, err = a.ledger.Append(ctx, e)
+	return err
 }

@@ -51,6 +51,7 @@ type Caller struct {
 
 	quiet  bool           // a refusal is counted without an event, and so is a repeated failure
 	member *ledger.Member // place in a batch; nil for a single request
+	bill   *bill          // bytes that the request has made the ledger keep; nil: not counted
 }
 
 // actor returns the caller as the actor of events.

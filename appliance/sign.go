@@ -9,6 +9,7 @@ import (
 	"countersign/internal/keyring"
 	"countersign/internal/keystore"
 	"countersign/internal/ledger"
+	"countersign/internal/peers"
 	"countersign/transcript"
 	"countersign/wire"
 )
@@ -44,8 +45,10 @@ func (a *Appliance) Sign(ctx context.Context, who Caller, r *wire.Sign) (*wire.S
 		Monotonic: d.generation, Decide: d.decide,
 	}, d.event)
 	if err != nil {
+		who.bill.unknown(err, peers.Bytes{Kept: mostSigned})
 		return nil, err
 	}
+	who.bill.admitted(admitted)
 	if err := refusal(admitted); err != nil {
 		return nil, err
 	}
@@ -97,5 +100,7 @@ func (a *Appliance) settle(
 	e := audit.NewOutcome(who.actor(), key.Ref().String(), doc.Type, admitted.Event, failed)
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), a.limits.RequestTimeout)
 	defer cancel()
-	return a.ledger.Settle(ctx, admitted, signature, ledger.EventOf(e), receiptRecord(doc, signature, admitted.Event))
+	event, receipt := ledger.EventOf(e), receiptRecord(doc, signature, admitted.Event)
+	who.bill.settled(event, signature, receipt)
+	return a.ledger.Settle(ctx, admitted, signature, event, receipt)
 }

@@ -7,6 +7,7 @@ import (
 	"time"
 
 	"countersign/internal/ledger"
+	"countersign/internal/peers"
 	"countersign/transcript"
 	"countersign/wire"
 )
@@ -47,11 +48,13 @@ func (a *Appliance) Verify(ctx context.Context, who Caller, r *wire.Verify) (*wi
 		ExpiresAt: doc.ExpiresAt, Once: true, Quiet: who.quiet, Member: who.member, May: may,
 		Counts: d.counts, Decide: d.decide,
 	}, d.event)
+	who.bill.unknown(err, peers.Bytes{Kept: mostVerified})
 	if errors.Is(err, context.DeadlineExceeded) {
 		return nil, fmt.Errorf("%w: %w", errUnknownOutcome, err)
 	} else if err != nil {
 		return nil, err
 	}
+	who.bill.admitted(admitted)
 	if err := refusal(admitted); err != nil {
 		return nil, err
 	}

@@ -69,6 +69,10 @@ type Peer struct {
 	Suspended   bool   `json:"suspended"`
 	LastSeen    int64  `json:"last_seen"`   // Unix seconds; 0: never
 	Connections int    `json:"connections"` // open connections
+	// UsedBytes and UsedRefusalBytes count against the limits bytes_per_day and
+	// refusal_bytes_per_day of the peer.
+	UsedBytes        int64 `json:"used_bytes" doc:"of its bytes_per_day: not refilled yet"`
+	UsedRefusalBytes int64 `json:"used_refusal_bytes" doc:"of its refusal_bytes_per_day: not refilled yet"`
 }
 
 // Policy is a present or past version of the policy. A list of versions has no texts.

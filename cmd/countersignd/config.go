@@ -295,6 +295,14 @@ type Limits struct {
 	// RefusalsPerMinute is the number of refusals of one peer with an event each in a minute.
 	// Further refusals are counted in one event a minute. Default: 600.
 	RefusalsPerMinute int `toml:"refusals_per_minute"`
+	// BytesPerDay is the number of bytes that served requests of one peer make the ledger keep in a
+	// day. Further requests of this peer are refused (busy) until some bytes are refilled, evenly
+	// over a day. Default: 10737418240 (10 GiB), some 4 million signatures: docs/OPERATIONS.md has a
+	// table. Danger: the ledger grows by this number a day, for each peer that uses it up.
+	BytesPerDay int `toml:"bytes_per_day"`
+	// RefusalBytesPerDay is the same for the records of refusals of one peer. Further refusals have
+	// the same answers, and are counted in one event a minute. Default: 16777216 (16 MiB).
+	RefusalBytesPerDay int `toml:"refusal_bytes_per_day"`
 	// BatchItems is the number of items of a batch. Default: 100, whose answers fit into a message.
 	BatchItems int `toml:"batch_items"`
 	// HandshakeTimeout is the timeout for the handshake, and again for the first request. Until the
@@ -373,6 +381,7 @@ func defaults() Config {
 			InFlight: l.InFlight, Requests: l.Requests, RequestsPerPeer: l.RequestsPerPeer,
 			RequestsPerSecond: l.RequestsPerSecond, BytesPerSecond: l.BytesPerSecond,
 			RefusalsPerMinute: l.RefusalsPerMinute, BatchItems: l.BatchItems,
+			BytesPerDay: int(l.BytesPerDay), RefusalBytesPerDay: int(l.RefusalBytesPerDay),
 			HandshakeTimeout: Duration(l.HandshakeTimeout), ReadTimeout: Duration(l.ReadTimeout),
 			IdleTimeout: Duration(l.IdleTimeout), WriteTimeout: Duration(l.WriteTimeout),
 			RequestTimeout: Duration(l.RequestTimeout), ClockSkew: Duration(l.ClockSkew),
@@ -473,6 +482,8 @@ func (c *Config) check() error {
 		{"limits.bytes_per_second", c.Limits.BytesPerSecond, 1_000_000_000},
 		{"limits.refusals_per_minute", c.Limits.RefusalsPerMinute, 10_000_000},
 		{"limits.batch_items", c.Limits.BatchItems, 100},
+		{"limits.bytes_per_day", c.Limits.BytesPerDay, 1 << 50},
+		{"limits.refusal_bytes_per_day", c.Limits.RefusalBytesPerDay, 1 << 50},
 		{"rollback_admissions", c.RollbackAdmissions, 1_000_000_000},
 		{"limits.nonces", c.Limits.Nonces, 1_000_000_000},
 		{"limits.nonces_own", *c.Limits.NoncesOwn, c.Limits.Nonces - 2},
@@ -485,6 +496,10 @@ func (c *Config) check() error {
 		if n.value < 1 || n.value > n.most {
 			return fmt.Errorf("%s must be 1 to %d, and is %d", n.field, n.most, n.value)
 		}
+	}
+	if least := 1 << 20; c.Limits.BytesPerDay < least || c.Limits.RefusalBytesPerDay < least {
+		return fmt.Errorf("limits.bytes_per_day and limits.refusal_bytes_per_day must be at least %d: "+
+			"a request reserves up to 9216 bytes until it has ended", least)
 	}
 	if most := min(c.Limits.Requests, c.Limits.RequestsPerPeer); c.Limits.BatchItems > most {
 		return fmt.Errorf("limits.batch_items must be at most limits.requests and limits.requests_per_peer, %d: "+
@@ -731,6 +746,7 @@ func (c *Config) limits() appliance.Limits {
 	limits.RequestsPerPeer, limits.BatchItems = l.RequestsPerPeer, l.BatchItems
 	limits.RequestsPerSecond, limits.BytesPerSecond = l.RequestsPerSecond, l.BytesPerSecond
 	limits.RefusalsPerMinute = l.RefusalsPerMinute
+	limits.BytesPerDay, limits.RefusalBytesPerDay = int64(l.BytesPerDay), int64(l.RefusalBytesPerDay)
 	limits.HandshakeTimeout, limits.ReadTimeout = l.HandshakeTimeout.std(), l.ReadTimeout.std()
 	limits.IdleTimeout, limits.WriteTimeout = l.IdleTimeout.std(), l.WriteTimeout.std()
 	limits.RequestTimeout = l.RequestTimeout.std()

@@ -85,6 +85,7 @@ type Admitted struct {
 	First     uint64 // after Replay: number of the admission that spent the nonce
 	Own       bool   // after Replay: the first admission has the same peer and the same request
 	Denial    error  // after Denied: the error of Decide, or ErrNotHigher
+	Kept      int    // bytes of the keys and values that were written
 }
 
 // Admit spends a nonce. When Admit returns, the verdict and its event are on disk. The function
@@ -111,6 +112,8 @@ func (l *Ledger) Admit(ctx context.Context, a Admission, event func(Verdict) []b
 	var refused error
 	r := &request{done: make(chan error, 1), apply: func(t *txn) (err error) {
 		result, refused = Admitted{Admission: a}, nil
+		first := len(t.writes.list)
+		defer func() { result.Kept = bytesOf(t.writes.list[first:]) }()
 		if err := l.suspended.Load(); err != nil { // suspended while this request waited
 			refused = *err
 			return nil

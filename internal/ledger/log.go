@@ -30,6 +30,9 @@ type Event struct {
 // NewEvent hashes an encoded event. The bytes must not change afterwards.
 func NewEvent(b []byte) Event { return Event{b, audit.LeafHash(b)} }
 
+// Size returns the number of bytes of the event and its key on disk.
+func (e Event) Size() int { return 8 + len(e.bytes) }
+
 // EventOf encodes and hashes an event of the audit log, with the time of now.
 func EventOf(e audit.Event) Event { return NewEvent(e.Encode(time.Now())) }
 

@@ -83,6 +83,14 @@ func (w *Writes) Encode() []byte {
 	return b
 }
 
+// bytesOf returns the number of bytes of keys and values in a list of writes.
+func bytesOf(list []write) (n int) {
+	for _, each := range list {
+		n += len(each.key) + len(each.value)
+	}
+	return n
+}
+
 var errNotWrites = errors.New("ledger: not an encoded list of writes")
 
 // DecodeWrites decodes a list of Encode. The list refers to b, so b must not change afterwards.

@@ -47,6 +47,9 @@ type Limits struct {
 	BytesPerSecond    int // of one peer's messages
 	RefusalsPerMinute int // of one peer with an event each; further refusals are counted
 	BatchItems        int // items of one batch
+
+	BytesPerDay        int64 // bytes that served requests of one peer make the ledger keep
+	RefusalBytesPerDay int64 // bytes of the records of refusals; further refusals are counted
 }
 
 // Peer is an enrolled client of the listener.
@@ -77,6 +80,7 @@ type Member struct {
 	requests   int               // requests being served; an item of a batch counts as one
 	sessions   int               // open sessions
 	known      map[string]uint32 // last acknowledged version of each key
+	quotas     quotas
 }
 
 // active reports whether the peer may open sessions and send requests.
@@ -96,6 +100,7 @@ type Status struct {
 	Suspended   bool
 	Seen        time.Time // last session or request; zero for never
 	Connections int       // open connections
+	Used        Bytes     // of its quotas, not refilled yet
 }
 
 // Registry is safe for concurrent use.
@@ -124,6 +129,7 @@ type record struct {
 	Seen      int64             `json:"seen,omitempty"`  // Unix seconds; at most about a minute old
 	From      string            `json:"from,omitempty"`  // address of the last session
 	Known     map[string]uint32 `json:"known,omitempty"` // last acknowledged version of each key
+	Used      *used             `json:"used,omitempty"`  // of the quotas, see WriteGreedy
 }
 
 // decode decodes the ledger's record of a peer.
@@ -166,7 +172,7 @@ func (r *Registry) take(name string, value []byte) error {
 	}
 	if m == nil || m.PublicKey != p.PublicKey {
 		r.forget(m)
-		m = r.newMember(p)
+		m = r.newMember(p, rec.Used)
 		r.members[p.PublicKey], r.names[name] = m, m
 	}
 	if m.suspended = rec.Suspended; m.suspended {
@@ -184,10 +190,11 @@ func (r *Registry) take(name string, value []byte) error {
 	return nil
 }
 
-func (r *Registry) newMember(p Peer) *Member {
+func (r *Registry) newMember(p Peer, written *used) *Member {
 	perSecond, perMinute := r.limits.RequestsPerSecond, r.limits.RefusalsPerMinute
 	return &Member{
 		Peer:        p,
+		quotas:      newQuotas(r.limits, written),
 		requestRate: rate.NewLimiter(rate.Limit(perSecond), max(perSecond, r.limits.BatchItems)),
 		messageRate: rate.NewLimiter(rate.Limit(messagesPerRequest*perSecond), messagesPerRequest*perSecond),
 		byteRate:    rate.NewLimiter(rate.Limit(r.limits.BytesPerSecond), max(r.limits.BytesPerSecond, longest)),
@@ -249,14 +256,16 @@ func (r *Registry) Enrolled(name string) bool {
 
 // All returns the enrolled peers in the order of their names.
 func (r *Registry) All() (all []Status) {
-	r.mu.RLock()
-	defer r.mu.RUnlock()
+	now := time.Now()
+	r.mu.Lock()
+	defer r.mu.Unlock()
 	for _, m := range r.members {
 		if m.removed {
 			continue // the ledger does not have the removal yet
 		}
 		all = append(all, Status{
 			Peer: m.Peer, Suspended: m.suspended || m.suspending, Seen: m.seen, Connections: m.sessions,
+			Used: m.quotas.usedAt(now),
 		})
 	}
 	slices.SortFunc(all, func(x, y Status) int { return strings.Compare(x.Name, y.Name) })
@@ -509,38 +518,6 @@ func (r *Registry) Acknowledged(key string, version uint32, list []string, all b
 		asked++
 	}
 	return asked > 0
-}
-
-// WriteSeen writes the changed times and addresses of last sessions to the ledger.
-func (r *Registry) WriteSeen(ctx context.Context) error {
-	type last struct {
-		at   time.Time
-		from string
-	}
-	r.mu.RLock()
-	changed := map[*Member]last{}
-	for _, m := range r.members {
-		if m.seen.Unix() > m.written.Unix() { // records have whole seconds
-			changed[m] = last{m.seen, m.from}
-		}
-	}
-	r.mu.RUnlock()
-	if len(changed) == 0 {
-		return nil
-	}
-	return r.ledger.Update(ctx, func(tx *ledger.Tx) error {
-		for m, seen := range changed {
-			rec, p, err := decode(m.Name, tx.Get(ledger.Peers, m.Name))
-			if err != nil || p.PublicKey != m.PublicKey {
-				continue // the peer has been removed
-			}
-			rec.Seen, rec.From = seen.at.Unix(), seen.from
-			if err := tx.Put(ledger.Peers, m.Name, manage.Encode(rec)); err != nil {
-				return err
-			}
-		}
-		return nil
-	})
 }
 
 // Stop waits for the end of the act under way. Later acts are refused.
