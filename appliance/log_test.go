@@ -335,8 +335,16 @@ func TestPolicyChange(t *testing.T) {
 		}
 	}
 	all, err := r.Policies()
-	if err != nil || len(all) != 3 || all[1].Text != "" || all[0].Text != allowShop || all[0].Hash != all[2].Hash {
+	if err != nil || len(all) != 3 || all[0].Hash != all[2].Hash || all[0].Text != "" {
 		t.Errorf("%+v, %v", all, err)
+	}
+	for version, want := range map[uint64]string{1: allowShop, 2: "", 3: allowShop} {
+		if v, err := r.Policy(version); err != nil || v.Text != want || v.Version != version {
+			t.Errorf("%+v, %v", v, err)
+		}
+	}
+	if _, err := r.Policy(4); !errors.Is(err, manage.ErrNotFound) {
+		t.Errorf("a version that is not there: %v", err)
 	}
 	var hashes []string
 	if err := r.Events(0, func(_ uint64, e audit.Event) bool {

@@ -13,6 +13,7 @@ import (
 	"countersign/internal/keyring"
 	"countersign/internal/ledger"
 	"countersign/internal/peers"
+	"countersign/internal/spectest"
 	"countersign/wire"
 )
 
@@ -244,6 +245,57 @@ func TestKeptIsBounded(t *testing.T) {
 			}
 		}
 	}
+}
+
+// TestTableOfKept measures what each kind of request makes the ledger keep, and holds the table of
+// docs/OPERATIONS.md against the figures.
+func TestTableOfKept(t *testing.T) {
+	r := newRig(t)
+	r.permits(t, `permit (principal == Peer::"shop", action, resource);`)
+	defaults := DefaultLimits()
+	var rows strings.Builder
+	row := func(what string, bytes, most, perDay int64, limit string) {
+		measured := (bytes + 99) / 100 * 100
+		if bytes == 0 || bytes > most {
+			t.Errorf("%s: %d bytes, at most %d", what, bytes, most)
+		}
+		fmt.Fprintf(&rows, "| %s | %d | %d | %s | %d |\n", what, measured, most, limit, perDay/measured)
+	}
+	ask := func(do func(who Caller) error, who Caller) peers.Bytes {
+		who.bill = new(bill)
+		err := do(who)
+		if err != nil && who.bill.Refused == 0 {
+			if err := r.recordRefusal(t.Context(), who, "sign", "payments", wire.CodeUnknownKey, err); err != nil {
+				t.Fatal(err)
+			}
+		}
+		return who.bill.Bytes
+	}
+	sign := func(s *wire.Sign) func(Caller) error {
+		return func(who Caller) error { _, err := r.Sign(t.Context(), who, s); return err }
+	}
+	const kept, refused = "`bytes_per_day`", "`refusal_bytes_per_day`"
+	row("a signature (`message-v1`)", ask(sign(message(1, "m")), r.shop).Kept, mostSigned, defaults.BytesPerDay, kept)
+	payment := r.payment(2, "10.5", "SAT", payeeOne)
+	row("a payment (`payment-request-v1`)", ask(sign(payment), r.shop).Kept, mostSigned, defaults.BytesPerDay, kept)
+	signed := r.sign(t, r.shop, message(3, "m"))
+	row("a verification", ask(func(who Caller) error {
+		_, err := r.Verify(t.Context(), who, verifyOf(message(3, "m"), signed))
+		return err
+	}, r.shop).Kept, mostVerified, defaults.BytesPerDay, kept)
+	row("a payment that policy denies", ask(sign(r.payment(4, "10.5", "SAT", payeeOne)), r.cafe).Refused, mostRefused,
+		defaults.RefusalBytesPerDay, refused)
+	unknown := message(5, "m")
+	unknown.Key = "nothing"
+	row("another refusal", ask(sign(unknown), r.cafe).Refused, mostRefused, defaults.RefusalBytesPerDay, refused)
+	span := audit.Span{Count: 1 << 40, Since: time.Now(), Until: time.Now()}
+	count := ledger.EventOf(audit.NewCount(audit.SignatureRejected, "sign", "shop", wire.CodeLifetimeTooLong, span))
+	const kinds, minutes = 30, 24 * 60
+	bytes := (int64(count.Size()+hashKept) + 99) / 100 * 100
+	fmt.Fprintf(&rows, "| a count of refusals | %d | 600 | one a minute for each operation and code: some %d | %d |\n",
+		bytes, kinds, kinds*minutes)
+	spectest.Table(t, "../docs/OPERATIONS.md", "| what | bytes | at most | bounded by | a day, by default |\n"+
+		"| --- | --- | --- | --- | --- |\n", rows.String())
 }
 
 // written returns the bytes of all events and decisions.

@@ -614,8 +614,8 @@ func (t *tool) policyDiff() *cobra.Command {
 			}
 			fmt.Fprintf(w, "%d decisions replayed, %d would change\n", replayed, len(changes))
 			if withheld > 0 {
-				fmt.Fprintf(w, "%d decisions not replayed: a rule reads a text of more than %d bytes, which no record has\n",
-					withheld, policy.MaxText)
+				fmt.Fprintf(w, "%d decisions not replayed: a rule reads a text of more than %d bytes, "+
+					"which no record has\n", withheld, policy.MaxText)
 			}
 		})
 	}

@@ -297,8 +297,8 @@ type Limits struct {
 	RefusalsPerMinute int `toml:"refusals_per_minute"`
 	// BytesPerDay is the number of bytes that served requests of one peer make the ledger keep in a
 	// day. Further requests of this peer are refused (busy) until some bytes are refilled, evenly
-	// over a day. Default: 10737418240 (10 GiB), some 4 million signatures: docs/OPERATIONS.md has a
-	// table. Danger: the ledger grows by this number a day, for each peer that uses it up.
+	// over a day. Default: 10737418240 (10 GiB), some 4 million payments: docs/OPERATIONS.md has a
+	// table. Danger: the ledger grows by so much a day, for each peer that uses it up.
 	BytesPerDay int `toml:"bytes_per_day"`
 	// RefusalBytesPerDay is the same for the records of refusals of one peer. Further refusals have
 	// the same answers, and are counted in one event a minute. Default: 16777216 (16 MiB).

@@ -46,7 +46,7 @@ func TestConfig(t *testing.T) {
 		replaced("listen", "# listen"):                                    "listen is missing",
 		"listen_pubky = \"x\"\n" + least:                                  "listen_pubky: ",
 		limits + "handshakes_per_source = 0\n":                            "limits.handshakes_per_source must be 1 to",
-		limits + "bytes_per_day = 100000\n":                               "limits.bytes_per_day and limits.refusal_bytes_per_day must be at least",
+		limits + "bytes_per_day = 100000\n":                               "limits.bytes_per_day and limits.refusal",
 		limits + "refusal_bytes_per_day = 0\n":                            "limits.refusal_bytes_per_day must be 1 to",
 		limits + "read_timeout = \"1h\"\n":                                "limits.read_timeout must be",
 		limits + "strangers = 2000\n":                                     "limits.strangers must be 1 to 1024",

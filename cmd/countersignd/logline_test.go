@@ -7,8 +7,8 @@ import (
 	"testing"
 )
 
-// TestLogLineIsBounded writes values of every kind with many bytes, and sees that a line has at most
-// maxLogText bytes of each, and that shorter values stay as they are.
+// TestLogLineIsBounded writes values of every kind with many bytes, and sees that a line has at
+// most maxLogText bytes of each, and that shorter values stay as they are.
 func TestLogLineIsBounded(t *testing.T) {
 	var out strings.Builder
 	log := slog.New(slog.NewTextHandler(&out, logOptions(slog.LevelInfo)))

@@ -11,7 +11,8 @@ import (
 // struct, the names of a map in the order of RFC 8785. A nil slice is null, and invalid UTF-8
 // becomes U+FFFD. Encode panics for a value without a JSON form, such as a channel.
 func Encode(v any) []byte {
-	b, err := json.Marshal(v, json.Deterministic(true), json.FormatNilSliceAsNull(true), jsontext.AllowInvalidUTF8(true))
+	b, err := json.Marshal(v,
+		json.Deterministic(true), json.FormatNilSliceAsNull(true), jsontext.AllowInvalidUTF8(true))
 	if err != nil {
 		panic("ijson: a value without a JSON form: " + err.Error())
 	}

@@ -5,8 +5,8 @@ import (
 	"time"
 )
 
-// TestQuotaIsExact takes a quota to its last byte, and no byte more, and follows the refill, a clock
-// that is set back, and a restart.
+// TestQuotaIsExact takes a quota to its last byte, and no byte more, and follows the refill, a
+// clock that is set back, and a restart.
 func TestQuotaIsExact(t *testing.T) {
 	const day = 24 * time.Hour
 	now := time.Unix(1_800_000_000, 0)
