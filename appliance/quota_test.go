@@ -208,7 +208,8 @@ func TestKeptIsBounded(t *testing.T) {
 		}
 		s.Type = "payment-request-v1"
 		s.Payload = fmt.Appendf(nil, `{"payer":"%x","payee":%q,"amount":"7922816251.4264337593543950335",`+
-			`"currency":%q,"method":%q,"endpoint":%s}`, public, payeeOne, strings.Repeat("C", 16), strings.Repeat("m", 64), endpoint)
+			`"currency":%q,"method":%q,"endpoint":%s}`,
+			public, payeeOne, strings.Repeat("C", 16), strings.Repeat("m", 64), endpoint)
 		for _, effect := range []string{"forbid", "permit"} {
 			r.permits(t, rules(effect))
 			who := greedy
