@@ -248,6 +248,26 @@ func TestKeptIsBounded(t *testing.T) {
 	}
 }
 
+// TestRefusedNameIsBounded refuses requests for keys with the worst names that a request may have.
+// The name is in the event, and the event has a bound.
+func TestRefusedNameIsBounded(t *testing.T) {
+	r := newRig(t)
+	greedy := r.enrol(t, strings.Repeat("p", 64), 9)
+	greedy.Identity = strings.Repeat("f", 64)
+	for _, text := range []string{"\x01", "<", "\"", "\\", "\u2028", "\U0001f600", "\xff", "x"} {
+		who := greedy
+		who.bill = new(bill)
+		key := strings.Repeat(text, 70_000/len(text))
+		err := r.recordRefusal(t.Context(), who, "rotation.ack", key, wire.CodeLifetimeTooLong, errNotYours)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if who.bill.Refused == 0 || who.bill.Refused > 1536 {
+			t.Errorf("%q: an event of %d bytes", text, who.bill.Refused)
+		}
+	}
+}
+
 // TestTableOfKept measures what each kind of request makes the ledger keep, and holds the table of
 // docs/OPERATIONS.md against the figures.
 func TestTableOfKept(t *testing.T) {

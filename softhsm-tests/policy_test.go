@@ -7,6 +7,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"os"
 	"slices"
 	"strconv"
 	"strings"
@@ -231,6 +232,82 @@ func TestPolicyCommands(t *testing.T) {
 	fails(1, "one of them was changed", "policy", "diff", s.path("policy.cedar"))
 	fails(1, "one of them was changed", "policy", "export")
 	says(s.must("policy", "explain", number(signed[1])), "the same in the audit log")
+}
+
+// TestLongTextOfADecision has policy judge a long endpoint. The record has SHA-256 and length of the
+// text, a small ledger holds many denials, and the decision is explained with the text of the
+// document only.
+func TestLongTextOfADecision(t *testing.T) {
+	s := newSystem(t)
+	s.write("policy.cedar", `@id("pays-here") permit (principal, action, resource)
+when { context has endpoint && context.endpoint like "https://pay.example/*" };`)
+	p := s.serve()
+	s.enrol()
+	c := s.dial()
+	keys, err := c.Keys(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	var payer string
+	for _, k := range keys {
+		if k.Name == "payments" && k.State == "active" {
+			payer = fmt.Sprintf("%x", k.PublicKey)
+		}
+	}
+	pay := func(endpoint string) (*client.Signed, error) {
+		payload, err := json.Marshal(map[string]string{
+			"payer": payer, "amount": "1", "currency": "SAT", "method": "m", "endpoint": "@",
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		return c.Sign(t.Context(), "payments", client.Document{
+			Type: "payment-request-v1", Payload: bytes.Replace(payload, []byte("@"), []byte(endpoint), 1),
+		})
+	}
+	endpoint := "https://pay.example/" + strings.Repeat("<", 64_800)
+	signed, err := pay(endpoint)
+	if err != nil {
+		t.Fatal(err)
+	}
+	before, err := os.Stat(s.path("ledger.db"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	const denials = 100
+	for range denials {
+		var refusal *client.Error
+		if _, err := pay(strings.Repeat("<", 64_800)); !errors.As(err, &refusal) || refusal.Code != "denied" {
+			t.Fatal(err)
+		}
+	}
+	number := strconv.FormatUint(signed.Event, 10)
+	_, errOut, code := s.cli("", "policy", "explain", number)
+	if code != 1 || !strings.Contains(errOut, "--text endpoint=FILE") {
+		t.Errorf("%d: %s", code, errOut)
+	}
+	s.write("endpoint.txt", endpoint)
+	out := s.must("policy", "explain", number, "--text", "endpoint=endpoint.txt")
+	if !strings.Contains(out, "pays-here") ||
+		!strings.Contains(out, `"bytes":64820`) || !strings.Contains(out, "the same in the audit log") {
+		t.Error(out)
+	}
+	s.write("endpoint.txt", endpoint+"\n")
+	if _, errOut, code := s.cli("", "policy", "explain", number, "--text", "endpoint=endpoint.txt"); code != 1 ||
+		!strings.Contains(errOut, "64821 bytes") {
+		t.Errorf("%d: %s", code, errOut)
+	}
+	if out := s.must("policy", "diff", "policy.cedar"); !strings.Contains(out, "101 decisions not replayed") {
+		t.Error(out)
+	}
+	p.stop()
+	after, err := os.Stat(s.path("ledger.db"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if grown := (after.Size() - before.Size()) / denials; grown > 16<<10 {
+		t.Errorf("a denial takes %d bytes of the ledger", grown)
+	}
 }
 
 // TestPolicyChangesUnderLoad activates 20 policies while a peer sends sign requests. Each event has
