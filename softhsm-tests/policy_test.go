@@ -234,8 +234,8 @@ func TestPolicyCommands(t *testing.T) {
 	says(s.must("policy", "explain", number(signed[1])), "the same in the audit log")
 }
 
-// TestLongTextOfADecision has policy judge a long endpoint. The record has SHA-256 and length of the
-// text, a small ledger holds many denials, and the decision is explained with the text of the
+// TestLongTextOfADecision has policy judge a long endpoint. The record has SHA-256 and length of
+// the text, a small ledger holds many denials, and the decision is explained with the text of the
 // document only.
 func TestLongTextOfADecision(t *testing.T) {
 	s := newSystem(t)
