@@ -1,6 +1,7 @@
 package appliance
 
 import (
+	"context"
 	"crypto/rand"
 	"encoding/hex"
 	"fmt"
@@ -227,6 +228,20 @@ func (d *decision) event(v ledger.Verdict) []byte {
 		e = e.Decided(d.rules.Hash, policy.Digest(d.record))
 	}
 	return verdictEvent(e, v)
+}
+
+// admit asks the ledger to admit a peer's request that d decides about. The error of a replay or a
+// denial is that of refusal. What the ledger keeps is on the request's bill.
+func (a *Appliance) admit(ctx context.Context, who Caller, d *decision, r ledger.Admission) (ledger.Admitted, error) {
+	r.Peer, r.Quiet, r.Member = who.PublicKey, who.quiet, who.member
+	r.Counts, r.Decide = d.counts, d.decide
+	admitted, err := a.ledger.Admit(ctx, r, d.event)
+	if err != nil {
+		who.bill.unknown(err)
+		return admitted, err
+	}
+	who.bill.admitted(admitted)
+	return admitted, refusal(admitted)
 }
 
 // recorded is a refusal with an event in the ledger.

@@ -12,9 +12,8 @@ import (
 // The most bytes that one request makes the ledger keep, for any document, policy and name. The
 // table of docs/OPERATIONS.md has typical bytes beside them.
 const (
-	mostSigned   = 9 << 10 // admission: nonce, event, decision, windows; outcome: event, signature, receipt
-	mostVerified = 9 << 10 // nonce and event; decision and windows where a rule decides
-	mostRefused  = 8 << 10 // event and decision
+	mostKept    = 9 << 10 // admission: nonce, event, decision, windows; outcome: event, signature, receipt
+	mostRefused = 8 << 10 // event and decision
 )
 
 // hashKept is the part of an event in the stored hashes of the log: some 2 of 32 bytes.
@@ -25,10 +24,8 @@ const hashKept = 64
 func reservation(request any) peers.Bytes {
 	most := peers.Bytes{Refused: mostRefused}
 	switch request.(type) {
-	case *wire.Sign:
-		most.Kept = mostSigned
-	case *wire.Verify:
-		most.Kept = mostVerified
+	case *wire.Sign, *wire.Verify:
+		most.Kept = mostKept
 	}
 	return most
 }
@@ -62,9 +59,9 @@ func (b *bill) admitted(a ledger.Admitted) {
 // unknown adds the most bytes of an admission with an unknown verdict: the request has given up the
 // wait, and the writer may still execute the admission. After other errors nothing was written, or
 // the ledger has failed.
-func (b *bill) unknown(err error, most peers.Bytes) {
+func (b *bill) unknown(err error) {
 	if b != nil && (errors.Is(err, context.DeadlineExceeded) || errors.Is(err, context.Canceled)) {
-		b.Bytes = most
+		b.Bytes = peers.Bytes{Kept: mostKept}
 	}
 }
 

@@ -134,7 +134,7 @@ func TestBytesBeyondTheQuota(t *testing.T) {
 		defer func() { r.ledger.Close() }()
 		shop := r.handler(t, "shop")
 		served := 0
-		for ; r.usedBy(t, "shop").Kept+mostSigned <= r.limits.BytesPerDay; served++ {
+		for ; r.usedBy(t, "shop").Kept+mostKept <= r.limits.BytesPerDay; served++ {
 			if a := handled(t, r.Appliance, shop, request(served, "m")); a.Error != nil {
 				t.Fatalf("request %d, with %d bytes used: %v", served, r.usedBy(t, "shop").Kept, a.Error)
 			}
@@ -226,7 +226,7 @@ func TestKeptIsBounded(t *testing.T) {
 			grown := r.written(t) - before
 			got := who.bill.Kept + who.bill.Refused
 			t.Logf("%s %q: %d bytes, of them %d in events and decisions", effect, text, got, grown)
-			if who.bill.Kept > mostSigned || who.bill.Refused > mostRefused || got < grown ||
+			if who.bill.Kept > mostKept || who.bill.Refused > mostRefused || got < grown ||
 				(err == nil) != (who.bill.Kept > 0) {
 				t.Errorf("%s %q: the bill is %+v, the disk has %d", effect, text, who.bill.Bytes, grown)
 			}
@@ -241,7 +241,7 @@ func TestKeptIsBounded(t *testing.T) {
 			}
 			grown = r.written(t) - before
 			t.Logf("verify: %d bytes", who.bill.Kept)
-			if who.bill.Kept > mostVerified || who.bill.Kept < grown || who.bill.Refused != 0 {
+			if who.bill.Kept > mostKept || who.bill.Kept < grown || who.bill.Refused != 0 {
 				t.Errorf("verify: the bill is %+v, the disk has %d", who.bill.Bytes, grown)
 			}
 		}
@@ -296,14 +296,14 @@ func TestTableOfKept(t *testing.T) {
 		return func(who Caller) error { _, err := r.Sign(t.Context(), who, s); return err }
 	}
 	const kept, refused = "`bytes_per_day`", "`refusal_bytes_per_day`"
-	row("a signature (`message-v1`)", ask(sign(message(1, "m")), r.shop).Kept, mostSigned, defaults.BytesPerDay, kept)
+	row("a signature (`message-v1`)", ask(sign(message(1, "m")), r.shop).Kept, mostKept, defaults.BytesPerDay, kept)
 	payment := r.payment(2, "10.5", "SAT", payeeOne)
-	row("a payment (`payment-request-v1`)", ask(sign(payment), r.shop).Kept, mostSigned, defaults.BytesPerDay, kept)
+	row("a payment (`payment-request-v1`)", ask(sign(payment), r.shop).Kept, mostKept, defaults.BytesPerDay, kept)
 	signed := r.sign(t, r.shop, message(3, "m"))
 	row("a verification", ask(func(who Caller) error {
 		_, err := r.Verify(t.Context(), who, verifyOf(message(3, "m"), signed))
 		return err
-	}, r.shop).Kept, mostVerified, defaults.BytesPerDay, kept)
+	}, r.shop).Kept, mostKept, defaults.BytesPerDay, kept)
 	row("a payment that policy denies", ask(sign(r.payment(4, "10.5", "SAT", payeeOne)), r.cafe).Refused, mostRefused,
 		defaults.RefusalBytesPerDay, refused)
 	unknown := message(5, "m")

@@ -9,7 +9,6 @@ import (
 	"countersign/internal/keyring"
 	"countersign/internal/keystore"
 	"countersign/internal/ledger"
-	"countersign/internal/peers"
 	"countersign/transcript"
 	"countersign/wire"
 )
@@ -38,18 +37,12 @@ func (a *Appliance) Sign(ctx context.Context, who Caller, r *wire.Sign) (*wire.S
 	}
 	// Nothing has changed so far. After Admit the nonce is spent and the admission is on disk,
 	// whatever happens later.
-	admitted, err := a.ledger.Admit(ctx, ledger.Admission{
-		Scope: ledger.KeyScope(r.Key), Nonce: doc.Nonce, Digest: doc.Digest(), Peer: who.PublicKey,
-		KeyVersion: key.Version, ExpiresAt: doc.ExpiresAt, Quiet: who.quiet, Member: who.member,
-		May: func() error { return a.Peers.Serves(who.Peer) }, Counts: d.counts,
-		Monotonic: d.generation, Decide: d.decide,
-	}, d.event)
+	admitted, err := a.admit(ctx, who, d, ledger.Admission{
+		Scope: ledger.KeyScope(r.Key), Nonce: doc.Nonce, Digest: doc.Digest(),
+		KeyVersion: key.Version, ExpiresAt: doc.ExpiresAt, Monotonic: d.generation,
+		May: func() error { return a.Peers.Serves(who.Peer) },
+	})
 	if err != nil {
-		who.bill.unknown(err, peers.Bytes{Kept: mostSigned})
-		return nil, err
-	}
-	who.bill.admitted(admitted)
-	if err := refusal(admitted); err != nil {
 		return nil, err
 	}
 	// A repeated request gets the version and the signature of its first admission. Ed25519 is

@@ -7,7 +7,6 @@ import (
 	"time"
 
 	"countersign/internal/ledger"
-	"countersign/internal/peers"
 	"countersign/transcript"
 	"countersign/wire"
 )
@@ -43,19 +42,13 @@ func (a *Appliance) Verify(ctx context.Context, who Caller, r *wire.Verify) (*wi
 	if err != nil {
 		return nil, err
 	}
-	admitted, err := a.ledger.Admit(ctx, ledger.Admission{
-		Scope: ledger.SignerScope(r.PublicKey[:]), Nonce: doc.Nonce, Digest: doc.Digest(), Peer: who.PublicKey,
-		ExpiresAt: doc.ExpiresAt, Once: true, Quiet: who.quiet, Member: who.member, May: may,
-		Counts: d.counts, Decide: d.decide,
-	}, d.event)
-	who.bill.unknown(err, peers.Bytes{Kept: mostVerified})
+	admitted, err := a.admit(ctx, who, d, ledger.Admission{
+		Scope: ledger.SignerScope(r.PublicKey[:]), Nonce: doc.Nonce, Digest: doc.Digest(),
+		ExpiresAt: doc.ExpiresAt, Once: true, May: may,
+	})
 	if errors.Is(err, context.DeadlineExceeded) {
 		return nil, fmt.Errorf("%w: %w", errUnknownOutcome, err)
 	} else if err != nil {
-		return nil, err
-	}
-	who.bill.admitted(admitted)
-	if err := refusal(admitted); err != nil {
 		return nil, err
 	}
 	return &wire.Verified{Valid: true, Event: admitted.Event}, nil
