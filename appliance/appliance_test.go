@@ -574,7 +574,8 @@ func TestKeysAreComparedWithTheToken(t *testing.T) {
 		t.Errorf("a missing key: %v", err)
 	}
 	r.store.Generate(t.Context(), ref, keystore.Ed25519, keystore.Tag{1})
-	if err := reopen(r); !strings.Contains(err.Error(), "payments/1 on token") {
+	if err := reopen(r); !strings.Contains(err.Error(), "payments/1") ||
+		!strings.Contains(err.Error(), "right token") {
 		t.Errorf("another key under the name: %v", err)
 	}
 }

@@ -10,47 +10,36 @@ import (
 	"countersign/internal/keystore/keystoretest"
 )
 
-// TestDialects runs the conformance suite on modules with other interpretations of PKCS#11. The
-// store chooses the quirks by the module's CK_INFO, or takes them from the configuration.
+// TestDialects runs the conformance suite on tokens with other interpretations of PKCS#11. The
+// store chooses the quirks by CK_TOKEN_INFO, or takes them from the configuration.
 func TestDialects(t *testing.T) {
 	module := compileShim(t)
 	for _, tc := range []struct {
-		name, maker, version, dialect string
-		config                        hsm.Quirks
-		want                          string // beginning of Inspect's finding about the quirks
+		name, maker, model, dialect string
+		config                      hsm.Quirks
+		want                        string // Inspect's finding about the quirks
 	}{
-		{"the standard", "Acme", "1.0", "montgomery,point-raw,params-oid,reads-oid", hsm.Quirks{},
+		{"the standard", "Acme", "A1", "montgomery,point-raw,params-oid,reads-oid", hsm.Quirks{},
 			"ec_params oid, ec_point raw, x25519 montgomery, copies off, allowed_mechanisms on (the standard)"},
-		{"no montgomery", "Acme", "1.0", "point-raw,params-oid", hsm.Quirks{},
-			"ec_params oid, ec_point raw, x25519 edwards, copies off, allowed_mechanisms on " +
-				"(the standard, without CKM_EC_MONTGOMERY_KEY_PAIR_GEN)"},
-		{"SoftHSM", "SoftHSM", "2.6", "params-oid,reads-oid,point-bits", hsm.Quirks{},
+		{"SoftHSM", "SoftHSM project", "SoftHSM v2", "params-oid,reads-oid,point-bits", hsm.Quirks{},
 			"ec_params oid, ec_point octet-string, x25519 edwards, copies off, allowed_mechanisms on " +
 				"(SoftHSM 2.6.1, tested)"},
-		{"Kryoptic", "Kryoptic", "1.2", "montgomery,point-raw,params-oid", hsm.Quirks{},
-			"ec_params oid, ec_point raw, x25519 montgomery, copies off, allowed_mechanisms on " +
-				"(Kryoptic, by its source, not tested)"},
-		{"NSS", "Mozilla Foundation", "3.103", "montgomery,point-raw,params-oid,reads-oid", hsm.Quirks{},
-			"ec_params oid, ec_point raw, x25519 montgomery, copies off, allowed_mechanisms on " +
-				"(NSS, by its source, not tested)"},
-		{"YubiHSM", "Yubico (www.yubico.com)", "2.6", "montgomery,params-name,no-allowed", hsm.Quirks{},
-			"ec_params name, ec_point octet-string, x25519 montgomery, copies off, allowed_mechanisms off " +
-				"(YubiHSM 2, by its source, not tested)"},
-		{"Nitrokey", "Nitrokey GmbH", "2.0", "montgomery,params-oid,reads-oid", hsm.Quirks{},
-			"ec_params oid, ec_point octet-string, x25519 montgomery, copies off, allowed_mechanisms on " +
-				"(NetHSM, by its source, not tested)"},
-		{"nShield", "nCipher Corp. Ltd", "13.4", "montgomery,point-raw,params-name,reads-oid", hsm.Quirks{},
+		{"NSS", "Mozilla Foundation", "NSS 3",
+			"montgomery,point-raw,params-oid,reads-oid,no-allowed,no-local,sign-64", hsm.Quirks{},
+			"ec_params oid, ec_point raw, x25519 montgomery, copies off, allowed_mechanisms off " +
+				"(NSS 3.87, tested with P-256)"},
+		{"nShield", "nCipher Corp. Ltd", "", "montgomery,point-raw,params-name,reads-oid", hsm.Quirks{},
 			"ec_params name, ec_point raw, x25519 montgomery, copies off, allowed_mechanisms on " +
 				"(nShield, by what its clients say, not tested)"},
-		{"by configuration", "SoftHSM", "2.6", "montgomery,point-raw,params-name",
-			hsm.Quirks{ECParams: "name", ECPoint: "raw", X25519: "montgomery"},
-			"ec_params name, ec_point raw, x25519 montgomery, copies off, allowed_mechanisms on " +
-				"(SoftHSM 2.6.1, tested, " +
-				"ec_params by configuration, ec_point by configuration, x25519 by configuration)"},
+		{"by configuration", "SoftHSM project", "SoftHSM v2", "montgomery,point-raw,params-name,no-allowed",
+			hsm.Quirks{ECParams: "name", ECPoint: "raw", X25519: "montgomery", AllowedMechanisms: "off"},
+			"ec_params name, ec_point raw, x25519 montgomery, copies off, allowed_mechanisms off " +
+				"(SoftHSM 2.6.1, tested, ec_params by configuration, ec_point by configuration, " +
+				"x25519 by configuration, allowed_mechanisms by configuration)"},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			t.Setenv("SHIM_MAKER", tc.maker)
-			t.Setenv("SHIM_VERSION", tc.version)
+			t.Setenv("SHIM_MODEL", tc.model)
 			t.Setenv("SHIM_DIALECT", tc.dialect)
 			empty := func(t *testing.T) *hsm.Store {
 				c := newToken(t)
@@ -58,8 +47,19 @@ func TestDialects(t *testing.T) {
 				return open(t, c)
 			}
 			store := empty(t)
-			if got := finding(t, store, "quirks", ""); !strings.HasPrefix(got.Text, tc.want) {
+			if got := finding(t, store, "quirks", ""); got.Text != tc.want {
 				t.Errorf("quirks: %s, want %s", got.Text, tc.want)
+			}
+			provenance := "generated"
+			if strings.Contains(tc.dialect, "no-local") {
+				provenance = "unreported"
+			}
+			if got := generate(t, store, "payments", keystore.Ed25519).Info().Provenance.String(); got != provenance {
+				t.Errorf("provenance %s, want %s", got, provenance)
+			}
+			proof := finding(t, store, "proof", keystore.P256)
+			if !strings.HasSuffix(proof.Text, "provenance "+provenance) {
+				t.Errorf("%+v", proof)
 			}
 			store.Close()
 			keystoretest.Run(t, func(t *testing.T) keystore.Store { return empty(t) })
@@ -67,27 +67,52 @@ func TestDialects(t *testing.T) {
 	}
 }
 
-// TestTableRows checks that a row of knownModules applies only to the row's library versions.
-func TestTableRows(t *testing.T) {
+// TestTokenChoosesTheRow has one module with tokens of several makers. The row of knownTokens is
+// the token's, whatever the module calls itself.
+func TestTokenChoosesTheRow(t *testing.T) {
 	s := newShim(t, 1)
-	for _, tc := range []struct{ maker, version, want string }{
-		{"Mozilla Foundation", "3.102", "(the standard, "},
-		{"Mozilla Foundation", "3.103", "(NSS, "},
-		{"Mozilla Foundation", "4.0", "(NSS, "},
-		{"Yubico (www.yubico.com)", "2.5", "(the standard, "},
-		{"Yubico (www.yubico.com)", "2.6", "(YubiHSM 2, "},
-		{"IBM", "3.26", "(the standard, "},
-		{"IBM", "3.27", "(openCryptoki, "},
-		{"SoftHSMish", "2.0", "(SoftHSM 2.6.1, "},
-		{"A SoftHSM", "2.0", "(the standard, "},
+	for _, tc := range []struct{ maker, model, want string }{
+		{"SoftHSM project", "SoftHSM v2", "(SoftHSM 2.6.1, "},
+		{"SoftHSM project", "SoftHSM v3", "(the standard"},
+		{"A SoftHSM project", "SoftHSM v2", "(the standard"},
+		{"Mozilla Foundation", "NSS 3", "(NSS 3.87, "},
+		{"Yubico (www.yubico.com)", "YubiHSM", "(the standard"},
+		{"Nitrokey", "NetHSM", "(the standard"},
+		{"IBM Corp.", "IBM SoftTok", "(the standard"},
 	} {
 		t.Setenv("SHIM_MAKER", tc.maker)
-		t.Setenv("SHIM_VERSION", tc.version)
+		t.Setenv("SHIM_MODEL", tc.model)
 		store := open(t, s.config)
 		if got := finding(t, store, "quirks", ""); !strings.Contains(got.Text, tc.want) {
-			t.Errorf("%s %s: %s, want %q", tc.maker, tc.version, got.Text, tc.want)
+			t.Errorf("%s %s: %s, want %q", tc.maker, tc.model, got.Text, tc.want)
 		}
 		store.Close()
+	}
+}
+
+// TestNoOtherMechanism has a token without the mechanism of its row. The store does not choose
+// another mechanism: the key is refused, and Inspect calls neither the mechanism nor the proof ok.
+func TestNoOtherMechanism(t *testing.T) {
+	s := newShim(t, 1)
+	t.Setenv("SHIM_MAKER", "Acme")
+	store := open(t, s.config)
+	defer store.Close()
+	all, err := store.Inspect(t.Context(), true)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, f := range all {
+		ok := f.For != keystore.X25519 || strings.Contains(f.Text, "CKM_ECDH1_DERIVE")
+		if f.What != "import" && f.OK != ok { // SoftHSM takes no raw CKA_EC_POINT, which is another quirk
+			t.Errorf("%+v", f)
+		}
+		if f.What == "mechanism" && !ok && !strings.Contains(f.Text, `set quirks.x25519 = "edwards"`) {
+			t.Errorf("%+v", f)
+		}
+	}
+	_, err = store.Generate(t.Context(), payments, keystore.X25519, keystore.Tag{1})
+	if !errors.Is(err, keystore.ErrRefused) {
+		t.Errorf("Generate: %v, want %v", err, keystore.ErrRefused)
 	}
 }
 

@@ -3,6 +3,7 @@ package hsm
 /*
 #cgo LDFLAGS: -ldl
 #include <dlfcn.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -14,23 +15,51 @@ typedef struct { ulong_t kdf, shared_length; void *shared; ulong_t length; void 
 typedef struct { unsigned char version[2]; void *function[70]; } functions_t;
 
 // Indices of the functions in CK_FUNCTION_LIST.
-enum { DESTROY_OBJECT = 22, GET_ATTRIBUTE_VALUE = 24, SIGN_INIT = 42, SIGN = 43, DERIVE_KEY = 62 };
+enum { INITIALIZE = 0, DESTROY_OBJECT = 22, GET_ATTRIBUTE_VALUE = 24 };
+enum { SIGN_INIT = 42, SIGN = 43, DERIVE_KEY = 62 };
 
+typedef ulong_t (*initialize_t)(void *);
 typedef ulong_t (*destroy_object_t)(ulong_t, ulong_t);
 typedef ulong_t (*get_attribute_value_t)(ulong_t, ulong_t, attribute_t *, ulong_t);
 typedef ulong_t (*sign_init_t)(ulong_t, mechanism_t *, ulong_t);
 typedef ulong_t (*sign_t)(ulong_t, unsigned char *, ulong_t, unsigned char *, ulong_t *);
 typedef ulong_t (*derive_key_t)(ulong_t, mechanism_t *, ulong_t, attribute_t *, ulong_t, ulong_t *);
 
-static void *load(const char *path, functions_t **list) {
+// load loads a library with C_GetFunctionList. If load fails, why has the dynamic linker's reason.
+static void *load(const char *path, char *why, size_t size) {
 	void *module = dlopen(path, RTLD_NOW | RTLD_LOCAL);
-	if (module == NULL) return NULL;
-	ulong_t (*get)(functions_t **) = dlsym(module, "C_GetFunctionList");
-	if (get == NULL || get(list) != 0 || *list == NULL) {
-		dlclose(module);
-		return NULL;
-	}
-	return module;
+	if (module != NULL && dlsym(module, "C_GetFunctionList") != NULL) return module;
+	const char *text = dlerror();
+	snprintf(why, size, "%s", text != NULL ? text : "C_GetFunctionList is a null pointer");
+	if (module != NULL) dlclose(module);
+	return NULL;
+}
+
+// initialize calls C_Initialize. NSS reads the parameters in the place of pReserved, and has one
+// field more after that, a null pointer here.
+static ulong_t initialize(functions_t *f, const char *parameters) {
+	struct { void *mutex[4]; ulong_t flags; const char *parameters; void *after; } arguments = {
+		.flags = 2, .parameters = parameters, // CKF_OS_LOCKING_OK
+	};
+	return ((initialize_t)f->function[INITIALIZE])(&arguments);
+}
+
+// ROOM is the room for one attribute's value, in bytes. All values of the appliance's keys fit.
+enum { ROOM = 128 };
+
+// attributes reads at most 16 attributes of an object in one call. The length of an attribute that
+// is absent, secret or larger than ROOM is above ROOM.
+static ulong_t attributes(functions_t *f, ulong_t session, ulong_t object,
+		ulong_t *types, ulong_t count, unsigned char *values, ulong_t *lengths) {
+	attribute_t template[16];
+	for (ulong_t i = 0; i < count; i++)
+		template[i] = (attribute_t){ types[i], values + ROOM * i, ROOM };
+	get_attribute_value_t get = (get_attribute_value_t)f->function[GET_ATTRIBUTE_VALUE];
+	ulong_t rv = get(session, object, template, count);
+	for (ulong_t i = 0; i < count; i++) lengths[i] = template[i].length;
+	// CKR_ATTRIBUTE_SENSITIVE, CKR_ATTRIBUTE_TYPE_INVALID and CKR_BUFFER_TOO_SMALL are about single
+	// attributes; the others have their values (PKCS#11 v2.40 section 5.7, C_GetAttributeValue).
+	return rv == 0x11 || rv == 0x12 || rv == 0x150 ? 0 : rv;
 }
 
 // item is one signature of a batch. Its input begins at offset in the batch's data.
@@ -46,8 +75,8 @@ static ulong_t sign(functions_t *f, ulong_t session, item_t *items, ulong_t coun
 		*failed = "C_SignInit";
 		*rv = ((sign_init_t)f->function[SIGN_INIT])(session, &m, items[i].key);
 		if (*rv != 0) return i;
-		unsigned char signature[256]; // larger than 64, to notice a signature of a wrong length
-		*size = sizeof signature;
+		unsigned char signature[256]; // larger than a signature, should a module not keep to size
+		*size = 64;                   // NSS takes no other size
 		*failed = "C_Sign";
 		unsigned char *input = data + items[i].offset;
 		*rv = ((sign_t)f->function[SIGN])(session, input, items[i].length, signature, size);
@@ -102,28 +131,86 @@ import (
 	"github.com/miekg/pkcs11"
 )
 
-// direct makes the hot calls of the module: signatures and derivations. A batch of signatures or a
-// derivation is one call from Go to C, with one request to the device for each step. miekg/pkcs11
-// makes all other calls. miekg/pkcs11 calls C_Sign and C_GetAttributeValue twice, first for the
-// length; with a device behind a network the extra request is a third of the time.
+// direct makes calls of the module that miekg/pkcs11 makes otherwise: signatures, derivations,
+// C_Initialize with parameters, and the reading of attributes. miekg/pkcs11 makes all other calls.
+// A batch of signatures or a derivation is one call from Go to C, with one request to the device
+// for each step. miekg/pkcs11 calls C_Sign and C_GetAttributeValue twice, first for the length;
+// with a device behind a network the extra request is a third of the time.
 type direct struct {
-	module    unsafe.Pointer
-	functions *C.functions_t
+	library   unsafe.Pointer
+	functions *C.functions_t // the list of the pkcs11.Ctx
 }
 
-// loadDirect opens a module already opened by miekg/pkcs11. dlopen returns the same library to
-// both.
-func loadDirect(path string) (*direct, error) {
+// loadModule loads a module. direct and miekg/pkcs11 use the same function list: p11-kit gives each
+// caller of C_GetFunctionList an instance of its own, with sessions and objects of its own.
+func loadModule(path string) (*pkcs11.Ctx, *direct, error) {
 	p := C.CString(path)
 	defer C.free(unsafe.Pointer(p))
-	d := new(direct)
-	if d.module = C.load(p, &d.functions); d.module == nil {
-		return nil, fmt.Errorf("%s has no C_GetFunctionList", path)
+	var why [512]C.char
+	library := C.load(p, &why[0], C.size_t(len(why)))
+	if library == nil {
+		return nil, nil, fmt.Errorf("%s can't be loaded as a PKCS#11 module: %s", path, C.GoString(&why[0]))
 	}
-	return d, nil
+	module := pkcs11.New(path) // the same library again
+	if module != nil {
+		if functions := functionList(module); functions != nil {
+			return module, &direct{library, functions}, nil
+		}
+		module.Destroy()
+	}
+	C.dlclose(library)
+	return nil, nil, fmt.Errorf("%s can't be loaded as a PKCS#11 module: C_GetFunctionList gives no list", path)
 }
 
-func (d *direct) close() { C.dlclose(d.module) }
+// functionList returns the function list of a pkcs11.Ctx, which has no method for that: the second
+// word of the C structure that the only field of a Ctx points to.
+func functionList(module *pkcs11.Ctx) *C.functions_t {
+	type ctx struct {
+		handle unsafe.Pointer
+		sym    *C.functions_t
+	}
+	return (*(**ctx)(unsafe.Pointer(module))).sym
+}
+
+func (d *direct) close() { C.dlclose(d.library) }
+
+// initialize calls C_Initialize. An empty string is a null pointer.
+func (d *direct) initialize(parameters string) error {
+	var p *C.char
+	if parameters != "" {
+		p = C.CString(parameters)
+		defer C.free(unsafe.Pointer(p))
+	}
+	if rv := C.initialize(d.functions, p); rv != 0 {
+		return deviceError("C_Initialize", pkcs11.Error(rv))
+	}
+	return nil
+}
+
+// maxAttributes is the limit of attributes read in one call.
+const maxAttributes = 16
+
+// attributes returns the values of an object's attributes, in the order of types. The value of an
+// attribute that is absent, secret, or longer than 128 bytes is nil.
+func (d *direct) attributes(s pkcs11.SessionHandle, o pkcs11.ObjectHandle, types ...uint) ([][]byte, error) {
+	var ids, lengths [maxAttributes]C.ulong_t
+	var room [maxAttributes * C.ROOM]byte
+	for i, t := range types {
+		ids[i] = C.ulong_t(t)
+	}
+	rv := C.attributes(d.functions, C.ulong_t(s), C.ulong_t(o), &ids[0], C.ulong_t(len(types)),
+		(*C.uchar)(&room[0]), &lengths[0])
+	if rv != 0 {
+		return nil, deviceError("C_GetAttributeValue", pkcs11.Error(rv))
+	}
+	values := make([][]byte, len(types))
+	for i := range values {
+		if lengths[i] <= C.ROOM {
+			values[i] = room[i*C.ROOM:][:lengths[i]:lengths[i]]
+		}
+	}
+	return values, nil
+}
 
 // batch is the memory of one call from Go to C, without pointers to Go memory.
 type batch struct {

@@ -127,6 +127,8 @@ func TestSessionLimit(t *testing.T) {
 	}{
 		{"0 0", 1, 8},
 		{"18446744073709551615 18446744073709551615", 1, 8}, // CK_UNAVAILABLE_INFORMATION
+		{"18446744073709551614 18446744073709551614", 2, 8}, // openCryptoki 3.8
+		{"18446744073709551614 9", 2, 3},
 		{"100 100", 2, 8},
 		{"9 0", 1, 8},
 		{"9 9", 2, 3},
@@ -336,10 +338,10 @@ func TestAlreadyLoggedIn(t *testing.T) {
 	signs(t, key)
 	s.inject()
 	wg.Wait()
-	// Before the second CKR_DEVICE_ERROR the store searches the key again, with two calls of
-	// C_GetSessionInfo. The third call is the check of the login session.
+	// Before the second CKR_DEVICE_ERROR the store searches the key again, with one call of
+	// C_GetSessionInfo. The second call is the check of the login session.
 	s.inject(fault{function: signInit, kind: "code", argument: ckrDeviceError, count: 2},
-		fault{function: getSessionInfo, kind: "code", argument: 0xb3, count: 1, skip: 2})
+		fault{function: getSessionInfo, kind: "code", argument: 0xb3, count: 1, skip: 1})
 	signs(t, key)
 	if in, starts := s.count(login, ckrAlreadyLoggedIn), s.count(initialize); in != 1 || starts != 1 {
 		t.Errorf("CKR_USER_ALREADY_LOGGED_IN was met %d times, and the module initialised %d times", in, starts)
@@ -499,8 +501,7 @@ func TestAmbiguous(t *testing.T) {
 		{"same label and CKA_ID", "countersign/payments/1", ours, 0, keystore.ErrAmbiguous, keystore.ErrAmbiguous},
 		{"a second private object", "countersign/payments/1", ours, pkcs11.CKO_PRIVATE_KEY,
 			keystore.ErrAmbiguous, keystore.ErrAmbiguous},
-		{"a second public object", "countersign/payments/1", ours, pkcs11.CKO_PUBLIC_KEY,
-			keystore.ErrAmbiguous, keystore.ErrAmbiguous},
+		{"a second public object", "countersign/payments/1", ours, pkcs11.CKO_PUBLIC_KEY, nil, nil},
 		{"same CKA_ID, other label", "countersign/refunds/1", ours, 0, nil, keystore.ErrAmbiguous},
 	} {
 		t.Run(tc.name, func(t *testing.T) {

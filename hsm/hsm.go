@@ -36,7 +36,9 @@ type Config struct {
 	PINFile  string // path of the file with the user PIN, unless the URI has pin-source
 	Sessions int    // limit of concurrent operations
 	Share    int    // number of processes sharing the token's session limit
-	Quirks   Quirks // overrides of the module's row in knownModules
+	Quirks   Quirks // overrides of the token's row in knownTokens
+
+	Parameters string // given to the module in pReserved of CK_C_INITIALIZE_ARGS; "": a null pointer
 
 	// LogIn wraps each login together with the calls before the login, and may refuse the login.
 	// Nil allows every login. LogIn has two purposes. A refused PIN must not be tried again by any
@@ -90,6 +92,7 @@ type Store struct {
 	copyMu sync.Mutex    // held during C_CopyObject in the login session
 
 	handles sync.Map // keystore.Tag -> *handle
+	seen    sync.Map // keystore.Tag -> seen
 }
 
 // session is a PKCS#11 session. A session of an earlier generation than the store's is invalid.
@@ -145,11 +148,7 @@ func load(c Config) (*Store, error) {
 	if _, err := os.Stat(s.path); err != nil {
 		return fail("PKCS#11 module: %w", err)
 	}
-	if s.module = pkcs11.New(s.path); s.module == nil {
-		return fail("%s can't be loaded as a PKCS#11 module", s.path)
-	}
-	if s.direct, err = loadDirect(s.path); err != nil {
-		s.module.Destroy()
+	if s.module, s.direct, err = loadModule(s.path); err != nil {
 		return fail("%w", err)
 	}
 	return s, nil
@@ -173,15 +172,16 @@ func exactlyOne(field, value, attr, fromURI string) (string, error) {
 // process's share of the token's session limit is smaller. The share includes the login session.
 // Example: 9 sessions shared by 2 processes give 9/2 - 1 = 3 operations.
 func (s *Store) sessionLimit() int {
-	n := s.config.Sessions
+	n := uint(s.config.Sessions)
 	info, err := s.module.GetTokenInfo(s.slot)
-	// The store's sessions are read-write and count against both limits.
+	// The store's sessions are read-write and count against both limits. CK_UNAVAILABLE_INFORMATION
+	// and the 2^64-2 of openCryptoki are no limits either, as large as they are.
 	for _, most := range []uint{info.MaxSessionCount, info.MaxRwSessionCount} {
-		if err == nil && most != pkcs11.CK_EFFECTIVELY_INFINITE && most != pkcs11.CK_UNAVAILABLE_INFORMATION {
-			n = min(n, max(1, int(most)/max(1, s.config.Share)-1))
+		if err == nil && most != pkcs11.CK_EFFECTIVELY_INFINITE {
+			n = min(n, max(2, most/uint(max(1, s.config.Share)))-1)
 		}
 	}
-	return n
+	return int(n)
 }
 
 // restart initialises the module and logs in, unless another caller has done so since the given
@@ -209,16 +209,13 @@ func (s *Store) restart(ctx context.Context, since uint64) error {
 		s.open.Store(0)
 	}
 	err := s.guardedLogIn(ctx, func(lastTry bool) error {
-		if err := s.module.Initialize(); err != nil {
-			return deviceError("C_Initialize", err)
+		if err := s.direct.initialize(s.config.Parameters); err != nil {
+			return err
 		}
-		info, err := s.module.GetInfo()
-		if err != nil {
-			err = deviceError("C_GetInfo", err)
-		} else if s.slot, err = findSlot(s.module, s.uri); err == nil {
-			if s.quirks, err = s.quirksOf(info); err == nil {
-				err = s.logIn(lastTry)
-			}
+		slot, token, err := findSlot(s.module, s.uri)
+		if err == nil {
+			s.slot, s.quirks = slot, s.quirksOf(token)
+			err = s.logIn(lastTry)
 		}
 		if err != nil {
 			s.module.Finalize()
@@ -325,27 +322,31 @@ func (s *Store) checkTries(lastTry bool) error {
 func (s *Store) loginSession() pkcs11.SessionHandle { return pkcs11.SessionHandle(s.login.Load()) }
 
 // findSlot returns the slot of the one initialised token that matches uri.
-func findSlot(module *pkcs11.Ctx, uri tokenURI) (uint, error) {
+func findSlot(module *pkcs11.Ctx, uri tokenURI) (uint, pkcs11.TokenInfo, error) {
 	ids, err := module.GetSlotList(true)
 	if err != nil {
-		return 0, deviceError("C_GetSlotList", err)
+		return 0, pkcs11.TokenInfo{}, deviceError("C_GetSlotList", err)
 	}
 	var found []uint
+	var token pkcs11.TokenInfo
 	for _, id := range ids {
 		info, err := module.GetTokenInfo(id)
-		if err == nil && info.Flags&pkcs11.CKF_TOKEN_INITIALIZED != 0 && uri.matches(id, info) {
-			found = append(found, id)
+		if err != nil || info.Flags&pkcs11.CKF_TOKEN_INITIALIZED == 0 {
+			continue
+		}
+		if slot, err := module.GetSlotInfo(id); err == nil && uri.matches(id, slot, info) {
+			found, token = append(found, id), info
 		}
 	}
 	switch len(found) {
 	case 1:
-		return found[0], nil
+		return found[0], token, nil
 	case 0:
-		return 0, fmt.Errorf("hsm: %w: %w %q (%d tokens are present); "+
+		return 0, token, fmt.Errorf("hsm: %w: %w %q (%d tokens are present); "+
 			"look with: pkcs11-tool --module MODULE --list-slots",
 			keystore.ErrUnavailable, ErrNoToken, uri.text, len(ids))
 	}
-	return 0, fmt.Errorf("hsm: %d tokens match %q; name one by its serial", len(found), uri.text)
+	return 0, token, fmt.Errorf("hsm: %d tokens match %q; name one by its serial", len(found), uri.text)
 }
 
 // acquire takes a session from the pool; the session may not be open yet. release gives the session

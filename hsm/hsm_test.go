@@ -4,9 +4,13 @@ import (
 	"context"
 	"crypto/ed25519"
 	"errors"
+	"fmt"
+	"net/url"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -336,7 +340,13 @@ func TestOpenRefuses(t *testing.T) {
 		{"module twice", func(c *hsm.Config) { c.URI += "?module-path=/x.so" }, "exactly one of module"},
 		{"no module", func(c *hsm.Config) { c.Module = "" }, "exactly one of module"},
 		{"module missing", func(c *hsm.Config) { c.Module = "/nowhere.so" }, "/nowhere.so"},
-		{"module is no library", func(c *hsm.Config) { c.Module = loose }, "can't be loaded"},
+		{"module is no library", func(c *hsm.Config) { c.Module = loose }, "file too short"},
+		{"module without PKCS#11", func(c *hsm.Config) { c.Module = library(t, "int x;") },
+			"undefined symbol: C_GetFunctionList"},
+		{"module without its own library", func(c *hsm.Config) { c.Module = orphan(t) }, "libabsent.so: cannot open"},
+		{"module without a list", func(c *hsm.Config) {
+			c.Module = library(t, "unsigned long C_GetFunctionList(void *list) { return 5; }")
+		}, "gives no list"},
 		{"no PIN file", func(c *hsm.Config) { c.PINFile = filepath.Join(dir, "none") }, "PIN file"},
 		{"PIN file open to all", func(c *hsm.Config) { c.PINFile = loose }, "chmod 600"},
 		{"PIN file empty", func(c *hsm.Config) { c.PINFile = filepath.Join(dir, "empty-pin") }, "one line"},
@@ -368,6 +378,222 @@ func TestOpenRefuses(t *testing.T) {
 	c.URI += "?module-path=" + c.Module + "&pin-source=file:" + c.PINFile
 	c.Module, c.PINFile = "", ""
 	open(t, c).Close()
+}
+
+// library compiles a shared object.
+func library(t *testing.T, source string, flags ...string) string {
+	t.Helper()
+	dir := t.TempDir()
+	write(t, filepath.Join(dir, "library.c"), source)
+	out := filepath.Join(dir, "library.so")
+	args := append([]string{"-shared", "-fPIC", "-o", out, filepath.Join(dir, "library.c")}, flags...)
+	gcc := exec.Command("gcc", args...)
+	if text, err := gcc.CombinedOutput(); err != nil {
+		t.Fatalf("gcc: %v\n%s", err, text)
+	}
+	return out
+}
+
+// orphan compiles a shared object that needs libabsent.so, which is not there.
+func orphan(t *testing.T) string {
+	absent := library(t, "int y;", "-Wl,-soname,libabsent.so")
+	return library(t, "extern int y; int *x = &y;", absent)
+}
+
+// TestPaddingHasNoMeaning: blanks at the end of an attribute of the URI are those of CK_TOKEN_INFO
+// and CK_SLOT_INFO, for each attribute. InitToken makes no second token of a name.
+func TestPaddingHasNoMeaning(t *testing.T) {
+	c := newToken(t)
+	var slot pkcs11.SlotInfo
+	var token pkcs11.TokenInfo
+	raw(t, c, func(m *pkcs11.Ctx, s pkcs11.SessionHandle) {
+		info, err := m.GetSessionInfo(s)
+		if err != nil {
+			t.Fatal(err)
+		}
+		slot, _ = m.GetSlotInfo(info.SlotID)
+		token, _ = m.GetTokenInfo(info.SlotID)
+	})
+	for name, value := range map[string]string{
+		"token": token.Label, "manufacturer": token.ManufacturerID, "model": token.Model, "serial": token.SerialNumber,
+		"slot-description": slot.SlotDescription, "slot-manufacturer": slot.ManufacturerID,
+	} {
+		for _, padding := range []string{"", "%20", "%20%20%00"} {
+			c.URI = "pkcs11:token=countersign%20test"
+			if name == "token" {
+				c.URI = "pkcs11:serial=" + token.SerialNumber
+			}
+			c.URI += ";" + name + "=" + url.PathEscape(value) + padding
+			store, err := hsm.Open(t.Context(), c)
+			if err != nil {
+				t.Errorf("%s: %v", c.URI, err)
+				continue
+			}
+			store.Close()
+		}
+		c.URI = "pkcs11:" + name + "=%20" + url.PathEscape(value)
+		if _, err := hsm.Open(t.Context(), c); !errors.Is(err, hsm.ErrNoToken) {
+			t.Errorf("%s: %v, want %v", c.URI, err, hsm.ErrNoToken)
+		}
+	}
+	c.URI = "pkcs11:token=blank%20"
+	soPIN := filepath.Join(filepath.Dir(c.PINFile), "so-pin")
+	if err := hsm.InitToken(t.Context(), c, soPIN); err != nil {
+		t.Fatal(err)
+	}
+	if err := hsm.InitToken(t.Context(), c, soPIN); !errors.Is(err, keystore.ErrExists) {
+		t.Errorf("a second time: %v, want %v", err, keystore.ErrExists)
+	}
+	open(t, c).Close()
+}
+
+// TestPublicObjectsDoNotCount has another program make objects under a key's label and CKA_ID, and
+// under the label of the next key, without the PIN; and destroy the key's public object. The keys
+// are used, compared, listed and made as before. Only objects that need the PIN count.
+func TestPublicObjectsDoNotCount(t *testing.T) {
+	c := newToken(t)
+	store := open(t, c)
+	var infos []keystore.Info
+	for _, alg := range keystore.Algorithms {
+		infos = append(infos, generate(t, store, string(alg), alg).Info())
+	}
+	store.Close()
+	withoutPIN := func(use func(m *pkcs11.Ctx, s pkcs11.SessionHandle)) {
+		raw(t, c, func(m *pkcs11.Ctx, s pkcs11.SessionHandle) {
+			if err := m.Logout(s); err != nil {
+				t.Fatal(err)
+			}
+			use(m, s)
+		})
+	}
+	works := func(what string) {
+		t.Helper()
+		store := open(t, c)
+		defer store.Close()
+		faults, err := store.Compare(t.Context(), infos)
+		if err != nil || len(faults) != len(infos) {
+			t.Fatalf("%s: %v, %v", what, faults, err)
+		}
+		for i, info := range infos {
+			if faults[i] != nil {
+				t.Errorf("%s: Compare: %v", what, faults[i])
+			}
+			if key := store.Bind(info); info.Algorithm != keystore.X25519 {
+				signs(t, key)
+			} else if _, err := key.Exchange(t.Context(), [32]byte{9}); err != nil {
+				t.Errorf("%s: Exchange: %v", what, err)
+			}
+		}
+		if refs, err := store.Keys(t.Context()); err != nil || len(refs) != len(infos) {
+			t.Errorf("%s: Keys: %v, %v", what, refs, err)
+		}
+	}
+	withoutPIN(func(m *pkcs11.Ctx, s pkcs11.SessionHandle) {
+		for _, class := range []uint{pkcs11.CKO_PUBLIC_KEY, pkcs11.CKO_PRIVATE_KEY, pkcs11.CKO_DATA} {
+			for _, ref := range []string{"ed25519/1", "x25519/1", "p256/1", "ed25519/2"} {
+				name, _, _ := strings.Cut(ref, "/")
+				var tag keystore.Tag
+				copy(tag[:], name)
+				template := []*pkcs11.Attribute{
+					attr(pkcs11.CKA_CLASS, class), attr(pkcs11.CKA_TOKEN, true), attr(pkcs11.CKA_PRIVATE, false),
+					attr(pkcs11.CKA_LABEL, "countersign/"+ref), attr(pkcs11.CKA_VALUE, make([]byte, 32)),
+				}
+				if class != pkcs11.CKO_DATA {
+					template = append(template, attr(pkcs11.CKA_ID, tag[:]), attr(pkcs11.CKA_KEY_TYPE, 0x40),
+						attr(pkcs11.CKA_EC_PARAMS, ed25519OID), attr(pkcs11.CKA_SENSITIVE, true))
+				}
+				if class == pkcs11.CKO_PUBLIC_KEY {
+					point := append([]byte{4, 32}, infos[0].PublicKey...)
+					template = append(template[:4], append(template[5:8], attr(pkcs11.CKA_EC_POINT, point))...)
+				}
+				if _, err := m.CreateObject(s, template); err != nil {
+					t.Fatalf("class %d: %v", class, err)
+				}
+			}
+		}
+	})
+	works("with objects of others")
+	store = open(t, c)
+	for i, info := range infos {
+		if key, err := store.Key(t.Context(), info.Ref); err != nil || key.Info().Algorithm != infos[i].Algorithm ||
+			!slices.Equal(key.Info().PublicKey, info.PublicKey) {
+			t.Errorf("Key: %v", err)
+		}
+	}
+	second := keystore.Ref{Name: "ed25519", Version: 2}
+	if _, err := store.Key(t.Context(), second); !errors.Is(err, keystore.ErrNotFound) {
+		t.Errorf("the next key: %v", err)
+	}
+	key, err := store.Generate(t.Context(), second, keystore.Ed25519, keystore.Tag{2})
+	if err != nil {
+		t.Fatal(err)
+	}
+	signs(t, key)
+	infos = append(infos, key.Info())
+	store.Close()
+	withoutPIN(func(m *pkcs11.Ctx, s pkcs11.SessionHandle) {
+		if err := m.FindObjectsInit(s, nil); err != nil {
+			t.Fatal(err)
+		}
+		all, _, err := m.FindObjects(s, 100)
+		if err != nil || len(all) < len(infos) {
+			t.Fatalf("%d objects, %v", len(all), err)
+		}
+		m.FindObjectsFinal(s)
+		for _, o := range all {
+			if err := m.DestroyObject(s, o); err != nil {
+				t.Fatal(err)
+			}
+		}
+	})
+	works("without public objects")
+}
+
+// TestOneListing compares 40 keys on a token with foreign objects. The calls of C_FindObjectsInit
+// do not depend on the number of keys, and neither does the first use of each compared key need
+// one.
+func TestOneListing(t *testing.T) {
+	s := newShim(t, 1)
+	s.config.Sessions = 1
+	store := open(t, s.config)
+	defer store.Close()
+	var infos []keystore.Info
+	for i := range 40 {
+		infos = append(infos, generate(t, store, fmt.Sprintf("key%d", i), keystore.Ed25519).Info())
+	}
+	store.Close()
+	raw(t, s.config, func(m *pkcs11.Ctx, h pkcs11.SessionHandle) {
+		for i := range 40 {
+			public := []*pkcs11.Attribute{
+				attr(pkcs11.CKA_EC_PARAMS, ed25519OID), attr(pkcs11.CKA_KEY_TYPE, 0x40), attr(pkcs11.CKA_TOKEN, true),
+			}
+			private := []*pkcs11.Attribute{
+				attr(pkcs11.CKA_LABEL, strings.Repeat("foreign", i)), attr(pkcs11.CKA_KEY_TYPE, 0x40),
+				attr(pkcs11.CKA_TOKEN, true), attr(pkcs11.CKA_PRIVATE, true),
+			}
+			if _, _, err := m.GenerateKeyPair(h, edwardsKeygen, public, private); err != nil {
+				t.Fatal(err)
+			}
+		}
+	})
+	store = open(t, s.config)
+	defer store.Close()
+	const findObjectsInit = 26
+	before := s.count(findObjectsInit)
+	faults, err := store.Compare(t.Context(), infos)
+	if err != nil || len(faults) != len(infos) || slices.ContainsFunc(faults, func(f error) bool { return f != nil }) {
+		t.Fatalf("%v, %v", faults, err)
+	}
+	for _, info := range infos {
+		signs(t, store.Bind(info))
+	}
+	if n := s.count(findObjectsInit) - before; n != 1 {
+		t.Errorf("%d searches", n)
+	}
+	refs, err := store.Keys(t.Context())
+	if err != nil || len(refs) != len(infos) {
+		t.Errorf("%d keys, %v", len(refs), err)
+	}
 }
 
 // TestSlotsAreGivenBack checks that every operation returns its session to the pool, after success

@@ -5,6 +5,7 @@ import (
 	"crypto/rand"
 	"errors"
 	"fmt"
+	"math"
 	"strings"
 
 	"countersign/internal/keystore"
@@ -58,11 +59,15 @@ func (st *Store) Inspect(ctx context.Context, prove bool) (found []keystore.Find
 				return err
 			}
 			for _, m := range []uint{c.keygen, c.operation} {
-				if mechanisms[m] {
-					report("mechanism", alg, true, "%s", mechanismName(m))
-				} else {
-					report("mechanism", alg, false, "%s is missing", mechanismName(m))
+				text := mechanismName(m)
+				if !mechanisms[m] {
+					text += " is missing"
 				}
+				if !mechanisms[m] && m == ckmECMontgomeryKeyPairGen && mechanisms[ckmECEdwardsKeyPairGen] {
+					text += "; if the device makes X25519 keys by CKM_EC_EDWARDS_KEY_PAIR_GEN, " +
+						`set quirks.x25519 = "edwards"`
+				}
+				report("mechanism", alg, mechanisms[m], "%s", text)
 			}
 		}
 		if !prove {
@@ -73,14 +78,15 @@ func (st *Store) Inspect(ctx context.Context, prove bool) (found []keystore.Find
 		}
 		for _, alg := range keystore.Algorithms {
 			c, _ := st.curveFor(alg)
-			if err := st.testThrowAway(s, c, false); err != nil {
+			if provenance, err := st.testThrowAway(s, c, false); err != nil {
 				report("proof", alg, false, "a throw-away key: %v", oneLine(err))
 			} else {
-				report("proof", alg, true, "a throw-away key was made and used, and the result is right")
+				report("proof", alg, true, "a throw-away key was made and used, and the result is right; provenance %v",
+					provenance)
 			}
 		}
 		c, _ := st.curveFor(keystore.Ed25519)
-		if err := st.testThrowAway(s, c, true); err != nil {
+		if _, err := st.testThrowAway(s, c, true); err != nil {
 			report("import", "", false, "a throw-away seed: %v", oneLine(err))
 		} else {
 			report("import", "", true, "a throw-away seed became a key that can't be taken out, and signs right")
@@ -102,37 +108,39 @@ func (st *Store) clearThrowAways(s session) error {
 }
 
 // testThrowAway makes a key on the token, uses the key once and destroys the key.
-func (st *Store) testThrowAway(s session, c curve, imported bool) (err error) {
-	var tag keystore.Tag
-	rand.Read(tag[:])
+func (st *Store) testThrowAway(s session, c curve, imported bool) (provenance keystore.Provenance, err error) {
+	info := keystore.Info{Ref: throwAway, Algorithm: c.alg}
+	rand.Read(info.Tag[:])
 	if imported {
 		var seed [32]byte
 		rand.Read(seed[:])
-		err = st.importSeed(s, throwAway, c, tag, seed)
+		info.PublicKey, err = st.importSeed(s, throwAway, c, info.Tag, seed)
 	} else {
-		err = st.generate(s, throwAway, c, tag)
+		info.PublicKey, err = st.generate(s, throwAway, c, info.Tag)
 	}
-	defer func() { err = errors.Join(err, st.destroy(s, throwAway, tag)) }()
+	defer func() { err = errors.Join(err, st.destroy(s, throwAway, info.Tag)) }()
 	if err != nil {
-		return err
+		return provenance, err
 	}
-	_, private, err := st.verifyCreated(s, throwAway, c, tag, !imported)
+	private, err := st.verifyCreated(s, &info, !imported)
 	if err != nil {
-		return err
+		return provenance, err
 	}
-	value := []*pkcs11.Attribute{attr(pkcs11.CKA_VALUE, nil)}
-	if _, err := st.module.GetAttributeValue(s.handle, private, value); err == nil {
-		return errors.New("the private key can be read")
+	value, err := st.direct.attributes(s.handle, private, pkcs11.CKA_VALUE)
+	if err == nil && value[0] != nil {
+		err = errors.New("the private key can be read")
 	}
-	return nil
+	return info.Provenance, err
 }
 
 func limitText(n uint) string {
-	switch n {
-	case pkcs11.CK_EFFECTIVELY_INFINITE:
+	switch {
+	case n == pkcs11.CK_EFFECTIVELY_INFINITE:
 		return "any number of"
-	case pkcs11.CK_UNAVAILABLE_INFORMATION:
+	case n == pkcs11.CK_UNAVAILABLE_INFORMATION:
 		return "an unknown number of"
+	case n > math.MaxInt:
+		return "any number of" // openCryptoki's 2^64-2
 	}
 	return fmt.Sprint(n)
 }

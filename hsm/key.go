@@ -180,11 +180,11 @@ func (st *Store) forget(s session, tag keystore.Tag, h *handle) {
 	}
 }
 
-// findBound looks up a key by CKA_ID, compares the key with info, and returns the private object to
-// use. With Quirks.Copies the object is a copy owned by the login session.
+// findBound looks up the key of a description and returns the private object to use. With
+// Quirks.Copies the object is a copy owned by the login session.
 func (st *Store) findBound(s session, info keystore.Info) (pkcs11.ObjectHandle, error) {
-	found, private, err := st.load(s, attr(pkcs11.CKA_ID, info.Tag[:]), info.Ref)
-	if errors.Is(err, keystore.ErrNotFound) || errors.Is(err, keystore.ErrUnfit) && errors.Is(err, errHalfPair) {
+	found, err := st.lookup(s, info)
+	if errors.Is(err, keystore.ErrNotFound) {
 		return 0, fmt.Errorf("%v: %w", info.Ref, errLost)
 	} else if errors.Is(err, keystore.ErrAmbiguous) {
 		// SoftHSM was seen to show one object under two handles during concurrent logins.
@@ -192,24 +192,21 @@ func (st *Store) findBound(s session, info keystore.Info) (pkcs11.ObjectHandle, 
 	} else if err != nil {
 		return 0, err
 	}
-	if !bytes.Equal(found.PublicKey, info.PublicKey) || found.Algorithm != info.Algorithm {
-		return 0, fmt.Errorf("%w: the token has another key under this name now", keystore.ErrUnfit)
-	}
 	if st.quirks.Copies == "on" {
 		st.copyMu.Lock() // a session runs one operation at a time
 		defer st.copyMu.Unlock()
 		sessionObject := []*pkcs11.Attribute{attr(pkcs11.CKA_TOKEN, false)}
-		if copied, err := st.module.CopyObject(st.loginSession(), private, sessionObject); err == nil {
+		if copied, err := st.module.CopyObject(st.loginSession(), found.handle, sessionObject); err == nil {
 			return copied, nil
 		}
 	}
-	return private, nil
+	return found.handle, nil
 }
 
 func (st *Store) Key(ctx context.Context, ref keystore.Ref) (keystore.Key, error) {
 	var info keystore.Info
 	err := st.withSession(ctx, fmt.Sprintf("find %v", ref), func(s session) (err error) {
-		if info, _, err = st.load(s, labelOf(ref), ref); err != nil {
+		if info, err = st.describe(s, ref); err != nil {
 			st.handles.Range(func(tag, h any) bool { // a copied key must not outlive the original
 				if h := h.(*handle); h.ref == ref && !h.missing {
 					st.forget(s, tag.(keystore.Tag), h)
@@ -225,118 +222,251 @@ func (st *Store) Key(ctx context.Context, ref keystore.Ref) (keystore.Key, error
 	return st.Bind(info), nil
 }
 
-func (st *Store) Keys(ctx context.Context) (infos []keystore.Info, err error) {
+func (st *Store) Keys(ctx context.Context) (refs []keystore.Ref, err error) {
 	err = st.withSession(ctx, "list keys", func(s session) error {
-		infos = nil
-		objects, err := st.find(s, attr(pkcs11.CKA_CLASS, pkcs11.CKO_PRIVATE_KEY),
-			attr(pkcs11.CKA_TOKEN, true))
-		if err != nil {
-			return err
+		refs = nil
+		all, err := st.objects(s)
+		for _, same := range byLabel(all) {
+			text, ours := strings.CutPrefix(same[0].label, labelPrefix)
+			ref, err := keystore.ParseRef(text)
+			if ours && err == nil && len(same) == 1 && same[0].sound() == nil {
+				refs = append(refs, ref)
+			}
 		}
-		for _, o := range objects {
-			v, err := st.attributes(s, o, pkcs11.CKA_LABEL)
+		return err
+	})
+	return refs, err
+}
+
+// few is the number of keys that are searched one by one, rather than by a listing.
+const few = 4
+
+// Compare keeps the handles of the keys that fit, for their first uses.
+func (st *Store) Compare(ctx context.Context, infos []keystore.Info) (faults []error, err error) {
+	err = st.withSession(ctx, "compare keys", func(s session) error {
+		logins := st.logins.Load()
+		faults = make([]error, len(infos))
+		var listed map[string][]object
+		if len(infos) > few {
+			all, err := st.objects(s)
 			if err != nil {
 				return err
 			}
-			text, ours := strings.CutPrefix(string(v[0]), labelPrefix)
-			ref, err := keystore.ParseRef(text)
-			if !ours || err != nil {
-				continue
+			listed = byLabel(all)
+		}
+		for i, info := range infos {
+			same := listed[labelPrefix+info.Ref.String()]
+			if listed == nil {
+				if same, err = st.objects(s, labelOf(info.Ref)); err != nil {
+					return err
+				}
 			}
-			if info, _, err := st.load(s, labelOf(ref), ref); err == nil {
-				infos = append(infos, info)
-			} else if errors.Is(err, keystore.ErrUnavailable) {
-				return err
+			found, err := only(info.Ref, same)
+			if err == nil {
+				err = found.fits(info)
 			}
+			if err == nil {
+				st.seen.Store(info.Tag, seen{found, logins})
+			}
+			faults[i] = err
 		}
 		return nil
 	})
-	return infos, err
+	if err != nil {
+		return nil, err
+	}
+	return faults, nil
 }
 
 func labelOf(ref keystore.Ref) *pkcs11.Attribute {
 	return attr(pkcs11.CKA_LABEL, labelPrefix+ref.String())
 }
 
-// errHalfPair reports a key pair with only one of its two objects on the token.
-var errHalfPair = errors.New("only half of the pair is on the token")
+// errHalfPair reports a private object without its public object.
+var errHalfPair = errors.New("only half of the pair is on the token: the public object is missing")
 
-// load finds the two objects of a key by one attribute: exactly one private and one public object,
-// with the same label, CKA_ID and curve. The private object must be sensitive and not extractable.
-func (st *Store) load(s session, by *pkcs11.Attribute, ref keystore.Ref) (
-	info keystore.Info, object pkcs11.ObjectHandle, err error) {
-	unfit := func(format string, args ...any) (keystore.Info, pkcs11.ObjectHandle, error) {
-		return keystore.Info{}, 0, fmt.Errorf("%v: %w: "+format, append([]any{ref, keystore.ErrUnfit}, args...)...)
-	}
-	label := labelPrefix + ref.String()
-	private, public, err := st.pair(s, by)
-	switch {
-	case err != nil:
-		return info, 0, err
-	case len(private) == 0 && len(public) == 0:
-		return info, 0, fmt.Errorf("%v: %w", ref, keystore.ErrNotFound)
-	case len(private) > 1 || len(public) > 1:
-		return info, 0, fmt.Errorf("%v: %w: %d private and %d public objects are labelled %q; "+
-			"list them with pkcs11-tool --list-objects and delete the objects of other programs",
-			ref, keystore.ErrAmbiguous, len(private), len(public), label)
-	case len(private) == 0 || len(public) == 0:
-		return unfit("%w, labelled %q", errHalfPair, label)
-	}
-	pub, err := st.attributes(s, public[0], pkcs11.CKA_ID, pkcs11.CKA_LABEL, pkcs11.CKA_EC_PARAMS, pkcs11.CKA_EC_POINT)
-	if err != nil {
-		return info, 0, err
-	}
-	prv, err := st.attributes(s, private[0], pkcs11.CKA_ID, pkcs11.CKA_LABEL, pkcs11.CKA_SENSITIVE,
-		pkcs11.CKA_EXTRACTABLE, pkcs11.CKA_LOCAL, pkcs11.CKA_ALWAYS_SENSITIVE, pkcs11.CKA_NEVER_EXTRACTABLE)
-	if err != nil {
-		return info, 0, err
-	}
-	sameID := bytes.Equal(pub[0], prv[0]) && len(prv[0]) == len(info.Tag)
-	if !sameID || string(prv[1]) != label || string(pub[1]) != label {
-		return unfit("the private and the public object differ in CKA_ID %x and %x or in CKA_LABEL %q and %q, "+
-			"or another program made them", prv[0], pub[0], prv[1], pub[1])
-	}
-	if !isTrue(prv[2]) || isTrue(prv[3]) {
-		return unfit("the private key must be CKA_SENSITIVE and not CKA_EXTRACTABLE")
-	}
-	c, ok := curveOf(pub[2])
-	if !ok {
-		return unfit("unknown curve: CKA_EC_PARAMS is %x", pub[2])
-	}
-	point := c.pointOf(pub[3])
-	if point == nil {
-		return unfit("CKA_EC_POINT has %d bytes: %s has public keys of %d", len(pub[3]), c.alg, c.point)
-	}
-	return keystore.Info{
-		Ref: ref, Algorithm: c.alg, PublicKey: point, Custody: keystore.HSMResident, Tag: keystore.Tag(prv[0]),
-		Provenance: keystore.Provenance{
-			Local: isTrue(prv[4]), AlwaysSensitive: isTrue(prv[5]), NeverExtractable: isTrue(prv[6]),
-		},
-	}, private[0], nil
+// object is a private object on the token that only the PIN shows: an object with CKA_PRIVATE false
+// may be anybody's. Public objects do not count either. The key's public half is what the ledger
+// says, and a private object that does not prove it is another key.
+type object struct {
+	handle     pkcs11.ObjectHandle
+	id         []byte
+	label      string
+	alg        keystore.Algorithm // "": of another kind than the appliance's keys, or not told
+	kept       bool               // CKA_SENSITIVE and not CKA_EXTRACTABLE
+	provenance keystore.Provenance
 }
 
-// pair finds all private and all public token objects with an attribute. Session objects, such as
-// copied keys, do not count.
-func (st *Store) pair(s session, by *pkcs11.Attribute) (private, public []pkcs11.ObjectHandle, err error) {
-	onToken := attr(pkcs11.CKA_TOKEN, true)
-	if private, err = st.find(s, attr(pkcs11.CKA_CLASS, pkcs11.CKO_PRIVATE_KEY), by, onToken); err != nil {
-		return nil, nil, err
+// seen is an object of Compare whose key has not been used yet. The handle is valid during one
+// login.
+type seen struct {
+	object
+	logins uint64
+}
+
+// objects finds the private objects with the attributes of a template, or all.
+func (st *Store) objects(s session, template ...*pkcs11.Attribute) (all []object, err error) {
+	handles, err := st.find(s, append(template, attr(pkcs11.CKA_CLASS, pkcs11.CKO_PRIVATE_KEY),
+		attr(pkcs11.CKA_TOKEN, true), attr(pkcs11.CKA_PRIVATE, true))...)
+	if err != nil {
+		return nil, err
 	}
-	public, err = st.find(s, attr(pkcs11.CKA_CLASS, pkcs11.CKO_PUBLIC_KEY), by, onToken)
-	return private, public, err
+	for _, h := range handles {
+		v, err := st.direct.attributes(s.handle, h, pkcs11.CKA_LABEL, pkcs11.CKA_ID, pkcs11.CKA_SENSITIVE,
+			pkcs11.CKA_EXTRACTABLE, pkcs11.CKA_EC_PARAMS, pkcs11.CKA_LOCAL, pkcs11.CKA_ALWAYS_SENSITIVE,
+			pkcs11.CKA_NEVER_EXTRACTABLE)
+		if isCode(err, pkcs11.CKR_OBJECT_HANDLE_INVALID) {
+			continue // another program has deleted the object meanwhile
+		} else if err != nil {
+			return nil, err
+		}
+		c, _ := curveOf(v[4])
+		all = append(all, object{
+			handle: h, label: string(v[0]), id: v[1], alg: c.alg, kept: isTrue(v[2]) && !isTrue(v[3]),
+			provenance: keystore.Provenance{
+				Local: isTrue(v[5]), AlwaysSensitive: isTrue(v[6]), NeverExtractable: isTrue(v[7]),
+			},
+		})
+	}
+	return all, nil
+}
+
+func byLabel(all []object) map[string][]object {
+	sorted := map[string][]object{}
+	for _, o := range all {
+		sorted[o.label] = append(sorted[o.label], o)
+	}
+	return sorted
+}
+
+// only returns the one object of a key.
+func only(ref keystore.Ref, all []object) (object, error) {
+	switch len(all) {
+	case 1:
+		return all[0], nil
+	case 0:
+		return object{}, fmt.Errorf("%v: %w", ref, keystore.ErrNotFound)
+	}
+	return object{}, fmt.Errorf("%v: %w: %d private objects are labelled %q; "+
+		"list them with pkcs11-tool --login --list-objects and delete the objects of other programs",
+		ref, keystore.ErrAmbiguous, len(all), labelPrefix+ref.String())
+}
+
+// sound refuses an object without the protection or the form of the appliance's keys.
+func (o object) sound() error {
+	if len(o.id) != len(keystore.Tag{}) {
+		return fmt.Errorf("%w: CKA_ID is %x: another program made the object", keystore.ErrUnfit, o.id)
+	} else if !o.kept {
+		return fmt.Errorf("%w: the private key must be CKA_SENSITIVE and not CKA_EXTRACTABLE", keystore.ErrUnfit)
+	}
+	return nil
+}
+
+// fits compares an object with a description, without a use of the key.
+func (o object) fits(info keystore.Info) error {
+	fault := o.sound()
+	switch {
+	case fault != nil:
+	case !bytes.Equal(o.id, info.Tag[:]):
+		fault = fmt.Errorf("%w: the token has another key under this name now, with CKA_ID %x and not %x",
+			keystore.ErrUnfit, o.id, info.Tag[:])
+	case o.label != labelPrefix+info.Ref.String():
+		fault = fmt.Errorf("%w: the private object is labelled %q", keystore.ErrUnfit, o.label)
+	case o.alg != "" && o.alg != info.Algorithm:
+		fault = fmt.Errorf("%w: the token has a key for %s under this name now", keystore.ErrUnfit, o.alg)
+	}
+	if fault != nil {
+		return fmt.Errorf("%v: %w", info.Ref, fault)
+	}
+	return nil
+}
+
+// lookup finds the private object of a description by CKA_ID and has the object prove the
+// description's public key by one use.
+func (st *Store) lookup(s session, info keystore.Info) (found object, err error) {
+	before, _ := st.seen.LoadAndDelete(info.Tag)
+	if o, ok := before.(seen); ok && o.logins == st.logins.Load() {
+		found = o.object
+	} else {
+		all, err := st.objects(s, attr(pkcs11.CKA_ID, info.Tag[:]))
+		if err != nil {
+			return found, err
+		}
+		if found, err = only(info.Ref, all); err != nil {
+			return found, err
+		}
+	}
+	if err := found.fits(info); err != nil {
+		return found, err
+	}
+	return found, st.prove(s, info, found.handle)
+}
+
+// describe describes a key without a description: its public half is the one public object with its
+// CKA_ID that the private object proves.
+func (st *Store) describe(s session, ref keystore.Ref) (info keystore.Info, err error) {
+	all, err := st.objects(s, labelOf(ref))
+	if err != nil {
+		return info, err
+	}
+	private, err := only(ref, all)
+	if err == nil {
+		err = private.sound()
+	}
+	if err != nil {
+		return info, err
+	}
+	public, err := st.find(s, attr(pkcs11.CKA_ID, private.id), attr(pkcs11.CKA_CLASS, pkcs11.CKO_PUBLIC_KEY),
+		attr(pkcs11.CKA_TOKEN, true))
+	if err != nil {
+		return info, err
+	}
+	info = keystore.Info{
+		Ref: ref, Custody: keystore.HSMResident, Tag: keystore.Tag(private.id), Provenance: private.provenance,
+	}
+	fault := errHalfPair
+	for _, o := range public {
+		var c curve
+		if c, info.PublicKey, err = st.publicKey(s, o); err == nil {
+			info.Algorithm = c.alg
+			err = st.prove(s, info, private.handle)
+		}
+		if err == nil || errors.Is(err, keystore.ErrUnavailable) {
+			return info, err
+		}
+		fault = err
+	}
+	return info, fmt.Errorf("%v: %w: %w", ref, keystore.ErrUnfit, fault)
+}
+
+// publicKey reads a public object.
+func (st *Store) publicKey(s session, o pkcs11.ObjectHandle) (c curve, key []byte, err error) {
+	v, err := st.direct.attributes(s.handle, o, pkcs11.CKA_EC_PARAMS, pkcs11.CKA_EC_POINT)
+	if err != nil {
+		return c, nil, err
+	}
+	c, ok := curveOf(v[0])
+	if !ok {
+		return c, nil, fmt.Errorf("%w: unknown curve: CKA_EC_PARAMS is %x", keystore.ErrUnfit, v[0])
+	}
+	if key = c.pointOf(v[1]); key == nil {
+		return c, nil, fmt.Errorf("%w: CKA_EC_POINT has %d bytes: %s has public keys of %d",
+			keystore.ErrUnfit, len(v[1]), c.alg, c.point)
+	}
+	return c, key, nil
 }
 
 func (st *Store) Generate(ctx context.Context, ref keystore.Ref, alg keystore.Algorithm, tag keystore.Tag) (
 	keystore.Key, error) {
-	return st.create(ctx, "generate", ref, alg, tag, func(s session, c curve) error {
+	return st.create(ctx, "generate", ref, alg, tag, func(s session, c curve) ([]byte, error) {
 		return st.generate(s, ref, c, tag)
 	})
 }
 
-// create runs makeObjects for a key without objects on the token, and verifies the created key.
-// operation is generate or import.
+// create runs makeObjects for a key without a private object on the token, and verifies the created
+// key. makeObjects returns the public key. operation is generate or import.
 func (st *Store) create(ctx context.Context, operation string, ref keystore.Ref, alg keystore.Algorithm,
-	tag keystore.Tag, makeObjects func(session, curve) error) (keystore.Key, error) {
+	tag keystore.Tag, makeObjects func(session, curve) ([]byte, error)) (keystore.Key, error) {
 	if err := keystore.CheckName(ref.Name); err != nil {
 		return nil, fmt.Errorf("hsm: %s %v: %w", operation, ref, err)
 	}
@@ -344,17 +474,18 @@ func (st *Store) create(ctx context.Context, operation string, ref keystore.Ref,
 	if err != nil {
 		return nil, err
 	}
-	var info keystore.Info
+	info := keystore.Info{Ref: ref, Algorithm: alg, Custody: keystore.HSMResident, Tag: tag}
 	err = st.withSession(ctx, fmt.Sprintf("%s %v", operation, ref), func(s session) error {
-		private, public, err := st.pair(s, labelOf(ref))
+		same, err := st.objects(s, labelOf(ref))
 		if err != nil {
 			return err
 		}
-		if n := len(private) + len(public); n > 0 {
-			return fmt.Errorf("%w: %d objects are labelled %q", keystore.ErrExists, n, labelPrefix+ref.String())
+		if n := len(same); n > 0 {
+			return fmt.Errorf("%w: %d private objects are labelled %q",
+				keystore.ErrExists, n, labelPrefix+ref.String())
 		}
-		if err = makeObjects(s, c); err == nil {
-			info, _, err = st.verifyCreated(s, ref, c, tag, operation == "generate")
+		if info.PublicKey, err = makeObjects(s, c); err == nil {
+			_, err = st.verifyCreated(s, &info, operation == "generate")
 		}
 		if err != nil {
 			// Best effort: a remaining object is unusable, since the ledger has no record of the
@@ -369,16 +500,22 @@ func (st *Store) create(ctx context.Context, operation string, ref keystore.Ref,
 	return st.Bind(info), nil
 }
 
-// verifyCreated reads the attributes of a new key back from the token and proves the key by a use.
-func (st *Store) verifyCreated(s session, ref keystore.Ref, c curve, tag keystore.Tag, generated bool) (
-	info keystore.Info, private pkcs11.ObjectHandle, err error) {
-	if info, private, err = st.load(s, labelOf(ref), ref); err != nil {
-		return info, 0, err
+// verifyCreated reads the attributes of a new key back from the token, sets the key's provenance,
+// and proves the key by a use.
+func (st *Store) verifyCreated(s session, info *keystore.Info, generated bool) (pkcs11.ObjectHandle, error) {
+	found, err := st.lookup(s, *info)
+	if errors.Is(err, keystore.ErrNotFound) {
+		err = fmt.Errorf("%w: the token does not keep the key that it has made", keystore.ErrUnfit)
 	}
-	if info.Tag != tag || info.Algorithm != c.alg || info.Provenance.Generated() != generated {
-		return info, 0, fmt.Errorf("%w: the token made the key with other attributes than requested", keystore.ErrUnfit)
+	if err != nil {
+		return 0, err
 	}
-	return info, private, st.prove(s, info, private)
+	info.Provenance = found.provenance
+	if !generated && info.Provenance.Generated() {
+		return 0, fmt.Errorf("%w: the token calls an imported key its own", keystore.ErrUnfit)
+	}
+	info.Provenance.Unreported = generated && !info.Provenance.Generated()
+	return found.handle, nil
 }
 
 // templates returns the attributes of a new key pair. Every usage flag is set explicitly, since the
@@ -419,14 +556,19 @@ func (st *Store) templates(ref keystore.Ref, c curve, tag keystore.Tag) (
 	return public, private
 }
 
-// generate makes a key pair of token objects.
-func (st *Store) generate(s session, ref keystore.Ref, c curve, tag keystore.Tag) error {
+// generate makes a key pair of token objects and returns the public key.
+func (st *Store) generate(s session, ref keystore.Ref, c curve, tag keystore.Tag) ([]byte, error) {
 	pub, prv := st.templates(ref, c, tag)
 	mechanism := []*pkcs11.Mechanism{pkcs11.NewMechanism(c.keygen, nil)}
-	if _, _, err := st.module.GenerateKeyPair(s.handle, mechanism, pub, prv); err != nil {
-		return deviceError("C_GenerateKeyPair", err)
+	public, _, err := st.module.GenerateKeyPair(s.handle, mechanism, pub, prv)
+	if err != nil {
+		return nil, deviceError("C_GenerateKeyPair", err)
 	}
-	return nil
+	made, key, err := st.publicKey(s, public)
+	if err == nil && made.alg != c.alg {
+		err = fmt.Errorf("%w: the token made a key for %s", keystore.ErrUnfit, made.alg)
+	}
+	return key, err
 }
 
 // Import makes a key from the seed in the file at path. Copies of the seed may stay in the memory
@@ -437,37 +579,45 @@ func (st *Store) Import(ctx context.Context, ref keystore.Ref, path string, tag 
 		return nil, fmt.Errorf("hsm: import %v: %w: %w", ref, keystore.ErrRefused, err)
 	}
 	defer clear(seed[:])
-	return st.create(ctx, "import", ref, keystore.Ed25519, tag, func(s session, c curve) error {
+	return st.create(ctx, "import", ref, keystore.Ed25519, tag, func(s session, c curve) ([]byte, error) {
 		return st.importSeed(s, ref, c, tag, seed)
 	})
 }
 
-// importSeed writes both objects of a key, first the public object and then the private one. After
-// a crash in between, load finds half a pair and refuses the key.
-func (st *Store) importSeed(s session, ref keystore.Ref, c curve, tag keystore.Tag, seed [32]byte) error {
+// importSeed writes both objects of a key and returns the public key.
+func (st *Store) importSeed(s session, ref keystore.Ref, c curve, tag keystore.Tag, seed [32]byte) ([]byte, error) {
 	private := ed25519.NewKeyFromSeed(seed[:])
 	defer clear(private)
-	point := bytes.Clone(private[32:])
+	public := bytes.Clone(private[32:])
+	point := public
 	if st.quirks.ECPoint == "octet-string" {
 		point = append([]byte{0x04, byte(len(point))}, point...)
 	}
 	pub, prv := st.templates(ref, c, tag)
 	pub = append(pub, attr(pkcs11.CKA_EC_POINT, point))
 	if _, err := st.module.CreateObject(s.handle, pub); err != nil {
-		return deviceError("C_CreateObject (public key)", err)
+		return nil, deviceError("C_CreateObject (public key)", err)
 	}
 	value := attr(pkcs11.CKA_VALUE, seed[:])
 	defer clear(value.Value)
 	prv = append(prv, attr(pkcs11.CKA_EC_PARAMS, st.params(c)), value)
 	if _, err := st.module.CreateObject(s.handle, prv); err != nil {
-		return deviceError("C_CreateObject (private key)", err)
+		return nil, deviceError("C_CreateObject (private key)", err)
 	}
-	return nil
+	return public, nil
 }
 
-// prove uses a new key once and checks the result in Go. A key without this proof must not come
-// into use.
+// prove has a private object prove the public key of a description, by one use. A key without this
+// proof must not come into use. A device may err once; twice means another key.
 func (st *Store) prove(s session, info keystore.Info, private pkcs11.ObjectHandle) error {
+	err := st.proveOnce(s, info, private)
+	if errors.Is(err, keystore.ErrUnfit) {
+		err = st.proveOnce(s, info, private)
+	}
+	return err
+}
+
+func (st *Store) proveOnce(s session, info keystore.Info, private pkcs11.ObjectHandle) error {
 	if info.Algorithm != keystore.X25519 {
 		challenge := []byte("countersign: proof of a new key\x00" + info.Ref.String())
 		proof := newSigning(info.Algorithm, challenge)
@@ -476,7 +626,8 @@ func (st *Store) prove(s session, info keystore.Info, private pkcs11.ObjectHandl
 			return err
 		}
 		if sig, err := proof.encoded(); err != nil || !info.Verify(challenge, sig) {
-			return fmt.Errorf("%w: the key signs wrongly", keystore.ErrUnfit)
+			return fmt.Errorf("%v: %w: the private key is not that of the public key, or signs wrongly",
+				info.Ref, keystore.ErrUnfit)
 		}
 		return nil
 	}
@@ -497,7 +648,8 @@ func (st *Store) prove(s session, info keystore.Info, private pkcs11.ObjectHandl
 		return err
 	}
 	if !bytes.Equal(got[:], want) {
-		return fmt.Errorf("%w: the key exchanges wrongly", keystore.ErrUnfit)
+		return fmt.Errorf("%v: %w: the private key is not that of the public key, or exchanges wrongly",
+			info.Ref, keystore.ErrUnfit)
 	}
 	return nil
 }
@@ -510,6 +662,7 @@ func (st *Store) Destroy(ctx context.Context, ref keystore.Ref, tag keystore.Tag
 // included.
 func (st *Store) destroy(s session, ref keystore.Ref, tag keystore.Tag) error {
 	st.handles.Delete(tag)
+	st.seen.Delete(tag)
 	objects, err := st.find(s, labelOf(ref), attr(pkcs11.CKA_ID, tag[:]))
 	if err != nil {
 		return err
@@ -534,7 +687,7 @@ func (st *Store) find(s session, template ...*pkcs11.Attribute) (found []pkcs11.
 		}
 	}()
 	for {
-		some, _, err := st.module.FindObjects(s.handle, 64)
+		some, _, err := st.module.FindObjects(s.handle, 1024)
 		if err != nil {
 			return nil, deviceError("C_FindObjects", err)
 		}
@@ -547,23 +700,6 @@ func (st *Store) find(s session, template ...*pkcs11.Attribute) (found []pkcs11.
 		}
 		found = append(found, some...)
 	}
-}
-
-// attributes returns the values of an object's attributes, in the order of types.
-func (st *Store) attributes(s session, o pkcs11.ObjectHandle, types ...uint) ([][]byte, error) {
-	var template []*pkcs11.Attribute
-	for _, t := range types {
-		template = append(template, attr(t, nil))
-	}
-	got, err := st.module.GetAttributeValue(s.handle, o, template)
-	if err != nil {
-		return nil, deviceError("C_GetAttributeValue", err)
-	}
-	values := make([][]byte, len(got))
-	for i, a := range got {
-		values[i] = a.Value
-	}
-	return values, nil
 }
 
 func curveOf(params []byte) (curve, bool) {

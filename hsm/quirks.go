@@ -9,7 +9,7 @@ import (
 )
 
 // Quirks are settings for the points of PKCS#11 interpreted differently by modules. An empty field
-// takes the value of the module's row in knownModules.
+// takes the value of the token's row in knownTokens.
 type Quirks struct {
 	// ECParams is the form of CKA_EC_PARAMS in a new key: oid (a DER object identifier, RFC 8410)
 	// or name (a DER PrintableString, except for P-256). Existing keys are read in both forms.
@@ -27,7 +27,7 @@ type Quirks struct {
 	// signing for some seconds, until the key worker's next search for the key.
 	Copies string `toml:"copies" json:"copies,omitempty"`
 	// AllowedMechanisms is on to restrict a new key to its one mechanism by CKA_ALLOWED_MECHANISMS,
-	// or off for modules refusing the attribute. With off only the usage flags restrict the key.
+	// or off for tokens refusing the attribute. With off only the usage flags restrict the key.
 	AllowedMechanisms string `toml:"allowed_mechanisms" json:"allowed_mechanisms,omitempty"`
 }
 
@@ -57,24 +57,18 @@ func (q Quirks) Check() error {
 // standard has the values of PKCS#11 v3.0.
 var standard = Quirks{"oid", "raw", "montgomery", "off", "on"}
 
-// knownModules has the quirks of known modules. A row applies to a CK_INFO.manufacturerID beginning
-// with manufacturer and to library versions from minVersion on; the first such row applies.
-var knownModules = []struct {
-	manufacturer string
-	minVersion   [2]byte
-	quirks       Quirks
-	source       string
+// knownTokens has the quirks of tokens that differ from the standard. A row applies to tokens whose
+// manufacturer and model in CK_TOKEN_INFO begin with the row's. The module's own name does not
+// count: p11-kit's proxy, for example, gives access to the tokens of other modules.
+var knownTokens = []struct {
+	manufacturer, model string
+	quirks              Quirks
+	source              string
 }{
-	{"SoftHSM", [2]byte{2, 0}, Quirks{"oid", "octet-string", "edwards", "off", "on"},
-		"SoftHSM 2.6.1, tested"},
-	{"Kryoptic", [2]byte{0, 0}, standard, "Kryoptic, by its source, not tested"},
-	{"Mozilla Foundation", [2]byte{3, 103}, standard, "NSS, by its source, not tested"},
-	{"Yubico", [2]byte{2, 6}, Quirks{"name", "octet-string", "montgomery", "off", "off"},
-		"YubiHSM 2, by its source, not tested"},
-	{"Nitrokey", [2]byte{0, 0}, Quirks{"oid", "octet-string", "montgomery", "off", "on"},
-		"NetHSM, by its source, not tested"},
-	{"IBM", [2]byte{3, 27}, standard, "openCryptoki, by its source, not tested"},
-	{"nCipher", [2]byte{0, 0}, Quirks{"name", "raw", "montgomery", "off", "on"},
+	{"SoftHSM project", "SoftHSM v2", Quirks{"oid", "octet-string", "edwards", "off", "on"}, "SoftHSM 2.6.1, tested"},
+	{"Mozilla Foundation", "NSS", Quirks{"oid", "raw", "montgomery", "off", "off"},
+		"NSS 3.87, tested with P-256"},
+	{"nCipher Corp", "", Quirks{"name", "raw", "montgomery", "off", "on"},
 		"nShield, by what its clients say, not tested"},
 }
 
@@ -84,24 +78,16 @@ type quirks struct {
 	source string
 }
 
-// quirksOf chooses the quirks by the module's manufacturer, version and mechanisms. Values in the
-// configuration override the choice.
-func (s *Store) quirksOf(info pkcs11.Info) (quirks, error) {
+// quirksOf chooses the quirks of a token by its manufacturer and model. Values in the configuration
+// override the choice. The mechanisms of the token do not count: a token without the mechanism of
+// its row can't have the key, and Inspect says so.
+func (s *Store) quirksOf(token pkcs11.TokenInfo) quirks {
 	q := quirks{standard, "the standard"}
-	version := [2]byte{info.LibraryVersion.Major, info.LibraryVersion.Minor}
-	for _, row := range knownModules {
-		known := strings.HasPrefix(info.ManufacturerID, row.manufacturer)
-		if known && slices.Compare(version[:], row.minVersion[:]) >= 0 {
+	for _, row := range knownTokens {
+		if strings.HasPrefix(token.ManufacturerID, row.manufacturer) && strings.HasPrefix(token.Model, row.model) {
 			q = quirks{row.quirks, row.source}
 			break
 		}
-	}
-	mechanisms, err := s.mechanisms()
-	if err != nil {
-		return q, err
-	}
-	if !mechanisms[ckmECMontgomeryKeyPairGen] && mechanisms[ckmECEdwardsKeyPairGen] && q.X25519 == "montgomery" {
-		q.X25519, q.source = "edwards", q.source+", without CKM_EC_MONTGOMERY_KEY_PAIR_GEN"
 	}
 	for _, f := range quirkFields {
 		if v := *f.value(&s.config.Quirks); v != "" && v != *f.value(&q.Quirks) {
@@ -109,7 +95,7 @@ func (s *Store) quirksOf(info pkcs11.Info) (quirks, error) {
 			q.source += ", " + f.field + " by configuration"
 		}
 	}
-	return q, nil
+	return q
 }
 
 // mechanisms returns the set of the token's mechanisms.

@@ -41,8 +41,8 @@ func initToken(c Config, soPINFile string) error {
 	if err != nil {
 		return fmt.Errorf("hsm: new token: SO %w", err)
 	}
-	if err := module.Initialize(); err != nil {
-		return deviceError("C_Initialize", err)
+	if err := s.direct.initialize(c.Parameters); err != nil {
+		return err
 	}
 	defer module.Finalize()
 	slots, err := module.GetSlotList(true)
@@ -51,13 +51,17 @@ func initToken(c Config, soPINFile string) error {
 	}
 	var empty []uint
 	for _, slot := range slots {
+		slotInfo, err := module.GetSlotInfo(slot)
+		if err != nil {
+			return deviceError("C_GetSlotInfo", err)
+		}
 		info, err := module.GetTokenInfo(slot)
 		switch {
 		case err != nil:
 			return deviceError("C_GetTokenInfo", err)
 		case info.Flags&pkcs11.CKF_TOKEN_INITIALIZED == 0:
 			empty = append(empty, slot)
-		case !uri.matches(slot, info):
+		case !uri.matches(slot, slotInfo, info):
 		case info.Flags&pkcs11.CKF_USER_PIN_INITIALIZED == 0:
 			return setPIN(module, uri, soPIN, pin) // an earlier InitToken was interrupted before setPIN
 		default:
@@ -81,7 +85,7 @@ func initToken(c Config, soPINFile string) error {
 // setPIN sets the user PIN of a new token. setPIN searches the slot again, because C_InitToken may
 // have moved the token to another slot.
 func setPIN(module *pkcs11.Ctx, uri tokenURI, soPIN, pin string) error {
-	slot, err := findSlot(module, uri)
+	slot, _, err := findSlot(module, uri)
 	if err != nil {
 		return err
 	}

@@ -17,7 +17,7 @@ import (
 // tokenURI is a PKCS#11 URI (RFC 7512) naming a token by the attributes of the token and its slot.
 type tokenURI struct {
 	text   string            // the URI without its query
-	attrs  map[string]string // token, manufacturer, model and serial, where given
+	attrs  map[string]string // the attributes with a text that are given, without padding
 	slotID *uint
 	module string // module-path, if given
 	pin    string // path of the file in pin-source, if given
@@ -43,8 +43,8 @@ func parseURI(s string) (u tokenURI, err error) {
 		name, _, _ := strings.Cut(attr, "=")
 		value, _ := parsed.GetPathAttribute(name, false)
 		switch name {
-		case "token", "manufacturer", "model", "serial":
-			u.attrs[name] = value
+		case "token", "manufacturer", "model", "serial", "slot-description", "slot-manufacturer":
+			u.attrs[name] = unpad(value)
 		case "slot-id":
 			n, err := strconv.ParseUint(value, 10, 32)
 			if err != nil {
@@ -54,7 +54,7 @@ func parseURI(s string) (u tokenURI, err error) {
 			u.slotID = &id
 		default:
 			return u, fmt.Errorf("pkcs11 uri %q: attribute %q does not name a token: "+
-				"use token, serial, manufacturer, model or slot-id", u.text, name)
+				"use token, serial, manufacturer, model, slot-id, slot-description or slot-manufacturer", u.text, name)
 		}
 	}
 	if query == "" {
@@ -79,21 +79,27 @@ func parseURI(s string) (u tokenURI, err error) {
 	return u, nil
 }
 
-// matches reports whether a token has all attributes of the URI.
-func (u tokenURI) matches(slot uint, t pkcs11.TokenInfo) bool {
-	if u.slotID != nil && *u.slotID != slot {
+// matches reports whether a token and its slot have all attributes of the URI.
+func (u tokenURI) matches(id uint, slot pkcs11.SlotInfo, token pkcs11.TokenInfo) bool {
+	if u.slotID != nil && *u.slotID != id {
 		return false
 	}
 	has := map[string]string{
-		"token": t.Label, "manufacturer": t.ManufacturerID, "model": t.Model, "serial": t.SerialNumber,
+		"token": token.Label, "manufacturer": token.ManufacturerID, "model": token.Model, "serial": token.SerialNumber,
+		"slot-description": slot.SlotDescription, "slot-manufacturer": slot.ManufacturerID,
 	}
 	for name, want := range u.attrs {
-		if want != strings.TrimRight(has[name], " \x00") {
+		if want != unpad(has[name]) {
 			return false
 		}
 	}
 	return true
 }
+
+// unpad removes the padding of a text field: spaces (PKCS#11 v2.40 section 3.2), or the null bytes
+// of some modules. A URI names the text without padding (RFC 7512 section 2.3), so that a blank at
+// the end of an attribute has no meaning.
+func unpad(field string) string { return strings.TrimRight(field, " \x00") }
 
 // readPIN reads a PIN file: one line, readable by the file's owner only.
 func readPIN(path string) (string, error) {

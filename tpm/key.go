@@ -202,7 +202,12 @@ func (s *Store) Key(ctx context.Context, ref keystore.Ref) (keystore.Key, error)
 	return k, nil
 }
 
-func (s *Store) Keys(context.Context) (infos []keystore.Info, err error) {
+// Compare opens the seals of sealed keys.
+func (s *Store) Compare(ctx context.Context, infos []keystore.Info) ([]error, error) {
+	return keystore.CompareEach(ctx, s.Key, infos)
+}
+
+func (s *Store) Keys(context.Context) (refs []keystore.Ref, err error) {
 	files, err := os.ReadDir(string(s.dir))
 	if err != nil {
 		return nil, fmt.Errorf("tpm: %w: %w", keystore.ErrUnavailable, err)
@@ -216,13 +221,13 @@ func (s *Store) Keys(context.Context) (infos []keystore.Info, err error) {
 		if err != nil {
 			continue
 		}
-		if r, err := s.dir.read(ref); err == nil {
-			infos = append(infos, r.Info)
+		if _, err := s.dir.read(ref); err == nil {
+			refs = append(refs, ref)
 		} else if errors.Is(err, keystore.ErrUnavailable) {
 			return nil, err
 		}
 	}
-	return infos, nil
+	return refs, nil
 }
 
 func (s *Store) Generate(ctx context.Context, ref keystore.Ref, alg keystore.Algorithm, tag keystore.Tag) (

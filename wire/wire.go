@@ -252,7 +252,7 @@ type Key struct {
 	Algorithm  string  `json:"algorithm"`
 	State      string  `json:"state"`
 	Custody    string  `json:"custody"`
-	Provenance string  `json:"provenance"` // generated in the device, or imported
+	Provenance string  `json:"provenance"` // generated, imported or unreported
 	PublicKey  Bytes32 `json:"public_key"`
 	// Next is the SHA-256 of the public key of the next version, which exists already. A peer needs
 	// Next to check the succession step from this version to the next.

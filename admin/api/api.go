@@ -23,8 +23,8 @@ type Key struct {
 	Custody   string `json:"custody"`
 	Token     string `json:"token"`
 	PublicKey string `json:"public_key"`
-	// Origin is generated or imported. Provenance is the device's statement at the creation of the
-	// key.
+	// Origin is generated, imported or unreported. Provenance is the device's statement at the
+	// creation of the key.
 	Origin     string     `json:"origin"`
 	Provenance Provenance `json:"provenance"`
 	Created    int64      `json:"created"` // Unix seconds, like the next two; 0: none
@@ -38,12 +38,14 @@ type Key struct {
 	Authorization *wire.Authorization `json:"authorization,omitempty"`
 }
 
-// Provenance is a device's statement about the past of a key. A key is generated if all fields are
-// true, and imported otherwise.
+// Provenance is a device's statement about the past of a key. A key is generated if the first three
+// fields are true.
 type Provenance struct {
 	Local            bool `json:"local"`             // made inside the device (CKA_LOCAL)
 	AlwaysSensitive  bool `json:"always_sensitive"`  // was never readable (CKA_ALWAYS_SENSITIVE)
 	NeverExtractable bool `json:"never_extractable"` // was never extractable (CKA_NEVER_EXTRACTABLE)
+	// Unreported marks a key that the device has made, and of which it does not say so.
+	Unreported bool `json:"unreported,omitempty"`
 }
 
 // Token is the state of a token.

@@ -271,6 +271,8 @@ func showKey(w io.Writer, k api.Key) {
 	if k.Custody == string(keystore.TPMSealed) { // a sealed key is in this machine's memory while in use
 		made = either(p.Local, "made by a key worker of random numbers of the TPM and the system", "made elsewhere") +
 			", and sealed by the TPM"
+	} else if p.Unreported {
+		made = "made by the device when the appliance asked for it; the device does not report so"
 	}
 	fmt.Fprintf(w, "key\t%s, version %d\nalgorithm\t%s\nstate\t%s\n", k.Name, k.Version, k.Algorithm, k.State)
 	fmt.Fprintf(w, "custody\t%s, on token %s\norigin\t%s: %s\n", k.Custody, k.Token, k.Origin, made)

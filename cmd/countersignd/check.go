@@ -100,12 +100,12 @@ func (r *report) checkTokens(
 			continue
 		}
 		tokens[name] = store
-		infos, err := store.Keys(ctx)
+		refs, err := store.Keys(ctx)
 		if err != nil {
 			r.fault("token", fmt.Errorf("token %s: %w", name, err))
 			continue
 		}
-		r.say("token", "ok: %s, %s%s, %d keys of ours", name, t.URI, t.TPM, len(infos))
+		r.say("token", "ok: %s, %s%s, %d keys of ours", name, t.URI, t.TPM, len(refs))
 		found, err := store.Inspect(ctx, prove)
 		if err != nil {
 			r.fault("token", fmt.Errorf("token %s: %w", name, err))

@@ -157,8 +157,9 @@ type Retention struct {
 // Token is the configuration of a PKCS#11 token or a TPM.
 type Token struct {
 	// URI is the RFC 7512 URI of a PKCS#11 token: pkcs11:token=LABEL. The attributes serial,
-	// manufacturer, model and slot-id tell tokens with the same label apart. module-path and
-	// pin-source are supported, pin-value is refused. A token has either a URI or a TPM.
+	// manufacturer, model, slot-id, slot-description and slot-manufacturer tell tokens with the
+	// same label apart. module-path and pin-source are supported, pin-value is refused. A token has
+	// either a URI or a TPM.
 	URI string `toml:"uri"`
 
 	// TPM is the path of a TPM 2.0: /dev/tpmrm0, or a Unix socket of swtpm for tests. The TPM seals
@@ -208,6 +209,11 @@ type Token struct {
 	// is code of its vendor and runs with the daemon's rights.
 	Module string `toml:"module"`
 
+	// Parameters is a text for the module, in the field pReserved of CK_C_INITIALIZE_ARGS: for NSS
+	// configdir='sql:/var/lib/countersign/nss' and more, for a YubiHSM connector=URL. Default:
+	// none. The text is no place for a secret.
+	Parameters string `toml:"parameters"`
+
 	// PINFile is the file with the user's PIN on one line, unless the URI has pin-source. The file
 	// must have mode 0600, or an ACL for the daemon's user alone, as a credential of systemd
 	// (LoadCredential) has. A refused PIN is not tried again until an operator's retry (countersign
@@ -245,7 +251,7 @@ type Token struct {
 	// loses 64 bytes a signature, and 312 bytes a handshake's exchange.
 	MemoryMiB int `toml:"memory_mib"`
 
-	// Quirks replaces the known quirks of the module: see Quirks in package hsm. Default: the
+	// Quirks replaces the known quirks of the token: see Quirks in package hsm. Default: the
 	// quirks printed by countersignd check.
 	Quirks hsm.Quirks `toml:"quirks"`
 
@@ -649,7 +655,7 @@ func (t *Token) checkBackend() error {
 			"are for a TPM")
 	case t.TPM != "" && t.State == "":
 		return errors.New("state is missing: the folder for the TPM's keys")
-	case t.TPM != "" && (t.Module != "" || t.Quirks != hsm.Quirks{}):
+	case t.TPM != "" && (t.Module != "" || t.Parameters != "" || t.Quirks != hsm.Quirks{}):
 		return errors.New("module and quirks are for a PKCS#11 token")
 	case t.IdleLock != 0 && (t.IdleLock.std() < time.Second || t.IdleLock.std() > 31*24*time.Hour):
 		return fmt.Errorf("idle_lock must be 0s (never), or 1s to 744h0m0s, and is %v", t.IdleLock.std())
@@ -676,6 +682,7 @@ func (c *Config) logLevel() (level slog.Level, err error) {
 func (t *Token) hsm() hsm.Config {
 	return hsm.Config{
 		URI: t.URI, Module: t.Module, PINFile: t.PINFile, Sessions: t.Sessions, Share: t.Workers, Quirks: t.Quirks,
+		Parameters: t.Parameters,
 	}
 }
 

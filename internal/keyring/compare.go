@@ -1,12 +1,10 @@
 package keyring
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
 	"maps"
-	"slices"
 	"sync"
 	"time"
 
@@ -23,19 +21,45 @@ import (
 var errNotCompared = fmt.Errorf("%w: the token's keys have not been compared with the ledger yet",
 	keystore.ErrUnavailable)
 
+// part is a part of the keys of a token: the versions of the Noise key, or all others. The Noise
+// key is compared first, so that peers can connect however many other keys the token has.
+type part struct {
+	token string
+	noise bool
+}
+
+func partOf(k *Key) part { return part{k.Token, k.Name == NoiseName} }
+
 // compareAll compares the keys with all tokens, all tokens at once, so that a token that hangs does
 // not take the time of the others.
 func (r *Ring) compareAll(ctx context.Context) {
-	r.mu.Lock()
-	waiting := slices.Collect(maps.Keys(r.uncompared))
-	r.mu.Unlock()
 	var comparing sync.WaitGroup
-	for _, token := range waiting {
-		if store := r.Tokens[token]; store != nil {
-			comparing.Go(func() { r.compare(ctx, token, store) })
-		}
+	for token, store := range r.Tokens {
+		comparing.Go(func() { r.compareToken(ctx, token, store) })
 	}
 	comparing.Wait()
+}
+
+// compareToken compares the parts of a token that are not compared yet.
+func (r *Ring) compareToken(ctx context.Context, token string, store keystore.Store) {
+	var all []error
+	for _, p := range []part{{token, true}, {token, false}} {
+		r.mu.Lock()
+		waits := r.uncompared[p] != nil
+		r.mu.Unlock()
+		if !waits {
+			continue
+		}
+		faults, compared := r.compare(ctx, p, store)
+		all = append(all, faults...)
+		if !compared {
+			break
+		}
+	}
+	if len(all) > 0 {
+		r.Log.Error("keys are unusable: see countersign admin state",
+			"token", token, "keys", len(all), "first", all[0])
+	}
 }
 
 // keepCompared compares the keys with tokens that have come, until ctx ends.
@@ -52,73 +76,69 @@ func (r *Ring) keepCompared(ctx context.Context) {
 	}
 }
 
-// compare compares the keys of one token with the ledger, and notes the result.
-func (r *Ring) compare(ctx context.Context, token string, store keystore.Store) {
-	faults := map[keystore.Ref]error{}
-	var first error
+// compare compares a part of the keys with their token, notes the result, and returns the keys'
+// faults. A token that does not answer, or not with the PIN, has no result.
+func (r *Ring) compare(ctx context.Context, p part, store keystore.Store) (all []error, compared bool) {
+	var keys []*Key
+	var infos []keystore.Info
 	for _, k := range r.All() {
-		if k.Token != token || k.State == Destroyed {
-			continue
-		}
-		fault, err := r.compareKey(ctx, k, store)
-		if err != nil { // the token does not answer, or not with the PIN
-			r.mu.Lock()
-			r.uncompared[token] = err
-			r.mu.Unlock()
-			return
-		}
-		if fault != nil {
-			if len(faults) == 0 {
-				first = fault
-			}
-			faults[k.Ref()] = fault
+		if partOf(k) == p && k.State != Destroyed {
+			keys, infos = append(keys, k), append(infos, k.Info())
 		}
 	}
-	if len(faults) > 0 {
-		r.Log.Error("keys are unusable: see countersign admin state",
-			"token", token, "keys", len(faults), "first", first)
+	lost := map[keystore.Ref]error{}
+	for len(infos) > 0 {
+		faults, err := r.compareSome(ctx, store, infos)
+		if err != nil {
+			r.mu.Lock()
+			r.uncompared[p] = err
+			r.mu.Unlock()
+			return nil, false
+		}
+		for i, fault := range faults {
+			if fault = r.faultOf(keys[i], fault); fault != nil {
+				all, lost[keys[i].Ref()] = append(all, fault), fault
+			}
+		}
+		keys, infos = keys[len(faults):], infos[len(faults):]
 	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	delete(r.uncompared, token)
+	delete(r.uncompared, p)
 	for ref, k := range r.keys {
-		if k.Token == token {
+		if partOf(k) == p {
 			delete(r.lost, ref)
 		}
 	}
-	maps.Copy(r.lost, faults)
+	maps.Copy(r.lost, lost)
+	return all, true
 }
 
-// compareKey compares one key with its token. A fault is about the key. An error is about the
-// token, whose other keys can't be compared either.
-func (r *Ring) compareKey(ctx context.Context, k *Key, store keystore.Store) (fault, err error) {
+// compareSome compares the first keys of a list.
+func (r *Ring) compareSome(ctx context.Context, store keystore.Store, infos []keystore.Info) ([]error, error) {
 	ctx, cancel := context.WithTimeout(ctx, r.RequestTimeout)
 	defer cancel()
-	info, ref := k.Info(), k.Ref()
-	there, err := store.Key(ctx, ref)
+	return store.Compare(ctx, infos)
+}
+
+// faultOf is the fault of a key for an operator, from the result of its comparison. A missing key
+// that is out of use is no fault.
+func (r *Ring) faultOf(k *Key, err error) error {
 	switch {
-	case errors.Is(err, keystore.ErrUnavailable), errors.Is(err, keystore.ErrAuth):
-		return nil, err
+	case err == nil:
 	case errors.Is(err, keystore.ErrSealed): // the first use of the key compares the key
 		r.Log.Warn("a key is not held against its token, which does not give it out now",
-			"key", ref.String(), "token", k.Token, "err", err)
-		return nil, nil
-	case k.State.outOfUse() && err != nil:
+			"key", k.Ref().String(), "token", k.Token, "err", err)
+	case k.State.outOfUse():
 		r.Log.Warn("a key that is out of use is not on its token any more",
-			"key", ref.String(), "token", k.Token, "err", err)
-		return nil, nil
+			"key", k.Ref().String(), "token", k.Token, "err", err)
 	case errors.Is(err, keystore.ErrNotFound):
 		return fmt.Errorf("key %v, which is %s, is not on token %s: is it the right token? Restore the token: %w",
-			ref, k.State, k.Token, keystore.ErrNotFound), nil
-	case err != nil:
-		return fmt.Errorf("key %v, which is %s, on token %s: %w", ref, k.State, k.Token, err), nil
+			k.Ref(), k.State, k.Token, keystore.ErrNotFound)
+	default:
+		return fmt.Errorf("key %v, which is %s, on token %s: is it the right token? %w", k.Ref(), k.State, k.Token, err)
 	}
-	got := there.Info()
-	if !bytes.Equal(got.PublicKey, info.PublicKey) || got.Algorithm != info.Algorithm || got.Tag != info.Tag {
-		return fmt.Errorf("key %v on token %s is %s %x, the ledger has %s %x: is it the right token?",
-			ref, k.Token, got.Algorithm, got.PublicKey, info.Algorithm, info.PublicKey), nil
-	}
-	return nil, nil
+	return nil
 }
 
 // Listening returns nil if the Noise key can answer handshakes. The error is that of the key's
@@ -131,7 +151,7 @@ func (r *Ring) Listening() error {
 	if k == nil {
 		return fmt.Errorf("an active version of the Noise key: %w", manage.ErrNotFound)
 	}
-	if err := r.uncompared[k.Token]; err != nil {
+	if err := r.uncompared[partOf(k)]; err != nil {
 		return fmt.Errorf("the Noise key's token %s: %w", k.Token, err)
 	}
 	return r.lost[k.Ref()]
@@ -143,7 +163,7 @@ func (r *Ring) compareAgain() {
 	defer r.mu.Unlock()
 	for ref := range r.lost {
 		if k := r.keys[ref]; k != nil {
-			r.uncompared[k.Token] = errNotCompared
+			r.uncompared[partOf(k)] = errNotCompared
 		}
 	}
 }

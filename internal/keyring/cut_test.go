@@ -1,7 +1,6 @@
 package keyring_test
 
 import (
-	"bytes"
 	"errors"
 	"fmt"
 	"path/filepath"
@@ -144,14 +143,18 @@ func (r *rig) matches(t *testing.T) {
 	}); err != nil {
 		t.Fatal(err)
 	}
-	infos, err := r.store.Keys(t.Context())
+	refs, err := r.store.Keys(t.Context())
 	if err != nil {
 		t.Fatal(err)
 	}
-	for _, info := range infos {
-		k := r.Keys.Version(info.Ref.Name, info.Ref.Version)
-		if k == nil || k.State == keyring.Destroyed || !bytes.Equal(k.Info().PublicKey, info.PublicKey) {
-			t.Errorf("the token has %v, and the ledger has not", info.Ref)
+	for _, ref := range refs {
+		k := r.Keys.Version(ref.Name, ref.Version)
+		if k == nil || k.State == keyring.Destroyed {
+			t.Errorf("the token has %v, and the ledger has not", ref)
+			continue
+		}
+		if faults, err := r.store.Compare(t.Context(), []keystore.Info{k.Info()}); err != nil || faults[0] != nil {
+			t.Errorf("%v, %v", faults, err)
 		}
 	}
 	for _, k := range r.Keys.All() {

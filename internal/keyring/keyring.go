@@ -102,7 +102,7 @@ type Ring struct {
 	credentials   uint64                    // number of changes of operators' credentials
 	retries       map[string]retry          // failed rotations, by name
 	lost          map[keystore.Ref]error    // faults of versions that are missing on their token, or different
-	uncompared    map[string]error          // tokens that are not compared with the ledger yet, see compare.go
+	uncompared    map[part]error            // keys not compared with their tokens yet, see compare.go
 	announcements []Announcement            // cache; nil: empty
 	watchers      []func()                  // called after a change that peers may have to be told
 }
@@ -115,11 +115,12 @@ func Open(ctx context.Context, c Config) (*Ring, error) {
 		Config: c, turns: map[string]*limit.Fair{}, changing: manage.NewLock(),
 		keys: map[keystore.Ref]*Key{}, byPublic: map[string][]keystore.Ref{}, active: map[string]*Key{},
 		settings: map[string]Settings{}, confirmed: map[string]time.Time{},
-		retries: map[string]retry{}, lost: map[keystore.Ref]error{}, uncompared: map[string]error{},
+		retries: map[string]retry{}, lost: map[keystore.Ref]error{}, uncompared: map[part]error{},
 	}
 	for name := range c.Tokens { // limit.Fair bounds no waiting callers: the limits of requests do
 		r.turns[name] = limit.NewFair(max(1, c.Calls[name]))
-		r.uncompared[name] = errNotCompared
+		r.uncompared[part{name, true}] = errNotCompared
+		r.uncompared[part{name, false}] = errNotCompared
 	}
 	if err := c.Ledger.Follow(ctx, &r.mu,
 		ledger.Followed{Table: ledger.Lines, Take: r.takeSettings},

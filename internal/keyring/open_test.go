@@ -68,14 +68,14 @@ type late struct {
 	lacks atomic.Bool
 }
 
-func (l *late) Key(ctx context.Context, ref keystore.Ref) (keystore.Key, error) {
+func (l *late) Compare(ctx context.Context, infos []keystore.Info) ([]error, error) {
 	if err := l.err.Load(); err != nil {
 		return nil, *err
 	}
-	if l.lacks.Load() && ref.Name == keyring.NoiseName {
-		return nil, keystore.ErrNotFound
+	if l.lacks.Load() && infos[0].Ref.Name == keyring.NoiseName {
+		return []error{keystore.ErrNotFound}, nil
 	}
-	return l.Memory.Key(ctx, ref)
+	return l.Memory.Compare(ctx, infos[:1])
 }
 
 // TestTokenComesLate: the ring opens without a token, with the keys of the token there. The keys
@@ -118,6 +118,42 @@ func TestTokenComesLate(t *testing.T) {
 				t.Errorf("%v, %v", err, ring.Causes())
 			}
 		})
+	}
+}
+
+// noiseOnly is a token that lists no keys but the Noise key.
+type noiseOnly struct {
+	*keystoretest.Memory
+	compared []string
+}
+
+func (n *noiseOnly) Compare(ctx context.Context, infos []keystore.Info) ([]error, error) {
+	for _, info := range infos {
+		n.compared = append(n.compared, info.Ref.Name)
+	}
+	if infos[0].Ref.Name != keyring.NoiseName {
+		return nil, fmt.Errorf("%w: the listing takes too long", keystore.ErrUnavailable)
+	}
+	return n.Memory.Compare(ctx, infos)
+}
+
+// TestNoiseFirst: the Noise key is compared by itself and before all other keys, so that peers can
+// connect while the token can't list the others.
+func TestNoiseFirst(t *testing.T) {
+	r := newRig(t)
+	r.createOwn(t, keyring.NoiseName)
+	token := &noiseOnly{Memory: r.store}
+	config := r.Keys.Config
+	config.Tokens = map[string]keystore.Store{"memory": token}
+	ring, err := keyring.Open(t.Context(), config)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if len(token.compared) < 2 || token.compared[0] != keyring.NoiseName {
+		t.Errorf("compared: %q", token.compared)
+	}
+	if err := ring.Listening(); err != nil {
+		t.Error(err)
 	}
 }
 

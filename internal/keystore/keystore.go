@@ -4,6 +4,7 @@
 package keystore
 
 import (
+	"bytes"
 	"context"
 	"crypto/ecdsa"
 	"crypto/ed25519"
@@ -14,6 +15,7 @@ import (
 	"fmt"
 	"strconv"
 	"strings"
+	"time"
 )
 
 // Algorithm names a key's algorithm and, by it, the operation of the key: Sign or Exchange.
@@ -121,22 +123,27 @@ type Info struct {
 	Tag        Tag        `json:"tag"` // of its creation
 }
 
-// Provenance is the device's statement about a key's past. A resident key is not extractable now,
-// whatever its provenance.
+// Provenance is the device's statement about a key's past, at the key's creation. A resident key is
+// not extractable now, whatever its provenance.
 type Provenance struct {
 	Local            bool `json:"local"`             // made inside the device (CKA_LOCAL)
 	AlwaysSensitive  bool `json:"always_sensitive"`  // was never readable (CKA_ALWAYS_SENSITIVE)
 	NeverExtractable bool `json:"never_extractable"` // could never be wrapped and taken out (CKA_NEVER_EXTRACTABLE)
+	// Unreported marks a key that the device has made for Generate and does not call its own: the
+	// attributes are missing or false for every key of such a device.
+	Unreported bool `json:"unreported,omitempty"`
 }
 
-// Generated reports a private key that has never been outside its device. Every other key is
-// imported, for ever.
+// Generated reports a private key that has never been outside its device, by the device's word.
 func (p Provenance) Generated() bool { return p.Local && p.AlwaysSensitive && p.NeverExtractable }
 
-// String gives generated or imported.
+// String gives generated, imported, or unreported. A key keeps its provenance for ever.
 func (p Provenance) String() string {
-	if p.Generated() {
+	switch {
+	case p.Generated():
 		return "generated"
+	case p.Unreported:
+		return "unreported"
 	}
 	return "imported"
 }
@@ -166,8 +173,15 @@ type Store interface {
 	// away. The comparison with the device comes with the first use of the key: a device with
 	// another key under the name gives an error then.
 	Bind(info Info) Key
-	// Keys lists the keys of this appliance. Half-made and ambiguous keys are left out.
-	Keys(ctx context.Context) ([]Info, error)
+	// Keys lists the keys of this appliance, in any order. Half-made and ambiguous keys are left
+	// out.
+	Keys(ctx context.Context) ([]Ref, error)
+	// Compare compares keys with their descriptions, by one listing of the device where it has one.
+	// faults has an error for each of the first descriptions, at least one, in the same order: nil
+	// for a key that is there, or ErrNotFound, ErrAmbiguous, ErrUnfit, or ErrSealed for a key that
+	// the device does not show now. The caller compares the other descriptions by further calls.
+	// err is about the device as a whole.
+	Compare(ctx context.Context, infos []Info) (faults []error, err error)
 	// Generate makes a key, reads back its protection, and proves the key by one use. A name with
 	// objects on the device is refused (ErrExists). A crash can leave half a key behind, marked by
 	// the tag: see Destroy.
@@ -189,6 +203,28 @@ type Store interface {
 	// Retry permits logins again after ErrAuth. An operator calls Retry after correcting the PIN.
 	Retry()
 	Close() error
+}
+
+// CompareEach is Store.Compare for a device that finds each key by itself. CompareEach begins no
+// further search after a second, so that a call has an end however many keys there are.
+func CompareEach(ctx context.Context, find func(context.Context, Ref) (Key, error), infos []Info) ([]error, error) {
+	var faults []error
+	for began := time.Now(); len(faults) < len(infos) && (len(faults) == 0 || time.Since(began) < time.Second); {
+		info := infos[len(faults)]
+		key, err := find(ctx, info.Ref)
+		switch {
+		case errors.Is(err, ErrUnavailable), errors.Is(err, ErrAuth):
+			return nil, err
+		case err == nil:
+			if got := key.Info(); !bytes.Equal(got.PublicKey, info.PublicKey) || got.Algorithm != info.Algorithm ||
+				got.Tag != info.Tag {
+				err = fmt.Errorf("%v: %w: the device has %s %x, the ledger has %s %x",
+					info.Ref, ErrUnfit, got.Algorithm, got.PublicKey, info.Algorithm, info.PublicKey)
+			}
+		}
+		faults = append(faults, err)
+	}
+	return faults, nil
 }
 
 // Status is the state of a device for its operator.

@@ -6,8 +6,8 @@
 //   SHIM_SCRIPT   the script, a file with a line for each fault, read again after another file was
 //                 renamed to the path
 //   SHIM_LOG      a file with a line for each call that has ended: FUNCTION SESSION RETURN-VALUE
-//   SHIM_MAKER    CK_INFO.manufacturerID
-//   SHIM_VERSION  CK_INFO.libraryVersion, MAJOR.MINOR
+//   SHIM_MAKER    CK_TOKEN_INFO.manufacturerID
+//   SHIM_MODEL    CK_TOKEN_INFO.model
 //   SHIM_MOST     CK_TOKEN_INFO.ulMaxSessionCount and ulMaxRwSessionCount, separated by a space
 //   SHIM_DIALECT  differences from SoftHSM, words separated by commas:
 //
@@ -21,6 +21,8 @@
 //     no-eddsa     CKM_EDDSA is missing
 //     no-x25519    the curve of X25519 is refused
 //     no-allowed   CKA_ALLOWED_MECHANISMS is refused
+//     no-local     CKA_LOCAL is missing
+//     sign-64      C_Sign refuses any size of the buffer but 64
 //
 // A line of the script is FROM TO PROCESS FUNCTION FAULT ARGUMENT COUNT SKIP:
 //
@@ -220,7 +222,7 @@ static CK_RV login(CK_ULONG session, CK_ULONG user, void *pin, CK_ULONG length) 
 }
 static CK_RV find_objects_init(CK_ULONG session, void *template, CK_ULONG count) {
 	ENTER(FIND_OBJECTS_INIT, session);
-	return real->function[FIND_OBJECTS_INIT](session, template, count);
+	return ended(FIND_OBJECTS_INIT, session, real->function[FIND_OBJECTS_INIT](session, template, count));
 }
 static CK_RV find_objects(CK_ULONG session, CK_ULONG *objects, CK_ULONG most, CK_ULONG *count) {
 	ENTER(FIND_OBJECTS, session);
@@ -240,6 +242,7 @@ static CK_RV sign_init(CK_ULONG session, CK_MECHANISM *mechanism, CK_ULONG key) 
 }
 static CK_RV sign(CK_ULONG session, void *data, CK_ULONG length, unsigned char *signature, CK_ULONG *size) {
 	ENTER(SIGN, session);
+	if (speaks("sign-64") && *size != 64) return ended(SIGN, session, CKR_BUFFER_TOO_SMALL);
 	CK_RV rv = real->function[SIGN](session, data, length, signature, size);
 	if (rv == CKR_OK && signature != NULL && *size > 0) {
 		if (due(SIGN, "wrong")) signature[*size / 2] ^= 4;
@@ -344,6 +347,10 @@ static CK_RV give(const void *value, CK_ULONG length, void *buffer, CK_ULONG *si
 static CK_RV read_attribute(CK_ULONG session, CK_ULONG object, CK_ATTRIBUTE *a) {
 	unsigned char value[256];
 	CK_ATTRIBUTE is_there = { a->type, value + 1, sizeof value - 1 };
+	if (a->type == CKA_LOCAL && speaks("no-local")) {
+		a->length = (CK_ULONG)-1;
+		return CKR_ATTRIBUTE_TYPE_INVALID;
+	}
 	if (a->type != CKA_EC_PARAMS && a->type != CKA_EC_POINT)
 		return real->function[GET_ATTRIBUTE_VALUE](session, object, a, 1UL);
 	CK_RV rv = real->function[GET_ATTRIBUTE_VALUE](session, object, &is_there, 1UL);
@@ -369,25 +376,24 @@ static CK_RV get_attribute_value(CK_ULONG session, CK_ULONG object, CK_ATTRIBUTE
 	return ended(GET_ATTRIBUTE_VALUE, session, rv);
 }
 
-static CK_RV get_info(CK_INFO *info) {
-	ENTER(GET_INFO, 0UL);
-	CK_RV rv = real->function[GET_INFO](info);
-	const char *maker = getenv("SHIM_MAKER"), *version = getenv("SHIM_VERSION");
-	if (rv == CKR_OK && maker != NULL) {
-		memset(info->maker, ' ', sizeof info->maker);
-		memcpy(info->maker, maker, strnlen(maker, sizeof info->maker));
-	}
-	if (rv == CKR_OK && version != NULL) sscanf(version, "%hhu.%hhu", &info->version[0], &info->version[1]);
-	return ended(GET_INFO, 0, rv);
+// put writes a text from the environment into a padded field.
+static void put(const char *variable, unsigned char *field, size_t size) {
+	const char *text = getenv(variable);
+	if (text == NULL) return;
+	memset(field, ' ', size);
+	memcpy(field, text, strnlen(text, size));
 }
 
 static CK_RV get_token_info(CK_ULONG slot, CK_TOKEN_INFO *info) {
 	ENTER(GET_TOKEN_INFO, 0UL);
 	CK_RV rv = real->function[GET_TOKEN_INFO](slot, info);
 	const char *most = getenv("SHIM_MOST");
-	if (rv == CKR_OK && most != NULL) sscanf(most, "%lu %lu", &info->most, &info->most_rw);
+	if (rv != CKR_OK) return ended(GET_TOKEN_INFO, 0, rv);
+	if (most != NULL) sscanf(most, "%lu %lu", &info->most, &info->most_rw);
 	struct fault *f = due(GET_TOKEN_INFO, "flags");
-	if (rv == CKR_OK && f != NULL) info->flags |= f->argument;
+	if (f != NULL) info->flags |= f->argument;
+	put("SHIM_MAKER", info->maker, sizeof info->maker);
+	put("SHIM_MODEL", info->model, sizeof info->model);
 	return ended(GET_TOKEN_INFO, 0, rv);
 }
 
@@ -407,7 +413,6 @@ CK_RV C_GetFunctionList(CK_FUNCTION_LIST **list) {
 	ours = *real;
 	ours.function[INITIALIZE] = (CK_FUNCTION)initialize;
 	ours.function[FINALIZE] = (CK_FUNCTION)finalize;
-	ours.function[GET_INFO] = (CK_FUNCTION)get_info;
 	ours.function[GET_SLOT_LIST] = (CK_FUNCTION)get_slot_list;
 	ours.function[GET_TOKEN_INFO] = (CK_FUNCTION)get_token_info;
 	ours.function[GET_MECHANISM_LIST] = (CK_FUNCTION)get_mechanism_list;

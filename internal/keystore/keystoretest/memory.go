@@ -11,6 +11,8 @@ import (
 	"crypto/rand"
 	"crypto/sha256"
 	"fmt"
+	"maps"
+	"slices"
 	"sync"
 
 	"countersign/internal/keystore"
@@ -60,13 +62,14 @@ func (m *Memory) Key(_ context.Context, ref keystore.Ref) (keystore.Key, error) 
 	return nil, fmt.Errorf("%v: %w", ref, keystore.ErrNotFound)
 }
 
-func (m *Memory) Keys(context.Context) (infos []keystore.Info, err error) {
+func (m *Memory) Keys(context.Context) ([]keystore.Ref, error) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	for _, k := range m.keys {
-		infos = append(infos, k.info)
-	}
-	return infos, nil
+	return slices.Collect(maps.Keys(m.keys)), nil
+}
+
+func (m *Memory) Compare(ctx context.Context, infos []keystore.Info) ([]error, error) {
+	return keystore.CompareEach(ctx, m.Key, infos)
 }
 
 func (m *Memory) Bind(info keystore.Info) keystore.Key { return bound{m, info} }

@@ -98,20 +98,45 @@ func (p *Pool) probeKeys(ctx context.Context) {
 	for _, ref := range sealed {
 		p.Key(ctx, ref) // updates the set
 	}
-	for _, k := range missing {
-		var info keystore.Info
-		err := p.request(ctx, false, call{Op: opKey, Ref: k.info.Ref}, decodeInfo(k.info.Ref, &info))
-		if err == nil && info.Tag == k.info.Tag && bytes.Equal(info.PublicKey, k.info.PublicKey) {
-			p.trackMissing(k, nil)
-		}
+	if len(missing) > 0 {
+		p.probeMissing(ctx, missing)
 	}
 	if !list {
 		return
 	}
-	if infos, err := p.Keys(ctx); err == nil {
+	if refs, err := p.Keys(ctx); err == nil {
 		p.mu.Lock()
-		p.emptied = len(infos) == 0 && len(p.missing) > 0
+		p.emptied = len(refs) == 0 && len(p.missing) > 0
 		p.mu.Unlock()
+	}
+}
+
+// probeMissing compares the lost keys with the device. A key that is there, and in whose place a
+// use has found another key, must also show its public key.
+func (p *Pool) probeMissing(ctx context.Context, missing []*key) {
+	var infos []keystore.Info
+	for _, k := range missing {
+		infos = append(infos, k.info)
+	}
+	faults, err := p.Compare(ctx, infos)
+	if err != nil {
+		return
+	}
+	for i, fault := range faults {
+		k := missing[i]
+		p.mu.Lock()
+		other := errors.Is(p.missing[k], keystore.ErrUnfit)
+		p.mu.Unlock()
+		if fault == nil && other {
+			var info keystore.Info
+			fault = p.request(ctx, false, call{Op: opKey, Ref: k.info.Ref}, decodeInfo(k.info.Ref, &info))
+			if fault == nil && !bytes.Equal(info.PublicKey, k.info.PublicKey) {
+				continue
+			}
+		}
+		if fault == nil {
+			p.trackMissing(k, nil)
+		}
 	}
 }
 

@@ -133,9 +133,33 @@ func (p *Pool) Key(ctx context.Context, ref keystore.Ref) (keystore.Key, error) 
 }
 
 // Keys lists the keys.
-func (p *Pool) Keys(ctx context.Context) (infos []keystore.Info, err error) {
-	err = p.request(ctx, false, call{Op: opKeys}, decodeInto(&infos))
-	return infos, err
+func (p *Pool) Keys(ctx context.Context) (refs []keystore.Ref, err error) {
+	err = p.request(ctx, false, call{Op: opKeys}, decodeInto(&refs))
+	return refs, err
+}
+
+// maxCompared is the number of descriptions that fit into one frame, with some 300 bytes each.
+const maxCompared = 2000
+
+// Compare compares the first 2,000 keys.
+func (p *Pool) Compare(ctx context.Context, infos []keystore.Info) ([]error, error) {
+	infos = infos[:min(len(infos), maxCompared)]
+	var encoded [][]byte
+	err := p.request(ctx, false, call{Op: opCompare, Infos: infos}, func(answer []byte) error {
+		err := decodeInto(&encoded)(answer)
+		if err == nil && (len(encoded) > len(infos) || len(encoded) == 0 && len(infos) > 0) {
+			err = keystore.ErrWrong
+		}
+		return err
+	})
+	if err != nil {
+		return nil, err
+	}
+	faults := decodeErrors(encoded)
+	for i, fault := range faults {
+		p.trackSealed(infos[i].Ref, fault)
+	}
+	return faults, nil
 }
 
 // Inspect may make throw-away keys, so Inspect is an at-most-once call.

@@ -196,6 +196,28 @@ func encodeError(err error) []byte {
 	return append([]byte{class}, text[:min(len(text), 4096)]...)
 }
 
+// encodeErrors makes a list of errors for JSON, with an empty element for nil.
+func encodeErrors(all []error) [][]byte {
+	encoded := make([][]byte, len(all))
+	for i, err := range all {
+		if err != nil {
+			encoded[i] = encodeError(err)
+		}
+	}
+	return encoded
+}
+
+// decodeErrors is the inverse of encodeErrors.
+func decodeErrors(encoded [][]byte) []error {
+	all := make([]error, len(encoded))
+	for i, b := range encoded {
+		if len(b) > 0 {
+			all[i] = decodeError(b)
+		}
+	}
+	return all
+}
+
 // decodeError is the inverse of encodeError. An error without a class stays without one: the device
 // was not asked, and a retry is useless.
 func decodeError(body []byte) error {

@@ -23,10 +23,12 @@ type call struct {
 	Path      string             `json:"path,omitempty"`
 	Prove     bool               `json:"prove,omitempty"`
 	Owner     keystore.Owner     `json:"owner,omitzero"` // of a counter
+	Infos     []keystore.Info    `json:"infos,omitempty"`
 }
 
 const (
-	opKey, opKeys, opGenerate      = "key", "keys", "generate"
+	opKey, opKeys, opCompare       = "key", "keys", "compare"
+	opGenerate                     = "generate"
 	opImport, opDestroy, opInspect = "import", "destroy", "inspect"
 	opDefine, opRead, opIncrement  = "define counter", "read counter", "rise counter"
 )
@@ -225,6 +227,10 @@ func (w *server) do(ctx context.Context, c call) ([]byte, error) {
 		key, err = w.store.Key(ctx, c.Ref)
 	case opKeys:
 		answer, err = w.store.Keys(ctx)
+	case opCompare:
+		var faults []error
+		faults, err = w.store.Compare(ctx, c.Infos)
+		answer = encodeErrors(faults)
 	case opGenerate:
 		key, err = w.store.Generate(ctx, c.Ref, c.Algorithm, c.Tag)
 	case opImport:

@@ -245,11 +245,15 @@ func (d *device) Key(ctx context.Context, ref keystore.Ref) (keystore.Key, error
 	return d.Memory.Key(ctx, ref)
 }
 
-func (d *device) Keys(ctx context.Context) ([]keystore.Info, error) {
+func (d *device) Compare(ctx context.Context, infos []keystore.Info) ([]error, error) {
+	return keystore.CompareEach(ctx, d.Key, infos)
+}
+
+func (d *device) Keys(ctx context.Context) ([]keystore.Ref, error) {
 	if err := d.fault("keys"); errors.Is(err, keystore.ErrNotFound) {
 		return nil, nil
 	} else if err != nil {
-		return slices.Repeat([]keystore.Info{payments}, 10_000), nil
+		return slices.Repeat([]keystore.Ref{payments.Ref}, 100_000), nil
 	}
 	return d.Memory.Keys(ctx)
 }
