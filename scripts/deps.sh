@@ -10,6 +10,9 @@ need() { # need PACKAGE TEST...: adds the package to the missing ones if the tes
   "$@" >/dev/null 2>&1 || missing+=("$package")
 }
 need softhsm2 test -e /usr/lib/softhsm/libsofthsm2.so
+need p11-kit-modules bash -c 'compgen -G "/usr/lib/*/p11-kit-proxy.so"'
+need libnss3 bash -c 'compgen -G "/usr/lib/*/libsoftokn3.so"'
+need libnss3-tools command -v certutil
 need swtpm command -v swtpm
 need tpm2-tools command -v tpm2_pcrextend
 need gcc command -v gcc

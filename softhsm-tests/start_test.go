@@ -11,7 +11,9 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
+	"countersign/admin/api"
 	"countersign/client"
 
 	"github.com/miekg/pkcs11"
@@ -78,8 +80,8 @@ func TestRefusesToStart(t *testing.T) {
 			s.useToken(func(m *pkcs11.Ctx, h pkcs11.SessionHandle) { generate(t, m, h, "countersign/noise/1", tag) })
 		}, []string{"noise/1", "more than one object", "pkcs11-tool"}},
 		{"half a key", func(t *testing.T, s *system) {
-			s.useToken(func(m *pkcs11.Ctx, h pkcs11.SessionHandle) { deleteAll(t, m, h, "public") })
-		}, []string{"noise/1", "half"}},
+			s.useToken(func(m *pkcs11.Ctx, h pkcs11.SessionHandle) { deleteAll(t, m, h, "private") })
+		}, []string{"noise/1", "is not on token main"}},
 		{"a file where the socket should be", write("admin.sock", ""), []string{"admin.sock", "another kind"}},
 		{"a port that is none", func(_ *testing.T, s *system) {
 			s.edit("countersign.toml", s.listen, "127.0.0.1:70000")
@@ -207,6 +209,62 @@ func TestServeCreatesNothing(t *testing.T) {
 	}
 }
 
+// TestObjectsOfOthers has another program, without the PIN, make public objects under the labels
+// and CKA_IDs of the Noise key and of the audit log's key, and under the label of a key's next
+// version; and destroy the public halves of all keys. The appliance starts, listens, signs, writes
+// checkpoints, and rotates the key. check finds no fault.
+func TestObjectsOfOthers(t *testing.T) {
+	s := newSystem(t)
+	p := s.serve()
+	s.enrol()
+	p.stop()
+	s.useToken(func(m *pkcs11.Ctx, h pkcs11.SessionHandle) {
+		if err := m.Logout(h); err != nil {
+			t.Fatal(err)
+		}
+		deleteAll(t, m, h, "")
+		for label, id := range map[string][]byte{
+			"noise/1": s.tagOf("noise/1"), "audit-log/1": s.tagOf("audit-log/1"), "payments/3": []byte("anything"),
+		} {
+			for range 2 {
+				object := []*pkcs11.Attribute{
+					pkcs11.NewAttribute(pkcs11.CKA_CLASS, pkcs11.CKO_PUBLIC_KEY),
+					pkcs11.NewAttribute(pkcs11.CKA_TOKEN, true), pkcs11.NewAttribute(pkcs11.CKA_PRIVATE, false),
+					pkcs11.NewAttribute(pkcs11.CKA_KEY_TYPE, 0x40),
+					pkcs11.NewAttribute(pkcs11.CKA_EC_PARAMS, []byte{6, 3, 0x2b, 0x65, 0x70}),
+					pkcs11.NewAttribute(pkcs11.CKA_EC_POINT, append([]byte{4, 32}, make([]byte, 32)...)),
+					pkcs11.NewAttribute(pkcs11.CKA_LABEL, "countersign/"+label), pkcs11.NewAttribute(pkcs11.CKA_ID, id),
+				}
+				if _, err := m.CreateObject(h, object); err != nil {
+					t.Fatal(err)
+				}
+			}
+		}
+	})
+	if out, code := s.daemon("check"); code != 0 {
+		t.Errorf("check: %d\n%s", code, out)
+	}
+	p = s.serve()
+	defer p.stop()
+	if _, err := s.admin().RotateKey(t.Context(), "payments", api.Rotate{Now: true}); err != nil {
+		t.Error(err)
+	}
+	c := s.dial()
+	defer c.Close()
+	got, err := c.Sign(t.Context(), "payments", message("AAAA").Fill(time.Hour))
+	if err != nil || got.Version != 2 {
+		t.Errorf("%+v, %v", got, err)
+	}
+	s.must("admin", "audit", "export", s.path("log")) // with a checkpoint of now
+	key := strings.TrimSpace(s.must("admin", "audit", "key"))
+	if out := s.must("audit", "verify", s.path("log"), "--key", key); !strings.Contains(out, "checkpoint") {
+		t.Error(out)
+	}
+	if state := s.must("admin", "state"); !strings.Contains(state, "operational") {
+		t.Error(state)
+	}
+}
+
 // TestInterruptedInit runs countersignd init after an interrupted one. The second run completes
 // what the first run has begun.
 func TestInterruptedInit(t *testing.T) {
@@ -260,10 +318,7 @@ func (s *system) changeLedger(change func(*bolt.Tx) error) {
 // useToken opens a session on the token and logs in, as another program that has the PIN would.
 func (s *system) useToken(use func(*pkcs11.Ctx, pkcs11.SessionHandle)) {
 	s.t.Helper()
-	t, ok := s.t.(*testing.T)
-	if !ok {
-		s.t.Fatal("useToken needs a *testing.T, to set SOFTHSM2_CONF")
-	}
+	t := s.t
 	t.Setenv("SOFTHSM2_CONF", s.path("softhsm2.conf"))
 	m := pkcs11.New(softHSM)
 	defer m.Destroy()
@@ -285,14 +340,13 @@ func (s *system) useToken(use func(*pkcs11.Ctx, pkcs11.SessionHandle)) {
 	use(m, h)
 }
 
-// deleteAll destroys all objects on the token, or only the public half of the Noise key if half is
-// "public".
+// deleteAll destroys all objects on the token, or only the half of the Noise key that half names:
+// public or private.
 func deleteAll(t *testing.T, m *pkcs11.Ctx, h pkcs11.SessionHandle, half string) {
 	t.Helper()
 	var template []*pkcs11.Attribute
-	if half == "public" {
-		template = append(template,
-			pkcs11.NewAttribute(pkcs11.CKA_CLASS, pkcs11.CKO_PUBLIC_KEY),
+	if class, ok := map[string]uint{"public": pkcs11.CKO_PUBLIC_KEY, "private": pkcs11.CKO_PRIVATE_KEY}[half]; ok {
+		template = append(template, pkcs11.NewAttribute(pkcs11.CKA_CLASS, class),
 			pkcs11.NewAttribute(pkcs11.CKA_LABEL, "countersign/noise/1"))
 	}
 	if err := m.FindObjectsInit(h, template); err != nil {
@@ -312,7 +366,7 @@ func deleteAll(t *testing.T, m *pkcs11.Ctx, h pkcs11.SessionHandle, half string)
 
 // generate creates an Ed25519 key pair with a label and further attributes (CKK_EC_EDWARDS is 0x40,
 // CKM_EC_EDWARDS_KEY_PAIR_GEN is 0x1055).
-func generate(t *testing.T, m *pkcs11.Ctx, h pkcs11.SessionHandle, label string, more ...*pkcs11.Attribute) {
+func generate(t testing.TB, m *pkcs11.Ctx, h pkcs11.SessionHandle, label string, more ...*pkcs11.Attribute) {
 	t.Helper()
 	private := append([]*pkcs11.Attribute{
 		pkcs11.NewAttribute(pkcs11.CKA_TOKEN, true),
