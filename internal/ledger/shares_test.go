@@ -153,7 +153,7 @@ func followModel(t *testing.T, r *rand.Rand, most int, b ledger.Bounds) {
 		modelShare
 		hour int64
 	}
-	var model []alive
+	var all, model []alive // admitted, and alive of them
 	count := func(in func(modelShare) bool) (n int) {
 		for _, a := range model {
 			if in(a.modelShare) {
@@ -170,14 +170,14 @@ func followModel(t *testing.T, r *rand.Rand, most int, b ledger.Bounds) {
 		case 1:
 			m.pass(time.Duration(r.Int64N(int64(5 * time.Hour))))
 		}
+		// A restart sets the ledger's time back to the last transaction, and nonces are alive again.
 		now := l.Time()
-		kept := model[:0]
-		for _, a := range model {
+		model = model[:0]
+		for _, a := range all {
 			if now.Before(time.Unix((a.hour+1)*3600, 0).Add(margin)) {
-				kept = append(kept, a)
+				model = append(model, a)
 			}
 		}
-		model = kept
 		s := modelShare{ledger.Use(1 + r.IntN(3)), byte(1 + r.IntN(4))}
 		if s.use == ledger.Own {
 			s.peer = 0
@@ -195,7 +195,8 @@ func followModel(t *testing.T, r *rand.Rand, most int, b ledger.Bounds) {
 		if _, err := l.Admit(t.Context(), a, event); !errors.Is(err, want) {
 			t.Fatalf("step %d, %+v of %d, %+v: %v, want %v", n, s, most, b, err, want)
 		} else if err == nil {
-			model = append(model, alive{s, a.ExpiresAt / 3600})
+			admitted := alive{s, a.ExpiresAt / 3600}
+			all, model = append(all, admitted), append(model, admitted)
 		}
 		got := l.Nonces()
 		uses := map[ledger.Use]int{ledger.Signing: got.Signing, ledger.Verifying: got.Verifying, ledger.Own: got.Own}
