@@ -22,8 +22,8 @@ import (
 
 // allocated bounds what one answer may allocate, with the client in the same process: a page, its
 // text in the client, and the largest record of the test (5 MiB), which is encoded in vain where it
-// belongs to the next page.
-const allocated = 64 << 20
+// belongs to the next page. The race detector's allocations count too.
+const allocated = 128 << 20
 
 // pageOf requests a page of a listing, and checks the bound of its bytes. A page larger than
 // maxPage has one document.

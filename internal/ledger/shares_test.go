@@ -170,7 +170,7 @@ func followModel(t *testing.T, r *rand.Rand, most int, b ledger.Bounds) {
 		case 1:
 			m.pass(time.Duration(r.Int64N(int64(5 * time.Hour))))
 		}
-		// A restart sets the ledger's time back to the last transaction, and nonces are alive again.
+		// A restart sets the ledger's time back to the last transaction: nonces are alive again.
 		now := l.Time()
 		model = model[:0]
 		for _, a := range all {
