@@ -7,6 +7,8 @@ import (
 	"cmp"
 	"fmt"
 	"slices"
+	"strings"
+	"unicode"
 )
 
 // Kind is a kind of cause. The kinds of this file are the only ones.
@@ -21,12 +23,24 @@ type Kind struct {
 type Cause struct {
 	*Kind
 	Subject string // the token, key, webhook or file concerned; "" for the appliance as a whole
-	Text    string // the details at this moment, without a secret
+	Text    string // the details at this moment on one line, without a secret
 }
 
-// Of returns a cause of the kind with its details.
+// Of returns a cause of the kind with its details. Details can have text of strangers, such as the
+// names in a certificate, which must not look like a second cause.
 func (k *Kind) Of(subject, format string, args ...any) Cause {
-	return Cause{Kind: k, Subject: subject, Text: fmt.Sprintf(format, args...)}
+	return Cause{Kind: k, Subject: subject, Text: Line(fmt.Sprintf(format, args...))}
+}
+
+// Line returns a text as one line: white space becomes a blank, and other control and format
+// characters become U+FFFD.
+func Line(text string) string {
+	return strings.Map(func(r rune) rune {
+		if unicode.In(r, unicode.Cc, unicode.Cf) {
+			return unicode.ReplacementChar
+		}
+		return r
+	}, strings.Join(strings.Fields(text), " "))
 }
 
 // Err returns a cause of the kind with an error as its details, or nothing for a nil error.

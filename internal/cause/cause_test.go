@@ -54,3 +54,11 @@ func TestSort(t *testing.T) {
 		t.Error(s)
 	}
 }
+
+// TestOneLine: text of strangers in the details does not look like another line of the state.
+func TestOneLine(t *testing.T) {
+	c := cause.Webhook.Of("shop", "valid for %s, not for shop", "a\nstate\toperational\r\x1b[2J\u202e\u2028")
+	if want := "valid for a state operational \ufffd[2J\ufffd , not for shop"; c.Text != want {
+		t.Errorf("%q", c.Text)
+	}
+}
