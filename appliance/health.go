@@ -42,7 +42,7 @@ func (a *Appliance) Health() Health {
 	}
 	cause.Sort(h.Causes)
 	h.Causes = slices.CompactFunc(h.Causes, func(a, b cause.Cause) bool { // a key missed at the start and in use
-		return a.Kind == b.Kind && a.Subject != "" && a.Subject == b.Subject
+		return a.Kind == cause.KeyMissing && a.Kind == b.Kind && a.Subject == b.Subject
 	})
 	if len(h.Causes) > 0 {
 		h.Condition = Degraded
