@@ -6,6 +6,8 @@ import (
 	"encoding/json"
 	"net"
 	"net/http"
+	"os"
+	"path/filepath"
 	"strings"
 	"testing"
 	"time"
@@ -96,6 +98,19 @@ func TestClearRefusals(t *testing.T) {
 			t.Errorf("%s: %d %s", scheme, resp.StatusCode, body)
 		}
 	}
+}
+
+// TestRefusedSeed: a seed that no key can have is an invalid request. The code unavailable would
+// ask the operator to wait and to try again.
+func TestRefusedSeed(t *testing.T) {
+	r := newRig(t)
+	root := r.root()
+	path := filepath.Join(t.TempDir(), "seed")
+	if err := os.WriteFile(path, make([]byte, 32), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	_, err := root.CreateKey(t.Context(), api.NewKey{Name: "payments", SeedFile: path})
+	wants(t, "a seed of zeros", "invalid", err)
 }
 
 // TestConnectionsAreBounded checks that a caller with all HTTPS connections makes others wait over

@@ -15,6 +15,7 @@ import (
 	"countersign/appliance"
 	"countersign/approval"
 	"countersign/internal/anchor"
+	"countersign/internal/keystore"
 	"countersign/internal/manage"
 	"countersign/internal/operators"
 
@@ -64,6 +65,7 @@ var problems = []struct {
 }{
 	{manage.ErrInvalid, invalid}, {approval.ErrInvalid, invalid},
 	{certs.ErrUnfit, invalid},
+	{keystore.ErrRefused, invalid}, // for example of a seed file; a retry can't help
 	{manage.ErrExists, exists}, {operators.ErrExists, exists},
 	{manage.ErrNotFound, notFound}, {operators.ErrNotFound, notFound},
 	{approval.ErrNotProven, notProven},
