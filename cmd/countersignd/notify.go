@@ -119,7 +119,7 @@ func (p prober) probe(ctx context.Context) error {
 		if d.Addr() == nil { // the machine does not have the address yet
 			continue
 		}
-		if err := probePeers(ctx, d.Addr()); err != nil && !noDescriptors(err) {
+		if err := probePeers(ctx, d.Addr()); err != nil && !noDescriptors(err) && hasAddress(d.Addr()) {
 			return fmt.Errorf("the listener %s: %w", d.address, err)
 		}
 	}
@@ -129,6 +129,20 @@ func (p prober) probe(ctx context.Context) error {
 // noDescriptors reports a lack of file descriptors or of ports.
 func noDescriptors(err error) bool {
 	return errors.Is(err, syscall.EMFILE) || errors.Is(err, syscall.ENFILE) || errors.Is(err, syscall.EADDRNOTAVAIL)
+}
+
+// hasAddress reports whether the machine has an address now. A listener whose address is taken from
+// the machine serves again when the address is back, and a restart can't help.
+func hasAddress(at net.Addr) bool {
+	host, _, err := net.SplitHostPort(at.String())
+	if err != nil {
+		return true
+	}
+	l, err := net.Listen(at.Network(), net.JoinHostPort(host, "0"))
+	if err == nil {
+		l.Close()
+	}
+	return !errors.Is(err, syscall.EADDRNOTAVAIL)
 }
 
 // probeAdmin requests the health of the daemon over the Unix socket. Any answer is a proof.

@@ -58,3 +58,23 @@ func TestProbesFail(t *testing.T) {
 		t.Error("a listener that is closed is alive")
 	}
 }
+
+// TestAddressGone: a listener whose address is taken from the machine (192.0.2.1 is nobody's) is no
+// reason for a restart. A closed listener at an address of the machine is.
+func TestAddressGone(t *testing.T) {
+	at := func(address string) net.Addr {
+		to, err := net.ResolveTCPAddr("tcp", address)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return to
+	}
+	if hasAddress(at("192.0.2.1:7700")) {
+		t.Error("192.0.2.1 is an address of this machine")
+	}
+	for _, address := range []string{"127.0.0.1:7700", "0.0.0.0:7700"} {
+		if !hasAddress(at(address)) {
+			t.Errorf("%s is no address of this machine", address)
+		}
+	}
+}
