@@ -46,8 +46,10 @@ func (a *Appliance) Health() Health {
 	})
 	if len(h.Causes) > 0 {
 		h.Condition = Degraded
-		if c, ok := conditions[h.Causes[0].Kind]; ok {
-			h.Condition = c
+	}
+	for _, c := range slices.Backward(h.Causes) { // the gravest cause that has a condition counts
+		if own, ok := conditions[c.Kind]; ok {
+			h.Condition = own
 		}
 	}
 	return h

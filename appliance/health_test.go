@@ -3,6 +3,7 @@ package appliance
 import (
 	"testing"
 
+	"countersign/audit"
 	"countersign/internal/cause"
 )
 
@@ -24,5 +25,26 @@ func TestCausesOfOneSubject(t *testing.T) {
 	}
 	if len(shown) != 3 || shown[0] != "at the start" || shown[1] != "signatures" || shown[2] != "verifications" {
 		t.Errorf("causes %q", shown)
+	}
+}
+
+// TestConditionBesideGraverCauses: a locked appliance is locked, whatever other causes stop the
+// admissions too, and a rolled back one is rolled back.
+func TestConditionBesideGraverCauses(t *testing.T) {
+	r := newRig(t)
+	all := []cause.Cause{cause.Counter.Of("", "unread")}
+	r.Report(func() []cause.Cause { return all })
+	if got := r.Health().Condition; got != Degraded {
+		t.Errorf("without a lock: %s", got)
+	}
+	if err := r.Lock(t.Context(), audit.Operator("ann"), "test"); err != nil {
+		t.Fatal(err)
+	}
+	if got := r.Health().Condition; got != LockedUp {
+		t.Errorf("locked, with a counter that is not read: %s", got)
+	}
+	all = append(all, cause.AnchorLost.Of("", "gone"))
+	if got := r.Health().Condition; got != RolledBack {
+		t.Errorf("locked, without its counter: %s", got)
 	}
 }
