@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 
+	"countersign/internal/cause"
 	"countersign/internal/ledger"
 	"countersign/internal/peers"
 	"countersign/wire"
@@ -40,6 +41,16 @@ func unused(most, used peers.Bytes, kept, refused bool) (rest peers.Bytes) {
 		rest.Refused = max(0, most.Refused-used.Refused)
 	}
 	return rest
+}
+
+// quotaCauses returns the peers that have too few bytes left for a signature or a verification.
+func (a *Appliance) quotaCauses() (all []cause.Cause) {
+	for _, p := range a.Peers.All() {
+		if p.Used.Kept+mostKept > a.limits.BytesPerDay {
+			all = append(all, cause.BytesFull.Of(p.Name, "%d of %d bytes are used", p.Used.Kept, a.limits.BytesPerDay))
+		}
+	}
+	return all
 }
 
 // bill adds up what a request has made the ledger keep. A nil bill adds nothing.

@@ -3,6 +3,7 @@ package appliance
 import (
 	"encoding/json"
 	"fmt"
+	"slices"
 	"strconv"
 	"strings"
 	"testing"
@@ -10,6 +11,7 @@ import (
 	"time"
 
 	"countersign/audit"
+	"countersign/internal/cause"
 	"countersign/internal/keyring"
 	"countersign/internal/ledger"
 	"countersign/internal/peers"
@@ -142,6 +144,9 @@ func TestBytesBeyondTheQuota(t *testing.T) {
 		if served < 10 {
 			t.Errorf("%d requests were served", served)
 		}
+		if !slices.Contains(codes(r.Appliance), cause.BytesFull.Code) {
+			t.Errorf("the causes are %v", codes(r.Appliance))
+		}
 		r.permits(t, `permit (principal, action, resource);`)
 		before := len(logOf(t, r.Appliance, 1))
 		for range 3 {
@@ -176,6 +181,9 @@ func TestBytesBeyondTheQuota(t *testing.T) {
 		again.Timestamp, again.ExpiresAt = time.Now().Unix(), time.Now().Unix()+3600
 		if a := handled(t, r.Appliance, shop, encoded(again)); a.Error != nil {
 			t.Errorf("a day later: %v", a.Error)
+		}
+		if slices.Contains(codes(r.Appliance), cause.BytesFull.Code) {
+			t.Errorf("a day later the causes are %v", codes(r.Appliance))
 		}
 	})
 }

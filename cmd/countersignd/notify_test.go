@@ -7,6 +7,8 @@ import (
 	"path/filepath"
 	"testing"
 	"time"
+
+	"countersign/internal/cause"
 )
 
 // TestProbesFail probes doors that take connections and answer nothing, and doors that answer. Only
@@ -76,5 +78,29 @@ func TestAddressGone(t *testing.T) {
 		if !hasAddress(at(address)) {
 			t.Errorf("%s is no address of this machine", address)
 		}
+	}
+}
+
+// away is a listener at an address that no machine has (RFC 5737).
+type away struct{ net.Listener }
+
+func (away) Addr() net.Addr { return &net.TCPAddr{IP: net.IPv4(192, 0, 2, 1), Port: 7700} }
+
+// TestAddressAway: a listener whose address has gone while serving is a cause until the address is
+// back.
+func TestAddressAway(t *testing.T) {
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	d := &door{address: "192.0.2.1:7700", inner: away{}}
+	w := waits{doors: []*door{d, {address: "127.0.0.1:1"}}} // the second is not bound yet
+	if all := w.causes(); len(all) != 1 || all[0].Kind != cause.AddressAway || all[0].Subject != d.address {
+		t.Errorf("the causes are %v", all)
+	}
+	d.inner = l
+	if all := w.causes(); len(all) != 0 {
+		t.Errorf("with the address the causes are %v", all)
 	}
 }

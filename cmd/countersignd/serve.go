@@ -55,7 +55,7 @@ func serve(ctx context.Context, path string, c Config, stderr *logqueue.Queue, r
 	if err != nil {
 		return err
 	}
-	var waiting waits
+	waiting := waits{doors: ready.doors}
 	waiting.set(ready.missing)
 	notifications := &notifier{log: log}
 	p.app.Report(func() []cause.Cause {

@@ -136,8 +136,12 @@ func lookForMissing(ctx context.Context, app *appliance.Appliance, doors []*door
 	return missing, nil
 }
 
-// waits has what the start waits for, as causes of the state.
-type waits struct{ missing atomic.Pointer[[]string] }
+// waits has what the start waits for, and the addresses that were lost since, as causes of the
+// state.
+type waits struct {
+	doors   []*door
+	missing atomic.Pointer[[]string]
+}
 
 func (w *waits) set(missing []string) { w.missing.Store(&missing) }
 
@@ -145,6 +149,11 @@ func (w *waits) causes() (all []cause.Cause) {
 	if missing := w.missing.Load(); missing != nil {
 		for _, what := range *missing {
 			all = append(all, cause.Starting.Of("", "no peer is served yet: the daemon waits for %s", what))
+		}
+	}
+	for _, d := range w.doors {
+		if at := d.Addr(); at != nil && !hasAddress(at) {
+			all = append(all, cause.AddressAway.Of(d.address, "the machine has no such address now"))
 		}
 	}
 	return all

@@ -96,6 +96,8 @@ var (
 		"countersign admin unlock")
 	Starting = stops("starting", "the daemon waits for a device or an address, and serves no peer yet",
 		"see the text for what is awaited")
+	AddressAway = stops("address-away", "the machine has lost the address of a listener, so no peer can connect there",
+		"give the machine the address again; the daemon then serves by itself")
 	Disk = stops("disk", "the ledger's disk takes no writes",
 		"make room on the disk, or mend the disk; the ledger tries again by itself")
 	Clock = stops("clock", "the system's clock is behind the ledger's time, or too far ahead",
@@ -127,6 +129,8 @@ var (
 	CounterFailing = define("counter-failing",
 		"the monotonic counter can't be incremented, so that a copy of the ledger made meanwhile is not detected",
 		"see the text, and the token of the counter: countersign admin token list")
+	BytesFull = define("bytes-used-up", "a peer has used up its bytes on disk, and is busy until some are refilled",
+		"find out why; wait, or raise limits.bytes_per_day")
 	NoncesShare = define("nonces-share-full",
 		"a peer, or verification as a whole, has as many live nonces as it may, and is refused more as busy",
 		"find out why; wait for nonces to expire, or raise limits.nonces_per_peer or limits.nonces_verify")
