@@ -31,7 +31,8 @@ var arrows = map[string]room{
 			golang.org/x/sys`,
 	},
 	"cmd/countersign": {
-		ours:    "admin/api approval audit client internal/ijson internal/keystore internal/sshagent policy transcript",
+		ours: `admin/api approval audit client internal/durable internal/ijson internal/keystore internal/sshagent
+			policy transcript`,
 		outside: "github.com/spf13/cobra github.com/spf13/pflag golang.org/x/crypto/ssh",
 	},
 	// The edge for operators.
@@ -77,10 +78,10 @@ var arrows = map[string]room{
 		outside: `github.com/miekg/pkcs11 github.com/stefanberger/go-pkcs11uri`,
 	},
 	"tpm": {
-		ours:    `internal/eddsa internal/keystore internal/pubkey`,
+		ours:    `internal/durable internal/eddsa internal/keystore internal/pubkey`,
 		outside: `github.com/google/go-tpm golang.org/x/sys`,
 	},
-	"internal/keystore/worker": {ours: "internal/keystore internal/pubkey"},
+	"internal/keystore/worker": {ours: "internal/durable internal/keystore internal/pubkey"},
 	// For programs of peers and auditors.
 	"client": {ours: "audit internal/eddsa internal/ijson internal/pubkey noise transcript wire"},
 	"noise": {
@@ -101,6 +102,7 @@ var arrows = map[string]room{
 	},
 	// The leaves: one trade each.
 	"policy":            {ours: "internal/ijson", outside: "github.com/cedar-policy/cedar-go"},
+	"internal/durable":  {},
 	"internal/eddsa":    {outside: "filippo.io/edwards25519"},
 	"internal/ijson":    {outside: "github.com/go-json-experiment/json"},
 	"internal/keystore": {outside: "golang.org/x/sys"},

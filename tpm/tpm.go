@@ -25,6 +25,7 @@ import (
 	"sync"
 	"time"
 
+	"countersign/internal/durable"
 	"countersign/internal/eddsa"
 	"countersign/internal/keystore"
 
@@ -333,25 +334,13 @@ type binding struct {
 // stateDir is the path of the state directory.
 type stateDir string
 
-// write stores v as JSON. The replacement of a file is atomic and durable: write renames a
-// temporary file after its fsync, and then syncs the directory.
+// write stores v as JSON. The replacement of a file is atomic and durable.
 func (d stateDir) write(name string, v any) (err error) {
 	b, err := json.MarshalIndent(v, "", "  ")
 	if err != nil {
 		return fmt.Errorf("tpm: %w", err)
 	}
-	path := filepath.Join(string(d), name)
-	file, err := os.OpenFile(path+".new", os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o600)
-	if err == nil {
-		if _, err = file.Write(append(b, '\n')); err == nil {
-			err = file.Sync()
-		}
-		err = errors.Join(err, file.Close())
-	}
-	if err == nil {
-		err = os.Rename(path+".new", path)
-	}
-	if err == nil {
+	if err = durable.Write(filepath.Join(string(d), name), append(b, '\n'), 0o600); err == nil {
 		err = d.sync()
 	}
 	if err != nil {
@@ -360,14 +349,7 @@ func (d stateDir) write(name string, v any) (err error) {
 	return nil
 }
 
-func (d stateDir) sync() error {
-	dir, err := os.Open(string(d))
-	if err != nil {
-		return err
-	}
-	defer dir.Close()
-	return dir.Sync()
-}
+func (d stateDir) sync() error { return durable.Sync(string(d)) }
 
 // readBinding returns the name of the storage root key in bindingFile.
 func (d stateDir) readBinding() (name tpm2.TPM2BName, err error) {

@@ -4,7 +4,6 @@ import (
 	"context"
 	"encoding/hex"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -13,6 +12,7 @@ import (
 	"time"
 
 	"countersign/client"
+	"countersign/internal/durable"
 	"countersign/transcript"
 
 	"github.com/spf13/cobra"
@@ -144,23 +144,10 @@ func writeLine(path string, l client.KeyLine) error {
 	if err != nil {
 		return err
 	}
-	f, err := os.CreateTemp(filepath.Dir(path), filepath.Base(path)+".*")
-	if err != nil {
+	if err := durable.Write(path, append(doc, '\n'), st.Mode().Perm()); err != nil {
 		return err
 	}
-	defer os.Remove(f.Name()) // a no-op after the renaming
-	_, err = fmt.Fprintf(f, "%s\n", doc)
-	if err = errors.Join(err, f.Chmod(st.Mode().Perm()), f.Sync(), f.Close()); err != nil {
-		return err
-	}
-	if err := os.Rename(f.Name(), path); err != nil {
-		return err
-	}
-	dir, err := os.Open(filepath.Dir(path))
-	if err != nil {
-		return err
-	}
-	return errors.Join(dir.Sync(), dir.Close())
+	return durable.Sync(filepath.Dir(path))
 }
 
 func (t *tool) watch() *cobra.Command {

@@ -1,7 +1,6 @@
 package worker
 
 import (
-	"bytes"
 	"crypto/sha256"
 	"encoding/hex"
 	"encoding/json"
@@ -12,6 +11,7 @@ import (
 	"syscall"
 	"time"
 
+	"countersign/internal/durable"
 	"countersign/internal/keystore"
 )
 
@@ -96,21 +96,10 @@ func (r *refusal) keep(cause error) error {
 	if err != nil {
 		return err
 	}
-	dir := filepath.Dir(r.path)
-	f, err := os.CreateTemp(dir, filepath.Base(r.path)+".new-*")
-	if err != nil {
+	if err := durable.Write(r.path, append(b, '\n'), 0o644); err != nil {
 		return err
 	}
-	defer os.Remove(f.Name()) // after the rename there is no such file
-	_, err = f.Write(append(bytes.Clone(b), '\n'))
-	err = errors.Join(err, f.Chmod(0o644), f.Sync(), f.Close())
-	if err == nil {
-		err = os.Rename(f.Name(), r.path)
-	}
-	if err == nil {
-		err = syncFolder(dir)
-	}
-	return err
+	return durable.Sync(filepath.Dir(r.path))
 }
 
 // forget ends the memory of a refusal.
@@ -125,7 +114,7 @@ func (r *refusal) forget() error {
 	} else if err != nil {
 		return err
 	}
-	return syncFolder(filepath.Dir(r.path))
+	return durable.Sync(filepath.Dir(r.path))
 }
 
 // changed reports that the PIN file is another than the refused one, at two calls in a row.
@@ -137,13 +126,4 @@ func (r *refusal) changed() bool {
 	settled := now == r.seen
 	r.seen = now
 	return settled && now != r.refused
-}
-
-func syncFolder(path string) error {
-	dir, err := os.Open(path)
-	if err != nil {
-		return err
-	}
-	defer dir.Close()
-	return dir.Sync()
 }

@@ -1227,7 +1227,7 @@ func TestRefusalIsRemembered(t *testing.T) {
 		t.Fatal(err)
 	}
 	open("a damaged file", 0, nil)
-	if left, err := filepath.Glob(memo + "*.new-*"); err != nil || len(left) > 0 {
+	if left, err := filepath.Glob(filepath.Join(filepath.Dir(memo), ".new-*")); err != nil || len(left) > 0 {
 		t.Errorf("files are left: %v, %v", left, err)
 	}
 	nowhere := func(c *Config) { c.Memo = filepath.Join(h.dir, "none", "memo") }
