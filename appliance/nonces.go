@@ -25,25 +25,30 @@ const maxLargest = 5
 
 // Nonces returns the numbers without waiting for the ledger's writer.
 func (a *Appliance) Nonces() Nonces {
-	n := Nonces{Nonces: a.ledger.Nonces()}
+	n := a.ledger.Nonces()
+	return Nonces{Nonces: n, Largest: a.named(n.Shares[:min(maxLargest, len(n.Shares))])}
+}
+
+// named gives shares with the peers' names.
+func (a *Appliance) named(shares []ledger.Share) (all []NonceShare) {
 	names := map[ledger.PeerID]string{}
 	for _, p := range a.Peers.All() {
 		names[ledger.PeerIDOf(p.PublicKey)] = p.Name
 	}
-	for _, s := range n.Shares[:min(maxLargest, len(n.Shares))] {
+	for _, s := range shares {
 		name, enrolled := names[s.Peer]
 		if !enrolled {
 			name = fmt.Sprintf("removed peer %x", s.Peer)
 		}
-		n.Largest = append(n.Largest, NonceShare{name, s.Use, s.Alive})
+		all = append(all, NonceShare{name, s.Use, s.Alive})
 	}
-	return n
+	return all
 }
 
 // nonceCauses returns the bounds of live nonces that are reached, or reached to 80 %. An expired
 // hour ends a cause without any request.
 func (a *Appliance) nonceCauses() (all []cause.Cause) {
-	n := a.Nonces()
+	n := a.ledger.Nonces()
 	tell := func(full *cause.Kind, subject, what string, alive, most int) {
 		kind := full
 		switch {
@@ -62,7 +67,7 @@ func (a *Appliance) nonceCauses() (all []cause.Cause) {
 		tell(cause.NoncesFull, "", "of all peers", peers, most)
 	}
 	tell(cause.NoncesShare, "verification", "of all peers' verifications", n.Verifying, n.Bounds.Verifying)
-	for _, s := range n.Largest {
+	for _, s := range a.named(n.Shares) {
 		tell(cause.NoncesShare, s.Peer, fmt.Sprintf("of this peer (%s)", s.Use), s.Alive, n.Bounds.Peer)
 	}
 	return all
