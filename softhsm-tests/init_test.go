@@ -212,7 +212,7 @@ func TestInitAddsOneToken(t *testing.T) {
 	s.edit("countersign.toml", "[tokens.main]", fmt.Sprintf("noise_token = \"main\"\n\n[tokens.second]\n"+
 		"uri = \"pkcs11:token=second\"\nmodule = %q\npin_file = \"pin\"\nenvironment = { SOFTHSM2_CONF = %q }\n\n"+
 		"[tokens.main]", softHSM, s.path("softhsm2b.conf")))
-	if out, code := s.daemon("init", "--token", "third"); code != 1 || !strings.Contains(out, "[tokens.third]") {
+	if out, code := s.daemon("init", "--token", "third"); code != 2 || !strings.Contains(out, "[tokens.third]") {
 		t.Errorf("a token that is not configured: %d %s", code, out)
 	}
 	if err := os.Rename(s.path("tokens"), s.path("away")); err != nil {

@@ -58,7 +58,12 @@ func check(
 		r.say("policy", "ok: %s, sha256 %x", c.Policy, rules.Hash)
 	}
 	log := slog.New(slog.DiscardHandler)
-	prove := o.write || consents(stdin, stderr)
+	prove := o.write || consents(ctx, stdin, stderr)
+	if !o.deep {
+		var cancel context.CancelFunc
+		ctx, cancel = context.WithTimeout(ctx, startTime) // of the tokens, and not of the operator
+		defer cancel()
+	}
 	tokens := r.checkTokens(ctx, c, prove, log)
 	defer func() { closeTokens(tokens, log) }()
 	if o.deep {
@@ -77,14 +82,23 @@ func check(
 	return nil
 }
 
-// consents asks on a terminal whether tokens may be written to.
-func consents(stdin *os.File, stderr io.Writer) bool {
+// consents asks on a terminal whether tokens may be written to. A signal is a no.
+func consents(ctx context.Context, stdin *os.File, stderr io.Writer) bool {
 	if _, err := unix.IoctlGetTermios(int(stdin.Fd()), unix.TCGETS); err != nil {
 		return false
 	}
 	fmt.Fprint(stderr, "May each token make, use and destroy throw-away keys, as a proof? [y/N] ")
-	answer, _ := bufio.NewReader(stdin).ReadString('\n')
-	return strings.EqualFold(strings.TrimSpace(answer), "y")
+	read := make(chan string, 1)
+	go func() {
+		answer, _ := bufio.NewReader(stdin).ReadString('\n')
+		read <- answer
+	}()
+	select {
+	case answer := <-read:
+		return strings.EqualFold(strings.TrimSpace(answer), "y")
+	case <-ctx.Done():
+		return false
+	}
 }
 
 // checkTokens opens all tokens and prints their findings. The result has the tokens that answer.

@@ -33,11 +33,11 @@ type initOptions struct {
 // tokens prove that they can have the keys before the ledger is made.
 func initialise(ctx context.Context, c Config, o initOptions, stdout, stderr io.Writer) error {
 	if o.newToken != (o.soPINFile != "") {
-		return errors.New("--new-token and --so-pin-file go together")
+		return configError{errors.New("--new-token and --so-pin-file go together")}
 	}
 	if o.token != "" && c.Tokens[o.token] == nil {
-		return fmt.Errorf("--token %s: the configuration has no table [tokens.%s]; write the table first",
-			o.token, o.token)
+		return configError{fmt.Errorf("--token %s: the configuration has no table [tokens.%s]; write the table first",
+			o.token, o.token)}
 	}
 	if _, err := policy.Load(c.Policy); err != nil {
 		return err

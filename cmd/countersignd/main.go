@@ -8,13 +8,16 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"maps"
 	"os"
 	"os/signal"
+	"slices"
 	"strings"
 	"syscall"
 	"time"
 
 	"countersign/appliance"
+	"countersign/internal/cause"
 	"countersign/internal/keystore"
 	"countersign/internal/ledger"
 	"countersign/internal/logqueue"
@@ -103,21 +106,16 @@ func run(ctx context.Context, args []string, stdout io.Writer, stderr *logqueue.
 		Short: "Check whether serve would start: configuration, policy, tokens, ledger, keys",
 		Args:  cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			ctx := cmd.Context()
-			if !checking.deep {
-				var cancel context.CancelFunc
-				ctx, cancel = context.WithTimeout(ctx, startTime)
-				defer cancel()
-			}
 			return withConfig(configPath, func(c Config) error {
 				for _, name := range retryPIN {
 					t := c.Tokens[name]
 					if t == nil {
-						return fmt.Errorf("--retry-pin %s: the configuration has no such token", name)
+						return configError{fmt.Errorf("--retry-pin %s: the configuration has no such token; it has %s",
+							name, strings.Join(slices.Sorted(maps.Keys(c.Tokens)), ", "))}
 					}
 					t.retry = true
 				}
-				return check(ctx, configPath, c, checking, os.Stdin, stdout, stderr)
+				return check(cmd.Context(), configPath, c, checking, os.Stdin, stdout, stderr)
 			})
 		},
 	}
@@ -195,7 +193,7 @@ func withConfig(path string, do func(Config) error) error {
 
 // advise returns an error as one line, with advice if there is any.
 func advise(err error) string {
-	text := strings.Join(strings.Fields(err.Error()), " ")
+	text := cause.Line(err.Error()) // a device or a file may have chosen a part of the text
 	for _, a := range []struct {
 		err    error
 		advice string

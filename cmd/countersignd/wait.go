@@ -190,7 +190,7 @@ func waitUntilReady(
 			log.Warn("no peer is served yet: what is missing may come", "waits_for", strings.Join(missing, "; "))
 			told, toldAt = missing, time.Now()
 		}
-		status := strings.Join(strings.Fields(strings.Join(missing, "; ")), " ") // one line
+		status := cause.Line(strings.Join(missing, "; "))
 		manager.send("STATUS=waits for " + status + "\n" + stillStarting)
 		select {
 		case <-ctx.Done():
