@@ -23,21 +23,27 @@ import (
 	"countersign/wire"
 )
 
-// TestEveryContextFitsTheSchema: the context of every type of document fits the schema of policies,
-// and the recorded decision can be replayed.
-func TestEveryContextFitsTheSchema(t *testing.T) {
-	r := newRig(t)
+// payloads has a payload of each type of document.
+func payloads(t *testing.T) (all []struct {
+	Type    string
+	Payload json.RawMessage
+}) {
+	t.Helper()
 	b, err := os.ReadFile("../transcript/testdata/vectors.json")
 	if err != nil {
 		t.Fatal(err)
 	}
-	var vectors []struct {
-		Type    string
-		Payload json.RawMessage
-	}
-	if err := json.Unmarshal(b, &vectors); err != nil {
+	if err := json.Unmarshal(b, &all); err != nil {
 		t.Fatal(err)
 	}
+	return all
+}
+
+// TestEveryContextFitsTheSchema: the context of every type of document fits the schema of policies,
+// and the recorded decision can be replayed.
+func TestEveryContextFitsTheSchema(t *testing.T) {
+	r := newRig(t)
+	vectors := payloads(t)
 	key, err := r.Keys.Signing("payments")
 	if err != nil {
 		t.Fatal(err)

@@ -3,10 +3,8 @@ package appliance
 import (
 	"crypto/ed25519"
 	"encoding/hex"
-	"encoding/json"
 	"errors"
 	"fmt"
-	"os"
 	"testing"
 
 	"countersign/audit"
@@ -168,19 +166,8 @@ func TestPolicyOfVerificationIsTheNewest(t *testing.T) {
 func TestEveryVerificationFitsTheSchema(t *testing.T) {
 	r := newRig(t)
 	r.permits(t, `permit (principal, action == Action::"verify", resource);`)
-	b, err := os.ReadFile("../transcript/testdata/vectors.json")
-	if err != nil {
-		t.Fatal(err)
-	}
-	var vectors []struct {
-		Type    string
-		Payload json.RawMessage
-	}
-	if err := json.Unmarshal(b, &vectors); err != nil {
-		t.Fatal(err)
-	}
 	seen := map[string]bool{}
-	for _, v := range vectors {
+	for _, v := range payloads(t) {
 		doc, err := transcript.Parse(transcript.Request{
 			Type: v.Type, Payload: v.Payload, Timestamp: 1, ExpiresAt: transcript.MaxTime,
 		})

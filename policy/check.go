@@ -142,23 +142,9 @@ func atoms(n ast.IsNode, visit func(ast.IsNode)) {
 	}
 	switch n := n.(type) {
 	case ast.NodeTypeAnd: // the inner parts of a chain are not visited: long chains would take long
-		parts := []ast.IsNode{n.Right}
-		for left, more := n.Left.(ast.NodeTypeAnd); more; left, more = n.Left.(ast.NodeTypeAnd) {
-			n, parts = left, append(parts, left.Right)
-		}
-		each(n.Left)
-		for _, part := range slices.Backward(parts) {
-			each(part)
-		}
+		each(chain(n, func(n ast.NodeTypeAnd) ast.BinaryNode { return n.BinaryNode })...)
 	case ast.NodeTypeOr:
-		parts := []ast.IsNode{n.Right}
-		for left, more := n.Left.(ast.NodeTypeOr); more; left, more = n.Left.(ast.NodeTypeOr) {
-			n, parts = left, append(parts, left.Right)
-		}
-		each(n.Left)
-		for _, part := range slices.Backward(parts) {
-			each(part)
-		}
+		each(chain(n, func(n ast.NodeTypeOr) ast.BinaryNode { return n.BinaryNode })...)
 	case ast.NodeTypeNot:
 		each(n.Arg)
 		return
@@ -184,6 +170,17 @@ func atoms(n ast.IsNode, visit func(ast.IsNode)) {
 	if isCondition(n) {
 		visit(n)
 	}
+}
+
+// chain returns the parts of a chain such as a && b && c, which is a tree to the left.
+func chain[N ast.IsNode](n N, sides func(N) ast.BinaryNode) []ast.IsNode {
+	parts := []ast.IsNode{sides(n).Right}
+	for left, more := sides(n).Left.(N); more; left, more = sides(n).Left.(N) {
+		n, parts = left, append(parts, sides(left).Right)
+	}
+	parts = append(parts, sides(n).Left)
+	slices.Reverse(parts)
+	return parts
 }
 
 func isCondition(n ast.IsNode) bool {

@@ -1,7 +1,6 @@
 package softhsmtests
 
 import (
-	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -56,19 +55,7 @@ mount --bind "$2" /usr/share/p11-kit/modules && shift 2 && exec "$@"`
 // rotated, signs again, and signs after a restart. check proves each algorithm. The quirks are
 // those of SoftHSM's tokens, although the module is p11-kit's.
 func TestP11Kit(t *testing.T) {
-	proxy := p11KitProxy(t)
-	needSoftHSM(t)
-	s := newFolder(t)
-	if err := os.Mkdir(s.path("tokens"), 0o700); err != nil {
-		t.Fatal(err)
-	}
-	s.write("softhsm2.conf", fmt.Sprintf("directories.tokendir = %s\nlog.level = ERROR\n", s.path("tokens")))
-	s.write("pin", userPIN+"\n")
-	s.write("so-pin", "so-"+userPIN+"\n")
-	s.configure(fmt.Sprintf(`uri = "pkcs11:token=system%%20test"
-module = %q
-pin_file = "pin"
-environment = { SOFTHSM2_CONF = %q }`, proxy, s.path("softhsm2.conf")))
+	s := newSoftHSM(t, p11KitProxy(t))
 	run := func(args ...string) string {
 		t.Helper()
 		out, err := s.withP11Kit(args...).CombinedOutput()

@@ -76,6 +76,17 @@ type process struct {
 // newSystem writes a configuration with a SoftHSM token and runs countersignd init.
 func newSystem(t testing.TB) *system {
 	t.Helper()
+	s := newSoftHSM(t, softHSM)
+	if out, code := s.daemon("init", "--new-token", "--so-pin-file", s.path("so-pin")); code != 0 {
+		t.Fatalf("init: %d\n%s", code, out)
+	}
+	return s
+}
+
+// newSoftHSM writes the configurations of a daemon and of SoftHSM behind a module. There is no
+// token yet.
+func newSoftHSM(t testing.TB, module string) *system {
+	t.Helper()
 	needSoftHSM(t)
 	s := newFolder(t)
 	if err := os.Mkdir(s.path("tokens"), 0o700); err != nil {
@@ -87,10 +98,7 @@ func newSystem(t testing.TB) *system {
 	s.configure(fmt.Sprintf(`uri = "pkcs11:token=system%%20test"
 module = %q
 pin_file = "pin"
-environment = { SOFTHSM2_CONF = %q }`, softHSM, s.path("softhsm2.conf")))
-	if out, code := s.daemon("init", "--new-token", "--so-pin-file", s.path("so-pin")); code != 0 {
-		t.Fatalf("init: %d\n%s", code, out)
-	}
+environment = { SOFTHSM2_CONF = %q }`, module, s.path("softhsm2.conf")))
 	return s
 }
 
