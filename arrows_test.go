@@ -33,7 +33,8 @@ var arrows = map[string]room{
 	"cmd/countersign": {
 		ours: `admin/api approval audit client internal/durable internal/ijson internal/keystore internal/sshagent
 			policy transcript`,
-		outside: "github.com/spf13/cobra github.com/spf13/pflag golang.org/x/crypto/ssh",
+		outside: "github.com/rogpeppe/go-internal/diff github.com/spf13/cobra github.com/spf13/pflag " +
+			"golang.org/x/crypto/ssh",
 	},
 	// The edge for operators.
 	"admin": {

@@ -2,7 +2,6 @@ package admin
 
 import (
 	"encoding/json"
-	"flag"
 	"os"
 	"regexp"
 	"slices"
@@ -12,16 +11,15 @@ import (
 	"countersign/appliance"
 	"countersign/approval"
 	"countersign/audit"
+	"countersign/internal/spectest"
 
 	"github.com/labstack/echo/v4"
 )
 
-var write = flag.Bool("write", false, "write openapi.json")
-
 // TestOpenAPI compares openapi.json with the document of the types and routes.
 func TestOpenAPI(t *testing.T) {
 	s, e := newServer(Config{})
-	if *write {
+	if spectest.Writing() {
 		if err := os.WriteFile("openapi.json", s.document, 0o644); err != nil {
 			t.Fatal(err)
 		}

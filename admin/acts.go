@@ -26,36 +26,34 @@ type (
 // form to be approved, and the function that carries the act out.
 type prepare func(a *appliance.Appliance, p parameters, content []byte) (parameters, do, error)
 
-// acts are the acts that need an approved proposal, with the roles of the proposer: acts that
-// destroy, widen a permission, or accept a loss. Package operators has the acts on operators.
-var acts = map[string]struct {
-	roles []approval.Role // of the proposer
-	prepare
-}{
-	approval.ActPeerAdd:          {of(operator), addPeer},
-	approval.ActPolicyActivate:   {of(administrator), activate},
-	approval.ActRollbackAccept:   {of(administrator), acceptRollback},
-	approval.ActHoldRelease:      {of(administrator), release},
-	approval.ActClockAccept:      {of(administrator), acceptTime},
-	approval.ActKeyDestroy:       {of(administrator, operator), destroyKey},
-	approval.ActKeyCompromise:    {of(administrator, operator), compromiseKey},
-	approval.ActKeyPresence:      {of(administrator, operator), lowerPresence},
-	approval.ActRetentionShorten: {of(administrator), shortenRetention},
+// acts are the acts that need an approved proposal, except the acts on operators, which package
+// operators has. approval.Proposers has the roles of the proposers.
+var acts = map[string]prepare{
+	approval.ActPeerAdd:          addPeer,
+	approval.ActPolicyActivate:   activate,
+	approval.ActRollbackAccept:   acceptRollback,
+	approval.ActHoldRelease:      release,
+	approval.ActClockAccept:      acceptTime,
+	approval.ActKeyArchive:       archiveKey,
+	approval.ActKeyDestroy:       destroyKey,
+	approval.ActKeyCompromise:    compromiseKey,
+	approval.ActKeySet:           setKey,
+	approval.ActRetentionShorten: shortenRetention,
 }
 
 // Acts returns the acts for operators.Open. An act is validated at the proposal, so that operators
 // do not approve an impossible act, and again before the execution.
 func Acts(a *appliance.Appliance) map[string]operators.Act {
 	all := map[string]operators.Act{}
-	for name, act := range acts {
+	for name, prepare := range acts {
 		all[name] = operators.Act{
-			Roles: act.roles,
+			Roles: approval.Proposers(name),
 			Check: func(p parameters, content []byte) (parameters, error) {
-				p, _, err := act.prepare(a, p, content)
+				p, _, err := prepare(a, p, content)
 				return p, err
 			},
 			Run: func(ctx context.Context, who audit.Actor, p parameters, content []byte) error {
-				_, do, err := act.prepare(a, p, content)
+				_, do, err := prepare(a, p, content)
 				if err != nil {
 					return err
 				}
@@ -63,6 +61,18 @@ func Acts(a *appliance.Appliance) map[string]operators.Act {
 			},
 		}
 	}
+	activation := all[approval.ActPolicyActivate]
+	activation.Warn = func(_ parameters, content []byte) (doubts []string) {
+		rules, err := policy.Parse("policy.cedar", content)
+		if err != nil {
+			return nil // Check has refused it
+		}
+		for _, w := range rules.Warnings(a.KnowsName) {
+			doubts = append(doubts, w.String())
+		}
+		return doubts
+	}
+	all[approval.ActPolicyActivate] = activation
 	return all
 }
 
@@ -154,7 +164,8 @@ func acceptTime(a *appliance.Appliance, p parameters, _ []byte) (parameters, do,
 }
 
 // values returns the values of an act's parameters by name. Each parameter must be one of names,
-// and must occur once. A name after a question mark is optional.
+// and must occur once. A name after a question mark is optional. A reason has the length that the
+// audit log takes.
 func values(p parameters, names ...string) (map[string]string, error) {
 	v := map[string]string{}
 	for _, each := range p {
@@ -168,6 +179,9 @@ func values(p parameters, names ...string) (map[string]string, error) {
 		if v[name] == "" && !strings.HasPrefix(name, "?") {
 			return nil, invalid.errorf("%s is missing", name)
 		}
+	}
+	if reason, given := v["reason"]; given {
+		return v, manage.CheckReason(reason)
 	}
 	return v, nil
 }

@@ -2,6 +2,7 @@ package admin
 
 import (
 	"encoding/json"
+	"fmt"
 	"maps"
 	"slices"
 	"strings"
@@ -11,6 +12,7 @@ import (
 	"countersign/appliance"
 	"countersign/approval"
 	"countersign/audit"
+	"countersign/internal/spectest"
 )
 
 // anna adds an operator anna with roles, and returns the credential.
@@ -55,18 +57,23 @@ var actCases = map[string]func(r *rig, root *api.Client) []string{
 	approval.ActKeyDestroy: func(r *rig, root *api.Client) []string {
 		must(root.CreateKey(r.t.Context(), api.NewKey{Name: "payments"}))(r.t)
 		must(root.RotateKey(r.t.Context(), "payments", api.Rotate{Now: true}))(r.t)
-		wants(r.t, "archive", "", root.ArchiveKey(r.t.Context(), "payments", 1))
+		r.done(root, approval.ActKeyArchive, "key", "payments", "version", "1")
+		return []string{"key", "payments", "version", "1"}
+	},
+	approval.ActKeyArchive: func(r *rig, root *api.Client) []string {
+		must(root.CreateKey(r.t.Context(), api.NewKey{Name: "payments"}))(r.t)
+		must(root.RotateKey(r.t.Context(), "payments", api.Rotate{Now: true}))(r.t)
 		return []string{"key", "payments", "version", "1"}
 	},
 	approval.ActKeyCompromise: func(r *rig, root *api.Client) []string {
 		must(root.CreateKey(r.t.Context(), api.NewKey{Name: "payments"}))(r.t)
 		return []string{"key", "payments", "version", "1", "reason", "stolen"}
 	},
-	approval.ActKeyPresence: func(r *rig, root *api.Client) []string {
+	approval.ActKeySet: func(r *rig, root *api.Client) []string {
 		must(root.CreateKey(r.t.Context(), api.NewKey{Name: "payments"}))(r.t)
 		seconds := int64(300)
 		must(root.SetLine(r.t.Context(), "payments", api.Change{Presence: &seconds}))(r.t)
-		return []string{"key", "payments", "seconds", "0"}
+		return []string{"key", "payments", "grace", "1", "presence", "0", "acknowledge", "all"}
 	},
 	approval.ActRetentionShorten: func(*rig, *api.Client) []string { return []string{"audit", "90d"} },
 	approval.ActOperatorAdd: func(r *rig, _ *api.Client) []string {
@@ -155,5 +162,71 @@ func TestEveryAct(t *testing.T) {
 				t.Errorf("by the log, the last proposal is %+v", history)
 			}
 		})
+	}
+}
+
+// TestImpossibleActIsNotProposed proposes acts that would fail: the proposal is refused with the
+// error of the act itself.
+func TestImpossibleActIsNotProposed(t *testing.T) {
+	r := newRig(t)
+	root := r.root()
+	must(root.CreateKey(t.Context(), api.NewKey{Name: "payments"}))(t)
+	must(root.CreateKey(t.Context(), api.NewKey{Name: "stopped"}))(t)
+	// A compromised version without an active successor may have to sign the step to the successor.
+	wants(t, "lock", "", root.Lock(t.Context(), "test"))
+	r.done(root, approval.ActKeyCompromise, "key", "stopped", "version", "1", "reason", "stolen")
+	wants(t, "unlock", "", root.Unlock(t.Context()))
+	long := strings.Repeat("x", 501)
+	before := len(must(root.Proposals(t.Context()))(t))
+	for _, c := range []struct {
+		act, code  string
+		parameters []string
+	}{
+		{approval.ActKeyArchive, "conflict", []string{"key", "payments", "version", "1"}},
+		{approval.ActKeyArchive, "not_found", []string{"key", "payments", "version", "9"}},
+		{approval.ActKeyDestroy, "conflict", []string{"key", "payments", "version", "1"}},
+		{approval.ActKeyDestroy, "conflict", []string{"key", "payments", "version", "2"}},
+		{approval.ActKeyDestroy, "not_found", []string{"key", "nothing", "version", "1"}},
+		{approval.ActKeyCompromise, "invalid", []string{"key", "audit-log", "version", "1", "reason", "stolen"}},
+		{approval.ActKeyCompromise, "conflict", []string{"key", "payments", "version", "2", "reason", "stolen"}},
+		{approval.ActKeyCompromise, "invalid", []string{"key", "payments", "version", "1", "reason", long}},
+		{approval.ActKeySet, "invalid", []string{"key", "payments", "presence", "86401"}},
+		{approval.ActKeySet, "invalid", []string{"key", "noise", "presence", "60"}},
+		{approval.ActKeySet, "invalid", []string{"key", "payments", "acknowledge", "nobody"}},
+		{approval.ActKeySet, "invalid", []string{"key", "payments"}},
+		{approval.ActKeySet, "not_found", []string{"key", "nothing", "grace", "1"}},
+		{approval.ActRollbackAccept, "not_found", []string{"reason", "restored"}},
+		{approval.ActRollbackAccept, "invalid", []string{"reason", long}},
+		{approval.ActHoldRelease, "not_found", []string{"epoch", "0", "reason", "settled"}},
+		{approval.ActRetentionShorten, "invalid", []string{"audit", "1h"}},
+		{approval.ActApprovalsNeeded, "conflict", []string{"needed", "2"}},
+		{approval.ActOperatorRemove, "conflict", []string{"name", "root"}},
+	} {
+		_, err := root.Propose(t.Context(), api.NewProposal{Act: c.act, Parameters: pairs(c.parameters...)})
+		wants(t, c.act+" "+strings.Join(c.parameters, " "), c.code, err)
+	}
+	if n := len(must(root.Proposals(t.Context()))(t)); n != before {
+		t.Errorf("%d proposals were made", n-before)
+	}
+}
+
+// TestWhoMayAct holds the tables of SPEC.md and OPERATIONS.md against the code: all acts that need
+// approval with their proposers, and all operations that change something at the word of one
+// operator. The flag -write writes the tables: see spectest.
+func TestWhoMayAct(t *testing.T) {
+	var rows strings.Builder
+	for _, act := range approval.Acts() {
+		fmt.Fprintf(&rows, "| `%s` | %s | M |\n", act, join(approval.Proposers(act)))
+	}
+	server, _ := newServer(Config{})
+	for _, o := range operationsOf(t, server.document) {
+		if o.method == "GET" || len(*o.Roles) == 0 || (*o.Roles)[0] == signedIn[0] {
+			continue
+		}
+		fmt.Fprintf(&rows, "| `%s`: %s | %s | |\n", o.OperationID, o.Summary, join(*o.Roles))
+	}
+	const header = "| act or operation | by an operator with one of the roles | approvals |\n| --- | --- | --- |\n"
+	for _, document := range []string{"../docs/SPEC.md", "../docs/OPERATIONS.md"} {
+		spectest.Table(t, document, header, rows.String())
 	}
 }

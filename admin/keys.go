@@ -2,13 +2,13 @@ package admin
 
 import (
 	"context"
-	"slices"
 	"strconv"
 	"strings"
 	"time"
 
 	"countersign/admin/api"
 	"countersign/appliance"
+	"countersign/approval"
 	"countersign/audit"
 	"countersign/internal/keyring"
 	"countersign/internal/schedule"
@@ -95,13 +95,6 @@ func changeSettings(l *keyring.Settings, c api.Change) {
 	}
 }
 
-func (s *server) archive(ctx context.Context, who caller, in *struct {
-	Name    string `path:"name" maxLength:"200"`
-	Version uint32 `path:"version" maximum:"4294967295"` // without the maximum, huma truncates larger numbers
-}) error {
-	return s.Appliance.Keys.Archive(ctx, who.actor(), in.Name, in.Version)
-}
-
 // confirm needs a fresh proof, because the proof of the session's sign-in may be an hour old.
 func (s *server) confirm(ctx context.Context, who caller, in *struct {
 	Name string `path:"name" maxLength:"200"`
@@ -121,83 +114,90 @@ func (s *server) authorizeNoise(ctx context.Context, who caller, _ *none) (api.K
 	return s.noiseKey(ctx, who, nil)
 }
 
-func versionOf(v map[string]string) (uint32, error) {
-	n, err := strconv.ParseUint(v["version"], 10, 32)
-	if err != nil || n == 0 {
-		return 0, invalid.errorf("version: %q is not the number of one", v["version"])
-	}
-	return uint32(n), nil
-}
-
-// requireState refuses an act on a version in another state.
-func requireState(a *appliance.Appliance, name string, version uint32, states ...keyring.State) error {
-	versions, err := a.Keys.Versions(name)
+func archiveKey(a *appliance.Appliance, p parameters, _ []byte) (parameters, do, error) {
+	v, version, err := versionOf(p)
 	if err != nil {
-		return err
+		return nil, nil, err
 	}
-	for _, k := range versions {
-		if k.Version != version {
-			continue
-		}
-		if slices.Contains(states, k.State) {
-			return nil
-		}
-		var wanted []string
-		for _, s := range states {
-			wanted = append(wanted, string(s))
-		}
-		return conflict.errorf("key %q: version %d is %s, and must be %s",
-			name, version, k.State, strings.Join(wanted, " or "))
-	}
-	return notFound.errorf("key %q: there is no version %d", name, version)
+	return list("key", v["key"], "version", v["version"]), func(ctx context.Context, who audit.Actor) error {
+		return a.Keys.Archive(ctx, who, v["key"], version)
+	}, a.Keys.CheckState(v["key"], version, keyring.Archived)
 }
 
 func destroyKey(a *appliance.Appliance, p parameters, _ []byte) (parameters, do, error) {
-	v, err := values(p, "key", "version")
+	v, version, err := versionOf(p)
 	if err != nil {
 		return nil, nil, err
 	}
-	version, err := versionOf(v)
-	if err != nil {
-		return nil, nil, err
-	}
-	p = list("key", v["key"], "version", strconv.FormatUint(uint64(version), 10))
-	return p, func(ctx context.Context, who audit.Actor) error {
+	return list("key", v["key"], "version", v["version"]), func(ctx context.Context, who audit.Actor) error {
 		return a.Keys.Destroy(ctx, who, v["key"], version)
-	}, requireState(a, v["key"], version, keyring.Archived, keyring.Compromised)
+	}, a.Keys.CheckState(v["key"], version, keyring.Destroyed)
 }
 
 func compromiseKey(a *appliance.Appliance, p parameters, _ []byte) (parameters, do, error) {
-	v, err := values(p, "key", "version", "reason")
+	v, version, err := versionOf(p, "reason")
 	if err != nil {
 		return nil, nil, err
 	}
-	version, err := versionOf(v)
-	if err != nil {
-		return nil, nil, err
-	}
-	p = list("key", v["key"], "version", strconv.FormatUint(uint64(version), 10), "reason", v["reason"])
+	p = list("key", v["key"], "version", v["version"], "reason", v["reason"])
 	return p, func(ctx context.Context, who audit.Actor) error {
 		return a.Keys.Compromise(ctx, who, v["key"], version, v["reason"])
-	}, requireState(a, v["key"], version, keyring.Active, keyring.VerifyOnly, keyring.Archived)
+	}, a.Keys.CheckState(v["key"], version, keyring.Compromised)
 }
 
-func lowerPresence(a *appliance.Appliance, p parameters, _ []byte) (parameters, do, error) {
-	v, err := values(p, "key", "seconds")
+// versionOf returns the values of an act on a version of a key: key, version and more.
+func versionOf(p parameters, more ...string) (v map[string]string, version uint32, err error) {
+	if v, err = values(p, append([]string{"key", "version"}, more...)...); err != nil {
+		return nil, 0, err
+	}
+	n, err := strconv.ParseUint(v["version"], 10, 32)
+	if err != nil || n == 0 {
+		return nil, 0, invalid.errorf("version: %q is not the number of one", v["version"])
+	}
+	v["version"] = strconv.FormatUint(n, 10)
+	return v, uint32(n), nil
+}
+
+// setKey changes the settings in the parameters: grace and presence in seconds, and the peers that
+// must acknowledge, or "none".
+func setKey(a *appliance.Appliance, p parameters, _ []byte) (parameters, do, error) {
+	v, err := values(p, "key", "?grace", "?acknowledge", "?presence")
 	if err != nil {
 		return nil, nil, err
 	}
-	n, err := strconv.ParseUint(v["seconds"], 10, 32)
-	if err != nil {
-		return nil, nil, invalid.errorf("seconds: %q is not a number of them", v["seconds"])
+	p = list("key", v["key"])
+	var change api.Change
+	for _, each := range []struct {
+		name string
+		to   **int64
+	}{{"grace", &change.Grace}, {"presence", &change.Presence}} {
+		text, given := v[each.name]
+		if !given {
+			continue
+		}
+		n, err := strconv.ParseUint(text, 10, 32)
+		if err != nil {
+			return nil, nil, invalid.errorf("%s: %q is not a number of seconds", each.name, text)
+		}
+		seconds := int64(n)
+		*each.to = &seconds
+		p = append(p, approval.Parameter{Name: each.name, Value: strconv.FormatUint(n, 10)})
 	}
-	_, err = a.Keys.Settings(v["key"])
-	p = list("key", v["key"], "seconds", strconv.FormatUint(n, 10))
+	if text, given := v["acknowledge"]; given {
+		names := []string{}
+		if text != "none" {
+			names = strings.Split(text, ",")
+		}
+		change.Acknowledge = &names
+		p = append(p, approval.Parameter{Name: "acknowledge", Value: text})
+	}
+	if len(p) == 1 {
+		return nil, nil, invalid.errorf("key %q: say what is to be set: grace, acknowledge or presence", v["key"])
+	}
+	set := func(l *keyring.Settings) error { changeSettings(l, change); return nil }
+	_, _, err = a.Keys.CheckSet(v["key"], set)
 	return p, func(ctx context.Context, who audit.Actor) error {
-		_, err := a.Keys.Set(ctx, who, v["key"], func(l *keyring.Settings) error {
-			l.Presence = time.Duration(n) * time.Second
-			return nil
-		})
+		_, err := a.Keys.Set(ctx, who, v["key"], set)
 		return err
 	}, err
 }

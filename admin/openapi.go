@@ -16,11 +16,13 @@ var descriptions = map[string]string{
 	"Challenge.public_key": "PublicKeyCredentialRequestOptionsJSON of WebAuthn level 3: " +
 		"what navigator.credentials.get takes as publicKey",
 	"Line.acknowledge": "peers that must have acknowledged a rotation so that the version before is archived " +
-		"ahead of its grace time; all: each one; none: it is not",
+		"ahead of its grace time; all: each one; none: it is not. " +
+		"Fewer acknowledgements need an approved proposal: key set",
 	"Line.every": "seconds after which a version is rotated: an hour to ten years; 0: not by age",
-	"Line.grace": "seconds for which the version before is accepted; 0: as long as a document may live",
+	"Line.grace": "seconds for which the version before is accepted; 0: as long as a document may live. " +
+		"A shorter time needs an approved proposal: key set",
 	"Line.presence": "seconds for which an operator's confirmation lets it sign; 0: none is needed. " +
-		"Less of it needs an approved proposal: key presence",
+		"Less of it needs an approved proposal: key set",
 	"Line.window":         "cron, five fields, UTC: it is rotated within an hour of a tick only; alone: at each tick",
 	"NewProposal.content": "policy activate: its text; without it, that of the policy file",
 	"Proposal.text": "what is signed to approve it; its first line is the namespace of an SSHSIG, " +

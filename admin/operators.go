@@ -17,7 +17,6 @@ import (
 	"countersign/admin/api"
 	"countersign/approval"
 	"countersign/internal/operators"
-	"countersign/policy"
 )
 
 func (s *server) me(_ context.Context, who caller, _ *none) (api.Me, error) {
@@ -182,7 +181,7 @@ func (s *server) operator(_ context.Context, _ caller, in *named) (approval.Oper
 }
 
 func (s *server) approvals(context.Context, caller, *none) (api.Approvals, error) {
-	a := api.Approvals{Needed: s.Operators.Needed(), Approvers: []string{}}
+	a := api.Approvals{Needed: s.Operators.Needed(), Approvers: []string{}, Warning: s.Operators.QuorumWarning()}
 	for _, o := range s.Operators.Operators() {
 		if o.Has(approver) {
 			a.Approvers = append(a.Approvers, o.Name)
@@ -217,7 +216,7 @@ func (s *server) proposal(_ context.Context, _ caller, in *numbered) (api.Propos
 		return api.Proposal{}, err
 	}
 	doc := proposalDoc(p)
-	doc.Content, doc.Warnings = string(p.Content), s.doubts(p)
+	doc.Content, doc.Warnings = string(p.Content), s.Operators.Warnings(p)
 	return doc, nil
 }
 
@@ -236,23 +235,8 @@ func (s *server) propose(ctx context.Context, who caller, in *body[api.NewPropos
 		return api.Proposal{}, err
 	}
 	doc := proposalDoc(p)
-	doc.Warnings = s.doubts(p)
+	doc.Warnings = s.Operators.Warnings(p)
 	return doc, nil
-}
-
-// doubts lists the warnings about a proposed policy.
-func (s *server) doubts(p operators.Proposal) (all []string) {
-	if p.Act != approval.ActPolicyActivate {
-		return nil
-	}
-	rules, err := policy.Parse("policy.cedar", p.Content)
-	if err != nil {
-		return nil // refused when the act is carried out
-	}
-	for _, w := range rules.Warnings(s.Appliance.KnowsName) {
-		all = append(all, w.String())
-	}
-	return all
 }
 
 func (s *server) approve(ctx context.Context, who caller, in *struct {

@@ -101,11 +101,8 @@ func (s *server) routes() {
 		summary: "Say how a key is rotated, and who has not acknowledged it",
 		roles:   signedIn, refused: whileUninitialised})
 	route(s, s.setLine, operation{
-		route: "PATCH /v1/keys/{name}/line", id: "set-line", summary: "Say how a key is rotated",
-		roles: of(operator), refused: whileUninitialised})
-	routeEmpty(s, s.archive, operation{
-		route: "POST /v1/keys/{name}/versions/{version}/archive", id: "archive-key",
-		summary: "Take a version out of use that was followed",
+		route: "PATCH /v1/keys/{name}/line", id: "set-line",
+		summary: "Say how a key is rotated; weaker settings are the act key set",
 		roles:   of(operator), refused: whileUninitialised})
 	route(s, s.confirm, operation{
 		route: "POST /v1/keys/{name}/confirm", id: "confirm-key",
@@ -155,14 +152,14 @@ func (s *server) routes() {
 		roles:   of(administrator, operator, auditor, approver), refused: whileUninitialised})
 	route(s, s.decisions, operation{
 		route: "GET /v1/decisions", id: "decisions", summary: "List what policy decided",
-		roles: of(administrator, auditor), refused: whileUninitialised})
+		roles: of(administrator, auditor, approver), refused: whileUninitialised})
 	route(s, s.decision, operation{
 		route: "GET /v1/decisions/{event}", id: "decision", summary: "Show what policy decided in an event",
 		roles: of(administrator, auditor), refused: whileUninitialised})
 
 	route(s, s.events, operation{
 		route: "GET /v1/events", id: "events", summary: "List events of the audit log",
-		roles: of(administrator, operator, auditor), refused: whileUninitialised})
+		roles: of(administrator, operator, auditor, approver), refused: whileUninitialised})
 	route(s, s.log, operation{
 		route: "GET /v1/log", id: "log", summary: "Name the audit log",
 		roles: of(administrator, operator, auditor, backup), refused: whileUninitialised})

@@ -151,7 +151,7 @@ func TestBothNoiseKeysAnswer(t *testing.T) {
 		e.server = newIdentity(t).Public()
 		e.staysOut("127.0.0.1", e.shop)
 	}
-	if err := e.Keys.Archive(t.Context(), operator, keyring.NoiseName, 1); err != nil {
+	if err := e.Keys.Archive(t.Context(), approved, keyring.NoiseName, 1); err != nil {
 		t.Fatal(err)
 	}
 	e.server = old

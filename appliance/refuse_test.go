@@ -42,7 +42,7 @@ func TestCodesOfKeys(t *testing.T) {
 		t.Fatal(err)
 	}
 	acknowledge(wire.CodeDenied, r.cafe, 2)
-	if err := r.Keys.Archive(t.Context(), operator, "payments", 1); err != nil {
+	if err := r.Keys.Archive(t.Context(), approved, "payments", 1); err != nil {
 		t.Fatal(err)
 	}
 	verify := verifyOf(req, signed)

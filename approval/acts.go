@@ -1,14 +1,16 @@
 package approval
 
 import (
+	"encoding/json"
 	"slices"
+	"strconv"
 	"strings"
 
 	"countersign/audit"
 )
 
-// The acts that need approval, by the names that proposals use: acts that destroy, that widen a
-// permission, or that accept a loss. Each act is in the table gates.
+// The acts that need approval, by the names that proposals use: acts that destroy, that make valid
+// documents invalid, that widen a permission, or that accept a loss. Each act is in gates.
 const (
 	ActPeerAdd          = "peer add"
 	ActPolicyActivate   = "policy activate"
@@ -17,7 +19,8 @@ const (
 	ActClockAccept      = "clock accept"
 	ActKeyDestroy       = "key destroy"
 	ActKeyCompromise    = "key compromise"
-	ActKeyPresence      = "key presence"
+	ActKeyArchive       = "key archive"
+	ActKeySet           = "key set"
 	ActRetentionShorten = "retention shorten"
 	ActOperatorAdd      = "operator add"
 	ActOperatorRoles    = "operator roles"
@@ -27,21 +30,32 @@ const (
 	ActApprovalsNeeded  = "approvals needed"
 )
 
-// gate connects an act with the event that records the act in the log.
+// gate connects an act with its proposers, and with the event that records the act in the log.
 type gate struct {
-	act   string
-	event audit.Type
+	act       string
+	proposers []Role // one of these roles may propose the act
+	event     audit.Type
 	// matches reports that an event of the type records the act. A nil function matches each event.
-	matches func(m map[string]string) bool
+	matches func(e audit.Event) bool
 	// parameters returns the parameters that the proposal must have, with the values of the event.
 	// A nil function asks for no parameter.
 	parameters func(resource string, m map[string]string) []Parameter
 }
 
 // is matches events whose metadata entry has a value.
-func is(name, value string) func(m map[string]string) bool {
-	return func(m map[string]string) bool { return m[name] == value }
+func is(name, value string) func(audit.Event) bool {
+	return func(e audit.Event) bool { return e.Metadata[name] == value }
 }
+
+// archivedByHand matches the archiving of a version by an operator. The daemon archives without
+// approval: at the end of the grace time, or after the last acknowledgement.
+func archivedByHand(e audit.Event) bool {
+	return e.Metadata["to"] == "archived" && e.Actor.Kind == "operator"
+}
+
+// weakened matches a change of a key's settings that needs approval. The event names the weaker
+// settings.
+func weakened(e audit.Event) bool { return e.Metadata["weaker"] != "" }
 
 func versionOf(resource string, _ map[string]string) []Parameter {
 	key, version, _ := strings.Cut(resource, "/")
@@ -52,35 +66,59 @@ func nameOf(resource string, _ map[string]string) []Parameter {
 	return []Parameter{{"name", resource}}
 }
 
+// weakerSettings has the key and each weaker setting with its new value, from the record of the
+// settings in the event.
+func weakerSettings(resource string, m map[string]string) []Parameter {
+	var s struct {
+		Grace, Presence int64 // seconds
+		Acknowledge     []string
+	}
+	if json.Unmarshal([]byte(m["settings"]), &s) != nil {
+		return []Parameter{{"settings", ""}} // in no proposal
+	}
+	values := map[string]string{
+		"grace": strconv.FormatInt(s.Grace, 10), "presence": strconv.FormatInt(s.Presence, 10),
+		"acknowledge": strings.Join(s.Acknowledge, ","),
+	}
+	p := []Parameter{{"key", resource}}
+	for name := range strings.SplitSeq(m["weaker"], ",") {
+		p = append(p, Parameter{name, values[name]})
+	}
+	return p
+}
+
+var (
+	administrators = []Role{Administrator}
+	managers       = []Role{Administrator, OperatorRole}
+)
+
 // gates is the table of all acts that need approval. The replay of a log uses the table, and tests
 // hold package operators, package admin and the transitions of keys against the table.
 var gates = []gate{
-	{ActPeerAdd, audit.PeerAdded, nil, func(resource string, m map[string]string) []Parameter {
+	{ActPeerAdd, []Role{OperatorRole}, audit.PeerAdded, nil, func(resource string, m map[string]string) []Parameter {
 		return []Parameter{{"name", resource}, {"public_key", m["public_key"]}}
 	}},
-	{ActPolicyActivate, audit.PolicyChanged, nil, func(_ string, m map[string]string) []Parameter {
+	{ActPolicyActivate, administrators, audit.PolicyChanged, nil, func(_ string, m map[string]string) []Parameter {
 		return []Parameter{{"sha256", m["sha256"]}}
 	}},
-	{ActRollbackAccept, audit.RollbackAccepted, nil, func(_ string, m map[string]string) []Parameter {
-		return []Parameter{{"reason", m["reason"]}}
-	}},
-	{ActHoldRelease, audit.LegalHoldReleased, nil, func(resource string, m map[string]string) []Parameter {
-		return []Parameter{{"epoch", strings.TrimPrefix(resource, "epoch/")}, {"reason", m["reason"]}}
-	}},
-	{ActClockAccept, audit.ClockAccepted, nil, nil},
-	{ActKeyDestroy, audit.KeyStateChanged, is("to", "destroyed"), versionOf},
-	{ActKeyCompromise, audit.KeyStateChanged, is("to", "compromised"), versionOf},
-	{ActKeyPresence, audit.LineChanged, is("presence_lowered", "yes"),
+	{ActRollbackAccept, administrators, audit.RollbackAccepted, nil,
+		func(_ string, m map[string]string) []Parameter { return []Parameter{{"reason", m["reason"]}} }},
+	{ActHoldRelease, administrators, audit.LegalHoldReleased, nil,
 		func(resource string, m map[string]string) []Parameter {
-			return []Parameter{{"key", resource}, {"seconds", m["presence"]}}
+			return []Parameter{{"epoch", strings.TrimPrefix(resource, "epoch/")}, {"reason", m["reason"]}}
 		}},
-	{ActRetentionShorten, audit.RetentionChanged, is("shortened", "yes"), nil},
-	{ActOperatorAdd, audit.OperatorChanged, is("change", ChangeAdded), nameOf},
-	{ActOperatorRoles, audit.OperatorChanged, is("change", ChangeRoles), nameOf},
-	{ActOperatorRemove, audit.OperatorChanged, is("change", ChangeRemoved), nameOf},
-	{ActCredentialAdd, audit.OperatorChanged, is("change", ChangeCredentialAdded), nameOf},
-	{ActCredentialRemove, audit.OperatorChanged, is("change", ChangeCredentialRemoved), nameOf},
-	{ActApprovalsNeeded, audit.ApprovalsChanged, nil, func(_ string, m map[string]string) []Parameter {
+	{ActClockAccept, administrators, audit.ClockAccepted, nil, nil},
+	{ActKeyArchive, managers, audit.KeyStateChanged, archivedByHand, versionOf},
+	{ActKeyDestroy, managers, audit.KeyStateChanged, is("to", "destroyed"), versionOf},
+	{ActKeyCompromise, managers, audit.KeyStateChanged, is("to", "compromised"), versionOf},
+	{ActKeySet, managers, audit.LineChanged, weakened, weakerSettings},
+	{ActRetentionShorten, administrators, audit.RetentionChanged, is("shortened", "yes"), nil},
+	{ActOperatorAdd, administrators, audit.OperatorChanged, is("change", ChangeAdded), nameOf},
+	{ActOperatorRoles, administrators, audit.OperatorChanged, is("change", ChangeRoles), nameOf},
+	{ActOperatorRemove, administrators, audit.OperatorChanged, is("change", ChangeRemoved), nameOf},
+	{ActCredentialAdd, administrators, audit.OperatorChanged, is("change", ChangeCredentialAdded), nameOf},
+	{ActCredentialRemove, administrators, audit.OperatorChanged, is("change", ChangeCredentialRemoved), nameOf},
+	{ActApprovalsNeeded, administrators, audit.ApprovalsChanged, nil, func(_ string, m map[string]string) []Parameter {
 		return []Parameter{{"needed", m["needed"]}}
 	}},
 }
@@ -103,6 +141,16 @@ func Acts() (all []string) {
 	return all
 }
 
+// Proposers returns the roles of which a proposer of the act has one; nil: there is no such act.
+func Proposers(act string) []Role {
+	for _, g := range gates {
+		if g.act == act {
+			return g.proposers
+		}
+	}
+	return nil
+}
+
 // NeedsApproval returns the act that an event records, or "" if the event needs no approval.
 func NeedsApproval(e audit.Event) (act string) {
 	g, _ := gateOf(e)
@@ -113,7 +161,7 @@ func NeedsApproval(e audit.Event) (act string) {
 // and no proposal fits that gate.
 func gateOf(e audit.Event) (g gate, gated bool) {
 	for _, g := range gates {
-		if g.event == e.Type && (g.matches == nil || g.matches(e.Metadata)) {
+		if g.event == e.Type && (g.matches == nil || g.matches(e)) {
 			return g, true
 		}
 	}

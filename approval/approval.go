@@ -124,17 +124,20 @@ const maxValue = 1000
 // invisible characters (for example marks that reverse the direction of writing, and blank
 // letters).
 func checkValue(s string) error {
-	hidden := func(r rune) bool {
-		return unicode.In(r, unicode.Cc, unicode.Cf, unicode.Zl, unicode.Zp,
-			unicode.Other_Default_Ignorable_Code_Point, unicode.Variation_Selector) ||
-			r == '\u2800' // the blank of Braille
-	}
 	if s == "" || len(s) > maxValue || !utf8.ValidString(s) || strings.TrimSpace(s) != s ||
-		strings.ContainsFunc(s, hidden) {
+		strings.ContainsFunc(s, Hidden) {
 		return fmt.Errorf("must have 1 to %d bytes of text on one line, without hidden characters, "+
 			"and no space at its ends", maxValue)
 	}
 	return nil
+}
+
+// Hidden reports that a reader does not see a character: a control character, a mark that reverses
+// the direction of writing, a blank letter.
+func Hidden(r rune) bool {
+	return unicode.In(r, unicode.Cc, unicode.Cf, unicode.Zl, unicode.Zp,
+		unicode.Other_Default_Ignorable_Code_Point, unicode.Variation_Selector) ||
+		r == '\u2800' // the blank of Braille
 }
 
 // MaxProof is the maximum length of the JSON of a proof, in bytes. An event of the audit log has

@@ -51,7 +51,7 @@ type ProposalHistory struct {
 	State      string      `json:"state"`           // open, running, done, failed, interrupted, withdrawn, expired
 	Run        time.Time   `json:"run,omitzero"`    // the start of the execution
 	Ended      time.Time   `json:"ended,omitzero"`  // the end of the execution, or of an open proposal
-	Cause      string      `json:"cause,omitempty"` // of a failure
+	Cause      string      `json:"cause,omitempty"` // of a failure, or of an end before the expiry
 	Did        []Effect    `json:"did"`             // the events that needed this proposal
 
 	Text string `json:"text"` // signed by the approvers
@@ -392,7 +392,6 @@ func (c *Chain) propose(index uint64, e audit.Event) error {
 		Approvals: []Approval{}, State: "open", Did: []Effect{},
 		Text: p.Text(), digest: hex.EncodeToString(digest[:]), proposal: p,
 	}
-	_, operator := c.operators[e.Actor.Name]
 	switch before := c.proposals[p.ID]; {
 	case before != nil:
 		return fmt.Errorf("proposal %d was made by event %d", p.ID, before.Event)
@@ -401,8 +400,8 @@ func (c *Chain) propose(index uint64, e audit.Event) error {
 	case c.options.Appliance != "" && p.Appliance != c.options.Appliance:
 		return fmt.Errorf("its text is for the appliance %q, and this log is that of %q",
 			p.Appliance, c.options.Appliance)
-	case e.Actor.Kind != "operator" || e.Actor.Name != p.Proposer || !operator:
-		return fmt.Errorf("it is by %q, who is no operator or not the one of its text", e.Actor.Name)
+	case e.Actor.Kind != "operator" || e.Actor.Name != p.Proposer || !c.mayPropose(p):
+		return fmt.Errorf("it is by %q, who may not propose it or is not the one of its text", e.Actor.Name)
 	case p.Needed != c.report.Needed:
 		return fmt.Errorf("its text says that %d approvals are needed, where %d are", p.Needed, c.report.Needed)
 	}
@@ -411,6 +410,14 @@ func (c *Chain) propose(index uint64, e audit.Event) error {
 		c.report.Others = append(c.report.Others, p.ID)
 	}
 	return nil
+}
+
+// mayPropose reports whether the proposer is an operator, with a role that may propose the act. The
+// roles for an act that this program does not know are unknown.
+func (c *Chain) mayPropose(p *Proposal) bool {
+	o, there := c.operators[p.Proposer]
+	roles := Proposers(p.Act)
+	return there && (roles == nil || o.Has(roles...))
 }
 
 func resource(id uint64) string { return "proposal/" + strconv.FormatUint(id, 10) }
@@ -500,6 +507,9 @@ func (c *Chain) transition(e audit.Event) error {
 		if n, needed := c.countApprovals(p), max(p.Needed, c.report.Needed); n < needed {
 			return fmt.Errorf("proposal %d has %d approvals that count, and needs %d", p.ID, n, needed)
 		}
+		if !c.mayPropose(p.proposal) {
+			return fmt.Errorf("proposal %d is by %q, who may not propose it any more", p.ID, p.Proposer)
+		}
 		p.State, p.Run = "running", timeOf(e)
 		return nil
 	case audit.ProposalDone:
@@ -515,7 +525,7 @@ func (c *Chain) transition(e audit.Event) error {
 		}
 		p.State = "withdrawn"
 	case audit.ProposalExpired:
-		p.State = "expired"
+		p.State, p.Cause = "expired", e.Metadata["cause"]
 	}
 	p.Ended = timeOf(e)
 	return nil

@@ -235,7 +235,7 @@ type gatedAct struct {
 }
 
 // gatedActs returns one case for each act that needs approval, for a log as beginning makes it. The
-// first nine cases change neither the operators nor the number of approvals.
+// first ten cases change neither the operators nor the number of approvals.
 func (s *scenario) gatedActs() []gatedAct {
 	destroyed := audit.Event{
 		Type: audit.KeyStateChanged, Resource: "payments/1", Metadata: with("from", "archived", "to", "destroyed"),
@@ -243,8 +243,12 @@ func (s *scenario) gatedActs() []gatedAct {
 	compromised := audit.Event{
 		Type: audit.KeyStateChanged, Resource: "payments/2", Metadata: with("from", "active", "to", "compromised"),
 	}
-	lowered := audit.Event{
-		Type: audit.LineChanged, Resource: "payments", Metadata: with("presence", "0", "presence_lowered", "yes"),
+	archived := audit.Event{
+		Type: audit.KeyStateChanged, Resource: "payments/1", Metadata: with("from", "verify-only", "to", "archived"),
+	}
+	weaker := audit.Event{
+		Type: audit.LineChanged, Resource: "payments", Metadata: with("weaker", "grace,acknowledge,presence",
+			"settings", `{"grace":1,"acknowledge":["all"]}`),
 	}
 	shortened := audit.Event{Type: audit.RetentionChanged, Metadata: with("shortened", "yes", "audit", "30d")}
 	released := audit.Event{
@@ -265,7 +269,8 @@ func (s *scenario) gatedActs() []gatedAct {
 		{"policy activate", []string{"sha256", "bb"}, policyChanged("bb", audit.Actor{}), nil},
 		{"key destroy", []string{"key", "payments", "version", "1"}, destroyed, nil},
 		{"key compromise", []string{"key", "payments", "version", "2", "reason", "lost"}, compromised, nil},
-		{"key presence", []string{"key", "payments", "seconds", "0"}, lowered, nil},
+		{"key archive", []string{"key", "payments", "version", "1"}, archived, nil},
+		{"key set", []string{"key", "payments", "grace", "1", "presence", "0", "acknowledge", "all"}, weaker, nil},
 		{"retention shorten", []string{"audit", "30d"}, shortened, nil},
 		{"hold release", []string{"epoch", "3", "reason", "court said so"}, released, nil},
 		{"rollback accept", []string{"reason", "restored"},
@@ -300,12 +305,15 @@ func TestEveryActHasACase(t *testing.T) {
 
 func TestReplay(t *testing.T) {
 	s := beginning(t)
-	for _, g := range s.gatedActs()[:9] {
+	for _, g := range s.gatedActs()[:10] {
 		s.carryOut(both, g.event, g.act, g.parameters...)
 	}
 	// Acts that do not widen a permission need no approval.
 	s.add(audit.Event{
 		Type: audit.KeyStateChanged, Resource: "payments/3", Metadata: with("from", "active", "to", "verify-only"),
+	})
+	s.add(audit.Event{
+		Type: audit.KeyStateChanged, Resource: "payments/3", Metadata: with("from", "verify-only", "to", "archived"),
 	})
 	s.add(audit.Event{
 		Type: audit.LineChanged, Actor: audit.Operator("carl"), Resource: "payments", Metadata: with("presence", "300"),
@@ -330,12 +338,12 @@ func TestReplay(t *testing.T) {
 	phone := newAuthenticator(t, "ES256")
 	s.have["dora"] = phone.enrol(t)
 	s.addOperator(both, "dora", Approver)
-	id := s.propose("dora", "peer add", "name", "p", "public_key", "cd")
+	id := s.propose("anna", "peer add", "name", "p", "public_key", "cd")
 	s.proof(id, "dora", phone.get(t, s.have["dora"], s.texts[id]))
 	s.approve(id, "bert")
 	s.run(id)
 	s.mark(audit.ProposalDone, id, audit.Daemon(), "failed")
-	withdrawn, expired := s.propose("bert", "clock accept"), s.propose("bert", "clock accept")
+	withdrawn, expired := s.propose("anna", "clock accept"), s.propose("anna", "clock accept")
 	interrupted, open := s.propose("bert", "key rename", "key", "x"), s.propose("anna", "clock accept")
 	s.mark(audit.ProposalWithdrawn, withdrawn, audit.Operator("anna"), "ok")
 	s.mark(audit.ProposalExpired, expired, audit.Daemon(), "ok")
@@ -456,7 +464,9 @@ func TestGates(t *testing.T) {
 		}
 		try("by an operator", func(s *scenario) { s.add(event(audit.Operator("anna"))) })
 		try("by root", func(s *scenario) { s.add(event(audit.Operator("uid:0"))) })
-		try("by the daemon", func(s *scenario) { s.add(event(audit.Daemon())) })
+		if g.act != ActKeyArchive { // the daemon archives at the end of the grace time
+			try("by the daemon", func(s *scenario) { s.add(event(audit.Daemon())) })
+		}
 		try("a proposal that is none", func(s *scenario) { s.add(event(by("anna", 99))) })
 		try("not running", func(s *scenario) {
 			id := s.propose("anna", g.act, g.parameters...)
@@ -646,6 +656,21 @@ func TestReplayRefuses(t *testing.T) {
 			bert.Credentials = bert.Credentials[1:]
 			s.carryOut(both, s.changed("bert", "credential removed", bert),
 				"credential remove", "name", "bert", "credential", s.have["bert"].ID)
+			s.run(id)
+		},
+		"proposed without its role": func(s *scenario) { s.propose("bert", "clock accept") },
+		"the proposer was removed": func(s *scenario) {
+			id := s.propose("carl", "clock accept")
+			s.approve(id, both...)
+			s.carryOut(both, s.changed("carl", "removed", Operator{}), "operator remove", "name", "carl")
+			s.run(id)
+		},
+		"the proposer has lost the role": func(s *scenario) {
+			id := s.propose("carl", "clock accept")
+			s.approve(id, both...)
+			carl := s.people["carl"]
+			carl.Roles = []Role{OperatorRole}
+			s.carryOut(both, s.changed("carl", "roles", carl), "operator roles", "name", "carl", "roles", "operator")
 			s.run(id)
 		},
 		"more are needed now": func(s *scenario) {

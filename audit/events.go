@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"maps"
 	"strconv"
+	"strings"
 	"time"
 )
 
@@ -215,13 +216,13 @@ func NewRotationKnown(who Actor, key string, version uint32) Event {
 	return newEvent(RotationKnown, who, "rotation.ack", key, "version", decimal(version))
 }
 
-// NewLineChanged records the settings of a key: settings are the bytes of the record. lowered: the
-// key may sign on fewer confirmations than before.
-func NewLineChanged(who Actor, key string, settings []byte, presence time.Duration, lowered bool) Event {
+// NewLineChanged records the settings of a key: settings are the bytes of the record. weaker names
+// the settings that needed approval.
+func NewLineChanged(who Actor, key string, settings []byte, presence time.Duration, weaker []string) Event {
 	e := newEvent(LineChanged, who, "key set", key, "settings", string(settings),
 		"presence", decimal(int64(presence/time.Second)))
-	if lowered {
-		e = e.with("presence_lowered", "yes")
+	if len(weaker) > 0 {
+		e = e.with("weaker", strings.Join(weaker, ","))
 	}
 	return e
 }
@@ -333,13 +334,19 @@ func NewProposalDone(who Actor, p ProposalRef, failed, cause string) Event {
 	return e
 }
 
-// NewProposalWithdrawn and NewProposalExpired end a proposal without the act.
+// NewProposalWithdrawn ends a proposal without the act.
 func NewProposalWithdrawn(who Actor, p ProposalRef) Event {
 	return p.event(ProposalWithdrawn, who, "proposal withdraw")
 }
 
-func NewProposalExpired(p ProposalRef) Event {
-	return p.event(ProposalExpired, Daemon(), "proposal expire")
+// NewProposalExpired ends a proposal whose time is over (no cause), or whose proposer may not
+// propose the act any more.
+func NewProposalExpired(p ProposalRef, cause string) Event {
+	e := p.event(ProposalExpired, Daemon(), "proposal expire")
+	if cause != "" {
+		e = e.with("cause", cause)
+	}
+	return e
 }
 
 // NewCertificateChanged records another certificate of the admin API; nil: a certificate by the CA

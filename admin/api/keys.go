@@ -2,7 +2,6 @@ package api
 
 import (
 	"context"
-	"fmt"
 	"net/http"
 	"net/url"
 
@@ -87,11 +86,6 @@ func (c *Client) SetLine(ctx context.Context, name string, change Change) (l Lin
 // RotateKey announces the next version of a key, and returns that version.
 func (c *Client) RotateKey(ctx context.Context, name string, r Rotate) (k Key, err error) {
 	return k, c.do(ctx, http.MethodPost, keyPath(name, "/rotate"), r, &k)
-}
-
-// ArchiveKey archives a verify-only version before the end of its grace time.
-func (c *Client) ArchiveKey(ctx context.Context, name string, version uint32) error {
-	return c.do(ctx, http.MethodPost, keyPath(name, fmt.Sprintf("/versions/%d/archive", version)), nil, nil)
 }
 
 // ConfirmKey lets a key sign for its time of presence. The proof is over a challenge for that key.

@@ -112,10 +112,11 @@ type Proposal struct {
 	// the challenge of a passkey.
 	Text    string `json:"text"`
 	Content string `json:"content,omitempty" doc:"where one proposal was asked for, and it has not ended"`
-	// Warnings are doubts about the rules of policy activate, such as a name that does not exist.
+	// Warnings are doubts about an open proposal, such as a rule that names a peer that does not
+	// exist, a quorum of all approvers, or an act that would fail as things are now.
 	Warnings []string `json:"warnings,omitempty" doc:"where one proposal was asked for or made"`
 	Ended    int64    `json:"ended"`
-	Cause    string   `json:"cause,omitempty" doc:"why it failed"`
+	Cause    string   `json:"cause,omitempty" doc:"why it failed, or ended before its expiry"`
 }
 
 // Counting returns the number of valid approvals.
@@ -145,6 +146,7 @@ type NewApproval struct {
 type Approvals struct {
 	Needed    int      `json:"needed"` // approvals for an act
 	Approvers []string `json:"approvers"`
+	Warning   string   `json:"warning,omitempty" doc:"without one of the approvers there would be no quorum"`
 }
 
 // Health is the state of the appliance.

@@ -153,7 +153,8 @@ func approved(t *testing.T, private ed25519.PrivateKey) (events []audit.Event, i
 	}
 	anna := audit.Operator("anna")
 	first := approval.Operator{
-		Name: "anna", Roles: []approval.Role{approval.Administrator, approval.Approver}, Credentials: have, Added: 1,
+		Name: "anna", Roles: []approval.Role{approval.Administrator, approval.OperatorRole, approval.Approver},
+		Credentials: have, Added: 1,
 	}
 	add(audit.OperatorEnrolled, audit.Operator("uid:0"), "anna", "operator", text(first))
 	add(audit.ProposalMade, anna, "proposal/1", "text", p.Text(), "digest", sum)

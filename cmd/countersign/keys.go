@@ -126,18 +126,21 @@ func (t *tool) setRotation(act maker) *cobra.Command {
 		}
 		l, err := client.SetLine(ctx, args[0], change)
 		refusal, refused := errors.AsType[*api.Error](err)
-		onlyPresence := change == (api.Change{Presence: change.Presence})
-		if refused && refusal.Code == "needs_approval" && onlyPresence {
-			seconds := strconv.FormatInt(*change.Presence, 10)
-			return t.propose(ctx, client, "key presence", "", "key", args[0], "seconds", seconds)
-		} else if err != nil {
+		proposable := api.Change{Grace: change.Grace, Acknowledge: change.Acknowledge, Presence: change.Presence}
+		switch {
+		case refused && refusal.Code == "needs_approval" && change == proposable:
+			return t.propose(ctx, client, "key set", "", settingsOf(args[0], change)...)
+		case refused && refusal.Code == "needs_approval":
+			return fmt.Errorf("%s; set --grace, --acknowledge and --presence by a command of their own", refusal.Detail)
+		case err != nil:
 			return err
 		}
 		return t.print(l, func(w io.Writer) { showRotation(w, l) })
 	}
 	c = act("set NAME", "Change when a key is rotated, and whether operators must confirm its use",
 		cobra.ExactArgs(1), do)
-	details(c, "A setting whose flag is not given stays as it is.")
+	details(c, "A setting whose flag is not given stays as it is. Under approval, --grace, --acknowledge and\n"+
+		"--presence are proposed together, without other flags.")
 	c.Example = "  countersign admin key set payments --every 90d --window \"0 3 * * 0\" --announce 24h\n" +
 		"  countersign admin key set payments --uses 100000\n" +
 		"  countersign admin key set payments --grace 8d --acknowledge all\n" +
@@ -150,26 +153,40 @@ func (t *tool) setRotation(act maker) *cobra.Command {
 	f.StringVar(&announce, "announce", "", "announce a version this `duration` before it becomes active, "+
 		"0 to 30d, for example 24h")
 	f.StringVar(&grace, "grace", "", "accept the version before for this `duration`, for example 8d; "+
-		"0: as long as a document may live")
+		"0: as long as a document may live. A shorter time needs approval")
 	f.StringVar(&acknowledge, "acknowledge", "", "archive the version before sooner, when these `peers` have "+
-		"acknowledged: names separated by commas, all, or none")
+		"acknowledged: names separated by commas, all, or none. Fewer need approval")
 	f.StringVar(&presence, "presence", "", "let the key sign only for this `duration` after an operator has confirmed "+
-		"(admin key confirm), up to 24h; on: 300s; 0: always. A weaker setting needs approval, without other flags")
+		"(admin key confirm), up to 24h; on: 300s; 0: always. A weaker setting needs approval")
 	return c
 }
 
+// settingsOf returns the parameters of the act key set.
+func settingsOf(name string, change api.Change) []string {
+	p := []string{"key", name}
+	if change.Grace != nil {
+		p = append(p, "grace", strconv.FormatInt(*change.Grace, 10))
+	}
+	if change.Presence != nil {
+		p = append(p, "presence", strconv.FormatInt(*change.Presence, 10))
+	}
+	if change.Acknowledge != nil {
+		names := strings.Join(*change.Acknowledge, ",")
+		p = append(p, "acknowledge", either(names == "", "none", names))
+	}
+	return p
+}
+
 func (t *tool) archive(act maker) *cobra.Command {
-	c := act("archive NAME VERSION", "Archive a replaced version before the end of its grace time",
+	c := act("archive NAME VERSION", "Archive a replaced version before the end of its grace time, under approval",
 		cobra.ExactArgs(2), func(ctx context.Context, c *api.Client, args []string) error {
-			n, err := parseVersion(args[1])
-			if err != nil {
+			if _, err := parseVersion(args[1]); err != nil {
 				return err
 			}
-			if err := c.ArchiveKey(ctx, args[0], n); err != nil {
-				return err
-			}
-			return t.said("archived", args[0]+"/"+args[1])
+			return t.propose(ctx, c, "key archive", "", "key", args[0], "version", args[1])
 		})
+	details(c, "Signatures of the version are refused from then on, for ever, also in documents that have not\n"+
+		"expired.")
 	c.Example = "  countersign admin key archive payments 1"
 	return c
 }

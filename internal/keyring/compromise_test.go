@@ -190,7 +190,7 @@ func TestPublicKeyExistsOnce(t *testing.T) {
 	again(keyring.Active)
 	r.rotate(t, "one", time.Now())
 	again(keyring.VerifyOnly)
-	if err := r.Keys.Archive(t.Context(), operator, "one", 1); err != nil {
+	if err := r.Keys.Archive(t.Context(), approved, "one", 1); err != nil {
 		t.Fatal(err)
 	}
 	again(keyring.Archived)

@@ -277,7 +277,7 @@ func (r *rig) rotate(t *testing.T, name string, at time.Time) *keyring.Key {
 
 func (r *rig) archive(t *testing.T, name string, version uint32) {
 	t.Helper()
-	if err := r.Keys.Archive(t.Context(), operator, name, version); err != nil {
+	if err := r.Keys.Archive(t.Context(), approved, name, version); err != nil {
 		t.Fatal(err)
 	}
 }
@@ -299,7 +299,7 @@ func (r *rig) destroy(t *testing.T, name string, version uint32) {
 func (r *rig) set(t *testing.T, name string, change func(*keyring.Settings)) {
 	t.Helper()
 	set := func(s *keyring.Settings) error { change(s); return nil }
-	if _, err := r.Keys.Set(t.Context(), operator, name, set); err != nil {
+	if _, err := r.Keys.Set(t.Context(), approved, name, set); err != nil {
 		t.Fatal(err)
 	}
 }

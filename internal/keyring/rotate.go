@@ -199,7 +199,7 @@ func (r *Ring) activate(ctx context.Context, who audit.Actor, next *Key) error {
 }
 
 // Archive takes a verify-only version out of use before the end of its grace time: signatures of
-// the version are not accepted any more.
+// the version are never accepted again.
 func (r *Ring) Archive(ctx context.Context, who audit.Actor, name string, version uint32) error {
 	return r.run(ctx, fmt.Sprintf("archiving key %q", ijson.Clip(name)), func(ctx context.Context) error {
 		k, err := r.mayBecome(name, version, Archived, who)
@@ -210,14 +210,31 @@ func (r *Ring) Archive(ctx context.Context, who audit.Actor, name string, versio
 	})
 }
 
-// mayBecome returns a version, if Transitions lets the actor change its state.
+// CheckState returns the error that Archive, Destroy or Compromise would return now for an approved
+// proposal: the device is not asked.
+func (r *Ring) CheckState(name string, version uint32, to State) error {
+	_, err := r.mayBecome(name, version, to, audit.Actor{Kind: "operator", Proposal: 1})
+	return err
+}
+
+// mayBecome returns a version, if Transitions lets the actor change its state, and the key and its
+// successor allow the change.
 func (r *Ring) mayBecome(name string, version uint32, to State, who audit.Actor) (*Key, error) {
+	if to == Compromised && !rotates(name) {
+		return nil, fmt.Errorf("key %q: %w: this line of the appliance's own has no successor: make a new appliance",
+			name, manage.ErrInvalid)
+	}
 	k := r.Version(name, version)
 	if k == nil {
 		return nil, fmt.Errorf("key %q, version %d: %w", ijson.Clip(name), version, manage.ErrNotFound)
 	}
 	if _, err := transition(k.State, to, who); err != nil {
 		return nil, fmt.Errorf("key %v: %w", k.Ref(), err)
+	}
+	next := r.Version(k.Name, k.Version+1)
+	if to == Destroyed && k.State == Compromised && (next == nil || next.State == Pending) {
+		// The version may have to sign the step.
+		return nil, fmt.Errorf("key %v: %w: its successor is not active yet", k.Ref(), manage.ErrConflict)
 	}
 	return k, nil
 }
@@ -243,10 +260,6 @@ func (r *Ring) Destroy(ctx context.Context, who audit.Actor, name string, versio
 		if err != nil {
 			return err
 		}
-		next := r.Version(k.Name, k.Version+1)
-		if k.State == Compromised && (next == nil || next.State == Pending) { // the version may have to sign the step
-			return fmt.Errorf("key %v: %w: its successor is not active yet", k.Ref(), manage.ErrConflict)
-		}
 		store, err := r.Tokens.Get(k.Token)
 		if err != nil {
 			return err
@@ -270,10 +283,6 @@ func (r *Ring) Destroy(ctx context.Context, who audit.Actor, name string, versio
 func (r *Ring) Compromise(ctx context.Context, who audit.Actor, name string, version uint32, reason string) error {
 	if err := approved(Compromised, who); err != nil {
 		return fmt.Errorf("key %q: %w", ijson.Clip(name), err)
-	}
-	if !rotates(name) {
-		return fmt.Errorf("key %q: %w: this line of the appliance's own has no successor: make a new appliance",
-			name, manage.ErrInvalid)
 	}
 	if err := manage.CheckReason(reason); err != nil {
 		return fmt.Errorf("key %q: %w", ijson.Clip(name), err)

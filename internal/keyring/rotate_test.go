@@ -171,8 +171,9 @@ func TestTooFarAhead(t *testing.T) {
 
 func TestArchiveIsRefused(t *testing.T) {
 	r := newRig(t)
+	refused(t, manage.ErrNotApproved, r.Keys.Archive(t.Context(), operator, "payments", 1))
 	for version, want := range map[uint32]error{1: manage.ErrConflict, 2: manage.ErrConflict, 3: manage.ErrNotFound} {
-		if err := r.Keys.Archive(t.Context(), operator, "payments", version); !errors.Is(err, want) {
+		if err := r.Keys.Archive(t.Context(), approved, "payments", version); !errors.Is(err, want) {
 			t.Errorf("version %d: %v", version, err)
 		}
 	}

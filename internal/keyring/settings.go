@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"strings"
 	"time"
 
 	"countersign/audit"
@@ -126,50 +127,80 @@ func (s Settings) check() error {
 	return s.Plan.Check()
 }
 
-// lowered reports that a key may be used after fewer confirmations than before.
-func lowered(presence, before time.Duration) bool {
-	return before > 0 && (presence == 0 || presence > before)
+// weaker names the settings that need approval: with them, the key may sign on fewer confirmations
+// than before, or the version before is accepted for a shorter time. Documents that are valid would
+// become invalid for ever.
+func (r *Ring) weaker(now, before Settings) (names []string) {
+	if r.grace(now) < r.grace(before) {
+		names = append(names, "grace")
+	}
+	if archivedSooner(now.Acknowledge, before.Acknowledge) {
+		names = append(names, "acknowledge")
+	}
+	if before.Presence > 0 && (now.Presence == 0 || now.Presence > before.Presence) {
+		names = append(names, "presence")
+	}
+	return names
 }
 
-// Set changes the settings of a key from now on. A change that lets the key sign on fewer
-// confirmations needs approval.
+// archivedSooner reports that fewer acknowledgements than before archive a version.
+func archivedSooner(now, before []string) bool {
+	if len(now) == 0 || slices.Contains(now, AllPeers) && len(before) > 0 {
+		return false
+	}
+	missing := func(peer string) bool { return !slices.Contains(now, peer) }
+	return len(before) == 0 || slices.ContainsFunc(before, missing)
+}
+
+// CheckSet returns the settings that Set would put in force now, or the error that an approved Set
+// would return.
+func (r *Ring) CheckSet(name string, set func(*Settings) error) (s, before Settings, err error) {
+	if before, err = r.Settings(name); err != nil {
+		return s, before, err
+	}
+	s = before
+	s.Acknowledge = slices.Clone(s.Acknowledge) // set may change the elements
+	if set != nil {
+		err = set(&s)
+	}
+	if err == nil {
+		err = s.check()
+	}
+	if err != nil {
+		return s, before, fmt.Errorf("key %q: %w: %w", name, manage.ErrInvalid, err)
+	}
+	for _, peer := range s.Acknowledge {
+		if !slices.Contains(before.Acknowledge, peer) && peer != AllPeers && !r.Peers.Enrolled(peer) {
+			return s, before, fmt.Errorf("key %q: %w: acknowledge names %q, and no such peer is enrolled",
+				name, manage.ErrInvalid, peer)
+		}
+	}
+	if own(name) && (s.Presence != 0 || name != NoiseName) {
+		return s, before, fmt.Errorf("key %q: %w: it is the appliance's own", name, manage.ErrInvalid)
+	}
+	return s, before, nil
+}
+
+// Set changes the settings of a key from now on. A change to weaker settings needs approval.
 func (r *Ring) Set(
 	ctx context.Context, who audit.Actor, name string, set func(*Settings) error,
 ) (s Settings, err error) {
-	err = r.run(ctx, fmt.Sprintf("the settings of key %q", ijson.Clip(name)), func(ctx context.Context) error {
-		before, err := r.Settings(name)
-		if err != nil {
+	err = r.run(ctx, fmt.Sprintf("the settings of key %q", ijson.Clip(name)), func(ctx context.Context) (err error) {
+		var before Settings
+		if s, before, err = r.CheckSet(name, set); err != nil {
 			return err
 		}
-		s = before
-		s.Acknowledge = slices.Clone(s.Acknowledge) // set may change the elements
-		if set != nil {
-			if err := set(&s); err != nil {
-				return fmt.Errorf("key %q: %w: %w", name, manage.ErrInvalid, err)
-			}
-		}
-		if err := s.check(); err != nil {
-			return fmt.Errorf("key %q: %w: %w", name, manage.ErrInvalid, err)
-		}
-		for _, peer := range s.Acknowledge {
-			if !slices.Contains(before.Acknowledge, peer) && peer != AllPeers && !r.Peers.Enrolled(peer) {
-				return fmt.Errorf("key %q: %w: acknowledge names %q, and no such peer is enrolled",
-					name, manage.ErrInvalid, peer)
-			}
-		}
-		if own(name) && (s.Presence != 0 || name != NoiseName) {
-			return fmt.Errorf("key %q: %w: it is the appliance's own", name, manage.ErrInvalid)
-		}
-		lower := lowered(s.Presence, before.Presence)
-		if lower && who.Proposal == 0 {
-			return fmt.Errorf("key %q: %w: that it may sign on fewer confirmations", name, manage.ErrNotApproved)
+		weaker := r.weaker(s, before)
+		if len(weaker) > 0 && who.Proposal == 0 {
+			return fmt.Errorf("key %q: %w: these settings would be weaker: %s",
+				name, manage.ErrNotApproved, strings.Join(weaker, ", "))
 		}
 		record := manage.Encode(s.record())
 		return r.Ledger.Update(ctx, func(tx *ledger.Tx) error {
 			if err := tx.Put(ledger.Lines, name, record); err != nil {
 				return err
 			}
-			return tx.Append(ledger.EventOf(audit.NewLineChanged(who, name, record, s.Presence, lower)))
+			return tx.Append(ledger.EventOf(audit.NewLineChanged(who, name, record, s.Presence, weaker)))
 		})
 	})
 	return s, err

@@ -207,3 +207,82 @@ func TestCredentialsChangeInTheCommit(t *testing.T) {
 		t.Errorf("%v, confirmed until %v", err, r.Keys.Confirmed("payments"))
 	}
 }
+
+// TestWeakerSettingsNeedApproval: settings that shorten the time for which a version before is
+// accepted, or let the key sign on fewer confirmations, need an approved proposal.
+func TestWeakerSettingsNeedApproval(t *testing.T) {
+	type settings = keyring.Settings
+	second := time.Second
+	for name, c := range map[string]struct {
+		before, now func(r *rig, s *settings)
+		weaker      string // "": no approval is needed
+	}{
+		"a shorter grace": {
+			func(_ *rig, s *settings) { s.Grace = time.Hour }, func(_ *rig, s *settings) { s.Grace = second }, "grace",
+		},
+		"less than documents live": {
+			func(*rig, *settings) {}, func(r *rig, s *settings) { s.Grace = r.limits.MaxLifetime - second }, "grace",
+		},
+		"the default in place of more": {
+			func(r *rig, s *settings) { s.Grace = 2 * r.limits.MaxLifetime }, func(_ *rig, s *settings) { s.Grace = 0 },
+			"grace",
+		},
+		"as long as documents live": {
+			func(*rig, *settings) {}, func(r *rig, s *settings) { s.Grace = r.limits.MaxLifetime }, "",
+		},
+		"a longer grace": {
+			func(_ *rig, s *settings) { s.Grace = second }, func(_ *rig, s *settings) { s.Grace = time.Hour }, "",
+		},
+		"acknowledgements archive": {
+			func(*rig, *settings) {},
+			func(_ *rig, s *settings) { s.Acknowledge = []string{keyring.AllPeers} }, "acknowledge",
+		},
+		"one peer in place of all": {
+			func(_ *rig, s *settings) { s.Acknowledge = []string{keyring.AllPeers} },
+			func(_ *rig, s *settings) { s.Acknowledge = []string{"shop"} }, "acknowledge",
+		},
+		"all in place of one": {
+			func(_ *rig, s *settings) { s.Acknowledge = []string{"shop"} },
+			func(_ *rig, s *settings) { s.Acknowledge = []string{keyring.AllPeers} }, "",
+		},
+		"acknowledgements archive no more": {
+			func(_ *rig, s *settings) { s.Acknowledge = []string{"shop"} },
+			func(_ *rig, s *settings) { s.Acknowledge = nil }, "",
+		},
+		"all of them": {
+			func(_ *rig, s *settings) { s.Presence = time.Minute },
+			func(_ *rig, s *settings) { s.Grace, s.Acknowledge, s.Presence = second, []string{"shop"}, time.Hour },
+			"grace,acknowledge,presence",
+		},
+		"another setting": {
+			func(_ *rig, s *settings) { s.Grace, s.Presence = second, time.Minute },
+			func(_ *rig, s *settings) { s.Announce = time.Hour }, "",
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			r := newRig(t)
+			set := func(who audit.Actor, change func(*rig, *settings)) error {
+				_, err := r.Keys.Set(t.Context(), who, "payments", func(s *settings) error { change(r, s); return nil })
+				return err
+			}
+			if err := set(approved, c.before); err != nil {
+				t.Fatal(err)
+			}
+			err := set(operator, c.now)
+			if c.weaker == "" {
+				if err != nil {
+					t.Error(err)
+				}
+				return
+			}
+			refused(t, manage.ErrNotApproved, err)
+			if err := set(approved, c.now); err != nil {
+				t.Error(err)
+			}
+			events := r.log(t, 0)
+			if e := events[len(events)-1]; e.Type != audit.LineChanged || e.Metadata["weaker"] != c.weaker {
+				t.Errorf("the event is %+v, want weaker %q", e, c.weaker)
+			}
+		})
+	}
+}

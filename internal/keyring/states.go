@@ -55,7 +55,7 @@ type Transition struct {
 	From, To State
 	By       string       // kinds of actors that may cause the step: "daemon", "operator" or both
 	Events   []audit.Type // one of them is in the same transaction; nil: none, since the step counts for nothing yet
-	Act      string       // act of the approved proposal that the step needs; "": none
+	Act      string       // act of the approved proposal that an operator needs for the step; "": none
 }
 
 const either = "operator or daemon"
@@ -69,7 +69,7 @@ var Transitions = []Transition{
 	{making, Active, either, []audit.Type{audit.KeyCreated, audit.KeyImported}, ""},
 	{Pending, Active, either, []audit.Type{audit.KeyRotated}, ""},
 	{Active, VerifyOnly, either, []audit.Type{audit.KeyRotated}, ""},
-	{VerifyOnly, Archived, either, []audit.Type{audit.KeyStateChanged}, ""},
+	{VerifyOnly, Archived, either, []audit.Type{audit.KeyStateChanged}, approval.ActKeyArchive},
 	{Active, Compromised, "operator", []audit.Type{audit.KeyStateChanged}, approval.ActKeyCompromise},
 	{VerifyOnly, Compromised, "operator", []audit.Type{audit.KeyStateChanged}, approval.ActKeyCompromise},
 	{Archived, Compromised, "operator", []audit.Type{audit.KeyStateChanged}, approval.ActKeyCompromise},
@@ -77,10 +77,11 @@ var Transitions = []Transition{
 	{Compromised, Destroyed, "operator", []audit.Type{audit.KeyStateChanged}, approval.ActKeyDestroy},
 }
 
-// approved refuses a step without an approved proposal, if the steps to the state need one.
+// approved refuses a step without an approved proposal, if the steps to the state need one. The
+// daemon has no proposals: the steps that it may cause follow from settings and time.
 func approved(to State, who audit.Actor) error {
 	needs := slices.ContainsFunc(Transitions, func(t Transition) bool { return t.To == to && t.Act != "" })
-	if needs && who.Proposal == 0 {
+	if needs && who.Proposal == 0 && who.Kind != "daemon" {
 		return manage.ErrNotApproved
 	}
 	return nil

@@ -68,7 +68,7 @@ func (r *roster) validate() error {
 	if len(r.people) > maxOperators {
 		return fmt.Errorf("%w: there may be %d operators", ErrConflict, maxOperators)
 	}
-	administrators, approvers := 0, 0
+	administrators := 0
 	owners := map[string]string{}
 	for _, name := range slices.Sorted(maps.Keys(r.people)) {
 		p := r.people[name]
@@ -94,17 +94,32 @@ func (r *roster) validate() error {
 		if p.Has(approval.Administrator) {
 			administrators++
 		}
-		if p.Has(approval.Approver) {
-			approvers++
-		}
 	}
 	if administrators == 0 {
 		return fmt.Errorf("%w: there must be an administrator", ErrConflict)
 	}
-	if r.needed < 1 || r.needed > approvers {
-		return fmt.Errorf("%w: of %d approvers, %d would be needed", ErrConflict, approvers, r.needed)
+	if n := r.approvers(); r.needed < 1 || r.needed > n {
+		return fmt.Errorf("%w: of %d approvers, %d would be needed", ErrConflict, n, r.needed)
 	}
 	return nil
+}
+
+func (r *roster) approvers() (n int) {
+	for _, p := range r.people {
+		if p.Has(approval.Approver) {
+			n++
+		}
+	}
+	return n
+}
+
+// warning returns a warning if the quorum needs all approvers.
+func (r *roster) warning() string {
+	if n := r.approvers(); n > r.needed {
+		return ""
+	}
+	return fmt.Sprintf("each of the %d approvers is needed: after the loss of one key, no act can be approved, "+
+		"not even a new key: have another approver first", r.needed)
 }
 
 // mutation changes a roster and nothing else. The values are those of an act's parameters. A
@@ -128,8 +143,19 @@ func (r *Registry) operatorActs() map[string]Act {
 		approval.ActApprovalsNeeded:  {[]string{"needed"}, setNeeded},
 	} {
 		acts[action] = Act{
+			Roles: approval.Proposers(action),
 			// Content is refused: no parameter sha256 names it. See Propose.
-			Check: func(p []approval.Parameter, _ []byte) ([]approval.Parameter, error) { return r.dryRun(own, p) },
+			Check: func(p []approval.Parameter, _ []byte) ([]approval.Parameter, error) {
+				p, _, err := r.dryRun(own, p)
+				return p, err
+			},
+			Warn: func(p []approval.Parameter, _ []byte) []string {
+				_, people, err := r.dryRun(own, p)
+				if err != nil || people.warning() == "" || people.approvers()-people.needed == r.spare() {
+					return nil
+				}
+				return []string{people.warning()}
+			},
 			Run: func(ctx context.Context, who audit.Actor, p []approval.Parameter, _ []byte) error {
 				values, err := own.values(p)
 				if err != nil {
@@ -158,41 +184,48 @@ func (a *operatorAct) values(p []approval.Parameter) (values []string, err error
 	return values, nil
 }
 
-// dryRun applies the act to a copy of the roster in memory, and returns the parameters to be
-// approved: roles and credentials get their canonical form.
-func (r *Registry) dryRun(own operatorAct, p []approval.Parameter) ([]approval.Parameter, error) {
+// spare is the number of approvers beyond the quorum.
+func (r *Registry) spare() int {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.roster.approvers() - r.roster.needed
+}
+
+// dryRun applies the act to a copy of the roster in memory. dryRun returns the copy, and the
+// parameters to be approved: roles and credentials get their canonical form.
+func (r *Registry) dryRun(own operatorAct, p []approval.Parameter) (_ []approval.Parameter, after roster, err error) {
 	p = slices.Clone(p)
 	for i := range p {
 		switch {
 		case p[i].Name == "roles":
 			roles, err := parseRoles(p[i].Value)
 			if err != nil {
-				return nil, err
+				return nil, after, err
 			}
 			p[i].Value = joinRoles(roles)
 		case p[i].Name == "credential" && strings.HasPrefix(strings.TrimSpace(p[i].Value), "{"):
 			c, err := r.parseCredential(p[i].Value)
 			if err != nil {
-				return nil, err
+				return nil, after, err
 			}
 			p[i].Value = string(manage.Encode(c))
 		}
 	}
 	values, err := own.values(p)
 	if err != nil {
-		return nil, err
+		return nil, after, err
 	}
 	r.mu.Lock()
-	people := roster{maps.Clone(r.roster.people), r.roster.needed}
+	after = roster{maps.Clone(r.roster.people), r.roster.needed}
 	r.mu.Unlock()
-	if _, _, err := own.mutate(&people, values); err != nil {
-		return nil, err
+	if _, _, err := own.mutate(&after, values); err != nil {
+		return nil, after, err
 	}
-	return p, people.validate()
+	return p, after, after.validate()
 }
 
-// updateRoster changes the roster in the ledger. The change, the validation of the result and the
-// event are one transaction.
+// updateRoster changes the roster in the ledger. The change, the validation of the result, the end
+// of proposals that lose their proposer, and the events are one transaction.
 func (r *Registry) updateRoster(
 	ctx context.Context, who audit.Actor, action string, mutate func(*roster) (name, change string, err error),
 ) error {
@@ -213,7 +246,10 @@ func (r *Registry) updateRoster(
 			if err != nil {
 				return err
 			}
-			return tx.Append(ledger.EventOf(e))
+			if err := tx.Append(ledger.EventOf(e)); err != nil {
+				return err
+			}
+			return r.endOrphans(tx, &people)
 		})
 	})
 }

@@ -20,6 +20,8 @@
 //   - A crash after that commit leaves the proposal running. The next Open can't know how far the
 //     act has come: the proposal becomes interrupted, for people to look at, and never runs again.
 //   - A disk that refuses that commit leaves the proposal open. The act has not started.
+//   - A roster without the proposer, or without the proposer's role for the act, ends the open
+//     proposal in the transaction of its own change.
 //   - A disk that refuses the end of an act leaves the proposal running. The end is written again
 //     every second until the disk accepts the write. A crash before makes the proposal interrupted.
 //
@@ -90,14 +92,17 @@ type Config struct {
 
 // Act is an act that a proposal can ask for.
 type Act struct {
-	Roles []approval.Role // of the proposer; none: administrator
-	// Check validates the parameters and the content of a proposal. Check returns the parameters to
-	// be approved: complete, in canonical order and form.
+	Roles []approval.Role // the proposer has one of them
+	// Check validates the parameters and the content of a proposal, and returns the error that Run
+	// would return now. Check returns the parameters to be approved: complete, in canonical order
+	// and form.
 	Check func(p []approval.Parameter, content []byte) ([]approval.Parameter, error)
 	// Run carries the act out, once. who is the proposer, with the proposal's number. ctx never
 	// ends, even if the last approver leaves: Run must set its own timeouts. After a panic, the
 	// effects of the act are unknown.
 	Run func(ctx context.Context, who audit.Actor, p []approval.Parameter, content []byte) error
+	// Warn lists the doubts about parameters and content that have passed Check; nil: none.
+	Warn func(p []approval.Parameter, content []byte) []string
 }
 
 // The kinds of channels.
@@ -283,6 +288,14 @@ func (r *Registry) Needed() int {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	return r.roster.needed
+}
+
+// QuorumWarning returns a warning while the loss of one approver would leave no quorum; otherwise
+// "".
+func (r *Registry) QuorumWarning() string {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.roster.warning()
 }
 
 // takeOperator updates the memory after a change of an operator's record. takeOperator ends the

@@ -39,7 +39,7 @@ const (
 	Running     State = "running"     // approved; the act is being carried out
 	Done        State = "done"        // the act has succeeded
 	Failed      State = "failed"      // the act has returned an error
-	Expired     State = "expired"     // not approved in time
+	Expired     State = "expired"     // not approved in time, or not while its proposer could propose it
 	Withdrawn   State = "withdrawn"   // by its proposer or an administrator
 	Interrupted State = "interrupted" // the act has started; its effects are unknown
 )
@@ -53,7 +53,7 @@ type Proposal struct {
 	Required  int        // approvals: the larger of the number in the text and the number in force
 	Content   []byte     // until the end; for example a policy. The parameter sha256 is the content's digest
 	Ended     time.Time  // zero before the end
-	Cause     string     // of a failure or an interruption
+	Cause     string     // of a failure, of an interruption, or of an end before the expiry
 }
 
 // Approval is an approval of a proposal.
@@ -136,7 +136,7 @@ func (r *record) end(state State, cause string) audit.Event {
 	r.State, r.Cause, r.Content, r.Ended = state, cause, nil, time.Now().Unix()
 	switch state {
 	case Expired:
-		return audit.NewProposalExpired(r.ref())
+		return audit.NewProposalExpired(r.ref(), cause)
 	case Failed, Interrupted:
 		return audit.NewProposalDone(r.actor(), r.ref(), string(state), cause)
 	}
@@ -222,9 +222,8 @@ func (r *Registry) Propose(
 				return err
 			}
 			who := people.people[s.Operator]
-			if !who.Has(a.proposers()...) {
-				return fmt.Errorf("proposal to %s: %w: it is for the role %s",
-					act, ErrNotAllowed, joinRoles(a.proposers()))
+			if !who.Has(a.Roles...) {
+				return fmt.Errorf("proposal to %s: %w: it is for the role %s", act, ErrNotAllowed, joinRoles(a.Roles))
 			}
 			made := &approval.Proposal{
 				ID: id, Appliance: r.Appliance, Act: act, Parameters: p, Proposer: who.Name,
@@ -258,13 +257,6 @@ func (r *Registry) Propose(
 		return Proposal{}, err
 	}
 	return r.Proposal(rec.id())
-}
-
-func (a *Act) proposers() []approval.Role {
-	if len(a.Roles) == 0 {
-		return []approval.Role{approval.Administrator}
-	}
-	return a.Roles
 }
 
 // contentMatches reports whether the parameter sha256 is the digest of the content. A proposal
@@ -492,6 +484,64 @@ func (r *Registry) Withdraw(ctx context.Context, s Session, id uint64) error {
 		err = fmt.Errorf("proposal %d: %w: it has expired", id, ErrConflict)
 	}
 	return err
+}
+
+// endOrphans ends the open proposals whose proposers may not propose them any more, in the
+// transaction that changes the roster. So the act of an open proposal is never carried out in the
+// name of a person who was removed, nor of the next person with that name. The caller holds
+// writing: memory has all open proposals.
+func (r *Registry) endOrphans(tx *ledger.Tx, people *roster) error {
+	for _, id := range r.open() {
+		rec, err := decodeRecord(recordKey(id), tx.Get(ledger.Proposals, recordKey(id)))
+		if err != nil {
+			return err
+		}
+		proposer, exists := people.people[rec.proposal.Proposer]
+		act, known := r.Acts[rec.proposal.Act]
+		cause := ""
+		switch {
+		case !exists:
+			cause = fmt.Sprintf("its proposer %s is no operator any more", rec.proposal.Proposer)
+		case known && !proposer.Has(act.Roles...):
+			cause = fmt.Sprintf("its proposer %s has none of the roles %s any more",
+				proposer.Name, joinRoles(act.Roles))
+		default:
+			continue
+		}
+		if err := put(tx, rec, rec.end(Expired, cause)); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// open lists the open proposals, the oldest first.
+func (r *Registry) open() (ids []uint64) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	for id, rec := range r.proposals {
+		if rec.State == Pending {
+			ids = append(ids, id)
+		}
+	}
+	slices.Sort(ids)
+	return ids
+}
+
+// Warnings lists the doubts about an open proposal: that its act would fail as things are now, or
+// else what the act itself warns of.
+func (r *Registry) Warnings(p Proposal) []string {
+	act, known := r.Acts[p.Act]
+	if !known || p.State != Pending {
+		return nil
+	}
+	if _, err := act.Check(slices.Clone(p.Parameters), p.Content); err != nil {
+		return []string{"as things are now, the act would fail: " + err.Error()}
+	}
+	if act.Warn == nil {
+		return nil
+	}
+	return act.Warn(p.Parameters, p.Content)
 }
 
 // Expire ends the open proposals that have expired. The daemon calls Expire once a minute. An

@@ -594,3 +594,132 @@ func TestApprovalInTheLogIsCanonical(t *testing.T) {
 		t.Errorf("the log has %q, want %q: %v", logged.SSHSIG, want, err)
 	}
 }
+
+// TestProposalEndsWithItsProposer: an open proposal ends in the moment in which its proposer may no
+// longer propose its act. Nothing is carried out in the name of that person or of a namesake.
+func TestProposalEndsWithItsProposer(t *testing.T) {
+	for name, c := range map[string]struct {
+		lose func(t *testing.T, r *rig)
+		ends bool
+	}{
+		"removed": {func(t *testing.T, r *rig) { r.apply(t, removeOperator, "o1") }, true},
+		"removed, and another person has the name": {func(t *testing.T, r *rig) {
+			r.apply(t, removeOperator, "o1")
+			namesake := string(manage.Encode(newSigner(t, "").credential))
+			r.apply(t, r.addOperator, "o1", "administrator", namesake)
+		}, true},
+		"without the role": {func(t *testing.T, r *rig) { r.apply(t, setRoles, "o1", "auditor") }, true},
+		"without the role for a while": {func(t *testing.T, r *rig) {
+			r.apply(t, setRoles, "o1", "auditor")
+			r.apply(t, setRoles, "o1", "administrator")
+		}, true},
+		"with another role that may": {func(t *testing.T, r *rig) {
+			r.apply(t, setRoles, "o1", "administrator")
+		}, false},
+		"another operator is removed": {func(t *testing.T, r *rig) { r.apply(t, removeOperator, "o2") }, false},
+	} {
+		t.Run(name, func(t *testing.T) {
+			r := newRig(t, 5)
+			r.apply(t, setNeeded, "2")
+			s, _ := r.signIn(t, r.people[1], root)
+			p := r.propose(t, s, "test")
+			if _, err := r.approve(t, r.people[3], p); err != nil {
+				t.Fatal(err)
+			}
+			c.lose(t, r)
+			for _, restart := range []bool{false, true} {
+				if restart {
+					r.reopen(t)
+				}
+				got, err := r.Proposal(p.ID)
+				if err != nil || (got.State == Expired) != c.ends || (got.Cause != "") != c.ends ||
+					got.Ended.IsZero() == c.ends {
+					t.Errorf("it is %+v, %v", got, err)
+				}
+			}
+			after, err := r.approve(t, r.people[4], p)
+			if c.ends {
+				want(t, err, ErrConflict)
+			} else if err != nil || after.State != Done {
+				t.Errorf("it is %+v, %v", after, err)
+			}
+			if n, e := r.events(t, audit.ProposalExpired); (n == 1) != c.ends || c.ends && e.Metadata["cause"] == "" {
+				t.Errorf("%d events, the last one is %+v", n, e)
+			}
+			if ran := r.ran.Load(); (ran == 0) != c.ends {
+				t.Errorf("it has run %d times", ran)
+			}
+		})
+	}
+}
+
+// TestProposerRemovesProposer: two administrators each propose to remove the other, and the log is
+// sound for an auditor. The act that runs is the end of the other proposal.
+func TestProposerRemovesProposer(t *testing.T) {
+	r := newRig(t, 1)
+	admin, bob := r.people[0], newSigner(t, "bob")
+	s, _ := r.signIn(t, admin, root)
+	p := r.propose(t, s, "operator add", approval.Parameter{Name: "name", Value: "bob"},
+		approval.Parameter{Name: "roles", Value: "administrator,approver"},
+		approval.Parameter{Name: "credential", Value: string(manage.Encode(bob.credential))})
+	if after, err := r.approve(t, admin, p); err != nil || after.State != Done {
+		t.Fatalf("%+v, %v", after, err)
+	}
+	s, _ = r.signIn(t, bob, root)
+	theirs := r.propose(t, s, "operator remove", approval.Parameter{Name: "name", Value: "o0"})
+	s, _ = r.signIn(t, admin, root)
+	mine := r.propose(t, s, "operator remove", approval.Parameter{Name: "name", Value: "bob"})
+	if after, err := r.approve(t, admin, mine); err != nil || after.State != Done {
+		t.Fatalf("%+v, %v", after, err)
+	}
+	if got, _ := r.Proposal(theirs.ID); got.State != Expired || got.Cause == "" {
+		t.Errorf("the proposal of the removed operator is %+v", got)
+	}
+	r.replay(t)
+}
+
+// TestQuorumOfAllWarns: a roster in which the loss of one approver leaves no quorum is warned of
+// before the approval of the act that makes it so.
+func TestQuorumOfAllWarns(t *testing.T) {
+	type list = []approval.Parameter
+	parameter := func(name, value string) approval.Parameter { return approval.Parameter{Name: name, Value: value} }
+	lessOf2 := list{parameter("name", "o2"), parameter("roles", "auditor")}
+	more := list{parameter("name", "o1"), parameter("roles", "auditor,approver")}
+	for name, c := range map[string]struct {
+		people int
+		needed string
+		act    string
+		p      list
+		warns  bool
+	}{
+		"2 of 2":              {2, "1", "approvals needed", list{parameter("needed", "2")}, true},
+		"2 of 3":              {3, "1", "approvals needed", list{parameter("needed", "2")}, false},
+		"removed, 2 of 2":     {3, "2", "operator remove", list{parameter("name", "o2")}, true},
+		"removed, 2 of 3":     {4, "2", "operator remove", list{parameter("name", "o2")}, false},
+		"role lost, 2 of 2":   {3, "2", "operator roles", lessOf2, true},
+		"1 of 2":              {2, "2", "approvals needed", list{parameter("needed", "1")}, false},
+		"another role, as is": {2, "2", "operator roles", more, false},
+	} {
+		r := newRig(t, c.people)
+		if c.needed != "1" {
+			r.apply(t, setNeeded, c.needed)
+		}
+		s, _ := r.signIn(t, r.people[0], root)
+		if w := r.Warnings(r.propose(t, s, c.act, c.p...)); (len(w) == 1) != c.warns {
+			t.Errorf("%s: the warnings are %q", name, w)
+		}
+	}
+	r := newRig(t, 2)
+	before := r.QuorumWarning()
+	if r.apply(t, setNeeded, "2"); before != "" || r.QuorumWarning() == "" {
+		t.Errorf("1 of 2: %q; 2 of 2: %q", before, r.QuorumWarning())
+	}
+	// An open proposal whose act has become impossible says so.
+	s, _ := r.signIn(t, r.people[0], root)
+	r.apply(t, r.addOperator, "bob", "approver", string(manage.Encode(newSigner(t, "").credential)))
+	p := r.propose(t, s, "operator remove", parameter("name", "bob"))
+	r.apply(t, removeOperator, "bob")
+	if w := r.Warnings(p); len(w) != 1 || !strings.Contains(w[0], "would fail") {
+		t.Errorf("the warnings are %q", w)
+	}
+}

@@ -10,6 +10,9 @@ import (
 
 var write = flag.Bool("write", false, "write the tables of the tests into docs/SPEC.md")
 
+// Writing reports whether the flag -write is given, for tests that write other generated files.
+func Writing() bool { return *write }
+
 // Table compares the table of docs/SPEC.md below a header of two lines with rows, one line each.
 // The path of docs/SPEC.md begins at the folder of the test. With the flag -write, Table writes the
 // rows into the document:
