@@ -162,6 +162,19 @@ second proposal approve "$proposal" </dev/null >"$work/out" 2>"$work/err" || fai
 admin peer list | grep -q '^shop ' || fail "two approvals have not enrolled the peer"
 fact approved "by the SSH key of second: $(cat "$work/out")"
 fact enrolled "the peer shop"
+approve_second() { # approve_second: second approves the proposal that $work/out names
+  proposal_of_policy=$(sed -n 's/^proposal \([0-9]*\):.*/\1/p' "$work/out")
+  second proposal approve "$proposal_of_policy" </dev/null >"$work/out" 2>"$work/err" || fail "approve: $(cat "$work/err")"
+}
+cp "$run/policy.cedar" "$work/next.cedar"
+echo 'permit (principal == Peer::"shop", action == Action::"sign", resource == Key::"payments");' >>"$work/next.cedar"
+show "${admin_command[@]}" policy propose "$work/next.cedar" </dev/null >"$work/out" 2>"$work/err" ||
+  fail "propose a policy: $(cat "$work/err")"
+approve_second
+fact approved "proposal $proposal_of_policy, a policy; before the signature, second has seen this:"
+sed -n '/^--- /,/would change$/p' "$work/err" | sed 's/^/               /'
+admin policy propose "$run/policy.cedar" </dev/null >"$work/out" 2>"$work/err" || fail "propose: $(cat "$work/err")"
+approve_second
 quietly admin peer remove shop
 admin approvals needed 1 </dev/null >"$work/out" 2>"$work/err" || fail "approvals needed 1: $(cat "$work/err")"
 quietly second proposal approve "$(sed -n 's/^proposal \([0-9]*\):.*/\1/p' "$work/out")"

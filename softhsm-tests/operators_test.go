@@ -177,7 +177,8 @@ func TestTwoPeople(t *testing.T) {
 	}
 	s.must("admin", "proposal", "withdraw", "4")
 	out = s.must("admin", "proposal", "list")
-	if !strings.Contains(out, "withdrawn") || !regexp.MustCompile(`peer add +root +\S+ +2 +done`).MatchString(out) {
+	enrolled := regexp.MustCompile(`peer add +demo, public_key \S+ +root +\S+ +2 +done`)
+	if !strings.Contains(out, "withdrawn") || !enrolled.MatchString(out) {
 		t.Errorf("proposals: %s", out)
 	}
 	if out := s.must("admin", "operator", "show", "second"); !strings.Contains(out, second.line) {

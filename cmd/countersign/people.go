@@ -137,7 +137,7 @@ func (f *credentialFlags) text() (string, error) {
 func showOperator(w io.Writer, o approval.Operator) {
 	fmt.Fprintf(w, "operator\t%s\nroles\t%s\nadded\t%s\n", o.Name, roleText(o.Roles), date(o.Added))
 	for _, c := range o.Credentials {
-		fmt.Fprintf(w, "credential\t%s\t%s\t%s\n", c.ID, c.Kind, c.PublicKey)
+		fmt.Fprintf(w, "credential\t%s\t%s\t%s\n\t%s\n", c.ID, c.Kind, c.PublicKey, fingerprint(c))
 	}
 }
 
@@ -232,6 +232,9 @@ func (t *tool) quorum(act maker) *cobra.Command {
 			return t.print(a, func(w io.Writer) {
 				fmt.Fprintf(w, "needed\t%d of %d\n", a.Needed, len(a.Approvers))
 				fmt.Fprintf(w, "approvers\t%s\n", strings.Join(a.Approvers, ", "))
+				if a.Warning != "" {
+					fmt.Fprintf(w, "warning\t%s\n", a.Warning)
+				}
 			})
 		})
 	needed := act("needed N", "Change the number of approvals that an act needs, under approval", cobra.ExactArgs(1),
@@ -261,41 +264,39 @@ func (t *tool) proposals(act maker) *cobra.Command {
 				return err
 			}
 			return t.print(all, func(w io.Writer) {
-				fmt.Fprintln(w, "ID\tACT\tBY\tEXPIRES\tAPPROVALS\tSTATE")
+				fmt.Fprintln(w, "ID\tACT\tOBJECT\tBY\tEXPIRES\tAPPROVALS\tSTATE")
 				for _, p := range all {
 					// Only an open proposal has a current number of required approvals.
 					approvals := fmt.Sprint(len(p.Approvals))
 					if p.State == "open" {
 						approvals = fmt.Sprintf("%d of %d", p.Counting(), p.Required)
 					}
-					fmt.Fprintf(w, "%d\t%s\t%s\t%s\t%s\t%s\n",
-						p.ID, p.Act, p.Proposer, date(p.Expires), approvals, p.State)
+					fmt.Fprintf(w, "%d\t%s\t%s\t%s\t%s\t%s\t%s\n",
+						p.ID, p.Act, object(p.Parameters), p.Proposer, date(p.Expires), approvals, p.State)
 				}
 			})
 		})
-	show := one("show ID", "Show the text of a proposal, its approvals, and its content",
+	show := one("show ID", "Show a proposal: its text, what it would change, its content and its approvals",
 		func(ctx context.Context, c *api.Client, id uint64) error {
-			p, err := c.Proposal(ctx, id)
+			r, err := readReview(ctx, c, id)
 			if err != nil {
 				return err
 			}
-			return t.print(p, func(w io.Writer) {
-				fmt.Fprintf(w, "%s\nstate\t%s\n", p.Text, strings.TrimSpace(p.State+" "+p.Cause))
-				for _, a := range p.Approvals {
-					lost := either(a.Counts || p.State != "open", "", ", which does not count any more")
-					fmt.Fprintf(w, "approved by\t%s, %s%s\n", a.Operator, date(a.At), lost)
-				}
-				for _, each := range p.Warnings {
+			if t.json {
+				return t.print(r.doc, nil)
+			}
+			if err := t.showReview(ctx, c, r, t.stdout); err != nil {
+				return err
+			}
+			return t.print(r.doc, func(w io.Writer) {
+				for _, each := range r.doc.Warnings {
 					fmt.Fprintf(w, "warning\t%s\n", each)
-				}
-				if p.Content != "" {
-					fmt.Fprintf(w, "\n%s", p.Content)
 				}
 			})
 		})
-	approve := one("approve ID", "Approve a proposal with your SSH key",
+	approve := one("approve ID", "Show a proposal, ask, and approve it with your SSH key",
 		func(ctx context.Context, c *api.Client, id uint64) error {
-			p, err := c.Proposal(ctx, id)
+			r, err := readReview(ctx, c, id)
 			if err != nil {
 				return err
 			}
@@ -303,9 +304,11 @@ func (t *tool) proposals(act maker) *cobra.Command {
 			if err != nil {
 				return err
 			}
-			return t.approve(ctx, c, me, p)
+			return t.approve(ctx, c, me, r)
 		})
-	details(approve, "The last approval that the proposal needs carries the act out.")
+	details(approve, "The last approval that the proposal needs carries the act out. The command shows what\n"+
+		"countersign admin proposal show does, and signs only the text that it has shown: the SHA-256 of a\n"+
+		"policy in the text must be that of the policy on the screen. At a terminal, it asks first.")
 	withdraw := one("withdraw ID", "Withdraw a proposal, as its proposer or an administrator",
 		func(ctx context.Context, c *api.Client, id uint64) error {
 			if err := c.Withdraw(ctx, id); err != nil {

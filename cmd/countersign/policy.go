@@ -103,8 +103,10 @@ func (r *records) readFile(visit func(api.Decision) error) error {
 
 func (r *records) readAppliance(ctx context.Context, since time.Time, visit func(api.Decision) error) error {
 	var err error
-	if r.client, err = r.tool.dialAdmin(r.socket); err != nil {
-		return err
+	if r.client == nil {
+		if r.client, err = r.tool.dialAdmin(r.socket); err != nil {
+			return err
+		}
 	}
 	all, err := r.client.Policies(ctx)
 	if err != nil {
@@ -552,6 +554,75 @@ func resource(rec policy.Record) string {
 	return rec.Key
 }
 
+// comparison is the result of a replay of recorded decisions with another policy.
+type comparison struct {
+	Decisions int      `json:"decisions"` // replayed
+	Withheld  int      `json:"withheld"`  // not replayed: a rule reads a text of which the record has the SHA-256
+	Changes   []change `json:"changes"`
+}
+
+// change is a decision that another policy would change.
+type change struct {
+	Event uint64   `json:"event"`
+	Time  string   `json:"time"`
+	Peer  string   `json:"peer"`
+	Key   string   `json:"key"`
+	Was   string   `json:"was"`
+	Is    string   `json:"is"`
+	By    []string `json:"by"`
+}
+
+// compare replays the decisions since a time with the policy next. An error comes with the result
+// so far.
+func (r *records) compare(ctx context.Context, since time.Time, next *policy.Policy) (comparison, error) {
+	found := comparison{Changes: []change{}}
+	err := r.each(ctx, since, func(event uint64, _ string, rec policy.Record, by *policy.Policy) error {
+		q, err := rec.Request()
+		if err != nil {
+			return fmt.Errorf("event %d: %w", event, err)
+		}
+		if err := errors.Join(by.Readable(q), next.Readable(q)); err != nil {
+			found.Withheld++
+			return nil
+		}
+		if err := by.Replay(rec); err != nil {
+			return fmt.Errorf("event %d: %w", event, err)
+		}
+		found.Decisions++
+		if d := next.Decide(q); d.Allowed != rec.Allowed {
+			found.Changes = append(found.Changes, change{
+				event, time.UnixMilli(rec.TimeMS).UTC().Format(time.RFC3339), rec.Peer, resource(rec),
+				outcome(rec.Allowed), outcome(d.Allowed), where(next, d.Rules),
+			})
+		}
+		return nil
+	})
+	return found, err
+}
+
+// show prints a comparison, with the newest changes up to most.
+func (c comparison) show(w io.Writer, most int) {
+	if len(c.Changes) > 0 {
+		fmt.Fprintln(w, "EVENT\tTIME\tPEER\tKEY\tWAS\tWOULD BE\tBY")
+	}
+	for _, each := range c.Changes[max(0, len(c.Changes)-most):] {
+		by := strings.Join(each.By, ", ")
+		if by == "" {
+			by = "no rule permits it"
+		}
+		fmt.Fprintf(w, "%d\t%s\t%s\t%s\t%s\t%s\t%s\n",
+			each.Event, each.Time, each.Peer, each.Key, each.Was, each.Is, by)
+	}
+	fmt.Fprintf(w, "%d decisions replayed, %d would change\n", c.Decisions, len(c.Changes))
+	if len(c.Changes) > most {
+		fmt.Fprintf(w, "shown are the last %d changes; for all: countersign policy diff\n", most)
+	}
+	if c.Withheld > 0 {
+		fmt.Fprintf(w, "%d decisions not replayed: a rule reads a text of more than %d bytes, "+
+			"which no record has\n", c.Withheld, policy.MaxText)
+	}
+}
+
 func (t *tool) policyDiff() *cobra.Command {
 	var from records
 	var since string
@@ -564,60 +635,13 @@ func (t *tool) policyDiff() *cobra.Command {
 		if err != nil {
 			return err
 		}
-		type change struct {
-			Event uint64   `json:"event"`
-			Time  string   `json:"time"`
-			Peer  string   `json:"peer"`
-			Key   string   `json:"key"`
-			Was   string   `json:"was"`
-			Is    string   `json:"is"`
-			By    []string `json:"by"`
-		}
-		changes, replayed, withheld := []change{}, 0, 0
 		ctx, cancel := context.WithTimeout(cmd.Context(), longTimeout)
 		defer cancel()
-		visit := func(event uint64, _ string, rec policy.Record, by *policy.Policy) error {
-			q, err := rec.Request()
-			if err != nil {
-				return fmt.Errorf("event %d: %w", event, err)
-			}
-			if err := errors.Join(by.Readable(q), next.Readable(q)); err != nil {
-				withheld++ // a rule reads a long text, of which the record has the SHA-256
-				return nil
-			}
-			if err := by.Replay(rec); err != nil {
-				return fmt.Errorf("event %d: %w", event, err)
-			}
-			replayed++
-			if d := next.Decide(q); d.Allowed != rec.Allowed {
-				changes = append(changes, change{
-					event, time.UnixMilli(rec.TimeMS).UTC().Format(time.RFC3339), rec.Peer, resource(rec),
-					outcome(rec.Allowed), outcome(d.Allowed), where(next, d.Rules),
-				})
-			}
-			return nil
-		}
-		if err := from.each(ctx, time.Now().Add(-age), visit); err != nil {
+		found, err := from.compare(ctx, time.Now().Add(-age), next)
+		if err != nil {
 			return err
 		}
-		out := map[string]any{"decisions": replayed, "withheld": withheld, "changes": changes}
-		return t.print(out, func(w io.Writer) {
-			if len(changes) > 0 {
-				fmt.Fprintln(w, "EVENT\tTIME\tPEER\tKEY\tWAS\tWOULD BE\tBY")
-			}
-			for _, c := range changes {
-				by := strings.Join(c.By, ", ")
-				if by == "" {
-					by = "no rule permits it"
-				}
-				fmt.Fprintf(w, "%d\t%s\t%s\t%s\t%s\t%s\t%s\n", c.Event, c.Time, c.Peer, c.Key, c.Was, c.Is, by)
-			}
-			fmt.Fprintf(w, "%d decisions replayed, %d would change\n", replayed, len(changes))
-			if withheld > 0 {
-				fmt.Fprintf(w, "%d decisions not replayed: a rule reads a text of more than %d bytes, "+
-					"which no record has\n", withheld, policy.MaxText)
-			}
-		})
+		return t.print(found, func(w io.Writer) { found.show(w, len(found.Changes)) })
 	}
 	c := command("diff FILE", "List the recorded decisions that a policy file would change", cobra.ExactArgs(1), do)
 	details(c, "Each decision is replayed twice: with the policy that made the decision, which must give the\n"+
@@ -717,9 +741,21 @@ func (t *tool) policyVersions(act maker) *cobra.Command {
 			return err
 		})
 	show.Example = "  countersign admin policy show 2"
-	reload := act("reload", "Read the appliance's policy file again and put it in force, under approval", cobra.NoArgs,
+	reload := act("reload", "Propose the text of the appliance's policy file, under approval", cobra.NoArgs,
 		func(ctx context.Context, c *api.Client, _ []string) error {
 			return t.propose(ctx, c, "policy activate", "")
 		})
-	return group("policy", "Put policies in force, and show former versions", list, show, reload)
+	details(reload, "The text is shown, with what it changes, before it is approved.")
+	propose := act("propose FILE", "Propose the text of a policy file of this machine, under approval",
+		cobra.ExactArgs(1), func(ctx context.Context, c *api.Client, args []string) error {
+			p, err := policy.Load(args[0])
+			if err != nil {
+				return err
+			}
+			return t.propose(ctx, c, "policy activate", string(p.Text), digestParameter, hex.EncodeToString(p.Hash[:]))
+		})
+	details(propose, "The file is checked as by countersign policy check. While the policy file of the appliance\n"+
+		"has another text, the state of the appliance is degraded.")
+	propose.Example = "  countersign admin policy propose policy.cedar"
+	return group("policy", "Put policies in force, and show former versions", list, show, propose, reload)
 }

@@ -13,6 +13,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"time"
 
 	"countersign/admin/api"
 	"countersign/approval"
@@ -207,61 +208,72 @@ func (t *tool) propose(ctx context.Context, c *api.Client, act, content string, 
 	if err != nil {
 		return err
 	}
-	for _, w := range p.Warnings {
-		fmt.Fprintf(t.stderr, "countersign: warning: %s\n", w)
-	}
-	if t.proposeOnly {
-		return t.outcome(p)
-	}
 	me, err := c.Me(ctx)
 	if err != nil {
 		return err
 	}
-	if !me.Operator.Has(approval.Approver) || os.Getenv("SSH_AUTH_SOCK") == "" {
+	if t.proposeOnly || !me.Operator.Has(approval.Approver) || os.Getenv("SSH_AUTH_SOCK") == "" {
+		t.warn(p.Warnings)
 		return t.outcome(p)
 	}
-	// A signature counts for ever, so a text that an appliance has changed must not get one.
-	if err := asks(p.Text, n); err != nil {
+	r, err := readReview(ctx, c, p.ID)
+	if err == nil { // a signature counts for ever: a text that an appliance has changed must not get one
+		err = asks(r.proposal, n, me.Operator.Name)
+	}
+	if err != nil {
 		return fmt.Errorf("proposal %d is not approved yet: %w: read the proposal, then approve it by its number",
 			p.ID, err)
 	}
-	return t.approve(ctx, c, me, p)
+	return t.approve(ctx, c, me, r)
 }
 
-// asks checks that a text asks for the proposed act with its parameters. The text may have more
-// parameters, which the appliance has filled in.
-func asks(text string, n api.NewProposal) error {
-	p, err := approval.ParseText(text)
-	if err != nil {
-		return err
-	}
+// asks checks that a text asks for the proposed act in the proposer's name, with the proposed
+// parameters and no others. The appliance may add one parameter, the SHA-256 of a content:
+// readReview has compared that digest with the content on the screen.
+func asks(p *approval.Proposal, n api.NewProposal, proposer string) error {
 	for _, each := range n.Parameters {
 		if got := p.Parameter(each.Name); got != each.Value {
-			return fmt.Errorf("its text says %s: %s, but %s was proposed", each.Name, got, each.Value)
+			return fmt.Errorf("its text says %s: %q, but %q was proposed", each.Name, got, each.Value)
+		}
+	}
+	for _, each := range p.Parameters {
+		proposed := slices.ContainsFunc(n.Parameters, func(q approval.Parameter) bool { return q.Name == each.Name })
+		if !proposed && each.Name != digestParameter {
+			return fmt.Errorf("its text says %s: %q, which was not proposed", each.Name, each.Value)
 		}
 	}
 	if p.Act != n.Act {
-		return fmt.Errorf("its text is for the act %s, but %s was proposed", p.Act, n.Act)
+		return fmt.Errorf("its text is for the act %q, but %q was proposed", p.Act, n.Act)
+	}
+	if p.Proposer != proposer {
+		return fmt.Errorf("its text names the proposer %q, but %q has proposed", p.Proposer, proposer)
 	}
 	return nil
 }
 
-// approve shows the text of a proposal, asks a person at a terminal, signs the text, and prints the
-// outcome.
-func (t *tool) approve(ctx context.Context, c *api.Client, me api.Me, p api.Proposal) error {
-	fmt.Fprintf(t.stderr, "%s", p.Text)
+// approve shows a proposal, asks a person at a terminal, signs the text that was shown, and prints
+// the outcome.
+func (t *tool) approve(ctx context.Context, c *api.Client, me api.Me, r *review) error {
+	if err := t.showReview(ctx, c, r, t.stderr); err != nil {
+		return err
+	}
+	t.warn(r.doc.Warnings)
 	if t.interactive() {
 		fmt.Fprintf(t.stderr, "approve? [y/N] ")
 		var answer string
 		fmt.Fscanln(t.stdin, &answer) // an empty line is no
 		if answer = strings.ToLower(answer); answer != "y" && answer != "yes" {
-			return t.outcome(p)
+			return t.outcome(r.doc)
 		}
 	}
-	proof, err := t.signText(me, approval.ForProposal, p.Text)
-	if err == nil {
-		p, err = c.Approve(ctx, p.ID, proof)
+	// A person may read for longer than a request may take.
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), time.Minute)
+	defer cancel()
+	proof, err := t.signText(me, approval.ForProposal, r.proposal.Text())
+	if err != nil {
+		return err
 	}
+	p, err := c.Approve(ctx, r.proposal.ID, proof)
 	if err != nil {
 		return err
 	}

@@ -1,0 +1,247 @@
+package main
+
+import (
+	"cmp"
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"io"
+	"slices"
+	"strings"
+	"text/tabwriter"
+	"time"
+	"unicode"
+
+	"countersign/admin/api"
+	"countersign/approval"
+	"countersign/policy"
+
+	"github.com/rogpeppe/go-internal/diff"
+	"golang.org/x/crypto/ssh"
+)
+
+// A review is a proposal as an approver sees it before signing. The appliance is not trusted with
+// what the approver signs:
+//
+//   - The signed text is made from the parsed proposal. All of its parameters are on the screen.
+//   - The SHA-256 in the text is that of the content on the screen, computed here.
+//   - The text has the number that the approver has named, and an act that this program knows.
+//
+// The other lines of a review, such as the settings in force and past decisions, come from the
+// appliance, and no signature covers them.
+type review struct {
+	proposal *approval.Proposal // parsed from doc.Text
+	doc      api.Proposal
+}
+
+// digestParameter is the parameter with the SHA-256 of a proposal's content.
+const digestParameter = "sha256"
+
+// readReview gets a proposal. An open proposal must be fit for a signature.
+func readReview(ctx context.Context, c *api.Client, id uint64) (*review, error) {
+	doc, err := c.Proposal(ctx, id)
+	if err != nil {
+		return nil, err
+	}
+	p, err := approval.ParseText(doc.Text)
+	if err != nil {
+		return nil, err
+	}
+	digest := sha256.Sum256([]byte(doc.Content))
+	named := p.Parameter(digestParameter)
+	switch {
+	case p.ID != id:
+		return nil, fmt.Errorf("the appliance gives the text of proposal %d as that of proposal %d: do not approve it",
+			p.ID, id)
+	case doc.Content != "" && named != hex.EncodeToString(digest[:]):
+		return nil, fmt.Errorf("proposal %d: its text names SHA-256 %s, and the content that the appliance shows "+
+			"has %x: do not approve it", id, cmp.Or(named, "none"), digest)
+	case doc.State != "open":
+		return &review{p, doc}, nil // to be read only: the appliance has dropped the content
+	case named != "" && doc.Content == "":
+		return nil, fmt.Errorf("proposal %d: the appliance does not show the content with SHA-256 %s: "+
+			"do not approve it", id, named)
+	case !slices.Contains(approval.Acts(), p.Act):
+		return nil, fmt.Errorf("proposal %d: this program does not know the act %q: "+
+			"use the one of the appliance's version", id, p.Act)
+	}
+	return &review{p, doc}, nil
+}
+
+// showReview prints a proposal: the text to be signed, then what a person needs to judge it.
+func (t *tool) showReview(ctx context.Context, c *api.Client, r *review, to io.Writer) error {
+	to = visible{to}
+	if _, err := io.WriteString(to, r.proposal.Text()+"\n"); err != nil {
+		return err
+	}
+	w := tabwriter.NewWriter(to, 0, 0, 2, ' ', 0)
+	fmt.Fprintf(w, "state\t%s\n", strings.TrimSpace(r.doc.State+" "+r.doc.Cause))
+	for _, a := range r.doc.Approvals {
+		lost := either(a.Counts || r.doc.State != "open", "", ", which does not count any more")
+		fmt.Fprintf(w, "approved by\t%s, %s%s\n", a.Operator, date(a.At), lost)
+	}
+	showPerson(ctx, c, w, "proposed by", r.proposal.Proposer)
+	switch p := r.proposal; {
+	case r.doc.State != "open":
+	case strings.HasPrefix(p.Act, "operator ") || strings.HasPrefix(p.Act, "credential "):
+		if p.Act != approval.ActOperatorAdd {
+			showPerson(ctx, c, w, "concerns", p.Parameter("name"))
+		}
+		if added, err := approval.ParseCredential(p.Parameter("credential")); err == nil {
+			fmt.Fprintf(w, "new key\t%s\n", fingerprint(added))
+		}
+	case p.Parameter("key") != "":
+		showVersion(ctx, c, w, p.Parameter("key"), p.Parameter("version"))
+	}
+	if err := w.Flush(); err != nil || r.doc.Content == "" {
+		return err
+	}
+	return showPolicy(ctx, t, c, r, to)
+}
+
+// showPerson prints an operator with roles and fingerprints, or that there is none with the name.
+func showPerson(ctx context.Context, c *api.Client, w io.Writer, label, name string) {
+	o, err := c.Operator(ctx, name)
+	refusal, refused := errors.AsType[*api.Error](err)
+	switch {
+	case refused && refusal.Code == "not_found":
+		fmt.Fprintf(w, "%s\t%s, who is NO OPERATOR ANY MORE\n", label, name)
+	case err != nil:
+		fmt.Fprintf(w, "%s\t%s (not looked up: %s)\n", label, name, message(err))
+	default:
+		fmt.Fprintf(w, "%s\t%s, an operator with the roles %s\n", label, name, roleText(o.Roles))
+		for _, each := range o.Credentials {
+			fmt.Fprintf(w, "\t%s  %s\n", each.ID, fingerprint(each))
+		}
+	}
+}
+
+// showVersion prints the version of a key, or for an act without a version the settings in force.
+func showVersion(ctx context.Context, c *api.Client, w io.Writer, name, version string) {
+	if version == "" {
+		if l, err := c.Line(ctx, name); err != nil {
+			fmt.Fprintf(w, "key\t%s (not looked up: %s)\n", name, message(err))
+		} else {
+			fmt.Fprintf(w, "in force now\n")
+			showRotation(w, l)
+		}
+		return
+	}
+	versions, err := c.Key(ctx, name)
+	if err != nil {
+		fmt.Fprintf(w, "key\t%s (not looked up: %s)\n", name, message(err))
+	}
+	for _, k := range versions {
+		if fmt.Sprint(k.Version) == version {
+			showKey(w, k)
+		}
+	}
+}
+
+// The bounds of the past decisions in a review.
+const (
+	pastDecisions = 7 * 24 * time.Hour
+	pastTimeout   = 20 * time.Second
+	pastChanges   = 20 // printed
+)
+
+// showPolicy prints a proposed policy with numbered lines, its difference to the policy in force,
+// and the past decisions that it would change.
+func showPolicy(ctx context.Context, t *tool, c *api.Client, r *review, to io.Writer) error {
+	text := shown(r.doc.Content)
+	fmt.Fprintf(to, "\nthe policy with SHA-256 %s:\n", r.proposal.Parameter(digestParameter))
+	n := 0
+	for line := range strings.Lines(text) {
+		n++
+		fmt.Fprintf(to, "%5d  %s\n", n, strings.TrimSuffix(line, "\n"))
+	}
+	all, err := c.Policies(ctx)
+	if err != nil {
+		return err
+	}
+	var before api.Policy
+	if len(all) > 0 {
+		if before, err = c.Policy(ctx, all[len(all)-1].Version); err != nil {
+			return err
+		}
+	}
+	name := fmt.Sprintf("version %d, in force", before.Version)
+	changes := diff.Diff(name, []byte(shown(before.Text)), fmt.Sprintf("proposal %d", r.proposal.ID), []byte(text))
+	fmt.Fprintf(to, "\n%s\n", either(len(changes) == 0, "the same text is in force", string(changes)))
+
+	next, err := policy.Parse("policy.cedar", []byte(r.doc.Content))
+	if err != nil {
+		return err
+	}
+	past, cancel := context.WithTimeout(ctx, pastTimeout)
+	defer cancel()
+	from := records{tool: t, client: c}
+	found, err := from.compare(past, time.Now().Add(-pastDecisions), next)
+	w := tabwriter.NewWriter(to, 0, 0, 2, ' ', 0)
+	fmt.Fprintf(w, "the decisions of the last %d days by this policy:\n", pastDecisions/(24*time.Hour))
+	found.show(w, pastChanges)
+	if err != nil {
+		fmt.Fprintf(w, "THE REPLAY IS NOT COMPLETE: %s; type: countersign policy diff\n", message(err))
+	}
+	return w.Flush()
+}
+
+// warn prints the warnings of a proposal on stderr.
+func (t *tool) warn(warnings []string) {
+	for _, w := range warnings {
+		fmt.Fprintf(visible{t.stderr}, "countersign: warning: %s\n", w)
+	}
+}
+
+// object names what a proposal is about, for a list: the values of its parameters, except reasons,
+// and of long ones the beginning.
+func object(parameters []approval.Parameter) string {
+	var values []string
+	for _, each := range parameters {
+		switch value := each.Value; {
+		case each.Name == "reason":
+		case each.Name == "version" && len(values) > 0:
+			values[len(values)-1] += "/" + value
+		case each.Name == "credential" && strings.HasPrefix(value, "{"):
+			if c, err := approval.ParseCredential(value); err == nil {
+				values = append(values, fingerprint(c))
+			}
+		case each.Name == "key" || each.Name == "name":
+			values = append(values, value)
+		default:
+			if len(value) > 16 {
+				value = value[:16] + "…"
+			}
+			values = append(values, each.Name+" "+value)
+		}
+	}
+	return strings.Join(values, ", ")
+}
+
+// fingerprint returns the fingerprint of an SSH key as ssh-keygen -l prints it, and the id and the
+// relying party of a passkey.
+func fingerprint(c approval.Credential) string {
+	if key, _, _, _, err := ssh.ParseAuthorizedKey([]byte(c.PublicKey)); c.Kind == approval.SSH && err == nil {
+		return ssh.FingerprintSHA256(key) + " (" + key.Type() + ")"
+	}
+	return fmt.Sprintf("passkey %s of %s", c.ID, c.RPID)
+}
+
+// shown is a text of others for a terminal. Characters that move the cursor, reverse the writing or
+// have no form of their own come out as their numbers, such as \u{202e}; a tab is four spaces.
+func shown(text string) string {
+	var b strings.Builder
+	for _, r := range text {
+		switch {
+		case r == '\t':
+			b.WriteString("    ")
+		case r == '\n' || unicode.IsGraphic(r) && !approval.Hidden(r) && r != unicode.ReplacementChar:
+			b.WriteRune(r)
+		default:
+			fmt.Fprintf(&b, `\u{%x}`, r)
+		}
+	}
+	return b.String()
+}

@@ -1,0 +1,212 @@
+package softhsmtests
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"io"
+	"net"
+	"net/http"
+	"net/http/httputil"
+	"net/url"
+	"regexp"
+	"strconv"
+	"strings"
+	"testing"
+
+	"countersign/admin/api"
+	"countersign/approval"
+)
+
+// relay serves the API of the appliance at a socket of its own, as a daemon in other hands would.
+// change may change each single proposal on its way to the CLI; a nil change changes nothing.
+func (s *system) relay(change *func(*api.Proposal)) (socket string) {
+	s.t.Helper()
+	socket = s.path("relay.sock")
+	l, err := net.Listen("unix", socket)
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	proxy := httputil.NewSingleHostReverseProxy(&url.URL{Scheme: "http", Host: "countersign"})
+	proxy.Transport = &http.Transport{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+		return new(net.Dialer).DialContext(ctx, "unix", s.path("admin.sock"))
+	}}
+	single := regexp.MustCompile(`^/v1/proposals/[0-9]+$`)
+	proxy.ModifyResponse = func(resp *http.Response) error {
+		if *change == nil || resp.StatusCode != http.StatusOK || !single.MatchString(resp.Request.URL.Path) {
+			return nil
+		}
+		var p api.Proposal
+		if err := json.NewDecoder(resp.Body).Decode(&p); err != nil {
+			return err
+		}
+		(*change)(&p)
+		b, err := json.Marshal(p)
+		if err != nil {
+			return err
+		}
+		resp.Body, resp.ContentLength = io.NopCloser(bytes.NewReader(b)), int64(len(b))
+		resp.Header.Set("Content-Length", strconv.Itoa(len(b)))
+		return nil
+	}
+	server := &http.Server{Handler: proxy}
+	go server.Serve(l)
+	s.t.Cleanup(func() { server.Close() })
+	return socket
+}
+
+// TestApproverSignsWhatIsShown puts a relay between the CLI and the appliance. Whatever the relay
+// changes, no approver signs another act, other parameters or another policy than those on the
+// screen.
+func TestApproverSignsWhatIsShown(t *testing.T) {
+	s := newSystem(t)
+	s.serve()
+	second := s.newOperator("second")
+	s.write("second.pub", second.line+"\n")
+	s.must("admin", "operator", "add", "second", "--roles", "approver", "--ssh-key", "second.pub")
+	s.must("admin", "approvals", "needed", "2")
+	var change func(*api.Proposal)
+	socket := s.relay(&change)
+	approvals := func(id uint64) int {
+		t.Helper()
+		p, err := s.admin().Proposal(t.Context(), id)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return len(p.Approvals)
+	}
+	newest := func() api.Proposal {
+		t.Helper()
+		all, err := s.admin().Proposals(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		return all[0]
+	}
+	const override = "\u202e"
+	rules := "// kept by ops " + override + "\n" +
+		"permit (principal == Peer::\"demo\", action == Action::\"sign\", resource);\n"
+	s.write("next.cedar", rules)
+	s.write("other.cedar", strings.Replace(rules, "demo", "thief", 1))
+	replace := func(old, new string) func(*api.Proposal) {
+		return func(p *api.Proposal) { p.Text = strings.Replace(p.Text, old, new, 1) }
+	}
+
+	// The proposer's own approval.
+	peer := []string{"admin", "--socket", socket, "peer", "add", "demo", strings.Repeat("0a", 32)}
+	propose := []string{"admin", "--socket", socket, "policy", "propose", "next.cedar"}
+	for name, c := range map[string]struct {
+		args   []string
+		change func(*api.Proposal)
+	}{
+		"another parameter": {peer, replace("name: demo", "name: thief")},
+		"one more":          {peer, replace("proposed by: ", "  more: x\nproposed by: ")},
+		"another act":       {peer, replace("act: peer add", "act: operator remove")},
+		"another proposer":  {peer, replace("proposed by: root", "proposed by: second")},
+		"another number":    {peer, func(p *api.Proposal) { *p = mustRenumber(t, *p) }},
+		"another policy": {propose, func(p *api.Proposal) {
+			p.Content = strings.Replace(p.Content, "demo", "thief", 1)
+		}},
+		"another digest": {propose, func(p *api.Proposal) {
+			sha := regexp.MustCompile(`sha256: \w+`)
+			p.Text = sha.ReplaceAllString(p.Text, "sha256: "+strings.Repeat("00", 32))
+		}},
+		"no policy": {propose, func(p *api.Proposal) { p.Content = "" }},
+	} {
+		change = c.change
+		out, errOut, code := s.cli("", c.args...)
+		p := newest()
+		if code != 1 || !strings.Contains(errOut, "not approved yet") || approvals(p.ID) != 0 {
+			t.Errorf("%s: %d, %d approvals: %s%s", name, code, approvals(p.ID), out, errOut)
+		}
+		change = nil
+		s.must("admin", "proposal", "withdraw", strconv.FormatUint(p.ID, 10))
+	}
+
+	// The approval by number.
+	s.must("admin", "--propose-only", "policy", "propose", "next.cedar")
+	id := newest().ID
+	number := strconv.FormatUint(id, 10)
+	for name, by := range map[string]func(*api.Proposal){
+		"another policy": func(p *api.Proposal) { p.Content = strings.Replace(p.Content, "demo", "thief", 1) },
+		"no policy":      func(p *api.Proposal) { p.Content = "" },
+		"another number": func(p *api.Proposal) { *p = mustRenumber(t, *p) },
+		"an unknown act": replace("act: policy activate", "act: policy forget"),
+		"another form":   replace("act: ", "act:  "),
+	} {
+		change = by
+		out, errOut, code := s.cliAs(second, "", "admin", "--socket", socket, "proposal", "approve", number)
+		if code != 1 || strings.Contains(errOut, "countersign-proposal-v1\n") || approvals(id) != 0 {
+			t.Errorf("%s: %d, %d approvals: %s%s", name, code, approvals(id), out, errOut)
+		}
+	}
+	change = nil
+	out, errOut, code := s.cliAs(second, "", "admin", "--socket", socket, "proposal", "approve", number)
+	if code != 0 || approvals(id) != 1 {
+		t.Fatalf("unchanged: %d: %s%s", code, out, errOut)
+	}
+	root := s.root.credential
+	for _, shown := range []string{
+		"\n    1  // kept by ops \\u{202e}\n", "\n+permit (principal == Peer::\"demo\"", " decisions replayed, ",
+		"proposed by  root, an operator with the roles administrator", root.ID + "  SHA256:",
+	} {
+		if !strings.Contains(errOut, shown) {
+			t.Errorf("approve does not show %q: %s", shown, errOut)
+		}
+	}
+	if strings.Contains(errOut, override) {
+		t.Errorf("a hidden character gets to the terminal: %q", errOut)
+	}
+	list := s.must("admin", "proposal", "list")
+	for _, named := range []string{`policy activate +sha256 \w{16}… `, `peer add +demo, public_key 0a`, `needed 2 `} {
+		if !regexp.MustCompile(named).MatchString(list) {
+			t.Errorf("proposal list has no %s: %s", named, list)
+		}
+	}
+
+	// The proposer is removed, so the proposal is open no more.
+	third := s.newOperator("third")
+	s.write("third.pub", third.line+"\n")
+	s.must("admin", "operator", "add", "third", "--roles", "administrator,approver", "--ssh-key", "third.pub")
+	s.approveAs(second)
+	if _, errOut, code := s.cliAs(third, "", "admin", "--propose-only", "policy", "propose", "other.cedar"); code != 0 {
+		t.Fatal(errOut)
+	}
+	orphan := newest().ID
+	s.must("admin", "operator", "remove", "third")
+	s.approveAs(second)
+	out, errOut, code = s.cli("", "admin", "proposal", "approve", strconv.FormatUint(orphan, 10))
+	if code != 1 || !strings.Contains(errOut, "third, who is NO OPERATOR ANY MORE") {
+		t.Errorf("%d: %s%s", code, out, errOut)
+	}
+	p, err := s.admin().Proposal(t.Context(), orphan)
+	if err != nil || p.State != "expired" || len(p.Approvals) != 0 {
+		t.Errorf("%+v, %v", p, err)
+	}
+}
+
+// approveAs approves the newest proposal by the CLI.
+func (s *system) approveAs(who *operator) {
+	s.t.Helper()
+	all, err := s.admin().Proposals(s.t.Context())
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	out, errOut, code := s.cliAs(who, "", "admin", "proposal", "approve", strconv.FormatUint(all[0].ID, 10))
+	if code != 0 || !strings.Contains(out, "done") {
+		s.t.Fatalf("%d: %s%s", code, out, errOut)
+	}
+}
+
+// mustRenumber returns a proposal with the text of the next number.
+func mustRenumber(t *testing.T, p api.Proposal) api.Proposal {
+	t.Helper()
+	parsed, err := approval.ParseText(p.Text)
+	if err != nil {
+		t.Error(err)
+		return p
+	}
+	parsed.ID++
+	p.Text = parsed.Text()
+	return p
+}
