@@ -28,6 +28,7 @@ const (
 	ActCredentialAdd    = "credential add"
 	ActCredentialRemove = "credential remove"
 	ActApprovalsNeeded  = "approvals needed"
+	ActHardwareKeys     = "approvals hardware"
 )
 
 // gate connects an act with its proposers, and with the event that records the act in the log.
@@ -120,6 +121,9 @@ var gates = []gate{
 	{ActCredentialRemove, administrators, audit.OperatorChanged, is("change", ChangeCredentialRemoved), nameOf},
 	{ActApprovalsNeeded, administrators, audit.ApprovalsChanged, nil, func(_ string, m map[string]string) []Parameter {
 		return []Parameter{{"needed", m["needed"]}}
+	}},
+	{ActHardwareKeys, audit.ApproverKeysChanged, nil, func(_ string, m map[string]string) []Parameter {
+		return []Parameter{{"required", m["required"]}}
 	}},
 }
 

@@ -56,6 +56,12 @@ type Credential struct {
 	Added        int64  `json:"added,omitempty"` // Unix seconds
 }
 
+// Hardware reports whether the private key is in a FIDO key (an SSH key whose type begins with sk-)
+// or a passkey. Only such a credential can verify its user at each signature.
+func (c Credential) Hardware() bool {
+	return c.Kind == Passkey || strings.HasPrefix(c.PublicKey, "sk-")
+}
+
 // Operator is a person with roles and credentials.
 type Operator struct {
 	Name        string       `json:"name"`
@@ -67,6 +73,12 @@ type Operator struct {
 // Has reports whether the operator has at least one of the roles.
 func (o *Operator) Has(roles ...Role) bool {
 	return slices.ContainsFunc(roles, func(r Role) bool { return slices.Contains(o.Roles, r) })
+}
+
+// CanApprove reports whether the operator can approve: as an approver, and with a hardware key
+// where approvals must be by hardware keys.
+func (o *Operator) CanApprove(hardware bool) bool {
+	return o.Has(Approver) && (!hardware || slices.ContainsFunc(o.Credentials, Credential.Hardware))
 }
 
 // Credential returns the operator's credential with an id.
@@ -109,6 +121,22 @@ const (
 	ForPresence = "countersign-presence-v1"
 	ForProposal = "countersign-proposal-v1"
 )
+
+// ParseYes parses the value of a setting that is on (yes) or off (no). The error wraps ErrInvalid.
+func ParseYes(text string) (bool, error) {
+	if text != "yes" && text != "no" {
+		return false, fmt.Errorf("%q: %w: it is yes or no", text, ErrInvalid)
+	}
+	return text == "yes", nil
+}
+
+// Yes is the inverse of ParseYes.
+func Yes(on bool) string {
+	if on {
+		return "yes"
+	}
+	return "no"
+}
 
 // ErrNotProven is the error for a proof that does not hold.
 var ErrNotProven = errors.New("the signature does not prove it")
@@ -198,6 +226,9 @@ type Verified struct {
 	SignCount uint32
 	// Origin is the origin of the page that asked a passkey, as "https://host:port"; "" for SSH.
 	Origin string
+	// Hardware: a FIDO key or a passkey has made the signature, and has verified its user before,
+	// by a PIN, a finger or a face.
+	Hardware bool
 }
 
 // Verify verifies a proof over a text, whose first line is the namespace. Errors wrap ErrNotProven.

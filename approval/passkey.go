@@ -214,7 +214,8 @@ func (c Credential) verifyPasskey(text string, a *Assertion) (v Verified, err er
 	if good, err := webauthncose.VerifySignature(key, signed, signature); err != nil || !good {
 		return v, errors.New("the signature is not good")
 	}
-	return Verified{SignCount: data.count, Origin: origin}, nil
+	// checkAuthenticator demands a verified user.
+	return Verified{SignCount: data.count, Origin: origin, Hardware: true}, nil
 }
 
 // NewPasskey makes a credential from the answer of navigator.credentials.create(): the JSON of

@@ -143,7 +143,7 @@ func TestPasskey(t *testing.T) {
 		}
 		p := a.get(t, c, sampleText)
 		v, err := c.Verify(ForSignIn, sampleText, p)
-		if want := (Verified{SignCount: 41, Origin: testOrigin}); err != nil || v != want {
+		if want := (Verified{SignCount: 41, Origin: testOrigin, Hardware: true}); err != nil || v != want {
 			t.Fatalf("%s: %+v, want %+v, %v", kind, v, want, err)
 		}
 		for _, text := range []string{sampleText + "\n", strings.Replace(sampleText, "anna", "bert", 1)} {
@@ -333,7 +333,7 @@ func TestPasskeyRules(t *testing.T) {
 		b64(data), b64(said), b64(a.sign(t, append(bytes.Clone(data), digest[:]...))),
 	}}
 	v, err := c.Verify(ForSignIn, sampleText, p)
-	if want := (Verified{SignCount: 41, Origin: "https://localhost"}); err != nil || v != want {
+	if want := (Verified{SignCount: 41, Origin: "https://localhost", Hardware: true}); err != nil || v != want {
 		t.Errorf("two spellings of the origin: %+v, want %+v, %v", v, want, err)
 	}
 }

@@ -22,6 +22,7 @@ import (
 type Report struct {
 	First     *Enrolment         `json:"first,omitempty"` // nil: there are no operators, and no act needs approval
 	Needed    int                `json:"needed"`          // approvals, after the last event
+	Hardware  bool               `json:"hardware"`        // approvals must be by hardware keys, after the last event
 	Operators []Operator         `json:"operators"`       // after the last event, by name
 	Proposals []*ProposalHistory `json:"proposals"`       // in the order of the events ProposalMade
 	// Others are the ids of proposals for acts that this program does not know. Such a proposal
@@ -67,7 +68,8 @@ type Approval struct {
 	PublicKey  string    `json:"public_key"` // of the credential at the time of the approval
 	Event      uint64    `json:"event"`
 	Time       time.Time `json:"time"`
-	Proof      Proof     `json:"proof"` // for other verifiers
+	Hardware   bool      `json:"hardware"` // see Verified
+	Proof      Proof     `json:"proof"`    // for other verifiers
 }
 
 // Effect is an event that a proposal has permitted.
@@ -181,6 +183,8 @@ func (c *Chain) follow(index uint64, e audit.Event) error {
 		err = c.changeOperator(e, p.proposal)
 	case audit.ApprovalsChanged:
 		err = c.setNeeded(e.Metadata["needed"])
+	case audit.ApproverKeysChanged:
+		err = c.setHardware(e.Metadata["required"])
 	case audit.RetentionChanged:
 		for _, each := range p.Parameters {
 			if each.Name != "reason" && e.Metadata[each.Name] != each.Value {
@@ -238,32 +242,42 @@ func (c *Chain) enrol(index uint64, e audit.Event) error {
 				"which is not among those that you trust", o.Name, own.ID)
 		}
 	}
-	if err := c.setState(map[string]Operator{o.Name: *o}, 1); err != nil {
+	if err := c.setState(map[string]Operator{o.Name: *o}, 1, false); err != nil {
 		return err
 	}
 	c.report.First = &Enrolment{index, timeOf(e), *o}
 	return nil
 }
 
-// setState replaces the operators and the number of approvals that an act needs. setState refuses a
-// state without an administrator, or with fewer approvers than needed approvals.
-func (c *Chain) setState(operators map[string]Operator, needed int) error {
-	count := func(r Role) (n int) {
-		for _, o := range operators {
-			if o.Has(r) {
-				n++
-			}
+// setState replaces the operators, the number of approvals that an act needs, and whether approvals
+// must be by hardware keys. setState refuses a state without an administrator, or with fewer
+// approvers than needed approvals.
+func (c *Chain) setState(operators map[string]Operator, needed int, hardware bool) error {
+	administrators, approvers := 0, 0
+	for _, o := range operators {
+		if o.Has(Administrator) {
+			administrators++
 		}
-		return n
+		if o.CanApprove(hardware) {
+			approvers++
+		}
 	}
 	switch {
-	case count(Administrator) == 0:
+	case administrators == 0:
 		return errors.New("it leaves no administrator")
-	case needed < 1 || needed > count(Approver):
-		return fmt.Errorf("it leaves %d approvers where %d approvals are needed", count(Approver), needed)
+	case needed < 1 || needed > approvers:
+		return fmt.Errorf("it leaves %d approvers where %d approvals are needed", approvers, needed)
 	}
-	c.operators, c.report.Needed = operators, needed
+	c.operators, c.report.Needed, c.report.Hardware = operators, needed, hardware
 	return nil
+}
+
+func (c *Chain) setHardware(text string) error {
+	hardware, err := ParseYes(text)
+	if err != nil {
+		return err
+	}
+	return c.setState(c.operators, c.report.Needed, hardware)
 }
 
 func (c *Chain) setNeeded(text string) error {
@@ -271,7 +285,7 @@ func (c *Chain) setNeeded(text string) error {
 	if err != nil {
 		return fmt.Errorf("the number of approvals is %q", text)
 	}
-	return c.setState(c.operators, needed)
+	return c.setState(c.operators, needed, c.report.Hardware)
 }
 
 // readOperator decodes the record of an operator in an event.
@@ -327,7 +341,7 @@ func (c *Chain) changeOperator(e audit.Event, p *Proposal) error {
 			return errors.New("it has a record of an operator who is removed")
 		}
 		delete(operators, e.Resource)
-		return c.setState(operators, c.report.Needed)
+		return c.setState(operators, c.report.Needed, c.report.Hardware)
 	}
 	after, err := readOperator(e)
 	if err != nil {
@@ -375,7 +389,7 @@ func (c *Chain) changeOperator(e audit.Event, p *Proposal) error {
 		return fmt.Errorf("the record is not the former one with the change that proposal %d says", p.ID)
 	}
 	operators[e.Resource] = *after
-	return c.setState(operators, c.report.Needed)
+	return c.setState(operators, c.report.Needed, c.report.Hardware)
 }
 
 func timeOf(e audit.Event) time.Time { return time.UnixMilli(e.TimeMS).UTC() }
@@ -464,21 +478,27 @@ func (c *Chain) approve(index uint64, e audit.Event) error {
 	if !has {
 		return fmt.Errorf("%q has no credential %s", o.Name, proof.Credential)
 	}
-	if _, err := used.Verify(ForProposal, p.Text, proof); err != nil {
+	v, err := used.Verify(ForProposal, p.Text, proof)
+	if err != nil {
 		return err
 	}
-	p.Approvals = append(p.Approvals, Approval{o.Name, used.ID, used.PublicKey, index, timeOf(e), proof})
+	if c.report.Hardware && !v.Hardware {
+		return errors.New("it is not by a hardware key that has verified its user")
+	}
+	p.Approvals = append(p.Approvals, Approval{o.Name, used.ID, used.PublicKey, index, timeOf(e), v.Hardware, proof})
 	return nil
 }
 
 // countApprovals returns the number of valid approvals after the last event. An approval is valid
-// while its operator is an approver and has the credential. Each operator and each credential
-// counts once.
+// while its operator is an approver and has the credential, and is by a hardware key where that is
+// required. Each operator and each credential counts once.
 func (c *Chain) countApprovals(p *ProposalHistory) int {
 	names, credentials := map[string]bool{}, map[string]bool{}
 	for _, each := range p.Approvals {
 		o := c.operators[each.Operator]
-		if _, has := o.Credential(each.Credential); has && o.Has(Approver) && !credentials[each.Credential] {
+		_, has := o.Credential(each.Credential)
+		has = has && (each.Hardware || !c.report.Hardware)
+		if has && o.Has(Approver) && !credentials[each.Credential] {
 			names[each.Operator], credentials[each.Credential] = true, true
 		}
 	}

@@ -276,6 +276,8 @@ func (s *scenario) gatedActs() []gatedAct {
 		{"rollback accept", []string{"reason", "restored"},
 			audit.Event{Type: audit.RollbackAccepted, Metadata: with("reason", "restored")}, nil},
 		{"clock accept", nil, audit.Event{Type: audit.ClockAccepted}, nil},
+		{"approvals hardware", []string{"required", "no"},
+			audit.Event{Type: audit.ApproverKeysChanged, Metadata: with("required", "no")}, nil},
 		{"approvals needed", []string{"needed", "1"},
 			audit.Event{Type: audit.ApprovalsChanged, Metadata: with("needed", "1")}, nil},
 		{"operator add", []string{"name", "dora", "roles", "auditor", "credential", toJSON(s.have["dora"])},
@@ -696,6 +698,14 @@ func TestReplayRefuses(t *testing.T) {
 		"more needed than approvers": func(s *scenario) {
 			change(s, audit.Event{Type: audit.ApprovalsChanged, Metadata: with("needed", "3")},
 				"approvals needed", "needed", "3")
+		},
+		"hardware keys, which the approvers do not have": func(s *scenario) {
+			change(s, audit.Event{Type: audit.ApproverKeysChanged, Metadata: with("required", "yes")},
+				"approvals hardware", "required", "yes")
+		},
+		"hardware keys, perhaps": func(s *scenario) {
+			change(s, audit.Event{Type: audit.ApproverKeysChanged, Metadata: with("required", "perhaps")},
+				"approvals hardware", "required", "perhaps")
 		},
 		"none needed": func(s *scenario) {
 			change(s, audit.Event{Type: audit.ApprovalsChanged, Metadata: with("needed", "0")},

@@ -179,7 +179,7 @@ func (c Credential) verifySSH(namespace, text, armored string) (v Verified, err 
 		if device.Flags&1 == 0 {
 			return Verified{}, errors.New("nobody touched the FIDO key: make it without no-touch-required")
 		}
-		v.SignCount = device.Count
+		v.SignCount, v.Hardware = device.Count, device.Flags&flagVerified != 0
 	} else if len(signature.Rest) > 0 {
 		return Verified{}, errors.New("something follows the SSH signature")
 	}
@@ -193,6 +193,21 @@ func (c Credential) verifySSH(namespace, text, armored string) (v Verified, err 
 		return Verified{}, errors.New("the SSH signature is not good: it is of another text, or was changed")
 	}
 	return v, nil
+}
+
+// NewSSHProof makes a proof of an armored signature, as ssh-keygen -Y sign writes it. The
+// credential is that of the public key in the signature. The signature is not verified.
+func NewSSHProof(armored string) (Proof, error) {
+	blob, _, err := parseSSHSIG(armored)
+	if err != nil {
+		return Proof{}, err
+	}
+	key, err := ssh.ParsePublicKey([]byte(blob.PublicKey))
+	if err != nil {
+		return Proof{}, errors.New("the SSH signature has no public key of a known type")
+	}
+	c, err := NewSSH(string(ssh.MarshalAuthorizedKey(key)))
+	return Proof{Credential: c.ID, SSHSIG: armored}, err
 }
 
 // SignSSH makes the SSHSIG of a text, whose first line is the namespace, with the SSH key of a

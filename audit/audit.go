@@ -70,9 +70,10 @@ const (
 	OperatorSignedOut   Type = "OperatorSignedOut"
 	SignInRefused       Type = "SignInRefused"
 	PresenceConfirmed   Type = "PresenceConfirmed" // of an operator, for a key
-	ApprovalsChanged    Type = "ApprovalsChanged"  // how many approvers an act needs
-	ProposalMade        Type = "ProposalMade"      // metadata text: the text to approve; digest: the text's SHA-256
-	ApprovalGiven       Type = "ApprovalGiven"     // metadata digest, credential, proof
+	ApproverKeysChanged Type = "ApproverKeysChanged"
+	ApprovalsChanged    Type = "ApprovalsChanged" // how many approvers an act needs
+	ProposalMade        Type = "ProposalMade"     // metadata text: the text to approve; digest: the text's SHA-256
+	ApprovalGiven       Type = "ApprovalGiven"    // metadata digest, credential, proof
 	ProposalWithdrawn   Type = "ProposalWithdrawn"
 	ProposalExpired     Type = "ProposalExpired"
 	ProposalRun         Type = "ProposalRun"        // the proposal was approved, and its execution begins
@@ -123,7 +124,8 @@ var kinds = map[Type]Kind{
 	PeerAdded: Other, PeerRemoved: Other, PeerSuspended: Other, PeerResumed: Other, PolicyChanged: Other,
 	OperatorEnrolled: Other, OperatorChanged: Other, OperatorSignedIn: Other, OperatorSignedOut: Other,
 	SignInRefused: Other, PresenceConfirmed: Other,
-	ApprovalsChanged: Other, ProposalMade: Other, ApprovalGiven: Other, ProposalWithdrawn: Other,
+	ApproverKeysChanged: Other,
+	ApprovalsChanged:    Other, ProposalMade: Other, ApprovalGiven: Other, ProposalWithdrawn: Other,
 	ProposalExpired: Other, ProposalRun: Other, ProposalDone: Other,
 	CertificateChanged: Other, Locked: Other, Unlocked: Other, BackupMade: Other, BackupRestored: Other,
 	RetentionChanged: Other, RetentionApplied: Other, LegalHoldSet: Other, LegalHoldReleased: Other,

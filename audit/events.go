@@ -281,6 +281,11 @@ func NewApprovalsChanged(who Actor, action string, needed int) Event {
 	return newEvent(ApprovalsChanged, who, action, "approvals", "needed", decimal(needed))
 }
 
+// NewApproverKeysChanged says whether approvals must be by hardware keys: yes or no.
+func NewApproverKeysChanged(who Actor, action, required string) Event {
+	return newEvent(ApproverKeysChanged, who, action, "approvals", "required", required)
+}
+
 // NewOperatorSignedIn begins a session of an operator. roles are separated by commas.
 func NewOperatorSignedIn(name, session, credential, roles, channel string) Event {
 	return newEvent(OperatorSignedIn, Operator(name), "sign in", "session/"+session,
