@@ -96,6 +96,7 @@ var actCases = map[string]func(r *rig, root *api.Client) []string{
 		r.done(root, approval.ActCredentialAdd, "name", "anna", "credential", r.json(r.credential("anna")))
 		return []string{"name", "anna", "credential", first.ID}
 	},
+	approval.ActHardwareKeys: func(*rig, *api.Client) []string { return []string{"required", "no"} },
 	approval.ActApprovalsNeeded: func(r *rig, root *api.Client) []string {
 		r.anna(root, "approver")
 		return []string{"needed", "2"}

@@ -36,7 +36,8 @@ func (s *server) challenge(_ context.Context, who caller, in *body[api.NewChalle
 	digest := sha256.Sum256([]byte(ch.Text))
 	return api.Challenge{
 		ID: ch.ID, Text: ch.Text, Expires: ch.Expires.Unix(),
-		PublicKey: approval.PasskeyRequest(digest[:], ch.RPID, ch.Allowed),
+		PublicKey:   approval.PasskeyRequest(digest[:], ch.RPID, ch.Allowed),
+		Credentials: s.Operators.Accepted(n.Operator, n.Credentials),
 	}, err
 }
 
@@ -181,7 +182,10 @@ func (s *server) operator(_ context.Context, _ caller, in *named) (approval.Oper
 }
 
 func (s *server) approvals(context.Context, caller, *none) (api.Approvals, error) {
-	a := api.Approvals{Needed: s.Operators.Needed(), Approvers: []string{}, Warning: s.Operators.QuorumWarning()}
+	a := api.Approvals{
+		Needed: s.Operators.Needed(), Hardware: s.Operators.Hardware(), Approvers: []string{},
+		Warning: s.Operators.QuorumWarning(),
+	}
 	for _, o := range s.Operators.Operators() {
 		if o.Has(approver) {
 			a.Approvers = append(a.Approvers, o.Name)

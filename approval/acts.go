@@ -122,7 +122,7 @@ var gates = []gate{
 	{ActApprovalsNeeded, administrators, audit.ApprovalsChanged, nil, func(_ string, m map[string]string) []Parameter {
 		return []Parameter{{"needed", m["needed"]}}
 	}},
-	{ActHardwareKeys, audit.ApproverKeysChanged, nil, func(_ string, m map[string]string) []Parameter {
+	{ActHardwareKeys, administrators, audit.ApproverKeysChanged, nil, func(_ string, m map[string]string) []Parameter {
 		return []Parameter{{"required", m["required"]}}
 	}},
 }

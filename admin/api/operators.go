@@ -15,6 +15,9 @@ type NewChallenge struct {
 	Purpose  string `json:"purpose" enum:"sign-in,presence"`
 	Operator string `json:"operator,omitempty" maxLength:"64" doc:"sign-in: who wants to"`
 	Key      string `json:"key,omitempty" maxLength:"64" doc:"presence: for which key"`
+	// Credentials are ids of SSH keys with which the caller could sign in. The answer says which of
+	// them are the operator's.
+	Credentials []string `json:"credentials,omitempty" maxItems:"256" doc:"sign-in: ids of the caller's SSH keys"`
 }
 
 // Challenge is a text to be signed once. An SSHSIG is over the text, with its first line as the
@@ -25,7 +28,8 @@ type Challenge struct {
 	Expires int64  `json:"expires"` // Unix seconds
 	// PublicKey is a PublicKeyCredentialRequestOptionsJSON of WebAuthn level 3, for the argument
 	// publicKey of navigator.credentials.get.
-	PublicKey json.RawMessage `json:"public_key"`
+	PublicKey   json.RawMessage `json:"public_key"`
+	Credentials []string        `json:"credentials,omitempty" doc:"sign-in: those asked about that are the operator's"`
 }
 
 // Proven is a challenge with its proof.
@@ -134,7 +138,7 @@ type Approval struct {
 	Operator   string `json:"operator"`
 	Credential string `json:"credential"`
 	At         int64  `json:"at"` // Unix seconds
-	Counts     bool   `json:"counts" doc:"its operator is still an approver with that credential"`
+	Counts     bool   `json:"counts" doc:"its operator is still an approver with it; by a hardware key if need be"`
 }
 
 // NewApproval approves a proposal.
@@ -142,9 +146,10 @@ type NewApproval struct {
 	Proof approval.Proof `json:"proof"`
 }
 
-// Approvals has the approvers and the quorum.
+// Approvals has the approvers and the rules for approvals.
 type Approvals struct {
-	Needed    int      `json:"needed"` // approvals for an act
+	Needed    int      `json:"needed"`   // approvals for an act
+	Hardware  bool     `json:"hardware"` // approvals must be by FIDO keys with user verification, or passkeys
 	Approvers []string `json:"approvers"`
 	Warning   string   `json:"warning,omitempty" doc:"without one of the approvers there would be no quorum"`
 }
@@ -291,7 +296,7 @@ func (c *Client) Withdraw(ctx context.Context, id uint64) error {
 	return c.do(ctx, http.MethodPost, proposalPath(id)+"/withdraw", nil, nil)
 }
 
-// Approvals returns the approvers and the quorum.
+// Approvals returns the approvers and the rules for approvals.
 func (c *Client) Approvals(ctx context.Context) (a Approvals, err error) {
 	return a, c.do(ctx, http.MethodGet, "/v1/approvals", nil, &a)
 }

@@ -20,14 +20,19 @@ import (
 // A ledger without the record has a quorum of 1.
 const neededKey = "approvals-needed"
 
-// roster has all operators and the quorum.
+// hardwareKey is the key of the record in the table Meta that says whether approvals must be by
+// hardware keys: yes or no. A ledger without the record does not demand hardware keys.
+const hardwareKey = "approvals-hardware"
+
+// roster has all operators and the rules for approvals.
 type roster struct {
-	people map[string]person
-	needed int // approvals for an act
+	people   map[string]person
+	needed   int  // approvals for an act: the quorum
+	hardware bool // approvals must be by hardware keys
 }
 
 func readRoster(v ledger.View) (r roster, err error) {
-	r = roster{map[string]person{}, 1}
+	r = roster{people: map[string]person{}}
 	if err := v.All(ledger.Operators, func(name string, value []byte) error {
 		p, err := decodePerson(name, value)
 		r.people[name] = p
@@ -35,8 +40,22 @@ func readRoster(v ledger.View) (r roster, err error) {
 	}); err != nil {
 		return r, err
 	}
-	r.needed, err = decodeNeeded(v.Get(ledger.Meta, neededKey))
+	if r.needed, err = decodeNeeded(v.Get(ledger.Meta, neededKey)); err != nil {
+		return r, err
+	}
+	r.hardware, err = decodeHardware(v.Get(ledger.Meta, hardwareKey))
 	return r, err
+}
+
+func decodeHardware(value []byte) (bool, error) {
+	if value == nil {
+		return false, nil
+	}
+	required, err := approval.ParseYes(string(value))
+	if err != nil {
+		err = fmt.Errorf("whether approvals must be by hardware keys is %w in the ledger", err)
+	}
+	return required, err
 }
 
 func decodeNeeded(value []byte) (int, error) {
@@ -62,7 +81,8 @@ func decodePerson(name string, value []byte) (p person, err error) {
 
 // validate checks the invariants of a roster: at most maxOperators operators, each with a
 // credential and a record below maxRecord bytes; no credential with two operators; at least one
-// administrator; as many approvers as the quorum. Otherwise the appliance could have no
+// administrator; as many approvers as the quorum, with hardware keys where these are required.
+// Otherwise the appliance could have no
 // administrator, no act could be approved, or the signer of an approval would be ambiguous.
 func (r *roster) validate() error {
 	if len(r.people) > maxOperators {
@@ -99,14 +119,19 @@ func (r *roster) validate() error {
 		return fmt.Errorf("%w: there must be an administrator", ErrConflict)
 	}
 	if n := r.approvers(); r.needed < 1 || r.needed > n {
-		return fmt.Errorf("%w: of %d approvers, %d would be needed", ErrConflict, n, r.needed)
+		with := ""
+		if r.hardware {
+			with = " with hardware keys"
+		}
+		return fmt.Errorf("%w: of %d approvers%s, %d would be needed", ErrConflict, n, with, r.needed)
 	}
 	return nil
 }
 
+// approvers counts the operators whose approvals would count.
 func (r *roster) approvers() (n int) {
 	for _, p := range r.people {
-		if p.Has(approval.Approver) {
+		if p.CanApprove(r.hardware) {
 			n++
 		}
 	}
@@ -123,7 +148,8 @@ func (r *roster) warning() string {
 }
 
 // mutation changes a roster and nothing else. The values are those of an act's parameters. A
-// mutation returns the name of the changed operator ("" for the quorum) and the kind of the change.
+// mutation returns the name of the changed operator ("" for a rule for approvals) and the kind of
+// the change.
 type mutation func(r *roster, values []string) (name, change string, err error)
 
 // operatorAct is an act on operators.
@@ -141,6 +167,7 @@ func (r *Registry) operatorActs() map[string]Act {
 		approval.ActCredentialAdd:    {[]string{"name", "credential"}, r.addCredential},
 		approval.ActCredentialRemove: {[]string{"name", "credential"}, removeCredential},
 		approval.ActApprovalsNeeded:  {[]string{"needed"}, setNeeded},
+		approval.ActHardwareKeys:     {[]string{"required"}, setHardware},
 	} {
 		acts[action] = Act{
 			Roles: approval.Proposers(action),
@@ -216,7 +243,8 @@ func (r *Registry) dryRun(own operatorAct, p []approval.Parameter) (_ []approval
 		return nil, after, err
 	}
 	r.mu.Lock()
-	after = roster{maps.Clone(r.roster.people), r.roster.needed}
+	after = r.roster
+	after.people = maps.Clone(after.people)
 	r.mu.Unlock()
 	if _, _, err := own.mutate(&after, values); err != nil {
 		return nil, after, err
@@ -259,6 +287,10 @@ func (r *roster) store(tx *ledger.Tx, who audit.Actor, action, name, change stri
 	p, exists := r.people[name]
 	record := manage.Encode(p.Operator)
 	switch {
+	case name == "" && change == changeHardware:
+		required := approval.Yes(r.hardware)
+		err := tx.Put(ledger.Meta, hardwareKey, []byte(required))
+		return audit.NewApproverKeysChanged(who, action, required), err
 	case name == "":
 		err := tx.Put(ledger.Meta, neededKey, []byte(strconv.Itoa(r.needed)))
 		return audit.NewApprovalsChanged(who, action, r.needed), err
@@ -378,6 +410,16 @@ func setNeeded(people *roster, values []string) (string, string, error) {
 	}
 	people.needed = n
 	return "", "", nil
+}
+
+// changeHardware is the kind of the change of setHardware.
+const changeHardware = "hardware"
+
+func setHardware(people *roster, values []string) (_, change string, err error) {
+	if people.hardware, err = approval.ParseYes(values[0]); err != nil {
+		return "", "", fmt.Errorf("approvals hardware: %w", err)
+	}
+	return "", changeHardware, nil
 }
 
 func (r *roster) operator(name string) (person, error) {

@@ -28,11 +28,11 @@
 // # Valid approvals
 //
 // The transaction that starts the act counts the approvals, by the state of the ledger. An approval
-// counts while its operator is an approver and has the credential of the approval. Each operator
-// counts once, and a credential belongs to one operator. An operator approves a proposal once: if
-// the credential was replaced since, the approval does not count any more, and the act must be
-// proposed again if that operator is needed. The quorum is the larger of the number in the
-// proposal's text and the number in force.
+// counts while its operator is an approver and has the credential of the approval. Where hardware
+// keys are required, it must be by one. Each operator counts once, and a credential belongs to one
+// operator. An operator approves a proposal once: if the credential was replaced since, the
+// approval does not count any more, and the act must be proposed again if that operator is needed.
+// The quorum is the larger of the number in the proposal's text and the number in force.
 package operators
 
 import (
@@ -107,8 +107,8 @@ type Act struct {
 
 // The kinds of channels.
 const (
-	Unix  = "unix"
-	HTTPS = "https"
+	Unix  = approval.ChannelUnix
+	HTTPS = approval.ChannelHTTPS
 )
 
 // Channel is the connection of a caller.
@@ -166,7 +166,8 @@ type Registry struct {
 func Open(l *ledger.Ledger, c Config) (*Registry, error) {
 	r := &Registry{
 		Config: c, ledger: l, writing: manage.NewLock(),
-		roster: roster{map[string]person{}, 1}, proposals: map[uint64]*record{}, executing: map[uint64]chan struct{}{},
+		roster:    roster{people: map[string]person{}, needed: 1},
+		proposals: map[uint64]*record{}, executing: map[uint64]chan struct{}{},
 		sessions: map[[32]byte]*Session{}, used: usedNonces{}, failures: failures{each: map[failureKey]*leakyBucket{}},
 	}
 	rand.Read(r.secret[:])
@@ -181,7 +182,7 @@ func Open(l *ledger.Ledger, c Config) (*Registry, error) {
 	}
 	if err := l.Follow(context.Background(), &r.mu,
 		ledger.Followed{Table: ledger.Operators, Take: r.takeOperator},
-		ledger.Followed{Table: ledger.Meta, Take: r.takeNeeded},
+		ledger.Followed{Table: ledger.Meta, Take: r.takeRules},
 		ledger.Followed{Table: ledger.Proposals, Take: r.takeProposal}); err != nil {
 		return nil, err
 	}
@@ -298,6 +299,13 @@ func (r *Registry) QuorumWarning() string {
 	return r.roster.warning()
 }
 
+// Hardware reports whether approvals must be by hardware keys. See approval.Verified.
+func (r *Registry) Hardware() bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.roster.hardware
+}
+
 // takeOperator updates the memory after a change of an operator's record. takeOperator ends the
 // sessions of the operator, and the confirmations of presence, unless only a signature counter has
 // changed. The caller holds mu.
@@ -322,10 +330,13 @@ func (r *Registry) takeOperator(name string, value []byte) error {
 	return nil
 }
 
-// takeNeeded updates the memory after a change of the quorum. The caller holds mu.
-func (r *Registry) takeNeeded(key string, value []byte) (err error) {
-	if key == neededKey {
+// takeRules updates the memory after a change of the rules for approvals. The caller holds mu.
+func (r *Registry) takeRules(key string, value []byte) (err error) {
+	switch key {
+	case neededKey:
 		r.roster.needed, err = decodeNeeded(value)
+	case hardwareKey:
+		r.roster.hardware, err = decodeHardware(value)
 	}
 	return err
 }

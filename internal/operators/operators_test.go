@@ -213,10 +213,11 @@ func (r *rig) open(t *testing.T) {
 func (r *rig) agrees(t *testing.T) {
 	t.Helper()
 	anew := &Registry{
-		roster: roster{map[string]person{}, 1}, proposals: map[uint64]*record{}, sessions: map[[32]byte]*Session{},
+		roster:    roster{people: map[string]person{}, needed: 1},
+		proposals: map[uint64]*record{}, sessions: map[[32]byte]*Session{},
 	}
 	err := r.ledger.View(func(v ledger.View) error {
-		return errors.Join(v.All(ledger.Operators, anew.takeOperator), v.All(ledger.Meta, anew.takeNeeded),
+		return errors.Join(v.All(ledger.Operators, anew.takeOperator), v.All(ledger.Meta, anew.takeRules),
 			v.All(ledger.Proposals, anew.takeProposal))
 	})
 	if errors.Is(err, ledger.ErrClosed) {

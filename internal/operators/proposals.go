@@ -61,7 +61,7 @@ type Approval struct {
 	Operator   string
 	Credential string
 	At         time.Time
-	Counts     bool // the operator is an approver now, and has the credential
+	Counts     bool // see roster.counts
 }
 
 // record is a proposal's record in the ledger. The key is the proposal's number.
@@ -79,7 +79,8 @@ type record struct {
 type approved struct {
 	Operator   string `json:"operator"`
 	Credential string `json:"credential"`
-	At         int64  `json:"at"` // Unix seconds
+	At         int64  `json:"at"`                 // Unix seconds
+	Hardware   bool   `json:"hardware,omitempty"` // see approval.Verified
 }
 
 func recordKey(id uint64) string { return fmt.Sprintf("%020d", id) }
@@ -111,11 +112,16 @@ func (r *record) actor() audit.Actor {
 // countApprovals returns the number of approvals that are valid by a roster.
 func (r *record) countApprovals(people *roster) (n int) {
 	for _, a := range r.Approvals {
-		if people.isApprover(a.Operator, a.Credential) {
+		if people.counts(a) {
 			n++
 		}
 	}
 	return n
+}
+
+// counts reports whether an approval is valid by the present operators and rules.
+func (r *roster) counts(a approved) bool {
+	return r.isApprover(a.Operator, a.Credential) && (a.Hardware || !r.hardware)
 }
 
 // isApprover reports whether an operator exists, is an approver, and has the credential.
@@ -310,7 +316,7 @@ func (r *Registry) Approve(ctx context.Context, s Session, id uint64, p approval
 	}
 	// The text has the names of the proposal and the appliance: the proof is valid for nothing
 	// else.
-	count, err := r.verifyProof(seen, approval.ForProposal, now.Text(), p)
+	verified, err := r.verifyProof(seen, approval.ForProposal, now.Text(), p)
 	if err != nil {
 		r.recordRefusal(ctx, s.Channel, s.Operator, approval.ForProposal, p, err)
 		return Proposal{}, fmt.Errorf("approval: %w", err)
@@ -332,17 +338,23 @@ func (r *Registry) Approve(ctx context.Context, s Session, id uint64, p approval
 		if err != nil {
 			return nil, err
 		}
-		who, err := r.recheckCredential(tx, seen, p.Credential, count)
+		who, err := r.recheckCredential(tx, seen, p.Credential, verified.SignCount)
 		if err != nil {
 			return nil, err
 		}
 		if !people.isApprover(who.Name, p.Credential) {
 			return nil, fmt.Errorf("approval: %w: it is for the role %s", ErrNotAllowed, approval.Approver)
 		}
+		if people.hardware && !verified.Hardware {
+			return nil, fmt.Errorf("approval: %w: it must be by a passkey, or by a FIDO key that asks for its PIN "+
+				"(ssh-keygen -t ed25519-sk -O verify-required)", ErrNotAllowed)
+		}
 		var events []audit.Event
 		given := slices.ContainsFunc(rec.Approvals, func(a approved) bool { return a.Operator == who.Name })
 		if !given {
-			rec.Approvals = append(rec.Approvals, approved{who.Name, p.Credential, time.Now().Unix()})
+			rec.Approvals = append(rec.Approvals, approved{
+				Operator: who.Name, Credential: p.Credential, At: time.Now().Unix(), Hardware: verified.Hardware,
+			})
 			events = append(events,
 				audit.NewApprovalGiven(audit.Operator(who.Name), rec.ref(), p.Credential, manage.Encode(p)))
 		}
@@ -606,8 +618,8 @@ func (r *Registry) snapshot(rec *record) Proposal {
 		p.Ended = time.Unix(rec.Ended, 0).UTC()
 	}
 	for _, a := range rec.Approvals {
-		counts := r.roster.isApprover(a.Operator, a.Credential)
-		p.Approvals = append(p.Approvals, Approval{a.Operator, a.Credential, time.Unix(a.At, 0).UTC(), counts})
+		at := time.Unix(a.At, 0).UTC()
+		p.Approvals = append(p.Approvals, Approval{a.Operator, a.Credential, at, r.roster.counts(a)})
 	}
 	return p
 }

@@ -11,8 +11,6 @@ import (
 	"fmt"
 	"maps"
 	"slices"
-	"strconv"
-	"strings"
 	"time"
 
 	"countersign/approval"
@@ -20,8 +18,6 @@ import (
 	"countersign/internal/ledger"
 	"countersign/internal/manage"
 )
-
-const challengeLife = 2 * time.Minute
 
 // Challenge is a text that an operator signs once, as a proof of identity.
 type Challenge struct {
@@ -32,13 +28,6 @@ type Challenge struct {
 	// Allowed are the operator's passkeys. A challenge for a sign-in lists none, because strangers
 	// may ask for one: a sign-in needs a discoverable passkey.
 	Allowed []approval.Credential
-}
-
-// challenge is the content of a challenge's id. The Registry stores only the nonces of used
-// challenges, so that a stranger who asks for many challenges evicts no other challenge.
-type challenge struct {
-	purpose, operator, subject, nonce string
-	expires                           time.Time
 }
 
 // Challenge makes a challenge. For approval.ForSignIn the subject is empty, and the operator is the
@@ -57,8 +46,11 @@ func (r *Registry) Challenge(purpose, operator, subject string, ch Channel) (Cha
 		return Challenge{}, fmt.Errorf("challenge: %w: it is for a sign-in or a presence, of an operator by name",
 			ErrInvalid)
 	}
-	c := challenge{purpose, operator, subject, randomHex(), time.Now().Add(challengeLife)}
-	out := Challenge{ID: r.challengeID(c, ch), Text: r.challengeText(c, ch), Expires: c.expires, RPID: r.RPID}
+	c := approval.Challenge{
+		Purpose: purpose, Appliance: r.Appliance, Operator: operator, Key: subject, Channel: ch.Kind,
+		Expires: time.Now().Add(approval.ChallengeLife).UTC().Truncate(time.Second), Nonce: randomHex(),
+	}
+	out := Challenge{ID: r.challengeID(c.Text(), ch), Text: c.Text(), Expires: c.Expires, RPID: r.RPID}
 	if presence {
 		p, err := r.roster.operator(operator)
 		if err != nil {
@@ -69,40 +61,46 @@ func (r *Registry) Challenge(purpose, operator, subject string, ch Channel) (Cha
 	return out, nil
 }
 
-func (r *Registry) challengeText(c challenge, ch Channel) string {
-	lines := []string{c.purpose, "appliance: " + r.Appliance, "operator: " + c.operator}
-	if c.subject != "" {
-		lines = append(lines, "key: "+c.subject)
+// Accepted returns the ids among some that are of SSH keys of an operator, in the order of the
+// Registry. The operator's tool asks before it signs, as an SSH client does: it names the keys that
+// it has, and learns which of them the appliance accepts. A stranger learns whether a known public
+// key is one of the operator's, and neither the other keys nor whether such an operator exists.
+func (r *Registry) Accepted(operator string, some []string) (accepted []string) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	for _, c := range r.roster.people[operator].Credentials {
+		if c.Kind == approval.SSH && slices.Contains(some, c.ID) {
+			accepted = append(accepted, c.ID)
+		}
 	}
-	expires := c.expires.UTC().Format(time.RFC3339)
-	return strings.Join(append(lines, "channel: "+ch.Kind, "expires at: "+expires, "nonce: "+c.nonce), "\n") + "\n"
+	return accepted
 }
 
-// challengeID returns the id of a challenge: its fields, one a line, after an HMAC-SHA-256 of 32
-// bytes over the fields and the caller's channel.
-func (r *Registry) challengeID(c challenge, ch Channel) string {
-	expires := strconv.FormatInt(c.expires.UnixNano(), 10)
-	fields := strings.Join([]string{c.purpose, c.operator, c.subject, c.nonce, expires}, "\n")
-	return base64.RawURLEncoding.EncodeToString(append(r.mac(fields, ch), fields...))
+// challengeID returns the id of a challenge: its text, after an HMAC-SHA-256 of 32 bytes over the
+// text and the caller's channel. The Registry stores only the nonces of used challenges, so that a
+// stranger who asks for many challenges evicts no other challenge.
+func (r *Registry) challengeID(text string, ch Channel) string {
+	return base64.RawURLEncoding.EncodeToString(append(r.mac(text, ch), text...))
 }
 
-func (r *Registry) mac(fields string, ch Channel) []byte {
+func (r *Registry) mac(text string, ch Channel) []byte {
 	m := hmac.New(sha256.New, r.secret[:])
-	fmt.Fprintf(m, "%s\n%d\n%s", ch.Kind, ch.UID, fields)
+	fmt.Fprintf(m, "%s\n%d\n%s", ch.Kind, ch.UID, text)
 	return m.Sum(nil)
 }
 
 // parseChallengeID authenticates and parses an id for this caller and this purpose. The challenge
 // may be used or expired.
-func (r *Registry) parseChallengeID(id, purpose string, ch Channel) (c challenge, ok bool) {
+func (r *Registry) parseChallengeID(id, purpose string, ch Channel) (c approval.Challenge, ok bool) {
 	b, err := base64.RawURLEncoding.DecodeString(id)
 	if err != nil || len(b) < sha256.Size || !hmac.Equal(b[:sha256.Size], r.mac(string(b[sha256.Size:]), ch)) {
-		return challenge{}, false
+		return c, false
 	}
-	fields := strings.Split(string(b[sha256.Size:]), "\n") // five: the MAC is right
-	expires, err := strconv.ParseInt(fields[4], 10, 64)
-	c = challenge{fields[0], fields[1], fields[2], fields[3], time.Unix(0, expires)}
-	return c, err == nil && c.purpose == purpose
+	parsed, err := approval.ParseChallenge(string(b[sha256.Size:]))
+	if err != nil || parsed.Purpose != purpose {
+		return c, false
+	}
+	return *parsed, true
 }
 
 func passkeys(p person) (all []approval.Credential) {
@@ -134,30 +132,32 @@ func (p person) resolveCredential(proof approval.Proof) approval.Proof {
 // valid proof is accepted, whatever failures others have caused in the operator's name.
 func (r *Registry) verifyChallenge(
 	ctx context.Context, ch Channel, id, purpose string, p *approval.Proof,
-) (c challenge, who person, count uint32, err error) {
+) (c approval.Challenge, who person, count uint32, err error) {
 	c, genuine := r.parseChallengeID(id, purpose, ch)
 	r.mu.Lock()
-	who = r.roster.people[c.operator]
+	who = r.roster.people[c.Operator]
 	r.mu.Unlock()
 	*p = who.resolveCredential(*p)
 	if genuine {
-		count, err = r.verifyProof(who, purpose, r.challengeText(c, ch), *p)
+		var v approval.Verified
+		v, err = r.verifyProof(who, purpose, c.Text(), *p)
+		count = v.SignCount
 	}
 	r.mu.Lock()
-	if now := time.Now(); !genuine || r.used.contains(c.nonce, now) || !now.Before(c.expires) {
+	if now := time.Now(); !genuine || r.used.contains(c.Nonce, now) || !now.Before(c.Expires) {
 		err = fmt.Errorf("%w: the challenge is unknown, used or expired", approval.ErrNotProven)
 	}
 	if err != nil {
-		if wait := r.failures.take(failureKey{purpose, ch.Kind, ch.UID, c.operator}); wait > 0 {
+		if wait := r.failures.take(failureKey{purpose, ch.Kind, ch.UID, c.Operator}); wait > 0 {
 			err = &Limited{wait}
 		}
 	}
 	if genuine && !errors.Is(err, ErrLimited) {
-		r.used[c.nonce] = c.expires // the challenge is used up
+		r.used[c.Nonce] = c.Expires // the challenge is used up
 	}
 	r.mu.Unlock()
 	if err != nil {
-		r.recordRefusal(ctx, ch, c.operator, purpose, *p, err)
+		r.recordRefusal(ctx, ch, c.Operator, purpose, *p, err)
 		if !errors.Is(err, ErrLimited) {
 			err = approval.ErrNotProven
 		}
@@ -167,7 +167,7 @@ func (r *Registry) verifyChallenge(
 }
 
 // usedNonces are the nonces of used challenges, with the time of their expiry. The size is bounded
-// by the valid proofs and the permitted failures within challengeLife.
+// by the valid proofs and the permitted failures within approval.ChallengeLife.
 type usedNonces map[string]time.Time
 
 func (u usedNonces) contains(nonce string, now time.Time) bool {
@@ -177,20 +177,20 @@ func (u usedNonces) contains(nonce string, now time.Time) bool {
 }
 
 // verifyProof verifies a proof over a text by one of the operator's credentials.
-func (r *Registry) verifyProof(who person, namespace, text string, p approval.Proof) (count uint32, err error) {
+func (r *Registry) verifyProof(who person, namespace, text string, p approval.Proof) (approval.Verified, error) {
 	c, exists := who.Credential(p.Credential)
 	if !exists {
-		return 0, fmt.Errorf("%w: the operator has no such credential", approval.ErrNotProven)
+		return approval.Verified{}, fmt.Errorf("%w: the operator has no such credential", approval.ErrNotProven)
 	}
 	v, err := c.Verify(namespace, text, p)
 	if err != nil {
-		return 0, err
+		return v, err
 	}
 	// A page on another port of this machine must not use the passkey.
 	if p.Assertion != nil && r.Origin != "" && v.Origin != r.Origin {
-		return 0, fmt.Errorf("%w: the passkey was asked by a page of another origin", approval.ErrNotProven)
+		return v, fmt.Errorf("%w: the passkey was asked by a page of another origin", approval.ErrNotProven)
 	}
-	return v.SignCount, nil
+	return v, nil
 }
 
 // recordRefusal writes the refusal of a proof to the daemon's log and, within the limits of
@@ -249,7 +249,7 @@ func (r *Registry) SignIn(
 		return nil
 	})
 	if errors.Is(err, approval.ErrNotProven) {
-		r.recordRefusal(ctx, ch, c.operator, approval.ForSignIn, p, err)
+		r.recordRefusal(ctx, ch, c.Operator, approval.ForSignIn, p, err)
 		err = fmt.Errorf("sign-in: %w", approval.ErrNotProven)
 	}
 	if err != nil {
@@ -291,7 +291,7 @@ func (r *Registry) VerifyPresence(ctx context.Context, s Session, challenge, sub
 	if err != nil {
 		return fmt.Errorf("presence: %w", err)
 	}
-	if c.operator != s.Operator || c.subject != subject {
+	if c.Operator != s.Operator || c.Key != subject {
 		return fmt.Errorf("presence: %w: the challenge is another operator's, or for another key",
 			approval.ErrNotProven)
 	}
@@ -302,7 +302,7 @@ func (r *Registry) VerifyPresence(ctx context.Context, s Session, challenge, sub
 		})
 	})
 	if errors.Is(err, approval.ErrNotProven) {
-		r.recordRefusal(ctx, s.Channel, c.operator, approval.ForPresence, p, err)
+		r.recordRefusal(ctx, s.Channel, c.Operator, approval.ForPresence, p, err)
 	}
 	return err
 }

@@ -116,7 +116,7 @@ func TestSignInRefused(t *testing.T) {
 		"a challenge that was used in vain": func(t *testing.T, a *attempt) {
 			a.r.SignIn(t.Context(), a.ch, a.c.ID, a.other.sign(t, a.c.Text))
 		},
-		"an expired challenge": func(t *testing.T, a *attempt) { time.Sleep(challengeLife) },
+		"an expired challenge": func(t *testing.T, a *attempt) { time.Sleep(approval.ChallengeLife) },
 		"an unknown challenge": func(t *testing.T, a *attempt) { a.c.ID = strings.Repeat("0", 32) },
 		"another user":         func(t *testing.T, a *attempt) { a.ch = Channel{Kind: Unix, UID: 1001} },
 		"another channel":      func(t *testing.T, a *attempt) { a.ch = Channel{Kind: HTTPS, UID: user.UID} },
@@ -299,7 +299,7 @@ func TestNobodyDrivesOutChallenges(t *testing.T) {
 		if _, _, err := r.SignIn(t.Context(), https, mine.ID, r.people[0].sign(t, mine.Text)); err != nil {
 			t.Errorf("a stranger has driven out the challenge: %v", err)
 		}
-		time.Sleep(challengeLife)
+		time.Sleep(approval.ChallengeLife)
 		r.signIn(t, r.people[0], https)
 		if n := len(r.used); n != 1 {
 			t.Errorf("%d used challenges are remembered when they have expired", n)

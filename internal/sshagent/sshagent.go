@@ -4,6 +4,7 @@
 package sshagent
 
 import (
+	"errors"
 	"fmt"
 	"slices"
 
@@ -27,6 +28,24 @@ func Sign(a agent.Agent, c approval.Credential, namespace, text string) (approva
 		}
 		return ssh.Marshal(signature), nil
 	})
+}
+
+// SignWithAny has an agent sign a text with the first of some credentials whose key the agent lets
+// sign. An agent refuses a key, for example, whose FIDO token is not plugged in, or that a person
+// has to confirm. The error has all refusals.
+func SignWithAny(a agent.Agent, some []approval.Credential, namespace, text string) (approval.Proof, error) {
+	var refused []error
+	for _, c := range some {
+		p, err := Sign(a, c, namespace, text)
+		if err == nil {
+			return p, nil
+		}
+		refused = append(refused, fmt.Errorf("key %s: %w", c.ID, err))
+	}
+	if len(refused) == 0 {
+		return approval.Proof{}, errors.New("no key was given")
+	}
+	return approval.Proof{}, errors.Join(refused...)
 }
 
 // Credentials returns the known credentials whose keys an agent has, in the agent's order. If known

@@ -87,6 +87,35 @@ func startAgent(t *testing.T) agent.ExtendedAgent {
 	}
 }
 
+// TestRefusedKeyLeavesTheTurn has an ssh-agent whose first key must be confirmed by a person, and
+// there is none. The next key signs.
+func TestRefusedKeyLeavesTheTurn(t *testing.T) {
+	t.Setenv("SSH_ASKPASS", "/bin/false")
+	a := startAgent(t)
+	for i, confirm := range []bool{true, false} {
+		private := ed25519.NewKeyFromSeed(bytes.Repeat([]byte{byte(i)}, 32))
+		if err := a.Add(agent.AddedKey{PrivateKey: private, ConfirmBeforeUse: confirm}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	all, err := Credentials(a, nil)
+	if err != nil || len(all) != 2 {
+		t.Fatal(all, err)
+	}
+	p, err := SignWithAny(a, all, approval.ForSignIn, text)
+	if err != nil || p.Credential != all[1].ID {
+		t.Errorf("%+v, %v", p, err)
+	}
+	accepted(t, all[1], p.SSHSIG)
+	_, err = SignWithAny(a, all[:1], approval.ForSignIn, text)
+	if err == nil || !strings.Contains(err.Error(), all[0].ID) {
+		t.Errorf("only a key that the agent refuses: %v", err)
+	}
+	if _, err := SignWithAny(a, nil, approval.ForSignIn, text); err == nil {
+		t.Error("no key signs")
+	}
+}
+
 // TestSSHAgent signs with the keys of an ssh-agent of OpenSSH.
 func TestSSHAgent(t *testing.T) {
 	a := startAgent(t)
