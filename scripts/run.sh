@@ -10,7 +10,7 @@ cat >"$run/env.new" <<ENV
 export COUNTERSIGN_SERVER=$listen COUNTERSIGN_SERVER_KEY=$(cat "$run/noise.pub")
 export COUNTERSIGN_IDENTITY="$here/$run/demo-peer.key"
 export COUNTERSIGN_SOCKET="$here/$run/admin.sock" COUNTERSIGN_OPERATOR=admin
-export SSH_AUTH_SOCK="$SSH_AUTH_SOCK" XDG_RUNTIME_DIR="$XDG_RUNTIME_DIR"
+export SSH_AUTH_SOCK="$SSH_AUTH_SOCK" XDG_RUNTIME_DIR="$XDG_RUNTIME_DIR" XDG_CONFIG_HOME="$XDG_CONFIG_HOME"
 ENV
 mv "$run/env.new" "$run/env"
 cat <<TEXT

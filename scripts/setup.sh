@@ -94,7 +94,7 @@ as_root() { if [ "$(id -u)" = 0 ]; then "$@"; else sudo "$@"; fi; }
 # Operators of a real appliance keep SSH keys in their own agents, best on FIDO keys
 # (ssh-keygen -t ed25519-sk).
 agents=$(mktemp -d /tmp/agents.XXXXXX) # a socket path has at most 107 bytes
-export COUNTERSIGN_OPERATOR=admin XDG_RUNTIME_DIR="$here/$run/sessions" SSH_AUTH_SOCK SSH_AGENT_PID=''
+export COUNTERSIGN_OPERATOR=admin XDG_RUNTIME_DIR="$here/$run/sessions" XDG_CONFIG_HOME="$here/$run/config" SSH_AUTH_SOCK SSH_AGENT_PID=''
 new_operator() { # new_operator NAME: makes an SSH key and an agent with the key; sets SSH_AUTH_SOCK
   [ -e "$run/$1.key" ] || ssh-keygen -q -t ed25519 -N '' -C "$1" -f "$run/$1.key"
   eval "$(ssh-agent -a "$agents/$1")" >/dev/null

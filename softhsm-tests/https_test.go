@@ -2,6 +2,7 @@ package softhsmtests
 
 import (
 	"net"
+	"os/exec"
 	"strings"
 	"testing"
 
@@ -56,8 +57,39 @@ func TestHTTPS(t *testing.T) {
 	if !strings.Contains(out, "localhost") || !strings.Contains(out, "BEGIN CERTIFICATE") {
 		t.Errorf("show: %s", out)
 	}
+	s.cliOverHTTPS("https://localhost:"+port, shown.CA)
 	p.stop()
 	p = s.serve()
 	signIn(dial()) // the certificate of the same CA still verifies
 	p.stop()
+}
+
+// cliOverHTTPS uses the CLI with --url: the first command pins the CA and the appliance, and the
+// next ones need no CA. Another CA is refused.
+func (s *system) cliOverHTTPS(url, ca string) {
+	s.t.Helper()
+	s.write("ca.pem", ca)
+	make := exec.Command("openssl", "req", "-x509", "-newkey", "ed25519", "-nodes", "-subj", "/CN=other",
+		"-keyout", s.path("other.key"), "-out", s.path("other.pem"))
+	if out, err := make.CombinedOutput(); err != nil {
+		s.t.Fatalf("openssl: %v %s", err, out)
+	}
+	if _, errOut, code := s.cli("", "admin", "--url", url, "whoami"); code != 2 || !strings.Contains(errOut, "--ca") {
+		s.t.Errorf("without a CA: %d %s", code, errOut)
+	}
+	_, errOut, code := s.cli("", "admin", "--url", url, "--ca", s.path("other.pem"), "whoami")
+	if code == 0 || !strings.Contains(errOut, "certificate") {
+		s.t.Errorf("with another CA: %d %s", code, errOut)
+	}
+	_, errOut, code = s.cli("", "admin", "--url", url, "--ca", s.path("ca.pem"), "whoami")
+	if code != 0 || !strings.Contains(errOut, "from now on "+url) {
+		s.t.Errorf("with the CA: %d %s", code, errOut)
+	}
+	if out := s.must("admin", "--url", url, "sessions", "list"); !strings.Contains(out, "https") {
+		s.t.Errorf("with the pinned CA: %s", out)
+	}
+	_, errOut, code = s.cli("", "admin", "--url", url, "--ca", s.path("other.pem"), "whoami")
+	if code != 1 || !strings.Contains(errOut, "another CA") {
+		s.t.Errorf("with another CA afterwards: %d %s", code, errOut)
+	}
 }

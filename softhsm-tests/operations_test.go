@@ -239,7 +239,8 @@ func (o *operations) as(ts *testscript.TestScript, neg bool, args []string) {
 		return
 	}
 	w.write(filepath.Base(w.environmentFile(w.user)),
-		fmt.Sprintf("export XDG_RUNTIME_DIR=%q\n", w.path(w.user+".run")))
+		fmt.Sprintf("export XDG_RUNTIME_DIR=%q XDG_CONFIG_HOME=%q\n",
+			w.path(w.user+".run"), w.path(w.user+".config")))
 }
 
 func exists(path string) bool {

@@ -301,7 +301,8 @@ func (s *system) cliAs(p *operator, stdin string, args ...string) (stdout, stder
 	cmd := exec.CommandContext(ctx, filepath.Join(bin, "countersign"), args...)
 	cmd.Dir, cmd.Stdin, cmd.Stdout, cmd.Stderr = s.dir, strings.NewReader(stdin), &out, &errOut
 	cmd.Env = append(os.Environ(), "COUNTERSIGN_SOCKET="+s.path("admin.sock"), "SSH_AUTH_SOCK="+p.socket,
-		"COUNTERSIGN_OPERATOR="+p.name, "XDG_RUNTIME_DIR="+s.path(p.name+".run"))
+		"COUNTERSIGN_OPERATOR="+p.name, "XDG_RUNTIME_DIR="+s.path(p.name+".run"),
+		"XDG_CONFIG_HOME="+s.path(p.name+".config"))
 	if err := cmd.Run(); err != nil {
 		if _, exited := err.(*exec.ExitError); !exited {
 			s.t.Fatal(err)

@@ -92,7 +92,7 @@ func showApprovals(w io.Writer, verified audit.Report, r *approval.Report, trust
 		fmt.Fprintln(w, "\teverything below hangs on this first administrator: make sure that it is the right person "+
 			"(--operators)")
 	}
-	fmt.Fprintf(w, "needed\t%d\n", r.Needed)
+	fmt.Fprintf(w, "needed\t%d%s\n", r.Needed, either(r.Hardware, ", by hardware keys", ""))
 	for _, o := range r.Operators {
 		var roles []string
 		for _, role := range o.Roles {

@@ -58,11 +58,11 @@ func (b *bar) end() {
 }
 
 // export writes the log's static form.
-func (t *tool) export(socket *string) *cobra.Command {
+func (t *tool) export() *cobra.Command {
 	do := func(cmd *cobra.Command, args []string) error {
 		ctx, cancel := context.WithTimeout(cmd.Context(), longTimeout)
 		defer cancel()
-		c, err := t.dialAdmin(*socket)
+		c, err := t.dialAdmin()
 		if err != nil {
 			return err
 		}
@@ -70,7 +70,7 @@ func (t *tool) export(socket *string) *cobra.Command {
 		if err != nil {
 			return err
 		}
-		log, err := audit.ParseVerifierKey(l.VerifierKey)
+		log, err := t.pinLog(l.VerifierKey)
 		if err != nil {
 			return err
 		}
@@ -202,12 +202,14 @@ func firstSince(ms int64, at func(uint64) ([]api.Event, error)) (uint64, error) 
 }
 
 // logFlags name the log to check, and the keys and checkpoints to trust.
-type logFlags struct{ socket, vkey, since string }
+type logFlags struct {
+	live        func() bool // a running appliance was named
+	vkey, since string
+}
 
 func (l *logFlags) add(t *tool, f *pflag.FlagSet) {
-	t.operatorFlag(f)
-	f.StringVar(&l.socket, "socket", "",
-		"check the log of a running appliance, over the admin socket at this `path` (default: the log in DIR)")
+	t.addressFlags(f)
+	l.live = func() bool { return t.at != address{} }
 	f.StringVar(&l.vkey, "key", os.Getenv("COUNTERSIGN_LOG_KEY"),
 		"the log's `verifier key`, of any epoch, from countersign admin audit key (or COUNTERSIGN_LOG_KEY)")
 	f.StringVar(&l.since, "since", "", "a `file` with an older checkpoint that the log must continue (default: none)")
@@ -219,8 +221,9 @@ type follower func(log audit.Log) func() func(uint64, audit.Event) error
 // check verifies the log. A follow of nil sees no events.
 func (t *tool) check(ctx context.Context, l *logFlags, args []string, follow follower) (audit.Report, error) {
 	var none audit.Report
-	if (len(args) == 1) == (l.socket != "") {
-		return none, usageError{errors.New("name one log: the folder of an export, or --socket")}
+	if (len(args) == 1) == l.live() {
+		return none, usageError{errors.New("name one log: the folder of an export, or a running appliance by " +
+			"--context, --socket or --url")}
 	}
 	if l.vkey == "" {
 		return none, usageError{errors.New("--key is missing: give the verifier key that you noted when you trusted " +
@@ -231,13 +234,13 @@ func (t *tool) check(ctx context.Context, l *logFlags, args []string, follow fol
 		return none, err
 	}
 	var from audit.Source
-	if l.socket == "" {
+	if !l.live() {
 		if _, err := os.Stat(filepath.Join(args[0], "checkpoint")); err != nil {
 			return none, fmt.Errorf("%s is not the folder of an export (countersign admin audit export): %w",
 				args[0], err)
 		}
 		from = audit.Folder(args[0])
-	} else if from, err = t.dialAdmin(l.socket); err != nil {
+	} else if from, err = t.dialAdmin(); err != nil {
 		return none, err
 	}
 	var o audit.VerifyOptions

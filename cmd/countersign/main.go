@@ -45,7 +45,11 @@ type tool struct {
 	stdin          io.Reader
 	stdout, stderr io.Writer
 	json           bool
-	operator       string // name of the operator who signs in to an appliance
+	at             address    // the appliance that a command names
+	to             *appliance // the appliance that the command talks to
+	ca             string     // file with the certificate of the CA of an appliance
+	identity       string     // file with the public half of the only key to sign with
+	operator       string     // name of the operator who signs in to an appliance
 	proposeOnly    bool
 }
 
@@ -101,6 +105,8 @@ func classify(err error) (code string, status int) {
 		return "usage", 2
 	case errors.Is(err, client.ErrUnknownOutcome): // before a refusal inside: a retry is not safe
 		return "unknown_outcome", 1
+	case errors.Is(err, errNotSigned):
+		return "not_signed", 1
 	case errors.As(err, new(*audit.Wrong)):
 		return "wrong_event", 1
 	case errors.Is(err, client.ErrUnproven):

@@ -4,7 +4,6 @@ import (
 	"context"
 	"fmt"
 	"io"
-	"os"
 	"path/filepath"
 	"strings"
 	"time"
@@ -13,7 +12,6 @@ import (
 	"countersign/internal/keystore"
 
 	"github.com/spf13/cobra"
-	"github.com/spf13/pflag"
 )
 
 // socketError marks a failure to reach the admin socket.
@@ -30,23 +28,13 @@ type (
 // longTimeout is the timeout of slow commands, for example of a compaction or an export.
 const longTimeout = 24 * time.Hour
 
-func (t *tool) socketFlag(flags *pflag.FlagSet, socket *string) {
-	path := os.Getenv("COUNTERSIGN_SOCKET")
-	if path == "" {
-		path = "/run/countersign/admin.sock"
-	}
-	flags.StringVar(socket, "socket", path, "the `path` of the admin socket (or COUNTERSIGN_SOCKET)")
-	t.operatorFlag(flags)
-}
-
 func reasonFlag(c *cobra.Command, reason *string) {
 	c.Flags().StringVar(reason, "reason", "", "the reason, a `text` of 1 to 500 bytes for the audit log (required)")
 }
 
 func (t *tool) admin() *cobra.Command {
-	var socket string
-	c := group("admin", "Manage an appliance over its admin socket")
-	t.socketFlag(c.PersistentFlags(), &socket)
+	c := group("admin", "Manage an appliance, on its machine or from yours")
+	t.addressFlags(c.PersistentFlags())
 	c.PersistentFlags().BoolVar(&t.proposeOnly, "propose-only", false,
 		"only propose an act that needs approval, without approving the proposal")
 
@@ -59,7 +47,7 @@ func (t *tool) admin() *cobra.Command {
 			}
 			ctx, cancel := context.WithTimeout(cmd.Context(), timeout)
 			defer cancel()
-			api, err := t.dialAdmin(socket)
+			api, err := t.dialAdmin()
 			if err != nil {
 				return err
 			}
@@ -75,9 +63,9 @@ func (t *tool) admin() *cobra.Command {
 			}
 			return t.print(k, func(w io.Writer) { fmt.Fprintln(w, k.PublicKey) })
 		})
-	c.AddCommand(t.adminKeys(act), t.peers(act), t.tokens(act), t.rollback(act), t.adminAudit(act, &socket), noiseKey,
+	c.AddCommand(t.adminKeys(act), t.peers(act), t.tokens(act), t.rollback(act), t.adminAudit(act), noiseKey,
 		t.policyVersions(act), t.retention(act), t.receipts(act), t.ledger(act))
-	c.AddCommand(t.people(act, &socket)...)
+	c.AddCommand(t.people(act)...)
 	return c
 }
 
@@ -212,11 +200,14 @@ func (t *tool) peers(act maker) *cobra.Command {
 	)
 }
 
-func (t *tool) adminAudit(act maker, socket *string) *cobra.Command {
+func (t *tool) adminAudit(act maker) *cobra.Command {
 	key := act("key", "Print the log's verifier key, for countersign audit verify and other tools", cobra.NoArgs,
 		func(ctx context.Context, c *api.Client, _ []string) error {
 			l, err := c.Log(ctx)
 			if err != nil {
+				return err
+			}
+			if _, err := t.pinLog(l.VerifierKey); err != nil {
 				return err
 			}
 			return t.print(l, func(w io.Writer) { fmt.Fprintln(w, l.VerifierKey) })
@@ -231,7 +222,7 @@ func (t *tool) adminAudit(act maker, socket *string) *cobra.Command {
 				fmt.Fprintf(w, "epoch\t%d has begun\nverifier key\t%s\n", l.Epoch, l.VerifierKey)
 			})
 		})
-	return group("audit", "List and export the audit log", t.events(act), key, t.export(socket), endEpoch)
+	return group("audit", "List and export the audit log", t.events(act), key, t.export(), endEpoch)
 }
 
 func (t *tool) rollback(act maker) *cobra.Command {

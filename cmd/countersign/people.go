@@ -18,17 +18,17 @@ import (
 
 // people are the commands about operators, their sessions and proposals, and about the appliance as
 // a whole.
-func (t *tool) people(act maker, socket *string) []*cobra.Command {
+func (t *tool) people(act maker) []*cobra.Command {
 	return []*cobra.Command{
-		t.login(socket), t.logout(act, socket), t.whoami(act), t.sessions(act),
+		t.contexts(), t.login(), t.logout(act), t.whoami(act), t.sessions(act),
 		t.operators(act), t.credentials(act), t.quorum(act), t.proposals(act),
 		t.lock(act), t.unlock(act), t.state(act), t.tls(act),
 	}
 }
 
-func (t *tool) logout(act maker, socket *string) *cobra.Command {
+func (t *tool) logout(act maker) *cobra.Command {
 	return act("logout", "End your session", cobra.NoArgs, func(ctx context.Context, c *api.Client, _ []string) error {
-		path, err := sessionFile(*socket)
+		path, err := sessionFile(t.to.name)
 		if err != nil {
 			return err
 		}
@@ -223,7 +223,7 @@ func (t *tool) credentials(act maker) *cobra.Command {
 }
 
 func (t *tool) quorum(act maker) *cobra.Command {
-	show := act("show", "Show the number of approvals that an act needs, and the approvers", cobra.NoArgs,
+	show := act("show", "Show how many approvals an act needs, by whom, and by which keys", cobra.NoArgs,
 		func(ctx context.Context, c *api.Client, _ []string) error {
 			a, err := c.Approvals(ctx)
 			if err != nil {
@@ -232,6 +232,7 @@ func (t *tool) quorum(act maker) *cobra.Command {
 			return t.print(a, func(w io.Writer) {
 				fmt.Fprintf(w, "needed\t%d of %d\n", a.Needed, len(a.Approvers))
 				fmt.Fprintf(w, "approvers\t%s\n", strings.Join(a.Approvers, ", "))
+				fmt.Fprintf(w, "by\t%s\n", either(a.Hardware, "hardware keys that verify their user", "any credential"))
 				if a.Warning != "" {
 					fmt.Fprintf(w, "warning\t%s\n", a.Warning)
 				}
@@ -242,7 +243,14 @@ func (t *tool) quorum(act maker) *cobra.Command {
 			return t.propose(ctx, c, "approvals needed", "", "needed", args[0])
 		})
 	needed.Example = "  countersign admin approvals needed 2"
-	return group("approvals", "Show and change the number of approvals that an act needs", show, needed)
+	hardware := act("hardware yes|no", "Demand that approvals are by hardware keys, or not, under approval",
+		cobra.ExactArgs(1), func(ctx context.Context, c *api.Client, args []string) error {
+			return t.propose(ctx, c, "approvals hardware", "", "required", args[0])
+		})
+	details(hardware, "A hardware key is a FIDO key that asks for its PIN at each signature (ssh-keygen\n"+
+		"-t ed25519-sk -O verify-required), or a passkey. Approvals by other keys do not count any more.")
+	hardware.Example = "  countersign admin approvals hardware yes"
+	return group("approvals", "Show and change what approvals an act needs", show, needed, hardware)
 }
 
 func (t *tool) proposals(act maker) *cobra.Command {
@@ -294,6 +302,22 @@ func (t *tool) proposals(act maker) *cobra.Command {
 				}
 			})
 		})
+	text := one("text ID", "Print exactly the text that approvers sign, for ssh-keygen -Y sign",
+		func(ctx context.Context, c *api.Client, id uint64) error {
+			r, err := readReview(ctx, c, id)
+			if err != nil {
+				return err
+			}
+			text := r.proposal.Text()
+			if err := t.mine(text); err != nil {
+				return err
+			}
+			return t.print(map[string]string{"text": text}, func(w io.Writer) { io.WriteString(w, text) })
+		})
+	text.Example = "  countersign admin proposal text 3 >3.txt\n" +
+		"  ssh-keygen -Y sign -n countersign-proposal-v1 -f ann.key 3.txt\n" +
+		"  countersign admin proposal approve 3 --signature 3.txt.sig"
+	var signature string
 	approve := one("approve ID", "Show a proposal, ask, and approve it with your SSH key",
 		func(ctx context.Context, c *api.Client, id uint64) error {
 			r, err := readReview(ctx, c, id)
@@ -304,8 +328,13 @@ func (t *tool) proposals(act maker) *cobra.Command {
 			if err != nil {
 				return err
 			}
+			if signature != "" {
+				return t.approveSigned(ctx, c, me, r, signature)
+			}
 			return t.approve(ctx, c, me, r)
 		})
+	approve.Flags().StringVar(&signature, "signature", "",
+		"a `file` with your signature of proposal text, made elsewhere (default: sign with a key of the SSH agent)")
 	details(approve, "The last approval that the proposal needs carries the act out. The command shows what\n"+
 		"countersign admin proposal show does, and signs only the text that it has shown: the SHA-256 of a\n"+
 		"policy in the text must be that of the policy on the screen. At a terminal, it asks first.")
@@ -316,7 +345,7 @@ func (t *tool) proposals(act maker) *cobra.Command {
 			}
 			return t.said("withdrawn", strconv.FormatUint(id, 10))
 		})
-	return group("proposal", "List, show, approve and withdraw proposals", list, show, approve, withdraw)
+	return group("proposal", "List, show, approve and withdraw proposals", list, show, text, approve, withdraw)
 }
 
 func (t *tool) lock(act maker) *cobra.Command {

@@ -24,11 +24,11 @@ import (
 // records is the source of recorded decisions and of the policies that made the decisions: a
 // running appliance, or on any machine a file from policy export.
 type records struct {
-	tool         *tool
-	socket, file string
-	client       *api.Client
-	policies     map[string]api.Policy     // by SHA-256
-	parsed       map[string]*policy.Policy // by SHA-256
+	tool     *tool
+	file     string
+	client   *api.Client
+	policies map[string]api.Policy     // by SHA-256
+	parsed   map[string]*policy.Policy // by SHA-256
 }
 
 // exportEntry is one line of an exported file: a policy, or a decision.
@@ -39,7 +39,7 @@ type exportEntry struct {
 
 func (r *records) flags(t *tool, c *cobra.Command) {
 	r.tool = t
-	t.socketFlag(c.Flags(), &r.socket)
+	t.addressFlags(c.Flags())
 	c.Flags().StringVar(&r.file, "records", "",
 		"read the decisions from this `file` of policy export (default: from the appliance)")
 }
@@ -104,7 +104,7 @@ func (r *records) readFile(visit func(api.Decision) error) error {
 func (r *records) readAppliance(ctx context.Context, since time.Time, visit func(api.Decision) error) error {
 	var err error
 	if r.client == nil {
-		if r.client, err = r.tool.dialAdmin(r.socket); err != nil {
+		if r.client, err = r.tool.dialAdmin(); err != nil {
 			return err
 		}
 	}
@@ -204,7 +204,6 @@ func (t *tool) policy() *cobra.Command {
 
 func (t *tool) policyCheck() *cobra.Command {
 	var names bool
-	var socket string
 	do := func(cmd *cobra.Command, args []string) error {
 		p, err := policy.Load(args[0])
 		if err != nil {
@@ -212,7 +211,7 @@ func (t *tool) policyCheck() *cobra.Command {
 		}
 		var known func(entity, name string) bool
 		if names {
-			if known, err = t.knownNames(cmd.Context(), socket); err != nil {
+			if known, err = t.knownNames(cmd.Context()); err != nil {
 				return err
 			}
 		}
@@ -239,13 +238,13 @@ func (t *tool) policyCheck() *cobra.Command {
 		"  countersign policy check policy.cedar --names"
 	c.Flags().BoolVar(&names, "names", false,
 		"ask the appliance for peers and keys, and warn of names that do not exist")
-	t.socketFlag(c.Flags(), &socket)
+	t.addressFlags(c.Flags())
 	return c
 }
 
 // knownNames asks the appliance for its peers and keys. Names of other types count as known.
-func (t *tool) knownNames(ctx context.Context, socket string) (func(entity, name string) bool, error) {
-	client, err := t.dialAdmin(socket)
+func (t *tool) knownNames(ctx context.Context) (func(entity, name string) bool, error) {
+	client, err := t.dialAdmin()
 	if err != nil {
 		return nil, err
 	}
@@ -425,7 +424,7 @@ func withTexts(rec policy.Record, texts []string) (policy.Record, error) {
 
 // one gets a single decision from the appliance.
 func (r *records) one(ctx context.Context, event uint64, visit visitor) error {
-	client, err := r.tool.dialAdmin(r.socket)
+	client, err := r.tool.dialAdmin()
 	if err != nil {
 		return err
 	}

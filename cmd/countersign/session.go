@@ -2,8 +2,6 @@ package main
 
 import (
 	"context"
-	"crypto/sha256"
-	"encoding/hex"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -36,8 +34,8 @@ type signedIn struct {
 	Token      string `json:"token"`
 }
 
-// sessionFile is the path of the file with the session for a socket.
-func sessionFile(socket string) (string, error) {
+// sessionFile is the path of the file with the session of a context.
+func sessionFile(context string) (string, error) {
 	dir := os.Getenv("XDG_RUNTIME_DIR")
 	if dir == "" {
 		home, err := os.UserHomeDir()
@@ -46,17 +44,11 @@ func sessionFile(socket string) (string, error) {
 		}
 		dir = filepath.Join(home, ".local", "state")
 	}
-	path, err := filepath.Abs(socket)
-	if err != nil {
-		return "", err
-	}
-	sum := sha256.Sum256([]byte(path))
-	name := fmt.Sprintf("session-%s-%d.json", hex.EncodeToString(sum[:8]), os.Getuid())
-	return filepath.Join(dir, "countersign", name), nil
+	return filepath.Join(dir, "countersign", fmt.Sprintf("session-%s-%d.json", context, os.Getuid())), nil
 }
 
-func readSession(socket string) (s signedIn) {
-	path, err := sessionFile(socket)
+func readSession(context string) (s signedIn) {
+	path, err := sessionFile(context)
 	if err != nil {
 		return s
 	}
@@ -67,38 +59,34 @@ func readSession(socket string) (s signedIn) {
 	return s
 }
 
-func (s signedIn) write(socket string) error {
-	path, err := sessionFile(socket)
+func (s signedIn) write(context string) error {
+	path, err := sessionFile(context)
 	if err != nil {
-		return err
-	}
-	if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil {
 		return err
 	}
 	b, err := json.Marshal(s)
 	if err != nil {
 		return err
 	}
-	f, err := os.CreateTemp(filepath.Dir(path), "session") // mode 0600
-	if err != nil {
-		return err
-	}
-	defer os.Remove(f.Name()) // a no-op after the renaming
-	_, err = f.Write(b)
-	if err := errors.Join(err, f.Close()); err != nil {
-		return err
-	}
-	return os.Rename(f.Name(), path)
+	return replaceFile(path, b)
 }
 
-// dialAdmin returns a client with the stored session of the socket. When the session has ended, the
-// client signs in again by itself, if the operator is known and there is an SSH agent.
-func (t *tool) dialAdmin(socket string) (*api.Client, error) {
-	if _, err := os.Stat(socket); err != nil {
-		return nil, socketError{fmt.Errorf("no appliance runs at this socket: %w; "+
-			"start countersignd, or correct --socket (COUNTERSIGN_SOCKET)", err)}
+// dialAdmin returns a client of the appliance that the flags name, with the stored session. When
+// the session has ended, the client signs in again by itself, if the operator is known and there is
+// an SSH agent.
+func (t *tool) dialAdmin() (*api.Client, error) {
+	var err error
+	if t.to, err = t.findAppliance(); err != nil {
+		return nil, err
 	}
-	c, kept := api.NewClient(socket), readSession(socket)
+	c, err := t.to.client()
+	if err != nil {
+		return nil, err
+	}
+	kept := readSession(t.to.name)
+	if t.operator == "" {
+		t.operator = t.to.Operator
+	}
 	if t.operator == "" || t.operator == kept.Operator {
 		c.SetToken(kept.Token)
 	} else {
@@ -106,7 +94,7 @@ func (t *tool) dialAdmin(socket string) (*api.Client, error) {
 	}
 	if kept.Operator != "" && os.Getenv("SSH_AUTH_SOCK") != "" {
 		c.OnSignedOut(func(ctx context.Context) (string, error) {
-			s, err := t.signIn(ctx, c.WithToken(""), socket, kept)
+			s, err := t.signIn(ctx, c.WithToken(""), kept)
 			if err != nil {
 				fmt.Fprintf(t.stderr, "countersign: can't sign in %s again: %s\n", kept.Operator, message(err))
 			}
@@ -132,69 +120,107 @@ func sshAgent() (agent.ExtendedAgent, io.Closer, error) {
 	return agent.NewClient(conn), conn, nil
 }
 
-// maxTries is the maximum number of an agent's keys that a sign-in tries. The appliance accepts
-// five failures.
-const maxTries = 4
+// agentKeys returns the keys of an agent that may sign: of the known credentials (nil: of all that
+// can be a credential) and, with --identity, that one.
+func (t *tool) agentKeys(a agent.Agent, known []approval.Credential) ([]approval.Credential, error) {
+	keys, err := sshagent.Credentials(a, known)
+	if err != nil || t.identity == "" {
+		return keys, err
+	}
+	b, err := os.ReadFile(t.identity)
+	if err != nil {
+		return nil, fmt.Errorf("--identity: %w", err)
+	}
+	only, err := approval.NewSSH(string(b))
+	if err != nil {
+		return nil, fmt.Errorf("--identity %s: %w", t.identity, err)
+	}
+	return slices.DeleteFunc(keys, func(c approval.Credential) bool { return c.ID != only.ID }), nil
+}
 
-// signIn begins a session with a key of the agent, and stores the session. The appliance does not
-// tell strangers which keys an operator has, so signIn tries the keys of the agent. The key of the
-// last session comes first.
-func (t *tool) signIn(ctx context.Context, c *api.Client, socket string, who signedIn) (api.SignedIn, error) {
+// maxOffered is the maximum number of keys about which a sign-in asks the appliance.
+const maxOffered = 256
+
+// signIn begins a session with a key of the agent, and stores the session. As an SSH client does,
+// signIn first asks which of the agent's keys the appliance accepts, and has the agent sign with
+// these only. The key of the last session comes first. A key that the agent refuses, such as a FIDO
+// key that is not plugged in, leaves the turn to the next one.
+func (t *tool) signIn(ctx context.Context, c *api.Client, who signedIn) (api.SignedIn, error) {
 	a, closer, err := sshAgent()
 	if err != nil {
 		return api.SignedIn{}, err
 	}
 	defer closer.Close()
-	keys, err := sshagent.Credentials(a, nil)
+	keys, err := t.agentKeys(a, nil)
 	if err != nil {
 		return api.SignedIn{}, err
 	}
-	for i, k := range keys {
-		if k.ID == who.Credential {
-			keys[0], keys[i] = keys[i], keys[0]
-		}
+	keys = keys[:min(len(keys), maxOffered)]
+	ask := api.NewChallenge{Purpose: "sign-in", Operator: who.Operator}
+	for _, k := range keys {
+		ask.Credentials = append(ask.Credentials, k.ID)
 	}
-	err = errors.New("the SSH agent has no key that can sign in (ed25519, ecdsa or an sk- key): ssh-add it")
-	for _, k := range keys[:min(len(keys), maxTries)] {
-		ch, err := c.Challenge(ctx, api.NewChallenge{Purpose: "sign-in", Operator: who.Operator})
-		if err != nil {
-			return api.SignedIn{}, err
-		}
-		proof, err := sshagent.Sign(a, k, approval.ForSignIn, ch.Text)
-		if err != nil {
-			return api.SignedIn{}, err
-		}
-		s, err := c.SignIn(ctx, api.Proven{Challenge: ch.ID, Proof: proof})
-		if err == nil {
-			return s, signedIn{who.Operator, k.ID, s.Token}.write(socket)
-		}
-		if refusal, is := errors.AsType[*api.Error](err); !is || refusal.Code != "not_proven" {
-			return api.SignedIn{}, err
-		}
+	ch, err := c.Challenge(ctx, ask)
+	if err != nil {
+		return api.SignedIn{}, err
 	}
-	if len(keys) > 0 {
-		detail := fmt.Sprintf("none of the first %d keys of the SSH agent is a key of operator %s: "+
-			"use an agent with only your key (ssh-add)", min(len(keys), maxTries), who.Operator)
-		err = &api.Error{Code: "not_proven", Detail: detail}
+	if err := t.answers(ch.Text, approval.ForSignIn, who.Operator, ""); err != nil {
+		return api.SignedIn{}, err
 	}
-	return api.SignedIn{}, err
+	offered := len(keys)
+	keys = slices.DeleteFunc(keys, func(k approval.Credential) bool { return !slices.Contains(ch.Credentials, k.ID) })
+	if len(keys) == 0 {
+		detail := fmt.Sprintf("none of the %d keys that the SSH agent offers (ed25519, ecdsa or sk-) is a key of "+
+			"operator %s: ssh-add it, or correct --identity and --operator", offered, who.Operator)
+		return api.SignedIn{}, &api.Error{Code: "not_proven", Detail: detail}
+	}
+	first(keys, func(k approval.Credential) bool { return k.ID == who.Credential })
+	proof, err := sshagent.SignWithAny(a, keys, approval.ForSignIn, ch.Text)
+	if err != nil {
+		return api.SignedIn{}, err
+	}
+	s, err := c.SignIn(ctx, api.Proven{Challenge: ch.ID, Proof: proof})
+	if err != nil {
+		return api.SignedIn{}, err
+	}
+	return s, signedIn{who.Operator, proof.Credential, s.Token}.write(t.to.name)
 }
 
-// signText signs a text with the caller's key in the agent.
+// first moves the elements with a property to the front, and keeps the order otherwise.
+func first[T any](all []T, has func(T) bool) {
+	rank := func(x T) int {
+		if has(x) {
+			return 0
+		}
+		return 1
+	}
+	slices.SortStableFunc(all, func(x, y T) int { return rank(x) - rank(y) })
+}
+
+// signText signs a text with one of the caller's keys in the agent: a proposal of the context's
+// appliance, or a challenge that has passed answers. Hardware keys come first: an approval may have
+// to be by one.
 func (t *tool) signText(me api.Me, namespace, text string) (approval.Proof, error) {
+	if namespace == approval.ForProposal {
+		if err := t.mine(text); err != nil {
+			return approval.Proof{}, err
+		}
+	}
 	a, closer, err := sshAgent()
 	if err != nil {
 		return approval.Proof{}, err
 	}
 	defer closer.Close()
-	keys, err := sshagent.Credentials(a, me.Operator.Credentials)
+	keys, err := t.agentKeys(a, me.Operator.Credentials)
 	if err != nil {
 		return approval.Proof{}, err
 	}
 	if len(keys) == 0 {
-		return approval.Proof{}, fmt.Errorf("the SSH agent has no key of operator %s: ssh-add one", me.Operator.Name)
+		return approval.Proof{}, fmt.Errorf("the SSH agent has no key of operator %s: "+
+			"ssh-add one, or correct --identity", me.Operator.Name)
 	}
-	return sshagent.Sign(a, keys[0], namespace, text)
+	first(keys, approval.Credential.Hardware)
+	return sshagent.SignWithAny(a, keys, namespace, text)
 }
 
 // propose proposes an act that needs approval, with parameters as alternating names and values.
@@ -280,6 +306,37 @@ func (t *tool) approve(ctx context.Context, c *api.Client, me api.Me, r *review)
 	return t.outcome(p)
 }
 
+// approveSigned approves a proposal by a signature that was made elsewhere, for example by
+// ssh-keygen on a machine without a network.
+func (t *tool) approveSigned(ctx context.Context, c *api.Client, me api.Me, r *review, file string) error {
+	b, err := os.ReadFile(file)
+	if err != nil {
+		return err
+	}
+	proof, err := approval.NewSSHProof(string(b))
+	if err != nil {
+		return fmt.Errorf("--signature %s: %w", file, err)
+	}
+	by, has := me.Operator.Credential(proof.Credential)
+	if !has {
+		return fmt.Errorf("--signature %s: it is by the key %s, which is no credential of operator %s",
+			file, proof.Credential, me.Operator.Name)
+	}
+	text := r.proposal.Text()
+	if err := t.mine(text); err != nil {
+		return err
+	}
+	if _, err := by.Verify(approval.ForProposal, text, proof); err != nil {
+		return fmt.Errorf("--signature %s: sign the text of proposal text %d with the namespace %s: %w",
+			file, r.proposal.ID, approval.ForProposal, err)
+	}
+	p, err := c.Approve(ctx, r.proposal.ID, proof)
+	if err != nil {
+		return err
+	}
+	return t.outcome(p)
+}
+
 // interactive says whether stdin is a terminal.
 func (t *tool) interactive() bool {
 	f, ok := t.stdin.(*os.File)
@@ -312,18 +369,18 @@ func (t *tool) outcome(p api.Proposal) error {
 }
 
 // login does not use a maker: the command has no session yet.
-func (t *tool) login(socket *string) *cobra.Command {
+func (t *tool) login() *cobra.Command {
 	do := func(cmd *cobra.Command, args []string) error {
-		kept := readSession(*socket)
-		if kept.Operator != args[0] {
-			kept = signedIn{Operator: args[0]}
-		}
 		t.operator = args[0]
-		c, err := t.dialAdmin(*socket)
+		c, err := t.dialAdmin()
 		if err != nil {
 			return err
 		}
-		s, err := t.signIn(cmd.Context(), c.WithToken(""), *socket, kept)
+		kept := readSession(t.to.name)
+		if kept.Operator != args[0] {
+			kept = signedIn{Operator: args[0]}
+		}
+		s, err := t.signIn(cmd.Context(), c.WithToken(""), kept)
 		if err != nil {
 			return err
 		}
@@ -333,10 +390,10 @@ func (t *tool) login(socket *string) *cobra.Command {
 		})
 	}
 	c := command("login NAME", "Sign in as an operator with an SSH key of your agent", cobra.ExactArgs(1), do)
-	details(c, "An ed25519, ecdsa or FIDO (sk-) key of the agent at SSH_AUTH_SOCK signs a challenge. The session\n"+
-		"is stored for this socket, in $XDG_RUNTIME_DIR/countersign or ~/.local/state/countersign. When\n"+
-		"the session has ended, the next command signs in again by itself, as long as the agent has the\n"+
-		"key.")
+	details(c, "An ed25519, ecdsa or FIDO (sk-) key of the agent at SSH_AUTH_SOCK signs a challenge, which must be\n"+
+		"of the context's appliance. The session is stored for the context, in $XDG_RUNTIME_DIR/countersign\n"+
+		"or ~/.local/state/countersign. When the session has ended, the next command signs in again by\n"+
+		"itself, as long as the agent has the key.")
 	c.Example = "  countersign admin login ann"
 	return c
 }
