@@ -19,6 +19,7 @@ import (
 	"countersign/admin/api"
 	"countersign/approval"
 	"countersign/audit"
+	"countersign/internal/durable"
 
 	"github.com/spf13/cobra"
 	"github.com/spf13/pflag"
@@ -266,24 +267,15 @@ func (a *appliance) write() error {
 	if err != nil {
 		return err
 	}
-	return replaceFile(path, append(b, '\n'))
+	return keep(path, append(b, '\n'))
 }
 
-// replaceFile writes a file with mode 0600: the old file or the new one is there at any time.
-func replaceFile(path string, content []byte) error {
+// keep replaces a file of the operator's folder.
+func keep(path string, content []byte) error {
 	if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil {
 		return err
 	}
-	f, err := os.CreateTemp(filepath.Dir(path), ".new-*") // mode 0600
-	if err != nil {
-		return err
-	}
-	defer os.Remove(f.Name()) // a no-op after the renaming
-	_, err = f.Write(content)
-	if err := errors.Join(err, f.Close()); err != nil {
-		return err
-	}
-	return os.Rename(f.Name(), path)
+	return durable.Write(path, content, 0o600)
 }
 
 // contextInUse is the name of the context in use, or "".
@@ -301,7 +293,7 @@ func useContext(name string) error {
 	if err != nil {
 		return err
 	}
-	return replaceFile(filepath.Join(dir, "current"), []byte(name+"\n"))
+	return keep(filepath.Join(dir, "current"), []byte(name+"\n"))
 }
 
 // contexts are the commands about contexts. The commands talk to no appliance.

@@ -68,7 +68,7 @@ func (s signedIn) write(context string) error {
 	if err != nil {
 		return err
 	}
-	return replaceFile(path, b)
+	return keep(path, b)
 }
 
 // dialAdmin returns a client of the appliance that the flags name, with the stored session. When
