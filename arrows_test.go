@@ -84,7 +84,7 @@ var arrows = map[string]room{
 	},
 	"internal/keystore/worker": {ours: "internal/durable internal/keystore internal/pubkey"},
 	// For programs of peers and auditors.
-	"client": {ours: "audit internal/eddsa internal/ijson internal/pubkey noise transcript wire"},
+	"client": {ours: "audit internal/durable internal/eddsa internal/ijson internal/pubkey noise transcript wire"},
 	"noise": {
 		ours: "internal/eddsa internal/ijson internal/pubkey",
 		outside: `github.com/flynn/noise github.com/go-json-experiment/json golang.org/x/crypto/blake2s
@@ -99,7 +99,8 @@ var arrows = map[string]room{
 		outside: "github.com/go-json-experiment/json github.com/go-webauthn/webauthn golang.org/x/crypto/ssh",
 	},
 	"audit": {
-		ours: "internal/eddsa internal/ijson", outside: "github.com/go-json-experiment/json golang.org/x/mod",
+		ours:    "internal/durable internal/eddsa internal/ijson",
+		outside: "github.com/go-json-experiment/json golang.org/x/mod",
 	},
 	// The leaves: one trade each.
 	"policy":            {ours: "internal/ijson", outside: "github.com/cedar-policy/cedar-go"},

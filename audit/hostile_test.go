@@ -5,12 +5,14 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"maps"
 	"os"
 	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -524,5 +526,109 @@ func TestLongMetadata(t *testing.T) {
 	}
 	if len(metadata["cause"]) != 140_000 {
 		t.Error("the caller's metadata was changed")
+	}
+}
+
+// TestMirrorIsChecked damages each file of a copy in turn, as a crash, a full disk or a person may:
+// the next export replaces the file. A source that sends something else is an error, and what it
+// sent gets no name in the folder.
+func TestMirrorIsChecked(t *testing.T) {
+	m := newMemory(t)
+	m.epoch(t, signatures(300, 1, 0)...)
+	m.epoch(t, signatures(3, m.events+1, 100)...)
+	dir := t.TempDir()
+	mirror := func() error {
+		_, err := audit.Mirror(t.Context(), m, m.log, dir, nil)
+		return err
+	}
+	if err := mirror(); err != nil {
+		t.Fatal(err)
+	}
+	if err := mirrored(dir); len(err) == 0 {
+		t.Fatal("the copy has no files")
+	}
+	for name, whole := range mirrored(dir) {
+		path := filepath.Join(dir, name)
+		for what, damaged := range map[string][]byte{
+			"empty": {}, "shorter": whole[:len(whole)/2], "longer": append(slices.Clone(whole), 0),
+			"another": flip(whole, len(whole)/2), "missing": nil,
+		} {
+			if damaged == nil {
+				os.Remove(path)
+			} else if err := os.WriteFile(path, damaged, 0o644); err != nil {
+				t.Fatal(err)
+			}
+			err := mirror()
+			if strings.HasSuffix(name, "checkpoint") && what != "missing" {
+				// A checkpoint is the trust in the copy: people look.
+				if err == nil {
+					t.Errorf("%s, %s: not noticed", name, what)
+				}
+				if err := os.WriteFile(path, whole, 0o644); err != nil {
+					t.Fatal(err)
+				}
+				continue
+			}
+			now, _ := os.ReadFile(path)
+			if err != nil || !bytes.Equal(now, whole) {
+				t.Errorf("%s, %s: %v, and %d bytes for %d", name, what, err, len(now), len(whole))
+			}
+		}
+	}
+	for name, whole := range m.files {
+		if !strings.HasPrefix(name, "epochs/") || name == "epochs/1/checkpoint" {
+			continue // the other name of a file, by which the present epoch is not read
+		}
+		for what, sent := range map[string][]byte{"empty": {}, "another": flip(whole, len(whole)/2)} {
+			dir := t.TempDir()
+			m.files[name] = sent
+			if _, err := audit.Mirror(t.Context(), m, m.log, dir, nil); err == nil {
+				t.Errorf("the source's %s is %s: not noticed", name, what)
+			}
+			m.files[name] = whole
+			if _, err := os.Stat(filepath.Join(dir, name)); err == nil {
+				t.Errorf("the source's %s is %s, and was kept", name, what)
+			}
+		}
+	}
+	if _, err := audit.Mirror(t.Context(), m, m.log, "", nil); err == nil {
+		t.Error("a copy into a folder without a name")
+	}
+}
+
+// mirrored returns the files of a copy by their names, without links.
+func mirrored(dir string) map[string][]byte {
+	files := map[string][]byte{}
+	filepath.WalkDir(dir, func(path string, d fs.DirEntry, err error) error {
+		if err == nil && d.Type().IsRegular() {
+			name, _ := filepath.Rel(dir, path)
+			files[name], err = os.ReadFile(path)
+		}
+		return err
+	})
+	return files
+}
+
+// TestMirrorsAtOnce makes ten copies into one folder at the same time.
+func TestMirrorsAtOnce(t *testing.T) {
+	m := newMemory(t)
+	m.epoch(t, signatures(300, 1, 0)...)
+	dir := t.TempDir()
+	var wg sync.WaitGroup
+	for range 10 {
+		wg.Go(func() {
+			if _, err := audit.Mirror(t.Context(), m, m.log, dir, nil); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+	wg.Wait()
+	if _, err := m.log.Verify(t.Context(), audit.Folder(dir), audit.VerifyOptions{}); err != nil {
+		t.Error(err)
+	}
+	for name := range mirrored(dir) {
+		if strings.Contains(name, ".new") {
+			t.Errorf("%s is left", name)
+		}
 	}
 }

@@ -118,12 +118,16 @@ func (t *treeChecker) firstWrong(n uint64, entries [][]byte) (at uint64) {
 
 // provenHashes reads n hashes of a level from the tiles and verifies them against the checkpoint.
 func (t *treeChecker) provenHashes(level int, from, n uint64) ([]Hash, error) {
+	return provenHashes(t.head, tileReader{t.read}, level, from, n)
+}
+
+func provenHashes(head Checkpoint, tiles tlog.TileReader, level int, from, n uint64) ([]Hash, error) {
 	indexes := make([]int64, n)
 	for i := range indexes {
 		indexes[i] = tlog.StoredHashIndex(level, int64(from)+int64(i))
 	}
-	head := tlog.Tree{N: int64(t.head.Size), Hash: tlog.Hash(t.head.Root)}
-	hashes, err := tlog.TileHashReader(head, tileReader{t.read}).ReadHashes(indexes)
+	tree := tlog.Tree{N: int64(head.Size), Hash: tlog.Hash(head.Root)}
+	hashes, err := tlog.TileHashReader(tree, tiles).ReadHashes(indexes)
 	if err != nil {
 		return nil, err
 	}
