@@ -100,7 +100,7 @@ func checkAnswer(t *testing.T, text string) {
 	}
 	for _, result := range []any{
 		new(wire.Pong), new(wire.KeyList), new(wire.Signed), new(wire.Verified), new(wire.Answers),
-		new(wire.Acknowledged), new(wire.Steps),
+		new(wire.Acknowledged), new(wire.Steps), new(wire.Consistent),
 	} {
 		if a.Into(result) == nil {
 			return

@@ -112,20 +112,88 @@ func (a *Appliance) Proof(ctx context.Context, who Caller, event uint64) (*wire.
 	if said.Actor.PublicKey != audit.Peer("", who.PublicKey).PublicKey {
 		return nil, none
 	}
+	return a.prove(ctx, e, event, leaves[0])
+}
+
+// prove returns the inclusion proof of an event in its epoch.
+func (a *Appliance) prove(ctx context.Context, e ledger.Epoch, event uint64, leaf []byte) (*wire.Proven, error) {
 	index := event - e.First
-	if e, err = a.checkpoint(ctx, e.Number, index+1); err != nil {
+	e, err := a.checkpoint(ctx, e.Number, index+1)
+	if err != nil {
 		return nil, err
 	}
 	p := &wire.Proven{
-		Event: event, Epoch: e.Number, Index: index, Leaf: leaves[0], Path: []wire.Bytes32{}, Checkpoint: e.Checkpoint,
+		Event: event, Epoch: e.Number, Index: index, Leaf: leaf, Path: []wire.Bytes32{}, Checkpoint: e.Checkpoint,
 	}
 	return p, a.ledger.Hashes(e.Number, func(stored audit.Reader) error {
 		path, err := audit.Prove(e.Signed, index, stored)
-		for _, h := range path {
-			p.Path = append(p.Path, wire.Bytes32(h))
-		}
+		p.Path = hashes(path)
 		return err
 	})
+}
+
+func hashes(path []audit.Hash) []wire.Bytes32 {
+	all := make([]wire.Bytes32, len(path))
+	for i, h := range path {
+		all[i] = wire.Bytes32(h)
+	}
+	return all
+}
+
+// EpochStart returns the proof of the first event of an epoch. Each peer may have the proof, since
+// the event has nothing of a peer: only the number of the epoch, and the end of the epoch before.
+func (a *Appliance) EpochStart(ctx context.Context, epoch uint32) (*wire.Proven, error) {
+	e, err := a.keptEpoch(epoch)
+	if err != nil {
+		return nil, err
+	}
+	leaves, err := a.eventsOf(e.First, 1)
+	if err != nil {
+		return nil, err
+	}
+	return a.prove(ctx, e, e.First, leaves[0])
+}
+
+// Consistency returns the proof that the tree of to leaves of an epoch continues the tree of from
+// leaves. Both trees are under a checkpoint, which is signed if necessary: an epoch can have ended
+// before its final tree is signed.
+func (a *Appliance) Consistency(ctx context.Context, epoch uint32, from, to uint64) (*wire.Consistent, error) {
+	e, err := a.keptEpoch(epoch)
+	if err != nil {
+		return nil, err
+	}
+	if to > a.size(e) {
+		return nil, fmt.Errorf("%w: epoch %d has no tree of %d leaves", errNoTree, epoch, to)
+	}
+	if _, err := a.checkpoint(ctx, epoch, to); err != nil {
+		return nil, err
+	}
+	c := new(wire.Consistent)
+	return c, a.ledger.Hashes(epoch, func(stored audit.Reader) error {
+		path, err := audit.ProveConsistency(from, to, stored)
+		c.Path = hashes(path)
+		return err
+	})
+}
+
+// size returns the number of events of an epoch now.
+func (a *Appliance) size(e ledger.Epoch) uint64 {
+	if number, _, tree := a.ledger.Head(); e.Ended == 0 && number == e.Number {
+		return tree.Size
+	}
+	return e.Size
+}
+
+// keptEpoch returns an epoch that retention has not dropped.
+func (a *Appliance) keptEpoch(epoch uint32) (ledger.Epoch, error) {
+	e, err := a.ledger.Epoch(epoch)
+	switch {
+	case errors.Is(err, ledger.ErrNotFound):
+		return e, fmt.Errorf("%w: there is no epoch %d", errNoTree, epoch)
+	case err == nil && e.Dropping != 0:
+		return e, fmt.Errorf("epoch %d: %w", epoch, ledger.ErrDropped)
+	}
+	return e, err
 }
 
 // eventsOf returns the encoded bytes of n events beginning at the index first, or ErrNotFound if
@@ -165,10 +233,7 @@ func (a *Appliance) LogFile(ctx context.Context, path string) ([]byte, error) {
 	} else if err != nil {
 		return nil, err
 	}
-	size := e.Size
-	if number, _, tree := a.ledger.Head(); e.Ended == 0 && number == e.Number {
-		size = tree.Size
-	}
+	size := a.size(e)
 	if rest == "checkpoint" {
 		if newest, err := a.checkpoint(ctx, e.Number, size); err == nil {
 			e = newest

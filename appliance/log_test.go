@@ -104,11 +104,7 @@ func TestProofs(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		proof := audit.Proof{Event: p.Event, Index: p.Index, Leaf: p.Leaf, Checkpoint: []byte(p.Checkpoint)}
-		for _, h := range p.Path {
-			proof.Path = append(proof.Path, audit.Hash(h))
-		}
-		e, c, err := log.Check(proof)
+		e, c, err := log.Check(proofOf(p))
 		if err != nil || e.Type != audit.SignatureAdmitted || int(c.Epoch) != epoch || int(p.Epoch) != epoch {
 			t.Errorf("epoch %d: %+v, %+v, %v", epoch, e, c, err)
 		}
@@ -123,6 +119,58 @@ func TestProofs(t *testing.T) {
 	if _, err := r.Proof(t.Context(), r.shop, first.Event); err != nil {
 		t.Errorf("an event under a checkpoint needs no token: %v", err)
 	}
+}
+
+// TestConsistencyOfAnEndedEpoch asks for a proof up to the final tree of an epoch before that tree
+// has a checkpoint: a client that gets none would take the log for a forked one.
+func TestConsistencyOfAnEndedEpoch(t *testing.T) {
+	r, log := logRig(t)
+	first := r.sign(t, r.shop, message(1, ""))
+	p, err := r.Proof(t.Context(), r.shop, first.Event)
+	if err != nil {
+		t.Fatal(err)
+	}
+	before, err := log.Open([]byte(p.Checkpoint))
+	if err != nil {
+		t.Fatal(err)
+	}
+	r.sign(t, r.shop, message(2, ""))
+	if _, err := r.ledger.EndEpoch(t.Context(), audit.Operator("test")); err != nil { // without a signature
+		t.Fatal(err)
+	}
+	begun, err := r.EpochStart(t.Context(), 1)
+	if err != nil {
+		t.Fatal(err)
+	}
+	final, _, err := log.CheckEpoch(proofOf(begun), 1)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if e, err := r.ledger.Epoch(0); err != nil || e.Final() {
+		t.Fatalf("the final tree is signed already: %+v, %v", e, err)
+	}
+	c, err := r.Consistency(t.Context(), 0, before.Size, final.Size)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := final.Continues(before, read(c.Path)); err != nil {
+		t.Error(err)
+	}
+	_, err = r.Consistency(t.Context(), 0, before.Size, final.Size+1)
+	r.refuses(t, wire.CodeDenied, err)
+}
+
+func proofOf(p *wire.Proven) audit.Proof {
+	return audit.Proof{
+		Event: p.Event, Index: p.Index, Leaf: p.Leaf, Checkpoint: []byte(p.Checkpoint), Path: read(p.Path),
+	}
+}
+
+func read(path []wire.Bytes32) (all []audit.Hash) {
+	for _, h := range path {
+		all = append(all, audit.Hash(h))
+	}
+	return all
 }
 
 // TestPeersCantUseTheLogKey: the key of the audit log is unknown to peers, and no operator can

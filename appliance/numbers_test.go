@@ -30,7 +30,7 @@ func TestNumbersInAnswers(t *testing.T) {
 	got := map[string]bool{}
 	for _, answer := range []any{
 		wire.Pong{}, wire.KeyList{}, wire.Signed{}, wire.Verified{}, wire.Proven{}, wire.Steps{}, wire.Acknowledged{},
-		wire.Rotation{}, wire.Error{},
+		wire.Consistent{}, wire.Rotation{}, wire.Error{},
 	} {
 		numbers(reflect.TypeOf(answer), got)
 	}

@@ -21,6 +21,7 @@ var (
 	errReplay           = errors.New("the nonce is spent")
 	errUnknownOutcome   = errors.New("the nonce may be spent")
 	errNotYours         = errors.New("not yours")
+	errNoTree           = errors.New("the audit log has no such tree")
 )
 
 // class is the meaning of an error for the peer and for the daemon.
@@ -64,6 +65,7 @@ var table = []struct {
 	{errInvalidSignature, refused, wire.CodeInvalidSignature, ""},
 	{errReplay, refused, wire.CodeReplay, ""},
 	{errNotYours, refused, wire.CodeDenied, ""},
+	{errNoTree, refused, wire.CodeDenied, ""},
 	{peers.ErrGone, unavailable, wire.CodeUnavailable, needsOperator}, // the peer's connections are closed
 	{peers.ErrQuota, unavailable, wire.CodeBusy,
 		"this peer has used up its bytes on the appliance's disk for now; send the same request again later"},
@@ -81,7 +83,7 @@ var table = []struct {
 		"too many nonces of verifications are alive; send the same request again when some have expired"},
 	{ledger.ErrTooMany, unavailable, wire.CodeBusy,
 		"too many nonces are alive; send the same request again when some have expired"},
-	{ledger.ErrDropped, refused, wire.CodeDenied, "the event was dropped by retention"},
+	{ledger.ErrDropped, refused, wire.CodeDenied, "retention has dropped it"},
 	{ledger.ErrClosed, unavailable, wire.CodeUnavailable, "the appliance is stopping"},
 	{keystore.ErrUnavailable, unavailable, wire.CodeUnavailable, keyUnreachable},
 	{keystore.ErrAuth, unavailable, wire.CodeUnavailable, keyUnreachable},

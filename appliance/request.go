@@ -103,6 +103,12 @@ func (a *Appliance) serve(
 	case *wire.Proof:
 		op = wire.OpProof
 		result, err = a.Proof(ctx, who, r.Event)
+	case *wire.Epoch:
+		op = wire.OpEpoch
+		result, err = a.EpochStart(ctx, r.Epoch)
+	case *wire.Consistency:
+		op = wire.OpConsistency
+		result, err = a.Consistency(ctx, r.Epoch, r.From, r.To)
 	case *wire.Line:
 		op, key = wire.OpLine, r.Key
 		result, err = a.Keys.Steps(r)

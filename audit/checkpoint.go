@@ -191,3 +191,60 @@ func (l Log) Check(p Proof) (Event, Checkpoint, error) {
 	}
 	return e, c, nil
 }
+
+// ProveConsistency returns the proof that the tree of to leaves continues the tree of from leaves
+// (RFC 6962 section 2.1.2). The proof of a tree with itself is empty.
+func ProveConsistency(from, to uint64, r Reader) ([]Hash, error) {
+	if from == to {
+		return nil, nil
+	}
+	path, err := tlog.ProveTree(int64(to), int64(from), tlogReader{r})
+	if err != nil {
+		return nil, err
+	}
+	return convert[Hash](path), nil
+}
+
+// Continues verifies that the tree of c continues the tree of a smaller checkpoint of the same
+// epoch: the first leaves of c are the leaves of before. The path is that of ProveConsistency.
+func (c Checkpoint) Continues(before Checkpoint, path []Hash) error {
+	switch {
+	case c.Epoch != before.Epoch || c.Size < before.Size || before.Size == 0:
+		return fmt.Errorf("audit: the tree of %d leaves of epoch %d does not continue that of %d leaves of epoch %d",
+			c.Size, c.Epoch, before.Size, before.Epoch)
+	case c.Size == before.Size && c.Root != before.Root:
+		return fmt.Errorf("audit: epoch %d has two trees of %d leaves, with the roots %v and %v",
+			c.Epoch, c.Size, before.Root, c.Root)
+	case c.Size == before.Size:
+		return nil
+	}
+	err := tlog.CheckTree(convert[tlog.Hash](path), int64(c.Size), tlog.Hash(c.Root), int64(before.Size),
+		tlog.Hash(before.Root))
+	if err != nil {
+		return fmt.Errorf("audit: the tree of %d leaves of epoch %d is not shown to continue that of %d leaves: %w",
+			c.Size, c.Epoch, before.Size, err)
+	}
+	return nil
+}
+
+// CheckEpoch verifies the proof of the first event of an epoch. CheckEpoch returns the checkpoint
+// of the proof, and the final tree of the epoch before, which the event names.
+func (l Log) CheckEpoch(p Proof, epoch uint32) (final, c Checkpoint, err error) {
+	e, c, err := l.Check(p)
+	if err != nil {
+		return final, c, err
+	}
+	if e.Type != EpochBegun || p.Index != 0 || c.Epoch != epoch || epoch == 0 || e.Resource != epochResource(epoch) {
+		return final, c, fmt.Errorf("audit: proof: it is not of the first event of epoch %d", epoch)
+	}
+	final.Epoch = epoch - 1
+	final.Size, err = strconv.ParseUint(e.Metadata["previous_size"], 10, 62)
+	if err == nil {
+		err = final.Root.UnmarshalText([]byte(e.Metadata["previous_root"]))
+	}
+	if err != nil {
+		return final, c, fmt.Errorf("audit: proof: the first event of epoch %d does not name the end of epoch %d",
+			epoch, final.Epoch)
+	}
+	return final, c, nil
+}

@@ -69,7 +69,17 @@ type Config struct {
 	// audit key` prints it. Where LogKey is set, Sign and Verify also get and check the proof that
 	// their event is in the log, and fail with ErrUnproven without a valid one. The proof costs one
 	// more round trip, and needs an appliance that can sign a checkpoint. Default: none.
+	//
+	// The client remembers the newest checkpoint of the log, and each later one must continue it:
+	// a log that was set back, or that is not the same for all, is ErrForkedLog. A new checkpoint
+	// costs a further round trip.
 	LogKey string
+	// LogCheckpoint is the path of a file in which the client keeps the newest checkpoint, so that
+	// a restart does not forget the log. The client makes the file. Each new checkpoint is on the
+	// disk before the signature is returned. The file has the form of the log's own checkpoints
+	// (countersign audit verify --since). Each process needs a file of its own. Default: none,
+	// which remembers until Close.
+	LogCheckpoint string
 	// Identity is this peer's static key. The appliance must have its public half enrolled, by
 	// `countersign admin peer add`.
 	Identity *noise.Identity
@@ -121,7 +131,7 @@ type Config struct {
 // Client is safe for concurrent use.
 type Client struct {
 	config Config
-	log    *audit.Log // of Config.LogKey
+	memory *logMemory // of the log of Config.LogKey; nil without one
 
 	base   context.Context // ended by Close
 	cancel context.CancelFunc
@@ -158,13 +168,17 @@ func New(c Config) (*Client, error) {
 	if c.Lifetime == 0 {
 		c.Lifetime = time.Hour
 	}
-	var log *audit.Log
+	var memory *logMemory
 	if c.LogKey != "" {
-		l, err := audit.ParseVerifierKey(c.LogKey)
+		log, err := audit.ParseVerifierKey(c.LogKey)
 		if err != nil {
 			return nil, fmt.Errorf("client: LogKey: %w", err)
 		}
-		log = &l
+		if memory, err = openMemory(log, c.LogCheckpoint); err != nil {
+			return nil, fmt.Errorf("client: LogCheckpoint: %w", err)
+		}
+	} else if c.LogCheckpoint != "" {
+		return nil, errors.New("client: LogCheckpoint: without LogKey, no checkpoint can be checked: set both")
 	}
 	pins := map[string]*pin{}
 	for _, l := range c.Lines {
@@ -182,7 +196,7 @@ func New(c Config) (*Client, error) {
 		}
 	}
 	base, cancel := context.WithCancel(context.Background())
-	client := &Client{config: c, log: log, base: base, cancel: cancel, lock: make(chan struct{}, 1), pins: pins}
+	client := &Client{config: c, memory: memory, base: base, cancel: cancel, lock: make(chan struct{}, 1), pins: pins}
 	k := &client.serverKeys
 	k.used, k.old, k.generation = c.ServerKey, c.ServerKey, c.ServerGeneration
 	if former := c.FormerServerKey; former != [32]byte{} && former != c.ServerKey {
@@ -350,7 +364,7 @@ func (c *Client) checkSigned(ctx context.Context, key string, d Document, s wire
 	if err := c.checkVersion(ctx, key, s.Version, s.PublicKey, nil); err != nil {
 		return nil, err
 	}
-	if c.log != nil {
+	if c.memory != nil {
 		resource := s.Key + "/" + strconv.FormatUint(uint64(s.Version), 10)
 		says := func(e audit.Event) bool { return e.Resource == resource && isAbout(e, doc) }
 		if err := c.checkProof(ctx, s.Event, audit.Admission, says); err != nil {
@@ -393,7 +407,7 @@ func (c *Client) checkVerified(ctx context.Context, s *Signed, v wire.Verified) 
 	if !v.Valid {
 		return ErrWrongAnswer
 	}
-	if c.log == nil {
+	if c.memory == nil {
 		return nil
 	}
 	doc, err := transcript.Parse(transcript.Request(s.Document))

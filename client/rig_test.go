@@ -49,26 +49,10 @@ func startAppliance() (a *testAppliance, err error) {
 	if err := ledger.Create(path, ledger.Options{}); err != nil {
 		return nil, err
 	}
-	a.ledger, err = ledger.Open(path, ledger.Options{}) // without a replica: examples have no testing.T
-	if err != nil {
-		return nil, err
-	}
-	p, err := policy.Parse("policy.cedar", []byte(rules))
-	if err != nil {
+	if err := a.open(); err != nil {
 		return nil, err
 	}
 	ctx := context.Background()
-	limits := appliance.DefaultLimits()
-	limits.Handshakes.PerSource = 100
-	config := appliance.Config{
-		Limits:    limits,
-		Retention: appliance.Retention{Epoch: appliance.Month, Audit: time.Hour, Receipts: time.Hour},
-	}
-	stores := map[string]keystore.Store{"memory": a.store}
-	a.app, err = appliance.New(ctx, config, a.ledger, stores, p, slog.New(slog.DiscardHandler))
-	if err != nil {
-		return nil, err
-	}
 	if _, err := a.app.Keys.CreateOwn(ctx, operator, keyring.LogName, "memory"); err != nil {
 		return nil, err
 	}
@@ -90,6 +74,27 @@ func startAppliance() (a *testAppliance, err error) {
 		return nil, err
 	}
 	return a, a.serve()
+}
+
+// open opens the ledger, and makes an appliance with it.
+func (a *testAppliance) open() (err error) {
+	// Without a replica: examples have no testing.T.
+	if a.ledger, err = ledger.Open(filepath.Join(a.dir, "ledger.db"), ledger.Options{}); err != nil {
+		return err
+	}
+	p, err := policy.Parse("policy.cedar", []byte(rules))
+	if err != nil {
+		return err
+	}
+	limits := appliance.DefaultLimits()
+	limits.Handshakes.PerSource = 100
+	config := appliance.Config{
+		Limits:    limits,
+		Retention: appliance.Retention{Epoch: appliance.Month, Audit: time.Hour, Receipts: time.Hour},
+	}
+	stores := map[string]keystore.Store{"memory": a.store}
+	a.app, err = appliance.New(context.Background(), config, a.ledger, stores, p, slog.New(slog.DiscardHandler))
+	return err
 }
 
 // serve listens, after a stop at the same address again.

@@ -32,14 +32,16 @@ const (
 
 // The operations that a request names in its field op.
 const (
-	OpPing   = "ping"
-	OpKeys   = "keys"
-	OpSign   = "sign"
-	OpVerify = "verify"
-	OpProof  = "proof"
-	OpBatch  = "batch"
-	OpLine   = "line"
-	OpAck    = "rotation.ack"
+	OpPing        = "ping"
+	OpKeys        = "keys"
+	OpSign        = "sign"
+	OpVerify      = "verify"
+	OpProof       = "proof"
+	OpEpoch       = "epoch"
+	OpConsistency = "consistency"
+	OpBatch       = "batch"
+	OpLine        = "line"
+	OpAck         = "rotation.ack"
 )
 
 // The codes of an error answer. Programs decide by the codes, so a code never changes.
@@ -115,6 +117,24 @@ type Proof struct {
 	ID    string `json:"id"`
 	Op    string `json:"op"`
 	Event uint64 `json:"event"`
+}
+
+// Epoch asks for the first event of an epoch of the audit log, with its inclusion proof. The event
+// names the size and root of the epoch before.
+type Epoch struct {
+	ID    string `json:"id"`
+	Op    string `json:"op"`
+	Epoch uint32 `json:"epoch"`
+}
+
+// Consistency asks for the proof that the tree of To leaves of an epoch continues the tree of From
+// leaves.
+type Consistency struct {
+	ID    string `json:"id"`
+	Op    string `json:"op"`
+	Epoch uint32 `json:"epoch"`
+	From  uint64 `json:"from"`
+	To    uint64 `json:"to"`
 }
 
 // Batch has several requests in one message. An item is a *Sign or a *Verify without an id, or an
@@ -295,6 +315,11 @@ type Proven struct {
 	Checkpoint string    `json:"checkpoint"` // signed tree head (C2SP tlog-checkpoint)
 }
 
+// Consistent answers Consistency with a consistency proof (RFC 6962, section 2.1.2).
+type Consistent struct {
+	Path []Bytes32 `json:"path"`
+}
+
 // Verified answers Verify. Valid is always true: every other outcome is an error with a code.
 type Verified struct {
 	Valid bool   `json:"valid"`
@@ -322,13 +347,15 @@ func (e *Error) Error() string { return e.Code + ": " + e.Message }
 // required names the fields that each operation must have. Parse refuses a request in which one of
 // the fields is absent or null.
 var required = map[string][]string{
-	OpPing:   {},
-	OpKeys:   {},
-	OpSign:   {"key", "type", "payload", "nonce", "timestamp", "expires_at"},
-	OpVerify: {"type", "payload", "nonce", "timestamp", "expires_at", "signature", "public_key"},
-	OpProof:  {"event"},
-	OpLine:   {"key", "from"},
-	OpAck:    {"key", "version"},
+	OpPing:        {},
+	OpKeys:        {},
+	OpSign:        {"key", "type", "payload", "nonce", "timestamp", "expires_at"},
+	OpVerify:      {"type", "payload", "nonce", "timestamp", "expires_at", "signature", "public_key"},
+	OpProof:       {"event"},
+	OpEpoch:       {"epoch"},
+	OpConsistency: {"epoch", "from", "to"},
+	OpLine:        {"key", "from"},
+	OpAck:         {"key", "version"},
 }
 
 // Parse reads a request strictly. The request is a *Ping, *Keys, *Sign, *Verify, *Proof, *Line,
@@ -360,6 +387,10 @@ func Parse(b []byte, maxItems int) (id string, request any, err error) {
 		request = new(Verify)
 	case OpProof:
 		request = new(Proof)
+	case OpEpoch:
+		request = new(Epoch)
+	case OpConsistency:
+		request = new(Consistency)
 	case OpLine:
 		request = new(Line)
 	case OpAck:
@@ -368,10 +399,14 @@ func Parse(b []byte, maxItems int) (id string, request any, err error) {
 		return parseBatch(id, document, maxItems)
 	default:
 		return id, nil, refuse(CodeUnsupported,
-			"unknown op: this appliance knows ping, keys, sign, verify, proof, batch, line, rotation.ack")
+			"unknown op: this appliance knows ping, keys, sign, verify, proof, epoch, consistency, "+
+				"batch, line, rotation.ack")
 	}
 	if err := document.Into(request, required[op]...); err != nil {
 		return id, nil, refuse(CodeMalformed, "%v", err)
+	}
+	if c, is := request.(*Consistency); is && (c.From == 0 || c.From > c.To) {
+		return id, nil, refuse(CodeMalformed, "from must be at least 1, and to at least from: both count events")
 	}
 	if line, is := request.(*Line); is && line.From == 0 {
 		return id, nil, refuse(CodeMalformed, "from must be at least 1: versions are counted from 1")
