@@ -11,6 +11,7 @@ import (
 	"countersign/appliance"
 	"countersign/approval"
 	"countersign/audit"
+	"countersign/internal/ijson"
 	"countersign/internal/manage"
 	"countersign/internal/operators"
 	"countersign/internal/peers"
@@ -139,7 +140,7 @@ func acceptRollback(a *appliance.Appliance, p parameters, _ []byte) (parameters,
 }
 
 func release(a *appliance.Appliance, p parameters, _ []byte) (parameters, do, error) {
-	v, err := values(p, "epoch", "reason")
+	v, err := values(p, "epoch", "name", "reason")
 	if err != nil {
 		return nil, nil, err
 	}
@@ -148,13 +149,16 @@ func release(a *appliance.Appliance, p parameters, _ []byte) (parameters, do, er
 		return nil, nil, invalid.errorf("epoch: %q is not the number of one", v["epoch"])
 	}
 	epochs, _, err := a.Preview()
-	held := func(e appliance.EpochStatus) bool { return uint64(e.Number) == n && e.Hold != "" }
-	if err == nil && !slices.ContainsFunc(epochs, held) {
-		err = fmt.Errorf("a hold on epoch %d: %w", n, manage.ErrNotFound)
+	held := func(e appliance.EpochStatus) bool {
+		_, held := e.Holds[v["name"]]
+		return held && uint64(e.Number) == n
 	}
-	p = list("epoch", strconv.FormatUint(n, 10), "reason", v["reason"])
+	if err == nil && !slices.ContainsFunc(epochs, held) {
+		err = fmt.Errorf("hold %q on epoch %d: %w", ijson.Clip(v["name"]), n, manage.ErrNotFound)
+	}
+	p = list("epoch", strconv.FormatUint(n, 10), "name", v["name"], "reason", v["reason"])
 	return p, func(ctx context.Context, who audit.Actor) error {
-		return a.Release(ctx, who, uint32(n), v["reason"])
+		return a.Release(ctx, who, uint32(n), v["name"], v["reason"])
 	}, err
 }
 

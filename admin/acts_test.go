@@ -50,8 +50,8 @@ var actCases = map[string]func(r *rig, root *api.Client) []string{
 	},
 	approval.ActRollbackAccept: func(*rig, *api.Client) []string { return []string{"reason", "restored"} },
 	approval.ActHoldRelease: func(r *rig, root *api.Client) []string {
-		wants(r.t, "hold", "", root.Hold(r.t.Context(), 0, "case 17"))
-		return []string{"epoch", "0", "reason", "settled"}
+		wants(r.t, "hold", "", root.Hold(r.t.Context(), 0, "case-17", "order"))
+		return []string{"epoch", "0", "name", "case-17", "reason", "settled"}
 	},
 	approval.ActClockAccept: func(*rig, *api.Client) []string { return nil },
 	approval.ActKeyDestroy: func(r *rig, root *api.Client) []string {
@@ -198,7 +198,7 @@ func TestImpossibleActIsNotProposed(t *testing.T) {
 		{approval.ActKeySet, "not_found", []string{"key", "nothing", "grace", "1"}},
 		{approval.ActRollbackAccept, "not_found", []string{"reason", "restored"}},
 		{approval.ActRollbackAccept, "invalid", []string{"reason", long}},
-		{approval.ActHoldRelease, "not_found", []string{"epoch", "0", "reason", "settled"}},
+		{approval.ActHoldRelease, "not_found", []string{"epoch", "0", "name", "case-17", "reason", "settled"}},
 		{approval.ActRetentionShorten, "invalid", []string{"audit", "1h"}},
 		{approval.ActApprovalsNeeded, "conflict", []string{"needed", "2"}},
 		{approval.ActOperatorRemove, "conflict", []string{"name", "root"}},

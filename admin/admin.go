@@ -13,18 +13,23 @@ import (
 	"encoding/hex"
 	"fmt"
 	"log"
+	"math"
 	"net/http"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
 
 	"countersign/admin/api"
 	"countersign/admin/certs"
 	"countersign/appliance"
+	"countersign/approval"
 	"countersign/audit"
 	"countersign/internal/ijson"
 	"countersign/internal/keyring"
 	"countersign/internal/keystore"
+	"countersign/internal/ledger"
+	"countersign/internal/manage"
 	"countersign/internal/operators"
 	"countersign/internal/peers"
 	"countersign/policy"
@@ -199,15 +204,85 @@ func (s *server) resumePeer(ctx context.Context, who caller, in *named) error {
 }
 
 type eventsInput struct {
-	From  uint64 `query:"from" doc:"the index of the first one"`
-	Limit int    `query:"limit" minimum:"1" maximum:"1000" default:"1000"`
+	From      uint64 `query:"from" doc:"the number of the first event"`
+	Before    uint64 `query:"before" doc:"the number after the last event; 0: no end"`
+	Order     string `query:"order" enum:"oldest,newest" default:"oldest" doc:"which event comes first"`
+	Type      string `query:"type" maxLength:"64"`
+	Actor     string `query:"actor" maxLength:"200" doc:"the name of a peer or operator"`
+	Resource  string `query:"resource" maxLength:"500" doc:"payments/2, or payments for all of its versions"`
+	Nonce     string `query:"nonce" maxLength:"64" doc:"hex"`
+	Digest    string `query:"digest" maxLength:"64" doc:"hex"`
+	Admission string `query:"admission" maxLength:"20" doc:"the number of an admission: finds its outcome"`
+	Since     int64  `query:"since" minimum:"0" doc:"Unix milliseconds of the event"`
+	Until     int64  `query:"until" minimum:"0" doc:"Unix milliseconds, not included; 0: no end"`
+	After     string `query:"after" maxLength:"200" doc:"the header Countersign-Next of the page before"`
+	Limit     int    `query:"limit" minimum:"1" maximum:"1000" default:"1000"`
 }
 
-func (s *server) events(_ context.Context, _ caller, in *eventsInput) (*page[api.Event], error) {
-	p := &page[api.Event]{limit: in.Limit}
-	return p, s.Appliance.Events(in.From, func(index uint64, e audit.Event) bool {
-		return p.add(api.Event{Index: index, Event: e}) && !p.full()
+func (s *server) events(_ context.Context, _ caller, in *eventsInput) (*listed[api.Event], error) {
+	q := ledger.Query{
+		Type: audit.Type(in.Type), Actor: in.Actor, Resource: in.Resource, Nonce: in.Nonce, Digest: in.Digest,
+		Admission: in.Admission, Since: in.Since, Until: in.Until,
+	}
+	if in.Type != "" && !q.Type.Known() {
+		return nil, invalid.errorf("type: %q is not a type of events: docs/SPEC.md has the list", ijson.Clip(in.Type))
+	}
+	span := ledger.Span{From: in.From, Before: in.Before, Down: in.Order == "newest"}
+	if in.After != "" {
+		last, err := numberAfter(in.After)
+		if err != nil {
+			return nil, err
+		}
+		if span.Down {
+			span.Before = last
+		} else {
+			span.From = max(span.From, last+1)
+		}
+		if span.Down && last == 0 {
+			return &listed[api.Event]{Body: new(page[api.Event])}, nil
+		}
+	}
+	out := &listed[api.Event]{Body: &page[api.Event]{limit: in.Limit}}
+	last := ""
+	err := s.Appliance.Find(q, span, func(index uint64, e audit.Event) bool {
+		if !out.Body.add(api.Event{Index: index, Event: e}) {
+			out.Next = last
+			return false
+		}
+		last = strconv.FormatUint(index, 10)
+		return true
 	})
+	if err == nil && last == "" && in.After == "" && in.Actor != "" {
+		err = s.checkActor(in.Actor)
+	}
+	return out, err
+}
+
+// checkActor returns ErrNotFound unless a peer, an operator or an event has the name.
+func (s *server) checkActor(name string) error {
+	known := slices.ContainsFunc(s.Appliance.Peers.All(), func(p peers.Status) bool { return p.Name == name }) ||
+		slices.ContainsFunc(s.Operators.Operators(), func(o approval.Operator) bool { return o.Name == name })
+	if known {
+		return nil
+	}
+	err := s.Appliance.Find(ledger.Query{Actor: name}, ledger.Span{}, func(uint64, audit.Event) bool {
+		known = true
+		return false
+	})
+	if err == nil && !known {
+		err = fmt.Errorf("actor %q: %w: no peer, no operator and no event has this name",
+			ijson.Clip(name), manage.ErrNotFound)
+	}
+	return err
+}
+
+// numberAfter parses the cursor of a listing that is in the order of numbers.
+func numberAfter(after string) (uint64, error) {
+	n, err := strconv.ParseUint(after, 10, 64)
+	if err != nil || strconv.FormatUint(n, 10) != after || n == math.MaxUint64 {
+		return 0, invalid.errorf("after: %q is not the header Countersign-Next of a page", ijson.Clip(after))
+	}
+	return n, nil
 }
 
 func (s *server) keyDoc(k *keyring.Key) api.Key {

@@ -23,7 +23,7 @@ func TestOutOfRange(t *testing.T) {
 	must(root.RotateKey(t.Context(), "payments", api.Rotate{Now: true}))(t) // now version 1 could be archived
 	token := r.token(r.unix(), "root")
 	for _, c := range []struct{ method, path, body string }{
-		{"POST", "/v1/log/epochs/4294967296/hold", `{"reason":"test"}`},
+		{"POST", "/v1/log/epochs/4294967296/holds", `{"name":"test","reason":"test"}`},
 		{"POST", "/v1/keys/payments/rotate", `{"at":9223372036854775807}`},
 		{"POST", "/v1/keys/payments/rotate", `{"at":253402300799}`},
 		{"POST", "/v1/keys/payments/rotate", `{"at":18446744073709551617}`},

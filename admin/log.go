@@ -6,13 +6,17 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"maps"
+	"math"
 	"net/http"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
 
 	"countersign/admin/api"
 	"countersign/appliance"
+	"countersign/internal/ijson"
 	"countersign/internal/ledger"
 	"countersign/internal/manage"
 	"countersign/internal/webhook"
@@ -99,18 +103,44 @@ func (s *server) logFile(ctx context.Context, path string) (*file, error) {
 	return &file{"application/octet-stream", "private, max-age=31536000, immutable", b}, nil
 }
 
-func (s *server) retention(_ context.Context, _ caller, in *struct {
-	From uint32 `query:"from" maximum:"4294967295" doc:"the first epoch; an empty list of epochs is the end"`
-}) (api.Retention, error) {
+// retained is a page of the schedule of retention.
+type retained struct {
+	Next string `header:"Countersign-Next" doc:"the parameter after for the next page; absent on the last page"`
+	Body api.Retention
+}
+
+func (s *server) retention(_ context.Context, _ caller, in *pageInput) (*retained, error) {
 	epochs, before, err := s.Appliance.Preview()
-	epochs = slices.DeleteFunc(epochs, func(e appliance.EpochStatus) bool { return e.Number < in.From })
-	epochs = epochs[:min(len(epochs), maxEntries)]
-	return api.Retention{ReceiptsBefore: before.Unix(), Epochs: docs(epochs, func(e appliance.EpochStatus) api.Epoch {
+	if err != nil {
+		return nil, err
+	}
+	if in.After != "" {
+		last, err := numberAfter(in.After)
+		if err != nil {
+			return nil, err
+		}
+		epochs = slices.DeleteFunc(epochs, func(e appliance.EpochStatus) bool { return uint64(e.Number) <= last })
+	}
+	out := new(retained)
+	if len(epochs) > maxEntries {
+		epochs = epochs[:maxEntries]
+		out.Next = strconv.FormatUint(uint64(epochs[maxEntries-1].Number), 10)
+	}
+	out.Body.ReceiptsBefore = before.Unix()
+	out.Body.Epochs = docs(epochs, func(e appliance.EpochStatus) api.Epoch {
 		return api.Epoch{
 			Epoch: e.Number, First: e.First, Size: e.Size, Begun: e.Begun / 1000, Ended: e.Ended / 1000,
-			Due: unix(e.Due), Dropped: e.Dropping / 1000, Hold: e.Hold, Checkpoint: e.Signed,
+			Due: unix(e.Due), Dropped: e.Dropping / 1000, Holds: holdDocs(e.Holds), Checkpoint: e.Signed,
 		}
-	})}, err
+	})
+	return out, nil
+}
+
+// holdDocs returns the legal holds of an epoch, in the order of their names.
+func holdDocs(holds map[string]string) []api.Hold {
+	return docs(slices.Sorted(maps.Keys(holds)), func(name string) api.Hold {
+		return api.Hold{Name: name, Reason: holds[name]}
+	})
 }
 
 type holdInput struct {
@@ -119,7 +149,7 @@ type holdInput struct {
 }
 
 func (s *server) hold(ctx context.Context, who caller, in *holdInput) error {
-	return s.Appliance.Hold(ctx, who.actor(), in.Epoch, in.Body.Reason)
+	return s.Appliance.Hold(ctx, who.actor(), in.Epoch, in.Body.Name, in.Body.Reason)
 }
 
 func receiptDoc(r ledger.Receipt) api.Receipt {
@@ -142,19 +172,35 @@ func (s *server) receipt(_ context.Context, _ caller, in *struct {
 type receiptsInput struct {
 	From  int64  `query:"from" minimum:"0" doc:"Unix milliseconds"`
 	To    int64  `query:"to" minimum:"0" doc:"Unix milliseconds, not included; 0: no end"`
-	After string `query:"after" maxLength:"64"` // see afterDescription
+	After string `query:"after" maxLength:"200" doc:"the header Countersign-Next of the page before"`
 	Limit int    `query:"limit" minimum:"1" maximum:"1000" default:"1000"`
 }
 
-func (s *server) receipts(_ context.Context, _ caller, in *receiptsInput) (*page[api.Receipt], error) {
-	found, err := s.Appliance.Receipts(in.From, in.To, in.After, in.Limit)
-	p := new(page[api.Receipt])
-	for _, r := range found {
-		if !p.add(receiptDoc(r)) {
-			break
+// receipts lists receipts in the order of their times and ids. Several receipts can have one time,
+// so the cursor has both: MILLISECONDS-ID.
+func (s *server) receipts(_ context.Context, _ caller, in *receiptsInput) (*listed[api.Receipt], error) {
+	from, id := in.From, ""
+	if in.After != "" {
+		ms, last, ok := strings.Cut(in.After, "-")
+		at, err := numberAfter(ms)
+		if err != nil || !ok || at > math.MaxInt64 {
+			return nil, invalid.errorf("after: %q is not the header Countersign-Next of a page", ijson.Clip(in.After))
+		}
+		if int64(at) >= from {
+			from, id = int64(at), last
 		}
 	}
-	return p, err
+	found, err := s.Appliance.Receipts(from, in.To, id, in.Limit+1)
+	out := &listed[api.Receipt]{Body: &page[api.Receipt]{limit: in.Limit}}
+	last := ""
+	for _, r := range found {
+		if !out.Body.add(receiptDoc(r)) {
+			out.Next = last
+			break
+		}
+		last = fmt.Sprintf("%d-%x", r.TimeMS, r.ID)
+	}
+	return out, err
 }
 
 func (s *server) ledger(ctx context.Context, _ caller, _ *none) (api.Ledger, error) {
@@ -200,12 +246,28 @@ func (s *server) decision(_ context.Context, _ caller, in *struct {
 	return decisionDoc(d), err
 }
 
-func (s *server) decisions(_ context.Context, _ caller, in *struct {
-	From  uint64 `query:"from" doc:"the number of an event"`
-	Since int64  `query:"since" minimum:"0" doc:"Unix milliseconds"`
-}) (*page[api.Decision], error) {
-	p := new(page[api.Decision])
-	return p, s.Appliance.Decisions(in.From, time.UnixMilli(in.Since), func(d appliance.Decision) bool {
-		return p.add(decisionDoc(d)) && !p.full()
+type decisionsInput struct {
+	Since int64  `query:"since" minimum:"0" doc:"Unix milliseconds of the ledger's time"`
+	After string `query:"after" maxLength:"200" doc:"the header Countersign-Next of the page before"`
+}
+
+func (s *server) decisions(_ context.Context, _ caller, in *decisionsInput) (*listed[api.Decision], error) {
+	var from uint64
+	if in.After != "" {
+		last, err := numberAfter(in.After)
+		if err != nil {
+			return nil, err
+		}
+		from = last + 1
+	}
+	out := &listed[api.Decision]{Body: new(page[api.Decision])}
+	last := ""
+	return out, s.Appliance.Decisions(from, time.UnixMilli(in.Since), func(d appliance.Decision) bool {
+		if !out.Body.add(decisionDoc(d)) {
+			out.Next = last
+			return false
+		}
+		last = strconv.FormatUint(d.Event, 10)
+		return true
 	})
 }

@@ -32,9 +32,6 @@ var descriptions = map[string]string{
 		"Each is half of the token",
 }
 
-// afterDescription is the description of the parameter after of the operation receipts.
-const afterDescription = "the id of the last receipt of the answer before, with its time as from"
-
 // describe adds the descriptions to the document, and the codes of refusals.
 func describe(doc *huma.OpenAPI) {
 	schemas := doc.Components.Schemas.Map()
@@ -45,11 +42,6 @@ func describe(doc *huma.OpenAPI) {
 	for _, p := range codes {
 		code := schemas["Error"].Properties["code"]
 		code.Enum = append(code.Enum, p.code)
-	}
-	for _, p := range doc.Paths["/v1/receipts"].Get.Parameters {
-		if p.Name == "after" {
-			p.Description, p.Schema.Description = afterDescription, afterDescription
-		}
 	}
 }
 

@@ -132,8 +132,8 @@ func TestActs(t *testing.T) {
 		{administrator, "policy activate", []string{"sha256", key}, "invalid"},
 		{administrator, "rollback accept", []string{"reason", "r"}, "not_found"},
 		{administrator, "rollback accept", nil, "invalid"},
-		{administrator, "hold release", []string{"epoch", "0", "reason", "r"}, "not_found"},
-		{administrator, "hold release", []string{"epoch", "-1", "reason", "r"}, "invalid"},
+		{administrator, "hold release", []string{"epoch", "0", "name", "x", "reason", "r"}, "not_found"},
+		{administrator, "hold release", []string{"epoch", "-1", "name", "x", "reason", "r"}, "invalid"},
 		{operator, "clock accept", nil, "not_allowed"},
 		{administrator, "clock accept", []string{"reason", "leap"}, "invalid"},
 	} {
@@ -187,12 +187,16 @@ func TestActs(t *testing.T) {
 	_, err = root.Propose(t.Context(), api.NewProposal{Act: "policy activate", Content: broken})
 	wants(t, "a broken policy, larger than other bodies", "invalid", err)
 
-	if err := root.Hold(t.Context(), 0, "case 17"); err != nil {
-		t.Fatal(err)
+	// A hold frees only itself. A name is taken until its release.
+	for _, name := range []string{"case-17", "case-18"} {
+		wants(t, "hold", "", root.Hold(t.Context(), 0, name, "order"))
 	}
-	released := r.carryOut(root, "hold release", "epoch", "0", "reason", "settled")
-	if released.State != "done" || must(root.Retention(t.Context()))(t).Epochs[0].Hold != "" {
-		t.Errorf("%+v", p)
+	wants(t, "a second hold of a name", "exists", root.Hold(t.Context(), 0, "case-17", "another order"))
+	wants(t, "a name with a space", "invalid", root.Hold(t.Context(), 0, "case 17", "order"))
+	released := r.carryOut(root, "hold release", "epoch", "0", "name", "case-17", "reason", "settled")
+	left := must(root.Retention(t.Context()))(t).Epochs[0].Holds
+	if released.State != "done" || len(left) != 1 || left[0] != (api.Hold{Name: "case-18", Reason: "order"}) {
+		t.Errorf("%+v, %+v", released, left)
 	}
 	if p := r.carryOut(root, "clock accept"); p.State != "done" {
 		t.Errorf("%+v", p)

@@ -85,7 +85,9 @@ type pageInput struct {
 	After string `query:"after" maxLength:"200" doc:"the header Countersign-Next of the page before"`
 }
 
-// listed is a page of a listing with the cursor of the next page.
+// listed is a page of a listing with the cursor of the next page. All listings have cursors of one
+// form: a text that names the last entry of the page, whatever the listing's order is, and that the
+// caller returns as it is.
 type listed[D any] struct {
 	Next string `header:"Countersign-Next" doc:"the parameter after for the next page; absent on the last page"`
 	Body *page[D]

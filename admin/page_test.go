@@ -91,12 +91,9 @@ func TestListingsAreBounded(t *testing.T) {
 	for i, event := range r.decide(lengths) {
 		want[event] = lengths[i]
 	}
-	seen, pages := 0, 0
-	for from := uint64(0); ; pages++ {
-		docs, _ := r.pageOf(token, fmt.Sprintf("/v1/decisions?from=%d", from))
-		if len(docs) == 0 {
-			break
-		}
+	seen, pages, from := 0, 0, uint64(0)
+	for after := ""; ; pages++ {
+		docs, next := r.pageOf(token, "/v1/decisions?after="+after)
 		for _, doc := range docs {
 			var d api.Decision
 			if err := json.Unmarshal(doc, &d); err != nil {
@@ -107,6 +104,9 @@ func TestListingsAreBounded(t *testing.T) {
 				t.Fatalf("from %d: event %d with %d bytes, want %d", from, d.Event, len(d.Record), n)
 			}
 			from, seen = d.Event+1, seen+1
+		}
+		if after = next; after == "" {
+			break
 		}
 	}
 	if seen != len(lengths) || pages < 20 {
@@ -227,4 +227,86 @@ func TestPageBoundary(t *testing.T) {
 			}
 		}
 	}
+}
+
+// TestListingsGoOn reads receipts of one millisecond and events by pages of three, in both orders,
+// and gets each of them once. Each listing has a cursor of one form, and refuses any other text.
+func TestListingsGoOn(t *testing.T) {
+	r := newRig(t)
+	c := r.root()
+	const n = 8
+	for i := range n {
+		a := ledger.Admission{
+			Scope: ledger.KeyScope("payments"), Nonce: [32]byte{byte(i)}, ExpiresAt: time.Now().Add(time.Hour).Unix(),
+		}
+		e := audit.NewRejection(audit.Peer("shop", [32]byte{1}), "sign", "payments/1", "denied")
+		done, err := r.ledger.Admit(t.Context(), a, func(ledger.Verdict) []byte { return e.Encode(time.Now()) })
+		if err != nil {
+			t.Fatal(err)
+		}
+		receipt := ledger.Receipt{ID: ledger.ReceiptID{byte(i)}, TimeMS: 1000, Event: done.Event}
+		if err := r.ledger.Settle(t.Context(), done, []byte{1}, ledger.EventOf(e), &receipt); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := r.ledger.Alive(t.Context()); err != nil { // after the settlements
+		t.Fatal(err)
+	}
+	seen := map[string]int{}
+	for after := ""; ; {
+		some, next, err := c.Receipts(t.Context(), 1000, 0, after, 3)
+		if err != nil || len(some) > 3 || len(seen) > n {
+			t.Fatal(len(some), err)
+		}
+		for _, each := range some {
+			seen[each.ID]++
+		}
+		if after = next; after == "" {
+			break
+		}
+	}
+	if len(seen) != n {
+		t.Errorf("%d receipts of %d: %v", len(seen), n, seen)
+	}
+	all := must(c.Events(t.Context(), 0, 1000))(t)
+	for _, newest := range []bool{false, true} {
+		var got []uint64
+		q := api.EventQuery{Newest: newest, Actor: "shop", Resource: "payments", Limit: 3}
+		for {
+			some, next, err := c.FindEvents(t.Context(), q)
+			if err != nil || len(some) > 3 {
+				t.Fatal(len(some), err)
+			}
+			for _, e := range some {
+				got = append(got, e.Index)
+			}
+			if q.After = next; next == "" {
+				break
+			}
+		}
+		if newest {
+			slices.Reverse(got)
+		}
+		var want []uint64
+		for _, e := range all {
+			if e.Actor.Name == "shop" {
+				want = append(want, e.Index)
+			}
+		}
+		if !slices.Equal(got, want) || len(got) != 2*n {
+			t.Errorf("newest first %v: %v, want %v", newest, got, want)
+		}
+	}
+	for _, after := range []string{"x", "-1", "01", "1-x", "18446744073709551615"} {
+		_, _, events := c.FindEvents(t.Context(), api.EventQuery{After: after})
+		_, _, decisions := c.Decisions(t.Context(), 0, after)
+		_, _, receipts := c.Receipts(t.Context(), 0, 0, after, 3)
+		for what, err := range map[string]error{"events": events, "decisions": decisions, "receipts": receipts} {
+			wants(t, what+" after "+after, "invalid", err)
+		}
+	}
+	_, _, err := c.FindEvents(t.Context(), api.EventQuery{Actor: "nobody"})
+	wants(t, "an unknown actor", "not_found", err)
+	_, _, err = c.FindEvents(t.Context(), api.EventQuery{Type: "KeyCreatd"})
+	wants(t, "an unknown type", "invalid", err)
 }

@@ -150,14 +150,14 @@ func (s *server) routes() {
 		route: "GET /v1/policies/{version}", id: "policy",
 		summary: "Show a version of the policy with its text",
 		roles:   of(administrator, operator, auditor, approver), refused: whileUninitialised})
-	route(s, s.decisions, operation{
+	routeRaw(s, s.decisions, operation{
 		route: "GET /v1/decisions", id: "decisions", summary: "List what policy decided",
 		roles: of(administrator, auditor, approver), refused: whileUninitialised})
 	route(s, s.decision, operation{
 		route: "GET /v1/decisions/{event}", id: "decision", summary: "Show what policy decided in an event",
 		roles: of(administrator, auditor), refused: whileUninitialised})
 
-	route(s, s.events, operation{
+	routeRaw(s, s.events, operation{
 		route: "GET /v1/events", id: "events", summary: "List events of the audit log",
 		roles: of(administrator, operator, auditor, approver), refused: whileUninitialised})
 	route(s, s.log, operation{
@@ -167,14 +167,14 @@ func (s *server) routes() {
 		route: "POST /v1/log/epochs", id: "end-epoch", summary: "End the present epoch of the audit log",
 		roles: of(operator), refused: whileUninitialised})
 	routeEmpty(s, s.hold, operation{
-		route: "POST /v1/log/epochs/{epoch}/hold", id: "hold",
-		summary: "Keep an epoch from being dropped (legal hold)",
+		route: "POST /v1/log/epochs/{epoch}/holds", id: "hold",
+		summary: "Keep an epoch from being dropped, by a legal hold with a name",
 		roles:   of(administrator), refused: whileUninitialised})
 	s.logFiles()
-	route(s, s.retention, operation{
+	routeRaw(s, s.retention, operation{
 		route: "GET /v1/retention", id: "retention", summary: "Say what retention has dropped and will drop",
 		roles: of(administrator, auditor, backup), refused: whileUninitialised})
-	route(s, s.receipts, operation{
+	routeRaw(s, s.receipts, operation{
 		route: "GET /v1/receipts", id: "receipts", summary: "List receipts by time",
 		roles: of(operator, auditor), refused: whileUninitialised})
 	route(s, s.receipt, operation{

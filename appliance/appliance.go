@@ -339,8 +339,14 @@ func TokenResource(name string) resource.Resource {
 // Events calls visit for each event of the audit log, beginning at the index from, until visit
 // returns false.
 func (a *Appliance) Events(from uint64, visit func(index uint64, e audit.Event) bool) error {
+	return a.Find(ledger.Query{}, ledger.Span{From: from}, visit)
+}
+
+// Find calls visit for the events that a query selects, in the order of the span, until visit
+// returns false.
+func (a *Appliance) Find(q ledger.Query, s ledger.Span, visit func(index uint64, e audit.Event) bool) error {
 	var broken error
-	err := a.ledger.Events(from, func(index uint64, b []byte) bool {
+	err := a.ledger.Find(q, s, func(index uint64, b []byte) bool {
 		e, err := audit.Decode(b)
 		if err != nil {
 			broken = fmt.Errorf("event %d: %w", index, err)

@@ -302,6 +302,7 @@ func (a *Appliance) keepLog(ctx context.Context) {
 		a.monitor.Check(ctx, clockResource, behind)
 		a.monitor.Flush(ctx)
 		a.policies.look()
+		check("the index of the audit log is not written", a.index(ctx))
 		check("the quotas of peers are not written", a.Peers.WriteGreedy(ctx))
 		if time.Since(retained) >= retainEvery {
 			check("the times of peers' last sessions are not written", a.Peers.WriteSeen(ctx))
@@ -318,6 +319,19 @@ func (a *Appliance) keepLog(ctx context.Context) {
 		case <-ticker.C:
 		}
 	}
+}
+
+// indexAtOnce is the largest number of segments that one run of index writes.
+const indexAtOnce = 64
+
+// index writes the missing indexes of the audit log, which make searches fast.
+func (a *Appliance) index(ctx context.Context) error {
+	for range indexAtOnce {
+		if more, err := a.ledger.Index(ctx); err != nil || !more {
+			return err
+		}
+	}
+	return nil
 }
 
 // signLog ends an epoch whose period is over, and signs the missing checkpoints. The final

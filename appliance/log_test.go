@@ -248,15 +248,15 @@ func TestRetention(t *testing.T) {
 	retain()
 	verify(audit.Report{Epochs: 2})
 	r.retention.Audit = 0
-	if err := r.Hold(t.Context(), operator, 0, "case 1"); err != nil {
+	if err := r.Hold(t.Context(), operator, 0, "case", "case 1"); err != nil {
 		t.Fatal(err)
 	}
 	retain()
 	verify(audit.Report{Epochs: 2})
-	if err := r.Release(t.Context(), operator, 0, ""); !errors.Is(err, manage.ErrInvalid) {
+	if err := r.Release(t.Context(), operator, 0, "case", ""); !errors.Is(err, manage.ErrInvalid) {
 		t.Errorf("released without a reason: %v", err)
 	}
-	if err := r.Release(t.Context(), operator, 0, "over"); err != nil {
+	if err := r.Release(t.Context(), operator, 0, "case", "over"); err != nil {
 		t.Fatal(err)
 	}
 	retain()
@@ -265,10 +265,10 @@ func TestRetention(t *testing.T) {
 	if err != nil || len(epochs) != 2 || epochs[0].Dropped == 0 || epochs[1].Dropping != 0 {
 		t.Errorf("%+v, %v", epochs, err)
 	}
-	if err := r.Hold(t.Context(), operator, 0, "too late"); !errors.Is(err, manage.ErrInvalid) {
+	if err := r.Hold(t.Context(), operator, 0, "late", "too late"); !errors.Is(err, manage.ErrInvalid) {
 		t.Errorf("a dropped epoch is held: %v", err)
 	}
-	if err := r.Hold(t.Context(), operator, 9, "none"); !errors.Is(err, manage.ErrNotFound) {
+	if err := r.Hold(t.Context(), operator, 9, "case", "none"); !errors.Is(err, manage.ErrNotFound) {
 		t.Errorf("there is no epoch 9: %v", err)
 	}
 	_, err = r.Proof(t.Context(), r.shop, 4)

@@ -10,6 +10,7 @@ import (
 
 	"countersign/audit"
 	"countersign/internal/ijson"
+	"countersign/internal/keystore"
 	"countersign/internal/ledger"
 	"countersign/internal/manage"
 )
@@ -281,7 +282,7 @@ func (a *Appliance) retain(ctx context.Context) (more bool, err error) {
 		if e.Dropping != 0 {
 			continue
 		}
-		if e.Due.IsZero() || e.Hold != "" || a.ledger.Time().Before(e.Due) || !e.Final() {
+		if e.Due.IsZero() || len(e.Holds) > 0 || a.ledger.Time().Before(e.Due) || !e.Final() {
 			break // epochs are dropped in order
 		}
 		dropped := audit.NewEpochDropped(e.Number, e.First, audit.EpochEnd{Size: e.Size, Root: audit.Hash(e.Root)})
@@ -327,28 +328,45 @@ func (a *Appliance) dropReceipts(ctx context.Context, before time.Time) error {
 	return err
 }
 
-// Hold protects an epoch from retention until Release. The event has the reason.
-func (a *Appliance) Hold(ctx context.Context, who audit.Actor, epoch uint32, reason string) error {
-	return a.hold(ctx, epoch, reason, reason, audit.NewLegalHoldSet(who, epoch, reason))
-}
-
-// Release ends a hold. The event has the reason.
-func (a *Appliance) Release(ctx context.Context, who audit.Actor, epoch uint32, reason string) error {
-	return a.hold(ctx, epoch, "", reason, audit.NewLegalHoldReleased(who, epoch, reason))
-}
-
-// hold writes the reason of a hold; an empty reason releases the epoch.
-func (a *Appliance) hold(ctx context.Context, epoch uint32, set, reason string, e audit.Event) error {
+// Hold protects an epoch from retention by a legal hold with a name, until Release. Each case has a
+// hold of its own, so that the end of one case frees nothing that another one needs. The event has
+// the name and the reason.
+func (a *Appliance) Hold(ctx context.Context, who audit.Actor, epoch uint32, name, reason string) error {
+	if err := keystore.CheckName(name); err != nil {
+		return fmt.Errorf("hold %q: %w: %w", ijson.Clip(name), manage.ErrInvalid, err)
+	}
 	if err := manage.CheckReason(reason); err != nil {
-		return fmt.Errorf("epoch %d: %w", epoch, err)
+		return fmt.Errorf("hold %q: %w", name, err)
 	}
-	err := a.ledger.Hold(ctx, epoch, set, ledger.EventOf(e))
-	if errors.Is(err, ledger.ErrNotFound) {
-		return fmt.Errorf("epoch %d: %w", epoch, manage.ErrNotFound)
-	} else if errors.Is(err, ledger.ErrDropped) {
+	e := ledger.EventOf(audit.NewLegalHoldSet(who, epoch, name, reason))
+	return holdError(epoch, name, a.ledger.Hold(ctx, epoch, name, reason, e))
+}
+
+// Release ends a hold. The event has the name and the reason.
+func (a *Appliance) Release(ctx context.Context, who audit.Actor, epoch uint32, name, reason string) error {
+	if err := manage.CheckReason(reason); err != nil {
+		return fmt.Errorf("hold %q: %w", ijson.Clip(name), err)
+	}
+	e := ledger.EventOf(audit.NewLegalHoldReleased(who, epoch, name, reason))
+	return holdError(epoch, name, a.ledger.Release(ctx, epoch, name, e))
+}
+
+// holdError translates an error of the ledger.
+func holdError(epoch uint32, name string, err error) error {
+	var of error
+	switch {
+	case errors.Is(err, ledger.ErrNotFound):
+		of = manage.ErrNotFound
+	case errors.Is(err, ledger.ErrHeld):
+		of = manage.ErrExists
+	case errors.Is(err, ledger.ErrTooManyHolds):
+		of = manage.ErrConflict
+	case errors.Is(err, ledger.ErrDropped):
 		return fmt.Errorf("epoch %d: %w: retention has dropped it", epoch, manage.ErrInvalid)
+	default:
+		return err
 	}
-	return err
+	return fmt.Errorf("hold %q on epoch %d: %w", ijson.Clip(name), epoch, of)
 }
 
 // EndEpoch ends the present epoch of the audit log, and signs the epoch's final checkpoint.

@@ -106,7 +106,8 @@ var gates = []gate{
 		func(_ string, m map[string]string) []Parameter { return []Parameter{{"reason", m["reason"]}} }},
 	{ActHoldRelease, administrators, audit.LegalHoldReleased, nil,
 		func(resource string, m map[string]string) []Parameter {
-			return []Parameter{{"epoch", strings.TrimPrefix(resource, "epoch/")}, {"reason", m["reason"]}}
+			epoch := strings.TrimPrefix(resource, "epoch/")
+			return []Parameter{{"epoch", epoch}, {"name", m["hold"]}, {"reason", m["reason"]}}
 		}},
 	{ActClockAccept, administrators, audit.ClockAccepted, nil, nil},
 	{ActKeyArchive, managers, audit.KeyStateChanged, archivedByHand, versionOf},

@@ -252,7 +252,7 @@ func (s *scenario) gatedActs() []gatedAct {
 	}
 	shortened := audit.Event{Type: audit.RetentionChanged, Metadata: with("shortened", "yes", "audit", "30d")}
 	released := audit.Event{
-		Type: audit.LegalHoldReleased, Resource: "epoch/3", Metadata: with("reason", "court said so"),
+		Type: audit.LegalHoldReleased, Resource: "epoch/3", Metadata: with("hold", "court", "reason", "court said so"),
 	}
 	dora := Operator{"dora", []Role{Auditor}, []Credential{s.have["dora"]}, 1}
 	auditor, two, one := s.people["carl"], s.people["carl"], s.people["carl"] // carl after a change
@@ -272,7 +272,7 @@ func (s *scenario) gatedActs() []gatedAct {
 		{"key archive", []string{"key", "payments", "version", "1"}, archived, nil},
 		{"key set", []string{"key", "payments", "grace", "1", "presence", "0", "acknowledge", "all"}, weaker, nil},
 		{"retention shorten", []string{"audit", "30d"}, shortened, nil},
-		{"hold release", []string{"epoch", "3", "reason", "court said so"}, released, nil},
+		{"hold release", []string{"epoch", "3", "name", "court", "reason", "court said so"}, released, nil},
 		{"rollback accept", []string{"reason", "restored"},
 			audit.Event{Type: audit.RollbackAccepted, Metadata: with("reason", "restored")}, nil},
 		{"clock accept", nil, audit.Event{Type: audit.ClockAccepted}, nil},

@@ -393,13 +393,13 @@ func NewReceiptsDropped(before time.Time) Event {
 	return newEvent(RetentionApplied, Daemon(), "retention", "receipts", "before", decimal(before.Unix()))
 }
 
-// NewLegalHoldSet and NewLegalHoldReleased say whether an epoch may be dropped.
-func NewLegalHoldSet(who Actor, epoch uint32, reason string) Event {
-	return newEvent(LegalHoldSet, who, "retention", epochResource(epoch), "reason", reason)
+// NewLegalHoldSet and NewLegalHoldReleased say which holds keep an epoch from being dropped.
+func NewLegalHoldSet(who Actor, epoch uint32, name, reason string) Event {
+	return newEvent(LegalHoldSet, who, "retention", epochResource(epoch), "hold", name, "reason", reason)
 }
 
-func NewLegalHoldReleased(who Actor, epoch uint32, reason string) Event {
-	return newEvent(LegalHoldReleased, who, "retention", epochResource(epoch), "reason", reason)
+func NewLegalHoldReleased(who Actor, epoch uint32, name, reason string) Event {
+	return newEvent(LegalHoldReleased, who, "retention", epochResource(epoch), "hold", name, "reason", reason)
 }
 
 // NewLedgerCompacted records a compaction of the ledger's file.

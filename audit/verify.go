@@ -21,8 +21,10 @@ func (w *Wrong) Error() string { return fmt.Sprintf("event %d: %s", w.Event, w.R
 
 // Report is the result of Verify for a valid log.
 type Report struct {
-	First      uint64     `json:"first"`  // number of the first event that is not dropped
-	Events     uint64     `json:"events"` // number of verified events
+	First      uint64     `json:"first"`   // number of the first event that is not dropped
+	Events     uint64     `json:"events"`  // number of verified events
+	FromMS     int64      `json:"from_ms"` // earliest time of a verified event, Unix milliseconds
+	ToMS       int64      `json:"to_ms"`   // latest time of a verified event
 	Epochs     int        `json:"epochs"`
 	Dropped    int        `json:"dropped"`    // epochs that retention has dropped, according to the log itself
 	Signatures uint64     `json:"signatures"` // each has its admission
@@ -347,6 +349,10 @@ func (v *verifier) events(bundle uint64, entries [][]byte) error {
 				return err
 			}
 		}
+		if v.report.Events == 0 {
+			v.report.FromMS = e.TimeMS
+		}
+		v.report.FromMS, v.report.ToMS = min(v.report.FromMS, e.TimeMS), max(v.report.ToMS, e.TimeMS)
 		v.next++
 		v.report.Events++
 	}

@@ -78,8 +78,9 @@ func startAppliance() (a *testAppliance, err error) {
 
 // open opens the ledger, and makes an appliance with it.
 func (a *testAppliance) open() (err error) {
-	// Without a replica: examples have no testing.T.
-	if a.ledger, err = ledger.Open(filepath.Join(a.dir, "ledger.db"), ledger.Options{}); err != nil {
+	path := filepath.Join(a.dir, "ledger.db")
+	a.ledger, err = ledger.Open(path, ledger.Options{}) // without a replica: examples have no testing.T
+	if err != nil {
 		return err
 	}
 	p, err := policy.Parse("policy.cedar", []byte(rules))

@@ -127,13 +127,10 @@ func TestKilledUnderLoad(t *testing.T) {
 func (s *system) checkPolicyCounts() {
 	s.t.Helper()
 	n := int64(0)
-	for from := uint64(0); ; {
-		some, err := s.admin().Decisions(s.t.Context(), from, 0)
+	for after := ""; ; {
+		some, next, err := s.admin().Decisions(s.t.Context(), 0, after)
 		if err != nil {
 			s.t.Fatal(err)
-		}
-		if len(some) == 0 {
-			break
 		}
 		for _, d := range some {
 			r, err := policy.ParseRecord([]byte(d.Record))
@@ -144,7 +141,9 @@ func (s *system) checkPolicyCounts() {
 			if got := r.Used[1][len(policy.Windows)-1].Signatures; got != n {
 				s.t.Fatalf("event %d is admission %d and was decided with %d", d.Event, n, got)
 			}
-			from = d.Event + 1
+		}
+		if after = next; after == "" {
+			break
 		}
 	}
 	admitted := int64(0)

@@ -637,20 +637,27 @@ func TestLedgerByHand(t *testing.T) {
 	if !strings.Contains(out, "is dropped after") || !strings.Contains(out, "present") {
 		t.Errorf("preview: %s", out)
 	}
-	if _, errOut, code := s.cli("", "admin", "retention", "hold", "0"); code == 0 {
+	if _, errOut, code := s.cli("", "admin", "retention", "hold", "0", "case-17"); code == 0 {
 		t.Errorf("a hold without a reason: %s", errOut)
 	}
 	for epoch, want := range map[string]string{"7": "not_found", "x": "usage", "-1": "usage"} {
-		_, errOut, code := s.cli("", "admin", "retention", "hold", "--reason", "r", "--", epoch)
+		_, errOut, code := s.cli("", "admin", "retention", "hold", "--reason", "r", "--", epoch, "case-17")
 		if code == 0 || !strings.Contains(errOut, want) {
 			t.Errorf("epoch %s: %d, %s", epoch, code, errOut)
 		}
 	}
-	s.must("admin", "retention", "hold", "0", "--reason", "case 17")
-	if out := s.must("admin", "retention", "preview"); !strings.Contains(out, "held: case 17") {
-		t.Errorf("preview of a hold: %s", out)
+	s.must("admin", "retention", "hold", "0", "case-17", "--reason", "order")
+	s.must("admin", "retention", "hold", "0", "case-18", "--reason", "another order")
+	out = s.must("admin", "retention", "preview")
+	if !strings.Contains(out, "held by case-17, case-18") ||
+		!strings.Contains(out, "case-18 on epoch 0: another order") {
+		t.Errorf("preview of two holds: %s", out)
 	}
-	s.must("admin", "retention", "release", "0", "--reason", "settled")
+	s.must("admin", "retention", "release", "0", "case-17", "--reason", "settled")
+	if out := s.must("admin", "retention", "preview"); !strings.Contains(out, "held by case-18\n") {
+		t.Errorf("preview after the release of one hold: %s", out)
+	}
+	s.must("admin", "retention", "release", "0", "case-18", "--reason", "settled")
 	if out := s.must("admin", "retention", "preview"); strings.Contains(out, "held") {
 		t.Errorf("preview after the release: %s", out)
 	}
@@ -660,7 +667,7 @@ func TestLedgerByHand(t *testing.T) {
 			types = append(types, e.Type)
 		}
 	}
-	if len(types) != 2 || types[0] != audit.LegalHoldSet {
+	if len(types) != 4 || types[0] != audit.LegalHoldSet {
 		t.Errorf("%v", types)
 	}
 

@@ -13,6 +13,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	"countersign/admin/api"
 	"countersign/client"
@@ -367,4 +368,38 @@ func TestPolicyChangesUnderLoad(t *testing.T) {
 	if out := s.must("policy", "diff", "policy.cedar"); !strings.Contains(out, "decisions replayed") {
 		t.Errorf("%s", out)
 	}
+}
+
+// TestSinceIsByTheClockOfTheAnswer sets the ledger's time an hour back, as after a night without
+// the daemon: the ledger's time then catches up at 9/8. The last minute of decisions is that of the
+// ledger, and the last minute of events that of the system's clock.
+func TestSinceIsByTheClockOfTheAnswer(t *testing.T) {
+	s := newSystem(t)
+	p := s.serve()
+	s.enrol()
+	p.stop()
+	db, err := bbolt.Open(s.path("ledger.db"), 0o600, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := errors.Join(db.Update(func(tx *bbolt.Tx) error {
+		at := binary.BigEndian.AppendUint64(nil, uint64(time.Now().Add(-time.Hour).UnixNano()))
+		return tx.Bucket([]byte("meta")).Put([]byte("time"), at)
+	}), db.Close()); err != nil {
+		t.Fatal(err)
+	}
+	p = s.serve()
+	signed := must(s.dial().Sign(t.Context(), "payments", message("AAAA")))(t)
+	s.write("nothing.cedar", `forbid (principal, action, resource);`)
+	if out := s.must("policy", "diff", "nothing.cedar", "--since", "1m"); !strings.Contains(out, ", 1 would change") {
+		t.Errorf("diff of the last minute: %s", out)
+	}
+	if out := s.must("policy", "export", "--since", "1m"); strings.Count(out, `{"decision":`) != 1 {
+		t.Errorf("export of the last minute: %s", out)
+	}
+	number := strconv.FormatUint(signed.Event, 10)
+	if out := s.must("admin", "audit", "list", "--since", "1m"); !strings.Contains(out, "\n"+number+" ") {
+		t.Errorf("events of the last minute: %s", out)
+	}
+	p.stop()
 }

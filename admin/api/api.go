@@ -129,10 +129,10 @@ type Epoch struct {
 	Size       uint64 `json:"size"`  // events
 	Begun      int64  `json:"begun"`
 	Ended      int64  `json:"ended"`
-	Due        int64  `json:"due"`            // end of retention: the epoch may be dropped
-	Dropped    int64  `json:"dropped"`        // time of the drop
-	Hold       string `json:"hold,omitempty"` // reason of a legal hold
-	Checkpoint uint64 `json:"checkpoint"`     // events that the newest signed checkpoint covers
+	Due        int64  `json:"due"`        // end of retention: the epoch may be dropped
+	Dropped    int64  `json:"dropped"`    // time of the drop
+	Holds      []Hold `json:"holds"`      // legal holds, by name
+	Checkpoint uint64 `json:"checkpoint"` // events that the newest signed checkpoint covers
 }
 
 // Retention is the schedule of retention.
@@ -141,8 +141,9 @@ type Retention struct {
 	ReceiptsBefore int64   `json:"receipts_before"` // Unix seconds; older receipts are dropped
 }
 
-// Hold sets a legal hold.
+// Hold is a legal hold on an epoch.
 type Hold struct {
+	Name   string `json:"name" maxLength:"64" doc:"lower-case letters, digits and hyphens, for example case-4711"`
 	Reason string `json:"reason" maxLength:"500" doc:"it goes into the audit log"`
 }
 
@@ -248,17 +249,69 @@ func (c *Client) Decision(ctx context.Context, event uint64) (d Decision, err er
 	return d, c.do(ctx, http.MethodGet, "/v1/decisions/"+strconv.FormatUint(event, 10), nil, &d)
 }
 
-// Decisions returns the first decisions, at most 1000 and 1 MiB, from the event number from and the
-// time sinceMS (Unix milliseconds) on. An empty list is the end.
-func (c *Client) Decisions(ctx context.Context, from uint64, sinceMS int64) (found []Decision, err error) {
-	q := url.Values{"from": {strconv.FormatUint(from, 10)}, "since": {strconv.FormatInt(sinceMS, 10)}}
-	return found, c.do(ctx, http.MethodGet, "/v1/decisions?"+q.Encode(), nil, &found)
+// Decisions returns a page of at most 1000 decisions and 1 MiB, from sinceMS on (Unix milliseconds
+// of the ledger's time). after is the next of the page before, or ""; a next of "" is the end.
+func (c *Client) Decisions(
+	ctx context.Context, sinceMS int64, after string,
+) (found []Decision, next string, err error) {
+	q := url.Values{"since": {strconv.FormatInt(sinceMS, 10)}, "after": {after}}
+	header, err := c.call(ctx, http.MethodGet, "/v1/decisions?"+q.Encode(), nil, &found)
+	return found, header.Get(nextHeader), err
+}
+
+// EventQuery selects events of the audit log. An empty field selects all.
+type EventQuery struct {
+	From, Before uint64 // numbers of events: From <= number < Before; a Before of 0 is no end
+	Newest       bool   // the newest event first
+	Type         audit.Type
+	Actor        string // name of a peer or operator
+	Resource     string // for example payments/2, or payments for all of its versions
+	Nonce        string // hex
+	Digest       string // hex
+	Admission    string // number of an admission: finds its outcome
+	Since, Until int64  // Since <= time < Until, in Unix milliseconds; 0 is no bound
+	Limit        int    // 1 to 1000; 0: 1000
+	After        string // next of the page before
+}
+
+func (q EventQuery) values() url.Values {
+	v := url.Values{}
+	set := func(name, value string) {
+		if value != "" && value != "0" {
+			v.Set(name, value)
+		}
+	}
+	set("from", strconv.FormatUint(q.From, 10))
+	set("before", strconv.FormatUint(q.Before, 10))
+	if q.Newest {
+		set("order", "newest")
+	}
+	set("type", string(q.Type))
+	set("actor", q.Actor)
+	set("resource", q.Resource)
+	set("nonce", q.Nonce)
+	set("digest", q.Digest)
+	set("admission", q.Admission)
+	set("since", strconv.FormatInt(q.Since, 10))
+	set("until", strconv.FormatInt(q.Until, 10))
+	set("limit", strconv.Itoa(q.Limit))
+	if q.After != "" {
+		v.Set("after", q.After) // 0 is a cursor
+	}
+	return v
+}
+
+// FindEvents returns a page of the events that a query selects, at most 1 MiB. A next of "" is the
+// end.
+func (c *Client) FindEvents(ctx context.Context, q EventQuery) (found []Event, next string, err error) {
+	header, err := c.call(ctx, http.MethodGet, "/v1/events?"+q.values().Encode(), nil, &found)
+	return found, header.Get(nextHeader), err
 }
 
 // Events returns at most limit events and 1 MiB, from the index from on. An empty list is the end.
 func (c *Client) Events(ctx context.Context, from uint64, limit int) (events []Event, err error) {
-	q := url.Values{"from": {strconv.FormatUint(from, 10)}, "limit": {strconv.Itoa(limit)}}
-	return events, c.do(ctx, http.MethodGet, "/v1/events?"+q.Encode(), nil, &events)
+	events, _, err = c.FindEvents(ctx, EventQuery{From: from, Limit: limit})
+	return events, err
 }
 
 // Log returns the names and keys of the audit log.
@@ -273,23 +326,22 @@ func (c *Client) EndEpoch(ctx context.Context) (l Log, err error) {
 
 // Retention returns the epochs, and the times at which retention drops data.
 func (c *Client) Retention(ctx context.Context) (r Retention, err error) {
-	for from := uint32(0); ; from = r.Epochs[len(r.Epochs)-1].Epoch + 1 {
+	for after := ""; ; {
 		var some Retention
-		path := "/v1/retention?from=" + strconv.FormatUint(uint64(from), 10)
-		if err := c.do(ctx, http.MethodGet, path, nil, &some); err != nil {
+		header, err := c.call(ctx, http.MethodGet, "/v1/retention?after="+url.QueryEscape(after), nil, &some)
+		if err != nil {
 			return r, err
 		}
-		some.Epochs = append(r.Epochs, some.Epochs...)
-		if end := len(some.Epochs) == len(r.Epochs); end {
-			return some, nil
+		r = Retention{append(r.Epochs, some.Epochs...), some.ReceiptsBefore}
+		if after = header.Get(nextHeader); after == "" {
+			return r, nil
 		}
-		r = some
 	}
 }
 
 // Hold sets a legal hold: retention does not drop the epoch.
-func (c *Client) Hold(ctx context.Context, epoch uint32, reason string) error {
-	return c.do(ctx, http.MethodPost, fmt.Sprintf("/v1/log/epochs/%d/hold", epoch), Hold{reason}, nil)
+func (c *Client) Hold(ctx context.Context, epoch uint32, name, reason string) error {
+	return c.do(ctx, http.MethodPost, fmt.Sprintf("/v1/log/epochs/%d/holds", epoch), Hold{name, reason}, nil)
 }
 
 // Receipt returns a receipt.
@@ -297,15 +349,17 @@ func (c *Client) Receipt(ctx context.Context, id string) (r Receipt, err error) 
 	return r, c.do(ctx, http.MethodGet, "/v1/receipts/"+url.PathEscape(id), nil, &r)
 }
 
-// Receipts returns at most limit receipts with from <= time < to, in Unix milliseconds; a to of 0
-// is no limit. For the next receipts, pass the time of the last receipt as from, and its id as
-// after.
-func (c *Client) Receipts(ctx context.Context, from, to int64, after string, limit int) (found []Receipt, err error) {
+// Receipts returns a page of at most limit receipts with from <= time < to, in Unix milliseconds; a
+// to of 0 is no limit. after is the next of the page before, or ""; a next of "" is the end.
+func (c *Client) Receipts(
+	ctx context.Context, from, to int64, after string, limit int,
+) (found []Receipt, next string, err error) {
 	q := url.Values{
 		"from": {strconv.FormatInt(from, 10)}, "to": {strconv.FormatInt(to, 10)},
 		"after": {after}, "limit": {strconv.Itoa(limit)},
 	}
-	return found, c.do(ctx, http.MethodGet, "/v1/receipts?"+q.Encode(), nil, &found)
+	header, err := c.call(ctx, http.MethodGet, "/v1/receipts?"+q.Encode(), nil, &found)
+	return found, header.Get(nextHeader), err
 }
 
 // Ledger returns the sizes and the clock of the ledger.

@@ -202,6 +202,9 @@ func (c *Client) call(ctx context.Context, method, path string, body, result any
 	return resp.Header, json.Unmarshal(b, result)
 }
 
+// nextHeader has the cursor of the next page of a listing.
+const nextHeader = "Countersign-Next"
+
 // list returns the documents of all pages of a listing.
 func list[D any](ctx context.Context, c *Client, path string) ([]D, error) {
 	all := []D{}
@@ -212,7 +215,7 @@ func list[D any](ctx context.Context, c *Client, path string) ([]D, error) {
 			return nil, err
 		}
 		all = append(all, some...)
-		if after = header.Get("Countersign-Next"); after == "" {
+		if after = header.Get(nextHeader); after == "" {
 			return all, nil
 		}
 	}

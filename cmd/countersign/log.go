@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"strconv"
+	"strings"
 	"sync"
 	"time"
 
@@ -29,12 +30,20 @@ type bar struct {
 
 func (t *tool) bar(label string) *bar {
 	b := &bar{label: label}
-	if f, ok := t.stderr.(*os.File); ok {
-		if st, err := f.Stat(); err == nil && st.Mode()&os.ModeCharDevice != 0 {
-			b.to = f
-		}
+	if isTerminal(t.stderr) {
+		b.to = t.stderr
 	}
 	return b
+}
+
+// isTerminal reports whether a person reads the output.
+func isTerminal(w io.Writer) bool {
+	f, ok := w.(*os.File)
+	if !ok {
+		return false
+	}
+	st, err := f.Stat()
+	return err == nil && st.Mode()&os.ModeCharDevice != 0
 }
 
 func (b *bar) progress(done, all uint64) {
@@ -57,9 +66,14 @@ func (b *bar) end() {
 	}
 }
 
+var errNoDir = errors.New("DIR is empty: write the path of a folder, for example log")
+
 // export writes the log's static form.
 func (t *tool) export() *cobra.Command {
 	do := func(cmd *cobra.Command, args []string) error {
+		if args[0] == "" {
+			return usageError{errNoDir}
+		}
 		ctx, cancel := context.WithTimeout(cmd.Context(), longTimeout)
 		defer cancel()
 		c, err := t.dialAdmin()
@@ -91,114 +105,11 @@ func (t *tool) export() *cobra.Command {
 	c := command("export DIR", "Write the audit log as static files (C2SP tlog-tiles)", cobra.ExactArgs(1), do)
 	details(c, "Anyone can check them with countersign audit verify.\n\n"+
 		"Each epoch of the log is a tree of its own in DIR/epochs/N. DIR/checkpoint and DIR/tile are\n"+
-		"links to the present epoch. An earlier export in DIR is brought up to date: files that can't\n"+
-		"change are not written again.")
+		"links to the present epoch. An earlier export in DIR is brought up to date: each file is checked,\n"+
+		"and files that are as the checkpoint proves are not written again.")
 	c.Example = "  countersign admin audit export log\n" +
 		"  countersign audit verify log --key \"$(countersign admin audit key)\""
 	return c
-}
-
-// maxPage is the maximum number of events in an answer of the API.
-const maxPage = 1000
-
-func (t *tool) events(act maker) *cobra.Command {
-	var from uint64
-	var limit int
-	var kind, actor, resource, since string
-	do := func(ctx context.Context, c *api.Client, _ []string) error {
-		if limit < 1 {
-			return usageError{fmt.Errorf("--limit %d is too low: write 1 or higher", limit)}
-		}
-		if since != "" {
-			age, err := parseAge(since)
-			if err != nil {
-				return usageError{fmt.Errorf("--since: %w", err)}
-			}
-			first, err := firstSince(time.Now().Add(-age).UnixMilli(), func(index uint64) ([]api.Event, error) {
-				return c.Events(ctx, index, 1)
-			})
-			if err != nil {
-				return err
-			}
-			from = max(from, first)
-		}
-		all := kind == "" && actor == "" && resource == ""
-		matches := func(e api.Event) bool {
-			return (kind == "" || string(e.Type) == kind) && (actor == "" || e.Actor.Name == actor) &&
-				(resource == "" || e.Resource == resource)
-		}
-		found := []api.Event{}
-		for len(found) <= limit { // one more than the limit, to know whether the list is complete
-			n := maxPage
-			if all {
-				n = min(n, limit+1-len(found))
-			}
-			page, err := c.Events(ctx, from, n)
-			if err != nil {
-				return err
-			}
-			for _, e := range page {
-				from = e.Index + 1
-				if len(found) <= limit && matches(e) {
-					found = append(found, e)
-				}
-			}
-			if len(page) == 0 {
-				break
-			}
-		}
-		if len(found) > limit {
-			next := found[limit].Index
-			fmt.Fprintf(t.stderr, "countersign: there are more, from event %d on: add --from %d, or raise --limit\n",
-				next, next)
-			found = found[:limit]
-		}
-		return t.print(found, func(w io.Writer) {
-			fmt.Fprintln(w, "INDEX\tTIME\tTYPE\tACTOR\tACTION\tRESOURCE\tOUTCOME")
-			for _, e := range found {
-				at := time.UnixMilli(e.TimeMS).UTC().Format("2006-01-02T15:04:05.000Z")
-				fmt.Fprintf(w, "%d\t%s\t%s\t%s\t%s\t%s\t%s\n",
-					e.Index, at, e.Type, e.Actor.Kind+" "+e.Actor.Name, e.Action, e.Resource, e.Outcome)
-			}
-		})
-	}
-	c := act("list", "List events of the audit log, the oldest first", cobra.NoArgs, do)
-	c.Example = "  countersign admin audit list --since 7d --type KeyCreated\n" +
-		"  countersign admin audit list --actor shop --limit 1000000 --json"
-	c.Annotations = map[string]string{"long": "true"}
-	f := c.Flags()
-	f.Uint64Var(&from, "from", 0, "begin with the event of this `index` (default: 0)")
-	f.StringVar(&since, "since", "", "only events of this last `duration`, for example 24h or 7d (default: all)")
-	f.StringVar(&kind, "type", "",
-		"only events of this `type`, for example ReplayRefused; docs/SPEC.md has the list (default: all)")
-	f.StringVar(&actor, "actor", "", "only events of the peer or operator of this `name` (default: all)")
-	f.StringVar(&resource, "resource", "",
-		"only events about this `resource`, for example payments/2 or proposal/7 (default: all)")
-	f.IntVar(&limit, "limit", 100, "list at most this `number` of events")
-	return c
-}
-
-// firstSince finds the index of the first event at or after a time, by a binary search. The
-// function at returns the event of an index or the next one, or none after the last event.
-func firstSince(ms int64, at func(uint64) ([]api.Event, error)) (uint64, error) {
-	var failed error
-	before := func(index uint64) bool { // the event of this index is too old
-		found, err := at(index)
-		failed = errors.Join(failed, err)
-		return err == nil && len(found) > 0 && found[0].TimeMS < ms
-	}
-	low, high := uint64(0), uint64(1) // all events below low are too old
-	for before(high - 1) {
-		low, high = high, 2*high
-	}
-	for low < high && failed == nil {
-		if middle := low + (high-low)/2; before(middle) {
-			low = middle + 1
-		} else {
-			high = middle
-		}
-	}
-	return low, failed
 }
 
 // logFlags name the log to check, and the keys and checkpoints to trust.
@@ -235,6 +146,9 @@ func (t *tool) check(ctx context.Context, l *logFlags, args []string, follow fol
 	}
 	var from audit.Source
 	if !l.live() {
+		if args[0] == "" {
+			return none, usageError{errNoDir}
+		}
 		if _, err := os.Stat(filepath.Join(args[0], "checkpoint")); err != nil {
 			return none, fmt.Errorf("%s is not the folder of an export (countersign admin audit export): %w",
 				args[0], err)
@@ -276,6 +190,7 @@ func (t *tool) audit() *cobra.Command {
 		}{true, r, head.Epoch, head.Size, head.Root.String()}
 		return t.print(out, func(w io.Writer) {
 			fmt.Fprintf(w, "valid\t%d events from %d on, in %d epochs\n", r.Events, r.First, r.Epochs)
+			fmt.Fprintf(w, "times\tfrom %s to %s\n", date(r.FromMS/1000), date(r.ToMS/1000))
 			if r.Dropped > 0 {
 				fmt.Fprintf(w, "dropped\t%d epochs, as the log says\n", r.Dropped)
 			}
@@ -309,30 +224,30 @@ func (t *tool) retention(act maker) *cobra.Command {
 		}
 		return uint32(n), nil
 	}
-	hold := act("hold EPOCH", "Keep an epoch of the audit log, and all later ones, from being dropped (legal hold)",
-		cobra.ExactArgs(1), func(ctx context.Context, c *api.Client, args []string) error {
+	hold := act("hold EPOCH NAME", "Keep an epoch of the audit log, and all later ones, by a legal hold with a name",
+		cobra.ExactArgs(2), func(ctx context.Context, c *api.Client, args []string) error {
 			n, err := epochOf(args)
 			if err == nil {
-				err = c.Hold(ctx, n, reason)
+				err = c.Hold(ctx, n, args[1], reason)
 			}
 			if err != nil {
 				return err
 			}
-			return t.print(map[string]any{"held": n}, func(w io.Writer) {
-				fmt.Fprintf(w, "held\tepoch %d and those after it\n", n)
+			return t.print(map[string]any{"held": n, "name": args[1]}, func(w io.Writer) {
+				fmt.Fprintf(w, "held\tepoch %d and those after it, by %s\n", n, args[1])
 			})
 		})
-	hold.Example = "  countersign admin retention hold 0 --reason \"case 4711\""
-	release := act("release EPOCH", "Release a legal hold, under approval", cobra.ExactArgs(1),
+	hold.Example = "  countersign admin retention hold 0 case-4711 --reason \"order of the court\""
+	release := act("release EPOCH NAME", "Release a legal hold, under approval", cobra.ExactArgs(2),
 		func(ctx context.Context, c *api.Client, args []string) error {
 			n, err := epochOf(args)
 			if err != nil {
 				return err
 			}
 			epoch := strconv.FormatUint(uint64(n), 10)
-			return t.propose(ctx, c, "hold release", "", "epoch", epoch, "reason", reason)
+			return t.propose(ctx, c, "hold release", "", "epoch", epoch, "name", args[1], "reason", reason)
 		})
-	release.Example = "  countersign admin retention release 0 --reason \"case 4711 is closed\""
+	release.Example = "  countersign admin retention release 0 case-4711 --reason \"the case is closed\""
 	reasonFlag(hold, &reason)
 	reasonFlag(release, &reason)
 	preview := act("preview", "Show what retention has dropped and will drop, and when", cobra.NoArgs,
@@ -348,13 +263,22 @@ func (t *tool) retention(act maker) *cobra.Command {
 					if e.Ended != 0 {
 						to, state = date(e.Ended), "is dropped after "+date(e.Due)
 					}
-					if e.Hold != "" {
-						state = "held: " + e.Hold
+					if len(e.Holds) > 0 {
+						var names []string
+						for _, h := range e.Holds {
+							names = append(names, h.Name)
+						}
+						state = "held by " + strings.Join(names, ", ")
 					}
 					if e.Dropped != 0 {
 						state = "dropped on " + date(e.Dropped)
 					}
 					fmt.Fprintf(w, "%d\t%d\t%s\t%s\t%s\n", e.Epoch, e.Size, date(e.Begun), to, state)
+				}
+				for _, e := range r.Epochs {
+					for _, h := range e.Holds {
+						fmt.Fprintf(w, "\nhold\t%s on epoch %d: %s", h.Name, e.Epoch, h.Reason)
+					}
 				}
 				fmt.Fprintf(w, "\nreceipts\tof before %s are dropped\n", date(r.ReceiptsBefore))
 			})
@@ -402,18 +326,18 @@ func (t *tool) receipts(act maker) *cobra.Command {
 			if text == "" {
 				continue
 			}
-			at, err := time.Parse(time.RFC3339, text)
+			at, err := parseTime(text)
 			if err != nil {
-				if at, err = time.Parse(time.DateOnly, text); err != nil {
-					return usageError{fmt.Errorf("%q is not a time: "+
-						"write 2026-11-24 or 2026-11-24T08:00:00Z, for example", text)}
-				}
+				return usageError{err}
 			}
 			ms[i] = at.UnixMilli()
 		}
-		found, err := c.Receipts(ctx, ms[0], ms[1], after, limit)
+		found, next, err := c.Receipts(ctx, ms[0], ms[1], after, limit)
 		if err != nil {
 			return err
+		}
+		if next != "" {
+			t.more(next)
 		}
 		return t.print(found, func(w io.Writer) { show(w, found...) })
 	}
@@ -423,7 +347,7 @@ func (t *tool) receipts(act maker) *cobra.Command {
 	f.StringVar(&from, "from", "",
 		"begin at this `time`, for example 2026-11-24 or 2026-11-24T08:00:00Z, in UTC (default: the first receipt)")
 	f.StringVar(&to, "to", "", "end before this `time` (default: the last receipt)")
-	f.StringVar(&after, "after", "", "continue a list after the receipt of this `id`, with --from at its time")
+	f.StringVar(&after, "after", "", "the next page: the `cursor` that the page before has shown")
 	f.IntVar(&limit, "limit", 100, "list at most this `number` of receipts, 1 to 1000")
 	one := act("show ID", "Show a receipt", cobra.ExactArgs(1),
 		func(ctx context.Context, c *api.Client, args []string) error {

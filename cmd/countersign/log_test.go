@@ -1,38 +1,27 @@
 package main
 
 import (
-	"errors"
+	"encoding/base64"
+	"encoding/hex"
+	"strings"
 	"testing"
-
-	"countersign/admin/api"
-	"countersign/audit"
 )
 
-func TestFirstSince(t *testing.T) {
-	for first := range uint64(3) { // events before first were dropped
-		for size := range uint64(20) {
-			at := func(index uint64) ([]api.Event, error) {
-				if index = max(index, first); index >= size {
-					return nil, nil
-				}
-				e := audit.Event{TimeMS: int64(index) / 2 * 10} // two events have one time
-				return []api.Event{{Index: index, Event: e}}, nil
-			}
-			for ms := int64(-5); ms < 110; ms += 5 {
-				got, err := firstSince(ms, at)
-				if err != nil {
-					t.Fatal(err)
-				}
-				for i := first; i < size; i++ {
-					if late := int64(i)/2*10 >= ms; late != (i >= got) {
-						t.Errorf("%d events from %d on, since %d: from %d on", size, first, ms, got)
-					}
-				}
-			}
+// TestHexOf: a nonce or a digest has two forms on the command line, and one form in the log.
+func TestHexOf(t *testing.T) {
+	b := []byte(strings.Repeat("\xfe", 32))
+	want := hex.EncodeToString(b)
+	for _, text := range []string{want, strings.ToUpper(want), base64.RawURLEncoding.EncodeToString(b)} {
+		if got, err := hexOf(text); got != want || err != nil {
+			t.Errorf("%s: %s, %v", text, got, err)
 		}
 	}
-	gone := errors.New("gone")
-	if _, err := firstSince(1, func(uint64) ([]api.Event, error) { return nil, gone }); !errors.Is(err, gone) {
-		t.Errorf("after a failure: %v", err)
+	for _, text := range []string{"ab", want + "00", "payments", base64.StdEncoding.EncodeToString(b)} {
+		if got, err := hexOf(text); err == nil {
+			t.Errorf("%s: %s", text, got)
+		}
+	}
+	if got, err := hexOf(""); got != "" || err != nil {
+		t.Errorf("no value: %q, %v", got, err)
 	}
 }

@@ -48,6 +48,43 @@ func (r *records) flags(t *tool, c *cobra.Command) {
 // made the decision.
 type visitor func(event uint64, raw string, rec policy.Record, by *policy.Policy) error
 
+// dial connects to the appliance, unless there is a connection.
+func (r *records) dial() (err error) {
+	if r.client == nil {
+		r.client, err = r.tool.dialAdmin()
+	}
+	return err
+}
+
+// now returns the time from which an age counts back, by the clock of the decisions: the ledger's
+// time of the appliance, or the time of the file's newest decision.
+func (r *records) now(ctx context.Context) (at time.Time, err error) {
+	if r.file == "" {
+		if err := r.dial(); err != nil {
+			return at, err
+		}
+		l, err := r.client.Ledger(ctx)
+		return time.Unix(l.Time, 0), err
+	}
+	r.policies = map[string]api.Policy{}
+	return at, r.readFile(func(d api.Decision) error {
+		rec, err := policy.ParseRecord([]byte(d.Record))
+		if t := time.UnixMilli(rec.TimeMS); err == nil && t.After(at) {
+			at = t
+		}
+		return err
+	})
+}
+
+// since calls visit for each decision of a last duration, the oldest first.
+func (r *records) since(ctx context.Context, age time.Duration, visit visitor) error {
+	now, err := r.now(ctx)
+	if err != nil {
+		return err
+	}
+	return r.each(ctx, now.Add(-age), visit)
+}
+
 // each calls visit for each decision since a time, the oldest first.
 func (r *records) each(ctx context.Context, since time.Time, visit visitor) error {
 	decode := func(d api.Decision) error {
@@ -55,7 +92,7 @@ func (r *records) each(ctx context.Context, since time.Time, visit visitor) erro
 		if err != nil {
 			return fmt.Errorf("event %d: %w", d.Event, err)
 		}
-		if time.UnixMilli(rec.TimeMS).Before(since) {
+		if r.file != "" && time.UnixMilli(rec.TimeMS).Before(since) { // the appliance compares by itself
 			return nil
 		}
 		by, err := r.policy(ctx, rec.Policy)
@@ -102,11 +139,8 @@ func (r *records) readFile(visit func(api.Decision) error) error {
 }
 
 func (r *records) readAppliance(ctx context.Context, since time.Time, visit func(api.Decision) error) error {
-	var err error
-	if r.client == nil {
-		if r.client, err = r.tool.dialAdmin(); err != nil {
-			return err
-		}
+	if err := r.dial(); err != nil {
+		return err
 	}
 	all, err := r.client.Policies(ctx)
 	if err != nil {
@@ -115,8 +149,8 @@ func (r *records) readAppliance(ctx context.Context, since time.Time, visit func
 	for _, p := range all {
 		r.policies[p.SHA256] = p
 	}
-	for from := uint64(0); ; {
-		some, err := r.client.Decisions(ctx, from, since.UnixMilli())
+	for after := ""; ; {
+		some, next, err := r.client.Decisions(ctx, max(0, since.UnixMilli()), after)
 		if err != nil || len(some) == 0 {
 			return err
 		}
@@ -127,7 +161,9 @@ func (r *records) readAppliance(ctx context.Context, since time.Time, visit func
 			if err := visit(d); err != nil {
 				return err
 			}
-			from = d.Event + 1
+		}
+		if after = next; after == "" {
+			return nil
 		}
 	}
 }
@@ -292,11 +328,12 @@ func (t *tool) policyTest() *cobra.Command {
 			Rules   []string `json:"rules"`
 			Because string   `json:"because,omitempty"`
 		}
-		results, wrong := []result{}, 0
+		results, wrong, rules := []result{}, 0, p.Rules()
 		for _, c := range cases {
 			d := p.Decide(c.Request)
 			r := result{
-				Line: c.Line, Name: c.Name, Expect: outcome(c.Allow), Got: outcome(d.Allowed), Rules: where(p, d.Rules),
+				Line: c.Line, Name: c.Name, Expect: outcome(c.Allow), Got: outcome(d.Allowed),
+				Rules: where(rules, d.Rules),
 			}
 			switch {
 			case d.Fault != "":
@@ -343,9 +380,9 @@ func (t *tool) policyTest() *cobra.Command {
 func outcome(allowed bool) string { return either(allowed, "allow", "deny") }
 
 // where names rules by their lines and ids, for example "line 2 no-login".
-func where(p *policy.Policy, ids []string) []string {
+func where(rules []policy.Rule, ids []string) []string {
 	named := []string{}
-	for _, rule := range p.Rules() {
+	for _, rule := range rules {
 		if slices.Contains(ids, rule.ID) {
 			name := rule.ID
 			if line := fmt.Sprintf("line %d", rule.Line); !strings.HasPrefix(name, line) {
@@ -424,10 +461,10 @@ func withTexts(rec policy.Record, texts []string) (policy.Record, error) {
 
 // one gets a single decision from the appliance.
 func (r *records) one(ctx context.Context, event uint64, visit visitor) error {
-	client, err := r.tool.dialAdmin()
-	if err != nil {
+	if err := r.dial(); err != nil {
 		return err
 	}
+	client := r.client
 	d, err := client.Decision(ctx, event)
 	if refusal, is := errors.AsType[*api.Error](err); is && refusal.Code == "not_found" {
 		return undecided(ctx, client, event)
@@ -442,7 +479,7 @@ func (r *records) one(ctx context.Context, event uint64, visit visitor) error {
 	if err != nil {
 		return err
 	}
-	r.client, r.policies, r.parsed = client, map[string]api.Policy{v.SHA256: v}, map[string]*policy.Policy{}
+	r.policies, r.parsed = map[string]api.Policy{v.SHA256: v}, map[string]*policy.Policy{}
 	by, err := r.policy(ctx, rec.Policy)
 	if err != nil {
 		return err
@@ -571,11 +608,11 @@ type change struct {
 	By    []string `json:"by"`
 }
 
-// compare replays the decisions since a time with the policy next. An error comes with the result
-// so far.
-func (r *records) compare(ctx context.Context, since time.Time, next *policy.Policy) (comparison, error) {
-	found := comparison{Changes: []change{}}
-	err := r.each(ctx, since, func(event uint64, _ string, rec policy.Record, by *policy.Policy) error {
+// compare replays the decisions of a last duration with the policy next. An error comes with the
+// result so far.
+func (r *records) compare(ctx context.Context, age time.Duration, next *policy.Policy) (comparison, error) {
+	found, rules := comparison{Changes: []change{}}, next.Rules()
+	err := r.since(ctx, age, func(event uint64, _ string, rec policy.Record, by *policy.Policy) error {
 		q, err := rec.Request()
 		if err != nil {
 			return fmt.Errorf("event %d: %w", event, err)
@@ -591,7 +628,7 @@ func (r *records) compare(ctx context.Context, since time.Time, next *policy.Pol
 		if d := next.Decide(q); d.Allowed != rec.Allowed {
 			found.Changes = append(found.Changes, change{
 				event, time.UnixMilli(rec.TimeMS).UTC().Format(time.RFC3339), rec.Peer, resource(rec),
-				outcome(rec.Allowed), outcome(d.Allowed), where(next, d.Rules),
+				outcome(rec.Allowed), outcome(d.Allowed), where(rules, d.Rules),
 			})
 		}
 		return nil
@@ -636,7 +673,7 @@ func (t *tool) policyDiff() *cobra.Command {
 		}
 		ctx, cancel := context.WithTimeout(cmd.Context(), longTimeout)
 		defer cancel()
-		found, err := from.compare(ctx, time.Now().Add(-age), next)
+		found, err := from.compare(ctx, age, next)
 		if err != nil {
 			return err
 		}
@@ -680,7 +717,7 @@ func (t *tool) policyExport() *cobra.Command {
 			}
 			return enc.Encode(exportEntry{Decision: &api.Decision{Event: event, Record: raw}})
 		}
-		err = from.each(ctx, time.Now().Add(-age), visit)
+		err = from.since(ctx, age, visit)
 		return errors.Join(err, w.Flush())
 	}
 	c := command("export", "Write recorded decisions and their policies to stdout, for a replay on any machine",

@@ -178,7 +178,7 @@ func showPolicy(ctx context.Context, t *tool, c *api.Client, r *review, to io.Wr
 	past, cancel := context.WithTimeout(ctx, pastTimeout)
 	defer cancel()
 	from := records{tool: t, client: c}
-	found, err := from.compare(past, time.Now().Add(-pastDecisions), next)
+	found, err := from.compare(past, pastDecisions, next)
 	w := tabwriter.NewWriter(to, 0, 0, 2, ' ', 0)
 	fmt.Fprintf(w, "the decisions of the last %d days by this policy:\n", pastDecisions/(24*time.Hour))
 	found.show(w, pastChanges)

@@ -77,6 +77,9 @@ func checkAll(tx *bolt.Tx, next uint64, progress func(done, all uint64)) error {
 	}); err != nil {
 		return err
 	}
+	if err := checkIndex(tx, next); err != nil {
+		return err
+	}
 	if err := checkTotals(root(tx, bucketCounters)); err != nil {
 		return err
 	}

@@ -44,7 +44,7 @@ import (
 
 // format is the version of the file's layout. Open refuses any other version; a higher one belongs
 // to a newer program.
-const format = 5
+const format = 6
 
 // Errors of Create and Open.
 var (
@@ -67,6 +67,8 @@ var (
 	ErrNotFound     = errors.New("ledger: no such entry")
 	ErrDropped      = errors.New("ledger: dropped by retention")
 	ErrBusy         = errors.New("ledger: a snapshot is being written")
+	ErrHeld         = errors.New("ledger: there is a legal hold of this name already")
+	ErrTooManyHolds = errors.New("ledger: an epoch has too many legal holds")
 )
 
 // Replaceable for tests, which break the disk and the mapping.

@@ -61,9 +61,10 @@ type Epoch struct {
 	Root       []byte `json:"root,omitempty"`       // root hash of an ended epoch
 	Checkpoint string `json:"checkpoint,omitempty"` // newest signed checkpoint; of an ended epoch, the final one
 	Signed     uint64 `json:"signed,omitempty"`     // size in the checkpoint
-	Hold       string `json:"hold,omitempty"`       // reason of a legal hold
 	Dropping   int64  `json:"dropping,omitempty"`   // Unix milliseconds; readers no longer see the epoch
 	Dropped    int64  `json:"dropped,omitempty"`    // Unix milliseconds; all records are removed
+
+	Holds map[string]string `json:"holds,omitempty"` // reasons of the legal holds, by the names of the holds
 }
 
 // Final reports whether the epoch has ended and its final checkpoint is signed.

@@ -17,9 +17,41 @@ const maxRemovals = 2048
 // used pages again: see minFreePages.
 const maxFreePages = 8192
 
-// Hold protects an epoch from Drop (legal hold), and writes the event. An empty reason releases the
-// hold.
-func (l *Ledger) Hold(ctx context.Context, epoch uint32, reason string, event Event) error {
+// maxHolds is the largest number of legal holds on one epoch. The bound limits the size of the
+// epoch's record.
+const maxHolds = 100
+
+// Hold protects an epoch from Drop by a legal hold with a name, and writes the event. Holds of
+// other names stay as they are. The error for a name that the epoch has already wraps ErrHeld.
+func (l *Ledger) Hold(ctx context.Context, epoch uint32, name, reason string, event Event) error {
+	return l.changeHolds(ctx, epoch, event, func(holds map[string]string) error {
+		if _, held := holds[name]; held {
+			return fmt.Errorf("epoch %d, hold %q: %w", epoch, name, ErrHeld)
+		}
+		if len(holds) == maxHolds {
+			return fmt.Errorf("epoch %d: %w: at most %d", epoch, ErrTooManyHolds, maxHolds)
+		}
+		holds[name] = reason
+		return nil
+	})
+}
+
+// Release ends the legal hold with a name, and writes the event. An epoch with other holds stays
+// protected. The error for an unknown name wraps ErrNotFound.
+func (l *Ledger) Release(ctx context.Context, epoch uint32, name string, event Event) error {
+	return l.changeHolds(ctx, epoch, event, func(holds map[string]string) error {
+		if _, held := holds[name]; !held {
+			return fmt.Errorf("epoch %d, hold %q: %w", epoch, name, ErrNotFound)
+		}
+		delete(holds, name)
+		return nil
+	})
+}
+
+// changeHolds changes the legal holds of an epoch that is not dropped.
+func (l *Ledger) changeHolds(
+	ctx context.Context, epoch uint32, event Event, change func(holds map[string]string) error,
+) error {
 	return l.submit(ctx, &request{alone: true, done: make(chan error, 1), apply: func(t *txn) error {
 		e, err := getEpoch(t.tx, epoch)
 		switch {
@@ -28,7 +60,12 @@ func (l *Ledger) Hold(ctx context.Context, epoch uint32, reason string, event Ev
 		case e.Dropping != 0:
 			return fmt.Errorf("epoch %d: %w", epoch, ErrDropped)
 		}
-		e.Hold = reason
+		if e.Holds == nil {
+			e.Holds = map[string]string{}
+		}
+		if err := change(e.Holds); err != nil {
+			return err
+		}
 		if err := t.putEpoch(e); err != nil {
 			return err
 		}
@@ -48,8 +85,8 @@ func (l *Ledger) Drop(ctx context.Context, epoch uint32, event Event) error {
 			return err
 		case e.Dropping != 0:
 			return nil
-		case e.Hold != "":
-			return fmt.Errorf("epoch %d is held: %s", epoch, e.Hold)
+		case len(e.Holds) > 0:
+			return fmt.Errorf("epoch %d has %d legal holds", epoch, len(e.Holds))
 		case !e.Final():
 			return fmt.Errorf("epoch %d has no final checkpoint", epoch)
 		}
@@ -140,10 +177,14 @@ func pendingDrop(tx *bolt.Tx) (*Epoch, error) {
 	return nil, nil
 }
 
-// removeEpoch removes one segment of events, or at most maxRemovals events of a segment that the
-// next epoch shares, or some chunks of hashes. done reports that the epoch has no records any more.
+// removeEpoch removes some records of the index, one segment of events, or at most maxRemovals
+// events of a segment that the next epoch shares, or some chunks of hashes. done reports that the
+// epoch has no records any more.
 func (t *txn) removeEpoch(e Epoch) (done bool, err error) {
 	end := e.First + e.Size
+	if done, err := t.removeIndex(end); err != nil || !done {
+		return false, err
+	}
 	events := t.bucket(bucketEvents)
 	if name, _ := events.cursor().First(); name != nil {
 		if n := binary.BigEndian.Uint64(name); (n+1)*segment <= end {

@@ -44,12 +44,23 @@ func TestDropRefuses(t *testing.T) {
 		t.Fatal(err)
 	}
 	refuses(1, "epoch 0 is older")
-	if err := l.Hold(t.Context(), 0, "a case in court", note("held")); err != nil {
-		t.Fatal(err)
+	// Each of two holds keeps the epoch until its own release.
+	for _, name := range []string{"court", "tax"} {
+		if err := l.Hold(t.Context(), 0, name, "a case", note("held")); err != nil {
+			t.Fatal(err)
+		}
 	}
-	refuses(0, "a case in court")
-	if err := l.Hold(t.Context(), 0, "", note("released")); err != nil {
-		t.Fatal(err)
+	if err := l.Hold(t.Context(), 0, "court", "another case", note("held")); !errors.Is(err, ledger.ErrHeld) {
+		t.Errorf("a hold was replaced: %v", err)
+	}
+	for _, name := range []string{"tax", "court"} {
+		refuses(0, "legal hold")
+		if err := l.Release(t.Context(), 0, name, note("released")); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := l.Release(t.Context(), 0, "tax", note("released")); !errors.Is(err, ledger.ErrNotFound) {
+		t.Errorf("a hold was released twice: %v", err)
 	}
 	for n := range uint32(2) {
 		if err := l.Drop(t.Context(), n, note("dropped")); err != nil {
@@ -57,13 +68,13 @@ func TestDropRefuses(t *testing.T) {
 		}
 	}
 	refuses(2, "final checkpoint")
-	if err := l.Hold(t.Context(), 0, "too late", note("held")); !errors.Is(err, ledger.ErrDropped) {
+	if err := l.Hold(t.Context(), 0, "late", "too late", note("held")); !errors.Is(err, ledger.ErrDropped) {
 		t.Errorf("%v", err)
 	}
 	var all []string
 	l.Events(0, func(_ uint64, b []byte) bool { all = append(all, string(b)); return true })
 	// The first two events that are left are EpochBegun.
-	if len(all) != 6 || fmt.Sprint(all[2:]) != "[held released dropped dropped]" {
+	if len(all) != 8 || fmt.Sprint(all[2:]) != "[held held released released dropped dropped]" {
 		t.Errorf("%q", all)
 	}
 }

@@ -31,6 +31,7 @@ const (
 	bucketPolicies
 	bucketOperators
 	bucketProposals
+	bucketIndex // u64 segment -> index of its events: see find.go
 )
 
 // buckets are the buckets of the root by number. A file of this format has exactly these buckets; a
@@ -58,6 +59,7 @@ var buckets = [...]struct {
 	bucketPolicies:  {[]byte(Policies), bolt.DefaultFillPercent},
 	bucketOperators: {[]byte(Operators), bolt.DefaultFillPercent},
 	bucketProposals: {[]byte(Proposals), bolt.DefaultFillPercent},
+	bucketIndex:     {[]byte("index"), fullPages},
 }
 
 const fullPages = 0.95
