@@ -78,7 +78,7 @@ type server struct {
 func New(c Config) *http.Server {
 	s, handler := newServer(c)
 	return &http.Server{
-		Handler:           http.MaxBytesHandler(s.guard(handler), maxProposal),
+		Handler:           http.MaxBytesHandler(s.guard(answerHead(handler)), maxProposal),
 		ReadHeaderTimeout: 10 * time.Second,
 		ReadTimeout:       30 * time.Second,
 		WriteTimeout:      writeTimeout,
@@ -173,11 +173,21 @@ func (s *server) retryToken(ctx context.Context, who caller, in *named) error {
 }
 
 func (s *server) rollback(context.Context, caller, *none) (api.Rollback, error) {
-	r, err := s.Appliance.Anchor.Rollback()
-	if err != nil || r == nil {
+	anchor := s.Appliance.Anchor
+	token, err := anchor.Bound()
+	if err != nil {
 		return api.Rollback{}, err
 	}
-	return api.Rollback{Detected: true, Reason: r.Reason, Ledger: r.Ledger, Counter: r.Counter, At: r.At.Unix()}, nil
+	doc := api.Rollback{Token: token}
+	if unread := anchor.Unread(); unread != nil {
+		doc.Unread = unread.Error()
+	}
+	if r, err := anchor.Rollback(); err != nil {
+		return api.Rollback{}, err
+	} else if r != nil {
+		doc.Detected, doc.Reason, doc.Ledger, doc.Counter, doc.At = true, r.Reason, r.Ledger, r.Counter, r.At.Unix()
+	}
+	return doc, nil
 }
 
 func (s *server) peers(_ context.Context, _ caller, in *pageInput) (*listed[api.Peer], error) {

@@ -92,6 +92,19 @@ func peerUID(conn *net.UnixConn) (uid uint32, err error) {
 	return uid, errors.Join(err, bad)
 }
 
+// answerHead answers HEAD as GET: the same header without the body, which net/http leaves out
+// (RFC 9110 section 9.3.2).
+func answerHead(next http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if r.Method == http.MethodHead {
+			get := *r
+			get.Method = http.MethodGet
+			r = &get
+		}
+		next.ServeHTTP(w, r)
+	})
+}
+
 // guard refuses connections of other users, and over HTTPS requests for another host. The check of
 // the host stops DNS rebinding: a stranger's domain name that resolves to this address.
 func (s *server) guard(next http.Handler) http.Handler {

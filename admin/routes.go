@@ -130,6 +130,10 @@ func (s *server) routes() {
 	routeRaw(s, s.peers, operation{
 		route: "GET /v1/peers", id: "peers", summary: "List the enrolled peers",
 		roles: signedIn, refused: whileUninitialised})
+	route(s, s.refusedHandshakes, operation{
+		route: "GET /v1/handshakes/refused", id: "refused-handshakes",
+		summary: "List the handshakes that were refused since the start: which key, from where, and why",
+		roles:   of(administrator, operator, auditor), refused: whileUninitialised})
 	routeEmpty(s, s.removePeer, operation{
 		route: "DELETE /v1/peers/{name}", id: "remove-peer",
 		summary: "Take a peer's enrolment back and close its connections",

@@ -82,12 +82,13 @@ func DefaultLimits() Limits {
 
 // Config is the configuration of an appliance.
 type Config struct {
-	Limits    Limits
-	Anchor    anchor.Config
-	Retention Retention
-	Attended  bool   // each start waits for an operator's unlock
-	Identity  string // name of the signing key that authorizes the Noise key; "" for none
-	Webhooks  []webhook.Target
+	Limits       Limits
+	Anchor       anchor.Config
+	Retention    Retention
+	Attended     bool   // each start waits for an operator's unlock
+	SigningToken string // token of a new signing key without a token's name; "": the only token
+	Identity     string // name of the signing key that authorizes the Noise key; "" for none
+	Webhooks     []webhook.Target
 	// LoadPolicy reads the policy file, to see whether the file is still the policy in force. Nil
 	// takes the policy of New for the file's.
 	LoadPolicy func() (*policy.Policy, error)
@@ -116,6 +117,7 @@ type Appliance struct {
 	refusals   tally                // refusals beyond the limit of events
 	upkeep     upkeep
 	hooks      atomic.Pointer[webhook.Sender] // nil before Serve, and without webhooks
+	turnedAway turnedAway                     // refused handshakes, for operators
 	failing    rate.Sometimes                 // lines of the log about handshakes that fail because of the device
 	handshakes *limit.Handshakes
 	places     *limit.Connections
@@ -175,7 +177,8 @@ func New(
 	a.Peers.Remember(a.handshakes.Remember)
 	if a.Keys, err = keyring.Open(ctx, keyring.Config{
 		Ledger: l, Tokens: tokens, Calls: limits.Calls, Gate: a.gate, Peers: a.Peers, Log: log,
-		Identity: c.Identity, MaxLifetime: limits.MaxLifetime, RequestTimeout: limits.RequestTimeout,
+		SigningToken: c.SigningToken, Identity: c.Identity,
+		MaxLifetime: limits.MaxLifetime, RequestTimeout: limits.RequestTimeout,
 	}); err != nil {
 		return nil, err
 	}

@@ -39,13 +39,14 @@ type policies struct {
 	// mu guards the policy in force. The ledger's writer locks mu during admissions, and while
 	// memory follows the ledger. A holder of mu must not wait for the ledger.
 	mu      sync.Mutex
-	newest  PolicyVersion  // zero for a ledger without a version
-	current *rules         // newest, parsed; nil if not parsed yet
-	offered *policy.Policy // the argument of activate, which need not be parsed again
-	onDisk  string         // SHA-256 of the policy file at the last look, hex; "" for an unusable file
-	broken  error          // the error of an unusable policy file
-	checked *policy.Policy // the policy in force that dead is about
-	dead    error          // the error of Offer for checked, which was approved before an update
+	newest  PolicyVersion   // zero for a ledger without a version
+	hashes  map[string]bool // of all versions, hex: a policy file with a former text waits for nobody
+	current *rules          // newest, parsed; nil if not parsed yet
+	offered *policy.Policy  // the argument of activate, which need not be parsed again
+	onDisk  string          // SHA-256 of the policy file at the last look, hex; "" for an unusable file
+	broken  error           // the error of an unusable policy file
+	checked *policy.Policy  // the policy in force that dead is about
+	dead    error           // the error of Offer for checked, which was approved before an update
 }
 
 // PolicyVersion is the policy in force, or one before it.
@@ -82,8 +83,15 @@ func (p *policies) take(key string, value []byte) error {
 		return nil // no version is ever removed
 	}
 	v, err := decodePolicy(key, value)
-	if err != nil || v.Version < p.newest.Version {
+	if err != nil {
 		return err
+	}
+	if p.hashes == nil {
+		p.hashes = map[string]bool{}
+	}
+	p.hashes[v.Hash] = true
+	if v.Version < p.newest.Version {
+		return nil
 	}
 	p.newest, p.current = v, nil
 	if p.offered != nil && hex.EncodeToString(p.offered.Hash[:]) == v.Hash {
@@ -231,7 +239,7 @@ func (p *policies) check() {
 func (p *policies) causes() (all []cause.Cause) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if p.onDisk != "" && p.newest.Version > 0 && p.onDisk != p.newest.Hash {
+	if p.onDisk != "" && p.newest.Version > 0 && !p.hashes[p.onDisk] {
 		all = append(all, cause.PolicyWaits.Of("", "SHA-256 %s is in force, the file has %s", p.newest.Hash, p.onDisk))
 	}
 	all = append(all, cause.PolicyBroken.Err("", p.broken)...)

@@ -113,6 +113,7 @@ func (a *Appliance) accept(stop context.Context, l Listener, serving *sync.WaitG
 		place, err := a.places.Open(from, a.handshakes.IsGood(from))
 		if err != nil {
 			a.refusals.count(audit.RateLimitTriggered, "connect", "", wire.CodeBusy)
+			a.refused(from, nil, RefusedConnections, err)
 			conn.Close()
 			continue
 		}
@@ -151,32 +152,42 @@ const refusalTime = 100 * time.Millisecond
 // serveConn performs the handshake and serves one connection. A refusal of the handshake is a
 // closed connection at a tick, for every reason.
 func (a *Appliance) serveConn(stop context.Context, raw net.Conn, profile noise.Profile, place *limit.Place) {
-	from := raw.RemoteAddr().String()
+	from, source := raw.RemoteAddr().String(), addressOf(raw)
 	hctx, cancel := context.WithTimeout(stop, a.limits.HandshakeTimeout)
 	defer cancel()
 	var statics []noise.Static
 	for _, k := range a.Keys.Answering() {
 		statics = append(statics, static{k})
 	}
-	if len(statics) == 0 {
-		return // a compromised key has no active successor yet
+	if len(statics) == 0 { // a compromised key has no active successor yet
+		a.refused(source, nil, RefusedNoKey, errors.New("the listener has no Noise key in use"))
+		return
 	}
 	var attempt *limit.Attempt
 	var begun time.Time
 	admit := func(ctx context.Context) (err error) {
-		attempt, err = a.handshakes.Begin(ctx, addressOf(raw))
+		attempt, err = a.handshakes.Begin(ctx, source)
 		begun = time.Now()
 		return err
 	}
-	conn, err := noise.Accept(hctx, raw, statics, profile, admit, a.Peers.In)
+	var came *[32]byte // the client's key, once message 1 has proven it
+	enrolled := func(key [32]byte) bool {
+		came = &key
+		return a.Peers.In(key)
+	}
+	conn, err := noise.Accept(hctx, raw, statics, profile, admit, enrolled)
 	if attempt != nil {
 		defer attempt.End() // does nothing after Good
 	}
 	switch {
 	case errors.Is(err, limit.ErrLimited):
 		a.refusals.count(audit.RateLimitTriggered, "handshake", "", wire.CodeRateLimited)
+		a.refused(source, nil, RefusedRate, err)
 		return
 	case err != nil && attempt == nil: // no handshake began, so the device was not used
+		if errors.As(err, new(*noise.ProfileError)) {
+			a.refused(source, nil, RefusedProfile, err)
+		}
 		a.log.Debug("no handshake", "from", from, "err", err)
 		return
 	case failedHere(err) && (hctx.Err() == nil || time.Since(begun) > a.limits.HandshakeTimeout/2):
@@ -185,7 +196,7 @@ func (a *Appliance) serveConn(stop context.Context, raw net.Conn, profile noise.
 		a.failing.Do(func() { a.log.Error("handshakes fail", "from", from, "err", err) })
 		attempt.Forget()
 	case err != nil:
-		a.log.Info("handshake refused", "from", from, "err", err)
+		a.refused(source, came, a.reasonOf(err, came), err)
 		a.refusals.count(audit.HandshakeRefused, "handshake", "", wire.CodeDenied)
 	}
 	if err != nil {
@@ -208,12 +219,13 @@ func (a *Appliance) serveConn(stop context.Context, raw net.Conn, profile noise.
 	here, end := context.WithCancel(stop)
 	defer end()
 	closing := hangUp{conn, end}
-	entered, err := a.Peers.Enter(conn.Peer(), closing, addressOf(conn))
+	entered, err := a.Peers.Enter(conn.Peer(), closing, source)
 	if errors.Is(err, peers.ErrTooMany) {
 		a.refusals.count(audit.RateLimitTriggered, "connect", entered.Member.Name, wire.CodeBusy)
 	}
-	if err != nil {
-		return // too many connections, or the peer was excluded during the handshake
+	if err != nil { // too many connections, or the peer was excluded during the handshake
+		a.refused(source, came, a.reasonOf(err, came), err)
+		return
 	}
 	defer a.Peers.Leave(entered)
 	s := &session{Session: entered, conn: closing, caller: Caller{Peer: entered.Member.Peer}}

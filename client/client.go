@@ -533,7 +533,7 @@ func (c *Client) connect(ctx context.Context, key [32]byte) (*noise.Conn, error)
 	if errors.Is(err, noise.ErrHandshake) {
 		raw.Close()
 		reason := strings.TrimPrefix(err.Error(), noise.ErrHandshake.Error()+": ")
-		return nil, fmt.Errorf("%w: %s; %s", ErrHandshake, reason, c.rotationHint())
+		return nil, fmt.Errorf("%w: %s%s", ErrHandshake, reason, c.rotationHint())
 	} else if err != nil {
 		raw.Close()
 		return nil, fmt.Errorf("%w: %w", ErrUnreachable, err)
@@ -552,12 +552,10 @@ func (c *Client) connect(ctx context.Context, key [32]byte) (*noise.Conn, error)
 
 // rotationHint tells a peer who has missed a rotation of the Noise key how to get the new key.
 func (c *Client) rotationHint() string {
-	s := "if its key was rotated and the old one has retired, get the new one from its operator" +
-		" (countersign admin noise-key)"
 	if c.config.ServerIdentity != [32]byte{} {
-		s += ", or from any source with an authorization that AuthorizedServerKey accepts"
+		return "; take a new server's key with an authorization that AuthorizedServerKey accepts"
 	}
-	return s
+	return "; an operator prints the server's key: countersign admin noise-key"
 }
 
 // errConnection marks the end of a connection, as opposed to an answer.

@@ -64,7 +64,20 @@ var (
 	ErrFrame       = errors.New("noise: frame of impossible length")
 	ErrDecrypt     = errors.New("noise: message does not decrypt")
 	ErrTooLarge    = errors.New("noise: message does not fit into a frame")
+	// ErrServerKey refuses a message 1 that decrypts with none of the responder's static keys.
+	ErrServerKey = errors.New("it is for another static key of the server, or is no handshake")
 )
+
+// ProfileError refuses a message 1 of another profile. Accept wraps it together with ErrFrame if
+// only the other profile has messages of the length, and otherwise together with ErrHandshake.
+type ProfileError struct {
+	Profile Profile  // of the responder
+	Claimed [32]byte // the initiator's static public key, without a proof; zero if the length told
+}
+
+func (e *ProfileError) Error() string {
+	return "it is of another profile than " + string(e.Profile)
+}
 
 // Static is a static X25519 key pair. The private key may be on a device.
 type Static interface {
@@ -127,6 +140,9 @@ func (c *Conn) accept(ctx context.Context, statics []Static, profile Profile,
 	}
 	defer c.applyContext(ctx)()
 	// -> e, es, s, ss
+	if n, err := c.header(minMessage1, minMessage1+maxIdentity); err == nil && n > minMessage1+profile.maxPayload() {
+		return fmt.Errorf("%w: message 1 has %d bytes: %w", ErrFrame, n, &ProfileError{Profile: profile})
+	}
 	message1, err := c.readFrame(minMessage1, minMessage1+profile.maxPayload())
 	if err != nil {
 		return err
@@ -174,11 +190,13 @@ func (c *Conn) accept(ctx context.Context, statics []Static, profile Profile,
 // key, and one more for ss.
 func readMessage1(ctx context.Context, statics []Static, profile Profile, message1 []byte, random io.Reader) (
 	hs *noise.HandshakeState, payload []byte, own [32]byte, err error) {
+	var tried []*trackedStatic
 	for _, static := range statics {
 		if err := ctx.Err(); err != nil {
 			return nil, nil, own, err
 		}
 		t := &trackedStatic{Static: static}
+		tried = append(tried, t)
 		if hs, err = newHandshake(ctx, t, profile, nil, random); err != nil {
 			return nil, nil, own, err
 		}
@@ -190,19 +208,65 @@ func readMessage1(ctx context.Context, statics []Static, profile Profile, messag
 			return nil, nil, own, err
 		}
 	}
-	return nil, nil, own, err
+	for _, t := range tried {
+		if err := t.otherProfile(ctx, profile, message1); err != nil {
+			return nil, nil, own, err
+		}
+	}
+	return nil, nil, own, ErrServerKey
+}
+
+// otherProfile returns a *ProfileError if message 1 is for the static key in another profile, so
+// that an operator can tell a wrong profile from a wrong key. The device is not used again: es is
+// the same in each profile, and the end of the attempt is ss.
+func (t *trackedStatic) otherProfile(ctx context.Context, profile Profile, message1 []byte) error {
+	for _, other := range []Profile{CountersignV1, PubkyV1} {
+		if other == profile {
+			continue
+		}
+		known := &onceMore{trackedStatic: t}
+		hs, err := newHandshake(ctx, known, other, nil, nil)
+		if err != nil {
+			return err
+		}
+		if _, _, _, err := hs.ReadMessage(nil, message1); err != nil && known.exchanges > 1 {
+			wrong := &ProfileError{Profile: profile}
+			copy(wrong.Claimed[:], hs.PeerStatic())
+			return wrong
+		}
+	}
+	return nil
+}
+
+// onceMore is a static key that repeats the result of its first exchange, and has no other one.
+type onceMore struct {
+	*trackedStatic
+	exchanges int
+}
+
+var errNoExchange = errors.New("noise: no further exchange")
+
+func (o *onceMore) Exchange(context.Context, [32]byte) ([32]byte, error) {
+	if o.exchanges++; o.exchanges > 1 {
+		return [32]byte{}, errNoExchange
+	}
+	return o.first, nil
 }
 
 // trackedStatic records the uses of a static key in one handshake.
 type trackedStatic struct {
 	Static
 	exchanges int
-	failed    bool // an exchange failed: an error of the device, or a point of low order
+	first     [32]byte // the result of the first exchange
+	failed    bool     // an exchange failed: an error of the device, or a point of low order
 }
 
 func (t *trackedStatic) Exchange(ctx context.Context, peer [32]byte) (shared [32]byte, err error) {
 	t.exchanges++
 	shared, err = t.Static.Exchange(ctx, peer)
+	if t.exchanges == 1 {
+		t.first = shared
+	}
 	t.failed = t.failed || err != nil
 	return shared, err
 }
@@ -249,8 +313,8 @@ func (c *Conn) connect(ctx context.Context, static Static, profile Profile, serv
 	// <- e, ee, se
 	message2, err := c.readFrame(minMessage2, minMessage2)
 	if errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) || isReset(err) {
-		return fmt.Errorf("%w: the server has closed the connection without an answer: "+
-			"the server does not know this identity, or has another key, or can't serve now", ErrHandshake)
+		return fmt.Errorf("%w: check the server's key, which may have been rotated, the profile %s, and that "+
+			"the peer is enrolled with the key %x", ErrHandshake, string(profile), c.own)
 	} else if err != nil {
 		return err
 	}
@@ -288,6 +352,13 @@ func (c *Conn) Await() error {
 // Next waits for the header of the next message, and returns the message's length in bytes. The
 // message itself stays unread: a caller can wait before ReadMessage, and TCP slows the peer down.
 func (c *Conn) Next() (length int, err error) {
+	n, err := c.header(tagSize, MaxMessage)
+	return n - tagSize, err
+}
+
+// header waits for the header of the next frame, and returns the length of the frame. The header
+// stays unread.
+func (c *Conn) header(minLen, maxLen int) (int, error) {
 	header, err := c.r.Peek(headerSize)
 	if err == io.EOF && len(header) > 0 {
 		err = io.ErrUnexpectedEOF
@@ -295,8 +366,7 @@ func (c *Conn) Next() (length int, err error) {
 	if err != nil {
 		return 0, err
 	}
-	n, err := frameLength(header, tagSize, MaxMessage)
-	return n - tagSize, err
+	return frameLength(header, minLen, maxLen)
 }
 
 // ReadMessage returns the next message. The error io.EOF means a clean end of the connection

@@ -182,3 +182,44 @@ func TestTwoStaticsOverTheWire(t *testing.T) {
 		}
 	}
 }
+
+// TestTheOtherProfileIsTold: a message 1 of the other profile is told apart from a message for
+// another key, without a further use of a device.
+func TestTheOtherProfileIsTold(t *testing.T) {
+	me, server := identity(t), identity(t)
+	payload, err := PubkyIdentity(testKey(7), me.Public(), server.Public(), "", time.Time{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, c := range []struct {
+		of, here Profile
+		payload  []byte
+		length   bool // the length tells, before a use
+	}{
+		{CountersignV1, PubkyV1, nil, false},
+		{PubkyV1, CountersignV1, nil, false},
+		{PubkyV1, CountersignV1, payload, true},
+	} {
+		keys := []*countingKey{{Identity: identity(t)}, {Identity: server}}
+		k := acceptBytesWith(t.Context(), []Static{keys[0], keys[1]}, c.here,
+			framed(message1(t, me, c.of, server.Public(), c.payload)), true)
+		var wrong *ProfileError
+		if !errors.As(k.err, &wrong) || wrong.Profile != c.here || k.asked != 0 || len(k.sent) > 0 {
+			t.Fatalf("%s at %s: %v, asked %d times", c.of, c.here, k.err, k.asked)
+		}
+		claimed, uses := me.Public(), 1
+		if c.length {
+			claimed, uses = [32]byte{}, 0
+		}
+		if wrong.Claimed != claimed || keys[0].uses != uses || keys[1].uses != uses ||
+			errors.Is(k.err, ErrFrame) != c.length || errors.Is(k.err, ErrHandshake) == c.length {
+			t.Errorf("%s at %s: %v claims %x, %d and %d uses", c.of, c.here, k.err, wrong.Claimed,
+				keys[0].uses, keys[1].uses)
+		}
+	}
+	k := acceptBytesWith(t.Context(), []Static{&countingKey{Identity: server}}, CountersignV1,
+		framed(message1(t, me, CountersignV1, me.Public(), nil)), true)
+	if !errors.Is(k.err, ErrServerKey) || errors.As(k.err, new(*ProfileError)) {
+		t.Errorf("another key: %v", k.err)
+	}
+}

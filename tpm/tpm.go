@@ -87,6 +87,12 @@ type unsealed struct {
 	key  []byte // in the vault: an expanded Ed25519 key, or an X25519 scalar of 32 bytes
 }
 
+// Provisioned reports whether Provision has been done for the state directory.
+func Provisioned(c Config) bool {
+	_, err := stateDir(c.State).readBinding()
+	return !errors.Is(err, ErrNotProvisioned)
+}
+
 // Provision creates a storage root key in the TPM, unless there is one, and records the key's name
 // in the state directory. A provisioned directory is left unchanged. Provision trusts the TPM at
 // its first use: an attacker answering in place of the TPM during Provision can read every secret

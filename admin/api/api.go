@@ -109,6 +109,8 @@ type NewKey struct {
 // Rollback reports whether the ledger is older than the monotonic counter of its device.
 type Rollback struct {
 	Detected bool   `json:"detected"`
+	Token    string `json:"token,omitempty"`  // with the ledger's counter; "": nothing would detect a rollback
+	Unread   string `json:"unread,omitempty"` // why the ledger has not been compared with its counter
 	Reason   string `json:"reason,omitempty"`
 	Ledger   uint64 `json:"ledger"`  // the counter's value in the ledger
 	Counter  uint64 `json:"counter"` // the counter's value in the device

@@ -444,6 +444,18 @@ func (a *Anchor) Causes() []cause.Cause {
 // Rollback returns the detected rollback that no operator has accepted, or nil.
 func (a *Anchor) Rollback() (*Rollback, error) { return read[Rollback](a.ledger, rollbackKey) }
 
+// Bound returns the token with the counter that the ledger is bound to, or "" for none.
+func (a *Anchor) Bound() (token string, err error) {
+	bound, err := read[record](a.ledger, anchorKey)
+	if err != nil || bound == nil {
+		return "", err
+	}
+	return bound.Token, nil
+}
+
+// Unread returns why the ledger has not been compared with its counter, or nil.
+func (a *Anchor) Unread() error { return a.gate.Cause(gate.Counter) }
+
 // Acceptable returns the rollback that Accept would accept. Without one the error is
 // manage.ErrNotFound.
 func (a *Anchor) Acceptable() (*Rollback, error) {
@@ -451,7 +463,7 @@ func (a *Anchor) Acceptable() (*Rollback, error) {
 	if err != nil || rolled != nil {
 		return rolled, err
 	}
-	if unread := a.gate.Cause(gate.Counter); unread != nil {
+	if unread := a.Unread(); unread != nil {
 		return nil, fmt.Errorf("rollback: %w: none was found, since %v", manage.ErrNotFound, unread)
 	}
 	return nil, fmt.Errorf("rollback: %w: none was found", manage.ErrNotFound)

@@ -136,8 +136,8 @@ var (
 		"find out why; wait for nonces to expire, or raise limits.nonces_per_peer or limits.nonces_verify")
 	NoncesFilling = define("nonces-filling", "more than 80 % of a bound of live nonces is used",
 		"find out why before the bound is reached; raise it (limits.nonces and the bounds after it) if need be")
-	PolicyWaits = define("policy-differs", "the policy file is another than the policy in force",
-		"have it approved (countersign admin policy reload), or put the old text back")
+	PolicyWaits = define("policy-differs", "the policy file has a text that operators have not approved",
+		"have it approved (countersign admin policy reload), or put an approved text back")
 	PolicyBroken = define("policy-file-broken", "the policy file can't be used, and the policy in force stays",
 		"correct it, or put the old text back (countersign admin policy show)")
 	PolicyPointless = define("policy-rule-pointless", "a rule of the policy in force can never do what it says",

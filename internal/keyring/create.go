@@ -70,7 +70,7 @@ func (r *Ring) forgetUnfinished(ctx context.Context, ref keystore.Ref, outcome s
 type NewKey struct {
 	Name      string
 	Algorithm keystore.Algorithm // default: Ed25519
-	Token     string             // name of the token; default: the only token
+	Token     string             // name of the token; default: Config.SigningToken, or the only token
 	Seed      string             // path of the file with the seed to import; the key worker reads the file
 }
 
@@ -113,7 +113,9 @@ func (r *Ring) createFirst(ctx context.Context, who audit.Actor, n NewKey) (*Key
 	if err := keystore.CheckName(n.Name); err != nil {
 		return nil, fmt.Errorf("key %q: %w: %w", ijson.Clip(n.Name), manage.ErrInvalid, err)
 	}
-	if n.Token == "" && len(r.Tokens) == 1 {
+	if n.Token == "" && r.SigningToken != "" {
+		n.Token = r.SigningToken
+	} else if n.Token == "" && len(r.Tokens) == 1 {
 		n.Token = r.Tokens.Names()
 	} else if n.Token == "" {
 		return nil, fmt.Errorf("key %q: %w: say on which token: %s", n.Name, manage.ErrInvalid, r.Tokens.Names())

@@ -76,6 +76,7 @@ type Config struct {
 	Peers  *peers.Registry
 	Log    *slog.Logger
 
+	SigningToken   string        // the token of a new signing key without a token's name; "": the only token
 	Identity       string        // the signing key that authorises the Noise key; "": none
 	MaxLifetime    time.Duration // of a document; the default of a key's grace time
 	RequestTimeout time.Duration // for one use of a device

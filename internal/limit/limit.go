@@ -6,6 +6,9 @@ package limit
 
 import "net/netip"
 
+// SourceOf returns the source of an address, of which Handshakes and Connections have limits.
+func SourceOf(a netip.Addr) netip.Addr { return sourceOf(a) }
+
 // sourceOf returns the source of an address: the address itself for IPv4, the /64 prefix for IPv6.
 // All connections without an address, for example on a Unix socket, are one source.
 func sourceOf(a netip.Addr) netip.Addr {

@@ -12,6 +12,7 @@ import (
 	"slices"
 	"strings"
 	"time"
+	"unicode"
 
 	"countersign/internal/ijson"
 	"countersign/internal/keystore"
@@ -86,8 +87,13 @@ func (l Lock) Run(ctx context.Context, log *slog.Logger, act string, do func(con
 // maxReason is the longest reason of an operator, in bytes.
 const maxReason = 500
 
-// CheckReason returns ErrInvalid unless a reason has 1 to 500 bytes.
+// CheckReason returns ErrInvalid unless a reason has 1 to 500 bytes, on one line. Without control
+// and format characters, a reason can't forge a line of a list, of a log, or of an approver's text.
 func CheckReason(reason string) error {
+	if at := strings.IndexFunc(reason, func(r rune) bool { return unicode.In(r, unicode.Cc, unicode.Cf) }); at >= 0 {
+		return fmt.Errorf("%w: the reason %q has a control character at byte %d: write one line of plain text",
+			ErrInvalid, reason, at)
+	}
 	if reason == "" || len(reason) > maxReason {
 		return fmt.Errorf("%w: the reason has %d bytes: give one of 1 to %d bytes for the audit log",
 			ErrInvalid, len(reason), maxReason)

@@ -190,6 +190,11 @@ func TestCheckReason(t *testing.T) {
 	if err := CheckReason(strings.Repeat("é", 251)); !errors.Is(err, ErrInvalid) { // 502 bytes
 		t.Errorf("251 characters of 2 bytes: %v", err)
 	}
+	for _, forged := range []string{"a\nstate  operational", "a\rb", "a\tb", "\x1b[2K", "a\u202eb", "a\x00"} {
+		if err := CheckReason(forged); !errors.Is(err, ErrInvalid) {
+			t.Errorf("%q: %v", forged, err)
+		}
+	}
 }
 
 // TestErrUnavailable: code that knows package keystore only treats ErrUnavailable as a device that

@@ -232,6 +232,31 @@ func (r *Registry) In(publicKey [32]byte) bool {
 	return m != nil && m.active()
 }
 
+// Find returns the enrolled peer with a public key, and whether the peer is suspended.
+func (r *Registry) Find(publicKey [32]byte) (p Peer, suspended, ok bool) {
+	r.mu.RLock()
+	defer r.mu.RUnlock()
+	m := r.members[publicKey]
+	if m == nil || m.removed {
+		return p, false, false
+	}
+	return m.Peer, !m.active(), true
+}
+
+// LastFrom returns the names of the peers whose last session came from an address.
+func (r *Registry) LastFrom(from netip.Addr) (names []string) {
+	address := from.String()
+	r.mu.RLock()
+	defer r.mu.RUnlock()
+	for _, m := range r.members {
+		if m.from == address && !m.removed {
+			names = append(names, m.Name)
+		}
+	}
+	slices.Sort(names)
+	return names
+}
+
 // Serves refuses a use for a peer at this moment: with the error of the gate if the gate is
 // blocked, and with ErrGone for a peer that is removed or suspended.
 func (r *Registry) Serves(p Peer) error {
