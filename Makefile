@@ -6,7 +6,8 @@ export GOEXPERIMENT = runtimesecret
 
 .PHONY: build demo run test bench fuzz clean deps
 
-build: deps
+build:
+	@scripts/deps.sh build
 	go build -o bin/countersignd ./cmd/countersignd
 	CGO_ENABLED=0 go build -o bin/countersign ./cmd/countersign
 
@@ -27,7 +28,7 @@ fuzz: deps
 	@scripts/fuzz.sh
 
 deps:
-	@scripts/deps.sh
+	@scripts/deps.sh test
 
 clean:
 	rm -rf bin .run .run-tpm

@@ -24,15 +24,15 @@ type room struct{ ours, outside string }
 var arrows = map[string]room{
 	// The binaries.
 	"cmd/countersignd": {
-		ours: `admin admin/certs appliance audit hsm internal/anchor internal/cause internal/keyring
+		ours: `admin admin/certs appliance audit hsm internal/anchor internal/cause internal/cli internal/keyring
 			internal/keystore internal/keystore/worker internal/ledger internal/logqueue internal/manage
 			internal/operators internal/resource internal/webhook noise policy tpm`,
 		outside: `github.com/coreos/go-systemd/v22 github.com/pelletier/go-toml/v2 github.com/spf13/cobra
 			golang.org/x/sys`,
 	},
 	"cmd/countersign": {
-		ours: `admin/api approval audit client internal/durable internal/ijson internal/keystore internal/sshagent
-			policy transcript`,
+		ours: `admin/api approval audit client internal/cli internal/durable internal/ijson internal/keystore
+			internal/sshagent policy transcript`,
 		outside: "github.com/rogpeppe/go-internal/diff github.com/spf13/cobra github.com/spf13/pflag " +
 			"golang.org/x/crypto/ssh",
 	},
@@ -112,6 +112,7 @@ var arrows = map[string]room{
 	"internal/logqueue": {outside: "golang.org/x/time"},
 	"internal/schedule": {outside: "github.com/adhocore/gronx"},
 	"internal/pubkey":   {},
+	"internal/cli":      {outside: "github.com/spf13/cobra github.com/spf13/pflag"},
 	"internal/webhook":  {ours: "internal/eddsa"},
 	// For tests.
 	"client/clienttest":              {ours: "noise transcript wire"},

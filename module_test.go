@@ -298,3 +298,30 @@ func tokens(file, source string) (all []string) {
 		}
 	}
 }
+
+// TestBuildNeedsNoBrowser lists what scripts/deps.sh installs: a browser and the tools of the tests
+// are for the tests only, and make build and make demo install none of them.
+func TestBuildNeedsNoBrowser(t *testing.T) {
+	list := func(what string) []string {
+		out, err := exec.Command("scripts/deps.sh", "list", what).Output()
+		if err != nil {
+			t.Fatal(err)
+		}
+		return strings.Fields(string(out))
+	}
+	build, test := list("build"), list("test")
+	for _, each := range build {
+		if !slices.Contains(test, each) {
+			t.Errorf("the tests do not have %s, which a build needs", each)
+		}
+	}
+	for _, each := range []string{"chromium", "libnss3-tools", "tpm2-tools", "jq"} {
+		if slices.Contains(build, each) || each == "chromium" && !slices.Contains(test, each) {
+			t.Errorf("%s: a build installs %v, the tests %v", each, build, test)
+		}
+	}
+	b, err := os.ReadFile("Makefile")
+	if err != nil || strings.Contains(string(b), "build: deps") {
+		t.Errorf("make build installs what only tests need (%v)", err)
+	}
+}

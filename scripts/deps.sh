@@ -1,29 +1,43 @@
 #!/usr/bin/env bash
-# Installs the Debian packages of the build, the tests and the demo by apt-get. Packages present are
-# left alone. Go must be installed by hand.
+# Installs Debian packages by apt-get: with "build" those of make build, demo and run, and with
+# "test" also those of the tests. Packages present are left alone. Go must be installed by hand.
+# "list build" and "list test" only print the packages.
 set -euo pipefail
+
+list=
+if [ "${1:-}" = list ]; then
+  list=yes
+  shift
+fi
+case ${1:-} in build | test) for=$1 ;; *) echo "usage: scripts/deps.sh [list] build|test" >&2; exit 2 ;; esac
 
 missing=()
 need() { # need PACKAGE TEST...: adds the package to the missing ones if the test fails
   local package=$1
   shift
-  "$@" >/dev/null 2>&1 || missing+=("$package")
+  if [ -n "$list" ]; then
+    echo "$package"
+  else
+    "$@" >/dev/null 2>&1 || missing+=("$package")
+  fi
 }
 need softhsm2 test -e /usr/lib/softhsm/libsofthsm2.so
-need p11-kit-modules bash -c 'compgen -G "/usr/lib/*/p11-kit-proxy.so"'
-need libnss3 bash -c 'compgen -G "/usr/lib/*/libsoftokn3.so"'
-need libnss3-tools command -v certutil
 need swtpm command -v swtpm
-need tpm2-tools command -v tpm2_pcrextend
 need gcc command -v gcc
 need libc6-dev test -e /usr/include/stdlib.h
-need curl command -v curl
 need openssl command -v openssl
 need make command -v make
-need jq command -v jq # for the commands of docs/SPEC.md
 need openssh-client command -v ssh-agent
-need chromium command -v chromium # for tests of passkeys in a browser
-((EUID == 0)) || need fuse3 command -v fusermount3 # for FUSE mounts without root
+if [ "$for" = test ]; then
+  need curl command -v curl
+  need p11-kit-modules bash -c 'compgen -G "/usr/lib/*/p11-kit-proxy.so"'
+  need libnss3 bash -c 'compgen -G "/usr/lib/*/libsoftokn3.so"'
+  need libnss3-tools command -v certutil
+  need tpm2-tools command -v tpm2_pcrextend
+  need jq command -v jq                 # for the commands of docs/SPEC.md
+  need chromium command -v chromium     # for tests of passkeys in a browser
+  ((EUID == 0)) || need fuse3 command -v fusermount3 # for FUSE mounts without root
+fi
 
 if ((${#missing[@]})); then
   echo "installing: ${missing[*]}"
@@ -33,7 +47,7 @@ if ((${#missing[@]})); then
   "${as_root[@]}" apt-get update -qq
   "${as_root[@]}" apt-get install -y -qq --no-install-recommends "${missing[@]}" >/dev/null
 fi
-command -v go >/dev/null || {
+[ -n "$list" ] || command -v go >/dev/null || {
   echo "go is not in PATH: install Go 1.26 or later (https://go.dev/dl)" >&2
   exit 1
 }

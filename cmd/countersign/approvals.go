@@ -73,8 +73,8 @@ func (t *tool) approvals() *cobra.Command {
 func showApprovals(w io.Writer, verified audit.Report, r *approval.Report, trusted bool) {
 	at := func(t time.Time) string { return t.UTC().Format(time.RFC3339) }
 	c := verified.Checkpoint
-	fmt.Fprintf(w, "valid\t%d events; what needed approval in them had it\n", verified.Events)
-	fmt.Fprintf(w, "checkpoint\tepoch %d, %d events, root %s\n", c.Epoch, c.Size, c.Root)
+	fmt.Fprintf(w, "valid\t%s; what needed approval in them had it\n", count(verified.Events, "event"))
+	fmt.Fprintf(w, "checkpoint\tepoch %d, %s, root %s\n", c.Epoch, count(c.Size, "event"), c.Root)
 	if r.First == nil {
 		fmt.Fprintf(w, "first\tthere are no operators in this log, and nothing that needed approval\n")
 		return
@@ -98,7 +98,8 @@ func showApprovals(w io.Writer, verified audit.Report, r *approval.Report, trust
 		for _, role := range o.Roles {
 			roles = append(roles, string(role))
 		}
-		fmt.Fprintf(w, "operator\t%s: %s; %d credentials\n", o.Name, strings.Join(roles, ", "), len(o.Credentials))
+		fmt.Fprintf(w, "operator\t%s: %s; %s\n", o.Name, strings.Join(roles, ", "),
+			count(len(o.Credentials), "credential"))
 	}
 	for _, p := range r.Proposals {
 		fmt.Fprintf(w, "\nproposal %d\t%s\n", p.ID, p.Act)

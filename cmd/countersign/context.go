@@ -377,28 +377,36 @@ func (t *tool) contexts() *cobra.Command {
 	return group("context", "Add, list, choose and remove the appliances that you manage", add, list, use, remove)
 }
 
-func (t *tool) listContexts() error {
+// contexts returns the names of the contexts.
+func contexts() (names []string, err error) {
 	dir, err := contextFolder()
 	if err != nil {
-		return err
+		return nil, err
 	}
 	files, err := filepath.Glob(filepath.Join(dir, "contexts", "*.json"))
+	for _, file := range files {
+		names = append(names, strings.TrimSuffix(filepath.Base(file), ".json"))
+	}
+	return names, err
+}
+
+func (t *tool) listContexts() error {
+	names, err := contexts()
 	if err != nil {
 		return err
 	}
-	type listed struct {
+	type entry struct {
 		Name  string `json:"name"`
 		InUse bool   `json:"in_use"`
 		*appliance
 	}
-	all := []listed{}
-	for _, file := range files {
-		name := strings.TrimSuffix(filepath.Base(file), ".json")
+	all := []entry{}
+	for _, name := range names {
 		a, err := readContext(name)
 		if err != nil {
 			return err
 		}
-		all = append(all, listed{name, name == contextInUse(), a})
+		all = append(all, entry{name, name == contextInUse(), a})
 	}
 	return t.print(all, func(w io.Writer) {
 		fmt.Fprintln(w, "NAME\tIN USE\tAPPLIANCE\tOPERATOR\tADDRESS")

@@ -65,7 +65,7 @@ func (t *tool) events(act maker) *cobra.Command {
 		if follow && tail == 0 && q.From == 0 && q.Since == 0 {
 			tail = 10
 		}
-		q.Newest = newest || tail > 0 || !flags.Changed("newest") && q.From == 0 && !follow && isTerminal(t.stdout)
+		q.Newest = newest || tail > 0 || !flags.Changed("newest") && q.From == 0 && !follow && terminal(t.stdout) != nil
 		found, next, err := pages(ctx, client, q, cmp.Or(tail, limit), follow && tail == 0)
 		if err != nil {
 			return err

@@ -30,20 +30,10 @@ type bar struct {
 
 func (t *tool) bar(label string) *bar {
 	b := &bar{label: label}
-	if isTerminal(t.stderr) {
-		b.to = t.stderr
+	if f := terminal(t.stderr); f != nil {
+		b.to = f
 	}
 	return b
-}
-
-// isTerminal reports whether a person reads the output.
-func isTerminal(w io.Writer) bool {
-	f, ok := w.(*os.File)
-	if !ok {
-		return false
-	}
-	st, err := f.Stat()
-	return err == nil && st.Mode()&os.ModeCharDevice != 0
 }
 
 func (b *bar) progress(done, all uint64) {
@@ -97,8 +87,8 @@ func (t *tool) export() *cobra.Command {
 		vkey := log.VerifierKey(head.Epoch)
 		out := map[string]any{"dir": args[0], "epoch": head.Epoch, "size": head.Size, "verifier_key": vkey}
 		return t.print(out, func(w io.Writer) {
-			fmt.Fprintf(w, "exported\tepoch %d with %d events, and those before it, to %s\n",
-				head.Epoch, head.Size, args[0])
+			fmt.Fprintf(w, "exported\tepoch %d with %s, and those before it, to %s\n",
+				head.Epoch, count(head.Size, "event"), args[0])
 			fmt.Fprintf(w, "verifier key\t%s\n", vkey)
 		})
 	}
@@ -189,18 +179,18 @@ func (t *tool) audit() *cobra.Command {
 			Root  string `json:"root"`
 		}{true, r, head.Epoch, head.Size, head.Root.String()}
 		return t.print(out, func(w io.Writer) {
-			fmt.Fprintf(w, "valid\t%d events from %d on, in %d epochs\n", r.Events, r.First, r.Epochs)
+			fmt.Fprintf(w, "valid\t%s from %d on, in %s\n", count(r.Events, "event"), r.First, count(r.Epochs, "epoch"))
 			fmt.Fprintf(w, "times\tfrom %s to %s\n", date(r.FromMS/1000), date(r.ToMS/1000))
 			if r.Dropped > 0 {
-				fmt.Fprintf(w, "dropped\t%d epochs, as the log says\n", r.Dropped)
+				fmt.Fprintf(w, "dropped\t%s, as the log says\n", count(r.Dropped, "epoch"))
 			}
 			fmt.Fprintf(w, "signatures\t%d, each with its admission\n", r.Signatures)
-			fmt.Fprintf(w, "unsettled\t%d admissions of which the log does not say how they ended\n", r.Unsettled)
+			fmt.Fprintf(w, "unsettled\t%s without an end in the log\n", count(r.Unsettled, "admission"))
 			if r.SinceDropped {
 				fmt.Fprintln(w, "since\tthe older checkpoint's epoch was dropped, "+
 					"so nothing shows any more that the log went on from it")
 			}
-			fmt.Fprintf(w, "checkpoint\tepoch %d, %d events, root %s\n", head.Epoch, head.Size, head.Root)
+			fmt.Fprintf(w, "checkpoint\tepoch %d, %s, root %s\n", head.Epoch, count(head.Size, "event"), head.Root)
 		})
 	}
 	verify := command("verify [DIR]", "Check an audit log with its verifier key alone", cobra.MaximumNArgs(1), do)
@@ -370,7 +360,7 @@ func (t *tool) ledger(act maker) *cobra.Command {
 			return t.print(l, func(w io.Writer) {
 				free := bytesText(l.FreeBytes)
 				fmt.Fprintf(w, "file\t%s, of which %s is free to be used again\n", bytesText(l.FileSize), free)
-				fmt.Fprintf(w, "events\t%d to %d, in %d epochs\n", l.FirstEvent, l.Events-1, l.Epochs)
+				fmt.Fprintf(w, "events\t%d to %d, in %s\n", l.FirstEvent, l.Events-1, count(l.Epochs, "epoch"))
 				fmt.Fprintf(w, "nonces\t%d alive, at most %d\n", l.Nonces, l.MaxNonces)
 				fmt.Fprintf(w, "time\t%s, %d s behind the system's clock\n", date(l.Time), l.BehindClock)
 				fmt.Fprintf(w, "disk\t%s\n", either(l.Trouble == "", "ok", l.Trouble))

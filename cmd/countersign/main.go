@@ -8,12 +8,11 @@
 //	1  refused or failed
 //	2  wrong usage
 //	3  the appliance could not be reached or could not answer: try the same again
+//	4  admin state: the appliance answers, and is not operational
 package main
 
 import (
-	"bytes"
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -22,12 +21,11 @@ import (
 	"slices"
 	"strings"
 	"syscall"
-	"text/tabwriter"
-	"unicode"
 
 	"countersign/admin/api"
 	"countersign/audit"
 	"countersign/client"
+	"countersign/internal/cli"
 	"countersign/policy"
 	"countersign/transcript"
 
@@ -59,28 +57,21 @@ type failed struct{ error }
 func (f failed) Unwrap() error { return f.error }
 
 func run(ctx context.Context, args []string, stdin io.Reader, stdout, stderr io.Writer) int {
+	stderr = visible{stderr}
 	t := &tool{stdin: stdin, stdout: stdout, stderr: stderr}
-	root := &cobra.Command{
-		Use:           "countersign",
-		Short:         "Sign and verify with a Countersign appliance, and manage the appliance",
-		SilenceUsage:  true,
-		SilenceErrors: true,
-	}
-	details(root, "Exit status: 0 done; 1 refused or failed; 2 wrong usage; 3 the appliance could not be reached or\n"+
-		"could not answer: try the same again.")
-	root.PersistentFlags().BoolVar(&t.json, "json", false, "print JSON on stdout instead of text")
+	root := t.root()
 	root.SetArgs(args)
-	root.SetIn(stdin)
-	root.SetOut(stdout)
-	root.SetErr(stderr)
-	root.AddCommand(t.keygen(), t.ping(), t.keys(), t.sign(), t.verify(), t.proof(), t.line(), t.watch(),
-		t.transcript(), t.policy(), t.audit(), t.admin())
-
 	called, err := root.ExecuteContextC(ctx)
 	if err == nil {
 		return 0
 	}
 	code, status := classify(err)
+	if state, is := errors.AsType[notOperational](err); is { // the document of the state is on stdout
+		if !state.quiet {
+			fmt.Fprintf(stderr, "countersign: %s: %s\n", code, message(err))
+		}
+		return status
+	}
 	if t.json || slices.Contains(args, "--json") { // a wrong flag may have stopped the parsing before --json
 		t.json = true
 		doc := map[string]any{"code": code, "message": message(err)}
@@ -91,9 +82,34 @@ func run(ctx context.Context, args []string, stdin io.Reader, stdout, stderr io.
 	}
 	fmt.Fprintf(stderr, "countersign: %s: %s\n", code, message(err))
 	if status == 2 {
-		fmt.Fprintf(stderr, "countersign: for help: %s --help\n", called.CommandPath())
+		fmt.Fprintf(stderr, "countersign: hint: %s --help\n", called.CommandPath())
+	} else if next := hints[code]; next != "" {
+		fmt.Fprintf(stderr, "countersign: hint: %s\n", next)
 	}
 	return status
+}
+
+// root returns the command of the program, with all commands below.
+func (t *tool) root() *cobra.Command {
+	root := &cobra.Command{
+		Use:           "countersign",
+		Short:         "Sign and verify with a Countersign appliance, and manage the appliance",
+		SilenceUsage:  true,
+		SilenceErrors: true,
+	}
+	details(root, "Exit status: 0 done; 1 refused or failed; 2 wrong usage; 3 the appliance could not be reached or\n"+
+		"could not answer: try the same again; 4 admin state: the appliance is not operational. With --json,\n"+
+		"an error is a document with a stable code. States have colours at a terminal, unless NO_COLOR is set.")
+	root.PersistentFlags().BoolVar(&t.json, "json", false, "print JSON on stdout instead of text")
+	root.SetIn(t.stdin)
+	root.SetOut(t.stdout)
+	root.SetErr(t.stderr)
+	root.AddCommand(t.keygen(), t.ping(), t.keys(), t.sign(), t.verify(), t.proof(), t.line(), t.watch(),
+		t.transcript(), t.policy(), t.audit(), t.admin())
+	cli.Add(root, func(err error) error { return failed{err} })
+	addExamples(root)
+	t.addCompletion(root)
+	return root
 }
 
 // classify gives an error its code, for programs, and the exit status.
@@ -103,6 +119,8 @@ func classify(err error) (code string, status int) {
 	switch {
 	case !errors.As(err, new(failed)):
 		return "usage", 2
+	case errors.As(err, new(notOperational)):
+		return "not_operational", 4
 	case errors.Is(err, client.ErrUnknownOutcome): // before a refusal inside: a retry is not safe
 		return "unknown_outcome", 1
 	case errors.Is(err, errNotSigned):
@@ -133,6 +151,19 @@ func classify(err error) (code string, status int) {
 	return "failed", 1
 }
 
+// hints has the next step after an error, by its code. An error whose message says so already has
+// none.
+var hints = map[string]string{
+	"signed_out":        "load your key into the SSH agent (ssh-add), then: countersign admin login NAME",
+	"not_allowed":       "countersign admin whoami shows your roles, and admin operator list whom to ask",
+	"handshake_refused": "an operator sees which key came and why: countersign admin peer refused",
+	"denied":            "an operator sees the rules that decided: countersign policy explain EVENT",
+	"unknown_outcome":   "look before you try again: the appliance may have done it",
+	"unavailable":       "an operator sees the cause: countersign admin state",
+	"busy":              "wait, then type the same again",
+	"rate_limited":      "wait, then type the same again",
+}
+
 // retryStatus is the exit status of a refusal: 3 where the same request may be tried again.
 func retryStatus(code string) int {
 	switch code {
@@ -153,34 +184,6 @@ func message(err error) string {
 		text = adminRefusal.Detail
 	}
 	return text
-}
-
-// print writes v as JSON with --json, and otherwise calls human with a writer that aligns columns
-// at tabs.
-func (t *tool) print(v any, human func(w io.Writer)) error {
-	if t.json {
-		e := json.NewEncoder(t.stdout)
-		e.SetIndent("", "  ")
-		return e.Encode(v)
-	}
-	w := tabwriter.NewWriter(visible{t.stdout}, 0, 0, 2, ' ', 0)
-	human(w)
-	return w.Flush()
-}
-
-// visible writes text for people. Others have chosen some of the text, for example the reason of a
-// lock. Control and format characters come out as U+FFFD, so that text can't move the cursor of a
-// terminal or hide.
-type visible struct{ to io.Writer }
-
-func (v visible) Write(b []byte) (int, error) {
-	_, err := v.to.Write(bytes.Map(func(r rune) rune {
-		if r != '\n' && unicode.In(r, unicode.Cc, unicode.Cf) {
-			return unicode.ReplacementChar
-		}
-		return r
-	}, b))
-	return len(b), err
 }
 
 // command makes a cobra command. Errors of do are marked as failed, except a usageError.

@@ -2,10 +2,10 @@ package main
 
 import (
 	"context"
+	"encoding/hex"
 	"fmt"
 	"io"
 	"path/filepath"
-	"strings"
 	"time"
 
 	"countersign/admin/api"
@@ -169,11 +169,15 @@ func (t *tool) peers(act maker) *cobra.Command {
 	}
 	add := act("add NAME PUBLIC_KEY", "Enrol a peer by its public key, under approval", cobra.ExactArgs(2),
 		func(ctx context.Context, c *api.Client, args []string) error {
-			return t.propose(ctx, c, "peer add", "", "name", args[0], "public_key", strings.ToLower(args[1]))
+			text := args[1]
+			if key, err := parse32(text); err == nil { // the appliance judges any other text
+				text = hex.EncodeToString(key[:])
+			}
+			return t.propose(ctx, c, "peer add", "", "name", args[0], "public_key", text)
 		})
 	details(add, "PUBLIC_KEY is the 64 hex digits that countersign keygen has printed for the peer.")
 	add.Example = "  countersign admin peer add shop 2fe57da347cd62431528daac5fbb290730fff684afc4cfc2ed90995f58cb3b74"
-	return group("peer", "Enrol, suspend and remove peers", add,
+	return group("peer", "Enrol, suspend and remove peers", add, t.refusedHandshakes(act),
 		act("list", "List the enrolled peers", cobra.NoArgs,
 			func(ctx context.Context, c *api.Client, _ []string) error {
 				peers, err := c.Peers(ctx)
@@ -243,12 +247,17 @@ func (t *tool) rollback(act maker) *cobra.Command {
 				return err
 			}
 			return t.print(r, func(w io.Writer) {
-				if !r.Detected {
-					fmt.Fprintln(w, "no rollback was detected")
-					return
+				switch {
+				case r.Detected:
+					fmt.Fprintf(w, "detected\t%s\nreason\t%s\nledger\t%d\ncounter\t%d\n",
+						date(r.At), r.Reason, r.Ledger, r.Counter)
+				case r.Token == "":
+					fmt.Fprintln(w, "not known: the ledger has no counter (rollback_token), so no rollback is detected")
+				case r.Unread != "":
+					fmt.Fprintf(w, "not known yet: %s\n", r.Unread)
+				default:
+					fmt.Fprintf(w, "no rollback: the ledger is the newest by the counter of token %s\n", r.Token)
 				}
-				fmt.Fprintf(w, "detected\t%s\nreason\t%s\nledger\t%d\ncounter\t%d\n",
-					date(r.At), r.Reason, r.Ledger, r.Counter)
 			})
 		})
 	return group("rollback", "Show a rollback of the ledger, and accept it", accept, show)

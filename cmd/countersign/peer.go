@@ -48,7 +48,8 @@ func (s *server) flags(c *cobra.Command) {
 	f.StringVar(&s.logCheckpoint, "log-checkpoint", os.Getenv("COUNTERSIGN_LOG_CHECKPOINT"),
 		"remember the audit log in this `file`, and refuse a log that does not continue it; with --log-key "+
 			"(or COUNTERSIGN_LOG_CHECKPOINT; default: no memory)")
-	f.DurationVar(&s.timeout, "timeout", 15*time.Second,
+	s.timeout = 15 * time.Second
+	f.Var(duration{&s.timeout}, "timeout",
 		"the timeout, a `duration` such as 15s, of connecting and answer together")
 }
 
@@ -63,7 +64,11 @@ func (s *server) config() (client.Config, error) {
 			return client.Config{}, usageError{fmt.Errorf("--%s is missing: add the flag, or set %s", f.name, f.env)}
 		}
 	}
-	key, err := client.ParseKey(s.key)
+	of, err := parse32(s.key)
+	var key [32]byte
+	if err == nil {
+		key, err = client.ParseKey(hex.EncodeToString(of[:]))
+	}
 	if err != nil {
 		return client.Config{}, usageError{fmt.Errorf("--server-key: %w", err)}
 	}
@@ -241,7 +246,9 @@ func (t *tool) sign() *cobra.Command {
 	f.StringVar(&of.keyName, "key", "", "the `name` of the signing key (required)")
 	f.StringVar(&of.typ, "type", "",
 		"the transcript `type`, one of countersign transcript list (required without --context)")
-	f.DurationVar(&of.expires, "expires", time.Hour, "the lifetime of the document, a `duration` of at least 1s")
+	of.expires = time.Hour
+	f.Var(duration{&of.expires}, "expires",
+		"the lifetime of the document, a `duration` of at least 1s, for example 90m or 7d")
 	f.StringVar(&of.context, "context", "",
 		"sign the SHA-256 of a file of any kind as message-v1 in this `context`, for example release (default: none)")
 	f.StringVar(&of.as, "as", "", "put the signing key's public key into this `field` of the payload: "+
@@ -285,11 +292,10 @@ func (of *signFlags) envelope() (d client.Document, err error) {
 	}
 	d = client.Document{Type: of.typ, Timestamp: of.timestamp}
 	if of.nonce != "" {
-		b, err := hex.DecodeString(of.nonce)
-		if err != nil || len(b) != len(d.Nonce) {
-			return d, usageError{fmt.Errorf("--nonce %q is not 64 hex digits", of.nonce)}
+		var err error
+		if d.Nonce, err = parse32(of.nonce); err != nil {
+			return d, usageError{fmt.Errorf("--nonce: %w", err)}
 		}
-		d.Nonce = [32]byte(b)
 	}
 	if d.Timestamp == 0 {
 		d.Timestamp = time.Now().Unix()
@@ -339,12 +345,11 @@ func (t *tool) signWith(ctx context.Context, c *client.Client, of *signFlags, d 
 			"countersign line follow %s --write\n", of.line, of.lines[0].Version, newest.Version, of.line)
 	}
 	return t.print(json.RawMessage(doc), func(w io.Writer) {
-		b64 := base64.RawURLEncoding.EncodeToString
 		at := func(unix int64) string { return time.Unix(unix, 0).UTC().Format(time.RFC3339) }
-		fmt.Fprintf(w, "signature\t%s\n", b64(signed.Signature))
+		fmt.Fprintf(w, "signature\t%s\n", base64.RawURLEncoding.EncodeToString(signed.Signature))
 		fmt.Fprintf(w, "public key\t%x\n", signed.PublicKey)
 		fmt.Fprintf(w, "key\t%s, version %d\n", signed.Key, signed.Version)
-		fmt.Fprintf(w, "nonce\t%s\n", b64(signed.Nonce[:]))
+		fmt.Fprintf(w, "nonce\t%x\n", signed.Nonce)
 		fmt.Fprintf(w, "valid\t%s to %s\n", at(signed.Timestamp), at(signed.ExpiresAt))
 		fmt.Fprintf(w, "event\t%d\n", signed.Event)
 		if signed.Receipt != nil {

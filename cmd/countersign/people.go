@@ -372,7 +372,16 @@ func (t *tool) unlock(act maker) *cobra.Command {
 		})
 }
 
+// notOperational is the error of admin state about an appliance in another state.
+type notOperational struct {
+	state string
+	quiet bool
+}
+
+func (n notOperational) Error() string { return "the state is " + n.state }
+
 func (t *tool) state(act maker) *cobra.Command {
+	quiet := false
 	do := func(ctx context.Context, c *api.Client, _ []string) error {
 		h, err := c.Health(ctx)
 		if err != nil {
@@ -389,7 +398,14 @@ func (t *tool) state(act maker) *cobra.Command {
 				untold = false
 			}
 		}
-		return t.print(h, func(w io.Writer) {
+		var down error
+		if h.State != "operational" {
+			down = notOperational{h.State, quiet}
+		}
+		if quiet {
+			return down
+		}
+		if err := t.print(h, func(w io.Writer) {
 			starts := either(h.Unattended, "unlocked", "locked, until an operator unlocks it")
 			fmt.Fprintf(w, "state\t%s\nstarts\t%s\n", h.State, starts)
 			for _, cause := range h.Causes {
@@ -409,9 +425,17 @@ func (t *tool) state(act maker) *cobra.Command {
 			if h.Since != 0 {
 				fmt.Fprintf(w, "since\t%s\n", date(h.Since))
 			}
-		})
+		}); err != nil {
+			return err
+		}
+		return down
 	}
-	return act("state", "Show the state of the appliance, and its causes", cobra.NoArgs, do)
+	c := act("state", "Show the state of the appliance, and its causes", cobra.NoArgs, do)
+	details(c, "Exit status: 0 operational; 4 another state; 3 the appliance does not answer. No session is needed\n"+
+		"for the state, and one is needed for the causes.")
+	c.Example = "  countersign admin state\n  countersign admin state --quiet || echo \"look at the appliance\""
+	c.Flags().BoolVar(&quiet, "quiet", false, "print nothing: the exit status has the answer, for monitors")
+	return c
 }
 
 func (t *tool) tls(act maker) *cobra.Command {

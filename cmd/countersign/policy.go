@@ -255,7 +255,7 @@ func (t *tool) policyCheck() *cobra.Command {
 		out := map[string]any{"sha256": hex.EncodeToString(p.Hash[:]), "rules": len(rules), "verifies": p.Verifies,
 			"warnings": warnings}
 		return t.print(out, func(w io.Writer) {
-			fmt.Fprintf(w, "sound\t%d rules\nsha256\t%x\n", len(rules), p.Hash)
+			fmt.Fprintf(w, "sound\t%s\nsha256\t%x\n", count(len(rules), "rule"), p.Hash)
 			fmt.Fprintf(w, "verify\t%s\n", either(p.Verifies, "by these rules",
 				`every peer, since no rule names Action::"verify"`))
 			for _, each := range warnings {
@@ -355,7 +355,7 @@ func (t *tool) policyTest() *cobra.Command {
 				verdict := either(r.Expect == r.Got, "ok", "WRONG")
 				fmt.Fprintf(w, "%s\t%d\t%s\t%s\t%s\t%s\n", verdict, r.Line, r.Name, r.Expect, r.Got, by)
 			}
-			fmt.Fprintf(w, "\n%d cases, %d wrong\n", len(results), wrong)
+			fmt.Fprintf(w, "\n%s, %d wrong\n", count(len(results), "case"), wrong)
 		})
 		if err == nil && wrong > 0 {
 			err = fmt.Errorf("%w: %d of %d are wrong", errCases, wrong, len(results))
@@ -563,7 +563,8 @@ func (t *tool) explain(
 				if u == (policy.Window{}) {
 					continue
 				}
-				fmt.Fprintf(w, "  used.%s.%s\t%d signatures, amount %d\n", counted, window, u.Signatures, u.Amount)
+				signatures := count(u.Signatures, "signature")
+				fmt.Fprintf(w, "  used.%s.%s\t%s, amount %d\n", counted, window, signatures, u.Amount)
 			}
 		}
 		switch {
@@ -649,13 +650,13 @@ func (c comparison) show(w io.Writer, most int) {
 		fmt.Fprintf(w, "%d\t%s\t%s\t%s\t%s\t%s\t%s\n",
 			each.Event, each.Time, each.Peer, each.Key, each.Was, each.Is, by)
 	}
-	fmt.Fprintf(w, "%d decisions replayed, %d would change\n", c.Decisions, len(c.Changes))
+	fmt.Fprintf(w, "%s replayed, %d would change\n", count(c.Decisions, "decision"), len(c.Changes))
 	if len(c.Changes) > most {
-		fmt.Fprintf(w, "shown are the last %d changes; for all: countersign policy diff\n", most)
+		fmt.Fprintf(w, "shown: the last %s; for all: countersign policy diff\n", count(most, "change"))
 	}
 	if c.Withheld > 0 {
-		fmt.Fprintf(w, "%d decisions not replayed: a rule reads a text of more than %d bytes, "+
-			"which no record has\n", c.Withheld, policy.MaxText)
+		fmt.Fprintf(w, "%s not replayed: a rule reads a text of more than %d bytes, "+
+			"which no record has\n", count(c.Withheld, "decision"), policy.MaxText)
 	}
 }
 
@@ -730,21 +731,6 @@ func (t *tool) policyExport() *cobra.Command {
 	return c
 }
 
-// parseAge reads a duration, for example 30d, 2w or 12h.
-func parseAge(s string) (time.Duration, error) {
-	for unit, of := range map[string]time.Duration{"d": 24 * time.Hour, "w": 7 * 24 * time.Hour} {
-		if number, ok := strings.CutSuffix(s, unit); ok {
-			if n, err := strconv.ParseUint(number, 10, 16); err == nil {
-				return time.Duration(n) * of, nil
-			}
-		}
-	}
-	if d, err := time.ParseDuration(s); err == nil && d >= 0 {
-		return d, nil
-	}
-	return 0, fmt.Errorf("%q is not a duration: write 30d, 2w or 12h, for example", s)
-}
-
 // policyVersions are the commands about the policy in force and its former versions.
 func (t *tool) policyVersions(act maker) *cobra.Command {
 	list := act("list", "List the versions of the policy; the last one is in force", cobra.NoArgs,
@@ -788,10 +774,13 @@ func (t *tool) policyVersions(act maker) *cobra.Command {
 			if err != nil {
 				return err
 			}
+			if len(p.Text) == 0 { // without a text, the proposal would be about the appliance's file
+				return fmt.Errorf("%s is empty: to deny every request, write a comment in it", args[0])
+			}
 			return t.propose(ctx, c, "policy activate", string(p.Text), digestParameter, hex.EncodeToString(p.Hash[:]))
 		})
-	details(propose, "The file is checked as by countersign policy check. While the policy file of the appliance\n"+
-		"has another text, the state of the appliance is degraded.")
-	propose.Example = "  countersign admin policy propose policy.cedar"
+	details(propose, "The file is checked as by countersign policy check. The appliance's own policy file stays as\n"+
+		"it is, and is not read again: countersign admin policy reload would propose that file.")
+	propose.Example = "  countersign policy check policy.cedar\n  countersign admin policy propose policy.cedar"
 	return group("policy", "Put policies in force, and show former versions", list, show, propose, reload)
 }

@@ -14,6 +14,7 @@ import (
 	"strings"
 
 	"countersign/appliance"
+	"countersign/internal/cli"
 	"countersign/internal/keystore"
 	"countersign/internal/ledger"
 	"countersign/policy"
@@ -71,7 +72,7 @@ func check(
 	}
 	r.checkLedger(ctx, c, tokens, rules, log)
 	if len(r.faults) > 0 {
-		r.say("summary", "%d faults: serve may not start, or not serve with all keys", len(r.faults))
+		r.say("summary", "%s: serve may not start, or not serve with all keys", cli.Count(len(r.faults), "fault"))
 		return errors.Join(r.faults...)
 	}
 	if prove {
@@ -119,7 +120,7 @@ func (r *report) checkTokens(
 			r.fault("token", fmt.Errorf("token %s: %w", name, err))
 			continue
 		}
-		r.say("token", "ok: %s, %s%s, %d keys of ours", name, t.URI, t.TPM, len(refs))
+		r.say("token", "ok: %s, %s%s, %s of ours", name, t.URI, t.TPM, cli.Count(len(refs), "key"))
 		found, err := store.Inspect(ctx, prove)
 		if err != nil {
 			r.fault("token", fmt.Errorf("token %s: %w", name, err))

@@ -5,17 +5,20 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"net"
 	"net/netip"
 	"os"
 	"path/filepath"
 	"slices"
 	"strconv"
+	"strings"
 	"time"
 
 	"countersign/appliance"
 	"countersign/hsm"
 	"countersign/internal/anchor"
+	"countersign/internal/cli"
 	"countersign/internal/keystore"
 	"countersign/internal/ledger"
 	"countersign/internal/webhook"
@@ -24,7 +27,7 @@ import (
 
 // Config is the daemon's configuration, a TOML file in UTF-8 without a byte order mark. An unknown
 // field is an error with its line, and so is a name in another case. Relative paths of all fields
-// are relative to the directory of the file. A duration is a text with a unit: "10s", "5m", "168h".
+// are relative to the directory of the file. A duration is a text with a unit: "10s", "5m", "7d".
 type Config struct {
 	// Listen is the TCP address, host:port, of the listener for peers with the profile
 	// countersign-v1. Listen or listen_pubky is required. Each client on the network can make the
@@ -76,7 +79,7 @@ type Config struct {
 	Tokens map[string]*Token `toml:"tokens"`
 
 	// NoiseToken is the name of the token for the listener's Noise key. countersignd init makes the
-	// key. Default: the only token.
+	// key. Default: the only token besides rollback_token, or the only token.
 	NoiseToken string `toml:"noise_token"`
 
 	// LogToken is the name of the token for the audit log's key and the HTTPS keys, which
@@ -350,14 +353,14 @@ type Limits struct {
 	ClockTolerance Duration `toml:"clock_tolerance"`
 }
 
-// Duration is a time.Duration with the text form "10s".
+// Duration is a time.Duration with the text form "10s" or "30d".
 type Duration time.Duration
 
 // std returns the time.Duration.
 func (d Duration) std() time.Duration { return time.Duration(d) }
 
 func (d *Duration) UnmarshalText(text []byte) error {
-	v, err := time.ParseDuration(string(text))
+	v, err := cli.ParseDuration(string(text))
 	*d = Duration(v)
 	return err
 }
@@ -586,19 +589,6 @@ func (c *Config) checkTokens() error {
 	if len(c.Tokens) == 0 {
 		return errors.New("there is no token: write a table [tokens.NAME]")
 	}
-	if c.NoiseToken == "" && len(c.Tokens) == 1 {
-		for name := range c.Tokens {
-			c.NoiseToken = name
-		}
-	}
-	if c.Tokens[c.NoiseToken] == nil {
-		return fmt.Errorf("noise_token: %q is none of the tokens", c.NoiseToken)
-	}
-	if c.LogToken == "" {
-		c.LogToken = c.NoiseToken
-	} else if c.Tokens[c.LogToken] == nil {
-		return fmt.Errorf("log_token: %q is none of the tokens", c.LogToken)
-	}
 	var tpms []string
 	for name, t := range c.Tokens {
 		if t.TPM != "" {
@@ -612,6 +602,19 @@ func (c *Config) checkTokens() error {
 		c.RollbackToken = tpms[0]
 	case c.RollbackToken != "" && !slices.Contains(tpms, c.RollbackToken):
 		return fmt.Errorf("rollback_token: %q is none of the tokens with a TPM", c.RollbackToken)
+	}
+	names := strings.Join(slices.Sorted(maps.Keys(c.Tokens)), ", ")
+	if c.NoiseToken == "" {
+		if c.NoiseToken = c.onlyKeyToken(); c.NoiseToken == "" {
+			return fmt.Errorf("noise_token is missing: write the token of the listener's Noise key, one of %s", names)
+		}
+	} else if c.Tokens[c.NoiseToken] == nil {
+		return fmt.Errorf("noise_token: %q is none of the tokens: write one of %s", c.NoiseToken, names)
+	}
+	if c.LogToken == "" {
+		c.LogToken = c.NoiseToken
+	} else if c.Tokens[c.LogToken] == nil {
+		return fmt.Errorf("log_token: %q is none of the tokens: write one of %s", c.LogToken, names)
 	}
 	for name, t := range c.Tokens {
 		in := "tokens." + name + "."
@@ -640,6 +643,20 @@ func (c *Config) checkTokens() error {
 		}
 	}
 	return nil
+}
+
+// onlyKeyToken returns the token for keys whose token is not named: the only token, or the only one
+// besides the token of the counter. So a counter that is added changes nothing for the keys. With
+// more tokens the result is "".
+func (c *Config) onlyKeyToken() string {
+	names := slices.Sorted(maps.Keys(c.Tokens))
+	if len(names) > 1 {
+		names = slices.DeleteFunc(names, func(name string) bool { return name == c.RollbackToken })
+	}
+	if len(names) != 1 {
+		return ""
+	}
+	return names[0]
 }
 
 // checkBackend checks that a token has the fields of one kind of device only.
@@ -712,7 +729,7 @@ func (c *Config) webhooks() (targets []webhook.Target) {
 func (c *Config) appliance() appliance.Config {
 	return appliance.Config{
 		Limits: c.limits(), Anchor: c.anchor(), Retention: c.retention(), Attended: !c.UnattendedStart,
-		Identity: c.NoiseIdentity, Webhooks: c.webhooks(),
+		SigningToken: c.onlyKeyToken(), Identity: c.NoiseIdentity, Webhooks: c.webhooks(),
 	}
 }
 

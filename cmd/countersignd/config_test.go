@@ -119,6 +119,60 @@ func TestConfigMeansWhatItSays(t *testing.T) {
 	}
 }
 
+// TestKeysStayWhenACounterIsAdded: the token of the counter is no token for keys, unless it is the
+// only one. So a TPM that is added for the counter changes neither noise_token nor key create.
+func TestKeysStayWhenACounterIsAdded(t *testing.T) {
+	const anchor = "\n[tokens.anchor]\ntpm = \"tpm.sock\"\nstate = \"state\"\n"
+	const second = "\n[tokens.second]\nuri = \"pkcs11:token=second\"\nmodule = \"m.so\"\npin_file = \"pin\"\n"
+	main := least + "module = \"m.so\"\npin_file = \"pin\"\n"
+	for _, c := range []struct{ text, noise, signing, rollback, wrong string }{
+		{main, "main", "main", "", ""},
+		{main + anchor, "main", "main", "anchor", ""},
+		{"rollback_token = \"none\"\n" + main + anchor, "", "", "", "noise_token is missing"},
+		{"noise_token = \"anchor\"\n" + main + anchor, "anchor", "main", "anchor", ""},
+		{main + second, "", "", "", "one of main, second"},
+		{"noise_token = \"second\"\n" + main + second, "second", "", "", ""},
+		{"noise_token = \"third\"\n" + main + second, "", "", "", "one of main, second"},
+		{main + second + anchor, "", "", "", "one of anchor, main, second"},
+	} {
+		got, err := parseConfig("c.toml", []byte(c.text))
+		if c.wrong != "" {
+			if err == nil || !strings.Contains(err.Error(), c.wrong) {
+				t.Errorf("%s: %v", c.text, err)
+			}
+			continue
+		}
+		if err != nil || got.NoiseToken != c.noise || got.LogToken != c.noise ||
+			got.appliance().SigningToken != c.signing || got.RollbackToken != c.rollback {
+			t.Errorf("%s: noise_token %q, signing %q, rollback_token %q, %v", c.text, got.NoiseToken,
+				got.appliance().SigningToken, got.RollbackToken, err)
+		}
+	}
+}
+
+// TestDurationsHaveDays: a duration may be in days and weeks, and has a unit.
+func TestDurationsHaveDays(t *testing.T) {
+	for text, want := range map[string]time.Duration{
+		"10s": 10 * time.Second, "1h30m": 90 * time.Minute, "7d": 7 * 24 * time.Hour, "2w": 14 * 24 * time.Hour,
+		"30": -1, "-1s": -1, "7 d": -1, "99999d": -1, "d": -1, "": -1,
+	} {
+		var d Duration
+		if err := d.UnmarshalText([]byte(text)); (err != nil) != (want < 0) || err == nil && d.std() != want {
+			t.Errorf("%q: %v, %v", text, d.std(), err)
+		}
+	}
+}
+
+// TestMissingPaths: a variable of a module that names no file is in the error of its token.
+func TestMissingPaths(t *testing.T) {
+	there := t.TempDir()
+	token := Token{Environment: map[string]string{"SOFTHSM2_CONF": "/nowhere/softhsm2.conf", "OTHER": there, "N": "x"}}
+	const want = "; SOFTHSM2_CONF names /nowhere/softhsm2.conf, which does not exist: correct environment"
+	if got := token.missingPaths(); got != want {
+		t.Errorf("%q, want %q", got, want)
+	}
+}
+
 // TestConfigPaths: relative paths of all fields are relative to the directory of the file.
 func TestConfigPaths(t *testing.T) {
 	dir := t.TempDir()

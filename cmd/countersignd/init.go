@@ -13,6 +13,7 @@ import (
 	"slices"
 
 	"countersign/audit"
+	"countersign/internal/anchor"
 	"countersign/internal/keyring"
 	"countersign/internal/keystore"
 	"countersign/internal/ledger"
@@ -44,6 +45,8 @@ func initialise(ctx context.Context, c Config, o initOptions, stdout, stderr io.
 	}
 	// A module's output is logged as a warning, and is not shown: stderr has the steps.
 	log := slog.New(slog.NewTextHandler(stderr, &slog.HandlerOptions{Level: slog.LevelError}))
+	steps := &counted{to: stderr}
+	stderr = steps
 	names := slices.Sorted(maps.Keys(c.Tokens))
 	if o.token != "" {
 		names = []string{o.token}
@@ -85,7 +88,7 @@ func initialise(ctx context.Context, c Config, o initOptions, stdout, stderr io.
 		return err
 	}
 	operator := audit.Operator(fmt.Sprintf("uid:%d", os.Getuid()))
-	if err := p.app.Anchor.Bind(ctx, operator); err != nil {
+	if err := bind(ctx, p.app.Anchor, operator, stderr); err != nil {
 		return err
 	}
 	if _, err := p.app.Keys.LogKey(); errors.Is(err, manage.ErrNotFound) {
@@ -105,14 +108,42 @@ func initialise(ctx context.Context, c Config, o initOptions, stdout, stderr io.
 		if err == nil {
 			fmt.Fprintf(stderr, "created the listener's Noise key in the token\n")
 		}
-	} else if err == nil {
-		fmt.Fprintf(stderr, "initialised already; nothing was changed\n")
 	}
 	if err != nil {
 		return err
 	}
+	if steps.n == 0 {
+		fmt.Fprintf(stderr, "initialised already; nothing was changed\n")
+	}
 	fmt.Fprintln(stdout, hex.EncodeToString(key.Info().PublicKey))
 	return nil
+}
+
+// counted counts the lines of the steps that have changed something.
+type counted struct {
+	to io.Writer
+	n  int
+}
+
+func (c *counted) Write(b []byte) (int, error) {
+	c.n++
+	return c.to.Write(b)
+}
+
+// bind binds a ledger without a counter to the configured one.
+func bind(ctx context.Context, a *anchor.Anchor, who audit.Actor, stderr io.Writer) error {
+	before, err := a.Bound()
+	if err != nil {
+		return err
+	}
+	if err := a.Bind(ctx, who); err != nil {
+		return err
+	}
+	now, err := a.Bound()
+	if err == nil && now != before {
+		fmt.Fprintf(stderr, "bound the ledger to the counter of the token %s\n", now)
+	}
+	return err
 }
 
 // makeFolder makes one directory, unless the directory exists, and syncs the parent against a power
@@ -134,8 +165,12 @@ func makeFolder(path string) error {
 // makeToken initialises a token: with newToken a PKCS#11 token that is missing, and a TPM always.
 func makeToken(ctx context.Context, name string, t *Token, o initOptions, log *slog.Logger, stderr io.Writer) error {
 	if t.TPM != "" {
+		before := tpm.Provisioned(t.tpm())
 		if err := tpm.Provision(ctx, t.tpm()); err != nil {
 			return fmt.Errorf("token %s: %w", name, err)
+		}
+		if !before {
+			fmt.Fprintf(stderr, "prepared the TPM of the token %s, with its state in %s\n", name, t.State)
 		}
 		return nil
 	}

@@ -18,6 +18,7 @@ import (
 
 	"countersign/appliance"
 	"countersign/internal/cause"
+	"countersign/internal/cli"
 	"countersign/internal/keystore"
 	"countersign/internal/ledger"
 	"countersign/internal/logqueue"
@@ -46,8 +47,11 @@ const lastLines = 2 * time.Second
 func run(ctx context.Context, args []string, stdout io.Writer, stderr *logqueue.Queue) int {
 	var configPath string
 	root := &cobra.Command{
-		Use:           "countersignd",
-		Short:         "The Countersign daemon: signs and verifies for payment servers, with keys in an HSM",
+		Use:   "countersignd",
+		Short: "The Countersign daemon: signs and verifies for payment servers, with keys in an HSM",
+		Long: "The Countersign daemon: signs and verifies for payment servers, with keys in an HSM.\n\n" +
+			"Exit status: 0 done; 1 another start may help; 2 the configuration or the command line is wrong;\n" +
+			"3 a PIN is wrong; 4 the ledger is missing or damaged, or of another version.",
 		SilenceUsage:  true,
 		SilenceErrors: true,
 	}
@@ -57,10 +61,22 @@ func run(ctx context.Context, args []string, stdout io.Writer, stderr *logqueue.
 	root.SetOut(stdout)
 	root.SetErr(stderr)
 
+	configCmd := &cobra.Command{
+		Use:     "config",
+		Short:   "Print each field of the configuration, with its default and its meaning, as commented TOML",
+		Args:    cobra.NoArgs,
+		Example: "  countersignd config >countersign.toml",
+		RunE: func(*cobra.Command, []string) error {
+			_, err := io.WriteString(stdout, reference)
+			return err
+		},
+	}
 	var making initOptions
 	initCmd := &cobra.Command{
 		Use:   "init",
 		Short: "Create the ledger and the listener's Noise key; print the public key",
+		Example: "  countersignd init --new-token --so-pin-file so-pin\n" +
+			"  countersignd init --token anchor",
 		Long: "Creates the ledger and, in the token, the listener's Noise key and the audit log's key.\n" +
 			"Prints the public Noise key, which peers need. An existing part is not changed: run an\n" +
 			"interrupted init again. Before a ledger is made, the tokens make, use and destroy a\n" +
@@ -82,9 +98,10 @@ func run(ctx context.Context, args []string, stdout io.Writer, stderr *logqueue.
 		"add this token of the configuration to an appliance, and touch no other token and no ledger")
 
 	serveCmd := &cobra.Command{
-		Use:   "serve",
-		Short: "Serve peers and operators until SIGTERM",
-		Args:  cobra.NoArgs,
+		Use:     "serve",
+		Short:   "Serve peers and operators until SIGTERM",
+		Example: "  countersignd serve --config /etc/countersign/countersign.toml",
+		Args:    cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			reload := make(chan os.Signal, 1)
 			signal.Notify(reload, syscall.SIGHUP) // also during the start, which SIGHUP must not end
@@ -102,9 +119,10 @@ func run(ctx context.Context, args []string, stdout io.Writer, stderr *logqueue.
 	var checking checkOptions
 	var retryPIN []string
 	checkCmd := &cobra.Command{
-		Use:   "check",
-		Short: "Check whether serve would start: configuration, policy, tokens, ledger, keys",
-		Args:  cobra.NoArgs,
+		Use:     "check",
+		Short:   "Check whether serve would start: configuration, policy, tokens, ledger, keys",
+		Example: "  countersignd check\n  countersignd check --deep --write",
+		Args:    cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			return withConfig(configPath, func(c Config) error {
 				for _, name := range retryPIN {
@@ -132,8 +150,9 @@ func run(ctx context.Context, args []string, stdout io.Writer, stderr *logqueue.
 	var keyPath, bank string
 	var registers map[string]string
 	approveCmd := &cobra.Command{
-		Use:   "approve-state",
-		Short: "Approve a state of a machine with a TPM, for keys that are sealed to policy_key",
+		Use:     "approve-state",
+		Short:   "Approve a state of a machine with a TPM, for keys that are sealed to policy_key",
+		Example: "  countersignd approve-state --key policy.key --pcr 7=$(cat pcr7) >update.approval.json",
 		Long: "Signs values of PCRs with the private key to policy_key (ECDSA on P-256, PEM), and prints\n" +
 			"the approval. Write the approval to a file NAME.approval.json in the token's state folder:\n" +
 			"the machine can then use its keys in that state. The command needs no TPM and no\n" +
@@ -146,7 +165,8 @@ func run(ctx context.Context, args []string, stdout io.Writer, stderr *logqueue.
 	approveCmd.Flags().StringToStringVar(&registers, "pcr", nil,
 		"N=HEX, a register of the bank and its value; repeat for each register that the keys are sealed to")
 	approveCmd.Flags().StringVar(&bank, "bank", "sha256", "the bank of the registers, as pcr_bank has it")
-	root.AddCommand(initCmd, serveCmd, checkCmd, approveCmd, workerCmd)
+	root.AddCommand(initCmd, serveCmd, checkCmd, configCmd, approveCmd, workerCmd)
+	cli.Add(root, func(err error) error { return err })
 	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return configError{err} })
 	if err := root.ExecuteContext(ctx); err != nil {
 		fmt.Fprintf(stderr, "countersignd: %s\n", advise(err))

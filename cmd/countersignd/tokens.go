@@ -5,10 +5,13 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io/fs"
 	"log/slog"
+	"maps"
 	"os"
 	"os/exec"
 	"os/signal"
+	"path/filepath"
 	"runtime"
 	"slices"
 	"strings"
@@ -39,7 +42,7 @@ func openToken(
 	config.OnChange, config.Optional = changed, optional
 	pool, err := worker.Open(ctx, config, patient)
 	if err != nil {
-		return nil, fmt.Errorf("token %s: %w", name, err)
+		return nil, fmt.Errorf("token %s: %w%s", name, err, t.missingPaths())
 	}
 	return pool, nil
 }
@@ -57,9 +60,21 @@ func newToken(ctx context.Context, name string, t *Token, soPINFile string, log 
 	case errors.Is(err, keystore.ErrExists):
 		return false, nil
 	case err != nil:
-		return false, fmt.Errorf("token %s: %w", name, err)
+		return false, fmt.Errorf("token %s: %w%s", name, err, t.missingPaths())
 	}
 	return true, pool.Close()
+}
+
+// missingPaths names the variables of a token with a path that does not exist, as the end of an
+// error: modules tell no more than that they fail.
+func (t *Token) missingPaths() (text string) {
+	for _, name := range slices.Sorted(maps.Keys(t.Environment)) {
+		path := t.Environment[name]
+		if _, err := os.Stat(path); filepath.IsAbs(path) && errors.Is(err, fs.ErrNotExist) {
+			text += fmt.Sprintf("; %s names %s, which does not exist: correct environment", name, path)
+		}
+	}
+	return text
 }
 
 // newTokenTime is the least deadline of a worker that initialises a token; the start of a worker

@@ -1,0 +1,70 @@
+package cli
+
+import (
+	"bytes"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/spf13/cobra"
+)
+
+func program() *cobra.Command {
+	root := &cobra.Command{Use: "tool", Short: "Do things"}
+	do := &cobra.Command{
+		Use: "do NAME", Short: "Do a thing", Long: "Do a thing.\n\n.hidden is no \"request\" \\ here.",
+		Example: "  tool do x --fast", Run: func(*cobra.Command, []string) {},
+	}
+	do.Flags().Bool("fast", false, "do it fast")
+	do.Flags().String("with", "", "the `tool` to use")
+	root.AddCommand(do)
+	Add(root, func(err error) error { return err })
+	return root
+}
+
+// TestVersion: the command and the flag print the same line.
+func TestVersion(t *testing.T) {
+	var outs []string
+	for _, arg := range []string{"version", "--version"} {
+		var out bytes.Buffer
+		root := program()
+		root.SetArgs([]string{arg})
+		root.SetOut(&out)
+		if err := root.Execute(); err != nil {
+			t.Fatal(err)
+		}
+		outs = append(outs, out.String())
+	}
+	if outs[0] != outs[1] || !strings.HasPrefix(outs[0], "tool ") || strings.Count(outs[0], "\n") != 1 {
+		t.Errorf("%q", outs)
+	}
+}
+
+// TestPages: each command has a page that the formatter takes without a warning, with the text as
+// it is in the help.
+func TestPages(t *testing.T) {
+	dir := t.TempDir()
+	root := program()
+	root.SetArgs([]string{"man", dir})
+	if err := root.Execute(); err != nil {
+		t.Fatal(err)
+	}
+	for _, name := range []string{"tool", "tool-do", "tool-version", "tool-man"} {
+		if _, err := os.Stat(filepath.Join(dir, name+".1")); err != nil {
+			t.Error(err)
+		}
+	}
+	b, err := os.ReadFile(filepath.Join(dir, "tool-do.1"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, want := range []string{
+		`\&.hidden is no \(dqrequest\(dq \e here.`, `\fB\-\-with\fR \fItool\fR`,
+		".SH EXAMPLES\n.nf\n  tool do x \\-\\-fast\n", `\fBtool\fR(1)`,
+	} {
+		if !strings.Contains(string(b), want) {
+			t.Errorf("no %s in\n%s", want, b)
+		}
+	}
+}

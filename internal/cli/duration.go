@@ -1,0 +1,24 @@
+package cli
+
+import (
+	"fmt"
+	"strconv"
+	"strings"
+	"time"
+)
+
+// ParseDuration reads a duration of at least 0: days or weeks, such as 30d and 2w, or a Go
+// duration, such as 90s, 12h and 1h30m.
+func ParseDuration(s string) (time.Duration, error) {
+	for unit, of := range map[string]time.Duration{"d": 24 * time.Hour, "w": 7 * 24 * time.Hour} {
+		if number, ok := strings.CutSuffix(s, unit); ok {
+			if n, err := strconv.ParseUint(number, 10, 14); err == nil {
+				return time.Duration(n) * of, nil
+			}
+		}
+	}
+	if d, err := time.ParseDuration(s); err == nil && d >= 0 {
+		return d, nil
+	}
+	return 0, fmt.Errorf("%q is not a duration: write 30d, 2w, 12h or 90s, for example", s)
+}
