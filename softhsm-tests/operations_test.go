@@ -8,6 +8,7 @@ import (
 	"net/http"
 	"os"
 	"os/exec"
+	"os/user"
 	"path/filepath"
 	"regexp"
 	"slices"
@@ -189,7 +190,12 @@ func (o *operations) setup(e *testscript.Env) error {
 	}
 	s.write(".curlrc", fmt.Sprintf("connect-to = localhost:7780:%s:7780\nsilent\nshow-error\nfail\n", w.address))
 	s.write("softhsm2.conf", fmt.Sprintf("directories.tokendir = %s\nlog.level = ERROR\n", s.path("tokens")))
-	w.paths = strings.NewReplacer("/etc/countersign", e.WorkDir, "/var/lib/countersign", e.WorkDir,
+	group, err := user.LookupGroupId(strconv.Itoa(os.Getgid()))
+	if err != nil {
+		return err
+	}
+	w.paths = strings.NewReplacer("countersign-admin", group.Name,
+		"/run/countersign", e.WorkDir, "/etc/countersign", e.WorkDir, "/var/lib/countersign", e.WorkDir,
 		"127.0.0.1:", w.address+":", "https://builds.example/", "http://"+w.address+":9000/")
 	e.Defer(func() { // ends the ssh-agent that a document's command has started
 		for _, env := range orPanic(filepath.Glob(s.path(".*.env"))) {
@@ -249,8 +255,8 @@ func exists(path string) bool {
 }
 
 // doc implements "doc 'TITLE' [N...]", which runs the commands of a section, or those of its blocks
-// N, counted from 1. The command countersignd serve starts a daemon and waits until the daemon is
-// ready.
+// N, counted from 1. The folder of the script stands for /run/countersign. The command countersignd
+// serve starts a daemon and waits until the daemon is ready.
 func (o *operations) doc(ts *testscript.TestScript, neg bool, args []string) {
 	w := stateOf(ts, neg)
 	s := o.section(ts, args[0])
@@ -277,7 +283,8 @@ func (o *operations) doc(ts *testscript.TestScript, neg bool, args []string) {
 				run()
 				w.start(ts, c.text)
 			} else {
-				script += fmt.Sprintf("place=%q\n%s\n", c.place, c.text)
+				text := strings.ReplaceAll(c.text, "/run/countersign/", w.dir+"/")
+				script += fmt.Sprintf("place=%q\n%s\n", c.place, text)
 			}
 		}
 		run()

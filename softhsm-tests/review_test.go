@@ -147,7 +147,7 @@ func TestApproverSignsWhatIsShown(t *testing.T) {
 	}
 	root := s.root.credential
 	for _, shown := range []string{
-		"\n    1  // kept by ops \\u{202e}\n", "\n+permit (principal == Peer::\"demo\"", " decisions replayed, ",
+		"\n    1  // kept by ops \\u{202e}\n", "\n+permit (principal == Peer::\"demo\"", " replayed, ",
 		"proposed by  root, an operator with the roles administrator", root.ID + "  SHA256:",
 	} {
 		if !strings.Contains(errOut, shown) {

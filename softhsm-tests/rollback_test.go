@@ -193,21 +193,34 @@ func TestAnotherCounter(t *testing.T) {
 func TestCounterAway(t *testing.T) {
 	e := tpmtest.New(t)
 	s := newSystem(t) // keys in an HSM, the counter in a TPM
-	s.edit("countersign.toml", "[tokens.main]", fmt.Sprintf(`noise_token = "main"
-
-[tokens.anchor]
+	p := s.serve()
+	if out := s.must("admin", "rollback", "show"); !strings.Contains(out, "not known: the ledger has no counter") {
+		t.Errorf("rollback show without a counter: %s", out)
+	}
+	p.stop()
+	s.edit("countersign.toml", "[tokens.main]", fmt.Sprintf(`[tokens.anchor]
 tpm = %q
 state = "anchor"
 deadline = "500ms"
 
 [tokens.main]`, e.Socket))
-	if out, exit := s.daemon("init"); exit != 0 {
-		t.Fatalf("init: %d\n%s", exit, out)
+	for _, bound := range []bool{true, false} { // the second init changes nothing
+		out, exit := s.daemon("init")
+		if exit != 0 || strings.Contains(out, "bound the ledger to the counter of the token anchor\n") != bound ||
+			strings.Contains(out, "prepared the TPM of the token anchor") != bound ||
+			strings.Contains(out, "nothing was changed") == bound {
+			t.Fatalf("init: %d\n%s", exit, out)
+		}
 	}
-	p := s.serve()
+	p = s.serve()
 	public := strings.TrimSpace(s.must("keygen", s.path("demo.key")))
 	s.must("admin", "peer", "add", "demo", public)
-	s.must("admin", "key", "create", "payments", "--token", "main")
+	if out := s.must("admin", "key", "create", "payments"); !strings.Contains(out, "on token main") {
+		t.Errorf("the token of the counter has a key: %s", out)
+	}
+	if out := s.must("admin", "rollback", "show"); !strings.Contains(out, "the newest by the counter of token anchor") {
+		t.Errorf("rollback show: %s", out)
+	}
 	p.stop()
 	e.Stop()
 	p = s.serve()
