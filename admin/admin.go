@@ -290,7 +290,7 @@ func (s *server) checkActor(name string) error {
 func numberAfter(after string) (uint64, error) {
 	n, err := strconv.ParseUint(after, 10, 64)
 	if err != nil || strconv.FormatUint(n, 10) != after || n == math.MaxUint64 {
-		return 0, invalid.errorf("after: %q is not the header Countersign-Next of a page", ijson.Clip(after))
+		return 0, invalid.errorf("after: %q is not the cursor that a page before has given", ijson.Clip(after))
 	}
 	return n, nil
 }

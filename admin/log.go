@@ -184,7 +184,7 @@ func (s *server) receipts(_ context.Context, _ caller, in *receiptsInput) (*list
 		ms, last, ok := strings.Cut(in.After, "-")
 		at, err := numberAfter(ms)
 		if err != nil || !ok || at > math.MaxInt64 {
-			return nil, invalid.errorf("after: %q is not the header Countersign-Next of a page", ijson.Clip(in.After))
+			return nil, invalid.errorf("after: %q is not the cursor that a page before has given", ijson.Clip(in.After))
 		}
 		if int64(at) >= from {
 			from, id = int64(at), last

@@ -186,7 +186,7 @@ func (s *server) routes() {
 		roles: of(operator, auditor), refused: whileUninitialised})
 	route(s, s.ledger, operation{
 		route: "GET /v1/ledger", id: "ledger", summary: "Say how large the ledger is and how its clock is",
-		roles: of(administrator, operator, auditor, backup, metrics), refused: whileUninitialised})
+		roles: of(administrator, operator, auditor, approver, backup, metrics), refused: whileUninitialised})
 	route(s, s.compact, operation{
 		route: "POST /v1/ledger/compact", id: "compact",
 		summary: "Give the free space of the ledger's file back",

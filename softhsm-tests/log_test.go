@@ -14,6 +14,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strconv"
 	"strings"
@@ -21,6 +22,7 @@ import (
 	"testing"
 	"time"
 
+	"countersign/admin/api"
 	"countersign/audit"
 	"countersign/client"
 
@@ -455,6 +457,21 @@ func TestProven(t *testing.T) {
 		!strings.Contains(out, hex.EncodeToString(signed.Nonce[:])) {
 		t.Errorf("proof: %s", out)
 	}
+	// With a file, the CLI remembers the log.
+	remember := append([]string{"proof", number, "--log-key", vkey, "--log-checkpoint", s.path("log.checkpoint")},
+		append(own, "demo.key")...)
+	for range 2 {
+		s.must(remember...)
+	}
+	kept := must(os.ReadFile(s.path("log.checkpoint")))(t)
+	if _, err := must(audit.ParseVerifierKey(vkey))(t).Open(kept); err != nil {
+		t.Errorf("the remembered checkpoint: %v", err)
+	}
+	s.write("log.checkpoint", "of another log\n")
+	_, errOut, code := s.cli("", remember...)
+	if code != 1 || !strings.Contains(errOut, "has no checkpoint of this log") {
+		t.Errorf("proof with another checkpoint: %d, %s", code, errOut)
+	}
 	args := append([]string{"proof", number, "--log-key", otherLogKey}, append(own, "demo.key")...)
 	if _, errOut, code := s.cli("", args...); code != 1 {
 		t.Errorf("proof with another log's key: %d, %s", code, errOut)
@@ -512,6 +529,26 @@ func TestReceipts(t *testing.T) {
 	}
 	if out := s.must("admin", "receipt", "show", id); !strings.Contains(out, r.Commitment) {
 		t.Error(out)
+	}
+	// The story of the payment, by any of its events, has the receipt and the decision.
+	for _, event := range []string{"admission", "outcome"} {
+		number := strconv.FormatUint(signed.Event, 10)
+		if event == "outcome" {
+			found, _, err := s.admin().FindEvents(t.Context(), api.EventQuery{Admission: number})
+			if err != nil || len(found) != 1 {
+				t.Fatalf("%+v, %v", found, err)
+			}
+			number = strconv.FormatUint(found[0].Index, 10)
+		}
+		story := s.must("admin", "audit", "show", number)
+		if !regexp.MustCompile(`(?m)^decision +allow, by version 1 of the policy: line 1$`).MatchString(story) ||
+			!regexp.MustCompile(`(?m)^receipt +`+id+`, lightning, completed$`).MatchString(story) ||
+			strings.Contains(story, "not shown") {
+			t.Errorf("the story by the %s: %s", event, story)
+		}
+	}
+	if out := s.must("admin", "audit", "show", strconv.FormatUint(plain.Event, 10)); strings.Contains(out, "receipt") {
+		t.Errorf("a message has a receipt: %s", out)
 	}
 	var list []struct{ ID string }
 	out := s.must("admin", "receipt", "list", "--from", "2026-01-01", "--json")

@@ -3,16 +3,12 @@ package main
 import (
 	"cmp"
 	"context"
-	"encoding/base64"
 	"encoding/hex"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
-	"maps"
 	"slices"
-	"strconv"
-	"strings"
 	"time"
 
 	"countersign/admin/api"
@@ -59,26 +55,32 @@ func (t *tool) events(act maker) *cobra.Command {
 		if q.Digest, err = hexOf(q.Digest); err != nil {
 			return usageError{fmt.Errorf("--digest: %w", err)}
 		}
-		if q.Since, q.Until, err = eventTimes(ctx, client, since, until); err != nil {
+		if q.Since, q.Until, err = times(ctx, client, "since", since, "until", until); err != nil {
 			return err
 		}
 		if follow && tail == 0 && q.From == 0 && q.Since == 0 {
 			tail = 10
 		}
 		q.Newest = newest || tail > 0 || !flags.Changed("newest") && q.From == 0 && !follow && terminal(t.stdout) != nil
-		found, next, err := pages(ctx, client, q, cmp.Or(tail, limit), follow && tail == 0)
+		b := t.bar("listed")
+		found, next, err := pages(ctx, client, q, cmp.Or(tail, limit), follow && tail == 0, b)
+		b.end()
 		if err != nil {
 			return err
 		}
 		if tail > 0 {
 			slices.Reverse(found)
-		} else if next != "" {
+		}
+		if follow {
+			return t.followEvents(c.Context(), client, q, found) // ctx has a timeout
+		}
+		if err := t.printEvents(found, true); err != nil {
+			return err
+		}
+		if tail == 0 && next != "" {
 			t.more(next)
 		}
-		if !follow {
-			return t.printEvents(found, true)
-		}
-		return t.followEvents(c.Context(), client, q, found) // ctx has a timeout
+		return nil
 	}
 	c = act("list", "List events of the audit log", cobra.NoArgs, do)
 	c.Example = "  countersign admin audit list --since 7d --type KeyCreated\n" +
@@ -99,8 +101,9 @@ func (t *tool) events(act maker) *cobra.Command {
 	f.StringVar(&q.Resource, "resource", "",
 		"only events about this `resource`, for example payments/2, or payments for all versions (default: all)")
 	f.StringVar(&q.Nonce, "nonce", "",
-		"only events about the document with this `nonce`, hex or base64url (default: all)")
-	f.StringVar(&q.Digest, "digest", "", "only events with this `digest`, hex or base64url (default: all)")
+		"only events about the document with this `nonce`, hex or another form of 32 bytes (default: all)")
+	f.StringVar(&q.Digest, "digest", "",
+		"only events with this `digest`, hex or another form of 32 bytes (default: all)")
 	f.BoolVar(&newest, "newest", false, "the newest event first (default: on a terminal)")
 	f.IntVar(&tail, "tail", 0, "only the last `number` of events, the oldest of them first (default: all)")
 	f.BoolVar(&follow, "follow", false, "go on with new events until Ctrl-C")
@@ -109,9 +112,9 @@ func (t *tool) events(act maker) *cobra.Command {
 }
 
 // pages gets at most limit events, or all of them. next is the cursor behind the last one, or "" at
-// the end.
+// the end. The bar shows the progress towards the limit; nil for none.
 func pages(
-	ctx context.Context, c *api.Client, q api.EventQuery, limit int, all bool,
+	ctx context.Context, c *api.Client, q api.EventQuery, limit int, all bool, b *bar,
 ) (found []api.Event, next string, err error) {
 	found = []api.Event{}
 	for {
@@ -126,6 +129,9 @@ func pages(
 		found = append(found, some...)
 		if q.After = next; next == "" || !all && len(found) >= limit {
 			return found, next, nil
+		}
+		if !all {
+			b.progress(uint64(len(found)), uint64(limit))
 		}
 	}
 }
@@ -149,7 +155,7 @@ func (t *tool) followEvents(ctx context.Context, c *api.Client, q api.EventQuery
 		case <-ticker.C:
 		}
 		var err error
-		if found, _, err = pages(ctx, c, q, 0, true); err != nil && ctx.Err() == nil {
+		if found, _, err = pages(ctx, c, q, 0, true, nil); err != nil && ctx.Err() == nil {
 			return err
 		}
 	}
@@ -180,14 +186,17 @@ func eventTime(e api.Event) string {
 	return time.UnixMilli(e.TimeMS).UTC().Format("2006-01-02T15:04:05.000Z")
 }
 
-// eventTimes parses the bounds of a search. A duration counts back from the appliance's clock,
-// which stamps the events: the clock of this machine may be another one.
-func eventTimes(ctx context.Context, c *api.Client, since, until string) (from, to int64, err error) {
+// times parses the bounds of a search for events or receipts, given by two flags, in Unix
+// milliseconds. A duration counts back from the appliance's clock, which stamps both: the clock of
+// this machine may be another one.
+func times(
+	ctx context.Context, c *api.Client, fromFlag, since, toFlag, until string,
+) (from, to int64, err error) {
 	var now time.Time
 	for _, each := range []struct {
 		flag, text string
 		ms         *int64
-	}{{"since", since, &from}, {"until", until, &to}} {
+	}{{fromFlag, since, &from}, {toFlag, until, &to}} {
 		if each.text == "" {
 			continue
 		}
@@ -223,92 +232,12 @@ func parseTime(text string) (time.Time, error) {
 	return at, nil
 }
 
-// hexOf returns 32 bytes in the form of the audit log: hex. The text may also be base64url, as
-// documents have it, or "".
+// hexOf returns 32 bytes in the form of the audit log: hex. The text has any form of parse32, or is
+// "".
 func hexOf(text string) (string, error) {
-	b, err := hex.DecodeString(text)
-	if err != nil || text != "" && len(b) != 32 {
-		if b, err = base64.RawURLEncoding.Strict().DecodeString(text); err != nil || len(b) != 32 {
-			return "", fmt.Errorf("%q is not 32 bytes: write 64 hex digits, or 43 characters of base64url", text)
-		}
+	if text == "" {
+		return "", nil
 	}
-	return hex.EncodeToString(b), nil
-}
-
-// story shows one event with all events of the same request.
-func (t *tool) story(act maker) *cobra.Command {
-	do := func(ctx context.Context, c *api.Client, args []string) error {
-		number, err := strconv.ParseUint(args[0], 10, 64)
-		if err != nil {
-			return usageError{fmt.Errorf("%q is not the number of an event: countersign admin audit list shows them",
-				args[0])}
-		}
-		all, err := storyOf(ctx, c, number)
-		if err != nil {
-			return err
-		}
-		return t.print(all, func(w io.Writer) {
-			for i, e := range all {
-				if i > 0 {
-					fmt.Fprintln(w)
-				}
-				fmt.Fprintf(w, "event\t%d %s at %s\n", e.Index, e.Type, eventTime(e))
-				fmt.Fprintf(w, "actor\t%s %s\n", e.Actor.Kind, e.Actor.Name)
-				fmt.Fprintf(w, "action\t%s\n", strings.TrimSpace(e.Action+" "+e.Resource))
-				fmt.Fprintf(w, "outcome\t%s\n", e.Outcome)
-				for _, name := range slices.Sorted(maps.Keys(e.Metadata)) {
-					fmt.Fprintf(w, "  %s\t%s\n", name, strings.ReplaceAll(e.Metadata[name], "\n", " "))
-				}
-			}
-		})
-	}
-	c := act("show EVENT", "Show an event with all events of the same request", cobra.ExactArgs(1), do)
-	details(c, "The events of a document are its admission, its outcome, and each request with the same nonce,\n"+
-		"for example a replay. The events of a proposal are its approvals and its end. policy explain\n"+
-		"shows why an admission was allowed.")
-	c.Example = "  countersign admin audit show 4711"
-	return c
-}
-
-// storyOf returns the events of the request to which an event belongs, the oldest first.
-func storyOf(ctx context.Context, c *api.Client, number uint64) ([]api.Event, error) {
-	first, err := c.Events(ctx, number, 1)
-	if err != nil {
-		return nil, err
-	}
-	if len(first) != 1 || first[0].Index != number {
-		return nil, fmt.Errorf("there is no event %d (any more): countersign admin audit list shows the present ones",
-			number)
-	}
-	found := map[uint64]api.Event{number: first[0]}
-	e := first[0]
-	if text := e.Metadata["admission"]; text != "" {
-		admission, err := strconv.ParseUint(text, 10, 64)
-		if err != nil {
-			return nil, fmt.Errorf("event %d names the admission %q, which is not a number", number, text)
-		}
-		if some, err := c.Events(ctx, admission, 1); err != nil {
-			return nil, err
-		} else if len(some) == 1 && some[0].Index == admission { // else dropped by retention
-			e = some[0]
-			found[admission] = e
-		}
-	}
-	queries := []api.EventQuery{{Admission: strconv.FormatUint(e.Index, 10)}}
-	if nonce := e.Metadata["nonce"]; nonce != "" {
-		queries = append(queries, api.EventQuery{Nonce: nonce})
-	}
-	if strings.HasPrefix(e.Resource, "proposal/") {
-		queries = append(queries, api.EventQuery{Resource: e.Resource})
-	}
-	for _, q := range queries {
-		some, _, err := pages(ctx, c, q, 0, true)
-		if err != nil {
-			return nil, err
-		}
-		for _, each := range some {
-			found[each.Index] = each
-		}
-	}
-	return slices.SortedFunc(maps.Values(found), func(x, y api.Event) int { return cmp.Compare(x.Index, y.Index) }), nil
+	b, err := parse32(text)
+	return hex.EncodeToString(b[:]), err
 }

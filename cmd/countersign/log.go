@@ -19,17 +19,19 @@ import (
 	"github.com/spf13/pflag"
 )
 
-// bar is a progress bar on a terminal. Without a terminal, nothing is shown.
+// bar is a progress bar on a terminal, shown after barDelay. Without a terminal, and for a nil bar,
+// nothing is shown.
 type bar struct {
 	to    io.Writer
 	label string
+	noun  string // of the things counted
 	mu    sync.Mutex
-	shown time.Time
-	open  bool // the line needs a line end
+	shown time.Time // the last time, at first that of the bar's making
+	open  bool      // the line needs a line end
 }
 
 func (t *tool) bar(label string) *bar {
-	b := &bar{label: label}
+	b := &bar{label: label, noun: "events", shown: time.Now()}
 	if f := terminal(t.stderr); f != nil {
 		b.to = f
 	}
@@ -37,16 +39,22 @@ func (t *tool) bar(label string) *bar {
 }
 
 func (b *bar) progress(done, all uint64) {
+	if b == nil {
+		return
+	}
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	if b.to == nil || all == 0 || done < all && time.Since(b.shown) < 100*time.Millisecond {
+	if b.to == nil || all == 0 || (done < all || !b.open) && time.Since(b.shown) < barDelay {
 		return
 	}
 	const width = 40
 	filled := int(min(done, all) * width / all)
-	fmt.Fprintf(b.to, "\r%s [%-*s] %3d%% %d of %d events", b.label, width, bars[:filled], done*100/all, done, all)
+	fmt.Fprintf(b.to, "\r%s [%-*s] %3d%% %d of %d %s", b.label, width, bars[:filled], done*100/all, done, all, b.noun)
 	b.shown, b.open = time.Now(), true
 }
+
+// barDelay is the time from one picture of a bar to the next.
+const barDelay = 100 * time.Millisecond
 
 const bars = "########################################"
 
@@ -311,31 +319,24 @@ func (t *tool) receipts(act maker) *cobra.Command {
 	var from, to, after string
 	var limit int
 	do := func(ctx context.Context, c *api.Client, _ []string) error {
-		var ms [2]int64
-		for i, text := range []string{from, to} {
-			if text == "" {
-				continue
-			}
-			at, err := parseTime(text)
-			if err != nil {
-				return usageError{err}
-			}
-			ms[i] = at.UnixMilli()
-		}
-		found, next, err := c.Receipts(ctx, ms[0], ms[1], after, limit)
+		since, until, err := times(ctx, c, "from", from, "to", to)
 		if err != nil {
 			return err
 		}
-		if next != "" {
+		found, next, err := c.Receipts(ctx, since, until, after, limit)
+		if err == nil {
+			err = t.print(found, func(w io.Writer) { show(w, found...) })
+		}
+		if err == nil && next != "" {
 			t.more(next)
 		}
-		return t.print(found, func(w io.Writer) { show(w, found...) })
+		return err
 	}
 	list := act("list", "List receipts by time, the oldest first", cobra.NoArgs, do)
 	list.Example = "  countersign admin receipt list --from 2026-11-24 --to 2026-11-25T12:00:00Z"
 	f := list.Flags()
 	f.StringVar(&from, "from", "",
-		"begin at this `time`, for example 2026-11-24 or 2026-11-24T08:00:00Z, in UTC (default: the first receipt)")
+		"begin at this `time`, for example 7d, 2026-11-24 or 2026-11-24T08:00:00Z, in UTC (default: the first receipt)")
 	f.StringVar(&to, "to", "", "end before this `time` (default: the last receipt)")
 	f.StringVar(&after, "after", "", "the next page: the `cursor` that the page before has shown")
 	f.IntVar(&limit, "limit", 100, "list at most this `number` of receipts, 1 to 1000")

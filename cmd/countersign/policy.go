@@ -29,6 +29,7 @@ type records struct {
 	client   *api.Client
 	policies map[string]api.Policy     // by SHA-256
 	parsed   map[string]*policy.Policy // by SHA-256
+	bar      *bar                      // of each
 }
 
 // exportEntry is one line of an exported file: a policy, or a decision.
@@ -102,7 +103,10 @@ func (r *records) each(ctx context.Context, since time.Time, visit visitor) erro
 		return visit(d.Event, d.Record, rec, by)
 	}
 	r.policies, r.parsed = map[string]api.Policy{}, map[string]*policy.Policy{}
+	r.bar = r.tool.bar("decisions")
+	defer r.bar.end()
 	if r.file != "" {
+		r.bar.noun = "bytes"
 		return r.readFile(decode)
 	}
 	return r.readAppliance(ctx, since, decode)
@@ -114,6 +118,10 @@ func (r *records) readFile(visit func(api.Decision) error) error {
 		return err
 	}
 	defer f.Close()
+	st, err := f.Stat()
+	if err != nil {
+		return err
+	}
 	d := json.NewDecoder(bufio.NewReader(f))
 	d.DisallowUnknownFields()
 	for {
@@ -135,6 +143,7 @@ func (r *records) readFile(visit func(api.Decision) error) error {
 				return err
 			}
 		}
+		r.bar.progress(uint64(d.InputOffset()), uint64(st.Size()))
 	}
 }
 
@@ -149,7 +158,11 @@ func (r *records) readAppliance(ctx context.Context, since time.Time, visit func
 	for _, p := range all {
 		r.policies[p.SHA256] = p
 	}
-	for after := ""; ; {
+	l, err := r.client.Ledger(ctx)
+	if err != nil {
+		return err
+	}
+	for first, after := uint64(0), ""; ; {
 		some, next, err := r.client.Decisions(ctx, max(0, since.UnixMilli()), after)
 		if err != nil || len(some) == 0 {
 			return err
@@ -157,12 +170,18 @@ func (r *records) readAppliance(ctx context.Context, since time.Time, visit func
 		if err := r.checkLogged(ctx, some); err != nil {
 			return err
 		}
+		if after == "" {
+			first = some[0].Event
+		}
+		last := max(l.Events-1, some[len(some)-1].Event)
 		for _, d := range some {
 			if err := visit(d); err != nil {
 				return err
 			}
+			r.bar.progress(d.Event-first, last-first)
 		}
 		if after = next; after == "" {
+			r.bar.progress(last-first, last-first)
 			return nil
 		}
 	}
@@ -461,21 +480,27 @@ func withTexts(rec policy.Record, texts []string) (policy.Record, error) {
 
 // one gets a single decision from the appliance.
 func (r *records) one(ctx context.Context, event uint64, visit visitor) error {
+	err := r.get(ctx, event, visit)
+	if refusal, is := errors.AsType[*api.Error](err); is && refusal.Code == "not_found" {
+		return undecided(ctx, r.client, event)
+	}
+	return err
+}
+
+// get is one with the error of the appliance for an event without a decision.
+func (r *records) get(ctx context.Context, event uint64, visit visitor) error {
 	if err := r.dial(); err != nil {
 		return err
 	}
-	client := r.client
-	d, err := client.Decision(ctx, event)
-	if refusal, is := errors.AsType[*api.Error](err); is && refusal.Code == "not_found" {
-		return undecided(ctx, client, event)
-	} else if err != nil {
+	d, err := r.client.Decision(ctx, event)
+	if err != nil {
 		return err
 	}
 	rec, err := policy.ParseRecord([]byte(d.Record))
 	if err != nil {
 		return err
 	}
-	v, err := client.Policy(ctx, rec.Version)
+	v, err := r.client.Policy(ctx, rec.Version)
 	if err != nil {
 		return err
 	}
