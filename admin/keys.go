@@ -46,12 +46,20 @@ func (s *server) lineDoc(name string, l keyring.Settings) api.Line {
 		Every: seconds(l.Plan.Every), Window: l.Plan.Window, Uses: l.Plan.Uses,
 		Announce: seconds(l.Announce), Grace: seconds(l.Grace),
 		Acknowledge: append([]string{}, l.Acknowledge...), Presence: seconds(l.Presence),
-	}, Unacknowledged: []string{}, Rotation: s.Appliance.Keys.Rotation(name)}
+	}, Unacknowledged: []string{}, Compromises: []api.Compromise{}, Rotation: s.Appliance.Keys.Rotation(name)}
 	at, reason := s.Appliance.Keys.NextRotation(name)
 	doc.NextRotation, doc.NextReason, doc.Confirmed = unix(at), reason, unix(s.Appliance.Keys.Confirmed(name))
 	if doc.Rotation != nil {
 		missing := s.Appliance.Peers.Unacknowledged(name, doc.Rotation.Version)
 		doc.Unacknowledged = append(doc.Unacknowledged, missing...)
+	}
+	versions, _ := s.Appliance.Keys.Versions(name) // without a key, there is none
+	for _, k := range versions {
+		if k.Public() && k.Compromised {
+			doc.Compromises = append(doc.Compromises, api.Compromise{
+				Version: k.Version, Unacknowledged: append([]string{}, s.Appliance.Peers.Unwarned(name, k.Version)...),
+			})
+		}
 	}
 	return doc
 }

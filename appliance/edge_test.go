@@ -308,7 +308,7 @@ func exchange(conn *noise.Conn, document string) (wire.Answer, error) {
 	return receive(conn)
 }
 
-// receive returns the next answer. Rotations before the answer are skipped.
+// receive returns the next answer. Events before the answer are skipped.
 func receive(conn *noise.Conn) (wire.Answer, error) {
 	for {
 		conn.SetReadDeadline(time.Now().Add(patience))
@@ -316,7 +316,7 @@ func receive(conn *noise.Conn) (wire.Answer, error) {
 		if err != nil {
 			return wire.Answer{}, err
 		}
-		if answer, rotation, err := wire.DecodeMessage(b); err != nil || rotation == nil {
+		if answer, event, err := wire.DecodeMessage(b); err != nil || event == nil {
 			return answer, err
 		}
 	}

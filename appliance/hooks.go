@@ -5,41 +5,65 @@ import (
 	"encoding/json"
 	"fmt"
 	"strings"
+	"sync"
 	"time"
 
 	"countersign/internal/cause"
 	"countersign/internal/keyring"
 	"countersign/internal/ledger"
 	"countersign/internal/webhook"
-	"countersign/wire"
 )
 
-// hookKeys is the prefix of the records of delivered messages: webhook/target/key -> id of the last
-// message about the key. After a restart, the messages that were not delivered are sent again.
+// hookKeys is the prefix of the records of delivered messages: webhook/target/subject -> id. The
+// subject of a rotation is the key, since a newer rotation takes the place of an older one, and the
+// subject of a compromise is key/version. After a restart, the messages that were not delivered are
+// sent again.
 const hookKeys = "webhook/"
 
 // hookBody is the payload of a message (Standard Webhooks).
 type hookBody struct {
-	Type      string        `json:"type"`
-	Timestamp time.Time     `json:"timestamp"`
-	Data      wire.Rotation `json:"data"`
+	Type      string          `json:"type"`
+	Timestamp time.Time       `json:"timestamp"`
+	Data      json.RawMessage `json:"data"` // the event that peers get
 }
 
-// hookID returns the id of the message about a rotation. A later compromise of the version before
-// has another id, so a message of its own.
-func hookID(r wire.Rotation) string {
-	id := fmt.Sprintf("rotation_%s_%d", r.Key, r.Version)
-	if r.Compromised {
-		id += "_compromised"
+// hook is a message to all webhooks.
+type hook struct {
+	id      string
+	subject string // see hookKeys
+	kind    string // hookBody.Type
+	event   string
+}
+
+// hooksOf returns the messages about all present news. An id names the appliance by the log's key:
+// the keys of a new appliance may repeat names and versions of a lost one, and a receiver drops an
+// id that it has seen.
+func (a *Appliance) hooksOf() (all []hook, err error) {
+	log, _, err := a.Log()
+	if err != nil {
+		return nil, err
 	}
-	return id
+	_, id, _ := strings.Cut(log.Name(), "/")
+	for _, n := range a.Keys.Compromises() {
+		all = append(all, hook{
+			fmt.Sprintf("compromise_%s_%s_%d", id, n.Name, n.Version),
+			fmt.Sprintf("%s/%d", n.Name, n.Version), "key.compromise", n.Event,
+		})
+	}
+	for _, n := range a.Keys.Announcements() {
+		all = append(all, hook{
+			fmt.Sprintf("rotation_%s_%s_%d", id, n.Name, n.Version), n.Name, "key.rotation", n.Event,
+		})
+	}
+	return all, nil
 }
 
-// keepHooks sends messages about rotations to the webhooks until ctx ends.
+// keepHooks sends messages about rotations and compromises to the webhooks until ctx ends.
 func (a *Appliance) keepHooks(ctx context.Context) {
 	if len(a.webhooks) == 0 {
 		return
 	}
+	var subjects sync.Map // of the queued messages, by id
 	sender, err := webhook.New(webhook.Config{
 		Targets: a.webhooks, Log: a.log,
 		Sign: func(ctx context.Context, message []byte) ([]byte, error) {
@@ -51,13 +75,14 @@ func (a *Appliance) keepHooks(ctx context.Context) {
 			return k.Sign(ctx, keyring.Own, message, verifies)
 		},
 		Delivered: func(target, id string) {
-			if err := a.writeHook(ctx, target, id); err != nil {
+			subject, _ := subjects.Load(id)
+			if err := a.writeHook(ctx, target, subject.(string), id); err != nil {
 				a.log.Error("the delivery to a webhook is not written; after a restart the message is sent again",
 					"target", target, "id", id, "err", err)
 			}
 		},
 		GaveUp: func(target, id string, err error) {
-			a.log.Error("a webhook is not told of a rotation", "target", target, "id", id, "err", err)
+			a.log.Error("a webhook is not told", "target", target, "id", id, "err", err)
 		},
 	})
 	if err != nil { // the configuration has been checked before
@@ -82,7 +107,7 @@ func (a *Appliance) keepHooks(ctx context.Context) {
 		case <-ctx.Done():
 			return
 		case <-news:
-			if err := a.queueHooks(sender, queued); err != nil {
+			if err := a.queueHooks(sender, queued, &subjects); err != nil {
 				a.log.Error("webhooks are not told", "err", err)
 			}
 		}
@@ -103,19 +128,17 @@ func (a *Appliance) hookCauses() (all []cause.Cause) {
 }
 
 // writeHook writes the id of a delivered message, also while the daemon stops.
-func (a *Appliance) writeHook(ctx context.Context, target, id string) error {
+func (a *Appliance) writeHook(ctx context.Context, target, subject, id string) error {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), a.limits.RequestTimeout)
 	defer cancel()
-	line := strings.TrimSuffix(strings.TrimPrefix(id, "rotation_"), "_compromised")
-	line = line[:strings.LastIndexByte(line, '_')]
 	return a.ledger.Update(ctx, func(tx *ledger.Tx) error {
-		return tx.Put(ledger.Meta, hookKeys+target+"/"+line, []byte(id))
+		return tx.Put(ledger.Meta, hookKeys+target+"/"+subject, []byte(id))
 	})
 }
 
 // queueHooks queues the messages that have not been delivered. queued has the messages in the
 // queue.
-func (a *Appliance) queueHooks(sender *webhook.Sender, queued map[[2]string]bool) error {
+func (a *Appliance) queueHooks(sender *webhook.Sender, queued map[[2]string]bool, subjects *sync.Map) error {
 	told := map[string]string{}
 	if err := a.ledger.All(ledger.Meta, func(name string, value []byte) error {
 		if strings.HasPrefix(name, hookKeys) {
@@ -125,21 +148,20 @@ func (a *Appliance) queueHooks(sender *webhook.Sender, queued map[[2]string]bool
 	}); err != nil {
 		return err
 	}
-	for _, n := range a.Keys.Announcements() {
-		name := n.Name
-		r := a.Keys.Rotation(name)
-		if r == nil {
-			continue
-		}
-		id := hookID(*r)
-		body, err := json.Marshal(hookBody{"key.rotation", time.Now().UTC().Truncate(time.Second), *r})
+	all, err := a.hooksOf()
+	if err != nil {
+		return err
+	}
+	for _, h := range all {
+		body, err := json.Marshal(hookBody{h.kind, time.Now().UTC().Truncate(time.Second), json.RawMessage(h.event)})
 		if err != nil {
 			return err
 		}
+		subjects.Store(h.id, h.subject)
 		for _, t := range a.webhooks {
-			mark := [2]string{t.Name, id}
-			if told[hookKeys+t.Name+"/"+name] != id && !queued[mark] {
-				if err := sender.Queue(t.Name, webhook.Message{ID: id, Body: body}); err != nil {
+			mark := [2]string{t.Name, h.id}
+			if told[hookKeys+t.Name+"/"+h.subject] != h.id && !queued[mark] {
+				if err := sender.Queue(t.Name, webhook.Message{ID: h.id, Body: body}); err != nil {
 					return err
 				}
 				queued[mark] = true

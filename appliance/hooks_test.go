@@ -158,8 +158,28 @@ func same(t *testing.T, got []string, want ...string) {
 	}
 }
 
+// hookID returns the id of a message of this appliance: kind_ID_key_version.
+func (e *edge) hookID(kind, key string, version int) string {
+	e.t.Helper()
+	k, err := e.Keys.LogKey()
+	if err != nil {
+		e.t.Fatal(err)
+	}
+	return fmt.Sprintf("%s_%x_%s_%d", kind, k.Info().PublicKey[:8], key, version)
+}
+
+// dataOf decodes the event of a message.
+func dataOf[T any](t *testing.T, m hookBody) (event T) {
+	t.Helper()
+	if err := json.Unmarshal(m.Data, &event); err != nil {
+		t.Fatalf("%s: %v", m.Data, err)
+	}
+	return event
+}
+
 // TestWebhook: a rotation is one message with a signature of the audit log's key. A restart does
-// not send a delivered message again. A compromise of the version before is another message.
+// not send a delivered message again. A compromise is a message of its own, wherever the version is
+// in its line. The ids name the appliance.
 func TestWebhook(t *testing.T) {
 	e := newEdge(t, nil)
 	h := newReceiver(t)
@@ -168,42 +188,56 @@ func TestWebhook(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	same(t, h.hears(1), "rotation_payments_2")
-	m := h.heard("rotation_payments_2")
-	if d := m.Data; m.Type != "key.rotation" || d.Event != wire.EventRotation || d.Key != "payments" ||
-		d.PublicKey != wire.Bytes32(k.Info().PublicKey) || d.Succession == nil || d.Compromised {
+	payments2, noise2 := e.hookID("rotation", "payments", 2), e.hookID("rotation", "noise", 2)
+	same(t, h.hears(1), payments2)
+	m := h.heard(payments2)
+	if d := dataOf[wire.Rotation](t, m); m.Type != "key.rotation" || d.Event != wire.EventRotation ||
+		d.Key != "payments" || d.PublicKey != wire.Bytes32(k.Info().PublicKey) || d.Succession == nil {
 		t.Errorf("%+v", m)
 	}
 	if age := time.Since(m.Timestamp); age < -time.Minute || age > time.Minute {
 		t.Errorf("the timestamp is %v", m.Timestamp)
 	}
-	e.toldOf("rotation_payments_2")
+	e.toldOf(payments2)
 	e.tell(h)
 	if _, err := e.Keys.Rotate(t.Context(), operator, keyring.NoiseName, time.Now().Add(time.Hour)); err != nil {
 		t.Fatal(err)
 	}
-	same(t, h.hears(2), "rotation_noise_2", "rotation_payments_2")
-	e.toldOf("rotation_noise_2")
-	// The compromise of an earlier version is sent at once.
+	same(t, h.hears(2), noise2, payments2)
+	e.toldOf(noise2)
+	if _, err := e.Keys.Rotate(t.Context(), operator, "payments", time.Now()); err != nil {
+		t.Fatal(err)
+	}
+	payments3 := e.hookID("rotation", "payments", 3)
+	same(t, h.hears(3), noise2, payments2, payments3)
+	e.toldOf(payments3)
+	// The compromise of an earlier version is sent at once, without a new rotation.
 	if err := e.Keys.Compromise(t.Context(), approved, "payments", 1, "stolen"); err != nil {
 		t.Fatal(err)
 	}
-	want := []string{"rotation_noise_2", "rotation_payments_2", "rotation_payments_2_compromised"}
-	same(t, h.hears(3), want...)
-	d := h.heard("rotation_payments_2_compromised").Data
-	if !d.Compromised || d.RetiresAt != d.ActivatesAt || d.Version != 2 {
-		t.Errorf("%+v", d)
+	stolen1 := e.hookID("compromise", "payments", 1)
+	want := []string{stolen1, noise2, payments2, payments3}
+	same(t, h.hears(4), want...)
+	m = h.heard(stolen1)
+	wanted := wire.Compromise{
+		Event: wire.EventCompromise, Key: "payments", Version: 1,
+		PublicKey: wire.Bytes32(e.Keys.Version("payments", 1).Info().PublicKey),
 	}
-	e.toldOf("rotation_payments_2_compromised")
-	if err := e.Keys.Compromise(t.Context(), approved, "payments", 2, "stolen"); err != nil {
+	if d := dataOf[wire.Compromise](t, m); m.Type != "key.compromise" || d != wanted {
+		t.Errorf("%+v", m)
+	}
+	e.toldOf(stolen1)
+	if err := e.Keys.Compromise(t.Context(), approved, "payments", 3, "stolen"); err != nil {
 		t.Fatal(err)
 	}
-	want = append(want, "rotation_payments_3_compromised")
-	same(t, h.hears(4), want...)
-	e.toldOf("rotation_payments_3_compromised")
+	stolen3, payments4 := e.hookID("compromise", "payments", 3), e.hookID("rotation", "payments", 4)
+	want = []string{stolen1, stolen3, noise2, payments2, payments3, payments4}
+	same(t, h.hears(6), want...)
+	e.toldOf(stolen3)
+	e.toldOf(payments4)
 	e.tell(h)
 	e.stop()
-	same(t, h.hears(4), want...)
+	same(t, h.hears(6), want...)
 }
 
 // TestWebhookIsTriedAgain: the refusal of one receiver does not delay another receiver. After a
@@ -215,16 +249,16 @@ func TestWebhookIsTriedAgain(t *testing.T) {
 	if _, err := e.Keys.Rotate(t.Context(), operator, "payments", time.Now()); err != nil {
 		t.Fatal(err)
 	}
-	same(t, fine.hears(1), "rotation_payments_2")
-	e.toldOf("rotation_payments_2")
+	same(t, fine.hears(1), e.hookID("rotation", "payments", 2))
+	e.toldOf(e.hookID("rotation", "payments", 2))
 	<-ill.more // the message has been refused
 	eventually(t, "the refusal is a cause", func() bool {
 		return slices.Contains(codes(e.Appliance), cause.Webhook.Code)
 	})
 	e.tell(fine, ill)
-	same(t, ill.hears(1), "rotation_payments_2")
+	same(t, ill.hears(1), e.hookID("rotation", "payments", 2))
 	e.stop()
-	same(t, fine.hears(1), "rotation_payments_2")
+	same(t, fine.hears(1), e.hookID("rotation", "payments", 2))
 	if ill.tries != 2 {
 		t.Errorf("tried %d times", ill.tries)
 	}
@@ -238,11 +272,11 @@ func TestWebhookAfterAnError(t *testing.T) {
 	if _, err := e.Keys.Rotate(t.Context(), operator, "payments", time.Now()); err != nil {
 		t.Fatal(err)
 	}
-	same(t, h.hears(1), "rotation_payments_2")
+	same(t, h.hears(1), e.hookID("rotation", "payments", 2))
 	if h.tries != 2 || !strings.Contains(e.log.String(), "not delivered") {
 		t.Errorf("tried %d times", h.tries)
 	}
-	e.toldOf("rotation_payments_2")
+	e.toldOf(e.hookID("rotation", "payments", 2))
 	if got := codes(e.Appliance); slices.Contains(got, cause.Webhook.Code) {
 		t.Errorf("the causes are %v after the delivery", got)
 	}
@@ -274,15 +308,18 @@ func TestWebhookThatIsSlow(t *testing.T) {
 		quick.hears(i + 1)
 	}
 	close(h.hold)
-	e.toldOf("rotation_noise_2")
+	e.toldOf(e.hookID("rotation", "noise", 2))
 	if _, err := e.Keys.Create(t.Context(), operator, keyring.NewKey{Name: "a-last-one"}); err != nil {
 		t.Fatal(err)
 	}
 	if _, err := e.Keys.Rotate(t.Context(), operator, "a-last-one", time.Now()); err != nil {
 		t.Fatal(err)
 	}
+	want := []string{
+		e.hookID("rotation", "a-last-one", 2), e.hookID("rotation", "noise", 2), e.hookID("rotation", "payments", 2),
+	}
 	for _, h := range []*receiver{h, quick} { // messages are sent in order, so none follows the last one
-		h.hearsOf("rotation_a-last-one_2")
-		same(t, h.hears(3), "rotation_a-last-one_2", "rotation_noise_2", "rotation_payments_2")
+		h.hearsOf(want[0])
+		same(t, h.hears(3), want...)
 	}
 }

@@ -6,28 +6,41 @@ import (
 	"fmt"
 
 	"countersign/internal/keyring"
+	"countersign/internal/keystore"
 	"countersign/internal/peers"
 	"countersign/wire"
 )
 
-// rotations returns the announced rotations that a peer has not acknowledged, without the events
-// sent on this connection. sent has the last event of each key; rotations adds the returned events.
-func (a *Appliance) rotations(m *peers.Member, sent map[string]string) (all []string) {
+// news returns the compromises and rotations that a peer has not acknowledged, without the events
+// sent on this connection. Compromises come first: a peer learns that a version is not to be
+// believed before the peer learns of a version after it. sent has the last event of each subject;
+// news adds the returned events.
+func (a *Appliance) news(m *peers.Member, sent map[string]string) (all []string) {
+	add := func(subject, event string) {
+		if sent[subject] != event {
+			sent[subject] = event
+			all = append(all, event)
+		}
+	}
+	for _, n := range a.Keys.Compromises() {
+		if !a.Peers.Warned(m, n.Name, n.Version) {
+			add(keystore.Ref{Name: n.Name, Version: n.Version}.String(), n.Event)
+		}
+	}
 	for _, n := range a.Keys.Announcements() {
-		if a.Peers.Known(m, n.Name) < n.Version && sent[n.Name] != n.Event {
-			sent[n.Name] = n.Event
-			all = append(all, n.Event)
+		if a.Peers.Known(m, n.Name) < n.Version {
+			add(n.Name, n.Event)
 		}
 	}
 	return all
 }
 
-// inform sends rotations to a peer until ctx ends. A peer gets a rotation at the announcement, and
-// on each new connection until the peer has acknowledged the rotation.
+// inform sends news to a peer until ctx ends. A peer gets a piece of news at once, and on each new
+// connection until the peer has acknowledged the news.
 func (a *Appliance) inform(ctx context.Context, s *session) {
 	sent := map[string]string{}
 	for {
-		for _, event := range a.rotations(s.Member, sent) {
+		for _, event := range a.news(s.Member, sent) {
 			if s.conn.WriteMessage([]byte(event)) != nil {
 				s.conn.Close() // the peer does not read
 				return
@@ -41,12 +54,16 @@ func (a *Appliance) inform(ctx context.Context, s *session) {
 	}
 }
 
-// Acknowledge writes that a peer has acknowledged a rotation.
+// Acknowledge writes that a peer has acknowledged a rotation or a compromise.
 func (a *Appliance) Acknowledge(ctx context.Context, who Caller, r *wire.Ack) (*wire.Acknowledged, error) {
-	if err := a.Keys.CheckAnnounced(r.Key, r.Version); err != nil && a.Peers.In(who.PublicKey) {
+	check, write := a.Keys.CheckAnnounced, a.Peers.Acknowledge
+	if r.Op == wire.OpCompromiseAck {
+		check, write = a.Keys.CheckCompromised, a.Peers.AcknowledgeCompromise
+	}
+	if err := check(r.Key, r.Version); err != nil && a.Peers.In(who.PublicKey) {
 		return nil, err
 	}
-	err := a.Peers.Acknowledge(ctx, who.Peer, who.actor(), r.Key, r.Version)
+	err := write(ctx, who.Peer, who.actor(), r.Key, r.Version)
 	if errors.Is(err, peers.ErrGone) {
 		err = fmt.Errorf("%w: %w", errNotYours, err)
 	}

@@ -19,25 +19,45 @@ import (
 	"countersign/wire"
 )
 
-// hears returns the next rotation on a connection.
-func hears(t *testing.T, conn *noise.Conn) *wire.Rotation {
+// hearsEvent returns the next event on a connection.
+func hearsEvent(t *testing.T, conn *noise.Conn) any {
 	t.Helper()
 	for {
 		conn.SetReadDeadline(time.Now().Add(patience))
 		b, err := conn.ReadMessage()
 		if err != nil {
-			t.Fatalf("no rotation: %v", err)
+			t.Fatalf("no event: %v", err)
 		}
-		if _, r, err := wire.DecodeMessage(b); err != nil {
+		if _, event, err := wire.DecodeMessage(b); err != nil {
 			t.Fatal(err)
-		} else if r != nil {
-			return r
+		} else if event != nil {
+			return event
 		}
 	}
 }
 
-// asks sends a request, and returns the answer and the rotations before the answer.
-func asks(t *testing.T, conn *noise.Conn, document string) (answer wire.Answer, before []*wire.Rotation) {
+// hears returns the next event on a connection, which must be a rotation.
+func hears(t *testing.T, conn *noise.Conn) *wire.Rotation {
+	t.Helper()
+	event := hearsEvent(t, conn)
+	r, is := event.(*wire.Rotation)
+	if !is {
+		t.Fatalf("no rotation: %+v", event)
+	}
+	return r
+}
+
+// hearsCompromise expects a compromise as the next event on a connection.
+func hearsCompromise(t *testing.T, conn *noise.Conn, key string, version uint32) {
+	t.Helper()
+	event := hearsEvent(t, conn)
+	if c, is := event.(*wire.Compromise); !is || c.Key != key || c.Version != version {
+		t.Fatalf("the next event is %+v", event)
+	}
+}
+
+// asks sends a request, and returns the answer and the events before the answer.
+func asks(t *testing.T, conn *noise.Conn, document string) (answer wire.Answer, before []any) {
 	t.Helper()
 	if err := conn.WriteMessage([]byte(document)); err != nil {
 		t.Fatal(err)
@@ -48,14 +68,14 @@ func asks(t *testing.T, conn *noise.Conn, document string) (answer wire.Answer, 
 		if err != nil {
 			t.Fatal(err)
 		}
-		a, r, err := wire.DecodeMessage(b)
+		a, event, err := wire.DecodeMessage(b)
 		if err != nil {
 			t.Fatal(err)
 		}
-		if r == nil {
+		if event == nil {
 			return a, before
 		}
-		before = append(before, r)
+		before = append(before, event)
 	}
 }
 
@@ -70,7 +90,7 @@ func TestPeersHearOfRotations(t *testing.T) {
 	}
 	r := hears(t, shop)
 	if r.Key != "payments" || r.Version != 2 || r.ActivatesAt != at.Unix() || r.RetiresAt <= r.ActivatesAt ||
-		r.Succession == nil || r.Compromised {
+		r.Succession == nil {
 		t.Errorf("the shop hears %+v", r)
 	}
 	ack := `{"id":"a","op":"rotation.ack","key":"payments","version":%d}`
@@ -163,52 +183,67 @@ func TestBothNoiseKeysAnswer(t *testing.T) {
 	}
 }
 
-// TestCompromiseIsToldToAll: after the compromise of the version before, a rotation is sent again
-// to peers that have acknowledged the rotation. The rotation must be acknowledged again.
+// TestCompromiseIsToldToAll: a connected peer hears of a compromise at once, wherever the version
+// is in its line, and each peer hears of it on every connection, before all rotations, until its
+// own acknowledgement.
 func TestCompromiseIsToldToAll(t *testing.T) {
 	e := newEdge(t, nil)
 	shop := e.session("127.0.0.1", e.shop)
-	if _, err := e.Keys.Rotate(t.Context(), operator, "payments", time.Now().Add(time.Hour)); err != nil {
-		t.Fatal(err)
-	}
-	hears(t, shop)
-	const ack = `{"id":"a","op":"rotation.ack","key":"payments","version":2}`
-	if a, _ := asks(t, shop, ack); a.Error != nil {
-		t.Fatalf("%+v", a)
+	const ack = `{"id":"a","op":"%s","key":"payments","version":%d}`
+	for version := uint32(2); version <= 3; version++ {
+		if _, err := e.Keys.Rotate(t.Context(), operator, "payments", time.Now()); err != nil {
+			t.Fatal(err)
+		}
+		for hears(t, shop).Version != version {
+		}
+		if a, _ := asks(t, shop, fmt.Sprintf(ack, wire.OpAck, version)); a.Error != nil {
+			t.Fatalf("%+v", a)
+		}
 	}
 	if err := e.Keys.Compromise(t.Context(), approved, "payments", 1, "stolen"); err != nil {
 		t.Fatal(err)
 	}
-	var r *wire.Rotation
-	for range 2 { // one message for the compromise, one for the activation of the successor
-		if r = hears(t, shop); r.Version != 2 || !r.Compromised {
-			t.Errorf("the shop hears %+v", r)
-		}
-		if r.ActivatesAt <= time.Now().Unix() {
-			break
-		}
+	hearsCompromise(t, shop, "payments", 1)
+	if a, _ := asks(t, shop, fmt.Sprintf(ack, wire.OpCompromiseAck, 2)); codeOf(a.Error) != wire.CodeUnknownKey {
+		t.Errorf("an acknowledgement without a compromise: %+v", a)
 	}
-	if r.ActivatesAt > time.Now().Unix() || r.RetiresAt != r.ActivatesAt {
-		t.Errorf("the shop hears %+v", r)
-	}
-	e.restart()
-	if got := e.Peers.Unacknowledged("payments", 2); !slices.Equal(got, []string{"cafe", "shop"}) {
-		t.Errorf("not acknowledged by %v", got)
-	}
-	shop, err := e.shake("127.0.0.1", e.shop)
-	if err != nil {
+	if _, err := e.Keys.Rotate(t.Context(), operator, "payments", time.Now()); err != nil {
 		t.Fatal(err)
 	}
-	a, before := asks(t, shop, ack)
-	if len(before) == 0 {
-		before = append(before, hears(t, shop))
+	e.restart()
+	connects := func(id *noise.Identity) *noise.Conn {
+		t.Helper()
+		conn, err := e.shake("127.0.0.1", id)
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { conn.Close() })
+		if err := conn.WriteMessage([]byte(ping)); err != nil {
+			t.Fatal(err)
+		}
+		return conn
 	}
-	if a.Error != nil || before[0].Version != 2 || !before[0].Compromised {
-		t.Errorf("%+v, %+v", a, before)
+	for _, id := range []*noise.Identity{e.shop, e.cafe} {
+		conn := connects(id)
+		hearsCompromise(t, conn, "payments", 1)
+		if r := hears(t, conn); r.Version != 4 {
+			t.Errorf("after the compromise comes %+v", r)
+		}
 	}
-	if got := e.Peers.Unacknowledged("payments", 2); !slices.Equal(got, []string{"cafe"}) {
+	if got := e.Peers.Unwarned("payments", 1); !slices.Equal(got, []string{"cafe", "shop"}) {
 		t.Errorf("not acknowledged by %v", got)
 	}
+	shop = e.session("127.0.0.1", e.shop)
+	if a, _ := asks(t, shop, fmt.Sprintf(ack, wire.OpCompromiseAck, 1)); a.Error != nil {
+		t.Errorf("%+v", a)
+	}
+	if got := e.Peers.Unwarned("payments", 1); !slices.Equal(got, []string{"cafe"}) {
+		t.Errorf("not acknowledged by %v", got)
+	}
+	if r := hears(t, connects(e.shop)); r.Version != 4 {
+		t.Errorf("a peer that knows of the compromise hears %+v", r)
+	}
+	hearsCompromise(t, connects(e.cafe), "payments", 1)
 }
 
 // pipes is a listener for connections without buffers: a write waits for the read.

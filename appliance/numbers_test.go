@@ -25,12 +25,13 @@ func TestNumbersInAnswers(t *testing.T) {
 		"Pong.time": "the clock", "Error.retry_after": "seconds",
 		"Key.version": "of the key", "Acknowledged.version": "of the key",
 		"Rotation.version": "of the key", "Rotation.activates_at": "of the key", "Rotation.retires_at": "of the key",
+		"Steps.active": "of the key", "Compromise.version": "of the key",
 		"Succession.timestamp": "of the document", "Succession.expires_at": "of the document",
 	}
 	got := map[string]bool{}
 	for _, answer := range []any{
 		wire.Pong{}, wire.KeyList{}, wire.Signed{}, wire.Verified{}, wire.Proven{}, wire.Steps{}, wire.Acknowledged{},
-		wire.Consistent{}, wire.Rotation{}, wire.Error{},
+		wire.Consistent{}, wire.Rotation{}, wire.Compromise{}, wire.Error{},
 	} {
 		numbers(reflect.TypeOf(answer), got)
 	}

@@ -113,7 +113,7 @@ func (a *Appliance) serve(
 		op, key = wire.OpLine, r.Key
 		result, err = a.Keys.Steps(r)
 	case *wire.Ack:
-		op, key = wire.OpAck, r.Key
+		op, key = r.Op, r.Key
 		result, err = a.Acknowledge(ctx, who, r)
 	case *wire.Error: // a malformed item of a batch
 		return answer{refusal: r}, true

@@ -56,8 +56,9 @@ const (
 	KeyStateChanged     Type = "KeyStateChanged" // metadata from and to
 	KeyCommitted        Type = "KeyCommitted"    // a successor exists; metadata next: SHA-256 of its public key
 	RotationAnnounced   Type = "RotationAnnounced"
-	RotationKnown       Type = "RotationKnown" // a peer has acknowledged a rotation
-	LineChanged         Type = "LineChanged"   // how a key is rotated, and whether operators must confirm its use
+	RotationKnown       Type = "RotationKnown"   // a peer has acknowledged a rotation
+	CompromiseKnown     Type = "CompromiseKnown" // a peer has acknowledged a compromise
+	LineChanged         Type = "LineChanged"     // how a key is rotated, and whether operators must confirm its use
 	NoiseKeyAuthorized  Type = "NoiseKeyAuthorized"
 	PeerAdded           Type = "PeerAdded"
 	PeerRemoved         Type = "PeerRemoved"
@@ -120,7 +121,8 @@ var kinds = map[Type]Kind{
 	SignatureRejected: Other, ReplayRefused: Other, RateLimitTriggered: Other, HandshakeRefused: Other,
 	KeyCreated: Other, KeyImported: Other, KeyCreationFailed: Other,
 	KeyRotated: Other, KeyRotationFailed: Other, KeyStateChanged: Other,
-	KeyCommitted: Other, RotationAnnounced: Other, RotationKnown: Other, LineChanged: Other, NoiseKeyAuthorized: Other,
+	KeyCommitted: Other, RotationAnnounced: Other, RotationKnown: Other, CompromiseKnown: Other,
+	LineChanged: Other, NoiseKeyAuthorized: Other,
 	PeerAdded: Other, PeerRemoved: Other, PeerSuspended: Other, PeerResumed: Other, PolicyChanged: Other,
 	OperatorEnrolled: Other, OperatorChanged: Other, OperatorSignedIn: Other, OperatorSignedOut: Other,
 	SignInRefused: Other, PresenceConfirmed: Other,

@@ -216,6 +216,11 @@ func NewRotationKnown(who Actor, key string, version uint32) Event {
 	return newEvent(RotationKnown, who, "rotation.ack", key, "version", decimal(version))
 }
 
+// NewCompromiseKnown records the acknowledgement of the compromise of a version by a peer.
+func NewCompromiseKnown(who Actor, key string, version uint32) Event {
+	return newEvent(CompromiseKnown, who, "compromise.ack", key, "version", decimal(version))
+}
+
 // NewLineChanged records the settings of a key: settings are the bytes of the record. weaker names
 // the settings that needed approval.
 func NewLineChanged(who Actor, key string, settings []byte, presence time.Duration, weaker []string) Event {

@@ -89,7 +89,7 @@ func TestRotationOfAnAppliance(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if l, err := client.VerifyKeyLine(pin, steps); err != nil || l.Version != 3 {
+	if l, err := client.VerifyKeyLine(pin, steps.Steps); err != nil || l.Version != 3 {
 		t.Errorf("%+v, %v", l, err)
 	}
 

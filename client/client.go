@@ -94,8 +94,9 @@ type Config struct {
 
 	// Lines are the pinned versions of keys. Of a pinned key, Sign returns a signature only by the
 	// pinned version, or by one that follows by the rules of KeyLine.Follow; any other fails with
-	// ErrBrokenLine. The client gets the steps from the appliance and remembers the newest version;
-	// see Pinned. Default: none, which accepts whatever public key the appliance names.
+	// ErrBrokenLine, and a compromised one with ErrCompromised. The client gets the steps from the
+	// appliance and remembers the newest version; see Pinned. Default: none, which accepts whatever
+	// public key the appliance names.
 	Lines []KeyLine
 	// OnRotation is called with rotations, one after the other, by a goroutine of its own:
 	// OnRotation may block and may use the client. Of a burst, only the newest event of each key is
@@ -103,6 +104,16 @@ type Config struct {
 	// a restart, until the client has acknowledged. An event with an Err is not acknowledged, and a
 	// broken connection may lose an acknowledgement.
 	OnRotation func(Rotation)
+	// OnCompromise is called with each compromise of a key's version, once for each version while
+	// the client lives: also of versions older than a pinned one, whose documents the application
+	// may still have. Of a version that the client had trusted, OnCompromise is called before any
+	// call returns a signature of a version that is used for the first time after that. The caller
+	// is the goroutine of that call, or that of the events, so OnCompromise may be called several
+	// times at once. OnCompromise may use the client. The appliance repeats the event at each
+	// connection until the client has acknowledged, which the client does when OnCompromise has
+	// returned. Default: none. Then a compromise is not acknowledged, and calls that use a pinned
+	// line end with ErrCompromised where the client had trusted the version.
+	OnCompromise func(Compromise)
 	// OnServerKey is called with the listener's new Noise key before OnRotation. The application
 	// stores the new key for its next start. Both keys answer until the old one retires. While the
 	// new key may not answer everywhere, an application that starts with the new key gives the old
@@ -364,6 +375,9 @@ func (c *Client) checkSigned(ctx context.Context, key string, d Document, s wire
 	if err := c.checkVersion(ctx, key, s.Version, s.PublicKey, nil); err != nil {
 		return nil, err
 	}
+	if p := c.pins[key]; p != nil {
+		p.use(s.Version)
+	}
 	if c.memory != nil {
 		resource := s.Key + "/" + strconv.FormatUint(uint64(s.Version), 10)
 		says := func(e audit.Event) bool { return e.Resource == resource && isAbout(e, doc) }
@@ -499,7 +513,7 @@ func (c *Client) connection(ctx context.Context) (*conn, error) {
 		return c.conn, nil
 	}
 	var n *noise.Conn
-	var err error
+	err := fmt.Errorf("%w: all known keys of the listener are compromised: %s", ErrHandshake, c.rotationHint())
 	for _, key := range c.serverKeys.order(time.Now()) { // two keys during a rotation
 		if n, err = c.connect(ctx, key); err == nil {
 			c.serverKeys.worked(key)
@@ -563,9 +577,9 @@ var errConnection = errors.New("connection lost")
 
 // conn is one connection with many callers and one reader.
 type conn struct {
-	noise      *noise.Conn
-	onRotation func(*wire.Rotation) // called by the reader; must not block
-	writing    chan struct{}        // held by the goroutine that writes
+	noise   *noise.Conn
+	onEvent func(event any) // called by the reader; must not block
+	writing chan struct{}   // held by the goroutine that writes
 
 	mu      sync.Mutex
 	next    uint64
@@ -574,9 +588,9 @@ type conn struct {
 	ended   chan struct{}               // closed when err is set
 }
 
-func newConn(n *noise.Conn, onRotation func(*wire.Rotation)) *conn {
+func newConn(n *noise.Conn, onEvent func(event any)) *conn {
 	c := &conn{
-		noise: n, onRotation: onRotation, writing: make(chan struct{}, 1),
+		noise: n, onEvent: onEvent, writing: make(chan struct{}, 1),
 		waiting: map[string]chan wire.Answer{}, ended: make(chan struct{}),
 	}
 	n.SetWriteLimit(30 * time.Second)
@@ -591,15 +605,15 @@ func (c *conn) read() {
 			c.fail(err)
 			return
 		}
-		answer, rotation, err := wire.DecodeMessage(message)
+		answer, event, err := wire.DecodeMessage(message)
 		if errors.Is(err, wire.ErrUnknownEvent) {
 			continue
 		} else if err != nil {
 			c.fail(fmt.Errorf("%w: %w", ErrWrongAnswer, err))
 			return
 		}
-		if rotation != nil {
-			c.onRotation(rotation)
+		if event != nil {
+			c.onEvent(event)
 			continue
 		}
 		if answer.ID == "" {

@@ -5,6 +5,7 @@ import (
 	"crypto/sha256"
 	"errors"
 	"fmt"
+	"slices"
 
 	"countersign/internal/eddsa"
 	"countersign/internal/ijson"
@@ -17,8 +18,14 @@ import (
 // pin the line anew.
 var ErrBrokenLine = errors.New("the key's line is broken")
 
-// KeyLine is one trusted version in a key's line of versions. `countersign line pin` prints the
-// JSON form of a KeyLine.
+// ErrCompromised: the private key of a version that the client has trusted may be in other hands.
+// Signatures of the version must not be trusted. Without a Config.OnCompromise, no later version of
+// a pinned line is used either, until people have pinned the line anew: `countersign line follow`
+// names the compromised version.
+var ErrCompromised = errors.New("the key's version is compromised")
+
+// KeyLine is one trusted version in a key's line of versions, the active one, and the announced
+// version after it. `countersign line pin` prints the JSON form of a KeyLine.
 type KeyLine struct {
 	Key       string
 	Version   uint32
@@ -27,6 +34,29 @@ type KeyLine struct {
 	// appliance makes in advance. Zero means unknown. With a known commitment, a thief of this
 	// version's private key can't lead the line to a key of his own.
 	Next [32]byte
+	// Announced is version Version+1, which is trusted too, and was announced and not active yet.
+	// Signatures of both versions are good. Zero: none.
+	Announced Successor
+}
+
+// Successor is the version after a version in a key's line, with a commitment of its own.
+type Successor struct{ PublicKey, Next [32]byte }
+
+// Newest returns the newest trusted version: the announced one, or else the line itself.
+func (l KeyLine) Newest() KeyLine {
+	if l.Announced == (Successor{}) {
+		return l
+	}
+	return KeyLine{Key: l.Key, Version: l.Version + 1, PublicKey: l.Announced.PublicKey, Next: l.Announced.Next}
+}
+
+// with returns the line with its newest version: l's own version or the one after it.
+func (l KeyLine) with(newest KeyLine) KeyLine {
+	l.Announced = Successor{}
+	if newest.Version != l.Version {
+		l.Announced = Successor{newest.PublicKey, newest.Next}
+	}
+	return l
 }
 
 type keyLineDoc struct {
@@ -34,13 +64,27 @@ type keyLineDoc struct {
 	Version   uint32        `json:"version"`
 	PublicKey wire.Bytes32  `json:"public_key"`
 	Next      *wire.Bytes32 `json:"next,omitempty"`
+	Announced *successorDoc `json:"announced,omitempty"`
+}
+
+type successorDoc struct {
+	PublicKey wire.Bytes32  `json:"public_key"`
+	Next      *wire.Bytes32 `json:"next,omitempty"`
+}
+
+// commitment is the JSON form of a commitment, which may be unknown.
+func commitment(next *[32]byte) *wire.Bytes32 {
+	if *next == [32]byte{} {
+		return nil
+	}
+	return (*wire.Bytes32)(next)
 }
 
 // Encode writes the JSON form.
 func (l KeyLine) Encode() ([]byte, error) {
-	d := keyLineDoc{Key: l.Key, Version: l.Version, PublicKey: l.PublicKey}
-	if l.Next != [32]byte{} {
-		d.Next = (*wire.Bytes32)(&l.Next)
+	d := keyLineDoc{Key: l.Key, Version: l.Version, PublicKey: l.PublicKey, Next: commitment(&l.Next)}
+	if a := l.Announced; a != (Successor{}) {
+		d.Announced = &successorDoc{a.PublicKey, commitment(&a.Next)}
 	}
 	return wire.Encode(d)
 }
@@ -55,6 +99,15 @@ func DecodeKeyLine(b []byte) (KeyLine, error) {
 	if d.Next != nil {
 		l.Next = *d.Next
 	}
+	if a := d.Announced; a != nil {
+		l.Announced.PublicKey = a.PublicKey
+		if a.Next != nil {
+			l.Announced.Next = *a.Next
+		}
+		if l.Announced == (Successor{}) {
+			return KeyLine{}, errors.New("announced: it has no public_key")
+		}
+	}
 	return l, l.check()
 }
 
@@ -68,7 +121,46 @@ func (l KeyLine) check() error {
 	if _, err := eddsa.ParsePublicKey(l.PublicKey[:]); err != nil {
 		return fmt.Errorf("public_key: %w", err)
 	}
+	if newest := l.Newest(); newest.Version != l.Version {
+		if _, err := eddsa.ParsePublicKey(newest.PublicKey[:]); err != nil {
+			return fmt.Errorf("announced: public_key: %w", err)
+		}
+		if l.Next != [32]byte{} && sha256.Sum256(newest.PublicKey[:]) != l.Next {
+			return errors.New("announced: it is not the key that this version has committed to")
+		}
+	}
 	return nil
+}
+
+// Advance follows the steps of an answer to op line, which were asked for from the version of l.
+// The result is at the active version, with the announced version as Announced. A step of a
+// compromised version that has no known commitment is refused: a thief can have signed the step.
+// Errors wrap ErrBrokenLine.
+func (l KeyLine) Advance(s wire.Steps) (KeyLine, error) {
+	before, at := l, l
+	for _, step := range s.Steps {
+		if at.Next == [32]byte{} && slices.Contains(s.Compromised, at.Version) {
+			return KeyLine{}, at.uncommitted()
+		}
+		next, err := at.Follow(step)
+		if err != nil {
+			return KeyLine{}, err
+		}
+		before, at = at, next
+	}
+	if len(s.Steps) == 0 {
+		at = l.Newest()
+	}
+	if before.Version == s.Active {
+		return before.with(at), nil
+	}
+	return at, nil
+}
+
+// uncommitted refuses the steps of a compromised version without a commitment.
+func (l KeyLine) uncommitted() error {
+	return fmt.Errorf("%w: %q: version %d is compromised, and has no known commitment: a thief can have made its step",
+		ErrBrokenLine, ijson.Clip(l.Key), l.Version)
 }
 
 // Follow checks consecutive steps from the version of l, and returns the line at the last step. A
@@ -142,21 +234,22 @@ func VerifyKeyLine(first KeyLine, steps []wire.Succession) (KeyLine, error) {
 // maxSteps bounds the steps that the client takes from an appliance that never ends its pages.
 const maxSteps = 1 << 16
 
-// Line gets the steps of a key's line after version from, to version from+1 and later ones. Line
-// does not check the steps; KeyLine.Follow does.
-func (c *Client) Line(ctx context.Context, key string, from uint32) (steps []wire.Succession, err error) {
-	for {
+// Line gets the steps of a key's line after version from, to version from+1 and later ones, with
+// the active version and all compromised ones. Line does not check the steps; KeyLine.Advance does.
+func (c *Client) Line(ctx context.Context, key string, from uint32) (all wire.Steps, err error) {
+	for first := from; ; {
 		page, err := c.steps(ctx, key, from)
 		if err != nil {
-			return nil, err
+			return wire.Steps{}, err
 		}
-		if steps = append(steps, page.Steps...); len(steps) > maxSteps {
-			return nil, fmt.Errorf("%w: a line of more than %d steps", ErrWrongAnswer, maxSteps)
+		page.Steps = append(all.Steps, page.Steps...)
+		if all = page; len(all.Steps) > maxSteps {
+			return wire.Steps{}, fmt.Errorf("%w: a line of more than %d steps", ErrWrongAnswer, maxSteps)
 		}
 		if !page.More {
-			return steps, nil
+			return all, nil
 		}
-		from += uint32(len(page.Steps))
+		from = first + uint32(len(all.Steps))
 	}
 }
 
@@ -175,12 +268,23 @@ func (c *Client) steps(ctx context.Context, key string, from uint32) (wire.Steps
 // Acknowledge tells the appliance that this peer knows of a rotation. The client acknowledges by
 // itself, except with Config.Unacknowledged.
 func (c *Client) Acknowledge(ctx context.Context, key string, version uint32) error {
+	return c.ack(ctx, wire.OpAck, key, version)
+}
+
+// AcknowledgeCompromise tells the appliance that this peer trusts a compromised version no more.
+// The client acknowledges by itself when Config.OnCompromise has returned, except with
+// Config.Unacknowledged.
+func (c *Client) AcknowledgeCompromise(ctx context.Context, key string, version uint32) error {
+	return c.ack(ctx, wire.OpCompromiseAck, key, version)
+}
+
+func (c *Client) ack(ctx context.Context, op, key string, version uint32) error {
 	var a wire.Acknowledged
 	err := c.call(ctx, true, func(id string) any {
-		return wire.Ack{ID: id, Op: wire.OpAck, Key: key, Version: version}
+		return wire.Ack{ID: id, Op: op, Key: key, Version: version}
 	}, &a)
 	if err == nil && (a.Key != key || a.Version != version) {
-		err = fmt.Errorf("%w: it acknowledges another rotation", ErrWrongAnswer)
+		err = fmt.Errorf("%w: it acknowledges another version", ErrWrongAnswer)
 	}
 	return err
 }

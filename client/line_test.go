@@ -6,6 +6,7 @@ import (
 	"errors"
 	"strings"
 	"testing"
+	"time"
 
 	"countersign/client"
 	"countersign/client/clienttest"
@@ -171,4 +172,81 @@ func FuzzFollow(f *testing.F) {
 			}
 		}
 	})
+}
+
+// TestAnnouncedVersion: a line that was followed while a rotation is announced knows the active
+// version and the announced one, as a file and in a client, and signatures of both are good. A file
+// without an announced version reads on.
+func TestAnnouncedVersion(t *testing.T) {
+	s := serve(t)
+	s.Do(func(s *clienttest.Server) { s.Active, s.Shown = 1, 2 })
+	ctx := within(t)
+	follower, heard := peer(t, s, 1, nil)
+	shown, err := follower.Line(ctx, "payments", 1)
+	if err != nil {
+		t.Fatal(err)
+	}
+	both := lineAt(s.Line, 1)
+	both.Announced = client.Successor{PublicKey: s.Line.Public(2), Next: s.Line.Next(2)}
+	followed, err := lineAt(s.Line, 1).Advance(shown)
+	if err != nil || followed != both || followed.Newest() != lineAt(s.Line, 2) {
+		t.Fatalf("%+v, %v", followed, err)
+	}
+	if again, err := followed.Advance(shown); err != nil || again != both {
+		t.Errorf("followed again: %+v, %v", again, err)
+	}
+	if kept, err := followed.Advance(wire.Steps{Active: 1}); err != nil || kept != both {
+		t.Errorf("the announced version is not shown any more: %+v, %v", kept, err)
+	}
+	b, err := followed.Encode()
+	if err != nil {
+		t.Fatal(err)
+	}
+	read, err := client.DecodeKeyLine(b)
+	if err != nil || read != both {
+		t.Errorf("%s: %+v, %v", b, read, err)
+	}
+	event := s.Line.Rotation(2)
+	event.ActivatesAt, event.RetiresAt = time.Now().Add(time.Hour).Unix(), time.Now().Add(2*time.Hour).Unix()
+	s.Send(wire.EncodeRotation(event))
+	heard.next(t)
+	if l, _ := follower.Pinned("payments"); l != both {
+		t.Errorf("a client that has heard of the rotation is at %+v", l)
+	}
+	c, _ := peer(t, s, 1, func(config *client.Config) { config.Lines[0] = read })
+	for version := uint32(1); version <= 2; version++ {
+		s.Do(func(s *clienttest.Server) { s.Active = version })
+		for _, c := range []*client.Client{c, follower} {
+			if got, err := c.Sign(ctx, "payments", message("AAAA")); err != nil || got.Version != version {
+				t.Errorf("version %d signs: %v", version, err)
+			}
+			want := both
+			if version == 2 {
+				want = lineAt(s.Line, 2)
+			}
+			if l, _ := c.Pinned("payments"); l != want {
+				t.Errorf("version %d signs, and the client is at %+v", version, l)
+			}
+		}
+	}
+	s.Do(func(s *clienttest.Server) { s.Active = 1 })
+	if _, err := c.Sign(ctx, "payments", message("AAAB")); err != nil {
+		t.Errorf("a late signature of the version before: %v", err)
+	}
+	thief := clienttest.NewKeyLine("thief", 2)
+	for name, bad := range map[string]client.Successor{
+		"another key than the committed one": {PublicKey: thief.Public(1)},
+		"no key":                             {PublicKey: [32]byte{1}},
+		"a commitment alone":                 {Next: [32]byte{1}},
+	} {
+		l := both
+		l.Announced = bad
+		b, err := l.Encode()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := client.DecodeKeyLine(b); err == nil {
+			t.Errorf("%s: %s is read", name, b)
+		}
+	}
 }

@@ -18,18 +18,28 @@ type pin struct {
 
 	mu      sync.Mutex
 	first   uint32             // the pinned version; older ones are unknown
+	active  uint32             // the newest version that is known to have come into use
 	newest  KeyLine            // the newest version that the client has followed
 	trusted map[uint32]KeyLine // versions first to newest, without the compromised ones
+	// compromised has all versions that the appliance has named as compromised. stolen lists those
+	// of them that the client had trusted.
+	compromised map[uint32]bool
+	stolen      []Compromise
 }
 
 func newPin(l KeyLine) *pin {
+	newest := l.Newest()
+	l.Announced = Successor{}
 	return &pin{
 		fetching: make(chan struct{}, 1),
-		first:    l.Version, newest: l, trusted: map[uint32]KeyLine{l.Version: l},
+		first:    l.Version, active: l.Version, newest: newest,
+		trusted:     map[uint32]KeyLine{l.Version: l, newest.Version: newest},
+		compromised: map[uint32]bool{},
 	}
 }
 
-// Pinned returns a pinned line at the newest version that the client has followed.
+// Pinned returns a pinned line at the newest version that the client knows to be in use, with the
+// announced version. The application stores the line for its next start.
 func (c *Client) Pinned(key string) (l KeyLine, ok bool) {
 	p := c.pins[key]
 	if p == nil {
@@ -37,7 +47,17 @@ func (c *Client) Pinned(key string) (l KeyLine, ok bool) {
 	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
+	if before, trusted := p.trusted[p.newest.Version-1]; trusted && p.active < p.newest.Version {
+		return before.with(p.newest), true
+	}
 	return p.newest, true
+}
+
+// use notes that a version is in use, or was.
+func (p *pin) use(version uint32) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.active = max(p.active, version)
 }
 
 // follow checks steps from the newest version on, and takes all of them or none.
@@ -47,6 +67,9 @@ func (p *pin) follow(steps ...wire.Succession) error {
 	lines := make([]KeyLine, len(steps))
 	at := p.newest
 	for i, step := range steps {
+		if p.compromised[at.Version] && at.Next == [32]byte{} {
+			return at.uncommitted()
+		}
 		var err error
 		if at, err = at.Follow(step); err != nil {
 			return err
@@ -54,37 +77,52 @@ func (p *pin) follow(steps ...wire.Succession) error {
 		lines[i] = at
 	}
 	for _, l := range lines {
-		p.trusted[l.Version] = l
+		if !p.compromised[l.Version] {
+			p.trusted[l.Version] = l
+		}
 	}
 	p.newest = at
 	return nil
 }
 
-// lookup says whether the line has a version with this public key. For a version newer than the
-// newest one, lookup returns false without an error: follow the line, then look again.
-func (p *pin) lookup(version uint32, key [32]byte) (found bool, err error) {
+// lookup says whether the line has a version with this public key, and whether the version is known
+// to be in use. For a version newer than the newest one, lookup returns false without an error:
+// follow the line, then look again.
+func (p *pin) lookup(version uint32, key [32]byte) (found, used bool, err error) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	l, trusted := p.trusted[version]
+	l := p.trusted[version]
 	switch {
+	case p.compromised[version]:
+		return false, false, fmt.Errorf("%w: %q, version %d", ErrCompromised, ijson.Clip(p.newest.Key), version)
 	case version > p.newest.Version:
-		return false, nil
+		return false, false, nil
 	case version < p.first:
-		err = fmt.Errorf("version %d is older than the pinned one, version %d", version, p.first)
-	case !trusted:
-		err = fmt.Errorf("the private key of version %d is compromised", version)
+		err = fmt.Errorf("version %d is older than the pinned one, version %d: "+
+			"if version %d is announced and not active yet, pin the active version", version, p.first, p.first)
 	case l.PublicKey != key:
 		err = fmt.Errorf("version %d has another public key", version)
 	default:
-		return true, nil
+		return true, version <= p.active, nil
 	}
-	return false, fmt.Errorf("%w: %q: %w", ErrBrokenLine, ijson.Clip(p.newest.Key), err)
+	return false, false, fmt.Errorf("%w: %q: %w", ErrBrokenLine, ijson.Clip(p.newest.Key), err)
 }
 
-func (p *pin) distrust(version uint32) {
+// distrust notes that versions are compromised.
+func (p *pin) distrust(versions ...uint32) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	delete(p.trusted, version)
+	for _, v := range versions {
+		l, trusted := p.trusted[v]
+		if len(p.compromised) >= maxSteps || p.compromised[v] || v < p.first {
+			continue
+		}
+		p.compromised[v] = true
+		if trusted {
+			delete(p.trusted, v)
+			p.stolen = append(p.stolen, Compromise{l.Key, v, l.PublicKey})
+		}
+	}
 }
 
 func (p *pin) version() uint32 {
@@ -93,9 +131,27 @@ func (p *pin) version() uint32 {
 	return p.newest.Version
 }
 
+// tell calls OnCompromise with each version that the client had trusted. Without an OnCompromise,
+// the first of these versions is an error: the application must learn of the compromise before
+// anything newer is trusted.
+func (c *Client) tell(p *pin) error {
+	p.mu.Lock()
+	stolen := p.stolen
+	p.mu.Unlock()
+	for _, v := range stolen {
+		if c.config.OnCompromise == nil {
+			return fmt.Errorf("%w: %q, version %d, which this client had trusted: pin a later version",
+				ErrCompromised, ijson.Clip(v.Key), v.Version)
+		}
+		c.tellOnce(v)
+	}
+	return nil
+}
+
 // checkVersion checks a version of a key against the pinned line, and accepts any version of an
 // unpinned key. For a newer version, checkVersion follows the line first: by the offered step where
-// the version is the next one, else by steps from the appliance.
+// the version is the next one, else by steps from the appliance. A version that is used for the
+// first time is looked up at the appliance too, since the answer names the compromised versions.
 func (c *Client) checkVersion(
 	ctx context.Context, key string, version uint32, public [32]byte, offered *wire.Succession,
 ) error {
@@ -103,14 +159,19 @@ func (c *Client) checkVersion(
 	if p == nil {
 		return nil
 	}
-	found, err := p.lookup(version, public)
-	if found || err != nil {
+	found, used, err := p.lookup(version, public)
+	if err != nil {
 		return err
 	}
-	if err := c.reach(ctx, p, key, version, offered); err != nil {
+	if !found || !used && offered == nil {
+		if err := c.reach(ctx, p, key, version, offered); err != nil {
+			return err
+		}
+	}
+	if err := c.tell(p); err != nil {
 		return err
 	}
-	if found, err = p.lookup(version, public); err == nil && !found {
+	if found, _, err = p.lookup(version, public); err == nil && !found {
 		err = fmt.Errorf("%w: %q: the appliance shows no step to version %d", ErrBrokenLine, ijson.Clip(key), version)
 	}
 	return err
@@ -128,7 +189,7 @@ func (c *Client) reach(ctx context.Context, p *pin, key string, version uint32, 
 	if offered != nil && p.version()+1 == version {
 		return p.follow(*offered)
 	}
-	for taken := 0; p.version() < version; {
+	for taken := 0; !p.reached(version); {
 		page, err := c.steps(ctx, key, p.version())
 		refusal, refused := errors.AsType[*Error](err)
 		final := refused && refusal.RetryAfter == 0 && refusal.Code != wire.CodeUnavailable
@@ -137,6 +198,8 @@ func (c *Client) reach(ctx context.Context, p *pin, key string, version uint32, 
 		} else if err != nil {
 			return fmt.Errorf("can't follow the line of %q now: %w", ijson.Clip(key), err)
 		}
+		p.distrust(page.Compromised...)
+		p.use(page.Active)
 		if err := p.follow(page.Steps...); err != nil {
 			return err
 		}
@@ -145,4 +208,11 @@ func (c *Client) reach(ctx context.Context, p *pin, key string, version uint32, 
 		}
 	}
 	return nil
+}
+
+// reached reports that the line has come to a version that is known to be in use.
+func (p *pin) reached(version uint32) bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return version <= min(p.newest.Version, p.active)
 }

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"sync"
 	"time"
 
@@ -30,8 +31,6 @@ type Rotation struct {
 	// ActivatesAt is the time when the new version begins to sign. RetiresAt is the latest time
 	// when the old version is accepted. Both are by the appliance's clock.
 	ActivatesAt, RetiresAt time.Time
-	// Compromised means that the old version must not be trusted any more.
-	Compromised bool
 	// Err is the reason why the rotation must not be trusted, or could not be checked. With an Err,
 	// New is zero, Old is the pinned line, and the rotation is not acknowledged.
 	Err error
@@ -39,27 +38,56 @@ type Rotation struct {
 	Event wire.Rotation
 }
 
+// Compromise is the event that the private key of a version may be in other hands: no signature of
+// the version must be trusted any more, whenever it was made.
+type Compromise struct {
+	Key       string // or NoiseKey
+	Version   uint32
+	PublicKey [32]byte
+}
+
 // The bounds of the event queue, for an appliance that floods the client.
 const (
 	maxWaiting   = 512  // queued events, one for each key; the appliance sends the others again
-	maxDelivered = 4096 // keys whose last delivered event is remembered
+	maxDelivered = 4096 // keys whose last delivered event is remembered, and compromises
 )
 
-// eventQueue holds rotation events on their way to the application. The readers of connections put
+// eventQueue holds events on their way to the application. The readers of connections put
 // events in, and one goroutine takes events out. The goroutine ends when the queue is empty.
 type eventQueue struct {
 	mu      sync.Mutex
 	queue   []string                  // keys with a waiting event, oldest first
 	waiting map[string]*wire.Rotation // the newest event of each key
 	running bool                      // the goroutine runs
+	// compromises are delivered before all rotations.
+	compromises []wire.Compromise
+	// told has the compromises of which the application was told. A channel is closed when
+	// OnCompromise has returned.
+	told map[Compromise]chan struct{}
 
 	// delivered is the last delivered event of each key, for the goroutine only.
 	delivered map[string]*wire.Rotation
 }
 
-// enqueue puts an event into the queue. The call never blocks.
-func (c *Client) enqueue(e *wire.Rotation) {
+// enqueue puts an event into the queue. The call never blocks. A compromised version is distrusted
+// at once: the reader of the connection has not read the next answer yet.
+func (c *Client) enqueue(event any) {
 	q := &c.events
+	if e, is := event.(*wire.Compromise); is {
+		if e.Key == wire.NoiseKey {
+			c.serverKeys.distrust(e.PublicKey)
+		} else if p := c.pins[e.Key]; p != nil {
+			p.distrust(e.Version)
+		}
+		q.mu.Lock()
+		defer q.mu.Unlock()
+		if c.base.Err() == nil && len(q.compromises) < maxWaiting {
+			q.compromises = append(q.compromises, *e)
+			c.run()
+		}
+		return
+	}
+	e := event.(*wire.Rotation)
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	before := q.waiting[e.Key]
@@ -75,8 +103,13 @@ func (c *Client) enqueue(e *wire.Rotation) {
 		q.waiting, q.delivered = map[string]*wire.Rotation{}, map[string]*wire.Rotation{}
 	}
 	q.waiting[e.Key] = e
-	if !q.running {
-		q.running = true
+	c.run()
+}
+
+// run starts the goroutine of the queue. The caller holds the queue's lock.
+func (c *Client) run() {
+	if !c.events.running {
+		c.events.running = true
 		go c.deliverAll()
 	}
 }
@@ -87,10 +120,17 @@ func (c *Client) deliverAll() {
 	q := &c.events
 	for {
 		q.mu.Lock()
-		if len(q.queue) == 0 || c.base.Err() != nil {
+		if len(q.queue)+len(q.compromises) == 0 || c.base.Err() != nil {
 			q.running = false
 			q.mu.Unlock()
 			return
+		}
+		if len(q.compromises) > 0 {
+			e := q.compromises[0]
+			q.compromises = q.compromises[1:]
+			q.mu.Unlock()
+			c.deliverCompromise(e)
+			continue
 		}
 		e := q.waiting[q.queue[0]]
 		delete(q.waiting, e.Key)
@@ -98,6 +138,52 @@ func (c *Client) deliverAll() {
 		q.mu.Unlock()
 		c.deliver(e)
 	}
+}
+
+// deliverCompromise tells the application of a compromise, and acknowledges. Without an
+// OnCompromise, nobody has taken notice.
+func (c *Client) deliverCompromise(e wire.Compromise) {
+	if c.config.OnCompromise == nil {
+		return
+	}
+	select {
+	case <-c.tellOnce(Compromise{e.Key, e.Version, e.PublicKey}):
+	case <-c.base.Done():
+		return
+	}
+	if !c.config.Unacknowledged {
+		ctx, cancel := context.WithTimeout(c.base, time.Minute)
+		defer cancel()
+		c.AcknowledgeCompromise(ctx, e.Key, e.Version) // after a failure the appliance sends the event again
+	}
+}
+
+// tellOnce calls OnCompromise, unless a call for the same version has begun. The result is closed
+// when the call has returned.
+func (c *Client) tellOnce(v Compromise) <-chan struct{} {
+	q := &c.events
+	q.mu.Lock()
+	if done := q.told[v]; done != nil {
+		q.mu.Unlock()
+		return done
+	}
+	if q.told == nil {
+		q.told = map[Compromise]chan struct{}{}
+	}
+	if len(q.told) >= maxDelivered {
+		for other := range q.told { // any: at worst the application is told twice
+			delete(q.told, other)
+			break
+		}
+	}
+	done := make(chan struct{})
+	q.told[v] = done
+	q.mu.Unlock()
+	defer close(done)
+	if c.base.Err() == nil {
+		c.config.OnCompromise(v)
+	}
+	return done
 }
 
 // deliver checks one event, delivers the rotation to the application, and acknowledges.
@@ -109,7 +195,7 @@ func (c *Client) deliver(e *wire.Rotation) {
 		return
 	}
 	r := Rotation{
-		Key: e.Key, Compromised: e.Compromised, Event: *e,
+		Key: e.Key, Event: *e,
 		ActivatesAt: time.Unix(e.ActivatesAt, 0), RetiresAt: time.Unix(e.RetiresAt, 0),
 	}
 	configured, err := false, error(nil)
@@ -160,18 +246,19 @@ func (c *Client) replaceVersion(r *Rotation) (configured bool, err error) {
 		return false, errStale
 	}
 	if e.Version == p.first {
-		_, err := p.lookup(e.Version, e.PublicKey)
+		_, _, err := p.lookup(e.Version, e.PublicKey)
 		r.Old, _ = c.Pinned(e.Key)
 		return err == nil, err
 	}
-	if e.Compromised { // also when the steps to the new version turn out invalid
-		defer p.distrust(e.Version - 1)
-	}
 	for try := range 6 {
 		err = c.checkVersion(c.base, e.Key, e.Version, e.PublicKey, e.Succession)
-		if err == nil || errors.Is(err, ErrBrokenLine) || backoff(c.base, try) != nil {
+		if err == nil || errors.Is(err, ErrBrokenLine) || errors.Is(err, ErrCompromised) ||
+			backoff(c.base, try) != nil {
 			break
 		}
+	}
+	if err == nil && !time.Now().Before(r.ActivatesAt) {
+		p.use(e.Version)
 	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -228,12 +315,20 @@ type serverKeys struct {
 	from       time.Time // the young key activates
 	until      time.Time // the old key retires
 	generation uint64    // of the last authorization
+
+	compromised map[[32]byte]bool // a thief of such a key can pose as the appliance
 }
 
-// order returns the keys to try for a connection, the likelier one first.
+// order returns the keys to try for a connection, the likelier one first, without the compromised
+// ones.
 func (k *serverKeys) order(now time.Time) [][32]byte {
 	k.mu.Lock()
 	defer k.mu.Unlock()
+	return slices.DeleteFunc(k.known(now), func(key [32]byte) bool { return k.compromised[key] })
+}
+
+// known returns the keys that the appliance may have at this time. The caller holds mu.
+func (k *serverKeys) known(now time.Time) [][32]byte {
 	switch {
 	case k.young == [32]byte{}:
 		return [][32]byte{k.old}
@@ -243,6 +338,18 @@ func (k *serverKeys) order(now time.Time) [][32]byte {
 		return [][32]byte{k.old, k.young}
 	}
 	return [][32]byte{k.young, k.old}
+}
+
+// distrust notes that a key is compromised.
+func (k *serverKeys) distrust(key [32]byte) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if k.compromised == nil {
+		k.compromised = map[[32]byte]bool{}
+	}
+	if len(k.compromised) < maxDelivered {
+		k.compromised[key] = true
+	}
 }
 
 func (k *serverKeys) worked(key [32]byte) {
@@ -273,9 +380,6 @@ func (c *Client) replaceServerKey(r *Rotation) (configured bool, err error) {
 		}
 	}
 	k.from, k.until = r.ActivatesAt, r.RetiresAt
-	if e.Compromised {
-		k.until = time.Time{} // a thief of the old key can pose as the appliance
-	}
 	k.mu.Unlock()
 	r.New = KeyLine{Key: e.Key, Version: e.Version, PublicKey: e.PublicKey}
 	if configured = e.PublicKey == c.config.ServerKey; !configured && c.config.OnServerKey != nil {

@@ -340,7 +340,7 @@ func TestRotationRefused(t *testing.T) {
 		if acks := acked(t, s, 1); acks[0].Key != "mark" {
 			t.Errorf("%s is acknowledged", name)
 		}
-		if l, ok := cl.Pinned("payments"); ok && l != lineAt(s.Line, l.Version) {
+		if l, ok := cl.Pinned("payments"); ok && l.Newest() != lineAt(s.Line, l.Newest().Version) {
 			t.Errorf("%s: the client is at %+v", name, l)
 		}
 		// A valid event is delivered afterwards.
@@ -373,29 +373,168 @@ func TestRotationNotPinned(t *testing.T) {
 	acked(t, s, 2)
 }
 
-// TestCompromised checks that a compromised version is not trusted from its event on, whether the
-// event has a step to the next version or not.
+// compromises collects the calls of OnCompromise.
+type compromises chan client.Compromise
+
+func (c compromises) listen(config *client.Config) {
+	config.OnCompromise = func(v client.Compromise) { c <- v }
+}
+
+// next expects the next call.
+func (c compromises) next(t *testing.T, l *clienttest.KeyLine, version uint32) {
+	t.Helper()
+	select {
+	case v := <-c:
+		if v != (client.Compromise{Key: l.Key, Version: version, PublicKey: l.Public(version)}) {
+			t.Errorf("the application is told %+v, want version %d", v, version)
+		}
+	case <-time.After(20 * time.Second):
+		t.Fatalf("the application is not told of version %d", version)
+	}
+}
+
+// TestCompromised checks that a compromised version is not trusted from its event on, that the
+// application is told once and the appliance after that, and that later versions are good.
 func TestCompromised(t *testing.T) {
-	for _, step := range []bool{true, false} {
+	s := serve(t)
+	heard := make(compromises, 10)
+	c, told := peer(t, s, 1, heard.listen)
+	if _, err := c.Sign(within(t), "payments", message("AAAA")); err != nil {
+		t.Fatal(err)
+	}
+	s.Send(wire.EncodeCompromise(s.Line.Compromise(1)))
+	heard.next(t, s.Line, 1)
+	if a := acked(t, s, 1)[0]; a.Op != wire.OpCompromiseAck || a.Key != "payments" || a.Version != 1 {
+		t.Errorf("%+v", a)
+	}
+	if _, err := c.Sign(within(t), "payments", message("AAAA")); !errors.Is(err, client.ErrCompromised) {
+		t.Errorf("a signature of the compromised version: %v", err)
+	}
+	s.Do(func(s *clienttest.Server) { s.Active, s.Shown, s.Compromised = 2, 2, []uint32{1} })
+	if _, err := c.Sign(within(t), "payments", message("AAAA")); err != nil {
+		t.Errorf("a signature of the version after it: %v", err)
+	}
+	s.Send(wire.EncodeCompromise(s.Line.Compromise(1)), wire.EncodeRotation(s.Line.Rotation(2)))
+	if r := told.next(t); r.Err != nil || r.New != lineAt(s.Line, 2) {
+		t.Errorf("%+v", r)
+	}
+	if acks := acked(t, s, 3); acks[1].Op != wire.OpCompromiseAck { // the first acknowledgement was lost
+		t.Errorf("%+v", acks)
+	}
+	// A version that was never pinned here: the application may have documents of it.
+	other := clienttest.NewKeyLine("other", 2)
+	s.Send(wire.EncodeCompromise(other.Compromise(1)))
+	heard.next(t, other, 1)
+	if len(heard) > 0 {
+		t.Errorf("told again: %+v", <-heard)
+	}
+}
+
+// TestCompromiseBeforeAnythingNewer has a client that was away while the pinned version was
+// compromised: OnCompromise is called before the first signature of a later version is returned,
+// whichever later version signs, and whether the client has the later version already. Without an
+// OnCompromise, the signature is an error.
+func TestCompromiseBeforeAnythingNewer(t *testing.T) {
+	announced := func(config *client.Config, l *clienttest.KeyLine) {
+		config.Lines[0].Announced = client.Successor{PublicKey: l.Public(2), Next: l.Next(2)}
+	}
+	for name, c := range map[string]struct {
+		active uint32
+		change func(*client.Config, *clienttest.KeyLine)
+	}{
+		"the next version":                   {2, nil},
+		"three versions later":               {4, nil},
+		"a version that was announced":       {2, announced},
+		"after a version that was announced": {4, announced},
+	} {
 		s := serve(t)
-		c, heard := peer(t, s, 1, nil)
-		event := s.Line.Rotation(2)
-		event.Compromised = true
-		if !step {
-			event.Succession = nil
+		s.Do(func(s *clienttest.Server) { s.Active, s.Shown, s.Compromised = c.active, c.active, []uint32{1} })
+		order := make(chan string, 10)
+		cl, _ := peer(t, s, 1, func(config *client.Config) {
+			if c.change != nil {
+				c.change(config, s.Line)
+			}
+			config.OnCompromise = func(v client.Compromise) { order <- fmt.Sprint("compromised ", v.Version) }
+		})
+		for range 2 {
+			got, err := cl.Sign(within(t), "payments", message("AAAA"))
+			if err != nil {
+				t.Fatalf("%s: %v", name, err)
+			}
+			order <- fmt.Sprint("signed ", got.Version)
 		}
-		s.Send(wire.EncodeRotation(event))
-		if r := heard.next(t); !r.Compromised || (r.Err == nil) != step {
-			t.Errorf("%+v", r)
+		close(order)
+		var got []string
+		for each := range order {
+			got = append(got, each)
 		}
-		settled(t, s, heard)
-		if _, err := c.Sign(within(t), "payments", message("AAAA")); !errors.Is(err, client.ErrBrokenLine) {
-			t.Errorf("a signature of the compromised version: %v", err)
+		want := []string{"compromised 1", fmt.Sprint("signed ", c.active), fmt.Sprint("signed ", c.active)}
+		if !reflect.DeepEqual(got, want) {
+			t.Errorf("%s: %v, want %v", name, got, want)
 		}
-		s.Do(func(s *clienttest.Server) { s.Active, s.Shown = 2, 2 })
-		if _, err := c.Sign(within(t), "payments", message("AAAA")); err != nil {
-			t.Errorf("a signature of the version after it: %v", err)
+
+		cl, _ = peer(t, s, 1, func(config *client.Config) {
+			if c.change != nil {
+				c.change(config, s.Line)
+			}
+		})
+		s.Send(wire.EncodeCompromise(s.Line.Compromise(1)))
+		for range 2 {
+			got, err := cl.Sign(within(t), "payments", message("AAAA"))
+			if got != nil || !errors.Is(err, client.ErrCompromised) {
+				t.Errorf("%s, nobody listens: %v", name, err)
+			}
 		}
+		for _, a := range s.Seen().Acks {
+			if a.Op == wire.OpCompromiseAck && a.Version != 1 {
+				t.Errorf("%s: %+v", name, a)
+			}
+		}
+	}
+}
+
+// TestCompromisedVersionWithoutCommitment refuses a step of a compromised version whose commitment
+// is unknown: a thief can sign such a step.
+func TestCompromisedVersionWithoutCommitment(t *testing.T) {
+	s := serve(t)
+	s.Do(func(s *clienttest.Server) { s.Active, s.Shown, s.Compromised = 2, 2, []uint32{1} })
+	heard := make(compromises, 10)
+	c, _ := peer(t, s, 1, func(config *client.Config) {
+		heard.listen(config)
+		config.Lines[0].Next = [32]byte{}
+	})
+	if got, err := c.Sign(within(t), "payments", message("AAAA")); got != nil || !errors.Is(err, client.ErrBrokenLine) {
+		t.Errorf("%v", err)
+	}
+	steps := wire.Steps{Active: 2, Steps: []wire.Succession{s.Line.Step(2)}, Compromised: []uint32{1}}
+	uncommitted := lineAt(s.Line, 1)
+	uncommitted.Next = [32]byte{}
+	if _, err := uncommitted.Advance(steps); !errors.Is(err, client.ErrBrokenLine) {
+		t.Errorf("%v", err)
+	}
+	if got, err := lineAt(s.Line, 1).Advance(steps); err != nil || got != lineAt(s.Line, 2) {
+		t.Errorf("%+v, %v", got, err)
+	}
+}
+
+// TestCompromiseUsesTheClient calls the client inside OnCompromise, which is itself called inside a
+// call of the client.
+func TestCompromiseUsesTheClient(t *testing.T) {
+	s := serve(t)
+	s.Do(func(s *clienttest.Server) { s.Active, s.Shown, s.Compromised = 2, 2, []uint32{1} })
+	var c *client.Client
+	inside := make(chan error, 10)
+	c, _ = peer(t, s, 1, func(config *client.Config) {
+		config.OnCompromise = func(client.Compromise) {
+			_, err := c.Sign(within(t), "payments", message("BBBB"))
+			inside <- err
+		}
+	})
+	if _, err := c.Sign(within(t), "payments", message("AAAA")); err != nil {
+		t.Error(err)
+	}
+	if err := <-inside; err != nil {
+		t.Error(err)
 	}
 }
 
@@ -643,8 +782,11 @@ func TestNoiseRotation(t *testing.T) {
 			config.OnServerKey = func(key [32]byte) { kept <- key }
 		})
 		now := time.Now()
+		if c.compromised {
+			s.Send(wire.EncodeCompromise(wire.Compromise{Key: wire.NoiseKey, Version: 1, PublicKey: old.Public()}))
+		}
 		s.Send(wire.EncodeRotation(wire.Rotation{
-			Key: wire.NoiseKey, Version: 2, PublicKey: young.Public(), Compromised: c.compromised,
+			Key: wire.NoiseKey, Version: 2, PublicKey: young.Public(),
 			ActivatesAt: now.Add(c.activates).Unix(), RetiresAt: now.Add(c.retires).Unix(),
 		}))
 		r := heard.next(t)

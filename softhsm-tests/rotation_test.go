@@ -42,7 +42,7 @@ func (s *system) verifyLine(first client.KeyLine) client.KeyLine {
 	if err != nil {
 		s.t.Fatal(err)
 	}
-	last, err := client.VerifyKeyLine(first, steps)
+	last, err := client.VerifyKeyLine(first, steps.Steps)
 	if err != nil {
 		s.t.Fatal(err)
 	}

@@ -45,7 +45,7 @@ func TestParseLineAndAck(t *testing.T) {
 // event returns a rotation with all fields set, and with pairs of changes: old text, new text.
 func event(changes ...string) string {
 	s := `{"event":"rotation","key":"payments","version":2,"public_key":"` + nonce + `",` +
-		`"activates_at":1,"retires_at":2,"compromised":true,` +
+		`"activates_at":1,"retires_at":2,` +
 		`"succession":{"payload":{"key":"payments"},"nonce":"` + nonce + `",` +
 		`"timestamp":3,"expires_at":4,"signature":"AA"},` +
 		`"authorization":{"payload":{"owner":""},"signature":"AQ"}}`
@@ -62,20 +62,20 @@ func TestDecodeRotation(t *testing.T) {
 	}
 	want := wire.Rotation{
 		Event: wire.EventRotation, Key: "payments", Version: 2, PublicKey: key,
-		ActivatesAt: 1, RetiresAt: 2, Compromised: true,
+		ActivatesAt: 1, RetiresAt: 2,
 		Succession: &wire.Succession{
 			Payload: []byte(`{"key":"payments"}`), Nonce: key, Timestamp: 3, ExpiresAt: 4, Signature: wire.Bytes{0},
 		},
 		Authorization: &wire.Authorization{Payload: []byte(`{"owner":""}`), Signature: wire.Bytes{1}},
 	}
 	_, r, err := wire.DecodeMessage([]byte(event()))
-	if err != nil || !reflect.DeepEqual(*r, want) {
+	if err != nil || !reflect.DeepEqual(r, &want) {
 		t.Errorf("%+v, %v", r, err)
 	}
 	if b := wire.EncodeRotation(want); string(b) != event() {
 		t.Errorf("%s", b)
 	}
-	want.Compromised, want.Succession, want.Authorization, want.Event = false, nil, nil, ""
+	want.Succession, want.Authorization, want.Event = nil, nil, ""
 	b := wire.EncodeRotation(want)
 	short := `{"event":"rotation","key":"payments","version":2,"public_key":"` + nonce +
 		`","activates_at":1,"retires_at":2}`
@@ -83,12 +83,37 @@ func TestDecodeRotation(t *testing.T) {
 		t.Errorf("%s", b)
 	}
 	want.Event = wire.EventRotation
-	if _, r, err := wire.DecodeMessage(b); err != nil || !reflect.DeepEqual(*r, want) {
+	if _, r, err := wire.DecodeMessage(b); err != nil || !reflect.DeepEqual(r, &want) {
 		t.Errorf("%+v, %v", r, err)
 	}
 	a, r, err := wire.DecodeMessage([]byte(`{"id":"7","result":{"valid":true,"event":1}}`))
 	if err != nil || r != nil || a.ID != "7" {
 		t.Errorf("an answer: %+v, %+v, %v", a, r, err)
+	}
+}
+
+// compromise returns a compromise, and with pairs of changes: old text, new text.
+func compromise(changes ...string) string {
+	s := `{"event":"compromise","key":"payments","version":2,"public_key":"` + nonce + `"}`
+	return strings.NewReplacer(changes...).Replace(s)
+}
+
+func TestDecodeCompromise(t *testing.T) {
+	want := wire.Compromise{Event: wire.EventCompromise, Key: "payments", Version: 2}
+	for i := range want.PublicKey {
+		want.PublicKey[i] = 42
+	}
+	_, event, err := wire.DecodeMessage([]byte(compromise()))
+	if err != nil || !reflect.DeepEqual(event, &want) {
+		t.Errorf("%+v, %v", event, err)
+	}
+	if b := wire.EncodeCompromise(want); string(b) != compromise() {
+		t.Errorf("%s", b)
+	}
+	_, r, err := wire.Parse([]byte(`{"id":"1","op":"compromise.ack","key":"noise","version":2}`), 100)
+	ack := wire.Ack{ID: "1", Op: "compromise.ack", Key: "noise", Version: 2}
+	if got, is := r.(*wire.Ack); err != nil || !is || *got != ack {
+		t.Errorf("%#v, %v", r, err)
 	}
 }
 
@@ -122,6 +147,11 @@ func TestDecodeMessageRefuses(t *testing.T) {
 		"a succession with an unknown field":   event(`"timestamp":3`, `"timestamp":3,"x":1`),
 		"an authorization without a signature": event(`,"signature":"AQ"`, ``),
 		"an authorization without a payload":   event(`"payload":{"owner":""},`, ``),
+		"a compromise without a key":           compromise(`"key":"payments",`, ``),
+		"a compromise of an empty key":         compromise(`payments`, ``),
+		"a compromise of version 0":            compromise(`:2,`, `:0,`),
+		"a compromise without a public key":    compromise(`,"public_key":"`+nonce+`"`, ``),
+		"a compromise with an unknown field":   compromise(`"key"`, `"x":1,"key"`),
 	} {
 		a, r, err := wire.DecodeMessage([]byte(bad))
 		if err == nil || errors.Is(err, wire.ErrUnknownEvent) || r != nil || a.ID != "" {
@@ -141,28 +171,37 @@ func TestDecodeMessageRefuses(t *testing.T) {
 	}
 }
 
-// FuzzDecodeMessage sees that a message is one of answer, rotation, unknown event and error, and
-// that a rotation is the same after it is encoded and decoded again.
+// FuzzDecodeMessage sees that a message is one of answer, event, unknown event and error, and that
+// an event is the same after it is encoded and decoded again.
 func FuzzDecodeMessage(f *testing.F) {
 	f.Add([]byte(event()))
+	f.Add([]byte(compromise()))
 	f.Add([]byte(`{"event":"locked"}`))
 	f.Add([]byte(`{"id":"1","result":{"key":"payments","steps":[],"more":false}}`))
 	f.Add([]byte(`{"id":"1","error":{"code":"busy","message":"later","retry_after":1}}`))
 	f.Fuzz(func(t *testing.T, b []byte) {
-		a, r, err := wire.DecodeMessage(b)
-		switch {
-		case err != nil && (r != nil || a.ID != "" || a.Error != nil || a.Result != nil):
-			t.Fatalf("%+v, %+v and %v", a, r, err)
-		case err != nil:
-		case r == nil && (a.Error == nil) == (a.Result == nil):
-			t.Fatalf("%+v", a)
-		case r != nil:
-			_, again, err := wire.DecodeMessage(wire.EncodeRotation(*r))
-			if err != nil || !reflect.DeepEqual(r, again) {
-				t.Fatalf("%+v, again %+v, %v", r, again, err)
+		a, event, err := wire.DecodeMessage(b)
+		var again []byte
+		switch e := event.(type) {
+		case *wire.Rotation:
+			if again = wire.EncodeRotation(*e); e.Version == 0 || e.Key == "" {
+				t.Fatalf("%+v", e)
 			}
-			if r.Version == 0 || r.Key == "" {
-				t.Fatalf("%+v", r)
+		case *wire.Compromise:
+			if again = wire.EncodeCompromise(*e); e.Version == 0 || e.Key == "" {
+				t.Fatalf("%+v", e)
+			}
+		}
+		switch {
+		case err != nil && (event != nil || a.ID != "" || a.Error != nil || a.Result != nil):
+			t.Fatalf("%+v, %+v and %v", a, event, err)
+		case err != nil:
+		case event == nil && (a.Error == nil) == (a.Result == nil):
+			t.Fatalf("%+v", a)
+		case event != nil:
+			_, second, err := wire.DecodeMessage(again)
+			if err != nil || !reflect.DeepEqual(event, second) {
+				t.Fatalf("%+v, again %+v, %v", event, second, err)
 			}
 		}
 	})

@@ -42,6 +42,8 @@ const (
 	OpBatch       = "batch"
 	OpLine        = "line"
 	OpAck         = "rotation.ack"
+
+	OpCompromiseAck = "compromise.ack"
 )
 
 // The codes of an error answer. Programs decide by the codes, so a code never changes.
@@ -184,7 +186,8 @@ type Line struct {
 	From uint32 `json:"from"` // the version that the peer trusts; versions are counted from 1
 }
 
-// Ack acknowledges the Rotation to a version of a key.
+// Ack acknowledges the Rotation to a version of a key (OpAck), or the Compromise of a version
+// (OpCompromiseAck).
 type Ack struct {
 	ID      string `json:"id"`
 	Op      string `json:"op"`
@@ -197,6 +200,10 @@ type Steps struct {
 	Key   string       `json:"key"`
 	Steps []Succession `json:"steps"`
 	More  bool         `json:"more"`
+	// Active is the version that signs now; 0 for none. The version after Active is announced.
+	Active uint32 `json:"active"`
+	// Compromised lists all compromised versions of the key.
+	Compromised []uint32 `json:"compromised"`
 }
 
 // Acknowledged answers Ack.
@@ -222,8 +229,11 @@ type Authorization struct {
 	Signature Bytes           `json:"signature"`
 }
 
-// EventRotation is the value of Rotation.Event.
-const EventRotation = "rotation"
+// The values of Rotation.Event and Compromise.Event.
+const (
+	EventRotation   = "rotation"
+	EventCompromise = "compromise"
+)
 
 // NoiseKey is the value of Rotation.Key for the listener's Noise key.
 const NoiseKey = "noise"
@@ -237,13 +247,21 @@ type Rotation struct {
 	PublicKey   Bytes32 `json:"public_key"`
 	ActivatesAt int64   `json:"activates_at"` // when the new version begins to sign, or to answer handshakes
 	RetiresAt   int64   `json:"retires_at"`   // when the old version ceases to be accepted, at the latest
-	// Compromised says that signatures of the old version must not be trusted any more.
-	Compromised bool `json:"compromised,omitzero"`
 	// Succession is the step to this version: for a signing key whose old version could sign the
 	// step.
 	Succession *Succession `json:"succession,omitempty"`
 	// Authorization is set for the Noise key of an appliance with an identity.
 	Authorization *Authorization `json:"authorization,omitempty"`
+}
+
+// Compromise announces that the private key of a version may be in other hands: signatures of the
+// version must not be trusted any more. The appliance sends a Compromise before all Rotations, on
+// each connection until the peer has acknowledged with Ack and OpCompromiseAck.
+type Compromise struct {
+	Event     string  `json:"event"`
+	Key       string  `json:"key"`
+	Version   uint32  `json:"version"`
+	PublicKey Bytes32 `json:"public_key"`
 }
 
 // KeyName returns Key, or "" without a Key.
@@ -274,6 +292,8 @@ type Key struct {
 	Custody    string  `json:"custody"`
 	Provenance string  `json:"provenance"` // generated, imported or unreported
 	PublicKey  Bytes32 `json:"public_key"`
+	// Compromised stays set for ever, also when the version is destroyed.
+	Compromised bool `json:"compromised,omitzero"`
 	// Next is the SHA-256 of the public key of the next version, which exists already. A peer needs
 	// Next to check the succession step from this version to the next.
 	Next *Bytes32 `json:"next,omitempty"`
@@ -356,6 +376,8 @@ var required = map[string][]string{
 	OpConsistency: {"epoch", "from", "to"},
 	OpLine:        {"key", "from"},
 	OpAck:         {"key", "version"},
+
+	OpCompromiseAck: {"key", "version"},
 }
 
 // Parse reads a request strictly. The request is a *Ping, *Keys, *Sign, *Verify, *Proof, *Line,
@@ -393,14 +415,14 @@ func Parse(b []byte, maxItems int) (id string, request any, err error) {
 		request = new(Consistency)
 	case OpLine:
 		request = new(Line)
-	case OpAck:
+	case OpAck, OpCompromiseAck:
 		request = new(Ack)
 	case OpBatch:
 		return parseBatch(id, document, maxItems)
 	default:
 		return id, nil, refuse(CodeUnsupported,
 			"unknown op: this appliance knows ping, keys, sign, verify, proof, epoch, consistency, "+
-				"batch, line, rotation.ack")
+				"batch, line, rotation.ack, compromise.ack")
 	}
 	if err := document.Into(request, required[op]...); err != nil {
 		return id, nil, refuse(CodeMalformed, "%v", err)
@@ -526,14 +548,24 @@ func EncodeRotation(r Rotation) []byte {
 	return b
 }
 
+// EncodeCompromise writes a compromise event, with Event set.
+func EncodeCompromise(c Compromise) []byte {
+	c.Event = EventCompromise
+	b, err := strict.Marshal(c)
+	if err != nil {
+		panic("wire: a compromise that is not JSON: " + err.Error())
+	}
+	return b
+}
+
 // ErrUnknownEvent reports an event of a kind that this version does not know, sent by a newer
 // appliance. A peer ignores such an event.
 var ErrUnknownEvent = errors.New("wire: unknown event")
 
-// DecodeMessage reads a message of an appliance strictly: an event if rotation is not nil,
-// otherwise an answer. An event with another name than "rotation" is ErrUnknownEvent with any
-// other fields, so that later appliances can send new events.
-func DecodeMessage(b []byte) (answer Answer, rotation *Rotation, err error) {
+// DecodeMessage reads a message of an appliance strictly: an event if event is not nil, otherwise
+// an answer. The event is a *Rotation or a *Compromise. An event with another name is
+// ErrUnknownEvent with any other fields, so that later appliances can send new events.
+func DecodeMessage(b []byte) (answer Answer, event any, err error) {
 	document, err := ijson.Parse(b)
 	if err != nil {
 		return Answer{}, nil, fmt.Errorf("wire: %w", err)
@@ -543,17 +575,41 @@ func DecodeMessage(b []byte) (answer Answer, rotation *Rotation, err error) {
 		answer, err = DecodeAnswer(b)
 		return answer, nil, err
 	}
-	var event string
-	if value.Kind() != '"' || strict.Unmarshal(value, &event) != nil || event == "" {
+	var name string
+	if value.Kind() != '"' || strict.Unmarshal(value, &name) != nil || name == "" {
 		return Answer{}, nil, errors.New("wire: event must be text")
 	}
-	if event != EventRotation {
-		return Answer{}, nil, fmt.Errorf("%w %q", ErrUnknownEvent, ijson.Clip(event))
+	switch name {
+	case EventRotation:
+		event, err = parseRotation(document)
+	case EventCompromise:
+		event, err = parseCompromise(document)
+	default:
+		return Answer{}, nil, fmt.Errorf("%w %q", ErrUnknownEvent, ijson.Clip(name))
 	}
-	if rotation, err = parseRotation(document); err != nil {
-		return Answer{}, nil, fmt.Errorf("wire: rotation: %w", err)
+	if err != nil {
+		return Answer{}, nil, fmt.Errorf("wire: %s: %w", name, err)
 	}
-	return Answer{}, rotation, nil
+	return Answer{}, event, nil
+}
+
+// checkEvent checks the fields that all events have.
+func checkEvent(key string, version uint32) error {
+	switch {
+	case key == "" || len(key) > maxKey:
+		return fmt.Errorf("key must have 1 to %d bytes", maxKey)
+	case version == 0:
+		return errors.New("version must be at least 1: versions are counted from 1")
+	}
+	return nil
+}
+
+func parseCompromise(document ijson.Object) (*Compromise, error) {
+	c := new(Compromise)
+	if err := document.Into(c, "event", "key", "version", "public_key"); err != nil {
+		return nil, err
+	}
+	return c, checkEvent(c.Key, c.Version)
 }
 
 func parseRotation(document ijson.Object) (*Rotation, error) {
@@ -561,12 +617,10 @@ func parseRotation(document ijson.Object) (*Rotation, error) {
 	if err := document.Into(r, "event", "key", "version", "public_key", "activates_at", "retires_at"); err != nil {
 		return nil, err
 	}
-	switch {
-	case r.Key == "" || len(r.Key) > maxKey:
-		return nil, fmt.Errorf("key must have 1 to %d bytes", maxKey)
-	case r.Version == 0:
-		return nil, errors.New("version must be at least 1: versions are counted from 1")
-	case r.ActivatesAt < 0 || r.ActivatesAt > maxTime || r.RetiresAt < 0 || r.RetiresAt > maxTime:
+	if err := checkEvent(r.Key, r.Version); err != nil {
+		return nil, err
+	}
+	if r.ActivatesAt < 0 || r.ActivatesAt > maxTime || r.RetiresAt < 0 || r.RetiresAt > maxTime {
 		return nil, fmt.Errorf("activates_at and retires_at must be Unix seconds between 0 and %d", int64(maxTime))
 	}
 	if r.Succession != nil {

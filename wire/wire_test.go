@@ -56,9 +56,9 @@ func TestRawMembersAreVerbatim(t *testing.T) {
 	if b, is := r.(*wire.Batch); err != nil || !is || string(b.Items[0].(*wire.Sign).Payload) != payload {
 		t.Errorf("an item of a batch: %+v, %v", r, err)
 	}
-	_, rotation, err := wire.DecodeMessage([]byte(event(`{"key":"payments"}`, payload)))
-	if err != nil || string(rotation.Succession.Payload) != payload {
-		t.Errorf("a step: %+v, %v", rotation, err)
+	_, e, err := wire.DecodeMessage([]byte(event(`{"key":"payments"}`, payload)))
+	if rotation, is := e.(*wire.Rotation); err != nil || !is || string(rotation.Succession.Payload) != payload {
+		t.Errorf("a step: %+v, %v", e, err)
 	}
 	a, err := wire.DecodeAnswer([]byte(`{"id":"1","result":` + payload + `}`))
 	if err != nil || string(a.Result) != payload {

@@ -20,7 +20,15 @@ type Line struct {
 	// that have not acknowledged that version.
 	Rotation       *wire.Rotation `json:"rotation,omitempty"`
 	Unacknowledged []string       `json:"unacknowledged"`
+	Compromises    []Compromise   `json:"compromises"`
 	Confirmed      int64          `json:"confirmed" doc:"until when an operator's confirmation lets it sign"`
+}
+
+// Compromise is a compromised version, with the peers that have not acknowledged the compromise.
+// The appliance tells these peers at each of their connections.
+type Compromise struct {
+	Version        uint32   `json:"version"`
+	Unacknowledged []string `json:"unacknowledged"`
 }
 
 // Settings are the settings of a line of keys: its rotation, and the presence of an operator.

@@ -30,6 +30,8 @@ type Server struct {
 	// Page is the maximum number of steps in an answer to op line.
 	Active, Shown uint32
 	Page          int
+	// Compromised are the compromised versions that op line names.
+	Compromised []uint32
 	// Answer may answer a request in place of the server. A nil answer leaves the request to the
 	// server, an empty answer closes the connection.
 	Answer func(id string, request any) []byte
@@ -223,7 +225,7 @@ func (s *Server) answer(message []byte) []byte {
 		result = list
 	case *wire.Line:
 		s.asked[r.Op]++
-		steps := wire.Steps{Key: r.Key}
+		steps := wire.Steps{Key: r.Key, Active: s.Active, Compromised: s.Compromised}
 		for v := r.From + 1; v <= s.Shown; v++ {
 			if len(steps.Steps) == s.Page {
 				steps.More = true
@@ -315,6 +317,11 @@ func (l *KeyLine) Rotation(version uint32) wire.Rotation {
 		Key: l.Key, Version: version, PublicKey: l.Public(version), Succession: &step,
 		ActivatesAt: 1704067200, RetiresAt: 1704153600,
 	}
+}
+
+// Compromise is the event that a version is compromised.
+func (l *KeyLine) Compromise(version uint32) wire.Compromise {
+	return wire.Compromise{Key: l.Key, Version: version, PublicKey: l.Public(version)}
 }
 
 // Signed answers a sign request by a version.

@@ -314,9 +314,16 @@ func showRotation(w io.Writer, l api.Line) {
 		fmt.Fprintf(w, "presence\t%s after a confirmation; %s\n", span(l.Presence), confirmed)
 	}
 	if r := l.Rotation; r != nil {
-		before := either(r.Compromised, "is compromised", "accepted until "+date(r.RetiresAt))
-		fmt.Fprintf(w, "version %d\tactive from %s on, the one before %s\n", r.Version, date(r.ActivatesAt), before)
-		late := either(len(l.Unacknowledged) == 0, "nobody: all peers have", strings.Join(l.Unacknowledged, ", "))
-		fmt.Fprintf(w, "not acknowledged\tby %s\n", late)
+		fmt.Fprintf(w, "version %d\tactive from %s on, the one before accepted until %s\n",
+			r.Version, date(r.ActivatesAt), date(r.RetiresAt))
+		fmt.Fprintf(w, "not acknowledged\tby %s\n", late(l.Unacknowledged))
 	}
+	for _, c := range l.Compromises {
+		fmt.Fprintf(w, "version %d\tCOMPROMISED; not acknowledged by %s\n", c.Version, late(c.Unacknowledged))
+	}
+}
+
+// late names the peers without an acknowledgement.
+func late(names []string) string {
+	return either(len(names) == 0, "nobody: all peers have", strings.Join(names, ", "))
 }

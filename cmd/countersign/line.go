@@ -69,57 +69,85 @@ func (t *tool) follow() *cobra.Command {
 			return err
 		}
 		return s.with(cmd.Context(), func(ctx context.Context, c *client.Client) error {
-			steps, err := c.Line(ctx, at.Key, at.Version)
+			shown, err := c.Line(ctx, at.Key, at.Version)
 			if err != nil {
 				return err
 			}
-			first, followed := at, []client.KeyLine{}
-			for _, step := range steps {
-				if at, err = at.Follow(step); err != nil {
+			followed, step := []client.KeyLine{}, at
+			for _, s := range shown.Steps {
+				if step, err = step.Follow(s); err != nil {
 					return err
 				}
-				followed = append(followed, at)
+				followed = append(followed, step)
 			}
-			written := write && len(steps) > 0
+			before := at
+			if at, err = before.Advance(shown); err != nil {
+				return err
+			}
+			written := write && at != before
 			if written {
 				if err := writeLine(args[0], at); err != nil {
 					return err
 				}
 			}
-			type version struct {
-				Version   uint32 `json:"version"`
-				PublicKey string `json:"public_key"`
-			}
-			taken := []version{}
-			for _, l := range followed {
-				taken = append(taken, version{l.Version, hex.EncodeToString(l.PublicKey[:])})
-			}
-			newest, err := at.Encode()
-			if err != nil {
-				return err
-			}
-			out := map[string]any{
-				"key": at.Key, "from": first.Version, "steps": taken, "line": json.RawMessage(newest),
-				"written": written,
-			}
-			return t.print(out, func(w io.Writer) {
-				for _, l := range followed {
-					fmt.Fprintf(w, "step\tto version %d\t%x\n", l.Version, l.PublicKey)
+			for _, v := range shown.Compromised {
+				if !write {
+					break // the file may still have the version
 				}
-				fmt.Fprintf(w, "newest\tversion %d of %s\t%x\n", at.Version, at.Key, at.PublicKey)
-			})
+				if err := c.AcknowledgeCompromise(ctx, at.Key, v); err != nil {
+					return fmt.Errorf("the compromise of version %d is not acknowledged: %w", v, err)
+				}
+			}
+			return t.printFollowed(before, at, followed, shown.Compromised, written)
 		})
 	}
 	c := command("follow FILE", "Check the signed steps from a pinned version to the newest one",
 		cobra.ExactArgs(1), do)
 	details(c, "FILE is from countersign line pin.\n\n"+
 		"A valid step has the signature of the version before, and leads to the key that this version has\n"+
-		"committed to. The newest version may be announced and not active yet. With an invalid step, the\n"+
-		"file stays as it is, and the error code is broken_line.")
+		"committed to. The file gets the active version and, where there is one, the announced version:\n"+
+		"signatures of both are good. With an invalid step, the file stays as it is, and the error code is\n"+
+		"broken_line.\n\n"+
+		"Compromised versions of the key are named: believe none of their signatures, also of earlier\n"+
+		"documents. With --write, the appliance is told that you know.")
 	c.Example = "  countersign line follow payments.line --write"
 	s.flags(c)
-	c.Flags().BoolVar(&write, "write", false, "replace the version in FILE by the newest one")
+	c.Flags().BoolVar(&write, "write", false, "replace the version in FILE by the active one")
 	return c
+}
+
+// printFollowed prints the steps of a line from the version before to the line at.
+func (t *tool) printFollowed(
+	before, at client.KeyLine, steps []client.KeyLine, compromised []uint32, written bool,
+) error {
+	type version struct {
+		Version   uint32 `json:"version"`
+		PublicKey string `json:"public_key"`
+	}
+	taken := []version{}
+	for _, l := range steps {
+		taken = append(taken, version{l.Version, hex.EncodeToString(l.PublicKey[:])})
+	}
+	line, err := at.Encode()
+	if err != nil {
+		return err
+	}
+	out := map[string]any{
+		"key": at.Key, "from": before.Version, "steps": taken, "line": json.RawMessage(line), "written": written,
+		"compromised": append([]uint32{}, compromised...),
+	}
+	return t.print(out, func(w io.Writer) {
+		for _, v := range compromised {
+			fmt.Fprintf(w, "COMPROMISED\tversion %d of %s\tbelieve none of its signatures\n", v, at.Key)
+		}
+		for _, l := range steps {
+			fmt.Fprintf(w, "step\tto version %d\t%x\n", l.Version, l.PublicKey)
+		}
+		fmt.Fprintf(w, "line\tversion %d of %s\t%x\n", at.Version, at.Key, at.PublicKey)
+		if next := at.Newest(); next.Version != at.Version {
+			fmt.Fprintf(w, "announced\tversion %d of %s\t%x\n", next.Version, next.Key, next.PublicKey)
+		}
+	})
 }
 
 func readLine(path string) (client.KeyLine, error) {
@@ -199,6 +227,20 @@ func (t *tool) watch() *cobra.Command {
 				stop()
 			}
 		}
+		config.OnCompromise = func(v client.Compromise) {
+			out.Lock()
+			defer out.Unlock()
+			if ctx.Err() != nil {
+				return
+			}
+			err := t.printCompromise(v)
+			if err == nil {
+				err = c.AcknowledgeCompromise(ctx, v.Key, v.Version)
+			}
+			if err != nil && ctx.Err() == nil { // the appliance sends the event again
+				fmt.Fprintf(t.stderr, "countersign: not acknowledged: %s\n", message(err))
+			}
+		}
 		if c, err = client.New(config); err != nil {
 			return usageError{err}
 		}
@@ -229,9 +271,9 @@ func (t *tool) watch() *cobra.Command {
 			backoff = min(2*backoff, 30*time.Second)
 		}
 	}
-	c := command("watch", "Stay connected, and print and acknowledge rotations", cobra.NoArgs, do)
-	details(c, "Each rotation is one line (with --json: one JSON object on a line). The command ends at SIGINT\n"+
-		"or SIGTERM, or after --until-rotations.\n\n"+
+	c := command("watch", "Stay connected, and print and acknowledge rotations and compromises", cobra.NoArgs, do)
+	details(c, "Each rotation and each compromised version is one line (with --json: one JSON object on a line,\n"+
+		"with the event's name). The command ends at SIGINT or SIGTERM, or after --until-rotations.\n\n"+
 		"With --line, watch follows a pinned key. A rotation that does not follow from the pinned version\n"+
 		"is printed as an error and not acknowledged. The files stay as they are; countersign line follow\n"+
 		"FILE --write updates a file. A new key of the listener is printed on stderr too, to be\n"+
@@ -244,6 +286,18 @@ func (t *tool) watch() *cobra.Command {
 	return c
 }
 
+// printCompromise prints a compromise on one line.
+func (t *tool) printCompromise(v client.Compromise) error {
+	if t.json {
+		return json.NewEncoder(t.stdout).Encode(map[string]any{
+			"event": "compromise", "key": v.Key, "version": v.Version, "public_key": hex.EncodeToString(v.PublicKey[:]),
+		})
+	}
+	_, err := fmt.Fprintf(t.stdout, "%q version %d is COMPROMISED, public key %x: believe none of its signatures\n",
+		v.Key, v.Version, v.PublicKey)
+	return err
+}
+
 // printRotation prints a rotation on one line.
 func (t *tool) printRotation(r client.Rotation) error {
 	if r.Err == nil && r.Key == client.NoiseKey {
@@ -251,17 +305,17 @@ func (t *tool) printRotation(r client.Rotation) error {
 	}
 	if t.json {
 		type doc struct {
+			Event       string `json:"event"`
 			Key         string `json:"key"`
 			Version     uint32 `json:"version"`
 			PublicKey   string `json:"public_key"`
 			ActivatesAt int64  `json:"activates_at"`
 			RetiresAt   int64  `json:"retires_at"`
-			Compromised bool   `json:"compromised"`
 			Error       string `json:"error,omitempty"`
 		}
 		d := doc{
-			r.Key, r.Event.Version, hex.EncodeToString(r.Event.PublicKey[:]),
-			r.Event.ActivatesAt, r.Event.RetiresAt, r.Compromised, "",
+			"rotation", r.Key, r.Event.Version, hex.EncodeToString(r.Event.PublicKey[:]),
+			r.Event.ActivatesAt, r.Event.RetiresAt, "",
 		}
 		if r.Err != nil {
 			d.Error = message(r.Err)
@@ -273,11 +327,8 @@ func (t *tool) printRotation(r client.Rotation) error {
 		_, err := fmt.Fprintf(t.stdout, "%q version %d is NOT believed: %s\n", r.Key, r.Event.Version, message(r.Err))
 		return err
 	}
-	end := "the old one is good until " + at(r.RetiresAt) + " at the most"
-	if r.Compromised {
-		end = "the old one is COMPROMISED"
-	}
-	_, err := fmt.Fprintf(t.stdout, "%q version %d from %s on, public key %x; %s\n",
-		r.Key, r.Event.Version, at(r.ActivatesAt), r.New.PublicKey, end)
+	_, err := fmt.Fprintf(t.stdout,
+		"%q version %d from %s on, public key %x; the old one is good until %s at the most\n",
+		r.Key, r.Event.Version, at(r.ActivatesAt), r.New.PublicKey, at(r.RetiresAt))
 	return err
 }

@@ -78,7 +78,7 @@ func TestLinePinAndFollow(t *testing.T) {
 		t.Errorf("%d, %s", status, stderr)
 	}
 	status, out, _ = call(t, "", with("line", "follow", path)...)
-	if status != 0 || strings.Contains(out, "step") || !strings.Contains(out, "newest  version 1 of payments") {
+	if status != 0 || strings.Contains(out, "step") || !strings.Contains(out, "line  version 1 of payments") {
 		t.Errorf("nothing new: %d, %s", status, out)
 	}
 	s.Do(func(s *clienttest.Server) { s.Active, s.Shown = 3, 4 })
@@ -102,8 +102,9 @@ func TestLinePinAndFollow(t *testing.T) {
 			t.Fatal(out)
 		}
 		want := lineAt(s.Line, 1)
-		if write {
-			want = lineAt(s.Line, 4)
+		if write { // version 3 signs, and version 4 is announced
+			want = lineAt(s.Line, 3)
+			want.Announced = client.Successor{PublicKey: s.Line.Public(4), Next: s.Line.Next(4)}
 		}
 		if got := lineIn(t, path); got != want {
 			t.Errorf("written %t: the file has %+v", write, got)
@@ -116,9 +117,49 @@ func TestLinePinAndFollow(t *testing.T) {
 		t.Errorf("files are left: %v", files)
 	}
 	status, out, _ = call(t, "", with("line", "follow", pinned(t, dir, lineAt(s.Line, 2)))...)
-	if status != 0 || !strings.Contains(out, "step    to version 3  ") ||
-		!strings.Contains(out, "newest  version 4 of payments  ") {
+	if status != 0 || !strings.Contains(out, "step       to version 3           ") ||
+		!strings.Contains(out, "line       version 3 of payments  ") ||
+		!strings.Contains(out, "announced  version 4 of payments  ") {
 		t.Errorf("%d, %s", status, out)
+	}
+}
+
+// TestLineFollowNamesCompromises: a compromised version is named by line follow, and with --write
+// the appliance learns that the peer knows. Before that, the pinned version leads to no signature.
+func TestLineFollowNamesCompromises(t *testing.T) {
+	s, dir, with := peerOf(t)
+	path := pinned(t, dir, lineAt(s.Line, 1))
+	s.Do(func(s *clienttest.Server) { s.Active, s.Shown, s.Compromised = 3, 3, []uint32{1} })
+	sign := with("sign", "--key", "payments", "--context", "release", "--line", path)
+	if status, out, stderr := call(t, "hello", sign...); status != 1 || out != "" ||
+		!strings.Contains(stderr, "compromised: ") || !strings.Contains(stderr, "line follow "+path) {
+		t.Errorf("%d, %s, %s", status, out, stderr)
+	}
+	s.Do(func(s *clienttest.Server) { s.Greeting = [][]byte{wire.EncodeCompromise(s.Line.Compromise(1))} })
+	told := false
+	for range 50 { // a command may end with the answer before the event is delivered
+		_, _, stderr := call(t, "", with("keys")...)
+		told = told || strings.Contains(stderr, "version 1 of \"payments\" is COMPROMISED")
+	}
+	if !told || len(s.Seen().Acks) != 0 {
+		t.Errorf("told %t, acknowledged %+v", told, s.Seen().Acks)
+	}
+	for _, write := range []bool{false, true} {
+		args := with("line", "follow", path)
+		if write {
+			args = append(args, "--write")
+		}
+		status, out, stderr := call(t, "", args...)
+		if status != 0 || !strings.Contains(out, "COMPROMISED  version 1 of payments  ") {
+			t.Errorf("%d, %s, %s", status, out, stderr)
+		}
+		acks := s.Seen().Acks
+		if write != (len(acks) == 1 && acks[0].Op == wire.OpCompromiseAck && acks[0].Version == 1) {
+			t.Errorf("written %t: acknowledged %+v", write, acks)
+		}
+	}
+	if status, out, stderr := call(t, "hello", sign...); status != 0 || !strings.Contains(out, "version 3") {
+		t.Errorf("%d, %s, %s", status, out, stderr)
 	}
 }
 
@@ -231,6 +272,8 @@ func TestWatch(t *testing.T) {
 	out.await(ctx, "committed")
 	s.Send(wire.EncodeRotation(s.Line.Rotation(2)))
 	s.Await(ctx, func(seen clienttest.Seen) bool { return len(seen.Acks) == 1 })
+	s.Send(wire.EncodeCompromise(s.Line.Compromise(1)))
+	s.Await(ctx, func(seen clienttest.Seen) bool { return len(seen.Acks) == 2 })
 	s.Send(wire.EncodeRotation(wire.Rotation{
 		Key: wire.NoiseKey, Version: 2, PublicKey: newKey, ActivatesAt: 1704067200, RetiresAt: 1704153600,
 	}))
@@ -240,6 +283,7 @@ func TestWatch(t *testing.T) {
 	var got []string
 	for d := json.NewDecoder(strings.NewReader(out.String())); ; {
 		var doc struct {
+			Event   string
 			Key     string
 			Version int
 			Error   string
@@ -249,16 +293,17 @@ func TestWatch(t *testing.T) {
 		} else if err != nil {
 			t.Fatal(err)
 		}
-		got = append(got, fmt.Sprint(doc.Key, doc.Version, doc.Error != ""))
+		got = append(got, fmt.Sprint(doc.Event, " ", doc.Key, doc.Version, doc.Error != ""))
 	}
-	want := "payments2 true payments2 false noise2 false"
-	if strings.Join(got, " ") != want || strings.Count(out.String(), "\n") != 3 {
+	want := "rotation payments2 true, rotation payments2 false, compromise payments1 false, rotation noise2 false"
+	if strings.Join(got, ", ") != want || strings.Count(out.String(), "\n") != 4 {
 		t.Errorf("%v\n%s", got, out)
 	}
 	if !strings.Contains(errs.String(), fmt.Sprintf("from 2024-01-01T00:00:00Z on use --server-key %x", newKey)) {
 		t.Error(errs)
 	}
-	if acks := s.Seen().Acks; len(acks) != 2 || acks[0].Key != "payments" || acks[1].Key != "noise" {
+	if acks := s.Seen().Acks; len(acks) != 3 || acks[0].Key != "payments" ||
+		acks[1].Op != wire.OpCompromiseAck || acks[2].Key != "noise" {
 		t.Errorf("%+v", acks)
 	}
 
@@ -267,7 +312,7 @@ func TestWatch(t *testing.T) {
 	out, errs, ended = watch()
 	s.Do(func(s *clienttest.Server) { s.Greeting = [][]byte{wire.EncodeRotation(s.Line.Rotation(3))} })
 	s.Drop()
-	s.Await(ctx, func(seen clienttest.Seen) bool { return len(seen.Acks) == 3 })
+	s.Await(ctx, func(seen clienttest.Seen) bool { return len(seen.Acks) == 4 })
 	// A request under way replaces a dropped connection silently. The test drops connections until
 	// one had no request.
 	for ctx.Err() == nil && !strings.Contains(errs.String(), "trying again in 1s") {

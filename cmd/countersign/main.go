@@ -131,6 +131,8 @@ func classify(err error) (code string, status int) {
 		return "unproven", 1
 	case errors.Is(err, client.ErrBrokenLine): // before a refusal inside
 		return "broken_line", 1
+	case errors.Is(err, client.ErrCompromised):
+		return "compromised", 1
 	case refused:
 		return refusal.Code, retryStatus(refusal.Code)
 	case adminRefused:

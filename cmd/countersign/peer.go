@@ -91,12 +91,20 @@ func (s *server) with(ctx context.Context, use func(context.Context, *client.Cli
 	// and leaves the acknowledgement to countersign watch.
 	var mu sync.Mutex
 	var serverKey client.Rotation
+	var stolen []client.Compromise
 	config.Unacknowledged = true
 	config.OnRotation = func(r client.Rotation) {
 		mu.Lock()
 		defer mu.Unlock()
 		if r.Key == client.NoiseKey && r.Err == nil {
 			serverKey = r
+		}
+	}
+	if len(s.lines) == 0 { // with a pinned line, a compromise is an error
+		config.OnCompromise = func(v client.Compromise) {
+			mu.Lock()
+			defer mu.Unlock()
+			stolen = append(stolen, v)
 		}
 	}
 	c, err := client.Dial(ctx, config)
@@ -107,6 +115,10 @@ func (s *server) with(ctx context.Context, use func(context.Context, *client.Cli
 	err = use(ctx, c)
 	mu.Lock()
 	defer mu.Unlock()
+	for _, v := range stolen {
+		fmt.Fprintf(s.command.ErrOrStderr(), "countersign: version %d of %q is COMPROMISED: believe none of its "+
+			"signatures; countersign watch acknowledges\n", v.Version, v.Key)
+	}
 	if serverKey.Key != "" {
 		warnServerKey(s.command.ErrOrStderr(), serverKey)
 	}
@@ -118,10 +130,6 @@ func warnServerKey(w io.Writer, r client.Rotation) {
 	at := func(t time.Time) string { return t.UTC().Format(time.RFC3339) }
 	fmt.Fprintf(w, "countersign: the listener's key is replaced: "+
 		"from %s on use --server-key %x (or COUNTERSIGN_SERVER_KEY)", at(r.ActivatesAt), r.New.PublicKey)
-	if r.Compromised {
-		fmt.Fprint(w, "; the private key of the old one is compromised\n")
-		return
-	}
 	fmt.Fprintf(w, "; the old one answers until %s at the most\n", at(r.RetiresAt))
 }
 
@@ -333,6 +341,9 @@ func (t *tool) signWith(ctx context.Context, c *client.Client, of *signFlags, d 
 		}
 	}
 	signed, err := c.Sign(ctx, of.keyName, d)
+	if errors.Is(err, client.ErrCompromised) {
+		return fmt.Errorf("%w: countersign line follow %s --write", err, of.line)
+	}
 	if err != nil {
 		return err
 	}

@@ -10,15 +10,26 @@ import (
 	"countersign/wire"
 )
 
-// The appliance tells peers of the newest rotation of each key: at the announcement, and again at
-// each connection until the peer has acknowledged the rotation.
+// The appliance tells peers two kinds of news:
+//
+//   - the newest rotation of each key, at the announcement, and again at each connection until the
+//     peer has acknowledged the rotation or a later one;
+//   - each compromise of a version that peers may know, in the same way until the peer has
+//     acknowledged this very compromise. No later rotation takes its place.
+//
+// Compromised stays set in the record of a version for ever, and the peer's record has the
+// acknowledgement. So the ledger has the news of a compromise from the transaction of the
+// compromise on, for each enrolled peer, whether the device of the key answers or not.
 
-// Announcement is the newest rotation of a key, ready for peers.
+// Announcement is a piece of news about a version, ready for peers.
 type Announcement struct {
 	Name    string
 	Version uint32
-	Event   string // the event rotation in JSON
+	Event   string // the event rotation or compromise in JSON
 }
+
+// announced has all present news.
+type announced struct{ rotations, compromises []Announcement }
 
 // newest returns the version of a key that was announced last, or nil if the key has only version
 // 1. The caller holds mu.
@@ -37,11 +48,16 @@ func (k *Key) newerThan(last *Key) bool {
 	return k.Version > 1 && k.Announced() && (last == nil || k.Version > last.Version)
 }
 
-// Announcements lists the newest rotations, by the name of the key. The list is cached, since all
-// sessions ask at the same time after each change.
-func (r *Ring) Announcements() []Announcement {
+// Announcements lists the newest rotations, by the name of the key.
+func (r *Ring) Announcements() []Announcement { return r.news().rotations }
+
+// Compromises lists the compromised versions, by the name of the key and the version.
+func (r *Ring) Compromises() []Announcement { return r.news().compromises }
+
+// news is cached, since all sessions ask at the same time after each change.
+func (r *Ring) news() *announced {
 	r.mu.RLock()
-	all := r.announcements
+	all := r.announced
 	r.mu.RUnlock()
 	if all != nil {
 		return all
@@ -49,18 +65,30 @@ func (r *Ring) Announcements() []Announcement {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	newest := map[string]*Key{}
+	var compromised []*Key
 	for ref, k := range r.keys {
 		if k.Public() && k.newerThan(newest[ref.Name]) {
 			newest[ref.Name] = k
 		}
+		if k.Public() && k.Compromised {
+			compromised = append(compromised, k)
+		}
 	}
-	r.announcements = []Announcement{}
+	all = new(announced)
 	for _, name := range slices.Sorted(maps.Keys(newest)) {
 		k := newest[name]
 		event := wire.EncodeRotation(r.rotationOf(k))
-		r.announcements = append(r.announcements, Announcement{name, k.Version, string(event)})
+		all.rotations = append(all.rotations, Announcement{name, k.Version, string(event)})
 	}
-	return r.announcements
+	slices.SortFunc(compromised, inOrder)
+	for _, k := range compromised {
+		event := wire.EncodeCompromise(wire.Compromise{
+			Key: k.Name, Version: k.Version, PublicKey: wire.Bytes32(k.Info().PublicKey),
+		})
+		all.compromises = append(all.compromises, Announcement{k.Name, k.Version, string(event)})
+	}
+	r.announced = all
+	return all
 }
 
 // rotationOf makes the event rotation of a version. The caller holds mu.
@@ -74,7 +102,7 @@ func (r *Ring) rotationOf(k *Key) wire.Rotation {
 		if !old.Retires.IsZero() {
 			doc.RetiresAt = old.Retires.Unix()
 		}
-		if doc.Compromised = old.Compromised; doc.Compromised {
+		if old.Compromised {
 			doc.RetiresAt = doc.ActivatesAt
 		}
 	}
@@ -106,6 +134,14 @@ func (r *Ring) CheckAnnounced(name string, version uint32) error {
 	return nil
 }
 
+// CheckCompromised refuses a version of a key whose compromise was not announced to peers.
+func (r *Ring) CheckCompromised(name string, version uint32) error {
+	if k := r.Version(name, version); k == nil || !k.Public() || !k.Compromised {
+		return fmt.Errorf("%w: no compromise of %q, version %d, was announced", ErrUnknown, ijson.Clip(name), version)
+	}
+	return nil
+}
+
 // Watch has changed called after each change that peers may have to be told. changed must not
 // block.
 func (r *Ring) Watch(changed func()) {
@@ -127,13 +163,23 @@ func (r *Ring) notify() {
 // maxSteps bounds the steps in one answer, so that the answer fits into a message.
 const maxSteps = 50
 
-// Steps answers the operation line: the steps of a key after a version.
+// Steps answers the operation line: the steps of a key after a version, the active version, and all
+// compromised versions. So a peer learns of a compromise in the same answer that leads past the
+// version.
 func (r *Ring) Steps(request *wire.Line) (*wire.Steps, error) {
 	versions, err := r.Versions(request.Key)
 	if err != nil || !versions[0].Signs() {
 		return nil, fmt.Errorf("%w: there is no signing key %q", ErrUnknown, ijson.Clip(request.Key))
 	}
-	answer := &wire.Steps{Key: request.Key, Steps: []wire.Succession{}}
+	answer := &wire.Steps{Key: request.Key, Steps: []wire.Succession{}, Compromised: []uint32{}}
+	for _, k := range versions {
+		if k.State == Active {
+			answer.Active = k.Version
+		}
+		if k.Compromised {
+			answer.Compromised = append(answer.Compromised, k.Version)
+		}
+	}
 	for _, k := range versions {
 		switch {
 		case k.Version <= request.From || !k.Announced():
@@ -150,18 +196,20 @@ func (r *Ring) Steps(request *wire.Line) (*wire.Steps, error) {
 }
 
 // Listed answers the operation keys: the announced versions of signing keys, without the archived
-// and destroyed versions, which Steps leads past. Every enrolled peer sees every key; policy
-// decides about the use of the keys.
+// and destroyed versions, which Steps leads past. Compromised versions stay in the list. Every
+// enrolled peer sees every key; policy decides about the use of the keys.
 func (r *Ring) Listed() wire.KeyList {
 	list := wire.KeyList{Keys: []wire.Key{}}
 	for _, k := range r.All() {
 		info := k.Info()
-		if !k.Signs() || !k.Announced() || k.State == Archived || k.State == Destroyed {
+		gone := (k.State == Archived || k.State == Destroyed) && !k.Compromised
+		if !k.Signs() || !k.Announced() || gone {
 			continue
 		}
 		doc := wire.Key{
 			Name: k.Name, Version: k.Version, Algorithm: string(info.Algorithm), State: string(k.State),
 			Custody: string(info.Custody), Provenance: info.Provenance.String(), PublicKey: [32]byte(info.PublicKey),
+			Compromised: k.Compromised,
 		}
 		if digest, ok := r.Next(k); ok {
 			doc.Next = (*wire.Bytes32)(&digest)

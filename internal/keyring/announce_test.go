@@ -220,8 +220,9 @@ func TestAnnouncementFollowsSettings(t *testing.T) {
 	r.rotate(t, "payments", time.Now().Add(time.Hour))
 	told := func(want time.Duration) {
 		t.Helper()
-		_, d, err := wire.DecodeMessage([]byte(r.Keys.Announcements()[0].Event))
-		if err != nil || d.RetiresAt-d.ActivatesAt != int64(want/time.Second) {
+		_, event, err := wire.DecodeMessage([]byte(r.Keys.Announcements()[0].Event))
+		d, is := event.(*wire.Rotation)
+		if err != nil || !is || d.RetiresAt-d.ActivatesAt != int64(want/time.Second) {
 			t.Errorf("peers are told %+v, %v, want an end after %v", d, err, want)
 		}
 	}

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -17,7 +18,9 @@ import (
 	"countersign/internal/keystore/keystoretest"
 	"countersign/internal/ledger"
 	"countersign/internal/manage"
+	"countersign/internal/peers"
 	"countersign/transcript"
+	"countersign/wire"
 )
 
 // TestCompromise: from that moment the version signs nothing and is not believed, and its successor
@@ -51,9 +54,154 @@ func TestCompromise(t *testing.T) {
 	if s := r.sign(t, r.shop, message(3, "m")); s.Version != 2 {
 		t.Errorf("version %d signs", s.Version)
 	}
-	if told := r.Keys.Rotation("payments"); told == nil || !told.Compromised || told.Version != 2 {
+	if told := r.Keys.Rotation("payments"); told == nil || told.RetiresAt != told.ActivatesAt || told.Version != 2 {
 		t.Errorf("peers are told %+v", told)
 	}
+	r.isNews(t, "payments", 1)
+}
+
+// isNews expects exactly these compromised versions of a key as news, with their public keys, in
+// the answer to op line, and in the list of keys.
+func (r *rig) isNews(t *testing.T, name string, versions ...uint32) {
+	t.Helper()
+	var told, listed []uint32
+	for _, n := range r.Keys.Compromises() {
+		if n.Name != name {
+			continue
+		}
+		_, event, err := wire.DecodeMessage([]byte(n.Event))
+		k := r.Keys.Version(name, n.Version)
+		want := wire.Compromise{
+			Event: wire.EventCompromise, Key: name, Version: n.Version, PublicKey: wire.Bytes32(k.Info().PublicKey),
+		}
+		if c, is := event.(*wire.Compromise); err != nil || !is || *c != want {
+			t.Errorf("peers are told %s, %v", n.Event, err)
+		}
+		told = append(told, n.Version)
+	}
+	if !slices.Equal(told, versions) {
+		t.Errorf("peers are told of the versions %v of %s, want %v", told, name, versions)
+	}
+	if name == keyring.NoiseName {
+		return
+	}
+	for _, k := range r.Keys.Listed().Keys {
+		if k.Name == name && k.Compromised {
+			listed = append(listed, k.Version)
+		}
+	}
+	steps, err := r.Keys.Steps(&wire.Line{Key: name, From: 1})
+	if err != nil || !slices.Equal(steps.Compromised, versions) || !slices.Equal(listed, versions) {
+		t.Errorf("op line names %v, op keys lists %v, want %v, %v", steps, listed, versions, err)
+	}
+	active := uint32(0)
+	if k, err := r.Keys.Active(name); err == nil {
+		active = k.Version
+	}
+	if steps.Active != active {
+		t.Errorf("op line names version %d as active, want %d", steps.Active, active)
+	}
+}
+
+// TestCompromiseReachesEverybody: the compromise of a version is news for each peer until the peer
+// has acknowledged it, wherever the version is in its line, with the device and without it, across
+// later rotations with their acknowledgements, the destruction of the version, and restarts.
+func TestCompromiseReachesEverybody(t *testing.T) {
+	for _, c := range []struct {
+		name, key string
+		version   uint32
+		before    func(t *testing.T, r *rig)
+	}{
+		{"the active version", "payments", 1, func(t *testing.T, r *rig) {}},
+		{"the active version, without the device", "payments", 1, func(t *testing.T, r *rig) {
+			r.store.BeforeGenerate = func(keystore.Ref) error { return keystore.ErrUnavailable }
+		}},
+		{"while its successor is announced", "payments", 1, func(t *testing.T, r *rig) {
+			r.rotate(t, "payments", time.Now().Add(time.Hour))
+		}},
+		{"two versions later", "payments", 1, func(t *testing.T, r *rig) {
+			r.rotate(t, "payments", time.Now())
+			r.rotate(t, "payments", time.Now())
+		}},
+		{"in the middle, archived", "payments", 2, func(t *testing.T, r *rig) {
+			r.rotate(t, "payments", time.Now())
+			r.rotate(t, "payments", time.Now())
+			r.archive(t, "payments", 2)
+			r.rotate(t, "payments", time.Now())
+		}},
+		{"the listener's key", keyring.NoiseName, 1, func(t *testing.T, r *rig) {
+			r.createOwn(t, keyring.NoiseName)
+		}},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			r := newRig(t)
+			c.before(t, r)
+			newest := func() uint32 {
+				if told := r.Keys.Rotation(c.key); told != nil {
+					return told.Version
+				}
+				return 1
+			}
+			for _, who := range []appliance.Caller{r.shop, r.cafe} { // both know of all rotations
+				if v := newest(); v > 1 {
+					if err := r.ack(t, who, c.key, v); err != nil {
+						t.Fatal(err)
+					}
+				}
+			}
+			refused(t, keyring.ErrUnknown, r.ackCompromise(t, r.shop, c.key, c.version))
+			r.compromise(t, c.key, c.version)
+			waiting := func(names ...string) {
+				t.Helper()
+				r.isNews(t, c.key, c.version)
+				if got := r.Peers.Unwarned(c.key, c.version); !slices.Equal(got, names) {
+					t.Errorf("the compromise is not acknowledged by %v, want %v", got, names)
+				}
+			}
+			waiting("cafe", "shop")
+			r.store.BeforeGenerate = nil
+			r.reopen(t)
+			waiting("cafe", "shop")
+			r.keep(t, c.key)
+			if v := newest(); v > 1 { // to know a newer version is not to know of the compromise
+				if err := r.ack(t, r.shop, c.key, v); err != nil {
+					t.Fatal(err)
+				}
+			}
+			waiting("cafe", "shop")
+			for range 2 {
+				if err := r.ackCompromise(t, r.shop, c.key, c.version); err != nil {
+					t.Fatal(err)
+				}
+			}
+			refused(t, keyring.ErrUnknown, r.ackCompromise(t, r.shop, c.key, newest()+1))
+			waiting("cafe")
+			r.rotate(t, c.key, time.Now())
+			r.destroy(t, c.key, c.version)
+			waiting("cafe")
+			r.reopen(t)
+			waiting("cafe")
+			if err := r.ackCompromise(t, r.cafe, c.key, c.version); err != nil {
+				t.Fatal(err)
+			}
+			waiting()
+			if n := r.count(t, audit.CompromiseKnown); n != 2 {
+				t.Errorf("%d acknowledgements are written down, want 2", n)
+			}
+			late := r.enrol(t, "late", 9) // a new enrolment may be that of an old peer
+			waiting("late")
+			if err := r.Peers.Remove(t.Context(), operator, "late"); err != nil {
+				t.Fatal(err)
+			}
+			refused(t, peers.ErrGone, r.ackCompromise(t, late, c.key, c.version))
+		})
+	}
+}
+
+func (r *rig) ackCompromise(t *testing.T, who appliance.Caller, key string, version uint32) error {
+	t.Helper()
+	_, err := r.Acknowledge(t.Context(), who, &wire.Ack{Op: wire.OpCompromiseAck, Key: key, Version: version})
+	return err
 }
 
 // TestCompromisedForEver: a version that is destroyed here may still be in other hands.
@@ -66,7 +214,8 @@ func TestCompromisedForEver(t *testing.T) {
 	for range 2 {
 		_, err := r.Verify(t.Context(), r.shop, verifyOf(m, first))
 		refused(t, transcript.ErrWrongSigner, err)
-		if told := r.Keys.Rotation("payments"); !told.Compromised || told.RetiresAt != told.ActivatesAt {
+		r.isNews(t, "payments", 1)
+		if told := r.Keys.Rotation("payments"); told.RetiresAt != told.ActivatesAt {
 			t.Errorf("others are told %+v", told)
 		}
 		r.reopen(t)

@@ -109,6 +109,9 @@ func (r *Ring) Memory() map[string]string {
 	for _, a := range r.Announcements() {
 		all["announcement "+a.Name] = fmt.Sprint(a.Version, " ", a.Event)
 	}
+	for _, a := range r.Compromises() {
+		all[fmt.Sprint("compromise ", a.Name, "/", a.Version)] = a.Event
+	}
 	r.mu.RLock()
 	defer r.mu.RUnlock()
 	for ref, k := range r.keys {

@@ -93,19 +93,19 @@ type Ring struct {
 
 	// mu guards all fields below. No holder waits for a device or the disk: admissions read the
 	// state of a key under mu, and the ledger's writer takes mu to let memory follow.
-	mu            sync.RWMutex
-	keys          map[keystore.Ref]*Key     // all versions, apart from those in the state making
-	byPublic      map[string][]keystore.Ref // versions of any state, by public key: one each, see checkNew
-	active        map[string]*Key           // active versions, by name
-	settings      map[string]Settings       // by name
-	written       usesRecord                // the last record of the uses
-	confirmed     map[string]time.Time      // ends of the operators' confirmations, by name
-	credentials   uint64                    // number of changes of operators' credentials
-	retries       map[string]retry          // failed rotations, by name
-	lost          map[keystore.Ref]error    // faults of versions that are missing on their token, or different
-	uncompared    map[part]error            // keys not compared with their tokens yet, see compare.go
-	announcements []Announcement            // cache; nil: empty
-	watchers      []func()                  // called after a change that peers may have to be told
+	mu          sync.RWMutex
+	keys        map[keystore.Ref]*Key     // all versions, apart from those in the state making
+	byPublic    map[string][]keystore.Ref // versions of any state, by public key: one each, see checkNew
+	active      map[string]*Key           // active versions, by name
+	settings    map[string]Settings       // by name
+	written     usesRecord                // the last record of the uses
+	confirmed   map[string]time.Time      // ends of the operators' confirmations, by name
+	credentials uint64                    // number of changes of operators' credentials
+	retries     map[string]retry          // failed rotations, by name
+	lost        map[keystore.Ref]error    // faults of versions that are missing on their token, or different
+	uncompared  map[part]error            // keys not compared with their tokens yet, see compare.go
+	announced   *announced                // cache; nil: empty
+	watchers    []func()                  // called after a change that peers may have to be told
 }
 
 // Open reads the keys, and compares them with the tokens that answer. Keep compares the keys of a
@@ -184,7 +184,7 @@ func (r *Ring) takeKey(name string, value []byte) error {
 	} else {
 		r.byPublic[string(info.PublicKey)] = append(r.byPublic[string(info.PublicKey)], ref)
 	}
-	r.keys[ref], r.announcements = k, nil
+	r.keys[ref], r.announced = k, nil
 	r.retire(info.PublicKey)
 	if k.State == Active {
 		r.active[k.Name] = k
@@ -231,7 +231,7 @@ func (r *Ring) remove(ref keystore.Ref) {
 	delete(r.keys, ref)
 	public := string(k.Info().PublicKey)
 	r.byPublic[public] = slices.DeleteFunc(r.byPublic[public], func(other keystore.Ref) bool { return other == ref })
-	r.announcements = nil
+	r.announced = nil
 	r.deactivate(ref)
 }
 

@@ -308,13 +308,16 @@ func (r *Ring) Compromise(ctx context.Context, who audit.Actor, name string, ver
 	})
 }
 
-// markCompromised records that a version is compromised. Acknowledgements of the successor are
-// taken back in the same transaction: peers gave them before the compromise was announced.
+// markCompromised records that a version is compromised, from then on as news for each peer: see
+// announce.go. Acknowledgements of an announced successor are taken back in the same transaction:
+// the successor becomes active at another time than the peers know.
 func (r *Ring) markCompromised(ctx context.Context, who audit.Actor, k *Key, reason string) error {
 	compromised := edit{k.Ref(), func(rec *record) { rec.State, rec.Compromised = Compromised, true }}
 	return r.Ledger.Update(ctx, func(tx *ledger.Tx) error {
-		if err := peers.Forget(tx, k.Name, k.Version+1); err != nil {
-			return err
+		if k.State == Active {
+			if err := peers.Forget(tx, k.Name, k.Version+1); err != nil {
+				return err
+			}
 		}
 		return r.changeIn(tx, who, []edit{compromised}, stateChanged(who, k, Compromised, reason))
 	})

@@ -71,7 +71,7 @@ func (r *Ring) takeSettings(name string, value []byte) error {
 	if now.Presence != before.Presence {
 		delete(r.confirmed, name) // the confirmation was for another time of presence
 	}
-	r.settings[name], r.announcements = now, nil
+	r.settings[name], r.announced = now, nil
 	return nil
 }
 

@@ -80,16 +80,22 @@ type Member struct {
 	requests   int               // requests being served; an item of a batch counts as one
 	sessions   int               // open sessions
 	known      map[string]uint32 // last acknowledged version of each key
+	warned     compromises       // acknowledged compromises
 	quotas     quotas
 }
 
 // active reports whether the peer may open sessions and send requests.
 func (m *Member) active() bool { return !m.suspended && !m.suspending && !m.removed }
 
+// compromises has compromised versions, by the name of the key.
+type compromises map[string][]uint32
+
+func (c compromises) has(key string, version uint32) bool { return slices.Contains(c[key], version) }
+
 // Session is an open connection of a member.
 type Session struct {
 	Member *Member
-	// News receives a value when the peer may have to be told of a rotation.
+	// News receives a value when the peer may have to be told of a rotation or a compromise.
 	News chan struct{}
 	conn io.Closer
 }
@@ -129,7 +135,10 @@ type record struct {
 	Seen      int64             `json:"seen,omitempty"`  // Unix seconds; at most about a minute old
 	From      string            `json:"from,omitempty"`  // address of the last session
 	Known     map[string]uint32 `json:"known,omitempty"` // last acknowledged version of each key
-	Used      *used             `json:"used,omitempty"`  // of the quotas, see WriteGreedy
+	// Warned has each compromise that the peer has acknowledged. An acknowledged rotation, also of
+	// a later version, says nothing about a compromise.
+	Warned compromises `json:"warned,omitempty"`
+	Used   *used       `json:"used,omitempty"` // of the quotas, see WriteGreedy
 }
 
 // decode decodes the ledger's record of a peer.
@@ -181,6 +190,7 @@ func (r *Registry) take(name string, value []byte) error {
 	if m.known = rec.Known; m.known == nil {
 		m.known = map[string]uint32{}
 	}
+	m.warned = rec.Warned
 	if rec.Seen == 0 {
 		return nil
 	}
@@ -454,14 +464,52 @@ func (r *Registry) disconnect(name string, mark func(*Member)) {
 // Acknowledge writes that a peer has acknowledged the rotation of a key to a version. Acknowledge
 // is idempotent. The error is ErrGone for a peer that is not enrolled.
 func (r *Registry) Acknowledge(ctx context.Context, p Peer, who audit.Actor, key string, version uint32) error {
+	return r.acknowledge(ctx, p, audit.NewRotationKnown(who, key, version),
+		func(m *Member) bool { return m.known[key] >= version },
+		func(rec *record) bool {
+			if rec.Known[key] >= version {
+				return false
+			}
+			if rec.Known == nil {
+				rec.Known = map[string]uint32{}
+			}
+			rec.Known[key] = version
+			return true
+		})
+}
+
+// AcknowledgeCompromise writes that a peer has acknowledged the compromise of a version, in the way
+// of Acknowledge.
+func (r *Registry) AcknowledgeCompromise(
+	ctx context.Context, p Peer, who audit.Actor, key string, version uint32,
+) error {
+	return r.acknowledge(ctx, p, audit.NewCompromiseKnown(who, key, version),
+		func(m *Member) bool { return m.warned.has(key, version) },
+		func(rec *record) bool {
+			if rec.Warned.has(key, version) {
+				return false
+			}
+			if rec.Warned == nil {
+				rec.Warned = compromises{}
+			}
+			rec.Warned[key] = append(rec.Warned[key], version)
+			return true
+		})
+}
+
+// acknowledge writes a change of a peer's record with its event, unless the member has acknowledged
+// already. The change returns false where the record has the acknowledgement.
+func (r *Registry) acknowledge(
+	ctx context.Context, p Peer, e audit.Event, known func(*Member) bool, change func(*record) bool,
+) error {
 	r.mu.RLock()
 	m := r.members[p.PublicKey]
-	known := m != nil && m.known[key] >= version
+	done := m != nil && known(m)
 	r.mu.RUnlock()
 	if m == nil {
 		return ErrGone
 	}
-	if known {
+	if done {
 		return nil
 	}
 	return r.ledger.Update(ctx, func(tx *ledger.Tx) error {
@@ -469,22 +517,18 @@ func (r *Registry) Acknowledge(ctx context.Context, p Peer, who audit.Actor, key
 		if err != nil || enrolled.PublicKey != p.PublicKey || !r.In(p.PublicKey) {
 			return ErrGone
 		}
-		if rec.Known[key] >= version {
+		if !change(&rec) {
 			return nil
 		}
-		if rec.Known == nil {
-			rec.Known = map[string]uint32{}
-		}
-		rec.Known[key] = version
 		if err := tx.Put(ledger.Peers, p.Name, manage.Encode(rec)); err != nil {
 			return err
 		}
-		return tx.Append(ledger.EventOf(audit.NewRotationKnown(who, key, version)))
+		return tx.Append(ledger.EventOf(e))
 	})
 }
 
 // Forget removes all acknowledgements of one version of a key, in the caller's transaction. A
-// rotation with new facts, such as a compromise, must be acknowledged again.
+// rotation with other times must be acknowledged again.
 func Forget(tx *ledger.Tx, key string, version uint32) error {
 	again := map[string]record{}
 	if err := tx.All(ledger.Peers, func(name string, value []byte) error {
@@ -513,13 +557,31 @@ func (r *Registry) Known(m *Member, key string) uint32 {
 	return m.known[key]
 }
 
+// Warned reports whether a member has acknowledged the compromise of a version.
+func (r *Registry) Warned(m *Member, key string, version uint32) bool {
+	r.mu.RLock()
+	defer r.mu.RUnlock()
+	return m.warned.has(key, version)
+}
+
 // Unacknowledged returns the names of the active peers that have not acknowledged a version of a
 // key.
-func (r *Registry) Unacknowledged(key string, version uint32) (names []string) {
+func (r *Registry) Unacknowledged(key string, version uint32) []string {
+	return r.without(func(m *Member) bool { return m.known[key] >= version })
+}
+
+// Unwarned returns the names of the active peers that have not acknowledged the compromise of a
+// version.
+func (r *Registry) Unwarned(key string, version uint32) []string {
+	return r.without(func(m *Member) bool { return m.warned.has(key, version) })
+}
+
+// without returns the names of the active peers without an acknowledgement.
+func (r *Registry) without(acknowledged func(*Member) bool) (names []string) {
 	r.mu.RLock()
 	defer r.mu.RUnlock()
 	for _, m := range r.members {
-		if m.active() && m.known[key] < version {
+		if m.active() && !acknowledged(m) {
 			names = append(names, m.Name)
 		}
 	}
