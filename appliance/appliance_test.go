@@ -358,6 +358,62 @@ func TestRepetitionAfterRotation(t *testing.T) {
 	r.refuses(t, "replay", err)
 }
 
+// TestRequestedVersion: a request that names a version is signed by no other version. The refusal
+// signs nothing and spends nothing, and a repetition still gets the signature of its admission.
+func TestRequestedVersion(t *testing.T) {
+	r := newRig(t)
+	asked := func(n byte, version uint32) *wire.Sign {
+		req := message(n, "m")
+		req.Version = version
+		return req
+	}
+	refused := func(req *wire.Sign) {
+		t.Helper()
+		before := r.Keys.Version("payments", 1).Uses()
+		if next := r.Keys.Version("payments", 2); next != nil {
+			before += next.Uses()
+		}
+		_, err := r.Sign(t.Context(), r.shop, req)
+		r.refuses(t, wire.CodeKeyRotated, err)
+		after := r.Keys.Version("payments", 1).Uses()
+		if next := r.Keys.Version("payments", 2); next != nil {
+			after += next.Uses()
+		}
+		if after != before {
+			t.Errorf("%d signatures for a refused request", after-before)
+		}
+	}
+	first := r.sign(t, r.shop, asked(1, 1))
+	if first.Version != 1 {
+		t.Errorf("version %d signs", first.Version)
+	}
+	refused(asked(2, 2)) // the version is not announced yet
+	if _, err := r.Keys.Rotate(t.Context(), operator, "payments", time.Now()); err != nil {
+		t.Fatal(err)
+	}
+	refused(asked(2, 1))
+	if s := r.sign(t, r.shop, asked(2, 2)); s.Version != 2 || s.Repeated {
+		t.Errorf("the nonce of the refused requests: %+v", s)
+	}
+	for _, version := range []uint32{0, 1} { // a lost answer
+		if s := r.sign(t, r.shop, asked(1, version)); !s.Repeated || s.Version != 1 ||
+			!bytes.Equal(s.Signature, first.Signature) {
+			t.Errorf("a repetition for version %d: %+v", version, s)
+		}
+	}
+	refused(asked(1, 2)) // repetitions of requests that others have signed
+	refused(asked(2, 1))
+	admitted := 0
+	for _, e := range r.events(t) {
+		if e == audit.SignatureAdmitted {
+			admitted++
+		}
+	}
+	if admitted != 3 { // one of them is that of the step to version 2
+		t.Errorf("%d admissions, want 3", admitted)
+	}
+}
+
 // TestDeviceThatLies: a signature that does not verify is never released. The same request can be
 // sent again, and gets a signature of the repaired device.
 func TestDeviceThatLies(t *testing.T) {

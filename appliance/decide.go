@@ -1,6 +1,7 @@
 package appliance
 
 import (
+	"cmp"
 	"context"
 	"crypto/rand"
 	"encoding/hex"
@@ -49,14 +50,17 @@ type decision struct {
 	record  []byte
 }
 
-// decisionOf prepares a decision about a signature outside the ledger. The error refuses documents
-// reserved for the appliance itself, and amounts beyond the range of Cedar's integers.
-func (a *Appliance) decisionOf(who Caller, key *keyring.Key, doc *transcript.Document) (*decision, error) {
+// decisionOf prepares a decision about a signature outside the ledger, by the requested version of
+// the key; 0 is any version. The error refuses documents reserved for the appliance itself, and
+// amounts beyond the range of Cedar's integers.
+func (a *Appliance) decisionOf(
+	who Caller, key *keyring.Key, version uint32, doc *transcript.Document,
+) (*decision, error) {
 	if doc.Reserved {
 		return nil, fmt.Errorf("%w: %s is made by the appliance only", errNotYours, doc.Type)
 	}
 	mayUse := func() error {
-		if err := a.Keys.MayUse(key); err != nil {
+		if err := cmp.Or(checkRequested(key, version), a.Keys.MayUse(key)); err != nil {
 			return err
 		}
 		return doc.CheckSigner(key.Info().PublicKey) // a fresh nonce is for this version only
@@ -73,6 +77,27 @@ func (a *Appliance) decisionOf(who Caller, key *keyring.Key, doc *transcript.Doc
 		d.generation = &ledger.Monotonic{Series: keyring.GenerationSeries(doc.Type, key.Name), Value: *doc.Generation}
 	}
 	return d, d.prepare()
+}
+
+// checkRequested refuses a signature by another version than the requested one; 0 is any version.
+func checkRequested(key *keyring.Key, version uint32) error {
+	if version != 0 && version != key.Version {
+		return fmt.Errorf("%w: version %d of %q was asked for, and version %d signs",
+			keyring.ErrRotated, version, key.Name, key.Version)
+	}
+	return nil
+}
+
+// admittedVersion returns the version of an admission: key, or the version of the first admission
+// of a repeated request. The repetition may ask for a version which the first request did not name.
+func (a *Appliance) admittedVersion(r *wire.Sign, key *keyring.Key, admitted uint32) (*keyring.Key, error) {
+	if admitted != key.Version {
+		var err error
+		if key, err = a.Keys.Admitted(r.Key, admitted); err != nil {
+			return nil, err
+		}
+	}
+	return key, checkRequested(key, r.Version)
 }
 
 // verificationOf prepares a decision about a verification, if the policy has a rule about

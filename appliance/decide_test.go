@@ -65,7 +65,7 @@ func TestEveryContextFitsTheSchema(t *testing.T) {
 			Identity: hex.EncodeToString(r.public),
 		}
 		for _, who := range []Caller{r.shop, identified} {
-			d, err := r.decisionOf(who, key, doc)
+			d, err := r.decisionOf(who, key, 0, doc)
 			if doc.Reserved {
 				r.refuses(t, wire.CodeDenied, err)
 				seen[v.Type] = true
@@ -288,7 +288,7 @@ func TestPolicyOfTheMoment(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	d, err := r.decisionOf(Caller{Peer: peers.Peer{Name: "shop", PublicKey: r.shop.Public()}}, key, doc)
+	d, err := r.decisionOf(Caller{Peer: peers.Peer{Name: "shop", PublicKey: r.shop.Public()}}, key, 0, doc)
 	if err != nil {
 		t.Fatal(err)
 	}

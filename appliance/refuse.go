@@ -62,6 +62,7 @@ var table = []struct {
 	{transcript.ErrWrongSigner, refused, wire.CodeWrongSigner, ""},
 	{keyring.ErrUnknown, refused, wire.CodeUnknownKey, ""},
 	{keyring.ErrNotActive, refused, wire.CodeKeyNotActive, ""},
+	{keyring.ErrRotated, refused, wire.CodeKeyRotated, ""},
 	{errInvalidSignature, refused, wire.CodeInvalidSignature, ""},
 	{errReplay, refused, wire.CodeReplay, ""},
 	{errNotYours, refused, wire.CodeDenied, ""},

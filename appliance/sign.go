@@ -31,7 +31,7 @@ func (a *Appliance) Sign(ctx context.Context, who Caller, r *wire.Sign) (*wire.S
 		return nil, err
 	}
 	// The policy decides inside the admission, where the ledger counts earlier signatures.
-	d, err := a.decisionOf(who, key, doc)
+	d, err := a.decisionOf(who, key, r.Version, doc)
 	if err != nil {
 		return nil, err
 	}
@@ -47,10 +47,8 @@ func (a *Appliance) Sign(ctx context.Context, who Caller, r *wire.Sign) (*wire.S
 	}
 	// A repeated request gets the version and the signature of its first admission. Ed25519 is
 	// deterministic, so a signature made again is the same.
-	if admitted.KeyVersion != key.Version {
-		if key, err = a.Keys.Admitted(r.Key, admitted.KeyVersion); err != nil {
-			return nil, err
-		}
+	if key, err = a.admittedVersion(r, key, admitted.KeyVersion); err != nil {
+		return nil, err
 	}
 	// Every signature is verified before its release, from the device and from the ledger.
 	verifies := func(signature []byte) bool { return key.Verify(doc.Message, signature) == nil }

@@ -349,13 +349,21 @@ func DecodeSigned(b []byte) (*Signed, error) {
 // document as Fill does. The client has verified the returned signature over the bytes that this
 // package itself encodes from the document.
 func (c *Client) Sign(ctx context.Context, key string, d Document) (*Signed, error) {
+	return c.sign(ctx, key, 0, d)
+}
+
+// sign asks for a signature of a version; 0 is any version.
+func (c *Client) sign(ctx context.Context, key string, version uint32, d Document) (*Signed, error) {
 	d = d.Fill(c.config.Lifetime)
 	var s wire.Signed
 	err := c.call(ctx, true, func(id string) any {
-		return wire.Sign{ID: id, Op: wire.OpSign, Key: key, Document: d.wire()}
+		return wire.Sign{ID: id, Op: wire.OpSign, Key: key, Version: version, Document: d.wire()}
 	}, &s)
 	if err != nil {
 		return nil, err
+	}
+	if version != 0 && s.Version != version {
+		return nil, fmt.Errorf("%w: version %d signs, version %d was asked for", ErrWrongAnswer, s.Version, version)
 	}
 	return c.checkSigned(ctx, key, d, s)
 }

@@ -1,6 +1,8 @@
 package client_test
 
 import (
+	"crypto"
+	"crypto/ed25519"
 	"crypto/sha256"
 	"encoding/json"
 	"errors"
@@ -248,5 +250,36 @@ func TestAnnouncedVersion(t *testing.T) {
 		if _, err := client.DecodeKeyLine(b); err == nil {
 			t.Errorf("%s: %s is read", name, b)
 		}
+	}
+}
+
+// TestSignerAfterARotation: a Signer asks for its version, and gets ErrKeyRotated in place of a
+// signature that it would throw away.
+func TestSignerAfterARotation(t *testing.T) {
+	s := serve(t)
+	c, _ := peer(t, s, 0, nil)
+	signer, err := c.Signer(within(t), "payments")
+	if err != nil {
+		t.Fatal(err)
+	}
+	sign := func(signer *client.Signer) error {
+		signature, err := signer.Sign(nil, []byte("hello"), crypto.Hash(0))
+		if err == nil && !ed25519.Verify(signer.Public().(ed25519.PublicKey), []byte("hello"), signature) {
+			t.Error("the signature does not verify")
+		}
+		return err
+	}
+	if err := sign(signer); err != nil {
+		t.Error(err)
+	}
+	s.Do(func(s *clienttest.Server) { s.Active, s.Shown = 2, 2 })
+	if err := sign(signer); !errors.Is(err, client.ErrKeyRotated) {
+		t.Errorf("%v", err)
+	}
+	if signer, err = c.Signer(within(t), "payments"); err != nil {
+		t.Fatal(err)
+	}
+	if err := sign(signer); err != nil {
+		t.Errorf("a new Signer: %v", err)
 	}
 }

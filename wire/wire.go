@@ -53,6 +53,7 @@ const (
 	CodeTooLarge         = "too_large"         // the request or its answer does not fit into a message
 	CodeUnknownKey       = "unknown_key"       // no key has this name
 	CodeKeyNotActive     = "key_not_active"    // the key exists, but may not sign now
+	CodeKeyRotated       = "key_rotated"       // another version than the requested one signs; nothing was signed
 	CodeDenied           = "denied"            // policy does not allow the request
 	CodeNotConfirmed     = "not_confirmed"     // an operator must confirm that the key may sign now
 	CodeReplay           = "replay"            // the nonce is spent
@@ -94,11 +95,13 @@ type Keys struct {
 	Op string `json:"op"`
 }
 
-// Sign asks for a signature with the active version of a key.
+// Sign asks for a signature with the active version of a key. With a Version other than 0, a
+// signature by any other version is refused before the admission.
 type Sign struct {
-	ID  string `json:"id"`
-	Op  string `json:"op"`
-	Key string `json:"key"`
+	ID      string `json:"id"`
+	Op      string `json:"op"`
+	Key     string `json:"key"`
+	Version uint32 `json:"version,omitzero"`
 	Document
 }
 

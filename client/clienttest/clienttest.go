@@ -240,6 +240,9 @@ func (s *Server) answer(message []byte) []byte {
 		result = wire.Acknowledged{Key: r.Key, Version: r.Version}
 	case *wire.Sign:
 		s.asked[r.Op]++
+		if r.Version != 0 && r.Version != s.Active {
+			return wire.EncodeAnswer(id, nil, &wire.Error{Code: wire.CodeKeyRotated, Message: "another version signs"})
+		}
 		result = s.Line.Signed(s.Active, r)
 	default:
 		return wire.EncodeAnswer(id, nil, &wire.Error{Code: wire.CodeUnsupported, Message: "not in this test"})

@@ -33,6 +33,7 @@ import (
 var (
 	ErrUnknown      = errors.New("unknown key")
 	ErrNotActive    = errors.New("the key is not active")
+	ErrRotated      = errors.New("another version of the key signs")
 	ErrNotConfirmed = errors.New("an operator must be there")
 )
 
