@@ -65,7 +65,8 @@ func (p Plan) Check() error {
 //     given number of signatures on.
 //   - With a Window in addition, a version is due only within WindowLength of a tick after the
 //     activation. A missed window has no effect: the next window counts.
-//   - With a Window alone, a version is due in each window.
+//   - With a Window alone, a version is due in each window, but not before the least age of Every:
+//     an expression may tick each minute.
 //   - A clock set back delays a rotation, and never causes a second one.
 //
 // A plan refused by Check is never due.
@@ -80,7 +81,7 @@ func (p Plan) Due(activated time.Time, uses uint64, started, now time.Time) (due
 	case p.Every > 0:
 		from, why = activated.Add(p.Every), ByAge
 	case p.Window != "" && p.Uses == 0:
-		from, why = activated, ByWindow
+		from, why = activated.Add(minEvery), ByWindow
 	default:
 		return false, time.Time{}, ""
 	}
