@@ -134,6 +134,9 @@ func checkEvent(t *testing.T, text string) {
 		}
 		return
 	}
+	if r.Succession == nil && r.Version == 1 && r.Cancelled == 2 { // the step to version 2 is called off
+		return
+	}
 	doc, err := transcript.Parse(transcript.Request{
 		Type: "key-succession-v1", Payload: r.Succession.Payload, Nonce: r.Succession.Nonce,
 		Timestamp: r.Succession.Timestamp, ExpiresAt: r.Succession.ExpiresAt,

@@ -22,18 +22,45 @@ func (s *server) rotate(ctx context.Context, who caller, in *struct {
 	if err != nil {
 		return api.Key{}, err
 	}
-	at := time.Now().Add(l.Announce)
-	if in.Body.At != 0 {
-		at = time.Unix(in.Body.At, 0)
+	at, within, err := askedTime(in.Body, time.Now(), l.Announce)
+	if err != nil {
+		return api.Key{}, err
 	}
-	if in.Body.Now {
-		at = time.Now()
-	}
-	k, err := s.Appliance.Keys.Rotate(ctx, who.actor(), in.Name, at)
+	k, err := s.Appliance.Keys.RotateWithin(ctx, who.actor(), in.Name, at, within)
 	if err != nil {
 		return api.Key{}, err
 	}
 	return s.keyDoc(k), nil
+}
+
+// askedTime returns the time of the activation, and the time after it for which the rotation still
+// makes sense.
+func askedTime(r api.Rotate, now time.Time, announce time.Duration) (at time.Time, within time.Duration, err error) {
+	within = keyring.DefaultWithin
+	if r.Within != 0 {
+		within = time.Duration(r.Within) * time.Second
+	}
+	switch {
+	case r.At != 0 && r.In != 0 || r.At != 0 && r.Now || r.In != 0 && r.Now:
+		return at, 0, invalid.errorf("say one of at, in and now")
+	case r.At != 0 && r.At < now.Unix():
+		return at, 0, invalid.errorf("at: %s is in the past: say now for at once",
+			time.Unix(r.At, 0).UTC().Format(time.RFC3339))
+	case r.At != 0:
+		return time.Unix(r.At, 0), within, nil
+	case r.In != 0:
+		return now.Add(time.Duration(r.In) * time.Second), within, nil
+	case r.Now:
+		return now, within, nil
+	}
+	return now.Add(announce), within, nil
+}
+
+func (s *server) cancelRotation(ctx context.Context, who caller, in *named) (api.Line, error) {
+	if err := s.Appliance.Keys.Cancel(ctx, who.actor(), in.Name); err != nil {
+		return api.Line{}, err
+	}
+	return s.line(ctx, who, in)
 }
 
 func (s *server) line(_ context.Context, _ caller, in *named) (api.Line, error) {
@@ -49,6 +76,11 @@ func (s *server) lineDoc(name string, l keyring.Settings) api.Line {
 	}, Unacknowledged: []string{}, Compromises: []api.Compromise{}, Rotation: s.Appliance.Keys.Rotation(name)}
 	at, reason := s.Appliance.Keys.NextRotation(name)
 	doc.NextRotation, doc.NextReason, doc.Confirmed = unix(at), reason, unix(s.Appliance.Keys.Confirmed(name))
+	if q, ok := s.Appliance.Keys.Requested(name); ok {
+		doc.Requested = &api.Requested{
+			By: q.By.Name, Asked: unix(q.Asked), Activates: unix(q.Activates), Until: unix(q.Until), Ended: q.Ended,
+		}
+	}
 	if doc.Rotation != nil {
 		missing := s.Appliance.Peers.Unacknowledged(name, doc.Rotation.Version)
 		doc.Unacknowledged = append(doc.Unacknowledged, missing...)

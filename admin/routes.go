@@ -96,6 +96,10 @@ func (s *server) routes() {
 	route(s, s.rotate, operation{
 		route: "POST /v1/keys/{name}/rotate", id: "rotate-key", summary: "Announce the next version of a key",
 		roles: of(operator), refused: whileBlocked})
+	route(s, s.cancelRotation, operation{
+		route: "POST /v1/keys/{name}/rotate/cancel", id: "cancel-rotation",
+		summary: "Call off the announced or requested rotation of a key",
+		roles:   of(operator), refused: whileUninitialised})
 	route(s, s.line, operation{
 		route: "GET /v1/keys/{name}/line", id: "line",
 		summary: "Say how a key is rotated, and who has not acknowledged it",

@@ -51,9 +51,11 @@ func (a *Appliance) hooksOf() (all []hook, err error) {
 		})
 	}
 	for _, n := range a.Keys.Announcements() {
-		all = append(all, hook{
-			fmt.Sprintf("rotation_%s_%s_%d", id, n.Name, n.Version), n.Name, "key.rotation", n.Event,
-		})
+		message := fmt.Sprintf("rotation_%s_%s_%d", id, n.Name, n.Version)
+		if n.Change > 0 { // moved or called off: a message of its own
+			message += fmt.Sprintf("_change%d", n.Change)
+		}
+		all = append(all, hook{message, n.Name, "key.rotation", n.Event})
 	}
 	return all, nil
 }

@@ -323,3 +323,46 @@ func TestWebhookThatIsSlow(t *testing.T) {
 		same(t, h.hears(3), want...)
 	}
 }
+
+// TestWebhookOfTheEnd: a rotation that was moved or called off is a message of its own, also after
+// a restart.
+func TestWebhookOfTheEnd(t *testing.T) {
+	e := newEdge(t, nil)
+	h := newReceiver(t)
+	e.tell(h)
+	at := time.Now().Add(time.Hour)
+	rotate := func() {
+		t.Helper()
+		if _, err := e.Keys.Rotate(t.Context(), operator, "payments", at); err != nil {
+			t.Fatal(err)
+		}
+	}
+	first := e.hookID("rotation", "payments", 2)
+	moved, ended := first+"_change1", e.hookID("rotation", "payments", 1)+"_change2"
+	rotation := func(id string) (r wire.Rotation) {
+		t.Helper()
+		if err := json.Unmarshal(h.heard(id).Data, &r); err != nil {
+			t.Fatal(err)
+		}
+		return r
+	}
+	rotate()
+	h.hears(1)
+	at = at.Add(time.Hour)
+	rotate()
+	same(t, h.hears(2), first, moved)
+	if d := rotation(moved); d.ActivatesAt != at.Unix() || d.Change != 1 {
+		t.Errorf("%+v", d)
+	}
+	e.toldOf(moved)
+	e.tell() // no receiver
+	if err := e.Keys.Cancel(t.Context(), operator, "payments"); err != nil {
+		t.Fatal(err)
+	}
+	e.tell(h)
+	same(t, h.hears(3), ended, first, moved)
+	if d := rotation(ended); d.Cancelled != 2 || d.Version != 1 {
+		t.Errorf("%+v", d)
+	}
+	e.toldOf(ended)
+}

@@ -7,6 +7,7 @@ import (
 
 	"countersign/internal/keyring"
 	"countersign/internal/keystore"
+	"countersign/internal/ledger"
 	"countersign/internal/peers"
 	"countersign/wire"
 )
@@ -56,14 +57,21 @@ func (a *Appliance) inform(ctx context.Context, s *session) {
 
 // Acknowledge writes that a peer has acknowledged a rotation or a compromise.
 func (a *Appliance) Acknowledge(ctx context.Context, who Caller, r *wire.Ack) (*wire.Acknowledged, error) {
-	check, write := a.Keys.CheckAnnounced, a.Peers.Acknowledge
-	if r.Op == wire.OpCompromiseAck {
-		check, write = a.Keys.CheckCompromised, a.Peers.AcknowledgeCompromise
+	check := func() error { return a.Keys.CheckAnnounced(r.Key, r.Version, r.Change) }
+	write := func() error {
+		still := func(tx *ledger.Tx) error { return a.Keys.StillAnnounced(tx, r.Key, r.Version, r.Change) }
+		return a.Peers.Acknowledge(ctx, who.Peer, who.actor(), r.Key, r.Version, still)
 	}
-	if err := check(r.Key, r.Version); err != nil && a.Peers.In(who.PublicKey) {
+	if r.Op == wire.OpCompromiseAck {
+		check = func() error { return a.Keys.CheckCompromised(r.Key, r.Version) }
+		write = func() error {
+			return a.Peers.AcknowledgeCompromise(ctx, who.Peer, who.actor(), r.Key, r.Version)
+		}
+	}
+	if err := check(); err != nil && a.Peers.In(who.PublicKey) {
 		return nil, err
 	}
-	err := write(ctx, who.Peer, who.actor(), r.Key, r.Version)
+	err := write()
 	if errors.Is(err, peers.ErrGone) {
 		err = fmt.Errorf("%w: %w", errNotYours, err)
 	}

@@ -376,3 +376,114 @@ func TestToldOnce(t *testing.T) {
 		t.Errorf("the shop hears again: %+v", before[0])
 	}
 }
+
+// TestPeersHearOfTheEnd: peers hear of a rotation that was moved or called off, whether connected
+// or away, and also after an acknowledgement of the announcement. They hear the news on every
+// connection until they acknowledge the news.
+func TestPeersHearOfTheEnd(t *testing.T) {
+	e := newEdge(t, nil)
+	shop := e.session("127.0.0.1", e.shop)
+	at := time.Now().Add(time.Hour)
+	rotate := func() {
+		t.Helper()
+		if _, err := e.Keys.Rotate(t.Context(), operator, "payments", at); err != nil {
+			t.Fatal(err)
+		}
+	}
+	ack := func(conn *noise.Conn, r *wire.Rotation) {
+		t.Helper()
+		request := wire.Ack{ID: "a", Op: wire.OpAck, Key: r.Key, Version: r.Version, Change: r.Change}
+		a, _ := asks(t, conn, string(manage.Encode(request)))
+		for a.ID != request.ID { // the answer to an earlier request
+			a, _ = asks(t, conn, ping)
+		}
+		if a.Error != nil {
+			t.Errorf("%+v", a)
+		}
+	}
+	// cafe connects, and hears what the shop has heard.
+	cafe := func(want *wire.Rotation) {
+		t.Helper()
+		conn, err := e.shake("127.0.0.1", e.cafe)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer conn.Close()
+		if err := conn.WriteMessage([]byte(ping)); err != nil {
+			t.Fatal(err)
+		}
+		if r := hears(t, conn); string(wire.EncodeRotation(*r)) != string(wire.EncodeRotation(*want)) {
+			t.Errorf("the café hears %+v, want %+v", r, want)
+		}
+	}
+	rotate()
+	r := hears(t, shop)
+	ack(shop, r)
+	at = at.Add(time.Hour)
+	rotate()
+	moved := hears(t, shop)
+	if moved.Version != 2 || moved.Change != 1 || moved.ActivatesAt != at.Unix() || moved.Succession == nil {
+		t.Errorf("the shop hears %+v", moved)
+	}
+	cafe(moved)
+	const late = `{"id":"a","op":"rotation.ack","key":"payments","version":2}`
+	if a, _ := asks(t, shop, late); codeOf(a.Error) != wire.CodeUnknownKey {
+		t.Errorf("an acknowledgement of what is no longer true: %+v", a)
+	}
+	ack(shop, moved)
+	if err := e.Keys.Cancel(t.Context(), operator, "payments"); err != nil {
+		t.Fatal(err)
+	}
+	off := hears(t, shop)
+	if off.Version != 1 || off.Change != 2 || off.Cancelled != 2 || off.PublicKey == moved.PublicKey {
+		t.Errorf("the shop hears %+v", off)
+	}
+	for range 2 {
+		cafe(off)
+		e.restart()
+	}
+	shop, err := e.shake("127.0.0.1", e.shop)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer shop.Close()
+	if err := shop.WriteMessage([]byte(ping)); err != nil {
+		t.Fatal(err)
+	}
+	ack(shop, hears(t, shop))
+	shop = e.session("127.0.0.1", e.shop)
+	if _, before := asks(t, shop, ping); len(before) > 0 {
+		t.Errorf("the shop hears again: %+v", before)
+	}
+	rotate()
+	if r := hears(t, shop); r.Version != 2 || r.Change != 2 || r.Cancelled != 0 || r.PublicKey != moved.PublicKey {
+		t.Errorf("the shop hears %+v", r)
+	}
+}
+
+// TestCalledOffNoiseKeyAnswers: a peer that was away tries the announced Noise key only, once the
+// old one must have retired. The peer gets in, and hears that the rotation was called off.
+func TestCalledOffNoiseKeyAnswers(t *testing.T) {
+	e := newEdge(t, nil)
+	next, err := e.Keys.Rotate(t.Context(), operator, keyring.NoiseName, time.Now().Add(time.Hour))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := e.Keys.Cancel(t.Context(), operator, keyring.NoiseName); err != nil {
+		t.Fatal(err)
+	}
+	active := wire.Bytes32(e.server)
+	e.restart()
+	e.server = [32]byte(next.Info().PublicKey)
+	shop, err := e.shake("127.0.0.1", e.shop)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer shop.Close()
+	if err := shop.WriteMessage([]byte(ping)); err != nil {
+		t.Fatal(err)
+	}
+	if r := hears(t, shop); r.Key != wire.NoiseKey || r.Cancelled != 2 || r.PublicKey != active {
+		t.Errorf("the shop hears %+v", r)
+	}
+}

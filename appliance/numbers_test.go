@@ -26,6 +26,7 @@ func TestNumbersInAnswers(t *testing.T) {
 		"Key.version": "of the key", "Acknowledged.version": "of the key",
 		"Rotation.version": "of the key", "Rotation.activates_at": "of the key", "Rotation.retires_at": "of the key",
 		"Steps.active": "of the key", "Compromise.version": "of the key",
+		"Rotation.change": "of the key", "Rotation.cancelled": "of the key",
 		"Succession.timestamp": "of the document", "Succession.expires_at": "of the document",
 	}
 	got := map[string]bool{}

@@ -53,9 +53,11 @@ const (
 	KeyCreationFailed   Type = "KeyCreationFailed"
 	KeyRotated          Type = "KeyRotated"
 	KeyRotationFailed   Type = "KeyRotationFailed"
-	KeyStateChanged     Type = "KeyStateChanged" // metadata from and to
-	KeyCommitted        Type = "KeyCommitted"    // a successor exists; metadata next: SHA-256 of its public key
+	KeyStateChanged     Type = "KeyStateChanged"   // metadata from and to
+	KeyCommitted        Type = "KeyCommitted"      // a successor exists; metadata next: SHA-256 of its public key
+	RotationRequested   Type = "RotationRequested" // by an operator; on disk before anything is tried
 	RotationAnnounced   Type = "RotationAnnounced"
+	RotationCancelled   Type = "RotationCancelled"
 	RotationKnown       Type = "RotationKnown"   // a peer has acknowledged a rotation
 	CompromiseKnown     Type = "CompromiseKnown" // a peer has acknowledged a compromise
 	LineChanged         Type = "LineChanged"     // how a key is rotated, and whether operators must confirm its use
@@ -121,8 +123,8 @@ var kinds = map[Type]Kind{
 	SignatureRejected: Other, ReplayRefused: Other, RateLimitTriggered: Other, HandshakeRefused: Other,
 	KeyCreated: Other, KeyImported: Other, KeyCreationFailed: Other,
 	KeyRotated: Other, KeyRotationFailed: Other, KeyStateChanged: Other,
-	KeyCommitted: Other, RotationAnnounced: Other, RotationKnown: Other, CompromiseKnown: Other,
-	LineChanged: Other, NoiseKeyAuthorized: Other,
+	KeyCommitted: Other, RotationRequested: Other, RotationAnnounced: Other, RotationCancelled: Other,
+	RotationKnown: Other, CompromiseKnown: Other, LineChanged: Other, NoiseKeyAuthorized: Other,
 	PeerAdded: Other, PeerRemoved: Other, PeerSuspended: Other, PeerResumed: Other, PolicyChanged: Other,
 	OperatorEnrolled: Other, OperatorChanged: Other, OperatorSignedIn: Other, OperatorSignedOut: Other,
 	SignInRefused: Other, PresenceConfirmed: Other,

@@ -180,11 +180,38 @@ func NewKeyCommitted(who Actor, key string, next [32]byte, k KeyFacts) Event {
 		"custody", k.Custody, "provenance", k.Provenance, "token", k.Token)
 }
 
-// NewRotationAnnounced records the time at which the version after key will be active.
-func NewRotationAnnounced(who Actor, key string, version uint32, activates time.Time, k KeyFacts) Event {
-	return newEvent(RotationAnnounced, who, "key rotate", key, "version", decimal(version),
+// NewRotationRequested records a rotation that an operator has asked for, before anything is tried.
+// Nothing is tried any more from until on.
+func NewRotationRequested(who Actor, name string, activates, until time.Time) Event {
+	return newEvent(RotationRequested, who, "key rotate", name,
+		"activates_at", decimal(activates.Unix()), "until", decimal(until.Unix()))
+}
+
+// NewRotationGivenUp records a requested rotation that is not tried any more.
+func NewRotationGivenUp(who Actor, name string, activates time.Time, cause error) Event {
+	return newEvent(KeyRotationFailed, who, "key rotate", name,
+		"activates_at", decimal(activates.Unix()), "cause", cause.Error()).ended("given_up")
+}
+
+// NewRotationAnnounced records the time at which the version after key will be active. instead is
+// the time of the announcement that is replaced; zero: none is.
+func NewRotationAnnounced(
+	who Actor, key string, version uint32, activates, instead time.Time, k KeyFacts,
+) Event {
+	e := newEvent(RotationAnnounced, who, "key rotate", key, "version", decimal(version),
 		"public_key", hex.EncodeToString(k.PublicKey), "activates_at", decimal(activates.Unix()),
 		"custody", k.Custody, "provenance", k.Provenance)
+	if !instead.IsZero() {
+		e = e.with("instead_of", decimal(instead.Unix()))
+	}
+	return e
+}
+
+// NewRotationCancelled records that the version after key does not become active at the time that
+// was announced or asked for. The version stays the successor.
+func NewRotationCancelled(who Actor, key string, version uint32, activates time.Time) Event {
+	return newEvent(RotationCancelled, who, "key rotate cancel", key,
+		"version", decimal(version), "activates_at", decimal(activates.Unix()))
 }
 
 // NewKeyRotated records a new active version. retires is the latest time of archiving for the

@@ -9,6 +9,69 @@ import (
 	"countersign/internal/keyring"
 )
 
+// TestCalledOffByAnAppliance: a client of a real appliance hears of a rotation, of its other time,
+// and of its end, and acknowledges each of them. The version that was called off comes later.
+func TestCalledOffByAnAppliance(t *testing.T) {
+	a := start(t)
+	ctx := within(t)
+	k, err := a.app.Keys.Active("payments")
+	if err != nil {
+		t.Fatal(err)
+	}
+	heard := make(told, 10)
+	config := a.config()
+	config.Lines = []client.KeyLine{{Key: "payments", Version: 1, PublicKey: [32]byte(k.Info().PublicKey)}}
+	config.OnRotation = func(r client.Rotation) { heard <- r }
+	kept := make(chan [32]byte, 10)
+	config.OnServerKey = func(key [32]byte) { kept <- key }
+	c := dial(t, config)
+	if _, err := c.Ping(ctx); err != nil {
+		t.Fatal(err)
+	}
+	for _, name := range []string{"payments", keyring.NoiseName} {
+		for in := time.Hour; in <= 2*time.Hour; in += time.Hour {
+			at := time.Now().Add(in)
+			if _, err := a.app.Keys.Rotate(ctx, operator, name, at); err != nil {
+				t.Fatal(err)
+			}
+			if r := heard.next(t); r.Err != nil || r.New.Version != 2 || r.ActivatesAt.Unix() != at.Unix() {
+				t.Fatalf("%+v", r)
+			}
+		}
+		if err := a.app.Keys.Cancel(ctx, operator, name); err != nil {
+			t.Fatal(err)
+		}
+		if r := heard.next(t); r.Err != nil || r.Cancelled != 2 || r.New.Version != 1 {
+			t.Errorf("%+v", r)
+		}
+		for len(a.app.Peers.Unacknowledged(name, 1)) > 0 {
+			if _, err := c.Ping(ctx); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	for range 2 {
+		if key := <-kept; key == a.key {
+			t.Error("the announced key of the listener is not the next one")
+		}
+	}
+	if key := <-kept; key != a.key {
+		t.Error("the application keeps another key of the listener than the active one")
+	}
+	if s, err := c.Sign(ctx, "payments", message("AAAA")); err != nil || s.Version != 1 {
+		t.Errorf("%v", err)
+	}
+	if _, err := a.app.Keys.Rotate(ctx, operator, "payments", time.Now()); err != nil {
+		t.Fatal(err)
+	}
+	if r := heard.next(t); r.Err != nil || r.New.Version != 2 || r.Cancelled != 0 {
+		t.Errorf("%+v", r)
+	}
+	if s, err := c.Sign(ctx, "payments", message("BBBB")); err != nil || s.Version != 2 {
+		t.Errorf("%v", err)
+	}
+}
+
 // TestRotationOfAnAppliance rotates the keys of a real appliance. A connected peer follows the
 // line, a peer without a connection catches up later, and both change over to the new Noise key.
 func TestRotationOfAnAppliance(t *testing.T) {

@@ -265,25 +265,27 @@ func (c *Client) steps(ctx context.Context, key string, from uint32) (wire.Steps
 	return s, err
 }
 
-// Acknowledge tells the appliance that this peer knows of a rotation. The client acknowledges by
-// itself, except with Config.Unacknowledged.
-func (c *Client) Acknowledge(ctx context.Context, key string, version uint32) error {
-	return c.ack(ctx, wire.OpAck, key, version)
+// Acknowledge tells the appliance that this peer knows of a rotation: e is Rotation.Event. The
+// client acknowledges by itself, except with Config.Unacknowledged. An event that the appliance has
+// replaced meanwhile is refused as unknown_key: the newer event is on its way.
+func (c *Client) Acknowledge(ctx context.Context, e wire.Rotation) error {
+	return c.ack(ctx, wire.Ack{Op: wire.OpAck, Key: e.Key, Version: e.Version, Change: e.Change})
 }
 
 // AcknowledgeCompromise tells the appliance that this peer trusts a compromised version no more.
 // The client acknowledges by itself when Config.OnCompromise has returned, except with
 // Config.Unacknowledged.
 func (c *Client) AcknowledgeCompromise(ctx context.Context, key string, version uint32) error {
-	return c.ack(ctx, wire.OpCompromiseAck, key, version)
+	return c.ack(ctx, wire.Ack{Op: wire.OpCompromiseAck, Key: key, Version: version})
 }
 
-func (c *Client) ack(ctx context.Context, op, key string, version uint32) error {
+func (c *Client) ack(ctx context.Context, r wire.Ack) error {
 	var a wire.Acknowledged
 	err := c.call(ctx, true, func(id string) any {
-		return wire.Ack{ID: id, Op: op, Key: key, Version: version}
+		r.ID = id
+		return r
 	}, &a)
-	if err == nil && (a.Key != key || a.Version != version) {
+	if err == nil && (a.Key != r.Key || a.Version != r.Version) {
 		err = fmt.Errorf("%w: it acknowledges another version", ErrWrongAnswer)
 	}
 	return err

@@ -125,6 +125,13 @@ func (p *pin) distrust(versions ...uint32) {
 	}
 }
 
+// at returns a trusted version of the line, or the zero line.
+func (p *pin) at(version uint32) KeyLine {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.trusted[version]
+}
+
 func (p *pin) version() uint32 {
 	p.mu.Lock()
 	defer p.mu.Unlock()

@@ -1,6 +1,7 @@
 package client
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -31,6 +32,11 @@ type Rotation struct {
 	// ActivatesAt is the time when the new version begins to sign. RetiresAt is the latest time
 	// when the old version is accepted. Both are by the appliance's clock.
 	ActivatesAt, RetiresAt time.Time
+	// Cancelled is the version whose announcement the appliance has called off; 0: none. New is
+	// then the version that stays active, or zero where that is older than the pinned one. The
+	// version called off stays the successor: a later rotation leads to it. Both Noise keys go on
+	// answering.
+	Cancelled uint32
 	// Err is the reason why the rotation must not be trusted, or could not be checked. With an Err,
 	// New is zero, Old is the pinned line, and the rotation is not acknowledged.
 	Err error
@@ -69,6 +75,12 @@ type eventQueue struct {
 	delivered map[string]*wire.Rotation
 }
 
+// older reports that the appliance has sent a before b: the order is that of Change, then that of
+// the versions.
+func older(a, b *wire.Rotation) bool {
+	return cmp.Or(cmp.Compare(a.Change, b.Change), cmp.Compare(a.Version, b.Version)) < 0
+}
+
 // enqueue puts an event into the queue. The call never blocks. A compromised version is distrusted
 // at once: the reader of the connection has not read the next answer yet.
 func (c *Client) enqueue(event any) {
@@ -92,7 +104,7 @@ func (c *Client) enqueue(event any) {
 	defer q.mu.Unlock()
 	before := q.waiting[e.Key]
 	switch {
-	case c.base.Err() != nil, before != nil && before.Version > e.Version:
+	case c.base.Err() != nil, before != nil && older(e, before):
 		return
 	case before == nil && len(q.queue) >= maxWaiting:
 		return
@@ -188,14 +200,14 @@ func (c *Client) tellOnce(v Compromise) <-chan struct{} {
 
 // deliver checks one event, delivers the rotation to the application, and acknowledges.
 func (c *Client) deliver(e *wire.Rotation) {
-	if last := c.events.delivered[e.Key]; last != nil && e.Version < last.Version {
+	if last := c.events.delivered[e.Key]; last != nil && older(e, last) {
 		return // an old event again
 	} else if last != nil && !c.config.Unacknowledged && sameEvent(e, last) {
 		c.acknowledge(e, false) // the first acknowledgement was lost
 		return
 	}
 	r := Rotation{
-		Key: e.Key, Event: *e,
+		Key: e.Key, Cancelled: e.Cancelled, Event: *e,
 		ActivatesAt: time.Unix(e.ActivatesAt, 0), RetiresAt: time.Unix(e.RetiresAt, 0),
 	}
 	configured, err := false, error(nil)
@@ -242,13 +254,18 @@ func (c *Client) replaceVersion(r *Rotation) (configured bool, err error) {
 		r.New = KeyLine{Key: e.Key, Version: e.Version, PublicKey: e.PublicKey}
 		return false, checkUnpinned(r)
 	}
+	if e.Cancelled != 0 && e.Cancelled == p.first { // the line was pinned while its version was announced
+		return false, nil
+	}
 	if e.Version < p.first {
 		return false, errStale
 	}
 	if e.Version == p.first {
 		_, _, err := p.lookup(e.Version, e.PublicKey)
-		r.Old, _ = c.Pinned(e.Key)
-		return err == nil, err
+		if r.Old, _ = c.Pinned(e.Key); err == nil && e.Cancelled != 0 {
+			r.New = p.at(e.Version)
+		}
+		return err == nil && e.Cancelled == 0, err // the application has pinned it, and has heard of another
 	}
 	for try := range 6 {
 		err = c.checkVersion(c.base, e.Key, e.Version, e.PublicKey, e.Succession)
@@ -260,13 +277,11 @@ func (c *Client) replaceVersion(r *Rotation) (configured bool, err error) {
 	if err == nil && !time.Now().Before(r.ActivatesAt) {
 		p.use(e.Version)
 	}
-	p.mu.Lock()
-	defer p.mu.Unlock()
 	if err != nil {
-		r.Old = p.newest
+		r.Old, _ = c.Pinned(e.Key)
 		return false, err
 	}
-	r.Old, r.New = p.trusted[e.Version-1], p.trusted[e.Version]
+	r.Old, r.New = p.at(e.Version-1), p.at(e.Version)
 	return false, nil
 }
 
@@ -303,7 +318,7 @@ func (c *Client) acknowledge(e *wire.Rotation, configured bool) {
 	if configured || known && !c.config.Unacknowledged {
 		ctx, cancel := context.WithTimeout(c.base, time.Minute)
 		defer cancel()
-		c.Acknowledge(ctx, e.Key, e.Version)
+		c.Acknowledge(ctx, *e)
 	}
 }
 
@@ -358,6 +373,31 @@ func (k *serverKeys) worked(key [32]byte) {
 	k.used = key
 }
 
+// take takes the key of an event. When an announcement was called off, both keys go on answering,
+// and the key of the event is to be preferred. The caller holds the lock.
+func (k *serverKeys) take(r *Rotation) {
+	e := &r.Event
+	if e.Cancelled != 0 {
+		if k.used != e.PublicKey {
+			k.young = k.used
+		} else if k.young == e.PublicKey {
+			k.young = [32]byte{}
+		}
+		k.old, k.from, k.until = e.PublicKey, forever, forever
+		return
+	}
+	if e.PublicKey != k.young {
+		k.old, k.young = k.used, e.PublicKey
+		if k.used == e.PublicKey {
+			k.young = [32]byte{}
+		}
+	}
+	k.from, k.until = r.ActivatesAt, r.RetiresAt
+}
+
+// forever is later than any time of an event.
+var forever = time.Unix(1<<40, 0)
+
 // replaceServerKey checks an event of the Noise key, and takes the new key for the next
 // connections. A newer event replaces an older one. The result configured says that the new key is
 // ServerKey.
@@ -370,19 +410,18 @@ func (c *Client) replaceServerKey(r *Rotation) (configured bool, err error) {
 	if c.config.ServerIdentity != [32]byte{} {
 		if err := k.authorize(c.config.ServerIdentity, e); err != nil {
 			k.mu.Unlock()
+			if e.Cancelled != 0 { // the client keeps both keys; the appliance sends it again, authorized anew
+				err = errStale
+			}
 			return false, err
 		}
 	}
-	if e.PublicKey != k.young {
-		k.old, k.young = k.used, e.PublicKey
-		if k.used == e.PublicKey {
-			k.young = [32]byte{}
-		}
-	}
-	k.from, k.until = r.ActivatesAt, r.RetiresAt
+	k.take(r)
 	k.mu.Unlock()
 	r.New = KeyLine{Key: e.Key, Version: e.Version, PublicKey: e.PublicKey}
-	if configured = e.PublicKey == c.config.ServerKey; !configured && c.config.OnServerKey != nil {
+	// An application that is told of an end has heard of another key before.
+	configured = e.PublicKey == c.config.ServerKey && e.Cancelled == 0
+	if !configured && c.config.OnServerKey != nil {
 		c.config.OnServerKey(e.PublicKey)
 	}
 	return configured, nil

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"reflect"
 	"runtime"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -331,7 +332,8 @@ func TestRotationRefused(t *testing.T) {
 			t.Errorf("%s: %+v", name, r)
 		}
 		if c.pinned > 0 {
-			onLine := r.Old.Version >= c.pinned && r.Old == lineAt(s.Line, r.Old.Version)
+			newest := r.Old.Newest()
+			onLine := r.Old.Version >= c.pinned && newest == lineAt(s.Line, newest.Version)
 			if !onLine || !errors.Is(r.Err, client.ErrBrokenLine) {
 				t.Errorf("%s: %+v", name, r)
 			}
@@ -566,7 +568,7 @@ func TestWhoAcknowledges(t *testing.T) {
 		last := wire.Rotation{Key: wire.NoiseKey, Version: 2, PublicKey: young.Public()}
 		s.Send(wire.EncodeRotation(s.Line.Rotation(2)), wire.EncodeRotation(last))
 		mark.next(t) // the earlier event has been delivered
-		if err := cl.Acknowledge(within(t), "last", 7); err != nil {
+		if err := cl.Acknowledge(within(t), wire.Rotation{Key: "last", Version: 7}); err != nil {
 			t.Fatal(err)
 		}
 		seen := s.Await(within(t), func(seen clienttest.Seen) bool {
@@ -966,6 +968,95 @@ func TestNoiseRotationWithIdentity(t *testing.T) {
 	s.Send(wire.EncodeRotation(back))
 	if r := heard.next(t); !errors.Is(r.Err, client.ErrUnauthorized) {
 		t.Errorf("%+v", r)
+	}
+}
+
+// TestOrderOfNews: an event of before a change has no effect afterwards, although its version is
+// higher. Each acknowledgement names the change.
+func TestOrderOfNews(t *testing.T) {
+	for _, pinned := range []uint32{0, 1} {
+		s := serve(t)
+		_, heard := peer(t, s, pinned, nil)
+		event := func(version, change, cancelled uint32) wire.Rotation {
+			var e wire.Rotation
+			if version > 1 {
+				e = s.Line.Rotation(version)
+			} else {
+				e = wire.Rotation{Key: s.Line.Key, Version: 1, PublicKey: s.Line.Public(1)}
+				e.ActivatesAt, e.RetiresAt = 1, 1
+			}
+			e.Change, e.Cancelled = change, cancelled
+			return e
+		}
+		for i, c := range []struct {
+			e    wire.Rotation
+			told bool
+		}{
+			{event(2, 0, 0), true},
+			{event(2, 1, 0), true},
+			{event(2, 0, 0), false}, // an older one
+			{event(1, 2, 2), true},
+			{event(2, 1, 0), false},
+			{event(2, 2, 0), true}, // announced again
+			{event(1, 2, 2), false},
+			{event(3, 2, 0), true},
+		} {
+			s.Send(wire.EncodeRotation(c.e))
+			if !c.told {
+				settled(t, s, heard)
+				continue
+			}
+			r := heard.next(t)
+			if r.Err != nil || r.New.Version != c.e.Version || r.Cancelled != c.e.Cancelled ||
+				r.Event.Change != c.e.Change {
+				t.Errorf("pinned %d, event %d: %+v", pinned, i, r)
+			}
+			s.Await(within(t), func(seen clienttest.Seen) bool {
+				return slices.ContainsFunc(seen.Acks, func(a wire.Ack) bool {
+					return a.Key == c.e.Key && a.Version == c.e.Version && a.Change == c.e.Change
+				})
+			})
+		}
+	}
+}
+
+// TestNoiseRotationCalledOff: after a rotation of the Noise key was called off, new connections try
+// the old key first, and the announced key too, which goes on answering, at any time.
+func TestNoiseRotationCalledOff(t *testing.T) {
+	for _, answers := range []string{"old", "young"} {
+		s := serve(t)
+		old, young := s.Statics[0], identities(t, 1)[0]
+		kept := make(chan [32]byte, 2)
+		c, heard := peer(t, s, 0, func(config *client.Config) {
+			config.OnServerKey = func(key [32]byte) { kept <- key }
+			config.ServerKey, config.FormerServerKey = young.Public(), old.Public()
+		})
+		announced := wire.Rotation{
+			Key: wire.NoiseKey, Version: 2, PublicKey: young.Public(), ActivatesAt: 1, RetiresAt: 2,
+		}
+		s.Send(wire.EncodeRotation(announced))
+		acked(t, s, 1)
+		off := wire.Rotation{
+			Key: wire.NoiseKey, Version: 1, PublicKey: old.Public(), ActivatesAt: 1, RetiresAt: 1,
+			Change: 1, Cancelled: 2,
+		}
+		s.Send(wire.EncodeRotation(off))
+		if r := heard.next(t); r.Err != nil || r.Cancelled != 2 || <-kept != old.Public() {
+			t.Errorf("%+v", r)
+		}
+		s.Do(func(s *clienttest.Server) {
+			if s.Statics = []noise.Static{old}; answers == "young" {
+				s.Statics = []noise.Static{young}
+			}
+		})
+		s.Drop()
+		before := s.Seen().Refused
+		if _, err := c.Ping(within(t)); err != nil {
+			t.Errorf("the %s key answers: %v", answers, err)
+		}
+		if n := s.Seen().Refused - before; n != map[string]int{"old": 0, "young": 1}[answers] {
+			t.Errorf("the %s key answers: %d handshakes refused", answers, n)
+		}
 	}
 }
 

@@ -143,6 +143,32 @@ fact signed "examples/subscription.json, by version $new"
 state=$(admin key list | awk -v v="$version" '$1 == "payments" && $2 == v { print $4 }')
 fact predecessor "version $version is $state"
 
+step "Announce a rotation, and call it off"
+"$bin/countersign" watch --line "$work/payments.line" --until-rotations 2 --timeout 60s \
+  >"$work/watched" 2>"$work/err" &
+watcher=$!
+until admin peer list | grep -q '^demo .* 1  *enrolled$'; do
+  kill -0 "$watcher" || fail "watch: $(cat "$work/err")"
+  sleep 0.1
+done
+show "${admin_command[@]}" key rotate payments --in 2d >"$work/out" || fail "announce"
+successor=$(sed -n 's/^public key *//p' "$work/out")
+until grep -q . "$work/watched"; do # until the peer has heard of it
+  kill -0 "$watcher" || fail "watch: $(cat "$work/err")"
+  sleep 0.1
+done
+show "${admin_command[@]}" key rotate payments --cancel >"$work/out" || fail "call off"
+wait "$watcher" || fail "watch: $(cat "$work/err")"
+grep -q "version $((new + 1)) is called off: version $new stays" "$work/watched" ||
+  fail "the peer was told: $(cat "$work/watched")"
+fact peer "$(sed -n 's/, public key.*//; $p' "$work/watched")"
+"${sign_command[@]}" examples/subscription.json >"$work/stays.json" || fail "sign after the rotation was called off"
+[ "$(field version "$work/stays.json")" = "$new" ] || fail "version $new has not signed"
+signed=$((signed + 1))
+fact signed "examples/subscription.json, by version $new"
+admin key show payments | grep -q "^public key *$successor" || fail "the successor is another one"
+fact successor "version $((new + 1)) stays the committed one: a later rotation leads to it"
+
 step "Enroll a peer with two operators"
 first_agent=$SSH_AUTH_SOCK
 new_operator second

@@ -76,6 +76,23 @@ func (s *system) tokenKeys() (labels []string) {
 	return labels
 }
 
+// waitForRequests waits until no requested rotation of these keys is tried any more, for at most a
+// minute: a request outlives a kill.
+func (s *system) waitForRequests(keys ...string) {
+	s.t.Helper()
+	for began := time.Now(); len(keys) > 0; time.Sleep(10 * time.Millisecond) {
+		l, err := s.admin().Line(s.t.Context(), keys[0])
+		switch {
+		case err != nil:
+			s.t.Fatal(err)
+		case l.Requested == nil || l.Requested.Ended != "":
+			keys = keys[1:]
+		case time.Since(began) > time.Minute:
+			s.t.Fatalf("the rotation of %s is still open: %+v", keys[0], l.Requested)
+		}
+	}
+}
+
 // TestKilledDuringRotation kills the daemon at random moments of rotations. Afterwards the line
 // verifies from its first version on, one version is active, every confirmed rotation is kept, and
 // the token has exactly the keys of the ledger.
@@ -153,6 +170,7 @@ func TestKilledDuringRotation(t *testing.T) {
 	if active := confirmed["payments"]; active < 2 {
 		t.Errorf("version %d of payments is active after %d rounds: nothing was rotated", active, rounds)
 	}
+	s.waitForRequests("payments", "noise")
 	var known []string
 	keys, err := s.admin().Keys(t.Context())
 	if err != nil {

@@ -14,8 +14,9 @@ func TestParseLineAndAck(t *testing.T) {
 	if line, is := r.(*wire.Line); err != nil || !is || line.Key != "payments" || line.From != 1 {
 		t.Errorf("%#v, %v", r, err)
 	}
-	_, r, err = wire.Parse([]byte(`{"id":"1","op":"rotation.ack","key":"noise","version":4294967295}`), 100)
-	if ack, is := r.(*wire.Ack); err != nil || !is || ack.Key != wire.NoiseKey || ack.Version != 1<<32-1 {
+	_, r, err = wire.Parse([]byte(`{"id":"1","op":"rotation.ack","key":"noise","version":4294967295,"change":7}`), 100)
+	if ack, is := r.(*wire.Ack); err != nil || !is || ack.Key != wire.NoiseKey || ack.Version != 1<<32-1 ||
+		ack.Change != 7 {
 		t.Errorf("%#v, %v", r, err)
 	}
 	for _, bad := range []string{
@@ -33,6 +34,8 @@ func TestParseLineAndAck(t *testing.T) {
 		`"op":"rotation.ack","key":"payments","version":0`,
 		`"op":"rotation.ack","key":null,"version":2`,
 		`"op":"rotation.ack","key":"payments","version":2,"from":1`,
+		`"op":"rotation.ack","key":"payments","version":2,"change":-1`,
+		`"op":"compromise.ack","key":"payments","version":2,"change":1`,
 	} {
 		id, r, err := wire.Parse([]byte(`{"id":"1",`+bad+`}`), 100)
 		var refusal *wire.Error
@@ -45,7 +48,7 @@ func TestParseLineAndAck(t *testing.T) {
 // event returns a rotation with all fields set, and with pairs of changes: old text, new text.
 func event(changes ...string) string {
 	s := `{"event":"rotation","key":"payments","version":2,"public_key":"` + nonce + `",` +
-		`"activates_at":1,"retires_at":2,` +
+		`"activates_at":1,"retires_at":2,"change":4294967295,"cancelled":3,` +
 		`"succession":{"payload":{"key":"payments"},"nonce":"` + nonce + `",` +
 		`"timestamp":3,"expires_at":4,"signature":"AA"},` +
 		`"authorization":{"payload":{"owner":""},"signature":"AQ"}}`
@@ -62,7 +65,7 @@ func TestDecodeRotation(t *testing.T) {
 	}
 	want := wire.Rotation{
 		Event: wire.EventRotation, Key: "payments", Version: 2, PublicKey: key,
-		ActivatesAt: 1, RetiresAt: 2,
+		ActivatesAt: 1, RetiresAt: 2, Change: 1<<32 - 1, Cancelled: 3,
 		Succession: &wire.Succession{
 			Payload: []byte(`{"key":"payments"}`), Nonce: key, Timestamp: 3, ExpiresAt: 4, Signature: wire.Bytes{0},
 		},
@@ -75,6 +78,7 @@ func TestDecodeRotation(t *testing.T) {
 	if b := wire.EncodeRotation(want); string(b) != event() {
 		t.Errorf("%s", b)
 	}
+	want.Change, want.Cancelled = 0, 0
 	want.Succession, want.Authorization, want.Event = nil, nil, ""
 	b := wire.EncodeRotation(want)
 	short := `{"event":"rotation","key":"payments","version":2,"public_key":"` + nonce +
@@ -142,6 +146,8 @@ func TestDecodeMessageRefuses(t *testing.T) {
 		"no activates_at":                      event(`"activates_at":1,`, ``),
 		"a negative time":                      event(`"activates_at":1`, `"activates_at":-1`),
 		"a time after the year 9999":           event(`"retires_at":2`, `"retires_at":253402300800`),
+		"cancelled another version":            event(`"cancelled":3`, `"cancelled":2`),
+		"a change that is too high":            event(`"change":4294967295`, `"change":4294967296`),
 		"a succession without nonce":           event(`"nonce":"`+nonce+`",`, ``),
 		"a succession with payload null":       event(`{"key":"payments"}`, `null`),
 		"a succession with an unknown field":   event(`"timestamp":3`, `"timestamp":3,"x":1`),

@@ -196,6 +196,7 @@ type Ack struct {
 	Op      string `json:"op"`
 	Key     string `json:"key"`
 	Version uint32 `json:"version"`
+	Change  uint32 `json:"change,omitzero"` // of the Rotation
 }
 
 // Steps answers Line. With More, further steps exist: ask again from the last step's version.
@@ -250,6 +251,13 @@ type Rotation struct {
 	PublicKey   Bytes32 `json:"public_key"`
 	ActivatesAt int64   `json:"activates_at"` // when the new version begins to sign, or to answer handshakes
 	RetiresAt   int64   `json:"retires_at"`   // when the old version ceases to be accepted, at the latest
+	// Change orders what the appliance says of one key: the event with the higher Change is newer,
+	// and of two with the same Change that of the higher version. Change rises when an announcement
+	// is replaced or called off.
+	Change uint32 `json:"change,omitzero"`
+	// Cancelled is the version whose announcement was called off; 0: none. The event is then of the
+	// version that stays active. The version called off stays its successor.
+	Cancelled uint32 `json:"cancelled,omitzero"`
 	// Succession is the step to this version: for a signing key whose old version could sign the
 	// step.
 	Succession *Succession `json:"succession,omitempty"`
@@ -438,6 +446,8 @@ func Parse(b []byte, maxItems int) (id string, request any, err error) {
 	}
 	if ack, is := request.(*Ack); is && ack.Version == 0 {
 		return id, nil, refuse(CodeMalformed, "version must be at least 1: versions are counted from 1")
+	} else if is && op == OpCompromiseAck && ack.Change != 0 {
+		return id, nil, refuse(CodeMalformed, "a compromise has no change: leave the field out")
 	}
 	return id, request, nil
 }
@@ -625,6 +635,9 @@ func parseRotation(document ijson.Object) (*Rotation, error) {
 	}
 	if r.ActivatesAt < 0 || r.ActivatesAt > maxTime || r.RetiresAt < 0 || r.RetiresAt > maxTime {
 		return nil, fmt.Errorf("activates_at and retires_at must be Unix seconds between 0 and %d", int64(maxTime))
+	}
+	if r.Cancelled != 0 && r.Cancelled != r.Version+1 {
+		return nil, errors.New("cancelled must be the version after version")
 	}
 	if r.Succession != nil {
 		err := ijson.Decode(document.Members["succession"], new(Succession),

@@ -12,8 +12,8 @@ import (
 // times Unix seconds; 0: none.
 type Line struct {
 	Settings
-	// NextRotation is the time of the next automatic rotation, as far as known. NextReason is age,
-	// uses or window.
+	// NextRotation is the time of the next rotation, as far as known. NextReason is age, uses or
+	// window; announced; or requested: then the appliance tries to announce it.
 	NextRotation int64  `json:"next_rotation"`
 	NextReason   string `json:"next_reason,omitempty"`
 	// Rotation is the newest announced version, as peers see it. Unacknowledged lists the peers
@@ -21,7 +21,19 @@ type Line struct {
 	Rotation       *wire.Rotation `json:"rotation,omitempty"`
 	Unacknowledged []string       `json:"unacknowledged"`
 	Compromises    []Compromise   `json:"compromises"`
-	Confirmed      int64          `json:"confirmed" doc:"until when an operator's confirmation lets it sign"`
+	// Requested is what an operator has asked for, and what could not be announced yet.
+	Requested *Requested `json:"requested,omitempty"`
+	Confirmed int64      `json:"confirmed" doc:"until when an operator's confirmation lets it sign"`
+}
+
+// Requested is a rotation that an operator has asked for. Times are Unix seconds.
+type Requested struct {
+	By        string `json:"by"`
+	Asked     int64  `json:"asked"`
+	Activates int64  `json:"activates"`
+	Until     int64  `json:"until"` // tried until then
+	// Ended is the reason why the appliance has given the rotation up; empty: it is tried again.
+	Ended string `json:"ended,omitempty"`
 }
 
 // Compromise is a compromised version, with the peers that have not acknowledged the compromise.
@@ -37,7 +49,7 @@ type Settings struct {
 	// rotation by age.
 	Every int64 `json:"every" minimum:"0"`
 	// Window is a cron expression of five fields, UTC. The key is rotated only within an hour after
-	// a tick. Without Every and Uses, the key is rotated at each tick.
+	// a tick. Without Every and Uses, the key is rotated at each tick, and at most once an hour.
 	Window   string `json:"window" maxLength:"100"`
 	Uses     uint64 `json:"uses" doc:"signatures after which a version is rotated; 0: however many"`
 	Announce int64  `json:"announce" minimum:"0" doc:"seconds between the announcement of a version and its activation"`
@@ -65,13 +77,16 @@ type Change struct {
 	Presence    *int64    `json:"presence,omitempty" minimum:"0" maximum:"86400"`
 }
 
-// Rotate asks for the next version of a key.
+// Rotate asks for the next version of a key. At the most one of At, In and Now is set. Without all
+// of them, the version is active at the end of the line's time of announcement.
 type Rotate struct {
-	// At is the time of the activation, in Unix seconds. 0 is the end of the line's time of
-	// announcement.
-	At int64 `json:"at,omitempty" minimum:"0" maximum:"253402300799"`
-	// Now overrides At.
-	Now bool `json:"now,omitempty" doc:"at once"`
+	// At is the time of the activation, in Unix seconds; a time in the past is refused.
+	At  int64 `json:"at,omitempty" minimum:"0" maximum:"253402300799"`
+	In  int64 `json:"in,omitempty" minimum:"0" maximum:"31622400" doc:"seconds from now, by the appliance's clock"`
+	Now bool  `json:"now,omitempty" doc:"at once"`
+	// Within is the time after the activation's time for which the rotation still makes sense, in
+	// seconds: a rotation that fails is tried again until then. 0 is an hour.
+	Within int64 `json:"within,omitempty" minimum:"0" maximum:"2592000"`
 }
 
 // Confirmed is the answer to a confirmation of presence.
@@ -91,9 +106,15 @@ func (c *Client) SetLine(ctx context.Context, name string, change Change) (l Lin
 	return l, c.do(ctx, http.MethodPatch, keyPath(name, "/line"), change, &l)
 }
 
-// RotateKey announces the next version of a key, and returns that version.
+// RotateKey announces the next version of a key, and returns that version. An earlier announcement
+// is replaced.
 func (c *Client) RotateKey(ctx context.Context, name string, r Rotate) (k Key, err error) {
 	return k, c.do(ctx, http.MethodPost, keyPath(name, "/rotate"), r, &k)
+}
+
+// CancelRotation calls off the announced or requested rotation of a key.
+func (c *Client) CancelRotation(ctx context.Context, name string) (l Line, err error) {
+	return l, c.do(ctx, http.MethodPost, keyPath(name, "/rotate/cancel"), nil, &l)
 }
 
 // ConfirmKey lets a key sign for its time of presence. The proof is over a challenge for that key.

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bufio"
 	"context"
 	"errors"
 	"fmt"
@@ -38,9 +39,12 @@ func (t *tool) authorizeNoise(act maker) *cobra.Command {
 }
 
 func (t *tool) rotate(act maker) *cobra.Command {
-	var now bool
-	var in, at string
+	var now, cancel bool
+	var in, at, within string
 	do := func(ctx context.Context, c *api.Client, args []string) error {
+		if cancel {
+			return t.cancelRotation(ctx, c, args[0])
+		}
 		r := api.Rotate{Now: now}
 		if at != "" {
 			when, err := time.Parse(time.RFC3339, at)
@@ -49,12 +53,26 @@ func (t *tool) rotate(act maker) *cobra.Command {
 			}
 			r.At = when.Unix()
 		}
-		if in != "" {
-			d, err := parseAge(in)
-			if err != nil {
-				return usageError{fmt.Errorf("--in: %w", err)}
+		for _, each := range []struct {
+			flag, value string
+			to          *int64
+		}{{"in", in, &r.In}, {"within", within, &r.Within}} {
+			if each.value == "" {
+				continue
 			}
-			r.At = time.Now().Add(d).Unix()
+			d, err := parseAge(each.value)
+			if err == nil && d < time.Second {
+				err = fmt.Errorf("%q is less than a second", each.value)
+			}
+			if err != nil {
+				return usageError{fmt.Errorf("--%s: %w", each.flag, err)}
+			}
+			*each.to = int64(d / time.Second)
+		}
+		if !now && at == "" && in == "" {
+			if err := t.mayRotate(ctx, c, args[0]); err != nil {
+				return err
+			}
 		}
 		k, err := c.RotateKey(ctx, args[0], r)
 		if err != nil {
@@ -69,17 +87,62 @@ func (t *tool) rotate(act maker) *cobra.Command {
 	c := act("rotate NAME", "Announce the next version of a key, and activate it at its time", cobra.ExactArgs(1), do)
 	details(c, "NAME is a signing key, or noise for the listener's own key.\n\n"+
 		"The next version exists already. The appliance now makes the version after it, has the present\n"+
-		"version sign the step, and tells peers. Without a flag, the next version becomes active after\n"+
-		"the key's time of announcement (admin key set --announce). The version before stays accepted for\n"+
-		"its grace time. A rotation that fails changes nothing.")
+		"version sign the step, and tells peers. Without --now, --in and --at, the next version becomes\n"+
+		"active after the key's time of announcement (admin key set --announce); at a terminal, the\n"+
+		"command asks first. The version before stays accepted for its grace time.\n\n"+
+		"Until the next version is active, another rotate replaces its time, and --cancel calls the\n"+
+		"rotation off. Peers are told in both cases. The next version stays the successor.\n\n"+
+		"A rotation that fails changes nothing. The appliance tries it again, in your name and with the\n"+
+		"same time, until --within after that time.")
 	c.Example = "  countersign admin key rotate payments --now\n" +
 		"  countersign admin key rotate payments --in 10m\n" +
-		"  countersign admin key rotate noise --at 2026-12-01T03:00:00Z"
+		"  countersign admin key rotate noise --at 2026-12-01T03:00:00Z --within 30m\n" +
+		"  countersign admin key rotate payments --cancel"
 	c.Flags().BoolVar(&now, "now", false, "activate the next version at once")
 	c.Flags().StringVar(&in, "in", "", "activate the next version after this `duration`, for example 10m or 2d")
 	c.Flags().StringVar(&at, "at", "", "activate the next version at this `time` (RFC 3339)")
-	c.MarkFlagsMutuallyExclusive("now", "in", "at")
+	c.Flags().StringVar(&within, "within", "", "try a rotation that fails again for this `duration` after its time, "+
+		"1s to 30d (default 1h)")
+	c.Flags().BoolVar(&cancel, "cancel", false, "call off the rotation that is announced or asked for")
+	c.MarkFlagsMutuallyExclusive("now", "in", "at", "cancel")
+	c.MarkFlagsMutuallyExclusive("within", "cancel")
 	return c
+}
+
+// mayRotate asks at a terminal whether a key is to be rotated. Without a flag, the command line
+// does not say when.
+func (t *tool) mayRotate(ctx context.Context, c *api.Client, name string) error {
+	if !t.interactive() {
+		return nil
+	}
+	l, err := c.Line(ctx, name)
+	if err != nil {
+		return err
+	}
+	when := either(l.Announce == 0, "at once", "in "+(time.Duration(l.Announce)*time.Second).String())
+	fmt.Fprintf(t.stderr, "Rotate %s: the next version becomes active %s. Go on? [y/N] ", name, when)
+	answer, err := bufio.NewReader(t.stdin).ReadString('\n')
+	if err != nil && err != io.EOF {
+		return err
+	}
+	if a := strings.ToLower(strings.TrimSpace(answer)); a != "y" && a != "yes" {
+		return errors.New("not rotated: you have not answered y; say when by --now, --in or --at")
+	}
+	return nil
+}
+
+func (t *tool) cancelRotation(ctx context.Context, c *api.Client, name string) error {
+	l, err := c.CancelRotation(ctx, name)
+	if err != nil {
+		return err
+	}
+	return t.print(l, func(w io.Writer) {
+		if r := l.Rotation; r != nil && r.Cancelled != 0 {
+			fmt.Fprintf(w, "called off\t%s, version %d\nactive\tversion %d stays\n", name, r.Cancelled, r.Version)
+			return
+		}
+		fmt.Fprintf(w, "called off\t%s\n", name)
+	})
 }
 
 func (t *tool) setRotation(act maker) *cobra.Command {
@@ -148,7 +211,8 @@ func (t *tool) setRotation(act maker) *cobra.Command {
 	f := c.Flags()
 	f.StringVar(&every, "every", "", "rotate a version at this `age`, 1h to 3650d, for example 90d; 0: not by age")
 	f.StringVar(&window, "window", "", "rotate only within 1 h of a tick of this `cron` expression (five fields, "+
-		"UTC), for example \"0 3 * * 0\"; without --every and --uses: at each tick; \"\": at any time")
+		"UTC), for example \"0 3 * * 0\"; without --every and --uses: at each tick, "+
+		"at most once an hour; \"\": at any time")
 	f.Uint64Var(&uses, "uses", 0, "rotate a version after this `number` of signatures; 0: not by signatures")
 	f.StringVar(&announce, "announce", "", "announce a version this `duration` before it becomes active, "+
 		"0 to 30d, for example 24h")
@@ -313,9 +377,18 @@ func showRotation(w io.Writer, l api.Line) {
 		confirmed := either(l.Confirmed == 0, "none now", "now until "+date(l.Confirmed))
 		fmt.Fprintf(w, "presence\t%s after a confirmation; %s\n", span(l.Presence), confirmed)
 	}
+	if q := l.Requested; q != nil {
+		state := either(q.Ended == "", "tried again until "+date(q.Until), "given up: "+q.Ended)
+		fmt.Fprintf(w, "asked for\tby %s at %s, to be active at %s; %s\n",
+			q.By, date(q.Asked), date(q.Activates), state)
+	}
 	if r := l.Rotation; r != nil {
-		fmt.Fprintf(w, "version %d\tactive from %s on, the one before accepted until %s\n",
-			r.Version, date(r.ActivatesAt), date(r.RetiresAt))
+		if r.Cancelled != 0 {
+			fmt.Fprintf(w, "version %d\tcalled off; version %d stays\n", r.Cancelled, r.Version)
+		} else {
+			fmt.Fprintf(w, "version %d\tactive from %s on, the one before accepted until %s\n",
+				r.Version, date(r.ActivatesAt), date(r.RetiresAt))
+		}
 		fmt.Fprintf(w, "not acknowledged\tby %s\n", late(l.Unacknowledged))
 	}
 	for _, c := range l.Compromises {

@@ -217,7 +217,7 @@ func (t *tool) watch() *cobra.Command {
 			if r.Err != nil {
 				return
 			}
-			if err := c.Acknowledge(ctx, r.Key, r.Event.Version); ctx.Err() != nil {
+			if err := c.Acknowledge(ctx, r.Event); ctx.Err() != nil {
 				return
 			} else if err != nil { // the appliance sends the event again
 				fmt.Fprintf(t.stderr, "countersign: not acknowledged: %s\n", message(err))
@@ -311,11 +311,12 @@ func (t *tool) printRotation(r client.Rotation) error {
 			PublicKey   string `json:"public_key"`
 			ActivatesAt int64  `json:"activates_at"`
 			RetiresAt   int64  `json:"retires_at"`
+			Cancelled   uint32 `json:"cancelled,omitempty"`
 			Error       string `json:"error,omitempty"`
 		}
 		d := doc{
 			"rotation", r.Key, r.Event.Version, hex.EncodeToString(r.Event.PublicKey[:]),
-			r.Event.ActivatesAt, r.Event.RetiresAt, "",
+			r.Event.ActivatesAt, r.Event.RetiresAt, r.Cancelled, "",
 		}
 		if r.Err != nil {
 			d.Error = message(r.Err)
@@ -325,6 +326,11 @@ func (t *tool) printRotation(r client.Rotation) error {
 	at := func(t time.Time) string { return t.UTC().Format(time.RFC3339) }
 	if r.Err != nil {
 		_, err := fmt.Fprintf(t.stdout, "%q version %d is NOT believed: %s\n", r.Key, r.Event.Version, message(r.Err))
+		return err
+	}
+	if r.Cancelled != 0 {
+		_, err := fmt.Fprintf(t.stdout, "%q version %d is called off: version %d stays, public key %x\n",
+			r.Key, r.Cancelled, r.Event.Version, r.Event.PublicKey)
 		return err
 	}
 	_, err := fmt.Fprintf(t.stdout,

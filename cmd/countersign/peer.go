@@ -128,6 +128,11 @@ func (s *server) with(ctx context.Context, use func(context.Context, *client.Cli
 // warnServerKey tells people to configure the listener's new key.
 func warnServerKey(w io.Writer, r client.Rotation) {
 	at := func(t time.Time) string { return t.UTC().Format(time.RFC3339) }
+	if r.Cancelled != 0 {
+		fmt.Fprintf(w, "countersign: the listener's key is not replaced, the announced rotation is called off: "+
+			"use --server-key %x (or COUNTERSIGN_SERVER_KEY)\n", r.Event.PublicKey)
+		return
+	}
 	fmt.Fprintf(w, "countersign: the listener's key is replaced: "+
 		"from %s on use --server-key %x (or COUNTERSIGN_SERVER_KEY)", at(r.ActivatesAt), r.New.PublicKey)
 	fmt.Fprintf(w, "; the old one answers until %s at the most\n", at(r.RetiresAt))

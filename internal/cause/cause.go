@@ -126,6 +126,8 @@ var (
 		"rotate all but one of them; if one is compromised, have the others marked: countersign admin key compromise")
 	Rotation = define("rotation-failing", "a rotation that is due could not be done; a retry follows",
 		"see the text")
+	RotationGivenUp = define("rotation-given-up", "a rotation that an operator has asked for was not done in its time",
+		"ask for it again, or dismiss it: countersign admin key rotate NAME --cancel")
 	CounterFailing = define("counter-failing",
 		"the monotonic counter can't be incremented, so that a copy of the ledger made meanwhile is not detected",
 		"see the text, and the token of the counter: countersign admin token list")

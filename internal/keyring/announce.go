@@ -7,6 +7,7 @@ import (
 
 	"countersign/internal/ijson"
 	"countersign/internal/keystore"
+	"countersign/internal/ledger"
 	"countersign/wire"
 )
 
@@ -25,14 +26,15 @@ import (
 type Announcement struct {
 	Name    string
 	Version uint32
+	Change  uint32 // of the event rotation
 	Event   string // the event rotation or compromise in JSON
 }
 
 // announced has all present news.
 type announced struct{ rotations, compromises []Announcement }
 
-// newest returns the version of a key that was announced last, or nil if the key has only version
-// 1. The caller holds mu.
+// newest returns the newest version of a key of which peers are told, or nil without one. The
+// caller holds mu.
 func (r *Ring) newest(name string) *Key {
 	var last *Key
 	for ref, k := range r.keys {
@@ -43,9 +45,10 @@ func (r *Ring) newest(name string) *Key {
 	return last
 }
 
-// newerThan reports that k is announced and newer than last. Version 1 of a key is no rotation.
+// newerThan reports that k is announced and newer than last. Version 1 of a key is no rotation: a
+// peer hears of it only when the announcement of version 2 was called off.
 func (k *Key) newerThan(last *Key) bool {
-	return k.Version > 1 && k.Announced() && (last == nil || k.Version > last.Version)
+	return (k.Version > 1 || !k.CalledOff.IsZero()) && k.Announced() && (last == nil || k.Version > last.Version)
 }
 
 // Announcements lists the newest rotations, by the name of the key.
@@ -77,15 +80,18 @@ func (r *Ring) news() *announced {
 	all = new(announced)
 	for _, name := range slices.Sorted(maps.Keys(newest)) {
 		k := newest[name]
+		if k.Compromised { // no peer is led to such a version; its successor will be news
+			continue
+		}
 		event := wire.EncodeRotation(r.rotationOf(k))
-		all.rotations = append(all.rotations, Announcement{name, k.Version, string(event)})
+		all.rotations = append(all.rotations, Announcement{name, k.Version, k.Change, string(event)})
 	}
 	slices.SortFunc(compromised, inOrder)
 	for _, k := range compromised {
 		event := wire.EncodeCompromise(wire.Compromise{
 			Key: k.Name, Version: k.Version, PublicKey: wire.Bytes32(k.Info().PublicKey),
 		})
-		all.compromises = append(all.compromises, Announcement{k.Name, k.Version, string(event)})
+		all.compromises = append(all.compromises, Announcement{k.Name, k.Version, 0, string(event)})
 	}
 	r.announced = all
 	return all
@@ -95,9 +101,15 @@ func (r *Ring) news() *announced {
 func (r *Ring) rotationOf(k *Key) wire.Rotation {
 	doc := wire.Rotation{
 		Key: k.Name, Version: k.Version, PublicKey: wire.Bytes32(k.Info().PublicKey),
-		ActivatesAt: k.Activates.Unix(), Succession: k.Succession, Authorization: k.Authorization,
+		ActivatesAt: k.Activates.Unix(), Succession: k.Succession, Authorization: k.Authorization, Change: k.Change,
+	}
+	if !k.CalledOff.IsZero() {
+		doc.Cancelled = k.Version + 1
 	}
 	doc.RetiresAt = k.Activates.Add(r.grace(r.settings[k.Name])).Unix()
+	if k.Version == 1 {
+		doc.RetiresAt = doc.ActivatesAt // there is no version before
+	}
 	if old := r.keys[keystore.Ref{Name: k.Name, Version: k.Version - 1}]; old != nil {
 		if !old.Retires.IsZero() {
 			doc.RetiresAt = old.Retires.Unix()
@@ -109,13 +121,12 @@ func (r *Ring) rotationOf(k *Key) wire.Rotation {
 	return doc
 }
 
-// Rotation returns the newest announced rotation of a key for webhooks and operators, or nil if
-// none was announced.
+// Rotation returns the newest rotation of a key of which peers are told, or nil without one.
 func (r *Ring) Rotation(name string) *wire.Rotation {
 	r.mu.RLock()
 	defer r.mu.RUnlock()
 	k := r.newest(name)
-	if k == nil {
+	if k == nil || k.Compromised {
 		return nil
 	}
 	doc := r.rotationOf(k)
@@ -123,13 +134,33 @@ func (r *Ring) Rotation(name string) *wire.Rotation {
 	return &doc
 }
 
-// CheckAnnounced refuses a version of a key that was never announced to peers.
-func (r *Ring) CheckAnnounced(name string, version uint32) error {
+// CheckAnnounced refuses what peers are not told of a version: a version that was never announced,
+// or whose announcement was called off, and an announcement that another has replaced.
+func (r *Ring) CheckAnnounced(name string, version, change uint32) error {
 	r.mu.RLock()
 	defer r.mu.RUnlock()
-	k, newest := r.keys[keystore.Ref{Name: name, Version: version}], r.newest(name)
-	if k == nil || newest == nil || version > newest.Version || version < 2 || !k.Public() {
-		return fmt.Errorf("%w: no rotation of %q to version %d was announced", ErrUnknown, ijson.Clip(name), version)
+	k := r.keys[keystore.Ref{Name: name, Version: version}]
+	if k == nil || !k.newerThan(nil) || !k.Public() || k.Change != change {
+		return notAnnounced(name, version, change)
+	}
+	return nil
+}
+
+func notAnnounced(name string, version, change uint32) error {
+	return fmt.Errorf("%w: no rotation of %q to version %d, change %d, is announced",
+		ErrUnknown, ijson.Clip(name), version, change)
+}
+
+// StillAnnounced is CheckAnnounced inside a transaction. The answer may have changed since the
+// request arrived: an acknowledgement of what is no longer true must not count.
+func (r *Ring) StillAnnounced(tx *ledger.Tx, name string, version, change uint32) error {
+	ref := keystore.Ref{Name: name, Version: version}.String()
+	_, rec, err := decode(ref, tx.Get(ledger.Keys, ref))
+	if err != nil {
+		return err
+	}
+	if rec.Change != change || rec.State == Pending && rec.Activates == 0 {
+		return notAnnounced(name, version, change)
 	}
 	return nil
 }

@@ -44,6 +44,63 @@ var cuttable = map[string]struct {
 		may:  []string{"active pending", "active pending pending", "verify-only active pending"},
 		ends: []string{"active pending", "verify-only active pending"},
 	},
+	"move a rotation": {
+		key:   "payments",
+		ready: func(t *testing.T, r *rig) { r.rotate(t, "payments", time.Now().Add(time.Hour)) },
+		act: func(t *testing.T, r *rig) error {
+			_, err := r.Keys.Rotate(t.Context(), operator, "payments", time.Now())
+			return err
+		},
+		may:  []string{"active pending pending", "verify-only active pending"},
+		ends: []string{"active pending pending", "verify-only active pending"},
+	},
+	"call off a rotation": {
+		key:   "payments",
+		ready: func(t *testing.T, r *rig) { r.rotate(t, "payments", time.Now().Add(time.Hour)) },
+		act:   func(t *testing.T, r *rig) error { return r.Keys.Cancel(t.Context(), operator, "payments") },
+		may:   []string{"active pending pending"},
+		ends:  []string{"active pending pending"},
+	},
+	"rotate after a rotation was called off": {
+		key: "payments",
+		ready: func(t *testing.T, r *rig) {
+			r.rotate(t, "payments", time.Now().Add(time.Hour))
+			if err := r.Keys.Cancel(t.Context(), operator, "payments"); err != nil {
+				t.Fatal(err)
+			}
+		},
+		act: func(t *testing.T, r *rig) error {
+			_, err := r.Keys.Rotate(t.Context(), operator, "payments", time.Now())
+			return err
+		},
+		may:  []string{"active pending pending", "verify-only active pending"},
+		ends: []string{"active pending pending", "verify-only active pending"},
+	},
+	"move a rotation of the Noise key": {
+		key: keyring.NoiseName,
+		ready: func(t *testing.T, r *rig) {
+			r.createOwn(t, keyring.NoiseName)
+			r.rotate(t, keyring.NoiseName, time.Now().Add(time.Hour))
+		},
+		act: func(t *testing.T, r *rig) error {
+			r.Keys.Identity = "payments"
+			_, err := r.Keys.Rotate(t.Context(), operator, keyring.NoiseName, time.Now())
+			return err
+		},
+		may:  []string{"active pending", "verify-only active"},
+		ends: []string{"active pending", "verify-only active"},
+	},
+	"call off a rotation of the Noise key": {
+		key: keyring.NoiseName,
+		ready: func(t *testing.T, r *rig) {
+			r.createOwn(t, keyring.NoiseName)
+			r.Keys.Identity = "payments"
+			r.rotate(t, keyring.NoiseName, time.Now().Add(time.Hour))
+		},
+		act:  func(t *testing.T, r *rig) error { return r.Keys.Cancel(t.Context(), operator, keyring.NoiseName) },
+		may:  []string{"active pending"},
+		ends: []string{"active pending"},
+	},
 	"compromise": {
 		key: "payments",
 		act: func(t *testing.T, r *rig) error {

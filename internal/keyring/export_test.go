@@ -10,6 +10,7 @@ import (
 	"countersign/internal/keystore"
 	"countersign/internal/ledger"
 	"countersign/internal/manage"
+	"countersign/wire"
 )
 
 // The states that have no exported name.
@@ -77,6 +78,12 @@ func (k *Key) On(replace func(keystore.Key) keystore.Key) *Key {
 	return &other
 }
 
+// Generation is the generation of an authorization of a Noise key.
+func Generation(a *wire.Authorization) int64 {
+	_, generation := authorizationOf(&Key{Authorization: a})
+	return generation
+}
+
 // Encoded is the ledger's record of the settings.
 func (s Settings) Encoded() []byte { return manage.Encode(s.record()) }
 
@@ -103,7 +110,8 @@ func Rewrite(tx *ledger.Tx, ref keystore.Ref, token string, state State) error {
 }
 
 // Memory describes everything in memory that follows the ledger: one line for each version, each
-// active version, each public key, each key's settings and each announcement, by its subject.
+// active version, each public key, each key's settings, each request and each announcement, by its
+// subject.
 func (r *Ring) Memory() map[string]string {
 	all := map[string]string{}
 	for _, a := range r.Announcements() {
@@ -117,8 +125,10 @@ func (r *Ring) Memory() map[string]string {
 	for ref, k := range r.keys {
 		all[fmt.Sprint("key ", ref)] = fmt.Sprintf(
 			"%v is %s on %s; created %v, activates %v, retires %v; compromised %t, retired %t; "+
+				"change %d, by %s, called off %v after %d uses; "+
 				"info %+v, verifies %t, has the turns of its token %t; succession %s; authorization %s",
 			k.Ref(), k.State, k.Token, k.Created, k.Activates, k.Retires, k.Compromised, k.usage.retired.Load(),
+			k.Change, manage.Encode(k.By), k.CalledOff, k.UsesBefore,
 			k.Info(), k.public != nil, k.turns == r.turns[k.Token],
 			manage.Encode(k.Succession), manage.Encode(k.Authorization))
 	}
@@ -136,6 +146,9 @@ func (r *Ring) Memory() map[string]string {
 	}
 	for name, s := range r.settings {
 		all["settings "+name] = fmt.Sprintf("%+v", s)
+	}
+	for name, q := range r.requests {
+		all["request "+name] = fmt.Sprintf("%+v", q)
 	}
 	all["uses"] = fmt.Sprintf("%+v", r.written)
 	return all

@@ -10,10 +10,12 @@ import (
 	"sync/atomic"
 	"time"
 
+	"countersign/audit"
 	"countersign/internal/eddsa"
 	"countersign/internal/keystore"
 	"countersign/internal/limit"
 	"countersign/internal/peers"
+	"countersign/internal/schedule"
 	"countersign/wire"
 )
 
@@ -42,9 +44,16 @@ type Key struct {
 	// version that is not announced. Retires is the time at which a verify-only version is archived
 	// at the latest.
 	Activates, Retires time.Time
-	Compromised        bool // set for ever by a compromise; the state may be destroyed by now
-	Succession         *wire.Succession
-	Authorization      *wire.Authorization
+	// Change, By, CalledOff and UsesBefore are those of the record. CalledOff is zero where no
+	// announcement of the next version was called off.
+	Change     uint32
+	By         *audit.Actor
+	CalledOff  time.Time
+	UsesBefore uint64
+
+	Compromised   bool // set for ever by a compromise; the state may be destroyed by now
+	Succession    *wire.Succession
+	Authorization *wire.Authorization
 
 	device keystore.Key
 	public *eddsa.PublicKey // nil: no Ed25519 key
@@ -69,6 +78,16 @@ func (k *Key) Uses() uint64 { return k.usage.count.Load() }
 
 // Announced reports that peers may know of the version.
 func (k *Key) Announced() bool { return k.State != Pending || !k.Activates.IsZero() }
+
+// due returns the plan's answer for an active version. After a rotation was called off, the plan
+// counts from then on: otherwise the same rotation would be announced again at once.
+func (k *Key) due(p schedule.Plan, now time.Time) (due bool, from time.Time, why schedule.Reason) {
+	since, uses := k.Activates, k.Uses()
+	if !k.CalledOff.IsZero() {
+		since, uses = k.CalledOff, uses-min(uses, k.UsesBefore)
+	}
+	return p.Due(since, uses, time.Time{}, now)
+}
 
 // inUse refuses a version that is out of use at this moment. The version may have gone out of use
 // after the request had chosen the version.

@@ -103,6 +103,7 @@ type Ring struct {
 	confirmed   map[string]time.Time      // ends of the operators' confirmations, by name
 	credentials uint64                    // number of changes of operators' credentials
 	retries     map[string]retry          // failed rotations, by name
+	requests    map[string]Request        // rotations that are not announced yet, by name
 	lost        map[keystore.Ref]error    // faults of versions that are missing on their token, or different
 	uncompared  map[part]error            // keys not compared with their tokens yet, see compare.go
 	announced   *announced                // cache; nil: empty
@@ -117,7 +118,8 @@ func Open(ctx context.Context, c Config) (*Ring, error) {
 		Config: c, turns: map[string]*limit.Fair{}, changing: manage.NewLock(),
 		keys: map[keystore.Ref]*Key{}, byPublic: map[string][]keystore.Ref{}, active: map[string]*Key{},
 		settings: map[string]Settings{}, confirmed: map[string]time.Time{},
-		retries: map[string]retry{}, lost: map[keystore.Ref]error{}, uncompared: map[part]error{},
+		retries: map[string]retry{}, requests: map[string]Request{},
+		lost: map[keystore.Ref]error{}, uncompared: map[part]error{},
 	}
 	for name := range c.Tokens { // limit.Fair bounds no waiting callers: the limits of requests do
 		r.turns[name] = limit.NewFair(max(1, c.Calls[name]))
@@ -127,7 +129,7 @@ func Open(ctx context.Context, c Config) (*Ring, error) {
 	if err := c.Ledger.Follow(ctx, &r.mu,
 		ledger.Followed{Table: ledger.Lines, Take: r.takeSettings},
 		ledger.Followed{Table: ledger.Keys, Take: r.takeKey},
-		ledger.Followed{Table: ledger.Meta, Take: r.takeUses}); err != nil {
+		ledger.Followed{Table: ledger.Meta, Take: r.takeMeta}); err != nil {
 		return nil, err
 	}
 	for _, k := range r.All() {
@@ -164,6 +166,7 @@ func (r *Ring) takeKey(name string, value []byte) error {
 	k := &Key{
 		Name: ref.Name, Version: ref.Version, Token: rec.Token, State: rec.State, Created: time.Unix(rec.Created, 0),
 		Compromised: rec.Compromised, Succession: rec.Succession, Authorization: rec.Authorization,
+		Change: rec.Change, By: rec.By, UsesBefore: rec.UsesBefore,
 		device: gone{info}, turns: r.turns[rec.Token], usage: new(usage),
 	}
 	if store := r.Tokens[rec.Token]; store != nil {
@@ -173,6 +176,9 @@ func (r *Ring) takeKey(name string, value []byte) error {
 	}
 	if rec.Activates != 0 {
 		k.Activates = time.Unix(rec.Activates, 0)
+	}
+	if rec.CalledOff != 0 {
+		k.CalledOff = time.Unix(rec.CalledOff, 0)
 	}
 	if rec.Retires != 0 {
 		k.Retires = time.Unix(rec.Retires, 0)
@@ -356,12 +362,14 @@ func (r *Ring) Noise() (*Key, error) { return r.Active(NoiseName) }
 func (r *Ring) LogKey() (*Key, error) { return r.Active(LogName) }
 
 // Answering lists the versions of the Noise key that answer handshakes: the active version first,
-// then the announced and the verify-only versions, the newest first.
+// then the pending and the verify-only versions, the newest first. A pending version was announced.
+// Also when the announcement was called off, the version answers: a peer that has not heard of this
+// may try no other key after the announced time.
 func (r *Ring) Answering() (keys []*Key) {
 	r.mu.RLock()
 	defer r.mu.RUnlock()
 	for _, k := range r.keys {
-		if k.Name == NoiseName && (k.State.accepted() || k.State == Pending && k.Announced()) {
+		if k.Name == NoiseName && (k.State.accepted() || k.State == Pending) {
 			keys = append(keys, k)
 		}
 	}
@@ -462,6 +470,12 @@ func (r *Ring) Causes() (all []cause.Cause) {
 	defer r.mu.RUnlock()
 	for name, try := range r.retries {
 		all = append(all, cause.Rotation.Of(name, "%v", try.cause))
+	}
+	for name, q := range r.requests {
+		if q.Ended != "" {
+			all = append(all, cause.RotationGivenUp.Of(name, "%s has asked for version changes at %s, in vain: %s",
+				q.By.Name, q.Activates.UTC().Format(time.RFC3339), q.Ended))
+		}
 	}
 	for ref, fault := range r.lost {
 		all = append(all, cause.KeyMissing.Of(ref.String(), "%v", fault))

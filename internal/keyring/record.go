@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"fmt"
 
+	"countersign/audit"
 	"countersign/internal/keystore"
 	"countersign/internal/ledger"
 	"countersign/internal/manage"
@@ -29,6 +30,16 @@ type record struct {
 	Tag       keystore.Tag `json:"tag"` // of the creation
 	// Compromised stays set in all later states: the private key may be in other hands for ever.
 	Compromised bool `json:"compromised,omitempty"`
+	// Change orders what peers were told of a line: with each announcement that replaces another,
+	// and each one called off, the number rises by 1. A version begins with the number of the
+	// version before.
+	Change uint32 `json:"change,omitempty"`
+	// By has asked for the announcement; nil: not announced, or the daemon by its schedule.
+	By *audit.Actor `json:"by,omitempty"`
+	// CalledOff is the time (Unix seconds) when the announcement of the next version was called
+	// off, and UsesBefore the uses until then: the schedule counts from there.
+	CalledOff  int64  `json:"called_off,omitempty"`
+	UsesBefore uint64 `json:"uses_before,omitempty"`
 	// Succession is the step from the version before to this version. Authorization lets a Noise
 	// key speak for the identity.
 	Succession    *wire.Succession    `json:"succession,omitempty"`

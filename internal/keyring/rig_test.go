@@ -305,7 +305,11 @@ func (r *rig) set(t *testing.T, name string, change func(*keyring.Settings)) {
 }
 
 func (r *rig) ack(t *testing.T, who appliance.Caller, key string, version uint32) error {
-	_, err := r.Acknowledge(t.Context(), who, &wire.Ack{ID: "1", Op: wire.OpAck, Key: key, Version: version})
+	ack := &wire.Ack{ID: "1", Op: wire.OpAck, Key: key, Version: version}
+	if k := r.Keys.Version(key, version); k != nil {
+		ack.Change = k.Change
+	}
+	_, err := r.Acknowledge(t.Context(), who, ack)
 	return err
 }
 
@@ -354,10 +358,13 @@ func (r *rig) checkKey(t *testing.T, name string) {
 			committed[e.Resource] = e.Metadata["next"]
 		}
 	}
-	active := 0
+	active, announced := 0, 0
 	for i, k := range versions {
 		if k.State == keyring.Active {
 			active++
+		}
+		if k.State == keyring.Pending && k.Announced() {
+			announced++
 		}
 		if int(k.Version) != i+1 {
 			t.Errorf("version %d is missing", i+1)
@@ -373,8 +380,8 @@ func (r *rig) checkKey(t *testing.T, name string) {
 			r.checkStep(t, before, k)
 		}
 	}
-	if active > 1 {
-		t.Errorf("%d versions are active", active)
+	if active > 1 || announced > 1 {
+		t.Errorf("%d versions are active, %d are announced", active, announced)
 	}
 }
 

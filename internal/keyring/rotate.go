@@ -21,8 +21,12 @@ import (
 //   - At most one version is active. The successor of a version has the next number, and the digest
 //     that the log has committed to (KeyCommitted) since the version came into use or was
 //     announced. The successor exists already, as pending, and is never made anew.
-//   - Each announced version has its step: signed by the version before, admitted before the
-//     signature, and naming the digest of the version after.
+//   - At most one version is announced: the successor of the active one. Each announced version has
+//     its step: signed by the version before, admitted before the signature, and naming the digest
+//     of the version after.
+//   - What peers were told of a line has a rising order, see record.Change. An acknowledgement of
+//     what is no longer true does not count: acknowledgements are taken back in the transaction of
+//     the change, and Appliance.news tells the news until the peer acknowledges the news.
 //
 // A rotation therefore has three parts, each with one transaction at its end:
 //
@@ -33,7 +37,11 @@ import (
 //	archive:  at the end of the grace time, or when all peers that must acknowledge have done so,
 //	          the old version goes out of use.
 //
-// A failure before the end of announce has changed nothing.
+// Until the activation, a second announcement replaces the first, and Cancel takes it back. Both
+// leave the next version and the version after, since peers have their digests: a step that a peer
+// has followed stays a step of the line. The second announcement has another time only.
+//
+// A failure before the end of announce has changed nothing. See request.go for what was asked.
 
 const (
 	// maxAhead bounds the time between announcement and activation: the key can't be rotated
@@ -45,30 +53,41 @@ const (
 )
 
 // Rotate announces the next version of a key. The version becomes active at the time at; a time in
-// the past means at once. When ctx ends first, the rotation goes on. A rotation that has failed
-// because of the device or the disk is retried.
+// the past means at once. An announcement of before is replaced. When ctx ends first, the rotation
+// goes on. A rotation that has failed because of the device is tried again for DefaultWithin.
 func (r *Ring) Rotate(ctx context.Context, who audit.Actor, name string, at time.Time) (*Key, error) {
+	return r.RotateWithin(ctx, who, name, at, DefaultWithin)
+}
+
+// RotateWithin is Rotate with the time after at for which the rotation still makes sense: a failed
+// rotation is tried again until then.
+func (r *Ring) RotateWithin(
+	ctx context.Context, who audit.Actor, name string, at time.Time, within time.Duration,
+) (*Key, error) {
 	if err := r.Gate.Err(); err != nil {
 		return nil, fmt.Errorf("key %q: %w", ijson.Clip(name), err)
 	}
 	var next *Key
 	err := r.run(ctx, fmt.Sprintf("rotating key %q", ijson.Clip(name)), func(ctx context.Context) (err error) {
-		if next, err = r.rotate(ctx, who, name, at); err != nil && !errors.Is(err, manage.ErrConflict) &&
-			!errors.Is(err, manage.ErrInvalid) && !errors.Is(err, manage.ErrNotFound) {
-			r.retryLater(name, err, true)
-		}
+		next, err = r.rotate(ctx, who, name, at, within)
 		return err
 	})
 	return next, err
 }
 
-func (r *Ring) rotate(ctx context.Context, who audit.Actor, name string, at time.Time) (next *Key, err error) {
-	if !rotates(name) {
+func (r *Ring) rotate(
+	ctx context.Context, who audit.Actor, name string, at time.Time, within time.Duration,
+) (next *Key, err error) {
+	now := time.Now()
+	switch {
+	case !rotates(name):
 		return nil, fmt.Errorf("key %q: %w: this line of the appliance's own is not rotated", name, manage.ErrInvalid)
-	}
-	if at.After(time.Now().Add(maxAhead)) {
+	case at.After(now.Add(maxAhead)):
 		return nil, fmt.Errorf("key %q: %w: a version is announced at most %d days before it is active",
 			name, manage.ErrInvalid, maxAhead/(24*time.Hour))
+	case within < time.Second || within > maxWithin:
+		return nil, fmt.Errorf("key %q: %w: within must be 1 second to %d days, not %v",
+			name, manage.ErrInvalid, maxWithin/(24*time.Hour), within)
 	}
 	versions, err := r.Versions(name)
 	if err != nil {
@@ -76,26 +95,65 @@ func (r *Ring) rotate(ctx context.Context, who audit.Actor, name string, at time
 	}
 	if k := withoutSuccessor(versions); k != nil { // a rotation is overdue
 		if err := r.activateSuccessor(ctx, who, k); err != nil {
+			r.retryLater(name, err, time.Time{})
 			return nil, err
 		}
 		return r.Active(name)
+	}
+	if err := r.mayRenew(name); err != nil {
+		return nil, err
+	}
+	if at.Before(now) {
+		at = now
+	}
+	q := Request{By: who, Asked: now, Activates: at, Until: at.Add(within)}
+	if err := r.request(ctx, name, q); err != nil {
+		return nil, err // nothing is tried again: the request is not on disk
+	}
+	if next, err = r.carryOut(ctx, name, q); err == nil {
+		return next, nil
+	}
+	if q, open := r.Requested(name); open && q.Ended == "" {
+		r.retryLater(name, err, q.Until)
+		err = fmt.Errorf("it is tried again until %s: %w", q.Until.UTC().Format(time.RFC3339), err)
+	} else if !open {
+		r.retryLater(name, err, time.Time{}) // announced, and not active yet
+	}
+	return nil, err
+}
+
+// mayRenew refuses a rotation that can't be carried out by the state of the key.
+func (r *Ring) mayRenew(name string) error {
+	old, err := r.Active(name)
+	if err != nil {
+		return err
+	}
+	next := r.Version(name, old.Version+1)
+	if next == nil && old.Signs() {
+		return fmt.Errorf("key %q: %w: version %d has no successor: make another key",
+			name, manage.ErrConflict, old.Version)
+	}
+	if name == NoiseName && next == nil && len(r.Answering()) >= maxAnswering {
+		return fmt.Errorf("key %q: %w: %d versions answer handshakes: archive one, "+
+			"or wait for the end of its grace time", name, manage.ErrConflict, maxAnswering)
+	}
+	return nil
+}
+
+// renew announces the next version of a key, and activates the version if its time has come.
+func (r *Ring) renew(ctx context.Context, who audit.Actor, name string, at time.Time) (*Key, error) {
+	if err := r.mayRenew(name); err != nil {
+		return nil, err
 	}
 	old, err := r.Active(name)
 	if err != nil {
 		return nil, err
 	}
-	if next := r.Version(name, old.Version+1); next != nil && next.Announced() {
-		return nil, fmt.Errorf("key %q: %w: version %d is announced and will be active at %s",
-			name, manage.ErrConflict, next.Version, next.Activates.UTC().Format(time.RFC3339))
-	}
-	if name == NoiseName && len(r.Answering()) >= maxAnswering {
-		return nil, fmt.Errorf("key %q: %w: %d versions answer handshakes: archive one, "+
-			"or wait for the end of its grace time", name, manage.ErrConflict, maxAnswering)
-	}
-	if next, err = r.announce(ctx, who, old, at); err != nil {
+	next, err := r.announce(ctx, who, old, at)
+	if err != nil {
 		return nil, r.notRotated(ctx, who, old, err)
 	}
-	if at.After(time.Now()) {
+	if next.Activates.After(time.Now()) {
 		return next, nil
 	}
 	if err := r.activate(ctx, who, next); err != nil {
@@ -111,7 +169,8 @@ func (r *Ring) notRotated(ctx context.Context, who audit.Actor, old *Key, why er
 	return errors.Join(why, r.record(ctx, audit.NewKeyRotationFailed(who, old.Ref().String(), why)))
 }
 
-// announce announces the version after old, which is active or compromised.
+// announce announces the version after old, which is active or compromised. The announcement takes
+// the place of an earlier one.
 func (r *Ring) announce(ctx context.Context, who audit.Actor, old *Key, at time.Time) (*Key, error) {
 	if now := time.Now(); at.Before(now) {
 		at = now
@@ -128,51 +187,109 @@ func (r *Ring) announce(ctx context.Context, who audit.Actor, old *Key, at time.
 	if err := r.Prove(ctx, next); err != nil { // the creation may be long ago
 		return nil, err
 	}
-	after, err := r.makeNext(ctx, who, ref, next.Token)
+	var edits []edit
+	var events []audit.Event
+	digest, made := r.Next(next) // made by an announcement before: peers may have the digest
+	clear := func() error { return nil }
+	if !made {
+		after, err := r.makeNext(ctx, who, ref, next.Token)
+		if err != nil {
+			return nil, err
+		}
+		digest, edits, events = after.digest(), []edit{after.as(Pending)}, []audit.Event{after.commitment(who)}
+		clear = func() error { return r.clearAway(ctx, after.info.Ref, after.record, "failed") }
+	}
+	succession, err := r.endorse(ctx, who, old, next, digest, at)
 	if err != nil {
-		return nil, err
+		return nil, errors.Join(err, clear())
 	}
-	succession, err := r.endorse(ctx, who, old, next, after, at)
-	if err != nil {
-		return nil, errors.Join(err, r.clearAway(ctx, after.info.Ref, after.record, "failed"))
+	announced := func(rec *record) {
+		rec.announce(who, old, at)
+		rec.Succession = succession
 	}
-	announced := edit{ref, func(rec *record) { rec.Activates, rec.Succession = at.Unix(), succession }}
-	if err := r.change(ctx, who, []edit{announced, after.as(Pending)},
-		announcementOf(who, old, next.Info(), at), after.commitment(who)); err != nil {
-		return nil, err
-	}
-	r.notify()
-	return r.Version(ref.Name, ref.Version), nil
+	return r.writeAnnouncement(ctx, who, old, next.Info(), at, append(edits, edit{ref, announced}), events...)
 }
 
-// announceOwn announces a version of a key without steps: the Noise key, or a P-256 key.
+// announceOwn announces a version of a key without steps: the Noise key, or a P-256 key. Such a
+// version is made by its first announcement.
 func (r *Ring) announceOwn(
 	ctx context.Context, who audit.Actor, old *Key, ref keystore.Ref, at time.Time,
 ) (*Key, error) {
-	next, err := r.make(ctx, who, ref, NewKey{Name: old.Name, Algorithm: old.Info().Algorithm, Token: old.Token})
-	if err != nil {
-		return nil, err
+	begin, clear := func(*record) {}, func() error { return nil }
+	var info keystore.Info
+	if next := r.Version(ref.Name, ref.Version); next != nil {
+		if err := r.Prove(ctx, next); err != nil {
+			return nil, err
+		}
+		info = next.Info()
+	} else {
+		made, err := r.make(ctx, who, ref, NewKey{Name: old.Name, Algorithm: old.Info().Algorithm, Token: old.Token})
+		if err != nil {
+			return nil, err
+		}
+		info, begin = made.info, made.as(Pending).change
+		clear = func() error { return r.clearAway(ctx, ref, made.record, "failed") }
 	}
 	var authorization *wire.Authorization
 	if old.Name == NoiseName && r.Identity != "" {
-		if authorization, err = r.authorize(ctx, who, next.info); err != nil {
-			return nil, errors.Join(err, r.clearAway(ctx, ref, next.record, "failed"))
+		var err error
+		if authorization, err = r.authorize(ctx, who, info); err != nil {
+			return nil, errors.Join(err, clear())
 		}
 	}
-	pending := next.as(Pending)
-	announced := edit{ref, func(rec *record) {
-		pending.change(rec)
-		rec.Activates, rec.Authorization = at.Unix(), authorization
-	}}
-	if err := r.change(ctx, who, []edit{announced}, announcementOf(who, old, next.info, at)); err != nil {
+	announced := func(rec *record) {
+		begin(rec)
+		rec.announce(who, old, at)
+		rec.Authorization = authorization
+	}
+	return r.writeAnnouncement(ctx, who, old, info, at, []edit{{ref, announced}})
+}
+
+// announce notes the announcement of a version after old.
+func (rec *record) announce(who audit.Actor, old *Key, at time.Time) {
+	if rec.Activates != 0 {
+		rec.Change++
+	} else {
+		rec.Change = old.Change
+	}
+	rec.Activates, rec.By = at.Unix(), &who
+}
+
+// writeAnnouncement writes an announcement of the version after old, and tells peers.
+// Acknowledgements of an announcement that is replaced are taken back.
+func (r *Ring) writeAnnouncement(
+	ctx context.Context, who audit.Actor, old *Key, next keystore.Info, at time.Time,
+	edits []edit, events ...audit.Event,
+) (*Key, error) {
+	var instead time.Time
+	var again []uint32
+	if before := r.Version(next.Ref.Name, next.Ref.Version); before != nil && before.Announced() {
+		instead, again = before.Activates, []uint32{before.Version}
+	}
+	e := audit.NewRotationAnnounced(who, old.Ref().String(), next.Ref.Version, at, instead, factsOf(next, ""))
+	if err := r.changeLine(ctx, who, old.Name, edits, again, append([]audit.Event{e}, events...)...); err != nil {
 		return nil, err
 	}
 	r.notify()
-	return r.Version(ref.Name, ref.Version), nil
+	return r.Version(next.Ref.Name, next.Ref.Version), nil
 }
 
-func announcementOf(who audit.Actor, old *Key, next keystore.Info, at time.Time) audit.Event {
-	return audit.NewRotationAnnounced(who, old.Ref().String(), next.Ref.Version, at, factsOf(next, ""))
+// changeLine carries out edits that end the request for a rotation of a key. The acknowledgements
+// of the versions again are taken back: peers must acknowledge anew.
+func (r *Ring) changeLine(
+	ctx context.Context, who audit.Actor, name string, edits []edit, again []uint32, events ...audit.Event,
+) error {
+	return r.Ledger.Update(ctx, func(tx *ledger.Tx) error {
+		for _, version := range again {
+			if err := peers.Forget(tx, name, version); err != nil {
+				return err
+			}
+		}
+		if err := tx.Delete(ledger.Meta, requestKeys+name); err != nil {
+			return err
+		}
+		return r.changeIn(tx, who, edits, events...)
+	})
 }
 
 // activate makes an announced version the active version.
@@ -181,7 +298,7 @@ func (r *Ring) activate(ctx context.Context, who audit.Actor, next *Key) error {
 		return err
 	}
 	now := time.Now()
-	edits := []edit{{next.Ref(), func(rec *record) { rec.State, rec.Activates = Active, now.Unix() }}}
+	edits := []edit{{next.Ref(), func(rec *record) { rec.State, rec.Activates, rec.By = Active, now.Unix(), nil }}}
 	var retires time.Time
 	if old := r.Version(next.Name, next.Version-1); old != nil && old.State == Active {
 		retires = now.Add(r.grace(r.settingsOf(next.Name)))
@@ -189,7 +306,7 @@ func (r *Ring) activate(ctx context.Context, who audit.Actor, next *Key) error {
 		edits = append(edits, edit{old.Ref(), replaced})
 	}
 	e := audit.NewKeyRotated(who, next.Ref().String(), next.Info().PublicKey, retires)
-	if err := r.change(ctx, who, edits, e); err != nil {
+	if err := r.changeLine(ctx, who, next.Name, edits, nil, e); err != nil {
 		return err
 	}
 	r.Log.Info("a key was rotated", "key", next.Name, "version", next.Version)
@@ -302,26 +419,34 @@ func (r *Ring) Compromise(ctx context.Context, who audit.Actor, name string, ver
 			return nil // Keep rotates once the gate is open
 		}
 		if err := r.activateSuccessor(ctx, who, k); err != nil {
-			r.retryLater(name, err, false)
+			r.retryLater(name, err, time.Time{})
 		}
 		return nil
 	})
 }
 
 // markCompromised records that a version is compromised, from then on as news for each peer: see
-// announce.go. Acknowledgements of an announced successor are taken back in the same transaction:
-// the successor becomes active at another time than the peers know.
+// announce.go. The same transaction hastens the announced successor of an active version, as any
+// change of an announcement, and ends a request for another time.
 func (r *Ring) markCompromised(ctx context.Context, who audit.Actor, k *Key, reason string) error {
-	compromised := edit{k.Ref(), func(rec *record) { rec.State, rec.Compromised = Compromised, true }}
-	return r.Ledger.Update(ctx, func(tx *ledger.Tx) error {
-		if k.State == Active {
-			if err := peers.Forget(tx, k.Name, k.Version+1); err != nil {
-				return err
-			}
-		}
-		return r.changeIn(tx, who, []edit{compromised}, stateChanged(who, k, Compromised, reason))
-	})
+	edits := []edit{{k.Ref(), func(rec *record) { rec.State, rec.Compromised = Compromised, true }}}
+	events := []audit.Event{stateChanged(who, k, Compromised, reason)}
+	if k.State != Active {
+		return r.change(ctx, who, edits, events...)
+	}
+	var again []uint32
+	if next := r.Version(k.Name, k.Version+1); next != nil && next.State == Pending && next.Announced() {
+		now := time.Now().Unix()
+		edits = append(edits, edit{next.Ref(), func(rec *record) { rec.Activates, rec.Change = now, rec.Change+1 }})
+		again = []uint32{next.Version}
+	}
+	if q, ok := r.Requested(k.Name); ok && q.Ended == "" {
+		events = append(events, audit.NewRotationGivenUp(q.By, k.Name, q.Activates, errOvertaken))
+	}
+	return r.changeLine(ctx, who, k.Name, edits, again, events...)
 }
+
+var errOvertaken = errors.New("the active version is compromised: its successor becomes active at once")
 
 // activateSuccessor makes the successor of a compromised version active.
 func (r *Ring) activateSuccessor(ctx context.Context, who audit.Actor, k *Key) error {

@@ -19,10 +19,9 @@ import (
 
 // retry is a failed rotation that is retried with exponential backoff.
 type retry struct {
-	cause     error
-	after     time.Time     // earliest time of the next try
-	wait      time.Duration // the present backoff
-	requested bool          // by an operator: the schedule alone would not rotate the key
+	cause error
+	after time.Time     // earliest time of the next try
+	wait  time.Duration // the present backoff
 }
 
 const (
@@ -31,13 +30,15 @@ const (
 )
 
 // retryLater notes a failed rotation: Causes reports the failure, and Keep retries after the
-// backoff. A rotation that an operator has requested is retried until success or a restart.
-func (r *Ring) retryLater(name string, err error, requested bool) {
+// backoff, or at the time until, if that is sooner. Zero means no such time.
+func (r *Ring) retryLater(name string, err error, until time.Time) {
 	r.mu.Lock()
 	try := r.retries[name]
 	try.wait = min(max(2*try.wait, firstRetry), lastRetry)
 	try.cause, try.after = err, time.Now().Add(try.wait)
-	try.requested = try.requested || requested
+	if until.After(time.Now()) && until.Before(try.after) {
+		try.after = until
+	}
 	r.retries[name] = try
 	r.mu.Unlock()
 	r.Log.Error("a rotation is not done; it is tried again", "key", name, "in", try.wait, "err", err)
@@ -119,10 +120,12 @@ func (r *Ring) keepKey(ctx context.Context, name string) {
 		}
 		return nil
 	})
-	if err == nil {
+	switch {
+	case err == nil, errors.Is(err, errGivenUp):
 		r.clearRetry(name)
-	} else if ctx.Err() == nil {
-		r.retryLater(name, err, false)
+	case ctx.Err() == nil:
+		q, _ := r.Requested(name)
+		r.retryLater(name, err, q.Until)
 	}
 }
 
@@ -157,11 +160,24 @@ func (r *Ring) due(versions []*Key) func(context.Context) error {
 	if k := withoutSuccessor(versions); k != nil {
 		return func(ctx context.Context) error { return r.activateSuccessor(ctx, daemon, k) }
 	}
+	if slices.ContainsFunc(s.Acknowledge, r.gone) {
+		s.Acknowledge = slices.DeleteFunc(slices.Clone(s.Acknowledge), r.gone)
+		return func(ctx context.Context) error {
+			return r.Ledger.Update(ctx, func(tx *ledger.Tx) error { return s.write(tx, daemon, name, nil) })
+		}
+	}
+	if q, ok := r.Requested(name); ok && q.Ended == "" {
+		return func(ctx context.Context) error { _, err := r.carryOut(ctx, name, q); return err }
+	}
 	if next != nil {
 		if now.Before(next.Activates) {
 			return nil
 		}
-		return func(ctx context.Context) error { return r.activate(ctx, daemon, next) }
+		by := daemon
+		if next.By != nil {
+			by = *next.By
+		}
+		return func(ctx context.Context) error { return r.activate(ctx, by, next) }
 	}
 	if active == nil {
 		return nil
@@ -169,12 +185,9 @@ func (r *Ring) due(versions []*Key) func(context.Context) error {
 	if name == NoiseName && r.unauthorized(active) {
 		return func(ctx context.Context) error { return r.authorizeActive(ctx, daemon) }
 	}
-	r.mu.RLock()
-	requested := r.retries[name].requested
-	r.mu.RUnlock()
-	if due, _, _ := s.Plan.Due(active.Activates, active.Uses(), time.Time{}, now); due || requested {
+	if due, _, _ := active.due(s.Plan, now); due {
 		return func(ctx context.Context) error {
-			_, err := r.rotate(ctx, daemon, name, time.Now().Add(s.Announce))
+			_, err := r.renew(ctx, daemon, name, time.Now().Add(s.Announce))
 			return err
 		}
 	}
@@ -205,16 +218,19 @@ func withoutSuccessor(versions []*Key) (last *Key) {
 }
 
 // NextRotation returns the time of the next scheduled rotation with its reason, or the time at
-// which the announced version becomes active. Zero: no rotation is due by time.
+// which the requested or announced version becomes active. Zero: no rotation is due by time.
 func (r *Ring) NextRotation(name string) (time.Time, string) {
 	active, err := r.Active(name)
 	if err != nil {
 		return time.Time{}, ""
 	}
+	if q, ok := r.Requested(name); ok && q.Ended == "" {
+		return q.Activates, "requested"
+	}
 	if next := r.Version(name, active.Version+1); next != nil && next.Announced() {
 		return next.Activates, "announced"
 	}
-	_, next, why := r.settingsOf(name).Plan.Due(active.Activates, active.Uses(), time.Time{}, time.Now())
+	_, next, why := active.due(r.settingsOf(name).Plan, time.Now())
 	return next, string(why)
 }
 

@@ -14,6 +14,7 @@ import (
 	"countersign/internal/keystore"
 	"countersign/internal/ledger"
 	"countersign/internal/manage"
+	"countersign/internal/peers"
 	"countersign/internal/schedule"
 )
 
@@ -27,6 +28,7 @@ type Settings struct {
 	Announce, Grace time.Duration
 	// Acknowledge names peers, or AllPeers. When all of them have acknowledged a rotation, the old
 	// version is archived before the end of its grace time. Empty: no version is archived early.
+	// The name of a removed peer leaves the list.
 	Acknowledge []string
 	// Presence is the time for which an operator's confirmation lets the key sign; 0: the key needs
 	// no confirmation.
@@ -143,6 +145,19 @@ func (r *Ring) weaker(now, before Settings) (names []string) {
 	return names
 }
 
+// write writes the settings of a key, with the event.
+func (s Settings) write(tx *ledger.Tx, who audit.Actor, name string, weaker []string) error {
+	record := manage.Encode(s.record())
+	if err := tx.Put(ledger.Lines, name, record); err != nil {
+		return err
+	}
+	return tx.Append(ledger.EventOf(audit.NewLineChanged(who, name, record, s.Presence, weaker)))
+}
+
+// gone reports that a name in Acknowledge is of no enrolled peer. The daemon takes such a name out
+// of the settings: nobody waits for a removed peer, nor for a later peer of the same name.
+func (r *Ring) gone(peer string) bool { return peer != AllPeers && !r.Peers.Enrolled(peer) }
+
 // archivedSooner reports that fewer acknowledgements than before archive a version.
 func archivedSooner(now, before []string) bool {
 	if len(now) == 0 || slices.Contains(now, AllPeers) && len(before) > 0 {
@@ -170,7 +185,7 @@ func (r *Ring) CheckSet(name string, set func(*Settings) error) (s, before Setti
 		return s, before, fmt.Errorf("key %q: %w: %w", name, manage.ErrInvalid, err)
 	}
 	for _, peer := range s.Acknowledge {
-		if !slices.Contains(before.Acknowledge, peer) && peer != AllPeers && !r.Peers.Enrolled(peer) {
+		if !slices.Contains(before.Acknowledge, peer) && r.gone(peer) {
 			return s, before, fmt.Errorf("key %q: %w: acknowledge names %q, and no such peer is enrolled",
 				name, manage.ErrInvalid, peer)
 		}
@@ -195,15 +210,38 @@ func (r *Ring) Set(
 			return fmt.Errorf("key %q: %w: these settings would be weaker: %s",
 				name, manage.ErrNotApproved, strings.Join(weaker, ", "))
 		}
-		record := manage.Encode(s.record())
-		return r.Ledger.Update(ctx, func(tx *ledger.Tx) error {
-			if err := tx.Put(ledger.Lines, name, record); err != nil {
+		edits, again := r.graceChanged(name, r.grace(before) != r.grace(s))
+		if err := r.Ledger.Update(ctx, func(tx *ledger.Tx) error {
+			for _, version := range again {
+				if err := peers.Forget(tx, name, version); err != nil {
+					return err
+				}
+			}
+			if err := r.changeIn(tx, who, edits); err != nil {
 				return err
 			}
-			return tx.Append(ledger.EventOf(audit.NewLineChanged(who, name, record, s.Presence, weaker)))
-		})
+			return s.write(tx, who, name, weaker)
+		}); err != nil {
+			return err
+		}
+		r.notify()
+		return nil
 	})
 	return s, err
+}
+
+// graceChanged returns the edits of an announced version whose end of the version before has
+// changed, and the version whose acknowledgements are taken back: peers were told of another end.
+func (r *Ring) graceChanged(name string, changed bool) (edits []edit, again []uint32) {
+	active, err := r.Active(name)
+	if !changed || err != nil {
+		return nil, nil
+	}
+	next := r.Version(name, active.Version+1)
+	if next == nil || !next.Announced() {
+		return nil, nil
+	}
+	return []edit{{next.Ref(), func(rec *record) { rec.Change++ }}}, []uint32{next.Version}
 }
 
 // Confirm lets a key sign for its time of presence: an operator has just proven to be there. The

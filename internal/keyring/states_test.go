@@ -207,8 +207,8 @@ func TestStepsAreTaken(t *testing.T) {
 				"a/3 making>pending RotationAnnounced a/1 by operator, KeyCommitted a/2 by operator",
 			}},
 			{"activate by schedule", func() { time.Sleep(time.Minute); r.keep(t, "a") }, []string{
-				"a/2 pending>active KeyRotated a/2 by daemon",
-				"a/1 active>verify-only KeyRotated a/2 by daemon",
+				"a/2 pending>active KeyRotated a/2 by operator", // the operator has asked for it
+				"a/1 active>verify-only KeyRotated a/2 by operator",
 			}},
 			{"rotate the Noise key", func() { r.rotate(t, keyring.NoiseName, time.Now()) }, []string{
 				"noise/2 absent>making",

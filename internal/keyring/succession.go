@@ -29,11 +29,10 @@ func base64url(b []byte) string { return base64.RawURLEncoding.EncodeToString(b)
 // endorse has a version sign the step to the next version. The step names the digest of the version
 // after the next.
 func (r *Ring) endorse(
-	ctx context.Context, who audit.Actor, old, next *Key, after newVersion, at time.Time,
+	ctx context.Context, who audit.Actor, old, next *Key, after [32]byte, at time.Time,
 ) (*wire.Succession, error) {
-	digest := after.digest()
 	payload, err := json.Marshal(map[string]any{
-		"key": old.Name, "version": next.Version, "time": at.Unix(), "next": base64url(digest[:]),
+		"key": old.Name, "version": next.Version, "time": at.Unix(), "next": base64url(after[:]),
 		"old_public_key": base64url(old.Info().PublicKey), "new_public_key": base64url(next.Info().PublicKey),
 	})
 	if err != nil {
@@ -174,19 +173,41 @@ func (r *Ring) authorizeActive(ctx context.Context, who audit.Actor) error {
 		return err
 	}
 	change := edit{k.Ref(), func(rec *record) { rec.Authorization = authorization }}
-	return r.change(ctx, who, []edit{change}, audit.NewNoiseKeyAuthorized(who, k.Ref().String(), r.Identity))
+	e := audit.NewNoiseKeyAuthorized(who, k.Ref().String(), r.Identity)
+	if err := r.change(ctx, who, []edit{change}, e); err != nil {
+		return err
+	}
+	r.notify()
+	return nil
 }
 
 // unauthorized reports that a Noise key has no authorization by the active version of the
-// configured identity.
+// configured identity, or an older one than the next version: then the announcement of the next
+// version was called off, and peers expect a newer one.
 func (r *Ring) unauthorized(noise *Key) bool {
 	identity, err := r.Signing(r.Identity)
 	if r.Identity == "" || err != nil {
 		return false // an operator must make the identity first
 	}
-	var said struct {
-		Owner string `json:"owner"`
+	owner, generation := authorizationOf(noise)
+	next := r.Version(noise.Name, noise.Version+1)
+	if next != nil && !next.Announced() {
+		if _, later := authorizationOf(next); later >= generation {
+			return true
+		}
 	}
-	return noise.Authorization == nil || json.Unmarshal(noise.Authorization.Payload, &said) != nil ||
-		said.Owner != base64url(identity.Info().PublicKey)
+	return owner != base64url(identity.Info().PublicKey)
+}
+
+// authorizationOf returns the owner and the generation of a Noise key's authorization, or zero
+// values.
+func authorizationOf(noise *Key) (owner string, generation int64) {
+	var said struct {
+		Owner      string `json:"owner"`
+		Generation int64  `json:"key_generation"`
+	}
+	if noise.Authorization == nil || json.Unmarshal(noise.Authorization.Payload, &said) != nil {
+		return "", 0
+	}
+	return said.Owner, said.Generation
 }

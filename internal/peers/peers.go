@@ -462,19 +462,22 @@ func (r *Registry) disconnect(name string, mark func(*Member)) {
 }
 
 // Acknowledge writes that a peer has acknowledged the rotation of a key to a version. Acknowledge
-// is idempotent. The error is ErrGone for a peer that is not enrolled.
-func (r *Registry) Acknowledge(ctx context.Context, p Peer, who audit.Actor, key string, version uint32) error {
+// is idempotent. The error is ErrGone for a peer that is not enrolled. announced refuses inside the
+// transaction what is announced no longer.
+func (r *Registry) Acknowledge(
+	ctx context.Context, p Peer, who audit.Actor, key string, version uint32, announced func(*ledger.Tx) error,
+) error {
 	return r.acknowledge(ctx, p, audit.NewRotationKnown(who, key, version),
 		func(m *Member) bool { return m.known[key] >= version },
-		func(rec *record) bool {
-			if rec.Known[key] >= version {
-				return false
+		func(tx *ledger.Tx, rec *record) (bool, error) {
+			if err := announced(tx); err != nil || rec.Known[key] >= version {
+				return false, err
 			}
 			if rec.Known == nil {
 				rec.Known = map[string]uint32{}
 			}
 			rec.Known[key] = version
-			return true
+			return true, nil
 		})
 }
 
@@ -485,22 +488,23 @@ func (r *Registry) AcknowledgeCompromise(
 ) error {
 	return r.acknowledge(ctx, p, audit.NewCompromiseKnown(who, key, version),
 		func(m *Member) bool { return m.warned.has(key, version) },
-		func(rec *record) bool {
+		func(_ *ledger.Tx, rec *record) (bool, error) {
 			if rec.Warned.has(key, version) {
-				return false
+				return false, nil
 			}
 			if rec.Warned == nil {
 				rec.Warned = compromises{}
 			}
 			rec.Warned[key] = append(rec.Warned[key], version)
-			return true
+			return true, nil
 		})
 }
 
 // acknowledge writes a change of a peer's record with its event, unless the member has acknowledged
 // already. The change returns false where the record has the acknowledgement.
 func (r *Registry) acknowledge(
-	ctx context.Context, p Peer, e audit.Event, known func(*Member) bool, change func(*record) bool,
+	ctx context.Context, p Peer, e audit.Event,
+	known func(*Member) bool, change func(*ledger.Tx, *record) (bool, error),
 ) error {
 	r.mu.RLock()
 	m := r.members[p.PublicKey]
@@ -517,8 +521,8 @@ func (r *Registry) acknowledge(
 		if err != nil || enrolled.PublicKey != p.PublicKey || !r.In(p.PublicKey) {
 			return ErrGone
 		}
-		if !change(&rec) {
-			return nil
+		if changed, err := change(tx, &rec); err != nil || !changed {
+			return err
 		}
 		if err := tx.Put(ledger.Peers, p.Name, manage.Encode(rec)); err != nil {
 			return err

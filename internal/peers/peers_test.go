@@ -97,11 +97,13 @@ func (r *rig) add(t *testing.T, name string, key [32]byte) {
 	}
 }
 
+func announced(*ledger.Tx) error { return nil }
+
 // acknowledge has a peer acknowledge a version of the key "payments".
 func (r *rig) acknowledge(t *testing.T, name string, key [32]byte, version uint32) {
 	t.Helper()
 	p := Peer{Name: name, PublicKey: key}
-	if err := r.Acknowledge(t.Context(), p, audit.Peer(name, key), "payments", version); err != nil {
+	if err := r.Acknowledge(t.Context(), p, audit.Peer(name, key), "payments", version, announced); err != nil {
 		t.Fatal(err)
 	}
 }
@@ -397,7 +399,7 @@ func TestExclusionWaitsForNoRequest(t *testing.T) {
 		if err := c.act(r); err != nil || !conn.closed.Load() {
 			t.Errorf("%s: %v, the connection is closed: %v", name, err, conn.closed.Load())
 		}
-		err := r.Acknowledge(t.Context(), p, audit.Peer(p.Name, shop), "payments", 2)
+		err := r.Acknowledge(t.Context(), p, audit.Peer(p.Name, shop), "payments", 2, announced)
 		if serves := r.Serves(p); !errors.Is(err, ErrGone) || !errors.Is(serves, ErrGone) {
 			t.Errorf("%s: an acknowledgement: %v, a use: %v, want %v", name, err, serves, ErrGone)
 		}
@@ -494,7 +496,7 @@ func TestAcknowledge(t *testing.T) {
 	}
 	r.agrees(t)
 	for _, stranger := range []Peer{{Name: "shop", PublicKey: publicKey(9)}, {Name: "cafe", PublicKey: shop}} {
-		err := r.Acknowledge(t.Context(), stranger, audit.Peer("x", stranger.PublicKey), "payments", 4)
+		err := r.Acknowledge(t.Context(), stranger, audit.Peer("x", stranger.PublicKey), "payments", 4, announced)
 		if !errors.Is(err, ErrGone) {
 			t.Errorf("%+v: %v, want %v", stranger, err, ErrGone)
 		}
@@ -512,7 +514,7 @@ func TestForget(t *testing.T) {
 	r.acknowledge(t, "shop", shop, 3)
 	r.acknowledge(t, "cafe", cafe, 2)
 	orders := Peer{Name: "shop", PublicKey: shop}
-	if err := r.Acknowledge(t.Context(), orders, audit.Peer("shop", shop), "orders", 3); err != nil {
+	if err := r.Acknowledge(t.Context(), orders, audit.Peer("shop", shop), "orders", 3, announced); err != nil {
 		t.Fatal(err)
 	}
 	r.change(t, func(tx *ledger.Tx) error { return Forget(tx, "payments", 3) })
