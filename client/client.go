@@ -380,7 +380,7 @@ func (c *Client) checkSigned(ctx context.Context, key string, d Document, s wire
 	if err := eddsa.Verify(s.PublicKey[:], doc.Message, s.Signature); err != nil {
 		return nil, fmt.Errorf("%w: %w", ErrWrongAnswer, err)
 	}
-	if err := c.checkVersion(ctx, key, s.Version, s.PublicKey, nil); err != nil {
+	if err := c.checkVersion(ctx, key, s.Version, s.PublicKey); err != nil {
 		return nil, err
 	}
 	if p := c.pins[key]; p != nil {

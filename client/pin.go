@@ -19,6 +19,7 @@ type pin struct {
 	mu      sync.Mutex
 	first   uint32             // the pinned version; older ones are unknown
 	active  uint32             // the newest version that is known to have come into use
+	asked   uint32             // op line was asked since this version came into use, see checkVersion
 	newest  KeyLine            // the newest version that the client has followed
 	trusted map[uint32]KeyLine // versions first to newest, without the compromised ones
 	// compromised has all versions that the appliance has named as compromised. stolen lists those
@@ -32,7 +33,7 @@ func newPin(l KeyLine) *pin {
 	l.Announced = Successor{}
 	return &pin{
 		fetching: make(chan struct{}, 1),
-		first:    l.Version, active: l.Version, newest: newest,
+		first:    l.Version, active: l.Version, asked: l.Version, newest: newest,
 		trusted:     map[uint32]KeyLine{l.Version: l, newest.Version: newest},
 		compromised: map[uint32]bool{},
 	}
@@ -60,6 +61,19 @@ func (p *pin) use(version uint32) {
 	p.active = max(p.active, version)
 }
 
+// take takes an answer to op line that was asked for from the newest version on.
+func (p *pin) take(page wire.Steps) error {
+	p.distrust(page.Compromised...)
+	if err := p.follow(page.Steps...); err != nil {
+		return err
+	}
+	p.use(page.Active)
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.asked = max(p.asked, min(page.Active, p.newest.Version))
+	return nil
+}
+
 // follow checks steps from the newest version on, and takes all of them or none.
 func (p *pin) follow(steps ...wire.Succession) error {
 	p.mu.Lock()
@@ -85,10 +99,10 @@ func (p *pin) follow(steps ...wire.Succession) error {
 	return nil
 }
 
-// lookup says whether the line has a version with this public key, and whether the version is known
-// to be in use. For a version newer than the newest one, lookup returns false without an error:
-// follow the line, then look again.
-func (p *pin) lookup(version uint32, key [32]byte) (found, used bool, err error) {
+// lookup says whether the line has a version with this public key, and whether op line was asked
+// since the version came into use. For a version newer than the newest one, lookup returns false
+// without an error: follow the line, then look again.
+func (p *pin) lookup(version uint32, key [32]byte) (found, asked bool, err error) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	l := p.trusted[version]
@@ -103,7 +117,7 @@ func (p *pin) lookup(version uint32, key [32]byte) (found, used bool, err error)
 	case l.PublicKey != key:
 		err = fmt.Errorf("version %d has another public key", version)
 	default:
-		return true, version <= p.active, nil
+		return true, version <= p.asked, nil
 	}
 	return false, false, fmt.Errorf("%w: %q: %w", ErrBrokenLine, ijson.Clip(p.newest.Key), err)
 }
@@ -156,22 +170,20 @@ func (c *Client) tell(p *pin) error {
 }
 
 // checkVersion checks a version of a key against the pinned line, and accepts any version of an
-// unpinned key. For a newer version, checkVersion follows the line first: by the offered step where
-// the version is the next one, else by steps from the appliance. A version that is used for the
-// first time is looked up at the appliance too, since the answer names the compromised versions.
-func (c *Client) checkVersion(
-	ctx context.Context, key string, version uint32, public [32]byte, offered *wire.Succession,
-) error {
+// unpinned key. A version that is new, or is used for the first time, is looked up at the
+// appliance: the answer has the steps and names the compromised versions. The event of a rotation
+// has its step only.
+func (c *Client) checkVersion(ctx context.Context, key string, version uint32, public [32]byte) error {
 	p := c.pins[key]
 	if p == nil {
 		return nil
 	}
-	found, used, err := p.lookup(version, public)
+	found, asked, err := p.lookup(version, public)
 	if err != nil {
 		return err
 	}
-	if !found || !used && offered == nil {
-		if err := c.reach(ctx, p, key, version, offered); err != nil {
+	if !found || !asked {
+		if err := c.reach(ctx, p, key, version); err != nil {
 			return err
 		}
 	}
@@ -186,15 +198,12 @@ func (c *Client) checkVersion(
 
 // reach follows a line to a version, or as far as the appliance shows steps. An error that a retry
 // may cure does not wrap ErrBrokenLine; all others do.
-func (c *Client) reach(ctx context.Context, p *pin, key string, version uint32, offered *wire.Succession) error {
+func (c *Client) reach(ctx context.Context, p *pin, key string, version uint32) error {
 	select {
 	case p.fetching <- struct{}{}:
 		defer func() { <-p.fetching }()
 	case <-ctx.Done():
 		return ctx.Err()
-	}
-	if offered != nil && p.version()+1 == version {
-		return p.follow(*offered)
 	}
 	for taken := 0; !p.reached(version); {
 		page, err := c.steps(ctx, key, p.version())
@@ -205,9 +214,7 @@ func (c *Client) reach(ctx context.Context, p *pin, key string, version uint32, 
 		} else if err != nil {
 			return fmt.Errorf("can't follow the line of %q now: %w", ijson.Clip(key), err)
 		}
-		p.distrust(page.Compromised...)
-		p.use(page.Active)
-		if err := p.follow(page.Steps...); err != nil {
+		if err := p.take(page); err != nil {
 			return err
 		}
 		if taken += len(page.Steps); !page.More || taken > maxSteps {
@@ -217,9 +224,9 @@ func (c *Client) reach(ctx context.Context, p *pin, key string, version uint32, 
 	return nil
 }
 
-// reached reports that the line has come to a version that is known to be in use.
+// reached reports that op line was asked since a version came into use.
 func (p *pin) reached(version uint32) bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	return version <= min(p.newest.Version, p.active)
+	return version <= p.asked
 }

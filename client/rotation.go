@@ -268,7 +268,7 @@ func (c *Client) replaceVersion(r *Rotation) (configured bool, err error) {
 		return err == nil && e.Cancelled == 0, err // the application has pinned it, and has heard of another
 	}
 	for try := range 6 {
-		err = c.checkVersion(c.base, e.Key, e.Version, e.PublicKey, e.Succession)
+		err = c.checkVersion(c.base, e.Key, e.Version, e.PublicKey)
 		if err == nil || errors.Is(err, ErrBrokenLine) || errors.Is(err, ErrCompromised) ||
 			backoff(c.base, try) != nil {
 			break

@@ -26,7 +26,8 @@ type Server struct {
 
 	// Statics are the keys that answer handshakes.
 	Statics []noise.Static
-	// Active is the version that signs. Shown is the newest version that ops keys and line show.
+	// Active is the version that signs. Shown is the newest version that ops keys and line show: a
+	// client with a pinned line believes no rotation to a later one.
 	// Page is the maximum number of steps in an answer to op line.
 	Active, Shown uint32
 	Page          int

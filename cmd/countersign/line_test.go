@@ -267,9 +267,10 @@ func TestWatch(t *testing.T) {
 	step := clienttest.Step(s.Line.Private[0], "payments", 2, thief.Public(1), nil)
 	forged.PublicKey, forged.Succession = thief.Public(1), &step
 
+	s.Do(func(s *clienttest.Server) { s.Shown = 2 })
 	out, errs, ended := watch("--json", "--line", pinned(t, dir, lineAt(s.Line, 1)), "--until-rotations", "2")
 	s.Send(wire.EncodeRotation(forged))
-	out.await(ctx, "committed")
+	out.await(ctx, "another public key")
 	s.Send(wire.EncodeRotation(s.Line.Rotation(2)))
 	s.Await(ctx, func(seen clienttest.Seen) bool { return len(seen.Acks) == 1 })
 	s.Send(wire.EncodeCompromise(s.Line.Compromise(1)))

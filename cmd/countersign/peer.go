@@ -117,7 +117,7 @@ func (s *server) with(ctx context.Context, use func(context.Context, *client.Cli
 	defer mu.Unlock()
 	for _, v := range stolen {
 		fmt.Fprintf(s.command.ErrOrStderr(), "countersign: version %d of %q is COMPROMISED: believe none of its "+
-			"signatures; countersign watch acknowledges\n", v.Version, v.Key)
+			"signatures; countersign watch acknowledges, and so does line follow --write\n", v.Version, v.Key)
 	}
 	if serverKey.Key != "" {
 		warnServerKey(s.command.ErrOrStderr(), serverKey)
