@@ -44,13 +44,14 @@ func (a *Appliance) hooksOf() (all []hook, err error) {
 		return nil, err
 	}
 	_, id, _ := strings.Cut(log.Name(), "/")
-	for _, n := range a.Keys.Compromises() {
+	compromises, rotations := a.Keys.News()
+	for _, n := range compromises {
 		all = append(all, hook{
 			fmt.Sprintf("compromise_%s_%s_%d", id, n.Name, n.Version),
 			fmt.Sprintf("%s/%d", n.Name, n.Version), "key.compromise", n.Event,
 		})
 	}
-	for _, n := range a.Keys.Announcements() {
+	for _, n := range rotations {
 		message := fmt.Sprintf("rotation_%s_%s_%d", id, n.Name, n.Version)
 		if n.Change > 0 { // moved or called off: a message of its own
 			message += fmt.Sprintf("_change%d", n.Change)

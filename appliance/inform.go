@@ -23,12 +23,13 @@ func (a *Appliance) news(m *peers.Member, sent map[string]string) (all []string)
 			all = append(all, event)
 		}
 	}
-	for _, n := range a.Keys.Compromises() {
+	compromises, rotations := a.Keys.News()
+	for _, n := range compromises {
 		if !a.Peers.Warned(m, n.Name, n.Version) {
 			add(keystore.Ref{Name: n.Name, Version: n.Version}.String(), n.Event)
 		}
 	}
-	for _, n := range a.Keys.Announcements() {
+	for _, n := range rotations {
 		if a.Peers.Known(m, n.Name) < n.Version {
 			add(n.Name, n.Event)
 		}

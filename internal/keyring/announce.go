@@ -51,11 +51,13 @@ func (k *Key) newerThan(last *Key) bool {
 	return (k.Version > 1 || !k.CalledOff.IsZero()) && k.Announced() && (last == nil || k.Version > last.Version)
 }
 
-// Announcements lists the newest rotations, by the name of the key.
-func (r *Ring) Announcements() []Announcement { return r.news().rotations }
-
-// Compromises lists the compromised versions, by the name of the key and the version.
-func (r *Ring) Compromises() []Announcement { return r.news().compromises }
+// News lists the compromised versions and the newest rotations, by the name of the key and the
+// version, as of one moment: a rotation that follows from a compromise never comes without the
+// compromise.
+func (r *Ring) News() (compromises, rotations []Announcement) {
+	all := r.news()
+	return all.compromises, all.rotations
+}
 
 // news is cached, since all sessions ask at the same time after each change.
 func (r *Ring) news() *announced {

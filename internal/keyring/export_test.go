@@ -153,3 +153,9 @@ func (r *Ring) Memory() map[string]string {
 	all["uses"] = fmt.Sprintf("%+v", r.written)
 	return all
 }
+
+// Announcements lists the newest rotations.
+func (r *Ring) Announcements() []Announcement { return r.news().rotations }
+
+// Compromises lists the compromised versions.
+func (r *Ring) Compromises() []Announcement { return r.news().compromises }
