@@ -83,8 +83,8 @@ func (m *logMemory) replace(before *audit.Checkpoint, c audit.Checkpoint, text [
 	return true, nil
 }
 
-// older reports whether the tree of a is from an earlier time than that of b.
-func older(a, b audit.Checkpoint) bool {
+// earlier reports whether the tree of a is from an earlier time than that of b.
+func earlier(a, b audit.Checkpoint) bool {
 	return a.Epoch < b.Epoch || a.Epoch == b.Epoch && a.Size < b.Size
 }
 
@@ -96,13 +96,13 @@ func (c *Client) remember(ctx context.Context, shown audit.Checkpoint, text []by
 		newest := c.memory.load()
 		if newest != nil {
 			first, second := *newest, shown
-			if older(shown, *newest) {
+			if earlier(shown, *newest) {
 				first, second = shown, *newest
 			}
 			if err := c.continues(ctx, first, second); err != nil {
 				return err
 			}
-			if !older(*newest, shown) {
+			if !earlier(*newest, shown) {
 				return nil
 			}
 		}
@@ -130,7 +130,7 @@ func (c *Client) continues(ctx context.Context, before, after audit.Checkpoint) 
 		}
 		before = begun
 	}
-	if older(after, before) { // the proof of the epoch's first event may have a newer checkpoint
+	if earlier(after, before) { // the proof of the epoch's first event may have a newer checkpoint
 		before, after = after, before
 	}
 	return c.continuesTree(ctx, before, after)
