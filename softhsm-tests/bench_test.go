@@ -282,6 +282,77 @@ func BenchmarkSign(b *testing.B) {
 	p.stop()
 }
 
+// BenchmarkLatency prints how long a peer waits for one signature and for one verification, with 1
+// and with 64 requests in flight over up to 8 connections, each for five seconds. The lines have
+// the form "latency OPERATION softhsm CALLERS: RATE/s, p50 MEDIAN ms, p99 PERCENTILE ms". The time
+// of a signature runs from the call of the SDK to its return: the client has verified the signature
+// by then. A verification is of a document that was signed just before.
+func BenchmarkLatency(b *testing.B) {
+	s := newSystem(b)
+	p := s.serve()
+	s.enrol()
+	p.stop()
+	s.edit("countersign.toml", `"debug"`, `"warn"`)
+	s.edit("countersign.toml", "[tokens.main]", "[tokens.main]\nsessions = 1")
+	p = s.serve()
+	var clients []*client.Client
+	for range 8 {
+		clients = append(clients, s.dial())
+	}
+	for _, callers := range []int{1, 64} {
+		signed := make([][]*client.Signed, callers)
+		latency(b, "sign", callers, func(caller int) (bool, error) {
+			done, err := clients[caller%len(clients)].Sign(b.Context(), "payments", message("AAAA"))
+			signed[caller] = append(signed[caller], done)
+			return true, err
+		})
+		latency(b, "verify", callers, func(caller int) (bool, error) {
+			if len(signed[caller]) == 0 {
+				return false, nil
+			}
+			_, err := clients[caller%len(clients)].Verify(b.Context(), "payments", signed[caller][0])
+			signed[caller] = signed[caller][1:]
+			return true, err
+		})
+	}
+	p.stop()
+}
+
+// latency prints the rate, the median and the 99th percentile of a call. Each caller calls again at
+// once, for five seconds or until the call has no more work. The first ten calls of each caller
+// are a warm-up.
+func latency(b *testing.B, operation string, callers int, call func(caller int) (more bool, err error)) {
+	const warmUps, duration = 10, 5 * time.Second
+	took := make([][]float64, callers) // ms
+	began := time.Now()
+	var wg sync.WaitGroup
+	for caller := range callers {
+		wg.Go(func() {
+			for n := 0; time.Since(began) < duration; n++ {
+				at := time.Now()
+				more, err := call(caller)
+				if err != nil {
+					b.Errorf("%s: %v", operation, err)
+				}
+				if err != nil || !more {
+					return
+				}
+				if n >= warmUps {
+					took[caller] = append(took[caller], float64(time.Since(at).Microseconds())/1000)
+				}
+			}
+		})
+	}
+	wg.Wait()
+	elapsed := time.Since(began).Seconds()
+	all := slices.Sorted(slices.Values(slices.Concat(took...)))
+	if len(all) < 100 {
+		b.Fatalf("%s: %d calls in %.1f s are too few for a percentile", operation, len(all), elapsed)
+	}
+	fmt.Printf("latency %s softhsm %d: %.0f/s, p50 %.1f ms, p99 %.1f ms\n", operation, callers,
+		float64(len(all)+warmUps*callers)/elapsed, all[len(all)/2], all[len(all)*99/100])
+}
+
 // rate returns the calls per second of a number of concurrent callers, after a warm-up of 30 ms.
 func rate(b *testing.B, callers int, call func(ctx context.Context, caller int) error) float64 {
 	ctx, cancel := context.WithCancel(b.Context())
