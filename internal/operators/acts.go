@@ -80,16 +80,15 @@ func decodePerson(name string, value []byte) (p person, err error) {
 }
 
 // validate checks the invariants of a roster: at most maxOperators operators, each with a
-// credential and a record below maxRecord bytes; no credential with two operators; at least one
-// administrator; as many approvers as the quorum, with hardware keys where these are required.
-// Otherwise the appliance could have no
-// administrator, no act could be approved, or the signer of an approval would be ambiguous.
+// credential and a record below maxRecord bytes; at least one administrator; as many approvers as
+// the quorum, with hardware keys where these are required. Otherwise the appliance could have no
+// administrator, or no act could be approved. newCredential keeps the other invariant: no
+// credential is there twice.
 func (r *roster) validate() error {
 	if len(r.people) > maxOperators {
 		return fmt.Errorf("%w: there may be %d operators", ErrConflict, maxOperators)
 	}
 	administrators := 0
-	owners := map[string]string{}
 	for _, name := range slices.Sorted(maps.Keys(r.people)) {
 		p := r.people[name]
 		if len(p.Credentials) == 0 {
@@ -98,18 +97,6 @@ func (r *roster) validate() error {
 		}
 		if len(manage.Encode(p.Operator)) >= maxRecord {
 			return fmt.Errorf("operator %q: %w: it has too many credentials: remove one", name, ErrConflict)
-		}
-		for _, c := range p.Credentials {
-			marks := []string{c.ID, "key " + c.PublicKey}
-			if c.CredentialID != "" {
-				marks = append(marks, "passkey "+c.CredentialID)
-			}
-			for _, mark := range marks {
-				if owner, taken := owners[mark]; taken {
-					return fmt.Errorf("credential %s: %w: it is one of %q", c.ID, ErrExists, owner)
-				}
-				owners[mark] = name
-			}
 		}
 		if p.Has(approval.Administrator) {
 			administrators++
@@ -343,11 +330,10 @@ func (r *Registry) addOperator(people *roster, values []string) (string, string,
 	if err != nil {
 		return "", "", err
 	}
-	c, err := r.parseCredential(values[2])
+	c, err := r.newCredential(people, values[2])
 	if err != nil {
 		return "", "", err
 	}
-	c.Added = time.Now().Unix()
 	people.people[name] = person{Operator: approval.Operator{
 		Name: name, Roles: roles, Credentials: []approval.Credential{c}, Added: c.Added,
 	}}
@@ -377,14 +363,32 @@ func (r *Registry) addCredential(people *roster, values []string) (string, strin
 	if err != nil {
 		return "", "", err
 	}
-	c, err := r.parseCredential(values[1])
+	c, err := r.newCredential(people, values[1])
 	if err != nil {
 		return "", "", err
 	}
-	c.Added = time.Now().Unix()
 	p.Credentials = append(slices.Clone(p.Credentials), c)
 	people.people[p.Name] = p
 	return p.Name, approval.ChangeCredentialAdded, nil
+}
+
+// newCredential parses a credential that is added to a roster now. No operator may have the same
+// key or the same passkey: the signer of an approval would be ambiguous.
+func (r *Registry) newCredential(people *roster, text string) (approval.Credential, error) {
+	c, err := r.parseCredential(text)
+	if err != nil {
+		return c, err
+	}
+	for _, name := range slices.Sorted(maps.Keys(people.people)) {
+		if slices.ContainsFunc(people.people[name].Credentials, func(old approval.Credential) bool {
+			return old.PublicKey == c.PublicKey || old.ID == c.ID ||
+				c.CredentialID != "" && old.CredentialID == c.CredentialID
+		}) {
+			return c, fmt.Errorf("credential %s: %w: operator %q has it", c.ID, ErrExists, name)
+		}
+	}
+	c.Added = time.Now().Unix()
+	return c, nil
 }
 
 func removeCredential(people *roster, values []string) (string, string, error) {

@@ -152,6 +152,14 @@ func TestRosterInvariants(t *testing.T) {
 			t.Errorf("%s: it has changed something", name)
 		}
 	}
+	// A duplicate's refusal names the operator who has the credential.
+	for to, of := range map[int]int{1: 2, 2: 1, 0: 0} {
+		err := r.mutate(t, r.addCredential, r.people[to].name, json(r.people[of].credential))
+		want := fmt.Sprintf("operator %q has it", r.people[of].name)
+		if err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("the credential of o%d for o%d: %v", of, to, err)
+		}
+	}
 	r.apply(t, setRoles, "o2", "auditor") // two approvers are left, and two are needed
 	want(t, r.mutate(t, setRoles, "o1", "auditor"), ErrConflict)
 	want(t, r.mutate(t, removeOperator, "o1"), ErrConflict)
