@@ -330,13 +330,14 @@ func NewOperatorSignedOut(by, session, operator, channel string) Event {
 		"operator", operator, "channel", channel)
 }
 
-// Refusal gives the purpose, the credential and the channel of a refused proof, and the cause.
-type Refusal struct{ Purpose, Credential, Channel, Cause string }
+// Refusal gives the purpose, the credential and the channel of a refused proof, and the cause. The
+// subject is the key of a presence, or the proposal of an approval; "" for a sign-in.
+type Refusal struct{ Purpose, Subject, Credential, Channel, Cause string }
 
 // NewSignInRefused records a refused proof in the name of an operator.
 func NewSignInRefused(operator, outcome string, r Refusal) Event {
 	return newEvent(SignInRefused, Daemon(), "sign in", operator, "purpose", r.Purpose,
-		"credential", r.Credential, "channel", r.Channel, "cause", r.Cause).ended(outcome)
+		"subject", r.Subject, "credential", r.Credential, "channel", r.Channel, "cause", r.Cause).ended(outcome)
 }
 
 // ProposalRef names a proposal in events by number and by the SHA-256 of the text.

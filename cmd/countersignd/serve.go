@@ -145,7 +145,8 @@ func openOperators(c Config, p parts, log *slog.Logger) (*operators.Registry, er
 	})
 }
 
-// expire ends expired proposals, once a minute until ctx ends.
+// expire ends expired proposals and writes the number of refused proofs, once a minute until ctx
+// ends.
 func expire(ctx context.Context, registry *operators.Registry, log *slog.Logger) {
 	ticker := time.NewTicker(time.Minute)
 	defer ticker.Stop()
@@ -157,6 +158,9 @@ func expire(ctx context.Context, registry *operators.Registry, log *slog.Logger)
 		}
 		if err := registry.Expire(ctx); err != nil && ctx.Err() == nil {
 			log.Error("expired proposals can't be ended", "err", err)
+		}
+		if err := registry.RecordCount(ctx); err != nil && ctx.Err() == nil {
+			log.Error("refused proofs", "err", err)
 		}
 	}
 }

@@ -157,6 +157,7 @@ type Registry struct {
 	sessions  map[[32]byte]*Session    // by SHA-256 of the token
 	used      usedNonces               // of challenges
 	failures  failures
+	refusals  refusals
 	secret    [32]byte // MAC key of challenges' ids; new after each start
 }
 
@@ -169,6 +170,7 @@ func Open(l *ledger.Ledger, c Config) (*Registry, error) {
 		roster:    roster{people: map[string]person{}, needed: 1},
 		proposals: map[uint64]*record{}, executing: map[uint64]chan struct{}{},
 		sessions: map[[32]byte]*Session{}, used: usedNonces{}, failures: failures{each: map[failureKey]*leakyBucket{}},
+		refusals: refusals{pace: map[string]*leakyBucket{}},
 	}
 	rand.Read(r.secret[:])
 	if r.Acts = maps.Clone(c.Acts); r.Acts == nil {
@@ -195,6 +197,9 @@ func Open(l *ledger.Ledger, c Config) (*Registry, error) {
 // Close waits for the end of the acts that are carried out, and for the write of their ends. No
 // other act starts. If ctx ends first, the next Open finds the remaining proposals interrupted.
 func (r *Registry) Close(ctx context.Context) error {
+	if err := r.RecordCount(ctx); err != nil {
+		r.Log.Error("the end of the operators", "err", err)
+	}
 	// After this write no proposal becomes running: Approve checks stopping in its transaction.
 	if err := r.write(ctx, "stop", func(context.Context) error {
 		r.mu.Lock()

@@ -308,19 +308,28 @@ func (r *rig) approve(t *testing.T, s *signer, p Proposal) (Proposal, error) {
 // events counts the events of a type, and returns the last one.
 func (r *rig) events(t *testing.T, of audit.Type) (n int, last audit.Event) {
 	t.Helper()
+	for _, e := range r.all(t) {
+		if e.Type == of {
+			n, last = n+1, e
+		}
+	}
+	return n, last
+}
+
+// all returns all events.
+func (r *rig) all(t *testing.T) (all []audit.Event) {
+	t.Helper()
 	if err := r.ledger.Events(0, func(_ uint64, b []byte) bool {
 		e, err := audit.Decode(b)
 		if err != nil {
 			t.Fatal(err)
 		}
-		if e.Type == of {
-			n, last = n+1, e
-		}
+		all = append(all, e)
 		return true
 	}); err != nil {
 		t.Fatal(err)
 	}
-	return n, last
+	return all
 }
 
 // trail lists the types of the events about a proposal.

@@ -316,9 +316,10 @@ func (r *Registry) Approve(ctx context.Context, s Session, id uint64, p approval
 	}
 	// The text has the names of the proposal and the appliance: the proof is valid for nothing
 	// else.
+	of := attempt{s.Channel, approval.ForProposal, s.Operator, "proposal/" + strconv.FormatUint(id, 10)}
 	verified, err := r.verifyProof(seen, approval.ForProposal, now.Text(), p)
 	if err != nil {
-		r.recordRefusal(ctx, s.Channel, s.Operator, approval.ForProposal, p, err)
+		r.recordRefusal(ctx, of, p, err)
 		return Proposal{}, fmt.Errorf("approval: %w", err)
 	}
 	p = p.Canonical() // the log has the form that ssh-keygen writes
@@ -378,7 +379,7 @@ func (r *Registry) Approve(ctx context.Context, s Session, id uint64, p approval
 	})
 	switch {
 	case errors.Is(err, approval.ErrNotProven):
-		r.recordRefusal(ctx, s.Channel, s.Operator, approval.ForProposal, p, err)
+		r.recordRefusal(ctx, of, p, err)
 		return Proposal{}, err
 	case err != nil:
 		return Proposal{}, err

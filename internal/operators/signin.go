@@ -123,24 +123,37 @@ func (p person) resolveCredential(proof approval.Proof) approval.Proof {
 	return proof
 }
 
-// verifyChallenge verifies the proof of a challenge, and uses the challenge up. verifyChallenge
-// resolves the id of the credential in the proof, and returns the operator's record in memory and
-// the signature counter. A refusal is an event with the cause; the error reveals no cause to a
-// stranger.
+// attempt is an attempt to prove something: a sign-in, a presence or an approval. subject is what
+// else the proof is for: the name of a key, or a proposal ("proposal/7").
+type attempt struct {
+	Channel
+	purpose, operator, subject string
+}
+
+// verifyChallenge verifies the proof of a challenge for an attempt, and uses the challenge up.
+// verifyChallenge resolves the id of the credential in the proof, and returns the operator's record
+// in memory and the signature counter. Each refusal goes to recordRefusal.
 //
-// A signature can't be guessed. The limit on failures only protects the log from many events: a
-// valid proof is accepted, whatever failures others have caused in the operator's name.
+// A signature can't be guessed. The limit on failures only says that something is wrong: a valid
+// proof is accepted, whatever failures others have caused in the operator's name.
 func (r *Registry) verifyChallenge(
-	ctx context.Context, ch Channel, id, purpose string, p *approval.Proof,
-) (c approval.Challenge, who person, count uint32, err error) {
-	c, genuine := r.parseChallengeID(id, purpose, ch)
+	ctx context.Context, of attempt, id string, p *approval.Proof,
+) (who person, count uint32, err error) {
+	c, genuine := r.parseChallengeID(id, of.purpose, of.Channel)
+	if of.purpose == approval.ForSignIn {
+		of.operator = c.Operator // whoever signs in claims to be an operator
+	}
 	r.mu.Lock()
-	who = r.roster.people[c.Operator]
+	who = r.roster.people[of.operator]
 	r.mu.Unlock()
 	*p = who.resolveCredential(*p)
-	if genuine {
+	switch {
+	case !genuine: // below
+	case c.Operator != of.operator || c.Key != of.subject:
+		err = fmt.Errorf("%w: the challenge is for operator %s and key %s", approval.ErrNotProven, c.Operator, c.Key)
+	default:
 		var v approval.Verified
-		v, err = r.verifyProof(who, purpose, c.Text(), *p)
+		v, err = r.verifyProof(who, of.purpose, c.Text(), *p)
 		count = v.SignCount
 	}
 	r.mu.Lock()
@@ -148,7 +161,7 @@ func (r *Registry) verifyChallenge(
 		err = fmt.Errorf("%w: the challenge is unknown, used or expired", approval.ErrNotProven)
 	}
 	if err != nil {
-		if wait := r.failures.take(failureKey{purpose, ch.Kind, ch.UID, c.Operator}); wait > 0 {
+		if wait := r.failures.take(failureKey{of.purpose, of.Kind, of.UID, of.operator}); wait > 0 {
 			err = &Limited{wait}
 		}
 	}
@@ -157,13 +170,10 @@ func (r *Registry) verifyChallenge(
 	}
 	r.mu.Unlock()
 	if err != nil {
-		r.recordRefusal(ctx, ch, c.Operator, purpose, *p, err)
-		if !errors.Is(err, ErrLimited) {
-			err = approval.ErrNotProven
-		}
-		return c, person{}, 0, err
+		r.recordRefusal(ctx, of, *p, err)
+		return person{}, 0, err
 	}
-	return c, who, count, nil
+	return who, count, nil
 }
 
 // usedNonces are the nonces of used challenges, with the time of their expiry. The size is bounded
@@ -193,16 +203,19 @@ func (r *Registry) verifyProof(who person, namespace, text string, p approval.Pr
 	return v, nil
 }
 
-// recordRefusal writes the refusal of a proof to the daemon's log and, within the limits of
-// eventsBurst and eventsEvery, to the audit log.
-func (r *Registry) recordRefusal(
-	ctx context.Context, ch Channel, operator, purpose string, p approval.Proof, cause error,
-) {
-	r.Log.Warn("a proof was refused", "operator", operator, "purpose", purpose, "channel", ch.String(), "cause", cause)
+// recordRefusal writes the refusal of a proof to the daemon's log and to the audit log. Refusals
+// beyond the pace of events are counted for RecordCount.
+func (r *Registry) recordRefusal(ctx context.Context, of attempt, p approval.Proof, cause error) {
+	r.Log.Warn("a proof was refused", "operator", of.operator, "purpose", of.purpose, "for", of.subject,
+		"channel", of.Channel.String(), "cause", cause)
+	prover := of.operator
+	if of.purpose == approval.ForSignIn {
+		prover = "" // nobody is signed in: all strangers together have one pace
+	}
 	r.mu.Lock()
-	silent := r.failures.events.take(eventsBurst, eventsEvery) > 0
+	written := r.refusals.take(prover)
 	r.mu.Unlock()
-	if silent {
+	if !written {
 		return
 	}
 	credential := p.Credential
@@ -213,12 +226,61 @@ func (r *Registry) recordRefusal(
 	if errors.Is(cause, ErrLimited) {
 		outcome = "rate_limited"
 	}
-	e := audit.NewSignInRefused(operator, outcome, audit.Refusal{
-		Purpose: purpose, Credential: credential, Channel: ch.String(), Cause: cause.Error(),
+	e := audit.NewSignInRefused(of.operator, outcome, audit.Refusal{
+		Purpose: of.purpose, Subject: of.subject, Credential: credential, Channel: of.Channel.String(),
+		Cause: cause.Error(),
 	})
 	if _, err := r.ledger.Append(ctx, ledger.EventOf(e)); err != nil {
 		r.Log.Error("the refusal of a proof was not written down", "err", err)
 	}
+}
+
+// refusals is the pace of events for refused proofs. Each operator who is signed in has a leaky
+// bucket, and all strangers have one together, so that strangers hide no refusal of an operator. No
+// door fills the disk: each has at most 7,200 events a day after its burst.
+type refusals struct {
+	pace  map[string]*leakyBucket // by the operator who is signed in; "": nobody
+	count audit.Span              // of the refusals without an event
+}
+
+const eventsBurst, eventsEvery = 100, 12 * time.Second
+
+// take reports whether a refusal may be an event, and otherwise counts the refusal.
+func (f *refusals) take(prover string) bool {
+	// Empty buckets go: the map has at most as many buckets as recent refusals.
+	maps.DeleteFunc(f.pace, func(_ string, b *leakyBucket) bool { b.leak(eventsEvery); return b.level == 0 })
+	if f.pace[prover] == nil {
+		f.pace[prover] = new(leakyBucket)
+	}
+	if f.pace[prover].take(eventsBurst, eventsEvery) == 0 {
+		return true
+	}
+	f.count.Until = time.Now()
+	if f.count.Count == 0 {
+		f.count.Since = f.count.Until
+	}
+	f.count.Count++
+	return false
+}
+
+// RecordCount writes one event with the number of refused proofs that have no event of their own,
+// if there are any. The daemon calls RecordCount once a minute.
+func (r *Registry) RecordCount(ctx context.Context) error {
+	r.mu.Lock()
+	span := r.refusals.count
+	r.mu.Unlock()
+	if span.Count == 0 {
+		return nil
+	}
+	e := audit.NewCount(audit.SignInRefused, "sign in", "", "not_proven", span)
+	if _, err := r.ledger.Append(ctx, ledger.EventOf(e)); err != nil {
+		return fmt.Errorf("the number of refused proofs is not written down: %w", err)
+	}
+	r.mu.Lock()
+	r.refusals.count.Count -= span.Count // some may have been refused meanwhile
+	r.refusals.count.Since = span.Until
+	r.mu.Unlock()
+	return nil
 }
 
 // SignIn begins a session for the operator of a challenge. SignIn returns the only copy of the
@@ -226,10 +288,15 @@ func (r *Registry) recordRefusal(
 func (r *Registry) SignIn(
 	ctx context.Context, ch Channel, challenge string, p approval.Proof,
 ) (s Session, token string, err error) {
-	c, seen, count, err := r.verifyChallenge(ctx, ch, challenge, approval.ForSignIn, &p)
+	of := attempt{Channel: ch, purpose: approval.ForSignIn}
+	seen, count, err := r.verifyChallenge(ctx, of, challenge, &p)
+	if errors.Is(err, approval.ErrNotProven) {
+		err = approval.ErrNotProven // a stranger learns no cause
+	}
 	if err != nil {
 		return Session{}, "", fmt.Errorf("sign-in: %w", err)
 	}
+	of.operator = seen.Name
 	begun, secret := newSession(ch, p.Credential)
 	err = r.write(ctx, "sign-in", func(ctx context.Context) error {
 		var who person
@@ -249,7 +316,7 @@ func (r *Registry) SignIn(
 		return nil
 	})
 	if errors.Is(err, approval.ErrNotProven) {
-		r.recordRefusal(ctx, ch, c.Operator, approval.ForSignIn, p, err)
+		r.recordRefusal(ctx, of, p, err)
 		err = fmt.Errorf("sign-in: %w", approval.ErrNotProven)
 	}
 	if err != nil {
@@ -287,13 +354,10 @@ func (r *Registry) VerifyPresence(ctx context.Context, s Session, challenge, sub
 	if _, err := r.requireSession(s); err != nil {
 		return err
 	}
-	c, seen, count, err := r.verifyChallenge(ctx, s.Channel, challenge, approval.ForPresence, &p)
+	of := attempt{s.Channel, approval.ForPresence, s.Operator, subject}
+	seen, count, err := r.verifyChallenge(ctx, of, challenge, &p)
 	if err != nil {
 		return fmt.Errorf("presence: %w", err)
-	}
-	if c.Operator != s.Operator || c.Key != subject {
-		return fmt.Errorf("presence: %w: the challenge is another operator's, or for another key",
-			approval.ErrNotProven)
 	}
 	err = r.write(ctx, "presence", func(ctx context.Context) error {
 		return r.ledger.Update(ctx, func(tx *ledger.Tx) error {
@@ -302,7 +366,7 @@ func (r *Registry) VerifyPresence(ctx context.Context, s Session, challenge, sub
 		})
 	})
 	if errors.Is(err, approval.ErrNotProven) {
-		r.recordRefusal(ctx, s.Channel, c.Operator, approval.ForPresence, p, err)
+		r.recordRefusal(ctx, of, p, err)
 	}
 	return err
 }
@@ -316,16 +380,14 @@ func randomHex() string {
 
 // Limits of failed proofs: a burst, and the time after which a leaky bucket has room for one more.
 const (
-	failuresBurst, failuresEvery       = 5, 12 * time.Second         // for one failureKey
-	allFailuresBurst, allFailuresEvery = 50, time.Second             // for all callers together
-	eventsBurst, eventsEvery           = 300, 200 * time.Millisecond // events of refusals: at most 600 in any minute
+	failuresBurst, failuresEvery       = 5, 12 * time.Second // for one failureKey
+	allFailuresBurst, allFailuresEvery = 50, time.Second     // for all callers together
 )
 
 // failures limits the failed proofs. Above the limit the answer is ErrLimited, not ErrNotProven.
 type failures struct {
-	each   map[failureKey]*leakyBucket
-	all    leakyBucket
-	events leakyBucket // of refusals in the audit log
+	each map[failureKey]*leakyBucket
+	all  leakyBucket
 }
 
 // failureKey identifies the caller of a failed proof, as far as possible.

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
 	"testing/synctest"
@@ -265,15 +266,120 @@ func TestFailedSignInsAreLimitedOverAll(t *testing.T) {
 		if n := len(r.failures.each); n != 1 {
 			t.Errorf("%d failures are remembered an hour later", n)
 		}
-		// The audit log has at most eventsBurst events of refusals at once.
-		before, _ := r.events(t, audit.SignInRefused)
-		for range 2 * eventsBurst {
-			r.fail(t, "z", https)
+	})
+}
+
+// TestRefusedProofsHaveAPace floods each door with wrong proofs. The log does not grow
+// with the number of the proofs, has this number, and the strangers' flood hides no refusal of an
+// operator who is signed in.
+func TestRefusedProofsHaveAPace(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := newRig(t, 2)
+		const minutes, each = 60, 40
+		for range minutes {
+			for range each {
+				r.fail(t, "o0", https)
+				r.fail(t, "nobody-"+randomHex(), https)
+			}
+			time.Sleep(time.Minute)
+			want(t, r.RecordCount(t.Context()), nil)
 		}
-		if after, _ := r.events(t, audit.SignInRefused); after-before > eventsBurst || after-before < eventsBurst-1 {
-			t.Errorf("%d refusals were written down", after-before)
+		most := int(eventsBurst + minutes*(time.Minute/eventsEvery+1)) // each minute one count
+		if n, _ := r.events(t, audit.SignInRefused); n > most {
+			t.Errorf("%d refused sign-ins are %d events, want %d at most", minutes*each*2, n, most)
+		}
+		s, _ := r.signIn(t, r.people[1], user)
+		proposer, _ := r.signIn(t, r.people[0], user)
+		p := r.propose(t, proposer, "test")
+		doors := []func(){
+			func() { r.VerifyPresence(t.Context(), s, "", "payments", approval.Proof{}) },
+			func() { r.Approve(t.Context(), s, p.ID, approval.Proof{}) },
+		}
+		for _, try := range doors {
+			before, _ := r.events(t, audit.SignInRefused)
+			try()
+			n, e := r.events(t, audit.SignInRefused)
+			if n != before+1 || e.Resource != "o1" || e.Metadata["subject"] == "" {
+				t.Errorf("after a flood of strangers, the event of a refusal is %+v", e)
+			}
+		}
+		for range 3 * eventsBurst {
+			for _, try := range doors {
+				try()
+			}
+		}
+		want(t, r.RecordCount(t.Context()), nil)
+		want(t, r.RecordCount(t.Context()), nil) // nothing more
+		written, counted := 0, 0
+		for _, e := range r.all(t) {
+			if e.Type != audit.SignInRefused {
+				continue
+			}
+			if n, err := strconv.Atoi(e.Metadata["count"]); err == nil {
+				counted += n
+			} else {
+				written++
+			}
+		}
+		if want := minutes*each*2 + 2 + 2*3*eventsBurst; written+counted != want {
+			t.Errorf("%d refusals are written down and %d counted, want %d together", written, counted, want)
 		}
 	})
+}
+
+// TestWrongPresence checks that each wrong proof of a presence is an event with the operator and
+// the key, also where the signature itself is good.
+func TestWrongPresence(t *testing.T) {
+	for name, wrong := range map[string]func(t *testing.T, r *rig) (id string, p approval.Proof){
+		"none": func(t *testing.T, r *rig) (string, approval.Proof) { return "", approval.Proof{} },
+		"for another key": func(t *testing.T, r *rig) (string, approval.Proof) {
+			return r.prove(t, approval.ForPresence, 1, "other", user)
+		},
+		"another operator's": func(t *testing.T, r *rig) (string, approval.Proof) {
+			return r.prove(t, approval.ForPresence, 0, "payments", user)
+		},
+		"of a sign-in": func(t *testing.T, r *rig) (string, approval.Proof) {
+			return r.prove(t, approval.ForSignIn, 1, "", user)
+		},
+		"on another channel": func(t *testing.T, r *rig) (string, approval.Proof) {
+			return r.prove(t, approval.ForPresence, 1, "payments", https)
+		},
+		"signed by another key": func(t *testing.T, r *rig) (string, approval.Proof) {
+			id, _ := r.prove(t, approval.ForPresence, 1, "payments", user)
+			_, p := r.prove(t, approval.ForPresence, 0, "payments", user)
+			return id, p
+		},
+		"too old": func(t *testing.T, r *rig) (string, approval.Proof) {
+			id, p := r.prove(t, approval.ForPresence, 1, "payments", user)
+			time.Sleep(approval.ChallengeLife)
+			return id, p
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				r := newRig(t, 2)
+				s, _ := r.signIn(t, r.people[1], user)
+				id, p := wrong(t, r)
+				before, _ := r.events(t, audit.SignInRefused)
+				want(t, r.VerifyPresence(t.Context(), s, id, "payments", p), approval.ErrNotProven)
+				n, e := r.events(t, audit.SignInRefused)
+				if n != before+1 || e.Resource != "o1" || e.Metadata["subject"] != "payments" ||
+					e.Metadata["purpose"] != approval.ForPresence || e.Outcome != "not_proven" {
+					t.Errorf("%d events more, the last is %+v", n-before, e)
+				}
+			})
+		})
+	}
+}
+
+// prove returns the id of a new challenge with the proof of an operator.
+func (r *rig) prove(t *testing.T, purpose string, who int, key string, ch Channel) (string, approval.Proof) {
+	t.Helper()
+	c, err := r.Challenge(purpose, r.people[who].name, key, ch)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return c.ID, r.people[who].sign(t, c.Text)
 }
 
 // TestNobodyDrivesOutChallenges checks that thousands of challenges evict no other challenge, and
