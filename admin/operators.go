@@ -150,13 +150,12 @@ func (s *server) parseRegistration(id string) (challenge []byte, ok bool) {
 	return challenge, err == nil && time.Now().Unix() < expires
 }
 
-func (s *server) passkeyOptions(_ context.Context, _ caller, in *body[api.NewPasskey]) (api.PasskeyOptions, error) {
-	if strings.TrimSpace(in.Body.Operator) == "" {
-		return api.PasskeyOptions{}, invalid.errorf("operator is missing: the name is shown by the browser")
-	}
+func (s *server) passkeyOptions(
+	_ context.Context, who caller, in *body[api.NewPasskey],
+) (api.PasskeyOptions, error) {
 	id, challenge := s.newRegistration(time.Now().Add(registrationTimeout))
-	options := approval.PasskeyOptions(challenge, s.RPID, in.Body.Operator, nil)
-	return api.PasskeyOptions{Challenge: id, PublicKey: options}, nil
+	options, err := s.Operators.PasskeyOptions(challenge, in.Body.Operator, who.session)
+	return api.PasskeyOptions{Challenge: id, PublicKey: options}, err
 }
 
 func (s *server) passkey(_ context.Context, _ caller, in *body[api.Registration]) (approval.Credential, error) {

@@ -2,6 +2,7 @@ package approval
 
 import (
 	"bytes"
+	"crypto/rand"
 	"crypto/sha256"
 	"encoding/base64"
 	"encoding/binary"
@@ -293,9 +294,14 @@ func newPasskey(challenge []byte, rpID, origin string, answer []byte) (Credentia
 const passkeyTimeout = 120_000
 
 // PasskeyOptions returns the argument of navigator.credentials.create(), in the form that
-// PublicKeyCredential.parseCreationOptionsFromJSON() takes: a passkey for an operator of this name,
-// by an authenticator without any of the credentials in exclude.
-func PasskeyOptions(challenge []byte, rpID, name string, exclude []Credential) json.RawMessage {
+// PublicKeyCredential.parseCreationOptionsFromJSON() takes: a passkey for an operator of an
+// appliance, by an authenticator without any of the credentials in exclude.
+//
+// An authenticator keeps one discoverable passkey for each relying party and user handle
+// (user.id), and a new one replaces the old one at once, before anybody has approved the new one.
+// All appliances that are reached as localhost are one relying party. So each registration has a
+// user handle of its own, at random. The browser shows the account as operator@appliance.
+func PasskeyOptions(challenge []byte, rpID, appliance, operator string, exclude []Credential) json.RawMessage {
 	type algorithm struct {
 		Type string `json:"type"`
 		Alg  int    `json:"alg"`
@@ -320,9 +326,12 @@ func PasskeyOptions(challenge []byte, rpID, name string, exclude []Credential) j
 		} `json:"authenticatorSelection"`
 		Attestation string `json:"attestation"`
 	}
-	user := sha256.Sum256([]byte("countersign operator " + name)) // a user handle that does not reveal the name
-	o.RP.ID, o.RP.Name = rpID, "Countersign"
-	o.User.ID, o.User.Name, o.User.DisplayName = base64.RawURLEncoding.EncodeToString(user[:]), name, name
+	var user [32]byte
+	rand.Read(user[:])
+	o.RP.ID, o.RP.Name = rpID, appliance
+	o.User.ID = base64.RawURLEncoding.EncodeToString(user[:])
+	o.User.Name = operator + "@" + appliance
+	o.User.DisplayName = o.User.Name
 	o.Challenge, o.Timeout = base64.RawURLEncoding.EncodeToString(challenge), passkeyTimeout
 	o.PubKeyCredParams = []algorithm{
 		{"public-key", int(webauthncose.AlgES256)}, {"public-key", int(webauthncose.AlgEdDSA)},

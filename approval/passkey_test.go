@@ -360,17 +360,24 @@ func TestPasskeyOptions(t *testing.T) {
 		AuthenticatorSelection struct{ UserVerification string }
 		Attestation            string
 	}
-	text := PasskeyOptions(challenge, testRP, "anna", all)
+	text := PasskeyOptions(challenge, testRP, "countersign/a", "anna", all)
 	if err := json.Unmarshal(text, &create); err != nil {
 		t.Fatal(err)
 	}
-	if create.RP.ID != testRP || create.User.Name != "anna" || create.User.DisplayName != "anna" ||
+	const shown = "anna@countersign/a"
+	if create.RP.ID != testRP || create.User.Name != shown || create.User.DisplayName != shown ||
+		create.RP.Name != "countersign/a" ||
 		len(must(decode(create.User.ID))) != 32 || create.Challenge != b64(challenge) ||
 		len(create.PubKeyCredParams) != 2 ||
 		create.PubKeyCredParams[0].Alg != -7 || create.PubKeyCredParams[1].Alg != -8 ||
 		len(create.ExcludeCredentials) != 1 || create.ExcludeCredentials[0].ID != c.CredentialID ||
 		create.AuthenticatorSelection.UserVerification != "required" || create.Attestation != "none" {
 		t.Errorf("%s", text)
+	}
+	handle := create.User.ID
+	text = PasskeyOptions(challenge, testRP, "countersign/a", "anna", all)
+	if err := json.Unmarshal(text, &create); err != nil || create.User.ID == handle {
+		t.Errorf("a second passkey replaces the first one on an authenticator: %s, %v", text, err)
 	}
 	var get struct {
 		Challenge, RPID, UserVerification string

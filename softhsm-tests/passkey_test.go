@@ -13,6 +13,7 @@ import (
 	"net/http/httptest"
 	"os"
 	"os/exec"
+	"slices"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -414,4 +415,72 @@ func TestPasskey(t *testing.T) {
 	}
 	b.close() // a browser opens spare connections, for which a stop of the daemon would wait 5 s
 	p.stop()
+}
+
+// TestPasskeysOnOneAuthenticator makes three passkeys of an operator on two appliances by one
+// authenticator, which has room for three. The appliances are one relying party, localhost. No
+// passkey replaces another, the browser can tell them apart, and an operator who is signed in gets
+// no further one.
+func TestPasskeysOnOneAuthenticator(t *testing.T) {
+	type place struct {
+		*system
+		origin, name string // the name of the appliance
+		wanted       int    // passkeys
+		passkeys     []approval.Credential
+	}
+	var places []*place
+	var certificates []*x509.Certificate
+	for wanted := 1; wanted <= 2; wanted++ {
+		at := &place{system: newSystem(t), wanted: wanted}
+		at.origin = at.configureHTTPS()
+		p := at.serve()
+		t.Cleanup(p.stop)
+		at.name, _, _ = strings.Cut(at.must("admin", "audit", "key"), "/0+")
+		places, certificates = append(places, at), append(certificates, at.serverCertificate(at.origin))
+	}
+	b := newBrowser(t, certificates...)
+	for _, at := range places {
+		b.open(at.origin + "/v1/health/alive")
+		act, parameter := "operator add", []approval.Parameter{{Name: "roles", Value: "operator,approver"}}
+		for range at.wanted {
+			c := mustRun[approval.Credential](b, `make("alice").then(r => must("POST", "/v1/passkeys", r))`)
+			text, err := json.Marshal(c)
+			if err != nil {
+				t.Fatal(err)
+			}
+			at.proposeAndApprove(act, "", slices.Concat([]approval.Parameter{{Name: "name", Value: "alice"}}, parameter,
+				[]approval.Parameter{{Name: "credential", Value: string(text)}})...)
+			act, parameter = "credential add", nil
+			at.passkeys = append(at.passkeys, c)
+		}
+	}
+	for _, at := range places {
+		b.open(at.origin + "/v1/health/alive")
+		for i, c := range at.passkeys {
+			a, err := run[answer](b, `signIn("alice", o => { o.allowCredentials = [{type: "public-key", id: %v}] })`,
+				c.CredentialID)
+			var in api.SignedIn
+			if json.Unmarshal(a.Body, &in); err != nil || in.Credential != c.ID {
+				t.Errorf("a sign-in at %s with passkey %d: %v, %v", at.name, i, a, err)
+			}
+		}
+		_, err := run[answer](b, `make("alice")`)
+		if err == nil || !strings.Contains(err.Error(), "InvalidStateError") {
+			t.Errorf("one more passkey for an operator who is signed in: %v", err)
+		}
+	}
+	kept, err := chromedp.Call(b.ctx, webauthn.GetCredentials,
+		webauthn.GetCredentialsParams{AuthenticatorID: b.authenticator})
+	if err != nil {
+		t.Fatal(err)
+	}
+	shown := map[string]int{}
+	for _, c := range kept.Credentials {
+		shown[c.UserName]++
+	}
+	for _, at := range places {
+		if name := "alice@" + at.name; shown[name] != at.wanted {
+			t.Errorf("the authenticator shows %v, want %d times %s", shown, at.wanted, name)
+		}
+	}
 }

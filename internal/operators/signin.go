@@ -7,6 +7,7 @@ import (
 	"crypto/sha256"
 	"encoding/base64"
 	"encoding/hex"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"maps"
@@ -110,6 +111,23 @@ func passkeys(p person) (all []approval.Credential) {
 		}
 	}
 	return all
+}
+
+// PasskeyOptions returns the options for a browser that makes a passkey for an operator: see
+// approval.PasskeyOptions. The operator who is signed in gets no second passkey on an authenticator
+// that has one. Anyone else learns nothing of the operator's passkeys, nor whether there is such an
+// operator.
+func (r *Registry) PasskeyOptions(challenge []byte, operator string, s *Session) (json.RawMessage, error) {
+	if !validName(operator) {
+		return nil, fmt.Errorf("passkey: %w: it is for an operator by name, which the browser shows", ErrInvalid)
+	}
+	var have []approval.Credential
+	if s != nil && s.Operator == operator {
+		r.mu.Lock()
+		have = passkeys(r.roster.people[operator])
+		r.mu.Unlock()
+	}
+	return approval.PasskeyOptions(challenge, r.RPID, r.Appliance, operator, have), nil
 }
 
 // resolveCredential replaces a passkey's own id in a proof by the id of the credential. A page

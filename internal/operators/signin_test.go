@@ -4,6 +4,7 @@ import (
 	"context"
 	"crypto/sha256"
 	"encoding/base64"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"slices"
@@ -192,6 +193,18 @@ func strangersLearnNoNames(t *testing.T) {
 	if err1 != nil || err2 != nil || same(known, "alice") != same(unknown, "mallo") {
 		t.Errorf("the challenges are different:\n%s, %v\n%s, %v",
 			same(known, "alice"), err1, same(unknown, "mallo"), err2)
+	}
+	for name, has := range map[string]bool{"alice": true, "mallo": false} {
+		for who, s := range map[string]*Session{"stranger": nil, "o0": {Operator: "o0"}, "alice": {Operator: "alice"}} {
+			var o struct{ ExcludeCredentials []struct{ ID string } }
+			options, err := r.PasskeyOptions(nil, name, s)
+			if err != nil || json.Unmarshal(options, &o) != nil {
+				t.Fatal(err)
+			}
+			if told := len(o.ExcludeCredentials) > 0; told != (has && who == name) {
+				t.Errorf("for a passkey of %s, %s is told: %v", name, who, o.ExcludeCredentials)
+			}
+		}
 	}
 	if c, err := r.Challenge(approval.ForPresence, "alice", "payments", https); err != nil || len(c.Allowed) != 1 {
 		t.Errorf("for a presence the passkeys are %v, %v", c.Allowed, err)
