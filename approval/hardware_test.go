@@ -52,7 +52,7 @@ func TestReplayOfHardwareKeys(t *testing.T) {
 		s.carryOut(approvers, e, "approvals hardware", "required", required)
 	}
 	s, _ := scenarioOf()
-	demand(s, "yes", "anna")
+	demand(s, "yes", "dora")
 	s.carryOut([]string{"dora"}, policyChanged("bb", audit.Actor{}), "policy activate", "sha256", "bb")
 	r, err := Replay(s.seq(), ReplayOptions{Appliance: testName})
 	if err != nil || !r.Hardware || !r.Proposals[len(r.Proposals)-1].Approvals[0].Hardware {
@@ -65,22 +65,25 @@ func TestReplayOfHardwareKeys(t *testing.T) {
 	}
 	for name, act := range map[string]func(s *scenario, f *fido){
 		"an approval by a key in a file": func(s *scenario, _ *fido) {
-			demand(s, "yes", "anna")
+			demand(s, "yes", "dora")
 			s.approve(s.propose("anna", "policy activate", "sha256", "bb"), "anna")
 		},
+		"a demand by a key in a file": func(s *scenario, _ *fido) {
+			s.approve(s.propose("anna", "approvals hardware", "required", "yes"), "anna")
+		},
 		"an approval by a touch alone": func(s *scenario, f *fido) {
-			demand(s, "yes", "anna")
+			demand(s, "yes", "dora")
 			f.flags = flagPresent
 			s.approve(s.propose("anna", "policy activate", "sha256", "bb"), "dora")
 		},
 		"an approval from before": func(s *scenario, _ *fido) {
 			id := s.propose("anna", "policy activate", "sha256", "bb")
 			s.approve(id, "anna")
-			demand(s, "yes", "anna")
+			demand(s, "yes", "dora")
 			s.run(id)
 		},
 		"nobody left with a hardware key": func(s *scenario, _ *fido) {
-			demand(s, "yes", "anna")
+			demand(s, "yes", "dora")
 			id := s.propose("anna", "operator remove", "name", "dora")
 			s.approve(id, "dora")
 			s.run(id)

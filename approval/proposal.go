@@ -39,6 +39,14 @@ func (p *Proposal) Parameter(name string) string {
 	return ""
 }
 
+// NeedsHardware reports whether approvals of the proposal count only by hardware keys that have
+// verified their users: where that is the rule (see ActHardwareKeys), and for the proposal that
+// makes it the rule. The type of a key does not say whether the key verifies its user. If the
+// approvers had no such key, no act could be approved any more, not even the end of the rule.
+func (p *Proposal) NeedsHardware(rule bool) bool {
+	return rule || p.Act == ActHardwareKeys && p.Parameter("required") == Yes(true)
+}
+
 // MaxText is the maximum length of a proposal's text, in bytes. An event of the audit log has room
 // for the whole text.
 const MaxText = 2000

@@ -482,7 +482,7 @@ func (c *Chain) approve(index uint64, e audit.Event) error {
 	if err != nil {
 		return err
 	}
-	if c.report.Hardware && !v.Hardware {
+	if p.proposal.NeedsHardware(c.report.Hardware) && !v.Hardware {
 		return errors.New("it is not by a hardware key that has verified its user")
 	}
 	p.Approvals = append(p.Approvals, Approval{o.Name, used.ID, used.PublicKey, index, timeOf(e), v.Hardware, proof})
@@ -497,7 +497,7 @@ func (c *Chain) countApprovals(p *ProposalHistory) int {
 	for _, each := range p.Approvals {
 		o := c.operators[each.Operator]
 		_, has := o.Credential(each.Credential)
-		has = has && (each.Hardware || !c.report.Hardware)
+		has = has && (each.Hardware || !p.proposal.NeedsHardware(c.report.Hardware))
 		if has && o.Has(Approver) && !credentials[each.Credential] {
 			names[each.Operator], credentials[each.Credential] = true, true
 		}

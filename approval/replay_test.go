@@ -699,10 +699,6 @@ func TestReplayRefuses(t *testing.T) {
 			change(s, audit.Event{Type: audit.ApprovalsChanged, Metadata: with("needed", "3")},
 				"approvals needed", "needed", "3")
 		},
-		"hardware keys, which the approvers do not have": func(s *scenario) {
-			change(s, audit.Event{Type: audit.ApproverKeysChanged, Metadata: with("required", "yes")},
-				"approvals hardware", "required", "yes")
-		},
 		"hardware keys, perhaps": func(s *scenario) {
 			change(s, audit.Event{Type: audit.ApproverKeysChanged, Metadata: with("required", "perhaps")},
 				"approvals hardware", "required", "perhaps")

@@ -29,9 +29,10 @@
 //
 // The transaction that starts the act counts the approvals, by the state of the ledger. An approval
 // counts while its operator is an approver and has the credential of the approval. Where hardware
-// keys are required, it must be by one. Each operator counts once, and a credential belongs to one
-// operator. An operator approves a proposal once: if the credential was replaced since, the
-// approval does not count any more, and the act must be proposed again if that operator is needed.
+// keys are required, it must be by one, and so must each approval that makes them required. Each
+// operator counts once, and a credential belongs to one operator. An operator approves a proposal
+// once: if the credential was replaced since, the approval does not count any more, and the act
+// must be proposed again if that operator is needed.
 // The quorum is the larger of the number in the proposal's text and the number in force.
 package operators
 

@@ -112,16 +112,16 @@ func (r *record) actor() audit.Actor {
 // countApprovals returns the number of approvals that are valid by a roster.
 func (r *record) countApprovals(people *roster) (n int) {
 	for _, a := range r.Approvals {
-		if people.counts(a) {
+		if people.counts(r.proposal, a) {
 			n++
 		}
 	}
 	return n
 }
 
-// counts reports whether an approval is valid by the present operators and rules.
-func (r *roster) counts(a approved) bool {
-	return r.isApprover(a.Operator, a.Credential) && (a.Hardware || !r.hardware)
+// counts reports whether an approval of a proposal is valid by the present operators and rules.
+func (r *roster) counts(p *approval.Proposal, a approved) bool {
+	return r.isApprover(a.Operator, a.Credential) && (a.Hardware || !p.NeedsHardware(r.hardware))
 }
 
 // isApprover reports whether an operator exists, is an approver, and has the credential.
@@ -346,7 +346,7 @@ func (r *Registry) Approve(ctx context.Context, s Session, id uint64, p approval
 		if !people.isApprover(who.Name, p.Credential) {
 			return nil, fmt.Errorf("approval: %w: it is for the role %s", ErrNotAllowed, approval.Approver)
 		}
-		if people.hardware && !verified.Hardware {
+		if rec.proposal.NeedsHardware(people.hardware) && !verified.Hardware {
 			return nil, fmt.Errorf("approval: %w: it must be by a passkey, or by a FIDO key that asks for its PIN "+
 				"(ssh-keygen -t ed25519-sk -O verify-required)", ErrNotAllowed)
 		}
@@ -620,7 +620,7 @@ func (r *Registry) snapshot(rec *record) Proposal {
 	}
 	for _, a := range rec.Approvals {
 		at := time.Unix(a.At, 0).UTC()
-		p.Approvals = append(p.Approvals, Approval{a.Operator, a.Credential, at, r.roster.counts(a)})
+		p.Approvals = append(p.Approvals, Approval{a.Operator, a.Credential, at, r.roster.counts(rec.proposal, a)})
 	}
 	return p
 }
