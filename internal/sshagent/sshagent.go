@@ -48,8 +48,10 @@ func SignWithAny(a agent.Agent, some []approval.Credential, namespace, text stri
 	return approval.Proof{}, errors.Join(refused...)
 }
 
-// Credentials returns the known credentials whose keys an agent has, in the agent's order. If known
-// is nil, Credentials returns all keys of the agent that can be credentials.
+// Credentials returns the keys of an agent that can be credentials, in the agent's order: those
+// whose ids are among the known credentials, or all if known is nil. The ids alone count, because
+// the appliance names the known credentials: a key of the agent under another key's id must not
+// sign.
 func Credentials(a agent.Agent, known []approval.Credential) ([]approval.Credential, error) {
 	keys, err := a.List()
 	if err != nil {
@@ -65,13 +67,8 @@ func Credentials(a agent.Agent, known []approval.Credential) ([]approval.Credent
 		if err != nil {
 			continue // for example RSA
 		}
-		i := slices.IndexFunc(known, func(other approval.Credential) bool {
-			return other.ID == c.ID && other.Kind == approval.SSH
-		})
-		if i >= 0 {
-			c = known[i]
-		}
-		if i >= 0 || known == nil {
+		same := func(other approval.Credential) bool { return other.ID == c.ID }
+		if known == nil || slices.ContainsFunc(known, same) {
 			found = append(found, c)
 		}
 	}
