@@ -198,7 +198,7 @@ show "${admin_command[@]}" policy propose "$work/next.cedar" </dev/null >"$work/
   fail "propose a policy: $(cat "$work/err")"
 approve_second
 fact approved "proposal $proposal_of_policy, a policy; before the signature, second has seen this:"
-sed -n '/^--- /,/would change$/p' "$work/err" | sed 's/^/               /'
+sed -n '/^| --- /,/would change$/p' "$work/err" | sed 's/^| /               /'
 admin policy propose "$run/policy.cedar" </dev/null >"$work/out" 2>"$work/err" || fail "propose: $(cat "$work/err")"
 approve_second
 quietly admin peer remove shop

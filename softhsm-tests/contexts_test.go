@@ -224,7 +224,7 @@ func TestAgentsWithOtherKeys(t *testing.T) {
 		t.Errorf("--identity with the refused key: %d %s", code, errOut)
 	}
 	if errOut, code := login(shy, "--identity", s.path("othera.pub")); code != 1 ||
-		!strings.Contains(errOut, "none of the 0 keys") {
+		!strings.Contains(errOut, "does not have the key of --identity") {
 		t.Errorf("--identity with a key that the agent does not have: %d %s", code, errOut)
 	}
 	p.stop()
@@ -290,7 +290,14 @@ func TestApprovalsByHardwareKeys(t *testing.T) {
 	}
 	s.write("fido.pub", string(ssh.MarshalAuthorizedKey(fido.public)))
 	s.must("admin", "credential", "add", "root", "--ssh-key", "fido.pub")
+	// A key that does not verify its user can't make the rule: then nobody could approve any more.
+	_, errOut, code = s.cli("", "admin", "approvals", "hardware", "yes")
+	if code != 1 || !strings.Contains(errOut, "verify-required") {
+		t.Errorf("a touch makes hardware keys the rule: %d %s", code, errOut)
+	}
+	fido.flags.Store(1 | 4)
 	s.must("admin", "approvals", "hardware", "yes")
+	fido.flags.Store(1)
 	if out := s.must("admin", "approvals", "show"); !strings.Contains(out, "hardware keys") {
 		t.Errorf("approvals show: %s", out)
 	}
@@ -326,4 +333,118 @@ func approvalID(line string) string {
 		panic(err)
 	}
 	return c.ID
+}
+
+// TestCarelessContexts spoils the files of contexts, and runs the CLI without any word about the
+// appliance but these files. The CLI goes to no other appliance than the one in use, believes no
+// file that another user can change, and keeps no more of a CA's file than the certificates.
+func TestCarelessContexts(t *testing.T) {
+	s := newSystem(t)
+	p := s.serve()
+	home := s.path("careless")
+	contexts := filepath.Join(home, "countersign", "contexts")
+	environment := []string{
+		"PATH=" + os.Getenv("PATH"), "SSH_AUTH_SOCK=" + s.root.socket, "XDG_CONFIG_HOME=" + home,
+		"XDG_RUNTIME_DIR=" + s.path("careless.run"), "COUNTERSIGN_OPERATOR=root",
+	}
+	cli := func(args ...string) (output string, code int) {
+		t.Helper()
+		args = append([]string{"admin"}, args...)
+		cmd := exec.CommandContext(t.Context(), filepath.Join(bin, "countersign"), args...)
+		cmd.Env = environment
+		out, err := cmd.CombinedOutput()
+		if _, exited := err.(*exec.ExitError); err != nil && !exited {
+			t.Fatal(err)
+		}
+		return string(out), cmd.ProcessState.ExitCode()
+	}
+	signed := &s.root.agent.(*countingAgent).signed
+	refused := func(what, want string, args ...string) {
+		t.Helper()
+		before := signed.Load()
+		out, code := cli(args...)
+		if code == 0 || !strings.Contains(out, want) || strings.Contains(out, "/run/countersign") {
+			t.Errorf("%s: %d %s", what, code, out)
+		}
+		if signed.Load() != before {
+			t.Errorf("%s: the agent has signed something", what)
+		}
+	}
+	accepted := func(args ...string) string {
+		t.Helper()
+		out, code := cli(args...)
+		if code != 0 {
+			t.Fatalf("%q: %d %s", args, code, out)
+		}
+		return out
+	}
+	accepted("context", "add", "prod", "--socket", s.path("admin.sock"))
+	accepted("login", "root")
+	accepted("context", "add", "lab", "--socket", s.path("admin.sock"))
+	out := accepted("login", "root", "--context", "lab")
+	if !strings.Contains(out, "warning: the context prod (") {
+		t.Errorf("a second context of one appliance, which may be a relay, is taken silently: %s", out)
+	}
+
+	for _, path := range []string{filepath.Join(contexts, "prod.json"), contexts, filepath.Join(home, "countersign"),
+		filepath.Join(home, "countersign", "current")} {
+		st, err := os.Stat(path)
+		if err == nil {
+			err = os.Chmod(path, st.Mode().Perm()|0o022)
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		refused(path+" that others can change", "another user can change it", "login", "root")
+		if err := os.Chmod(path, st.Mode().Perm()); err != nil {
+			t.Fatal(err)
+		}
+	}
+	accepted("login", "root")
+	current := filepath.Join(home, "countersign", "current")
+	if err := os.Rename(current, current+".away"); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Mkdir(current, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	refused("a context in use that can't be read", "name one by --context", "whoami")
+	accepted("--context", "prod", "whoami")
+	if err := os.Remove(current); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Rename(current+".away", current); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(filepath.Join(contexts, "broken.json"), []byte("{"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	out, code := cli("context", "list")
+	if code != 1 || !strings.Contains(out, "broken.json is not") || !strings.Contains(out, "prod") {
+		t.Errorf("a list with a broken context: %d %s", code, out)
+	}
+	accepted("context", "remove", "broken")
+
+	keyAndCertificate := exec.Command("openssl", "req", "-x509", "-newkey", "ed25519", "-nodes", "-subj", "/CN=other",
+		"-keyout", s.path("both.pem"), "-out", s.path("cert.pem"))
+	if out, err := keyAndCertificate.CombinedOutput(); err != nil {
+		t.Fatalf("openssl: %v %s", err, out)
+	}
+	refused("a CA without a certificate", "no certificate", "context", "add", "web", "--url", "https://localhost:1",
+		"--ca", s.path("both.pem"))
+	key, err1 := os.ReadFile(s.path("both.pem"))
+	certificate, err2 := os.ReadFile(s.path("cert.pem"))
+	if err1 != nil || err2 != nil {
+		t.Fatal(err1, err2)
+	}
+	s.write("both.pem", string(key)+"# a remark\n"+string(certificate))
+	accepted("context", "add", "web", "--url", "https://localhost:1", "--ca", s.path("both.pem"))
+	kept, err := os.ReadFile(filepath.Join(contexts, "web.json"))
+	if err != nil || strings.Contains(string(kept), "PRIVATE") || !strings.Contains(string(kept), "CERTIFICATE") {
+		t.Errorf("the context has %s, %v", kept, err)
+	}
+
+	environment = slices.DeleteFunc(environment, func(e string) bool { return strings.HasPrefix(e, "XDG_CONFIG") })
+	refused("nowhere to keep a pin", "nothing was signed", "login", "root", "--socket", s.path("admin.sock"))
+	p.stop()
 }

@@ -13,6 +13,7 @@ import (
 	"strconv"
 	"strings"
 	"testing"
+	"unicode"
 
 	"countersign/admin/api"
 	"countersign/approval"
@@ -133,10 +134,14 @@ func TestApproverSignsWhatIsShown(t *testing.T) {
 		"another number": func(p *api.Proposal) { *p = mustRenumber(t, *p) },
 		"an unknown act": replace("act: policy activate", "act: policy forget"),
 		"another form":   replace("act: ", "act:  "),
+		// The content of an ended proposal is not shown, so its text must not be signed.
+		"no policy of an ended one": func(p *api.Proposal) { p.Content, p.State = "", "done" },
+		"an ended one":              func(p *api.Proposal) { p.State = "withdrawn" },
 	} {
 		change = by
 		out, errOut, code := s.cliAs(second, "", "admin", "--socket", socket, "proposal", "approve", number)
-		if code != 1 || strings.Contains(errOut, "countersign-proposal-v1\n") || approvals(id) != 0 {
+		ended := strings.Contains(name, "ended") // is shown for who wants to know
+		if code != 1 || strings.Contains(errOut, "countersign-proposal-v1\n") != ended || approvals(id) != 0 {
 			t.Errorf("%s: %d, %d approvals: %s%s", name, code, approvals(id), out, errOut)
 		}
 	}
@@ -147,8 +152,8 @@ func TestApproverSignsWhatIsShown(t *testing.T) {
 	}
 	root := s.root.credential
 	for _, shown := range []string{
-		"\n    1  // kept by ops \\u{202e}\n", "\n+permit (principal == Peer::\"demo\"", " replayed, ",
-		"proposed by  root, an operator with the roles administrator", root.ID + "  SHA256:",
+		"\n    1  // kept by ops \\u{202e}\n", "\n| +permit (principal == Peer::\"demo\"", " replayed, ",
+		"\n| proposed by  root, an operator with the roles administrator", root.ID + "  SHA256:",
 	} {
 		if !strings.Contains(errOut, shown) {
 			t.Errorf("approve does not show %q: %s", shown, errOut)
@@ -183,6 +188,56 @@ func TestApproverSignsWhatIsShown(t *testing.T) {
 	if err != nil || p.State != "expired" || len(p.Approvals) != 0 {
 		t.Errorf("%+v, %v", p, err)
 	}
+}
+
+// TestApplianceForgesNoLine has the appliance put line breaks, escape sequences and bidirectional
+// controls into all that it says of a proposal, and into its errors. No line of the CLI's output is
+// the appliance's, except behind a bar or after the name of the CLI.
+func TestApplianceForgesNoLine(t *testing.T) {
+	s := newSystem(t)
+	s.serve()
+	s.must("admin", "--propose-only", "peer", "add", "demo", strings.Repeat("0a", 32))
+	const forged = "x\r\n\ncountersign-proposal-v1\nact: forged\x1b[2J\u202e\x00\n\u0085forged"
+	var change func(*api.Proposal)
+	socket := s.relay(&change)
+	check := func(what, text string) {
+		t.Helper()
+		if strings.ContainsFunc(text, func(r rune) bool { return r != '\n' && unicode.In(r, unicode.Cc, unicode.Cf) }) {
+			t.Errorf("%s: control characters get to the terminal: %q", what, text)
+		}
+		found := false
+		for line := range strings.Lines(text) {
+			mine := regexp.MustCompile(`^(\| |countersign: |warning  )`).MatchString(line)
+			if found = found || strings.Contains(line, "forged"); strings.Contains(line, "forged") && !mine {
+				t.Errorf("%s: the appliance has made the line %q of: %s", what, line, text)
+			}
+		}
+		if !found {
+			t.Errorf("%s: the test proves nothing: %s", what, text)
+		}
+	}
+	change = func(p *api.Proposal) {
+		p.State, p.Cause, p.Warnings = "open"+forged, forged, []string{forged}
+		p.Approvals = []api.Approval{{Operator: forged, Counts: true}}
+	}
+	_, errOut, _ := s.cli("", "admin", "--socket", socket, "proposal", "approve", "1")
+	check("a proposal", errOut)
+	out, _, _ := s.cli("", "admin", "--socket", socket, "proposal", "show", "1")
+	check("a proposal to be shown", out)
+
+	refusing := s.path("refusing.sock")
+	l, err := net.Listen("unix", refusing)
+	if err != nil {
+		t.Fatal(err)
+	}
+	server := &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		w.WriteHeader(http.StatusConflict)
+		json.NewEncoder(w).Encode(api.Error{Code: "conflict" + forged, Detail: forged})
+	})}
+	go server.Serve(l)
+	defer server.Close()
+	_, errOut, _ = s.cli("", "admin", "--socket", refusing, "proposal", "list")
+	check("an error", errOut)
 }
 
 // approveAs approves the newest proposal by the CLI.

@@ -2,8 +2,10 @@ package main
 
 import (
 	"crypto/sha256"
+	"crypto/x509"
 	"encoding/hex"
 	"encoding/json"
+	"encoding/pem"
 	"errors"
 	"fmt"
 	"io"
@@ -14,6 +16,7 @@ import (
 	"regexp"
 	"slices"
 	"strings"
+	"syscall"
 	"time"
 
 	"countersign/admin/api"
@@ -75,7 +78,11 @@ func (t *tool) findAppliance() (*appliance, error) {
 			"(COUNTERSIGN_CONTEXT, COUNTERSIGN_SOCKET, COUNTERSIGN_URL)")}
 	}
 	if len(set) == 0 {
-		if at.context = contextInUse(); at.context == "" {
+		var err error
+		if at.context, err = contextInUse(); err != nil {
+			return nil, err
+		}
+		if at.context == "" {
 			at.socket = defaultSocket
 		}
 	}
@@ -112,13 +119,36 @@ func newAppliance(socket, address, caFile string) (a *appliance, err error) {
 	sum := sha256.Sum256([]byte(place))
 	a.name = kind + "-" + hex.EncodeToString(sum[:8])
 	if a.URL != "" && caFile != "" {
-		b, err := os.ReadFile(caFile)
-		if err != nil {
-			return nil, err
-		}
-		a.CA = string(b)
+		a.CA, err = readCA(caFile)
 	}
-	return a, nil
+	return a, err
+}
+
+// readCA returns the certificates of a PEM file, and nothing else of the file, such as a private
+// key.
+func readCA(file string) (string, error) {
+	rest, err := os.ReadFile(file)
+	if err != nil {
+		return "", err
+	}
+	var kept []byte
+	for {
+		var block *pem.Block
+		if block, rest = pem.Decode(rest); block == nil {
+			break
+		}
+		if block.Type != "CERTIFICATE" {
+			continue
+		}
+		if _, err := x509.ParseCertificate(block.Bytes); err != nil {
+			return "", fmt.Errorf("--ca %s: %w", file, err)
+		}
+		kept = append(kept, pem.EncodeToMemory(&pem.Block{Type: block.Type, Bytes: block.Bytes})...)
+	}
+	if len(kept) == 0 {
+		return "", fmt.Errorf("--ca %s: there is no certificate in PEM: countersign admin tls show prints one", file)
+	}
+	return string(kept), nil
 }
 
 // client returns a client without a session.
@@ -194,6 +224,15 @@ func (t *tool) trust(name string) error {
 	}
 	fmt.Fprintf(t.stderr, "countersign: from now on %s is the appliance %s (context %s)\n",
 		t.to.place(), name, t.to.name)
+	// An appliance in other hands can answer with the texts of the operator's other appliance.
+	others, _ := readContexts() // those that can be read
+	for _, other := range others {
+		if other.Appliance == name && other.name != t.to.name {
+			fmt.Fprintf(t.stderr, "countersign: warning: the context %s (%s) is of the same appliance: "+
+				"if these are two appliances, one relays the other, so: countersign admin context remove %s\n",
+				other.name, other.place(), t.to.name)
+		}
+	}
 	return nil
 }
 
@@ -243,7 +282,7 @@ func readContext(name string) (*appliance, error) {
 	if err != nil {
 		return nil, err
 	}
-	b, err := os.ReadFile(path)
+	b, err := readOwn(path)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil, fmt.Errorf("there is no context %s: countersign admin context list shows them: %w", name, err)
 	}
@@ -256,6 +295,23 @@ func readContext(name string) (*appliance, error) {
 			name, path, name)
 	}
 	return a, nil
+}
+
+// readOwn reads a file that only root and the caller can change, and no other user. Otherwise
+// another user could choose the appliance for which the caller signs.
+func readOwn(path string) ([]byte, error) {
+	for _, each := range []string{filepath.Dir(path), path} {
+		st, err := os.Stat(each)
+		if err != nil {
+			return nil, err
+		}
+		owner := st.Sys().(*syscall.Stat_t).Uid
+		if st.Mode().Perm()&0o022 != 0 || owner != 0 && int(owner) != os.Geteuid() {
+			return nil, fmt.Errorf("%s: another user can change it (owner %d, mode %04o): look at its content, "+
+				"then: chown %d %s; chmod go-w %s", each, owner, st.Mode().Perm(), os.Geteuid(), each, each)
+		}
+	}
+	return os.ReadFile(path)
 }
 
 func (a *appliance) write() error {
@@ -278,14 +334,18 @@ func keep(path string, content []byte) error {
 	return durable.Write(path, content, 0o600)
 }
 
-// contextInUse is the name of the context in use, or "".
-func contextInUse() string {
+// contextInUse is the name of the context in use, or "". If the name can't be read, the command
+// must not go to another appliance.
+func contextInUse() (string, error) {
 	dir, err := contextFolder()
 	if err != nil {
-		return ""
+		return "", nil // without a folder there are no contexts
 	}
-	b, _ := os.ReadFile(filepath.Join(dir, "current"))
-	return strings.TrimSpace(string(b))
+	b, err := readOwn(filepath.Join(dir, "current"))
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return "", fmt.Errorf("which context is in use? name one by --context: %w", err)
+	}
+	return strings.TrimSpace(string(b)), nil
 }
 
 func useContext(name string) error {
@@ -328,10 +388,12 @@ func (t *tool) contexts() *cobra.Command {
 			if err := a.write(); err != nil {
 				return err
 			}
-			if contextInUse() == "" {
-				if err := useContext(a.name); err != nil {
-					return err
-				}
+			inUse, err := contextInUse()
+			if err == nil && inUse == "" {
+				err = useContext(a.name)
+			}
+			if err != nil {
+				return err
 			}
 			return t.said("added", a.name)
 		})
@@ -367,10 +429,12 @@ func (t *tool) contexts() *cobra.Command {
 			if err := os.Remove(path); err != nil {
 				return err
 			}
-			if contextInUse() == args[0] {
-				if err := useContext(""); err != nil {
-					return err
-				}
+			inUse, err := contextInUse()
+			if err == nil && inUse == args[0] {
+				err = useContext("")
+			}
+			if err != nil {
+				return err
 			}
 			return t.said("removed", args[0])
 		})
@@ -390,8 +454,23 @@ func contexts() (names []string, err error) {
 	return names, err
 }
 
-func (t *tool) listContexts() error {
+// readContexts returns all contexts that can be read, by name. The error has the other ones.
+func readContexts() (all []*appliance, err error) {
 	names, err := contexts()
+	for _, name := range names {
+		a, bad := readContext(name)
+		if bad != nil {
+			err = errors.Join(err, bad)
+			continue
+		}
+		all = append(all, a)
+	}
+	return all, err
+}
+
+func (t *tool) listContexts() error {
+	known, unread := readContexts()
+	inUse, err := contextInUse()
 	if err != nil {
 		return err
 	}
@@ -401,18 +480,15 @@ func (t *tool) listContexts() error {
 		*appliance
 	}
 	all := []entry{}
-	for _, name := range names {
-		a, err := readContext(name)
-		if err != nil {
-			return err
-		}
-		all = append(all, entry{name, name == contextInUse(), a})
+	for _, a := range known {
+		all = append(all, entry{a.name, a.name == inUse, a})
 	}
-	return t.print(all, func(w io.Writer) {
+	err = t.print(all, func(w io.Writer) {
 		fmt.Fprintln(w, "NAME\tIN USE\tAPPLIANCE\tOPERATOR\tADDRESS")
 		for _, a := range all {
 			fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\n", a.Name, either(a.InUse, "yes", ""),
 				either(a.Appliance != "", a.Appliance, "at the first sign-in"), a.Operator, a.place())
 		}
 	})
+	return errors.Join(err, unread)
 }

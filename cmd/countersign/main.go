@@ -66,6 +66,7 @@ func run(ctx context.Context, args []string, stdin io.Reader, stdout, stderr io.
 		return 0
 	}
 	code, status := classify(err)
+	code = oneLine(code)
 	if state, is := errors.AsType[notOperational](err); is { // the document of the state is on stdout
 		if !state.quiet {
 			fmt.Fprintf(stderr, "countersign: %s: %s\n", code, message(err))
@@ -177,7 +178,7 @@ func retryStatus(code string) int {
 
 // message is the text of an error on one line, without the code that is printed before the text.
 func message(err error) string {
-	text := strings.Join(strings.Fields(err.Error()), " ")
+	text := err.Error()
 	refusal, refused := errors.AsType[*client.Error](err)
 	if refused && !errors.Is(err, client.ErrUnproven) && !errors.Is(err, client.ErrBrokenLine) {
 		text = refusal.Message
@@ -185,8 +186,12 @@ func message(err error) string {
 	if adminRefusal, is := errors.AsType[*api.Error](err); is {
 		text = adminRefusal.Detail
 	}
-	return text
+	return oneLine(text)
 }
+
+// oneLine returns a text without line breaks: the text of another program must not look like a line
+// of this one.
+func oneLine(text string) string { return strings.Join(strings.Fields(text), " ") }
 
 // command makes a cobra command. Errors of do are marked as failed, except a usageError.
 func command(

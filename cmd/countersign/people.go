@@ -298,7 +298,7 @@ func (t *tool) proposals(act maker) *cobra.Command {
 			}
 			return t.print(r.doc, func(w io.Writer) {
 				for _, each := range r.doc.Warnings {
-					fmt.Fprintf(w, "warning\t%s\n", each)
+					fmt.Fprintf(w, "warning\t%s\n", oneLine(each))
 				}
 			})
 		})

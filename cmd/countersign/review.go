@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bytes"
 	"cmp"
 	"context"
 	"crypto/sha256"
@@ -13,6 +14,7 @@ import (
 	"text/tabwriter"
 	"time"
 	"unicode"
+	"unicode/utf8"
 
 	"countersign/admin/api"
 	"countersign/approval"
@@ -30,7 +32,8 @@ import (
 //   - The text has the number that the approver has named, and an act that this program knows.
 //
 // The other lines of a review, such as the settings in force and past decisions, come from the
-// appliance, and no signature covers them.
+// appliance, and no signature covers them. Each of them begins with a bar, so that none passes for
+// a line of this program.
 type review struct {
 	proposal *approval.Proposal // parsed from doc.Text
 	doc      api.Proposal
@@ -60,6 +63,9 @@ func readReview(ctx context.Context, c *api.Client, id uint64) (*review, error) 
 			"has %x: do not approve it", id, cmp.Or(named, "none"), digest)
 	case doc.State != "open":
 		return &review{p, doc}, nil // to be read only: the appliance has dropped the content
+	case named != "" && p.Act != approval.ActPolicyActivate:
+		return nil, fmt.Errorf("proposal %d: its text has the SHA-256 of a content, and %s has none: do not approve it",
+			id, p.Act)
 	case named != "" && doc.Content == "":
 		return nil, fmt.Errorf("proposal %d: the appliance does not show the content with SHA-256 %s: "+
 			"do not approve it", id, named)
@@ -70,13 +76,22 @@ func readReview(ctx context.Context, c *api.Client, id uint64) (*review, error) 
 	return &review{p, doc}, nil
 }
 
+// open refuses a proposal that is not open.
+func (r *review) open() error {
+	if r.doc.State == "open" {
+		return nil
+	}
+	return fmt.Errorf("proposal %d can't be approved: the appliance says that it is %s: nothing was signed",
+		r.proposal.ID, strings.TrimSuffix(oneLine(r.doc.State+": "+r.doc.Cause), ":"))
+}
+
 // showReview prints a proposal: the text to be signed, then what a person needs to judge it.
 func (t *tool) showReview(ctx context.Context, c *api.Client, r *review, to io.Writer) error {
 	to = visible{to}
 	if _, err := io.WriteString(to, r.proposal.Text()+"\n"); err != nil {
 		return err
 	}
-	w := tabwriter.NewWriter(to, 0, 0, 2, ' ', 0)
+	w := tabwriter.NewWriter(&quoted{to: to}, 0, 0, 2, ' ', 0)
 	fmt.Fprintf(w, "state\t%s\n", strings.TrimSpace(r.doc.State+" "+r.doc.Cause))
 	for _, a := range r.doc.Approvals {
 		lost := either(a.Counts || r.doc.State != "open", "", ", which does not count any more")
@@ -167,9 +182,11 @@ func showPolicy(ctx context.Context, t *tool, c *api.Client, r *review, to io.Wr
 			return err
 		}
 	}
+	// The texts are compared before they are shown: a tab and four spaces are shown alike.
 	name := fmt.Sprintf("version %d, in force", before.Version)
-	changes := diff.Diff(name, []byte(shown(before.Text)), fmt.Sprintf("proposal %d", r.proposal.ID), []byte(text))
-	fmt.Fprintf(to, "\n%s\n", either(len(changes) == 0, "the same text is in force", string(changes)))
+	changes := diff.Diff(name, []byte(before.Text), fmt.Sprintf("proposal %d", r.proposal.ID), []byte(r.doc.Content))
+	to = &quoted{to: to}
+	fmt.Fprintf(to, "\n%s\n", either(len(changes) == 0, "the same text is in force", shown(string(changes))))
 
 	next, err := policy.Parse("policy.cedar", []byte(r.doc.Content))
 	if err != nil {
@@ -191,11 +208,30 @@ func showPolicy(ctx context.Context, t *tool, c *api.Client, r *review, to io.Wr
 // warn prints the warnings of a proposal on stderr.
 func (t *tool) warn(warnings []string) {
 	for _, w := range warnings {
-		fmt.Fprintf(visible{t.stderr}, "countersign: warning: %s\n", w)
+		fmt.Fprintf(t.stderr, "countersign: warning: %s\n", oneLine(w))
 	}
 }
 
-// object names what a proposal is about, for a list: the values of its parameters, except reasons,
+// quoted begins each line with a bar.
+type quoted struct {
+	to     io.Writer
+	inLine bool // the last line has no end yet
+}
+
+func (q *quoted) Write(b []byte) (int, error) {
+	var out bytes.Buffer
+	for line := range bytes.Lines(b) {
+		if !q.inLine {
+			out.WriteString("| ")
+		}
+		out.Write(line)
+		q.inLine = !bytes.HasSuffix(line, []byte("\n"))
+	}
+	_, err := q.to.Write(out.Bytes())
+	return len(b), err
+}
+
+// object names what a proposal is about, on one line: the values of its parameters, except reasons,
 // and of long ones the beginning.
 func object(parameters []approval.Parameter) string {
 	var values []string
@@ -211,7 +247,7 @@ func object(parameters []approval.Parameter) string {
 		case each.Name == "key" || each.Name == "name":
 			values = append(values, value)
 		default:
-			if len(value) > 16 {
+			if len(value) > 16 && each.Name != "roles" {
 				value = value[:16] + "…"
 			}
 			values = append(values, each.Name+" "+value)
@@ -230,10 +266,18 @@ func fingerprint(c approval.Credential) string {
 }
 
 // shown is a text of others for a terminal. Characters that move the cursor, reverse the writing or
-// have no form of their own come out as their numbers, such as \u{202e}; a tab is four spaces.
+// have no form of their own come out as their numbers, such as \u{202e}; a tab is four spaces. Many
+// spaces, which could move a part of a line out of sight, come out as their number.
 func shown(text string) string {
 	var b strings.Builder
-	for _, r := range text {
+	for len(text) > 0 {
+		rest := strings.TrimLeft(text, " ")
+		if spaces := len(text) - len(rest); spaces > maxSpaces {
+			fmt.Fprintf(&b, `\u{20}×%d`, spaces)
+			text = rest
+			continue
+		}
+		r, size := utf8.DecodeRuneInString(text)
 		switch {
 		case r == '\t':
 			b.WriteString("    ")
@@ -242,6 +286,10 @@ func shown(text string) string {
 		default:
 			fmt.Fprintf(&b, `\u{%x}`, r)
 		}
+		text = text[size:]
 	}
 	return b.String()
 }
+
+// maxSpaces is the number of spaces that shown leaves as they are: more than an indentation needs.
+const maxSpaces = 60

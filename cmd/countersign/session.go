@@ -155,6 +155,7 @@ func (t *tool) signIn(ctx context.Context, c *api.Client, who signedIn) (api.Sig
 	if err != nil {
 		return api.SignedIn{}, err
 	}
+	first(keys, func(k approval.Credential) bool { return k.ID == who.Credential })
 	keys = keys[:min(len(keys), maxOffered)]
 	ask := api.NewChallenge{Purpose: "sign-in", Operator: who.Operator}
 	for _, k := range keys {
@@ -172,9 +173,11 @@ func (t *tool) signIn(ctx context.Context, c *api.Client, who signedIn) (api.Sig
 	if len(keys) == 0 {
 		detail := fmt.Sprintf("none of the %d keys that the SSH agent offers (ed25519, ecdsa or sk-) is a key of "+
 			"operator %s: ssh-add it, or correct --identity and --operator", offered, who.Operator)
+		if offered == 0 && t.identity != "" {
+			detail = fmt.Sprintf("the SSH agent does not have the key of --identity %s: ssh-add it", t.identity)
+		}
 		return api.SignedIn{}, &api.Error{Code: "not_proven", Detail: detail}
 	}
-	first(keys, func(k approval.Credential) bool { return k.ID == who.Credential })
 	proof, err := sshagent.SignWithAny(a, keys, approval.ForSignIn, ch.Text)
 	if err != nil {
 		return api.SignedIn{}, err
@@ -278,14 +281,19 @@ func asks(p *approval.Proposal, n api.NewProposal, proposer string) error {
 }
 
 // approve shows a proposal, asks a person at a terminal, signs the text that was shown, and prints
-// the outcome.
+// the outcome. A proposal that is not open, by the word of the appliance, gets no signature: its
+// content was not shown, and an approval of it is worth nothing to an honest appliance.
 func (t *tool) approve(ctx context.Context, c *api.Client, me api.Me, r *review) error {
 	if err := t.showReview(ctx, c, r, t.stderr); err != nil {
 		return err
 	}
 	t.warn(r.doc.Warnings)
-	if t.interactive() {
-		fmt.Fprintf(t.stderr, "approve? [y/N] ")
+	if err := r.open(); err != nil {
+		return err
+	}
+	if p := r.proposal; t.interactive() {
+		fmt.Fprintf(t.stderr, "approve as %s proposal %d of %s, %s (%s), proposed by %s? [y/N] ",
+			oneLine(me.Operator.Name), p.ID, p.Appliance, p.Act, object(p.Parameters), p.Proposer)
 		var answer string
 		fmt.Fscanln(t.stdin, &answer) // an empty line is no
 		if answer = strings.ToLower(answer); answer != "y" && answer != "yes" {
@@ -309,6 +317,9 @@ func (t *tool) approve(ctx context.Context, c *api.Client, me api.Me, r *review)
 // approveSigned approves a proposal by a signature that was made elsewhere, for example by
 // ssh-keygen on a machine without a network.
 func (t *tool) approveSigned(ctx context.Context, c *api.Client, me api.Me, r *review, file string) error {
+	if err := r.open(); err != nil {
+		return err
+	}
 	b, err := os.ReadFile(file)
 	if err != nil {
 		return err
