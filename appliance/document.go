@@ -70,16 +70,10 @@ func receiptRecord(doc *transcript.Document, signature []byte, event uint64) *le
 	if doc.Payment == nil || signature == nil {
 		return nil
 	}
+	// Without the salt the amount can't be guessed.
+	commitment := receiptFor(doc, signature).Commitment(doc.Payment.Amount, doc.Payment.Currency)
 	return &ledger.Receipt{
 		ID: ledger.ReceiptID(receiptPart("id", signature)), TimeMS: time.Now().UnixMilli(),
-		Commitment: commitment(receiptPart("salt", signature), doc.Payment), Method: doc.Payment.Method,
-		Status: "completed", Event: event,
+		Commitment: commitment[:], Method: doc.Payment.Method, Status: "completed", Event: event,
 	}
-}
-
-// commitment returns a commitment to an amount. Without the salt the amount can't be guessed.
-func commitment(salt []byte, p *transcript.Payment) []byte {
-	b := append([]byte("countersign-receipt-v1\x00"), salt...)
-	sum := sha256.Sum256(append(b, p.Amount+" "+p.Currency...))
-	return sum[:]
 }

@@ -23,7 +23,7 @@ func TestCalledOffByAnAppliance(t *testing.T) {
 	config.Lines = []client.KeyLine{{Key: "payments", Version: 1, PublicKey: [32]byte(k.Info().PublicKey)}}
 	config.OnRotation = func(r client.Rotation) { heard <- r }
 	kept := make(chan [32]byte, 10)
-	config.OnServerKey = func(key [32]byte) { kept <- key }
+	config.OnServerKey = func(key [32]byte, _ uint64) { kept <- key }
 	c := dial(t, config)
 	if _, err := c.Ping(ctx); err != nil {
 		t.Fatal(err)
@@ -92,7 +92,7 @@ func TestRotationOfAnAppliance(t *testing.T) {
 	config := a.config()
 	config.Lines = []client.KeyLine{pin}
 	config.OnRotation = func(r client.Rotation) { heard <- r }
-	config.OnServerKey = func(key [32]byte) { kept <- key }
+	config.OnServerKey = func(key [32]byte, _ uint64) { kept <- key }
 	c := dial(t, config)
 
 	if s, err := c.Sign(ctx, "payments", message("AAAA")); err != nil || s.Version != 1 {

@@ -90,7 +90,7 @@ func (c *Client) outcome(ctx context.Context, item Item, d Document, answer wire
 	var v wire.Verified
 	if o.Err = decode(answer, &v); o.Err == nil {
 		o.Event, o.Err = v.Event, c.checkVerified(ctx, item.Verify, v)
-	} else if refusal, is := errors.AsType[*Error](o.Err); is && refusal.Code == wire.CodeUnavailable {
+	} else if errors.Is(o.Err, ErrUnavailable) {
 		o.Err = fmt.Errorf("%w: %w", ErrUnknownOutcome, o.Err)
 	}
 	return o

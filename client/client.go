@@ -12,6 +12,7 @@ import (
 	"context"
 	"crypto/rand"
 	"encoding/hex"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"math/big"
@@ -30,33 +31,8 @@ import (
 	"countersign/wire"
 )
 
-// The classes of failed calls. A refusal of the appliance is an *Error, whose Code names the
-// reason.
-var (
-	// ErrUnreachable: the client could not connect. The request was not sent.
-	ErrUnreachable = errors.New("the appliance can't be reached")
-	// ErrHandshake: the appliance closed the connection during the handshake. Either the appliance
-	// does not know the identity, or ServerKey is not, or no longer, its key. An appliance that has
-	// too many connections, is stopping, or can't reach its token closes the connection too, and
-	// does not give the reason. With RetryFor, the call tries again. The request was not sent.
-	ErrHandshake = errors.New("the appliance refused the handshake")
-	// ErrUnknownOutcome: a verify request was sent, and its outcome is unknown. The connection
-	// broke, or the appliance took too long. The nonce may be spent.
-	ErrUnknownOutcome = errors.New("the outcome of the verification is unknown: the nonce may be spent")
-	// ErrWrongAnswer: the answer of the appliance, or of an impostor, is invalid.
-	ErrWrongAnswer = errors.New("the appliance's answer is invalid")
-	// ErrUnproven: the appliance did not prove that the event of a signature or verification is in
-	// its audit log; see Config.LogKey. The signature may be valid, and the client withholds it.
-	ErrUnproven = errors.New("the appliance did not prove that the event is in its audit log")
-	// ErrClosed: Close was called.
-	ErrClosed = errors.New("the client is closed")
-)
-
 // MaxRequest is the maximum length of a request in bytes of JSON.
 const MaxRequest = wire.MaxDocument
-
-// Error is a refusal of the appliance; see the codes in package wire.
-type Error = wire.Error
 
 // Config names the appliance, the identity of the peer, and the keys to trust.
 type Config struct {
@@ -107,26 +83,30 @@ type Config struct {
 	// OnCompromise is called with each compromise of a key's version, once for each version while
 	// the client lives: also of versions older than a pinned one, whose documents the application
 	// may still have. Of a version that the client had trusted, OnCompromise is called before any
-	// call returns a signature of a version that is used for the first time after that. The caller
-	// is the goroutine of that call, or that of the events, so OnCompromise may be called several
-	// times at once. OnCompromise may use the client. The appliance repeats the event at each
-	// connection until the client has acknowledged, which the client does when OnCompromise has
-	// returned. Default: none. Then a compromise is not acknowledged, and calls that use a pinned
-	// line end with ErrCompromised where the client had trusted the version.
+	// call returns a signature of a version that is used for the first time after that; where
+	// another goroutine has begun the call, it may still run. The caller is the goroutine of that
+	// call, or that of the events, so OnCompromise may be called several times at once.
+	// OnCompromise may use the client. The appliance repeats the event at each connection until the
+	// client has acknowledged, which the client does when OnCompromise has returned. Default: none.
+	// Then a compromise is not acknowledged, and calls that use a pinned line end with
+	// ErrCompromised where the client had trusted the version.
 	OnCompromise func(Compromise)
 	// OnServerKey is called with the listener's new Noise key before OnRotation. The application
-	// stores the new key for its next start. Both keys answer until the old one retires. While the
-	// new key may not answer everywhere, an application that starts with the new key gives the old
-	// one as FormerServerKey. A running client changes over by itself.
-	OnServerKey func(key [32]byte)
+	// stores the new key for its next start, and the generation of its authorization, which is 0
+	// without a ServerIdentity. Both keys answer until the old one retires. While the new key may
+	// not answer everywhere, an application that starts with the new key gives the old one as
+	// FormerServerKey. A running client changes over by itself.
+	OnServerKey func(key [32]byte, generation uint64)
 	// FormerServerKey is tried when the appliance refuses ServerKey. Remove FormerServerKey when
 	// the old key has retired: a thief of its private key can pose as the appliance. Default: none.
 	FormerServerKey [32]byte
-	// ServerIdentity is the Ed25519 key of an appliance with an identity. Where ServerIdentity is
-	// set, a new Noise key needs a signature of the identity, with a generation of at least
+	// ServerIdentity is the Ed25519 key of an appliance with an identity: the active version of the
+	// key that noise_identity in the appliance's configuration names. Where ServerIdentity is set,
+	// a new Noise key needs a signature of the identity, with a generation of at least
 	// ServerGeneration and of at least the last one seen. A thief of the present Noise key then
 	// can't lead the client to a key of his own. Default: none, which trusts the channel.
-	ServerIdentity   [32]byte
+	ServerIdentity [32]byte
+	// ServerGeneration is the highest generation that OnServerKey has reported.
 	ServerGeneration uint64
 	// Unacknowledged leaves acknowledgements to the application; see Client.Acknowledge. Until
 	// then, OnRotation is called whenever the event comes again.
@@ -249,16 +229,37 @@ func (c *Client) Ping(ctx context.Context) (time.Time, error) {
 	return time.Unix(pong.Time, 0), err
 }
 
-// Keys lists the signing keys.
+// Keys lists the signing keys, whichever of them policy lets this peer use. Package wire has the
+// states: wire.StateActive and so on.
 func (c *Client) Keys(ctx context.Context) ([]wire.Key, error) {
 	var list wire.KeyList
 	err := c.call(ctx, true, func(id string) any { return wire.Keys{ID: id, Op: wire.OpKeys} }, &list)
 	return list.Keys, err
 }
 
+// Key returns the active version of a signing key: the one that Sign would use now.
+func (c *Client) Key(ctx context.Context, name string) (wire.Key, error) {
+	keys, err := c.Keys(ctx)
+	if err != nil {
+		return wire.Key{}, err
+	}
+	none := &Error{Code: wire.CodeUnknownKey, Message: fmt.Sprintf("no signing key has the name %q", ijson.Clip(name))}
+	for _, k := range keys {
+		switch {
+		case k.Name != name:
+		case k.State == wire.StateActive:
+			return k, nil
+		default:
+			none.Code, none.Message = wire.CodeKeyNotActive, fmt.Sprintf("no version of the key %q is active", name)
+		}
+	}
+	return wire.Key{}, none
+}
+
 // Document is the content of a signature.
 type Document struct {
-	// Type is the transcript type, for example "paykit-subscription-v2" or "message-v1".
+	// Type is the transcript type, for example "paykit-subscription-v2" or "message-v1". SPEC,
+	// section 4, has all types with their payloads; `countersign transcript list` lists them.
 	Type string
 	// Payload is the JSON of the type's payload.
 	Payload []byte
@@ -352,6 +353,45 @@ func (c *Client) Sign(ctx context.Context, key string, d Document) (*Signed, err
 	return c.sign(ctx, key, 0, d)
 }
 
+// SignAs is Sign for a document that names its parties by their public keys. SignAs puts the public
+// key of the version that signs into the field party of the payload, for example "subscriber", as
+// `countersign sign --as` does. The result has the completed payload. An appliance that rotates the
+// key meanwhile signs with neither version, and SignAs takes the new one.
+//
+// The version is part of what is signed. So after a rotation, a repetition of the same document is
+// ErrReplay where the first call had reached the appliance.
+func (c *Client) SignAs(ctx context.Context, key, party string, d Document) (*Signed, error) {
+	d = d.Fill(c.config.Lifetime)
+	payload, err := ijson.Parse(d.Payload)
+	if err != nil {
+		return nil, &Error{Code: wire.CodeMalformed, Message: "payload: " + err.Error()}
+	}
+	for before := uint32(0); ; {
+		k, err := c.Key(ctx, key)
+		if err != nil {
+			return nil, err
+		}
+		payload.Members[party] = fmt.Appendf(nil, `"%x"`, k.PublicKey)
+		if d.Payload, err = json.Marshal(payload.Members); err != nil {
+			return nil, err
+		}
+		signed, err := c.signBy(ctx, k, d)
+		if !errors.Is(err, ErrKeyRotated) || k.Version <= before {
+			return signed, err
+		}
+		before = k.Version
+	}
+}
+
+// signBy has a document signed by this version of a key and no other.
+func (c *Client) signBy(ctx context.Context, k wire.Key, d Document) (*Signed, error) {
+	signed, err := c.sign(ctx, k.Name, k.Version, d)
+	if err == nil && signed.PublicKey != k.PublicKey {
+		return nil, fmt.Errorf("%w: version %d of %q has another public key", ErrWrongAnswer, k.Version, ijson.Clip(k.Name))
+	}
+	return signed, err
+}
+
 // sign asks for a signature of a version; 0 is any version.
 func (c *Client) sign(ctx context.Context, key string, version uint32, d Document) (*Signed, error) {
 	d = d.Fill(c.config.Lifetime)
@@ -381,6 +421,9 @@ func (c *Client) checkSigned(ctx context.Context, key string, d Document, s wire
 		return nil, fmt.Errorf("%w: %w", ErrWrongAnswer, err)
 	}
 	if err := c.checkVersion(ctx, key, s.Version, s.PublicKey); err != nil {
+		if !errors.Is(err, ErrBrokenLine) && !errors.Is(err, ErrCompromised) {
+			err = fmt.Errorf("%w: %w", ErrUnproven, err)
+		}
 		return nil, err
 	}
 	if p := c.pins[key]; p != nil {
@@ -415,7 +458,7 @@ func (c *Client) Verify(ctx context.Context, key string, s *Signed) (event uint6
 		}
 		return v
 	}, &v)
-	if refusal, is := errors.AsType[*Error](err); is && refusal.Code == wire.CodeUnavailable {
+	if errors.Is(err, ErrUnavailable) {
 		err = fmt.Errorf("%w: %w", ErrUnknownOutcome, err)
 	}
 	if err != nil {
@@ -464,7 +507,7 @@ func (c *Client) call(ctx context.Context, idempotent bool, request func(id stri
 			}
 		}
 		unreachable := errors.Is(err, ErrUnreachable) || errors.Is(err, ErrHandshake)
-		if !unreachable && !errors.Is(err, errConnection) || ctx.Err() != nil {
+		if !unreachable && !errors.Is(err, ErrConnectionLost) || ctx.Err() != nil {
 			return err
 		}
 		// The first broken connection is replaced at once. Other failures wait for the backoff, and
@@ -580,9 +623,6 @@ func (c *Client) rotationHint() string {
 	return "; an operator prints the server's key: countersign admin noise-key"
 }
 
-// errConnection marks the end of a connection, as opposed to an answer.
-var errConnection = errors.New("connection lost")
-
 // conn is one connection with many callers and one reader.
 type conn struct {
 	noise   *noise.Conn
@@ -642,7 +682,7 @@ func (c *conn) fail(err error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if c.err == nil {
-		c.err = fmt.Errorf("%w: %w", errConnection, err)
+		c.err = fmt.Errorf("%w: %w", ErrConnectionLost, err)
 		close(c.ended)
 		c.noise.Close()
 	}

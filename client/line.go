@@ -13,17 +13,6 @@ import (
 	"countersign/wire"
 )
 
-// ErrBrokenLine: a version of a key does not follow from the pinned version. Signatures of the
-// version must not be trusted: a thief of the old key may have made the version. Only people may
-// pin the line anew.
-var ErrBrokenLine = errors.New("the key's line is broken")
-
-// ErrCompromised: the private key of a version that the client has trusted may be in other hands.
-// Signatures of the version must not be trusted. Without a Config.OnCompromise, no later version of
-// a pinned line is used either, until people have pinned the line anew: `countersign line follow`
-// names the compromised version.
-var ErrCompromised = errors.New("the key's version is compromised")
-
 // KeyLine is one trusted version in a key's line of versions, the active one, and the announced
 // version after it. `countersign line pin` prints the JSON form of a KeyLine.
 type KeyLine struct {

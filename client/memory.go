@@ -14,12 +14,6 @@ import (
 	"countersign/wire"
 )
 
-// ErrForkedLog: the appliance's audit log does not continue the log that this client has seen. The
-// log was set back, for example by an old backup, or the appliance shows different logs to
-// different peers. The appliance may then have signed two documents under one nonce. Only people
-// may go on, with a new Config.LogCheckpoint. Errors that wrap ErrForkedLog also wrap ErrUnproven.
-var ErrForkedLog = errors.New("the audit log does not continue the log that was seen before")
-
 // logMemory has the newest checkpoint that the client has seen, by epoch and size.
 //
 // The invariant: each checkpoint that a call has relied on is one of the newest checkpoint, or is
@@ -159,7 +153,7 @@ func (c *Client) continuesTree(ctx context.Context, before, after audit.Checkpoi
 // notShown is the error of a request for a proof. A refusal for good means that the appliance can't
 // show the proof; every other error may pass.
 func notShown(before, after audit.Checkpoint, err error) error {
-	if refusal, is := errors.AsType[*Error](err); is && refusal.Code == wire.CodeDenied {
+	if errors.Is(err, ErrDenied) {
 		return forked(before, after, err)
 	}
 	return err

@@ -210,9 +210,9 @@ func (c *Client) reach(ctx context.Context, p *pin, key string, version uint32) 
 		refusal, refused := errors.AsType[*Error](err)
 		final := refused && refusal.RetryAfter == 0 && refusal.Code != wire.CodeUnavailable
 		if final || errors.Is(err, ErrWrongAnswer) {
-			return fmt.Errorf("%w: %q: the appliance does not show it: %w", ErrBrokenLine, ijson.Clip(key), err)
+			return fmt.Errorf("%w: %q: the appliance does not show it: %w", ErrBrokenLine, ijson.Clip(key), later{err})
 		} else if err != nil {
-			return fmt.Errorf("can't follow the line of %q now: %w", ijson.Clip(key), err)
+			return fmt.Errorf("can't follow the line of %q now: %w", ijson.Clip(key), later{err})
 		}
 		if err := p.take(page); err != nil {
 			return err

@@ -41,7 +41,7 @@ func (c *Client) proven(ctx context.Context, p audit.Proof) (audit.Event, error)
 		err = c.remember(ctx, checkpoint, p.Checkpoint)
 	}
 	if err != nil {
-		return e, fmt.Errorf("%w: %w", ErrUnproven, err)
+		return e, fmt.Errorf("%w: %w", ErrUnproven, later{err})
 	}
 	return e, nil
 }
@@ -62,7 +62,7 @@ func (c *Client) proof(ctx context.Context, request func(id string) any) (audit.
 func (c *Client) checkProof(ctx context.Context, event uint64, kind audit.Kind, says func(audit.Event) bool) error {
 	p, err := c.eventProof(ctx, event)
 	if err != nil {
-		return fmt.Errorf("%w: %w", ErrUnproven, err)
+		return fmt.Errorf("%w: %w", ErrUnproven, later{err})
 	}
 	e, err := c.proven(ctx, p)
 	if err == nil && (e.Type.Kind() != kind || !says(e)) {

@@ -19,10 +19,6 @@ import (
 // NoiseKey is Rotation.Key in a rotation of the listener's own key.
 const NoiseKey = wire.NoiseKey
 
-// ErrUnauthorized: a new Noise key has no valid authorization by Config.ServerIdentity. The client
-// does not use the key.
-var ErrUnauthorized = errors.New("the Noise key is not authorized by the appliance's identity")
-
 // Rotation is the event that a key gets a new version.
 type Rotation struct {
 	Key string // or NoiseKey
@@ -417,12 +413,13 @@ func (c *Client) replaceServerKey(r *Rotation) (configured bool, err error) {
 		}
 	}
 	k.take(r)
+	generation := k.generation
 	k.mu.Unlock()
 	r.New = KeyLine{Key: e.Key, Version: e.Version, PublicKey: e.PublicKey}
 	// An application that is told of an end has heard of another key before.
 	configured = e.PublicKey == c.config.ServerKey && e.Cancelled == 0
 	if !configured && c.config.OnServerKey != nil {
-		c.config.OnServerKey(e.PublicKey)
+		c.config.OnServerKey(e.PublicKey, generation)
 	}
 	return configured, nil
 }

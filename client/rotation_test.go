@@ -567,7 +567,7 @@ func TestWhoAcknowledges(t *testing.T) {
 			if c.change != nil {
 				c.change(config)
 			}
-			config.OnServerKey = func([32]byte) { mark <- client.Rotation{} }
+			config.OnServerKey = func([32]byte, uint64) { mark <- client.Rotation{} }
 		})
 		young, err := noise.NewIdentity()
 		if err != nil {
@@ -790,7 +790,7 @@ func TestNoiseRotation(t *testing.T) {
 		old, young := s.Statics[0], identities(t, 1)[0]
 		kept := make(chan [32]byte, 1)
 		cl, heard := peer(t, s, 0, func(config *client.Config) {
-			config.OnServerKey = func(key [32]byte) { kept <- key }
+			config.OnServerKey = func(key [32]byte, _ uint64) { kept <- key }
 		})
 		now := time.Now()
 		if c.compromised {
@@ -944,7 +944,7 @@ func TestNoiseRotationWithIdentity(t *testing.T) {
 	c, heard := peer(t, s, 0, func(config *client.Config) {
 		config.ServerIdentity = [32]byte(owner.Public().(ed25519.PublicKey))
 		config.ServerGeneration = 5
-		config.OnServerKey = func(key [32]byte) { kept <- key }
+		config.OnServerKey = func(key [32]byte, _ uint64) { kept <- key }
 	})
 	event := wire.Rotation{Key: wire.NoiseKey, Version: 2, PublicKey: young, ActivatesAt: 1, RetiresAt: 2}
 	with := func(a wire.Authorization) wire.Rotation { e := event; e.Authorization = &a; return e }
@@ -1038,7 +1038,7 @@ func TestNoiseRotationCalledOff(t *testing.T) {
 		old, young := s.Statics[0], identities(t, 1)[0]
 		kept := make(chan [32]byte, 2)
 		c, heard := peer(t, s, 0, func(config *client.Config) {
-			config.OnServerKey = func(key [32]byte) { kept <- key }
+			config.OnServerKey = func(key [32]byte, _ uint64) { kept <- key }
 			config.ServerKey, config.FormerServerKey = young.Public(), old.Public()
 		})
 		announced := wire.Rotation{

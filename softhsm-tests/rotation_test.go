@@ -201,7 +201,7 @@ func TestPeersFollow(t *testing.T) {
 	c.Lines = []client.KeyLine{s.pinnedLine("payments")}
 	c.RetryFor = time.Minute
 	c.OnRotation = func(r client.Rotation) { rotations <- r }
-	c.OnServerKey = func([32]byte) {}
+	c.OnServerKey = func([32]byte, uint64) {}
 	peer, err := client.Dial(t.Context(), c)
 	if err != nil {
 		t.Fatal(err)

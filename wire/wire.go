@@ -9,6 +9,7 @@ package wire
 
 import (
 	"bytes"
+	"crypto/sha256"
 	"encoding/base64"
 	"encoding/json"
 	"errors"
@@ -66,6 +67,32 @@ const (
 	CodeBusy             = "busy"              // too many requests are being served, for this peer or in all
 	CodeUnavailable      = "unavailable"       // the appliance can't answer now; the same request may be sent again
 )
+
+// The values of Key.State.
+const (
+	StatePending     = "pending"     // announced, not active yet
+	StateActive      = "active"      // the version that signs; a key has at most one
+	StateVerifyOnly  = "verify-only" // replaced, and accepted until the version retires
+	StateCompromised = "compromised" // no signature of the version is believed
+	StateArchived    = "archived"    // after a compromise: out of use
+	StateDestroyed   = "destroyed"   // after a compromise: the private key is gone
+)
+
+// The values of Key.Custody.
+const (
+	CustodyHSM = "hsm-resident" // the private key never leaves the token
+	CustodyTPM = "tpm-sealed"   // encrypted by a TPM; in protected memory while in use
+)
+
+// The values of Key.Provenance.
+const (
+	Generated  = "generated"  // by the device, and never given out
+	Imported   = "imported"   // has been outside the device
+	Unreported = "unreported" // made by the device, which does not say so of its keys
+)
+
+// Ed25519 is the only value of Key.Algorithm.
+const Ed25519 = "ed25519"
 
 // Bytes is base64url without padding in JSON.
 type Bytes []byte
@@ -298,10 +325,10 @@ type KeyList struct {
 type Key struct {
 	Name       string  `json:"name"`
 	Version    uint32  `json:"version"`
-	Algorithm  string  `json:"algorithm"`
-	State      string  `json:"state"`
-	Custody    string  `json:"custody"`
-	Provenance string  `json:"provenance"` // generated, imported or unreported
+	Algorithm  string  `json:"algorithm"`  // Ed25519
+	State      string  `json:"state"`      // StateActive and so on
+	Custody    string  `json:"custody"`    // CustodyHSM or CustodyTPM
+	Provenance string  `json:"provenance"` // Generated, Imported or Unreported
 	PublicKey  Bytes32 `json:"public_key"`
 	// Compromised stays set for ever, also when the version is destroyed.
 	Compromised bool `json:"compromised,omitzero"`
@@ -330,10 +357,18 @@ type Signed struct {
 
 // Receipt names the record that the appliance keeps of a payment. The record has a commitment in
 // place of the amount: the SHA-256 of "countersign-receipt-v1", a zero byte, the salt, the
-// amount, a space and the currency. Only the peer keeps the salt.
+// amount, a space and the currency. Only the peer keeps the salt. `countersign admin receipt list`
+// shows an operator the ID and the commitment.
 type Receipt struct {
 	ID   Bytes `json:"id"`
 	Salt Bytes `json:"salt"`
+}
+
+// Commitment is the commitment in the record of a payment of this amount and currency, in the form
+// that the signed document has.
+func (r Receipt) Commitment(amount, currency string) [32]byte {
+	b := append([]byte("countersign-receipt-v1\x00"), r.Salt...)
+	return sha256.Sum256(append(b, amount+" "+currency...))
 }
 
 // Proven answers Proof with an inclusion proof (RFC 6962, section 2.1.1).
@@ -373,7 +408,19 @@ type Error struct {
 	RetryAfter int `json:"retry_after,omitzero"`
 }
 
-func (e *Error) Error() string { return e.Code + ": " + e.Message }
+func (e *Error) Error() string {
+	if e.Message == "" {
+		return e.Code
+	}
+	return e.Code + ": " + e.Message
+}
+
+// Is makes an Error that has nothing but a Code stand for all refusals with this code: errors.Is
+// finds such an Error in each of them.
+func (e *Error) Is(target error) bool {
+	t, is := target.(*Error)
+	return is && *t == Error{Code: e.Code}
+}
 
 // required names the fields that each operation must have. Parse refuses a request in which one of
 // the fields is absent or null.

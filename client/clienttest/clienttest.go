@@ -211,16 +211,16 @@ func (s *Server) answer(message []byte) []byte {
 		s.asked[r.Op]++
 		var list wire.KeyList
 		for v := uint32(1); v <= s.Shown; v++ {
-			state := "verify-only"
+			state := wire.StateVerifyOnly
 			if v == s.Active {
-				state = "active"
+				state = wire.StateActive
 			} else if v > s.Active {
-				state = "pending"
+				state = wire.StatePending
 			}
 			next := s.Line.Next(v)
 			list.Keys = append(list.Keys, wire.Key{
-				Name: s.Line.Key, Version: v, Algorithm: "ed25519", State: state, Custody: "memory",
-				Provenance: "generated", PublicKey: s.Line.Public(v), Next: &next,
+				Name: s.Line.Key, Version: v, Algorithm: wire.Ed25519, State: state, Custody: "memory",
+				Provenance: wire.Generated, PublicKey: s.Line.Public(v), Next: &next,
 			})
 		}
 		result = list

@@ -26,27 +26,20 @@ func (t *tool) pin() *cobra.Command {
 	var s server
 	do := func(cmd *cobra.Command, args []string) error {
 		return s.with(cmd.Context(), func(ctx context.Context, c *client.Client) error {
-			keys, err := c.Keys(ctx)
+			k, err := c.Key(ctx, args[0])
 			if err != nil {
 				return err
 			}
-			for _, k := range keys {
-				if k.Name != args[0] || k.State != "active" {
-					continue
-				}
-				l := client.KeyLine{Key: k.Name, Version: k.Version, PublicKey: k.PublicKey}
-				if k.Next != nil {
-					l.Next = *k.Next
-				}
-				doc, err := l.Encode()
-				if err != nil {
-					return err
-				}
-				_, err = fmt.Fprintf(t.stdout, "%s\n", doc)
+			l := client.KeyLine{Key: k.Name, Version: k.Version, PublicKey: k.PublicKey}
+			if k.Next != nil {
+				l.Next = *k.Next
+			}
+			doc, err := l.Encode()
+			if err != nil {
 				return err
 			}
-			none := fmt.Sprintf("there is no active signing key %q: countersign keys lists them", args[0])
-			return &client.Error{Code: "unknown_key", Message: none}
+			_, err = fmt.Fprintf(t.stdout, "%s\n", doc)
+			return err
 		})
 	}
 	c := command("pin KEY", "Print the active version of a key as JSON, for a file to trust from now on",

@@ -340,12 +340,12 @@ func (t *tool) readPayload(args []string, context string) ([]byte, error) {
 
 // signWith has the document signed over a connection, and prints the result.
 func (t *tool) signWith(ctx context.Context, c *client.Client, of *signFlags, d client.Document) (err error) {
+	var signed *client.Signed
 	if of.as != "" {
-		if d.Payload, err = setParty(ctx, c, d.Payload, of.as, of.keyName); err != nil {
-			return err
-		}
+		signed, err = c.SignAs(ctx, of.keyName, of.as, d)
+	} else {
+		signed, err = c.Sign(ctx, of.keyName, d)
 	}
-	signed, err := c.Sign(ctx, of.keyName, d)
 	if errors.Is(err, client.ErrCompromised) {
 		return fmt.Errorf("%w: countersign line follow %s --write", err, of.line)
 	}
@@ -379,26 +379,6 @@ func (t *tool) signWith(ctx context.Context, c *client.Client, of *signFlags, d 
 
 // parties are the payload fields with the public key of a party, who may sign.
 var parties = []string{"subscriber", "provider", "payer", "payee", "owner"}
-
-// setParty puts the public key of a key's active version into a field of the payload.
-func setParty(ctx context.Context, c *client.Client, payload []byte, field, key string) ([]byte, error) {
-	keys, err := c.Keys(ctx)
-	if err != nil {
-		return nil, err
-	}
-	object, err := ijson.Parse(payload)
-	if err != nil {
-		return nil, fmt.Errorf("%w: payload: %w", transcript.ErrMalformed, err)
-	}
-	for _, k := range keys {
-		if k.Name == key && k.State == "active" {
-			object.Members[field] = fmt.Appendf(nil, `"%x"`, k.PublicKey)
-			return json.Marshal(object.Members)
-		}
-	}
-	none := fmt.Sprintf("there is no active signing key %q: countersign keys lists them", key)
-	return nil, &client.Error{Code: "unknown_key", Message: none}
-}
 
 func (t *tool) verify() *cobra.Command {
 	var s server

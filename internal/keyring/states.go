@@ -8,6 +8,7 @@ import (
 	"countersign/approval"
 	"countersign/audit"
 	"countersign/internal/manage"
+	"countersign/wire"
 )
 
 // State is the state of a version in its life cycle.
@@ -21,19 +22,19 @@ const (
 	making State = "making"
 	// Pending is the state of the next version of a key, made and proven. A pending version with a
 	// time of activation is announced.
-	Pending State = "pending"
+	Pending State = wire.StatePending
 	// Active is the state of the version that signs. A key has at most one active version.
-	Active State = "active"
+	Active State = wire.StateActive
 	// VerifyOnly is the state of a version whose successor is active: for the grace time,
 	// signatures of the version are accepted.
-	VerifyOnly State = "verify-only"
+	VerifyOnly State = wire.StateVerifyOnly
 	// Archived is the state of a version that is out of use and still on its token.
-	Archived State = "archived"
+	Archived State = wire.StateArchived
 	// Compromised is the state of a version whose private key may be in other hands. No signature
 	// of the version is believed any more.
-	Compromised State = "compromised"
+	Compromised State = wire.StateCompromised
 	// Destroyed is the state of a version whose private key is gone.
-	Destroyed State = "destroyed"
+	Destroyed State = wire.StateDestroyed
 )
 
 // outOfUse reports that no private key of a version in the state is used any more.
