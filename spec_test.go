@@ -4,7 +4,9 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
+	"maps"
 	"os"
+	"regexp"
 	"strings"
 	"testing"
 
@@ -279,25 +281,42 @@ func TestKeyNames(t *testing.T) {
 	}
 }
 
-// TestSpecNamesEveryCodeAndType looks in docs/SPEC.md for every error code, document type and event
-// type.
-func TestSpecNamesEveryCodeAndType(t *testing.T) {
+// TestCodes compares the codes of package wire, the errors of package client, and the table of
+// docs/SPEC.md: each code has one error and one row.
+func TestCodes(t *testing.T) {
+	codes := map[string]string{} // by constant
+	constants := regexp.MustCompile(`(?m)^\t(Code\w+)\s+= "(\w+)"`)
+	for _, m := range constants.FindAllStringSubmatch(read(t, "wire/wire.go"), -1) {
+		codes[m[1]] = m[2]
+	}
+	errorsOf := map[string]string{} // by code
+	refusals := regexp.MustCompile(`(?m)^\t(Err\w+)\s+= refusal\(wire\.(Code\w+)\)`)
+	for _, m := range refusals.FindAllStringSubmatch(read(t, "client/errors.go"), -1) {
+		if m[1] != "Err"+strings.TrimPrefix(m[2], "Code") {
+			t.Errorf("%s is the error of %s", m[1], m[2])
+		}
+		errorsOf[codes[m[2]]] = m[1]
+	}
+	rows := map[string]string{}
+	_, table, _ := strings.Cut(read(t, "docs/SPEC.md"), "\n### Codes\n")
+	table, _, _ = strings.Cut(table, "\n## ")
+	for _, m := range regexp.MustCompile("(?m)^\\| `(\\w+)` \\| `(\\w+)` \\|").FindAllStringSubmatch(table, -1) {
+		rows[m[1]] = m[2]
+	}
+	if len(codes) < 17 || len(errorsOf) != len(codes) || !maps.Equal(rows, errorsOf) {
+		t.Errorf("%d codes; the errors are %v; the table has %v", len(codes), errorsOf, rows)
+	}
+}
+
+// TestSpecNamesEveryType looks in docs/SPEC.md for every document type and event type.
+func TestSpecNamesEveryType(t *testing.T) {
 	b, err := os.ReadFile("docs/SPEC.md")
 	if err != nil {
 		t.Fatal(err)
 	}
-	names := []string{
-		wire.CodeMalformed, wire.CodeUnsupported, wire.CodeTooLarge, wire.CodeUnknownKey,
-		wire.CodeKeyNotActive, wire.CodeDenied, wire.CodeReplay, wire.CodeExpired, wire.CodeNotYetValid,
-		wire.CodeLifetimeTooLong, wire.CodeInvalidSignature, wire.CodeWrongSigner,
-		wire.CodeNotConfirmed, wire.CodeRateLimited, wire.CodeBusy, wire.CodeUnavailable,
-	}
-	for _, t := range transcript.Types() {
-		names = append(names, "### "+t.Name+"\n")
-	}
-	for _, name := range names {
-		if !strings.Contains(string(b), name) {
-			t.Errorf("%s is not in docs/SPEC.md", name)
+	for _, typ := range transcript.Types() {
+		if !strings.Contains(string(b), "### "+typ.Name+"\n") {
+			t.Errorf("%s is not in docs/SPEC.md", typ.Name)
 		}
 	}
 	for _, event := range audit.Types() {

@@ -1,5 +1,11 @@
 // Package client is the SDK for peers of a Countersign appliance: payment servers and tools that
-// have documents signed and verified over Noise. The package needs no cgo. Begin reading at New.
+// have documents signed and verified over Noise. The package needs no cgo. Begin reading at Config
+// and New, or with the examples.
+//
+// A program makes one Client for each appliance. Client.Sign has a document signed, and
+// Client.SignAs one that names its signer; Client.Verify has a document verified, once for each
+// nonce; Client.Batch does many of both; Client.Signer is a crypto.Signer. docs/PEERS.md says which
+// keys and files the program keeps, and where.
 //
 // A Client keeps one connection and shares it among its callers. Requests are pipelined, and a
 // broken connection is replaced. After a lost answer, the client sends an idempotent request again
@@ -15,14 +21,18 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io/fs"
 	"math/big"
 	"net"
+	"os"
+	"path/filepath"
 	"strconv"
 	"strings"
 	"sync"
 	"time"
 
 	"countersign/audit"
+	"countersign/internal/durable"
 	"countersign/internal/eddsa"
 	"countersign/internal/ijson"
 	"countersign/internal/pubkey"
@@ -38,8 +48,8 @@ const MaxRequest = wire.MaxDocument
 type Config struct {
 	// Address is host:port of the listener.
 	Address string
-	// ServerKey is the listener's Noise static public key, as `countersign admin noise-key` and the
-	// file noise.pub have it.
+	// ServerKey is the listener's Noise static public key, which `countersign admin noise-key`
+	// prints; see ParseKey and ReadKey.
 	ServerKey [32]byte
 	// LogKey is the verifier key of the appliance's audit log, of any epoch, as `countersign admin
 	// audit key` prints it. Where LogKey is set, Sign and Verify also get and check the proof that
@@ -56,8 +66,8 @@ type Config struct {
 	// (countersign audit verify --since). Each process needs a file of its own. Default: none,
 	// which remembers until Close.
 	LogCheckpoint string
-	// Identity is this peer's static key. The appliance must have its public half enrolled, by
-	// `countersign admin peer add`.
+	// Identity is this peer's static key; see ReadIdentity. The appliance must have its public half
+	// enrolled, by `countersign admin peer add`.
 	Identity *noise.Identity
 	// ConnectTimeout is the timeout of one attempt to connect and shake hands. Default: 10 s.
 	ConnectTimeout time.Duration
@@ -68,17 +78,17 @@ type Config struct {
 	// a broken connection once, without backoff.
 	RetryFor time.Duration
 
-	// Lines are the pinned versions of keys. Of a pinned key, Sign returns a signature only by the
-	// pinned version, or by one that follows by the rules of KeyLine.Follow; any other fails with
-	// ErrBrokenLine, and a compromised one with ErrCompromised. The client gets the steps from the
-	// appliance and remembers the newest version; see Pinned. Default: none, which accepts whatever
-	// public key the appliance names.
+	// Lines are the pinned versions of keys; see ReadKeyLine. Of a pinned key, Sign returns a
+	// signature only by the pinned version, or by one that follows by the rules of KeyLine.Follow;
+	// any other fails with ErrBrokenLine, and a compromised one with ErrCompromised. The client
+	// gets the steps from the appliance and remembers the newest version; see Pinned. Default:
+	// none, which accepts whatever public key the appliance names.
 	Lines []KeyLine
 	// OnRotation is called with rotations, one after the other, by a goroutine of its own:
-	// OnRotation may block and may use the client. Of a burst, only the newest event of each key is
-	// delivered. An event is delivered once. The appliance sends an event again, for example after
-	// a restart, until the client has acknowledged. An event with an Err is not acknowledged, and a
-	// broken connection may lose an acknowledgement.
+	// OnRotation may block and may use the client, which New makes before it connects. Of a burst,
+	// only the newest event of each key is delivered. An event is delivered once. The appliance
+	// sends an event again, for example after a restart, until the client has acknowledged. An
+	// event with an Err is not acknowledged, and a broken connection may lose an acknowledgement.
 	OnRotation func(Rotation)
 	// OnCompromise is called with each compromise of a key's version, once for each version while
 	// the client lives: also of versions older than a pinned one, whose documents the application
@@ -92,10 +102,11 @@ type Config struct {
 	// ErrCompromised where the client had trusted the version.
 	OnCompromise func(Compromise)
 	// OnServerKey is called with the listener's new Noise key before OnRotation. The application
-	// stores the new key for its next start, and the generation of its authorization, which is 0
-	// without a ServerIdentity. Both keys answer until the old one retires. While the new key may
-	// not answer everywhere, an application that starts with the new key gives the old one as
-	// FormerServerKey. A running client changes over by itself.
+	// stores the new key for its next start (WriteKey), and the generation of its authorization,
+	// which is 0 without a ServerIdentity. Both keys answer until the old one retires. While the
+	// new key may not answer everywhere, an application that starts with the new key gives the old
+	// one as FormerServerKey. A running client changes over by itself. When OnServerKey returns,
+	// the client acknowledges, so OnServerKey returns only after the new key is stored.
 	OnServerKey func(key [32]byte, generation uint64)
 	// FormerServerKey is tried when the appliance refuses ServerKey. Remove FormerServerKey when
 	// the old key has retired: a thief of its private key can pose as the appliance. Default: none.
@@ -161,7 +172,7 @@ func New(c Config) (*Client, error) {
 	}
 	var memory *logMemory
 	if c.LogKey != "" {
-		log, err := audit.ParseVerifierKey(c.LogKey)
+		log, err := audit.ParseVerifierKey(strings.TrimSuffix(c.LogKey, "\n"))
 		if err != nil {
 			return nil, fmt.Errorf("client: LogKey: %w", err)
 		}
@@ -387,7 +398,8 @@ func (c *Client) SignAs(ctx context.Context, key, party string, d Document) (*Si
 func (c *Client) signBy(ctx context.Context, k wire.Key, d Document) (*Signed, error) {
 	signed, err := c.sign(ctx, k.Name, k.Version, d)
 	if err == nil && signed.PublicKey != k.PublicKey {
-		return nil, fmt.Errorf("%w: version %d of %q has another public key", ErrWrongAnswer, k.Version, ijson.Clip(k.Name))
+		return nil, fmt.Errorf("%w: version %d of %q has another public key",
+			ErrWrongAnswer, k.Version, ijson.Clip(k.Name))
 	}
 	return signed, err
 }
@@ -771,9 +783,10 @@ func (c *conn) forget(id string) {
 	delete(c.waiting, id)
 }
 
-// ParseKey reads a 32-byte public key in hex, the form of noise.pub and `countersign admin
-// noise-key`.
+// ParseKey reads an X25519 public key in hex: the output of `countersign admin noise-key`, with or
+// without its line feed.
 func ParseKey(s string) (key [32]byte, err error) {
+	s = strings.TrimSuffix(s, "\n")
 	if len(s) != hex.EncodedLen(len(key)) {
 		return key, fmt.Errorf("a public key has 64 hex digits, not %d characters", len(s))
 	}
@@ -784,4 +797,37 @@ func ParseKey(s string) (key [32]byte, err error) {
 		return [32]byte{}, err
 	}
 	return key, nil
+}
+
+// ReadKey reads a file with the form of ParseKey.
+func ReadKey(path string) (key [32]byte, err error) {
+	b, err := os.ReadFile(path)
+	if err != nil {
+		return key, err
+	}
+	if key, err = ParseKey(string(b)); err != nil {
+		err = fmt.Errorf("%s: %w", path, err)
+	}
+	return key, err
+}
+
+// WriteKey replaces a file with the form of ParseKey, or makes the file with mode 0600. A crash
+// leaves the key of before or this one.
+func WriteKey(path string, key [32]byte) error {
+	return replace(path, fmt.Appendf(nil, "%x\n", key))
+}
+
+// replace replaces a file that the application keeps. The content is on the disk when replace
+// returns. A file keeps its mode.
+func replace(path string, content []byte) error {
+	mode := fs.FileMode(0o600)
+	if st, err := os.Stat(path); err == nil {
+		mode = st.Mode().Perm()
+	} else if !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	if err := durable.Write(path, content, mode); err != nil {
+		return err
+	}
+	return durable.Sync(filepath.Dir(path))
 }

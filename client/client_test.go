@@ -23,6 +23,7 @@ import (
 	"time"
 
 	"countersign/client"
+	"countersign/client/clienttest"
 	"countersign/noise"
 	"countersign/wire"
 )
@@ -552,5 +553,63 @@ func TestPinnedKeysAreKeys(t *testing.T) {
 		if _, err := client.ParseKey(hex.EncodeToString(key[:])); err == nil {
 			t.Errorf("%x is a key", key)
 		}
+	}
+}
+
+// TestKeptFiles: a file that the application keeps is whole and private, keeps the mode that an
+// operator gave it, and says its name when its content is wrong.
+func TestKeptFiles(t *testing.T) {
+	dir := t.TempDir()
+	id, err := noise.NewIdentity()
+	if err != nil {
+		t.Fatal(err)
+	}
+	line := lineAt(clienttest.NewKeyLine("payments", 2), 1)
+	for name, c := range map[string]struct {
+		write func(path string) error
+		same  func(path string) (bool, error)
+	}{
+		"noise.pub": {
+			func(path string) error { return client.WriteKey(path, id.Public()) },
+			func(path string) (bool, error) {
+				key, err := client.ReadKey(path)
+				return key == id.Public(), err
+			},
+		},
+		"payments.line": {
+			func(path string) error { return client.WriteKeyLine(path, line) },
+			func(path string) (bool, error) {
+				l, err := client.ReadKeyLine(path)
+				return l == line, err
+			},
+		},
+	} {
+		path := filepath.Join(dir, name)
+		for _, mode := range []os.FileMode{0o600, 0o644} { // of a new file, and of one that an operator has changed
+			if err := c.write(path); err != nil {
+				t.Fatal(err)
+			}
+			if same, err := c.same(path); !same || err != nil {
+				t.Errorf("%s: %v", name, err)
+			}
+			if st, err := os.Stat(path); err != nil || st.Mode().Perm() != mode {
+				t.Errorf("%s: %v, %v, want %v", name, st.Mode(), err, mode)
+			}
+			if err := os.Chmod(path, 0o644); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if err := os.WriteFile(path, []byte("torn"), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := c.same(path); err == nil || !strings.Contains(err.Error(), path) {
+			t.Errorf("%s: %v", name, err)
+		}
+		if err := c.write(filepath.Join(dir, "none", name)); err == nil {
+			t.Errorf("%s: written into a folder that does not exist", name)
+		}
+	}
+	if _, err := client.ParseKey(fmt.Sprintf("%x\n\n", id.Public())); err == nil {
+		t.Error("a key with two line feeds")
 	}
 }

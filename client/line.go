@@ -5,6 +5,7 @@ import (
 	"crypto/sha256"
 	"errors"
 	"fmt"
+	"os"
 	"slices"
 
 	"countersign/internal/eddsa"
@@ -98,6 +99,29 @@ func DecodeKeyLine(b []byte) (KeyLine, error) {
 		}
 	}
 	return l, l.check()
+}
+
+// ReadKeyLine reads a file with the JSON form.
+func ReadKeyLine(path string) (KeyLine, error) {
+	b, err := os.ReadFile(path)
+	if err != nil {
+		return KeyLine{}, err
+	}
+	l, err := DecodeKeyLine(b)
+	if err != nil {
+		return l, fmt.Errorf("%s: %w", path, err)
+	}
+	return l, nil
+}
+
+// WriteKeyLine replaces a file with the JSON form, or makes the file with mode 0600. A crash leaves
+// the line of before or this one.
+func WriteKeyLine(path string, l KeyLine) error {
+	doc, err := l.Encode()
+	if err != nil {
+		return err
+	}
+	return replace(path, append(doc, '\n'))
 }
 
 func (l KeyLine) check() error {

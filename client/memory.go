@@ -6,11 +6,9 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
-	"path/filepath"
 	"sync"
 
 	"countersign/audit"
-	"countersign/internal/durable"
 	"countersign/wire"
 )
 
@@ -65,11 +63,7 @@ func (m *logMemory) replace(before *audit.Checkpoint, c audit.Checkpoint, text [
 		return false, nil
 	}
 	if m.file != "" {
-		err := durable.Write(m.file, text, 0o600)
-		if err == nil {
-			err = durable.Sync(filepath.Dir(m.file))
-		}
-		if err != nil {
+		if err := replace(m.file, text); err != nil {
 			return false, fmt.Errorf("can't remember the checkpoint of the audit log: %w", err)
 		}
 	}

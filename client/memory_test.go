@@ -26,14 +26,9 @@ func (a *testAppliance) restart(t *testing.T, change func(ledger string)) {
 }
 
 // remembering returns a configuration that demands proofs and remembers the log in a file.
-func (a *testAppliance) remembering(t *testing.T, file string) client.Config {
-	t.Helper()
-	log, epoch, err := a.app.Log()
-	if err != nil {
-		t.Fatal(err)
-	}
+func (a *testAppliance) remembering(file string) client.Config {
 	c := a.config()
-	c.LogKey, c.LogCheckpoint, c.RetryFor = log.VerifierKey(epoch), file, 20*time.Second
+	c.LogKey, c.LogCheckpoint, c.RetryFor = a.logKey(), file, 20*time.Second
 	return c
 }
 
@@ -68,7 +63,7 @@ func TestForkedLog(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			a := start(t)
 			file := filepath.Join(t.TempDir(), "log.checkpoint")
-			seen := dial(t, a.remembering(t, file))
+			seen := dial(t, a.remembering(file))
 			sign := func(c *client.Client, d client.Document) error {
 				_, err := c.Sign(t.Context(), "payments", d)
 				return err
@@ -109,13 +104,13 @@ func TestForkedLog(t *testing.T) {
 			forged := nonce("CCCC").Fill(time.Hour)
 			must(sign(trusting, forged)) // the second document under the nonce has a signature
 			for what, c := range map[string]*client.Client{
-				"running": seen, "started again": dial(t, a.remembering(t, file)),
+				"running": seen, "started again": dial(t, a.remembering(file)),
 			} {
 				if err := sign(c, forged); !errors.Is(err, client.ErrForkedLog) || !errors.Is(err, client.ErrUnproven) {
 					t.Errorf("%s: %v", what, err)
 				}
 			}
-			must(sign(dial(t, a.remembering(t, "")), forged)) // a new client has seen nothing
+			must(sign(dial(t, a.remembering("")), forged)) // a new client has seen nothing
 		})
 	}
 }
@@ -125,7 +120,7 @@ func TestForkedLog(t *testing.T) {
 func TestContinuedLog(t *testing.T) {
 	a := start(t)
 	file := filepath.Join(t.TempDir(), "log.checkpoint")
-	config := a.remembering(t, file)
+	config := a.remembering(file)
 	c := dial(t, config)
 	first := message("AAAA").Fill(time.Hour)
 	sign := func(c *client.Client, d client.Document) {

@@ -2,10 +2,13 @@ package client_test
 
 import (
 	"context"
+	"errors"
+	"fmt"
 	"log/slog"
 	"net"
 	"os"
 	"path/filepath"
+	"runtime"
 	"time"
 
 	"countersign/appliance"
@@ -124,4 +127,70 @@ func (a *testAppliance) close() {
 
 func (a *testAppliance) config() client.Config {
 	return client.Config{Address: a.address, ServerKey: a.key, Identity: a.shop}
+}
+
+// startExample starts an appliance for an example, which has no testing.T.
+func startExample() *testAppliance { return must(startAppliance()) }
+
+func must[T any](v T, err error) T {
+	if err != nil {
+		panic(err)
+	}
+	return v
+}
+
+// pin makes a file as `countersign line pin` does.
+func (a *testAppliance) pin(name string) (file string) {
+	c := must(client.New(a.config()))
+	defer c.Close()
+	k := must(c.Key(context.Background(), name))
+	file = filepath.Join(a.dir, name+".line")
+	l := client.KeyLine{Key: name, Version: k.Version, PublicKey: k.PublicKey, Next: *k.Next}
+	must(0, client.WriteKeyLine(file, l))
+	return file
+}
+
+// kept returns the folder with the files that the peer keeps.
+func (a *testAppliance) kept() (folder string) {
+	if _, err := os.Stat(filepath.Join(a.dir, "shop.key")); err == nil {
+		return a.dir
+	}
+	text := fmt.Appendf(nil, "%x\n", a.shop.Private())
+	must(0, os.WriteFile(filepath.Join(a.dir, "shop.key"), text, 0o600))
+	must(0, client.WriteKey(filepath.Join(a.dir, "noise.pub"), a.key))
+	must(0, os.WriteFile(filepath.Join(a.dir, "log.vkey"), []byte(a.logKey()+"\n"), 0o600))
+	a.pin("payments")
+	return a.dir
+}
+
+// rotate announces a rotation, and waits until the new version is active if its time has come.
+func (a *testAppliance) rotate(name string, at time.Time) {
+	k := must(a.app.Keys.Rotate(context.Background(), operator, name, at))
+	for !time.Now().Before(at) && must(a.app.Keys.Active(name)).Version < k.Version {
+		runtime.Gosched()
+	}
+}
+
+func (a *testAppliance) compromise(name string, version uint32) {
+	approved := operator
+	approved.Proposal = 1
+	must(0, a.app.Keys.Compromise(context.Background(), approved, name, version, "stolen"))
+}
+
+func (a *testAppliance) logKey() string {
+	log, epoch, err := a.app.Log()
+	must(0, err)
+	return log.VerifierKey(epoch)
+}
+
+// receipt returns the commitment in the record of a payment. The appliance writes the record after
+// its answer.
+func (a *testAppliance) receipt(id []byte) [32]byte {
+	for {
+		r, err := a.ledger.Receipt(ledger.ReceiptID(id))
+		if !errors.Is(err, ledger.ErrNotFound) {
+			return [32]byte(must(r, err).Commitment)
+		}
+		runtime.Gosched()
+	}
 }

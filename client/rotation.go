@@ -471,8 +471,14 @@ func AuthorizedServerKey(
 
 // Stay connects the client if necessary, pings once a minute to keep the connection from being
 // closed, and returns the reason when the connection has ended. An application that calls Stay in a
-// loop with a backoff gets rotations as soon as the appliance announces them. Other applications
-// get them at their next request.
+// goroutine, in a loop with a pause, gets rotations and compromises as soon as the appliance
+// announces them:
+//
+//	for err := error(nil); !errors.Is(err, client.ErrClosed); time.Sleep(time.Second) {
+//		err = c.Stay(ctx)
+//	}
+//
+// Other applications get them at their next request.
 func (c *Client) Stay(ctx context.Context) error {
 	conn, err := c.connection(ctx)
 	if err != nil {

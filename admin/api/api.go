@@ -14,7 +14,8 @@ import (
 	"countersign/wire"
 )
 
-// Key is one version of a key. PublicKey is hex.
+// Key is one version of a key. PublicKey is hex. Package wire has the values of State
+// (wire.StateActive and so on) that peers see too.
 type Key struct {
 	Name      string `json:"name"`
 	Version   uint32 `json:"version"`

@@ -4,15 +4,14 @@ import (
 	"context"
 	"encoding/hex"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
-	"os"
-	"path/filepath"
+	"io/fs"
 	"sync"
 	"time"
 
 	"countersign/client"
-	"countersign/internal/durable"
 	"countersign/transcript"
 
 	"github.com/spf13/cobra"
@@ -79,7 +78,7 @@ func (t *tool) follow() *cobra.Command {
 			}
 			written := write && at != before
 			if written {
-				if err := writeLine(args[0], at); err != nil {
+				if err := client.WriteKeyLine(args[0], at); err != nil {
 					return err
 				}
 			}
@@ -144,31 +143,11 @@ func (t *tool) printFollowed(
 }
 
 func readLine(path string) (client.KeyLine, error) {
-	b, err := os.ReadFile(path)
-	if err != nil {
-		return client.KeyLine{}, err
+	l, err := client.ReadKeyLine(path)
+	if err != nil && !errors.As(err, new(*fs.PathError)) {
+		err = fmt.Errorf("%w: %w", transcript.ErrMalformed, err)
 	}
-	l, err := client.DecodeKeyLine(b)
-	if err != nil {
-		return l, fmt.Errorf("%w: %s: %w", transcript.ErrMalformed, path, err)
-	}
-	return l, nil
-}
-
-// writeLine replaces a file atomically: after a crash, the file has the old version or the new one.
-func writeLine(path string, l client.KeyLine) error {
-	doc, err := l.Encode()
-	if err != nil {
-		return err
-	}
-	st, err := os.Stat(path)
-	if err != nil {
-		return err
-	}
-	if err := durable.Write(path, append(doc, '\n'), st.Mode().Perm()); err != nil {
-		return err
-	}
-	return durable.Sync(filepath.Dir(path))
+	return l, err
 }
 
 func (t *tool) watch() *cobra.Command {
