@@ -24,14 +24,16 @@ import (
 	"github.com/rogpeppe/go-internal/testscript"
 )
 
-// TestOperations runs every command of docs/OPERATIONS.md and README.md. A script in
+// TestOperations runs every command of docs/OPERATIONS.md, docs/PEERS.md and README.md. A script in
 // testdata/operations sets up the state that a section presupposes, runs the section's commands
 // verbatim (the script command doc) and checks the results.
 func TestOperations(t *testing.T) {
 	needSoftHSM(t)
 	o := operations{
-		documents: []*document{readDocument(t, "docs/OPERATIONS.md"), readDocument(t, "README.md")},
-		typed:     map[string]bool{},
+		documents: []*document{
+			readDocument(t, "docs/OPERATIONS.md"), readDocument(t, "docs/PEERS.md"), readDocument(t, "README.md"),
+		},
+		typed: map[string]bool{},
 	}
 	commands := map[string]func(*testscript.TestScript, bool, []string){
 		"appliance": o.appliance, "approve": o.approve, "as": o.as, "configure": o.configure, "demo": o.demo,
@@ -61,7 +63,7 @@ func TestOperations(t *testing.T) {
 
 // TestDocumentsLinks checks that each link within a document names one of the document's sections.
 func TestDocumentsLinks(t *testing.T) {
-	for _, path := range []string{"docs/OPERATIONS.md", "README.md"} {
+	for _, path := range []string{"docs/OPERATIONS.md", "docs/PEERS.md", "README.md"} {
 		d, anchors := readDocument(t, path), map[string]bool{}
 		for _, s := range d.sections {
 			anchors[regexp.MustCompile(`[^a-z0-9 -]`).ReplaceAllString(strings.ToLower(s.title), "")] = true
