@@ -283,7 +283,8 @@ type Document struct {
 
 // Fill returns the document with the envelope of Sign: a random nonce for a zero one, the present
 // time, and the present time plus lifetime. Only an identical request repeats the first one, so a
-// caller who may want to retry fills the document before the first request.
+// caller who may want to retry fills the document before the first request, and stores it:
+// Signed.Encode writes a document without a signature too, and DecodeSigned reads it.
 func (d Document) Fill(lifetime time.Duration) Document {
 	if d.Nonce == [32]byte{} {
 		rand.Read(d.Nonce[:])
@@ -366,32 +367,51 @@ func (c *Client) Sign(ctx context.Context, key string, d Document) (*Signed, err
 
 // SignAs is Sign for a document that names its parties by their public keys. SignAs puts the public
 // key of the version that signs into the field party of the payload, for example "subscriber", as
-// `countersign sign --as` does. The result has the completed payload. An appliance that rotates the
-// key meanwhile signs with neither version, and SignAs takes the new one.
+// `countersign sign --as` does. The result has the completed payload. Where the key is rotated
+// meanwhile, nothing is signed with the other version, and SignAs begins again.
 //
-// The version is part of what is signed. So after a rotation, a repetition of the same document is
-// ErrReplay where the first call had reached the appliance.
+// A program that stores documents before they are signed calls FillAs and Sign: the version is part
+// of what is signed, so SignAs can't repeat a request after a rotation (ErrReplay).
 func (c *Client) SignAs(ctx context.Context, key, party string, d Document) (*Signed, error) {
 	d = d.Fill(c.config.Lifetime)
-	payload, err := ijson.Parse(d.Payload)
-	if err != nil {
-		return nil, &Error{Code: wire.CodeMalformed, Message: "payload: " + err.Error()}
-	}
-	for before := uint32(0); ; {
-		k, err := c.Key(ctx, key)
+	before, refused := uint32(0), error(nil)
+	for {
+		k, d, err := c.fillAs(ctx, key, party, d)
 		if err != nil {
 			return nil, err
 		}
-		payload.Members[party] = fmt.Appendf(nil, `"%x"`, k.PublicKey)
-		if d.Payload, err = json.Marshal(payload.Members); err != nil {
-			return nil, err
+		if k.Version <= before { // no rotation is the reason
+			return nil, refused
 		}
 		signed, err := c.signBy(ctx, k, d)
-		if !errors.Is(err, ErrKeyRotated) || k.Version <= before {
+		if !errors.Is(err, ErrWrongSigner) && !errors.Is(err, ErrKeyRotated) {
 			return signed, err
 		}
-		before = k.Version
+		before, refused = k.Version, err
 	}
+}
+
+// FillAs returns the document with the envelope of Sign, and with the public key of the key's
+// active version in the field party of the payload. Sign or Batch then signs the document, and
+// repeats the signature also after a rotation. When the key was rotated before, they refuse with
+// ErrWrongSigner: the nonce is not spent, so call FillAs again.
+func (c *Client) FillAs(ctx context.Context, key, party string, d Document) (Document, error) {
+	_, d, err := c.fillAs(ctx, key, party, d.Fill(c.config.Lifetime))
+	return d, err
+}
+
+func (c *Client) fillAs(ctx context.Context, key, party string, d Document) (wire.Key, Document, error) {
+	payload, err := ijson.Parse(d.Payload)
+	if err != nil {
+		return wire.Key{}, d, &Error{Code: wire.CodeMalformed, Message: "payload: " + err.Error()}
+	}
+	k, err := c.Key(ctx, key)
+	if err != nil {
+		return k, d, err
+	}
+	payload.Members[party] = fmt.Appendf(nil, `"%x"`, k.PublicKey)
+	d.Payload, err = json.Marshal(payload.Members)
+	return k, d, err
 }
 
 // signBy has a document signed by this version of a key and no other.
@@ -458,7 +478,9 @@ func (c *Client) checkSigned(ctx context.Context, key string, d Document, s wire
 // audit event. Only a valid signature with a fresh nonce returns without an error. The Code of an
 // *Error gives the reason. Of s, Verify uses the document, the signature and the public key.
 //
-// Where key is not empty, the public key must be a version of this key of the appliance.
+// Where key is not empty, the public key must be a version of this key of the appliance. With an
+// empty key, the signature may be by anybody whom the document allows as its signer, so the caller
+// compares s.PublicKey with the party that he expects.
 func (c *Client) Verify(ctx context.Context, key string, s *Signed) (event uint64, err error) {
 	var v wire.Verified
 	err = c.call(ctx, false, func(id string) any {

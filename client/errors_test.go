@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"strings"
 	"testing"
+	"time"
 
 	"countersign/client"
 	"countersign/client/clienttest"
@@ -146,13 +147,20 @@ func TestSignAs(t *testing.T) {
 	if _, err := c.SignAs(within(t), "payments", "payer", payment); !errors.Is(err, client.ErrKeyRotated) {
 		t.Errorf("no end of rotations: %v", err)
 	}
+	s.Do(func(s *clienttest.Server) { s.Answer = nil })
+	if _, err := c.SignAs(within(t), "payments", "payee", payment); !errors.Is(err, client.ErrMalformed) {
+		t.Errorf("a payer that is no key: %v", err)
+	}
 	thief := clienttest.NewKeyLine("thief", 2)
 	s.Do(func(s *clienttest.Server) {
 		s.Answer = func(id string, request any) []byte {
-			if _, is := request.(*wire.Keys); is {
+			switch r := request.(type) {
+			case *wire.Keys:
 				return wire.EncodeAnswer(id, wire.KeyList{Keys: []wire.Key{
 					{Name: "payments", Version: 2, State: wire.StateActive, PublicKey: thief.Public(1)},
 				}}, nil)
+			case *wire.Sign:
+				return wire.EncodeAnswer(id, s.Line.Signed(2, r), nil)
 			}
 			return nil
 		}
@@ -180,5 +188,40 @@ func TestSignAs(t *testing.T) {
 	s.Do(func(s *clienttest.Server) { s.Active = 0 })
 	if _, err := c.Key(within(t), "payments"); !errors.Is(err, client.ErrKeyNotActive) {
 		t.Errorf("no active version: %v", err)
+	}
+}
+
+// TestFillAs: a document that was stored with its signer keeps its signature after a rotation, and
+// a document that nobody has signed yet gets the new signer.
+func TestFillAs(t *testing.T) {
+	a := start(t)
+	c := dial(t, a.config())
+	payment := client.Document{Type: "payment-request-v1", Payload: []byte(`{"amount":"0.25","currency":"EUR",` +
+		`"method":"sepa","endpoint":"https://shop.example/"}`)}
+	var stored, unsigned client.Document
+	for _, d := range []*client.Document{&stored, &unsigned} {
+		var err error
+		if *d, err = c.FillAs(t.Context(), "payments", "payer", payment); err != nil {
+			t.Fatal(err)
+		}
+	}
+	first, err := c.Sign(t.Context(), "payments", stored)
+	if err != nil || first.Version != 1 {
+		t.Fatal(err)
+	}
+	a.rotate("payments", time.Now())
+	again, err := c.Sign(t.Context(), "payments", stored)
+	if err != nil || !again.Repeated || string(again.Signature) != string(first.Signature) {
+		t.Errorf("after the rotation: %+v, %v", again, err)
+	}
+	outcomes, err := c.Batch(t.Context(), []client.Item{{Key: "payments", Document: unsigned}})
+	if err != nil || !errors.Is(outcomes[0].Err, client.ErrWrongSigner) {
+		t.Errorf("a document of the old version, not signed before: %v, %v", outcomes, err)
+	}
+	if unsigned, err = c.FillAs(t.Context(), "payments", "payer", unsigned); err != nil {
+		t.Fatal(err)
+	}
+	if s, err := c.Sign(t.Context(), "payments", unsigned); err != nil || s.Version != 2 || s.Repeated {
+		t.Errorf("filled again: %+v, %v", s, err)
 	}
 }

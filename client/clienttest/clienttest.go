@@ -1,6 +1,7 @@
-// Package clienttest is a fake appliance for the tests of peers. The fake speaks the wire protocol,
-// has its keys in memory, sends events, and gives the answers that a test prescribes, invalid ones
-// included. Begin reading at Start.
+// Package clienttest is a fake appliance for the tests of peers. The fake speaks the wire protocol
+// and has its keys in memory. The fake signs and verifies by the rules of documents and nonces,
+// without a policy, a log, or receipts. Tests have it send events, and prescribe answers, invalid
+// ones included. Begin reading at Start.
 package clienttest
 
 import (
@@ -8,10 +9,12 @@ import (
 	"crypto/ed25519"
 	"crypto/sha256"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"net"
 	"slices"
 	"sync"
+	"time"
 
 	"countersign/noise"
 	"countersign/transcript"
@@ -45,9 +48,24 @@ type Server struct {
 	conns    map[*noise.Conn]bool
 	acks     []wire.Ack
 	asked    map[string]int // requests by op
-	accepted int            // handshakes
+	spent    map[nonce]*spending
+	events   uint64
+	accepted int // handshakes
 	refused  int
 	ended    sync.WaitGroup
+}
+
+// nonce is a nonce in its scope: "" for signatures, else the public key that has signed.
+type nonce struct {
+	scope string
+	value wire.Bytes32
+}
+
+// spending is the request that has spent a nonce.
+type spending struct {
+	digest  [32]byte
+	version uint32
+	event   uint64
 }
 
 // Start serves on a loopback port. The key "payments" has a line of five versions: version 1 signs,
@@ -59,7 +77,7 @@ func Start() (*Server, error) {
 	}
 	s := &Server{
 		Line: NewKeyLine("payments", 5), Statics: []noise.Static{static}, Active: 1, Shown: 1, Page: 2,
-		conns: map[*noise.Conn]bool{}, asked: map[string]int{},
+		conns: map[*noise.Conn]bool{}, asked: map[string]int{}, spent: map[nonce]*spending{},
 	}
 	s.changed = sync.NewCond(&s.mu)
 	if s.Peer, err = noise.NewIdentity(); err != nil {
@@ -239,17 +257,121 @@ func (s *Server) answer(message []byte) []byte {
 		s.asked[r.Op]++
 		s.acks = append(s.acks, *r)
 		result = wire.Acknowledged{Key: r.Key, Version: r.Version}
-	case *wire.Sign:
+	case *wire.Batch:
 		s.asked[r.Op]++
-		if r.Version != 0 && r.Version != s.Active {
-			return wire.EncodeAnswer(id, nil, &wire.Error{Code: wire.CodeKeyRotated, Message: "another version signs"})
+		var answers wire.Answers
+		for _, item := range r.Items {
+			answers.Answers = append(answers.Answers, wire.NewItemAnswer(s.perform(item)))
 		}
-		result = s.Line.Signed(s.Active, r)
+		result = answers
 	default:
-		return wire.EncodeAnswer(id, nil, &wire.Error{Code: wire.CodeUnsupported, Message: "not in this test"})
+		result, refusal := s.perform(request)
+		return wire.EncodeAnswer(id, result, refusal)
 	}
 	return wire.EncodeAnswer(id, result, nil)
 }
+
+// perform performs a request of its own, or an item of a batch. The caller holds the lock.
+func (s *Server) perform(request any) (result any, refusal *wire.Error) {
+	switch r := request.(type) {
+	case *wire.Sign:
+		s.asked[r.Op]++
+		return s.sign(r)
+	case *wire.Verify:
+		s.asked[r.Op]++
+		return s.verify(r)
+	case *wire.Error:
+		return nil, r
+	}
+	return nil, refuse(wire.CodeUnsupported, "the fake appliance can't do this: prescribe an Answer")
+}
+
+func (s *Server) sign(r *wire.Sign) (any, *wire.Error) {
+	if r.Key != s.Line.Key {
+		return nil, refuse(wire.CodeUnknownKey, fmt.Sprintf("no signing key has the name %q", r.Key))
+	}
+	if s.Active == 0 {
+		return nil, refuse(wire.CodeKeyNotActive, "no version of the key is active")
+	}
+	doc, refusal := parse(r.Document)
+	if refusal != nil {
+		return nil, refusal
+	}
+	at := nonce{"", r.Nonce}
+	before := s.spent[at]
+	version := s.Active
+	if before != nil {
+		version = before.version
+	}
+	switch public := s.Line.Public(version); {
+	case doc.CheckSigner(public[:]) != nil:
+		return nil, refuse(wire.CodeWrongSigner, "the document does not name the key as one of its signers")
+	case before != nil && before.digest != doc.Digest():
+		return nil, refuse(wire.CodeReplay, "the nonce is spent")
+	case r.Version != 0 && r.Version != version:
+		return nil, refuse(wire.CodeKeyRotated, "another version signs")
+	case before == nil:
+		s.events++
+		s.spent[at] = &spending{doc.Digest(), version, s.events}
+	}
+	signed := s.Line.Signed(version, r)
+	signed.Event, signed.Repeated = s.spent[at].event, before != nil
+	return signed, nil
+}
+
+func (s *Server) verify(r *wire.Verify) (any, *wire.Error) {
+	doc, refusal := parse(r.Document)
+	if refusal != nil {
+		return nil, refusal
+	}
+	own := func(v uint32) bool { return s.Line.Public(v) == r.PublicKey }
+	at := nonce{string(r.PublicKey[:]), r.Nonce}
+	switch {
+	case !ed25519.Verify(r.PublicKey[:], doc.Message, r.Signature):
+		return nil, refuse(wire.CodeInvalidSignature, "the signature does not verify")
+	case doc.CheckSigner(r.PublicKey[:]) != nil, slices.ContainsFunc(s.Compromised, own):
+		return nil, refuse(wire.CodeWrongSigner, "the document does not name the key as one of its signers")
+	case r.Key != nil && *r.Key != s.Line.Key:
+		return nil, refuse(wire.CodeUnknownKey, fmt.Sprintf("no signing key has the name %q", *r.Key))
+	case r.Key != nil && !slices.ContainsFunc(versions(s.Active), own):
+		return nil, refuse(wire.CodeWrongSigner, "the public key is no version of the key")
+	case s.spent[at] != nil:
+		return nil, refuse(wire.CodeReplay, "the nonce is spent")
+	}
+	s.events++
+	s.spent[at] = &spending{event: s.events}
+	return wire.Verified{Valid: true, Event: s.events}, nil
+}
+
+// versions lists the versions from 1 to the last one.
+func versions(last uint32) (all []uint32) {
+	for v := uint32(1); v <= last; v++ {
+		all = append(all, v)
+	}
+	return all
+}
+
+// parse reads a document, and checks its times as an appliance with default limits does.
+func parse(d wire.Document) (*transcript.Document, *wire.Error) {
+	doc, err := transcript.Parse(transcript.Request{
+		Type: d.Type, Payload: d.Payload, Nonce: d.Nonce, Timestamp: d.Timestamp, ExpiresAt: d.ExpiresAt,
+	})
+	if err == nil {
+		err = doc.CheckTime(time.Now(), 30*time.Second, 7*24*time.Hour)
+	}
+	for code, is := range map[string]error{
+		wire.CodeMalformed: transcript.ErrMalformed, wire.CodeUnsupported: transcript.ErrUnsupported,
+		wire.CodeExpired: transcript.ErrExpired, wire.CodeNotYetValid: transcript.ErrNotYetValid,
+		wire.CodeLifetimeTooLong: transcript.ErrLifetimeTooLong,
+	} {
+		if errors.Is(err, is) {
+			return nil, refuse(code, err.Error())
+		}
+	}
+	return doc, nil
+}
+
+func refuse(code, message string) *wire.Error { return &wire.Error{Code: code, Message: message} }
 
 // KeyLine is a line of versions with all private keys. Each version commits to the next one.
 type KeyLine struct {

@@ -128,6 +128,8 @@ func classify(err error) (code string, status int) {
 		return "not_signed", 1
 	case errors.As(err, new(*audit.Wrong)):
 		return "wrong_event", 1
+	case errors.Is(err, client.ErrForkedLog): // also an ErrUnproven
+		return "forked_log", 1
 	case errors.Is(err, client.ErrUnproven):
 		return "unproven", 1
 	case errors.Is(err, client.ErrBrokenLine): // before a refusal inside

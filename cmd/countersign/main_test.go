@@ -5,6 +5,8 @@ import (
 	"fmt"
 	"io"
 	"testing"
+
+	"countersign/client"
 )
 
 // TestPrintIsPlain checks that text of others can't send control characters to the reader's
@@ -17,5 +19,17 @@ func TestPrintIsPlain(t *testing.T) {
 	}
 	if want := "cause  �[2Kred��1m��\nname   Jürgen ✓\n"; out.String() != want {
 		t.Errorf("%q, want %q", out.String(), want)
+	}
+}
+
+// TestForkedLogHasACode: scripts tell a log that was set back from a proof that is missing.
+func TestForkedLogHasACode(t *testing.T) {
+	for want, err := range map[string]error{
+		"forked_log": fmt.Errorf("%w: %w", client.ErrUnproven, client.ErrForkedLog),
+		"unproven":   client.ErrUnproven,
+	} {
+		if code, status := classify(failed{err}); code != want || status != 1 {
+			t.Errorf("%v: %s, %d", err, code, status)
+		}
 	}
 }
