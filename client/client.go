@@ -92,15 +92,16 @@ type Config struct {
 	OnRotation func(Rotation)
 	// OnCompromise is called with each compromise of a key's version, once for each version while
 	// the client lives: also of versions older than a pinned one, whose documents the application
-	// may still have. Of a version that the client had trusted, OnCompromise is called before any
-	// call returns a signature of a version that is used for the first time after that; where
-	// another goroutine has begun the call, it may still run. The caller is the goroutine of that
-	// call, or that of the events, so OnCompromise may be called several times at once.
-	// OnCompromise may use the client. The appliance repeats the event at each connection until the
-	// client has acknowledged, which the client does when OnCompromise has returned. Default: none.
-	// Then a compromise is not acknowledged, and calls that use a pinned line end with
-	// ErrCompromised where the client had trusted the version.
-	OnCompromise func(Compromise)
+	// may still have. Of a version that the client had trusted, OnCompromise has returned before
+	// any call returns a signature of a version that is used for the first time after that. The
+	// caller is the goroutine of such a call, or that of the events, so OnCompromise may be called
+	// several times at once. Other calls that use the pinned line wait for it. OnCompromise may use
+	// the client, in its context, which ends with the client: a call in another context waits for
+	// OnCompromise too, and ends with ErrCompromised after 10 s. The appliance repeats the event at
+	// each connection until the client has acknowledged, which the client does when OnCompromise
+	// has returned. Default: none. Then a compromise is not acknowledged, and calls that use a
+	// pinned line end with ErrCompromised where the client had trusted the version.
+	OnCompromise func(context.Context, Compromise)
 	// OnServerKey is called with the listener's new Noise key before OnRotation. The application
 	// stores the new key for its next start (WriteKey), and the generation of its authorization,
 	// which is 0 without a ServerIdentity. Both keys answer until the old one retires. While the

@@ -103,7 +103,7 @@ func ExampleConfig() {
 				log.Fatal(err) // the next start could not connect
 			}
 		},
-		OnCompromise: func(v client.Compromise) {
+		OnCompromise: func(_ context.Context, v client.Compromise) {
 			log.Printf("believe no document that version %d of %s has signed", v.Version, v.Key)
 		},
 	})
@@ -321,7 +321,7 @@ func ExampleConfig_compromise() {
 	told := make(chan client.Compromise, 1)
 	config := appliance.config()
 	config.Lines = []client.KeyLine{line}
-	config.OnCompromise = func(v client.Compromise) {
+	config.OnCompromise = func(_ context.Context, v client.Compromise) {
 		told <- v // and drop all documents that this version has signed
 	} // the client tells the appliance now that this server knows
 	c, err := client.New(config)

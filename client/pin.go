@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"sync"
+	"time"
 
 	"countersign/internal/ijson"
 	"countersign/wire"
@@ -152,10 +153,11 @@ func (p *pin) version() uint32 {
 	return p.newest.Version
 }
 
-// tell calls OnCompromise with each version that the client had trusted. Without an OnCompromise,
+// tell calls OnCompromise with each version that the client had trusted, or waits for a call that
+// goes on. Without an OnCompromise,
 // the first of these versions is an error: the application must learn of the compromise before
 // anything newer is trusted.
-func (c *Client) tell(p *pin) error {
+func (c *Client) tell(ctx context.Context, p *pin) error {
 	p.mu.Lock()
 	stolen := p.stolen
 	p.mu.Unlock()
@@ -164,9 +166,35 @@ func (c *Client) tell(p *pin) error {
 			return fmt.Errorf("%w: %q, version %d, which this client had trusted: pin a later version",
 				ErrCompromised, ijson.Clip(v.Key), v.Version)
 		}
-		c.tellOnce(v)
+		if err := c.toldOf(ctx, v); err != nil {
+			return err
+		}
 	}
 	return nil
+}
+
+// tellTimeout bounds the wait of a call for an OnCompromise that goes on: the call may come from
+// that OnCompromise, in another context than the one it was given.
+const tellTimeout = 10 * time.Second
+
+// toldOf returns when OnCompromise has returned for a version. A call of OnCompromise itself does
+// not wait.
+func (c *Client) toldOf(ctx context.Context, v Compromise) error {
+	told := c.tellOnce(v)
+	if ctx.Value(telling{}) == c {
+		return nil
+	}
+	timer := time.NewTimer(tellTimeout)
+	defer timer.Stop()
+	select {
+	case <-told:
+		return nil
+	case <-ctx.Done():
+		return ctx.Err()
+	case <-timer.C:
+		return fmt.Errorf("%w: %q, version %d: OnCompromise has not returned yet",
+			ErrCompromised, ijson.Clip(v.Key), v.Version)
+	}
 }
 
 // checkVersion checks a version of a key against the pinned line, and accepts any version of an
@@ -187,7 +215,7 @@ func (c *Client) checkVersion(ctx context.Context, key string, version uint32, p
 			return err
 		}
 	}
-	if err := c.tell(p); err != nil {
+	if err := c.tell(ctx, p); err != nil {
 		return err
 	}
 	if found, _, err = p.lookup(version, public); err == nil && !found {

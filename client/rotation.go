@@ -166,6 +166,9 @@ func (c *Client) deliverCompromise(e wire.Compromise) {
 	}
 }
 
+// telling is the context key of the client that calls OnCompromise.
+type telling struct{}
+
 // tellOnce calls OnCompromise, unless a call for the same version has begun. The result is closed
 // when the call has returned.
 func (c *Client) tellOnce(v Compromise) <-chan struct{} {
@@ -189,7 +192,7 @@ func (c *Client) tellOnce(v Compromise) <-chan struct{} {
 	q.mu.Unlock()
 	defer close(done)
 	if c.base.Err() == nil {
-		c.config.OnCompromise(v)
+		c.config.OnCompromise(context.WithValue(c.base, telling{}, c), v)
 	}
 	return done
 }

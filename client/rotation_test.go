@@ -379,7 +379,7 @@ func TestRotationNotPinned(t *testing.T) {
 type compromises chan client.Compromise
 
 func (c compromises) listen(config *client.Config) {
-	config.OnCompromise = func(v client.Compromise) { c <- v }
+	config.OnCompromise = func(_ context.Context, v client.Compromise) { c <- v }
 }
 
 // next expects the next call.
@@ -463,7 +463,9 @@ func TestCompromiseBeforeAnythingNewer(t *testing.T) {
 			if c.change != nil {
 				c.change(config, s.Line)
 			}
-			config.OnCompromise = func(v client.Compromise) { order <- fmt.Sprint("compromised ", v.Version) }
+			config.OnCompromise = func(_ context.Context, v client.Compromise) {
+				order <- fmt.Sprint("compromised ", v.Version)
+			}
 		})
 		for range 2 {
 			got, err := cl.Sign(within(t), "payments", message("AAAA"))
@@ -502,6 +504,38 @@ func TestCompromiseBeforeAnythingNewer(t *testing.T) {
 	}
 }
 
+// TestCallsWaitForOnCompromise has OnCompromise wait. Meanwhile no other call returns a signature:
+// the application does not know of the compromise yet.
+func TestCallsWaitForOnCompromise(t *testing.T) {
+	s := serve(t)
+	s.Do(func(s *clienttest.Server) { s.Active, s.Shown, s.Compromised = 2, 2, []uint32{1} })
+	begun, release := make(chan struct{}), make(chan struct{})
+	c, _ := peer(t, s, 1, func(config *client.Config) {
+		config.OnCompromise = func(context.Context, client.Compromise) {
+			close(begun)
+			<-release
+		}
+	})
+	first := make(chan error, 1)
+	go func() {
+		_, err := c.Sign(within(t), "payments", message("AAAA"))
+		first <- err
+	}()
+	<-begun
+	ctx, cancel := context.WithTimeout(within(t), 200*time.Millisecond)
+	defer cancel()
+	if got, err := c.Sign(ctx, "payments", message("AAAA")); !errors.Is(err, context.DeadlineExceeded) {
+		t.Errorf("%v, %v", got, err)
+	}
+	close(release)
+	if err := <-first; err != nil {
+		t.Error(err)
+	}
+	if _, err := c.Sign(within(t), "payments", message("AAAA")); err != nil {
+		t.Error(err)
+	}
+}
+
 // TestCompromisedVersionWithoutCommitment refuses a step of a compromised version whose commitment
 // is unknown: a thief can sign such a step.
 func TestCompromisedVersionWithoutCommitment(t *testing.T) {
@@ -534,8 +568,8 @@ func TestCompromiseUsesTheClient(t *testing.T) {
 	var c *client.Client
 	inside := make(chan error, 10)
 	c, _ = peer(t, s, 1, func(config *client.Config) {
-		config.OnCompromise = func(client.Compromise) {
-			_, err := c.Sign(within(t), "payments", message("BBBB"))
+		config.OnCompromise = func(ctx context.Context, _ client.Compromise) {
+			_, err := c.Sign(ctx, "payments", message("BBBB"))
 			inside <- err
 		}
 	})

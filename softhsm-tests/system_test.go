@@ -315,7 +315,7 @@ func (s *system) cliAs(p *operator, stdin string, args ...string) (stdout, stder
 func (s *system) must(args ...string) string {
 	s.t.Helper()
 	out, errOut, code := s.cli("", args...)
-	shown := code == 4 && strings.HasPrefix(errOut, "countersign: not_operational: ") // the state, which is printed
+	shown := code == 4 && strings.Contains(errOut, "countersign: not_operational: ") // the state, which is printed
 	if code != 0 && !shown {
 		s.t.Fatalf("countersign %s: %d\n%s", strings.Join(args, " "), code, errOut)
 	}

@@ -199,7 +199,7 @@ func (t *tool) watch() *cobra.Command {
 				stop()
 			}
 		}
-		config.OnCompromise = func(v client.Compromise) {
+		config.OnCompromise = func(_ context.Context, v client.Compromise) {
 			out.Lock()
 			defer out.Unlock()
 			if ctx.Err() != nil {

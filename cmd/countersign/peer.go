@@ -101,7 +101,7 @@ func (s *server) with(ctx context.Context, use func(context.Context, *client.Cli
 		}
 	}
 	if len(s.lines) == 0 { // with a pinned line, a compromise is an error
-		config.OnCompromise = func(v client.Compromise) {
+		config.OnCompromise = func(_ context.Context, v client.Compromise) {
 			mu.Lock()
 			defer mu.Unlock()
 			stolen = append(stolen, v)
