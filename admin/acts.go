@@ -31,6 +31,7 @@ type prepare func(a *appliance.Appliance, p parameters, content []byte) (paramet
 // operators has. approval.Proposers has the roles of the proposers.
 var acts = map[string]prepare{
 	approval.ActPeerAdd:          addPeer,
+	approval.ActPeerKeyAdd:       addPeerKey,
 	approval.ActPolicyActivate:   activate,
 	approval.ActRollbackAccept:   acceptRollback,
 	approval.ActHoldRelease:      release,
@@ -78,28 +79,57 @@ func Acts(a *appliance.Appliance) map[string]operators.Act {
 }
 
 func addPeer(a *appliance.Appliance, p parameters, _ []byte) (parameters, do, error) {
-	v, err := values(p, "name", "public_key")
+	p, name, key, err := newPeerKey(a, p)
+	if err == nil && a.Peers.Enrolled(name) {
+		err = fmt.Errorf("peer %q: %w: a further key of it is peer key add", name, manage.ErrExists)
+	}
 	if err != nil {
 		return nil, nil, err
 	}
-	name := v["name"]
-	key, err := hex.DecodeString(v["public_key"])
-	if err != nil || len(key) != 32 {
-		return nil, nil, invalid.errorf("peer %q: its public key must be 64 hex digits", name)
-	}
-	if err := peers.Check(name, key); err != nil { // before anybody approves it
-		return nil, nil, err
-	}
-	for _, each := range a.Peers.All() {
-		if each.Name == name || each.PublicKey == [32]byte(key) {
-			return nil, nil, fmt.Errorf("peer %q: %w, as %q", name, manage.ErrExists, each.Name)
-		}
-	}
-	p = list("name", name, "public_key", hex.EncodeToString(key))
 	return p, func(ctx context.Context, who audit.Actor) error {
 		_, err := a.Peers.Add(ctx, who, name, key)
 		return err
 	}, notRolledBack(a)
+}
+
+func addPeerKey(a *appliance.Appliance, p parameters, _ []byte) (parameters, do, error) {
+	p, name, key, err := newPeerKey(a, p)
+	if err != nil {
+		return nil, nil, err
+	}
+	s, err := a.Peers.Status(name)
+	if err == nil && len(s.Keys) >= peers.MaxKeys {
+		err = conflict.errorf("peer %q: it has %d keys, the most that a peer may have: remove one", name, len(s.Keys))
+	}
+	if err != nil {
+		return nil, nil, err
+	}
+	return p, func(ctx context.Context, who audit.Actor) error {
+		return a.Peers.AddKey(ctx, who, name, key)
+	}, notRolledBack(a)
+}
+
+// newPeerKey returns the parameters of an act that enrols a public key, which no peer may have.
+func newPeerKey(a *appliance.Appliance, p parameters) (_ parameters, name string, key []byte, err error) {
+	v, err := values(p, "name", "public_key")
+	if err != nil {
+		return nil, "", nil, err
+	}
+	name = v["name"]
+	key, err = hex.DecodeString(v["public_key"])
+	if err != nil || len(key) != 32 {
+		return nil, "", nil, invalid.errorf("peer %q: its public key must be 64 hex digits", name)
+	}
+	if err := peers.Check(name, key); err != nil { // before anybody approves it
+		return nil, "", nil, err
+	}
+	for _, each := range a.Peers.All() {
+		if slices.ContainsFunc(each.Keys, func(k peers.Key) bool { return k.PublicKey == [32]byte(key) }) {
+			return nil, "", nil, fmt.Errorf("peer %q: %w: the public key is enrolled as %q",
+				name, manage.ErrExists, each.Name)
+		}
+	}
+	return list("name", name, "public_key", hex.EncodeToString(key)), name, key, nil
 }
 
 // activate puts the approved policy in force. The text of the policy is the content of the

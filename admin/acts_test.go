@@ -44,6 +44,10 @@ var actCases = map[string]func(r *rig, root *api.Client) []string{
 	approval.ActPeerAdd: func(*rig, *api.Client) []string {
 		return []string{"name", "shop", "public_key", strings.Repeat("0a", 32)}
 	},
+	approval.ActPeerKeyAdd: func(r *rig, root *api.Client) []string {
+		r.done(root, approval.ActPeerAdd, "name", "shop", "public_key", strings.Repeat("0a", 32))
+		return []string{"name", "shop", "public_key", strings.Repeat("0b", 32)}
+	},
 	approval.ActPolicyActivate: func(r *rig, _ *api.Client) []string {
 		r.policy = strings.Replace(allowShop, "payments", "invoices", 1)
 		return nil

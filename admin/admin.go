@@ -192,13 +192,37 @@ func (s *server) rollback(context.Context, caller, *none) (api.Rollback, error) 
 
 func (s *server) peers(_ context.Context, _ caller, in *pageInput) (*listed[api.Peer], error) {
 	name := func(p peers.Status) string { return p.Name }
-	return paged(in, s.Appliance.Peers.All(), name, func(p peers.Status) api.Peer {
-		return api.Peer{
-			Name: p.Name, PublicKey: hex.EncodeToString(p.PublicKey[:]), Added: p.Added.Unix(),
-			Suspended: p.Suspended, LastSeen: unix(p.Seen), Connections: p.Connections,
-			UsedBytes: p.Used.Kept, UsedRefusalBytes: p.Used.Refused,
-		}
-	}), nil
+	return paged(in, s.Appliance.Peers.All(), name, peerDoc), nil
+}
+
+func (s *server) peer(_ context.Context, _ caller, in *named) (api.Peer, error) {
+	p, err := s.Appliance.Peers.Status(in.Name)
+	return peerDoc(p), err
+}
+
+func peerDoc(p peers.Status) api.Peer {
+	return api.Peer{
+		Name: p.Name, Added: p.Added.Unix(),
+		Keys: docs(p.Keys, func(k peers.Key) api.PeerKey {
+			return api.PeerKey{
+				PublicKey: hex.EncodeToString(k.PublicKey[:]), Added: k.Added.Unix(), LastSeen: unix(k.Seen),
+				Connections: k.Connections,
+			}
+		}),
+		Suspended: p.Suspended, LastSeen: unix(p.Seen), Connections: p.Connections,
+		UsedBytes: p.Used.Kept, UsedRefusalBytes: p.Used.Refused,
+	}
+}
+
+func (s *server) removePeerKey(ctx context.Context, who caller, in *struct {
+	Name string `path:"name" maxLength:"64"`
+	Key  string `path:"key" minLength:"64" maxLength:"64" pattern:"^[0-9a-f]{64}$" doc:"the public key in hex"`
+}) error {
+	key, err := hex.DecodeString(in.Key)
+	if err != nil || len(key) != 32 {
+		return invalid.errorf("%q is not a public key of 64 hex digits", in.Key)
+	}
+	return s.Appliance.Peers.RemoveKey(ctx, who.actor(), in.Name, [32]byte(key))
 }
 
 func (s *server) removePeer(ctx context.Context, who caller, in *named) error {

@@ -159,7 +159,8 @@ func TestActs(t *testing.T) {
 	_, err = people[approver].Approve(t.Context(), p.ID, r.proof("operator", p.Text))
 	wants(t, "approved with another one's proof", "not_proven", err)
 	p = must(people[approver].Approve(t.Context(), p.ID, r.proof("approver", p.Text)))(t)
-	if peers := must(root.Peers(t.Context()))(t); p.State != "done" || len(peers) != 1 || peers[0].PublicKey != key {
+	if peers := must(root.Peers(t.Context()))(t); p.State != "done" || len(peers) != 1 ||
+		peers[0].Keys[0].PublicKey != key {
 		t.Errorf("%+v, %+v", p, peers)
 	}
 	_, err = people[approver].Approve(t.Context(), p.ID, r.proof("approver", p.Text))

@@ -154,7 +154,7 @@ func TestListingsInMemory(t *testing.T) {
 	c := r.root()
 	if err := r.ledger.Update(t.Context(), func(tx *ledger.Tx) error {
 		for i := range peers {
-			record := fmt.Appendf(nil, `{"public_key":"%064x","added":1}`, i+1)
+			record := fmt.Appendf(nil, `{"keys":[{"public_key":"%064x","added":1}],"added":1}`, i+1)
 			if err := tx.Put(ledger.Peers, fmt.Sprintf("peer-%04d", i), record); err != nil {
 				return err
 			}

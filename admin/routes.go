@@ -138,6 +138,13 @@ func (s *server) routes() {
 		route: "GET /v1/handshakes/refused", id: "refused-handshakes",
 		summary: "List the handshakes that were refused since the start: which key, from where, and why",
 		roles:   of(administrator, operator, auditor), refused: whileUninitialised})
+	route(s, s.peer, operation{
+		route: "GET /v1/peers/{name}", id: "peer", summary: "Show an enrolled peer with its keys",
+		roles: signedIn, refused: whileUninitialised})
+	routeEmpty(s, s.removePeerKey, operation{
+		route: "DELETE /v1/peers/{name}/keys/{key}", id: "remove-peer-key",
+		summary: "Take a key of a peer back and close the connections of the key",
+		roles:   of(operator), refused: whileUninitialised})
 	routeEmpty(s, s.removePeer, operation{
 		route: "DELETE /v1/peers/{name}", id: "remove-peer",
 		summary: "Take a peer's enrolment back and close its connections",

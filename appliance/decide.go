@@ -258,7 +258,7 @@ func (d *decision) event(v ledger.Verdict) []byte {
 // admit asks the ledger to admit a peer's request that d decides about. The error of a replay or a
 // denial is that of refusal. The bytes that the ledger keeps are on the request's bill.
 func (a *Appliance) admit(ctx context.Context, who Caller, d *decision, r ledger.Admission) (ledger.Admitted, error) {
-	r.Peer, r.Quiet, r.Member = who.PublicKey, who.quiet, who.member
+	r.Peer, r.Quiet, r.Member = who.Name, who.quiet, who.member
 	r.Counts, r.Decide = d.counts, d.decide
 	admitted, err := a.ledger.Admit(ctx, r, d.event)
 	if err != nil {

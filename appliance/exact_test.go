@@ -3,6 +3,7 @@ package appliance
 import (
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"math/rand/v2"
@@ -21,6 +22,7 @@ import (
 	"countersign/internal/keyring"
 	"countersign/internal/keystore"
 	"countersign/internal/ledger"
+	"countersign/internal/manage"
 	"countersign/transcript"
 	"countersign/wire"
 )
@@ -49,6 +51,19 @@ var acts = map[string]struct {
 		},
 		wire.CodeUnavailable,
 	},
+	"remove the key": {
+		func(ctx context.Context, r *rig) error {
+			err := r.Peers.AddKey(ctx, operator, "shop", secondKey)
+			if err != nil && !errors.Is(err, manage.ErrExists) {
+				return err
+			}
+			return r.Peers.RemoveKey(ctx, operator, "shop", r.shop.PublicKey)
+		},
+		func(ctx context.Context, r *rig) error {
+			return r.Peers.AddKey(ctx, operator, "shop", r.shop.PublicKey[:])
+		},
+		wire.CodeUnavailable,
+	},
 	"compromise": {
 		func(ctx context.Context, r *rig) error {
 			return r.Keys.Compromise(ctx, approved, "payments", 1, "stolen")
@@ -64,6 +79,9 @@ var acts = map[string]struct {
 		wire.CodeUnavailable,
 	},
 }
+
+// secondKey is another key of the shop.
+var secondKey = bytes.Repeat([]byte{17}, 32)
 
 // forEachAct runs a test on a rig for each act. Two calls at once use the device.
 func forEachAct(t *testing.T, test func(t *testing.T, r *rig, do, undo func(), code string)) {
@@ -327,7 +345,7 @@ func TestNothingIsReleasedAfterAnAct(t *testing.T) {
 			}
 			returned := sequence.Add(1)
 			for sequence.Load() < returned+2*callers { // some requests of after the act have an answer
-				if name == "suspend" || name == "remove" {
+				if name == "suspend" || name == "remove" || name == "remove the key" {
 					break // the callers end
 				}
 				runtime.Gosched()
@@ -377,10 +395,10 @@ func randomActs(t *testing.T, random *rand.Rand) {
 		}
 		return nil
 	}
-	locked, suspended, removed, version := false, false, false, 1
+	locked, suspended, removed, keyless, version := false, false, false, false, 1
 	compromised := map[int]bool{}
 	var uses []*use
-	allowed := func(u *use) bool { return !locked && !suspended && !removed && !compromised[u.version] }
+	allowed := func(u *use) bool { return !locked && !suspended && !removed && !keyless && !compromised[u.version] }
 	ask := func(u *use) (code string) {
 		entered, err := r.Peers.Enter(r.shop.PublicKey, io.NopCloser(nil), netip.Addr{})
 		if err != nil {
@@ -426,7 +444,7 @@ func randomActs(t *testing.T, random *rand.Rand) {
 		}
 	}
 	for range 60 {
-		switch random.IntN(9) {
+		switch random.IntN(10) {
 		case 0, 1, 2: // a new request
 			u := &use{n: len(uses), version: version}
 			code, done := begin(u)
@@ -473,13 +491,21 @@ func randomActs(t *testing.T, random *rand.Rand) {
 			if removed = !removed; removed {
 				act("remove", func() error { return r.Peers.Remove(t.Context(), operator, "shop") })
 			} else {
-				suspended = false
+				suspended, keyless = false, false
 				act("add", func() error {
 					_, err := r.Peers.Add(t.Context(), operator, "shop", r.shop.PublicKey[:])
 					return err
 				})
 			}
 		case 8:
+			if removed {
+				continue
+			} else if keyless = !keyless; keyless {
+				act("remove the key", func() error { return acts["remove the key"].do(t.Context(), r) })
+			} else {
+				act("add the key", func() error { return acts["remove the key"].undo(t.Context(), r) })
+			}
+		case 9:
 			if locked || random.IntN(3) > 0 {
 				continue // the successor would follow at the unlocking, by Keep
 			}

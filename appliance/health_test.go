@@ -80,7 +80,7 @@ func TestEveryFullShareIsACause(t *testing.T) {
 		}
 		for n := range nonces {
 			if _, err := l.Admit(t.Context(), ledger.Admission{
-				Scope: ledger.KeyScope("payments"), Nonce: [32]byte{byte(i), byte(n)}, Peer: who.PublicKey,
+				Scope: ledger.KeyScope("payments"), Nonce: [32]byte{byte(i), byte(n)}, Peer: who.Name,
 				ExpiresAt: time.Now().Add(time.Hour).Unix(),
 			}, func(ledger.Verdict) []byte {
 				return audit.NewRejection(who.actor(), "sign", "payments", "denied").Encode(time.Now())

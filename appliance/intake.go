@@ -90,7 +90,7 @@ func (a *Appliance) pace(ctx context.Context, s *session, length int) error {
 // take reads the JSON of a message. The error is that of ctx, or peers.ErrGone for a peer that was
 // excluded with messages still in the buffer.
 func (a *Appliance) take(ctx context.Context, s *session, message []byte) (r taken, err error) {
-	refused := a.Peers.Begin(s.Member, 1)
+	refused := a.Peers.Begin(s.Session, 1)
 	if refused == nil {
 		r.places = 1
 	}
@@ -106,7 +106,7 @@ func (a *Appliance) take(ctx context.Context, s *session, message []byte) (r tak
 	release()
 	batch, is := body.(*wire.Batch)
 	if is && refused == nil { // the batch has one place, and needs one for each item
-		if refused = a.Peers.More(s.Member, len(batch.Items)-1); refused == nil {
+		if refused = a.Peers.More(s.Session, len(batch.Items)-1); refused == nil {
 			r.places = len(batch.Items)
 		}
 		if errors.Is(refused, peers.ErrGone) {
@@ -126,7 +126,7 @@ func (a *Appliance) take(ctx context.Context, s *session, message []byte) (r tak
 
 // turn waits for a peer's turn at the processor, for a cost in bytes.
 func (a *Appliance) turn(ctx context.Context, who Caller, cost int) (release func(), err error) {
-	return a.processor.AcquireCost(ctx, string(keyring.LaneOf(who.PublicKey)), cost)
+	return a.processor.AcquireCost(ctx, string(keyring.LaneOf(who.Name)), cost)
 }
 
 // parse parses the document of a request in the peer's turn.

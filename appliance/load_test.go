@@ -276,11 +276,11 @@ func (a *Appliance) handler(t *testing.T, name string) *session {
 	t.Helper()
 	for _, p := range a.Peers.All() {
 		if p.Name == name {
-			s, err := a.Peers.Enter(p.PublicKey, io.NopCloser(nil), netip.Addr{})
+			s, err := a.Peers.Enter(p.Keys[0].PublicKey, io.NopCloser(nil), netip.Addr{})
 			if err != nil {
 				t.Fatal(err)
 			}
-			return &session{Session: s, caller: Caller{Peer: p.Peer}}
+			return &session{Session: s, caller: Caller{Peer: s.Peer}}
 		}
 	}
 	t.Fatalf("no peer %q", name)

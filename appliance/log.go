@@ -109,7 +109,7 @@ func (a *Appliance) Proof(ctx context.Context, who Caller, event uint64) (*wire.
 	if err != nil {
 		return nil, err
 	}
-	if said.Actor.PublicKey != audit.Peer("", who.PublicKey).PublicKey {
+	if said.Actor.Kind != "peer" || said.Actor.Name != who.Name {
 		return nil, none
 	}
 	return a.prove(ctx, e, event, leaves[0])

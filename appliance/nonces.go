@@ -33,7 +33,7 @@ func (a *Appliance) Nonces() Nonces {
 func (a *Appliance) named(shares []ledger.Share) (all []NonceShare) {
 	names := map[ledger.PeerID]string{}
 	for _, p := range a.Peers.All() {
-		names[ledger.PeerIDOf(p.PublicKey)] = p.Name
+		names[ledger.PeerIDOf(p.Name)] = p.Name
 	}
 	for _, s := range shares {
 		name, enrolled := names[s.Peer]

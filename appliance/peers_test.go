@@ -105,6 +105,55 @@ func TestKeepOut(t *testing.T) {
 	}
 }
 
+// TestKeyOfAPeerIsRemoved: while requests by a key of a peer are with a device that hangs, the key
+// is removed. Its connections end at once, and nothing is signed for them. The connection with
+// another key of the same peer goes on. The identical request by the other key is a repetition, and
+// gets its signature; the log says which key asked.
+func TestKeyOfAPeerIsRemoved(t *testing.T) {
+	e := newEdge(t, func(l *Limits) { l.Calls, l.RequestTimeout = map[string]int{"memory": 64}, time.Hour })
+	second := newIdentity(t)
+	key := second.Public()
+	if err := e.Peers.AddKey(t.Context(), operator, "shop", key[:]); err != nil {
+		t.Fatal(err)
+	}
+	entered, release := e.heldDevice()
+	stolen, other := e.session("127.0.0.1", e.shop), e.session("127.0.0.1", second)
+	for n := range 3 {
+		stolen.WriteMessage([]byte(request(n, "m")))
+	}
+	eventually(t, "all are in the device", func() bool { return entered.Load() == 3 })
+	if s := e.status("shop"); len(s.Keys) != 2 || s.Keys[0].Connections != 1 || s.Keys[1].Connections != 1 {
+		t.Errorf("%+v", s)
+	}
+	if err := e.Peers.RemoveKey(t.Context(), operator, "shop", e.shop.Public()); err != nil {
+		t.Fatal(err)
+	}
+	ends(t, stolen)
+	e.staysOut("127.0.0.1", e.shop)
+	release()
+	for n := range 3 {
+		answers(t, other, request(n, "m"), "")
+	}
+	e.restart()
+	events := logOf(t, e.Appliance, 1)
+	for of, want := range map[audit.Type]int{
+		audit.PeerKeyAdded: 1, audit.PeerKeyRemoved: 1,
+		audit.SignatureAdmitted: 3, audit.SignatureFailed: 3, audit.SignatureCreated: 3,
+	} {
+		if got := countOf(events, of); got != want {
+			t.Errorf("%d events %s, want %d", got, of, want)
+		}
+	}
+	for _, event := range events {
+		by := map[audit.Type][32]byte{audit.SignatureAdmitted: e.shop.Public(), audit.SignatureCreated: key}
+		if public, judged := by[event.Type]; judged && event.Actor != audit.Peer("shop", public) {
+			t.Errorf("%s by %+v", event.Type, event.Actor)
+		}
+	}
+	e.staysOut("127.0.0.1", e.shop)
+	e.session("127.0.0.1", second)
+}
+
 // TestKeepOutNobody: acts on an unknown name are refused.
 func TestKeepOutNobody(t *testing.T) {
 	e := newEdge(t, nil)

@@ -228,13 +228,14 @@ func (a *Appliance) serveConn(stop context.Context, raw net.Conn, profile noise.
 		return
 	}
 	defer a.Peers.Leave(entered)
-	s := &session{Session: entered, conn: closing, caller: Caller{Peer: entered.Member.Peer}}
+	s := &session{Session: entered, conn: closing, caller: Caller{Peer: entered.Peer}}
 	if identity, ok := conn.Identity(); ok {
 		s.caller.Identity = hex.EncodeToString(identity[:])
 	}
-	a.log.Info("connected", "from", from, "peer", s.caller.Name, "profile", string(profile))
+	public := hex.EncodeToString(s.caller.PublicKey[:])
+	a.log.Info("connected", "from", from, "peer", s.caller.Name, "public_key", public, "profile", string(profile))
 	a.serveSession(here, s, proof)
-	a.log.Info("disconnected", "from", from, "peer", s.caller.Name)
+	a.log.Info("disconnected", "from", from, "peer", s.caller.Name, "public_key", public)
 }
 
 // failedHere reports whether a handshake failed because of the device, including a timeout while

@@ -13,6 +13,7 @@ import (
 // documents invalid, that widen a permission, or that accept a loss. Each act is in gates.
 const (
 	ActPeerAdd          = "peer add"
+	ActPeerKeyAdd       = "peer key add"
 	ActPolicyActivate   = "policy activate"
 	ActRollbackAccept   = "rollback accept"
 	ActHoldRelease      = "hold release"
@@ -63,6 +64,10 @@ func versionOf(resource string, _ map[string]string) []Parameter {
 	return []Parameter{{"key", key}, {"version", version}}
 }
 
+func peerKeyOf(resource string, m map[string]string) []Parameter {
+	return []Parameter{{"name", resource}, {"public_key", m["public_key"]}}
+}
+
 func nameOf(resource string, _ map[string]string) []Parameter {
 	return []Parameter{{"name", resource}}
 }
@@ -96,9 +101,8 @@ var (
 // gates is the table of all acts that need approval. The replay of a log uses the table, and tests
 // hold package operators, package admin and the transitions of keys against the table.
 var gates = []gate{
-	{ActPeerAdd, []Role{OperatorRole}, audit.PeerAdded, nil, func(resource string, m map[string]string) []Parameter {
-		return []Parameter{{"name", resource}, {"public_key", m["public_key"]}}
-	}},
+	{ActPeerAdd, []Role{OperatorRole}, audit.PeerAdded, nil, peerKeyOf},
+	{ActPeerKeyAdd, []Role{OperatorRole}, audit.PeerKeyAdded, nil, peerKeyOf},
 	{ActPolicyActivate, administrators, audit.PolicyChanged, nil, func(_ string, m map[string]string) []Parameter {
 		return []Parameter{{"sha256", m["sha256"]}}
 	}},

@@ -63,6 +63,8 @@ const (
 	LineChanged         Type = "LineChanged"     // how a key is rotated, and whether operators must confirm its use
 	NoiseKeyAuthorized  Type = "NoiseKeyAuthorized"
 	PeerAdded           Type = "PeerAdded"
+	PeerKeyAdded        Type = "PeerKeyAdded"   // metadata public_key
+	PeerKeyRemoved      Type = "PeerKeyRemoved" // metadata public_key
 	PeerRemoved         Type = "PeerRemoved"
 	PeerSuspended       Type = "PeerSuspended"
 	PeerResumed         Type = "PeerResumed"
@@ -125,7 +127,8 @@ var kinds = map[Type]Kind{
 	KeyRotated: Other, KeyRotationFailed: Other, KeyStateChanged: Other,
 	KeyCommitted: Other, RotationRequested: Other, RotationAnnounced: Other, RotationCancelled: Other,
 	RotationKnown: Other, CompromiseKnown: Other, LineChanged: Other, NoiseKeyAuthorized: Other,
-	PeerAdded: Other, PeerRemoved: Other, PeerSuspended: Other, PeerResumed: Other, PolicyChanged: Other,
+	PeerAdded: Other, PeerKeyAdded: Other, PeerKeyRemoved: Other, PeerRemoved: Other, PeerSuspended: Other,
+	PeerResumed: Other, PolicyChanged: Other,
 	OperatorEnrolled: Other, OperatorChanged: Other, OperatorSignedIn: Other, OperatorSignedOut: Other,
 	SignInRefused: Other, PresenceConfirmed: Other,
 	ApproverKeysChanged: Other,

@@ -287,7 +287,8 @@ func TestRules(t *testing.T) {
 	admission := encode(admitted(0, 1)) // event 1 in most cases
 	signature := encode(created(1, 1))
 	failure := changed(created(1, 1), func(e *audit.Event) { e.Type, e.Outcome = audit.SignatureFailed, "unavailable" })
-	byAnotherPeer := changed(created(1, 1), func(e *audit.Event) { e.Actor = audit.Peer("shop", [32]byte{2}) })
+	byAnotherPeer := changed(created(1, 1), func(e *audit.Event) { e.Actor = audit.Peer("cafe", [32]byte{1}) })
+	byAnotherKey := changed(created(1, 1), func(e *audit.Event) { e.Actor = audit.Peer("shop", [32]byte{2}) })
 	start := func(first, last string) []byte {
 		const fields = `"type":"Started","actor":{"kind":"daemon","name":"x"},"action":"a","outcome":"ok"`
 		return []byte(`{` + first + fields + last + `}`)
@@ -310,6 +311,7 @@ func TestRules(t *testing.T) {
 		"of the future":                     {1, list{encode(created(0, 2)), admission}},
 		"made twice":                        {3, list{admission, signature, encode(created(2, 1))}},
 		"by another peer":                   {2, list{admission, byAnotherPeer}},
+		"by another key of the peer":        {-1, list{admission, byAnotherKey}},
 		"with another version":              {2, list{admission, changed(created(1, 1), resource("payments/2"))}},
 		"an unknown type": {1, list{
 			changed(admitted(0, 1), func(e *audit.Event) { e.Type = "Whatever" }),

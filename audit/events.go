@@ -274,6 +274,15 @@ func NewPeerAdded(who Actor, name string, publicKey [32]byte) Event {
 	return newEvent(PeerAdded, who, "peer add", name, "public_key", hex.EncodeToString(publicKey[:]))
 }
 
+// NewPeerKeyAdded and NewPeerKeyRemoved change the Noise static keys of a peer.
+func NewPeerKeyAdded(who Actor, name string, publicKey [32]byte) Event {
+	return newEvent(PeerKeyAdded, who, "peer key add", name, "public_key", hex.EncodeToString(publicKey[:]))
+}
+
+func NewPeerKeyRemoved(who Actor, name string, publicKey [32]byte) Event {
+	return newEvent(PeerKeyRemoved, who, "peer key remove", name, "public_key", hex.EncodeToString(publicKey[:]))
+}
+
 // NewPeerRemoved, NewPeerSuspended and NewPeerResumed say whether a peer is let in.
 func NewPeerRemoved(who Actor, name string) Event {
 	return newEvent(PeerRemoved, who, "peer remove", name)

@@ -143,8 +143,14 @@ func hashTexts(texts ...string) fingerprint {
 }
 
 // owner returns the fingerprint of an event's actor and resource. An outcome has the owner of its
-// admission.
-func owner(e Event) fingerprint { return hashTexts(e.Actor.PublicKey, e.Resource) }
+// admission: the same peer by name, since a repetition may come by another key of the peer.
+func owner(e Event) fingerprint {
+	peer := ""
+	if e.Actor.Kind == "peer" {
+		peer = e.Actor.Name
+	}
+	return hashTexts(peer, e.Resource)
+}
 
 // isHash reports whether a text is 32 bytes in lower-case hex.
 func isHash(s string) bool {

@@ -1,12 +1,15 @@
 package client_test
 
 import (
+	"bytes"
 	"errors"
 	"testing"
 	"time"
 
+	"countersign/audit"
 	"countersign/client"
 	"countersign/internal/keyring"
+	"countersign/noise"
 )
 
 // TestCalledOffByAnAppliance: a client of a real appliance hears of a rotation, of its other time,
@@ -179,5 +182,46 @@ func TestRotationOfAnAppliance(t *testing.T) {
 		if _, err := dial(t, config).Ping(ctx); err != nil {
 			t.Errorf("a new client: %v", err)
 		}
+	}
+}
+
+// TestAnotherKeyOfThePeer: after a change of the peer's key, a request that the former key has made
+// is repeated with the present one. Its event names the former key: the proof is accepted only with
+// FormerKeys.
+func TestAnotherKeyOfThePeer(t *testing.T) {
+	a := start(t)
+	ctx := within(t)
+	k, err := a.app.Keys.LogKey()
+	if err != nil {
+		t.Fatal(err)
+	}
+	log, err := audit.NewLog(k.Info().PublicKey)
+	if err != nil {
+		t.Fatal(err)
+	}
+	former := a.shop.Public()
+	config := a.config()
+	config.LogKey = log.VerifierKey(0)
+	first, err := dial(t, config).Sign(ctx, "payments", message("AAAA"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if config.Identity, err = noise.NewIdentity(); err != nil {
+		t.Fatal(err)
+	}
+	key := config.Identity.Public()
+	if err := a.app.Peers.AddKey(ctx, operator, "shop", key[:]); err != nil {
+		t.Fatal(err)
+	}
+	if err := a.app.Peers.RemoveKey(ctx, operator, "shop", former); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := dial(t, config).Sign(ctx, "payments", first.Document); !errors.Is(err, client.ErrUnproven) {
+		t.Errorf("without the former key: %v, want %v", err, client.ErrUnproven)
+	}
+	config.FormerKeys = [][32]byte{former}
+	again, err := dial(t, config).Sign(ctx, "payments", first.Document)
+	if err != nil || !again.Repeated || !bytes.Equal(again.Signature, first.Signature) {
+		t.Errorf("%+v, %v", again, err)
 	}
 }

@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/hex"
 	"fmt"
+	"slices"
 
 	"countersign/audit"
 	"countersign/transcript"
@@ -34,7 +35,7 @@ func (c *Client) eventProof(ctx context.Context, event uint64) (audit.Proof, err
 // the client has seen before.
 func (c *Client) proven(ctx context.Context, p audit.Proof) (audit.Event, error) {
 	e, checkpoint, err := c.memory.log.Check(p)
-	if err == nil && e.Actor.PublicKey != audit.Peer("", c.config.Identity.Public()).PublicKey {
+	if err == nil && !c.isOwn(e.Actor) {
 		err = fmt.Errorf("event %d is another peer's", p.Event)
 	}
 	if err == nil {
@@ -69,6 +70,12 @@ func (c *Client) checkProof(ctx context.Context, event uint64, kind audit.Kind, 
 		err = fmt.Errorf("%w: event %d is about something else", ErrUnproven, event)
 	}
 	return err
+}
+
+// isOwn reports whether an actor is this peer, by its present key or a former one.
+func (c *Client) isOwn(a audit.Actor) bool {
+	return slices.ContainsFunc(append(slices.Clone(c.config.FormerKeys), c.config.Identity.Public()),
+		func(key [32]byte) bool { return a.PublicKey == audit.Peer("", key).PublicKey })
 }
 
 // isAbout says whether an event is about a document.

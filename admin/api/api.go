@@ -64,18 +64,26 @@ type Worker struct {
 	Restarts int    `json:"restarts"` // processes replaced so far
 }
 
-// Peer is an enrolled client of the listener. PublicKey is hex.
+// Peer is an enrolled client of the listener.
 type Peer struct {
-	Name        string `json:"name"`
-	PublicKey   string `json:"public_key"`
-	Added       int64  `json:"added"` // Unix seconds
-	Suspended   bool   `json:"suspended"`
-	LastSeen    int64  `json:"last_seen"`   // Unix seconds; 0: never
-	Connections int    `json:"connections"` // open connections
+	Name        string    `json:"name"`
+	Keys        []PeerKey `json:"keys"`
+	Added       int64     `json:"added"` // Unix seconds
+	Suspended   bool      `json:"suspended"`
+	LastSeen    int64     `json:"last_seen"`   // Unix seconds; 0: never
+	Connections int       `json:"connections"` // open connections
 	// UsedBytes and UsedRefusalBytes count against the limits bytes_per_day and
 	// refusal_bytes_per_day of the peer.
 	UsedBytes        int64 `json:"used_bytes" doc:"of its bytes_per_day: not refilled yet"`
 	UsedRefusalBytes int64 `json:"used_refusal_bytes" doc:"of its refusal_bytes_per_day: not refilled yet"`
+}
+
+// PeerKey is a Noise static key of a peer.
+type PeerKey struct {
+	PublicKey   string `json:"public_key"`  // hex
+	Added       int64  `json:"added"`       // Unix seconds
+	LastSeen    int64  `json:"last_seen"`   // Unix seconds; 0: never
+	Connections int    `json:"connections"` // open connections with this key
 }
 
 // Policy is a present or past version of the policy. A list of versions has no texts.
@@ -219,6 +227,17 @@ func (c *Client) Rollback(ctx context.Context) (r Rollback, err error) {
 // Peers lists the enrolled peers.
 func (c *Client) Peers(ctx context.Context) ([]Peer, error) {
 	return list[Peer](ctx, c, "/v1/peers")
+}
+
+// Peer returns an enrolled peer.
+func (c *Client) Peer(ctx context.Context, name string) (p Peer, err error) {
+	return p, c.do(ctx, http.MethodGet, "/v1/peers/"+url.PathEscape(name), nil, &p)
+}
+
+// RemovePeerKey removes a key of a peer and closes the connections of the key. The last key ends
+// with RemovePeer only.
+func (c *Client) RemovePeerKey(ctx context.Context, name, publicKey string) error {
+	return c.do(ctx, http.MethodDelete, "/v1/peers/"+url.PathEscape(name)+"/keys/"+url.PathEscape(publicKey), nil, nil)
 }
 
 // RemovePeer removes a peer's enrolment and closes its connections.

@@ -68,6 +68,7 @@ var completedArguments = []struct {
 }{
 	{"countersign admin key ", keyNames, []string{"create", "import"}},
 	{"countersign admin peer ", peerNames, []string{"add"}},
+	{"countersign admin peer key ", peerNames, nil},
 	{"countersign admin operator ", operatorNames, []string{"add", "first"}},
 	{"countersign admin credential ", operatorNames, nil},
 	{"countersign admin login", operatorNames, nil},

@@ -31,6 +31,7 @@ var examples = map[string]string{
 	"admin peer refused":        "",
 	"admin peer remove":         "shop",
 	"admin peer resume":         "shop",
+	"admin peer show":           "shop",
 	"admin peer suspend":        "shop",
 	"admin policy list":         "",
 	"admin policy reload":       "",

@@ -169,39 +169,84 @@ func (t *tool) peers(act maker) *cobra.Command {
 	}
 	add := act("add NAME PUBLIC_KEY", "Enrol a peer by its public key, under approval", cobra.ExactArgs(2),
 		func(ctx context.Context, c *api.Client, args []string) error {
-			text := args[1]
-			if key, err := parse32(text); err == nil { // the appliance judges any other text
-				text = hex.EncodeToString(key[:])
-			}
-			return t.propose(ctx, c, "peer add", "", "name", args[0], "public_key", text)
+			return t.propose(ctx, c, "peer add", "", "name", args[0], "public_key", publicKeyText(args[1]))
 		})
 	details(add, "PUBLIC_KEY is the 64 hex digits that countersign keygen has printed for the peer.")
 	add.Example = "  countersign admin peer add shop 2fe57da347cd62431528daac5fbb290730fff684afc4cfc2ed90995f58cb3b74"
-	return group("peer", "Enrol, suspend and remove peers", add, t.refusedHandshakes(act),
-		act("list", "List the enrolled peers", cobra.NoArgs,
+	return group("peer", "Enrol, suspend and remove peers, and change their keys",
+		add, t.peerKeys(act), t.refusedHandshakes(act),
+		act("list", "List the enrolled peers, a line for each of their keys", cobra.NoArgs,
 			func(ctx context.Context, c *api.Client, _ []string) error {
 				peers, err := c.Peers(ctx)
 				if err != nil {
 					return err
 				}
-				return t.print(peers, func(w io.Writer) {
-					fmt.Fprintln(w, "NAME\tPUBLIC KEY\tADDED\tLAST SEEN\tCONNECTIONS\tSTATE")
-					for _, p := range peers {
-						seen := "never"
-						if p.LastSeen != 0 {
-							seen = date(p.LastSeen)
-						}
-						state := either(p.Suspended, "suspended", "enrolled")
-						fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%d\t%s\n",
-							p.Name, p.PublicKey, date(p.Added), seen, p.Connections, state)
-					}
-				})
+				return t.print(peers, func(w io.Writer) { showPeers(w, peers) })
+			}),
+		act("show NAME", "Show a peer with its keys", cobra.ExactArgs(1),
+			func(ctx context.Context, c *api.Client, args []string) error {
+				p, err := c.Peer(ctx, args[0])
+				if err != nil {
+					return err
+				}
+				return t.print(p, func(w io.Writer) { showPeers(w, []api.Peer{p}) })
 			}),
 		one("suspend NAME", "Close a peer's connections and refuse new ones until it is resumed", "suspended",
 			(*api.Client).SuspendPeer),
 		one("resume NAME", "Accept connections of a suspended peer again", "resumed", (*api.Client).ResumePeer),
 		one("remove NAME", "Remove a peer's enrolment and close its connections", "removed", (*api.Client).RemovePeer),
 	)
+}
+
+func showPeers(w io.Writer, peers []api.Peer) {
+	fmt.Fprintln(w, "NAME\tPUBLIC KEY\tADDED\tLAST SEEN\tCONNECTIONS\tSTATE")
+	for _, p := range peers {
+		state := either(p.Suspended, "suspended", "enrolled")
+		for _, k := range p.Keys {
+			fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%d\t%s\n",
+				p.Name, k.PublicKey, date(k.Added), lastSeen(k.LastSeen), k.Connections, state)
+		}
+	}
+}
+
+func lastSeen(at int64) string {
+	if at == 0 {
+		return "never"
+	}
+	return date(at)
+}
+
+// publicKeyText returns a public key in hex. The appliance judges a text that is no key.
+func publicKeyText(text string) string {
+	if key, err := parse32(text); err == nil {
+		return hex.EncodeToString(key[:])
+	}
+	return text
+}
+
+func (t *tool) peerKeys(act maker) *cobra.Command {
+	add := act("add NAME PUBLIC_KEY", "Enrol a further key of a peer, under approval", cobra.ExactArgs(2),
+		func(ctx context.Context, c *api.Client, args []string) error {
+			return t.propose(ctx, c, "peer key add", "", "name", args[0], "public_key", publicKeyText(args[1]))
+		})
+	details(add, "PUBLIC_KEY is the 64 hex digits that countersign keygen has printed for the peer. All keys of a\n"+
+		"peer work until they are removed. Policy, groups, windows, quotas and nonces belong to the name\n"+
+		"of the peer, so that a new key changes none of them.")
+	add.Example = "  countersign admin peer key add shop " +
+		"2fe57da347cd62431528daac5fbb290730fff684afc4cfc2ed90995f58cb3b74"
+	remove := act("remove NAME PUBLIC_KEY", "Remove a key of a peer and close the connections of the key",
+		cobra.ExactArgs(2), func(ctx context.Context, c *api.Client, args []string) error {
+			key := publicKeyText(args[1])
+			if err := c.RemovePeerKey(ctx, args[0], key); err != nil {
+				return err
+			}
+			return t.said("removed", args[0]+" "+key)
+		})
+	details(remove, "Connections with the other keys of the peer go on. The last key of a peer can't be removed:\n"+
+		"countersign admin peer remove ends the enrolment. After an error, type the command again.")
+	remove.Example = "  countersign admin peer key remove shop " +
+		"2fe57da347cd62431528daac5fbb290730fff684afc4cfc2ed90995f58cb3b74"
+	return group("key", "Add and remove keys of a peer", add, remove)
 }
 
 func (t *tool) adminAudit(act maker) *cobra.Command {

@@ -25,7 +25,7 @@ type Admission struct {
 	Scope      Scope
 	Nonce      [32]byte
 	Digest     [32]byte // hash of the whole request
-	Peer       [32]byte // public key of the requesting peer; zero for the appliance itself
+	Peer       string   // name of the requesting peer; "" for the appliance itself
 	KeyVersion uint32   // version of the key; a repetition must be signed with the same version
 	ExpiresAt  int64    // Unix seconds; the nonce is kept until then and for Options.Margin after
 	Once       bool     // a repetition counts as a replay

@@ -48,10 +48,18 @@ func checkFile(t *testing.T, path string) {
 	}
 }
 
+// peerName returns the name of a peer by number; peer 0 is the appliance itself.
+func peerName(peer byte) string {
+	if peer == 0 {
+		return ""
+	}
+	return fmt.Sprintf("peer-%d", peer)
+}
+
 // admission returns an admission of key version 1 that expires in 1000 s.
 func admission(scope ledger.Scope, nonce, digest, peer byte) ledger.Admission {
 	return ledger.Admission{
-		Scope: scope, Nonce: [32]byte{nonce}, Digest: [32]byte{digest}, Peer: [32]byte{peer},
+		Scope: scope, Nonce: [32]byte{nonce}, Digest: [32]byte{digest}, Peer: peerName(peer),
 		KeyVersion: 1, ExpiresAt: time.Now().Unix() + 1000,
 	}
 }
@@ -106,7 +114,7 @@ func TestNonceIsSingleUseInItsScope(t *testing.T) {
 	if r := mustAdmit(t, l, once, ledger.Replay); !r.Own || r.First != confirmed.Event || r.Event == r.First {
 		t.Errorf("an admission with Once, by the same peer: %+v", r)
 	}
-	once.Peer = [32]byte{2}
+	once.Peer = peerName(2)
 	if r := mustAdmit(t, l, once, ledger.Replay); r.Own || r.First != confirmed.Event {
 		t.Errorf("an admission with Once, by another peer: %+v", r)
 	}

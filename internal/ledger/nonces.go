@@ -36,8 +36,11 @@ func fingerprintOf(scope Scope, nonce [32]byte) fingerprint {
 	return fingerprint(sum[:16])
 }
 
-// hashRequest returns the hash of a request's digest and peer. A repetition has the same hash.
-func hashRequest(digest, peer [32]byte) [32]byte { return sha256.Sum256(append(digest[:], peer[:]...)) }
+// hashRequest returns the hash of a request's digest and peer. A repetition has the same hash,
+// whichever of its keys the peer uses.
+func hashRequest(digest [32]byte, peer string) [32]byte {
+	return sha256.Sum256(append(digest[:], peer...))
+}
 
 // hourOf returns the hour of an expiry, in hours since 1970. All nonces of an hour are forgotten
 // together.

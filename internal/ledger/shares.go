@@ -17,9 +17,9 @@ import (
 // room of another peer beyond its own bound, verification never takes the room of signatures, and
 // no peer ever takes the room of the appliance's own signatures.
 //
-// A share is known by the peer's public key and not by the peer's name. The nonces of a removed
-// peer stay spent and count in the totals, and a new enrolment of the same public key has them in
-// its share again.
+// A share is known by the peer's name and not by the peer's keys. So a peer with a new key has the
+// nonces of its former keys in its share. The nonces of a removed peer stay spent and count in the
+// totals, and a new enrolment of the same name has them in its share again.
 
 // Use is the purpose for which a nonce was spent.
 type Use byte
@@ -42,13 +42,13 @@ func (u Use) String() string {
 	return fmt.Sprintf("use %d", byte(u))
 }
 
-// PeerID is a short identity of a peer: the first 8 bytes of the SHA-256 of the public key. Two
-// peers with an equal PeerID, some 2^64 keys apart, would have one share together.
+// PeerID is a short identity of a peer: the first 8 bytes of the SHA-256 of the name. Two peers
+// with an equal PeerID, some 2^64 names apart, would have one share together.
 type PeerID [8]byte
 
-// PeerIDOf returns the identity of a public key.
-func PeerIDOf(publicKey [32]byte) PeerID {
-	sum := sha256.Sum256(publicKey[:])
+// PeerIDOf returns the identity of a name.
+func PeerIDOf(name string) PeerID {
+	sum := sha256.Sum256([]byte(name))
 	return PeerID(sum[:8])
 }
 
@@ -61,7 +61,7 @@ type share struct {
 // share returns the share of an admission. An admission without a peer is the appliance's own.
 func (a *Admission) share() share {
 	switch {
-	case a.Peer == [32]byte{}:
+	case a.Peer == "":
 		return share{use: Own}
 	case strings.HasPrefix(string(a.Scope), signerScope):
 		return share{Verifying, PeerIDOf(a.Peer)}

@@ -20,7 +20,7 @@ import (
 // of returns an admission for a use and a peer; peer 0 is the appliance itself.
 func (m *machine) of(use ledger.Use, peer byte, nonce int, lifetime time.Duration) ledger.Admission {
 	a := ledger.Admission{
-		Scope: ledger.KeyScope("k"), Nonce: [32]byte{byte(nonce), byte(nonce >> 8)}, Peer: [32]byte{peer},
+		Scope: ledger.KeyScope("k"), Nonce: [32]byte{byte(nonce), byte(nonce >> 8)}, Peer: peerName(peer),
 		ExpiresAt: m.options.Wall().Add(lifetime).Unix(),
 	}
 	if use == ledger.Verifying {
@@ -210,7 +210,7 @@ func followModel(t *testing.T, r *rand.Rand, most int, b ledger.Bounds) {
 		}
 		for _, share := range got.Shares {
 			if want := count(func(o modelShare) bool {
-				return o.use == share.Use && ledger.PeerIDOf([32]byte{o.peer}) == share.Peer
+				return o.use == share.Use && ledger.PeerIDOf(peerName(o.peer)) == share.Peer
 			}); share.Alive != want || want == 0 {
 				t.Fatalf("share %+v, want %d", share, want)
 			}

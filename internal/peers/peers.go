@@ -1,11 +1,12 @@
-// Package peers keeps the enrolled peers, their open sessions, and their rate limits. The ledger
-// has the enrolments, under the names of the peers. Memory follows the ledger. Begin reading at
-// Registry.
+// Package peers keeps the enrolled peers with their keys, their open sessions, and their rate
+// limits. The ledger has the enrolments, under the names of the peers. Memory follows the ledger.
+// Begin reading at Registry, then at keys.go.
 package peers
 
 import (
+	"bytes"
+	"cmp"
 	"context"
-	"encoding/hex"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -52,17 +53,18 @@ type Limits struct {
 	RefusalBytesPerDay int64 // bytes of the records of refusals; further refusals are counted
 }
 
-// Peer is an enrolled client of the listener.
+// Peer is an enrolled client of the listener, known by one of its keys.
 type Peer struct {
 	Name      string
-	PublicKey [32]byte  // its Noise static key
-	Added     time.Time // when it was enrolled
+	PublicKey [32]byte  // the Noise static key of the session
+	Added     time.Time // when the peer was enrolled
 }
 
 // Member is an enrolment in memory, with its sessions and rate limiters. A peer that is removed and
 // enrolled again is a new Member.
 type Member struct {
-	Peer
+	Name  string
+	Added time.Time
 	// Refusals limits the refusals with an event each.
 	Refusals *rate.Limiter
 
@@ -71,6 +73,7 @@ type Member struct {
 	byteRate    *rate.Limiter // of Pace
 
 	// The fields below are guarded by Registry.mu.
+	keys       map[[32]byte]*memberKey
 	suspended  bool              // in the ledger
 	suspending bool              // Suspend has begun, and the ledger may not have the suspension
 	removed    bool              // Remove has begun, or the ledger has the removal
@@ -95,14 +98,18 @@ func (c compromises) has(key string, version uint32) bool { return slices.Contai
 // Session is an open connection of a member.
 type Session struct {
 	Member *Member
+	Peer   Peer // with the key of the session
 	// News receives a value when the peer may have to be told of a rotation or a compromise.
 	News chan struct{}
 	conn io.Closer
+	key  *memberKey
 }
 
 // Status is the status of a peer for operators.
 type Status struct {
-	Peer
+	Name        string
+	Added       time.Time
+	Keys        []Key // in the order of their enrolment
 	Suspended   bool
 	Seen        time.Time // last session or request; zero for never
 	Connections int       // open connections
@@ -121,7 +128,7 @@ type Registry struct {
 	// mu guards the memory. The ledger's writer holds mu while memory follows the ledger. A holder
 	// of mu must not wait for the ledger, or for other I/O.
 	mu       sync.RWMutex
-	members  map[[32]byte]*Member // by public key
+	members  map[[32]byte]*Member // by each of their public keys
 	names    map[string]*Member   // the same members, by name
 	requests int                  // requests being served
 	sessions map[*Session]struct{}
@@ -129,8 +136,8 @@ type Registry struct {
 
 // record is the ledger's record of a peer, under its name.
 type record struct {
-	PublicKey string            `json:"public_key"` // hex
-	Added     int64             `json:"added"`      // Unix seconds
+	Keys      []keyRecord       `json:"keys"`
+	Added     int64             `json:"added"` // Unix seconds
 	Suspended bool              `json:"suspended,omitempty"`
 	Seen      int64             `json:"seen,omitempty"`  // Unix seconds; at most about a minute old
 	From      string            `json:"from,omitempty"`  // address of the last session
@@ -142,15 +149,14 @@ type record struct {
 }
 
 // decode decodes the ledger's record of a peer.
-func decode(name string, value []byte) (r record, p Peer, err error) {
+func decode(name string, value []byte) (r record, err error) {
 	if err := json.Unmarshal(value, &r); err != nil {
-		return r, p, fmt.Errorf("peer %q in the ledger: %w", name, err)
+		return r, fmt.Errorf("peer %q in the ledger: %w", name, err)
 	}
-	key, err := hex.DecodeString(r.PublicKey)
-	if err != nil || len(key) != 32 {
-		return r, p, fmt.Errorf("peer %q in the ledger has no public key", name)
+	if len(r.Keys) == 0 {
+		return r, fmt.Errorf("peer %q in the ledger has no public key", name)
 	}
-	return r, Peer{Name: name, PublicKey: [32]byte(key), Added: time.Unix(r.Added, 0)}, nil
+	return r, nil
 }
 
 // Open reads the enrolments from the ledger. The registry's memory follows the ledger from then on.
@@ -172,18 +178,20 @@ func (r *Registry) take(name string, value []byte) error {
 		r.forget(m)
 		return nil
 	}
-	rec, p, err := decode(name, value)
+	rec, err := decode(name, value)
 	if err != nil {
 		return err
 	}
-	if other := r.members[p.PublicKey]; other != nil && other != m {
-		return fmt.Errorf("peers %q and %q in the ledger have the same public key", other.Name, name)
+	for _, k := range rec.Keys {
+		if other := r.members[k.PublicKey]; other != nil && other != m {
+			return fmt.Errorf("peers %q and %q in the ledger have the same public key", other.Name, name)
+		}
 	}
-	if m == nil || m.PublicKey != p.PublicKey {
-		r.forget(m)
-		m = r.newMember(p, rec.Used)
-		r.members[p.PublicKey], r.names[name] = m, m
+	if m == nil {
+		m = r.newMember(name, time.Unix(rec.Added, 0), rec.Used)
+		r.names[name] = m
 	}
+	r.takeKeys(m, rec.Keys)
 	if m.suspended = rec.Suspended; m.suspended {
 		m.suspending = false
 	}
@@ -200,10 +208,12 @@ func (r *Registry) take(name string, value []byte) error {
 	return nil
 }
 
-func (r *Registry) newMember(p Peer, written *used) *Member {
+func (r *Registry) newMember(name string, added time.Time, written *used) *Member {
 	perSecond, perMinute := r.limits.RequestsPerSecond, r.limits.RefusalsPerMinute
 	return &Member{
-		Peer:        p,
+		Name:        name,
+		Added:       added,
+		keys:        map[[32]byte]*memberKey{},
 		quotas:      newQuotas(r.limits, written),
 		requestRate: rate.NewLimiter(rate.Limit(perSecond), max(perSecond, r.limits.BatchItems)),
 		messageRate: rate.NewLimiter(rate.Limit(messagesPerRequest*perSecond), messagesPerRequest*perSecond),
@@ -218,7 +228,7 @@ func (r *Registry) forget(m *Member) {
 		return
 	}
 	m.removed = true
-	delete(r.members, m.PublicKey)
+	r.takeKeys(m, nil)
 	delete(r.names, m.Name)
 }
 
@@ -227,19 +237,28 @@ func (r *Registry) forget(m *Member) {
 func (r *Registry) Remember(visit func(from netip.Addr, ago time.Duration)) {
 	r.mu.RLock()
 	defer r.mu.RUnlock()
-	for _, m := range r.members {
+	for _, m := range r.names {
 		if from, err := netip.ParseAddr(m.from); err == nil && m.active() {
 			visit(from, time.Since(m.seen))
 		}
 	}
 }
 
+// active returns the active member with a key that is not being removed, or nil. The caller holds
+// mu.
+func (r *Registry) active(publicKey [32]byte) *Member {
+	m := r.members[publicKey]
+	if m == nil || !m.active() || m.keys[publicKey].removed {
+		return nil
+	}
+	return m
+}
+
 // In reports whether a public key belongs to an enrolled peer that is not suspended.
 func (r *Registry) In(publicKey [32]byte) bool {
 	r.mu.RLock()
 	defer r.mu.RUnlock()
-	m := r.members[publicKey]
-	return m != nil && m.active()
+	return r.active(publicKey) != nil
 }
 
 // Find returns the enrolled peer with a public key, and whether the peer is suspended.
@@ -247,10 +266,10 @@ func (r *Registry) Find(publicKey [32]byte) (p Peer, suspended, ok bool) {
 	r.mu.RLock()
 	defer r.mu.RUnlock()
 	m := r.members[publicKey]
-	if m == nil || m.removed {
+	if m == nil || m.removed || m.keys[publicKey].removed {
 		return p, false, false
 	}
-	return m.Peer, !m.active(), true
+	return Peer{m.Name, publicKey, m.Added}, !m.active(), true
 }
 
 // LastFrom returns the names of the peers whose last session came from an address.
@@ -258,7 +277,7 @@ func (r *Registry) LastFrom(from netip.Addr) (names []string) {
 	address := from.String()
 	r.mu.RLock()
 	defer r.mu.RUnlock()
-	for _, m := range r.members {
+	for _, m := range r.names {
 		if m.from == address && !m.removed {
 			names = append(names, m.Name)
 		}
@@ -268,14 +287,14 @@ func (r *Registry) LastFrom(from netip.Addr) (names []string) {
 }
 
 // Serves refuses a use for a peer at this moment: with the error of the gate if the gate is
-// blocked, and with ErrGone for a peer that is removed or suspended.
+// blocked, and with ErrGone for a peer that is removed or suspended, or whose key is removed.
 func (r *Registry) Serves(p Peer) error {
 	if err := r.gate.Err(); err != nil {
 		return err
 	}
 	r.mu.RLock()
 	defer r.mu.RUnlock()
-	if m := r.members[p.PublicKey]; m == nil || m.Name != p.Name || !m.active() {
+	if m := r.active(p.PublicKey); m == nil || m.Name != p.Name {
 		return ErrGone
 	}
 	return nil
@@ -294,17 +313,42 @@ func (r *Registry) All() (all []Status) {
 	now := time.Now()
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	for _, m := range r.members {
-		if m.removed {
-			continue // the ledger does not have the removal yet
+	for _, m := range r.names {
+		if !m.removed { // otherwise the ledger does not have the removal yet
+			all = append(all, m.status(now))
 		}
-		all = append(all, Status{
-			Peer: m.Peer, Suspended: m.suspended || m.suspending, Seen: m.seen, Connections: m.sessions,
-			Used: m.quotas.usedAt(now),
-		})
 	}
 	slices.SortFunc(all, func(x, y Status) int { return strings.Compare(x.Name, y.Name) })
 	return all
+}
+
+// Status returns the status of one peer, or manage.ErrNotFound.
+func (r *Registry) Status(name string) (Status, error) {
+	now := time.Now()
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	m := r.names[name]
+	if m == nil || m.removed {
+		return Status{}, unknown(name)
+	}
+	return m.status(now), nil
+}
+
+// status returns the status of a member. The caller holds Registry.mu.
+func (m *Member) status(now time.Time) Status {
+	s := Status{
+		Name: m.Name, Added: m.Added, Suspended: m.suspended || m.suspending, Seen: m.seen, Connections: m.sessions,
+		Used: m.quotas.usedAt(now),
+	}
+	for _, k := range m.keys {
+		if !k.removed {
+			s.Keys = append(s.Keys, k.Key)
+		}
+	}
+	slices.SortFunc(s.Keys, func(x, y Key) int {
+		return cmp.Or(x.Added.Compare(y.Added), bytes.Compare(x.PublicKey[:], y.PublicKey[:]))
+	})
+	return s
 }
 
 // Check refuses what can't be enrolled: a name against the rule for names, or bytes that are no
@@ -340,20 +384,14 @@ func (r *Registry) run(ctx context.Context, name string, do func(context.Context
 // enrol writes the record of a new peer. The check for an existing enrolment reads the ledger:
 // memory hides a peer whose removal has failed.
 func (r *Registry) enrol(ctx context.Context, who audit.Actor, p Peer) error {
-	rec := record{PublicKey: hex.EncodeToString(p.PublicKey[:]), Added: p.Added.Unix()}
 	return r.ledger.Update(ctx, func(tx *ledger.Tx) error {
 		if tx.Get(ledger.Peers, p.Name) != nil {
 			return fmt.Errorf("peer %q: %w", p.Name, manage.ErrExists)
 		}
-		if err := tx.All(ledger.Peers, func(other string, value []byte) error {
-			known, _, err := decode(other, value)
-			if err == nil && known.PublicKey == rec.PublicKey {
-				err = fmt.Errorf("peer %q: %w: the public key is enrolled as %q", p.Name, manage.ErrExists, other)
-			}
-			return err
-		}); err != nil {
+		if err := free(tx, p.Name, p.PublicKey); err != nil {
 			return err
 		}
+		rec := record{Keys: []keyRecord{{PublicKey: p.PublicKey, Added: p.Added.Unix()}}, Added: p.Added.Unix()}
 		if err := tx.Put(ledger.Peers, p.Name, manage.Encode(rec)); err != nil {
 			return err
 		}
@@ -366,30 +404,35 @@ func (r *Registry) enrol(ctx context.Context, who audit.Actor, p Peer) error {
 // no key is used for its requests. After an error the ledger may still have the peer, and the next
 // start would enrol the peer again: the caller must repeat Remove.
 func (r *Registry) Remove(ctx context.Context, who audit.Actor, name string) error {
-	return r.exclude(ctx, name, func(m *Member) { m.removed = true }, func(tx *ledger.Tx) error {
+	return r.exclude(ctx, exclusion{name: name, mark: func(m *Member) error {
+		m.removed = true
+		return nil
+	}, write: func(tx *ledger.Tx, _ record) error {
 		if err := tx.Delete(ledger.Peers, name); err != nil {
 			return err
 		}
 		return tx.Append(ledger.EventOf(audit.NewPeerRemoved(who, name)))
-	})
+	}})
 }
 
 // Suspend refuses a peer until Resume. The steps are the steps of Remove, and after an error the
 // caller must repeat Suspend.
 func (r *Registry) Suspend(ctx context.Context, who audit.Actor, name string) error {
-	return r.exclude(ctx, name, func(m *Member) { m.suspending = true }, func(tx *ledger.Tx) error {
-		return setSuspended(tx, who, name, true)
-	})
+	return r.exclude(ctx, exclusion{name: name, mark: func(m *Member) error {
+		m.suspending = true
+		return nil
+	}, write: func(tx *ledger.Tx, rec record) error { return setSuspended(tx, who, name, rec, true) }})
 }
 
 // Resume ends a suspension.
 func (r *Registry) Resume(ctx context.Context, who audit.Actor, name string) error {
 	return r.run(ctx, name, func(ctx context.Context) error {
 		if err := r.ledger.Update(ctx, func(tx *ledger.Tx) error {
-			if err := enrolled(tx, name); err != nil {
+			rec, err := enrolled(tx, name)
+			if err != nil {
 				return err
 			}
-			return setSuspended(tx, who, name, false)
+			return setSuspended(tx, who, name, rec, false)
 		}); err != nil {
 			return err
 		}
@@ -404,11 +447,7 @@ func (r *Registry) Resume(ctx context.Context, who audit.Actor, name string) err
 
 // setSuspended writes whether a peer is suspended. An unchanged record has no event, but is written
 // all the same, so that memory follows.
-func setSuspended(tx *ledger.Tx, who audit.Actor, name string, suspended bool) error {
-	rec, _, err := decode(name, tx.Get(ledger.Peers, name))
-	if err != nil {
-		return err
-	}
+func setSuspended(tx *ledger.Tx, who audit.Actor, name string, rec record, suspended bool) error {
 	before := rec.Suspended
 	rec.Suspended = suspended
 	if err := tx.Put(ledger.Peers, name, manage.Encode(rec)); err != nil || before == suspended {
@@ -421,44 +460,69 @@ func setSuspended(tx *ledger.Tx, who audit.Actor, name string, suspended bool) e
 	return tx.Append(ledger.EventOf(e))
 }
 
+// exclusion is an act that takes the right to be served from a peer, or from one of its keys.
+type exclusion struct {
+	name string
+	key  *[32]byte // of the peer; nil: all of its keys
+	// mark marks the member in memory, under mu. An error refuses the act, and nothing has changed.
+	mark func(*Member) error
+	// write writes the act. The record is that of the peer.
+	write func(*ledger.Tx, record) error
+}
+
 // exclude marks a peer in memory before the ledger has the act, because an emergency must not wait
 // for the disk. Then exclude closes the peer's connections, writes the act, and enforces the act on
 // the uses of keys under way. Requests of the peer may still be under way: the ledger admits none
 // of them, and records the failure of the ones that were admitted before.
-func (r *Registry) exclude(ctx context.Context, name string, mark func(*Member), write func(*ledger.Tx) error) error {
+func (r *Registry) exclude(ctx context.Context, x exclusion) error {
 	defer r.gate.Enforce()
-	r.disconnect(name, mark)
-	return r.run(ctx, name, func(ctx context.Context) error {
-		r.disconnect(name, mark) // again, because an act before this one may have enrolled or resumed the peer
+	if err := r.disconnect(x); err != nil {
+		return err
+	}
+	return r.run(ctx, x.name, func(ctx context.Context) error {
+		// Again, because an act before this one may have enrolled or resumed the peer, or added the
+		// key.
+		if err := r.disconnect(x); err != nil {
+			return err
+		}
 		return r.ledger.Update(ctx, func(tx *ledger.Tx) error {
-			if err := enrolled(tx, name); err != nil {
+			rec, err := enrolled(tx, x.name)
+			if err != nil {
 				return err
 			}
-			return write(tx)
+			return x.write(tx, rec)
 		})
 	})
 }
 
-// enrolled returns ErrNotFound for a name without a record.
-func enrolled(tx *ledger.Tx, name string) error {
-	if tx.Get(ledger.Peers, name) == nil {
-		return fmt.Errorf("peer %q: %w", ijson.Clip(name), manage.ErrNotFound)
+// enrolled returns the record of a peer, or manage.ErrNotFound for a name without a record.
+func enrolled(tx *ledger.Tx, name string) (record, error) {
+	value := tx.Get(ledger.Peers, name)
+	if value == nil {
+		return record{}, unknown(name)
 	}
-	return nil
+	return decode(name, value)
 }
 
-// disconnect marks a peer and closes its connections.
-func (r *Registry) disconnect(name string, mark func(*Member)) {
+func unknown(name string) error {
+	return fmt.Errorf("peer %q: %w", ijson.Clip(name), manage.ErrNotFound)
+}
+
+// disconnect marks a peer and closes its connections, or those of one key.
+func (r *Registry) disconnect(x exclusion) error {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	if m := r.names[name]; m != nil {
-		mark(m)
+	if m := r.names[x.name]; m != nil {
+		if err := x.mark(m); err != nil {
+			return err
+		}
 	}
 	for s := range r.sessions {
-		if s.Member.Name == name {
+		if s.Member.Name == x.name && (x.key == nil || s.Peer.PublicKey == *x.key) {
 			s.conn.Close()
 		}
 	}
+	return nil
 }
 
 // Acknowledge writes that a peer has acknowledged the rotation of a key to a version. Acknowledge
@@ -517,8 +581,8 @@ func (r *Registry) acknowledge(
 		return nil
 	}
 	return r.ledger.Update(ctx, func(tx *ledger.Tx) error {
-		rec, enrolled, err := decode(p.Name, tx.Get(ledger.Peers, p.Name))
-		if err != nil || enrolled.PublicKey != p.PublicKey || !r.In(p.PublicKey) {
+		rec, err := enrolled(tx, p.Name)
+		if err != nil || !rec.has(p.PublicKey) || !r.In(p.PublicKey) {
 			return ErrGone
 		}
 		if changed, err := change(tx, &rec); err != nil || !changed {
@@ -536,7 +600,7 @@ func (r *Registry) acknowledge(
 func Forget(tx *ledger.Tx, key string, version uint32) error {
 	again := map[string]record{}
 	if err := tx.All(ledger.Peers, func(name string, value []byte) error {
-		rec, _, err := decode(name, value)
+		rec, err := decode(name, value)
 		if rec.Known[key] == version {
 			again[name] = rec
 		}
@@ -584,7 +648,7 @@ func (r *Registry) Unwarned(key string, version uint32) []string {
 func (r *Registry) without(acknowledged func(*Member) bool) (names []string) {
 	r.mu.RLock()
 	defer r.mu.RUnlock()
-	for _, m := range r.members {
+	for _, m := range r.names {
 		if m.active() && !acknowledged(m) {
 			names = append(names, m.Name)
 		}
@@ -599,7 +663,7 @@ func (r *Registry) Acknowledged(key string, version uint32, list []string, all b
 	r.mu.RLock()
 	defer r.mu.RUnlock()
 	asked := 0
-	for _, m := range r.members {
+	for _, m := range r.names {
 		if !m.active() || !all && !slices.Contains(list, m.Name) {
 			continue
 		}

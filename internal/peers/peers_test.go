@@ -120,7 +120,7 @@ func (r *rig) change(t *testing.T, change func(*ledger.Tx) error) {
 func (r *rig) rewrite(t *testing.T, name string, change func(*record)) {
 	t.Helper()
 	r.change(t, func(tx *ledger.Tx) error {
-		rec, _, err := decode(name, tx.Get(ledger.Peers, name))
+		rec, err := decode(name, tx.Get(ledger.Peers, name))
 		if err != nil {
 			return err
 		}
@@ -157,9 +157,10 @@ func (r *Registry) dump() string {
 	defer r.mu.RUnlock()
 	var lines []string
 	for key, m := range r.members {
-		lines = append(lines, fmt.Sprintf("%s %x %v added %d seen %d written %d suspended %v removed %v known %v\n",
-			m.Name, key, key == m.PublicKey, m.Added.Unix(), m.seen.Unix(), m.written.Unix(),
-			m.suspended, m.removed, m.known))
+		k := m.keys[key]
+		lines = append(lines, fmt.Sprintf("%s %x %v of %d added %d, %d seen %d, %d written %d suspended %v "+
+			"removed %v, %v known %v\n", m.Name, key, r.names[m.Name] == m, len(m.keys), m.Added.Unix(),
+			k.Added.Unix(), m.seen.Unix(), k.Seen.Unix(), m.written.Unix(), m.suspended, m.removed, k.removed, m.known))
 	}
 	slices.Sort(lines)
 	return strings.Join(lines, "")
@@ -235,11 +236,11 @@ func TestMemoryFollowsTheLedger(t *testing.T) {
 	r := newRig(t)
 	session, _ := r.enter(t, shop)
 	r.rewrite(t, "shop", func(rec *record) { rec.Suspended = true })
-	if err := r.Begin(session.Member, 1); !errors.Is(err, ErrGone) || r.In(shop) {
+	if err := r.Begin(session, 1); !errors.Is(err, ErrGone) || r.In(shop) {
 		t.Errorf("suspended in the ledger: %v", err)
 	}
 	r.rewrite(t, "shop", func(rec *record) { rec.Suspended = false })
-	if err := r.Begin(session.Member, 1); err != nil || !r.In(shop) {
+	if err := r.Begin(session, 1); err != nil || !r.In(shop) {
 		t.Errorf("resumed in the ledger: %v", err)
 	}
 	r.rewrite(t, "shop", func(rec *record) { rec.Known = map[string]uint32{"payments": 3} })
@@ -247,8 +248,8 @@ func TestMemoryFollowsTheLedger(t *testing.T) {
 		t.Errorf("acknowledged in the ledger: version %d, want 3", got)
 	}
 	other := publicKey(9)
-	r.rewrite(t, "shop", func(rec *record) { rec.PublicKey = fmt.Sprintf("%x", other) })
-	if err := r.Begin(session.Member, 1); !errors.Is(err, ErrGone) || r.In(shop) || !r.In(other) {
+	r.rewrite(t, "shop", func(rec *record) { rec.Keys[0].PublicKey = other })
+	if err := r.Begin(session, 1); !errors.Is(err, ErrGone) || r.In(shop) || !r.In(other) {
 		t.Errorf("another key in the ledger: %v", err)
 	}
 	r.agrees(t)
@@ -269,10 +270,11 @@ func TestMemoryFollowsTheLedger(t *testing.T) {
 
 // TestDamagedRecords: Open names the record that it can't use.
 func TestDamagedRecords(t *testing.T) {
-	good := manage.Encode(record{PublicKey: fmt.Sprintf("%x", shop)})
+	good := manage.Encode(record{Keys: []keyRecord{{PublicKey: shop}}})
 	for want, damage := range map[string][]byte{
 		`peers "cafe" and "shop" in the ledger have the same public key`: good,
-		`peer "cafe" in the ledger has no public key`:                    []byte(`{"public_key":"00"}`),
+		`peer "cafe" in the ledger has no public key`:                    []byte(`{"keys":[]}`),
+		`peer "cafe" in the ledger: "00" is no public key`:               []byte(`{"keys":[{"public_key":"00"}]}`),
 		`peer "cafe" in the ledger: unexpected end`:                      []byte(`{`),
 	} {
 		path := filepath.Join(t.TempDir(), "ledger.db")
@@ -388,10 +390,10 @@ func TestExclusionWaitsForNoRequest(t *testing.T) {
 	} {
 		r := newRig(t)
 		session, conn := r.enter(t, shop)
-		if err := r.Begin(session.Member, 1); err != nil {
+		if err := r.Begin(session, 1); err != nil {
 			t.Fatal(err)
 		}
-		p := session.Member.Peer
+		p := session.Peer
 		if err := r.Serves(p); err != nil {
 			t.Errorf("%s: before the act: %v", name, err)
 		}
@@ -412,7 +414,7 @@ func TestExclusionWaitsForNoRequest(t *testing.T) {
 		if _, err := r.Enter(shop, conn, netip.Addr{}); !errors.Is(err, ErrGone) {
 			t.Errorf("%s: a new session: %v, want %v", name, err, ErrGone)
 		}
-		if err := r.Begin(session.Member, 1); !errors.Is(err, ErrGone) {
+		if err := r.Begin(session, 1); !errors.Is(err, ErrGone) {
 			t.Errorf("%s: a new request: %v, want %v", name, err, ErrGone)
 		}
 		r.End(session.Member, 1)

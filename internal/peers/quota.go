@@ -94,16 +94,20 @@ func (r *Registry) write(ctx context.Context, which func(*Member) bool) error {
 	type state struct {
 		at     time.Time
 		from   string
+		seen   map[[32]byte]time.Time // of each key
 		used   used
 		charge Bytes
 	}
 	now := time.Now()
 	changed := map[*Member]state{}
 	r.mu.Lock()
-	for _, m := range r.members {
+	for _, m := range r.names {
 		if which(m) {
-			q := &m.quotas
-			changed[m] = state{m.seen, m.from, used{q.usedAt(now), now.Unix()}, q.unwritten}
+			q, seen := &m.quotas, map[[32]byte]time.Time{}
+			for publicKey, k := range m.keys {
+				seen[publicKey] = k.Seen
+			}
+			changed[m] = state{m.seen, m.from, seen, used{q.usedAt(now), now.Unix()}, q.unwritten}
 		}
 	}
 	r.mu.Unlock()
@@ -112,12 +116,17 @@ func (r *Registry) write(ctx context.Context, which func(*Member) bool) error {
 	}
 	err := r.ledger.Update(ctx, func(tx *ledger.Tx) error {
 		for m, now := range changed {
-			rec, p, err := decode(m.Name, tx.Get(ledger.Peers, m.Name))
-			if err != nil || p.PublicKey != m.PublicKey {
+			rec, err := enrolled(tx, m.Name)
+			if err != nil || !r.current(m) {
 				continue // the peer has been removed
 			}
 			if !now.at.IsZero() {
 				rec.Seen, rec.From = now.at.Unix(), now.from
+			}
+			for i, k := range rec.Keys {
+				if at := now.seen[k.PublicKey]; !at.IsZero() {
+					rec.Keys[i].Seen = at.Unix()
+				}
 			}
 			rec.Used = &now.used
 			if err := tx.Put(ledger.Peers, m.Name, manage.Encode(rec)); err != nil {
@@ -136,4 +145,11 @@ func (r *Registry) write(ctx context.Context, which func(*Member) bool) error {
 		m.quotas.unwritten.Refused -= written.charge.Refused
 	}
 	return nil
+}
+
+// current reports whether a member is an enrolment in the ledger, and not one that was removed.
+func (r *Registry) current(m *Member) bool {
+	r.mu.RLock()
+	defer r.mu.RUnlock()
+	return r.names[m.Name] == m
 }

@@ -16,19 +16,23 @@ var ErrTooMany = fmt.Errorf("%w: too many connections", ErrBusy)
 func (r *Registry) Enter(publicKey [32]byte, conn io.Closer, from netip.Addr) (*Session, error) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	m := r.members[publicKey]
-	if m == nil || !m.active() {
+	m := r.active(publicKey)
+	if m == nil {
 		return nil, ErrGone
 	}
-	s := &Session{Member: m, News: make(chan struct{}, 1), conn: conn}
+	s := &Session{
+		Member: m, Peer: Peer{Name: m.Name, PublicKey: publicKey, Added: m.Added},
+		News: make(chan struct{}, 1), conn: conn, key: m.keys[publicKey],
+	}
 	if m.sessions >= r.limits.Connections {
 		return s, ErrTooMany
 	}
-	m.seen = time.Now()
+	s.saw()
 	if from.IsValid() {
 		m.from = from.String()
 	}
 	m.sessions++
+	s.key.Connections++
 	r.sessions[s] = struct{}{}
 	return s, nil
 }
@@ -37,9 +41,16 @@ func (r *Registry) Enter(publicKey [32]byte, conn io.Closer, from netip.Addr) (*
 func (r *Registry) Leave(s *Session) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	s.Member.seen = time.Now()
+	s.saw()
 	s.Member.sessions--
+	s.key.Connections--
 	delete(r.sessions, s)
+}
+
+// saw notes the use of the session's key. The caller holds Registry.mu.
+func (s *Session) saw() {
+	s.Member.seen = time.Now()
+	s.key.Seen = s.Member.seen
 }
 
 // Serving returns the number of requests being served: of a member, and of all members.
@@ -93,23 +104,25 @@ func (m *Member) Pace(ctx context.Context, n int) (held bool, err error) {
 	}
 }
 
-// Begin counts n requests of a member as being served, until End. The error is ErrBusy for too many
-// requests at once, ErrRate for too many a second, and ErrGone for a member that is not active.
+// Begin counts n requests of a session as being served, until End. The error is ErrBusy for too
+// many requests of the peer at once, ErrRate for too many a second, and ErrGone for a peer that is
+// not active or a key that is removed.
 //
 // The limit of all peers together applies only to a member with requests under way. A member
 // without any gets in, because otherwise a few peers could keep all others out.
-func (r *Registry) Begin(m *Member, n int) error { return r.begin(m, n, 0) }
+func (r *Registry) Begin(s *Session, n int) error { return r.begin(s, n, 0) }
 
 // More counts n further requests of a message that Begin has counted as one request: the number of
 // items of a batch is known only after the message has been read.
-func (r *Registry) More(m *Member, n int) error { return r.begin(m, n, 1) }
+func (r *Registry) More(s *Session, n int) error { return r.begin(s, n, 1) }
 
 // begin counts n requests of a message that has counted some already.
-func (r *Registry) begin(m *Member, n, counted int) error {
+func (r *Registry) begin(s *Session, n, counted int) error {
 	r.mu.Lock()
 	defer r.mu.Unlock()
+	m := s.Member
 	switch {
-	case !m.active():
+	case !m.active() || s.key.removed:
 		return ErrGone
 	case m.requests+n > r.limits.RequestsOfPeer:
 		return fmt.Errorf("%w for this peer", ErrBusy)
@@ -118,7 +131,7 @@ func (r *Registry) begin(m *Member, n, counted int) error {
 	case !m.requestRate.AllowN(time.Now(), n):
 		return ErrRate
 	}
-	m.seen = time.Now()
+	s.saw()
 	m.requests += n
 	r.requests += n
 	return nil

@@ -54,7 +54,7 @@ func TestBeginLimits(t *testing.T) {
 		cafeAt, _ := r.enter(t, cafe)
 		begins := func(s *Session, n int, want error) {
 			t.Helper()
-			if err := r.Begin(s.Member, n); !errors.Is(err, want) || (err == nil) != (want == nil) {
+			if err := r.Begin(s, n); !errors.Is(err, want) || (err == nil) != (want == nil) {
 				t.Errorf("Begin %d of %s: %v, want %v", n, s.Member.Name, err, want)
 			}
 		}
@@ -105,22 +105,22 @@ func TestBeginLimitOfAll(t *testing.T) {
 		{shopAt, 1, ErrBusy},
 		{cafeAt, 1, ErrBusy},
 	} {
-		if err := r.Begin(step.s.Member, step.n); !errors.Is(err, step.want) {
+		if err := r.Begin(step.s, step.n); !errors.Is(err, step.want) {
 			t.Errorf("Begin %d of %s: %v, want %v", step.n, step.s.Member.Name, err, step.want)
 		}
 	}
 	r.End(shopAt.Member, 1)
-	if err := r.Begin(shopAt.Member, 4); err != nil {
+	if err := r.Begin(shopAt, 4); err != nil {
 		t.Errorf("a peer without requests, at 3 of 4 in all: %v", err)
 	}
 	if _, all := r.Serving(shopAt.Member); all != 7 {
 		t.Errorf("%d requests, want 7", all)
 	}
 	r.End(cafeAt.Member, 3)
-	if err := r.Begin(cafeAt.Member, 4); err != nil {
+	if err := r.Begin(cafeAt, 4); err != nil {
 		t.Errorf("a peer without requests, at 4 of 4 in all: %v", err)
 	}
-	if err := r.Begin(cafeAt.Member, 1); !errors.Is(err, ErrBusy) {
+	if err := r.Begin(cafeAt, 1); !errors.Is(err, ErrBusy) {
 		t.Errorf("a peer with requests, at 8 of 4 in all: %v, want %v", err, ErrBusy)
 	}
 }
@@ -140,7 +140,7 @@ func TestBeginRate(t *testing.T) {
 				s, _ := r.enter(t, shop)
 				other, _ := r.enter(t, cafe)
 				begin := func(s *Session, n int) error {
-					err := r.Begin(s.Member, n)
+					err := r.Begin(s, n)
 					if err == nil {
 						r.End(s.Member, n)
 					}
@@ -205,7 +205,7 @@ func TestMore(t *testing.T) {
 	shopAt, _ := r.enter(t, shop)
 	cafeAt, _ := r.enter(t, cafe)
 	for _, step := range []struct {
-		act  func(*Member, int) error
+		act  func(*Session, int) error
 		s    *Session
 		n    int
 		want error
@@ -217,7 +217,7 @@ func TestMore(t *testing.T) {
 		{r.Begin, shopAt, 1, ErrBusy},
 		{r.More, cafeAt, 1, ErrBusy}, // the cafe has other requests
 	} {
-		if err := step.act(step.s.Member, step.n); !errors.Is(err, step.want) || (err == nil) != (step.want == nil) {
+		if err := step.act(step.s, step.n); !errors.Is(err, step.want) || (err == nil) != (step.want == nil) {
 			t.Errorf("%d of %s: %v, want %v", step.n, step.s.Member.Name, err, step.want)
 		}
 	}
@@ -231,7 +231,7 @@ func TestMore(t *testing.T) {
 	if err := r.Remove(t.Context(), audit.Operator("test"), "shop"); err != nil {
 		t.Fatal(err)
 	}
-	if err := r.More(shopAt.Member, 1); !errors.Is(err, ErrGone) {
+	if err := r.More(shopAt, 1); !errors.Is(err, ErrGone) {
 		t.Errorf("an item of a removed peer: %v", err)
 	}
 }
