@@ -21,7 +21,7 @@ test: deps
 	go test -timeout 20m ./...
 
 bench: deps
-	go test -run '^$$' -bench . -benchtime 1x ./softhsm-tests ./internal/ledger ./audit
+	go test -run '^$$' -bench . -benchtime 1x ./softhsm-tests ./internal/ledger ./audit ./policy
 
 # FUZZTIME=10m make fuzz: ten minutes a target. FUZZ=transcript selects targets by package or name.
 fuzz: deps

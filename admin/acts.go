@@ -1,6 +1,7 @@
 package admin
 
 import (
+	"cmp"
 	"context"
 	"encoding/hex"
 	"fmt"
@@ -33,6 +34,8 @@ var acts = map[string]prepare{
 	approval.ActPeerAdd:          addPeer,
 	approval.ActPeerKeyAdd:       addPeerKey,
 	approval.ActPolicyActivate:   activate,
+	approval.ActGroupSet:         setGroup,
+	approval.ActGroupRemove:      removeGroup,
 	approval.ActRollbackAccept:   acceptRollback,
 	approval.ActHoldRelease:      release,
 	approval.ActClockAccept:      acceptTime,
@@ -75,6 +78,16 @@ func Acts(a *appliance.Appliance) map[string]operators.Act {
 		return doubts
 	}
 	all[approval.ActPolicyActivate] = activation
+	enrolment := all[approval.ActPeerAdd]
+	enrolment.Warn = func(p parameters, _ []byte) []string {
+		v, err := values(p, "name", "public_key")
+		if in := a.GroupsOf(policy.OfPeers, v["name"]); err == nil && len(in) > 0 {
+			return []string{fmt.Sprintf("a peer of the name %s is a member of the groups %s, and gets their rights",
+				v["name"], strings.Join(in, ", "))}
+		}
+		return nil
+	}
+	all[approval.ActPeerAdd] = enrolment
 	return all
 }
 
@@ -157,6 +170,52 @@ func activate(a *appliance.Appliance, p parameters, content []byte) (parameters,
 	return list("sha256", hash), func(ctx context.Context, who audit.Actor) error {
 		_, _, err := a.Activate(ctx, who, rules)
 		return err
+	}, notRolledBack(a)
+}
+
+// setGroup replaces the members of a group. Their text is the content of the proposal, and the
+// parameter sha256 is its digest. The parameter replaces is the digest of the members before.
+func setGroup(a *appliance.Appliance, p parameters, content []byte) (parameters, do, error) {
+	v, err := values(p, "name", "of", "?sha256", "?replaces")
+	if err != nil {
+		return nil, nil, err
+	}
+	g, err := policy.ParseGroup(v["name"], v["of"], string(content))
+	if err != nil {
+		return nil, nil, invalid.errorf("%v", err)
+	}
+	if v["sha256"] != "" && v["sha256"] != g.Digest() {
+		return nil, nil, invalid.errorf("group %q: the SHA-256 of its members is %s", g.Name, g.Digest())
+	}
+	before, _ := a.Group(g.Name) // no group has the digest policy.NoGroup
+	replaces := cmp.Or(v["replaces"], before.Digest())
+	if before.Of == g.Of && before.Digest() == g.Digest() {
+		return nil, nil, conflict.errorf("group %q: it has these members already", g.Name)
+	}
+	if err := a.CheckGroup(g, replaces); err != nil {
+		return nil, nil, err
+	}
+	p = list("name", g.Name, "of", g.Of, "sha256", g.Digest(), "replaces", replaces)
+	return p, func(ctx context.Context, who audit.Actor) error {
+		return a.SetGroup(ctx, who, g, replaces)
+	}, notRolledBack(a)
+}
+
+func removeGroup(a *appliance.Appliance, p parameters, _ []byte) (parameters, do, error) {
+	v, err := values(p, "name", "?replaces")
+	if err != nil {
+		return nil, nil, err
+	}
+	before, err := a.Group(v["name"])
+	if err != nil {
+		return nil, nil, err
+	}
+	replaces := cmp.Or(v["replaces"], before.Digest())
+	if err := a.CheckGroupRemoval(before.Name, replaces); err != nil {
+		return nil, nil, err
+	}
+	return list("name", before.Name, "replaces", replaces), func(ctx context.Context, who audit.Actor) error {
+		return a.RemoveGroup(ctx, who, before.Name, replaces)
 	}, notRolledBack(a)
 }
 

@@ -48,6 +48,15 @@ var actCases = map[string]func(r *rig, root *api.Client) []string{
 		r.done(root, approval.ActPeerAdd, "name", "shop", "public_key", strings.Repeat("0a", 32))
 		return []string{"name", "shop", "public_key", strings.Repeat("0b", 32)}
 	},
+	approval.ActGroupSet: func(r *rig, root *api.Client) []string {
+		r.done(root, approval.ActPeerAdd, "name", "shop", "public_key", strings.Repeat("0a", 32))
+		return []string{"name", "shops", "of", "peers", "content", "shop"}
+	},
+	approval.ActGroupRemove: func(r *rig, root *api.Client) []string {
+		must(root.CreateKey(r.t.Context(), api.NewKey{Name: "payments"}))(r.t)
+		r.done(root, approval.ActGroupSet, "name", "money", "of", "keys", "content", "payments")
+		return []string{"name", "money"}
+	},
 	approval.ActPolicyActivate: func(r *rig, _ *api.Client) []string {
 		r.policy = strings.Replace(allowShop, "payments", "invoices", 1)
 		return nil
@@ -181,6 +190,8 @@ func TestImpossibleActIsNotProposed(t *testing.T) {
 	wants(t, "lock", "", root.Lock(t.Context(), "test"))
 	r.done(root, approval.ActKeyCompromise, "key", "stopped", "version", "1", "reason", "stolen")
 	wants(t, "unlock", "", root.Unlock(t.Context()))
+	r.done(root, approval.ActPeerAdd, "name", "shop", "public_key", strings.Repeat("0a", 32))
+	r.done(root, approval.ActGroupSet, "name", "shops", "of", "peers", "content", "shop")
 	long := strings.Repeat("x", 501)
 	before := len(must(root.Proposals(t.Context()))(t))
 	for _, c := range []struct {
@@ -204,10 +215,29 @@ func TestImpossibleActIsNotProposed(t *testing.T) {
 		{approval.ActRollbackAccept, "invalid", []string{"reason", long}},
 		{approval.ActHoldRelease, "not_found", []string{"epoch", "0", "name", "case-17", "reason", "settled"}},
 		{approval.ActRetentionShorten, "invalid", []string{"audit", "1h"}},
+		{approval.ActPeerAdd, "exists", []string{"name", "shop", "public_key", strings.Repeat("0c", 32)}},
+		{approval.ActPeerAdd, "exists", []string{"name", "cafe", "public_key", strings.Repeat("0a", 32)}},
+		{approval.ActPeerKeyAdd, "exists", []string{"name", "shop", "public_key", strings.Repeat("0a", 32)}},
+		{approval.ActPeerKeyAdd, "not_found", []string{"name", "cafe", "public_key", strings.Repeat("0c", 32)}},
+		{approval.ActPeerKeyAdd, "invalid", []string{"name", "shop", "public_key", strings.Repeat("00", 32)}},
+		{approval.ActGroupSet, "conflict", []string{"name", "shops", "of", "peers", "content", "shop"}},
+		{approval.ActGroupSet, "invalid", []string{"name", "shops", "of", "peers", "content", "cafe,shop"}},
+		{approval.ActGroupSet, "invalid", []string{"name", "x", "of", "peers", "content", "shop,shop"}},
+		{approval.ActGroupSet, "invalid", []string{"name", "x", "of", "peers"}},
+		{approval.ActGroupSet, "invalid", []string{"name", "x", "of", "people", "content", "shop"}},
+		{approval.ActGroupSet, "conflict", []string{"name", "shops", "of", "keys", "content", "payments"}},
+		{approval.ActGroupSet, "conflict", []string{"name", "x", "of", "peers", "replaces", "ab", "content", "shop"}},
+		{approval.ActGroupRemove, "not_found", []string{"name", "x"}},
+		{approval.ActGroupRemove, "conflict", []string{"name", "shops", "replaces", "none"}},
 		{approval.ActApprovalsNeeded, "conflict", []string{"needed", "2"}},
 		{approval.ActOperatorRemove, "conflict", []string{"name", "root"}},
 	} {
-		_, err := root.Propose(t.Context(), api.NewProposal{Act: c.act, Parameters: pairs(c.parameters...)})
+		n := api.NewProposal{Act: c.act}
+		if i := slices.Index(c.parameters, "content"); i >= 0 {
+			n.Content, c.parameters = c.parameters[i+1], c.parameters[:i]
+		}
+		n.Parameters = pairs(c.parameters...)
+		_, err := root.Propose(t.Context(), n)
 		wants(t, c.act+" "+strings.Join(c.parameters, " "), c.code, err)
 	}
 	if n := len(must(root.Proposals(t.Context()))(t)); n != before {

@@ -225,6 +225,26 @@ func (s *server) removePeerKey(ctx context.Context, who caller, in *struct {
 	return s.Appliance.Peers.RemoveKey(ctx, who.actor(), in.Name, [32]byte(key))
 }
 
+func groupDoc(g appliance.Group) api.Group {
+	return api.Group{
+		Name: g.Name, Of: g.Of, Size: len(g.Members), SHA256: g.Digest(), Changed: g.Changed.Unix(), Members: g.Members,
+	}
+}
+
+func (s *server) groups(_ context.Context, _ caller, in *pageInput) (*listed[api.Group], error) {
+	name := func(g appliance.Group) string { return g.Name }
+	return paged(in, s.Appliance.Groups(), name, func(g appliance.Group) api.Group {
+		doc := groupDoc(g)
+		doc.Members = nil
+		return doc
+	}), nil
+}
+
+func (s *server) group(_ context.Context, _ caller, in *named) (api.Group, error) {
+	g, err := s.Appliance.Group(in.Name)
+	return groupDoc(g), err
+}
+
 func (s *server) removePeer(ctx context.Context, who caller, in *named) error {
 	return s.Appliance.Peers.Remove(ctx, who.actor(), in.Name)
 }

@@ -12,6 +12,7 @@ import (
 	"net"
 	"net/http"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -246,7 +247,12 @@ func pairs(p ...string) []approval.Parameter { return list(p...) }
 // carryOut proposes and approves as root.
 func (r *rig) carryOut(c *api.Client, act string, parameters ...string) api.Proposal {
 	r.t.Helper()
-	p := must(c.Propose(r.t.Context(), api.NewProposal{Act: act, Parameters: pairs(parameters...)}))(r.t)
+	n := api.NewProposal{Act: act}
+	if i := slices.Index(parameters, "content"); i >= 0 { // no parameter, but goes with the proposal
+		n.Content, parameters = parameters[i+1], slices.Concat(parameters[:i], parameters[i+2:])
+	}
+	n.Parameters = pairs(parameters...)
+	p := must(c.Propose(r.t.Context(), n))(r.t)
 	return must(c.Approve(r.t.Context(), p.ID, r.proof("root", p.Text)))(r.t)
 }
 

@@ -165,6 +165,12 @@ func (s *server) routes() {
 		route: "GET /v1/policies/{version}", id: "policy",
 		summary: "Show a version of the policy with its text",
 		roles:   of(administrator, operator, auditor, approver), refused: whileUninitialised})
+	routeRaw(s, s.groups, operation{
+		route: "GET /v1/groups", id: "groups", summary: "List the groups of peers and of keys without their members",
+		roles: of(administrator, operator, auditor, approver), refused: whileUninitialised})
+	route(s, s.group, operation{
+		route: "GET /v1/groups/{name}", id: "group", summary: "Show a group with its members",
+		roles: of(administrator, operator, auditor, approver), refused: whileUninitialised})
 	routeRaw(s, s.decisions, operation{
 		route: "GET /v1/decisions", id: "decisions", summary: "List what policy decided",
 		roles: of(administrator, auditor, approver), refused: whileUninitialised})

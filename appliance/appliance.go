@@ -113,6 +113,7 @@ type Appliance struct {
 	log      *slog.Logger
 
 	policies   policies
+	groups     groups
 	locked     atomic.Pointer[Lock] // nil for an unlocked appliance
 	refusals   tally                // refusals beyond the limit of events
 	upkeep     upkeep
@@ -149,6 +150,7 @@ func New(
 		monitor: c.Monitor, log: log, policies: policies{
 			ledger: l, log: log, activating: manage.NewLock(), file: p, load: c.LoadPolicy,
 		},
+		groups:     groups{all: map[string]Group{}, of: map[member][]string{}},
 		handshakes: limit.NewHandshakes(limits.Handshakes),
 		places:     limit.NewConnections(limits.Connections, limits.ConnectionsPerSource, limits.Strangers),
 		processor:  limit.NewWeighted(max(1, runtime.GOMAXPROCS(0)-1), turnBytes),
@@ -164,6 +166,9 @@ func New(
 	}
 	versions := ledger.Followed{Table: ledger.Policies, Take: a.policies.take}
 	if err := l.Follow(ctx, &a.policies.mu, versions); err != nil {
+		return nil, err
+	}
+	if err := l.Follow(ctx, &a.groups.mu, ledger.Followed{Table: ledger.Groups, Take: a.groups.take}); err != nil {
 		return nil, err
 	}
 	if a.Peers, err = peers.Open(ctx, l, a.gate, peers.Limits{

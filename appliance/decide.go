@@ -26,6 +26,7 @@ import (
 // event.
 type decision struct {
 	policies   *policies
+	groups     *groups
 	who        Caller
 	doc        *transcript.Document
 	action     string
@@ -66,7 +67,7 @@ func (a *Appliance) decisionOf(
 		return doc.CheckSigner(key.Info().PublicKey) // a fresh nonce is for this version only
 	}
 	d := &decision{
-		policies: &a.policies, who: who, doc: doc, action: policy.Sign, key: key.Name,
+		policies: &a.policies, groups: &a.groups, who: who, doc: doc, action: policy.Sign, key: key.Name,
 		publicKey: key.Info().PublicKey, mayUse: mayUse, at: time.Now(),
 		admission: audit.NewAdmission(who.actor(), key.Ref().String(), keyring.DocumentOf(doc)),
 	}
@@ -104,7 +105,7 @@ func (a *Appliance) admittedVersion(r *wire.Sign, key *keyring.Key, admitted uin
 // verifications.
 func (a *Appliance) verificationOf(who Caller, r *wire.Verify, doc *transcript.Document) (*decision, error) {
 	d := &decision{
-		policies: &a.policies, who: who, doc: doc, action: policy.Verify,
+		policies: &a.policies, groups: &a.groups, who: who, doc: doc, action: policy.Verify,
 		key: a.Keys.NameOf(r.Key, r.PublicKey), publicKey: r.PublicKey[:], at: time.Now(),
 		admission: audit.NewVerification(who.actor(), r.KeyName(), keyring.DocumentOf(doc), r.PublicKey),
 	}
@@ -160,6 +161,7 @@ func (d *decision) prepare() (err error) {
 	if d.request, err = policy.NewRequest(d.who.Name, d.action, d.key, fields); err != nil {
 		return err
 	}
+	d.request.PeerKey = hex.EncodeToString(d.who.PublicKey[:])
 	d.prepared = true
 	one := big.NewInt(1)
 	if d.action == policy.Verify {
@@ -197,7 +199,7 @@ func (d *decision) counts() []ledger.Count {
 // counterpartyIndex is the index of the counterparty in policy.Counted.
 const counterpartyIndex = 2
 
-// decide evaluates the policy with the sums of d.counts. The policy is the one in force at this
+// decide evaluates the policy with the sums of d.counts. Policy and groups are those of this
 // moment, however long the request has waited: no policy decides after its successor is in force.
 // The ledger may call decide twice.
 func (d *decision) decide(used []ledger.Used) ([]byte, error) {
@@ -231,6 +233,8 @@ func (d *decision) decide(used []ledger.Used) ([]byte, error) {
 			used = used[1:]
 		}
 	}
+	d.request.PeerGroups = d.groups.in(policy.OfPeers, d.who.Name)
+	d.request.KeyGroups = d.groups.in(policy.OfKeys, d.key) // of no key, there is no group
 	var decided policy.Decision
 	decided, d.record = d.rules.Decided(d.rules.version, d.at.UnixMilli(), d.request, d.salt)
 	d.allowed = decided.Allowed

@@ -7,17 +7,14 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"slices"
 	"strconv"
 	"sync"
 	"time"
 
 	"countersign/audit"
 	"countersign/internal/cause"
-	"countersign/internal/keyring"
 	"countersign/internal/ledger"
 	"countersign/internal/manage"
-	"countersign/internal/peers"
 	"countersign/policy"
 )
 
@@ -191,14 +188,18 @@ func isGoverned(v ledger.View) (yes bool, err error) {
 	return yes, err
 }
 
-// KnowsName reports whether there is a peer or a key of this name, for the warnings about a policy
-// (see policy.Warnings). A name of another type counts as known.
+// KnowsName reports whether there is a peer, a key or a group of this name, for the warnings about
+// a policy (see policy.Warnings). A name of another type counts as known.
 func (a *Appliance) KnowsName(entity, name string) bool {
 	switch entity {
 	case "Peer":
-		return slices.ContainsFunc(a.Peers.All(), func(p peers.Status) bool { return p.Name == name })
+		return a.Peers.Enrolled(name)
 	case "Key":
-		return slices.ContainsFunc(a.Keys.All(), func(k *keyring.Key) bool { return k.Info().Ref.Name == name })
+		_, err := a.Keys.Versions(name)
+		return err == nil
+	case "Group", "KeyGroup":
+		g, err := a.Group(name)
+		return err == nil && (g.Of == policy.OfKeys) == (entity == "KeyGroup")
 	}
 	return true
 }

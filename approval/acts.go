@@ -1,6 +1,8 @@
 package approval
 
 import (
+	"crypto/sha256"
+	"encoding/hex"
 	"encoding/json"
 	"slices"
 	"strconv"
@@ -15,6 +17,8 @@ const (
 	ActPeerAdd          = "peer add"
 	ActPeerKeyAdd       = "peer key add"
 	ActPolicyActivate   = "policy activate"
+	ActGroupSet         = "group set"
+	ActGroupRemove      = "group remove"
 	ActRollbackAccept   = "rollback accept"
 	ActHoldRelease      = "hold release"
 	ActClockAccept      = "clock accept"
@@ -72,6 +76,12 @@ func nameOf(resource string, _ map[string]string) []Parameter {
 	return []Parameter{{"name", resource}}
 }
 
+// membersDigest returns the SHA-256 that a proposal and the next change of the group name.
+func membersDigest(members string) string {
+	sum := sha256.Sum256([]byte(members))
+	return hex.EncodeToString(sum[:])
+}
+
 // weakerSettings has the key and each weaker setting with its new value, from the record of the
 // settings in the event.
 func weakerSettings(resource string, m map[string]string) []Parameter {
@@ -105,6 +115,14 @@ var gates = []gate{
 	{ActPeerKeyAdd, []Role{OperatorRole}, audit.PeerKeyAdded, nil, peerKeyOf},
 	{ActPolicyActivate, administrators, audit.PolicyChanged, nil, func(_ string, m map[string]string) []Parameter {
 		return []Parameter{{"sha256", m["sha256"]}}
+	}},
+	{ActGroupSet, administrators, audit.GroupChanged, nil, func(resource string, m map[string]string) []Parameter {
+		return []Parameter{
+			{"name", resource}, {"of", m["of"]}, {"sha256", membersDigest(m["members"])}, {"replaces", m["replaces"]},
+		}
+	}},
+	{ActGroupRemove, administrators, audit.GroupRemoved, nil, func(resource string, m map[string]string) []Parameter {
+		return []Parameter{{"name", resource}, {"replaces", m["replaces"]}}
 	}},
 	{ActRollbackAccept, administrators, audit.RollbackAccepted, nil,
 		func(_ string, m map[string]string) []Parameter { return []Parameter{{"reason", m["reason"]}} }},

@@ -24,10 +24,19 @@ type Report struct {
 	Needed    int                `json:"needed"`          // approvals, after the last event
 	Hardware  bool               `json:"hardware"`        // approvals must be by hardware keys, after the last event
 	Operators []Operator         `json:"operators"`       // after the last event, by name
+	Groups    []Group            `json:"groups"`          // after the last event, by name
 	Proposals []*ProposalHistory `json:"proposals"`       // in the order of the events ProposalMade
 	// Others are the ids of proposals for acts that this program does not know. Such a proposal
 	// permits no known act either.
 	Others []uint64 `json:"others,omitempty"`
+}
+
+// Group is a group of peers or of keys.
+type Group struct {
+	Name    string   `json:"name"`
+	Of      string   `json:"of"` // peers or keys
+	Members []string `json:"members"`
+	Event   uint64   `json:"event"` // the change to these members
 }
 
 // Enrolment is the enrolment of the first administrator, the root of trust: the enrolment needs no
@@ -104,6 +113,7 @@ type Chain struct {
 	operators map[string]Operator // by name
 	proposals map[uint64]*ProposalHistory
 	policy    string // hash of the policy in force
+	groups    map[string]Group
 	report    Report
 }
 
@@ -111,6 +121,7 @@ type Chain struct {
 func NewChain(o ReplayOptions) *Chain {
 	return &Chain{
 		options: o, operators: map[string]Operator{}, proposals: map[uint64]*ProposalHistory{},
+		groups: map[string]Group{},
 		report: Report{Proposals: []*ProposalHistory{}},
 	}
 }
@@ -133,6 +144,10 @@ func (c *Chain) Report() *Report {
 	r.Operators = make([]Operator, 0, len(c.operators))
 	for _, name := range slices.Sorted(maps.Keys(c.operators)) {
 		r.Operators = append(r.Operators, c.operators[name])
+	}
+	r.Groups = make([]Group, 0, len(c.groups))
+	for _, name := range slices.Sorted(maps.Keys(c.groups)) {
+		r.Groups = append(r.Groups, c.groups[name])
 	}
 	return &r
 }
@@ -170,6 +185,11 @@ func (c *Chain) follow(index uint64, e audit.Event) error {
 			return nil // activated at a start: the same policy as before, or the first one
 		}
 	}
+	if e.Type == audit.GroupChanged || e.Type == audit.GroupRemoved {
+		if err := c.changeGroup(index, e); err != nil {
+			return err
+		}
+	}
 	g, gated := gateOf(e)
 	if !gated || c.report.First == nil {
 		return nil
@@ -196,6 +216,30 @@ func (c *Chain) follow(index uint64, e audit.Event) error {
 		p.Did = append(p.Did, Effect{index, e.Type, e.Resource})
 	}
 	return err
+}
+
+// changeGroup follows the members of a group. A change names the members that it replaces, so that
+// approvers have seen the very change.
+func (c *Chain) changeGroup(index uint64, e audit.Event) error {
+	before := "none"
+	if g, there := c.groups[e.Resource]; there {
+		before = membersDigest(strings.Join(g.Members, ","))
+	}
+	switch replaces := e.Metadata["replaces"]; {
+	case replaces != before:
+		return fmt.Errorf("it replaces members with SHA-256 %q, and group %q has %s", replaces, e.Resource, before)
+	case e.Type == audit.GroupRemoved && before == "none":
+		return fmt.Errorf("there is no group %q", e.Resource)
+	case e.Type == audit.GroupRemoved:
+		delete(c.groups, e.Resource)
+		return nil
+	}
+	members := strings.Split(e.Metadata["members"], ",")
+	if !slices.IsSorted(members) || members[0] == "" {
+		return fmt.Errorf("the members of group %q are not in order", e.Resource)
+	}
+	c.groups[e.Resource] = Group{e.Resource, e.Metadata["of"], members, index}
+	return nil
 }
 
 // permittedBy returns the proposal that permits an event. The proposal must be running, ask for the

@@ -263,11 +263,21 @@ func (s *scenario) gatedActs() []gatedAct {
 		s.carryOut(both, changeOf("carl", "credential added", two),
 			"credential add", "name", "carl", "credential", toJSON(s.have["dora"]))
 	}
+	shops := membersDigest("cafe,shop")
+	groupMade := []string{"name", "shops", "of", "peers", "sha256", shops, "replaces", "none"}
+	groupChanged := audit.Event{
+		Type: audit.GroupChanged, Resource: "shops",
+		Metadata: with("of", "peers", "members", "cafe,shop", "replaces", "none"),
+	}
 	return []gatedAct{
 		{"peer add", []string{"name", "shop", "public_key", "ab"},
 			audit.Event{Type: audit.PeerAdded, Resource: "shop", Metadata: with("public_key", "ab")}, nil},
 		{"peer key add", []string{"name", "shop", "public_key", "cd"},
 			audit.Event{Type: audit.PeerKeyAdded, Resource: "shop", Metadata: with("public_key", "cd")}, nil},
+		{"group set", groupMade, groupChanged, nil},
+		{"group remove", []string{"name", "shops", "replaces", shops},
+			audit.Event{Type: audit.GroupRemoved, Resource: "shops", Metadata: with("replaces", shops)},
+			func(s *scenario) { s.carryOut(both, groupChanged, "group set", groupMade...) }},
 		{"policy activate", []string{"sha256", "bb"}, policyChanged("bb", audit.Actor{}), nil},
 		{"key destroy", []string{"key", "payments", "version", "1"}, destroyed, nil},
 		{"key compromise", []string{"key", "payments", "version", "2", "reason", "lost"}, compromised, nil},
@@ -294,6 +304,51 @@ func (s *scenario) gatedActs() []gatedAct {
 	}
 }
 
+// TestReplayOfGroups: the log says who is in which group. A change that replaces other members than
+// the group has, or other members than were approved, is no valid log.
+func TestReplayOfGroups(t *testing.T) {
+	set := func(members, replaces string) audit.Event {
+		return audit.Event{Type: audit.GroupChanged, Resource: "shops",
+			Metadata: map[string]string{"of": "peers", "members": members, "replaces": replaces}}
+	}
+	parameters := func(members, replaces string) []string {
+		return []string{"name", "shops", "of", "peers", "sha256", membersDigest(members), "replaces", replaces}
+	}
+	removal := audit.Event{Type: audit.GroupRemoved, Resource: "shops",
+		Metadata: map[string]string{"replaces": membersDigest("cafe,shop")}}
+	before := membersDigest("cafe,shop")
+	for name, c := range map[string]struct {
+		event      audit.Event
+		act        string
+		parameters []string
+		want       string // the members after the last event, or the reason of the refusal
+	}{
+		"as approved":      {set("bar", before), "group set", parameters("bar", before), "bar"},
+		"other members":    {set("bar,eve", before), "group set", parameters("bar", before), "its sha256 is"},
+		"of other members": {set("bar", "ab"), "group set", parameters("bar", "ab"), "it replaces members"},
+		"as a new group":   {set("bar", "none"), "group set", parameters("bar", "none"), "it replaces members"},
+		"not in order":     {set("shop,bar", before), "group set", parameters("shop,bar", before), "not in order"},
+		"no members":       {set("", before), "group set", parameters("", before), "not in order"},
+		"removed":          {removal, "group remove", []string{"name", "shops", "replaces", before}, ""},
+		"by another act":   {removal, "clock accept", nil, "it is group remove"},
+		"another group":    {removal, "group remove", []string{"name", "others", "replaces", before}, "its name is"},
+	} {
+		s := beginning(t)
+		s.carryOut(both, set("cafe,shop", "none"), "group set", parameters("cafe,shop", "none")...)
+		s.carryOut(both, c.event, c.act, c.parameters...)
+		r, err := Replay(s.seq(), ReplayOptions{})
+		got := ""
+		if err != nil {
+			got = err.Error()
+		} else if len(r.Groups) == 1 {
+			got = strings.Join(r.Groups[0].Members, ",")
+		}
+		if err != nil && !strings.Contains(got, c.want) || err == nil && got != c.want || err != nil && c.want == "" {
+			t.Errorf("%s: %q, want %q", name, got, c.want)
+		}
+	}
+}
+
 // TestEveryActHasACase fails for an act in the table gates that gatedActs does not have. TestGates
 // then checks the cases.
 func TestEveryActHasACase(t *testing.T) {
@@ -309,7 +364,7 @@ func TestEveryActHasACase(t *testing.T) {
 
 func TestReplay(t *testing.T) {
 	s := beginning(t)
-	for _, g := range s.gatedActs()[:12] {
+	for _, g := range s.gatedActs()[:14] {
 		s.carryOut(both, g.event, g.act, g.parameters...)
 	}
 	// Acts that do not widen a permission need no approval.

@@ -69,6 +69,8 @@ const (
 	PeerSuspended       Type = "PeerSuspended"
 	PeerResumed         Type = "PeerResumed"
 	PolicyChanged       Type = "PolicyChanged"
+	GroupChanged        Type = "GroupChanged"     // metadata of, members, replaces
+	GroupRemoved        Type = "GroupRemoved"     // metadata replaces
 	OperatorEnrolled    Type = "OperatorEnrolled" // the first administrator, by root
 	OperatorChanged     Type = "OperatorChanged"  // metadata operator: the new record; absent after a removal
 	OperatorSignedIn    Type = "OperatorSignedIn"
@@ -128,7 +130,7 @@ var kinds = map[Type]Kind{
 	KeyCommitted: Other, RotationRequested: Other, RotationAnnounced: Other, RotationCancelled: Other,
 	RotationKnown: Other, CompromiseKnown: Other, LineChanged: Other, NoiseKeyAuthorized: Other,
 	PeerAdded: Other, PeerKeyAdded: Other, PeerKeyRemoved: Other, PeerRemoved: Other, PeerSuspended: Other,
-	PeerResumed: Other, PolicyChanged: Other,
+	PeerResumed: Other, PolicyChanged: Other, GroupChanged: Other, GroupRemoved: Other,
 	OperatorEnrolled: Other, OperatorChanged: Other, OperatorSignedIn: Other, OperatorSignedOut: Other,
 	SignInRefused: Other, PresenceConfirmed: Other,
 	ApproverKeysChanged: Other,
@@ -197,18 +199,25 @@ func Operator(name string) Actor { return Actor{Kind: "operator", Name: name} }
 // Daemon returns the actor for events that the daemon causes itself, for example Started.
 func Daemon() Actor { return Actor{Kind: "daemon", Name: "countersignd"} }
 
-// maxText is the largest size of a text in the metadata, in bytes. The cause of an error may be
-// long, and an entry of the log has at most 65535 bytes.
-const maxText = 2048
+// The largest sizes of a text in the metadata, in bytes. The cause of an error may be long, and an
+// entry of the log has at most 65535 bytes.
+const (
+	maxText    = 2048
+	maxMembers = 48 << 10 // of the members of a group, which must not be cut
+)
 
 // Encode encodes the event with the given time as JSON, by ijson.Encode. Equal events have equal
-// encodings. A text of more than 2048 bytes in the metadata is cut.
+// encodings. A text of more than 2048 bytes in the metadata is cut, except the members of a group.
 func (e Event) Encode(now time.Time) []byte {
 	e.TimeMS = now.UnixMilli()
 	for name, text := range e.Metadata {
-		if len(text) > maxText {
+		most := maxText
+		if e.Type == GroupChanged && name == "members" {
+			most = maxMembers
+		}
+		if len(text) > most {
 			e.Metadata = maps.Clone(e.Metadata)
-			e.Metadata[name] = strings.ToValidUTF8(text[:maxText-len("…")], "") + "…"
+			e.Metadata[name] = strings.ToValidUTF8(text[:most-len("…")], "") + "…"
 		}
 	}
 	return ijson.Encode(e)

@@ -302,6 +302,17 @@ func NewPolicyChanged(who Actor, hash, previous string, version uint64) Event {
 		"sha256", hash, "previous", previous, "version", decimal(version))
 }
 
+// NewGroupChanged has all members of a group of peers or of keys (of), in order, with a comma
+// between two of them. replaces is SHA-256 in hex of the members before, or none.
+func NewGroupChanged(who Actor, group, of, members, replaces string) Event {
+	return newEvent(GroupChanged, who, "group set", group, "of", of, "members", members, "replaces", replaces)
+}
+
+// NewGroupRemoved ends a group. replaces is SHA-256 in hex of the members.
+func NewGroupRemoved(who Actor, group, replaces string) Event {
+	return newEvent(GroupRemoved, who, "group remove", group, "replaces", replaces)
+}
+
 // NewOperatorEnrolled is the first administrator, enrolled by root. record is the operator in JSON.
 func NewOperatorEnrolled(who Actor, action, name string, record []byte) Event {
 	return newEvent(OperatorEnrolled, who, action, name, "operator", string(record))

@@ -36,6 +36,11 @@ func longest(t *testing.T, p *policy.Policy, text string, fields ...string) []by
 	if err != nil {
 		t.Fatal(err)
 	}
+	r.PeerKey = strings.Repeat("f", 64)
+	for n := range policy.MaxGroupsOf {
+		group := fmt.Sprintf("%d%s", n, strings.Repeat("g", policy.MaxGroupName-1))
+		r.PeerGroups, r.KeyGroups = append(r.PeerGroups, group), append(r.KeyGroups, group)
+	}
 	for i := range r.Used {
 		for w := range r.Used[i] {
 			r.Used[i][w] = policy.Window{Signatures: math.MaxInt64, Amount: math.MaxInt64, AmountE8: math.MaxInt64}

@@ -31,8 +31,9 @@ type Case struct {
 //
 // The columns expect (allow or deny), peer and key are required. Optional columns are name, action,
 // time (RFC 3339, sets hour and weekday), signer (64 hex digits, in place of a key for the action
-// verify), and each field of the schema's context, such as used.peer.day.amount. An empty field is
-// absent.
+// verify), groups and key_groups (names of the groups of the peer and of the key, with spaces
+// between them), and each field of the schema's context, such as used.peer.day.amount. An empty
+// field is absent.
 //
 // The defaults are action sign, transcript message-v1, lifetime 3600, size 256, and 12:00 UTC on
 // a Monday. Each of amount and amount_e8 has its default from the other one. By default a window
@@ -101,7 +102,7 @@ func settable(column string) bool {
 	attribute, ok := context[cedar.String(column)]
 	_, record := attribute.Type.(resolved.RecordType)
 	return ok && !record ||
-		slices.Contains([]string{"expect", "name", "peer", "key", "signer", "action", "time"}, column) ||
+		slices.Contains(strings.Fields("expect name peer key signer action time groups key_groups"), column) ||
 		slices.Contains(windowPaths(), column)
 }
 
@@ -124,7 +125,16 @@ func parseCase(fields map[string]string) (c Case, err error) {
 	c.Name = take("name", "")
 	peer, key, action := take("peer", ""), take("key", ""), take("action", Sign)
 	signer := take("signer", "")
+	peerGroups, err := caseGroups(take("groups", ""), OfPeers)
+	if err != nil {
+		return c, err
+	}
+	keyGroups, err := caseGroups(take("key_groups", ""), OfKeys)
 	switch {
+	case err != nil:
+		return c, err
+	case signer != "" && len(keyGroups) > 0:
+		return c, errors.New("key_groups: a signer is in no group")
 	case peer == "" || key == "" && signer == "":
 		return c, errors.New("peer and key are needed")
 	case signer != "" && (action != Verify || key != ""):
@@ -180,10 +190,29 @@ func parseCase(fields map[string]string) (c Case, err error) {
 		return c, err
 	}
 	c.Request.Signer = signer
+	c.Request.PeerGroups, c.Request.KeyGroups = peerGroups, keyGroups
 	if c.Request.Used, err = caseUsage(action, context, used); err != nil {
 		return c, err
 	}
 	return c, c.Request.Check()
+}
+
+// caseGroups returns the names of the groups in a field.
+func caseGroups(field, of string) ([]string, error) {
+	names := strings.Fields(field)
+	for i, name := range names {
+		if _, err := NewGroup(name, of, []string{"member"}); err != nil {
+			return nil, err
+		}
+		if slices.Contains(names[:i], name) {
+			return nil, fmt.Errorf("group %q is there twice", name)
+		}
+	}
+	if len(names) > MaxGroupsOf {
+		return nil, fmt.Errorf("%d groups: a peer and a key may be in %d each", len(names), MaxGroupsOf)
+	}
+	slices.Sort(names)
+	return slices.Clip(names), nil
 }
 
 var isPublicKey = regexp.MustCompile("^[0-9a-f]{64}$")

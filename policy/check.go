@@ -160,11 +160,11 @@ func atoms(n ast.IsNode, visit func(ast.IsNode)) {
 		}
 	case ast.NodeTypeIn:
 		for _, element := range elements(n.Right) {
-			visit(equals(n.Left, element))
+			visit(membership(n.Left, element))
 		}
 	case ast.NodeTypeIsIn:
 		for _, element := range elements(n.Entity) {
-			visit(equals(n.Left, element))
+			visit(membership(n.Left, element))
 		}
 	}
 	if isCondition(n) {
@@ -205,6 +205,14 @@ func elements(n ast.IsNode) []ast.IsNode {
 
 func equals(a, b ast.IsNode) ast.IsNode {
 	return ast.NodeTypeEquals{BinaryNode: ast.BinaryNode{Left: a, Right: b}}
+}
+
+// membership returns the condition that an entity is an element of a set, or in a group of the set.
+func membership(a, b ast.IsNode) ast.IsNode {
+	if isGroup(b) {
+		return ast.NodeTypeIn{BinaryNode: ast.BinaryNode{Left: a, Right: b}}
+	}
+	return equals(a, b)
 }
 
 // source returns an expression as Cedar text in one line.
@@ -651,7 +659,8 @@ func (e *environment) cond(n ast.IsNode, s state) (t, f state) {
 	return s, s
 }
 
-// in judges membership. No entity has parents (see Decide), so that in means equality.
+// in judges membership. Only groups have members (see Decide). Each peer may be in each group of
+// peers, and in no group of keys. Without a group, in means equality.
 func (e *environment) in(left, right ast.IsNode, s state) (t, f state) {
 	set, literal := right.(ast.NodeTypeSet)
 	if !literal {
@@ -659,11 +668,24 @@ func (e *environment) in(left, right ast.IsNode, s state) (t, f state) {
 	}
 	f = s
 	for _, each := range set.Elements {
+		if holds := f; isGroup(each) && e.mayHave(left, each, f) {
+			t = e.join(t, holds)
+			continue
+		}
 		var holds state
 		holds, f = e.equal(left, each, f)
 		t = e.join(t, holds)
 	}
 	return t, f
+}
+
+// mayHave reports whether an entity has the type of a group's members.
+func (e *environment) mayHave(member, group ast.IsNode, s state) bool {
+	if s == nil {
+		return false
+	}
+	m, g := e.value(member, s), e.value(group, s)
+	return slices.Contains(resolvedSchema().Entities[m.entity].ParentTypes, g.entity)
 }
 
 func (e *environment) is(n ast.NodeTypeIs, s state) (t, f state) {

@@ -6,6 +6,7 @@ import (
 	"math"
 	"math/rand/v2"
 	"regexp"
+	"slices"
 	"strings"
 	"testing"
 
@@ -159,7 +160,10 @@ func (g generator) condition(depth int) string {
 		}
 		return "(" + a + " && " + b + ")"
 	}
-	switch g.IntN(12) {
+	switch g.IntN(14) {
+	case 12, 13:
+		return g.of("principal", "resource", "principal is Peer") + " in " + g.of(`Group::"a"`, `Group::"b"`,
+			`KeyGroup::"a"`, `[Group::"a", Group::"b"]`, `[KeyGroup::"b", KeyGroup::"a"]`)
 	case 0, 1, 2:
 		return g.number() + g.of(" < ", " <= ", " > ", " >= ", " == ", " != ") + g.number()
 	case 3, 4:
@@ -204,6 +208,8 @@ func (g generator) request(t *testing.T) Request {
 		t.Fatal(err)
 	}
 	r.Used[0][2].Signatures = []int64{1, 8, 24}[g.IntN(3)]
+	r.PeerGroups = [][]string{nil, {"a"}, {"b"}, {"a", "b"}}[g.IntN(4)]
+	r.KeyGroups = [][]string{nil, {"a"}, {"b"}, {"a", "b"}}[g.IntN(4)]
 	return r
 }
 
@@ -215,9 +221,10 @@ func FuzzPointless(f *testing.F) {
 	}
 	f.Fuzz(func(t *testing.T, seed uint64) {
 		g := generator{rand.New(rand.NewPCG(seed, 15))}
-		scope := g.of("principal", `principal == Peer::"a"`, `principal in Peer::"b"`) + ", " +
+		scope := g.of("principal", `principal == Peer::"a"`, `principal in Peer::"b"`,
+			`principal in Group::"a"`, `principal is Peer in Group::"b"`) + ", " +
 			g.of("action", `action == Action::"sign"`, `action in [Action::"sign_raw"]`) + ", " +
-			g.of("resource", `resource == Key::"k"`, "resource is Key")
+			g.of("resource", `resource == Key::"k"`, "resource is Key", `resource in KeyGroup::"a"`)
 		clauses := g.of("when", "unless") + " { " + g.condition(3) + " }"
 		if g.IntN(2) == 0 {
 			clauses += " " + g.of("when", "unless") + " { " + g.condition(2) + " }"
@@ -261,6 +268,10 @@ func TestWarnings(t *testing.T) {
 		{`permit (principal in Peer::"shap", action, resource);`, `there is no Peer::"shap"`},
 		{`permit (...) unless { principal == Peer::"shap" };`, `there is no Peer::"shap"`},
 		{`permit (...) when { context has http_path && context.http_path == "/a/*" };`, `say like`},
+		{`permit (principal in Group::"shopps", action, resource);`, `there is no Group::"shopps"`},
+		{`permit (principal, action, resource in KeyGroup::"shops");`, `there is no KeyGroup::"shops"`},
+		{`permit (...) when { principal in [Group::"shops", Group::"x"] };`, `there is no Group::"x"`},
+		{`permit (principal in Group::"shops", action, resource);`, ""},
 		{`permit (principal == Peer::"shop", action, resource == Key::"payments");`, ""},
 		{`forbid (...) when { context has currency && context.currency != "SAT" &&
  context.used.key.day.amount > 5 };`, ""},
@@ -271,7 +282,8 @@ func TestWarnings(t *testing.T) {
 			t.Fatal(err)
 		}
 		got := p.Warnings(func(entity, name string) bool {
-			return entity == "Peer" && name == "shop" || entity == "Key" && name == "payments"
+			known := []string{"Peer shop", "Group shops", "Key payments"}
+			return slices.Contains(known, entity+" "+name)
 		})
 		if (len(got) == 0) != (want == "") || len(got) > 0 && !strings.Contains(got[0].String(), want) {
 			t.Errorf("%s: %v, want %q", text, got, want)

@@ -14,7 +14,7 @@ import (
 // The parts of a rule that TestExamples removes: the scope or a condition. The action stays,
 // since a rule without one does not allow raw anyway.
 var (
-	scope  = regexp.MustCompile(`(principal|resource) == (Peer|Key|Signer)::"[^"]*"([,)])`)
+	scope  = regexp.MustCompile(`(principal|resource) (== (?:Peer|Key|Signer)|in (?:Key)?Group)::"[^"]*"([,)])`)
 	clause = regexp.MustCompile(`(?m)^(when|unless) \{ (.*) \}(;?)$`)
 )
 
@@ -22,7 +22,7 @@ var (
 // any one of its rules or conditions, an example fails a case.
 func TestExamples(t *testing.T) {
 	files, err := filepath.Glob("../examples/policies/*.cedar")
-	if err != nil || len(files) != 5 {
+	if err != nil || len(files) != 6 {
 		t.Fatalf("%v, %v", files, err)
 	}
 	for _, file := range files {

@@ -44,14 +44,18 @@ const (
 // ErrDenied is wrapped by every refusal.
 var ErrDenied = errors.New("policy does not allow it")
 
-// Request is the input of a decision. NewRequest makes a Request; the caller then sets Used, and
-// Signer for a verification without a key of the appliance.
+// Request is the input of a decision. NewRequest makes a Request; the caller then sets Used,
+// PeerKey and the groups, and Signer for a verification without a key of the appliance.
 type Request struct {
 	Peer   string // the name under which the peer is enrolled
 	Action string
 	Key    string
 	Signer string // another signer than the appliance, in place of Key: its public key in hex
 	Used   Usage
+
+	PeerKey    string   // hex of the peer's key in the session, for the record only: no rule sees it
+	PeerGroups []string // names of the groups of the peer, in order
+	KeyGroups  []string // names of the groups of the key, in order
 
 	context cedar.Record // without the field used
 	encoded []byte       // context in the form of a Record
@@ -143,6 +147,7 @@ type Policy struct {
 	// allowed, and no rule is asked about one.
 	Verifies bool
 	rules    *cedar.PolicySet
+	heads    heads // the same rules
 	// narrow says of each rule whether the scope names one principal, one action and one resource.
 	narrow map[cedar.PolicyID]bool
 	// readsUsed says that a rule may read the field used of the context. Without such a rule,
@@ -300,6 +305,7 @@ func Parse(file string, text []byte) (*Policy, error) {
 		Hash:   sha256.Sum256(text),
 		Text:   text,
 		rules:  cedar.NewPolicySet(),
+		heads:  heads{},
 		narrow: map[cedar.PolicyID]bool{},
 	}
 	p.readsUsed = p.mentions("used")
@@ -322,6 +328,10 @@ func Parse(file string, text []byte) (*Policy, error) {
 		if err := validator.Policy(string(id), tree); err != nil {
 			return fail(at.Line, "%s", mismatch(string(id), err))
 		}
+		if err := checkMembership(tree); err != nil {
+			return fail(at.Line, "%v", err)
+		}
+		p.heads.add(cedar.PolicyID(id), *tree)
 		p.Verifies = p.Verifies || names(tree, verifyAction)
 		_, principal := tree.Principal.(ast.ScopeTypeEq)
 		_, action := tree.Action.(ast.ScopeTypeEq)
@@ -402,7 +412,9 @@ func (p *Policy) Decide(r Request) Decision {
 	if r.Action == Verify && !p.Verifies {
 		return Decision{Allowed: true}
 	}
-	decision, why := cedar.Authorize(p.rules, cedar.EntityMap{}, r.cedar(p.readsUsed))
+	q := r.cedar(p.readsUsed)
+	entities, rules := p.entities(r, q)
+	decision, why := cedar.Authorize(rules, entities, q)
 	var d Decision
 	for _, reason := range why.Reasons {
 		d.Rules = append(d.Rules, string(reason.PolicyID))

@@ -57,19 +57,24 @@ func listed(rules []string) ([]string, int) {
 // Record is a decision with its inputs. With the text of the policy that has the recorded hash,
 // anyone can repeat the decision: see Replay.
 type Record struct {
-	Policy  string          `json:"policy"` // SHA-256 of the policy's text, hex
-	Version uint64          `json:"version"`
-	TimeMS  int64           `json:"time_ms"` // of the appliance's clock, Unix milliseconds
-	Peer    string          `json:"peer"`
-	Action  string          `json:"action"`
-	Key     string          `json:"key"` // "" with a signer
-	Signer  string          `json:"signer,omitempty"`
-	Context json.RawMessage `json:"context"` // without the field used: text, integers, and Withheld for long text
-	Used    Usage           `json:"used"`    // in the order of Counted and Windows: signatures, amount, amount_e8
-	Allowed bool            `json:"allowed"`
-	Rules   []string        `json:"rules"`                   // ids of the deciding rules, at most MaxRules
-	More    int             `json:"more,omitempty,omitzero"` // number of further deciding rules
-	Fault   string          `json:"fault,omitempty"`
+	Policy  string `json:"policy"` // SHA-256 of the policy's text, hex
+	Version uint64 `json:"version"`
+	TimeMS  int64  `json:"time_ms"` // of the appliance's clock, Unix milliseconds
+	Peer    string `json:"peer"`
+	PeerKey string `json:"peer_key,omitempty"` // the peer's key in the session, hex
+	Action  string `json:"action"`
+	Key     string `json:"key"` // "" with a signer
+	Signer  string `json:"signer,omitempty"`
+	// PeerGroups and KeyGroups are all groups of the peer and of the key at the decision, whether
+	// the policy names them or not, by names in order.
+	PeerGroups []string        `json:"peer_groups,omitempty"`
+	KeyGroups  []string        `json:"key_groups,omitempty"`
+	Context    json.RawMessage `json:"context"` // without the field used: text, integers, and Withheld for long text
+	Used       Usage           `json:"used"`    // in the order of Counted and Windows: signatures, amount, amount_e8
+	Allowed    bool            `json:"allowed"`
+	Rules      []string        `json:"rules"`                   // ids of the deciding rules, at most MaxRules
+	More       int             `json:"more,omitempty,omitzero"` // number of further deciding rules
+	Fault      string          `json:"fault,omitempty"`
 	// Salt (16 bytes, hex) protects the amount. Without a salt, a reader of the audit log, which
 	// has the record's hash, could guess amounts and compare hashes.
 	Salt string `json:"salt"`
@@ -81,8 +86,9 @@ func (p *Policy) Decided(version uint64, timeMS int64, r Request, salt [16]byte)
 	d := p.Decide(r)
 	rules, more := listed(d.Rules)
 	return d, ijson.Encode(Record{
-		Policy: hex.EncodeToString(p.Hash[:]), Version: version, TimeMS: timeMS, Peer: r.Peer, Action: r.Action,
-		Key: r.Key, Signer: r.Signer, Context: r.encoded, Used: r.Used,
+		Policy: hex.EncodeToString(p.Hash[:]), Version: version, TimeMS: timeMS, Peer: r.Peer,
+		PeerKey: r.PeerKey, Action: r.Action, Key: r.Key, Signer: r.Signer,
+		PeerGroups: r.PeerGroups, KeyGroups: r.KeyGroups, Context: r.encoded, Used: r.Used,
 		Allowed: d.Allowed, Rules: rules, More: more, Fault: d.Fault, Salt: hex.EncodeToString(salt[:]),
 	})
 }
@@ -115,7 +121,10 @@ func Digest(record []byte) string {
 // Request returns the input of the decision. Rules see a withheld text as empty; Readable reports
 // whether that makes a difference.
 func (r Record) Request() (Request, error) {
-	q := Request{Peer: r.Peer, Action: r.Action, Key: r.Key, Signer: r.Signer, Used: r.Used, encoded: r.Context}
+	q := Request{
+		Peer: r.Peer, PeerKey: r.PeerKey, Action: r.Action, Key: r.Key, Signer: r.Signer, Used: r.Used,
+		PeerGroups: r.PeerGroups, KeyGroups: r.KeyGroups, encoded: r.Context,
+	}
 	fields, err := r.fields()
 	if err != nil {
 		return q, err

@@ -29,8 +29,8 @@ const maxWarnings = 100
 
 // Warnings lists at most 100 doubts about rules, in the order of the text: an amount without its
 // currency, a text with * that is compared by ==, and a name that does not exist. known reports
-// whether there is an entity of a type (Peer, Key) and name. Without known, names are not looked
-// up.
+// whether there is an entity of a type (Peer, Key, Group, KeyGroup) and name. Without known, names
+// are not looked up.
 func (p *Policy) Warnings(known func(entity, name string) bool) (all []Warning) {
 	for _, id := range p.ids() {
 		rule := p.rules.Get(id)
@@ -80,7 +80,7 @@ func (p *Policy) Warnings(known func(entity, name string) bool) (all []Warning) 
 		if known != nil {
 			for uid := range named {
 				if !known(string(uid.Type), string(uid.ID)) {
-					warn("there is no %s: correct the name, or enrol or create it", uid)
+					warn("there is no %s: correct the name, or enrol, create or set it", uid)
 				}
 			}
 		}

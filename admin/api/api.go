@@ -94,6 +94,16 @@ type Policy struct {
 	Text      string `json:"text,omitempty"`
 }
 
+// Group is a group of peers or of keys. A list of groups has no members.
+type Group struct {
+	Name    string   `json:"name"`
+	Of      string   `json:"of"`      // peers or keys
+	Size    int      `json:"size"`    // number of members
+	SHA256  string   `json:"sha256"`  // of the members in order, with commas in between
+	Changed int64    `json:"changed"` // Unix seconds
+	Members []string `json:"members,omitempty"`
+}
+
 // Decision is the decision of the policy in an event. Record is policy.Record in JSON, byte for
 // byte: the event has its SHA-256.
 type Decision struct {
@@ -238,6 +248,16 @@ func (c *Client) Peer(ctx context.Context, name string) (p Peer, err error) {
 // with RemovePeer only.
 func (c *Client) RemovePeerKey(ctx context.Context, name, publicKey string) error {
 	return c.do(ctx, http.MethodDelete, "/v1/peers/"+url.PathEscape(name)+"/keys/"+url.PathEscape(publicKey), nil, nil)
+}
+
+// Groups lists the groups without their members.
+func (c *Client) Groups(ctx context.Context) ([]Group, error) {
+	return list[Group](ctx, c, "/v1/groups")
+}
+
+// Group returns a group with its members.
+func (c *Client) Group(ctx context.Context, name string) (g Group, err error) {
+	return g, c.do(ctx, http.MethodGet, "/v1/groups/"+url.PathEscape(name), nil, &g)
 }
 
 // RemovePeer removes a peer's enrolment and closes its connections.

@@ -101,6 +101,9 @@ func showApprovals(w io.Writer, verified audit.Report, r *approval.Report, trust
 		fmt.Fprintf(w, "operator\t%s: %s; %s\n", o.Name, strings.Join(roles, ", "),
 			count(len(o.Credentials), "credential"))
 	}
+	for _, g := range r.Groups {
+		fmt.Fprintf(w, "group\t%s: %d %s, by event %d\n", g.Name, len(g.Members), g.Of, g.Event)
+	}
 	for _, p := range r.Proposals {
 		fmt.Fprintf(w, "\nproposal %d\t%s\n", p.ID, p.Act)
 		for _, each := range p.Parameters {

@@ -23,6 +23,7 @@ type names func(ctx context.Context, t *tool) []string
 var (
 	keyNames      = listed((*api.Client).Keys, func(k api.Key) string { return k.Name })
 	peerNames     = listed((*api.Client).Peers, func(p api.Peer) string { return p.Name })
+	groupNames    = listed((*api.Client).Groups, func(g api.Group) string { return g.Name })
 	operatorNames = listed((*api.Client).Operators, func(o approval.Operator) string { return o.Name })
 	tokenNames    = listed((*api.Client).Tokens, func(s api.Token) string { return s.Name })
 )
@@ -69,6 +70,7 @@ var completedArguments = []struct {
 	{"countersign admin key ", keyNames, []string{"create", "import"}},
 	{"countersign admin peer ", peerNames, []string{"add"}},
 	{"countersign admin peer key ", peerNames, nil},
+	{"countersign admin group ", groupNames, nil},
 	{"countersign admin operator ", operatorNames, []string{"add", "first"}},
 	{"countersign admin credential ", operatorNames, nil},
 	{"countersign admin login", operatorNames, nil},

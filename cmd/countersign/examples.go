@@ -16,6 +16,8 @@ var examples = map[string]string{
 	"admin context remove":      "old",
 	"admin context use":         "prod",
 	"admin credential remove":   "ann 4ebc4934b5b0523a48f81cf487635bfb",
+	"admin group list":          "",
+	"admin group show":          "shops",
 	"admin key authorize-noise": "",
 	"admin key list":            "",
 	"admin key show":            "payments",

@@ -30,10 +30,14 @@ type records struct {
 	policies map[string]api.Policy     // by SHA-256
 	parsed   map[string]*policy.Policy // by SHA-256
 	bar      *bar                      // of each
+
+	groups  []policy.Group // of the appliance, or of the file at its export
+	present bool           // groups are known
 }
 
-// exportEntry is one line of an exported file: a policy, or a decision.
+// exportEntry is one line of an exported file: the groups at the export, a policy, or a decision.
 type exportEntry struct {
+	Groups   *[]api.Group  `json:"groups,omitempty"`
 	Policy   *api.Policy   `json:"policy,omitempty"`
 	Decision *api.Decision `json:"decision,omitempty"`
 }
@@ -129,8 +133,11 @@ func (r *records) readFile(visit func(api.Decision) error) error {
 		err := d.Decode(&e)
 		if errors.Is(err, io.EOF) {
 			return nil
-		} else if err == nil && e.Policy == nil && e.Decision == nil {
-			err = errors.New("neither a policy nor a decision")
+		} else if err == nil && e.Policy == nil && e.Decision == nil && e.Groups == nil {
+			err = errors.New("neither groups nor a policy nor a decision")
+		}
+		if err == nil && e.Groups != nil {
+			err = r.readGroups(*e.Groups)
 		}
 		if err != nil {
 			return fmt.Errorf("%s: it is not what policy export writes: %w", r.file, err)
@@ -147,9 +154,28 @@ func (r *records) readFile(visit func(api.Decision) error) error {
 	}
 }
 
+func (r *records) readGroups(all []api.Group) error {
+	r.groups, r.present = nil, true
+	for _, each := range all {
+		g, err := policy.NewGroup(each.Name, each.Of, each.Members)
+		if err != nil {
+			return err
+		}
+		r.groups = append(r.groups, g)
+	}
+	return nil
+}
+
 func (r *records) readAppliance(ctx context.Context, since time.Time, visit func(api.Decision) error) error {
 	if err := r.dial(); err != nil {
 		return err
+	}
+	if !r.present {
+		groups, err := presentGroups(ctx, r.client)
+		if err != nil {
+			return err
+		}
+		r.groups, r.present = groups, true
 	}
 	all, err := r.client.Policies(ctx)
 	if err != nil {
@@ -270,13 +296,14 @@ func (t *tool) policyCheck() *cobra.Command {
 				return err
 			}
 		}
-		rules, warnings := p.Rules(), append([]policy.Warning{}, p.Warnings(known)...)
+		rules, warnings, costs := p.Rules(), append([]policy.Warning{}, p.Warnings(known)...), p.Costs()
 		out := map[string]any{"sha256": hex.EncodeToString(p.Hash[:]), "rules": len(rules), "verifies": p.Verifies,
-			"warnings": warnings}
+			"warnings": warnings, "costs": costs}
 		return t.print(out, func(w io.Writer) {
 			fmt.Fprintf(w, "sound\t%s\nsha256\t%x\n", count(len(rules), "rule"), p.Hash)
 			fmt.Fprintf(w, "verify\t%s\n", either(p.Verifies, "by these rules",
 				`every peer, since no rule names Action::"verify"`))
+			showCosts(w, costs, len(rules))
 			for _, each := range warnings {
 				fmt.Fprintf(w, "warning\t%v\n", each)
 			}
@@ -287,17 +314,57 @@ func (t *tool) policyCheck() *cobra.Command {
 	}
 	c := command("check FILE", "Check a policy file: syntax, types, rules that never apply", cobra.ExactArgs(1), do)
 	details(c, "Exit status 1: the appliance would refuse the file. A warning is about a rule that may be right:\n"+
-		"an amount without its currency, == with a *, and, with --names, a peer or a key that the\n"+
-		"appliance does not have.")
+		"an amount without its currency, == with a *, and, with --names, a peer, a key or a group that the\n"+
+		"appliance does not have. The costs are measured on this machine, for a payment: while a decision\n"+
+		"is made, the appliance admits no other request. A rule that names a peer, a key or a group in its\n"+
+		"head, before when, costs the decisions about others nothing.")
 	c.Example = "  countersign policy check policy.cedar\n" +
 		"  countersign policy check policy.cedar --names"
 	c.Flags().BoolVar(&names, "names", false,
-		"ask the appliance for peers and keys, and warn of names that do not exist")
+		"ask the appliance for peers, keys and groups, and warn of names that do not exist")
 	t.addressFlags(c.Flags())
 	return c
 }
 
-// knownNames asks the appliance for its peers and keys. Names of other types count as known.
+// maxHeadless is how many rules without a name in the head policy check lists.
+const maxHeadless = 10
+
+func showCosts(w io.Writer, c policy.Costs, rules int) {
+	show := func(label string, each policy.Cost) {
+		fmt.Fprintf(w, "%s\t%v a decision, by %d of %s%s\n",
+			label, each.Time.Round(100*time.Nanosecond), each.Rules, count(rules, "rule"), costFor(each))
+	}
+	show("typical", c.Typical)
+	show("worst", c.Worst)
+	if n := len(c.Headless); n > 0 {
+		list := strings.Join(c.Headless[:min(n, maxHeadless)], ", ")
+		if n > maxHeadless {
+			list += fmt.Sprintf(" and %d more", n-maxHeadless)
+		}
+		fmt.Fprintf(w, "in each\t%s without a peer, a key or a group in the head: %s\n", count(n, "rule"), list)
+	}
+}
+
+// costFor says for which peer and key a cost is.
+func costFor(c policy.Cost) string {
+	var of []string
+	if c.Peer != "" {
+		of = append(of, "peer "+c.Peer)
+	}
+	if c.Key != "" {
+		of = append(of, "key "+c.Key)
+	}
+	if c.Groups > 0 {
+		of = append(of, count(c.Groups, "group"))
+	}
+	if len(of) == 0 {
+		return ""
+	}
+	return " (" + strings.Join(of, ", ") + ")"
+}
+
+// knownNames asks the appliance for its peers, keys and groups. Names of other types count as
+// known.
 func (t *tool) knownNames(ctx context.Context) (func(entity, name string) bool, error) {
 	client, err := t.dialAdmin()
 	if err != nil {
@@ -311,8 +378,15 @@ func (t *tool) knownNames(ctx context.Context) (func(entity, name string) bool, 
 	if err != nil {
 		return nil, err
 	}
+	groups, err := client.Groups(ctx)
+	if err != nil {
+		return nil, err
+	}
 	return func(entity, name string) bool {
 		switch entity {
+		case "Group", "KeyGroup":
+			of := either(entity == "Group", policy.OfPeers, policy.OfKeys)
+			return slices.ContainsFunc(groups, func(g api.Group) bool { return g.Name == name && g.Of == of })
 		case "Peer":
 			return slices.ContainsFunc(peers, func(p api.Peer) bool { return p.Name == name })
 		case "Key":
@@ -384,7 +458,8 @@ func (t *tool) policyTest() *cobra.Command {
 	c := command("test FILE CASES", "Test a policy file with a table of cases", cobra.ExactArgs(2), do)
 	details(c, "CASES has comma-separated values. The first row names the columns. Required: expect (allow or\n"+
 		"deny), peer and key. Optional: name, action, time (RFC 3339), signer (in place of a key, for\n"+
-		"the action verify), and any field of the schema (countersign policy schema), for example amount\n"+
+		"the action verify), groups and key_groups (of the peer and of the key, with spaces in between),\n"+
+		"and any field of the schema (countersign policy schema), for example amount\n"+
 		"or used.peer.day.amount. An empty field is absent. A window without a value counts the document\n"+
 		"of the case only. Lines that begin with # are skipped. Exit status 1: a case did not come out as\n"+
 		"expected.")
@@ -577,7 +652,17 @@ func (t *tool) explain(
 	return t.print(out, func(w io.Writer) {
 		fmt.Fprintf(w, "event\t%d\ndecision\t%s\n", event, outcome(rec.Allowed))
 		fmt.Fprintf(w, "policy\tversion %d, sha256 %s\n", rec.Version, rec.Policy)
-		fmt.Fprintf(w, "peer\t%s\naction\t%s\nkey\t%s\n", rec.Peer, rec.Action, resource(rec))
+		fmt.Fprintf(w, "peer\t%s\n", rec.Peer)
+		if rec.PeerKey != "" {
+			fmt.Fprintf(w, "by key\t%s\n", rec.PeerKey)
+		}
+		if len(rec.PeerGroups) > 0 {
+			fmt.Fprintf(w, "in groups\t%s\n", strings.Join(rec.PeerGroups, ", "))
+		}
+		fmt.Fprintf(w, "action\t%s\nkey\t%s\n", rec.Action, resource(rec))
+		if len(rec.KeyGroups) > 0 {
+			fmt.Fprintf(w, "in groups\t%s\n", strings.Join(rec.KeyGroups, ", "))
+		}
 		fmt.Fprintf(w, "time\t%s\n", time.UnixMilli(rec.TimeMS).UTC().Format(time.RFC3339))
 		for _, name := range slices.Sorted(maps.Keys(context)) {
 			fmt.Fprintf(w, "  %s\t%s\n", name, context[name])
@@ -634,8 +719,8 @@ type change struct {
 	By    []string `json:"by"`
 }
 
-// compare replays the decisions of a last duration with the policy next. An error comes with the
-// result so far.
+// compare replays the decisions of a last duration with the policy next, and with the groups of now
+// where they are known. An error comes with the result so far.
 func (r *records) compare(ctx context.Context, age time.Duration, next *policy.Policy) (comparison, error) {
 	found, rules := comparison{Changes: []change{}}, next.Rules()
 	err := r.since(ctx, age, func(event uint64, _ string, rec policy.Record, by *policy.Policy) error {
@@ -651,6 +736,9 @@ func (r *records) compare(ctx context.Context, age time.Duration, next *policy.P
 			return fmt.Errorf("event %d: %w", event, err)
 		}
 		found.Decisions++
+		if r.present {
+			q = q.InGroups(r.groups)
+		}
 		if d := next.Decide(q); d.Allowed != rec.Allowed {
 			found.Changes = append(found.Changes, change{
 				event, time.UnixMilli(rec.TimeMS).UTC().Format(time.RFC3339), rec.Peer, resource(rec),
@@ -706,8 +794,9 @@ func (t *tool) policyDiff() *cobra.Command {
 		return t.print(found, func(w io.Writer) { found.show(w, len(found.Changes)) })
 	}
 	c := command("diff FILE", "List the recorded decisions that a policy file would change", cobra.ExactArgs(1), do)
-	details(c, "Each decision is replayed twice: with the policy that made the decision, which must give the\n"+
-		"same result, and with FILE. The usage before each decision is taken from the record. So where\n"+
+	details(c, "Each decision is replayed twice: with the policy and the groups that made the decision, which must\n"+
+		"give the same result, and with FILE and the present groups (with --records: those at the export).\n"+
+		"The usage before each decision is taken from the record. So where\n"+
 		"FILE would have denied a decision, the later ones still count its usage, and would have had more\n"+
 		"of their budget left.")
 	c.Example = "  countersign policy diff policy.cedar --since 30d\n" +
@@ -732,8 +821,14 @@ func (t *tool) policyExport() *cobra.Command {
 		ctx, cancel := context.WithTimeout(cmd.Context(), longTimeout)
 		defer cancel()
 		w := bufio.NewWriter(t.stdout)
-		enc, written := json.NewEncoder(w), map[string]bool{}
+		enc, written, groups := json.NewEncoder(w), map[string]bool{}, false
 		visit := func(event uint64, raw string, rec policy.Record, _ *policy.Policy) error {
+			if from.present && !groups {
+				groups = true
+				if err := enc.Encode(exportEntry{Groups: exported(from.groups)}); err != nil {
+					return err
+				}
+			}
 			if !written[rec.Policy] {
 				written[rec.Policy] = true
 				p := from.policies[rec.Policy]
@@ -748,12 +843,23 @@ func (t *tool) policyExport() *cobra.Command {
 	}
 	c := command("export", "Write recorded decisions and their policies to stdout, for a replay on any machine",
 		cobra.NoArgs, do)
-	details(c, "The output is JSON lines: policies with their texts, and decisions with all inputs. The inputs\n"+
-		"have amounts and parties: handle the file like the payments themselves.")
+	details(c, "The output is JSON lines: the present groups, policies with their texts, and decisions with all\n"+
+		"inputs. The inputs have amounts and parties: handle the file like the payments themselves.")
 	c.Example = "  countersign policy export --since 30d >decisions.jsonl"
 	from.flags(t, c)
 	sinceFlag(c, &since)
 	return c
+}
+
+// exported returns groups for a line of an exported file.
+func exported(groups []policy.Group) *[]api.Group {
+	all := []api.Group{}
+	for _, g := range groups {
+		all = append(all, api.Group{
+			Name: g.Name, Of: g.Of, Size: len(g.Members), SHA256: g.Digest(), Members: g.Members,
+		})
+	}
+	return &all
 }
 
 // policyVersions are the commands about the policy in force and its former versions.

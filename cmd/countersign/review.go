@@ -63,7 +63,7 @@ func readReview(ctx context.Context, c *api.Client, id uint64) (*review, error) 
 			"has %x: do not approve it", id, cmp.Or(named, "none"), digest)
 	case doc.State != "open":
 		return &review{p, doc}, nil // to be read only: the appliance has dropped the content
-	case named != "" && p.Act != approval.ActPolicyActivate:
+	case named != "" && p.Act != approval.ActPolicyActivate && p.Act != approval.ActGroupSet:
 		return nil, fmt.Errorf("proposal %d: its text has the SHA-256 of a content, and %s has none: do not approve it",
 			id, p.Act)
 	case named != "" && doc.Content == "":
@@ -107,13 +107,43 @@ func (t *tool) showReview(ctx context.Context, c *api.Client, r *review, to io.W
 		if added, err := approval.ParseCredential(p.Parameter("credential")); err == nil {
 			fmt.Fprintf(w, "new key\t%s\n", fingerprint(added))
 		}
+	case p.Act == approval.ActPeerAdd || p.Act == approval.ActPeerKeyAdd:
+		showPeerKey(ctx, c, w, p)
 	case p.Parameter("key") != "":
 		showVersion(ctx, c, w, p.Parameter("key"), p.Parameter("version"))
 	}
-	if err := w.Flush(); err != nil || r.doc.Content == "" {
+	if err := w.Flush(); err != nil {
 		return err
 	}
-	return showPolicy(ctx, t, c, r, to)
+	switch {
+	case r.doc.State == "open" && strings.HasPrefix(r.proposal.Act, "group "):
+		return showGroup(ctx, t, c, r, to)
+	case r.doc.Content != "":
+		return showPolicy(ctx, t, c, r, to)
+	}
+	return nil
+}
+
+// showPeerKey prints the present keys of the peer of a proposed key, and who has the proposed key.
+func showPeerKey(ctx context.Context, c *api.Client, w io.Writer, p *approval.Proposal) {
+	peers, err := c.Peers(ctx)
+	if err != nil {
+		fmt.Fprintf(w, "peer\t%s (not looked up: %s)\n", p.Parameter("name"), message(err))
+		return
+	}
+	has := "nobody"
+	for _, each := range peers {
+		for _, k := range each.Keys {
+			if k.PublicKey == p.Parameter("public_key") {
+				has = each.Name
+			}
+			if each.Name == p.Parameter("name") {
+				fmt.Fprintf(w, "present key\t%s, added %s, last seen %s\n",
+					k.PublicKey, date(k.Added), lastSeen(k.LastSeen))
+			}
+		}
+	}
+	fmt.Fprintf(w, "new key\t%s, which %s has\n", p.Parameter("public_key"), has)
 }
 
 // showPerson prints an operator with roles and fingerprints, or that there is none with the name.
@@ -192,12 +222,23 @@ func showPolicy(ctx context.Context, t *tool, c *api.Client, r *review, to io.Wr
 	if err != nil {
 		return err
 	}
+	groups, err := presentGroups(ctx, c)
+	if err != nil {
+		return err
+	}
+	return showDecisions(ctx, t, c, to, next, groups, "this policy")
+}
+
+// showDecisions prints the past decisions that a policy with some groups would change.
+func showDecisions(
+	ctx context.Context, t *tool, c *api.Client, to io.Writer, next *policy.Policy, groups []policy.Group, name string,
+) error {
 	past, cancel := context.WithTimeout(ctx, pastTimeout)
 	defer cancel()
-	from := records{tool: t, client: c}
+	from := records{tool: t, client: c, groups: groups, present: true}
 	found, err := from.compare(past, pastDecisions, next)
 	w := tabwriter.NewWriter(to, 0, 0, 2, ' ', 0)
-	fmt.Fprintf(w, "the decisions of the last %d days by this policy:\n", pastDecisions/(24*time.Hour))
+	fmt.Fprintf(w, "the decisions of the last %d days by %s:\n", pastDecisions/(24*time.Hour), name)
 	found.show(w, pastChanges)
 	if err != nil {
 		fmt.Fprintf(w, "THE REPLAY IS NOT COMPLETE: %s; type: countersign policy diff\n", message(err))

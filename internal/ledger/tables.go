@@ -32,6 +32,7 @@ const (
 	bucketOperators
 	bucketProposals
 	bucketIndex // u64 segment -> index of its events: see find.go
+	bucketGroups
 )
 
 // buckets are the buckets of the root by number. A file of this format has exactly these buckets; a
@@ -60,6 +61,7 @@ var buckets = [...]struct {
 	bucketOperators: {[]byte(Operators), bolt.DefaultFillPercent},
 	bucketProposals: {[]byte(Proposals), bolt.DefaultFillPercent},
 	bucketIndex:     {[]byte("index"), fullPages},
+	bucketGroups:    {[]byte(Groups), bolt.DefaultFillPercent},
 }
 
 const fullPages = 0.95
@@ -92,12 +94,14 @@ const (
 	Policies  Table = "policies"
 	Operators Table = "operators"
 	Proposals Table = "proposals"
-	Meta      Table = "meta" // records of the appliance as a whole
+	Groups    Table = "groups" // of peers and of keys, for policies
+	Meta      Table = "meta"   // records of the appliance as a whole
 )
 
 var tables = map[Table]byte{
 	Keys: bucketKeys, Lines: bucketLines, Peers: bucketPeers, Policies: bucketPolicies,
-	Operators: bucketOperators, Proposals: bucketProposals, Meta: bucketMeta,
+	Operators: bucketOperators, Proposals: bucketProposals, Groups: bucketGroups,
+	Meta: bucketMeta,
 }
 
 // reserved reports whether a record of Meta belongs to the ledger itself.
