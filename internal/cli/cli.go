@@ -42,12 +42,12 @@ type Number interface {
 	~int | ~uint64 | ~int64 | ~uint32
 }
 
-// Count is a number with its noun, for example "1 event", "2 events" or "3 entries".
+// Count is a number with its noun, for example "1 event", "2 events", "3 entries" or "4 keys".
 func Count[N Number](n N, noun string) string {
 	if n == 1 {
 		return "1 " + noun
 	}
-	if stem, is := strings.CutSuffix(noun, "y"); is {
+	if stem, is := strings.CutSuffix(noun, "y"); is && !strings.HasSuffix(stem, "e") {
 		noun = stem + "ie"
 	}
 	return fmt.Sprintf("%d %ss", n, noun)

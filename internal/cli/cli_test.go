@@ -41,6 +41,14 @@ func TestVersion(t *testing.T) {
 	}
 }
 
+func TestCount(t *testing.T) {
+	for noun, want := range map[string]string{"event": "2 events", "entry": "2 entries", "key": "2 keys"} {
+		if one, two := Count(1, noun), Count(2, noun); one != "1 "+noun || two != want {
+			t.Errorf("%q and %q", one, two)
+		}
+	}
+}
+
 // TestPages: each command has a page that the formatter takes without a warning, with the text as
 // it is in the help.
 func TestPages(t *testing.T) {
