@@ -24,32 +24,36 @@ import (
 	"github.com/rogpeppe/go-internal/testscript"
 )
 
-// TestOperations runs every command of docs/OPERATIONS.md, docs/PEERS.md and README.md. A script in
-// testdata/operations sets up the state that a section presupposes, runs the section's commands
-// verbatim (the script command doc) and checks the results.
+// documents have commands that TestOperations runs.
+var documents = []string{"docs/INCIDENTS.md", "docs/OPERATIONS.md", "docs/PEERS.md", "README.md"}
+
+// TestOperations runs every command of the documents. A script in testdata/operations sets up the
+// state that a section presupposes, and has the persons of the section type its commands verbatim
+// (the script command doc), which must print what the document says.
 func TestOperations(t *testing.T) {
 	needSoftHSM(t)
-	o := operations{
-		documents: []*document{
-			readDocument(t, "docs/OPERATIONS.md"), readDocument(t, "docs/PEERS.md"), readDocument(t, "README.md"),
-		},
-		typed: map[string]bool{},
+	o := operations{typed: map[string]bool{}}
+	for _, path := range documents {
+		o.documents = append(o.documents, readDocument(t, path))
 	}
 	commands := map[string]func(*testscript.TestScript, bool, []string){
 		"appliance": o.appliance, "approve": o.approve, "as": o.as, "configure": o.configure, "demo": o.demo,
 		"doc": o.doc, "file": o.file, "halt": o.halt, "operators": o.operators, "peer": o.peer,
 		"receive": o.receive, "run": o.run, "serve": o.serve, "tpm": o.tpm, "until": o.until,
 	}
-	t.Run("scripts", func(t *testing.T) {
+	ran := t.Run("scripts", func(t *testing.T) {
 		testscript.Run(t, testscript.Params{
 			Dir: "testdata/operations", Setup: o.setup, RequireExplicitExec: true, Cmds: commands,
 		})
 	})
+	if !ran {
+		return // a script that has failed has not typed the rest
+	}
 	t.Run("every command was typed", func(t *testing.T) {
 		for _, d := range o.documents {
 			for _, s := range d.sections {
-				for _, b := range s.commands {
-					for _, c := range b {
+				for _, b := range s.blocks {
+					for _, c := range b.commands {
 						// Makefile targets are left out: make test would run this test again.
 						if !o.typed[c.place] && !(d.path == "README.md" && strings.HasPrefix(c.text, "make ")) {
 							t.Errorf("%s: no script types this: %s", c.place, c.text)
@@ -61,23 +65,68 @@ func TestOperations(t *testing.T) {
 	})
 }
 
-// TestDocumentsLinks checks that each link within a document names one of the document's sections.
-func TestDocumentsLinks(t *testing.T) {
-	for _, path := range []string{"docs/OPERATIONS.md", "docs/PEERS.md", "README.md"} {
-		d, anchors := readDocument(t, path), map[string]bool{}
-		for _, s := range d.sections {
-			anchors[regexp.MustCompile(`[^a-z0-9 -]`).ReplaceAllString(strings.ToLower(s.title), "")] = true
+// TestIncidents checks that each page of docs/INCIDENTS.md comes to its first command within ten
+// lines, since its reader is in a hurry.
+func TestIncidents(t *testing.T) {
+	const most = 10
+	d := readDocument(t, "docs/INCIDENTS.md")
+	for _, s := range d.sections[1:] { // the first one has the contents
+		if len(s.blocks) == 0 {
+			t.Errorf("%s: %q has no command", d.path, s.title)
+		} else if n := s.blocks[0].line - s.line - 1; n > most {
+			t.Errorf("%s: %q has %d lines before its first command, at most %d", d.path, s.title, n, most)
 		}
-		for _, link := range regexp.MustCompile(`\]\(#([^)]*)\)`).FindAllStringSubmatch(d.text, -1) {
-			if !anchors[strings.ReplaceAll(link[1], "-", " ")] {
-				t.Errorf("%s: #%s leads nowhere", path, link[1])
+	}
+}
+
+// TestDocumentsLinks checks that each link to a file or to a section of a document leads there, and
+// that the contents of the operator's documents have all sections.
+func TestDocumentsLinks(t *testing.T) {
+	paths := append(orPanic(filepath.Glob("../docs/*.md")), "../README.md", "../client/README.md")
+	for _, path := range paths {
+		text, own := headings(t, path)
+		for _, link := range regexp.MustCompile(`\]\(([^):#]*)(?:#([^)]*))?\)`).FindAllStringSubmatch(text, -1) {
+			to, anchors := filepath.Join(filepath.Dir(path), link[1]), own
+			if link[1] != "" && !exists(to) {
+				t.Errorf("%s: there is no %s", path, link[1])
+				continue
+			}
+			if link[1] != "" && link[2] != "" {
+				_, anchors = headings(t, to)
+			}
+			if _, is := anchors[link[2]]; link[2] != "" && !is {
+				t.Errorf("%s: %s#%s leads nowhere", path, link[1], link[2])
+			}
+		}
+		contents, _, _ := strings.Cut(text, "\n## ")
+		for anchor, level := range own {
+			operators := path == "../docs/INCIDENTS.md" || path == "../docs/OPERATIONS.md"
+			if operators && level == 2 && !strings.Contains(contents, "(#"+anchor+")") {
+				t.Errorf("%s: the contents do not have #%s", path, anchor)
 			}
 		}
 	}
 }
 
+// headings returns a document without its fences, and the anchors of its sections with their
+// levels.
+func headings(t *testing.T, path string) (text string, anchors map[string]int) {
+	t.Helper()
+	b, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	text, anchors = regexp.MustCompile("(?ms)^ *```.*?^ *```$").ReplaceAllString(string(b), ""), map[string]int{}
+	for _, m := range regexp.MustCompile(`(?m)^(#+) (.*)$`).FindAllStringSubmatch(text, -1) {
+		anchor := regexp.MustCompile(`[^\p{L}\p{N} _-]`).ReplaceAllString(strings.ToLower(m[2]), "")
+		anchors[strings.ReplaceAll(anchor, " ", "-")] = len(m[1])
+	}
+	return text, anchors
+}
+
 // document is a Markdown file with commands. An indented block has commands, one a line. A fenced
-// block has anything else, such as a configuration, and names its language.
+// block has anything else, such as a configuration, and names its language. The fence text directly
+// after a block of commands is what the commands print.
 type document struct {
 	path     string
 	text     string
@@ -85,9 +134,20 @@ type document struct {
 }
 
 type section struct {
-	title    string
-	commands [][]command // by indented block
-	fences   []string    // contents of the fenced blocks
+	title  string
+	line   int
+	blocks []*block
+	files  []string // contents of the fences other than text
+}
+
+// block is an indented block of commands. Its first line says who types it, as "# ann". Only in
+// README.md, one reader types all blocks.
+type block struct {
+	line     int
+	by       string
+	commands []command
+	prints   string // of both outputs; "": the block prints nothing
+	silent   bool   // the document does not say what the block prints; only in README.md
 }
 
 type command struct {
@@ -95,45 +155,75 @@ type command struct {
 	text  string
 }
 
+// typists are the persons of the documents. countersign is the daemon's user, dave an auditor, shop
+// a peer, builds a receiver of webhooks, monitor a monitoring job, and signer signs updates.
+var typists = []string{"root", "countersign", "ann", "bob", "dave", "shop", "builds", "monitor", "signer"}
+
+// serves is the beginning of a command that ends when the daemon does.
+const serves = "countersignd serve "
+
 func readDocument(t *testing.T, path string) *document {
 	t.Helper()
 	b, err := os.ReadFile(filepath.Join("..", path))
 	if err != nil {
 		t.Fatal(err)
 	}
-	d := &document{path: path, text: string(b)}
-	s := &section{}
-	var block []command
-	fence, blank := false, true
-	var inFence strings.Builder
-	for i, line := range append(strings.Split(string(b), "\n"), "") {
-		place := fmt.Sprintf("%s:%d", path, i+1)
-		text := strings.TrimSpace(line)
-		if code := strings.HasPrefix(line, "    ") && text != "" && !fence && (blank || block != nil); code {
-			if strings.Contains(text, "<<") || strings.HasSuffix(text, "\\") {
-				t.Errorf("%s: a command is on one line", place)
-			}
-			block = append(block, command{place, text})
-			blank = false
-			continue
-		}
-		if block != nil {
-			s.commands, block = append(s.commands, block), nil
-		}
-		blank = text == ""
+	d, s := &document{path: path, text: string(b)}, &section{}
+	lines := strings.Split(d.text, "\n")
+	text := func(i int) string { return strings.TrimSpace(lines[i]) }
+	var last *block // the block that a fence may follow
+	for i := 0; i < len(lines); i++ {
+		place := func() string { return fmt.Sprintf("%s:%d", path, i+1) }
+		language, fence := strings.CutPrefix(text(i), "```")
 		switch {
-		case strings.HasPrefix(text, "```") && fence:
-			s.fences, fence = append(s.fences, inFence.String()), false
-			inFence.Reset()
-		case strings.HasPrefix(text, "```"):
-			if fence = true; text == "```" {
-				t.Errorf("%s: say what is in the fence; commands are indented", place)
-			}
+		case text(i) == "":
+			continue
 		case fence:
-			inFence.WriteString(line + "\n")
-		case strings.HasPrefix(line, "#"):
-			s = &section{title: strings.TrimLeft(line, "# ")}
+			if language == "" {
+				t.Errorf("%s: say what is in the fence; commands are indented", place())
+			}
+			indent, _, _ := strings.Cut(lines[i], "`")
+			var inside strings.Builder
+			for i++; text(i) != "```"; i++ {
+				inside.WriteString(strings.TrimPrefix(lines[i], indent) + "\n")
+			}
+			if language != "text" {
+				s.files = append(s.files, inside.String())
+			} else if last != nil {
+				last.prints, last.silent = inside.String(), false
+			}
+			last = nil
+		case strings.HasPrefix(lines[i], "    ") && text(i-1) == "":
+			last = &block{line: i + 1, by: "you", silent: path == "README.md"}
+			s.blocks = append(s.blocks, last)
+			if by, says := strings.CutPrefix(text(i), "# "); says {
+				last.by = by
+				i++
+			}
+			if !slices.Contains(typists, last.by) && path != "README.md" {
+				t.Errorf("%s: a block begins with # and who types it, one of %q", place(), typists)
+			}
+			for ; text(i) != ""; i++ {
+				c := command{place(), text(i)}
+				last.commands = append(last.commands, c)
+				switch {
+				case strings.Contains(c.text, "<<") || strings.HasSuffix(c.text, "\\"):
+					t.Errorf("%s: a command is on one line", c.place)
+				case strings.HasPrefix(c.text, "#"):
+					t.Errorf("%s: each person has a block", c.place)
+				case strings.HasPrefix(c.text, "countersignd ") && last.by != "countersign" && last.by != "signer":
+					t.Errorf("%s: the daemon's user types this, and not %s", c.place, last.by)
+				case strings.Contains(c.text, " operator first ") && last.by != "root":
+					t.Errorf("%s: root types this, and not %s", c.place, last.by)
+				case strings.HasPrefix(c.text, serves) && text(i+1) != "":
+					t.Errorf("%s: nobody can type a command after the daemon's", c.place)
+				}
+			}
+		case strings.HasPrefix(lines[i], "#"):
+			s, last = &section{title: strings.TrimLeft(lines[i], "# "), line: i + 1}, nil
 			d.sections = append(d.sections, s)
+		default:
+			last = nil
 		}
 	}
 	return d
@@ -256,46 +346,140 @@ func exists(path string) bool {
 	return err == nil
 }
 
-// doc implements "doc 'TITLE' [N...]", which runs the commands of a section, or those of its blocks
-// N, counted from 1. The folder of the script stands for /run/countersign. The command countersignd
-// serve starts a daemon and waits until the daemon is ready.
+// doc implements "doc 'TITLE' [N...]", which has the persons of a section type its blocks, or its
+// blocks N, counted from 1. Each block must print what the document says. Both outputs are one, as
+// on a terminal, and are the script's stdout. The folder of the script stands for /run/countersign.
+// A daemon that a block starts is ready afterwards, and its log is no part of the output.
 func (o *operations) doc(ts *testscript.TestScript, neg bool, args []string) {
 	w := stateOf(ts, neg)
 	s := o.section(ts, args[0])
-	if len(s.commands) == 0 {
+	if len(s.blocks) == 0 {
 		ts.Fatalf("section %q has no commands", s.title)
 	}
-	for i, block := range s.commands {
+	for i, b := range s.blocks {
 		if len(args) > 1 && !slices.Contains(args[1:], strconv.Itoa(i+1)) {
 			continue
 		}
-		script := ""
-		run := func() {
-			if script == "" {
-				return
-			}
-			trap := "trap 'echo \"$place: this command has failed\" >&2' ERR\n"
-			save := fmt.Sprintf("unset place; { umask -p; export -p; } >%[1]q.new; mv %[1]q.new %[1]q\n",
-				w.environmentFile(w.user))
-			ts.Check(ts.Exec("bash", "-c", w.shell(ts)+trap+script+save))
-			script = ""
+		o.as(ts, false, []string{b.by})
+		var printed strings.Builder
+		cmd := w.command(ts, b.script(w))
+		cmd.Stdout = io.MultiWriter(ts.Stdout(), &printed)
+		cmd.Stderr = cmd.Stdout
+		ts.Check(cmd.Run())
+		if last := b.commands[len(b.commands)-1].text; strings.HasPrefix(last, serves) {
+			w.start(ts, last)
 		}
-		for _, c := range block {
-			if strings.HasPrefix(c.text, "countersignd serve ") {
-				run()
-				w.start(ts, c.text)
-			} else {
-				text := strings.ReplaceAll(c.text, "/run/countersign/", w.dir+"/")
-				script += fmt.Sprintf("place=%q\n%s\n", c.place, text)
-			}
+		out := printed.String()
+		if !b.silent && !like(b.prints).MatchString(plain(out)) {
+			w.t.Errorf("%s: the block prints\n%s\nand the document says\n%s", b.commands[0].place, out, b.prints)
 		}
-		run()
 		o.mu.Lock()
-		for _, c := range block {
+		for _, c := range b.commands {
 			o.typed[c.place] = true
 		}
 		o.mu.Unlock()
 	}
+}
+
+// script is the bash code of a block: its commands, apart from the daemon's, and the code that
+// keeps the shell's environment for the next block. A command that fails is named by its place.
+func (b *block) script(w *scriptState) string {
+	script := "trap 'echo \"$place: this command has failed\" >&2' ERR\n"
+	for _, c := range b.commands {
+		if !strings.HasPrefix(c.text, serves) {
+			script += fmt.Sprintf("place=%q\n%s\n", c.place, strings.ReplaceAll(c.text, "/run/countersign/", w.dir+"/"))
+		}
+	}
+	return script + fmt.Sprintf("unset place; { umask -p; export -p; } >%[1]q.new; mv %[1]q.new %[1]q\n",
+		w.environmentFile(w.user))
+}
+
+// varying are the parts of an output that differ between runs, with what stands for them. Other
+// numbers must be the document's.
+var varying = []struct {
+	*regexp.Regexp
+	by string
+}{
+	{regexp.MustCompile(`\d{4}-\d\d-\d\d[T ]\d\d:\d\d:\d\d(\.\d+)?Z?`), "TIME"},
+	{regexp.MustCompile(`\b[0-9a-f]{12,}\b|\+[0-9a-f]{8}\+`), "HEX"},
+	{regexp.MustCompile(`[0-9A-Za-z+/]{30,}=*`), "BASE64"},
+	{regexp.MustCompile(`(/[\w.-]+)+/`), "FOLDER/"},
+	{regexp.MustCompile(`\b\d+ handshakes?\b`), "N handshakes"},
+	{regexp.MustCompile(`\b(\d+\.){3}\d+\b`), "ADDRESS"},
+	{regexp.MustCompile(`\b\d+(\.\d+)?(µs|ms)\b|\b\d+\.\d+s\b`), "DURATION"},
+	{regexp.MustCompile(`\b\d+ KiB\b`), "SIZE"},
+	{regexp.MustCompile(`\b\d+( events?\b)`), "N$1"},
+	{regexp.MustCompile(`(\bevents?) +\d+\b`), "$1 N"},
+	{regexp.MustCompile(`(?m)^(\| )?\d+( +TIME)`), "${1}N$2"}, // a row of a list of events
+	{regexp.MustCompile(`[ \t]+`), " "},
+	{regexp.MustCompile(`(?m) $|^ `), ""},
+}
+
+// plain returns a text without the parts that differ between runs.
+func plain(text string) string {
+	for _, each := range varying {
+		text = each.ReplaceAllString(text, each.by)
+	}
+	return text
+}
+
+// like returns the pattern of the outputs for which a document's text stands. In a line … stands
+// for the rest of a word or of the line, and alone in a line for any lines.
+func like(text string) *regexp.Regexp {
+	text = regexp.MustCompile(`(\b[0-9a-f]{6,}|[0-9A-Za-z+/]{20,})…`).ReplaceAllString(text, "…")
+	pattern := regexp.QuoteMeta(plain(text))
+	pattern = regexp.MustCompile(`(?m)^…\n`).ReplaceAllString(pattern, "(?:.*\n)*?")
+	return regexp.MustCompile("^" + strings.ReplaceAll(pattern, "…", ".*") + "$")
+}
+
+// TestPrintsAreCompared sees that the comparison of outputs can fail.
+func TestPrintsAreCompared(t *testing.T) {
+	for _, c := range []struct {
+		says, prints string
+		same         bool
+	}{
+		{"", "", true},
+		{"", "suspended  shop\n", false},
+		{"suspended  shop\n", "", false},
+		{"suspended  shop\n", "suspended  shop\nsuspended  shop\n", false},
+		{"suspended  shop\n", "suspended  wines\n", false},
+		{"proposal 3: open, 1 of 2\n", "proposal 3: open, 1 of 2\n", true},
+		{"proposal 3: open, 1 of 2\n", "proposal 4: open, 1 of 2\n", false},
+		{"proposal 3: open, 1 of 2\n", "proposal 3: open, 2 of 2\n", false},
+		{"presence    1s after\n", "presence    2s after\n", false},
+		{"pong in 1.67ms\n", "pong in 860µs\n", true},
+		{"A  STATE\n1  up\n", "A   STATE  \n1   up  \n", true},
+		{"A  STATE\n1  up\n", "A  STATE\n1  down\n", false},
+		{"27  2026-11-29T00:58:41.397Z  Started\n", "5  2026-11-30T10:08:01.001Z  Started\n", true},
+		{"27  2026-11-29T00:58:41.397Z  Started\n", "5  2026-11-30T10:08:01.001Z  Stopped\n", false},
+		{"/home/ann/a.sock\n", "/tmp/1/b/a.sock\n", true},
+		{"/home/ann/a.sock\n", "/tmp/1/b/b.sock\n", false},
+		{"key 7f683b8636e0…, not enrolled\n", "key 0f9905584b24ec7dedb0a6a49f06984b, not enrolled\n", true},
+		{"key 7f683b8636e0…, not enrolled\n", "key 0f9905584b24ec7dedb0a6a49f06984b, enrolled\n", false},
+		{"one\n…\nlast\n", "one\nlast\n", true},
+		{"one\n…\nlast\n", "one\n\ntwo\nlast\n", true},
+		{"one\n…\nlast\n", "one\nlast\nmore\n", false},
+		{"…\nlast\n", "one\nat last\n", false},
+	} {
+		if like(c.says).MatchString(plain(c.prints)) != c.same {
+			t.Errorf("%q for %q: the same: %t", c.says, c.prints, !c.same)
+		}
+	}
+}
+
+// command returns a command of the user's shell.
+func (w *scriptState) command(ts *testscript.TestScript, line string) *exec.Cmd {
+	cmd := exec.Command("bash", "-c", w.shell(ts)+line)
+	cmd.Env = os.Environ()
+	for _, name := range []string{
+		"PATH", "HOME", "BIN", "REPOSITORY", "ADDRESS", "COUNTERSIGN_SOCKET", "COUNTERSIGN_SERVER", "SOFTHSM2_CONF",
+		"TPM2TOOLS_TCTI", "WORK",
+	} {
+		if value := ts.Getenv(name); value != "" {
+			cmd.Env = append(cmd.Env, name+"="+value)
+		}
+	}
+	return cmd
 }
 
 // start runs the command line of a daemon and waits until the daemon is ready.
@@ -327,9 +511,9 @@ func (o *operations) appliance(ts *testscript.TestScript, neg bool, args []strin
 	w.write("so-pin", "so-"+userPIN+"\n")
 	w.write("policy.cedar",
 		"permit (principal == Peer::\"shop\", action == Action::\"sign\", resource == Key::\"payments\");\n")
-	text, init := o.section(ts, "First start").fences[0], []string{"init", "--config", "countersign.toml"}
+	text, init := o.section(ts, "First start").files[0], []string{"init", "--config", "countersign.toml"}
 	if args[0] == "tpm" {
-		text = text[:strings.Index(text, "[tokens.")] + o.section(ts, "A TPM in the token's place").fences[0]
+		text = text[:strings.Index(text, "[tokens.")] + o.section(ts, "A TPM in the token's place").files[0]
 	} else {
 		init = append(init, "--new-token", "--so-pin-file", "so-pin")
 	}
@@ -375,12 +559,11 @@ func (w *scriptState) export(what string) {
 	w.write(filepath.Base(w.environmentFile(w.user)), string(b)+"export "+what+"\n")
 }
 
-// configure implements "configure TITLE N", which adds the N-th fenced block of a section to the
+// configure implements "configure TITLE N", which adds the N-th file of a section to the
 // configuration, with the paths of this script.
 func (o *operations) configure(ts *testscript.TestScript, neg bool, args []string) {
 	w := stateOf(ts, neg)
-	n := orPanic(strconv.Atoi(args[1]))
-	text := w.localPaths(o.section(ts, args[0]).fences[n-1])
+	text := w.localPaths(o.content(ts, args))
 	b, _ := os.ReadFile(w.path("countersign.toml"))
 	if before := string(b); strings.HasPrefix(text, "[") { // TOML tables follow the top-level keys
 		text = before + "\n" + text
@@ -390,14 +573,25 @@ func (o *operations) configure(ts *testscript.TestScript, neg bool, args []strin
 	w.write("countersign.toml", text)
 }
 
-// file implements "file TITLE N PATH", which writes the N-th fenced block of a section to a file.
+// file implements "file TITLE N PATH", which writes the N-th file of a section.
 func (o *operations) file(ts *testscript.TestScript, neg bool, args []string) {
-	stateOf(ts, neg).write(args[2], o.section(ts, args[0]).fences[orPanic(strconv.Atoi(args[1]))-1])
+	stateOf(ts, neg).write(args[2], o.content(ts, args))
+}
+
+// content returns the file of a section that the arguments TITLE N name.
+func (o *operations) content(ts *testscript.TestScript, args []string) string {
+	files := o.section(ts, args[0]).files
+	n, err := strconv.Atoi(args[1])
+	ts.Check(err)
+	if n < 1 || n > len(files) {
+		ts.Fatalf("%q has %d files", args[0], len(files))
+	}
+	return files[n-1]
 }
 
 // operators implements "operators NAME...", which enrols the first name as the first administrator
-// and the others as operators with the role approver. With two names or more, proposals need two
-// approvals afterwards.
+// and the others as operators with the role approver, but dave as an auditor. With two names or
+// more, proposals need two approvals afterwards.
 func (o *operations) operators(ts *testscript.TestScript, neg bool, names []string) {
 	w := stateOf(ts, neg)
 	w.operators = names
@@ -408,6 +602,9 @@ func (o *operations) operators(ts *testscript.TestScript, neg bool, names []stri
 		w.export(fmt.Sprintf("COUNTERSIGN_OPERATOR=%s SSH_AUTH_SOCK=%q", name, p.socket))
 		o.as(ts, false, names[:1])
 		line := fmt.Sprintf("countersign admin operator add %[1]s --roles operator,approver", name)
+		if name == "dave" {
+			line = fmt.Sprintf("countersign admin operator add %[1]s --roles auditor", name)
+		}
 		if i == 0 {
 			line = fmt.Sprintf("countersign admin operator first %[1]s", name)
 		}
@@ -417,6 +614,11 @@ func (o *operations) operators(ts *testscript.TestScript, neg bool, names []stri
 	if len(names) > 1 {
 		ts.Check(ts.Exec("bash", "-c", w.shell(ts)+"countersign admin approvals needed 2 2>&1"))
 	}
+	for _, name := range names { // each pins the appliance's name now, and not in a block
+		o.as(ts, false, []string{name})
+		ts.Check(ts.Exec("bash", "-c", w.shell(ts)+"countersign admin whoami 2>&1"))
+	}
+	o.as(ts, false, names[:1])
 }
 
 // approve implements "approve NAME": the operator NAME approves the oldest open proposal, whose
@@ -446,12 +648,8 @@ func (o *operations) until(ts *testscript.TestScript, neg bool, args []string) {
 	w := stateOf(ts, neg)
 	var out []byte
 	for deadline := time.Now().Add(time.Minute); ; time.Sleep(50 * time.Millisecond) {
-		cmd := exec.Command("bash", "-c", w.shell(ts)+strings.Join(args, " "))
-		for _, name := range []string{"PATH", "HOME", "COUNTERSIGN_SOCKET", "COUNTERSIGN_SERVER"} {
-			cmd.Env = append(cmd.Env, name+"="+ts.Getenv(name))
-		}
 		var err error
-		if out, err = cmd.CombinedOutput(); err == nil {
+		if out, err = w.command(ts, strings.Join(args, " ")).CombinedOutput(); err == nil {
 			return
 		}
 		if time.Now().After(deadline) {

@@ -283,7 +283,7 @@ func (t *tool) rollback(act maker) *cobra.Command {
 	details(accept, "An older copy of the ledger does not have the nonces that were spent after the copy was made.\n"+
 		"Documents with these nonces can be signed again and verified again. First find out how the copy\n"+
 		"came into the place of the newest ledger, and put the newest one back if you have it. See\n"+
-		"docs/OPERATIONS.md.")
+		"docs/INCIDENTS.md, a rollback alert.")
 	reasonFlag(accept, &reason)
 	show := act("show", "Show whether the ledger is older than its counter", cobra.NoArgs,
 		func(ctx context.Context, c *api.Client, _ []string) error {

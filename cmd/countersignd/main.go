@@ -178,7 +178,7 @@ func run(ctx context.Context, args []string, stdout io.Writer, stderr *logqueue.
 // errConfig is the class of a configuration that no restart mends.
 var errConfig = errors.New("config")
 
-// exitStatus gives the exit status of an error by its class. docs/OPERATIONS.md has the table, for
+// exitStatus gives the exit status of an error by its class. docs/INCIDENTS.md has the table, for
 // service managers: another start can help only after status 1. An error of two classes has the
 // status of the first row.
 func exitStatus(err error) int {

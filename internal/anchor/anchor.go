@@ -270,7 +270,7 @@ func (a *Anchor) compare(ctx context.Context) error {
 		found.Reason = fmt.Sprintf("the counter is gone: %v", err)
 	case isDevice(err):
 		a.gate.Block(gate.Counter, fmt.Errorf("%w: token %s: %w; if that device is lost for good, "+
-			"bind the ledger to another one (docs/OPERATIONS.md, a lost counter)", errUnchecked, a.Token, err))
+			"bind the ledger to another one (docs/INCIDENTS.md, a rollback alert)", errUnchecked, a.Token, err))
 		return err
 	case err != nil:
 		return err
