@@ -342,7 +342,7 @@ func findSlot(module *pkcs11.Ctx, uri tokenURI) (uint, pkcs11.TokenInfo, error) 
 	case 1:
 		return found[0], token, nil
 	case 0:
-		return 0, token, fmt.Errorf("hsm: %w: %w %q (%d tokens are present); "+
+		return 0, token, fmt.Errorf("hsm: %w: %w %q (tokens present: %d); "+
 			"look with: pkcs11-tool --module MODULE --list-slots",
 			keystore.ErrUnavailable, ErrNoToken, uri.text, len(ids))
 	}

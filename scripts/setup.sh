@@ -122,12 +122,12 @@ enrolled=''
 for _ in $(seq 100); do # until the daemon answers, at most 10 s
   if as_root "$bin/countersign" admin --socket "$here/$run/admin.sock" operator first admin \
     --ssh-key "$here/$run/admin.key.pub" >/dev/null 2>"$run/err" ||
-    grep -q '^countersign: conflict: ' "$run/err"; then # a first operator exists
+    grep -q '^countersign: error: conflict: ' "$run/err"; then # a first operator exists
     enrolled=yes
     break
   fi
   kill -0 "$daemon" 2>/dev/null || died
-  grep -q '^countersign: unreachable: ' "$run/err" || break
+  grep -q '^countersign: error: unreachable: ' "$run/err" || break
   sleep 0.1
 done
 [ -n "$enrolled" ] || {

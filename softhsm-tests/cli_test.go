@@ -23,7 +23,7 @@ func TestCLI(t *testing.T) {
 	refused := func(code string, status int, stdin string, args ...string) {
 		t.Helper()
 		stdout, stderr, got := s.cli(stdin, args...)
-		if got != status || !strings.HasPrefix(stderr, "countersign: "+code+": ") {
+		if got != status || !strings.HasPrefix(stderr, "countersign: error: "+code+": ") {
 			t.Errorf("%s: status %d, %q; want %d, %s", strings.Join(args, " "), got, stderr, status, code)
 		}
 		_, _, gotJSON := s.cli(stdin, append(args, "--json")...)

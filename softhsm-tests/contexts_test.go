@@ -119,7 +119,8 @@ func TestRelayGetsNothingSigned(t *testing.T) {
 		"the text of a proposal":         {"proposal", "text", "1"},
 		"an own proposal":                {"peer", "add", "other", strings.Repeat("0b", 32)},
 	} {
-		if out, errOut, code := cli(args...); code != 1 || !strings.Contains(errOut, "countersign: not_signed: ") {
+		out, errOut, code := cli(args...)
+		if code != 1 || !strings.Contains(errOut, "countersign: error: not_signed: ") {
 			t.Errorf("%s: %d %s%s", name, code, out, errOut)
 		}
 	}

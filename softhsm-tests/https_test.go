@@ -50,7 +50,7 @@ func TestHTTPS(t *testing.T) {
 		t.Errorf("csr: %s", out)
 	}
 	_, errOut, code := s.cli("no certificate", "admin", "tls", "install")
-	if code != 1 || !strings.HasPrefix(errOut, "countersign: invalid: ") {
+	if code != 1 || !strings.HasPrefix(errOut, "countersign: error: invalid: ") {
 		t.Errorf("install: %d %s", code, errOut)
 	}
 	out := s.must("admin", "tls", "show")

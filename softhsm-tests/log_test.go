@@ -327,7 +327,7 @@ func TestAuditLog(t *testing.T) {
 		t.Fatal(err)
 	}
 	out, errOut, code := s.cli("", "audit", "verify", "anew", "--key", vkey, "--json")
-	if code != 1 || !strings.HasPrefix(errOut, "countersign: wrong_event: event 300: ") ||
+	if code != 1 || !strings.HasPrefix(errOut, "countersign: error: wrong_event: event 300: ") ||
 		!strings.Contains(out, `"event": 300`) {
 		t.Errorf("event 300 was changed: %d, %s, %s", code, out, errOut)
 	}

@@ -129,7 +129,7 @@ func TestTwoPeople(t *testing.T) {
 	s := newSystem(t)
 	p := s.serve()
 	_, errOut, code := s.cliAs(&operator{name: ""}, "", "admin", "key", "list")
-	if code != 1 || !strings.HasPrefix(errOut, "countersign: signed_out: ") {
+	if code != 1 || !strings.HasPrefix(errOut, "countersign: error: signed_out: ") {
 		t.Errorf("signed out: %d %s", code, errOut)
 	}
 	second, stranger := s.newOperator("second"), s.newOperator("stranger")
@@ -137,7 +137,7 @@ func TestTwoPeople(t *testing.T) {
 		t.Errorf("login: %s", out)
 	}
 	_, errOut, code = s.cliAs(stranger, "", "admin", "login", "root")
-	if code != 1 || !strings.Contains(errOut, "countersign: not_proven: none of the 1 keys") {
+	if code != 1 || !strings.Contains(errOut, "countersign: error: not_proven: none of the 1 keys") {
 		t.Errorf("a stranger signs in as root: %d %s", code, errOut)
 	}
 	s.write("second.pub", second.line+"\n")
@@ -157,8 +157,8 @@ func TestTwoPeople(t *testing.T) {
 		t.Errorf("one person has enrolled a peer: %s", out)
 	}
 	_, errOut, code = s.cli("", "admin", "proposal", "approve", "3")
-	if code != 1 || !strings.Contains(errOut, "countersign: conflict: ") &&
-		!strings.Contains(errOut, "countersign: exists: ") {
+	if code != 1 || !strings.Contains(errOut, "countersign: error: conflict: ") &&
+		!strings.Contains(errOut, "countersign: error: exists: ") {
 		t.Errorf("the same person again: %d %s", code, errOut)
 	}
 	out, errOut, code = s.cliAs(second, "", "admin", "proposal", "approve", "3", "--json")
@@ -216,7 +216,7 @@ func TestTwoPeople(t *testing.T) {
 	s.must("admin", "whoami")
 	s.must("admin", "logout")
 	_, errOut, code = s.cliAs(&operator{name: "", socket: ""}, "", "admin", "whoami")
-	if code != 1 || !strings.HasPrefix(errOut, "countersign: signed_out: ") {
+	if code != 1 || !strings.HasPrefix(errOut, "countersign: error: signed_out: ") {
 		t.Errorf("after logout: %d %s", code, errOut)
 	}
 	p.stop()

@@ -76,7 +76,7 @@ func TestRollback(t *testing.T) {
 	} {
 		s.write("policy.cedar", "permit (principal, action, resource);")
 		_, errOut, exit := s.cli("", append([]string{"admin"}, args...)...)
-		if exit != 1 || !strings.HasPrefix(errOut, "countersign: rolled_back: ") {
+		if exit != 1 || !strings.HasPrefix(errOut, "countersign: error: rolled_back: ") {
 			t.Errorf("%v: %d %s", args, exit, errOut)
 		}
 	}

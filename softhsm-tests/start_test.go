@@ -110,7 +110,7 @@ func TestRefusesToStart(t *testing.T) {
 				"a wrong PIN": 3, "no ledger": 4, "a damaged ledger": 4, "a newer ledger": 4,
 				"no folder for the ledger": 4,
 			}[c.name]
-			if want == 0 && strings.HasPrefix(out, "countersignd: config:") {
+			if want == 0 && strings.HasPrefix(out, "countersignd: error: config:") {
 				want = 2
 			}
 			want = max(want, 1)

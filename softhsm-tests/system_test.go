@@ -315,7 +315,8 @@ func (s *system) cliAs(p *operator, stdin string, args ...string) (stdout, stder
 func (s *system) must(args ...string) string {
 	s.t.Helper()
 	out, errOut, code := s.cli("", args...)
-	shown := code == 4 && strings.Contains(errOut, "countersign: not_operational: ") // the state, which is printed
+	// The state is printed whatever it is.
+	shown := code == 4 && strings.Contains(errOut, "countersign: error: not_operational: ")
 	if code != 0 && !shown {
 		s.t.Fatalf("countersign %s: %d\n%s", strings.Join(args, " "), code, errOut)
 	}

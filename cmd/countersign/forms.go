@@ -61,7 +61,7 @@ func (d duration) String() string {
 	if d.to == nil {
 		return ""
 	}
-	return strings.TrimSuffix(strings.TrimSuffix(d.to.String(), "0s"), "0m")
+	return cli.FormatDuration(*d.to)
 }
 
 func (duration) Type() string { return "duration" }

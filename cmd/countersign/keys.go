@@ -12,6 +12,7 @@ import (
 
 	"countersign/admin/api"
 	"countersign/approval"
+	"countersign/internal/cli"
 
 	"github.com/spf13/cobra"
 )
@@ -119,7 +120,7 @@ func (t *tool) mayRotate(ctx context.Context, c *api.Client, name string) error 
 	if err != nil {
 		return err
 	}
-	when := either(l.Announce == 0, "at once", "in "+(time.Duration(l.Announce)*time.Second).String())
+	when := either(l.Announce == 0, "at once", "in "+span(l.Announce))
 	fmt.Fprintf(t.stderr, "Rotate %s: the next version becomes active %s. Go on? [y/N] ", name, when)
 	answer, err := bufio.NewReader(t.stdin).ReadString('\n')
 	if err != nil && err != io.EOF {
@@ -347,8 +348,10 @@ func (t *tool) showVersions(ctx context.Context, c *api.Client, name string) err
 	})
 }
 
+// span is a number of seconds as a duration.
+func span(seconds int64) string { return cli.FormatDuration(time.Duration(seconds) * time.Second) }
+
 func showRotation(w io.Writer, l api.Line) {
-	span := func(s int64) string { return (time.Duration(s) * time.Second).String() }
 	var plan []string
 	if l.Every != 0 {
 		plan = append(plan, "at the age of "+span(l.Every))

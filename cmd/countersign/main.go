@@ -69,7 +69,7 @@ func run(ctx context.Context, args []string, stdin io.Reader, stdout, stderr io.
 	code = oneLine(code)
 	if state, is := errors.AsType[notOperational](err); is { // the document of the state is on stdout
 		if !state.quiet {
-			fmt.Fprintf(stderr, "countersign: %s: %s\n", code, message(err))
+			fmt.Fprintf(stderr, "countersign: error: %s: %s\n", code, message(err))
 		}
 		return status
 	}
@@ -81,7 +81,7 @@ func run(ctx context.Context, args []string, stdin io.Reader, stdout, stderr io.
 		}
 		t.print(map[string]any{"error": doc}, nil)
 	}
-	fmt.Fprintf(stderr, "countersign: %s: %s\n", code, message(err))
+	fmt.Fprintf(stderr, "countersign: error: %s: %s\n", code, message(err))
 	if status == 2 {
 		fmt.Fprintf(stderr, "countersign: hint: %s --help\n", called.CommandPath())
 	} else if next := hints[code]; next != "" {

@@ -119,7 +119,8 @@ func TestTranscriptEncode(t *testing.T) {
 		{"malformed", "payment-request-v1", document(long, "")},
 	} {
 		status, text, stderr := call(t, c.input, "transcript", "encode", c.typ)
-		if status != 1 || text != "" || !strings.HasPrefix(stderr, "countersign: "+c.code+": ") || len(stderr) > 500 {
+		if status != 1 || text != "" || len(stderr) > 500 ||
+			!strings.HasPrefix(stderr, "countersign: error: "+c.code+": ") {
 			t.Errorf("%.100s: status %d, %s%.600s", c.input, status, text, stderr)
 		}
 	}

@@ -40,7 +40,11 @@ func (r *report) say(part, format string, args ...any) {
 
 // fault prints a fault. The other parts are checked all the same.
 func (r *report) fault(part string, err error) {
-	r.say(part, "FAULT: %s", advise(err))
+	text, hint := advise(err)
+	if hint != "" {
+		text += "; " + hint
+	}
+	r.say(part, "FAULT: %s", text)
 	r.faults = append(r.faults, err)
 }
 

@@ -53,7 +53,7 @@ func TestConfig(t *testing.T) {
 		limits + "batch_items = 101\n":                                    "limits.batch_items must be 1 to 100",
 		limits + "requests_per_peer = 99\n":                               "limits.batch_items must be at most",
 		least + "[retention]\ndecision_days = 0\n":                        "retention.decision_days",
-		limits + "idle_timeout = \"5ms\"\n":                               "limits.idle_timeout must be 1s to 24h0m0s",
+		limits + "idle_timeout = \"5ms\"\n":                               "limits.idle_timeout must be 1s to 1d",
 		least + "[limits\n":                                               "c.toml:7",
 		replaced("[tokens.main]", "[tokens.main]\nworkers = 99999999999"): "workers must be",
 		limits + "nonces = 2\n":                                           "limits.nonces must be at least 3",

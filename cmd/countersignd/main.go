@@ -169,7 +169,11 @@ func run(ctx context.Context, args []string, stdout io.Writer, stderr *logqueue.
 	cli.Add(root, func(err error) error { return err })
 	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return configError{err} })
 	if err := root.ExecuteContext(ctx); err != nil {
-		fmt.Fprintf(stderr, "countersignd: %s\n", advise(err))
+		text, hint := advise(err)
+		fmt.Fprintf(stderr, "countersignd: error: %s\n", text)
+		if hint != "" {
+			fmt.Fprintf(stderr, "countersignd: hint: %s\n", hint)
+		}
 		return exitStatus(err)
 	}
 	return 0
@@ -211,9 +215,9 @@ func withConfig(path string, do func(Config) error) error {
 	return do(c)
 }
 
-// advise returns an error as one line, with advice if there is any.
-func advise(err error) string {
-	text := cause.Line(err.Error()) // a device or a file may have chosen a part of the text
+// advise returns an error as one line, and advice if there is any.
+func advise(err error) (text, hint string) {
+	text = cause.Line(err.Error()) // a device or a file may have chosen a part of the text
 	for _, a := range []struct {
 		err    error
 		advice string
@@ -229,10 +233,10 @@ func advise(err error) string {
 		{syscall.EADDRINUSE, "another program listens there; change listen in the configuration"},
 	} {
 		if errors.Is(err, a.err) {
-			return text + "; " + a.advice
+			return text, a.advice
 		}
 	}
-	return text
+	return text, ""
 }
 
 // parts are the open parts of an appliance.

@@ -12,6 +12,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"countersign/internal/cli"
 )
 
 var write = flag.Bool("write", false, "write reference.toml")
@@ -159,14 +161,7 @@ func writeComment(b *strings.Builder, comments map[string]string, table reflect.
 // valueOf returns a value in the form of TOML.
 func valueOf(t *testing.T, path string, v reflect.Value) string {
 	if d, is := v.Interface().(Duration); is {
-		text := time.Duration(d).String()
-		if strings.HasSuffix(text, "m0s") {
-			text = strings.TrimSuffix(text, "0s")
-		}
-		if strings.HasSuffix(text, "h0m") {
-			text = strings.TrimSuffix(text, "0m")
-		}
-		return fmt.Sprintf("%q", text)
+		return fmt.Sprintf("%q", cli.FormatDuration(time.Duration(d)))
 	}
 	switch v.Kind() {
 	case reflect.Pointer:
