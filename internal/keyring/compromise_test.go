@@ -473,3 +473,33 @@ func TestCompromiseIsOfThePublicKey(t *testing.T) {
 		t.Errorf("a stranger's key: %v", err)
 	}
 }
+
+// TestEndOfAnArchivedVersion: of a version that is archived before the end of its grace time, by an
+// operator or after the acknowledgements, nobody is told that it is accepted any longer.
+func TestEndOfAnArchivedVersion(t *testing.T) {
+	for by, archive := range map[string]func(t *testing.T, r *rig){
+		"operator": func(t *testing.T, r *rig) { r.archive(t, "payments", 1) },
+		"daemon": func(t *testing.T, r *rig) {
+			r.set(t, "payments", func(s *keyring.Settings) { s.Acknowledge = []string{"shop"} })
+			if err := r.ack(t, r.shop, "payments", 2); err != nil {
+				t.Fatal(err)
+			}
+			r.keep(t, "payments")
+		},
+	} {
+		t.Run(by, func(t *testing.T) {
+			r := newRig(t)
+			r.rotate(t, "payments", time.Now())
+			archive(t, r)
+			r.wantStates(t, "payments", "archived active pending")
+			r.reopen(t)
+			now := r.ledger.Time()
+			if k := r.Keys.Version("payments", 1); k.Retires.After(now) {
+				t.Errorf("version 1 is accepted until %v, and it is %v", k.Retires, now)
+			}
+			if told := r.Keys.Rotation("payments"); told.RetiresAt > now.Unix() || told.RetiresAt < told.ActivatesAt {
+				t.Errorf("at %d, peers are told %+v", now.Unix(), told)
+			}
+		})
+	}
+}

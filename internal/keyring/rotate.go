@@ -357,7 +357,12 @@ func (r *Ring) mayBecome(name string, version uint32, to State, who audit.Actor)
 }
 
 func (r *Ring) setState(ctx context.Context, who audit.Actor, k *Key, to State, reason string) error {
-	change := edit{k.Ref(), func(rec *record) { rec.State = to }}
+	now := r.Ledger.Time().Unix()
+	change := edit{k.Ref(), func(rec *record) {
+		if rec.State = to; to == Archived {
+			rec.Retires = min(rec.Retires, now) // peers and operators are told of no later end
+		}
+	}}
 	return r.change(ctx, who, []edit{change}, stateChanged(who, k, to, reason))
 }
 
