@@ -88,8 +88,31 @@ func Acts(a *appliance.Appliance) map[string]operators.Act {
 		return nil
 	}
 	all[approval.ActPeerAdd] = enrolment
+	removal := all[approval.ActGroupRemove]
+	removal.Warn = func(p parameters, _ []byte) []string {
+		v, _ := values(p, "name", "replaces")
+		g, err := a.Group(v["name"])
+		if err != nil {
+			return nil // Check has refused it
+		}
+		rules, err := a.RulesAbout(g.Group)
+		if err != nil || len(rules) == 0 {
+			return nil
+		}
+		lines := docs(rules, func(r policy.Rule) string { return strconv.Itoa(r.Line) })
+		more := ""
+		if n := len(lines) - maxLines; n > 0 {
+			lines, more = lines[:maxLines], fmt.Sprintf(" and %d more", n)
+		}
+		return []string{fmt.Sprintf("rules of the policy in force name the group, and hold for nobody without it, "+
+			"also those that forbid: line %s%s", strings.Join(lines, ", "), more)}
+	}
+	all[approval.ActGroupRemove] = removal
 	return all
 }
+
+// maxLines bounds the lines that a warning names.
+const maxLines = 20
 
 func addPeer(a *appliance.Appliance, p parameters, _ []byte) (parameters, do, error) {
 	p, name, key, err := newPeerKey(a, p)

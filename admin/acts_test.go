@@ -265,3 +265,26 @@ func TestWhoMayAct(t *testing.T) {
 		spectest.Table(t, document, header, rows.String())
 	}
 }
+
+// TestRemovalOfANamedGroup: the proposer and the approvers read which rules lose their group.
+func TestRemovalOfANamedGroup(t *testing.T) {
+	r := newRig(t)
+	root := r.root()
+	r.done(root, approval.ActPeerAdd, "name", "shop", "public_key", strings.Repeat("0a", 32))
+	for _, name := range []string{"shops", "other"} {
+		r.done(root, approval.ActGroupSet, "name", name, "of", "peers", "content", "shop")
+	}
+	rules := "permit (principal, action == Action::\"sign\", resource);\n" +
+		"forbid (principal in Group::\"shops\", action == Action::\"sign_raw\", resource);\n"
+	r.done(root, approval.ActPolicyActivate, "content", rules)
+	for name, want := range map[string]string{"shops": "line 2", "other": ""} {
+		p := must(root.Propose(t.Context(), api.NewProposal{
+			Act: approval.ActGroupRemove, Parameters: pairs("name", name)}))(t)
+		if got := strings.Join(p.Warnings, " "); !strings.HasSuffix(got, want) || (got == "") != (want == "") {
+			t.Errorf("%s: %q, want %q", name, got, want)
+		}
+		if again := must(root.Proposal(t.Context(), p.ID))(t); !slices.Equal(again.Warnings, p.Warnings) {
+			t.Errorf("%s: approvers read %q, the proposer %q", name, again.Warnings, p.Warnings)
+		}
+	}
+}

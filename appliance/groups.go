@@ -167,6 +167,15 @@ func replaced(g Group, replaces string) error {
 		"it was changed meanwhile, so propose anew", manage.ErrConflict, g.Digest(), replaces)
 }
 
+// RulesAbout returns the rules of the policy in force that name a group.
+func (a *Appliance) RulesAbout(g policy.Group) ([]policy.Rule, error) {
+	rules, err := a.policies.inForce()
+	if err != nil {
+		return nil, err
+	}
+	return rules.Naming(g.Of, g.Name), nil
+}
+
 // SetGroup replaces the members of a group, or makes the group (replaces: policy.NoGroup). When
 // SetGroup returns, no decision sees the members before.
 func (a *Appliance) SetGroup(ctx context.Context, who audit.Actor, g policy.Group, replaces string) error {

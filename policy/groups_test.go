@@ -234,3 +234,32 @@ func TestCosts(t *testing.T) {
 		t.Errorf("without a rule: %+v", c)
 	}
 }
+
+// TestRulesThatNameAGroup: they are found in heads and in conditions, by kind and name.
+func TestRulesThatNameAGroup(t *testing.T) {
+	p, err := Parse("p", []byte(`permit (principal in Group::"shops", action == Action::"sign", resource);
+permit (principal in Group::"money", action == Action::"sign", resource);
+permit (principal, action == Action::"sign", resource) when { resource in KeyGroup::"money" || resource == Key::"k" };
+forbid (principal, action == Action::"sign", resource) when { context.size > 3 && principal in Group::"shops" };
+forbid (principal is Peer in Group::"shops", action, resource is Key);
+permit (principal == Peer::"shops", action == Action::"sign", resource);
+`))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, c := range []struct {
+		of, name string
+		want     []int
+	}{
+		{OfPeers, "shops", []int{1, 4, 5}}, {OfKeys, "money", []int{3}}, {OfPeers, "money", []int{2}},
+		{OfKeys, "shops", nil}, {OfPeers, "shop", nil},
+	} {
+		var got []int
+		for _, rule := range p.Naming(c.of, c.name) {
+			got = append(got, rule.Line)
+		}
+		if !slices.Equal(got, c.want) {
+			t.Errorf("%s %s: lines %v, want %v", c.of, c.name, got, c.want)
+		}
+	}
+}

@@ -41,16 +41,8 @@ func (p *Policy) Warnings(known func(entity, name string) bool) (all []Warning) 
 			}
 		}
 		tree := (*ast.Policy)(rule.AST())
-		body := ast.True()
-		for _, c := range tree.Conditions {
-			body = body.And(ast.NewNode(c.Body))
-		}
-		scope := ast.True()
-		for variable, s := range map[string]ast.IsScopeNode{"principal": tree.Principal, "resource": tree.Resource} {
-			scope = scope.And(ast.NewNode(scopeCondition(variable, s)))
-		}
 		read, named := map[string]bool{}, map[types.EntityUID]bool{}
-		ast.Inspect(scope.And(body), func(n ast.IsNode) bool {
+		ast.Inspect(expression(tree), func(n ast.IsNode) bool {
 			if at := place(n); at != "" {
 				read[at] = true
 			}
@@ -92,6 +84,40 @@ func (p *Policy) Warnings(known func(entity, name string) bool) (all []Warning) 
 		return strings.Compare(a.Text, b.Text)
 	})
 	return all
+}
+
+// expression returns the head and the conditions of a rule as one expression.
+func expression(tree *ast.Policy) ast.Node {
+	whole := ast.True()
+	for variable, s := range map[string]ast.IsScopeNode{"principal": tree.Principal, "resource": tree.Resource} {
+		whole = whole.And(ast.NewNode(scopeCondition(variable, s)))
+	}
+	for _, c := range tree.Conditions {
+		whole = whole.And(ast.NewNode(c.Body))
+	}
+	return whole
+}
+
+// Naming returns the rules that name a group of a kind (OfPeers or OfKeys), in the order of the
+// text.
+func (p *Policy) Naming(of, group string) (rules []Rule) {
+	uid := types.NewEntityUID(groupType, types.String(group))
+	if of == OfKeys {
+		uid.Type = keyGroupType
+	}
+	for _, each := range p.Rules() {
+		found := false
+		ast.Inspect(expression((*ast.Policy)(p.rules.Get(types.PolicyID(each.ID)).AST())), func(n ast.IsNode) bool {
+			v, _ := n.(ast.NodeValue)
+			named, is := v.Value.(types.EntityUID)
+			found = found || is && named == uid
+			return true
+		})
+		if found {
+			rules = append(rules, each)
+		}
+	}
+	return rules
 }
 
 func lastPart(place string) string { return place[strings.LastIndexByte(place, '.')+1:] }
