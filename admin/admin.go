@@ -343,8 +343,9 @@ func (s *server) keyDoc(k *keyring.Key) api.Key {
 	info := k.Info()
 	doc := api.Key{
 		Name: k.Name, Version: k.Version, Algorithm: string(info.Algorithm), State: string(k.State),
-		Custody: string(info.Custody), Token: k.Token, PublicKey: hex.EncodeToString(info.PublicKey),
-		Origin: info.Provenance.String(), Provenance: api.Provenance(info.Provenance),
+		Compromised: k.Compromised, Custody: string(info.Custody), Token: k.Token,
+		PublicKey: hex.EncodeToString(info.PublicKey),
+		Origin:    info.Provenance.String(), Provenance: api.Provenance(info.Provenance),
 		Created: k.Created.Unix(), Activates: unix(k.Activates), Retires: unix(k.Retires),
 		Uses: k.Uses(), Authorization: k.Authorization,
 	}

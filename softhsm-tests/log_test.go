@@ -769,3 +769,49 @@ func TestLedgerByHand(t *testing.T) {
 		t.Errorf("check --deep: %d, %s", code, out)
 	}
 }
+
+// TestStoryOfAnAct: the story of an act that needed approval has its proposal, by whichever of the
+// events it is asked for. A version stays named as compromised after its destruction.
+func TestStoryOfAnAct(t *testing.T) {
+	s := newSystem(t)
+	s.serve()
+	s.enrol()
+	s.must("admin", "key", "compromise", "payments", "1", "--reason", "stolen")
+	s.must("admin", "key", "destroy", "payments", "1")
+	found, _, err := s.admin().FindEvents(t.Context(), api.EventQuery{Type: audit.KeyStateChanged})
+	if err != nil || len(found) != 2 || found[1].Actor.Proposal == 0 {
+		t.Fatalf("%+v, %v", found, err)
+	}
+	act := found[1]
+	want := []audit.Type{
+		audit.ProposalMade, audit.ApprovalGiven, audit.ProposalRun, audit.KeyStateChanged, audit.ProposalDone,
+	}
+	of, _, err := s.admin().FindEvents(t.Context(), api.EventQuery{
+		Resource: fmt.Sprintf("proposal/%d", act.Actor.Proposal)})
+	if err != nil || len(of) != len(want)-1 {
+		t.Fatalf("%+v, %v", of, err)
+	}
+	for _, e := range append(of, act) {
+		var told []api.Event
+		story := s.must("admin", "audit", "show", strconv.FormatUint(e.Index, 10), "--json")
+		if err := json.Unmarshal([]byte(story), &told); err != nil {
+			t.Fatal(err)
+		}
+		var types []audit.Type
+		for _, each := range told {
+			types = append(types, each.Type)
+		}
+		if !slices.Equal(types, want) {
+			t.Errorf("the story by %s: %v, want %v", e.Type, types, want)
+		}
+	}
+	noiseKey := strings.TrimSpace(s.must("admin", "noise-key"))
+	for _, command := range [][]string{
+		{"admin", "key", "list"}, {"admin", "key", "show", "payments"},
+		{"keys", "--server", s.listen, "--server-key", noiseKey, "--identity", s.path("demo.key")},
+	} {
+		if out := s.must(command...); !strings.Contains(out, "destroyed, compromised") {
+			t.Errorf("%s: %s", strings.Join(command, " "), out)
+		}
+	}
+}

@@ -21,16 +21,18 @@ type Key struct {
 	Version   uint32 `json:"version"`
 	Algorithm string `json:"algorithm"`
 	State     string `json:"state"`
-	Custody   string `json:"custody"`
-	Token     string `json:"token"`
-	PublicKey string `json:"public_key"`
+	// Compromised stays set for ever, also when the version is destroyed.
+	Compromised bool   `json:"compromised,omitempty"`
+	Custody     string `json:"custody"`
+	Token       string `json:"token"`
+	PublicKey   string `json:"public_key"`
 	// Origin is generated, imported or unreported. Provenance is the device's statement at the
 	// creation of the key.
 	Origin     string     `json:"origin"`
 	Provenance Provenance `json:"provenance"`
 	Created    int64      `json:"created"` // Unix seconds, like the next two; 0: none
 	Activates  int64      `json:"activates" doc:"when it becomes active, or has"`
-	Retires    int64      `json:"retires" doc:"verify-only: when it is archived at the latest"`
+	Retires    int64      `json:"retires" doc:"verify-only: when it is archived at the latest; archived: when it was"`
 	Uses       uint64     `json:"uses" doc:"signatures that it has made"`
 	// Next is SHA-256 of the public key of the next version, hex. The line of keys is committed to
 	// it.

@@ -115,7 +115,8 @@ func (t *tool) adminKeys(act maker) *cobra.Command {
 				fmt.Fprintln(w, "NAME\tVERSION\tALGORITHM\tSTATE\tCUSTODY\tORIGIN\tTOKEN\tPUBLIC KEY")
 				for _, k := range keys {
 					fmt.Fprintf(w, "%s\t%d\t%s\t%s\t%s\t%s\t%s\t%s\n",
-						k.Name, k.Version, k.Algorithm, k.State, k.Custody, k.Origin, k.Token, k.PublicKey)
+						k.Name, k.Version, k.Algorithm, versionState(k.State, k.Compromised), k.Custody, k.Origin,
+						k.Token, k.PublicKey)
 				}
 			})
 		}),
@@ -319,7 +320,8 @@ func showKey(w io.Writer, k api.Key) {
 	} else if p.Unreported {
 		made = "made by the device when the appliance asked for it; the device does not report so"
 	}
-	fmt.Fprintf(w, "key\t%s, version %d\nalgorithm\t%s\nstate\t%s\n", k.Name, k.Version, k.Algorithm, k.State)
+	fmt.Fprintf(w, "key\t%s, version %d\nalgorithm\t%s\nstate\t%s\n", k.Name, k.Version, k.Algorithm,
+		versionState(k.State, k.Compromised))
 	fmt.Fprintf(w, "custody\t%s, on token %s\norigin\t%s: %s\n", k.Custody, k.Token, k.Origin, made)
 	fmt.Fprintf(w, "created\t%s\npublic key\t%s\n", date(k.Created), k.PublicKey)
 	switch {
@@ -328,12 +330,17 @@ func showKey(w io.Writer, k api.Key) {
 	case k.Activates != 0:
 		fmt.Fprintf(w, "active\tfrom %s on\nuses\t%d\n", date(k.Activates), k.Uses)
 	}
-	if k.Retires != 0 {
+	if k.Retires != 0 && !k.Compromised {
 		fmt.Fprintf(w, "accepted\tuntil %s\n", date(k.Retires))
 	}
 	if k.Next != "" {
 		fmt.Fprintf(w, "next\tSHA-256 of its public key is %s\n", k.Next)
 	}
+}
+
+// versionState is the state of a version for a person: a compromise does not end with the key.
+func versionState(state string, compromised bool) string {
+	return state + either(compromised && state != "compromised", ", compromised", "")
 }
 
 func either(is bool, yes, no string) string {

@@ -199,11 +199,14 @@ func (t *tool) keys() *cobra.Command {
 				State     string `json:"state"`
 				Custody   string `json:"custody"`
 				PublicKey string `json:"public_key"`
-				Next      string `json:"next,omitempty"`
+				// Compromised stays set for ever, also when the version is destroyed.
+				Compromised bool   `json:"compromised,omitempty"`
+				Next        string `json:"next,omitempty"`
 			}
 			docs := []doc{}
 			for _, k := range keys {
-				d := doc{k.Name, k.Version, k.Algorithm, k.State, k.Custody, hex.EncodeToString(k.PublicKey[:]), ""}
+				d := doc{k.Name, k.Version, k.Algorithm, k.State, k.Custody, hex.EncodeToString(k.PublicKey[:]),
+					k.Compromised, ""}
 				if k.Next != nil {
 					d.Next = hex.EncodeToString(k.Next[:])
 				}
@@ -213,7 +216,7 @@ func (t *tool) keys() *cobra.Command {
 				fmt.Fprintln(w, "NAME\tVERSION\tALGORITHM\tSTATE\tCUSTODY\tPUBLIC KEY")
 				for _, d := range docs {
 					fmt.Fprintf(w, "%s\t%d\t%s\t%s\t%s\t%s\n",
-						d.Name, d.Version, d.Algorithm, d.State, d.Custody, d.PublicKey)
+						d.Name, d.Version, d.Algorithm, versionState(d.State, d.Compromised), d.Custody, d.PublicKey)
 				}
 			})
 		})

@@ -54,7 +54,8 @@ func (t *tool) story(act maker) *cobra.Command {
 	c := act("show EVENT", "Show an event with all events of the same request", cobra.ExactArgs(1), do)
 	details(c, "The events of a document are its admission, its outcome, and each request with the same nonce,\n"+
 		"for example a replay, with the decisions of policy and the receipt of a payment. The events of a\n"+
-		"proposal are its approvals and its end. policy explain shows all inputs of a decision.")
+		"proposal are its approvals, the acts that carried it out, and its end. policy explain shows all\n"+
+		"inputs of a decision.")
 	c.Example = "  countersign admin audit show 4711"
 	return c
 }
@@ -87,8 +88,8 @@ func storyOf(ctx context.Context, c *api.Client, number uint64) ([]api.Event, er
 	if nonce := e.Metadata["nonce"]; nonce != "" {
 		queries = append(queries, api.EventQuery{Nonce: nonce})
 	}
-	if strings.HasPrefix(e.Resource, "proposal/") {
-		queries = append(queries, api.EventQuery{Resource: e.Resource})
+	if proposal := proposalOf(e); proposal != "" {
+		queries = append(queries, api.EventQuery{Resource: proposal})
 	}
 	for _, q := range queries {
 		some, _, err := pages(ctx, c, q, 0, true, nil)
@@ -99,7 +100,46 @@ func storyOf(ctx context.Context, c *api.Client, number uint64) ([]api.Event, er
 			found[each.Index] = each
 		}
 	}
+	if err := addActs(ctx, c, found); err != nil {
+		return nil, err
+	}
 	return slices.SortedFunc(maps.Values(found), func(x, y api.Event) int { return cmp.Compare(x.Index, y.Index) }), nil
+}
+
+// proposalOf returns the proposal that an event is about, or that the event carries out, or "".
+func proposalOf(e api.Event) string {
+	switch {
+	case strings.HasPrefix(e.Resource, "proposal/"):
+		return e.Resource
+	case e.Actor.Proposal != 0:
+		return fmt.Sprintf("proposal/%d", e.Actor.Proposal)
+	}
+	return ""
+}
+
+// addActs adds the events that carry out the proposal of a story. They are between the event that
+// its execution begins and the one that its execution has ended, and have the proposer as actor.
+func addActs(ctx context.Context, c *api.Client, found map[uint64]api.Event) error {
+	var run, done api.Event
+	for _, e := range found {
+		switch e.Type {
+		case audit.ProposalRun:
+			run = e
+		case audit.ProposalDone:
+			done = e
+		}
+	}
+	if run.Type == "" {
+		return nil
+	}
+	q := api.EventQuery{From: run.Index, Before: done.Index, Actor: run.Actor.Name} // before 0: not ended yet
+	acts, _, err := pages(ctx, c, q, 0, true, nil)
+	for _, e := range acts {
+		if proposalOf(e) == run.Resource {
+			found[e.Index] = e
+		}
+	}
+	return err
 }
 
 // told is an event of a story, with what the appliance keeps of the event beside the log.

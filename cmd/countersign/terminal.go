@@ -7,6 +7,7 @@ import (
 	"io"
 	"os"
 	"regexp"
+	"strings"
 	"text/tabwriter"
 	"unicode"
 
@@ -84,7 +85,7 @@ var colourOf = map[string]string{
 }
 
 // cell is a column other than the first one. The first column has names, which others choose.
-var cell = regexp.MustCompile(`(?m)  [a-z-]+`)
+var cell = regexp.MustCompile(`(?m)  [a-z-]+(, compromised)?`)
 
 // colourStates colours each column that is a state and nothing else. A column ends at two spaces or
 // at the end of the line.
@@ -93,7 +94,7 @@ func colourStates(text []byte) []byte {
 	last := 0
 	for _, at := range cell.FindAllIndex(text, -1) {
 		word, rest := string(text[at[0]+2:at[1]]), text[at[1]:]
-		colour := colourOf[word]
+		colour := colourOf[strings.TrimSuffix(word, ", compromised")]
 		ends := len(rest) == 0 || rest[0] == '\n' || bytes.HasPrefix(rest, []byte("  "))
 		if colour == "" || !ends || at[0] == 0 || text[at[0]-1] == '\n' {
 			continue
