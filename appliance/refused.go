@@ -33,7 +33,8 @@ const (
 // refusalAdvice says for each reason what an operator does. KEY and PEER stand for those of the
 // handshake.
 var refusalAdvice = map[Reason]string{
-	RefusedUnknown:   "no peer has this key: if it is right, countersign admin peer add NAME KEY",
+	RefusedUnknown: "no peer has this key: if it is right, countersign admin peer add NAME KEY, or for a further key " +
+		"of an enrolled peer: countersign admin peer key add NAME KEY",
 	RefusedSuspended: "the peer is suspended: countersign admin peer resume PEER",
 	RefusedRate: "too many handshakes failed within a minute, so the key was not read: look for the failures " +
 		"before, and let the client wait",
