@@ -16,7 +16,7 @@ import (
 // sent on this connection. Compromises come first: a peer learns that a version is not to be
 // believed before the peer learns of a version after it. sent has the last event of each subject;
 // news adds the returned events.
-func (a *Appliance) news(m *peers.Member, sent map[string]string) (all []string) {
+func (a *Appliance) news(s *peers.Session, sent map[string]string) (all []string) {
 	add := func(subject, event string) {
 		if sent[subject] != event {
 			sent[subject] = event
@@ -25,12 +25,12 @@ func (a *Appliance) news(m *peers.Member, sent map[string]string) (all []string)
 	}
 	compromises, rotations := a.Keys.News()
 	for _, n := range compromises {
-		if !a.Peers.Warned(m, n.Name, n.Version) {
+		if !a.Peers.Warned(s, n.Name, n.Version) {
 			add(keystore.Ref{Name: n.Name, Version: n.Version}.String(), n.Event)
 		}
 	}
 	for _, n := range rotations {
-		if a.Peers.Known(m, n.Name) < n.Version {
+		if a.Peers.Known(s.Member, n.Name) < n.Version {
 			add(n.Name, n.Event)
 		}
 	}
@@ -42,7 +42,7 @@ func (a *Appliance) news(m *peers.Member, sent map[string]string) (all []string)
 func (a *Appliance) inform(ctx context.Context, s *session) {
 	sent := map[string]string{}
 	for {
-		for _, event := range a.news(s.Member, sent) {
+		for _, event := range a.news(s.Session, sent) {
 			if s.conn.WriteMessage([]byte(event)) != nil {
 				s.conn.Close() // the peer does not read
 				return

@@ -6,10 +6,12 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"net/netip"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
 
+	"countersign/audit"
 	"countersign/internal/ledger"
 	"countersign/internal/ledger/disktest"
 	"countersign/internal/manage"
@@ -213,5 +215,68 @@ func TestKeyActsAtRandom(t *testing.T) {
 				owners[k.PublicKey] = s.Name
 			}
 		}
+	}
+}
+
+// TestCompromiseIsForEachKey: a compromise that was acknowledged with one key is still news for the
+// programs with the other keys, also after the removal of that key, and after a restart.
+func TestCompromiseIsForEachKey(t *testing.T) {
+	r := newRig(t)
+	second := publicKey(9)
+	if err := r.AddKey(t.Context(), operator, "shop", second[:]); err != nil {
+		t.Fatal(err)
+	}
+	acknowledge := func(key [32]byte) {
+		t.Helper()
+		p := Peer{Name: "shop", PublicKey: key}
+		if err := r.AcknowledgeCompromise(t.Context(), p, audit.Peer("shop", key), "payments", 1); err != nil {
+			t.Fatal(err)
+		}
+	}
+	warned := func(when string, want bool, unwarned ...string) {
+		t.Helper()
+		s, _ := r.enter(t, second)
+		defer r.Leave(s)
+		if got, late := r.Warned(s, "payments", 1), r.Unwarned("payments", 1); got != want ||
+			!slices.Equal(late, unwarned) {
+			t.Errorf("%s: the second key: %v, want %v; not acknowledged by %q, want %q", when, got, want, late, unwarned)
+		}
+	}
+	acknowledge(shop)
+	acknowledge(shop) // once more
+	warned("acknowledged with the first key", false, "cafe", "shop")
+	r.restart(t)
+	warned("after a restart", false, "cafe", "shop")
+	if err := r.RemoveKey(t.Context(), operator, "shop", shop); err != nil {
+		t.Fatal(err)
+	}
+	warned("after the removal of the first key", false, "cafe", "shop")
+	acknowledge(second)
+	warned("acknowledged with the second key", true, "cafe")
+	r.restart(t)
+	warned("after another restart", true, "cafe")
+}
+
+// TestSpareKeyIsNotWaitedFor: no acknowledgement is missing from a key that was never used.
+func TestSpareKeyIsNotWaitedFor(t *testing.T) {
+	r := newRig(t)
+	spare := publicKey(9)
+	if err := r.AddKey(t.Context(), operator, "shop", spare[:]); err != nil {
+		t.Fatal(err)
+	}
+	if got := r.Unwarned("payments", 1); !slices.Equal(got, []string{"cafe", "shop"}) {
+		t.Errorf("peers that were never seen: %q", got)
+	}
+	p := Peer{Name: "shop", PublicKey: shop}
+	if err := r.AcknowledgeCompromise(t.Context(), p, audit.Peer("shop", shop), "payments", 1); err != nil {
+		t.Fatal(err)
+	}
+	if got := r.Unwarned("payments", 1); !slices.Equal(got, []string{"cafe"}) {
+		t.Errorf("beside a spare key: %q", got)
+	}
+	s, _ := r.enter(t, spare)
+	r.Leave(s)
+	if got := r.Unwarned("payments", 1); !slices.Equal(got, []string{"cafe", "shop"}) {
+		t.Errorf("after the first session with the spare key: %q", got)
 	}
 }

@@ -83,7 +83,6 @@ type Member struct {
 	requests   int               // requests being served; an item of a batch counts as one
 	sessions   int               // open sessions
 	known      map[string]uint32 // last acknowledged version of each key
-	warned     compromises       // acknowledged compromises
 	quotas     quotas
 }
 
@@ -142,10 +141,7 @@ type record struct {
 	Seen      int64             `json:"seen,omitempty"`  // Unix seconds; at most about a minute old
 	From      string            `json:"from,omitempty"`  // address of the last session
 	Known     map[string]uint32 `json:"known,omitempty"` // last acknowledged version of each key
-	// Warned has each compromise that the peer has acknowledged. An acknowledged rotation, also of
-	// a later version, says nothing about a compromise.
-	Warned compromises `json:"warned,omitempty"`
-	Used   *used       `json:"used,omitempty"` // of the quotas, see WriteGreedy
+	Used      *used             `json:"used,omitempty"`  // of the quotas, see WriteGreedy
 }
 
 // decode decodes the ledger's record of a peer.
@@ -198,7 +194,6 @@ func (r *Registry) take(name string, value []byte) error {
 	if m.known = rec.Known; m.known == nil {
 		m.known = map[string]uint32{}
 	}
-	m.warned = rec.Warned
 	if rec.Seen == 0 {
 		return nil
 	}
@@ -545,21 +540,22 @@ func (r *Registry) Acknowledge(
 		})
 }
 
-// AcknowledgeCompromise writes that a peer has acknowledged the compromise of a version, in the way
-// of Acknowledge.
+// AcknowledgeCompromise writes that a peer has acknowledged the compromise of a version with its
+// key, in the way of Acknowledge.
 func (r *Registry) AcknowledgeCompromise(
 	ctx context.Context, p Peer, who audit.Actor, key string, version uint32,
 ) error {
 	return r.acknowledge(ctx, p, audit.NewCompromiseKnown(who, key, version),
-		func(m *Member) bool { return m.warned.has(key, version) },
+		func(m *Member) bool { return m.keys[p.PublicKey].warned.has(key, version) },
 		func(_ *ledger.Tx, rec *record) (bool, error) {
-			if rec.Warned.has(key, version) {
+			k := &rec.Keys[rec.index(p.PublicKey)]
+			if k.Warned.has(key, version) {
 				return false, nil
 			}
-			if rec.Warned == nil {
-				rec.Warned = compromises{}
+			if k.Warned == nil {
+				k.Warned = compromises{}
 			}
-			rec.Warned[key] = append(rec.Warned[key], version)
+			k.Warned[key] = append(k.Warned[key], version)
 			return true, nil
 		})
 }
@@ -625,11 +621,12 @@ func (r *Registry) Known(m *Member, key string) uint32 {
 	return m.known[key]
 }
 
-// Warned reports whether a member has acknowledged the compromise of a version.
-func (r *Registry) Warned(m *Member, key string, version uint32) bool {
+// Warned reports whether a peer has acknowledged the compromise of a version with the key of a
+// session.
+func (r *Registry) Warned(s *Session, key string, version uint32) bool {
 	r.mu.RLock()
 	defer r.mu.RUnlock()
-	return m.warned.has(key, version)
+	return s.key.warned.has(key, version)
 }
 
 // Unacknowledged returns the names of the active peers that have not acknowledged a version of a
@@ -639,9 +636,20 @@ func (r *Registry) Unacknowledged(key string, version uint32) []string {
 }
 
 // Unwarned returns the names of the active peers that have not acknowledged the compromise of a
-// version.
+// version with each key that they use. Of several keys, one that was never seen is a spare: nobody
+// is behind it.
 func (r *Registry) Unwarned(key string, version uint32) []string {
-	return r.without(func(m *Member) bool { return m.warned.has(key, version) })
+	return r.without(func(m *Member) bool {
+		some := false
+		for _, k := range m.keys {
+			warned := k.warned.has(key, version)
+			if !warned && !k.removed && !k.Seen.IsZero() {
+				return false
+			}
+			some = some || warned
+		}
+		return some
+	})
 }
 
 // without returns the names of the active peers without an acknowledgement.
