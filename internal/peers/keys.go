@@ -17,11 +17,11 @@ import (
 // invariant:
 //
 //   - A public key belongs to one peer at the most, in the ledger and in memory.
-//   - All that a peer has belongs to its name: nonces, windows, quotas, limits, acknowledgements of
-//     rotations, groups and the rules of policy. A key only proves the name. So neither a new key
-//     nor the end of a key changes any of it.
-//   - An acknowledged compromise belongs to the key. Each key may be in a program of its own, and a
-//     thief with one key must not keep the news from the programs with the other keys.
+//   - All that a peer has belongs to its name: nonces, windows, quotas, limits, groups, the rules
+//     of policy, and the acknowledgements that end a grace time sooner. A key only proves the name.
+//     So neither a new key nor the end of a key changes any of it.
+//   - News are told to each key until that key has acknowledged them. Each key may be in a program
+//     of its own, and a thief with one key must not keep the news from the others.
 //   - A key opens no session, and nothing is signed or released for its sessions, from the moment
 //     in which RemoveKey is called. The other sessions of the peer go on.
 //   - A peer always has a key. The last one ends with the peer: see Remove.
@@ -40,8 +40,10 @@ type Key struct {
 // memberKey is a key in memory.
 type memberKey struct {
 	Key
-	removed bool        // RemoveKey has begun, or the ledger has the removal
-	warned  compromises // acknowledged with the key
+	removed bool // RemoveKey has begun, or the ledger has the removal
+	// known and warned are what was acknowledged with the key: see keyRecord.
+	known  map[string]uint32
+	warned compromises
 }
 
 // keyRecord is the ledger's record of a key, in the record of its peer.
@@ -49,6 +51,8 @@ type keyRecord struct {
 	PublicKey keyText `json:"public_key"`
 	Added     int64   `json:"added"`          // Unix seconds
 	Seen      int64   `json:"seen,omitempty"` // Unix seconds; at most about a minute old
+	// Known has the last version of each key whose rotation was acknowledged with this key.
+	Known map[string]uint32 `json:"known,omitempty"`
 	// Warned has each compromise that was acknowledged with the key. An acknowledged rotation, also
 	// of a later version, says nothing about a compromise.
 	Warned compromises `json:"warned,omitempty"`
@@ -94,7 +98,7 @@ func (r *Registry) takeKeys(m *Member, keys []keyRecord) {
 			own = &memberKey{Key: Key{PublicKey: k.PublicKey, Added: time.Unix(k.Added, 0)}}
 			m.keys[k.PublicKey], r.members[k.PublicKey] = own, m
 		}
-		own.warned = k.Warned
+		own.known, own.warned = k.Known, k.Warned
 		if written := time.Unix(k.Seen, 0); k.Seen != 0 && own.Seen.Before(written) {
 			own.Seen = written
 		}

@@ -239,7 +239,8 @@ func TestCompromiseIsForEachKey(t *testing.T) {
 		defer r.Leave(s)
 		if got, late := r.Warned(s, "payments", 1), r.Unwarned("payments", 1); got != want ||
 			!slices.Equal(late, unwarned) {
-			t.Errorf("%s: the second key: %v, want %v; not acknowledged by %q, want %q", when, got, want, late, unwarned)
+			t.Errorf("%s: the second key: %v, want %v; not acknowledged by %q, want %q",
+				when, got, want, late, unwarned)
 		}
 	}
 	acknowledge(shop)
@@ -279,4 +280,35 @@ func TestSpareKeyIsNotWaitedFor(t *testing.T) {
 	if got := r.Unwarned("payments", 1); !slices.Equal(got, []string{"cafe", "shop"}) {
 		t.Errorf("after the first session with the spare key: %q", got)
 	}
+}
+
+// TestRotationIsToldToEachKey: a rotation that was acknowledged with one key counts for the peer,
+// and is still news for the program with another key. An announcement in its place is news for
+// both.
+func TestRotationIsToldToEachKey(t *testing.T) {
+	r := newRig(t)
+	second := publicKey(9)
+	if err := r.AddKey(t.Context(), operator, "shop", second[:]); err != nil {
+		t.Fatal(err)
+	}
+	knows := func(when string, peer, by, bySecond uint32) {
+		t.Helper()
+		s, _ := r.enter(t, shop)
+		defer r.Leave(s)
+		other, _ := r.enter(t, second)
+		defer r.Leave(other)
+		p, a, b := r.Known(s.Member, "payments"), r.KnownBy(s, "payments"), r.KnownBy(other, "payments")
+		if p != peer || a != by || b != bySecond {
+			t.Errorf("%s: %d, by its keys %d and %d; want %d, %d, %d", when, p, a, b, peer, by, bySecond)
+		}
+	}
+	r.acknowledge(t, "shop", shop, 3)
+	knows("acknowledged with one key", 3, 3, 0)
+	r.acknowledge(t, "shop", second, 2)
+	knows("an older version with the other key", 3, 3, 2)
+	r.restart(t)
+	knows("after a restart", 3, 3, 2)
+	r.acknowledge(t, "shop", second, 3)
+	r.change(t, func(tx *ledger.Tx) error { return Forget(tx, "payments", 3) })
+	knows("replaced", 2, 2, 2)
 }

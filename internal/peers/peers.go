@@ -527,15 +527,19 @@ func (r *Registry) Acknowledge(
 	ctx context.Context, p Peer, who audit.Actor, key string, version uint32, announced func(*ledger.Tx) error,
 ) error {
 	return r.acknowledge(ctx, p, audit.NewRotationKnown(who, key, version),
-		func(m *Member) bool { return m.known[key] >= version },
+		func(m *Member) bool { return m.keys[p.PublicKey].known[key] >= version },
 		func(tx *ledger.Tx, rec *record) (bool, error) {
-			if err := announced(tx); err != nil || rec.Known[key] >= version {
+			k := &rec.Keys[rec.index(p.PublicKey)]
+			if err := announced(tx); err != nil || k.Known[key] >= version {
 				return false, err
 			}
 			if rec.Known == nil {
 				rec.Known = map[string]uint32{}
 			}
-			rec.Known[key] = version
+			if k.Known == nil {
+				k.Known = map[string]uint32{}
+			}
+			k.Known[key], rec.Known[key] = version, max(rec.Known[key], version)
 			return true, nil
 		})
 }
@@ -597,7 +601,8 @@ func Forget(tx *ledger.Tx, key string, version uint32) error {
 	again := map[string]record{}
 	if err := tx.All(ledger.Peers, func(name string, value []byte) error {
 		rec, err := decode(name, value)
-		if rec.Known[key] == version {
+		knows := func(k keyRecord) bool { return k.Known[key] == version }
+		if rec.Known[key] == version || slices.ContainsFunc(rec.Keys, knows) {
 			again[name] = rec
 		}
 		return err
@@ -606,7 +611,15 @@ func Forget(tx *ledger.Tx, key string, version uint32) error {
 	}
 	for _, name := range slices.Sorted(maps.Keys(again)) {
 		rec := again[name]
-		rec.Known[key] = version - 1
+		forget := func(known map[string]uint32) {
+			if known[key] == version {
+				known[key] = version - 1
+			}
+		}
+		forget(rec.Known)
+		for _, k := range rec.Keys {
+			forget(k.Known)
+		}
 		if err := tx.Put(ledger.Peers, name, manage.Encode(rec)); err != nil {
 			return err
 		}
@@ -614,11 +627,20 @@ func Forget(tx *ledger.Tx, key string, version uint32) error {
 	return nil
 }
 
-// Known returns the last version of a key that a member has acknowledged, or 0.
+// Known returns the last version of a key that a member has acknowledged with any of its own keys,
+// or 0.
 func (r *Registry) Known(m *Member, key string) uint32 {
 	r.mu.RLock()
 	defer r.mu.RUnlock()
 	return m.known[key]
+}
+
+// KnownBy returns the last version of a key that a peer has acknowledged with the key of a session,
+// or 0.
+func (r *Registry) KnownBy(s *Session, key string) uint32 {
+	r.mu.RLock()
+	defer r.mu.RUnlock()
+	return s.key.known[key]
 }
 
 // Warned reports whether a peer has acknowledged the compromise of a version with the key of a
