@@ -8,6 +8,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"time"
 
 	"countersign/appliance"
 	"countersign/approval"
@@ -115,57 +116,73 @@ func Acts(a *appliance.Appliance) map[string]operators.Act {
 const maxLines = 20
 
 func addPeer(a *appliance.Appliance, p parameters, _ []byte) (parameters, do, error) {
-	p, name, key, err := newPeerKey(a, p)
+	v, err := values(p, "name", "public_key")
+	if err != nil {
+		return nil, nil, err
+	}
+	name := v["name"]
+	key, err := newPeerKey(a, v)
 	if err == nil && a.Peers.Enrolled(name) {
 		err = fmt.Errorf("peer %q: %w: a further key of it is peer key add", name, manage.ErrExists)
 	}
 	if err != nil {
 		return nil, nil, err
 	}
+	p = list("name", name, "public_key", hex.EncodeToString(key))
 	return p, func(ctx context.Context, who audit.Actor) error {
 		_, err := a.Peers.Add(ctx, who, name, key)
 		return err
 	}, notRolledBack(a)
 }
 
+// addPeerKey adds a key to the peer that was enrolled under the name at the time enrolled. If the
+// name has gone to another party since, what was approved before is refused.
 func addPeerKey(a *appliance.Appliance, p parameters, _ []byte) (parameters, do, error) {
-	p, name, key, err := newPeerKey(a, p)
+	v, err := values(p, "name", "enrolled", "public_key")
+	if err != nil {
+		return nil, nil, err
+	}
+	name := v["name"]
+	key, err := newPeerKey(a, v)
 	if err != nil {
 		return nil, nil, err
 	}
 	s, err := a.Peers.Status(name)
-	if err == nil && len(s.Keys) >= peers.MaxKeys {
+	enrolled := s.Added.UTC().Format(time.RFC3339)
+	switch {
+	case err != nil:
+	case v["enrolled"] != enrolled:
+		err = conflict.errorf("peer %q: it was enrolled at %s, and the proposal is about the peer that was enrolled "+
+			"at %s: propose again", name, enrolled, v["enrolled"])
+	case len(s.Keys) >= peers.MaxKeys:
 		err = conflict.errorf("peer %q: it has %d keys, the most that a peer may have: remove one", name, len(s.Keys))
 	}
 	if err != nil {
 		return nil, nil, err
 	}
+	p = list("name", name, "enrolled", enrolled, "public_key", hex.EncodeToString(key))
 	return p, func(ctx context.Context, who audit.Actor) error {
 		return a.Peers.AddKey(ctx, who, name, key)
 	}, notRolledBack(a)
 }
 
-// newPeerKey returns the parameters of an act that enrols a public key, which no peer may have.
-func newPeerKey(a *appliance.Appliance, p parameters) (_ parameters, name string, key []byte, err error) {
-	v, err := values(p, "name", "public_key")
-	if err != nil {
-		return nil, "", nil, err
-	}
-	name = v["name"]
-	key, err = hex.DecodeString(v["public_key"])
+// newPeerKey returns the public key of an act that enrols it. No peer may have the key.
+func newPeerKey(a *appliance.Appliance, v map[string]string) ([]byte, error) {
+	name := v["name"]
+	key, err := hex.DecodeString(v["public_key"])
 	if err != nil || len(key) != 32 {
-		return nil, "", nil, invalid.errorf("peer %q: its public key must be 64 hex digits", name)
+		return nil, invalid.errorf("peer %q: its public key must be 64 hex digits", name)
 	}
 	if err := peers.Check(name, key); err != nil { // before anybody approves it
-		return nil, "", nil, err
+		return nil, err
 	}
 	for _, each := range a.Peers.All() {
 		if slices.ContainsFunc(each.Keys, func(k peers.Key) bool { return k.PublicKey == [32]byte(key) }) {
-			return nil, "", nil, fmt.Errorf("peer %q: %w: the public key is enrolled as %q",
+			return nil, fmt.Errorf("peer %q: %w: the public key is enrolled as %q",
 				name, manage.ErrExists, each.Name)
 		}
 	}
-	return list("name", name, "public_key", hex.EncodeToString(key)), name, key, nil
+	return key, nil
 }
 
 // activate puts the approved policy in force. The text of the policy is the content of the

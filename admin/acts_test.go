@@ -7,6 +7,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"countersign/admin/api"
 	"countersign/appliance"
@@ -38,6 +39,12 @@ func (r *rig) done(root *api.Client, act string, parameters ...string) api.Propo
 	return p
 }
 
+// enrolled is the time of a peer's enrolment.
+func enrolled(r *rig, root *api.Client, name string) string {
+	p := must(root.Peer(r.t.Context(), name))(r.t)
+	return time.Unix(p.Added, 0).UTC().Format(time.RFC3339)
+}
+
 // actCases has a case for each act that needs approval: a function that prepares the appliance, and
 // returns the parameters of the proposal as names and values.
 var actCases = map[string]func(r *rig, root *api.Client) []string{
@@ -46,7 +53,7 @@ var actCases = map[string]func(r *rig, root *api.Client) []string{
 	},
 	approval.ActPeerKeyAdd: func(r *rig, root *api.Client) []string {
 		r.done(root, approval.ActPeerAdd, "name", "shop", "public_key", strings.Repeat("0a", 32))
-		return []string{"name", "shop", "public_key", strings.Repeat("0b", 32)}
+		return []string{"name", "shop", "enrolled", enrolled(r, root, "shop"), "public_key", strings.Repeat("0b", 32)}
 	},
 	approval.ActGroupSet: func(r *rig, root *api.Client) []string {
 		r.done(root, approval.ActPeerAdd, "name", "shop", "public_key", strings.Repeat("0a", 32))
@@ -192,7 +199,7 @@ func TestImpossibleActIsNotProposed(t *testing.T) {
 	wants(t, "unlock", "", root.Unlock(t.Context()))
 	r.done(root, approval.ActPeerAdd, "name", "shop", "public_key", strings.Repeat("0a", 32))
 	r.done(root, approval.ActGroupSet, "name", "shops", "of", "peers", "content", "shop")
-	long := strings.Repeat("x", 501)
+	long, shop := strings.Repeat("x", 501), enrolled(r, root, "shop")
 	before := len(must(root.Proposals(t.Context()))(t))
 	for _, c := range []struct {
 		act, code  string
@@ -217,9 +224,14 @@ func TestImpossibleActIsNotProposed(t *testing.T) {
 		{approval.ActRetentionShorten, "invalid", []string{"audit", "1h"}},
 		{approval.ActPeerAdd, "exists", []string{"name", "shop", "public_key", strings.Repeat("0c", 32)}},
 		{approval.ActPeerAdd, "exists", []string{"name", "cafe", "public_key", strings.Repeat("0a", 32)}},
-		{approval.ActPeerKeyAdd, "exists", []string{"name", "shop", "public_key", strings.Repeat("0a", 32)}},
-		{approval.ActPeerKeyAdd, "not_found", []string{"name", "cafe", "public_key", strings.Repeat("0c", 32)}},
-		{approval.ActPeerKeyAdd, "invalid", []string{"name", "shop", "public_key", strings.Repeat("00", 32)}},
+		{approval.ActPeerKeyAdd, "exists",
+			[]string{"name", "shop", "enrolled", shop, "public_key", strings.Repeat("0a", 32)}},
+		{approval.ActPeerKeyAdd, "not_found",
+			[]string{"name", "cafe", "enrolled", shop, "public_key", strings.Repeat("0c", 32)}},
+		{approval.ActPeerKeyAdd, "invalid",
+			[]string{"name", "shop", "enrolled", shop, "public_key", strings.Repeat("00", 32)}},
+		{approval.ActPeerKeyAdd, "conflict",
+			[]string{"name", "shop", "enrolled", "2020-01-01T00:00:00Z", "public_key", strings.Repeat("0c", 32)}},
 		{approval.ActGroupSet, "conflict", []string{"name", "shops", "of", "peers", "content", "shop"}},
 		{approval.ActGroupSet, "invalid", []string{"name", "shops", "of", "peers", "content", "cafe,shop"}},
 		{approval.ActGroupSet, "invalid", []string{"name", "x", "of", "peers", "content", "shop,shop"}},

@@ -228,7 +228,12 @@ func publicKeyText(text string) string {
 func (t *tool) peerKeys(act maker) *cobra.Command {
 	add := act("add NAME PUBLIC_KEY", "Enrol a further key of a peer, under approval", cobra.ExactArgs(2),
 		func(ctx context.Context, c *api.Client, args []string) error {
-			return t.propose(ctx, c, "peer key add", "", "name", args[0], "public_key", publicKeyText(args[1]))
+			p, err := c.Peer(ctx, args[0])
+			if err != nil {
+				return err
+			}
+			return t.propose(ctx, c, "peer key add", "",
+				"name", args[0], "enrolled", date(p.Added), "public_key", publicKeyText(args[1]))
 		})
 	details(add, "PUBLIC_KEY is the 64 hex digits that countersign keygen has printed for the peer. All keys of a\n"+
 		"peer work until they are removed. Policy, groups, windows, quotas and nonces belong to the name\n"+
