@@ -12,6 +12,7 @@ import (
 	"regexp"
 	"strconv"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"unicode"
 
@@ -20,8 +21,8 @@ import (
 )
 
 // relay serves the API of the appliance at a socket of its own, as a daemon in other hands would.
-// change may change each single proposal on its way to the CLI; a nil change changes nothing.
-func (s *system) relay(change *func(*api.Proposal)) (socket string) {
+// change may change each single proposal on its way to the CLI; without one, nothing is changed.
+func (s *system) relay(change *atomic.Pointer[func(*api.Proposal)]) (socket string) {
 	s.t.Helper()
 	socket = s.path("relay.sock")
 	l, err := net.Listen("unix", socket)
@@ -34,14 +35,15 @@ func (s *system) relay(change *func(*api.Proposal)) (socket string) {
 	}}
 	single := regexp.MustCompile(`^/v1/proposals/[0-9]+$`)
 	proxy.ModifyResponse = func(resp *http.Response) error {
-		if *change == nil || resp.StatusCode != http.StatusOK || !single.MatchString(resp.Request.URL.Path) {
+		do := change.Load()
+		if do == nil || resp.StatusCode != http.StatusOK || !single.MatchString(resp.Request.URL.Path) {
 			return nil
 		}
 		var p api.Proposal
 		if err := json.NewDecoder(resp.Body).Decode(&p); err != nil {
 			return err
 		}
-		(*change)(&p)
+		(*do)(&p)
 		b, err := json.Marshal(p)
 		if err != nil {
 			return err
@@ -66,7 +68,7 @@ func TestApproverSignsWhatIsShown(t *testing.T) {
 	s.write("second.pub", second.line+"\n")
 	s.must("admin", "operator", "add", "second", "--roles", "approver", "--ssh-key", "second.pub")
 	s.must("admin", "approvals", "needed", "2")
-	var change func(*api.Proposal)
+	var change atomic.Pointer[func(*api.Proposal)]
 	socket := s.relay(&change)
 	approvals := func(id uint64) int {
 		t.Helper()
@@ -114,13 +116,13 @@ func TestApproverSignsWhatIsShown(t *testing.T) {
 		}},
 		"no policy": {propose, func(p *api.Proposal) { p.Content = "" }},
 	} {
-		change = c.change
+		change.Store(&c.change)
 		out, errOut, code := s.cli("", c.args...)
 		p := newest()
 		if code != 1 || !strings.Contains(errOut, "not approved yet") || approvals(p.ID) != 0 {
 			t.Errorf("%s: %d, %d approvals: %s%s", name, code, approvals(p.ID), out, errOut)
 		}
-		change = nil
+		change.Store(nil)
 		s.must("admin", "proposal", "withdraw", strconv.FormatUint(p.ID, 10))
 	}
 
@@ -138,14 +140,14 @@ func TestApproverSignsWhatIsShown(t *testing.T) {
 		"no policy of an ended one": func(p *api.Proposal) { p.Content, p.State = "", "done" },
 		"an ended one":              func(p *api.Proposal) { p.State = "withdrawn" },
 	} {
-		change = by
+		change.Store(&by)
 		out, errOut, code := s.cliAs(second, "", "admin", "--socket", socket, "proposal", "approve", number)
 		ended := strings.Contains(name, "ended") // is shown for who wants to know
 		if code != 1 || strings.Contains(errOut, "countersign-proposal-v1\n") != ended || approvals(id) != 0 {
 			t.Errorf("%s: %d, %d approvals: %s%s", name, code, approvals(id), out, errOut)
 		}
 	}
-	change = nil
+	change.Store(nil)
 	out, errOut, code := s.cliAs(second, "", "admin", "--socket", socket, "proposal", "approve", number)
 	if code != 0 || approvals(id) != 1 {
 		t.Fatalf("unchanged: %d: %s%s", code, out, errOut)
@@ -198,7 +200,7 @@ func TestApplianceForgesNoLine(t *testing.T) {
 	s.serve()
 	s.must("admin", "--propose-only", "peer", "add", "demo", strings.Repeat("0a", 32))
 	const forged = "x\r\n\ncountersign-proposal-v1\nact: forged\x1b[2J\u202e\x00\n\u0085forged"
-	var change func(*api.Proposal)
+	var change atomic.Pointer[func(*api.Proposal)]
 	socket := s.relay(&change)
 	check := func(what, text string) {
 		t.Helper()
@@ -216,10 +218,11 @@ func TestApplianceForgesNoLine(t *testing.T) {
 			t.Errorf("%s: the test proves nothing: %s", what, text)
 		}
 	}
-	change = func(p *api.Proposal) {
+	forge := func(p *api.Proposal) {
 		p.State, p.Cause, p.Warnings = "open"+forged, forged, []string{forged}
 		p.Approvals = []api.Approval{{Operator: forged, Counts: true}}
 	}
+	change.Store(&forge)
 	_, errOut, _ := s.cli("", "admin", "--socket", socket, "proposal", "approve", "1")
 	check("a proposal", errOut)
 	out, _, _ := s.cli("", "admin", "--socket", socket, "proposal", "show", "1")
