@@ -31,10 +31,10 @@ refuse() { # refuse CODE WHAT COMMAND...: runs a command that must fail with an 
   local code=$1 what=$2
   shift 2
   if "$@" >"$work/out" 2>"$work/err"; then fail "$what was accepted"; fi
-  grep -q "^countersign: $code: " "$work/err" || fail "$what: expected $code, got: $(cat "$work/err")"
+  grep -q "^countersign: error: $code: " "$work/err" || fail "$what: expected $code, got: $(cat "$work/err")"
   refused=$((refused + 1))
   fact refused "$what"
-  fact "  error" "$(sed -n '1s/^countersign: //; 1s/;.*//; 1p' "$work/err")"
+  fact "  error" "$(sed -n '1s/^countersign: error: //; 1s/;.*//; 1p' "$work/err")"
 }
 
 sign_command=("$bin/countersign" sign --json --key payments --type paykit-subscription-v2 --as subscriber)
