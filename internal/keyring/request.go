@@ -162,7 +162,7 @@ func (r *Ring) Cancel(ctx context.Context, who audit.Actor, name string) error {
 			return fmt.Errorf("key %q: %w: no rotation is announced or asked for", name, manage.ErrConflict)
 		}
 		e := audit.NewRotationCancelled(who, old.Ref().String(), old.Version+1, q.Activates)
-		return r.changeLine(ctx, who, name, nil, nil, e)
+		return r.changeLine(ctx, who, name, nil, 0, e)
 	})
 }
 
@@ -174,8 +174,7 @@ func (r *Ring) callOff(ctx context.Context, who audit.Actor, old, next *Key) err
 	}}
 	off := edit{next.Ref(), func(rec *record) { rec.Activates, rec.Succession, rec.By = 0, nil, nil }}
 	e := audit.NewRotationCancelled(who, old.Ref().String(), next.Version, next.Activates)
-	// A peer knows of the announced version, of the active one, or of none.
-	if err := r.changeLine(ctx, who, old.Name, []edit{stays, off}, []uint32{next.Version, old.Version}, e); err != nil {
+	if err := r.changeLine(ctx, who, old.Name, []edit{stays, off}, old.Version, e); err != nil {
 		return err
 	}
 	r.Log.Info("a rotation was called off", "key", old.Name, "version", next.Version, "operator", who.Name)

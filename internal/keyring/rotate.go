@@ -262,9 +262,9 @@ func (r *Ring) writeAnnouncement(
 	edits []edit, events ...audit.Event,
 ) (*Key, error) {
 	var instead time.Time
-	var again []uint32
+	var again uint32
 	if before := r.Version(next.Ref.Name, next.Ref.Version); before != nil && before.Announced() {
-		instead, again = before.Activates, []uint32{before.Version}
+		instead, again = before.Activates, before.Version
 	}
 	e := audit.NewRotationAnnounced(who, old.Ref().String(), next.Ref.Version, at, instead, factsOf(next, ""))
 	if err := r.changeLine(ctx, who, old.Name, edits, again, append([]audit.Event{e}, events...)...); err != nil {
@@ -274,16 +274,14 @@ func (r *Ring) writeAnnouncement(
 	return r.Version(next.Ref.Name, next.Ref.Version), nil
 }
 
-// changeLine carries out edits that end the request for a rotation of a key. The acknowledgements
-// of the versions again are taken back: peers must acknowledge anew.
+// changeLine carries out edits that end the request for a rotation of a key. Peers must acknowledge
+// the version again and later ones anew, see peers.Forget.
 func (r *Ring) changeLine(
-	ctx context.Context, who audit.Actor, name string, edits []edit, again []uint32, events ...audit.Event,
+	ctx context.Context, who audit.Actor, name string, edits []edit, again uint32, events ...audit.Event,
 ) error {
 	return r.Ledger.Update(ctx, func(tx *ledger.Tx) error {
-		for _, version := range again {
-			if err := peers.Forget(tx, name, version); err != nil {
-				return err
-			}
+		if err := peers.Forget(tx, name, again); err != nil {
+			return err
 		}
 		if err := tx.Delete(ledger.Meta, requestKeys+name); err != nil {
 			return err
@@ -306,7 +304,7 @@ func (r *Ring) activate(ctx context.Context, who audit.Actor, next *Key) error {
 		edits = append(edits, edit{old.Ref(), replaced})
 	}
 	e := audit.NewKeyRotated(who, next.Ref().String(), next.Info().PublicKey, retires)
-	if err := r.changeLine(ctx, who, next.Name, edits, nil, e); err != nil {
+	if err := r.changeLine(ctx, who, next.Name, edits, 0, e); err != nil {
 		return err
 	}
 	r.Log.Info("a key was rotated", "key", next.Name, "version", next.Version)
@@ -439,11 +437,11 @@ func (r *Ring) markCompromised(ctx context.Context, who audit.Actor, k *Key, rea
 	if k.State != Active {
 		return r.change(ctx, who, edits, events...)
 	}
-	var again []uint32
+	var again uint32
 	if next := r.Version(k.Name, k.Version+1); next != nil && next.State == Pending && next.Announced() {
 		now := time.Now().Unix()
 		edits = append(edits, edit{next.Ref(), func(rec *record) { rec.Activates, rec.Change = now, rec.Change+1 }})
-		again = []uint32{next.Version}
+		again = next.Version
 	}
 	if q, ok := r.Requested(k.Name); ok && q.Ended == "" {
 		events = append(events, audit.NewRotationGivenUp(q.By, k.Name, q.Activates, errOvertaken))

@@ -212,10 +212,8 @@ func (r *Ring) Set(
 		}
 		edits, again := r.graceChanged(name, r.grace(before) != r.grace(s))
 		if err := r.Ledger.Update(ctx, func(tx *ledger.Tx) error {
-			for _, version := range again {
-				if err := peers.Forget(tx, name, version); err != nil {
-					return err
-				}
+			if err := peers.Forget(tx, name, again); err != nil {
+				return err
 			}
 			if err := r.changeIn(tx, who, edits); err != nil {
 				return err
@@ -232,16 +230,16 @@ func (r *Ring) Set(
 
 // graceChanged returns the edits of an announced version whose end of the version before has
 // changed, and the version whose acknowledgements are taken back: peers were told of another end.
-func (r *Ring) graceChanged(name string, changed bool) (edits []edit, again []uint32) {
+func (r *Ring) graceChanged(name string, changed bool) (edits []edit, again uint32) {
 	active, err := r.Active(name)
 	if !changed || err != nil {
-		return nil, nil
+		return nil, 0
 	}
 	next := r.Version(name, active.Version+1)
 	if next == nil || !next.Announced() {
-		return nil, nil
+		return nil, 0
 	}
-	return []edit{{next.Ref(), func(rec *record) { rec.Change++ }}}, []uint32{next.Version}
+	return []edit{{next.Ref(), func(rec *record) { rec.Change++ }}}, next.Version
 }
 
 // Confirm lets a key sign for its time of presence: an operator has just proven to be there. The

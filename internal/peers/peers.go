@@ -595,14 +595,26 @@ func (r *Registry) acknowledge(
 	})
 }
 
-// Forget removes all acknowledgements of one version of a key, in the caller's transaction. A
-// rotation with other times must be acknowledged again.
+// Forget removes all acknowledgements of a version of a key and of later versions, in the caller's
+// transaction: a rotation with other times must be acknowledged again. Version 0 means none.
 func Forget(tx *ledger.Tx, key string, version uint32) error {
+	if version == 0 {
+		return nil
+	}
+	forget := func(known map[string]uint32) (some bool) {
+		if some = known[key] >= version; some {
+			known[key] = version - 1
+		}
+		return some
+	}
 	again := map[string]record{}
 	if err := tx.All(ledger.Peers, func(name string, value []byte) error {
 		rec, err := decode(name, value)
-		knows := func(k keyRecord) bool { return k.Known[key] == version }
-		if rec.Known[key] == version || slices.ContainsFunc(rec.Keys, knows) {
+		some := forget(rec.Known)
+		for _, k := range rec.Keys {
+			some = forget(k.Known) || some
+		}
+		if some {
 			again[name] = rec
 		}
 		return err
@@ -610,17 +622,7 @@ func Forget(tx *ledger.Tx, key string, version uint32) error {
 		return err
 	}
 	for _, name := range slices.Sorted(maps.Keys(again)) {
-		rec := again[name]
-		forget := func(known map[string]uint32) {
-			if known[key] == version {
-				known[key] = version - 1
-			}
-		}
-		forget(rec.Known)
-		for _, k := range rec.Keys {
-			forget(k.Known)
-		}
-		if err := tx.Put(ledger.Peers, name, manage.Encode(rec)); err != nil {
+		if err := tx.Put(ledger.Peers, name, manage.Encode(again[name])); err != nil {
 			return err
 		}
 	}
