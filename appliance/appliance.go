@@ -188,6 +188,7 @@ func New(
 		return nil, err
 	}
 	a.Keys.Watch(a.Peers.Wake)
+	a.Peers.OnRemoval(a.Keys.Unlist)
 	a.Report(a.ownCauses)
 	a.Report(a.nonceCauses)
 	a.Anchor = anchor.New(c.Anchor, l, tokens, a.gate, a.monitor, log)

@@ -1,6 +1,7 @@
 package keyring_test
 
 import (
+	"errors"
 	"slices"
 	"strings"
 	"testing"
@@ -513,8 +514,8 @@ func TestCalledOffNoiseKey(t *testing.T) {
 	}
 }
 
-// TestRemovedPeerLeavesAcknowledge: the settings do not name a removed peer. A later peer of the
-// same name is not waited for, unless an operator says so.
+// TestRemovedPeerLeavesAcknowledge: the settings do not name a removed peer, from the removal on. A
+// later peer of the same name is not waited for, unless an operator says so.
 func TestRemovedPeerLeavesAcknowledge(t *testing.T) {
 	r := newRig(t)
 	r.set(t, "payments", func(s *keyring.Settings) { s.Acknowledge = []string{"shop", "cafe", keyring.AllPeers} })
@@ -524,13 +525,44 @@ func TestRemovedPeerLeavesAcknowledge(t *testing.T) {
 	if err := r.Peers.Remove(t.Context(), operator, "shop"); err != nil {
 		t.Fatal(err)
 	}
+	if _, err := r.Peers.Add(t.Context(), approved, "shop", r.shop.PublicKey[:]); err != nil {
+		t.Fatal(err)
+	}
 	for range 2 {
+		r.reopen(t)
 		r.keep(t, "payments")
 		if s, err := r.Keys.Settings("payments"); !slices.Equal(s.Acknowledge, []string{"cafe", keyring.AllPeers}) {
 			t.Errorf("acknowledge is %v, %v", s.Acknowledge, err)
 		}
 	}
-	if e := r.last(t, audit.LineChanged); e.Actor != audit.Daemon() || r.count(t, audit.LineChanged) != 2 {
+	if e := r.last(t, audit.LineChanged); e.Actor != operator || r.count(t, audit.LineChanged) != 2 {
 		t.Errorf("the event is %+v", e)
 	}
+}
+
+// TestRemovalBesideSet: a change of other settings that waits for the disk behind the removal of a
+// peer, does not put the peer's name back.
+func TestRemovalBesideSet(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := newRig(t)
+		r.set(t, "payments", func(s *keyring.Settings) { s.Acknowledge = []string{"shop", "cafe"} })
+		release := r.occupy(t)
+		removed, set := make(chan error, 1), make(chan error, 1)
+		go func() { removed <- r.Peers.Remove(t.Context(), operator, "shop") }()
+		synctest.Wait()
+		go func() {
+			later := func(s *keyring.Settings) error { s.Announce = time.Hour; return nil }
+			_, err := r.Keys.Set(t.Context(), operator, "payments", later)
+			set <- err
+		}()
+		synctest.Wait()
+		release()
+		if err := errors.Join(<-removed, <-set); err != nil {
+			t.Fatal(err)
+		}
+		s, err := r.Keys.Settings("payments")
+		if err != nil || !slices.Equal(s.Acknowledge, []string{"cafe"}) || s.Announce != time.Hour {
+			t.Errorf("the settings are %+v, %v", s, err)
+		}
+	})
 }

@@ -160,12 +160,6 @@ func (r *Ring) due(versions []*Key) func(context.Context) error {
 	if k := withoutSuccessor(versions); k != nil {
 		return func(ctx context.Context) error { return r.activateSuccessor(ctx, daemon, k) }
 	}
-	if slices.ContainsFunc(s.Acknowledge, r.gone) {
-		s.Acknowledge = slices.DeleteFunc(slices.Clone(s.Acknowledge), r.gone)
-		return func(ctx context.Context) error {
-			return r.Ledger.Update(ctx, func(tx *ledger.Tx) error { return s.write(tx, daemon, name, nil) })
-		}
-	}
 	if q, ok := r.Requested(name); ok && q.Ended == "" {
 		return func(ctx context.Context) error { _, err := r.carryOut(ctx, name, q); return err }
 	}

@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"maps"
 	"slices"
 	"strings"
 	"time"
@@ -28,7 +29,7 @@ type Settings struct {
 	Announce, Grace time.Duration
 	// Acknowledge names peers, or AllPeers. When all of them have acknowledged a rotation, the old
 	// version is archived before the end of its grace time. Empty: no version is archived early.
-	// The name of a removed peer leaves the list.
+	// The name of a removed peer leaves the list with the removal.
 	Acknowledge []string
 	// Presence is the time for which an operator's confirmation lets the key sign; 0: the key needs
 	// no confirmation.
@@ -154,9 +155,23 @@ func (s Settings) write(tx *ledger.Tx, who audit.Actor, name string, weaker []st
 	return tx.Append(ledger.EventOf(audit.NewLineChanged(who, name, record, s.Presence, weaker)))
 }
 
-// gone reports that a name in Acknowledge is of no enrolled peer. The daemon takes such a name out
-// of the settings: nobody waits for a removed peer, nor for a later peer of the same name.
-func (r *Ring) gone(peer string) bool { return peer != AllPeers && !r.Peers.Enrolled(peer) }
+// Unlist takes a peer out of the settings of all keys, in the transaction that removes the peer:
+// nobody waits for a removed peer, nor for a later peer of the same name.
+func (r *Ring) Unlist(tx *ledger.Tx, who audit.Actor, peer string) error {
+	r.mu.RLock()
+	defer r.mu.RUnlock()
+	for _, name := range slices.Sorted(maps.Keys(r.settings)) {
+		s := r.settings[name]
+		if peer == AllPeers || !slices.Contains(s.Acknowledge, peer) {
+			continue
+		}
+		s.Acknowledge = slices.DeleteFunc(slices.Clone(s.Acknowledge), func(each string) bool { return each == peer })
+		if err := s.write(tx, who, name, nil); err != nil {
+			return err
+		}
+	}
+	return nil
+}
 
 // archivedSooner reports that fewer acknowledgements than before archive a version.
 func archivedSooner(now, before []string) bool {
@@ -185,7 +200,7 @@ func (r *Ring) CheckSet(name string, set func(*Settings) error) (s, before Setti
 		return s, before, fmt.Errorf("key %q: %w: %w", name, manage.ErrInvalid, err)
 	}
 	for _, peer := range s.Acknowledge {
-		if !slices.Contains(before.Acknowledge, peer) && r.gone(peer) {
+		if peer != AllPeers && !slices.Contains(before.Acknowledge, peer) && !r.Peers.Enrolled(peer) {
 			return s, before, fmt.Errorf("key %q: %w: acknowledge names %q, and no such peer is enrolled",
 				name, manage.ErrInvalid, peer)
 		}
@@ -196,22 +211,23 @@ func (r *Ring) CheckSet(name string, set func(*Settings) error) (s, before Setti
 	return s, before, nil
 }
 
-// Set changes the settings of a key from now on. A change to weaker settings needs approval.
+// Set changes the settings of a key from now on. A change to weaker settings needs approval. All is
+// read inside the transaction, since the removal of a peer changes settings too: see Unlist.
 func (r *Ring) Set(
 	ctx context.Context, who audit.Actor, name string, set func(*Settings) error,
 ) (s Settings, err error) {
-	err = r.run(ctx, fmt.Sprintf("the settings of key %q", ijson.Clip(name)), func(ctx context.Context) (err error) {
-		var before Settings
-		if s, before, err = r.CheckSet(name, set); err != nil {
-			return err
-		}
-		weaker := r.weaker(s, before)
-		if len(weaker) > 0 && who.Proposal == 0 {
-			return fmt.Errorf("key %q: %w: these settings would be weaker: %s",
-				name, manage.ErrNotApproved, strings.Join(weaker, ", "))
-		}
-		edits, again := r.graceChanged(name, r.grace(before) != r.grace(s))
-		if err := r.Ledger.Update(ctx, func(tx *ledger.Tx) error {
+	err = r.run(ctx, fmt.Sprintf("the settings of key %q", ijson.Clip(name)), func(ctx context.Context) error {
+		if err := r.Ledger.Update(ctx, func(tx *ledger.Tx) (err error) {
+			var before Settings
+			if s, before, err = r.CheckSet(name, set); err != nil {
+				return err
+			}
+			weaker := r.weaker(s, before)
+			if len(weaker) > 0 && who.Proposal == 0 {
+				return fmt.Errorf("key %q: %w: these settings would be weaker: %s",
+					name, manage.ErrNotApproved, strings.Join(weaker, ", "))
+			}
+			edits, again := r.graceChanged(name, r.grace(before) != r.grace(s))
 			if err := peers.Forget(tx, name, again); err != nil {
 				return err
 			}

@@ -121,6 +121,8 @@ type Registry struct {
 	gate   *gate.Gate
 	limits Limits
 	log    *slog.Logger
+	// removal changes further records in the transaction that removes a peer: see OnRemoval.
+	removal func(tx *ledger.Tx, who audit.Actor, name string) error
 
 	enrolling manage.Lock // held by an act on an enrolment, so that acts have an order
 
@@ -394,6 +396,12 @@ func (r *Registry) enrol(ctx context.Context, who audit.Actor, p Peer) error {
 	})
 }
 
+// OnRemoval sets the function that takes the name of a peer out of further records, in the
+// transaction that removes the peer. OnRemoval must be called before the first Remove.
+func (r *Registry) OnRemoval(change func(tx *ledger.Tx, who audit.Actor, name string) error) {
+	r.removal = change
+}
+
 // Remove ends a client's enrolment. Remove first disconnects the peer, without waiting for the
 // disk, a device or another act: the peer is refused from then on, its connections are closed, and
 // no key is used for its requests. After an error the ledger may still have the peer, and the next
@@ -405,6 +413,11 @@ func (r *Registry) Remove(ctx context.Context, who audit.Actor, name string) err
 	}, write: func(tx *ledger.Tx, _ record) error {
 		if err := tx.Delete(ledger.Peers, name); err != nil {
 			return err
+		}
+		if r.removal != nil {
+			if err := r.removal(tx, who, name); err != nil {
+				return err
+			}
 		}
 		return tx.Append(ledger.EventOf(audit.NewPeerRemoved(who, name)))
 	}})
