@@ -29,91 +29,56 @@ type (
 // form to be approved, and the function that carries the act out.
 type prepare func(a *appliance.Appliance, p parameters, content []byte) (parameters, do, error)
 
+// warn returns the doubts about a proposed act that prepare has accepted.
+type warn func(a *appliance.Appliance, p parameters, content []byte) []string
+
 // acts are the acts that need an approved proposal, except the acts on operators, which package
 // operators has. approval.Proposers has the roles of the proposers.
-var acts = map[string]prepare{
-	approval.ActPeerAdd:          addPeer,
-	approval.ActPeerKeyAdd:       addPeerKey,
-	approval.ActPolicyActivate:   activate,
-	approval.ActGroupSet:         setGroup,
-	approval.ActGroupRemove:      removeGroup,
-	approval.ActRollbackAccept:   acceptRollback,
-	approval.ActHoldRelease:      release,
-	approval.ActClockAccept:      acceptTime,
-	approval.ActKeyArchive:       archiveKey,
-	approval.ActKeyDestroy:       destroyKey,
-	approval.ActKeyCompromise:    compromiseKey,
-	approval.ActKeySet:           setKey,
-	approval.ActRetentionShorten: shortenRetention,
+var acts = map[string]struct {
+	prepare
+	warn // nil: nothing to warn of
+}{
+	approval.ActPeerAdd:          {addPeer, warnAddPeer},
+	approval.ActPeerKeyAdd:       {addPeerKey, nil},
+	approval.ActPolicyActivate:   {activate, warnActivate},
+	approval.ActGroupSet:         {setGroup, nil},
+	approval.ActGroupRemove:      {removeGroup, warnRemoveGroup},
+	approval.ActRollbackAccept:   {acceptRollback, nil},
+	approval.ActHoldRelease:      {release, nil},
+	approval.ActClockAccept:      {acceptTime, nil},
+	approval.ActKeyArchive:       {archiveKey, nil},
+	approval.ActKeyDestroy:       {destroyKey, nil},
+	approval.ActKeyCompromise:    {compromiseKey, nil},
+	approval.ActKeySet:           {setKey, nil},
+	approval.ActRetentionShorten: {shortenRetention, nil},
 }
 
 // Acts returns the acts for operators.Open. An act is validated at the proposal, so that operators
 // do not approve an impossible act, and again before the execution.
 func Acts(a *appliance.Appliance) map[string]operators.Act {
 	all := map[string]operators.Act{}
-	for name, prepare := range acts {
-		all[name] = operators.Act{
+	for name, act := range acts {
+		each := operators.Act{
 			Roles: approval.Proposers(name),
 			Check: func(p parameters, content []byte) (parameters, error) {
-				p, _, err := prepare(a, p, content)
+				p, _, err := act.prepare(a, p, content)
 				return p, err
 			},
 			Run: func(ctx context.Context, who audit.Actor, p parameters, content []byte) error {
-				_, do, err := prepare(a, p, content)
+				_, do, err := act.prepare(a, p, content)
 				if err != nil {
 					return err
 				}
 				return do(ctx, who)
 			},
 		}
+		if act.warn != nil {
+			each.Warn = func(p parameters, content []byte) []string { return act.warn(a, p, content) }
+		}
+		all[name] = each
 	}
-	activation := all[approval.ActPolicyActivate]
-	activation.Warn = func(_ parameters, content []byte) (doubts []string) {
-		rules, err := policy.Parse("policy.cedar", content)
-		if err != nil {
-			return nil // Check has refused it
-		}
-		for _, w := range rules.Warnings(a.KnowsName) {
-			doubts = append(doubts, w.String())
-		}
-		return doubts
-	}
-	all[approval.ActPolicyActivate] = activation
-	enrolment := all[approval.ActPeerAdd]
-	enrolment.Warn = func(p parameters, _ []byte) []string {
-		v, err := values(p, "name", "public_key")
-		if in := a.GroupsOf(policy.OfPeers, v["name"]); err == nil && len(in) > 0 {
-			return []string{fmt.Sprintf("a peer of the name %s is a member of the groups %s, and gets their rights",
-				v["name"], strings.Join(in, ", "))}
-		}
-		return nil
-	}
-	all[approval.ActPeerAdd] = enrolment
-	removal := all[approval.ActGroupRemove]
-	removal.Warn = func(p parameters, _ []byte) []string {
-		v, _ := values(p, "name", "replaces")
-		g, err := a.Group(v["name"])
-		if err != nil {
-			return nil // Check has refused it
-		}
-		rules, err := a.RulesAbout(g.Group)
-		if err != nil || len(rules) == 0 {
-			return nil
-		}
-		lines := docs(rules, func(r policy.Rule) string { return strconv.Itoa(r.Line) })
-		more := ""
-		if n := len(lines) - maxLines; n > 0 {
-			lines, more = lines[:maxLines], fmt.Sprintf(" and %d more", n)
-		}
-		return []string{fmt.Sprintf("rules of the policy in force name the group, and hold for nobody without it, "+
-			"also those that forbid: line %s%s", strings.Join(lines, ", "), more)}
-	}
-	all[approval.ActGroupRemove] = removal
 	return all
 }
-
-// maxLines bounds the lines that a warning names.
-const maxLines = 20
 
 func addPeer(a *appliance.Appliance, p parameters, _ []byte) (parameters, do, error) {
 	v, err := values(p, "name", "public_key")
@@ -133,6 +98,15 @@ func addPeer(a *appliance.Appliance, p parameters, _ []byte) (parameters, do, er
 		_, err := a.Peers.Add(ctx, who, name, key)
 		return err
 	}, notRolledBack(a)
+}
+
+func warnAddPeer(a *appliance.Appliance, p parameters, _ []byte) []string {
+	v, err := values(p, "name", "public_key")
+	if in := a.GroupsOf(policy.OfPeers, v["name"]); err == nil && len(in) > 0 {
+		return []string{fmt.Sprintf("a peer of the name %s is a member of the groups %s, and gets their rights",
+			v["name"], strings.Join(in, ", "))}
+	}
+	return nil
 }
 
 // addPeerKey adds a key to the peer that was enrolled under the name at the time enrolled. If the
@@ -213,6 +187,17 @@ func activate(a *appliance.Appliance, p parameters, content []byte) (parameters,
 	}, notRolledBack(a)
 }
 
+func warnActivate(a *appliance.Appliance, _ parameters, content []byte) (doubts []string) {
+	rules, err := policy.Parse("policy.cedar", content)
+	if err != nil {
+		return nil // activate has refused it
+	}
+	for _, w := range rules.Warnings(a.KnowsName) {
+		doubts = append(doubts, w.String())
+	}
+	return doubts
+}
+
 // setGroup replaces the members of a group. Their text is the content of the proposal, and the
 // parameter sha256 is its digest. The parameter replaces is the digest of the members before.
 func setGroup(a *appliance.Appliance, p parameters, content []byte) (parameters, do, error) {
@@ -257,6 +242,28 @@ func removeGroup(a *appliance.Appliance, p parameters, _ []byte) (parameters, do
 	return list("name", before.Name, "replaces", replaces), func(ctx context.Context, who audit.Actor) error {
 		return a.RemoveGroup(ctx, who, before.Name, replaces)
 	}, notRolledBack(a)
+}
+
+// maxLines bounds the lines that a warning names.
+const maxLines = 20
+
+func warnRemoveGroup(a *appliance.Appliance, p parameters, _ []byte) []string {
+	v, _ := values(p, "name", "replaces")
+	g, err := a.Group(v["name"])
+	if err != nil {
+		return nil // removeGroup has refused it
+	}
+	rules, err := a.RulesAbout(g.Group)
+	if err != nil || len(rules) == 0 {
+		return nil
+	}
+	lines := docs(rules, func(r policy.Rule) string { return strconv.Itoa(r.Line) })
+	more := ""
+	if n := len(lines) - maxLines; n > 0 {
+		lines, more = lines[:maxLines], fmt.Sprintf(" and %d more", n)
+	}
+	return []string{fmt.Sprintf("rules of the policy in force name the group, and hold for nobody without it, "+
+		"also those that forbid: line %s%s", strings.Join(lines, ", "), more)}
 }
 
 func acceptRollback(a *appliance.Appliance, p parameters, _ []byte) (parameters, do, error) {
