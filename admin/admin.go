@@ -23,7 +23,6 @@ import (
 	"countersign/admin/api"
 	"countersign/admin/certs"
 	"countersign/appliance"
-	"countersign/approval"
 	"countersign/audit"
 	"countersign/internal/ijson"
 	"countersign/internal/keyring"
@@ -282,31 +281,24 @@ func (s *server) events(_ context.Context, _ caller, in *eventsInput) (*listed[a
 		return nil, invalid.errorf("type: %q is not a type of events: docs/SPEC.md has the list", ijson.Clip(in.Type))
 	}
 	span := ledger.Span{From: in.From, Before: in.Before, Down: in.Order == "newest"}
+	out := newListed[api.Event](in.Limit)
 	if in.After != "" {
 		last, err := numberAfter(in.After)
-		if err != nil {
+		switch {
+		case err != nil:
 			return nil, err
-		}
-		if span.Down {
+		case span.Down && last == 0:
+			return out, nil
+		case span.Down:
 			span.Before = last
-		} else {
+		default:
 			span.From = max(span.From, last+1)
 		}
-		if span.Down && last == 0 {
-			return &listed[api.Event]{Body: new(page[api.Event])}, nil
-		}
 	}
-	out := &listed[api.Event]{Body: &page[api.Event]{limit: in.Limit}}
-	last := ""
 	err := s.Appliance.Find(q, span, func(index uint64, e audit.Event) bool {
-		if !out.Body.add(api.Event{Index: index, Event: e}) {
-			out.Next = last
-			return false
-		}
-		last = strconv.FormatUint(index, 10)
-		return true
+		return out.add(api.Event{Index: index, Event: e}, strconv.FormatUint(index, 10))
 	})
-	if err == nil && last == "" && in.After == "" && in.Actor != "" {
+	if err == nil && out.last == "" && in.After == "" && in.Actor != "" {
 		err = s.checkActor(in.Actor)
 	}
 	return out, err
@@ -314,11 +306,10 @@ func (s *server) events(_ context.Context, _ caller, in *eventsInput) (*listed[a
 
 // checkActor returns ErrNotFound unless a peer, an operator or an event has the name.
 func (s *server) checkActor(name string) error {
-	known := slices.ContainsFunc(s.Appliance.Peers.All(), func(p peers.Status) bool { return p.Name == name }) ||
-		slices.ContainsFunc(s.Operators.Operators(), func(o approval.Operator) bool { return o.Name == name })
-	if known {
+	if _, err := s.Operators.Operator(name); err == nil || s.Appliance.Peers.Enrolled(name) {
 		return nil
 	}
+	known := false
 	err := s.Appliance.Find(ledger.Query{Actor: name}, ledger.Span{}, func(uint64, audit.Event) bool {
 		known = true
 		return false

@@ -191,14 +191,11 @@ func (s *server) receipts(_ context.Context, _ caller, in *receiptsInput) (*list
 		}
 	}
 	found, err := s.Appliance.Receipts(from, in.To, id, in.Limit+1)
-	out := &listed[api.Receipt]{Body: &page[api.Receipt]{limit: in.Limit}}
-	last := ""
+	out := newListed[api.Receipt](in.Limit)
 	for _, r := range found {
-		if !out.Body.add(receiptDoc(r)) {
-			out.Next = last
+		if !out.add(receiptDoc(r), fmt.Sprintf("%d-%x", r.TimeMS, r.ID)) {
 			break
 		}
-		last = fmt.Sprintf("%d-%x", r.TimeMS, r.ID)
 	}
 	return out, err
 }
@@ -260,14 +257,8 @@ func (s *server) decisions(_ context.Context, _ caller, in *decisionsInput) (*li
 		}
 		from = last + 1
 	}
-	out := &listed[api.Decision]{Body: new(page[api.Decision])}
-	last := ""
+	out := newListed[api.Decision](maxEntries)
 	return out, s.Appliance.Decisions(from, time.UnixMilli(in.Since), func(d appliance.Decision) bool {
-		if !out.Body.add(decisionDoc(d)) {
-			out.Next = last
-			return false
-		}
-		last = strconv.FormatUint(d.Event, 10)
-		return true
+		return out.add(decisionDoc(d), strconv.FormatUint(d.Event, 10))
 	})
 }

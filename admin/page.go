@@ -25,12 +25,12 @@ const (
 type page[D any] struct {
 	b     bytes.Buffer
 	n     int
-	limit int // documents; 0: maxEntries
+	limit int // documents
 }
 
 // add adds a document, or returns false if the document belongs to the next page.
 func (p *page[D]) add(doc D) bool {
-	if p.full() {
+	if p.n >= p.limit || p.n > 0 && p.b.Len() >= maxPage { // no other document fits in any case
 		return false
 	}
 	before := p.b.Len()
@@ -47,15 +47,6 @@ func (p *page[D]) add(doc D) bool {
 	}
 	p.n++
 	return true
-}
-
-// full reports whether no other document fits in any case.
-func (p *page[D]) full() bool {
-	limit := p.limit
-	if limit == 0 {
-		limit = maxEntries
-	}
-	return p.n >= limit || p.n > 0 && p.b.Len() >= maxPage
 }
 
 func (p *page[D]) writeTo(w io.Writer) error {
@@ -91,25 +82,31 @@ type pageInput struct {
 type listed[D any] struct {
 	Next string `header:"Countersign-Next" doc:"the parameter after for the next page; absent on the last page"`
 	Body *page[D]
+	last string // cursor of the last document
+}
+
+func newListed[D any](limit int) *listed[D] { return &listed[D]{Body: &page[D]{limit: limit}} }
+
+// add adds a document with its cursor, or returns false if the document belongs to the next page.
+func (l *listed[D]) add(doc D, cursor string) bool {
+	if !l.Body.add(doc) {
+		l.Next = l.last
+		return false
+	}
+	l.last = cursor
+	return true
 }
 
 // paged returns a page of a listing. key gives each entry a text in the order of the listing. A
 // page begins with the first entry behind the key After, so that entries that come or go between
 // two pages make no other entry appear twice or not at all.
 func paged[T, D any](in *pageInput, all []T, key func(T) string, doc func(T) D) *listed[D] {
-	out := &listed[D]{Body: new(page[D])}
+	out := newListed[D](maxEntries)
 	slices.SortFunc(all, func(x, y T) int { return strings.Compare(key(x), key(y)) })
-	last := ""
 	for _, each := range all {
-		at := key(each)
-		if in.After != "" && at <= in.After {
-			continue
-		}
-		if !out.Body.add(doc(each)) {
-			out.Next = last
+		if at := key(each); (in.After == "" || at > in.After) && !out.add(doc(each), at) {
 			break
 		}
-		last = at
 	}
 	return out
 }
