@@ -85,11 +85,11 @@ func (s *server) lineDoc(name string, l keyring.Settings) api.Line {
 		missing := s.Appliance.Peers.Unacknowledged(name, doc.Rotation.Version)
 		doc.Unacknowledged = append(doc.Unacknowledged, missing...)
 	}
-	versions, _ := s.Appliance.Keys.Versions(name) // without a key, there is none
-	for _, k := range versions {
-		if k.Public() && k.Compromised {
+	compromises, _ := s.Appliance.Keys.News()
+	for _, n := range compromises {
+		if n.Name == name {
 			doc.Compromises = append(doc.Compromises, api.Compromise{
-				Version: k.Version, Unacknowledged: append([]string{}, s.Appliance.Peers.Unwarned(name, k.Version)...),
+				Version: n.Version, Unacknowledged: append([]string{}, s.Appliance.Peers.Unwarned(name, n.Version)...),
 			})
 		}
 	}
