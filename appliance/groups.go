@@ -129,11 +129,6 @@ func (a *Appliance) GroupsOf(of, name string) []string { return slices.Clone(a.g
 func (a *Appliance) CheckGroup(g policy.Group, replaces string) error {
 	a.groups.mu.RLock()
 	defer a.groups.mu.RUnlock()
-	return a.checkGroup(g, replaces)
-}
-
-// checkGroup is CheckGroup for a caller that holds a.groups.mu.
-func (a *Appliance) checkGroup(g policy.Group, replaces string) error {
 	before, there := a.groups.all[g.Name]
 	switch {
 	case before.Digest() != replaces:
