@@ -50,16 +50,16 @@ var refusalAdvice = map[Reason]string{
 // Refused are handshakes that were refused for the same reason, with the same key and from the same
 // source.
 type Refused struct {
-	From   netip.Addr // of the last one
-	Key    string     // hex of the client's static public key; "" if it is not known
-	Peer   string     // the peer enrolled with the key at the last one; "" for none
-	Claims bool       // the key has no proof: any client can claim it
-	Reason Reason
-	Text   string // the error of the last one
-	Count  uint64
-	First  time.Time
-	Last   time.Time
-	Seen   []string // peers whose last session came from the address; some, if there are many
+	From     netip.Addr // of the last one
+	Key      string     // hex of the client's static public key; "" if it is not known
+	Peer     string     // the peer enrolled with the key at the last one; "" for none
+	Unproven bool       // any client can claim the key
+	Reason   Reason
+	Text     string // the error of the last one
+	Count    uint64
+	First    time.Time
+	Last     time.Time
+	Seen     []string // peers whose last session came from the address; some, if there are many
 }
 
 // Do returns what an operator does about the reason.
@@ -91,11 +91,11 @@ const (
 // all.
 type turnedAway struct {
 	mu  sync.Mutex
-	all [classes][]*turned
+	all [classes][]*refusedKind
 }
 
-// turned is a kind of refused handshakes with the time of its last line in the log.
-type turned struct {
+// refusedKind is a kind of refused handshakes with the time of its last line in the log.
+type refusedKind struct {
 	Refused
 	source netip.Addr
 	logged time.Time
@@ -106,14 +106,14 @@ type turned struct {
 func (t *turnedAway) add(r Refused) (count uint64, line bool) {
 	now := time.Now()
 	source, in := limit.SourceOf(r.From), ofStrangers
-	if r.Key != "" && !r.Claims {
+	if r.Key != "" && !r.Unproven {
 		if in = ofKeys; r.Peer != "" {
 			in = ofPeers
 		}
 	}
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	var kind *turned
+	var kind *refusedKind
 	ofSource, oldest, oldestOfSource := 0, -1, -1
 	for i, each := range t.all[in] {
 		if each.source == source {
@@ -131,7 +131,7 @@ func (t *turnedAway) add(r Refused) (count uint64, line bool) {
 		}
 	}
 	if kind == nil {
-		kind = &turned{source: source}
+		kind = &refusedKind{source: source}
 		kind.First = now
 		switch {
 		case ofSource >= keptRefusedOfSource:
@@ -185,7 +185,7 @@ func (a *Appliance) seenFrom(from netip.Addr) []string {
 func (a *Appliance) refused(from netip.Addr, key *[32]byte, reason Reason, err error) {
 	r := Refused{From: from, Reason: reason, Text: err.Error()}
 	if wrong, is := errors.AsType[*noise.ProfileError](err); is && wrong.Claimed != [32]byte{} {
-		key, r.Claims = &wrong.Claimed, true
+		key, r.Unproven = &wrong.Claimed, true
 	}
 	if key != nil {
 		r.Key = hex.EncodeToString(key[:])

@@ -94,7 +94,7 @@ func TestRefusedHandshakesSayWhy(t *testing.T) {
 			public := c.key.Public()
 			key = hex.EncodeToString(public[:])
 		}
-		if r.Reason != c.reason || r.Key != key || r.Peer != c.peer || r.Claims != c.claims || r.Count != 1 ||
+		if r.Reason != c.reason || r.Key != key || r.Peer != c.peer || r.Unproven != c.claims || r.Count != 1 ||
 			r.Text == "" || r.Do() == "" {
 			t.Errorf("%s from %s, as %q: %+v", c.reason, from, c.peer, r)
 		}
@@ -143,7 +143,7 @@ func TestRefusedHandshakesAreBounded(t *testing.T) {
 	for n := range 10 * keptRefused {
 		kept.add(Refused{From: address(n), Reason: RefusedServerKey})
 		kept.add(Refused{From: address(n), Key: fmt.Sprint(n), Reason: RefusedUnknown})
-		kept.add(Refused{From: address(n), Key: "shop's", Peer: "shop", Claims: true, Reason: RefusedProfile})
+		kept.add(Refused{From: address(n), Key: "shop's", Peer: "shop", Unproven: true, Reason: RefusedProfile})
 	}
 	if n := len(kept.list()); n != 2*keptRefused+1 {
 		t.Errorf("%d entries", n)

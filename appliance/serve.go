@@ -170,9 +170,9 @@ func (a *Appliance) serveConn(stop context.Context, raw net.Conn, profile noise.
 		begun = time.Now()
 		return err
 	}
-	var came *[32]byte // the client's key, once message 1 has proven it
+	var proven *[32]byte // the client's key, once message 1 has proven it
 	enrolled := func(key [32]byte) bool {
-		came = &key
+		proven = &key
 		return a.Peers.In(key)
 	}
 	conn, err := noise.Accept(hctx, raw, statics, profile, admit, enrolled)
@@ -196,7 +196,7 @@ func (a *Appliance) serveConn(stop context.Context, raw net.Conn, profile noise.
 		a.failing.Do(func() { a.log.Error("handshakes fail", "from", from, "err", err) })
 		attempt.Forget()
 	case err != nil:
-		a.refused(source, came, a.reasonOf(err, came), err)
+		a.refused(source, proven, a.reasonOf(err, proven), err)
 		a.refusals.count(audit.HandshakeRefused, "handshake", "", wire.CodeDenied)
 	}
 	if err != nil {
@@ -224,7 +224,7 @@ func (a *Appliance) serveConn(stop context.Context, raw net.Conn, profile noise.
 		a.refusals.count(audit.RateLimitTriggered, "connect", entered.Member.Name, wire.CodeBusy)
 	}
 	if err != nil { // too many connections, or the peer was excluded during the handshake
-		a.refused(source, came, a.reasonOf(err, came), err)
+		a.refused(source, proven, a.reasonOf(err, proven), err)
 		return
 	}
 	defer a.Peers.Leave(entered)
