@@ -668,8 +668,8 @@ func (e *environment) in(left, right ast.IsNode, s state) (t, f state) {
 	}
 	f = s
 	for _, each := range set.Elements {
-		if holds := f; isGroup(each) && e.mayHave(left, each, f) {
-			t = e.join(t, holds)
+		if isGroup(each) && e.mayHave(left, each, f) { // f stays: the entity may be in no group
+			t = e.join(t, f)
 			continue
 		}
 		var holds state

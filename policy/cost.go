@@ -165,7 +165,7 @@ func (p *Policy) measured(r Request) Cost {
 	fields := map[string]any{
 		"transcript": "payment-request-v1", "lifetime": int64(3600), "size": int64(512), "amount": int64(100),
 		"amount_e8": int64(100e8), "currency": "SAT", "method": "bitcoin", "endpoint": "bc1q",
-		"counterparty": sixtyFour, "payer": sixtyFour, "payee": sixtyFour,
+		"counterparty": aPublicKey, "payer": aPublicKey, "payee": aPublicKey,
 	}
 	SetTime(fields, time.Now())
 	q, _ := NewRequest(r.Peer, r.Action, r.Key, fields) // of these types, there is no error
@@ -184,5 +184,4 @@ func (p *Policy) measured(r Request) Cost {
 	return c
 }
 
-// sixtyFour is the hex of a public key.
-const sixtyFour = "0000000000000000000000000000000000000000000000000000000000000001"
+const aPublicKey = "0000000000000000000000000000000000000000000000000000000000000001"

@@ -100,8 +100,7 @@ const (
 
 var tables = map[Table]byte{
 	Keys: bucketKeys, Lines: bucketLines, Peers: bucketPeers, Policies: bucketPolicies,
-	Operators: bucketOperators, Proposals: bucketProposals, Groups: bucketGroups,
-	Meta: bucketMeta,
+	Operators: bucketOperators, Proposals: bucketProposals, Groups: bucketGroups, Meta: bucketMeta,
 }
 
 // reserved reports whether a record of Meta belongs to the ledger itself.
