@@ -6,7 +6,6 @@ import (
 	"fmt"
 
 	"countersign/internal/keyring"
-	"countersign/internal/keystore"
 	"countersign/internal/ledger"
 	"countersign/internal/peers"
 	"countersign/wire"
@@ -26,7 +25,7 @@ func (a *Appliance) news(s *peers.Session, sent map[string]string) (all []string
 	compromises, rotations := a.Keys.News()
 	for _, n := range compromises {
 		if !a.Peers.Warned(s, n.Name, n.Version) {
-			add(keystore.Ref{Name: n.Name, Version: n.Version}.String(), n.Event)
+			add(n.Ref.String(), n.Event)
 		}
 	}
 	for _, n := range rotations {

@@ -24,10 +24,9 @@ import (
 
 // Announcement is a piece of news about a version, ready for peers.
 type Announcement struct {
-	Name    string
-	Version uint32
-	Change  uint32 // of the event rotation
-	Event   string // the event rotation or compromise in JSON
+	keystore.Ref
+	Change uint32 // of the event rotation
+	Event  string // the event rotation or compromise in JSON
 }
 
 // announced has all present news.
@@ -86,14 +85,14 @@ func (r *Ring) news() *announced {
 			continue
 		}
 		event := wire.EncodeRotation(r.rotationOf(k))
-		all.rotations = append(all.rotations, Announcement{name, k.Version, k.Change, string(event)})
+		all.rotations = append(all.rotations, Announcement{k.Ref(), k.Change, string(event)})
 	}
 	slices.SortFunc(compromised, inOrder)
 	for _, k := range compromised {
 		event := wire.EncodeCompromise(wire.Compromise{
 			Key: k.Name, Version: k.Version, PublicKey: wire.Bytes32(k.Info().PublicKey),
 		})
-		all.compromises = append(all.compromises, Announcement{k.Name, k.Version, 0, string(event)})
+		all.compromises = append(all.compromises, Announcement{k.Ref(), 0, string(event)})
 	}
 	r.announced = all
 	return all
