@@ -5,7 +5,6 @@ import (
 	"encoding/json"
 	"fmt"
 	"strings"
-	"sync"
 	"time"
 
 	"countersign/internal/cause"
@@ -48,7 +47,7 @@ func (a *Appliance) hooksOf() (all []hook, err error) {
 	for _, n := range compromises {
 		all = append(all, hook{
 			fmt.Sprintf("compromise_%s_%s_%d", id, n.Name, n.Version),
-			fmt.Sprintf("%s/%d", n.Name, n.Version), "key.compromise", n.Event,
+			n.Ref.String(), "key.compromise", n.Event,
 		})
 	}
 	for _, n := range rotations {
@@ -66,7 +65,6 @@ func (a *Appliance) keepHooks(ctx context.Context) {
 	if len(a.webhooks) == 0 {
 		return
 	}
-	var subjects sync.Map // of the queued messages, by id
 	sender, err := webhook.New(webhook.Config{
 		Targets: a.webhooks, Log: a.log,
 		Sign: func(ctx context.Context, message []byte) ([]byte, error) {
@@ -77,11 +75,10 @@ func (a *Appliance) keepHooks(ctx context.Context) {
 			verifies := func(signature []byte) bool { return k.Verify(message, signature) == nil }
 			return k.Sign(ctx, keyring.Own, message, verifies)
 		},
-		Delivered: func(target, id string) {
-			subject, _ := subjects.Load(id)
-			if err := a.writeHook(ctx, target, subject.(string), id); err != nil {
+		Delivered: func(target string, m webhook.Message) {
+			if err := a.writeHook(ctx, target, m.Subject, m.ID); err != nil {
 				a.log.Error("the delivery to a webhook is not written; after a restart the message is sent again",
-					"target", target, "id", id, "err", err)
+					"target", target, "id", m.ID, "err", err)
 			}
 		},
 		GaveUp: func(target, id string, err error) {
@@ -110,7 +107,7 @@ func (a *Appliance) keepHooks(ctx context.Context) {
 		case <-ctx.Done():
 			return
 		case <-news:
-			if err := a.queueHooks(sender, queued, &subjects); err != nil {
+			if err := a.queueHooks(sender, queued); err != nil {
 				a.log.Error("webhooks are not told", "err", err)
 			}
 		}
@@ -141,7 +138,7 @@ func (a *Appliance) writeHook(ctx context.Context, target, subject, id string) e
 
 // queueHooks queues the messages that have not been delivered. queued has the messages in the
 // queue.
-func (a *Appliance) queueHooks(sender *webhook.Sender, queued map[[2]string]bool, subjects *sync.Map) error {
+func (a *Appliance) queueHooks(sender *webhook.Sender, queued map[[2]string]bool) error {
 	told := map[string]string{}
 	if err := a.ledger.All(ledger.Meta, func(name string, value []byte) error {
 		if strings.HasPrefix(name, hookKeys) {
@@ -160,11 +157,10 @@ func (a *Appliance) queueHooks(sender *webhook.Sender, queued map[[2]string]bool
 		if err != nil {
 			return err
 		}
-		subjects.Store(h.id, h.subject)
 		for _, t := range a.webhooks {
 			mark := [2]string{t.Name, h.id}
 			if told[hookKeys+t.Name+"/"+h.subject] != h.id && !queued[mark] {
-				if err := sender.Queue(t.Name, webhook.Message{ID: h.id, Body: body}); err != nil {
+				if err := sender.Queue(t.Name, webhook.Message{ID: h.id, Subject: h.subject, Body: body}); err != nil {
 					return err
 				}
 				queued[mark] = true

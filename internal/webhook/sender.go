@@ -32,7 +32,7 @@ type Config struct {
 	Targets   []Target
 	Sign      Signer
 	Log       *slog.Logger
-	Delivered func(target, id string)            // the target has accepted the message
+	Delivered func(target string, m Message)     // the target has accepted the message
 	GaveUp    func(target, id string, err error) // the message is dropped: ErrFull, ErrLate, ErrGone
 }
 
@@ -48,9 +48,10 @@ type Sender struct {
 
 // Message is a message for a target.
 type Message struct {
-	ID   string    // the same for all attempts and after a restart
-	Body []byte    // JSON; must not be changed after Queue
-	Born time.Time // time of the first Queue, or zero for now; the retries end three days later
+	ID      string    // the same for all attempts and after a restart
+	Subject string    // for the caller of Queue; the target does not get it
+	Body    []byte    // JSON; must not be changed after Queue
+	Born    time.Time // time of the first Queue, or zero for now; the retries end three days later
 }
 
 // queue is the retry queue of a target.
@@ -201,7 +202,7 @@ func (s *Sender) attempt(ctx context.Context, q *queue, w *pending) {
 	}
 	switch {
 	case err == nil:
-		s.c.Delivered(q.Name, w.ID)
+		s.c.Delivered(q.Name, w.Message)
 		return
 	case errors.Is(err, ErrGone):
 		s.giveUp(q, []*pending{w}, ErrGone)

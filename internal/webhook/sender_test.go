@@ -63,7 +63,7 @@ func newSender(t *testing.T, targets ...Target) (*Sender, *recorder) {
 		Targets:   targets,
 		Sign:      func(_ context.Context, m []byte) ([]byte, error) { return ed25519.Sign(private, m), nil },
 		Log:       slog.New(slog.NewTextHandler(b, nil)),
-		Delivered: func(target, id string) { b.write("%s has %s", target, id) },
+		Delivered: func(target string, m Message) { b.write("%s has %s", target, m.ID) },
 		GaveUp: func(target, id string, err error) {
 			for _, known := range []error{ErrFull, ErrLate, ErrGone} {
 				if errors.Is(err, known) {
