@@ -339,13 +339,7 @@ func TestWebhookOfTheEnd(t *testing.T) {
 	}
 	first := e.hookID("rotation", "payments", 2)
 	moved, ended := first+"_change1", e.hookID("rotation", "payments", 1)+"_change2"
-	rotation := func(id string) (r wire.Rotation) {
-		t.Helper()
-		if err := json.Unmarshal(h.heard(id).Data, &r); err != nil {
-			t.Fatal(err)
-		}
-		return r
-	}
+	rotation := func(id string) wire.Rotation { t.Helper(); return dataOf[wire.Rotation](t, h.heard(id)) }
 	rotate()
 	h.hears(1)
 	at = at.Add(time.Hour)

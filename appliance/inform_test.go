@@ -47,6 +47,21 @@ func hears(t *testing.T, conn *noise.Conn) *wire.Rotation {
 	return r
 }
 
+// connects opens a connection until the end of the test. The first messages are the news for the
+// peer, and the answer to a ping, which completes the handshake.
+func (e *edge) connects(id *noise.Identity) *noise.Conn {
+	e.t.Helper()
+	conn, err := e.shake("127.0.0.1", id)
+	if err != nil {
+		e.t.Fatal(err)
+	}
+	e.t.Cleanup(func() { conn.Close() })
+	if err := conn.WriteMessage([]byte(ping)); err != nil {
+		e.t.Fatal(err)
+	}
+	return conn
+}
+
 // hearsCompromise expects a compromise as the next event on a connection.
 func hearsCompromise(t *testing.T, conn *noise.Conn, key string, version uint32) {
 	t.Helper()
@@ -211,20 +226,8 @@ func TestCompromiseIsToldToAll(t *testing.T) {
 		t.Fatal(err)
 	}
 	e.restart()
-	connects := func(id *noise.Identity) *noise.Conn {
-		t.Helper()
-		conn, err := e.shake("127.0.0.1", id)
-		if err != nil {
-			t.Fatal(err)
-		}
-		t.Cleanup(func() { conn.Close() })
-		if err := conn.WriteMessage([]byte(ping)); err != nil {
-			t.Fatal(err)
-		}
-		return conn
-	}
 	for _, id := range []*noise.Identity{e.shop, e.cafe} {
-		conn := connects(id)
+		conn := e.connects(id)
 		hearsCompromise(t, conn, "payments", 1)
 		if r := hears(t, conn); r.Version != 4 {
 			t.Errorf("after the compromise comes %+v", r)
@@ -240,10 +243,10 @@ func TestCompromiseIsToldToAll(t *testing.T) {
 	if got := e.Peers.Unwarned("payments", 1); !slices.Equal(got, []string{"cafe"}) {
 		t.Errorf("not acknowledged by %v", got)
 	}
-	if r := hears(t, connects(e.shop)); r.Version != 4 {
+	if r := hears(t, e.connects(e.shop)); r.Version != 4 {
 		t.Errorf("a peer that knows of the compromise hears %+v", r)
 	}
-	hearsCompromise(t, connects(e.cafe), "payments", 1)
+	hearsCompromise(t, e.connects(e.cafe), "payments", 1)
 }
 
 // pipes is a listener for connections without buffers: a write waits for the read.
@@ -404,14 +407,8 @@ func TestPeersHearOfTheEnd(t *testing.T) {
 	// cafe connects, and hears what the shop has heard.
 	cafe := func(want *wire.Rotation) {
 		t.Helper()
-		conn, err := e.shake("127.0.0.1", e.cafe)
-		if err != nil {
-			t.Fatal(err)
-		}
+		conn := e.connects(e.cafe)
 		defer conn.Close()
-		if err := conn.WriteMessage([]byte(ping)); err != nil {
-			t.Fatal(err)
-		}
 		if r := hears(t, conn); string(wire.EncodeRotation(*r)) != string(wire.EncodeRotation(*want)) {
 			t.Errorf("the café hears %+v, want %+v", r, want)
 		}
@@ -442,14 +439,7 @@ func TestPeersHearOfTheEnd(t *testing.T) {
 		cafe(off)
 		e.restart()
 	}
-	shop, err := e.shake("127.0.0.1", e.shop)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer shop.Close()
-	if err := shop.WriteMessage([]byte(ping)); err != nil {
-		t.Fatal(err)
-	}
+	shop = e.connects(e.shop)
 	ack(shop, hears(t, shop))
 	shop = e.session("127.0.0.1", e.shop)
 	if _, before := asks(t, shop, ping); len(before) > 0 {
@@ -475,15 +465,7 @@ func TestCalledOffNoiseKeyAnswers(t *testing.T) {
 	active := wire.Bytes32(e.server)
 	e.restart()
 	e.server = [32]byte(next.Info().PublicKey)
-	shop, err := e.shake("127.0.0.1", e.shop)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer shop.Close()
-	if err := shop.WriteMessage([]byte(ping)); err != nil {
-		t.Fatal(err)
-	}
-	if r := hears(t, shop); r.Key != wire.NoiseKey || r.Cancelled != 2 || r.PublicKey != active {
+	if r := hears(t, e.connects(e.shop)); r.Key != wire.NoiseKey || r.Cancelled != 2 || r.PublicKey != active {
 		t.Errorf("the shop hears %+v", r)
 	}
 }
