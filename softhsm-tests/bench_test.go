@@ -256,23 +256,34 @@ func BenchmarkTPM(b *testing.B) {
 		signing(b, key, 64, false), signing(b, key, 64, true))
 }
 
-// BenchmarkSign measures sign requests through a running daemon: 64 requests in flight over 8
-// connections. Each is admitted on disk, signed, verified by the appliance and again by the client,
-// all on this machine. The floor is the token alone, measured in the same run.
-func BenchmarkSign(b *testing.B) {
+// newMeasured is newSystem with an enrolled peer, one session of the token and a short log. No
+// daemon runs.
+func newMeasured(b *testing.B) *system {
 	s := newSystem(b)
 	p := s.serve()
 	s.enrol()
 	p.stop()
 	s.edit("countersign.toml", `"debug"`, `"warn"`)
 	s.edit("countersign.toml", "[tokens.main]", "[tokens.main]\nsessions = 1")
-	b.Setenv("SOFTHSM2_CONF", s.path("softhsm2.conf"))
-	_, floor := bestSessions(s.cLoop(b, compile(b, "floor.c"), softHSM))
-	p = s.serve()
-	var clients []*client.Client
+	return s
+}
+
+func (s *system) dialEight() (clients []*client.Client) {
 	for range 8 {
 		clients = append(clients, s.dial())
 	}
+	return clients
+}
+
+// BenchmarkSign measures sign requests through a running daemon: 64 requests in flight over 8
+// connections. Each is admitted on disk, signed, verified by the appliance and again by the client,
+// all on this machine. The floor is the token alone, measured in the same run.
+func BenchmarkSign(b *testing.B) {
+	s := newMeasured(b)
+	b.Setenv("SOFTHSM2_CONF", s.path("softhsm2.conf"))
+	_, floor := bestSessions(s.cLoop(b, compile(b, "floor.c"), softHSM))
+	p := s.serve()
+	clients := s.dialEight()
 	compare("softhsm 64", floor, []string{"sign"}, func() float64 {
 		return rate(b, 64, func(ctx context.Context, caller int) error {
 			_, err := clients[caller%len(clients)].Sign(ctx, "payments", message("AAAA"))
@@ -288,17 +299,9 @@ func BenchmarkSign(b *testing.B) {
 // of a signature runs from the call of the SDK to its return: the client has verified the signature
 // by then. A verification is of a document that was signed just before.
 func BenchmarkLatency(b *testing.B) {
-	s := newSystem(b)
+	s := newMeasured(b)
 	p := s.serve()
-	s.enrol()
-	p.stop()
-	s.edit("countersign.toml", `"debug"`, `"warn"`)
-	s.edit("countersign.toml", "[tokens.main]", "[tokens.main]\nsessions = 1")
-	p = s.serve()
-	var clients []*client.Client
-	for range 8 {
-		clients = append(clients, s.dial())
-	}
+	clients := s.dialEight()
 	for _, callers := range []int{1, 64} {
 		signed := make([][]*client.Signed, callers)
 		latency(b, "sign", callers, func(caller int) (bool, error) {

@@ -2,13 +2,10 @@ package softhsmtests
 
 import (
 	"bytes"
-	"context"
 	"crypto/ed25519"
 	"crypto/rand"
 	"crypto/sha256"
-	"net"
 	"net/http"
-	"net/http/httputil"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -44,35 +41,17 @@ func relay(t *testing.T, socket string, mine, other *system, on *atomic.Bool) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	proxy := func(s *system, token string) http.Handler {
-		return &httputil.ReverseProxy{
-			Rewrite: func(r *httputil.ProxyRequest) {
-				r.Out.URL.Scheme, r.Out.URL.Host = "http", "countersign"
-				if token != "" {
-					r.Out.Header.Set("Authorization", "Bearer "+token)
-				}
-			},
-			Transport: &http.Transport{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
-				return new(net.Dialer).DialContext(ctx, "unix", s.path("admin.sock"))
-			}},
-		}
-	}
-	own, others := proxy(mine, ""), proxy(other, token)
-	l, err := net.Listen("unix", socket)
-	if err != nil {
-		t.Fatal(err)
-	}
-	server := &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+	own, others := mine.proxy(), other.proxy()
+	serveAt(t, socket, func(w http.ResponseWriter, r *http.Request) {
 		text := r.URL.Path == "/v1/challenges" || strings.HasPrefix(r.URL.Path, "/v1/proposals")
 		proof := r.URL.Path == "/v1/sessions" && r.Method == http.MethodPost
 		if on.Load() && (text || proof) {
+			r.Header.Set("Authorization", "Bearer "+token)
 			others.ServeHTTP(w, r)
 		} else {
 			own.ServeHTTP(w, r)
 		}
-	})}
-	go server.Serve(l)
-	t.Cleanup(func() { server.Close() })
+	})
 }
 
 // TestRelayGetsNothingSigned runs two appliances whose first administrator has the same key, and a
@@ -426,11 +405,7 @@ func TestCarelessContexts(t *testing.T) {
 	}
 	accepted("context", "remove", "broken")
 
-	keyAndCertificate := exec.Command("openssl", "req", "-x509", "-newkey", "ed25519", "-nodes", "-subj", "/CN=other",
-		"-keyout", s.path("both.pem"), "-out", s.path("cert.pem"))
-	if out, err := keyAndCertificate.CombinedOutput(); err != nil {
-		t.Fatalf("openssl: %v %s", err, out)
-	}
+	s.otherCA("both.pem", "cert.pem")
 	refused("a CA without a certificate", "no certificate", "context", "add", "web", "--url", "https://localhost:1",
 		"--ca", s.path("both.pem"))
 	key, err1 := os.ReadFile(s.path("both.pem"))

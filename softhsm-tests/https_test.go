@@ -69,11 +69,7 @@ func TestHTTPS(t *testing.T) {
 func (s *system) cliOverHTTPS(url, ca string) {
 	s.t.Helper()
 	s.write("ca.pem", ca)
-	make := exec.Command("openssl", "req", "-x509", "-newkey", "ed25519", "-nodes", "-subj", "/CN=other",
-		"-keyout", s.path("other.key"), "-out", s.path("other.pem"))
-	if out, err := make.CombinedOutput(); err != nil {
-		s.t.Fatalf("openssl: %v %s", err, out)
-	}
+	s.otherCA("other.key", "other.pem")
 	if _, errOut, code := s.cli("", "admin", "--url", url, "whoami"); code != 2 || !strings.Contains(errOut, "--ca") {
 		s.t.Errorf("without a CA: %d %s", code, errOut)
 	}
@@ -91,5 +87,15 @@ func (s *system) cliOverHTTPS(url, ca string) {
 	_, errOut, code = s.cli("", "admin", "--url", url, "--ca", s.path("other.pem"), "whoami")
 	if code != 1 || !strings.Contains(errOut, "another CA") {
 		s.t.Errorf("with another CA afterwards: %d %s", code, errOut)
+	}
+}
+
+// otherCA writes the key and the certificate of a CA that no appliance has.
+func (s *system) otherCA(key, certificate string) {
+	s.t.Helper()
+	cmd := exec.Command("openssl", "req", "-x509", "-newkey", "ed25519", "-nodes", "-subj", "/CN=other",
+		"-keyout", s.path(key), "-out", s.path(certificate))
+	if out, err := cmd.CombinedOutput(); err != nil {
+		s.t.Fatalf("openssl: %v %s", err, out)
 	}
 }

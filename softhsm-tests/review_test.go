@@ -20,19 +20,33 @@ import (
 	"countersign/approval"
 )
 
+// proxy forwards requests to the API of the appliance.
+func (s *system) proxy() *httputil.ReverseProxy {
+	proxy := httputil.NewSingleHostReverseProxy(&url.URL{Scheme: "http", Host: "countersign"})
+	proxy.Transport = &http.Transport{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+		return new(net.Dialer).DialContext(ctx, "unix", s.path("admin.sock"))
+	}}
+	return proxy
+}
+
+// serveAt serves HTTP at a Unix socket until the end of the test.
+func serveAt(t testing.TB, socket string, serve http.HandlerFunc) {
+	t.Helper()
+	l, err := net.Listen("unix", socket)
+	if err != nil {
+		t.Fatal(err)
+	}
+	server := &http.Server{Handler: serve}
+	go server.Serve(l)
+	t.Cleanup(func() { server.Close() })
+}
+
 // relay serves the API of the appliance at a socket of its own, as a daemon in other hands would.
 // change may change each single proposal on its way to the CLI; without one, nothing is changed.
 func (s *system) relay(change *atomic.Pointer[func(*api.Proposal)]) (socket string) {
 	s.t.Helper()
 	socket = s.path("relay.sock")
-	l, err := net.Listen("unix", socket)
-	if err != nil {
-		s.t.Fatal(err)
-	}
-	proxy := httputil.NewSingleHostReverseProxy(&url.URL{Scheme: "http", Host: "countersign"})
-	proxy.Transport = &http.Transport{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
-		return new(net.Dialer).DialContext(ctx, "unix", s.path("admin.sock"))
-	}}
+	proxy := s.proxy()
 	single := regexp.MustCompile(`^/v1/proposals/[0-9]+$`)
 	proxy.ModifyResponse = func(resp *http.Response) error {
 		do := change.Load()
@@ -52,9 +66,7 @@ func (s *system) relay(change *atomic.Pointer[func(*api.Proposal)]) (socket stri
 		resp.Header.Set("Content-Length", strconv.Itoa(len(b)))
 		return nil
 	}
-	server := &http.Server{Handler: proxy}
-	go server.Serve(l)
-	s.t.Cleanup(func() { server.Close() })
+	serveAt(s.t, socket, proxy.ServeHTTP)
 	return socket
 }
 
@@ -229,16 +241,10 @@ func TestApplianceForgesNoLine(t *testing.T) {
 	check("a proposal to be shown", out)
 
 	refusing := s.path("refusing.sock")
-	l, err := net.Listen("unix", refusing)
-	if err != nil {
-		t.Fatal(err)
-	}
-	server := &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+	serveAt(t, refusing, func(w http.ResponseWriter, r *http.Request) {
 		w.WriteHeader(http.StatusConflict)
 		json.NewEncoder(w).Encode(api.Error{Code: "conflict" + forged, Detail: forged})
-	})}
-	go server.Serve(l)
-	defer server.Close()
+	})
 	_, errOut, _ = s.cli("", "admin", "--socket", refusing, "proposal", "list")
 	check("an error", errOut)
 }
