@@ -29,7 +29,7 @@ func (a *Appliance) news(s *peers.Session, sent map[string]string) (all []string
 		}
 	}
 	for _, n := range rotations {
-		if a.Peers.KnownBy(s, n.Name) < n.Version {
+		if a.Peers.Known(s, n.Name) < n.Version {
 			add(n.Name, n.Event)
 		}
 	}

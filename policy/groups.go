@@ -100,8 +100,8 @@ func (g Group) Digest() string {
 	return hex.EncodeToString(sum[:])
 }
 
-// GroupsOf returns the names of the groups that have a member, in order. of is OfPeers or OfKeys.
-func GroupsOf(groups []Group, of, member string) (names []string) {
+// groupsOf returns the names of the groups that have a member, in order. of is OfPeers or OfKeys.
+func groupsOf(groups []Group, of, member string) (names []string) {
 	for _, g := range groups {
 		if _, is := slices.BinarySearch(g.Members, member); is && g.Of == of {
 			names = append(names, g.Name)
@@ -113,9 +113,9 @@ func GroupsOf(groups []Group, of, member string) (names []string) {
 
 // InGroups returns the request with the groups of its peer and key among some.
 func (r Request) InGroups(groups []Group) Request {
-	r.PeerGroups, r.KeyGroups = GroupsOf(groups, OfPeers, r.Peer), nil
+	r.PeerGroups, r.KeyGroups = groupsOf(groups, OfPeers, r.Peer), nil
 	if r.Key != "" {
-		r.KeyGroups = GroupsOf(groups, OfKeys, r.Key)
+		r.KeyGroups = groupsOf(groups, OfKeys, r.Key)
 	}
 	return r
 }

@@ -120,7 +120,7 @@ func TestRemovedKey(t *testing.T) {
 	r.End(young.Member, 1)
 	r.Leave(old)
 	r.Leave(young)
-	if got := r.Known(young.Member, "payments"); got != 3 {
+	if got := r.knownOf(young.Member, "payments"); got != 3 {
 		t.Errorf("acknowledged by the old key: version %d, want 3", got)
 	}
 	r.acknowledge(t, "shop", second, 4)
@@ -297,7 +297,7 @@ func TestRotationIsToldToEachKey(t *testing.T) {
 		defer r.Leave(s)
 		other, _ := r.enter(t, second)
 		defer r.Leave(other)
-		p, a, b := r.Known(s.Member, "payments"), r.KnownBy(s, "payments"), r.KnownBy(other, "payments")
+		p, a, b := r.knownOf(s.Member, "payments"), r.Known(s, "payments"), r.Known(other, "payments")
 		if p != peer || a != by || b != bySecond {
 			t.Errorf("%s: %d, by its keys %d and %d; want %d, %d, %d", when, p, a, b, peer, by, bySecond)
 		}

@@ -642,17 +642,9 @@ func Forget(tx *ledger.Tx, key string, version uint32) error {
 	return nil
 }
 
-// Known returns the last version of a key that a member has acknowledged with any of its own keys,
+// Known returns the last version of a key that a peer has acknowledged with the key of a session,
 // or 0.
-func (r *Registry) Known(m *Member, key string) uint32 {
-	r.mu.RLock()
-	defer r.mu.RUnlock()
-	return m.known[key]
-}
-
-// KnownBy returns the last version of a key that a peer has acknowledged with the key of a session,
-// or 0.
-func (r *Registry) KnownBy(s *Session, key string) uint32 {
+func (r *Registry) Known(s *Session, key string) uint32 {
 	r.mu.RLock()
 	defer r.mu.RUnlock()
 	return s.key.known[key]
