@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"maps"
-	"os"
 	"regexp"
 	"strings"
 	"testing"
@@ -25,11 +24,7 @@ import (
 // blocks returns the fenced blocks of docs/SPEC.md with an info string of "json" and a name.
 func blocks(t *testing.T) (found []struct{ name, text string }) {
 	t.Helper()
-	b, err := os.ReadFile("docs/SPEC.md")
-	if err != nil {
-		t.Fatal(err)
-	}
-	parts := strings.Split(string(b), "```")
+	parts := strings.Split(read(t, "docs/SPEC.md"), "```")
 	for i := 1; i < len(parts); i += 2 {
 		info, text, _ := strings.Cut(parts[i], "\n")
 		if name, ok := strings.CutPrefix(info, "json "); ok {
@@ -310,17 +305,14 @@ func TestCodes(t *testing.T) {
 
 // TestSpecNamesEveryType looks in docs/SPEC.md for every document type and event type.
 func TestSpecNamesEveryType(t *testing.T) {
-	b, err := os.ReadFile("docs/SPEC.md")
-	if err != nil {
-		t.Fatal(err)
-	}
+	spec := read(t, "docs/SPEC.md")
 	for _, typ := range transcript.Types() {
-		if !strings.Contains(string(b), "### "+typ.Name+"\n") {
+		if !strings.Contains(spec, "### "+typ.Name+"\n") {
 			t.Errorf("%s is not in docs/SPEC.md", typ.Name)
 		}
 	}
 	for _, event := range audit.Types() {
-		if !strings.Contains(string(b), "`"+string(event)+"`") {
+		if !strings.Contains(spec, "`"+string(event)+"`") {
 			t.Errorf("%s is not in docs/SPEC.md", event)
 		}
 	}

@@ -2,7 +2,6 @@ package countersign_test
 
 import (
 	"fmt"
-	"os"
 	"os/exec"
 	"regexp"
 	"slices"
@@ -13,12 +12,9 @@ import (
 // TestThreatModel holds docs/THREAT-MODEL.md against the code: every test that the document names
 // is there, each attacker has a row in the table at the top, and each section has its five lines.
 func TestThreatModel(t *testing.T) {
-	text, err := os.ReadFile("docs/THREAT-MODEL.md")
-	if err != nil {
-		t.Fatal(err)
-	}
+	text := read(t, "docs/THREAT-MODEL.md")
 	tests := testsByFolder(t)
-	for _, fault := range threatFaults(string(text), tests) {
+	for _, fault := range threatFaults(text, tests) {
 		t.Error(fault)
 	}
 	for what, change := range map[string][2]string{
@@ -28,8 +24,8 @@ func TestThreatModel(t *testing.T) {
 		"a row without a section":     {"### A power cut at any moment", "### A power cut"},
 		"a section without all lines": {"- **Stopped by**: The Noise protocol", "- The Noise protocol"},
 	} {
-		changed := strings.Replace(string(text), change[0], change[1], 1)
-		if changed == string(text) || len(threatFaults(changed, tests)) == 0 {
+		changed := strings.Replace(text, change[0], change[1], 1)
+		if changed == text || len(threatFaults(changed, tests)) == 0 {
 			t.Errorf("%s is not noticed", what)
 		}
 	}
