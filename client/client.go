@@ -25,7 +25,6 @@ import (
 	"math/big"
 	"net"
 	"os"
-	"path/filepath"
 	"strconv"
 	"strings"
 	"sync"
@@ -853,8 +852,5 @@ func replace(path string, content []byte) error {
 	} else if !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}
-	if err := durable.Write(path, content, mode); err != nil {
-		return err
-	}
-	return durable.Sync(filepath.Dir(path))
+	return durable.Replace(path, content, mode)
 }

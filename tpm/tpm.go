@@ -346,10 +346,7 @@ func (d stateDir) write(name string, v any) (err error) {
 	if err != nil {
 		return fmt.Errorf("tpm: %w", err)
 	}
-	if err = durable.Write(filepath.Join(string(d), name), append(b, '\n'), 0o600); err == nil {
-		err = d.sync()
-	}
-	if err != nil {
+	if err := durable.Replace(filepath.Join(string(d), name), append(b, '\n'), 0o600); err != nil {
 		return fmt.Errorf("tpm: %w", err)
 	}
 	return nil

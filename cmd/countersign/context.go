@@ -331,7 +331,7 @@ func keep(path string, content []byte) error {
 	if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil {
 		return err
 	}
-	return durable.Write(path, content, 0o600)
+	return durable.Replace(path, content, 0o600)
 }
 
 // contextInUse is the name of the context in use, or "". If the name can't be read, the command

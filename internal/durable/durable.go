@@ -10,7 +10,8 @@ import (
 
 // Write replaces the content of the file at a path. Readers and a crash see the content before or
 // the new one. The new content is on the disk before it gets the name; the name itself is durable
-// after Sync of the folder. After a crash, a file with a name that begins with .new- may remain.
+// after Sync of the folder: see Replace. After a crash, a file with a name that begins with .new-
+// may remain.
 func Write(path string, content []byte, mode fs.FileMode) (err error) {
 	f, err := os.CreateTemp(filepath.Dir(path), ".new-*") // two writers at once have two files
 	if err != nil {
@@ -26,6 +27,14 @@ func Write(path string, content []byte, mode fs.FileMode) (err error) {
 		return err
 	}
 	return os.Rename(f.Name(), path)
+}
+
+// Replace is Write and Sync: a crash after Replace leaves the new content.
+func Replace(path string, content []byte, mode fs.FileMode) error {
+	if err := Write(path, content, mode); err != nil {
+		return err
+	}
+	return Sync(filepath.Dir(path))
 }
 
 // Sync makes the names in a folder durable.

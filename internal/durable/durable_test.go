@@ -8,13 +8,13 @@ import (
 	"countersign/internal/durable"
 )
 
-// TestWrite replaces a file, and fails to replace a folder. Either way the folder has no other file
-// afterwards.
-func TestWrite(t *testing.T) {
+// TestReplace replaces a file, and fails to replace a folder. Either way the folder has no other
+// file afterwards.
+func TestReplace(t *testing.T) {
 	dir := t.TempDir()
 	path := filepath.Join(dir, "file")
 	for _, content := range []string{"first", "", "second"} {
-		if err := durable.Write(path, []byte(content), 0o640); err != nil {
+		if err := durable.Replace(path, []byte(content), 0o640); err != nil {
 			t.Fatal(err)
 		}
 		b, err := os.ReadFile(path)
@@ -27,11 +27,8 @@ func TestWrite(t *testing.T) {
 	if err := os.Mkdir(folder, 0o700); err != nil {
 		t.Fatal(err)
 	}
-	if err := durable.Write(folder, nil, 0o600); err == nil {
+	if err := durable.Replace(folder, nil, 0o600); err == nil {
 		t.Error("a folder was replaced by a file")
-	}
-	if err := durable.Sync(dir); err != nil {
-		t.Error(err)
 	}
 	if left, err := os.ReadDir(dir); err != nil || len(left) != 2 {
 		t.Errorf("%v, %v", left, err)

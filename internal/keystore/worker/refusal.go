@@ -96,10 +96,7 @@ func (r *refusal) keep(cause error) error {
 	if err != nil {
 		return err
 	}
-	if err := durable.Write(r.path, append(b, '\n'), 0o644); err != nil {
-		return err
-	}
-	return durable.Sync(filepath.Dir(r.path))
+	return durable.Replace(r.path, append(b, '\n'), 0o644)
 }
 
 // forget ends the memory of a refusal.
