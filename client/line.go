@@ -150,18 +150,15 @@ func (l KeyLine) check() error {
 // compromised version that has no known commitment is refused: a thief can have signed the step.
 // Errors wrap ErrBrokenLine.
 func (l KeyLine) Advance(s wire.Steps) (KeyLine, error) {
+	all, err := l.followEach(s.Steps, func(version uint32) bool { return slices.Contains(s.Compromised, version) })
+	if err != nil {
+		return KeyLine{}, err
+	}
 	before, at := l, l
-	for _, step := range s.Steps {
-		if at.Next == [32]byte{} && slices.Contains(s.Compromised, at.Version) {
-			return KeyLine{}, at.uncommitted()
-		}
-		next, err := at.Follow(step)
-		if err != nil {
-			return KeyLine{}, err
-		}
+	for _, next := range all {
 		before, at = at, next
 	}
-	if len(s.Steps) == 0 {
+	if len(all) == 0 {
 		at = l.Newest()
 	}
 	if before.Version == s.Active {
@@ -170,10 +167,20 @@ func (l KeyLine) Advance(s wire.Steps) (KeyLine, error) {
 	return at, nil
 }
 
-// uncommitted refuses the steps of a compromised version without a commitment.
-func (l KeyLine) uncommitted() error {
-	return fmt.Errorf("%w: %q: version %d is compromised, and has no known commitment: a thief can have made its step",
-		ErrBrokenLine, ijson.Clip(l.Key), l.Version)
+// followEach is Follow with the line after each step, and refuses a step of a compromised version
+// that has no known commitment: a thief can have signed the step.
+func (l KeyLine) followEach(steps []wire.Succession, compromised func(version uint32) bool) (all []KeyLine, err error) {
+	for _, step := range steps {
+		if l.Next == [32]byte{} && compromised(l.Version) {
+			return nil, fmt.Errorf("%w: %q: version %d is compromised, and has no known commitment: "+
+				"a thief can have made its step", ErrBrokenLine, ijson.Clip(l.Key), l.Version)
+		}
+		if l, err = l.Follow(step); err != nil {
+			return nil, err
+		}
+		all = append(all, l)
+	}
+	return all, nil
 }
 
 // Follow checks consecutive steps from the version of l, and returns the line at the last step. A

@@ -79,25 +79,13 @@ func (p *pin) take(page wire.Steps) error {
 func (p *pin) follow(steps ...wire.Succession) error {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	lines := make([]KeyLine, len(steps))
-	at := p.newest
-	for i, step := range steps {
-		if p.compromised[at.Version] && at.Next == [32]byte{} {
-			return at.uncommitted()
-		}
-		var err error
-		if at, err = at.Follow(step); err != nil {
-			return err
-		}
-		lines[i] = at
-	}
+	lines, err := p.newest.followEach(steps, func(version uint32) bool { return p.compromised[version] })
 	for _, l := range lines {
-		if !p.compromised[l.Version] {
+		if p.newest = l; !p.compromised[l.Version] {
 			p.trusted[l.Version] = l
 		}
 	}
-	p.newest = at
-	return nil
+	return err
 }
 
 // lookup says whether the line has a version with this public key, and whether op line was asked
