@@ -68,9 +68,9 @@ type Config struct {
 	// Identity is this peer's static key; see ReadIdentity. The appliance must have its public half
 	// enrolled, by `countersign admin peer add`.
 	Identity *noise.Identity
-	// FormerKeys are public keys that this peer had before. A request that was
-	// admitted by a former key may be repeated with the present one, and its event names the former
-	// key: with LogKey, a proof of such an event is accepted. Default: none.
+	// FormerKeys are public keys that this peer had before. A request that was admitted by a former
+	// key may be repeated with the present one, and its event names the former key: with LogKey, a
+	// proof of such an event is accepted. Default: none.
 	FormerKeys [][32]byte
 	// ConnectTimeout is the timeout of one attempt to connect and shake hands. Default: 10 s.
 	ConnectTimeout time.Duration

@@ -142,9 +142,8 @@ func (p *pin) version() uint32 {
 }
 
 // tell calls OnCompromise with each version that the client had trusted, or waits for a call that
-// goes on. Without an OnCompromise,
-// the first of these versions is an error: the application must learn of the compromise before
-// anything newer is trusted.
+// goes on. Without an OnCompromise, the first of these versions is an error: the application must
+// learn of the compromise before anything newer is trusted.
 func (c *Client) tell(ctx context.Context, p *pin) error {
 	p.mu.Lock()
 	stolen := p.stolen

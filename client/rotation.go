@@ -54,8 +54,8 @@ const (
 	maxDelivered = 4096 // keys whose last delivered event is remembered, and compromises
 )
 
-// eventQueue holds events on their way to the application. The readers of connections put
-// events in, and one goroutine takes events out. The goroutine ends when the queue is empty.
+// eventQueue holds events on their way to the application. The readers of connections put events
+// in, and one goroutine takes events out. The goroutine ends when the queue is empty.
 type eventQueue struct {
 	mu      sync.Mutex
 	queue   []string                  // keys with a waiting event, oldest first

@@ -32,8 +32,8 @@
 // keys are required, it must be by one, and so must each approval that makes them required. Each
 // operator counts once, and a credential belongs to one operator. An operator approves a proposal
 // once: if the credential was replaced since, the approval does not count any more, and the act
-// must be proposed again if that operator is needed.
-// The quorum is the larger of the number in the proposal's text and the number in force.
+// must be proposed again if that operator is needed. The quorum is the larger of the number in the
+// proposal's text and the number in force.
 package operators
 
 import (

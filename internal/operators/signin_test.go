@@ -282,9 +282,9 @@ func TestFailedSignInsAreLimitedOverAll(t *testing.T) {
 	})
 }
 
-// TestRefusedProofsHaveAPace floods each door with wrong proofs. The log does not grow
-// with the number of the proofs, has this number, and the strangers' flood hides no refusal of an
-// operator who is signed in.
+// TestRefusedProofsHaveAPace floods each door with wrong proofs. The log does not grow with the
+// number of the proofs, has this number, and the strangers' flood hides no refusal of an operator
+// who is signed in.
 func TestRefusedProofsHaveAPace(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		r := newRig(t, 2)
