@@ -565,21 +565,23 @@ func refuse(code, format string, args ...any) *Error {
 // Encode writes a request, or the result of an answer.
 func Encode(v any) ([]byte, error) { return strict.Marshal(v) }
 
+// mustEncode writes what the appliance sends: the types of this package always marshal.
+func mustEncode(v any) []byte {
+	b, err := Encode(v)
+	if err != nil {
+		panic(fmt.Sprintf("wire: a %T that is not JSON: %v", v, err))
+	}
+	return b
+}
+
 // EncodeAnswer writes the answer to the request with the given id: the result, or the refusal if
 // not nil. An answer of more than MaxDocument bytes becomes the error too_large.
 func EncodeAnswer(id string, result any, refusal *Error) []byte {
 	a := Answer{ID: id, Error: refusal}
 	if refusal == nil {
-		b, err := strict.Marshal(result)
-		if err != nil {
-			panic("wire: a result that is not JSON: " + err.Error()) // the types of this package always marshal
-		}
-		a.Result = b
+		a.Result = mustEncode(result)
 	}
-	b, err := strict.Marshal(a)
-	if err != nil {
-		panic("wire: an answer that is not JSON: " + err.Error())
-	}
+	b := mustEncode(a)
 	if len(b) > MaxDocument {
 		return EncodeAnswer(id, nil, refuse(CodeTooLarge, "the answer does not fit into %d bytes", MaxDocument))
 	}
@@ -601,21 +603,13 @@ func DecodeAnswer(b []byte) (Answer, error) {
 // EncodeRotation writes a rotation event, with Event set.
 func EncodeRotation(r Rotation) []byte {
 	r.Event = EventRotation
-	b, err := strict.Marshal(r)
-	if err != nil {
-		panic("wire: a rotation that is not JSON: " + err.Error())
-	}
-	return b
+	return mustEncode(r)
 }
 
 // EncodeCompromise writes a compromise event, with Event set.
 func EncodeCompromise(c Compromise) []byte {
 	c.Event = EventCompromise
-	b, err := strict.Marshal(c)
-	if err != nil {
-		panic("wire: a compromise that is not JSON: " + err.Error())
-	}
-	return b
+	return mustEncode(c)
 }
 
 // ErrUnknownEvent reports an event of a kind that this version does not know, sent by a newer
