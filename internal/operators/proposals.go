@@ -504,7 +504,7 @@ func (r *Registry) Withdraw(ctx context.Context, s Session, id uint64) error {
 // name of a person who was removed, nor of the next person with that name. The caller holds
 // writing: memory has all open proposals.
 func (r *Registry) endOrphans(tx *ledger.Tx, people *roster) error {
-	for _, id := range r.open() {
+	for _, id := range r.open(func(*record) bool { return true }) {
 		rec, err := decodeRecord(recordKey(id), tx.Get(ledger.Proposals, recordKey(id)))
 		if err != nil {
 			return err
@@ -528,12 +528,12 @@ func (r *Registry) endOrphans(tx *ledger.Tx, people *roster) error {
 	return nil
 }
 
-// open lists the open proposals, the oldest first.
-func (r *Registry) open() (ids []uint64) {
+// open lists the open proposals of a kind, the oldest first. The caller of is holds mu.
+func (r *Registry) open(is func(*record) bool) (ids []uint64) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	for id, rec := range r.proposals {
-		if rec.State == Pending {
+		if rec.State == Pending && is(rec) {
 			ids = append(ids, id)
 		}
 	}
@@ -560,16 +560,7 @@ func (r *Registry) Warnings(p Proposal) []string {
 // Expire ends the open proposals that have expired. The daemon calls Expire once a minute. An
 // expired proposal can't be approved, even before that call.
 func (r *Registry) Expire(ctx context.Context) error {
-	r.mu.Lock()
-	var due []uint64
-	for id, rec := range r.proposals {
-		if rec.State == Pending && r.expired(rec) {
-			due = append(due, id)
-		}
-	}
-	r.mu.Unlock()
-	slices.Sort(due)
-	for _, id := range due {
+	for _, id := range r.open(r.expired) {
 		err := r.update(ctx, id, func(_ *ledger.Tx, rec *record) ([]audit.Event, error) {
 			if rec.State != Pending {
 				return nil, ErrConflict
