@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 
 	"github.com/spf13/cobra"
@@ -23,15 +24,20 @@ func WritePages(root *cobra.Command, dir string) error {
 	return nil
 }
 
-// commands returns the commands at and below one that people use.
+// commands returns the commands at and below one.
 func commands(c *cobra.Command) []*cobra.Command {
 	all := []*cobra.Command{c}
-	for _, each := range c.Commands() {
-		if each.IsAvailableCommand() && each.Name() != "help" && each.Name() != "completion" {
-			all = append(all, commands(each)...)
-		}
+	for _, each := range children(c) {
+		all = append(all, commands(each)...)
 	}
 	return all
+}
+
+// children returns the commands below one, without those that cobra adds.
+func children(c *cobra.Command) []*cobra.Command {
+	return slices.DeleteFunc(slices.Clone(c.Commands()), func(each *cobra.Command) bool {
+		return !each.IsAvailableCommand() || each.Name() == "help" || each.Name() == "completion"
+	})
 }
 
 func pageName(c *cobra.Command) string { return strings.ReplaceAll(c.CommandPath(), " ", "-") }
@@ -57,10 +63,8 @@ func page(c *cobra.Command) []byte {
 	if c.HasParent() {
 		related = append(related, reference(c.Parent()))
 	}
-	for _, each := range c.Commands() {
-		if each.IsAvailableCommand() && each.Name() != "help" && each.Name() != "completion" {
-			related = append(related, reference(each))
-		}
+	for _, each := range children(c) {
+		related = append(related, reference(each))
 	}
 	if len(related) > 0 {
 		fmt.Fprintf(&b, ".SH SEE ALSO\n%s\n", strings.Join(related, ",\n"))
