@@ -359,6 +359,8 @@ type Duration time.Duration
 // std returns the time.Duration.
 func (d Duration) std() time.Duration { return time.Duration(d) }
 
+func (d Duration) String() string { return cli.FormatDuration(d.std()) }
+
 func (d *Duration) UnmarshalText(text []byte) error {
 	v, err := cli.ParseDuration(string(text))
 	*d = Duration(v)
@@ -531,8 +533,7 @@ func (c *Config) check() error {
 		{"retention.nonces", c.Retention.Nonces, time.Hour, 366 * 24 * time.Hour},
 	} {
 		if v := time.Duration(d.value); v < d.least || v > d.most {
-			return fmt.Errorf("%s must be %s to %s, and is %s",
-				d.field, cli.FormatDuration(d.least), cli.FormatDuration(d.most), cli.FormatDuration(v))
+			return fmt.Errorf("%s must be %v to %v, and is %v", d.field, Duration(d.least), Duration(d.most), d.value)
 		}
 	}
 	if p := appliance.Period(c.Retention.Epoch); p != appliance.Month && p != appliance.Day && p != appliance.Hour {
@@ -632,9 +633,10 @@ func (c *Config) checkTokens() error {
 			}
 		}
 		if d := time.Duration(t.Deadline); d < 10*time.Millisecond || d > time.Minute {
-			return fmt.Errorf("%sdeadline must be 10ms to 1m, and is %v", in, d)
+			return fmt.Errorf("%sdeadline must be 10ms to 1m, and is %v", in, t.Deadline)
 		} else if time.Duration(c.Limits.RequestTimeout) <= 2*d {
-			return fmt.Errorf("limits.request_timeout must be more than twice %sdeadline, more than %v", in, 2*d)
+			return fmt.Errorf("limits.request_timeout must be more than twice %sdeadline, more than %v",
+				in, 2*t.Deadline)
 		}
 		if err := t.checkBackend(); err != nil {
 			return fmt.Errorf("%s%w", in, err)
@@ -676,7 +678,7 @@ func (t *Token) checkBackend() error {
 	case t.TPM != "" && (t.Module != "" || t.Parameters != "" || t.Quirks != hsm.Quirks{}):
 		return errors.New("module and quirks are for a PKCS#11 token")
 	case t.IdleLock != 0 && (t.IdleLock.std() < time.Second || t.IdleLock.std() > 31*24*time.Hour):
-		return fmt.Errorf("idle_lock must be 0s (never), or 1s to 31d, and is %v", t.IdleLock.std())
+		return fmt.Errorf("idle_lock must be 0s (never), or 1s to 31d, and is %v", t.IdleLock)
 	}
 	for _, c := range []struct {
 		field string

@@ -11,9 +11,6 @@ import (
 	"regexp"
 	"strings"
 	"testing"
-	"time"
-
-	"countersign/internal/cli"
 )
 
 var write = flag.Bool("write", false, "write reference.toml")
@@ -161,7 +158,7 @@ func writeComment(b *strings.Builder, comments map[string]string, table reflect.
 // valueOf returns a value in the form of TOML.
 func valueOf(t *testing.T, path string, v reflect.Value) string {
 	if d, is := v.Interface().(Duration); is {
-		return fmt.Sprintf("%q", cli.FormatDuration(time.Duration(d)))
+		return fmt.Sprintf("%q", d)
 	}
 	switch v.Kind() {
 	case reflect.Pointer:
