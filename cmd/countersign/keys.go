@@ -1,7 +1,6 @@
 package main
 
 import (
-	"bufio"
 	"context"
 	"errors"
 	"fmt"
@@ -121,12 +120,7 @@ func (t *tool) mayRotate(ctx context.Context, c *api.Client, name string) error 
 		return err
 	}
 	when := either(l.Announce == 0, "at once", "in "+span(l.Announce))
-	fmt.Fprintf(t.stderr, "Rotate %s: the next version becomes active %s. Go on? [y/N] ", name, when)
-	answer, err := bufio.NewReader(t.stdin).ReadString('\n')
-	if err != nil && err != io.EOF {
-		return err
-	}
-	if a := strings.ToLower(strings.TrimSpace(answer)); a != "y" && a != "yes" {
+	if !t.confirms(fmt.Sprintf("Rotate %s: the next version becomes active %s. Go on?", name, when)) {
 		return errors.New("not rotated: you have not answered y; say when by --now, --in or --at")
 	}
 	return nil

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"fmt"
 	"io"
+	"strings"
 	"testing"
 
 	"countersign/client"
@@ -19,6 +20,20 @@ func TestPrintIsPlain(t *testing.T) {
 	}
 	if want := "cause  �[2Kred��1m��\nname   Jürgen ✓\n"; out.String() != want {
 		t.Errorf("%q, want %q", out.String(), want)
+	}
+}
+
+// TestConfirms: only y and yes on a line of their own are a yes, and no answer is a no.
+func TestConfirms(t *testing.T) {
+	for answer, want := range map[string]bool{
+		"y\n": true, "Yes \r\n": true, "y": true, "": false, "\n": false, "n\n": false, "no, yes\n": false,
+		"y and more\n": false, "\ny\n": false,
+	} {
+		var asked strings.Builder
+		got := (&tool{stdin: strings.NewReader(answer), stderr: &asked}).confirms("Go on?")
+		if got != want || asked.String() != "Go on? [y/N] " {
+			t.Errorf("%q: %v after %q", answer, got, asked.String())
+		}
 	}
 }
 

@@ -10,6 +10,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"sort"
 	"strings"
 	"time"
 
@@ -189,15 +190,9 @@ func (t *tool) signIn(ctx context.Context, c *api.Client, who signedIn) (api.Sig
 	return s, signedIn{who.Operator, proof.Credential, s.Token}.write(t.to.name)
 }
 
-// first moves the elements with a property to the front, and keeps the order otherwise.
-func first[T any](all []T, has func(T) bool) {
-	rank := func(x T) int {
-		if has(x) {
-			return 0
-		}
-		return 1
-	}
-	slices.SortStableFunc(all, func(x, y T) int { return rank(x) - rank(y) })
+// first moves the credentials with a property to the front, and keeps the order otherwise.
+func first(all []approval.Credential, has func(approval.Credential) bool) {
+	sort.SliceStable(all, func(i, j int) bool { return has(all[i]) && !has(all[j]) })
 }
 
 // signText signs a text with one of the caller's keys in the agent: a proposal of the context's
@@ -291,27 +286,23 @@ func (t *tool) approve(ctx context.Context, c *api.Client, me api.Me, r *review)
 	if err := r.open(); err != nil {
 		return err
 	}
-	if p := r.proposal; t.interactive() {
-		fmt.Fprintf(t.stderr, "approve as %s proposal %d of %s, %s (%s), proposed by %s? [y/N] ",
-			oneLine(me.Operator.Name), p.ID, p.Appliance, p.Act, object(p.Parameters), p.Proposer)
-		var answer string
-		fmt.Fscanln(t.stdin, &answer) // an empty line is no
-		if answer = strings.ToLower(answer); answer != "y" && answer != "yes" {
-			return t.outcome(r.doc)
-		}
+	p := r.proposal
+	if t.interactive() && !t.confirms(fmt.Sprintf("approve as %s proposal %d of %s, %s (%s), proposed by %s?",
+		oneLine(me.Operator.Name), p.ID, p.Appliance, p.Act, object(p.Parameters), p.Proposer)) {
+		return t.outcome(r.doc)
 	}
 	// A person may read for longer than a request may take.
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), time.Minute)
 	defer cancel()
-	proof, err := t.signText(me, approval.ForProposal, r.proposal.Text())
+	proof, err := t.signText(me, approval.ForProposal, p.Text())
 	if err != nil {
 		return err
 	}
-	p, err := c.Approve(ctx, r.proposal.ID, proof)
+	after, err := c.Approve(ctx, p.ID, proof)
 	if err != nil {
 		return err
 	}
-	return t.outcome(p)
+	return t.outcome(after)
 }
 
 // approveSigned approves a proposal by a signature that was made elsewhere, for example by
@@ -346,20 +337,6 @@ func (t *tool) approveSigned(ctx context.Context, c *api.Client, me api.Me, r *r
 		return err
 	}
 	return t.outcome(p)
-}
-
-// interactive says whether stdin is a terminal.
-func (t *tool) interactive() bool {
-	f, ok := t.stdin.(*os.File)
-	if !ok {
-		return false
-	}
-	st, err := f.Stat()
-	if err != nil || st.Mode()&os.ModeCharDevice == 0 {
-		return false
-	}
-	null, err := os.Stat(os.DevNull)
-	return err != nil || !os.SameFile(st, null)
 }
 
 // outcome prints the state of a proposal. A failed proposal is an error.

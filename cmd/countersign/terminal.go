@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bufio"
 	"bytes"
 	"encoding/json"
 	"fmt"
@@ -49,19 +50,34 @@ func (v visible) Write(b []byte) (int, error) {
 	return len(b), err
 }
 
-// terminal returns the terminal behind a writer, or nil.
-func terminal(w io.Writer) *os.File {
-	if v, is := w.(visible); is {
-		w = v.to
+// terminal returns the terminal behind a reader or a writer, or nil.
+func terminal(stream any) *os.File {
+	if v, is := stream.(visible); is {
+		stream = v.to
 	}
-	f, is := w.(*os.File)
+	f, is := stream.(*os.File)
 	if !is {
 		return nil
 	}
-	if st, err := f.Stat(); err != nil || st.Mode()&os.ModeCharDevice == 0 {
+	st, err := f.Stat()
+	if err != nil || st.Mode()&os.ModeCharDevice == 0 {
+		return nil
+	}
+	if null, err := os.Stat(os.DevNull); err == nil && os.SameFile(st, null) {
 		return nil
 	}
 	return f
+}
+
+// interactive says whether stdin is a terminal.
+func (t *tool) interactive() bool { return terminal(t.stdin) != nil }
+
+// confirms asks a person at a terminal, and reports whether the answer is y or yes.
+func (t *tool) confirms(question string) bool {
+	fmt.Fprintf(t.stderr, "%s [y/N] ", question)
+	answer, _ := bufio.NewReader(t.stdin).ReadString('\n') // no answer is a no
+	answer = strings.ToLower(strings.TrimSpace(answer))
+	return answer == "y" || answer == "yes"
 }
 
 // colours reports whether states written to w have colours (https://no-color.org).
