@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"io"
 	"slices"
+	"strconv"
 	"time"
 
 	"countersign/admin/api"
@@ -134,6 +135,28 @@ func pages(
 			b.progress(uint64(len(found)), uint64(limit))
 		}
 	}
+}
+
+// eventNumber reads the number of an event.
+func eventNumber(text string) (uint64, error) {
+	n, err := strconv.ParseUint(text, 10, 64)
+	if err != nil {
+		err = usageError{fmt.Errorf("%q is not the number of an event: countersign admin audit list shows them", text)}
+	}
+	return n, err
+}
+
+// findEvent returns the event with a number, or nil if the log does not have it (any more).
+func findEvent(ctx context.Context, c *api.Client, number uint64) (*api.Event, error) {
+	found, err := c.Events(ctx, number, 1) // this one, or the next one that the log has
+	if err != nil || len(found) != 1 || found[0].Index != number {
+		return nil, err
+	}
+	return &found[0], nil
+}
+
+func noEvent(number uint64) error {
+	return fmt.Errorf("there is no event %d (any more): countersign admin audit list shows the present ones", number)
 }
 
 // followEvents prints events, and then new ones as they come.

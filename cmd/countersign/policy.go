@@ -492,10 +492,9 @@ func (t *tool) policyExplain() *cobra.Command {
 	var from records
 	var texts []string
 	do := func(cmd *cobra.Command, args []string) error {
-		number, err := strconv.ParseUint(args[0], 10, 64)
+		number, err := eventNumber(args[0])
 		if err != nil {
-			return usageError{fmt.Errorf("%q is not the number of an event: countersign admin audit list shows them",
-				args[0])}
+			return err
 		}
 		ctx, cancel := context.WithTimeout(cmd.Context(), time.Minute)
 		defer cancel()
@@ -589,15 +588,12 @@ func (r *records) get(ctx context.Context, event uint64, visit visitor) error {
 
 // undecided returns the reason why an event has no decision, and names the event with the decision.
 func undecided(ctx context.Context, client *api.Client, event uint64) error {
-	found, err := client.Events(ctx, event, 1)
-	if err != nil {
-		return err
-	}
-	if len(found) != 1 || found[0].Index != event {
-		return fmt.Errorf("there is no event %d (any more): countersign admin audit list shows the present ones", event)
-	}
-	e := found[0]
+	e, err := findEvent(ctx, client, event)
 	switch {
+	case err != nil:
+		return err
+	case e == nil:
+		return noEvent(event)
 	case e.Metadata["admission"] != "":
 		return fmt.Errorf("event %d is the outcome of a request; its decision is in an earlier event: "+
 			"countersign policy explain %s", event, e.Metadata["admission"])
@@ -624,11 +620,11 @@ func (t *tool) explain(
 	digest := policy.Digest([]byte(raw))
 	logged := "not compared with the audit log: its event must have this as metadata.inputs"
 	if from.client != nil {
-		events, err := from.client.Events(ctx, event, 1)
+		e, err := findEvent(ctx, from.client, event)
 		if err != nil {
 			return err
 		}
-		if len(events) != 1 || events[0].Index != event || events[0].Metadata["inputs"] != digest {
+		if e == nil || e.Metadata["inputs"] != digest {
 			return changed(event)
 		}
 		logged = "the same in the audit log"

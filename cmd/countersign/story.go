@@ -22,10 +22,9 @@ import (
 // story shows one event with all events of the same request.
 func (t *tool) story(act maker) *cobra.Command {
 	do := func(ctx context.Context, c *api.Client, args []string) error {
-		number, err := strconv.ParseUint(args[0], 10, 64)
+		number, err := eventNumber(args[0])
 		if err != nil {
-			return usageError{fmt.Errorf("%q is not the number of an event: countersign admin audit list shows them",
-				args[0])}
+			return err
 		}
 		all, err := storyOf(ctx, c, number)
 		if err != nil {
@@ -45,7 +44,7 @@ func (t *tool) story(act maker) *cobra.Command {
 				fmt.Fprintf(w, "action\t%s\n", strings.TrimSpace(e.Action+" "+e.Resource))
 				fmt.Fprintf(w, "outcome\t%s\n", e.Outcome)
 				for _, name := range slices.Sorted(maps.Keys(e.Metadata)) {
-					fmt.Fprintf(w, "  %s\t%s\n", name, strings.ReplaceAll(e.Metadata[name], "\n", " "))
+					fmt.Fprintf(w, "  %s\t%s\n", name, oneLine(e.Metadata[name]))
 				}
 				e.show(w)
 			}
@@ -62,33 +61,31 @@ func (t *tool) story(act maker) *cobra.Command {
 
 // storyOf returns the events of the request to which an event belongs, the oldest first.
 func storyOf(ctx context.Context, c *api.Client, number uint64) ([]api.Event, error) {
-	first, err := c.Events(ctx, number, 1)
+	e, err := findEvent(ctx, c, number)
 	if err != nil {
 		return nil, err
 	}
-	if len(first) != 1 || first[0].Index != number {
-		return nil, fmt.Errorf("there is no event %d (any more): countersign admin audit list shows the present ones",
-			number)
+	if e == nil {
+		return nil, noEvent(number)
 	}
-	found := map[uint64]api.Event{number: first[0]}
-	e := first[0]
+	found := map[uint64]api.Event{number: *e}
 	if text := e.Metadata["admission"]; text != "" {
 		admission, err := strconv.ParseUint(text, 10, 64)
 		if err != nil {
 			return nil, fmt.Errorf("event %d names the admission %q, which is not a number", number, text)
 		}
-		if some, err := c.Events(ctx, admission, 1); err != nil {
+		if admitted, err := findEvent(ctx, c, admission); err != nil {
 			return nil, err
-		} else if len(some) == 1 && some[0].Index == admission { // else dropped by retention
-			e = some[0]
-			found[admission] = e
+		} else if admitted != nil { // else dropped by retention
+			e = admitted
+			found[admission] = *e
 		}
 	}
 	queries := []api.EventQuery{{Admission: strconv.FormatUint(e.Index, 10)}}
 	if nonce := e.Metadata["nonce"]; nonce != "" {
 		queries = append(queries, api.EventQuery{Nonce: nonce})
 	}
-	if proposal := proposalOf(e); proposal != "" {
+	if proposal := proposalOf(*e); proposal != "" {
 		queries = append(queries, api.EventQuery{Resource: proposal})
 	}
 	for _, q := range queries {
