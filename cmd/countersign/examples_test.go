@@ -108,6 +108,18 @@ func TestStatesHaveColours(t *testing.T) {
 	}
 }
 
+// TestWholeSeconds: a duration that is sent in seconds is never rounded to 0, which turns a setting
+// off.
+func TestWholeSeconds(t *testing.T) {
+	for text, want := range map[string]int64{
+		"0": 0, "0s": 0, "90s": 90, "2d": 172800, "500ms": -1, "1.5s": -1, "x": -1,
+	} {
+		if got, err := wholeSeconds(text); (err != nil) != (want < 0) || err == nil && got != want {
+			t.Errorf("%q: %d, %v", text, got, err)
+		}
+	}
+}
+
 // TestForms: 32 bytes are read in each form in which they are written somewhere, and have one text
 // in each.
 func TestForms(t *testing.T) {

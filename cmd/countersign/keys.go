@@ -60,14 +60,14 @@ func (t *tool) rotate(act maker) *cobra.Command {
 			if each.value == "" {
 				continue
 			}
-			d, err := parseAge(each.value)
-			if err == nil && d < time.Second {
+			s, err := wholeSeconds(each.value)
+			if err == nil && s == 0 {
 				err = fmt.Errorf("%q is less than a second", each.value)
 			}
 			if err != nil {
 				return usageError{fmt.Errorf("--%s: %w", each.flag, err)}
 			}
-			*each.to = int64(d / time.Second)
+			*each.to = s
 		}
 		if !now && at == "" && in == "" {
 			if err := t.mayRotate(ctx, c, args[0]); err != nil {
@@ -159,11 +159,10 @@ func (t *tool) setRotation(act maker) *cobra.Command {
 			if each.flag == "presence" && each.value == "on" {
 				each.value = "300s"
 			}
-			d, err := parseAge(each.value)
+			s, err := wholeSeconds(each.value)
 			if err != nil {
 				return usageError{fmt.Errorf("--%s: %w", each.flag, err)}
 			}
-			s := int64(d / time.Second)
 			*each.to = &s
 		}
 		if c.Flags().Changed("window") {
@@ -340,6 +339,16 @@ func (t *tool) showVersions(ctx context.Context, c *api.Client, name string) err
 		}
 		showRotation(w, l)
 	})
+}
+
+// wholeSeconds reads a duration in seconds. A fraction is refused: 500ms is not 0, which turns a
+// setting off.
+func wholeSeconds(text string) (int64, error) {
+	d, err := cli.ParseDuration(text)
+	if err == nil && d%time.Second != 0 {
+		err = fmt.Errorf("%q is not a number of whole seconds", text)
+	}
+	return int64(d / time.Second), err
 }
 
 // span is a number of seconds as a duration.
