@@ -5,10 +5,10 @@ import (
 	"io"
 	"os"
 	"strings"
-	"time"
 
 	"countersign/approval"
 	"countersign/audit"
+	"countersign/internal/cli"
 
 	"github.com/spf13/cobra"
 )
@@ -71,10 +71,9 @@ func (t *tool) approvals() *cobra.Command {
 }
 
 func showApprovals(w io.Writer, verified audit.Report, r *approval.Report, trusted bool) {
-	at := func(t time.Time) string { return t.UTC().Format(time.RFC3339) }
 	c := verified.Checkpoint
-	fmt.Fprintf(w, "valid\t%s; what needed approval in them had it\n", count(verified.Events, "event"))
-	fmt.Fprintf(w, "checkpoint\tepoch %d, %s, root %s\n", c.Epoch, count(c.Size, "event"), c.Root)
+	fmt.Fprintf(w, "valid\t%s; what needed approval in them had it\n", cli.Count(verified.Events, "event"))
+	fmt.Fprintf(w, "checkpoint\tepoch %d, %s, root %s\n", c.Epoch, cli.Count(c.Size, "event"), c.Root)
 	if r.First == nil {
 		fmt.Fprintf(w, "first\tthere are no operators in this log, and nothing that needed approval\n")
 		return
@@ -85,7 +84,7 @@ func showApprovals(w io.Writer, verified audit.Report, r *approval.Report, trust
 		ids = append(ids, c.ID)
 	}
 	fmt.Fprintf(w, "first\t%s, enrolled by event %d at %s with credential %s\n",
-		first.Name, r.First.Event, at(r.First.Time), strings.Join(ids, ", "))
+		first.Name, r.First.Event, date(r.First.Time.Unix()), strings.Join(ids, ", "))
 	if trusted {
 		fmt.Fprintln(w, "\tthat is who you trust")
 	} else {
@@ -99,7 +98,7 @@ func showApprovals(w io.Writer, verified audit.Report, r *approval.Report, trust
 			roles = append(roles, string(role))
 		}
 		fmt.Fprintf(w, "operator\t%s: %s; %s\n", o.Name, strings.Join(roles, ", "),
-			count(len(o.Credentials), "credential"))
+			cli.Count(len(o.Credentials), "credential"))
 	}
 	for _, g := range r.Groups {
 		fmt.Fprintf(w, "group\t%s: %d %s, by event %d\n", g.Name, len(g.Members), g.Of, g.Event)
@@ -109,10 +108,10 @@ func showApprovals(w io.Writer, verified audit.Report, r *approval.Report, trust
 		for _, each := range p.Parameters {
 			fmt.Fprintf(w, "  %s\t%s\n", each.Name, each.Value)
 		}
-		fmt.Fprintf(w, "proposed\tby %s at %s, event %d\n", p.Proposer, at(p.Proposed), p.Event)
+		fmt.Fprintf(w, "proposed\tby %s at %s, event %d\n", p.Proposer, date(p.Proposed.Unix()), p.Event)
 		for _, each := range p.Approvals {
 			fmt.Fprintf(w, "approved\tby %s at %s, event %d, credential %s\n",
-				each.Operator, at(each.Time), each.Event, each.Credential)
+				each.Operator, date(each.Time.Unix()), each.Event, each.Credential)
 		}
 		for _, each := range p.Did {
 			fmt.Fprintf(w, "did\t%s %q, event %d\n", each.Type, each.Resource, each.Event)
@@ -122,7 +121,7 @@ func showApprovals(w io.Writer, verified audit.Report, r *approval.Report, trust
 			outcome += fmt.Sprintf(": %q", p.Cause)
 		}
 		if !p.Ended.IsZero() {
-			outcome += " at " + at(p.Ended)
+			outcome += " at " + date(p.Ended.Unix())
 		}
 		fmt.Fprintf(w, "outcome\t%s\n", outcome)
 	}

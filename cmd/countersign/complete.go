@@ -56,7 +56,7 @@ func transcriptNames(context.Context, *tool) (all []string) {
 }
 
 func contextNames(context.Context, *tool) []string {
-	all, _ := contexts()
+	all, _ := storedContexts()
 	return all
 }
 

@@ -441,8 +441,8 @@ func (t *tool) contexts() *cobra.Command {
 	return group("context", "Add, list, choose and remove the appliances that you manage", add, list, use, remove)
 }
 
-// contexts returns the names of the contexts.
-func contexts() (names []string, err error) {
+// storedContexts returns the names of the contexts.
+func storedContexts() (names []string, err error) {
 	dir, err := contextFolder()
 	if err != nil {
 		return nil, err
@@ -456,7 +456,7 @@ func contexts() (names []string, err error) {
 
 // readContexts returns all contexts that can be read, by name. The error has the other ones.
 func readContexts() (all []*appliance, err error) {
-	names, err := contexts()
+	names, err := storedContexts()
 	for _, name := range names {
 		a, bad := readContext(name)
 		if bad != nil {

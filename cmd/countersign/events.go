@@ -3,7 +3,6 @@ package main
 import (
 	"cmp"
 	"context"
-	"encoding/hex"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -14,6 +13,7 @@ import (
 
 	"countersign/admin/api"
 	"countersign/audit"
+	"countersign/internal/cli"
 
 	"github.com/spf13/cobra"
 )
@@ -225,7 +225,7 @@ func times(
 		}
 		at, err := parseTime(each.text)
 		if err != nil {
-			age, notAge := parseAge(each.text)
+			age, notAge := cli.ParseDuration(each.text)
 			if notAge != nil {
 				return 0, 0, usageError{fmt.Errorf("--%s: %w; or a duration: 30d, 2w or 12h", each.flag, err)}
 			}
@@ -253,14 +253,4 @@ func parseTime(text string) (time.Time, error) {
 		return at, fmt.Errorf("%q is not a time: write 2026-11-24 or 2026-11-24T08:00:00Z, for example", text)
 	}
 	return at, nil
-}
-
-// hexOf returns 32 bytes in the form of the audit log: hex. The text has any form of parse32, or is
-// "".
-func hexOf(text string) (string, error) {
-	if text == "" {
-		return "", nil
-	}
-	b, err := parse32(text)
-	return hex.EncodeToString(b[:]), err
 }

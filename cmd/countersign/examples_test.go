@@ -148,15 +148,3 @@ func TestForms(t *testing.T) {
 		}
 	}
 }
-
-// TestCount: a number has the noun that belongs to it.
-func TestCount(t *testing.T) {
-	for n, want := range map[int]string{0: "0 entries", 1: "1 entry", 2: "2 entries"} {
-		if got := count(n, "entry"); got != want {
-			t.Errorf("%q, want %q", got, want)
-		}
-	}
-	if got := count(uint64(2), "event"); got != "2 events" {
-		t.Error(got)
-	}
-}

@@ -23,9 +23,7 @@ func parse32(s string) (b [32]byte, err error) {
 	switch len(s) {
 	case 64:
 		got, _ = hex.DecodeString(s)
-		if again = s; len(got) != len(b) { // hex has digits of either case
-			again = ""
-		}
+		again = s // hex has digits of either case
 	case 44:
 		got, _ = base64.StdEncoding.DecodeString(s)
 		again = base64.StdEncoding.EncodeToString(got)
@@ -46,14 +44,28 @@ func parse32(s string) (b [32]byte, err error) {
 	return [32]byte(got), nil
 }
 
-// parseAge reads a duration such as 30d, 2w or 12h.
-func parseAge(s string) (time.Duration, error) { return cli.ParseDuration(s) }
+// hexOf returns 32 bytes in hex. The text has any form of parse32, or is "".
+func hexOf(text string) (string, error) {
+	if text == "" {
+		return "", nil
+	}
+	b, err := parse32(text)
+	return hex.EncodeToString(b[:]), err
+}
 
-// duration is a flag with a duration in the form of parseAge.
+// publicKeyText returns a public key in hex. The appliance judges a text that is no key.
+func publicKeyText(text string) string {
+	if key, err := hexOf(text); err == nil {
+		return key
+	}
+	return text
+}
+
+// duration is a flag with a duration in the form of cli.ParseDuration.
 type duration struct{ to *time.Duration }
 
 func (d duration) Set(s string) (err error) {
-	*d.to, err = parseAge(s)
+	*d.to, err = cli.ParseDuration(s)
 	return err
 }
 

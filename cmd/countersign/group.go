@@ -11,6 +11,7 @@ import (
 
 	"countersign/admin/api"
 	"countersign/approval"
+	"countersign/internal/cli"
 	"countersign/policy"
 
 	"github.com/spf13/cobra"
@@ -195,7 +196,7 @@ func showGroup(ctx context.Context, t *tool, c *api.Client, r *review, to io.Wri
 		}
 		fmt.Fprintf(to, "%s %s\n", mark, member)
 	}
-	fmt.Fprintf(to, "%s: %d added, %d dropped\n", count(len(after.Members), "member"), added, dropped)
+	fmt.Fprintf(to, "%s: %d added, %d dropped\n", cli.Count(len(after.Members), "member"), added, dropped)
 	return showPast(ctx, t, c, &quoted{to: to}, func(groups []policy.Group) []policy.Group {
 		groups = slices.DeleteFunc(groups, func(g policy.Group) bool { return g.Name == name })
 		if len(after.Members) > 0 {

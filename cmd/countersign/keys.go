@@ -360,7 +360,7 @@ func showRotation(w io.Writer, l api.Line) {
 		plan = append(plan, "at the age of "+span(l.Every))
 	}
 	if l.Uses != 0 {
-		plan = append(plan, "after "+count(l.Uses, "signature"))
+		plan = append(plan, "after "+cli.Count(l.Uses, "signature"))
 	}
 	if l.Window != "" {
 		plan = append(plan, "in the window "+l.Window)

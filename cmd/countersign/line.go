@@ -295,7 +295,6 @@ func (t *tool) printRotation(r client.Rotation) error {
 		}
 		return json.NewEncoder(t.stdout).Encode(d)
 	}
-	at := func(t time.Time) string { return t.UTC().Format(time.RFC3339) }
 	if r.Err != nil {
 		_, err := fmt.Fprintf(t.stdout, "%q version %d is NOT believed: %s\n", r.Key, r.Event.Version, message(r.Err))
 		return err
@@ -307,6 +306,6 @@ func (t *tool) printRotation(r client.Rotation) error {
 	}
 	_, err := fmt.Fprintf(t.stdout,
 		"%q version %d from %s on, public key %x; the old one is good until %s at the most\n",
-		r.Key, r.Event.Version, at(r.ActivatesAt), r.New.PublicKey, at(r.RetiresAt))
+		r.Key, r.Event.Version, date(r.Event.ActivatesAt), r.New.PublicKey, date(r.Event.RetiresAt))
 	return err
 }

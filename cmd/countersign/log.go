@@ -14,6 +14,7 @@ import (
 
 	"countersign/admin/api"
 	"countersign/audit"
+	"countersign/internal/cli"
 
 	"github.com/spf13/cobra"
 	"github.com/spf13/pflag"
@@ -96,7 +97,7 @@ func (t *tool) export() *cobra.Command {
 		out := map[string]any{"dir": args[0], "epoch": head.Epoch, "size": head.Size, "verifier_key": vkey}
 		return t.print(out, func(w io.Writer) {
 			fmt.Fprintf(w, "exported\tepoch %d with %s, and those before it, to %s\n",
-				head.Epoch, count(head.Size, "event"), args[0])
+				head.Epoch, cli.Count(head.Size, "event"), args[0])
 			fmt.Fprintf(w, "verifier key\t%s\n", vkey)
 		})
 	}
@@ -187,18 +188,19 @@ func (t *tool) audit() *cobra.Command {
 			Root  string `json:"root"`
 		}{true, r, head.Epoch, head.Size, head.Root.String()}
 		return t.print(out, func(w io.Writer) {
-			fmt.Fprintf(w, "valid\t%s from %d on, in %s\n", count(r.Events, "event"), r.First, count(r.Epochs, "epoch"))
+			fmt.Fprintf(w, "valid\t%s from %d on, in %s\n",
+				cli.Count(r.Events, "event"), r.First, cli.Count(r.Epochs, "epoch"))
 			fmt.Fprintf(w, "times\tfrom %s to %s\n", date(r.FromMS/1000), date(r.ToMS/1000))
 			if r.Dropped > 0 {
-				fmt.Fprintf(w, "dropped\t%s, as the log says\n", count(r.Dropped, "epoch"))
+				fmt.Fprintf(w, "dropped\t%s, as the log says\n", cli.Count(r.Dropped, "epoch"))
 			}
 			fmt.Fprintf(w, "signatures\t%d, each with its admission\n", r.Signatures)
-			fmt.Fprintf(w, "unsettled\t%s without an end in the log\n", count(r.Unsettled, "admission"))
+			fmt.Fprintf(w, "unsettled\t%s without an end in the log\n", cli.Count(r.Unsettled, "admission"))
 			if r.SinceDropped {
 				fmt.Fprintln(w, "since\tthe older checkpoint's epoch was dropped, "+
 					"so nothing shows any more that the log went on from it")
 			}
-			fmt.Fprintf(w, "checkpoint\tepoch %d, %s, root %s\n", head.Epoch, count(head.Size, "event"), head.Root)
+			fmt.Fprintf(w, "checkpoint\tepoch %d, %s, root %s\n", head.Epoch, cli.Count(head.Size, "event"), head.Root)
 		})
 	}
 	verify := command("verify [DIR]", "Check an audit log with its verifier key alone", cobra.MaximumNArgs(1), do)
@@ -312,8 +314,8 @@ func (t *tool) receipts(act maker) *cobra.Command {
 	show := func(w io.Writer, found ...api.Receipt) {
 		fmt.Fprintln(w, "ID\tTIME\tMETHOD\tSTATUS\tEVENT\tCOMMITMENT")
 		for _, r := range found {
-			at := time.UnixMilli(r.TimeMS).UTC().Format(time.RFC3339)
-			fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%d\t%s\n", r.ID, at, r.Method, r.Status, r.Event, r.Commitment)
+			fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%d\t%s\n",
+				r.ID, date(r.TimeMS/1000), r.Method, r.Status, r.Event, r.Commitment)
 		}
 	}
 	var from, to, after string
@@ -361,7 +363,7 @@ func (t *tool) ledger(act maker) *cobra.Command {
 			return t.print(l, func(w io.Writer) {
 				free := bytesText(l.FreeBytes)
 				fmt.Fprintf(w, "file\t%s, of which %s is free to be used again\n", bytesText(l.FileSize), free)
-				fmt.Fprintf(w, "events\t%d to %d, in %s\n", l.FirstEvent, l.Events-1, count(l.Epochs, "epoch"))
+				fmt.Fprintf(w, "events\t%d to %d, in %s\n", l.FirstEvent, l.Events-1, cli.Count(l.Epochs, "epoch"))
 				fmt.Fprintf(w, "nonces\t%d alive, at most %d\n", l.Nonces, l.MaxNonces)
 				fmt.Fprintf(w, "time\t%s, %d s behind the system's clock\n", date(l.Time), l.BehindClock)
 				fmt.Fprintf(w, "disk\t%s\n", either(l.Trouble == "", "ok", l.Trouble))

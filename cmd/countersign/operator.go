@@ -2,7 +2,6 @@ package main
 
 import (
 	"context"
-	"encoding/hex"
 	"fmt"
 	"io"
 	"path/filepath"
@@ -215,14 +214,6 @@ func lastSeen(at int64) string {
 		return "never"
 	}
 	return date(at)
-}
-
-// publicKeyText returns a public key in hex. The appliance judges a text that is no key.
-func publicKeyText(text string) string {
-	if key, err := parse32(text); err == nil {
-		return hex.EncodeToString(key[:])
-	}
-	return text
 }
 
 func (t *tool) peerKeys(act maker) *cobra.Command {

@@ -64,10 +64,10 @@ func (s *server) config() (client.Config, error) {
 			return client.Config{}, usageError{fmt.Errorf("--%s is missing: add the flag, or set %s", f.name, f.env)}
 		}
 	}
-	of, err := parse32(s.key)
 	var key [32]byte
+	text, err := hexOf(s.key)
 	if err == nil {
-		key, err = client.ParseKey(hex.EncodeToString(of[:]))
+		key, err = client.ParseKey(text)
 	}
 	if err != nil {
 		return client.Config{}, usageError{fmt.Errorf("--server-key: %w", err)}
@@ -127,15 +127,14 @@ func (s *server) with(ctx context.Context, use func(context.Context, *client.Cli
 
 // warnServerKey tells people to configure the listener's new key.
 func warnServerKey(w io.Writer, r client.Rotation) {
-	at := func(t time.Time) string { return t.UTC().Format(time.RFC3339) }
 	if r.Cancelled != 0 {
 		fmt.Fprintf(w, "countersign: the listener's key is not replaced, the announced rotation is called off: "+
 			"use --server-key %x (or COUNTERSIGN_SERVER_KEY)\n", r.Event.PublicKey)
 		return
 	}
 	fmt.Fprintf(w, "countersign: the listener's key is replaced: "+
-		"from %s on use --server-key %x (or COUNTERSIGN_SERVER_KEY)", at(r.ActivatesAt), r.New.PublicKey)
-	fmt.Fprintf(w, "; the old one answers until %s at the most\n", at(r.RetiresAt))
+		"from %s on use --server-key %x (or COUNTERSIGN_SERVER_KEY)", date(r.Event.ActivatesAt), r.New.PublicKey)
+	fmt.Fprintf(w, "; the old one answers until %s at the most\n", date(r.Event.RetiresAt))
 }
 
 func (t *tool) keygen() *cobra.Command {
@@ -174,8 +173,8 @@ func (t *tool) ping() *cobra.Command {
 			took := time.Since(begin)
 			out := map[string]any{"time": at.Unix(), "round_trip_us": took.Microseconds()}
 			return t.print(out, func(w io.Writer) {
-				clock := at.UTC().Format(time.RFC3339)
-				fmt.Fprintf(w, "pong in %v, the appliance's clock says %s\n", took.Round(10*time.Microsecond), clock)
+				fmt.Fprintf(w, "pong in %v, the appliance's clock says %s\n",
+					took.Round(10*time.Microsecond), date(at.Unix()))
 			})
 		})
 	}
@@ -364,12 +363,11 @@ func (t *tool) signWith(ctx context.Context, c *client.Client, of *signFlags, d 
 			"countersign line follow %s --write\n", of.line, of.lines[0].Version, newest.Version, of.line)
 	}
 	return t.print(json.RawMessage(doc), func(w io.Writer) {
-		at := func(unix int64) string { return time.Unix(unix, 0).UTC().Format(time.RFC3339) }
 		fmt.Fprintf(w, "signature\t%s\n", base64.RawURLEncoding.EncodeToString(signed.Signature))
 		fmt.Fprintf(w, "public key\t%x\n", signed.PublicKey)
 		fmt.Fprintf(w, "key\t%s, version %d\n", signed.Key, signed.Version)
 		fmt.Fprintf(w, "nonce\t%x\n", signed.Nonce)
-		fmt.Fprintf(w, "valid\t%s to %s\n", at(signed.Timestamp), at(signed.ExpiresAt))
+		fmt.Fprintf(w, "valid\t%s to %s\n", date(signed.Timestamp), date(signed.ExpiresAt))
 		fmt.Fprintf(w, "event\t%d\n", signed.Event)
 		if signed.Receipt != nil {
 			fmt.Fprintf(w, "receipt\t%x, salt %x\n", signed.Receipt.ID, signed.Receipt.Salt)

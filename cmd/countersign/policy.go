@@ -16,6 +16,7 @@ import (
 	"time"
 
 	"countersign/admin/api"
+	"countersign/internal/cli"
 	"countersign/policy"
 
 	"github.com/spf13/cobra"
@@ -300,7 +301,7 @@ func (t *tool) policyCheck() *cobra.Command {
 		out := map[string]any{"sha256": hex.EncodeToString(p.Hash[:]), "rules": len(rules), "verifies": p.Verifies,
 			"warnings": warnings, "costs": costs}
 		return t.print(out, func(w io.Writer) {
-			fmt.Fprintf(w, "sound\t%s\nsha256\t%x\n", count(len(rules), "rule"), p.Hash)
+			fmt.Fprintf(w, "sound\t%s\nsha256\t%x\n", cli.Count(len(rules), "rule"), p.Hash)
 			fmt.Fprintf(w, "verify\t%s\n", either(p.Verifies, "by these rules",
 				`every peer, since no rule names Action::"verify"`))
 			showCosts(w, costs, len(rules))
@@ -332,7 +333,7 @@ const maxHeadless = 10
 func showCosts(w io.Writer, c policy.Costs, rules int) {
 	show := func(label string, each policy.Cost) {
 		fmt.Fprintf(w, "%s\t%v a decision, by %d of %s%s\n",
-			label, each.Time.Round(100*time.Nanosecond), each.Rules, count(rules, "rule"), costFor(each))
+			label, each.Time.Round(100*time.Nanosecond), each.Rules, cli.Count(rules, "rule"), costFor(each))
 	}
 	show("typical", c.Typical)
 	show("worst", c.Worst)
@@ -341,7 +342,7 @@ func showCosts(w io.Writer, c policy.Costs, rules int) {
 		if n > maxHeadless {
 			list += fmt.Sprintf(" and %d more", n-maxHeadless)
 		}
-		fmt.Fprintf(w, "in each\t%s without a peer, a key or a group in the head: %s\n", count(n, "rule"), list)
+		fmt.Fprintf(w, "in each\t%s without a peer, a key or a group in the head: %s\n", cli.Count(n, "rule"), list)
 	}
 }
 
@@ -355,7 +356,7 @@ func costFor(c policy.Cost) string {
 		of = append(of, "key "+c.Key)
 	}
 	if c.Groups > 0 {
-		of = append(of, count(c.Groups, "group"))
+		of = append(of, cli.Count(c.Groups, "group"))
 	}
 	if len(of) == 0 {
 		return ""
@@ -448,7 +449,7 @@ func (t *tool) policyTest() *cobra.Command {
 				verdict := either(r.Expect == r.Got, "ok", "WRONG")
 				fmt.Fprintf(w, "%s\t%d\t%s\t%s\t%s\t%s\n", verdict, r.Line, r.Name, r.Expect, r.Got, by)
 			}
-			fmt.Fprintf(w, "\n%s, %d wrong\n", count(len(results), "case"), wrong)
+			fmt.Fprintf(w, "\n%s, %d wrong\n", cli.Count(len(results), "case"), wrong)
 		})
 		if err == nil && wrong > 0 {
 			err = fmt.Errorf("%w: %d of %d are wrong", errCases, wrong, len(results))
@@ -659,7 +660,7 @@ func (t *tool) explain(
 		if len(rec.KeyGroups) > 0 {
 			fmt.Fprintf(w, "in groups\t%s\n", strings.Join(rec.KeyGroups, ", "))
 		}
-		fmt.Fprintf(w, "time\t%s\n", time.UnixMilli(rec.TimeMS).UTC().Format(time.RFC3339))
+		fmt.Fprintf(w, "time\t%s\n", date(rec.TimeMS/1000))
 		for _, name := range slices.Sorted(maps.Keys(context)) {
 			fmt.Fprintf(w, "  %s\t%s\n", name, context[name])
 		}
@@ -669,7 +670,7 @@ func (t *tool) explain(
 				if u == (policy.Window{}) {
 					continue
 				}
-				signatures := count(u.Signatures, "signature")
+				signatures := cli.Count(u.Signatures, "signature")
 				fmt.Fprintf(w, "  used.%s.%s\t%s, amount %d\n", counted, window, signatures, u.Amount)
 			}
 		}
@@ -737,7 +738,7 @@ func (r *records) compare(ctx context.Context, age time.Duration, next *policy.P
 		}
 		if d := next.Decide(q); d.Allowed != rec.Allowed {
 			found.Changes = append(found.Changes, change{
-				event, time.UnixMilli(rec.TimeMS).UTC().Format(time.RFC3339), rec.Peer, resource(rec),
+				event, date(rec.TimeMS / 1000), rec.Peer, resource(rec),
 				outcome(rec.Allowed), outcome(d.Allowed), where(rules, d.Rules),
 			})
 		}
@@ -759,13 +760,13 @@ func (c comparison) show(w io.Writer, most int) {
 		fmt.Fprintf(w, "%d\t%s\t%s\t%s\t%s\t%s\t%s\n",
 			each.Event, each.Time, each.Peer, each.Key, each.Was, each.Is, by)
 	}
-	fmt.Fprintf(w, "%s replayed, %d would change\n", count(c.Decisions, "decision"), len(c.Changes))
+	fmt.Fprintf(w, "%s replayed, %d would change\n", cli.Count(c.Decisions, "decision"), len(c.Changes))
 	if len(c.Changes) > most {
-		fmt.Fprintf(w, "shown: the last %s; for all: countersign policy diff\n", count(most, "change"))
+		fmt.Fprintf(w, "shown: the last %s; for all: countersign policy diff\n", cli.Count(most, "change"))
 	}
 	if c.Withheld > 0 {
 		fmt.Fprintf(w, "%s not replayed: a rule reads a text of more than %d bytes, "+
-			"which no record has\n", count(c.Withheld, "decision"), policy.MaxText)
+			"which no record has\n", cli.Count(c.Withheld, "decision"), policy.MaxText)
 	}
 }
 
@@ -773,7 +774,7 @@ func (t *tool) policyDiff() *cobra.Command {
 	var from records
 	var since string
 	do := func(cmd *cobra.Command, args []string) error {
-		age, err := parseAge(since)
+		age, err := cli.ParseDuration(since)
 		if err != nil {
 			return usageError{fmt.Errorf("--since: %w", err)}
 		}
@@ -810,7 +811,7 @@ func (t *tool) policyExport() *cobra.Command {
 	var from records
 	var since string
 	do := func(cmd *cobra.Command, _ []string) error {
-		age, err := parseAge(since)
+		age, err := cli.ParseDuration(since)
 		if err != nil {
 			return usageError{fmt.Errorf("--since: %w", err)}
 		}

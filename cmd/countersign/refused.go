@@ -8,6 +8,7 @@ import (
 	"strings"
 
 	"countersign/admin/api"
+	"countersign/internal/cli"
 
 	"github.com/spf13/cobra"
 )
@@ -34,7 +35,7 @@ func (t *tool) refusedHandshakes(act maker) *cobra.Command {
 }
 
 func showRefused(w io.Writer, r api.RefusedHandshake) {
-	fmt.Fprintf(w, "refused\t%s, at %s\n", count(r.Count, "handshake"), date(r.Last))
+	fmt.Fprintf(w, "refused\t%s, at %s\n", cli.Count(r.Count, "handshake"), date(r.Last))
 	fmt.Fprintf(w, "from\t%s%s\n", r.From, either(len(r.Seen) == 0, "", ", the last address of "+
 		strings.Join(r.Seen, ", ")))
 	if r.Key != "" {

@@ -11,8 +11,6 @@ import (
 	"strings"
 	"text/tabwriter"
 	"unicode"
-
-	"countersign/internal/cli"
 )
 
 // print writes v as JSON with --json, and otherwise calls human with a writer that aligns columns
@@ -120,6 +118,3 @@ func colourStates(text []byte) []byte {
 	}
 	return append(out, text[last:]...)
 }
-
-// count is a number with its noun: see cli.Count.
-func count[N cli.Number](n N, noun string) string { return cli.Count(n, noun) }

@@ -10,7 +10,6 @@ import (
 	"math"
 	"slices"
 	"strings"
-	"time"
 
 	"countersign/client"
 	"countersign/internal/ijson"
@@ -81,7 +80,7 @@ func (t *tool) transcript() *cobra.Command {
 				name string
 				time int64
 			}{{"timestamp", doc.Timestamp}, {"expires_at", doc.ExpiresAt}} {
-				fmt.Fprintf(w, "%s\t%d, %s\n", at.name, at.time, time.Unix(at.time, 0).UTC().Format(time.RFC3339))
+				fmt.Fprintf(w, "%s\t%d, %s\n", at.name, at.time, date(at.time))
 			}
 			fmt.Fprintf(w, "canonical\t%s\nmessage\t%s\n", out["canonical"], out["message"])
 		})

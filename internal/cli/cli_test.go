@@ -43,9 +43,12 @@ func TestVersion(t *testing.T) {
 
 func TestCount(t *testing.T) {
 	for noun, want := range map[string]string{"event": "2 events", "entry": "2 entries", "key": "2 keys"} {
-		if one, two := Count(1, noun), Count(2, noun); one != "1 "+noun || two != want {
+		if one, two := Count(1, noun), Count(uint64(2), noun); one != "1 "+noun || two != want {
 			t.Errorf("%q and %q", one, two)
 		}
+	}
+	if got := Count(0, "entry"); got != "0 entries" {
+		t.Error(got)
 	}
 }
 
