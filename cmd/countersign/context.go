@@ -34,7 +34,7 @@ import (
 //
 // The invariant: the tool signs nothing for another appliance than the one in the field Appliance.
 // The operator names that appliance, or the first sign-in pins the one that answers. Every text to
-// be signed names its appliance, and passes answers or mine first.
+// be signed names its appliance, and passes checkChallenge or checkProposal first.
 type appliance struct {
 	name string // of the context: its file's name without .json
 
@@ -173,9 +173,9 @@ func (a *appliance) place() string { return a.Socket + a.URL }
 // errNotSigned is the error for a text that the tool does not sign.
 var errNotSigned = errors.New("nothing was signed")
 
-// answers checks a challenge of the API: the challenge must be the one that the operator wants, of
-// the context's appliance, and of now. Without a pin, answers pins the appliance.
-func (t *tool) answers(text, purpose, operator, key string) error {
+// checkChallenge checks a challenge of the API: the challenge must be the one that the operator
+// wants, of the context's appliance, and of now. Without a pin, checkChallenge pins the appliance.
+func (t *tool) checkChallenge(text, purpose, operator, key string) error {
 	want := approval.Challenge{
 		Purpose: purpose, Appliance: t.to.Appliance, Operator: operator, Key: key, Channel: approval.ChannelUnix,
 	}
@@ -183,38 +183,43 @@ func (t *tool) answers(text, purpose, operator, key string) error {
 		want.Channel = approval.ChannelHTTPS
 	}
 	c, err := approval.ParseChallenge(text)
-	if err == nil && t.to.Appliance != "" && c.Appliance != t.to.Appliance {
-		return t.to.other(c.Appliance)
-	}
-	if err == nil {
-		err = c.Matches(want, time.Now())
-	}
 	if err != nil {
 		return fmt.Errorf("%w: %w", errNotSigned, err)
 	}
-	return t.trust(c.Appliance)
+	if err := t.to.checkName(c.Appliance); err != nil {
+		return err
+	}
+	if err := c.Matches(want, time.Now()); err != nil {
+		return fmt.Errorf("%w: %w", errNotSigned, err)
+	}
+	return t.pinName(c.Appliance)
 }
 
-// mine checks that a proposal is one of the context's appliance: a signature counts for ever.
-func (t *tool) mine(text string) error {
+// checkProposal checks that a proposal is one of the context's appliance: a signature counts for
+// ever. Without a pin, checkProposal pins the appliance.
+func (t *tool) checkProposal(text string) error {
 	p, err := approval.ParseText(text)
 	if err != nil {
 		return fmt.Errorf("%w: %w", errNotSigned, err)
 	}
-	if t.to.Appliance != "" && p.Appliance != t.to.Appliance {
-		return t.to.other(p.Appliance)
+	if err := t.to.checkName(p.Appliance); err != nil {
+		return err
 	}
-	return t.trust(p.Appliance)
+	return t.pinName(p.Appliance)
 }
 
-func (a *appliance) other(name string) error {
+// checkName compares the name of the appliance in a text with the pinned one, if there is a pin.
+func (a *appliance) checkName(name string) error {
+	if a.Appliance == "" || a.Appliance == name {
+		return nil
+	}
 	return fmt.Errorf("%w: the context %s (%s) is of the appliance %s, and the text is of %s. Somebody may relay it. "+
 		"Another appliance gets a context of its own (countersign admin context add). If this one was set up anew: "+
 		"countersign admin context remove %s", errNotSigned, a.name, a.place(), a.Appliance, name, a.name)
 }
 
-// trust notes the name of the context's appliance, once.
-func (t *tool) trust(name string) error {
+// pinName pins the name of the context's appliance, unless there is a pin.
+func (t *tool) pinName(name string) error {
 	if t.to.Appliance != "" {
 		return nil
 	}

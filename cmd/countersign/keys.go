@@ -296,7 +296,7 @@ func (t *tool) confirm(act maker) *cobra.Command {
 		if err != nil {
 			return err
 		}
-		if err := t.answers(ch.Text, approval.ForPresence, me.Operator.Name, args[0]); err != nil {
+		if err := t.checkChallenge(ch.Text, approval.ForPresence, me.Operator.Name, args[0]); err != nil {
 			return err
 		}
 		proof, err := t.signText(me, approval.ForPresence, ch.Text)

@@ -309,7 +309,7 @@ func (t *tool) proposals(act maker) *cobra.Command {
 				return err
 			}
 			text := r.proposal.Text()
-			if err := t.mine(text); err != nil {
+			if err := t.checkProposal(text); err != nil {
 				return err
 			}
 			return t.print(map[string]string{"text": text}, func(w io.Writer) { io.WriteString(w, text) })

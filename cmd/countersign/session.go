@@ -166,7 +166,7 @@ func (t *tool) signIn(ctx context.Context, c *api.Client, who signedIn) (api.Sig
 	if err != nil {
 		return api.SignedIn{}, err
 	}
-	if err := t.answers(ch.Text, approval.ForSignIn, who.Operator, ""); err != nil {
+	if err := t.checkChallenge(ch.Text, approval.ForSignIn, who.Operator, ""); err != nil {
 		return api.SignedIn{}, err
 	}
 	offered := len(keys)
@@ -196,11 +196,11 @@ func first(all []approval.Credential, has func(approval.Credential) bool) {
 }
 
 // signText signs a text with one of the caller's keys in the agent: a proposal of the context's
-// appliance, or a challenge that has passed answers. Hardware keys come first: an approval may have
-// to be by one.
+// appliance, or a challenge that has passed checkChallenge. Hardware keys come first: an approval
+// may have to be by one.
 func (t *tool) signText(me api.Me, namespace, text string) (approval.Proof, error) {
 	if namespace == approval.ForProposal {
-		if err := t.mine(text); err != nil {
+		if err := t.checkProposal(text); err != nil {
 			return approval.Proof{}, err
 		}
 	}
@@ -325,7 +325,7 @@ func (t *tool) approveSigned(ctx context.Context, c *api.Client, me api.Me, r *r
 			file, proof.Credential, me.Operator.Name)
 	}
 	text := r.proposal.Text()
-	if err := t.mine(text); err != nil {
+	if err := t.checkProposal(text); err != nil {
 		return err
 	}
 	if _, err := by.Verify(approval.ForProposal, text, proof); err != nil {
