@@ -211,12 +211,8 @@ func showGroup(ctx context.Context, t *tool, c *api.Client, r *review, to io.Wri
 func showPast(
 	ctx context.Context, t *tool, c *api.Client, to io.Writer, change func([]policy.Group) []policy.Group,
 ) error {
-	all, err := c.Policies(ctx)
-	if err != nil || len(all) == 0 {
-		return err
-	}
-	inForce, err := c.Policy(ctx, all[len(all)-1].Version)
-	if err != nil {
+	inForce, err := policyInForce(ctx, c)
+	if err != nil || inForce.Version == 0 {
 		return err
 	}
 	rules, err := policy.Parse("the policy in force", []byte(inForce.Text))

@@ -219,7 +219,7 @@ func (r *records) readAppliance(ctx context.Context, since time.Time, visit func
 func (r *records) checkLogged(ctx context.Context, some []api.Decision) error {
 	inputs, last := map[uint64]string{}, some[len(some)-1].Event
 	for from := some[0].Event; from <= last; {
-		events, err := r.client.Events(ctx, from, 1000)
+		events, err := r.client.Events(ctx, from, maxPage)
 		if err != nil {
 			return err
 		}

@@ -202,15 +202,9 @@ func showPolicy(ctx context.Context, t *tool, c *api.Client, r *review, to io.Wr
 		n++
 		fmt.Fprintf(to, "%5d  %s\n", n, strings.TrimSuffix(line, "\n"))
 	}
-	all, err := c.Policies(ctx)
+	before, err := policyInForce(ctx, c)
 	if err != nil {
 		return err
-	}
-	var before api.Policy
-	if len(all) > 0 {
-		if before, err = c.Policy(ctx, all[len(all)-1].Version); err != nil {
-			return err
-		}
 	}
 	// The texts are compared before they are shown: a tab and four spaces are shown alike.
 	name := fmt.Sprintf("version %d, in force", before.Version)
@@ -227,6 +221,15 @@ func showPolicy(ctx context.Context, t *tool, c *api.Client, r *review, to io.Wr
 		return err
 	}
 	return showDecisions(ctx, t, c, to, next, groups, "this policy")
+}
+
+// policyInForce returns the policy in force, or a zero policy before the first one.
+func policyInForce(ctx context.Context, c *api.Client) (api.Policy, error) {
+	all, err := c.Policies(ctx)
+	if err != nil || len(all) == 0 {
+		return api.Policy{}, err
+	}
+	return c.Policy(ctx, all[len(all)-1].Version)
 }
 
 // showDecisions prints the past decisions that a policy with some groups would change.
