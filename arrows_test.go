@@ -66,7 +66,7 @@ var arrows = map[string]room{
 	"internal/anchor": {
 		ours: `audit internal/cause internal/gate internal/keystore internal/ledger internal/manage internal/resource`,
 	},
-	"internal/operators": {ours: "approval audit internal/ledger internal/manage"},
+	"internal/operators": {ours: "approval audit internal/ijson internal/ledger internal/manage"},
 	"internal/cause":     {},
 	"internal/gate":      {ours: "internal/ledger"},
 	"internal/ledger":    {ours: "audit", outside: "go.etcd.io/bbolt golang.org/x/mod"},

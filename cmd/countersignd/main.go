@@ -34,7 +34,7 @@ func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, syscall.SIGINT)
 	signal.Ignore(syscall.SIGPIPE) // a reader of stdout or stderr that leaves must not end the daemon
 	stderr := logqueue.New(os.Stderr)
-	code := run(ctx, os.Args[1:], os.Stdout, stderr)
+	code := run(ctx, os.Args[1:], inOrder{os.Stdout, stderr}, stderr)
 	stop()
 	stderr.Close(lastLines)
 	os.Exit(code)
@@ -42,6 +42,18 @@ func main() {
 
 // lastLines is the time for the last lines of stderr, which a reader may not read.
 const lastLines = 2 * time.Second
+
+// inOrder is stdout. Its text comes after the lines of stderr that were written before, as a person
+// who sees both expects.
+type inOrder struct {
+	io.Writer
+	stderr *logqueue.Queue
+}
+
+func (w inOrder) Write(b []byte) (int, error) {
+	w.stderr.Flush(lastLines)
+	return w.Writer.Write(b)
+}
 
 // run executes a command line, and returns the exit status.
 func run(ctx context.Context, args []string, stdout io.Writer, stderr *logqueue.Queue) int {
@@ -167,8 +179,12 @@ func run(ctx context.Context, args []string, stdout io.Writer, stderr *logqueue.
 	approveCmd.Flags().StringVar(&bank, "bank", "sha256", "the bank of the registers, as pcr_bank has it")
 	root.AddCommand(initCmd, serveCmd, checkCmd, configCmd, approveCmd, workerCmd)
 	cli.Add(root, func(err error) error { return err })
-	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return configError{err} })
+	understood := false // the command, its arguments and its flags
+	root.PersistentPreRun = func(*cobra.Command, []string) { understood = true }
 	if err := root.ExecuteContext(ctx); err != nil {
+		if !understood {
+			err = configError{err}
+		}
 		text, hint := advise(err)
 		fmt.Fprintf(stderr, "countersignd: error: %s\n", text)
 		if hint != "" {

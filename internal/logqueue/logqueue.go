@@ -31,10 +31,11 @@ type Queue struct {
 	closed  bool
 }
 
-// entry is a line, or the count of the lines dropped at this place.
+// entry is a line, or the count of the lines dropped at this place, or a Flush that waits here.
 type entry struct {
 	line    []byte
 	dropped int
+	flushed chan struct{}
 }
 
 // New returns a queue in front of a destination such as os.Stderr.
@@ -102,6 +103,10 @@ func (q *Queue) run() {
 			q.bytes -= len(next.line)
 			since := q.since
 			q.mu.Unlock()
+			if next.flushed != nil {
+				close(next.flushed)
+				continue
+			}
 			line := next.line
 			if next.dropped > 0 {
 				line = notice(next.dropped, since)
@@ -138,6 +143,23 @@ func (q *Queue) Unread() (lines int, since time.Time) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	return q.lost, q.since
+}
+
+// Flush waits until the lines queued so far are written or lost, for at most the time wait.
+func (q *Queue) Flush(wait time.Duration) {
+	flushed := make(chan struct{})
+	q.mu.Lock()
+	if q.closed {
+		q.mu.Unlock()
+		return
+	}
+	q.entries = append(q.entries, entry{flushed: flushed})
+	q.signal()
+	q.mu.Unlock()
+	select {
+	case <-flushed:
+	case <-time.After(wait):
+	}
 }
 
 // Close writes the queued lines, for at most the time wait, and drops later ones. The result

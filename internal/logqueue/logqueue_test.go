@@ -166,3 +166,38 @@ func TestPace(t *testing.T) {
 		}
 	})
 }
+
+// TestFlush sees that Flush returns after the lines before it, and does not wait for a reader that
+// reads no more.
+func TestFlush(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r, w := io.Pipe()
+		q := logqueue.New(w)
+		io.WriteString(q, "one\n")
+		began := time.Now()
+		q.Flush(time.Minute)
+		if waited := time.Since(began); waited != time.Minute {
+			t.Errorf("Flush waited %v for a reader, want a minute", waited)
+		}
+		read := make(chan string, 1)
+		go func() {
+			line, _ := bufio.NewReader(r).ReadString('\n')
+			time.Sleep(time.Second)
+			read <- line
+			io.Copy(io.Discard, r)
+		}()
+		io.WriteString(q, "two\n")
+		q.Flush(time.Minute)
+		select {
+		case line := <-read:
+			if line != "one\n" {
+				t.Errorf("read %q", line)
+			}
+		default:
+			t.Error("Flush returned before the lines were written")
+		}
+		q.Close(time.Minute)
+		q.Flush(time.Minute)
+		w.Close()
+	})
+}

@@ -12,6 +12,7 @@ import (
 
 	"countersign/approval"
 	"countersign/audit"
+	"countersign/internal/ijson"
 	"countersign/internal/ledger"
 	"countersign/internal/manage"
 )
@@ -398,7 +399,7 @@ func removeCredential(people *roster, values []string) (string, string, error) {
 	}
 	i := slices.IndexFunc(p.Credentials, func(c approval.Credential) bool { return c.ID == values[1] })
 	if i < 0 {
-		return "", "", fmt.Errorf("credential of operator %q: %w", p.Name, ErrNotFound)
+		return "", "", fmt.Errorf("credential %q of operator %q: %w", ijson.Clip(values[1]), p.Name, ErrNotFound)
 	}
 	p.Credentials = slices.Delete(slices.Clone(p.Credentials), i, i+1)
 	p.SignCounts = maps.Clone(p.SignCounts)
@@ -429,7 +430,7 @@ func setHardware(people *roster, values []string) (_, change string, err error) 
 func (r *roster) operator(name string) (person, error) {
 	p, exists := r.people[name]
 	if !exists {
-		return p, fmt.Errorf("operator: %w", ErrNotFound)
+		return p, fmt.Errorf("operator %q: %w", ijson.Clip(name), ErrNotFound)
 	}
 	return p, nil
 }

@@ -51,13 +51,14 @@ import (
 
 	"countersign/approval"
 	"countersign/audit"
+	"countersign/internal/ijson"
 	"countersign/internal/ledger"
 	"countersign/internal/manage"
 )
 
 // The errors of the package. The error for a proof that does not hold is approval.ErrNotProven.
 var (
-	ErrNotFound      = errors.New("there is none such")
+	ErrNotFound      = errors.New("does not exist")
 	ErrExists        = errors.New("it exists already")
 	ErrInvalid       = approval.ErrInvalid
 	ErrSignedOut     = errors.New("not signed in: sign in again")
@@ -285,7 +286,7 @@ func (r *Registry) Operator(name string) (approval.Operator, error) {
 	defer r.mu.Unlock()
 	p, exists := r.roster.people[name]
 	if !exists {
-		return approval.Operator{}, fmt.Errorf("operator: %w", ErrNotFound)
+		return approval.Operator{}, fmt.Errorf("operator %q: %w", ijson.Clip(name), ErrNotFound)
 	}
 	return p.Operator, nil
 }

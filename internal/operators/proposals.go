@@ -163,7 +163,7 @@ func (r *Registry) update(
 		if err := r.ledger.Update(ctx, func(tx *ledger.Tx) (err error) {
 			value := tx.Get(ledger.Proposals, recordKey(id))
 			if len(value) == 0 {
-				return fmt.Errorf("proposal: %w", ErrNotFound)
+				return fmt.Errorf("proposal %d: %w", id, ErrNotFound)
 			}
 			if rec, err = decodeRecord(recordKey(id), value); err != nil {
 				return err
@@ -591,7 +591,7 @@ func (r *Registry) Proposal(id uint64) (Proposal, error) {
 	defer r.mu.Unlock()
 	rec, exists := r.proposals[id]
 	if !exists {
-		return Proposal{}, fmt.Errorf("proposal: %w", ErrNotFound)
+		return Proposal{}, fmt.Errorf("proposal %d: %w", id, ErrNotFound)
 	}
 	return r.snapshot(rec), nil
 }
