@@ -426,10 +426,11 @@ func plain(text string) string {
 // like returns the pattern of the outputs for which a document's text stands. In a line … stands
 // for the rest of a word or of the line, and alone in a line for any lines.
 func like(text string) *regexp.Regexp {
-	text = regexp.MustCompile(`(\b[0-9a-f]{6,}|[0-9A-Za-z+/]{20,})…`).ReplaceAllString(text, "…")
+	const word = "\x00" // the … of a shortened word, which is no line of its own
+	text = regexp.MustCompile(`(\b[0-9a-f]{6,}|[0-9A-Za-z+/]{20,})…`).ReplaceAllString(text, word)
 	pattern := regexp.QuoteMeta(plain(text))
 	pattern = regexp.MustCompile(`(?m)^…\n`).ReplaceAllString(pattern, "(?:.*\n)*?")
-	return regexp.MustCompile("^" + strings.ReplaceAll(pattern, "…", ".*") + "$")
+	return regexp.MustCompile("^" + strings.NewReplacer("…", ".*", word, ".+").Replace(pattern) + "$")
 }
 
 // TestPrintsAreCompared sees that the comparison of outputs can fail.
@@ -456,6 +457,8 @@ func TestPrintsAreCompared(t *testing.T) {
 		{"/home/ann/a.sock\n", "/tmp/1/b/b.sock\n", false},
 		{"key 7f683b8636e0…, not enrolled\n", "key 0f9905584b24ec7dedb0a6a49f06984b, not enrolled\n", true},
 		{"key 7f683b8636e0…, not enrolled\n", "key 0f9905584b24ec7dedb0a6a49f06984b, enrolled\n", false},
+		{"one\n2e872488c6b34a78…\nlast\n", "one\n84797cbeb89c5f0021c67ec7\nlast\n", true},
+		{"one\n2e872488c6b34a78…\nlast\n", "one\nlast\n", false},
 		{"one\n…\nlast\n", "one\nlast\n", true},
 		{"one\n…\nlast\n", "one\n\ntwo\nlast\n", true},
 		{"one\n…\nlast\n", "one\nlast\nmore\n", false},
