@@ -40,7 +40,7 @@ var arrows = map[string]room{
 	"admin": {
 		ours: `admin/api admin/certs appliance approval audit internal/anchor internal/ijson
 			internal/keyring internal/keystore internal/ledger internal/manage internal/operators
-			internal/peers internal/schedule internal/webhook policy`,
+			internal/peers internal/requestid internal/schedule internal/webhook policy`,
 		outside: "github.com/danielgtaylor/huma/v2 github.com/labstack/echo/v4 golang.org/x/net/netutil",
 	},
 	"admin/certs": {ours: "internal/keystore"},
@@ -49,7 +49,8 @@ var arrows = map[string]room{
 	"appliance": {
 		ours: `audit internal/anchor internal/cause internal/eddsa internal/gate internal/ijson
 			internal/keyring internal/keystore internal/ledger internal/limit internal/manage
-			internal/peers internal/resource internal/webhook noise policy transcript wire`,
+			internal/peers internal/requestid internal/resource internal/webhook noise policy
+			transcript wire`,
 		outside: "golang.org/x/time",
 	},
 	// Below the walk: each of these packages follows a part of the ledger.
@@ -102,6 +103,7 @@ var arrows = map[string]room{
 		ours:    "internal/durable internal/eddsa internal/ijson",
 		outside: "github.com/go-json-experiment/json golang.org/x/mod",
 	},
+	"internal/requestid": {},
 	// The leaves: one trade each.
 	"policy":            {ours: "internal/ijson", outside: "github.com/cedar-policy/cedar-go"},
 	"internal/durable":  {},

@@ -266,6 +266,7 @@ type eventsInput struct {
 	Nonce     string `query:"nonce" maxLength:"64" doc:"hex"`
 	Digest    string `query:"digest" maxLength:"64" doc:"hex"`
 	Admission string `query:"admission" maxLength:"20" doc:"the number of an admission: finds its outcome"`
+	Request   string `query:"request" maxLength:"30" doc:"the id of a request, from its answer"`
 	Since     int64  `query:"since" minimum:"0" doc:"Unix milliseconds of the event"`
 	Until     int64  `query:"until" minimum:"0" doc:"Unix milliseconds, not included; 0: no end"`
 	After     string `query:"after" maxLength:"200" doc:"the header Countersign-Next of the page before"`
@@ -275,7 +276,7 @@ type eventsInput struct {
 func (s *server) events(_ context.Context, _ caller, in *eventsInput) (*listed[api.Event], error) {
 	q := ledger.Query{
 		Type: audit.Type(in.Type), Actor: in.Actor, Resource: in.Resource, Nonce: in.Nonce, Digest: in.Digest,
-		Admission: in.Admission, Since: in.Since, Until: in.Until,
+		Admission: in.Admission, Request: in.Request, Since: in.Since, Until: in.Until,
 	}
 	if in.Type != "" && !q.Type.Known() {
 		return nil, invalid.errorf("type: %q is not a type of events: docs/SPEC.md has the list", ijson.Clip(in.Type))

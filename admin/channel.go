@@ -18,8 +18,10 @@ import (
 	"strings"
 	"syscall"
 
+	"countersign/admin/api"
 	"countersign/admin/certs"
 	"countersign/internal/operators"
+	"countersign/internal/requestid"
 
 	"github.com/danielgtaylor/huma/v2"
 	"golang.org/x/net/netutil"
@@ -105,12 +107,15 @@ func answerHead(next http.Handler) http.Handler {
 	})
 }
 
-// guard refuses connections of other users, and over HTTPS requests for another host. The check of
-// the host stops DNS rebinding: a stranger's domain name that resolves to this address.
+// guard gives each request an id, and refuses connections of other users, and over HTTPS requests
+// for another host. The check of the host stops DNS rebinding: a stranger's domain name that resolves to this address.
 func (s *server) guard(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		conn, _ := r.Context().Value(connectionKey{}).(connection)
+		conn.Request = requestid.New()
+		r = r.WithContext(context.WithValue(r.Context(), connectionKey{}, conn))
 		h := w.Header()
+		h.Set(api.RequestHeader, conn.Request)
 		h.Set("Cache-Control", "no-store")
 		h.Set("X-Content-Type-Options", "nosniff")
 		// Other programs of this machine serve plain HTTP at localhost, so HSTS for localhost would

@@ -69,9 +69,9 @@ type caller struct {
 
 func (c caller) actor() audit.Actor {
 	if c.session == nil {
-		return audit.Operator(c.name())
+		return audit.Operator(c.name()).In(c.Request)
 	}
-	return audit.Operator(c.session.Operator)
+	return audit.Operator(c.session.Operator).In(c.Request)
 }
 
 func (c caller) has(roles ...approval.Role) bool {

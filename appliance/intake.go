@@ -10,6 +10,7 @@ import (
 	"countersign/internal/eddsa"
 	"countersign/internal/keyring"
 	"countersign/internal/peers"
+	"countersign/internal/requestid"
 	"countersign/noise"
 	"countersign/transcript"
 	"countersign/wire"
@@ -33,9 +34,10 @@ const checkBytes = 2048
 
 // taken is a message that has been read.
 type taken struct {
-	id     string
-	body   any // a request of package wire, *wire.Error for a message that is none, or limited
-	places int // counted by peers.Registry
+	id      string // of the peer
+	request string // of the appliance; see package requestid
+	body    any    // a request of package wire, *wire.Error for a message that is none, or limited
+	places  int    // counted by peers.Registry
 }
 
 // limited is the error of a request beyond a limit of its peer, or of all peers.
@@ -90,6 +92,7 @@ func (a *Appliance) pace(ctx context.Context, s *session, length int) error {
 // take reads the JSON of a message. The error is that of ctx, or peers.ErrGone for a peer that was
 // excluded with messages still in the buffer.
 func (a *Appliance) take(ctx context.Context, s *session, message []byte) (r taken, err error) {
+	r.request = requestid.New()
 	refused := a.Peers.Begin(s.Session, 1)
 	if refused == nil {
 		r.places = 1

@@ -258,7 +258,8 @@ func (a *Appliance) Activate(
 func (p *policies) activate(
 	ctx context.Context, who audit.Actor, offered *policy.Policy,
 ) (version uint64, changed bool, err error) {
-	err = p.activating.Run(ctx, p.log, "activating a policy", func(ctx context.Context) error {
+	log := p.log.With("request", who.Request)
+	err = p.activating.Run(ctx, log, "activating a policy", func(ctx context.Context) error {
 		hash := hex.EncodeToString(offered.Hash[:])
 		p.mu.Lock()
 		last := p.newest

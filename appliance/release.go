@@ -1,6 +1,9 @@
 package appliance
 
-import "countersign/wire"
+import (
+	"countersign/internal/requestid"
+	"countersign/wire"
+)
 
 // answer is the answer to a request or to an item of a batch, before its release: a result or a
 // refusal.
@@ -12,12 +15,23 @@ type answer struct {
 
 // reply is the reply to a message, with one answer or those of a batch.
 type reply struct {
-	id      string
+	id      string // of the peer
+	request string // see package requestid
 	batch   bool
 	answers []answer
 }
 
-func single(id string, served answer) *reply { return &reply{id: id, answers: []answer{served}} }
+func single(r taken, served answer) *reply {
+	return &reply{id: r.id, request: r.request, answers: []answer{served}}
+}
+
+// requestOf returns the id of the request that the answer i belongs to.
+func (r *reply) requestOf(i int) string {
+	if r.batch {
+		return requestid.Item(r.request, i)
+	}
+	return r.request
+}
 
 // may refuses the release of the reply if one of its answers may not be released as it is.
 func (r *reply) may() error {
@@ -33,13 +47,13 @@ func (r *reply) may() error {
 
 func (r *reply) encode() []byte {
 	if !r.batch {
-		return wire.EncodeAnswer(r.id, r.answers[0].result, r.answers[0].refusal)
+		return wire.EncodeAnswer(r.id, r.request, r.answers[0].result, r.answers[0].refusal)
 	}
 	all := wire.Answers{Answers: make([]wire.ItemAnswer, len(r.answers))}
 	for i, each := range r.answers {
 		all.Answers[i] = wire.NewItemAnswer(each.result, each.refusal)
 	}
-	return wire.EncodeAnswer(r.id, all, nil)
+	return wire.EncodeAnswer(r.id, r.request, all, nil)
 }
 
 // release writes a reply to its connection. An answer whose right was taken away since the key was
@@ -54,7 +68,8 @@ func (a *Appliance) release(who Caller, r *reply, write func([]byte) error) erro
 		if err := each.may(); err != nil {
 			_, refusal := refuse(err)
 			r.answers[i].result, r.answers[i].refusal = nil, refusal
-			a.log.Warn("an answer is withheld", "peer", who.Name, "code", refusal.Code, "err", err)
+			a.log.Warn("an answer is withheld", "peer", who.Name, "request", r.requestOf(i), "code", refusal.Code,
+				"err", err)
 		}
 	}
 	return write(r.encode())

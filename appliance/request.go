@@ -3,6 +3,7 @@ package appliance
 import (
 	"context"
 	"errors"
+	"log/slog"
 	"strconv"
 	"sync"
 	"sync/atomic"
@@ -13,6 +14,7 @@ import (
 	"countersign/internal/keystore"
 	"countersign/internal/ledger"
 	"countersign/internal/peers"
+	"countersign/internal/requestid"
 	"countersign/wire"
 )
 
@@ -35,42 +37,42 @@ func (a *Appliance) handle(s *session, r taken) *reply {
 		_, refusal := refuse(body)
 		a.refusals.count(audit.RateLimitTriggered, "request", s.caller.Name, refusal.Code)
 		pause(ctx, busyTime)
-		return single(r.id, answer{refusal: refusal})
+		return single(r, answer{refusal: refusal})
 	case *wire.Error:
-		return single(r.id, answer{refusal: a.unreadable(s, body)})
+		return single(r, answer{refusal: a.unreadable(s, r.request, body)})
 	case *wire.Batch:
-		answers, ok := a.batch(ctx, s, body)
+		answers, ok := a.batch(ctx, s, r.request, body)
 		if !ok {
 			return nil
 		}
-		return &reply{id: r.id, batch: true, answers: answers}
+		return &reply{id: r.id, request: r.request, batch: true, answers: answers}
 	}
-	served, ok := a.serve(ctx, s, nil, r.body)
+	served, ok := a.serve(ctx, s, nil, r.request, r.body)
 	if !ok {
 		return nil
 	}
-	return single(r.id, served)
+	return single(r, served)
 }
 
 // unreadable refuses a message that is no request. The limit of refusals bounds its lines in the
 // log.
-func (a *Appliance) unreadable(s *session, refusal *wire.Error) *wire.Error {
+func (a *Appliance) unreadable(s *session, id string, refusal *wire.Error) *wire.Error {
 	if s.Member.Refusals.Tokens() < 1 {
 		a.refusals.count(audit.SignatureRejected, "request", s.caller.Name, refusal.Code)
 		return refusal
 	}
 	s.Member.Refusals.Reserve()
-	a.log.Info("refused", "peer", s.caller.Name, "code", refusal.Code, "err", refusal.Message)
+	a.log.Info("refused", "peer", s.caller.Name, "request", id, "code", refusal.Code, "err", refusal.Message)
 	return refusal
 }
 
-// serve executes one request. ok is false after a fatal error.
+// serve executes one request with an id. ok is false after a fatal error.
 func (a *Appliance) serve(
-	ctx context.Context, s *session, member *ledger.Member, request any,
+	ctx context.Context, s *session, member *ledger.Member, id string, request any,
 ) (served answer, ok bool) {
 	began := time.Now()
 	who := s.caller
-	who.member = member
+	who.member, who.Request = member, id
 	most := reservation(request)
 	who.bill = new(bill)
 	kept, refusals := a.Peers.Reserve(s.Member, most)
@@ -119,7 +121,9 @@ func (a *Appliance) serve(
 		return answer{refusal: r}, true
 	}
 	if err == nil {
-		a.log.Debug("served", "peer", s.caller.Name, "op", op, "key", key, "took", time.Since(began))
+		if a.log.Enabled(ctx, slog.LevelDebug) { // the arguments of a line cost as much as a counter
+			a.log.Debug("served", "peer", who.Name, "request", id, "op", op, "key", key, "took", time.Since(began))
+		}
 		return answer{result: result, may: may}, true
 	}
 	member.Leave(ctx) // the batch need not wait for the refusal's event
@@ -131,13 +135,15 @@ func (a *Appliance) serve(
 	case c == refused && who.quiet:
 		a.refusals.count(refusalType(refusal.Code), op, who.Name, refusal.Code)
 	case c == refused:
-		a.log.Info("refused", "peer", who.Name, "op", op, "key", ijson.Clip(key), "code", refusal.Code, "err", err)
+		a.log.Info("refused", "peer", who.Name, "request", id, "op", op, "key", ijson.Clip(key),
+			"code", refusal.Code, "err", err)
 		if err := a.recordRefusal(ctx, who, op, key, refusal.Code, err); err != nil {
 			c, refusal = refuse(err)
 		}
 	case c == unavailable && who.quiet: // beyond the limit of lines in the log
 	default:
-		a.log.Error("not served", "peer", who.Name, "op", op, "key", ijson.Clip(key), "code", refusal.Code, "err", err)
+		a.log.Error("not served", "peer", who.Name, "request", id, "op", op, "key", ijson.Clip(key),
+			"code", refusal.Code, "err", err)
 	}
 	return answer{refusal: refusal}, c != fatal
 }
@@ -152,7 +158,7 @@ func refusalType(code string) audit.Type {
 
 // batch executes the items of a batch concurrently. The admissions share one commit. The answers
 // are in the order of the items. The result is false after a fatal error.
-func (a *Appliance) batch(ctx context.Context, s *session, b *wire.Batch) ([]answer, bool) {
+func (a *Appliance) batch(ctx context.Context, s *session, id string, b *wire.Batch) ([]answer, bool) {
 	answers := make([]answer, len(b.Items))
 	group := a.ledger.Group(len(b.Items))
 	var serving sync.WaitGroup
@@ -161,7 +167,7 @@ func (a *Appliance) batch(ctx context.Context, s *session, b *wire.Batch) ([]ans
 		serving.Go(func() {
 			member := group.Member()
 			defer member.Leave(ctx) // for an item without an admission
-			served, ok := a.serve(ctx, s, member, item)
+			served, ok := a.serve(ctx, s, member, requestid.Item(id, i), item)
 			if !ok {
 				fatal.Store(true)
 			}

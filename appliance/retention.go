@@ -206,7 +206,7 @@ func (a *Appliance) ShortenRetention(
 	if who.Proposal == 0 {
 		return fmt.Errorf("retention: %w", manage.ErrNotApproved)
 	}
-	return a.retaining.Run(ctx, a.log, "retention", func(ctx context.Context) error {
+	return a.retaining.Run(ctx, a.log.With("request", who.Request), "retention", func(ctx context.Context) error {
 		before := a.retentionInForce()
 		wanted := before
 		change(&wanted)

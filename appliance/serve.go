@@ -48,6 +48,7 @@ func (h hangUp) Close() error {
 type Caller struct {
 	peers.Peer
 	Identity string // hex of the Ed25519 key bound to the session; "" in countersign-v1
+	Request  string // id of the request; see package requestid
 
 	quiet  bool           // a refusal is counted without an event, and so is a repeated failure
 	member *ledger.Member // place in a batch; nil for a single request
@@ -58,7 +59,7 @@ type Caller struct {
 func (c Caller) actor() audit.Actor {
 	actor := audit.Peer(c.Name, c.PublicKey)
 	actor.Identity = c.Identity
-	return actor
+	return actor.In(c.Request)
 }
 
 // Serve answers peers on the listeners until ctx ends. Then Serve accepts no new requests, finishes

@@ -185,6 +185,9 @@ type Actor struct {
 	Identity string `json:"identity,omitempty"`
 	// Proposal is the number of the approved proposal that the operator's act executes.
 	Proposal uint64 `json:"proposal,omitempty,omitzero"`
+	// Request is the id of the request of a peer or operator. For an item of a batch, a dot and the
+	// item's index follow. The answer to the request has the id too.
+	Request string `json:"request,omitempty"`
 }
 
 // Peer returns the actor for a peer with a Noise public key.
@@ -194,6 +197,12 @@ func Peer(name string, publicKey [32]byte) Actor {
 
 // Operator returns the actor for an operator.
 func Operator(name string) Actor { return Actor{Kind: "operator", Name: name} }
+
+// In returns the actor in a request with an id.
+func (a Actor) In(request string) Actor {
+	a.Request = request
+	return a
+}
 
 // Daemon returns the actor for events that the daemon causes itself, for example Started.
 func Daemon() Actor { return Actor{Kind: "daemon", Name: "countersignd"} }

@@ -339,24 +339,25 @@ func NewApproverKeysChanged(who Actor, action, required string) Event {
 }
 
 // NewOperatorSignedIn begins a session of an operator. roles are separated by commas.
-func NewOperatorSignedIn(name, session, credential, roles, channel string) Event {
-	return newEvent(OperatorSignedIn, Operator(name), "sign in", "session/"+session,
+func NewOperatorSignedIn(who Actor, session, credential, roles, channel string) Event {
+	return newEvent(OperatorSignedIn, who, "sign in", "session/"+session,
 		"credential", credential, "roles", roles, "channel", channel)
 }
 
 // NewOperatorSignedOut ends a session of an operator, by the operator or an administrator.
-func NewOperatorSignedOut(by, session, operator, channel string) Event {
-	return newEvent(OperatorSignedOut, Operator(by), "sign out", "session/"+session,
+func NewOperatorSignedOut(who Actor, session, operator, channel string) Event {
+	return newEvent(OperatorSignedOut, who, "sign out", "session/"+session,
 		"operator", operator, "channel", channel)
 }
 
 // Refusal gives the purpose, the credential and the channel of a refused proof, and the cause. The
-// subject is the key of a presence, or the proposal of an approval; "" for a sign-in.
-type Refusal struct{ Purpose, Subject, Credential, Channel, Cause string }
+// subject is the key of a presence, or the proposal of an approval; "" for a sign-in. Request is the
+// id of the request with the proof.
+type Refusal struct{ Purpose, Subject, Credential, Channel, Cause, Request string }
 
 // NewSignInRefused records a refused proof in the name of an operator.
 func NewSignInRefused(operator, outcome string, r Refusal) Event {
-	return newEvent(SignInRefused, Daemon(), "sign in", operator, "purpose", r.Purpose,
+	return newEvent(SignInRefused, Daemon().In(r.Request), "sign in", operator, "purpose", r.Purpose,
 		"subject", r.Subject, "credential", r.Credential, "channel", r.Channel, "cause", r.Cause).ended(outcome)
 }
 

@@ -55,15 +55,18 @@ func (c *Client) Batch(ctx context.Context, items []Item) ([]Outcome, error) {
 		documents[i] = item.Document.Fill(c.config.Lifetime)
 		requests[i] = signItem{wire.OpSign, item.Key, documents[i].wire()}
 	}
-	var answers wire.Answers
-	err := c.call(ctx, idempotent, func(id string) any {
+	answer, err := c.ask(ctx, idempotent, func(id string) any {
 		return struct {
 			ID    string `json:"id"`
 			Op    string `json:"op"`
 			Items []any  `json:"items"`
 		}{id, wire.OpBatch, requests}
-	}, &answers)
+	})
 	if err != nil {
+		return nil, err
+	}
+	var answers wire.Answers
+	if err := decode(answer, &answers); err != nil {
 		return nil, err
 	}
 	if len(answers.Answers) != len(items) {
@@ -71,7 +74,8 @@ func (c *Client) Batch(ctx context.Context, items []Item) ([]Outcome, error) {
 	}
 	outcomes := make([]Outcome, len(items))
 	for i, a := range answers.Answers {
-		outcomes[i] = c.outcome(ctx, items[i], documents[i], wire.Answer{Result: a.Result, Error: a.Error})
+		each := wire.Answer{Request: fmt.Sprintf("%s.%d", answer.Request, i), Result: a.Result, Error: a.Error}
+		outcomes[i] = c.outcome(ctx, items[i], documents[i], each)
 	}
 	return outcomes, nil
 }

@@ -522,14 +522,24 @@ func (c *Client) checkVerified(ctx context.Context, s *Signed, v wire.Verified) 
 	})
 }
 
-// call sends a request and decodes the answer. An idempotent request is sent again after a lost
-// answer.
+// call sends a request and decodes the answer: see ask.
 func (c *Client) call(ctx context.Context, idempotent bool, request func(id string) any, result any) error {
+	answer, err := c.ask(ctx, idempotent, request)
+	if err != nil {
+		return err
+	}
+	return decode(answer, result)
+}
+
+// ask sends a request and returns the answer. An idempotent request is sent again after a lost
+// answer.
+func (c *Client) ask(
+	ctx context.Context, idempotent bool, request func(id string) any,
+) (answer wire.Answer, err error) {
 	begin := time.Now()
 	for try := 0; ; try++ {
 		conn, err := c.connection(ctx)
 		if err == nil {
-			var answer wire.Answer
 			var sent bool
 			if answer, sent, err = conn.roundTrip(ctx, request); err == nil {
 				if busy := answer.Error; busy != nil && busy.RetryAfter > 0 && time.Since(begin) < c.config.RetryFor {
@@ -538,15 +548,15 @@ func (c *Client) call(ctx context.Context, idempotent bool, request func(id stri
 						continue
 					}
 				}
-				return decode(answer, result)
+				return answer, nil
 			}
 			if sent && !idempotent {
-				return fmt.Errorf("%w: %w", ErrUnknownOutcome, err)
+				return answer, fmt.Errorf("%w: %w", ErrUnknownOutcome, err)
 			}
 		}
 		unreachable := errors.Is(err, ErrUnreachable) || errors.Is(err, ErrHandshake)
 		if !unreachable && !errors.Is(err, ErrConnectionLost) || ctx.Err() != nil {
-			return err
+			return answer, err
 		}
 		// The first broken connection is replaced at once. Other failures wait for the backoff, and
 		// end with RetryFor.
@@ -554,7 +564,7 @@ func (c *Client) call(ctx context.Context, idempotent bool, request func(id stri
 			continue
 		}
 		if time.Since(begin) >= c.config.RetryFor || backoff(ctx, try) != nil {
-			return err
+			return answer, err
 		}
 	}
 }

@@ -205,7 +205,7 @@ func fake(t *testing.T, answer func(id string, request any) []byte) client.Confi
 					}
 					var b []byte
 					if id == "0" { // the first message, which proves possession of the peer's key
-						b = wire.EncodeAnswer(id, wire.Pong{Service: "fake"}, nil)
+						b = wire.EncodeAnswer(id, "", wire.Pong{Service: "fake"}, nil)
 					} else {
 						b = answer(id, request)
 					}

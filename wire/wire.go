@@ -394,9 +394,11 @@ type Verified struct {
 
 // Answer is the envelope of every answer. An Answer has either Result or Error.
 type Answer struct {
-	ID     string          `json:"id"`
-	Result json.RawMessage `json:"result,omitzero"`
-	Error  *Error          `json:"error,omitempty"`
+	ID string `json:"id"`
+	// Request is the appliance's id of the request, in the audit log and in the daemon's log.
+	Request string          `json:"request,omitzero"`
+	Result  json.RawMessage `json:"result,omitzero"`
+	Error   *Error          `json:"error,omitempty"`
 }
 
 // Error is a refusal.
@@ -406,13 +408,20 @@ type Error struct {
 	// RetryAfter is set with busy and rate_limited: the same request may be sent again after so
 	// many seconds.
 	RetryAfter int `json:"retry_after,omitzero"`
+	// Request is the id of the refused request, which an operator can search for. The field is set by
+	// Answer.Into, and is no part of the message.
+	Request string `json:"-"`
 }
 
 func (e *Error) Error() string {
-	if e.Message == "" {
-		return e.Code
+	text := e.Code
+	if e.Message != "" {
+		text += ": " + e.Message
 	}
-	return e.Code + ": " + e.Message
+	if e.Request != "" {
+		text += " (request " + e.Request + ")"
+	}
+	return text
 }
 
 // Is makes an Error that has nothing but a Code stand for all refusals with this code: errors.Is
@@ -574,16 +583,17 @@ func mustEncode(v any) []byte {
 	return b
 }
 
-// EncodeAnswer writes the answer to the request with the given id: the result, or the refusal if
-// not nil. An answer of more than MaxDocument bytes becomes the error too_large.
-func EncodeAnswer(id string, result any, refusal *Error) []byte {
-	a := Answer{ID: id, Error: refusal}
+// EncodeAnswer writes the answer to the request with the peer's id and the appliance's id: the
+// result, or the refusal if not nil. An answer of more than MaxDocument bytes becomes the error
+// too_large.
+func EncodeAnswer(id, request string, result any, refusal *Error) []byte {
+	a := Answer{ID: id, Request: request, Error: refusal}
 	if refusal == nil {
 		a.Result = mustEncode(result)
 	}
 	b := mustEncode(a)
 	if len(b) > MaxDocument {
-		return EncodeAnswer(id, nil, refuse(CodeTooLarge, "the answer does not fit into %d bytes", MaxDocument))
+		return EncodeAnswer(id, request, nil, refuse(CodeTooLarge, "the answer does not fit into %d bytes", MaxDocument))
 	}
 	return b
 }
@@ -696,10 +706,13 @@ func parseRotation(document ijson.Object) (*Rotation, error) {
 	return r, nil
 }
 
-// Into decodes the result into v strictly. The error is a.Error if the answer has one.
+// Into decodes the result into v strictly. The error is a.Error if the answer has one, with the id
+// of the request.
 func (a Answer) Into(v any) error {
 	if a.Error != nil {
-		return a.Error
+		refusal := *a.Error
+		refusal.Request = a.Request
+		return &refusal
 	}
 	if err := ijson.Decode(a.Result, v); err != nil {
 		return fmt.Errorf("wire: result: %w", err)

@@ -128,18 +128,18 @@ func TestParseRefuses(t *testing.T) {
 			t.Errorf("%s: message %q", name, message)
 		}
 		// The refusal must itself be a valid answer.
-		if _, err := wire.DecodeAnswer(wire.EncodeAnswer(id, nil, refusal)); err != nil {
+		if _, err := wire.DecodeAnswer(wire.EncodeAnswer(id, "abcdefgh23456723", nil, refusal)); err != nil {
 			t.Errorf("%s: %v", name, err)
 		}
 	}
 }
 
 func TestAnswers(t *testing.T) {
-	b := wire.EncodeAnswer("7", wire.Verified{Valid: true, Event: 12345}, nil)
+	b := wire.EncodeAnswer("7", "", wire.Verified{Valid: true, Event: 12345}, nil)
 	if string(b) != `{"id":"7","result":{"valid":true,"event":12345}}` {
 		t.Errorf("%s", b)
 	}
-	b = wire.EncodeAnswer("7", nil, &wire.Error{Code: wire.CodeReplay, Message: "the nonce is spent"})
+	b = wire.EncodeAnswer("7", "", nil, &wire.Error{Code: wire.CodeReplay, Message: "the nonce is spent"})
 	if string(b) != `{"id":"7","error":{"code":"replay","message":"the nonce is spent"}}` {
 		t.Errorf("%s", b)
 	}
@@ -152,7 +152,7 @@ func TestAnswers(t *testing.T) {
 	for i := range 2000 {
 		list.Keys = append(list.Keys, wire.Key{Name: fmt.Sprint("key", i)})
 	}
-	a, err = wire.DecodeAnswer(wire.EncodeAnswer("7", list, nil))
+	a, err = wire.DecodeAnswer(wire.EncodeAnswer("7", "", list, nil))
 	if err != nil || a.Error == nil || a.Error.Code != wire.CodeTooLarge {
 		t.Errorf("an answer that does not fit: %v, %v", a, err)
 	}
@@ -193,7 +193,7 @@ func FuzzParse(f *testing.F) {
 		if err != nil && !errors.As(err, &refusal) {
 			t.Fatalf("%T is not a refusal", err)
 		}
-		if _, err := wire.DecodeAnswer(wire.EncodeAnswer(id, wire.Pong{}, refusal)); err != nil {
+		if _, err := wire.DecodeAnswer(wire.EncodeAnswer(id, "", wire.Pong{}, refusal)); err != nil {
 			t.Fatal(err)
 		}
 	})

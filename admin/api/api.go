@@ -313,6 +313,7 @@ type EventQuery struct {
 	Nonce        string // hex
 	Digest       string // hex
 	Admission    string // number of an admission: finds its outcome
+	Request      string // id of a request; of a batch: finds the events of all items
 	Since, Until int64  // Since <= time < Until, in Unix milliseconds; 0 is no bound
 	Limit        int    // 1 to 1000; 0: 1000
 	After        string // next of the page before
@@ -336,6 +337,7 @@ func (q EventQuery) values() url.Values {
 	set("nonce", q.Nonce)
 	set("digest", q.Digest)
 	set("admission", q.Admission)
+	set("request", q.Request)
 	set("since", strconv.FormatInt(q.Since, 10))
 	set("until", strconv.FormatInt(q.Until, 10))
 	set("limit", strconv.Itoa(q.Limit))

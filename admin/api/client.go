@@ -28,9 +28,20 @@ type Error struct {
 	Detail     string `json:"detail" doc:"what it is here, for people"`
 	Code       string `json:"code"` // for example not_found; admin/openapi.json lists all codes
 	RetryAfter int    `json:"retry_after,omitempty" doc:"seconds; with rate_limited"`
+
+	Request string `json:"-"` // id of the refused request, from RequestHeader
 }
 
-func (e *Error) Error() string { return e.Code + ": " + e.Detail }
+// RequestHeader is the header of each answer with the id of the request, which is in the audit log
+// and in the daemon's log too.
+const RequestHeader = "Countersign-Request"
+
+func (e *Error) Error() string {
+	if e.Request == "" {
+		return e.Code + ": " + e.Detail
+	}
+	return e.Code + ": " + e.Detail + " (request " + e.Request + ")"
+}
 
 // GetStatus returns the HTTP status. The server uses GetStatus, ContentType and GetHeaders.
 func (e *Error) GetStatus() int { return e.Status }
@@ -168,6 +179,7 @@ func refusal(resp *http.Response, b []byte) error {
 	if json.Unmarshal(b, e) != nil || e.Code == "" {
 		return fmt.Errorf("the admin API answers %s", resp.Status)
 	}
+	e.Request = resp.Header.Get(RequestHeader)
 	return e
 }
 

@@ -204,10 +204,10 @@ func (s *Server) serve(raw net.Conn) {
 func (s *Server) answer(message []byte) []byte {
 	id, request, err := wire.Parse(message, 100)
 	if err != nil {
-		return wire.EncodeAnswer(id, nil, err.(*wire.Error))
+		return wire.EncodeAnswer(id, "", nil, err.(*wire.Error))
 	}
 	if id == "0" { // the first message, which proves possession of the peer's key
-		return wire.EncodeAnswer(id, wire.Pong{Service: "countersign"}, nil)
+		return wire.EncodeAnswer(id, "", wire.Pong{Service: "countersign"}, nil)
 	}
 	s.mu.Lock()
 	answer := s.Answer
@@ -266,9 +266,9 @@ func (s *Server) answer(message []byte) []byte {
 		result = answers
 	default:
 		result, refusal := s.perform(request)
-		return wire.EncodeAnswer(id, result, refusal)
+		return wire.EncodeAnswer(id, "", result, refusal)
 	}
-	return wire.EncodeAnswer(id, result, nil)
+	return wire.EncodeAnswer(id, "", result, nil)
 }
 
 // perform performs a request of its own, or an item of a batch. The caller holds the lock.

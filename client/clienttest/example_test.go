@@ -40,7 +40,7 @@ func Example() {
 	appliance.Do(func(s *clienttest.Server) {
 		s.Answer = func(id string, request any) []byte {
 			if _, sign := request.(*wire.Sign); sign {
-				return wire.EncodeAnswer(id, nil, &wire.Error{Code: wire.CodeDenied, Message: "over the budget"})
+				return wire.EncodeAnswer(id, "", nil, &wire.Error{Code: wire.CodeDenied, Message: "over the budget"})
 			}
 			return nil // as always
 		}

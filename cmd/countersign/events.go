@@ -105,6 +105,8 @@ func (t *tool) events(act maker) *cobra.Command {
 		"only events about the document with this `nonce`, hex or another form of 32 bytes (default: all)")
 	f.StringVar(&q.Digest, "digest", "",
 		"only events with this `digest`, hex or another form of 32 bytes (default: all)")
+	f.StringVar(&q.Request, "request", "",
+		"only events of the request with this `id`, which is in its answer (default: all)")
 	f.BoolVar(&newest, "newest", false, "the newest event first (default: on a terminal)")
 	f.IntVar(&tail, "tail", 0, "only the last `number` of events, the oldest of them first (default: all)")
 	f.BoolVar(&follow, "follow", false, "go on with new events until Ctrl-C")

@@ -173,7 +173,7 @@ func TestLineFollowRefuses(t *testing.T) {
 				next := s.Line.Next(2)
 				forged := clienttest.Step(s.Line.Private[1], r.Key, 3, thief.Public(1), &next)
 				steps := []wire.Succession{s.Line.Step(2), forged}
-				return wire.EncodeAnswer(id, wire.Steps{Key: r.Key, Steps: steps}, nil)
+				return wire.EncodeAnswer(id, "", wire.Steps{Key: r.Key, Steps: steps}, nil)
 			}
 			return nil
 		}

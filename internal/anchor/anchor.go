@@ -475,7 +475,8 @@ func (a *Anchor) Accept(ctx context.Context, who audit.Actor, reason string) err
 	if err := manage.CheckReason(reason); err != nil {
 		return fmt.Errorf("rollback: %w", err)
 	}
-	return a.accepting.Run(ctx, a.log, "accept a rollback", func(ctx context.Context) error {
+	log := a.log.With("request", who.Request)
+	return a.accepting.Run(ctx, log, "accept a rollback", func(ctx context.Context) error {
 		if err := a.comparing.Acquire(ctx); err != nil {
 			return err
 		}
@@ -515,7 +516,8 @@ func (a *Anchor) Accept(ctx context.Context, who audit.Actor, reason string) err
 		}); err != nil {
 			return err
 		}
-		a.log.Warn("a rollback was accepted", "operator", who.Name, "reason", reason)
+		a.log.Warn("a rollback was accepted", "operator", who.Name, "request", who.Request,
+			"reason", reason)
 		return a.compare(ctx) // opens the gate
 	})
 }

@@ -253,7 +253,7 @@ func TestLongLine(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if b := wire.EncodeAnswer("1", steps, nil); strings.Contains(string(b), wire.CodeTooLarge) {
+		if b := wire.EncodeAnswer("1", "", steps, nil); strings.Contains(string(b), wire.CodeTooLarge) {
 			t.Fatal("they don't fit")
 		}
 		more = steps.More

@@ -121,7 +121,7 @@ func (r *Ring) createFirst(ctx context.Context, who audit.Actor, n NewKey) (*Key
 		return nil, fmt.Errorf("key %q: %w: say on which token: %s", n.Name, manage.ErrInvalid, r.Tokens.Names())
 	}
 	ref := keystore.Ref{Name: n.Name, Version: 1}
-	if err := r.run(ctx, fmt.Sprintf("key %q", n.Name), func(ctx context.Context) error {
+	if err := r.run(ctx, who, fmt.Sprintf("key %q", n.Name), func(ctx context.Context) error {
 		return r.create(ctx, who, ref, n)
 	}); err != nil {
 		return nil, err
@@ -130,8 +130,10 @@ func (r *Ring) createFirst(ctx context.Context, who audit.Actor, n NewKey) (*Key
 }
 
 // run runs an act on keys to its end, one act at a time.
-func (r *Ring) run(ctx context.Context, what string, do func(context.Context) error) error {
-	return r.changing.Run(ctx, r.Log, what, do)
+func (r *Ring) run(
+	ctx context.Context, who audit.Actor, what string, do func(context.Context) error,
+) error {
+	return r.changing.Run(ctx, r.Log.With("request", who.Request), what, do)
 }
 
 func (r *Ring) create(ctx context.Context, who audit.Actor, ref keystore.Ref, n NewKey) error {

@@ -123,7 +123,8 @@ var (
 // giveUp ends a request that was not carried out. The record stays, as the source of the cause.
 func (r *Ring) giveUp(ctx context.Context, name string, q Request, why error) error {
 	q.Ended = why.Error()
-	r.Log.Error("a requested rotation is given up", "key", name, "operator", q.By.Name, "err", why)
+	r.Log.Error("a requested rotation is given up", "key", name, "operator", q.By.Name,
+		"request", q.By.Request, "err", why)
 	if err := r.Ledger.Update(ctx, func(tx *ledger.Tx) error {
 		if err := tx.Put(ledger.Meta, requestKeys+name, q.encode()); err != nil {
 			return err
@@ -139,7 +140,7 @@ func (r *Ring) giveUp(ctx context.Context, name string, q Request, why error) er
 // version stays the committed successor: a later rotation announces the same version. All peers are
 // told, also those that have acknowledged the rotation. A schedule counts from now on.
 func (r *Ring) Cancel(ctx context.Context, who audit.Actor, name string) error {
-	return r.run(ctx, fmt.Sprintf("calling off the rotation of key %q", name), func(ctx context.Context) error {
+	return r.run(ctx, who, fmt.Sprintf("calling off the rotation of key %q", name), func(ctx context.Context) error {
 		versions, err := r.Versions(name)
 		if err != nil {
 			return err
@@ -177,7 +178,8 @@ func (r *Ring) callOff(ctx context.Context, who audit.Actor, old, next *Key) err
 	if err := r.changeLine(ctx, who, old.Name, []edit{stays, off}, old.Version, e); err != nil {
 		return err
 	}
-	r.Log.Info("a rotation was called off", "key", old.Name, "version", next.Version, "operator", who.Name)
+	r.Log.Info("a rotation was called off", "key", old.Name, "version", next.Version, "operator", who.Name,
+		"request", who.Request)
 	r.clearRetry(old.Name)
 	defer r.notify()
 	if now, err := r.Active(old.Name); err == nil && old.Name == NoiseName && r.unauthorized(now) {

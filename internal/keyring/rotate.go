@@ -68,7 +68,7 @@ func (r *Ring) RotateWithin(
 		return nil, fmt.Errorf("key %q: %w", ijson.Clip(name), err)
 	}
 	var next *Key
-	err := r.run(ctx, fmt.Sprintf("rotating key %q", ijson.Clip(name)), func(ctx context.Context) (err error) {
+	err := r.run(ctx, who, fmt.Sprintf("rotating key %q", ijson.Clip(name)), func(ctx context.Context) (err error) {
 		next, err = r.rotate(ctx, who, name, at, within)
 		return err
 	})
@@ -316,7 +316,7 @@ func (r *Ring) activate(ctx context.Context, who audit.Actor, next *Key) error {
 // Archive takes a verify-only version out of use before the end of its grace time: signatures of
 // the version are never accepted again.
 func (r *Ring) Archive(ctx context.Context, who audit.Actor, name string, version uint32) error {
-	return r.run(ctx, fmt.Sprintf("archiving key %q", ijson.Clip(name)), func(ctx context.Context) error {
+	return r.run(ctx, who, fmt.Sprintf("archiving key %q", ijson.Clip(name)), func(ctx context.Context) error {
 		k, err := r.mayBecome(name, version, Archived, who)
 		if err != nil {
 			return err
@@ -375,7 +375,7 @@ func (r *Ring) Destroy(ctx context.Context, who audit.Actor, name string, versio
 	if err := approved(Destroyed, who); err != nil {
 		return fmt.Errorf("key %q: %w", ijson.Clip(name), err)
 	}
-	return r.run(ctx, fmt.Sprintf("destroying key %q", ijson.Clip(name)), func(ctx context.Context) error {
+	return r.run(ctx, who, fmt.Sprintf("destroying key %q", ijson.Clip(name)), func(ctx context.Context) error {
 		k, err := r.mayBecome(name, version, Destroyed, who)
 		if err != nil {
 			return err
@@ -407,7 +407,7 @@ func (r *Ring) Compromise(ctx context.Context, who audit.Actor, name string, ver
 	if err := manage.CheckReason(reason); err != nil {
 		return fmt.Errorf("key %q: %w", ijson.Clip(name), err)
 	}
-	return r.run(ctx, fmt.Sprintf("key %q", ijson.Clip(name)), func(ctx context.Context) error {
+	return r.run(ctx, who, fmt.Sprintf("key %q", ijson.Clip(name)), func(ctx context.Context) error {
 		k, err := r.mayBecome(name, version, Compromised, who)
 		if err != nil {
 			return err
@@ -417,7 +417,8 @@ func (r *Ring) Compromise(ctx context.Context, who audit.Actor, name string, ver
 		}
 		r.Gate.Enforce()
 		r.notify()
-		r.Log.Warn("a key is compromised", "key", k.Ref().String(), "operator", who.Name, "reason", reason)
+		r.Log.Warn("a key is compromised", "key", k.Ref().String(), "operator", who.Name, "request", who.Request,
+			"reason", reason)
 		if k.State != Active || r.Gate.Err() != nil {
 			return nil // Keep rotates once the gate is open
 		}

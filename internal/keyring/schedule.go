@@ -110,7 +110,7 @@ func (r *Ring) keepKey(ctx context.Context, name string) {
 	}
 	wait, cancel := context.WithTimeout(ctx, r.RequestTimeout)
 	defer cancel()
-	err := r.run(wait, fmt.Sprintf("what is due of key %q", name), func(ctx context.Context) error {
+	err := r.run(wait, audit.Daemon(), fmt.Sprintf("what is due of key %q", name), func(ctx context.Context) error {
 		versions, err := r.Versions(name)
 		if errors.Is(err, manage.ErrNotFound) {
 			return nil

@@ -216,7 +216,7 @@ func (r *Ring) CheckSet(name string, set func(*Settings) error) (s, before Setti
 func (r *Ring) Set(
 	ctx context.Context, who audit.Actor, name string, set func(*Settings) error,
 ) (s Settings, err error) {
-	err = r.run(ctx, fmt.Sprintf("the settings of key %q", ijson.Clip(name)), func(ctx context.Context) error {
+	err = r.run(ctx, who, fmt.Sprintf("the settings of key %q", ijson.Clip(name)), func(ctx context.Context) error {
 		if err := r.Ledger.Update(ctx, func(tx *ledger.Tx) (err error) {
 			var before Settings
 			if s, before, err = r.CheckSet(name, set); err != nil {

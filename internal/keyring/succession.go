@@ -158,7 +158,7 @@ func (r *Ring) AuthorizeNoise(ctx context.Context, who audit.Actor) error {
 	if r.Identity == "" {
 		return fmt.Errorf("noise key: %w: the configuration has no noise_identity", manage.ErrConflict)
 	}
-	return r.run(ctx, "authorising the Noise key", func(ctx context.Context) error {
+	return r.run(ctx, who, "authorising the Noise key", func(ctx context.Context) error {
 		return r.authorizeActive(ctx, who)
 	})
 }

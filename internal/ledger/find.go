@@ -9,6 +9,7 @@ import (
 	"math"
 	"slices"
 	"sort"
+	"strings"
 
 	"countersign/audit"
 
@@ -23,6 +24,7 @@ type Query struct {
 	Nonce     string // hex, as in the metadata
 	Digest    string // hex, as in the metadata
 	Admission string // number of an admission: finds its outcome
+	Request   string // id of a request, or of an item of a batch; the id of a batch finds all items
 
 	Since, Until int64 // Since <= time of the event < Until, in Unix milliseconds; 0 is no bound
 }
@@ -41,6 +43,7 @@ const (
 	termNonce     = "n"
 	termDigest    = "d"
 	termAdmission = "m"
+	termRequest   = "q"
 )
 
 // terms returns the texts by which the index finds an event.
@@ -52,6 +55,12 @@ func terms(e audit.Event) []string {
 	for i := range len(e.Resource) {
 		if e.Resource[i] == '/' && i > 0 {
 			all = append(all, termResource+e.Resource[:i])
+		}
+	}
+	if id := e.Actor.Request; id != "" {
+		all = append(all, termRequest+id)
+		if batch, _, isItem := strings.Cut(id, "."); isItem {
+			all = append(all, termRequest+batch)
 		}
 	}
 	for kind, name := range map[string]string{termNonce: "nonce", termDigest: "digest", termAdmission: "admission"} {
@@ -66,7 +75,7 @@ func terms(e audit.Event) []string {
 // event with the first term, and are then left at once.
 func (q Query) terms() (all []string) {
 	for _, each := range []struct{ kind, value string }{
-		{termNonce, q.Nonce}, {termDigest, q.Digest}, {termAdmission, q.Admission},
+		{termRequest, q.Request}, {termNonce, q.Nonce}, {termDigest, q.Digest}, {termAdmission, q.Admission},
 		{termActor, q.Actor}, {termResource, q.Resource}, {termType, string(q.Type)},
 	} {
 		if each.value != "" {

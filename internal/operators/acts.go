@@ -245,7 +245,7 @@ func (r *Registry) dryRun(own operatorAct, p []approval.Parameter) (_ []approval
 func (r *Registry) updateRoster(
 	ctx context.Context, who audit.Actor, action string, mutate func(*roster) (name, change string, err error),
 ) error {
-	return r.write(ctx, action, func(ctx context.Context) error {
+	return r.write(ctx, who.Request, action, func(ctx context.Context) error {
 		return r.ledger.Update(ctx, func(tx *ledger.Tx) error {
 			people, err := readRoster(tx.View)
 			if err != nil {
@@ -304,7 +304,7 @@ func (r *Registry) EnrolFirst(
 	roles := []approval.Role{approval.Administrator, approval.OperatorRole, approval.Auditor, approval.Approver}
 	values := []string{name, joinRoles(roles), string(manage.Encode(c))}
 	var first approval.Operator
-	err := r.updateRoster(ctx, audit.Operator("uid:0"), "operator enrol", func(people *roster) (string, string, error) {
+	err := r.updateRoster(ctx, audit.Operator("uid:0").In(ch.Request), "operator enrol", func(people *roster) (string, string, error) {
 		if len(people.people) > 0 {
 			return "", "", fmt.Errorf("%w: there are operators already: propose to add one", ErrConflict)
 		}

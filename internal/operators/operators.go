@@ -118,6 +118,8 @@ type Channel struct {
 	Kind   string // Unix or HTTPS
 	UID    uint32 // of the caller's process, on Unix
 	Source string // the caller's address, on HTTPS; for people to read
+
+	Request string // id of the present request; see package requestid
 }
 
 // sameCaller reports whether both channels can be of one caller: the same kind and the same user.
@@ -203,7 +205,7 @@ func (r *Registry) Close(ctx context.Context) error {
 		r.Log.Error("the end of the operators", "err", err)
 	}
 	// After this write no proposal becomes running: Approve checks stopping in its transaction.
-	if err := r.write(ctx, "stop", func(context.Context) error {
+	if err := r.write(ctx, "", "stop", func(context.Context) error {
 		r.mu.Lock()
 		defer r.mu.Unlock()
 		r.closing = true
@@ -230,9 +232,12 @@ func (r *Registry) stopping() bool {
 	return r.closing
 }
 
-// write runs change under the lock writing, to its end, even if the caller's ctx ends first.
-func (r *Registry) write(ctx context.Context, what string, change func(context.Context) error) error {
-	return r.writing.Run(ctx, r.Log, what, change)
+// write runs change under the lock writing, to its end, even if the caller's ctx ends first. request
+// is the id of the caller's request, or "".
+func (r *Registry) write(
+	ctx context.Context, request, what string, change func(context.Context) error,
+) error {
+	return r.writing.Run(ctx, r.Log.With("request", request), what, change)
 }
 
 // person is an operator's record in the ledger.

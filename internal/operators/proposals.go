@@ -156,9 +156,10 @@ func (r *record) ref() audit.ProposalRef {
 // update changes a proposal in one transaction. change gets the record of the ledger, and returns
 // the events of the change. After the commit, update calls then; then may be nil.
 func (r *Registry) update(
-	ctx context.Context, id uint64, change func(*ledger.Tx, *record) ([]audit.Event, error), then func(*record),
+	ctx context.Context, request string, id uint64,
+	change func(*ledger.Tx, *record) ([]audit.Event, error), then func(*record),
 ) error {
-	return r.write(ctx, "proposal "+strconv.FormatUint(id, 10), func(ctx context.Context) error {
+	return r.write(ctx, request, "proposal "+strconv.FormatUint(id, 10), func(ctx context.Context) error {
 		var rec *record
 		if err := r.ledger.Update(ctx, func(tx *ledger.Tx) (err error) {
 			value := tx.Get(ledger.Proposals, recordKey(id))
@@ -217,7 +218,7 @@ func (r *Registry) Propose(
 	}
 	now := time.Now().Truncate(time.Second)
 	rec := &record{State: Pending, Content: slices.Clone(content)}
-	err = r.write(ctx, "proposal", func(ctx context.Context) error {
+	err = r.write(ctx, s.Channel.Request, "proposal", func(ctx context.Context) error {
 		id, evicted, err := r.nextNumber(s.Operator)
 		if err != nil {
 			return err
@@ -256,7 +257,7 @@ func (r *Registry) Propose(
 					return err
 				}
 			}
-			return put(tx, rec, audit.NewProposalMade(audit.Operator(who.Name), rec.ref(), rec.Text))
+			return put(tx, rec, audit.NewProposalMade(s.actor(), rec.ref(), rec.Text))
 		})
 	})
 	if err != nil {
@@ -325,7 +326,7 @@ func (r *Registry) Approve(ctx context.Context, s Session, id uint64, p approval
 	p = p.Canonical() // the log has the form that ssh-keygen writes
 	var late bool
 	var ended chan struct{}
-	err = r.update(ctx, id, func(tx *ledger.Tx, rec *record) ([]audit.Event, error) {
+	err = r.update(ctx, s.Channel.Request, id, func(tx *ledger.Tx, rec *record) ([]audit.Event, error) {
 		if r.stopping() {
 			return nil, fmt.Errorf("approval: %w: the appliance stops", ErrUnavailable)
 		}
@@ -357,7 +358,7 @@ func (r *Registry) Approve(ctx context.Context, s Session, id uint64, p approval
 				Operator: who.Name, Credential: p.Credential, At: time.Now().Unix(), Hardware: verified.Hardware,
 			})
 			events = append(events,
-				audit.NewApprovalGiven(audit.Operator(who.Name), rec.ref(), p.Credential, manage.Encode(p)))
+				audit.NewApprovalGiven(s.actor(), rec.ref(), p.Credential, manage.Encode(p)))
 		}
 		switch {
 		case rec.countApprovals(&people) >= max(rec.proposal.Needed, people.needed):
@@ -407,7 +408,7 @@ func (r *Registry) execute(act Act, rec *record, ended chan struct{}) {
 	state, cause := r.run(act, rec)
 	log := r.Log.With("proposal", rec.id(), "act", rec.proposal.Act)
 	for {
-		err := r.update(context.Background(), rec.id(), func(_ *ledger.Tx, rec *record) ([]audit.Event, error) {
+		err := r.update(context.Background(), "", rec.id(), func(_ *ledger.Tx, rec *record) ([]audit.Event, error) {
 			if rec.State != Running {
 				return nil, fmt.Errorf("%w: it is %s", ErrConflict, rec.State)
 			}
@@ -455,7 +456,7 @@ func (r *Registry) endInterrupted() error {
 		if r.proposals[id].State != Running {
 			continue
 		}
-		if err := r.update(context.Background(), id, func(_ *ledger.Tx, rec *record) ([]audit.Event, error) {
+		if err := r.update(context.Background(), "", id, func(_ *ledger.Tx, rec *record) ([]audit.Event, error) {
 			e := rec.end(Interrupted, "the appliance stopped while it was carried out: look at how far it has come")
 			e.Actor = audit.Daemon()
 			return []audit.Event{e}, nil
@@ -474,7 +475,7 @@ func (r *Registry) Withdraw(ctx context.Context, s Session, id uint64) error {
 		return err
 	}
 	var late bool
-	err := r.update(ctx, id, func(tx *ledger.Tx, rec *record) ([]audit.Event, error) {
+	err := r.update(ctx, s.Channel.Request, id, func(tx *ledger.Tx, rec *record) ([]audit.Event, error) {
 		people, err := readRoster(tx.View)
 		if err != nil {
 			return nil, err
@@ -491,7 +492,7 @@ func (r *Registry) Withdraw(ctx context.Context, s Session, id uint64) error {
 			return []audit.Event{rec.end(Expired, "")}, nil
 		}
 		rec.end(Withdrawn, "")
-		return []audit.Event{audit.NewProposalWithdrawn(audit.Operator(s.Operator), rec.ref())}, nil
+		return []audit.Event{audit.NewProposalWithdrawn(s.actor(), rec.ref())}, nil
 	}, nil)
 	if err == nil && late {
 		err = fmt.Errorf("proposal %d: %w: it has expired", id, ErrConflict)
@@ -561,7 +562,7 @@ func (r *Registry) Warnings(p Proposal) []string {
 // expired proposal can't be approved, even before that call.
 func (r *Registry) Expire(ctx context.Context) error {
 	for _, id := range r.open(r.expired) {
-		err := r.update(ctx, id, func(_ *ledger.Tx, rec *record) ([]audit.Event, error) {
+		err := r.update(ctx, "", id, func(_ *ledger.Tx, rec *record) ([]audit.Event, error) {
 			if rec.State != Pending {
 				return nil, ErrConflict
 			}

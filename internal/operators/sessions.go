@@ -34,6 +34,9 @@ type Session struct {
 	LastUsed   time.Time
 }
 
+// actor returns the operator as the actor of the present request.
+func (s Session) actor() audit.Actor { return audit.Operator(s.Operator).In(s.Channel.Request) }
+
 func (s *Session) expired(now time.Time) bool {
 	return !now.Before(s.Expires) || now.Sub(s.LastUsed) >= sessionIdle
 }
@@ -104,7 +107,9 @@ func (r *Registry) Session(token string, ch Channel) (Session, error) {
 		return Session{}, ErrSignedOut
 	}
 	s.LastUsed = now
-	return s.copy(), nil
+	c := s.copy()
+	c.Channel.Request = ch.Request
+	return c, nil
 }
 
 func (s *Session) copy() Session {
@@ -154,7 +159,7 @@ func (r *Registry) Revoke(ctx context.Context, s Session, id string) error {
 	if err != nil {
 		return err
 	}
-	e := audit.NewOperatorSignedOut(who.Name, ended.ID, ended.Operator, ended.Channel.String())
+	e := audit.NewOperatorSignedOut(s.actor(), ended.ID, ended.Operator, ended.Channel.String())
 	if _, err = r.ledger.Append(ctx, ledger.EventOf(e)); err != nil {
 		return fmt.Errorf("sign out: it has ended, and that was not written down: %w", err)
 	}

@@ -225,7 +225,7 @@ func (r *Registry) verifyProof(who person, namespace, text string, p approval.Pr
 // beyond the pace of events are counted for RecordCount.
 func (r *Registry) recordRefusal(ctx context.Context, of attempt, p approval.Proof, cause error) {
 	r.Log.Warn("a proof was refused", "operator", of.operator, "purpose", of.purpose, "for", of.subject,
-		"channel", of.Channel.String(), "cause", cause)
+		"channel", of.Channel.String(), "request", of.Request, "cause", cause)
 	prover := of.operator
 	if of.purpose == approval.ForSignIn {
 		prover = "" // nobody is signed in: all strangers together have one pace
@@ -246,10 +246,10 @@ func (r *Registry) recordRefusal(ctx context.Context, of attempt, p approval.Pro
 	}
 	e := audit.NewSignInRefused(of.operator, outcome, audit.Refusal{
 		Purpose: of.purpose, Subject: of.subject, Credential: credential, Channel: of.Channel.String(),
-		Cause: cause.Error(),
+		Cause: cause.Error(), Request: of.Request,
 	})
 	if _, err := r.ledger.Append(ctx, ledger.EventOf(e)); err != nil {
-		r.Log.Error("the refusal of a proof was not written down", "err", err)
+		r.Log.Error("the refusal of a proof was not written down", "request", of.Request, "err", err)
 	}
 }
 
@@ -316,13 +316,14 @@ func (r *Registry) SignIn(
 	}
 	of.operator = seen.Name
 	begun, secret := newSession(ch, p.Credential)
-	err = r.write(ctx, "sign-in", func(ctx context.Context) error {
+	err = r.write(ctx, ch.Request, "sign-in", func(ctx context.Context) error {
 		var who person
 		if err := r.ledger.Update(ctx, func(tx *ledger.Tx) (err error) {
 			if who, err = r.recheckCredential(tx, seen, p.Credential, count); err != nil {
 				return err
 			}
-			e := audit.NewOperatorSignedIn(who.Name, begun.ID, p.Credential, joinRoles(who.Roles), ch.String())
+			e := audit.NewOperatorSignedIn(audit.Operator(who.Name).In(ch.Request), begun.ID, p.Credential,
+				joinRoles(who.Roles), ch.String())
 			return tx.Append(ledger.EventOf(e))
 		}); err != nil {
 			return err
@@ -377,7 +378,7 @@ func (r *Registry) VerifyPresence(ctx context.Context, s Session, challenge, sub
 	if err != nil {
 		return fmt.Errorf("presence: %w", err)
 	}
-	err = r.write(ctx, "presence", func(ctx context.Context) error {
+	err = r.write(ctx, s.Channel.Request, "presence", func(ctx context.Context) error {
 		return r.ledger.Update(ctx, func(tx *ledger.Tx) error {
 			_, err := r.recheckCredential(tx, seen, p.Credential, count)
 			return err

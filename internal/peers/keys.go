@@ -123,7 +123,7 @@ func (r *Registry) AddKey(ctx context.Context, who audit.Actor, name string, pub
 		return err
 	}
 	k := keyRecord{PublicKey: keyText(publicKey), Added: time.Now().Unix()}
-	return r.run(ctx, name, func(ctx context.Context) error {
+	return r.run(ctx, who, name, func(ctx context.Context) error {
 		return r.ledger.Update(ctx, func(tx *ledger.Tx) error {
 			rec, err := enrolled(tx, name)
 			if err != nil {
@@ -151,7 +151,7 @@ func (r *Registry) AddKey(ctx context.Context, who audit.Actor, name string, pub
 func (r *Registry) RemoveKey(ctx context.Context, who audit.Actor, name string, publicKey [32]byte) error {
 	last := fmt.Errorf("peer %q: %w: it has no other key: add the new key before, or remove the peer",
 		name, manage.ErrConflict)
-	return r.exclude(ctx, exclusion{name: name, key: &publicKey, mark: func(m *Member) error {
+	return r.exclude(ctx, exclusion{who: who, name: name, key: &publicKey, mark: func(m *Member) error {
 		k := m.keys[publicKey]
 		if k == nil {
 			return nil // the ledger says whose key it is

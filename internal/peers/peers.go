@@ -367,15 +367,17 @@ func (r *Registry) Add(ctx context.Context, who audit.Actor, name string, public
 		return Peer{}, err
 	}
 	p := Peer{Name: name, PublicKey: [32]byte(publicKey), Added: time.Now()}
-	if err := r.run(ctx, name, func(ctx context.Context) error { return r.enrol(ctx, who, p) }); err != nil {
+	if err := r.run(ctx, who, name, func(ctx context.Context) error { return r.enrol(ctx, who, p) }); err != nil {
 		return Peer{}, err
 	}
 	return p, nil
 }
 
 // run runs an act on an enrolment.
-func (r *Registry) run(ctx context.Context, name string, do func(context.Context) error) error {
-	return r.enrolling.Run(ctx, r.log, fmt.Sprintf("peer %q", ijson.Clip(name)), do)
+func (r *Registry) run(
+	ctx context.Context, who audit.Actor, name string, do func(context.Context) error,
+) error {
+	return r.enrolling.Run(ctx, r.log.With("request", who.Request), fmt.Sprintf("peer %q", ijson.Clip(name)), do)
 }
 
 // enrol writes the record of a new peer. The check for an existing enrolment reads the ledger:
@@ -407,7 +409,7 @@ func (r *Registry) OnRemoval(change func(tx *ledger.Tx, who audit.Actor, name st
 // no key is used for its requests. After an error the ledger may still have the peer, and the next
 // start would enrol the peer again: the caller must repeat Remove.
 func (r *Registry) Remove(ctx context.Context, who audit.Actor, name string) error {
-	return r.exclude(ctx, exclusion{name: name, mark: func(m *Member) error {
+	return r.exclude(ctx, exclusion{who: who, name: name, mark: func(m *Member) error {
 		m.removed = true
 		return nil
 	}, write: func(tx *ledger.Tx, _ record) error {
@@ -426,7 +428,7 @@ func (r *Registry) Remove(ctx context.Context, who audit.Actor, name string) err
 // Suspend refuses a peer until Resume. The steps are the steps of Remove, and after an error the
 // caller must repeat Suspend.
 func (r *Registry) Suspend(ctx context.Context, who audit.Actor, name string) error {
-	return r.exclude(ctx, exclusion{name: name, mark: func(m *Member) error {
+	return r.exclude(ctx, exclusion{who: who, name: name, mark: func(m *Member) error {
 		m.suspending = true
 		return nil
 	}, write: func(tx *ledger.Tx, rec record) error { return setSuspended(tx, who, name, rec, true) }})
@@ -434,7 +436,7 @@ func (r *Registry) Suspend(ctx context.Context, who audit.Actor, name string) er
 
 // Resume ends a suspension.
 func (r *Registry) Resume(ctx context.Context, who audit.Actor, name string) error {
-	return r.run(ctx, name, func(ctx context.Context) error {
+	return r.run(ctx, who, name, func(ctx context.Context) error {
 		if err := r.ledger.Update(ctx, func(tx *ledger.Tx) error {
 			rec, err := enrolled(tx, name)
 			if err != nil {
@@ -470,6 +472,7 @@ func setSuspended(tx *ledger.Tx, who audit.Actor, name string, rec record, suspe
 
 // exclusion is an act that takes the right to be served from a peer, or from one of its keys.
 type exclusion struct {
+	who  audit.Actor
 	name string
 	key  *[32]byte // of the peer; nil: all of its keys
 	// mark marks the member in memory, under mu. An error refuses the act, and nothing has changed.
@@ -487,7 +490,7 @@ func (r *Registry) exclude(ctx context.Context, x exclusion) error {
 	if err := r.disconnect(x); err != nil {
 		return err
 	}
-	return r.run(ctx, x.name, func(ctx context.Context) error {
+	return r.run(ctx, x.who, x.name, func(ctx context.Context) error {
 		// Again, because an act before this one may have enrolled or resumed the peer, or added the
 		// key.
 		if err := r.disconnect(x); err != nil {
