@@ -25,8 +25,8 @@ var arrows = map[string]room{
 	// The binaries.
 	"cmd/countersignd": {
 		ours: `admin admin/certs appliance audit hsm internal/anchor internal/cause internal/cli internal/keyring
-			internal/keystore internal/keystore/worker internal/ledger internal/logqueue internal/manage
-			internal/operators internal/resource internal/webhook noise policy tpm`,
+			internal/keystore internal/keystore/worker internal/ledger internal/logline internal/logqueue internal/manage
+			internal/operators internal/resource internal/scrub internal/webhook noise policy tpm`,
 		outside: `github.com/coreos/go-systemd/v22 github.com/pelletier/go-toml/v2 github.com/spf13/cobra
 			golang.org/x/sys`,
 	},
@@ -104,6 +104,8 @@ var arrows = map[string]room{
 		outside: "github.com/go-json-experiment/json golang.org/x/mod",
 	},
 	"internal/requestid": {},
+	"internal/scrub":     {},
+	"internal/logline":   {outside: "github.com/coreos/go-systemd/v22"},
 	// The leaves: one trade each.
 	"policy":            {ours: "internal/ijson", outside: "github.com/cedar-policy/cedar-go"},
 	"internal/durable":  {},

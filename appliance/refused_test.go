@@ -98,7 +98,7 @@ func TestRefusedHandshakesSayWhy(t *testing.T) {
 			r.Text == "" || r.Do() == "" {
 			t.Errorf("%s from %s, as %q: %+v", c.reason, from, c.peer, r)
 		}
-		line := fmt.Sprintf(`msg="handshake refused" from=%s reason=%s key=%s peer=%s`, from, r.Reason,
+		line := fmt.Sprintf(`msg="handshake refused" from=%s reason=%s key=%.16s peer=%s`, from, r.Reason,
 			quotedIfEmpty(key), quotedIfEmpty(c.peer))
 		if !strings.Contains(e.log.String(), line) {
 			t.Errorf("the log has no line %s", line)

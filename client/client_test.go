@@ -242,7 +242,7 @@ func TestAnswersThatCannotBeRight(t *testing.T) {
 				Nonce: good.Nonce, Timestamp: good.Timestamp, ExpiresAt: good.ExpiresAt,
 			}
 			change(&s)
-			return wire.EncodeAnswer(id, s, nil)
+			return wire.EncodeAnswer(id, "", s, nil)
 		}))
 		if _, err := c.Sign(t.Context(), "payments", good.Document); !errors.Is(err, client.ErrWrongAnswer) {
 			t.Errorf("%s: %v, want %v", name, err, client.ErrWrongAnswer)
@@ -317,9 +317,9 @@ func TestBusy(t *testing.T) {
 		var asked atomic.Int32
 		config := fake(t, func(id string, _ any) []byte {
 			if asked.Add(1) == 1 {
-				return wire.EncodeAnswer(id, nil, &wire.Error{Code: wire.CodeBusy, Message: "later", RetryAfter: 1})
+				return wire.EncodeAnswer(id, "", nil, &wire.Error{Code: wire.CodeBusy, Message: "later", RetryAfter: 1})
 			}
-			return wire.EncodeAnswer(id, wire.Pong{Service: "fake"}, nil)
+			return wire.EncodeAnswer(id, "", wire.Pong{Service: "fake"}, nil)
 		})
 		config.RetryFor = retryFor
 		_, err := dial(t, config).Ping(t.Context())
@@ -347,7 +347,7 @@ func TestLostAnswers(t *testing.T) {
 		if asked[fmt.Sprintf("%T", r)] == 1 {
 			return nil
 		}
-		return wire.EncodeAnswer(id, wire.Signed{
+		return wire.EncodeAnswer(id, "", wire.Signed{
 			Signature: good.Signature, PublicKey: good.PublicKey, Key: "payments", Version: 1, Repeated: true,
 			Nonce: good.Nonce, Timestamp: good.Timestamp, ExpiresAt: good.ExpiresAt,
 		}, nil)

@@ -29,7 +29,7 @@ func TestRefusalsByErrorsIs(t *testing.T) {
 		s.Do(func(s *clienttest.Server) {
 			s.Answer = func(id string, _ any) []byte {
 				refusal := &wire.Error{Code: want.Error(), Message: "because", RetryAfter: i % 2}
-				return wire.EncodeAnswer(id, nil, refusal)
+				return wire.EncodeAnswer(id, "", nil, refusal)
 			}
 		})
 		_, err := c.Sign(within(t), "payments", message("AAAA"))

@@ -21,6 +21,7 @@ import (
 	"countersign/internal/cli"
 	"countersign/internal/keystore"
 	"countersign/internal/ledger"
+	"countersign/internal/logline"
 	"countersign/internal/webhook"
 	"countersign/tpm"
 )
@@ -71,6 +72,11 @@ type Config struct {
 	// LogLevel is debug, info, warn or error. Default: info, with a line for each connection and
 	// refusal.
 	LogLevel string `toml:"log_level"`
+
+	// LogFormat is auto, text, json or journal. Default: auto, which sends each line with its fields
+	// to journald where stderr leads to journald, and otherwise writes text to stderr. In the journal,
+	// each attribute of a line is a field: journalctl COUNTERSIGN_REQUEST=ID.
+	LogFormat logline.Format `toml:"log_format"`
 
 	// Tokens has the PKCS#11 tokens and TPMs with the keys, each as a table [tokens.NAME]. At least
 	// one is required. The ledger records the name with each key, so the name must stay. A token
@@ -378,7 +384,7 @@ func defaultToken() *Token {
 func defaults() Config {
 	l := appliance.DefaultLimits()
 	return Config{
-		LogLevel: "info", AdminName: "localhost", UnattendedStart: true,
+		LogLevel: "info", LogFormat: logline.Auto, AdminName: "localhost", UnattendedStart: true,
 		RollbackInterval: Duration(time.Hour), RollbackAdmissions: 10_000,
 		Tokens: map[string]*Token{},
 		Retention: Retention{
@@ -471,6 +477,9 @@ func (c *Config) check() error {
 	}
 	if _, err := c.logLevel(); err != nil {
 		return fmt.Errorf("log_level: %q is none of debug, info, warn, error", c.LogLevel)
+	}
+	if err := c.LogFormat.Check(); err != nil {
+		return fmt.Errorf("log_format: %w", err)
 	}
 	if c.Limits.Nonces < 3 { // one each for signing, verification, and the appliance
 		return fmt.Errorf("limits.nonces must be at least 3, and is %d", c.Limits.Nonces)

@@ -8,13 +8,14 @@ import (
 	"reflect"
 
 	"countersign/appliance"
+	"countersign/internal/logline"
 	"countersign/policy"
 )
 
 // reloadAll reads the configuration file again at each signal, until ctx ends. Whatever the file
 // says, the daemon goes on.
 func reloadAll(
-	ctx context.Context, path string, c Config, level *slog.LevelVar, app *appliance.Appliance,
+	ctx context.Context, path string, c Config, level *logline.Level, app *appliance.Appliance,
 	signals <-chan os.Signal, log *slog.Logger,
 ) {
 	for {
@@ -27,11 +28,12 @@ func reloadAll(
 	}
 }
 
-// reload puts the log level of the configuration file in force, and logs what else is new. The
-// policy file is only offered, because operators put policies in force. Each delivery to a webhook
-// reads ca_file, and the certificates of HTTPS are in the ledger, so neither needs a reload. The
-// argument started is the configuration at the start.
-func reload(path string, started Config, level *slog.LevelVar, app *appliance.Appliance, log *slog.Logger) {
+// reload takes the log level of the configuration file, and logs what else is new. A level that an
+// operator has set for a time stays until its end. The policy file is only offered, because
+// operators put policies in force. Each delivery to a webhook reads ca_file, and the certificates of
+// HTTPS are in the ledger, so neither needs a reload. The argument started is the configuration at
+// the start.
+func reload(path string, started Config, level *logline.Level, app *appliance.Appliance, log *slog.Logger) {
 	c, err := loadConfig(path)
 	if err != nil {
 		log.Error("reload: nothing was reloaded; correct the configuration", "err", err)
@@ -42,8 +44,8 @@ func reload(path string, started Config, level *slog.LevelVar, app *appliance.Ap
 		log.Error("reload: nothing was reloaded; correct log_level", "err", err)
 		return
 	}
-	was := level.Level()
-	level.Set(now)
+	was := level.State().Configured
+	level.Configure(now)
 	offerPolicy(started.Policy, app, log)
 	started.LogLevel = c.LogLevel
 	log.Warn("reload: the configuration was read", "log_level", now.String(), "log_level_changed", now != was,

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	stdlog "log"
 	"log/slog"
 	"net"
@@ -17,8 +18,11 @@ import (
 	"countersign/admin"
 	"countersign/appliance"
 	"countersign/internal/cause"
+	"countersign/internal/ledger"
+	"countersign/internal/logline"
 	"countersign/internal/logqueue"
 	"countersign/internal/operators"
+	"countersign/internal/scrub"
 	"countersign/policy"
 
 	"github.com/coreos/go-systemd/v22/daemon"
@@ -42,14 +46,23 @@ func serve(ctx context.Context, path string, c Config, stderr *logqueue.Queue, r
 	if err != nil {
 		return err
 	}
-	var inForce slog.LevelVar
-	inForce.Set(level)
-	log := slog.New(logqueue.NewPace(slog.NewTextHandler(stderr, logOptions(&inForce))))
+	lines, err := openLog(c.LogFormat, stderr)
+	if err != nil {
+		return err
+	}
+	defer lines.close()
+	inForce, secrets := logline.NewLevel(level), new(scrub.Scrubber)
+	// A line that the pace leaves out costs no search for secrets.
+	log := slog.New(logqueue.NewPace(secrets.Handler(lines.format.Handler(lines.to, inForce))))
 	p, err := open(ctx, c, log)
 	if err != nil {
 		return err
 	}
 	defer p.close(log)
+	if err := p.ledger.Follow(ctx, new(sync.Mutex), ledger.Followed{Table: ledger.Peers, Take: secrets.Take},
+		ledger.Followed{Table: ledger.Keys, Take: secrets.Take}); err != nil {
+		return err
+	}
 	ready, err := prepare(ctx, c, p, log)
 	defer ready.close()
 	if err != nil {
@@ -59,7 +72,7 @@ func serve(ctx context.Context, path string, c Config, stderr *logqueue.Queue, r
 	waiting.set(ready.missing)
 	notifications := &notifier{log: log}
 	p.app.Report(func() []cause.Cause {
-		return slices.Concat(waiting.causes(), unreadLog(stderr), notifications.causes(), warning(ready.certs))
+		return slices.Concat(waiting.causes(), unreadLog(lines.to), notifications.causes(), warning(ready.certs))
 	})
 	if err := p.app.Start(ctx); err != nil {
 		return err
@@ -92,7 +105,7 @@ func serve(ctx context.Context, path string, c Config, stderr *logqueue.Queue, r
 	go expire(ctx, registry, log)
 	context.AfterFunc(ctx, func() { notifications.send(daemon.SdNotifyStopping) })
 	go watchdog(ctx, prober{p.app, c.AdminSocket, ready.doors}, notifications, log)
-	go reloadAll(ctx, path, c, &inForce, p.app, reload, log)
+	go reloadAll(ctx, path, c, inForce, p.app, reload, log)
 	go func() {
 		if err := waitUntilReady(ctx, p.app, ready.doors, &waiting, notifications, log); err != nil {
 			cancel(err)
@@ -131,6 +144,33 @@ func serve(ctx context.Context, path string, c Config, stderr *logqueue.Queue, r
 		return err
 	}
 	return p.app.Stop()
+}
+
+// logLines is the destination of the daemon's log.
+type logLines struct {
+	format logline.Format
+	to     *logqueue.Queue
+	close  func() // writes what is queued, where the queue is the log's own
+}
+
+// openLog returns stderr as the destination of the log, or journald for its format. Without journald
+// the lines are text on stderr: the log must not be lost with its favourite reader.
+func openLog(format logline.Format, stderr *logqueue.Queue) (logLines, error) {
+	chosen := format.Chosen()
+	if chosen == logline.Journal {
+		socket, err := logline.DialJournal(logline.JournalSocket)
+		if err == nil {
+			queue := logqueue.New(socket)
+			queue.Format(func(to io.Writer) slog.Handler { return chosen.Handler(to, slog.LevelInfo) })
+			return logLines{chosen, queue, func() { queue.Close(lastLines); socket.Close() }}, nil
+		}
+		if format == logline.Journal {
+			return logLines{}, fmt.Errorf("log_format: %w; set log_format to auto, text or json", err)
+		}
+		chosen = logline.Text
+	}
+	stderr.Format(func(to io.Writer) slog.Handler { return chosen.Handler(to, slog.LevelInfo) })
+	return logLines{chosen, stderr, func() {}}, nil
 }
 
 // openOperators opens the registry of operators.

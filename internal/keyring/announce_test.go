@@ -276,7 +276,7 @@ func TestHiddenSuccessor(t *testing.T) {
 	if err != nil || len(steps.Steps) != 1 {
 		t.Fatalf("%+v, %v", steps, err)
 	}
-	told := string(wire.EncodeAnswer("1", r.Keys.Listed(), nil)) + string(wire.EncodeAnswer("1", steps, nil)) +
+	told := string(wire.EncodeAnswer("1", "", r.Keys.Listed(), nil)) + string(wire.EncodeAnswer("1", "", steps, nil)) +
 		r.Keys.Announcements()[0].Event
 	key := func(b []byte) string { return strings.Trim(string(manage.Encode(wire.Bytes32(b))), `"`) }
 	digest := hidden.Digest()

@@ -23,10 +23,11 @@ type Queue struct {
 	done chan struct{} // closed at the end of run
 
 	mu      sync.Mutex
-	entries []entry // guarded by mu, the oldest first
-	bytes   int     // guarded by mu: sum of the lines
-	full    bool    // guarded by mu: lines are dropped until half of the capacity is free
-	lost    int     // guarded by mu: dropped lines whose count is not written yet
+	format  func(io.Writer) slog.Handler // guarded by mu: of the lines with counts
+	entries []entry                      // guarded by mu, the oldest first
+	bytes   int                          // guarded by mu: sum of the lines
+	full    bool                         // guarded by mu: lines are dropped until half of the capacity is free
+	lost    int                          // guarded by mu: dropped lines whose count is not written yet
 	since   time.Time
 	closed  bool
 }
@@ -38,11 +39,19 @@ type entry struct {
 	flushed chan struct{}
 }
 
-// New returns a queue in front of a destination such as os.Stderr.
+// New returns a queue in front of a destination such as os.Stderr. Lines with counts are text.
 func New(to io.Writer) *Queue {
-	q := &Queue{to: to, wake: make(chan struct{}, 1), done: make(chan struct{})}
+	text := func(to io.Writer) slog.Handler { return slog.NewTextHandler(to, nil) }
+	q := &Queue{to: to, format: text, wake: make(chan struct{}, 1), done: make(chan struct{})}
 	go q.run()
 	return q
+}
+
+// Format sets the handler for the lines with counts: a reader of JSON gets JSON.
+func (q *Queue) Format(handler func(io.Writer) slog.Handler) {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	q.format = handler
 }
 
 // Write queues one line, or drops the line.
@@ -101,7 +110,7 @@ func (q *Queue) run() {
 			next := q.entries[0]
 			q.entries = q.entries[1:]
 			q.bytes -= len(next.line)
-			since := q.since
+			since, format := q.since, q.format
 			q.mu.Unlock()
 			if next.flushed != nil {
 				close(next.flushed)
@@ -109,7 +118,7 @@ func (q *Queue) run() {
 			}
 			line := next.line
 			if next.dropped > 0 {
-				line = notice(next.dropped, since)
+				line = notice(format, next.dropped, since)
 			}
 			_, err := q.to.Write(line)
 			q.mu.Lock()
@@ -130,9 +139,9 @@ func (q *Queue) run() {
 }
 
 // notice returns the line with the count of dropped lines.
-func notice(n int, since time.Time) []byte {
+func notice(format func(io.Writer) slog.Handler, n int, since time.Time) []byte {
 	var b bytes.Buffer
-	slog.New(slog.NewTextHandler(&b, nil)).Warn("lines of this log were dropped, because nobody read it",
+	slog.New(format(&b)).Warn("lines of this log were dropped, because nobody read it",
 		"lines", n, "since", since.UTC().Format(time.RFC3339))
 	return b.Bytes()
 }
