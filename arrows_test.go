@@ -39,8 +39,8 @@ var arrows = map[string]room{
 	// The edge for operators.
 	"admin": {
 		ours: `admin/api admin/certs appliance approval audit internal/anchor internal/ijson
-			internal/keyring internal/keystore internal/ledger internal/manage internal/operators
-			internal/peers internal/requestid internal/schedule internal/webhook policy`,
+			internal/keyring internal/keystore internal/ledger internal/logline internal/manage
+			internal/operators internal/peers internal/requestid internal/schedule internal/webhook policy`,
 		outside: "github.com/danielgtaylor/huma/v2 github.com/labstack/echo/v4 golang.org/x/net/netutil",
 	},
 	"admin/certs": {ours: "internal/keystore"},

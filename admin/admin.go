@@ -13,11 +13,13 @@ import (
 	"encoding/hex"
 	"fmt"
 	"log"
+	"log/slog"
 	"math"
 	"net/http"
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"time"
 
 	"countersign/admin/api"
@@ -28,6 +30,7 @@ import (
 	"countersign/internal/keyring"
 	"countersign/internal/keystore"
 	"countersign/internal/ledger"
+	"countersign/internal/logline"
 	"countersign/internal/manage"
 	"countersign/internal/operators"
 	"countersign/internal/peers"
@@ -53,6 +56,8 @@ type Config struct {
 	Appliance  *appliance.Appliance
 	Operators  *operators.Registry
 	LoadPolicy func() (*policy.Policy, error) // reads the policy file again
+	Level      *logline.Level                 // of the daemon's log
+	Log        *slog.Logger                   // the daemon's log
 	ErrorLog   *log.Logger                    // of net/http: failed TLS handshakes, and panics of handlers
 	// Group is the number of the group whose members may use the Unix socket. Without a group, only
 	// root and the daemon's user may use the socket.
@@ -70,6 +75,7 @@ type server struct {
 	api      huma.API
 	document []byte      // openapi.json
 	canary   canaryCache // for Ready
+	leveling sync.Mutex  // held while the level of the log is set
 	secret   [32]byte    // MAC key of registrations' ids; new after each start
 }
 

@@ -28,6 +28,7 @@ import (
 	"countersign/internal/keystore/keystoretest"
 	"countersign/internal/ledger"
 	"countersign/internal/ledger/ledgertest"
+	"countersign/internal/logline"
 	"countersign/internal/operators"
 	"countersign/internal/sshagent"
 	"countersign/policy"
@@ -128,7 +129,8 @@ func newRigIn(t *testing.T, state string) *rig {
 	c := Config{
 		Appliance: r.app, Operators: r.registry,
 		LoadPolicy: func() (*policy.Policy, error) { return policy.Parse("policy.cedar", []byte(r.policy)) },
-		ErrorLog:   slog.NewLogLogger(slog.DiscardHandler, slog.LevelInfo), Certificates: certs,
+		Level:      logline.NewLevel(slog.LevelInfo), Log: log,
+		ErrorLog: slog.NewLogLogger(slog.DiscardHandler, slog.LevelInfo), Certificates: certs,
 		Hosts: []string{"localhost:" + port}, Origin: r.url, RPID: "localhost",
 	}
 	r.server, _ = newServer(c)

@@ -127,6 +127,13 @@ func (s *server) routes() {
 		route: "POST /v1/tokens/{name}/retry", id: "retry-token",
 		summary: "Log in to a token again after its PIN was refused",
 		roles:   of(administrator), refused: whileUninitialised})
+	route(s, s.logLevel, operation{
+		route: "GET /v1/log-level", id: "log-level", summary: "Say which level the daemon's log has, and until when",
+		roles: of(administrator, operator, auditor), refused: inNoState})
+	route(s, s.setLogLevel, operation{
+		route: "POST /v1/log-level", id: "set-log-level",
+		summary: "Set the level of the daemon's log for a time, or to that of the configuration",
+		roles:   of(administrator, operator), refused: whileUninitialised})
 	route(s, s.rollback, operation{
 		route: "GET /v1/rollback", id: "rollback",
 		summary: "Say whether the ledger is older than its counter",

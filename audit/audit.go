@@ -98,6 +98,7 @@ const (
 	DeviceUnavailable   Type = "DeviceUnavailable" // a token, or the ledger's disk
 	DeviceRecovered     Type = "DeviceRecovered"
 	TokenRetried        Type = "TokenRetried"
+	LogLevelChanged     Type = "LogLevelChanged"
 	LedgerBound         Type = "LedgerBound" // to a monotonic counter
 	RollbackDetected    Type = "RollbackDetected"
 	RollbackAccepted    Type = "RollbackAccepted"
@@ -137,7 +138,7 @@ var kinds = map[Type]Kind{
 	ProposalWithdrawn: Other, ProposalExpired: Other, ProposalRun: Other, ProposalDone: Other,
 	CertificateChanged: Other, Locked: Other, Unlocked: Other, BackupMade: Other, BackupRestored: Other,
 	RetentionChanged: Other, RetentionApplied: Other, LegalHoldSet: Other, LegalHoldReleased: Other,
-	LedgerCompacted: Other, DeviceUnavailable: Other, DeviceRecovered: Other, TokenRetried: Other,
+	LedgerCompacted: Other, DeviceUnavailable: Other, DeviceRecovered: Other, TokenRetried: Other, LogLevelChanged: Other,
 	LedgerBound: Other, RollbackDetected: Other, RollbackAccepted: Other,
 	ClockRefused: Other, ClockRecovered: Other, ClockAccepted: Other,
 }

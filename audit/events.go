@@ -479,6 +479,16 @@ func NewTokenRetried(who Actor, token string) Event {
 	return newEvent(TokenRetried, who, "token retry", token)
 }
 
+// NewLogLevelChanged records another level of the daemon's log until a time; zero: the level of the
+// configuration from now on.
+func NewLogLevelChanged(who Actor, level string, until time.Time) Event {
+	e := newEvent(LogLevelChanged, who, "log level", "", "level", level)
+	if !until.IsZero() {
+		e = e.with("until", decimal(until.Unix()))
+	}
+	return e
+}
+
 // NewLedgerBound binds the ledger to the counter of a token.
 func NewLedgerBound(who Actor, token string, counter uint64) Event {
 	return newEvent(LedgerBound, who, "bind", token, "counter", decimal(counter))

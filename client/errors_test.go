@@ -52,13 +52,13 @@ func TestLaterRefusals(t *testing.T) {
 	for op, withhold := range map[string]error{wire.OpLine: client.ErrUnproven, wire.OpProof: client.ErrUnproven} {
 		for name, answer := range map[string]func(id string) []byte{
 			"unavailable": func(id string) []byte {
-				return wire.EncodeAnswer(id, nil, &wire.Error{Code: wire.CodeUnavailable})
+				return wire.EncodeAnswer(id, "", nil, &wire.Error{Code: wire.CodeUnavailable})
 			},
 			"rate limited": func(id string) []byte {
-				return wire.EncodeAnswer(id, nil, &wire.Error{Code: wire.CodeRateLimited, RetryAfter: 1})
+				return wire.EncodeAnswer(id, "", nil, &wire.Error{Code: wire.CodeRateLimited, RetryAfter: 1})
 			},
 			"denied": func(id string) []byte {
-				return wire.EncodeAnswer(id, nil, &wire.Error{Code: wire.CodeDenied})
+				return wire.EncodeAnswer(id, "", nil, &wire.Error{Code: wire.CodeDenied})
 			},
 			"no answer": func(string) []byte { return []byte{} },
 		} {
@@ -139,7 +139,7 @@ func TestSignAs(t *testing.T) {
 	s.Do(func(s *clienttest.Server) {
 		s.Answer = func(id string, request any) []byte {
 			if _, is := request.(*wire.Sign); is {
-				return wire.EncodeAnswer(id, nil, &wire.Error{Code: wire.CodeKeyRotated})
+				return wire.EncodeAnswer(id, "", nil, &wire.Error{Code: wire.CodeKeyRotated})
 			}
 			return nil
 		}
@@ -156,11 +156,11 @@ func TestSignAs(t *testing.T) {
 		s.Answer = func(id string, request any) []byte {
 			switch r := request.(type) {
 			case *wire.Keys:
-				return wire.EncodeAnswer(id, wire.KeyList{Keys: []wire.Key{
+				return wire.EncodeAnswer(id, "", wire.KeyList{Keys: []wire.Key{
 					{Name: "payments", Version: 2, State: wire.StateActive, PublicKey: thief.Public(1)},
 				}}, nil)
 			case *wire.Sign:
-				return wire.EncodeAnswer(id, s.Line.Signed(2, r), nil)
+				return wire.EncodeAnswer(id, "", s.Line.Signed(2, r), nil)
 			}
 			return nil
 		}

@@ -159,7 +159,7 @@ func TestSignOffTheLine(t *testing.T) {
 	signedBy := func(version uint32) func(*clienttest.Server, string, any) []byte {
 		return func(_ *clienttest.Server, id string, request any) []byte {
 			if r, is := request.(*wire.Sign); is {
-				return wire.EncodeAnswer(id, thief.Signed(version, r), nil)
+				return wire.EncodeAnswer(id, "", thief.Signed(version, r), nil)
 			}
 			return nil
 		}
@@ -167,7 +167,7 @@ func TestSignOffTheLine(t *testing.T) {
 	line := func(result any, refusal *wire.Error) func(*clienttest.Server, string, any) []byte {
 		return func(_ *clienttest.Server, id string, request any) []byte {
 			if _, is := request.(*wire.Line); is {
-				return wire.EncodeAnswer(id, result, refusal)
+				return wire.EncodeAnswer(id, "", result, refusal)
 			}
 			return nil
 		}
@@ -180,7 +180,7 @@ func TestSignOffTheLine(t *testing.T) {
 			if r, is := request.(*wire.Line); is {
 				next := thief.Next(2)
 				step := clienttest.Step(s.Line.Private[0], r.Key, 2, thief.Public(2), &next)
-				return wire.EncodeAnswer(id, wire.Steps{Key: r.Key, Steps: []wire.Succession{step}}, nil)
+				return wire.EncodeAnswer(id, "", wire.Steps{Key: r.Key, Steps: []wire.Succession{step}}, nil)
 			}
 			return signedBy(2)(s, id, request)
 		}, true},

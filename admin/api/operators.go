@@ -197,6 +197,22 @@ type Lock struct {
 	Reason string `json:"reason" maxLength:"500" doc:"it goes into the audit log"`
 }
 
+// LevelConfigured is the level of the configuration in SetLogLevel.
+const LevelConfigured = "configured"
+
+// LogLevel is the level of the daemon's log.
+type LogLevel struct {
+	Level      string `json:"level" doc:"in force: debug, info, warn or error"`
+	Configured string `json:"configured" doc:"log_level of the configuration"`
+	Until      int64  `json:"until" doc:"Unix seconds, when the configured level is in force again by itself; 0: it is"`
+}
+
+// SetLogLevel sets the level of the daemon's log for a time.
+type SetLogLevel struct {
+	Level   string `json:"level" enum:"debug,info,warn,error,configured"`
+	Seconds int    `json:"seconds,omitempty" minimum:"1" maximum:"604800" doc:"default: 3600"`
+}
+
 // TLS is the certificate of the loopback listener. Times are Unix seconds; 0: no certificate yet.
 type TLS struct {
 	Installed bool     `json:"installed" doc:"it is the operator's, and not of the appliance's own CA"`
@@ -319,6 +335,16 @@ func (c *Client) Health(ctx context.Context) (h Health, err error) {
 // Lock locks the appliance: no key is used until Unlock.
 func (c *Client) Lock(ctx context.Context, reason string) error {
 	return c.do(ctx, http.MethodPost, "/v1/lock", Lock{reason}, nil)
+}
+
+// LogLevel returns the level of the daemon's log.
+func (c *Client) LogLevel(ctx context.Context) (is LogLevel, err error) {
+	return is, c.do(ctx, http.MethodGet, "/v1/log-level", nil, &is)
+}
+
+// SetLogLevel sets the level of the daemon's log.
+func (c *Client) SetLogLevel(ctx context.Context, to SetLogLevel) (is LogLevel, err error) {
+	return is, c.do(ctx, http.MethodPost, "/v1/log-level", to, &is)
 }
 
 // Unlock unlocks the appliance.

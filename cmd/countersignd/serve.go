@@ -90,6 +90,7 @@ func serve(ctx context.Context, path string, c Config, stderr *logqueue.Queue, r
 	host := net.JoinHostPort(c.AdminName, c.httpsPort())
 	api := admin.New(admin.Config{
 		Appliance: p.app, Operators: registry, Group: ready.group,
+		Level: inForce, Log: log,
 		LoadPolicy:   func() (*policy.Policy, error) { return policy.Load(c.Policy) },
 		ErrorLog:     stdlog.New(logqueue.Printer{Log: log, Message: "the admin API's HTTP server"}, "", 0),
 		Certificates: ready.certs, Hosts: []string{host}, Origin: c.adminOrigin(), RPID: c.AdminName,
