@@ -193,7 +193,8 @@ func (a *Appliance) refused(from netip.Addr, key *[32]byte, reason Reason, err e
 		r.Peer = p.Name
 	}
 	if count, line := a.turnedAway.add(r); line {
-		a.log.Info("handshake refused", "from", from, "reason", string(reason), "key", r.Key[:min(len(r.Key), 16)], "peer", r.Peer,
+		a.log.Info("handshake refused", "from", from, "reason", string(reason),
+			"key", r.Key[:min(len(r.Key), 16)], "peer", r.Peer,
 			"peers_seen_from_there", a.seenFrom(from), "count", count, "err", err)
 	}
 }

@@ -40,6 +40,7 @@ func (s *system) newOperator(name string) *operator {
 	if err != nil {
 		s.t.Fatal(err)
 	}
+	made.add("the SSH key of "+name, private.Seed())
 	key, err := ssh.NewPublicKey(public)
 	if err != nil {
 		s.t.Fatal(err)

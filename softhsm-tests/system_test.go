@@ -24,7 +24,8 @@ import (
 
 const softHSM = "/usr/lib/softhsm/libsofthsm2.so"
 
-// userPIN must be in no output of the daemon. Every test searches the outputs for the PIN.
+// userPIN must be in no output of the daemon. Every test searches the outputs for this and all other
+// secrets: see checkOutput.
 const userPIN = "pin-that-must-not-be-seen"
 
 var bin string // the folder of the built commands
@@ -177,15 +178,8 @@ func (s *system) daemon(args ...string) (output string, code int) {
 	if _, exited := err.(*exec.ExitError); err != nil && !exited {
 		s.t.Fatal(err)
 	}
-	s.checkNoPIN(string(out))
+	s.checkOutput("countersignd", string(out))
 	return string(out), cmd.ProcessState.ExitCode()
-}
-
-func (s *system) checkNoPIN(output string) {
-	s.t.Helper()
-	if strings.Contains(output, userPIN) {
-		s.t.Error("the PIN was printed")
-	}
 }
 
 // serve starts the daemon, waits until the daemon is ready, and enrols the first administrator at
@@ -232,7 +226,7 @@ func (s *system) begin(cmd *exec.Cmd) *process {
 			p.cmd.Process.Kill()
 			<-p.ended
 		}
-		s.checkNoPIN(p.stderr.String())
+		s.checkOutput("the daemon's log", p.stderr.String())
 		if strings.Contains(p.stderr.String(), "DATA RACE") {
 			s.t.Error("the race detector has found a race in the daemon")
 			s.t.Log(p.stderr)
@@ -308,6 +302,7 @@ func (s *system) cliAs(p *operator, stdin string, args ...string) (stdout, stder
 			s.t.Fatal(err)
 		}
 	}
+	s.checkOutput("countersign", out.String()+errOut.String())
 	return out.String(), errOut.String(), cmd.ProcessState.ExitCode()
 }
 
@@ -383,6 +378,11 @@ func (s *system) events() (all []api.Event) {
 		}
 		all = append(all, some...)
 		if len(some) < 1000 {
+			text, err := json.Marshal(all)
+			if err != nil {
+				s.t.Fatal(err)
+			}
+			s.checkOutput("the audit log", string(text))
 			return all
 		}
 	}

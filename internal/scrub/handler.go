@@ -63,9 +63,6 @@ func (s *Scrubber) attr(a slog.Attr) slog.Attr {
 		}
 		return slog.String(name, s.Bounded(textOf(v.Any())))
 	}
-	if text := v.String(); s.Text(text) != text { // a number can be a PIN
-		return slog.String(name, s.Text(text))
-	}
 	return slog.Attr{Key: name, Value: v}
 }
 

@@ -1,7 +1,6 @@
 // Package scrub replaces secrets in texts, before the texts leave the process in a line of the log.
-// A secret is recognized by its form alone, or because the scrubber was told the secret: Hide. A
-// text of a module or of a library can quote anything. Begin reading at Text and forms; Handler is
-// the scrubber in front of a slog.Handler.
+// A secret is recognized by its form, since a text of a module or of a library can quote anything.
+// Begin reading at Text and forms; Handler is the scrubber in front of a slog.Handler.
 package scrub
 
 import (
@@ -12,13 +11,10 @@ import (
 	"sync"
 )
 
-// Scrubber replaces secrets in texts. The zero Scrubber replaces all forms, and knows neither
-// public keys nor secrets. A Scrubber is safe for concurrent use.
+// Scrubber replaces secrets in texts. The zero Scrubber knows no public keys. A Scrubber is safe for
+// concurrent use.
 type Scrubber struct {
-	public sync.Map // [32]byte: of the keys that stay readable
-	mu     sync.RWMutex
-	hidden *strings.Replacer // guarded by mu; nil: no secret was given to Hide
-	known  []string          // guarded by mu: old and new text of hidden, in turn
+	public sync.Map // [32]byte: the keys that stay readable
 }
 
 // least is the length of the shortest secret that has a form: 32 bytes in base64 without padding.
@@ -51,12 +47,6 @@ func pattern(expression, by string) func(*Scrubber, string) string {
 // Text returns a text without secrets. A secret becomes its form in brackets, for example
 // [64 hex digits], and an enrolled public key becomes its fingerprint: see Short.
 func (s *Scrubber) Text(text string) string {
-	s.mu.RLock()
-	hidden := s.hidden
-	s.mu.RUnlock()
-	if hidden != nil {
-		text = hidden.Replace(text)
-	}
 	if len(text) < least {
 		return text
 	}
@@ -64,18 +54,6 @@ func (s *Scrubber) Text(text string) string {
 		text = f.find(s, text)
 	}
 	return text
-}
-
-// Hide has a secret replaced wherever its text stands, for example a PIN. A secret of fewer than 4
-// bytes is not hidden: each number of the log could have the text.
-func (s *Scrubber) Hide(secret, by string) {
-	if len(secret) < 4 {
-		return
-	}
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	s.known = append(s.known, secret, "["+by+"]")
-	s.hidden = strings.NewReplacer(s.known...)
 }
 
 // Publish has a public key stay readable by its fingerprint.
