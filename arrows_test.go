@@ -57,17 +57,20 @@ var arrows = map[string]room{
 	"internal/keyring": {
 		ours: `approval audit internal/cause internal/eddsa internal/gate internal/ijson
 			internal/keystore internal/ledger internal/limit internal/manage internal/peers
-			internal/pubkey internal/schedule transcript wire`,
+			internal/pubkey internal/requestid internal/schedule transcript wire`,
 	},
 	"internal/peers": {
 		ours: `audit internal/gate internal/ijson internal/keystore internal/ledger internal/limit
-			internal/manage internal/pubkey`,
+			internal/manage internal/pubkey internal/requestid`,
 		outside: "golang.org/x/time",
 	},
 	"internal/anchor": {
-		ours: `audit internal/cause internal/gate internal/keystore internal/ledger internal/manage internal/resource`,
+		ours: `audit internal/cause internal/gate internal/keystore internal/ledger internal/manage
+			internal/requestid internal/resource`,
 	},
-	"internal/operators": {ours: "approval audit internal/ijson internal/ledger internal/manage"},
+	"internal/operators": {
+		ours: "approval audit internal/ijson internal/ledger internal/manage internal/requestid",
+	},
 	"internal/cause":     {},
 	"internal/gate":      {ours: "internal/ledger"},
 	"internal/ledger":    {ours: "audit", outside: "go.etcd.io/bbolt golang.org/x/mod"},
@@ -105,7 +108,7 @@ var arrows = map[string]room{
 	},
 	"internal/requestid": {},
 	"internal/scrub":     {},
-	"internal/logline":   {outside: "github.com/coreos/go-systemd/v22"},
+	"internal/logline":   {},
 	// The leaves: one trade each.
 	"policy":            {ours: "internal/ijson", outside: "github.com/cedar-policy/cedar-go"},
 	"internal/durable":  {},

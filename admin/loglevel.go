@@ -8,6 +8,7 @@ import (
 
 	"countersign/admin/api"
 	"countersign/internal/logline"
+	"countersign/internal/requestid"
 )
 
 // defaultLevelTime is the time of a level without a time.
@@ -33,7 +34,7 @@ func (s *server) setLogLevel(ctx context.Context, who caller, in *body[api.SetLo
 	s.leveling.Lock() // the last event is about the level in force
 	defer s.leveling.Unlock()
 	actor := who.actor()
-	log := s.Log.With("operator", actor.Name, "request", actor.Request)
+	log := s.Log.With("operator", actor.Name, requestid.Attr(actor.Request))
 	if in.Body.Level == api.LevelConfigured {
 		if err := s.Appliance.RecordLogLevel(ctx, actor, in.Body.Level, time.Time{}); err != nil {
 			return api.LogLevel{}, err

@@ -14,6 +14,7 @@ import (
 	"countersign/internal/ijson"
 	"countersign/internal/ledger"
 	"countersign/internal/manage"
+	"countersign/internal/requestid"
 	"countersign/policy"
 )
 
@@ -174,7 +175,7 @@ func (a *Appliance) RulesAbout(g policy.Group) ([]policy.Rule, error) {
 // SetGroup replaces the members of a group, or makes the group (replaces: policy.NoGroup). When
 // SetGroup returns, no decision sees the members before.
 func (a *Appliance) SetGroup(ctx context.Context, who audit.Actor, g policy.Group, replaces string) error {
-	log := a.log.With("request", who.Request)
+	log := a.log.With(requestid.Attr(who.Request))
 	return a.policies.activating.Run(ctx, log, fmt.Sprintf("group %q", g.Name), func(ctx context.Context) error {
 		return a.ledger.Update(ctx, func(tx *ledger.Tx) error {
 			if err := a.CheckGroup(g, replaces); err != nil {
@@ -192,7 +193,7 @@ func (a *Appliance) SetGroup(ctx context.Context, who audit.Actor, g policy.Grou
 // RemoveGroup removes a group with the members of a digest. Rules about the group hold for nobody
 // from then on.
 func (a *Appliance) RemoveGroup(ctx context.Context, who audit.Actor, name, replaces string) error {
-	log := a.log.With("request", who.Request)
+	log := a.log.With(requestid.Attr(who.Request))
 	return a.policies.activating.Run(ctx, log, fmt.Sprintf("group %q", name), func(ctx context.Context) error {
 		return a.ledger.Update(ctx, func(tx *ledger.Tx) error {
 			if err := a.CheckGroupRemoval(name, replaces); err != nil {

@@ -11,6 +11,7 @@ import (
 	"countersign/internal/gate"
 	"countersign/internal/ledger"
 	"countersign/internal/manage"
+	"countersign/internal/requestid"
 )
 
 // ErrLocked refuses requests to a locked appliance.
@@ -61,7 +62,7 @@ func (a *Appliance) Lock(ctx context.Context, who audit.Actor, reason string) er
 	l := &Lock{By: who.Name, Reason: reason, At: time.Now().UTC().Truncate(time.Second)}
 	a.setLock(l)
 	defer a.gate.Enforce()
-	return a.locking.Run(ctx, a.log.With("request", who.Request), "locking", func(ctx context.Context) error {
+	return a.locking.Run(ctx, a.log.With(requestid.Attr(who.Request)), "locking", func(ctx context.Context) error {
 		a.setLock(l) // again, because an act before this one may have unlocked the appliance
 		if err := a.ledger.Update(ctx, func(tx *ledger.Tx) error {
 			if err := tx.Put(ledger.Meta, lockKey, manage.Encode(l)); err != nil {
@@ -73,7 +74,7 @@ func (a *Appliance) Lock(ctx context.Context, who audit.Actor, reason string) er
 				"and a restart would unlock it: lock again: %w", err)
 		}
 		a.log.Warn("locked: nothing is signed or verified until an operator unlocks the appliance",
-			"operator", who.Name, "request", who.Request,
+			"operator", who.Name, requestid.Attr(who.Request),
 			"reason", reason)
 		return nil
 	})
@@ -81,7 +82,7 @@ func (a *Appliance) Lock(ctx context.Context, who audit.Actor, reason string) er
 
 // Unlock ends a lock. The error is manage.ErrConflict for an unlocked appliance.
 func (a *Appliance) Unlock(ctx context.Context, who audit.Actor) error {
-	return a.locking.Run(ctx, a.log.With("request", who.Request), "unlocking", func(ctx context.Context) error {
+	return a.locking.Run(ctx, a.log.With(requestid.Attr(who.Request)), "unlocking", func(ctx context.Context) error {
 		if a.locked.Load() == nil {
 			return fmt.Errorf("unlock: %w: it is not locked", manage.ErrConflict)
 		}
@@ -93,7 +94,7 @@ func (a *Appliance) Unlock(ctx context.Context, who audit.Actor) error {
 		}); err != nil {
 			return err
 		}
-		a.log.Info("unlocked", "operator", who.Name, "request", who.Request)
+		a.log.Info("unlocked", "operator", who.Name, requestid.Attr(who.Request))
 		return nil
 	})
 }

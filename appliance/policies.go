@@ -15,6 +15,7 @@ import (
 	"countersign/internal/cause"
 	"countersign/internal/ledger"
 	"countersign/internal/manage"
+	"countersign/internal/requestid"
 	"countersign/policy"
 )
 
@@ -258,7 +259,7 @@ func (a *Appliance) Activate(
 func (p *policies) activate(
 	ctx context.Context, who audit.Actor, offered *policy.Policy,
 ) (version uint64, changed bool, err error) {
-	log := p.log.With("request", who.Request)
+	log := p.log.With(requestid.Attr(who.Request))
 	err = p.activating.Run(ctx, log, "activating a policy", func(ctx context.Context) error {
 		hash := hex.EncodeToString(offered.Hash[:])
 		p.mu.Lock()

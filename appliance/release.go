@@ -68,7 +68,7 @@ func (a *Appliance) release(who Caller, r *reply, write func([]byte) error) erro
 		if err := each.may(); err != nil {
 			_, refusal := refuse(err)
 			r.answers[i].result, r.answers[i].refusal = nil, refusal
-			a.log.Warn("an answer is withheld", "peer", who.Name, "request", r.requestOf(i), "code", refusal.Code,
+			a.log.Warn("an answer is withheld", "peer", who.Name, requestid.Attr(r.requestOf(i)), "code", refusal.Code,
 				"err", err)
 		}
 	}

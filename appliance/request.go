@@ -62,7 +62,7 @@ func (a *Appliance) unreadable(s *session, id string, refusal *wire.Error) *wire
 		return refusal
 	}
 	s.Member.Refusals.Reserve()
-	a.log.Info("refused", "peer", s.caller.Name, "request", id, "code", refusal.Code, "err", refusal.Message)
+	a.log.Info("refused", "peer", s.caller.Name, requestid.Attr(id), "code", refusal.Code, "err", refusal.Message)
 	return refusal
 }
 
@@ -122,7 +122,7 @@ func (a *Appliance) serve(
 	}
 	if err == nil {
 		if a.log.Enabled(ctx, slog.LevelDebug) { // the arguments of a line cost as much as a counter
-			a.log.Debug("served", "peer", who.Name, "request", id, "op", op, "key", key, "took", time.Since(began))
+			a.log.Debug("served", "peer", who.Name, requestid.Attr(id), "op", op, "key", key, "took", time.Since(began))
 		}
 		return answer{result: result, may: may}, true
 	}
@@ -135,14 +135,14 @@ func (a *Appliance) serve(
 	case c == refused && who.quiet:
 		a.refusals.count(refusalType(refusal.Code), op, who.Name, refusal.Code)
 	case c == refused:
-		a.log.Info("refused", "peer", who.Name, "request", id, "op", op, "key", ijson.Clip(key),
+		a.log.Info("refused", "peer", who.Name, requestid.Attr(id), "op", op, "key", ijson.Clip(key),
 			"code", refusal.Code, "err", err)
 		if err := a.recordRefusal(ctx, who, op, key, refusal.Code, err); err != nil {
 			c, refusal = refuse(err)
 		}
 	case c == unavailable && who.quiet: // beyond the limit of lines in the log
 	default:
-		a.log.Error("not served", "peer", who.Name, "request", id, "op", op, "key", ijson.Clip(key),
+		a.log.Error("not served", "peer", who.Name, requestid.Attr(id), "op", op, "key", ijson.Clip(key),
 			"code", refusal.Code, "err", err)
 	}
 	return answer{refusal: refusal}, c != fatal

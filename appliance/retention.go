@@ -13,6 +13,7 @@ import (
 	"countersign/internal/keystore"
 	"countersign/internal/ledger"
 	"countersign/internal/manage"
+	"countersign/internal/requestid"
 )
 
 // Period is the length of an epoch of the audit log, by the calendar in UTC.
@@ -206,7 +207,7 @@ func (a *Appliance) ShortenRetention(
 	if who.Proposal == 0 {
 		return fmt.Errorf("retention: %w", manage.ErrNotApproved)
 	}
-	return a.retaining.Run(ctx, a.log.With("request", who.Request), "retention", func(ctx context.Context) error {
+	return a.retaining.Run(ctx, a.log.With(requestid.Attr(who.Request)), "retention", func(ctx context.Context) error {
 		before := a.retentionInForce()
 		wanted := before
 		change(&wanted)

@@ -31,6 +31,7 @@ import (
 	"countersign/internal/keystore"
 	"countersign/internal/ledger"
 	"countersign/internal/manage"
+	"countersign/internal/requestid"
 	"countersign/internal/resource"
 )
 
@@ -475,7 +476,7 @@ func (a *Anchor) Accept(ctx context.Context, who audit.Actor, reason string) err
 	if err := manage.CheckReason(reason); err != nil {
 		return fmt.Errorf("rollback: %w", err)
 	}
-	log := a.log.With("request", who.Request)
+	log := a.log.With(requestid.Attr(who.Request))
 	return a.accepting.Run(ctx, log, "accept a rollback", func(ctx context.Context) error {
 		if err := a.comparing.Acquire(ctx); err != nil {
 			return err
@@ -516,7 +517,7 @@ func (a *Anchor) Accept(ctx context.Context, who audit.Actor, reason string) err
 		}); err != nil {
 			return err
 		}
-		a.log.Warn("a rollback was accepted", "operator", who.Name, "request", who.Request,
+		a.log.Warn("a rollback was accepted", "operator", who.Name, requestid.Attr(who.Request),
 			"reason", reason)
 		return a.compare(ctx) // opens the gate
 	})

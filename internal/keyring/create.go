@@ -14,6 +14,7 @@ import (
 	"countersign/internal/keystore"
 	"countersign/internal/manage"
 	"countersign/internal/pubkey"
+	"countersign/internal/requestid"
 )
 
 // The creation of a key first writes a record in the state making: the intent. One later
@@ -133,7 +134,7 @@ func (r *Ring) createFirst(ctx context.Context, who audit.Actor, n NewKey) (*Key
 func (r *Ring) run(
 	ctx context.Context, who audit.Actor, what string, do func(context.Context) error,
 ) error {
-	return r.changing.Run(ctx, r.Log.With("request", who.Request), what, do)
+	return r.changing.Run(ctx, r.Log.With(requestid.Attr(who.Request)), what, do)
 }
 
 func (r *Ring) create(ctx context.Context, who audit.Actor, ref keystore.Ref, n NewKey) error {

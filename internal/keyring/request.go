@@ -11,6 +11,7 @@ import (
 	"countersign/audit"
 	"countersign/internal/ledger"
 	"countersign/internal/manage"
+	"countersign/internal/requestid"
 )
 
 // A request of an operator for a rotation is on disk before the device is tried. The invariant:
@@ -124,7 +125,7 @@ var (
 func (r *Ring) giveUp(ctx context.Context, name string, q Request, why error) error {
 	q.Ended = why.Error()
 	r.Log.Error("a requested rotation is given up", "key", name, "operator", q.By.Name,
-		"request", q.By.Request, "err", why)
+		requestid.Attr(q.By.Request), "err", why)
 	if err := r.Ledger.Update(ctx, func(tx *ledger.Tx) error {
 		if err := tx.Put(ledger.Meta, requestKeys+name, q.encode()); err != nil {
 			return err
@@ -179,7 +180,7 @@ func (r *Ring) callOff(ctx context.Context, who audit.Actor, old, next *Key) err
 		return err
 	}
 	r.Log.Info("a rotation was called off", "key", old.Name, "version", next.Version, "operator", who.Name,
-		"request", who.Request)
+		requestid.Attr(who.Request))
 	r.clearRetry(old.Name)
 	defer r.notify()
 	if now, err := r.Active(old.Name); err == nil && old.Name == NoiseName && r.unauthorized(now) {

@@ -12,6 +12,7 @@ import (
 	"countersign/internal/ledger"
 	"countersign/internal/manage"
 	"countersign/internal/peers"
+	"countersign/internal/requestid"
 	"countersign/wire"
 )
 
@@ -417,7 +418,7 @@ func (r *Ring) Compromise(ctx context.Context, who audit.Actor, name string, ver
 		}
 		r.Gate.Enforce()
 		r.notify()
-		r.Log.Warn("a key is compromised", "key", k.Ref().String(), "operator", who.Name, "request", who.Request,
+		r.Log.Warn("a key is compromised", "key", k.Ref().String(), "operator", who.Name, requestid.Attr(who.Request),
 			"reason", reason)
 		if k.State != Active || r.Gate.Err() != nil {
 			return nil // Keep rotates once the gate is open

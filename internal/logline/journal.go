@@ -104,6 +104,9 @@ func (f *fields) WithGroup(name string) slog.Handler {
 }
 
 func appendField(all []field, group string, a slog.Attr) []field {
+	if a.Equal(slog.Attr{}) { // handlers leave out the empty attribute
+		return all
+	}
 	v := a.Value.Resolve()
 	if v.Kind() != slog.KindGroup {
 		return append(all, field{group + a.Key, v.String()})

@@ -6,8 +6,8 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
-
-	"github.com/coreos/go-systemd/v22/journal"
+	"os"
+	"syscall"
 )
 
 // Format is the form of a line.
@@ -38,7 +38,9 @@ func (f Format) Chosen() Format {
 	if f != Auto {
 		return f
 	}
-	if is, err := journal.StderrIsJournalStream(); is && err == nil {
+	var st syscall.Stat_t
+	err := syscall.Fstat(2, &st)
+	if err == nil && os.Getenv("JOURNAL_STREAM") == fmt.Sprintf("%d:%d", st.Dev, st.Ino) {
 		return Journal
 	}
 	return Text

@@ -72,7 +72,7 @@ func TestJournal(t *testing.T) {
 	}
 	log := slog.New(logline.Journal.Handler(socket, slog.LevelInfo)).With("request", "k4wq2vz5n3xa7bcd")
 	log.Debug("not at this level")
-	log.WithGroup("g").Warn("refused", "peer", "the shop", "a-b", "1\n2\nPRIORITY=0", slog.Group("h", "n", 5))
+	log.WithGroup("g").Warn("refused", "peer", "the shop", "a-b", "1\n2\nPRIORITY=0", slog.Group("h", "n", 5), slog.Attr{})
 	got := receive()
 	for name, want := range map[string]string{
 		"MESSAGE":             `refused request=k4wq2vz5n3xa7bcd g.peer="the shop" g.a-b="1\n2\nPRIORITY=0" g.h.n=5`,

@@ -54,6 +54,7 @@ import (
 	"countersign/internal/ijson"
 	"countersign/internal/ledger"
 	"countersign/internal/manage"
+	"countersign/internal/requestid"
 )
 
 // The errors of the package. The error for a proof that does not hold is approval.ErrNotProven.
@@ -237,7 +238,7 @@ func (r *Registry) stopping() bool {
 func (r *Registry) write(
 	ctx context.Context, request, what string, change func(context.Context) error,
 ) error {
-	return r.writing.Run(ctx, r.Log.With("request", request), what, change)
+	return r.writing.Run(ctx, r.Log.With(requestid.Attr(request)), what, change)
 }
 
 // person is an operator's record in the ledger.

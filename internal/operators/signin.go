@@ -18,6 +18,7 @@ import (
 	"countersign/audit"
 	"countersign/internal/ledger"
 	"countersign/internal/manage"
+	"countersign/internal/requestid"
 )
 
 // Challenge is a text that an operator signs once, as a proof of identity.
@@ -225,7 +226,7 @@ func (r *Registry) verifyProof(who person, namespace, text string, p approval.Pr
 // beyond the pace of events are counted for RecordCount.
 func (r *Registry) recordRefusal(ctx context.Context, of attempt, p approval.Proof, cause error) {
 	r.Log.Warn("a proof was refused", "operator", of.operator, "purpose", of.purpose, "for", of.subject,
-		"channel", of.Channel.String(), "request", of.Request, "cause", cause)
+		"channel", of.Channel.String(), requestid.Attr(of.Request), "cause", cause)
 	prover := of.operator
 	if of.purpose == approval.ForSignIn {
 		prover = "" // nobody is signed in: all strangers together have one pace
@@ -249,7 +250,7 @@ func (r *Registry) recordRefusal(ctx context.Context, of attempt, p approval.Pro
 		Cause: cause.Error(), Request: of.Request,
 	})
 	if _, err := r.ledger.Append(ctx, ledger.EventOf(e)); err != nil {
-		r.Log.Error("the refusal of a proof was not written down", "request", of.Request, "err", err)
+		r.Log.Error("the refusal of a proof was not written down", requestid.Attr(of.Request), "err", err)
 	}
 }
 

@@ -26,6 +26,7 @@ import (
 	"countersign/internal/ledger"
 	"countersign/internal/manage"
 	"countersign/internal/pubkey"
+	"countersign/internal/requestid"
 
 	"golang.org/x/time/rate"
 )
@@ -377,7 +378,7 @@ func (r *Registry) Add(ctx context.Context, who audit.Actor, name string, public
 func (r *Registry) run(
 	ctx context.Context, who audit.Actor, name string, do func(context.Context) error,
 ) error {
-	return r.enrolling.Run(ctx, r.log.With("request", who.Request), fmt.Sprintf("peer %q", ijson.Clip(name)), do)
+	return r.enrolling.Run(ctx, r.log.With(requestid.Attr(who.Request)), fmt.Sprintf("peer %q", ijson.Clip(name)), do)
 }
 
 // enrol writes the record of a new peer. The check for an existing enrolment reads the ledger:

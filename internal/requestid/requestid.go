@@ -12,6 +12,7 @@ package requestid
 import (
 	"crypto/rand"
 	"encoding/base32"
+	"log/slog"
 	"strconv"
 )
 
@@ -26,6 +27,15 @@ func New() string {
 	var b [Size * 5 / 8]byte
 	rand.Read(b[:])
 	return encoding.EncodeToString(b[:])
+}
+
+// Attr returns the id as an attribute of a line of the log. An empty id, of an act of the daemon
+// itself, is no attribute.
+func Attr(id string) slog.Attr {
+	if id == "" {
+		return slog.Attr{}
+	}
+	return slog.String("request", id)
 }
 
 // Item returns the id of an item of a batch: the id of the batch, a dot and the item's index, from
