@@ -25,8 +25,8 @@ var arrows = map[string]room{
 	// The binaries.
 	"cmd/countersignd": {
 		ours: `admin admin/certs appliance audit hsm internal/anchor internal/cause internal/cli internal/keyring
-			internal/keystore internal/keystore/worker internal/ledger internal/logline internal/logqueue internal/manage
-			internal/operators internal/resource internal/scrub internal/webhook noise policy tpm`,
+			internal/keystore internal/keystore/worker internal/ledger internal/logline internal/logqueue
+			internal/manage internal/operators internal/resource internal/scrub internal/webhook noise policy tpm`,
 		outside: `github.com/coreos/go-systemd/v22 github.com/pelletier/go-toml/v2 github.com/spf13/cobra
 			golang.org/x/sys`,
 	},
@@ -71,12 +71,12 @@ var arrows = map[string]room{
 	"internal/operators": {
 		ours: "approval audit internal/ijson internal/ledger internal/manage internal/requestid",
 	},
-	"internal/cause":     {},
-	"internal/gate":      {ours: "internal/ledger"},
-	"internal/ledger":    {ours: "audit", outside: "go.etcd.io/bbolt golang.org/x/mod"},
-	"internal/manage":    {ours: "internal/ijson internal/keystore"},
-	"internal/resource":  {ours: "audit"},
-	"internal/sshagent":  {ours: "approval", outside: "golang.org/x/crypto/ssh"},
+	"internal/cause":    {},
+	"internal/gate":     {ours: "internal/ledger"},
+	"internal/ledger":   {ours: "audit", outside: "go.etcd.io/bbolt golang.org/x/mod"},
+	"internal/manage":   {ours: "internal/ijson internal/keystore"},
+	"internal/resource": {ours: "audit"},
+	"internal/sshagent": {ours: "approval", outside: "golang.org/x/crypto/ssh"},
 	// The devices.
 	"hsm": {
 		ours:    `internal/keystore internal/pubkey`,

@@ -108,7 +108,8 @@ func answerHead(next http.Handler) http.Handler {
 }
 
 // guard gives each request an id, and refuses connections of other users, and over HTTPS requests
-// for another host. The check of the host stops DNS rebinding: a stranger's domain name that resolves to this address.
+// for another host. The check of the host stops DNS rebinding: a stranger's domain name that
+// resolves to this address.
 func (s *server) guard(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		conn, _ := r.Context().Value(connectionKey{}).(connection)

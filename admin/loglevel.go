@@ -27,9 +27,9 @@ func levelDoc(is logline.State) api.LogLevel {
 // levelName returns the name of a level as the configuration has it.
 func levelName(l slog.Level) string { return strings.ToLower(l.String()) }
 
-// setLogLevel sets the level of the log. The event is on disk before, because a level can hide lines
-// of the log. The line in the log comes before a level that would hide the line, and after a level
-// that would show the line.
+// setLogLevel sets the level of the log. The event is on disk before, because a level can hide
+// lines of the log. The line in the log comes before a level that would hide the line, and after a
+// level that would show the line.
 func (s *server) setLogLevel(ctx context.Context, who caller, in *body[api.SetLogLevel]) (api.LogLevel, error) {
 	s.leveling.Lock() // the last event is about the level in force
 	defer s.leveling.Unlock()

@@ -53,8 +53,8 @@ func TestRequestID(t *testing.T) {
 	}
 }
 
-// TestLogLevel sets the level of the log for a time and back, with the events, and refuses levels and
-// times that there are not.
+// TestLogLevel sets the level of the log for a time and back, with the events, and refuses levels
+// and times that there are not.
 func TestLogLevel(t *testing.T) {
 	r := newRig(t)
 	root := r.root()
@@ -75,7 +75,9 @@ func TestLogLevel(t *testing.T) {
 		is != (api.LogLevel{Level: "info", Configured: "info"}) {
 		t.Errorf("%+v, %v", is, err)
 	}
-	for _, bad := range []api.SetLogLevel{{Level: "loud"}, {Level: "debug", Seconds: -1}, {Level: "debug", Seconds: 604801}} {
+	for _, bad := range []api.SetLogLevel{
+		{Level: "loud"}, {Level: "debug", Seconds: -1}, {Level: "debug", Seconds: 604801},
+	} {
 		var refusal *api.Error
 		if _, err := root.SetLogLevel(ctx, bad); !errors.As(err, &refusal) || refusal.Status != http.StatusBadRequest {
 			t.Errorf("%+v: %v", bad, err)

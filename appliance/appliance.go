@@ -334,8 +334,8 @@ func (a *Appliance) RetryToken(ctx context.Context, who audit.Actor, name string
 	return nil
 }
 
-// RecordLogLevel writes that an operator is about to set the level of the daemon's log until a time;
-// zero: to that of the configuration.
+// RecordLogLevel writes that an operator is about to set the level of the daemon's log until a
+// time; zero: to that of the configuration.
 func (a *Appliance) RecordLogLevel(ctx context.Context, who audit.Actor, level string, until time.Time) error {
 	return a.record(ctx, audit.NewLogLevelChanged(who, level, until))
 }

@@ -155,7 +155,8 @@ func (p *policies) start(ctx context.Context) error {
 	newest := p.newest
 	p.mu.Unlock()
 	if governed && newest.Version > 0 && newest.Hash != hex.EncodeToString(p.file.Hash[:]) {
-		p.log.Warn("the policy file is not in force, since operators have not approved it", "in_force", newest.Hash[:16])
+		p.log.Warn("the policy file is not in force, since operators have not approved it",
+			"in_force", newest.Hash[:16])
 		return nil
 	}
 	_, _, err := p.activate(ctx, audit.Daemon(), p.file)

@@ -2,7 +2,6 @@ package appliance
 
 import (
 	"errors"
-	"fmt"
 	"regexp"
 	"slices"
 	"strings"
@@ -25,8 +24,9 @@ func (e *edge) eventsOf(request string) (all []audit.Event) {
 	return all
 }
 
-// TestRequestID follows the ids of requests from the answer to the audit log and to the daemon's log:
-// of a signature, its repetition, refusals, messages that are no requests, and the items of a batch.
+// TestRequestID follows the ids of requests from the answer to the audit log and to the daemon's
+// log: of a signature, its repetition, refusals, messages that are no requests, and the items of a
+// batch.
 func TestRequestID(t *testing.T) {
 	e := newEdge(t, nil)
 	conn := e.session("127.0.0.1", e.shop)
@@ -71,7 +71,8 @@ func TestRequestID(t *testing.T) {
 	}
 	logs(again.Request, "served")
 	finds(again.Request) // the event of the result has the first id
-	e.Find(ledger.Query{}, ledger.Span{From: signed.Event, Before: signed.Event + 1}, func(_ uint64, event audit.Event) bool {
+	only := ledger.Span{From: signed.Event, Before: signed.Event + 1}
+	e.Find(ledger.Query{}, only, func(_ uint64, event audit.Event) bool {
 		if event.Actor.Request != first.Request {
 			t.Errorf("the admission has the id %q, want %q", event.Actor.Request, first.Request)
 		}
@@ -82,7 +83,8 @@ func TestRequestID(t *testing.T) {
 	finds(replay.Request, audit.ReplayRefused)
 	logs(replay.Request, "refused")
 	var refusal *wire.Error
-	if err := replay.Into(new(wire.Signed)); !errors.As(err, &refusal) || !strings.Contains(err.Error(), replay.Request) {
+	err := replay.Into(new(wire.Signed))
+	if !errors.As(err, &refusal) || !strings.Contains(err.Error(), replay.Request) {
 		t.Errorf("the refusal does not say its id: %v", err)
 	}
 
@@ -101,10 +103,11 @@ func TestRequestID(t *testing.T) {
 
 	e.restart()
 	finds(first.Request, audit.SignatureAdmitted, audit.SignatureCreated)
+	id := regexp.MustCompile(` request=[a-z2-7]{16}`)
 	for _, line := range strings.Split(e.log.String(), "\n") {
 		for _, message := range []string{"served", "refused", `"not served"`, `"an answer is withheld"`} {
-			if strings.Contains(line, "msg="+message+" ") && !regexp.MustCompile(` request=[a-z2-7]{16}`).MatchString(line) {
-				t.Error(fmt.Sprintf("no id: %s", line))
+			if strings.Contains(line, "msg="+message+" ") && !id.MatchString(line) {
+				t.Errorf("no id: %s", line)
 			}
 		}
 	}

@@ -138,8 +138,9 @@ var kinds = map[Type]Kind{
 	ProposalWithdrawn: Other, ProposalExpired: Other, ProposalRun: Other, ProposalDone: Other,
 	CertificateChanged: Other, Locked: Other, Unlocked: Other, BackupMade: Other, BackupRestored: Other,
 	RetentionChanged: Other, RetentionApplied: Other, LegalHoldSet: Other, LegalHoldReleased: Other,
-	LedgerCompacted: Other, DeviceUnavailable: Other, DeviceRecovered: Other, TokenRetried: Other, LogLevelChanged: Other,
-	LedgerBound: Other, RollbackDetected: Other, RollbackAccepted: Other,
+	LedgerCompacted: Other, DeviceUnavailable: Other, DeviceRecovered: Other, TokenRetried: Other,
+	LogLevelChanged: Other,
+	LedgerBound:     Other, RollbackDetected: Other, RollbackAccepted: Other,
 	ClockRefused: Other, ClockRecovered: Other, ClockAccepted: Other,
 }
 

@@ -351,8 +351,8 @@ func NewOperatorSignedOut(who Actor, session, operator, channel string) Event {
 }
 
 // Refusal gives the purpose, the credential and the channel of a refused proof, and the cause. The
-// subject is the key of a presence, or the proposal of an approval; "" for a sign-in. Request is the
-// id of the request with the proof.
+// subject is the key of a presence, or the proposal of an approval; "" for a sign-in. Request is
+// the id of the request with the proof.
 type Refusal struct{ Purpose, Subject, Credential, Channel, Cause, Request string }
 
 // NewSignInRefused records a refused proof in the name of an operator.

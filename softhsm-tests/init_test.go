@@ -47,7 +47,7 @@ func (s *system) newTokens() (stdout, stderr string, code int) {
 	if err := cmd.Run(); cmd.ProcessState == nil {
 		s.t.Fatal(err)
 	}
-	s.checkOutput("countersignd", out.String() + errOut.String())
+	s.checkOutput("countersignd", out.String()+errOut.String())
 	return out.String(), errOut.String(), cmd.ProcessState.ExitCode()
 }
 

@@ -15,8 +15,8 @@ import (
 )
 
 // secrets knows every secret that the tests have made, and finds each of them in a text, in all
-// usual ways to write bytes. The scanner shares nothing with the daemon's scrubber, which knows forms
-// and no secrets. A secret of one test must not be in the outputs of another test either.
+// usual ways to write bytes. The scanner shares nothing with the daemon's scrubber, which knows
+// forms and no secrets. A secret of one test must not be in the outputs of another test either.
 type secrets struct {
 	mu  sync.Mutex
 	all map[string]string // a way to write a secret: the secret's name
@@ -41,8 +41,8 @@ func (s *secrets) add(name string, b []byte) {
 
 var secretLine = regexp.MustCompile(`(?m)^([0-9a-f]{64})$`)
 
-// addFiles adds the secrets in the files of a folder: PINs, seeds, identities of peers, and tokens of
-// sessions.
+// addFiles adds the secrets in the files of a folder: PINs, seeds, identities of peers, and tokens
+// of sessions.
 func (s *secrets) addFiles(dir string) error {
 	return filepath.WalkDir(dir, func(path string, e fs.DirEntry, err error) error {
 		if err != nil || !e.Type().IsRegular() {

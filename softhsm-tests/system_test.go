@@ -24,8 +24,8 @@ import (
 
 const softHSM = "/usr/lib/softhsm/libsofthsm2.so"
 
-// userPIN must be in no output of the daemon. Every test searches the outputs for this and all other
-// secrets: see checkOutput.
+// userPIN must be in no output of the daemon. Every test searches the outputs for this and all
+// other secrets: see checkOutput.
 const userPIN = "pin-that-must-not-be-seen"
 
 var bin string // the folder of the built commands

@@ -408,8 +408,8 @@ type Error struct {
 	// RetryAfter is set with busy and rate_limited: the same request may be sent again after so
 	// many seconds.
 	RetryAfter int `json:"retry_after,omitzero"`
-	// Request is the id of the refused request, which an operator can search for. The field is set by
-	// Answer.Into, and is no part of the message.
+	// Request is the id of the refused request, which an operator can search for. The field is set
+	// by Answer.Into, and is no part of the message.
 	Request string `json:"-"`
 }
 
@@ -593,7 +593,8 @@ func EncodeAnswer(id, request string, result any, refusal *Error) []byte {
 	}
 	b := mustEncode(a)
 	if len(b) > MaxDocument {
-		return EncodeAnswer(id, request, nil, refuse(CodeTooLarge, "the answer does not fit into %d bytes", MaxDocument))
+		refusal := refuse(CodeTooLarge, "the answer does not fit into %d bytes", MaxDocument)
+		return EncodeAnswer(id, request, nil, refusal)
 	}
 	return b
 }

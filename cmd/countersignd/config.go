@@ -73,9 +73,9 @@ type Config struct {
 	// refusal.
 	LogLevel string `toml:"log_level"`
 
-	// LogFormat is auto, text, json or journal. Default: auto, which sends each line with its fields
-	// to journald where stderr leads to journald, and otherwise writes text to stderr. In the journal,
-	// each attribute of a line is a field: journalctl COUNTERSIGN_REQUEST=ID.
+	// LogFormat is auto, text, json or journal. Default: auto, which sends each line with its
+	// fields to journald where stderr leads to journald, and otherwise writes text to stderr. In
+	// the journal, each attribute of a line is a field: journalctl COUNTERSIGN_REQUEST=ID.
 	LogFormat logline.Format `toml:"log_format"`
 
 	// Tokens has the PKCS#11 tokens and TPMs with the keys, each as a table [tokens.NAME]. At least

@@ -30,9 +30,9 @@ func reloadAll(
 
 // reload takes the log level of the configuration file, and logs what else is new. A level that an
 // operator has set for a time stays until its end. The policy file is only offered, because
-// operators put policies in force. Each delivery to a webhook reads ca_file, and the certificates of
-// HTTPS are in the ledger, so neither needs a reload. The argument started is the configuration at
-// the start.
+// operators put policies in force. Each delivery to a webhook reads ca_file, and the certificates
+// of HTTPS are in the ledger, so neither needs a reload. The argument started is the configuration
+// at the start.
 func reload(path string, started Config, level *logline.Level, app *appliance.Appliance, log *slog.Logger) {
 	c, err := loadConfig(path)
 	if err != nil {

@@ -154,8 +154,8 @@ type logLines struct {
 	close  func() // writes what is queued, where the queue is the log's own
 }
 
-// openLog returns stderr as the destination of the log, or journald for its format. Without journald
-// the lines are text on stderr: the log must not be lost with its favourite reader.
+// openLog returns stderr as the destination of the log, or journald for its format. Without
+// journald the lines are text on stderr: the log must not be lost with its favourite reader.
 func openLog(format logline.Format, stderr *logqueue.Queue) (logLines, error) {
 	chosen := format.Chosen()
 	if chosen == logline.Journal {

@@ -43,8 +43,8 @@ func fieldsOf(t *testing.T, entry []byte) map[string]string {
 }
 
 // TestJournal sends lines to a socket as journald's: each line is one datagram, with its attributes
-// in the message and as fields. A socket that comes back, as after a restart of journald, gets lines
-// again.
+// in the message and as fields. A socket that comes back, as after a restart of journald, gets
+// lines again.
 func TestJournal(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "journal")
 	listen := func() *net.UnixConn {
@@ -72,7 +72,8 @@ func TestJournal(t *testing.T) {
 	}
 	log := slog.New(logline.Journal.Handler(socket, slog.LevelInfo)).With("request", "k4wq2vz5n3xa7bcd")
 	log.Debug("not at this level")
-	log.WithGroup("g").Warn("refused", "peer", "the shop", "a-b", "1\n2\nPRIORITY=0", slog.Group("h", "n", 5), slog.Attr{})
+	log.WithGroup("g").Warn("refused", "peer", "the shop", "a-b", "1\n2\nPRIORITY=0", slog.Attr{},
+		slog.Group("h", "n", 5))
 	got := receive()
 	for name, want := range map[string]string{
 		"MESSAGE":             `refused request=k4wq2vz5n3xa7bcd g.peer="the shop" g.a-b="1\n2\nPRIORITY=0" g.h.n=5`,
@@ -147,8 +148,8 @@ type writer func([]byte) (int, error)
 
 func (w writer) Write(b []byte) (int, error) { return w(b) }
 
-// TestLevelGoesBack sets a level for a time: the level goes back by itself, a later setting replaces
-// an earlier one with its time, and a reload does not end the time.
+// TestLevelGoesBack sets a level for a time: the level goes back by itself, a later setting
+// replaces an earlier one with its time, and a reload does not end the time.
 func TestLevelGoesBack(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		l := logline.NewLevel(slog.LevelInfo)

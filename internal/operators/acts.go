@@ -304,7 +304,8 @@ func (r *Registry) EnrolFirst(
 	roles := []approval.Role{approval.Administrator, approval.OperatorRole, approval.Auditor, approval.Approver}
 	values := []string{name, joinRoles(roles), string(manage.Encode(c))}
 	var first approval.Operator
-	err := r.updateRoster(ctx, audit.Operator("uid:0").In(ch.Request), "operator enrol", func(people *roster) (string, string, error) {
+	who := audit.Operator("uid:0").In(ch.Request)
+	err := r.updateRoster(ctx, who, "operator enrol", func(people *roster) (string, string, error) {
 		if len(people.people) > 0 {
 			return "", "", fmt.Errorf("%w: there are operators already: propose to add one", ErrConflict)
 		}

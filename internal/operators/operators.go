@@ -233,8 +233,8 @@ func (r *Registry) stopping() bool {
 	return r.closing
 }
 
-// write runs change under the lock writing, to its end, even if the caller's ctx ends first. request
-// is the id of the caller's request, or "".
+// write runs change under the lock writing, to its end, even if the caller's ctx ends first.
+// request is the id of the caller's request, or "".
 func (r *Registry) write(
 	ctx context.Context, request, what string, change func(context.Context) error,
 ) error {

@@ -7,8 +7,8 @@ import (
 	"strings"
 )
 
-// maxText bounds a text in a line of the log, in bytes: the message and each value. A denied request
-// can name thousands of rules, and a module's error can quote anything.
+// maxText bounds a text in a line of the log, in bytes: the message and each value. A denied
+// request can name thousands of rules, and a module's error can quote anything.
 const maxText = 1024
 
 // maxSearched bounds the text in which secrets are searched, so that a line has a bounded cost.
@@ -21,8 +21,8 @@ type handler struct {
 }
 
 // Handler returns a handler that passes each line on without secrets: in the message, and in the
-// names and values of the attributes, however deep. A value of any type becomes its text, so that no
-// handler behind this one can write more of the value than the text.
+// names and values of the attributes, however deep. A value of any type becomes its text, so that
+// no handler behind this one can write more of the value than the text.
 func (s *Scrubber) Handler(to slog.Handler) slog.Handler { return handler{to, s} }
 
 func (h handler) Handle(ctx context.Context, r slog.Record) error {
@@ -82,8 +82,8 @@ func textOf(v any) (text string) {
 	return fmt.Sprintf("%+v", v)
 }
 
-// Bounded returns at most maxText bytes of a text without secrets. The search comes first: a part of
-// a secret has no form.
+// Bounded returns at most maxText bytes of a text without secrets. The search comes first: a part
+// of a secret has no form.
 func (s *Scrubber) Bounded(text string) string {
 	if len(text) > maxSearched {
 		// A secret at the end may be cut, and its first part is no secret by its form.

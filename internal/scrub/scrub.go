@@ -11,8 +11,8 @@ import (
 	"sync"
 )
 
-// Scrubber replaces secrets in texts. The zero Scrubber knows no public keys. A Scrubber is safe for
-// concurrent use.
+// Scrubber replaces secrets in texts. The zero Scrubber knows no public keys. A Scrubber is safe
+// for concurrent use.
 type Scrubber struct {
 	public sync.Map // [32]byte: the keys that stay readable
 }
@@ -32,7 +32,8 @@ var forms = []form{
 	{"age", pattern(`(?i)AGE-(?:SECRET-KEY|PLUGIN-[A-Z0-9+._-]+)-1[A-Z0-9]+`, "[age key]")},
 	// The body of an OpenSSH private key begins with openssh-key-v1.
 	{"ssh", pattern(`b3BlbnNzaC1rZXktdjE[A-Za-z0-9+/=\s]*`, "[SSH key]")},
-	{"bytes", pattern(`(?:(?:0x[0-9a-fA-F]{1,2}|[0-9]{1,3})[ ,]+){31,}(?:0x[0-9a-fA-F]{1,2}|[0-9]{1,3})`, "[32 bytes]")},
+	{"bytes", pattern(`(?:(?:0x[0-9a-fA-F]{1,2}|[0-9]{1,3})[ ,]+){31,}(?:0x[0-9a-fA-F]{1,2}|[0-9]{1,3})`,
+		"[32 bytes]")},
 	{"separated hex", pattern(`(?:[0-9a-fA-F]{2}[ :]){31,}[0-9a-fA-F]{2}`, "[64 hex digits]")},
 	{"hex", replaceHex},
 	{"base64", replaceBase64},
@@ -98,9 +99,9 @@ func replaceHex(s *Scrubber, text string) string {
 
 var base64Run = regexp.MustCompile(`[A-Za-z0-9+/_-]{43,}={0,2}`)
 
-// replaceBase64 replaces 32 and 64 bytes of base64, in both alphabets, with and without padding. The
-// characters of the alphabets separate words too, as in a path. Each part of a run that begins and
-// ends at such a character or at an end of the run may therefore be the secret.
+// replaceBase64 replaces 32 and 64 bytes of base64, in both alphabets, with and without padding.
+// The characters of the alphabets separate words too, as in a path. Each part of a run that begins
+// and ends at such a character or at an end of the run may therefore be the secret.
 func replaceBase64(s *Scrubber, text string) string {
 	var out strings.Builder
 	end := 0 // of what has been copied

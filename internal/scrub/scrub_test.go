@@ -104,19 +104,21 @@ func (l late) LogValue() slog.Value { return slog.GroupValue(slog.String("late",
 
 // places are all places of a line where a text can stand.
 var places = map[string]func(log *slog.Logger, text string){
-	"message":       func(log *slog.Logger, text string) { log.Info(text) },
-	"value":         func(log *slog.Logger, text string) { log.Info("m", "v", text) },
-	"name":          func(log *slog.Logger, text string) { log.Info("m", text, 1) },
-	"error":         func(log *slog.Logger, text string) { log.Info("m", "err", errors.New(text)) },
-	"nested error":  func(log *slog.Logger, text string) { log.Info("m", "err", nested(text)) },
-	"joined errors": func(log *slog.Logger, text string) { log.Info("m", "err", errors.Join(nested(text), nested(text))) },
-	"group":         func(log *slog.Logger, text string) { log.Info("m", slog.Group("g", slog.Group("h", "v", text))) },
-	"LogValuer":     func(log *slog.Logger, text string) { log.Info("m", "v", late(text)) },
-	"With":          func(log *slog.Logger, text string) { log.With("v", text).Info("m") },
-	"WithGroup":     func(log *slog.Logger, text string) { log.WithGroup(text).Info("m", "n", 1) },
-	"struct":        func(log *slog.Logger, text string) { log.Info("m", "v", struct{ Text string }{text}) },
-	"slice":         func(log *slog.Logger, text string) { log.Info("m", "v", []string{text, "b"}) },
-	"map":           func(log *slog.Logger, text string) { log.Info("m", "v", map[string]any{"k": text}) },
+	"message":      func(log *slog.Logger, text string) { log.Info(text) },
+	"value":        func(log *slog.Logger, text string) { log.Info("m", "v", text) },
+	"name":         func(log *slog.Logger, text string) { log.Info("m", text, 1) },
+	"error":        func(log *slog.Logger, text string) { log.Info("m", "err", errors.New(text)) },
+	"nested error": func(log *slog.Logger, text string) { log.Info("m", "err", nested(text)) },
+	"joined errors": func(log *slog.Logger, text string) {
+		log.Info("m", "err", errors.Join(nested(text), nested(text)))
+	},
+	"group":     func(log *slog.Logger, text string) { log.Info("m", slog.Group("g", slog.Group("h", "v", text))) },
+	"LogValuer": func(log *slog.Logger, text string) { log.Info("m", "v", late(text)) },
+	"With":      func(log *slog.Logger, text string) { log.With("v", text).Info("m") },
+	"WithGroup": func(log *slog.Logger, text string) { log.WithGroup(text).Info("m", "n", 1) },
+	"struct":    func(log *slog.Logger, text string) { log.Info("m", "v", struct{ Text string }{text}) },
+	"slice":     func(log *slog.Logger, text string) { log.Info("m", "v", []string{text, "b"}) },
+	"map":       func(log *slog.Logger, text string) { log.Info("m", "v", map[string]any{"k": text}) },
 }
 
 func nested(text string) error {
@@ -137,7 +139,9 @@ func TestEachFormInEachPlace(t *testing.T) {
 	}
 }
 
-func lineOf(t *testing.T, way func(*testing.T) (text, secret string), put func(*slog.Logger, string)) (line, secret string) {
+func lineOf(
+	t *testing.T, way func(*testing.T) (text, secret string), put func(*slog.Logger, string),
+) (line, secret string) {
 	var out bytes.Buffer
 	text, secret := way(t)
 	s := new(Scrubber)
@@ -147,8 +151,8 @@ func lineOf(t *testing.T, way func(*testing.T) (text, secret string), put func(*
 	return out.String(), secret
 }
 
-// TestNoFormIsSpare takes out one form after the other, and sees that secrets of this form then stand
-// in the line: so TestEachFormInEachPlace fails without the form.
+// TestNoFormIsSpare takes out one form after the other, and sees that secrets of this form then
+// stand in the line: so TestEachFormInEachPlace fails without the form.
 func TestNoFormIsSpare(t *testing.T) {
 	all := forms
 	defer func() { forms = all }()
