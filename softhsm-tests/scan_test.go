@@ -2,8 +2,11 @@ package softhsmtests
 
 import (
 	"bytes"
+	"crypto/rand"
 	"encoding/base64"
 	"encoding/hex"
+	"encoding/json"
+	"encoding/pem"
 	"fmt"
 	"io/fs"
 	"os"
@@ -134,6 +137,48 @@ func TestScannerFindsSecrets(t *testing.T) {
 	found := new(recorder)
 	if s.check(found, "a text", fmt.Sprintf("the public key %x", make([]byte, 32))); found.errors > 0 {
 		t.Error("the public key of an identity is a secret")
+	}
+}
+
+// TestModuleSaysSecrets has a module print secrets of each form on its stderr. The daemon's log has
+// the lines in each format, with the form in place of the secret.
+func TestModuleSaysSecrets(t *testing.T) {
+	loud := compile(t, "loud.c", "-shared", "-fPIC")
+	secret := func(name string, length int) []byte {
+		b := make([]byte, length)
+		rand.Read(b)
+		made.add(name+" that a module says", b)
+		return b
+	}
+	der := secret("the PEM block", 200)
+	block := string(pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: der}))
+	for _, line := range strings.Split(block, "\n")[1:4] {
+		made.add("a line of PEM", []byte(line))
+	}
+	says := fmt.Sprintf("hex %x.\nbase64 seed=%s\n%sbytes %v\nSHA-512 %s\nthe last line\n", secret("the hex", 32),
+		base64.StdEncoding.EncodeToString(secret("the base64", 32)), block, secret("the list", 32),
+		base64.RawURLEncoding.EncodeToString(secret("the long base64", 64)))
+	for _, format := range []string{"text", "json"} {
+		t.Run(format, func(t *testing.T) {
+			s := newSystem(t)
+			s.edit("countersign.toml", softHSM, loud)
+			s.edit("countersign.toml", "environment = { ", fmt.Sprintf("environment = { LOUD_SAYS = %q, ", says))
+			s.edit("countersign.toml", "log_level =", fmt.Sprintf("log_format = %q\nlog_level =", format))
+			p := s.serve()
+			p.stop()
+			log := p.stderr.String()
+			for _, want := range []string{
+				"hex [64 hex digits].", "base64 seed=[32 bytes]", "[PEM]", "bytes [[32 bytes]]", "SHA-512 [64 bytes]",
+				"the last line",
+			} {
+				if !strings.Contains(log, want) {
+					t.Errorf("the log does not have %q", want)
+				}
+			}
+			if json.Valid([]byte(strings.SplitN(log, "\n", 2)[0])) != (format == "json") {
+				t.Errorf("the first line is not %s: %.200s", format, log)
+			}
+		})
 	}
 }
 

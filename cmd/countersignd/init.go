@@ -17,7 +17,9 @@ import (
 	"countersign/internal/keyring"
 	"countersign/internal/keystore"
 	"countersign/internal/ledger"
+	"countersign/internal/logline"
 	"countersign/internal/manage"
+	"countersign/internal/scrub"
 	"countersign/policy"
 	"countersign/tpm"
 )
@@ -44,7 +46,7 @@ func initialise(ctx context.Context, c Config, o initOptions, stdout, stderr io.
 		return err
 	}
 	// A module's output is logged as a warning, and is not shown: stderr has the steps.
-	log := slog.New(slog.NewTextHandler(stderr, &slog.HandlerOptions{Level: slog.LevelError}))
+	log := slog.New(new(scrub.Scrubber).Handler(logline.Text.Handler(stderr, slog.LevelError)))
 	steps := &counted{to: stderr}
 	stderr = steps
 	names := slices.Sorted(maps.Keys(c.Tokens))
