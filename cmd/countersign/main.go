@@ -79,9 +79,15 @@ func run(ctx context.Context, args []string, stdin io.Reader, stdout, stderr io.
 		if wrong, is := errors.AsType[*audit.Wrong](err); is {
 			doc["event"] = wrong.Event
 		}
+		if request := requestOf(err); request != "" {
+			doc["request"] = request
+		}
 		t.print(map[string]any{"error": doc}, nil)
 	}
 	fmt.Fprintf(stderr, "countersign: error: %s: %s\n", code, message(err))
+	if request := requestOf(err); request != "" {
+		fmt.Fprintf(stderr, "countersign: request: %s\n", request)
+	}
 	if status == 2 {
 		fmt.Fprintf(stderr, "countersign: hint: %s --help\n", called.CommandPath())
 	} else if next := hints[code]; next != "" {
@@ -189,6 +195,18 @@ func message(err error) string {
 		text = adminRefusal.Detail
 	}
 	return oneLine(text)
+}
+
+// requestOf returns the id of the request that was refused, by which the appliance's operators find
+// the request in their logs, or "".
+func requestOf(err error) string {
+	if refusal, is := errors.AsType[*client.Error](err); is {
+		return oneLine(refusal.Request)
+	}
+	if refusal, is := errors.AsType[*api.Error](err); is {
+		return oneLine(refusal.Request)
+	}
+	return ""
 }
 
 // oneLine returns a text without line breaks: the text of another program must not look like a line

@@ -23,6 +23,7 @@ import (
 	"countersign/internal/ledger"
 	"countersign/internal/logqueue"
 	"countersign/internal/resource"
+	"countersign/internal/scrub"
 	"countersign/policy"
 
 	"github.com/spf13/cobra"
@@ -186,7 +187,7 @@ func run(ctx context.Context, args []string, stdout io.Writer, stderr *logqueue.
 			err = configError{err}
 		}
 		text, hint := advise(err)
-		fmt.Fprintf(stderr, "countersignd: error: %s\n", text)
+		fmt.Fprintf(stderr, "countersignd: error: %s\n", new(scrub.Scrubber).Text(text))
 		if hint != "" {
 			fmt.Fprintf(stderr, "countersignd: hint: %s\n", hint)
 		}
