@@ -17,6 +17,7 @@ import (
 	"countersign/audit"
 	"countersign/internal/ledger"
 	"countersign/internal/ledger/ledgertest"
+	"countersign/internal/requestid"
 )
 
 // indexAll writes the index of each full segment.
@@ -63,6 +64,10 @@ func TestFind(t *testing.T) {
 					"admission": fmt.Sprint(random.IntN(5000)),
 				},
 			}
+			e.Actor.Request = fmt.Sprintf("request%d", random.IntN(2000))
+			if i%2 == 0 {
+				e.Actor.Request = requestid.Item(e.Actor.Request, random.IntN(3))
+			}
 			event := ledger.NewEvent(e.Encode(begin.Add(time.Duration(i) * time.Second)))
 			go func() { _, err := l.Append(context.Background(), event); done <- err }()
 		}
@@ -106,6 +111,13 @@ func TestFind(t *testing.T) {
 			}},
 			"digest": {ledger.Query{Digest: one.Metadata["digest"]}, func(e audit.Event) bool {
 				return e.Metadata["digest"] == one.Metadata["digest"]
+			}},
+			"request": {ledger.Query{Request: "request7"}, func(e audit.Event) bool {
+				batch, _, _ := strings.Cut(e.Actor.Request, ".")
+				return batch == "request7"
+			}},
+			"item": {ledger.Query{Request: "request7.1"}, func(e audit.Event) bool {
+				return e.Actor.Request == "request7.1"
 			}},
 			"admission": {ledger.Query{Admission: "42"}, func(e audit.Event) bool {
 				return e.Metadata["admission"] == "42"
