@@ -45,7 +45,7 @@ func TestRequestID(t *testing.T) {
 	if err != nil || len(same) != 1 || same[0].Index != found[0].Index {
 		t.Errorf("the id finds %+v, %v", same, err)
 	}
-	for _, each := range []audit.Type{audit.OperatorSignedIn, audit.OperatorEnrolled} {
+	for _, each := range []audit.Type{audit.OperatorSignedIn} {
 		if found, _, err := root.FindEvents(t.Context(), api.EventQuery{Type: each}); err != nil || len(found) == 0 ||
 			found[0].Actor.Request == "" {
 			t.Errorf("%s: %+v, %v", each, found, err)

@@ -7,6 +7,7 @@ import (
 	"io"
 	"log/slog"
 	"net"
+	"os"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -87,6 +88,9 @@ func TestJournal(t *testing.T) {
 		}
 	}
 	l.Close()
+	if err := os.Remove(path); err != nil {
+		t.Fatal(err)
+	}
 	l = listen()
 	defer l.Close()
 	log.Error("again")

@@ -155,7 +155,7 @@ func random(text string) bool {
 	}
 	changes := 0
 	for i := 1; i < len(text); i++ {
-		if class(text[i]) != class(text[i-1]) {
+		if is, was := class(text[i]), class(text[i-1]); is != was && is != 0 && was != 0 {
 			changes++
 		}
 	}
