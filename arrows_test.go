@@ -24,11 +24,12 @@ type room struct{ ours, outside string }
 var arrows = map[string]room{
 	// The binaries.
 	"cmd/countersignd": {
-		ours: `admin admin/certs appliance audit hsm internal/anchor internal/cause internal/cli internal/keyring
-			internal/keystore internal/keystore/worker internal/ledger internal/logline internal/logqueue
-			internal/manage internal/operators internal/resource internal/scrub internal/webhook noise policy tpm`,
-		outside: `github.com/coreos/go-systemd/v22 github.com/pelletier/go-toml/v2 github.com/spf13/cobra
-			golang.org/x/sys`,
+		ours: `admin admin/certs appliance audit hsm internal/anchor internal/cause internal/cli
+			internal/keyring internal/keystore internal/keystore/worker internal/ledger
+			internal/logline internal/logqueue internal/manage internal/meter internal/operators
+			internal/resource internal/scrub internal/webhook noise policy tpm`,
+		outside: `github.com/coreos/go-systemd/v22 github.com/pelletier/go-toml/v2
+			github.com/spf13/cobra golang.org/x/sys`,
 	},
 	"cmd/countersign": {
 		ours: `admin/api approval audit client internal/cli internal/durable internal/ijson internal/keystore
@@ -40,7 +41,8 @@ var arrows = map[string]room{
 	"admin": {
 		ours: `admin/api admin/certs appliance approval audit internal/anchor internal/ijson
 			internal/keyring internal/keystore internal/ledger internal/logline internal/manage
-			internal/operators internal/peers internal/requestid internal/schedule internal/webhook policy`,
+			internal/meter internal/operators internal/peers internal/requestid internal/schedule
+			internal/webhook policy`,
 		outside: "github.com/danielgtaylor/huma/v2 github.com/labstack/echo/v4 golang.org/x/net/netutil",
 	},
 	"admin/certs": {ours: "internal/keystore"},
@@ -49,15 +51,15 @@ var arrows = map[string]room{
 	"appliance": {
 		ours: `audit internal/anchor internal/cause internal/eddsa internal/gate internal/ijson
 			internal/keyring internal/keystore internal/ledger internal/limit internal/manage
-			internal/peers internal/requestid internal/resource internal/webhook noise policy
-			transcript wire`,
+			internal/meter internal/peers internal/requestid internal/resource internal/webhook
+			noise policy transcript wire`,
 		outside: "golang.org/x/time",
 	},
 	// Below the walk: each of these packages follows a part of the ledger.
 	"internal/keyring": {
 		ours: `approval audit internal/cause internal/eddsa internal/gate internal/ijson
-			internal/keystore internal/ledger internal/limit internal/manage internal/peers
-			internal/pubkey internal/requestid internal/schedule transcript wire`,
+			internal/keystore internal/ledger internal/limit internal/manage internal/meter
+			internal/peers internal/pubkey internal/requestid internal/schedule transcript wire`,
 	},
 	"internal/peers": {
 		ours: `audit internal/gate internal/ijson internal/keystore internal/ledger internal/limit
@@ -69,12 +71,17 @@ var arrows = map[string]room{
 			internal/requestid internal/resource`,
 	},
 	"internal/operators": {
-		ours: "approval audit internal/ijson internal/ledger internal/manage internal/requestid",
+		ours: `approval audit internal/ijson internal/ledger internal/manage internal/meter
+			internal/requestid`,
 	},
-	"internal/cause":    {},
-	"internal/gate":     {ours: "internal/ledger"},
-	"internal/ledger":   {ours: "audit", outside: "go.etcd.io/bbolt golang.org/x/mod"},
-	"internal/manage":   {ours: "internal/ijson internal/keystore"},
+	"internal/cause":  {},
+	"internal/gate":   {ours: "internal/ledger"},
+	"internal/ledger": {ours: "audit", outside: "go.etcd.io/bbolt golang.org/x/mod"},
+	"internal/manage": {ours: "internal/ijson internal/keystore"},
+	"internal/meter": {
+		ours:    "internal/cause wire",
+		outside: "github.com/prometheus/client_golang github.com/prometheus/common",
+	},
 	"internal/resource": {ours: "audit"},
 	"internal/sshagent": {ours: "approval", outside: "golang.org/x/crypto/ssh"},
 	// The devices.

@@ -32,6 +32,7 @@ import (
 	"countersign/internal/ledger"
 	"countersign/internal/logline"
 	"countersign/internal/manage"
+	"countersign/internal/meter"
 	"countersign/internal/operators"
 	"countersign/internal/peers"
 	"countersign/policy"
@@ -55,6 +56,7 @@ const (
 type Config struct {
 	Appliance  *appliance.Appliance
 	Operators  *operators.Registry
+	Meter      *meter.Meter
 	LoadPolicy func() (*policy.Policy, error) // reads the policy file again
 	Level      *logline.Level                 // of the daemon's log
 	Log        *slog.Logger                   // the daemon's log

@@ -192,24 +192,32 @@ const maxConnections = 256
 // ListenTLS listens on a loopback address, with TLS 1.3. ListenTLS refuses other addresses, and the
 // listener refuses older versions of TLS.
 func ListenTLS(address string, c *certs.Manager) (net.Listener, error) {
+	l, err := listenLoopback("admin HTTPS", address, maxConnections)
+	if err != nil {
+		return nil, err
+	}
+	config := c.Config()
+	config.NextProtos = []string{"http/1.1"} // net/http supports no other protocol on a TLS listener
+	return tls.NewListener(l, config), nil
+}
+
+// listenLoopback listens on a loopback address, for a number of connections at a time.
+func listenLoopback(what, address string, connections int) (net.Listener, error) {
 	host, _, err := net.SplitHostPort(address)
 	if err != nil {
-		return nil, fmt.Errorf("admin HTTPS: %w", err)
+		return nil, fmt.Errorf("%s: %w", what, err)
 	}
 	if ip, err := netip.ParseAddr(host); err != nil || !ip.IsLoopback() {
-		return nil, fmt.Errorf("admin HTTPS: %q is not a loopback address such as 127.0.0.1 or ::1: "+
-			"put a tunnel in front of it for others", host)
+		return nil, fmt.Errorf("%s: %q is not a loopback address such as 127.0.0.1 or ::1: "+
+			"put a tunnel in front of it for others", what, host)
 	}
 	var lc net.ListenConfig
 	lc.SetMultipathTCP(false) // a sandbox's rules on TCP ports do not cover Multipath TCP
 	l, err := lc.Listen(context.Background(), "tcp", address)
 	if err != nil {
-		return nil, fmt.Errorf("admin HTTPS: %w", err)
+		return nil, fmt.Errorf("%s: %w", what, err)
 	}
-	l = netutil.LimitListener(l, maxConnections)
-	config := c.Config()
-	config.NextProtos = []string{"http/1.1"} // net/http supports no other protocol on a TLS listener
-	return tls.NewListener(l, config), nil
+	return netutil.LimitListener(l, connections), nil
 }
 
 // A browser gets a token in two halves: one in a cookie, one for the page, which sends its half in

@@ -211,6 +211,10 @@ func (s *server) routes() {
 	route(s, s.ledger, operation{
 		route: "GET /v1/ledger", id: "ledger", summary: "Say how large the ledger is and how its clock is",
 		roles: of(administrator, operator, auditor, approver, backup, metrics), refused: whileUninitialised})
+	routeRaw(s, s.metrics, operation{
+		route: "GET /v1/metrics", id: "metrics",
+		summary: "Get the metrics in a format of Prometheus: text, OpenMetrics or protobuf",
+		roles:   of(administrator, operator, auditor, metrics), refused: whileUninitialised})
 	route(s, s.compact, operation{
 		route: "POST /v1/ledger/compact", id: "compact",
 		summary: "Give the free space of the ledger's file back",

@@ -27,6 +27,7 @@ import (
 	"countersign/internal/ledger"
 	"countersign/internal/limit"
 	"countersign/internal/manage"
+	"countersign/internal/meter"
 	"countersign/internal/peers"
 	"countersign/internal/resource"
 	"countersign/internal/webhook"
@@ -94,6 +95,7 @@ type Config struct {
 	LoadPolicy func() (*policy.Policy, error)
 	// Monitor, if set, may have failed tokens already.
 	Monitor *resource.Monitor
+	Meter   *meter.Meter // nil counts nothing
 }
 
 // Appliance is safe for concurrent use.
@@ -110,6 +112,8 @@ type Appliance struct {
 	gate     *gate.Gate
 	monitor  *resource.Monitor
 	causes   []func() []cause.Cause
+	meter    *meter.Meter
+	signed   atomic.Int64 // time of the last checkpoint or of the start, Unix nanoseconds
 	log      *slog.Logger
 
 	policies   policies
@@ -147,7 +151,7 @@ func New(
 	limits := c.Limits
 	a = &Appliance{
 		limits: limits, attended: c.Attended, webhooks: c.Webhooks, ledger: l, tokens: tokens, gate: gate.New(l),
-		monitor: c.Monitor, log: log, policies: policies{
+		monitor: c.Monitor, meter: c.Meter, log: log, policies: policies{
 			ledger: l, log: log, activating: manage.NewLock(), file: p, load: c.LoadPolicy,
 		},
 		groups:     groups{all: map[string]Group{}, of: map[member][]string{}},
@@ -158,6 +162,8 @@ func New(
 		retention: c.Retention, configured: c.Retention,
 	}
 	a.failing.Interval = time.Second
+	a.refusals.meter = c.Meter
+	a.signed.Store(time.Now().UnixNano())
 	if a.monitor == nil {
 		a.monitor = resource.NewMonitor(log, limits.RequestTimeout)
 	}
@@ -193,6 +199,7 @@ func New(
 	a.Report(a.nonceCauses)
 	a.Anchor = anchor.New(c.Anchor, l, tokens, a.gate, a.monitor, log)
 	a.Report(a.Anchor.Causes)
+	a.meter.Source(a.measure)
 	return a, nil
 }
 

@@ -16,6 +16,7 @@ import (
 	"countersign/internal/keyring"
 	"countersign/internal/keystore"
 	"countersign/internal/ledger"
+	"countersign/internal/meter"
 	"countersign/policy"
 	"countersign/transcript"
 	"countersign/wire"
@@ -57,6 +58,7 @@ type decision struct {
 func (a *Appliance) decisionOf(
 	who Caller, key *keyring.Key, version uint32, doc *transcript.Document,
 ) (*decision, error) {
+	who.walk.Enter(meter.Policy)
 	if doc.Reserved {
 		return nil, fmt.Errorf("%w: %s is made by the appliance only", errNotYours, doc.Type)
 	}
@@ -104,6 +106,7 @@ func (a *Appliance) admittedVersion(r *wire.Sign, key *keyring.Key, admitted uin
 // verificationOf prepares a decision about a verification, if the policy has a rule about
 // verifications.
 func (a *Appliance) verificationOf(who Caller, r *wire.Verify, doc *transcript.Document) (*decision, error) {
+	who.walk.Enter(meter.Policy)
 	d := &decision{
 		policies: &a.policies, groups: &a.groups, who: who, doc: doc, action: policy.Verify,
 		key: a.Keys.NameOf(r.Key, r.PublicKey), publicKey: r.PublicKey[:], at: time.Now(),
@@ -206,6 +209,7 @@ func (d *decision) decide(used []ledger.Used) ([]byte, error) {
 	if d.record = nil; d.undecided() {
 		return nil, nil
 	}
+	defer d.who.walk.Decided(time.Now())
 	if d.refused == nil && d.mayUse != nil {
 		d.refused = d.mayUse()
 	}
@@ -264,6 +268,8 @@ func (d *decision) event(v ledger.Verdict) []byte {
 func (a *Appliance) admit(ctx context.Context, who Caller, d *decision, r ledger.Admission) (ledger.Admitted, error) {
 	r.Peer, r.Quiet, r.Member = who.Name, who.quiet, who.member
 	r.Counts, r.Decide = d.counts, d.decide
+	who.walk.Enter(meter.Ledger)
+	defer who.walk.Enter(meter.Answer)
 	admitted, err := a.ledger.Admit(ctx, r, d.event)
 	if err != nil {
 		who.bill.unknown(err)

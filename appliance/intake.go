@@ -9,6 +9,7 @@ import (
 	"countersign/audit"
 	"countersign/internal/eddsa"
 	"countersign/internal/keyring"
+	"countersign/internal/meter"
 	"countersign/internal/peers"
 	"countersign/internal/requestid"
 	"countersign/noise"
@@ -38,6 +39,7 @@ type taken struct {
 	request string // of the appliance; see package requestid
 	body    any    // a request of package wire, *wire.Error for a message that is none, or limited
 	places  int    // counted by peers.Registry
+	walk    *meter.Walk
 }
 
 // limited is the error of a request beyond a limit of its peer, or of all peers.
@@ -93,6 +95,7 @@ func (a *Appliance) pace(ctx context.Context, s *session, length int) error {
 // excluded with messages still in the buffer.
 func (a *Appliance) take(ctx context.Context, s *session, message []byte) (r taken, err error) {
 	r.request = requestid.New()
+	r.walk = a.meter.Begin()
 	refused := a.Peers.Begin(s.Session, 1)
 	if refused == nil {
 		r.places = 1
@@ -134,6 +137,7 @@ func (a *Appliance) turn(ctx context.Context, who Caller, cost int) (release fun
 
 // parse parses the document of a request in the peer's turn.
 func (a *Appliance) parse(ctx context.Context, who Caller, d wire.Document) (*transcript.Document, error) {
+	who.walk.Enter(meter.Decode)
 	release, err := a.turn(ctx, who, len(d.Payload))
 	if err != nil {
 		return nil, err
@@ -144,6 +148,7 @@ func (a *Appliance) parse(ctx context.Context, who Caller, d wire.Document) (*tr
 
 // check verifies the signature of a document in the peer's turn.
 func (a *Appliance) check(ctx context.Context, who Caller, d *transcript.Document, r *wire.Verify) error {
+	who.walk.Enter(meter.Verify)
 	release, err := a.turn(ctx, who, checkBytes)
 	if err != nil {
 		return err

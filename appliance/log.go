@@ -84,6 +84,7 @@ func (a *Appliance) checkpoint(ctx context.Context, epoch uint32, size uint64) (
 	if err := a.ledger.SetCheckpoint(ctx, epoch, head.Size, text); err != nil {
 		return e, err
 	}
+	a.signed.Store(time.Now().UnixNano())
 	return a.ledger.Epoch(epoch)
 }
 

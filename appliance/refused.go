@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"countersign/internal/limit"
+	"countersign/internal/meter"
 	"countersign/internal/peers"
 	"countersign/noise"
 )
@@ -183,6 +184,11 @@ func (a *Appliance) seenFrom(from netip.Addr) []string {
 // refused keeps a refused handshake for operators, and writes a line for its kind. key is the key
 // that message 1 has proven, or nil.
 func (a *Appliance) refused(from netip.Addr, key *[32]byte, reason Reason, err error) {
+	if reason == RefusedMessage && silent(err) {
+		a.meter.Add(meter.Handshakes, meter.HandshakeTimeout)
+	} else {
+		a.meter.Add(meter.Handshakes, string(reason))
+	}
 	r := Refused{From: from, Reason: reason, Text: err.Error()}
 	if wrong, is := errors.AsType[*noise.ProfileError](err); is && wrong.Claimed != [32]byte{} {
 		key, r.Unproven = &wrong.Claimed, true

@@ -1,6 +1,7 @@
 package appliance
 
 import (
+	"countersign/internal/meter"
 	"countersign/internal/requestid"
 	"countersign/wire"
 )
@@ -10,6 +11,8 @@ import (
 type answer struct {
 	result  any
 	refusal *wire.Error
+	op      string
+	walk    *meter.Walk
 	may     func() error // refuses the release of a signature or confirmation at this moment; nil: never
 }
 
@@ -72,5 +75,13 @@ func (a *Appliance) release(who Caller, r *reply, write func([]byte) error) erro
 				"err", err)
 		}
 	}
-	return write(r.encode())
+	err := write(r.encode())
+	for _, each := range r.answers {
+		code := ""
+		if each.refusal != nil {
+			code = each.refusal.Code
+		}
+		each.walk.End(each.op, code)
+	}
+	return err
 }

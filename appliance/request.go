@@ -13,6 +13,7 @@ import (
 	"countersign/internal/ijson"
 	"countersign/internal/keystore"
 	"countersign/internal/ledger"
+	"countersign/internal/meter"
 	"countersign/internal/peers"
 	"countersign/internal/requestid"
 	"countersign/wire"
@@ -37,17 +38,17 @@ func (a *Appliance) handle(s *session, r taken) *reply {
 		_, refusal := refuse(body)
 		a.refusals.count(audit.RateLimitTriggered, "request", s.caller.Name, refusal.Code)
 		pause(ctx, busyTime)
-		return single(r, answer{refusal: refusal})
+		return single(r, answer{refusal: refusal, op: meter.NoOp, walk: r.walk})
 	case *wire.Error:
-		return single(r, answer{refusal: a.unreadable(s, r.request, body)})
+		return single(r, answer{refusal: a.unreadable(s, r.request, body), op: meter.NoOp, walk: r.walk})
 	case *wire.Batch:
-		answers, ok := a.batch(ctx, s, r.request, body)
+		answers, ok := a.batch(ctx, s, r, body)
 		if !ok {
 			return nil
 		}
 		return &reply{id: r.id, request: r.request, batch: true, answers: answers}
 	}
-	served, ok := a.serve(ctx, s, nil, r.request, r.body)
+	served, ok := a.serve(ctx, s, nil, r.request, r.walk, r.body)
 	if !ok {
 		return nil
 	}
@@ -68,11 +69,15 @@ func (a *Appliance) unreadable(s *session, id string, refusal *wire.Error) *wire
 
 // serve executes one request with an id. ok is false after a fatal error.
 func (a *Appliance) serve(
-	ctx context.Context, s *session, member *ledger.Member, id string, request any,
+	ctx context.Context, s *session, member *ledger.Member, id string, walk *meter.Walk, request any,
 ) (served answer, ok bool) {
 	began := time.Now()
+	op := meter.NoOp
+	defer func() { served.op, served.walk = op, walk }()
+	walk.Enter(meter.Answer) // until a stage begins
+	ctx = meter.With(ctx, walk)
 	who := s.caller
-	who.member, who.Request = member, id
+	who.member, who.Request, who.walk = member, id, walk
 	most := reservation(request)
 	who.bill = new(bill)
 	kept, refusals := a.Peers.Reserve(s.Member, most)
@@ -84,7 +89,7 @@ func (a *Appliance) serve(
 		return answer{refusal: refusal}, true
 	}
 	who.quiet = !refusals || s.Member.Refusals.Tokens() < 1
-	var op, key string
+	var key string
 	var result any
 	var may func() error
 	var err error
@@ -158,7 +163,7 @@ func refusalType(code string) audit.Type {
 
 // batch executes the items of a batch concurrently. The admissions share one commit. The answers
 // are in the order of the items. The result is false after a fatal error.
-func (a *Appliance) batch(ctx context.Context, s *session, id string, b *wire.Batch) ([]answer, bool) {
+func (a *Appliance) batch(ctx context.Context, s *session, r taken, b *wire.Batch) ([]answer, bool) {
 	answers := make([]answer, len(b.Items))
 	group := a.ledger.Group(len(b.Items))
 	var serving sync.WaitGroup
@@ -167,7 +172,7 @@ func (a *Appliance) batch(ctx context.Context, s *session, id string, b *wire.Ba
 		serving.Go(func() {
 			member := group.Member()
 			defer member.Leave(ctx) // for an item without an admission
-			served, ok := a.serve(ctx, s, member, requestid.Item(id, i), item)
+			served, ok := a.serve(ctx, s, member, requestid.Item(r.request, i), r.walk.Item(), item)
 			if !ok {
 				fatal.Store(true)
 			}

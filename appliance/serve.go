@@ -15,6 +15,7 @@ import (
 	"countersign/internal/keystore"
 	"countersign/internal/ledger"
 	"countersign/internal/limit"
+	"countersign/internal/meter"
 	"countersign/internal/peers"
 	"countersign/noise"
 	"countersign/wire"
@@ -52,6 +53,7 @@ type Caller struct {
 
 	quiet  bool           // a refusal is counted without an event, and so is a repeated failure
 	member *ledger.Member // place in a batch; nil for a single request
+	walk   *meter.Walk    // clock of the request; nil: not measured
 	bill   *bill          // bytes that the request has made the ledger keep; nil: not counted
 }
 
@@ -188,6 +190,8 @@ func (a *Appliance) serveConn(stop context.Context, raw net.Conn, profile noise.
 	case err != nil && attempt == nil: // no handshake began, so the device was not used
 		if errors.As(err, new(*noise.ProfileError)) {
 			a.refused(source, nil, RefusedProfile, err)
+		} else {
+			a.ended(meter.HandshakeClosed, err)
 		}
 		a.log.Debug("no handshake", "from", from, "err", err)
 		return
@@ -195,6 +199,7 @@ func (a *Appliance) serveConn(stop context.Context, raw net.Conn, profile noise.
 		// An unavailable or busy device must not lock the peers out: the attempt does not count.
 		// But a client that sends message 1 just before the timeout gets no exchange for free.
 		a.failing.Do(func() { a.log.Error("handshakes fail", "from", from, "err", err) })
+		a.meter.Add(meter.Handshakes, meter.HandshakeDevice)
 		attempt.Forget()
 	case err != nil:
 		a.refused(source, proven, a.reasonOf(err, proven), err)
@@ -213,6 +218,7 @@ func (a *Appliance) serveConn(stop context.Context, raw net.Conn, profile noise.
 	proof, err := a.read(stop, conn, a.limits.HandshakeTimeout, nil)
 	if err != nil {
 		a.log.Info("handshake not used", "from", from, "err", err)
+		a.ended(meter.HandshakeUnused, err)
 		return
 	}
 	attempt.Good()
@@ -229,6 +235,8 @@ func (a *Appliance) serveConn(stop context.Context, raw net.Conn, profile noise.
 		return
 	}
 	defer a.Peers.Leave(entered)
+	a.meter.Add(meter.Handshakes, meter.HandshakeDone)
+	a.meter.Observe(meter.HandshakeSeconds, time.Since(begun).Seconds())
 	s := &session{Session: entered, conn: closing, caller: Caller{Peer: entered.Peer}}
 	if identity, ok := conn.Identity(); ok {
 		s.caller.Identity = hex.EncodeToString(identity[:])

@@ -6,6 +6,7 @@ import (
 	"time"
 
 	"countersign/audit"
+	"countersign/internal/meter"
 )
 
 // tallyEvery is the time between two events with the count of one kind of refusal.
@@ -15,6 +16,7 @@ const tallyEvery = time.Minute
 // fill the audit log. The first refusal of a kind is an event at the next flush. Later refusals of
 // the kind share one event each tallyEvery.
 type tally struct {
+	meter  *meter.Meter
 	mu     sync.Mutex
 	counts map[counted]*span
 }
@@ -34,6 +36,9 @@ type span struct {
 
 // count adds one refusal.
 func (t *tally) count(event audit.Type, action, resource, outcome string) {
+	if event == audit.RateLimitTriggered {
+		t.meter.Add(meter.RateLimited, action)
+	}
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	if t.counts == nil {

@@ -131,6 +131,20 @@ func (c *Client) ReadFile(ctx context.Context, name string) ([]byte, error) {
 	return b, nil
 }
 
+// Metrics returns the metrics in the text format of Prometheus.
+func (c *Client) Metrics(ctx context.Context) ([]byte, error) {
+	resp, err := c.send(ctx, http.MethodGet, "/v1/metrics", nil)
+	if err != nil {
+		return nil, err
+	}
+	defer resp.Body.Close()
+	b, err := io.ReadAll(resp.Body)
+	if err == nil && resp.StatusCode != http.StatusOK {
+		err = refusal(resp, b)
+	}
+	return b, err
+}
+
 // send sends a request, and after an answer signed_out once more with the token of signIn.
 func (c *Client) send(ctx context.Context, method, path string, body []byte) (*http.Response, error) {
 	token := ""

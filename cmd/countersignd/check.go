@@ -163,7 +163,7 @@ func (r *report) checkDeep(c Config, stderr io.Writer) {
 func (r *report) checkLedger(
 	ctx context.Context, c Config, tokens map[string]keystore.Store, rules *policy.Policy, log *slog.Logger,
 ) {
-	l, err := openLedger(c)
+	l, err := openLedger(c, nil)
 	switch {
 	case errors.Is(err, ledger.ErrInUse):
 		r.say("ledger", "in use: a daemon is running; the ledger, its keys and the listeners are not checked")

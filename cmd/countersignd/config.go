@@ -59,6 +59,11 @@ type Config struct {
 	// are bound to the name, and stop working with another name.
 	AdminName string `toml:"admin_name"`
 
+	// MetricsListen is a loopback address, such as 127.0.0.1:7790, that serves the metrics at
+	// /metrics for Prometheus, over plain HTTP and without a sign-in. Default: no such listener.
+	// Each user of the machine can read the metrics there; they have no names of peers.
+	MetricsListen string `toml:"metrics_listen"`
+
 	// Ledger is the file with spent nonces, events, keys and peers. Required. The disk must be
 	// local. countersignd init creates the file. Danger: an older copy of the file lacks nonces,
 	// and requests with these nonces can be signed again.
@@ -564,6 +569,7 @@ func (c *Config) checkAddresses() error {
 	fields := map[string]string{} // by address
 	for _, l := range []struct{ field, address string }{
 		{"listen", c.Listen}, {"listen_pubky", c.ListenPubky}, {"admin_https", c.AdminHTTPS},
+		{"metrics_listen", c.MetricsListen},
 	} {
 		if l.address == "" {
 			continue
@@ -575,9 +581,10 @@ func (c *Config) checkAddresses() error {
 		if n, err := strconv.ParseUint(port, 10, 16); err != nil || n == 0 {
 			return fmt.Errorf("%s: %q has the port %q; a port is a number from 1 to 65535", l.field, l.address, port)
 		}
-		if ip, err := netip.ParseAddr(host); l.field == "admin_https" && (err != nil || !ip.IsLoopback()) {
-			return fmt.Errorf("admin_https: %q is not a loopback address with a port, such as 127.0.0.1:7780",
-				l.address)
+		loopback := l.field == "admin_https" || l.field == "metrics_listen"
+		if ip, err := netip.ParseAddr(host); loopback && (err != nil || !ip.IsLoopback()) {
+			return fmt.Errorf("%s: %q is not a loopback address with a port, such as 127.0.0.1:7780",
+				l.field, l.address)
 		}
 		if other := fields[l.address]; other != "" {
 			return fmt.Errorf("%s and %s are both %q: each needs an address of its own", other, l.field, l.address)

@@ -22,6 +22,7 @@ import (
 	"countersign/internal/keystore"
 	"countersign/internal/ledger"
 	"countersign/internal/logqueue"
+	"countersign/internal/meter"
 	"countersign/internal/resource"
 	"countersign/internal/scrub"
 	"countersign/policy"
@@ -261,6 +262,7 @@ type parts struct {
 	ledger *ledger.Ledger
 	tokens map[string]keystore.Store
 	app    *appliance.Appliance
+	meter  *meter.Meter
 	doubts []policy.Warning // about the policy of the start
 }
 
@@ -277,7 +279,8 @@ func open(ctx context.Context, c Config, log *slog.Logger) (p parts, err error) 
 		}
 	}()
 	rules, broken := policy.Load(c.Policy)
-	if p.ledger, err = openLedger(c); err != nil {
+	p.meter = meter.New(cli.Version())
+	if p.ledger, err = openLedger(c, p.meter); err != nil {
 		return p, errors.Join(broken, fmt.Errorf("%s: %w", c.Ledger, err))
 	}
 	if broken != nil { // the policy approved by operators stays in force without the file
@@ -288,6 +291,7 @@ func open(ctx context.Context, c Config, log *slog.Logger) (p parts, err error) 
 	// The monitor keeps the failures of tokens until the appliance can write the events.
 	config := c.appliance()
 	config.LoadPolicy = policy.Reader(c.Policy)
+	config.Meter = p.meter
 	config.Monitor = resource.NewMonitor(log, config.Limits.RequestTimeout)
 	changed := func(name string, up bool, cause error) { // of a token, or of a key such as payments/1
 		config.Monitor.Report(context.Background(), appliance.TokenResource(name), up, cause)
@@ -303,9 +307,10 @@ func open(ctx context.Context, c Config, log *slog.Logger) (p parts, err error) 
 }
 
 // openLedger opens the ledger with the retention time of nonces in force, which the ledger has. The
-// configuration may have another time.
-func openLedger(c Config) (*ledger.Ledger, error) {
+// configuration may have another time. The meter counts the commits; nil counts nothing.
+func openLedger(c Config, m *meter.Meter) (*ledger.Ledger, error) {
 	options := c.ledger()
+	options.Committed = appliance.Committed(m)
 	options.MarginOf = func(v ledger.View) (time.Duration, error) {
 		kept, err := c.retention().InForce(v)
 		return kept.Nonces, err

@@ -4,6 +4,7 @@ import (
 	"context"
 	"log/slog"
 	"net"
+	"slices"
 
 	"countersign/admin"
 	"countersign/admin/certs"
@@ -16,6 +17,7 @@ type prepared struct {
 	missing []string // addresses and the Noise key, as far as the machine does not have them yet
 	group   string   // id of the admin socket's group, or ""
 	admin   []net.Listener
+	metrics []net.Listener // one, or none without metrics_listen
 	certs   *certs.Manager // nil without admin_https
 }
 
@@ -37,6 +39,13 @@ func prepare(ctx context.Context, c Config, p parts, log *slog.Logger) (r prepar
 		return r, err
 	}
 	r.admin = append(r.admin, socket)
+	if c.MetricsListen != "" {
+		metrics, err := admin.ListenMetrics(c.MetricsListen)
+		if err != nil {
+			return r, err
+		}
+		r.metrics = append(r.metrics, metrics)
+	}
 	if r.certs, err = certificates(c, p, log); err != nil || r.certs == nil {
 		return r, err
 	}
@@ -53,7 +62,7 @@ func (r prepared) close() {
 	for _, d := range r.doors {
 		d.Close()
 	}
-	for _, l := range r.admin {
+	for _, l := range slices.Concat(r.admin, r.metrics) {
 		l.Close()
 	}
 }

@@ -85,24 +85,31 @@ func serve(ctx context.Context, path string, c Config, stderr *logqueue.Queue, r
 		return err
 	}
 
+	p.meter.Source(registry.Measure)
+
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 	host := net.JoinHostPort(c.AdminName, c.httpsPort())
 	api := admin.New(admin.Config{
-		Appliance: p.app, Operators: registry, Group: ready.group,
+		Appliance: p.app, Operators: registry, Meter: p.meter, Group: ready.group,
 		Level: inForce, Log: log,
 		LoadPolicy:   func() (*policy.Policy, error) { return policy.Load(c.Policy) },
 		ErrorLog:     stdlog.New(logqueue.Printer{Log: log, Message: "the admin API's HTTP server"}, "", 0),
 		Certificates: ready.certs, Hosts: []string{host}, Origin: c.adminOrigin(), RPID: c.AdminName,
 	})
+	scraped := admin.NewMetrics(p.meter, api.ErrorLog)
 	var apiDone sync.WaitGroup
-	for _, l := range ready.admin {
-		apiDone.Go(func() {
-			if err := api.Serve(l); !errors.Is(err, http.ErrServerClosed) {
-				cancel(fmt.Errorf("admin API: %w", err))
-			}
-		})
+	serveHTTP := func(what string, server *http.Server, listeners ...net.Listener) {
+		for _, l := range listeners {
+			apiDone.Go(func() {
+				if err := server.Serve(l); !errors.Is(err, http.ErrServerClosed) {
+					cancel(fmt.Errorf("%s: %w", what, err))
+				}
+			})
+		}
 	}
+	serveHTTP("admin API", api, ready.admin...)
+	serveHTTP("metrics", scraped, ready.metrics...)
 	go expire(ctx, registry, log)
 	context.AfterFunc(ctx, func() { notifications.send(daemon.SdNotifyStopping) })
 	go watchdog(ctx, prober{p.app, c.AdminSocket, ready.doors}, notifications, log)
@@ -128,8 +135,10 @@ func serve(ctx context.Context, path string, c Config, stderr *logqueue.Queue, r
 	log.Info("stopping", "err", err)
 	wait, done := context.WithTimeout(context.Background(), stopWait)
 	defer done()
-	if api.Shutdown(wait) != nil {
-		api.Close()
+	for _, server := range []*http.Server{api, scraped} {
+		if server.Shutdown(wait) != nil {
+			server.Close()
+		}
 	}
 	apiDone.Wait()
 	// A timeout of its own, because any client can use up the other one with a silent connection.

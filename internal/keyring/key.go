@@ -14,6 +14,7 @@ import (
 	"countersign/internal/eddsa"
 	"countersign/internal/keystore"
 	"countersign/internal/limit"
+	"countersign/internal/meter"
 	"countersign/internal/peers"
 	"countersign/internal/schedule"
 	"countersign/wire"
@@ -132,7 +133,15 @@ func (r *Ring) Sign(
 		return k.inUse()
 	})
 	defer use.End()
-	signature, err := k.sign(ctx, LaneOf(who.Name), message, judge, use.Err)
+	walk := meter.In(ctx)
+	walk.Enter(meter.Turn)
+	defer walk.Enter(meter.Answer)
+	timed := func(signature []byte) bool {
+		walk.Enter(meter.Verify)
+		defer walk.Enter(meter.Device)
+		return judge.Accepts(signature)
+	}
+	signature, err := k.sign(ctx, LaneOf(who.Name), message, timed, use.Err)
 	if err == nil {
 		k.usage.count.Add(1)
 	}
@@ -170,6 +179,7 @@ func (k *Key) sign(
 	if err := may(); err != nil {
 		return nil, err
 	}
+	meter.In(ctx).Enter(meter.Device)
 	return k.device.Sign(ctx, message, judge)
 }
 

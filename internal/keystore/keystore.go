@@ -274,6 +274,11 @@ type Worker struct {
 	PID      int    `json:"pid"`      // 0: no process now
 	Served   uint64 `json:"served"`   // calls answered by this process
 	Restarts int    `json:"restarts"` // processes replaced so far
+	Calls    uint64 `json:"calls"`    // calls answered by all processes so far
+	Errors   uint64 `json:"errors"`   // calls that failed at a process, or were lost with it
+	Memory   int    `json:"memory"`   // private bytes of this process; 0: not known
+
+	Succeeded time.Time `json:"succeeded,omitzero"` // last success of this process
 }
 
 // Finding is one line of Store.Inspect.

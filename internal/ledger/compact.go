@@ -7,6 +7,7 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"syscall"
 	"time"
 
 	bolt "go.etcd.io/bbolt"
@@ -52,6 +53,24 @@ func (l *Ledger) Stats() (s Stats, err error) {
 		return nil
 	})
 	return s, err
+}
+
+// Load is what waits for the writer, and the free space of the disk.
+type Load struct {
+	Waiting  int    // requests in the queue
+	Backlog  int    // outcomes that wait because the disk takes no writes
+	DiskFree uint64 // bytes of the file system that the process may use
+}
+
+// Load returns the load, without waiting for the writer.
+func (l *Ledger) Load() (Load, error) {
+	load := Load{Waiting: len(l.requests), Backlog: int(l.waiting.Load())}
+	var fs syscall.Statfs_t
+	if err := syscall.Statfs(filepath.Dir(l.path), &fs); err != nil {
+		return load, fmt.Errorf("ledger: free space of the disk: %w", err)
+	}
+	load.DiskFree = fs.Bavail * uint64(fs.Bsize)
+	return load, nil
 }
 
 // Snapshot writes a consistent copy of the ledger's file to w while admissions go on. Open accepts

@@ -102,6 +102,10 @@ type Options struct {
 	// after the last list, while the file is still open.
 	Replicate func(list []byte)
 
+	// Committed, if set, is told of each transaction that writes: its requests, its time with the
+	// decisions, the part of it for the disk, and its error. The writer waits for Committed.
+	Committed func(requests int, took, disk time.Duration, err error)
+
 	Wall    func() time.Time     // the system's clock. Default: time.Now
 	Elapsed func() time.Duration // a clock that can't be set. Default: the system's monotonic clock
 }
@@ -147,6 +151,7 @@ type Ledger struct {
 	stop      sync.Once
 	ended     sync.Once
 	suspended atomic.Pointer[error]    // reason of Suspend, or nil
+	waiting   atomic.Int64             // length of backlog, for readers
 	admitted  atomic.Uint64            // since the ledger was opened
 	trouble   atomic.Pointer[error]    // why the last transaction was not written, or nil
 	published atomic.Pointer[logState] // end of the log on disk, for readers

@@ -134,6 +134,7 @@ func (l *Ledger) execute(batch []*request) {
 			}
 		}
 	}
+	l.waiting.Store(int64(len(l.backlog)))
 	answer(batch, err)
 }
 
@@ -198,6 +199,7 @@ func (l *Ledger) transact(batch []*request, closed error) error {
 	if len(batch) == 0 {
 		return nil
 	}
+	began := time.Now()
 	tx, err := l.db.Begin(true)
 	if err != nil {
 		return l.fail(err)
@@ -222,7 +224,12 @@ func (l *Ledger) transact(batch []*request, closed error) error {
 	if err := errors.Join(t.sweep(), t.finish()); err != nil {
 		return l.fail(err)
 	}
-	if err := l.commit(tx, &t.writes); err != nil {
+	err = l.commit(tx, &t.writes)
+	if l.options.Committed != nil {
+		stats := tx.Stats()
+		l.options.Committed(len(batch), time.Since(began), stats.GetWriteTime(), err)
+	}
+	if err != nil {
 		return err
 	}
 	// The list is on disk. The memory follows before the next transaction.

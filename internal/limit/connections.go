@@ -33,6 +33,13 @@ func NewConnections(all, perSource, strangers int) *Connections {
 	return &Connections{maxOpen: all, maxPerSource: perSource, maxUnproven: strangers, bySource: map[netip.Addr]int{}}
 }
 
+// Counts returns the number of open connections, and of the unproven ones among them.
+func (c *Connections) Counts() (open, unproven int) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.open, c.unproven
+}
+
 // Place is the place of one open connection. The connection's owner must call Close.
 type Place struct {
 	connections *Connections

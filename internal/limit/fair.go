@@ -97,6 +97,17 @@ func (f *Fair) AcquireCost(ctx context.Context, lane string, cost int) (release 
 	}, nil
 }
 
+// Waiting returns the number of waiting callers of each lane that has some.
+func (f *Fair) Waiting() map[string]int {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	all := make(map[string]int, len(f.lanes))
+	for name, l := range f.lanes {
+		all[name] = l.queue.Len()
+	}
+	return all
+}
+
 // enqueue takes a free slot and returns nil, or returns a ticket in the lane's queue.
 func (f *Fair) enqueue(name string, cost int) *ticket {
 	f.mu.Lock()

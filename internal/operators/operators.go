@@ -163,6 +163,7 @@ type Registry struct {
 	used      usedNonces               // of challenges
 	failures  failures
 	refusals  refusals
+	refused   uint64   // number of refused proofs since the start
 	secret    [32]byte // MAC key of challenges' ids; new after each start
 }
 

@@ -60,6 +60,13 @@ func (r *Registry) Serving(m *Member) (ofMember, all int) {
 	return m.requests, r.requests
 }
 
+// Requests returns the number of requests being served, of all members.
+func (r *Registry) Requests() int {
+	r.mu.RLock()
+	defer r.mu.RUnlock()
+	return r.requests
+}
+
 // Wake signals all sessions that there may be news.
 func (r *Registry) Wake() {
 	r.mu.RLock()

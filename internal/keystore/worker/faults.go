@@ -156,9 +156,13 @@ func (p *Pool) Status() keystore.Status {
 	}
 	serving := 0
 	for _, s := range p.slots {
-		w := keystore.Worker{Restarts: s.restarts}
-		if s.process != nil {
-			w.PID, w.Served = s.process.cmd.Process.Pid, s.process.served.Load()
+		w := keystore.Worker{Restarts: s.restarts, Calls: s.calls, Errors: s.errors}
+		if proc := s.process; proc != nil {
+			w.PID, w.Served, w.Memory = proc.cmd.Process.Pid, proc.served.Load(), int(proc.resident.Load())
+			w.Calls, w.Errors = w.Calls+w.Served, w.Errors+proc.failed.Load()
+			if last := proc.succeeded.Load(); last != 0 {
+				w.Succeeded = time.Unix(0, last)
+			}
 		}
 		if s.process != nil || s.starting {
 			serving++

@@ -78,6 +78,10 @@ func (p *Pool) runSlot(s *slot, first chan<- error) {
 		}
 		s.failures++
 		s.restarts++
+		if proc != nil {
+			s.calls += proc.served.Load()
+			s.errors += proc.failed.Load()
+		}
 		// After a refused PIN nobody starts a worker, however healthy the one before was.
 		s.process, s.starting = nil, s.failures == 0 && p.barred() == nil
 		p.cause = err
@@ -255,7 +259,9 @@ var errRenewed = errors.New("the key worker had grown too large")
 // gets no new calls. Renewal needs another worker that takes over, unless the pool has one slot
 // only.
 func (p *Pool) renewIfLarge(proc *process) {
-	if proc.memory() <= p.config.Memory {
+	memory := proc.memory()
+	proc.resident.Store(int64(memory))
+	if memory <= p.config.Memory {
 		return
 	}
 	p.mu.Lock()

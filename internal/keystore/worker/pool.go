@@ -59,6 +59,8 @@ type slot struct {
 	starting bool     // a start is under way, and the process before was healthy: calls wait for the start
 	failures int      // consecutive processes that failed early, see runSlot
 	restarts int
+	calls    uint64 // successful calls of the processes before
+	errors   uint64 // failed calls of the processes before
 }
 
 // waiter is a call in the queue.

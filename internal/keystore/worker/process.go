@@ -45,7 +45,11 @@ type process struct {
 	drained chan struct{} // closed when all frames of the worker have been read
 	reaped  chan struct{} // closed when the operating system's process has ended
 	served  atomic.Uint64 // number of successful calls
-	lastUse atomic.Int64  // time of the last successful call or health check, Unix nanoseconds
+	failed  atomic.Uint64 // number of failed calls
+	lastUse atomic.Int64  // time of the last successful call or end of a health check, Unix nanoseconds
+
+	succeeded atomic.Int64 // time of the last successful call or health check, Unix nanoseconds; 0: none
+	resident  atomic.Int64 // private memory in bytes, as monitor has seen it
 }
 
 // pending is a call without an answer yet. done runs once, with the call's error, at the answer or
@@ -151,6 +155,7 @@ func (p *process) fail(why error) {
 	first := p.why == nil
 	if first {
 		p.why = why
+		p.failed.Add(uint64(len(p.calls)))
 		close(p.dead) // before the calls end below: their retries must not choose this worker again
 	}
 	calls := p.calls
@@ -271,11 +276,14 @@ func (p *process) readFrames() error {
 			return fmt.Errorf("%w: an answer to call %d, which is not in flight", errProtocol, id)
 		}
 		if k == failure {
+			p.failed.Add(1)
 			err = decodeError(body)
 			c.answer <- answer{err: err}
 		} else {
 			p.served.Add(1)
-			p.lastUse.Store(time.Now().UnixNano())
+			now := time.Now().UnixNano()
+			p.lastUse.Store(now)
+			p.succeeded.Store(now)
 			c.answer <- answer{body: body}
 		}
 		c.done(err)

@@ -1,0 +1,50 @@
+package admin
+
+import (
+	"context"
+	"log"
+	"net"
+	"net/http"
+	"time"
+
+	"countersign/internal/meter"
+)
+
+// maxScrapers is the maximum number of connections to the listener of metrics. Further connections
+// wait.
+const maxScrapers = 16
+
+// ListenMetrics listens on a loopback address for NewMetrics.
+func ListenMetrics(address string) (net.Listener, error) {
+	return listenLoopback("metrics_listen", address, maxScrapers)
+}
+
+// NewMetrics returns the server of metrics for programs that can't sign in.
+func NewMetrics(m *meter.Meter, errorLog *log.Logger) *http.Server {
+	return &http.Server{
+		Handler:           http.MaxBytesHandler(m.Handler(), 0),
+		ReadHeaderTimeout: 5 * time.Second,
+		ReadTimeout:       5 * time.Second,
+		WriteTimeout:      30 * time.Second,
+		IdleTimeout:       2 * time.Minute,
+		MaxHeaderBytes:    16 << 10,
+		ErrorLog:          errorLog,
+	}
+}
+
+type metricsInput struct {
+	Accept string `header:"Accept" maxLength:"1000" doc:"the formats that Prometheus sends: text, OpenMetrics, protobuf"`
+}
+
+type exposition struct {
+	ContentType string `header:"Content-Type"`
+	Body        []byte
+}
+
+func (s *server) metrics(_ context.Context, _ caller, in *metricsInput) (*exposition, error) {
+	contentType, body, err := s.Meter.Expose(in.Accept)
+	if err != nil {
+		return nil, err
+	}
+	return &exposition{contentType, body}, nil
+}

@@ -1,0 +1,266 @@
+// Package meter has the metrics of the appliance. series.go is the table of all series with their
+// bounds. Begin reading there, then at Walk for the time of a request.
+//
+// The appliance counts at the place of an act (Add, Observe, Walk). States are read when somebody
+// asks (Source), so a state costs nothing between two scrapes.
+//
+// Two guarantees hold whatever peers do: a series has at most Series.Bound time series, and no
+// label has a name, an address or a key of a peer or stranger.
+package meter
+
+import (
+	"bytes"
+	"fmt"
+	"net/http"
+	"runtime"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/collectors"
+	"github.com/prometheus/common/expfmt"
+)
+
+// maxLabels is the largest number of labels of a series.
+const maxLabels = 2
+
+// values are the values of a series' labels.
+type values [maxLabels]string
+
+// Meter has the counts of one appliance. Meter is safe for concurrent use. The methods of a nil
+// Meter do nothing, for tests and for the measurement of what counting costs.
+type Meter struct {
+	registry   *prometheus.Registry
+	counters   map[*Series]family[prometheus.Counter]
+	histograms map[*Series]family[prometheus.Observer]
+
+	gathering sync.Mutex // one collection at a time
+	sources   []func(*Sample)
+}
+
+// family has the counters of a series. All of them exist from the start, so that the map is never
+// written, and a rate begins at zero. The vector makes the one for Other when an act needs it.
+type family[T any] struct {
+	known  map[values]T
+	others interface{ WithLabelValues(...string) T }
+}
+
+// get returns the counter for the values of the labels.
+func (f family[T]) get(s *Series, labels []string) T {
+	v := s.at(labels)
+	if c, ok := f.known[v]; ok {
+		return c
+	}
+	return f.others.WithLabelValues(v[:len(s.Labels)]...)
+}
+
+// familyOf makes the counters of a series by its vector.
+func familyOf[T any](s *Series, vector interface{ WithLabelValues(...string) T }) family[T] {
+	f := family[T]{known: map[values]T{}, others: vector}
+	for _, v := range s.combinations() {
+		f.known[v] = vector.WithLabelValues(v[:len(s.Labels)]...)
+	}
+	return f
+}
+
+// counted are the counters of acts. The other counters are read from states.
+var counted = []*Series{Requests, Refusals, Replays, RateLimited, Handshakes, Commits}
+
+// New returns a Meter. version is the version of the program.
+func New(version string) *Meter {
+	m := &Meter{
+		registry:   prometheus.NewRegistry(),
+		counters:   map[*Series]family[prometheus.Counter]{},
+		histograms: map[*Series]family[prometheus.Observer]{},
+	}
+	for _, s := range All {
+		switch {
+		case s.Kind == Histogram:
+			vec := prometheus.NewHistogramVec(prometheus.HistogramOpts{
+				Name: s.Name, Help: s.Help, Buckets: s.buckets,
+				NativeHistogramBucketFactor:     1.1,
+				NativeHistogramMaxBucketNumber:  100,
+				NativeHistogramMinResetDuration: time.Hour,
+			}, s.names())
+			m.registry.MustRegister(vec)
+			m.histograms[s] = familyOf[prometheus.Observer](s, vec)
+		case slices.Contains(counted, s):
+			vec := prometheus.NewCounterVec(prometheus.CounterOpts{Name: s.Name, Help: s.Help}, s.names())
+			m.registry.MustRegister(vec)
+			m.counters[s] = familyOf[prometheus.Counter](s, vec)
+		}
+	}
+	m.registry.MustRegister(collector{m}, collectors.NewGoCollector(),
+		collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
+	m.Source(func(s *Sample) { s.Set(Build, 1, version, runtime.Version()) })
+	return m
+}
+
+// names returns the names of the labels.
+func (s *Series) names() (names []string) {
+	for _, l := range s.Labels {
+		names = append(names, l.Name)
+	}
+	return names
+}
+
+// combinations returns all values of the labels of a series with fixed values, without Other.
+func (s *Series) combinations() []values {
+	all := []values{{}}
+	for i, l := range s.Labels {
+		var longer []values
+		for _, v := range all {
+			for _, value := range l.Values {
+				v[i] = value
+				longer = append(longer, v)
+			}
+		}
+		all = longer
+	}
+	return all
+}
+
+// Add counts an act.
+func (m *Meter) Add(s *Series, labels ...string) {
+	if m != nil {
+		m.counters[s].get(s, labels).Inc()
+	}
+}
+
+// Observe counts an act with its size, in the unit of the series.
+func (m *Meter) Observe(s *Series, size float64, labels ...string) {
+	if m != nil {
+		m.histograms[s].get(s, labels).Observe(size)
+	}
+}
+
+// at returns the values of labels, with Other for each value that the series does not have.
+func (s *Series) at(labels []string) (v values) {
+	for i, l := range s.Labels {
+		if v[i] = labels[i]; l.Values != nil && !slices.Contains(l.Values, v[i]) {
+			v[i] = Other
+		}
+	}
+	return v
+}
+
+// Source adds a source of states. Source must not be called after the first scrape.
+func (m *Meter) Source(read func(*Sample)) {
+	if m != nil {
+		m.sources = append(m.sources, read)
+	}
+}
+
+// Sample collects states for one scrape.
+type Sample struct {
+	series map[*Series]map[values]float64
+	names  map[*Series][maxLabels][]string // of the configuration
+}
+
+// Set sets the value of a state. A second value of the same labels is added, as for Other.
+func (s *Sample) Set(of *Series, value float64, labels ...string) {
+	at := of.at(labels)
+	names := s.names[of]
+	for i, l := range of.Labels {
+		if l.Values != nil || slices.Contains(names[i], at[i]) {
+			continue
+		}
+		if len(names[i]) >= l.Most {
+			at[i] = Other
+			continue
+		}
+		names[i] = append(names[i], at[i])
+	}
+	s.names[of] = names
+	if s.series[of] == nil {
+		s.series[of] = map[values]float64{}
+	}
+	s.series[of][at] += value
+}
+
+// SetAll sets one value for each fixed value of the only label. A missing count is zero.
+func (s *Sample) SetAll(of *Series, counts map[string]int) {
+	for _, value := range of.Labels[0].Values {
+		s.Set(of, 0, value)
+	}
+	for value, n := range counts {
+		s.Set(of, float64(n), value)
+	}
+}
+
+// collector reads the sources for client_golang.
+type collector struct{ *Meter }
+
+// Describe sends nothing: the registry then checks each value by itself.
+func (c collector) Describe(chan<- *prometheus.Desc) {}
+
+// Collect sends the present states.
+func (c collector) Collect(out chan<- prometheus.Metric) {
+	sample := &Sample{series: map[*Series]map[values]float64{}, names: map[*Series][maxLabels][]string{}}
+	for _, read := range c.sources {
+		read(sample)
+	}
+	for s, all := range sample.series {
+		kind := prometheus.GaugeValue
+		if s.Kind == Counter {
+			kind = prometheus.CounterValue
+		}
+		desc := prometheus.NewDesc(s.Name, s.Help, s.names(), nil)
+		for v, value := range all {
+			out <- prometheus.MustNewConstMetric(desc, kind, value, v[:len(s.Labels)]...)
+		}
+	}
+}
+
+// Expose returns all series in the format that a scraper asks for by the header Accept: Prometheus'
+// text by default, OpenMetrics, or Prometheus' protobuf, the only format with native histograms.
+func (m *Meter) Expose(accept string) (contentType string, body []byte, err error) {
+	if m == nil {
+		return string(expfmt.NewFormat(expfmt.TypeTextPlain)), nil, nil
+	}
+	m.gathering.Lock()
+	defer m.gathering.Unlock()
+	families, err := m.registry.Gather()
+	if err != nil {
+		return "", nil, fmt.Errorf("metrics: %w", err)
+	}
+	format := expfmt.NegotiateIncludingOpenMetrics(http.Header{"Accept": {accept}})
+	var out bytes.Buffer
+	encoder := expfmt.NewEncoder(&out, format)
+	for _, f := range families {
+		if err := encoder.Encode(f); err != nil {
+			return "", nil, fmt.Errorf("metrics: %s: %w", f.GetName(), err)
+		}
+	}
+	if closer, ok := encoder.(expfmt.Closer); ok { // OpenMetrics ends with a line of its own
+		if err := closer.Close(); err != nil {
+			return "", nil, fmt.Errorf("metrics: %w", err)
+		}
+	}
+	return string(format), out.Bytes(), nil
+}
+
+// Handler serves GET /metrics without a session, for a loopback address. The name of the host must
+// be an address or localhost: a page of a browser could otherwise read the metrics by DNS
+// rebinding.
+func (m *Meter) Handler() http.Handler {
+	mux := http.NewServeMux()
+	mux.HandleFunc("GET /metrics", func(w http.ResponseWriter, r *http.Request) {
+		if !loopbackHost(r.Host) {
+			http.Error(w, "this address serves metrics to this machine only", http.StatusForbidden)
+			return
+		}
+		contentType, body, err := m.Expose(strings.Join(r.Header.Values("Accept"), ","))
+		if err != nil {
+			http.Error(w, "the metrics can't be read now", http.StatusServiceUnavailable)
+			return
+		}
+		w.Header().Set("Content-Type", contentType)
+		w.Header().Set("Cache-Control", "no-store")
+		w.Header().Set("X-Content-Type-Options", "nosniff")
+		w.Write(body)
+	})
+	return mux
+}
