@@ -134,6 +134,7 @@ var arrows = map[string]room{
 	"internal/ledger/ledgertest":     {ours: "internal/ledger", outside: "go.etcd.io/bbolt"},
 	"internal/ledger/disktest":       {outside: "github.com/hanwen/go-fuse/v2 golang.org/x/sys"},
 	"softhsm-tests":                  {},
+	"monitoring":                     {},
 	"tpm/tpmtest":                    {outside: `github.com/google/go-tpm`},
 	"internal/spectest":              {},
 	"":                               {},

@@ -22,6 +22,7 @@ import (
 	"countersign/internal/keystore/keystoretest"
 	"countersign/internal/ledger"
 	"countersign/internal/ledger/ledgertest"
+	"countersign/internal/meter"
 	"countersign/internal/manage"
 	"countersign/policy"
 	"countersign/transcript"
@@ -119,7 +120,7 @@ func (r *rig) open(t *testing.T) {
 
 // new makes an appliance on a ledger, with a configured retention.
 func (r *rig) new(t *testing.T, l *ledger.Ledger, retention Retention) (*Appliance, error) {
-	c := Config{Limits: r.limits, Retention: retention}
+	c := Config{Limits: r.limits, Retention: retention, Meter: meter.New("test")}
 	tokens := map[string]keystore.Store{"memory": r.store}
 	return New(t.Context(), c, l, tokens, parsed(t, allowShop), slog.New(slog.DiscardHandler))
 }

@@ -35,6 +35,7 @@ if [ "$for" = test ]; then
   need libnss3-tools command -v certutil
   need tpm2-tools command -v tpm2_pcrextend
   need jq command -v jq                 # for the commands of docs/SPEC.md
+  need prometheus command -v promtool   # for the rules of monitoring, and a scrape
   need chromium command -v chromium     # for tests of passkeys in a browser
   ((EUID == 0)) || need fuse3 command -v fusermount3 # for FUSE mounts without root
 fi

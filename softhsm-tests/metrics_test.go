@@ -1,0 +1,174 @@
+package softhsmtests
+
+import (
+	"encoding/json"
+	"fmt"
+	"io"
+	"net/http"
+	"net/url"
+	"os"
+	"os/exec"
+	"regexp"
+	"slices"
+	"strings"
+	"testing"
+
+	"countersign/internal/meter"
+)
+
+// needPrometheus skips the test, or fails it with REQUIRE_DEVICES=1, without Prometheus.
+func needPrometheus(t *testing.T) {
+	t.Helper()
+	for _, tool := range []string{"prometheus", "promtool"} {
+		if _, err := exec.LookPath(tool); err != nil && os.Getenv("REQUIRE_DEVICES") == "1" {
+			t.Fatalf("%s is missing: scripts/deps.sh test installs it", tool)
+		} else if err != nil {
+			t.Skipf("%s is missing", tool)
+		}
+	}
+}
+
+func get(t testing.TB, url string) (string, error) {
+	t.Helper()
+	resp, err := http.Get(url)
+	if err != nil {
+		return "", err
+	}
+	defer resp.Body.Close()
+	b, err := io.ReadAll(resp.Body)
+	if err == nil && resp.StatusCode != http.StatusOK {
+		err = fmt.Errorf("%s: %s %.300s", url, resp.Status, b)
+	}
+	return string(b), err
+}
+
+// TestMetrics has a peer use a daemon, and Prometheus scrape the daemon: every series of the table
+// is there, every query of the dashboard and of the rules gives data, and no series has a name that
+// a peer has.
+func TestMetrics(t *testing.T) {
+	needPrometheus(t)
+	s := newSystem(t)
+	address, prometheus := newFolder(t).listen, newFolder(t).listen
+	s.edit("countersign.toml", "admin_socket", "metrics_listen = \""+address+"\"\nadmin_socket")
+	p := s.serve()
+	s.enrol()
+	for _, name := range []string{"rules.yml", "dashboard.json"} {
+		b := must(os.ReadFile("../monitoring/" + name))(t)
+		s.write(name, string(b))
+	}
+	s.write("prometheus.yml", "global: {scrape_interval: 1s, evaluation_interval: 1s}\n"+
+		"rule_files: [rules.yml]\nscrape_configs:\n- job_name: countersign\n"+
+		"  static_configs: [{targets: [\""+address+"\"]}]\n")
+	scraper := exec.Command("prometheus", "--config.file="+s.path("prometheus.yml"),
+		"--storage.tsdb.path="+s.path("tsdb"), "--web.listen-address="+prometheus, "--log.level=error",
+		"--enable-feature=native-histograms")
+	var said strings.Builder
+	scraper.Stderr = &said
+	if err := scraper.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		scraper.Process.Kill()
+		scraper.Wait()
+		if t.Failed() {
+			t.Logf("Prometheus has said:\n%s", tail(said.String(), 3000))
+		}
+	})
+	query := func(expr string) (samples int) {
+		var answer struct{ Data struct{ Result []any } }
+		body, err := get(t, "http://"+prometheus+"/api/v1/query?query="+url.QueryEscape(expr))
+		if err != nil || json.Unmarshal([]byte(body), &answer) != nil {
+			return 0
+		}
+		return len(answer.Data.Result)
+	}
+	// A rate needs a scrape before the requests.
+	eventually(t, "a first scrape", func() bool { return query(`up{job="countersign"} == 1`) == 1 })
+	for range 24 {
+		c := s.dial()
+		doc := message("x")
+		signed := must(c.Sign(t.Context(), "payments", doc))(t)
+		must(c.Verify(t.Context(), signed))(t)
+		c.Verify(t.Context(), signed) // a replay
+		c.Close()
+	}
+
+	body := must(get(t, "http://"+address+"/metrics"))(t)
+	for _, each := range meter.All {
+		if !strings.Contains(body, "# TYPE "+each.Name+" "+string(each.Kind)+"\n") {
+			t.Errorf("%s is not served", each.Name)
+		}
+	}
+	for _, has := range []string{
+		`countersign_requests_total{op="sign",result="ok"} 24`, `countersign_replays_total{op="verify"} 24`,
+		`countersign_handshakes_total{result="done"} 24`, `countersign_worker_up{token="main",worker="1"} 1`,
+		`countersign_stage_seconds_count{stage="device"} 24`, `countersign_stage_seconds_count{stage="turn"} 24`,
+	} {
+		if !strings.Contains(body, "\n"+has+"\n") {
+			t.Errorf("no line %s", has)
+		}
+	}
+	if regexp.MustCompile(`[0-9a-f]{16}|"peer ?1?"`).MatchString(body) {
+		t.Error("a key or the name of a peer is in the metrics")
+	}
+	check := exec.Command("promtool", "check", "metrics")
+	check.Stdin = strings.NewReader(body)
+	if out, err := check.CombinedOutput(); err != nil {
+		t.Errorf("promtool check metrics: %v\n%s", err, out)
+	}
+
+	for _, expr := range queries(t, prometheus, s.path("dashboard.json")) {
+		eventually(t, "data of "+expr, func() bool { return query(expr) > 0 })
+	}
+	if n := query(`histogram_count(countersign_request_seconds{op="sign"})`); n == 0 {
+		t.Error("Prometheus has no native histograms")
+	}
+	out := s.must("admin", "metrics", "requests_total")
+	if !strings.Contains(out, `op="sign",result="ok"`) || strings.Contains(out, "countersign_") {
+		t.Errorf("admin metrics: %s", out)
+	}
+	if raw := s.must("admin", "metrics", "--raw"); !strings.Contains(raw, "\n# TYPE countersign_requests_total counter\n") {
+		t.Errorf("admin metrics --raw: %.300s", raw)
+	}
+	p.stop()
+}
+
+// queries returns the queries of the dashboard, of the records, and for each alert the series and
+// records that the alert reads: the alert itself gives data only while it fires.
+func queries(t *testing.T, prometheus, dashboard string) (all []string) {
+	t.Helper()
+	var shown struct {
+		Panels []struct{ Targets []struct{ Expr string } }
+	}
+	if err := json.Unmarshal(must(os.ReadFile(dashboard))(t), &shown); err != nil {
+		t.Fatal(err)
+	}
+	for _, p := range shown.Panels {
+		for _, q := range p.Targets {
+			all = append(all, strings.ReplaceAll(q.Expr, "$instance", ".*"))
+		}
+	}
+	var rules struct {
+		Data struct {
+			Groups []struct{ Rules []struct{ Type, Name, Query string } }
+		}
+	}
+	if err := json.Unmarshal([]byte(must(get(t, "http://"+prometheus+"/api/v1/rules"))(t)), &rules); err != nil {
+		t.Fatal(err)
+	}
+	names := regexp.MustCompile(`\b(countersign[_:][a-z0-9_:]+|up)\b`)
+	for _, g := range rules.Data.Groups {
+		for _, r := range g.Rules {
+			if r.Type == "recording" {
+				all = append(all, r.Name)
+			} else {
+				all = append(all, names.FindAllString(r.Query, -1)...)
+			}
+		}
+	}
+	slices.Sort(all)
+	if all = slices.Compact(all); len(all) < 60 {
+		t.Fatalf("%d queries", len(all))
+	}
+	return all
+}
