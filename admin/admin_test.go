@@ -29,6 +29,7 @@ import (
 	"countersign/internal/ledger"
 	"countersign/internal/ledger/ledgertest"
 	"countersign/internal/logline"
+	"countersign/internal/meter"
 	"countersign/internal/operators"
 	"countersign/internal/sshagent"
 	"countersign/policy"
@@ -95,7 +96,7 @@ func newRigIn(t *testing.T, state string) *rig {
 	limits.Calls = map[string]int{"memory": 4}
 	long := 7 * 365 * 24 * time.Hour
 	log := slog.New(slog.DiscardHandler)
-	config := appliance.Config{Limits: limits, Retention: appliance.Retention{
+	config := appliance.Config{Meter: meter.New("test"), Limits: limits, Retention: appliance.Retention{
 		Epoch: appliance.Month, Audit: long, Receipts: long, Decisions: long, Nonces: 24 * time.Hour,
 	}}
 	tokens := map[string]keystore.Store{"memory": store}
@@ -127,7 +128,7 @@ func newRigIn(t *testing.T, state string) *rig {
 	certs := newCertificates(t)
 	r.ca = must(certs.Authority(t.Context()))(t)
 	c := Config{
-		Appliance: r.app, Operators: r.registry,
+		Appliance: r.app, Operators: r.registry, Meter: config.Meter,
 		LoadPolicy: func() (*policy.Policy, error) { return policy.Parse("policy.cedar", []byte(r.policy)) },
 		Level:      logline.NewLevel(slog.LevelInfo), Log: log,
 		ErrorLog: slog.NewLogLogger(slog.DiscardHandler, slog.LevelInfo), Certificates: certs,
