@@ -75,7 +75,6 @@ func (a *Appliance) serve(
 	op := meter.NoOp
 	defer func() { served.op, served.walk = op, walk }()
 	walk.Enter(meter.Answer) // until a stage begins
-	ctx = meter.With(ctx, walk)
 	who := s.caller
 	who.member, who.Request, who.walk = member, id, walk
 	most := reservation(request)

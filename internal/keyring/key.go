@@ -113,7 +113,7 @@ func (k *Key) Verify(message, signature []byte) error {
 // Sign waits for a turn in a lane and signs for the appliance itself. The result is ErrNotActive if
 // the version goes out of use meanwhile.
 func (k *Key) Sign(ctx context.Context, lane Lane, message []byte, judge keystore.Judge) ([]byte, error) {
-	signature, err := k.sign(ctx, lane, message, judge, k.inUse)
+	signature, err := k.sign(ctx, lane, nil, message, judge, k.inUse)
 	if err == nil {
 		k.usage.count.Add(1)
 	}
@@ -122,9 +122,10 @@ func (k *Key) Sign(ctx context.Context, lane Lane, message []byte, judge keystor
 
 // Sign signs for a peer, in the peer's lane. The right to the signature is asked before the device
 // signs, and again before the signature is returned: the version must be in use, the peer active
-// and the gate open. An act that takes the right away ends the wait at once, see gate.Use.
+// and the gate open. An act that takes the right away ends the wait at once, see gate.Use. walk is
+// the clock of the request.
 func (r *Ring) Sign(
-	ctx context.Context, who peers.Peer, k *Key, message []byte, judge keystore.Judge,
+	ctx context.Context, who peers.Peer, walk *meter.Walk, k *Key, message []byte, judge keystore.Judge,
 ) ([]byte, error) {
 	ctx, use := r.Gate.Use(ctx, func() error {
 		if err := r.Peers.Serves(who); err != nil {
@@ -133,7 +134,6 @@ func (r *Ring) Sign(
 		return k.inUse()
 	})
 	defer use.End()
-	walk := meter.In(ctx)
 	walk.Enter(meter.Turn)
 	defer walk.Enter(meter.Answer)
 	timed := func(signature []byte) bool {
@@ -141,7 +141,7 @@ func (r *Ring) Sign(
 		defer walk.Enter(meter.Device)
 		return judge.Accepts(signature)
 	}
-	signature, err := k.sign(ctx, LaneOf(who.Name), message, timed, use.Err)
+	signature, err := k.sign(ctx, LaneOf(who.Name), walk, message, timed, use.Err)
 	if err == nil {
 		k.usage.count.Add(1)
 	}
@@ -161,7 +161,7 @@ func (r *Ring) MayHave(who peers.Peer, name string, version uint32) error {
 // sign calls may before the wait for a turn, before the device signs, and before the signature is
 // returned. The error of may comes before the error of a wait that ends with the right.
 func (k *Key) sign(
-	ctx context.Context, lane Lane, message []byte, judge keystore.Judge, may func() error,
+	ctx context.Context, lane Lane, walk *meter.Walk, message []byte, judge keystore.Judge, may func() error,
 ) (signature []byte, err error) {
 	defer func() {
 		if refused := may(); refused != nil {
@@ -179,7 +179,7 @@ func (k *Key) sign(
 	if err := may(); err != nil {
 		return nil, err
 	}
-	meter.In(ctx).Enter(meter.Device)
+	walk.Enter(meter.Device)
 	return k.device.Sign(ctx, message, judge)
 }
 
@@ -231,7 +231,7 @@ func (r *Ring) Prove(ctx context.Context, k *Key) (err error) {
 		message := append([]byte(canaryDomain), make([]byte, 32)...)
 		rand.Read(message[len(canaryDomain):])
 		verifies := func(signature []byte) bool { return k.Info().Verify(message, signature) }
-		_, err = k.sign(ctx, Own, message, verifies, k.inUse)
+		_, err = k.sign(ctx, Own, nil, message, verifies, k.inUse)
 	}
 	if err != nil {
 		return fmt.Errorf("prove key %v: %w", k.Ref(), err)

@@ -214,6 +214,15 @@ func (c collector) Collect(out chan<- prometheus.Metric) {
 	}
 }
 
+// formats are the served formats. A client that accepts all of them gets the first.
+var formats = func() []expfmt.Format {
+	openMetrics := slices.DeleteFunc(expfmt.DefaultOpenMetricsAcceptedFormats(), func(f expfmt.Format) bool {
+		return f.FormatType() != expfmt.TypeOpenMetrics
+	})
+	text, protobuf := expfmt.NewFormat(expfmt.TypeTextPlain), expfmt.NewFormat(expfmt.TypeProtoDelim)
+	return append([]expfmt.Format{text, protobuf}, openMetrics...)
+}()
+
 // Expose returns all series in the format that a scraper asks for by the header Accept: Prometheus'
 // text by default, OpenMetrics, or Prometheus' protobuf, the only format with native histograms.
 func (m *Meter) Expose(accept string) (contentType string, body []byte, err error) {
@@ -226,7 +235,7 @@ func (m *Meter) Expose(accept string) (contentType string, body []byte, err erro
 	if err != nil {
 		return "", nil, fmt.Errorf("metrics: %w", err)
 	}
-	format := expfmt.NegotiateIncludingOpenMetrics(http.Header{"Accept": {accept}})
+	format := expfmt.NegotiateAccept(http.Header{"Accept": {accept}}, formats...)
 	var out bytes.Buffer
 	encoder := expfmt.NewEncoder(&out, format)
 	for _, f := range families {

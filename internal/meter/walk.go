@@ -1,7 +1,6 @@
 package meter
 
 import (
-	"context"
 	"sync/atomic"
 	"time"
 
@@ -100,20 +99,4 @@ func resultOf(code string) string {
 		return "unavailable"
 	}
 	return "refused"
-}
-
-type walkKey struct{}
-
-// With gives the clock of a request to the packages below, in the request's context.
-func With(ctx context.Context, w *Walk) context.Context {
-	if w == nil {
-		return ctx
-	}
-	return context.WithValue(ctx, walkKey{}, w)
-}
-
-// In returns the clock of a request's context, or nil.
-func In(ctx context.Context) *Walk {
-	w, _ := ctx.Value(walkKey{}).(*Walk)
-	return w
 }
