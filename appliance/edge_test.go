@@ -26,6 +26,7 @@ import (
 	"countersign/internal/keystore/keystoretest"
 	"countersign/internal/ledger"
 	"countersign/internal/ledger/ledgertest"
+	"countersign/internal/meter"
 	"countersign/internal/peers"
 	"countersign/noise"
 	"countersign/wire"
@@ -152,7 +153,7 @@ func (e *edge) open() {
 		e.t.Fatal(err)
 	}
 	log := slog.New(slog.NewTextHandler(e.log, &slog.HandlerOptions{Level: slog.LevelDebug}))
-	c := Config{Limits: e.limits, Retention: kept}
+	c := Config{Limits: e.limits, Retention: kept, Meter: meter.New("test")}
 	tokens := map[string]keystore.Store{"memory": e.store}
 	if e.Appliance, err = New(e.t.Context(), c, l, tokens, parsed(e.t, e.rules), log); err != nil {
 		l.Close()

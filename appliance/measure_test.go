@@ -4,9 +4,12 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"countersign/internal/keyring"
 	"countersign/internal/meter"
+	"countersign/noise"
+	"countersign/wire"
 )
 
 // TestMeasuredValues compares the values of labels with the tables of the packages that they come
@@ -63,4 +66,61 @@ func TestEverySeriesIsServed(t *testing.T) {
 			t.Errorf("no line %s", line)
 		}
 	}
+}
+
+// counted waits until the metrics have lines.
+func (e *edge) counted(lines ...string) {
+	e.t.Helper()
+	for _, line := range lines {
+		eventually(e.t, "the metrics have "+line, func() bool {
+			_, body, err := e.meter.Expose("")
+			return err == nil && strings.Contains(string(body), "\ncountersign_"+line+"\n")
+		})
+	}
+}
+
+// TestRequestsAreCounted: each request and each item of a batch is counted once, with its result,
+// from its answer's point of view.
+func TestRequestsAreCounted(t *testing.T) {
+	e := newEdge(t, nil)
+	conn := e.session("127.0.0.1", e.shop)
+	answers(t, conn, request(1, "aaaa"), "")
+	answers(t, conn, request(1, "aaaa"), "") // a repetition, which does not ask the device
+	answers(t, conn, request(1, "bbbb"), wire.CodeReplay)
+	answers(t, conn, batchOf(numbered(2, "cccc"), numbered(3, "dddd")), "")
+	answers(t, conn, `{"id":"k","op":"sign","body":7}`, wire.CodeMalformed)
+	answers(t, conn, `{"id":"k","op":"keys"}`, "")
+	e.counted(
+		`requests_total{op="ping",result="ok"} 1`, `requests_total{op="sign",result="ok"} 4`,
+		`requests_total{op="sign",result="refused"} 1`, `requests_total{op="none",result="refused"} 1`,
+		`requests_total{op="keys",result="ok"} 1`, `replays_total{op="sign"} 1`, `refusals_total{code="replay"} 1`,
+		`refusals_total{code="malformed"} 1`, `request_seconds_count{op="sign"} 5`,
+		`stage_seconds_count{stage="device"} 3`, `stage_seconds_count{stage="turn"} 3`,
+		`stage_seconds_count{stage="verify"} 3`, `stage_seconds_count{stage="ledger"} 5`,
+		`handshakes_total{result="done"} 1`, `handshake_seconds_count 1`, `connections{state="proven"} 1`,
+	)
+}
+
+// TestHandshakesAreCounted: each handshake has one result.
+func TestHandshakesAreCounted(t *testing.T) {
+	e := newEdge(t, func(l *Limits) { l.HandshakeTimeout = 200 * time.Millisecond })
+	e.staysOut("127.0.3.1", newIdentity(t))
+	e.counted(`handshakes_total{result="unknown"} 1`)
+	closes(t, e.raw("127.0.3.2", noise.CountersignV1)) // says nothing
+	e.counted(`handshakes_total{result="timeout"} 1`)
+	e.raw("127.0.3.3", noise.CountersignV1).Close()
+	e.counted(`handshakes_total{result="closed"} 1`)
+	conn, err := e.shake("127.0.3.4", e.shop)
+	if err != nil {
+		t.Fatal(err)
+	}
+	conn.Close()
+	e.counted(`handshakes_total{result="unused"} 1`)
+	e.session("127.0.3.5", e.shop)
+	e.counted(`handshakes_total{result="done"} 1`)
+	for range e.limits.Handshakes.PerSource + 1 {
+		e.staysOut("127.0.3.6", newIdentity(t))
+	}
+	e.counted(`handshakes_total{result="rate_limited"} 1`, `handshakes_total{result="unknown"} 6`,
+		`rate_limited_total{at="handshake"} 1`)
 }

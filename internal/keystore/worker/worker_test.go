@@ -1592,3 +1592,27 @@ func TestManyFaults(t *testing.T) {
 	wg.Wait()
 	h.eventually("all workers are there", func() bool { return !slices.Contains(h.pids(), 0) })
 }
+
+// TestCountsOutliveWorkers: the calls and errors of a worker's place go on when its process is
+// replaced, so that a rate of them is right.
+func TestCountsOutliveWorkers(t *testing.T) {
+	h := openPool(t, func(c *Config) { c.Deadline = time.Second })
+	counts := func() (calls, errs uint64) {
+		for _, w := range h.Status().Workers {
+			calls, errs = calls+w.Calls, errs+w.Errors
+		}
+		return calls, errs
+	}
+	const faults = 3
+	for n := range faults {
+		h.faultOnce("sign", "crash", n+1)
+	}
+	if calls, errs := counts(); calls < faults*(healthyCalls+1) || errs < faults {
+		t.Errorf("%d calls, %d errors", calls, errs)
+	}
+	for _, w := range h.Status().Workers {
+		if w.Calls > 0 && w.Served > 0 && w.Succeeded.IsZero() {
+			t.Errorf("a worker has served, and has no time of it: %+v", w)
+		}
+	}
+}
