@@ -80,7 +80,7 @@ var arrows = map[string]room{
 	"internal/manage": {ours: "internal/ijson internal/keystore"},
 	"internal/meter": {
 		ours:    "internal/cause wire",
-		outside: "github.com/prometheus/client_golang github.com/prometheus/common",
+		outside: "github.com/prometheus/client_golang github.com/prometheus/client_model github.com/prometheus/common",
 	},
 	"internal/resource": {ours: "audit"},
 	"internal/sshagent": {ours: "approval", outside: "golang.org/x/crypto/ssh"},

@@ -20,6 +20,7 @@ import (
 
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/collectors"
+	dto "github.com/prometheus/client_model/go"
 	"github.com/prometheus/common/expfmt"
 )
 
@@ -36,8 +37,10 @@ type Meter struct {
 	counters   map[*Series]family[prometheus.Counter]
 	histograms map[*Series]family[prometheus.Observer]
 
-	gathering sync.Mutex // one collection at a time
 	sources   []func(*Sample)
+	gathering sync.Mutex // one collection at a time; guards the fields below
+	gathered  []*dto.MetricFamily
+	at        time.Time // of the last collection
 }
 
 // family has the counters of a series. All of them exist from the start, so that the map is never
@@ -226,12 +229,15 @@ var formats = func() []expfmt.Format {
 // Expose returns all series in the format that a scraper asks for by the header Accept: Prometheus'
 // text by default, OpenMetrics, or Prometheus' protobuf, the only format with native histograms.
 func (m *Meter) Expose(accept string) (contentType string, body []byte, err error) {
+	return m.expose(accept, 0)
+}
+
+// expose is Expose with a collection that may have an age.
+func (m *Meter) expose(accept string, age time.Duration) (contentType string, body []byte, err error) {
 	if m == nil {
 		return string(expfmt.NewFormat(expfmt.TypeTextPlain)), nil, nil
 	}
-	m.gathering.Lock()
-	defer m.gathering.Unlock()
-	families, err := m.registry.Gather()
+	families, err := m.gather(age)
 	if err != nil {
 		return "", nil, fmt.Errorf("metrics: %w", err)
 	}
@@ -251,6 +257,26 @@ func (m *Meter) Expose(accept string) (contentType string, body []byte, err erro
 	return string(format), out.Bytes(), nil
 }
 
+// gather collects all series, or returns a collection that is not older than age.
+func (m *Meter) gather(age time.Duration) ([]*dto.MetricFamily, error) {
+	m.gathering.Lock()
+	defer m.gathering.Unlock()
+	if age > 0 && m.gathered != nil && time.Since(m.at) < age {
+		return m.gathered, nil
+	}
+	at := time.Now()
+	families, err := m.registry.Gather()
+	if err != nil {
+		return nil, err
+	}
+	m.gathered, m.at = families, at
+	return families, nil
+}
+
+// collectEvery is the time between two collections for callers without a sign-in, who could
+// otherwise take a processor with them.
+const collectEvery = time.Second
+
 // Handler serves GET /metrics without a session, for a loopback address. The name of the host must
 // be an address or localhost: a page of a browser could otherwise read the metrics by DNS
 // rebinding.
@@ -261,7 +287,7 @@ func (m *Meter) Handler() http.Handler {
 			http.Error(w, "this address serves metrics to this machine only", http.StatusForbidden)
 			return
 		}
-		contentType, body, err := m.Expose(strings.Join(r.Header.Values("Accept"), ","))
+		contentType, body, err := m.expose(strings.Join(r.Header.Values("Accept"), ","), collectEvery)
 		if err != nil {
 			http.Error(w, "the metrics can't be read now", http.StatusServiceUnavailable)
 			return

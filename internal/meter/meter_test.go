@@ -163,6 +163,27 @@ func TestHandler(t *testing.T) {
 	}
 }
 
+// TestFloodOfScrapes: callers without a sign-in share one collection a second.
+func TestFloodOfScrapes(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		m := meter.New("test")
+		collected := 0
+		m.Source(func(*meter.Sample) { collected++ })
+		handler := m.Handler()
+		for n := range 3 {
+			for range 10 {
+				r := httptest.NewRequest("GET", "/metrics", nil)
+				r.Host = "localhost"
+				handler.ServeHTTP(httptest.NewRecorder(), r)
+			}
+			if collected != n+1 {
+				t.Fatalf("%d collections in %d seconds", collected, n+1)
+			}
+			time.Sleep(time.Second)
+		}
+	})
+}
+
 // TestWalk: the stages of a request add up to its time, and the time of the decision moves from the
 // ledger's stage to the policy's.
 func TestWalk(t *testing.T) {
