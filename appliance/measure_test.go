@@ -103,7 +103,7 @@ func TestRequestsAreCounted(t *testing.T) {
 
 // TestHandshakesAreCounted: each handshake has one result.
 func TestHandshakesAreCounted(t *testing.T) {
-	e := newEdge(t, func(l *Limits) { l.HandshakeTimeout = 200 * time.Millisecond })
+	e := newEdge(t, func(l *Limits) { l.HandshakeTimeout = 2 * time.Second })
 	e.staysOut("127.0.3.1", newIdentity(t))
 	e.counted(`handshakes_total{result="unknown"} 1`)
 	closes(t, e.raw("127.0.3.2", noise.CountersignV1)) // says nothing

@@ -75,7 +75,7 @@ const (
 var (
 	ops = []string{
 		wire.OpSign, wire.OpVerify, wire.OpPing, wire.OpKeys, wire.OpProof, wire.OpEpoch, wire.OpConsistency,
-		wire.OpLine, wire.OpAck, NoOp,
+		wire.OpLine, wire.OpAck, wire.OpCompromiseAck, NoOp,
 	}
 	codes = []string{
 		wire.CodeMalformed, wire.CodeUnsupported, wire.CodeTooLarge, wire.CodeUnknownKey, wire.CodeKeyNotActive,
