@@ -127,7 +127,8 @@ func TestMetrics(t *testing.T) {
 	if !strings.Contains(out, `op="sign",result="ok"`) || strings.Contains(out, "countersign_") {
 		t.Errorf("admin metrics: %s", out)
 	}
-	if raw := s.must("admin", "metrics", "--raw"); !strings.Contains(raw, "\n# TYPE countersign_requests_total counter\n") {
+	raw := s.must("admin", "metrics", "--raw")
+	if !strings.Contains(raw, "\n# TYPE countersign_requests_total counter\n") {
 		t.Errorf("admin metrics --raw: %.300s", raw)
 	}
 	p.stop()
