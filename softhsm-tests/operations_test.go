@@ -280,7 +280,8 @@ func (o *operations) setup(e *testscript.Env) error {
 	} {
 		e.Setenv(name, value)
 	}
-	s.write(".curlrc", fmt.Sprintf("connect-to = localhost:7780:%s:7780\nsilent\nshow-error\nfail\n", w.address))
+	s.write(".curlrc", fmt.Sprintf("connect-to = localhost:7780:%[1]s:7780\n"+
+		"connect-to = localhost:7790:%[1]s:7790\nsilent\nshow-error\nfail\n", w.address))
 	s.write("softhsm2.conf", fmt.Sprintf("directories.tokendir = %s\nlog.level = ERROR\n", s.path("tokens")))
 	group, err := user.LookupGroupId(strconv.Itoa(os.Getgid()))
 	if err != nil {
