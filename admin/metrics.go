@@ -33,7 +33,7 @@ func NewMetrics(m *meter.Meter, errorLog *log.Logger) *http.Server {
 }
 
 type metricsInput struct {
-	Accept string `header:"Accept" maxLength:"1000" doc:"formats as Prometheus asks for them: text, OpenMetrics, protobuf"`
+	Accept string `header:"Accept" maxLength:"1000" doc:"formats as Prometheus names them: text, OpenMetrics"`
 }
 
 type exposition struct {
