@@ -27,7 +27,7 @@ var arrows = map[string]room{
 		ours: `admin admin/certs appliance audit hsm internal/anchor internal/cause internal/cli
 			internal/keyring internal/keystore internal/keystore/worker internal/ledger
 			internal/logline internal/logqueue internal/manage internal/meter internal/operators
-			internal/resource internal/scrub internal/webhook noise policy tpm`,
+			internal/resource internal/sandbox internal/scrub internal/webhook noise policy tpm`,
 		outside: `github.com/coreos/go-systemd/v22 github.com/pelletier/go-toml/v2
 			github.com/spf13/cobra golang.org/x/sys`,
 	},
@@ -126,8 +126,12 @@ var arrows = map[string]room{
 	"internal/logqueue": {outside: "golang.org/x/time"},
 	"internal/schedule": {outside: "github.com/adhocore/gronx"},
 	"internal/pubkey":   {},
-	"internal/cli":      {outside: "github.com/spf13/cobra github.com/spf13/pflag"},
-	"internal/webhook":  {ours: "internal/eddsa"},
+	"internal/sandbox": {
+		outside: `github.com/elastic/go-seccomp-bpf github.com/landlock-lsm/go-landlock golang.org/x/sys
+			kernel.org/pub/linux/libs/security/libcap/psx`,
+	},
+	"internal/cli":     {outside: "github.com/spf13/cobra github.com/spf13/pflag"},
+	"internal/webhook": {ours: "internal/eddsa"},
 	// For tests.
 	"client/clienttest":              {ours: "noise transcript wire"},
 	"internal/keystore/keystoretest": {ours: "internal/keystore internal/pubkey"},
