@@ -17,6 +17,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"runtime"
 	"slices"
@@ -237,6 +238,15 @@ func (c Config) PINPath() string {
 	return cmp.Or(c.PINFile, uri.pin)
 }
 
+// ModulePath is the path of the module, or "" for a faulty configuration.
+func (c Config) ModulePath() string {
+	uri, err := parseURI(c.URI)
+	if err != nil {
+		return c.Module
+	}
+	return cmp.Or(c.Module, uri.module)
+}
+
 // guardedLogIn runs a login through Config.LogIn and remembers a refused PIN. The caller holds
 // recoverMu.
 func (s *Store) guardedLogIn(ctx context.Context, logIn func(lastTry bool) error) (err error) {
@@ -287,7 +297,11 @@ func (s *Store) logIn(lastTry bool) error {
 	}
 	s.login.Store(uint64(login))
 	pin, err := readPIN(s.pinFile)
-	if err != nil {
+	if errors.Is(err, fs.ErrPermission) {
+		// The file was replaced, and the sandbox has the right to the former file only. A new key
+		// worker has the right to the new one.
+		return fmt.Errorf("hsm: %w: %w", keystore.ErrUnavailable, err)
+	} else if err != nil {
 		return fmt.Errorf("hsm: %w", err)
 	}
 	s.logins.Add(1) // before C_Login: from then on the module may reuse old handles for other objects

@@ -7,6 +7,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"log/slog"
+	"maps"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -23,6 +24,7 @@ import (
 	"countersign/internal/eddsa"
 	"countersign/internal/keystore"
 	"countersign/internal/keystore/worker"
+	"countersign/internal/sandbox"
 	"countersign/tpm"
 	"countersign/tpm/tpmtest"
 )
@@ -63,9 +65,17 @@ func (s *system) pool(b testing.TB, c hsm.Config, workers, memory int) *worker.P
 
 func openPool(b testing.TB, device map[string]any, workers, memory, inFlight int) *worker.Pool {
 	b.Helper()
-	hello, err := json.Marshal(device)
-	if err != nil {
-		b.Fatal(err)
+	hello := func(seedFile string) ([]byte, error) {
+		r := sandbox.Rights{
+			Read:  []string{"/usr", "/etc", "/lib", "/lib64", "/dev/urandom", "/proc/self"},
+			Write: []string{os.TempDir()}, Sockets: []string{os.TempDir()},
+		}
+		if seedFile != "" {
+			r.Read = append(r.Read, seedFile)
+		}
+		device := maps.Clone(device)
+		device["rights"] = r
+		return json.Marshal(device)
 	}
 	p, err := worker.Open(b.Context(), worker.Config{
 		Name: "bench", Hello: hello, Workers: workers, Spread: true, InFlight: inFlight, Memory: memory,

@@ -114,7 +114,7 @@ func newChaos(t *testing.T) *system {
 	}
 	s.edit("countersign.toml", softHSM, compile(t, "shim.c", "-shared", "-fPIC"))
 	s.edit("countersign.toml", "environment = {",
-		fmt.Sprintf("deadline = %q\nenvironment = { SHIM_DIR = %q, SHIM_SCRIPT = %q,",
+		fmt.Sprintf("deadline = %q\nfiles = [\".\"]\nenvironment = { SHIM_DIR = %q, SHIM_SCRIPT = %q,",
 			chaosDeadline, s.path("shim"), s.path("script")))
 	s.edit("countersign.toml", "[tokens.main]",
 		fmt.Sprintf("[limits]\nrequest_timeout = %q\n\n[tokens.main]", chaosTimeout))

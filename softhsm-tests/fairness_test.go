@@ -70,7 +70,7 @@ func BenchmarkFairness(b *testing.B) {
 	p.stop()
 	s.edit("countersign.toml", softHSM, compile(b, "shim.c", "-shared", "-fPIC"))
 	s.edit("countersign.toml", "environment = {",
-		fmt.Sprintf("workers = 1\nsessions = 1\nenvironment = { SHIM_SCRIPT = %q,", s.path("script")))
+		fmt.Sprintf("workers = 1\nsessions = 1\nfiles = [\".\"]\nenvironment = { SHIM_SCRIPT = %q,", s.path("script")))
 	s.edit("countersign.toml", `"debug"`, `"warn"`)
 	var script strings.Builder
 	end := time.Now().Add(time.Hour).UnixMilli()

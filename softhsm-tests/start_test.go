@@ -142,7 +142,8 @@ func TestPINIsRefusedOnce(t *testing.T) {
 	const login = 18 // the index of C_Login in CK_FUNCTION_LIST
 	s := newSystem(t)
 	s.edit("countersign.toml", softHSM, compile(t, "shim.c", "-shared", "-fPIC"))
-	s.edit("countersign.toml", "environment = { ", fmt.Sprintf("environment = { SHIM_LOG = %q, ", s.path("calls")))
+	s.edit("countersign.toml", "environment = { ",
+		fmt.Sprintf("files = [\".\"]\nenvironment = { SHIM_LOG = %q, ", s.path("calls")))
 	s.write("pin", "another-pin\n")
 	logins := func() (n int) {
 		b, _ := os.ReadFile(s.path("calls"))

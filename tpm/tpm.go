@@ -20,6 +20,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"sync"
@@ -216,7 +217,11 @@ func (s *Store) withPIN(ctx context.Context, needed bool, use func(pin []byte) e
 	}
 	logIn := func(bool) error {
 		pin, err := readPIN(s.config.PINFile)
-		if err != nil {
+		if errors.Is(err, fs.ErrPermission) {
+			// The file was replaced, and the sandbox has the right to the former file only. A new
+			// key worker has the right to the new one.
+			return fmt.Errorf("%w: %w", keystore.ErrUnavailable, err)
+		} else if err != nil {
 			return err
 		}
 		defer clear(pin)

@@ -119,12 +119,17 @@ func (r *report) checkTokens(
 			continue
 		}
 		tokens[name] = store
+		confined := "key workers are confined"
+		if missing := t.rights().Missing(); len(missing) > 0 {
+			confined = "NOT WHOLE on this kernel: " + strings.Join(missing, "; ")
+		}
 		refs, err := store.Keys(ctx)
 		if err != nil {
 			r.fault("token", fmt.Errorf("token %s: %w", name, err))
 			continue
 		}
 		r.say("token", "ok: %s, %s%s, %s of ours", name, t.URI, t.TPM, cli.Count(len(refs), "key"))
+		r.say("", "sandbox           %s", confined)
 		found, err := store.Inspect(ctx, prove)
 		if err != nil {
 			r.fault("token", fmt.Errorf("token %s: %w", name, err))

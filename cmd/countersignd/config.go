@@ -220,7 +220,7 @@ type Token struct {
 	IdleLock Duration `toml:"idle_lock"`
 
 	// Module is the path of the PKCS#11 module, unless the URI has module-path. Danger: the module
-	// is code of its vendor and runs with the daemon's rights.
+	// is code of its vendor, has the PIN, and runs in a confined process.
 	Module string `toml:"module"`
 
 	// Parameters is a text for the module, in the field pReserved of CK_C_INITIALIZE_ARGS: for NSS
@@ -239,6 +239,18 @@ type Token struct {
 	// configured by variables, such as SOFTHSM2_CONF. Default: no variables. Paths must be
 	// absolute.
 	Environment map[string]string `toml:"environment"`
+
+	// Files are files and folders that the module reads and writes, beside what each key worker may
+	// read: the system's programs and libraries, the module's folder, the PIN file, the files and
+	// folders that environment names, and the folder of SoftHSM's tokens. Default: none. Danger:
+	// the module can change all of it. A folder with the ledger or another token's PIN does not
+	// belong here.
+	Files []string `toml:"files"`
+
+	// Network has the addresses, host:port, of a network HSM. Default: none, and the module has no
+	// network. Danger: the module can connect to the port of any host. With an older kernel the
+	// module can also connect to any Unix socket, and send by UDP: see countersignd check.
+	Network []string `toml:"network"`
 
 	// Workers is the number of key workers: processes that use the token. Default: 2, where the
 	// second is a hot standby. Danger: with 1, requests fail during the replacement of a worker
@@ -456,6 +468,9 @@ func (c *Config) resolve(dir string) {
 	for name, t := range c.Tokens {
 		t.memo = c.Ledger + "." + name + ".refused-pin"
 		paths = append(paths, &t.memo, &t.Module, &t.PINFile, &t.TPM, &t.State, &t.PolicyKey)
+		for i := range t.Files {
+			paths = append(paths, &t.Files[i])
+		}
 	}
 	for i := range c.Webhooks {
 		paths = append(paths, &c.Webhooks[i].CAFile)
@@ -691,10 +706,20 @@ func (t *Token) checkBackend() error {
 			"are for a TPM")
 	case t.TPM != "" && t.State == "":
 		return errors.New("state is missing: the folder for the TPM's keys")
+	case t.TPM != "" && (t.Files != nil || t.Network != nil):
+		return errors.New("files and network are for a PKCS#11 token")
 	case t.TPM != "" && (t.Module != "" || t.Parameters != "" || t.Quirks != hsm.Quirks{}):
 		return errors.New("module and quirks are for a PKCS#11 token")
 	case t.IdleLock != 0 && (t.IdleLock.std() < time.Second || t.IdleLock.std() > 31*24*time.Hour):
 		return fmt.Errorf("idle_lock must be 0s (never), or 1s to 31d, and is %v", t.IdleLock)
+	}
+	for _, path := range t.Files {
+		if path == "" || filepath.Clean(path) == "/" {
+			return fmt.Errorf("files: %q is no file or folder below /", path)
+		}
+	}
+	if _, err := ports(t.Network); err != nil {
+		return err
 	}
 	for _, c := range []struct {
 		field string

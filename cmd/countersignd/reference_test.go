@@ -62,6 +62,7 @@ func TestReference(t *testing.T) {
 // withEmptyLists returns a token whose missing lists are empty ones, as TOML has them.
 func withEmptyLists(token Token) Token {
 	token.ZeroPCRs, token.Environment = []uint{}, map[string]string{}
+	token.Files, token.Network = []string{}, []string{}
 	return token
 }
 

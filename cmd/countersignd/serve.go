@@ -22,6 +22,7 @@ import (
 	"countersign/internal/logline"
 	"countersign/internal/logqueue"
 	"countersign/internal/operators"
+	"countersign/internal/sandbox"
 	"countersign/internal/scrub"
 	"countersign/policy"
 
@@ -68,11 +69,19 @@ func serve(ctx context.Context, path string, c Config, stderr *logqueue.Queue, r
 	if err != nil {
 		return err
 	}
+	if err := sandbox.DropCapabilities(c.capabilities()...); err != nil { // before a stranger's first byte
+		return err
+	}
 	waiting := waits{doors: ready.doors}
 	waiting.set(ready.missing)
 	notifications := &notifier{log: log}
+	unconfined := c.unconfined() // the kernel stays as it is
+	for _, u := range unconfined {
+		log.Warn("key workers are not confined as intended", "token", u.Subject, "missing", u.Text)
+	}
 	p.app.Report(func() []cause.Cause {
-		return slices.Concat(waiting.causes(), unreadLog(lines.to), notifications.causes(), warning(ready.certs))
+		return slices.Concat(waiting.causes(), unreadLog(lines.to), notifications.causes(), warning(ready.certs),
+			unconfined)
 	})
 	if err := p.app.Start(ctx); err != nil {
 		return err

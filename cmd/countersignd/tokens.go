@@ -22,6 +22,7 @@ import (
 	"countersign/hsm"
 	"countersign/internal/keystore"
 	"countersign/internal/keystore/worker"
+	"countersign/internal/sandbox"
 	"countersign/tpm"
 )
 
@@ -35,10 +36,7 @@ func openToken(
 	ctx context.Context, name string, t *Token, patient, optional bool, log *slog.Logger,
 	changed func(resource string, up bool, cause error),
 ) (keystore.Store, error) {
-	config, err := workers(name, t, "", log)
-	if err != nil {
-		return nil, err
-	}
+	config := workers(name, t, "", log)
 	config.OnChange, config.Optional = changed, optional
 	pool, err := worker.Open(ctx, config, patient)
 	if err != nil {
@@ -50,10 +48,7 @@ func openToken(
 // newToken has a key worker initialise a PKCS#11 token, and reports whether the token was missing.
 // The module has the token's environment, and its output goes to the log.
 func newToken(ctx context.Context, name string, t *Token, soPINFile string, log *slog.Logger) (made bool, err error) {
-	config, err := workers(name, t, soPINFile, log)
-	if err != nil {
-		return false, err
-	}
+	config := workers(name, t, soPINFile, log)
 	config.Workers, config.Deadline = 1, max(config.Deadline, newTokenTime)
 	pool, err := worker.Open(ctx, config, false)
 	switch {
@@ -83,14 +78,15 @@ const newTokenTime = 10 * time.Second
 
 // workers returns the configuration of the key workers of a token. With soPINFile, a worker begins
 // with hsm.InitToken.
-func workers(name string, t *Token, soPINFile string, log *slog.Logger) (c worker.Config, err error) {
+func workers(name string, t *Token, soPINFile string, log *slog.Logger) worker.Config {
 	device, inFlight := device{HSM: new(t.hsm()), SOPINFile: soPINFile}, max(16, 2*t.Sessions)
 	if t.TPM != "" {
 		device.HSM, device.TPM, inFlight = nil, new(t.tpm()), 256 // most calls are done without the TPM
 	}
-	hello, err := json.Marshal(device)
-	if err != nil {
-		return c, err
+	hello := func(seedFile string) ([]byte, error) {
+		device := device
+		device.Rights = t.rights(soPINFile, seedFile)
+		return json.Marshal(device)
 	}
 	return worker.Config{
 		Name: name, Hello: hello, Workers: t.Workers, Spread: t.Spread, InFlight: inFlight, Memory: t.MemoryMiB << 20,
@@ -110,7 +106,7 @@ func workers(name string, t *Token, soPINFile string, log *slog.Logger) (c worke
 			cmd.Env = append(cmd.Env, "GOTRACEBACK=none") // registers and stacks in a log could show secrets
 			return cmd
 		},
-	}, nil
+	}
 }
 
 // keyWorker is the main function of a key worker, started by a worker.Pool.
@@ -128,6 +124,9 @@ func keyWorker() error {
 		if err := json.Unmarshal(config, &d); err != nil {
 			return nil, 0, err
 		}
+		if err := d.Rights.Enter(); err != nil { // before the module's first instruction
+			return nil, 0, err
+		}
 		store, lanes, err := d.open(ctx, gate)
 		if err != nil {
 			return nil, 0, err
@@ -143,6 +142,8 @@ type device struct {
 	TPM *tpm.Config `json:"tpm,omitempty"`
 
 	SOPINFile string `json:"so_pin_file,omitempty"` // of the token that HSM is to become first
+
+	Rights sandbox.Rights `json:"rights"` // of the key worker
 }
 
 // open opens the device, and returns the number of concurrent operations.

@@ -156,6 +156,8 @@ var (
 	Certificate = define("certificate-expiring",
 		"the certificate of the admin API ends soon, has ended, is for another key, or can't be renewed",
 		"see the text; countersign admin tls")
+	Sandbox = define("sandbox-incomplete", "this kernel can't confine the key workers of a token as intended",
+		"see the text; use a newer kernel with Landlock and seccomp")
 	LogUnread = define("log-unread", "the daemon's log is not read, so lines were dropped",
 		"see what reads the daemon's standard error")
 	NotifyUnread = define("notify-unread", "the service manager does not read the daemon's notifications",

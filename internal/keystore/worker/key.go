@@ -196,7 +196,7 @@ func (p *Pool) Import(
 	p.goroutines.Add(1) // under mu, so Close waits for every import that has begun
 	p.mu.Unlock()
 	defer p.goroutines.Done()
-	proc, err := p.startWorker(ctx, len(p.slots))
+	proc, err := p.startWorker(ctx, len(p.slots), path)
 	if err != nil {
 		if proc != nil {
 			// The worker may be logging in, so the shutdown takes time. The caller need not wait.

@@ -33,7 +33,7 @@ const (
 // start goes to first.
 func (p *Pool) runSlot(s *slot, first chan<- error) {
 	for {
-		proc, err := p.startWorker(context.Background(), s.number)
+		proc, err := p.startWorker(context.Background(), s.number, "")
 		if first != nil {
 			first <- err
 			first = nil
@@ -118,11 +118,16 @@ func (p *Pool) fillSlot(s *slot, proc *process) {
 
 // startWorker starts a worker, waits until its device is open, and checks its health. The caller
 // must shut the returned process down, also after an error. The process is nil if none was started.
-func (p *Pool) startWorker(ctx context.Context, number int) (*process, error) {
+// seedFile is the file of an import, or "".
+func (p *Pool) startWorker(ctx context.Context, number int, seedFile string) (*process, error) {
 	p.mu.Lock()
 	retries := p.retries
 	p.mu.Unlock()
 	name := fmt.Sprintf("%s/%d", p.config.Name, number+1)
+	config, err := p.config.Hello(seedFile)
+	if err != nil {
+		return nil, err
+	}
 	proc, err := startProcess(p.config.Command(number), name, p.config.Log, p)
 	if err != nil {
 		return nil, err
@@ -130,7 +135,7 @@ func (p *Pool) startWorker(ctx context.Context, number int) (*process, error) {
 	proc.retries = retries
 	ctx, cancel := p.withTimeout(ctx, slowFactor*p.config.Deadline)
 	defer cancel()
-	_, err = proc.roundTrip(ctx, slowFactor*p.config.Deadline, ignoreDone, hello, p.config.Hello)
+	_, err = proc.roundTrip(ctx, slowFactor*p.config.Deadline, ignoreDone, hello, config)
 	if err == nil {
 		err = p.checkHealth(ctx, proc)
 	}

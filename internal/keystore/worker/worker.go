@@ -25,14 +25,16 @@ import (
 
 // Config says how a Pool runs its workers. There are no defaults: a zero field means zero.
 type Config struct {
-	Name     string                     // the token's name, for the log
-	Command  func(number int) *exec.Cmd // makes a worker's command, whose process calls Serve with descriptor 3
-	Hello    []byte                     // the configuration of the device, for the worker; no secrets
-	Workers  int                        // number of workers; each but the first is a hot standby, unless Spread
-	Spread   bool                       // balance calls over all workers, instead of using the first healthy one
-	InFlight int                        // largest number of calls in flight at one worker
-	Memory   int                        // bytes; a larger worker is renewed without losing a call: modules leak
-	Deadline time.Duration              // for one use of a key by the device; a slow operation has slowFactor of these
+	Name    string                     // the token's name, for the log
+	Command func(number int) *exec.Cmd // makes a worker's command, whose process calls Serve with descriptor 3
+	// Hello makes the configuration of the device and the rights of a worker, for that worker; no
+	// secrets. A worker for an import also has the right to read the seed file.
+	Hello    func(seedFile string) ([]byte, error)
+	Workers  int           // number of workers; each but the first is a hot standby, unless Spread
+	Spread   bool          // balance calls over all workers, instead of using the first healthy one
+	InFlight int           // largest number of calls in flight at one worker
+	Memory   int           // bytes; a larger worker is renewed without losing a call: modules leak
+	Deadline time.Duration // for one use of a key by the device; a slow operation has slowFactor of these
 	Log      *slog.Logger
 	// Optional has a patient Open succeed whatever the device's failure: a wrong PIN or another
 	// device costs the keys of this token only.

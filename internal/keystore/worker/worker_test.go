@@ -426,8 +426,9 @@ func (h *harness) config(change func(c *Config)) Config {
 		h.t.Fatal(err)
 	}
 	c := Config{
-		Name: "test", Hello: hello, Workers: 2, InFlight: 16, Memory: 1 << 40, Deadline: 5 * time.Second,
-		Log: slog.New(slog.NewTextHandler(h, nil)),
+		Name: "test", Workers: 2, InFlight: 16, Memory: 1 << 40, Deadline: 5 * time.Second,
+		Hello: func(string) ([]byte, error) { return hello, nil },
+		Log:   slog.New(slog.NewTextHandler(h, nil)),
 		Command: func(number int) *exec.Cmd {
 			cmd := exec.Command("/proc/self/exe")
 			cmd.Env = append(os.Environ(), fmt.Sprintf("%s=%d", workerEnv, number),
@@ -1370,7 +1371,11 @@ func TestLastWords(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer p.shutdown(closeTimeout)
-	if _, err := p.roundTrip(h.within(bound), bound, func(error) {}, hello, h.config(nil).Hello); err != nil {
+	config, err := h.config(nil).Hello("")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := p.roundTrip(h.within(bound), bound, func(error) {}, hello, config); err != nil {
 		t.Errorf("its answer is lost: %v", err)
 	}
 	if refused := <-slow.loginResult; !refused {

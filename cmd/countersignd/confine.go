@@ -1,0 +1,145 @@
+package main
+
+import (
+	"bufio"
+	"cmp"
+	"fmt"
+	"maps"
+	"net"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+
+	"countersign/internal/cause"
+	"countersign/internal/sandbox"
+
+	"golang.org/x/sys/unix"
+)
+
+// systemFiles are what libraries of modules read on each system. No file of these is a secret of
+// another program, since each user can read them.
+var systemFiles = []string{
+	"/usr", "/lib", "/lib32", "/lib64", "/etc/ld.so.cache", "/etc/ld.so.conf", "/etc/ld.so.conf.d",
+	"/etc/ssl/openssl.cnf", "/etc/ssl/certs", "/etc/pki/tls/openssl.cnf", "/etc/pki/tls/certs", "/etc/crypto-policies",
+	"/etc/pkcs11", "/etc/softhsm", "/etc/softhsm2.conf", "/etc/localtime", "/etc/passwd", "/etc/group",
+	"/etc/nsswitch.conf", "/etc/resolv.conf", "/etc/hosts", "/etc/host.conf", "/etc/gai.conf", "/etc/services",
+	"/dev/urandom", "/dev/random", "/dev/zero", "/proc/self", "/proc/cpuinfo", "/proc/meminfo", "/proc/sys/crypto",
+	"/sys/devices/system/cpu",
+}
+
+// rights returns what the key workers of a token may do, and which secrets they may read beside the
+// PIN. An empty path is none. A file that a module could write gives
+// rights to no other file: a hostile module must not widen its rights at the next start.
+func (t *Token) rights(secrets ...string) sandbox.Rights {
+	r := sandbox.Rights{
+		Read:  slices.Concat(systemFiles, existing(append(secrets, t.pinPath())...)),
+		Write: slices.Concat([]string{"/dev/null"}, t.Files),
+	}
+	if t.TPM != "" {
+		r.Write = append(r.Write, t.State)
+		r.Read = append(r.Read, existing(t.PolicyKey)...)
+		if strings.HasPrefix(t.TPM, "/dev/") {
+			r.Devices = []string{t.TPM}
+		} else {
+			r.Sockets = []string{filepath.Dir(t.TPM)} // swtpm makes the socket again at each start
+		}
+		return r
+	}
+	r.Connect, _ = ports(t.Network) // checked by checkBackend
+	if module := t.hsm().ModulePath(); filepath.IsAbs(module) {
+		r.Read = append(r.Read, filepath.Dir(module))
+	}
+	for _, name := range slices.Sorted(maps.Keys(t.Environment)) {
+		path := t.Environment[name]
+		info, err := os.Stat(path)
+		switch {
+		case !filepath.IsAbs(path) || filepath.Clean(path) == "/" || err != nil:
+		case info.IsDir():
+			r.Write = append(r.Write, path)
+		default:
+			r.Read = append(r.Read, path)
+		}
+	}
+	if dir := softHSMTokens(cmp.Or(t.Environment["SOFTHSM2_CONF"], os.Getenv("SOFTHSM2_CONF"),
+		"/etc/softhsm/softhsm2.conf")); dir != "" {
+		r.Write = append(r.Write, dir)
+	}
+	if conf := os.Getenv("SOFTHSM2_CONF"); t.Environment["SOFTHSM2_CONF"] == "" && filepath.IsAbs(conf) {
+		r.Read = append(r.Read, conf)
+	}
+	if config, err := os.UserConfigDir(); err == nil { // of p11-kit, for users other than root
+		r.Read = append(r.Read, filepath.Join(config, "pkcs11"))
+	}
+	return r
+}
+
+// existing returns the paths that are not empty.
+func existing(paths ...string) []string {
+	return slices.DeleteFunc(paths, func(path string) bool { return path == "" })
+}
+
+// softHSMTokens returns the folder of tokens of a SoftHSM configuration, or "".
+func softHSMTokens(conf string) string {
+	f, err := os.Open(conf)
+	if err != nil {
+		return ""
+	}
+	defer f.Close()
+	lines := bufio.NewScanner(f)
+	for lines.Scan() {
+		name, value, _ := strings.Cut(lines.Text(), "=")
+		if dir := strings.TrimSpace(value); strings.TrimSpace(name) == "directories.tokendir" &&
+			filepath.IsAbs(dir) && filepath.Clean(dir) != "/" {
+			return dir
+		}
+	}
+	return ""
+}
+
+// ports returns the TCP and UDP ports of addresses host:port, and the port of DNS if a host is a
+// name.
+func ports(addresses []string) (all []uint16, err error) {
+	for _, address := range addresses {
+		host, port, err := net.SplitHostPort(address)
+		if err != nil {
+			return nil, fmt.Errorf("network: %q is not host:port", address)
+		}
+		n, err := strconv.ParseUint(port, 10, 16)
+		if err != nil || n == 0 {
+			return nil, fmt.Errorf("network: %q has the port %q; a port is a number from 1 to 65535", address, port)
+		}
+		all = append(all, uint16(n))
+		if _, err := netip.ParseAddr(host); err != nil {
+			all = append(all, 53)
+		}
+	}
+	slices.Sort(all)
+	return slices.Compact(all), nil
+}
+
+// capabilities returns the capabilities of the serving daemon: none, unless a listener has a port
+// below 1024 and may be opened again when its address is back.
+func (c *Config) capabilities() []uint {
+	for _, address := range []string{c.Listen, c.ListenPubky} {
+		_, port, _ := net.SplitHostPort(address) // checked by Config.check
+		if n, err := strconv.Atoi(port); err == nil && n < 1024 {
+			return []uint{unix.CAP_NET_BIND_SERVICE}
+		}
+	}
+	return nil
+}
+
+// unconfined returns a cause for each token whose key workers this kernel confines in part only. A
+// simulator of a TPM is for tests, and check alone says what its socket opens.
+func (c *Config) unconfined() (all []cause.Cause) {
+	for _, name := range slices.Sorted(maps.Keys(c.Tokens)) {
+		r := c.Tokens[name].rights()
+		if missing := r.Missing(); len(missing) > 0 && len(r.Sockets) == 0 {
+			all = append(all, cause.Sandbox.Of(name, "%s", strings.Join(missing, "; ")))
+		}
+	}
+	return all
+}
