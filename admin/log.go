@@ -16,6 +16,7 @@ import (
 
 	"countersign/admin/api"
 	"countersign/appliance"
+	"countersign/audit"
 	"countersign/internal/ijson"
 	"countersign/internal/ledger"
 	"countersign/internal/manage"
@@ -176,24 +177,22 @@ type receiptsInput struct {
 	Limit int    `query:"limit" minimum:"1" maximum:"1000" default:"1000"`
 }
 
-// receipts lists receipts in the order of their times and ids. Several receipts can have one time,
-// so the cursor has both: MILLISECONDS-ID.
+// receipts lists receipts in the order of their times and ids.
 func (s *server) receipts(_ context.Context, _ caller, in *receiptsInput) (*listed[api.Receipt], error) {
 	from, id := in.From, ""
 	if in.After != "" {
-		ms, last, ok := strings.Cut(in.After, "-")
-		at, err := numberAfter(ms)
-		if err != nil || !ok || at > math.MaxInt64 {
-			return nil, invalid.errorf("after: %q is not the cursor that a page before has given", ijson.Clip(in.After))
+		at, last, err := receiptAfter(in.After)
+		if err != nil {
+			return nil, err
 		}
-		if int64(at) >= from {
-			from, id = int64(at), last
+		if at >= from {
+			from, id = at, last
 		}
 	}
 	found, err := s.Appliance.Receipts(from, in.To, id, in.Limit+1)
 	out := newListed[api.Receipt](in.Limit)
 	for _, r := range found {
-		if !out.add(receiptDoc(r), fmt.Sprintf("%d-%x", r.TimeMS, r.ID)) {
+		if !out.add(receiptDoc(r), receiptCursor(r)) {
 			break
 		}
 	}
@@ -261,4 +260,115 @@ func (s *server) decisions(_ context.Context, _ caller, in *decisionsInput) (*li
 	return out, s.Appliance.Decisions(from, time.UnixMilli(in.Since), func(d appliance.Decision) bool {
 		return out.add(decisionDoc(d), strconv.FormatUint(d.Event, 10))
 	})
+}
+
+type periodInput struct {
+	Since int64 `query:"since" minimum:"0" doc:"Unix milliseconds"`
+	Until int64 `query:"until" minimum:"0" doc:"Unix milliseconds, not included; 0: now"`
+}
+
+// statement returns the statement of completeness about a period.
+func (s *server) statement(ctx context.Context, _ caller, in *periodInput) (*file, error) {
+	st, err := s.Appliance.Statement(ctx, in.Since, in.Until)
+	if err != nil {
+		return nil, err
+	}
+	return &file{"application/json", "no-store", st.Encode()}, nil
+}
+
+// rows is a page of the rows of a report.
+type rows struct {
+	Next         string `header:"Countersign-Next" doc:"the parameter after for the next page; absent on the last page"`
+	ContentType  string `header:"Content-Type"`
+	CacheControl string `header:"Cache-Control"`
+	Body         []byte
+}
+
+func newRows(form audit.Form) *rows {
+	if form == audit.CSV {
+		return &rows{ContentType: "text/csv; charset=utf-8; header=present", CacheControl: "no-store"}
+	}
+	return &rows{ContentType: "application/jsonl; charset=utf-8", CacheControl: "no-store"}
+}
+
+type eventRowsInput struct {
+	Form  string `query:"form" enum:"csv,jsonl" default:"jsonl" doc:"the names of the columns are on the first page only"`
+	First uint64 `query:"first" doc:"first of the statement"`
+	End   uint64 `query:"end" required:"true" doc:"end of the statement"`
+	After string `query:"after" maxLength:"20" doc:"the header Countersign-Next of the page before"`
+}
+
+// eventRows lists the events of a statement. The pages one after the other are a file of the report.
+func (s *server) eventRows(_ context.Context, _ caller, in *eventRowsInput) (*rows, error) {
+	form, from := audit.Form(in.Form), in.First
+	out := newRows(form)
+	if in.After == "" {
+		out.Body = form.EventHeading()
+	} else if last, err := numberAfter(in.After); err != nil {
+		return nil, err
+	} else {
+		from = max(from, last+1)
+	}
+	last, n := "", 0
+	var broken error
+	err := s.Appliance.EventBytes(from, in.End, func(index uint64, entry []byte) bool {
+		var b []byte
+		if b, broken = form.AppendEvent(out.Body, index, entry); broken != nil {
+			return false
+		}
+		if n > 0 && (n == maxEntries || len(b) > maxPage) {
+			out.Next = last
+			return false
+		}
+		out.Body, last, n = b, strconv.FormatUint(index, 10), n+1
+		return true
+	})
+	return out, errors.Join(err, broken)
+}
+
+type receiptRowsInput struct {
+	Form  string `query:"form" enum:"csv,jsonl" default:"jsonl" doc:"the names of the columns are on the first page only"`
+	Since int64  `query:"since" minimum:"0" doc:"since_ms of the statement"`
+	Until int64  `query:"until" minimum:"1" required:"true" doc:"until_ms of the statement"`
+	First uint64 `query:"first" doc:"first of the statement"`
+	End   uint64 `query:"end" required:"true" doc:"end of the statement"`
+	After string `query:"after" maxLength:"200" doc:"the header Countersign-Next of the page before"`
+}
+
+// receiptRows lists the receipts of a statement. A page can be empty and have a next one.
+func (s *server) receiptRows(_ context.Context, _ caller, in *receiptRowsInput) (*rows, error) {
+	form := audit.Form(in.Form)
+	out := newRows(form)
+	since, id := int64(0), ""
+	if in.After == "" {
+		out.Body = form.ReceiptHeading()
+	} else {
+		var err error
+		if since, id, err = receiptAfter(in.After); err != nil {
+			return nil, err
+		}
+	}
+	of := audit.Statement{SinceMS: in.Since, UntilMS: in.Until, First: in.First, End: in.End}
+	found, next, err := s.Appliance.ReportedReceipts(of, since, id, maxEntries)
+	for _, r := range found {
+		out.Body = form.AppendReceipt(out.Body, r)
+	}
+	if next != nil {
+		out.Next = receiptCursor(*next)
+	}
+	return out, err
+}
+
+// receiptCursor is the cursor behind a receipt. Several receipts can have one time, so the cursor
+// has both time and id: MILLISECONDS-ID.
+func receiptCursor(r ledger.Receipt) string { return fmt.Sprintf("%d-%x", r.TimeMS, r.ID) }
+
+// receiptAfter parses the result of receiptCursor.
+func receiptAfter(after string) (ms int64, id string, err error) {
+	text, id, ok := strings.Cut(after, "-")
+	at, err := numberAfter(text)
+	if err != nil || !ok || at > math.MaxInt64 {
+		return 0, "", invalid.errorf("after: %q is not the cursor that a page before has given", ijson.Clip(after))
+	}
+	return int64(at), id, nil
 }

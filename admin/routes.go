@@ -208,6 +208,16 @@ func (s *server) routes() {
 	route(s, s.receipt, operation{
 		route: "GET /v1/receipts/{id}", id: "receipt", summary: "Show a receipt",
 		roles: of(operator, auditor), refused: whileUninitialised})
+	routeRaw(s, s.statement, operation{
+		route: "GET /v1/report/statement", id: "report-statement",
+		summary: "State which events a period has, with the proof that none is missing",
+		roles:   of(auditor), refused: whileUninitialised})
+	routeRaw(s, s.eventRows, operation{
+		route: "GET /v1/report/events", id: "report-events", summary: "List the events of a statement as rows",
+		roles: of(auditor), refused: whileUninitialised})
+	routeRaw(s, s.receiptRows, operation{
+		route: "GET /v1/report/receipts", id: "report-receipts", summary: "List the receipts of a statement as rows",
+		roles: of(auditor), refused: whileUninitialised})
 	route(s, s.ledger, operation{
 		route: "GET /v1/ledger", id: "ledger", summary: "Say how large the ledger is and how its clock is",
 		roles: of(administrator, operator, auditor, approver, backup, metrics), refused: whileUninitialised})

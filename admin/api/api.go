@@ -5,7 +5,9 @@ package api
 
 import (
 	"context"
+	"encoding/json"
 	"fmt"
+	"io"
 	"net/http"
 	"net/url"
 	"strconv"
@@ -406,6 +408,47 @@ func (c *Client) Receipts(
 	}
 	header, err := c.call(ctx, http.MethodGet, "/v1/receipts?"+q.Encode(), nil, &found)
 	return found, header.Get(nextHeader), err
+}
+
+// Statement returns the statement of completeness about the events with times since <= time < until,
+// in Unix milliseconds, as JSON. An until of 0 is now.
+func (c *Client) Statement(ctx context.Context, since, until int64) (b []byte, s audit.Statement, err error) {
+	q := url.Values{"since": {strconv.FormatInt(since, 10)}, "until": {strconv.FormatInt(until, 10)}}
+	if b, _, err = c.page(ctx, "v1/report/statement", q); err == nil {
+		err = json.Unmarshal(b, &s)
+	}
+	return b, s, err
+}
+
+// EventRows writes the events of a statement as rows of a form.
+func (c *Client) EventRows(ctx context.Context, s audit.Statement, form audit.Form, to io.Writer) error {
+	return c.rows(ctx, "v1/report/events", url.Values{
+		"form":  {string(form)},
+		"first": {strconv.FormatUint(s.First, 10)}, "end": {strconv.FormatUint(s.End, 10)},
+	}, to)
+}
+
+// ReceiptRows writes the receipts of a statement as rows of a form.
+func (c *Client) ReceiptRows(ctx context.Context, s audit.Statement, form audit.Form, to io.Writer) error {
+	return c.rows(ctx, "v1/report/receipts", url.Values{
+		"form":  {string(form)},
+		"since": {strconv.FormatInt(s.SinceMS, 10)}, "until": {strconv.FormatInt(s.UntilMS, 10)},
+		"first": {strconv.FormatUint(s.First, 10)}, "end": {strconv.FormatUint(s.End, 10)},
+	}, to)
+}
+
+// rows writes all pages of a listing of rows, one after the other.
+func (c *Client) rows(ctx context.Context, name string, q url.Values, to io.Writer) error {
+	for {
+		b, next, err := c.page(ctx, name, q)
+		if err != nil {
+			return err
+		}
+		if _, err := to.Write(b); err != nil || next == "" {
+			return err
+		}
+		q.Set("after", next)
+	}
 }
 
 // Ledger returns the sizes and the clock of the ledger.

@@ -114,21 +114,31 @@ func (c *Client) OnSignedOut(signIn func(context.Context) (token string, err err
 // ReadFile returns a file of the audit log in the form of C2SP tlog-tiles. With ReadFile, the
 // client is an audit.Source.
 func (c *Client) ReadFile(ctx context.Context, name string) ([]byte, error) {
-	resp, err := c.send(ctx, http.MethodGet, "/"+name, nil)
+	b, _, err := c.page(ctx, name, nil)
+	return b, err
+}
+
+// page returns the bytes of an answer and the cursor of the next page.
+func (c *Client) page(ctx context.Context, name string, q url.Values) (b []byte, next string, err error) {
+	path := "/" + name
+	if len(q) > 0 {
+		path += "?" + q.Encode()
+	}
+	resp, err := c.send(ctx, http.MethodGet, path, nil)
 	if err != nil {
-		return nil, err
+		return nil, "", err
 	}
 	defer resp.Body.Close()
-	b, err := audit.ReadAll(name, resp.Body)
+	b, err = audit.ReadAll(name, resp.Body)
 	switch {
 	case err != nil:
-		return nil, err
+		return nil, "", err
 	case resp.StatusCode == http.StatusNotFound:
-		return nil, fmt.Errorf("%s: %w", name, fs.ErrNotExist)
+		return nil, "", fmt.Errorf("%s: %w", name, fs.ErrNotExist)
 	case resp.StatusCode != http.StatusOK:
-		return nil, refusal(resp, b)
+		return nil, "", refusal(resp, b)
 	}
-	return b, nil
+	return b, resp.Header.Get(nextHeader), nil
 }
 
 // Metrics returns the metrics in the text format of Prometheus.

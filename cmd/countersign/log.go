@@ -125,6 +125,15 @@ func (l *logFlags) add(t *tool, f *pflag.FlagSet) {
 	f.StringVar(&l.since, "since", "", "a `file` with an older checkpoint that the log must continue (default: none)")
 }
 
+// log returns the log of --key.
+func (l *logFlags) log() (audit.Log, error) {
+	if l.vkey == "" {
+		return audit.Log{}, usageError{errors.New("--key is missing: give the verifier key that you noted when you " +
+			"trusted the appliance (countersign admin audit key)")}
+	}
+	return audit.ParseVerifierKey(l.vkey)
+}
+
 // follower makes a function that sees the events of a log during its verification.
 type follower func(log audit.Log) func() func(uint64, audit.Event) error
 
@@ -135,11 +144,7 @@ func (t *tool) check(ctx context.Context, l *logFlags, args []string, follow fol
 		return none, usageError{errors.New("name one log: the folder of an export, or a running appliance by " +
 			"--context, --socket or --url")}
 	}
-	if l.vkey == "" {
-		return none, usageError{errors.New("--key is missing: give the verifier key that you noted when you trusted " +
-			"the appliance (countersign admin audit key)")}
-	}
-	log, err := audit.ParseVerifierKey(l.vkey)
+	log, err := l.log()
 	if err != nil {
 		return none, err
 	}
@@ -175,6 +180,9 @@ func (t *tool) check(ctx context.Context, l *logFlags, args []string, follow fol
 func (t *tool) audit() *cobra.Command {
 	var of logFlags
 	do := func(cmd *cobra.Command, args []string) error {
+		if len(args) == 1 && isReport(args[0]) {
+			return t.verifyReport(&of, args[0])
+		}
 		r, err := t.check(cmd.Context(), &of, args, nil)
 		if err != nil {
 			return err
@@ -207,7 +215,9 @@ func (t *tool) audit() *cobra.Command {
 	details(verify, "Names the first event that is wrong. Checked: each event is in the tree that the appliance has\n"+
 		"signed; no epoch is missing except by retention; each event has its form; no nonce was spent\n"+
 		"twice within its lifetime; each signature has its admission. With --since, the log must also\n"+
-		"continue the tree of an older checkpoint. DIR is from countersign admin audit export.")
+		"continue the tree of an older checkpoint. DIR is from countersign admin audit export, or from\n"+
+		"countersign admin audit report: then checked are the events of the report, that none is missing\n"+
+		"between the first and the last one, and that each signed payment has its receipt.")
 	verify.Example = "  countersign audit verify log --key \"$(cat log.vkey)\" --since checkpoint.old\n" +
 		"  countersign audit verify --socket admin.sock --key \"$(cat log.vkey)\""
 	of.add(t, verify.Flags())
