@@ -27,7 +27,8 @@ var arrows = map[string]room{
 		ours: `admin admin/certs appliance audit hsm internal/anchor internal/cause internal/cli
 			internal/keyring internal/keystore internal/keystore/worker internal/ledger
 			internal/logline internal/logqueue internal/manage internal/meter internal/operators
-			internal/resource internal/sandbox internal/scrub internal/webhook noise policy tpm`,
+			internal/resource internal/sandbox internal/scrub internal/sink internal/webhook noise
+			policy tpm`,
 		outside: `github.com/coreos/go-systemd/v22 github.com/pelletier/go-toml/v2
 			github.com/spf13/cobra golang.org/x/sys`,
 	},
@@ -42,7 +43,7 @@ var arrows = map[string]room{
 		ours: `admin/api admin/certs appliance approval audit internal/anchor internal/ijson
 			internal/keyring internal/keystore internal/ledger internal/logline internal/manage
 			internal/meter internal/operators internal/peers internal/requestid internal/schedule
-			internal/webhook policy`,
+			internal/sink internal/webhook policy`,
 		outside: "github.com/danielgtaylor/huma/v2 github.com/labstack/echo/v4 golang.org/x/net/netutil",
 	},
 	"admin/certs": {ours: "internal/keystore"},
@@ -51,8 +52,8 @@ var arrows = map[string]room{
 	"appliance": {
 		ours: `audit internal/anchor internal/cause internal/eddsa internal/gate internal/ijson
 			internal/keyring internal/keystore internal/ledger internal/limit internal/manage
-			internal/meter internal/peers internal/requestid internal/resource internal/webhook
-			noise policy transcript wire`,
+			internal/meter internal/peers internal/requestid internal/resource internal/sink
+			internal/webhook noise policy transcript wire`,
 		outside: "golang.org/x/time",
 	},
 	// Below the walk: each of these packages follows a part of the ledger.
@@ -132,6 +133,10 @@ var arrows = map[string]room{
 	},
 	"internal/cli":     {outside: "github.com/spf13/cobra github.com/spf13/pflag"},
 	"internal/webhook": {ours: "internal/eddsa"},
+	"internal/sink": {
+		ours:    "audit internal/durable internal/ledger internal/webhook",
+		outside: "golang.org/x/sys",
+	},
 	// For tests.
 	"client/clienttest":              {ours: "noise transcript wire"},
 	"internal/keystore/keystoretest": {ours: "internal/keystore internal/pubkey"},

@@ -20,6 +20,7 @@ import (
 	"countersign/internal/ijson"
 	"countersign/internal/ledger"
 	"countersign/internal/manage"
+	"countersign/internal/sink"
 	"countersign/internal/webhook"
 
 	"github.com/danielgtaylor/huma/v2"
@@ -260,6 +261,20 @@ func (s *server) decisions(_ context.Context, _ caller, in *decisionsInput) (*li
 	return out, s.Appliance.Decisions(from, time.UnixMilli(in.Since), func(d appliance.Decision) bool {
 		return out.add(decisionDoc(d), strconv.FormatUint(d.Event, 10))
 	})
+}
+
+// sinks lists the sinks, of which a configuration has a few.
+func (s *server) sinks(context.Context, caller, *none) ([]api.Sink, error) {
+	return docs(s.Appliance.Sinks(), func(st sink.Status) api.Sink {
+		doc := api.Sink{
+			Name: st.Name, Kind: st.Kind, Next: st.Next, Behind: st.Behind, Sent: st.Sent, Dropped: st.Dropped,
+			Gaps: docs(st.Gaps, func(g sink.Gap) api.Gap { return api.Gap{From: g.From, Before: g.Before, Why: g.Why} }),
+		}
+		if st.Failing != nil {
+			doc.Failing = st.Failing.Error()
+		}
+		return doc
+	}), nil
 }
 
 type periodInput struct {

@@ -208,6 +208,9 @@ func (s *server) routes() {
 	route(s, s.receipt, operation{
 		route: "GET /v1/receipts/{id}", id: "receipt", summary: "Show a receipt",
 		roles: of(operator, auditor), refused: whileUninitialised})
+	route(s, s.sinks, operation{
+		route: "GET /v1/sinks", id: "sinks", summary: "List the sinks of events with their positions and gaps",
+		roles: of(administrator, operator, auditor, metrics), refused: whileUninitialised})
 	routeRaw(s, s.statement, operation{
 		route: "GET /v1/report/statement", id: "report-statement",
 		summary: "State which events a period has, with the proof that none is missing",

@@ -30,6 +30,7 @@ import (
 	"countersign/internal/meter"
 	"countersign/internal/peers"
 	"countersign/internal/resource"
+	"countersign/internal/sink"
 	"countersign/internal/webhook"
 	"countersign/policy"
 
@@ -90,6 +91,8 @@ type Config struct {
 	SigningToken string // token of a new signing key without a token's name; "": the only token
 	Identity     string // name of the signing key that authorizes the Noise key; "" for none
 	Webhooks     []webhook.Target
+	Sinks        []SinkConfig
+	SinkState    string // folder of the sinks' positions
 	// LoadPolicy reads the policy file, to see whether the file is still the policy in force. Nil
 	// takes the policy of New for the file's.
 	LoadPolicy func() (*policy.Policy, error)
@@ -107,14 +110,18 @@ type Appliance struct {
 	limits   Limits
 	attended bool
 	webhooks []webhook.Target
-	ledger   *ledger.Ledger
-	tokens   manage.Tokens
-	gate     *gate.Gate
-	monitor  *resource.Monitor
-	causes   []func() []cause.Cause
-	meter    *meter.Meter
-	signed   atomic.Int64 // time of the last checkpoint or of the start, Unix nanoseconds
-	log      *slog.Logger
+
+	sinkConfigs []SinkConfig
+	sinkState   string
+
+	ledger  *ledger.Ledger
+	tokens  manage.Tokens
+	gate    *gate.Gate
+	monitor *resource.Monitor
+	causes  []func() []cause.Cause
+	meter   *meter.Meter
+	signed  atomic.Int64 // time of the last checkpoint or of the start, Unix nanoseconds
+	log     *slog.Logger
 
 	policies   policies
 	groups     groups
@@ -122,6 +129,7 @@ type Appliance struct {
 	refusals   tally                // refusals beyond the limit of events
 	upkeep     upkeep
 	hooks      atomic.Pointer[webhook.Sender] // nil before Serve, and without webhooks
+	sinks      atomic.Pointer[[]*sink.Sink]   // nil before Serve, and without sinks
 	turnedAway turnedAway                     // refused handshakes, for operators
 	failing    rate.Sometimes                 // lines of the log about handshakes that fail because of the device
 	handshakes *limit.Handshakes
@@ -151,6 +159,7 @@ func New(
 	limits := c.Limits
 	a = &Appliance{
 		limits: limits, attended: c.Attended, webhooks: c.Webhooks, ledger: l, tokens: tokens, gate: gate.New(l),
+		sinkConfigs: c.Sinks, sinkState: c.SinkState,
 		monitor: c.Monitor, meter: c.Meter, log: log, policies: policies{
 			ledger: l, log: log, activating: manage.NewLock(), file: p, load: c.LoadPolicy,
 		},

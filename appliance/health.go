@@ -87,7 +87,7 @@ func (a *Appliance) ownCauses() (all []cause.Cause) {
 	if a.retentionWaits() {
 		all = append(all, cause.RetentionWaits.Of("", "a time of the configuration is shorter"))
 	}
-	return slices.Concat(all, a.Keys.Causes(), a.policies.causes(), a.upkeep.causes(), a.hookCauses(),
+	return slices.Concat(all, a.Keys.Causes(), a.policies.causes(), a.upkeep.causes(), a.hookCauses(), a.sinkCauses(),
 		a.quotaCauses())
 }
 

@@ -8,7 +8,6 @@ import (
 	"time"
 
 	"countersign/internal/cause"
-	"countersign/internal/keyring"
 	"countersign/internal/ledger"
 	"countersign/internal/webhook"
 )
@@ -66,15 +65,7 @@ func (a *Appliance) keepHooks(ctx context.Context) {
 		return
 	}
 	sender, err := webhook.New(webhook.Config{
-		Targets: a.webhooks, Log: a.log,
-		Sign: func(ctx context.Context, message []byte) ([]byte, error) {
-			k, err := a.Keys.LogKey()
-			if err != nil {
-				return nil, err
-			}
-			verifies := func(signature []byte) bool { return k.Verify(message, signature) == nil }
-			return k.Sign(ctx, keyring.Own, message, verifies)
-		},
+		Targets: a.webhooks, Log: a.log, Sign: a.signHook,
 		Delivered: func(target string, m webhook.Message) {
 			if err := a.writeHook(ctx, target, m.Subject, m.ID); err != nil {
 				a.log.Error("the delivery to a webhook is not written; after a restart the message is sent again",

@@ -16,7 +16,9 @@ import (
 // logFiles is the log in its static form, an audit.Source.
 type logFiles struct{ *Appliance }
 
-func (l logFiles) ReadFile(ctx context.Context, name string) ([]byte, error) { return l.LogFile(ctx, name) }
+func (l logFiles) ReadFile(ctx context.Context, name string) ([]byte, error) {
+	return l.LogFile(ctx, name)
+}
 
 // Statement returns the statement of completeness about the events with times since <= time < until,
 // in Unix milliseconds. An until of 0 is the present time. The log is signed up to its end first.

@@ -34,8 +34,8 @@ type Statement struct {
 	Log     string `json:"log"`      // Log.Name
 	SinceMS int64  `json:"since_ms"` // since <= time < until, in Unix milliseconds
 	UntilMS int64  `json:"until_ms"`
-	First   uint64 `json:"first"`    // number of the first event of the period
-	End     uint64 `json:"end"`      // number after the last event of the period
+	First   uint64 `json:"first"` // number of the first event of the period
+	End     uint64 `json:"end"`   // number after the last event of the period
 	Before  string `json:"before,omitempty"`
 	After   string `json:"after,omitempty"`
 	// ReceiptsBeforeMS is the time before which retention has dropped receipts, or 0.

@@ -182,6 +182,26 @@ type Receipt struct {
 	Event      uint64 `json:"event"`
 }
 
+// Sink is a receiver of the events of the audit log.
+type Sink struct {
+	Name    string `json:"name"`
+	Kind    string `json:"kind" doc:"syslog, file or webhook"`
+	Next    uint64 `json:"next" doc:"number of the next event; the receiver has those before, or there is a gap"`
+	Behind  uint64 `json:"behind" doc:"events that wait"`
+	Sent    uint64 `json:"sent"`
+	Dropped uint64 `json:"dropped" doc:"events of all gaps"`
+	Gaps    []Gap  `json:"gaps" doc:"the newest ones"`
+	Failing string `json:"failing,omitempty" doc:"why the last attempt failed"`
+}
+
+// Gap is a range of events that a sink has not sent: from <= number < before. GET /v1/events has
+// the events until retention drops them.
+type Gap struct {
+	From   uint64 `json:"from"`
+	Before uint64 `json:"before"`
+	Why    string `json:"why" doc:"too_old, or dropped by retention"`
+}
+
 // Ledger has the sizes and the clock of the ledger.
 type Ledger struct {
 	FileSize    int64  `json:"file_size"`  // bytes
@@ -408,6 +428,11 @@ func (c *Client) Receipts(
 	}
 	header, err := c.call(ctx, http.MethodGet, "/v1/receipts?"+q.Encode(), nil, &found)
 	return found, header.Get(nextHeader), err
+}
+
+// Sinks returns the sinks of the configuration.
+func (c *Client) Sinks(ctx context.Context) (all []Sink, err error) {
+	return all, c.do(ctx, http.MethodGet, "/v1/sinks", nil, &all)
 }
 
 // Statement returns the statement of completeness about the events with times since <= time < until,

@@ -168,3 +168,29 @@ func (t *tool) checkReport(log audit.Log, dir string) error {
 		fmt.Fprintf(w, "checkpoint\tepoch %d, %s\n", r.Checkpoint.Epoch, cli.Count(r.Checkpoint.Size, "event"))
 	})
 }
+
+// sinks shows where the events of the log go.
+func (t *tool) sinks(act maker) *cobra.Command {
+	c := act("sinks", "Show the sinks of events, with their positions and gaps", cobra.NoArgs,
+		func(ctx context.Context, c *api.Client, _ []string) error {
+			all, err := c.Sinks(ctx)
+			if err != nil {
+				return err
+			}
+			return t.print(all, func(w io.Writer) {
+				fmt.Fprintln(w, "NAME\tKIND\tNEXT\tWAITING\tSENT\tDROPPED\tSTATE")
+				for _, s := range all {
+					fmt.Fprintf(w, "%s\t%s\t%d\t%d\t%d\t%d\t%s\n", s.Name, s.Kind, s.Next, s.Behind, s.Sent, s.Dropped,
+						either(s.Failing == "", "ok", oneLine(s.Failing)))
+				}
+				for _, s := range all {
+					for _, g := range s.Gaps {
+						fmt.Fprintf(w, "gap of %s\tevents %d to %d, %s\n", s.Name, g.From, g.Before-1, g.Why)
+					}
+				}
+			})
+		})
+	details(c, "Events of a gap were not sent. countersign admin audit list --from NUMBER shows them until\n"+
+		"retention drops them.")
+	return c
+}

@@ -128,6 +128,11 @@ type Config struct {
 	// Webhooks has the receivers of messages about rotations, each as a table [[webhooks]].
 	Webhooks []Webhook `toml:"webhooks"`
 
+	// Sinks has the receivers of the audit log's events, each as a table [[sinks]]. Events leave as
+	// they happen, and no request waits for a sink. countersign admin audit sinks shows the
+	// positions.
+	Sinks []Sink `toml:"sinks"`
+
 	// Retention has the retention times of records. A longer time in the ledger prevails, because a
 	// shorter time needs approval (countersign admin retention shorten).
 	Retention Retention `toml:"retention"`
@@ -146,6 +151,40 @@ type Webhook struct {
 	URL string `toml:"url"`
 	// CAFile is a PEM file with the trusted certificate authorities. Default: those of the system.
 	CAFile string `toml:"ca_file"`
+}
+
+// Sink is a receiver of events of the audit log. A sink has one of syslog, file and url. A sink that
+// was away goes on where it stopped, also after a restart, and can get events twice: each has its
+// number.
+type Sink struct {
+	// Name identifies the sink for operators. Required. The file of the sink's position, in the
+	// folder LEDGER.sinks beside the ledger, has the name.
+	Name string `toml:"name"`
+	// Syslog is the address, host:port, of a syslog server with TLS (RFC 5424 over RFC 5425; the
+	// usual port is 6514). The daemon authenticates the server by its certificate.
+	Syslog string `toml:"syslog"`
+	// File is the path of a file of JSON lines, in the form of a report (countersign admin audit
+	// report). The daemon leaves 256 MiB of the file's disk free.
+	File string `toml:"file"`
+	// URL is the address of a webhook, as in webhooks. A message has up to 1000 events.
+	URL string `toml:"url"`
+	// CAFile is a PEM file with the trusted certificate authorities of a syslog or url. Default:
+	// those of the system.
+	CAFile string `toml:"ca_file"`
+	// FileMiB is the size in MiB from which a file is renamed to FILE.NUMBER, with the number of
+	// its last event. Default: 100.
+	FileMiB int `toml:"file_mib"`
+	// Files is the number of renamed files to keep. Default: 10.
+	Files int `toml:"files"`
+	// Types are the types of events to send, for example ["KeyCreated", "Locked"]. Default: all.
+	Types []string `toml:"types"`
+	// Except are types of events that are not sent. Types and Except exclude each other. Default:
+	// none.
+	Except []string `toml:"except"`
+	// MaxAge is the age from which events are not sent any more, after the receiver was away. The
+	// receiver is told the numbers of these events. A new sink begins with events of this age.
+	// Default: 7d.
+	MaxAge Duration `toml:"max_age"`
 }
 
 // Retention has the retention times of records. The daemon drops older records by itself.
@@ -475,6 +514,9 @@ func (c *Config) resolve(dir string) {
 	for i := range c.Webhooks {
 		paths = append(paths, &c.Webhooks[i].CAFile)
 	}
+	for i := range c.Sinks {
+		paths = append(paths, &c.Sinks[i].CAFile, &c.Sinks[i].File)
+	}
 	for _, p := range paths {
 		if *p != "" && !filepath.IsAbs(*p) {
 			*p = filepath.Join(dir, *p)
@@ -574,6 +616,9 @@ func (c *Config) check() error {
 		}
 	}
 	if _, err := webhook.New(webhook.Config{Targets: c.webhooks()}); err != nil {
+		return err
+	}
+	if err := c.checkSinks(); err != nil {
 		return err
 	}
 	return c.checkTokens()
@@ -774,6 +819,7 @@ func (c *Config) appliance() appliance.Config {
 	return appliance.Config{
 		Limits: c.limits(), Anchor: c.anchor(), Retention: c.retention(), Attended: !c.UnattendedStart,
 		SigningToken: c.onlyKeyToken(), Identity: c.NoiseIdentity, Webhooks: c.webhooks(),
+		Sinks: c.sinks(), SinkState: c.Ledger + ".sinks",
 	}
 }
 

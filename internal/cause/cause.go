@@ -153,6 +153,8 @@ var (
 		"see the text")
 	Webhook = define("webhook-failing", "the last message to a webhook's receiver was not accepted",
 		"mend the receiver; waiting messages are sent again by themselves, given up ones after a restart")
+	Sink = define("sink-failing", "a sink does not take the events of the audit log, or its position can't be written",
+		"see the text; countersign admin audit sinks; the sink goes on by itself where it stopped")
 	Certificate = define("certificate-expiring",
 		"the certificate of the admin API ends soon, has ended, is for another key, or can't be renewed",
 		"see the text; countersign admin tls")
