@@ -132,6 +132,7 @@ func run(ctx context.Context, args []string, stdout io.Writer, stderr *logqueue.
 	}
 	var checking checkOptions
 	var retryPIN []string
+	var checklist bool
 	checkCmd := &cobra.Command{
 		Use:     "check",
 		Short:   "Check whether serve would start: configuration, policy, tokens, ledger, keys",
@@ -147,10 +148,15 @@ func run(ctx context.Context, args []string, stdout io.Writer, stderr *logqueue.
 					}
 					t.retry = true
 				}
+				if checklist {
+					return printChecklist(c, stdout)
+				}
 				return check(cmd.Context(), configPath, c, checking, os.Stdin, stdout, stderr)
 			})
 		},
 	}
+	checkCmd.Flags().BoolVar(&checklist, "checklist", false,
+		"print the production checklist for this configuration instead, and open neither a token nor the ledger")
 	checkCmd.Flags().BoolVar(&checking.deep, "deep", false,
 		"read the whole ledger: each page, and compare each event with its hash, each tree with its root")
 	checkCmd.Flags().BoolVar(&checking.write, "write", false,
