@@ -98,9 +98,9 @@ func (a *Appliance) ReportedReceipts(
 	}
 	signed := map[uint64]bool{} // admissions of the payments near the ends
 	if latest > 0 && s.First < s.End {
-		q := ledger.Query{Type: audit.PaymentCompleted, Since: max(0, earliest-slack), Until: latest + slack}
+		q := ledger.Query{Since: max(0, earliest-slack), Until: latest + slack}
 		if err := a.Find(q, ledger.Span{From: s.First, Before: s.End}, func(_ uint64, e audit.Event) bool {
-			if n, err := strconv.ParseUint(e.Metadata["admission"], 10, 64); err == nil {
+			if n, err := strconv.ParseUint(e.Metadata["admission"], 10, 64); err == nil && e.Type.HasReceipt() {
 				signed[n] = true
 			}
 			return true

@@ -225,7 +225,7 @@ type ReportChecked struct {
 	Statement       `json:"-"`
 	Events          uint64     `json:"events"`
 	Dropped         int        `json:"dropped"`          // epochs that retention has dropped
-	Payments        uint64     `json:"payments"`         // signed in the period
+	Payments        uint64     `json:"payments"`         // signed in the period, with subscriptions
 	Receipts        uint64     `json:"receipts"`         // each of a signed payment of the period
 	ReceiptsDropped uint64     `json:"receipts_dropped"` // payments whose receipts retention has dropped
 	Forms           []Form     `json:"forms"`
@@ -434,7 +434,7 @@ func (s Statement) checkEvent(
 	case (at == s.First || at == s.End-1) && inside && !inPeriod:
 		return errors.New("the report begins or ends with it, but its time is not in the period")
 	}
-	if inside && e.Type == PaymentCompleted {
+	if inside && e.Type.HasReceipt() {
 		admission, err := strconv.ParseUint(e.Metadata["admission"], 10, 64)
 		if err != nil {
 			return errors.New("it names no admission")

@@ -94,7 +94,7 @@ func (m *memory) report(t *testing.T, since, until int) fstest.MapFS {
 			if err != nil {
 				t.Fatal(err)
 			}
-			if e.Type == audit.PaymentCompleted {
+			if e.Type.HasReceipt() {
 				n, err := strconv.ParseUint(e.Metadata["admission"], 10, 64)
 				if err != nil {
 					t.Fatal(err)
