@@ -35,6 +35,11 @@ func (a *Appliance) Statement(ctx context.Context, since, until int64) (audit.St
 	if err != nil {
 		return audit.Statement{}, err
 	}
+	if present, _, _ := a.ledger.Head(); present > 0 { // the sizes of ended epochs number the events
+		if err := a.signEnded(ctx, present); err != nil {
+			return audit.Statement{}, err
+		}
+	}
 	s, err := log.State(ctx, logFiles{a}, since, until, func(total uint64) (first, end uint64, err error) {
 		first, found, err := a.one(ledger.Query{Since: since, Until: until}, ledger.Span{Before: total})
 		if err != nil {

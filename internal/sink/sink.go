@@ -15,6 +15,7 @@
 package sink
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
@@ -124,6 +125,7 @@ type Sink struct {
 	at      position // guarded by mu; changed by Run only
 	failing error    // guarded by mu
 	unkept  error    // guarded by mu
+	kept    []byte   // on disk; of Run
 }
 
 // New returns a sink with the position on disk. Without a readable position, a sink begins with the
@@ -339,7 +341,11 @@ func (s *Sink) wants(t audit.Type) bool {
 func (s *Sink) keep() {
 	s.mu.Lock()
 	b, err := json.Marshal(s.at)
+	same := s.unkept == nil && bytes.Equal(b, s.kept)
 	s.mu.Unlock()
+	if same {
+		return
+	}
 	if err == nil {
 		if err = os.MkdirAll(filepath.Dir(s.c.State), 0o700); err == nil {
 			err = durable.Write(s.c.State, b, 0o600)
@@ -350,5 +356,7 @@ func (s *Sink) keep() {
 	if err != nil && s.unkept == nil {
 		s.c.Log.Error("the position of a sink is not written; a restart sends events again", "sink", s.c.Name, "err", err)
 	}
-	s.unkept = err
+	if s.unkept = err; err == nil {
+		s.kept = b
+	}
 }
