@@ -268,7 +268,9 @@ func (s *server) sinks(context.Context, caller, *none) ([]api.Sink, error) {
 	return docs(s.Appliance.Sinks(), func(st sink.Status) api.Sink {
 		doc := api.Sink{
 			Name: st.Name, Kind: st.Kind, Next: st.Next, Behind: st.Behind, Sent: st.Sent, Dropped: st.Dropped,
-			Gaps: docs(st.Gaps, func(g sink.Gap) api.Gap { return api.Gap{From: g.From, Before: g.Before, Why: g.Why} }),
+			Gaps: docs(st.Gaps, func(g sink.Gap) api.Gap {
+				return api.Gap{From: g.From, Before: g.Before, Why: g.Why}
+			}),
 		}
 		if st.Failing != nil {
 			doc.Failing = st.Failing.Error()
@@ -307,7 +309,7 @@ func newRows(form audit.Form) *rows {
 }
 
 type eventRowsInput struct {
-	Form  string `query:"form" enum:"csv,jsonl" default:"jsonl" doc:"the names of the columns are on the first page only"`
+	Form  string `query:"form" enum:"csv,jsonl" default:"jsonl" doc:"the first page of csv has the names of the columns"`
 	First uint64 `query:"first" doc:"first of the statement"`
 	End   uint64 `query:"end" required:"true" doc:"end of the statement"`
 	After string `query:"after" maxLength:"20" doc:"the header Countersign-Next of the page before"`
@@ -342,7 +344,7 @@ func (s *server) eventRows(_ context.Context, _ caller, in *eventRowsInput) (*ro
 }
 
 type receiptRowsInput struct {
-	Form  string `query:"form" enum:"csv,jsonl" default:"jsonl" doc:"the names of the columns are on the first page only"`
+	Form  string `query:"form" enum:"csv,jsonl" default:"jsonl" doc:"the first page of csv has the names of the columns"`
 	Since int64  `query:"since" minimum:"0" doc:"since_ms of the statement"`
 	Until int64  `query:"until" minimum:"1" required:"true" doc:"until_ms of the statement"`
 	First uint64 `query:"first" doc:"first of the statement"`

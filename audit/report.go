@@ -214,7 +214,8 @@ func records(r io.Reader, columns []string, visit func([]string) error) error {
 		case err != nil:
 			return err
 		case n == 1 && strings.Join(fields, ",") != strings.Join(columns, ","):
-			return fmt.Errorf("the columns are %s, want %s", ijson.Clip(strings.Join(fields, ",")), strings.Join(columns, ","))
+			return fmt.Errorf("the columns are %s, want %s",
+				ijson.Clip(strings.Join(fields, ",")), strings.Join(columns, ","))
 		case n == 1:
 			continue
 		}

@@ -97,7 +97,8 @@ func (l Log) State(
 		return s, err
 	}
 	if s.First < kept || s.End < s.First || s.End > total {
-		return s, fmt.Errorf("audit: events %d to %d are not in the log, which has %d to %d", s.First, s.End, kept, total)
+		return s, fmt.Errorf("audit: events %d to %d are not in the log, which has %d to %d",
+			s.First, s.End, kept, total)
 	}
 	first := uint64(0)
 	for _, head := range heads {
@@ -306,7 +307,8 @@ func (l Log) openAll(s Statement) (heads []Checkpoint, err error) {
 		case head.Size == 0 || head.Size >= 1<<62 || total >= 1<<62:
 			return nil, fmt.Errorf("the checkpoint of epoch %d has an impossible size, %d", i, head.Size)
 		case e.Dropped && (kept != total-head.Size || i == len(s.Epochs)-1):
-			return nil, fmt.Errorf("epoch %d can't be dropped: retention drops epochs in order, never the present one", i)
+			return nil, fmt.Errorf("epoch %d can't be dropped: retention drops epochs in order, "+
+				"never the present one", i)
 		case e.Dropped:
 			kept = total
 		}

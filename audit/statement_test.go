@@ -100,7 +100,8 @@ func (m *memory) report(t *testing.T, since, until int) fstest.MapFS {
 					t.Fatal(err)
 				}
 				receipts = form.AppendReceipt(receipts, audit.Receipt{
-					ID: fmt.Sprintf("%032x", n), TimeMS: e.TimeMS, Commitment: "00", Method: "-1+2", Status: "completed", Event: n,
+					ID: fmt.Sprintf("%032x", n), TimeMS: e.TimeMS, Commitment: "00", Method: "-1+2", Status: "completed",
+					Event: n,
 				})
 			}
 		}
@@ -197,12 +198,13 @@ func TestReportIsCut(t *testing.T) {
 		return func(all []string) []string { return append(append([]string(nil), all[:n]...), all[n+1:]...) }
 	}
 	twice := func(all []string) []string { return append(append([]string(nil), all[:4]...), all[3:]...) }
+	withoutLast := func(all []string) []string { return all[:len(all)-2] }
 	swapped := func(all []string) []string { all[3], all[4] = all[4], all[3]; return all }
 	for name, change := range map[string]func(fstest.MapFS){
 		"an event is missing":           rows(audit.Form.EventsFile, without(5)),
 		"an event is there twice":       rows(audit.Form.EventsFile, twice),
 		"events are in another order":   rows(audit.Form.EventsFile, swapped),
-		"the last event is missing":     rows(audit.Form.EventsFile, func(all []string) []string { return all[:len(all)-2] }),
+		"the last event is missing":     rows(audit.Form.EventsFile, withoutLast),
 		"a name is changed in JSON":     replace("events.jsonl", `"name":"shop"`, `"name":"shot"`),
 		"a name is changed in CSV":      replace("events.csv", ",shop,", ",shot,"),
 		"a readable time is changed":    replace("events.csv", "T08:1", "T09:1"),
@@ -275,7 +277,8 @@ func TestNoFormulaInCSV(t *testing.T) {
 	m.epoch(t, payments(1, 1, 0)...)
 	report := m.report(t, 0, 10)
 	for _, name := range []string{"events.csv", "receipts.csv"} {
-		for _, field := range strings.FieldsFunc(string(report[name].Data), func(r rune) bool { return r == ',' || r == '\n' }) {
+		fields := strings.FieldsFunc(string(report[name].Data), func(r rune) bool { return r == ',' || r == '\n' })
+		for _, field := range fields {
 			if field = strings.TrimPrefix(field, `"`); strings.ContainsAny(field[:min(1, len(field))], "=+-@") {
 				t.Errorf("%s: %q", name, field)
 			}

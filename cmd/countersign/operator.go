@@ -269,7 +269,8 @@ func (t *tool) adminAudit(act maker) *cobra.Command {
 				fmt.Fprintf(w, "epoch\t%d has begun\nverifier key\t%s\n", l.Epoch, l.VerifierKey)
 			})
 		})
-	return group("audit", "List and export the audit log", t.events(act), t.story(act), key, t.export(), t.report(), t.sinks(act), endEpoch)
+	return group("audit", "List and export the audit log", t.events(act), t.story(act), key, t.export(), t.report(),
+		t.sinks(act), endEpoch)
 }
 
 func (t *tool) rollback(act maker) *cobra.Command {

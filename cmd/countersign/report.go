@@ -159,7 +159,7 @@ func (t *tool) checkReport(log audit.Log, dir string) error {
 		if r.Dropped > 0 {
 			fmt.Fprintf(w, "dropped\t%s\n", cli.Count(r.Dropped, "epoch"))
 			if r.Before == "" {
-				fmt.Fprintf(w, "\tthe events of the period before event %d, if any, were dropped by retention\n", r.First)
+				fmt.Fprintf(w, "\tevents of the period before event %d, if any, were among them\n", r.First)
 			}
 		}
 		if r.After == "" {

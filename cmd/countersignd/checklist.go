@@ -61,8 +61,8 @@ func lines() []line {
 			}},
 		{"Backup and recovery documented", `countersign admin state`,
 			func(c Config) verdict {
-				return verdict{"partly", "a documented copy of the stopped ledger; no backup is proven, and a token's keys have the " +
-					"vendor's means only"}
+				return verdict{"partly", "a documented copy of the stopped ledger; no backup is proven, and a token's " +
+					"keys have the vendor's means only"}
 			}},
 		{"No keys in logs or errors", `countersignd check --config countersign.toml`,
 			func(c Config) verdict {
@@ -85,7 +85,8 @@ func lines() []line {
 			}},
 		{"DoS protection", `countersign admin state`,
 			func(c Config) verdict {
-				return on("%d connections, %d for strangers; %d nonces, %d for a peer", c.Limits.Connections, c.Limits.Strangers,
+				return on("%d connections, %d for strangers; %d nonces, %d for a peer",
+					c.Limits.Connections, c.Limits.Strangers,
 					c.Limits.Nonces, *c.Limits.NoncesPerPeer)
 			}},
 		{"All inputs validated", `countersign admin audit list --type SignatureRejected --since 1d`,
@@ -127,7 +128,7 @@ func lines() []line {
 			}},
 		{"Privacy met", `countersign admin retention preview`,
 			func(c Config) verdict {
-				return unknown("amounts and parties are in decisions for %d days; whether that is lawful is yours to know",
+				return unknown("decisions have amounts and parties for %d days; whether that is lawful is yours to know",
 					c.Retention.DecisionDays)
 			}},
 		{"Regulatory reporting ready", `countersign admin audit report report-2026-11`,
@@ -211,7 +212,7 @@ func (c *Config) wipeLine() verdict {
 		}
 	}
 	if !erases {
-		return verdict{"partly", "this build has no GOEXPERIMENT=runtimesecret, so copies of a TPM's seeds are not erased"}
+		return verdict{"partly", "this build has no GOEXPERIMENT=runtimesecret: copies of a TPM's seeds stay"}
 	}
 	for _, t := range c.Tokens {
 		if t.TPM == "" {

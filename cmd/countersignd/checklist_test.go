@@ -49,7 +49,8 @@ func TestChecklistIsHonest(t *testing.T) {
 	}
 	small := verdicts(least)
 	full := verdicts(strings.Replace(least, "[tokens", "admin_https = \"127.0.0.1:7780\"\n[tokens", 1) +
-		"workers = 1\n[tokens.anchor]\ntpm = \"/dev/tpmrm0\"\nstate = \"tpm\"\n[[sinks]]\nname = \"siem\"\nfile = \"events.jsonl\"\n")
+		"workers = 1\n[tokens.anchor]\ntpm = \"/dev/tpmrm0\"\nstate = \"tpm\"\n" +
+		"[[sinks]]\nname = \"siem\"\nfile = \"events.jsonl\"\n")
 	for title, want := range map[string][2]string{
 		"TLS 1.3 enforced":                 {"off", "on"},
 		"Nonces checked for replay":        {"partly", "holds"},
@@ -80,7 +81,8 @@ func TestSinksConfig(t *testing.T) {
 		name + "file = \"a\"" + name + "file = \"b\"":                      `two have the name "siem"`,
 		"\n[[sinks]]\nname = \"../x\"\nfile = \"a\"":                       "sinks: name",
 	} {
-		if _, err := parseConfig("/etc/c.toml", []byte(least+config)); err == nil || !strings.Contains(err.Error(), want) ||
+		_, err := parseConfig("/etc/c.toml", []byte(least+config))
+		if err == nil || !strings.Contains(err.Error(), want) ||
 			strings.Contains(err.Error(), "b.example") {
 			t.Errorf("%s: %v, want %q", config, err, want)
 		}

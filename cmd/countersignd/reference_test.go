@@ -53,7 +53,7 @@ func TestReference(t *testing.T) {
 	if got := used.Tokens["NAME"]; got == nil || !reflect.DeepEqual(*got, withEmptyLists(*defaultToken())) {
 		t.Errorf("the token is %+v", got)
 	}
-	used.Tokens, used.Webhooks = empty.Tokens, nil
+	used.Tokens, used.Webhooks, used.Sinks = empty.Tokens, nil, nil
 	if !reflect.DeepEqual(used, empty) {
 		t.Errorf("the settings are\n%+v, the defaults\n%+v", used, empty)
 	}
@@ -134,6 +134,8 @@ func tableOf(v reflect.Value) (header string, of reflect.Value, is bool) {
 		return "[%s.NAME]", reflect.ValueOf(*defaultToken()), true
 	case reflect.TypeFor[[]Webhook]():
 		return "[[%s]]", reflect.ValueOf(Webhook{}), true
+	case reflect.TypeFor[[]Sink]():
+		return "[[%s]]", reflect.ValueOf(defaultSink()), true
 	}
 	return "[%s]", v, v.Kind() == reflect.Struct
 }

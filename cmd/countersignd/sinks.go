@@ -16,6 +16,9 @@ import (
 	"countersign/internal/webhook"
 )
 
+// defaultSink returns the configuration of an empty table [[sinks]].
+func defaultSink() Sink { return Sink{FileMiB: 100, Files: 10, MaxAge: Duration(7 * 24 * time.Hour)} }
+
 // checkSinks is the part of check for sinks. checkSinks sets the defaults of a table [[sinks]].
 func (c *Config) checkSinks() error {
 	names, files := map[string]bool{}, map[string]string{c.Ledger: "the ledger", c.Policy: "the policy"}
@@ -34,8 +37,8 @@ func (c *Config) checkSinks() error {
 		if s.File != "" {
 			files[s.File] = "the sink " + s.Name
 		}
-		s.FileMiB, s.Files = cmp.Or(s.FileMiB, 100), cmp.Or(s.Files, 10)
-		s.MaxAge = cmp.Or(s.MaxAge, Duration(7*24*time.Hour))
+		d := defaultSink()
+		s.FileMiB, s.Files, s.MaxAge = cmp.Or(s.FileMiB, d.FileMiB), cmp.Or(s.Files, d.Files), cmp.Or(s.MaxAge, d.MaxAge)
 		if err := s.check(); err != nil {
 			return fmt.Errorf("sinks.%s.%w", s.Name, err)
 		}

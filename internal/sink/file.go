@@ -183,7 +183,8 @@ func (f *File) lines(b Batch) (lines []byte, last uint64, err error) {
 		if g.Before <= last {
 			continue
 		}
-		text, err := json.Marshal(map[string]any{"gap": map[string]any{"from": g.From, "before": g.Before, "why": g.Why}})
+		gap := map[string]any{"from": g.From, "before": g.Before, "why": g.Why}
+		text, err := json.Marshal(map[string]any{"gap": gap})
 		if err != nil {
 			return nil, 0, err
 		}

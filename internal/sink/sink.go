@@ -354,7 +354,8 @@ func (s *Sink) keep() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if err != nil && s.unkept == nil {
-		s.c.Log.Error("the position of a sink is not written; a restart sends events again", "sink", s.c.Name, "err", err)
+		s.c.Log.Error("the position of a sink is not written; a restart sends events again",
+			"sink", s.c.Name, "err", err)
 	}
 	if s.unkept = err; err == nil {
 		s.kept = b

@@ -257,7 +257,8 @@ func TestFilter(t *testing.T) {
 		to := &away{back: true}
 		s := New(c, l, to)
 		deliver(t, s)
-		if st := s.Status(); !slices.Equal(to.events, []uint64{4, 5}) || st.Behind != 0 || st.Dropped != 0 || st.Sent != 2 {
+		st := s.Status()
+		if !slices.Equal(to.events, []uint64{4, 5}) || st.Behind != 0 || st.Dropped != 0 || st.Sent != 2 {
 			t.Errorf("events %v, status %+v", to.events, st)
 		}
 	}
@@ -406,7 +407,8 @@ func TestSyslog(t *testing.T) {
 	defer s.to.Close()
 	deliver(t, s)
 	first, second := <-messages, <-messages
-	if want := `countersign - EpochBegun [countersign@32473 log="countersign/\"x\]" index="0"] {`; !strings.Contains(first, want) ||
+	want := `countersign - EpochBegun [countersign@32473 log="countersign/\"x\]" index="0"] {`
+	if !strings.Contains(first, want) ||
 		!strings.HasPrefix(first, "<110>1 20") || !strings.Contains(first, " host1 countersign ") {
 		t.Errorf("message %q", first)
 	}
@@ -525,7 +527,8 @@ func TestWebhookSink(t *testing.T) {
 		Type string
 		Data struct{ Events []struct{ Index uint64 } }
 	}
-	if err := json.Unmarshal(bodies[1], &body); err != nil || body.Type != "audit.events" || len(body.Data.Events) != 3 ||
+	err = json.Unmarshal(bodies[1], &body)
+	if err != nil || body.Type != "audit.events" || len(body.Data.Events) != 3 ||
 		body.Data.Events[2].Index != 2 || bytes.Contains(bodies[1], []byte("gaps")) {
 		t.Errorf("the body is %s, %v", bodies[1], err)
 	}

@@ -165,7 +165,9 @@ func (s *Syslog) acknowledged(ctx context.Context) error {
 	for {
 		var left int
 		var failed error
-		if err := raw.Control(func(fd uintptr) { left, failed = unix.IoctlGetInt(int(fd), unix.SIOCOUTQ) }); err != nil {
+		if err := raw.Control(func(fd uintptr) {
+			left, failed = unix.IoctlGetInt(int(fd), unix.SIOCOUTQ)
+		}); err != nil {
 			return err
 		}
 		if failed != nil {
