@@ -309,7 +309,7 @@ func newRows(form audit.Form) *rows {
 }
 
 type eventRowsInput struct {
-	Form  string `query:"form" enum:"csv,jsonl" default:"jsonl" doc:"the first page of csv has the names of the columns"`
+	Form  string `query:"form" enum:"csv,jsonl" default:"jsonl" doc:"csv begins with the names of the columns"`
 	First uint64 `query:"first" doc:"first of the statement"`
 	End   uint64 `query:"end" required:"true" doc:"end of the statement"`
 	After string `query:"after" maxLength:"20" doc:"the header Countersign-Next of the page before"`
@@ -344,7 +344,7 @@ func (s *server) eventRows(_ context.Context, _ caller, in *eventRowsInput) (*ro
 }
 
 type receiptRowsInput struct {
-	Form  string `query:"form" enum:"csv,jsonl" default:"jsonl" doc:"the first page of csv has the names of the columns"`
+	Form  string `query:"form" enum:"csv,jsonl" default:"jsonl" doc:"csv begins with the names of the columns"`
 	Since int64  `query:"since" minimum:"0" doc:"since_ms of the statement"`
 	Until int64  `query:"until" minimum:"1" required:"true" doc:"until_ms of the statement"`
 	First uint64 `query:"first" doc:"first of the statement"`

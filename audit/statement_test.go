@@ -100,8 +100,8 @@ func (m *memory) report(t *testing.T, since, until int) fstest.MapFS {
 					t.Fatal(err)
 				}
 				receipts = form.AppendReceipt(receipts, audit.Receipt{
-					ID: fmt.Sprintf("%032x", n), TimeMS: e.TimeMS, Commitment: "00", Method: "-1+2", Status: "completed",
-					Event: n,
+					ID: fmt.Sprintf("%032x", n), TimeMS: e.TimeMS, Commitment: "00", Method: "-1+2",
+					Status: "completed", Event: n,
 				})
 			}
 		}

@@ -61,8 +61,8 @@ func lines() []line {
 			}},
 		{"Backup and recovery documented", `countersign admin state`,
 			func(c Config) verdict {
-				return verdict{"partly", "a documented copy of the stopped ledger; no backup is proven, and a token's " +
-					"keys have the vendor's means only"}
+				return verdict{"partly", "a documented copy of the stopped ledger; no backup is proven, a " +
+					"token's keys have the vendor's means only"}
 			}},
 		{"No keys in logs or errors", `countersignd check --config countersign.toml`,
 			func(c Config) verdict {
@@ -128,7 +128,7 @@ func lines() []line {
 			}},
 		{"Privacy met", `countersign admin retention preview`,
 			func(c Config) verdict {
-				return unknown("decisions have amounts and parties for %d days; whether that is lawful is yours to know",
+				return unknown("decisions have amounts and parties for %d days; the law is yours to know",
 					c.Retention.DecisionDays)
 			}},
 		{"Regulatory reporting ready", `countersign admin audit report report-2026-11`,

@@ -38,7 +38,8 @@ func (c *Config) checkSinks() error {
 			files[s.File] = "the sink " + s.Name
 		}
 		d := defaultSink()
-		s.FileMiB, s.Files, s.MaxAge = cmp.Or(s.FileMiB, d.FileMiB), cmp.Or(s.Files, d.Files), cmp.Or(s.MaxAge, d.MaxAge)
+		s.FileMiB, s.Files = cmp.Or(s.FileMiB, d.FileMiB), cmp.Or(s.Files, d.Files)
+		s.MaxAge = cmp.Or(s.MaxAge, d.MaxAge)
 		if err := s.check(); err != nil {
 			return fmt.Errorf("sinks.%s.%w", s.Name, err)
 		}

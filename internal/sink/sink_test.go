@@ -155,9 +155,11 @@ func TestRotationLosesNothing(t *testing.T) {
 	if err := os.Remove(path); err != nil { // a crash after the renaming
 		t.Fatal(err)
 	}
-	add(t, l, 100, audit.NewStarted(), 0)
 	s := New(c, l, &File{Path: path, Size: 2000, Files: 2})
-	deliver(t, s)
+	for range 2 {
+		add(t, l, 20, audit.NewStarted(), 0)
+		deliver(t, s)
+	}
 	s.to.Close()
 	if n := len(f.renamed()); n > 2 {
 		t.Errorf("%d renamed files are kept, want 2", n)
