@@ -10,8 +10,8 @@ import (
 )
 
 // TestChecklistNamesTests holds docs/CHECKLIST.md against the code: each line has its three parts,
-// every test that a line names is there, and docs/OPERATIONS.md or docs/INCIDENTS.md has the command
-// of each line, which a script types there.
+// every test that a line names is there, and docs/OPERATIONS.md or docs/INCIDENTS.md has the
+// command of each line, which a script types there.
 func TestChecklistNamesTests(t *testing.T) {
 	read := func(name string) string {
 		b, err := os.ReadFile(name)

@@ -315,7 +315,8 @@ type eventRowsInput struct {
 	After string `query:"after" maxLength:"20" doc:"the header Countersign-Next of the page before"`
 }
 
-// eventRows lists the events of a statement. The pages one after the other are a file of the report.
+// eventRows lists the events of a statement. The pages one after the other are a file of the
+// report.
 func (s *server) eventRows(_ context.Context, _ caller, in *eventRowsInput) (*rows, error) {
 	form, from := audit.Form(in.Form), in.First
 	out := newRows(form)

@@ -20,8 +20,9 @@ func (l logFiles) ReadFile(ctx context.Context, name string) ([]byte, error) {
 	return l.LogFile(ctx, name)
 }
 
-// Statement returns the statement of completeness about the events with times since <= time < until,
-// in Unix milliseconds. An until of 0 is the present time. The log is signed up to its end first.
+// Statement returns the statement of completeness about the events with times since <= time <
+// until, in Unix milliseconds. An until of 0 is the present time. The log is signed up to its end
+// first.
 func (a *Appliance) Statement(ctx context.Context, since, until int64) (audit.Statement, error) {
 	now := time.Now().UnixMilli()
 	if until == 0 || until > now {

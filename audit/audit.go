@@ -153,8 +153,8 @@ func (t Type) Known() bool { _, ok := kinds[t]; return ok }
 // Kind returns the kind of events of this type: Other for an unknown type.
 func (t Type) Kind() Kind { return kinds[t] }
 
-// HasReceipt reports whether the ledger has a receipt for each event of this type: the signature of a
-// document with a payment.
+// HasReceipt reports whether the ledger has a receipt for each event of this type: the signature of
+// a document with a payment.
 func (t Type) HasReceipt() bool { return t == PaymentCompleted || t == SubscriptionCreated }
 
 // OfDocument returns the types of the admission and of the two outcomes for a document of a

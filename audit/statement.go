@@ -193,8 +193,8 @@ func proveRange(ctx context.Context, from Source, head Checkpoint, lo, hi uint64
 	return convert[Hash](hashes), err
 }
 
-// outsideOf appends the stored indexes of the subtrees for which walkRange calls outside, in the same
-// order, without a step for each leaf of the range.
+// outsideOf appends the stored indexes of the subtrees for which walkRange calls outside, in the
+// same order, without a step for each leaf of the range.
 func outsideOf(indexes []int64, lo, hi, from, to uint64) []int64 {
 	size := hi - lo
 	switch {
@@ -208,8 +208,9 @@ func outsideOf(indexes []int64, lo, hi, from, to uint64) []int64 {
 	return outsideOf(outsideOf(indexes, lo, middle, from, to), middle, hi, from, to)
 }
 
-// ReceiptSlack is the largest distance between the time of a receipt and the time of the event about
-// the signature. Both times are taken one after the other, before the two are written together.
+// ReceiptSlack is the largest distance between the time of a receipt and the time of the event
+// about the signature. Both times are taken one after the other, before the two are written
+// together.
 const ReceiptSlack = 10 * time.Second
 
 // StatementFile is the name of the file with the statement of a report.

@@ -435,8 +435,8 @@ func (c *Client) Sinks(ctx context.Context) (all []Sink, err error) {
 	return all, c.do(ctx, http.MethodGet, "/v1/sinks", nil, &all)
 }
 
-// Statement returns the statement of completeness about the events with times since <= time < until,
-// in Unix milliseconds, as JSON. An until of 0 is now.
+// Statement returns the statement of completeness about the events with times since <= time <
+// until, in Unix milliseconds, as JSON. An until of 0 is now.
 func (c *Client) Statement(ctx context.Context, since, until int64) (b []byte, s audit.Statement, err error) {
 	q := url.Values{"since": {strconv.FormatInt(since, 10)}, "until": {strconv.FormatInt(until, 10)}}
 	if b, _, err = c.page(ctx, "v1/report/statement", q); err == nil {

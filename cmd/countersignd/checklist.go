@@ -138,8 +138,8 @@ func lines() []line {
 	}
 }
 
-// printChecklist prints the checklist for an appliance. Neither a token nor the ledger is opened, so
-// that a daemon may run meanwhile.
+// printChecklist prints the checklist for an appliance. Neither a token nor the ledger is opened,
+// so that a daemon may run meanwhile.
 func printChecklist(c Config, stdout io.Writer) error {
 	w := tabwriter.NewWriter(stdout, 0, 0, 2, ' ', 0)
 	count := map[string]int{}

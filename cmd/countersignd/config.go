@@ -153,9 +153,9 @@ type Webhook struct {
 	CAFile string `toml:"ca_file"`
 }
 
-// Sink is a receiver of events of the audit log. A sink has one of syslog, file and url. A sink that
-// was away goes on where it stopped, also after a restart, and can get events twice: each has its
-// number.
+// Sink is a receiver of events of the audit log. A sink has one of syslog, file and url. A sink
+// that was away goes on where it stopped, also after a restart, and can get events twice: each has
+// its number.
 type Sink struct {
 	// Name identifies the sink for operators. Required. The file of the sink's position, in the
 	// folder LEDGER.sinks beside the ledger, has the name.

@@ -8,8 +8,9 @@
 //     memory and no disk.
 //   - A position is a promise: each event before Next was taken by the receiver, or is in a gap
 //     that is counted, or is of a type that the filter leaves out. The position on disk is never
-//     ahead of the one in memory. So a crash, a lost position and a disk that takes no writes repeat
-//     events, and lose none. Each event has its number, by which a receiver finds repetitions.
+//     ahead of the one in memory. So a crash, a lost position and a disk that takes no writes
+//     repeat events, and lose none. Each event has its number, by which a receiver finds
+//     repetitions.
 //   - A gap has the numbers of its events. The receiver gets the gap in front of the next events,
 //     and the events can be fetched by their numbers from the audit log until retention drops them.
 package sink

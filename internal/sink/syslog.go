@@ -16,8 +16,8 @@ import (
 )
 
 // Syslog is a Receiver that sends events to a syslog server over TLS (RFC 5425), each as a message
-// of RFC 5424 with the facility 13 (log audit). The structured data countersign@32473 has the name of
-// the log and the event's number, and the message is the event's JSON.
+// of RFC 5424 with the facility 13 (log audit). The structured data countersign@32473 has the name
+// of the log and the event's number, and the message is the event's JSON.
 //
 // Syslog has no acknowledgement. Deliver returns nil when the server's kernel has acknowledged all
 // bytes. A server that ends before reading them loses them: the numbers of the next events show the
