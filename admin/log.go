@@ -311,7 +311,7 @@ func newRows(form audit.Form) *rows {
 type eventRowsInput struct {
 	Form  string `query:"form" enum:"csv,jsonl" default:"jsonl" doc:"csv begins with the names of the columns"`
 	First uint64 `query:"first" doc:"first of the statement"`
-	End   uint64 `query:"end" required:"true" doc:"end of the statement"`
+	End   uint64 `query:"end" doc:"end of the statement; without it there are no rows"`
 	After string `query:"after" maxLength:"20" doc:"the header Countersign-Next of the page before"`
 }
 
@@ -347,9 +347,9 @@ func (s *server) eventRows(_ context.Context, _ caller, in *eventRowsInput) (*ro
 type receiptRowsInput struct {
 	Form  string `query:"form" enum:"csv,jsonl" default:"jsonl" doc:"csv begins with the names of the columns"`
 	Since int64  `query:"since" minimum:"0" doc:"since_ms of the statement"`
-	Until int64  `query:"until" minimum:"1" required:"true" doc:"until_ms of the statement"`
+	Until int64  `query:"until" minimum:"0" doc:"until_ms of the statement"`
 	First uint64 `query:"first" doc:"first of the statement"`
-	End   uint64 `query:"end" required:"true" doc:"end of the statement"`
+	End   uint64 `query:"end" doc:"end of the statement; without it there are no rows"`
 	After string `query:"after" maxLength:"200" doc:"the header Countersign-Next of the page before"`
 }
 

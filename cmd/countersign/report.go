@@ -190,6 +190,7 @@ func (t *tool) sinks(act maker) *cobra.Command {
 				}
 			})
 		})
+	c.Example = "  countersign admin audit sinks"
 	details(c, "Events of a gap were not sent. countersign admin audit list --from NUMBER shows them until\n"+
 		"retention drops them.")
 	return c
