@@ -96,6 +96,7 @@ func TestRequestID(t *testing.T) {
 	finds(batch.Request+".0", audit.SignatureAdmitted, audit.SignatureCreated)
 	finds(batch.Request+".1", audit.ReplayRefused)
 	logs(batch.Request+".1", "refused")
+	finds(batch.Request+".2", audit.SignatureAdmitted, audit.SignatureCreated)
 	logs(batch.Request+".2", "served")
 	if n := len(e.eventsOf(batch.Request)); n != 5 {
 		t.Errorf("the id of the batch finds %d events, want 5", n)

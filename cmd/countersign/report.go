@@ -154,7 +154,8 @@ func (t *tool) checkReport(log audit.Log, dir string) error {
 		fmt.Fprintf(w, "period\tfrom %s to before %s\n", date(r.SinceMS/1000), date(r.UntilMS/1000))
 		fmt.Fprintf(w, "receipts\t%d of %s\n", r.Receipts, cli.Count(r.Payments, "signed payment"))
 		if r.ReceiptsDropped > 0 {
-			fmt.Fprintf(w, "\t%s dropped by retention, as the statement says\n", cli.Count(r.ReceiptsDropped, "receipt"))
+			fmt.Fprintf(w, "\t%s dropped by retention, as the statement says\n",
+				cli.Count(r.ReceiptsDropped, "receipt"))
 		}
 		if r.Dropped > 0 {
 			fmt.Fprintf(w, "dropped\t%s\n", cli.Count(r.Dropped, "epoch"))

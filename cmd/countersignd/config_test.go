@@ -99,7 +99,7 @@ func TestConfigMeansWhatItSays(t *testing.T) {
 		replaced(":7700", ":70000"):                                   `listen: "127.0.0.1:70000" has the port "70000"`,
 		replaced(":7700", ":http"):                                    `has the port "http"`,
 		"admin_https = \"127.0.0.1:70000\"\n" + least:                 `admin_https: "127.0.0.1:70000" has the port`,
-		"metrics_listen = \"10.0.0.1:7790\"\n" + least:                `metrics_listen: "10.0.0.1:7790" is not a loopback`,
+		"metrics_listen = \"10.0.0.1:7790\"\n" + least:                `"10.0.0.1:7790" is not a loopback`,
 		"metrics_listen = \"127.0.0.1:7700\"\n" + least:               "listen and metrics_listen are both",
 		"listen_pubky = \"127.0.0.1:7700\"\n" + least:                 "listen and listen_pubky are both",
 		replaced("admin.sock", strings.Repeat("s", 103)):              "admin_socket: the path /etc/sss",

@@ -124,7 +124,8 @@ func TestFormats(t *testing.T) {
 		{"image/png", "text/plain", "countersign_build_info{go=\"go"},
 	} {
 		contentType, body, err := m.Expose(test.accept)
-		if err != nil || !strings.HasPrefix(contentType, test.contentType) || !strings.Contains(string(body), test.has) {
+		if err != nil || !strings.HasPrefix(contentType, test.contentType) ||
+			!strings.Contains(string(body), test.has) {
 			t.Errorf("%q: %v %q\n%.500s", test.accept, err, contentType, body)
 		}
 	}
