@@ -35,16 +35,16 @@ var systemFiles = []string{
 // rights to no other file: a hostile module must not widen its rights at the next start.
 func (t *Token) rights(secrets ...string) sandbox.Rights {
 	r := sandbox.Rights{
-		Read:  slices.Concat(systemFiles, existing(append(secrets, t.pinPath())...)),
-		Write: slices.Concat([]string{"/dev/null"}, t.Files),
+		Read:  slices.Concat(systemFiles, absolute(append(secrets, t.pinPath())...)),
+		Write: slices.Concat([]string{"/dev/null"}, absolute(t.Files...)),
 	}
 	if t.TPM != "" {
-		r.Write = append(r.Write, t.State)
-		r.Read = append(r.Read, existing(t.PolicyKey)...)
+		r.Write = append(r.Write, absolute(t.State)...)
+		r.Read = append(r.Read, absolute(t.PolicyKey)...)
 		if strings.HasPrefix(t.TPM, "/dev/") {
-			r.Devices = []string{t.TPM}
+			r.Devices = absolute(t.TPM)
 		} else {
-			r.Sockets = []string{filepath.Dir(t.TPM)} // swtpm makes the socket again at each start
+			r.Sockets = absolute(filepath.Dir(t.TPM)) // swtpm makes the socket again at each start
 		}
 		return r
 	}
@@ -76,9 +76,19 @@ func (t *Token) rights(secrets ...string) sandbox.Rights {
 	return r
 }
 
-// existing returns the paths that are not empty.
-func existing(paths ...string) []string {
-	return slices.DeleteFunc(paths, func(path string) bool { return path == "" })
+// absolute returns the paths that are not empty, as absolute ones. The paths of a configuration are
+// relative if that of its file is.
+func absolute(paths ...string) (all []string) {
+	for _, path := range paths {
+		if path == "" {
+			continue
+		}
+		if whole, err := filepath.Abs(path); err == nil {
+			path = whole
+		}
+		all = append(all, path)
+	}
+	return all
 }
 
 // softHSMTokens returns the folder of tokens of a SoftHSM configuration, or "".
