@@ -43,7 +43,7 @@ type Receipt struct {
 var (
 	eventColumns = []string{
 		"index", "time_ms", "time", "type", "actor_kind", "actor_name", "actor_public_key", "actor_identity",
-		"actor_proposal", "action", "resource", "outcome", "metadata",
+		"actor_proposal", "actor_request", "action", "resource", "outcome", "metadata",
 	}
 	receiptColumns = []string{"id", "time_ms", "time", "commitment", "method", "status", "event"}
 )
@@ -77,7 +77,8 @@ func (f Form) AppendEvent(b []byte, index uint64, entry []byte) ([]byte, error) 
 	}
 	return append(b, record([]string{
 		decimal(index), decimal(e.TimeMS), clock(e.TimeMS), string(e.Type), e.Actor.Kind, e.Actor.Name,
-		e.Actor.PublicKey, e.Actor.Identity, decimal(e.Actor.Proposal), e.Action, e.Resource, e.Outcome, metadata,
+		e.Actor.PublicKey, e.Actor.Identity, decimal(e.Actor.Proposal), e.Actor.Request, e.Action, e.Resource, e.Outcome,
+		metadata,
 	})...), nil
 }
 
@@ -147,16 +148,17 @@ func (f Form) events(r io.Reader, visit func(index uint64, entry []byte) error) 
 			numbers[i] = n
 		}
 		e := Event{
-			TimeMS: int64(numbers[1]), Type: Type(field[3]), Action: field[9], Resource: field[10], Outcome: field[11],
+			TimeMS: int64(numbers[1]), Type: Type(field[3]), Action: field[10], Resource: field[11], Outcome: field[12],
 			Actor: Actor{
 				Kind: field[4], Name: field[5], PublicKey: field[6], Identity: field[7], Proposal: numbers[2],
+				Request: field[9],
 			},
 		}
 		if clock(e.TimeMS) != field[2] {
 			return fmt.Errorf("the time %s is not that of time_ms", ijson.Clip(field[2]))
 		}
-		if field[12] != "" {
-			if err := strict.Unmarshal([]byte(field[12]), &e.Metadata); err != nil {
+		if field[13] != "" {
+			if err := strict.Unmarshal([]byte(field[13]), &e.Metadata); err != nil {
 				return errors.New("the metadata are no JSON object of texts")
 			}
 		}

@@ -5,6 +5,7 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"reflect"
 	"strconv"
 	"strings"
 	"testing"
@@ -282,6 +283,34 @@ func TestNoFormulaInCSV(t *testing.T) {
 			if field = strings.TrimPrefix(field, `"`); strings.ContainsAny(field[:min(1, len(field))], "=+-@") {
 				t.Errorf("%s: %q", name, field)
 			}
+		}
+	}
+}
+
+// TestEachFieldIsInCSV sees that a row of CSV has each field of an event: a report in CSV could not
+// be checked without one of them.
+func TestEachFieldIsInCSV(t *testing.T) {
+	e := audit.Event{
+		TimeMS: 1764400000123, Type: audit.SignatureAdmitted, Action: "an-action", Resource: "a-resource",
+		Outcome: "ok", Metadata: map[string]string{"a-name": "a-value"},
+	}
+	actor := reflect.ValueOf(&e.Actor).Elem()
+	for i := range actor.NumField() {
+		switch field := actor.Field(i); field.Kind() {
+		case reflect.Uint64:
+			field.SetUint(uint64(7000 + i))
+		default:
+			field.SetString(fmt.Sprint("text-", i))
+		}
+	}
+	e.Actor.Kind = "operator"
+	row, err := audit.CSV.AppendEvent(nil, 9001, encode(e))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for i := range actor.NumField() {
+		if text := fmt.Sprint(actor.Field(i).Interface()); !bytes.Contains(row, []byte(text)) {
+			t.Errorf("the row lacks %s: %s", actor.Type().Field(i).Name, row)
 		}
 	}
 }
