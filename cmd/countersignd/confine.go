@@ -50,7 +50,11 @@ func (t *Token) rights(secrets ...string) sandbox.Rights {
 	}
 	r.Connect, _ = ports(t.Network) // checked by checkBackend
 	if module := t.hsm().ModulePath(); filepath.IsAbs(module) {
-		r.Read = append(r.Read, filepath.Dir(module))
+		beside := filepath.Dir(module) // a module's libraries and files
+		if beside == "/" {
+			beside = module
+		}
+		r.Read = append(r.Read, beside)
 	}
 	for _, name := range slices.Sorted(maps.Keys(t.Environment)) {
 		path := t.Environment[name]
