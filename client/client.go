@@ -81,6 +81,13 @@ type Config struct {
 	// a broken connection once, without backoff.
 	RetryFor time.Duration
 
+	// Traceparent returns the trace context for a request (the header traceparent of W3C Trace
+	// Context), or "". The argument is the context of the call, from which OpenTelemetry's
+	// propagation.TraceContext makes the header. An appliance that sends traces continues this
+	// trace. A text that is no traceparent of version 00 is left out: no request fails for its
+	// trace. Default: none.
+	Traceparent func(context.Context) string
+
 	// Lines are the pinned versions of keys; see ReadKeyLine. Of a pinned key, Sign returns a
 	// signature only by the pinned version, or by one that follows by the rules of KeyLine.Follow;
 	// any other fails with ErrBrokenLine, and a compromised one with ErrCompromised. The client
@@ -537,11 +544,15 @@ func (c *Client) ask(
 	ctx context.Context, idempotent bool, request func(id string) any,
 ) (answer wire.Answer, err error) {
 	begin := time.Now()
+	var trace wire.Trace
+	if c.config.Traceparent != nil {
+		trace.UnmarshalText([]byte(c.config.Traceparent(ctx))) // none after an error
+	}
 	for try := 0; ; try++ {
 		conn, err := c.connection(ctx)
 		if err == nil {
 			var sent bool
-			if answer, sent, err = conn.roundTrip(ctx, request); err == nil {
+			if answer, sent, err = conn.roundTrip(ctx, trace, request); err == nil {
 				if busy := answer.Error; busy != nil && busy.RetryAfter > 0 && time.Since(begin) < c.config.RetryFor {
 					// The appliance has not admitted the request, so another try is safe.
 					if wait(ctx, time.Duration(busy.RetryAfter)*time.Second) == nil {
@@ -747,7 +758,9 @@ func (c *conn) broken() bool {
 
 // roundTrip sends one request and waits for its answer. Where sent is true, the appliance may have
 // received the request.
-func (c *conn) roundTrip(ctx context.Context, request func(id string) any) (answer wire.Answer, sent bool, err error) {
+func (c *conn) roundTrip(
+	ctx context.Context, trace wire.Trace, request func(id string) any,
+) (answer wire.Answer, sent bool, err error) {
 	ch := make(chan wire.Answer, 1)
 	id, err := c.expect(ch)
 	if err != nil {
@@ -765,6 +778,9 @@ func (c *conn) roundTrip(ctx context.Context, request func(id string) any) (answ
 	// The appliance refuses malformed I-JSON without the id of the request, so the client checks.
 	if _, err := ijson.Parse(message); err != nil {
 		return answer, false, &Error{Code: wire.CodeMalformed, Message: err.Error()}
+	}
+	if traced := wire.WithTrace(message, trace); len(traced) <= wire.MaxDocument {
+		message = traced
 	}
 	if ctx.Err() != nil {
 		return answer, false, ctx.Err()

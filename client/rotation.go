@@ -498,7 +498,8 @@ func (c *Client) Stay(ctx context.Context) error {
 		case <-heartbeat.C:
 		}
 		timeout, cancel := context.WithTimeout(ctx, 30*time.Second)
-		_, _, err := conn.roundTrip(timeout, func(id string) any { return wire.Ping{ID: id, Op: wire.OpPing} })
+		ping := func(id string) any { return wire.Ping{ID: id, Op: wire.OpPing} }
+		_, _, err := conn.roundTrip(timeout, wire.Trace{}, ping)
 		cancel()
 		if err != nil && ctx.Err() == nil {
 			conn.fail(err)

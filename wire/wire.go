@@ -114,12 +114,14 @@ type Document struct {
 type Ping struct {
 	ID string `json:"id"`
 	Op string `json:"op"`
+	Traced
 }
 
 // Keys asks for the list of signing keys.
 type Keys struct {
 	ID string `json:"id"`
 	Op string `json:"op"`
+	Traced
 }
 
 // Sign asks for a signature with the active version of a key. With a Version other than 0, a
@@ -130,6 +132,7 @@ type Sign struct {
 	Key     string `json:"key"`
 	Version uint32 `json:"version,omitzero"`
 	Document
+	Traced
 }
 
 // Verify asks whether a signature is valid, and spends the document's nonce. Key is optional:
@@ -141,6 +144,7 @@ type Verify struct {
 	PublicKey Bytes32 `json:"public_key"`
 	Signature Bytes   `json:"signature"`
 	Document
+	Traced
 }
 
 // Proof asks for the inclusion proof of an event in the audit log. A peer gets proofs of its own
@@ -149,6 +153,7 @@ type Proof struct {
 	ID    string `json:"id"`
 	Op    string `json:"op"`
 	Event uint64 `json:"event"`
+	Traced
 }
 
 // Epoch asks for the first event of an epoch of the audit log, with its inclusion proof. The event
@@ -157,6 +162,7 @@ type Epoch struct {
 	ID    string `json:"id"`
 	Op    string `json:"op"`
 	Epoch uint32 `json:"epoch"`
+	Traced
 }
 
 // Consistency asks for the proof that the tree of To leaves of an epoch continues the tree of From
@@ -167,6 +173,7 @@ type Consistency struct {
 	Epoch uint32 `json:"epoch"`
 	From  uint64 `json:"from"`
 	To    uint64 `json:"to"`
+	Traced
 }
 
 // Batch has several requests in one message. An item is a *Sign or a *Verify without an id, or an
@@ -175,6 +182,7 @@ type Batch struct {
 	ID    string
 	Op    string
 	Items []any
+	Traced
 }
 
 // Answers answers Batch, with one answer for each item in the order of the items.
@@ -214,6 +222,7 @@ type Line struct {
 	Op   string `json:"op"`
 	Key  string `json:"key"`
 	From uint32 `json:"from"` // the version that the peer trusts; versions are counted from 1
+	Traced
 }
 
 // Ack acknowledges the Rotation to a version of a key (OpAck), or the Compromise of a version
@@ -224,6 +233,7 @@ type Ack struct {
 	Key     string `json:"key"`
 	Version uint32 `json:"version"`
 	Change  uint32 `json:"change,omitzero"` // of the Rotation
+	Traced
 }
 
 // Steps answers Line. With More, further steps exist: ask again from the last step's version.
@@ -522,6 +532,7 @@ func parseBatch(id string, document ijson.Object, maxItems int) (string, any, er
 		ID    string          `json:"id"`
 		Op    string          `json:"op"`
 		Items json.RawMessage `json:"items"`
+		Traced
 	}
 	if err := document.Into(&b, "items"); err != nil {
 		return id, nil, refuse(CodeMalformed, "%v", err)
@@ -533,7 +544,7 @@ func parseBatch(id string, document ijson.Object, maxItems int) (string, any, er
 	if err != nil || len(items) == 0 {
 		return id, nil, refuse(CodeTooLarge, "a batch has 1 to %d items", maxItems)
 	}
-	batch := &Batch{ID: id, Op: b.Op}
+	batch := &Batch{ID: id, Op: b.Op, Traced: b.Traced}
 	for _, item := range items {
 		batch.Items = append(batch.Items, parseItem(item))
 	}
@@ -560,6 +571,9 @@ func parseItem(b []byte) any {
 	}
 	if _, has := document.Members["id"]; has {
 		return refuse(CodeMalformed, "an item must not have an id: answers come in the order of the items")
+	}
+	if _, has := document.Members["traceparent"]; has {
+		return refuse(CodeMalformed, "an item must not have a traceparent: the batch has one for all items")
 	}
 	if err := document.Into(request, required[op]...); err != nil {
 		return refuse(CodeMalformed, "%v", err)

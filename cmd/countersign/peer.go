@@ -76,6 +76,7 @@ func (s *server) config() (client.Config, error) {
 	return client.Config{
 		Address: s.address, ServerKey: key, Identity: id, Lines: s.lines,
 		LogKey: s.logKey, LogCheckpoint: s.logCheckpoint,
+		Traceparent: func(context.Context) string { return os.Getenv("TRACEPARENT") },
 	}, err
 }
 

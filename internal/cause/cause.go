@@ -155,6 +155,8 @@ var (
 		"mend the receiver; waiting messages are sent again by themselves, given up ones after a restart")
 	Sink = define("sink-failing", "a sink does not take the events of the audit log, or its position can't be written",
 		"see the text; countersign admin audit sinks; the sink goes on by itself where it stopped")
+	Traces = define("traces-failing", "the last attempt to send traces to the collector has failed",
+		"see the text; the daemon goes on, and drops what it can't send (countersign_trace_spans_total)")
 	Certificate = define("certificate-expiring",
 		"the certificate of the admin API ends soon, has ended, is for another key, or can't be renewed",
 		"see the text; countersign admin tls")
