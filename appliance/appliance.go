@@ -31,6 +31,7 @@ import (
 	"countersign/internal/peers"
 	"countersign/internal/resource"
 	"countersign/internal/sink"
+	"countersign/internal/trace"
 	"countersign/internal/webhook"
 	"countersign/policy"
 
@@ -98,7 +99,8 @@ type Config struct {
 	LoadPolicy func() (*policy.Policy, error)
 	// Monitor, if set, may have failed tokens already.
 	Monitor *resource.Monitor
-	Meter   *meter.Meter // nil counts nothing
+	Meter   *meter.Meter  // nil counts nothing
+	Traces  *trace.Tracer // nil traces nothing
 }
 
 // Appliance is safe for concurrent use.
@@ -120,6 +122,7 @@ type Appliance struct {
 	monitor *resource.Monitor
 	causes  []func() []cause.Cause
 	meter   *meter.Meter
+	traces  *trace.Tracer
 	signed  atomic.Int64 // time of the last checkpoint or of the start, Unix nanoseconds
 	log     *slog.Logger
 
@@ -160,7 +163,7 @@ func New(
 	a = &Appliance{
 		limits: limits, attended: c.Attended, webhooks: c.Webhooks, ledger: l, tokens: tokens, gate: gate.New(l),
 		sinkConfigs: c.Sinks, sinkState: c.SinkState,
-		monitor: c.Monitor, meter: c.Meter, log: log, policies: policies{
+		monitor: c.Monitor, meter: c.Meter, traces: c.Traces, log: log, policies: policies{
 			ledger: l, log: log, activating: manage.NewLock(), file: p, load: c.LoadPolicy,
 		},
 		groups:     groups{all: map[string]Group{}, of: map[member][]string{}},

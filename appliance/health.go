@@ -84,6 +84,7 @@ func (a *Appliance) ownCauses() (all []cause.Cause) {
 	all = append(all, cause.Disk.Err("", a.ledger.Trouble())...)
 	_, _, behind := a.ledger.Clock()
 	all = append(all, cause.Clock.Err("", behind)...)
+	all = append(all, cause.Traces.Err("", a.traces.Failure())...)
 	if a.retentionWaits() {
 		all = append(all, cause.RetentionWaits.Of("", "a time of the configuration is shorter"))
 	}

@@ -110,6 +110,7 @@ func (a *Appliance) take(ctx context.Context, s *session, message []byte) (r tak
 	}
 	id, body, malformed := wire.Parse(message, a.limits.BatchItems)
 	release()
+	r.walk.Trace(a.traces.Begin(wire.ContextOf(body), r.request))
 	batch, is := body.(*wire.Batch)
 	if is && refused == nil { // the batch has one place, and needs one for each item
 		if refused = a.Peers.More(s.Session, len(batch.Items)-1); refused == nil {

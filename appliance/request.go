@@ -171,7 +171,8 @@ func (a *Appliance) batch(ctx context.Context, s *session, r taken, b *wire.Batc
 		serving.Go(func() {
 			member := group.Member()
 			defer member.Leave(ctx) // for an item without an admission
-			served, ok := a.serve(ctx, s, member, requestid.Item(r.request, i), r.walk.Item(), item)
+			id := requestid.Item(r.request, i)
+			served, ok := a.serve(ctx, s, member, id, r.walk.Item(id), item)
 			if !ok {
 				fatal.Store(true)
 			}

@@ -133,6 +133,9 @@ type Config struct {
 	// positions.
 	Sinks []Sink `toml:"sinks"`
 
+	// Traces has the collector of OpenTelemetry that gets the time of requests. Default: no traces.
+	Traces Traces `toml:"traces"`
+
 	// Retention has the retention times of records. A longer time in the ledger prevails, because a
 	// shorter time needs approval (countersign admin retention shorten).
 	Retention Retention `toml:"retention"`
@@ -185,6 +188,27 @@ type Sink struct {
 	// receiver is told the numbers of these events. A new sink begins with events of this age.
 	// Default: 7d.
 	MaxAge Duration `toml:"max_age"`
+}
+
+// Traces is a collector of OpenTelemetry (OTLP over HTTP). A trace has a span for a request and one
+// for each of its stages. No request waits for a trace: what can't be sent is dropped and counted.
+type Traces struct {
+	// Endpoint is the address of the collector for traces, for example
+	// https://collector.example:4318/v1/traces: https, or http on this machine. Default: no traces.
+	// The daemon never shows the address, which may contain a secret.
+	Endpoint string `toml:"endpoint"`
+	// HeadersFile is a file with headers for the collector, such as Authorization: Bearer TOKEN,
+	// one on each line. The file must have mode 0600, as a PIN file. The daemon reads the file for
+	// each message.
+	HeadersFile string `toml:"headers_file"`
+	// CAFile is a PEM file with the trusted certificate authorities. Default: those of the system.
+	CAFile string `toml:"ca_file"`
+	// OneIn is the number of requests of which one is traced, by chance. Default: 1, each request.
+	// A request whose traceparent says that the peer does not record the trace is not traced.
+	OneIn int `toml:"one_in"`
+	// RequestsPerSecond is the number of requests that are traced in a second. An item of a batch
+	// counts as one. Default: 100. A trace has up to 8 spans, some 3 KB.
+	RequestsPerSecond int `toml:"requests_per_second"`
 }
 
 // Retention has the retention times of records. The daemon drops older records by itself.
@@ -442,7 +466,7 @@ func defaults() Config {
 	return Config{
 		LogLevel: "info", LogFormat: logline.Auto, AdminName: "localhost", UnattendedStart: true,
 		RollbackInterval: Duration(time.Hour), RollbackAdmissions: 10_000,
-		Tokens: map[string]*Token{},
+		Tokens: map[string]*Token{}, Traces: Traces{OneIn: 1, RequestsPerSecond: 100},
 		Retention: Retention{
 			Epoch: string(appliance.Month), AuditDays: 2557, ReceiptDays: 2557, DecisionDays: 35,
 			Nonces: Duration(24 * time.Hour),
@@ -503,7 +527,7 @@ func parseConfig(path string, b []byte) (Config, error) {
 
 // resolve makes the paths of all fields relative to the directory of the file.
 func (c *Config) resolve(dir string) {
-	paths := []*string{&c.AdminSocket, &c.Ledger, &c.Policy}
+	paths := []*string{&c.AdminSocket, &c.Ledger, &c.Policy, &c.Traces.HeadersFile, &c.Traces.CAFile}
 	for name, t := range c.Tokens {
 		t.memo = c.Ledger + "." + name + ".refused-pin"
 		paths = append(paths, &t.memo, &t.Module, &t.PINFile, &t.TPM, &t.State, &t.PolicyKey)
@@ -620,6 +644,9 @@ func (c *Config) check() error {
 	}
 	if err := c.checkSinks(); err != nil {
 		return err
+	}
+	if err := c.Traces.check(); err != nil {
+		return fmt.Errorf("traces.%w", err)
 	}
 	return c.checkTokens()
 }

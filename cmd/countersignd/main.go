@@ -298,6 +298,9 @@ func open(ctx context.Context, c Config, log *slog.Logger) (p parts, err error) 
 	config := c.appliance()
 	config.LoadPolicy = policy.Reader(c.Policy)
 	config.Meter = p.meter
+	if config.Traces, err = c.Traces.tracer(p.meter, log); err != nil {
+		return p, configError{fmt.Errorf("config: traces.%w", err)}
+	}
 	config.Monitor = resource.NewMonitor(log, config.Limits.RequestTimeout)
 	changed := func(name string, up bool, cause error) { // of a token, or of a key such as payments/1
 		config.Monitor.Report(context.Background(), appliance.TokenResource(name), up, cause)

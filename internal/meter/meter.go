@@ -69,7 +69,7 @@ func familyOf[T any](s *Series, vector interface{ WithLabelValues(...string) T }
 }
 
 // counted are the counters of acts. The other counters are read from states.
-var counted = []*Series{Requests, Refusals, Replays, RateLimited, Handshakes, Commits}
+var counted = []*Series{Requests, Refusals, Replays, RateLimited, Handshakes, Commits, Spans}
 
 // New returns a Meter. version is the version of the program.
 func New(version string) *Meter {
@@ -129,6 +129,13 @@ func (s *Series) combinations() []values {
 func (m *Meter) Add(s *Series, labels ...string) {
 	if m != nil {
 		m.counters[s].get(s, labels).Inc()
+	}
+}
+
+// AddSome counts acts.
+func (m *Meter) AddSome(s *Series, n int, labels ...string) {
+	if m != nil {
+		m.counters[s].get(s, labels).Add(float64(n))
 	}
 }
 

@@ -201,7 +201,7 @@ func TestWalk(t *testing.T) {
 		time.Sleep(3 * time.Second)
 		w.Enter(meter.Turn)
 		time.Sleep(5 * time.Second)
-		item := w.Item()
+		item := w.Item("id")
 		w.Enter(meter.Device)
 		time.Sleep(6 * time.Second)
 		w.Enter(meter.Verify)
@@ -256,7 +256,7 @@ func TestNothingIsCounted(t *testing.T) {
 	w := m.Begin()
 	w.Enter(meter.Ledger)
 	w.Decided(time.Now())
-	w.Item().End("sign", "")
+	w.Item("id").End("sign", "")
 	if w != nil {
 		t.Error("there is a clock")
 	}

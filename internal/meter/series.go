@@ -197,6 +197,8 @@ var (
 	Sessions      = define(Gauge, "operator_sessions", "Operators' sessions.")
 	ProofsRefused = define(Counter, "proofs_refused_total",
 		"Proofs of operators that were refused: sign-ins, approvals and confirmations.")
+	Spans = define(Counter, "trace_spans_total",
+		"Spans of traces that the collector has taken, or that were dropped.", label("result", "sent", "dropped"))
 	Build = define(Gauge, "build_info", "1, with the version of the daemon and of Go.",
 		Label{Name: "version", Most: 1}, Label{Name: "go", Most: 1})
 )

@@ -30,6 +30,7 @@ type Walk struct {
 	stage   Stage
 	took    [Answer + 1]time.Duration
 	decided atomic.Int64 // nanoseconds of the ledger's stage that belong to the policy
+	traced  *traced      // nil: not traced
 }
 
 // Begin starts the clock of a request, in the stage Decode.
@@ -41,12 +42,15 @@ func (m *Meter) Begin() *Walk {
 	return &Walk{meter: m, began: now, entered: now}
 }
 
-// Item returns the clock of an item of a batch. The item has the time of the batch so far.
-func (w *Walk) Item() *Walk {
+// Item returns the clock of an item of a batch, with the id of the item. The item has the time of
+// the batch so far.
+func (w *Walk) Item(request string) *Walk {
 	if w == nil {
 		return nil
 	}
-	return &Walk{meter: w.meter, began: w.began, entered: w.entered, stage: w.stage, took: w.took}
+	item := &Walk{meter: w.meter, began: w.began, entered: w.entered, stage: w.stage, took: w.took}
+	item.traced = w.traced.item(request)
+	return item
 }
 
 // Enter ends the present stage and begins another one.
@@ -56,6 +60,7 @@ func (w *Walk) Enter(s Stage) {
 	}
 	now := time.Now()
 	w.took[w.stage] += now.Sub(w.entered)
+	w.traced.leave(w.stage, w.entered, now)
 	w.stage, w.entered = s, now
 }
 
@@ -64,6 +69,7 @@ func (w *Walk) Enter(s Stage) {
 func (w *Walk) Decided(began time.Time) {
 	if w != nil {
 		w.decided.Add(int64(time.Since(began)))
+		w.traced.decide()
 	}
 }
 
@@ -76,6 +82,7 @@ func (w *Walk) End(op, code string) {
 	decided := min(time.Duration(w.decided.Load()), w.took[Ledger])
 	w.took[Ledger] -= decided
 	w.took[Policy] += decided
+	w.traced.end(w, op, code)
 	for stage, took := range w.took {
 		if took > 0 {
 			w.meter.Observe(StageSeconds, took.Seconds(), stages[stage])

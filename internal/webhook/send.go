@@ -39,9 +39,9 @@ type Target struct {
 	CAFile string // path of certificate authorities in PEM, in place of the system's; read at each attempt; or empty
 }
 
-// client returns an HTTP transport for the target. For an http URL the transport connects to this
-// machine only.
-func (t Target) client() (*http.Transport, error) {
+// Transport returns an HTTP transport for the target, with the authorities that CAFile has now. For
+// an http URL the transport connects to this machine only.
+func (t Target) Transport() (*http.Transport, error) {
 	u, err := url.Parse(t.URL)
 	if err != nil {
 		return nil, errors.New("the URL can't be parsed") // err would show the URL

@@ -80,7 +80,7 @@ func New(c Config) (*Sender, error) {
 		if s.targets[t.Name] != nil || t.Name == "" {
 			return nil, fmt.Errorf("webhook target %q: each needs a name of its own", t.Name)
 		}
-		transport, err := t.client()
+		transport, err := t.Transport()
 		if err != nil {
 			return nil, fmt.Errorf("webhook target %q: %w", t.Name, err)
 		}
