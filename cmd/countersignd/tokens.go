@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
@@ -23,6 +24,7 @@ import (
 	"countersign/internal/keystore"
 	"countersign/internal/keystore/worker"
 	"countersign/internal/sandbox"
+	"countersign/internal/scrub"
 	"countersign/tpm"
 )
 
@@ -119,11 +121,18 @@ func keyWorker() error {
 	if st, err := socket.Stat(); err != nil || st.Mode().Type() != os.ModeSocket {
 		return errors.New("key-worker is for countersignd itself")
 	}
+	unguard := func() {}
+	defer func() { unguard() }()
 	open := func(ctx context.Context, config []byte, gate worker.LogIn) (keystore.Store, int, error) {
 		var d device
 		if err := json.Unmarshal(config, &d); err != nil {
 			return nil, 0, err
 		}
+		end, err := worker.GuardOutput(d.withoutPINs)
+		if err != nil {
+			return nil, 0, err
+		}
+		unguard = end                            // Serve waits for open
 		if err := d.Rights.Enter(); err != nil { // before the module's first instruction
 			return nil, 0, err
 		}
@@ -144,6 +153,28 @@ type device struct {
 	SOPINFile string `json:"so_pin_file,omitempty"` // of the token that HSM is to become first
 
 	Rights sandbox.Rights `json:"rights"` // of the key worker
+}
+
+// withoutPINs returns a line of the module without the PINs that the files have now. The files are
+// read for each line, because a copy of a PIN must not stay in memory.
+func (d device) withoutPINs(line string) string {
+	paths := []string{d.SOPINFile}
+	switch {
+	case d.HSM != nil:
+		paths = append(paths, d.HSM.PINPath())
+	case d.TPM != nil:
+		paths = append(paths, d.TPM.PINFile)
+	}
+	var pins [][]byte
+	for _, path := range absolute(paths...) {
+		pin, err := keystore.ReadSecret(path, "PIN file")
+		if err != nil { // the module may have read the PIN before
+			return "a line that is not shown, because a PIN file can't be read now"
+		}
+		defer clear(pin)
+		pins = append(pins, bytes.TrimRight(pin, "\r\n"))
+	}
+	return scrub.NewKnown(pins...).Text(line)
 }
 
 // open opens the device, and returns the number of concurrent operations.
