@@ -128,8 +128,11 @@ func (f *fields) Handle(_ context.Context, r slog.Record) error {
 	})
 	var entry bytes.Buffer
 	message := r.Message
+	if strings.ContainsFunc(message, func(r rune) bool { return !unicode.IsPrint(r) }) {
+		message = strconv.Quote(message)
+	}
 	for _, each := range all {
-		message += " " + each.name + "=" + quoted(each.value)
+		message += " " + quoted(each.name) + "=" + quoted(each.value)
 	}
 	put(&entry, "MESSAGE", message)
 	put(&entry, "PRIORITY", priority(r.Level))

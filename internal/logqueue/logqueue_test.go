@@ -167,6 +167,35 @@ func TestPace(t *testing.T) {
 	})
 }
 
+// TestPaceAtDebug bounds the lines that a peer can cause at debug, and leaves an operator those of an
+// ordinary load.
+func TestPaceAtDebug(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := &flaky{mended: true}
+		all := &slog.HandlerOptions{Level: slog.LevelDebug}
+		log := slog.New(logqueue.NewPace(slog.NewTextHandler(b, all)))
+		flood := func(from, to int) {
+			t.Helper()
+			for range 100_000 {
+				log.Debug("served")
+			}
+			if n := strings.Count(b.take(), "msg=served"); n < from || n > to {
+				t.Errorf("%d lines, want %d to %d", n, from, to)
+			}
+		}
+		flood(5000, 5000)
+		time.Sleep(time.Second)
+		flood(1000, 1000)
+		for range 10_000 { // ten seconds of 1,000 requests each
+			time.Sleep(time.Millisecond)
+			log.Debug("served")
+		}
+		if n := strings.Count(b.take(), "msg=served"); n < 9_990 {
+			t.Errorf("%d lines of 10,000", n)
+		}
+	})
+}
+
 // TestFlush sees that Flush returns after the lines before it, and does not wait for a reader that
 // reads no more.
 func TestFlush(t *testing.T) {

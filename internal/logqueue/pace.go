@@ -10,17 +10,20 @@ import (
 )
 
 // A kind of lines, which is a message and a level, has burst lines at once, and perSecond lines a
-// second in the long run. The lines left out are counted, and told every tellAfter.
+// second in the long run. At debug, an operator has asked for a line of each request, and a kind
+// has more of them: a peer at its full pace would otherwise write some MB a second. The lines left
+// out are counted, and told every tellAfter.
 const (
-	burst     = 50
-	perSecond = 1
-	tellAfter = time.Minute
-	maxKinds  = 1000
+	burst          = 50
+	perSecond      = 1
+	burstDebug     = 5000
+	perSecondDebug = 1000
+	tellAfter      = time.Minute
+	maxKinds       = 1000
 )
 
 // Pace is a slog.Handler that limits the lines of each kind. Messages are constants of the program,
-// and what a stranger sends is in the attributes: the number of kinds is therefore small. Lines of
-// the level debug are not limited: an operator has asked for each of them.
+// and what a stranger sends is in the attributes: the number of kinds is therefore small.
 type Pace struct {
 	slog.Handler
 	kinds *kinds // shared by all handlers of WithAttrs and WithGroup
@@ -48,7 +51,7 @@ func NewPace(to slog.Handler) *Pace {
 
 // Handle passes a line on, or counts the line.
 func (p *Pace) Handle(ctx context.Context, r slog.Record) error {
-	if r.Level > slog.LevelDebug && !p.take(kind{r.Level, r.Message}) {
+	if !p.take(kind{r.Level, r.Message}) {
 		return nil
 	}
 	return p.Handler.Handle(ctx, r)
@@ -65,6 +68,9 @@ func (p *Pace) take(k kind) bool {
 		}
 		if c = p.kinds.all[k]; c == nil {
 			c = &count{limiter: *rate.NewLimiter(perSecond, burst)}
+			if k.level <= slog.LevelDebug {
+				c.limiter = *rate.NewLimiter(perSecondDebug, burstDebug)
+			}
 			p.kinds.all[k] = c
 		}
 	}
