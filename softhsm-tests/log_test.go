@@ -519,6 +519,9 @@ func TestReceipts(t *testing.T) {
 	if bytes.Equal(other.Receipt.ID, signed.Receipt.ID) || bytes.Equal(other.Receipt.Salt, signed.Receipt.Salt) {
 		t.Error("two payments have one receipt")
 	}
+	for _, each := range []*client.Signed{signed, other} {
+		made.add("the salt of a receipt", each.Receipt.Salt)
+	}
 	id := hex.EncodeToString(signed.Receipt.ID)
 	r := must(s.admin().Receipt(t.Context(), id))(t)
 	opened := slices.Concat([]byte("countersign-receipt-v1\x00"), signed.Receipt.Salt, []byte("1000 SAT"))

@@ -39,6 +39,7 @@ func get(t testing.TB, url string) (string, error) {
 	if err == nil && resp.StatusCode != http.StatusOK {
 		err = fmt.Errorf("%s: %s %.300s", url, resp.Status, b)
 	}
+	made.check(t, url, string(b))
 	return string(b), err
 }
 

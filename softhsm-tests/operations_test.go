@@ -371,6 +371,7 @@ func (o *operations) doc(ts *testscript.TestScript, neg bool, args []string) {
 			w.start(ts, last)
 		}
 		out := printed.String()
+		w.checkOutput("the output of "+b.commands[0].place, out)
 		if !b.silent && !like(b.prints).MatchString(plain(out)) {
 			w.t.Errorf("%s: the block prints\n%s\nand the document says\n%s", b.commands[0].place, out, b.prints)
 		}
@@ -644,6 +645,7 @@ func (o *operations) run(ts *testscript.TestScript, neg bool, args []string) {
 	if (err != nil) != neg {
 		ts.Fatalf("unexpected: %v", err)
 	}
+	w.checkOutput("the output of "+args[0], ts.ReadFile("stdout")+ts.ReadFile("stderr"))
 }
 
 // until implements "until COMMAND", which repeats a command until its exit status is 0, for at most
@@ -678,6 +680,7 @@ func (o *operations) receive(ts *testscript.TestScript, neg bool, args []string)
 	ts.Defer(func() { l.Close() })
 	go http.Serve(l, http.HandlerFunc(func(_ http.ResponseWriter, r *http.Request) {
 		body, _ := io.ReadAll(r.Body)
+		w.checkOutput("the body of a webhook", string(body))
 		for name, text := range map[string]string{
 			"webhook-id":        r.Header.Get("Webhook-Id"),
 			"webhook-timestamp": r.Header.Get("Webhook-Timestamp"),

@@ -81,7 +81,7 @@ func (s *system) serveAgent(socket string, a agent.Agent) {
 // client returns a client of the admin API. The client signs the operator in when there is no
 // session, such as after a restart.
 func (s *system) client(p *operator) *api.Client {
-	c := api.NewClient(s.path("admin.sock"))
+	c := api.NewClient(s.tap())
 	c.OnSignedOut(func(ctx context.Context) (string, error) { return s.signIn(ctx, p) })
 	return c
 }

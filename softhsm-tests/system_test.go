@@ -13,6 +13,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -62,6 +63,7 @@ type system struct {
 	listen       string    // host:port of the listener for peers
 	root         *operator // the first administrator
 	rootEnrolled bool
+	tapped       sync.Once
 	api          *api.Client // signs in as root
 }
 
@@ -227,6 +229,7 @@ func (s *system) begin(cmd *exec.Cmd) *process {
 			<-p.ended
 		}
 		s.checkOutput("the daemon's log", p.stderr.String())
+		s.checkFiles()
 		if strings.Contains(p.stderr.String(), "DATA RACE") {
 			s.t.Error("the race detector has found a race in the daemon")
 			s.t.Log(p.stderr)

@@ -1,0 +1,63 @@
+package softhsmtests
+
+import (
+	"io"
+	"net"
+	"strings"
+	"sync"
+)
+
+// tap returns the path of a socket in front of the admin socket. The answers of the admin API on
+// the way are searched for secrets, each connection at its end. A sign-in gives the caller a token,
+// so a caller that signs in uses the admin socket itself.
+func (s *system) tap() string {
+	path := s.path("tap.sock")
+	s.tapped.Do(func() {
+		l, err := net.Listen("unix", path)
+		if err != nil {
+			s.t.Fatal(err)
+		}
+		var open sync.WaitGroup
+		conns := map[net.Conn]bool{}
+		var mu sync.Mutex
+		s.t.Cleanup(func() {
+			l.Close()
+			mu.Lock()
+			for c := range conns {
+				c.Close()
+			}
+			mu.Unlock()
+			open.Wait()
+		})
+		open.Go(func() {
+			for {
+				client, err := l.Accept()
+				if err != nil {
+					return
+				}
+				mu.Lock()
+				conns[client] = true
+				mu.Unlock()
+				open.Go(func() { s.search(client) })
+			}
+		})
+	})
+	return path
+}
+
+// search copies a connection to the admin socket, and searches what comes back.
+func (s *system) search(client net.Conn) {
+	defer client.Close()
+	server, err := net.Dial("unix", s.path("admin.sock"))
+	if err != nil {
+		return // the daemon is down
+	}
+	defer server.Close()
+	go func() {
+		io.Copy(server, client)
+		server.Close() // the client has left
+	}()
+	var answers strings.Builder
+	io.Copy(io.MultiWriter(client, &answers), server)
+	s.checkOutput("an answer of the admin API", answers.String())
+}
