@@ -27,8 +27,8 @@ var arrows = map[string]room{
 		ours: `admin admin/certs appliance audit hsm internal/anchor internal/cause internal/cli
 			internal/keyring internal/keystore internal/keystore/worker internal/ledger
 			internal/logline internal/logqueue internal/manage internal/meter internal/operators
-			internal/resource internal/sandbox internal/scrub internal/sink internal/webhook noise
-			policy tpm`,
+			internal/resource internal/sandbox internal/scrub internal/sink internal/trace
+			internal/webhook noise policy tpm`,
 		outside: `github.com/coreos/go-systemd/v22 github.com/pelletier/go-toml/v2
 			github.com/spf13/cobra golang.org/x/sys`,
 	},
@@ -53,7 +53,7 @@ var arrows = map[string]room{
 		ours: `audit internal/anchor internal/cause internal/eddsa internal/gate internal/ijson
 			internal/keyring internal/keystore internal/ledger internal/limit internal/manage
 			internal/meter internal/peers internal/requestid internal/resource internal/sink
-			internal/webhook noise policy transcript wire`,
+			internal/trace internal/webhook noise policy transcript wire`,
 		outside: "golang.org/x/time",
 	},
 	// Below the walk: each of these packages follows a part of the ledger.
@@ -80,10 +80,13 @@ var arrows = map[string]room{
 	"internal/ledger": {ours: "audit", outside: "go.etcd.io/bbolt golang.org/x/mod"},
 	"internal/manage": {ours: "internal/ijson internal/keystore"},
 	"internal/meter": {
-		ours:    "internal/cause wire",
+		ours:    "internal/cause internal/trace wire",
 		outside: "github.com/prometheus/client_golang github.com/prometheus/client_model github.com/prometheus/common",
 	},
 	"internal/resource": {ours: "audit"},
+	"internal/trace": {
+		ours: "internal/keystore internal/webhook wire", outside: "golang.org/x/net golang.org/x/time",
+	},
 	"internal/sshagent": {ours: "approval", outside: "golang.org/x/crypto/ssh"},
 	// The devices.
 	"hsm": {
@@ -94,7 +97,9 @@ var arrows = map[string]room{
 		ours:    `internal/durable internal/eddsa internal/keystore internal/pubkey`,
 		outside: `github.com/google/go-tpm golang.org/x/sys`,
 	},
-	"internal/keystore/worker": {ours: "internal/durable internal/keystore internal/pubkey"},
+	"internal/keystore/worker": {
+		ours: "internal/durable internal/keystore internal/pubkey", outside: "golang.org/x/sys",
+	},
 	// For programs of peers and auditors.
 	"client": {ours: "audit internal/durable internal/eddsa internal/ijson internal/pubkey noise transcript wire"},
 	"noise": {

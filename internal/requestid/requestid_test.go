@@ -21,3 +21,10 @@ func TestForm(t *testing.T) {
 		}
 	}
 }
+
+// BenchmarkNew is the cost of an id for each request.
+func BenchmarkNew(b *testing.B) {
+	for b.Loop() {
+		requestid.New()
+	}
+}
