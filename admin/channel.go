@@ -157,7 +157,7 @@ func Listen(path, group string) (net.Listener, error) {
 		}
 		if conn, err := net.Dial("unix", path); err == nil {
 			conn.Close()
-			return nil, fmt.Errorf("admin socket %s: another process listens on it", path)
+			return nil, fmt.Errorf("admin socket %s: another process or a socket unit listens on it: stop it first", path)
 		}
 		if err := os.Remove(path); err != nil {
 			return nil, fmt.Errorf("admin socket: %w", err)
@@ -183,6 +183,28 @@ func Listen(path, group string) (net.Listener, error) {
 		return nil, fmt.Errorf("admin socket: give it to the group %s: %w", group, err)
 	}
 	return l, nil
+}
+
+// CheckSocket checks the mode of a Unix socket that the service manager has made: as Listen would
+// have made it, or stricter. Its owner may be another user than the daemon's.
+func CheckSocket(path, group string) error {
+	st, err := os.Stat(path)
+	if err != nil {
+		return fmt.Errorf("admin socket: %w", err)
+	}
+	gid, mode := "", st.Mode().Perm()
+	if sys, ok := st.Sys().(*syscall.Stat_t); ok {
+		gid = strconv.Itoa(int(sys.Gid))
+	}
+	switch {
+	case mode&0o007 != 0:
+		return fmt.Errorf("admin socket %s: its mode is %04o; give its socket unit SocketMode=0660, or 0600 "+
+			"without admin_group", path, mode)
+	case mode&0o070 != 0 && gid != group:
+		return fmt.Errorf("admin socket %s: its mode is %04o and its group %s; give its socket unit the SocketGroup= "+
+			"that admin_group names", path, mode, gid)
+	}
+	return nil
 }
 
 // maxConnections is the maximum number of HTTPS connections at a time. Further connections wait.

@@ -32,6 +32,7 @@ const userPIN = "pin-that-must-not-be-seen"
 var bin string // the folder of the built commands
 
 func TestMain(m *testing.M) {
+	enterUnit()
 	disktest.Serve() // returns at once, except in a child process that serves a test's FUSE disk
 	os.Exit(func() int {
 		dir, err := os.MkdirTemp("", "countersign-bin")

@@ -213,7 +213,7 @@ func (r *report) checkLedger(
 	for _, w := range rules.Warnings(app.KnowsName) {
 		r.say("warning", "%s: %v", c.Policy, w)
 	}
-	ready, err := prepare(ctx, c, parts{ledger: l, tokens: tokens, app: app}, log)
+	ready, err := prepare(ctx, c, parts{ledger: l, tokens: tokens, app: app}, nil, log)
 	defer ready.close()
 	if err != nil {
 		r.fault("serve", err)

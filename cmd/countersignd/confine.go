@@ -134,12 +134,12 @@ func ports(addresses []string) (all []uint16, err error) {
 	return slices.Compact(all), nil
 }
 
-// capabilities returns the capabilities of the serving daemon: none, unless a listener has a port
-// below 1024 and may be opened again when its address is back.
-func (c *Config) capabilities() []uint {
+// capabilities returns the capabilities of the serving daemon: none, unless the daemon opens a
+// listener with a port below 1024, perhaps only when the machine gets the address.
+func (c *Config) capabilities(given sockets) []uint {
 	for _, address := range []string{c.Listen, c.ListenPubky} {
 		_, port, _ := net.SplitHostPort(address) // checked by Config.check
-		if n, err := strconv.Atoi(port); err == nil && n < 1024 {
+		if n, err := strconv.Atoi(port); err == nil && n < 1024 && given[address] == nil {
 			return []uint{unix.CAP_NET_BIND_SERVICE}
 		}
 	}

@@ -120,8 +120,12 @@ func run(ctx context.Context, args []string, stdout io.Writer, stderr *logqueue.
 			reload := make(chan os.Signal, 1)
 			signal.Notify(reload, syscall.SIGHUP) // also during the start, which SIGHUP must not end
 			defer signal.Stop(reload)
-			err := withConfig(configPath, func(c Config) error {
-				return serve(cmd.Context(), configPath, c, stderr, reload)
+			listeners, err := inherited() // before a child process can inherit them
+			if err != nil {
+				return configError{err}
+			}
+			err = withConfig(configPath, func(c Config) error {
+				return serve(cmd.Context(), configPath, c, listeners, stderr, reload)
 			})
 			if cmd.Context().Err() != nil && errors.Is(err, context.Canceled) {
 				fmt.Fprintln(stderr, "countersignd: stopped before it served")
@@ -254,7 +258,7 @@ func advise(err error) (text, hint string) {
 		{ledger.ErrUnknownState, "look at the disk, then start again: the ledger recovers by being opened"},
 		{keystore.ErrAuth, "correct the PIN file; this PIN will not be tried again, " +
 			"unless by countersignd check --retry-pin TOKEN"},
-		{syscall.EADDRINUSE, "another program listens there; change listen in the configuration"},
+		{syscall.EADDRINUSE, "another program or a socket unit listens there; stop it, or change listen in the configuration"},
 	} {
 		if errors.Is(err, a.err) {
 			return text, a.advice

@@ -21,20 +21,27 @@ type prepared struct {
 	certs   *certs.Manager // nil without admin_https
 }
 
-// prepare opens all that serve needs beside the parts. The caller closes the listeners, also after
-// an error.
-func prepare(ctx context.Context, c Config, p parts, log *slog.Logger) (r prepared, err error) {
+// prepare opens all that serve needs beside the parts and the given sockets. The caller closes the
+// listeners, also after an error.
+func prepare(ctx context.Context, c Config, p parts, given sockets, log *slog.Logger) (r prepared, err error) {
 	if err := p.app.Ready(); err != nil {
 		return r, err
 	}
-	r.doors = peerDoors(c)
+	r.doors = peerDoors(c, given)
 	if r.missing, err = lookForMissing(ctx, p.app, r.doors); err != nil {
 		return r, err
 	}
 	if r.group, err = c.adminGroup(); err != nil {
 		return r, err
 	}
-	socket, err := admin.Listen(c.AdminSocket, r.group)
+	socket := given[c.AdminSocket]
+	if socket != nil {
+		if err = admin.CheckSocket(c.AdminSocket, r.group); err != nil {
+			err = configError{err}
+		}
+	} else {
+		socket, err = admin.Listen(c.AdminSocket, r.group)
+	}
 	if err != nil {
 		return r, err
 	}

@@ -36,7 +36,15 @@ const stopWait = 5 * time.Second
 
 // serve runs the daemon until ctx ends. After each signal of reload, the daemon reads the
 // configuration file again.
-func serve(ctx context.Context, path string, c Config, stderr *logqueue.Queue, reload <-chan os.Signal) error {
+func serve(
+	ctx context.Context, path string, c Config, listeners []net.Listener, stderr *logqueue.Queue,
+	reload <-chan os.Signal,
+) error {
+	given, err := c.assign(listeners)
+	if err != nil {
+		return configError{err}
+	}
+	defer given.close()
 	if err := noCoreFiles(); err != nil {
 		return err
 	}
@@ -64,12 +72,12 @@ func serve(ctx context.Context, path string, c Config, stderr *logqueue.Queue, r
 		ledger.Followed{Table: ledger.Keys, Take: secrets.Take}); err != nil {
 		return err
 	}
-	ready, err := prepare(ctx, c, p, log)
+	ready, err := prepare(ctx, c, p, given, log)
 	defer ready.close()
 	if err != nil {
 		return err
 	}
-	if err := sandbox.DropCapabilities(c.capabilities()...); err != nil { // before a stranger's first byte
+	if err := sandbox.DropCapabilities(c.capabilities(given)...); err != nil { // before a stranger's first byte
 		return err
 	}
 	waiting := waits{doors: ready.doors}

@@ -47,17 +47,23 @@ type door struct {
 	done  bool         // Close was called
 }
 
-// peerDoors returns the listeners for peers, none of them bound.
-func peerDoors(c Config) (all []*door) {
+// peerDoors returns the listeners for peers. Those with a given socket are bound.
+func peerDoors(c Config, given sockets) (all []*door) {
 	for _, d := range []struct {
 		address string
 		profile noise.Profile
 	}{{c.Listen, noise.CountersignV1}, {c.ListenPubky, noise.PubkyV1}} {
-		if d.address != "" {
-			all = append(all, &door{
-				address: d.address, profile: d.profile, bound: make(chan struct{}), closed: make(chan struct{}),
-			})
+		if d.address == "" {
+			continue
 		}
+		each := &door{
+			address: d.address, profile: d.profile, bound: make(chan struct{}), closed: make(chan struct{}),
+		}
+		if l := given[d.address]; l != nil {
+			each.inner = l
+			close(each.bound)
+		}
+		all = append(all, each)
 	}
 	return all
 }

@@ -153,6 +153,10 @@ func dropCapabilities(keep []uint) error {
 			}
 		}
 	}
+	// A filter that the service manager has set may refuse capset, which then has nothing to take.
+	if has == kept {
+		return nil
+	}
 	// A set without a capability also takes the capability from the ambient set.
 	return allThreads(unix.SYS_CAPSET, uintptr(unsafe.Pointer(&header)), uintptr(unsafe.Pointer(&kept[0])), 0)
 }
