@@ -56,6 +56,9 @@ func check(
 ) error {
 	r := &report{stdout: stdout}
 	r.say("config", "ok: %s", path)
+	for _, err := range c.access(path) {
+		r.fault("access", configError{err})
+	}
 	rules, err := policy.Load(c.Policy)
 	if err != nil {
 		r.fault("policy", err)

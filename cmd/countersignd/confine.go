@@ -67,8 +67,7 @@ func (t *Token) rights(secrets ...string) sandbox.Rights {
 			r.Read = append(r.Read, path)
 		}
 	}
-	if dir := softHSMTokens(cmp.Or(t.Environment["SOFTHSM2_CONF"], os.Getenv("SOFTHSM2_CONF"),
-		"/etc/softhsm/softhsm2.conf")); dir != "" {
+	if dir := softHSMTokens(t.softHSMConf()); dir != "" {
 		r.Write = append(r.Write, dir)
 	}
 	if conf := os.Getenv("SOFTHSM2_CONF"); t.Environment["SOFTHSM2_CONF"] == "" && filepath.IsAbs(conf) {
@@ -78,6 +77,11 @@ func (t *Token) rights(secrets ...string) sandbox.Rights {
 		r.Read = append(r.Read, filepath.Join(config, "pkcs11"))
 	}
 	return r
+}
+
+// softHSMConf is the path of the configuration that SoftHSM reads in a key worker.
+func (t *Token) softHSMConf() string {
+	return cmp.Or(t.Environment["SOFTHSM2_CONF"], os.Getenv("SOFTHSM2_CONF"), "/etc/softhsm/softhsm2.conf")
 }
 
 // absolute returns the paths that are not empty, as absolute ones. The paths of a configuration are

@@ -34,6 +34,7 @@ func main() {
 	// A second signal has no effect: the stop takes a bounded time, and admitted requests must be
 	// finished.
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, syscall.SIGINT)
+	syscall.Umask(0o077)           // a module decides the modes of its files by the umask
 	signal.Ignore(syscall.SIGPIPE) // a reader of stdout or stderr that leaves must not end the daemon
 	stderr := logqueue.New(os.Stderr)
 	code := run(ctx, os.Args[1:], inOrder{os.Stdout, stderr}, stderr)
@@ -100,6 +101,9 @@ func run(ctx context.Context, args []string, stdout io.Writer, stderr *logqueue.
 			ctx, cancel := context.WithTimeout(cmd.Context(), startTime)
 			defer cancel()
 			return withConfig(configPath, func(c Config) error {
+				if err := refuseAccess(configPath, c); err != nil {
+					return err
+				}
 				return initialise(ctx, c, making, stdout, stderr)
 			})
 		},
@@ -125,6 +129,9 @@ func run(ctx context.Context, args []string, stdout io.Writer, stderr *logqueue.
 				return configError{err}
 			}
 			err = withConfig(configPath, func(c Config) error {
+				if err := refuseAccess(configPath, c); err != nil {
+					return err
+				}
 				return serve(cmd.Context(), configPath, c, listeners, stderr, reload)
 			})
 			if cmd.Context().Err() != nil && errors.Is(err, context.Canceled) {

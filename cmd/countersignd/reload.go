@@ -35,6 +35,9 @@ func reloadAll(
 // at the start.
 func reload(path string, started Config, level *logline.Level, app *appliance.Appliance, log *slog.Logger) {
 	c, err := loadConfig(path)
+	if err == nil {
+		err = refuseAccess(path, c)
+	}
 	if err != nil {
 		log.Error("reload: nothing was reloaded; correct the configuration", "err", err)
 		return

@@ -60,6 +60,24 @@ func decodeSeed(b []byte) (seed [32]byte, err error) {
 // maxSecret is the largest size of a secret file in bytes, far above a PIN's or a seed's.
 const maxSecret = 4096
 
+// CheckSecret returns the error about permissions that ReadSecret has for a file. A file that can't
+// be opened has none.
+func CheckSecret(what, path string) error {
+	f, err := os.OpenFile(path, os.O_RDONLY|syscall.O_NONBLOCK, 0) // opening a FIFO must not block
+	if err != nil {
+		return nil
+	}
+	defer f.Close()
+	st, err := f.Stat()
+	if err == nil {
+		err = onlyForUs(f, st)
+	}
+	if err != nil {
+		return fmt.Errorf("%s %s: %w", what, path, err)
+	}
+	return nil
+}
+
 // ReadSecret reads a file of at most 4096 bytes without permissions for group and others, or with
 // an ACL for this process's user alone. Errors call the file by the argument what, for example
 // "seed file".
