@@ -62,6 +62,7 @@ func (a *Appliance) keepSinks(ctx context.Context) {
 
 // receiver returns the receiver of a sink.
 func (a *Appliance) receiver(c SinkConfig, logName string) (sink.Receiver, error) {
+	_, id, _ := strings.Cut(logName, "/")
 	switch {
 	case c.File != nil:
 		return &sink.File{Path: c.File.Path, Size: c.File.Size, Files: c.File.Files}, nil
@@ -70,13 +71,12 @@ func (a *Appliance) receiver(c SinkConfig, logName string) (sink.Receiver, error
 		if err != nil {
 			host = "" // a message may have none
 		}
-		return &sink.Syslog{Address: c.Syslog.Address, CAFile: c.Syslog.CAFile, Host: host, LogName: logName}, nil
+		return &sink.Syslog{Address: c.Syslog.Address, CAFile: c.Syslog.CAFile, Host: host, LogID: id}, nil
 	}
 	target := *c.Webhook
 	target.Name = c.Name
 	sender, err := webhook.New(webhook.Config{Targets: []webhook.Target{target}, Sign: a.signHook, Log: a.log})
-	_, id, _ := strings.Cut(logName, "/")
-	return &sink.Webhook{Name: c.Name, LogName: id, Sender: sender}, err
+	return &sink.Webhook{Name: c.Name, LogID: id, Sender: sender}, err
 }
 
 // Sinks returns the state of the sinks in the order of the configuration.

@@ -23,7 +23,7 @@ import (
 const minFree = 256 << 20
 
 // File is a Receiver that appends events to a file as JSON lines, in the form of a report
-// (audit.JSONLines). A gap is a line {"gap":{"from":…,"before":…,"why":…}}.
+// (audit.JSONLines). A gap is a line {"gap":{"before":…,"from":…,"why":…}}.
 //
 // The file ends with a whole line that is on the disk: Deliver syncs, and an incomplete line that a
 // crash or a full disk has left is removed before the next one. The last line tells the position,
@@ -39,6 +39,7 @@ type File struct {
 	f    *os.File
 	size int64
 	last uint64 // number after the last event of the file, or 0
+	torn *int64 // size before a write or sync that has failed; what is behind is not on the disk
 }
 
 // lastLine has the fields by which the position is found.
@@ -57,18 +58,29 @@ func (l lastLine) next() (uint64, bool) {
 	return 0, false
 }
 
-// Resume opens the file and removes an incomplete line at its end.
+// Resume opens the file, and removes an incomplete line at its end and what a failed write or sync
+// has left: after a failed sync, Linux takes pages for written that are not. The lines of a daemon
+// that has crashed before its sync are synced now, since they tell the position.
 func (f *File) Resume() (uint64, error) {
 	if f.f != nil {
 		return f.last, nil
 	}
-	file, err := os.OpenFile(f.Path, os.O_RDWR|os.O_CREATE|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0o640)
+	file, err := openFile(f.Path)
 	if err != nil {
 		return 0, err
 	}
-	size, last, err := tail(file)
+	if st, bad := file.Stat(); bad != nil {
+		err = bad
+	} else if f.torn != nil && st.Size() > *f.torn {
+		err = file.Truncate(*f.torn)
+	}
+	var size int64
+	var last uint64
 	if err == nil {
-		err = file.Truncate(size)
+		size, last, err = tail(file)
+	}
+	if err == nil {
+		err = errors.Join(file.Truncate(size), file.Sync())
 	}
 	if err == nil {
 		_, err = file.Seek(size, io.SeekStart)
@@ -79,8 +91,24 @@ func (f *File) Resume() (uint64, error) {
 	if err != nil {
 		return 0, errors.Join(err, file.Close())
 	}
-	f.f, f.size, f.last = file, size, last
+	f.f, f.size, f.last, f.torn = file, size, last, nil
 	return last, nil
+}
+
+// openFile opens a file, and makes a new one with mode 0640, whatever the umask is: the daemon's
+// group may have a collector, and nobody else reads events.
+func openFile(path string) (*os.File, error) {
+	const flags = os.O_RDWR | unix.O_NOFOLLOW | unix.O_NONBLOCK
+	file, err := os.OpenFile(path, flags|os.O_CREATE|os.O_EXCL, 0o600)
+	if errors.Is(err, fs.ErrExist) {
+		return os.OpenFile(path, flags, 0)
+	} else if err != nil {
+		return nil, err
+	}
+	if err := file.Chmod(0o640); err != nil {
+		return nil, errors.Join(err, file.Close())
+	}
+	return file, nil
 }
 
 // tail returns the size of the whole lines of a file, and the number after the last event in them.
@@ -168,7 +196,8 @@ func (f *File) Deliver(_ context.Context, b Batch) error {
 	if err == nil {
 		err = f.f.Sync()
 	}
-	if err != nil { // the next Resume removes what was written in part, and finds the position
+	if err != nil { // the next Resume removes what was written, and finds the position
+		f.torn = new(f.size)
 		f.Close()
 		return err
 	}
@@ -183,12 +212,7 @@ func (f *File) lines(b Batch) (lines []byte, last uint64, err error) {
 		if g.Before <= last {
 			continue
 		}
-		gap := map[string]any{"from": g.From, "before": g.Before, "why": g.Why}
-		text, err := json.Marshal(map[string]any{"gap": gap})
-		if err != nil {
-			return nil, 0, err
-		}
-		lines, last = append(append(lines, text...), '\n'), g.Before
+		lines, last = append(lines, g.line()...), g.Before
 	}
 	for _, r := range b.Events {
 		if r.Index < last {

@@ -73,6 +73,11 @@ type Gap struct {
 	Told   bool   `json:"told"` // the receiver has been told
 }
 
+// line returns the gap as a line of JSON, which takes the place of the lines of its events.
+func (g Gap) line() []byte {
+	return fmt.Appendf(nil, `{"gap":{"before":%d,"from":%d,"why":%q}}`+"\n", g.Before, g.From, g.Why)
+}
+
 // The reasons of a gap.
 const (
 	TooOld  = "too_old" // older than MaxAge: the receiver was away
@@ -236,7 +241,7 @@ func (s *Sink) step(ctx context.Context) (more bool, err error) {
 	if next >= end {
 		return false, nil
 	}
-	if next, err = s.skipOld(next, end); err != nil {
+	if next, err = s.skip(next, end); err != nil {
 		return false, err
 	}
 	b, after, err := s.read(next, end)
@@ -264,16 +269,24 @@ func (s *Sink) step(ctx context.Context) (more bool, err error) {
 	return after < end, nil
 }
 
-// skipOld makes a gap of the events that are older than MaxAge, and returns the number after them.
-func (s *Sink) skipOld(next, end uint64) (uint64, error) {
+// skip makes gaps of the events that retention has dropped, and of those that are older than MaxAge,
+// and returns the number after them.
+func (s *Sink) skip(next, end uint64) (uint64, error) {
 	since := time.Now().Add(-s.c.MaxAge).UnixMilli()
-	old := false
-	if err := s.ledger.Events(next, func(_ uint64, entry []byte) bool {
+	kept, old := end, false
+	if err := s.ledger.Events(next, func(index uint64, entry []byte) bool {
 		e, err := audit.Decode(entry)
-		old = err == nil && e.TimeMS < since
+		kept, old = min(index, end), err == nil && e.TimeMS < since
 		return false
-	}); err != nil || !old {
+	}); err != nil {
 		return next, err
+	}
+	if kept > next { // retention was faster than the receiver
+		s.gap(next, kept, Dropped)
+		next = kept
+	}
+	if !old || next == end {
+		return next, nil
 	}
 	first := end
 	if err := s.ledger.Find(ledger.Query{Since: since}, ledger.Span{From: next, Before: end},
@@ -294,8 +307,8 @@ func (s *Sink) gap(from, before uint64, why string) {
 	} else {
 		s.at.Gaps = append(s.at.Gaps, Gap{From: from, Before: before, Why: why})
 	}
-	if len(s.at.Gaps) > maxGaps {
-		s.at.Gaps = slices.Delete(s.at.Gaps, 0, len(s.at.Gaps)-maxGaps)
+	if len(s.at.Gaps) > maxGaps && s.at.Gaps[0].Told { // the others have yet to be told
+		s.at.Gaps = slices.Delete(s.at.Gaps, 0, 1)
 	}
 	s.at.Dropped += before - from
 	s.at.Next = before
@@ -307,15 +320,11 @@ func (s *Sink) gap(from, before uint64, why string) {
 func (s *Sink) read(next, end uint64) (b Batch, after uint64, err error) {
 	after = next
 	size := 0
-	first, broken := true, error(nil)
+	broken := error(nil)
 	err = s.ledger.Events(next, func(index uint64, entry []byte) bool {
 		if index >= end {
 			return false
 		}
-		if first && index > next { // retention was faster than the receiver
-			s.gap(next, index, Dropped)
-		}
-		first = false
 		e, err := audit.Decode(entry)
 		if err != nil {
 			broken = fmt.Errorf("event %d: %w", index, err)

@@ -25,11 +25,13 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
 	"countersign/audit"
 	"countersign/internal/ledger"
+	"countersign/internal/ledger/disktest"
 	"countersign/internal/ledger/ledgertest"
 	"countersign/internal/webhook"
 )
@@ -244,6 +246,91 @@ func TestAwayForDays(t *testing.T) {
 	}
 }
 
+// TestRetentionIsFaster has retention drop events that a receiver was not there for. The receiver
+// gets their numbers, apart from those of the events that were too old and still are in the log.
+func TestRetentionIsFaster(t *testing.T) {
+	l, c := open(t), config(t)
+	to := &away{back: true}
+	s := New(c, l, to)
+	deliver(t, s)
+	to.back = false
+	add(t, l, 5, audit.NewStarted(), 72*time.Hour)
+	endEpoch(t, l)
+	if err := l.Drop(t.Context(), 0, ledger.NewEvent(audit.NewStopped().Encode(time.Now().Add(-72*time.Hour)))); err != nil {
+		t.Fatal(err)
+	}
+	add(t, l, 2, audit.NewStarted(), 48*time.Hour)
+	add(t, l, 1, audit.NewStarted(), 0)
+	for range 3 { // tries, with a restart
+		if _, err := s.step(t.Context()); !errors.Is(err, errAway) {
+			t.Fatal(err)
+		}
+		s.keep()
+		s = New(c, l, to)
+	}
+	to.back, to.events, to.gaps = true, nil, nil
+	deliver(t, s)
+	_, first, _ := l.Head()
+	var dropped, told uint64
+	for i, g := range to.gaps {
+		if told += g.Before - g.From; g.Why == Dropped {
+			dropped += g.Before - g.From
+		}
+		if i > 0 && to.gaps[i-1].Before != g.From {
+			t.Errorf("the gaps are not all: %+v", to.gaps)
+		}
+	}
+	st := s.Status()
+	if dropped != first-1 || told != st.Dropped || st.Behind != 0 || told+st.Sent != st.Next {
+		t.Errorf("%d events of %d dropped ones are told; gaps %+v, status %+v", dropped, first-1, to.gaps, st)
+	}
+}
+
+func endEpoch(t *testing.T, l *ledger.Ledger) {
+	t.Helper()
+	epoch, _, tree := l.Head()
+	if _, err := l.EndEpoch(t.Context(), audit.Daemon()); err != nil {
+		t.Fatal(err)
+	}
+	if err := l.SetCheckpoint(t.Context(), epoch, tree.Size, []byte("a checkpoint")); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// TestFullDisk has the disk of a file sink fill up within a write. What has been written in part is
+// removed, and after the disk has room again each event is in the file once.
+func TestFullDisk(t *testing.T) {
+	disk := disktest.New(t)
+	l, c := open(t), config(t)
+	path := filepath.Join(disk.Dir(), "events.jsonl")
+	s := New(c, l, &File{Path: path, Size: 1 << 20, Files: 3})
+	deliver(t, s)
+	for _, kind := range []disktest.Kind{disktest.Write, disktest.Sync} {
+		disk.Fail(func(op disktest.Op) syscall.Errno {
+			if op.Kind == kind {
+				return syscall.ENOSPC
+			}
+			return 0
+		})
+		add(t, l, 3, audit.NewStarted(), 0)
+		for range 2 {
+			if _, err := s.step(t.Context()); !errors.Is(err, syscall.ENOSPC) {
+				t.Fatalf("a full disk: %v", err)
+			}
+		}
+		disk.Fail(nil)
+		deliver(t, s)
+	}
+	if got, st := indexes(t, path), s.Status(); !slices.Equal(got, upTo(7)) || st.Dropped != 0 || st.Behind != 0 {
+		t.Errorf("the file has %v, %+v", got, st)
+	}
+}
+
+func TestMain(m *testing.M) {
+	disktest.Serve()
+	os.Exit(m.Run())
+}
+
 // TestFilter checks that types that are left out move the position on.
 func TestFilter(t *testing.T) {
 	for _, only := range []bool{true, false} {
@@ -405,11 +492,11 @@ func TestSyslog(t *testing.T) {
 	}()
 	l, c := open(t), config(t)
 	add(t, l, 1, audit.NewLegalHoldSet(audit.Daemon(), 0, "case", `a "quoted" ] reason`).AsRejected("refused"), 0)
-	s := New(c, l, &Syslog{Address: listener.Addr().String(), CAFile: ca, Host: "host 1", LogName: `countersign/"x]`})
+	s := New(c, l, &Syslog{Address: listener.Addr().String(), CAFile: ca, Host: "host 1", LogID: "0123456789abcdef"})
 	defer s.to.Close()
 	deliver(t, s)
 	first, second := <-messages, <-messages
-	want := `countersign - EpochBegun [countersign@32473 log="countersign/\"x\]" index="0"] {`
+	want := `countersign 0123456789abcdef EpochBegun - {"index":0,"time_ms":`
 	if !strings.Contains(first, want) ||
 		!strings.HasPrefix(first, "<110>1 20") || !strings.Contains(first, " host1 countersign ") {
 		t.Errorf("message %q", first)
@@ -417,16 +504,21 @@ func TestSyslog(t *testing.T) {
 	if !strings.HasPrefix(second, "<108>1 ") {
 		t.Errorf("message %q of a refusal", second)
 	}
-	_, entry, _ := strings.Cut(first, "] ")
-	if _, err := audit.Decode([]byte(entry)); err != nil {
-		t.Errorf("the message %q is not the event: %v", entry, err)
+	_, line, _ := strings.Cut(first, " - ")
+	if err := l.Events(0, func(_ uint64, entry []byte) bool {
+		if line != `{"index":0,`+string(entry[1:]) {
+			t.Errorf("the message %q is not the event %s", line, entry)
+		}
+		return false
+	}); err != nil {
+		t.Error(err)
 	}
 
 	(<-hang).Close() // the server ends; the next events reach a new connection
 	<-s.to.(*Syslog).closed
 	add(t, l, 1, audit.NewStarted(), 0)
 	deliver(t, s)
-	if m := <-messages; !strings.Contains(m, `index="2"`) {
+	if m := <-messages; !strings.Contains(m, `{"index":2,`) {
 		t.Errorf("after the end of a connection: %q", m)
 	}
 
@@ -434,6 +526,11 @@ func TestSyslog(t *testing.T) {
 	s = New(c, l, &Syslog{Address: listener.Addr().String(), CAFile: other})
 	if _, err := s.step(t.Context()); err == nil || s.Status().Sent != 0 {
 		t.Errorf("a server with a certificate of another authority: %v", err)
+	}
+	_, port, _ := net.SplitHostPort(listener.Addr().String())
+	s = New(c, l, &Syslog{Address: "localhost:" + port, CAFile: ca})
+	if _, err := s.step(t.Context()); err == nil || s.Status().Sent != 0 {
+		t.Errorf("a server with a certificate for another name: %v", err)
 	}
 }
 
@@ -516,7 +613,7 @@ func TestWebhookSink(t *testing.T) {
 	}
 	l, c := open(t), config(t)
 	add(t, l, 2, audit.NewStarted(), 0)
-	s := New(c, l, &Webhook{Name: "siem", LogName: "0123456789abcdef", Sender: sender})
+	s := New(c, l, &Webhook{Name: "siem", LogID: "0123456789abcdef", Sender: sender})
 	if _, err := s.step(t.Context()); err == nil || s.Status().Behind != 3 {
 		t.Errorf("a refused message: %v, %+v", err, s.Status())
 	}

@@ -1,6 +1,7 @@
 package sink
 
 import (
+	"bytes"
 	"context"
 	"crypto/tls"
 	"crypto/x509"
@@ -12,12 +13,15 @@ import (
 	"strings"
 	"time"
 
+	"countersign/audit"
+
 	"golang.org/x/sys/unix"
 )
 
 // Syslog is a Receiver that sends events to a syslog server over TLS (RFC 5425), each as a message
-// of RFC 5424 with the facility 13 (log audit). The structured data countersign@32473 has the name
-// of the log and the event's number, and the message is the event's JSON.
+// of RFC 5424 with the facility 13 (log audit). PROCID is the id of the audit log, and the message is
+// the line of a file sink. There is no structured data: its names need an enterprise number, and the
+// project has none.
 //
 // Syslog has no acknowledgement. Deliver returns nil when the server's kernel has acknowledged all
 // bytes. A server that ends before reading them loses them: the numbers of the next events show the
@@ -26,7 +30,7 @@ type Syslog struct {
 	Address string // host:port
 	CAFile  string // path of certificate authorities in PEM, read for each connection; "": those of the system
 	Host    string // HOSTNAME of the messages
-	LogName string // of the audit log
+	LogID   string // of the audit log: the part of its name behind the slash
 
 	conn   *tls.Conn
 	tcp    *net.TCPConn
@@ -49,10 +53,18 @@ func (s *Syslog) Deliver(ctx context.Context, b Batch) error {
 	}
 	var messages []byte
 	for _, g := range b.Gaps {
-		messages = frame(messages, s.gapMessage(g))
+		messages = s.message(messages, severityFail, time.Now().UnixMilli(), "Gap", g.line())
 	}
 	for _, r := range b.Events {
-		messages = frame(messages, s.message(r))
+		severity := severityOK
+		if r.Event.Outcome != "ok" {
+			severity = severityFail
+		}
+		line, err := audit.JSONLines.AppendEvent(nil, r.Index, r.Entry)
+		if err != nil {
+			return err
+		}
+		messages = s.message(messages, severity, r.Event.TimeMS, string(r.Event.Type), line)
 	}
 	end, _ := ctx.Deadline()
 	s.conn.SetWriteDeadline(end)
@@ -66,31 +78,12 @@ func (s *Syslog) Deliver(ctx context.Context, b Batch) error {
 	return err
 }
 
-// frame appends a message with its length (octet counting of RFC 5425).
-func frame(b []byte, message string) []byte {
-	return append(append(strconv.AppendInt(b, int64(len(message)), 10), ' '), message...)
-}
-
-func (s *Syslog) message(r Record) string {
-	severity := severityOK
-	if r.Event.Outcome != "ok" {
-		severity = severityFail
-	}
-	data := fmt.Sprintf(`[countersign@32473 log="%s" index="%d"]`, param(s.LogName), r.Index)
-	return s.header(severity, r.Event.TimeMS, string(r.Event.Type)) + data + " " + string(r.Entry)
-}
-
-func (s *Syslog) gapMessage(g Gap) string {
-	data := fmt.Sprintf(`[countersign@32473 log="%s" from="%d" before="%d" why="%s"]`,
-		param(s.LogName), g.From, g.Before, param(g.Why))
-	return s.header(severityFail, time.Now().UnixMilli(), "Gap") + data +
-		fmt.Sprintf(" %d events were not sent: fetch them from the audit log by their numbers", g.Before-g.From)
-}
-
-// header returns the part of a message before the structured data.
-func (s *Syslog) header(severity int, ms int64, id string) string {
+// message appends a message with its length (octet counting of RFC 5425).
+func (s *Syslog) message(b []byte, severity int, ms int64, id string, line []byte) []byte {
 	at := time.UnixMilli(ms).UTC().Format("2006-01-02T15:04:05.000Z")
-	return fmt.Sprintf("<%d>1 %s %s countersign - %s ", facility*8+severity, at, name(s.Host, 255), name(id, 32))
+	text := fmt.Sprintf("<%d>1 %s %s countersign %s %s - %s", facility*8+severity, at, name(s.Host, 255),
+		name(s.LogID, 128), name(id, 32), bytes.TrimSuffix(line, []byte("\n")))
+	return append(append(strconv.AppendInt(b, int64(len(text)), 10), ' '), text...)
 }
 
 // name returns a text as a field of the header: printable ASCII without blanks.
@@ -105,11 +98,6 @@ func name(text string, most int) string {
 		return "-"
 	}
 	return text
-}
-
-// param escapes a value of the structured data (RFC 5424 section 6.3.3).
-func param(text string) string {
-	return strings.NewReplacer(`\`, `\\`, `"`, `\"`, `]`, `\]`).Replace(text)
 }
 
 // connect makes a connection unless there is one that the server has not ended.

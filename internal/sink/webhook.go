@@ -13,9 +13,9 @@ import (
 // Webhooks). The id of a message names the log, the sink and the numbers of the first and the last
 // event.
 type Webhook struct {
-	Name    string
-	LogName string          // the part of the log's name behind the slash
-	Sender  *webhook.Sender // has the target Name; its queue is not used
+	Name   string
+	LogID  string          // the part of the log's name behind the slash
+	Sender *webhook.Sender // has the target Name; its queue is not used
 }
 
 type webhookBody struct {
@@ -56,7 +56,7 @@ func (w *Webhook) Deliver(ctx context.Context, b Batch) error {
 		}
 		last = r.Index
 	}
-	id := fmt.Sprintf("events_%s_%s_%d_%d", w.LogName, w.Name, first, last)
+	id := fmt.Sprintf("events_%s_%s_%d_%d", w.LogID, w.Name, first, last)
 	text, err := json.Marshal(body)
 	if err != nil {
 		return err
