@@ -1,7 +1,9 @@
 package softhsmtests
 
 import (
+	"encoding/json"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -58,6 +60,48 @@ func TestReportOfAPeriod(t *testing.T) {
 		}
 		if err := os.WriteFile(path, whole, 0o600); err != nil {
 			t.Fatal(err)
+		}
+	}
+	p.stop()
+}
+
+// TestSpreadsheetRunsNothing has Python's csv module read the CSV of a report whose events have
+// formulas where a peer or an operator chooses the text. No cell begins as a formula, all rows have
+// the columns of the heading, and the cells give back the texts.
+func TestSpreadsheetRunsNothing(t *testing.T) {
+	if _, err := exec.LookPath("python3"); err != nil {
+		t.Skipf("python3 is not installed: %v", err)
+	}
+	s := newSystem(t)
+	p := s.serve()
+	s.enrol()
+	formulas := []string{"=cmd|' /C calc'!A0", "+1+1", "-1+1", "@SUM(A1)", "\t=1", "'=1"}
+	for _, text := range formulas {
+		s.cli("", "admin", "lock", "--reason", text)
+		s.cli("", "admin", "unlock", "--reason", text)
+	}
+	s.must("admin", "unlock")
+	must(s.dial().Sign(t.Context(), "payments", s.subscription()))(t)
+	s.must("admin", "audit", "report", s.path("report"))
+	const read = `
+import csv, json, sys
+for name in sys.argv[1:]:
+    rows = list(csv.reader(open(name, newline="", encoding="utf-8"), strict=True))
+    assert len(rows) > 1 and {len(r) for r in rows} == {len(rows[0])}, name
+    for row in rows:
+        for cell in row:
+            assert cell == "" or cell[0] not in "=+-@\t\r", cell
+print(json.dumps(rows))
+`
+	cmd := exec.Command("python3", "-c", read, s.path("report/receipts.csv"), s.path("report/events.csv"))
+	out, err := cmd.CombinedOutput()
+	var rows [][]string
+	if err != nil || json.Unmarshal(out, &rows) != nil || len(rows) < len(formulas) {
+		t.Fatalf("%v\n%s", err, out)
+	}
+	for _, text := range formulas[:4] {
+		if !strings.Contains(string(out), text) {
+			t.Errorf("no row has the text %q", text)
 		}
 	}
 	p.stop()
