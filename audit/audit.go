@@ -105,6 +105,9 @@ const (
 	ClockRefused        Type = "ClockRefused" // the clock is behind the ledger's time: no admissions
 	ClockRecovered      Type = "ClockRecovered"
 	ClockAccepted       Type = "ClockAccepted" // an operator confirmed the clock; the ledger's time follows
+	AlertFiring         Type = "AlertFiring"   // metadata level; before: an alert has another level now
+	AlertResolved       Type = "AlertResolved"
+	AlertAcknowledged   Type = "AlertAcknowledged" // by an operator; metadata until
 )
 
 // Kind is the role of an event in the rules of the ledger.
@@ -142,6 +145,7 @@ var kinds = map[Type]Kind{
 	LogLevelChanged: Other,
 	LedgerBound:     Other, RollbackDetected: Other, RollbackAccepted: Other,
 	ClockRefused: Other, ClockRecovered: Other, ClockAccepted: Other,
+	AlertFiring: Other, AlertResolved: Other, AlertAcknowledged: Other,
 }
 
 // Types lists all types in alphabetical order.

@@ -511,3 +511,38 @@ func NewClockAccepted(who Actor, ledger, clock time.Time) Event {
 	return newEvent(ClockAccepted, who, "ledger accept-time", "",
 		"ledger", ledger.UTC().Format(time.RFC3339), "clock", clock.UTC().Format(time.RFC3339))
 }
+
+// NewAlertFiring records that an alert fires, or has another level: before is the level before, or
+// "". since is the beginning of the alert, and text the details.
+func NewAlertFiring(code, subject, level, before string, since time.Time, text string) Event {
+	e := alertEvent(AlertFiring, Daemon(), "alert fire", code, subject).
+		with("level", level).with("since", decimal(since.UnixMilli())).with("text", text)
+	if before != "" {
+		e = e.with("before", before)
+	}
+	return e
+}
+
+// NewAlertResolved records the end of an alert.
+func NewAlertResolved(code, subject, level string, since time.Time) Event {
+	return alertEvent(AlertResolved, Daemon(), "alert resolve", code, subject).
+		with("level", level).with("since", decimal(since.UnixMilli()))
+}
+
+// NewAlertAcknowledged records until when an operator has taken note of an alert. The reason may be
+// "".
+func NewAlertAcknowledged(who Actor, code, subject string, until time.Time, reason string) Event {
+	e := alertEvent(AlertAcknowledged, who, "alert ack", code, subject).with("until", decimal(until.Unix()))
+	if reason != "" {
+		e = e.with("reason", reason)
+	}
+	return e
+}
+
+func alertEvent(t Type, who Actor, action, code, subject string) Event {
+	e := newEvent(t, who, action, "alert/"+code)
+	if subject != "" {
+		e = e.with("subject", subject)
+	}
+	return e
+}
