@@ -116,6 +116,8 @@ var (
 		"unlock the token with its own tools, then: countersign admin token retry NAME")
 	TokenReplaced = define("token-replaced", "a token was initialised again, cleared or exchanged",
 		"put the right token back, or restore the token's keys")
+	TokenSealed = define("token-sealed", "a key is sealed to another state of the machine than the present one",
+		"find out what has changed (firmware, Secure Boot); boot the old state, or approve the new one")
 	TokenRedundancy = define("token-redundancy", "a token has fewer key workers than configured",
 		"see the text; a worker is started again by itself")
 	TokenRestarts = define("token-restarts", "key workers of a token end again and again",
@@ -131,6 +133,10 @@ var (
 	CounterFailing = define("counter-failing",
 		"the monotonic counter can't be incremented, so that a copy of the ledger made meanwhile is not detected",
 		"see the text, and the token of the counter: countersign admin token list")
+	DiskFilling = define("disk-filling", "the ledger's disk is nearly full",
+		"make room on the disk, or enlarge the disk; countersign admin ledger stats")
+	Quorum = define("quorum-unreachable", "fewer operators can approve than an act needs, so no act can be approved",
+		"see docs/INCIDENTS.md, too few approvers")
 	BytesFull = define("bytes-used-up", "a peer has used up its bytes on disk, and is busy until some are refilled",
 		"find out why; wait, or raise limits.bytes_per_day")
 	NoncesShare = define("nonces-share-full",
@@ -153,6 +159,8 @@ var (
 		"see the text")
 	Webhook = define("webhook-failing", "the last message to a webhook's receiver was not accepted",
 		"mend the receiver; waiting messages are sent again by themselves, given up ones after a restart")
+	Mail = define("mail-failing", "the mail server has not taken the last message about an alert",
+		"see the text; countersign admin alert test; waiting messages are sent again by themselves")
 	Sink = define("sink-failing", "a sink does not take the events of the audit log, or its position can't be written",
 		"see the text; countersign admin audit sinks; the sink goes on by itself where it stopped")
 	Traces = define("traces-failing", "the last attempt to send traces to the collector has failed",

@@ -247,10 +247,11 @@ type Fault struct {
 type FaultKind string
 
 const (
-	FaultUnavailable FaultKind = "token-unavailable" // no worker can use the device; or a sealed key
+	FaultUnavailable FaultKind = "token-unavailable" // no worker can use the device
 	FaultPINRefused  FaultKind = "token-pin-refused" // ErrAuth: no login before a change of the PIN file, or Retry
 	FaultLocked      FaultKind = "token-locked"      // ErrLastTry or ErrLockedOut
 	FaultReplaced    FaultKind = "token-replaced"    // ErrReplaced, or none of the keys is on the device any more
+	FaultSealed      FaultKind = "token-sealed"      // ErrSealed: the machine is in another state
 	FaultRedundancy  FaultKind = "token-redundancy"  // fewer workers than configured
 	FaultRestarts    FaultKind = "token-restarts"    // workers end again and again
 	FaultKeyMissing  FaultKind = "key-missing"       // the use of a key has found it missing, or another in its place
@@ -265,6 +266,8 @@ func FaultOf(err error) FaultKind {
 		return FaultPINRefused
 	case errors.Is(err, ErrReplaced):
 		return FaultReplaced
+	case errors.Is(err, ErrSealed):
+		return FaultSealed
 	}
 	return FaultUnavailable
 }

@@ -146,6 +146,38 @@ func (m *Meter) Observe(s *Series, size float64, labels ...string) {
 	}
 }
 
+// Count returns the sum of the counters of a series. Labels that are given select counters, and an
+// empty label selects all.
+func (m *Meter) Count(s *Series, labels ...string) (sum float64) {
+	if m == nil {
+		return 0
+	}
+	all := make(chan prometheus.Metric)
+	go func() {
+		m.counters[s].others.(prometheus.Collector).Collect(all)
+		close(all)
+	}()
+	for each := range all {
+		var read dto.Metric
+		if each.Write(&read) == nil && s.selects(labels, read.Label) {
+			sum += read.Counter.GetValue()
+		}
+	}
+	return sum
+}
+
+// selects reports whether the values of a counter's labels are those of labels.
+func (s *Series) selects(labels []string, has []*dto.LabelPair) bool {
+	for i, want := range labels {
+		if want != "" && !slices.ContainsFunc(has, func(l *dto.LabelPair) bool {
+			return l.GetName() == s.Labels[i].Name && l.GetValue() == want
+		}) {
+			return false
+		}
+	}
+	return true
+}
+
 // at returns the values of labels, with Other for each value that the series does not have.
 func (s *Series) at(labels []string) (v values) {
 	for i, l := range s.Labels {

@@ -51,6 +51,7 @@ import (
 
 	"countersign/approval"
 	"countersign/audit"
+	"countersign/internal/cause"
 	"countersign/internal/ijson"
 	"countersign/internal/ledger"
 	"countersign/internal/manage"
@@ -311,6 +312,16 @@ func (r *Registry) QuorumWarning() string {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	return r.roster.warning()
+}
+
+// Causes returns a cause if the quorum can't be reached any more.
+func (r *Registry) Causes() []cause.Cause {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if n := r.roster.approvers(); len(r.roster.people) > 0 && n < r.roster.needed {
+		return []cause.Cause{cause.Quorum.Of("", "%d of %d approvers", r.roster.needed, n)}
+	}
+	return nil
 }
 
 // Hardware reports whether approvals must be by hardware keys. See approval.Verified.

@@ -15,6 +15,7 @@ import (
 	"net/netip"
 	"net/url"
 	"os"
+	"slices"
 	"strconv"
 	"syscall"
 	"time"
@@ -37,7 +38,19 @@ type Target struct {
 	Name   string // for operators, logs and callbacks
 	URL    string // https, or http to this machine; never shown, because a URL may have a secret
 	CAFile string // path of certificate authorities in PEM, in place of the system's; read at each attempt; or empty
+	// Types are the types of messages for the target. The caller asks by Takes. Default: all.
+	Types []string
 }
+
+// The types of messages. The messages about alerts are alert.firing, alert.resolved and alert.test.
+const (
+	Rotations   = "key.rotation"
+	Compromises = "key.compromise"
+	Alerts      = "alert"
+)
+
+// Takes reports whether the target gets messages of a type.
+func (t Target) Takes(kind string) bool { return len(t.Types) == 0 || slices.Contains(t.Types, kind) }
 
 // Transport returns an HTTP transport for the target, with the authorities that CAFile has now. For
 // an http URL the transport connects to this machine only.
