@@ -79,6 +79,7 @@ func (s *server) health(_ context.Context, who caller, _ *none) (api.Health, err
 	}
 	if who.session != nil {
 		doc.Nonces = noncesDoc(s.Appliance.Nonces())
+		doc.Alerts = docs(s.Appliance.Alerts.Firing(), alertDoc)
 		for _, c := range h.Causes {
 			doc.Causes = append(doc.Causes, api.Cause{Code: c.Code, Subject: c.Subject, Text: c.Text, Do: c.Do})
 		}

@@ -134,6 +134,17 @@ func (s *server) routes() {
 		route: "POST /v1/log-level", id: "set-log-level",
 		summary: "Set the level of the daemon's log for a time, or to that of the configuration",
 		roles:   of(administrator, operator), refused: whileUninitialised})
+	route(s, s.alerts, operation{
+		route: "GET /v1/alerts", id: "alerts", summary: "List the firing alerts, the gravest first, and all kinds",
+		roles: of(administrator, operator, auditor, approver, metrics), refused: whileUninitialised})
+	routeEmpty(s, s.ackAlert, operation{
+		route: "POST /v1/alerts/acknowledge", id: "acknowledge-alert",
+		summary: "Take note of an alert: it is not sent again for a time",
+		roles:   of(administrator, operator), refused: whileUninitialised})
+	route(s, s.testAlerts, operation{
+		route: "POST /v1/alerts/test", id: "test-alerts",
+		summary: "Send a test message to each receiver of alerts, and say what each has answered",
+		roles:   of(administrator, operator), refused: whileUninitialised})
 	route(s, s.rollback, operation{
 		route: "GET /v1/rollback", id: "rollback",
 		summary: "Say whether the ledger is older than its counter",

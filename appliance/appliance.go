@@ -19,6 +19,7 @@ import (
 	"time"
 
 	"countersign/audit"
+	"countersign/internal/alert"
 	"countersign/internal/anchor"
 	"countersign/internal/cause"
 	"countersign/internal/gate"
@@ -93,7 +94,10 @@ type Config struct {
 	Identity     string // name of the signing key that authorizes the Noise key; "" for none
 	Webhooks     []webhook.Target
 	Sinks        []SinkConfig
-	SinkState    string // folder of the sinks' positions
+	SinkState    string       // folder of the sinks' positions
+	Alerts       alert.Config // the zero value is alert.Defaults
+	Mail         MailConfig   // receives alerts
+	DiskLeast    uint64       // bytes of the ledger's disk below which the state has a cause; 0: no cause
 	// LoadPolicy reads the policy file, to see whether the file is still the policy in force. Nil
 	// takes the policy of New for the file's.
 	LoadPolicy func() (*policy.Policy, error)
@@ -108,6 +112,7 @@ type Appliance struct {
 	Keys   *keyring.Ring
 	Peers  *peers.Registry
 	Anchor *anchor.Anchor
+	Alerts *alert.Engine // the caller of Start runs Alerts.Run beside Serve
 
 	limits   Limits
 	attended bool
@@ -115,6 +120,7 @@ type Appliance struct {
 
 	sinkConfigs []SinkConfig
 	sinkState   string
+	diskLeast   uint64
 
 	ledger  *ledger.Ledger
 	tokens  manage.Tokens
@@ -162,7 +168,7 @@ func New(
 	limits := c.Limits
 	a = &Appliance{
 		limits: limits, attended: c.Attended, webhooks: c.Webhooks, ledger: l, tokens: tokens, gate: gate.New(l),
-		sinkConfigs: c.Sinks, sinkState: c.SinkState,
+		sinkConfigs: c.Sinks, sinkState: c.SinkState, diskLeast: c.DiskLeast,
 		monitor: c.Monitor, meter: c.Meter, traces: c.Traces, log: log, policies: policies{
 			ledger: l, log: log, activating: manage.NewLock(), file: p, load: c.LoadPolicy,
 		},
@@ -212,6 +218,9 @@ func New(
 	a.Anchor = anchor.New(c.Anchor, l, tokens, a.gate, a.monitor, log)
 	a.Report(a.Anchor.Causes)
 	a.meter.Source(a.measure)
+	if err := a.openAlerts(ctx, c); err != nil {
+		return nil, err
+	}
 	return a, nil
 }
 

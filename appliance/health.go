@@ -60,7 +60,7 @@ var faults = map[keystore.FaultKind]*cause.Kind{
 	keystore.FaultUnavailable: cause.TokenUnavailable, keystore.FaultPINRefused: cause.TokenPIN,
 	keystore.FaultLocked: cause.TokenLocked, keystore.FaultReplaced: cause.TokenReplaced,
 	keystore.FaultRedundancy: cause.TokenRedundancy, keystore.FaultRestarts: cause.TokenRestarts,
-	keystore.FaultKeyMissing: cause.KeyMissing,
+	keystore.FaultKeyMissing: cause.KeyMissing, keystore.FaultSealed: cause.TokenSealed,
 }
 
 // Report adds a source of causes. Report must not be called after Serve has begun.
@@ -82,6 +82,10 @@ func (a *Appliance) ownCauses() (all []cause.Cause) {
 		}
 	}
 	all = append(all, cause.Disk.Err("", a.ledger.Trouble())...)
+	if load, err := a.ledger.Load(); err == nil && load.DiskFree < a.diskLeast {
+		all = append(all, cause.DiskFilling.Of("", "%d MiB are free; %d MiB should be",
+			load.DiskFree>>20, a.diskLeast>>20))
+	}
 	_, _, behind := a.ledger.Clock()
 	all = append(all, cause.Clock.Err("", behind)...)
 	all = append(all, cause.Traces.Err("", a.traces.Failure())...)

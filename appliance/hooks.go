@@ -46,7 +46,7 @@ func (a *Appliance) hooksOf() (all []hook, err error) {
 	for _, n := range compromises {
 		all = append(all, hook{
 			fmt.Sprintf("compromise_%s_%s_%d", id, n.Name, n.Version),
-			n.Ref.String(), "key.compromise", n.Event,
+			n.Ref.String(), webhook.Compromises, n.Event,
 		})
 	}
 	for _, n := range rotations {
@@ -54,7 +54,7 @@ func (a *Appliance) hooksOf() (all []hook, err error) {
 		if n.Change > 0 { // moved or called off: a message of its own
 			message += fmt.Sprintf("_change%d", n.Change)
 		}
-		all = append(all, hook{message, n.Name, "key.rotation", n.Event})
+		all = append(all, hook{message, n.Name, webhook.Rotations, n.Event})
 	}
 	return all, nil
 }
@@ -150,7 +150,7 @@ func (a *Appliance) queueHooks(sender *webhook.Sender, queued map[[2]string]bool
 		}
 		for _, t := range a.webhooks {
 			mark := [2]string{t.Name, h.id}
-			if told[hookKeys+t.Name+"/"+h.subject] != h.id && !queued[mark] {
+			if t.Takes(h.kind) && told[hookKeys+t.Name+"/"+h.subject] != h.id && !queued[mark] {
 				if err := sender.Queue(t.Name, webhook.Message{ID: h.id, Subject: h.subject, Body: body}); err != nil {
 					return err
 				}

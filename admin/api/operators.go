@@ -162,6 +162,7 @@ type Health struct {
 	Locked     bool    `json:"locked"`
 	Unattended bool    `json:"unattended" doc:"it starts unlocked"`
 	Nonces     *Nonces `json:"nonces,omitempty" doc:"for who is signed in"`
+	Alerts     []Alert `json:"alerts,omitempty" doc:"firing alerts, the gravest first; for who is signed in"`
 }
 
 // Nonces are the numbers of live nonces, by use.

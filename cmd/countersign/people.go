@@ -412,6 +412,9 @@ func (t *tool) state(act maker) *cobra.Command {
 				subject := strings.TrimSpace(cause.Code + " " + cause.Subject)
 				fmt.Fprintf(w, "cause\t%s: %s\n\t%s\n", subject, cause.Text, cause.Do)
 			}
+			for _, a := range h.Alerts {
+				showAlert(w, a)
+			}
 			if n := h.Nonces; n != nil {
 				fmt.Fprintf(w, "nonces\t%d alive of %d: %d sign, %d verify (at most %d), %d own (%d reserved)\n",
 					n.Alive, n.Max, n.Signing, n.Verifying, n.VerifyingMax, n.Own, n.OwnReserved)

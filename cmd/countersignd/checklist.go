@@ -10,6 +10,7 @@ import (
 	"text/tabwriter"
 
 	"countersign/internal/cli"
+	"countersign/internal/webhook"
 )
 
 // line is a line of the production checklist: docs/CHECKLIST.md has where each is done, and the
@@ -239,12 +240,20 @@ func (c *Config) workerLine() verdict {
 }
 
 func (c *Config) monitorLine() verdict {
-	if len(c.Sinks) == 0 {
-		return verdict{"off", "no sinks: events do not leave, and a monitor must ask for the state"}
-	}
 	var all []string
-	for _, s := range c.Sinks {
-		all = append(all, s.Name)
+	for _, w := range c.webhooks() {
+		if w.Takes(webhook.Alerts) {
+			all = append(all, "alerts to webhook "+w.Name)
+		}
 	}
-	return unknown("sinks: %s; whether somebody reads them is yours to know", strings.Join(all, ", "))
+	for _, to := range c.Mail.To {
+		all = append(all, "alerts to "+to)
+	}
+	for _, s := range c.Sinks {
+		all = append(all, "events to sink "+s.Name)
+	}
+	if len(all) == 0 {
+		return verdict{"off", "no receivers of alerts and no sinks: a monitor must ask for the state"}
+	}
+	return unknown("%s; whether somebody reads them is yours to know", strings.Join(all, ", "))
 }

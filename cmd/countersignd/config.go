@@ -125,8 +125,15 @@ type Config struct {
 	// again after a rotation. Default: none.
 	NoiseIdentity string `toml:"noise_identity"`
 
-	// Webhooks has the receivers of messages about rotations, each as a table [[webhooks]].
+	// Webhooks has the receivers of messages about rotations and alerts, each as a table
+	// [[webhooks]].
 	Webhooks []Webhook `toml:"webhooks"`
+
+	// Mail has the mail server and the recipients of alerts.
+	Mail Mail `toml:"mail"`
+
+	// Alerts has the thresholds and times of alerts. countersign admin alert list shows what fires.
+	Alerts Alerts `toml:"alerts"`
 
 	// Sinks has the receivers of the audit log's events, each as a table [[sinks]]. Events leave as
 	// they happen, and no request waits for a sink. countersign admin audit sinks shows the
@@ -144,8 +151,8 @@ type Config struct {
 	Limits Limits `toml:"limits"`
 }
 
-// Webhook is a receiver of messages about rotations. A message is a POST with a body signed by the
-// audit log's key (Standard Webhooks).
+// Webhook is a receiver of messages about rotations and alerts. A message is a POST with a body
+// signed by the audit log's key (Standard Webhooks).
 type Webhook struct {
 	// Name identifies the receiver in logs. Required.
 	Name string `toml:"name"`
@@ -154,6 +161,74 @@ type Webhook struct {
 	URL string `toml:"url"`
 	// CAFile is a PEM file with the trusted certificate authorities. Default: those of the system.
 	CAFile string `toml:"ca_file"`
+	// Types are the types of messages: key.rotation, key.compromise, alert. Default: all. Danger:
+	// an alert names tokens, keys and peers of the appliance, so a receiver of another party should
+	// not get alerts.
+	Types []string `toml:"types"`
+}
+
+// Mail is the mail server for alerts (SMTP). Without recipients, no mail is sent.
+type Mail struct {
+	// Server is the address, host:port, of the mail server, such as mail.example.com:587. The
+	// server's certificate must be valid for the host. Required with recipients.
+	Server string `toml:"server"`
+	// TLS is starttls, implicit (TLS from the first byte), or none (only for a server of this
+	// machine, and without a user). Default: implicit for port 465, and otherwise starttls. A
+	// server without STARTTLS gets nothing.
+	TLS string `toml:"tls"`
+	// From is the address of the sender. Required with recipients.
+	From string `toml:"from"`
+	// To are the addresses of the recipients, at most 10. Each gets mails of its own. Default: no
+	// mail.
+	To []string `toml:"to"`
+	// User is the name for a sign-in at the server (AUTH PLAIN or LOGIN). Default: no sign-in.
+	User string `toml:"user"`
+	// PasswordFile is the file with the user's password on one line, with mode 0600, or a
+	// credential of systemd (LoadCredential). The file is read at each mail.
+	PasswordFile string `toml:"password_file"`
+	// CAFile is a PEM file with the trusted certificate authorities. Default: those of the system.
+	CAFile string `toml:"ca_file"`
+}
+
+// Alerts has the thresholds and times of alerts. An alert fires when a number is above its
+// threshold, and falls when the number has been at most half of the threshold for the time quiet.
+// The numbers begin at zero with the daemon.
+type Alerts struct {
+	// SignatureFailuresWarning and SignatureFailuresCritical are numbers of sign requests that were
+	// refused or not served within signature_failures_window. Defaults: 10, 50, 1m.
+	SignatureFailuresWarning  int      `toml:"signature_failures_warning"`
+	SignatureFailuresCritical int      `toml:"signature_failures_critical"`
+	SignatureFailuresWindow   Duration `toml:"signature_failures_window"`
+	// RateLimitsWarning and RateLimitsCritical are numbers of times that a limit was reached within
+	// rate_limits_window. Defaults: 100, 500, 1m.
+	RateLimitsWarning  int      `toml:"rate_limits_warning"`
+	RateLimitsCritical int      `toml:"rate_limits_critical"`
+	RateLimitsWindow   Duration `toml:"rate_limits_window"`
+	// ReplaysWarning and ReplaysCritical are numbers of refused replays within replays_window.
+	// Defaults: 1, 10, 1h.
+	ReplaysWarning  int      `toml:"replays_warning"`
+	ReplaysCritical int      `toml:"replays_critical"`
+	ReplaysWindow   Duration `toml:"replays_window"`
+	// HandshakeTimeoutsWarning and HandshakeTimeoutsCritical are percentages: of the handshakes
+	// that ended within handshake_timeouts_window, those with a silent client. Fewer handshakes
+	// than handshakes_least give no percentage. Defaults: 5, 20, 10m, 20.
+	HandshakeTimeoutsWarning  int      `toml:"handshake_timeouts_warning"`
+	HandshakeTimeoutsCritical int      `toml:"handshake_timeouts_critical"`
+	HandshakeTimeoutsWindow   Duration `toml:"handshake_timeouts_window"`
+	HandshakesLeast           int      `toml:"handshakes_least"`
+	// DiskMiB is the free space in MiB of the ledger's disk, below which the alert disk-filling
+	// fires. Default: 256. The value 0 turns the alert off. The daemon itself keeps a reserve of 8
+	// MiB.
+	DiskMiB int `toml:"disk_mib"`
+	// After is the time for which a cause of the state lasts before its alert fires, if the cause
+	// can end by itself. Default: 30s.
+	After Duration `toml:"after"`
+	// Quiet is the time for which the reason of an alert is gone before the alert resolves.
+	// Default: 5m.
+	Quiet Duration `toml:"quiet"`
+	// Repeat is the time between two messages about an alert that fires and that nobody has
+	// acknowledged. Default: 4h.
+	Repeat Duration `toml:"repeat"`
 }
 
 // Sink is a receiver of events of the audit log. A sink has one of syslog, file and url. A sink
@@ -464,6 +539,7 @@ func defaultToken() *Token {
 func defaults() Config {
 	l := appliance.DefaultLimits()
 	return Config{
+		Mail: Mail{To: []string{}}, Alerts: defaultAlerts(),
 		LogLevel: "info", LogFormat: logline.Auto, AdminName: "localhost", UnattendedStart: true,
 		RollbackInterval: Duration(time.Hour), RollbackAdmissions: 10_000,
 		Tokens: map[string]*Token{}, Traces: Traces{OneIn: 1, RequestsPerSecond: 100},
@@ -538,6 +614,7 @@ func (c *Config) resolve(dir string) {
 	for i := range c.Webhooks {
 		paths = append(paths, &c.Webhooks[i].CAFile)
 	}
+	paths = append(paths, &c.Mail.PasswordFile, &c.Mail.CAFile)
 	for i := range c.Sinks {
 		paths = append(paths, &c.Sinks[i].CAFile, &c.Sinks[i].File)
 	}
@@ -640,6 +717,9 @@ func (c *Config) check() error {
 		}
 	}
 	if _, err := webhook.New(webhook.Config{Targets: c.webhooks()}); err != nil {
+		return err
+	}
+	if err := c.checkAlerts(); err != nil {
 		return err
 	}
 	if err := c.checkSinks(); err != nil {
@@ -837,7 +917,7 @@ func (t *Token) tpm() tpm.Config {
 
 func (c *Config) webhooks() (targets []webhook.Target) {
 	for _, w := range c.Webhooks {
-		targets = append(targets, webhook.Target{Name: w.Name, URL: w.URL, CAFile: w.CAFile})
+		targets = append(targets, webhook.Target{Name: w.Name, URL: w.URL, CAFile: w.CAFile, Types: w.Types})
 	}
 	return targets
 }
@@ -847,6 +927,7 @@ func (c *Config) appliance() appliance.Config {
 		Limits: c.limits(), Anchor: c.anchor(), Retention: c.retention(), Attended: !c.UnattendedStart,
 		SigningToken: c.onlyKeyToken(), Identity: c.NoiseIdentity, Webhooks: c.webhooks(),
 		Sinks: c.sinks(), SinkState: c.Ledger + ".sinks",
+		Alerts: c.alerts(), Mail: c.mail(), DiskLeast: uint64(c.Alerts.DiskMiB) << 20,
 	}
 }
 

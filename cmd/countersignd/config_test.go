@@ -11,6 +11,7 @@ import (
 	"testing"
 	"time"
 
+	"countersign/internal/alert"
 	"countersign/internal/ledger"
 )
 
@@ -287,4 +288,49 @@ func FuzzConfig(f *testing.F) {
 			t.Fatal("no token")
 		}
 	})
+}
+
+// TestAlertsConfig: the tables [alerts] and [mail], and the types of webhooks, are strict, and each
+// error has its field.
+func TestAlertsConfig(t *testing.T) {
+	mail := func(lines ...string) string {
+		return least + "[mail]\nserver = \"mail.example.com:465\"\nfrom = \"a@example.com\"\n" +
+			"to = [\"ops@example.com\"]\n" + strings.Join(lines, "\n")
+	}
+	c, err := parseConfig("/etc/c.toml", []byte(mail("user = \"u\"", "password_file = \"p\"")))
+	if err != nil || c.mail().TLS != "implicit" || c.mail().PasswordFile != "/etc/p" {
+		t.Fatalf("%+v, %v", c.Mail, err)
+	}
+	if a := c.alerts(); a != alert.Defaults() {
+		t.Errorf("%+v", a)
+	}
+	alerts := least + "[alerts]\n"
+	hook := least + "[[webhooks]]\nname = \"ops\"\nurl = \"https://example.com/\"\n"
+	for text, want := range map[string]string{
+		alerts + "replay_warning = 1":                                       "c.toml:8: unknown field",
+		alerts + "replays_warning = 11":                                     "alerts.replays_critical must be 11 to",
+		alerts + "replays_warning = -1":                                     "alerts.replays_warning must be 0 to",
+		alerts + "replays_window = 60":                                      "alerts.replays_window must be a text",
+		alerts + "replays_window = \"2d\"":                                  "alerts.replays_window must be 1s to 1d",
+		alerts + "handshake_timeouts_critical = 100":                        "alerts.handshake_timeouts_critical must be",
+		alerts + "handshakes_least = 0":                                     "alerts.handshakes_least must be 1 to",
+		alerts + "quiet = \"0s\"":                                           "alerts.quiet must be 1s to 1d",
+		alerts + "after = \"2h\"":                                           "alerts.after must be",
+		alerts + "repeat = \"8d\"":                                          "alerts.repeat must be 1m to",
+		alerts + "disk_mib = -1":                                            "alerts.disk_mib must be 0 to",
+		hook + "types = [\"alerts\"]":                                       "webhooks.ops.types: \"alerts\" is none of",
+		least + "[mail]\nserver = \"a:25\"":                                 "mail.to is missing",
+		mail("tls = \"maybe\""):                                             "mail.tls: ",
+		mail("tls = \"none\""):                                              "mail.tls: without TLS only",
+		mail("user = \"u\""):                                                "mail.user and password_file",
+		strings.Replace(mail(), "a@example.com", "A <a@b.c>", 1):            "mail.from: ",
+		strings.Replace(mail(), "ops@example.com", "ops", 1):                "mail.to: ",
+		strings.Replace(mail(), "mail.example.com:465", "mail", 1):          "mail.server: ",
+		strings.Replace(mail(), "[\"ops", "[\"ops@example.com\", \"ops", 1): "mail.to: \"ops@example.com\" is there twice",
+	} {
+		_, err := parseConfig("/etc/c.toml", []byte(text))
+		if err == nil || !strings.Contains(err.Error(), want) || strings.Contains(err.Error(), "\n") {
+			t.Errorf("%q: %v, want %q", text, err, want)
+		}
+	}
 }

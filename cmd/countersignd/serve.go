@@ -103,6 +103,7 @@ func serve(
 	}
 
 	p.meter.Source(registry.Measure)
+	p.app.Report(registry.Causes)
 
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
@@ -114,6 +115,10 @@ func serve(
 		ErrorLog:     stdlog.New(logqueue.Printer{Log: log, Message: "the admin API's HTTP server"}, "", 0),
 		Certificates: ready.certs, Hosts: []string{host}, Origin: c.adminOrigin(), RPID: c.AdminName,
 	})
+	var alerting sync.WaitGroup
+	watching, endWatch := context.WithCancel(ctx)
+	defer endWatch()
+	alerting.Go(func() { p.app.Alerts.Run(watching) }) // also while the start waits for a device
 	scraped := admin.NewMetrics(p.meter, api.ErrorLog)
 	var apiDone sync.WaitGroup
 	serveHTTP := func(what string, server *http.Server, listeners ...net.Listener) {
@@ -150,6 +155,8 @@ func serve(
 	}
 	err = p.app.Serve(ctx, peers...)
 	log.Info("stopping", "err", err)
+	endWatch()
+	alerting.Wait()
 	wait, done := context.WithTimeout(context.Background(), stopWait)
 	defer done()
 	for _, server := range []*http.Server{api, scraped} {
