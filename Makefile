@@ -12,6 +12,7 @@ build:
 	CGO_ENABLED=0 go build -o bin/countersign ./cmd/countersign
 
 demo: build
+	CGO_ENABLED=0 go build -o bin/receiver ./scripts/receiver
 	@scripts/demo.sh
 
 run: build

@@ -24,11 +24,11 @@ type room struct{ ours, outside string }
 var arrows = map[string]room{
 	// The binaries.
 	"cmd/countersignd": {
-		ours: `admin admin/certs appliance audit hsm internal/anchor internal/cause internal/cli
-			internal/keyring internal/keystore internal/keystore/worker internal/ledger
-			internal/logline internal/logqueue internal/manage internal/meter internal/operators
-			internal/resource internal/sandbox internal/scrub internal/sink internal/trace
-			internal/webhook noise policy tpm`,
+		ours: `admin admin/certs appliance audit hsm internal/alert internal/anchor internal/cause
+			internal/cli internal/keyring internal/keystore internal/keystore/worker
+			internal/ledger internal/logline internal/logqueue internal/mail internal/manage
+			internal/meter internal/operators internal/resource internal/sandbox internal/scrub
+			internal/sink internal/trace internal/webhook noise policy tpm`,
 		outside: `github.com/coreos/go-systemd/v22 github.com/pelletier/go-toml/v2
 			github.com/spf13/cobra golang.org/x/sys`,
 	},
@@ -40,18 +40,18 @@ var arrows = map[string]room{
 	},
 	// The edge for operators.
 	"admin": {
-		ours: `admin/api admin/certs appliance approval audit internal/anchor internal/ijson
-			internal/keyring internal/keystore internal/ledger internal/logline internal/manage
-			internal/meter internal/operators internal/peers internal/requestid internal/schedule
-			internal/sink internal/webhook policy`,
+		ours: `admin/api admin/certs appliance approval audit internal/alert internal/anchor
+			internal/cause internal/ijson internal/keyring internal/keystore internal/ledger
+			internal/logline internal/manage internal/meter internal/operators internal/peers
+			internal/requestid internal/schedule internal/sink internal/webhook policy`,
 		outside: "github.com/danielgtaylor/huma/v2 github.com/labstack/echo/v4 golang.org/x/net/netutil",
 	},
 	"admin/certs": {ours: "internal/keystore"},
 	"admin/api":   {ours: "approval audit wire"},
 	// The walk.
 	"appliance": {
-		ours: `audit internal/anchor internal/cause internal/eddsa internal/gate internal/ijson
-			internal/keyring internal/keystore internal/ledger internal/limit internal/manage
+		ours: `audit internal/alert internal/anchor internal/cause internal/eddsa internal/gate internal/ijson
+			internal/keyring internal/keystore internal/ledger internal/limit internal/mail internal/manage
 			internal/meter internal/peers internal/requestid internal/resource internal/sink
 			internal/trace internal/webhook noise policy transcript wire`,
 		outside: "golang.org/x/time",
@@ -72,8 +72,12 @@ var arrows = map[string]room{
 			internal/requestid internal/resource`,
 	},
 	"internal/operators": {
-		ours: `approval audit internal/ijson internal/ledger internal/manage internal/meter
+		ours: `approval audit internal/cause internal/ijson internal/ledger internal/manage internal/meter
 			internal/requestid`,
+	},
+	"internal/alert": {
+		ours: "audit internal/cause internal/ledger internal/mail internal/manage internal/meter internal/scrub " +
+			"internal/webhook",
 	},
 	"internal/cause":  {},
 	"internal/gate":   {ours: "internal/ledger"},
@@ -137,6 +141,7 @@ var arrows = map[string]room{
 			kernel.org/pub/linux/libs/security/libcap/psx`,
 	},
 	"internal/cli":     {outside: "github.com/spf13/cobra github.com/spf13/pflag"},
+	"internal/mail":    {ours: "internal/keystore"},
 	"internal/webhook": {ours: "internal/eddsa"},
 	"internal/sink": {
 		ours:    "audit internal/durable internal/ledger internal/webhook",
@@ -147,6 +152,7 @@ var arrows = map[string]room{
 	"internal/keystore/keystoretest": {ours: "internal/keystore internal/pubkey"},
 	"internal/ledger/ledgertest":     {ours: "internal/ledger", outside: "go.etcd.io/bbolt"},
 	"internal/ledger/disktest":       {outside: "github.com/hanwen/go-fuse/v2 golang.org/x/sys"},
+	"scripts/receiver":               {ours: "internal/webhook"},
 	"softhsm-tests":                  {},
 	"monitoring":                     {},
 	"tpm/tpmtest":                    {outside: `github.com/google/go-tpm`},

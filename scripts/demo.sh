@@ -3,6 +3,16 @@
 # SoftHSM token; with BACKEND=tpm, by a key sealed by a TPM. The appliance and OpenSSL verify the
 # signature. Misuse is refused. All files stay in .run/demo/, so a reader can repeat offline checks.
 cd "$(dirname "$0")/.."
+hook=${LISTEN_HOOK:-127.0.0.1:7702} # the receiver of alerts
+tables="[[webhooks]]
+name = \"demo\"
+url = \"http://$hook/\"
+types = [\"alert\"]
+
+[alerts] # shorter times than the default ones, so that the demo sees the end of an alert
+replays_window = \"15s\"
+quiet = \"5s\"
+"
 . scripts/setup.sh
 
 work=$run/demo
@@ -36,6 +46,10 @@ refuse() { # refuse CODE WHAT COMMAND...: runs a command that must fail with an 
   fact refused "$what"
   fact "  error" "$(sed -n '1s/^countersign: error: //; 1s/;.*//; 1p' "$work/err")"
 }
+
+"$bin/receiver" "$hook" "$(admin audit key --json | sed -n 's/^ *"webhook_key": "\(.*\)".*/\1/p')" >"$work/alerts.log" &
+receiver=$!
+trap 'kill "$receiver" 2>/dev/null || true; finish' EXIT
 
 sign_command=("$bin/countersign" sign --json --key payments --type paykit-subscription-v2 --as subscriber)
 admin_command=("$bin/countersign" admin --socket "$run/admin.sock")
@@ -210,6 +224,28 @@ show "$bin/countersign" audit approvals "$work/approved" --key "$vkey" >"$work/o
 verified=$((verified + 1))
 fact verified "$(grep -c '^approved' "$work/out") approvals, from the log alone; those of proposal $proposal:"
 sed -n "/^proposal $proposal /,/^outcome/p" "$work/out" | sed 's/^/               /'
+
+step "Be alerted, and see the alert end"
+heard() { # heard TYPE: waits until the receiver has a message of the type about replays
+  for _ in $(seq 600); do
+    grep -q " $1 replays," "$work/alerts.log" && return
+    kill -0 "$receiver" || fail "the receiver of alerts has ended"
+    sleep 0.1
+  done
+  fail "the receiver was not told $1: $(cat "$work/alerts.log")"
+}
+heard alert.firing
+fact "sent" "$(grep ' alert.firing replays,' "$work/alerts.log" | head -n 1)"
+heard alert.resolved
+fact "sent" "$(grep ' alert.resolved replays,' "$work/alerts.log" | head -n 1)"
+grep -q '^refused' "$work/alerts.log" && fail "a message has no valid signature"
+fact receiver "has verified both by the key of the audit log; its log is $work/alerts.log"
+show "${admin_command[@]}" audit list --type AlertFiring >"$work/out" || fail "audit list"
+grep -q 'AlertFiring' "$work/out" || fail "the log has no event of the alert: $(cat "$work/out")"
+fact event "$(grep AlertFiring "$work/out" | head -n 1)"
+show "${admin_command[@]}" alert list >"$work/out" || fail "alert list"
+grep -q replays "$work/out" && fail "the alert fires on: $(cat "$work/out")"
+fact now "$([ -s "$work/out" ] && sed -n 's/^alert *//p' "$work/out" || echo "no alert fires")"
 
 stop || fail "the daemon did not stop cleanly: $(tail -n 3 "$run/log")"
 echo

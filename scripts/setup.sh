@@ -81,6 +81,7 @@ policy = "policy.cedar"
 
 [tokens.main]
 $token
+${tables:-}
 CONF
 
 "$bin/countersignd" "${init[@]}" --config "$run/countersign.toml" >/dev/null
