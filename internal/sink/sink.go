@@ -59,11 +59,7 @@ type Config struct {
 }
 
 // Record is one event of a batch.
-type Record struct {
-	Index uint64
-	Event audit.Event
-	Entry []byte // the bytes of the log
-}
+type Record = ledger.Entry
 
 // Gap is a range of events that are not sent: From <= number < Before.
 type Gap struct {
@@ -148,7 +144,7 @@ func New(c Config, l *ledger.Ledger, to Receiver) *Sink {
 			c.Log.Error("the position of a sink is lost, so events are sent again", "sink", c.Name, "err", err)
 		}
 	}
-	if end := s.end(); s.at.Next > end { // the ledger is an older one
+	if end := s.ledger.End(); s.at.Next > end { // the ledger is an older one
 		c.Log.Error("the position of a sink is ahead of the log, so events are sent again",
 			"sink", c.Name, "position", s.at.Next, "events", end)
 		s.at = position{}
@@ -160,16 +156,11 @@ func New(c Config, l *ledger.Ledger, to Receiver) *Sink {
 func (s *Sink) Status() Status {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	end := s.ledger.End()
 	return Status{
-		Name: s.c.Name, Kind: s.c.Kind, Next: s.at.Next, Behind: s.end() - min(s.at.Next, s.end()), Sent: s.at.Sent,
+		Name: s.c.Name, Kind: s.c.Kind, Next: s.at.Next, Behind: end - min(s.at.Next, end), Sent: s.at.Sent,
 		Dropped: s.at.Dropped, Gaps: slices.Clone(s.at.Gaps), Failing: s.failing, Unkept: s.unkept,
 	}
-}
-
-// end is the number of the event that comes next into the log.
-func (s *Sink) end() uint64 {
-	_, first, tree := s.ledger.Head()
-	return first + tree.Size
 }
 
 // Run sends events until ctx ends.
@@ -227,7 +218,7 @@ func backoff(tries int) time.Duration {
 // resume takes over a position of the receiver that is ahead of the one on disk.
 func (s *Sink) resume() error {
 	at, err := s.to.Resume()
-	if err == nil && at <= s.end() {
+	if err == nil && at <= s.ledger.End() {
 		s.mu.Lock()
 		s.at.Next = max(s.at.Next, at)
 		s.mu.Unlock()
@@ -237,7 +228,7 @@ func (s *Sink) resume() error {
 
 // step delivers one batch. more reports that other events wait already.
 func (s *Sink) step(ctx context.Context) (more bool, err error) {
-	next, end := s.at.Next, s.end()
+	next, end := s.at.Next, s.ledger.End()
 	if next >= end {
 		return false, nil
 	}
@@ -318,29 +309,14 @@ func (s *Sink) gap(from, before uint64, why string) {
 
 // read reads a batch of events from next on. after is the number after the last event read.
 func (s *Sink) read(next, end uint64) (b Batch, after uint64, err error) {
-	after = next
-	size := 0
-	broken := error(nil)
-	err = s.ledger.Events(next, func(index uint64, entry []byte) bool {
-		if index >= end {
-			return false
-		}
-		e, err := audit.Decode(entry)
-		if err != nil {
-			broken = fmt.Errorf("event %d: %w", index, err)
-			return false
-		}
-		if s.wants(e.Type) {
-			if len(b.Events) == maxEvents || len(b.Events) > 0 && size+len(entry) > maxBytes {
-				return false
-			}
-			b.Events = append(b.Events, Record{index, e, entry})
-			size += len(entry)
-		}
-		after = index + 1
-		return after-next < 16*maxEvents // also a filter that leaves most events out lets others work
+	found, err := s.ledger.Read(next, end, ledger.Part{
+		Wants: s.wants, Events: maxEvents, Bytes: maxBytes, Look: 16 * maxEvents,
 	})
-	return b, after, errors.Join(err, broken)
+	if found.Dropped > 0 { // retention was faster than the receiver
+		s.gap(next, next+found.Dropped, Dropped)
+	}
+	b.Events = found.Events
+	return b, found.After, err
 }
 
 func (s *Sink) wants(t audit.Type) bool {
