@@ -276,7 +276,7 @@ func (m *Meter) expose(accept string, age time.Duration) (contentType string, bo
 	if m == nil {
 		return string(expfmt.NewFormat(expfmt.TypeTextPlain)), nil, nil
 	}
-	families, err := m.gather(age)
+	families, _, err := m.gather(age)
 	if err != nil {
 		return "", nil, fmt.Errorf("metrics: %w", err)
 	}
@@ -296,20 +296,20 @@ func (m *Meter) expose(accept string, age time.Duration) (contentType string, bo
 	return string(format), out.Bytes(), nil
 }
 
-// gather collects all series, or returns a collection that is not older than age.
-func (m *Meter) gather(age time.Duration) ([]*dto.MetricFamily, error) {
+// gather collects all series, or returns a collection that is not older than age, with its time.
+func (m *Meter) gather(age time.Duration) ([]*dto.MetricFamily, time.Time, error) {
 	m.gathering.Lock()
 	defer m.gathering.Unlock()
 	if age > 0 && m.gathered != nil && time.Since(m.at) < age {
-		return m.gathered, nil
+		return m.gathered, m.at, nil
 	}
 	at := time.Now()
 	families, err := m.registry.Gather()
 	if err != nil {
-		return nil, err
+		return nil, at, err
 	}
 	m.gathered, m.at = families, at
-	return families, nil
+	return families, at, nil
 }
 
 // collectEvery is the time between two collections for callers without a sign-in, who could
