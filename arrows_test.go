@@ -25,10 +25,11 @@ var arrows = map[string]room{
 	// The binaries.
 	"cmd/countersignd": {
 		ours: `admin admin/certs appliance audit hsm internal/alert internal/anchor internal/cause
-			internal/cli internal/keyring internal/keystore internal/keystore/worker
-			internal/ledger internal/logline internal/logqueue internal/mail internal/manage
-			internal/meter internal/operators internal/resource internal/sandbox internal/scrub
-			internal/sink internal/trace internal/webhook noise policy tpm`,
+			internal/cli internal/history internal/keyring internal/keystore
+			internal/keystore/worker internal/ledger internal/logline internal/logqueue
+			internal/mail internal/manage internal/meter internal/operators internal/resource
+			internal/sandbox internal/scrub internal/sink internal/trace internal/webhook noise
+			policy tpm`,
 		outside: `github.com/coreos/go-systemd/v22 github.com/pelletier/go-toml/v2
 			github.com/spf13/cobra golang.org/x/sys`,
 	},
@@ -41,9 +42,10 @@ var arrows = map[string]room{
 	// The edge for operators.
 	"admin": {
 		ours: `admin/api admin/certs appliance approval audit internal/alert internal/anchor
-			internal/cause internal/ijson internal/keyring internal/keystore internal/ledger
-			internal/logline internal/manage internal/meter internal/operators internal/peers
-			internal/requestid internal/schedule internal/sink internal/webhook policy`,
+			internal/cause internal/history internal/ijson internal/keyring internal/keystore
+			internal/ledger internal/logline internal/manage internal/meter internal/operators
+			internal/peers internal/requestid internal/schedule internal/sink internal/webhook
+			policy`,
 		outside: "github.com/danielgtaylor/huma/v2 github.com/labstack/echo/v4 golang.org/x/net/netutil",
 	},
 	"admin/certs": {ours: "internal/keystore"},
@@ -87,6 +89,7 @@ var arrows = map[string]room{
 		ours:    "internal/cause internal/trace wire",
 		outside: "github.com/prometheus/client_golang github.com/prometheus/client_model github.com/prometheus/common",
 	},
+	"internal/history":  {ours: "internal/meter"},
 	"internal/resource": {ours: "audit"},
 	"internal/trace": {
 		ours: "internal/keystore internal/webhook wire", outside: "golang.org/x/net golang.org/x/time",

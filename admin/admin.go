@@ -26,6 +26,7 @@ import (
 	"countersign/admin/certs"
 	"countersign/appliance"
 	"countersign/audit"
+	"countersign/internal/history"
 	"countersign/internal/ijson"
 	"countersign/internal/keyring"
 	"countersign/internal/keystore"
@@ -57,6 +58,7 @@ type Config struct {
 	Appliance  *appliance.Appliance
 	Operators  *operators.Registry
 	Meter      *meter.Meter
+	History    *history.History               // nil: there is none
 	LoadPolicy func() (*policy.Policy, error) // reads the policy file again
 	Level      *logline.Level                 // of the daemon's log
 	Log        *slog.Logger                   // the daemon's log
@@ -78,13 +80,19 @@ type server struct {
 	document []byte      // openapi.json
 	canary   canaryCache // for Ready
 	leveling sync.Mutex  // held while the level of the log is set
-	secret   [32]byte    // MAC key of registrations' ids; new after each start
+	streams  *streams
+	secret   [32]byte // MAC key of registrations' ids; new after each start
 }
 
 // New returns the server of the admin API, for the listeners of Listen and ListenTLS.
 func New(c Config) *http.Server {
+	_, server := newHTTP(c)
+	return server
+}
+
+func newHTTP(c Config) (*server, *http.Server) {
 	s, handler := newServer(c)
-	return &http.Server{
+	server := &http.Server{
 		Handler:           http.MaxBytesHandler(s.guard(answerHead(handler)), maxProposal),
 		ReadHeaderTimeout: 10 * time.Second,
 		ReadTimeout:       30 * time.Second,
@@ -94,6 +102,8 @@ func New(c Config) *http.Server {
 		ConnContext:       s.withConnection,
 		ErrorLog:          c.ErrorLog,
 	}
+	server.RegisterOnShutdown(s.streams.shut)
+	return s, server
 }
 
 func newServer(c Config) (*server, *echo.Echo) {
@@ -122,6 +132,7 @@ func newServer(c Config) (*server, *echo.Echo) {
 		"page": {Type: "apiKey", In: "header", Name: pageHeader, Description: "the half that the page keeps"},
 	}
 	s := &server{Config: c, api: humaecho.New(e, config)}
+	s.streams = newStreams(s)
 	rand.Read(s.secret[:])
 	s.routes()
 	s.document = s.openAPI()

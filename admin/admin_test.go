@@ -23,6 +23,7 @@ import (
 	"countersign/appliance"
 	"countersign/approval"
 	"countersign/audit"
+	"countersign/internal/history"
 	"countersign/internal/keyring"
 	"countersign/internal/keystore"
 	"countersign/internal/keystore/keystoretest"
@@ -46,7 +47,9 @@ type rig struct {
 	ledger   *ledger.Ledger
 	registry *operators.Registry
 	store    *keystoretest.Memory
-	server   *server
+	server   *server      // answers nothing, and has the document
+	live     *server      // answers
+	http     *http.Server // of live
 	socket   string
 	url      string // of HTTPS
 	ca       []byte
@@ -125,17 +128,21 @@ func newRigIn(t *testing.T, state string) *rig {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { r.registry.Close(context.Background()) })
+	config.Meter.Source(r.registry.Measure)
 	certs := newCertificates(t)
 	r.ca = must(certs.Authority(t.Context()))(t)
 	c := Config{
 		Appliance: r.app, Operators: r.registry, Meter: config.Meter,
+		History:    history.Open(filepath.Join(t.TempDir(), "history"), log),
 		LoadPolicy: func() (*policy.Policy, error) { return policy.Parse("policy.cedar", []byte(r.policy)) },
 		Level:      logline.NewLevel(slog.LevelInfo), Log: log,
 		ErrorLog: slog.NewLogLogger(slog.DiscardHandler, slog.LevelInfo), Certificates: certs,
 		Hosts: []string{"localhost:" + port}, Origin: r.url, RPID: "localhost",
 	}
+	t.Cleanup(c.History.Close)
 	r.server, _ = newServer(c)
-	srv := New(c)
+	r.live, r.http = newHTTP(c)
+	srv := r.http
 	r.socket = filepath.Join(t.TempDir(), "admin.sock")
 	unix, err := Listen(r.socket, "")
 	if err != nil {
@@ -306,6 +313,13 @@ func call(
 		t.Fatal(err)
 	}
 	defer resp.Body.Close()
+	if resp.Header.Get("Content-Type") == "text/event-stream" && method != http.MethodHead { // has no end
+		first := make([]byte, 1)
+		if _, err := resp.Body.Read(first); err != nil {
+			t.Fatal(err)
+		}
+		return resp, api.Error{}, string(first)
+	}
 	b, err := io.ReadAll(resp.Body)
 	if err != nil {
 		t.Fatal(err)

@@ -94,12 +94,15 @@ func peerUID(conn *net.UnixConn) (uid uint32, err error) {
 	return uid, errors.Join(err, bad)
 }
 
+// headKey is the context key of a request that was a HEAD.
+type headKey struct{}
+
 // answerHead answers HEAD as GET: the same header without the body, which net/http leaves out
 // (RFC 9110 section 9.3.2).
 func answerHead(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if r.Method == http.MethodHead {
-			get := *r
+			get := *r.WithContext(context.WithValue(r.Context(), headKey{}, true))
 			get.Method = http.MethodGet
 			r = &get
 		}

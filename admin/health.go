@@ -69,6 +69,11 @@ func (s *server) ready(_ context.Context, _ caller, _ *none) (well, error) {
 
 // health returns the state of the appliance. Only operators get the causes.
 func (s *server) health(_ context.Context, who caller, _ *none) (api.Health, error) {
+	return s.healthDoc(who.session != nil), nil
+}
+
+// healthDoc returns the state, with the causes or without.
+func (s *server) healthDoc(causes bool) api.Health {
 	h := s.Appliance.Health()
 	doc := api.Health{State: string(h.Condition), Causes: []api.Cause{}, Locked: h.Lock != nil, Unattended: !h.Attended}
 	if !s.Operators.Initialised() {
@@ -77,14 +82,14 @@ func (s *server) health(_ context.Context, who caller, _ *none) (api.Health, err
 	if h.Lock != nil {
 		doc.Since = h.Lock.At.Unix()
 	}
-	if who.session != nil {
+	if causes {
 		doc.Nonces = noncesDoc(s.Appliance.Nonces())
 		doc.Alerts = docs(s.Appliance.Alerts.Firing(), alertDoc)
 		for _, c := range h.Causes {
 			doc.Causes = append(doc.Causes, api.Cause{Code: c.Code, Subject: c.Subject, Text: c.Text, Do: c.Do})
 		}
 	}
-	return doc, nil
+	return doc
 }
 
 func noncesDoc(n appliance.Nonces) *api.Nonces {

@@ -25,6 +25,7 @@ type operation struct {
 	status  int             // of success; 0: 200, or 204 without a document
 	body    int64           // maximum length of the request's body, in bytes; 0: maxBody
 	hidden  bool            // not in the OpenAPI document, which has another operation instead
+	stream  string          // content type of an answer without an end, and without requestTimeout
 }
 
 // refusal is a state of the appliance, and the code of a refusal in that state.
@@ -59,6 +60,12 @@ const (
 	approver      = approval.Approver
 )
 
+// The roles of operations that show the same things in several forms.
+var (
+	eventReaders = of(administrator, operator, auditor, approver)
+	meterReaders = of(administrator, operator, auditor, metrics)
+)
+
 func of(roles ...approval.Role) []approval.Role { return roles }
 
 // caller is the caller of an operation, with the connection.
@@ -89,13 +96,21 @@ func routeRaw[I, O any](s *server, do func(context.Context, caller, *I) (*O, err
 	if o.body == 0 {
 		o.body = maxBody
 	}
+	var responses map[string]*huma.Response
+	if o.stream != "" {
+		responses = s.responses("200", o.stream, &huma.Schema{Type: huma.TypeString})
+	}
 	huma.Register(s.api, huma.Operation{
 		Method: method, Path: path, OperationID: o.id, Summary: o.summary, Hidden: o.hidden,
 		DefaultStatus: o.status, MaxBodyBytes: o.body, RejectUnknownQueryParameters: true,
-		Errors: statuses, Extensions: o.extensions(), Security: o.security(),
+		Errors: statuses, Extensions: o.extensions(), Security: o.security(), Responses: responses,
 		Middlewares: huma.Middlewares{func(c huma.Context, next func(huma.Context)) {
-			ctx, cancel := context.WithTimeout(c.Context(), requestTimeout)
-			defer cancel()
+			ctx := c.Context()
+			if o.stream == "" {
+				var cancel context.CancelFunc
+				ctx, cancel = context.WithTimeout(ctx, requestTimeout)
+				defer cancel()
+			}
 			who, err := s.authorise(o, c)
 			if err != nil {
 				e := translate(err)

@@ -198,7 +198,11 @@ func (s *server) routes() {
 
 	routeRaw(s, s.events, operation{
 		route: "GET /v1/events", id: "events", summary: "List events of the audit log",
-		roles: of(administrator, operator, auditor, approver), refused: whileUninitialised})
+		roles: eventReaders, refused: whileUninitialised})
+	routeRaw(s, s.follow, operation{
+		route: "GET /v1/stream", id: "stream",
+		summary: "Follow state, figures and events as they happen, as server-sent events",
+		roles:   signedIn, refused: whileUninitialised, stream: "text/event-stream"})
 	route(s, s.log, operation{
 		route: "GET /v1/log", id: "log", summary: "Name the audit log",
 		roles: of(administrator, operator, auditor, backup), refused: whileUninitialised})
@@ -238,7 +242,14 @@ func (s *server) routes() {
 	routeRaw(s, s.metrics, operation{
 		route: "GET /v1/metrics", id: "metrics",
 		summary: "Get the metrics in a format of Prometheus: text, OpenMetrics or protobuf",
-		roles:   of(administrator, operator, auditor, metrics), refused: whileUninitialised})
+		roles:   meterReaders, refused: whileUninitialised})
+	route(s, s.history, operation{
+		route: "GET /v1/history", id: "history",
+		summary: "Get figures of the past: 10 s for 2 hours, 1 min for 2 days, 15 min for 90 days",
+		roles:   meterReaders, refused: whileUninitialised})
+	route(s, s.historySeries, operation{
+		route: "GET /v1/history/series", id: "history-series", summary: "List the series of the history",
+		roles: meterReaders, refused: whileUninitialised})
 	route(s, s.compact, operation{
 		route: "POST /v1/ledger/compact", id: "compact",
 		summary: "Give the free space of the ledger's file back",

@@ -385,6 +385,14 @@ func (a *Appliance) Events(from uint64, visit func(index uint64, e audit.Event) 
 	return a.Find(ledger.Query{}, ledger.Span{From: from}, visit)
 }
 
+// EventsEnd returns the number of the event that comes next into the audit log.
+func (a *Appliance) EventsEnd() uint64 { return a.ledger.End() }
+
+// ReadEvents reads the next part of the audit log for a follower: see ledger.Read.
+func (a *Appliance) ReadEvents(next uint64, p ledger.Part) (ledger.Found, error) {
+	return a.ledger.Read(next, a.ledger.End(), p)
+}
+
 // Find calls visit for the events that a query selects, in the order of the span, until visit
 // returns false.
 func (a *Appliance) Find(q ledger.Query, s ledger.Span, visit func(index uint64, e audit.Event) bool) error {

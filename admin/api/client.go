@@ -155,13 +155,16 @@ func (c *Client) Metrics(ctx context.Context) ([]byte, error) {
 	return b, err
 }
 
-// send sends a request, and after an answer signed_out once more with the token of signIn.
-func (c *Client) send(ctx context.Context, method, path string, body []byte) (*http.Response, error) {
+// send sends a request with further headers, names and values in turn, and after an answer
+// signed_out once more with the token of signIn.
+func (c *Client) send(
+	ctx context.Context, method, path string, body []byte, header ...string,
+) (*http.Response, error) {
 	token := ""
 	if t := c.token.Load(); t != nil {
 		token = *t
 	}
-	resp, err := c.sendAs(ctx, token, method, path, body)
+	resp, err := c.sendAs(ctx, token, method, path, body, header)
 	if err != nil || resp.StatusCode != http.StatusUnauthorized || c.signIn == nil {
 		return resp, err
 	}
@@ -183,10 +186,12 @@ func (c *Client) send(ctx context.Context, method, path string, body []byte) (*h
 		}
 		c.SetToken(fresh)
 	}
-	return c.sendAs(ctx, *c.token.Load(), method, path, body)
+	return c.sendAs(ctx, *c.token.Load(), method, path, body, header)
 }
 
-func (c *Client) sendAs(ctx context.Context, token, method, path string, body []byte) (*http.Response, error) {
+func (c *Client) sendAs(
+	ctx context.Context, token, method, path string, body []byte, header []string,
+) (*http.Response, error) {
 	req, err := http.NewRequestWithContext(ctx, method, c.base+path, bytes.NewReader(body))
 	if err != nil {
 		return nil, err
@@ -194,6 +199,9 @@ func (c *Client) sendAs(ctx context.Context, token, method, path string, body []
 	req.Header.Set("Content-Type", "application/json")
 	if token != "" {
 		req.Header.Set("Authorization", "Bearer "+token)
+	}
+	for i := 0; i+1 < len(header); i += 2 {
+		req.Header.Set(header[i], header[i+1])
 	}
 	return c.http.Do(req)
 }

@@ -64,7 +64,7 @@ func (t *tool) admin() *cobra.Command {
 		})
 	c.AddCommand(t.adminKeys(act), t.peers(act), t.groups(act), t.tokens(act), t.rollback(act), t.adminAudit(act),
 		noiseKey, t.policyVersions(act), t.retention(act), t.receipts(act), t.ledger(act),
-		t.metrics(act), t.alerts(act))
+		t.metrics(act), t.history(act), t.stream(act), t.alerts(act))
 	c.AddCommand(t.people(act)...)
 	return c
 }

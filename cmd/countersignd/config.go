@@ -64,6 +64,11 @@ type Config struct {
 	// Each user of the machine can read the metrics there; they have no names of peers.
 	MetricsListen string `toml:"metrics_listen"`
 
+	// History is the file with figures of the last 90 days, some 3 MB. Default: LEDGER.history,
+	// beside the ledger. The value none turns the history off. The file needs no backup: a lost,
+	// damaged or full file costs the figures, and nothing else.
+	History string `toml:"history"`
+
 	// Ledger is the file with spent nonces, events, keys and peers. Required. The disk must be
 	// local. countersignd init creates the file. Danger: an older copy of the file lacks nonces,
 	// and requests with these nonces can be signed again.
@@ -604,6 +609,13 @@ func parseConfig(path string, b []byte) (Config, error) {
 // resolve makes the paths of all fields relative to the directory of the file.
 func (c *Config) resolve(dir string) {
 	paths := []*string{&c.AdminSocket, &c.Ledger, &c.Policy, &c.Traces.HeadersFile, &c.Traces.CAFile}
+	switch {
+	case c.History == "none":
+		c.History = ""
+	case c.History == "" && c.Ledger != "":
+		c.History = c.Ledger + ".history"
+	}
+	paths = append(paths, &c.History)
 	for name, t := range c.Tokens {
 		t.memo = c.Ledger + "." + name + ".refused-pin"
 		paths = append(paths, &t.memo, &t.Module, &t.PINFile, &t.TPM, &t.State, &t.PolicyKey)

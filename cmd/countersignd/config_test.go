@@ -39,6 +39,21 @@ func TestConfig(t *testing.T) {
 	if l.Handshakes.Kept != 25 || l.Calls["main"] != 16 {
 		t.Errorf("%+v", l)
 	}
+	if c.History != "/etc/ledger.db.history" {
+		t.Errorf("the history is %s", c.History)
+	}
+	for text, want := range map[string]string{"none": "", "h": "/etc/h", "/var/h": "/var/h"} {
+		c, err := parseConfig("/etc/c.toml", []byte("history = \""+text+"\"\n"+least))
+		if err != nil || c.History != want {
+			t.Errorf("history %s: %q, %v", text, c.History, err)
+		}
+	}
+	for _, same := range []string{"ledger.db", "policy.cedar", "/etc/ledger.db", "x/../ledger.db"} {
+		_, err := parseConfig("/etc/c.toml", []byte("history = \""+same+"\"\n"+least))
+		if err == nil || !strings.Contains(err.Error(), "history: /etc/") {
+			t.Errorf("the history in %s: %v", same, err)
+		}
+	}
 	limits := least + "[limits]\n"
 	replaced := func(old, new string) string { return strings.Replace(least, old, new, 1) }
 	for text, want := range map[string]string{

@@ -18,9 +18,11 @@ import (
 	"countersign/admin"
 	"countersign/appliance"
 	"countersign/internal/cause"
+	"countersign/internal/history"
 	"countersign/internal/ledger"
 	"countersign/internal/logline"
 	"countersign/internal/logqueue"
+	"countersign/internal/meter"
 	"countersign/internal/operators"
 	"countersign/internal/sandbox"
 	"countersign/internal/scrub"
@@ -107,9 +109,13 @@ func serve(
 
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
+	past := openHistory(ctx, c, p.meter, log)
+	if past != nil {
+		defer past.Close()
+	}
 	host := net.JoinHostPort(c.AdminName, c.httpsPort())
 	api := admin.New(admin.Config{
-		Appliance: p.app, Operators: registry, Meter: p.meter, Group: ready.group,
+		Appliance: p.app, Operators: registry, Meter: p.meter, History: past, Group: ready.group,
 		Level: inForce, Log: log,
 		LoadPolicy:   func() (*policy.Policy, error) { return policy.Load(c.Policy) },
 		ErrorLog:     stdlog.New(logqueue.Printer{Log: log, Message: "the admin API's HTTP server"}, "", 0),
@@ -178,6 +184,17 @@ func serve(
 		return err
 	}
 	return p.app.Stop()
+}
+
+// openHistory opens the history and begins to write, until ctx ends. The result is nil without a
+// history.
+func openHistory(ctx context.Context, c Config, m *meter.Meter, log *slog.Logger) *history.History {
+	if c.History == "" {
+		return nil
+	}
+	h := history.Open(c.History, log)
+	go h.Run(ctx, m)
+	return h
 }
 
 // logLines is the destination of the daemon's log.

@@ -22,6 +22,11 @@ func defaultSink() Sink { return Sink{FileMiB: 100, Files: 10, MaxAge: Duration(
 // checkSinks is the part of check for sinks. checkSinks sets the defaults of a table [[sinks]].
 func (c *Config) checkSinks() error {
 	names, files := map[string]bool{}, map[string]string{c.Ledger: "the ledger", c.Policy: "the policy"}
+	if c.History != "" && files[c.History] != "" {
+		return fmt.Errorf("history: %s is the file of %s: the history needs a file of its own",
+			c.History, files[c.History])
+	}
+	files[c.History] = "the history"
 	for i := range c.Sinks {
 		s := &c.Sinks[i]
 		if err := keystore.CheckName(s.Name); err != nil {

@@ -178,3 +178,10 @@ func (r *Registry) endSession(who person, id string) (Session, error) {
 	// The error does not reveal whether another operator has such a session.
 	return Session{}, fmt.Errorf("session: %w", ErrNotFound)
 }
+
+// Live reports whether a session has not ended. Live is no use of the session: the idle time goes
+// on.
+func (r *Registry) Live(s Session) bool {
+	_, err := r.requireSession(s)
+	return err == nil
+}

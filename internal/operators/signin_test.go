@@ -823,3 +823,21 @@ func TestStrangersStopNoPresence(t *testing.T) {
 		t.Error(err)
 	}
 }
+
+// TestLiveIsNoUse asks about a session again and again, which does not keep the session alive.
+func TestLiveIsNoUse(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := newRig(t, 1)
+		s, token := r.signIn(t, r.people[0], user)
+		idle := 0
+		for ; r.Live(s); idle++ {
+			time.Sleep(time.Second)
+		}
+		if idle != int(sessionIdle/time.Second) {
+			t.Errorf("the session has lived %d s", idle)
+		}
+		if _, err := r.Session(token, user); !errors.Is(err, ErrSignedOut) {
+			t.Errorf("afterwards: %v", err)
+		}
+	})
+}
