@@ -26,10 +26,10 @@ var arrows = map[string]room{
 	"cmd/countersignd": {
 		ours: `admin admin/certs appliance audit hsm internal/alert internal/anchor internal/cause
 			internal/cli internal/history internal/keyring internal/keystore
-			internal/keystore/worker internal/ledger internal/logline internal/logqueue
-			internal/mail internal/manage internal/meter internal/operators internal/resource
-			internal/sandbox internal/scrub internal/sink internal/trace internal/webhook noise
-			policy tpm`,
+			internal/keystore/worker internal/launcher internal/ledger internal/logline
+			internal/logqueue internal/mail internal/manage internal/meter internal/operators
+			internal/resource internal/sandbox internal/scrub internal/sink internal/trace
+			internal/webhook noise policy tpm`,
 		outside: `github.com/coreos/go-systemd/v22 github.com/pelletier/go-toml/v2
 			github.com/spf13/cobra golang.org/x/sys`,
 	},
@@ -105,7 +105,12 @@ var arrows = map[string]room{
 		outside: `github.com/google/go-tpm golang.org/x/sys`,
 	},
 	"internal/keystore/worker": {
-		ours: "internal/durable internal/keystore internal/pubkey", outside: "golang.org/x/sys",
+		ours:    "internal/durable internal/keystore internal/pubkey",
+		outside: "golang.org/x/sys",
+	},
+	"internal/launcher": {
+		ours:    "internal/keystore/worker",
+		outside: "github.com/go-json-experiment/json golang.org/x/sys",
 	},
 	// For programs of peers and auditors.
 	"client": {ours: "audit internal/durable internal/eddsa internal/ijson internal/pubkey noise transcript wire"},

@@ -65,7 +65,7 @@ func (s *system) pool(b testing.TB, c hsm.Config, workers, memory int) *worker.P
 
 func openPool(b testing.TB, device map[string]any, workers, memory, inFlight int) *worker.Pool {
 	b.Helper()
-	hello := func(seedFile string) ([]byte, error) {
+	start := func(_ int, seedFile string, socket, stderr *os.File) (worker.Process, error) {
 		r := sandbox.Rights{
 			Read:  []string{"/usr", "/etc", "/lib", "/lib64", "/dev/urandom", "/proc/self"},
 			Write: []string{os.TempDir()}, Sockets: []string{os.TempDir()},
@@ -75,15 +75,26 @@ func openPool(b testing.TB, device map[string]any, workers, memory, inFlight int
 		}
 		device := maps.Clone(device)
 		device["rights"] = r
-		return json.Marshal(device)
+		text, err := json.Marshal(device)
+		if err != nil {
+			return nil, err
+		}
+		config, ours, err := os.Pipe()
+		if err != nil {
+			return nil, err
+		}
+		defer config.Close()
+		_, err = ours.Write(text) // fits into the pipe
+		ours.Close()
+		if err != nil {
+			return nil, err
+		}
+		cmd := exec.Command(filepath.Join(bin, "countersignd"), "key-worker", "bench")
+		return worker.Exec(cmd, socket, stderr, config)
 	}
 	p, err := worker.Open(b.Context(), worker.Config{
-		Name: "bench", Hello: hello, Workers: workers, Spread: true, InFlight: inFlight, Memory: memory,
-		Deadline: 5 * time.Second,
-		Log:      slog.New(slog.DiscardHandler),
-		Command: func(int) *exec.Cmd {
-			return exec.Command(filepath.Join(bin, "countersignd"), "key-worker", "bench")
-		},
+		Name: "bench", Start: start, Workers: workers, Spread: true, InFlight: inFlight, Memory: memory,
+		Deadline: 5 * time.Second, Log: slog.New(slog.DiscardHandler),
 	}, false)
 	if err != nil {
 		b.Fatal(err)

@@ -173,57 +173,6 @@ func TestWatchdogProves(t *testing.T) {
 	p.stop()
 }
 
-// TestWatchdogStarves puts a socket that answers nothing in the place of the admin socket, as a
-// handler that hangs would be: the watchdog is fed no more.
-func TestWatchdogStarves(t *testing.T) {
-	s := newSystem(t)
-	cmd := exec.Command(filepath.Join(bin, "countersignd"), "serve", "--config", s.path("countersign.toml"))
-	log := &lines{changed: make(chan struct{}, 1)}
-	cmd.Env, cmd.Stderr = append(os.Environ(), "WATCHDOG_USEC=600000"), log
-	p := s.start(cmd)
-	if got := p.notified(); got != "WATCHDOG=1" {
-		t.Fatalf("notified %q", got)
-	}
-	if err := os.Rename(s.path("admin.sock"), s.path("served.sock")); err != nil {
-		t.Fatal(err)
-	}
-	silent, err := net.Listen("unix", s.path("admin.sock"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	const hangs = "watchdog: requests are not served"
-	log.await(t, hangs)
-	fed := make(chan string, 100)
-	p.notify.SetReadDeadline(time.Now().Add(time.Minute))
-	go func() {
-		for buf := make([]byte, 4096); ; {
-			n, err := p.notify.Read(buf)
-			if err != nil {
-				return
-			}
-			fed <- string(buf[:n])
-		}
-	}()
-	for len(fed) > 0 { // sent before the socket was exchanged
-		<-fed
-	}
-	for range 3 {
-		log.await(t, hangs)
-	}
-	if len(fed) > 0 {
-		t.Errorf("the watchdog was fed: %q", <-fed)
-	}
-	silent.Close()
-	os.Remove(s.path("admin.sock"))
-	if err := os.Rename(s.path("served.sock"), s.path("admin.sock")); err != nil {
-		t.Fatal(err)
-	}
-	if got := <-fed; got != "WATCHDOG=1" {
-		t.Errorf("notified %q after the door is back", got)
-	}
-	p.stop()
-}
-
 // TestDescriptorsRunOut opens connections until the daemon has no file descriptor for a further
 // one. Strangers can't starve the watchdog by that, and the peer is served when they have gone.
 func TestDescriptorsRunOut(t *testing.T) {

@@ -136,7 +136,7 @@ func TestUnconfinedIsTold(t *testing.T) {
 		t.Errorf("the cause is not as the kernel is, with Landlock ABI %d", sandbox.ABI())
 	}
 	p.stop()
-	if strings.Contains(p.stderr.String(), "key workers are not confined as intended") != lacks {
+	if strings.Contains(p.stderr.String(), "a process is not confined as intended") != lacks {
 		t.Errorf("the log:\n%s", p.stderr)
 	}
 }

@@ -26,7 +26,17 @@ import (
 // workers returns the process IDs of the daemon's key workers.
 func (p *process) workers() (pids []int) {
 	p.t.Helper()
-	return children(p.t, p.cmd.Process.Pid)
+	return children(p.t, p.launcher())
+}
+
+// launcher returns the process ID of the daemon's launcher, the daemon's only child.
+func (p *process) launcher() int {
+	p.t.Helper()
+	pids := children(p.t, p.cmd.Process.Pid)
+	if len(pids) != 1 {
+		p.t.Fatalf("the daemon has the children %d, want the launcher only", pids)
+	}
+	return pids[0]
 }
 
 // children returns the process IDs of a process's children, from /proc/PID/task/TID/children.

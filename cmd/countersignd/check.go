@@ -77,7 +77,7 @@ func check(
 	if o.deep {
 		r.checkDeep(c, stderr)
 	}
-	r.checkLedger(ctx, c, tokens, rules, log)
+	r.checkLedger(ctx, path, c, tokens, rules, log)
 	if len(r.faults) > 0 {
 		r.say("summary", "%s: serve may not start, or not serve with all keys", cli.Count(len(r.faults), "fault"))
 		return errors.Join(r.faults...)
@@ -116,7 +116,7 @@ func (r *report) checkTokens(
 	tokens := map[string]keystore.Store{}
 	for _, name := range slices.Sorted(maps.Keys(c.Tokens)) {
 		t := c.Tokens[name]
-		store, err := openToken(ctx, name, t, false, false, log, nil)
+		store, err := openToken(ctx, c, name, false, false, log, nil)
 		if err != nil {
 			r.fault("token", err)
 			continue
@@ -169,7 +169,7 @@ func (r *report) checkDeep(c Config, stderr io.Writer) {
 
 // checkLedger opens the ledger, compares the keys with the tokens, and opens the listeners.
 func (r *report) checkLedger(
-	ctx context.Context, c Config, tokens map[string]keystore.Store, rules *policy.Policy, log *slog.Logger,
+	ctx context.Context, path string, c Config, tokens map[string]keystore.Store, rules *policy.Policy, log *slog.Logger,
 ) {
 	l, err := openLedger(c, nil)
 	switch {
@@ -225,5 +225,10 @@ func (r *report) checkLedger(
 	for _, address := range ready.missing {
 		r.say("listen", "waits for %s", address)
 	}
+	confined := "the daemon is confined"
+	if missing := c.rights(path, ready.doors, nil).Missing(); len(missing) > 0 {
+		confined = "the daemon is NOT WHOLLY confined on this kernel: " + strings.Join(missing, "; ")
+	}
+	r.say("sandbox", "%s", confined)
 	r.say("listen", "ok: admin socket %s, and the addresses that this machine has", c.AdminSocket)
 }

@@ -2,6 +2,7 @@ package main
 
 import (
 	"cmp"
+	"crypto/sha256"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -20,6 +21,7 @@ import (
 	"countersign/internal/anchor"
 	"countersign/internal/cli"
 	"countersign/internal/keystore"
+	"countersign/internal/launcher"
 	"countersign/internal/ledger"
 	"countersign/internal/logline"
 	"countersign/internal/webhook"
@@ -125,6 +127,11 @@ type Config struct {
 	// Then a start of the daemon alone does not make the appliance sign.
 	UnattendedStart bool `toml:"unattended_start"`
 
+	// ImportFolder is the folder with the seed files that an operator may have imported (countersign
+	// admin key import). Default: the folder of this file. Files elsewhere are refused, because the
+	// process that starts the key workers can't read them.
+	ImportFolder string `toml:"import_folder"`
+
 	// NoiseIdentity is the name of a signing key that authorizes the Noise key
 	// (paykit-noise-key-authorization-v1). A peer that knows the signing key can find the Noise key
 	// again after a rotation. Default: none.
@@ -154,6 +161,11 @@ type Config struct {
 
 	// Limits has the limits for peers and strangers.
 	Limits Limits `toml:"limits"`
+
+	// The fields below are no settings.
+
+	digest   string             // SHA-256 of the file, hexadecimal
+	launcher *launcher.Launcher // starts the key workers; nil in the launcher itself
 }
 
 // Webhook is a receiver of messages about rotations and alerts. A message is a POST with a body
@@ -593,6 +605,7 @@ func parseConfig(path string, b []byte) (Config, error) {
 		return Config{}, err
 	}
 	c.resolve(filepath.Dir(path))
+	c.digest = fmt.Sprintf("%x", sha256.Sum256(b))
 	if c.Limits.Strangers == 0 {
 		c.Limits.Strangers = (c.Limits.Connections + 1) / 2
 	}
@@ -608,7 +621,10 @@ func parseConfig(path string, b []byte) (Config, error) {
 
 // resolve makes the paths of all fields relative to the directory of the file.
 func (c *Config) resolve(dir string) {
-	paths := []*string{&c.AdminSocket, &c.Ledger, &c.Policy, &c.Traces.HeadersFile, &c.Traces.CAFile}
+	c.ImportFolder = cmp.Or(c.ImportFolder, ".")
+	paths := []*string{
+		&c.AdminSocket, &c.Ledger, &c.Policy, &c.ImportFolder, &c.Traces.HeadersFile, &c.Traces.CAFile,
+	}
 	switch {
 	case c.History == "none":
 		c.History = ""

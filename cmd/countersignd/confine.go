@@ -7,6 +7,7 @@ import (
 	"maps"
 	"net"
 	"net/netip"
+	"net/url"
 	"os"
 	"path/filepath"
 	"slices"
@@ -14,6 +15,7 @@ import (
 	"strings"
 
 	"countersign/internal/cause"
+	"countersign/internal/logline"
 	"countersign/internal/sandbox"
 
 	"golang.org/x/sys/unix"
@@ -150,12 +152,110 @@ func (c *Config) capabilities(given sockets) []uint {
 	return nil
 }
 
-// unconfined returns a cause for each token whose key workers this kernel confines in part only. A
-// simulator of a TPM is for tests, and check alone says what its socket opens.
-func (c *Config) unconfined() (all []cause.Cause) {
-	for _, name := range slices.Sorted(maps.Keys(c.Tokens)) {
-		r := c.Tokens[name].rights()
-		if missing := r.Missing(); len(missing) > 0 && len(r.Sockets) == 0 {
+// rights returns what the serving daemon may do, with its listeners for peers as they are now. Files
+// that others replace by a rename have their folder: the configuration and the policy, the
+// certificate authorities, the ledger, and the files of sinks.
+func (c *Config) rights(path string, doors []*door, given sockets) sandbox.Rights {
+	r := sandbox.Rights{
+		Kind: sandbox.Daemon,
+		Read: slices.Concat(systemFiles, absolute(os.Getenv("SSL_CERT_FILE")), []string{
+			folderOf(path), folderOf(c.Policy),
+		}),
+		Write: append(absolute(filepath.Dir(c.Ledger)), "/dev/null"),
+		// For messages to the service manager and to journald, which make their sockets again.
+		Sockets: absolute(folderOrNone(os.Getenv("NOTIFY_SOCKET")), folderOrNone(logline.JournalSocket)),
+		Remove:  absolute(filepath.Dir(c.AdminSocket)),
+		Keep:    c.capabilities(given),
+	}
+	for _, dir := range filepath.SplitList(os.Getenv("SSL_CERT_DIR")) {
+		if filepath.IsAbs(dir) {
+			r.Read = append(r.Read, dir)
+		}
+	}
+	connect := func(address string) { // checked with the configuration
+		host, port, _ := net.SplitHostPort(address)
+		if n, err := strconv.ParseUint(port, 10, 16); err == nil && n > 0 {
+			r.Connect = append(r.Connect, uint16(n))
+		}
+		if _, err := netip.ParseAddr(host); err != nil && host != "localhost" && host != "" {
+			r.Names = true
+		}
+	}
+	for _, d := range doors {
+		connect(d.address) // the watchdog's probe
+		_, port, _ := net.SplitHostPort(d.address)
+		if n, err := strconv.ParseUint(port, 10, 16); err == nil { // an address that comes later
+			r.Bind = append(r.Bind, uint16(n))
+		}
+	}
+	receiver := func(address, caFile string) {
+		if u, err := url.Parse(address); err == nil && u.Host != "" {
+			address = net.JoinHostPort(u.Hostname(), cmp.Or(u.Port(), map[string]string{"http": "80"}[u.Scheme], "443"))
+		}
+		connect(address)
+		r.Read = append(r.Read, folders(caFile)...)
+	}
+	for _, w := range c.Webhooks {
+		receiver(w.URL, w.CAFile)
+	}
+	if c.Traces.Endpoint != "" {
+		receiver(c.Traces.Endpoint, c.Traces.CAFile)
+		r.Read = append(r.Read, folders(c.Traces.HeadersFile)...)
+	}
+	if c.Mail.Server != "" {
+		receiver(c.Mail.Server, c.Mail.CAFile)
+		r.Read = append(r.Read, folders(c.Mail.PasswordFile)...)
+	}
+	if c.History != "" {
+		r.Write = append(r.Write, folders(c.History)...)
+	}
+	for _, s := range c.Sinks {
+		switch {
+		case s.File != "":
+			r.Write = append(r.Write, folderOf(s.File))
+		default:
+			receiver(s.Syslog+s.URL, s.CAFile)
+		}
+	}
+	return r
+}
+
+// folders returns the folder of a path, and none for an empty path.
+func folders(path string) []string {
+	if path == "" {
+		return nil
+	}
+	return []string{folderOf(path)}
+}
+
+// folderOrNone returns the folder of an absolute path, or "".
+func folderOrNone(path string) string {
+	if !filepath.IsAbs(path) {
+		return ""
+	}
+	return folderOf(path)
+}
+
+// lacks returns what this kernel does not forbid the key workers of tokens and the daemon, by the
+// name of the token, and "the daemon". A simulator of a TPM is for tests, and check alone says what
+// its socket opens.
+func (c *Config) lacks(daemon sandbox.Rights) map[string][]string {
+	all := map[string][]string{theDaemon: daemon.Missing()}
+	for name, t := range c.Tokens {
+		if r := t.rights(); len(r.Sockets) == 0 {
+			all[name] = r.Missing()
+		}
+	}
+	return all
+}
+
+// theDaemon is the daemon among the names of tokens, which have no blank.
+const theDaemon = "the daemon"
+
+// unconfined returns a cause for each process that this kernel confines in part only.
+func unconfined(lacks map[string][]string) (all []cause.Cause) {
+	for _, name := range slices.Sorted(maps.Keys(lacks)) {
+		if missing := lacks[name]; len(missing) > 0 {
 			all = append(all, cause.Sandbox.Of(name, "%s", strings.Join(missing, "; ")))
 		}
 	}

@@ -54,7 +54,7 @@ func initialise(ctx context.Context, c Config, o initOptions, stdout, stderr io.
 		names = []string{o.token}
 	}
 	for _, name := range names {
-		if err := makeToken(ctx, name, c.Tokens[name], o, log, stderr); err != nil {
+		if err := makeToken(ctx, c, name, o, log, stderr); err != nil {
 			return err
 		}
 	}
@@ -165,7 +165,10 @@ func makeFolder(path string) error {
 }
 
 // makeToken initialises a token: with newToken a PKCS#11 token that is missing, and a TPM always.
-func makeToken(ctx context.Context, name string, t *Token, o initOptions, log *slog.Logger, stderr io.Writer) error {
+func makeToken(
+	ctx context.Context, c Config, name string, o initOptions, log *slog.Logger, stderr io.Writer,
+) error {
+	t := c.Tokens[name]
 	if t.TPM != "" {
 		before := tpm.Provisioned(t.tpm())
 		if err := tpm.Provision(ctx, t.tpm()); err != nil {
@@ -179,7 +182,7 @@ func makeToken(ctx context.Context, name string, t *Token, o initOptions, log *s
 	if !o.newToken {
 		return nil
 	}
-	made, err := newToken(ctx, name, t, o.soPINFile, log)
+	made, err := newToken(ctx, c, name, log)
 	if made {
 		fmt.Fprintf(stderr, "created the token %s\n", t.URI)
 	}
@@ -191,7 +194,8 @@ func makeToken(ctx context.Context, name string, t *Token, o initOptions, log *s
 func proveToken(ctx context.Context, c Config, name string, prove bool, log *slog.Logger) error {
 	token := *c.Tokens[name]
 	token.Workers = 1
-	store, err := openToken(ctx, name, &token, false, false, log, nil)
+	c.Tokens = map[string]*Token{name: &token}
+	store, err := openToken(ctx, c, name, false, false, log, nil)
 	if err != nil {
 		return err
 	}

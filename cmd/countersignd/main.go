@@ -104,7 +104,9 @@ func run(ctx context.Context, args []string, stdout io.Writer, stderr *logqueue.
 				if err := refuseAccess(configPath, c); err != nil {
 					return err
 				}
-				return initialise(ctx, c, making, stdout, stderr)
+				return withLauncher(configPath, making.soPINFile, c, func(c Config) error {
+					return initialise(ctx, c, making, stdout, stderr)
+				})
 			})
 		},
 	}
@@ -132,7 +134,9 @@ func run(ctx context.Context, args []string, stdout io.Writer, stderr *logqueue.
 				if err := refuseAccess(configPath, c); err != nil {
 					return err
 				}
-				return serve(cmd.Context(), configPath, c, listeners, stderr, reload)
+				return withLauncher(configPath, "", c, func(c Config) error {
+					return serve(cmd.Context(), configPath, c, listeners, stderr, reload)
+				})
 			})
 			if cmd.Context().Err() != nil && errors.Is(err, context.Canceled) {
 				fmt.Fprintln(stderr, "countersignd: stopped before it served")
@@ -162,7 +166,9 @@ func run(ctx context.Context, args []string, stdout io.Writer, stderr *logqueue.
 				if checklist {
 					return printChecklist(c, stdout)
 				}
-				return check(cmd.Context(), configPath, c, checking, os.Stdin, stdout, stderr)
+				return withLauncher(configPath, "", c, func(c Config) error {
+					return check(cmd.Context(), configPath, c, checking, os.Stdin, stdout, stderr)
+				})
 			})
 		},
 	}
@@ -178,6 +184,23 @@ func run(ctx context.Context, args []string, stdout io.Writer, stderr *logqueue.
 		Use: workerCommand, Hidden: true, Args: cobra.ExactArgs(1), // the token's name, for lists of processes
 		RunE: func(*cobra.Command, []string) error { return keyWorker() },
 	}
+	var soPINFile string
+	launchCmd := &cobra.Command{
+		Use: launcherCommand, Hidden: true, Args: cobra.NoArgs,
+		RunE: func(*cobra.Command, []string) error { return launch(configPath, soPINFile) },
+	}
+	launchCmd.Flags().StringVar(&soPINFile, "so-pin-file", "", "as of init")
+	var proveAs, proveAct string
+	proveCmd := &cobra.Command{
+		Use: proveCommand, Hidden: true, Args: cobra.NoArgs,
+		RunE: func(*cobra.Command, []string) error {
+			return withConfig(configPath, func(c Config) error {
+				return proveSandbox(configPath, c, proveAs, proveAct, stdout)
+			})
+		},
+	}
+	proveCmd.Flags().StringVar(&proveAs, "as", "", "the sandbox of one act")
+	proveCmd.Flags().StringVar(&proveAct, "act", "", "the act")
 	var keyPath, bank string
 	var registers map[string]string
 	approveCmd := &cobra.Command{
@@ -196,7 +219,7 @@ func run(ctx context.Context, args []string, stdout io.Writer, stderr *logqueue.
 	approveCmd.Flags().StringToStringVar(&registers, "pcr", nil,
 		"N=HEX, a register of the bank and its value; repeat for each register that the keys are sealed to")
 	approveCmd.Flags().StringVar(&bank, "bank", "sha256", "the bank of the registers, as pcr_bank has it")
-	root.AddCommand(initCmd, serveCmd, checkCmd, configCmd, approveCmd, workerCmd)
+	root.AddCommand(initCmd, serveCmd, checkCmd, configCmd, approveCmd, workerCmd, launchCmd, proveCmd)
 	cli.Add(root, func(err error) error { return err })
 	understood := false // the command, its arguments and its flags
 	root.PersistentPreRun = func(*cobra.Command, []string) { understood = true }

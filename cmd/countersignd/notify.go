@@ -10,6 +10,7 @@ import (
 	"net"
 	"net/http"
 	"os"
+	"sync"
 	"sync/atomic"
 	"syscall"
 	"time"
@@ -19,6 +20,7 @@ import (
 	"countersign/internal/logqueue"
 
 	"github.com/coreos/go-systemd/v22/daemon"
+	"golang.org/x/sys/unix"
 )
 
 // notifyTime is the timeout for one message to the service manager.
@@ -99,9 +101,9 @@ func watchdog(ctx context.Context, p prober, n *notifier, log *slog.Logger) {
 
 // prober proves from outside that requests are served.
 type prober struct {
-	app    *appliance.Appliance
-	socket string // of the admin API
-	doors  []*door
+	app   *appliance.Appliance
+	admin *knocker
+	doors []*door
 }
 
 // probe sends requests to each door of the daemon. The proof covers the loop of the ledger's
@@ -132,26 +134,107 @@ func noDescriptors(err error) bool {
 }
 
 // hasAddress reports whether the machine has an address now. A listener whose address is taken from
-// the machine serves again when the address is back, and a restart can't help.
+// the machine serves again when the address is back, and a restart can't help. The port is that of
+// the listener, so an address that the machine has is in use.
 func hasAddress(at net.Addr) bool {
-	host, _, err := net.SplitHostPort(at.String())
-	if err != nil {
-		return true
-	}
-	l, err := net.Listen(at.Network(), net.JoinHostPort(host, "0"))
+	var lc net.ListenConfig
+	lc.SetMultipathTCP(false)
+	l, err := lc.Listen(context.Background(), at.Network(), at.String())
 	if err == nil {
 		l.Close()
 	}
 	return !errors.Is(err, syscall.EADDRNOTAVAIL)
 }
 
-// probeAdmin requests the health of the daemon over the Unix socket. Any answer is a proof.
+// knocker is the listener of the admin socket. The daemon has no right to connect to Unix sockets,
+// since other programs serve there, so its own connections do not go through the kernel.
+type knocker struct {
+	net.Listener
+	knocks chan net.Conn
+	served chan accepted
+	closed chan struct{}
+	once   sync.Once
+}
+
+// accepted is a result of Accept.
+type accepted struct {
+	conn net.Conn
+	err  error
+}
+
+func newKnocker(l net.Listener) *knocker {
+	k := &knocker{
+		Listener: l, knocks: make(chan net.Conn), served: make(chan accepted), closed: make(chan struct{}),
+	}
+	go func() {
+		for {
+			conn, err := l.Accept()
+			select {
+			case k.served <- accepted{conn, err}:
+			case <-k.closed:
+				if err == nil {
+					conn.Close()
+				}
+				return
+			}
+		}
+	}()
+	return k
+}
+
+func (k *knocker) Accept() (net.Conn, error) {
+	select {
+	case a := <-k.served:
+		return a.conn, a.err
+	case conn := <-k.knocks:
+		return conn, nil
+	case <-k.closed:
+		return nil, net.ErrClosed
+	}
+}
+
+func (k *knocker) Close() error {
+	k.once.Do(func() { close(k.closed) })
+	return k.Listener.Close()
+}
+
+// knock returns a connection to the server of the listener.
+func (k *knocker) knock(ctx context.Context) (net.Conn, error) {
+	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, 0)
+	if err != nil {
+		return nil, err
+	}
+	var ends [2]net.Conn
+	for i, fd := range fds {
+		file := os.NewFile(uintptr(fd), "knock")
+		end, failed := net.FileConn(file)
+		file.Close()
+		ends[i], err = end, errors.Join(err, failed)
+	}
+	if err == nil {
+		select {
+		case k.knocks <- ends[1]:
+			return ends[0], nil
+		case <-ctx.Done():
+			err = ctx.Err()
+		case <-k.closed:
+			err = net.ErrClosed
+		}
+	}
+	for _, end := range ends {
+		if end != nil {
+			end.Close()
+		}
+	}
+	return nil, err
+}
+
+// probeAdmin requests the health of the daemon over a connection like those of the Unix socket. Any
+// answer is a proof.
 func (p prober) probeAdmin(ctx context.Context) error {
 	transport := &http.Transport{
 		DisableKeepAlives: true,
-		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
-			return new(net.Dialer).DialContext(ctx, "unix", p.socket)
-		},
+		DialContext:       func(ctx context.Context, _, _ string) (net.Conn, error) { return p.admin.knock(ctx) },
 	}
 	request, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://localhost/health/alive", nil)
 	if err != nil {

@@ -17,20 +17,34 @@ func TestProbesFail(t *testing.T) {
 	ctx, cancel := context.WithTimeout(t.Context(), 200*time.Millisecond)
 	defer cancel()
 	socket := filepath.Join(t.TempDir(), "admin.sock")
-	if err := (prober{socket: socket}).probeAdmin(ctx); err == nil {
-		t.Error("an admin socket that is missing is alive")
-	}
 	l, err := net.Listen("unix", socket)
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer l.Close()
-	if err := (prober{socket: socket}).probeAdmin(ctx); err == nil {
+	served := newKnocker(l)
+	if err := (prober{admin: served}).probeAdmin(ctx); err == nil {
+		t.Error("an admin API that accepts nothing is alive")
+	}
+	hang := make(chan struct{})
+	api := &http.Server{Handler: http.HandlerFunc(func(http.ResponseWriter, *http.Request) { <-hang })}
+	go api.Serve(served)
+	ctx, cancel = context.WithTimeout(t.Context(), 200*time.Millisecond)
+	defer cancel()
+	if err := (prober{admin: served}).probeAdmin(ctx); err == nil {
 		t.Error("an admin API that does not answer is alive")
 	}
-	go http.Serve(l, http.NotFoundHandler())
-	if err := (prober{socket: socket}).probeAdmin(t.Context()); err != nil {
+	close(hang)
+	if err := (prober{admin: served}).probeAdmin(t.Context()); err != nil {
 		t.Errorf("an admin API that answers: %v", err)
+	}
+	if conn, err := net.Dial("unix", socket); err != nil {
+		t.Errorf("the admin socket: %v", err)
+	} else {
+		conn.Close()
+	}
+	api.Close()
+	if err := (prober{admin: served}).probeAdmin(t.Context()); err == nil {
+		t.Error("an admin socket that is closed is alive")
 	}
 	peers, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {

@@ -14,6 +14,7 @@ import (
 // check prepare in the same way, so check refuses what serve refuses. Nothing is written.
 type prepared struct {
 	doors   []*door
+	socket  *knocker // of the admin API, also in admin
 	missing []string // addresses and the Noise key, as far as the machine does not have them yet
 	group   string   // id of the admin socket's group, or ""
 	admin   []net.Listener
@@ -45,7 +46,8 @@ func prepare(ctx context.Context, c Config, p parts, given sockets, log *slog.Lo
 	if err != nil {
 		return r, err
 	}
-	r.admin = append(r.admin, socket)
+	r.socket = newKnocker(socket)
+	r.admin = append(r.admin, r.socket)
 	if c.MetricsListen != "" {
 		metrics, err := admin.ListenMetrics(c.MetricsListen)
 		if err != nil {

@@ -24,7 +24,6 @@ import (
 	"countersign/internal/logqueue"
 	"countersign/internal/meter"
 	"countersign/internal/operators"
-	"countersign/internal/sandbox"
 	"countersign/internal/scrub"
 	"countersign/policy"
 
@@ -79,19 +78,26 @@ func serve(
 	if err != nil {
 		return err
 	}
-	if err := sandbox.DropCapabilities(c.capabilities(given)...); err != nil { // before a stranger's first byte
+	rights := c.rights(path, ready.doors, given)
+	lacks := c.lacks(rights)               // nothing can ask the kernel afterwards
+	if err := rights.Enter(); err != nil { // before a stranger's first byte
 		return err
 	}
 	waiting := waits{doors: ready.doors}
 	waiting.set(ready.missing)
 	notifications := &notifier{log: log}
-	unconfined := c.unconfined() // the kernel stays as it is
-	for _, u := range unconfined {
-		log.Warn("key workers are not confined as intended", "token", u.Subject, "missing", u.Text)
+	incomplete := unconfined(lacks)
+	for _, u := range incomplete {
+		log.Warn("a process is not confined as intended", "of", u.Subject, "missing", u.Text)
 	}
+	p.meter.Source(func(s *meter.Sample) {
+		for name, lacks := range lacks {
+			s.Set(meter.Sandbox, float64(len(lacks)), name)
+		}
+	})
 	p.app.Report(func() []cause.Cause {
 		return slices.Concat(waiting.causes(), unreadLog(lines.to), notifications.causes(), warning(ready.certs),
-			unconfined)
+			incomplete, withoutLauncher(c.launcher))
 	})
 	if err := p.app.Start(ctx); err != nil {
 		return err
@@ -109,6 +115,14 @@ func serve(
 
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
+	go func() { // a daemon that is confined can't start another launcher
+		select {
+		case <-ctx.Done():
+		case <-c.launcher.Ended():
+			log.Error("the daemon ends: without the launcher, no key worker can be started", "err", c.launcher.Why())
+			cancel(c.launcher.Why())
+		}
+	}()
 	past := openHistory(ctx, c, p.meter, log)
 	if past != nil {
 		defer past.Close()
@@ -140,7 +154,7 @@ func serve(
 	serveHTTP("metrics", scraped, ready.metrics...)
 	go expire(ctx, registry, log)
 	context.AfterFunc(ctx, func() { notifications.send(daemon.SdNotifyStopping) })
-	go watchdog(ctx, prober{p.app, c.AdminSocket, ready.doors}, notifications, log)
+	go watchdog(ctx, prober{p.app, ready.socket, ready.doors}, notifications, log)
 	go reloadAll(ctx, path, c, inForce, p.app, reload, log)
 	go func() {
 		if err := waitUntilReady(ctx, p.app, ready.doors, &waiting, notifications, log); err != nil {

@@ -6,23 +6,21 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"log/slog"
 	"maps"
 	"os"
-	"os/exec"
-	"os/signal"
 	"path/filepath"
 	"runtime"
 	"slices"
-	"strings"
 	"sync"
-	"syscall"
 	"time"
 
 	"countersign/hsm"
 	"countersign/internal/keystore"
 	"countersign/internal/keystore/worker"
+	"countersign/internal/launcher"
 	"countersign/internal/sandbox"
 	"countersign/internal/scrub"
 	"countersign/tpm"
@@ -35,10 +33,11 @@ const workerCommand = "key-worker"
 // the PIN. A patient token need not answer yet, and may fail in any way if the Noise key is on
 // another token.
 func openToken(
-	ctx context.Context, name string, t *Token, patient, optional bool, log *slog.Logger,
+	ctx context.Context, c Config, name string, patient, optional bool, log *slog.Logger,
 	changed func(resource string, up bool, cause error),
 ) (keystore.Store, error) {
-	config := workers(name, t, "", log)
+	t := c.Tokens[name]
+	config := c.workers(name, launcher.Start{Token: name}, log)
 	config.OnChange, config.Optional = changed, optional
 	pool, err := worker.Open(ctx, config, patient)
 	if err != nil {
@@ -49,8 +48,9 @@ func openToken(
 
 // newToken has a key worker initialise a PKCS#11 token, and reports whether the token was missing.
 // The module has the token's environment, and its output goes to the log.
-func newToken(ctx context.Context, name string, t *Token, soPINFile string, log *slog.Logger) (made bool, err error) {
-	config := workers(name, t, soPINFile, log)
+func newToken(ctx context.Context, c Config, name string, log *slog.Logger) (made bool, err error) {
+	t := c.Tokens[name]
+	config := c.workers(name, launcher.Start{Token: name, Make: true}, log)
 	config.Workers, config.Deadline = 1, max(config.Deadline, newTokenTime)
 	pool, err := worker.Open(ctx, config, false)
 	switch {
@@ -78,56 +78,49 @@ func (t *Token) missingPaths() (text string) {
 // has four times the deadline. An HSM takes seconds for C_InitToken.
 const newTokenTime = 10 * time.Second
 
-// workers returns the configuration of the key workers of a token. With soPINFile, a worker begins
-// with hsm.InitToken.
-func workers(name string, t *Token, soPINFile string, log *slog.Logger) worker.Config {
-	device, inFlight := device{HSM: new(t.hsm()), SOPINFile: soPINFile}, max(16, 2*t.Sessions)
+// workers returns the configuration of the key workers of a token, which the launcher starts.
+func (c *Config) workers(name string, what launcher.Start, log *slog.Logger) worker.Config {
+	t := c.Tokens[name]
+	inFlight := max(16, 2*t.Sessions)
 	if t.TPM != "" {
-		device.HSM, device.TPM, inFlight = nil, new(t.tpm()), 256 // most calls are done without the TPM
-	}
-	hello := func(seedFile string) ([]byte, error) {
-		device := device
-		device.Rights = t.rights(soPINFile, seedFile)
-		return json.Marshal(device)
+		inFlight = 256 // most calls are done without the TPM
 	}
 	return worker.Config{
-		Name: name, Hello: hello, Workers: t.Workers, Spread: t.Spread, InFlight: inFlight, Memory: t.MemoryMiB << 20,
+		Name: name, Workers: t.Workers, Spread: t.Spread, InFlight: inFlight, Memory: t.MemoryMiB << 20,
 		Deadline: t.Deadline.std(), Log: log,
 		PINPerKey: t.TPM != "", PINFile: t.pinPath(), Device: t.URI + t.TPM, Memo: t.memo, Retry: t.retry,
-		Command: func(int) *exec.Cmd {
-			// The running binary, also after an update of the file.
-			cmd := exec.Command("/proc/self/exe", workerCommand, name)
-			cmd.Args[0] = "countersignd"
-			cmd.Env = slices.DeleteFunc(os.Environ(), func(v string) bool { // systemd's variables are for the daemon
-				return strings.HasPrefix(v, "NOTIFY_SOCKET=") || strings.HasPrefix(v, "WATCHDOG_") ||
-					strings.HasPrefix(v, "LISTEN_")
-			})
-			for name, value := range t.Environment {
-				cmd.Env = append(cmd.Env, name+"="+value)
-			}
-			cmd.Env = append(cmd.Env, "GOTRACEBACK=none") // registers and stacks in a log could show secrets
-			return cmd
+		Start: func(_ int, seedFile string, socket, stderr *os.File) (worker.Process, error) {
+			what := what
+			what.Seed = seedFile
+			return c.launcher.Start(what, socket, stderr)
 		},
 	}
 }
 
-// keyWorker is the main function of a key worker, started by a worker.Pool.
+// keyWorker is the main function of a key worker, started by the launcher with a socket to the daemon
+// and with the configuration of its device.
 func keyWorker() error {
 	if err := noCoreFiles(); err != nil {
 		return err
 	}
-	signal.Ignore(syscall.SIGTERM, syscall.SIGINT, syscall.SIGHUP) // the daemon ends the worker by closing the socket
-	socket := os.NewFile(3, "key worker")
-	if st, err := socket.Stat(); err != nil || st.Mode().Type() != os.ModeSocket {
-		return errors.New("key-worker is for countersignd itself")
+	ignoreSignals()
+	socket, err := socketOf(3)
+	if err != nil {
+		return err
+	}
+	config := os.NewFile(4, "configuration")
+	text, err := io.ReadAll(config)
+	if err != nil {
+		return err
+	}
+	config.Close()
+	var d device
+	if err := json.Unmarshal(text, &d); err != nil {
+		return err
 	}
 	unguard := func() {}
 	defer func() { unguard() }()
-	open := func(ctx context.Context, config []byte, gate worker.LogIn) (keystore.Store, int, error) {
-		var d device
-		if err := json.Unmarshal(config, &d); err != nil {
-			return nil, 0, err
-		}
+	open := func(ctx context.Context, gate worker.LogIn) (keystore.Store, int, error) {
 		end, err := worker.GuardOutput(d.withoutPINs)
 		if err != nil {
 			return nil, 0, err
@@ -209,9 +202,9 @@ func openTokens(
 	var opening sync.WaitGroup
 	var mu sync.Mutex // guards all and failed
 	all, failed := map[string]keystore.Store{}, error(nil)
-	for name, t := range c.Tokens {
+	for name := range c.Tokens {
 		opening.Go(func() {
-			store, err := openToken(ctx, name, t, true, name != c.NoiseToken, log, changed)
+			store, err := openToken(ctx, c, name, true, name != c.NoiseToken, log, changed)
 			mu.Lock()
 			defer mu.Unlock()
 			if err != nil {

@@ -199,6 +199,9 @@ var (
 		"Proofs of operators that were refused: sign-ins, approvals and confirmations.")
 	Spans = define(Counter, "trace_spans_total",
 		"Spans of traces that the collector has taken, or that were dropped.", label("result", "sent", "dropped"))
+	Sandbox = define(Gauge, "sandbox_missing",
+		"Parts of the confinement of the daemon, or of a token's key workers, that this kernel lacks.",
+		Label{Name: "process", Most: 33})
 	Build = define(Gauge, "build_info", "1, with the version of the daemon and of Go.",
 		Label{Name: "version", Most: 1}, Label{Name: "go", Most: 1})
 )

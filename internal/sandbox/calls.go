@@ -45,22 +45,61 @@ const refused = `
 	bind listen accept accept4 fork vfork execve execveat wait4 waitid
 	kill tkill setrlimit setpriority sched_setscheduler sched_setparam`
 
+// launching are the system calls of the launcher beside those of its key workers, which inherit the
+// launcher's filter and make it stricter: to start, to end and to confine key workers, and to change
+// the user. The signals of a confined launcher reach key workers only.
+const launching = `
+	clone vfork execve wait4 waitid kill tkill tgkill pidfd_open pidfd_send_signal setpgid prlimit64 setrlimit
+	setuid setgid setgroups setresuid setresgid
+	capset seccomp landlock_create_ruleset landlock_add_rule landlock_restrict_self`
+
+// serving are the system calls of the daemon. docs/DESIGN.md says how the list was made.
+const serving = `
+	read write readv writev pread64 pwrite64 close lseek open openat stat fstat lstat newfstatat statx
+	access faccessat faccessat2 statfs fstatfs fcntl flock fsync fdatasync ftruncate fallocate fadvise64 ioctl
+	rename renameat renameat2 mkdir mkdirat rmdir unlink unlinkat readlink readlinkat fchmod fchmodat
+	getdents64 getcwd copy_file_range sendfile splice pipe2 dup dup3 eventfd2 poll ppoll pselect6
+	epoll_create1 epoll_ctl epoll_wait epoll_pwait epoll_pwait2
+	mmap munmap mremap mprotect madvise brk msync mincore mlock mlock2 munlock memfd_create membarrier
+	futex set_robust_list get_robust_list set_tid_address rseq arch_prctl prctl
+	sched_yield sched_getaffinity sched_setaffinity sched_getparam sched_getscheduler
+	gettid getpid getppid getuid geteuid getgid getegid getgroups getresuid getresgid uname sysinfo getrusage
+	getrlimit getrandom rt_sigaction rt_sigprocmask rt_sigreturn rt_sigtimedwait sigaltstack
+	nanosleep clock_nanosleep clock_gettime clock_getres gettimeofday time
+	setitimer timer_create timer_settime timer_delete
+	sendto recvfrom sendmsg recvmsg sendmmsg recvmmsg shutdown getsockopt setsockopt getsockname getpeername
+	socketpair socket connect bind listen accept4 clone tgkill prlimit64 waitid wait4
+	restart_syscall exit exit_group`
+
+// namespaces are the flags of clone that make a namespace.
+const namespaces = unix.CLONE_NEWNS | unix.CLONE_NEWCGROUP | unix.CLONE_NEWUTS | unix.CLONE_NEWIPC |
+	unix.CLONE_NEWUSER | unix.CLONE_NEWPID | unix.CLONE_NEWNET
+
+// The types of sockets are numbers, not bits. A type without the bits of notStream is a stream; a
+// type without the bits of neither is a stream or a datagram.
+const (
+	notStream = 0xf &^ unix.SOCK_STREAM
+	neither   = unix.SOCK_SEQPACKET&^unix.SOCK_STREAM | unix.SOCK_PACKET&^unix.SOCK_DGRAM
+)
+
 // filters returns the process's filters of system calls. The kernel asks all filters, and the
 // strictest answer counts. The arguments that decide are numbers: a filter can't look at memory.
 //
-// The first filter has no conditions on arguments, and each of the others has those of one system
-// call. The assembler of go-seccomp-bpf 1.6.0 does not load the number of the system call again
-// after a condition has failed, so whatever comes next would be compared with an argument.
+// The first filters have the conditions of one system call each. The last filter has no conditions
+// on arguments. The assembler of go-seccomp-bpf 1.6.0 does not load the number of the system call
+// again after a condition has failed, so whatever comes next would be compared with an argument.
 func (r Rights) filters() ([]seccomp.Filter, error) {
 	info, err := arch.GetInfo("")
 	if err != nil {
 		return nil, err
 	}
 	known := func(names string) []string {
-		return slices.DeleteFunc(strings.Fields(names), func(name string) bool {
+		all := slices.DeleteFunc(strings.Fields(names), func(name string) bool {
 			_, has := info.SyscallNames[name]
 			return !has
 		})
+		slices.Sort(all)
+		return slices.Compact(all)
 	}
 	filter := func(otherwise seccomp.Action, groups ...seccomp.SyscallGroup) seccomp.Filter {
 		return seccomp.Filter{
@@ -68,48 +107,83 @@ func (r Rights) filters() ([]seccomp.Filter, error) {
 			Policy: seccomp.Policy{DefaultAction: otherwise, Syscalls: groups},
 		}
 	}
-	// refuse has a system call fail if all conditions of one list hold.
-	refuse := func(name string, lists ...seccomp.ArgumentConditions) seccomp.Filter {
-		group := seccomp.SyscallGroup{Action: fails(unix.EPERM)}
+	var all []seccomp.Filter
+	// when has a system call end with an action if all conditions of one list hold.
+	when := func(action seccomp.Action, name string, lists ...seccomp.ArgumentConditions) {
+		group := seccomp.SyscallGroup{Action: action}
 		for _, list := range lists {
 			group.NamesWithCondtions = append(group.NamesWithCondtions,
 				seccomp.NameWithConditions{Name: name, Conditions: list})
 		}
-		return filter(seccomp.ActionAllow, group)
+		all = append(all, filter(seccomp.ActionAllow, group))
 	}
 	self := uint64(os.Getpid())
-	allow, fail := permitted+" clone tgkill prlimit64", refused
-	all := []seccomp.Filter{
-		refuse("clone", list(0, seccomp.BitsNotSet, unix.CLONE_THREAD)),
-		refuse("tgkill", list(0, seccomp.NotEqual, self)),
-		refuse("prlimit64", list(0, seccomp.NotEqual, 0, self)),
+	allow, fail, none := permitted+" clone tgkill prlimit64", refused, fails(unix.EPERM)
+	switch r.Kind {
+	case Launcher:
+		allow, fail = permitted+launching, without(refused, launching)
+		when(seccomp.ActionKillProcess, "clone", list(0, seccomp.BitsSet, namespaces))
+	case Daemon:
+		allow, fail, none = serving, "", seccomp.ActionKillProcess
+		// A datagram socket can be connected anew, to another socket of this machine.
+		when(seccomp.ActionKillProcess, "socketpair", list(1, seccomp.BitsSet, notStream))
+		when(seccomp.ActionKillProcess, "fcntl", // signals to other processes
+			list(1, seccomp.Equal, unix.F_SETOWN), list(1, seccomp.Equal, unix.F_SETOWN_EX),
+			list(1, seccomp.Equal, unix.F_SETSIG))
+		fallthrough
+	default:
+		when(none, "clone", list(0, seccomp.BitsNotSet, unix.CLONE_THREAD))
+		when(none, "tgkill", list(0, seccomp.NotEqual, self))
+		when(none, "prlimit64", list(0, seccomp.NotEqual, 0, self))
 	}
+	// A key pressed by a program would be a command to the shell behind the daemon.
+	when(fails(unix.EPERM), "ioctl", list(1, seccomp.Equal, unix.TIOCSTI), list(1, seccomp.Equal, unix.TIOCLINUX))
 	switch {
-	case len(r.Connect) > 0: // with the resolver, and its question for this machine's addresses
-		allow += " socket connect bind" // Landlock has no TCP port to bind
-		fail = strings.Replace(fail, "bind ", "", 1)
+	case r.tcp(): // with the resolver, and its question for this machine's addresses
+		allow += " socket connect bind" // without a right, Landlock lets no TCP port be bound
+		fail = without(fail, "bind")
+		types := neither
+		if !r.udp() {
+			types = notStream
+		}
 		// Landlock confines neither Multipath TCP nor SCTP: a protocol, and a type.
-		const noStream = unix.SOCK_SEQPACKET&^unix.SOCK_STREAM | unix.SOCK_PACKET&^unix.SOCK_DGRAM
-		all = append(all, refuse("socket",
+		when(fails(unix.EPERM), "socket",
 			list(0, seccomp.NotEqual, unix.AF_UNIX, unix.AF_INET, unix.AF_INET6, unix.AF_NETLINK),
-			list(1, seccomp.BitsSet, noStream),
+			list(1, seccomp.BitsSet, neither),
+			append(list(0, seccomp.NotEqual, unix.AF_NETLINK, unix.AF_UNIX), list(1, seccomp.BitsSet, uint64(types))...),
 			list(2, seccomp.NotEqual, 0, unix.IPPROTO_TCP, unix.IPPROTO_UDP),
 			append(list(0, seccomp.Equal, unix.AF_NETLINK), list(2, seccomp.NotEqual, unix.NETLINK_ROUTE)...),
-		))
-	case len(r.Sockets) > 0:
+		)
+		if !r.unixSockets() {
+			// Datagrams are for the service manager and journald. A service that could be commanded,
+			// such as one that starts containers, has a stream. Streams and packets have bit 0.
+			when(fails(unix.EPERM), "socket",
+				append(list(0, seccomp.Equal, unix.AF_UNIX), list(1, seccomp.BitsSet, 1)...))
+		}
+	case r.unixSockets():
 		allow += " socket connect"
-		all = append(all, refuse("socket", list(0, seccomp.NotEqual, unix.AF_UNIX)))
+		when(fails(unix.EPERM), "socket", list(0, seccomp.NotEqual, unix.AF_UNIX))
 	default:
 		fail += " socket connect"
 	}
+	groups := []seccomp.SyscallGroup{
+		{Action: seccomp.ActionAllow, Names: known(allow)},
+		// The flags of clone3 are in memory: the C library then uses clone.
+		{Action: fails(unix.ENOSYS), Names: known("clone3")},
+	}
+	if names := known(fail); len(names) > 0 {
+		groups = append(groups, seccomp.SyscallGroup{Action: fails(unix.EPERM), Names: names})
+	}
 	// The last filter to load is the one that forbids to load filters. Its default is also for the
-	// calls of another architecture. The flags of clone3 are in memory: the C library then uses
-	// clone.
-	return append(all, filter(seccomp.ActionKillProcess,
-		seccomp.SyscallGroup{Action: seccomp.ActionAllow, Names: known(allow)},
-		seccomp.SyscallGroup{Action: fails(unix.ENOSYS), Names: known("clone3")},
-		seccomp.SyscallGroup{Action: fails(unix.EPERM), Names: known(fail)},
-	)), nil
+	// calls of another architecture.
+	return append(all, filter(seccomp.ActionKillProcess, groups...)), nil
+}
+
+// without returns names without others.
+func without(names, others string) string {
+	return strings.Join(slices.DeleteFunc(strings.Fields(names), func(name string) bool {
+		return slices.Contains(strings.Fields(others), name)
+	}), " ")
 }
 
 // list returns the conditions of an argument for several values, which must all hold.

@@ -24,19 +24,47 @@ import (
 // stands for the file that has the path at the time of Enter: a file that is put in its place later
 // is another file, so for files that are replaced the right must be for their folder.
 type Rights struct {
+	Kind    Kind     `json:"kind,omitempty"`
 	Read    []string `json:"read,omitempty"`    // files, or folders with all that is below
 	Write   []string `json:"write,omitempty"`   // the same, to read, write, make, rename and remove
 	Devices []string `json:"devices,omitempty"` // device files, to read, write and control (ioctl)
 	Sockets []string `json:"sockets,omitempty"` // folders of Unix sockets, to connect to
-	Connect []uint16 `json:"connect,omitempty"` // TCP and UDP ports, on any host
+	Connect []uint16 `json:"connect,omitempty"` // TCP ports, on any host; of a key worker UDP ports, too
+	Bind    []uint16 `json:"bind,omitempty"`    // TCP ports to listen on
+	Names   bool     `json:"names,omitempty"`   // of a daemon: UDP, to resolve names of hosts
+	Execute []string `json:"execute,omitempty"` // programs, and their interpreters
+	Remove  []string `json:"remove,omitempty"`  // folders to remove files from, such as a socket
+	Keep    []uint   `json:"keep,omitempty"`    // capabilities
 }
 
-// The rights of Landlock. No right includes the execution of a file.
+// Kind is the kind of a process, which decides the system calls.
+type Kind string
+
+// The kinds.
+const (
+	Worker   Kind = ""         // loads a foreign module, and serves one socket
+	Launcher Kind = "launcher" // starts key workers, which are confined further
+	Daemon   Kind = "daemon"   // serves peers and operators
+)
+
+// unixSockets reports that the process may make Unix sockets of each type and connect them. A daemon
+// may make datagram sockets only.
+func (r Rights) unixSockets() bool {
+	return r.Kind != Daemon && len(r.Connect)+len(r.Sockets) > 0
+}
+
+// udp reports that the process may make UDP sockets.
+func (r Rights) udp() bool { return r.Names || r.Kind != Daemon && len(r.Connect) > 0 }
+
+// tcp reports that the process may make TCP sockets.
+func (r Rights) tcp() bool { return r.Kind == Daemon || len(r.Connect) > 0 }
+
+// The rights of Landlock. No right but that of Execute includes the execution of a file.
 const (
 	readRights  = ll.AccessFSReadFile | ll.AccessFSReadDir
 	writeRights = readRights | ll.AccessFSWriteFile | ll.AccessFSTruncate | ll.AccessFSMakeReg |
 		ll.AccessFSMakeDir | ll.AccessFSMakeSym | ll.AccessFSRemoveFile | ll.AccessFSRemoveDir
-	fileRights   = ll.AccessFSReadFile | ll.AccessFSWriteFile | ll.AccessFSTruncate
+	fileRights   = ll.AccessFSReadFile | ll.AccessFSWriteFile | ll.AccessFSTruncate | ll.AccessFSExecute
 	deviceRights = ll.AccessFSReadFile | ll.AccessFSWriteFile | ll.AccessFSIoctlDev
 )
 
@@ -46,7 +74,7 @@ const (
 // Missing.
 func (r Rights) Enter() error {
 	abi, filters := ABI(), seccomp.Supported() // nothing can ask the kernel after the filter
-	if err := DropCapabilities(); err != nil {
+	if err := DropCapabilities(r.Keep...); err != nil {
 		return err
 	}
 	rules, err := r.rules()
@@ -95,7 +123,8 @@ func (r Rights) rules() (all []landlock.Rule, err error) {
 		paths  []string
 	}{
 		{readRights, r.Read}, {writeRights, r.Write}, {deviceRights, r.Devices},
-		{ll.AccessFSResolveUnix, r.Sockets},
+		{ll.AccessFSResolveUnix, r.Sockets}, {ll.AccessFSExecute | ll.AccessFSReadFile, r.Execute},
+		{ll.AccessFSRemoveFile, r.Remove},
 	} {
 		for _, path := range kind.paths {
 			if !filepath.IsAbs(path) || filepath.Clean(path) == "/" {
@@ -104,14 +133,26 @@ func (r Rights) rules() (all []landlock.Rule, err error) {
 			add(kind.rights, path)
 		}
 	}
-	for _, port := range r.Connect {
-		all = append(all, landlock.ConnectTCP(port), landlock.ConnectSendUDP(port))
+	for _, port := range r.Bind {
+		all = append(all, landlock.BindTCP(port))
 	}
-	if len(r.Connect) > 0 {
+	for _, port := range r.Connect {
+		all = append(all, landlock.ConnectTCP(port))
+		if r.Kind != Daemon {
+			all = append(all, landlock.ConnectSendUDP(port))
+		}
+	}
+	if r.Names {
+		all = append(all, landlock.ConnectTCP(dns), landlock.ConnectSendUDP(dns))
+	}
+	if r.udp() {
 		all = append(all, landlock.BindUDP(0)) // the kernel binds a UDP socket at its first datagram
 	}
 	return all, nil
 }
+
+// dns is the port of name servers.
+const dns = 53
 
 // DropCapabilities takes all capabilities but some from all threads, and from every program that
 // they could execute (no_new_privs): root without capabilities is a user like others. A capability
@@ -192,7 +233,6 @@ func (r Rights) missing(abi int, filters bool) (all []string) {
 	if !filters {
 		all = append(all, "system calls are not confined (Linux 4.14 and CONFIG_SECCOMP_FILTER)")
 	}
-	connects := len(r.Connect) > 0
 	for _, part := range []struct {
 		since    int
 		filtered bool // the filter does the same
@@ -200,11 +240,11 @@ func (r Rights) missing(abi int, filters bool) (all []string) {
 	}{
 		{1, false, "files are not confined (Landlock, Linux 5.13)"},
 		{3, false, "foreign files can be truncated (Landlock, Linux 6.2)"},
-		{4, !connects, "each TCP port can be connected to (Landlock, Linux 6.7)"},
+		{4, !r.tcp(), "each TCP port can be connected to (Landlock, Linux 6.7)"},
 		{5, false, "devices can be controlled by ioctl (Landlock, Linux 6.10)"},
-		{6, !connects && len(r.Sockets) == 0, "abstract Unix sockets can be connected to (Landlock, Linux 6.12)"},
-		{9, !connects && len(r.Sockets) == 0, "each Unix socket can be connected to (Landlock, ABI 9)"},
-		{10, !connects, "each UDP port can be sent to (Landlock, ABI 10)"},
+		{6, !r.unixSockets(), "abstract Unix sockets can be connected to (Landlock, Linux 6.12)"},
+		{9, !r.unixSockets(), "each Unix socket can be connected to (Landlock, ABI 9)"},
+		{10, !r.udp(), "each UDP port can be sent to (Landlock, ABI 10)"},
 	} {
 		if abi < part.since && !(filters && part.filtered) {
 			all = append(all, part.what)

@@ -158,7 +158,7 @@ func (p *Pool) Status() keystore.Status {
 	for _, s := range p.slots {
 		w := keystore.Worker{Restarts: s.restarts, Calls: s.calls, Errors: s.errors}
 		if proc := s.process; proc != nil {
-			w.PID, w.Served, w.Memory = proc.cmd.Process.Pid, proc.served.Load(), int(proc.resident.Load())
+			w.PID, w.Served, w.Memory = proc.child.PID(), proc.served.Load(), int(proc.resident.Load())
 			w.Calls, w.Errors = w.Calls+w.Served, w.Errors+proc.failed.Load()
 			if last := proc.succeeded.Load(); last != 0 {
 				w.Succeeded = time.Unix(0, last)

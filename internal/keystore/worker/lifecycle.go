@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	mrand "math/rand/v2"
+	"os"
 	"time"
 
 	"countersign/internal/keystore"
@@ -124,18 +125,16 @@ func (p *Pool) startWorker(ctx context.Context, number int, seedFile string) (*p
 	retries := p.retries
 	p.mu.Unlock()
 	name := fmt.Sprintf("%s/%d", p.config.Name, number+1)
-	config, err := p.config.Hello(seedFile)
-	if err != nil {
-		return nil, err
-	}
-	proc, err := startProcess(p.config.Command(number), name, p.config.Log, p)
+	proc, err := startProcess(func(socket, stderr *os.File) (Process, error) {
+		return p.config.Start(number, seedFile, socket, stderr)
+	}, name, p.config.Log, p)
 	if err != nil {
 		return nil, err
 	}
 	proc.retries = retries
 	ctx, cancel := p.withTimeout(ctx, slowFactor*p.config.Deadline)
 	defer cancel()
-	_, err = proc.roundTrip(ctx, slowFactor*p.config.Deadline, ignoreDone, hello, config)
+	_, err = proc.roundTrip(ctx, slowFactor*p.config.Deadline, ignoreDone, hello)
 	if err == nil {
 		err = p.checkHealth(ctx, proc)
 	}
@@ -264,7 +263,7 @@ var errRenewed = errors.New("the key worker had grown too large")
 // gets no new calls. Renewal needs another worker that takes over, unless the pool has one slot
 // only.
 func (p *Pool) renewIfLarge(proc *process) {
-	memory := proc.memory()
+	memory := proc.child.Memory()
 	proc.resident.Store(int64(memory))
 	if memory <= p.config.Memory {
 		return

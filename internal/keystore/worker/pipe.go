@@ -22,7 +22,7 @@ import (
 type kind byte
 
 const (
-	hello        kind = iota + 1 // body: Config.Hello; the answer comes when the device is open
+	hello        kind = iota + 1 // no body; the answer comes when the device is open
 	bind                         // body: keystore.Info; id: the key's number from now on; no answer
 	sign                         // body: u32 number of the key, message; answer: signature
 	exchange                     // body: u32 number of the key, public key; answer: shared secret

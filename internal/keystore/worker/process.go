@@ -6,10 +6,9 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"os"
-	"os/exec"
-	"runtime"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -22,7 +21,7 @@ import (
 // never used again.
 type process struct {
 	name    string
-	cmd     *exec.Cmd
+	child   Process
 	pipe    *pipe
 	gate    loginGate
 	retries int // Pool.retries at the time of the start
@@ -78,29 +77,10 @@ var (
 // frames, and a worker that has closed its socket may still be about to end.
 const exitTimeout = time.Second
 
-// onStarterThread runs start on an OS thread that never ends. Pdeathsig kills the child at the end
-// of the thread that has started the child, and Go ends threads at will.
-func onStarterThread(start func() error) error {
-	done := make(chan error)
-	starter() <- func() { done <- start() }
-	return <-done
-}
-
-var starter = sync.OnceValue(func() chan<- func() {
-	work := make(chan func())
-	go runStarter(work)
-	return work
-})
-
-func runStarter(work <-chan func()) {
-	runtime.LockOSThread()
-	for f := range work {
-		f()
-	}
-}
-
-// startProcess runs a command as a key worker. The worker is ready after its answer to hello.
-func startProcess(cmd *exec.Cmd, name string, log *slog.Logger, gate loginGate) (*process, error) {
+// startProcess has a key worker started. The worker is ready after its answer to hello.
+func startProcess(
+	start func(socket, stderr *os.File) (Process, error), name string, log *slog.Logger, gate loginGate,
+) (*process, error) {
 	fds, err := syscall.Socketpair(syscall.AF_UNIX, syscall.SOCK_STREAM|syscall.SOCK_CLOEXEC, 0)
 	if err != nil {
 		return nil, fmt.Errorf("socketpair: %w", err)
@@ -109,35 +89,42 @@ func startProcess(cmd *exec.Cmd, name string, log *slog.Logger, gate loginGate) 
 	defer ours.Close()
 	defer theirs.Close()
 	p := &process{
-		name: name, cmd: cmd, gate: gate, calls: map[uint64]*pending{}, bound: map[uint32]bool{},
+		name: name, gate: gate, calls: map[uint64]*pending{}, bound: map[uint32]bool{},
 		dead: make(chan struct{}), drained: make(chan struct{}), reaped: make(chan struct{}),
 	}
 	if p.pipe, err = newPipe(ours); err != nil {
 		return nil, err
 	}
-	cmd.ExtraFiles = []*os.File{theirs}
-	cmd.SysProcAttr = &syscall.SysProcAttr{
-		Setpgid: true, // Ctrl-C at the terminal is for the daemon only
-		// A worker must not outlive the daemon: the worker could finish a key after the next daemon
-		// has removed the remains of that key.
-		Pdeathsig: syscall.SIGKILL,
+	says, stderr, err := os.Pipe()
+	if err != nil {
+		p.pipe.conn.Close()
+		return nil, err
 	}
-	stderr := &lineLogger{remaining: maxLines, log: func(text string) {
-		log.Warn("a key worker says", "worker", name, "pid", cmd.Process.Pid, "text", text)
-	}}
-	cmd.Stderr, cmd.WaitDelay = stderr, exitTimeout // a child of the worker may hold the worker's stderr open
-	if err := onStarterThread(cmd.Start); err != nil {
+	p.child, err = start(theirs, stderr)
+	stderr.Close()
+	if err != nil {
+		says.Close()
 		p.pipe.conn.Close()
 		return nil, fmt.Errorf("%w: start a key worker: %w", keystore.ErrUnavailable, err)
 	}
 	p.lastUse.Store(time.Now().UnixNano())
 	go func() {
 		defer close(p.reaped)
-		err := cmd.Wait()
+		lines, read := &lineLogger{remaining: maxLines, log: func(text string) {
+			log.Warn("a key worker says", "worker", name, "pid", p.child.PID(), "text", text)
+		}}, make(chan struct{})
+		go func() {
+			defer close(read)
+			io.Copy(lines, says)
+		}()
+		err := p.child.Wait()
 		if err == nil {
 			err = errors.New("the process has exited")
 		}
-		stderr.flush()
+		says.SetReadDeadline(time.Now().Add(exitTimeout)) // a child of the worker may hold the worker's stderr open
+		<-read
+		says.Close()
+		lines.flush()
 		select {
 		case <-p.drained: // frames from before the end count: answers, and a refused PIN
 		case <-time.After(exitTimeout):
@@ -162,7 +149,7 @@ func (p *process) fail(why error) {
 	p.calls = nil
 	p.mu.Unlock()
 	if first {
-		p.cmd.Process.Kill()
+		p.child.Kill()
 		p.pipe.conn.Close()
 	}
 	for _, c := range calls {
@@ -203,7 +190,7 @@ func (p *process) shutdown(timeout time.Duration) {
 	p.pipe.conn.CloseWrite()
 	p.waitReaped(timeout)
 	p.fail(errors.New("closed"))
-	p.cmd.Process.Kill() // fail does not kill a retired worker
+	p.child.Kill() // fail does not kill a retired worker
 	p.waitReaped(timeout)
 }
 
@@ -217,17 +204,6 @@ func (p *process) retire() {
 		p.why, p.calls = errRenewed, nil
 		close(p.dead)
 	}
-}
-
-// memory returns the worker's private memory in bytes (proc(5), statm: resident less shared), or 0
-// if the size is unknown.
-func (p *process) memory() int {
-	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/statm", p.cmd.Process.Pid))
-	var size, resident, shared int
-	if _, scanned := fmt.Sscan(string(b), &size, &resident, &shared); err != nil || scanned != nil {
-		return 0
-	}
-	return (resident - shared) * os.Getpagesize()
 }
 
 // read handles the worker's frames until the socket's end, and then gives the worker up.

@@ -41,17 +41,16 @@ type LogIn func(ctx context.Context, logIn func(lastTry bool) error) error
 const closeTimeout = 2 * time.Second
 
 // Serve is a key worker's main loop: Serve opens a store and serves calls until the pool closes the
-// socket. socket is descriptor 3 of a process started by a Pool. open opens the store with the
-// pool's configuration (Config.Hello) and must wrap each login in gate. lanes is the number of
-// signatures, or of batches, made in parallel. The process must exit when Serve returns, whatever
+// socket. socket comes from Config.Start. open opens the store and must wrap each login in gate. lanes
+// is the number of signatures, or of batches, made in parallel. The process must exit when Serve returns, whatever
 // the device is doing.
 func Serve(
 	socket *os.File,
-	open func(ctx context.Context, config []byte, gate LogIn) (store keystore.Store, lanes int, err error),
+	open func(ctx context.Context, gate LogIn) (store keystore.Store, lanes int, err error),
 ) error {
 	p, err := newPipe(socket)
 	if err != nil {
-		return fmt.Errorf("key worker: descriptor 3: %w", err)
+		return fmt.Errorf("key worker: its socket: %w", err)
 	}
 	socket.Close()
 	w := &server{
@@ -73,7 +72,7 @@ func Serve(
 		switch k {
 		case hello:
 			w.opening.Go(func() {
-				store, lanes, err := open(ctx, body, w.logIn)
+				store, lanes, err := open(ctx, w.logIn)
 				w.mu.Lock()
 				w.store = store
 				w.mu.Unlock()

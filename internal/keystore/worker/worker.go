@@ -1,6 +1,6 @@
 // Package worker puts a process boundary between the daemon and the driver code of a device: a
-// PKCS#11 module, or the commands of a TPM. A key worker is the daemon's binary, run as a second
-// process. Only key workers load the module and read the PIN.
+// PKCS#11 module, or the commands of a TPM. A key worker is the daemon's binary, run as a process of
+// its own. Only key workers load the module and read the PIN.
 //
 // Begin reading at Pool.do in pool.go, the retry loop around every use of a key. Then follow
 // lifecycle.go (starts, monitors and replaces workers), login.go (one login at a time), refusal.go
@@ -19,17 +19,16 @@ package worker
 
 import (
 	"log/slog"
-	"os/exec"
+	"os"
 	"time"
 )
 
 // Config says how a Pool runs its workers. There are no defaults: a zero field means zero.
 type Config struct {
-	Name    string                     // the token's name, for the log
-	Command func(number int) *exec.Cmd // makes a worker's command, whose process calls Serve with descriptor 3
-	// Hello makes the configuration of the device and the rights of a worker, for that worker; no
-	// secrets. A worker for an import also has the right to read the seed file.
-	Hello    func(seedFile string) ([]byte, error)
+	Name string // the token's name, for the log
+	// Start starts the process of a worker, which calls Serve with socket, and knows its device. A
+	// worker for an import can read seedFile, which is "" for others. The files are the caller's.
+	Start    func(number int, seedFile string, socket, stderr *os.File) (Process, error)
 	Workers  int           // number of workers; each but the first is a hot standby, unless Spread
 	Spread   bool          // balance calls over all workers, instead of using the first healthy one
 	InFlight int           // largest number of calls in flight at one worker

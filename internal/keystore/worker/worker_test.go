@@ -90,23 +90,20 @@ var (
 
 // --- the worker's side
 
-// testConfig is the body of hello for these workers.
-type testConfig struct {
-	Dir   string
-	Lanes int
-}
+// dirEnv is the environment variable with the directory of the harness.
+const dirEnv = workerEnv + "_DIR"
+
+// testLanes is the number of lanes of these workers.
+const testLanes = 16
 
 func runWorker(number string) error {
 	socket := os.NewFile(3, "key worker")
 	if os.Getenv(workerEnv+"_RAW") != "" {
 		return rawWorker(socket, number)
 	}
-	return Serve(socket, func(ctx context.Context, config []byte, gate LogIn) (keystore.Store, int, error) {
-		var c testConfig
-		if err := json.Unmarshal(config, &c); err != nil {
-			return nil, 0, err
-		}
-		d := &device{Memory: keystoretest.NewMemory(), dir: c.Dir, number: number}
+	return Serve(socket, func(ctx context.Context, gate LogIn) (keystore.Store, int, error) {
+		dir := os.Getenv(dirEnv)
+		d := &device{Memory: keystoretest.NewMemory(), dir: dir, number: number}
 		d.record("open")
 		if err := d.fault("open"); err != nil {
 			return nil, 0, err
@@ -122,8 +119,8 @@ func runWorker(number string) error {
 			d.fault("denied")
 			return nil, 0, err
 		}
-		_, err = d.Memory.Import(ctx, payments.Ref, filepath.Join(c.Dir, "seed"), payments.Tag)
-		return d, c.Lanes, err
+		_, err = d.Memory.Import(ctx, payments.Ref, filepath.Join(dir, "seed"), payments.Tag)
+		return d, testLanes, err
 	})
 }
 
@@ -329,11 +326,7 @@ func rawWorker(socket *os.File, number string) error {
 		}
 		switch k {
 		case hello:
-			var c testConfig
-			if err := json.Unmarshal(body, &c); err != nil {
-				return err
-			}
-			d = device{dir: c.Dir, number: number}
+			d = device{dir: os.Getenv(dirEnv), number: number}
 			if os.Remove(filepath.Join(d.dir, "open")) == nil { // report a refused PIN, answer, and exit at once
 				p.send(1, loginRequest)
 				if _, k, _, err := p.receive(); err != nil || k != loginReply {
@@ -421,20 +414,9 @@ func newHarness(t *testing.T) *harness {
 }
 
 func (h *harness) config(change func(c *Config)) Config {
-	hello, err := json.Marshal(testConfig{h.dir, 16})
-	if err != nil {
-		h.t.Fatal(err)
-	}
 	c := Config{
 		Name: "test", Workers: 2, InFlight: 16, Memory: 1 << 40, Deadline: 5 * time.Second,
-		Hello: func(string) ([]byte, error) { return hello, nil },
-		Log:   slog.New(slog.NewTextHandler(h, nil)),
-		Command: func(number int) *exec.Cmd {
-			cmd := exec.Command("/proc/self/exe")
-			cmd.Env = append(os.Environ(), fmt.Sprintf("%s=%d", workerEnv, number),
-				"GOTRACEBACK=none", "GORACE=atexit_sleep_ms=0")
-			return cmd
-		},
+		Log: slog.New(slog.NewTextHandler(h, nil)), Start: h.start(),
 		OnChange: func(resource string, up bool, _ error) {
 			h.mu.Lock()
 			defer h.mu.Unlock()
@@ -449,6 +431,17 @@ func (h *harness) config(change func(c *Config)) Config {
 		change(&c)
 	}
 	return c
+}
+
+// start returns a Config.Start that runs this test's binary, with more variables.
+func (h *harness) start(more ...string) func(int, string, *os.File, *os.File) (Process, error) {
+	return func(number int, _ string, socket, stderr *os.File) (Process, error) {
+		cmd := exec.Command("/proc/self/exe")
+		cmd.Env = append(os.Environ(), fmt.Sprintf("%s=%d", workerEnv, number), dirEnv+"="+h.dir,
+			"GOTRACEBACK=none", "GORACE=atexit_sleep_ms=0")
+		cmd.Env = append(cmd.Env, more...)
+		return Exec(cmd, socket, stderr, nil)
+	}
 }
 
 // Write appends to the pool's log.
@@ -683,21 +676,23 @@ func (h *harness) killChild() {
 // waiting for the deadline, and another worker gets the call. A second answer to a call costs the
 // worker too, but the first answer counts.
 func TestRubbishOnTheSocket(t *testing.T) {
-	h := openPool(t, func(c *Config) { raw(c); c.Deadline = time.Minute })
+	h := newHarness(t)
+	var err error
+	h.Pool, err = Open(h.within(bound), h.config(func(c *Config) {
+		c.Start, c.Deadline = h.start(rawEnv), time.Minute
+	}), false)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(h.end)
+	h.eventually("all workers are there", func() bool { return !slices.Contains(h.pids(), 0) })
 	for n, kind := range slices.Sorted(maps.Keys(violations)) {
 		h.faultOnce("violate", kind, n+1)
 	}
 }
 
-// raw makes the workers of a pool raw workers.
-func raw(c *Config) {
-	command := c.Command
-	c.Command = func(number int) *exec.Cmd {
-		cmd := command(number)
-		cmd.Env = append(cmd.Env, workerEnv+"_RAW=1")
-		return cmd
-	}
-}
+// rawEnv is the variable of raw workers.
+const rawEnv = workerEnv + "_RAW=1"
 
 // TestAnswerAboutAnotherKey has a worker describe another key than requested. The worker is
 // replaced.
@@ -1364,18 +1359,14 @@ func TestOldRefusal(t *testing.T) {
 func TestLastWords(t *testing.T) {
 	h := newHarness(t)
 	h.inject("open", "exit")
-	cmd := h.config(raw).Command(0)
 	slow := &slowGate{loginResult: make(chan bool, 1)}
-	p, err := startProcess(cmd, "test", slog.New(slog.DiscardHandler), slow)
+	start := func(socket, stderr *os.File) (Process, error) { return h.start(rawEnv)(0, "", socket, stderr) }
+	p, err := startProcess(start, "test", slog.New(slog.DiscardHandler), slow)
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer p.shutdown(closeTimeout)
-	config, err := h.config(nil).Hello("")
-	if err != nil {
-		t.Fatal(err)
-	}
-	if _, err := p.roundTrip(h.within(bound), bound, func(error) {}, hello, config); err != nil {
+	if _, err := p.roundTrip(h.within(bound), bound, func(error) {}, hello); err != nil {
 		t.Errorf("its answer is lost: %v", err)
 	}
 	if refused := <-slow.loginResult; !refused {
@@ -1392,7 +1383,7 @@ func (g *slowGate) requestLogin(p *process, id uint64) {
 }
 
 func (g *slowGate) loginDone(p *process, refused error) {
-	for alive(p.cmd.Process.Pid) {
+	for alive(p.child.PID()) {
 		runtime.Gosched()
 	}
 	select {
@@ -1450,10 +1441,10 @@ func TestClose(t *testing.T) {
 	var starts atomic.Int64
 	h := openPool(t, func(c *Config) {
 		c.Workers, c.InFlight, c.Deadline = 1, 2, time.Minute
-		command := c.Command
-		c.Command = func(number int) *exec.Cmd {
+		start := c.Start
+		c.Start = func(number int, seedFile string, socket, stderr *os.File) (Process, error) {
 			starts.Add(1)
-			return command(number)
+			return start(number, seedFile, socket, stderr)
 		}
 	})
 	h.inject("sign.always", "hang")
