@@ -53,8 +53,25 @@ func TestMain(m *testing.M) {
 				return 1
 			}
 		}
+		if err := traceCalls(filepath.Join(dir, "countersignd"), os.Getenv("CALLS")); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			return 1
+		}
 		return m.Run()
 	}())
+}
+
+// traceCalls puts strace before a program, if there is a folder for what strace writes. See
+// scripts/calls.sh.
+func traceCalls(program, to string) error {
+	if to == "" {
+		return nil
+	}
+	if err := os.Rename(program, program+".traced"); err != nil {
+		return err
+	}
+	return os.WriteFile(program, fmt.Appendf(nil, "#!/bin/sh\nexec strace -D -f -qq -o %s/$$.calls %s.traced \"$@\"\n",
+		to, program), 0o755)
 }
 
 // system is a configured appliance in a folder of its own.

@@ -225,10 +225,13 @@ func (r *report) checkLedger(
 	for _, address := range ready.missing {
 		r.say("listen", "waits for %s", address)
 	}
-	confined := "the daemon is confined"
-	if missing := c.rights(path, ready.doors, nil).Missing(); len(missing) > 0 {
+	rights, confined := c.rights(path, ready.doors, nil), "the daemon is confined"
+	if missing := rights.Missing(); len(missing) > 0 {
 		confined = "the daemon is NOT WHOLLY confined on this kernel: " + strings.Join(missing, "; ")
 	}
 	r.say("sandbox", "%s", confined)
+	for _, secret := range c.exposed(rights) {
+		r.say("", "%s, which could read it: move one of them", secret)
+	}
 	r.say("listen", "ok: admin socket %s, and the addresses that this machine has", c.AdminSocket)
 }

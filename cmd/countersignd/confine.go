@@ -220,6 +220,29 @@ func (c *Config) rights(path string, doors []*door, given sockets) sandbox.Right
 	return r
 }
 
+// exposed returns the secrets of tokens below the folders of the daemon, as one line each. The
+// rights of a folder hold for all that is below, so the daemon could read these secrets.
+func (c *Config) exposed(daemon sandbox.Rights) (all []string) {
+	for _, name := range slices.Sorted(maps.Keys(c.Tokens)) {
+		t := c.Tokens[name]
+		secrets := absolute(t.pinPath(), t.State)
+		if t.TPM == "" {
+			secrets = absolute(append(secrets, softHSMTokens(cmp.Or(t.Environment["SOFTHSM2_CONF"],
+				os.Getenv("SOFTHSM2_CONF"), "/etc/softhsm/softhsm2.conf")))...)
+		}
+		for _, secret := range secrets {
+			for _, folder := range slices.Concat(daemon.Write, daemon.Read) {
+				if strings.HasPrefix(secret, folder+"/") && !slices.Contains(systemFiles, folder) {
+					all = append(all, fmt.Sprintf("%s of the token %s is below %s, a folder of the daemon",
+						secret, name, folder))
+					break
+				}
+			}
+		}
+	}
+	return all
+}
+
 // folders returns the folder of a path, and none for an empty path.
 func folders(path string) []string {
 	if path == "" {

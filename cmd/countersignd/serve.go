@@ -79,13 +79,18 @@ func serve(
 		return err
 	}
 	rights := c.rights(path, ready.doors, given)
-	lacks := c.lacks(rights)               // nothing can ask the kernel afterwards
+	lacks := c.lacks(rights) // nothing can ask the kernel afterwards
+	exposed := c.exposed(rights)
+	breakIn(c)
 	if err := rights.Enter(); err != nil { // before a stranger's first byte
 		return err
 	}
 	waiting := waits{doors: ready.doors}
 	waiting.set(ready.missing)
 	notifications := &notifier{log: log}
+	for _, secret := range exposed {
+		log.Warn("the daemon could read a secret of a token: move one of them", "secret", secret)
+	}
 	incomplete := unconfined(lacks)
 	for _, u := range incomplete {
 		log.Warn("a process is not confined as intended", "of", u.Subject, "missing", u.Text)

@@ -87,7 +87,7 @@ func (s *server) serve() error {
 	for {
 		var r request
 		files, err := receive(s.conn, &r, 2)
-		if errors.Is(err, io.EOF) {
+		if errors.Is(err, io.EOF) || errors.Is(err, unix.ECONNRESET) { // a daemon may have left answers unread
 			return nil
 		} else if err != nil {
 			return err
@@ -141,6 +141,10 @@ func (s *server) start(id uint64, what Start, socket, stderr *os.File) error {
 }
 
 func (s *server) startChild(what Start, socket, stderr *os.File) (*worker.Child, error) {
+	cmd, config, err := s.Command(what)
+	if err != nil {
+		return nil, err
+	}
 	s.mu.Lock()
 	lives := 0
 	for _, c := range s.children {
@@ -158,10 +162,6 @@ func (s *server) startChild(what Start, socket, stderr *os.File) (*worker.Child,
 	}
 	if kind, err := kindOf(stderr); err != nil || kind != unix.S_IFIFO {
 		return nil, fmt.Errorf("launcher: the worker's stderr is no pipe (%v)", err)
-	}
-	cmd, config, err := s.Command(what)
-	if err != nil {
-		return nil, err
 	}
 	if len(config) > maxConfig {
 		return nil, fmt.Errorf("launcher: a configuration of %d bytes, at most %d are allowed", len(config), maxConfig)

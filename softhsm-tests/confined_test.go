@@ -1,0 +1,262 @@
+package softhsmtests
+
+import (
+	"bufio"
+	"fmt"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+)
+
+// newSeparated makes a system whose keys are outside the folders of the daemon: the PIN, the tokens
+// and SoftHSM's configuration.
+func newSeparated(t *testing.T) (s *system, keys string) {
+	t.Helper()
+	s, keys = newSoftHSM(t, softHSM), t.TempDir()
+	for _, name := range []string{"pin", "softhsm2.conf", "tokens"} {
+		if err := os.Rename(s.path(name), filepath.Join(keys, name)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	conf := fmt.Sprintf("directories.tokendir = %s\nlog.level = ERROR\n", filepath.Join(keys, "tokens"))
+	if err := os.WriteFile(filepath.Join(keys, "softhsm2.conf"), []byte(conf), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	s.edit("countersign.toml", `pin_file = "pin"`, fmt.Sprintf("pin_file = %q", filepath.Join(keys, "pin")))
+	s.edit("countersign.toml", s.path("softhsm2.conf"), filepath.Join(keys, "softhsm2.conf"))
+	if out, code := s.daemon("init", "--new-token", "--so-pin-file", s.path("so-pin")); code != 0 {
+		t.Fatalf("init: %d\n%s", code, out)
+	}
+	return s, keys
+}
+
+// foreignThings makes what no sandbox has a right to: a folder with a file, a TCP port and a Unix socket
+// that somebody serves, and a process.
+func foreignThings(t *testing.T) (folder, socket string, port, pid int) {
+	t.Helper()
+	folder = t.TempDir()
+	if err := os.WriteFile(filepath.Join(folder, "file"), []byte("secret"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	tcp, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	socket = filepath.Join(folder, "socket")
+	unix, err := net.Listen("unix", socket)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { tcp.Close(); unix.Close() })
+	return folder, socket, tcp.Addr().(*net.TCPAddr).Port, os.Getpid()
+}
+
+// The kernel's answers to forbidden acts, in the sandboxes of the daemon, the launcher and a key
+// worker. EACCES is Landlock's for files and ports, SIGSYS the end by the filter of system calls.
+// EPERM is the filter's, and Landlock's for a signal.
+var forbidden = map[string][3]string{
+	"read a file":                  {"EACCES", "EACCES", "EACCES"},
+	"list a folder":                {"EACCES", "EACCES", "EACCES"},
+	"write a file":                 {"EACCES", "EACCES", "EACCES"},
+	"truncate a file":              {"SIGSYS", "EACCES", "EACCES"},
+	"make a file":                  {"EACCES", "EACCES", "EACCES"},
+	"execute a program":            {"SIGSYS", "EACCES", "EPERM"},
+	"fork":                         {"SIGSYS", "done", "EPERM"},
+	"fork into a user namespace":   {"SIGSYS", "SIGSYS", "EPERM"},
+	"make a user namespace":        {"SIGSYS", "SIGSYS", "SIGSYS"},
+	"connect to a TCP port":        {"EACCES", "EPERM", "EPERM"},
+	"listen on a TCP port":         {"EACCES", "EPERM", "EPERM"},
+	"send by UDP":                  {"EPERM", "EPERM", "EPERM"},
+	"use Multipath TCP":            {"EPERM", "EPERM", "EPERM"},
+	"connect to a Unix socket":     {"EPERM", "EPERM", "EPERM"},
+	"signal a process":             {"SIGSYS", "EPERM", "EPERM"},
+	"open the memory of a process": {"EACCES", "EACCES", "EACCES"},
+	"load a filter":                {"SIGSYS", "EINVAL", "SIGSYS"}, // the launcher's key workers confine themselves
+	"trace a process":              {"SIGSYS", "SIGSYS", "SIGSYS"}, "read the memory of a process": {"SIGSYS", "SIGSYS", "SIGSYS"},
+	"take a descriptor of a process": {"SIGSYS", "SIGSYS", "SIGSYS"}, "mount": {"SIGSYS", "SIGSYS", "SIGSYS"},
+	"load a module": {"SIGSYS", "SIGSYS", "SIGSYS"}, "load a program into the kernel": {"SIGSYS", "SIGSYS", "SIGSYS"},
+	"change the root": {"SIGSYS", "SIGSYS", "SIGSYS"}, "use keys of the kernel": {"SIGSYS", "SIGSYS", "SIGSYS"},
+	"handle page faults": {"SIGSYS", "SIGSYS", "SIGSYS"}, "use io_uring": {"SIGSYS", "SIGSYS", "SIGSYS"},
+	"count events": {"SIGSYS", "SIGSYS", "SIGSYS"}, "open by handle": {"SIGSYS", "SIGSYS", "SIGSYS"},
+	"a call of the future": {"SIGSYS", "SIGSYS", "SIGSYS"},
+}
+
+// TestForbiddenFromInside tries each forbidden act from inside each sandbox. The kernel refuses each
+// by the right mechanism. Without a sandbox the acts on files, sockets and processes succeed.
+func TestForbiddenFromInside(t *testing.T) {
+	s, _ := newSeparated(t)
+	folder, socket, port, pid := foreignThings(t)
+	cmd := exec.Command(filepath.Join(bin, "countersignd"), "prove-sandbox", "--config", s.path("countersign.toml"))
+	cmd.Env = append(os.Environ(), "PROVE_FOLDER="+folder, "PROVE_SOCKET="+socket,
+		fmt.Sprint("PROVE_PORT=", port), fmt.Sprint("PROVE_PID=", pid))
+	out, err := cmd.CombinedOutput()
+	if err != nil {
+		t.Fatalf("%v\n%s", err, out)
+	}
+	seen := 0
+	for line := range strings.Lines(string(out)) {
+		f := strings.Split(strings.TrimSpace(line), "\t")
+		if len(f) != 3 {
+			t.Fatalf("%q", line)
+		}
+		want, known := forbidden[f[1]]
+		if !known {
+			t.Errorf("the test expects nothing of %q", f[1])
+		}
+		if f[0] == "free" {
+			free := f[2] == "done"
+			if mechanism := want[0] == "EACCES" || want[2] == "EPERM"; mechanism && !free && !strings.Contains(f[1], "namespace") {
+				t.Errorf("%s succeeds nowhere: %s", f[1], f[2])
+			}
+			continue
+		}
+		seen++
+		if i := slices.Index([]string{"daemon", "launcher", "main"}, f[0]); i < 0 || f[2] != want[i] {
+			t.Errorf("%s, %s: %s, want %s", f[0], f[1], f[2], want)
+		}
+	}
+	if want := 3 * len(forbidden); seen != want {
+		t.Errorf("%d acts were tried, want %d", seen, want)
+	}
+}
+
+// brokenInto is a daemon that makes system calls for the test.
+type brokenInto struct {
+	t    *testing.T
+	s    *system
+	p    *process
+	conn net.Conn
+	read *bufio.Reader
+}
+
+// breakIn starts a daemon of the build with the op that makes system calls.
+func (s *system) breakIn(t *testing.T, program string) *brokenInto {
+	t.Helper()
+	at := filepath.Join(t.TempDir(), "breakin")
+	cmd := exec.Command(program, "serve", "--config", s.path("countersign.toml"))
+	cmd.Env = append(os.Environ(), "BREAKIN_SOCKET="+at)
+	b := &brokenInto{t: t, s: s, p: s.start(cmd)}
+	var err error
+	if b.conn, err = net.Dial("unix", at); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { b.conn.Close() })
+	b.conn.SetDeadline(time.Now().Add(time.Minute))
+	b.read = bufio.NewReader(b.conn)
+	return b
+}
+
+// do has the daemon do something, and returns what came of it: the name of an error, or the signal
+// that ended the daemon.
+func (b *brokenInto) do(fields ...any) string {
+	b.t.Helper()
+	text := make([]string, len(fields))
+	for i, f := range fields {
+		text[i] = fmt.Sprint(f)
+	}
+	fmt.Fprintln(b.conn, strings.Join(text, "\t"))
+	line, err := b.read.ReadString('\n')
+	if err == nil {
+		return strings.TrimSpace(line)
+	}
+	<-b.p.ended
+	b.p.ended <- nil
+	if status := b.p.cmd.ProcessState.Sys().(syscall.WaitStatus); status.Signal() == syscall.SIGSYS {
+		return "SIGSYS"
+	}
+	return b.p.cmd.ProcessState.String()
+}
+
+// TestBrokenIntoDaemon runs system calls in a serving daemon, as an attacker's code would. The
+// attacker reads neither the PIN nor the tokens, starts no program, and reaches no other port, no
+// other socket and no other process. The launcher starts what it knows only.
+func TestBrokenIntoDaemon(t *testing.T) {
+	program := filepath.Join(t.TempDir(), "countersignd")
+	if out, err := exec.Command("go", "build", "-tags", "breakin", "-o", program, "../cmd/countersignd").CombinedOutput(); err != nil {
+		t.Fatalf("%v\n%s", err, out)
+	}
+	s, keys := newSeparated(t)
+	folder, socket, port, _ := foreignThings(t)
+	if err := os.Link(filepath.Join(keys, "pin"), filepath.Join(keys, "file")); err != nil { // the name in the acts
+		t.Fatal(err)
+	}
+	b := s.breakIn(t, program)
+	launcher := b.p.launcher()
+	worker := children(t, launcher)[0]
+	for _, c := range []struct {
+		what string
+		of   []any
+		want string
+	}{
+		{"the PIN", []any{"read a file", keys, socket, port, worker}, "EACCES"},
+		{"the folder of the tokens", []any{"list a folder", filepath.Join(keys, "tokens"), socket, port, worker}, "EACCES"},
+		{"a file of another", []any{"read a file", folder, socket, port, worker}, "EACCES"},
+		{"a new file", []any{"make a file", keys, socket, port, worker}, "EACCES"},
+		{"another port", []any{"connect to a TCP port", folder, socket, port, worker}, "EACCES"},
+		{"a port to listen on", []any{"listen on a TCP port", folder, socket, port, worker}, "EACCES"},
+		{"a datagram", []any{"send by UDP", folder, socket, port, worker}, "EPERM"},
+		{"a socket of another program", []any{"connect to a Unix socket", folder, socket, port, worker}, "EPERM"},
+		{"a key worker's memory", []any{"open the memory of a process", folder, socket, port, worker}, "EACCES"},
+		{"the launcher's memory", []any{"open the memory of a process", folder, socket, port, launcher}, "EACCES"},
+		{"a token of no configuration", []any{"start", "other", "", ""}, "no token"},
+		{"a seed that is the PIN", []any{"start", "main", filepath.Join(keys, "pin"), ""}, "import_folder"},
+		{"a new token", []any{"start", "main", "", "make"}, "launcher: "},
+		{"a file as a worker's socket", []any{"start", "main", "", ""}, "socket is none"},
+	} {
+		if got := b.do(c.of...); !strings.Contains(got, c.want) {
+			t.Errorf("%s: %s, want %s", c.what, got, c.want)
+		}
+	}
+	for i, act := range []string{
+		"execute a program", "fork", "trace a process", "read the memory of a process", "signal a process", "load a filter",
+	} {
+		if i > 0 {
+			b = s.breakIn(t, program)
+			worker = children(t, b.p.launcher())[0]
+		}
+		if got := b.do(act, folder, socket, port, worker); got != "SIGSYS" {
+			t.Errorf("%s: %s, want SIGSYS", act, got)
+		}
+		eventually(t, "the key worker has ended with the daemon", func() bool {
+			return syscall.Kill(worker, 0) != nil
+		})
+	}
+}
+
+// TestLauncherEnds kills the launcher. The daemon says so and ends, for the service manager to start
+// it again, and no key worker is left.
+func TestLauncherEnds(t *testing.T) {
+	s := newSystem(t)
+	p := s.serve()
+	s.enrol()
+	workers := p.workers()
+	syscall.Kill(p.launcher(), syscall.SIGKILL)
+	select {
+	case err := <-p.ended:
+		p.ended <- err
+		if p.cmd.ProcessState.ExitCode() != 1 {
+			t.Errorf("the daemon's end: %v", err)
+		}
+	case <-time.After(30 * time.Second):
+		t.Fatal("the daemon goes on without a launcher")
+	}
+	for _, want := range []string{"without the launcher, no key worker can be started", "signal: killed"} {
+		if !strings.Contains(p.stderr.String(), want) {
+			t.Errorf("the log has no %q:\n%s", want, tail(p.stderr.String(), 2000))
+		}
+	}
+	for _, pid := range workers {
+		eventually(t, "the key workers have ended", func() bool { return syscall.Kill(pid, 0) != nil })
+	}
+	p = s.serve()
+	if _, err := s.dial().Sign(t.Context(), "payments", message("againrun")); err != nil {
+		t.Error(err)
+	}
+	p.stop()
+}
