@@ -36,8 +36,8 @@ func newSeparated(t *testing.T) (s *system, keys string) {
 	return s, keys
 }
 
-// foreignThings makes what no sandbox has a right to: a folder with a file, a TCP port and a Unix socket
-// that somebody serves, and a process.
+// foreignThings makes what no sandbox has a right to: a folder with a file, a TCP port and a Unix
+// socket with a server, and a process.
 func foreignThings(t *testing.T) (folder, socket string, port, pid int) {
 	t.Helper()
 	folder = t.TempDir()
@@ -61,34 +61,40 @@ func foreignThings(t *testing.T) (folder, socket string, port, pid int) {
 // worker. EACCES is Landlock's for files and ports, SIGSYS the end by the filter of system calls.
 // EPERM is the filter's, and Landlock's for a signal.
 var forbidden = map[string][3]string{
-	"read a file":                  {"EACCES", "EACCES", "EACCES"},
-	"list a folder":                {"EACCES", "EACCES", "EACCES"},
-	"write a file":                 {"EACCES", "EACCES", "EACCES"},
-	"truncate a file":              {"SIGSYS", "EACCES", "EACCES"},
-	"make a file":                  {"EACCES", "EACCES", "EACCES"},
-	"execute a program":            {"SIGSYS", "EACCES", "EPERM"},
-	"fork":                         {"SIGSYS", "done", "EPERM"},
-	"fork into a user namespace":   {"SIGSYS", "SIGSYS", "EPERM"},
-	"make a user namespace":        {"SIGSYS", "SIGSYS", "SIGSYS"},
-	"connect to a TCP port":        {"EACCES", "EPERM", "EPERM"},
-	"listen on a TCP port":         {"EACCES", "EPERM", "EPERM"},
-	"send by UDP":                  {"EPERM", "EPERM", "EPERM"},
-	"use Multipath TCP":            {"EPERM", "EPERM", "EPERM"},
-	"connect to a Unix socket":     {"EPERM", "EPERM", "EPERM"},
-	"signal a process":             {"SIGSYS", "EPERM", "EPERM"},
-	"open the memory of a process": {"EACCES", "EACCES", "EACCES"},
-	"load a filter":                {"SIGSYS", "EINVAL", "SIGSYS"}, // the launcher's key workers confine themselves
-	"trace a process":              {"SIGSYS", "SIGSYS", "SIGSYS"}, "read the memory of a process": {"SIGSYS", "SIGSYS", "SIGSYS"},
-	"take a descriptor of a process": {"SIGSYS", "SIGSYS", "SIGSYS"}, "mount": {"SIGSYS", "SIGSYS", "SIGSYS"},
-	"load a module": {"SIGSYS", "SIGSYS", "SIGSYS"}, "load a program into the kernel": {"SIGSYS", "SIGSYS", "SIGSYS"},
-	"change the root": {"SIGSYS", "SIGSYS", "SIGSYS"}, "use keys of the kernel": {"SIGSYS", "SIGSYS", "SIGSYS"},
-	"handle page faults": {"SIGSYS", "SIGSYS", "SIGSYS"}, "use io_uring": {"SIGSYS", "SIGSYS", "SIGSYS"},
-	"count events": {"SIGSYS", "SIGSYS", "SIGSYS"}, "open by handle": {"SIGSYS", "SIGSYS", "SIGSYS"},
-	"a call of the future": {"SIGSYS", "SIGSYS", "SIGSYS"},
+	"read a file":                    {"EACCES", "EACCES", "EACCES"},
+	"list a folder":                  {"EACCES", "EACCES", "EACCES"},
+	"write a file":                   {"EACCES", "EACCES", "EACCES"},
+	"truncate a file":                {"SIGSYS", "EACCES", "EACCES"},
+	"make a file":                    {"EACCES", "EACCES", "EACCES"},
+	"execute a program":              {"SIGSYS", "EACCES", "EPERM"},
+	"fork":                           {"SIGSYS", "done", "EPERM"},
+	"fork into a user namespace":     {"SIGSYS", "SIGSYS", "EPERM"},
+	"make a user namespace":          {"SIGSYS", "SIGSYS", "SIGSYS"},
+	"connect to a TCP port":          {"EACCES", "EPERM", "EPERM"},
+	"listen on a TCP port":           {"EACCES", "EPERM", "EPERM"},
+	"send by UDP":                    {"EPERM", "EPERM", "EPERM"},
+	"use Multipath TCP":              {"EPERM", "EPERM", "EPERM"},
+	"connect to a Unix socket":       {"EPERM", "EPERM", "EPERM"},
+	"signal a process":               {"SIGSYS", "EPERM", "EPERM"},
+	"open the memory of a process":   {"EACCES", "EACCES", "EACCES"},
+	"load a filter":                  {"SIGSYS", "EINVAL", "SIGSYS"}, // the launcher's key workers confine themselves
+	"trace a process":                {"SIGSYS", "SIGSYS", "SIGSYS"},
+	"read the memory of a process":   {"SIGSYS", "SIGSYS", "SIGSYS"},
+	"take a descriptor of a process": {"SIGSYS", "SIGSYS", "SIGSYS"},
+	"mount":                          {"SIGSYS", "SIGSYS", "SIGSYS"},
+	"load a module":                  {"SIGSYS", "SIGSYS", "SIGSYS"},
+	"load a program into the kernel": {"SIGSYS", "SIGSYS", "SIGSYS"},
+	"change the root":                {"SIGSYS", "SIGSYS", "SIGSYS"},
+	"use keys of the kernel":         {"SIGSYS", "SIGSYS", "SIGSYS"},
+	"handle page faults":             {"SIGSYS", "SIGSYS", "SIGSYS"},
+	"use io_uring":                   {"SIGSYS", "SIGSYS", "SIGSYS"},
+	"count events":                   {"SIGSYS", "SIGSYS", "SIGSYS"},
+	"open by handle":                 {"SIGSYS", "SIGSYS", "SIGSYS"},
+	"a call of the future":           {"SIGSYS", "SIGSYS", "SIGSYS"},
 }
 
-// TestForbiddenFromInside tries each forbidden act from inside each sandbox. The kernel refuses each
-// by the right mechanism. Without a sandbox the acts on files, sockets and processes succeed.
+// TestForbiddenFromInside tries each forbidden act from inside each sandbox. The kernel refuses
+// each by the right mechanism. Without a sandbox the acts on files, sockets and processes succeed.
 func TestForbiddenFromInside(t *testing.T) {
 	s, _ := newSeparated(t)
 	folder, socket, port, pid := foreignThings(t)
@@ -110,8 +116,8 @@ func TestForbiddenFromInside(t *testing.T) {
 			t.Errorf("the test expects nothing of %q", f[1])
 		}
 		if f[0] == "free" {
-			free := f[2] == "done"
-			if mechanism := want[0] == "EACCES" || want[2] == "EPERM"; mechanism && !free && !strings.Contains(f[1], "namespace") {
+			mechanism := want[0] == "EACCES" || want[2] == "EPERM"
+			if mechanism && f[2] != "done" && !strings.Contains(f[1], "namespace") {
 				t.Errorf("%s succeeds nowhere: %s", f[1], f[2])
 			}
 			continue
@@ -178,11 +184,13 @@ func (b *brokenInto) do(fields ...any) string {
 // other socket and no other process. The launcher starts what it knows only.
 func TestBrokenIntoDaemon(t *testing.T) {
 	program := filepath.Join(t.TempDir(), "countersignd")
-	if out, err := exec.Command("go", "build", "-tags", "breakin", "-o", program, "../cmd/countersignd").CombinedOutput(); err != nil {
+	build := exec.Command("go", "build", "-tags", "breakin", "-o", program, "../cmd/countersignd")
+	if out, err := build.CombinedOutput(); err != nil {
 		t.Fatalf("%v\n%s", err, out)
 	}
 	s, keys := newSeparated(t)
 	folder, socket, port, _ := foreignThings(t)
+	tokens := filepath.Join(keys, "tokens")
 	if err := os.Link(filepath.Join(keys, "pin"), filepath.Join(keys, "file")); err != nil { // the name in the acts
 		t.Fatal(err)
 	}
@@ -195,7 +203,7 @@ func TestBrokenIntoDaemon(t *testing.T) {
 		want string
 	}{
 		{"the PIN", []any{"read a file", keys, socket, port, worker}, "EACCES"},
-		{"the folder of the tokens", []any{"list a folder", filepath.Join(keys, "tokens"), socket, port, worker}, "EACCES"},
+		{"the folder of the tokens", []any{"list a folder", tokens, socket, port, worker}, "EACCES"},
 		{"a file of another", []any{"read a file", folder, socket, port, worker}, "EACCES"},
 		{"a new file", []any{"make a file", keys, socket, port, worker}, "EACCES"},
 		{"another port", []any{"connect to a TCP port", folder, socket, port, worker}, "EACCES"},
@@ -214,7 +222,8 @@ func TestBrokenIntoDaemon(t *testing.T) {
 		}
 	}
 	for i, act := range []string{
-		"execute a program", "fork", "trace a process", "read the memory of a process", "signal a process", "load a filter",
+		"execute a program", "fork", "trace a process", "read the memory of a process", "signal a process",
+		"load a filter",
 	} {
 		if i > 0 {
 			b = s.breakIn(t, program)
@@ -229,8 +238,8 @@ func TestBrokenIntoDaemon(t *testing.T) {
 	}
 }
 
-// TestLauncherEnds kills the launcher. The daemon says so and ends, for the service manager to start
-// it again, and no key worker is left.
+// TestLauncherEnds kills the launcher. The daemon says so and ends, for the service manager to
+// start it again, and no key worker is left.
 func TestLauncherEnds(t *testing.T) {
 	s := newSystem(t)
 	p := s.serve()

@@ -45,7 +45,8 @@ func broken(c Config, fields []string) string {
 		}
 		defer read.Close()
 		defer write.Close()
-		_, err = c.launcher.Start(launcher.Start{Token: fields[1], Seed: fields[2], Make: fields[3] != ""}, write, write)
+		what := launcher.Start{Token: fields[1], Seed: fields[2], Make: fields[3] != ""}
+		_, err = c.launcher.Start(what, write, write)
 		return fmt.Sprint(err)
 	}
 	var t target

@@ -169,7 +169,8 @@ func (r *report) checkDeep(c Config, stderr io.Writer) {
 
 // checkLedger opens the ledger, compares the keys with the tokens, and opens the listeners.
 func (r *report) checkLedger(
-	ctx context.Context, path string, c Config, tokens map[string]keystore.Store, rules *policy.Policy, log *slog.Logger,
+	ctx context.Context, path string, c Config, tokens map[string]keystore.Store, rules *policy.Policy,
+	log *slog.Logger,
 ) {
 	l, err := openLedger(c, nil)
 	switch {

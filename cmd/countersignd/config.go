@@ -127,9 +127,9 @@ type Config struct {
 	// Then a start of the daemon alone does not make the appliance sign.
 	UnattendedStart bool `toml:"unattended_start"`
 
-	// ImportFolder is the folder with the seed files that an operator may have imported (countersign
-	// admin key import). Default: the folder of this file. Files elsewhere are refused, because the
-	// process that starts the key workers can't read them.
+	// ImportFolder is the folder with the seed files that an operator may have imported
+	// (countersign admin key import). Default: the folder of this file. Files elsewhere are
+	// refused, because the process that starts the key workers can't read them.
 	ImportFolder string `toml:"import_folder"`
 
 	// NoiseIdentity is the name of a signing key that authorizes the Noise key

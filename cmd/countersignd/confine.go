@@ -152,8 +152,8 @@ func (c *Config) capabilities(given sockets) []uint {
 	return nil
 }
 
-// rights returns what the serving daemon may do, with its listeners for peers as they are now. Files
-// that others replace by a rename have their folder: the configuration and the policy, the
+// rights returns what the serving daemon may do, with its listeners for peers as they are now.
+// Files that others replace by a rename have their folder: the configuration and the policy, the
 // certificate authorities, the ledger, and the files of sinks.
 func (c *Config) rights(path string, doors []*door, given sockets) sandbox.Rights {
 	r := sandbox.Rights{

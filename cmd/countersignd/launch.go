@@ -200,7 +200,8 @@ func (c *Config) launcherRights(soPINFile string) sandbox.Rights {
 	return r
 }
 
-// folderOf returns the nearest folder above a path that exists, or the path itself directly below /.
+// folderOf returns the nearest folder above a path that exists, or the path itself directly
+// below /.
 func folderOf(path string) string {
 	path, err := filepath.Abs(path)
 	if err != nil {

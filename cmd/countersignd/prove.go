@@ -25,7 +25,7 @@ const proveCommand = "prove-sandbox"
 type target struct {
 	folder string // with a file of the name file
 	pid    int
-	port   int // that somebody serves on 127.0.0.1
+	port   int // of a server on 127.0.0.1
 	socket string
 }
 
@@ -104,8 +104,9 @@ var acts = map[string]func(target) error{
 	},
 	"signal a process": func(t target) error { return unix.Kill(t.pid, 0) },
 	"load a module":    call(unix.SYS_FINIT_MODULE), "load a program into the kernel": call(unix.SYS_BPF),
-	"mount": call(unix.SYS_MOUNT), "change the root": call(unix.SYS_CHROOT), "use keys of the kernel": call(unix.SYS_KEYCTL),
-	"handle page faults": call(unix.SYS_USERFAULTFD), "use io_uring": call(unix.SYS_IO_URING_SETUP),
+	"mount": call(unix.SYS_MOUNT), "change the root": call(unix.SYS_CHROOT),
+	"use keys of the kernel": call(unix.SYS_KEYCTL),
+	"handle page faults":     call(unix.SYS_USERFAULTFD), "use io_uring": call(unix.SYS_IO_URING_SETUP),
 	"load a filter":        call(unix.SYS_SECCOMP),
 	"count events":         call(unix.SYS_PERF_EVENT_OPEN),
 	"open by handle":       call(unix.SYS_OPEN_BY_HANDLE_AT),

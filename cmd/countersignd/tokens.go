@@ -97,8 +97,8 @@ func (c *Config) workers(name string, what launcher.Start, log *slog.Logger) wor
 	}
 }
 
-// keyWorker is the main function of a key worker, started by the launcher with a socket to the daemon
-// and with the configuration of its device.
+// keyWorker is the main function of a key worker, started by the launcher with a socket to the
+// daemon and with the configuration of its device.
 func keyWorker() error {
 	if err := noCoreFiles(); err != nil {
 		return err

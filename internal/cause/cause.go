@@ -168,7 +168,8 @@ var (
 	Certificate = define("certificate-expiring",
 		"the certificate of the admin API ends soon, has ended, is for another key, or can't be renewed",
 		"see the text; countersign admin tls")
-	Sandbox = define("sandbox-incomplete", "this kernel can't confine the daemon, or the key workers of a token, as intended",
+	Sandbox = define("sandbox-incomplete",
+		"this kernel can't confine the daemon, or the key workers of a token, as intended",
 		"see the text; use a newer kernel with Landlock and seccomp")
 	Launcher = define("launcher-ended", "the process that starts the key workers has ended, and the daemon ends",
 		"see the daemon's log; the service manager starts the daemon again")

@@ -119,8 +119,8 @@ func eventually(t *testing.T, what string, holds func() bool) {
 	}
 }
 
-// TestWorkers starts workers, ends one by its socket and one by a kill, and sees their exit statuses
-// and their memory. The process of an ended worker is reaped.
+// TestWorkers starts workers, ends one by its socket and one by a kill, and sees their exit
+// statuses and their memory. The process of an ended worker is reaped.
 func TestWorkers(t *testing.T) {
 	l := start(t, "launcher")
 	first, conn, says := startWorker(t, l, Start{Token: "known", Seed: "/seed"})
@@ -171,13 +171,15 @@ func TestRefusals(t *testing.T) {
 		{"known", write, write, "socket is none"},
 		{"known", socket, socket, "stderr is no pipe"},
 	} {
-		if _, err := l.Start(Start{Token: c.token}, c.socket, c.stderr); err == nil || !strings.Contains(err.Error(), c.want) {
+		_, err := l.Start(Start{Token: c.token}, c.socket, c.stderr)
+		if err == nil || !strings.Contains(err.Error(), c.want) {
 			t.Errorf("%+v: %v", c, err)
 		}
 	}
 	startWorker(t, l, Start{Token: "known"})
 	startWorker(t, l, Start{Token: "known"})
-	if _, err := l.Start(Start{Token: "known"}, socket, write); err == nil || !strings.Contains(err.Error(), "at most 2") {
+	_, err = l.Start(Start{Token: "known"}, socket, write)
+	if err == nil || !strings.Contains(err.Error(), "at most 2") {
 		t.Errorf("a third worker: %v", err)
 	}
 }

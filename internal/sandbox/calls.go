@@ -46,8 +46,8 @@ const refused = `
 	kill tkill setrlimit setpriority sched_setscheduler sched_setparam`
 
 // launching are the system calls of the launcher beside those of its key workers, which inherit the
-// launcher's filter and make it stricter: to start, to end and to confine key workers, and to change
-// the user. The signals of a confined launcher reach key workers only.
+// launcher's filter and make it stricter: to start, to end and to confine key workers, and to
+// change the user. The signals of a confined launcher reach key workers only.
 const launching = `
 	clone vfork execve wait4 waitid kill tkill tgkill pidfd_open pidfd_send_signal setpgid prlimit64 setrlimit
 	setuid setgid setgroups setresuid setresgid
@@ -58,15 +58,13 @@ const serving = `
 	read write readv writev pread64 pwrite64 close lseek open openat stat fstat lstat newfstatat statx
 	access faccessat faccessat2 statfs fstatfs fcntl flock fsync fdatasync ftruncate fallocate fadvise64 ioctl
 	rename renameat renameat2 mkdir mkdirat rmdir unlink unlinkat readlink readlinkat fchmod fchmodat
-	getdents64 getcwd copy_file_range sendfile splice pipe2 dup dup3 eventfd2 poll ppoll pselect6
+	getdents64 getcwd copy_file_range sendfile splice pipe2 dup3 eventfd2 poll ppoll
 	epoll_create1 epoll_ctl epoll_wait epoll_pwait epoll_pwait2
-	mmap munmap mremap mprotect madvise brk msync mincore mlock mlock2 munlock memfd_create membarrier
-	futex set_robust_list get_robust_list set_tid_address rseq arch_prctl prctl
-	sched_yield sched_getaffinity sched_setaffinity sched_getparam sched_getscheduler
-	gettid getpid getppid getuid geteuid getgid getegid getgroups getresuid getresgid uname sysinfo getrusage
-	getrlimit getrandom rt_sigaction rt_sigprocmask rt_sigreturn rt_sigtimedwait sigaltstack
+	mmap munmap mremap mprotect madvise brk memfd_create membarrier
+	futex set_robust_list rseq prctl sched_yield sched_getaffinity
+	gettid getpid getppid getuid geteuid getgid getegid getgroups uname sysinfo getrusage getrandom
+	rt_sigaction rt_sigprocmask rt_sigreturn sigaltstack
 	nanosleep clock_nanosleep clock_gettime clock_getres gettimeofday time
-	setitimer timer_create timer_settime timer_delete
 	sendto recvfrom sendmsg recvmsg sendmmsg recvmmsg shutdown getsockopt setsockopt getsockname getpeername
 	socketpair socket connect bind listen accept4 clone tgkill prlimit64 waitid wait4
 	restart_syscall exit exit_group`
@@ -142,7 +140,7 @@ func (r Rights) filters() ([]seccomp.Filter, error) {
 	case r.tcp(): // with the resolver, and its question for this machine's addresses
 		allow += " socket connect bind" // without a right, Landlock lets no TCP port be bound
 		fail = without(fail, "bind")
-		types := neither
+		types := uint64(neither)
 		if !r.udp() {
 			types = notStream
 		}
@@ -150,13 +148,14 @@ func (r Rights) filters() ([]seccomp.Filter, error) {
 		when(fails(unix.EPERM), "socket",
 			list(0, seccomp.NotEqual, unix.AF_UNIX, unix.AF_INET, unix.AF_INET6, unix.AF_NETLINK),
 			list(1, seccomp.BitsSet, neither),
-			append(list(0, seccomp.NotEqual, unix.AF_NETLINK, unix.AF_UNIX), list(1, seccomp.BitsSet, uint64(types))...),
+			append(list(0, seccomp.NotEqual, unix.AF_NETLINK, unix.AF_UNIX), list(1, seccomp.BitsSet, types)...),
 			list(2, seccomp.NotEqual, 0, unix.IPPROTO_TCP, unix.IPPROTO_UDP),
 			append(list(0, seccomp.Equal, unix.AF_NETLINK), list(2, seccomp.NotEqual, unix.NETLINK_ROUTE)...),
 		)
 		if !r.unixSockets() {
-			// Datagrams are for the service manager and journald. A service that could be commanded,
-			// such as one that starts containers, has a stream. Streams and packets have bit 0.
+			// Datagrams are for the service manager and journald. A service that could be
+			// commanded, such as one that starts containers, has a stream. Streams and packets
+			// have bit 0.
 			when(fails(unix.EPERM), "socket",
 				append(list(0, seccomp.Equal, unix.AF_UNIX), list(1, seccomp.BitsSet, 1)...))
 		}

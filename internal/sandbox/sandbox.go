@@ -47,8 +47,8 @@ const (
 	Daemon   Kind = "daemon"   // serves peers and operators
 )
 
-// unixSockets reports that the process may make Unix sockets of each type and connect them. A daemon
-// may make datagram sockets only.
+// unixSockets reports that the process may make Unix sockets of each type and connect them. A
+// daemon may make datagram sockets only.
 func (r Rights) unixSockets() bool {
 	return r.Kind != Daemon && len(r.Connect)+len(r.Sockets) > 0
 }

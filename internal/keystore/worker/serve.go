@@ -41,9 +41,9 @@ type LogIn func(ctx context.Context, logIn func(lastTry bool) error) error
 const closeTimeout = 2 * time.Second
 
 // Serve is a key worker's main loop: Serve opens a store and serves calls until the pool closes the
-// socket. socket comes from Config.Start. open opens the store and must wrap each login in gate. lanes
-// is the number of signatures, or of batches, made in parallel. The process must exit when Serve returns, whatever
-// the device is doing.
+// socket. socket comes from Config.Start. open opens the store and must wrap each login in gate.
+// lanes is the number of signatures, or of batches, made in parallel. The process must exit when
+// Serve returns, whatever the device is doing.
 func Serve(
 	socket *os.File,
 	open func(ctx context.Context, gate LogIn) (store keystore.Store, lanes int, err error),

@@ -1,6 +1,6 @@
 // Package worker puts a process boundary between the daemon and the driver code of a device: a
-// PKCS#11 module, or the commands of a TPM. A key worker is the daemon's binary, run as a process of
-// its own. Only key workers load the module and read the PIN.
+// PKCS#11 module, or the commands of a TPM. A key worker is the daemon's binary, run as a process
+// of its own. Only key workers load the module and read the PIN.
 //
 // Begin reading at Pool.do in pool.go, the retry loop around every use of a key. Then follow
 // lifecycle.go (starts, monitors and replaces workers), login.go (one login at a time), refusal.go
