@@ -238,6 +238,41 @@ func TestBrokenIntoDaemon(t *testing.T) {
 	}
 }
 
+// TestFilesReplaced replaces the PIN file, the policy and the configuration by other files of the
+// same names, as editors do. The sandboxes let the new files be read.
+func TestFilesReplaced(t *testing.T) {
+	s, keys := newSeparated(t)
+	p := s.serve()
+	s.enrol()
+	for _, path := range []string{filepath.Join(keys, "pin"), s.path("policy.cedar"), s.path("countersign.toml")} {
+		b, err := os.ReadFile(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(path+".new", b, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.Rename(path+".new", path); err != nil {
+			t.Fatal(err)
+		}
+	}
+	s.edit("policy.cedar", "permit (", "permit (\n")
+	s.must("admin", "policy", "reload")
+	p.cmd.Process.Signal(syscall.SIGHUP)
+	for _, pid := range p.workers() {
+		syscall.Kill(pid, syscall.SIGKILL)
+	}
+	eventually(t, "a new key worker signs", func() bool {
+		_, err := s.dial().Sign(t.Context(), "payments", message("replaced"))
+		return err == nil
+	})
+	p.stop()
+	log := p.stderr.String()
+	if !strings.Contains(log, "reload: the configuration was read") || strings.Contains(log, "reload: nothing") {
+		t.Errorf("the log:\n%s", tail(log, 2000))
+	}
+}
+
 // TestLauncherEnds kills the launcher. The daemon says so and ends, for the service manager to
 // start it again, and no key worker is left.
 func TestLauncherEnds(t *testing.T) {

@@ -185,6 +185,9 @@ func (c *Config) launcherRights(soPINFile string) sandbox.Rights {
 			from []string
 		}{{&r.Read, of.Read}, {&r.Write, of.Write}, {&r.Devices, of.Devices}, {&r.Sockets, of.Sockets}} {
 			for _, path := range each.from {
+				if filepath.Clean(path) == "/" {
+					continue // the key worker of this token refuses it, and no other
+				}
 				if !slices.Contains(systemFiles, path) && path != "/dev/null" {
 					path = folderOf(path)
 				}
