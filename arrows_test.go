@@ -25,7 +25,7 @@ var arrows = map[string]room{
 	// The binaries.
 	"cmd/countersignd": {
 		ours: `admin admin/certs appliance audit hsm internal/alert internal/anchor internal/cause
-			internal/cli internal/history internal/keyring internal/keystore
+			internal/cli internal/form internal/history internal/keyring internal/keystore
 			internal/keystore/worker internal/launcher internal/ledger internal/logline
 			internal/logqueue internal/mail internal/manage internal/meter internal/operators
 			internal/resource internal/sandbox internal/scrub internal/sink internal/trace
@@ -52,15 +52,16 @@ var arrows = map[string]room{
 	"admin/api":   {ours: "approval audit wire"},
 	// The walk.
 	"appliance": {
-		ours: `audit internal/alert internal/anchor internal/cause internal/eddsa internal/gate internal/ijson
-			internal/keyring internal/keystore internal/ledger internal/limit internal/mail internal/manage
-			internal/meter internal/peers internal/requestid internal/resource internal/sink
-			internal/trace internal/webhook noise policy transcript wire`,
+		ours: `audit internal/alert internal/anchor internal/cause internal/eddsa internal/form
+			internal/gate internal/ijson internal/keyring internal/keystore internal/ledger
+			internal/limit internal/mail internal/manage internal/meter internal/peers
+			internal/requestid internal/resource internal/sink internal/trace internal/webhook
+			noise policy transcript wire`,
 		outside: "golang.org/x/time",
 	},
 	// Below the walk: each of these packages follows a part of the ledger.
 	"internal/keyring": {
-		ours: `approval audit internal/cause internal/eddsa internal/gate internal/ijson
+		ours: `approval audit internal/cause internal/eddsa internal/form internal/gate internal/ijson
 			internal/keystore internal/ledger internal/limit internal/manage internal/meter
 			internal/peers internal/pubkey internal/requestid internal/schedule transcript wire`,
 	},
@@ -108,6 +109,7 @@ var arrows = map[string]room{
 		ours:    "internal/durable internal/keystore internal/pubkey",
 		outside: "golang.org/x/sys",
 	},
+	"internal/form": {ours: "audit internal/keystore internal/webhook transcript"},
 	"internal/launcher": {
 		ours:    "internal/keystore/worker",
 		outside: "github.com/go-json-experiment/json golang.org/x/sys",

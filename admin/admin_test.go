@@ -23,6 +23,7 @@ import (
 	"countersign/appliance"
 	"countersign/approval"
 	"countersign/audit"
+	"countersign/internal/form"
 	"countersign/internal/history"
 	"countersign/internal/keyring"
 	"countersign/internal/keystore"
@@ -102,7 +103,7 @@ func newRigIn(t *testing.T, state string) *rig {
 	config := appliance.Config{Meter: meter.New("test"), Limits: limits, Retention: appliance.Retention{
 		Epoch: appliance.Month, Audit: long, Receipts: long, Decisions: long, Nonces: 24 * time.Hour,
 	}}
-	tokens := map[string]keystore.Store{"memory": store}
+	tokens := map[string]keystore.Store{"memory": form.Guard(store)}
 	if r.app, err = appliance.New(t.Context(), config, l, tokens, r.rules(), log); err != nil {
 		t.Fatal(err)
 	}
@@ -170,9 +171,9 @@ func (r *rig) rules() *policy.Policy {
 // newCertificates returns certificates for keys in memory.
 func newCertificates(t *testing.T) *certs.Manager {
 	t.Helper()
-	store := keystoretest.NewMemory()
+	store := form.Guard(keystoretest.NewMemory())
 	var keys [2]keystore.Key
-	for i, name := range []string{"ca", "tls"} {
+	for i, name := range []string{keyring.CAName, keyring.AdminName} {
 		ref := keystore.Ref{Name: name, Version: 1}
 		keys[i] = must(store.Generate(t.Context(), ref, keystore.P256, keystore.Tag{byte(i)}))(t)
 	}

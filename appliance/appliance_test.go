@@ -17,6 +17,7 @@ import (
 
 	"countersign/audit"
 	"countersign/internal/eddsa"
+	"countersign/internal/form"
 	"countersign/internal/keyring"
 	"countersign/internal/keystore"
 	"countersign/internal/keystore/keystoretest"
@@ -121,7 +122,7 @@ func (r *rig) open(t *testing.T) {
 // new makes an appliance on a ledger, with a configured retention.
 func (r *rig) new(t *testing.T, l *ledger.Ledger, retention Retention) (*Appliance, error) {
 	c := Config{Limits: r.limits, Retention: retention, Meter: meter.New("test")}
-	tokens := map[string]keystore.Store{"memory": r.store}
+	tokens := map[string]keystore.Store{"memory": form.Guard(r.store)}
 	return New(t.Context(), c, l, tokens, parsed(t, allowShop), slog.New(slog.DiscardHandler))
 }
 

@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"countersign/audit"
+	"countersign/internal/form"
 	"countersign/internal/keyring"
 	"countersign/internal/keystore"
 	"countersign/internal/ledger"
@@ -61,6 +62,9 @@ func (a *Appliance) decisionOf(
 	who.walk.Enter(meter.Policy)
 	if doc.Reserved {
 		return nil, fmt.Errorf("%w: %s is made by the appliance only", errNotYours, doc.Type)
+	}
+	if err := form.CheckDocument(key.Name, doc.Type); err != nil {
+		return nil, err
 	}
 	mayUse := func() error {
 		if err := cmp.Or(checkRequested(key, version), a.Keys.MayUse(key)); err != nil {

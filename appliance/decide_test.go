@@ -15,6 +15,7 @@ import (
 
 	"countersign/audit"
 	"countersign/internal/cause"
+	"countersign/internal/keyring"
 	"countersign/internal/ledger"
 	"countersign/internal/manage"
 	"countersign/internal/peers"
@@ -48,6 +49,13 @@ func TestEveryContextFitsTheSchema(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	if _, err := r.Keys.Create(t.Context(), audit.Operator("test"), keyring.NewKey{Name: "raw-x"}); err != nil {
+		t.Fatal(err)
+	}
+	raw, err := r.Keys.Signing("raw-x")
+	if err != nil {
+		t.Fatal(err)
+	}
 	vectors = append(vectors, vectors[0])
 	largest := r.payment(1, "9223372036854775806", "SAT", payeeOne) // the largest amount, with this key as a party
 	vectors[len(vectors)-1].Type = largest.Type
@@ -65,6 +73,12 @@ func TestEveryContextFitsTheSchema(t *testing.T) {
 			Identity: hex.EncodeToString(r.public),
 		}
 		for _, who := range []Caller{r.shop, identified} {
+			key := key
+			if v.Type == "raw" {
+				_, err := r.decisionOf(who, key, 0, doc)
+				r.refuses(t, wire.CodeDenied, err)
+				key = raw
+			}
 			d, err := r.decisionOf(who, key, 0, doc)
 			if doc.Reserved {
 				r.refuses(t, wire.CodeDenied, err)

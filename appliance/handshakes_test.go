@@ -6,6 +6,7 @@ import (
 	"testing"
 	"time"
 
+	"countersign/internal/form"
 	"countersign/internal/keyring"
 	"countersign/noise"
 )
@@ -18,7 +19,7 @@ func (e *edge) occupied() (release func()) {
 	done := make(chan struct{})
 	go func() {
 		defer close(done)
-		e.Keys.Version("payments", 1).Sign(context.Background(), keyring.Lane("another"), []byte("m"), nil)
+		e.Keys.Version("payments", 1).Sign(context.Background(), keyring.Lane("another"), form.NewCanary(), nil)
 	}()
 	eventually(e.t, "the device is occupied", func() bool { return entered.Load() == 1 })
 	return func() {

@@ -66,6 +66,7 @@ var table = []struct {
 	{errInvalidSignature, refused, wire.CodeInvalidSignature, ""},
 	{errReplay, refused, wire.CodeReplay, ""},
 	{errNotYours, refused, wire.CodeDenied, ""},
+	{keystore.ErrForm, refused, wire.CodeDenied, ""},
 	{errNoTree, refused, wire.CodeDenied, ""},
 	{peers.ErrGone, unavailable, wire.CodeUnavailable, needsOperator}, // the peer's connections are closed
 	{peers.ErrQuota, unavailable, wire.CodeBusy,

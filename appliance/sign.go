@@ -54,7 +54,7 @@ func (a *Appliance) Sign(ctx context.Context, who Caller, r *wire.Sign) (*wire.S
 	verifies := func(signature []byte) bool { return key.Verify(doc.Message, signature) == nil }
 	signature := admitted.Signature
 	if signature == nil {
-		signature, err = a.Keys.Sign(ctx, who.Peer, who.walk, key, doc.Message, verifies)
+		signature, err = a.Keys.Sign(ctx, who.Peer, who.walk, key, doc.Input(), verifies)
 	} else if !verifies(signature) {
 		err = fmt.Errorf("%w: the signature that the ledger has for %v does not verify",
 			keystore.ErrUnavailable, key.Ref())

@@ -3,6 +3,7 @@ package audit
 import (
 	"bytes"
 	"crypto/ed25519"
+	"crypto/sha256"
 	"encoding/base64"
 	"encoding/hex"
 	"fmt"
@@ -100,6 +101,30 @@ type Checkpoint struct {
 func (c Checkpoint) body(l Log) string {
 	return fmt.Sprintf("%s\n%d\n%s\n", l.Origin(c.Epoch), c.Size, c.Root)
 }
+
+// ParseBody reads the text that Sign has signed. The text must be of this log, without extension
+// lines.
+func (l Log) ParseBody(text []byte) (Checkpoint, error) {
+	lines := strings.Split(string(text), "\n")
+	if len(lines) != 4 {
+		return Checkpoint{}, fmt.Errorf("audit: the text of a checkpoint has %d lines, want 3", len(lines)-1)
+	}
+	epoch, err := l.epochOf(lines[0])
+	if err != nil {
+		return Checkpoint{}, fmt.Errorf("audit: the text of a checkpoint: %w", err)
+	}
+	c := Checkpoint{Epoch: epoch}
+	if c.Size, err = strconv.ParseUint(lines[1], 10, 62); err == nil {
+		err = c.Root.UnmarshalText([]byte(lines[2]))
+	}
+	if err != nil || c.body(l) != string(text) {
+		return Checkpoint{}, fmt.Errorf("audit: the text of a checkpoint of epoch %d is not in its one form", epoch)
+	}
+	return c, nil
+}
+
+// Digest returns SHA-256 of the text that Sign signs: a key worker's journal has it.
+func (c Checkpoint) Digest(l Log) [32]byte { return sha256.Sum256([]byte(c.body(l))) }
 
 // Sign returns the signed note of a checkpoint (C2SP tlog-checkpoint). The function sign makes the
 // Ed25519 signature over a message.

@@ -414,7 +414,7 @@ func TestContextEndsAWait(t *testing.T) {
 func TestSigner(t *testing.T) {
 	a := start(t)
 	c := dial(t, a.config())
-	s, err := c.Signer(t.Context(), "certificates")
+	s, err := c.Signer(t.Context(), "raw-certificates")
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -389,7 +389,7 @@ func ExampleClient_Signer() {
 	}
 	defer c.Close()
 
-	signer, err := c.Signer(ctx, "certificates")
+	signer, err := c.Signer(ctx, "raw-certificates")
 	if err != nil {
 		log.Fatal(err)
 	}
@@ -404,7 +404,7 @@ func ExampleClient_Signer() {
 	}
 	fmt.Println("a request of", csr.Subject, "with a good signature:", csr.CheckSignature() == nil)
 
-	appliance.rotate("certificates", time.Now())
+	appliance.rotate("raw-certificates", time.Now())
 	_, err = x509.CreateCertificateRequest(rand.Reader, request, signer)
 	fmt.Println("make a new Signer:", errors.Is(err, client.ErrKeyRotated))
 	// Output:

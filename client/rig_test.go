@@ -14,6 +14,7 @@ import (
 	"countersign/appliance"
 	"countersign/audit"
 	"countersign/client"
+	"countersign/internal/form"
 	"countersign/internal/keyring"
 	"countersign/internal/keystore"
 	"countersign/internal/keystore/keystoretest"
@@ -26,7 +27,7 @@ var operator = audit.Operator("test")
 
 const rules = `
 permit (principal == Peer::"shop", action == Action::"sign", resource == Key::"payments");
-permit (principal == Peer::"shop", action == Action::"sign_raw", resource == Key::"certificates");
+permit (principal == Peer::"shop", action == Action::"sign_raw", resource == Key::"raw-certificates");
 `
 
 // testAppliance is a real appliance in this process, with keys in memory, on a loopback port.
@@ -64,7 +65,7 @@ func startAppliance() (a *testAppliance, err error) {
 		return nil, err
 	}
 	a.key = [32]byte(k.Info().PublicKey)
-	for _, name := range []string{"payments", "certificates"} {
+	for _, name := range []string{"payments", "raw-certificates"} {
 		if _, err := a.app.Keys.Create(ctx, operator, keyring.NewKey{Name: name}); err != nil {
 			return nil, err
 		}
@@ -96,7 +97,7 @@ func (a *testAppliance) open() (err error) {
 		Limits:    limits,
 		Retention: appliance.Retention{Epoch: appliance.Month, Audit: time.Hour, Receipts: time.Hour},
 	}
-	stores := map[string]keystore.Store{"memory": a.store}
+	stores := map[string]keystore.Store{"memory": form.Guard(a.store)}
 	a.app, err = appliance.New(context.Background(), config, a.ledger, stores, p, slog.New(slog.DiscardHandler))
 	return err
 }

@@ -88,6 +88,7 @@ type key struct {
 // handle is a cached handle of a private object. A handle is valid during one login.
 type handle struct {
 	ref     keystore.Ref
+	alg     keystore.Algorithm
 	public  []byte
 	private pkcs11.ObjectHandle
 	logins  uint64 // value of Store.logins at the lookup
@@ -132,7 +133,9 @@ func (k *key) use(ctx context.Context, operation string, f func(session, *handle
 			} else if err != nil {
 				return err
 			}
-			h = &handle{ref: k.info.Ref, public: k.info.PublicKey, private: found, logins: logins}
+			h = &handle{
+				ref: k.info.Ref, alg: k.info.Algorithm, public: k.info.PublicKey, private: found, logins: logins,
+			}
 			st.handles.Store(k.info.Tag, h)
 		}
 		err := f(s, h)
@@ -154,10 +157,13 @@ func (k *key) cached() *handle {
 	return h
 }
 
-// handle returns the key's cached handle if the handle is valid during the given login, or nil.
+// handle returns the key's cached handle if the handle is valid during the given login, or nil. The
+// handle must be of this description: another name for the same tag has not been compared with the
+// label on the token.
 func (k *key) handle(logins uint64) *handle {
 	h := k.cached()
-	if h == nil || h.logins != logins || h.missing || !bytes.Equal(h.public, k.info.PublicKey) {
+	if h == nil || h.logins != logins || h.missing || h.ref != k.info.Ref || h.alg != k.info.Algorithm ||
+		!bytes.Equal(h.public, k.info.PublicKey) {
 		return nil
 	}
 	return h

@@ -4,6 +4,7 @@ import (
 	"bufio"
 	"context"
 	"crypto/ed25519"
+	"crypto/rand"
 	"encoding/json"
 	"fmt"
 	"log/slog"
@@ -27,6 +28,7 @@ import (
 	"countersign/internal/sandbox"
 	"countersign/tpm"
 	"countersign/tpm/tpmtest"
+	"countersign/transcript"
 )
 
 // Every benchmark prints lines of the form "NAME PARAMETERS ratio X", followed by the two rates of
@@ -180,10 +182,29 @@ func bestSessions(loop func(sessions int) measurement) (sessions int, floor meas
 	return sessions, loop(sessions)
 }
 
+// parsedDocument parses a document of a type for now.
+func parsedDocument(t testing.TB, typ, payload string) *transcript.Document {
+	t.Helper()
+	now := time.Now().Unix()
+	r := transcript.Request{Type: typ, Payload: []byte(payload), Timestamp: now, ExpiresAt: now + 60}
+	rand.Read(r.Nonce[:])
+	doc, err := transcript.Parse(r)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return doc
+}
+
 // signing makes a measurement of a key with a number of concurrent callers. With verify set, each
 // signature is verified before the call returns, as in the appliance.
 func signing(b *testing.B, key keystore.Key, callers int, verify bool) measurement {
-	message := make([]byte, 115) // about the length of the bytes that message-v1 signs
+	doc := parsedDocument(b, "message-v1", `{"context":"bench","message":"AAAA"}`)
+	message, input := doc.Message, doc.Input()
+	info := key.Info()
+	verifies := func(signature []byte) bool { return info.Verify(message, signature) }
+	if _, err := key.Sign(b.Context(), input, verifies); err != nil {
+		input = message // a key of a device without a key worker signs its input
+	}
 	var judge keystore.Judge
 	if verify {
 		public, err := eddsa.ParsePublicKey(key.Info().PublicKey)
@@ -194,7 +215,7 @@ func signing(b *testing.B, key keystore.Key, callers int, verify bool) measureme
 	}
 	return func() float64 {
 		return rate(b, callers, func(ctx context.Context, _ int) error {
-			_, err := key.Sign(ctx, message, judge)
+			_, err := key.Sign(ctx, input, judge)
 			return err
 		})
 	}

@@ -18,6 +18,7 @@ import (
 	"time"
 
 	"countersign/client"
+	"countersign/internal/form"
 	"countersign/internal/keystore"
 
 	"github.com/miekg/pkcs11"
@@ -483,7 +484,7 @@ func TestNothingLeaks(t *testing.T) {
 					if i%10 == 0 {
 						_, err = exchange.Exchange(ctx, [32]byte{9})
 					} else {
-						_, err = key.Sign(ctx, []byte("m"), nil)
+						_, err = key.Sign(ctx, form.NewCanary(), nil)
 					}
 					if err != nil {
 						failed <- err

@@ -85,6 +85,12 @@ type key struct {
 func (k *key) Info() keystore.Info                    { return k.info }
 func (s *Store) Bind(info keystore.Info) keystore.Key { return &key{s, info} }
 
+// is reports that the unsealed key is that of a description. Another name for the same tag has not
+// been compared with the seal.
+func (u *unsealed) is(info keystore.Info) bool {
+	return u.info.Ref == info.Ref && u.info.Algorithm == info.Algorithm && bytes.Equal(u.info.PublicKey, info.PublicKey)
+}
+
 // record returns the key's record, and an error if the record describes another key.
 func (k *key) record() (record, error) {
 	r, err := k.store.dir.read(k.info.Ref)

@@ -13,7 +13,6 @@
 package tpm
 
 import (
-	"bytes"
 	"cmp"
 	"context"
 	"encoding/hex"
@@ -250,7 +249,7 @@ func (s *Store) seed(ctx context.Context, k *key) (u *unsealed, release func(), 
 			s.mu.RUnlock()
 			return nil, nil, errClosed
 		}
-		if u := s.seeds[k.info.Tag]; u != nil && bytes.Equal(u.info.PublicKey, k.info.PublicKey) {
+		if u := s.seeds[k.info.Tag]; u != nil && u.is(k.info) {
 			if s.idle != nil {
 				s.idle.Reset(s.config.IdleLock)
 			}

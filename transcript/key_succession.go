@@ -1,5 +1,7 @@
 package transcript
 
+const keySuccessionDomain = "countersign-key-succession-v1"
+
 var keySuccessionType = Type{
 	"key-succession-v1",
 	"the old version of a key endorses the new version; made by the appliance only, at a rotation",
@@ -12,6 +14,7 @@ var keySuccessionType = Type{
 		{"next", false, "32 bytes, base64url: SHA-256 of the public key of the version after the new one"},
 	},
 	keySuccession,
+	readJSON(keySuccessionDomain),
 }
 
 // Succession is a step from one version of a key to the next: New is the public key of Version.
@@ -64,7 +67,7 @@ func keySuccession(d *Document) error {
 	d.Signers = [][]byte{p.OldPublicKey[:]}
 	d.Reserved = true
 	d.Succession = step
-	return d.bindJSON("countersign-key-succession-v1")
+	return d.bindJSON(keySuccessionDomain)
 }
 
 // checkKeyName accepts the names that package keystore accepts for a key. A test at the root

@@ -17,6 +17,7 @@ var messageType = Type{
 		{"sha256", false, "32 bytes, base64url: the SHA-256 of a message that need not travel"},
 	},
 	message,
+	readMessage,
 }
 
 // message builds a message-v1: a signature over any bytes, in a named context.

@@ -22,6 +22,7 @@ var paykitHTTPSignatureType = Type{
 		{"body", true, "empty, or JSON in its RFC 8785 form, in text of up to 16384 bytes"},
 	},
 	paykitHTTPSignature,
+	readPaykitHTTPSignature,
 }
 
 // paykitHTTPSignature builds a paykit-http-signature-v1: the signature that Paykit's servers
@@ -42,26 +43,34 @@ func paykitHTTPSignature(d *Document) error {
 	if err := d.decode(&p); err != nil {
 		return err
 	}
-	if p.Method == "" || len(p.Method) > maxHTTPMethod || strings.Trim(p.Method, "ABCDEFGHIJKLMNOPQRSTUVWXYZ") != "" {
-		return malformed("payload.method", "must have 1 to %d letters from A to Z", maxHTTPMethod)
-	}
-	if !strings.HasPrefix(p.Path, "/") || len(p.Path) > maxHTTPPath || strings.ContainsFunc(p.Path, notInPath) {
-		return malformed("payload.path",
-			"must begin with / and have at most %d bytes of printable ASCII without space and #", maxHTTPPath)
-	}
-	if len(p.Body) > maxHTTPBody {
-		return malformed("payload.body", "must have at most %d bytes", maxHTTPBody)
-	}
-	// Canonicalize rounds a number to float64. A rounded number changes the text, so that such a
-	// body is refused.
-	form := jsontext.Value(p.Body)
-	if p.Body != "" && (form.Canonicalize() != nil || string(form) != p.Body) {
-		return malformed("payload.body", "must be empty, or JSON in its RFC 8785 form")
+	if err := checkHTTP(p.Method, p.Path, p.Body); err != nil {
+		return err
 	}
 	d.Canonical = []byte("paykit-http-signature-v1\x00" + p.Method + "\x00" + p.Path + "\x00" + p.Body)
 	d.Message = d.Canonical
 	d.Unbound = true
 	d.Fields = map[string]any{"http_method": p.Method, "http_path": p.Path}
+	return nil
+}
+
+// checkHTTP has the rules of the fields.
+func checkHTTP(method, path, body string) error {
+	if method == "" || len(method) > maxHTTPMethod || strings.Trim(method, "ABCDEFGHIJKLMNOPQRSTUVWXYZ") != "" {
+		return malformed("payload.method", "must have 1 to %d letters from A to Z", maxHTTPMethod)
+	}
+	if !strings.HasPrefix(path, "/") || len(path) > maxHTTPPath || strings.ContainsFunc(path, notInPath) {
+		return malformed("payload.path",
+			"must begin with / and have at most %d bytes of printable ASCII without space and #", maxHTTPPath)
+	}
+	if len(body) > maxHTTPBody {
+		return malformed("payload.body", "must have at most %d bytes", maxHTTPBody)
+	}
+	// Canonicalize rounds a number to float64. A rounded number changes the text, so that such a
+	// body is refused.
+	form := jsontext.Value(body)
+	if body != "" && (form.Canonicalize() != nil || string(form) != body) {
+		return malformed("payload.body", "must be empty, or JSON in its RFC 8785 form")
+	}
 	return nil
 }
 

@@ -7,6 +7,8 @@ import (
 	"countersign/internal/pubkey"
 )
 
+const paykitNoiseKeyAuthorizationDomain = "paykit.noise_key_authorization/v1\x00"
+
 var paykitNoiseKeyAuthorizationType = Type{
 	"paykit-noise-key-authorization-v1",
 	"the owner of an identity authorizes a Noise key to speak for the identity",
@@ -17,6 +19,7 @@ var paykitNoiseKeyAuthorizationType = Type{
 		{"key_generation", true, "an integer from 0 to 9223372036854775807; each signature needs a greater one"},
 	},
 	paykitNoiseKeyAuthorization,
+	readPaykitNoiseKeyAuthorization,
 }
 
 // paykitNoiseKeyAuthorization builds a paykit-noise-key-authorization-v1.
@@ -29,30 +32,14 @@ var paykitNoiseKeyAuthorizationType = Type{
 // bound to nonce or time. In their place the generation, which only increases, says which of two
 // authorizations counts: the one with the greater generation.
 func paykitNoiseKeyAuthorization(d *Document) error {
-	var p struct {
-		Owner                publicKey  `json:"owner"`
-		NoisePublicKey       publicKey  `json:"noise_public_key"`
-		NoiseStaticPublicKey *publicKey `json:"noise_static_public_key"`
-		KeyGeneration        int64      `json:"key_generation"`
-	}
+	var p authorization
 	if err := d.decode(&p); err != nil {
 		return err
 	}
-	if err := p.Owner.check("payload.owner"); err != nil {
+	if err := p.check(); err != nil {
 		return err
 	}
-	if err := p.NoisePublicKey.check("payload.noise_public_key"); err != nil {
-		return err
-	}
-	if p.NoiseStaticPublicKey != nil {
-		if err := pubkey.CheckX25519(p.NoiseStaticPublicKey[:]); err != nil {
-			return malformed("payload.noise_static_public_key", "is not usable: %v", err)
-		}
-	}
-	if p.KeyGeneration < 0 {
-		return malformed("payload.key_generation", "must not be negative")
-	}
-	b := append([]byte("paykit.noise_key_authorization/v1\x00"), p.Owner[:]...)
+	b := append([]byte(paykitNoiseKeyAuthorizationDomain), p.Owner[:]...)
 	b = append(b, p.NoisePublicKey[:]...)
 	if p.NoiseStaticPublicKey != nil {
 		b = append(b, p.NoiseStaticPublicKey[:]...)
@@ -68,6 +55,32 @@ func paykitNoiseKeyAuthorization(d *Document) error {
 		"owner":            hex.EncodeToString(p.Owner[:]),
 		"noise_public_key": hex.EncodeToString(p.NoisePublicKey[:]),
 		"generation":       p.KeyGeneration,
+	}
+	return nil
+}
+
+// authorization is the payload.
+type authorization struct {
+	Owner                publicKey  `json:"owner"`
+	NoisePublicKey       publicKey  `json:"noise_public_key"`
+	NoiseStaticPublicKey *publicKey `json:"noise_static_public_key"`
+	KeyGeneration        int64      `json:"key_generation"`
+}
+
+func (p *authorization) check() error {
+	if err := p.Owner.check("payload.owner"); err != nil {
+		return err
+	}
+	if err := p.NoisePublicKey.check("payload.noise_public_key"); err != nil {
+		return err
+	}
+	if p.NoiseStaticPublicKey != nil {
+		if err := pubkey.CheckX25519(p.NoiseStaticPublicKey[:]); err != nil {
+			return malformed("payload.noise_static_public_key", "is not usable: %v", err)
+		}
+	}
+	if p.KeyGeneration < 0 {
+		return malformed("payload.key_generation", "must not be negative")
 	}
 	return nil
 }

@@ -62,6 +62,7 @@ var paykitSubscriptionType = Type{
 		{"ends_at", false, formTime + ", later than starts_at"},
 	},
 	paykitSubscription,
+	readPaykitSubscription,
 }
 
 // subscription is the JSON form of a Paykit subscription, as the serde types of

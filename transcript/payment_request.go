@@ -5,6 +5,8 @@ import "encoding/hex"
 // maxEndpoint bounds the endpoint of a payment request, in bytes.
 const maxEndpoint = 65536
 
+const paymentRequestDomain = "countersign-payment-request-v1"
+
 var paymentRequestType = Type{
 	"payment-request-v1",
 	"a payment that the payer agrees to, and the payee if the document names one",
@@ -18,6 +20,7 @@ var paymentRequestType = Type{
 		{"description", false, formDescription},
 	},
 	paymentRequest,
+	readJSON(paymentRequestDomain),
 }
 
 // paymentRequest builds a payment-request-v1: see bindJSON for the bytes.
@@ -72,5 +75,5 @@ func paymentRequest(d *Document) error {
 		}
 	}
 	d.Payment = &Payment{Amount: p.Amount, Currency: p.Currency, Method: p.Method}
-	return d.bindJSON("countersign-payment-request-v1")
+	return d.bindJSON(paymentRequestDomain)
 }

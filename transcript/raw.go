@@ -7,6 +7,7 @@ var rawType = Type{
 		{"message", true, "base64url"},
 	},
 	raw,
+	readRaw,
 }
 
 // raw builds a raw document, {"message": "<base64url>"}, whose bytes are signed unchanged. The

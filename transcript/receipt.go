@@ -5,6 +5,8 @@ import "slices"
 // receiptStates lists the final states of a payment.
 var receiptStates = []string{"completed", "failed", "refunded", "cancelled"}
 
+const receiptDomain = "countersign-receipt-document-v1"
+
 var receiptType = Type{
 	"receipt-v1",
 	"the final state of a payment, without the parties and the amount",
@@ -16,6 +18,7 @@ var receiptType = Type{
 		{"status", true, "completed, failed, refunded or cancelled"},
 	},
 	receipt,
+	readJSON(receiptDomain),
 }
 
 // receipt builds a receipt-v1: see bindJSON for the bytes. No field is free text, so that a
@@ -48,5 +51,5 @@ func receipt(d *Document) error {
 		return malformed("payload.status", "must be one of %q", receiptStates)
 	}
 	d.Fields = map[string]any{"method": p.Method, "status": p.Status}
-	return d.bindJSON("countersign-receipt-document-v1")
+	return d.bindJSON(receiptDomain)
 }

@@ -18,6 +18,7 @@ import (
 	"time"
 
 	"countersign/hsm"
+	"countersign/internal/form"
 	"countersign/internal/keystore"
 	"countersign/internal/keystore/worker"
 	"countersign/internal/launcher"
@@ -133,7 +134,7 @@ func keyWorker() error {
 		if err != nil {
 			return nil, 0, err
 		}
-		return store, lanes, nil
+		return form.Guard(store), lanes, nil
 	}
 	return worker.Serve(socket, open)
 }

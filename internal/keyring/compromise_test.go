@@ -13,6 +13,7 @@ import (
 	"countersign/appliance"
 	"countersign/audit"
 	"countersign/internal/cause"
+	"countersign/internal/form"
 	"countersign/internal/keyring"
 	"countersign/internal/keystore"
 	"countersign/internal/keystore/keystoretest"
@@ -310,7 +311,7 @@ func writeSeed(t *testing.T, digits string) (path string) {
 // from the token afterwards.
 func TestPublicKeyExistsOnce(t *testing.T) {
 	other := keystoretest.NewMemory()
-	r := newRig(t, func(r *rig) { r.more = map[string]keystore.Store{"other": other} })
+	r := newRig(t, func(r *rig) { r.more = map[string]keystore.Store{"other": form.Guard(other)} })
 	seed := writeSeed(t, strings.Repeat("07", 32))
 	if _, err := r.Keys.Create(t.Context(), operator, keyring.NewKey{
 		Name: "one", Token: "memory", Seed: seed,
@@ -361,7 +362,7 @@ func TestPublicKeyExistsOnce(t *testing.T) {
 func TestGeneratedKeyExistsOnce(t *testing.T) {
 	other := keystoretest.NewMemory()
 	seed := writeSeed(t, strings.Repeat("07", 32))
-	r := newRig(t, func(r *rig) { r.more = map[string]keystore.Store{"other": repeating{other, seed}} })
+	r := newRig(t, func(r *rig) { r.more = map[string]keystore.Store{"other": form.Guard(repeating{other, seed})} })
 	for _, name := range []string{"one", "two"} {
 		_, err := r.Keys.Create(t.Context(), operator, keyring.NewKey{Name: name, Token: "other"})
 		refused(t, keystore.ErrWrong, err)
@@ -436,7 +437,7 @@ func TestCompromiseIsOfThePublicKey(t *testing.T) {
 		}
 	}
 	k := r.Keys.Version("two", 1)
-	name, public, message := "two", [32]byte(k.Info().PublicKey), []byte("a message")
+	name, public, message := "two", [32]byte(k.Info().PublicKey), form.NewCanary()
 	if err := r.Keys.CheckSigner(&name, public); err != nil || r.Keys.MayUse(k) != nil {
 		t.Fatal(err, r.Keys.MayUse(k))
 	}

@@ -12,6 +12,7 @@ import (
 
 	"countersign/audit"
 	"countersign/internal/eddsa"
+	"countersign/internal/form"
 	"countersign/internal/keystore"
 	"countersign/internal/limit"
 	"countersign/internal/meter"
@@ -123,9 +124,9 @@ func (k *Key) Sign(ctx context.Context, lane Lane, message []byte, judge keystor
 // Sign signs for a peer, in the peer's lane. The right to the signature is asked before the device
 // signs, and again before the signature is returned: the version must be in use, the peer active
 // and the gate open. An act that takes the right away ends the wait at once, see gate.Use. walk is
-// the clock of the request.
+// the clock of the request, input the document for the key worker (package form).
 func (r *Ring) Sign(
-	ctx context.Context, who peers.Peer, walk *meter.Walk, k *Key, message []byte, judge keystore.Judge,
+	ctx context.Context, who peers.Peer, walk *meter.Walk, k *Key, input []byte, judge keystore.Judge,
 ) ([]byte, error) {
 	ctx, use := r.Gate.Use(ctx, func() error {
 		if err := r.Peers.Serves(who); err != nil {
@@ -141,7 +142,7 @@ func (r *Ring) Sign(
 		defer walk.Enter(meter.Device)
 		return judge.Accepts(signature)
 	}
-	signature, err := k.sign(ctx, LaneOf(who.Name), walk, message, timed, use.Err)
+	signature, err := k.sign(ctx, LaneOf(who.Name), walk, input, timed, use.Err)
 	if err == nil {
 		k.usage.count.Add(1)
 	}
@@ -216,10 +217,6 @@ func (k inLane) Exchange(ctx context.Context, peer [32]byte) ([32]byte, error) {
 	return k.Key.Exchange(ctx, k.lane, peer)
 }
 
-// canaryDomain separates the messages of proofs from all others: no checkpoint and no transcript
-// begins with these bytes.
-const canaryDomain = "countersign-canary-v1\x00"
-
 // Prove has the device use the private key once, and checks the result. A key must not come into
 // use without a proof.
 func (r *Ring) Prove(ctx context.Context, k *Key) (err error) {
@@ -228,8 +225,7 @@ func (r *Ring) Prove(ctx context.Context, k *Key) (err error) {
 	if k.Info().Algorithm == keystore.X25519 {
 		err = proveExchange(ctx, k)
 	} else {
-		message := append([]byte(canaryDomain), make([]byte, 32)...)
-		rand.Read(message[len(canaryDomain):])
+		message := form.NewCanary()
 		verifies := func(signature []byte) bool { return k.Info().Verify(message, signature) }
 		_, err = k.sign(ctx, Own, nil, message, verifies, k.inUse)
 	}

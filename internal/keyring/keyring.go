@@ -40,13 +40,13 @@ var (
 // The appliance's own keys. Peers can't use them.
 const (
 	// NoiseName is the key whose versions answer handshakes.
-	NoiseName = "noise"
+	NoiseName = keystore.NoiseName
 	// LogName is the key whose active version signs the checkpoints of the audit log, webhooks and
 	// canaries.
-	LogName = "audit-log"
+	LogName = keystore.LogName
 	// AdminName and CAName are the keys of the admin API's certificate and of its issuer.
-	AdminName = "admin-tls"
-	CAName    = "admin-ca"
+	AdminName = keystore.AdminName
+	CAName    = keystore.CAName
 )
 
 // own reports that a key is the appliance's own.

@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"countersign/appliance"
+	"countersign/internal/form"
 	"countersign/internal/keyring"
 	"countersign/internal/keystore"
 	"countersign/internal/keystore/keystoretest"
@@ -56,7 +57,7 @@ func TestSuccessorIsMissing(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if _, err := other.Sign(t.Context(), keyring.Own, []byte("m"), nil); err != nil {
+	if _, err := other.Sign(t.Context(), keyring.Own, form.NewCanary(), nil); err != nil {
 		t.Errorf("another key of the token: %v", err)
 	}
 }
@@ -87,7 +88,7 @@ func TestTokenComesLate(t *testing.T) {
 			r.createOwn(t, keyring.NoiseName)
 			token := &late{Memory: r.store}
 			config := r.Keys.Config
-			config.Tokens = map[string]keystore.Store{"memory": token}
+			config.Tokens = map[string]keystore.Store{"memory": form.Guard(token)}
 			away := fmt.Errorf("unplugged: %w", class)
 			token.err.Store(&away)
 			ring, err := keyring.Open(t.Context(), config)
@@ -144,7 +145,7 @@ func TestNoiseFirst(t *testing.T) {
 	r.createOwn(t, keyring.NoiseName)
 	token := &noiseOnly{Memory: r.store}
 	config := r.Keys.Config
-	config.Tokens = map[string]keystore.Store{"memory": token}
+	config.Tokens = map[string]keystore.Store{"memory": form.Guard(token)}
 	ring, err := keyring.Open(t.Context(), config)
 	if err != nil {
 		t.Fatal(err)

@@ -20,6 +20,7 @@ import (
 	"countersign/audit"
 	"countersign/internal/cause"
 	"countersign/internal/eddsa"
+	"countersign/internal/form"
 	"countersign/internal/keyring"
 	"countersign/internal/keystore"
 	"countersign/internal/keystore/keystoretest"
@@ -121,7 +122,7 @@ func (r *rig) tryOpen(t *testing.T) error {
 	}
 	log, day := slog.New(slog.DiscardHandler), 24*time.Hour
 	monitor := resource.NewMonitor(log, r.limits.RequestTimeout)
-	stores := map[string]keystore.Store{"memory": r.store}
+	stores := map[string]keystore.Store{"memory": form.Guard(r.store)}
 	maps.Copy(stores, r.more)
 	a, err := appliance.New(t.Context(), appliance.Config{
 		Limits: r.limits, Monitor: monitor,

@@ -142,7 +142,7 @@ func (r *Ring) signOwn(
 	})
 	defer use.End()
 	verifies := func(signature []byte) bool { return k.Verify(doc.Message, signature) == nil }
-	signature, err := k.sign(wait, Own, nil, doc.Message, verifies, use.Err)
+	signature, err := k.sign(wait, Own, nil, doc.Input(), verifies, use.Err)
 	k.usage.count.Add(1)
 	failed := ""
 	if err != nil {

@@ -51,11 +51,21 @@ var (
 	ErrExists      = errors.New("the keystore has objects under this name already")
 	ErrAmbiguous   = errors.New("the keystore has more than one object under this name")
 	ErrUnfit       = errors.New("the key does not have the protection that is asked of it")
+	ErrForm        = errors.New("the key does not sign bytes of this form")
 	ErrRefused     = errors.New("the keystore refuses to do this with the key")
 	ErrUnavailable = errors.New("the keystore does not answer") // a retry may succeed
 	ErrAuth        = errors.New("the keystore refuses the PIN") // retries are forbidden: the PIN would lock
 	ErrSealed      = errors.New("the machine is not in the state that the key was sealed to")
 	ErrPeerKey     = errors.New("the peer's public key is of low order") // from Exchange
+)
+
+// The names of the appliance's own keys. Package form says what each of them signs in place of
+// documents.
+const (
+	NoiseName = "noise"     // the static key of Noise, X25519
+	LogName   = "audit-log" // signs checkpoints and webhooks, Ed25519
+	AdminName = "admin-tls" // signs TLS handshakes of the admin API, P-256
+	CAName    = "admin-ca"  // signs certificates of the admin API, P-256
 )
 
 // Ref names a key: one version of a named line of versions, for example payments/1.

@@ -4,9 +4,11 @@
 package webhook
 
 import (
+	"bytes"
 	"context"
 	"crypto/ed25519"
 	"encoding/base64"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"net/http"
@@ -129,6 +131,22 @@ func checkID(id string) error {
 		return errors.New("a webhook's ID has 1 to 128 letters, digits, hyphens and underscores")
 	}
 	return nil
+}
+
+// ParseMessage reads a signed text strictly, and returns its ID. The body must be a JSON object.
+func ParseMessage(text []byte) (id string, err error) {
+	parts := bytes.SplitN(text, []byte("."), 3)
+	if len(parts) != 3 {
+		return "", errors.New("a webhook's message is ID.TIMESTAMP.BODY")
+	}
+	at, err := strconv.ParseInt(string(parts[1]), 10, 64)
+	if err != nil || at < 0 || strconv.FormatInt(at, 10) != string(parts[1]) {
+		return "", errors.New("a webhook's message has Unix seconds behind its ID")
+	}
+	if !bytes.HasPrefix(parts[2], []byte("{")) || !json.Valid(parts[2]) {
+		return "", errors.New("the body of a webhook's message is a JSON object")
+	}
+	return string(parts[0]), checkID(string(parts[0]))
 }
 
 // message returns the signed text: ID, timestamp in Unix seconds and body, joined by dots.

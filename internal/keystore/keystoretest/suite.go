@@ -7,6 +7,7 @@ import (
 	"crypto/ecdh"
 	"crypto/ed25519"
 	"crypto/rand"
+	"crypto/sha256"
 	"encoding/base64"
 	"encoding/hex"
 	"errors"
@@ -50,6 +51,14 @@ func tagOf(name string, version uint32) (tag keystore.Tag) {
 	return tag
 }
 
+// message returns a message that each signing key signs, also behind package form: a canary.
+func message(text string) []byte {
+	sum := sha256.Sum256([]byte(text))
+	return append([]byte("countersign-canary-v1\x00"), sum[:]...)
+}
+
+var hello = message("hello")
+
 // Run is the conformance suite. open returns an empty store, and Run closes the store.
 func Run(t *testing.T, open func(*testing.T) keystore.Store) {
 	store := func(t *testing.T) keystore.Store {
@@ -76,6 +85,9 @@ func Run(t *testing.T, open func(*testing.T) keystore.Store) {
 			msg := make([]byte, n)
 			rand.Read(msg)
 			sig, err := k.Sign(t.Context(), msg, nil)
+			if errors.Is(err, keystore.ErrForm) {
+				continue // a key worker
+			}
 			if err != nil {
 				t.Fatalf("%d bytes: %v", n, err)
 			}
@@ -95,20 +107,20 @@ func Run(t *testing.T, open func(*testing.T) keystore.Store) {
 	t.Run("Judge", func(t *testing.T) {
 		k := generate(t, store(t), "a", 1, keystore.Ed25519)
 		judged := 0
-		sig, err := k.Sign(t.Context(), []byte("m"), func(signature []byte) bool {
+		sig, err := k.Sign(t.Context(), hello, func(signature []byte) bool {
 			judged++
-			return !ed25519.Verify(k.Info().PublicKey, []byte("m"), signature) // rejects every valid signature
+			return !ed25519.Verify(k.Info().PublicKey, hello, signature) // rejects every valid signature
 		})
 		if !errors.Is(err, keystore.ErrUnavailable) || sig != nil || judged == 0 {
 			t.Errorf("judged %d times, and returned %x, %v", judged, sig, err)
 		}
-		sig, err = k.Sign(t.Context(), []byte("m"), func(signature []byte) bool {
-			return ed25519.Verify(k.Info().PublicKey, []byte("m"), signature)
+		sig, err = k.Sign(t.Context(), hello, func(signature []byte) bool {
+			return ed25519.Verify(k.Info().PublicKey, hello, signature)
 		})
 		// The store may need time for its recovery from the rejected signatures.
 		end := time.Now().Add(20 * time.Second)
 		for errors.Is(err, keystore.ErrUnavailable) && time.Now().Before(end) {
-			sig, err = k.Sign(t.Context(), []byte("m"), nil)
+			sig, err = k.Sign(t.Context(), hello, nil)
 		}
 		if err != nil || len(sig) != ed25519.SignatureSize {
 			t.Errorf("accepted, and returned %x, %v", sig, err)
@@ -163,6 +175,9 @@ func Run(t *testing.T, open func(*testing.T) keystore.Store) {
 			msg := make([]byte, n)
 			rand.Read(msg)
 			sig, err := k.Sign(t.Context(), msg, nil)
+			if errors.Is(err, keystore.ErrForm) {
+				continue // a key worker
+			}
 			if err != nil || !k.Info().Verify(msg, sig) {
 				t.Errorf("%d bytes: %v, or it does not verify", n, err)
 			}
@@ -195,8 +210,8 @@ func Run(t *testing.T, open func(*testing.T) keystore.Store) {
 			if hex.EncodeToString(k.Info().PublicKey) != public {
 				t.Errorf("public key %x", k.Info().PublicKey)
 			}
-			want := ed25519.Sign(ed25519.NewKeyFromSeed(raw), []byte("m"))
-			if sig, err := k.Sign(t.Context(), []byte("m"), nil); err != nil || !slices.Equal(sig, want) {
+			want := ed25519.Sign(ed25519.NewKeyFromSeed(raw), hello)
+			if sig, err := k.Sign(t.Context(), hello, nil); err != nil || !slices.Equal(sig, want) {
 				t.Errorf("sign: %x, %v", sig, err)
 			}
 			found, err := s.Key(t.Context(), ref)
@@ -235,17 +250,29 @@ func Run(t *testing.T, open func(*testing.T) keystore.Store) {
 		s := store(t)
 		made := generate(t, s, "a", 1, keystore.Ed25519)
 		k := s.Bind(made.Info())
-		if sig, err := k.Sign(t.Context(), []byte("m"), nil); err != nil || !k.Info().Verify([]byte("m"), sig) {
+		if sig, err := k.Sign(t.Context(), hello, nil); err != nil || !k.Info().Verify(hello, sig) {
 			t.Errorf("bound by its description: %v", err)
+		}
+		// The name decides what a key may sign (package form), so the device must compare the name,
+		// also after uses of the key under the right name.
+		renamed := made.Info()
+		renamed.Ref.Name = "raw-a"
+		if _, err := s.Bind(renamed).Sign(t.Context(), hello, nil); err == nil {
+			t.Error("a key has signed under another name")
+		}
+		exchanging := made.Info()
+		exchanging.Algorithm = keystore.X25519
+		if _, err := s.Bind(exchanging).Exchange(t.Context(), [32]byte{9}); err == nil {
+			t.Error("a signing key has exchanged")
 		}
 		other := made.Info()
 		other.PublicKey = slices.Repeat([]byte{7}, 32)
-		if _, err := s.Bind(other).Sign(t.Context(), []byte("m"), nil); err == nil {
+		if _, err := s.Bind(other).Sign(t.Context(), hello, nil); err == nil {
 			t.Error("another key than the one that was asked for has signed")
 		}
 		absent := made.Info()
 		absent.Ref.Version, absent.Tag = 2, keystore.Tag{2}
-		if _, err := s.Bind(absent).Sign(t.Context(), []byte("m"), nil); !errors.Is(err, keystore.ErrNotFound) {
+		if _, err := s.Bind(absent).Sign(t.Context(), hello, nil); !errors.Is(err, keystore.ErrNotFound) {
 			t.Errorf("a key that is not there: %v, want %v", err, keystore.ErrNotFound)
 		}
 	})
@@ -294,7 +321,7 @@ func Run(t *testing.T, open func(*testing.T) keystore.Store) {
 				t.Errorf("low order %x: %v, want %v", p, err, keystore.ErrPeerKey)
 			}
 		}
-		if _, err := k.Sign(t.Context(), []byte("m"), nil); err == nil {
+		if _, err := k.Sign(t.Context(), hello, nil); err == nil {
 			t.Error("an exchange key signs")
 		}
 	})
@@ -392,7 +419,7 @@ func Run(t *testing.T, open func(*testing.T) keystore.Store) {
 		if err := s.Destroy(t.Context(), ref, keystore.Tag{2}); err != nil {
 			t.Fatal(err)
 		}
-		if _, err := k.Sign(t.Context(), []byte("m"), nil); err != nil {
+		if _, err := k.Sign(t.Context(), hello, nil); err != nil {
 			t.Errorf("destroyed with the tag of another creation: %v", err)
 		}
 		for range 2 { // the second time no object is left
@@ -403,7 +430,7 @@ func Run(t *testing.T, open func(*testing.T) keystore.Store) {
 		if _, err := s.Key(t.Context(), ref); !errors.Is(err, keystore.ErrNotFound) {
 			t.Errorf("after Destroy: %v", err)
 		}
-		if _, err := k.Sign(t.Context(), []byte("m"), nil); err == nil {
+		if _, err := k.Sign(t.Context(), hello, nil); err == nil {
 			t.Error("a destroyed key signs")
 		}
 		if _, err := s.Key(t.Context(), keystore.Ref{Name: "a", Version: 11}); err != nil {
@@ -416,10 +443,10 @@ func Run(t *testing.T, open func(*testing.T) keystore.Store) {
 		k := generate(t, store(t), "a", 1, keystore.Ed25519)
 		ctx, cancel := context.WithCancel(t.Context())
 		cancel()
-		if _, err := k.Sign(ctx, []byte("m"), nil); !errors.Is(err, keystore.ErrUnavailable) {
+		if _, err := k.Sign(ctx, hello, nil); !errors.Is(err, keystore.ErrUnavailable) {
 			t.Errorf("with an ended context: %v, want %v", err, keystore.ErrUnavailable)
 		}
-		if _, err := k.Sign(t.Context(), []byte("m"), nil); err != nil {
+		if _, err := k.Sign(t.Context(), hello, nil); err != nil {
 			t.Errorf("afterwards: %v", err)
 		}
 	})
@@ -437,7 +464,7 @@ func Run(t *testing.T, open func(*testing.T) keystore.Store) {
 		for g := range 16 {
 			wg.Go(func() {
 				for i := range 25 {
-					msg := []byte{byte(g), byte(i)}
+					msg := message(fmt.Sprint(g, i))
 					sig, err := sign.Sign(ctx, msg, nil)
 					if err != nil || !ed25519.Verify(sign.Info().PublicKey, msg, sig) {
 						t.Errorf("sign: %v", err)

@@ -1,0 +1,117 @@
+package form
+
+import (
+	"context"
+	"fmt"
+
+	"countersign/internal/keystore"
+)
+
+// Guard returns a store whose keys sign what Recognise recognises, and nothing else. The input of
+// Key.Sign and of SignBatch is that of Recognise: a document is passed as
+// transcript.Document.Input. The guarded store keeps the keys that Bind, Key, Generate and Import
+// return to itself.
+func Guard(s keystore.Store) keystore.Store { return &guarded{s} }
+
+type guarded struct{ keystore.Store }
+
+// key is a key of a guarded store.
+type key struct {
+	keystore.Key
+	store *guarded
+}
+
+func (g *guarded) wrap(k keystore.Key, err error) (keystore.Key, error) {
+	if err != nil {
+		return nil, err
+	}
+	return &key{k, g}, nil
+}
+
+func (g *guarded) Bind(info keystore.Info) keystore.Key { return &key{g.Store.Bind(info), g} }
+
+func (g *guarded) Key(ctx context.Context, ref keystore.Ref) (keystore.Key, error) {
+	return g.wrap(g.Store.Key(ctx, ref))
+}
+
+func (g *guarded) Generate(
+	ctx context.Context, ref keystore.Ref, alg keystore.Algorithm, tag keystore.Tag,
+) (keystore.Key, error) {
+	return g.wrap(g.Store.Generate(ctx, ref, alg, tag))
+}
+
+func (g *guarded) Import(
+	ctx context.Context, ref keystore.Ref, path string, tag keystore.Tag,
+) (keystore.Key, error) {
+	return g.wrap(g.Store.Import(ctx, ref, path, tag))
+}
+
+func (k *key) Sign(ctx context.Context, input []byte, judge keystore.Judge) ([]byte, error) {
+	use, err := Recognise(k.Info(), input)
+	if err != nil {
+		return nil, err
+	}
+	return k.Key.Sign(ctx, use.Message, judge)
+}
+
+// SignBatch signs the elements whose inputs are recognised, with one call to the store if the store
+// can batch.
+func (g *guarded) SignBatch(ctx context.Context, batch []*keystore.Signing) {
+	inner := make([]*keystore.Signing, 0, len(batch))
+	outer := make([]*keystore.Signing, 0, len(batch))
+	for _, s := range batch {
+		k, ok := s.Key.(*key)
+		if !ok || k.store != g {
+			s.Err = fmt.Errorf("%v: %w: it is of another store", s.Key.Info().Ref, keystore.ErrRefused)
+			continue
+		}
+		use, err := Recognise(k.Info(), s.Message)
+		if err != nil {
+			s.Err = err
+			continue
+		}
+		inner, outer = append(inner, &keystore.Signing{Key: k.Key, Message: use.Message}), append(outer, s)
+	}
+	if store, ok := g.Store.(keystore.BatchSigner); ok {
+		store.SignBatch(ctx, inner)
+	} else {
+		for _, s := range inner {
+			s.Signature, s.Err = s.Key.Sign(ctx, s.Message, nil)
+		}
+	}
+	for i, s := range inner {
+		outer[i].Signature, outer[i].Err = s.Signature, s.Err
+	}
+}
+
+// DefineCounter is one of the methods of keystore.Counter: those of the store, if it has a counter.
+func (g *guarded) DefineCounter(ctx context.Context, owner keystore.Owner) error {
+	c, err := g.counter()
+	if err != nil {
+		return err
+	}
+	return c.DefineCounter(ctx, owner)
+}
+
+func (g *guarded) ReadCounter(ctx context.Context, owner keystore.Owner) (uint64, error) {
+	c, err := g.counter()
+	if err != nil {
+		return 0, err
+	}
+	return c.ReadCounter(ctx, owner)
+}
+
+func (g *guarded) IncrementCounter(ctx context.Context, owner keystore.Owner) (uint64, error) {
+	c, err := g.counter()
+	if err != nil {
+		return 0, err
+	}
+	return c.IncrementCounter(ctx, owner)
+}
+
+func (g *guarded) counter() (keystore.Counter, error) {
+	if c, ok := g.Store.(keystore.Counter); ok {
+		return c, nil
+	}
+	return nil, fmt.Errorf("%w: this device has no counter", keystore.ErrRefused)
+}
