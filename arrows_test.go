@@ -25,17 +25,17 @@ var arrows = map[string]room{
 	// The binaries.
 	"cmd/countersignd": {
 		ours: `admin admin/certs appliance audit hsm internal/alert internal/anchor internal/cause
-			internal/cli internal/form internal/history internal/keyring internal/keystore
-			internal/keystore/worker internal/launcher internal/ledger internal/logline
-			internal/logqueue internal/mail internal/manage internal/meter internal/operators
-			internal/resource internal/sandbox internal/scrub internal/sink internal/trace
-			internal/webhook noise policy tpm`,
+			internal/cli internal/form internal/history internal/journal internal/keyring
+			internal/keystore internal/keystore/worker internal/launcher internal/ledger
+			internal/logline internal/logqueue internal/mail internal/manage internal/meter
+			internal/operators internal/resource internal/sandbox internal/scrub internal/sink
+			internal/trace internal/webhook noise policy tpm`,
 		outside: `github.com/coreos/go-systemd/v22 github.com/pelletier/go-toml/v2
 			github.com/spf13/cobra golang.org/x/sys`,
 	},
 	"cmd/countersign": {
-		ours: `admin/api approval audit client internal/cli internal/durable internal/ijson internal/keystore
-			internal/sshagent policy transcript`,
+		ours: `admin/api approval audit client internal/cli internal/durable internal/form internal/ijson
+			internal/journal internal/keystore internal/sshagent policy transcript`,
 		outside: "github.com/rogpeppe/go-internal/diff github.com/spf13/cobra github.com/spf13/pflag " +
 			"golang.org/x/crypto/ssh",
 	},
@@ -109,7 +109,8 @@ var arrows = map[string]room{
 		ours:    "internal/durable internal/keystore internal/pubkey",
 		outside: "golang.org/x/sys",
 	},
-	"internal/form": {ours: "audit internal/keystore internal/webhook transcript"},
+	"internal/form":    {ours: "audit internal/journal internal/keystore internal/webhook transcript"},
+	"internal/journal": {ours: "internal/keystore"},
 	"internal/launcher": {
 		ours:    "internal/keystore/worker",
 		outside: "github.com/go-json-experiment/json golang.org/x/sys",

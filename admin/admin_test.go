@@ -103,7 +103,7 @@ func newRigIn(t *testing.T, state string) *rig {
 	config := appliance.Config{Meter: meter.New("test"), Limits: limits, Retention: appliance.Retention{
 		Epoch: appliance.Month, Audit: long, Receipts: long, Decisions: long, Nonces: 24 * time.Hour,
 	}}
-	tokens := map[string]keystore.Store{"memory": form.Guard(store)}
+	tokens := map[string]keystore.Store{"memory": form.Guard(store, nil)}
 	if r.app, err = appliance.New(t.Context(), config, l, tokens, r.rules(), log); err != nil {
 		t.Fatal(err)
 	}
@@ -171,7 +171,7 @@ func (r *rig) rules() *policy.Policy {
 // newCertificates returns certificates for keys in memory.
 func newCertificates(t *testing.T) *certs.Manager {
 	t.Helper()
-	store := form.Guard(keystoretest.NewMemory())
+	store := form.Guard(keystoretest.NewMemory(), nil)
 	var keys [2]keystore.Key
 	for i, name := range []string{keyring.CAName, keyring.AdminName} {
 		ref := keystore.Ref{Name: name, Version: 1}

@@ -122,7 +122,7 @@ func (r *rig) open(t *testing.T) {
 // new makes an appliance on a ledger, with a configured retention.
 func (r *rig) new(t *testing.T, l *ledger.Ledger, retention Retention) (*Appliance, error) {
 	c := Config{Limits: r.limits, Retention: retention, Meter: meter.New("test")}
-	tokens := map[string]keystore.Store{"memory": form.Guard(r.store)}
+	tokens := map[string]keystore.Store{"memory": form.Guard(r.store, nil)}
 	return New(t.Context(), c, l, tokens, parsed(t, allowShop), slog.New(slog.DiscardHandler))
 }
 

@@ -155,7 +155,7 @@ func (e *edge) open() {
 	}
 	log := slog.New(slog.NewTextHandler(e.log, &slog.HandlerOptions{Level: slog.LevelDebug}))
 	c := Config{Limits: e.limits, Retention: kept, Meter: meter.New("test")}
-	tokens := map[string]keystore.Store{"memory": form.Guard(e.store)}
+	tokens := map[string]keystore.Store{"memory": form.Guard(e.store, nil)}
 	if e.Appliance, err = New(e.t.Context(), c, l, tokens, parsed(e.t, e.rules), log); err != nil {
 		l.Close()
 		e.t.Fatal(err)

@@ -61,6 +61,7 @@ var faults = map[keystore.FaultKind]*cause.Kind{
 	keystore.FaultLocked: cause.TokenLocked, keystore.FaultReplaced: cause.TokenReplaced,
 	keystore.FaultRedundancy: cause.TokenRedundancy, keystore.FaultRestarts: cause.TokenRestarts,
 	keystore.FaultKeyMissing: cause.KeyMissing, keystore.FaultSealed: cause.TokenSealed,
+	keystore.FaultJournal: cause.TokenJournal,
 }
 
 // Report adds a source of causes. Report must not be called after Serve has begun.

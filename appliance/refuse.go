@@ -89,6 +89,7 @@ var table = []struct {
 	{ledger.ErrClosed, unavailable, wire.CodeUnavailable, "the appliance is stopping"},
 	{keystore.ErrUnavailable, unavailable, wire.CodeUnavailable, keyUnreachable},
 	{keystore.ErrAuth, unavailable, wire.CodeUnavailable, keyUnreachable},
+	{keystore.ErrJournal, unavailable, wire.CodeUnavailable, keyUnreachable},
 	{keystore.ErrSealed, unavailable, wire.CodeUnavailable, keyUnreachable},
 	{context.DeadlineExceeded, unavailable, wire.CodeUnavailable,
 		"the appliance took too long; send the same request again"},

@@ -48,6 +48,9 @@ type VerifyOptions struct {
 	// root of an epoch is checked after the epoch's last event only: results count when Verify has
 	// returned no error.
 	Follow func() func(index uint64, e Event) error
+	// Grown is called after each event with the epoch and its tree up to the event. The tree counts
+	// when Verify has returned no error.
+	Grown func(epoch uint32, tree *Tree) error
 }
 
 // Verify verifies a log. The log's key is the only trusted input. Verify checks
@@ -86,6 +89,8 @@ type verifier struct {
 	total   uint64      // number of events to verify
 	next    uint64      // number of the next event
 	follow  func(uint64, Event) error
+	epochAt uint32 // the epoch that is read
+	tree    Tree   // of epochAt, for VerifyOptions.Grown
 }
 
 func (v *verifier) run() error {
@@ -256,6 +261,7 @@ func (v *verifier) epoch(c Checkpoint, before *Checkpoint, present bool) error {
 		t.since = v.since
 	}
 	first := v.next
+	v.epochAt, v.tree = c.Epoch, Tree{}
 	// blame attributes an error to the event with index at. A failed read is no fault of an event.
 	blame := func(at uint64, err error) error {
 		if v.ctx.Err() != nil {
@@ -346,6 +352,12 @@ func (v *verifier) events(bundle uint64, entries [][]byte) error {
 		}
 		if v.follow != nil {
 			if err := v.follow(v.next, e); err != nil {
+				return err
+			}
+		}
+		if v.options.Grown != nil {
+			v.tree.Append(LeafHash(b), func(Hash) {})
+			if err := v.options.Grown(v.epochAt, &v.tree); err != nil {
 				return err
 			}
 		}

@@ -97,7 +97,7 @@ func (a *testAppliance) open() (err error) {
 		Limits:    limits,
 		Retention: appliance.Retention{Epoch: appliance.Month, Audit: time.Hour, Receipts: time.Hour},
 	}
-	stores := map[string]keystore.Store{"memory": form.Guard(a.store)}
+	stores := map[string]keystore.Store{"memory": form.Guard(a.store, nil)}
 	a.app, err = appliance.New(context.Background(), config, a.ledger, stores, p, slog.New(slog.DiscardHandler))
 	return err
 }

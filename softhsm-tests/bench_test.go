@@ -23,6 +23,7 @@ import (
 	"countersign/client"
 	"countersign/hsm"
 	"countersign/internal/eddsa"
+	"countersign/internal/journal"
 	"countersign/internal/keystore"
 	"countersign/internal/keystore/worker"
 	"countersign/internal/sandbox"
@@ -253,8 +254,11 @@ func BenchmarkBackend(b *testing.B) {
 	store.Close() // the shim below loads SoftHSM too, and a process has one instance of SoftHSM
 	runtime.GOMAXPROCS(before)
 	pooled := findKey(b, s.pool(b, s.hsmConfig(softHSM, 1), 2, 1<<30))
-	compare(fmt.Sprintf("softhsm %d", sessions), floor, []string{"worker", "worker+verify"},
-		signing(b, pooled, 64, false), signing(b, pooled, 64, true))
+	config := journal.Config{Folder: s.path("ledger.db.journal"), Token: "bench", Size: 64 << 20, Files: 4}
+	device := map[string]any{"hsm": s.hsmConfig(softHSM, 1), "journal": config}
+	noted := findKey(b, openPool(b, device, 2, 1<<30, 16))
+	compare(fmt.Sprintf("softhsm %d", sessions), floor, []string{"worker", "worker+journal", "worker+verify"},
+		signing(b, pooled, 64, false), signing(b, noted, 64, false), signing(b, pooled, 64, true))
 
 	// The shim imitates a network HSM: each call takes 5 ms more and no CPU.
 	shim := compile(b, "shim.c", "-shared", "-fPIC")

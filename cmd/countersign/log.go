@@ -139,6 +139,17 @@ type follower func(log audit.Log) func() func(uint64, audit.Event) error
 
 // check verifies the log. A follow of nil sees no events.
 func (t *tool) check(ctx context.Context, l *logFlags, args []string, follow follower) (audit.Report, error) {
+	return t.checkWith(ctx, l, args, func(log audit.Log, o *audit.VerifyOptions) {
+		if follow != nil {
+			o.Follow = follow(log)
+		}
+	})
+}
+
+// checkWith verifies the log with options that set makes for it.
+func (t *tool) checkWith(
+	ctx context.Context, l *logFlags, args []string, set func(audit.Log, *audit.VerifyOptions),
+) (audit.Report, error) {
 	var none audit.Report
 	if (len(args) == 1) == l.live() {
 		return none, usageError{errors.New("name one log: the folder of an export, or a running appliance by " +
@@ -167,9 +178,7 @@ func (t *tool) check(ctx context.Context, l *logFlags, args []string, follow fol
 			return none, err
 		}
 	}
-	if follow != nil {
-		o.Follow = follow(log)
-	}
+	set(log, &o)
 	b := t.bar("verifying")
 	defer b.end()
 	o.Progress = b.progress
@@ -221,7 +230,7 @@ func (t *tool) audit() *cobra.Command {
 	verify.Example = "  countersign audit verify log --key \"$(cat log.vkey)\" --since checkpoint.old\n" +
 		"  countersign audit verify --socket admin.sock --key \"$(cat log.vkey)\""
 	of.add(t, verify.Flags())
-	return group("audit", "Check an audit log without trusting the appliance", verify, t.approvals())
+	return group("audit", "Check an audit log without trusting the appliance", verify, t.approvals(), t.reconcile())
 }
 
 func (t *tool) retention(act maker) *cobra.Command {

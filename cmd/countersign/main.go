@@ -82,7 +82,9 @@ func run(ctx context.Context, args []string, stdin io.Reader, stdout, stderr io.
 		if request := requestOf(err); request != "" {
 			doc["request"] = request
 		}
-		t.print(map[string]any{"error": doc}, nil)
+		if !errors.Is(err, errUnreconciled) { // the result is printed already
+			t.print(map[string]any{"error": doc}, nil)
+		}
 	}
 	fmt.Fprintf(stderr, "countersign: error: %s: %s\n", code, message(err))
 	if request := requestOf(err); request != "" {
@@ -134,6 +136,8 @@ func classify(err error) (code string, status int) {
 		return "not_signed", 1
 	case errors.As(err, new(*audit.Wrong)):
 		return "wrong_event", 1
+	case errors.Is(err, errUnreconciled):
+		return "unreconciled", 1
 	case errors.Is(err, client.ErrForkedLog): // also an ErrUnproven
 		return "forked_log", 1
 	case errors.Is(err, client.ErrUnproven):

@@ -20,6 +20,7 @@ import (
 	"countersign/hsm"
 	"countersign/internal/anchor"
 	"countersign/internal/cli"
+	"countersign/internal/journal"
 	"countersign/internal/keystore"
 	"countersign/internal/launcher"
 	"countersign/internal/ledger"
@@ -154,6 +155,9 @@ type Config struct {
 
 	// Traces has the collector of OpenTelemetry that gets the time of requests. Default: no traces.
 	Traces Traces `toml:"traces"`
+
+	// Journal has the journal of the key workers.
+	Journal Journal `toml:"journal"`
 
 	// Retention has the retention times of records. A longer time in the ledger prevails, because a
 	// shorter time needs approval (countersign admin retention shorten).
@@ -303,6 +307,20 @@ type Traces struct {
 	RequestsPerSecond int `toml:"requests_per_second"`
 }
 
+// Journal is the place and the size of the journals of the key workers, one for each token: a line
+// for each signature. countersign audit reconcile compares a journal with the audit log.
+type Journal struct {
+	// Folder is the folder of the journals. Default: LEDGER.journal. Without room in it, nothing is
+	// signed.
+	Folder string `toml:"folder"`
+	// FileMiB is the size in MiB from which a file is followed by another. Default: 64, some
+	// 300,000 signatures.
+	FileMiB int `toml:"file_mib"`
+	// Files is the number of files to keep for each token. Default: 16. Danger: signatures in
+	// removed files can't be compared with the audit log any more.
+	Files int `toml:"files"`
+}
+
 // Retention has the retention times of records. The daemon drops older records by itself.
 // countersign admin retention preview shows the next drops.
 type Retention struct {
@@ -438,6 +456,8 @@ type Token struct {
 
 	// The fields below are no settings.
 
+	journal journal.Config // without the token's name
+
 	memo  string // path of the file that remembers a refused PIN, beside the ledger
 	retry bool   // an operator has the PIN tried again: countersignd check --retry-pin
 }
@@ -560,6 +580,7 @@ func defaults() Config {
 		LogLevel: "info", LogFormat: logline.Auto, AdminName: "localhost", UnattendedStart: true,
 		RollbackInterval: Duration(time.Hour), RollbackAdmissions: 10_000,
 		Tokens: map[string]*Token{}, Traces: Traces{OneIn: 1, RequestsPerSecond: 100},
+		Journal: Journal{FileMiB: 64, Files: 16},
 		Retention: Retention{
 			Epoch: string(appliance.Month), AuditDays: 2557, ReceiptDays: 2557, DecisionDays: 35,
 			Nonces: Duration(24 * time.Hour),
@@ -622,8 +643,10 @@ func parseConfig(path string, b []byte) (Config, error) {
 // resolve makes the paths of all fields relative to the directory of the file.
 func (c *Config) resolve(dir string) {
 	c.ImportFolder = cmp.Or(c.ImportFolder, ".")
+	c.Journal.Folder = cmp.Or(c.Journal.Folder, c.Ledger+".journal")
 	paths := []*string{
-		&c.AdminSocket, &c.Ledger, &c.Policy, &c.ImportFolder, &c.Traces.HeadersFile, &c.Traces.CAFile,
+		&c.AdminSocket, &c.Ledger, &c.Policy, &c.ImportFolder, &c.Journal.Folder, &c.Traces.HeadersFile,
+		&c.Traces.CAFile,
 	}
 	switch {
 	case c.History == "none":
@@ -649,6 +672,11 @@ func (c *Config) resolve(dir string) {
 	for _, p := range paths {
 		if *p != "" && !filepath.IsAbs(*p) {
 			*p = filepath.Join(dir, *p)
+		}
+	}
+	for _, t := range c.Tokens {
+		t.journal = journal.Config{
+			Folder: c.Journal.Folder, Size: int64(c.Journal.FileMiB) << 20, Files: c.Journal.Files,
 		}
 	}
 }
@@ -679,6 +707,7 @@ func (c *Config) check() error {
 		field       string
 		value, most int
 	}{
+		{"journal.file_mib", c.Journal.FileMiB, 65536}, {"journal.files", c.Journal.Files, 1_000_000},
 		{"limits.connections", c.Limits.Connections, 100_000},
 		{"limits.strangers", c.Limits.Strangers, c.Limits.Connections},
 		{"limits.connections_per_source", c.Limits.ConnectionsPerSource, 100_000},

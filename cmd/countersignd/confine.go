@@ -38,7 +38,7 @@ var systemFiles = []string{
 func (t *Token) rights(secrets ...string) sandbox.Rights {
 	r := sandbox.Rights{
 		Read:  slices.Concat(systemFiles, absolute(append(secrets, t.pinPath())...)),
-		Write: slices.Concat([]string{"/dev/null"}, absolute(t.Files...)),
+		Write: slices.Concat([]string{"/dev/null"}, absolute(append(slices.Clone(t.Files), t.journal.Folder)...)),
 	}
 	if t.TPM != "" {
 		r.Write = append(r.Write, absolute(t.State)...)

@@ -110,7 +110,11 @@ func (c *Config) workerCommand(s launcher.Start, soPINFile string) (*exec.Cmd, [
 	if t == nil {
 		return nil, nil, fmt.Errorf("launcher: the configuration has no token %q", s.Token)
 	}
-	d := device{}
+	written := t.journal
+	written.Token = s.Token
+	d := device{Journal: &written}
+	// An error comes again when a key worker writes, and is told then.
+	os.MkdirAll(written.Folder, 0o700)
 	if t.TPM != "" {
 		d.TPM = new(t.tpm())
 	} else {

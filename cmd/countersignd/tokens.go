@@ -19,6 +19,7 @@ import (
 
 	"countersign/hsm"
 	"countersign/internal/form"
+	"countersign/internal/journal"
 	"countersign/internal/keystore"
 	"countersign/internal/keystore/worker"
 	"countersign/internal/launcher"
@@ -134,7 +135,11 @@ func keyWorker() error {
 		if err != nil {
 			return nil, 0, err
 		}
-		return form.Guard(store), lanes, nil
+		var w *journal.Writer
+		if d.Journal != nil {
+			w = journal.New(*d.Journal)
+		}
+		return form.Guard(store, w), lanes, nil
 	}
 	return worker.Serve(socket, open)
 }
@@ -145,6 +150,8 @@ type device struct {
 	TPM *tpm.Config `json:"tpm,omitempty"`
 
 	SOPINFile string `json:"so_pin_file,omitempty"` // of the token that HSM is to become first
+
+	Journal *journal.Config `json:"journal,omitempty"` // of the token's key workers
 
 	Rights sandbox.Rights `json:"rights"` // of the key worker
 }

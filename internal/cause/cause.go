@@ -122,6 +122,9 @@ var (
 		"see the text; a worker is started again by itself")
 	TokenRestarts = define("token-restarts", "key workers of a token end again and again",
 		"see the daemon's log; test the module with countersignd check")
+	TokenJournal = define("journal-unwritable",
+		"key workers of a token can't write their journal, so that nothing is signed with its keys",
+		"see the text: make room on the disk, or give the key workers' user the folder; they try again by themselves")
 	KeyMissing = define("key-missing", "a key of the ledger is not on its token",
 		"restore the token, or rotate the key")
 	KeyTwice = define("key-twice", "a key has the public key of another one, from a seed that was imported twice",

@@ -396,7 +396,7 @@ func TestAnotherLogsCheckpoint(t *testing.T) {
 // key of another store.
 func TestGuard(t *testing.T) {
 	inner := keystoretest.NewMemory()
-	s := form.Guard(inner)
+	s := form.Guard(inner, nil)
 	signed := 0
 	inner.BeforeSign = func(keystore.Ref, []byte) error { signed++; return nil }
 	k, err := s.Generate(t.Context(), keystore.Ref{Name: "payments", Version: 1}, keystore.Ed25519, keystore.Tag{1})
@@ -406,7 +406,7 @@ func TestGuard(t *testing.T) {
 	good := form.NewCanary()
 	batch := []*keystore.Signing{
 		{Key: k, Message: good}, {Key: k, Message: []byte("m")}, {Key: s.Bind(k.Info()), Message: good},
-		{Key: form.Guard(inner).Bind(k.Info()), Message: good}, {Key: inner.Bind(k.Info()), Message: []byte("m")},
+		{Key: form.Guard(inner, nil).Bind(k.Info()), Message: good}, {Key: inner.Bind(k.Info()), Message: []byte("m")},
 	}
 	s.(keystore.BatchSigner).SignBatch(t.Context(), batch)
 	for i, want := range []error{nil, keystore.ErrForm, nil, keystore.ErrRefused, keystore.ErrRefused} {

@@ -2,18 +2,48 @@ package form
 
 import (
 	"context"
+	"errors"
 	"fmt"
 
+	"countersign/internal/journal"
 	"countersign/internal/keystore"
 )
 
 // Guard returns a store whose keys sign what Recognise recognises, and nothing else. The input of
 // Key.Sign and of SignBatch is that of Recognise: a document is passed as
-// transcript.Document.Input. The guarded store keeps the keys that Bind, Key, Generate and Import
-// return to itself.
-func Guard(s keystore.Store) keystore.Store { return &guarded{s} }
+// transcript.Document.Input. A signature is in the journal before the store returns the signature;
+// nil is no journal. Keys of the store itself are not keys of the guarded store.
+func Guard(s keystore.Store, w *journal.Writer) keystore.Store { return &guarded{s, w} }
 
-type guarded struct{ keystore.Store }
+type guarded struct {
+	keystore.Store
+	journal *journal.Writer
+}
+
+// record writes the uses of signatures to the journal.
+func (g *guarded) record(uses ...journal.Entry) error {
+	if g.journal == nil || len(uses) == 0 {
+		return nil
+	}
+	return g.journal.Append(uses...)
+}
+
+// entry is the line of a signature.
+func (u Use) entry(key keystore.Ref) journal.Entry {
+	return journal.Entry{Key: key, Kind: u.Kind, Detail: u.Detail, Digest: u.Digest}
+}
+
+// TryJournal writes a line without a signature: the journal can be written again, or not yet.
+func (g *guarded) TryJournal() error { return g.record(journal.Entry{Kind: journal.Try}) }
+
+// Close closes the store, and then the journal.
+func (g *guarded) Close() error {
+	err := g.Store.Close()
+	if g.journal != nil {
+		err = errors.Join(err, g.journal.Close())
+	}
+	return err
+}
 
 // key is a key of a guarded store.
 type key struct {
@@ -51,7 +81,14 @@ func (k *key) Sign(ctx context.Context, input []byte, judge keystore.Judge) ([]b
 	if err != nil {
 		return nil, err
 	}
-	return k.Key.Sign(ctx, use.Message, judge)
+	signature, err := k.Key.Sign(ctx, use.Message, judge)
+	if err == nil {
+		err = k.store.record(use.entry(k.Info().Ref))
+	}
+	if err != nil {
+		return nil, err
+	}
+	return signature, nil
 }
 
 // SignBatch signs the elements whose inputs are recognised, with one call to the store if the store
@@ -59,6 +96,7 @@ func (k *key) Sign(ctx context.Context, input []byte, judge keystore.Judge) ([]b
 func (g *guarded) SignBatch(ctx context.Context, batch []*keystore.Signing) {
 	inner := make([]*keystore.Signing, 0, len(batch))
 	outer := make([]*keystore.Signing, 0, len(batch))
+	entries := make([]journal.Entry, 0, len(batch))
 	for _, s := range batch {
 		k, ok := s.Key.(*key)
 		if !ok || k.store != g {
@@ -70,6 +108,7 @@ func (g *guarded) SignBatch(ctx context.Context, batch []*keystore.Signing) {
 			s.Err = err
 			continue
 		}
+		entries = append(entries, use.entry(k.Info().Ref))
 		inner, outer = append(inner, &keystore.Signing{Key: k.Key, Message: use.Message}), append(outer, s)
 	}
 	if store, ok := g.Store.(keystore.BatchSigner); ok {
@@ -79,8 +118,17 @@ func (g *guarded) SignBatch(ctx context.Context, batch []*keystore.Signing) {
 			s.Signature, s.Err = s.Key.Sign(ctx, s.Message, nil)
 		}
 	}
+	made := entries[:0]
 	for i, s := range inner {
-		outer[i].Signature, outer[i].Err = s.Signature, s.Err
+		if s.Err == nil {
+			made = append(made, entries[i])
+		}
+	}
+	unwritten := g.record(made...)
+	for i, s := range inner {
+		if outer[i].Signature, outer[i].Err = s.Signature, s.Err; s.Err == nil && unwritten != nil {
+			outer[i].Signature, outer[i].Err = nil, unwritten
+		}
 	}
 }
 

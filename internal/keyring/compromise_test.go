@@ -311,7 +311,7 @@ func writeSeed(t *testing.T, digits string) (path string) {
 // from the token afterwards.
 func TestPublicKeyExistsOnce(t *testing.T) {
 	other := keystoretest.NewMemory()
-	r := newRig(t, func(r *rig) { r.more = map[string]keystore.Store{"other": form.Guard(other)} })
+	r := newRig(t, func(r *rig) { r.more = map[string]keystore.Store{"other": form.Guard(other, nil)} })
 	seed := writeSeed(t, strings.Repeat("07", 32))
 	if _, err := r.Keys.Create(t.Context(), operator, keyring.NewKey{
 		Name: "one", Token: "memory", Seed: seed,
@@ -362,7 +362,8 @@ func TestPublicKeyExistsOnce(t *testing.T) {
 func TestGeneratedKeyExistsOnce(t *testing.T) {
 	other := keystoretest.NewMemory()
 	seed := writeSeed(t, strings.Repeat("07", 32))
-	r := newRig(t, func(r *rig) { r.more = map[string]keystore.Store{"other": form.Guard(repeating{other, seed})} })
+	token := form.Guard(repeating{other, seed}, nil)
+	r := newRig(t, func(r *rig) { r.more = map[string]keystore.Store{"other": token} })
 	for _, name := range []string{"one", "two"} {
 		_, err := r.Keys.Create(t.Context(), operator, keyring.NewKey{Name: name, Token: "other"})
 		refused(t, keystore.ErrWrong, err)

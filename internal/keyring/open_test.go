@@ -88,7 +88,7 @@ func TestTokenComesLate(t *testing.T) {
 			r.createOwn(t, keyring.NoiseName)
 			token := &late{Memory: r.store}
 			config := r.Keys.Config
-			config.Tokens = map[string]keystore.Store{"memory": form.Guard(token)}
+			config.Tokens = map[string]keystore.Store{"memory": form.Guard(token, nil)}
 			away := fmt.Errorf("unplugged: %w", class)
 			token.err.Store(&away)
 			ring, err := keyring.Open(t.Context(), config)
@@ -145,7 +145,7 @@ func TestNoiseFirst(t *testing.T) {
 	r.createOwn(t, keyring.NoiseName)
 	token := &noiseOnly{Memory: r.store}
 	config := r.Keys.Config
-	config.Tokens = map[string]keystore.Store{"memory": form.Guard(token)}
+	config.Tokens = map[string]keystore.Store{"memory": form.Guard(token, nil)}
 	ring, err := keyring.Open(t.Context(), config)
 	if err != nil {
 		t.Fatal(err)

@@ -122,7 +122,7 @@ func (r *rig) tryOpen(t *testing.T) error {
 	}
 	log, day := slog.New(slog.DiscardHandler), 24*time.Hour
 	monitor := resource.NewMonitor(log, r.limits.RequestTimeout)
-	stores := map[string]keystore.Store{"memory": form.Guard(r.store)}
+	stores := map[string]keystore.Store{"memory": form.Guard(r.store, nil)}
 	maps.Copy(stores, r.more)
 	a, err := appliance.New(t.Context(), appliance.Config{
 		Limits: r.limits, Monitor: monitor,

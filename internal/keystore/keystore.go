@@ -52,6 +52,7 @@ var (
 	ErrAmbiguous   = errors.New("the keystore has more than one object under this name")
 	ErrUnfit       = errors.New("the key does not have the protection that is asked of it")
 	ErrForm        = errors.New("the key does not sign bytes of this form")
+	ErrJournal     = errors.New("the key worker's journal can't be written, so no signature leaves it")
 	ErrRefused     = errors.New("the keystore refuses to do this with the key")
 	ErrUnavailable = errors.New("the keystore does not answer") // a retry may succeed
 	ErrAuth        = errors.New("the keystore refuses the PIN") // retries are forbidden: the PIN would lock
@@ -257,14 +258,15 @@ type Fault struct {
 type FaultKind string
 
 const (
-	FaultUnavailable FaultKind = "token-unavailable" // no worker can use the device
-	FaultPINRefused  FaultKind = "token-pin-refused" // ErrAuth: no login before a change of the PIN file, or Retry
-	FaultLocked      FaultKind = "token-locked"      // ErrLastTry or ErrLockedOut
-	FaultReplaced    FaultKind = "token-replaced"    // ErrReplaced, or none of the keys is on the device any more
-	FaultSealed      FaultKind = "token-sealed"      // ErrSealed: the machine is in another state
-	FaultRedundancy  FaultKind = "token-redundancy"  // fewer workers than configured
-	FaultRestarts    FaultKind = "token-restarts"    // workers end again and again
-	FaultKeyMissing  FaultKind = "key-missing"       // the use of a key has found it missing, or another in its place
+	FaultUnavailable FaultKind = "token-unavailable"  // no worker can use the device
+	FaultPINRefused  FaultKind = "token-pin-refused"  // ErrAuth: no login before a change of the PIN file, or Retry
+	FaultLocked      FaultKind = "token-locked"       // ErrLastTry or ErrLockedOut
+	FaultReplaced    FaultKind = "token-replaced"     // ErrReplaced, or none of the keys is on the device any more
+	FaultSealed      FaultKind = "token-sealed"       // ErrSealed: the machine is in another state
+	FaultRedundancy  FaultKind = "token-redundancy"   // fewer workers than configured
+	FaultRestarts    FaultKind = "token-restarts"     // workers end again and again
+	FaultJournal     FaultKind = "journal-unwritable" // ErrJournal
+	FaultKeyMissing  FaultKind = "key-missing"        // the use of a key has found it missing, or another in its place
 )
 
 // FaultOf gives the kind of the error of an outage.

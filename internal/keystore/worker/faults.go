@@ -60,6 +60,19 @@ func (p *Pool) trackMissing(k *key, err error) {
 	p.missingCount.Store(int64(len(p.missing)))
 }
 
+// trackJournal notes that the workers can't write their journal, by the result of a signature.
+func (p *Pool) trackJournal(err error) {
+	switch {
+	case errors.Is(err, keystore.ErrJournal):
+		if p.journalErr.Swap(&err) == nil {
+			p.config.Log.Error("nothing is signed, because the journal of the key workers can't be written",
+				"token", p.config.Name, "err", err)
+		}
+	case err == nil && p.journalErr.Load() != nil && p.journalErr.Swap(nil) != nil:
+		p.config.Log.Info("the journal of the key workers is written again", "token", p.config.Name)
+	}
+}
+
 func (p *Pool) missingKeys() []*key {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -82,6 +95,9 @@ func (p *Pool) probe() {
 		}
 		ctx, cancel := p.withTimeout(context.Background(), slowFactor*p.config.Deadline)
 		p.probeKeys(ctx)
+		if p.journalErr.Load() != nil {
+			p.trackJournal(p.request(ctx, false, call{Op: opTry}, nil))
+		}
 		cancel()
 	}
 }
@@ -181,6 +197,9 @@ func (p *Pool) Status() keystore.Status {
 	}
 	if p.authErr != nil && !p.down { // the workers of before serve on, and no other one can start
 		add(keystore.FaultPINRefused, keystore.Ref{}, "%v", p.authErr)
+	}
+	if err := p.journalErr.Load(); err != nil {
+		add(keystore.FaultJournal, keystore.Ref{}, "%v", *err)
 	}
 	for ref, err := range p.sealed {
 		if p.authErr == nil || !errors.Is(err, keystore.ErrAuth) { // the refused PIN is one fault, above

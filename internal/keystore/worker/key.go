@@ -83,6 +83,9 @@ func (k *key) use(ctx context.Context, op kind, body []byte, check func([]byte) 
 	}, check)
 	p.trackSealed(k.info.Ref, err)
 	p.trackMissing(k, err)
+	if op == sign {
+		p.trackJournal(err)
+	}
 	return answer, err
 }
 

@@ -171,7 +171,7 @@ var classes = []error{
 	keystore.ErrReplaced, keystore.ErrLastTry, keystore.ErrLockedOut,
 	keystore.ErrUnavailable, keystore.ErrAuth, keystore.ErrNotFound, keystore.ErrExists, keystore.ErrAmbiguous,
 	keystore.ErrUnfit, keystore.ErrRefused, keystore.ErrPeerKey, keystore.ErrSealed,
-	keystore.ErrForm,
+	keystore.ErrForm, keystore.ErrJournal,
 }
 
 // remoteError is an error from the other side.

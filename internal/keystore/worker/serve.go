@@ -30,6 +30,7 @@ const (
 	opKey, opKeys, opCompare       = "key", "keys", "compare"
 	opGenerate                     = "generate"
 	opImport, opDestroy, opInspect = "import", "destroy", "inspect"
+	opTry                          = "try the journal"
 	opDefine, opRead, opIncrement  = "define counter", "read counter", "rise counter"
 )
 
@@ -238,6 +239,10 @@ func (w *server) do(ctx context.Context, c call) ([]byte, error) {
 		err = w.store.Destroy(ctx, c.Ref, c.Tag)
 	case opInspect:
 		answer, err = w.store.Inspect(ctx, c.Prove)
+	case opTry:
+		if store, ok := w.store.(interface{ TryJournal() error }); ok {
+			err = store.TryJournal()
+		}
 	case opDefine, opRead, opIncrement:
 		answer, err = w.counterOp(ctx, c.Op, c.Owner)
 	default:
