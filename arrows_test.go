@@ -98,11 +98,11 @@ var arrows = map[string]room{
 	"internal/sshagent": {ours: "approval", outside: "golang.org/x/crypto/ssh"},
 	// The devices.
 	"hsm": {
-		ours:    `internal/keystore internal/pubkey`,
+		ours:    `internal/keystore internal/pubkey internal/secret`,
 		outside: `github.com/miekg/pkcs11 github.com/stefanberger/go-pkcs11uri`,
 	},
 	"tpm": {
-		ours:    `internal/durable internal/eddsa internal/keystore internal/pubkey`,
+		ours:    `internal/durable internal/eddsa internal/keystore internal/pubkey internal/secret`,
 		outside: `github.com/google/go-tpm golang.org/x/sys`,
 	},
 	"internal/keystore/worker": {
@@ -142,7 +142,8 @@ var arrows = map[string]room{
 	"internal/durable":  {},
 	"internal/eddsa":    {outside: "filippo.io/edwards25519"},
 	"internal/ijson":    {outside: "github.com/go-json-experiment/json"},
-	"internal/keystore": {outside: "golang.org/x/sys"},
+	"internal/keystore": {ours: "internal/secret", outside: "golang.org/x/sys"},
+	"internal/secret":   {},
 	"internal/limit":    {outside: "github.com/hashicorp/golang-lru/v2"},
 	"internal/logqueue": {outside: "golang.org/x/time"},
 	"internal/schedule": {outside: "github.com/adhocore/gronx"},

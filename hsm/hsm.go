@@ -143,9 +143,11 @@ func load(c Config) (*Store, error) {
 	if s.pinFile, err = exactlyOne("pin_file", c.PINFile, "pin-source", s.uri.pin); err != nil {
 		return fail("%w", err)
 	}
-	if _, err := readPIN(s.pinFile); err != nil {
+	pin, err := readPIN(s.pinFile)
+	if err != nil {
 		return fail("%w", err)
 	}
+	pin.Wipe()
 	if _, err := os.Stat(s.path); err != nil {
 		return fail("PKCS#11 module: %w", err)
 	}
@@ -305,7 +307,8 @@ func (s *Store) logIn(lastTry bool) error {
 		return fmt.Errorf("hsm: %w", err)
 	}
 	s.logins.Add(1) // before C_Login: from then on the module may reuse old handles for other objects
-	err = s.module.Login(login, pkcs11.CKU_USER, pin)
+	err = s.module.Login(login, pkcs11.CKU_USER, string(pin.Expose()))
+	pin.Wipe()
 	if err != nil && !isCode(err, pkcs11.CKR_USER_ALREADY_LOGGED_IN) {
 		return deviceError("C_Login", err)
 	}

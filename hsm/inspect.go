@@ -9,6 +9,7 @@ import (
 	"strings"
 
 	"countersign/internal/keystore"
+	"countersign/internal/secret"
 
 	"github.com/miekg/pkcs11"
 )
@@ -112,9 +113,9 @@ func (st *Store) testThrowAway(s session, c curve, imported bool) (provenance ke
 	info := keystore.Info{Ref: throwAway, Algorithm: c.alg}
 	rand.Read(info.Tag[:])
 	if imported {
-		var seed [32]byte
-		rand.Read(seed[:])
-		info.PublicKey, err = st.importSeed(s, throwAway, c, info.Tag, seed)
+		seed := make([]byte, 32)
+		rand.Read(seed)
+		info.PublicKey, err = st.importSeed(s, throwAway, c, info.Tag, secret.New(seed))
 	} else {
 		info.PublicKey, err = st.generate(s, throwAway, c, info.Tag)
 	}

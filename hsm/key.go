@@ -12,6 +12,7 @@ import (
 
 	"countersign/internal/keystore"
 	"countersign/internal/pubkey"
+	"countersign/internal/secret"
 
 	"github.com/miekg/pkcs11"
 )
@@ -584,15 +585,15 @@ func (st *Store) Import(ctx context.Context, ref keystore.Ref, path string, tag 
 	if err != nil {
 		return nil, fmt.Errorf("hsm: import %v: %w: %w", ref, keystore.ErrRefused, err)
 	}
-	defer clear(seed[:])
+	defer seed.Wipe()
 	return st.create(ctx, "import", ref, keystore.Ed25519, tag, func(s session, c curve) ([]byte, error) {
 		return st.importSeed(s, ref, c, tag, seed)
 	})
 }
 
 // importSeed writes both objects of a key and returns the public key.
-func (st *Store) importSeed(s session, ref keystore.Ref, c curve, tag keystore.Tag, seed [32]byte) ([]byte, error) {
-	private := ed25519.NewKeyFromSeed(seed[:])
+func (st *Store) importSeed(s session, ref keystore.Ref, c curve, tag keystore.Tag, seed secret.Bytes) ([]byte, error) {
+	private := ed25519.NewKeyFromSeed(seed.Expose())
 	defer clear(private)
 	public := bytes.Clone(private[32:])
 	point := public
@@ -604,7 +605,7 @@ func (st *Store) importSeed(s session, ref keystore.Ref, c curve, tag keystore.T
 	if _, err := st.module.CreateObject(s.handle, pub); err != nil {
 		return nil, deviceError("C_CreateObject (public key)", err)
 	}
-	value := attr(pkcs11.CKA_VALUE, seed[:])
+	value := attr(pkcs11.CKA_VALUE, seed.Expose())
 	defer clear(value.Value)
 	prv = append(prv, attr(pkcs11.CKA_EC_PARAMS, st.params(c)), value)
 	if _, err := st.module.CreateObject(s.handle, prv); err != nil {

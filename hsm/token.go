@@ -5,6 +5,7 @@ import (
 	"fmt"
 
 	"countersign/internal/keystore"
+	"countersign/internal/secret"
 
 	"github.com/miekg/pkcs11"
 )
@@ -37,10 +38,12 @@ func initToken(c Config, soPINFile string) error {
 	if err != nil {
 		return fmt.Errorf("hsm: new token: %w", err)
 	}
+	defer pin.Wipe()
 	soPIN, err := readPIN(soPINFile)
 	if err != nil {
 		return fmt.Errorf("hsm: new token: SO %w", err)
 	}
+	defer soPIN.Wipe()
 	if err := s.direct.initialize(c.Parameters); err != nil {
 		return err
 	}
@@ -76,7 +79,7 @@ func initToken(c Config, soPINFile string) error {
 	if len(empty) == 0 {
 		return fmt.Errorf("hsm: new token: none of the %d slots holds an empty token", len(slots))
 	}
-	if err := module.InitToken(empty[0], soPIN, label); err != nil {
+	if err := module.InitToken(empty[0], string(soPIN.Expose()), label); err != nil {
 		return deviceError("C_InitToken", err)
 	}
 	return setPIN(module, uri, soPIN, pin)
@@ -84,7 +87,7 @@ func initToken(c Config, soPINFile string) error {
 
 // setPIN sets the user PIN of a new token. setPIN searches the slot again, because C_InitToken may
 // have moved the token to another slot.
-func setPIN(module *pkcs11.Ctx, uri tokenURI, soPIN, pin string) error {
+func setPIN(module *pkcs11.Ctx, uri tokenURI, soPIN, pin secret.Bytes) error {
 	slot, _, err := findSlot(module, uri)
 	if err != nil {
 		return err
@@ -93,10 +96,10 @@ func setPIN(module *pkcs11.Ctx, uri tokenURI, soPIN, pin string) error {
 	if err != nil {
 		return deviceError("C_OpenSession", err)
 	}
-	if err := module.Login(session, pkcs11.CKU_SO, soPIN); err != nil {
+	if err := module.Login(session, pkcs11.CKU_SO, string(soPIN.Expose())); err != nil {
 		return deviceError("C_Login (SO)", err)
 	}
-	if err := module.InitPIN(session, pin); err != nil {
+	if err := module.InitPIN(session, string(pin.Expose())); err != nil {
 		return deviceError("C_InitPIN", err)
 	}
 	return nil

@@ -1,6 +1,7 @@
 package hsm
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
 	"net/url"
@@ -9,6 +10,7 @@ import (
 	"strings"
 
 	"countersign/internal/keystore"
+	"countersign/internal/secret"
 
 	"github.com/miekg/pkcs11"
 	pkcs11uri "github.com/stefanberger/go-pkcs11uri"
@@ -102,15 +104,15 @@ func (u tokenURI) matches(id uint, slot pkcs11.SlotInfo, token pkcs11.TokenInfo)
 func unpad(field string) string { return strings.TrimRight(field, " \x00") }
 
 // readPIN reads a PIN file: one line, readable by the file's owner only.
-func readPIN(path string) (string, error) {
+func readPIN(path string) (pin secret.Bytes, err error) {
 	b, err := keystore.ReadSecret(path, "PIN file")
 	if err != nil {
-		return "", err
+		return pin, err
 	}
-	pin := strings.TrimRight(string(b), "\r\n")
-	clear(b)
-	if pin == "" || strings.ContainsAny(pin, "\r\n") {
-		return "", fmt.Errorf("PIN file %s: it must have the PIN on one line and nothing else", path)
+	line := bytes.TrimRight(b.Expose(), "\r\n")
+	if len(line) == 0 || bytes.ContainsAny(line, "\r\n") {
+		b.Wipe()
+		return pin, fmt.Errorf("PIN file %s: it must have the PIN on one line and nothing else", path)
 	}
-	return pin, nil
+	return secret.New(line), nil
 }

@@ -257,9 +257,11 @@ func (s *Store) Import(ctx context.Context, ref keystore.Ref, path string, tag k
 	if err != nil {
 		return nil, fmt.Errorf("tpm: import %v: %w: %w", ref, keystore.ErrRefused, err)
 	}
-	defer clear(seed[:])
+	defer seed.Wipe()
 	info := keystore.Info{Ref: ref, Algorithm: keystore.Ed25519, Tag: tag, Custody: keystore.TPMSealed}
-	return s.create(ctx, "import", info, func(transport.TPM, storageKey) ([32]byte, error) { return seed, nil })
+	return s.create(ctx, "import", info, func(transport.TPM, storageKey) ([32]byte, error) {
+		return [32]byte(seed.Expose()), nil
+	})
 }
 
 // seedSource returns the seed of a new sealed key. A nil seedSource stands for a resident key, made

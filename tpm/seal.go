@@ -12,6 +12,7 @@ import (
 	"slices"
 
 	"countersign/internal/keystore"
+	"countersign/internal/secret"
 
 	"github.com/google/go-tpm/tpm2"
 	"github.com/google/go-tpm/tpm2/transport"
@@ -493,17 +494,17 @@ func ownerError(command string, err error) error {
 }
 
 // readPIN reads a PIN file: one line of at most 32 bytes, readable by the file's owner only.
-func readPIN(path string) ([]byte, error) {
+func readPIN(path string) (none secret.Bytes, err error) {
 	b, err := keystore.ReadSecret(path, "PIN file")
 	if err != nil {
-		return nil, fmt.Errorf("tpm: %w", err)
+		return none, fmt.Errorf("tpm: %w", err)
 	}
-	pin := bytes.TrimRight(b, "\r\n")
+	pin := bytes.TrimRight(b.Expose(), "\r\n")
 	// 32 bytes: an authValue may be as long as the hash of the object's name, SHA-256.
 	if len(pin) == 0 || len(pin) > 32 || bytes.ContainsAny(pin, "\r\n\x00") {
-		clear(b)
-		return nil, fmt.Errorf("tpm: PIN file %s: it must have a PIN of at most 32 bytes on one line and nothing else",
+		b.Wipe()
+		return none, fmt.Errorf("tpm: PIN file %s: it must have a PIN of at most 32 bytes on one line and nothing else",
 			path)
 	}
-	return pin, nil
+	return secret.New(pin), nil
 }

@@ -129,7 +129,7 @@ func Open(ctx context.Context, c Config) (*Store, error) {
 		if err != nil {
 			return nil, err
 		}
-		clear(pin)
+		pin.Wipe()
 	}
 	if c.PolicyKey != "" {
 		if s.approver, err = ReadPolicyKey(c.PolicyKey); err != nil {
@@ -223,8 +223,8 @@ func (s *Store) withPIN(ctx context.Context, needed bool, use func(pin []byte) e
 		} else if err != nil {
 			return err
 		}
-		defer clear(pin)
-		return use(pin)
+		defer pin.Wipe()
+		return use(pin.Expose())
 	}
 	var err error
 	if s.config.LogIn != nil {

@@ -24,8 +24,8 @@ func approveState(keyPath, bank string, registers map[string]string, stdout io.W
 	if err != nil {
 		return err
 	}
-	defer clear(b)
-	block, _ := pem.Decode(b)
+	defer b.Wipe()
+	block, _ := pem.Decode(b.Expose())
 	if block == nil {
 		return fmt.Errorf("key file %s: not PEM", keyPath)
 	}

@@ -26,6 +26,8 @@ import (
 	"countersign/internal/sandbox"
 	"countersign/internal/scrub"
 	"countersign/tpm"
+
+	"golang.org/x/sys/unix"
 )
 
 // workerCommand is the hidden command of a key worker process.
@@ -105,6 +107,7 @@ func keyWorker() error {
 	if err := noCoreFiles(); err != nil {
 		return err
 	}
+	memory := lockMemory()
 	ignoreSignals()
 	socket, err := socketOf(3)
 	if err != nil {
@@ -139,9 +142,53 @@ func keyWorker() error {
 		if d.Journal != nil {
 			w = journal.New(*d.Journal)
 		}
-		return form.Guard(store, w), lanes, nil
+		return inspected{form.Guard(store, w).(guarded), memory}, lanes, nil
 	}
 	return worker.Serve(socket, open)
+}
+
+// lockMemory keeps the memory of this process, which may contain the PIN and seeds, out of the swap
+// space, and says whether it is. A limit below "unlimited" is not enough: the allocation that
+// exceeds the limit would end the process. Pages are locked when they are used (MCL_ONFAULT), since
+// a Go process reserves more than it uses.
+func lockMemory() keystore.Finding {
+	const limitless = ^uint64(0)
+	f := keystore.Finding{What: "memory", OK: true}
+	unix.Setrlimit(unix.RLIMIT_MEMLOCK, &unix.Rlimit{Cur: limitless, Max: limitless}) // root may
+	var limit unix.Rlimit
+	err := unix.Getrlimit(unix.RLIMIT_MEMLOCK, &limit)
+	switch {
+	case err == nil && limit.Cur != limitless:
+		err = fmt.Errorf("the limit is %d bytes; allow it (LimitMEMLOCK=infinity in the unit)", limit.Cur)
+	case err == nil:
+		err = unix.Mlockall(unix.MCL_CURRENT | unix.MCL_FUTURE | unix.MCL_ONFAULT)
+	}
+	if f.Text = "locked, so that no secret gets into the swap space"; err != nil {
+		f.Text = "NOT locked, so that a PIN can get into the swap space: " + err.Error()
+	}
+	return f
+}
+
+// guarded is what form.Guard returns.
+type guarded interface {
+	keystore.Store
+	keystore.BatchSigner
+	keystore.Counter
+	TryJournal() error
+}
+
+// inspected is the store of a key worker, whose findings have one about the process.
+type inspected struct {
+	guarded
+	memory keystore.Finding
+}
+
+func (s inspected) Inspect(ctx context.Context, prove bool) ([]keystore.Finding, error) {
+	found, err := s.guarded.Inspect(ctx, prove)
+	if err != nil {
+		return nil, err
+	}
+	return append(found, s.memory), nil
 }
 
 // device is the configuration of a key worker: either HSM or TPM.
@@ -172,8 +219,8 @@ func (d device) withoutPINs(line string) string {
 		if err != nil { // the module may have read the PIN before
 			return "a line that is not shown, because a PIN file can't be read now"
 		}
-		defer clear(pin)
-		pins = append(pins, bytes.TrimRight(pin, "\r\n"))
+		defer pin.Wipe()
+		pins = append(pins, bytes.TrimRight(pin.Expose(), "\r\n"))
 	}
 	return scrub.NewKnown(pins...).Text(line)
 }

@@ -81,8 +81,8 @@ func TestSecretForOneUser(t *testing.T) {
 			}
 			b, err := keystore.ReadSecret(path, "PIN file")
 			switch {
-			case c.want == "" && (err != nil || string(b) != "secret"):
-				t.Errorf("%q, %v", b, err)
+			case c.want == "" && (err != nil || string(b.Expose()) != "secret"):
+				t.Errorf("%q, %v", b.Expose(), err)
 			case c.want != "" && (err == nil || !strings.Contains(err.Error(), c.want) ||
 				!strings.Contains(err.Error(), path) || strings.Contains(err.Error(), "secret")):
 				t.Errorf("%v, want %q", err, c.want)

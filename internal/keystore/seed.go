@@ -9,20 +9,22 @@ import (
 	"io"
 	"os"
 	"syscall"
+
+	"countersign/internal/secret"
 )
 
 // seedPrefix marks the seed format of Paykit's Locks server.
 const seedPrefix = "keypair-seed:"
 
 // ReadSeed reads the Ed25519 seed (RFC 8032, section 5.1.5: the 32-byte private key) from a file
-// without permissions for group and others. The caller clears the seed after use.
-func ReadSeed(path string) (seed [32]byte, err error) {
+// without permissions for group and others. The caller wipes the seed after use.
+func ReadSeed(path string) (seed secret.Bytes, err error) {
 	b, err := ReadSecret(path, "seed file")
 	if err != nil {
 		return seed, err
 	}
-	defer clear(b)
-	if seed, err = ParseSeed(b); err != nil {
+	defer b.Wipe()
+	if seed, err = ParseSeed(b.Expose()); err != nil {
 		return seed, fmt.Errorf("seed file %s: %w", path, err)
 	}
 	return seed, nil
@@ -31,11 +33,15 @@ func ReadSeed(path string) (seed [32]byte, err error) {
 // ParseSeed reads a seed in one of three formats: 32 raw bytes, one line with 64 hex digits, or one
 // line with keypair-seed: and base64url. A seed of zeros is refused: it comes from an empty disk or
 // a failed generator, and everybody has it. The error has no part of the seed.
-func ParseSeed(b []byte) (seed [32]byte, err error) {
-	if seed, err = decodeSeed(b); err == nil && seed == [32]byte{} {
+func ParseSeed(b []byte) (secret.Bytes, error) {
+	seed, err := decodeSeed(b)
+	if err == nil && seed == [32]byte{} {
 		err = errors.New("the seed is all zero, so everybody has it: make another")
 	}
-	return seed, err
+	if err != nil {
+		return secret.Bytes{}, err
+	}
+	return secret.New(seed[:]), nil
 }
 
 func decodeSeed(b []byte) (seed [32]byte, err error) {
@@ -81,26 +87,26 @@ func CheckSecret(what, path string) error {
 // ReadSecret reads a file of at most 4096 bytes without permissions for group and others, or with
 // an ACL for this process's user alone. Errors call the file by the argument what, for example
 // "seed file".
-func ReadSecret(path, what string) ([]byte, error) {
+func ReadSecret(path, what string) (none secret.Bytes, err error) {
 	f, err := os.OpenFile(path, os.O_RDONLY|syscall.O_NONBLOCK, 0) // opening a FIFO must not block
 	if err != nil {
-		return nil, fmt.Errorf("%s: %w", what, err)
+		return none, fmt.Errorf("%s: %w", what, err)
 	}
 	defer f.Close()
 	st, err := f.Stat()
 	if err != nil {
-		return nil, fmt.Errorf("%s: %w", what, err)
+		return none, fmt.Errorf("%s: %w", what, err)
 	}
 	if err := onlyForUs(f, st); err != nil {
-		return nil, fmt.Errorf("%s %s: %w", what, path, err)
+		return none, fmt.Errorf("%s %s: %w", what, path, err)
 	}
 	if st.Size() > maxSecret {
-		return nil, fmt.Errorf("%s %s: it has %d bytes; at most %d are allowed", what, path, st.Size(), maxSecret)
+		return none, fmt.Errorf("%s %s: it has %d bytes; at most %d are allowed", what, path, st.Size(), maxSecret)
 	}
 	b := make([]byte, maxSecret)
 	n, err := io.ReadFull(f, b)
 	if err != nil && !errors.Is(err, io.EOF) && !errors.Is(err, io.ErrUnexpectedEOF) {
-		return nil, fmt.Errorf("%s: %w", what, err)
+		return none, fmt.Errorf("%s: %w", what, err)
 	}
-	return b[:n], nil
+	return secret.New(b[:n]), nil
 }

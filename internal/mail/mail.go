@@ -201,8 +201,8 @@ func (s Server) begin(c *smtp.Client, trust *tls.Config) error {
 	if err != nil {
 		return err
 	}
-	defer clear(secret)
-	password := string(bytes.TrimRight(secret, "\r\n"))
+	defer secret.Wipe()
+	password := string(bytes.TrimRight(secret.Expose(), "\r\n"))
 	if password == "" || strings.ContainsAny(password, "\r\n\x00") {
 		return fmt.Errorf("password file %s: it must have the password on one line and nothing else", s.PasswordFile)
 	}

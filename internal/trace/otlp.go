@@ -135,7 +135,8 @@ func (c Config) headers() (http.Header, error) {
 	if err != nil {
 		return nil, err
 	}
-	for n, line := range strings.Split(strings.TrimRight(string(b), "\r\n"), "\n") {
+	defer b.Wipe()
+	for n, line := range strings.Split(strings.TrimRight(string(b.Expose()), "\r\n"), "\n") {
 		name, value, found := strings.Cut(strings.TrimSuffix(line, "\r"), ":")
 		value = strings.Trim(value, " \t")
 		if !found || !httpguts.ValidHeaderFieldName(name) || !httpguts.ValidHeaderFieldValue(value) || n >= maxHeaders {

@@ -116,7 +116,7 @@ func (m *Memory) Import(_ context.Context, ref keystore.Ref, path string, tag ke
 	if err != nil {
 		return nil, fmt.Errorf("%w: %w", keystore.ErrRefused, err)
 	}
-	k := &memoryKey{sign: ed25519.NewKeyFromSeed(seed[:])}
+	k := &memoryKey{sign: ed25519.NewKeyFromSeed(seed.Expose())}
 	public := k.sign.Public().(ed25519.PublicKey)
 	k.info = keystore.Info{Ref: ref, Algorithm: keystore.Ed25519, PublicKey: public, Custody: "memory", Tag: tag}
 	return m.add(k)

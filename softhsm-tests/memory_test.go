@@ -1,0 +1,50 @@
+package softhsmtests
+
+import (
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"golang.org/x/sys/unix"
+)
+
+// TestMemoryIsLocked reads the status of the key workers of a serving daemon. With an unlimited
+// RLIMIT_MEMLOCK their memory is locked. Below, nothing is locked and check says so. Key workers
+// serve in both cases.
+func TestMemoryIsLocked(t *testing.T) {
+	var before unix.Rlimit
+	if err := unix.Getrlimit(unix.RLIMIT_MEMLOCK, &before); err != nil {
+		t.Fatal(err)
+	}
+	if os.Geteuid() != 0 && before.Cur != unix.RLIM_INFINITY {
+		t.Skip("the test needs root, or an unlimited RLIMIT_MEMLOCK")
+	}
+	s := newSystem(t)
+	if out, code := s.daemon("check"); code != 0 || !strings.Contains(out, "ok: locked, so that no secret") {
+		t.Errorf("check: %d\n%s", code, out)
+	}
+	p := s.serve()
+	s.enrol()
+	if _, err := s.dial().Sign(t.Context(), "payments", message("AAAA")); err != nil {
+		t.Error(err)
+	}
+	all, err := filepath.Glob("/proc/[0-9]*/status")
+	if err != nil {
+		t.Fatal(err)
+	}
+	workers := 0
+	for _, path := range all {
+		b, err := os.ReadFile(path)
+		if err != nil || !strings.Contains(string(b), fmt.Sprintf("\nPPid:\t%d\n", p.cmd.Process.Pid)) {
+			continue
+		}
+		if workers++; strings.Contains(string(b), "VmLck:\t       0 kB") || !strings.Contains(string(b), "VmLck:") {
+			t.Errorf("%s: the memory is not locked:\n%s", path, b)
+		}
+	}
+	if workers == 0 {
+		t.Error("the daemon has no key worker")
+	}
+}
