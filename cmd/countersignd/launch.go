@@ -61,6 +61,7 @@ func launch(path, soPINFile string) error {
 	if err := noCoreFiles(); err != nil {
 		return err
 	}
+	liftMemoryLimit() // before the launcher gives up its capabilities
 	ignoreSignals()
 	socket, err := socketOf(3)
 	if err != nil {

@@ -147,14 +147,20 @@ func keyWorker() error {
 	return worker.Serve(socket, open)
 }
 
+// limitless is the value of a limit that is none.
+const limitless = ^uint64(0)
+
+// liftMemoryLimit has the child processes lock their memory, where this process may.
+func liftMemoryLimit() {
+	unix.Setrlimit(unix.RLIMIT_MEMLOCK, &unix.Rlimit{Cur: limitless, Max: limitless})
+}
+
 // lockMemory keeps the memory of this process, which may contain the PIN and seeds, out of the swap
 // space, and says whether it is. A limit below "unlimited" is not enough: the allocation that
 // exceeds the limit would end the process. Pages are locked when they are used (MCL_ONFAULT), since
 // a Go process reserves more than it uses.
 func lockMemory() keystore.Finding {
-	const limitless = ^uint64(0)
 	f := keystore.Finding{What: "memory", OK: true}
-	unix.Setrlimit(unix.RLIMIT_MEMLOCK, &unix.Rlimit{Cur: limitless, Max: limitless}) // root may
 	var limit unix.Rlimit
 	err := unix.Getrlimit(unix.RLIMIT_MEMLOCK, &limit)
 	switch {
