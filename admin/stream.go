@@ -33,7 +33,10 @@ const (
 	streamTurn   = 250 * time.Millisecond
 	figuresEvery = 4 // turns
 	keepAlive    = 15 * time.Second
-	streamLook   = 16 << 10 // events that one reading of the log looks at
+	streamLook   = 4096 // events that one reading of the log looks at
+	// streamBreath is the pause after a reading for streams that were away: all of them together
+	// take less than a tenth of a processor.
+	streamBreath = 50 * time.Millisecond
 )
 
 // streamWrite is the time limit of one write: a slower reader is cut. Tests have a shorter one.
@@ -100,6 +103,8 @@ type streams struct {
 	recentB    int
 	state      figures
 	tick       figures
+
+	replaying chan struct{} // has one place, for the stream that reads the log
 }
 
 // streamed is an event of a topic with its JSON.
@@ -116,7 +121,7 @@ type figures struct {
 }
 
 func newStreams(s *server) *streams {
-	return &streams{server: s, open: map[string]int{}, wake: make(chan struct{})}
+	return &streams{server: s, open: map[string]int{}, wake: make(chan struct{}), replaying: make(chan struct{}, 1)}
 }
 
 // enter takes a place for a stream of an operator.
@@ -182,7 +187,7 @@ func (s *streams) turn(d *history.Deriver, full bool) bool {
 	end := s.end
 	s.mu.Unlock()
 	var found []streamed
-	for range 4 { // at most 65536 events in a turn: more come in the next one
+	for range 16 { // at most 65536 events in a turn: more come in the next one
 		f, err := s.Appliance.ReadEvents(end, part(func(string) bool { return true }))
 		if err != nil {
 			s.Log.Error("the stream of events can't read the log", "err", err)
@@ -272,6 +277,7 @@ type streamInput struct {
 type stream struct {
 	who     caller
 	topics  []string
+	events  bool   // there is a topic of events
 	next    uint64 // number of the next event to look at
 	state   uint64 // version of the last state that was written
 	tick    uint64
@@ -299,10 +305,13 @@ func (s *server) follow(ctx context.Context, who caller, in *streamInput) (*huma
 		}
 		st.topics = asked
 	}
+	st.events = slices.ContainsFunc(st.topics, func(name string) bool {
+		return name != api.TopicState && name != api.TopicTick
+	})
 	begin := []byte("retry: 2000\n\n")
 	end := s.Appliance.EventsEnd()
 	st.next = end
-	if in.LastEventID != "" {
+	if in.LastEventID != "" && st.events {
 		last, err := numberAfter(in.LastEventID)
 		if err != nil {
 			return nil, invalid.errorf("Last-Event-ID: %.20q is not the id of an event", in.LastEventID)
@@ -332,8 +341,8 @@ func (s *server) follow(ctx context.Context, who caller, in *streamInput) (*huma
 // because the reader is too slow.
 func (s *streams) serve(c huma.Context, st *stream, begin []byte) {
 	w := humaecho.Unwrap(c).Response()
-	control := http.NewResponseController(w)
-	control.SetReadDeadline(time.Time{}) // the time limit of a request is over; nothing more is read
+	control := http.NewResponseController(w.Writer) // echo's own Flush has no error
+	control.SetReadDeadline(time.Time{})            // the time limit of a request is over; nothing more is read
 	write := func(b []byte) error {
 		control.SetWriteDeadline(time.Now().Add(streamWrite))
 		_, err := w.Write(b)
@@ -342,7 +351,11 @@ func (s *streams) serve(c huma.Context, st *stream, begin []byte) {
 	err := write(begin)
 	st.written, st.idSent = time.Now(), time.Now()
 	for err == nil {
-		b, wake, broken := s.take(st)
+		b, wake := s.take(st)
+		var broken error
+		if b == nil && wake != nil && s.behind(st) {
+			b, broken = s.replay(c.Context(), st)
+		}
 		code := ""
 		switch {
 		case broken != nil:
@@ -354,6 +367,9 @@ func (s *streams) serve(c huma.Context, st *stream, begin []byte) {
 			code = api.EndStopping
 		}
 		if code != "" {
+			if c.Context().Err() != nil {
+				return
+			}
 			write(appendSSE(nil, api.TopicEnd, math.MaxUint64, encode(api.StreamEnd{Code: code})))
 			return
 		}
@@ -374,38 +390,54 @@ func (s *streams) serve(c huma.Context, st *stream, begin []byte) {
 	}
 }
 
-// take returns what is to be written next; nothing: the stream waits for wake. Without a wake, all
-// streams end.
-func (s *streams) take(st *stream) (b []byte, wake <-chan struct{}, err error) {
+// behind reports whether memory does not have all events that a stream needs.
+func (s *streams) behind(st *stream) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return st.events && st.next < s.first
+}
+
+// replay reads the next part of the log for a stream that was away. One stream at a time reads.
+func (s *streams) replay(ctx context.Context, st *stream) (b []byte, err error) {
+	select {
+	case s.replaying <- struct{}{}:
+	case <-ctx.Done():
+		return nil, ctx.Err()
+	}
+	defer time.AfterFunc(streamBreath, func() { <-s.replaying })
+	f, err := s.Appliance.ReadEvents(st.next, part(st.has))
+	if f.Dropped > 0 {
+		b = appendSSE(b, api.TopicGap, st.next+f.Dropped-1,
+			encode(api.StreamGap{From: st.next, Before: st.next + f.Dropped, Why: api.GapDropped}))
+	}
+	for _, e := range documents(f) {
+		b = appendSSE(b, e.topic, e.index, e.data)
+	}
+	st.idSent = time.Now()
+	if st.next = f.After; len(b) == 0 && err == nil { // a long way without an event of the topics
+		b = appendID(b, st.next-1)
+	}
+	return b, err
+}
+
+// take returns what memory has for a stream; nothing: the stream is behind, or waits for wake.
+// Without a wake, all streams end.
+func (s *streams) take(st *stream) (b []byte, wake <-chan struct{}) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.ended {
-		return nil, nil, nil
+		return nil, nil
 	}
 	wake = s.wake
-	if st.next < s.first { // the reader was away: the log has what memory has not
-		s.mu.Unlock()
-		f, err := s.Appliance.ReadEvents(st.next, part(st.has))
-		s.mu.Lock()
-		if f.Dropped > 0 {
-			b = appendSSE(b, api.TopicGap, st.next+f.Dropped-1,
-				encode(api.StreamGap{From: st.next, Before: st.next + f.Dropped, Why: api.GapDropped}))
-		}
-		for _, e := range documents(f) {
-			b = appendSSE(b, e.topic, e.index, e.data)
-		}
-		st.idSent = time.Now()
-		if st.next = f.After; len(b) == 0 && err == nil { // a long way without an event of the topics
-			b = appendID(b, st.next-1)
-		}
-		return b, wake, err
+	if st.events && st.next < s.first {
+		return nil, wake
 	}
 	at, _ := slices.BinarySearchFunc(s.recent, st.next, func(e streamed, next uint64) int {
 		return cmp.Compare(e.index, next)
 	})
 	for _, e := range s.recent[at:] {
 		if len(b) > maxWrite {
-			return b, wake, nil
+			return b, wake
 		}
 		if st.next = e.index + 1; st.has(e.topic) {
 			b = appendSSE(b, e.topic, e.index, e.data)
@@ -424,7 +456,7 @@ func (s *streams) take(st *stream) (b []byte, wake <-chan struct{}, err error) {
 	if time.Since(st.idSent) >= keepAlive { // a position in the log, and a sign of life
 		b, st.idSent = appendID(b, st.next-1), time.Now()
 	}
-	return b, wake, nil
+	return b, wake
 }
 
 // shut ends all streams: the server shuts down.

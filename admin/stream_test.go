@@ -390,7 +390,7 @@ func TestStreamsAreBounded(t *testing.T) {
 // is cut and loses its place, and comes back with its last id.
 func TestSlowReaderIsCut(t *testing.T) {
 	old := streamWrite
-	streamWrite = 500 * time.Millisecond
+	streamWrite = 3 * time.Second
 	t.Cleanup(func() { streamWrite = old }) // runs after the server's end
 	r := newRig(t)
 	root := r.root()

@@ -63,11 +63,11 @@ func (t *tool) stream(act maker) *cobra.Command {
 
 // followStream prints the stream, and asks for it again behind the last event when it ends.
 func (t *tool) followStream(ctx context.Context, c *api.Client, topics []string, after string) error {
-	pause := minAgain
+	pause, began := minAgain, false
 	for {
 		again := time.Duration(0)
 		last, err := c.Stream(ctx, topics, after, func(e api.Streamed) error {
-			pause = minAgain
+			pause, began = minAgain, true
 			if e.Topic == api.TopicTick && len(topics) == 0 && !t.json {
 				return nil // a person does not want a line each second
 			}
@@ -82,7 +82,7 @@ func (t *tool) followStream(ctx context.Context, c *api.Client, topics []string,
 				return err
 			}
 			again = time.Duration(refusal.RetryAfter) * time.Second
-		} else if errors.As(err, new(unprinted)) {
+		} else if errors.As(err, new(unprinted)) || err != nil && !began {
 			return err
 		}
 		again = max(again, pause)

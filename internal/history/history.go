@@ -160,6 +160,9 @@ func (h *History) take(now time.Time, d *Deriver, r *meter.Reading) {
 func (h *History) write(p point) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
+	if h.closed {
+		return
+	}
 	err := h.reopen()
 	if err == nil {
 		err = h.put(0, p)
