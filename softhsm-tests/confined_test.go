@@ -64,7 +64,7 @@ var forbidden = map[string][3]string{
 	"read a file":                    {"EACCES", "EACCES", "EACCES"},
 	"list a folder":                  {"EACCES", "EACCES", "EACCES"},
 	"write a file":                   {"EACCES", "EACCES", "EACCES"},
-	"truncate a file":                {"SIGSYS", "EACCES", "EACCES"},
+	"truncate a file":                {"EACCES", "EACCES", "EACCES"},
 	"make a file":                    {"EACCES", "EACCES", "EACCES"},
 	"execute a program":              {"SIGSYS", "EACCES", "EPERM"},
 	"fork":                           {"SIGSYS", "done", "EPERM"},

@@ -56,7 +56,8 @@ const launching = `
 // serving are the system calls of the daemon. docs/DESIGN.md says how the list was made.
 const serving = `
 	read write readv writev pread64 pwrite64 close lseek open openat stat fstat lstat newfstatat statx
-	access faccessat faccessat2 statfs fstatfs fcntl flock fsync fdatasync ftruncate fallocate fadvise64 ioctl
+	access faccessat faccessat2 statfs fstatfs fcntl flock fsync fdatasync
+	truncate ftruncate fallocate fadvise64 ioctl
 	rename renameat renameat2 mkdir mkdirat rmdir unlink unlinkat readlink readlinkat fchmod fchmodat
 	getdents64 getcwd copy_file_range sendfile splice pipe2 dup3 eventfd2 poll ppoll
 	epoll_create1 epoll_ctl epoll_wait epoll_pwait epoll_pwait2
