@@ -36,11 +36,11 @@ func onlyForUs(f *os.File, st os.FileInfo) error {
 	if err == nil {
 		return nil
 	}
-	remedy := "setfacl -b %[1]s; chmod 600 %[1]s"
+	remedy := fmt.Sprintf("setfacl -b %[1]s; chmod 600 %[1]s", f.Name())
 	if owner != us {
-		remedy = "setfacl -b %[1]s; chmod 600 %[1]s; chown %[2]d %[1]s; or pass the file by systemd's LoadCredential="
+		remedy += fmt.Sprintf("; chown %d %s; or pass the file by systemd's LoadCredential=", us, f.Name())
 	}
-	return fmt.Errorf("its mode is %v; %w: as its owner or root, "+remedy, st.Mode(), err, f.Name(), us)
+	return fmt.Errorf("its mode is %v; %w: as its owner or root, %s", st.Mode(), err, remedy)
 }
 
 // The encoding of an ACL in an extended attribute (Linux, include/uapi/linux/posix_acl_xattr.h): a

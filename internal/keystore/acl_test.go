@@ -84,7 +84,7 @@ func TestSecretForOneUser(t *testing.T) {
 			case c.want == "" && (err != nil || string(b.Expose()) != "secret"):
 				t.Errorf("%q, %v", b.Expose(), err)
 			case c.want != "" && (err == nil || !strings.Contains(err.Error(), c.want) ||
-				!strings.Contains(err.Error(), path) || strings.Contains(err.Error(), "secret")):
+				!strings.Contains(err.Error(), "chmod 600 "+path) || strings.Contains(err.Error(), "secret")):
 				t.Errorf("%v, want %q", err, c.want)
 			}
 		})
