@@ -4,7 +4,7 @@ export REQUIRE_DEVICES = 1
 # need the package.
 export GOEXPERIMENT = runtimesecret
 
-.PHONY: build demo run test bench fuzz clean deps
+.PHONY: build demo run test soak bench fuzz clean deps
 
 build:
 	@scripts/deps.sh build
@@ -19,7 +19,12 @@ run: build
 	@scripts/run.sh
 
 test: deps
-	go test -timeout 20m ./...
+	go test -timeout 25m ./...
+
+# SOAK=2h make soak: two hours of everything at once. Each soak prints a seed, which SOAK_SEED repeats.
+SOAK ?= 30m
+soak: deps
+	SOAK=$(SOAK) go test -count=1 -timeout 0 -run '^TestSoak$$' -v ./softhsm-tests
 
 bench: deps
 	go test -run '^$$' -bench . -benchtime 1x ./softhsm-tests ./internal/ledger ./audit ./policy

@@ -43,6 +43,53 @@ func get(t testing.TB, url string) (string, error) {
 	return string(b), err
 }
 
+// prometheus is a running Prometheus with the rules of monitoring/.
+type prometheus struct {
+	t       testing.TB
+	address string
+}
+
+// sample is a sample of the answer to a query.
+type sample struct {
+	Metric map[string]string
+	Value  [2]any // the time, and the value as text
+}
+
+// scrapedBy starts a Prometheus that scrapes a daemon and evaluates the rules, both each second.
+func (s *system) scrapedBy(address, daemon string) *prometheus {
+	s.t.Helper()
+	s.write("rules.yml", string(must(os.ReadFile("../monitoring/rules.yml"))(s.t)))
+	s.write("prometheus.yml", "global: {scrape_interval: 1s, evaluation_interval: 1s}\n"+
+		"rule_files: [rules.yml]\nscrape_configs:\n- job_name: countersign\n"+
+		"  static_configs: [{targets: [\""+daemon+"\"]}]\n")
+	cmd := exec.Command("prometheus", "--config.file="+s.path("prometheus.yml"),
+		"--storage.tsdb.path="+s.path("tsdb"), "--web.listen-address="+address, "--log.level=error")
+	var said strings.Builder
+	cmd.Stderr = &said
+	if err := cmd.Start(); err != nil {
+		s.t.Fatal(err)
+	}
+	s.t.Cleanup(func() {
+		cmd.Process.Kill()
+		cmd.Wait()
+		if s.t.Failed() {
+			s.t.Logf("Prometheus has said:\n%s", tail(said.String(), 3000))
+		}
+	})
+	return &prometheus{s.t, address}
+}
+
+// query returns the samples of an expression, or none without an answer.
+func (p *prometheus) query(expr string) []sample {
+	p.t.Helper()
+	var answer struct{ Data struct{ Result []sample } }
+	body, err := get(p.t, "http://"+p.address+"/api/v1/query?query="+url.QueryEscape(expr))
+	if err != nil || json.Unmarshal([]byte(body), &answer) != nil {
+		return nil
+	}
+	return answer.Data.Result
+}
+
 // TestMetrics has a peer use a daemon, and Prometheus scrape the daemon: every series of the table
 // is there, every query of the dashboard and of the rules gives data, and no series has a name that
 // a peer has.
@@ -53,35 +100,8 @@ func TestMetrics(t *testing.T) {
 	s.edit("countersign.toml", "admin_socket", "metrics_listen = \""+address+"\"\nadmin_socket")
 	p := s.serve()
 	s.enrol()
-	for _, name := range []string{"rules.yml", "dashboard.json"} {
-		b := must(os.ReadFile("../monitoring/" + name))(t)
-		s.write(name, string(b))
-	}
-	s.write("prometheus.yml", "global: {scrape_interval: 1s, evaluation_interval: 1s}\n"+
-		"rule_files: [rules.yml]\nscrape_configs:\n- job_name: countersign\n"+
-		"  static_configs: [{targets: [\""+address+"\"]}]\n")
-	scraper := exec.Command("prometheus", "--config.file="+s.path("prometheus.yml"),
-		"--storage.tsdb.path="+s.path("tsdb"), "--web.listen-address="+prometheus, "--log.level=error")
-	var said strings.Builder
-	scraper.Stderr = &said
-	if err := scraper.Start(); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		scraper.Process.Kill()
-		scraper.Wait()
-		if t.Failed() {
-			t.Logf("Prometheus has said:\n%s", tail(said.String(), 3000))
-		}
-	})
-	query := func(expr string) (samples int) {
-		var answer struct{ Data struct{ Result []any } }
-		body, err := get(t, "http://"+prometheus+"/api/v1/query?query="+url.QueryEscape(expr))
-		if err != nil || json.Unmarshal([]byte(body), &answer) != nil {
-			return 0
-		}
-		return len(answer.Data.Result)
-	}
+	db := s.scrapedBy(prometheus, address)
+	query := func(expr string) int { return len(db.query(expr)) }
 	// A rate needs a scrape before the requests.
 	eventually(t, "a first scrape", func() bool { return query(`up{job="countersign"} == 1`) == 1 })
 	for range 24 {
@@ -118,7 +138,7 @@ func TestMetrics(t *testing.T) {
 		t.Errorf("promtool check metrics: %v\n%s", err, out)
 	}
 
-	for _, expr := range queries(t, prometheus, s.path("dashboard.json")) {
+	for _, expr := range queries(t, prometheus, "../monitoring/dashboard.json") {
 		eventually(t, "data of "+expr, func() bool { return query(expr) > 0 })
 	}
 	out := s.must("admin", "metrics", "requests_total")

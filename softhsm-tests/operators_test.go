@@ -292,16 +292,23 @@ func TestApprovalByKeygenAlone(t *testing.T) {
 // test ends if the act fails or needs more approvals.
 func (s *system) proposeAndApprove(act, content string, parameters ...approval.Parameter) api.Proposal {
 	s.t.Helper()
-	p, err := s.admin().Propose(s.t.Context(), api.NewProposal{Act: act, Content: content, Parameters: parameters})
-	if err != nil {
-		s.t.Fatal(err)
-	}
-	proof, err := sshagent.Sign(s.root.agent, s.root.credential, approval.ForProposal, p.Text)
-	if err == nil {
-		p, err = s.admin().Approve(s.t.Context(), p.ID, proof)
-	}
+	p, err := s.propose(act, content, parameters...)
 	if err != nil || p.State != "done" {
 		s.t.Fatalf("%s: %+v, %v", act, p, err)
 	}
 	return p
+}
+
+// propose is proposeAndApprove for goroutines beside the test's.
+func (s *system) propose(act, content string, parameters ...approval.Parameter) (api.Proposal, error) {
+	ctx := context.Background()
+	p, err := s.admin().Propose(ctx, api.NewProposal{Act: act, Content: content, Parameters: parameters})
+	if err != nil {
+		return p, err
+	}
+	proof, err := sshagent.Sign(s.root.agent, s.root.credential, approval.ForProposal, p.Text)
+	if err != nil {
+		return p, err
+	}
+	return s.admin().Approve(ctx, p.ID, proof)
 }
