@@ -6,11 +6,13 @@ import (
 	"encoding/json"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"regexp"
 	"slices"
 	"strings"
 	"testing"
 
+	"countersign/internal/cause"
 	"countersign/internal/meter"
 )
 
@@ -73,6 +75,96 @@ func TestEveryRuleIsTested(t *testing.T) {
 		}
 	}
 }
+
+// TestEveryRuleCanFail breaks all rules: with rules that never give a sample, the unit tests of each
+// rule fail, so each has a moment at which the rule holds. With alerts that always fire, the unit
+// tests of each alert fail where they expect nothing, so each has a moment of silence.
+func TestEveryRuleCanFail(t *testing.T) {
+	rules, tests := read(t, "rules.yml"), read(t, "rules_test.yml")
+	promtool(t, "--version")
+	if t.Failed() {
+		return
+	}
+	failures := func(pattern, expr string) string {
+		broken := regexp.MustCompile(pattern).ReplaceAllString(rules, "$1        expr: "+expr+"\n")
+		dir := t.TempDir()
+		for file, text := range map[string]string{
+			"rules.yml": strings.ReplaceAll(broken, "        for: ", "        # for: "), "rules_test.yml": tests,
+		} {
+			if err := os.WriteFile(filepath.Join(dir, file), []byte(text), 0o600); err != nil {
+				t.Fatal(err)
+			}
+		}
+		out, err := exec.Command("promtool", "test", "rules", filepath.Join(dir, "rules_test.yml")).CombinedOutput()
+		if err == nil || !strings.Contains(string(out), "FAILED") {
+			t.Fatalf("promtool test rules: %v %s", err, out)
+		}
+		return string(out)
+	}
+	const expression = `(?:        #.*\n)?)        expr: .*\n(?:          .*\n)*`
+	never := failures(`(?m)^(      - (?:alert|record): .*\n`+expression, "vector(1) < 0")
+	always := failures(`(?m)^(      - alert: .*\n`+expression, "vector(1)")
+	for _, each := range rule.FindAllStringSubmatch(rules, -1) {
+		name := regexp.QuoteMeta(each[1])
+		holds, silent := regexp.MustCompile(`expr: "`+name+`", time`), (*regexp.Regexp)(nil)
+		if strings.Contains(each[0], "alert:") {
+			holds = regexp.MustCompile(`alertname: ` + name + `, time: .*\n +exp:\[\n`)
+			silent = regexp.MustCompile(`alertname: ` + name + `, time: .*\n +exp:\[\]`)
+		}
+		if !holds.MatchString(never) {
+			t.Errorf("%s has no unit test that fails without the rule", each[1])
+		}
+		if silent != nil && !silent.MatchString(always) {
+			t.Errorf("%s has no unit test that fails when the alert always fires", each[1])
+		}
+	}
+}
+
+// TestCodesOfCauses: the rules name codes of causes that exist. CountersignStopped fires for each
+// cause that stops admissions without the will of an operator, and CountersignDegraded for each
+// that no other alert names.
+func TestCodesOfCauses(t *testing.T) {
+	rules := read(t, "rules.yml")
+	named := map[string][]string{} // by alert
+	for part := range strings.SplitSeq(rules, "- alert: ") {
+		name, _, _ := strings.Cut(part, "\n")
+		for _, found := range code.FindAllStringSubmatch(part, -1) {
+			named[name] = append(named[name], strings.Split(found[1], "|")...)
+		}
+	}
+	var known, stops []string
+	for _, k := range cause.Kinds {
+		known = append(known, k.Code)
+		if k.Stops && k != cause.Locked && k != cause.Starting {
+			stops = append(stops, k.Code)
+		}
+	}
+	elsewhere := []string{cause.Locked.Code}
+	for name, codes := range named {
+		for _, c := range codes {
+			if !slices.Contains(known, c) {
+				t.Errorf("%s names the code %s, which no cause has", name, c)
+			}
+		}
+		if name != "CountersignDegraded" {
+			elsewhere = append(elsewhere, codes...)
+		}
+	}
+	for what, sets := range map[string][2][]string{
+		"CountersignStopped":  {named["CountersignStopped"], stops},
+		"CountersignDegraded": {named["CountersignDegraded"], elsewhere},
+	} {
+		for i := range sets {
+			slices.Sort(sets[i])
+		}
+		if !slices.Equal(sets[0], sets[1]) {
+			t.Errorf("%s names the codes\n%q, want\n%q", what, sets[0], sets[1])
+		}
+	}
+}
+
+// code is a condition on the codes of causes.
+var code = regexp.MustCompile(`countersign_causes\{code[=!]~?"([^"]+)"`)
 
 // TestQueriesNameSeries: the rules and the dashboard name only series of the table and records of
 // the rules, and the dashboard shows each series.

@@ -103,6 +103,7 @@ type Ring struct {
 	confirmed   map[string]time.Time      // ends of the operators' confirmations, by name
 	credentials uint64                    // number of changes of operators' credentials
 	retries     map[string]retry          // failed rotations, by name
+	failed      uint64                    // attempts at rotations that have failed
 	requests    map[string]Request        // rotations that are not announced yet, by name
 	lost        map[keystore.Ref]error    // faults of versions that are missing on their token, or different
 	uncompared  map[part]error            // keys not compared with their tokens yet, see compare.go

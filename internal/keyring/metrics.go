@@ -28,6 +28,7 @@ func (r *Ring) Measure(s *meter.Sample) {
 	}
 	r.mu.RLock()
 	rotations["failing"] = len(r.retries)
+	s.Set(meter.RotationsFailed, float64(r.failed))
 	r.mu.RUnlock()
 	s.SetAll(meter.Keys, states)
 	s.SetAll(meter.Rotations, rotations)

@@ -40,6 +40,7 @@ func (r *Ring) retryLater(name string, err error, until time.Time) {
 		try.after = until
 	}
 	r.retries[name] = try
+	r.failed++
 	r.mu.Unlock()
 	r.Log.Error("a rotation is not done; it is tried again", "key", name, "in", try.wait, "err", err)
 }

@@ -2,6 +2,8 @@ package keyring_test
 
 import (
 	"context"
+	"fmt"
+	"strings"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -13,6 +15,7 @@ import (
 	"countersign/internal/keyring"
 	"countersign/internal/keystore"
 	"countersign/internal/ledger"
+	"countersign/internal/meter"
 )
 
 // TestScheduledRotation: a key is rotated by age and by use count, and again after a failure.
@@ -108,6 +111,13 @@ func TestRetries(t *testing.T) {
 		if len(at) < 4 || at[1] != keyring.FirstRetry || at[2]-at[1] != 2*keyring.FirstRetry ||
 			at[len(at)-1]-at[len(at)-2] != keyring.LastRetry {
 			t.Errorf("tried at %v", at)
+		}
+		m := meter.New("test")
+		m.Source(r.Keys.Measure)
+		_, body, err := m.Expose("")
+		if want := fmt.Sprintf("\ncountersign_rotations_failed_total %d\n", tries); err != nil ||
+			!strings.Contains(string(body), want) {
+			t.Errorf("the metrics have no line %q: %v", want, err)
 		}
 	})
 }

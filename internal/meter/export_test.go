@@ -18,3 +18,13 @@ func (m *Meter) OnlyStates() *Meter {
 	only.registry.MustRegister(collector{only})
 	return only
 }
+
+// States returns the series that are read from states.
+func (m *Meter) States() (all []*Series) {
+	for _, s := range All {
+		if _, counted := m.counters[s]; !counted && s.Kind != Histogram {
+			all = append(all, s)
+		}
+	}
+	return all
+}

@@ -75,7 +75,7 @@ func TestTable(t *testing.T) {
 // TestBounds counts and sets values of labels that a hostile caller might choose.
 func TestBounds(t *testing.T) {
 	m := meter.New("test")
-	const hostile = 1000
+	const hostile = 100_000
 	m.Source(func(s *meter.Sample) {
 		for n := range hostile {
 			for _, each := range meter.All {
@@ -315,12 +315,51 @@ func BenchmarkWalk(b *testing.B) {
 	}
 }
 
-// BenchmarkScrape measures a scrape without sources.
+// BenchmarkScrape measures a scrape with the states of a typical appliance, of one with 32 tokens,
+// and with as many time series as there may be.
 func BenchmarkScrape(b *testing.B) {
-	m := meter.New("test")
-	for b.Loop() {
-		if _, _, err := m.Expose(""); err != nil {
-			b.Fatal(err)
+	states := meter.New("").States()
+	fill := func(tokens, workers int) func(*meter.Sample) {
+		return func(s *meter.Sample) {
+			for _, each := range states {
+				for t := range tokens {
+					for w := range workers {
+						labels := make([]string, len(each.Labels))
+						for i, l := range each.Labels {
+							switch {
+							case l.Values != nil:
+								labels[i] = l.Values[(t+w)%len(l.Values)]
+							case l.Name == "worker":
+								labels[i] = strconv.Itoa(w + 1)
+							default:
+								labels[i] = fmt.Sprint("token-", t)
+							}
+						}
+						s.Set(each, 1, labels...)
+					}
+				}
+			}
+		}
+	}
+	for name, fill := range map[string]func(*meter.Sample){
+		"typical": fill(1, 2), "32 tokens": fill(32, 2), "all": fill(40, 40),
+	} {
+		m := meter.New("test")
+		m.Source(fill)
+		for format, accept := range map[string]string{
+			"text": "", "openmetrics": "application/openmetrics-text;version=1.0.0", "protobuf": protobuf,
+		} {
+			b.Run(name+"/"+format, func(b *testing.B) {
+				size := 0
+				for b.Loop() {
+					_, body, err := m.Expose(accept)
+					if err != nil {
+						b.Fatal(err)
+					}
+					size = len(body)
+				}
+				b.ReportMetric(float64(size), "bytes")
+			})
 		}
 	}
 }

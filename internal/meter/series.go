@@ -193,6 +193,8 @@ var (
 	Rotations = define(Gauge, "rotations",
 		"Rotations by state. due: by the plan; announced: with a time; overdue: the time has passed; failing: retried.",
 		label("state", "due", "announced", "overdue", "failing"))
+	RotationsFailed = define(Counter, "rotations_failed_total",
+		"Attempts at rotations that have failed. Each is tried again.")
 	Proposals     = define(Gauge, "proposals_waiting", "Proposals that wait for approvals.")
 	Sessions      = define(Gauge, "operator_sessions", "Operators' sessions.")
 	ProofsRefused = define(Counter, "proofs_refused_total",
