@@ -76,9 +76,9 @@ func TestEveryRuleIsTested(t *testing.T) {
 	}
 }
 
-// TestEveryRuleCanFail breaks all rules: with rules that never give a sample, the unit tests of each
-// rule fail, so each has a moment at which the rule holds. With alerts that always fire, the unit
-// tests of each alert fail where they expect nothing, so each has a moment of silence.
+// TestEveryRuleCanFail breaks all rules. With rules that never give a sample, the unit tests of
+// each rule fail: a moment at which the rule holds is tested. With alerts that always fire, the
+// unit tests of each alert fail where nothing is expected: a moment of silence is tested.
 func TestEveryRuleCanFail(t *testing.T) {
 	rules, tests := read(t, "rules.yml"), read(t, "rules_test.yml")
 	promtool(t, "--version")

@@ -13,7 +13,6 @@ import (
 	"maps"
 	"math/rand/v2"
 	"os"
-	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
@@ -52,7 +51,8 @@ const (
 //   - no nonce is signed twice, and a spent nonce is refused;
 //   - each payment has one receipt;
 //   - the metrics have counted what the peers have seen;
-//   - a sink has each event of the log, and a client verifies the log and each checkpoint;
+//   - a sink and ten readers of the stream have each event of the log that is for them;
+//   - a client verifies the log and each checkpoint;
 //   - descriptors, threads, goroutines and memory are those of the first quarter (footprint);
 //   - each alert that the soak provokes has fired, and no alert without a reason.
 //
@@ -74,6 +74,7 @@ func TestSoak(t *testing.T) {
 	k.checkSpentNonces()
 	k.checkReceipts()
 	k.checkSink()
+	k.checkStream()
 	k.checkByClient()
 	k.p.stop()
 	if out, code := k.daemon("check", "--deep"); code != 0 {
@@ -104,6 +105,9 @@ type soak struct {
 	rotations int
 	stranger  *operator
 
+	readers     []*streamReader
+	stopReading func()
+
 	mu          sync.Mutex
 	asked       map[[32]byte]*soakRequest // sign requests by their nonces
 	verified    map[[32]byte]*soakRequest // verifications by their nonces
@@ -111,7 +115,11 @@ type soak struct {
 	surprises   int
 	causes      map[string]bool // seen in the state
 	checkpoints *monitor
+	fired       map[string]bool // the appliance's own alerts, by "code level"
 }
+
+// alertFiring is the type of the event of an alert of the appliance.
+const alertFiring audit.Type = "AlertFiring"
 
 // soakPeer is an enrolled program. Its askers share a client, as in a real program.
 type soakPeer struct {
@@ -264,6 +272,7 @@ func (k *soak) begin() {
 	}
 	k.db = k.scrapedBy(newFolder(t).listen, k.address)
 	eventually(t, "a first scrape", func() bool { return len(k.db.query(`up == 1`)) == 1 })
+	k.readStream()
 	k.first = k.next()
 	for n, p := range k.peers[:soakPeers-1] { // the last one floods
 		for i := range soakAskers {
@@ -784,423 +793,4 @@ func (k *soak) reconnect(p *soakPeer) {
 	p.config, p.client = config, c
 	_, err = c.Ping(context.Background())
 	k.count("ping", err)
-}
-
-// footprint is what the daemon takes while nothing is asked: with 50 idle connections, two key
-// workers, and Prometheus.
-type footprint struct {
-	descriptors, threads, goroutines int
-	live                             int64 // bytes of the heap that the last collection has found in use
-	anonymous                        int64 // bytes of resident memory without the pages of files
-	nonces                           int64
-}
-
-func (f footprint) String() string {
-	return fmt.Sprintf("%d descriptors, %d threads, %d goroutines, %d KiB of live heap, %d KiB resident, %d nonces",
-		f.descriptors, f.threads, f.goroutines, f.live>>10, f.anonymous>>10, f.nonces)
-}
-
-// The bounds of growth from one rest to the next. Go keeps the threads that blocking system calls
-// have once needed. A live nonce is some 40 bytes of the heap, and the heap may double between two
-// collections of a small one.
-const (
-	growDescriptors = 4
-	growThreads     = 16
-	growGoroutines  = 8
-	growLive        = 8 << 20 // bytes beside the nonces
-	bytesOfNonce    = 150
-	growAnonymous   = 64 << 20 // bytes beside five times the growth of the live heap (GOGC=400)
-)
-
-// flat reports whether a later footprint is within the bounds, and if not, says why.
-func (f footprint) flat(later footprint) error {
-	live := growLive + bytesOfNonce*(later.nonces-f.nonces)
-	for _, b := range []struct {
-		what      string
-		was, is   int64
-		mayGrowBy int64
-	}{
-		{"descriptors", int64(f.descriptors), int64(later.descriptors), growDescriptors},
-		{"threads", int64(f.threads), int64(later.threads), growThreads},
-		{"goroutines", int64(f.goroutines), int64(later.goroutines), growGoroutines},
-		{"bytes of live heap", f.live, later.live, live},
-		{"bytes of resident memory", f.anonymous, later.anonymous, growAnonymous + 5*live},
-	} {
-		if b.is > b.was+b.mayGrowBy && (os.Getenv("RACE") != "1" || !strings.HasPrefix(b.what, "bytes")) {
-			return fmt.Errorf("%s: %d, and %d before; at most %d more", b.what, b.is, b.was, b.mayGrowBy)
-		}
-	}
-	return nil
-}
-
-// rest stops all actors until nothing is under way, and returns the footprint of the daemon once the
-// footprint is steady and, with one before, within its bounds.
-func (k *soak) rest(before *footprint) (f footprint) {
-	t := k.t
-	t.Helper()
-	k.acts.Lock()
-	defer k.acts.Unlock()
-	k.script(time.Now(), nil, 0, nil)
-	if err := k.waitForWorkers(t.Context()); err != nil {
-		t.Fatal(err)
-	}
-	// A connection keeps as many goroutines as it has served requests at once.
-	for _, p := range k.peers {
-		k.reconnect(p)
-		eventually(t, p.name+" connects", func() bool {
-			_, err := p.client.Ping(t.Context())
-			k.count("ping", err)
-			return err == nil
-		})
-	}
-	f = k.footprint()
-	// Go collects each 2 minutes without another reason. Five equal footprints are steady.
-	for steady, began := 0, time.Now(); ; time.Sleep(300 * time.Millisecond) {
-		last := f
-		f = k.footprint()
-		var why error
-		if before != nil {
-			why = before.flat(f)
-		}
-		if steady++; f.goroutines != last.goroutines || f.descriptors != last.descriptors {
-			steady = 0
-		}
-		if steady >= 5 && why == nil {
-			return f
-		}
-		if time.Since(began) > 150*time.Second {
-			k.p.cmd.Process.Signal(syscall.SIGQUIT) // the stacks of all goroutines, as the daemon's last words
-			<-k.p.ended
-			k.p.ended <- errors.New("ended by SIGQUIT")
-			os.WriteFile(filepath.Join(os.TempDir(), "soak-daemon.log"), k.p.stderr.Bytes(), 0o600)
-			t.Fatalf("the daemon's footprint is %v (%v); its stacks are in %s/soak-daemon.log", f, why, os.TempDir())
-		}
-	}
-}
-
-// footprint reads the present footprint.
-func (k *soak) footprint() (f footprint) {
-	t, pid := k.t, k.p.cmd.Process.Pid
-	t.Helper()
-	f.descriptors = len(must(os.ReadDir(fmt.Sprintf("/proc/%d/fd", pid)))(t))
-	for line := range strings.Lines(string(must(os.ReadFile(fmt.Sprintf("/proc/%d/status", pid)))(t))) {
-		name, value, _ := strings.Cut(line, ":")
-		n, _ := strconv.ParseInt(strings.TrimSuffix(strings.TrimSpace(value), " kB"), 10, 64)
-		switch name {
-		case "Threads":
-			f.threads = int(n)
-		case "RssAnon":
-			f.anonymous = n << 10
-		}
-	}
-	m := k.metrics()
-	f.goroutines = int(m["go_goroutines"])
-	f.live = int64(m["go_memstats_next_gc_bytes"]) / 5
-	f.nonces = int64(m[`countersign_ledger_nonces{use="sign"}`] + m[`countersign_ledger_nonces{use="verify"}`])
-	return f
-}
-
-// metrics scrapes the daemon by its admin socket.
-func (k *soak) metrics() map[string]float64 {
-	k.t.Helper()
-	all := map[string]float64{}
-	for line := range strings.Lines(string(must(k.admin().Metrics(k.t.Context()))(k.t))) {
-		if name, value, ok := strings.Cut(strings.TrimSpace(line), " "); ok && name != "#" {
-			all[name], _ = strconv.ParseFloat(value, 64)
-		}
-	}
-	return all
-}
-
-// checkMetrics compares the metrics with the answers that the peers have seen.
-func (k *soak) checkMetrics() {
-	m := k.metrics()
-	for series, answers := range map[string][]string{
-		`requests_total{op="sign",result="ok"}`:    {"sign ok", "sign unproven"},
-		`requests_total{op="verify",result="ok"}`:  {"verify ok", "verify unproven"},
-		`replays_total{op="sign"}`:                 {"sign replay"},
-		`replays_total{op="verify"}`:               {"verify replay"},
-		`refusals_total{code="denied"}`:            {"sign denied"},
-		`refusals_total{code="expired"}`:           {"sign expired"},
-		`refusals_total{code="not_confirmed"}`:     {"sign not_confirmed"},
-		`refusals_total{code="invalid_signature"}`: {"verify invalid_signature"},
-		`refusals_total{code="wrong_signer"}`:      {"sign wrong_signer"},
-		`requests_total{op="sign",result="refused"}`: {
-			"sign replay", "sign denied", "sign expired", "sign not_confirmed", "sign wrong_signer", "sign unknown_key",
-		},
-	} {
-		want := 0
-		for _, a := range answers {
-			want += k.answers[a]
-		}
-		if got := int(m["countersign_"+series]); got != want {
-			k.t.Errorf("%s is %d, the peers have seen %d", series, got, want)
-		}
-	}
-	// The SDK of the peer that floods acknowledges rotations, too, and its requests are refused as well.
-	limited := int(m[`countersign_refusals_total{code="rate_limited"}`])
-	if seen := k.answers["ping rate_limited"]; limited < seen || seen == 0 {
-		k.t.Errorf("%d requests were rate limited, the peer has seen %d", limited, seen)
-	}
-	eventually(k.t, "no request is served", func() bool { return k.metrics()["countersign_requests_serving"] == 0 })
-}
-
-// walk reads the events of the log from one on, page by page.
-func (k *soak) walk(from uint64, each func(api.Event)) {
-	k.t.Helper()
-	for {
-		some := must(k.admin().Events(k.t.Context(), from, 1000))(k.t)
-		for _, e := range some {
-			if e.Index != from {
-				k.t.Fatalf("event %d stands at %d", e.Index, from)
-			}
-			each(e)
-			from++
-		}
-		if len(some) < 1000 {
-			return
-		}
-	}
-}
-
-// checkLog holds the log against the requests: each admission and each verification is one that a
-// peer has asked for, each admission has one outcome with its signature, and the refusals are those
-// that the peers have seen.
-func (k *soak) checkLog() {
-	t := k.t
-	t.Helper()
-	open := func() (n int) {
-		for _, q := range k.asked {
-			if q.open {
-				n++
-			}
-		}
-		return n
-	}
-	admissions := map[string]*soakRequest{} // by the number of the event
-	types, refused := map[audit.Type]int{}, map[string]int{}
-	from := k.first
-	eventually(t, "each admission has an outcome", func() bool {
-		k.walk(from, func(e api.Event) {
-			from = e.Index + 1
-			types[e.Type]++
-			if e.Type == audit.ReplayRefused || e.Type == audit.SignatureRejected {
-				n, err := strconv.Atoi(cmp.Or(e.Metadata["count"], "1"))
-				if err != nil {
-					t.Fatalf("event %d: %v", e.Index, err)
-				}
-				refused[e.Action+" "+e.Outcome] += n
-			}
-			var nonce [32]byte
-			hex.Decode(nonce[:], []byte(e.Metadata["nonce"]))
-			switch {
-			case e.Type.Kind() == audit.Admission:
-				q := k.asked[nonce]
-				if q == nil && e.Actor.Kind != "peer" { // the step of a rotation, with a nonce of the appliance
-					q = &soakRequest{peer: e.Actor.Name}
-					k.asked[nonce] = q
-				}
-				if q == nil || q.logged || q.answered && q.event != e.Index || e.Actor.Name != q.peer ||
-					!strings.HasPrefix(e.Resource, q.key) {
-					t.Fatalf("event %d of %x is not the one of its request: %+v, %+v", e.Index, nonce, e, q)
-				}
-				q.logged, q.open, q.event = true, true, e.Index
-				admissions[strconv.FormatUint(e.Index, 10)] = q
-			case e.Type == audit.SignatureVerified:
-				q := k.verified[nonce]
-				if q == nil || q.logged || q.answered && q.event != e.Index || e.Actor.Name != q.peer {
-					t.Fatalf("event %d of %x is not the one of its verification: %+v", e.Index, nonce, q)
-				}
-				q.logged = true
-			case e.Type.Kind() == audit.Outcome:
-				q := admissions[e.Metadata["admission"]]
-				if q == nil {
-					t.Fatalf("event %d is the outcome of no admission: %+v", e.Index, e)
-				}
-				q.open = false
-				if e.Outcome == "ok" {
-					q.made++
-				}
-			}
-		})
-		return open() == 0
-	})
-	for nonce, q := range k.asked {
-		if q.answered && (!q.logged || q.made == 0) {
-			t.Errorf("a signature for %x was released as event %d; the log has %d outcomes", nonce, q.event, q.made)
-		}
-		if q.made > 1 {
-			t.Errorf("event %d has %d outcomes with a signature", q.event, q.made)
-		}
-	}
-	for nonce, q := range k.verified {
-		if q.answered && !q.logged {
-			t.Errorf("the verification of %x as event %d is not in the log", nonce, q.event)
-		}
-	}
-	for _, each := range []string{
-		"sign replay", "verify replay", "sign denied", "sign expired", "sign not_confirmed",
-		"verify invalid_signature", "sign wrong_signer",
-	} {
-		if got := refused[each]; got != k.answers[each] {
-			t.Errorf("the log has %d refusals %s, the peers have seen %d", got, each, k.answers[each])
-		}
-	}
-	if got := int(k.metrics()["countersign_audit_events_total"]); got < int(from) {
-		t.Errorf("the metrics have %d events, the log has %d", got, from)
-	}
-	if types[audit.RetentionApplied] == 0 {
-		t.Errorf("retention has dropped nothing")
-	}
-	for n := range types {
-		switch n {
-		case audit.Started, audit.Stopped, audit.ClockRefused, audit.RollbackDetected, audit.KeyCreationFailed,
-			audit.HandshakeRefused, audit.ProposalExpired, audit.Locked:
-			t.Errorf("the log has %d events %s without a reason", types[n], n)
-		}
-	}
-	t.Logf("events: %v", types)
-}
-
-// checkSpentNonces asks again for some of the admitted signatures with other content.
-func (k *soak) checkSpentNonces() {
-	left := 500
-	for nonce, q := range k.asked {
-		if !q.logged || q.key != "payments" {
-			continue
-		}
-		if left--; left == 0 {
-			break
-		}
-		d := message("CCCC")
-		d.Nonce = nonce
-		for _, p := range k.peers {
-			if p.name == q.peer {
-				if _, err := p.client.Sign(k.t.Context(), "payments", d); code(err) != wire.CodeReplay {
-					k.t.Fatalf("the spent nonce of event %d: %v", q.event, err)
-				}
-			}
-		}
-	}
-}
-
-// checkReceipts compares the receipts with the payments: each signed payment has one.
-func (k *soak) checkReceipts() {
-	t := k.t
-	t.Helper()
-	want, got := map[string]uint64{}, map[string]uint64{}
-	payments := 0
-	for _, q := range k.asked {
-		if q.payment && q.made == 1 {
-			payments++
-			if q.receipt != "" {
-				want[q.receipt] = q.event
-			}
-		}
-	}
-	for after := ""; ; {
-		some, next, err := k.admin().Receipts(t.Context(), 0, 0, after, 1000)
-		if err != nil {
-			t.Fatal(err)
-		}
-		for _, r := range some {
-			if _, twice := got[r.ID]; twice {
-				t.Errorf("receipt %s is there twice", r.ID)
-			}
-			got[r.ID] = r.Event
-		}
-		if after = next; after == "" {
-			break
-		}
-	}
-	for id, event := range want {
-		if got[id] != event {
-			t.Errorf("the receipt of event %d is there for event %d", event, got[id])
-		}
-	}
-	if len(got) != payments {
-		t.Errorf("%d receipts of %d signed payments", len(got), payments)
-	}
-}
-
-// checkSink compares the file of the sink with the log.
-func (k *soak) checkSink() {
-	t := k.t
-	t.Helper()
-	eventually(t, "the sink has all events", func() bool {
-		all := must(k.admin().Sinks(t.Context()))(t)
-		return len(all) == 1 && all[0].Behind == 0
-	})
-	files := must(filepath.Glob(k.path("events.jsonl*")))(t)
-	slices.Sort(files)
-	files = append(files[1:], files[0]) // the renamed files by their numbers, then the present one
-	types := map[uint64]audit.Type{}
-	for _, name := range files {
-		for line := range bytes.Lines(must(os.ReadFile(name))(t)) {
-			var e struct {
-				Index *uint64
-				Type  audit.Type
-			}
-			if err := json.Unmarshal(line, &e); err != nil || e.Index == nil {
-				t.Fatalf("the sink has %s (%v)", line, err)
-			}
-			if _, twice := types[*e.Index]; twice {
-				t.Fatalf("the sink has event %d twice", *e.Index)
-			}
-			types[*e.Index] = e.Type
-		}
-	}
-	missing := 0
-	k.walk(k.first, func(e api.Event) {
-		if types[e.Index] != e.Type {
-			missing++
-		}
-	})
-	if missing > 1 { // the last sign-in of this test may still be on its way
-		t.Errorf("%d events are not in the sink", missing)
-	}
-}
-
-// checkByClient verifies the exported log, and each checkpoint that was published.
-func (k *soak) checkByClient() {
-	k.must("admin", "audit", "export", "export")
-	k.must("audit", "verify", "export", "--key", k.log.VerifierKey(0))
-	k.checkpoints.checkConsistent(audit.Folder(k.path("export")))
-}
-
-// checkAlerts compares the alerts of Prometheus that have fired with what the soak has provoked.
-func (k *soak) checkAlerts() {
-	t := k.t
-	t.Helper()
-	fired := map[string]bool{}
-	for _, s := range k.db.query(`count by (alertname) (count_over_time(ALERTS{alertstate="firing"}[2h]))`) {
-		fired[s.Metric["alertname"]] = true
-	}
-	must := []string{
-		"CountersignReplaysHigh", "CountersignSignatureFailuresHigh", "CountersignRateLimitedHigh",
-		"CountersignProofsRefused",
-	}
-	// Rates pass the lower thresholds on their way, for a time that may be short.
-	may := []string{"CountersignReplays", "CountersignSignatureFailures", "CountersignRateLimited", "CountersignSlow"}
-	if k.lasts >= soakOutages {
-		must = append(must, "CountersignTokenDown", "CountersignRotationFailing")
-		may = append(may, "CountersignCheckpointLate", "CountersignDegraded")
-	}
-	if k.causes["rotation-failing"] {
-		may = append(may, "CountersignRotationFailing")
-	}
-	if free := k.metrics()["countersign_ledger_disk_free_bytes"]; free < 1e9 {
-		may = append(may, "CountersignDiskSpace", "CountersignDiskSpaceLow")
-	}
-	for _, name := range must {
-		if !fired[name] {
-			t.Errorf("%s has not fired", name)
-		}
-	}
-	for name := range fired {
-		if !slices.Contains(must, name) && !slices.Contains(may, name) {
-			t.Errorf("%s has fired without a reason", name)
-		}
-	}
-	t.Logf("alerts: %v", slices.Sorted(maps.Keys(fired)))
 }
