@@ -79,14 +79,18 @@ func (k *soak) rest(before *footprint) (f footprint) {
 	if err := k.waitForWorkers(t.Context()); err != nil {
 		t.Fatal(err)
 	}
-	// A connection keeps as many goroutines as it has served requests at once.
-	for _, p := range k.peers {
-		k.reconnect(p)
-		eventually(t, p.name+" connects", func() bool {
-			_, err := p.client.Ping(t.Context())
-			k.count("ping", err)
-			return err == nil
-		})
+	// A connection keeps as many goroutines as it has served requests at once. The first new one tells
+	// a peer of rotations, which it acknowledges. The second one has nothing to tell.
+	for range 2 {
+		for _, p := range k.peers {
+			k.reconnect(p)
+			eventually(t, p.name+" connects", func() bool {
+				_, err := p.client.Ping(t.Context())
+				k.count("ping", err)
+				return err == nil
+			})
+		}
+		eventually(t, "each peer knows the active versions", func() bool { return k.told() })
 	}
 	f = k.footprint()
 	// Go collects each 2 minutes without another reason. Five equal footprints are steady.
@@ -111,6 +115,19 @@ func (k *soak) rest(before *footprint) (f footprint) {
 			t.Fatalf("the daemon's footprint is %v (%v); its stacks are in %s/soak-daemon.log", f, why, os.TempDir())
 		}
 	}
+}
+
+// told reports that each connected peer has acknowledged the rotations, and no request is served.
+func (k *soak) told() bool {
+	for _, name := range []string{"payments", "noise"} {
+		line := must(k.admin().Line(k.t.Context(), name))(k.t)
+		for _, peer := range line.Unacknowledged {
+			if strings.HasPrefix(peer, "peer-") {
+				return false
+			}
+		}
+	}
+	return k.metrics()["countersign_requests_serving"] == 0
 }
 
 // footprint reads the present footprint.
@@ -293,8 +310,8 @@ func (k *soak) checkLog() {
 	}
 	for n := range types {
 		switch n {
-		case audit.Started, audit.Stopped, audit.ClockRefused, audit.RollbackDetected, audit.KeyCreationFailed,
-			audit.HandshakeRefused, audit.ProposalExpired, audit.Locked:
+		case audit.Started, audit.Stopped, audit.ClockRefused, audit.RollbackDetected, audit.HandshakeRefused,
+			audit.ProposalExpired, audit.Locked:
 			t.Errorf("the log has %d events %s without a reason", types[n], n)
 		}
 	}
