@@ -1,6 +1,7 @@
 package appliance
 
 import (
+	"fmt"
 	"slices"
 	"strings"
 	"testing"
@@ -123,4 +124,57 @@ func TestHandshakesAreCounted(t *testing.T) {
 	}
 	e.counted(`handshakes_total{result="rate_limited"} 1`, `handshakes_total{result="unknown"} 6`,
 		`rate_limited_total{at="handshake"} 1`)
+}
+
+// TestPeersGrowNoSeries has peers with many names, and strangers, use many invented operations,
+// keys and types of documents. The metrics have the same time series after 60 such peers as after
+// two, and no invented text.
+func TestPeersGrowNoSeries(t *testing.T) {
+	e := newEdge(t, func(l *Limits) { l.Handshakes.PerSource = 1000 })
+	use := func(from, to int) {
+		for n := from; n < to; n++ {
+			invented := fmt.Sprintf("invented-%d", n)
+			conn, err := e.getsIn("127.0.4.1", e.enrol(invented))
+			if err != nil {
+				t.Fatal(err)
+			}
+			for _, document := range []string{
+				`{"id":"1","op":"INVENTED"}`, `{"id":"1","op":"keys","INVENTED":1}`, `INVENTED`,
+				`{"id":"1","op":"line","key":"INVENTED","from":1}`,
+				strings.Replace(request(n, "aaaa"), `"message-v1"`, `"INVENTED"`, 1),
+				request(n, "aaaa"),
+			} {
+				if _, err := exchange(conn, strings.ReplaceAll(document, "INVENTED", invented)); err != nil {
+					t.Fatalf("%s: %v", document, err)
+				}
+			}
+			conn.Close()
+			e.staysOut("127.0.4.2", newIdentity(t))
+		}
+	}
+	series := func() (names []string) {
+		_, body, err := e.meter.Expose("")
+		if err != nil {
+			t.Fatal(err)
+		}
+		for line := range strings.Lines(string(body)) {
+			if name, _, _ := strings.Cut(line, " "); strings.HasPrefix(name, "countersign_") {
+				names = append(names, name)
+			}
+		}
+		if strings.Contains(string(body), "invented") {
+			t.Error("the metrics have an invented text")
+		}
+		slices.Sort(names)
+		return names
+	}
+	use(0, 2)
+	few := series()
+	use(2, 60)
+	for _, name := range series() {
+		if _, known := slices.BinarySearch(few, name); !known {
+			t.Errorf("%s is new", name)
+		}
+	}
+	e.counted(`requests_total{op="none",result="refused"} 180`)
 }

@@ -18,14 +18,14 @@ import (
 
 // The rounds of BenchmarkCounting. A round has countedSigns signatures of each daemon.
 const (
-	countedRounds = 101
-	countedSigns  = 200
+	countedRounds = 401
+	countedSigns  = 48
 	countedAtOnce = 8
 )
 
 // BenchmarkCounting compares the processor time of a signature with that in a build without
 // metrics: the user's and the system's time of the daemon and its key workers. Both daemons run at
-// the same time, and are asked in turn for a fraction of a second each, the one or the other first.
+// the same time, and are asked in turn for a tenth of a second each, the one or the other first.
 // The benchmark prints the median of the ratios, with the quartiles.
 //
 // The build without metrics has no meter. The compiler gets another file in the place of main.go,
