@@ -273,9 +273,6 @@ func (c *Client) replaceVersion(r *Rotation) (configured bool, err error) {
 			break
 		}
 	}
-	if err == nil && !time.Now().Before(r.ActivatesAt) {
-		p.use(e.Version)
-	}
 	if err != nil {
 		r.Old, _ = c.Pinned(e.Key)
 		return false, err

@@ -256,7 +256,7 @@ func TestRotationOfPinnedKey(t *testing.T) {
 	s.Send(wire.EncodeRotation(event))
 	acked(t, s, 2)
 	// An event two versions on has its own step only: the client asks for the step between.
-	s.Do(func(s *clienttest.Server) { s.Shown = 4 })
+	s.Do(func(s *clienttest.Server) { s.Active, s.Shown = 4, 4 })
 	s.Send(wire.EncodeRotation(s.Line.Rotation(4)))
 	if r := heard.next(t); r.Err != nil || r.Old != lineAt(s.Line, 3) || r.New != lineAt(s.Line, 4) {
 		t.Errorf("%+v", r)
@@ -269,6 +269,30 @@ func TestRotationOfPinnedKey(t *testing.T) {
 	}
 	if l, _ := c.Pinned("payments"); l != lineAt(s.Line, 4) {
 		t.Errorf("%+v", l)
+	}
+}
+
+// TestPinnedWhileActivationIsLate: the time of an announced rotation has passed, and the version
+// before still signs, because the device is away. The line that the program stores then leads to
+// this version too, after a restart of the program.
+func TestPinnedWhileActivationIsLate(t *testing.T) {
+	s := serve(t)
+	c, heard := peer(t, s, 1, nil)
+	s.Do(func(s *clienttest.Server) { s.Active, s.Shown = 1, 2 })
+	s.Send(wire.EncodeRotation(s.Line.Rotation(2))) // active since long, by its time
+	if r := heard.next(t); r.Err != nil || r.New != lineAt(s.Line, 2) {
+		t.Errorf("%+v", r)
+	}
+	stored, ok := c.Pinned("payments")
+	if !ok || stored.Version != 1 || stored.Newest() != lineAt(s.Line, 2) {
+		t.Errorf("%+v", stored)
+	}
+	c, _ = peer(t, s, 0, func(config *client.Config) { config.Lines = []client.KeyLine{stored} })
+	for _, active := range []uint32{1, 2} {
+		s.Do(func(s *clienttest.Server) { s.Active = active })
+		if got, err := c.Sign(within(t), "payments", message("AAAA")); err != nil || got.Version != active {
+			t.Errorf("version %d signs: %v", active, err)
+		}
 	}
 }
 
