@@ -79,8 +79,9 @@ func (k *soak) rest(before *footprint) (f footprint) {
 	if err := k.waitForWorkers(t.Context()); err != nil {
 		t.Fatal(err)
 	}
-	// A connection keeps as many goroutines as it has served requests at once. The first new one tells
-	// a peer of rotations, which it acknowledges. The second one has nothing to tell.
+	// A connection keeps as many goroutines as it has served requests at once. The first new
+	// connection tells a peer of rotations, which the peer acknowledges. The second one has nothing
+	// to tell.
 	for range 2 {
 		for _, p := range k.peers {
 			k.reconnect(p)
