@@ -79,7 +79,6 @@ type rig struct {
 	t      *testing.T
 	c      Config
 	path   string
-	plain  bool // without a replica
 	ledger *ledger.Ledger
 	meter  *meter.Meter
 	boxes  []Receiver
@@ -112,12 +111,7 @@ func newRig(t *testing.T) *rig {
 func (r *rig) open() {
 	r.t.Helper()
 	var err error
-	if r.plain {
-		r.ledger, err = ledger.Open(r.path, ledger.Options{})
-	} else {
-		r.ledger, err = ledgertest.Open(r.t, r.path, ledger.Options{})
-	}
-	if err != nil {
+	if r.ledger, err = ledgertest.Open(r.t, r.path, ledger.Options{}); err != nil {
 		r.t.Fatal(err)
 	}
 	r.meter = meter.New("test")
@@ -647,7 +641,7 @@ func TestFullDisk(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	r := &rig{t: t, c: Defaults(), path: filepath.Join(dir, "ledger.db"), in: &inbox{name: "webhook/ops"}, plain: true}
+	r := &rig{t: t, c: Defaults(), path: filepath.Join(dir, "ledger.db"), in: &inbox{name: "webhook/ops"}}
 	r.c.Quiet = time.Second
 	r.boxes = []Receiver{r.in}
 	if err := ledger.Create(r.path, ledger.Options{}); err != nil {
