@@ -438,10 +438,6 @@ func (k *soak) checkByClient() {
 func (k *soak) checkAlerts() {
 	t := k.t
 	t.Helper()
-	fired := map[string]bool{}
-	for _, s := range k.db.query(`count by (alertname) (count_over_time(ALERTS{alertstate="firing"}[2h]))`) {
-		fired[s.Metric["alertname"]] = true
-	}
 	must := []string{
 		"CountersignReplaysHigh", "CountersignSignatureFailuresHigh", "CountersignRateLimitedHigh",
 		"CountersignProofsRefused", "CountersignWorkersRestarting",
@@ -457,6 +453,18 @@ func (k *soak) checkAlerts() {
 	}
 	if free := k.metrics()["countersign_ledger_disk_free_bytes"]; free < 1e9 {
 		may = append(may, "CountersignDiskSpace", "CountersignDiskSpaceLow")
+	}
+	// An alert fires a minute after its reason, which the windows of the rates keep for longer.
+	fired := map[string]bool{}
+	for began := time.Now(); ; time.Sleep(500 * time.Millisecond) {
+		const all = `count by (alertname) (count_over_time(ALERTS{alertstate="firing"}[1d]))`
+		for _, s := range k.db.query(all) {
+			fired[s.Metric["alertname"]] = true
+		}
+		missing := slices.ContainsFunc(must, func(name string) bool { return !fired[name] })
+		if !missing || time.Since(began) > 2*time.Minute {
+			break
+		}
 	}
 	for _, name := range must {
 		if !fired[name] {
