@@ -27,7 +27,7 @@ soak: deps
 	SOAK=$(SOAK) go test -count=1 -timeout 0 -run '^TestSoak$$' -v ./softhsm-tests
 
 bench: deps
-	go test -run '^$$' -bench . -benchtime 1x ./softhsm-tests ./internal/ledger ./audit ./policy
+	go test -run '^$$' -bench . -benchtime 1x ./softhsm-tests ./internal/ledger ./internal/sink ./audit ./policy
 
 # FUZZTIME=10m make fuzz: ten minutes a target. FUZZ=transcript selects targets by package or name.
 fuzz: deps

@@ -160,7 +160,8 @@ func Listen(path, group string) (net.Listener, error) {
 		}
 		if conn, err := net.Dial("unix", path); err == nil {
 			conn.Close()
-			return nil, fmt.Errorf("admin socket %s: another process or a socket unit listens on it: stop it first", path)
+			return nil, fmt.Errorf("admin socket %s: another process or a socket unit listens on it: stop it first",
+				path)
 		}
 		if err := os.Remove(path); err != nil {
 			return nil, fmt.Errorf("admin socket: %w", err)

@@ -36,6 +36,7 @@ if [ "$for" = test ]; then
   need tpm2-tools command -v tpm2_pcrextend
   need jq command -v jq                 # for the commands of docs/SPEC.md
   need prometheus command -v promtool   # for the rules of monitoring, and a scrape
+  need python3 command -v python3       # reads the CSV of a report as a spreadsheet does
   need systemd command -v systemd-analyze # for the units of packaging/systemd
   need chromium command -v chromium     # for tests of passkeys in a browser
   ((EUID == 0)) || need fuse3 command -v fusermount3 # for FUSE mounts without root

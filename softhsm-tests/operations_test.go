@@ -389,8 +389,8 @@ func (b *block) script(w *scriptState) string {
 	script := "trap 'echo \"$place: this command has failed\" >&2' ERR\n"
 	for _, c := range b.commands {
 		if !strings.HasPrefix(c.text, serves) {
-			text := strings.NewReplacer("/run/countersign/", w.dir+"/", "/var/lib/countersign/", w.dir+"/").Replace(c.text)
-			script += fmt.Sprintf("place=%q\n%s\n", c.place, text)
+			folders := strings.NewReplacer("/run/countersign/", w.dir+"/", "/var/lib/countersign/", w.dir+"/")
+			script += fmt.Sprintf("place=%q\n%s\n", c.place, folders.Replace(c.text))
 		}
 	}
 	return script + fmt.Sprintf("unset place; { umask -p; export -p; } >%[1]q.new; mv %[1]q.new %[1]q\n",

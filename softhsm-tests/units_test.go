@@ -120,7 +120,8 @@ func TestUnitsVerify(t *testing.T) {
 	} {
 		st := must(os.Stat(filepath.Join(root, path)))(t)
 		if owner := st.Sys().(*syscall.Stat_t).Uid; st.Mode().Perm() != want.mode || owner != users[want.user] {
-			t.Errorf("%s has mode %04o and owner %d, want %04o and %s", path, st.Mode().Perm(), owner, want.mode, want.user)
+			t.Errorf("%s has mode %04o and owner %d, want %04o and %s",
+				path, st.Mode().Perm(), owner, want.mode, want.user)
 		}
 	}
 }
@@ -185,7 +186,8 @@ mount -t tmpfs -o mode=1777 tmpfs /tmp             # PrivateTmp
 mount -t tmpfs -o mode=1777 tmpfs /var/tmp
 for home in /home /root; do mount -t tmpfs -o mode=0,ro tmpfs $home; done      # ProtectHome
 mkdir -p "$keep" "$bin" "$self" "$notify"
-mount --bind $at/notify "$notify"; mount --bind $at/keep "$keep"; mount --bind $at/bin "$bin"; mount --bind $at/self "$self"
+mount --bind $at/notify "$notify"; mount --bind $at/keep "$keep"
+mount --bind $at/bin "$bin"; mount --bind $at/self "$self"
 for device in null zero full random urandom; do touch $at/dev/$device; mount --bind /dev/$device $at/dev/$device; done
 mount --rbind $at/dev /dev                          # PrivateDevices
 findmnt -rn -o TARGET | while read -r target; do    # ProtectSystem, ProtectControlGroups, ProtectKernelTunables
@@ -268,7 +270,8 @@ var tried = strings.Fields(`User Group UMask LimitCORE ProtectSystem StateDirect
 // untried are the other directives of the unit: of the service manager itself, those that take
 // nothing else than what a directive above takes, and those that need a running systemd.
 var untried = strings.Fields(`NotifyAccess ExecReload WatchdogSec Restart RestartPreventExitStatus RestartSec
-	LimitNOFILE LimitMEMLOCK TasksMax OOMPolicy DevicePolicy ProtectClock ProtectKernelLogs ProtectKernelModules KeyringMode RemoveIPC
+	LimitNOFILE LimitMEMLOCK TasksMax OOMPolicy DevicePolicy ProtectClock ProtectKernelLogs ProtectKernelModules
+	KeyringMode RemoveIPC
 	SystemCallArchitectures IPAddressDeny IPAddressAllow`)
 
 // TestUnitServes puts the restrictions of the unit in force by hand, since there is no running

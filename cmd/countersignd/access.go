@@ -15,8 +15,8 @@ import (
 )
 
 // access returns what other users of the machine can read or change and must not: an error for each
-// file, as no restart heals it. What can't be looked at belongs to another user, such as that of
-// the key workers, and is left to its own process.
+// file, as no restart heals it. A file that can't be looked at belongs to another user, such as
+// that of the key workers, and is left to the process of that user.
 //
 //   - Nobody else reads the configuration (a URL may have a secret), the ledger's folder, PINs, and
 //     the folders with the state of tokens.
@@ -112,8 +112,8 @@ func way(path string) (all []part) {
 	return all
 }
 
-// unread returns an error if other users can read a file, or list a folder. A folder on the way that
-// is closed to them is enough. A file of root's may be read by the daemon's own group.
+// unread returns an error if other users can read a file, or list a folder. A folder on the way
+// that is closed to other users is enough. The daemon's own group may read a file of root.
 func unread(what, path string) error {
 	parts := way(path)
 	if len(parts) == 0 || slices.ContainsFunc(parts, part.private) {
@@ -131,9 +131,9 @@ func unread(what, path string) error {
 	return fmt.Errorf("%s: %s has mode %04o, so other users can read it: chmod go= %[2]s", what, path, mode)
 }
 
-// unchanged returns an error if other users can write to a file or a folder, or put another one into
-// its place. Above a folder that is closed to other users nothing is asked: whoever moves that
-// folder away can't make one of our owner.
+// unchanged returns an error if other users can write to a file or a folder, or put another one
+// into its place. The parents of a folder that is closed to other users are not looked at: whoever
+// moves the folder away can't make another one of the same owner.
 func unchanged(what, path string) error {
 	parts := way(path)
 	var closed []string
@@ -147,8 +147,8 @@ func unchanged(what, path string) error {
 		switch {
 		case slices.ContainsFunc(closed, func(c string) bool { return below(p.path, c) || below(c, p.path) }):
 		case !p.trusted():
-			return fmt.Errorf("%s: %s: user %d owns %s and can change it; its owner must be root or user %d: chown %[5]d %[4]s",
-				what, path, p.owner, p.path, os.Geteuid())
+			return fmt.Errorf("%s: %s: user %d owns %s and can change it; its owner must be root or user %d: "+
+				"chown %[5]d %[4]s", what, path, p.owner, p.path, os.Geteuid())
 		case p.Mode().Perm()&0o022 != 0 && !sticky:
 			return fmt.Errorf("%s: %s: %s has mode %04o, so other users can change it: chmod go-w %[3]s",
 				what, path, p.path, p.Mode().Perm())

@@ -288,7 +288,8 @@ func advise(err error) (text, hint string) {
 		{ledger.ErrUnknownState, "look at the disk, then start again: the ledger recovers by being opened"},
 		{keystore.ErrAuth, "correct the PIN file; this PIN will not be tried again, " +
 			"unless by countersignd check --retry-pin TOKEN"},
-		{syscall.EADDRINUSE, "another program or a socket unit listens there; stop it, or change listen in the configuration"},
+		{syscall.EADDRINUSE, "another program or a socket unit listens there; stop it, or change listen in the " +
+			"configuration"},
 	} {
 		if errors.Is(err, a.err) {
 			return text, a.advice

@@ -260,8 +260,8 @@ func (s *Sink) step(ctx context.Context) (more bool, err error) {
 	return after < end, nil
 }
 
-// skip makes gaps of the events that retention has dropped, and of those that are older than MaxAge,
-// and returns the number after them.
+// skip makes gaps of the events that retention has dropped, and of those that are older than
+// MaxAge, and returns the number after them.
 func (s *Sink) skip(next, end uint64) (uint64, error) {
 	since := time.Now().Add(-s.c.MaxAge).UnixMilli()
 	kept, old := end, false

@@ -60,7 +60,7 @@ func add(t *testing.T, l *ledger.Ledger, n int, e audit.Event, age time.Duration
 	}
 }
 
-func config(t *testing.T) Config {
+func config(t testing.TB) Config {
 	return Config{
 		Name: "siem", Kind: "file", MaxAge: 24 * time.Hour, State: filepath.Join(t.TempDir(), "positions", "siem"),
 		Log: slog.New(slog.DiscardHandler),
@@ -256,7 +256,8 @@ func TestRetentionIsFaster(t *testing.T) {
 	to.back = false
 	add(t, l, 5, audit.NewStarted(), 72*time.Hour)
 	endEpoch(t, l)
-	if err := l.Drop(t.Context(), 0, ledger.NewEvent(audit.NewStopped().Encode(time.Now().Add(-72*time.Hour)))); err != nil {
+	dropped := ledger.NewEvent(audit.NewStopped().Encode(time.Now().Add(-72 * time.Hour)))
+	if err := l.Drop(t.Context(), 0, dropped); err != nil {
 		t.Fatal(err)
 	}
 	add(t, l, 2, audit.NewStarted(), 48*time.Hour)
@@ -271,18 +272,18 @@ func TestRetentionIsFaster(t *testing.T) {
 	to.back, to.events, to.gaps = true, nil, nil
 	deliver(t, s)
 	_, first, _ := l.Head()
-	var dropped, told uint64
+	var gone, told uint64
 	for i, g := range to.gaps {
 		if told += g.Before - g.From; g.Why == Dropped {
-			dropped += g.Before - g.From
+			gone += g.Before - g.From
 		}
 		if i > 0 && to.gaps[i-1].Before != g.From {
 			t.Errorf("the gaps are not all: %+v", to.gaps)
 		}
 	}
 	st := s.Status()
-	if dropped != first-1 || told != st.Dropped || st.Behind != 0 || told+st.Sent != st.Next {
-		t.Errorf("%d events of %d dropped ones are told; gaps %+v, status %+v", dropped, first-1, to.gaps, st)
+	if gone != first-1 || told != st.Dropped || st.Behind != 0 || told+st.Sent != st.Next {
+		t.Errorf("%d events of %d dropped ones are told; gaps %+v, status %+v", gone, first-1, to.gaps, st)
 	}
 }
 
@@ -297,8 +298,9 @@ func endEpoch(t *testing.T, l *ledger.Ledger) {
 	}
 }
 
-// TestFullDisk has the disk of a file sink fill up within a write. What has been written in part is
-// removed, and after the disk has room again each event is in the file once.
+// TestFullDisk has the disk of a file sink fill up within a write, and within a sync. Lines that
+// are written in part are removed, and after the disk has room again each event is in the file
+// once.
 func TestFullDisk(t *testing.T) {
 	disk := disktest.New(t)
 	l, c := open(t), config(t)
@@ -424,7 +426,7 @@ func TestLargeBacklog(t *testing.T) {
 }
 
 // authority returns a certificate for 127.0.0.1 and the path of its PEM.
-func authority(t *testing.T) (tls.Certificate, string) {
+func authority(t testing.TB) (tls.Certificate, string) {
 	t.Helper()
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {

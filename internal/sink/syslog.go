@@ -19,9 +19,9 @@ import (
 )
 
 // Syslog is a Receiver that sends events to a syslog server over TLS (RFC 5425), each as a message
-// of RFC 5424 with the facility 13 (log audit). PROCID is the id of the audit log, and the message is
-// the line of a file sink. There is no structured data: its names need an enterprise number, and the
-// project has none.
+// of RFC 5424 with the facility 13 (log audit). PROCID is the id of the audit log, and the message
+// is the line of a file sink. There is no structured data: the name of an element needs an
+// enterprise number, and the project has none.
 //
 // Syslog has no acknowledgement. Deliver returns nil when the server's kernel has acknowledged all
 // bytes. A server that ends before reading them loses them: the numbers of the next events show the
