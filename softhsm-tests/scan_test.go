@@ -54,6 +54,10 @@ func percent(b []byte) (text string) {
 	return text
 }
 
+// ofSession matches the files in a person's XDG_RUNTIME_DIR, such as ann.run. The folder .run is of
+// make run, and has everything.
+var ofSession = regexp.MustCompile(`[^/]\.run/`)
+
 var secretLine = regexp.MustCompile(`(?m)^([0-9a-f]{64})$`)
 
 // addFiles adds the secrets in the files of a folder: PINs, seeds, identities of peers, and tokens
@@ -64,7 +68,7 @@ func (s *secrets) addFiles(dir string) error {
 			return nil // a test may remove files at the same time
 		}
 		name := e.Name()
-		session := strings.HasSuffix(filepath.Dir(path), ".run") || strings.Contains(path, ".run/")
+		session := ofSession.MatchString(path)
 		if !strings.HasSuffix(name, "pin") && !strings.HasSuffix(name, ".key") && name != "seed" && name != "headers" &&
 			!session {
 			return nil
