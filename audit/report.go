@@ -77,8 +77,8 @@ func (f Form) AppendEvent(b []byte, index uint64, entry []byte) ([]byte, error) 
 	}
 	return append(b, record([]string{
 		decimal(index), decimal(e.TimeMS), clock(e.TimeMS), string(e.Type), e.Actor.Kind, e.Actor.Name,
-		e.Actor.PublicKey, e.Actor.Identity, decimal(e.Actor.Proposal), e.Actor.Request, e.Action, e.Resource, e.Outcome,
-		metadata,
+		e.Actor.PublicKey, e.Actor.Identity, decimal(e.Actor.Proposal), e.Actor.Request, e.Action,
+		e.Resource, e.Outcome, metadata,
 	})...), nil
 }
 

@@ -327,13 +327,13 @@ func TestAlertsConfig(t *testing.T) {
 		alerts + "replays_warning = -1":                                     "alerts.replays_warning must be 0 to",
 		alerts + "replays_window = 60":                                      "alerts.replays_window must be a text",
 		alerts + "replays_window = \"2d\"":                                  "alerts.replays_window must be 1s to 1d",
-		alerts + "handshake_timeouts_critical = 100":                        "alerts.handshake_timeouts_critical must be",
+		alerts + "handshake_timeouts_critical = 100":                        "handshake_timeouts_critical must be",
 		alerts + "handshakes_least = 0":                                     "alerts.handshakes_least must be 1 to",
 		alerts + "quiet = \"0s\"":                                           "alerts.quiet must be 1s to 1d",
 		alerts + "after = \"2h\"":                                           "alerts.after must be",
 		alerts + "repeat = \"8d\"":                                          "alerts.repeat must be 1m to",
 		alerts + "disk_mib = -1":                                            "alerts.disk_mib must be 0 to",
-		hook + "types = [\"alerts\"]":                                       "webhooks.ops.types: \"alerts\" is none of",
+		hook + "types = [\"alerts\"]":                                       "ops.types: \"alerts\" is none of",
 		least + "[mail]\nserver = \"a:25\"":                                 "mail.to is missing",
 		mail("tls = \"maybe\""):                                             "mail.tls: ",
 		mail("tls = \"none\""):                                              "mail.tls: without TLS only",
@@ -341,7 +341,7 @@ func TestAlertsConfig(t *testing.T) {
 		strings.Replace(mail(), "a@example.com", "A <a@b.c>", 1):            "mail.from: ",
 		strings.Replace(mail(), "ops@example.com", "ops", 1):                "mail.to: ",
 		strings.Replace(mail(), "mail.example.com:465", "mail", 1):          "mail.server: ",
-		strings.Replace(mail(), "[\"ops", "[\"ops@example.com\", \"ops", 1): "mail.to: \"ops@example.com\" is there twice",
+		strings.Replace(mail(), "[\"ops", "[\"ops@example.com\", \"ops", 1): "\"ops@example.com\" is there twice",
 	} {
 		_, err := parseConfig("/etc/c.toml", []byte(text))
 		if err == nil || !strings.Contains(err.Error(), want) || strings.Contains(err.Error(), "\n") {

@@ -33,8 +33,8 @@ func (t *Traces) tracer(m *meter.Meter, log *slog.Logger) (*trace.Tracer, error)
 		return nil, nil
 	}
 	return trace.New(trace.Config{
-		Target: webhook.Target{URL: t.Endpoint, CAFile: t.CAFile}, Headers: t.HeadersFile, OneIn: t.OneIn, Most: t.RequestsPerSecond,
-		Version: cli.Version(), Log: log,
+		Target: webhook.Target{URL: t.Endpoint, CAFile: t.CAFile}, Headers: t.HeadersFile,
+		OneIn: t.OneIn, Most: t.RequestsPerSecond, Version: cli.Version(), Log: log,
 		Count: func(sent bool, spans int) {
 			result := "dropped"
 			if sent {

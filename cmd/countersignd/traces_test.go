@@ -31,8 +31,9 @@ func TestTracesConfig(t *testing.T) {
 				t.Fatal(err)
 			}
 		}
-		_, err := parseConfig(filepath.Join(dir, "c.toml"), []byte("listen = \"127.0.0.1:7700\"\nadmin_socket = \"s\"\n"+
-			"ledger = \"l\"\npolicy = \"p\"\n[traces]\n"+settings+"\n[tokens.main]\nuri = \"pkcs11:token=t\"\n"+
+		_, err := parseConfig(filepath.Join(dir, "c.toml"), []byte("listen = \"127.0.0.1:7700\"\n"+
+			"admin_socket = \"s\"\nledger = \"l\"\npolicy = \"p\"\n"+
+			"[traces]\n"+settings+"\n[tokens.main]\nuri = \"pkcs11:token=t\"\n"+
 			"module = \"/m\"\npin_file = \"pin\"\n"))
 		if (err == nil) != (wrong == "") || err != nil && (!strings.Contains(err.Error(), wrong) ||
 			strings.Contains(err.Error(), "secret")) {

@@ -687,7 +687,8 @@ func TestNoSecretsInMessages(t *testing.T) {
 		secret := strings.Repeat("5eed", 16)
 		r.report(cause.KeyMissing.Of("payments/1", "the device says %s\nstate operational", secret))
 		r.pass(2 * time.Second)
-		if len(r.in.got) != 1 || strings.Contains(r.in.got[0].Text, secret) || strings.Contains(r.in.got[0].Text, "\n") {
+		if len(r.in.got) != 1 || strings.Contains(r.in.got[0].Text, secret) ||
+			strings.Contains(r.in.got[0].Text, "\n") {
 			t.Errorf("%+v", r.in.got)
 		}
 	})

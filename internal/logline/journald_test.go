@@ -24,7 +24,9 @@ import (
 func needJournald(t *testing.T) {
 	t.Helper()
 	var missing string
-	for _, path := range []string{"/lib/systemd/systemd-journald", "/usr/bin/journalctl", "/usr/bin/unshare", "/usr/bin/cc"} {
+	for _, path := range []string{
+		"/lib/systemd/systemd-journald", "/usr/bin/journalctl", "/usr/bin/unshare", "/usr/bin/cc",
+	} {
 		if _, err := os.Stat(path); err != nil {
 			missing = err.Error()
 		}
@@ -43,7 +45,8 @@ func needJournald(t *testing.T) {
 // inRun returns a command of bash in a mount namespace in which dir is /run.
 func inRun(dir, script string, args ...string) *exec.Cmd {
 	script = "mount --bind " + dir + " /run && " + script
-	return exec.Command("unshare", append([]string{"--mount", "--propagation", "private", "bash", "-c", script, "bash"}, args...)...)
+	mounts := []string{"--mount", "--propagation", "private", "bash", "-c", script, "bash"}
+	return exec.Command("unshare", append(mounts, args...)...)
 }
 
 // newRun makes a folder for /run with the folders of journald.
@@ -62,8 +65,9 @@ func newRun(t *testing.T) string {
 // entry, move a terminal's cursor, or are too long.
 func hostile(log *slog.Logger) {
 	text := "1\n2\nPRIORITY=0\nMESSAGE=forged\n\x1b[2J\x00\x9b31m\xff\u2028\u202e"
-	log.Warn("refused", "request", "k4wq2vz5n3xa7bcd", "peer", text, "a b\n=c", "d", "err", errors.Join(errors.New(text),
-		errors.New("b")), slog.Group("g", slog.Group("h", "v", text)), "empty", "", "long", strings.Repeat("x\n", 1<<20))
+	log.Warn("refused", "request", "k4wq2vz5n3xa7bcd", "peer", text, "a b\n=c", "d",
+		"err", errors.Join(errors.New(text), errors.New("b")), slog.Group("g", slog.Group("h", "v", text)),
+		"empty", "", "long", strings.Repeat("x\n", 1<<20))
 }
 
 // TestNativeProtocol has libsystemd send the same fields as the handler, and compares the bytes of
@@ -172,7 +176,8 @@ func TestJournald(t *testing.T) {
 	if entry["PRIORITY"] != "4" || entry["SYSLOG_IDENTIFIER"] != "countersignd" || entry["COUNTERSIGN_A_B__C"] != "d" {
 		t.Errorf("%v", entry)
 	}
-	if text := find("COUNTERSIGN_REQUEST=k4wq2vz5n3xa7bcd"); strings.Count(text, "\n") != 1 || strings.Contains(text, "\x1b") {
+	text := find("COUNTERSIGN_REQUEST=k4wq2vz5n3xa7bcd")
+	if strings.Count(text, "\n") != 1 || strings.Contains(text, "\x1b") {
 		t.Errorf("journalctl shows %.300q", text)
 	}
 }

@@ -167,8 +167,8 @@ func TestPace(t *testing.T) {
 	})
 }
 
-// TestPaceAtDebug bounds the lines that a peer can cause at debug, and leaves an operator those of an
-// ordinary load.
+// TestPaceAtDebug bounds the lines that a peer can cause at debug, and leaves an operator those of
+// an ordinary load.
 func TestPaceAtDebug(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		b := &flaky{mended: true}

@@ -233,9 +233,11 @@ func TestSend(t *testing.T) {
 func TestNothingWithoutTLS(t *testing.T) {
 	other := newServer(t, nil)
 	for name, change := range map[string]func(s *server, c *Server){
-		"no STARTTLS":   func(s *server, c *Server) { s.starttls = false },
-		"a stranger":    func(s *server, c *Server) { c.CAFile = other.caFile },
-		"another name":  func(s *server, c *Server) { c.Address = strings.Replace(c.Address, "127.0.0.1", "127.0.0.2", 1) },
+		"no STARTTLS": func(s *server, c *Server) { s.starttls = false },
+		"a stranger":  func(s *server, c *Server) { c.CAFile = other.caFile },
+		"another name": func(s *server, c *Server) {
+			c.Address = strings.Replace(c.Address, "127.0.0.1", "127.0.0.2", 1)
+		},
 		"plain greeter": func(s *server, c *Server) { c.TLS = Implicit },
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -279,7 +281,8 @@ func TestRefusals(t *testing.T) {
 		t.Errorf("a password that everybody can read: %v", err)
 	}
 	full := newServer(t, func(s *server) { s.answer = "452 the disk is full" })
-	if _, err := full.client(t, StartTLS).Send(t.Context(), sample); err == nil || !strings.Contains(err.Error(), "452") {
+	_, err = full.client(t, StartTLS).Send(t.Context(), sample)
+	if err == nil || !strings.Contains(err.Error(), "452") {
 		t.Errorf("%v", err)
 	}
 	without := newServer(t, func(s *server) { s.auth = "XOAUTH2" })
@@ -336,7 +339,8 @@ func TestNoHeaderInjection(t *testing.T) {
 		}
 	}
 	for _, address := range []string{
-		"", "ops", "ops@example.com\r\nBcc: eve@example.com", "Ops <ops@example.com>", "ops@example.com, eve@example.com",
+		"", "ops", "ops@example.com\r\nBcc: eve@example.com", "Ops <ops@example.com>",
+		"ops@example.com, eve@example.com",
 		"ops @example.com", "öps@example.com", "<ops@example.com>", "ops@example.com>", "\"a b\"@example.com",
 	} {
 		bad := sample

@@ -12,7 +12,9 @@ import (
 
 // TestKnown writes PINs in each usual way, and finds no part of a PIN afterwards.
 func TestKnown(t *testing.T) {
-	for _, pin := range []string{"1234", "00000000", "pin.*[x](y)?+%41\\", "Grün & <blau>\t\"7\"", "p@ss/word+=;:#", "raw \xff\xfe byte"} {
+	for _, pin := range []string{
+		"1234", "00000000", "pin.*[x](y)?+%41\\", "Grün & <blau>\t\"7\"", "p@ss/word+=;:#", "raw \xff\xfe byte",
+	} {
 		k := NewKnown([]byte("another"), []byte(pin), nil)
 		escaped := ""
 		for _, c := range []byte(pin) {
@@ -24,7 +26,8 @@ func TestKnown(t *testing.T) {
 		}
 		ways := []string{
 			pin, strings.ToUpper(pin), url.QueryEscape(pin), url.PathEscape(pin), escaped, strings.ToUpper(escaped),
-			"pkcs11:token=x?pin-value=" + escaped, fmt.Sprintf("%x", pin), fmt.Sprintf("%X", pin), fmt.Sprintf("% x", pin),
+			"pkcs11:token=x?pin-value=" + escaped,
+			fmt.Sprintf("%x", pin), fmt.Sprintf("%X", pin), fmt.Sprintf("% x", pin),
 			fmt.Sprintf("%# x", pin), strings.ReplaceAll(fmt.Sprintf("% X", pin), " ", ":"), fmt.Sprint([]byte(pin)),
 			strings.ReplaceAll(fmt.Sprint([]byte(pin)), " ", ", "), fmt.Sprintf("%03d", []byte(pin)),
 		}
@@ -33,7 +36,8 @@ func TestKnown(t *testing.T) {
 		}
 		for before := range 3 {
 			text := strings.Repeat("u", before) + pin + "v"
-			ways = append(ways, base64.StdEncoding.EncodeToString([]byte(text)), base64.URLEncoding.EncodeToString([]byte(text)))
+			ways = append(ways, base64.StdEncoding.EncodeToString([]byte(text)),
+				base64.URLEncoding.EncodeToString([]byte(text)))
 		}
 		for _, way := range ways {
 			got := k.Text("before " + way + " after")

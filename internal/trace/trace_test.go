@@ -130,7 +130,8 @@ func TestMessage(t *testing.T) {
 	}
 	for i, want := range []string{
 		`map[attributes:[map[key:countersign.request value:map[stringValue:abc]]] ` +
-			`endTimeUnixNano:1700000000000000014 flags:769 kind:2 name:sign parentSpanId:0b00000000000002 startTimeUnixNano:1700000000000000005 ` +
+			`endTimeUnixNano:1700000000000000014 flags:769 kind:2 name:sign ` +
+			`parentSpanId:0b00000000000002 startTimeUnixNano:1700000000000000005 ` +
 			`traceId:0a000000000000000000000000000001]`,
 		`map[attributes:[map[key:countersign.took_ns value:map[intValue:3]]] endTimeUnixNano:1700000000000000009 ` +
 			`flags:257 kind:1 name:decode startTimeUnixNano:1700000000000000005 ` +
