@@ -16,13 +16,13 @@ func TestFaultsHaveCauses(t *testing.T) {
 	for _, kind := range []keystore.FaultKind{
 		keystore.FaultUnavailable, keystore.FaultPINRefused, keystore.FaultLocked, keystore.FaultReplaced,
 		keystore.FaultRedundancy, keystore.FaultRestarts, keystore.FaultKeyMissing,
-		keystore.FaultSealed,
+		keystore.FaultSealed, keystore.FaultJournal,
 	} {
 		if c := faults[kind]; c == nil || c.Code != string(kind) {
 			t.Errorf("the cause of %s is %+v", kind, c)
 		}
 	}
-	if len(faults) != 8 {
+	if len(faults) != 9 {
 		t.Errorf("%d kinds of faults have causes", len(faults))
 	}
 }

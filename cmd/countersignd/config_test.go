@@ -240,8 +240,8 @@ ca_file = "ca.pem"
 		}
 		return n
 	}
-	if n := paths(reflect.ValueOf(c)); n != 10 {
-		t.Errorf("%d paths are in the directory of the file, want 10: %+v", n, c)
+	if n := paths(reflect.ValueOf(c)); n != 11 {
+		t.Errorf("%d paths are in the directory of the file, want 11: %+v", n, c)
 	}
 }
 

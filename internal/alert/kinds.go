@@ -106,13 +106,14 @@ var (
 		cause.TokenUnavailable: Critical, cause.TokenPIN: Critical, cause.TokenLocked: Critical,
 		cause.TokenReplaced: Critical, cause.TokenSealed: Critical, cause.KeyMissing: Critical,
 		cause.Rotation: Critical, cause.RotationGivenUp: Critical, cause.Quorum: Critical,
+		cause.TokenJournal: Critical, cause.Launcher: Critical,
 
 		cause.Locked: Warning, cause.TokenRedundancy: Warning, cause.TokenRestarts: Warning,
 		cause.KeyTwice: Warning, cause.CounterFailing: Warning, cause.BytesFull: Warning,
 		cause.NoncesShare: Warning, cause.NoncesFilling: Warning, cause.DiskFilling: Warning,
 		cause.PolicyBroken: Warning, cause.Checkpoint: Warning, cause.Upkeep: Warning, cause.Webhook: Warning,
 		cause.Mail: Warning, cause.Sink: Warning, cause.Certificate: Warning, cause.LogUnread: Warning,
-		cause.NotifyUnread: Warning,
+		cause.NotifyUnread: Warning, cause.Traces: Warning,
 	}
 	atOnce = []*cause.Kind{
 		cause.RolledBack, cause.AnchorLost, cause.TokenPIN, cause.TokenLocked, cause.TokenReplaced,
