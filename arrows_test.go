@@ -154,7 +154,7 @@ var arrows = map[string]room{
 	},
 	"internal/cli":     {outside: "github.com/spf13/cobra github.com/spf13/pflag"},
 	"internal/mail":    {ours: "internal/keystore"},
-	"internal/webhook": {ours: "internal/eddsa"},
+	"internal/webhook": {ours: "internal/eddsa", outside: "github.com/go-json-experiment/json"},
 	"internal/sink": {
 		ours:    "audit internal/durable internal/ledger internal/webhook",
 		outside: "golang.org/x/sys",

@@ -3,7 +3,6 @@ package softhsmtests
 import (
 	"fmt"
 	"os"
-	"path/filepath"
 	"strings"
 	"testing"
 
@@ -33,21 +32,10 @@ func TestMemoryIsLocked(t *testing.T) {
 	if _, err := s.dial().Sign(t.Context(), "payments", message("AAAA")); err != nil {
 		t.Error(err)
 	}
-	all, err := filepath.Glob("/proc/[0-9]*/status")
-	if err != nil {
-		t.Fatal(err)
-	}
-	workers := 0
-	for _, path := range all {
-		b, err := os.ReadFile(path)
-		if err != nil || !strings.Contains(string(b), fmt.Sprintf("\nPPid:\t%d\n", p.cmd.Process.Pid)) {
-			continue
+	for _, pid := range p.workers() {
+		b, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
+		if err != nil || strings.Contains(string(b), "VmLck:\t       0 kB") == locks {
+			t.Errorf("%d: want locked memory: %v, %v\n%s", pid, locks, err, b)
 		}
-		if workers++; strings.Contains(string(b), "VmLck:\t       0 kB") == locks {
-			t.Errorf("%s: want locked memory: %v\n%s", path, locks, b)
-		}
-	}
-	if workers == 0 {
-		t.Error("the daemon has no key worker")
 	}
 }

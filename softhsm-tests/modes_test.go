@@ -24,6 +24,9 @@ var created = []struct {
 	// countersignd
 	{`ledger\.db`, 0o600},
 	{`ledger\.db\.reserve`, 0o600},
+	{`ledger\.db\.history`, 0o600},
+	{`ledger\.db\.journal/`, 0o700},
+	{`ledger\.db\.journal/[^/]+`, 0o600},
 	{`ledger\.db\.main\.refused-pin`, 0o644}, // a digest; the folder is private
 	{`ledger\.db\.sinks/`, 0o700},
 	{`ledger\.db\.sinks/collector`, 0o600},

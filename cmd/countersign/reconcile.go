@@ -110,6 +110,9 @@ func (r *reconciler) read(folder string) error {
 
 func (r *reconciler) add(l *line) {
 	r.result.Kinds[l.Kind]++
+	if l.Kind == form.Webhook && strings.HasPrefix(l.Detail, form.AlertID) {
+		return // tests and repetitions have no event; their number is told
+	}
 	switch l.Kind {
 	case form.Canary, form.Handshake, form.Request:
 		return // without a meaning beyond the moment; their number is told

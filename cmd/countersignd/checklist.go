@@ -108,7 +108,7 @@ func lines() []line {
 			}},
 		{"Structured logging", `countersign admin state`,
 			func(c Config) verdict {
-				return on("level %s, as text on standard error", c.LogLevel)
+				return on("level %s, log_format %s, scrubbed of secrets", c.LogLevel, c.LogFormat)
 			}},
 		{"Audit trail on", `countersign audit verify log --key "$(cat log.vkey)"`,
 			func(c Config) verdict {

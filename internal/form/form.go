@@ -54,6 +54,10 @@ type Use struct {
 	Message []byte   // the bytes to sign
 }
 
+// AlertID begins the ids of webhooks about alerts. The audit log has no event for each of them, so
+// their number alone is compared with the log, and no other webhook may have such an id.
+const AlertID = "alert_"
+
 // RawPrefix begins the names of keys that sign documents of the type raw.
 const RawPrefix = "raw-"
 
@@ -150,7 +154,10 @@ func ofLog(public, input []byte) (Use, error) {
 	if c, err := log.ParseBody(input); err == nil {
 		return of(Checkpoint, fmt.Sprintf("%d/%d", c.Epoch, c.Size), input), nil
 	}
-	if id, err := webhook.ParseMessage(input); err == nil {
+	if id, body, err := webhook.ParseMessage(input); err == nil {
+		if strings.HasPrefix(id, AlertID) != bytes.HasPrefix(body, []byte(`{"type":"alert.`)) {
+			return Use{}, errors.New("webhooks about alerts, and no others, have ids that begin with " + AlertID)
+		}
 		return of(Webhook, id, input), nil
 	}
 	return Use{}, errors.New("it signs checkpoints of its log, webhooks and canaries only")

@@ -8,7 +8,6 @@ import (
 	"context"
 	"crypto/ed25519"
 	"encoding/base64"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"net/http"
@@ -17,6 +16,8 @@ import (
 	"time"
 
 	"countersign/internal/eddsa"
+
+	"github.com/go-json-experiment/json/jsontext"
 )
 
 // Tolerance is the usual limit of the difference between the clocks of sender and receiver.
@@ -133,20 +134,21 @@ func checkID(id string) error {
 	return nil
 }
 
-// ParseMessage reads a signed text strictly, and returns its ID. The body must be a JSON object.
-func ParseMessage(text []byte) (id string, err error) {
+// ParseMessage reads a signed text strictly. The body must be a JSON object, in which no name is
+// there twice.
+func ParseMessage(text []byte) (id string, body []byte, err error) {
 	parts := bytes.SplitN(text, []byte("."), 3)
 	if len(parts) != 3 {
-		return "", errors.New("a webhook's message is ID.TIMESTAMP.BODY")
+		return "", nil, errors.New("a webhook's message is ID.TIMESTAMP.BODY")
 	}
 	at, err := strconv.ParseInt(string(parts[1]), 10, 64)
 	if err != nil || at < 0 || strconv.FormatInt(at, 10) != string(parts[1]) {
-		return "", errors.New("a webhook's message has Unix seconds behind its ID")
+		return "", nil, errors.New("a webhook's message has Unix seconds behind its ID")
 	}
-	if !bytes.HasPrefix(parts[2], []byte("{")) || !json.Valid(parts[2]) {
-		return "", errors.New("the body of a webhook's message is a JSON object")
+	if !bytes.HasPrefix(parts[2], []byte("{")) || !jsontext.Value(parts[2]).IsValid() {
+		return "", nil, errors.New("the body of a webhook's message is a JSON object")
 	}
-	return string(parts[0]), checkID(string(parts[0]))
+	return string(parts[0]), parts[2], checkID(string(parts[0]))
 }
 
 // message returns the signed text: ID, timestamp in Unix seconds and body, joined by dots.
