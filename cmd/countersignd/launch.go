@@ -156,6 +156,9 @@ func (c *Config) workerCommand(s launcher.Start, soPINFile string) (*exec.Cmd, [
 // for imports, or a key worker could be told to read any file.
 func (c *Config) seedFile(path string) (string, error) {
 	folder, err := filepath.EvalSymlinks(c.ImportFolder)
+	if err == nil {
+		folder, err = filepath.Abs(folder)
+	}
 	if err != nil {
 		return "", fmt.Errorf("import_folder: %w", err)
 	}
