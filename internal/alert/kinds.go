@@ -108,7 +108,8 @@ var (
 		cause.Rotation: Critical, cause.RotationGivenUp: Critical, cause.Quorum: Critical,
 		cause.TokenJournal: Critical, cause.Launcher: Critical,
 
-		cause.Locked: Warning, cause.TokenRedundancy: Warning, cause.TokenRestarts: Warning,
+		cause.RotationOverdue: Warning, cause.Locked: Warning,
+		cause.TokenRedundancy: Warning, cause.TokenRestarts: Warning,
 		cause.KeyTwice: Warning, cause.CounterFailing: Warning, cause.BytesFull: Warning,
 		cause.NoncesShare: Warning, cause.NoncesFilling: Warning, cause.DiskFilling: Warning,
 		cause.PolicyBroken: Warning, cause.Checkpoint: Warning, cause.Upkeep: Warning, cause.Webhook: Warning,

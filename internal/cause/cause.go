@@ -131,6 +131,8 @@ var (
 		"rotate all but one of them; if one is compromised, have the others marked: countersign admin key compromise")
 	Rotation = define("rotation-failing", "a rotation that is due could not be done; a retry follows",
 		"see the text")
+	RotationOverdue = define("rotation-overdue", "the announced time of a rotation has passed, and nothing was tried",
+		"see the other causes and the daemon's log: nothing rotates while the appliance is locked or rolled back")
 	RotationGivenUp = define("rotation-given-up", "a rotation that an operator has asked for was not done in its time",
 		"ask for it again, or dismiss it: countersign admin key rotate NAME --cancel")
 	CounterFailing = define("counter-failing",

@@ -464,6 +464,10 @@ func (r *Ring) NameOf(name *string, publicKey [32]byte) string {
 	return ""
 }
 
+// overdueAfter is the time after which an announced version that is not active is a cause. The
+// daemon looks every few seconds, and tells failures by themselves.
+const overdueAfter = time.Minute
+
 // Causes returns the failed rotations, the versions that are missing on their tokens, and the
 // versions with the public key of another version.
 func (r *Ring) Causes() (all []cause.Cause) {
@@ -476,6 +480,14 @@ func (r *Ring) Causes() (all []cause.Cause) {
 		if q.Ended != "" {
 			all = append(all, cause.RotationGivenUp.Of(name, "%s has asked for version changes at %s, in vain: %s",
 				q.By.Name, q.Activates.UTC().Format(time.RFC3339), q.Ended))
+		}
+	}
+	now := time.Now()
+	for ref, k := range r.keys {
+		if _, failed := r.retries[ref.Name]; k.State == Pending && k.Announced() && !failed &&
+			now.Sub(k.Activates) > overdueAfter {
+			all = append(all, cause.RotationOverdue.Of(ref.Name, "version %d was announced for %s, and is not active",
+				ref.Version, k.Activates.UTC().Format(time.RFC3339)))
 		}
 	}
 	for ref, fault := range r.lost {

@@ -11,6 +11,7 @@ import (
 	"countersign/appliance"
 	"countersign/audit"
 	"countersign/internal/anchor"
+	"countersign/internal/cause"
 	"countersign/internal/gate"
 	"countersign/internal/keyring"
 	"countersign/internal/keystore"
@@ -119,6 +120,20 @@ func TestRetries(t *testing.T) {
 			!strings.Contains(string(body), want) {
 			t.Errorf("the metrics have no line %q: %v", want, err)
 		}
+	})
+}
+
+// TestOverdue sees that an announced time which has passed is a cause, until the version is active.
+func TestOverdue(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := newRig(t)
+		r.rotate(t, "payments", time.Now().Add(time.Hour))
+		time.Sleep(time.Hour + 30*time.Second)
+		r.condition(t, appliance.Operational, "")
+		time.Sleep(time.Minute)
+		r.hasCause(t, cause.RotationOverdue, "payments", "version 2 was announced for")
+		r.keep(t, "payments")
+		r.condition(t, appliance.Operational, "")
 	})
 }
 
