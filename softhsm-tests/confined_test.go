@@ -259,11 +259,12 @@ func TestFilesReplaced(t *testing.T) {
 	s.edit("policy.cedar", "permit (", "permit (\n")
 	s.must("admin", "policy", "reload")
 	p.cmd.Process.Signal(syscall.SIGHUP)
+	c := s.dial() // a handshake needs a key worker, too
 	for _, pid := range p.workers() {
 		syscall.Kill(pid, syscall.SIGKILL)
 	}
 	eventually(t, "a new key worker signs", func() bool {
-		_, err := s.dial().Sign(t.Context(), "payments", message("replaced"))
+		_, err := c.Sign(t.Context(), "payments", message("replaced"))
 		return err == nil
 	})
 	p.stop()

@@ -24,11 +24,17 @@ import (
 // usual ways to write bytes. The scanner shares nothing with the daemon's scrubber, which knows
 // forms and no secrets. A secret of one test must not be in the outputs of another test either.
 type secrets struct {
-	mu  sync.Mutex
-	all map[string]string // a way to write a secret: the secret's name
+	mu sync.Mutex
+	// all has the ways to write each secret, with the secret's name, by their first bytes. A text is
+	// then searched once, however many secrets there are.
+	all map[[leastWay]byte]map[string]string
 }
 
-var made = secrets{all: map[string]string{}}
+// leastWay is the length of the shortest way that is searched for: a shorter text is in some text by
+// chance.
+const leastWay = 8
+
+var made = secrets{all: map[[leastWay]byte]map[string]string{}}
 
 // add adds a secret: its bytes, and its text where the bytes are text.
 func (s *secrets) add(name string, b []byte) {
@@ -40,9 +46,14 @@ func (s *secrets) add(name string, b []byte) {
 		base64.RawURLEncoding.EncodeToString(b), list, strings.ReplaceAll(list, " ", ", "), string(b),
 		url.QueryEscape(string(b)), percent(b), strings.ToUpper(percent(b)), fmt.Sprintf("% x", b),
 	} {
-		if len(way) >= 8 { // a shorter text is in some text by chance
-			s.all[way] = name
+		if len(way) < leastWay {
+			continue
 		}
+		begin := [leastWay]byte([]byte(way[:leastWay]))
+		if s.all[begin] == nil {
+			s.all[begin] = map[string]string{}
+		}
+		s.all[begin][way] = name
 	}
 }
 
@@ -107,9 +118,13 @@ func (s *secrets) check(t testing.TB, of, text string) {
 	t.Helper()
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	for way, name := range s.all {
-		if strings.Contains(text, way) {
-			t.Errorf("%s has %s", of, name)
+	found := map[string]bool{}
+	for i := 0; i+leastWay <= len(text); i++ {
+		for way, name := range s.all[[leastWay]byte([]byte(text[i:i+leastWay]))] {
+			if !found[name] && strings.HasPrefix(text[i:], way) {
+				found[name] = true
+				t.Errorf("%s has %s", of, name)
+			}
 		}
 	}
 }
@@ -155,7 +170,7 @@ func TestScannerFindsSecrets(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	s := secrets{all: map[string]string{}}
+	s := secrets{all: map[[leastWay]byte]map[string]string{}}
 	if err := s.addFiles(dir); err != nil {
 		t.Fatal(err)
 	}
