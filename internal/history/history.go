@@ -269,13 +269,14 @@ func Names() string {
 	return strings.Join(all, ", ")
 }
 
-// ring returns the ring of a query.
+// ring returns the ring of a query. A caller who asks for all that a ring has asks a moment before:
+// one step more is allowed.
 func (q Query) ring(now int64) (int, error) {
 	if q.Since < 0 || q.Until < q.Since {
 		return 0, fmt.Errorf("%w: the time from %d to %d is none", ErrInvalid, q.Since, q.Until)
 	}
 	for i, r := range Rings {
-		if q.Step == r.Step || q.Step == 0 && (q.Since >= now-r.Step*r.Slots || i == len(Rings)-1) {
+		if q.Step == r.Step || q.Step == 0 && (q.Since > now-r.Step*(r.Slots+1) || i == len(Rings)-1) {
 			return i, nil
 		}
 	}

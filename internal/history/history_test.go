@@ -417,7 +417,7 @@ func TestQuery(t *testing.T) {
 			t.Errorf("%+.50v: %v", q, err)
 		}
 	}
-	for _, c := range []struct{ age, step int64 }{{7200, 10}, {7201, 60}, {172800, 60}, {172801, 900}, {1e8, 900}} {
+	for _, c := range []struct{ age, step int64 }{{7209, 10}, {7210, 60}, {172859, 60}, {172860, 900}, {1e8, 900}} {
 		a, err := h.Read(now, Query{Since: now.Unix() - c.age, Until: now.Unix()})
 		if err != nil || a.Step != c.step {
 			t.Errorf("%d s ago: steps of %d s, %v, want %d", c.age, a.Step, err, c.step)
