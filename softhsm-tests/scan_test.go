@@ -25,13 +25,13 @@ import (
 // forms and no secrets. A secret of one test must not be in the outputs of another test either.
 type secrets struct {
 	mu sync.Mutex
-	// all has the ways to write each secret, with the secret's name, by their first bytes. A text is
-	// then searched once, however many secrets there are.
+	// all has the ways to write each secret, with the secret's name, by their first bytes. A text
+	// is then searched once, however many secrets there are.
 	all map[[leastWay]byte]map[string]string
 }
 
-// leastWay is the length of the shortest way that is searched for: a shorter text is in some text by
-// chance.
+// leastWay is the length of the shortest way that is searched for: a shorter text is in some text
+// by chance.
 const leastWay = 8
 
 var made = secrets{all: map[[leastWay]byte]map[string]string{}}
