@@ -3,7 +3,6 @@ package softhsmtests
 import (
 	"fmt"
 	"io"
-	"math/rand/v2"
 	"net"
 	"net/http"
 	"os"
@@ -265,8 +264,7 @@ type scriptState struct {
 func (o *operations) setup(e *testscript.Env) error {
 	t := e.T().(testing.TB)
 	s := &system{t: t, dir: e.WorkDir}
-	address := fmt.Sprintf("127.%d.%d.%d", 2+rand.IntN(250), rand.IntN(256), 1+rand.IntN(254))
-	w := &scriptState{system: s, address: address}
+	w := &scriptState{system: s, address: loopback()}
 	s.listen = w.address + ":7700"
 	e.Values["state"] = w
 	repository, err := filepath.Abs("..")

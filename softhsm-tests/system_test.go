@@ -8,10 +8,12 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"math/rand/v2"
 	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"syscall"
@@ -136,7 +138,7 @@ func needSoftHSM(t testing.TB) {
 // newFolder makes a system without a configuration.
 func newFolder(t testing.TB) *system {
 	t.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0") // the kernel chooses a free port
+	l, err := net.Listen("tcp", loopback()+":0") // the kernel chooses a free port
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -145,6 +147,12 @@ func newFolder(t testing.TB) *system {
 	s.root = s.newOperator("root")
 	s.api = s.client(s.root)
 	return s
+}
+
+// loopback returns a loopback address for one test. No other process takes a port there meanwhile,
+// since the connections of this machine come from 127.0.0.1.
+func loopback() string {
+	return fmt.Sprintf("127.%d.%d.%d", 2+rand.IntN(250), rand.IntN(256), 1+rand.IntN(254))
 }
 
 // configure writes a configuration with one token, whose TOML settings are given.
@@ -286,11 +294,20 @@ func (p *process) stop() {
 	}
 }
 
-// kill sends SIGKILL. A kill differs from a power cut in that writes in the page cache survive.
+// kill sends SIGKILL, and waits for the end of the launcher and of the key workers, too, as a
+// service manager does. A kill differs from a power cut in that writes in the page cache survive.
 func (p *process) kill() {
+	p.t.Helper()
+	var left []int
+	for _, pid := range children(p.t, p.cmd.Process.Pid) {
+		left = append(append(left, pid), children(p.t, pid)...)
+	}
 	p.cmd.Process.Kill()
 	err := <-p.ended
 	p.ended <- err
+	eventually(p.t, "the launcher and the key workers have ended", func() bool {
+		return !slices.ContainsFunc(left, func(pid int) bool { return syscall.Kill(pid, 0) == nil })
+	})
 }
 
 // tail returns the last n bytes of a text.
