@@ -268,7 +268,8 @@ func TestStreamRoles(t *testing.T) {
 				}
 			}
 		}
-		if err := r.app.Lock(t.Context(), asDaemon, "test"); err != nil {
+		// The reason makes the state another one than that of the role before, within one second.
+		if err := r.app.Lock(t.Context(), asDaemon, "test of "+string(role)); err != nil {
 			t.Fatal(err)
 		}
 		s.next(api.TopicState) // of a later turn, which has brought all that was to come
