@@ -529,8 +529,8 @@ func TestHistoryRoute(t *testing.T) {
 		t.Errorf("%d series", len(series))
 	}
 	var d history.Deriver
+	d.Next(must(r.live.Meter.Read(0))(t)) // rates need two readings
 	values, _ := d.Next(must(r.live.Meter.Read(0))(t))
-	values, _ = d.Next(must(r.live.Meter.Read(0))(t))
 	for i, s := range history.All {
 		if s.Unit == "s" && s.Fold == history.Max && s.Name != "checkpoint_age" || strings.HasPrefix(s.Name, "worker") {
 			continue // no quantile without an observation, and no key workers in this test
