@@ -53,6 +53,9 @@ const (
 	writeTimeout = 2 * time.Minute
 )
 
+// KeyWorkers says how far the key workers are apart from the daemon.
+type KeyWorkers = api.KeyWorkers
+
 // Config is the configuration of the server.
 type Config struct {
 	Appliance  *appliance.Appliance
@@ -67,6 +70,7 @@ type Config struct {
 	// root and the daemon's user may use the socket.
 	Group string
 
+	KeyWorkers KeyWorkers // part of the state
 	// Certificates, and the fields below, are for HTTPS. Without Certificates there is no HTTPS.
 	Certificates *certs.Manager
 	Hosts        []string // accepted Host headers, for example localhost:7780

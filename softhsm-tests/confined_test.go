@@ -144,10 +144,10 @@ type brokenInto struct {
 // breakIn starts a daemon of the build with the op that makes system calls.
 func (s *system) breakIn(t *testing.T, program string) *brokenInto {
 	t.Helper()
-	at := filepath.Join(t.TempDir(), "breakin")
-	cmd := exec.Command(program, "serve", "--config", s.path("countersign.toml"))
-	cmd.Env = append(os.Environ(), "BREAKIN_SOCKET="+at)
-	b := &brokenInto{t: t, s: s, p: s.start(cmd)}
+	dir := t.TempDir() // where the daemon's user may make the socket
+	s.ok(os.Chmod(dir, 0o777))
+	at := filepath.Join(dir, "breakin")
+	b := &brokenInto{t: t, s: s, p: s.start(s.serving(program, "BREAKIN_SOCKET="+at))}
 	var err error
 	if b.conn, err = net.Dial("unix", at); err != nil {
 		t.Fatal(err)
@@ -188,7 +188,19 @@ func TestBrokenIntoDaemon(t *testing.T) {
 	if out, err := build.CombinedOutput(); err != nil {
 		t.Fatalf("%v\n%s", err, out)
 	}
-	s, keys := newSeparated(t)
+	t.Run("one user", func(t *testing.T) {
+		s, keys := newSeparated(t)
+		breakInto(t, s, program, keys)
+	})
+	t.Run("two users", func(t *testing.T) {
+		s, _ := newTwoUsers(t)
+		breakInto(t, s, program, s.path("keys"))
+	})
+}
+
+// breakInto runs system calls in a serving daemon of a system whose PIN and tokens are in the
+// folder keys.
+func breakInto(t *testing.T, s *system, program, keys string) {
 	folder, socket, port, _ := foreignThings(t)
 	tokens := filepath.Join(keys, "tokens")
 	if err := os.Link(filepath.Join(keys, "pin"), filepath.Join(keys, "file")); err != nil { // the name in the acts

@@ -154,9 +154,9 @@ type command struct {
 	text  string
 }
 
-// typists are the persons of the documents. countersign is the daemon's user, dave an auditor, shop
-// a peer, builds a receiver of webhooks, monitor a monitoring job, and signer signs updates.
-var typists = []string{"root", "countersign", "ann", "bob", "dave", "shop", "builds", "monitor", "signer"}
+// typists are the persons of the documents. dave is an auditor, shop a peer, builds a receiver of
+// webhooks, monitor a monitoring job, and signer signs updates.
+var typists = []string{"root", "ann", "bob", "dave", "shop", "builds", "monitor", "signer"}
 
 // serves is the beginning of a command that ends when the daemon does.
 const serves = "countersignd serve "
@@ -210,8 +210,8 @@ func readDocument(t *testing.T, path string) *document {
 					t.Errorf("%s: a command is on one line", c.place)
 				case strings.HasPrefix(c.text, "#"):
 					t.Errorf("%s: each person has a block", c.place)
-				case strings.HasPrefix(c.text, "countersignd ") && last.by != "countersign" && last.by != "signer":
-					t.Errorf("%s: the daemon's user types this, and not %s", c.place, last.by)
+				case strings.HasPrefix(c.text, "countersignd ") && last.by != "root" && last.by != "signer":
+					t.Errorf("%s: root types this, and not %s", c.place, last.by)
 				case strings.Contains(c.text, " operator first ") && last.by != "root":
 					t.Errorf("%s: root types this, and not %s", c.place, last.by)
 				case strings.HasPrefix(c.text, serves) && text(i+1) != "":
@@ -286,6 +286,9 @@ func (o *operations) setup(e *testscript.Env) error {
 		return err
 	}
 	w.paths = strings.NewReplacer("countersign-admin", group.Name,
+		// One user runs a script: see TestTwoUsers.
+		"user = \"countersign\"\n", "", "keys_user = \"countersign-keys\"\n", "",
+		"keys_socket = \"/run/countersign-keys/launcher.sock\"\n", "", "/var/lib/countersign-keys", e.WorkDir,
 		"/run/countersign", e.WorkDir, "/etc/countersign", e.WorkDir, "/var/lib/countersign", e.WorkDir,
 		"127.0.0.1:", w.address+":", "https://builds.example/", "http://"+w.address+":9000/")
 	e.Defer(func() { // ends the ssh-agent that a document's command has started
@@ -384,10 +387,12 @@ func (o *operations) doc(ts *testscript.TestScript, neg bool, args []string) {
 // script is the bash code of a block: its commands, apart from the daemon's, and the code that
 // keeps the shell's environment for the next block. A command that fails is named by its place.
 func (b *block) script(w *scriptState) string {
+	user := orPanic(user.Current()).Username // stands for all users of the documents
 	script := "trap 'echo \"$place: this command has failed\" >&2' ERR\n"
 	for _, c := range b.commands {
 		if !strings.HasPrefix(c.text, serves) {
-			folders := strings.NewReplacer("/run/countersign/", w.dir+"/", "/var/lib/countersign/", w.dir+"/")
+			folders := strings.NewReplacer("/run/countersign/", w.dir+"/", "/var/lib/countersign/", w.dir+"/",
+				"/var/lib/countersign-keys/", w.dir+"/", " countersign-keys ", " "+user+" ")
 			script += fmt.Sprintf("place=%q\n%s\n", c.place, folders.Replace(c.text))
 		}
 	}

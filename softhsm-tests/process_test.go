@@ -8,6 +8,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"strings"
 	"sync"
 	"syscall"
@@ -242,7 +243,7 @@ func TestStrangersFillNoLog(t *testing.T) {
 // hasCause reports whether the state has a cause with a code.
 func (s *system) hasCause(code string) bool {
 	s.t.Helper()
-	return strings.Contains(s.must("admin", "state"), code)
+	return regexp.MustCompile(`(?m)^cause +` + code + `\b`).MatchString(s.must("admin", "state"))
 }
 
 // serveTo serves with stderr to a file, which is closed in this process.

@@ -35,6 +35,7 @@ var bin string // the folder of the built commands
 
 func TestMain(m *testing.M) {
 	enterUnit()
+	callLauncher()
 	disktest.Serve() // returns at once, except in a child process that serves a test's FUSE disk
 	os.Exit(func() int {
 		dir, err := os.MkdirTemp("", "countersign-bin")
@@ -84,6 +85,7 @@ type system struct {
 	root         *operator // the first administrator
 	rootEnrolled bool
 	tapped       sync.Once
+	before       []string    // the command that starts the daemon: see newTwoUsers
 	api          *api.Client // signs in as root
 }
 
@@ -198,7 +200,8 @@ func (s *system) daemon(args ...string) (output string, code int) {
 	ctx, cancel := context.WithTimeout(s.t.Context(), time.Minute)
 	defer cancel()
 	args = append(args, "--config", s.path("countersign.toml"))
-	cmd := exec.CommandContext(ctx, filepath.Join(bin, "countersignd"), args...)
+	line := append(slices.Clone(s.before), append([]string{filepath.Join(bin, "countersignd")}, args...)...)
+	cmd := exec.CommandContext(ctx, line[0], line[1:]...)
 	out, err := cmd.CombinedOutput()
 	if ctx.Err() != nil {
 		s.t.Fatalf("countersignd %v did not end\n%s", args, out)
@@ -214,11 +217,17 @@ func (s *system) daemon(args ...string) (output string, code int) {
 // the first call.
 func (s *system) serve(environment ...string) *process {
 	s.t.Helper()
-	cmd := exec.Command(filepath.Join(bin, "countersignd"), "serve", "--config", s.path("countersign.toml"))
-	cmd.Env = append(os.Environ(), environment...)
-	p := s.start(cmd)
+	p := s.start(s.serving(filepath.Join(bin, "countersignd"), environment...))
 	s.enrolRoot()
 	return p
+}
+
+// serving returns the command that has a program serve.
+func (s *system) serving(program string, environment ...string) *exec.Cmd {
+	line := append(slices.Clone(s.before), program, "serve", "--config", s.path("countersign.toml"))
+	cmd := exec.Command(line[0], line[1:]...)
+	cmd.Env = append(os.Environ(), environment...)
+	return cmd
 }
 
 // start starts a daemon and waits for READY=1 on the notification socket, as systemd does.

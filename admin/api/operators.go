@@ -163,6 +163,15 @@ type Health struct {
 	Unattended bool    `json:"unattended" doc:"it starts unlocked"`
 	Nonces     *Nonces `json:"nonces,omitempty" doc:"for who is signed in"`
 	Alerts     []Alert `json:"alerts,omitempty" doc:"firing alerts, the gravest first; for who is signed in"`
+
+	KeyWorkers *KeyWorkers `json:"key_workers,omitempty" doc:"for who is signed in"`
+}
+
+// KeyWorkers says how far the key workers are apart from the daemon.
+type KeyWorkers struct {
+	User    int      `json:"user" doc:"the number of the user that they run as"`
+	OwnUser bool     `json:"own_user" doc:"the daemon has another user"`
+	Exposed []string `json:"exposed" doc:"PINs, tokens and journals that a daemon in other hands could read or change"`
 }
 
 // Nonces are the numbers of live nonces, by use.

@@ -415,6 +415,13 @@ func (t *tool) state(act maker) *cobra.Command {
 			for _, a := range h.Alerts {
 				showAlert(w, a)
 			}
+			if k := h.KeyWorkers; k != nil {
+				fmt.Fprintf(w, "key workers\trun as user %d, %s\n", k.User,
+					either(k.OwnUser, "who is not the daemon's", "as the daemon does: see keys_user"))
+				for _, what := range k.Exposed {
+					fmt.Fprintf(w, "\t%s: move one of them\n", what)
+				}
+			}
 			if n := h.Nonces; n != nil {
 				fmt.Fprintf(w, "nonces\t%d alive of %d: %d sign, %d verify (at most %d), %d own (%d reserved)\n",
 					n.Alive, n.Max, n.Signing, n.Verifying, n.VerifyingMax, n.Own, n.OwnReserved)

@@ -11,12 +11,13 @@ import (
 	"strings"
 	"syscall"
 
+	"countersign/internal/cause"
 	"countersign/internal/keystore"
 )
 
 // access returns what other users of the machine can read or change and must not: an error for each
-// file, as no restart heals it. A file that can't be looked at belongs to another user, such as
-// that of the key workers, and is left to the process of that user.
+// file, as no restart heals it. Where the key workers have a user of their own, launcherAccess
+// looks at the files of tokens.
 //
 //   - Nobody else reads the configuration (a URL may have a secret), the ledger's folder, PINs, and
 //     the folders with the state of tokens.
@@ -24,18 +25,7 @@ import (
 //     and what they are configured by, the policy, certificate authorities. Nobody else puts
 //     another socket into the place of the socket for operators, whose users send sign-ins there.
 func (c *Config) access(path string) (all []error) {
-	check := func(what, path string, rule func(what, path string) error) {
-		if path == "" {
-			return
-		}
-		absolute, err := filepath.Abs(path)
-		if err == nil {
-			err = rule(what, absolute)
-		}
-		if err != nil {
-			all = append(all, err)
-		}
-	}
+	check := collect(&all)
 	check("the configuration", path, unread)
 	check("the configuration", path, unchanged)
 	check("the folder of the ledger", filepath.Dir(c.Ledger), unread)
@@ -48,6 +38,44 @@ func (c *Config) access(path string) (all []error) {
 	for _, s := range c.Sinks {
 		check("sinks."+s.Name+".ca_file", s.CAFile, unchanged)
 	}
+	if c.keysUser == nil {
+		all = append(all, c.tokenAccess()...)
+	}
+	return all
+}
+
+// launcherAccess is access for the user of the key workers. The daemon's user must not change what
+// key workers obey.
+func (c *Config) launcherAccess(path string) (all []error) {
+	if c.keysUser == nil {
+		return nil
+	}
+	check := collect(&all)
+	check("the configuration", path, unread)
+	check("the configuration", path, unchanged)
+	check("journal.folder", c.Journal.Folder, unchanged)
+	return append(all, c.tokenAccess()...)
+}
+
+// collect returns a function that checks a path by a rule, and adds an error to all.
+func collect(all *[]error) func(what, path string, rule func(what, path string) error) {
+	return func(what, path string, rule func(what, path string) error) {
+		if path == "" {
+			return
+		}
+		absolute, err := filepath.Abs(path)
+		if err == nil {
+			err = rule(what, absolute)
+		}
+		if err != nil {
+			*all = append(*all, err)
+		}
+	}
+}
+
+// tokenAccess is access for the files of the tokens.
+func (c *Config) tokenAccess() (all []error) {
+	check := collect(&all)
 	for _, name := range slices.Sorted(maps.Keys(c.Tokens)) {
 		t, in := c.Tokens[name], "tokens."+name+"."
 		check(in+"pin_file", t.pinPath(), keystore.CheckSecret)
@@ -82,6 +110,14 @@ type part struct {
 // private reports that the file, or all that is in the folder, is closed to other users.
 func (p part) private() bool { return p.Mode().Perm()&0o077 == 0 && p.trusted() }
 
+// unread reports that other users can neither read the file nor enter the folder. A group of this
+// process may, if root alone decides who is in it and what is there.
+func (p part) unread() bool {
+	groups, _ := os.Getgroups() // of some systems with the effective one, of others without
+	ours := p.owner == 0 && slices.Contains(append(groups, os.Getegid()), p.group) && p.Mode().Perm()&0o020 == 0
+	return p.trusted() && p.Mode().Perm()&0o007 == 0 && (p.Mode().Perm()&0o070 == 0 || ours)
+}
+
 // trusted reports that the owner is root or this process's user.
 func (p part) trusted() bool { return p.owner == 0 || p.owner == os.Geteuid() }
 
@@ -113,22 +149,19 @@ func way(path string) (all []part) {
 }
 
 // unread returns an error if other users can read a file, or list a folder. A folder on the way
-// that is closed to other users is enough. The daemon's own group may read a file of root.
+// that is closed to other users is enough. A group of this process may read a file of root.
 func unread(what, path string) error {
 	parts := way(path)
-	if len(parts) == 0 || slices.ContainsFunc(parts, part.private) {
+	if len(parts) == 0 || slices.ContainsFunc(parts, part.unread) {
 		return nil
 	}
 	last := parts[len(parts)-1]
-	mode, ours := last.Mode().Perm(), last.owner == 0 && last.group == os.Getegid()
-	if mode&0o007 == 0 && (mode&0o070 == 0 || ours && mode&0o020 == 0) {
-		if last.trusted() {
-			return nil
-		}
+	if !last.trusted() {
 		return fmt.Errorf("%s: %s belongs to user %d; its owner must be root or user %d: chown %[4]d %[2]s",
 			what, path, last.owner, os.Geteuid())
 	}
-	return fmt.Errorf("%s: %s has mode %04o, so other users can read it: chmod go= %[2]s", what, path, mode)
+	return fmt.Errorf("%s: %s has mode %04o, so other users can read it: chmod go= %[2]s",
+		what, path, last.Mode().Perm())
 }
 
 // unchanged returns an error if other users can write to a file or a folder, or put another one
@@ -162,10 +195,29 @@ func below(path, folder string) bool {
 	return path != folder && strings.HasPrefix(path, strings.TrimSuffix(folder, "/")+"/")
 }
 
-// refuseAccess returns the errors of access as one of the configuration.
+// accessOfAll returns the errors of access, and those of the launcher.
+func (c *Config) accessOfAll(path string) []error {
+	all := c.access(path)
+	if c.launcher != nil {
+		for _, fault := range c.launcher.Faults() {
+			all = append(all, errors.New(fault))
+		}
+	}
+	return all
+}
+
+// refuseAccess returns the errors of accessOfAll as one of the configuration.
 func refuseAccess(path string, c Config) error {
-	if all := c.access(path); len(all) > 0 {
+	if all := c.accessOfAll(path); len(all) > 0 {
 		return configError{errors.Join(all...)}
 	}
 	return nil
+}
+
+// oneLineEach returns the texts of errors.
+func oneLineEach(all []error) (texts []string) {
+	for _, err := range all {
+		texts = append(texts, cause.Line(err.Error()))
+	}
+	return texts
 }

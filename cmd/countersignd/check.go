@@ -56,7 +56,7 @@ func check(
 ) error {
 	r := &report{stdout: stdout}
 	r.say("config", "ok: %s", path)
-	for _, err := range c.access(path) {
+	for _, err := range c.accessOfAll(path) {
 		r.fault("access", configError{err})
 	}
 	rules, err := policy.Load(c.Policy)
@@ -231,8 +231,13 @@ func (r *report) checkLedger(
 		confined = "the daemon is NOT WHOLLY confined on this kernel: " + strings.Join(missing, "; ")
 	}
 	r.say("sandbox", "%s", confined)
-	for _, secret := range c.exposed(rights) {
-		r.say("", "%s, which could read it: move one of them", secret)
+	users := "key workers have a user of their own, %d"
+	if c.launcher.User() == os.Geteuid() {
+		users = "key workers run as the daemon's user, %d: see user and keys_user"
+	}
+	r.say("users", users, c.launcher.User())
+	for _, what := range c.exposed(rights) {
+		r.say("", "%s, which could read or change it: move one of them", what)
 	}
 	r.say("listen", "ok: admin socket %s, and the addresses that this machine has", c.AdminSocket)
 }

@@ -194,6 +194,11 @@ func (c *Config) storageLine() verdict {
 		state = "unknown"
 		all = append(all, name+" is a PKCS#11 token: whether it is hardware, its vendor says")
 	}
+	if c.KeysUser == "" {
+		all = append(all, "one user has the daemon and the key workers: set user and keys_user")
+	} else {
+		all = append(all, "the key workers have the user "+c.KeysUser)
+	}
 	return verdict{state, strings.Join(all, "; ")}
 }
 

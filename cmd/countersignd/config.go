@@ -33,6 +33,21 @@ import (
 // field is an error with its line, and so is a name in another case. Relative paths of all fields
 // are relative to the directory of the file. A duration is a text with a unit: "10s", "5m", "7d".
 type Config struct {
+	// User is the name or number of the user that the daemon becomes when root starts it. Another
+	// user than root and this one can't start the daemon then. Default: none, and the daemon stays
+	// the user who starts it.
+	User string `toml:"user"`
+
+	// KeysUser is the user of the key workers, who alone needs access to PINs, tokens, the folders
+	// of TPMs and the journal. When root starts the daemon, the key workers become this user.
+	// Required with user. Default: the daemon's user. Danger: with one user for both, the daemon is
+	// kept from PINs and tokens by Landlock alone, and only if they are outside its folders.
+	KeysUser string `toml:"keys_user"`
+
+	// KeysSocket is the path of the Unix socket where the service manager starts key workers as
+	// keys_user, for a daemon that is not started by root. Default: none.
+	KeysSocket string `toml:"keys_socket"`
+
 	// Listen is the TCP address, host:port, of the listener for peers with the profile
 	// countersign-v1. Listen or listen_pubky is required. Each client on the network can make the
 	// token do two key exchanges for a handshake, at the rate of limits.handshakes. Bind the
@@ -168,8 +183,11 @@ type Config struct {
 
 	// The fields below are no settings.
 
-	digest   string             // SHA-256 of the file, hexadecimal
-	launcher *launcher.Launcher // starts the key workers; nil in the launcher itself
+	digest     string             // SHA-256 of the file, hexadecimal
+	launcher   *launcher.Launcher // starts the key workers; nil in the launcher itself
+	daemonUser *account           // of user; nil without it
+	keysUser   *account           // of keys_user; nil without it
+	startedBy  int                // the user who has started this process
 }
 
 // Webhook is a receiver of messages about rotations and alerts. A message is a POST with a body
@@ -310,8 +328,8 @@ type Traces struct {
 // Journal is the place and the size of the journals of the key workers, one for each token: a line
 // for each signature. countersign audit reconcile compares a journal with the audit log.
 type Journal struct {
-	// Folder is the folder of the journals. Default: LEDGER.journal. Without room in it, nothing is
-	// signed.
+	// Folder is the folder of the journals. Default: LEDGER.journal, beside the ledger; required
+	// with keys_user, who writes the journal. Without room in it, nothing is signed.
 	Folder string `toml:"folder"`
 	// FileMiB is the size in MiB from which a file is followed by another. Default: 64, some
 	// 300,000 signatures.
@@ -402,10 +420,10 @@ type Token struct {
 	Parameters string `toml:"parameters"`
 
 	// PINFile is the file with the user's PIN on one line, unless the URI has pin-source. The file
-	// must have mode 0600, or an ACL for the daemon's user alone, as a credential of systemd
-	// (LoadCredential) has. A refused PIN is not tried again until an operator's retry (countersign
-	// admin token retry). With a TPM the field is optional: new keys then need the PIN, and the TPM
-	// counts wrong PINs.
+	// must have mode 0600, or an ACL for the user of the key workers alone, as a credential of
+	// systemd (LoadCredential) has: such a file has the path $CREDENTIALS_DIRECTORY/NAME. A refused
+	// PIN is not tried again until an operator's retry (countersign admin token retry). With a TPM
+	// the field is optional: new keys then need the PIN, and the TPM counts wrong PINs.
 	PINFile string `toml:"pin_file"`
 
 	// Environment has variables for the key workers, which load the module. Many modules are
@@ -616,6 +634,10 @@ func loadConfig(path string) (Config, error) {
 	if _, err := c.adminGroup(); err != nil {
 		return Config{}, fmt.Errorf("config: %s: %w", path, err)
 	}
+	if err := c.lookUpUsers(); err != nil {
+		return Config{}, fmt.Errorf("config: %s: %w", path, err)
+	}
+	c.startedBy = os.Getuid()
 	return c, nil
 }
 
@@ -643,9 +665,11 @@ func parseConfig(path string, b []byte) (Config, error) {
 // resolve makes the paths of all fields relative to the directory of the file.
 func (c *Config) resolve(dir string) {
 	c.ImportFolder = cmp.Or(c.ImportFolder, ".")
-	c.Journal.Folder = cmp.Or(c.Journal.Folder, c.Ledger+".journal")
+	if c.KeysUser == "" {
+		c.Journal.Folder = cmp.Or(c.Journal.Folder, c.Ledger+".journal")
+	}
 	paths := []*string{
-		&c.AdminSocket, &c.Ledger, &c.Policy, &c.ImportFolder, &c.Journal.Folder, &c.Traces.HeadersFile,
+		&c.AdminSocket, &c.KeysSocket, &c.Ledger, &c.Policy, &c.ImportFolder, &c.Journal.Folder, &c.Traces.HeadersFile,
 		&c.Traces.CAFile,
 	}
 	switch {
@@ -670,15 +694,28 @@ func (c *Config) resolve(dir string) {
 		paths = append(paths, &c.Sinks[i].CAFile, &c.Sinks[i].File)
 	}
 	for _, p := range paths {
-		if *p != "" && !filepath.IsAbs(*p) {
+		if *p != "" && !filepath.IsAbs(*p) && !strings.HasPrefix(*p, credentials) {
 			*p = filepath.Join(dir, *p)
 		}
 	}
 	for _, t := range c.Tokens {
+		t.PINFile = credential(t.PINFile)
 		t.journal = journal.Config{
 			Folder: c.Journal.Folder, Size: int64(c.Journal.FileMiB) << 20, Files: c.Journal.Files,
 		}
 	}
+}
+
+// credentials is the beginning of the path of a credential of systemd, in the configuration.
+const credentials = "$CREDENTIALS_DIRECTORY/"
+
+// credential returns a path with the folder of the credentials that this process has. The process
+// of another unit, which has none, can't have the file.
+func credential(path string) string {
+	if name, is := strings.CutPrefix(path, credentials); is && os.Getenv("CREDENTIALS_DIRECTORY") != "" {
+		return filepath.Join(os.Getenv("CREDENTIALS_DIRECTORY"), name)
+	}
+	return path
 }
 
 // check checks the fields, and sets the names of default tokens.
@@ -692,6 +729,9 @@ func (c *Config) check() error {
 		}
 	}
 	if err := c.checkAddresses(); err != nil {
+		return err
+	}
+	if err := c.checkUsers(); err != nil {
 		return err
 	}
 	if _, err := c.logLevel(); err != nil {
@@ -955,6 +995,9 @@ func (t *Token) hsm() hsm.Config {
 		Parameters: t.Parameters,
 	}
 }
+
+// device names the token's device: a URI, or the path of a TPM.
+func (t *Token) device() string { return t.URI + t.TPM }
 
 // pinPath is the path of the PIN file, or "".
 func (t *Token) pinPath() string {

@@ -3,6 +3,7 @@ package main
 import (
 	"bufio"
 	"cmp"
+	"errors"
 	"fmt"
 	"maps"
 	"net"
@@ -220,23 +221,33 @@ func (c *Config) rights(path string, doors []*door, given sockets) sandbox.Right
 	return r
 }
 
-// exposed returns the secrets of tokens below the folders of the daemon, as one line each. The
-// rights of a folder hold for all that is below, so the daemon could read these secrets.
+// exposed returns what of the tokens the daemon could read or change, as one line each: secrets,
+// and the journal, below its folders. The rights of a folder hold for all that is below, apart from
+// what is closed to the daemon's user.
 func (c *Config) exposed(daemon sandbox.Rights) (all []string) {
 	for _, name := range slices.Sorted(maps.Keys(c.Tokens)) {
 		t := c.Tokens[name]
-		secrets := absolute(t.pinPath(), t.State)
+		secrets := []string{t.pinPath(), t.State}
 		if t.TPM == "" {
-			secrets = absolute(append(secrets, softHSMTokens(cmp.Or(t.Environment["SOFTHSM2_CONF"],
-				os.Getenv("SOFTHSM2_CONF"), "/etc/softhsm/softhsm2.conf")))...)
+			secrets = append(secrets, softHSMTokens(t.softHSMConf()))
 		}
-		for _, secret := range secrets {
-			for _, folder := range slices.Concat(daemon.Write, daemon.Read) {
-				if strings.HasPrefix(secret, folder+"/") && !slices.Contains(systemFiles, folder) {
-					all = append(all, fmt.Sprintf("%s of the token %s is below %s, a folder of the daemon",
-						secret, name, folder))
-					break
-				}
+		all = append(all, reached("of the token "+name, unix.R_OK, slices.Concat(daemon.Write, daemon.Read),
+			secrets...)...)
+	}
+	return append(all, reached("with the journal of the key workers", unix.W_OK, daemon.Write, c.Journal.Folder)...)
+}
+
+// reached returns the paths below folders to which this process's user has access, as one line
+// each. A path that does not exist yet may come.
+func reached(whose string, access uint32, folders []string, paths ...string) (all []string) {
+	for _, path := range absolute(paths...) {
+		if errors.Is(unix.Access(path, access), unix.EACCES) {
+			continue
+		}
+		for _, folder := range folders {
+			if below(path, folder) && !slices.Contains(systemFiles, folder) {
+				all = append(all, fmt.Sprintf("%s %s is below %s, a folder of the daemon", path, whose, folder))
+				break
 			}
 		}
 	}

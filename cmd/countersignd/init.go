@@ -21,7 +21,6 @@ import (
 	"countersign/internal/manage"
 	"countersign/internal/scrub"
 	"countersign/policy"
-	"countersign/tpm"
 )
 
 // initOptions are the flags of countersignd init.
@@ -89,7 +88,7 @@ func initialise(ctx context.Context, c Config, o initOptions, stdout, stderr io.
 	if err := p.app.Keys.Recover(ctx); err != nil {
 		return err
 	}
-	operator := audit.Operator(fmt.Sprintf("uid:%d", os.Getuid()))
+	operator := audit.Operator(fmt.Sprintf("uid:%d", c.startedBy))
 	if err := bind(ctx, p.app.Anchor, operator, stderr); err != nil {
 		return err
 	}
@@ -169,21 +168,14 @@ func makeToken(
 	ctx context.Context, c Config, name string, o initOptions, log *slog.Logger, stderr io.Writer,
 ) error {
 	t := c.Tokens[name]
-	if t.TPM != "" {
-		before := tpm.Provisioned(t.tpm())
-		if err := tpm.Provision(ctx, t.tpm()); err != nil {
-			return fmt.Errorf("token %s: %w", name, err)
-		}
-		if !before {
-			fmt.Fprintf(stderr, "prepared the TPM of the token %s, with its state in %s\n", name, t.State)
-		}
-		return nil
-	}
-	if !o.newToken {
+	if t.TPM == "" && !o.newToken {
 		return nil
 	}
 	made, err := newToken(ctx, c, name, log)
-	if made {
+	switch {
+	case made && t.TPM != "":
+		fmt.Fprintf(stderr, "prepared the TPM of the token %s, with its state in %s\n", name, t.State)
+	case made:
 		fmt.Fprintf(stderr, "created the token %s\n", t.URI)
 	}
 	return err

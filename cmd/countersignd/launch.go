@@ -15,6 +15,7 @@ import (
 	"syscall"
 
 	"countersign/internal/cause"
+	"countersign/internal/keystore/worker"
 	"countersign/internal/launcher"
 	"countersign/internal/sandbox"
 )
@@ -26,16 +27,45 @@ const launcherCommand = "launcher"
 // itself, and must find the same configuration. soPINFile is the security officer's PIN for a token
 // to be made, or "".
 func withLauncher(path, soPINFile string, c Config, do func(Config) error) error {
-	cmd := exec.Command("/proc/self/exe", launcherCommand, "--config", path, "--so-pin-file", soPINFile)
-	cmd.Args[0] = "countersignd"
-	cmd.Env, cmd.Stderr = withoutManager(os.Environ()), os.Stderr
-	l, err := launcher.New(cmd, c.digest)
+	l, err := c.startLauncher(path, soPINFile)
 	if err != nil {
 		return err
 	}
 	defer l.Close()
+	if err := c.become(); err != nil {
+		return err
+	}
 	c.launcher = l
 	return do(c)
+}
+
+// startLauncher starts the launcher as the user of the key workers: as a child process, if root
+// starts the daemon or if there is one user for both, and else at the socket of the service
+// manager.
+func (c *Config) startLauncher(path, soPINFile string) (*launcher.Launcher, error) {
+	is, root := os.Geteuid(), os.Geteuid() == 0
+	switch {
+	case c.keysUser == nil || root:
+	case is != c.daemonUser.uid:
+		return nil, configError{fmt.Errorf("user %d can't start the daemon of the user %s (%d): start it as root or "+
+			"as that user", is, c.User, c.daemonUser.uid)}
+	case c.KeysSocket == "":
+		return nil, configError{fmt.Errorf("only root can start key workers as the user %s (keys_user): "+
+			"start as root, or set keys_socket", c.KeysUser)}
+	case soPINFile != "":
+		return nil, configError{errors.New("--new-token: only root can have a token made: start init as root")}
+	default:
+		return launcher.Dial(c.KeysSocket, c.digest)
+	}
+	liftMemoryLimit() // which root may do, and which the key workers inherit
+	cmd := exec.Command("/proc/self/exe", launcherCommand, "--config", path, "--so-pin-file", soPINFile)
+	cmd.Args[0] = "countersignd"
+	cmd.Env, cmd.Stderr = withoutManager(os.Environ()), os.Stderr
+	if c.keysUser != nil {
+		cmd.SysProcAttr = &syscall.SysProcAttr{Credential: c.keysUser.credential()}
+		cmd.Env = append(cmd.Env, "HOME="+c.keysUser.home)
+	}
+	return launcher.New(cmd, c.digest)
 }
 
 // withoutLauncher returns a cause after the launcher's end.
@@ -56,12 +86,11 @@ func withoutManager(variables []string) []string {
 	})
 }
 
-// launch is the main function of the launcher, started by withLauncher.
+// launch is the main function of the launcher, started by withLauncher or by the service manager.
 func launch(path, soPINFile string) error {
 	if err := noCoreFiles(); err != nil {
 		return err
 	}
-	liftMemoryLimit() // before the launcher gives up its capabilities
 	ignoreSignals()
 	socket, err := socketOf(3)
 	if err != nil {
@@ -73,11 +102,20 @@ func launch(path, soPINFile string) error {
 		}
 	}
 	c, err := loadConfig(path)
+	if err == nil {
+		err = c.refuseCaller(socket)
+	}
 	if err != nil {
 		return errors.Join(err, launcher.Refuse(socket, err))
 	}
 	return launcher.Serve(socket, launcher.Config{
-		Digest: c.digest,
+		Digest: c.digest, Faults: oneLineEach(c.launcherAccess(path)),
+		PIN: func(token string) string {
+			if t := c.Tokens[token]; t != nil {
+				return worker.IdentifyPIN(token, t.device(), t.pinPath())
+			}
+			return ""
+		},
 		Most: func(token string) int {
 			if c.Tokens[token] == nil {
 				return 0
@@ -113,17 +151,20 @@ func (c *Config) workerCommand(s launcher.Start, soPINFile string) (*exec.Cmd, [
 	}
 	written := t.journal
 	written.Token = s.Token
-	d := device{Journal: &written}
+	d := device{Journal: &written, Make: s.Make}
 	// An error comes again when a key worker writes, and is told then.
 	os.MkdirAll(written.Folder, 0o700)
+	if s.Make && t.TPM != "" {
+		os.MkdirAll(t.State, 0o700) // the key worker has rights for what exists
+	}
 	if t.TPM != "" {
 		d.TPM = new(t.tpm())
 	} else {
 		d.HSM = new(t.hsm())
 	}
 	var secrets []string
-	if s.Make {
-		if soPINFile == "" || t.TPM != "" {
+	if s.Make && t.TPM == "" {
+		if soPINFile == "" {
 			return nil, nil, fmt.Errorf("launcher: the token %q is not to be made", s.Token)
 		}
 		d.SOPINFile = soPINFile

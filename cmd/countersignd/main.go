@@ -101,10 +101,10 @@ func run(ctx context.Context, args []string, stdout io.Writer, stderr *logqueue.
 			ctx, cancel := context.WithTimeout(cmd.Context(), startTime)
 			defer cancel()
 			return withConfig(configPath, func(c Config) error {
-				if err := refuseAccess(configPath, c); err != nil {
-					return err
-				}
 				return withLauncher(configPath, making.soPINFile, c, func(c Config) error {
+					if err := refuseAccess(configPath, c); err != nil {
+						return err
+					}
 					return initialise(ctx, c, making, stdout, stderr)
 				})
 			})
@@ -131,10 +131,10 @@ func run(ctx context.Context, args []string, stdout io.Writer, stderr *logqueue.
 				return configError{err}
 			}
 			err = withConfig(configPath, func(c Config) error {
-				if err := refuseAccess(configPath, c); err != nil {
-					return err
-				}
 				return withLauncher(configPath, "", c, func(c Config) error {
+					if err := refuseAccess(configPath, c); err != nil {
+						return err
+					}
 					return serve(cmd.Context(), configPath, c, listeners, stderr, reload)
 				})
 			})

@@ -51,7 +51,7 @@ func reload(path string, started Config, level *logline.Level, app *appliance.Ap
 	level.Configure(now)
 	offerPolicy(started.Policy, app, log)
 	started.LogLevel = c.LogLevel
-	c.launcher, c.digest = started.launcher, started.digest // which are no settings
+	c.launcher, c.digest, c.startedBy = started.launcher, started.digest, started.startedBy // which are no settings
 	log.Warn("reload: the configuration was read", "log_level", now.String(), "log_level_changed", now != was,
 		"other_changes_need_a_restart", !reflect.DeepEqual(started, c))
 }

@@ -88,9 +88,11 @@ func serve(
 	waiting := waits{doors: ready.doors}
 	waiting.set(ready.missing)
 	notifications := &notifier{log: log}
-	for _, secret := range exposed {
-		log.Warn("the daemon could read a secret of a token: move one of them", "secret", secret)
+	for _, what := range exposed {
+		log.Warn("the daemon could read or change what is of the key workers alone: move one of them", "what", what)
 	}
+	workers := admin.KeyWorkers{User: c.launcher.User(), OwnUser: c.launcher.User() != os.Geteuid(),
+		Exposed: append([]string{}, exposed...)}
 	incomplete := unconfined(lacks)
 	for _, u := range incomplete {
 		log.Warn("a process is not confined as intended", "of", u.Subject, "missing", u.Text)
@@ -99,6 +101,8 @@ func serve(
 		for name, lacks := range lacks {
 			s.Set(meter.Sandbox, float64(len(lacks)), name)
 		}
+		s.Set(meter.OneUser, count(!workers.OwnUser))
+		s.Set(meter.Exposed, float64(len(exposed)))
 	})
 	p.app.Report(func() []cause.Cause {
 		return slices.Concat(waiting.causes(), unreadLog(lines.to), notifications.causes(), warning(ready.certs),
@@ -134,7 +138,7 @@ func serve(
 	}
 	host := net.JoinHostPort(c.AdminName, c.httpsPort())
 	api := admin.New(admin.Config{
-		Appliance: p.app, Operators: registry, Meter: p.meter, History: past, Group: ready.group,
+		Appliance: p.app, KeyWorkers: workers, Operators: registry, Meter: p.meter, History: past, Group: ready.group,
 		Level: inForce, Log: log,
 		LoadPolicy:   func() (*policy.Policy, error) { return policy.Load(c.Policy) },
 		ErrorLog:     stdlog.New(logqueue.Printer{Log: log, Message: "the admin API's HTTP server"}, "", 0),
@@ -285,4 +289,12 @@ func noCoreFiles() error {
 		return fmt.Errorf("no core files: %w", err)
 	}
 	return nil
+}
+
+// count is 1 for true.
+func count(is bool) float64 {
+	if is {
+		return 1
+	}
+	return 0
 }

@@ -50,8 +50,8 @@ func openToken(
 	return pool, nil
 }
 
-// newToken has a key worker initialise a PKCS#11 token, and reports whether the token was missing.
-// The module has the token's environment, and its output goes to the log.
+// newToken has a key worker initialise a PKCS#11 token or the folder of a TPM, and reports whether
+// the token was missing. A module has the token's environment, and its output goes to the log.
 func newToken(ctx context.Context, c Config, name string, log *slog.Logger) (made bool, err error) {
 	t := c.Tokens[name]
 	config := c.workers(name, launcher.Start{Token: name, Make: true}, log)
@@ -92,7 +92,8 @@ func (c *Config) workers(name string, what launcher.Start, log *slog.Logger) wor
 	return worker.Config{
 		Name: name, Workers: t.Workers, Spread: t.Spread, InFlight: inFlight, Memory: t.MemoryMiB << 20,
 		Deadline: t.Deadline.std(), Log: log,
-		PINPerKey: t.TPM != "", PINFile: t.pinPath(), Device: t.URI + t.TPM, Memo: t.memo, Retry: t.retry,
+		PINPerKey: t.TPM != "", PINFile: t.pinPath(), Memo: t.memo, Retry: t.retry,
+		IdentifyPIN: func() string { return c.launcher.PIN(name) },
 		Start: func(_ int, seedFile string, socket, stderr *os.File) (worker.Process, error) {
 			what := what
 			what.Seed = seedFile
@@ -202,7 +203,8 @@ type device struct {
 	HSM *hsm.Config `json:"hsm,omitempty"`
 	TPM *tpm.Config `json:"tpm,omitempty"`
 
-	SOPINFile string `json:"so_pin_file,omitempty"` // of the token that HSM is to become first
+	Make      bool   `json:"make"`                  // the token first: HSM with SOPINFile, or the folder of a TPM
+	SOPINFile string `json:"so_pin_file,omitempty"` // the file with the PIN of the security officer
 
 	Journal *journal.Config `json:"journal,omitempty"` // of the token's key workers
 
@@ -239,7 +241,7 @@ func (d device) open(ctx context.Context, gate worker.LogIn) (keystore.Store, in
 		// Go reuses the processor of a thread that waits in C only after a while. So each session
 		// has a processor, and two are left for other goroutines.
 		runtime.GOMAXPROCS(d.HSM.Sessions + 2)
-		if d.SOPINFile != "" {
+		if d.Make {
 			if err := hsm.InitToken(ctx, *d.HSM, d.SOPINFile); err != nil {
 				return nil, 0, err
 			}
@@ -248,6 +250,15 @@ func (d device) open(ctx context.Context, gate worker.LogIn) (keystore.Store, in
 		return store, d.HSM.Sessions, err
 	case d.TPM != nil:
 		d.TPM.LogIn = gate
+		if d.Make {
+			before := tpm.Provisioned(*d.TPM)
+			if err := tpm.Provision(ctx, *d.TPM); err != nil {
+				return nil, 0, err
+			}
+			if before {
+				return nil, 0, keystore.ErrExists
+			}
+		}
 		store, err := tpm.Open(ctx, *d.TPM)
 		return store, runtime.GOMAXPROCS(0), err
 	}

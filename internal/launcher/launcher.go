@@ -29,34 +29,38 @@ import (
 // maxPacket is the largest packet in bytes. A path has at most 4096, and JSON at most 6 for each.
 const maxPacket = 32 << 10
 
-// request is a packet of the daemon. Start has two descriptors: the worker's socket and stderr. A
-// request with neither Start nor Kill is refused.
+// request is a packet of the daemon, with one of Start, Kill and PIN. Start has two descriptors:
+// the worker's socket and stderr.
 type request struct {
 	ID    uint64 `json:"id"`              // of the worker: chosen by the daemon, larger than each before
 	Start *Start `json:"start,omitempty"` // start a worker
 	Kill  bool   `json:"kill,omitempty"`  // kill the worker
+	PIN   string `json:"pin,omitempty"`   // say which state the PIN file of this token has; ID is new, too
 }
 
 // Start says which worker to start.
 type Start struct {
 	Token string `json:"token"`      // a token of the configuration
 	Seed  string `json:"seed"`       // a seed file that the worker may read, or ""
-	Make  bool   `json:"make_token"` // the worker makes the PKCS#11 token first: countersignd init
+	Make  bool   `json:"make_token"` // the worker makes the token first: countersignd init
 }
 
 // answer is a packet of the launcher. One answer to Start has PID or Err. After PID comes one
-// answer with Ended.
+// answer with Ended. One answer to PIN has Digest.
 type answer struct {
-	ID    uint64 `json:"id"`
-	PID   int    `json:"pid,omitempty"` // with one descriptor, /proc/PID/statm, or none
-	Err   string `json:"error,omitempty"`
-	Ended string `json:"ended,omitempty"` // how the process has ended, such as "signal: killed"
+	ID     uint64 `json:"id"`
+	PID    int    `json:"pid,omitempty"` // with one descriptor, /proc/PID/statm, or none
+	Err    string `json:"error,omitempty"`
+	Ended  string `json:"ended,omitempty"`  // how the process has ended, such as "signal: killed"
+	Digest string `json:"digest,omitempty"` // of the state of a PIN file
 }
 
 // hello is the launcher's first packet.
 type hello struct {
-	Digest string `json:"digest"` // of the configuration, as Serve got it
-	Err    string `json:"error,omitempty"`
+	Digest string   `json:"digest"` // of the configuration, as Serve got it
+	User   int      `json:"user"`   // of the launcher and its workers
+	Faults []string `json:"faults,omitempty"`
+	Err    string   `json:"error,omitempty"`
 }
 
 // ErrEnded is the error of each call after the launcher's end.
@@ -65,13 +69,15 @@ var ErrEnded = errors.New("the launcher of the key workers has ended")
 // Launcher is the daemon's side. The methods are for any number of callers.
 type Launcher struct {
 	conn  *net.UnixConn
-	cmd   *exec.Cmd
+	first hello
+	wait  func() error  // for the process's end, if it is a child
 	ended chan struct{} // closed with why set
 	why   error
 
 	mu      sync.Mutex
-	lastID  uint64              // under mu
-	workers map[uint64]*process // under mu: not ended yet; nil after the launcher's end
+	lastID  uint64                 // under mu
+	workers map[uint64]*process    // under mu: not ended yet; nil after the launcher's end
+	asked   map[uint64]chan string // under mu: requests with PIN without an answer yet; each has room for one
 }
 
 // process is a worker as the daemon sees it.
@@ -94,40 +100,85 @@ func New(cmd *exec.Cmd, digest string) (*Launcher, error) {
 	}
 	ours, theirs := os.NewFile(uintptr(fds[0]), "launcher"), os.NewFile(uintptr(fds[1]), "launcher")
 	defer theirs.Close()
-	l := &Launcher{cmd: cmd, ended: make(chan struct{}), workers: map[uint64]*process{}}
-	l.conn, err = fileConn(ours)
+	conn, err := fileConn(ours)
 	ours.Close() // or the launcher would not see the end of the connection
 	if err != nil {
 		return nil, err
 	}
 	cmd.ExtraFiles = []*os.File{theirs}
-	cmd.SysProcAttr = &syscall.SysProcAttr{
-		Setpgid: true, // Ctrl-C at the terminal is for the daemon only
-		// The end of the socket ends the launcher, too. A confined daemon can't send signals.
-		Pdeathsig: syscall.SIGKILL,
+	if cmd.SysProcAttr == nil {
+		cmd.SysProcAttr = new(syscall.SysProcAttr)
 	}
+	cmd.SysProcAttr.Setpgid = true // Ctrl-C at the terminal is for the daemon only
+	// The end of the socket ends the launcher, too: a confined daemon can't send signals, and the
+	// kernel sends none to another user's process.
+	cmd.SysProcAttr.Pdeathsig = syscall.SIGKILL
 	if err := worker.OnStarterThread(cmd.Start); err != nil {
-		l.conn.Close()
+		conn.Close()
 		return nil, fmt.Errorf("launcher: %w", err)
 	}
 	theirs.Close() // or the launcher's end would not be seen
-	var first hello
-	_, err = receive(l.conn, &first, 0)
+	return begin(conn, cmd.Wait, digest)
+}
+
+// Dial connects to a socket where the service manager starts a launcher for each connection, and
+// waits until the launcher is ready. For digest see New.
+func Dial(path, digest string) (*Launcher, error) {
+	conn, err := net.DialUnix("unixpacket", nil, &net.UnixAddr{Net: "unixpacket", Name: path})
+	if err != nil {
+		return nil, fmt.Errorf("launcher: %w; systemctl start countersignd-keys.socket", err)
+	}
+	return begin(conn, func() error { return nil }, digest)
+}
+
+// begin reads the launcher's first packet.
+func begin(conn *net.UnixConn, wait func() error, digest string) (*Launcher, error) {
+	l := &Launcher{
+		conn: conn, wait: wait, ended: make(chan struct{}),
+		workers: map[uint64]*process{}, asked: map[uint64]chan string{},
+	}
+	_, err := receive(conn, &l.first, 0)
 	switch {
 	case err != nil:
 		err = ErrEnded
-	case first.Err != "":
-		err = errors.New(first.Err)
-	case first.Digest != digest:
+	case l.first.Err != "":
+		err = errors.New(l.first.Err)
+	case l.first.Digest != digest:
 		err = errors.New("launcher: the configuration has changed during the start; start again")
 	}
 	if err != nil {
-		l.conn.Close()
-		cmd.Wait()
+		conn.Close()
+		wait()
 		return nil, err
 	}
 	go l.read()
 	return l, nil
+}
+
+// User returns the user of the launcher and its workers.
+func (l *Launcher) User() int { return l.first.User }
+
+// Faults returns what the launcher has found wrong with the files of the tokens.
+func (l *Launcher) Faults() []string { return l.first.Faults }
+
+// PIN returns the digest of the state of a token's PIN file, or "" after the launcher's end.
+func (l *Launcher) PIN(token string) string {
+	answer := make(chan string, 1)
+	l.mu.Lock()
+	l.lastID++
+	id := l.lastID
+	l.asked[id] = answer
+	err := send(l.conn, request{ID: id, PIN: token})
+	l.mu.Unlock()
+	if err != nil {
+		return ""
+	}
+	select {
+	case digest := <-answer:
+		return digest
+	case <-l.ended:
+		return ""
+	}
 }
 
 // Ended returns a channel that is closed at the launcher's end. No worker outlives the launcher.
@@ -183,7 +234,7 @@ func (l *Launcher) forget(id uint64) *process {
 func (l *Launcher) read() {
 	err := l.readAnswers()
 	l.conn.Close() // an answer that is none ends the launcher
-	if ended := l.cmd.Wait(); ended != nil {
+	if ended := l.wait(); ended != nil {
 		err = ended
 	}
 	l.mu.Lock()
@@ -209,6 +260,12 @@ func (l *Launcher) readAnswers() error {
 			return err
 		}
 		l.mu.Lock()
+		if asked := l.asked[a.ID]; asked != nil && a.Digest != "" && len(files) == 0 {
+			delete(l.asked, a.ID)
+			l.mu.Unlock()
+			asked <- a.Digest
+			continue
+		}
 		p := l.workers[a.ID]
 		inTurn := p != nil && (p.pid != 0) == (a.Ended != "") && (a.PID > 0 || a.Err != "" || a.Ended != "")
 		if inTurn && a.PID == 0 {

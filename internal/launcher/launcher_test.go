@@ -2,10 +2,13 @@ package launcher
 
 import (
 	"errors"
+	"fmt"
 	"io"
 	"net"
 	"os"
 	"os/exec"
+	"path/filepath"
+	"strconv"
 	"strings"
 	"sync"
 	"syscall"
@@ -28,7 +31,13 @@ func TestMain(m *testing.M) {
 	case "launcher":
 		err := Serve(os.NewFile(3, "socket"), Config{
 			Digest: "digest", Enter: func() error { return nil },
-			Most: func(string) int { return 2 },
+			Most: func(string) int { return 2 }, Faults: []string{"a fault"},
+			PIN: func(token string) string {
+				if token != "known" {
+					return ""
+				}
+				return "state of a PIN file"
+			},
 			Command: func(s Start) (*exec.Cmd, []byte, error) {
 				if s.Token != "known" {
 					return nil, nil, errors.New("no such token")
@@ -188,6 +197,7 @@ func TestRefusals(t *testing.T) {
 func TestRubbish(t *testing.T) {
 	for what, packet := range map[string]string{
 		"no JSON": "start", "an unknown field": `{"id":9,"kill":true,"command":"sh"}`, "neither": `{"id":9}`,
+		"a PIN of no token": `{"id":9,"pin":"other"}`, "a kill and a PIN": `{"id":9,"kill":true,"pin":"known"}`,
 		"a start without descriptors": `{"id":9,"start":{"token":"known"}}`,
 		"both":                        `{"id":9,"kill":true,"start":{"token":"known"}}`,
 		"twice the same field":        `{"id":9,"kill":true,"kill":true}`,
@@ -231,7 +241,15 @@ func TestNumberOfBefore(t *testing.T) {
 func TestLauncherKilled(t *testing.T) {
 	l := start(t, "launcher")
 	p, _, _ := startWorker(t, l, Start{Token: "known"})
-	l.cmd.Process.Kill()
+	stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", p.PID()))
+	if err != nil {
+		t.Fatal(err)
+	}
+	parent, err := strconv.Atoi(strings.Fields(string(stat))[3])
+	if err != nil {
+		t.Fatal(err)
+	}
+	syscall.Kill(parent, syscall.SIGKILL)
 	<-l.Ended()
 	if err := p.Wait(); !errors.Is(err, ErrEnded) || !strings.Contains(err.Error(), "signal: killed") {
 		t.Errorf("the worker's end: %v", err)
@@ -270,4 +288,76 @@ func TestRefusedStart(t *testing.T) {
 	if _, err := New(cmd, "another"); err == nil || !strings.Contains(err.Error(), "has changed during the start") {
 		t.Errorf("%v", err)
 	}
+}
+
+// TestPIN asks for the state of a PIN file, before and after the launcher's end.
+func TestPIN(t *testing.T) {
+	l := start(t, "launcher")
+	for range 3 {
+		if got := l.PIN("known"); got != "state of a PIN file" {
+			t.Errorf("the state is %q", got)
+		}
+	}
+	startWorker(t, l, Start{Token: "known"})
+	if got := l.PIN("other"); got != "" {
+		t.Errorf("the state of no file is %q", got)
+	}
+	<-l.Ended()
+	if got := l.PIN("known"); got != "" {
+		t.Errorf("the state is %q after the launcher's end", got)
+	}
+}
+
+// TestDial connects to a socket with a launcher for each connection, as the service manager has it.
+func TestDial(t *testing.T) {
+	at := filepath.Join(t.TempDir(), "socket")
+	if _, err := Dial(at, "digest"); err == nil || !strings.Contains(err.Error(), "countersignd-keys.socket") {
+		t.Errorf("without a socket: %v", err)
+	}
+	socket, err := net.ListenUnix("unixpacket", &net.UnixAddr{Net: "unixpacket", Name: at})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer socket.Close()
+	ends := make(chan error, 2)
+	go func() {
+		for range cap(ends) {
+			conn, err := socket.AcceptUnix()
+			if err != nil {
+				ends <- err
+				return
+			}
+			file, err := conn.File()
+			conn.Close()
+			if err != nil {
+				ends <- err
+				return
+			}
+			cmd := exec.Command("/proc/self/exe")
+			cmd.Env = append(os.Environ(), role+"=launcher")
+			cmd.ExtraFiles = []*os.File{file}
+			err = cmd.Start()
+			file.Close()
+			go func() { ends <- errors.Join(err, cmd.Wait()) }()
+		}
+	}()
+	l, err := Dial(at, "digest")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if l.User() != os.Geteuid() || len(l.Faults()) != 1 {
+		t.Errorf("the user is %d, the faults %q", l.User(), l.Faults())
+	}
+	p, _, _ := startWorker(t, l, Start{Token: "known"})
+	l.Close()
+	if err := <-ends; err != nil {
+		t.Errorf("the launcher's end: %v", err)
+	}
+	if p.Wait(); alive(p.PID()) {
+		t.Error("the worker has outlived its launcher")
+	}
+	if _, err := Dial(at, "another"); err == nil || !strings.Contains(err.Error(), "has changed during the start") {
+		t.Errorf("%v", err)
+	}
+	<-ends
 }

@@ -18,6 +18,10 @@ import (
 // Config is the launcher's configuration.
 type Config struct {
 	Digest string // of the configuration; New compares it
+	// Faults are what is wrong with the files of the tokens, one line each, for Launcher.Faults.
+	Faults []string
+	// PIN returns the digest of the state of a token's PIN file, or "" for no token.
+	PIN func(token string) string
 	// Command makes the command of a worker, and the worker's configuration, which the worker reads
 	// from descriptor 4. An error refuses the worker.
 	Command func(Start) (cmd *exec.Cmd, config []byte, err error)
@@ -44,7 +48,7 @@ func Serve(socket *os.File, c Config) error {
 	}
 	socket.Close()
 	defer conn.Close()
-	first := hello{Digest: c.Digest}
+	first := hello{Digest: c.Digest, User: os.Geteuid(), Faults: c.Faults}
 	if err = c.Enter(); err != nil {
 		first.Err = err.Error()
 	}
@@ -93,10 +97,17 @@ func (s *server) serve() error {
 			return err
 		}
 		switch {
-		case r.Start != nil && !r.Kill && r.ID > lastID && len(files) == 2:
+		case r.Start != nil && !r.Kill && r.PIN == "" && r.ID > lastID && len(files) == 2:
 			lastID = r.ID
 			err = s.start(r.ID, *r.Start, files[0], files[1])
-		case r.Kill && r.Start == nil && len(files) == 0:
+		case r.PIN != "" && r.Start == nil && !r.Kill && r.ID > lastID && len(files) == 0:
+			lastID = r.ID
+			if digest := s.PIN(r.PIN); digest != "" {
+				err = send(s.conn, answer{ID: r.ID, Digest: digest})
+			} else {
+				err = errPacket // the daemon and the launcher have one configuration
+			}
+		case r.Kill && r.Start == nil && r.PIN == "" && len(files) == 0:
 			s.mu.Lock()
 			if c, lives := s.children[r.ID]; lives { // an end and a kill may cross
 				c.Kill()

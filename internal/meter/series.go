@@ -204,6 +204,10 @@ var (
 	Sandbox = define(Gauge, "sandbox_missing",
 		"Parts of the confinement of the daemon, or of a token's key workers, that this kernel lacks.",
 		Label{Name: "process", Most: 33})
+	OneUser = define(Gauge, "key_workers_one_user",
+		"1 if the key workers run as the daemon's user, who then can read PINs and tokens unless Landlock forbids it.")
+	Exposed = define(Gauge, "key_workers_exposed",
+		"PINs, folders of tokens and journals that a daemon in other hands could read or change.")
 	Build = define(Gauge, "build_info", "1, with the version of the daemon and of Go.",
 		Label{Name: "version", Most: 1}, Label{Name: "go", Most: 1})
 )

@@ -135,7 +135,14 @@ func (p *Pool) Retry() {
 // at two probes: the file may be written in steps.
 func (p *Pool) watchPINFile() {
 	p.mu.Lock()
-	changed := p.authErr != nil && p.refusal.changed()
+	refused := p.authErr != nil && p.refusal.pinFile != ""
+	p.mu.Unlock()
+	if !refused {
+		return
+	}
+	now := p.refusal.identify()
+	p.mu.Lock()
+	changed := p.authErr != nil && p.refusal.changed(now)
 	p.mu.Unlock()
 	if changed {
 		p.config.Log.Info("the PIN file has changed: a login is tried", "token", p.config.Name)

@@ -27,10 +27,11 @@ import (
 
 // refusal is the file of one token.
 type refusal struct {
-	path, token, device, pinFile string
-	tried                        string // the digest before the last login
-	refused                      string // the digest of the refused PIN file, or ""
-	seen                         string // the digest at the last call of changed
+	path, pinFile string
+	identify      func() string // IdentifyPIN, where the PIN file can be looked at; may wait
+	tried         string        // the digest before the last login
+	refused       string        // the digest of the refused PIN file, or ""
+	seen          string        // the digest at the last call of changed
 }
 
 // memo is the content of the file.
@@ -41,21 +42,21 @@ type memo struct {
 }
 
 func newRefusal(c Config) refusal {
-	r := refusal{path: c.Memo, token: c.Name, device: c.Device, pinFile: c.PINFile}
-	if c.PINFile == "" {
-		r.path = "" // nothing can be tried again
+	if c.PINFile == "" { // nothing can be tried again
+		return refusal{identify: func() string { return "" }}
 	}
-	return r
+	return refusal{path: c.Memo, pinFile: c.PINFile, identify: c.IdentifyPIN}
 }
 
-// identify gives the digest of the token and the PIN file: SHA-256 of the device's name and of the
-// file's path, file system, inode, size and times. The content is not read. A file that can't be
-// looked at has a digest too, since another state of the file has another one.
-func (r *refusal) identify() string {
+// IdentifyPIN gives the digest of a token and its PIN file: SHA-256 of the names of the token and
+// of its device, which is a URI or the path of a TPM, and of the file's path, file system, inode,
+// size and times. The content is not read. A file that can't be looked at has a digest too, since
+// another state of the file has another one.
+func IdentifyPIN(token, device, pinFile string) string {
 	var st syscall.Stat_t
-	err := syscall.Stat(r.pinFile, &st)
+	err := syscall.Stat(pinFile, &st)
 	sum := sha256.Sum256(fmt.Appendf(nil, "countersign: a refused PIN\x00%q %q %q %v %d %d %d %d %d",
-		r.token, r.device, r.pinFile, err, st.Dev, st.Ino, st.Size, st.Mtim.Nano(), st.Ctim.Nano()))
+		token, device, pinFile, err, st.Dev, st.Ino, st.Size, st.Mtim.Nano(), st.Ctim.Nano()))
 	return hex.EncodeToString(sum[:])
 }
 
@@ -114,12 +115,9 @@ func (r *refusal) forget() error {
 	return durable.Sync(filepath.Dir(r.path))
 }
 
-// changed reports that the PIN file is another than the refused one, at two calls in a row.
-func (r *refusal) changed() bool {
-	if r.pinFile == "" {
-		return false
-	}
-	now := r.identify()
+// changed reports that the PIN file, whose digest is now, is another than the refused one, at two
+// calls in a row.
+func (r *refusal) changed(now string) bool {
 	settled := now == r.seen
 	r.seen = now
 	return settled && now != r.refused

@@ -49,8 +49,10 @@ type Config struct {
 	PINPerKey bool
 
 	PINFile string // path of the PIN, or "" for a device without one; the pool never reads the file
-	Device  string // names the device in remembered refusals: its URI, or the path of a TPM
-	Memo    string // path of the file that remembers a refused PIN across restarts (refusal.go), or ""
+	// IdentifyPIN names the device and the state of PINFile, as the function IdentifyPIN does. The
+	// pool itself may have no access to the file. Required with PINFile.
+	IdentifyPIN func() string
+	Memo        string // path of the file that remembers a refused PIN across restarts (refusal.go), or ""
 	// Retry has Open forget a refused PIN, and permits one login on the last try, as Pool.Retry:
 	// the word of an operator.
 	Retry bool

@@ -1185,14 +1185,16 @@ func TestRefusalIsRemembered(t *testing.T) {
 	}
 	write()
 	memo := filepath.Join(h.dir, "memo")
+	device := "pkcs11:token=test"
 	open := func(what string, logins int, change func(c *Config)) {
 		t.Helper()
 		before := h.count("login")
 		_, err := Open(h.within(bound), h.config(func(c *Config) {
-			c.PINFile, c.Memo, c.Device = pin, memo, "pkcs11:token=test"
+			c.PINFile, c.Memo = pin, memo
 			if change != nil {
 				change(c)
 			}
+			c.IdentifyPIN = func() string { return IdentifyPIN(c.Name, device, pin) }
 		}), true)
 		if !errors.Is(err, keystore.ErrAuth) {
 			t.Errorf("%s: %v, want %v", what, err, keystore.ErrAuth)
@@ -1206,7 +1208,8 @@ func TestRefusalIsRemembered(t *testing.T) {
 		open("again", 0, nil)
 	}
 	open("another token", 1, func(c *Config) { c.Name, c.Memo = "other", memo+".other" })
-	open("another device", 1, func(c *Config) { c.Device = "pkcs11:token=other" })
+	open("another device", 1, func(*Config) { device = "pkcs11:token=other" })
+	device = "pkcs11:token=test"
 	open("the first device once more", 1, nil) // one refusal is remembered for each token
 	write()
 	open("another PIN file", 1, nil)
@@ -1227,7 +1230,10 @@ func TestRefusalIsRemembered(t *testing.T) {
 		t.Errorf("files are left: %v, %v", left, err)
 	}
 	nowhere := func(c *Config) { c.Memo = filepath.Join(h.dir, "none", "memo") }
-	_, err := Open(h.within(bound), h.config(func(c *Config) { c.PINFile = pin; nowhere(c) }), true)
+	_, err := Open(h.within(bound), h.config(func(c *Config) {
+		c.PINFile, c.IdentifyPIN = pin, func() string { return IdentifyPIN(c.Name, device, pin) }
+		nowhere(c)
+	}), true)
 	if !errors.Is(err, keystore.ErrAuth) || !strings.Contains(err.Error(), "can't be written") {
 		t.Errorf("a folder that takes no file: %v", err)
 	}
@@ -1243,6 +1249,7 @@ func TestCorrectedPINFile(t *testing.T) {
 		dir := t.TempDir()
 		pin = filepath.Join(dir, "pin")
 		c.PINFile, c.Memo, c.Deadline = pin, filepath.Join(dir, "memo"), time.Second
+		c.IdentifyPIN = func() string { return IdentifyPIN(c.Name, "", pin) }
 	})
 	h.inject("login.always", keystore.ErrAuth.Error())
 	for _, pid := range h.pids() {
