@@ -49,7 +49,7 @@ func TestEverySeriesIsServed(t *testing.T) {
 	for _, s := range meter.All {
 		elsewhere := []*meter.Series{
 			meter.Proposals, meter.Sessions, meter.ProofsRefused, meter.WorkerUp, meter.WorkerCalls, meter.WorkerErrors,
-			meter.WorkerRestarts, meter.WorkerSuccess, meter.WorkerMemory, meter.Sandbox,
+			meter.WorkerRestarts, meter.WorkerSuccess, meter.WorkerMemory, meter.Sandbox, meter.OneUser, meter.Exposed,
 		}
 		if !slices.Contains(elsewhere, s) && !strings.Contains(string(body), "# TYPE "+s.Name+" "+string(s.Kind)+"\n") {
 			t.Errorf("%s is not served", s.Name)
