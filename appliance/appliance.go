@@ -112,7 +112,9 @@ type Appliance struct {
 	Keys   *keyring.Ring
 	Peers  *peers.Registry
 	Anchor *anchor.Anchor
-	Alerts *alert.Engine // the caller of Start runs Alerts.Run beside Serve
+	// Alerts are run by the caller of Start beside Serve. A caller that ends without Stop calls
+	// Alerts.Ended.
+	Alerts *alert.Engine
 
 	limits   Limits
 	attended bool
@@ -262,7 +264,7 @@ func (a *Appliance) Start(ctx context.Context) error {
 		return err
 	}
 	a.monitor.Start(ctx, a.record, a.Keys.RetryNow)
-	return a.recordInTime(audit.NewStarted())
+	return a.recordInTime(audit.NewStarted(), a.Alerts.Begin)
 }
 
 // Stop writes the event Stopped. Serve must have ended, so every admission has been settled.
@@ -284,7 +286,7 @@ func (a *Appliance) Stop() error {
 	if err := a.Keys.WriteUses(ctx); err != nil {
 		a.log.Error("the number of uses of keys is not written; the next start counts again", "err", err)
 	}
-	if err := a.recordInTime(audit.NewStopped()); err != nil {
+	if err := a.recordInTime(audit.NewStopped(), a.Alerts.End); err != nil {
 		return err
 	}
 	if err := a.signLog(ctx); err != nil { // the next start signs a checkpoint
@@ -302,11 +304,17 @@ func (a *Appliance) record(ctx context.Context, e audit.Event) error {
 	return err
 }
 
-// recordInTime writes an event with a timeout of its own, also while the daemon stops.
-func (a *Appliance) recordInTime(e audit.Event) error {
+// recordInTime writes an event together with a change, with a timeout of its own: also while the
+// daemon stops.
+func (a *Appliance) recordInTime(e audit.Event, change func(*ledger.Tx) error) error {
 	ctx, cancel := context.WithTimeout(context.Background(), a.limits.RequestTimeout)
 	defer cancel()
-	return a.record(ctx, e)
+	return a.ledger.Update(ctx, func(tx *ledger.Tx) error {
+		if err := change(tx); err != nil {
+			return err
+		}
+		return tx.Append(ledger.EventOf(e))
+	})
 }
 
 // takeMeta updates memory from a record of the appliance as a whole. The ledger's writer holds mu.

@@ -1,9 +1,14 @@
 package softhsmtests
 
 import (
+	"encoding/json"
+	"io"
+	"net/http"
+	"net/http/httptest"
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"syscall"
 	"testing"
@@ -137,9 +142,13 @@ func TestDiskRefuses(t *testing.T) {
 }
 
 // TestUnknownState lets the fsync of a meta page fail, so that a commit may or may not be on disk.
-// The daemon then answers nothing more and ends. The next start reads the state from the disk.
+// The daemon then answers nothing more, tells its receivers of alerts, and ends. The next start
+// reads the state from the disk, and writes and sends the alert that the ledger could not take.
 func TestUnknownState(t *testing.T) {
 	s, disk := newSystemOnDisk(t)
+	receiver := newAlertReceiver(t)
+	s.write("countersign.toml", string(must(os.ReadFile(s.path("countersign.toml")))(t))+
+		"[[webhooks]]\nname = \"ops\"\nurl = \""+receiver.URL+"\"\ntypes = [\"alert\"]\n")
 	p := s.serve()
 	s.enrol()
 	c := s.dial()
@@ -170,8 +179,19 @@ func TestUnknownState(t *testing.T) {
 	case <-time.After(30 * time.Second):
 		t.Fatal("the daemon goes on")
 	}
+	told := receiver.of("daemon-ended")
+	if len(told) != 1 || !strings.Contains(told[0].text, "state on disk is unknown") {
+		t.Errorf("the receiver was told %+v", told)
+	}
 	disk.Fail(nil)
 	p = s.serve()
+	eventually(t, "the alert of the next start", func() bool { return len(receiver.of("daemon-ended")) > 1 })
+	if again := receiver.of("daemon-ended"); len(told) == 1 && again[1].id != told[0].id {
+		t.Errorf("another id: %+v", again)
+	}
+	if !s.hasEvent("AlertFiring", "alert/daemon-ended") {
+		t.Error("there is no event of the alert")
+	}
 	c = s.dial()
 	if again, err := c.Sign(t.Context(), "payments", signed.Document); err != nil || !again.Repeated {
 		t.Errorf("the request that was answered: %v", err)
@@ -180,6 +200,47 @@ func TestUnknownState(t *testing.T) {
 		t.Errorf("the request that was not answered: %v", err)
 	}
 	p.stop()
+}
+
+// alertReceiver is a receiver of webhooks about alerts.
+type alertReceiver struct {
+	*httptest.Server
+	mu  sync.Mutex
+	got []alertMessage
+}
+
+type alertMessage struct{ id, kind, code, text string }
+
+func newAlertReceiver(t *testing.T) *alertReceiver {
+	r := new(alertReceiver)
+	r.Server = httptest.NewServer(http.HandlerFunc(func(_ http.ResponseWriter, q *http.Request) {
+		b, err := io.ReadAll(q.Body)
+		var m struct {
+			Type string
+			Data struct{ Code, Text string }
+		}
+		if err != nil || json.Unmarshal(b, &m) != nil {
+			t.Errorf("a message that can't be read: %v, %s", err, b)
+		}
+		made.check(t, "a webhook", string(b))
+		r.mu.Lock()
+		defer r.mu.Unlock()
+		r.got = append(r.got, alertMessage{q.Header.Get("Webhook-Id"), m.Type, m.Data.Code, m.Data.Text})
+	}))
+	t.Cleanup(r.Close)
+	return r
+}
+
+// of returns the messages about an alert, in their order.
+func (r *alertReceiver) of(code string) (all []alertMessage) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	for _, m := range r.got {
+		if m.code == code {
+			all = append(all, m)
+		}
+	}
+	return all
 }
 
 func mkdir(t *testing.T, path string) {

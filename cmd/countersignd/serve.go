@@ -186,6 +186,12 @@ func serve(
 	log.Info("stopping", "err", err)
 	endWatch()
 	alerting.Wait()
+	if cause := context.Cause(ctx); err == nil && cause != nil && !errors.Is(cause, context.Canceled) {
+		err = cause
+	}
+	if err != nil { // now, because the service manager ends a daemon with a ledger that has failed
+		p.app.Alerts.Ended(err)
+	}
 	wait, done := context.WithTimeout(context.Background(), stopWait)
 	defer done()
 	for _, server := range []*http.Server{api, scraped} {
@@ -199,9 +205,6 @@ func serve(
 	defer finished()
 	if err := registry.Close(finish); err != nil {
 		log.Error("an approved act is cut off", "err", err)
-	}
-	if cause := context.Cause(ctx); err == nil && cause != nil && !errors.Is(cause, context.Canceled) {
-		err = cause
 	}
 	if err != nil {
 		return err

@@ -6,8 +6,11 @@
 //   - An alert fires or does not. Each change is one event of the audit log. The event, the record
 //     of the alert and the messages to the receivers are one transaction, so a kill at any moment
 //     loses no change and writes none twice.
-//   - A message leaves after its event is on disk. There is one exception: while the ledger's disk
-//     takes no writes, messages about critical alerts leave without an event, which follows.
+//   - A message leaves after its event is on disk. There are two exceptions: while the ledger's disk
+//     takes no writes, messages about critical alerts leave without an event, which follows; and a
+//     daemon that ends by itself says so without an event, which the next start writes.
+//   - A run of the daemon that was not stopped is an alert: each receiver is told before the end, as
+//     far as the daemon has the time, and by the next start in any case. See run.go.
 //   - Memory follows the ledger, so an alert that fires still fires after a restart.
 //   - Whatever peers do, the alerts are at most 17 for each kind, the messages that wait at most
 //     256 for each receiver, and the changes of an alert at most 3 in Config.Quiet.
@@ -106,6 +109,9 @@ type Engine struct {
 	watched map[id]*watch
 	unsaved map[id]*change // the ledger did not take them
 
+	run         run     // the present one
+	interrupted reading // of the last run, at the first look
+
 	testing manage.Lock
 
 	// mu guards the fields below. The ledger's writer holds mu while memory follows the ledger.
@@ -177,8 +183,9 @@ type watch struct {
 
 // reading is what the present state says of an alert.
 type reading struct {
-	wants Level
-	text  string
+	wants  Level
+	text   string
+	change string // name of the change, if receivers may have its message; "": a new one
 }
 
 // look compares the state and the counters with the firing alerts, and writes the changes.
@@ -190,6 +197,9 @@ func (e *Engine) look(ctx context.Context, now time.Time) {
 	firing := maps.Clone(e.firing)
 	e.mu.Unlock()
 	readings := e.read(firing, now)
+	if e.interrupted.wants != "" {
+		readings[id{ended.Code, ""}], e.interrupted = e.interrupted, reading{}
+	}
 	for of := range firing {
 		if _, ok := readings[of]; !ok {
 			readings[of] = reading{} // the reason is gone
@@ -274,7 +284,7 @@ func (e *Engine) read(firing map[id]*Alert, now time.Time) map[id]reading {
 	for code, of := range subjects {
 		bound(code, of, firing)
 		for subject, texts := range of {
-			all[id{code, subject}] = reading{kindOf(code).level, line(strings.Join(texts, "; "))}
+			all[id{code, subject}] = reading{wants: kindOf(code).level, text: line(strings.Join(texts, "; "))}
 		}
 	}
 	return all
@@ -341,7 +351,7 @@ type change struct {
 }
 
 func newChange(of id, is *Alert, r reading, now time.Time) *change {
-	ch := &change{id: of, before: is, at: now, name: newName()}
+	ch := &change{id: of, before: is, at: now, name: cmp.Or(r.change, newName())}
 	if r.wants == "" {
 		return ch
 	}

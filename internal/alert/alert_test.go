@@ -12,6 +12,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"testing/synctest"
@@ -63,11 +64,16 @@ func (b *inbox) set(err error) {
 	b.away = err
 }
 
-// types returns the messages as code and type.
-func (b *inbox) types() (all []string) {
+// all returns the messages.
+func (b *inbox) all() []Message {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	for _, m := range b.got {
+	return slices.Clone(b.got)
+}
+
+// types returns the messages as code and type.
+func (b *inbox) types() (all []string) {
+	for _, m := range b.all() {
 		all = append(all, strings.TrimSpace(m.Code+" "+m.Subject)+" "+strings.TrimPrefix(m.Type, "alert."))
 	}
 	return all
@@ -122,11 +128,24 @@ func (r *rig) open() {
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan struct{})
 	engine := r.Engine
+	if err := r.ledger.Update(r.t.Context(), engine.Begin); err != nil {
+		r.t.Fatal(err)
+	}
 	go func() { defer close(done); engine.Run(ctx) }()
 	r.stop = func() { cancel(); <-done }
 }
 
+// close ends in order.
 func (r *rig) close() {
+	r.stop()
+	if err := r.ledger.Update(context.Background(), r.End); err != nil {
+		r.t.Error(err)
+	}
+	r.ledger.Close()
+}
+
+// kill ends without the last transaction of an orderly end.
+func (r *rig) kill() {
 	r.stop()
 	r.ledger.Close()
 }
@@ -466,13 +485,14 @@ func TestKillBetweenEventAndSending(t *testing.T) {
 		r.path, r.in.got = copied, nil
 		r.open()
 		r.pass(2 * time.Second)
-		if len(r.in.got) != 1 || r.in.got[0] != first[0] {
+		r.want("messages", r.in.types(), "key-missing payments/1 firing", "daemon-ended firing")
+		if r.in.got[0] != first[0] {
 			t.Errorf("%+v, before %+v", r.in.got, first)
 		}
-		r.want("events", r.events(), "AlertFiring critical")
+		r.want("events", r.events(), "AlertFiring critical", "AlertFiring critical")
 		r.restart()
 		r.pass(2 * time.Second)
-		if len(r.in.got) != 1 {
+		if len(r.in.got) != 2 {
 			t.Errorf("a message that was delivered was sent again: %+v", r.in.got)
 		}
 	})
@@ -666,6 +686,127 @@ func TestFullDisk(t *testing.T) {
 	r.want("messages", r.in.types(), "key-missing payments/1 firing", "locked firing")
 	r.report()
 	eventually(t, "both resolve", func() bool { return len(r.events()) == 4 && len(r.in.types()) == 4 })
+}
+
+// TestEveryEndIsTold ends runs in each way. A run that was stopped is no alert. Any other end is
+// told by the next start, once, with an event, and resolves by itself. Where the daemon could tell
+// its end, the message of the next start has the same id.
+func TestEveryEndIsTold(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := newRig(t)
+		silent := &inbox{name: "mail/ops@example.com"}
+		r.boxes = append(r.boxes, silent)
+		r.restart()
+		r.pass(time.Hour)
+		r.want("events after an orderly end", r.events())
+
+		r.kill()
+		r.open()
+		r.pass(2 * time.Second)
+		r.want("events after a kill", r.events(), "AlertFiring critical")
+		r.kill() // a crash loop is one alert
+		r.open()
+		r.pass(2 * time.Second)
+		r.want("events after a second kill", r.events(), "AlertFiring critical")
+		r.want("messages", r.in.types(), "daemon-ended firing")
+		r.pass(10 * time.Minute)
+		r.want("events", r.events(), "AlertFiring critical", "AlertResolved critical")
+
+		r.in.got, silent.got = nil, nil
+		silent.set(errors.New("away"))
+		r.stop()
+		r.Ended(errors.New("the launcher has ended"))
+		r.ledger.Close()
+		r.want("messages before the end", r.in.types(), "daemon-ended firing")
+		r.want("messages of a receiver that is away", silent.types())
+		silent.set(nil)
+		r.open()
+		r.pass(2 * time.Second)
+		r.want("messages after the end", r.in.types(), "daemon-ended firing", "daemon-ended firing")
+		r.want("messages of the other receiver", silent.types(), "daemon-ended firing")
+		if r.in.got[0].ID != r.in.got[1].ID || !strings.Contains(r.in.got[0].Text, "the launcher has ended") {
+			t.Errorf("%+v", r.in.got)
+		}
+		if n := len(r.events()); n != 3 {
+			t.Errorf("%d events", n)
+		}
+	})
+}
+
+// hung is a receiver that answers nothing.
+type hung struct{ inbox }
+
+func (h *hung) Send(ctx context.Context, m Message) (string, error) {
+	<-ctx.Done()
+	return "", ctx.Err()
+}
+
+// TestEndIsToldInTime: a receiver that is silent delays the end for endWithin, and no other
+// receiver.
+func TestEndIsToldInTime(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := newRig(t)
+		r.boxes = append(r.boxes, &hung{inbox{name: "mail/ops@example.com"}})
+		r.restart()
+		r.stop()
+		began := time.Now()
+		r.Ended(errors.New("the ledger"))
+		if took := time.Since(began); took != endWithin {
+			t.Errorf("it took %v", took)
+		}
+		r.want("messages", r.in.types(), "daemon-ended firing")
+		r.ledger.Close()
+		r.open()
+	})
+}
+
+// TestLedgerInUnknownState lets the fsync of a meta page fail, after which the ledger takes no
+// request. The receivers are told nevertheless, and the next start writes the event.
+func TestLedgerInUnknownState(t *testing.T) {
+	disk := disktest.New(t)
+	r := &rig{t: t, c: Defaults(), path: filepath.Join(disk.Dir(), "ledger.db"), in: &inbox{name: "webhook/ops"}}
+	r.boxes = []Receiver{r.in}
+	if err := ledger.Create(r.path, ledger.Options{}); err != nil {
+		t.Fatal(err)
+	}
+	r.open()
+	var meta atomic.Bool
+	disk.Fail(func(op disktest.Op) syscall.Errno {
+		if op.Kind == disktest.Write && op.Offset < 2*4096 {
+			meta.Store(true)
+		}
+		if meta.Load() && op.Kind == disktest.Datasync {
+			return syscall.EIO
+		}
+		return 0
+	})
+	r.report(cause.Locked.Of("", "by ann"))
+	<-r.ledger.Failed()
+	r.stop()
+	r.Ended(ledger.ErrUnknownState)
+	disk.Fail(nil)
+	r.want("messages", r.in.types(), "daemon-ended firing")
+	r.ledger.Close()
+	r.report()
+	r.open()
+	defer r.close()
+	has := func() (n int) {
+		for _, m := range r.in.all() {
+			if m.Code == ended.Code {
+				n++
+			}
+		}
+		return n
+	}
+	eventually(t, "the next start sends the alert", func() bool { return has() == 2 })
+	if got := r.in.all(); got[0].ID != got[len(got)-1].ID && !slices.ContainsFunc(got[1:], func(m Message) bool {
+		return m.ID == got[0].ID
+	}) {
+		t.Errorf("%+v", got)
+	}
+	if !slices.Contains(r.events(), "AlertFiring critical") || r.fires(ended.Code) != Critical {
+		t.Errorf("events %q", r.events())
+	}
 }
 
 // patience is the longest wait of a test for an event in another goroutine.

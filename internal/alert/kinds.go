@@ -43,13 +43,13 @@ func (r Rate) wants(n float64, now Level) Level {
 }
 
 // Kind is a kind of alert. A kind is measured by counters, or has the kind of a cause of the state
-// with the same code.
+// with the same code. One kind is about the last run: see run.go.
 type Kind struct {
 	Code  string // stable: a section of docs/OPERATIONS.md has the code as its title
 	Means string // one clause without a full stop
 	Do    string // the operator's next step
 
-	level  Level // of an alert with a cause
+	level  Level // of an alert without counters
 	atOnce bool  // the cause does not end by itself, so the alert does not wait
 
 	rate  func(Config) Rate // nil: an alert with a cause
@@ -61,9 +61,9 @@ type Kind struct {
 // Link is the section about the kind, in the documents of the appliance.
 func (k *Kind) Link() string { return "docs/OPERATIONS.md#" + k.Code }
 
-// Kinds has all kinds: first the measured ones, then those with a cause in the order of
-// cause.Kinds.
-var Kinds = append(measured, caused()...)
+// Kinds has all kinds: first the measured ones, then the one about the last run, then those with a
+// cause in the order of cause.Kinds.
+var Kinds = slices.Concat(measured, []*Kind{ended}, caused())
 
 var measured = []*Kind{
 	{

@@ -304,7 +304,7 @@ func (e *Engine) Causes() (all []cause.Cause) {
 	return all
 }
 
-// Tested is the result of a test message to a receiver.
+// Tested is the result of one attempt to send a message to a receiver.
 type Tested struct {
 	Receiver string
 	Answer   string
@@ -325,6 +325,11 @@ func (e *Engine) SendTest(ctx context.Context, by string) ([]Tested, error) {
 	m := newMessage(newName(), Test, now, &Alert{
 		Code: "test", Level: Warning, Text: line(by + " has asked for this test"), Since: now.UnixMilli(),
 	})
+	return e.sendAll(ctx, m), nil
+}
+
+// sendAll makes one attempt to send a message to each receiver, to all at once.
+func (e *Engine) sendAll(ctx context.Context, m Message) []Tested {
 	all := make([]Tested, len(e.receivers))
 	var sending sync.WaitGroup
 	for i, r := range e.receivers {
@@ -334,5 +339,5 @@ func (e *Engine) SendTest(ctx context.Context, by string) ([]Tested, error) {
 		})
 	}
 	sending.Wait()
-	return all, nil
+	return all
 }
