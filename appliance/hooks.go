@@ -9,6 +9,7 @@ import (
 
 	"countersign/internal/cause"
 	"countersign/internal/ledger"
+	"countersign/internal/meter"
 	"countersign/internal/webhook"
 )
 
@@ -74,6 +75,7 @@ func (a *Appliance) keepHooks(ctx context.Context) {
 		},
 		GaveUp: func(target, id string, err error) {
 			a.log.Error("a webhook is not told", "target", target, "id", id, "err", err)
+			a.meter.Add(meter.MessagesDropped, meter.AboutKeys)
 		},
 	})
 	if err != nil { // the configuration has been checked before

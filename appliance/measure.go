@@ -20,6 +20,7 @@ func (a *Appliance) measure(s *meter.Sample) {
 	a.measureState(s)
 	a.measureTokens(s)
 	a.measureLedger(s)
+	a.measureMessages(s)
 	a.Keys.Measure(s)
 	keyring.MeasureLanes(s, "processor", a.processor.Waiting())
 	open, unproven := a.places.Counts()
@@ -52,6 +53,8 @@ func (a *Appliance) measureTokens(s *meter.Sample) {
 	for _, name := range slices.Sorted(maps.Keys(tokens)) {
 		status := tokens[name]
 		s.Set(meter.TokenUp, one(status.Up), name)
+		s.Set(meter.JournalBytes, float64(status.JournalBytes), name)
+		s.Set(meter.JournalFailures, float64(status.JournalFailures), name)
 		for i, w := range status.Workers {
 			number := strconv.Itoa(i + 1)
 			s.Set(meter.WorkerUp, one(w.PID != 0), name, number)
@@ -63,6 +66,21 @@ func (a *Appliance) measureTokens(s *meter.Sample) {
 				s.Set(meter.WorkerSuccess, float64(w.Succeeded.UnixMilli())/1000, name, number)
 			}
 		}
+	}
+}
+
+// measureMessages has the ways out: alerts, webhooks about keys, and sinks of events.
+func (a *Appliance) measureMessages(s *meter.Sample) {
+	a.Alerts.Measure(s)
+	waiting := 0
+	if sender := a.hooks.Load(); sender != nil {
+		waiting = sender.Waiting()
+	}
+	s.Set(meter.MessagesWaiting, float64(waiting), meter.AboutKeys)
+	for _, sink := range a.Sinks() {
+		s.Set(meter.SinkSent, float64(sink.Sent), sink.Name)
+		s.Set(meter.SinkDropped, float64(sink.Dropped), sink.Name)
+		s.Set(meter.SinkBehind, float64(sink.Behind), sink.Name)
 	}
 }
 
@@ -128,10 +146,26 @@ func silent(err error) bool {
 	return errors.Is(err, os.ErrDeadlineExceeded) || errors.Is(err, context.DeadlineExceeded)
 }
 
-// ended counts the end of a handshake that was not refused.
-func (a *Appliance) ended(result string, err error) {
-	if silent(err) {
-		result = meter.HandshakeTimeout
-	}
+// ended counts the end of a handshake, with its time since begun. The zero time is not known.
+func (a *Appliance) ended(result string, begun time.Time) {
 	a.meter.Add(meter.Handshakes, result)
+	switch result {
+	case meter.HandshakeClosed, meter.HandshakeUnused:
+		return // the time of a client that has left says nothing
+	case meter.HandshakeDone, meter.HandshakeTimeout, meter.HandshakeDevice:
+	default:
+		result = meter.HandshakeRefused
+	}
+	if !begun.IsZero() {
+		a.meter.Observe(meter.HandshakeSeconds, time.Since(begun).Seconds(), result)
+	}
+}
+
+// silenceOr returns the result of a handshake with an error: timeout if the client was silent, or
+// another one.
+func silenceOr(result string, err error) string {
+	if silent(err) {
+		return meter.HandshakeTimeout
+	}
+	return result
 }

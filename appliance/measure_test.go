@@ -50,6 +50,7 @@ func TestEverySeriesIsServed(t *testing.T) {
 		elsewhere := []*meter.Series{
 			meter.Proposals, meter.Sessions, meter.ProofsRefused, meter.WorkerUp, meter.WorkerCalls, meter.WorkerErrors,
 			meter.WorkerRestarts, meter.WorkerSuccess, meter.WorkerMemory, meter.Sandbox, meter.OneUser, meter.Exposed,
+			meter.LogDropped, meter.HistoryFailing, meter.SinkSent, meter.SinkDropped, meter.SinkBehind,
 		}
 		if !slices.Contains(elsewhere, s) && !strings.Contains(string(body), "# TYPE "+s.Name+" "+string(s.Kind)+"\n") {
 			t.Errorf("%s is not served", s.Name)
@@ -98,7 +99,8 @@ func TestRequestsAreCounted(t *testing.T) {
 		`refusals_total{code="malformed"} 1`, `request_seconds_count{op="sign"} 5`,
 		`stage_seconds_count{stage="device"} 3`, `stage_seconds_count{stage="turn"} 3`,
 		`stage_seconds_count{stage="verify"} 3`, `stage_seconds_count{stage="ledger"} 5`,
-		`handshakes_total{result="done"} 1`, `handshake_seconds_count 1`, `connections{state="proven"} 1`,
+		`handshakes_total{result="done"} 1`, `handshake_seconds_count{result="done"} 1`,
+		`connections{state="proven"} 1`,
 	)
 }
 
@@ -106,9 +108,9 @@ func TestRequestsAreCounted(t *testing.T) {
 func TestHandshakesAreCounted(t *testing.T) {
 	e := newEdge(t, func(l *Limits) { l.HandshakeTimeout = 2 * time.Second })
 	e.staysOut("127.0.3.1", newIdentity(t))
-	e.counted(`handshakes_total{result="unknown"} 1`)
+	e.counted(`handshakes_total{result="unknown"} 1`, `handshake_seconds_count{result="refused"} 1`)
 	closes(t, e.raw("127.0.3.2", noise.CountersignV1)) // says nothing
-	e.counted(`handshakes_total{result="timeout"} 1`)
+	e.counted(`handshakes_total{result="timeout"} 1`, `handshake_seconds_count{result="timeout"} 1`)
 	e.raw("127.0.3.3", noise.CountersignV1).Close()
 	e.counted(`handshakes_total{result="closed"} 1`)
 	conn, err := e.shake("127.0.3.4", e.shop)
@@ -118,7 +120,8 @@ func TestHandshakesAreCounted(t *testing.T) {
 	conn.Close()
 	e.counted(`handshakes_total{result="unused"} 1`)
 	e.session("127.0.3.5", e.shop)
-	e.counted(`handshakes_total{result="done"} 1`)
+	e.counted(`handshakes_total{result="done"} 1`, `handshake_seconds_count{result="done"} 1`,
+		`handshake_seconds_count{result="refused"} 1`, `handshake_seconds_count{result="timeout"} 1`)
 	for range e.limits.Handshakes.PerSource + 1 {
 		e.staysOut("127.0.3.6", newIdentity(t))
 	}

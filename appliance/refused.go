@@ -10,7 +10,6 @@ import (
 	"time"
 
 	"countersign/internal/limit"
-	"countersign/internal/meter"
 	"countersign/internal/peers"
 	"countersign/noise"
 )
@@ -182,13 +181,13 @@ func (a *Appliance) seenFrom(from netip.Addr) []string {
 }
 
 // refused keeps a refused handshake for operators, and writes a line for its kind. key is the key
-// that message 1 has proven, or nil.
-func (a *Appliance) refused(from netip.Addr, key *[32]byte, reason Reason, err error) {
-	if reason == RefusedMessage && silent(err) {
-		a.meter.Add(meter.Handshakes, meter.HandshakeTimeout)
-	} else {
-		a.meter.Add(meter.Handshakes, string(reason))
+// that message 1 has proven, or nil. begun is the begin of the handshake, or zero.
+func (a *Appliance) refused(from netip.Addr, key *[32]byte, reason Reason, begun time.Time, err error) {
+	result := string(reason)
+	if reason == RefusedMessage {
+		result = silenceOr(result, err)
 	}
+	a.ended(result, begun)
 	r := Refused{From: from, Reason: reason, Text: err.Error()}
 	if wrong, is := errors.AsType[*noise.ProfileError](err); is && wrong.Claimed != [32]byte{} {
 		key, r.Unproven = &wrong.Claimed, true

@@ -118,7 +118,7 @@ func (a *Appliance) accept(stop context.Context, l Listener, serving *sync.WaitG
 		place, err := a.places.Open(from, a.handshakes.IsGood(from))
 		if err != nil {
 			a.refusals.count(audit.RateLimitTriggered, "connect", "", wire.CodeBusy)
-			a.refused(from, nil, RefusedConnections, err)
+			a.refused(from, nil, RefusedConnections, time.Time{}, err)
 			conn.Close()
 			continue
 		}
@@ -157,7 +157,7 @@ const refusalTime = 100 * time.Millisecond
 // serveConn performs the handshake and serves one connection. A refusal of the handshake is a
 // closed connection at a tick, for every reason.
 func (a *Appliance) serveConn(stop context.Context, raw net.Conn, profile noise.Profile, place *limit.Place) {
-	from, source := raw.RemoteAddr().String(), addressOf(raw)
+	from, source, begun := raw.RemoteAddr().String(), addressOf(raw), time.Now()
 	hctx, cancel := context.WithTimeout(stop, a.limits.HandshakeTimeout)
 	defer cancel()
 	var statics []noise.Static
@@ -165,11 +165,10 @@ func (a *Appliance) serveConn(stop context.Context, raw net.Conn, profile noise.
 		statics = append(statics, static{k})
 	}
 	if len(statics) == 0 { // a compromised key has no active successor yet
-		a.refused(source, nil, RefusedNoKey, errors.New("the listener has no Noise key in use"))
+		a.refused(source, nil, RefusedNoKey, begun, errors.New("the listener has no Noise key in use"))
 		return
 	}
 	var attempt *limit.Attempt
-	var begun time.Time
 	admit := func(ctx context.Context) (err error) {
 		attempt, err = a.handshakes.Begin(ctx, source)
 		begun = time.Now()
@@ -187,13 +186,13 @@ func (a *Appliance) serveConn(stop context.Context, raw net.Conn, profile noise.
 	switch {
 	case errors.Is(err, limit.ErrLimited):
 		a.refusals.count(audit.RateLimitTriggered, "handshake", "", wire.CodeRateLimited)
-		a.refused(source, nil, RefusedRate, err)
+		a.refused(source, nil, RefusedRate, begun, err)
 		return
 	case err != nil && attempt == nil: // no handshake began, so the device was not used
 		if errors.As(err, new(*noise.ProfileError)) {
-			a.refused(source, nil, RefusedProfile, err)
+			a.refused(source, nil, RefusedProfile, begun, err)
 		} else {
-			a.ended(meter.HandshakeClosed, err)
+			a.ended(silenceOr(meter.HandshakeClosed, err), begun)
 		}
 		a.log.Debug("no handshake", "from", from, "err", err)
 		return
@@ -201,10 +200,10 @@ func (a *Appliance) serveConn(stop context.Context, raw net.Conn, profile noise.
 		// An unavailable or busy device must not lock the peers out: the attempt does not count.
 		// But a client that sends message 1 just before the timeout gets no exchange for free.
 		a.failing.Do(func() { a.log.Error("handshakes fail", "from", from, "err", err) })
-		a.meter.Add(meter.Handshakes, meter.HandshakeDevice)
+		a.ended(meter.HandshakeDevice, begun)
 		attempt.Forget()
 	case err != nil:
-		a.refused(source, proven, a.reasonOf(err, proven), err)
+		a.refused(source, proven, a.reasonOf(err, proven), begun, err)
 		a.refusals.count(audit.HandshakeRefused, "handshake", "", wire.CodeDenied)
 	}
 	if err != nil {
@@ -220,7 +219,7 @@ func (a *Appliance) serveConn(stop context.Context, raw net.Conn, profile noise.
 	proof, err := a.read(stop, conn, a.limits.HandshakeTimeout, nil)
 	if err != nil {
 		a.log.Info("handshake not used", "from", from, "err", err)
-		a.ended(meter.HandshakeUnused, err)
+		a.ended(silenceOr(meter.HandshakeUnused, err), begun)
 		return
 	}
 	attempt.Good()
@@ -233,12 +232,11 @@ func (a *Appliance) serveConn(stop context.Context, raw net.Conn, profile noise.
 		a.refusals.count(audit.RateLimitTriggered, "connect", entered.Member.Name, wire.CodeBusy)
 	}
 	if err != nil { // too many connections, or the peer was excluded during the handshake
-		a.refused(source, proven, a.reasonOf(err, proven), err)
+		a.refused(source, proven, a.reasonOf(err, proven), begun, err)
 		return
 	}
 	defer a.Peers.Leave(entered)
-	a.meter.Add(meter.Handshakes, meter.HandshakeDone)
-	a.meter.Observe(meter.HandshakeSeconds, time.Since(begun).Seconds())
+	a.ended(meter.HandshakeDone, begun)
 	s := &session{Session: entered, conn: closing, caller: Caller{Peer: entered.Peer}}
 	if identity, ok := conn.Identity(); ok {
 		s.caller.Identity = hex.EncodeToString(identity[:])

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strings"
 	"testing"
@@ -142,6 +143,12 @@ func TestJournalOnAFullDisk(t *testing.T) {
 		return code(err) == "unavailable"
 	}
 	eventually(t, "signatures are refused", refused)
+	for _, name := range []string{"journal_bytes", "journal_failures_total"} {
+		eventually(t, "a value of "+name, func() bool {
+			value := regexp.MustCompile(`(?m)^` + name + `\s+token="main"\s+[1-9]`)
+			return value.MatchString(s.must("admin", "metrics", "journal"))
+		})
+	}
 	if !s.hasCause("journal-unwritable") {
 		t.Error("the state does not say why")
 	}

@@ -98,6 +98,8 @@ func TestMetrics(t *testing.T) {
 	s := newSystem(t)
 	address, prometheus := newFolder(t).listen, newFolder(t).listen
 	s.edit("countersign.toml", "admin_socket", "metrics_listen = \""+address+"\"\nadmin_socket")
+	s.write("countersign.toml", string(must(os.ReadFile(s.path("countersign.toml")))(t))+
+		"[[sinks]]\nname = \"siem\"\nfile = \"events.jsonl\"\n")
 	p := s.serve()
 	s.enrol()
 	db := s.scrapedBy(prometheus, address)
@@ -122,7 +124,10 @@ func TestMetrics(t *testing.T) {
 	for _, has := range []string{
 		`countersign_requests_total{op="sign",result="ok"} 24`, `countersign_replays_total{op="verify"} 24`,
 		`countersign_handshakes_total{result="done"} 24`, `countersign_worker_up{token="main",worker="1"} 1`,
-		`countersign_stage_seconds_count{stage="device"} 24`, `countersign_stage_seconds_count{stage="turn"} 24`,
+		`countersign_stage_seconds_count{stage="device"} 24`,
+		`countersign_handshake_seconds_count{result="done"} 24`, `countersign_history_failing 0`,
+		`countersign_alerts_firing{code="replays",level="critical"} 1`,
+		`countersign_stage_seconds_count{stage="turn"} 24`,
 	} {
 		eventually(t, "the line "+has, func() bool { // a collection may be a second old
 			body = must(get(t, "http://"+address+"/metrics"))(t)

@@ -63,7 +63,8 @@ func serve(
 	defer lines.close()
 	inForce, secrets := logline.NewLevel(level), new(scrub.Scrubber)
 	// A line that the pace leaves out costs no search for secrets.
-	log := slog.New(logqueue.NewPace(secrets.Handler(lines.format.Handler(lines.to, inForce))))
+	paced := logqueue.NewPace(secrets.Handler(lines.format.Handler(lines.to, inForce)))
+	log := slog.New(paced)
 	p, err := open(ctx, c, log)
 	if err != nil {
 		return err
@@ -103,6 +104,8 @@ func serve(
 		}
 		s.Set(meter.OneUser, count(!workers.OwnUser))
 		s.Set(meter.Exposed, float64(len(exposed)))
+		s.Set(meter.LogDropped, float64(lines.to.Dropped()), "unread")
+		s.Set(meter.LogDropped, float64(paced.LeftOut()), "pace")
 	})
 	p.app.Report(func() []cause.Cause {
 		return slices.Concat(waiting.causes(), unreadLog(lines.to), notifications.causes(), warning(ready.certs),
@@ -219,6 +222,7 @@ func openHistory(ctx context.Context, c Config, m *meter.Meter, log *slog.Logger
 		return nil
 	}
 	h := history.Open(c.History, log)
+	m.Source(h.Measure)
 	go h.Run(ctx, m)
 	return h
 }

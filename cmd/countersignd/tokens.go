@@ -182,6 +182,7 @@ type guarded interface {
 	keystore.BatchSigner
 	keystore.Counter
 	TryJournal() error
+	JournalSize() (uint64, error)
 }
 
 // inspected is the store of a key worker, whose findings have one about the process.

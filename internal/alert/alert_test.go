@@ -809,6 +809,47 @@ func TestLedgerInUnknownState(t *testing.T) {
 	}
 }
 
+// TestMeasured: each kind has a series for each of its levels, zero or one, and messages are counted
+// while they wait and when they are given up.
+func TestMeasured(t *testing.T) {
+	if most := meter.Alerts.Labels[0].Most; len(Kinds) > most {
+		t.Errorf("%d kinds, and the series has room for %d", len(Kinds), most)
+	}
+	slowly(t)
+	synctest.Test(t, func(t *testing.T) {
+		r := newRig(t)
+		has := func(line string, want bool) {
+			t.Helper()
+			m := meter.New("test")
+			m.Source(r.Measure)
+			_, states, err1 := m.Expose("")
+			_, counts, err2 := r.meter.Expose("")
+			if err := errors.Join(err1, err2); err != nil {
+				t.Fatal(err)
+			}
+			if strings.Contains(string(states)+string(counts), "\ncountersign_"+line+"\n") != want {
+				t.Errorf("the line %s: want %v", line, want)
+			}
+		}
+		for _, k := range Kinds {
+			for _, level := range k.Levels() {
+				has(fmt.Sprintf(`alerts_firing{code=%q,level=%q} 0`, k.Code, level), true)
+			}
+		}
+		has(`messages_waiting{about="alerts"} 0`, true)
+		r.in.set(errors.New("away"))
+		r.count(2, meter.Replays, "sign")
+		r.pass(2 * time.Minute)
+		has(`alerts_firing{code="replays",level="warning"} 1`, true)
+		has(`alerts_firing{code="replays",level="critical"} 0`, true)
+		has(`messages_waiting{about="alerts"} 1`, true)
+		has(`messages_dropped_total{about="alerts"} 0`, true)
+		r.pass(100 * time.Hour) // longer than maxAge
+		has(`messages_dropped_total{about="alerts"} 2`, true)
+		has(`messages_waiting{about="alerts"} 0`, true)
+	})
+}
+
 // patience is the longest wait of a test for an event in another goroutine.
 const patience = 20 * time.Second
 

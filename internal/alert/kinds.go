@@ -58,6 +58,14 @@ type Kind struct {
 	share bool   // the number is n percent of of
 }
 
+// Levels returns the levels that an alert of the kind can have.
+func (k *Kind) Levels() []Level {
+	if k.rate != nil {
+		return []Level{Warning, Critical}
+	}
+	return []Level{k.level}
+}
+
 // Link is the section about the kind, in the documents of the appliance.
 func (k *Kind) Link() string { return "docs/OPERATIONS.md#" + k.Code }
 

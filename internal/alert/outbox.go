@@ -15,6 +15,7 @@ import (
 	"countersign/internal/cause"
 	"countersign/internal/ledger"
 	"countersign/internal/manage"
+	"countersign/internal/meter"
 )
 
 // The types of messages.
@@ -144,6 +145,7 @@ func (e *Engine) post(tx *ledger.Tx, m Message, except map[string]bool) error {
 			}
 			if known {
 				e.log.Error("a message about an alert is given up: too many newer ones wait", "to", name)
+				e.meter.Add(meter.MessagesDropped, meter.AboutAlerts)
 			}
 		}
 		if !known || except[name] {
@@ -223,6 +225,7 @@ func (e *Engine) deliver(ctx context.Context, r Receiver) {
 			} else {
 				if err != nil {
 					e.log.Error("a message about an alert is given up", "to", r.Name(), "id", m.ID, "err", err)
+					e.meter.Add(meter.MessagesDropped, meter.AboutAlerts)
 				}
 				tries = 0
 				e.settle(ctx, b, r.Name(), key, ch)
@@ -302,6 +305,27 @@ func (e *Engine) Causes() (all []cause.Cause) {
 		}
 	}
 	return all
+}
+
+// Measure is a source of metrics: the firing alerts, with zero for each kind that does not fire, and
+// the messages that wait.
+func (e *Engine) Measure(s *meter.Sample) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	for _, k := range Kinds {
+		for _, level := range k.Levels() {
+			s.Set(meter.Alerts, 0, k.Code, string(level))
+		}
+	}
+	for _, a := range e.firing {
+		s.Set(meter.Alerts, 1, a.Code, string(a.Level))
+	}
+	waiting := 0
+	for _, r := range e.receivers {
+		b := e.boxes[r.Name()]
+		waiting += len(b.waiting) - len(b.done) + len(b.urgent)
+	}
+	s.Set(meter.MessagesWaiting, float64(waiting), meter.AboutAlerts)
 }
 
 // Tested is the result of one attempt to send a message to a receiver.

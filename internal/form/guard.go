@@ -36,6 +36,14 @@ func (u Use) entry(key keystore.Ref) journal.Entry {
 // TryJournal writes a line without a signature: the journal can be written again, or not yet.
 func (g *guarded) TryJournal() error { return g.record(journal.Entry{Kind: journal.Try}) }
 
+// JournalSize returns the bytes of the journal, or 0 without a journal.
+func (g *guarded) JournalSize() (uint64, error) {
+	if g.journal == nil {
+		return 0, nil
+	}
+	return g.journal.Size()
+}
+
 // Close closes the store, and then the journal.
 func (g *guarded) Close() error {
 	err := g.Store.Close()

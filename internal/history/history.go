@@ -84,6 +84,15 @@ func (h *History) Failing() error {
 	return h.failing
 }
 
+// Measure is a source of metrics: whether the history can't be written.
+func (h *History) Measure(s *meter.Sample) {
+	failing := 0.0
+	if h.Failing() != nil {
+		failing = 1
+	}
+	s.Set(meter.HistoryFailing, failing)
+}
+
 // failed notes an error, or with nil its end. Each new failure is one line of the log. The caller
 // holds mu.
 func (h *History) failed(err error) {

@@ -229,6 +229,17 @@ func TestPaths(t *testing.T) {
 	})
 }
 
+// measured returns the metrics of a history.
+func measured(t *testing.T, h *History) string {
+	m := meter.New("test")
+	m.Source(h.Measure)
+	_, body, err := m.Expose("")
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(body)
+}
+
 // TestFullDisk has the disk refuse each kind of write, from the making of the file on. The history
 // goes on when the disk does, with one line of the log for each failure, and makes no further file.
 func TestFullDisk(t *testing.T) {
@@ -247,13 +258,14 @@ func TestFullDisk(t *testing.T) {
 			for i := range int64(5) {
 				h.write(step(1000+10*i, 1, 2))
 			}
-			if h.Failing() == nil {
+			if h.Failing() == nil || !strings.Contains(measured(t, h), "countersign_history_failing 1\n") {
 				t.Errorf("%v after %d operations: nothing failed", errno, allowed)
 			}
 			disk.Fail(nil)
 			h.write(step(1050, 3, 4))
 			p := all(t, h)["10/1050"]
-			if err := h.Failing(); err != nil || !slices.Equal(p.values, []float32{3, 4}) {
+			if err := h.Failing(); err != nil || !slices.Equal(p.values, []float32{3, 4}) ||
+				!strings.Contains(measured(t, h), "countersign_history_failing 0\n") {
 				t.Errorf("%v after %d operations: %v, %v", errno, allowed, err, p)
 			}
 			h.Close()

@@ -246,6 +246,17 @@ func files(c Config) (numbers []uint64, err error) {
 	return numbers, nil
 }
 
+// Size returns the bytes of all files of the journal.
+func (w *Writer) Size() (sum uint64, err error) {
+	numbers, err := files(w.c)
+	for _, n := range numbers {
+		if st, err := os.Stat(w.c.path(n)); err == nil { // another writer may have removed the file
+			sum += uint64(st.Size())
+		}
+	}
+	return sum, err
+}
+
 func (c Config) name(number uint64) string { return fmt.Sprintf("%s.%020d.journal", c.Token, number) }
 
 func (c Config) path(number uint64) string { return filepath.Join(c.Folder, c.name(number)) }

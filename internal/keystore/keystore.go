@@ -244,6 +244,9 @@ type Status struct {
 	Cause   string   `json:"cause,omitempty"` // of an outage
 	Workers []Worker `json:"workers"`         // the processes with the device, where the store has some
 	Faults  []Fault  `json:"faults,omitempty"`
+
+	JournalBytes    uint64 `json:"journal_bytes,omitempty"`    // of all files; 0: there is no journal
+	JournalFailures uint64 `json:"journal_failures,omitempty"` // signatures that ErrJournal has held back
 }
 
 // Fault is a reason for an operator to look at a device that may still serve. A fault is computed

@@ -28,6 +28,7 @@ type Queue struct {
 	bytes   int                          // guarded by mu: sum of the lines
 	full    bool                         // guarded by mu: lines are dropped until half of the capacity is free
 	lost    int                          // guarded by mu: dropped lines whose count is not written yet
+	dropped uint64                       // guarded by mu: all dropped lines
 	since   time.Time
 	closed  bool
 }
@@ -63,7 +64,7 @@ func (q *Queue) Write(line []byte) (int, error) {
 	}
 	q.full = q.bytes+len(line) > size || q.full && q.bytes > size/2
 	if q.full {
-		q.drop(1)
+		q.drop(1, 1)
 	} else {
 		q.entries = append(q.entries, entry{line: bytes.Clone(line)})
 		q.bytes += len(line)
@@ -72,12 +73,14 @@ func (q *Queue) Write(line []byte) (int, error) {
 	return len(line), nil
 }
 
-// drop counts lost lines at the end of the queue. The caller holds mu.
-func (q *Queue) drop(n int) {
+// drop counts n lost lines at the end of the queue, of which some were not counted before. The
+// caller holds mu.
+func (q *Queue) drop(n, fresh int) {
 	if q.lost == 0 {
 		q.since = time.Now()
 	}
 	q.lost += n
+	q.dropped += uint64(fresh)
 	if last := len(q.entries) - 1; last >= 0 && q.entries[last].dropped > 0 {
 		q.entries[last].dropped += n
 		return
@@ -124,7 +127,11 @@ func (q *Queue) run() {
 			q.mu.Lock()
 			q.lost -= next.dropped
 			if err != nil {
-				q.drop(max(next.dropped, 1))
+				fresh := 1
+				if next.dropped > 0 {
+					fresh = 0
+				}
+				q.drop(max(next.dropped, 1), fresh)
 			}
 			failing, closed := err != nil && len(q.entries) == 1, q.closed
 			q.mu.Unlock()
@@ -152,6 +159,13 @@ func (q *Queue) Unread() (lines int, since time.Time) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	return q.lost, q.since
+}
+
+// Dropped returns the number of all dropped lines.
+func (q *Queue) Dropped() uint64 {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	return q.dropped
 }
 
 // Flush waits until the lines queued so far are written or lost, for at most the time wait.

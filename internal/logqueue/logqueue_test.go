@@ -52,8 +52,8 @@ func TestUnreadPipe(t *testing.T) {
 			told += n
 		}
 	}
-	if read+told != lines || told < lost {
-		t.Errorf("%d lines were read and %d told as dropped, of %d", read, told, lines)
+	if read+told != lines || told < lost || q.Dropped() != uint64(told) {
+		t.Errorf("%d lines were read, %d told and %d counted as dropped, of %d", read, told, q.Dropped(), lines)
 	}
 	if lost, _ := q.Unread(); lost != 0 {
 		t.Errorf("%d lines are lost after the count was read", lost)
@@ -126,6 +126,9 @@ func TestReaderComesBack(t *testing.T) {
 		if lost, _ := q.Unread(); lost != 0 {
 			t.Errorf("%d lines are lost after the reader has come back", lost)
 		}
+		if n := q.Dropped(); n != 3 {
+			t.Errorf("%d lines are counted as dropped, want 3", n)
+		}
 		if !q.Close(time.Hour) {
 			t.Error("Close reports lost lines")
 		}
@@ -140,7 +143,8 @@ func TestReaderComesBack(t *testing.T) {
 func TestPace(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		b := &flaky{mended: true}
-		log := slog.New(logqueue.NewPace(slog.NewTextHandler(b, nil)))
+		paced := logqueue.NewPace(slog.NewTextHandler(b, nil))
+		log := slog.New(paced)
 		for i := range 10_000 {
 			log.With("n", i).Warn("a stranger was here", "from", i)
 		}
@@ -153,6 +157,9 @@ func TestPace(t *testing.T) {
 		}
 		if !strings.Contains(before, "something else") {
 			t.Error("a line of another kind is missing")
+		}
+		if n := paced.LeftOut(); n != uint64(10_000-written) {
+			t.Errorf("%d lines are counted as left out", n)
 		}
 		time.Sleep(time.Hour)
 		synctest.Wait()

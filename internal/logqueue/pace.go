@@ -32,6 +32,7 @@ type Pace struct {
 type kinds struct {
 	mu  sync.Mutex
 	all map[kind]*count
+	out uint64 // lines left out
 }
 
 type kind struct {
@@ -77,10 +78,18 @@ func (p *Pace) take(k kind) bool {
 	if c.limiter.Allow() {
 		return true
 	}
+	p.kinds.out++
 	if c.left++; c.left == 1 {
 		time.AfterFunc(tellAfter, func() { p.tell(k, c) })
 	}
 	return false
+}
+
+// LeftOut returns the number of all lines that were left out.
+func (p *Pace) LeftOut() uint64 {
+	p.kinds.mu.Lock()
+	defer p.kinds.mu.Unlock()
+	return p.kinds.out
 }
 
 // tell writes one line about the lines of a kind that were left out.

@@ -69,7 +69,7 @@ func familyOf[T any](s *Series, vector interface{ WithLabelValues(...string) T }
 }
 
 // counted are the counters of acts. The other counters are read from states.
-var counted = []*Series{Requests, Refusals, Replays, RateLimited, Handshakes, Commits, Spans}
+var counted = []*Series{Requests, Refusals, Replays, RateLimited, Handshakes, Commits, Spans, MessagesDropped}
 
 // New returns a Meter. version is the version of the program.
 func New(version string) *Meter {

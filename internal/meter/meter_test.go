@@ -113,9 +113,9 @@ func labelsOf(s *meter.Series, n int) (labels []string) {
 // OpenMetrics for new ones, and protobuf has native histograms.
 func TestFormats(t *testing.T) {
 	m := meter.New("v1.2.3")
-	m.Observe(meter.HandshakeSeconds, .003)
+	m.Observe(meter.CommitSeconds, .003)
 	for _, test := range []struct{ accept, contentType, has string }{
-		{"", "text/plain", "\ncountersign_handshake_seconds_bucket{le=\"0.005\"} 1\n"},
+		{"", "text/plain", "\ncountersign_ledger_commit_seconds_bucket{le=\"0.005\"} 1\n"},
 		{"text/plain", "text/plain", "# TYPE countersign_requests_total counter\n"},
 		{"application/openmetrics-text;version=1.0.0", "application/openmetrics-text",
 			"# TYPE countersign_requests counter\n"},
@@ -129,7 +129,7 @@ func TestFormats(t *testing.T) {
 			t.Errorf("%q: %v %q\n%.500s", test.accept, err, contentType, body)
 		}
 	}
-	h := families(t, m)[meter.HandshakeSeconds.Name].Metric[0].Histogram
+	h := families(t, m)[meter.CommitSeconds.Name].Metric[0].Histogram
 	if h.Schema == nil || len(h.PositiveSpan) == 0 || len(h.Bucket) == 0 {
 		t.Errorf("the histogram has no native or no classic buckets: %v", h)
 	}
@@ -251,7 +251,7 @@ func has(f *dto.MetricFamily, labels string, value float64) bool {
 func TestNothingIsCounted(t *testing.T) {
 	var m *meter.Meter
 	m.Add(meter.Requests, "sign", "ok")
-	m.Observe(meter.HandshakeSeconds, 1)
+	m.Observe(meter.HandshakeSeconds, 1, meter.HandshakeDone)
 	m.Source(func(*meter.Sample) {})
 	w := m.Begin()
 	w.Enter(meter.Ledger)

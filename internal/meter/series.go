@@ -71,6 +71,15 @@ const (
 	HandshakeUnused  = "unused"  // the client has sent no request after the handshake
 )
 
+// HandshakeRefused is the result of HandshakeSeconds for all reasons of a refusal.
+const HandshakeRefused = "refused"
+
+// Values of the label about of messages.
+const (
+	AboutAlerts = "alerts" // to webhooks and by mail
+	AboutKeys   = "keys"   // rotations and compromises, to webhooks
+)
+
 // Values of labels.
 var (
 	ops = []string{
@@ -104,6 +113,8 @@ func causes() (codes []string) {
 func label(name string, values ...string) Label { return Label{Name: name, Values: values} }
 
 var (
+	about  = label("about", AboutAlerts, AboutKeys)
+	sink   = Label{Name: "sink", Most: 32}
 	token  = Label{Name: "token", Most: 32}
 	worker = Label{Name: "worker", Most: 32}
 	queue  = Label{Name: "queue", Most: 33} // the processor, and the tokens
@@ -140,7 +151,8 @@ var (
 		"Ended handshakes, by result: done, why not, or the reason of the refusal.",
 		label("result", handshakes...))
 	HandshakeSeconds = histogram(seconds, "handshake_seconds",
-		"Time from message 1 to the first message of the peer, of handshakes that are done.")
+		"Time from message 1, or else from the connection, to the peer's first message, a refusal or a timeout.",
+		label("result", HandshakeDone, HandshakeRefused, HandshakeTimeout, HandshakeDevice))
 	Connections = define(Gauge, "connections",
 		"Open connections; unproven: without a decrypted message.", label("state", "proven", "unproven"))
 	Peers = define(Gauge, "peers", "Enrolled peers.", label("state", "enrolled", "suspended"))
@@ -157,6 +169,10 @@ var (
 	WorkerSuccess = define(Gauge, "worker_last_success_timestamp_seconds",
 		"Time of the last call or test that succeeded at the process.", token, worker)
 	WorkerMemory = define(Gauge, "worker_memory_bytes", "Private memory of the process.", token, worker)
+	JournalBytes = define(Gauge, "journal_bytes",
+		"Size of the journal of the token's key workers, as they have told within the last seconds.", token)
+	JournalFailures = define(Counter, "journal_failures_total",
+		"Signatures that did not leave a key worker because the journal could not be written.", token)
 
 	Commits = define(Counter, "ledger_commits_total",
 		"Transactions; disk: nothing was written, unknown: the daemon stops.",
@@ -198,8 +214,22 @@ var (
 	Proposals     = define(Gauge, "proposals_waiting", "Proposals that wait for approvals.")
 	Sessions      = define(Gauge, "operator_sessions", "Operators' sessions.")
 	ProofsRefused = define(Counter, "proofs_refused_total",
-		"Proofs of operators that were refused: sign-ins, approvals and confirmations.")
-	Spans = define(Counter, "trace_spans_total",
+		"Proofs of operators that were refused.", label("purpose", "sign-in", "approval", "confirmation"))
+
+	Alerts = define(Gauge, "alerts_firing", "Firing alerts, by code (docs/OPERATIONS.md, Alerts) and level.",
+		Label{Name: "code", Most: 64}, label("level", "warning", "critical"))
+	MessagesWaiting = define(Gauge, "messages_waiting", "Messages that wait for a receiver.", about)
+	MessagesDropped = define(Counter, "messages_dropped_total",
+		"Messages that were given up: too many newer ones, three days, or the receiver wants no more.", about)
+	SinkSent    = define(Counter, "sink_events_sent_total", "Events that the sink's receiver has taken.", sink)
+	SinkDropped = define(Counter, "sink_events_dropped_total",
+		"Events in the gaps of the sink: too old, or dropped by retention.", sink)
+	SinkBehind = define(Gauge, "sink_events_behind", "Events of the audit log that the sink has not read yet.", sink)
+	LogDropped = define(Counter, "log_lines_dropped_total",
+		"Lines of the daemon's log: unread, because nobody read the log; pace, above the pace of their kind.",
+		label("why", "unread", "pace"))
+	HistoryFailing = define(Gauge, "history_failing", "1 while the history can't be written. Absent without a history.")
+	Spans          = define(Counter, "trace_spans_total",
 		"Spans of traces that the collector has taken, or that were dropped.", label("result", "sent", "dropped"))
 	Sandbox = define(Gauge, "sandbox_missing",
 		"Parts of the confinement of the daemon, or of a token's key workers, that this kernel lacks.",

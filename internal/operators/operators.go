@@ -164,8 +164,8 @@ type Registry struct {
 	used      usedNonces               // of challenges
 	failures  failures
 	refusals  refusals
-	refused   uint64   // number of refused proofs since the start
-	secret    [32]byte // MAC key of challenges' ids; new after each start
+	refused   map[string]int // refused proofs since the start, by attempt.purpose
+	secret    [32]byte       // MAC key of challenges' ids; new after each start
 }
 
 // Open returns the Registry of a ledger. A proposal that is running in the ledger was interrupted
@@ -177,7 +177,7 @@ func Open(l *ledger.Ledger, c Config) (*Registry, error) {
 		roster:    roster{people: map[string]person{}, needed: 1},
 		proposals: map[uint64]*record{}, executing: map[uint64]chan struct{}{},
 		sessions: map[[32]byte]*Session{}, used: usedNonces{}, failures: failures{each: map[failureKey]*leakyBucket{}},
-		refusals: refusals{pace: map[string]*leakyBucket{}},
+		refusals: refusals{pace: map[string]*leakyBucket{}}, refused: map[string]int{},
 	}
 	rand.Read(r.secret[:])
 	if r.Acts = maps.Clone(c.Acts); r.Acts == nil {

@@ -232,7 +232,7 @@ func (r *Registry) recordRefusal(ctx context.Context, of attempt, p approval.Pro
 		prover = "" // nobody is signed in: all strangers together have one pace
 	}
 	r.mu.Lock()
-	r.refused++
+	r.refused[of.purpose]++
 	written := r.refusals.take(prover)
 	r.mu.Unlock()
 	if !written {

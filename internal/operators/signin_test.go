@@ -18,6 +18,7 @@ import (
 	"countersign/audit"
 	"countersign/internal/ledger"
 	"countersign/internal/manage"
+	"countersign/internal/meter"
 
 	"golang.org/x/crypto/ssh"
 )
@@ -382,6 +383,33 @@ func TestWrongPresence(t *testing.T) {
 				}
 			})
 		})
+	}
+}
+
+// TestRefusedProofsAreCounted counts a refused proof of each purpose, under its purpose.
+func TestRefusedProofsAreCounted(t *testing.T) {
+	r := newRig(t, 2)
+	s, _ := r.signIn(t, r.people[0], user)
+	p := r.propose(t, s, "test", approval.Parameter{Name: "reason", Value: "because"})
+	want(t, r.fail(t, "o1", user), approval.ErrNotProven)
+	for range 2 {
+		want(t, r.VerifyPresence(t.Context(), s, "", "payments", approval.Proof{}), approval.ErrNotProven)
+	}
+	for range 3 {
+		_, err := r.Approve(t.Context(), s, p.ID, r.people[1].sign(t, p.Text()))
+		want(t, err, approval.ErrNotProven)
+	}
+	m := meter.New("test")
+	m.Source(r.Measure)
+	_, body, err := m.Expose("")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for purpose, n := range map[string]int{"sign-in": 1, "confirmation": 2, "approval": 3} {
+		line := fmt.Sprintf("\ncountersign_proofs_refused_total{purpose=%q} %d\n", purpose, n)
+		if !strings.Contains(string(body), line) {
+			t.Errorf("no line %s", line)
+		}
 	}
 }
 

@@ -106,6 +106,16 @@ func (s *Sender) Failures() map[string]error {
 	return all
 }
 
+// Waiting returns the number of messages that wait for their targets.
+func (s *Sender) Waiting() (n int) {
+	for _, q := range s.targets {
+		q.mu.Lock()
+		n += len(q.waiting)
+		q.mu.Unlock()
+	}
+	return n
+}
+
 // Queue adds a message to a target's queue without waiting. A full queue of 256 messages (maxQueue)
 // drops its oldest message: see Config.GaveUp.
 func (s *Sender) Queue(target string, m Message) error {

@@ -166,7 +166,10 @@ func (p *Pool) countEnd(now time.Time) {
 func (p *Pool) Status() keystore.Status {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	st := keystore.Status{Up: !p.down && len(p.sealed) == 0}
+	st := keystore.Status{
+		Up:           !p.down && len(p.sealed) == 0,
+		JournalBytes: p.journalBytes.Load(), JournalFailures: p.journalFailures.Load(),
+	}
 	add := func(kind keystore.FaultKind, key keystore.Ref, format string, args ...any) {
 		st.Faults = append(st.Faults, keystore.Fault{Kind: kind, Key: key, Text: fmt.Sprintf(format, args...)})
 	}

@@ -85,6 +85,9 @@ func (k *key) use(ctx context.Context, op kind, body []byte, check func([]byte) 
 	p.trackMissing(k, err)
 	if op == sign {
 		p.trackJournal(err)
+		if errors.Is(err, keystore.ErrJournal) {
+			p.journalFailures.Add(1)
+		}
 	}
 	return answer, err
 }

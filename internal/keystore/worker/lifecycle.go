@@ -127,7 +127,7 @@ func (p *Pool) startWorker(ctx context.Context, number int, seedFile string) (*p
 	name := fmt.Sprintf("%s/%d", p.config.Name, number+1)
 	proc, err := startProcess(func(socket, stderr *os.File) (Process, error) {
 		return p.config.Start(number, seedFile, socket, stderr)
-	}, name, p.config.Log, p)
+	}, name, p.config.Log, p, p.journalBytes.Store)
 	if err != nil {
 		return nil, err
 	}

@@ -32,6 +32,7 @@ const (
 	loginRequest                 // worker to pool: asks for permission to log in
 	loginReply                   // pool to worker, id of loginRequest; body: 1 granted, 0 denied
 	loginEnded                   // worker to pool, id of loginRequest; body: none, or of failure if the PIN was refused
+	journaled                    // worker to pool, id: size of the journal in bytes; no body
 )
 
 const (

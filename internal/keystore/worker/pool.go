@@ -43,7 +43,10 @@ type Pool struct {
 	sealed         map[keystore.Ref]error // keys that the device refuses in the machine's present state
 	sealedCount    atomic.Int64
 
-	journalErr atomic.Pointer[error] // the journal can't be written; nil: it can
+	journalErr      atomic.Pointer[error] // the journal can't be written; nil: it can
+	journalFailures atomic.Uint64         // signatures that were held back
+	journalBytes    atomic.Uint64         // as a worker has told last
+
 	// The faults, see faults.go. Under mu; the atomic is also read without mu.
 	missing      map[*key]error // lost keys, with the error of the use
 	missingCount atomic.Int64

@@ -20,11 +20,12 @@ import (
 // process is one key worker as the pool sees it. After the first fault the process is killed and
 // never used again.
 type process struct {
-	name    string
-	child   Process
-	pipe    *pipe
-	gate    loginGate
-	retries int // Pool.retries at the time of the start
+	name      string
+	child     Process
+	pipe      *pipe
+	gate      loginGate
+	journaled func(size uint64) // gets the size of the journal in bytes
+	retries   int               // Pool.retries at the time of the start
 
 	inFlight int  // under the pool's mu: reserved calls
 	retiring bool // under the pool's mu: no new calls
@@ -80,6 +81,7 @@ const exitTimeout = time.Second
 // startProcess has a key worker started. The worker is ready after its answer to hello.
 func startProcess(
 	start func(socket, stderr *os.File) (Process, error), name string, log *slog.Logger, gate loginGate,
+	journaled func(size uint64),
 ) (*process, error) {
 	fds, err := syscall.Socketpair(syscall.AF_UNIX, syscall.SOCK_STREAM|syscall.SOCK_CLOEXEC, 0)
 	if err != nil {
@@ -89,7 +91,7 @@ func startProcess(
 	defer ours.Close()
 	defer theirs.Close()
 	p := &process{
-		name: name, gate: gate, calls: map[uint64]*pending{}, bound: map[uint32]bool{},
+		name: name, gate: gate, journaled: journaled, calls: map[uint64]*pending{}, bound: map[uint32]bool{},
 		dead: make(chan struct{}), drained: make(chan struct{}), reaped: make(chan struct{}),
 	}
 	if p.pipe, err = newPipe(ours); err != nil {
@@ -239,6 +241,9 @@ func (p *process) readFrames() error {
 				refused = decodeError(body)
 			}
 			p.gate.loginDone(p, refused)
+			continue
+		case journaled:
+			p.journaled(id)
 			continue
 		case result, failure:
 		default:

@@ -9,6 +9,7 @@ import (
 	"io"
 	"os"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"countersign/internal/keystore"
@@ -81,6 +82,7 @@ func Serve(
 					go w.lane(ctx, lanes)
 				}
 				w.answer(id, nil, err)
+				w.tellJournal()
 			})
 		case loginReply:
 			w.mu.Lock()
@@ -141,6 +143,7 @@ type server struct {
 	keys      map[uint32]keystore.Key // by number; only the reading goroutine uses the map
 	signQueue chan signing
 
+	told    atomic.Int64 // time of the last frame journaled, Unix nanoseconds
 	opening sync.WaitGroup
 	loginMu sync.Mutex // held during a login: the pool grants one at a time
 
@@ -180,6 +183,23 @@ func (w *server) lane(ctx context.Context, lanes int) {
 			w.enqueueAnswer(s.id, s.Signature, s.Err)
 		}
 		w.pipe.flush()
+		w.tellJournal()
+	}
+}
+
+// journalEvery is the time between two tellings of the journal's size.
+const journalEvery = 5 * time.Second
+
+// tellJournal tells the pool the size of the journal, at most every journalEvery. Only a key worker
+// can: the daemon may have no right to the journal.
+func (w *server) tellJournal() {
+	journal, ok := w.store.(interface{ JournalSize() (uint64, error) })
+	last, now := w.told.Load(), time.Now().UnixNano()
+	if !ok || last != 0 && now-last < int64(journalEvery) || !w.told.CompareAndSwap(last, now) {
+		return
+	}
+	if size, err := journal.JournalSize(); err == nil {
+		w.pipe.send(size, journaled)
 	}
 }
 

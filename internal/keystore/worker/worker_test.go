@@ -1368,7 +1368,7 @@ func TestLastWords(t *testing.T) {
 	h.inject("open", "exit")
 	slow := &slowGate{loginResult: make(chan bool, 1)}
 	start := func(socket, stderr *os.File) (Process, error) { return h.start(rawEnv)(0, "", socket, stderr) }
-	p, err := startProcess(start, "test", slog.New(slog.DiscardHandler), slow)
+	p, err := startProcess(start, "test", slog.New(slog.DiscardHandler), slow, func(uint64) {})
 	if err != nil {
 		t.Fatal(err)
 	}
