@@ -45,9 +45,15 @@ func enrolled(r *rig, root *api.Client, name string) string {
 	return time.Unix(p.Added, 0).UTC().Format(time.RFC3339)
 }
 
+// inDays is a time in the form of an act's parameter.
+func inDays(n int) string { return time.Now().AddDate(0, 0, n).UTC().Format(time.RFC3339) }
+
 // actCases has a case for each act that needs approval: a function that prepares the appliance, and
 // returns the parameters of the proposal as names and values.
 var actCases = map[string]func(r *rig, root *api.Client) []string{
+	approval.ActScraperAdd: func(*rig, *api.Client) []string {
+		return []string{"name", "prometheus", "token_sha256", strings.Repeat("0a", 32), "expires", inDays(365)}
+	},
 	approval.ActPeerAdd: func(*rig, *api.Client) []string {
 		return []string{"name", "shop", "public_key", strings.Repeat("0a", 32)}
 	},
@@ -200,6 +206,9 @@ func TestImpossibleActIsNotProposed(t *testing.T) {
 	r.done(root, approval.ActPeerAdd, "name", "shop", "public_key", strings.Repeat("0a", 32))
 	r.done(root, approval.ActGroupSet, "name", "shops", "of", "peers", "content", "shop")
 	long, shop := strings.Repeat("x", 501), enrolled(r, root, "shop")
+	digest := strings.Repeat("0a", 32)
+	r.done(root, approval.ActScraperAdd, "name", "prometheus", "token_sha256", digest, "expires", inDays(9))
+	other := strings.Repeat("0b", 32)
 	before := len(must(root.Proposals(t.Context()))(t))
 	for _, c := range []struct {
 		act, code  string
@@ -243,6 +252,14 @@ func TestImpossibleActIsNotProposed(t *testing.T) {
 		{approval.ActGroupRemove, "conflict", []string{"name", "shops", "replaces", "none"}},
 		{approval.ActApprovalsNeeded, "conflict", []string{"needed", "2"}},
 		{approval.ActOperatorRemove, "conflict", []string{"name", "root"}},
+		{approval.ActScraperAdd, "exists", []string{"name", "prometheus", "token_sha256", other, "expires", inDays(9)}},
+		{approval.ActScraperAdd, "exists", []string{"name", "other", "token_sha256", digest, "expires", inDays(9)}},
+		{approval.ActScraperAdd, "invalid", []string{"name", "Other", "token_sha256", other, "expires", inDays(9)}},
+		{approval.ActScraperAdd, "invalid", []string{"name", "other", "token_sha256", "0B", "expires", inDays(9)}},
+		{approval.ActScraperAdd, "invalid", []string{"name", "other", "token_sha256", other, "expires", inDays(-1)}},
+		{approval.ActScraperAdd, "invalid", []string{"name", "other", "token_sha256", other, "expires", inDays(401)}},
+		{approval.ActScraperAdd, "invalid", []string{"name", "other", "token_sha256", other, "expires", "tomorrow"}},
+		{approval.ActScraperAdd, "invalid", []string{"name", "other", "expires", inDays(9)}},
 	} {
 		n := api.NewProposal{Act: c.act}
 		if i := slices.Index(c.parameters, "content"); i >= 0 {

@@ -130,6 +130,7 @@ func newServer(c Config) (*server, *echo.Echo) {
 	config.Formats = map[string]huma.Format{"application/json": strict, "json": strict}
 	config.Components.SecuritySchemes = map[string]*huma.SecurityScheme{
 		"session": {Type: "http", Scheme: "bearer", Description: "the token of a session"},
+		"scraper": {Type: "http", Scheme: "bearer", Description: "over HTTPS, the token of the act scraper add"},
 		"cookie": {
 			Type: "apiKey", In: "cookie", Name: cookieName, Description: "over HTTPS, a browser's half of the token",
 		},

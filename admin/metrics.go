@@ -41,8 +41,13 @@ type exposition struct {
 	Body        []byte
 }
 
-func (s *server) metrics(_ context.Context, _ caller, in *metricsInput) (*exposition, error) {
-	contentType, body, err := s.Meter.Expose(in.Accept)
+// metrics serves operators, and scrapers without a session, who share one collection a second.
+func (s *server) metrics(_ context.Context, who caller, in *metricsInput) (*exposition, error) {
+	expose := s.Meter.Expose
+	if who.session == nil {
+		expose = s.Meter.ExposeShared
+	}
+	contentType, body, err := expose(in.Accept)
 	if err != nil {
 		return nil, err
 	}

@@ -17,15 +17,16 @@ import (
 // operation declares a route with its rules. authorise enforces the rules before the handler runs,
 // and the OpenAPI document shows them.
 type operation struct {
-	route   string // method and path
-	id      string
-	summary string
-	roles   []approval.Role // the caller needs one of them; or public, or signedIn
-	refused []refusal       // the states in which the operation is refused
-	status  int             // of success; 0: 200, or 204 without a document
-	body    int64           // maximum length of the request's body, in bytes; 0: maxBody
-	hidden  bool            // not in the OpenAPI document, which has another operation instead
-	stream  string          // content type of an answer without an end, and without requestTimeout
+	route    string // method and path
+	id       string
+	summary  string
+	roles    []approval.Role // the caller needs one of them; or public, or signedIn
+	refused  []refusal       // the states in which the operation is refused
+	status   int             // of success; 0: 200, or 204 without a document
+	body     int64           // maximum length of the request's body, in bytes; 0: maxBody
+	hidden   bool            // not in the OpenAPI document, which has another operation instead
+	scrapers bool            // over HTTPS, the token of a scraper does in place of a session
+	stream   string          // content type of an answer without an end, and without requestTimeout
 }
 
 // refusal is a state of the appliance, and the code of a refusal in that state.
@@ -145,7 +146,11 @@ func (o operation) security() []map[string][]string {
 	if len(o.roles) == 0 {
 		return []map[string][]string{}
 	}
-	return []map[string][]string{{"session": {}}, {"cookie": {}, "page": {}}}
+	all := []map[string][]string{{"session": {}}, {"cookie": {}, "page": {}}}
+	if o.scrapers {
+		all = append(all, map[string][]string{"scraper": {}})
+	}
+	return all
 }
 
 type answer[D any] struct{ Body D }
@@ -187,6 +192,9 @@ func (s *server) authorise(o operation, c huma.Context) (caller, error) {
 	session, err := s.Operators.Session(token, who.Channel)
 	if err == nil {
 		who.session = &session
+	}
+	if err != nil && o.scrapers && !byCookie && s.Operators.Scrapes(token, who.Channel) {
+		return who, nil // no state below refuses the operation
 	}
 	if len(o.roles) > 0 { // a public operation may answer a signed-in caller with more details
 		if err != nil {

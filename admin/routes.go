@@ -242,7 +242,15 @@ func (s *server) routes() {
 	routeRaw(s, s.metrics, operation{
 		route: "GET /v1/metrics", id: "metrics",
 		summary: "Get the metrics in a format of Prometheus: text, OpenMetrics or protobuf",
-		roles:   meterReaders, refused: whileUninitialised})
+		roles:   meterReaders, refused: whileUninitialised, scrapers: true})
+	routeRaw(s, s.scrapers, operation{
+		route: "GET /v1/scrapers", id: "scrapers",
+		summary: "List the programs that read the metrics over HTTPS by a token",
+		roles:   of(administrator, operator, auditor), refused: whileUninitialised})
+	routeEmpty(s, s.removeScraper, operation{
+		route: "DELETE /v1/scrapers/{name}", id: "remove-scraper",
+		summary: "Take the right of a program to read the metrics away",
+		roles:   of(administrator, operator), refused: whileUninitialised})
 	route(s, s.history, operation{
 		route: "GET /v1/history", id: "history",
 		summary: "Get figures of the past: 10 s for 2 hours, 1 min for 2 days, 15 min for 90 days",

@@ -34,6 +34,7 @@ const (
 	ActCredentialRemove = "credential remove"
 	ActApprovalsNeeded  = "approvals needed"
 	ActHardwareKeys     = "approvals hardware"
+	ActScraperAdd       = "scraper add"
 )
 
 // gate connects an act with its proposers, and with the event that records the act in the log.
@@ -147,6 +148,9 @@ var gates = []gate{
 	}},
 	{ActHardwareKeys, administrators, audit.ApproverKeysChanged, nil, func(_ string, m map[string]string) []Parameter {
 		return []Parameter{{"required", m["required"]}}
+	}},
+	{ActScraperAdd, administrators, audit.ScraperAdded, nil, func(resource string, m map[string]string) []Parameter {
+		return []Parameter{{"name", resource}, {"token_sha256", m["token_sha256"]}, {"expires", m["expires"]}}
 	}},
 }
 

@@ -288,6 +288,9 @@ func (s *scenario) gatedActs() []gatedAct {
 		{"rollback accept", []string{"reason", "restored"},
 			audit.Event{Type: audit.RollbackAccepted, Metadata: with("reason", "restored")}, nil},
 		{"clock accept", nil, audit.Event{Type: audit.ClockAccepted}, nil},
+		{"scraper add", []string{"name", "prometheus", "token_sha256", "ab", "expires", "2027-06-01T00:00:00Z"},
+			audit.Event{Type: audit.ScraperAdded, Resource: "prometheus",
+				Metadata: with("token_sha256", "ab", "expires", "2027-06-01T00:00:00Z")}, nil},
 		{"approvals hardware", []string{"required", "no"},
 			audit.Event{Type: audit.ApproverKeysChanged, Metadata: with("required", "no")}, nil},
 		{"approvals needed", []string{"needed", "1"},
@@ -364,7 +367,7 @@ func TestEveryActHasACase(t *testing.T) {
 
 func TestReplay(t *testing.T) {
 	s := beginning(t)
-	for _, g := range s.gatedActs()[:14] {
+	for _, g := range s.gatedActs()[:15] {
 		s.carryOut(both, g.event, g.act, g.parameters...)
 	}
 	// Acts that do not widen a permission need no approval.

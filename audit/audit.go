@@ -77,6 +77,8 @@ const (
 	OperatorSignedIn    Type = "OperatorSignedIn"
 	OperatorSignedOut   Type = "OperatorSignedOut"
 	SignInRefused       Type = "SignInRefused"
+	ScraperAdded        Type = "ScraperAdded" // may read the metrics by a token; metadata token_sha256, expires
+	ScraperRemoved      Type = "ScraperRemoved"
 	PresenceConfirmed   Type = "PresenceConfirmed" // of an operator, for a key
 	ApproverKeysChanged Type = "ApproverKeysChanged"
 	ApprovalsChanged    Type = "ApprovalsChanged" // how many approvers an act needs
@@ -137,7 +139,7 @@ var kinds = map[Type]Kind{
 	PeerAdded: Other, PeerKeyAdded: Other, PeerKeyRemoved: Other, PeerRemoved: Other, PeerSuspended: Other,
 	PeerResumed: Other, PolicyChanged: Other, GroupChanged: Other, GroupRemoved: Other,
 	OperatorEnrolled: Other, OperatorChanged: Other, OperatorSignedIn: Other, OperatorSignedOut: Other,
-	SignInRefused: Other, PresenceConfirmed: Other,
+	SignInRefused: Other, PresenceConfirmed: Other, ScraperAdded: Other, ScraperRemoved: Other,
 	ApproverKeysChanged: Other, ApprovalsChanged: Other, ProposalMade: Other, ApprovalGiven: Other,
 	ProposalWithdrawn: Other, ProposalExpired: Other, ProposalRun: Other, ProposalDone: Other,
 	CertificateChanged: Other, Locked: Other, Unlocked: Other, BackupMade: Other, BackupRestored: Other,

@@ -350,6 +350,17 @@ func NewOperatorSignedOut(who Actor, session, operator, channel string) Event {
 		"operator", operator, "channel", channel)
 }
 
+// NewScraperAdded and NewScraperRemoved change the programs that read the metrics over HTTPS.
+// digest is SHA-256 of the token in hex.
+func NewScraperAdded(who Actor, name, digest string, expires time.Time) Event {
+	return newEvent(ScraperAdded, who, "scraper add", name,
+		"token_sha256", digest, "expires", expires.UTC().Format(time.RFC3339))
+}
+
+func NewScraperRemoved(who Actor, name string) Event {
+	return newEvent(ScraperRemoved, who, "scraper remove", name)
+}
+
 // Refusal gives the purpose, the credential and the channel of a refused proof, and the cause. The
 // subject is the key of a presence, or the proposal of an approval; "" for a sign-in. Request is
 // the id of the request with the proof.

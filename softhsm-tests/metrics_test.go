@@ -1,9 +1,11 @@
 package softhsmtests
 
 import (
+	"bytes"
 	"encoding/json"
 	"fmt"
 	"io"
+	"net"
 	"net/http"
 	"net/url"
 	"os"
@@ -56,11 +58,16 @@ type sample struct {
 }
 
 // scrapedBy starts a Prometheus that scrapes a daemon and evaluates the rules, both each second.
-func (s *system) scrapedBy(address, daemon string) *prometheus {
+// fields are further fields of the scrape configuration, a line each.
+func (s *system) scrapedBy(address, daemon string, fields ...string) *prometheus {
 	s.t.Helper()
+	more := ""
+	for _, f := range fields {
+		more += "  " + f + "\n"
+	}
 	s.write("rules.yml", string(must(os.ReadFile("../monitoring/rules.yml"))(s.t)))
 	s.write("prometheus.yml", "global: {scrape_interval: 1s, evaluation_interval: 1s}\n"+
-		"rule_files: [rules.yml]\nscrape_configs:\n- job_name: countersign\n"+
+		"rule_files: [rules.yml]\nscrape_configs:\n- job_name: countersign\n"+more+
 		"  static_configs: [{targets: [\""+daemon+"\"]}]\n")
 	cmd := exec.Command("prometheus", "--config.file="+s.path("prometheus.yml"),
 		"--storage.tsdb.path="+s.path("tsdb"), "--web.listen-address="+address, "--log.level=error")
@@ -154,6 +161,54 @@ func TestMetrics(t *testing.T) {
 	if !strings.Contains(raw, "\n# TYPE countersign_requests_total counter\n") {
 		t.Errorf("admin metrics --raw: %.300s", raw)
 	}
+	p.stop()
+}
+
+// TestScrapeOverHTTPS has a real Prometheus scrape the admin API over HTTPS, with the token of a
+// scraper and the pinned CA, over a restart of the daemon, which ends all sessions. With another CA
+// there is no scrape, and the removal of the scraper ends the scrapes.
+func TestScrapeOverHTTPS(t *testing.T) {
+	needPrometheus(t)
+	s := newSystem(t)
+	https, web, other := newFolder(t).listen, newFolder(t).listen, newFolder(t)
+	s.edit("countersign.toml", "admin_socket", "admin_https = \""+https+"\"\nadmin_socket")
+	if out, code := s.daemon("init"); code != 0 {
+		t.Fatalf("init: %d %s", code, out)
+	}
+	p := s.serve()
+	s.write("ca.pem", must(s.admin().TLS(t.Context()))(t).CA)
+	s.otherCA("other.key", "other.pem")
+	s.must("admin", "scraper", "add", "prometheus", s.path("scrape.token"))
+	token := must(os.ReadFile(s.path("scrape.token")))(t)
+	made.add("the token of a scraper", bytes.TrimSpace(token))
+	_, port, _ := net.SplitHostPort(https)
+	fields := func(ca string) []string {
+		return []string{
+			"scheme: https", "metrics_path: /v1/metrics", "tls_config: {ca_file: " + s.path(ca) + "}",
+			"authorization: {credentials_file: " + s.path("scrape.token") + "}",
+		}
+	}
+	db := s.scrapedBy(web, "localhost:"+port, fields("ca.pem")...)
+	up := func(db *prometheus, value string) func() bool {
+		return func() bool {
+			return len(db.query(`up{job="countersign"} == `+value)) == 1
+		}
+	}
+	eventually(t, "a scrape", up(db, "1"))
+	eventually(t, "data", func() bool { return len(db.query(`countersign_token_up{token="main"} == 1`)) == 1 })
+	other.write("scrape.token", string(token))
+	stranger := other.scrapedBy(other.listen, "localhost:"+port, fields("other.pem")...)
+	eventually(t, "no scrape with another CA", up(stranger, "0"))
+	if out := s.must("admin", "scraper", "list"); !strings.Contains(out, "prometheus") ||
+		strings.Contains(out, string(bytes.TrimSpace(token))) {
+		t.Errorf("list: %s", out)
+	}
+	p.stop()
+	eventually(t, "no scrape of a stopped daemon", up(db, "0"))
+	p = s.serve()
+	eventually(t, "a scrape after the restart", up(db, "1"))
+	s.must("admin", "scraper", "remove", "prometheus")
+	eventually(t, "no scrape after the removal", up(db, "0"))
 	p.stop()
 }
 

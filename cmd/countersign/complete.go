@@ -25,6 +25,7 @@ var (
 	peerNames     = listed((*api.Client).Peers, func(p api.Peer) string { return p.Name })
 	groupNames    = listed((*api.Client).Groups, func(g api.Group) string { return g.Name })
 	operatorNames = listed((*api.Client).Operators, func(o approval.Operator) string { return o.Name })
+	scraperNames  = listed((*api.Client).Scrapers, func(s api.Scraper) string { return s.Name })
 	tokenNames    = listed((*api.Client).Tokens, func(s api.Token) string { return s.Name })
 )
 
@@ -74,6 +75,7 @@ var completedArguments = []struct {
 	{"countersign admin operator ", operatorNames, []string{"add", "first"}},
 	{"countersign admin credential ", operatorNames, nil},
 	{"countersign admin login", operatorNames, nil},
+	{"countersign admin scraper ", scraperNames, []string{"add", "list"}},
 	{"countersign admin token ", tokenNames, nil},
 	{"countersign admin context ", contextNames, []string{"add", "list"}},
 	{"countersign line pin", keyNames, nil},

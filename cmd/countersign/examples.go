@@ -38,6 +38,8 @@ var examples = map[string]string{
 	"admin policy list":         "",
 	"admin policy reload":       "",
 	"admin proposal approve":    "7",
+	"admin scraper list":        "",
+	"admin scraper remove":      "prometheus",
 	"admin proposal list":       "",
 	"admin proposal show":       "7",
 	"admin proposal withdraw":   "7",

@@ -307,8 +307,8 @@ func (e *Engine) Causes() (all []cause.Cause) {
 	return all
 }
 
-// Measure is a source of metrics: the firing alerts, with zero for each kind that does not fire, and
-// the messages that wait.
+// Measure is a source of metrics: the firing alerts, with zero for each kind that does not fire,
+// and the messages that wait.
 func (e *Engine) Measure(s *meter.Sample) {
 	e.mu.Lock()
 	defer e.mu.Unlock()

@@ -271,6 +271,11 @@ func (m *Meter) Expose(accept string) (contentType string, body []byte, err erro
 	return m.expose(accept, 0)
 }
 
+// ExposeShared is Expose for callers without a session, who share one collection a second.
+func (m *Meter) ExposeShared(accept string) (contentType string, body []byte, err error) {
+	return m.expose(accept, collectEvery)
+}
+
 // expose is Expose with a collection that may have an age.
 func (m *Meter) expose(accept string, age time.Duration) (contentType string, body []byte, err error) {
 	if m == nil {
@@ -326,7 +331,7 @@ func (m *Meter) Handler() http.Handler {
 			http.Error(w, "this address serves metrics to this machine only", http.StatusForbidden)
 			return
 		}
-		contentType, body, err := m.expose(strings.Join(r.Header.Values("Accept"), ","), collectEvery)
+		contentType, body, err := m.ExposeShared(strings.Join(r.Header.Values("Accept"), ","))
 		if err != nil {
 			http.Error(w, "the metrics can't be read now", http.StatusServiceUnavailable)
 			return

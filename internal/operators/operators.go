@@ -161,7 +161,8 @@ type Registry struct {
 	executing map[uint64]chan struct{} // by proposal; closed after the end of the act
 	closing   bool                     // no other act may start
 	sessions  map[[32]byte]*Session    // by SHA-256 of the token
-	used      usedNonces               // of challenges
+	scrapers  map[string]Scraper
+	used      usedNonces // of challenges
 	failures  failures
 	refusals  refusals
 	refused   map[string]int // refused proofs since the start, by attempt.purpose
@@ -176,7 +177,8 @@ func Open(l *ledger.Ledger, c Config) (*Registry, error) {
 		Config: c, ledger: l, writing: manage.NewLock(),
 		roster:    roster{people: map[string]person{}, needed: 1},
 		proposals: map[uint64]*record{}, executing: map[uint64]chan struct{}{},
-		sessions: map[[32]byte]*Session{}, used: usedNonces{}, failures: failures{each: map[failureKey]*leakyBucket{}},
+		sessions: map[[32]byte]*Session{}, scrapers: map[string]Scraper{}, used: usedNonces{},
+		failures: failures{each: map[failureKey]*leakyBucket{}},
 		refusals: refusals{pace: map[string]*leakyBucket{}}, refused: map[string]int{},
 	}
 	rand.Read(r.secret[:])
@@ -191,7 +193,7 @@ func Open(l *ledger.Ledger, c Config) (*Registry, error) {
 	}
 	if err := l.Follow(context.Background(), &r.mu,
 		ledger.Followed{Table: ledger.Operators, Take: r.takeOperator},
-		ledger.Followed{Table: ledger.Meta, Take: r.takeRules},
+		ledger.Followed{Table: ledger.Meta, Take: r.takeMeta},
 		ledger.Followed{Table: ledger.Proposals, Take: r.takeProposal}); err != nil {
 		return nil, err
 	}
@@ -355,8 +357,12 @@ func (r *Registry) takeOperator(name string, value []byte) error {
 	return nil
 }
 
-// takeRules updates the memory after a change of the rules for approvals. The caller holds mu.
-func (r *Registry) takeRules(key string, value []byte) (err error) {
+// takeMeta updates the memory after a change of the rules for approvals, or of a scraper. The
+// caller holds mu.
+func (r *Registry) takeMeta(key string, value []byte) (err error) {
+	if name, ok := scraperOf(key); ok {
+		return r.takeScraper(name, value)
+	}
 	switch key {
 	case neededKey:
 		r.roster.needed, err = decodeNeeded(value)

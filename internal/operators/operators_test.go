@@ -214,10 +214,10 @@ func (r *rig) agrees(t *testing.T) {
 	t.Helper()
 	anew := &Registry{
 		roster:    roster{people: map[string]person{}, needed: 1},
-		proposals: map[uint64]*record{}, sessions: map[[32]byte]*Session{},
+		proposals: map[uint64]*record{}, sessions: map[[32]byte]*Session{}, scrapers: map[string]Scraper{},
 	}
 	err := r.ledger.View(func(v ledger.View) error {
-		return errors.Join(v.All(ledger.Operators, anew.takeOperator), v.All(ledger.Meta, anew.takeRules),
+		return errors.Join(v.All(ledger.Operators, anew.takeOperator), v.All(ledger.Meta, anew.takeMeta),
 			v.All(ledger.Proposals, anew.takeProposal))
 	})
 	if errors.Is(err, ledger.ErrClosed) {
@@ -232,7 +232,7 @@ func (r *rig) agrees(t *testing.T) {
 	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	if got, want := fmt.Sprint(r.roster), fmt.Sprint(anew.roster); got != want {
+	if got, want := fmt.Sprint(r.roster, r.scrapers), fmt.Sprint(anew.roster, anew.scrapers); got != want {
 		t.Errorf("the roster in memory is %s, the ledger has %s", got, want)
 	}
 	if got, want := string(manage.Encode(r.proposals)), string(manage.Encode(anew.proposals)); got != want {
