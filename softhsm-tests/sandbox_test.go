@@ -117,7 +117,7 @@ func TestDaemonDropsCapabilities(t *testing.T) {
 }
 
 // TestUnconfinedIsTold gives a key worker the network, which a kernel with Landlock below ABI 10
-// can't confine to ports. check, the log and the state say so. Without the network they don't.
+// can't confine to ports. check, the log, the state and an alert say so. Without the network they don't.
 func TestUnconfinedIsTold(t *testing.T) {
 	s := newSystem(t)
 	out, code := s.daemon("check")
@@ -134,6 +134,9 @@ func TestUnconfinedIsTold(t *testing.T) {
 	s.enrol()
 	if s.hasCause("sandbox-incomplete") != lacks {
 		t.Errorf("the cause is not as the kernel is, with Landlock ABI %d", sandbox.ABI())
+	}
+	if lacks {
+		eventually(t, "an alert", func() bool { return s.hasEvent("AlertFiring", "alert/sandbox-incomplete") })
 	}
 	p.stop()
 	if strings.Contains(p.stderr.String(), "a process is not confined as intended") != lacks {

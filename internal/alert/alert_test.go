@@ -405,6 +405,27 @@ func TestEveryCauseIsDecided(t *testing.T) {
 	}
 }
 
+// TestLesserKernel: a start on a kernel that confines less than the one before alerts, and a start
+// on the better kernel ends the alert.
+func TestLesserKernel(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := newRig(t)
+		r.pass(time.Hour)
+		r.want("messages", r.in.types())
+		r.report(cause.Sandbox.Of("daemon", "no Landlock"))
+		r.restart()
+		r.pass(2 * time.Second)
+		r.want("messages", r.in.types(), "sandbox-incomplete daemon firing")
+		if l := r.fires(cause.Sandbox.Code); l != Warning {
+			t.Errorf("%q", l)
+		}
+		r.report()
+		r.restart()
+		r.pass(10 * time.Minute)
+		r.want("messages", r.in.types(), "sandbox-incomplete daemon firing", "sandbox-incomplete daemon resolved")
+	})
+}
+
 // TestFlappingInput: a reason that comes and goes each second is one alert, which ends after the
 // reason has stayed away.
 func TestFlappingInput(t *testing.T) {
@@ -809,8 +830,8 @@ func TestLedgerInUnknownState(t *testing.T) {
 	}
 }
 
-// TestMeasured: each kind has a series for each of its levels, zero or one, and messages are counted
-// while they wait and when they are given up.
+// TestMeasured: each kind has a series for each of its levels, zero or one. Messages are counted
+// while they wait, and when they are given up.
 func TestMeasured(t *testing.T) {
 	if most := meter.Alerts.Labels[0].Most; len(Kinds) > most {
 		t.Errorf("%d kinds, and the series has room for %d", len(Kinds), most)

@@ -122,15 +122,15 @@ var (
 		cause.NoncesShare: Warning, cause.NoncesFilling: Warning, cause.DiskFilling: Warning,
 		cause.PolicyBroken: Warning, cause.Checkpoint: Warning, cause.Upkeep: Warning, cause.Webhook: Warning,
 		cause.Mail: Warning, cause.Sink: Warning, cause.Certificate: Warning, cause.LogUnread: Warning,
-		cause.NotifyUnread: Warning, cause.Traces: Warning,
+		cause.NotifyUnread: Warning, cause.Traces: Warning, cause.Sandbox: Warning,
 	}
 	atOnce = []*cause.Kind{
 		cause.RolledBack, cause.AnchorLost, cause.TokenPIN, cause.TokenLocked, cause.TokenReplaced,
 		cause.TokenSealed, cause.KeyMissing, cause.Rotation, cause.RotationGivenUp, cause.Quorum, cause.Locked,
-		cause.KeyTwice,
+		cause.KeyTwice, cause.Sandbox,
 	}
 	silent = []*cause.Kind{
-		cause.Starting, cause.PolicyWaits, cause.PolicyPointless, cause.RetentionWaits, cause.Sandbox,
+		cause.Starting, cause.PolicyWaits, cause.PolicyPointless, cause.RetentionWaits,
 	}
 )
 
