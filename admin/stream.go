@@ -18,6 +18,7 @@ import (
 	"countersign/audit"
 	"countersign/internal/history"
 	"countersign/internal/ledger"
+	"countersign/internal/requestid"
 
 	"github.com/danielgtaylor/huma/v2"
 	"github.com/danielgtaylor/huma/v2/adapters/humaecho"
@@ -359,7 +360,7 @@ func (s *streams) serve(c huma.Context, st *stream, begin []byte) {
 		code := ""
 		switch {
 		case broken != nil:
-			s.Log.Error("a stream of events can't read the log", "err", broken)
+			s.Log.Error("a stream of events can't read the log", requestid.Attr(st.who.Request), "err", broken)
 			code = unavailable.code
 		case !s.Operators.Live(*st.who.session): // after the reading of b
 			code = signedOut.code
@@ -386,7 +387,7 @@ func (s *streams) serve(c huma.Context, st *stream, begin []byte) {
 	}
 	if c.Context().Err() == nil {
 		s.Log.Warn("a stream of events was cut: its reader is too slow", "operator", st.who.session.Operator,
-			"channel", st.who.Channel.String())
+			"channel", st.who.Channel.String(), requestid.Attr(st.who.Request))
 	}
 }
 

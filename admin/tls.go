@@ -4,6 +4,7 @@ import (
 	"context"
 
 	"countersign/admin/api"
+	"countersign/internal/requestid"
 )
 
 // hasTLS returns an error without an HTTPS listener.
@@ -47,6 +48,9 @@ func (s *server) installCertificate(ctx context.Context, who caller, in *body[ap
 	if err := s.Certificates.Install(ctx, []byte(in.Body.PEM)); err != nil {
 		return api.TLS{}, err
 	}
+	is := s.Certificates.Status()
+	s.Log.Info("a certificate of HTTPS was installed", "issuer", is.Issuer, "not_after", is.NotAfter,
+		"operator", who.actor().Name, requestid.Attr(who.Request))
 	return s.tls(ctx, who, nil)
 }
 
@@ -60,5 +64,7 @@ func (s *server) uninstallCertificate(ctx context.Context, who caller, _ *none) 
 	if err := s.Certificates.Uninstall(ctx); err != nil {
 		return api.TLS{}, err
 	}
+	s.Log.Info("the appliance's own certificate of HTTPS is in use again",
+		"operator", who.actor().Name, requestid.Attr(who.Request))
 	return s.tls(ctx, who, nil)
 }

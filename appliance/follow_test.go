@@ -151,7 +151,7 @@ func TestMemoryFollowsActs(t *testing.T) {
 	r := newRig(t)
 	state := func() (Health, uint64, Retention) {
 		t.Helper()
-		r.policies.look() // as the periodic work does
+		r.policies.look(r.policies.log) // as the periodic work does
 		in, err := r.policies.inForce()
 		if err != nil {
 			t.Fatal(err)

@@ -302,7 +302,7 @@ func (a *Appliance) keepLog(ctx context.Context) {
 		_, _, behind := a.ledger.Clock()
 		a.monitor.Check(ctx, clockResource, behind)
 		a.monitor.Flush(ctx)
-		a.policies.look()
+		a.policies.look(a.log)
 		check("the index of the audit log is not written", a.index(ctx))
 		check("the quotas of peers are not written", a.Peers.WriteGreedy(ctx))
 		if time.Since(retained) >= retainEvery {

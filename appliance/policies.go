@@ -143,7 +143,7 @@ func (a *Appliance) Policy(version uint64) (PolicyVersion, error) {
 // start activates the policy file, unless there are operators. Operators approve policies, and a
 // restart must not activate a policy without their approval.
 func (p *policies) start(ctx context.Context) error {
-	defer p.look()
+	defer p.look(p.log)
 	governed := false
 	if err := p.ledger.View(func(v ledger.View) (err error) { governed, err = isGoverned(v); return err }); err != nil {
 		return err
@@ -206,14 +206,14 @@ func (a *Appliance) KnowsName(entity, name string) bool {
 	return true
 }
 
-// look reads the policy file again, for causes.
-func (p *policies) look() {
+// look reads the policy file again, for causes. log is that of the present request, if any.
+func (p *policies) look(log *slog.Logger) {
 	file, err := p.load()
 	p.check()
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if err != nil && p.broken == nil {
-		p.log.Error("the policy file can't be used; the policy in force stays", "err", err)
+		log.Error("the policy file can't be used; the policy in force stays", "err", err)
 	}
 	if p.onDisk, p.broken = "", err; err == nil {
 		p.onDisk = hex.EncodeToString(file.Hash[:])
@@ -284,7 +284,7 @@ func (p *policies) activate(
 	if err != nil {
 		return 0, false, err
 	}
-	p.look() // the state follows at once
+	p.look(log) // the state follows at once
 	return version, changed, nil
 }
 

@@ -53,7 +53,7 @@ func TestPolicyFileIsPutBack(t *testing.T) {
 	r := newRig(t)
 	is := func(want ...*cause.Kind) {
 		t.Helper()
-		r.policies.look()
+		r.policies.look(r.policies.log)
 		h := r.Health()
 		for i, c := range h.Causes {
 			if len(want) != len(h.Causes) || c.Kind != want[i] {

@@ -375,7 +375,7 @@ func (a *Appliance) EndEpoch(ctx context.Context, who audit.Actor) (next uint32,
 	if next, err = a.ledger.EndEpoch(ctx, who); err != nil {
 		return 0, err
 	}
-	a.log.Info("an epoch of the audit log has ended", "epoch", next-1)
+	a.log.Info("an epoch of the audit log has ended", "epoch", next-1, requestid.Attr(who.Request))
 	return next, a.signEnded(ctx, next)
 }
 

@@ -247,7 +247,6 @@ func (m *Manager) Install(ctx context.Context, chain []byte) error {
 		return err
 	}
 	m.installed, m.mismatched = all, false
-	m.log.Info("certs: installed a certificate", "issuer", all[0].Issuer.String(), "not_after", all[0].NotAfter)
 	return nil
 }
 
@@ -259,7 +258,6 @@ func (m *Manager) Uninstall(ctx context.Context) error {
 		return err
 	}
 	m.installed, m.mismatched = nil, false
-	m.log.Info("certs: the own certificate is in use")
 	return nil
 }
 

@@ -185,7 +185,7 @@ func (r *Ring) callOff(ctx context.Context, who audit.Actor, old, next *Key) err
 	defer r.notify()
 	if now, err := r.Active(old.Name); err == nil && old.Name == NoiseName && r.unauthorized(now) {
 		if err := r.authorizeActive(ctx, who); err != nil { // Keep tries again
-			r.Log.Error("the Noise key is not authorized anew", "err", err)
+			r.Log.Error("the Noise key is not authorized anew", requestid.Attr(who.Request), "err", err)
 		}
 	}
 	return nil

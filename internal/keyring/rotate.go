@@ -96,7 +96,7 @@ func (r *Ring) rotate(
 	}
 	if k := withoutSuccessor(versions); k != nil { // a rotation is overdue
 		if err := r.activateSuccessor(ctx, who, k); err != nil {
-			r.retryLater(name, err, time.Time{})
+			r.retryLater(who, name, err, time.Time{})
 			return nil, err
 		}
 		return r.Active(name)
@@ -115,10 +115,10 @@ func (r *Ring) rotate(
 		return next, nil
 	}
 	if q, open := r.Requested(name); open && q.Ended == "" {
-		r.retryLater(name, err, q.Until)
+		r.retryLater(who, name, err, q.Until)
 		err = fmt.Errorf("it is tried again until %s: %w", q.Until.UTC().Format(time.RFC3339), err)
 	} else if !open {
-		r.retryLater(name, err, time.Time{}) // announced, and not active yet
+		r.retryLater(who, name, err, time.Time{}) // announced, and not active yet
 	}
 	return nil, err
 }
@@ -166,7 +166,8 @@ func (r *Ring) renew(ctx context.Context, who audit.Actor, name string, at time.
 
 // notRotated records the failure of a rotation with its cause.
 func (r *Ring) notRotated(ctx context.Context, who audit.Actor, old *Key, why error) error {
-	r.Log.Error("a key is not rotated; nothing was changed", "key", old.Name, "err", why)
+	r.Log.Error("a key is not rotated; nothing was changed", "key", old.Name,
+		requestid.Attr(who.Request), "err", why)
 	return errors.Join(why, r.record(ctx, audit.NewKeyRotationFailed(who, old.Ref().String(), why)))
 }
 
@@ -308,7 +309,7 @@ func (r *Ring) activate(ctx context.Context, who audit.Actor, next *Key) error {
 	if err := r.changeLine(ctx, who, next.Name, edits, 0, e); err != nil {
 		return err
 	}
-	r.Log.Info("a key was rotated", "key", next.Name, "version", next.Version)
+	r.Log.Info("a key was rotated", "key", next.Name, "version", next.Version, requestid.Attr(who.Request))
 	r.clearRetry(next.Name)
 	r.notify()
 	return nil
@@ -424,7 +425,7 @@ func (r *Ring) Compromise(ctx context.Context, who audit.Actor, name string, ver
 			return nil // Keep rotates once the gate is open
 		}
 		if err := r.activateSuccessor(ctx, who, k); err != nil {
-			r.retryLater(name, err, time.Time{})
+			r.retryLater(who, name, err, time.Time{})
 		}
 		return nil
 	})

@@ -15,6 +15,7 @@ import (
 	"countersign/internal/keystore"
 	"countersign/internal/ledger"
 	"countersign/internal/manage"
+	"countersign/internal/requestid"
 )
 
 // retry is a failed rotation that is retried with exponential backoff.
@@ -31,7 +32,7 @@ const (
 
 // retryLater notes a failed rotation: Causes reports the failure, and Keep retries after the
 // backoff, or at the time until, if that is sooner. Zero means no such time.
-func (r *Ring) retryLater(name string, err error, until time.Time) {
+func (r *Ring) retryLater(who audit.Actor, name string, err error, until time.Time) {
 	r.mu.Lock()
 	try := r.retries[name]
 	try.wait = min(max(2*try.wait, firstRetry), lastRetry)
@@ -42,7 +43,8 @@ func (r *Ring) retryLater(name string, err error, until time.Time) {
 	r.retries[name] = try
 	r.failed++
 	r.mu.Unlock()
-	r.Log.Error("a rotation is not done; it is tried again", "key", name, "in", try.wait, "err", err)
+	r.Log.Error("a rotation is not done; it is tried again", "key", name, "in", try.wait,
+		requestid.Attr(who.Request), "err", err)
 }
 
 // clearRetry notes that no rotation of a key is due any more.
@@ -126,7 +128,7 @@ func (r *Ring) keepKey(ctx context.Context, name string) {
 		r.clearRetry(name)
 	case ctx.Err() == nil:
 		q, _ := r.Requested(name)
-		r.retryLater(name, err, q.Until)
+		r.retryLater(audit.Daemon(), name, err, q.Until)
 	}
 }
 

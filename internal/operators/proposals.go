@@ -8,6 +8,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"log/slog"
 	"maps"
 	"runtime/debug"
 	"slices"
@@ -18,6 +19,7 @@ import (
 	"countersign/audit"
 	"countersign/internal/ledger"
 	"countersign/internal/manage"
+	"countersign/internal/requestid"
 )
 
 // Limits of proposals.
@@ -363,7 +365,7 @@ func (r *Registry) Approve(ctx context.Context, s Session, id uint64, p approval
 		switch {
 		case rec.countApprovals(&people) >= max(rec.proposal.Needed, people.needed):
 			rec.State = Running // once: no transition leads back to open
-			events = append(events, audit.NewProposalRun(rec.actor(), rec.ref()))
+			events = append(events, audit.NewProposalRun(rec.actor().In(s.Channel.Request), rec.ref()))
 		case given: // an error only now, because an approval that did not count may count again
 			return nil, fmt.Errorf("proposal %d: %w: you have approved it already, which can be done once",
 				id, ErrConflict)
@@ -375,7 +377,7 @@ func (r *Registry) Approve(ctx context.Context, s Session, id uint64, p approval
 			r.mu.Lock()
 			r.executing[id] = ended
 			r.mu.Unlock()
-			go r.execute(act, rec, ended)
+			go r.execute(act, rec, s.Channel.Request, ended)
 		}
 	})
 	switch {
@@ -397,22 +399,26 @@ func (r *Registry) Approve(ctx context.Context, s Session, id uint64, p approval
 }
 
 // execute carries out the act of a proposal that has just become running, writes the end of the
-// act, and closes ended.
-func (r *Registry) execute(act Act, rec *record, ended chan struct{}) {
+// act, and closes ended. request is the id of the request with the last approval, which causes all
+// this.
+func (r *Registry) execute(act Act, rec *record, request string, ended chan struct{}) {
 	defer func() {
 		r.mu.Lock()
 		delete(r.executing, rec.id())
 		r.mu.Unlock()
 		close(ended)
 	}()
-	state, cause := r.run(act, rec)
-	log := r.Log.With("proposal", rec.id(), "act", rec.proposal.Act)
+	log := r.Log.With("proposal", rec.id(), "act", rec.proposal.Act, requestid.Attr(request))
+	who := rec.actor().In(request)
+	state, cause := r.run(act, rec, who, log)
 	for {
 		err := r.update(context.Background(), "", rec.id(), func(_ *ledger.Tx, rec *record) ([]audit.Event, error) {
 			if rec.State != Running {
 				return nil, fmt.Errorf("%w: it is %s", ErrConflict, rec.State)
 			}
-			return []audit.Event{rec.end(state, cause)}, nil
+			e := rec.end(state, cause)
+			e.Actor = who
+			return []audit.Event{e}, nil
 		}, nil)
 		if !errors.Is(err, ledger.ErrDisk) {
 			if err != nil {
@@ -431,18 +437,17 @@ func (r *Registry) execute(act Act, rec *record, ended chan struct{}) {
 
 // run calls the act's Run. A panic must not end the appliance. The effects of the act are unknown
 // after a panic.
-func (r *Registry) run(act Act, rec *record) (state State, cause string) {
+func (r *Registry) run(act Act, rec *record, who audit.Actor, log *slog.Logger) (state State, cause string) {
 	defer func() {
 		if p := recover(); p != nil {
-			r.Log.Error("an approved act has panicked",
-				"proposal", rec.id(), "act", rec.proposal.Act, "panic", p, "stack", string(debug.Stack()))
+			log.Error("an approved act has panicked", "panic", p, "stack", string(debug.Stack()))
 			state, cause = Interrupted, "it has panicked: the log of the daemon says where"
 		}
 	}()
 	if !rec.contentMatches() {
 		return Failed, "what goes with it is not what was approved"
 	}
-	err := act.Run(context.Background(), rec.actor(), slices.Clone(rec.proposal.Parameters), slices.Clone(rec.Content))
+	err := act.Run(context.Background(), who, slices.Clone(rec.proposal.Parameters), slices.Clone(rec.Content))
 	if err != nil {
 		return Failed, err.Error()
 	}
