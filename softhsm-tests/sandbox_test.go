@@ -117,7 +117,8 @@ func TestDaemonDropsCapabilities(t *testing.T) {
 }
 
 // TestUnconfinedIsTold gives a key worker the network, which a kernel with Landlock below ABI 10
-// can't confine to ports. check, the log, the state and an alert say so. Without the network they don't.
+// can't confine to ports. check, the log, the state and an alert say so. Without the network they
+// don't.
 func TestUnconfinedIsTold(t *testing.T) {
 	s := newSystem(t)
 	out, code := s.daemon("check")

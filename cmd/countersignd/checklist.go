@@ -67,7 +67,7 @@ func lines() []line {
 			}},
 		{"No keys in logs or errors", `countersignd check --config countersign.toml`,
 			func(c Config) verdict {
-				return holds("the daemon has neither a key nor a PIN")
+				return holds("the daemon has neither a key nor a PIN, and scrubs its log")
 			}},
 		{"Rate limiting configured", `countersign admin audit list --type RateLimitTriggered --since 1d`,
 			func(c Config) verdict {
@@ -257,8 +257,14 @@ func (c *Config) monitorLine() verdict {
 	for _, s := range c.Sinks {
 		all = append(all, "events to sink "+s.Name)
 	}
-	if len(all) == 0 {
+	if len(all) == 0 && c.MetricsListen == "" {
 		return verdict{"off", "no receivers of alerts and no sinks: a monitor must ask for the state"}
+	}
+	if len(all) == 0 {
+		return verdict{"partly", "metrics on " + c.MetricsListen + ", but no receivers of alerts and no sinks"}
+	}
+	if c.MetricsListen != "" {
+		all = append(all, "metrics on "+c.MetricsListen)
 	}
 	return unknown("%s; whether somebody reads them is yours to know", strings.Join(all, ", "))
 }
