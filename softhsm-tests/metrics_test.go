@@ -170,7 +170,9 @@ func TestMetrics(t *testing.T) {
 func TestScrapeOverHTTPS(t *testing.T) {
 	needPrometheus(t)
 	s := newSystem(t)
-	https, web, other := newFolder(t).listen, newFolder(t).listen, newFolder(t)
+	free := must(net.Listen("tcp", "127.0.0.1:0"))(t) // the certificate's name leads to this address
+	https, web, other := free.Addr().String(), newFolder(t).listen, newFolder(t)
+	free.Close()
 	s.edit("countersign.toml", "admin_socket", "admin_https = \""+https+"\"\nadmin_socket")
 	if out, code := s.daemon("init"); code != 0 {
 		t.Fatalf("init: %d %s", code, out)
