@@ -15,7 +15,7 @@ import (
 // private key of the certificate is in the token.
 func TestHTTPS(t *testing.T) {
 	s := newSystem(t)
-	address := newFolder(t).listen
+	address := ofLocalhost(t)
 	s.edit("countersign.toml", "admin_socket", "admin_https = \""+address+"\"\nadmin_socket")
 	if out, code := s.daemon("serve"); code != 1 || !strings.Contains(out, "run countersignd init") {
 		t.Errorf("without keys: %d %s", code, out)

@@ -5,7 +5,6 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
-	"net"
 	"net/http"
 	"net/url"
 	"os"
@@ -170,27 +169,21 @@ func TestMetrics(t *testing.T) {
 func TestScrapeOverHTTPS(t *testing.T) {
 	needPrometheus(t)
 	s := newSystem(t)
-	free := must(net.Listen("tcp", "127.0.0.1:0"))(t) // the certificate's name leads to this address
-	https, web, other := free.Addr().String(), newFolder(t).listen, newFolder(t)
-	free.Close()
-	s.edit("countersign.toml", "admin_socket", "admin_https = \""+https+"\"\nadmin_socket")
-	if out, code := s.daemon("init"); code != 0 {
-		t.Fatalf("init: %d %s", code, out)
-	}
+	host := strings.TrimPrefix(s.configureHTTPS(), "https://")
+	web, other := newFolder(t).listen, newFolder(t)
 	p := s.serve()
 	s.write("ca.pem", must(s.admin().TLS(t.Context()))(t).CA)
 	s.otherCA("other.key", "other.pem")
 	s.must("admin", "scraper", "add", "prometheus", s.path("scrape.token"))
 	token := must(os.ReadFile(s.path("scrape.token")))(t)
 	made.add("the token of a scraper", bytes.TrimSpace(token))
-	_, port, _ := net.SplitHostPort(https)
 	fields := func(ca string) []string {
 		return []string{
 			"scheme: https", "metrics_path: /v1/metrics", "tls_config: {ca_file: " + s.path(ca) + "}",
 			"authorization: {credentials_file: " + s.path("scrape.token") + "}",
 		}
 	}
-	db := s.scrapedBy(web, "localhost:"+port, fields("ca.pem")...)
+	db := s.scrapedBy(web, host, fields("ca.pem")...)
 	up := func(db *prometheus, value string) func() bool {
 		return func() bool {
 			return len(db.query(`up{job="countersign"} == `+value)) == 1
@@ -199,7 +192,7 @@ func TestScrapeOverHTTPS(t *testing.T) {
 	eventually(t, "a scrape", up(db, "1"))
 	eventually(t, "data", func() bool { return len(db.query(`countersign_token_up{token="main"} == 1`)) == 1 })
 	other.write("scrape.token", string(token))
-	stranger := other.scrapedBy(other.listen, "localhost:"+port, fields("other.pem")...)
+	stranger := other.scrapedBy(other.listen, host, fields("other.pem")...)
 	eventually(t, "no scrape with another CA", up(stranger, "0"))
 	if out := s.must("admin", "scraper", "list"); !strings.Contains(out, "prometheus") ||
 		strings.Contains(out, string(bytes.TrimSpace(token))) {

@@ -196,18 +196,25 @@ func mustRun[T any](b *browser, script string, args ...any) T {
 	return v
 }
 
+// ofLocalhost returns an address to which the name localhost leads, with a port that is free now.
+func ofLocalhost(t testing.TB) string {
+	t.Helper()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	return l.Addr().String()
+}
+
 // configureHTTPS configures the HTTPS listener beside the admin socket, has countersignd init
 // create the listener's keys, and returns the listener's origin, such as https://localhost:7780.
 func (s *system) configureHTTPS() (origin string) {
 	s.t.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0") // a port that is free now
-	if err != nil {
-		s.t.Fatal(err)
-	}
-	l.Close()
-	_, port, _ := net.SplitHostPort(l.Addr().String())
+	address := ofLocalhost(s.t)
+	_, port, _ := net.SplitHostPort(address)
 	s.edit("countersign.toml", `admin_socket = "admin.sock"`,
-		"admin_socket = \"admin.sock\"\nadmin_https = \"127.0.0.1:"+port+`"`)
+		"admin_socket = \"admin.sock\"\nadmin_https = \""+address+`"`)
 	if out, code := s.daemon("init"); code != 0 {
 		s.t.Fatalf("init: %d\n%s", code, out)
 	}
