@@ -21,7 +21,8 @@ var ofNoRequest = []string{
 	"the policy file can't be used; the policy in force stays", // looked at from time to time
 	"a key worker says", "a key is not on its token: restore the token, or rotate the key",
 	"a rule of the policy may not do what was meant",
-	"the daemon could read a secret of a token: move one of them", "a process is not confined as intended",
+	"the daemon could read or change what is of the key workers alone: move one of them",
+	"a process is not confined as intended",
 	"certs: made a certificate", "certs: made an authority: clients must trust this one",
 }
 
