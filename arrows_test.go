@@ -161,9 +161,10 @@ var arrows = map[string]room{
 	},
 	// For tests.
 	"client/clienttest":              {ours: "noise transcript wire"},
-	"internal/keystore/keystoretest": {ours: "internal/keystore internal/pubkey"},
-	"internal/ledger/ledgertest":     {ours: "internal/ledger", outside: "go.etcd.io/bbolt"},
+	"internal/keystore/keystoretest": {ours: "internal/keystore internal/pubkey internal/scantest"},
+	"internal/ledger/ledgertest":     {ours: "internal/ledger internal/scantest", outside: "go.etcd.io/bbolt"},
 	"internal/ledger/disktest":       {outside: "github.com/hanwen/go-fuse/v2 golang.org/x/sys"},
+	"internal/scantest":              {},
 	"scripts/receiver":               {ours: "internal/webhook"},
 	"softhsm-tests":                  {},
 	"monitoring":                     {},

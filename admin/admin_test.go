@@ -11,6 +11,7 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
+	"os"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -33,12 +34,15 @@ import (
 	"countersign/internal/logline"
 	"countersign/internal/meter"
 	"countersign/internal/operators"
+	"countersign/internal/scantest"
 	"countersign/internal/sshagent"
 	"countersign/policy"
 
 	"golang.org/x/crypto/ssh"
 	"golang.org/x/crypto/ssh/agent"
 )
+
+func TestMain(m *testing.M) { os.Exit(scantest.Run(m)) }
 
 // rig is a test rig: the API on a Unix socket and on HTTPS, with an appliance, a ledger on disk,
 // and a registry of operators.
@@ -99,7 +103,7 @@ func newRigIn(t *testing.T, state string) *rig {
 	limits := appliance.DefaultLimits()
 	limits.Calls = map[string]int{"memory": 4}
 	long := 7 * 365 * 24 * time.Hour
-	log := slog.New(slog.DiscardHandler)
+	log := scantest.Log()
 	config := appliance.Config{Meter: meter.New("test"), Limits: limits, Retention: appliance.Retention{
 		Epoch: appliance.Month, Audit: long, Receipts: long, Decisions: long, Nonces: 24 * time.Hour,
 	}}
@@ -137,12 +141,13 @@ func newRigIn(t *testing.T, state string) *rig {
 		History:    history.Open(filepath.Join(t.TempDir(), "history"), log),
 		LoadPolicy: func() (*policy.Policy, error) { return policy.Parse("policy.cedar", []byte(r.policy)) },
 		Level:      logline.NewLevel(slog.LevelInfo), Log: log,
-		ErrorLog: slog.NewLogLogger(slog.DiscardHandler, slog.LevelInfo), Certificates: certs,
+		ErrorLog: slog.NewLogLogger(log.Handler(), slog.LevelInfo), Certificates: certs,
 		Hosts: []string{"localhost:" + port}, Origin: r.url, RPID: "localhost",
 	}
 	t.Cleanup(c.History.Close)
 	r.server, _ = newServer(c)
 	r.live, r.http = newHTTP(c)
+	r.http.Handler = scantest.Answers(r.http.Handler)
 	srv := r.http
 	r.socket = filepath.Join(t.TempDir(), "admin.sock")
 	unix, err := Listen(r.socket, "")
@@ -177,7 +182,7 @@ func newCertificates(t *testing.T) *certs.Manager {
 		ref := keystore.Ref{Name: name, Version: 1}
 		keys[i] = must(store.Generate(t.Context(), ref, keystore.P256, keystore.Tag{byte(i)}))(t)
 	}
-	return must(certs.New(keys[0], keys[1], new(saved), nil, slog.New(slog.DiscardHandler)))(t)
+	return must(certs.New(keys[0], keys[1], new(saved), nil, scantest.Log()))(t)
 }
 
 // saved is a certs.Store in memory.
@@ -201,6 +206,7 @@ func (r *rig) credential(name string) approval.Credential {
 	if err != nil {
 		r.t.Fatal(err)
 	}
+	scantest.Secret("the SSH key of "+name, private.Seed())
 	key, err := ssh.NewPublicKey(public)
 	if err == nil {
 		err = r.agent.Add(agent.AddedKey{PrivateKey: private, Comment: name})

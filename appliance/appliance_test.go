@@ -7,7 +7,6 @@ import (
 	"encoding/base64"
 	"errors"
 	"fmt"
-	"log/slog"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -25,6 +24,7 @@ import (
 	"countersign/internal/ledger/ledgertest"
 	"countersign/internal/manage"
 	"countersign/internal/meter"
+	"countersign/internal/scantest"
 	"countersign/policy"
 	"countersign/transcript"
 	"countersign/wire"
@@ -123,7 +123,7 @@ func (r *rig) open(t *testing.T) {
 func (r *rig) new(t *testing.T, l *ledger.Ledger, retention Retention) (*Appliance, error) {
 	c := Config{Limits: r.limits, Retention: retention, Meter: meter.New("test")}
 	tokens := map[string]keystore.Store{"memory": form.Guard(r.store, nil)}
-	return New(t.Context(), c, l, tokens, parsed(t, allowShop), slog.New(slog.DiscardHandler))
+	return New(t.Context(), c, l, tokens, parsed(t, allowShop), scantest.Log())
 }
 
 func parsed(t *testing.T, rules string) *policy.Policy {
@@ -156,6 +156,9 @@ func (r *rig) sign(t *testing.T, who Caller, req *wire.Sign) *wire.Signed {
 	s, err := r.Sign(t.Context(), who, req)
 	if err != nil {
 		t.Fatal(err)
+	}
+	if s.Receipt != nil {
+		scantest.Secret(scantest.ReceiptSalt, s.Receipt.Salt)
 	}
 	return s
 }

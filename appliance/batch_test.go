@@ -18,12 +18,13 @@ import (
 	"countersign/internal/keystore"
 	"countersign/internal/ledger"
 	"countersign/internal/ledger/disktest"
+	"countersign/internal/scantest"
 	"countersign/wire"
 )
 
 func TestMain(m *testing.M) {
 	disktest.Serve() // in the process of a test's disk
-	os.Exit(m.Run())
+	os.Exit(scantest.Run(m))
 }
 
 // batched sends a batch, and expects one answer for each item.

@@ -29,6 +29,7 @@ import (
 	"countersign/internal/ledger/ledgertest"
 	"countersign/internal/meter"
 	"countersign/internal/peers"
+	"countersign/internal/scantest"
 	"countersign/noise"
 	"countersign/wire"
 )
@@ -153,7 +154,7 @@ func (e *edge) open() {
 	if err != nil {
 		e.t.Fatal(err)
 	}
-	log := slog.New(slog.NewTextHandler(e.log, &slog.HandlerOptions{Level: slog.LevelDebug}))
+	log := slog.New(slog.NewTextHandler(scantest.Tee("the log", e.log), &slog.HandlerOptions{Level: slog.LevelDebug}))
 	c := Config{Limits: e.limits, Retention: kept, Meter: meter.New("test")}
 	tokens := map[string]keystore.Store{"memory": form.Guard(e.store, nil)}
 	if e.Appliance, err = New(e.t.Context(), c, l, tokens, parsed(e.t, e.rules), log); err != nil {
@@ -212,6 +213,7 @@ func newIdentity(t *testing.T) *noise.Identity {
 	if err != nil {
 		t.Fatal(err)
 	}
+	scantest.Secret("an identity", id.Private())
 	return id
 }
 
@@ -318,6 +320,7 @@ func receive(conn *noise.Conn) (wire.Answer, error) {
 		if err != nil {
 			return wire.Answer{}, err
 		}
+		scantest.SawPeer("an answer", string(b))
 		if answer, event, err := wire.DecodeMessage(b); err != nil || event == nil {
 			return answer, err
 		}

@@ -18,6 +18,7 @@ import (
 	"countersign/internal/cause"
 	"countersign/internal/keyring"
 	"countersign/internal/ledger"
+	"countersign/internal/scantest"
 	"countersign/internal/webhook"
 	"countersign/wire"
 )
@@ -42,6 +43,11 @@ type heard struct {
 	body hookBody
 }
 
+// hookToken is the secret in the URL of each receiver.
+const hookToken = "url-secret-of-the-hooks"
+
+func init() { scantest.Secret("the secret in the URL of a webhook", []byte(hookToken)) }
+
 // newReceiver starts a receiver, with status codes for its first answers.
 func newReceiver(t *testing.T, status ...int) *receiver {
 	h := &receiver{t: t, status: status, more: make(chan struct{}, 1000)}
@@ -50,6 +56,7 @@ func newReceiver(t *testing.T, status ...int) *receiver {
 		if h.hold != nil {
 			<-h.hold
 		}
+		scantest.Saw("a webhook", string(body))
 		h.mu.Lock()
 		defer h.mu.Unlock()
 		h.tries++
@@ -132,7 +139,8 @@ func (e *edge) tell(receivers ...*receiver) {
 	e.webhooks = nil
 	for i, h := range receivers {
 		h.key = k.Info().PublicKey
-		e.webhooks = append(e.webhooks, webhook.Target{Name: fmt.Sprintf("target-%d", i), URL: h.URL})
+		target := webhook.Target{Name: fmt.Sprintf("target-%d", i), URL: h.URL + "/?token=" + hookToken}
+		e.webhooks = append(e.webhooks, target)
 	}
 	e.serve()
 }

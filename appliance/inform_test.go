@@ -15,6 +15,7 @@ import (
 	"countersign/internal/keystore"
 	"countersign/internal/ledger"
 	"countersign/internal/manage"
+	"countersign/internal/scantest"
 	"countersign/noise"
 	"countersign/wire"
 )
@@ -28,6 +29,7 @@ func hearsEvent(t *testing.T, conn *noise.Conn) any {
 		if err != nil {
 			t.Fatalf("no event: %v", err)
 		}
+		scantest.SawPeer("an event to a peer", string(b))
 		if _, event, err := wire.DecodeMessage(b); err != nil {
 			t.Fatal(err)
 		} else if event != nil {
@@ -83,6 +85,7 @@ func asks(t *testing.T, conn *noise.Conn, document string) (answer wire.Answer, 
 		if err != nil {
 			t.Fatal(err)
 		}
+		scantest.SawPeer("an answer", string(b))
 		a, event, err := wire.DecodeMessage(b)
 		if err != nil {
 			t.Fatal(err)

@@ -20,6 +20,7 @@ import (
 
 	"countersign/audit"
 	"countersign/internal/keystore"
+	"countersign/internal/scantest"
 	"countersign/noise"
 	"countersign/transcript"
 	"countersign/wire"
@@ -305,6 +306,7 @@ func handled(t *testing.T, a *Appliance, s *session, document string) wire.Answe
 	}
 	var answer wire.Answer
 	if err := a.release(s.caller, r, func(b []byte) (err error) {
+		scantest.SawPeer("an answer", string(b))
 		answer, err = wire.DecodeAnswer(b)
 		return err
 	}); err != nil {
@@ -428,7 +430,7 @@ func TestUnreadable(t *testing.T) {
 		})
 		defer r.ledger.Close()
 		var log logged
-		r.log = slog.New(slog.NewTextHandler(&log, nil))
+		r.log = slog.New(slog.NewTextHandler(scantest.Tee("the log", &log), nil))
 		shop := r.handler(t, "shop")
 		before, limited := len(logOf(t, r.Appliance, 1)), 0
 		for range 1000 {

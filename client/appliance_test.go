@@ -9,7 +9,6 @@ import (
 	"countersign/audit"
 	"countersign/client"
 	"countersign/internal/keyring"
-	"countersign/noise"
 )
 
 // TestCalledOffByAnAppliance: a client of a real appliance hears of a rotation, of its other time,
@@ -206,7 +205,7 @@ func TestAnotherKeyOfThePeer(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if config.Identity, err = noise.NewIdentity(); err != nil {
+	if config.Identity, err = newIdentity(); err != nil {
 		t.Fatal(err)
 	}
 	key := config.Identity.Public()

@@ -150,7 +150,7 @@ func TestStranger(t *testing.T) {
 	a := start(t)
 	config := a.config()
 	var err error
-	if config.Identity, err = noise.NewIdentity(); err != nil {
+	if config.Identity, err = newIdentity(); err != nil {
 		t.Fatal(err)
 	}
 	if _, err := client.Dial(t.Context(), config); !errors.Is(err, client.ErrHandshake) {
@@ -166,11 +166,11 @@ func TestStranger(t *testing.T) {
 // fake is an appliance whose answers come from the test. A nil answer closes the connection.
 func fake(t *testing.T, answer func(id string, request any) []byte) client.Config {
 	t.Helper()
-	server, err := noise.NewIdentity()
+	server, err := newIdentity()
 	if err != nil {
 		t.Fatal(err)
 	}
-	peer, err := noise.NewIdentity()
+	peer, err := newIdentity()
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -519,7 +519,7 @@ func TestIdentityFiles(t *testing.T) {
 
 // TestPinnedKeysAreKeys configures keys of the listener, of the log and of a line that are no keys.
 func TestPinnedKeysAreKeys(t *testing.T) {
-	good, err := noise.NewIdentity()
+	good, err := newIdentity()
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -560,7 +560,7 @@ func TestPinnedKeysAreKeys(t *testing.T) {
 // operator gave it, and says its name when its content is wrong.
 func TestKeptFiles(t *testing.T) {
 	dir := t.TempDir()
-	id, err := noise.NewIdentity()
+	id, err := newIdentity()
 	if err != nil {
 		t.Fatal(err)
 	}

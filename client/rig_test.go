@@ -4,11 +4,11 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"log/slog"
 	"net"
 	"os"
 	"path/filepath"
 	"runtime"
+	"testing"
 	"time"
 
 	"countersign/appliance"
@@ -19,6 +19,7 @@ import (
 	"countersign/internal/keystore"
 	"countersign/internal/keystore/keystoretest"
 	"countersign/internal/ledger"
+	"countersign/internal/scantest"
 	"countersign/noise"
 	"countersign/policy"
 )
@@ -29,6 +30,17 @@ const rules = `
 permit (principal == Peer::"shop", action == Action::"sign", resource == Key::"payments");
 permit (principal == Peer::"shop", action == Action::"sign_raw", resource == Key::"raw-certificates");
 `
+
+func TestMain(m *testing.M) { os.Exit(scantest.Run(m)) }
+
+// newIdentity makes a peer's identity, and has all outputs searched for it.
+func newIdentity() (*noise.Identity, error) {
+	id, err := noise.NewIdentity()
+	if err == nil {
+		scantest.Secret("an identity", id.Private())
+	}
+	return id, err
+}
 
 // testAppliance is a real appliance in this process, with keys in memory, on a loopback port.
 type testAppliance struct {
@@ -70,7 +82,7 @@ func startAppliance() (a *testAppliance, err error) {
 			return nil, err
 		}
 	}
-	if a.shop, err = noise.NewIdentity(); err != nil {
+	if a.shop, err = newIdentity(); err != nil {
 		return nil, err
 	}
 	public := a.shop.Public()
@@ -98,7 +110,7 @@ func (a *testAppliance) open() (err error) {
 		Retention: appliance.Retention{Epoch: appliance.Month, Audit: time.Hour, Receipts: time.Hour},
 	}
 	stores := map[string]keystore.Store{"memory": form.Guard(a.store, nil)}
-	a.app, err = appliance.New(context.Background(), config, a.ledger, stores, p, slog.New(slog.DiscardHandler))
+	a.app, err = appliance.New(context.Background(), config, a.ledger, stores, p, scantest.Log())
 	return err
 }
 
@@ -123,6 +135,7 @@ func (a *testAppliance) stop() error {
 func (a *testAppliance) close() {
 	a.stop()
 	a.ledger.Close()
+	scantest.SawLedger(filepath.Join(a.dir, "ledger.db"))
 	os.RemoveAll(a.dir)
 }
 

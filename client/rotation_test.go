@@ -627,7 +627,7 @@ func TestWhoAcknowledges(t *testing.T) {
 			}
 			config.OnServerKey = func([32]byte, uint64) { mark <- client.Rotation{} }
 		})
-		young, err := noise.NewIdentity()
+		young, err := newIdentity()
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -816,7 +816,7 @@ func TestCloseEndsAll(t *testing.T) {
 func identities(t *testing.T, n int) (all []*noise.Identity) {
 	t.Helper()
 	for range n {
-		id, err := noise.NewIdentity()
+		id, err := newIdentity()
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -39,7 +39,7 @@ func (s *system) tool(args ...string) (stdout string, end func() (out, errOut st
 			cmd.Wait()
 		}
 		b := must(os.ReadFile(stdout))(s.t)
-		s.checkOutput("countersign", string(b)+errOut.String())
+		s.checkOutput("countersign "+strings.Join(args, " "), string(b)+errOut.String())
 		return string(b), errOut.String()
 	}
 	s.t.Cleanup(func() { cmd.Process.Kill(); cmd.Wait() })

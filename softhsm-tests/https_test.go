@@ -8,6 +8,7 @@ import (
 
 	"countersign/admin/api"
 	"countersign/approval"
+	"countersign/internal/scantest"
 	"countersign/internal/sshagent"
 )
 
@@ -36,7 +37,8 @@ func TestHTTPS(t *testing.T) {
 	signIn := func(c *api.Client) {
 		ch := must(c.Challenge(t.Context(), api.NewChallenge{Purpose: "sign-in", Operator: "root"}))(t)
 		proof := must(sshagent.Sign(s.root.agent, s.root.credential, approval.ForSignIn, ch.Text))(t)
-		must(c.SignIn(t.Context(), api.Proven{Challenge: ch.ID, Proof: proof}))(t)
+		in := must(c.SignIn(t.Context(), api.Proven{Challenge: ch.ID, Proof: proof}))(t)
+		scantest.Secret(scantest.SessionToken, []byte(in.Token))
 	}
 	signIn(c)
 	me := must(c.Me(t.Context()))(t)

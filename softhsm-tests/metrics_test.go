@@ -15,6 +15,7 @@ import (
 	"testing"
 
 	"countersign/internal/meter"
+	"countersign/internal/scantest"
 )
 
 // needPrometheus skips the test, or fails it with REQUIRE_DEVICES=1, without Prometheus.
@@ -40,7 +41,7 @@ func get(t testing.TB, url string) (string, error) {
 	if err == nil && resp.StatusCode != http.StatusOK {
 		err = fmt.Errorf("%s: %s %.300s", url, resp.Status, b)
 	}
-	made.check(t, url, string(b))
+	scantest.Saw(url, string(b))
 	return string(b), err
 }
 

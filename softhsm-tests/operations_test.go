@@ -372,7 +372,7 @@ func (o *operations) doc(ts *testscript.TestScript, neg bool, args []string) {
 			w.start(ts, last)
 		}
 		out := printed.String()
-		w.checkOutput("the output of "+b.commands[0].place, out)
+		w.checkOutput("the output of "+b.commands[0].place+": "+b.script(w), out)
 		if !b.silent && !like(b.prints).MatchString(plain(out)) {
 			w.t.Errorf("%s: the block prints\n%s\nand the document says\n%s", b.commands[0].place, out, b.prints)
 		}
@@ -649,7 +649,7 @@ func (o *operations) run(ts *testscript.TestScript, neg bool, args []string) {
 	if (err != nil) != neg {
 		ts.Fatalf("unexpected: %v", err)
 	}
-	w.checkOutput("the output of "+args[0], ts.ReadFile("stdout")+ts.ReadFile("stderr"))
+	w.checkOutput("the output of "+strings.Join(args, " "), ts.ReadFile("stdout")+ts.ReadFile("stderr"))
 }
 
 // until implements "until COMMAND", which repeats a command until its exit status is 0, for at most

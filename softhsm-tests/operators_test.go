@@ -17,6 +17,7 @@ import (
 
 	"countersign/admin/api"
 	"countersign/approval"
+	"countersign/internal/scantest"
 	"countersign/internal/sshagent"
 
 	"golang.org/x/crypto/ssh"
@@ -40,7 +41,7 @@ func (s *system) newOperator(name string) *operator {
 	if err != nil {
 		s.t.Fatal(err)
 	}
-	made.add("the SSH key of "+name, private.Seed())
+	scantest.Secret("the SSH key of "+name, private.Seed())
 	key, err := ssh.NewPublicKey(public)
 	if err != nil {
 		s.t.Fatal(err)
@@ -97,6 +98,7 @@ func (s *system) signIn(ctx context.Context, p *operator) (token string, err err
 		return "", err
 	}
 	signedIn, err := c.SignIn(ctx, api.Proven{Challenge: ch.ID, Proof: proof})
+	scantest.Secret(scantest.SessionToken, []byte(signedIn.Token))
 	return signedIn.Token, err
 }
 

@@ -21,6 +21,7 @@ import (
 
 	"countersign/admin/api"
 	"countersign/approval"
+	"countersign/internal/scantest"
 
 	"github.com/chromedp/cdproto/webauthn"
 	"github.com/chromedp/chromedp"
@@ -315,6 +316,7 @@ func TestPasskey(t *testing.T) {
 	if json.Unmarshal(a.Body, &in); a.Status != 201 || in.Operator != "alice" || in.Credential != credential.ID {
 		t.Fatalf("sign in: %v", a)
 	}
+	scantest.Secret(scantest.SessionToken, []byte(in.Page))
 	if in.Token != "" {
 		t.Error("the answer to a page has the token")
 	}
@@ -364,6 +366,7 @@ func TestPasskey(t *testing.T) {
 	}
 	cookie, _ := shown.Load().(string)
 	name, half, _ := strings.Cut(cookie, "=")
+	scantest.Secret(scantest.SessionToken, []byte(half))
 	if name != "__Host-countersign" {
 		t.Errorf("the browser sends the cookie %q: the test proves nothing", cookie)
 	}

@@ -21,7 +21,7 @@ func TestReportOfAPeriod(t *testing.T) {
 	vkey := strings.TrimSpace(s.must("admin", "audit", "key"))
 	sign := func(n int) {
 		for range n {
-			must(c.Sign(t.Context(), "payments", s.subscription()))(t)
+			noteReceipt(must(c.Sign(t.Context(), "payments", s.subscription()))(t))
 		}
 	}
 	sign(5)
@@ -81,7 +81,7 @@ func TestSpreadsheetRunsNothing(t *testing.T) {
 		s.cli("", "admin", "unlock", "--reason", text)
 	}
 	s.must("admin", "unlock")
-	must(s.dial().Sign(t.Context(), "payments", s.subscription()))(t)
+	noteReceipt(must(s.dial().Sign(t.Context(), "payments", s.subscription()))(t))
 	s.must("admin", "audit", "report", s.path("report"))
 	const read = `
 import csv, json, sys

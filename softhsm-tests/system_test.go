@@ -23,6 +23,7 @@ import (
 	"countersign/admin/api"
 	"countersign/client"
 	"countersign/internal/ledger/disktest"
+	"countersign/internal/scantest"
 )
 
 const softHSM = "/usr/lib/softhsm/libsofthsm2.so"
@@ -60,7 +61,7 @@ func TestMain(m *testing.M) {
 			fmt.Fprintln(os.Stderr, err)
 			return 1
 		}
-		return m.Run()
+		return scantest.Run(m)
 	}())
 }
 
@@ -146,6 +147,7 @@ func newFolder(t testing.TB) *system {
 	}
 	s := &system{t: t, dir: t.TempDir(), listen: l.Addr().String()}
 	l.Close()
+	t.Cleanup(s.searchOutputs)
 	s.root = s.newOperator("root")
 	s.api = s.client(s.root)
 	return s
@@ -349,7 +351,7 @@ func (s *system) cliAs(p *operator, stdin string, args ...string) (stdout, stder
 			s.t.Fatal(err)
 		}
 	}
-	s.checkOutput("countersign", out.String()+errOut.String())
+	s.checkOutput("countersign "+strings.Join(args, " "), out.String()+errOut.String())
 	return out.String(), errOut.String(), cmd.ProcessState.ExitCode()
 }
 

@@ -53,11 +53,19 @@ func (s *system) search(client net.Conn) {
 		return // the daemon is down
 	}
 	defer server.Close()
+	var asked, answers strings.Builder
+	left := make(chan struct{})
 	go func() {
-		io.Copy(server, client)
+		defer close(left)
+		io.Copy(io.MultiWriter(server, &asked), client)
 		server.Close() // the client has left
 	}()
-	var answers strings.Builder
 	io.Copy(io.MultiWriter(client, &answers), server)
-	s.checkOutput("an answer of the admin API", answers.String())
+	client.Close()
+	<-left
+	of := "an answer of the admin API"
+	if strings.Contains(asked.String(), " /v1/decisions") {
+		of = "decisions, as for countersign policy export"
+	}
+	s.checkOutput(of, answers.String())
 }

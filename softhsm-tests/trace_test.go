@@ -13,6 +13,7 @@ import (
 
 	"countersign/admin/api"
 	"countersign/client"
+	"countersign/internal/scantest"
 )
 
 // collected are the spans that a collector in the test's process has got.
@@ -54,7 +55,7 @@ func (c *collected) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	made.check(c.t, "the collector of traces", string(b))
+	scantest.Saw("the collector of traces", string(b))
 	for _, each := range m.ResourceSpans {
 		for _, of := range each.ScopeSpans {
 			c.all = append(c.all, of.Spans...)

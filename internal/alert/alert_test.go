@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"log/slog"
 	"maps"
 	"math/rand/v2"
 	"os"
@@ -25,11 +24,12 @@ import (
 	"countersign/internal/ledger/ledgertest"
 	"countersign/internal/manage"
 	"countersign/internal/meter"
+	"countersign/internal/scantest"
 )
 
 func TestMain(m *testing.M) {
 	disktest.Serve()
-	os.Exit(m.Run())
+	os.Exit(scantest.Run(m))
 }
 
 // inbox is a receiver that keeps its messages. away is the error of each attempt, if set.
@@ -54,6 +54,7 @@ func (b *inbox) Send(_ context.Context, m Message) (string, error) {
 	if b.away != nil {
 		return "", b.away
 	}
+	scantest.Saw("a message about an alert", fmt.Sprintf("%+v %s", m, m.Text))
 	b.got = append(b.got, m)
 	return "taken", nil
 }
@@ -121,7 +122,7 @@ func (r *rig) open() {
 		r.t.Fatal(err)
 	}
 	r.meter = meter.New("test")
-	log := slog.New(slog.DiscardHandler)
+	log := scantest.Log()
 	if r.Engine, err = Open(r.t.Context(), r.c, r.ledger, r.meter, r.causes, r.boxes, log); err != nil {
 		r.t.Fatal(err)
 	}

@@ -26,13 +26,14 @@ import (
 	"countersign/internal/ledger/ledgertest"
 	"countersign/internal/manage"
 	"countersign/internal/resource"
+	"countersign/internal/scantest"
 	"countersign/tpm"
 	"countersign/tpm/tpmtest"
 )
 
 func TestMain(m *testing.M) {
 	disktest.Serve() // in the process of a test's disk
-	os.Exit(m.Run())
+	os.Exit(scantest.Run(m))
 }
 
 var operator = audit.Operator("test")

@@ -28,6 +28,7 @@ import (
 	"countersign/internal/ledger/disktest"
 	"countersign/internal/ledger/ledgertest"
 	"countersign/internal/resource"
+	"countersign/internal/scantest"
 	"countersign/policy"
 	"countersign/transcript"
 	"countersign/wire"
@@ -35,7 +36,7 @@ import (
 
 func TestMain(m *testing.M) {
 	disktest.Serve() // in the process of a test's disk
-	os.Exit(m.Run())
+	os.Exit(scantest.Run(m))
 }
 
 const allowShop = `permit (principal == Peer::"shop", action == Action::"sign", resource == Key::"payments");`

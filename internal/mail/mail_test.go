@@ -25,7 +25,11 @@ import (
 	"sync"
 	"testing"
 	"time"
+
+	"countersign/internal/scantest"
 )
+
+func TestMain(m *testing.M) { os.Exit(scantest.Run(m)) }
 
 // server is an SMTP server with TLS, in the process of the test.
 type server struct {
@@ -67,6 +71,7 @@ func newServer(t *testing.T, change func(*server)) *server {
 		user: "countersign", password: "correct horse",
 		tls: &tls.Config{Certificates: []tls.Certificate{{Certificate: [][]byte{der}, PrivateKey: key}}},
 	}
+	scantest.Secret("the password of a mail server", []byte(s.password))
 	block := pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der})
 	if err := os.WriteFile(s.caFile, block, 0o600); err != nil {
 		t.Fatal(err)
@@ -122,6 +127,9 @@ func (s *server) serve(conn net.Conn) {
 		}
 		s.mu.Lock()
 		s.said = append(s.said, fmt.Sprintf("%s tls=%v", l, secure))
+		if !strings.HasPrefix(l, "AUTH ") {
+			scantest.Saw("a command to the mail server", l)
+		}
 		s.mu.Unlock()
 		verb, rest, _ := strings.Cut(l, " ")
 		switch verb {
@@ -162,6 +170,7 @@ func (s *server) serve(conn net.Conn) {
 				break
 			}
 			s.mu.Lock()
+			scantest.Saw("a mail", string(b))
 			s.got = append(s.got, string(b))
 			s.mu.Unlock()
 			say("250 queued as 4711")

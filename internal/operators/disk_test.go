@@ -17,12 +17,13 @@ import (
 	"countersign/internal/ledger"
 	"countersign/internal/ledger/disktest"
 	"countersign/internal/manage"
+	"countersign/internal/scantest"
 	"countersign/internal/sshagent"
 )
 
 func TestMain(m *testing.M) {
 	disktest.Serve() // serves the file system if this process is the one of a test's disk
-	os.Exit(m.Run())
+	os.Exit(scantest.Run(m))
 }
 
 // TestPowerCut cuts the power at each moment of a proposal's life, and opens the possible disks of

@@ -12,8 +12,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
-	"log/slog"
 	"path/filepath"
 	"strings"
 	"sync"
@@ -25,6 +23,7 @@ import (
 	"countersign/internal/ledger"
 	"countersign/internal/ledger/ledgertest"
 	"countersign/internal/manage"
+	"countersign/internal/scantest"
 	"countersign/internal/sshagent"
 
 	"golang.org/x/crypto/ssh"
@@ -54,6 +53,7 @@ func newSigner(t *testing.T, name string) *signer {
 	if err != nil {
 		t.Fatal(err)
 	}
+	scantest.Secret("the SSH key of "+name, key.Seed())
 	s := &signer{name: name, agent: agent.NewKeyring()}
 	public, err := ssh.NewPublicKey(key.Public())
 	if err == nil {
@@ -257,7 +257,7 @@ func (r *rig) openOn(l *ledger.Ledger, err error) error {
 	registry, err := Open(l, Config{
 		Appliance: r.name, RPID: "localhost", Origin: "https://localhost:7780",
 		Acts: map[string]Act{"test": {Roles: roles, Check: check, Run: run}}, Changed: func() { r.changed.Add(1) },
-		Log: slog.New(slog.NewTextHandler(io.Discard, nil)),
+		Log: scantest.Log(),
 	})
 	if err != nil {
 		l.Close()
@@ -286,6 +286,7 @@ func (r *rig) signIn(t *testing.T, s *signer, ch Channel) (Session, string) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	scantest.Secret(scantest.SessionToken, []byte(token))
 	return session, token
 }
 

@@ -24,11 +24,12 @@ import (
 	"countersign/internal/ledger/disktest"
 	"countersign/internal/ledger/ledgertest"
 	"countersign/internal/manage"
+	"countersign/internal/scantest"
 )
 
 func TestMain(m *testing.M) {
 	disktest.Serve() // in the process of a test's disk
-	os.Exit(m.Run())
+	os.Exit(scantest.Run(m))
 }
 
 var operator = audit.Operator("test")

@@ -15,7 +15,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"log/slog"
 	"math/big"
 	"net"
 	"net/http"
@@ -33,6 +32,7 @@ import (
 	"countersign/internal/ledger"
 	"countersign/internal/ledger/disktest"
 	"countersign/internal/ledger/ledgertest"
+	"countersign/internal/scantest"
 	"countersign/internal/webhook"
 )
 
@@ -63,7 +63,7 @@ func add(t *testing.T, l *ledger.Ledger, n int, e audit.Event, age time.Duration
 func config(t testing.TB) Config {
 	return Config{
 		Name: "siem", Kind: "file", MaxAge: 24 * time.Hour, State: filepath.Join(t.TempDir(), "positions", "siem"),
-		Log: slog.New(slog.DiscardHandler),
+		Log: scantest.Log(),
 	}
 }
 
@@ -330,7 +330,7 @@ func TestFullDisk(t *testing.T) {
 
 func TestMain(m *testing.M) {
 	disktest.Serve()
-	os.Exit(m.Run())
+	os.Exit(scantest.Run(m))
 }
 
 // TestFilter checks that types that are left out move the position on.
@@ -607,7 +607,7 @@ func TestWebhookSink(t *testing.T) {
 	}))
 	defer server.Close()
 	sender, err := webhook.New(webhook.Config{
-		Targets: []webhook.Target{{Name: "siem", URL: server.URL}}, Log: slog.New(slog.DiscardHandler),
+		Targets: []webhook.Target{{Name: "siem", URL: server.URL}}, Log: scantest.Log(),
 		Sign: func(_ context.Context, m []byte) ([]byte, error) { return ed25519.Sign(private, m), nil },
 	})
 	if err != nil {

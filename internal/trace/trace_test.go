@@ -17,10 +17,13 @@ import (
 	"testing/synctest"
 	"time"
 
+	"countersign/internal/scantest"
 	"countersign/internal/trace"
 	"countersign/internal/webhook"
 	"countersign/wire"
 )
+
+func TestMain(m *testing.M) { os.Exit(scantest.Run(m)) }
 
 // rig is a tracer with a collector in this process.
 type rig struct {
@@ -42,6 +45,7 @@ func newRig(t *testing.T, change func(*trace.Config)) *rig {
 			q.Header.Get("Content-Type") != "application/json" || q.Header.Get("Authorization") != "Bearer secret" {
 			t.Errorf("%s %s %v, %v", q.Method, q.URL, q.Header, err)
 		}
+		scantest.Saw("the collector of traces", string(b))
 		status := int(r.status.Load())
 		w.Header().Set("Location", "http://192.0.2.1/")
 		w.WriteHeader(status)
@@ -57,7 +61,7 @@ func newRig(t *testing.T, change func(*trace.Config)) *rig {
 	}
 	c := trace.Config{
 		Target: webhook.Target{URL: collector.URL + "/v1/traces"}, Headers: r.headers, OneIn: 1, Most: 10_000,
-		Version: "v1", Log: slog.New(slog.NewTextHandler(&r.log, nil)),
+		Version: "v1", Log: slog.New(slog.NewTextHandler(scantest.Tee("the log", &r.log), nil)),
 		Count: func(sent bool, spans int) {
 			if sent {
 				r.sent.Add(int64(spans))

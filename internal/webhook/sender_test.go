@@ -23,7 +23,11 @@ import (
 	"testing"
 	"testing/synctest"
 	"time"
+
+	"countersign/internal/scantest"
 )
+
+func TestMain(m *testing.M) { os.Exit(scantest.Run(m)) }
 
 // recorder records a sender's callbacks and log.
 type recorder struct {
@@ -37,6 +41,7 @@ type recorder struct {
 func (b *recorder) write(format string, args ...any) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
+	scantest.Saw("a callback", fmt.Sprintf(format, args...))
 	b.lines = append(b.lines, fmt.Sprintf(format, args...))
 }
 
@@ -54,6 +59,7 @@ func (b *recorder) Write(p []byte) (int, error) {
 
 func newSender(t *testing.T, targets ...Target) (*Sender, *recorder) {
 	t.Helper()
+	scantest.Secret("the secret in the URL of a webhook", []byte("secret-in-a-url"))
 	public, private, err := ed25519.GenerateKey(nil)
 	if err != nil {
 		t.Fatal(err)
@@ -62,7 +68,7 @@ func newSender(t *testing.T, targets ...Target) (*Sender, *recorder) {
 	s, err := New(Config{
 		Targets:   targets,
 		Sign:      func(_ context.Context, m []byte) ([]byte, error) { return ed25519.Sign(private, m), nil },
-		Log:       slog.New(slog.NewTextHandler(b, nil)),
+		Log:       slog.New(slog.NewTextHandler(scantest.Tee("the log", b), nil)),
 		Delivered: func(target string, m Message) { b.write("%s has %s", target, m.ID) },
 		GaveUp: func(target, id string, err error) {
 			for _, known := range []error{ErrFull, ErrLate, ErrGone} {
@@ -142,7 +148,7 @@ func TestSend(t *testing.T) {
 		if err == nil {
 			err = Verify(b.key, r.Header, read, time.Now(), Tolerance)
 		}
-		if err == nil && (r.Method != "POST" || r.URL.RequestURI() != "/hook?token=secret" ||
+		if err == nil && (r.Method != "POST" || r.URL.RequestURI() != "/hook?token=secret-in-a-url" ||
 			string(read) != body || r.Header.Get("Content-Type") != "application/json") {
 			err = fmt.Errorf("%s %s %s %q", r.Method, r.URL, r.Header, read)
 		}
@@ -169,7 +175,7 @@ func TestSend(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	url := server.URL + "/hook?token=secret"
+	url := server.URL + "/hook?token=secret-in-a-url"
 	var s *Sender
 	s, b = newSender(t, Target{Name: "trusting", URL: url, CAFile: authority}, Target{Name: "system", URL: url},
 		Target{Name: "other", URL: url, CAFile: other})
@@ -306,7 +312,7 @@ func enqueue(t *testing.T, s *Sender, target string, ids ...string) {
 
 func localTargets(names ...string) (all []Target) {
 	for _, n := range names {
-		all = append(all, Target{Name: n, URL: "http://localhost/" + n + "?token=secret"})
+		all = append(all, Target{Name: n, URL: "http://localhost/" + n + "?token=secret-in-a-url"})
 	}
 	return all
 }

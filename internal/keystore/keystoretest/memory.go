@@ -17,6 +17,7 @@ import (
 
 	"countersign/internal/keystore"
 	"countersign/internal/pubkey"
+	"countersign/internal/scantest"
 )
 
 // Memory is an in-memory Store for tests only. Memory obeys the contract, and its hooks inject
@@ -106,6 +107,7 @@ func (m *Memory) Generate(
 	if err != nil {
 		return nil, err
 	}
+	k.tell()
 	k.info = keystore.Info{Ref: ref, Algorithm: alg, PublicKey: public, Custody: "memory", Tag: tag,
 		Provenance: keystore.Provenance{Local: true, AlwaysSensitive: true, NeverExtractable: true}}
 	return m.add(k)
@@ -117,9 +119,24 @@ func (m *Memory) Import(_ context.Context, ref keystore.Ref, path string, tag ke
 		return nil, fmt.Errorf("%w: %w", keystore.ErrRefused, err)
 	}
 	k := &memoryKey{sign: ed25519.NewKeyFromSeed(seed.Expose())}
+	k.tell()
 	public := k.sign.Public().(ed25519.PublicKey)
 	k.info = keystore.Info{Ref: ref, Algorithm: keystore.Ed25519, PublicKey: public, Custody: "memory", Tag: tag}
 	return m.add(k)
+}
+
+// tell has the outputs of the tests searched for the private key.
+func (k *memoryKey) tell() {
+	switch {
+	case k.sign != nil:
+		scantest.Secret("the seed of a key", k.sign.Seed())
+	case k.dh != nil:
+		scantest.Secret("the private key of an X25519 key", k.dh.Bytes())
+	case k.ecdsa != nil:
+		if d, err := k.ecdsa.Bytes(); err == nil {
+			scantest.Secret("the private key of a P-256 key", d)
+		}
+	}
 }
 
 func (m *Memory) add(k *memoryKey) (keystore.Key, error) {

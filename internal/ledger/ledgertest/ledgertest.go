@@ -16,6 +16,7 @@ import (
 	"time"
 
 	"countersign/internal/ledger"
+	"countersign/internal/scantest"
 
 	bolt "go.etcd.io/bbolt"
 )
@@ -103,6 +104,7 @@ func (f *follower) end() {
 		f.t.Error(err)
 	}
 	f.replica = nil
+	scantest.SawLedger(f.path())
 	select {
 	case <-f.l.Failed():
 		return
