@@ -28,7 +28,7 @@ var arrows = map[string]room{
 			internal/cli internal/form internal/history internal/journal internal/keyring
 			internal/keystore internal/keystore/worker internal/launcher internal/ledger
 			internal/logline internal/logqueue internal/mail internal/manage internal/meter
-			internal/operators internal/resource internal/sandbox internal/scrub internal/sink
+			internal/operators internal/resource internal/sandbox internal/scrub internal/secret internal/sink
 			internal/trace internal/webhook noise policy tpm`,
 		outside: `github.com/coreos/go-systemd/v22 github.com/pelletier/go-toml/v2
 			github.com/spf13/cobra golang.org/x/sys`,
@@ -44,8 +44,8 @@ var arrows = map[string]room{
 		ours: `admin/api admin/certs appliance approval audit internal/alert internal/anchor
 			internal/cause internal/history internal/ijson internal/keyring internal/keystore
 			internal/ledger internal/logline internal/manage internal/meter internal/operators
-			internal/peers internal/requestid internal/schedule internal/sink internal/webhook
-			policy`,
+			internal/peers internal/requestid internal/schedule internal/secret internal/sink
+			internal/webhook policy`,
 		outside: "github.com/danielgtaylor/huma/v2 github.com/labstack/echo/v4 golang.org/x/net/netutil",
 	},
 	"admin/certs": {ours: "internal/keystore"},
@@ -76,7 +76,7 @@ var arrows = map[string]room{
 	},
 	"internal/operators": {
 		ours: `approval audit internal/cause internal/ijson internal/ledger internal/manage internal/meter
-			internal/requestid`,
+			internal/requestid internal/secret`,
 	},
 	"internal/alert": {
 		ours: "audit internal/cause internal/ledger internal/mail internal/manage internal/meter internal/scrub " +
@@ -118,7 +118,7 @@ var arrows = map[string]room{
 	// For programs of peers and auditors.
 	"client": {ours: "audit internal/durable internal/eddsa internal/ijson internal/pubkey noise transcript wire"},
 	"noise": {
-		ours: "internal/eddsa internal/ijson internal/pubkey",
+		ours: "internal/eddsa internal/ijson internal/pubkey internal/secret",
 		outside: `github.com/flynn/noise github.com/go-json-experiment/json golang.org/x/crypto/blake2s
 			lukechampine.com/blake3`,
 	},
@@ -153,8 +153,8 @@ var arrows = map[string]room{
 			kernel.org/pub/linux/libs/security/libcap/psx`,
 	},
 	"internal/cli":     {outside: "github.com/spf13/cobra github.com/spf13/pflag"},
-	"internal/mail":    {ours: "internal/keystore"},
-	"internal/webhook": {ours: "internal/eddsa", outside: "github.com/go-json-experiment/json"},
+	"internal/mail":    {ours: "internal/keystore internal/secret"},
+	"internal/webhook": {ours: "internal/eddsa internal/secret", outside: "github.com/go-json-experiment/json"},
 	"internal/sink": {
 		ours:    "audit internal/durable internal/ledger internal/webhook",
 		outside: "golang.org/x/sys",

@@ -36,6 +36,7 @@ import (
 	"countersign/internal/meter"
 	"countersign/internal/operators"
 	"countersign/internal/peers"
+	"countersign/internal/secret"
 	"countersign/policy"
 
 	"github.com/danielgtaylor/huma/v2"
@@ -85,7 +86,7 @@ type server struct {
 	canary   canaryCache // for Ready
 	leveling sync.Mutex  // held while the level of the log is set
 	streams  *streams
-	secret   [32]byte // MAC key of registrations' ids; new after each start
+	macKey   secret.Bytes // of registrations' ids; new after each start
 }
 
 // New returns the server of the admin API, for the listeners of Listen and ListenTLS.
@@ -138,7 +139,9 @@ func newServer(c Config) (*server, *echo.Echo) {
 	}
 	s := &server{Config: c, api: humaecho.New(e, config)}
 	s.streams = newStreams(s)
-	rand.Read(s.secret[:])
+	key := make([]byte, 32)
+	rand.Read(key)
+	s.macKey = secret.New(key)
 	s.routes()
 	s.document = s.openAPI()
 	return s, e

@@ -22,6 +22,7 @@ import (
 	"countersign/admin/certs"
 	"countersign/internal/operators"
 	"countersign/internal/requestid"
+	"countersign/internal/secret"
 
 	"github.com/danielgtaylor/huma/v2"
 	"golang.org/x/net/netutil"
@@ -255,8 +256,8 @@ const (
 )
 
 // splitToken splits a token into two random halves. The token is their XOR.
-func splitToken(token string) (cookie, page string) {
-	b, err := base64.RawURLEncoding.DecodeString(token)
+func splitToken(token secret.Bytes) (cookie, page string) {
+	b, err := base64.RawURLEncoding.AppendDecode(nil, token.Expose())
 	if err != nil {
 		panic("admin: a token is base64url: " + err.Error())
 	}
@@ -266,36 +267,36 @@ func splitToken(token string) (cookie, page string) {
 	return base64.RawURLEncoding.EncodeToString(one), base64.RawURLEncoding.EncodeToString(other)
 }
 
-// joinToken returns the token of two halves, or "".
-func joinToken(cookie, page string) string {
+// joinToken returns the token of two halves, or none.
+func joinToken(cookie, page string) (none secret.Bytes) {
 	one, err1 := base64.RawURLEncoding.DecodeString(cookie)
 	other, err2 := base64.RawURLEncoding.DecodeString(page)
 	if err1 != nil || err2 != nil || len(one) != len(other) {
-		return ""
+		return none
 	}
 	subtle.XORBytes(one, one, other)
-	return base64.RawURLEncoding.EncodeToString(one)
+	return secret.New(base64.RawURLEncoding.AppendEncode(nil, one))
 }
 
 // token returns the token of a request, and reports whether half of the token came in a cookie,
 // which browsers add to every request.
-func token(c huma.Context) (token string, byCookie bool) {
+func token(c huma.Context) (none secret.Bytes, byCookie bool) {
 	if scheme, token, ok := strings.Cut(c.Header("Authorization"), " "); ok && strings.EqualFold(scheme, "Bearer") {
-		return token, false
+		return secret.Of(token), false
 	}
 	if c.TLS() == nil {
-		return "", false
+		return none, false
 	}
 	cookies, err := http.ParseCookie(c.Header("Cookie"))
 	if err != nil {
-		return "", false
+		return none, false
 	}
 	for _, each := range cookies {
 		if each.Name == cookieName {
 			return joinToken(each.Value, c.Header(pageHeader)), true
 		}
 	}
-	return "", false
+	return none, false
 }
 
 // safe reports whether a method is safe (RFC 9110 section 9.2.1): the request changes nothing.

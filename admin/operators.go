@@ -68,7 +68,7 @@ func (s *server) signIn(ctx context.Context, who caller, in *struct {
 		return nil, err
 	}
 	who.session = &session
-	out := &signInOutput{Body: api.SignedIn{Session: sessionDoc(session, who), Token: token}}
+	out := &signInOutput{Body: api.SignedIn{Session: sessionDoc(session, who), Token: string(token.Expose())}}
 	if who.Kind == operators.HTTPS {
 		var half string
 		half, out.Body.Page = splitToken(token)
@@ -130,7 +130,7 @@ func (s *server) newRegistration(expires time.Time) (id string, challenge []byte
 
 // registration returns the id and the challenge for a nonce and an expiry: "nonce.expiry".
 func (s *server) registration(fields string) (id string, challenge []byte) {
-	m := hmac.New(sha256.New, s.secret[:])
+	m := hmac.New(sha256.New, s.macKey.Expose())
 	m.Write([]byte(fields))
 	id = fields + "." + hex.EncodeToString(m.Sum(nil))
 	digest := sha256.Sum256([]byte(id))

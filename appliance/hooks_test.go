@@ -19,6 +19,7 @@ import (
 	"countersign/internal/keyring"
 	"countersign/internal/ledger"
 	"countersign/internal/scantest"
+	"countersign/internal/secret"
 	"countersign/internal/webhook"
 	"countersign/wire"
 )
@@ -139,7 +140,7 @@ func (e *edge) tell(receivers ...*receiver) {
 	e.webhooks = nil
 	for i, h := range receivers {
 		h.key = k.Info().PublicKey
-		target := webhook.Target{Name: fmt.Sprintf("target-%d", i), URL: h.URL + "/?token=" + hookToken}
+		target := webhook.Target{Name: fmt.Sprintf("target-%d", i), URL: secret.Of(h.URL + "/?token=" + hookToken)}
 		e.webhooks = append(e.webhooks, target)
 	}
 	e.serve()

@@ -140,7 +140,7 @@ func load(c Config) (*Store, error) {
 	if s.path, err = exactlyOne("module", c.Module, "module-path", s.uri.module); err != nil {
 		return fail("%w", err)
 	}
-	if s.pinFile, err = exactlyOne("pin_file", c.PINFile, "pin-source", s.uri.pin); err != nil {
+	if s.pinFile, err = exactlyOne("pin_file", c.PINFile, "pin-source", s.uri.source); err != nil {
 		return fail("%w", err)
 	}
 	pin, err := readPIN(s.pinFile)
@@ -237,7 +237,7 @@ func (c Config) PINPath() string {
 	if err != nil {
 		return c.PINFile
 	}
-	return cmp.Or(c.PINFile, uri.pin)
+	return cmp.Or(c.PINFile, uri.source)
 }
 
 // ModulePath is the path of the module, or "" for a faulty configuration.

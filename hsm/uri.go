@@ -22,7 +22,7 @@ type tokenURI struct {
 	attrs  map[string]string // the attributes with a text that are given, without padding
 	slotID *uint
 	module string // module-path, if given
-	pin    string // path of the file in pin-source, if given
+	source string // path of the file in pin-source, if given
 }
 
 // parseURI accepts the path attributes of a token, and the query attributes module-path and
@@ -73,7 +73,7 @@ func parseURI(s string) (u tokenURI, err error) {
 			if err != nil || f.Scheme != "" && f.Scheme != "file" || !filepath.IsAbs(f.Path) {
 				return u, fmt.Errorf("pkcs11 uri %q: pin-source must be file: and an absolute path", u.text)
 			}
-			u.pin = f.Path
+			u.source = f.Path
 		default:
 			return u, fmt.Errorf("pkcs11 uri %q: unknown query attribute %q", u.text, name)
 		}

@@ -8,6 +8,7 @@ import (
 	"strings"
 
 	"countersign/internal/keystore"
+	"countersign/internal/secret"
 
 	"github.com/google/go-tpm/tpm2"
 	"github.com/google/go-tpm/tpm2/transport"
@@ -69,7 +70,7 @@ func (s *Store) Inspect(ctx context.Context, prove bool) (found []keystore.Findi
 		if alg == keystore.P256 {
 			seed, custody = nil, keystore.TPMResident
 		}
-		err := s.withPIN(ctx, s.config.PINFile != "", func(pin []byte) error {
+		err := s.withPIN(ctx, s.config.PINFile != "", func(pin secret.Bytes) error {
 			return s.bus.use(ctx, func(t transport.TPM) (err error) {
 				secretDo(func() { err = s.make(t, &record{Format: 1, Info: info}, pin, seed) })
 				return err

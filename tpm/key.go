@@ -17,6 +17,7 @@ import (
 	"countersign/internal/eddsa"
 	"countersign/internal/keystore"
 	"countersign/internal/pubkey"
+	"countersign/internal/secret"
 
 	"github.com/google/go-tpm/tpm2"
 	"github.com/google/go-tpm/tpm2/transport"
@@ -134,10 +135,10 @@ func (k *key) signResident(ctx context.Context, message []byte) (signature []byt
 		return nil, err
 	}
 	digest := sha256.Sum256(message)
-	err = k.store.withPIN(ctx, r.Sealed.PIN, func(pin []byte) error {
+	err = k.store.withPIN(ctx, r.Sealed.PIN, func(pin secret.Bytes) error {
 		return k.store.bus.use(ctx, func(t transport.TPM) (err error) {
 			do := secretDoNoHeap
-			if pin != nil { // go-tpm copies the PIN to the heap
+			if !pin.Empty() { // go-tpm copies the PIN to the heap
 				do = secretDo
 			}
 			do(func() { signature, err = sign(t, k.store.srk, r.Sealed, pin, digest[:]) })
@@ -286,7 +287,7 @@ func (s *Store) create(ctx context.Context, operation string, info keystore.Info
 		return fail(fmt.Errorf("%w: %w", keystore.ErrUnavailable, err))
 	}
 	r := record{Format: 1, Info: info}
-	err := s.withPIN(ctx, s.config.PINFile != "", func(pin []byte) error {
+	err := s.withPIN(ctx, s.config.PINFile != "", func(pin secret.Bytes) error {
 		return s.bus.use(ctx, func(t transport.TPM) (err error) {
 			secretDo(func() { err = s.make(t, &r, pin, seed) })
 			return err
@@ -303,7 +304,7 @@ func (s *Store) create(ctx context.Context, operation string, info keystore.Info
 
 // make has the TPM make the object of a record, and tests the object by a signature or by an
 // unsealing.
-func (s *Store) make(t transport.TPM, r *record, pin []byte, seed seedSource) (err error) {
+func (s *Store) make(t transport.TPM, r *record, pin secret.Bytes, seed seedSource) (err error) {
 	if seed == nil {
 		if r.Sealed, err = create(t, s.srk, s.sealTemplate(), pin, nil); err != nil {
 			return err

@@ -271,9 +271,9 @@ var signingKey = tpm2.TPMTPublic{
 
 // create has the TPM make an object under the storage root key: a seal of data, or a P-256 key if
 // data is nil. template has the registers and the approver of the policy.
-func create(t transport.TPM, srk storageKey, template sealed, pin, data []byte) (d sealed, err error) {
+func create(t transport.TPM, srk storageKey, template sealed, pin secret.Bytes, data []byte) (d sealed, err error) {
 	d = template
-	d.PIN = pin != nil
+	d.PIN = !pin.Empty()
 	if d.PCRs, err = readPCRs(t, d.Bank, indicesOf(d.PCRs)); err != nil {
 		return d, err
 	}
@@ -291,16 +291,16 @@ func create(t transport.TPM, srk storageKey, template sealed, pin, data []byte) 
 		NameAlg: tpm2.TPMAlgSHA256,
 		// NoDA: an object without a PIN has no secret to guess, so the dictionary attack lockout
 		// must not apply after wrong PINs for other objects or after an unclean shutdown.
-		ObjectAttributes: tpm2.TPMAObject{FixedTPM: true, FixedParent: true, AdminWithPolicy: true, NoDA: pin == nil},
+		ObjectAttributes: tpm2.TPMAObject{FixedTPM: true, FixedParent: true, AdminWithPolicy: true, NoDA: pin.Empty()},
 		AuthPolicy:       policy,
 	}
-	sensitive := &tpm2.TPMSSensitiveCreate{UserAuth: tpm2.TPM2BAuth{Buffer: pin}}
+	sensitive := &tpm2.TPMSSensitiveCreate{UserAuth: tpm2.TPM2BAuth{Buffer: pin.Expose()}}
 	if data != nil {
 		sensitive.Data = tpm2.NewTPMUSensitiveCreate(&tpm2.TPM2BSensitiveData{Buffer: data})
 	} else {
 		public = signingKey
 		public.AuthPolicy = policy
-		public.ObjectAttributes.AdminWithPolicy, public.ObjectAttributes.NoDA = true, pin == nil
+		public.ObjectAttributes.AdminWithPolicy, public.ObjectAttributes.NoDA = true, pin.Empty()
 	}
 	made, err := tpm2.Create{
 		ParentHandle: srk.object(),
@@ -331,12 +331,13 @@ func withLoaded(t transport.TPM, srk storageKey, d sealed,
 
 // withAuthorization loads an object and runs use with the object's policy satisfied, in a session
 // with parameter encryption. Object and session are flushed afterwards.
-func withAuthorization(t transport.TPM, srk storageKey, d sealed, pin []byte, encryption tpm2.AuthOption,
+func withAuthorization(t transport.TPM, srk storageKey, d sealed, pin secret.Bytes, encryption tpm2.AuthOption,
 	use func(tpm2.AuthHandle) error) error {
 	return withLoaded(t, srk, d, func(handle tpm2.TPMHandle, name tpm2.TPM2BName) error {
 		// The policy session is made here rather than by go-tpm's tpm2.Policy, which leaves the
 		// session in the TPM after a failed step of the policy.
-		session, end, err := tpm2.PolicySession(t, tpm2.TPMAlgSHA256, 16, srk.salted(), encryption, tpm2.Auth(pin))
+		session, end, err := tpm2.PolicySession(t, tpm2.TPMAlgSHA256, 16, srk.salted(), encryption,
+			tpm2.Auth(pin.Expose()))
 		if err != nil {
 			return deviceError("TPM2_StartAuthSession", err)
 		}
@@ -367,7 +368,7 @@ func (d sealed) satisfy(t transport.TPM, session tpm2.TPMHandle) error {
 }
 
 // unseal returns the sealed data. The caller must clear the data after use.
-func unseal(t transport.TPM, srk storageKey, d sealed, pin []byte) (data []byte, err error) {
+func unseal(t transport.TPM, srk storageKey, d sealed, pin secret.Bytes) (data []byte, err error) {
 	err = withAuthorization(t, srk, d, pin, encryptResponse, func(object tpm2.AuthHandle) error {
 		r, err := tpm2.Unseal{ItemHandle: object}.Execute(t)
 		if err != nil {
@@ -380,7 +381,7 @@ func unseal(t transport.TPM, srk storageKey, d sealed, pin []byte) (data []byte,
 }
 
 // sign returns an ECDSA signature over a SHA-256 digest, in ASN.1 DER.
-func sign(t transport.TPM, srk storageKey, d sealed, pin, digest []byte) (signature []byte, err error) {
+func sign(t transport.TPM, srk storageKey, d sealed, pin secret.Bytes, digest []byte) (signature []byte, err error) {
 	err = withAuthorization(t, srk, d, pin, encryptCommand, func(object tpm2.AuthHandle) error {
 		got, err := tpm2.Sign{
 			KeyHandle:  object,

@@ -28,6 +28,7 @@ import (
 	"countersign/internal/durable"
 	"countersign/internal/eddsa"
 	"countersign/internal/keystore"
+	"countersign/internal/secret"
 
 	"github.com/google/go-tpm/tpm2"
 	"github.com/google/go-tpm/tpm2/transport"
@@ -200,10 +201,10 @@ func (s *Store) Retry() {
 
 var errClosed = fmt.Errorf("%w: the store is closed", keystore.ErrUnavailable)
 
-// withPIN runs use with the PIN, or with nil for a key without a PIN.
-func (s *Store) withPIN(ctx context.Context, needed bool, use func(pin []byte) error) error {
+// withPIN runs use with the PIN, or with none for a key without a PIN.
+func (s *Store) withPIN(ctx context.Context, needed bool, use func(pin secret.Bytes) error) error {
 	if !needed {
-		return use(nil)
+		return use(secret.Bytes{})
 	}
 	if s.config.PINFile == "" {
 		return fmt.Errorf("tpm: %w: the key was sealed with a PIN; name its file with pin_file", keystore.ErrAuth)
@@ -224,7 +225,7 @@ func (s *Store) withPIN(ctx context.Context, needed bool, use func(pin []byte) e
 			return err
 		}
 		defer pin.Wipe()
-		return use(pin.Expose())
+		return use(pin)
 	}
 	var err error
 	if s.config.LogIn != nil {
@@ -272,7 +273,7 @@ func (s *Store) seed(ctx context.Context, k *key) (u *unsealed, release func(), 
 
 // unseal has the TPM unseal a key into the vault.
 func (s *Store) unseal(ctx context.Context, r record) error {
-	return s.withPIN(ctx, r.Sealed.PIN, func(pin []byte) error {
+	return s.withPIN(ctx, r.Sealed.PIN, func(pin secret.Bytes) error {
 		return s.bus.use(ctx, func(t transport.TPM) (err error) {
 			secretDo(func() {
 				var data []byte

@@ -25,6 +25,7 @@ import (
 	"countersign/internal/launcher"
 	"countersign/internal/ledger"
 	"countersign/internal/logline"
+	"countersign/internal/secret"
 	"countersign/internal/webhook"
 	"countersign/tpm"
 )
@@ -1017,7 +1018,7 @@ func (t *Token) tpm() tpm.Config {
 
 func (c *Config) webhooks() (targets []webhook.Target) {
 	for _, w := range c.Webhooks {
-		targets = append(targets, webhook.Target{Name: w.Name, URL: w.URL, CAFile: w.CAFile, Types: w.Types})
+		targets = append(targets, webhook.Target{Name: w.Name, URL: secret.Of(w.URL), CAFile: w.CAFile, Types: w.Types})
 	}
 	return targets
 }

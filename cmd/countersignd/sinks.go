@@ -12,6 +12,7 @@ import (
 	"countersign/audit"
 	"countersign/internal/cli"
 	"countersign/internal/keystore"
+	"countersign/internal/secret"
 	"countersign/internal/sink"
 	"countersign/internal/webhook"
 )
@@ -93,7 +94,7 @@ func (s *Sink) check() error {
 		}
 	}
 	if s.URL != "" {
-		target := webhook.Target{Name: s.Name, URL: s.URL, CAFile: s.CAFile}
+		target := webhook.Target{Name: s.Name, URL: secret.Of(s.URL), CAFile: s.CAFile}
 		if _, err := webhook.New(webhook.Config{Targets: []webhook.Target{target}}); err != nil {
 			return fmt.Errorf("url: %w", err)
 		}
@@ -112,7 +113,7 @@ func (c *Config) sinks() (all []appliance.SinkConfig) {
 		case s.File != "":
 			of.Kind, of.File = "file", &sink.File{Path: s.File, Size: int64(s.FileMiB) << 20, Files: s.Files}
 		default:
-			of.Kind, of.Webhook = "webhook", &webhook.Target{URL: s.URL, CAFile: s.CAFile}
+			of.Kind, of.Webhook = "webhook", &webhook.Target{URL: secret.Of(s.URL), CAFile: s.CAFile}
 		}
 		all = append(all, of)
 	}

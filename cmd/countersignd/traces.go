@@ -7,6 +7,7 @@ import (
 
 	"countersign/internal/cli"
 	"countersign/internal/meter"
+	"countersign/internal/secret"
 	"countersign/internal/trace"
 	"countersign/internal/webhook"
 )
@@ -33,7 +34,7 @@ func (t *Traces) tracer(m *meter.Meter, log *slog.Logger) (*trace.Tracer, error)
 		return nil, nil
 	}
 	return trace.New(trace.Config{
-		Target: webhook.Target{URL: t.Endpoint, CAFile: t.CAFile}, Headers: t.HeadersFile,
+		Target: webhook.Target{URL: secret.Of(t.Endpoint), CAFile: t.CAFile}, Headers: t.HeadersFile,
 		OneIn: t.OneIn, Most: t.RequestsPerSecond, Version: cli.Version(), Log: log,
 		Count: func(sent bool, spans int) {
 			result := "dropped"

@@ -27,6 +27,7 @@ import (
 	"time"
 
 	"countersign/internal/keystore"
+	"countersign/internal/secret"
 )
 
 // The values of Server.TLS.
@@ -197,26 +198,22 @@ func (s Server) begin(c *smtp.Client, trust *tls.Config) error {
 	if s.User == "" {
 		return nil
 	}
-	secret, err := keystore.ReadSecret(s.PasswordFile, "password file")
+	b, err := keystore.ReadSecret(s.PasswordFile, "password file")
 	if err != nil {
 		return err
 	}
-	defer secret.Wipe()
-	password := string(bytes.TrimRight(secret.Expose(), "\r\n"))
-	if password == "" || strings.ContainsAny(password, "\r\n\x00") {
+	defer b.Wipe()
+	password := secret.New(bytes.TrimRight(b.Expose(), "\r\n"))
+	if password.Empty() || bytes.ContainsAny(password.Expose(), "\r\n\x00") {
 		return fmt.Errorf("password file %s: it must have the password on one line and nothing else", s.PasswordFile)
 	}
 	_, offered := c.Extension("AUTH")
-	var auth smtp.Auth
-	switch ways := strings.Fields(strings.ToUpper(offered)); {
-	case slices.Contains(ways, "PLAIN"):
-		auth = smtp.PlainAuth("", s.User, password, trust.ServerName)
-	case slices.Contains(ways, "LOGIN"):
-		auth = &login{s.User, password}
-	default:
+	ways := strings.Fields(strings.ToUpper(offered))
+	plain := slices.Contains(ways, "PLAIN")
+	if !plain && !slices.Contains(ways, "LOGIN") {
 		return errors.New("the server offers neither AUTH PLAIN nor AUTH LOGIN, so the user can't sign in")
 	}
-	if err := c.Auth(auth); err != nil {
+	if err := c.Auth(&signIn{s.User, password, plain}); err != nil {
 		var refused *textproto.Error
 		if errors.As(err, &refused) { // the text may repeat what was sent
 			return fmt.Errorf("sign in as %s: the server answered %d", s.User, refused.Code)
@@ -226,27 +223,35 @@ func (s Server) begin(c *smtp.Client, trust *tls.Config) error {
 	return nil
 }
 
-// login is AUTH LOGIN, which some servers offer alone. The connection has TLS: Check demands TLS
-// with a user.
-type login struct{ user, password string }
+// signIn signs in by AUTH PLAIN (RFC 4616), or by AUTH LOGIN, which some servers offer alone. The
+// connection has TLS: Check demands TLS with a user. smtp.PlainAuth would keep the password as a
+// string.
+type signIn struct {
+	user     string
+	password secret.Bytes
+	plain    bool
+}
 
-func (l *login) Start(server *smtp.ServerInfo) (string, []byte, error) {
-	if !server.TLS {
+func (a *signIn) Start(server *smtp.ServerInfo) (string, []byte, error) {
+	switch {
+	case !server.TLS:
 		return "", nil, errors.New("a password is sent over TLS only")
+	case a.plain:
+		return "PLAIN", slices.Concat([]byte("\x00"+a.user+"\x00"), a.password.Expose()), nil
 	}
 	return "LOGIN", nil, nil
 }
 
-func (l *login) Next(question []byte, more bool) ([]byte, error) {
+func (a *signIn) Next(question []byte, more bool) ([]byte, error) {
 	switch asked := strings.ToLower(string(question)); {
 	case !more:
 		return nil, nil
-	case strings.HasPrefix(asked, "user"):
-		return []byte(l.user), nil
-	case strings.HasPrefix(asked, "pass"):
-		return []byte(l.password), nil
+	case !a.plain && strings.HasPrefix(asked, "user"):
+		return []byte(a.user), nil
+	case !a.plain && strings.HasPrefix(asked, "pass"):
+		return a.password.Expose(), nil
 	}
-	return nil, errors.New("AUTH LOGIN: the server asks for neither user nor password")
+	return nil, errors.New("the server asks for neither user nor password")
 }
 
 // data sends the message, and returns the answer of the server. Package net/smtp would not return

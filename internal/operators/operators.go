@@ -56,6 +56,7 @@ import (
 	"countersign/internal/ledger"
 	"countersign/internal/manage"
 	"countersign/internal/requestid"
+	"countersign/internal/secret"
 )
 
 // The errors of the package. The error for a proof that does not hold is approval.ErrNotProven.
@@ -166,7 +167,7 @@ type Registry struct {
 	failures  failures
 	refusals  refusals
 	refused   map[string]int // refused proofs since the start, by attempt.purpose
-	secret    [32]byte       // MAC key of challenges' ids; new after each start
+	macKey    secret.Bytes   // of challenges' ids; new after each start
 }
 
 // Open returns the Registry of a ledger. A proposal that is running in the ledger was interrupted
@@ -181,7 +182,9 @@ func Open(l *ledger.Ledger, c Config) (*Registry, error) {
 		failures: failures{each: map[failureKey]*leakyBucket{}},
 		refusals: refusals{pace: map[string]*leakyBucket{}}, refused: map[string]int{},
 	}
-	rand.Read(r.secret[:])
+	key := make([]byte, 32)
+	rand.Read(key)
+	r.macKey = secret.New(key)
 	if r.Acts = maps.Clone(c.Acts); r.Acts == nil {
 		r.Acts = map[string]Act{}
 	}

@@ -24,6 +24,7 @@ import (
 	"countersign/internal/ledger/ledgertest"
 	"countersign/internal/manage"
 	"countersign/internal/scantest"
+	"countersign/internal/secret"
 	"countersign/internal/sshagent"
 
 	"golang.org/x/crypto/ssh"
@@ -276,7 +277,7 @@ func (r *rig) reopen(t *testing.T) {
 	r.open(t)
 }
 
-func (r *rig) signIn(t *testing.T, s *signer, ch Channel) (Session, string) {
+func (r *rig) signIn(t *testing.T, s *signer, ch Channel) (Session, secret.Bytes) {
 	t.Helper()
 	c, err := r.Challenge(approval.ForSignIn, s.name, "", ch)
 	if err != nil {
@@ -286,7 +287,7 @@ func (r *rig) signIn(t *testing.T, s *signer, ch Channel) (Session, string) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	scantest.Secret(scantest.SessionToken, []byte(token))
+	scantest.Secret(scantest.SessionToken, token.Expose())
 	return session, token
 }
 

@@ -16,6 +16,7 @@ import (
 	"countersign/internal/ijson"
 	"countersign/internal/ledger"
 	"countersign/internal/manage"
+	"countersign/internal/secret"
 )
 
 // Scraper is a program that reads the metrics over HTTPS by a bearer token, for longer than a
@@ -75,8 +76,8 @@ func (r *Registry) Scrapers() (all []Scraper) {
 }
 
 // Scrapes reports whether a token is of a scraper, over HTTPS, before its expiry.
-func (r *Registry) Scrapes(token string, ch Channel) bool {
-	sum, now := sha256.Sum256([]byte(token)), time.Now()
+func (r *Registry) Scrapes(token secret.Bytes, ch Channel) bool {
+	sum, now := sha256.Sum256(token.Expose()), time.Now()
 	return ch.Kind == HTTPS && slices.ContainsFunc(r.Scrapers(), func(s Scraper) bool {
 		return s.SHA256 == sum && now.Before(s.Expires)
 	})

@@ -10,6 +10,7 @@ import (
 
 	"countersign/approval"
 	"countersign/audit"
+	"countersign/internal/secret"
 )
 
 // TestScrapers: a token is good over HTTPS until its expiry, and over a restart. There are at most
@@ -36,13 +37,13 @@ func TestScrapers(t *testing.T) {
 		want(t, add("other", "other", MaxScraperLife+time.Minute), ErrInvalid)
 		want(t, add("other", "other", -time.Minute), ErrInvalid)
 		for _, when := range []string{"at once", "after a restart"} {
-			if !r.Scrapes("secret", https) || r.Scrapes("other", https) || r.Scrapes("secret", user) {
+			if !r.Scrapes(secret.Of("secret"), https) || r.Scrapes(secret.Of("other"), https) || r.Scrapes(secret.Of("secret"), user) {
 				t.Errorf("%s: %+v", when, r.Scrapers())
 			}
 			r.reopen(t)
 		}
 		time.Sleep(time.Hour)
-		if r.Scrapes("secret", https) || len(r.Scrapers()) != 1 {
+		if r.Scrapes(secret.Of("secret"), https) || len(r.Scrapers()) != 1 {
 			t.Errorf("after the expiry: %+v", r.Scrapers())
 		}
 		for i := range maxScrapers - 1 {

@@ -12,6 +12,7 @@ import (
 	"countersign/approval"
 	"countersign/audit"
 	"countersign/internal/ledger"
+	"countersign/internal/secret"
 )
 
 // Limits of sessions.
@@ -42,7 +43,7 @@ func (s *Session) expired(now time.Time) bool {
 }
 
 // newSession returns a new session and its bearer token: 32 random bytes, base64url.
-func newSession(ch Channel, credential string) (Session, string) {
+func newSession(ch Channel, credential string) (Session, secret.Bytes) {
 	b := make([]byte, 32)
 	rand.Read(b)
 	now := time.Now()
@@ -50,11 +51,11 @@ func newSession(ch Channel, credential string) (Session, string) {
 		ID: randomHex(), Credential: credential, Channel: ch,
 		Begun: now, Expires: now.Add(sessionLife), LastUsed: now,
 	}
-	return s, base64.RawURLEncoding.EncodeToString(b)
+	return s, secret.New(base64.RawURLEncoding.AppendEncode(nil, b))
 }
 
 // addSession adds a session. Memory has only SHA-256 of the token.
-func (r *Registry) addSession(s Session, token string) {
+func (r *Registry) addSession(s Session, token secret.Bytes) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	r.dropExpired()
@@ -69,7 +70,7 @@ func (r *Registry) addSession(s Session, token string) {
 	if n >= maxSessions {
 		delete(r.sessions, oldest)
 	}
-	r.sessions[sha256.Sum256([]byte(token))] = &s
+	r.sessions[sha256.Sum256(token.Expose())] = &s
 }
 
 // dropExpired removes the expired sessions. The caller holds mu.
@@ -93,8 +94,8 @@ func (r *Registry) endSessions(operator string) {
 
 // Session returns the session of a token, and resets its idle time. The error is ErrSignedOut for
 // an unknown token, and for a token from another kind of channel or another user of this machine.
-func (r *Registry) Session(token string, ch Channel) (Session, error) {
-	key := sha256.Sum256([]byte(token))
+func (r *Registry) Session(token secret.Bytes, ch Channel) (Session, error) {
+	key := sha256.Sum256(token.Expose())
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	s, exists := r.sessions[key]

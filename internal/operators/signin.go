@@ -19,6 +19,7 @@ import (
 	"countersign/internal/ledger"
 	"countersign/internal/manage"
 	"countersign/internal/requestid"
+	"countersign/internal/secret"
 )
 
 // Challenge is a text that an operator signs once, as a proof of identity.
@@ -86,7 +87,7 @@ func (r *Registry) challengeID(text string, ch Channel) string {
 }
 
 func (r *Registry) mac(text string, ch Channel) []byte {
-	m := hmac.New(sha256.New, r.secret[:])
+	m := hmac.New(sha256.New, r.macKey.Expose())
 	fmt.Fprintf(m, "%s\n%d\n%s", ch.Kind, ch.UID, text)
 	return m.Sum(nil)
 }
@@ -307,17 +308,17 @@ func (r *Registry) RecordCount(ctx context.Context) error {
 // token.
 func (r *Registry) SignIn(
 	ctx context.Context, ch Channel, challenge string, p approval.Proof,
-) (s Session, token string, err error) {
+) (s Session, token secret.Bytes, err error) {
 	of := attempt{Channel: ch, purpose: approval.ForSignIn}
 	seen, count, err := r.verifyChallenge(ctx, of, challenge, &p)
 	if errors.Is(err, approval.ErrNotProven) {
 		err = approval.ErrNotProven // a stranger learns no cause
 	}
 	if err != nil {
-		return Session{}, "", fmt.Errorf("sign-in: %w", err)
+		return Session{}, token, fmt.Errorf("sign-in: %w", err)
 	}
 	of.operator = seen.Name
-	begun, secret := newSession(ch, p.Credential)
+	begun, token := newSession(ch, p.Credential)
 	err = r.write(ctx, ch.Request, "sign-in", func(ctx context.Context) error {
 		var who person
 		if err := r.ledger.Update(ctx, func(tx *ledger.Tx) (err error) {
@@ -333,7 +334,7 @@ func (r *Registry) SignIn(
 		// The event is on disk. The lock writing keeps the operator unchanged until the session
 		// exists: a later change ends the session.
 		begun.Operator, begun.Roles = who.Name, slices.Clone(who.Roles)
-		r.addSession(begun, secret)
+		r.addSession(begun, token)
 		return nil
 	})
 	if errors.Is(err, approval.ErrNotProven) {
@@ -341,9 +342,9 @@ func (r *Registry) SignIn(
 		err = fmt.Errorf("sign-in: %w", approval.ErrNotProven)
 	}
 	if err != nil {
-		return Session{}, "", err
+		return Session{}, token, err
 	}
-	return begun, secret, nil
+	return begun, token, nil
 }
 
 // recheckCredential returns the operator's record in the ledger, and writes the signature counter.

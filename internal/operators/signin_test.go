@@ -19,6 +19,7 @@ import (
 	"countersign/internal/ledger"
 	"countersign/internal/manage"
 	"countersign/internal/meter"
+	"countersign/internal/secret"
 
 	"golang.org/x/crypto/ssh"
 )
@@ -31,7 +32,7 @@ func TestSignIn(t *testing.T) {
 		t.Errorf("the session is %+v", s)
 	}
 	if _, e := r.events(t, audit.OperatorSignedIn); e.Actor.Name != "o0" || e.Resource != "session/"+s.ID ||
-		strings.Contains(string(manage.Encode(e)), token) {
+		strings.Contains(string(manage.Encode(e)), string(token.Expose())) {
 		t.Errorf("the event is %+v", e)
 	}
 	if got, err := r.Session(token, user); err != nil || got.ID != s.ID {
@@ -41,7 +42,7 @@ func TestSignIn(t *testing.T) {
 		_, err := r.Session(token, ch)
 		want(t, err, ErrSignedOut)
 	}
-	_, err := r.Session(token+"x", user)
+	_, err := r.Session(secret.Of(string(token.Expose())+"x"), user)
 	want(t, err, ErrSignedOut)
 	_, token0 := r.signIn(t, r.people[0], root)
 	_, err = r.Session(token0, Channel{Kind: HTTPS}) // a channel with user 0, too
@@ -161,8 +162,9 @@ func TestSignInRefused(t *testing.T) {
 					t.Errorf("a stranger is told more than that: %v", err)
 				}
 				n, e := r.events(t, audit.SignInRefused)
-				if token != "" || len(r.Sessions()) != 0 || n != before+1 {
-					t.Errorf("after it there are %d sessions, the token %q and %d events", len(r.Sessions()), token, n)
+				if !token.Empty() || len(r.Sessions()) != 0 || n != before+1 {
+					t.Errorf("after it there are %d sessions, a token (%v) and %d events",
+						len(r.Sessions()), !token.Empty(), n)
 				}
 				if e.Actor.Kind != "daemon" || e.Metadata["channel"] != a.ch.String() {
 					t.Errorf("the event is %+v", e)

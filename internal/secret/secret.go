@@ -1,5 +1,7 @@
-// Package secret has the type of secrets in memory: PINs and seeds. A secret can't be printed,
-// logged, marshalled or compared by accident. Begin reading at Bytes.
+// Package secret has the type of secrets in memory: PINs, seeds, tokens of sessions, passwords, and
+// URLs of receivers. A secret can't be printed, logged, marshalled or compared by accident. Begin
+// reading at Bytes. A test of the whole repository names the fields and parameters that hold a
+// secret in a plain type, each with its reason.
 package secret
 
 import (
@@ -23,6 +25,9 @@ type Bytes struct{ content func() []byte }
 // New makes a secret of b, which belongs to the secret from now on.
 func New(b []byte) Bytes { return Bytes{func() []byte { return b }} }
 
+// Of makes a secret of a text. The text itself stays in memory.
+func Of(text string) Bytes { return New([]byte(text)) }
+
 // Expose returns the content itself, for the one call that needs it.
 func (s Bytes) Expose() []byte {
 	if s.content == nil {
@@ -30,6 +35,9 @@ func (s Bytes) Expose() []byte {
 	}
 	return s.content()
 }
+
+// Empty reports that there is no content.
+func (s Bytes) Empty() bool { return len(s.Expose()) == 0 }
 
 // Wipe overwrites the content with zeros.
 func (s Bytes) Wipe() { clear(s.Expose()) }

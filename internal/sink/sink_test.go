@@ -33,6 +33,7 @@ import (
 	"countersign/internal/ledger/disktest"
 	"countersign/internal/ledger/ledgertest"
 	"countersign/internal/scantest"
+	"countersign/internal/secret"
 	"countersign/internal/webhook"
 )
 
@@ -607,7 +608,7 @@ func TestWebhookSink(t *testing.T) {
 	}))
 	defer server.Close()
 	sender, err := webhook.New(webhook.Config{
-		Targets: []webhook.Target{{Name: "siem", URL: server.URL}}, Log: scantest.Log(),
+		Targets: []webhook.Target{{Name: "siem", URL: secret.Of(server.URL)}}, Log: scantest.Log(),
 		Sign: func(_ context.Context, m []byte) ([]byte, error) { return ed25519.Sign(private, m), nil },
 	})
 	if err != nil {

@@ -166,7 +166,8 @@ func (t *Tracer) send(ctx context.Context, body []byte) (rejected int, again boo
 	if err != nil {
 		return 0, true, err
 	}
-	request, err := http.NewRequestWithContext(ctx, http.MethodPost, t.c.Target.URL, bytes.NewReader(body))
+	to := string(t.c.Target.URL.Expose())
+	request, err := http.NewRequestWithContext(ctx, http.MethodPost, to, bytes.NewReader(body))
 	if err != nil {
 		return 0, false, errors.New("the URL can't be used") // err would show the URL
 	}

@@ -18,6 +18,7 @@ import (
 	"time"
 
 	"countersign/internal/scantest"
+	"countersign/internal/secret"
 	"countersign/internal/trace"
 	"countersign/internal/webhook"
 	"countersign/wire"
@@ -60,8 +61,8 @@ func newRig(t *testing.T, change func(*trace.Config)) *rig {
 		t.Fatal(err)
 	}
 	c := trace.Config{
-		Target: webhook.Target{URL: collector.URL + "/v1/traces"}, Headers: r.headers, OneIn: 1, Most: 10_000,
-		Version: "v1", Log: slog.New(slog.NewTextHandler(scantest.Tee("the log", &r.log), nil)),
+		Target: webhook.Target{URL: secret.Of(collector.URL + "/v1/traces")}, Headers: r.headers, OneIn: 1,
+		Most: 10_000, Version: "v1", Log: slog.New(slog.NewTextHandler(scantest.Tee("the log", &r.log), nil)),
 		Count: func(sent bool, spans int) {
 			if sent {
 				r.sent.Add(int64(spans))
@@ -79,6 +80,9 @@ func newRig(t *testing.T, change func(*trace.Config)) *rig {
 	}
 	return r
 }
+
+// nowhere is a collector that does not answer.
+var nowhere = webhook.Target{URL: secret.Of("http://127.0.0.1:1/")}
 
 var peer = wire.Trace{ID: [16]byte{0: 0xa, 15: 1}, Parent: [8]byte{0: 0xb, 7: 2}, Sampled: true}
 
@@ -196,7 +200,7 @@ func TestWhatIsTraced(t *testing.T) {
 
 // newUnsent returns a tracer without a collector, for tests with another clock.
 func newUnsent(t *testing.T, most int) *trace.Tracer {
-	tracer, err := trace.New(trace.Config{Target: webhook.Target{URL: "http://127.0.0.1:1/"}, OneIn: 1, Most: most})
+	tracer, err := trace.New(trace.Config{Target: nowhere, OneIn: 1, Most: most})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -265,7 +269,7 @@ func TestPatience(t *testing.T) {
 // TestHeaders refuses files that are no headers, without their values.
 func TestHeaders(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "headers")
-	c := trace.Config{Target: webhook.Target{URL: "https://localhost/"}, Headers: path}
+	c := trace.Config{Target: webhook.Target{URL: secret.Of("https://localhost/")}, Headers: path}
 	if _, err := trace.New(c); !errors.Is(err, os.ErrNotExist) {
 		t.Errorf("no file: %v", err)
 	}
@@ -291,7 +295,7 @@ func TestHeaders(t *testing.T) {
 	if _, err := trace.New(c); err != nil {
 		t.Error(err)
 	}
-	if c.Target.URL = "http://192.0.2.1/v1/traces"; true {
+	if c.Target.URL = secret.Of("http://192.0.2.1/v1/traces"); true {
 		if _, err := trace.New(c); err == nil {
 			t.Error("headers go to another machine without TLS")
 		}
@@ -316,7 +320,7 @@ func waitFor(t *testing.T, is func() bool) {
 
 // BenchmarkTrace is the cost of a trace with seven stages: for the request, and for its message.
 func BenchmarkTrace(b *testing.B) {
-	tracer, err := trace.New(trace.Config{Target: webhook.Target{URL: "http://127.0.0.1:1/"}, OneIn: 1, Most: 1e9})
+	tracer, err := trace.New(trace.Config{Target: nowhere, OneIn: 1, Most: 1e9})
 	if err != nil {
 		b.Fatal(err)
 	}

@@ -19,6 +19,8 @@ import (
 	"strconv"
 	"syscall"
 	"time"
+
+	"countersign/internal/secret"
 )
 
 const (
@@ -35,9 +37,11 @@ var (
 
 // Target is a receiver of messages.
 type Target struct {
-	Name   string // for operators, logs and callbacks
-	URL    string // https, or http to this machine; never shown, because a URL may have a secret
-	CAFile string // path of certificate authorities in PEM, in place of the system's; read at each attempt; or empty
+	Name string       // for operators, logs and callbacks
+	URL  secret.Bytes // https, or http to this machine; often has a secret
+	// CAFile is the path of certificate authorities in PEM, in place of the system's, or empty. The
+	// file is read at each attempt.
+	CAFile string
 	// Types are the types of messages for the target. The caller asks by Takes. Default: all.
 	Types []string
 }
@@ -55,7 +59,7 @@ func (t Target) Takes(kind string) bool { return len(t.Types) == 0 || slices.Con
 // Transport returns an HTTP transport for the target, with the authorities that CAFile has now. For
 // an http URL the transport connects to this machine only.
 func (t Target) Transport() (*http.Transport, error) {
-	u, err := url.Parse(t.URL)
+	u, err := url.Parse(string(t.URL.Expose()))
 	if err != nil {
 		return nil, errors.New("the URL can't be parsed") // err would show the URL
 	}
@@ -165,7 +169,7 @@ func (s *Sender) send(ctx context.Context, t *queue, id string, body []byte) err
 
 // request makes a signed request with the present time. Each attempt needs a new signature, because
 // the signature covers the timestamp.
-func (s *Sender) request(ctx context.Context, to, id string, body []byte) (*http.Request, error) {
+func (s *Sender) request(ctx context.Context, to secret.Bytes, id string, body []byte) (*http.Request, error) {
 	if err := checkID(id); err != nil {
 		return nil, err
 	}
@@ -178,7 +182,7 @@ func (s *Sender) request(ctx context.Context, to, id string, body []byte) (*http
 		return nil, fmt.Errorf("sign: an Ed25519 signature has %d bytes, the signer has returned %d",
 			ed25519.SignatureSize, len(signature))
 	}
-	request, err := http.NewRequestWithContext(ctx, http.MethodPost, to, bytes.NewReader(body))
+	request, err := http.NewRequestWithContext(ctx, http.MethodPost, string(to.Expose()), bytes.NewReader(body))
 	if err != nil {
 		return nil, errors.New("the URL can't be used") // err would show the URL
 	}

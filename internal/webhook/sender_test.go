@@ -25,6 +25,7 @@ import (
 	"time"
 
 	"countersign/internal/scantest"
+	"countersign/internal/secret"
 )
 
 func TestMain(m *testing.M) { os.Exit(scantest.Run(m)) }
@@ -116,14 +117,14 @@ func TestTargets(t *testing.T) {
 		"":                                   false,
 		"https://example.com/secret\x00hook": false,
 	} {
-		_, err := New(Config{Targets: []Target{{Name: "shop", URL: url}}})
+		_, err := New(Config{Targets: []Target{{Name: "shop", URL: secret.Of(url)}}})
 		if (err == nil) != ok {
 			t.Errorf("%q: %v", url, err)
 		} else if err != nil && (strings.Contains(err.Error(), "secret") || !strings.Contains(err.Error(), `"shop"`)) {
 			t.Errorf("%q: the error shows the URL, or does not name the target: %v", url, err)
 		}
 	}
-	good := Target{Name: "shop", URL: "https://example.com/"}
+	good := Target{Name: "shop", URL: secret.Of("https://example.com/")}
 	if _, err := New(Config{Targets: []Target{good, good}}); err == nil {
 		t.Error("two targets of one name")
 	}
@@ -177,8 +178,9 @@ func TestSend(t *testing.T) {
 	}
 	url := server.URL + "/hook?token=secret-in-a-url"
 	var s *Sender
-	s, b = newSender(t, Target{Name: "trusting", URL: url, CAFile: authority}, Target{Name: "system", URL: url},
-		Target{Name: "other", URL: url, CAFile: other})
+	at := secret.Of(url)
+	s, b = newSender(t, Target{Name: "trusting", URL: at, CAFile: authority}, Target{Name: "system", URL: at},
+		Target{Name: "other", URL: at, CAFile: other})
 	if err := s.Send(t.Context(), "trusting", "msg_1", []byte(body)); err != nil {
 		t.Error(err)
 	} else if err := <-got; err != nil {
@@ -221,7 +223,7 @@ func TestAnswers(t *testing.T) {
 		400: ErrRefused, 401: ErrRefused, 404: ErrRefused, 409: ErrRefused, 410: ErrGone, 429: ErrRefused,
 		500: ErrRefused, 503: ErrRefused,
 	} {
-		s, _ := newSender(t, Target{Name: "shop", URL: fmt.Sprintf("%s/%d", server.URL, status)})
+		s, _ := newSender(t, Target{Name: "shop", URL: secret.Of(fmt.Sprintf("%s/%d", server.URL, status))})
 		if err := s.Send(t.Context(), "shop", "msg_1", nil); !errors.Is(err, want) {
 			t.Errorf("%d: %v", status, err)
 		}
@@ -237,7 +239,7 @@ func TestAnswers(t *testing.T) {
 // TestLocalhost checks that a target without TLS connects to this machine only, even if localhost
 // resolves to another address.
 func TestLocalhost(t *testing.T) {
-	s, _ := newSender(t, Target{Name: "shop", URL: "http://localhost/"})
+	s, _ := newSender(t, Target{Name: "shop", URL: secret.Of("http://localhost/")})
 	dial := s.targets["shop"].client.Transport.(*http.Transport).DialContext
 	_, err := dial(t.Context(), "tcp", "192.0.2.1:80")
 	if err == nil || !strings.Contains(err.Error(), "only to this machine") {
@@ -251,7 +253,7 @@ func TestSignerFails(t *testing.T) {
 	server := httptest.NewServer(http.HandlerFunc(func(http.ResponseWriter, *http.Request) { asked++ }))
 	defer server.Close()
 	away := errors.New("away")
-	s, _ := newSender(t, Target{Name: "shop", URL: server.URL})
+	s, _ := newSender(t, Target{Name: "shop", URL: secret.Of(server.URL)})
 	s.c.Sign = func(context.Context, []byte) ([]byte, error) { return nil, away }
 	if err := s.Send(t.Context(), "shop", "msg_1", nil); !errors.Is(err, away) {
 		t.Error(err)
@@ -312,7 +314,7 @@ func enqueue(t *testing.T, s *Sender, target string, ids ...string) {
 
 func localTargets(names ...string) (all []Target) {
 	for _, n := range names {
-		all = append(all, Target{Name: n, URL: "http://localhost/" + n + "?token=secret-in-a-url"})
+		all = append(all, Target{Name: n, URL: secret.Of("http://localhost/" + n + "?token=secret-in-a-url")})
 	}
 	return all
 }
@@ -545,7 +547,7 @@ func TestAuthorityRenewed(t *testing.T) {
 		}
 	}
 	write(anotherAuthority(t))
-	s, _ := newSender(t, Target{Name: "shop", URL: server.URL, CAFile: file})
+	s, _ := newSender(t, Target{Name: "shop", URL: secret.Of(server.URL), CAFile: file})
 	if err := s.Send(t.Context(), "shop", "msg_1", nil); err == nil {
 		t.Fatal("a receiver of another authority is trusted")
 	}
