@@ -163,6 +163,7 @@ var arrows = map[string]room{
 	"client/clienttest":              {ours: "noise transcript wire"},
 	"internal/keystore/keystoretest": {ours: "internal/keystore internal/pubkey internal/scantest"},
 	"internal/ledger/ledgertest":     {ours: "internal/ledger internal/scantest", outside: "go.etcd.io/bbolt"},
+	"internal/mail/mailtest":         {ours: "internal/scantest"},
 	"internal/ledger/disktest":       {outside: "github.com/hanwen/go-fuse/v2 golang.org/x/sys"},
 	"internal/scantest":              {},
 	"scripts/receiver":               {ours: "internal/webhook"},
