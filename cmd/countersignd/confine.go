@@ -26,7 +26,9 @@ import (
 // another program, since each user can read them.
 var systemFiles = []string{
 	"/usr", "/lib", "/lib32", "/lib64", "/etc/ld.so.cache", "/etc/ld.so.conf", "/etc/ld.so.conf.d",
-	"/etc/ssl/openssl.cnf", "/etc/ssl/certs", "/etc/pki/tls/openssl.cnf", "/etc/pki/tls/certs", "/etc/crypto-policies",
+	"/etc/ssl/openssl.cnf", "/etc/ssl/certs", "/etc/ssl/cert.pem", "/etc/ssl/ca-bundle.pem",
+	"/etc/pki/tls/openssl.cnf", "/etc/pki/tls/certs", "/etc/pki/tls/cert.pem", "/etc/pki/ca-trust/extracted",
+	"/etc/crypto-policies",
 	"/etc/pkcs11", "/etc/softhsm", "/etc/softhsm2.conf", "/etc/localtime", "/etc/passwd", "/etc/group",
 	"/etc/nsswitch.conf", "/etc/resolv.conf", "/etc/hosts", "/etc/host.conf", "/etc/gai.conf", "/etc/services",
 	"/dev/urandom", "/dev/random", "/dev/zero", "/proc/self", "/proc/cpuinfo", "/proc/meminfo", "/proc/sys/crypto",
@@ -52,6 +54,9 @@ func (t *Token) rights(secrets ...string) sandbox.Rights {
 		return r
 	}
 	r.Connect, _ = ports(t.Network) // checked by checkBackend
+	if len(r.Connect) > 0 {
+		r.Read = append(r.Read, resolver()...)
+	}
 	if module := t.hsm().ModulePath(); filepath.IsAbs(module) {
 		beside := filepath.Dir(module) // a module's libraries and files
 		if beside == "/" {
@@ -218,7 +223,28 @@ func (c *Config) rights(path string, doors []*door, given sockets) sandbox.Right
 			receiver(s.Syslog+s.URL, s.CAFile)
 		}
 	}
+	if r.Names {
+		r.Read = append(r.Read, resolver()...)
+	}
 	return r
+}
+
+// resolver returns the folder of the file that /etc/resolv.conf is a link to. The system puts a new
+// file there when the network has changed. A right for /etc would be one for passwords, so a file
+// in /etc itself can be read only as long as the file is not replaced.
+func resolver() []string {
+	const path = "/etc/resolv.conf"
+	target, err := os.Readlink(path)
+	if err != nil {
+		return nil
+	}
+	if !filepath.IsAbs(target) {
+		target = filepath.Join(filepath.Dir(path), target)
+	}
+	if folder := filepath.Dir(target); folder != "/" && folder != filepath.Dir(path) {
+		return []string{folder}
+	}
+	return nil
 }
 
 // exposed returns what of the tokens the daemon could read or change, as one line each: secrets,
