@@ -10,6 +10,8 @@ import (
 	"net"
 	"net/http"
 	"os"
+	"path/filepath"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -29,7 +31,35 @@ const notifyTime = time.Second
 // notifier sends messages to the service manager.
 type notifier struct {
 	log    *slog.Logger
-	unread atomic.Bool // the last message was not taken
+	path   string        // of the manager's socket, or "": the manager may make the socket again
+	conn   *net.UnixConn // to the manager's abstract socket, or nil
+	unread atomic.Bool   // the last message was not taken
+}
+
+// newNotifier finds the socket of the service manager (NOTIFY_SOCKET, sd_notify(3)). A confined
+// daemon can connect to no abstract socket (Landlock, ABI 6), so the connection to one is made now,
+// and is the only one.
+func newNotifier(log *slog.Logger) (*notifier, error) {
+	const variable = "NOTIFY_SOCKET"
+	n := &notifier{log: log}
+	switch name := os.Getenv(variable); {
+	case name == "" || filepath.IsAbs(name):
+		n.path = name
+	case strings.HasPrefix(name, "@") && len(name) > 1:
+		conn, err := dialManager(name)
+		if err != nil {
+			return nil, fmt.Errorf("%s: the service manager can't be reached: %w", variable, err)
+		}
+		n.conn = conn
+	default:
+		return nil, fmt.Errorf("%s is %q: the service manager's socket is a path, or @ and an abstract name; "+
+			"start the daemon without %s, or by another manager", variable, name, variable)
+	}
+	return n, nil
+}
+
+func dialManager(name string) (*net.UnixConn, error) {
+	return net.DialUnix("unixgram", nil, &net.UnixAddr{Name: name, Net: "unixgram"})
 }
 
 // causes returns a cause until the service manager takes a message again.
@@ -53,18 +83,20 @@ func unreadLog(q *logqueue.Queue) []cause.Cause {
 // sent or there is no manager to send to. A manager that does not read costs notifyTime. The
 // library's SdNotify would wait without a limit.
 func (n *notifier) send(state string) bool {
-	path := os.Getenv("NOTIFY_SOCKET")
-	if path == "" {
-		return true
+	conn := n.conn
+	if conn == nil {
+		if n.path == "" {
+			return true
+		}
+		var err error
+		if conn, err = dialManager(n.path); err != nil {
+			n.log.Warn("the service manager's socket can't be used", "err", err)
+			return true
+		}
+		defer conn.Close()
 	}
-	conn, err := net.DialUnix("unixgram", nil, &net.UnixAddr{Name: path, Net: "unixgram"})
-	if err != nil {
-		n.log.Warn("the service manager's socket can't be used", "err", err)
-		return true
-	}
-	defer conn.Close()
 	conn.SetWriteDeadline(time.Now().Add(notifyTime))
-	_, err = conn.Write([]byte(state))
+	_, err := conn.Write([]byte(state))
 	n.unread.Store(err != nil)
 	if err != nil {
 		n.log.Warn("the service manager does not read notifications", "notification", state, "err", err)

@@ -65,6 +65,10 @@ func serve(
 	// A line that the pace leaves out costs no search for secrets.
 	paced := logqueue.NewPace(secrets.Handler(lines.format.Handler(lines.to, inForce)))
 	log := slog.New(paced)
+	notifications, err := newNotifier(log)
+	if err != nil {
+		return configError{err}
+	}
 	p, err := open(ctx, c, log)
 	if err != nil {
 		return err
@@ -88,7 +92,6 @@ func serve(
 	}
 	waiting := waits{doors: ready.doors}
 	waiting.set(ready.missing)
-	notifications := &notifier{log: log}
 	for _, what := range exposed {
 		log.Warn("the daemon could read or change what is of the key workers alone: move one of them", "what", what)
 	}
