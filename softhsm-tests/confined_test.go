@@ -317,3 +317,18 @@ func TestLauncherEnds(t *testing.T) {
 	}
 	p.stop()
 }
+
+// TestDaemonEnds kills the daemon, while its launcher runs and while the launcher is stopped. No
+// process of the daemon goes on.
+func TestDaemonEnds(t *testing.T) {
+	s := newSystem(t)
+	for _, stopped := range []bool{false, true} {
+		p := s.serve()
+		launcher := p.launcher()
+		eventually(t, "two key workers", func() bool { return len(p.workers()) == 2 })
+		if stopped {
+			syscall.Kill(launcher, syscall.SIGSTOP)
+		}
+		p.kill()
+	}
+}

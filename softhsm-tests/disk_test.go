@@ -1,6 +1,7 @@
 package softhsmtests
 
 import (
+	"countersign/internal/scantest"
 	"encoding/json"
 	"io"
 	"net/http"
@@ -222,7 +223,7 @@ func newAlertReceiver(t *testing.T) *alertReceiver {
 		if err != nil || json.Unmarshal(b, &m) != nil {
 			t.Errorf("a message that can't be read: %v, %s", err, b)
 		}
-		made.check(t, "a webhook", string(b))
+		scantest.Saw("a webhook", string(b))
 		r.mu.Lock()
 		defer r.mu.Unlock()
 		r.got = append(r.got, alertMessage{q.Header.Get("Webhook-Id"), m.Type, m.Data.Code, m.Data.Text})
@@ -243,7 +244,7 @@ func (r *alertReceiver) of(code string) (all []alertMessage) {
 	return all
 }
 
-func mkdir(t *testing.T, path string) {
+func mkdir(t testing.TB, path string) {
 	t.Helper()
 	if err := os.Mkdir(path, 0o700); err != nil {
 		t.Fatal(err)

@@ -177,7 +177,7 @@ func TestScrapeOverHTTPS(t *testing.T) {
 	s.otherCA("other.key", "other.pem")
 	s.must("admin", "scraper", "add", "prometheus", s.path("scrape.token"))
 	token := must(os.ReadFile(s.path("scrape.token")))(t)
-	made.add("the token of a scraper", bytes.TrimSpace(token))
+	scantest.Secret("the token of a scraper", bytes.TrimSpace(token))
 	fields := func(ca string) []string {
 		return []string{
 			"scheme: https", "metrics_path: /v1/metrics", "tls_config: {ca_file: " + s.path(ca) + "}",

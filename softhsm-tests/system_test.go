@@ -262,8 +262,10 @@ func (s *system) begin(cmd *exec.Cmd) *process {
 	s.t.Cleanup(func() {
 		notify.Close()
 		if p.cmd.ProcessState == nil {
-			p.cmd.Process.Kill()
-			<-p.ended
+			p.kill()
+		}
+		if strings.Contains(p.stderr.String(), "bad system call") {
+			s.t.Error("the filter of system calls has ended a process")
 		}
 		s.checkOutput("the daemon's log", p.stderr.String())
 		s.checkFiles()
@@ -309,10 +311,7 @@ func (p *process) stop() {
 // service manager does. A kill differs from a power cut in that writes in the page cache survive.
 func (p *process) kill() {
 	p.t.Helper()
-	var left []int
-	for _, pid := range children(p.t, p.cmd.Process.Pid) {
-		left = append(append(left, pid), children(p.t, pid)...)
-	}
+	left := descendants(p.cmd.Process.Pid)
 	p.cmd.Process.Kill()
 	err := <-p.ended
 	p.ended <- err

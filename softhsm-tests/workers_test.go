@@ -40,25 +40,33 @@ func (p *process) launcher() int {
 	return pids[0]
 }
 
-// children returns the process IDs of a process's children, from /proc/PID/task/TID/children.
-func children(t testing.TB, pid int) (pids []int) {
+// children returns the process IDs of a process's children.
+func children(t testing.TB, pid int) []int {
 	t.Helper()
-	tasks, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/children", pid))
-	if err != nil || len(tasks) == 0 {
+	if _, err := os.Stat(fmt.Sprintf("/proc/%d", pid)); err != nil {
 		t.Fatalf("process %d: %v", pid, err)
 	}
+	return childrenOf(pid)
+}
+
+// childrenOf reads /proc/PID/task/TID/children. A process that has ended has no children.
+func childrenOf(pid int) (pids []int) {
+	tasks, _ := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/children", pid))
 	for _, path := range tasks {
-		b, err := os.ReadFile(path)
-		if err != nil {
-			continue // the thread has ended
-		}
+		b, _ := os.ReadFile(path) // the thread may have ended
 		for f := range strings.FieldsSeq(string(b)) {
-			n, err := strconv.Atoi(f)
-			if err != nil {
-				t.Fatal(err)
+			if n, err := strconv.Atoi(f); err == nil {
+				pids = append(pids, n)
 			}
-			pids = append(pids, n)
 		}
+	}
+	return pids
+}
+
+// descendants returns the process IDs of a process's children, and of theirs.
+func descendants(pid int) (pids []int) {
+	for _, child := range childrenOf(pid) {
+		pids = append(append(pids, child), descendants(child)...)
 	}
 	return pids
 }
