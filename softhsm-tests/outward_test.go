@@ -9,8 +9,10 @@ import (
 	"crypto/rand"
 	"crypto/tls"
 	"crypto/x509"
+	"encoding/binary"
 	"encoding/json"
 	"encoding/pem"
+	"errors"
 	"fmt"
 	"io"
 	"math/big"
@@ -31,6 +33,7 @@ import (
 	"countersign/internal/mail/mailtest"
 
 	"golang.org/x/net/dns/dnsmessage"
+	"golang.org/x/sys/unix"
 )
 
 // domain has the names of the servers that a daemon of the tests reaches (RFC 6761).
@@ -379,6 +382,27 @@ func (r *receivers) secrets(round string) {
 	replace(r.t, r.s.path("outward/headers"), "Authorization: Bearer "+token+"\n")
 }
 
+// asCredential gives a file the permissions of systemd's LoadCredential: none for anybody, and an
+// ACL with read for this user.
+func asCredential(t testing.TB, path string) {
+	t.Helper()
+	acl := binary.LittleEndian.AppendUint32(nil, 2) // the version
+	for _, e := range []struct {
+		tag, permissions uint16
+		id               uint32
+	}{{1, 4, ^uint32(0)}, {2, 4, uint32(os.Geteuid())}, {4, 0, ^uint32(0)}, {16, 4, ^uint32(0)}, {32, 0, ^uint32(0)}} {
+		acl = binary.LittleEndian.AppendUint16(acl, e.tag)
+		acl = binary.LittleEndian.AppendUint16(acl, e.permissions)
+		acl = binary.LittleEndian.AppendUint32(acl, e.id)
+	}
+	if err := errors.Join(os.Chmod(path, 0o400), unix.Setxattr(path, "system.posix_acl_access", acl, 0)); err != nil {
+		t.Fatal(err)
+	}
+	if st := must(os.Stat(path))(t); st.Mode().Perm() != 0o440 {
+		t.Fatalf("%s has the mode %v", path, st.Mode())
+	}
+}
+
 // settings are the settings for a daemon that reaches the receivers by name or at 127.0.0.1.
 func (r *receivers) settings(byName bool) string {
 	at := func(name string) string {
@@ -458,7 +482,8 @@ func (r *receivers) reached(round string) {
 // TestConfinedReachesOut has a confined daemon reach a server for each thing that it sends, by
 // address and by name: mail, syslog, webhooks and traces. Go's resolver and that of the C library
 // ask a file and a name server, by UDP and by TCP. Then the files of authorities, of the password
-// and of the token, and resolv.conf are replaced, and all is reached again.
+// and of the token, and resolv.conf are replaced, and all is reached again. A password that others
+// can read is refused.
 func TestConfinedReachesOut(t *testing.T) {
 	s := newSystem(t)
 	mkdir(t, s.path("outward"))
@@ -507,12 +532,21 @@ func TestConfinedReachesOut(t *testing.T) {
 			r.reached("first")
 			r.authority()
 			r.secrets("second")
+			asCredential(t, s.path("outward/mail-password"))
+			asCredential(t, s.path("outward/headers"))
 			if second != nil {
 				first.close()
 				s.nameServer(second)
 			}
 			r.hangUp()
 			r.reached("after the files were replaced")
+			if err := os.Chmod(s.path("outward/mail-password"), 0o444); err != nil {
+				t.Fatal(err)
+			}
+			out, errOut, code := s.cli("", "admin", "alert", "test")
+			if code == 0 || !strings.Contains(out+errOut, "mode") {
+				t.Errorf("with a password that everybody can read: %d %s%s", code, out, errOut)
+			}
 			p.stop()
 			r.mu.Lock()
 			if r.headers != "Bearer token-of-the-collector-second" {
@@ -619,6 +653,7 @@ func TestConfinedUpkeep(t *testing.T) {
 	// The file is full up to the event 2, so the next event rotates the file.
 	full := []byte(`{"index":2}` + "\n")
 	s.write("sink/events.jsonl", strings.Repeat(string(full), 1<<20/len(full)))
+	asCredential(t, s.path("pin"))
 	old := "sink/events.jsonl.00000000000000000001"
 	s.write(old, `{"index":1}`+"\n")
 	p := s.serve("TZ=Pacific/Kiritimati") // UTC+14

@@ -59,7 +59,7 @@ const serving = `
 	access faccessat faccessat2 statfs fstatfs fcntl flock fsync fdatasync
 	truncate ftruncate fallocate fadvise64 ioctl
 	rename renameat renameat2 mkdir mkdirat rmdir unlink unlinkat readlink readlinkat fchmod fchmodat
-	getdents64 getcwd copy_file_range sendfile splice pipe2 dup3 eventfd2 poll ppoll
+	fgetxattr getdents64 getcwd copy_file_range sendfile splice pipe2 dup3 eventfd2 poll ppoll
 	epoll_create1 epoll_ctl epoll_wait epoll_pwait epoll_pwait2
 	mmap munmap mremap mprotect madvise brk memfd_create membarrier
 	futex set_robust_list rseq prctl sched_yield sched_getaffinity
