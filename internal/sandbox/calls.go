@@ -11,29 +11,26 @@ import (
 )
 
 // permitted are the system calls of a key worker: of Go's runtime, of the C library, and of
-// software tokens. A name that an architecture does not have is skipped.
+// modules. A name that an architecture does not have is skipped. A test makes each call of the lists
+// here, or TestTraced has the reason for the call.
 const permitted = `
-	read write readv writev pread64 pwrite64 preadv pwritev preadv2 pwritev2 close close_range lseek
-	open openat openat2 creat stat fstat lstat newfstatat statx access faccessat faccessat2 statfs fstatfs
-	fcntl flock fsync fdatasync sync_file_range truncate ftruncate fallocate fadvise64 ioctl
-	rename renameat renameat2 mkdir mkdirat rmdir unlink unlinkat symlink symlinkat link linkat
-	readlink readlinkat chmod fchmod fchmodat chown fchown fchownat lchown umask utime utimes
-	utimensat futimesat getdents getdents64 getcwd chdir fchdir copy_file_range sendfile
-	getxattr lgetxattr fgetxattr listxattr llistxattr flistxattr
+	read write readv writev pread64 pwrite64 close lseek open openat creat stat fstat lstat newfstatat statx
+	access faccessat faccessat2 statfs fstatfs fcntl flock fsync fdatasync truncate ftruncate fallocate ioctl
+	rename renameat renameat2 mkdir mkdirat rmdir unlink unlinkat link linkat readlink readlinkat
+	chmod fchmod fchmodat chown fchown fchownat umask utimes utimensat getdents getdents64 getcwd fgetxattr
 	dup dup2 dup3 pipe pipe2 eventfd eventfd2 poll ppoll select pselect6
-	epoll_create epoll_create1 epoll_ctl epoll_wait epoll_pwait epoll_pwait2
-	mmap munmap mremap mprotect madvise brk msync mincore mlock mlock2 munlock mlockall munlockall
-	memfd_create memfd_secret membarrier get_mempolicy
+	epoll_create epoll_create1 epoll_ctl epoll_wait epoll_pwait
+	mmap munmap mremap mprotect madvise brk msync mlock mlock2 munlock mlockall munlockall
+	memfd_create memfd_secret
 	shmget shmat shmdt shmctl semget semop semtimedop semctl
-	futex set_robust_list get_robust_list set_tid_address rseq arch_prctl prctl
-	sched_yield sched_getaffinity sched_setaffinity sched_getparam sched_getscheduler
-	sched_get_priority_max sched_get_priority_min getcpu getpriority
-	gettid getpid getppid getpgrp getpgid getsid getuid geteuid getgid getegid getgroups
-	getresuid getresgid capget uname sysinfo getrlimit getrusage times getrandom
-	rt_sigaction rt_sigprocmask rt_sigreturn rt_sigpending rt_sigtimedwait rt_sigsuspend sigaltstack
-	pause nanosleep clock_nanosleep clock_gettime clock_getres gettimeofday time
-	setitimer getitimer alarm timer_create timer_settime timer_gettime timer_getoverrun timer_delete
-	timerfd_create timerfd_settime timerfd_gettime
+	futex set_robust_list set_tid_address rseq arch_prctl prctl
+	sched_yield sched_getaffinity sched_getparam sched_getscheduler
+	sched_get_priority_max sched_get_priority_min getcpu
+	gettid getpid getppid getuid geteuid getgid getegid getgroups
+	uname sysinfo getrlimit getrusage times getrandom
+	rt_sigaction rt_sigprocmask rt_sigreturn rt_sigtimedwait sigaltstack
+	pause nanosleep clock_nanosleep clock_gettime gettimeofday time
+	alarm setitimer timer_create timer_settime timer_delete timerfd_create timerfd_settime
 	sendto recvfrom sendmsg recvmsg sendmmsg recvmmsg shutdown getsockopt setsockopt getsockname
 	getpeername socketpair
 	restart_syscall exit exit_group`
@@ -46,29 +43,49 @@ const refused = `
 	kill tkill setrlimit setpriority sched_setscheduler sched_setparam`
 
 // launching are the system calls of the launcher beside those of its key workers, which inherit the
-// launcher's filter and make it stricter: to start, to end and to confine key workers, and to
-// change the user. The signals of a confined launcher reach key workers only.
+// launcher's filter and make it stricter: to start, to end and to confine key workers. The launcher
+// has its user before it is confined. The signals of a confined launcher reach key workers only.
 const launching = `
-	clone vfork execve wait4 waitid kill tkill tgkill pidfd_open pidfd_send_signal setpgid prlimit64 setrlimit
-	setuid setgid setgroups setresuid setresgid
-	capset seccomp landlock_create_ruleset landlock_add_rule landlock_restrict_self`
+	clone execve wait4 waitid kill tkill tgkill pidfd_open pidfd_send_signal setpgid prlimit64 setrlimit
+	capget capset seccomp landlock_create_ruleset landlock_add_rule landlock_restrict_self`
+
+// own are the system calls of a key worker that have conditions: threads, signals and limits of its
+// own.
+const own = `
+	clone tgkill prlimit64`
 
 // serving are the system calls of the daemon. docs/DESIGN.md says how the list was made.
 const serving = `
-	read write readv writev pread64 pwrite64 close lseek open openat stat fstat lstat newfstatat statx
-	access faccessat faccessat2 statfs fstatfs fcntl flock fsync fdatasync
-	truncate ftruncate fallocate fadvise64 ioctl
-	rename renameat renameat2 mkdir mkdirat rmdir unlink unlinkat readlink readlinkat fchmod fchmodat
-	fgetxattr getdents64 getcwd copy_file_range sendfile splice pipe2 dup3 eventfd2 poll ppoll
-	epoll_create1 epoll_ctl epoll_wait epoll_pwait epoll_pwait2
-	mmap munmap mremap mprotect madvise brk memfd_create membarrier
+	read write writev pread64 pwrite64 close lseek open openat stat fstat newfstatat statx access statfs fstatfs
+	fcntl flock fsync fdatasync truncate ftruncate fallocate ioctl fgetxattr
+	renameat renameat2 mkdirat unlinkat readlinkat fchmod getdents64 getcwd pipe2 poll ppoll
+	epoll_ctl epoll_pwait mmap munmap mremap mprotect madvise brk
 	futex set_robust_list rseq prctl sched_yield sched_getaffinity
-	gettid getpid getppid getuid geteuid getgid getegid getgroups uname sysinfo getrusage getrandom
-	rt_sigaction rt_sigprocmask rt_sigreturn sigaltstack
-	nanosleep clock_nanosleep clock_gettime clock_getres gettimeofday time
-	sendto recvfrom sendmsg recvmsg sendmmsg recvmmsg shutdown getsockopt setsockopt getsockname getpeername
+	gettid getpid getuid geteuid getgid getegid getgroups uname sysinfo getrandom
+	rt_sigaction rt_sigprocmask rt_sigreturn sigaltstack nanosleep clock_nanosleep clock_gettime gettimeofday time
+	sendto recvfrom sendmsg recvmsg sendmmsg shutdown getsockopt setsockopt getsockname getpeername
 	socketpair socket connect bind listen accept4 clone tgkill prlimit64 waitid wait4
 	restart_syscall exit exit_group`
+
+// calls returns the system calls that the process may make, and those that fail with EPERM. All
+// others end the process. filters has conditions on the arguments of some.
+func (r Rights) calls() (allow, fail string) {
+	switch r.Kind {
+	case Launcher:
+		allow, fail = permitted+launching, without(refused, launching)
+	case Daemon:
+		allow = serving
+	default:
+		allow, fail = permitted+own, refused
+	}
+	switch {
+	case r.tcp(): // with the resolver, and its question for this machine's addresses
+		return allow + " socket connect bind", without(fail, "bind") // Landlock lets no TCP port be bound
+	case r.unixSockets():
+		return allow + " socket connect", fail
+	}
+	return allow, fail + " socket connect"
+}
 
 // namespaces are the flags of clone that make a namespace.
 const namespaces = unix.CLONE_NEWNS | unix.CLONE_NEWCGROUP | unix.CLONE_NEWUTS | unix.CLONE_NEWIPC |
@@ -117,13 +134,12 @@ func (r Rights) filters() ([]seccomp.Filter, error) {
 		all = append(all, filter(seccomp.ActionAllow, group))
 	}
 	self := uint64(os.Getpid())
-	allow, fail, none := permitted+" clone tgkill prlimit64", refused, fails(unix.EPERM)
+	none := fails(unix.EPERM)
 	switch r.Kind {
 	case Launcher:
-		allow, fail = permitted+launching, without(refused, launching)
 		when(seccomp.ActionKillProcess, "clone", list(0, seccomp.BitsSet, namespaces))
 	case Daemon:
-		allow, fail, none = serving, "", seccomp.ActionKillProcess
+		none = seccomp.ActionKillProcess
 		// A datagram socket can be connected anew, to another socket of this machine.
 		when(seccomp.ActionKillProcess, "socketpair", list(1, seccomp.BitsSet, notStream))
 		when(seccomp.ActionKillProcess, "fcntl", // signals to other processes
@@ -138,9 +154,7 @@ func (r Rights) filters() ([]seccomp.Filter, error) {
 	// A key pressed by a program would be a command to the shell behind the daemon.
 	when(fails(unix.EPERM), "ioctl", list(1, seccomp.Equal, unix.TIOCSTI), list(1, seccomp.Equal, unix.TIOCLINUX))
 	switch {
-	case r.tcp(): // with the resolver, and its question for this machine's addresses
-		allow += " socket connect bind" // without a right, Landlock lets no TCP port be bound
-		fail = without(fail, "bind")
+	case r.tcp():
 		types := uint64(neither)
 		if !r.udp() {
 			types = notStream
@@ -161,11 +175,9 @@ func (r Rights) filters() ([]seccomp.Filter, error) {
 				append(list(0, seccomp.Equal, unix.AF_UNIX), list(1, seccomp.BitsSet, 1)...))
 		}
 	case r.unixSockets():
-		allow += " socket connect"
 		when(fails(unix.EPERM), "socket", list(0, seccomp.NotEqual, unix.AF_UNIX))
-	default:
-		fail += " socket connect"
 	}
+	allow, fail := r.calls()
 	groups := []seccomp.SyscallGroup{
 		{Action: seccomp.ActionAllow, Names: known(allow)},
 		// The flags of clone3 are in memory: the C library then uses clone.
