@@ -31,6 +31,7 @@ import (
 
 	"countersign/client"
 	"countersign/internal/mail/mailtest"
+	"countersign/wire"
 
 	"golang.org/x/net/dns/dnsmessage"
 	"golang.org/x/sys/unix"
@@ -479,6 +480,10 @@ func (r *receivers) reached(round string) {
 	})
 }
 
+// outwardHosts is a file hosts with the names of the receivers.
+const outwardHosts = "127.0.0.1 mail.example.test logs.example.test siem.example.test pager.example.test " +
+	"collector.example.test\n"
+
 // TestConfinedReachesOut has a confined daemon reach a server for each thing that it sends, by
 // address and by name: mail, syslog, webhooks and traces. Go's resolver and that of the C library
 // ask a file and a name server, by UDP and by TCP. Then the files of authorities, of the password
@@ -492,8 +497,6 @@ func TestConfinedReachesOut(t *testing.T) {
 	s.enrol()
 	p.stop()
 	defer func() { s.t = t }()
-	const hosts = "127.0.0.1 mail.example.test logs.example.test siem.example.test pager.example.test " +
-		"collector.example.test\n"
 	for _, c := range []struct {
 		name     string
 		implicit bool
@@ -504,10 +507,10 @@ func TestConfinedReachesOut(t *testing.T) {
 	}{
 		{"address, STARTTLS", false, "", "", false, false},
 		{"address, implicit TLS", true, "", "", false, false},
-		{"hosts", false, "files dns", hosts, false, false},
+		{"hosts", false, "files dns", outwardHosts, false, false},
 		{"UDP", true, "files dns", "", false, false},
 		{"TCP", false, "files dns", "", true, false},
-		{"hosts, C library", true, "files resolve [!UNAVAIL=return] dns", hosts, false, true},
+		{"hosts, C library", true, "files resolve [!UNAVAIL=return] dns", outwardHosts, false, true},
 		{"UDP, C library", false, "files resolve [!UNAVAIL=return] dns", "", false, true},
 		{"TCP, C library", true, "files resolve [!UNAVAIL=return] dns", "", true, true},
 	} {
@@ -572,6 +575,26 @@ func TestConfinedReachesOut(t *testing.T) {
 			}
 		})
 	}
+}
+
+// TestSystemAuthorities has a confined daemon without ca_file trust the authorities of the system,
+// which the daemon reads at the first connection.
+func TestSystemAuthorities(t *testing.T) {
+	s := newSystem(t)
+	mkdir(t, s.path("outward"))
+	r := newReceivers(t, s, false)
+	r.authority()
+	r.secrets("only")
+	s.edit("countersign.toml", "[tokens.main]",
+		strings.ReplaceAll(r.settings(true), `ca_file = "outward/ca.pem"`, "")+"\n[tokens.main]")
+	cmd := s.resolving("files", outwardHosts, nil, "serve")
+	ca := must(os.ReadFile(s.path("outward/ca.pem")))(t)
+	s.write("etc/ssl/certs/ca-certificates.crt", string(ca))
+	p := s.start(cmd)
+	s.enrolRoot()
+	s.enrol()
+	r.reached("with the authorities of the system")
+	p.stop()
 }
 
 // TestNetworkModule has the key workers of a token with network reach their HSM by name, with the
@@ -675,11 +698,10 @@ func TestConfinedUpkeep(t *testing.T) {
 
 	s.write("ca.pem", must(s.admin().TLS(t.Context()))(t).CA)
 	s.otherCA("other.key", "other.pem")
-	_, port, _ := net.SplitHostPort(address)
 	connects := func(ca string) error {
 		pool := x509.NewCertPool()
 		pool.AppendCertsFromPEM(must(os.ReadFile(s.path(ca)))(t))
-		conn, err := tls.Dial("tcp", "localhost:"+port, &tls.Config{RootCAs: pool})
+		conn, err := tls.Dial("tcp", address, &tls.Config{RootCAs: pool, ServerName: "localhost"})
 		if err == nil {
 			conn.Close()
 		}
@@ -716,6 +738,55 @@ func TestConfinedUpkeep(t *testing.T) {
 			t.Errorf("the log has no %q", want)
 		}
 	}
+}
+
+// TestConfinedOnAFullDisk fills the file system of the ledger, the history and the journals of a
+// confined daemon to its last byte. Meanwhile sign requests are unavailable, and afterwards they
+// are served, without a restart.
+func TestConfinedOnAFullDisk(t *testing.T) {
+	needRoot(t, "a mount namespace")
+	s := newSoftHSM(t, softHSM)
+	mkdir(t, s.path("disk"))
+	s.edit("countersign.toml", `"ledger.db"`, `"disk/ledger.db"`)
+	const script = `mount -t tmpfs -o size=64m,mode=700 tmpfs "$1" &&
+"$2" init --new-token --so-pin-file "$3" --config "$4" >"$3.log" 2>&1 && exec "$2" serve --config "$4"`
+	cmd := exec.Command("unshare", "--mount", "sh", "-c", script, "sh", s.path("disk"),
+		filepath.Join(bin, "countersignd"), s.path("so-pin"), s.path("countersign.toml"))
+	cmd.Env = os.Environ()
+	p := s.start(cmd)
+	s.enrolRoot()
+	s.enrol()
+	c := s.dial()
+	must(c.Sign(t.Context(), "payments", message("AAAA")))(t)
+	fill := filepath.Join(fmt.Sprintf("/proc/%d/root", cmd.Process.Pid), s.path("disk/fill"))
+	f := must(os.Create(fill))(t)
+	defer f.Close()
+	full := func() {
+		t.Helper()
+		for size := 1 << 20; size > 0; size /= 2 {
+			for _, err := f.Write(make([]byte, size)); err == nil; _, err = f.Write(make([]byte, size)) {
+			}
+		}
+	}
+	refused := message("BBBB").Fill(time.Hour)
+	eventually(t, "a sign request is unavailable", func() bool {
+		full()
+		_, err := c.Sign(t.Context(), "payments", message("CCCC"))
+		return code(err) == wire.CodeUnavailable
+	})
+	full()
+	if _, err := c.Sign(t.Context(), "payments", refused); code(err) != wire.CodeUnavailable {
+		t.Errorf("with a full disk: %v", err)
+	}
+	f.Close()
+	if err := os.Remove(fill); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "requests are served again", func() bool {
+		_, err := c.Sign(t.Context(), "payments", refused)
+		return err == nil
+	})
+	p.stop()
 }
 
 // TestAbstractNotifications starts a daemon with a service manager whose socket has an abstract
