@@ -294,7 +294,7 @@ func TestLostKeysInTheState(t *testing.T) {
 	}
 	state := s.must("admin", "state")
 	for _, name := range lost {
-		if strings.Count(state, "key-missing") != 2 || !strings.Contains(state, name+"/1") {
+		if strings.Count(state, "cause   key-missing ") != 2 || !strings.Contains(state, name+"/1") {
 			t.Errorf("the state:\n%s", state)
 		}
 		eventually(t, "the event of "+name, func() bool {
