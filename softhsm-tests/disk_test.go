@@ -1,7 +1,6 @@
 package softhsmtests
 
 import (
-	"countersign/internal/scantest"
 	"encoding/json"
 	"io"
 	"net/http"
@@ -16,6 +15,7 @@ import (
 	"time"
 
 	"countersign/internal/ledger/disktest"
+	"countersign/internal/scantest"
 	"countersign/wire"
 )
 

@@ -3,7 +3,6 @@ package softhsmtests
 import (
 	"bufio"
 	"context"
-	"countersign/internal/scantest"
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
@@ -31,6 +30,7 @@ import (
 
 	"countersign/client"
 	"countersign/internal/mail/mailtest"
+	"countersign/internal/scantest"
 	"countersign/wire"
 
 	"golang.org/x/net/dns/dnsmessage"
