@@ -182,7 +182,8 @@ func newCertificates(t *testing.T) *certs.Manager {
 		ref := keystore.Ref{Name: name, Version: 1}
 		keys[i] = must(store.Generate(t.Context(), ref, keystore.P256, keystore.Tag{byte(i)}))(t)
 	}
-	return must(certs.New(keys[0], keys[1], new(saved), nil, scantest.Log()))(t)
+	unrecorded := func(context.Context, string, keystore.Ref, [32]byte) error { return nil }
+	return must(certs.New(keys[0], keys[1], new(saved), unrecorded, nil, scantest.Log()))(t)
 }
 
 // saved is a certs.Store in memory.

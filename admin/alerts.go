@@ -44,7 +44,7 @@ func (s *server) ackAlert(ctx context.Context, who caller, in *body[api.AckAlert
 }
 
 func (s *server) testAlerts(ctx context.Context, who caller, _ *none) ([]api.AlertTest, error) {
-	all, err := s.Appliance.Alerts.SendTest(ctx, who.actor().Name)
+	all, err := s.Appliance.Alerts.SendTest(ctx, who.actor())
 	return docs(all, func(t alert.Tested) api.AlertTest {
 		doc := api.AlertTest{Receiver: t.Receiver, Answer: t.Answer}
 		if t.Err != nil {

@@ -35,16 +35,16 @@ func (a *Appliance) openAlerts(ctx context.Context, c Config) (err error) {
 		if err != nil {
 			return err
 		}
-		receivers = append(receivers, &alert.Webhook{Target: t.Name, Sender: sender, Appliance: id})
+		receivers = append(receivers, &alert.Webhook{Target: t.Name, Sender: sender})
 	}
 	for _, to := range c.Mail.To {
-		receivers = append(receivers, &alert.Mail{Server: c.Mail.Server, To: to, Appliance: id})
+		receivers = append(receivers, &alert.Mail{Server: c.Mail.Server, To: to})
 	}
 	if c.Alerts == (alert.Config{}) {
 		c.Alerts = alert.Defaults()
 	}
 	causes := func() []cause.Cause { return a.Health().Causes }
-	if a.Alerts, err = alert.Open(ctx, c.Alerts, a.ledger, c.Meter, causes, receivers, a.log); err != nil {
+	if a.Alerts, err = alert.Open(ctx, c.Alerts, a.ledger, c.Meter, causes, receivers, id, a.log); err != nil {
 		return err
 	}
 	a.Report(a.Alerts.Causes)

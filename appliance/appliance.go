@@ -382,6 +382,13 @@ func (a *Appliance) RecordCertificate(ctx context.Context, who audit.Actor, acti
 	return a.record(ctx, audit.NewCertificateChanged(who, action, keyring.AdminName, certificate))
 }
 
+// RecordCertificateSigned writes what a key of the admin API is about to sign.
+func (a *Appliance) RecordCertificateSigned(
+	ctx context.Context, kind string, key keystore.Ref, digest [32]byte,
+) error {
+	return a.record(ctx, audit.NewCertificateSigned(kind, key.String(), digest))
+}
+
 // TokenResource is a token as a resource of the monitor.
 func TokenResource(name string) resource.Resource {
 	return resource.Resource{Name: name, Failed: audit.DeviceUnavailable, Recovered: audit.DeviceRecovered}

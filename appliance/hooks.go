@@ -2,16 +2,21 @@ package appliance
 
 import (
 	"context"
+	"crypto/sha256"
 	"encoding/json"
 	"fmt"
 	"strings"
 	"time"
 
+	"countersign/audit"
 	"countersign/internal/cause"
+	"countersign/internal/keystore"
 	"countersign/internal/ledger"
 	"countersign/internal/meter"
 	"countersign/internal/webhook"
 )
+
+const hookRetry = 10 * time.Second // after a failure of the ledger
 
 // hookKeys is the prefix of the records of delivered messages: webhook/target/subject -> id. The
 // subject of a rotation is the key, since a newer rotation takes the place of an older one, and the
@@ -30,6 +35,7 @@ type hookBody struct {
 type hook struct {
 	id      string
 	subject string // see hookKeys
+	key     keystore.Ref
 	kind    string // hookBody.Type
 	event   string
 }
@@ -47,7 +53,7 @@ func (a *Appliance) hooksOf() (all []hook, err error) {
 	for _, n := range compromises {
 		all = append(all, hook{
 			fmt.Sprintf("compromise_%s_%s_%d", id, n.Name, n.Version),
-			n.Ref.String(), webhook.Compromises, n.Event,
+			n.Ref.String(), n.Ref, webhook.Compromises, n.Event,
 		})
 	}
 	for _, n := range rotations {
@@ -55,7 +61,7 @@ func (a *Appliance) hooksOf() (all []hook, err error) {
 		if n.Change > 0 { // moved or called off: a message of its own
 			message += fmt.Sprintf("_change%d", n.Change)
 		}
-		all = append(all, hook{message, n.Name, webhook.Rotations, n.Event})
+		all = append(all, hook{message, n.Name, n.Ref, webhook.Rotations, n.Event})
 	}
 	return all, nil
 }
@@ -84,7 +90,6 @@ func (a *Appliance) keepHooks(ctx context.Context) {
 	}
 	a.hooks.Store(sender)
 	news := make(chan struct{}, 1)
-	news <- struct{}{}
 	a.Keys.Watch(func() {
 		select {
 		case news <- struct{}{}:
@@ -95,14 +100,18 @@ func (a *Appliance) keepHooks(ctx context.Context) {
 	go func() { defer close(done); sender.Run(ctx) }()
 	defer func() { <-done }()
 	queued := map[[2]string]bool{}
+	again := time.NewTimer(0)
+	defer again.Stop()
 	for {
 		select {
 		case <-ctx.Done():
 			return
+		case <-again.C:
 		case <-news:
-			if err := a.queueHooks(sender, queued); err != nil {
-				a.log.Error("webhooks are not told", "err", err)
-			}
+		}
+		if err := a.queueHooks(ctx, sender, queued); err != nil && ctx.Err() == nil {
+			a.log.Error("webhooks are not told; a retry follows", "err", err)
+			again.Reset(hookRetry)
 		}
 	}
 }
@@ -129,9 +138,9 @@ func (a *Appliance) writeHook(ctx context.Context, target, subject, id string) e
 	})
 }
 
-// queueHooks queues the messages that have not been delivered. queued has the messages in the
-// queue.
-func (a *Appliance) queueHooks(sender *webhook.Sender, queued map[[2]string]bool) error {
+// queueHooks queues the messages that have not been delivered. The event of a message is on disk
+// before. queued has the messages in the queue.
+func (a *Appliance) queueHooks(ctx context.Context, sender *webhook.Sender, queued map[[2]string]bool) error {
 	told := map[string]string{}
 	if err := a.ledger.All(ledger.Meta, func(name string, value []byte) error {
 		if strings.HasPrefix(name, hookKeys) {
@@ -146,18 +155,28 @@ func (a *Appliance) queueHooks(sender *webhook.Sender, queued map[[2]string]bool
 		return err
 	}
 	for _, h := range all {
+		var to []string
+		for _, t := range a.webhooks {
+			if t.Takes(h.kind) && told[hookKeys+t.Name+"/"+h.subject] != h.id && !queued[[2]string{t.Name, h.id}] {
+				to = append(to, t.Name)
+			}
+		}
+		if len(to) == 0 {
+			continue
+		}
 		body, err := json.Marshal(hookBody{h.kind, time.Now().UTC().Truncate(time.Second), json.RawMessage(h.event)})
 		if err != nil {
 			return err
 		}
-		for _, t := range a.webhooks {
-			mark := [2]string{t.Name, h.id}
-			if t.Takes(h.kind) && told[hookKeys+t.Name+"/"+h.subject] != h.id && !queued[mark] {
-				if err := sender.Queue(t.Name, webhook.Message{ID: h.id, Subject: h.subject, Body: body}); err != nil {
-					return err
-				}
-				queued[mark] = true
+		m := audit.Message{ID: h.id, Body: sha256.Sum256(body)}
+		if err := a.record(ctx, audit.NewWebhookQueued(h.key.String(), m)); err != nil {
+			return err
+		}
+		for _, name := range to {
+			if err := sender.Queue(name, webhook.Message{ID: h.id, Subject: h.subject, Body: body}); err != nil {
+				return err
 			}
+			queued[[2]string{name, h.id}] = true
 		}
 	}
 	return nil

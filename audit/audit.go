@@ -89,6 +89,7 @@ const (
 	ProposalRun         Type = "ProposalRun"        // the proposal was approved, and its execution begins
 	ProposalDone        Type = "ProposalDone"       // the execution's outcome
 	CertificateChanged  Type = "CertificateChanged" // of the admin API; metadata sha256: of the certificate to install
+	CertificateSigned   Type = "CertificateSigned"  // a certificate, or a request for one; metadata digest
 	Locked              Type = "Locked"
 	Unlocked            Type = "Unlocked"
 	BackupMade          Type = "BackupMade"
@@ -111,6 +112,9 @@ const (
 	AlertFiring         Type = "AlertFiring"   // metadata level; before: an alert has another level now
 	AlertResolved       Type = "AlertResolved"
 	AlertAcknowledged   Type = "AlertAcknowledged" // by an operator; metadata until
+	AlertRepeated       Type = "AlertRepeated"     // receivers are told again of an alert that fires for long
+	AlertTested         Type = "AlertTested"       // an operator has the receivers of alerts sent a test
+	WebhookQueued       Type = "WebhookQueued"     // of a rotation or a compromise; metadata message, digest
 )
 
 // Kind is the role of an event in the rules of the ledger.
@@ -142,13 +146,15 @@ var kinds = map[Type]Kind{
 	SignInRefused: Other, PresenceConfirmed: Other, ScraperAdded: Other, ScraperRemoved: Other,
 	ApproverKeysChanged: Other, ApprovalsChanged: Other, ProposalMade: Other, ApprovalGiven: Other,
 	ProposalWithdrawn: Other, ProposalExpired: Other, ProposalRun: Other, ProposalDone: Other,
-	CertificateChanged: Other, Locked: Other, Unlocked: Other, BackupMade: Other, BackupRestored: Other,
+	CertificateChanged: Other, CertificateSigned: Other,
+	Locked: Other, Unlocked: Other, BackupMade: Other, BackupRestored: Other,
 	RetentionChanged: Other, RetentionApplied: Other, LegalHoldSet: Other, LegalHoldReleased: Other,
 	LedgerCompacted: Other, DeviceUnavailable: Other, DeviceRecovered: Other, TokenRetried: Other,
 	LogLevelChanged: Other,
 	LedgerBound:     Other, RollbackDetected: Other, RollbackAccepted: Other,
 	ClockRefused: Other, ClockRecovered: Other, ClockAccepted: Other,
-	AlertFiring: Other, AlertResolved: Other, AlertAcknowledged: Other,
+	AlertFiring: Other, AlertResolved: Other, AlertAcknowledged: Other, AlertRepeated: Other, AlertTested: Other,
+	WebhookQueued: Other,
 }
 
 // Types lists all types in alphabetical order.

@@ -429,6 +429,13 @@ func NewCertificateChanged(who Actor, action, resource string, certificate []byt
 	return e
 }
 
+// NewCertificateSigned records what the key of the certificate authority, or of the admin API, is
+// about to sign: digest is SHA-256 of the signed part. what is "certificate" or
+// "certificate-request".
+func NewCertificateSigned(what, resource string, digest [32]byte) Event {
+	return newEvent(CertificateSigned, Daemon(), what, resource, "digest", hex.EncodeToString(digest[:]))
+}
+
 // NewLocked and NewUnlocked stop and allow all signing and verifying.
 func NewLocked(who Actor, reason string) Event {
 	return newEvent(Locked, who, "lock", "", "reason", reason)
@@ -523,10 +530,26 @@ func NewClockAccepted(who Actor, ledger, clock time.Time) Event {
 		"ledger", ledger.UTC().Format(time.RFC3339), "clock", clock.UTC().Format(time.RFC3339))
 }
 
+// Message names a signed message of a webhook in the event that comes before the message: by its
+// id, and by SHA-256 of its body. A message without an event is of somebody else than the appliance.
+type Message struct {
+	ID   string
+	Body [32]byte
+}
+
+func (e Event) about(m Message) Event {
+	return e.with("message", m.ID).with("digest", hex.EncodeToString(m.Body[:]))
+}
+
+// NewWebhookQueued records a message to webhooks about a version of a key.
+func NewWebhookQueued(key string, m Message) Event {
+	return newEvent(WebhookQueued, Daemon(), "webhook", key).about(m)
+}
+
 // NewAlertFiring records that an alert fires, or has another level: before is the level before, or
 // "". since is the beginning of the alert, and text the details.
-func NewAlertFiring(code, subject, level, before string, since time.Time, text string) Event {
-	e := alertEvent(AlertFiring, Daemon(), "alert fire", code, subject).
+func NewAlertFiring(code, subject, level, before string, since time.Time, text string, m Message) Event {
+	e := alertEvent(AlertFiring, Daemon(), "alert fire", code, subject).about(m).
 		with("level", level).with("since", decimal(since.UnixMilli())).with("text", text)
 	if before != "" {
 		e = e.with("before", before)
@@ -535,9 +558,20 @@ func NewAlertFiring(code, subject, level, before string, since time.Time, text s
 }
 
 // NewAlertResolved records the end of an alert.
-func NewAlertResolved(code, subject, level string, since time.Time) Event {
-	return alertEvent(AlertResolved, Daemon(), "alert resolve", code, subject).
+func NewAlertResolved(code, subject, level string, since time.Time, m Message) Event {
+	return alertEvent(AlertResolved, Daemon(), "alert resolve", code, subject).about(m).
 		with("level", level).with("since", decimal(since.UnixMilli()))
+}
+
+// NewAlertRepeated records that the receivers are told again of an alert that fires for long.
+func NewAlertRepeated(code, subject, level string, since time.Time, m Message) Event {
+	return alertEvent(AlertRepeated, Daemon(), "alert repeat", code, subject).about(m).
+		with("level", level).with("since", decimal(since.UnixMilli()))
+}
+
+// NewAlertTested records that an operator has a test message sent to the receivers of alerts.
+func NewAlertTested(who Actor, m Message) Event {
+	return newEvent(AlertTested, who, "alert test", "alert").about(m)
 }
 
 // NewAlertAcknowledged records until when an operator has taken note of an alert. The reason may be

@@ -48,6 +48,9 @@ type VerifyOptions struct {
 	// root of an epoch is checked after the epoch's last event only: results count when Verify has
 	// returned no error.
 	Follow func() func(index uint64, e Event) error
+	// Heads is called when a reading of the log begins, with the final checkpoints of the ended
+	// epochs, those of dropped ones included, and with the checkpoint of the present epoch.
+	Heads func([]Checkpoint) error
 	// Grown is called after each event with the epoch and its tree up to the event. The tree counts
 	// when Verify has returned no error.
 	Grown func(epoch uint32, tree *Tree) error
@@ -100,6 +103,11 @@ func (v *verifier) run() error {
 	heads, err := v.checkpoints()
 	if err != nil {
 		return err
+	}
+	if v.options.Heads != nil {
+		if err := v.options.Heads(heads); err != nil {
+			return err
+		}
 	}
 	present := heads[len(heads)-1]
 	first := uint32(0) // the first epoch that is not dropped

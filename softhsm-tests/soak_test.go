@@ -193,7 +193,8 @@ func newSoak(t *testing.T) *soak {
 		must(k.admin().EndEpoch(t.Context()))(t)
 	}
 	k.p.stop()
-	k.backdate()
+	// Retention drops some epochs at once, and others during the soak.
+	k.endedAt(k.epochs, func(n int) time.Time { return time.Now().Add(time.Duration(n)*time.Minute - 24*time.Hour) })
 	k.p = k.serve()
 	return k
 }
@@ -218,19 +219,19 @@ permit (principal, action == Action::"sign", resource == Key::"treasury");
 `, 1_000_000_000+n)
 }
 
-// backdate sets the end of the ended epochs to about a day ago: retention drops some at once, and
-// others during the soak.
-func (k *soak) backdate() {
-	db := must(bbolt.Open(k.path("ledger.db"), 0o600, nil))(k.t)
+// endedAt sets the ends of the first epochs of a log, without the daemon.
+func (s *system) endedAt(epochs int, at func(n int) time.Time) {
+	s.t.Helper()
+	db := must(bbolt.Open(s.path("ledger.db"), 0o600, nil))(s.t)
 	err := db.Update(func(tx *bbolt.Tx) error {
 		bucket := tx.Bucket([]byte("epochs"))
-		for n := range k.epochs {
+		for n := range epochs {
 			var e ledger.Epoch
 			number := binary.BigEndian.AppendUint32(nil, uint32(n))
 			if err := json.Unmarshal(bucket.Get(number), &e); err != nil {
 				return err
 			}
-			e.Ended = time.Now().Add(time.Duration(n)*time.Minute - 24*time.Hour).UnixMilli()
+			e.Ended = at(n).UnixMilli()
 			b, err := json.Marshal(e)
 			if err == nil {
 				err = bucket.Put(number, b)
@@ -242,7 +243,7 @@ func (k *soak) backdate() {
 		return nil
 	})
 	if err := errors.Join(err, db.Close()); err != nil {
-		k.t.Fatal(err)
+		s.t.Fatal(err)
 	}
 }
 

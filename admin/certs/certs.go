@@ -36,6 +36,10 @@ type Store interface {
 	Save(ctx context.Context, name string, value []byte) error
 }
 
+// Recorder writes what is about to be signed: kind is "certificate" or "certificate-request",
+// digest SHA-256 of the signed part. Without the record on disk nothing is signed.
+type Recorder func(ctx context.Context, kind string, key keystore.Ref, digest [32]byte) error
+
 // Names in the Store. The values are certificates in PEM.
 const (
 	storedAuthority = "authority"
@@ -49,6 +53,7 @@ const (
 type Manager struct {
 	authorityKey signer
 	store        Store
+	record       Recorder
 	names        []string
 	log          *slog.Logger
 
@@ -66,7 +71,9 @@ type Manager struct {
 // the DNS names and IP addresses of the listener; the default is localhost. A change of names
 // causes a new certificate. A new authority is issued only if the old one has no permission for a
 // name; clients must then trust the new authority.
-func New(authority, server keystore.Key, store Store, names []string, log *slog.Logger) (*Manager, error) {
+func New(
+	authority, server keystore.Key, store Store, record Recorder, names []string, log *slog.Logger,
+) (*Manager, error) {
 	if len(names) == 0 {
 		names = loopback[:1]
 	}
@@ -75,7 +82,7 @@ func New(authority, server keystore.Key, store Store, names []string, log *slog.
 			return nil, err
 		}
 	}
-	m := &Manager{store: store, names: slices.Clone(names), log: log}
+	m := &Manager{store: store, record: record, names: slices.Clone(names), log: log}
 	var err error
 	if m.authorityKey, err = newSigner(authority); err != nil {
 		return nil, err
@@ -181,7 +188,8 @@ func (m *Manager) issueOwn(ctx context.Context) error {
 	if err := m.ensureAuthority(ctx); err != nil {
 		return err
 	}
-	own, err := newCertificate(m.authority, m.authorityKey.withContext(ctx), m.key.public, ownNames(m.names))
+	key := m.authorityKey.recorded(ctx, m.record, "certificate")
+	own, err := newCertificate(m.authority, key, m.key.public, ownNames(m.names))
 	if err != nil {
 		return fmt.Errorf("certificate of the admin API: %w", err)
 	}
@@ -199,7 +207,7 @@ func (m *Manager) ensureAuthority(ctx context.Context) error {
 	if m.authority != nil && validFor(m.authority, time.Now(), certificateLifetime) {
 		return nil
 	}
-	authority, err := newAuthority(m.authorityKey.withContext(ctx), ownNames(m.names))
+	authority, err := newAuthority(m.authorityKey.recorded(ctx, m.record, "certificate"), ownNames(m.names))
 	if err != nil {
 		return fmt.Errorf("authority of the admin API: %w", err)
 	}
@@ -227,7 +235,7 @@ func (m *Manager) CSR(ctx context.Context) ([]byte, error) {
 	m.mu.Lock()
 	key := m.key
 	m.mu.Unlock()
-	return newRequest(key.withContext(ctx), m.names)
+	return newRequest(key.recorded(ctx, m.record, "certificate-request"), m.names)
 }
 
 // Install puts the operator's certificate in use. chain is PEM: the server's certificate, then the

@@ -7,6 +7,7 @@ import (
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
+	"crypto/sha256"
 	"crypto/tls"
 	"crypto/x509"
 	"crypto/x509/pkix"
@@ -73,7 +74,19 @@ type fixture struct {
 	store          *memoryStore
 	signed         int   // number of signatures asked of the keystore
 	signErr        error // returned by the keystore instead of a signature
+
+	recorded  []string // kinds and digests, in order
+	recordErr error    // returned instead of a record
 }
+
+func (b *fixture) record(_ context.Context, kind string, key keystore.Ref, digest [32]byte) error {
+	if b.recordErr == nil {
+		b.recorded = append(b.recorded, fmt.Sprintf("%s %v %x", kind, key, digest))
+	}
+	return b.recordErr
+}
+
+func unrecorded(context.Context, string, keystore.Ref, [32]byte) error { return nil }
 
 func newFixture(t *testing.T, names ...string) *fixture {
 	t.Helper()
@@ -86,7 +99,7 @@ func newFixture(t *testing.T, names ...string) *fixture {
 
 func (b *fixture) restart(names ...string) {
 	b.t.Helper()
-	m, err := New(b.authority, b.key, b.store, names, slog.New(slog.DiscardHandler))
+	m, err := New(b.authority, b.key, b.store, b.record, names, slog.New(slog.DiscardHandler))
 	if err != nil {
 		b.t.Fatal(err)
 	}
@@ -197,7 +210,8 @@ func TestServe(t *testing.T) {
 	keys := openSoftHSM(t)
 	defer keys.Close()
 	m, err := New(generate(t, keys, "admin-authority", 1), generate(t, keys, "server", 1),
-		&memoryStore{values: map[string][]byte{}}, []string{"countersign.lan"}, slog.New(slog.DiscardHandler))
+		&memoryStore{values: map[string][]byte{}}, unrecorded, []string{"countersign.lan"},
+		slog.New(slog.DiscardHandler))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -372,7 +386,7 @@ func TestKeys(t *testing.T) {
 		t.Fatal(err)
 	}
 	for _, pair := range [][2]keystore.Key{{ed, b.key}, {b.authority, ed}} {
-		if _, err := New(pair[0], pair[1], b.store, nil, slog.New(slog.DiscardHandler)); err == nil {
+		if _, err := New(pair[0], pair[1], b.store, b.record, nil, slog.New(slog.DiscardHandler)); err == nil {
 			t.Error("an Ed25519 key is taken for TLS")
 		}
 	}
@@ -423,7 +437,7 @@ func TestNames(t *testing.T) {
 		"https://a": false, strings.Repeat("a", 64): false,
 		strings.Repeat("a.", 126) + "a": true, strings.Repeat("a.", 127) + "a": false,
 	} {
-		_, err := New(b.authority, b.key, b.store, []string{name}, slog.New(slog.DiscardHandler))
+		_, err := New(b.authority, b.key, b.store, b.record, []string{name}, slog.New(slog.DiscardHandler))
 		if (err == nil) != ok {
 			t.Errorf("%q: %v", name, err)
 		}
@@ -490,7 +504,7 @@ func TestLife(t *testing.T) {
 		b.restart("a.lan", "c.lan", "192.0.2.1")
 		is("with the wrong one in the store", false, true)
 		b.store.values[storedOwn] = []byte("x")
-		if _, err := New(b.authority, b.key, b.store, nil, slog.New(slog.DiscardHandler)); err == nil {
+		if _, err := New(b.authority, b.key, b.store, b.record, nil, slog.New(slog.DiscardHandler)); err == nil {
 			t.Error("New accepts a store with an unreadable certificate")
 		}
 	})
@@ -886,4 +900,37 @@ func TestOneSignatureAtATime(t *testing.T) {
 			}
 		}
 	})
+}
+
+// TestEachSignatureIsRecorded: the record of a certificate, and of a request for one, comes before
+// the signature and has the digest of the signed part. Without the record nothing is signed.
+func TestEachSignatureIsRecorded(t *testing.T) {
+	b := newFixture(t)
+	b.recordErr = errors.New("the disk is full")
+	if _, err := b.CSR(t.Context()); !errors.Is(err, b.recordErr) || b.signed != 0 {
+		t.Errorf("%v after %d signatures", err, b.signed)
+	}
+	if _, err := b.Authority(t.Context()); !errors.Is(err, b.recordErr) || b.signed != 0 {
+		t.Errorf("%v after %d signatures", err, b.signed)
+	}
+	b.recordErr = nil
+	b.restart()
+	csr, err := b.CSR(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	block, _ := pem.Decode(csr)
+	request, err := x509.ParseCertificateRequest(block.Bytes)
+	if err != nil {
+		t.Fatal(err)
+	}
+	own := b.presented()
+	want := []string{
+		fmt.Sprintf("certificate-request server/1 %x", sha256.Sum256(request.RawTBSCertificateRequest)),
+		fmt.Sprintf("certificate admin-authority/1 %x", sha256.Sum256(b.Manager.authority.RawTBSCertificate)),
+		fmt.Sprintf("certificate admin-authority/1 %x", sha256.Sum256(own.RawTBSCertificate)),
+	}
+	if b.presented(); !slices.Equal(b.recorded, want) { // another handshake has no record
+		t.Errorf("%q, want %q", b.recorded, want)
+	}
 }

@@ -186,6 +186,8 @@ type signer struct {
 	// semaphore allows one signature at a time. A client with many connections then occupies at
 	// most one operation of the device, and peers keep access.
 	semaphore chan struct{}
+	// record is called before a signature; nil for handshakes.
+	record func(message []byte) error
 }
 
 func newSigner(key keystore.Key) (signer, error) {
@@ -198,6 +200,13 @@ func newSigner(key keystore.Key) (signer, error) {
 }
 
 func (s signer) withContext(ctx context.Context) signer { s.ctx = ctx; return s }
+
+// recorded is for signatures that are recorded before.
+func (s signer) recorded(ctx context.Context, record Recorder, kind string) signer {
+	s.ctx = ctx
+	s.record = func(message []byte) error { return record(ctx, kind, s.key.Info().Ref, sha256.Sum256(message)) }
+	return s
+}
 
 func (s signer) Public() crypto.PublicKey { return s.public }
 
@@ -216,6 +225,11 @@ func (s signer) SignMessage(_ io.Reader, message []byte, opts crypto.SignerOpts)
 		defer func() { <-s.semaphore }()
 	case <-ctx.Done():
 		return nil, ctx.Err()
+	}
+	if s.record != nil {
+		if err := s.record(message); err != nil {
+			return nil, err
+		}
 	}
 	info := s.key.Info()
 	return s.key.Sign(ctx, message, func(signature []byte) bool { return info.Verify(message, signature) })

@@ -55,7 +55,8 @@ func certificates(c Config, p parts, log *slog.Logger) (*certs.Manager, error) {
 		}
 		keys = append(keys, k.In(keyring.Own))
 	}
-	return certs.New(keys[0], keys[1], certificateStore{p.ledger}, []string{c.AdminName}, log)
+	store := certificateStore{p.ledger}
+	return certs.New(keys[0], keys[1], store, p.app.RecordCertificateSigned, []string{c.AdminName}, log)
 }
 
 // warning returns the cause of a certificate that needs an operator; nil is no HTTPS listener.

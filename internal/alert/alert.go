@@ -6,9 +6,10 @@
 //   - An alert fires or does not. Each change is one event of the audit log. The event, the record
 //     of the alert and the messages to the receivers are one transaction, so a kill at any moment
 //     loses no change and writes none twice.
-//   - A message leaves after its event is on disk. There are two exceptions: while the ledger's
-//     disk takes no writes, messages about critical alerts leave without an event, which follows;
-//     and a daemon that ends by itself says so without an event, which the next start writes.
+//   - A message leaves after its event is on disk, and the event has the message's id and the digest
+//     of the body. There are two exceptions: while the ledger's disk takes no writes, messages about
+//     critical alerts leave without an event, which follows; and a daemon that ends by itself says
+//     so without an event, which the next start writes.
 //   - A run of the daemon that was not stopped is an alert: each receiver is told before the end,
 //     as far as the daemon has the time, and by the next start in any case. See run.go.
 //   - Memory follows the ledger, so an alert that fires still fires after a restart.
@@ -102,6 +103,7 @@ type Engine struct {
 	meter     *meter.Meter
 	causes    func() []cause.Cause
 	receivers []Receiver
+	appliance func() string // the id of the audit log
 	log       *slog.Logger
 
 	begun   time.Time // of the counting
@@ -120,13 +122,14 @@ type Engine struct {
 	boxes  map[string]*outbox // by the name of the receiver
 }
 
-// Open returns the Engine of a ledger. causes returns the present causes of the state.
+// Open returns the Engine of a ledger. causes returns the present causes of the state, and
+// appliance the id of the audit log.
 func Open(
 	ctx context.Context, c Config, l *ledger.Ledger, m *meter.Meter, causes func() []cause.Cause,
-	receivers []Receiver, log *slog.Logger,
+	receivers []Receiver, appliance func() string, log *slog.Logger,
 ) (*Engine, error) {
 	e := &Engine{
-		c: c, ledger: l, meter: m, causes: causes, receivers: receivers, log: log,
+		c: c, ledger: l, meter: m, causes: causes, receivers: receivers, appliance: appliance, log: log,
 		windows: map[*Kind]*window{}, watched: map[id]*watch{}, unsaved: map[id]*change{}, testing: manage.NewLock(),
 		firing: map[id]*Alert{}, boxes: map[string]*outbox{},
 	}
@@ -254,7 +257,7 @@ func (e *Engine) decide(of id, is *Alert, r reading, now time.Time) *change {
 		return nil
 	}
 	w.above, w.held = time.Time{}, now
-	return newChange(of, is, r, now)
+	return e.newChange(of, is, r, now)
 }
 
 // read returns the readings of all alerts with a reason.
@@ -348,11 +351,14 @@ type change struct {
 	at     time.Time
 	urgent bool            // messages have left before the event
 	sent   map[string]bool // receivers that have such a message
+
+	message Message
 }
 
-func newChange(of id, is *Alert, r reading, now time.Time) *change {
+func (e *Engine) newChange(of id, is *Alert, r reading, now time.Time) *change {
 	ch := &change{id: of, before: is, at: now, name: cmp.Or(r.change, newName())}
 	if r.wants == "" {
+		ch.message = e.newMessage(ch.name, Resolved, now, is, false)
 		return ch
 	}
 	ch.after = &Alert{
@@ -365,6 +371,7 @@ func newChange(of id, is *Alert, r reading, now time.Time) *change {
 			ch.after.Ack = is.Ack
 		}
 	}
+	ch.message = e.newMessage(ch.name, Firing, now, ch.after, false)
 	return ch
 }
 
@@ -378,22 +385,15 @@ func newName() string {
 func (ch *change) event() audit.Event {
 	if ch.after == nil {
 		since := time.UnixMilli(ch.before.Since)
-		return audit.NewAlertResolved(ch.id.code, ch.id.subject, string(ch.before.Level), since)
+		return audit.NewAlertResolved(ch.id.code, ch.id.subject, string(ch.before.Level), since, ch.message.event())
 	}
 	before := ""
 	if ch.before != nil {
 		before = string(ch.before.Level)
 	}
 	a := ch.after
-	return audit.NewAlertFiring(a.Code, a.Subject, string(a.Level), before, time.UnixMilli(a.Since), a.Text)
-}
-
-// message returns the message of a change.
-func (ch *change) message() Message {
-	if ch.after == nil {
-		return newMessage(ch.name, Resolved, ch.at, ch.before)
-	}
-	return newMessage(ch.name, Firing, ch.at, ch.after)
+	since := time.UnixMilli(a.Since)
+	return audit.NewAlertFiring(a.Code, a.Subject, string(a.Level), before, since, a.Text, ch.message.event())
 }
 
 // save writes the changes, those of the gravest alerts first. After a failure of the ledger the
@@ -419,7 +419,7 @@ func (e *Engine) save(ctx context.Context) {
 		case failed == nil:
 			delete(e.unsaved, ch.id)
 			e.unhurry(ch)
-			e.log.Warn("alert", "code", ch.id.code, "subject", ch.id.subject, "state", ch.message().Type)
+			e.log.Warn("alert", "code", ch.id.code, "subject", ch.id.subject, "state", ch.message.Type)
 		case ctx.Err() == nil && !ch.urgent && ch.after != nil && ch.after.Level == Critical:
 			ch.urgent, ch.sent = true, map[string]bool{}
 			e.log.Error("an alert is sent before its event: the ledger does not take the event",
@@ -458,7 +458,7 @@ func (e *Engine) write(ctx context.Context, ch *change) error {
 		if err != nil {
 			return err
 		}
-		return e.post(tx, ch.message(), ch.sent)
+		return e.post(tx, ch.message, ch.sent)
 	})
 }
 
@@ -470,8 +470,7 @@ func decode(b []byte) (*Alert, error) {
 	return a, json.Unmarshal(b, a)
 }
 
-// repeat queues messages about alerts that fire for long and that nobody has acknowledged. A
-// repetition is no change, so there is no event.
+// repeat queues messages about alerts that fire for long and that nobody has acknowledged.
 func (e *Engine) repeat(ctx context.Context, now time.Time) {
 	if len(e.receivers) == 0 {
 		return
@@ -497,8 +496,12 @@ func (e *Engine) repeat(ctx context.Context, now time.Time) {
 			if err := tx.Put(ledger.Meta, is.id().key(), manage.Encode(is)); err != nil {
 				return err
 			}
-			m := newMessage(name, Firing, now, is)
-			m.Repeated = true
+			m := e.newMessage(name, Firing, now, is, true)
+			since := time.UnixMilli(is.Since)
+			repeated := audit.NewAlertRepeated(is.Code, is.Subject, string(is.Level), since, m.event())
+			if err := tx.Append(ledger.EventOf(repeated)); err != nil {
+				return err
+			}
 			return e.post(tx, m, nil)
 		})
 		cancel()

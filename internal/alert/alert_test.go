@@ -123,7 +123,8 @@ func (r *rig) open() {
 	}
 	r.meter = meter.New("test")
 	log := scantest.Log()
-	if r.Engine, err = Open(r.t.Context(), r.c, r.ledger, r.meter, r.causes, r.boxes, log); err != nil {
+	id := func() string { return "1234" }
+	if r.Engine, err = Open(r.t.Context(), r.c, r.ledger, r.meter, r.causes, r.boxes, id, log); err != nil {
 		r.t.Fatal(err)
 	}
 	ctx, cancel := context.WithCancel(context.Background())
@@ -564,7 +565,8 @@ func TestAcknowledgement(t *testing.T) {
 		if got := r.in.types(); len(got) != 3 || !r.in.got[2].Repeated || r.in.got[2].ID == r.in.got[1].ID {
 			t.Errorf("%q", got)
 		}
-		r.want("events", r.events(), "AlertFiring warning", "AlertAcknowledged")
+		r.want("events", r.events(), "AlertFiring warning", "AlertAcknowledged", "AlertRepeated warning",
+			"AlertRepeated warning")
 
 		if err := ack(time.Hour); err != nil {
 			t.Fatal(err)

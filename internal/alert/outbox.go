@@ -2,6 +2,7 @@ package alert
 
 import (
 	"context"
+	"crypto/sha256"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -12,6 +13,7 @@ import (
 	"sync"
 	"time"
 
+	"countersign/audit"
 	"countersign/internal/cause"
 	"countersign/internal/ledger"
 	"countersign/internal/manage"
@@ -36,22 +38,53 @@ const (
 
 // Message is a message to a receiver, as the ledger has it.
 type Message struct {
-	ID       string `json:"id"` // the same for all attempts
-	Type     string `json:"type"`
-	At       int64  `json:"at"` // Unix milliseconds
-	Code     string `json:"code"`
-	Subject  string `json:"subject,omitempty"`
-	Level    Level  `json:"level"`
-	Text     string `json:"text"`
-	Since    int64  `json:"since"` // Unix milliseconds
-	Repeated bool   `json:"repeated,omitempty"`
+	ID      string `json:"id"` // the same for all attempts
+	Type    string `json:"type"`
+	At      int64  `json:"at"` // Unix milliseconds
+	Code    string `json:"code"`
+	Subject string `json:"subject,omitempty"`
+	Level   Level  `json:"level"`
+	Text    string `json:"text"`
+	Since   int64  `json:"since"` // Unix milliseconds
+
+	Appliance string `json:"appliance"` // the id of the audit log
+	Repeated  bool   `json:"repeated,omitempty"`
+	// Body is the body of a webhook. An update of the daemon changes the body of no message that
+	// waits, since the event has the digest.
+	Body string `json:"body"`
 }
 
-func newMessage(name, kind string, at time.Time, a *Alert) Message {
-	return Message{
-		ID: "alert_" + name, Type: kind, At: at.UnixMilli(), Code: a.Code, Subject: a.Subject, Level: a.Level,
-		Text: a.Text, Since: a.Since,
+// newMessage returns the message about a change of an alert, or about no change (repeated), with a
+// name.
+func (e *Engine) newMessage(name, kind string, at time.Time, a *Alert, repeated bool) Message {
+	m := Message{
+		Type: kind, At: at.UnixMilli(), Code: a.Code, Subject: a.Subject, Level: a.Level,
+		Text: a.Text, Since: a.Since, Appliance: e.appliance(), Repeated: repeated,
 	}
+	m.ID = "alert_" + m.Appliance + "_" + name
+	k := m.kind()
+	m.Body = string(manage.Encode(struct {
+		Type      string    `json:"type"`
+		Timestamp time.Time `json:"timestamp"`
+		Data      any       `json:"data"`
+	}{m.Type, at.UTC().Truncate(time.Second), struct {
+		Appliance string `json:"appliance"`
+		Code      string `json:"code"`
+		Subject   string `json:"subject,omitempty"`
+		Level     Level  `json:"level"`
+		Text      string `json:"text"`
+		Since     int64  `json:"since"` // Unix seconds
+		Means     string `json:"means"`
+		Do        string `json:"do"`
+		See       string `json:"see"`
+		Repeated  bool   `json:"repeated,omitempty"`
+	}{m.Appliance, m.Code, m.Subject, m.Level, m.Text, m.Since / 1000, k.Means, k.Do, k.Link(), m.Repeated}}))
+	return m
+}
+
+// event names the message in its event.
+func (m Message) event() audit.Message {
+	return audit.Message{ID: m.ID, Body: sha256.Sum256([]byte(m.Body))}
 }
 
 // kind returns the kind of the message's alert.
@@ -192,7 +225,7 @@ func (b *outbox) next() (key string, ch *change, m Message, ok bool) {
 		}
 	}
 	if len(b.urgent) > 0 {
-		return "", b.urgent[0], b.urgent[0].message(), true
+		return "", b.urgent[0], b.urgent[0].message, true
 	}
 	return "", nil, Message{}, false
 }
@@ -335,8 +368,9 @@ type Tested struct {
 	Err      error
 }
 
-// SendTest sends one test message to each receiver at once, and returns what each has answered.
-func (e *Engine) SendTest(ctx context.Context, by string) ([]Tested, error) {
+// SendTest sends one test message to each receiver at once, and returns what each has answered. The
+// event is on disk before.
+func (e *Engine) SendTest(ctx context.Context, who audit.Actor) ([]Tested, error) {
 	select {
 	case e.testing <- struct{}{}:
 		defer e.testing.Release()
@@ -346,9 +380,14 @@ func (e *Engine) SendTest(ctx context.Context, by string) ([]Tested, error) {
 	ctx, cancel := context.WithTimeout(ctx, sendWithin)
 	defer cancel()
 	now := time.Now()
-	m := newMessage(newName(), Test, now, &Alert{
-		Code: "test", Level: Warning, Text: line(by + " has asked for this test"), Since: now.UnixMilli(),
-	})
+	m := e.newMessage(newName(), Test, now, &Alert{
+		Code: "test", Level: Warning, Text: line(who.Name + " has asked for this test"), Since: now.UnixMilli(),
+	}, false)
+	if err := e.ledger.Update(ctx, func(tx *ledger.Tx) error {
+		return tx.Append(ledger.EventOf(audit.NewAlertTested(who, m.event())))
+	}); err != nil {
+		return nil, err
+	}
 	return e.sendAll(ctx, m), nil
 }
 

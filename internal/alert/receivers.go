@@ -2,7 +2,6 @@ package alert
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"strings"
@@ -15,9 +14,8 @@ import (
 
 // Webhook is a receiver by signed HTTP messages (Standard Webhooks).
 type Webhook struct {
-	Target    string // name of the target
-	Sender    *webhook.Sender
-	Appliance func() string // the id of the audit log
+	Target string // name of the target
+	Sender *webhook.Sender
 }
 
 // Name returns the name for operators and records.
@@ -25,27 +23,7 @@ func (w *Webhook) Name() string { return "webhook/" + w.Target }
 
 // Send posts a message.
 func (w *Webhook) Send(ctx context.Context, m Message) (string, error) {
-	k := m.kind()
-	body, err := json.Marshal(struct {
-		Type      string    `json:"type"`
-		Timestamp time.Time `json:"timestamp"`
-		Data      any       `json:"data"`
-	}{m.Type, time.UnixMilli(m.At).UTC().Truncate(time.Second), struct {
-		Appliance string `json:"appliance"`
-		Code      string `json:"code"`
-		Subject   string `json:"subject,omitempty"`
-		Level     Level  `json:"level"`
-		Text      string `json:"text"`
-		Since     int64  `json:"since"` // Unix seconds
-		Means     string `json:"means"`
-		Do        string `json:"do"`
-		See       string `json:"see"`
-		Repeated  bool   `json:"repeated,omitempty"`
-	}{w.Appliance(), m.Code, m.Subject, m.Level, m.Text, m.Since / 1000, k.Means, k.Do, k.Link(), m.Repeated}})
-	if err != nil {
-		return "", err
-	}
-	if err := w.Sender.Send(ctx, w.Target, m.ID, body); errors.Is(err, webhook.ErrGone) {
+	if err := w.Sender.Send(ctx, w.Target, m.ID, []byte(m.Body)); errors.Is(err, webhook.ErrGone) {
 		return "", fmt.Errorf("%w: %w", ErrGone, err)
 	} else if err != nil {
 		return "", err
@@ -60,9 +38,8 @@ func (w *Webhook) Cause(err error) cause.Cause {
 
 // Mail is a receiver by mail.
 type Mail struct {
-	Server    mail.Server
-	To        string
-	Appliance func() string // the id of the audit log
+	Server mail.Server
+	To     string
 }
 
 // Name returns the name for operators and records.
@@ -76,7 +53,7 @@ func (r *Mail) Send(ctx context.Context, m Message) (string, error) {
 	var text strings.Builder
 	for _, each := range [][2]string{
 		{"alert", of}, {"state", state}, {"level", string(m.Level)}, {"since", date(m.Since)}, {"sent", date(m.At)},
-		{"appliance", r.Appliance()}, {"details", m.Text}, {"means", k.Means}, {"do", k.Do}, {"see", k.Link()},
+		{"appliance", m.Appliance}, {"details", m.Text}, {"means", k.Means}, {"do", k.Do}, {"see", k.Link()},
 	} {
 		if each[1] != "" {
 			fmt.Fprintf(&text, "%-10s %s\n", each[0], cause.Line(each[1]))

@@ -63,10 +63,10 @@ func (e *Engine) Ended(why error) {
 	ctx, cancel := context.WithTimeout(context.Background(), endWithin)
 	defer cancel()
 	now := time.Now()
-	all := e.sendAll(ctx, newMessage(e.run.Change, Firing, now, &Alert{
+	all := e.sendAll(ctx, e.newMessage(e.run.Change, Firing, now, &Alert{
 		Code: ended.Code, Level: ended.level, Since: now.UnixMilli(),
 		Text: line(fmt.Sprintf("the daemon ends by itself: %v", why)),
-	}))
+	}, false))
 	for _, each := range all {
 		if each.Err != nil {
 			e.log.Error("a receiver is not told that the daemon ends; the next start sends the alert",

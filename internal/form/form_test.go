@@ -96,8 +96,7 @@ func samples(t testing.TB) (all []sample) {
 	}
 	text := log.Origin(7) + "\n12\n" + base64.StdEncoding.EncodeToString(make([]byte, 32)) + "\n"
 	all = append(all, sample{form.Checkpoint, key, []byte(text), len(log.Name()) + 1, nil},
-		sample{form.Webhook, key, []byte(`rotation_abc.1700000000.{"type":"key.rotated"}`), 0, nil},
-		sample{form.Webhook, key, []byte(`alert_abc.1700000000.{"type":"alert.firing"}`), 0, nil})
+		sample{form.Webhook, key, []byte(`rotation_abc.1700000000.{"type":"key.rotated"}`), 0, nil})
 	return append(all, ofTLS(t)...)
 }
 
@@ -138,7 +137,9 @@ func ofTLS(t testing.TB) (all []sample) {
 		r.seen = append(r.seen, sample{kind, infos[ref.Name], bytes.Clone(message), 0, nil})
 		return nil
 	}
-	m, err := certs.New(keys[0], keys[1], new(saved), []string{"box.example"}, slog.New(slog.DiscardHandler))
+	unrecorded := func(context.Context, string, keystore.Ref, [32]byte) error { return nil }
+	m, err := certs.New(keys[0], keys[1], new(saved), unrecorded, []string{"box.example"},
+		slog.New(slog.DiscardHandler))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -186,7 +187,11 @@ func TestEachForm(t *testing.T) {
 			t.Errorf("%s: %q, %v", s.kind, u.Kind, err)
 		}
 		seen[s.kind] = true
-		if !transcript.IsInput(s.input) && (!bytes.Equal(u.Message, s.input) || u.Digest != sha256.Sum256(s.input)) {
+		covered := s.input
+		if s.kind == form.Webhook { // ID.TIMESTAMP.BODY
+			covered = bytes.SplitN(s.input, []byte("."), 3)[2]
+		}
+		if !transcript.IsInput(s.input) && (!bytes.Equal(u.Message, s.input) || u.Digest != sha256.Sum256(covered)) {
 			t.Errorf("%s: another message", s.kind)
 		}
 	}
@@ -424,26 +429,5 @@ func TestGuard(t *testing.T) {
 	want := fmt.Sprintf("payments/1: %v: ", keystore.ErrForm)
 	if _, err := k.Sign(t.Context(), []byte("m"), nil); err == nil || !strings.HasPrefix(err.Error(), want) {
 		t.Errorf("%v; want %q first", err, want)
-	}
-}
-
-// TestWebhooksOfAlerts sees that no other webhook has an id of one about an alert, which the
-// comparison of the journal with the audit log only counts.
-func TestWebhooksOfAlerts(t *testing.T) {
-	public, _, err := ed25519.GenerateKey(nil)
-	if err != nil {
-		t.Fatal(err)
-	}
-	key := keystore.Info{
-		Ref: keystore.Ref{Name: keystore.LogName, Version: 1}, Algorithm: keystore.Ed25519, PublicKey: public,
-	}
-	for _, text := range []string{
-		`alert_abc.1700000000.{"type":"key.rotation"}`, `rotation_abc.1700000000.{"type":"alert.firing"}`,
-		`alert_abc.1700000000.{"type":"alert.firing","type":"key.rotation"}`,
-		`alert_abc.1700000000.{"type": "alert.firing"}`, `alert_abc.1700000000.{"data":{},"type":"alert.firing"}`,
-	} {
-		if _, err := form.Recognise(key, []byte(text)); !errors.Is(err, keystore.ErrForm) {
-			t.Errorf("%s: %v", text, err)
-		}
 	}
 }

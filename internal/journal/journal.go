@@ -59,6 +59,9 @@ type Entry struct {
 // Signature reports that the line is of a signature.
 func (e Entry) Signature() bool { return e.Key != keystore.Ref{} }
 
+// Chain returns the CHAIN of a line that was read.
+func (e Entry) Chain() [32]byte { return e.chain }
+
 // Config says where the journal of a token is. The files are FOLDER/TOKEN.NUMBER.journal with the
 // number of the first line in 20 digits.
 type Config struct {
