@@ -531,7 +531,8 @@ func NewClockAccepted(who Actor, ledger, clock time.Time) Event {
 }
 
 // Message names a signed message of a webhook in the event that comes before the message: by its
-// id, and by SHA-256 of its body. A message without an event is of somebody else than the appliance.
+// id, and by SHA-256 of its body. A message without an event is of somebody else than the
+// appliance.
 type Message struct {
 	ID   string
 	Body [32]byte

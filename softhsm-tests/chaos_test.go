@@ -283,6 +283,7 @@ func TestChaosOneWorkerAlive(t *testing.T) {
 		t.Errorf("failed: %v", err)
 	}
 	s.checkRequests(o.requests, 2000)
+	s.mustReconcile()
 	p.stop()
 	if n := strings.Count(p.stderr.String(), "a key worker is given up"); n < len(faults)/4 {
 		t.Errorf("only %d key workers were given up for %d faults: too few for the test to prove anything",
@@ -317,6 +318,7 @@ func TestChaos(t *testing.T) {
 		}
 	}
 	s.checkRequests(o.requests, 2000)
+	s.mustReconcile()
 	events := 0
 	for _, e := range s.events() {
 		if e.Type == "DeviceUnavailable" && e.Resource == "main" { // a key that was not found has an event of its own

@@ -117,6 +117,7 @@ func TestKilledUnderLoad(t *testing.T) {
 	}
 	t.Logf("%d kills, %d requests, %d answers, %d checkpoints", rounds, len(asked), answers, len(shown.checkpoints))
 	s.checkPolicyCounts()
+	s.mustReconcile()
 	p.stop()
 	if out, code := s.daemon("check", "--deep"); code != 0 {
 		t.Errorf("check --deep: %d, %s", code, out)

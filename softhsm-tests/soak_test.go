@@ -30,6 +30,7 @@ import (
 	"countersign/client"
 	"countersign/internal/ledger"
 	"countersign/internal/sshagent"
+	"countersign/noise"
 	"countersign/transcript"
 	"countersign/wire"
 
@@ -46,7 +47,8 @@ const (
 	soakOutages = 6 * time.Minute
 )
 
-// TestSoak uses a daemon in all ways at once: 50 peers, operators, rotations, retention, changes of
+// TestSoak uses a daemon in all ways at once: 50 peers and others that come and go, operators,
+// rotations, keys that are made, imported, compromised and destroyed, locks, retention, changes of
 // the policy, faults of the device, killed key workers, and Prometheus. Begin reading here.
 // Afterwards:
 //
@@ -56,8 +58,11 @@ const (
 //   - the metrics have counted what the peers have seen;
 //   - a sink and ten readers of the stream have each event of the log that is for them;
 //   - a client verifies the log and each checkpoint;
-//   - descriptors, threads, goroutines and memory are those of the first quarter (footprint);
-//   - each alert that the soak provokes has fired, and no alert without a reason.
+//   - descriptors, threads, goroutines and memory of the daemon, of the launcher and of each key
+//     worker are those of the first quarter (footprint);
+//   - each alert that the soak provokes has fired, and no other one; a receiver has been told of
+//     each change once;
+//   - each line of the key workers' journal has its event.
 //
 // SOAK_SEED repeats the choices of an earlier soak. Their interleaving differs.
 func TestSoak(t *testing.T) {
@@ -74,11 +79,13 @@ func TestSoak(t *testing.T) {
 	k.checkMetrics()
 	k.checkLog()
 	k.checkAlerts()
+	k.checkOwnAlerts()
 	k.checkSpentNonces()
 	k.checkReceipts()
 	k.checkSink()
 	k.checkStream()
 	k.checkByClient()
+	k.checkJournal()
 	k.p.stop()
 	if out, code := k.daemon("check", "--deep"); code != 0 {
 		t.Errorf("check --deep: %d, %s", code, out)
@@ -107,6 +114,7 @@ type soak struct {
 	faulty    []fault
 	rotations int
 	stranger  *operator
+	receiver  *receiver // of the appliance's own alerts
 
 	readers     []*streamReader
 	stopReading func()
@@ -118,11 +126,7 @@ type soak struct {
 	surprises   int
 	causes      map[string]bool // seen in the state
 	checkpoints *monitor
-	fired       map[string]bool // the appliance's own alerts, by "code level"
 }
-
-// alertFiring is the type of the event of an alert of the appliance.
-const alertFiring audit.Type = "AlertFiring"
 
 // soakPeer is an enrolled program. Its askers share a client, as in a real program.
 type soakPeer struct {
@@ -170,8 +174,28 @@ func newSoak(t *testing.T) *soak {
 	k.stranger = k.newOperator("stranger")
 	k.address = newFolder(t).listen
 	k.edit("countersign.toml", "admin_socket", "metrics_listen = \""+k.address+"\"\nadmin_socket")
-	k.edit("countersign.toml", "[limits]", "[[sinks]]\nname = \"soak\"\nfile = \"events.jsonl\"\n\n"+
-		"[retention]\naudit_days = 1\n\n[limits]\nrequests_per_second = 200")
+	k.receiver = k.system.receiver()
+	k.edit("countersign.toml", "[limits]", fmt.Sprintf(`[[sinks]]
+name = "soak"
+file = "events.jsonl"
+
+[[webhooks]]
+name = "soak"
+url = %q
+
+[alerts]
+replays_window = "1m"
+quiet = "10s"
+
+[journal]
+file_mib = 1
+files = 10000
+
+[retention]
+audit_days = 1
+
+[limits]
+requests_per_second = 200`, k.receiver.url))
 	// Other work on the machine must not look like a fault of the device.
 	k.edit("countersign.toml", chaosDeadline.String(), "1s")
 	k.write("policy.cedar", soakPolicy(0))
@@ -307,6 +331,9 @@ func (k *soak) begin() {
 	k.actor(7, 500*time.Millisecond, k.watch)
 	k.actor(8, time.Second, k.flood)
 	k.actor(9, time.Second, k.failToSignIn)
+	k.actor(11, minute/4, k.visit)
+	k.actor(12, minute/2, k.makeKey)
+	k.actor(13, k.lasts/4, k.lock)
 	if k.lasts >= soakOutages {
 		k.actor(10, k.lasts*6/10, k.outage)
 	}
@@ -356,7 +383,8 @@ func (k *soak) surprise(format string, args ...any) {
 	}
 }
 
-// actor acts at each tick until the load ends. An error is a surprise, unless the device is away.
+// actor acts at each tick until the load ends. An error is a surprise, unless the device is away or
+// the appliance is locked.
 func (k *soak) actor(stream uint64, every time.Duration, act func(n int, random *rand.Rand) error) {
 	random := rand.New(rand.NewPCG(k.seed, stream))
 	k.actors.Go(func() {
@@ -372,8 +400,9 @@ func (k *soak) actor(stream uint64, every time.Duration, act func(n int, random 
 			err := act(n, random)
 			k.acts.RUnlock()
 			var problem *api.Error
-			device := errors.As(err, &problem) && problem.Status == http.StatusServiceUnavailable
-			if err != nil && !device && k.ctx.Err() == nil {
+			stopped := errors.As(err, &problem) &&
+				(problem.Status == http.StatusServiceUnavailable || problem.Code == "locked")
+			if err != nil && !stopped && k.ctx.Err() == nil {
 				k.surprise("actor %d: %v", stream, err)
 			}
 		}
@@ -451,6 +480,83 @@ func (k *soak) operate(n int, _ *rand.Rand) error {
 	}
 	_, _, err := a.Statement(ctx, time.Now().Add(-time.Minute).UnixMilli(), 0)
 	return err
+}
+
+// visit has a peer that is added, signs, and is removed.
+func (k *soak) visit(n int, random *rand.Rand) error {
+	ctx := context.Background()
+	id, err := noise.NewIdentity()
+	if err != nil {
+		return err
+	}
+	public := id.Public()
+	name := fmt.Sprintf("guest-%d", n)
+	p, err := k.propose(approval.ActPeerAdd, "", approval.Parameter{Name: "name", Value: name},
+		approval.Parameter{Name: "public_key", Value: hex.EncodeToString(public[:])})
+	if err != nil || p.State != "done" {
+		return fmt.Errorf("add %s: %s %s: %w", name, p.State, p.Cause, err)
+	}
+	k.peers[0].mu.Lock()
+	c, err := client.New(client.Config{Identity: id, Address: k.listen, ServerKey: k.peers[0].serverKey})
+	k.peers[0].mu.Unlock()
+	if err != nil {
+		return err
+	}
+	guest := &soakPeer{name: name, client: c}
+	a := &asker{soak: k, peer: guest, random: random}
+	for range 3 {
+		a.sign("payments", a.message(), nil)
+	}
+	c.Close()
+	return k.admin().RemovePeer(ctx, name)
+}
+
+// makeKey makes a key, or imports one, and has the key compromised and destroyed.
+func (k *soak) makeKey(n int, random *rand.Rand) error {
+	ctx := context.Background()
+	made := api.NewKey{Name: fmt.Sprintf("made-%d", n)}
+	if n%2 == 1 {
+		var seed [32]byte
+		for i := range seed {
+			seed[i] = byte(random.Uint32())
+		}
+		made.SeedFile = k.path(made.Name + ".key")
+		if err := os.WriteFile(made.SeedFile, []byte(hex.EncodeToString(seed[:])+"\n"), 0o600); err != nil {
+			return err
+		}
+	}
+	if _, err := k.admin().CreateKey(ctx, made); err != nil {
+		return fmt.Errorf("make %s: %w", made.Name, err)
+	}
+	of := []approval.Parameter{{Name: "key", Value: made.Name}, {Name: "version", Value: "1"}}
+	why := []approval.Parameter{{Name: "reason", Value: "a soak"}}
+	for _, act := range []string{approval.ActKeyCompromise, approval.ActKeyDestroy} {
+		p, err := k.propose(act, "", append(slices.Clone(of), why...)...)
+		why = nil // a destruction has no reason
+		if err != nil || p.State != "done" {
+			return fmt.Errorf("%s %s: %s %s: %w", act, made.Name, p.State, p.Cause, err)
+		}
+	}
+	return nil
+}
+
+// lock locks the appliance for as long as the alert needs, and unlocks it.
+func (k *soak) lock(int, *rand.Rand) error {
+	ctx := context.Background()
+	if err := k.admin().Lock(ctx, "a soak"); err != nil {
+		return err
+	}
+	defer k.admin().Unlock(ctx)
+	for began := time.Now(); time.Since(began) < 20*time.Second; time.Sleep(100 * time.Millisecond) {
+		all, err := k.admin().Alerts(ctx)
+		if err != nil {
+			return err
+		}
+		if slices.ContainsFunc(all.Firing, func(a api.Alert) bool { return a.Code == "locked" }) {
+			return nil
+		}
+	}
+	return errors.New("a lock has no alert within 20 s")
 }
 
 // break_ has the shim inject a fault, mostly into one of the two key workers.

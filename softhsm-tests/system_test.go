@@ -339,7 +339,7 @@ func (s *system) cli(stdin string, args ...string) (stdout, stderr string, code 
 // cliAs runs countersign as an operator, with the operator's SSH agent and session.
 func (s *system) cliAs(p *operator, stdin string, args ...string) (stdout, stderr string, code int) {
 	s.t.Helper()
-	ctx, cancel := context.WithTimeout(s.t.Context(), time.Minute)
+	ctx, cancel := context.WithTimeout(s.t.Context(), 10*time.Minute) // for the log of a long soak
 	defer cancel()
 	var out, errOut bytes.Buffer
 	cmd := exec.CommandContext(ctx, filepath.Join(bin, "countersign"), args...)

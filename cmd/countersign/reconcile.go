@@ -177,7 +177,8 @@ func (r *reconciler) read(folder string) error {
 			switch {
 			case report.First > since.Lines:
 				fault = fmt.Sprintf("lines %d to %d were dropped, and no comparison has seen them: compare more "+
-					"often, or keep more files; a flood of signatures has this effect, too", since.Lines, report.First-1)
+					"often, or keep more files; a flood of signatures has this effect, too",
+					since.Lines, report.First-1)
 			case marked && !same:
 				fault = fmt.Sprintf("line %d is not the one of the last comparison: the journal was exchanged, "+
 					"or cut off", since.Lines-1)

@@ -135,8 +135,8 @@ func TestEachLineHasItsEvent(t *testing.T) {
 	}
 }
 
-// TestOlderThanTheLog: after retention, signatures that are older than the log are told as older, and
-// by no rule as found. The others need their events as before.
+// TestOlderThanTheLog: after retention, signatures that are older than the log are told as older,
+// and by no rule as found. The others need their events as before.
 func TestOlderThanTheLog(t *testing.T) {
 	const first = 100
 	minute := time.Minute
