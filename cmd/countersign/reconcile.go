@@ -485,7 +485,8 @@ func (t *tool) reconcile() *cobra.Command {
 		}
 		if !r.result.Good {
 			return fmt.Errorf("%w: %s without an event, and %s of the journal: if the log is older than the journal, "+
-				"export it again; otherwise the daemon may be in other hands, see docs/INCIDENTS.md", errUnreconciled,
+				"export it again; otherwise the daemon may be in other hands, see \"A signing key is suspected\" in "+
+				"docs/INCIDENTS.md", errUnreconciled,
 				cli.Count(len(r.result.Unlogged), "signature"), cli.Count(r.faults, "fault"))
 		}
 		return nil
