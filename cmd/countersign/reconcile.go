@@ -175,11 +175,12 @@ func (r *reconciler) read(folder string) error {
 		if r.mark.Journals != nil {
 			fault := ""
 			switch {
-			case report.First > since.Lines:
+			// The line before the first one ended its file, and signed nothing.
+			case report.First > since.Lines+1 || report.First > 0 && !marked:
 				fault = fmt.Sprintf("lines %d to %d were dropped, and no comparison has seen them: compare more "+
 					"often, or keep more files; a flood of signatures has this effect, too",
 					since.Lines, report.First-1)
-			case marked && !same:
+			case marked && !same && report.First <= since.Lines:
 				fault = fmt.Sprintf("line %d is not the one of the last comparison: the journal was exchanged, "+
 					"or cut off", since.Lines-1)
 			}

@@ -266,13 +266,39 @@ func TestMark(t *testing.T) {
 	if r := compare(folder, long); !r.result.Good || r.result.Journals[0].First == 0 {
 		t.Errorf("a comparison without a mark: %+v", r.result)
 	}
-	// The mark's last line is the last one that was dropped.
-	next := read(folder).ends["main"].Lines
-	for first := uint64(0); first < next; first = read(folder).result.Journals[0].First {
-		appendTo(folder, 1, "more")
+	// The file with the mark's last line was dropped, and nothing of after the mark.
+	folder = t.TempDir()
+	one := journal.Config{Folder: folder, Token: "main", Size: 1, Files: 1}
+	add := func(text string) {
+		t.Helper()
+		w := journal.New(one)
+		defer w.Close()
+		if err := w.Append(document(text)); err != nil {
+			t.Fatal(err)
+		}
 	}
-	if r := read(folder); r.result.Journals[0].First == next && r.faults > 0 {
-		t.Errorf("nothing was dropped since the mark: %+v", r.result.Journals)
+	if err := os.Remove(file); err != nil {
+		t.Fatal(err)
+	}
+	none := audit.Report{}
+	for _, text := range []string{"a", "b", "c"} {
+		add(text)
+		r := read(folder)
+		if err := r.follow()(0, admitted(text)); err != nil {
+			t.Fatal(err)
+		}
+		r.finish(none)
+		if err := r.writeMark(file); err != nil {
+			t.Fatal(err)
+		}
+		if !r.result.Good {
+			t.Errorf("after %s: %+v", text, r.result)
+		}
+	}
+	add("d")
+	add("e")
+	if r := compare(folder, none); r.faults != 1 {
+		t.Errorf("a line was dropped: %+v", r.result.Journals)
 	}
 }
 
