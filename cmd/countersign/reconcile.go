@@ -109,6 +109,8 @@ type reconciler struct {
 	trees map[ofTree][]*line // checkpoints
 
 	first    uint64 // the first event of the log
+	firstAt  int64  // time of the first event, Unix milliseconds
+	epoch    uint32 // of the first event
 	begun    bool   // first is known
 	admitted map[uint64]admission
 	before   map[string]int // outcomes of dropped admissions, by the version of the key
@@ -248,7 +250,10 @@ func (r *reconciler) follow() func(uint64, audit.Event) error {
 	}
 	return func(index uint64, e audit.Event) error {
 		if !r.begun {
-			r.first, r.begun = index, true
+			r.first, r.firstAt, r.begun = index, e.TimeMS, true
+			if n, err := strconv.ParseUint(strings.TrimPrefix(e.Resource, "epoch/"), 10, 32); err == nil {
+				r.epoch = uint32(n)
+			}
 		}
 		var digest [32]byte
 		if text := e.Metadata["digest"]; len(text) == 64 {
@@ -334,30 +339,38 @@ func (r *reconciler) logID() string {
 	return id
 }
 
-// webhookLife is the longest time from the event of a message to the last attempt to deliver it.
-const webhookLife = 3 * 24 * time.Hour
+const (
+	// webhookLife is the longest time from the event of a message to the last attempt to deliver it.
+	webhookLife = 3 * 24 * time.Hour
+	// inFlight is the longest time from an event to its signature, on a machine that is overloaded.
+	inFlight = time.Minute
+)
 
 // isOlder reports that retention may have dropped the event of a line: the line is older than the
-// log by its time, and stands before each line that the log has. A document that was signed about
-// the time of the log's first event has an outcome in the log without its admission. A message
-// may leave up to webhookLife after its event.
-func (r *reconciler) isOlder(l *line, log audit.Report, has map[string]uint64) bool {
-	if log.First == 0 || r.mark.Journals != nil && l.Number >= r.mark.Journals[l.token].Lines {
+// log's first event by its time, and stands before each line that the log has. Signatures may also
+// have been under way when the log's first event was written: a document has an outcome in the log,
+// without its admission; a checkpoint is of an epoch before; a certificate leaves within inFlight,
+// and a message within webhookLife.
+func (r *reconciler) isOlder(l *line, has map[string]uint64) bool {
+	if r.first == 0 || r.mark.Journals != nil && l.Number >= r.mark.Journals[l.token].Lines {
 		return false
 	}
-	at := l.Time.UnixMilli()
-	if number, ok := has[l.token]; at < log.FromMS && (!ok || l.Number < number) {
-		return true
+	late := l.Time.Sub(time.UnixMilli(r.firstAt))
+	if number, ok := has[l.token]; late < 0 {
+		return !ok || l.Number < number
 	}
 	switch l.Kind {
 	case form.Webhook:
 		of, rest, _ := strings.Cut(l.Detail, "_")
-		return of != "events" && strings.HasPrefix(rest, r.logID()+"_") &&
-			at < log.FromMS+webhookLife.Milliseconds()
-	case form.Checkpoint, form.Certificate, form.Request:
-		return false
+		return of != "events" && strings.HasPrefix(rest, r.logID()+"_") && late < webhookLife
+	case form.Checkpoint:
+		text, _, _ := strings.Cut(l.Detail, "/")
+		epoch, err := strconv.ParseUint(text, 10, 32)
+		return err == nil && uint32(epoch) < r.epoch && late < inFlight
+	case form.Certificate, form.Request:
+		return late < inFlight
 	}
-	if at >= log.FromMS && r.before[l.Key.String()] > 0 {
+	if r.before[l.Key.String()] > 0 {
 		r.before[l.Key.String()]--
 		return true
 	}
@@ -371,7 +384,7 @@ func (r *reconciler) finish(log audit.Report) {
 	}
 	has := map[string]uint64{} // the first line of each journal that the log has
 	for _, l := range r.lines {
-		if _, ok := has[l.token]; !ok && l.found && l.Time.UnixMilli() >= log.FromMS {
+		if _, ok := has[l.token]; !ok && l.found && l.Time.UnixMilli() >= r.firstAt {
 			has[l.token] = l.Number
 		}
 	}
@@ -382,7 +395,7 @@ func (r *reconciler) finish(log audit.Report) {
 			r.result.Matched++
 		case l.Kind == form.Webhook && r.ofSink(l, log.First+log.Events):
 			r.result.Ranges++
-		case r.isOlder(l, log, has):
+		case r.isOlder(l, has):
 			r.result.older(l)
 		default:
 			r.result.Unlogged = append(r.result.Unlogged, unlogged{

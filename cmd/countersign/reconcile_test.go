@@ -40,6 +40,11 @@ func compared(t *testing.T, lines []journal.Entry, first uint64, events ...audit
 		e.Number = uint64(i)
 		r.add(&line{token: "main", Entry: e})
 	}
+	if first > 0 {
+		begin := audit.NewEpochBegun(audit.Daemon(), 1, first, nil)
+		begin.TimeMS = began.UnixMilli()
+		events = append([]audit.Event{begin}, events...)
+	}
 	for range 2 { // as for a log whose time goes back
 		each := r.follow()
 		for i, e := range events {
@@ -48,7 +53,8 @@ func compared(t *testing.T, lines []journal.Entry, first uint64, events ...audit
 			}
 		}
 	}
-	r.finish(audit.Report{First: first, Events: uint64(len(events)), FromMS: began.UnixMilli()})
+	// An event of before the epoch may be written in it.
+	r.finish(audit.Report{First: first, Events: uint64(len(events)), FromMS: began.Add(-time.Hour).UnixMilli()})
 	return r.result
 }
 
@@ -79,6 +85,10 @@ func certificate(text string) journal.Entry {
 	return journal.Entry{
 		Key: keystore.Ref{Name: keystore.CAName, Version: 1}, Kind: form.Certificate, Digest: digestOf(text),
 	}
+}
+
+func checkpoint(detail string) journal.Entry {
+	return journal.Entry{Key: ofLog, Kind: form.Checkpoint, Detail: detail}
 }
 
 func admitted(text string) audit.Event {
@@ -161,6 +171,10 @@ func TestOlderThanTheLog(t *testing.T) {
 			"matched 0, repeated 0, ranges 0, older 1, unlogged 0, good true"},
 		{"two with one outcome", []journal.Entry{at(0, document("x")), at(0, document("y"))},
 			"matched 0, repeated 0, ranges 0, older 1, unlogged 1, good false"},
+		{"under way at the log's begin", []journal.Entry{
+			at(59*time.Second, certificate("x")), at(59*time.Second, checkpoint("0/7")),
+			at(59*time.Second, checkpoint("1/7")), at(minute, checkpoint("0/8")),
+		}, "matched 0, repeated 0, ranges 0, older 2, unlogged 2, good false"},
 		{"a message that was late", []journal.Entry{
 			at(71*time.Hour, hook("rotation_3b6a27bcceb6a42d_payments_2", "x")),
 			at(73*time.Hour, hook("rotation_3b6a27bcceb6a42d_payments_3", "x")),
@@ -201,7 +215,11 @@ func TestMark(t *testing.T) {
 	compare := func(folder string, log audit.Report) *reconciler {
 		t.Helper()
 		r := read(folder)
-		r.follow()
+		begin := audit.NewEpochBegun(audit.Daemon(), 1, log.First, nil)
+		begin.TimeMS = log.FromMS
+		if err := r.follow()(log.First, begin); err != nil {
+			t.Fatal(err)
+		}
 		r.finish(log)
 		if err := r.writeMark(file); err != nil {
 			t.Fatal(err)
