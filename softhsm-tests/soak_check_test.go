@@ -343,7 +343,11 @@ func (k *soak) checkLog() {
 		"sign replay", "verify replay", "sign denied", "sign expired", "sign not_confirmed",
 		"verify invalid_signature", "sign wrong_signer",
 	} {
-		if got := refused[each]; got != k.answers[each] {
+		// A request may end while its refusal is written. The peer has another answer then, or
+		// none.
+		op, _, _ := strings.Cut(each, " ")
+		lost := k.answers[op+" unavailable"] + k.answers[op+" none"] + 8*k.answers["batch none"]
+		if got := refused[each]; got < k.answers[each] || got > k.answers[each]+lost {
 			t.Errorf("the log has %d refusals %s, the peers have seen %d", got, each, k.answers[each])
 		}
 	}
@@ -432,9 +436,10 @@ func (k *soak) checkReceipts() {
 func (k *soak) checkSink() {
 	t := k.t
 	t.Helper()
-	eventually(t, "the sink has all events", func() bool {
+	end := k.next()
+	eventually(t, "the sink has all events of before", func() bool {
 		all := must(k.admin().Sinks(t.Context()))(t)
-		return len(all) == 1 && all[0].Behind == 0
+		return len(all) == 1 && all[0].Next >= end
 	})
 	files := must(filepath.Glob(k.path("events.jsonl*")))(t)
 	slices.Sort(files)
@@ -457,11 +462,11 @@ func (k *soak) checkSink() {
 	}
 	missing := 0
 	k.walk(k.first, func(e api.Event) {
-		if types[e.Index] != e.Type {
+		if e.Index < end && types[e.Index] != e.Type {
 			missing++
 		}
 	})
-	if missing > 1 { // the last sign-in of this test may still be on its way
+	if missing > 0 {
 		t.Errorf("%d events are not in the sink", missing)
 	}
 }
@@ -533,7 +538,7 @@ var (
 	}
 	ownMustInOutage = []string{"token-unavailable critical", "rotation-failing critical"} // see soakOutages
 	ownMayInOutage  = []string{
-		"token-redundancy warning", "checkpoint-failing warning", "upkeep-late warning", "webhook-failing warning",
+		"token-redundancy warning", "checkpoint-failing warning", "upkeep-failing warning", "webhook-failing warning",
 	}
 )
 
