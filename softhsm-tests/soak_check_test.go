@@ -534,6 +534,7 @@ var (
 	ownMay = []string{
 		"signature-failures warning", "rate-limits warning", "replays warning",
 		"key-missing critical",      // by the fault lost
+		"token-replaced critical",   // by the fault lost, which hides all keys
 		"rotation-failing critical", // asked for in a lock, or by a fault
 	}
 	ownMustInOutage = []string{"token-unavailable critical", "rotation-failing critical"} // see soakOutages
