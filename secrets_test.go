@@ -30,6 +30,7 @@ var plainSecrets = map[string]string{
 	"admin/api NewKey Token":         deviceName,
 	"admin/api Rollback Token":       deviceName,
 	"cmd/countersign unlogged Token": deviceName,
+	"cmd/countersign older Token":    deviceName,
 	"cmd/countersign line token":     deviceName,
 
 	"admin/api SignedIn Token":                 "the answer to a sign-in, which gives the token to the operator",

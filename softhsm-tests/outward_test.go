@@ -419,7 +419,7 @@ func (r *receivers) settings(byName bool) string {
 	return fmt.Sprintf(`
 [[webhooks]]
 name = "pager"
-url = "https://%s/alerts"
+url = "https://%s/alerts?token=secret-of-the-pager"
 ca_file = "outward/ca.pem"
 types = ["alert"]
 
@@ -439,7 +439,7 @@ ca_file = "outward/ca.pem"
 
 [[sinks]]
 name = "siem"
-url = "https://%s/events"
+url = "https://%s/events?token=secret-of-the-siem"
 ca_file = "outward/ca.pem"
 
 [traces]

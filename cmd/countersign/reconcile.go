@@ -340,7 +340,8 @@ func (r *reconciler) logID() string {
 }
 
 const (
-	// webhookLife is the longest time from the event of a message to the last attempt to deliver it.
+	// webhookLife is the longest time from the event of a message to the last attempt to deliver
+	// it.
 	webhookLife = 3 * 24 * time.Hour
 	// inFlight is the longest time from an event to its signature, on a machine that is overloaded.
 	inFlight = time.Minute

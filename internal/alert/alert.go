@@ -6,10 +6,10 @@
 //   - An alert fires or does not. Each change is one event of the audit log. The event, the record
 //     of the alert and the messages to the receivers are one transaction, so a kill at any moment
 //     loses no change and writes none twice.
-//   - A message leaves after its event is on disk, and the event has the message's id and the digest
-//     of the body. There are two exceptions: while the ledger's disk takes no writes, messages about
-//     critical alerts leave without an event, which follows; and a daemon that ends by itself says
-//     so without an event, which the next start writes.
+//   - A message leaves after its event is on disk, and the event has the message's id and the
+//     digest of the body. There are two exceptions: while the ledger's disk takes no writes,
+//     messages about critical alerts leave without an event, which follows; and a daemon that ends
+//     by itself says so without an event, which the next start writes.
 //   - A run of the daemon that was not stopped is an alert: each receiver is told before the end,
 //     as far as the daemon has the time, and by the next start in any case. See run.go.
 //   - Memory follows the ledger, so an alert that fires still fires after a restart.

@@ -37,7 +37,8 @@ func TestScrapers(t *testing.T) {
 		want(t, add("other", "other", MaxScraperLife+time.Minute), ErrInvalid)
 		want(t, add("other", "other", -time.Minute), ErrInvalid)
 		for _, when := range []string{"at once", "after a restart"} {
-			if !r.Scrapes(secret.Of("secret"), https) || r.Scrapes(secret.Of("other"), https) || r.Scrapes(secret.Of("secret"), user) {
+			right, wrong := secret.Of("secret"), secret.Of("other")
+			if !r.Scrapes(right, https) || r.Scrapes(wrong, https) || r.Scrapes(right, user) {
 				t.Errorf("%s: %+v", when, r.Scrapers())
 			}
 			r.reopen(t)

@@ -11,8 +11,8 @@ import (
 )
 
 // permitted are the system calls of a key worker: of Go's runtime, of the C library, and of
-// modules. A name that an architecture does not have is skipped. A test makes each call of the lists
-// here, or TestTraced has the reason for the call.
+// modules. A name that an architecture does not have is skipped. A test makes each call of the
+// lists here, or TestTraced has the reason for the call.
 const permitted = `
 	read write readv writev pread64 pwrite64 close lseek open openat creat stat fstat lstat newfstatat statx
 	access faccessat faccessat2 statfs fstatfs fcntl flock fsync fdatasync truncate ftruncate fallocate ioctl

@@ -22,6 +22,8 @@ import (
 	"sync"
 	"testing"
 	"time"
+
+	"countersign/internal/scantest"
 )
 
 // Server is an SMTP server with TLS, in the process of the test. The exported fields are set before
@@ -104,6 +106,7 @@ func New(t testing.TB, change func(*Server)) *Server {
 	if change != nil {
 		change(s)
 	}
+	scantest.Secret("the password of a mail server", []byte(s.Password))
 	if s.listener, err = net.Listen("tcp", "127.0.0.1:0"); err != nil {
 		t.Fatal(err)
 	}
@@ -153,6 +156,9 @@ func (s *Server) serve(conn net.Conn) {
 		}
 		s.mu.Lock()
 		s.said = append(s.said, fmt.Sprintf("%s tls=%v", l, secure))
+		if !strings.HasPrefix(l, "AUTH ") {
+			scantest.Saw("a command to the mail server", l)
+		}
 		s.mu.Unlock()
 		verb, rest, _ := strings.Cut(l, " ")
 		switch verb {
@@ -193,6 +199,7 @@ func (s *Server) serve(conn net.Conn) {
 				break
 			}
 			s.mu.Lock()
+			scantest.Saw("a mail", string(b))
 			s.got = append(s.got, string(b))
 			s.mu.Unlock()
 			say("250 queued as 4711")
