@@ -495,6 +495,9 @@ func (k *soak) checkAlerts() {
 	if k.metrics()["countersign_rotations_failed_total"] > 0 {
 		may = append(may, "CountersignRotationFailing")
 	}
+	if k.hasCause("sandbox-incomplete") { // an older kernel
+		may = append(may, "CountersignSandboxIncomplete", "CountersignDegraded")
+	}
 	if free := k.metrics()["countersign_ledger_disk_free_bytes"]; free < 1e9 {
 		may = append(may, "CountersignDiskSpace", "CountersignDiskSpaceLow")
 	}
@@ -602,6 +605,9 @@ func (k *soak) checkOwnAlerts() {
 	must, may := ownMust, ownMay
 	if k.lasts >= soakOutages {
 		must, may = slices.Concat(must, ownMustInOutage), slices.Concat(may, ownMayInOutage)
+	}
+	if k.hasCause("sandbox-incomplete") { // an older kernel
+		must = append(slices.Clone(must), "sandbox-incomplete warning")
 	}
 	for _, each := range must {
 		if !fired[each] {
