@@ -195,6 +195,10 @@ func TestBrokenIntoDaemon(t *testing.T) {
 	t.Run("two users", func(t *testing.T) {
 		s, _ := newTwoUsers(t)
 		breakInto(t, s, program, s.path("keys"))
+		b := s.breakIn(t, program)
+		if got := b.do("make a file", s.path("keys/journal"), "none", 1, 1); got != "EACCES" {
+			t.Errorf("a file in the folder of the journal: %s, want EACCES", got)
+		}
 	})
 }
 
@@ -241,12 +245,11 @@ func breakInto(t *testing.T, s *system, program, keys string) {
 			b = s.breakIn(t, program)
 			worker = children(t, b.p.launcher())[0]
 		}
+		left := descendants(b.p.cmd.Process.Pid)
 		if got := b.do(act, folder, socket, port, worker); got != "SIGSYS" {
 			t.Errorf("%s: %s, want SIGSYS", act, got)
 		}
-		eventually(t, "the key worker has ended with the daemon", func() bool {
-			return syscall.Kill(worker, 0) != nil
-		})
+		awaitEnds(t, left)
 	}
 }
 

@@ -1,8 +1,10 @@
 package softhsmtests
 
 import (
+	"encoding/pem"
 	"errors"
 	"io/fs"
+	"net/http/httptest"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -166,6 +168,19 @@ func TestOpenToOthers(t *testing.T) {
 	s.edit("countersign.toml", `"ledger.db"`, `"state/ledger.db"`)
 	s.edit("countersign.toml", `"admin.sock"`, `"run/admin.sock"`)
 	s.edit("countersign.toml", softHSM, s.path("module.so"))
+	s.write("password", "of-the-mail-server\n")
+	server := httptest.NewTLSServer(nil)
+	s.write("ca.pem", string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: server.Certificate().Raw})))
+	server.Close()
+	s.edit("countersign.toml", "[tokens.main]", `[mail]
+server = "127.0.0.1:9"
+from = "countersign@example.org"
+to = ["ann@example.org"]
+user = "countersign"
+password_file = "password"
+ca_file = "ca.pem"
+
+[tokens.main]`)
 	if out, code := s.daemon("check"); code != 0 {
 		t.Fatalf("check: %d\n%s", code, out)
 	}
@@ -174,6 +189,8 @@ func TestOpenToOthers(t *testing.T) {
 		mode fs.FileMode
 		want string
 	}{
+		{"password", 0o640, "it must be a file that only its owner can read"},
+		{"ca.pem", 0o606, "other users can change it"},
 		{"countersign.toml", 0o604, "other users can read it"},
 		{"countersign.toml", 0o602, "other users can"},
 		{"pin", 0o644, "it must be a file that only its owner can read"},

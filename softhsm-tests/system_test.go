@@ -317,8 +317,15 @@ func (p *process) kill() {
 	p.cmd.Process.Kill()
 	err := <-p.ended
 	p.ended <- err
-	eventually(p.t, "the launcher and the key workers have ended", func() bool {
-		return !slices.ContainsFunc(left, func(pid int) bool { return syscall.Kill(pid, 0) == nil })
+	awaitEnds(p.t, left)
+}
+
+// awaitEnds waits for the ends of a dead daemon's processes. A key worker that ends during a login
+// makes the token missing for the next daemon, for a moment.
+func awaitEnds(t testing.TB, pids []int) {
+	t.Helper()
+	eventually(t, "the launcher and the key workers have ended", func() bool {
+		return !slices.ContainsFunc(pids, func(pid int) bool { return syscall.Kill(pid, 0) == nil })
 	})
 }
 

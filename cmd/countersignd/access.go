@@ -19,8 +19,8 @@ import (
 // file, as no restart heals it. Where the key workers have a user of their own, launcherAccess
 // looks at the files of tokens.
 //
-//   - Nobody else reads the configuration (a URL may have a secret), the ledger's folder, PINs, and
-//     the folders with the state of tokens.
+//   - Nobody else reads the configuration (a URL may have a secret), the ledger's folder, PINs and
+//     other passwords, and the folders with the state of tokens.
 //   - Nobody else changes a file that the daemon or a key worker obeys: the configuration, modules
 //     and what they are configured by, the policy, certificate authorities. Nobody else puts
 //     another socket into the place of the socket for operators, whose users send sign-ins there.
@@ -32,6 +32,9 @@ func (c *Config) access(path string) (all []error) {
 	check("the folder of the ledger", filepath.Dir(c.Ledger), unchanged)
 	check("the policy", c.Policy, unchanged)
 	check("the folder of the admin socket", filepath.Dir(c.AdminSocket), unchanged)
+	check("mail.password_file", c.Mail.PasswordFile, keystore.CheckSecret)
+	check("mail.ca_file", c.Mail.CAFile, unchanged)
+	check("traces.ca_file", c.Traces.CAFile, unchanged)
 	for _, w := range c.Webhooks {
 		check("webhooks."+w.Name+".ca_file", w.CAFile, unchanged)
 	}
