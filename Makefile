@@ -19,7 +19,7 @@ run: build
 	@scripts/run.sh
 
 test: deps
-	go test -timeout 25m ./...
+	go test -timeout 45m ./...
 
 # SOAK=2h make soak: two hours of everything at once. Each soak prints a seed, which SOAK_SEED repeats.
 SOAK ?= 30m

@@ -23,7 +23,7 @@ import (
 
 // defaultKills is the number of kills in TestKilledUnderLoad. The environment variable KILLS
 // overrides the number.
-const defaultKills = 200
+const defaultKills = 100
 
 // TestKilledUnderLoad kills the daemon with SIGKILL at random moments while eight connections sign,
 // and compares the answers with the ledger afterwards:
