@@ -9,6 +9,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"strings"
 	"testing"
 	"time"
@@ -508,7 +509,7 @@ func TestAttendedStart(t *testing.T) {
 	for range 2 {
 		p = s.serve()
 		out := s.must("admin", "state")
-		if !strings.Contains(out, "state   locked") || !strings.Contains(out, "starts  locked") {
+		if !regexp.MustCompile(`(?m)^state +locked\nstarts +locked`).MatchString(out) {
 			t.Errorf("%s", out)
 		}
 		if err := s.admin().Ready(t.Context()); err == nil {
