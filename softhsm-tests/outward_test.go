@@ -628,8 +628,8 @@ func TestNetworkModule(t *testing.T) {
 	}
 	log := p.stderr.String()
 	for _, want := range []string{"the HSM: answered", "a foreign port: connect: EACCES"} {
-		if strings.Count(log, want) < 3 {
-			t.Errorf("the log does not say %q for each key worker", want)
+		if strings.Count(log, want) < 2 { // of a key worker before and of one after; others may still begin
+			t.Errorf("the log does not say %q for the key workers", want)
 		}
 	}
 	if strings.Contains(log, "the HSM: resolve") || strings.Contains(log, "the HSM: connect") {
