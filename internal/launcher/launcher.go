@@ -248,6 +248,7 @@ func (l *Launcher) read() {
 		case p.started <- answer{Err: l.why.Error()}:
 		default: // the worker was started
 		}
+		p.statm.Close()
 		p.ended <- l.why
 	}
 }
@@ -277,6 +278,7 @@ func (l *Launcher) readAnswers() error {
 			closeAll(files)
 			return fmt.Errorf("launcher: an answer about the worker %d that is out of turn", a.ID)
 		case a.Ended != "":
+			p.statm.Close()
 			p.ended <- errors.New(a.Ended)
 		default:
 			p.pid = a.PID

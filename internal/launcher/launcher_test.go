@@ -8,6 +8,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime/debug"
 	"strconv"
 	"strings"
 	"sync"
@@ -260,9 +261,24 @@ func TestLauncherKilled(t *testing.T) {
 	}
 }
 
-// TestManyStarts starts and kills workers from several callers at once.
+// TestManyStarts starts and kills workers from several callers at once. No descriptor is left, also
+// before a collection of the garbage.
 func TestManyStarts(t *testing.T) {
+	defer debug.SetGCPercent(debug.SetGCPercent(-1))
 	l := start(t, "launcher")
+	statms := func() (n int) {
+		fds, err := os.ReadDir("/proc/self/fd")
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, fd := range fds {
+			if to, _ := os.Readlink("/proc/self/fd/" + fd.Name()); strings.HasSuffix(to, "/statm") {
+				n++
+			}
+		}
+		return n
+	}
+	before := statms()
 	var all sync.WaitGroup
 	for range 2 {
 		all.Go(func() {
@@ -274,6 +290,9 @@ func TestManyStarts(t *testing.T) {
 		})
 	}
 	all.Wait()
+	if n := statms() - before; n > 0 {
+		t.Errorf("%d files of ended workers are open", n)
+	}
 }
 
 // TestRefusedStart has New fail with the launcher's own reason, or with another configuration.

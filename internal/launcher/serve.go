@@ -145,7 +145,6 @@ func (s *server) start(id uint64, what Start, socket, stderr *os.File) error {
 		s.mu.Lock()
 		delete(s.children, id)
 		s.mu.Unlock()
-		closeAll(statm)
 		send(s.conn, answer{ID: id, Ended: how}) // an error is the end of the socket
 	})
 	return err

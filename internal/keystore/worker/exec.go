@@ -57,7 +57,11 @@ func (c *Child) PID() int { return c.cmd.Process.Pid }
 // by itself before ABI 8, and lets signals only reach processes that a thread has started.
 func (c *Child) Kill() { OnStarterThread(c.cmd.Process.Kill) }
 
-func (c *Child) Wait() error { return c.cmd.Wait() }
+func (c *Child) Wait() error {
+	err := c.cmd.Wait()
+	c.statm.Close()
+	return err
+}
 
 func (c *Child) Memory() int { return ReadStatm(c.statm) }
 
