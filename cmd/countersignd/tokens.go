@@ -127,7 +127,8 @@ func keyWorker() error {
 	unguard := func() {}
 	defer func() { unguard() }()
 	open := func(ctx context.Context, gate worker.LogIn) (keystore.Store, int, error) {
-		end, err := worker.GuardOutput(d.withoutPINs)
+		paths := d.pinPaths() // before the device is changed
+		end, err := worker.GuardOutput(func(line string) string { return withoutPINs(paths, line) })
 		if err != nil {
 			return nil, 0, err
 		}
@@ -212,9 +213,8 @@ type device struct {
 	Rights sandbox.Rights `json:"rights"` // of the key worker
 }
 
-// withoutPINs returns a line of the module without the PINs that the files have now. The files are
-// read for each line, because a copy of a PIN must not stay in memory.
-func (d device) withoutPINs(line string) string {
+// pinPaths returns the absolute paths of the files with PINs.
+func (d device) pinPaths() []string {
 	paths := []string{d.SOPINFile}
 	switch {
 	case d.HSM != nil:
@@ -222,8 +222,14 @@ func (d device) withoutPINs(line string) string {
 	case d.TPM != nil:
 		paths = append(paths, d.TPM.PINFile)
 	}
+	return absolute(paths...)
+}
+
+// withoutPINs returns a line of the module without the PINs that the files have now. The files are
+// read for each line, because a copy of a PIN must not stay in memory.
+func withoutPINs(paths []string, line string) string {
 	var pins [][]byte
-	for _, path := range absolute(paths...) {
+	for _, path := range paths {
 		pin, err := keystore.ReadSecret(path, "PIN file")
 		if err != nil { // the module may have read the PIN before
 			return "a line that is not shown, because a PIN file can't be read now"
