@@ -25,9 +25,10 @@ func TestReportOfAPeriod(t *testing.T) {
 		}
 	}
 	sign(5)
-	middle := time.Now().UTC().Add(time.Millisecond).Format(time.RFC3339Nano)
-	for time.Now().UTC().Format(time.RFC3339Nano) <= middle { // so that no payment shares the millisecond
+	at := time.Now().Add(time.Millisecond)
+	for !time.Now().After(at) { // so that no payment shares the millisecond
 	}
+	middle := at.UTC().Format(time.RFC3339Nano)
 	sign(7)
 	s.must("admin", "audit", "end-epoch")
 	sign(3)

@@ -356,8 +356,9 @@ func (r *reconciler) isOlder(l *line, has map[string]uint64) bool {
 	if r.first == 0 || r.mark.Journals != nil && l.Number >= r.mark.Journals[l.token].Lines {
 		return false
 	}
-	late := l.Time.Sub(time.UnixMilli(r.firstAt))
-	if number, ok := has[l.token]; late < 0 {
+	// Both times are of the system's clock. Those of events are in milliseconds.
+	late := l.Time.Truncate(time.Millisecond).Sub(time.UnixMilli(r.firstAt))
+	if number, ok := has[l.token]; late <= 0 {
 		return !ok || l.Number < number
 	}
 	switch l.Kind {

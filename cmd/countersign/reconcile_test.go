@@ -167,10 +167,18 @@ func TestOlderThanTheLog(t *testing.T) {
 		{"before by the time, and behind a line that the log has", []journal.Entry{
 			at(minute, document("a")), at(-minute, document("x")),
 		}, "matched 1, repeated 0, ranges 0, older 0, unlogged 1, good false"},
-		{"admitted before, and signed at the log's begin", []journal.Entry{at(0, document("x"))},
+		{"admitted before, and signed after the log's begin", []journal.Entry{
+			at(time.Millisecond, document("x")),
+		},
 			"matched 0, repeated 0, ranges 0, older 1, unlogged 0, good true"},
-		{"two with one outcome", []journal.Entry{at(0, document("x")), at(0, document("y"))},
+		{"two with one outcome", []journal.Entry{
+			at(time.Millisecond, document("x")), at(time.Millisecond, document("y")),
+		},
 			"matched 0, repeated 0, ranges 0, older 1, unlogged 1, good false"},
+		{"in the millisecond of the log's begin", []journal.Entry{
+			at(999*time.Microsecond, certificate("x")), at(999*time.Microsecond, hook("x", "x")),
+			at(time.Millisecond, document("a")), at(time.Millisecond, hook("x", "x")),
+		}, "matched 1, repeated 0, ranges 0, older 2, unlogged 1, good false"},
 		{"under way at the log's begin", []journal.Entry{
 			at(59*time.Second, certificate("x")), at(59*time.Second, checkpoint("0/7")),
 			at(59*time.Second, checkpoint("1/7")), at(minute, checkpoint("0/8")),

@@ -17,7 +17,8 @@ import (
 // 9/8.
 //
 // After a stop of the daemon, or a suspension of the machine, the ledger's time is behind and
-// catches up at that rate. Until then nonces are kept longer than necessary, without other effects.
+// catches up at that rate. Until then nonces are kept longer than necessary, and epochs, decisions
+// and grace times have the earlier time. Events have the system's time.
 //
 // If the system's clock is behind the ledger's time by more than the tolerance, the ledger refuses
 // admissions. Otherwise expired documents would be valid again, and their nonces may be forgotten.

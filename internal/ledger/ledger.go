@@ -221,7 +221,7 @@ func build(path string, now time.Time) error {
 		if err := t.bucket(bucketMeta).put(keyFormat, binary.BigEndian.AppendUint32(nil, format)); err != nil {
 			return err
 		}
-		if err := t.beginEpoch(0, audit.Daemon(), nil); err != nil {
+		if err := t.beginEpoch(0, audit.Daemon(), nil, t.now); err != nil {
 			return err
 		}
 		return t.finish()

@@ -96,14 +96,15 @@ func (t *txn) putEpoch(e Epoch) error {
 	return t.bucket(bucketEpochs).put(epochKey(e.Number), b)
 }
 
-// beginEpoch begins epoch n. Its first event names the end of the epoch before; nil: there is none.
-func (t *txn) beginEpoch(n uint32, who audit.Actor, before *audit.EpochEnd) error {
+// beginEpoch begins epoch n. Its first event has the system's time, as all events have, and names
+// the end of the epoch before; nil: there is none.
+func (t *txn) beginEpoch(n uint32, who audit.Actor, before *audit.EpochEnd, system time.Time) error {
 	if err := t.putEpoch(Epoch{Number: n, First: t.log.next, Begun: t.now.UnixMilli()}); err != nil {
 		return err
 	}
 	t.log = logState{next: t.log.next, epoch: n, first: t.log.next}
 	e := audit.NewEpochBegun(who, n, t.log.next, before)
-	_, err := t.append(NewEvent(e.Encode(t.now)))
+	_, err := t.append(NewEvent(e.Encode(system)))
 	return err
 }
 
@@ -129,7 +130,7 @@ func (l *Ledger) EndEpoch(ctx context.Context, who audit.Actor) (uint32, error) 
 			return err
 		}
 		next = e.Number + 1
-		return t.beginEpoch(next, who, &audit.EpochEnd{Size: e.Size, Root: root})
+		return t.beginEpoch(next, who, &audit.EpochEnd{Size: e.Size, Root: root}, l.clock.wall())
 	}})
 	if err != nil {
 		return 0, err // the writer may still use the variable

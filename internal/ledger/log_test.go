@@ -7,6 +7,7 @@ import (
 	"os"
 	"strings"
 	"testing"
+	"time"
 
 	"countersign/audit"
 	"countersign/internal/ledger"
@@ -124,7 +125,7 @@ func TestTheTreeIsThatOfTheEvents(t *testing.T) {
 }
 
 // TestEpochsAreAChain checks that the first event of an epoch has the size and root of the epoch
-// before, for sizes around the edges of chunks.
+// before, for sizes around the edges of chunks, and the time of the system's clock.
 func TestEpochsAreAChain(t *testing.T) {
 	m := newMachine(t, ledger.Options{})
 	l := m.open(t)
@@ -132,6 +133,8 @@ func TestEpochsAreAChain(t *testing.T) {
 	var first uint64
 	for n, size := range sizes {
 		grow(t, l, size-1)
+		m.step(time.Hour) // the ledger's time stays behind
+		wall := m.wall.UnixMilli()
 		_, _, tree := l.Head()
 		root, err := tree.Root()
 		if err != nil {
@@ -153,7 +156,8 @@ func TestEpochsAreAChain(t *testing.T) {
 		var begun audit.Event
 		l.Events(first, func(_ uint64, b []byte) bool { begun, err = audit.Decode(b); return false })
 		if m := begun.Metadata; err != nil || begun.Type != audit.EpochBegun || m["first"] != fmt.Sprint(first) ||
-			m["previous_size"] != fmt.Sprint(size) || m["previous_root"] != base64.StdEncoding.EncodeToString(root[:]) {
+			m["previous_size"] != fmt.Sprint(size) || begun.TimeMS != wall ||
+			m["previous_root"] != base64.StdEncoding.EncodeToString(root[:]) {
 			t.Errorf("%+v, %v", begun, err)
 		}
 		for event, want := range map[uint64]int{first - 1: n, first - uint64(size): n, first: n + 1} {
