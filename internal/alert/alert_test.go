@@ -640,12 +640,13 @@ func TestBounds(t *testing.T) {
 			many = append(many, cause.KeyMissing.Of(fmt.Sprintf("key-%d/1", i), "away"))
 		}
 		for range 12 {
-			r.report(many...)
+			r.report(slices.Clone(many)...)
 			r.pass(2 * time.Second)
 			if n := len(r.Firing()); n != maxSubjects+1 {
 				t.Fatalf("%d alerts", n)
 			}
 			rand.Shuffle(len(many), func(i, j int) { many[i], many[j] = many[j], many[i] })
+			r.report(slices.Clone(many)...)
 			r.pass(time.Minute) // the same subjects fire on
 			r.report()
 			r.pass(10 * time.Minute)

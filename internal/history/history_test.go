@@ -14,6 +14,7 @@ import (
 	"reflect"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"testing/synctest"
@@ -447,8 +448,8 @@ func TestRun(t *testing.T) {
 	path := tempFile(t)
 	synctest.Test(t, func(t *testing.T) {
 		m := meter.New("test")
-		peers := 0.0
-		m.Source(func(s *meter.Sample) { s.Set(meter.Peers, peers, "enrolled") })
+		var peers atomic.Int64
+		m.Source(func(s *meter.Sample) { s.Set(meter.Peers, float64(peers.Load()), "enrolled") })
 		began := time.Now()
 		for _, runs := range []time.Duration{10 * time.Minute, 7*time.Minute + 3*time.Second, 13 * time.Minute} {
 			h := Open(path, silent)
@@ -457,7 +458,7 @@ func TestRun(t *testing.T) {
 			go func() { h.Run(ctx, m); close(done) }()
 			for ctx.Err() == nil {
 				time.Sleep(time.Second)
-				peers++
+				peers.Add(1)
 				for range 5 {
 					m.Add(meter.Requests, "sign", "ok")
 					m.Observe(meter.RequestSeconds, .003, "sign")

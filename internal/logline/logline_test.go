@@ -10,6 +10,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -157,7 +158,7 @@ func (w writer) Write(b []byte) (int, error) { return w(b) }
 func TestLevelGoesBack(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		l := logline.NewLevel(slog.LevelInfo)
-		ended := 0
+		var ended atomic.Int32
 		is := func(want slog.Level, timed bool) {
 			t.Helper()
 			if s := l.State(); l.Level() != want || s.InForce != want || s.Until.IsZero() == timed {
@@ -165,7 +166,7 @@ func TestLevelGoesBack(t *testing.T) {
 			}
 		}
 		set := func(level slog.Level, lasts time.Duration) {
-			l.Set(level, lasts, func(logline.State) { ended++ })
+			l.Set(level, lasts, func(logline.State) { ended.Add(1) })
 		}
 		is(slog.LevelInfo, false)
 		set(slog.LevelDebug, time.Hour)
@@ -181,8 +182,8 @@ func TestLevelGoesBack(t *testing.T) {
 		l.Reset()
 		is(slog.LevelWarn, false)
 		time.Sleep(2 * time.Hour)
-		if ended != 1 {
-			t.Errorf("%d times went by to their end, want 1", ended)
+		if n := ended.Load(); n != 1 {
+			t.Errorf("%d times went by to their end, want 1", n)
 		}
 		l.Configure(slog.LevelInfo)
 		is(slog.LevelInfo, false)
