@@ -140,7 +140,7 @@ func (k *soak) rest(before *footprint) (f footprint) {
 			k.p.cmd.Process.Signal(syscall.SIGQUIT) // the stacks of all goroutines, as the daemon's last words
 			<-k.p.ended
 			k.p.ended <- errors.New("ended by SIGQUIT")
-			os.WriteFile(filepath.Join(os.TempDir(), "soak-daemon.log"), k.p.stderr.Bytes(), 0o600)
+			os.WriteFile(filepath.Join(os.TempDir(), "soak-daemon.log"), []byte(k.p.stderr.String()), 0o600)
 			t.Fatalf("the daemon's footprint is %v (%v); its stacks are in %s/soak-daemon.log", f, why, os.TempDir())
 		}
 	}
