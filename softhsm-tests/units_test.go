@@ -369,10 +369,10 @@ func TestUnitServes(t *testing.T) {
 		}
 	}
 	p.cmd.Process.Signal(syscall.SIGHUP)
+	eventually(t, "the reload", func() bool {
+		return strings.Contains(p.stderr.String(), "reload: the configuration was read")
+	})
 	p.stop()
-	if !strings.Contains(p.stderr.String(), "reload: the configuration was read") {
-		t.Errorf("SIGHUP did not reload:\n%s", p.stderr)
-	}
 	if out, err := daemon("check", "--write").CombinedOutput(); err == nil ||
 		strings.Count(string(out), "FAULT") != 1 || !strings.Contains(string(out), "a socket unit listens") {
 		t.Errorf("check: %v\n%s", err, out)
