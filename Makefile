@@ -8,6 +8,7 @@ export GOEXPERIMENT = runtimesecret
 
 build:
 	@scripts/deps.sh build
+	@scripts/console.sh
 	go build -o bin/countersignd ./cmd/countersignd
 	CGO_ENABLED=0 go build -o bin/countersign ./cmd/countersign
 
@@ -20,11 +21,13 @@ run: build
 
 # The longest package begins first.
 test: deps
+	@scripts/console.sh
 	go test -timeout 45m ./softhsm-tests ./...
 
 # SOAK=2h make soak: two hours of everything at once. Each soak prints a seed, which SOAK_SEED repeats.
 SOAK ?= 30m
 soak: deps
+	@scripts/console.sh
 	SOAK=$(SOAK) go test -count=1 -timeout 0 -run '^TestSoak$$' -v ./softhsm-tests
 
 bench: deps
@@ -38,4 +41,5 @@ deps:
 	@scripts/deps.sh test
 
 clean:
-	rm -rf bin .run .run-tpm
+	rm -rf bin .run .run-tpm admin/console/node_modules
+	find admin/console/dist -mindepth 1 ! -name .gitignore -delete

@@ -28,6 +28,8 @@ need libc6-dev test -e /usr/include/stdlib.h
 need openssl command -v openssl
 need make command -v make
 need openssh-client command -v ssh-agent
+need nodejs command -v node # for the web console
+need npm command -v npm
 if [ "$for" = test ]; then
   need curl command -v curl
   need p11-kit-modules bash -c 'compgen -G "/usr/lib/*/p11-kit-proxy.so"'

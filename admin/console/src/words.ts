@@ -1,0 +1,63 @@
+// What the words of the API mean, for a person.
+import type { Cause, Health, Key } from "./generated";
+import type { Tone } from "./ui";
+
+export const custody: Record<string, [name: string, means: string]> = {
+  "hsm-resident": ["HSM-resident", "made in the HSM, and never leaves it"],
+  "tpm-resident": ["TPM-resident", "made in the TPM, and never leaves it"],
+  "tpm-sealed": ["TPM-sealed", "sealed to this machine's TPM and its measured state; in protected memory while in use"],
+  imported: ["Imported", "came from outside: copies may exist"],
+};
+
+export const keyTone: Record<string, Tone> = {
+  active: "ok", pending: "info", "verify-only": "info", archived: "off", compromised: "crit", destroyed: "off",
+};
+
+export const keyMeans: Record<string, string> = {
+  active: "signs, and its signatures are accepted",
+  pending: "the committed successor: it does not sign yet",
+  "verify-only": "signs no more; its signatures are accepted until the grace time ends",
+  archived: "signs no more, and its signatures are refused",
+  compromised: "was marked as compromised: its signatures are refused",
+  destroyed: "no longer exists in the device",
+};
+
+export const origin: Record<string, string> = {
+  generated: "generated in the device, by the device's own word",
+  imported: "imported: the device did not make it",
+  unreported: "the device made it, and does not say whether it can leave",
+};
+
+export const custodyOf = (k: Key) => custody[k.custody] ?? [k.custody, ""];
+
+export const proposalTone: Record<string, Tone> = {
+  open: "info", running: "info", done: "ok", failed: "crit", expired: "off", withdrawn: "off", interrupted: "warn",
+};
+
+/** sentence tells the state in one line for a tired person. */
+export function sentence(h: Health): { tone: Tone; text: string } {
+  const n = h.causes.length, stops = h.causes.find((c) => c.stops);
+  switch (h.state) {
+    case "uninitialised": return { tone: "info", text: "It is new: nobody is enrolled yet." };
+    case "locked": return { tone: "off", text: "Locked: nothing is signed until an administrator unlocks it." };
+    case "rolled-back": return { tone: "crit", text: "Stopped: the ledger is older than its counter, so nothing is signed." };
+    case "operational":
+      return h.alerts?.length ? { tone: "warn", text: `It signs. ${h.alerts.length === 1 ? "An alert fires" : h.alerts.length + " alerts fire"}: ${h.alerts[0]!.text}.` }
+        : { tone: "ok", text: "All is well: it signs, and nothing needs you." };
+    default:
+      return stops ? { tone: "crit", text: `It does not sign: ${stops.text}${n > 1 ? `, and ${n - 1} more` : ""}.` }
+        : { tone: "warn", text: `It signs, and ${n === 1 ? "one thing needs" : n + " things need"} a look: ${h.causes[0]?.text ?? "see the causes"}.` };
+  }
+}
+
+export const causeTone = (c: Cause): Tone => c.stops ? "crit" : "warn";
+
+/** roleMeans says what a role is for. */
+export const roleMeans: Record<string, string> = {
+  administrator: "operators, policy, retention, and unlocking",
+  operator: "keys and peers, day by day",
+  auditor: "reads everything, changes nothing",
+  approver: "approves what others propose",
+  backup: "fetches the log and backups",
+  metrics: "reads figures",
+};
