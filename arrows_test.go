@@ -41,15 +41,16 @@ var arrows = map[string]room{
 	},
 	// The edge for operators.
 	"admin": {
-		ours: `admin/api admin/certs appliance approval audit internal/alert internal/anchor
-			internal/cause internal/history internal/ijson internal/keyring internal/keystore
-			internal/ledger internal/logline internal/manage internal/meter internal/operators
-			internal/peers internal/requestid internal/schedule internal/secret internal/sink
-			internal/webhook policy`,
+		ours: `admin/api admin/certs admin/console appliance approval audit internal/alert
+			internal/anchor internal/cause internal/history internal/ijson internal/keyring
+			internal/keystore internal/ledger internal/logline internal/manage internal/meter
+			internal/operators internal/peers internal/requestid internal/schedule
+			internal/secret internal/sink internal/webhook policy wire`,
 		outside: "github.com/danielgtaylor/huma/v2 github.com/labstack/echo/v4 golang.org/x/net/netutil",
 	},
-	"admin/certs": {ours: "internal/keystore"},
-	"admin/api":   {ours: "approval audit wire"},
+	"admin/certs":   {ours: "internal/keystore"},
+	"admin/api":     {ours: "approval audit wire"},
+	"admin/console": {},
 	// The walk.
 	"appliance": {
 		ours: `audit internal/alert internal/anchor internal/cause internal/eddsa internal/form

@@ -24,6 +24,7 @@ import (
 
 	"countersign/admin/api"
 	"countersign/admin/certs"
+	"countersign/admin/console"
 	"countersign/appliance"
 	"countersign/audit"
 	"countersign/internal/history"
@@ -86,6 +87,7 @@ type server struct {
 	canary   canaryCache // for Ready
 	leveling sync.Mutex  // held while the level of the log is set
 	streams  *streams
+	links    links
 	macKey   secret.Bytes // of registrations' ids; new after each start
 }
 
@@ -98,7 +100,7 @@ func New(c Config) *http.Server {
 func newHTTP(c Config) (*server, *http.Server) {
 	s, handler := newServer(c)
 	server := &http.Server{
-		Handler:           http.MaxBytesHandler(s.guard(answerHead(handler)), maxProposal),
+		Handler:           http.MaxBytesHandler(s.guard(withConsole(answerHead(handler))), maxProposal),
 		ReadHeaderTimeout: 10 * time.Second,
 		ReadTimeout:       30 * time.Second,
 		WriteTimeout:      writeTimeout,
@@ -109,6 +111,18 @@ func newHTTP(c Config) (*server, *http.Server) {
 	}
 	server.RegisterOnShutdown(s.streams.shut)
 	return s, server
+}
+
+// withConsole serves the console beside the API.
+func withConsole(operations http.Handler) http.Handler {
+	pages := console.Handler()
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if console.Is(r) {
+			pages.ServeHTTP(w, r)
+			return
+		}
+		operations.ServeHTTP(w, r)
+	})
 }
 
 func newServer(c Config) (*server, *echo.Echo) {
@@ -161,8 +175,9 @@ func (s *server) createKey(ctx context.Context, who caller, in *body[api.NewKey]
 // keyOrder is the order of listings of keys: by name and version. No name has a space.
 func keyOrder(k *keyring.Key) string { return fmt.Sprintf("%s %010d", k.Name, k.Version) }
 
-func (s *server) keys(_ context.Context, _ caller, in *pageInput) (*listed[api.Key], error) {
-	return paged(in, s.Appliance.Keys.All(), keyOrder, s.keyDoc), nil
+func (s *server) keys(_ context.Context, _ caller, in *findInput) (*listed[api.Key], error) {
+	all := slices.DeleteFunc(s.Appliance.Keys.All(), func(k *keyring.Key) bool { return !in.finds(k.Name) })
+	return paged(in.page(), all, keyOrder, s.keyDoc), nil
 }
 
 func (s *server) key(_ context.Context, _ caller, in *struct {
@@ -170,7 +185,7 @@ func (s *server) key(_ context.Context, _ caller, in *struct {
 	After string `query:"after" maxLength:"200" doc:"the header Countersign-Next of the page before"`
 }) (*listed[api.Key], error) {
 	versions, err := s.Appliance.Keys.Versions(in.Name)
-	return paged(&pageInput{in.After}, versions, keyOrder, s.keyDoc), err
+	return paged(&pageInput{in.After, maxEntries}, versions, keyOrder, s.keyDoc), err
 }
 
 func (s *server) noiseKey(context.Context, caller, *none) (api.Key, error) {
@@ -216,9 +231,10 @@ func (s *server) rollback(context.Context, caller, *none) (api.Rollback, error) 
 	return doc, nil
 }
 
-func (s *server) peers(_ context.Context, _ caller, in *pageInput) (*listed[api.Peer], error) {
+func (s *server) peers(_ context.Context, _ caller, in *findInput) (*listed[api.Peer], error) {
 	name := func(p peers.Status) string { return p.Name }
-	return paged(in, s.Appliance.Peers.All(), name, peerDoc), nil
+	all := slices.DeleteFunc(s.Appliance.Peers.All(), func(p peers.Status) bool { return !in.finds(p.Name) })
+	return paged(in.page(), all, name, peerDoc), nil
 }
 
 func (s *server) peer(_ context.Context, _ caller, in *named) (api.Peer, error) {
@@ -290,6 +306,7 @@ type eventsInput struct {
 	Type      string `query:"type" maxLength:"64"`
 	Actor     string `query:"actor" maxLength:"200" doc:"the name of a peer or operator"`
 	Resource  string `query:"resource" maxLength:"500" doc:"payments/2, or payments for all of its versions"`
+	Outcome   string `query:"outcome" maxLength:"64" doc:"such as ok or denied; !ok: each but ok"`
 	Nonce     string `query:"nonce" maxLength:"64" doc:"hex"`
 	Digest    string `query:"digest" maxLength:"64" doc:"hex"`
 	Admission string `query:"admission" maxLength:"20" doc:"the number of an admission: finds its outcome"`
@@ -324,6 +341,9 @@ func (s *server) events(_ context.Context, _ caller, in *eventsInput) (*listed[a
 		}
 	}
 	err := s.Appliance.Find(q, span, func(index uint64, e audit.Event) bool {
+		if not, is := strings.CutPrefix(in.Outcome, "!"); in.Outcome != "" && (e.Outcome == not) == is {
+			return true
+		}
 		return out.add(api.Event{Index: index, Event: e}, strconv.FormatUint(index, 10))
 	})
 	if err == nil && out.last == "" && in.After == "" && in.Actor != "" {
@@ -366,7 +386,7 @@ func (s *server) keyDoc(k *keyring.Key) api.Key {
 		PublicKey: hex.EncodeToString(info.PublicKey),
 		Origin:    info.Provenance.String(), Provenance: api.Provenance(info.Provenance),
 		Created: k.Created.Unix(), Activates: unix(k.Activates), Retires: unix(k.Retires),
-		Uses: k.Uses(), Authorization: k.Authorization,
+		Uses: k.Uses(), Own: k.Own(), Authorization: k.Authorization,
 	}
 	if next, ok := s.Appliance.Keys.Next(k); ok {
 		doc.Next = hex.EncodeToString(next[:])

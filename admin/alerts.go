@@ -18,7 +18,14 @@ func (s *server) alerts(context.Context, caller, *none) (api.Alerts, error) {
 		Firing: docs(engine.Firing(), alertDoc),
 		Kinds: docs(alert.Kinds, func(k *alert.Kind) api.AlertKind {
 			fires := k.Threshold(engine.Config())
-			return api.AlertKind{Code: k.Code, Fires: fires, Means: k.Means, Do: k.Do, See: k.Link()}
+			doc := api.AlertKind{Code: k.Code, Fires: fires, Means: k.Means, Do: k.Do, See: k.Link()}
+			if m, ok := engine.Measured(k); ok {
+				doc.Measured = &api.Measured{
+					Number: m.Number, Warning: m.Warning, Critical: m.Critical, Percent: m.Share,
+					Window: int64(m.Window / time.Second), Series: k.Series,
+				}
+			}
+			return doc
 		}),
 	}, nil
 }

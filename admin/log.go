@@ -22,6 +22,7 @@ import (
 	"countersign/internal/manage"
 	"countersign/internal/sink"
 	"countersign/internal/webhook"
+	"countersign/wire"
 
 	"github.com/danielgtaylor/huma/v2"
 )
@@ -45,6 +46,23 @@ func (s *server) endEpoch(ctx context.Context, who caller, _ *none) (api.Log, er
 		return api.Log{}, err
 	}
 	return s.log(ctx, who, nil)
+}
+
+func (s *server) eventProof(ctx context.Context, _ caller, in *struct {
+	Event uint64 `path:"event"`
+	Seen  uint64 `query:"seen" doc:"leaves of the last checkpoint of the epoch that the caller has seen; 0: none"`
+}) (api.EventProof, error) {
+	p, c, err := s.Appliance.EventProof(ctx, in.Event, in.Seen)
+	if err != nil {
+		return api.EventProof{}, err
+	}
+	texts := func(path []wire.Bytes32) []string {
+		return docs(path, func(h wire.Bytes32) string { return hex.EncodeToString(h[:]) })
+	}
+	return api.EventProof{
+		Event: p.Event, Epoch: p.Epoch, Index: p.Index, Leaf: string(p.Leaf), Path: texts(p.Path),
+		Checkpoint: p.Checkpoint, Consistency: texts(c.Path),
+	}, nil
 }
 
 type file struct {
@@ -206,6 +224,7 @@ func (s *server) ledger(ctx context.Context, _ caller, _ *none) (api.Ledger, err
 		FileSize: st.FileSize, FreeBytes: st.FreeBytes, Events: st.Events, FirstEvent: st.FirstEvent,
 		Epochs: st.Epochs, Nonces: st.Nonces, MaxNonces: st.MaxNonces,
 		Time: st.Time.Unix(), BehindClock: st.BehindClock, Trouble: st.Trouble,
+		Checkpoint: s.Appliance.LastCheckpoint().Unix(),
 	}, err
 }
 

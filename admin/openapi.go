@@ -8,6 +8,9 @@ import (
 	"strconv"
 	"strings"
 
+	"countersign/approval"
+	"countersign/audit"
+
 	"github.com/danielgtaylor/huma/v2"
 )
 
@@ -56,6 +59,11 @@ func (s *server) openAPI() []byte {
 	if err := json.Unmarshal(b, &doc); err != nil {
 		panic("admin: " + err.Error())
 	}
+	proposers := map[string][]approval.Role{}
+	for _, act := range approval.Acts() {
+		proposers[act] = approval.Proposers(act)
+	}
+	doc["x-acts"], doc["x-events"] = proposers, audit.Types()
 	var out bytes.Buffer
 	e := json.NewEncoder(&out)
 	e.SetEscapeHTML(false)

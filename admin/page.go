@@ -2,6 +2,7 @@ package admin
 
 import (
 	"bytes"
+	"cmp"
 	"encoding/json"
 	"io"
 	"reflect"
@@ -74,7 +75,20 @@ func marshal(w io.Writer, v any) error {
 // pageInput selects a page of a listing that is in memory.
 type pageInput struct {
 	After string `query:"after" maxLength:"200" doc:"the header Countersign-Next of the page before"`
+	Limit int    `query:"limit" minimum:"1" maximum:"1000" default:"1000"`
 }
+
+// findInput selects a page of the entries of a listing by their names.
+type findInput struct {
+	After string `query:"after" maxLength:"200" doc:"the header Countersign-Next of the page before"`
+	Limit int    `query:"limit" minimum:"1" maximum:"1000" default:"1000"`
+	Find  string `query:"find" maxLength:"200" doc:"only entries with this text in their names"`
+}
+
+func (in *findInput) page() *pageInput { return &pageInput{in.After, in.Limit} }
+
+// finds reports whether an entry is asked for.
+func (in *findInput) finds(name string) bool { return strings.Contains(name, in.Find) }
 
 // listed is a page of a listing with the cursor of the next page. All listings have cursors of one
 // form: a text that names the last entry of the page, whatever the listing's order is, and that the
@@ -101,7 +115,7 @@ func (l *listed[D]) add(doc D, cursor string) bool {
 // page begins with the first entry behind the key After, so that entries that come or go between
 // two pages make no other entry appear twice or not at all.
 func paged[T, D any](in *pageInput, all []T, key func(T) string, doc func(T) D) *listed[D] {
-	out := newListed[D](maxEntries)
+	out := newListed[D](cmp.Or(in.Limit, maxEntries))
 	slices.SortFunc(all, func(x, y T) int { return strings.Compare(key(x), key(y)) })
 	for _, each := range all {
 		if at := key(each); (in.After == "" || at > in.After) && !out.add(doc(each), at) {

@@ -57,6 +57,25 @@ func (s *server) routes() {
 		route: "POST /v1/operators/first", id: "first-operator",
 		summary: "Enrol the first administrator: for root on the Unix socket, once",
 		roles:   public, refused: inNoState, status: http.StatusCreated})
+	route(s, s.firstLink, operation{
+		route: "POST /v1/operators/first/link", id: "first-link",
+		summary: "Make the link of the first administrator: for root on the Unix socket",
+		roles:   public, refused: inNoState, status: http.StatusCreated})
+	route(s, s.newLink, operation{
+		route: "POST /v1/links", id: "make-link", summary: "Make a link by which a person makes a passkey, once",
+		roles: of(administrator), refused: whileUninitialised, status: http.StatusCreated})
+	route(s, s.listLinks, operation{
+		route: "GET /v1/links", id: "links", summary: "List the links with the passkeys that were made by them",
+		roles: of(administrator), refused: whileUninitialised})
+	routeEmpty(s, s.removeLink, operation{
+		route: "DELETE /v1/links/{id}", id: "remove-link", summary: "Make a link worthless",
+		roles: of(administrator), refused: whileUninitialised})
+	route(s, s.openLink, operation{
+		route: "POST /v1/links/open", id: "open-link", summary: "Open a link by its secret, and begin to make its passkey",
+		roles: public, refused: inNoState})
+	route(s, s.useLink, operation{
+		route: "POST /v1/links/use", id: "use-link", summary: "Use a link with the passkey that was made",
+		roles: public, refused: inNoState})
 	routeRaw(s, s.operators, operation{
 		route: "GET /v1/operators", id: "operators", summary: "List operators",
 		roles: of(administrator, auditor, approver), refused: whileUninitialised})
@@ -199,13 +218,17 @@ func (s *server) routes() {
 	routeRaw(s, s.events, operation{
 		route: "GET /v1/events", id: "events", summary: "List events of the audit log",
 		roles: eventReaders, refused: whileUninitialised})
+	route(s, s.eventProof, operation{
+		route: "GET /v1/events/{event}/proof", id: "event-proof",
+		summary: "Prove that an event is in the log, and that the log continues the tree that the caller has seen",
+		roles:   eventReaders, refused: whileUninitialised})
 	routeRaw(s, s.follow, operation{
 		route: "GET /v1/stream", id: "stream",
 		summary: "Follow state, figures and events as they happen, as server-sent events",
 		roles:   signedIn, refused: whileUninitialised, stream: "text/event-stream"})
 	route(s, s.log, operation{
 		route: "GET /v1/log", id: "log", summary: "Name the audit log",
-		roles: of(administrator, operator, auditor, backup), refused: whileUninitialised})
+		roles: of(administrator, operator, auditor, approver, backup), refused: whileUninitialised})
 	route(s, s.endEpoch, operation{
 		route: "POST /v1/log/epochs", id: "end-epoch", summary: "End the present epoch of the audit log",
 		roles: of(operator), refused: whileUninitialised})

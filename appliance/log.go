@@ -14,6 +14,7 @@ import (
 	"countersign/internal/keyring"
 	"countersign/internal/keystore"
 	"countersign/internal/ledger"
+	"countersign/internal/manage"
 	"countersign/internal/resource"
 	"countersign/wire"
 )
@@ -88,6 +89,9 @@ func (a *Appliance) checkpoint(ctx context.Context, epoch uint32, size uint64) (
 	return a.ledger.Epoch(epoch)
 }
 
+// LastCheckpoint returns the time of the last checkpoint, or of the start.
+func (a *Appliance) LastCheckpoint() time.Time { return time.Unix(0, a.signed.Load()) }
+
 // Proof returns the proof that an event of the calling peer is in the log.
 func (a *Appliance) Proof(ctx context.Context, who Caller, event uint64) (*wire.Proven, error) {
 	none := fmt.Errorf("%w: event %d is not one of yours", errNotYours, event)
@@ -113,13 +117,50 @@ func (a *Appliance) Proof(ctx context.Context, who Caller, event uint64) (*wire.
 	if said.Actor.Kind != "peer" || said.Actor.Name != who.Name {
 		return nil, none
 	}
-	return a.prove(ctx, e, event, leaves[0])
+	return a.prove(ctx, e, event, leaves[0], 0)
 }
 
-// prove returns the inclusion proof of an event in its epoch.
-func (a *Appliance) prove(ctx context.Context, e ledger.Epoch, event uint64, leaf []byte) (*wire.Proven, error) {
+// EventProof returns the proof for operators that an event is in the log. The checkpoint has at
+// least seen leaves: those of the last checkpoint of the epoch that the caller has seen, or 0. The
+// second result proves that the tree continues the tree of seen leaves.
+func (a *Appliance) EventProof(ctx context.Context, event, seen uint64) (*wire.Proven, *wire.Consistent, error) {
+	e, err := a.ledger.EpochOf(event)
+	if errors.Is(err, ledger.ErrNotFound) || err == nil && e.Dropping != 0 {
+		return nil, nil, fmt.Errorf("event %d: %w in the log", event, manage.ErrNotFound)
+	} else if err != nil {
+		return nil, nil, err
+	}
+	if seen > a.size(e) {
+		return nil, nil, fmt.Errorf("%w: epoch %d has fewer than %d events: the caller has seen another log, "+
+			"or an older ledger was put back", manage.ErrConflict, e.Number, seen)
+	}
+	leaves, err := a.eventsOf(event, 1)
+	if err != nil {
+		return nil, nil, err
+	}
+	p, err := a.prove(ctx, e, event, leaves[0], seen)
+	if err != nil || seen == 0 {
+		return p, &wire.Consistent{Path: []wire.Bytes32{}}, err
+	}
+	log, _, err := a.Log()
+	if err != nil {
+		return nil, nil, err
+	}
+	head, err := log.Open([]byte(p.Checkpoint))
+	if err != nil {
+		return nil, nil, err
+	}
+	c, err := a.Consistency(ctx, e.Number, seen, head.Size)
+	return p, c, err
+}
+
+// prove returns the inclusion proof of an event in its epoch, under a checkpoint of at least seen
+// leaves.
+func (a *Appliance) prove(
+	ctx context.Context, e ledger.Epoch, event uint64, leaf []byte, seen uint64,
+) (*wire.Proven, error) {
 	index := event - e.First
-	e, err := a.checkpoint(ctx, e.Number, index+1)
+	e, err := a.checkpoint(ctx, e.Number, max(index+1, seen))
 	if err != nil {
 		return nil, err
 	}
@@ -152,7 +193,7 @@ func (a *Appliance) EpochStart(ctx context.Context, epoch uint32) (*wire.Proven,
 	if err != nil {
 		return nil, err
 	}
-	return a.prove(ctx, e, e.First, leaves[0])
+	return a.prove(ctx, e, e.First, leaves[0], 0)
 }
 
 // Consistency returns the proof that the tree of to leaves of an epoch continues the tree of from

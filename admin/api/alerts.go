@@ -32,6 +32,18 @@ type AlertKind struct {
 	Means string `json:"means"`
 	Do    string `json:"do"`
 	See   string `json:"see"`
+	// Measured is absent for an alert with a cause of the state.
+	Measured *Measured `json:"measured,omitempty"`
+}
+
+// Measured is a number of the last look with its thresholds.
+type Measured struct {
+	Number   float64 `json:"number"`
+	Warning  int     `json:"warning" doc:"above it, the alert is a warning"`
+	Critical int     `json:"critical" doc:"above it, the alert is critical"`
+	Percent  bool    `json:"percent" doc:"the numbers are percentages"`
+	Window   int64   `json:"window" doc:"seconds in which the number was counted"`
+	Series   string  `json:"series" doc:"series of the history with the past of the number, as a rate"`
 }
 
 // Alerts are the firing alerts, the gravest first, and all kinds.

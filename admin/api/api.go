@@ -39,6 +39,8 @@ type Key struct {
 	// Next is SHA-256 of the public key of the next version, hex. The line of keys is committed to
 	// it.
 	Next string `json:"next,omitempty"`
+	// Own marks a key of the appliance, with which no peer can have anything signed.
+	Own bool `json:"own" doc:"the appliance's: no peer can have anything signed with it"`
 	// Authorization is the identity key's signature for a Noise key.
 	Authorization *wire.Authorization `json:"authorization,omitempty"`
 }
@@ -119,6 +121,20 @@ type Decision struct {
 type Event struct {
 	Index uint64 `json:"index"`
 	audit.Event
+}
+
+// EventProof proves that an event is in the audit log. Hashes are hex.
+type EventProof struct {
+	Event uint64   `json:"event"`
+	Epoch uint32   `json:"epoch" doc:"of the log; each epoch has a Merkle tree"`
+	Index uint64   `json:"index" doc:"of the leaf in that tree"`
+	Leaf  string   `json:"leaf" doc:"the event as the log has it, byte for byte"`
+	Path  []string `json:"path" doc:"hashes from the leaf to the root"`
+	// Checkpoint is the signed tree head (C2SP tlog-checkpoint).
+	Checkpoint string `json:"checkpoint"`
+	// Consistency proves that the tree continues the tree of the leaves that the caller has seen
+	// (RFC 6962 section 2.1.2).
+	Consistency []string `json:"consistency" doc:"hashes from the tree that the caller has seen; empty without one"`
 }
 
 // NewKey asks for a new key.
@@ -214,6 +230,7 @@ type Ledger struct {
 	Time        int64  `json:"time"`         // of the ledger, Unix seconds
 	BehindClock int64  `json:"behind_clock"` // seconds from Time to the system's clock
 	Trouble     string `json:"trouble,omitempty"`
+	Checkpoint  int64  `json:"checkpoint" doc:"when the last checkpoint was signed, or the daemon was started"`
 }
 
 // Compacted is the result of a compaction.
@@ -297,6 +314,12 @@ func (c *Client) SuspendPeer(ctx context.Context, name string) error {
 // ResumePeer admits a suspended peer again.
 func (c *Client) ResumePeer(ctx context.Context, name string) error {
 	return c.do(ctx, http.MethodPost, "/v1/peers/"+url.PathEscape(name)+"/resume", nil, nil)
+}
+
+// EventProof proves that an event is in the audit log. seen is the number of leaves of the last
+// checkpoint of the epoch that the caller has seen, or 0.
+func (c *Client) EventProof(ctx context.Context, event, seen uint64) (p EventProof, err error) {
+	return p, c.do(ctx, http.MethodGet, fmt.Sprintf("/v1/events/%d/proof?seen=%d", event, seen), nil, &p)
 }
 
 // Policies lists the versions of the policy without texts, the oldest first. The last one is in

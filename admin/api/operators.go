@@ -200,6 +200,7 @@ type Cause struct {
 	Subject string `json:"subject,omitempty" doc:"the token, key, webhook or file concerned"`
 	Text    string `json:"text" doc:"the details"`
 	Do      string `json:"do" doc:"what to do"`
+	Stops   bool   `json:"stops" doc:"nothing is signed or verified until it is over"`
 }
 
 // Lock locks the appliance.

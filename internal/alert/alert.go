@@ -118,8 +118,9 @@ type Engine struct {
 
 	// mu guards the fields below. The ledger's writer holds mu while memory follows the ledger.
 	mu     sync.Mutex
-	firing map[id]*Alert
-	boxes  map[string]*outbox // by the name of the receiver
+	firing  map[id]*Alert
+	numbers map[*Kind]float64  // of the measured kinds, at the last look
+	boxes   map[string]*outbox // by the name of the receiver
 }
 
 // Open returns the Engine of a ledger. causes returns the present causes of the state, and
@@ -131,7 +132,7 @@ func Open(
 	e := &Engine{
 		c: c, ledger: l, meter: m, causes: causes, receivers: receivers, appliance: appliance, log: log,
 		windows: map[*Kind]*window{}, watched: map[id]*watch{}, unsaved: map[id]*change{}, testing: manage.NewLock(),
-		firing: map[id]*Alert{}, boxes: map[string]*outbox{},
+		firing: map[id]*Alert{}, numbers: map[*Kind]float64{}, boxes: map[string]*outbox{},
 	}
 	for _, r := range receivers {
 		e.boxes[r.Name()] = newOutbox()
@@ -562,6 +563,25 @@ func (e *Engine) Firing() (all []Alert) {
 			cmp.Compare(x.Code, y.Code), cmp.Compare(x.Subject, y.Subject))
 	})
 	return all
+}
+
+// Measure is a number with its thresholds.
+type Measure struct {
+	Rate
+	Share  bool    // the number is a percentage
+	Number float64 // at the last look
+}
+
+// Measured returns the number of a measured kind, or false for a kind with a cause, and before the
+// first look.
+func (e *Engine) Measured(k *Kind) (Measure, bool) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	n, known := e.numbers[k]
+	if !known {
+		return Measure{}, false
+	}
+	return Measure{k.rate(e.c), k.share, n}, true
 }
 
 // Config returns the thresholds and times.

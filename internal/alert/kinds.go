@@ -48,6 +48,8 @@ type Kind struct {
 	Code  string // stable: a section of docs/OPERATIONS.md has the code as its title
 	Means string // one clause without a full stop
 	Do    string // the operator's next step
+	// Series is the series of the history with the past of a measured kind.
+	Series string
 
 	level  Level // of an alert without counters
 	atOnce bool  // the cause does not end by itself, so the alert does not wait
@@ -75,7 +77,7 @@ var Kinds = slices.Concat(measured, []*Kind{ended}, caused())
 
 var measured = []*Kind{
 	{
-		Code: "signature-failures", Means: "many sign requests are refused or not served",
+		Code: "signature-failures", Series: "refused", Means: "many sign requests are refused or not served",
 		Do:   "countersign admin metrics refusals shows the codes, and the audit log the peers",
 		rate: func(c Config) Rate { return c.SignatureFailures }, text: "%.0f sign requests failed within %s",
 		count: func(m *meter.Meter) (n, of float64) {
@@ -83,19 +85,19 @@ var measured = []*Kind{
 		},
 	},
 	{
-		Code: "rate-limits", Means: "peers or strangers reach limits again and again",
+		Code: "rate-limits", Series: "rate_limited", Means: "peers or strangers reach limits again and again",
 		Do:   "countersign admin metrics rate_limited shows the limit; suspend the peer if need be",
 		rate: func(c Config) Rate { return c.RateLimits }, text: "limits were reached %.0f times within %s",
 		count: func(m *meter.Meter) (n, of float64) { return m.Count(meter.RateLimited), 0 },
 	},
 	{
-		Code: "replays", Means: "requests come with nonces that are spent",
+		Code: "replays", Series: "replays", Means: "requests come with nonces that are spent",
 		Do:   "find the peer: countersign admin audit list --type ReplayRefused; then see docs/INCIDENTS.md",
 		rate: func(c Config) Rate { return c.Replays }, text: "%.0f replays were refused within %s",
 		count: func(m *meter.Meter) (n, of float64) { return m.Count(meter.Replays), 0 },
 	},
 	{
-		Code: "handshake-timeouts", Means: "many handshakes end because the client is silent",
+		Code: "handshake-timeouts", Series: "handshakes_timeout", Means: "many handshakes end because the client is silent",
 		Do:   "see the network, and countersign admin peer refused",
 		rate: func(c Config) Rate { return c.HandshakeTimeouts }, share: true,
 		text: "%.1f %% of %.0f handshakes timed out within %s",

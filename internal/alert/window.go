@@ -54,6 +54,9 @@ func (e *Engine) measure(k *Kind, level Level, now time.Time) reading {
 		}
 		n, r.text = share, fmt.Sprintf(k.text, share, of, short(rate.Window))
 	}
+	e.mu.Lock()
+	e.numbers[k] = n
+	e.mu.Unlock()
 	r.wants = rate.wants(n, level)
 	if r.wants.rank() < level.rank() && now.Sub(e.begun) < rate.Window {
 		r.wants = level

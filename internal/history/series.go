@@ -109,10 +109,10 @@ var All = []*Series{
 	gauge("peers", "", Last, "Enrolled peers.", of(meter.Peers, "state", "enrolled")),
 
 	gauge("tokens_up", "", Min, "Tokens that serve.", of(meter.TokenUp)).main(),
-	gauge("workers_up", "", Min, "Key workers that run.", of(meter.WorkerUp)),
+	gauge("workers_up", "", Min, "Key workers that run.", of(meter.WorkerUp)).main(),
 	rate("worker_calls", "Calls that key workers have answered.", of(meter.WorkerCalls)),
 	rate("worker_errors", "Calls that have failed at key workers.", of(meter.WorkerErrors)),
-	rate("worker_restarts", "Key workers that were replaced.", of(meter.WorkerRestarts)),
+	rate("worker_restarts", "Key workers that were replaced.", of(meter.WorkerRestarts)).main(),
 	gauge("worker_memory", "bytes", Max, "Private memory of the key workers.", of(meter.WorkerMemory)),
 
 	rate("commits", "Transactions of the ledger.", of(meter.Commits, "result", "ok")),

@@ -292,7 +292,12 @@ func (r *roster) store(tx *ledger.Tx, who audit.Actor, action, name, change stri
 	return audit.NewOperatorChanged(who, action, name, change, record), err
 }
 
-// EnrolFirst enrols the first operator, with all roles that the next enrolments need. Only root on
+// FirstRoles returns the roles of the first operator: all that the next enrolments need.
+func FirstRoles() []approval.Role {
+	return []approval.Role{approval.Administrator, approval.OperatorRole, approval.Auditor, approval.Approver}
+}
+
+// EnrolFirst enrols the first operator, with the roles of FirstRoles. Only root on
 // the Unix socket can enrol the first operator, and only while the ledger has no operator.
 func (r *Registry) EnrolFirst(
 	ctx context.Context, ch Channel, name string, c approval.Credential,
@@ -301,8 +306,7 @@ func (r *Registry) EnrolFirst(
 		return approval.Operator{}, fmt.Errorf("%w: root enrols the first operator, on the Unix socket", ErrNotAllowed)
 	}
 	c.Added = 0
-	roles := []approval.Role{approval.Administrator, approval.OperatorRole, approval.Auditor, approval.Approver}
-	values := []string{name, joinRoles(roles), string(manage.Encode(c))}
+	values := []string{name, joinRoles(FirstRoles()), string(manage.Encode(c))}
 	var first approval.Operator
 	who := audit.Operator("uid:0").In(ch.Request)
 	err := r.updateRoster(ctx, who, "operator enrol", func(people *roster) (string, string, error) {
