@@ -17,6 +17,7 @@ esac
 bin=bin
 listen=${LISTEN:-127.0.0.1:7700}      # profile countersign-v1
 pubky=${LISTEN_PUBKY:-127.0.0.1:7701} # profile pubky-noise-v1
+https=${LISTEN_HTTPS:-127.0.0.1:7780} # the web console
 here=$(pwd -P)
 
 secret() { # secret FILE: writes 32 random hex digits, unless the file exists
@@ -76,6 +77,7 @@ cat >"$run/countersign.toml" <<CONF
 listen = "$listen"
 listen_pubky = "$pubky"
 admin_socket = "admin.sock"
+admin_https = "$https"
 ledger = "ledger.db"
 policy = "policy.cedar"
 

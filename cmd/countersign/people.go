@@ -7,8 +7,10 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"slices"
 	"strconv"
 	"strings"
+	"time"
 
 	"countersign/admin/api"
 	"countersign/approval"
@@ -141,11 +143,89 @@ func showOperator(w io.Writer, o approval.Operator) {
 	}
 }
 
+// showLink prints a new link. The address alone goes to stdout.
+func (t *tool) showLink(l api.MadeLink, err error) error {
+	if err != nil {
+		return nil
+	}
+	return t.print(l, func(w io.Writer) { fmt.Fprintln(w, l.URL) })
+}
+
+// linkPoll is the time between two looks at a link that a person is to use.
+const linkPoll = time.Second
+
+// operatorLink is the command that makes a link for a person, and with --wait proposes the passkey.
+func (t *tool) operatorLink(act maker) *cobra.Command {
+	var roles string
+	var wait bool
+	c := act("link NAME", "Make a link by which a person makes a passkey, once", cobra.ExactArgs(1),
+		func(ctx context.Context, c *api.Client, args []string) error {
+			n := api.NewLink{Operator: args[0]}
+			for role := range strings.SplitSeq(roleOrder(roles), ",") {
+				if role != "" {
+					n.Roles = append(n.Roles, approval.Role(role))
+				}
+			}
+			l, err := c.NewLink(ctx, n)
+			if err := errors.Join(err, t.showLink(l, err)); err != nil || !wait {
+				return err
+			}
+			credential, err := usedLink(ctx, c, l)
+			if err != nil {
+				return err
+			}
+			fmt.Fprintf(t.stderr, "%s has made the passkey %s: the page of the link shows the same id\n", l.Operator, credential.ID)
+			text, err := json.Marshal(credential)
+			if err != nil {
+				return err
+			}
+			if len(l.Roles) == 0 {
+				return t.propose(ctx, c, "credential add", "", "name", l.Operator, "credential", string(text))
+			}
+			return t.propose(ctx, c, "operator add", "", "name", l.Operator, "roles", roleOrder(roles), "credential", string(text))
+		})
+	details(c, "The link works once, for a day, and until the daemon stops. Send it by a way that nobody else reads.\n"+
+		"The passkey is worth nothing until a proposal gives it to the operator: the page Operators of the\n"+
+		"console proposes it, or --wait.")
+	c.Example = "  countersign admin operator link bob --roles operator,approver"
+	c.Flags().StringVar(&roles, "roles", "", "the `roles` of a new operator, separated by commas; an operator keeps the roles")
+	c.Annotations = map[string]string{"long": "yes"} // a person takes time
+	c.Flags().BoolVar(&wait, "wait", false, "wait until the person has made the passkey, and propose it")
+	return c
+}
+
+// usedLink waits until a person has used a link.
+func usedLink(ctx context.Context, c *api.Client, made api.MadeLink) (*approval.Credential, error) {
+	for {
+		all, err := c.Links(ctx)
+		if err != nil {
+			return nil, err
+		}
+		at := slices.IndexFunc(all, func(l api.Link) bool { return l.ID == made.ID })
+		switch {
+		case at < 0:
+			return nil, errors.New("the link has ended, and nobody has used it: make a new one")
+		case all[at].Credential != nil:
+			return all[at].Credential, nil
+		}
+		select {
+		case <-ctx.Done():
+			return nil, ctx.Err()
+		case <-time.After(linkPoll):
+		}
+	}
+}
+
 func (t *tool) operators(act maker) *cobra.Command {
 	var with credentialFlags
 	var roles string
+	var byLink bool
 	first := act("first NAME", "Enrol the first administrator: once, as root", cobra.ExactArgs(1),
 		func(ctx context.Context, c *api.Client, args []string) error {
+			if byLink {
+				l, err := c.FirstLink(ctx, args[0])
+				return errors.Join(err, t.showLink(l, err))
+			}
 			credential, err := with.read()
 			if err != nil {
 				return err
@@ -156,7 +236,13 @@ func (t *tool) operators(act maker) *cobra.Command {
 			}
 			return t.print(o, func(w io.Writer) { showOperator(w, o) })
 		})
-	first.Example = "  countersign admin operator first ann --ssh-key ann.key.pub"
+	first.Example = "  countersign admin operator first ann --ssh-key ann.key.pub\n" +
+		"  countersign admin operator first ann --link"
+	first.Flags().BoolVar(&byLink, "link", false,
+		"in place of a credential, print a link that makes a passkey in a browser, once, within 30 minutes")
+	with.add(first)
+	first.MarkFlagsMutuallyExclusive("link", "ssh-key", "credential")
+	link := t.operatorLink(act)
 	add := act("add NAME", "Enrol an operator, under approval", cobra.ExactArgs(1),
 		func(ctx context.Context, c *api.Client, args []string) error {
 			credential, err := with.text()
@@ -200,7 +286,7 @@ func (t *tool) operators(act maker) *cobra.Command {
 			return t.propose(ctx, c, "operator remove", "", "name", args[0])
 		})
 	return group("operator", "Enrol, show, change and remove operators",
-		with.add(first), with.add(add), list, show, change, remove)
+		first, with.add(add), link, list, show, change, remove)
 }
 
 func (t *tool) credentials(act maker) *cobra.Command {
