@@ -84,7 +84,12 @@ const discouraged = o => Object.assign(
 
 // newBrowser starts a Chromium that accepts TLS certificates with the public keys of the given
 // certificates, although no CA of the browser has signed them.
-func newBrowser(t testing.TB, keys ...*x509.Certificate) *browser {
+func newBrowser(t testing.TB, keys ...*x509.Certificate) *browser { return newBrowserWith(t, nil, keys...) }
+
+// newBrowserWith is newBrowser with further options of Chromium.
+func newBrowserWith(
+	t testing.TB, more []chromedp.ExecAllocatorOption, keys ...*x509.Certificate,
+) *browser {
 	t.Helper()
 	path, err := exec.LookPath("chromium")
 	if err != nil {
@@ -104,6 +109,7 @@ func newBrowser(t testing.TB, keys ...*x509.Certificate) *browser {
 	if os.Geteuid() == 0 {
 		options = append(options, chromedp.NoSandbox)
 	}
+	options = append(options, more...)
 	// The test's context ends before the cleanup, and the browser must not.
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(t.Context()), 3*time.Minute)
 	ctx, end := chromedp.NewExecAllocator(ctx, options...)
