@@ -88,6 +88,7 @@ type server struct {
 	leveling sync.Mutex  // held while the level of the log is set
 	streams  *streams
 	links    links
+	trying   sync.Mutex   // held while a policy is tried
 	macKey   secret.Bytes // of registrations' ids; new after each start
 }
 

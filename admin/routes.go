@@ -202,6 +202,14 @@ func (s *server) routes() {
 		route: "GET /v1/policies/{version}", id: "policy",
 		summary: "Show a version of the policy with its text",
 		roles:   of(administrator, operator, auditor, approver), refused: whileUninitialised})
+	route(s, s.tryPolicy, operation{
+		route: "POST /v1/policies/try", id: "try-policy",
+		summary: "Check a text of a policy, run a table of cases, and replay past decisions; nothing is put in force",
+		roles:   of(administrator, operator, auditor, approver), refused: whileUninitialised, body: maxProposal})
+	route(s, s.rights, operation{
+		route: "GET /v1/peers/{name}/rights", id: "peer-rights",
+		summary: "List the rules of the policy in force that fit a peer, for each key",
+		roles:   of(administrator, operator, auditor, approver), refused: whileUninitialised})
 	routeRaw(s, s.groups, operation{
 		route: "GET /v1/groups", id: "groups", summary: "List the groups of peers and of keys without their members",
 		roles: of(administrator, operator, auditor, approver), refused: whileUninitialised})

@@ -140,6 +140,72 @@ func (a *Appliance) Policy(version uint64) (PolicyVersion, error) {
 	return decodePolicy(key, value)
 }
 
+// Fitting returns the rules in force whose heads hold for a peer, an action and a key.
+func (a *Appliance) Fitting(peer, action, key string) ([]policy.Fitting, error) {
+	rules, err := a.policies.inForce()
+	if err != nil {
+		return nil, err
+	}
+	return rules.Fitting(policy.Request{
+		Peer: peer, Action: action, Key: key, PeerGroups: a.groups.in(policy.OfPeers, peer),
+		KeyGroups: a.groups.in(policy.OfKeys, key),
+	}), nil
+}
+
+// Comparison is the result of a replay of recorded decisions with another policy.
+type Comparison struct {
+	Decisions int      // replayed
+	Withheld  int      // not replayed: a rule reads a text that no record has
+	Changed   int      // decisions that the other policy would change
+	Changes   []Change // the first of them
+	Partial   bool     // the time or the number of decisions did not suffice for all
+}
+
+// Change is a decision that another policy would change.
+type Change struct {
+	Event   uint64
+	Record  policy.Record
+	Allowed bool     // by the other policy
+	Rules   []string // ids of the rules of the other policy that decide
+}
+
+// Compare replays the decisions since a time with the policy next and the groups of now, at most a
+// number of them, until ctx ends. At most the first shown changes are in the result.
+func (a *Appliance) Compare(
+	ctx context.Context, next *policy.Policy, since time.Time, most, shown int,
+) (c Comparison, err error) {
+	var failed error
+	err = a.Decisions(0, since, func(d Decision) bool {
+		if c.Decisions+c.Withheld >= most || ctx.Err() != nil {
+			c.Partial = true
+			return false
+		}
+		rec, err := policy.ParseRecord(d.Record)
+		if err != nil {
+			failed = fmt.Errorf("event %d: %w", d.Event, err)
+			return false
+		}
+		q, err := rec.Request()
+		if err != nil {
+			failed = fmt.Errorf("event %d: %w", d.Event, err)
+			return false
+		}
+		if next.Readable(q) != nil {
+			c.Withheld++
+			return true
+		}
+		c.Decisions++
+		q.PeerGroups, q.KeyGroups = a.groups.in(policy.OfPeers, q.Peer), a.groups.in(policy.OfKeys, q.Key)
+		if is := next.Decide(q); is.Allowed != rec.Allowed {
+			if c.Changed++; len(c.Changes) < shown {
+				c.Changes = append(c.Changes, Change{d.Event, rec, is.Allowed, is.Rules})
+			}
+		}
+		return true
+	})
+	return c, errors.Join(err, failed)
+}
+
 // start activates the policy file, unless there are operators. Operators approve policies, and a
 // restart must not activate a policy without their approval.
 func (p *policies) start(ctx context.Context) error {

@@ -265,3 +265,37 @@ func isGroup(n ast.IsNode) bool {
 	uid, is := v.Value.(types.EntityUID)
 	return is && (uid.Type == groupType || uid.Type == keyGroupType)
 }
+
+// Fitting is a rule whose head holds for a peer, an action and a key.
+type Fitting struct {
+	Rule
+	Permits     bool // the rule permits; otherwise, it forbids
+	Conditional bool // the rule has conditions, which depend on the document and on what was used
+}
+
+// Fitting returns the rules whose heads hold for a request, in the order of the text. The context
+// of the request is not looked at.
+func (p *Policy) Fitting(r Request) (all []Fitting) {
+	q := r.cedar(false)
+	entities, rules := p.entities(r, q)
+	texts := map[cedar.PolicyID]Rule{}
+	for _, each := range p.Rules() {
+		texts[cedar.PolicyID(each.ID)] = each
+	}
+	for id, rule := range rules.All() {
+		tree := (*ast.Policy)(rule.AST())
+		head := ast.Policy{
+			Effect: tree.Effect, Principal: tree.Principal, Action: tree.Action, Resource: tree.Resource,
+			Annotations: tree.Annotations, Position: tree.Position,
+		}
+		alone := head // as a permit, the head alone decides
+		alone.Effect = ast.EffectPermit
+		set := cedar.NewPolicySet()
+		set.Add(id, cedar.NewPolicyFromAST((*cedarast.Policy)(&alone)))
+		if decision, _ := cedar.Authorize(set, entities, q); decision == cedar.Allow {
+			all = append(all, Fitting{texts[id], tree.Effect == ast.EffectPermit, len(tree.Conditions) > 0})
+		}
+	}
+	slices.SortFunc(all, func(x, y Fitting) int { return x.Line - y.Line })
+	return all
+}

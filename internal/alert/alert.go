@@ -117,7 +117,7 @@ type Engine struct {
 	testing manage.Lock
 
 	// mu guards the fields below. The ledger's writer holds mu while memory follows the ledger.
-	mu     sync.Mutex
+	mu      sync.Mutex
 	firing  map[id]*Alert
 	numbers map[*Kind]float64  // of the measured kinds, at the last look
 	boxes   map[string]*outbox // by the name of the receiver
