@@ -4,7 +4,7 @@ export REQUIRE_DEVICES = 1
 # need the package.
 export GOEXPERIMENT = runtimesecret
 
-.PHONY: build demo run test soak bench fuzz clean deps
+.PHONY: build demo run test soak bench fuzz screenshots clean deps
 
 build:
 	@scripts/deps.sh build
@@ -37,9 +37,14 @@ bench: deps
 fuzz: deps
 	@scripts/fuzz.sh
 
+# Each page of the console with believable data, light, dark and narrow, as PNG files in screenshots/.
+screenshots: deps
+	@scripts/console.sh
+	SCREENSHOTS=$(CURDIR)/screenshots go test -count=1 -timeout 10m -run '^TestConsolePages$$' ./softhsm-tests
+
 deps:
 	@scripts/deps.sh test
 
 clean:
-	rm -rf bin .run .run-tpm admin/console/node_modules
+	rm -rf bin screenshots .run .run-tpm admin/console/node_modules
 	find admin/console/dist -mindepth 1 ! -name .gitignore -delete

@@ -257,6 +257,12 @@ func (c *tab) checkPage(of string) {
 		c.t.Errorf("%s: axe-core: %s", of, each)
 	}
 	mustRun[any](c.browser, `(self.violations = [], self.failures = [], true)`) // axe-core has caused others
+	c.checkWidth(of)
+}
+
+// checkWidth fails the test for a page that is wider than its window.
+func (c *tab) checkWidth(of string) {
+	c.t.Helper()
 	if wide := mustRun[int](c.browser, `document.documentElement.scrollWidth - innerWidth`); wide > 0 {
 		c.t.Errorf("%s: the page is %d pixels wider than the window", of, wide)
 	}

@@ -84,7 +84,9 @@ const discouraged = o => Object.assign(
 
 // newBrowser starts a Chromium that accepts TLS certificates with the public keys of the given
 // certificates, although no CA of the browser has signed them.
-func newBrowser(t testing.TB, keys ...*x509.Certificate) *browser { return newBrowserWith(t, nil, keys...) }
+func newBrowser(t testing.TB, keys ...*x509.Certificate) *browser {
+	return newBrowserWith(t, nil, keys...)
+}
 
 // newBrowserWith is newBrowser with further options of Chromium.
 func newBrowserWith(

@@ -1,6 +1,6 @@
 // The console: the frame with the names of the pages and the state on top, and the page of the
 // present address.
-import { render } from "preact";
+import { Component, render } from "preact";
 import type { ComponentChildren } from "preact";
 import { useEffect, useRef, useState } from "preact/hooks";
 import { may } from "./api";
@@ -14,7 +14,7 @@ import { Search } from "./search";
 import { begin, session, signOut } from "./session";
 import { Enrol, SignIn, takeFragment } from "./signin";
 import { useStore } from "./store";
-import { Empty, Mark, Page, Shape, State, Time, Waiting } from "./ui";
+import { Empty, Mark, Page, Problem, Shape, State, Time, Waiting } from "./ui";
 import { sentence } from "./words";
 import { Alerts } from "./pages/alerts";
 import { Approval, Approvals } from "./pages/approvals";
@@ -25,6 +25,7 @@ import { Operators } from "./pages/operators";
 import { Overview } from "./pages/overview";
 import { Peer, Peers } from "./pages/peers";
 import { Policy } from "./pages/policy";
+import { PolicyEdit } from "./pages/policy-edit";
 import { Retention } from "./pages/retention";
 
 type Place = {
@@ -43,13 +44,23 @@ const places: Place[] = [
   { at: "figures", name: "Figures", group: "Now", needs: "GET /v1/history", show: () => <Figures /> },
   { at: "keys", name: "Keys", group: "What signs", needs: "GET /v1/keys", show: ({ path }) => path[1] ? <Key name={path[1]} key={path[1]} /> : <Keys /> },
   { at: "peers", name: "Peers", group: "What signs", needs: "GET /v1/peers", show: ({ path }) => path[1] ? <Peer name={path[1]} key={path[1]} /> : <Peers /> },
-  { at: "policy", name: "Policy", group: "What signs", needs: "GET /v1/policies", show: ({ path }) => <Policy version={path[1]} /> },
+  { at: "policy", name: "Policy", group: "What signs", needs: "GET /v1/policies", show: ({ path }) => path[1] === "edit" ? <PolicyEdit /> : <Policy version={path[1]} /> },
   { at: "approvals", name: "Approvals", group: "Who decides", needs: "GET /v1/proposals", show: ({ path }) => path[1] ? <Approval id={Number(path[1])} key={path[1]} /> : <Approvals /> },
   { at: "operators", name: "Operators", group: "Who decides", needs: "GET /v1/sessions", show: () => <Operators /> },
   { at: "audit", name: "Audit log", group: "The record", needs: "GET /v1/events", show: ({ path }) => path[1] ? <AuditEvent index={Number(path[1])} key={path[1]} /> : <Audit /> },
   { at: "retention", name: "Retention", group: "The record", needs: "GET /v1/retention", show: () => <Retention /> },
   { at: "receipts", name: "Receipts", group: "The record", needs: "GET /v1/receipts", show: () => <Retention receipts /> },
 ];
+
+/** Boundary shows the failure of a page in its place: the frame stays. */
+class Boundary extends Component<{ of: string; children: ComponentChildren }, { error: unknown; of: string }> {
+  state = { error: undefined as unknown, of: "" };
+  componentDidCatch(error: unknown) { this.setState({ error, of: this.props.of }); }
+  render() {
+    const { error, of } = this.state;
+    return error !== undefined && of === this.props.of ? <Problem error={error} again={() => this.setState({ error: undefined })} /> : this.props.children;
+  }
+}
 
 function App() {
   const s = useStore(session);
@@ -106,7 +117,7 @@ function Frame({ me, address }: { me: Me; address: Address }) {
       <button type="button" onClick={() => setSearching(true)}>Search <kbd>/</kbd></button>
     </header>
     <main id="main" ref={main} tabIndex={-1}>
-      {!place ? <Nowhere /> : !may(roles, place.needs) ? <NotYours name={place.name} /> : place.show(address)}
+      <Boundary of={where}>{!place ? <Nowhere /> : !may(roles, place.needs) ? <NotYours name={place.name} /> : place.show(address)}</Boundary>
     </main>
     {searching && <Search close={() => setSearching(false)} pages={mine.map((p) => ({ name: p.name, to: "/" + p.at }))} />}
   </div>;

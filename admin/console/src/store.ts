@@ -17,11 +17,11 @@ export class Store<T> {
 
 export function useStore<T>(s: Store<T>): T {
   const [, turn] = useState({});
+  const shown = s.get();
   useEffect(() => {
-    const seen = s.get();
     const end = s.follow(() => turn({}));
-    if (s.get() !== seen) turn({});
+    if (s.get() !== shown) turn({}); // it has changed between the rendering and this effect
     return end;
   }, [s]);
-  return s.get();
+  return shown;
 }

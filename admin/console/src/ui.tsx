@@ -114,7 +114,7 @@ export function Copy({ text, of }: { text: string; of: string }) {
 /** Id shows an id in a short form, with a button that copies it whole. */
 export function Id({ children, of = "id", whole }: { children: string; of?: string; whole?: boolean }) {
   const short = whole || children.length <= 20 ? children : children.slice(0, 10) + "…" + children.slice(-6);
-  return <span class="id"><code title={short === children ? undefined : children}><Text>{short}</Text></code><Copy text={children} of={of} /></span>;
+  return <span class="id"><code class={whole ? "whole" : undefined} title={short === children ? undefined : children}><Text>{short}</Text></code><Copy text={children} of={of} /></span>;
 }
 
 /** Command shows commands that are copied as they are. */
@@ -240,6 +240,8 @@ export type Column<T> = {
   num?: boolean;
   /** quiet columns are left out on a narrow screen. */
   quiet?: boolean;
+  /** name columns keep room for a word of some length. */
+  name?: boolean;
 };
 
 /** Table is the one table. On a narrow screen, each row is a block with the heads as labels. */
@@ -248,12 +250,12 @@ export function Table<T>({ name, rows, columns, id, empty, more, loading }: {
   empty: ComponentChildren; more?: (() => void) | undefined; loading?: boolean;
 }) {
   if (!rows.length && !more) return <>{empty}</>;
-  const kind = (c: Column<T>) => [c.num && "num", c.quiet && "wide"].filter(Boolean).join(" ");
+  const kind = (c: Column<T>) => [c.num && "num", c.quiet && "wide", c.name && "name"].filter(Boolean).join(" ");
   return <>
     <table role="table" aria-label={name} onKeyDown={rowKeys}>
       <thead role="rowgroup"><tr role="row">{columns.map((c) => <th role="columnheader" scope="col" class={kind(c)} key={c.head}>{c.head}</th>)}</tr></thead>
       <tbody role="rowgroup">{rows.map((row) => <tr role="row" key={id(row)}>
-        {columns.map((c) => <td role="cell" class={kind(c)} data-head={c.head} key={c.head}>{c.cell(row)}</td>)}
+        {columns.map((c) => <td role="cell" class={kind(c)} data-head={c.head} key={c.head}><div>{c.cell(row)}</div></td>)}
       </tr>)}</tbody>
     </table>
     {more && <button type="button" class="more" onClick={more} disabled={loading}>{loading ? "Loading…" : "Show more"}</button>}
@@ -390,10 +392,10 @@ export function Spark({ values, label }: { values: (number | null)[]; label: str
   let path = "", pen = false;
   values.forEach((v, i) => {
     if (v === null) { pen = false; return; }
-    path += `${pen ? "L" : "M"}${(i * step).toFixed(1)} ${(h - 1.5 - (v / max) * (h - 3)).toFixed(1)}`;
+    path += `${pen ? "L" : "M"}${(i * step).toFixed(1)} ${(h - 3 - (v / max) * (h - 6)).toFixed(1)}`;
     pen = true;
   });
-  return <svg class="spark" viewBox={`0 0 ${w} ${h}`} width={w} height={h} role="img" aria-label={label} preserveAspectRatio="none"><path d={path} /></svg>;
+  return <svg class={Math.max(...known) > 0 ? "spark" : "spark flat"} viewBox={`0 0 ${w} ${h}`} width={w} height={h} role="img" aria-label={label} preserveAspectRatio="none"><path d={path} /></svg>;
 }
 
 export function bytes(n: number): string {

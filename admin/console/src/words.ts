@@ -42,7 +42,7 @@ export function sentence(h: Health): { tone: Tone; text: string } {
     case "locked": return { tone: "off", text: "Locked: nothing is signed until an administrator unlocks it." };
     case "rolled-back": return { tone: "crit", text: "Stopped: the ledger is older than its counter, so nothing is signed." };
     case "operational":
-      return h.alerts?.length ? { tone: "warn", text: `It signs. ${h.alerts.length === 1 ? "An alert fires" : h.alerts.length + " alerts fire"}: ${h.alerts[0]!.text}.` }
+      return h.alerts?.length ? { tone: h.alerts[0]!.level === "critical" ? "crit" : "warn", text: `It signs. ${h.alerts.length === 1 ? "An alert fires" : h.alerts.length + " alerts fire"}: ${h.alerts[0]!.text}.` }
         : { tone: "ok", text: "All is well: it signs, and nothing needs you." };
     default:
       return stops ? { tone: "crit", text: `It does not sign: ${stops.text}${n > 1 ? `, and ${n - 1} more` : ""}.` }

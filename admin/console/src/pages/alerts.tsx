@@ -20,7 +20,7 @@ export function Alerts() {
     <Section title="Firing" note="The gravest first.">
       <Load of={all}>{({ firing }) => <Table name="Firing alerts" rows={firing} id={(a) => a.code + (a.subject ?? "")}
         empty={<Empty title="No alert fires.">Alerts come here by themselves, and go when their reason is over. The kinds are listed below.</Empty>} columns={[
-          { head: "Alert", cell: (a) => <><State tone={tone(a)}><strong>{a.code}</strong></State>{a.subject && <> · <Text>{a.subject}</Text></>}<br /><Text>{a.text}</Text></> },
+          { head: "Alert", name: true, cell: (a) => <><State tone={tone(a)}><strong>{a.code}</strong></State>{a.subject && <> · <Text>{a.subject}</Text></>}<br /><Text>{a.text}</Text></> },
           { head: "What to do", cell: (a) => <><Text>{a.do}</Text><br /><span class="quiet">{a.see}</span></> },
           { head: "Since", cell: (a) => <Time s={a.since} ago /> },
           { head: "Noted", cell: (a) => a.acknowledged ? <><Text>{a.acknowledged.by}</Text>{a.acknowledged.reason && <>: <Text>{a.acknowledged.reason}</Text></>}<br /><span class="quiet">until <Time s={a.acknowledged.until} /></span></>
@@ -30,7 +30,7 @@ export function Alerts() {
     {may(mine, "GET /v1/events") && <Past />}
     <Section title="All kinds" note="When each fires, by the configuration.">
       <Load of={all}>{({ kinds }) => <Table name="Kinds of alerts" rows={kinds} id={(k: AlertKind) => k.code} empty={null} columns={[
-        { head: "Code", cell: (k) => <code id={k.code}>{k.code}</code> },
+        { head: "Code", name: true, cell: (k) => <code id={k.code}>{k.code}</code> },
         { head: "Means", cell: (k) => k.means },
         { head: "Fires", cell: (k) => k.fires },
         { head: "What to do", quiet: true, cell: (k) => <Text>{k.do}</Text> },

@@ -100,7 +100,7 @@ export function AuditEvent({ index }: { index: number }) {
           !!e.actor.request && ["Request", <a href={"/audit?request=" + encodeURIComponent(e.actor.request)}><Text>{e.actor.request}</Text></a>],
           !!e.actor.proposal && ["Approved by", <a href={link("approvals", e.actor.proposal)}>proposal {e.actor.proposal}</a>],
           !!e.actor.public_key && ["Key of the session", <Id of="public key">{e.actor.public_key}</Id>],
-          ...Object.entries(e.metadata ?? {}).map(([n, v]): [string, preact.ComponentChildren] => [n.replaceAll("_", " "), /^[0-9a-f]{40,}$/.test(v) ? <Id of={n}>{v}</Id> : <Text>{v}</Text>]),
+          ...Object.entries(e.metadata ?? {}).map(([n, v]): [string, preact.ComponentChildren] => [n.replaceAll("_", " "), /^[0-9a-f]{40,}$/.test(v) ? <Id of={n}>{v}</Id> : /(_at|^since|^until)$/.test(n) && /^\d{10}(\d{3})?$/.test(v) ? <Time ms={Number(v.padEnd(13, "0"))} /> : v.includes("\n") ? <pre class="text" tabIndex={0}><Text lines>{v}</Text></pre> : <Text>{v}</Text>]),
         ]} />
       </Section>
       <Proof event={e} />

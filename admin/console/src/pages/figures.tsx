@@ -43,8 +43,12 @@ const dashes = [[], [6, 3], [2, 2], [8, 3, 2, 3], [1, 3], [12, 4]];
 
 function Chart({ title, h, series }: { title: string; h: History; series: HistorySeries[] }) {
   const box = useRef<HTMLDivElement>(null);
-  const n = series[0]?.values.length ?? 0;
-  const times = Array.from({ length: n }, (_, i) => h.since + i * h.step);
+  const all = series[0]?.values.length ?? 0;
+  // A history that begins later than asked for fills the chart all the same.
+  const begin = Math.max(0, Math.min(all - 12, ...h.series.map((s) => s.values.findIndex((v) => v !== null)).filter((i) => i >= 0)) - 1);
+  const n = all - begin;
+  series = series.map((s) => ({ ...s, values: s.values.slice(begin) }));
+  const times = Array.from({ length: n }, (_, i) => h.since + (begin + i) * h.step);
   const unit = series[0]?.unit ?? "";
   const [table, setTable] = useState(false);
   useEffect(() => {
@@ -58,9 +62,9 @@ function Chart({ title, h, series }: { title: string; h: History; series: Histor
       const axis = { stroke: of("--quiet"), grid: { stroke: of("--rule"), width: 1 }, ticks: { stroke: of("--rule"), width: 1 }, font: "12px " + of("--sans") };
       plot = new Plot({
         width: into.clientWidth, height: 190, legend: { show: false }, cursor: { drag: { x: false, y: false } },
-        scales: { y: { range: (_u, _min, max) => [0, Math.max(max * 1.08, 1e-6)] } },
-        axes: [axis, { ...axis, size: 68, values: (_u, all) => all.map((v) => figure(v, unit)) }],
-        series: [{}, ...series.map((s, i) => ({ label: s.name, stroke: colours[i % colours.length]!, width: 1.5, dash: dashes[i % dashes.length]!, points: { show: false }, spanGaps: false }))],
+        scales: { y: { range: (_u, _min, max) => [0, max > 0 ? max * 1.08 : 1] } },
+        axes: [{ ...axis, space: 70, values: (_u, all) => all.map((t) => h.step > 60 && new Date(t * 1000).getHours() === 0 ? localTime(t * 1000, false).split(",")[0]! : localTime(t * 1000, h.step < 60 && n * h.step < 900).split(", ").pop()!) }, { ...axis, size: 68, values: (_u, all) => all.map((v) => figure(v, unit)) }],
+        series: [{}, ...series.map((s, i) => ({ label: s.name, stroke: colours[i % colours.length]!, width: 1.5, dash: dashes[i % dashes.length]!, points: { size: 3 }, spanGaps: false }))],
       }, [times, ...series.map((s) => s.values as (number | null)[])] as uPlot.AlignedData, into);
     };
     void import("uplot").then((m) => draw(m.default));

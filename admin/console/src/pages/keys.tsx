@@ -23,9 +23,9 @@ export function Keys() {
       </form>
       <Load of={list}>{() => <Table name="Versions of keys" rows={list.items} id={(k) => k.name + "/" + k.version} more={list.more} loading={list.loadingMore}
         empty={find ? <Empty title={`No key has “${find}” in its name.`} /> : <Empty title="There is no key.">A key is made in the device, and never leaves it. Create one for each purpose: payments, invoices.</Empty>} columns={[
-          { head: "Key", cell: (k) => <><a href={link("keys", k.name)}><Text>{k.name}</Text> <span class="quiet">/{k.version}</span></a>{k.own && <span class="quiet"> · the appliance’s own</span>}</> },
+          { head: "Key", name: true, cell: (k) => <><a href={link("keys", k.name)}><Text>{k.name}</Text> <span class="quiet">/{k.version}</span></a>{k.own && <span class="quiet"> · the appliance’s own</span>}</> },
           { head: "State", cell: (k) => <KeyState k={k} /> },
-          { head: "Custody", cell: (k) => <span title={custodyOf(k)[1]}>{custodyOf(k)[0]}</span> },
+          { head: "Custody", cell: (k) => <span class="word" title={custodyOf(k)[1]}>{custodyOf(k)[0]}</span> },
           { head: "Algorithm", quiet: true, cell: (k) => k.algorithm },
           { head: "Signatures", num: true, cell: (k) => count(k.uses) },
           { head: "Public key", quiet: true, cell: (k) => <Id of="public key">{k.public_key}</Id> },
@@ -109,8 +109,8 @@ function RotationSheet({ line: l }: { line: Line }) {
     {announced ? <Facts of={[
       ["Version " + r.version, r.activates_at * 1000 > Date.now() ? <State tone="info">announced</State> : <State tone="ok">active</State>],
       ["Active from", <Time s={r.activates_at} />],
-      ["Before it is archived", <Time s={r.retires_at} none="–" />],
-      ["Public key", <Id of="public key">{r.public_key}</Id>],
+      ["The version before is archived", <Time s={r.retires_at} none="–" />],
+      ["Public key", <Id of="public key">{hexOf(r.public_key)}</Id>],
     ]} /> : <p class="quiet">{l.next_rotation ? <>Next rotation <Time s={l.next_rotation} ago />{l.next_reason && <>: <Text>{l.next_reason}</Text></>}</> : "No rotation is announced, and none is due."}</p>}
     {l.requested && <RequestedNote r={l.requested} />}
     {announced && <div><h3>Acknowledged by peers</h3>
@@ -121,6 +121,13 @@ function RotationSheet({ line: l }: { line: Line }) {
     </div>}
     {l.compromises.map((c) => <p class="notice crit" key={c.version}><State tone="crit">Version {c.version} is compromised. {c.unacknowledged.length ? `Not heard of it yet: ${c.unacknowledged.slice(0, 10).join(", ")}${c.unacknowledged.length > 10 ? " and more" : ""}.` : "All peers have heard of it."}</State></p>)}
   </Section>;
+}
+
+/** hexOf returns the hex of base64url. */
+function hexOf(s: string): string {
+  try {
+    return [...atob(s.replaceAll("-", "+").replaceAll("_", "/"))].map((c) => c.charCodeAt(0).toString(16).padStart(2, "0")).join("");
+  } catch { return s; }
 }
 
 function RequestedNote({ r }: { r: Requested }) {

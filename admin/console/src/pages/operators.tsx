@@ -28,7 +28,7 @@ export function Operators() {
     {people && <Section title="People">
       <Load of={list}>{() => <Table name="Operators" rows={list.items} id={(o) => o.name} more={list.more} loading={list.loadingMore} empty={<Empty title="Nobody is enrolled." />} columns={[
         { head: "Name", cell: (o) => <strong><Text>{o.name}</Text></strong> },
-        { head: "Roles", cell: (o) => o.roles.map((r) => <span key={r} title={roleMeans[r]}>{r} </span>) },
+        { head: "Roles", cell: (o) => o.roles.map((r, i) => <span key={r} title={roleMeans[r]}>{i ? ", " : ""}{r}</span>) },
         { head: "Credentials", cell: (o) => o.credentials.map((c) => <div key={c.id}><span class="quiet">{c.kind}</span> <Id of="credential">{c.id}</Id>
           {mayPropose(mine, "credential remove") && o.credentials.length > 1 && <button type="button" class="link" onClick={() => setAsked({ is: "credential", o, c })}>Remove…</button>}</div>) },
         { head: "Since", quiet: true, cell: (o) => <Time s={o.added} /> },

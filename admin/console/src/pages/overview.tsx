@@ -31,6 +31,10 @@ function Headline({ h }: { h: Health }) {
       <p><Text>{c.text}</Text></p>
       <p class="quiet">What to do: <Text>{c.do}</Text></p>
     </div>)}
+    {(h.alerts ?? []).filter((a) => !h.causes.some((c) => c.code === a.code)).map((a) => <div class="cause" key={a.code + (a.subject ?? "")}>
+      <p><State tone={a.level === "critical" ? "crit" : "warn"}><strong>{a.code}</strong>{a.subject && <> · <Text>{a.subject}</Text></>}</State> <span class="quiet">since <Time s={a.since} ago />{a.acknowledged ? <>, noted by <Text>{a.acknowledged.by}</Text></> : ""}</span></p>
+      <p class="quiet">What to do: <Text>{a.do}</Text></p>
+    </div>)}
   </div>;
 }
 
@@ -150,7 +154,7 @@ function Watch({ h }: { h: Health | null }) {
       const rest = a.kinds.length - rows.length;
       return <>
         <Table name="What is watched" rows={rows} id={(k) => k.code} empty={null} columns={[
-          { head: "Watched", cell: (k) => <><strong>{k.code}</strong><br /><span class="quiet">{k.means}</span></> },
+          { head: "Watched", name: true, cell: (k) => <><strong>{k.code}</strong><br /><span class="quiet">{k.means}</span></> },
           { head: "State", cell: (k) => { const f = now(k)[0]; const tone: Tone = !f ? "ok" : f.level === "critical" ? "crit" : "warn"; return <State tone={tone}>{f ? f.level : "well"}{f?.acknowledged ? ", noted" : ""}</State>; } },
           { head: "Value", num: true, cell: (k) => k.measured ? figure(Math.round(k.measured.number * 10) / 10) + (k.measured.percent ? " %" : "") : "–" },
           { head: "Warning", num: true, cell: (k) => k.measured ? `> ${k.measured.warning}${k.measured.percent ? " %" : ""}` : k.fires },

@@ -119,7 +119,8 @@ export function Peer({ name }: { name: string }) {
           ...(may(mine, "DELETE /v1/peers/{name}/keys/{key}") && p.keys.length > 1 ? [{ head: "Take back", cell: (k: PeerKey) => <button type="button" class="danger" onClick={() => setAsking(k)}>Remove…</button> }] : []),
         ]} />
       </Section>
-      <Section title="Its client" note="To copy to the payment server. Replace demo.key by its identity file.">
+      {may(mine, "GET /v1/peers/{name}/rights") && <Rights name={name} />}
+      <Section title="Its client" note={`To copy to the payment server. ${name}.key is its identity file; HOST is this appliance.`}>
         <Load of={noise}>{(n) => {
           const key = keys.data?.[0] ?? "KEY";
           return <>
@@ -150,6 +151,19 @@ signed, err := c.Sign(ctx, "${key}", document)`}</Command>
     {typeof asking === "object" && <Confirm title="Remove a key of the peer" name={name} submit="Remove the key" close={close} what={<>The key {asking.public_key.slice(0, 10)}… is taken back, and its connections are closed.</>}
       act={async () => { await call("DELETE /v1/peers/{name}/keys/{key}", { path: { name, key: asking.public_key } }); of.reload(); close(); }} />}
   </Page>;
+}
+
+/** Rights shows what policy says of the peer: the rules in force that fit it, for each key. */
+function Rights({ name }: { name: string }) {
+  const of = useLoad((signal) => call("GET /v1/peers/{name}/rights", { path: { name }, signal }), [name], ["change", "rotation"]);
+  return <Section title="What policy lets it do" note={<>Asked of the policy in force. <a href="/policy">Policy</a></>}>
+    <Load of={of}>{(all) => <Table name="Rights" rows={all.filter((r) => r.rules.some((x) => x.permits))} id={(r) => r.key + r.action} empty={<Empty title="Nothing: no rule fits it."><p>An administrator proposes a rule, for example:</p><p><code>{`permit (principal == Peer::"${name}", action == Action::"sign", resource == Key::"KEY");`}</code></p></Empty>} columns={[
+      { head: "Key", cell: (r) => <a href={link("keys", r.key)}><Text>{r.key}</Text></a> },
+      { head: "May", cell: (r) => { const permits = r.rules.filter((x) => x.permits), forbids = r.rules.filter((x) => !x.permits); const what = r.action === "sign_raw" ? "raw bytes" : "documents";
+        return permits.some((x) => !x.conditional) && !forbids.length ? <State tone="ok">have {what} signed</State> : <State tone="info">have {what} signed, under conditions</State>; } },
+      { head: "By", cell: (r) => r.rules.map((x) => <details key={x.id}><summary>{x.permits ? "permit" : "forbid"} in line {x.line}</summary><pre class="text" tabIndex={0}><Text lines>{x.text.trim()}</Text></pre></details>) },
+    ]} />}</Load>
+  </Section>;
 }
 
 function AddKey({ peer, close, done }: { peer: PeerDoc; close: () => void; done: () => void }) {

@@ -1,4 +1,4 @@
-import { call, may, page } from "../api";
+import { call, may, mayPropose, page } from "../api";
 import { link } from "../router";
 import { myRoles } from "../session";
 import { Empty, Facts, Id, Load, Page, Section, State, Table, Text, Time, useList, useLoad } from "../ui";
@@ -10,12 +10,11 @@ export function Policy({ version }: { version?: string | undefined }) {
   const shown = version ? Number(version) : newest?.version;
   const text = useLoad(async (signal) => shown === undefined ? undefined : call("GET /v1/policies/{version}", { path: { version: shown }, signal }), [shown]);
   const groups = useList((after, signal) => page("GET /v1/groups", { query: { after, limit: 50 }, signal }), [], ["change"]);
-  return <Page title={version ? `Policy, version ${version}` : "Policy"} lead="Who may have what signed. What no rule permits is denied." {...(version ? { back: { to: "/policy", name: "The policy in force" } } : {})}>
+  return <Page title={version ? `Policy, version ${version}` : "Policy"} lead="Who may have what signed. What no rule permits is denied." actions={!version && mayPropose(mine, "policy activate") && <a class="button" href="/policy/edit">Change it…</a>} {...(version ? { back: { to: "/policy", name: "The policy in force" } } : {})}>
     <Section title={version ? "This version" : "In force"}>
       <Load of={text}>{(p) => p && <>
         <Facts of={[["Version", String(p.version)], ["State", p.version === newest?.version ? <State tone="ok">in force</State> : <State tone="off">replaced</State>], ["Since", <Time s={p.activated} />], ["SHA-256", <Id of="SHA-256 of the policy">{p.sha256}</Id>]]} />
         <pre class="text" tabIndex={0} aria-label="Text of the policy"><Text lines>{p.text ?? ""}</Text></pre>
-        <p class="quiet">To change it: edit a copy, then <code>countersign policy check</code>, <code>countersign policy diff</code> and <code>countersign admin policy propose FILE</code>.</p>
       </>}</Load>
     </Section>
     <Section title="Groups" note="Rules can name a group of peers or of keys.">

@@ -1,0 +1,212 @@
+package softhsmtests
+
+import (
+	"fmt"
+	"strings"
+	"testing"
+
+	"countersign/admin/api"
+	"countersign/approval"
+	"countersign/client"
+
+	"github.com/chromedp/cdproto/input"
+	"github.com/chromedp/chromedp"
+)
+
+// tourPolicy is the policy of the seeded appliance.
+const tourPolicy = `// Shops have payments signed, at most 500 EUR each.
+@id("shops-pay")
+permit (principal in Group::"shops", action == Action::"sign", resource == Key::"payments");
+
+@id("payroll")
+permit (principal == Peer::"payroll", action == Action::"sign", resource == Key::"salaries")
+when { context.lifetime <= 3600 };
+
+// Nobody signs refunds in the name of another peer.
+@id("refunds")
+permit (principal == Peer::"refunds-desk", action == Action::"sign", resource == Key::"refunds");
+
+@id("no-long-documents")
+forbid (principal, action == Action::"sign", resource)
+when { context.lifetime > 86400 };
+`
+
+// seed gives an appliance a believable life: peers, keys, groups, a policy, signatures, refusals, a
+// replay, a rotation, an open proposal.
+func (s *system) seed() {
+	s.t.Helper()
+	ctx := s.t.Context()
+	peers := []string{"shop-berlin", "shop-lyon", "shop-oslo", "payroll", "refunds-desk", "kiosk-12"}
+	for _, name := range peers {
+		public := strings.TrimSpace(s.must("keygen", s.path(name+".key")))
+		s.must("admin", "peer", "add", name, public)
+	}
+	for _, name := range []string{"salaries", "refunds"} {
+		s.must("admin", "key", "create", name)
+	}
+	s.proposeAndApprove("group set", "shop-berlin,shop-lyon,shop-oslo",
+		approval.Parameter{Name: "name", Value: "shops"}, approval.Parameter{Name: "of", Value: "peers"})
+	s.proposeAndApprove("policy activate", tourPolicy)
+	config := s.clientConfig()
+	for i, name := range []string{"shop-berlin", "shop-lyon", "shop-berlin", "payroll", "shop-oslo", "refunds-desk"} {
+		id, err := client.ReadIdentity(s.path(name + ".key"))
+		if err != nil {
+			s.t.Fatal(err)
+		}
+		config.Identity = id
+		c, err := client.Dial(ctx, config)
+		if err != nil {
+			s.t.Fatal(err)
+		}
+		s.t.Cleanup(func() { c.Close() })
+		key := map[string]string{"payroll": "salaries", "refunds-desk": "refunds"}[name]
+		if key == "" {
+			key = "payments"
+		}
+		for n := range 3 + i {
+			signed, err := c.Sign(ctx, key, message(fmt.Sprintf("AAA%d", n%10)))
+			if err != nil {
+				s.t.Fatal(err)
+			}
+			if n < 2 { // the second time it is a replay
+				c.Verify(ctx, key, signed)
+				c.Verify(ctx, key, signed)
+			}
+		}
+		c.Sign(ctx, "salaries", message("BBBB")) // denied to most
+	}
+	s.must("admin", "key", "rotate", "refunds", "--now")
+	s.must("admin", "key", "rotate", "payments", "--in", "2d")
+	if _, err := s.admin().Propose(ctx, api.NewProposal{Act: "peer add", Parameters: []approval.Parameter{
+		{Name: "name", Value: "shop-porto"}, {Name: "public_key", Value: strings.Repeat("2b", 32)},
+	}}); err != nil {
+		s.t.Fatal(err)
+	}
+}
+
+// tour are the pages of the console by their names.
+var tour = []struct{ name, path, shows string }{
+	{"overview", "/", "What is watched"},
+	{"alerts", "/alerts", "All kinds"},
+	{"figures", "/figures", "Signatures and verifications"},
+	{"keys", "/keys", "salaries"},
+	{"key", "/keys/payments", "Line of succession"},
+	{"peers", "/peers", "shop-berlin"},
+	{"peer", "/peers/shop-berlin", "What policy lets it do"},
+	{"policy", "/policy", "shops-pay"},
+	{"policy-edit", "/policy/edit", "What changes"},
+	{"approvals", "/approvals", "peer add"},
+	{"approval", "/approvals/1", "What was signed"},
+	{"operators", "/operators", "Sessions"},
+	{"audit", "/audit", "Take it along"},
+	{"event", "/audit/40", "Proven"},
+	{"retention", "/retention", "Epochs of the log"},
+	{"receipts", "/receipts", "Receipts"},
+	{"nowhere", "/nowhere", "There is no such page"},
+}
+
+// TestConsolePages visits every page of a seeded appliance, light, dark and narrow: axe-core finds
+// nothing serious, the Content-Security-Policy is not violated, no page is wider than its window.
+func TestConsolePages(t *testing.T) {
+	s, origin, p := consoleSystem(t)
+	s.seed()
+	c := newConsole(t, origin, s.serverCertificate(origin))
+	c.person(s, "ann", "administrator,operator,auditor,approver")
+	c.goTo("/")
+	c.signIn("ann")
+	for _, form := range []struct {
+		name          string
+		width, height int64
+		dark          bool
+	}{{"light", 1280, 800, false}, {"dark", 1280, 800, true}, {"narrow", 390, 844, false}, {"tablet", 768, 1024, true}} {
+		c.size(form.width, form.height)
+		c.dark(form.dark)
+		for _, each := range tour {
+			c.visit(each.path)
+			c.sees(each.shows)
+			c.until(`!document.querySelector(".waiting")`)
+			c.shot(each.name + "-" + form.name)
+			if form.name != "tablet" {
+				c.checkPage(each.name + ", " + form.name)
+			} else {
+				c.checkWidth(each.name + ", " + form.name)
+			}
+		}
+	}
+
+	// By keyboard alone: search, and a page by its name.
+	c.size(1280, 800)
+	c.visit("/")
+	c.key("/")
+	c.until(`document.querySelector("dialog[open] input") === document.activeElement`)
+	if _, err := chromedp.Call(c.ctx, input.InsertText, input.InsertTextParams{Text: "salar"}); err != nil {
+		t.Fatal(err)
+	}
+	c.until(`hands.find("[role=option]", "salaries")`)
+	c.shot("search")
+	c.checkPage("search")
+	c.key("Enter")
+	c.until(`location.pathname === "/keys/salaries" && !document.querySelector("dialog")`)
+	c.close()
+	p.stop()
+}
+
+// TestConsolePolicy changes the policy: a text with an error, a case that fails, what would have
+// changed in the past, the proposal, the policy in force.
+func TestConsolePolicy(t *testing.T) {
+	s, origin, p := consoleSystem(t)
+	c := newConsole(t, origin, s.serverCertificate(origin))
+	c.person(s, "ann", "administrator,operator,auditor,approver")
+	cl := s.dial()
+	for range 4 {
+		if _, err := cl.Sign(t.Context(), "payments", message("AAAA")); err != nil {
+			t.Fatal(err)
+		}
+	}
+	c.goTo("/policy")
+	c.signIn("ann")
+	c.press("Change it")
+	write := func(text string) {
+		t.Helper()
+		c.until(`document.querySelector(".editor")?.shadowRoot?.querySelector(".cm-content")`)
+		mustRun[any](c.browser, `(e => { e.focus(); getSelection().selectAllChildren(e); return true; })(
+			document.querySelector(".editor").shadowRoot.querySelector(".cm-content"))`)
+		if _, err := chromedp.Call(c.ctx, input.DispatchKeyEvent, input.DispatchKeyEventParams{
+			Type: input.DispatchKeyEventTypeKeyDown, Key: "a", Modifiers: 2, WindowsVirtualKeyCode: 65, Commands: []string{"selectAll"},
+		}); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := chromedp.Call(c.ctx, input.InsertText, input.InsertTextParams{Text: text}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	write("// nobody\npermit (principal == Peer::\"demo\", action == Action::\"sing\", resource);")
+	c.sees("Line 2")
+	c.until(`document.querySelector(".editor").shadowRoot.querySelector(".cm-line.cm-bad")`)
+	c.shot("policy-error")
+	c.checkPage("a policy with an error")
+
+	write(`forbid (principal == Peer::"demo", action == Action::"sign", resource == Key::"payments");`)
+	c.fill("Table (CSV)", "name,expect,peer,key\ndemo signs,allow,demo,payments\nnobody else,deny,shop,payments\n")
+	c.sees("WRONG")
+	c.sees("It adds 1 rule (1 forbid) and removes 1 rule (1 permit); 0 stay")
+	c.fill("Replay the decisions of", "7")
+	c.sees("Of 4 past decisions, 4 would be another one: 4 allowed ones denied")
+	c.shot("policy-diff")
+	c.checkPage("a policy with a diff")
+	c.press("Propose…")
+	c.press("Propose")
+	c.sees("What is signed")
+	c.press("Sign with passkey")
+	c.until(`location.pathname === "/policy"`)
+	c.sees("forbid (principal")
+	c.sees("in force")
+	if _, err := cl.Sign(t.Context(), "payments", message("AAAA")); err == nil {
+		t.Error("the new policy does not decide")
+	}
+	for _, each := range mustRun[[]string](c.browser, `self.violations`) {
+		t.Error(each)
+	}
+	c.close()
+	p.stop()
+}
