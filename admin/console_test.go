@@ -33,8 +33,10 @@ func TestConsoleAddresses(t *testing.T) {
 		n, _ := resp.Body.Read(b)
 		return resp, string(b[:n])
 	}
-	for _, path := range []string{"/", "/keys", "/peers/shop", "/enrol", "/v2", "/assets/none.js", "/assets/../console.go",
-		"/assets/index.html.br"} {
+	for _, path := range []string{
+		"/", "/keys", "/peers/shop", "/enrol", "/v2",
+		"/assets/none.js", "/assets/../console.go", "/assets/index.html.br",
+	} {
 		resp, text := get(path, "text/html,application/xhtml+xml")
 		for name, want := range map[string]string{
 			"Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; " +
@@ -52,7 +54,8 @@ func TestConsoleAddresses(t *testing.T) {
 			t.Errorf("%s: %s", path, resp.Status)
 		case !asset && console.Built() && (resp.StatusCode != http.StatusOK || !strings.Contains(text, "/assets/app-")):
 			t.Errorf("%s: %s %s", path, resp.Status, text)
-		case !asset && !console.Built() && (resp.StatusCode != http.StatusNotImplemented || !strings.Contains(text, "make build")):
+		case asset || console.Built():
+		case resp.StatusCode != http.StatusNotImplemented || !strings.Contains(text, "make build"):
 			t.Errorf("%s: %s %s", path, resp.Status, text)
 		}
 	}
@@ -86,7 +89,8 @@ func TestEventProof(t *testing.T) {
 			return all
 		}
 		_, head, err := log.Check(audit.Proof{
-			Event: p.Event, Index: p.Index, Leaf: []byte(p.Leaf), Path: hashes(p.Path), Checkpoint: []byte(p.Checkpoint),
+			Event: p.Event, Index: p.Index, Leaf: []byte(p.Leaf), Path: hashes(p.Path),
+			Checkpoint: []byte(p.Checkpoint),
 		})
 		if err != nil {
 			t.Fatalf("event %d: %v", event, err)
@@ -150,7 +154,8 @@ func TestFindAndLimit(t *testing.T) {
 func TestTryPolicy(t *testing.T) {
 	r := newRig(t)
 	root := r.root()
-	broken := must(root.TryPolicy(t.Context(), api.TryPolicy{Text: "// nobody\npermit (principal == Peer::\"shop\", action, resource;"}))(t)
+	const unbalanced = "// nobody\npermit (principal == Peer::\"shop\", action, resource;"
+	broken := must(root.TryPolicy(t.Context(), api.TryPolicy{Text: unbalanced}))(t)
 	if broken.Error == nil || broken.Error.Line != 2 {
 		t.Errorf("%+v", broken)
 	}

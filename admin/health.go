@@ -87,7 +87,9 @@ func (s *server) healthDoc(causes bool) api.Health {
 		doc.KeyWorkers = &s.KeyWorkers
 		doc.Alerts = docs(s.Appliance.Alerts.Firing(), alertDoc)
 		for _, c := range h.Causes {
-			doc.Causes = append(doc.Causes, api.Cause{Code: c.Code, Subject: c.Subject, Text: c.Text, Do: c.Do, Stops: c.Stops})
+			doc.Causes = append(doc.Causes, api.Cause{
+				Code: c.Code, Subject: c.Subject, Text: c.Text, Do: c.Do, Stops: c.Stops,
+			})
 		}
 	}
 	return doc

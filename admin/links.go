@@ -81,7 +81,8 @@ func (l *links) find(secret string) (*link, error) {
 	digest := sha256.Sum256([]byte(secret))
 	at := slices.IndexFunc(l.all, func(x *link) bool { return x.secret == digest })
 	if at < 0 || l.all[at].Used != 0 {
-		return nil, notProven.errorf("the link is unknown, used or too old, or the daemon has restarted: ask for a new one")
+		return nil, notProven.errorf(
+			"the link is unknown, used or too old, or the daemon has restarted: ask for a new one")
 	}
 	return l.all[at], nil
 }

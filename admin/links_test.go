@@ -95,7 +95,7 @@ func TestFirstLink(t *testing.T) {
 		t.Errorf("the link was used %d times: %v", done, codes)
 	}
 	o := must(r.registry.Operator("ann"))(t)
-	if len(o.Credentials) != 1 || o.Credentials[0].Kind != approval.Passkey || len(o.Roles) != len(operators.FirstRoles()) {
+	if len(o.Credentials) != 1 || o.Credentials[0].Kind != approval.Passkey || len(o.Roles) != 4 {
 		t.Errorf("%+v", o)
 	}
 	if _, refusal := r.openLink(secret); refusal.Code != "not_proven" {

@@ -23,8 +23,8 @@ const (
 	maxChanges  = 200
 )
 
-// tryPolicy checks a text as the policy. An error of the text is part of the result, since an editor
-// asks after each change.
+// tryPolicy checks a text as the policy. An error of the text is part of the result, since an
+// editor asks after each change.
 func (s *server) tryPolicy(ctx context.Context, who caller, in *body[api.TryPolicy]) (api.TriedPolicy, error) {
 	s.trying.Lock()
 	defer s.trying.Unlock()
@@ -66,8 +66,9 @@ func (s *server) tryPolicy(ctx context.Context, who caller, in *body[api.TryPoli
 			Decisions: c.Decisions, Withheld: c.Withheld, Changed: c.Changed, Partial: c.Partial,
 			Changes: docs(c.Changes, func(x appliance.Change) api.ChangedDecision {
 				return api.ChangedDecision{
-					Event: x.Event, TimeMS: x.Record.TimeMS, Peer: x.Record.Peer, Key: cmp.Or(x.Record.Key, x.Record.Signer),
-					Action: x.Record.Action, Was: verdict(x.Record.Allowed), Is: verdict(x.Allowed),
+					Event: x.Event, TimeMS: x.Record.TimeMS, Peer: x.Record.Peer,
+					Key: cmp.Or(x.Record.Key, x.Record.Signer), Action: x.Record.Action,
+					Was: verdict(x.Record.Allowed), Is: verdict(x.Allowed),
 					Rules: append([]string{}, x.Rules...),
 				}
 			}),
@@ -136,8 +137,10 @@ func ruleDoc(r policy.Rule) api.PolicyRule {
 
 // withoutNotes returns the text of a rule without the annotations before it.
 func withoutNotes(text string) string {
-	return strings.TrimSpace(regexp.MustCompile(`(?s)^(\s*(@\w+\s*\("(\\.|[^"\\])*"\)|//[^\n]*\n))*`).ReplaceAllString(text, ""))
+	return strings.TrimSpace(notes.ReplaceAllString(text, ""))
 }
+
+var notes = regexp.MustCompile(`(?s)^(\s*(@\w+\s*\("(\\.|[^"\\])*"\)|//[^\n]*\n))*`)
 
 func (s *server) rights(_ context.Context, _ caller, in *named) ([]api.Right, error) {
 	if _, err := s.Appliance.Peers.Status(in.Name); err != nil {
@@ -157,9 +160,12 @@ func (s *server) rights(_ context.Context, _ caller, in *named) ([]api.Right, er
 			if len(rules) == 0 || len(all) >= maxEntries {
 				continue
 			}
-			all = append(all, api.Right{Key: k.Name, Action: action, Rules: docs(rules, func(f policy.Fitting) api.PolicyRule {
-				return api.PolicyRule{ID: f.ID, Line: f.Line, Text: f.Text, Permits: f.Permits, Conditional: f.Conditional}
-			})})
+			fitting := docs(rules, func(f policy.Fitting) api.PolicyRule {
+				return api.PolicyRule{
+					ID: f.ID, Line: f.Line, Text: f.Text, Permits: f.Permits, Conditional: f.Conditional,
+				}
+			})
+			all = append(all, api.Right{Key: k.Name, Action: action, Rules: fitting})
 		}
 	}
 	return all, nil

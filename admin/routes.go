@@ -71,8 +71,9 @@ func (s *server) routes() {
 		route: "DELETE /v1/links/{id}", id: "remove-link", summary: "Make a link worthless",
 		roles: of(administrator), refused: whileUninitialised})
 	route(s, s.openLink, operation{
-		route: "POST /v1/links/open", id: "open-link", summary: "Open a link by its secret, and begin to make its passkey",
-		roles: public, refused: inNoState})
+		route: "POST /v1/links/open", id: "open-link",
+		summary: "Open a link by its secret, and begin to make its passkey",
+		roles:   public, refused: inNoState})
 	route(s, s.useLink, operation{
 		route: "POST /v1/links/use", id: "use-link", summary: "Use a link with the passkey that was made",
 		roles: public, refused: inNoState})

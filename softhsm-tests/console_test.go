@@ -4,6 +4,7 @@ import (
 	"context"
 	"crypto/tls"
 	"crypto/x509"
+	_ "embed"
 	"encoding/json"
 	"net"
 	"net/http"
@@ -25,53 +26,10 @@ import (
 	"github.com/chromedp/chromedp"
 )
 
-// page functions for tests: a person finds things by their names, and so do the tests.
-const hands = `
-self.violations = [];
-addEventListener("securitypolicyviolation", e => self.violations.push(e.violatedDirective + " " + e.blockedURI + " " + e.sourceFile));
-self.failures = [];
-addEventListener("error", e => self.failures.push(String(e.message)));
-addEventListener("unhandledrejection", e => self.failures.push(String(e.reason)));
-self.hands = {
-	name: e => (e.getAttribute("aria-label") ?? e.innerText ?? "").trim(),
-	scope: () => [...document.querySelectorAll("dialog[open]")].at(-1) ?? document.body,
-	find: (selector, name) => [...hands.scope().querySelectorAll(selector)].find(e => hands.name(e).startsWith(name) && e.checkVisibility()),
-	press: name => {
-		const e = hands.find("button, a, summary, [role=option]", name);
-		if (!e) throw new Error("there is nothing to press named " + name + ": " + hands.scope().innerText.slice(0, 600));
-		if (e.disabled) throw new Error(name + " is disabled");
-		e.click();
-		return true;
-	},
-	field: label => {
-		const l = [...hands.scope().querySelectorAll("label")].find(l => l.innerText.trim().startsWith(label));
-		const e = l && (l.control ?? document.getElementById(l.htmlFor));
-		if (!e) throw new Error("there is no field " + label + ": " + hands.scope().innerText.slice(0, 600));
-		return e;
-	},
-	fill: (label, text) => {
-		const e = hands.field(label);
-		if (e.type === "checkbox" || e.type === "radio") { if (e.checked !== text) e.click(); return true; }
-		const kind = {TEXTAREA: HTMLTextAreaElement, SELECT: HTMLSelectElement}[e.tagName] ?? HTMLInputElement;
-		Object.getOwnPropertyDescriptor(kind.prototype, "value").set.call(e, text);
-		e.dispatchEvent(new Event("input", {bubbles: true}));
-		e.dispatchEvent(new Event("change", {bubbles: true}));
-		return true;
-	},
-	text: () => document.body.innerText,
-	until: (what, ms) => new Promise((done, fail) => {
-		const end = Date.now() + ms;
-		const look = () => {
-			let v;
-			try { v = what(); } catch (e) { v = false; }
-			if (v) done(v);
-			else if (Date.now() > end) fail(new Error("it does not become so: " + what + "\n" + document.body.innerText.slice(0, 1500)));
-			else setTimeout(look, 20);
-		};
-		look();
-	}),
-};
-`
+// hands has functions for tests: a person finds things by their names, and so do the tests.
+//
+//go:embed testdata/hands.js
+var hands string
 
 // tab is a tab of a browser with the console.
 type tab struct {
@@ -142,7 +100,7 @@ func (c *tab) goTo(path string) {
 // visit goes to an address without a load of the page, as a link of the console does.
 func (c *tab) visit(path string) {
 	c.t.Helper()
-	mustRun[any](c.browser, `(history.pushState(null, "", %v), dispatchEvent(new PopStateEvent("popstate")), true)`, path)
+	mustRun[any](c.browser, `hands.visit(%v)`, path)
 	c.until(`document.querySelector("h1") && !document.querySelector(".waiting")`)
 }
 
@@ -177,7 +135,7 @@ func (c *tab) shows(text string) bool {
 // press presses the button, link or option whose name begins with a text, as soon as there is one.
 func (c *tab) press(name string) {
 	c.t.Helper()
-	c.until(`hands.find("button, a, summary, [role=option]", ` + quoted(name) + `)?.disabled === false || hands.find("a, summary, [role=option]", ` + quoted(name) + `)`)
+	c.until(`hands.pressable(` + quoted(name) + `)`)
 	if _, err := run[any](c.browser, `hands.press(%v)`, name); err != nil {
 		c.t.Fatal(err)
 	}
@@ -199,9 +157,10 @@ func (c *tab) key(key string) {
 		text = map[string]string{"Enter": "\r"}[key]
 	}
 	codes := map[string]int64{"Enter": 13, "Escape": 27, "Tab": 9, "ArrowDown": 40}
-	for _, kind := range []input.DispatchKeyEventType{input.DispatchKeyEventTypeKeyDown, input.DispatchKeyEventTypeKeyUp} {
+	down, up := input.DispatchKeyEventTypeKeyDown, input.DispatchKeyEventTypeKeyUp
+	for _, kind := range []input.DispatchKeyEventType{down, up} {
 		params := input.DispatchKeyEventParams{Type: kind, Key: key, WindowsVirtualKeyCode: codes[key]}
-		if kind == input.DispatchKeyEventTypeKeyDown {
+		if kind == down {
 			params.Text = text
 		}
 		if _, err := chromedp.Call(c.ctx, input.DispatchKeyEvent, params); err != nil {
@@ -247,9 +206,7 @@ func (c *tab) checkPage(of string) {
 	if _, err := chromedp.Run(ctx, chromedp.Evaluate[any](string(axe)+";0")); err != nil {
 		c.t.Fatal(err)
 	}
-	found, err := chromedp.Run(ctx, chromedp.Evaluate[[]string](`axe.run(document, {resultTypes: ["violations"]}).then(r =>
-		r.violations.filter(v => ["serious", "critical"].includes(v.impact)).flatMap(v =>
-			v.nodes.slice(0, 3).map(n => v.id + ": " + n.failureSummary + " " + n.html.slice(0, 200))))`, chromedp.EvalAwaitPromise))
+	found, err := chromedp.Run(ctx, chromedp.Evaluate[[]string](`hands.faults()`, chromedp.EvalAwaitPromise))
 	if err != nil {
 		c.t.Fatalf("%s: axe-core: %v", of, err)
 	}
@@ -331,9 +288,10 @@ func TestConsoleFirstStart(t *testing.T) {
 	c.shot("peer")
 	c.checkPage("a peer")
 
-	// What the page has to copy is all that the payment server needs.
+	// The page has all that the payment server needs, to copy.
 	c.sees("COUNTERSIGN_SERVER_KEY=")
-	copied := regexp.MustCompile(`COUNTERSIGN_SERVER_KEY=(\w+)`).FindStringSubmatch(mustRun[string](c.browser, `hands.text()`))
+	text := mustRun[string](c.browser, `hands.text()`)
+	copied := regexp.MustCompile(`COUNTERSIGN_SERVER_KEY=(\w+)`).FindStringSubmatch(text)
 
 	c.press("Overview")
 	c.sees("See its first signature")

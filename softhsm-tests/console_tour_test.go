@@ -118,7 +118,10 @@ func TestConsolePages(t *testing.T) {
 		name          string
 		width, height int64
 		dark          bool
-	}{{"light", 1280, 800, false}, {"dark", 1280, 800, true}, {"narrow", 390, 844, false}, {"tablet", 768, 1024, true}} {
+	}{
+		{"light", 1280, 800, false}, {"dark", 1280, 800, true},
+		{"narrow", 390, 844, false}, {"tablet", 768, 1024, true},
+	} {
 		c.size(form.width, form.height)
 		c.dark(form.dark)
 		for _, each := range tour {
@@ -172,7 +175,8 @@ func TestConsolePolicy(t *testing.T) {
 		mustRun[any](c.browser, `(e => { e.focus(); getSelection().selectAllChildren(e); return true; })(
 			document.querySelector(".editor").shadowRoot.querySelector(".cm-content"))`)
 		if _, err := chromedp.Call(c.ctx, input.DispatchKeyEvent, input.DispatchKeyEventParams{
-			Type: input.DispatchKeyEventTypeKeyDown, Key: "a", Modifiers: 2, WindowsVirtualKeyCode: 65, Commands: []string{"selectAll"},
+			Type: input.DispatchKeyEventTypeKeyDown, Key: "a", Modifiers: 2, WindowsVirtualKeyCode: 65,
+			Commands: []string{"selectAll"},
 		}); err != nil {
 			t.Fatal(err)
 		}

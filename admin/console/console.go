@@ -26,7 +26,8 @@ func Built() bool {
 // policy is the Content-Security-Policy of all pages. Scripts, styles and requests are those of the
 // appliance. The Trusted Types forbid each way from a text to markup or to a script.
 const policy = "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self'; " +
-	"frame-ancestors 'none'; base-uri 'none'; form-action 'self'; require-trusted-types-for 'script'; trusted-types 'none'"
+	"frame-ancestors 'none'; base-uri 'none'; form-action 'self'; require-trusted-types-for 'script'; " +
+	"trusted-types 'none'"
 
 // notBuilt is the page of a binary without the console.
 const notBuilt = `This countersignd was built without its web console.

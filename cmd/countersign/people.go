@@ -174,7 +174,8 @@ func (t *tool) operatorLink(act maker) *cobra.Command {
 			if err != nil {
 				return err
 			}
-			fmt.Fprintf(t.stderr, "%s has made the passkey %s: the page of the link shows the same id\n", l.Operator, credential.ID)
+			fmt.Fprintf(t.stderr, "%s has made the passkey %s: the page of the link shows the same id\n",
+				l.Operator, credential.ID)
 			text, err := json.Marshal(credential)
 			if err != nil {
 				return err
@@ -182,13 +183,15 @@ func (t *tool) operatorLink(act maker) *cobra.Command {
 			if len(l.Roles) == 0 {
 				return t.propose(ctx, c, "credential add", "", "name", l.Operator, "credential", string(text))
 			}
-			return t.propose(ctx, c, "operator add", "", "name", l.Operator, "roles", roleOrder(roles), "credential", string(text))
+			return t.propose(ctx, c, "operator add", "",
+				"name", l.Operator, "roles", roleOrder(roles), "credential", string(text))
 		})
 	details(c, "The link works once, for a day, and until the daemon stops. Send it by a way that nobody else reads.\n"+
 		"The passkey is worth nothing until a proposal gives it to the operator: the page Operators of the\n"+
 		"console proposes it, or --wait.")
 	c.Example = "  countersign admin operator link bob --roles operator,approver"
-	c.Flags().StringVar(&roles, "roles", "", "the `roles` of a new operator, separated by commas; an operator keeps the roles")
+	c.Flags().StringVar(&roles, "roles", "",
+		"the `roles` of a new operator, separated by commas; an operator keeps the roles")
 	c.Annotations = map[string]string{"long": "yes"} // a person takes time
 	c.Flags().BoolVar(&wait, "wait", false, "wait until the person has made the passkey, and propose it")
 	return c

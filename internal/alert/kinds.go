@@ -97,9 +97,10 @@ var measured = []*Kind{
 		count: func(m *meter.Meter) (n, of float64) { return m.Count(meter.Replays), 0 },
 	},
 	{
-		Code: "handshake-timeouts", Series: "handshakes_timeout", Means: "many handshakes end because the client is silent",
-		Do:   "see the network, and countersign admin peer refused",
-		rate: func(c Config) Rate { return c.HandshakeTimeouts }, share: true,
+		Code: "handshake-timeouts", Series: "handshakes_timeout",
+		Means: "many handshakes end because the client is silent",
+		Do:    "see the network, and countersign admin peer refused",
+		rate:  func(c Config) Rate { return c.HandshakeTimeouts }, share: true,
 		text: "%.1f %% of %.0f handshakes timed out within %s",
 		count: func(m *meter.Meter) (n, of float64) {
 			return m.Count(meter.Handshakes, meter.HandshakeTimeout), m.Count(meter.Handshakes)

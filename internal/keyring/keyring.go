@@ -300,8 +300,8 @@ func (r *Ring) record(ctx context.Context, e audit.Event) error {
 	return err
 }
 
-// Own reports whether the key is one of the appliance's own: no peer can have a document signed with
-// the key.
+// Own reports whether the key is one of the appliance's own: no peer can have a document signed
+// with the key.
 func (k *Key) Own() bool {
 	return slices.Contains([]string{NoiseName, LogName, AdminName, CAName}, k.Name)
 }

@@ -1,0 +1,59 @@
+// What a person does with a page, for tests: find things by their names, press, fill, wait.
+self.violations = [];
+addEventListener("securitypolicyviolation", e => self.violations.push(e.violatedDirective + " " + e.blockedURI + " " + e.sourceFile));
+self.failures = [];
+addEventListener("error", e => self.failures.push(String(e.message)));
+addEventListener("unhandledrejection", e => self.failures.push(String(e.reason)));
+self.hands = {
+	name: e => (e.getAttribute("aria-label") ?? e.innerText ?? "").trim(),
+	scope: () => [...document.querySelectorAll("dialog[open]")].at(-1) ?? document.body,
+	find: (selector, name) => [...hands.scope().querySelectorAll(selector)].find(e => hands.name(e).startsWith(name) && e.checkVisibility()),
+	press: name => {
+		const e = hands.find("button, a, summary, [role=option]", name);
+		if (!e) throw new Error("there is nothing to press named " + name + ": " + hands.scope().innerText.slice(0, 600));
+		if (e.disabled) throw new Error(name + " is disabled");
+		e.click();
+		return true;
+	},
+	field: label => {
+		const l = [...hands.scope().querySelectorAll("label")].find(l => l.innerText.trim().startsWith(label));
+		const e = l && (l.control ?? document.getElementById(l.htmlFor));
+		if (!e) throw new Error("there is no field " + label + ": " + hands.scope().innerText.slice(0, 600));
+		return e;
+	},
+	fill: (label, text) => {
+		const e = hands.field(label);
+		if (e.type === "checkbox" || e.type === "radio") { if (e.checked !== text) e.click(); return true; }
+		const kind = {TEXTAREA: HTMLTextAreaElement, SELECT: HTMLSelectElement}[e.tagName] ?? HTMLInputElement;
+		Object.getOwnPropertyDescriptor(kind.prototype, "value").set.call(e, text);
+		e.dispatchEvent(new Event("input", {bubbles: true}));
+		e.dispatchEvent(new Event("change", {bubbles: true}));
+		return true;
+	},
+	pressable: name => {
+		const e = hands.find("button, a, summary, [role=option]", name);
+		return e && !e.disabled;
+	},
+	visit: path => {
+		history.pushState(null, "", path);
+		dispatchEvent(new PopStateEvent("popstate"));
+		return true;
+	},
+	faults: async () => { // by axe-core, which the test has loaded
+		const { violations } = await axe.run(document, {resultTypes: ["violations"]});
+		return violations.filter(v => ["serious", "critical"].includes(v.impact)).flatMap(v =>
+			v.nodes.slice(0, 3).map(n => `${v.id}: ${n.failureSummary} ${n.html.slice(0, 200)}`));
+	},
+	text: () => document.body.innerText,
+	until: (what, ms) => new Promise((done, fail) => {
+		const end = Date.now() + ms;
+		const look = () => {
+			let v;
+			try { v = what(); } catch (e) { v = false; }
+			if (v) done(v);
+			else if (Date.now() > end) fail(new Error("it does not become so: " + what + "\n" + document.body.innerText.slice(0, 1500)));
+			else setTimeout(look, 20);
+		};
+		look();
+	}),
+};
