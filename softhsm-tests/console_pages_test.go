@@ -607,3 +607,47 @@ func poisoned(v any, markup string) any {
 	}
 	return v
 }
+
+// TestConsoleLink: an administrator makes a link, a person makes a passkey by it in another browser,
+// and the proposal names the id that the person's page shows.
+func TestConsoleLink(t *testing.T) {
+	s, origin, p := consoleSystem(t)
+	c := newConsole(t, origin, s.serverCertificate(origin))
+	c.person(s, "ann", "administrator,operator,auditor,approver")
+	c.goTo("/operators")
+	c.signIn("ann")
+	c.press("Link for a passkey")
+	c.fill("Name", "bob")
+	c.fill("auditor", true)
+	c.shot("link")
+	c.checkPage("a link")
+	c.press("Make the link")
+	c.until(`document.querySelector("dialog pre")?.textContent.includes("/enrol#")`)
+	link := mustRun[string](c.browser, `document.querySelector("dialog pre").textContent`)
+	c.press("Close")
+
+	bob := newConsole(t, origin, s.serverCertificate(origin))
+	bob.goTo(strings.TrimPrefix(link, origin))
+	bob.press("Make the passkey")
+	bob.sees("Your passkey is made")
+	bob.shot("link-used")
+	bob.checkPage("a used link")
+	id := mustRun[string](bob.browser, `document.querySelector(".id code").textContent`)
+	bob.goTo(strings.TrimPrefix(link, origin)) // a second time
+	bob.sees("the link is unknown, used or too old")
+
+	c.press("Look again")
+	c.sees("passkey made")
+	c.press("Propose")
+	c.until(`document.querySelector("dialog").innerText.includes(` + quoted(id) + `)`)
+	c.press("Propose")
+	c.press("Sign with passkey")
+	c.sees("was carried out")
+	bob.goTo("/")
+	bob.signIn("bob")
+	bob.sees("What is watched")
+	for _, each := range []*tab{c, bob} {
+		each.close()
+	}
+	p.stop()
+}

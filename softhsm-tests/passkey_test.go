@@ -113,7 +113,7 @@ func newBrowserWith(
 	}
 	options = append(options, more...)
 	// The test's context ends before the cleanup, and the browser must not.
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(t.Context()), 3*time.Minute)
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(t.Context()), 8*time.Minute)
 	ctx, end := chromedp.NewExecAllocator(ctx, options...)
 	ctx, closeTab := chromedp.NewContext(ctx)
 	b := &browser{t: t, ctx: ctx, close: func() { closeTab(); end(); cancel() }}

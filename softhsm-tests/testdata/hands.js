@@ -16,8 +16,11 @@ self.hands = {
 		return true;
 	},
 	field: label => {
-		const l = [...hands.scope().querySelectorAll("label")].find(l => l.innerText.trim().startsWith(label));
-		const e = l && (l.control ?? document.getElementById(l.htmlFor));
+		const named = l => { // a box has its explanation in the label
+			const text = l.innerText.trim(), box = ["checkbox", "radio"].includes(l.control?.type);
+			return box ? text.startsWith(label) : text === label;
+		};
+		const e = [...hands.scope().querySelectorAll("label")].find(named)?.control;
 		if (!e) throw new Error("there is no field " + label + ": " + hands.scope().innerText.slice(0, 600));
 		return e;
 	},

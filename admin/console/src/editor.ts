@@ -74,6 +74,16 @@ const marked = StateField.define<{ from: number; grave: boolean }[]>({
   ],
 });
 
+/** typed puts typed text in by itself: Chromium's editing adds style attributes, which the Content-Security-Policy forbids. */
+const typed = EditorView.domEventHandlers({
+  beforeinput(e, view) {
+    if (e.inputType !== "insertText" || e.isComposing || !e.data) return false;
+    view.dispatch(view.state.replaceSelection(e.data), { userEvent: "input.type", scrollIntoView: true });
+    e.preventDefault();
+    return true;
+  },
+});
+
 export type Mark = { line: number; grave: boolean };
 export type Editor = { marks: (all: Mark[]) => void; goTo: (line: number) => void; text: () => string; end: () => void };
 
@@ -87,7 +97,7 @@ export function edit(into: HTMLElement, text: string, changed: (text: string) =>
     state: EditorState.create({
       doc: text,
       extensions: [
-        lineNumbers(), history(), drawSelection(), highlightActiveLine(), bracketMatching(), marked, indentUnit.of("  "),
+        lineNumbers(), history(), drawSelection(), highlightActiveLine(), bracketMatching(), marked, typed, indentUnit.of("  "),
         EditorState.tabSize.of(2), EditorView.lineWrapping, cedar, syntaxHighlighting(colours), look,
         keymap.of([...defaultKeymap, ...historyKeymap, indentWithTab]),
         EditorView.contentAttributes.of({ "aria-label": "Text of the policy, in Cedar. Escape, then Tab leaves the editor", spellcheck: "false" }),

@@ -5,6 +5,7 @@ import type { OpenedLink } from "./generated";
 import { registration } from "./passkey";
 import { go } from "./router";
 import { session, signIn } from "./session";
+import { Store, useStore } from "./store";
 import { Command, Facts, Form, Id, Input, Load, Mark, Problem, State, Text, Time, useLoad } from "./ui";
 import { sentence } from "./words";
 
@@ -39,17 +40,25 @@ function First() {
   </Alone>;
 }
 
-/** fragment is the link's secret, read once and removed from the address. */
-let fragment = "";
+/** opened is the link's secret, read once and removed from the address. */
+const opened = new Store("");
 export function takeFragment() {
-  if (location.pathname === "/enrol" && location.hash.length > 1) {
-    fragment = location.hash.slice(1);
+  const take = () => {
+    if (location.pathname !== "/enrol" || location.hash.length < 2) return;
+    opened.set(location.hash.slice(1));
     history.replaceState(null, "", "/enrol");
-  }
+  };
+  take();
+  addEventListener("hashchange", take);
 }
 
 export function Enrol() {
-  const opened = useLoad(() => call("POST /v1/links/open", { body: { secret: fragment } }), [fragment]);
+  const secret = useStore(opened);
+  return <EnrolBy fragment={secret} key={secret} />;
+}
+
+function EnrolBy({ fragment }: { fragment: string }) {
+  const link = useLoad(async () => fragment ? call("POST /v1/links/open", { body: { secret: fragment } }) : undefined, [fragment]);
   const [done, setDone] = useState<{ operator: string; first: boolean; id: string } | null>(null);
   if (done) {
     return <Alone title={done.first ? `Welcome, ${done.operator}` : "Your passkey is made"}>
@@ -68,7 +77,7 @@ export function Enrol() {
     return <Alone title="The link is not whole"><p>Open the address that you were sent, with all that is behind the #. If you have opened it before in this tab, open it again: the secret is removed from the address at once.</p></Alone>;
   }
   return <Alone title="Make your passkey">
-    <Load of={opened}>{(l: OpenedLink) => <>
+    <Load of={link}>{(l: OpenedLink | undefined) => l && <>
       <Facts of={[
         ["Operator", <strong><Text>{l.operator}</Text></strong>],
         ["Appliance", <code><Text>{l.appliance}</Text></code>],
@@ -81,7 +90,6 @@ export function Enrol() {
         const fresh = await call("POST /v1/links/open", { body: { secret: fragment } });
         const credential = await registration(fresh.public_key);
         const used = await call("POST /v1/links/use", { body: { secret: fragment, challenge: fresh.challenge, credential } });
-        fragment = "";
         localStorage.setItem("operator", used.operator);
         setDone({ operator: used.operator, first: used.first, id: used.credential?.id ?? "" });
       }} />

@@ -1,6 +1,6 @@
 import { useState } from "preact/hooks";
 import { ActDialog } from "../act";
-import { call, may, mayPropose, page } from "../api";
+import { Refused, call, may, mayPropose, page } from "../api";
 import type { Key as KeyDoc, Line, Requested } from "../generated";
 import { assertion } from "../passkey";
 import { go, link, route, setQuery } from "../router";
@@ -220,6 +220,13 @@ function ScheduleDialog({ name, line, close, done }: { name: string; line: Line;
   const [v, setV] = useState({ every: span(line.every), window: line.window, uses: String(line.uses), announce: span(line.announce), grace: span(line.grace), presence: span(line.presence), acknowledge: line.acknowledge.join(", ") });
   const was = useState(v)[0];
   const set = (n: keyof typeof v) => (to: string) => setV({ ...v, [n]: to });
+  const [weaker, setWeaker] = useState<Record<string, string> | null>(null);
+  if (weaker) {
+    return <ActDialog title={`Weaker rules for ${name}`} loss="These settings let documents or keys be used with fewer checks, so they take approval. Other changes of the form were not made: make them afterwards." close={close} done={done}
+      make={() => ({ act: "key set", parameters: { key: name, ...weaker } })}>
+      <Facts of={Object.entries(weaker).map(([n, x]): [string, string] => [n, n === "acknowledge" ? x : span(Number(x))])} />
+    </ActDialog>;
+  }
   const bad = (["every", "announce", "grace", "presence"] as const).filter((n) => v[n] !== was[n] && Number.isNaN(seconds(v[n])));
   return <Dialog title={`Rules of ${name}`} close={close}>
     <Form submit="Set" cancel={close} can={!bad.length} act={async () => {
@@ -228,7 +235,14 @@ function ScheduleDialog({ name, line, close, done }: { name: string; line: Line;
       if (v.window !== was.window) body.window = v.window;
       if (v.uses !== was.uses) body.uses = Number(v.uses);
       if (v.acknowledge !== was.acknowledge) body.acknowledge = v.acknowledge.split(",").map((x) => x.trim()).filter(Boolean);
-      await call("PATCH /v1/keys/{name}/line", { path: { name }, body });
+      try {
+        await call("PATCH /v1/keys/{name}/line", { path: { name }, body });
+      } catch (e) {
+        if (!(e instanceof Refused && e.code === "needs_approval" && mayPropose(myRoles(), "key set"))) throw e;
+        const weaker = ["grace", "presence", "acknowledge"].filter((n) => n in body);
+        setWeaker(Object.fromEntries(weaker.map((n) => [n, Array.isArray(body[n]) ? (body[n] as string[]).join(",") || "none" : String(body[n])])));
+        return;
+      }
       done();
       close();
     }}>
@@ -236,7 +250,7 @@ function ScheduleDialog({ name, line, close, done }: { name: string; line: Line;
       <Input label="Window" value={v.window} set={set("window")} help="Cron, five fields, UTC: for example 0 3 * * 1. Empty: at any time." />
       <Input label="Rotate after signatures" value={v.uses} set={set("uses")} inputMode="numeric" help="0: not by use." />
       <Input label="Announce before" value={v.announce} set={set("announce")} help="For example 2 d." />
-      <Input label="Grace time" value={v.grace} set={set("grace")} help="A shorter one takes approval: the command countersign admin key set proposes it." />
+      <Input label="Grace time" value={v.grace} set={set("grace")} help="A shorter one takes approval." />
       <Input label="Must acknowledge" value={v.acknowledge} set={set("acknowledge")} help="Peers with commas in between; all; or nobody." />
       <Input label="Presence" value={v.presence} set={set("presence")} help="How long an operator's confirmation lets it sign; 0: none is needed." />
       {bad.length > 0 && <State tone="warn">Not a time: {bad.join(", ")}. Write 90 d, 12 h, 5 min or 30 s.</State>}
