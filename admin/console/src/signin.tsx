@@ -41,11 +41,11 @@ function First() {
 }
 
 /** opened is the link's secret, read once and removed from the address. */
-const opened = new Store("");
+const opened = new Store({ secret: "", times: 0 });
 export function takeFragment() {
   const take = () => {
     if (location.pathname !== "/enrol" || location.hash.length < 2) return;
-    opened.set(location.hash.slice(1));
+    opened.set({ secret: location.hash.slice(1), times: opened.get().times + 1 });
     history.replaceState(null, "", "/enrol");
   };
   take();
@@ -53,8 +53,8 @@ export function takeFragment() {
 }
 
 export function Enrol() {
-  const secret = useStore(opened);
-  return <EnrolBy fragment={secret} key={secret} />;
+  const { secret, times } = useStore(opened);
+  return <EnrolBy fragment={secret} key={times} />;
 }
 
 function EnrolBy({ fragment }: { fragment: string }) {
