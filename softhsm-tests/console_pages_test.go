@@ -164,9 +164,9 @@ func TestConsoleRoles(t *testing.T) {
 			for _, act := range acts {
 				name, absent := strings.CutPrefix(act, "!")
 				if !absent {
-					c.until(`hands.find("button", ` + quoted(name) + `)`)
+					c.until(`hands.find("button, a.button", ` + quoted(name) + `)`)
 				}
-				if found := mustRun[bool](c.browser, `!!hands.find("button", %v)`, name); found == absent {
+				if found := mustRun[bool](c.browser, `!!hands.find("button, a.button", %v)`, name); found == absent {
 					t.Errorf("%s on %s: the act %s is there: %t", each.roles, path, name, found)
 				}
 			}

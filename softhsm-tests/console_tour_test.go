@@ -199,6 +199,7 @@ func TestConsolePolicy(t *testing.T) {
 	c.shot("policy-diff")
 	c.checkPage("a policy with a diff")
 	c.press("Propose…")
+	c.until(`document.querySelector("dialog[open]")`)
 	c.press("Propose")
 	c.sees("What is signed")
 	c.press("Sign with passkey")
