@@ -86,7 +86,7 @@ func (s *system) seed() {
 
 // tour are the pages of the console by their names.
 var tour = []struct{ name, path, shows string }{
-	{"overview", "/", "What is watched"},
+	{"overview", "/", "Each second; the lines show"},
 	{"alerts", "/alerts", "All kinds"},
 	{"figures", "/figures", "Signatures and verifications"},
 	{"keys", "/keys", "salaries"},

@@ -1,7 +1,7 @@
 // The components that all pages share: one table, one form, one dialog, one id, one time, one
 // state, one empty state, one error.
 import type { ComponentChildren, JSX, TargetedKeyboardEvent } from "preact";
-import { useCallback, useEffect, useId, useRef, useState } from "preact/hooks";
+import { useCallback, useEffect, useId, useLayoutEffect, useRef, useState } from "preact/hooks";
 import { Refused } from "./api";
 import { onEvent } from "./live";
 import { Store, useStore } from "./store";
@@ -168,7 +168,7 @@ export function useLoad<T>(load: (signal: AbortSignal) => Promise<T>, deps: unkn
   const reload = useCallback(() => setTurn((n) => n + 1), []);
   const key = JSON.stringify(deps);
   const shown = useRef("");
-  useEffect(() => {
+  useLayoutEffect(() => { // the request leaves before the browser paints
     const stop = new AbortController();
     const fresh = shown.current !== key;
     shown.current = key;
