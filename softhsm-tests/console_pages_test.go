@@ -608,8 +608,8 @@ func poisoned(v any, markup string) any {
 	return v
 }
 
-// TestConsoleLink: an administrator makes a link, a person makes a passkey by it in another browser,
-// and the proposal names the id that the person's page shows.
+// TestConsoleLink: an administrator makes a link, a person makes a passkey by it in another
+// browser, and the proposal names the id that the person's page shows.
 func TestConsoleLink(t *testing.T) {
 	s, origin, p := consoleSystem(t)
 	c := newConsole(t, origin, s.serverCertificate(origin))

@@ -19,6 +19,7 @@ type Message =
   | { type: "ask" }
   | { type: "have"; half: string }
   | { type: "in"; half: string }
+  | { type: "leaving" }
   | { type: "out"; why: "signed_out" | "ended" };
 
 const channel = new BroadcastChannel("countersign-session");
@@ -39,6 +40,9 @@ export async function begin() {
       case "in":
         void adopt(m.half);
         break;
+      case "leaving":
+        leaving = true;
+        break;
       case "out":
         leave(m.why);
     }
@@ -49,7 +53,11 @@ export async function begin() {
   setTimeout(() => { if (session.get().is === "unknown") session.set({ is: "out", why: "" }); }, answerTime);
 }
 
+/** leaving: a tab signs out. Then the stream may tell of the end before that tab does. */
+let leaving = false;
+
 async function adopt(half: string) {
+  leaving = false;
   setPageHalf(half);
   try {
     session.set({ is: "in", me: await call("GET /v1/me") });
@@ -61,7 +69,7 @@ async function adopt(half: string) {
 function leave(why: "signed_out" | "ended") {
   const was = session.get().is;
   setPageHalf("");
-  if (was !== "out") session.set({ is: "out", why: was === "unknown" ? "" : why });
+  if (was !== "out") session.set({ is: "out", why: was === "unknown" ? "" : leaving ? "signed_out" : why });
 }
 
 /** end forgets the session in all tabs. */
@@ -84,6 +92,8 @@ export async function signIn(operator: string) {
 }
 
 export async function signOut() {
+  leaving = true;
+  channel.postMessage({ type: "leaving" });
   try { await call("DELETE /v1/sessions/{id}", { path: { id: "current" } }); } catch { /* it is over all the same */ }
   end("signed_out");
 }
