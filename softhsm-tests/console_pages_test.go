@@ -341,9 +341,11 @@ func newMeddler(t testing.TB, origin string) *meddler {
 	if err != nil {
 		t.Fatal(err)
 	}
-	proxy := httputil.NewSingleHostReverseProxy(at)
-	direct := proxy.Director
-	proxy.Director = func(r *http.Request) { direct(r); r.Host = at.Host; r.Header.Del("Accept-Encoding") }
+	proxy := &httputil.ReverseProxy{Rewrite: func(r *httputil.ProxyRequest) {
+		r.SetURL(at)
+		r.Out.Host = at.Host
+		r.Out.Header.Del("Accept-Encoding")
+	}}
 	proxy.FlushInterval = -1
 	proxy.Transport = &http.Transport{TLSClientConfig: &tls.Config{InsecureSkipVerify: true}, DisableCompression: true}
 	proxy.ModifyResponse = func(r *http.Response) error {
