@@ -33,6 +33,8 @@ var plainSecrets = map[string]string{
 	"cmd/countersign older Token":    deviceName,
 	"cmd/countersign line token":     deviceName,
 
+	"admin/api OpenLink Secret":                "a person's own, who opens a link",
+	"admin/api UseLink Secret":                 "a person's own, who uses a link",
 	"admin/api SignedIn Token":                 "the answer to a sign-in, which gives the token to the operator",
 	"admin/api Client token":                   "a program's own: admin/api imports nothing that is internal",
 	"admin/api SetToken token":                 "a program's own",

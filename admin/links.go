@@ -15,6 +15,7 @@ import (
 	"countersign/internal/ijson"
 	"countersign/internal/manage"
 	"countersign/internal/operators"
+	"countersign/internal/secret"
 )
 
 // Limits of links.
@@ -37,27 +38,28 @@ type links struct {
 
 type link struct {
 	api.Link
-	secret [sha256.Size]byte
+	digest [sha256.Size]byte // of the secret
 	by     operators.Channel // of the caller who has made the link
 	busy   bool              // a caller uses the link
 }
 
 // make makes a link and returns its secret.
-func (l *links) make(doc api.Link, by operators.Channel, life time.Duration) (api.Link, string, error) {
+func (l *links) make(doc api.Link, by operators.Channel, life time.Duration) (api.Link, secret.Bytes, error) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	now := time.Now()
 	l.dropExpired(now)
 	if len(l.all) >= maxLinks {
-		return api.Link{}, "", conflict.errorf("there are %d links, as many as there may be: remove one", maxLinks)
+		return api.Link{}, secret.Bytes{}, conflict.errorf(
+			"there are %d links, as many as there may be: remove one", maxLinks)
 	}
 	if doc.First { // the newest one counts
 		l.all = slices.DeleteFunc(l.all, func(x *link) bool { return x.First })
 	}
-	secret := rand.Text() + rand.Text()
+	made := secret.Of(rand.Text() + rand.Text())
 	doc.ID, doc.Expires = rand.Text()[:16], now.Add(life).Unix()
-	l.all = append(l.all, &link{Link: doc, secret: sha256.Sum256([]byte(secret)), by: by})
-	return doc, secret, nil
+	l.all = append(l.all, &link{Link: doc, digest: sha256.Sum256(made.Expose()), by: by})
+	return doc, made, nil
 }
 
 // dropExpired removes links whose time is over. A used link stays for the proposal until then.
@@ -66,20 +68,20 @@ func (l *links) dropExpired(now time.Time) {
 }
 
 // open returns the unused link of a secret.
-func (l *links) open(secret string) (api.Link, error) {
+func (l *links) open(by secret.Bytes) (api.Link, error) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	x, err := l.find(secret)
+	x, err := l.find(by)
 	if err != nil {
 		return api.Link{}, err
 	}
 	return x.Link, nil
 }
 
-func (l *links) find(secret string) (*link, error) {
+func (l *links) find(by secret.Bytes) (*link, error) {
 	l.dropExpired(time.Now())
-	digest := sha256.Sum256([]byte(secret))
-	at := slices.IndexFunc(l.all, func(x *link) bool { return x.secret == digest })
+	digest := sha256.Sum256(by.Expose())
+	at := slices.IndexFunc(l.all, func(x *link) bool { return x.digest == digest })
 	if at < 0 || l.all[at].Used != 0 {
 		return nil, notProven.errorf(
 			"the link is unknown, used or too old, or the daemon has restarted: ask for a new one")
@@ -90,10 +92,10 @@ func (l *links) find(secret string) (*link, error) {
 // use passes an unused link to a function, which makes the passkey of the link. The link is used if
 // the function succeeds.
 func (l *links) use(
-	secret string, do func(api.Link, operators.Channel) (approval.Credential, error),
+	by secret.Bytes, do func(api.Link, operators.Channel) (approval.Credential, error),
 ) (api.Link, error) {
 	l.mu.Lock()
-	x, err := l.find(secret)
+	x, err := l.find(by)
 	if err == nil && x.busy {
 		err = conflict.errorf("somebody else uses the link at this moment")
 	}
@@ -135,7 +137,7 @@ func (l *links) remove(id string) error {
 
 // linkURL returns the address of a link. The secret is in the fragment, which browsers keep for
 // themselves.
-func (s *server) linkURL(secret string) string { return s.Origin + "/enrol#" + secret }
+func (s *server) linkURL(of secret.Bytes) string { return s.Origin + "/enrol#" + string(of.Expose()) }
 
 func (s *server) hasConsole() error {
 	if s.Certificates == nil {
@@ -159,10 +161,10 @@ func (s *server) firstLink(_ context.Context, who caller, in *body[api.NewLink])
 	if err != nil {
 		return api.MadeLink{}, err
 	}
-	doc, secret, err := s.links.make(api.Link{
+	doc, made, err := s.links.make(api.Link{
 		Operator: name, Roles: operators.FirstRoles(), By: who.name(), First: true,
 	}, who.Channel, firstLinkLife)
-	return api.MadeLink{Link: doc, URL: s.linkURL(secret)}, err
+	return api.MadeLink{Link: doc, URL: s.linkURL(made)}, err
 }
 
 func (s *server) newLink(_ context.Context, who caller, in *body[api.NewLink]) (api.MadeLink, error) {
@@ -187,10 +189,10 @@ func (s *server) newLink(_ context.Context, who caller, in *body[api.NewLink]) (
 			return api.MadeLink{}, invalid.errorf("there is no role %q", ijson.Clip(string(role)))
 		}
 	}
-	doc, secret, err := s.links.make(api.Link{
+	doc, made, err := s.links.make(api.Link{
 		Operator: n.Operator, Roles: append([]approval.Role{}, n.Roles...), By: who.session.Operator,
 	}, who.Channel, linkLife)
-	return api.MadeLink{Link: doc, URL: s.linkURL(secret)}, err
+	return api.MadeLink{Link: doc, URL: s.linkURL(made)}, err
 }
 
 func (s *server) listLinks(context.Context, caller, *none) ([]api.Link, error) {
@@ -204,7 +206,7 @@ func (s *server) removeLink(_ context.Context, _ caller, in *struct {
 }
 
 func (s *server) openLink(_ context.Context, _ caller, in *body[api.OpenLink]) (doc api.OpenedLink, err error) {
-	if doc.Link, err = s.links.open(in.Body.Secret); err != nil {
+	if doc.Link, err = s.links.open(secret.Of(in.Body.Secret)); err != nil {
 		return doc, err
 	}
 	var challenge []byte
@@ -219,7 +221,7 @@ func (s *server) useLink(ctx context.Context, who caller, in *body[api.UseLink])
 	if !ok {
 		return api.Link{}, notProven.errorf("the challenge is unknown or too old: open the link again")
 	}
-	return s.links.use(in.Body.Secret, func(l api.Link, by operators.Channel) (approval.Credential, error) {
+	return s.links.use(secret.Of(in.Body.Secret), func(l api.Link, by operators.Channel) (approval.Credential, error) {
 		c, err := approval.NewPasskey(challenge, s.RPID, s.Origin, in.Body.Credential)
 		if err != nil || !l.First {
 			return c, err

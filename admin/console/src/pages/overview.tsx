@@ -87,7 +87,7 @@ const shown: [name: string, label: string, unit: string][] = [
 function Now() {
   const t = useStore(ticks);
   const last = t[t.length - 1];
-  return <Section title="Now" note={last ? <>Each second; the lines show the last {plural(t.length, "second")}.</> : "The figures come with the next second."}>
+  return <Section title="Now" note={last ? <>Each second; the lines show the last {t.length === 1 ? "second" : plural(t.length, "second")}.</> : "The figures come with the next second."}>
     <Facts of={shown.map(([name, label, unit]) => [label, <span key={name}>{figure(last?.figures[name], unit)} <Spark label={label + ", last two minutes"} values={t.map((x) => x.figures[name] ?? null)} /></span>])} />
   </Section>;
 }
