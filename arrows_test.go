@@ -91,7 +91,7 @@ var arrows = map[string]room{
 		ours:    "internal/cause internal/trace wire",
 		outside: "github.com/prometheus/client_golang github.com/prometheus/client_model github.com/prometheus/common",
 	},
-	"internal/history":  {ours: "internal/meter"},
+	"internal/history":  {ours: "internal/meter wire"},
 	"internal/resource": {ours: "audit"},
 	"internal/trace": {
 		ours: "internal/keystore internal/webhook wire", outside: "golang.org/x/net golang.org/x/time",

@@ -200,14 +200,32 @@ func (s *server) noiseKey(context.Context, caller, *none) (api.Key, error) {
 func (s *server) tokens(context.Context, caller, *none) ([]api.Token, error) {
 	all := []api.Token{}
 	for name, status := range s.Appliance.Tokens() {
-		token := api.Token{Name: name, Up: status.Up, Cause: status.Cause}
-		for _, w := range status.Workers {
-			token.Workers = append(token.Workers, api.Worker{PID: w.PID, Served: w.Served, Restarts: w.Restarts})
-		}
-		all = append(all, token)
+		all = append(all, tokenDoc(name, status))
 	}
 	slices.SortFunc(all, func(x, y api.Token) int { return strings.Compare(x.Name, y.Name) })
 	return all, nil
+}
+
+func tokenDoc(name string, status keystore.Status) api.Token {
+	return api.Token{
+		Name: name, Up: status.Up, Cause: status.Cause,
+		Workers: docs(status.Workers, func(w keystore.Worker) api.Worker {
+			return api.Worker{PID: w.PID, Served: w.Served, Restarts: w.Restarts}
+		}),
+	}
+}
+
+func (s *server) token(ctx context.Context, _ caller, in *named) (api.TokenDetails, error) {
+	status, there := s.Appliance.Tokens()[in.Name]
+	doc := api.TokenDetails{Token: tokenDoc(in.Name, status), Findings: []api.Finding{}}
+	if there && !status.Up {
+		return doc, nil
+	}
+	found, err := s.Appliance.InspectToken(ctx, in.Name)
+	doc.Findings = docs(found, func(f keystore.Finding) api.Finding {
+		return api.Finding{What: f.What, For: string(f.For), OK: f.OK, Text: f.Text}
+	})
+	return doc, err
 }
 
 func (s *server) retryToken(ctx context.Context, who caller, in *named) error {
@@ -241,6 +259,27 @@ func (s *server) peers(_ context.Context, _ caller, in *findInput) (*listed[api.
 func (s *server) peer(_ context.Context, _ caller, in *named) (api.Peer, error) {
 	p, err := s.Appliance.Peers.Status(in.Name)
 	return peerDoc(p), err
+}
+
+func (s *server) peerActivity(_ context.Context, _ caller, in *named) (api.PeerActivity, error) {
+	a, err := s.Appliance.Peers.Activity(in.Name, time.Now())
+	return activityDoc(a), err
+}
+
+func (s *server) activity(_ context.Context, _ caller, in *struct {
+	Limit int `query:"limit" minimum:"1" maximum:"100" default:"20" doc:"the number of peers"`
+}) ([]api.PeerActivity, error) {
+	return docs(s.Appliance.Peers.Busiest(in.Limit, time.Now()), activityDoc), nil
+}
+
+func activityDoc(a peers.Activity) api.PeerActivity {
+	doc := api.PeerActivity{Name: a.Name, Since: unix(a.Since)}
+	for _, n := range a.Minutes {
+		doc.Signatures = append(doc.Signatures, n.Signatures)
+		doc.Verifications = append(doc.Verifications, n.Verifications)
+		doc.Refused, doc.Others = append(doc.Refused, n.Refused), append(doc.Others, n.Others)
+	}
+	return doc
 }
 
 func peerDoc(p peers.Status) api.Peer {

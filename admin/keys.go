@@ -73,7 +73,8 @@ func (s *server) lineDoc(name string, l keyring.Settings) api.Line {
 		Every: seconds(l.Plan.Every), Window: l.Plan.Window, Uses: l.Plan.Uses,
 		Announce: seconds(l.Announce), Grace: seconds(l.Grace),
 		Acknowledge: append([]string{}, l.Acknowledge...), Presence: seconds(l.Presence),
-	}, Unacknowledged: []string{}, Compromises: []api.Compromise{}, Rotation: s.Appliance.Keys.Rotation(name)}
+	}, Unacknowledged: []string{}, Acknowledged: []string{}, Compromises: []api.Compromise{},
+		Rotation: s.Appliance.Keys.Rotation(name)}
 	at, reason := s.Appliance.Keys.NextRotation(name)
 	doc.NextRotation, doc.NextReason, doc.Confirmed = unix(at), reason, unix(s.Appliance.Keys.Confirmed(name))
 	if q, ok := s.Appliance.Keys.Requested(name); ok {
@@ -82,8 +83,9 @@ func (s *server) lineDoc(name string, l keyring.Settings) api.Line {
 		}
 	}
 	if doc.Rotation != nil {
-		missing := s.Appliance.Peers.Unacknowledged(name, doc.Rotation.Version)
-		doc.Unacknowledged = append(doc.Unacknowledged, missing...)
+		all, version := s.Appliance.Peers, doc.Rotation.Version
+		doc.Unacknowledged = append(doc.Unacknowledged, all.Unacknowledged(name, version)...)
+		doc.Acknowledged = append(doc.Acknowledged, all.AcknowledgedBy(name, version)...)
 	}
 	compromises, _ := s.Appliance.Keys.News()
 	for _, n := range compromises {

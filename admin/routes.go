@@ -143,6 +143,9 @@ func (s *server) routes() {
 	route(s, s.tokens, operation{
 		route: "GET /v1/tokens", id: "tokens", summary: "Say how the tokens and their key workers are",
 		roles: of(administrator, operator, auditor, metrics), refused: whileUninitialised})
+	route(s, s.token, operation{
+		route: "GET /v1/tokens/{name}", id: "token", summary: "Ask a token's device what it is, and how it is measured",
+		roles: of(administrator, operator, auditor), refused: whileUninitialised})
 	routeEmpty(s, s.retryToken, operation{
 		route: "POST /v1/tokens/{name}/retry", id: "retry-token",
 		summary: "Log in to a token again after its PIN was refused",
@@ -179,6 +182,14 @@ func (s *server) routes() {
 	route(s, s.peer, operation{
 		route: "GET /v1/peers/{name}", id: "peer", summary: "Show an enrolled peer with its keys",
 		roles: signedIn, refused: whileUninitialised})
+	route(s, s.peerActivity, operation{
+		route: "GET /v1/peers/{name}/activity", id: "peer-activity",
+		summary: "Count the answers to a peer in each of the last 60 minutes",
+		roles:   meterReaders, refused: whileUninitialised})
+	route(s, s.activity, operation{
+		route: "GET /v1/activity", id: "activity",
+		summary: "List the peers with the most answers in the last 60 minutes",
+		roles:   meterReaders, refused: whileUninitialised})
 	routeEmpty(s, s.removePeerKey, operation{
 		route: "DELETE /v1/peers/{name}/keys/{key}", id: "remove-peer-key",
 		summary: "Take a key of a peer back and close the connections of the key",

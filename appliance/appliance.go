@@ -356,6 +356,15 @@ func (a *Appliance) Tokens() map[string]keystore.Status {
 	return all
 }
 
+// InspectToken asks the device of a token what it is.
+func (a *Appliance) InspectToken(ctx context.Context, name string) ([]keystore.Finding, error) {
+	store, err := a.tokens.Get(name)
+	if err != nil {
+		return nil, err
+	}
+	return store.Inspect(ctx, false)
+}
+
 // RetryToken allows another login at a token that has refused the PIN.
 func (a *Appliance) RetryToken(ctx context.Context, who audit.Actor, name string) error {
 	store, err := a.tokens.Get(name)

@@ -214,7 +214,7 @@ func TestTakenAwayBeforeTheRelease(t *testing.T) {
 		for i, reply := range replies {
 			var got []string
 			read := func(b []byte) error { got = codesOf(t, b); return nil }
-			if err := r.release(shop.caller, reply, read); err != nil {
+			if err := r.release(shop, reply, read); err != nil {
 				t.Fatal(err)
 			}
 			verified := code
@@ -269,7 +269,7 @@ func TestActsWaitForReleases(t *testing.T) {
 				defer close(unread)
 				for _, document := range []string{request(1, "m"), ping} {
 					reply := r.answer(shop, []byte(document))
-					go r.release(shop.caller, reply, func([]byte) error {
+					go r.release(shop, reply, func([]byte) error {
 						if document == ping {
 							<-unread // by a peer that does not read
 						} else {
@@ -325,7 +325,7 @@ func TestNothingIsReleasedAfterAnAct(t *testing.T) {
 						if reply == nil {
 							return // the peer is gone
 						}
-						r.release(shop.caller, reply, func(b []byte) error {
+						r.release(shop, reply, func(b []byte) error {
 							runtime.Gosched()
 							number := sequence.Add(1)
 							if bytes.Contains(b, []byte(`"signature"`)) && bytes.Contains(b, []byte(`"version":1`)) {
@@ -410,7 +410,7 @@ func randomActs(t *testing.T, random *rand.Rand) {
 		if reply == nil {
 			return "gone"
 		}
-		r.release(s.caller, reply, func(b []byte) error { code = codesOf(t, b)[0]; return nil })
+		r.release(s, reply, func(b []byte) error { code = codesOf(t, b)[0]; return nil })
 		return code
 	}
 	// begin sends the request of a use, and holds the use in the device. done reports an answer

@@ -305,7 +305,7 @@ func handled(t *testing.T, a *Appliance, s *session, document string) wire.Answe
 		t.Fatalf("%.60s: no answer", document)
 	}
 	var answer wire.Answer
-	if err := a.release(s.caller, r, func(b []byte) (err error) {
+	if err := a.release(s, r, func(b []byte) (err error) {
 		scantest.SawPeer("an answer", string(b))
 		answer, err = wire.DecodeAnswer(b)
 		return err

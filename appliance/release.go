@@ -1,6 +1,8 @@
 package appliance
 
 import (
+	"time"
+
 	"countersign/internal/meter"
 	"countersign/internal/requestid"
 	"countersign/wire"
@@ -62,7 +64,7 @@ func (r *reply) encode() []byte {
 // release writes a reply to its connection. An answer whose right was taken away since the key was
 // used is withheld: the peer gets the refusal instead. The act that takes a right away waits for
 // the writes of answers that it does not allow any more, see gate.Release.
-func (a *Appliance) release(who Caller, r *reply, write func([]byte) error) error {
+func (a *Appliance) release(s *session, r *reply, write func([]byte) error) error {
 	defer a.gate.Release(r.may).End()
 	for i, each := range r.answers {
 		if each.may == nil {
@@ -71,17 +73,19 @@ func (a *Appliance) release(who Caller, r *reply, write func([]byte) error) erro
 		if err := each.may(); err != nil {
 			_, refusal := refuse(err)
 			r.answers[i].result, r.answers[i].refusal = nil, refusal
-			a.log.Warn("an answer is withheld", "peer", who.Name, requestid.Attr(r.requestOf(i)), "code", refusal.Code,
+			a.log.Warn("an answer is withheld", "peer", s.caller.Name, requestid.Attr(r.requestOf(i)), "code", refusal.Code,
 				"err", err)
 		}
 	}
 	err := write(r.encode())
+	now := time.Now()
 	for _, each := range r.answers {
 		code := ""
 		if each.refusal != nil {
 			code = each.refusal.Code
 		}
 		each.walk.End(each.op, code)
+		s.Member.Answered(each.op, each.refusal != nil, now)
 	}
 	return err
 }

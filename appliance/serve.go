@@ -286,7 +286,7 @@ func (a *Appliance) serveSession(stop context.Context, s *session, message []byt
 	inFlight := make(chan struct{}, a.limits.InFlight)
 	serve := func(t taken) {
 		r := a.handle(s, t)
-		if r == nil || a.release(s.caller, r, s.conn.WriteMessage) != nil {
+		if r == nil || a.release(s, r, s.conn.WriteMessage) != nil {
 			s.conn.Close() // there is no answer, or the peer does not read
 		}
 		<-inFlight

@@ -1,10 +1,13 @@
 package tpm
 
 import (
+	"bytes"
+	"cmp"
 	"context"
 	"encoding/binary"
 	"encoding/hex"
 	"fmt"
+	"slices"
 	"strings"
 
 	"countersign/internal/keystore"
@@ -55,6 +58,13 @@ func (s *Store) Inspect(ctx context.Context, prove bool) (found []keystore.Findi
 		}
 		if err := checkMeasured(s.config.PCRBank, pcrs, s.config.ZeroPCRs); err != nil && s.approver == nil {
 			report("seal to", "", false, "%v", err)
+		}
+		now, err := s.measured(t)
+		if err != nil {
+			return err
+		}
+		for _, each := range now {
+			report("measured", "", each.same == each.keys || s.approver != nil, "%v", each)
 		}
 		report("seal to", "", true, "PIN: %v; storage root key %x at %#x",
 			s.config.PINFile != "", s.srk.name.Buffer, uint32(s.srk.handle))
@@ -131,4 +141,63 @@ func text(values ...uint32) string {
 		b = binary.BigEndian.AppendUint32(b, v)
 	}
 	return strings.TrimSpace(strings.TrimRight(string(b), "\x00"))
+}
+
+// measured is the comparison of a register with its values at the time of sealing.
+type measured struct {
+	bank       Bank
+	index      uint
+	keys, same int    // keys sealed to the register, and those to its present value
+	was, is    []byte // the first other value, and the present one
+}
+
+func (m measured) String() string {
+	text := fmt.Sprintf("PCR %d (%s), bank %s: ", m.index, pcrContents[m.index], m.bank)
+	if m.same == m.keys {
+		return text + fmt.Sprintf("as sealed, for all %d keys: %x", m.keys, m.is)
+	}
+	return text + fmt.Sprintf("another value than sealed for %d of %d keys: it is %x and was %x",
+		m.keys-m.same, m.keys, m.is, m.was)
+}
+
+// measured compares the registers that keys are sealed to with their present values. Keys with an
+// approver can be used in other states too.
+func (s *Store) measured(t transport.TPM) (all []*measured, err error) {
+	refs, err := s.Keys(context.Background())
+	if err != nil {
+		return nil, err
+	}
+	type register struct {
+		bank  Bank
+		index uint
+	}
+	of := map[register]*measured{}
+	for _, ref := range refs {
+		r, err := s.dir.read(ref)
+		if err != nil {
+			continue // the key's own fault is told elsewhere
+		}
+		for _, p := range r.Sealed.PCRs {
+			at := register{r.Sealed.Bank, p.Index}
+			m := of[at]
+			if m == nil {
+				m = &measured{bank: at.bank, index: at.index}
+				now, err := readPCRs(t, at.bank, []uint{at.index})
+				if err != nil {
+					return nil, err
+				}
+				m.is = now[0].Value
+				of[at], all = m, append(all, m)
+			}
+			if m.keys++; bytes.Equal(p.Value, m.is) {
+				m.same++
+			} else if m.was == nil {
+				m.was = p.Value
+			}
+		}
+	}
+	slices.SortFunc(all, func(x, y *measured) int {
+		return cmp.Or(strings.Compare(x.bank.String(), y.bank.String()), cmp.Compare(x.index, y.index))
+	})
+	return all, nil
 }

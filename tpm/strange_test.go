@@ -100,6 +100,29 @@ func TestUnmeasuredRegisters(t *testing.T) {
 	}
 }
 
+// measuredOf returns the findings about registers that keys are sealed to. All must be good, or one
+// is not.
+func measuredOf(t *testing.T, s *tpm.Store, good bool) (text string) {
+	t.Helper()
+	found, err := s.Inspect(t.Context(), false)
+	if err != nil {
+		t.Fatal(err)
+	}
+	bad := 0
+	for _, f := range found {
+		if f.What == "measured" {
+			text += f.Text + "\n"
+			if !f.OK {
+				bad++
+			}
+		}
+	}
+	if good != (bad == 0) || !good && bad != 1 {
+		t.Errorf("%d registers have changed: %s", bad, text)
+	}
+	return text
+}
+
 // TestBanks seals to each bank that the emulator has, and names the banks.
 func TestBanks(t *testing.T) {
 	e := tpmtest.New(t)
@@ -123,13 +146,21 @@ func TestBanks(t *testing.T) {
 			!strings.Contains(text, "PCR 7 (the Secure Boot state and its certificates), bank "+bank.String()) {
 			t.Errorf("bank %s: the banks are not named: %s", bank, text)
 		}
+		if text := measuredOf(t, s, true); strings.Count(text, "as sealed, for all 1 keys") != len(c.PCRs) {
+			t.Errorf("bank %s, as sealed: %s", bank, text)
+		}
 		s.Close()
 		e.Extend(t, 11) // of the bank of SHA-256 only
 		if s, err = tpm.Open(t.Context(), c); err != nil {
 			t.Fatal(err)
 		}
 		_, err = s.Bind(k.Info()).Sign(t.Context(), []byte("m"), nil)
-		if sealed := bank.String() == "sha256"; errors.Is(err, keystore.ErrSealed) != sealed || !sealed && err != nil {
+		sealed := bank.String() == "sha256"
+		if text := measuredOf(t, s, !sealed); sealed != strings.Contains(text,
+			"PCR 11 (the unified kernel image and the phase of the boot), bank sha256: another value than sealed for 1 of 1") {
+			t.Errorf("bank %s, after a change of the bank sha256: %s", bank, text)
+		}
+		if errors.Is(err, keystore.ErrSealed) != sealed || !sealed && err != nil {
 			t.Errorf("bank %s, after a change of the bank sha256: %v", bank, err)
 		}
 		s.Close()

@@ -63,6 +63,21 @@ type Token struct {
 	Workers []Worker `json:"workers"`         // processes that use the token
 }
 
+// TokenDetails is a token with what its device says of itself at this moment.
+type TokenDetails struct {
+	Token
+	Findings []Finding `json:"findings" doc:"empty while the token is down"`
+}
+
+// Finding is one line of what a device says of itself: its model, its mechanisms, and of a TPM the
+// registers (PCRs) that keys are sealed to.
+type Finding struct {
+	What string `json:"what" doc:"measured: a register of a TPM, compared with its value at the time of sealing"`
+	For  string `json:"for,omitempty" doc:"the algorithm concerned"`
+	OK   bool   `json:"ok" doc:"false: missing, not working, or another value than sealed"`
+	Text string `json:"text"`
+}
+
 // Worker is the state of a key worker: a process that uses a token.
 type Worker struct {
 	PID      int    `json:"pid"`      // 0: no process now
@@ -82,6 +97,17 @@ type Peer struct {
 	// refusal_bytes_per_day of the peer.
 	UsedBytes        int64 `json:"used_bytes" doc:"of its bytes_per_day: not refilled yet"`
 	UsedRefusalBytes int64 `json:"used_refusal_bytes" doc:"of its refusal_bytes_per_day: not refilled yet"`
+}
+
+// PeerActivity has the answers to a peer in each of the last 60 minutes, since the daemon's start at
+// the most. The present minute is the last one.
+type PeerActivity struct {
+	Name          string   `json:"name"`
+	Since         int64    `json:"since" doc:"the begin of the first minute, Unix seconds"`
+	Signatures    []uint32 `json:"signatures"`
+	Verifications []uint32 `json:"verifications"`
+	Refused       []uint32 `json:"refused"`
+	Others        []uint32 `json:"others" doc:"answers to other operations"`
 }
 
 // PeerKey is a Noise static key of a peer.
@@ -250,6 +276,11 @@ func (c *Client) Tokens(ctx context.Context) (tokens []Token, err error) {
 	return tokens, c.do(ctx, http.MethodGet, "/v1/tokens", nil, &tokens)
 }
 
+// Token asks a token what it is.
+func (c *Client) Token(ctx context.Context, name string) (t TokenDetails, err error) {
+	return t, c.do(ctx, http.MethodGet, "/v1/tokens/"+url.PathEscape(name), nil, &t)
+}
+
 // RetryToken permits one more login to a token that has refused the PIN.
 func (c *Client) RetryToken(ctx context.Context, name string) error {
 	return c.do(ctx, http.MethodPost, "/v1/tokens/"+url.PathEscape(name)+"/retry", nil, nil)
@@ -283,6 +314,16 @@ func (c *Client) Peers(ctx context.Context) ([]Peer, error) {
 // Peer returns an enrolled peer.
 func (c *Client) Peer(ctx context.Context, name string) (p Peer, err error) {
 	return p, c.do(ctx, http.MethodGet, "/v1/peers/"+url.PathEscape(name), nil, &p)
+}
+
+// PeerActivity returns the answers to a peer in the last hour.
+func (c *Client) PeerActivity(ctx context.Context, name string) (a PeerActivity, err error) {
+	return a, c.do(ctx, http.MethodGet, "/v1/peers/"+url.PathEscape(name)+"/activity", nil, &a)
+}
+
+// Activity returns the peers with the most answers in the last hour, at most limit.
+func (c *Client) Activity(ctx context.Context, limit int) (all []PeerActivity, err error) {
+	return all, c.do(ctx, http.MethodGet, "/v1/activity?limit="+strconv.Itoa(limit), nil, &all)
 }
 
 // RemovePeerKey removes a key of a peer and closes the connections of the key. The last key ends

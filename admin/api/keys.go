@@ -16,9 +16,10 @@ type Line struct {
 	// window; announced; or requested: then the appliance tries to announce it.
 	NextRotation int64  `json:"next_rotation"`
 	NextReason   string `json:"next_reason,omitempty"`
-	// Rotation is the newest announced version, as peers see it. Unacknowledged lists the peers
-	// that have not acknowledged that version.
+	// Rotation is the newest announced version, as peers see it. Acknowledged and Unacknowledged
+	// list the peers that have acknowledged that version, and those that have not.
 	Rotation       *wire.Rotation `json:"rotation,omitempty"`
+	Acknowledged   []string       `json:"acknowledged"`
 	Unacknowledged []string       `json:"unacknowledged"`
 	Compromises    []Compromise   `json:"compromises"`
 	// Requested is what an operator has asked for, and what could not be announced yet.

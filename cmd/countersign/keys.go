@@ -395,6 +395,9 @@ func showRotation(w io.Writer, l api.Line) {
 			fmt.Fprintf(w, "version %d\tactive from %s on, the one before accepted until %s\n",
 				r.Version, date(r.ActivatesAt), date(r.RetiresAt))
 		}
+		if len(l.Acknowledged) > 0 {
+			fmt.Fprintf(w, "acknowledged\tby %s\n", strings.Join(l.Acknowledged, ", "))
+		}
 		fmt.Fprintf(w, "not acknowledged\tby %s\n", late(l.Unacknowledged))
 	}
 	for _, c := range l.Compromises {

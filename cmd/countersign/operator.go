@@ -148,6 +148,19 @@ func (t *tool) tokens(act maker) *cobra.Command {
 					}
 				})
 			}),
+		act("show NAME", "Ask a token's device what it is; of a TPM, compare its registers with the sealed state",
+			cobra.ExactArgs(1), func(ctx context.Context, c *api.Client, args []string) error {
+				tk, err := c.Token(ctx, args[0])
+				if err != nil {
+					return err
+				}
+				return t.print(tk, func(w io.Writer) {
+					fmt.Fprintf(w, "token\t\t%s, %s\n", tk.Name, either(tk.Up, "up", "down: "+tk.Cause))
+					for _, f := range tk.Findings {
+						fmt.Fprintf(w, "%s\t%s\t%s%s\n", f.What, f.For, either(f.OK, "", "NOT GOOD: "), f.Text)
+					}
+				})
+			}),
 		act("retry NAME", "Log in to a token again, after its PIN was refused and the PIN file is corrected",
 			cobra.ExactArgs(1), func(ctx context.Context, c *api.Client, args []string) error {
 				if err := c.RetryToken(ctx, args[0]); err != nil {
@@ -192,11 +205,53 @@ func (t *tool) peers(act maker) *cobra.Command {
 				}
 				return t.print(p, func(w io.Writer) { showPeers(w, []api.Peer{p}) })
 			}),
+		t.peerActivity(act),
 		one("suspend NAME", "Close a peer's connections and refuse new ones until it is resumed", "suspended",
 			(*api.Client).SuspendPeer),
 		one("resume NAME", "Accept connections of a suspended peer again", "resumed", (*api.Client).ResumePeer),
 		one("remove NAME", "Remove a peer's enrolment and close its connections", "removed", (*api.Client).RemovePeer),
 	)
+}
+
+func (t *tool) peerActivity(act maker) *cobra.Command {
+	limit := 20
+	c := act("activity [NAME]", "Show what peers were answered in the last hour", cobra.MaximumNArgs(1),
+		func(ctx context.Context, c *api.Client, args []string) (err error) {
+			var all []api.PeerActivity
+			if len(args) == 0 {
+				all, err = c.Activity(ctx, limit)
+			} else {
+				all = make([]api.PeerActivity, 1)
+				all[0], err = c.PeerActivity(ctx, args[0])
+			}
+			if err != nil {
+				return err
+			}
+			return t.print(all, func(w io.Writer) {
+				fmt.Fprintln(w, "PEER\tSIGNATURES\tVERIFICATIONS\tREFUSED\tOTHERS\tEACH MINUTE")
+				for _, a := range all {
+					each := make([]*float32, len(a.Signatures))
+					for i := range each {
+						n := float32(a.Signatures[i]) + float32(a.Verifications[i]) + float32(a.Refused[i]) + float32(a.Others[i])
+						each[i] = &n
+					}
+					fmt.Fprintf(w, "%s\t%d\t%d\t%d\t%d\t%s\n", a.Name, sum(a.Signatures), sum(a.Verifications),
+						sum(a.Refused), sum(a.Others), sparkline(each))
+				}
+			})
+		})
+	details(c, "Without a name, the peers with the most answers are shown, the busiest first. The daemon counts from\n"+
+		"its start on. What policy and limits do to a peer shows as refused; docs/OPERATIONS.md has the story\n"+
+		"of a single request.")
+	c.Flags().IntVar(&limit, "limit", limit, "show at most this `number` of peers, 1 to 100")
+	return c
+}
+
+func sum(all []uint32) (n uint64) {
+	for _, each := range all {
+		n += uint64(each)
+	}
+	return n
 }
 
 func showPeers(w io.Writer, peers []api.Peer) {

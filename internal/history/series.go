@@ -5,6 +5,7 @@ import (
 	"time"
 
 	"countersign/internal/meter"
+	"countersign/wire"
 )
 
 // Fold says how the value of a longer step follows from the values of the shorter steps in it.
@@ -65,6 +66,11 @@ func quantile(name string, q float64, help string, s *meter.Series, labels ...st
 		timing: func(r *meter.Reading) (meter.Distribution, bool) { return r.Distribution(s.Name, labels...) }}
 }
 
+// byCode is the series of refusals with a code.
+func byCode(code, help string) *Series {
+	return rate(code, help, of(meter.Refusals, "code", code))
+}
+
 func (s *Series) main() *Series {
 	s.Main = true
 	return s
@@ -79,8 +85,20 @@ var All = []*Series{
 	rate("refused", "Requests that were refused.", of(meter.Requests, "result", "refused")).main(),
 	rate("unavailable", "Requests that the appliance could not serve.",
 		of(meter.Requests, "result", "unavailable")).main(),
-	rate("denied", "Requests that policy has denied.", of(meter.Refusals, "code", "denied")),
-	rate("busy", "Requests that a bound has refused.", of(meter.Refusals, "code", "busy")),
+	byCode(wire.CodeDenied, "Requests that policy has denied."),
+	byCode(wire.CodeBusy, "Requests that a bound has refused."),
+	byCode(wire.CodeMalformed, "Requests that do not have the specified form."),
+	byCode(wire.CodeUnsupported, "Requests of an unknown operation or type."),
+	byCode(wire.CodeTooLarge, "Requests that do not fit into a message, or whose answer does not."),
+	byCode(wire.CodeUnknownKey, "Requests for a key that does not exist."),
+	byCode(wire.CodeKeyNotActive, "Requests for a key that may not sign now."),
+	byCode(wire.CodeKeyRotated, "Requests for another version than the one that signs."),
+	byCode(wire.CodeNotConfirmed, "Requests for a key that an operator must confirm."),
+	byCode(wire.CodeExpired, "Documents whose time was over."),
+	byCode(wire.CodeNotYetValid, "Documents with a time in the future."),
+	byCode(wire.CodeLifetimeTooLong, "Documents with too long a lifetime."),
+	byCode(wire.CodeInvalidSignature, "Signatures that do not verify."),
+	byCode(wire.CodeWrongSigner, "Documents that do not name the key as a signer."),
 	rate("replays", "Requests whose nonce was spent.", of(meter.Replays)).main(),
 	rate("rate_limited", "Times that a limit was reached.", of(meter.RateLimited)),
 	quantile("sign_p50", .5, "Median time of a sign request.", meter.RequestSeconds, "op", "sign"),

@@ -301,7 +301,7 @@ type Worker struct {
 
 // Finding is one line of Store.Inspect.
 type Finding struct {
-	What string    `json:"what"`          // module, token, quirks, mechanism, proof
+	What string    `json:"what"`          // module, token, quirks, mechanism, measured, proof, and others
 	For  Algorithm `json:"for,omitempty"` // the algorithm concerned, if any
 	OK   bool      `json:"ok"`            // false: missing or not working
 	Text string    `json:"text"`

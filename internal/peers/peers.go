@@ -72,6 +72,7 @@ type Member struct {
 	requestRate *rate.Limiter
 	messageRate *rate.Limiter // of Pace
 	byteRate    *rate.Limiter // of Pace
+	activity    activity
 
 	// The fields below are guarded by Registry.mu.
 	keys       map[[32]byte]*memberKey
@@ -665,32 +666,37 @@ func (r *Registry) Warned(s *Session, key string, version uint32) bool {
 // Unacknowledged returns the names of the active peers that have not acknowledged a version of a
 // key.
 func (r *Registry) Unacknowledged(key string, version uint32) []string {
-	return r.without(func(m *Member) bool { return m.known[key] >= version })
+	return r.those(func(m *Member) bool { return m.known[key] < version })
+}
+
+// AcknowledgedBy returns the names of the active peers that have acknowledged a version of a key.
+func (r *Registry) AcknowledgedBy(key string, version uint32) []string {
+	return r.those(func(m *Member) bool { return m.known[key] >= version })
 }
 
 // Unwarned returns the names of the active peers that have not acknowledged the compromise of a
 // version with each key that they use. Of several keys, one that was never seen is a spare: nobody
 // is behind it.
 func (r *Registry) Unwarned(key string, version uint32) []string {
-	return r.without(func(m *Member) bool {
+	return r.those(func(m *Member) bool {
 		some := false
 		for _, k := range m.keys {
 			warned := k.warned.has(key, version)
 			if !warned && !k.removed && !k.Seen.IsZero() {
-				return false
+				return true
 			}
 			some = some || warned
 		}
-		return some
+		return !some
 	})
 }
 
-// without returns the names of the active peers without an acknowledgement.
-func (r *Registry) without(acknowledged func(*Member) bool) (names []string) {
+// those returns the names of the active peers that are chosen.
+func (r *Registry) those(chosen func(*Member) bool) (names []string) {
 	r.mu.RLock()
 	defer r.mu.RUnlock()
 	for _, m := range r.names {
-		if m.active() && !acknowledged(m) {
+		if m.active() && chosen(m) {
 			names = append(names, m.Name)
 		}
 	}
