@@ -31,6 +31,7 @@ soak: deps
 	SOAK=$(SOAK) go test -count=1 -timeout 0 -run '^TestSoak$$' -v ./softhsm-tests
 
 bench: deps
+	@scripts/console.sh
 	go test -run '^$$' -bench . -benchtime 1x ./softhsm-tests ./internal/ledger ./internal/sink ./audit ./policy
 
 # FUZZTIME=10m make fuzz: ten minutes a target. FUZZ=transcript selects targets by package or name.

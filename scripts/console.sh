@@ -13,6 +13,6 @@ if [ "$(cat node_modules/.lock 2>/dev/null)" != "$lock" ]; then
 fi
 built=dist/index.html
 if [ ! -e $built ] || [ -n "$(find src build.mjs tsconfig.json package-lock.json ../openapi.json \
-  -newer $built ! -name generated.ts ! -type d -print -quit)" ]; then
+  ../../docs/OPERATIONS.md -newer $built ! -name generated.ts ! -name help.ts ! -type d -print -quit)" ]; then
   node build.mjs
 fi

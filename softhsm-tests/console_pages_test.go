@@ -226,7 +226,7 @@ func TestConsoleRotation(t *testing.T) {
 		t.Fatal("the peer was not told")
 	}
 	close(release)
-	c.sees("All that must have acknowledged it")
+	c.sees("All peers have acknowledged it")
 	if !mustRun[bool](c.browser, `self.notReloaded === true`) {
 		t.Error("the page was loaded again")
 	}

@@ -169,6 +169,14 @@ func (c *tab) key(key string) {
 	}
 }
 
+// write types a text.
+func (c *tab) write(text string) {
+	c.t.Helper()
+	if _, err := chromedp.Call(c.ctx, input.InsertText, input.InsertTextParams{Text: text}); err != nil {
+		c.t.Fatal(err)
+	}
+}
+
 // shot writes a screenshot into the folder SCREENSHOTS, if there is one.
 func (c *tab) shot(name string) {
 	c.t.Helper()

@@ -88,6 +88,7 @@ func (s *system) seed() {
 var tour = []struct{ name, path, shows string }{
 	{"overview", "/", "Each second; the lines show"},
 	{"alerts", "/alerts", "All kinds"},
+	{"alert", "/alerts/token-pin-refused", "tries are counted by many"},
 	{"figures", "/figures", "Signatures and verifications"},
 	{"keys", "/keys", "salaries"},
 	{"key", "/keys/payments", "Line of succession"},

@@ -13,6 +13,7 @@ process.chdir(here);
 const maxBytes = 150 * 1024;
 
 writeFileSync("src/generated.ts", types(JSON.parse(readFileSync("../openapi.json", "utf8"))));
+writeFileSync("src/help.ts", help(readFileSync("../../docs/OPERATIONS.md", "utf8")));
 
 const checked = spawnSync(process.execPath, ["node_modules/typescript/bin/tsc"], { stdio: "inherit" });
 if (checked.status !== 0) process.exit(1);
@@ -81,6 +82,26 @@ function write(name, content) {
   writeFileSync("dist/" + name + ".gz", gzipSync(content, { level: 9 }));
   writeFileSync("dist/" + name + ".br",
     brotliCompressSync(content, { params: { [constants.BROTLI_PARAM_QUALITY]: 11 } }));
+}
+
+// help returns what docs/OPERATIONS.md says of each alert, under a heading with the alert's code: paragraphs of text and
+// code, and titles of other sections in the place of links.
+function help(doc) {
+  const out = {};
+  for (const section of doc.split(/^### /m).slice(1)) {
+    const [, code, body] = /^([a-z]+(?:-[a-z]+)*)\n([^]*?)(?=^## |(?![^]))/m.exec(section) ?? [];
+    if (!code) continue;
+    out[code] = body.trim().split(/\n\n+/).map((paragraph) =>
+      paragraph.replace(/\n/g, " ").split(/(`[^`]*`|\[[^\]]*\]\([^)]*\))/).filter(Boolean).map((part) => {
+        if (part[0] === "`") return { code: part.slice(1, -1) };
+        const link = /^\[([^\]]*)\]\(([^)#]*)/.exec(part);
+        return link ? { title: link[1], of: "docs/" + (link[2] || "OPERATIONS.md") } : part;
+      }));
+  }
+  return `// Made by build.mjs from docs/OPERATIONS.md.
+export type Part = string | { code: string } | { title: string; of: string };
+export const help: Record<string, Part[][]> = ${JSON.stringify(out, null, 1)};
+`;
 }
 
 // types returns TypeScript types of an OpenAPI document: an interface for each schema, and for each

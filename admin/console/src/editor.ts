@@ -2,7 +2,7 @@
 //
 // The editor is in a shadow root: there CodeMirror uses constructed style sheets, which the
 // Content-Security-Policy allows, and not elements <style>, which it forbids.
-import { defaultKeymap, history, historyKeymap, indentWithTab } from "@codemirror/commands";
+import { defaultKeymap, history, historyKeymap } from "@codemirror/commands";
 import { HighlightStyle, StreamLanguage, bracketMatching, indentUnit, syntaxHighlighting } from "@codemirror/language";
 import { EditorState, RangeSet, StateEffect, StateField } from "@codemirror/state";
 import { Decoration, EditorView, GutterMarker, drawSelection, gutterLineClass, highlightActiveLine, keymap, lineNumbers } from "@codemirror/view";
@@ -99,8 +99,8 @@ export function edit(into: HTMLElement, text: string, changed: (text: string) =>
       extensions: [
         lineNumbers(), history(), drawSelection(), highlightActiveLine(), bracketMatching(), marked, typed, indentUnit.of("  "),
         EditorState.tabSize.of(2), EditorView.lineWrapping, cedar, syntaxHighlighting(colours), look,
-        keymap.of([...defaultKeymap, ...historyKeymap, indentWithTab]),
-        EditorView.contentAttributes.of({ "aria-label": "Text of the policy, in Cedar. Escape, then Tab leaves the editor", spellcheck: "false" }),
+        keymap.of([...defaultKeymap, ...historyKeymap]), // Tab leaves the editor
+        EditorView.contentAttributes.of({ "aria-label": "Text of the policy, in Cedar", spellcheck: "false" }),
         EditorView.updateListener.of((u) => { if (u.docChanged) changed(u.state.doc.toString()); }),
       ],
     }),

@@ -16,7 +16,7 @@ import { Enrol, SignIn, takeFragment } from "./signin";
 import { useStore } from "./store";
 import { Empty, Mark, Page, Problem, Shape, State, Time, Waiting } from "./ui";
 import { sentence } from "./words";
-import { Alerts } from "./pages/alerts";
+import { Alerts, Kind } from "./pages/alerts";
 import { Approval, Approvals } from "./pages/approvals";
 import { AuditEvent, Audit } from "./pages/audit";
 import { Figures } from "./pages/figures";
@@ -40,7 +40,7 @@ type Place = {
 /** places are the pages, in the order of the frame. */
 const places: Place[] = [
   { at: "", name: "Overview", group: "Now", needs: "GET /v1/health/state", show: () => <Overview /> },
-  { at: "alerts", name: "Alerts", group: "Now", needs: "GET /v1/alerts", show: () => <Alerts /> },
+  { at: "alerts", name: "Alerts", group: "Now", needs: "GET /v1/alerts", show: ({ path }) => path[1] ? <Kind code={path[1]} key={path[1]} /> : <Alerts /> },
   { at: "figures", name: "Figures", group: "Now", needs: "GET /v1/history", show: () => <Figures /> },
   { at: "keys", name: "Keys", group: "What signs", needs: "GET /v1/keys", show: ({ path }) => path[1] ? <Key name={path[1]} key={path[1]} /> : <Keys /> },
   { at: "peers", name: "Peers", group: "What signs", needs: "GET /v1/peers", show: ({ path }) => path[1] ? <Peer name={path[1]} key={path[1]} /> : <Peers /> },

@@ -34,9 +34,12 @@ export const proposalTone: Record<string, Tone> = {
   open: "info", running: "info", done: "ok", failed: "crit", expired: "off", withdrawn: "off", interrupted: "warn",
 };
 
+/** tokenAway are the causes with which a token's keys do not sign. */
+const tokenAway = ["token-unavailable", "token-pin-refused", "token-locked", "token-replaced", "token-sealed"];
+
 /** sentence tells the state in one line for a tired person. */
 export function sentence(h: Health): { tone: Tone; text: string } {
-  const n = h.causes.length, stops = h.causes.find((c) => c.stops);
+  const n = h.causes.length, stops = h.causes.find((c) => c.stops), away = h.causes.find((c) => tokenAway.includes(c.code));
   switch (h.state) {
     case "uninitialised": return { tone: "info", text: "It is new: nobody is enrolled yet." };
     case "locked": return { tone: "off", text: "Locked: nothing is signed until an administrator unlocks it." };
@@ -45,7 +48,8 @@ export function sentence(h: Health): { tone: Tone; text: string } {
       return h.alerts?.length ? { tone: h.alerts[0]!.level === "critical" ? "crit" : "warn", text: `It signs. ${h.alerts.length === 1 ? "An alert fires" : h.alerts.length + " alerts fire"}: ${h.alerts[0]!.text}.` }
         : { tone: "ok", text: "All is well: it signs, and nothing needs you." };
     default:
-      return stops ? { tone: "crit", text: `It does not sign: ${stops.text}${n > 1 ? `, and ${n - 1} more` : ""}.` }
+      if (stops) return { tone: "crit", text: `It does not sign: ${stops.text}${n > 1 ? `, and ${n - 1} more` : ""}.` };
+      return away ? { tone: "crit", text: `The keys of ${away.subject ? `the token ${away.subject}` : "a token"} can’t be used: ${away.text}${n > 1 ? `, and ${n - 1} more` : ""}.` }
         : { tone: "warn", text: `It signs, and ${n === 1 ? "one thing needs" : n + " things need"} a look: ${h.causes[0]?.text ?? "see the causes"}.` };
   }
 }

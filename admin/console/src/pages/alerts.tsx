@@ -1,10 +1,12 @@
-import { useState } from "preact/hooks";
+import { useEffect, useState } from "preact/hooks";
 import { call, may, page } from "../api";
 import type { Alert, AlertKind } from "../generated";
 import { health } from "../live";
 import { myRoles } from "../session";
 import { useStore } from "../store";
-import { Dialog, Empty, Form, Input, Load, Page, Section, Select, State, Table, Text, Time, useList, useLoad } from "../ui";
+import type { Part } from "../help";
+import { link } from "../router";
+import { Dialog, Empty, Facts, Form, Input, Load, Page, Section, Select, State, Table, Text, Time, useList, useLoad } from "../ui";
 import type { Tone } from "../ui";
 
 const tone = (a: Alert): Tone => a.level === "critical" ? "crit" : "warn";
@@ -20,7 +22,7 @@ export function Alerts() {
     <Section title="Firing" note="The gravest first.">
       <Load of={all}>{({ firing }) => <Table name="Firing alerts" rows={firing} id={(a) => a.code + (a.subject ?? "")}
         empty={<Empty title="No alert fires.">Alerts come here by themselves, and go when their reason is over. The kinds are listed below.</Empty>} columns={[
-          { head: "Alert", name: true, cell: (a) => <><State tone={tone(a)}><strong>{a.code}</strong></State>{a.subject && <> · <Text>{a.subject}</Text></>}<br /><Text>{a.text}</Text></> },
+          { head: "Alert", name: true, cell: (a) => <><State tone={tone(a)}><a href={link("alerts", a.code)}><strong>{a.code}</strong></a></State>{a.subject && <> · <Text>{a.subject}</Text></>}<br /><Text>{a.text}</Text></> },
           { head: "What to do", cell: (a) => <><Text>{a.do}</Text><br /><span class="quiet">{a.see}</span></> },
           { head: "Since", cell: (a) => <Time s={a.since} ago /> },
           { head: "Noted", cell: (a) => a.acknowledged ? <><Text>{a.acknowledged.by}</Text>{a.acknowledged.reason && <>: <Text>{a.acknowledged.reason}</Text></>}<br /><span class="quiet">until <Time s={a.acknowledged.until} /></span></>
@@ -30,7 +32,7 @@ export function Alerts() {
     {may(mine, "GET /v1/events") && <Past />}
     <Section title="All kinds" note="When each fires, by the configuration.">
       <Load of={all}>{({ kinds }) => <Table name="Kinds of alerts" rows={kinds} id={(k: AlertKind) => k.code} empty={null} columns={[
-        { head: "Code", name: true, cell: (k) => <code id={k.code}>{k.code}</code> },
+        { head: "Code", name: true, cell: (k) => <a href={link("alerts", k.code)}>{k.code}</a> },
         { head: "Means", cell: (k) => k.means },
         { head: "Fires", cell: (k) => k.fires },
         { head: "What to do", quiet: true, cell: (k) => <Text>{k.do}</Text> },
@@ -41,9 +43,40 @@ export function Alerts() {
   </Page>;
 }
 
-function Past() {
-  const past = useList((after, signal) => page("GET /v1/events", { query: { type: "AlertFiring", order: "newest", limit: 20, after }, signal }), [], ["alert"]);
-  const ends = useList((after, signal) => page("GET /v1/events", { query: { type: "AlertResolved", order: "newest", limit: 20, after }, signal }), [], ["alert"]);
+/** Kind is the page of one kind of alert: what docs/OPERATIONS.md says of it, and whether it fires. */
+export function Kind({ code }: { code: string }) {
+  const h = useStore(health);
+  const firing = (h?.alerts ?? []).filter((a) => a.code === code);
+  const all = useLoad((signal) => call("GET /v1/alerts", { signal }), [firing.length], ["alert"]);
+  const [paragraphs, setParagraphs] = useState<Part[][]>();
+  useEffect(() => { void import("../help").then((m) => setParagraphs(m.help[code] ?? [])); }, [code]);
+  return <Page title={<Text>{code}</Text>} back={{ to: "/alerts", name: "Alerts" }}>
+    <Load of={all}>{({ kinds }) => {
+      const k = kinds.find((x) => x.code === code);
+      if (!k) return <Empty title="There is no alert with this code." />;
+      return <>
+        <Section title="What it is">
+          <Facts of={[
+            ["Means", k.means], ["Fires", k.fires],
+            ["Now", firing.length ? firing.map((a) => <div key={a.subject ?? ""}><State tone={tone(a)}>{a.level}</State> {a.subject && <Text>{a.subject}</Text>} <Text>{a.text}</Text> <span class="quiet">since <Time s={a.since} ago /></span></div>)
+              : <State tone="ok">does not fire</State>],
+          ]} />
+        </Section>
+        <Section title="What to do" note="As in docs/OPERATIONS.md.">
+          <p><strong><Text>{k.do}</Text></strong></p>
+          {paragraphs?.map((p, i) => <p key={i}>{p.map((x) => typeof x === "string" ? x : "code" in x ? <code>{x.code}</code> : <>“{x.title}” ({x.of})</>)}</p>)}
+        </Section>
+      </>;
+    }}</Load>
+    {may(myRoles(), "GET /v1/events") && <Past code={code} />}
+  </Page>;
+}
+
+/** Past shows the alerts of the audit log: all, or those with a code. */
+function Past({ code }: { code?: string }) {
+  const query = (type: string, after: string) => ({ type, order: "newest" as const, limit: 20, after, ...(code ? { resource: "alert/" + code } : {}) });
+  const past = useList((after, signal) => page("GET /v1/events", { query: query("AlertFiring", after), signal }), [code], ["alert"]);
+  const ends = useList((after, signal) => page("GET /v1/events", { query: query("AlertResolved", after), signal }), [code], ["alert"]);
   const rows = [...past.items, ...ends.items].sort((x, y) => y.index - x.index);
   return <Section title="History" note="From the audit log, the newest first.">
     <Load of={past}>{() => <Table name="Past alerts" rows={rows} id={(e) => e.index} more={past.more ?? ends.more} loading={past.loadingMore || ends.loadingMore}

@@ -94,13 +94,19 @@ export function Approval({ id }: { id: number }) {
 }
 
 
-/** Did shows the events of an approved act. */
+/** Did shows the events of a proposal, and what its act did: the events in its name before its end. */
 function Did({ proposal: p }: { proposal: Proposal }) {
-  const events = useLoad(async (signal) => (await page("GET /v1/events", { query: { resource: "proposal/" + p.id, order: "newest", limit: 20 }, signal })).items, [p.id, p.state]);
+  const events = useLoad(async (signal) => {
+    const own = (await page("GET /v1/events", { query: { resource: "proposal/" + p.id, order: "newest", limit: 20 }, signal })).items;
+    const end = own[0]?.index ?? 0, approved = own[1]?.index ?? end;
+    const between = end - approved > 1 ? (await page("GET /v1/events", { query: { from: approved + 1, before: end, limit: 1000 }, signal })).items : [];
+    return [...own, ...between.filter((e) => e.actor.proposal === p.id)].sort((a, b) => b.index - a.index);
+  }, [p.id, p.state]);
   return <Load of={events}>{(all) => <Table name="Events of the proposal" rows={all} id={(e) => e.index} empty={null} columns={[
     { head: "Event", cell: (e) => <a href={link("audit", e.index)}>{e.index}</a> },
     { head: "When", cell: (e) => <Time ms={e.time_ms} /> },
     { head: "Type", cell: (e) => e.type },
+    { head: "Resource", cell: (e) => <Text>{e.resource ?? ""}</Text> },
     { head: "Who", cell: (e) => <Text>{e.actor.name}</Text> },
     { head: "Outcome", cell: (e) => <Text>{e.outcome}</Text> },
   ]} />}</Load>;

@@ -114,10 +114,13 @@ function RotationSheet({ line: l }: { line: Line }) {
     ]} /> : <p class="quiet">{l.next_rotation ? <>Next rotation <Time s={l.next_rotation} ago />{l.next_reason && <>: <Text>{l.next_reason}</Text></>}</> : "No rotation is announced, and none is due."}</p>}
     {l.requested && <RequestedNote r={l.requested} />}
     {announced && <div><h3>Acknowledged by peers</h3>
-      {l.unacknowledged.length === 0 ? <p><State tone="ok">All that must have acknowledged it.</State></p>
+      {l.unacknowledged.length === 0 ? <p><State tone="ok">{l.acknowledged.length ? "All peers have acknowledged it." : "No peer is enrolled."}</State></p>
         : <><p><State tone="warn">{plural(l.unacknowledged.length, "peer has", "peers have")} not:</State></p>
           <ul class="quiet">{l.unacknowledged.slice(0, 20).map((p) => <li key={p}><a href={link("peers", p)}><Text>{p}</Text></a></li>)}</ul>
           {l.unacknowledged.length > 20 && <p class="help">and {l.unacknowledged.length - 20} more</p>}</>}
+      {l.acknowledged.length > 0 && <details><summary>{plural(l.acknowledged.length, "peer has", "peers have")} acknowledged it</summary>
+        <ul class="quiet">{l.acknowledged.slice(0, 200).map((p) => <li key={p}><a href={link("peers", p)}><Text>{p}</Text></a></li>)}</ul>
+        {l.acknowledged.length > 200 && <p class="help">and {l.acknowledged.length - 200} more: <code>countersign admin key show</code> names all.</p>}</details>}
     </div>}
     {l.compromises.map((c) => <p class="notice crit" key={c.version}><State tone="crit">Version {c.version} is compromised. {c.unacknowledged.length ? `Not heard of it yet: ${c.unacknowledged.slice(0, 10).join(", ")}${c.unacknowledged.length > 10 ? " and more" : ""}.` : "All peers have heard of it."}</State></p>)}
   </Section>;
@@ -210,10 +213,11 @@ function RotateDialog({ name, line, close, done }: { name: string; line: Line; c
 
 const units = { s: 1, min: 60, h: 3600, d: 86400 } as const;
 
-/** seconds reads "90 d", "12 h", "300" (seconds). */
+/** seconds reads "90 d", "1 h 30 min", "300" (seconds). */
 export function seconds(text: string): number {
-  const m = /^\s*(\d+)\s*(s|min|h|d)?\s*$/.exec(text);
-  return m ? Number(m[1]) * units[(m[2] ?? "s") as keyof typeof units] : NaN;
+  if (/^\s*\d+\s*$/.test(text)) return Number(text);
+  if (!/^(\s*\d+\s*(s|min|h|d))+\s*$/.test(text)) return NaN;
+  return [...text.matchAll(/(\d+)\s*(s|min|h|d)/g)].reduce((n, m) => n + Number(m[1]) * units[m[2] as keyof typeof units], 0);
 }
 
 function ScheduleDialog({ name, line, close, done }: { name: string; line: Line; close: () => void; done: () => void }) {

@@ -8,7 +8,7 @@ import { Command, Dialog, Empty, Facts, Form, Id, Input, Load, Page, Section, St
 import { roleMeans } from "../words";
 
 
-type Asked = { is: "add" | "passkey" } | { is: "roles" | "remove"; o: Operator } | { is: "credential"; o: Operator; c: Credential } | { is: "needed" };
+type Asked = { is: "add" | "passkey" } | { is: "roles" | "remove"; o: Operator } | { is: "credential"; o: Operator; c: Credential } | { is: "needed" | "hardware" };
 
 export function Operators() {
   const mine = myRoles();
@@ -21,6 +21,7 @@ export function Operators() {
   return <Page title="Operators" lead="People, what they may do, and who is signed in." actions={<>
     {may(mine, "POST /v1/links") && <button type="button" class="primary" onClick={() => setAsked({ is: "add" })}>Link for a passkey…</button>}
     {mayPropose(mine, "approvals needed") && <button type="button" onClick={() => setAsked({ is: "needed" })}>Approvals needed…</button>}
+    {rules.data && mayPropose(mine, "approvals hardware") && <button type="button" onClick={() => setAsked({ is: "hardware" })}>{rules.data.hardware ? "Allow all keys…" : "Hardware keys only…"}</button>}
   </>}>
     {s.is === "in" && <Section title="You">
       <Facts of={[["Name", <Text>{s.me.operator.name}</Text>], ["Roles", s.me.operator.roles.join(", ")], ["Passkeys here", String(myPasskeys().length)], ["Session ends", <Time s={s.me.session.expires} />]]} />
@@ -52,6 +53,9 @@ export function Operators() {
       make={() => ({ act: "operator remove", parameters: { name: asked.o.name } })} />}
     {asked?.is === "credential" && <ActDialog title={`Remove a credential of ${asked.o.name}`} name={asked.o.name} close={close} done={list.reload} loss={`${asked.o.name} can’t sign in or approve with it any more.`}
       make={() => ({ act: "credential remove", parameters: { name: asked.o.name, id: asked.c.id } })} />}
+    {asked?.is === "hardware" && <ActDialog title={rules.data?.hardware ? "Approvals by all keys" : "Approvals by hardware keys only"} close={close} done={rules.reload} make={() => ({ act: "approvals hardware", parameters: { required: rules.data?.hardware ? "no" : "yes" } })}>
+      <p>{rules.data?.hardware ? "SSH keys in a file would count for approvals again." : "From then on only passkeys count, and FIDO keys that ask for their PIN at each signature. Approvals by other keys do not count any more, also for open proposals."}</p>
+    </ActDialog>}
     {asked?.is === "needed" && <Needed now={rules.data?.needed ?? 1} close={close} done={rules.reload} />}
   </Page>;
 }

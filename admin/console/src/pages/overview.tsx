@@ -16,6 +16,7 @@ export function Overview() {
     {mine.includes("operator") && <FirstSteps />}
     {may(mine, "GET /v1/metrics") && <Now />}
     {may(mine, "GET /v1/tokens") && <Tokens h={h} />}
+    {may(mine, "GET /v1/tokens/{name}") && <Measured h={h} />}
     {may(mine, "GET /v1/ledger") && <LedgerSheet />}
     {may(mine, "GET /v1/alerts") && <Watch h={h} />}
   </Page>;
@@ -27,12 +28,12 @@ function Headline({ h }: { h: Health }) {
     <p class="says"><State tone={told.tone}>{told.text}</State></p>
     {h.locked && h.since > 0 && <p class="quiet">Locked <Time s={h.since} ago />.</p>}
     {h.causes.map((c) => <div class="cause" key={c.code + c.subject + c.text}>
-      <p><State tone={causeTone(c)}><strong>{c.code}</strong>{c.subject && <> · <Text>{c.subject}</Text></>}</State></p>
+      <p><State tone={causeTone(c)}><a href={link("alerts", c.code)}><strong>{c.code}</strong></a>{c.subject && <> · <Text>{c.subject}</Text></>}</State></p>
       <p><Text>{c.text}</Text></p>
       <p class="quiet">What to do: <Text>{c.do}</Text></p>
     </div>)}
     {(h.alerts ?? []).filter((a) => !h.causes.some((c) => c.code === a.code)).map((a) => <div class="cause" key={a.code + (a.subject ?? "")}>
-      <p><State tone={a.level === "critical" ? "crit" : "warn"}><strong>{a.code}</strong>{a.subject && <> · <Text>{a.subject}</Text></>}</State> <span class="quiet">since <Time s={a.since} ago />{a.acknowledged ? <>, noted by <Text>{a.acknowledged.by}</Text></> : ""}</span></p>
+      <p><State tone={a.level === "critical" ? "crit" : "warn"}><a href={link("alerts", a.code)}><strong>{a.code}</strong></a>{a.subject && <> · <Text>{a.subject}</Text></>}</State> <span class="quiet">since <Time s={a.since} ago />{a.acknowledged ? <>, noted by <Text>{a.acknowledged.by}</Text></> : ""}</span></p>
       <p class="quiet">What to do: <Text>{a.do}</Text></p>
     </div>)}
   </div>;
@@ -112,6 +113,24 @@ function Tokens({ h }: { h: Health | null }) {
   </Section>;
 }
 
+/** Measured compares the registers of each TPM with the state that its keys were sealed to. */
+function Measured({ h }: { h: Health | null }) {
+  const sick = h?.causes.map((c) => c.code + c.subject).join();
+  const of = useLoad(async (signal) => {
+    const names = (await call("GET /v1/tokens", { signal })).map((t) => t.name);
+    const all = await Promise.all(names.map((name) => call("GET /v1/tokens/{name}", { path: { name }, signal })));
+    return all.flatMap((t) => t.findings.filter((f) => f.what === "measured" || !f.ok).map((f) => ({ ...f, token: t.name })));
+  }, [sick]);
+  if (of.data && !of.data.length) return null;
+  return <Section title="Measured state" note="What this machine has booted, against what the keys of a TPM are sealed to.">
+    <Load of={of}>{(all) => <Table name="Measured state" rows={all} id={(f) => f.token + f.text} empty={null} columns={[
+      { head: "Token", cell: (f) => <Text>{f.token}</Text> },
+      { head: "State", cell: (f) => <State tone={f.ok ? "ok" : "crit"}>{f.ok ? "as sealed" : f.what === "measured" ? "another state" : f.what}</State> },
+      { head: "Register", cell: (f) => <span class="break"><Text>{f.text}</Text></span> },
+    ]} />}</Load>
+  </Section>;
+}
+
 function LedgerSheet() {
   const mine = myRoles();
   const of = useLoad(async (signal) => {
@@ -154,7 +173,7 @@ function Watch({ h }: { h: Health | null }) {
       const rest = a.kinds.length - rows.length;
       return <>
         <Table name="What is watched" rows={rows} id={(k) => k.code} empty={null} columns={[
-          { head: "Watched", name: true, cell: (k) => <><strong>{k.code}</strong><br /><span class="quiet">{k.means}</span></> },
+          { head: "Watched", name: true, cell: (k) => <><a href={link("alerts", k.code)}>{k.code}</a><br /><span class="quiet">{k.means}</span></> },
           { head: "State", cell: (k) => { const f = now(k)[0]; const tone: Tone = !f ? "ok" : f.level === "critical" ? "crit" : "warn"; return <State tone={tone}>{f ? f.level : "well"}{f?.acknowledged ? ", noted" : ""}</State>; } },
           { head: "Value", num: true, cell: (k) => k.measured ? figure(Math.round(k.measured.number * 10) / 10) + (k.measured.percent ? " %" : "") : "–" },
           { head: "Warning", num: true, cell: (k) => k.measured ? `> ${k.measured.warning}${k.measured.percent ? " %" : ""}` : k.fires },

@@ -1,11 +1,11 @@
-import { useState } from "preact/hooks";
+import { useEffect, useState } from "preact/hooks";
 import { ActDialog } from "../act";
 import { call, may, mayPropose, page } from "../api";
 import type { Peer as PeerDoc, PeerKey } from "../generated";
 import { go, link, route, setQuery } from "../router";
 import { myRoles } from "../session";
 import { useStore } from "../store";
-import { Command, Confirm, Empty, Facts, Field, Id, Input, Load, Page, Section, State, Table, Text, Time, bytes, plural, useList, useLoad } from "../ui";
+import { Command, Confirm, Empty, Facts, Field, Id, Input, Load, Page, Section, Spark, State, Table, Text, Time, bytes, count, figure, plural, useList, useLoad } from "../ui";
 
 export function Peers() {
   const { query } = useStore(route);
@@ -89,6 +89,8 @@ export function Peer({ name }: { name: string }) {
   const of = useLoad((signal) => call("GET /v1/peers/{name}", { path: { name }, signal }), [name], ["change"]);
   const noise = useLoad((signal) => call("GET /v1/noise-key", { signal }), []);
   const keys = useLoad(async (signal) => [...new Set((await page("GET /v1/keys", { query: { limit: 200 }, signal })).items.filter((k) => k.state === "active" && !k.own).map((k) => k.name))], []);
+  const [address, setAddress] = useState(localStorage.getItem("address") ?? "");
+  const host = /^[\w.:\[\]-]+$/.test(address) ? address : "HOST:7700";
   const [asking, setAsking] = useState<"" | "remove" | "suspend" | "resume" | "key" | PeerKey>("");
   const p = of.data;
   const actions = p && <>
@@ -119,12 +121,14 @@ export function Peer({ name }: { name: string }) {
           ...(may(mine, "DELETE /v1/peers/{name}/keys/{key}") && p.keys.length > 1 ? [{ head: "Take back", cell: (k: PeerKey) => <button type="button" class="danger" onClick={() => setAsking(k)}>Remove…</button> }] : []),
         ]} />
       </Section>
+      {may(mine, "GET /v1/peers/{name}/activity") && <Activity name={name} />}
       {may(mine, "GET /v1/peers/{name}/rights") && <Rights name={name} />}
-      <Section title="Its client" note={`To copy to the payment server. ${name}.key is its identity file; HOST is this appliance.`}>
+      <Section title="Its client" note={`To copy to the payment server. ${name}.key is its identity file.`}>
+        <Input label="Address of this appliance, as the peer reaches it" value={address} set={(to) => { setAddress(to); localStorage.setItem("address", to); }} help="HOST:PORT of listen in the configuration. It is kept in this browser." />
         <Load of={noise}>{(n) => {
           const key = keys.data?.[0] ?? "KEY";
           return <>
-            <Command of="client command">{`export COUNTERSIGN_SERVER=HOST:7700
+            <Command of="client command">{`export COUNTERSIGN_SERVER=${host}
 export COUNTERSIGN_SERVER_KEY=${n.public_key}
 export COUNTERSIGN_IDENTITY=${name}.key
 countersign ping
@@ -132,7 +136,7 @@ countersign sign --key ${key} --context test FILE`}</Command>
             <Command of="SDK snippet">{`id, err := client.ReadIdentity("${name}.key")
 server, err := client.ParseKey("${n.public_key}")
 c, err := client.Dial(ctx, client.Config{
-	Address: "HOST:7700", ServerKey: server, Identity: id,
+	Address: "${host}", ServerKey: server, Identity: id,
 })
 signed, err := c.Sign(ctx, "${key}", document)`}</Command>
           </>;
@@ -151,6 +155,16 @@ signed, err := c.Sign(ctx, "${key}", document)`}</Command>
     {typeof asking === "object" && <Confirm title="Remove a key of the peer" name={name} submit="Remove the key" close={close} what={<>The key {asking.public_key.slice(0, 10)}… is taken back, and its connections are closed.</>}
       act={async () => { await call("DELETE /v1/peers/{name}/keys/{key}", { path: { name, key: asking.public_key } }); of.reload(); close(); }} />}
   </Page>;
+}
+
+/** Activity shows what the peer was answered in the last hour. */
+function Activity({ name }: { name: string }) {
+  const of = useLoad((signal) => call("GET /v1/peers/{name}/activity", { path: { name }, signal }), [name]);
+  useEffect(() => { const timer = setInterval(of.reload, 15_000); return () => clearInterval(timer); }, [of.reload]);
+  return <Section title="The last hour" note="Answers in each minute, since the start of the daemon. The last minute is not over." actions={<button type="button" onClick={of.reload}>Look again</button>}>
+    <Load of={of}>{(a) => <Facts of={([["Signatures", a.signatures], ["Verifications", a.verifications], ["Refused", a.refused], ["Other answers", a.others]] as [string, number[]][]).map(([label, all]) =>
+      [label, <span key={label}>{count(all.reduce((n, x) => n + x, 0))} <span class="quiet">· {figure(all[all.length - 2]! / 60, "1/s")} in the last whole minute</span> <Spark label={label + " in each minute of the last hour"} values={all} /></span>])} />}</Load>
+  </Section>;
 }
 
 /** Rights shows what policy says of the peer: the rules in force that fit it, for each key. */

@@ -1,0 +1,184 @@
+package softhsmtests
+
+import (
+	"fmt"
+	"os"
+	"syscall"
+	"testing"
+
+	"github.com/chromedp/cdproto/emulation"
+	"github.com/chromedp/chromedp"
+)
+
+// TestConsoleOutage: the key workers are killed while the token refuses their PIN. The overview and
+// the line on top of another page say what is wrong and what to do, and stop when it is over,
+// without a reload.
+func TestConsoleOutage(t *testing.T) {
+	s, origin, p := consoleSystem(t)
+	c := newConsole(t, origin, s.serverCertificate(origin))
+	c.person(s, "ann", "administrator,operator,auditor,approver")
+	c.goTo("/")
+	c.signIn("ann")
+	other := c.another()
+	other.goTo("/keys")
+	for _, each := range []*tab{c, other} {
+		each.sees("All is well")
+		mustRun[any](each.browser, `(self.notReloaded = true)`)
+	}
+	pin, err := os.ReadFile(s.path("pin"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	s.write("pin", "another-pin")
+	tokens, err := s.admin().Tokens(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, w := range tokens[0].Workers {
+		if err := syscall.Kill(w.PID, syscall.SIGKILL); err != nil {
+			t.Fatal(err)
+		}
+	}
+	c.sees("token-pin-refused")
+	c.sees("What to do: ")
+	c.until(`document.querySelector("[aria-label=Tokens] td:nth-child(2)").innerText.includes("down")`)
+	other.sees("The keys of the token main can’t be used: ")
+	c.shot("outage")
+	c.checkPage("an outage")
+
+	// The code leads to the paragraph of OPERATIONS.
+	c.press("token-pin-refused")
+	c.sees("tries are counted by many")
+	c.sees("countersign admin token retry NAME")
+	c.checkPage("an alert")
+	c.press("Overview")
+
+	s.write("pin", string(pin))
+	for _, each := range []*tab{c, other} {
+		each.until(`!hands.text().includes("The keys of the token main can’t be used: ")`)
+		if !mustRun[bool](each.browser, `self.notReloaded === true`) {
+			t.Error("the page was loaded again")
+		}
+	}
+	c.until(`document.querySelector("[aria-label=Tokens] td:nth-child(2)").innerText.includes("serves")`)
+	c.close()
+	p.stop()
+}
+
+// TestConsoleLock: a lock reaches every open tab at once, whatever page it is at, and so does its
+// end.
+func TestConsoleLock(t *testing.T) {
+	s, origin, p := consoleSystem(t)
+	c := newConsole(t, origin, s.serverCertificate(origin))
+	c.person(s, "ann", "administrator,operator,auditor,approver")
+	c.goTo("/")
+	c.signIn("ann")
+	tabs := []*tab{c}
+	for _, path := range []string{"/keys", "/audit", "/policy/edit"} {
+		each := c.another()
+		each.goTo(path)
+		each.sees("All is well")
+		tabs = append(tabs, each)
+	}
+	c.press("Lock…")
+	c.sees("Nothing is signed or verified for any peer")
+	c.fill("Reason", "a drill")
+	c.press("Lock")
+	for _, each := range tabs {
+		each.sees("Locked: nothing is signed")
+	}
+	c.shot("locked")
+	c.checkPage("locked")
+	c.press("Unlock")
+	for _, each := range tabs {
+		each.until(`!hands.text().includes("Locked: nothing is signed")`)
+	}
+	c.close()
+	p.stop()
+}
+
+// stops returns how many elements Tab reaches before it leaves the page, and those of them that
+// show no sign of the focus or are out of sight.
+func (c *tab) stops(most int) (n int, faults []string) {
+	c.t.Helper()
+	mustRun[any](c.browser, `(document.querySelector(".skip").focus(), true)`) // the first one
+	seen, before := map[string]bool{}, ""
+	for range most {
+		at := mustRun[string](c.browser, `hands.focus()`)
+		fault := mustRun[string](c.browser, `hands.focusFault()`)
+		c.key("Tab")
+		if at == before { // the next part of a field for a time
+			continue
+		}
+		if at == "" || seen[at] {
+			return len(seen), faults
+		}
+		seen[at], before = true, at
+		if fault != "" {
+			faults = append(faults, at+": "+fault)
+		}
+	}
+	return len(seen), append(faults, fmt.Sprintf("Tab does not leave the page in %d steps", most))
+}
+
+// TestConsoleKeyboard uses the console by the keyboard alone, with reduced motion: signs in,
+// searches, opens and closes a dialog, and walks over every page. Each stop of Tab is in sight and
+// shows the focus; all that can be used is reached; nothing moves.
+func TestConsoleKeyboard(t *testing.T) {
+	s, origin, p := consoleSystem(t)
+	s.seed()
+	c := newConsole(t, origin, s.serverCertificate(origin))
+	c.person(s, "ann", "administrator,operator,auditor,approver")
+	if _, err := chromedp.Call(c.ctx, emulation.SetEmulatedMedia, emulation.SetEmulatedMediaParams{
+		Features: []*emulation.MediaFeature{{Name: "prefers-reduced-motion", Value: "reduce"}},
+	}); err != nil {
+		t.Fatal(err)
+	}
+	c.goTo("/")
+	c.until(`document.activeElement.tagName === "INPUT"`) // the name of the operator, at once
+	c.write("ann")
+	c.key("Enter")
+	c.sees("Last checkpoint")
+
+	c.key("/")
+	c.until(`document.activeElement.closest("dialog")`)
+	c.write("payments")
+	c.until(`hands.text().includes("/keys/payments") || hands.find("a, button, [role=option]", "payments")`)
+	c.key("Enter")
+	c.until(`location.pathname === "/keys/payments" && hands.text().includes("Line of succession")`)
+	if at := mustRun[string](c.browser, `document.activeElement.tagName`); at != "H1" {
+		t.Errorf("after a change of the page, the focus is at %s", at)
+	}
+	for range 12 {
+		c.key("Tab")
+		if mustRun[bool](c.browser, `hands.name(document.activeElement).startsWith("Rotate")`) {
+			break
+		}
+	}
+	c.key("Enter")
+	c.until(`document.querySelector("dialog[open]").contains(document.activeElement)`)
+	c.key("Escape")
+	c.until(`!document.querySelector("dialog[open]")`)
+	if !mustRun[bool](c.browser, `hands.name(document.activeElement).startsWith("Rotate")`) {
+		t.Error("after a dialog, the focus is not where it was")
+	}
+
+	for _, each := range tour {
+		c.visit(each.path)
+		c.sees(each.shows)
+		c.until(`!document.querySelector(".waiting")`)
+		for _, moving := range mustRun[[]string](c.browser, `hands.moving()`) {
+			t.Errorf("%s: %s moves", each.name, moving)
+		}
+		want := mustRun[int](c.browser, `hands.focusable()`)
+		n, faults := c.stops(2*want + 100)
+		if n < want {
+			t.Errorf("%s: Tab reaches %d of %d", each.name, n, want)
+		}
+		for _, fault := range faults {
+			t.Errorf("%s: %s", each.name, fault)
+		}
+	}
+	c.close()
+	p.stop()
+}
