@@ -3,8 +3,11 @@ package softhsmtests
 import (
 	"fmt"
 	"os"
+	"strings"
 	"syscall"
 	"testing"
+
+	"countersign/tpm/tpmtest"
 
 	"github.com/chromedp/cdproto/emulation"
 	"github.com/chromedp/chromedp"
@@ -61,6 +64,42 @@ func TestConsoleOutage(t *testing.T) {
 		}
 	}
 	c.until(`document.querySelector("[aria-label=Tokens] td:nth-child(2)").innerText.includes("serves")`)
+	c.close()
+	p.stop()
+}
+
+// TestConsoleMeasured: the overview compares the registers of a TPM with the state that keys are
+// sealed to, and shows the one that has changed.
+func TestConsoleMeasured(t *testing.T) {
+	e := tpmtest.New(t)
+	s := newTPMSystem(t, e, "")
+	origin := s.configureHTTPS()
+	p := s.serve()
+	s.enrol()
+	c := newConsole(t, origin, s.serverCertificate(origin))
+	c.person(s, "ann", "administrator,operator,auditor,approver")
+	c.goTo("/")
+	c.signIn("ann")
+	c.sees("PCR 7 (the Secure Boot state and its certificates), bank sha256: as sealed")
+	c.sees("PCR 11 (the unified kernel image and the phase of the boot), bank sha256: as sealed")
+	c.sees("sealed to this machine's TPM")
+	e.Extend(t, 11)
+	c.visit("/keys")
+	c.visit("/")
+	c.sees("PCR 11 (the unified kernel image and the phase of the boot), bank sha256: another value than sealed")
+	c.sees("PCR 7 (the Secure Boot state and its certificates), bank sha256: as sealed")
+	c.shot("measured")
+	c.checkPage("measured")
+	for _, pid := range p.workers() { // the next ones can't open the seals
+		syscall.Kill(pid, syscall.SIGKILL)
+	}
+	c.sees("token-sealed")
+	c.visit("/keys")
+	c.visit("/")
+	c.sees("PCR 11 (the unified kernel image and the phase of the boot), bank sha256: another value than sealed")
+	if out := s.must("admin", "token", "show", "main"); !strings.Contains(out, "NOT GOOD: PCR 11") {
+		t.Errorf("token show: %s", out)
+	}
 	c.close()
 	p.stop()
 }

@@ -66,7 +66,7 @@ type Token struct {
 // TokenDetails is a token with what its device says of itself at this moment.
 type TokenDetails struct {
 	Token
-	Findings []Finding `json:"findings" doc:"empty while the token is down"`
+	Findings []Finding `json:"findings" doc:"empty while the device does not answer"`
 }
 
 // Finding is one line of what a device says of itself: its model, its mechanisms, and of a TPM the

@@ -29,6 +29,11 @@ export function Text({ children, lines }: { children: string; lines?: boolean })
   return <bdi>{parts}</bdi>;
 }
 
+/** Words shows a name such as SignatureAdmitted, which breaks between its words only. */
+export function Words({ children }: { children: string }) {
+  return <span class="words">{children.split(/(?=[A-Z])/).map((w, i) => <>{i > 0 && <wbr />}{w}</>)}</span>;
+}
+
 // ---- State: a colour with a shape --------------------------------------------------------------
 
 export type Tone = "ok" | "warn" | "crit" | "info" | "off";

@@ -80,7 +80,7 @@ function Past({ code }: { code?: string }) {
   const rows = [...past.items, ...ends.items].sort((x, y) => y.index - x.index);
   return <Section title="History" note="From the audit log, the newest first.">
     <Load of={past}>{() => <Table name="Past alerts" rows={rows} id={(e) => e.index} more={past.more ?? ends.more} loading={past.loadingMore || ends.loadingMore}
-      empty={<Empty title="No alert has ever fired.">Each begin and each end of an alert is an event of the audit log.</Empty>} columns={[
+      empty={<Empty title={code ? "This alert has never fired." : "No alert has ever fired."}>Each begin and each end of an alert is an event of the audit log.</Empty>} columns={[
         { head: "When", cell: (e) => <Time ms={e.time_ms} /> },
         { head: "Alert", cell: (e) => <a href={"/audit/" + e.index}><Text>{e.resource ?? e.metadata?.code ?? ""}</Text></a> },
         { head: "What", cell: (e) => <State tone={e.type === "AlertResolved" ? "ok" : e.metadata?.level === "critical" ? "crit" : "warn"}>{e.type === "AlertResolved" ? "ended" : e.metadata?.level ?? "fired"}</State> },

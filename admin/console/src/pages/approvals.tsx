@@ -4,7 +4,7 @@ import { call, may, mayPropose, page } from "../api";
 import type { Proposal } from "../generated";
 import { link } from "../router";
 import { myRoles, session } from "../session";
-import { Empty, Facts, Form, Id, Load, Page, Section, State, Table, Text, Time, useList, useLoad } from "../ui";
+import { Empty, Facts, Form, Id, Load, Page, Section, State, Table, Text, Time, Words, useList, useLoad } from "../ui";
 import { proposalTone } from "../words";
 
 const counting = (p: Proposal) => p.approvals.filter((a) => a.counts).length;
@@ -105,7 +105,7 @@ function Did({ proposal: p }: { proposal: Proposal }) {
   return <Load of={events}>{(all) => <Table name="Events of the proposal" rows={all} id={(e) => e.index} empty={null} columns={[
     { head: "Event", cell: (e) => <a href={link("audit", e.index)}>{e.index}</a> },
     { head: "When", cell: (e) => <Time ms={e.time_ms} /> },
-    { head: "Type", cell: (e) => e.type },
+    { head: "Type", cell: (e) => <Words>{e.type}</Words> },
     { head: "Resource", cell: (e) => <Text>{e.resource ?? ""}</Text> },
     { head: "Who", cell: (e) => <Text>{e.actor.name}</Text> },
     { head: "Outcome", cell: (e) => <Text>{e.outcome}</Text> },

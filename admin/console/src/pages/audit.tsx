@@ -6,7 +6,7 @@ import type { Checked } from "../proof";
 import { link, route, setQuery } from "../router";
 import { myRoles } from "../session";
 import { useStore } from "../store";
-import { Empty, Facts, Field, Form, Id, Input, Load, Page, Problem, Section, State, Table, Text, Time, Waiting, count, useList, useLoad } from "../ui";
+import { Empty, Facts, Field, Form, Id, Input, Load, Page, Problem, Section, State, Table, Text, Time, Waiting, Words, count, plural, useList, useLoad } from "../ui";
 import { eventTypes } from "../generated";
 
 const filters = ["type", "actor", "resource", "nonce", "digest", "request", "since", "until", "outcome"] as const;
@@ -30,8 +30,9 @@ export function Audit() {
         empty={<Empty title="No event fits.">{Object.values(f).some(Boolean) ? <>Take something out of the search. <a href="/audit">Show all events</a></> : "The first event of a log says that it begins."}</Empty>} />}</Load>
     </Section>
     <Section title="Take it along" note="The log is static files, which anyone can check without the appliance.">
-      <p><button type="button" disabled={!shown.length} onClick={() => download(shown)}>Save the {count(shown.length)} shown events (JSON)</button></p>
-      <p class="quiet">The whole log with its proofs: <code>countersign admin audit export DIR</code>, then <code>countersign audit verify DIR</code>. {may(mine, "GET /v1/report/statement") && <>A statement of a period: <code>countersign admin report</code>.</>}</p>
+      <Save query={q} disabled={!shown.length} />
+      <p class="quiet">Who approved what: <a href="/approvals">Approvals</a>, each with its text, its signatures and what it did; <code>countersign audit approvals DIR</code> checks all of them from an export.</p>
+      <p class="quiet">The whole log with its proofs: <code>countersign admin audit export DIR</code>, then <code>countersign audit verify DIR</code>. {may(mine, "GET /v1/report/statement") && <>A statement of a period: <code>countersign admin audit report DIR</code>.</>}</p>
       <Pinned />
     </Section>
   </Page>;
@@ -40,11 +41,17 @@ export function Audit() {
 const columns = [
   { head: "Event", cell: (e: Event) => <a href={link("audit", e.index)}>{e.index}</a> },
   { head: "When", cell: (e: Event) => <Time ms={e.time_ms} /> },
-  { head: "Type", cell: (e: Event) => e.type },
+  { head: "Type", cell: (e: Event) => <Words>{e.type}</Words> },
   { head: "Who", cell: (e: Event) => <><Text>{e.actor.name}</Text> <span class="quiet">{e.actor.kind}</span></> },
-  { head: "Resource", cell: (e: Event) => <Text>{e.resource ?? ""}</Text> },
+  { head: "Resource", cell: (e: Event) => <Resource of={e.resource ?? ""} /> },
   { head: "Outcome", cell: (e: Event) => <State tone={e.outcome === "ok" ? "ok" : "warn"}><Text>{e.outcome}</Text></State> },
 ];
+
+/** Resource shows what an event is about, the long id of a session in short. */
+function Resource({ of }: { of: string }) {
+  const m = /^(session\/)([0-9a-f]{32,})$/.exec(of);
+  return m ? <>{m[1]}<Id of="session">{m[2]!}</Id></> : <Text>{of}</Text>;
+}
 
 function Search({ f }: { f: Filters }) {
   const [v, setV] = useState(f);
@@ -63,12 +70,49 @@ function Search({ f }: { f: Filters }) {
   </form>;
 }
 
-function download(events: Event[]) {
-  const a = document.createElement("a");
-  a.href = URL.createObjectURL(new Blob([events.map((e) => JSON.stringify(e)).join("\n") + "\n"], { type: "application/json" }));
-  a.download = `events-${events[events.length - 1]!.index}-${events[0]!.index}.jsonl`;
-  a.click();
-  URL.revokeObjectURL(a.href);
+/** most is the number of events that a browser keeps for a file. The command has no such bound. */
+const most = 200_000;
+
+/** Save fetches all events of a search, and gives them as a file of JSON lines, the oldest first. */
+function Save({ query, disabled }: { query: Record<string, string | number | undefined>; disabled: boolean }) {
+  const [n, setN] = useState(0);
+  const [stop, setStop] = useState<AbortController | null>(null);
+  const [ended, setEnded] = useState("");
+  const [error, setError] = useState<unknown>();
+  useEffect(() => () => stop?.abort(), [stop]);
+  const save = async () => {
+    const control = new AbortController();
+    setStop(control);
+    setError(undefined);
+    setEnded("");
+    try {
+      const parts: string[] = [];
+      let after = "", all = 0, first = -1, last = -1;
+      do {
+        const got = await page("GET /v1/events", { query: { ...query, order: "oldest", limit: 1000, after }, signal: control.signal });
+        for (const e of got.items) {
+          if (first < 0) first = e.index;
+          last = e.index;
+          parts.push(JSON.stringify(e), "\n");
+        }
+        setN(all += got.items.length);
+        after = got.next;
+      } while (after && all < most);
+      const a = document.createElement("a");
+      a.href = URL.createObjectURL(new Blob(parts, { type: "application/jsonl" }));
+      a.download = `events-${first}-${last}.jsonl`;
+      a.click();
+      setTimeout(() => URL.revokeObjectURL(a.href), 60_000);
+      setEnded(`${plural(all, "event")} saved as ${a.download}${after ? "; there are more: take a shorter time, or the command" : ""}.`);
+    } catch (e) { if (!(e instanceof Refused && e.code === "cancelled")) setError(e); }
+    setStop(null);
+  };
+  return <>
+    {stop ? <p><Waiting of={`${plural(n, "event")} fetched`} /> <button type="button" onClick={() => { stop.abort(); setStop(null); }}>Stop</button></p>
+      : <p><button type="button" disabled={disabled} onClick={() => void save()}>Save all events of this search (JSON lines)</button></p>}
+    {ended && <p class="notice ok" role="status"><State tone="ok">{ended}</State></p>}
+    {error !== undefined && <Problem error={error} />}
+  </>;
 }
 
 function Pinned() {

@@ -85,7 +85,7 @@ function Chart({ title, h, series }: { title: string; h: History; series: Histor
       if (over) return;
       const axis = { stroke: of("--quiet"), grid: { stroke: of("--rule"), width: 1 }, ticks: { stroke: of("--rule"), width: 1 }, font: "12px " + of("--sans") };
       plot = new Plot({
-        width: into.clientWidth, height: 190, legend: { show: false }, cursor: { drag: { x: false, y: false } },
+        width: into.clientWidth, height: 190, padding: [null, 28, null, null], legend: { show: false }, cursor: { drag: { x: false, y: false } },
         scales: { y: { range: (_u, _min, max) => [0, max > 0 ? max * 1.08 : 1] } },
         axes: [{ ...axis, space: 70, values: (_u, all) => all.map((t) => h.step > 60 && new Date(t * 1000).getHours() === 0 ? localTime(t * 1000, false).split(",")[0]! : localTime(t * 1000, h.step < 60 && n * h.step < 900).split(", ").pop()!) }, { ...axis, size: 68, values: (_u, all) => all.map((v) => figure(v, unit)) }],
         series: [{}, ...series.map((s, i) => ({ label: s.name, stroke: colours[i % colours.length]!, width: 1.5, dash: dashOf(i), points: { size: 3 }, spanGaps: false }))],

@@ -85,7 +85,7 @@ export function Key({ name }: { name: string }) {
         ["Rotated", l.every ? "every " + span(l.every) : l.window ? "by its window" : "by hand"],
         !!l.window && ["Window (cron, UTC)", <code><Text>{l.window}</Text></code>],
         l.uses > 0 && ["After", count(l.uses) + " signatures"],
-        ["Announced", span(l.announce) + " before"],
+        ["Announced", l.announce ? span(l.announce) + " before" : "when it is rotated"],
         ["Grace time", l.grace ? span(l.grace) : "as long as a document may live"],
         ["Must acknowledge", l.acknowledge.length ? l.acknowledge.join(", ") : "nobody"],
         ["Presence", l.presence ? `an operator confirms, for ${span(l.presence)}` : "not needed"],

@@ -5,7 +5,7 @@ import type { Peer as PeerDoc, PeerKey } from "../generated";
 import { go, link, route, setQuery } from "../router";
 import { myRoles } from "../session";
 import { useStore } from "../store";
-import { Command, Confirm, Empty, Facts, Field, Id, Input, Load, Page, Section, Spark, State, Table, Text, Time, bytes, count, figure, plural, useList, useLoad } from "../ui";
+import { Command, Confirm, Empty, Facts, Field, Id, Input, Load, Page, Section, Spark, State, Table, Text, Time, Words, bytes, count, figure, plural, useList, useLoad } from "../ui";
 
 export function Peers() {
   const { query } = useStore(route);
@@ -194,7 +194,7 @@ function Latest({ name }: { name: string }) {
     <Load of={list}>{() => <Table name="Latest events" rows={list.items} id={(e) => e.index} more={list.more} loading={list.loadingMore} empty={<Empty title="It has done nothing yet.">Each signature, verification and refusal of the peer comes here.</Empty>} columns={[
       { head: "Event", cell: (e) => <a href={link("audit", e.index)}>{e.index}</a> },
       { head: "When", cell: (e) => <Time ms={e.time_ms} /> },
-      { head: "Type", cell: (e) => e.type },
+      { head: "Type", cell: (e) => <Words>{e.type}</Words> },
       { head: "Resource", cell: (e) => <Text>{e.resource ?? ""}</Text> },
       { head: "Outcome", cell: (e) => <State tone={e.outcome === "ok" ? "ok" : "warn"}><Text>{e.outcome}</Text></State> },
     ]} />}</Load>

@@ -9,26 +9,31 @@ import { Empty, Id, Input, Load, Page, Problem, Section, Select, State, Table, T
 
 const draftKey = "policy-draft", casesKey = "policy-cases";
 
-const exampleCases = `name,expect,peer,key
-the shop may sign,allow,shop,payments
-a stranger may not,deny,stranger,payments
-`;
+/** exampleCases are two cases with a peer and a key that exist. */
+async function exampleCases(signal: AbortSignal): Promise<string> {
+  const [peers, keys] = await Promise.all([page("GET /v1/peers", { query: { limit: 1 }, signal }), page("GET /v1/keys", { query: { limit: 50 }, signal })]);
+  const peer = peers.items[0]?.name ?? "shop", key = keys.items.find((k) => !k.own)?.name ?? "payments";
+  return `name,expect,peer,key\n${peer} may sign,allow,${peer},${key}\na stranger may not,deny,stranger,${key}\n`;
+}
 
 export function PolicyEdit() {
   const now = useLoad(async (signal) => {
     const versions = await page("GET /v1/policies", { signal });
     const newest = versions.items[versions.items.length - 1];
-    return newest ? call("GET /v1/policies/{version}", { path: { version: newest.version }, signal }) : undefined;
+    const [policy, cases] = await Promise.all([
+      newest ? call("GET /v1/policies/{version}", { path: { version: newest.version }, signal }) : undefined, exampleCases(signal),
+    ]);
+    return { policy, cases };
   }, []);
   return <Page title="Change the policy" back={{ to: "/policy", name: "The policy in force" }} lead="Nothing is in force before approvers have signed. What you write is kept in this tab.">
-    <Load of={now}>{(p) => <Bench base={p?.text ?? ""} version={p?.version ?? 0} />}</Load>
+    <Load of={now}>{({ policy: p, cases }) => <Bench base={p?.text ?? ""} version={p?.version ?? 0} example={cases} />}</Load>
   </Page>;
 }
 
-function Bench({ base, version }: { base: string; version: number }) {
+function Bench({ base, version, example }: { base: string; version: number; example: string }) {
   const mine = myRoles();
   const [text, setText] = useState(() => sessionStorage.getItem(draftKey) ?? base);
-  const [cases, setCases] = useState(() => sessionStorage.getItem(casesKey) ?? exampleCases);
+  const [cases, setCases] = useState(() => sessionStorage.getItem(casesKey) ?? example);
   const [tried, setTried] = useState<TriedPolicy | null>(null);
   const [error, setError] = useState<unknown>();
   const [days, setDays] = useState("0");
