@@ -73,8 +73,8 @@ func (a *Appliance) release(s *session, r *reply, write func([]byte) error) erro
 		if err := each.may(); err != nil {
 			_, refusal := refuse(err)
 			r.answers[i].result, r.answers[i].refusal = nil, refusal
-			a.log.Warn("an answer is withheld", "peer", s.caller.Name, requestid.Attr(r.requestOf(i)), "code", refusal.Code,
-				"err", err)
+			a.log.Warn("an answer is withheld", "peer", s.caller.Name, requestid.Attr(r.requestOf(i)),
+				"code", refusal.Code, "err", err)
 		}
 	}
 	err := write(r.encode())

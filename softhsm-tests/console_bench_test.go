@@ -22,14 +22,16 @@ func BenchmarkConsole(b *testing.B) {
 	s, origin, p := consoleSystem(b)
 	p.stop()
 	s.edit("countersign.toml", `"debug"`, `"warn"`)
-	l, err := ledger.Open(s.path("ledger.db"), ledger.Options{})
+	l, err := ledger.Open(s.path("ledger.db"), ledger.Options{}) // without a replica: a million events
 	if err != nil {
 		b.Fatal(err)
 	}
 	for i := 0; i < events; {
 		if err := l.Update(b.Context(), func(tx *ledger.Tx) error {
 			for end := i + 2000; i < end; i++ {
-				d := audit.Document{Transcript: "message-v1", Digest: sumOf(-i), Nonce: sumOf(i), ExpiresAt: 1_800_000_000}
+				d := audit.Document{
+					Transcript: "message-v1", Digest: sumOf(-i), Nonce: sumOf(i), ExpiresAt: 1_800_000_000,
+				}
 				e := audit.NewAdmission(audit.Peer(fmt.Sprintf("peer%d", i%200), [32]byte{byte(i)}), "payments/1", d)
 				if err := tx.Append(ledger.EventOf(e)); err != nil {
 					return err
@@ -69,7 +71,8 @@ func BenchmarkConsole(b *testing.B) {
 		for i := range took {
 			c.visit("/nowhere")
 			script := fmt.Sprintf(`hands.timed(%s, %s)`, quoted(each.path), quoted(each.shows))
-			if took[i], err = chromedp.Run(c.ctx, chromedp.Evaluate[float64](script, chromedp.EvalAwaitPromise)); err != nil {
+			timed := chromedp.Evaluate[float64](script, chromedp.EvalAwaitPromise)
+			if took[i], err = chromedp.Run(c.ctx, timed); err != nil {
 				b.Fatalf("%s: %v", each.name, err)
 			}
 		}

@@ -221,3 +221,71 @@ func TestConsoleKeyboard(t *testing.T) {
 	c.close()
 	p.stop()
 }
+
+// TestConsoleKeyLife clicks what can be done with a key: rules with presence, the confirmation by
+// passkey, a compromise, an archive and a destruction. Each act that destroys says what is lost and
+// takes the name.
+func TestConsoleKeyLife(t *testing.T) {
+	s, origin, p := consoleSystem(t)
+	c := newConsole(t, origin, s.serverCertificate(origin))
+	c.person(s, "ann", "administrator,operator,auditor,approver")
+	cl := s.dial()
+	if _, err := cl.Sign(t.Context(), "payments", message("AAAA")); err != nil {
+		t.Fatal(err)
+	}
+	c.goTo("/keys/payments")
+	c.signIn("ann")
+	c.press("Schedule")
+	c.fill("Presence", "an hour")
+	c.sees("Not a time: presence")
+	c.fill("Presence", "1 h 30 min")
+	c.press("Set")
+	c.sees("nobody has confirmed")
+	if _, err := cl.Sign(t.Context(), "payments", message("BBBB")); err == nil {
+		t.Error("the key signs without a confirmation")
+	}
+	c.press("Confirm with passkey")
+	c.sees("It may sign until")
+	if _, err := cl.Sign(t.Context(), "payments", message("BBBB")); err != nil {
+		t.Errorf("after the confirmation: %v", err)
+	}
+
+	// A compromise rotates the line at once. Without the name, nothing is proposed.
+	c.press("Mark compromised")
+	c.sees("Version 1 has made 2 signatures")
+	if mustRun[bool](c.browser, `!!hands.pressable("Propose")`) {
+		t.Error("the act can be proposed without the key's name")
+	}
+	c.fill("Type payments to go on", "payment")
+	if mustRun[bool](c.browser, `!!hands.pressable("Propose")`) {
+		t.Error("the act can be proposed with another name")
+	}
+	c.shot("compromise")
+	c.checkPage("a compromise")
+	act := func(button string) {
+		t.Helper()
+		c.fill("Type payments to go on", "payments")
+		c.press(button)
+		c.sees("What is signed")
+		c.press("Sign with passkey")
+		c.sees("was carried out")
+		c.press("Close")
+		c.until(`!document.querySelector("dialog[open]")`)
+	}
+	act("Propose")
+	c.sees("Version 1 is compromised.")
+	if _, err := cl.Sign(t.Context(), "payments", message("CCCC")); err == nil {
+		t.Error("the compromised key signs without a confirmation of the new one")
+	}
+
+	// The compromised version is destroyed in the device.
+	c.press("Destroy")
+	act("Propose")
+	c.until(`document.body.innerText.includes("no longer exists in the device")`)
+	out := s.must("admin", "key", "list")
+	if !strings.Contains(out, "destroyed") {
+		t.Errorf("key list: %s", out)
+	}
+	c.close()
+	p.stop()
+}

@@ -88,11 +88,13 @@ func (s *system) seed() {
 	}
 }
 
-// pastDay gives the history a day with a peak at noon, a token that was away, and a disk that fills.
+// pastDay gives the history a day with a peak at noon, a token that was away, and a disk that
+// fills.
 func (s *system) pastDay() {
 	h := history.Open(s.path("ledger.db.history"), slog.New(slog.DiscardHandler))
 	defer h.Close()
 	now := time.Now().Unix() / 10 * 10
+	whole := func(v float32) float32 { return float32(int(v)) }
 	for at := now - 24*3600; at < now-30; at += 10 {
 		day := math.Sin(float64(at%86400)/86400*math.Pi) + 0.1*math.Sin(float64(at%7200)/7200*2*math.Pi) +
 			0.05*math.Sin(float64(at%610)/610*2*math.Pi)
@@ -100,12 +102,14 @@ func (s *system) pastDay() {
 		values := map[string]float32{
 			"signatures": 40 * busy, "verifications": 25 * busy, "refused": 0.4 * busy, "denied": 0.3 * busy,
 			"replays": 0, "rate_limited": 0.05 * busy, "expired": 0.1 * busy, "unavailable": 0,
-			"sign_p50": 0.002 + 0.002*busy, "sign_p99": 0.006 + 0.02*busy*busy, "verify_p50": 0.0012, "verify_p99": 0.004,
-			"decode_p99": 0.0003, "policy_p99": 0.0004 * (1 + busy), "ledger_p99": 0.003 + 0.004*busy, "turn_p99": 0.0001,
-			"device_p99": 0.003 + 0.012*busy*busy, "answer_p99": 0.0005, "handshakes": 0.5 * busy,
-			"handshakes_failed": 0.02, "handshakes_timeout": 0, "waiting": float32(int(6 * busy)), "serving": float32(int(4 * busy)),
-			"ledger_waiting": float32(int(3 * busy)), "backlog": 0, "connections": float32(int(20 + 60*busy)),
-			"connections_unproven": 0, "disk_free": 60e9 - float32(at-now+86400)*4e4, "ledger_size": 1e9 + float32(at-now+86400)*2e3,
+			"sign_p50": 0.002 + 0.002*busy, "sign_p99": 0.006 + 0.02*busy*busy, "verify_p50": 0.0012,
+			"verify_p99": 0.004, "decode_p99": 0.0003, "policy_p99": 0.0004 * (1 + busy),
+			"ledger_p99": 0.003 + 0.004*busy, "turn_p99": 0.0001, "device_p99": 0.003 + 0.012*busy*busy,
+			"answer_p99": 0.0005, "handshakes": 0.5 * busy,
+			"handshakes_failed": 0.02, "handshakes_timeout": 0, "waiting": whole(6 * busy), "serving": whole(4 * busy),
+			"ledger_waiting": whole(3 * busy), "backlog": 0, "connections": whole(20 + 60*busy),
+			"connections_unproven": 0, "disk_free": 60e9 - float32(at-now+86400)*4e4,
+			"ledger_size": 1e9 + float32(at-now+86400)*2e3,
 		}
 		if at > now-2400 && at < now-2100 { // an outage of the token
 			values["unavailable"], values["signatures"], values["waiting"] = 6, 0, 12
@@ -140,10 +144,10 @@ var tour = []struct{ name, path, shows string }{
 // nothing serious, the Content-Security-Policy is not violated, no page is wider than its window.
 func TestConsolePages(t *testing.T) {
 	s, origin, p := consoleSystem(t)
-	s.seed()
 	p.stop()
 	s.pastDay()
 	p = s.serve()
+	s.seed()
 	c := newConsole(t, origin, s.serverCertificate(origin))
 	c.person(s, "ann", "administrator,operator,auditor,approver")
 	c.goTo("/")

@@ -99,8 +99,8 @@ type Peer struct {
 	UsedRefusalBytes int64 `json:"used_refusal_bytes" doc:"of its refusal_bytes_per_day: not refilled yet"`
 }
 
-// PeerActivity has the answers to a peer in each of the last 60 minutes, since the daemon's start at
-// the most. The present minute is the last one.
+// PeerActivity has the answers to a peer in each of the last 60 minutes, since the daemon's start
+// at the most. The present minute is the last one.
 type PeerActivity struct {
 	Name          string   `json:"name"`
 	Since         int64    `json:"since" doc:"the begin of the first minute, Unix seconds"`

@@ -232,7 +232,7 @@ func (t *tool) peerActivity(act maker) *cobra.Command {
 				for _, a := range all {
 					each := make([]*float32, len(a.Signatures))
 					for i := range each {
-						n := float32(a.Signatures[i]) + float32(a.Verifications[i]) + float32(a.Refused[i]) + float32(a.Others[i])
+						n := float32(a.Signatures[i] + a.Verifications[i] + a.Refused[i] + a.Others[i])
 						each[i] = &n
 					}
 					fmt.Fprintf(w, "%s\t%d\t%d\t%d\t%d\t%s\n", a.Name, sum(a.Signatures), sum(a.Verifications),

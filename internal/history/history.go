@@ -164,8 +164,8 @@ func (h *History) take(now time.Time, d *Deriver, r *meter.Reading) {
 	h.write(point{begin: end - step, measured: uint32(measured), values: values})
 }
 
-// Put writes the step of the finest ring that begins at a time, as Run would. Series that values does
-// not have are unknown. Tests make a past with Put.
+// Put writes the step of the finest ring that begins at a time, as Run would. Series that values
+// does not have are unknown. Tests make a past with Put.
 func (h *History) Put(begin time.Time, values map[string]float32) {
 	p := point{begin: begin.Unix(), measured: uint32(Rings[0].Step), values: make([]float32, len(All))}
 	for i, s := range All {

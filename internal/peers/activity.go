@@ -30,7 +30,7 @@ type Activity struct {
 	Hour    Answers // the sum of Minutes
 }
 
-// activity counts in a ring. It has a mutex of its own, because each answer counts in it.
+// activity counts in a ring. Its mutex is not the registry's, because each answer counts.
 type activity struct {
 	mu   sync.Mutex
 	ring [ActivityMinutes]Answers
