@@ -3,7 +3,7 @@
 // A tab keeps the page's half of the token for itself (sessionStorage), and gives it to other tabs
 // of this origin over a BroadcastChannel. The end of the session reaches all tabs the same way; a
 // tab that nobody tells learns of the end by the stream, or by the next answer.
-import { call, onSignedOut, pageHalf, send, setPageHalf } from "./api";
+import { Refused, call, onSignedOut, pageHalf, send, setPageHalf } from "./api";
 import type { Me } from "./generated";
 import { assertion } from "./passkey";
 import { Store } from "./store";
@@ -84,7 +84,11 @@ export const endedByServer = () => end("ended");
 export async function signIn(operator: string) {
   const c = await call("POST /v1/challenges", { body: { purpose: "sign-in", operator } });
   const proof = await assertion(c.public_key);
-  const r = await send("POST", "/v1/sessions", { body: JSON.stringify({ challenge: c.id, proof }) });
+  const r = await send("POST", "/v1/sessions", { body: JSON.stringify({ challenge: c.id, proof }) }).catch((e) => {
+    if (!(e instanceof Refused && e.code === "not_proven")) throw e;
+    throw new Refused(e.code, "This passkey does not sign in " + operator,
+      `Look at the name, and choose the passkey of ${operator}: the browser offers those of other operators as well.`, e.request);
+  });
   const made = await r.json() as { page: string };
   localStorage.setItem("operator", operator);
   await adopt(made.page);

@@ -186,9 +186,13 @@ const losses: Record<string, [title: string, loss: string]> = {
 
 function VersionAct({ act, k, close, done }: { act: string; k: KeyDoc; close: () => void; done: () => void }) {
   const [title, loss] = losses[act]!;
-  return <ActDialog title={`${title}: ${k.name}/${k.version}`} loss={loss} name={k.name} submit="Propose" close={close} done={done}
-    make={() => ({ act, parameters: { key: k.name, version: String(k.version) } })}>
-    <p>Version {k.version} has made {plural(k.uses, "signature")}.</p>
+  const now = useLoad((signal) => call("GET /v1/keys/{name}", { path: { name: k.name }, signal }), [k.name]); // the page may be old
+  const [reason, setReason] = useState("");
+  const asks = act === "key compromise";
+  return <ActDialog title={`${title}: ${k.name}/${k.version}`} loss={loss} name={k.name} submit="Propose" close={close} done={done} can={!asks || !!reason}
+    make={() => ({ act, parameters: { key: k.name, version: String(k.version), ...(asks ? { reason } : {}) } })}>
+    {asks && <Input label="Reason" value={reason} set={setReason} required maxLength={500} help="It goes into the audit log." />}
+    <Load of={now}>{(all) => <p>Version {k.version} has made {plural(all.find((x) => x.version === k.version)?.uses ?? k.uses, "signature")}.</p>}</Load>
   </ActDialog>;
 }
 
