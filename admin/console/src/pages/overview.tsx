@@ -58,11 +58,12 @@ function LockButtons({ h }: { h: Health }) {
 /** FirstSteps leads from an empty appliance to the first signature, and is gone afterwards. */
 function FirstSteps() {
   const all = useLoad(async (signal) => {
-    const [keys, peers, signed] = await Promise.all([
+    const [tokens, keys, peers, signed] = await Promise.all([
+      call("GET /v1/tokens", { signal }),
       page("GET /v1/keys", { query: { limit: 200 }, signal }), page("GET /v1/peers", { query: { limit: 1 }, signal }),
       page("GET /v1/events", { query: { type: "SignatureCreated", limit: 1 }, signal }),
     ]);
-    return { key: keys.items.some((k) => k.state === "active" && !k.own), peer: peers.items[0], signed: signed.items.length > 0 };
+    return { tokens: tokens.length > 0 && tokens.every((t) => t.up), key: keys.items.some((k) => k.state === "active" && !k.own), peer: peers.items[0], signed: signed.items.length > 0 };
   }, [], ["rotation", "change", "proposal"]);
   const t = useStore(ticks);
   const d = all.data;
@@ -73,6 +74,7 @@ function FirstSteps() {
     <li><Shape tone={done ? "ok" : "info"} /><div><strong>{title}</strong>{done ? <span class="quiet"> · done</span> : <div class="quiet">{what}</div>}</div></li>;
   return <Section title="First steps" note="Until the first signature has arrived.">
     <ol class="todo">
+      {step(d.tokens, "Look at the token", <>It holds the keys, and does not serve: see Tokens below.</>)}
       {step(d.key, "Create a key", <>The device makes it, and it stays there. <a href="/keys">Keys</a></>)}
       {step(!!d.peer, "Enrol a peer", <>A payment server makes its identity and gives you the public half. <a href="/peers">Peers</a></>)}
       {step(false, "See its first signature", d.peer ? <>Copy the command of <a href={link("peers", d.peer.name)}>{d.peer.name}</a>, and run it on the payment server. This line changes by itself.</> : "The page of the peer has the command to copy.")}
