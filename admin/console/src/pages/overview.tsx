@@ -1,6 +1,6 @@
 import { useEffect, useState } from "preact/hooks";
 import { call, may, page } from "../api";
-import type { AlertKind, Alerts, Health } from "../generated";
+import type { AlertKind, Alerts, Health, Key } from "../generated";
 import { health, ticks } from "../live";
 import { link } from "../router";
 import { myRoles } from "../session";
@@ -11,12 +11,14 @@ import { causeTone, custody, sentence } from "../words";
 
 export function Overview() {
   const h = useStore(health), mine = myRoles();
+  const keys = useLoad(async (signal) => (await page("GET /v1/keys", { query: { limit: 1000 }, signal })).items, [], ["rotation"]);
+  const tpms = [...new Set((keys.data ?? []).filter((k) => k.custody.startsWith("tpm-")).map((k) => k.token))].sort();
   return <Page title="Overview" actions={h && <LockButtons h={h} />}>
     {h && <Headline h={h} />}
     {mine.includes("operator") && <FirstSteps />}
     {may(mine, "GET /v1/metrics") && <Now />}
-    {may(mine, "GET /v1/tokens") && <Tokens h={h} />}
-    {may(mine, "GET /v1/tokens/{name}") && <Measured h={h} />}
+    {may(mine, "GET /v1/tokens") && <Tokens h={h} keys={keys.data ?? []} />}
+    {tpms.length > 0 && may(mine, "GET /v1/tokens/{name}") && <Measured h={h} tpms={tpms} />}
     {may(mine, "GET /v1/ledger") && <LedgerSheet />}
     {may(mine, "GET /v1/alerts") && <Watch h={h} />}
   </Page>;
@@ -95,10 +97,9 @@ function Now() {
   </Section>;
 }
 
-function Tokens({ h }: { h: Health | null }) {
+function Tokens({ h, keys }: { h: Health | null; keys: Key[] }) {
   const sick = h?.causes.map((c) => c.code + c.subject).join();
   const tokens = useLoad((signal) => call("GET /v1/tokens", { signal }), [], ["change"]);
-  const keys = useLoad((signal) => page("GET /v1/keys", { query: { limit: 1000 }, signal }), [], ["rotation"]);
   const t = useStore(ticks);
   const last = t[t.length - 1]?.figures;
   const changed = [sick, last?.tokens_up, last?.workers_up, (last?.worker_restarts ?? 0) > 0].join();
@@ -107,7 +108,7 @@ function Tokens({ h }: { h: Health | null }) {
     <Load of={tokens}>{(all) => <Table name="Tokens" rows={all} id={(x) => x.name} empty={<Empty title="No token is configured." />} columns={[
       { head: "Token", cell: (x) => <strong><Text>{x.name}</Text></strong> },
       { head: "State", cell: (x) => <State tone={x.up ? "ok" : "crit"}>{x.up ? "serves" : <>down{x.cause && <>: <Text>{x.cause}</Text></>}</>}</State> },
-      { head: "Custody", cell: (x) => [...new Set((keys.data?.items ?? []).filter((k) => k.token === x.name).map((k) => k.custody))].map((c) => <div key={c}>{custody[c]?.[0] ?? c} <span class="quiet">{custody[c]?.[1]}</span></div>) },
+      { head: "Custody", cell: (x) => [...new Set(keys.filter((k) => k.token === x.name).map((k) => k.custody))].map((c) => <div key={c}>{custody[c]?.[0] ?? c} <span class="quiet">{custody[c]?.[1]}</span></div>) },
       { head: "Key workers", num: true, cell: (x) => `${x.workers.filter((w) => w.pid).length} of ${x.workers.length}` },
       { head: "Calls", num: true, quiet: true, cell: (x) => count(x.workers.reduce((n, w) => n + w.served, 0)) },
       { head: "Replaced", num: true, cell: (x) => count(x.workers.reduce((n, w) => n + w.restarts, 0)) },
@@ -116,13 +117,12 @@ function Tokens({ h }: { h: Health | null }) {
 }
 
 /** Measured compares the registers of each TPM with the state that its keys were sealed to. */
-function Measured({ h }: { h: Health | null }) {
+function Measured({ h, tpms }: { h: Health | null; tpms: string[] }) {
   const sick = h?.causes.map((c) => c.code + c.subject).join();
   const of = useLoad(async (signal) => {
-    const names = (await call("GET /v1/tokens", { signal })).map((t) => t.name);
-    const all = await Promise.all(names.map((name) => call("GET /v1/tokens/{name}", { path: { name }, signal })));
+    const all = await Promise.all(tpms.map((name) => call("GET /v1/tokens/{name}", { path: { name }, signal })));
     return all.flatMap((t) => t.findings.filter((f) => f.what === "measured" || !f.ok).map((f) => ({ ...f, token: t.name })));
-  }, [sick]);
+  }, [sick, tpms.join()]);
   if (of.data && !of.data.length) return null;
   return <Section title="Measured state" note="What this machine has booted, against what the keys of a TPM are sealed to.">
     <Load of={of}>{(all) => <Table name="Measured state" rows={all} id={(f) => f.token + f.text} empty={null} columns={[
