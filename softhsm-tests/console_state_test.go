@@ -326,7 +326,8 @@ func TestConsoleActs(t *testing.T) {
 	c.press("Remove…")
 	c.until(`document.querySelector("dialog[open]")`)
 	c.key("Escape")
-	mustRun[any](c.browser, `(document.querySelector("[aria-label='Keys of the peer'] tbody tr button.danger").click(), true)`)
+	mustRun[any](c.browser, `(document.querySelector(
+		"[aria-label='Keys of the peer'] tbody tr button.danger").click(), true)`)
 	confirm("kiosk-12", "Remove the key")
 	c.until(`document.querySelectorAll("[aria-label='Keys of the peer'] tbody tr").length === 1`)
 	c.press("Suspend")
@@ -347,8 +348,10 @@ func TestConsoleActs(t *testing.T) {
 	c.until(`[...document.querySelectorAll("[aria-label=Operators] tbody tr")].length === 3`)
 	row := func(button string) {
 		t.Helper()
-		if !mustRun[bool](c.browser, `(e => e && (e.click(), true))([...document.querySelectorAll("[aria-label=Operators] tbody tr")]
-			.find(r => r.innerText.includes("bob"))?.querySelector(%v))`, button) {
+		const script = `(e => e && (e.click(), true))(
+			[...document.querySelectorAll("[aria-label=Operators] tbody tr")]
+				.find(r => r.innerText.includes("bob"))?.querySelector(%v))`
+		if !mustRun[bool](c.browser, script, button) {
 			t.Fatalf("no %s for bob", button)
 		}
 	}
@@ -397,8 +400,10 @@ func TestConsoleActs(t *testing.T) {
 	c.fill("Actor", "shop-oslo")
 	mustRun[any](c.browser, `(hands.field("Actor").form.requestSubmit(), true)`)
 	c.until(`location.search === "?actor=shop-oslo"`)
-	c.until(`[...document.querySelectorAll("[aria-label=Events] tbody tr")].every(r => r.innerText.includes("shop-oslo"))`)
-	mustRun[any](c.browser, `(self.saved = [], URL.createObjectURL = b => (b.text().then(t => saved.push(t)), "data:,"), true)`)
+	c.until(`[...document.querySelectorAll("[aria-label=Events] tbody tr")].
+		every(r => r.innerText.includes("shop-oslo"))`)
+	mustRun[any](c.browser, `(self.saved = [],
+		URL.createObjectURL = b => (b.text().then(t => saved.push(t)), "data:,"), true)`)
 	c.press("Save all events of this search")
 	c.sees("saved as events-")
 	c.until(`saved.length === 1`)
