@@ -7,6 +7,7 @@ import (
 	"syscall"
 	"testing"
 
+	"countersign/client"
 	"countersign/tpm/tpmtest"
 
 	"github.com/chromedp/cdproto/emulation"
@@ -88,11 +89,18 @@ func TestConsoleMeasured(t *testing.T) {
 	c.visit("/")
 	c.sees("PCR 11 (the unified kernel image and the phase of the boot), bank sha256: another value than sealed")
 	c.sees("PCR 7 (the Secure Boot state and its certificates), bank sha256: as sealed")
+	c.sees("This machine is in another state than its keys are sealed to")
 	c.shot("measured")
 	c.checkPage("measured")
 	for _, pid := range p.workers() { // the next ones can't open the seals
 		syscall.Kill(pid, syscall.SIGKILL)
 	}
+	eventually(t, "the seal does not open", func() bool {
+		if c, err := client.Dial(t.Context(), s.clientConfig()); err == nil { // a handshake uses a seal
+			c.Close()
+		}
+		return s.hasCause("token-sealed")
+	})
 	c.sees("token-sealed")
 	c.visit("/keys")
 	c.visit("/")
@@ -188,6 +196,7 @@ func TestConsoleKeyboard(t *testing.T) {
 	if at := mustRun[string](c.browser, `document.activeElement.tagName`); at != "H1" {
 		t.Errorf("after a change of the page, the focus is at %s", at)
 	}
+	c.until(`hands.pressable("Rotate")`)
 	for range 12 {
 		c.key("Tab")
 		if mustRun[bool](c.browser, `hands.name(document.activeElement).startsWith("Rotate")`) {

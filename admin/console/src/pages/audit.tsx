@@ -42,7 +42,7 @@ const columns = [
   { head: "Event", cell: (e: Event) => <a href={link("audit", e.index)}>{e.index}</a> },
   { head: "When", cell: (e: Event) => <Time ms={e.time_ms} /> },
   { head: "Type", cell: (e: Event) => <Words>{e.type}</Words> },
-  { head: "Who", name: true, cell: (e: Event) => <><Text>{e.actor.name}</Text> <span class="quiet">{e.actor.kind}</span></> },
+  { head: "Who", cell: (e: Event) => <><span class="words"><Text>{e.actor.name}</Text></span> <span class="quiet">{e.actor.kind}</span></> },
   { head: "Resource", cell: (e: Event) => <Resource of={e.resource ?? ""} /> },
   { head: "Outcome", cell: (e: Event) => <State tone={e.outcome === "ok" ? "ok" : "warn"}><Text>{e.outcome}</Text></State> },
 ];

@@ -13,19 +13,22 @@ export function Overview() {
   const h = useStore(health), mine = myRoles();
   const keys = useLoad(async (signal) => (await page("GET /v1/keys", { query: { limit: 1000 }, signal })).items, [], ["rotation"]);
   const tpms = [...new Set((keys.data ?? []).filter((k) => k.custody.startsWith("tpm-")).map((k) => k.token))].sort();
+  const [changed, setChanged] = useState(0);
   return <Page title="Overview" actions={h && <LockButtons h={h} />}>
-    {h && <Headline h={h} />}
+    {h && <Headline h={h} changed={changed} />}
     {mine.includes("operator") && <FirstSteps />}
     {may(mine, "GET /v1/metrics") && <Now />}
     {may(mine, "GET /v1/tokens") && <Tokens h={h} keys={keys.data ?? []} />}
-    {tpms.length > 0 && may(mine, "GET /v1/tokens/{name}") && <Measured h={h} tpms={tpms} />}
+    {tpms.length > 0 && may(mine, "GET /v1/tokens/{name}") && <Measured h={h} tpms={tpms} changed={setChanged} />}
     {may(mine, "GET /v1/ledger") && <LedgerSheet />}
     {may(mine, "GET /v1/alerts") && <Watch h={h} />}
   </Page>;
 }
 
-function Headline({ h }: { h: Health }) {
-  const told = sentence(h);
+/** Headline says the state. changed is the number of a TPM's registers that are not as sealed: the state learns of it at the next use of a seal. */
+function Headline({ h, changed }: { h: Health; changed: number }) {
+  const said = sentence(h);
+  const told = changed && said.tone === "ok" ? { tone: "warn" as Tone, text: `This machine is in another state than its keys are sealed to: a key worker that starts anew can’t use them.` } : said;
   return <div class={"headline " + told.tone}>
     <p class="says"><State tone={told.tone}>{told.text}</State></p>
     {h.locked && h.since > 0 && <p class="quiet">Locked <Time s={h.since} ago />.</p>}
@@ -117,12 +120,14 @@ function Tokens({ h, keys }: { h: Health | null; keys: Key[] }) {
 }
 
 /** Measured compares the registers of each TPM with the state that its keys were sealed to. */
-function Measured({ h, tpms }: { h: Health | null; tpms: string[] }) {
+function Measured({ h, tpms, changed }: { h: Health | null; tpms: string[]; changed: (registers: number) => void }) {
   const sick = h?.causes.map((c) => c.code + c.subject).join();
   const of = useLoad(async (signal) => {
     const all = await Promise.all(tpms.map((name) => call("GET /v1/tokens/{name}", { path: { name }, signal })));
     return all.flatMap((t) => t.findings.filter((f) => f.what === "measured" || !f.ok).map((f) => ({ ...f, token: t.name })));
   }, [sick, tpms.join()]);
+  const bad = of.data?.filter((f) => !f.ok && f.what === "measured").length ?? 0;
+  useEffect(() => changed(bad), [bad]);
   if (of.data && !of.data.length) return null;
   return <Section title="Measured state" note="What this machine has booted, against what the keys of a TPM are sealed to.">
     <Load of={of}>{(all) => <Table name="Measured state" rows={all} id={(f) => f.token + f.text} empty={null} columns={[
