@@ -16,6 +16,7 @@ import (
 	"net/http/httputil"
 	"net/url"
 	"slices"
+	"strconv"
 	"strings"
 	"sync/atomic"
 	"syscall"
@@ -524,6 +525,30 @@ func TestConsoleProof(t *testing.T) {
 	c.until(`document.querySelector("[data-proof=fails]")`)
 	c.sees("another event than the log has")
 	m.change.Store(nil)
+
+	// The event of a later epoch is proven through the ends of the epochs before.
+	for range 2 {
+		s.must("admin", "audit", "end-epoch")
+	}
+	if _, err := cl.Sign(t.Context(), "payments", message("CCCC")); err != nil {
+		t.Fatal(err)
+	}
+	all := s.events()
+	c.goTo("/audit/" + strconv.FormatUint(all[len(all)-1].Index, 10))
+	c.until(`document.querySelector("[data-proof=holds]")`)
+	c.sees("epoch 2 follows epoch 0, of which this browser saw")
+	// Another tree of the past, with a later epoch in front of it.
+	pinned := mustRun[string](c.browser, `localStorage["countersign-log"]`)
+	mustRun[any](c.browser, `(() => {
+		const p = JSON.parse(localStorage["countersign-log"]);
+		delete p.epochs[2];
+		p.epochs[0].root = "00".repeat(32);
+		localStorage["countersign-log"] = JSON.stringify(p);
+		return true;
+	})()`)
+	c.press("Check again")
+	c.until(`document.querySelector("[data-proof=rewritten]")`)
+	mustRun[any](c.browser, `(localStorage["countersign-log"] = %v, true)`, pinned)
 
 	// An older ledger is put back: the log has fewer events than the browser has seen.
 	mustRun[any](c.browser, `(() => {

@@ -1,7 +1,7 @@
 // The audit log, checked in this browser: signed checkpoints (C2SP tlog-checkpoint, Ed25519),
 // inclusion and consistency proofs (RFC 9162 section 2.1), SHA-256. The browser pins the log's key
 // and the newest checkpoint of each epoch. The appliance's word is not taken for anything here.
-import { call } from "./api";
+import { Refused, call } from "./api";
 import type { EventProof } from "./generated";
 
 type Bytes = Uint8Array<ArrayBuffer>;
@@ -128,6 +128,47 @@ async function logKey(verifier: string): Promise<{ base: string; key: Bytes }> {
   return { base: m[1]!, key: b.slice(1) };
 }
 
+/** longestChain is the number of epochs that are followed back: ten years of months. */
+const longestChain = 120;
+
+/**
+ * chain follows the epochs back from the one of a proof to the newest one that this browser has pinned before. The first
+ * event of each epoch names the end of the epoch before, whose signed checkpoint must be just that, and must continue what
+ * was pinned. It returns what was followed.
+ */
+async function chain(log: { base: string; key: Bytes }, proof: EventProof, head: Head, known: Pin, before: number, signal?: AbortSignal): Promise<string> {
+  if (proof.epoch - before > longestChain) return `epoch ${before}, which this browser has seen, is more than ${longestChain} epochs back: not compared`;
+  let first = proof.event - proof.index, epoch = proof.epoch, of = head;
+  const proven = async (event: number, seen?: number): Promise<EventProof> =>
+    call("GET /v1/events/{event}/proof", { path: { event }, query: seen === undefined ? {} : { seen }, signal });
+  while (epoch > before) {
+    let begin: EventProof, end: EventProof;
+    try {
+      begin = await proven(first);
+      end = await proven(first - 1, epoch - 1 === before ? known.epochs[before]!.size : undefined);
+    } catch (e) {
+      if (e instanceof Refused && e.code === "not_found") return `retention has dropped epochs after ${before}, which this browser has seen: not compared`;
+      throw e;
+    }
+    const top = await openCheckpoint(begin.checkpoint, `${log.base}/${epoch}`, log.key);
+    need(begin.epoch === epoch && begin.index === 0 && begin.event === first && top.size >= of.size, `event ${first} does not begin epoch ${epoch}`);
+    need(equal(await includedRoot(text.encode(begin.leaf), 0, top.size, begin.path.map(unhex)), top.root), `the first event of epoch ${epoch} is not in its tree`);
+    const m = (JSON.parse(begin.leaf) as { type: string; metadata?: Record<string, string> });
+    const last = await openCheckpoint(end.checkpoint, `${log.base}/${epoch - 1}`, log.key);
+    need(m.type === "EpochBegun" && m.metadata?.previous_size === String(last.size) && equal(unbase64(m.metadata.previous_root ?? ""), last.root),
+      `epoch ${epoch} does not continue the end of epoch ${epoch - 1}`);
+    need(end.epoch === epoch - 1 && end.index === last.size - 1, `event ${first - 1} does not end epoch ${epoch - 1}`);
+    epoch--;
+    first = end.event - end.index;
+    of = last;
+    if (epoch === before) {
+      const pinned = known.epochs[before]!;
+      await continues(pinned.size, last.size, unhex(pinned.root), last.root, end.consistency.map(unhex));
+    }
+  }
+  return `epoch ${proof.epoch} follows epoch ${before}, of which this browser saw ${known.epochs[before]!.size} events`;
+}
+
 /** checkEvent fetches the proof of an event and checks it against what this browser has pinned. */
 export async function checkEvent(index: number, verifier: string | undefined, shown: unknown, signal?: AbortSignal): Promise<Checked> {
   const steps: Step[] = [];
@@ -168,7 +209,16 @@ export async function checkEvent(index: number, verifier: string | undefined, sh
     out.size = head.size;
     out.root = hex(head.root);
     await step("The log continues the one that this browser saw last", async () => {
-      if (!seen) return [null, "this browser had not seen this epoch: its checkpoint is pinned now"];
+      if (!seen) {
+        const before = Math.max(-1, ...Object.keys(known?.epochs ?? {}).map(Number).filter((n) => n < proof.epoch));
+        if (before < 0) return [null, "this browser had not seen this epoch, and none before: its checkpoint is pinned now"];
+        try {
+          return [null, await chain(log, proof, head, known!, before, signal)];
+        } catch (e) {
+          out.rewritten = e instanceof Failed;
+          throw e;
+        }
+      }
       out.pinnedAt = seen.at;
       try {
         await continues(seen.size, head.size, unhex(seen.root), head.root, proof.consistency.map(unhex));
