@@ -666,7 +666,7 @@ func TestConsoleLink(t *testing.T) {
 	c.press("Look again")
 	c.sees("passkey made")
 	c.press("Propose")
-	c.until(`document.querySelector("dialog").innerText.includes(` + quoted(id) + `)`)
+	c.until(`document.querySelector("dialog[open]").innerText.includes(` + quoted(id) + `)`)
 	c.press("Propose")
 	c.press("Sign with passkey")
 	c.sees("was carried out")
