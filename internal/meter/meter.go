@@ -10,6 +10,7 @@ package meter
 
 import (
 	"bytes"
+	"errors"
 	"fmt"
 	"net/http"
 	"runtime"
@@ -303,6 +304,9 @@ func (m *Meter) expose(accept string, age time.Duration) (contentType string, bo
 
 // gather collects all series, or returns a collection that is not older than age, with its time.
 func (m *Meter) gather(age time.Duration) ([]*dto.MetricFamily, time.Time, error) {
+	if m == nil {
+		return nil, time.Time{}, errors.New("nothing is counted")
+	}
 	m.gathering.Lock()
 	defer m.gathering.Unlock()
 	if age > 0 && m.gathered != nil && time.Since(m.at) < age {

@@ -363,3 +363,10 @@ func BenchmarkScrape(b *testing.B) {
 		}
 	}
 }
+
+// TestNoReading: a nil Meter, as of the benchmark of the counting's cost, has no reading.
+func TestNoReading(t *testing.T) {
+	if r, err := (*meter.Meter)(nil).Read(0); err == nil {
+		t.Errorf("%+v", r)
+	}
+}
