@@ -40,6 +40,13 @@ when { context.lifetime > 86400 };
 func (s *system) seed() {
 	s.t.Helper()
 	ctx := s.t.Context()
+	demo := s.dial()
+	for range 3 { // payments, with receipts
+		if _, err := demo.Sign(ctx, "payments", s.subscription()); err != nil {
+			s.t.Fatal(err)
+		}
+	}
+	demo.Close()
 	peers := []string{"shop-berlin", "shop-lyon", "shop-oslo", "payroll", "refunds-desk", "kiosk-12"}
 	for _, name := range peers {
 		public := strings.TrimSpace(s.must("keygen", s.path(name+".key")))
