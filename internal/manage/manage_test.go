@@ -122,8 +122,8 @@ func TestFailureIsToldOnce(t *testing.T) {
 	}
 }
 
-// TestOneActAtATime: 100 callers wait 0 to 99 s for a lock, and each act takes 3 s. The acts do not
-// overlap, although some callers leave during their act.
+// TestOneActAtATime: 100 callers, begun in the order of their patience, wait 0 to 99 s for a lock, and
+// each act takes 3 s. The acts do not overlap, although some callers leave during their act.
 func TestOneActAtATime(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		l := NewLock()
@@ -142,6 +142,7 @@ func TestOneActAtATime(t *testing.T) {
 					return nil
 				})
 			}()
+			synctest.Wait() // the callers wait in their order
 		}
 		time.Sleep(time.Hour)
 		if acts != 33 && acts != 34 { // the last caller leaves when the lock is released after 99 s
