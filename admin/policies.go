@@ -130,17 +130,9 @@ func (s *server) changedRules(next *policy.Policy) (*api.PolicyChanges, error) {
 
 func ruleDoc(r policy.Rule) api.PolicyRule {
 	return api.PolicyRule{
-		ID: r.ID, Line: r.Line, Text: r.Text, Permits: !strings.HasPrefix(withoutNotes(r.Text), "forbid"),
-		Conditional: regexp.MustCompile(`\b(when|unless)\s*\{`).MatchString(r.Text),
+		ID: r.ID, Line: r.Line, Text: r.Text, Permits: r.Permits, Conditional: r.Conditional,
 	}
 }
-
-// withoutNotes returns the text of a rule without the annotations before it.
-func withoutNotes(text string) string {
-	return strings.TrimSpace(notes.ReplaceAllString(text, ""))
-}
-
-var notes = regexp.MustCompile(`(?s)^(\s*(@\w+\s*\("(\\.|[^"\\])*"\)|//[^\n]*\n))*`)
 
 func (s *server) rights(_ context.Context, _ caller, in *named) ([]api.Right, error) {
 	if _, err := s.Appliance.Peers.Status(in.Name); err != nil {
@@ -160,12 +152,7 @@ func (s *server) rights(_ context.Context, _ caller, in *named) ([]api.Right, er
 			if len(rules) == 0 || len(all) >= maxEntries {
 				continue
 			}
-			fitting := docs(rules, func(f policy.Fitting) api.PolicyRule {
-				return api.PolicyRule{
-					ID: f.ID, Line: f.Line, Text: f.Text, Permits: f.Permits, Conditional: f.Conditional,
-				}
-			})
-			all = append(all, api.Right{Key: k.Name, Action: action, Rules: fitting})
+			all = append(all, api.Right{Key: k.Name, Action: action, Rules: docs(rules, ruleDoc)})
 		}
 	}
 	return all, nil

@@ -141,7 +141,7 @@ func (a *Appliance) Policy(version uint64) (PolicyVersion, error) {
 }
 
 // Fitting returns the rules in force whose heads hold for a peer, an action and a key.
-func (a *Appliance) Fitting(peer, action, key string) ([]policy.Fitting, error) {
+func (a *Appliance) Fitting(peer, action, key string) ([]policy.Rule, error) {
 	rules, err := a.policies.inForce()
 	if err != nil {
 		return nil, err

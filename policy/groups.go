@@ -266,16 +266,9 @@ func isGroup(n ast.IsNode) bool {
 	return is && (uid.Type == groupType || uid.Type == keyGroupType)
 }
 
-// Fitting is a rule whose head holds for a peer, an action and a key.
-type Fitting struct {
-	Rule
-	Permits     bool // the rule permits; otherwise, it forbids
-	Conditional bool // the rule has conditions, which depend on the document and on what was used
-}
-
 // Fitting returns the rules whose heads hold for a request, in the order of the text. The context
 // of the request is not looked at.
-func (p *Policy) Fitting(r Request) (all []Fitting) {
+func (p *Policy) Fitting(r Request) (all []Rule) {
 	q := r.cedar(false)
 	entities, rules := p.entities(r, q)
 	texts := map[cedar.PolicyID]Rule{}
@@ -293,9 +286,9 @@ func (p *Policy) Fitting(r Request) (all []Fitting) {
 		set := cedar.NewPolicySet()
 		set.Add(id, cedar.NewPolicyFromAST((*cedarast.Policy)(&alone)))
 		if decision, _ := cedar.Authorize(set, entities, q); decision == cedar.Allow {
-			all = append(all, Fitting{texts[id], tree.Effect == ast.EffectPermit, len(tree.Conditions) > 0})
+			all = append(all, texts[id])
 		}
 	}
-	slices.SortFunc(all, func(x, y Fitting) int { return x.Line - y.Line })
+	slices.SortFunc(all, func(x, y Rule) int { return x.Line - y.Line })
 	return all
 }

@@ -384,16 +384,21 @@ const maxID = 64
 
 // Rule is the source of one rule of a policy.
 type Rule struct {
-	ID   string // from the annotation @id, or "line 12"
-	Line int
-	Text string
+	ID          string // from the annotation @id, or "line 12"
+	Line        int
+	Text        string
+	Permits     bool // the rule permits; otherwise, it forbids
+	Conditional bool // the rule has conditions, which depend on the document and on what was used
 }
 
 // Rules lists the rules in the order of the text.
 func (p *Policy) Rules() (all []Rule) {
 	for _, id := range p.ids() {
-		at := p.rules.Get(id).Position()
-		rule := Rule{ID: string(id), Line: at.Line}
+		tree := (*ast.Policy)(p.rules.Get(id).AST())
+		at := tree.Position
+		rule := Rule{
+			ID: string(id), Line: at.Line, Permits: tree.Effect == ast.EffectPermit, Conditional: len(tree.Conditions) > 0,
+		}
 		for i, c := range code(p.Text[at.Offset:]) {
 			if c == ';' { // a rule has one semicolon, at its end
 				rule.Text = string(p.Text[at.Offset:][:i+1])

@@ -198,7 +198,8 @@ func TestLoadRefusesWithTheLine(t *testing.T) {
 	}
 }
 
-// TestRules sees that each rule has its own text, without the comments around the rule.
+// TestRules sees that each rule has its own text, without the comments around the rule, its effect,
+// and whether conditions follow its head.
 func TestRules(t *testing.T) {
 	const (
 		one = `permit (principal == Peer::"a;\"b\\", action, resource);`
@@ -207,7 +208,10 @@ func TestRules(t *testing.T) {
 		three = `forbid(principal,action,resource);`
 	)
 	p := parse(t, "// none; yet\n"+one+" // after; it \" \n/* ;\n // */ "+two+three+three+" // the end;")
-	want := []policy.Rule{{"line 2", 2, one}, {"two; too", 4, two}, {"line 6", 6, three}, {"line 6:83", 6, three}}
+	want := []policy.Rule{
+		{"line 2", 2, one, true, false}, {"two; too", 4, two, false, true},
+		{"line 6", 6, three, false, false}, {"line 6:83", 6, three, false, false},
+	}
 	if got := p.Rules(); !slices.Equal(got, want) {
 		t.Errorf("%+v\nwant %+v", got, want)
 	}
