@@ -6,6 +6,8 @@ import (
 	"strings"
 	"sync"
 	"time"
+
+	"countersign/wire"
 )
 
 // ActivityMinutes is the number of minutes of which the answers to a peer are counted.
@@ -47,7 +49,7 @@ func (a *activity) turn(minute int64) *Answers {
 	return &a.ring[a.last%ActivityMinutes]
 }
 
-// Answered counts an answer to a member at a time: to an operation, or a refusal.
+// Answered counts an answer to a member at a time: to an operation of package wire, or a refusal.
 func (m *Member) Answered(op string, refused bool, now time.Time) {
 	m.activity.mu.Lock()
 	defer m.activity.mu.Unlock()
@@ -55,9 +57,9 @@ func (m *Member) Answered(op string, refused bool, now time.Time) {
 	switch {
 	case refused:
 		n.Refused++
-	case op == "sign":
+	case op == wire.OpSign:
 		n.Signatures++
-	case op == "verify":
+	case op == wire.OpVerify:
 		n.Verifications++
 	default:
 		n.Others++
