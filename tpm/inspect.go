@@ -7,6 +7,7 @@ import (
 	"encoding/binary"
 	"encoding/hex"
 	"fmt"
+	"maps"
 	"slices"
 	"strings"
 
@@ -59,12 +60,14 @@ func (s *Store) Inspect(ctx context.Context, prove bool) (found []keystore.Findi
 		if err := checkMeasured(s.config.PCRBank, pcrs, s.config.ZeroPCRs); err != nil && s.approver == nil {
 			report("seal to", "", false, "%v", err)
 		}
-		now, err := s.measured(t)
+		sealed, err := s.sealedTo()
 		if err != nil {
 			return err
 		}
-		for _, each := range now {
-			report("measured", "", each.same == each.keys || s.approver != nil, "%v", each)
+		for _, at := range slices.SortedFunc(maps.Keys(sealed), compareRegisters) {
+			text, same := at.compare(t, sealed[at])
+			// Keys with an approver can be used in other states too.
+			report("measured", "", same || s.approver != nil, "%s", text)
 		}
 		report("seal to", "", true, "PIN: %v; storage root key %x at %#x",
 			s.config.PINFile != "", s.srk.name.Buffer, uint32(s.srk.handle))
@@ -143,35 +146,28 @@ func text(values ...uint32) string {
 	return strings.TrimSpace(strings.TrimRight(string(b), "\x00"))
 }
 
-// measured is the comparison of a register with its values at the time of sealing.
-type measured struct {
-	bank       Bank
-	index      uint
-	keys, same int    // keys sealed to the register, and those to its present value
-	was, is    []byte // the first other value, and the present one
+// register is a PCR of a bank.
+type register struct {
+	bank  Bank
+	index uint
 }
 
-func (m measured) String() string {
-	text := fmt.Sprintf("PCR %d (%s), bank %s: ", m.index, pcrContents[m.index], m.bank)
-	if m.same == m.keys {
-		return text + fmt.Sprintf("as sealed, for all %d keys: %x", m.keys, m.is)
-	}
-	return text + fmt.Sprintf("another value than sealed for %d of %d keys: it is %x and was %x",
-		m.keys-m.same, m.keys, m.is, m.was)
+func (r register) String() string {
+	return fmt.Sprintf("PCR %d (%s), bank %s", r.index, pcrContents[r.index], r.bank)
 }
 
-// measured compares the registers that keys are sealed to with their present values. Keys with an
-// approver can be used in other states too.
-func (s *Store) measured(t transport.TPM) (all []*measured, err error) {
+func compareRegisters(x, y register) int {
+	return cmp.Or(strings.Compare(x.bank.String(), y.bank.String()), cmp.Compare(x.index, y.index))
+}
+
+// sealedTo returns the registers that keys are sealed to, each with its values at the times of
+// sealing, one for each key.
+func (s *Store) sealedTo() (map[register][][]byte, error) {
 	refs, err := s.Keys(context.Background())
 	if err != nil {
 		return nil, err
 	}
-	type register struct {
-		bank  Bank
-		index uint
-	}
-	of := map[register]*measured{}
+	all := map[register][][]byte{}
 	for _, ref := range refs {
 		r, err := s.dir.read(ref)
 		if err != nil {
@@ -179,25 +175,23 @@ func (s *Store) measured(t transport.TPM) (all []*measured, err error) {
 		}
 		for _, p := range r.Sealed.PCRs {
 			at := register{r.Sealed.Bank, p.Index}
-			m := of[at]
-			if m == nil {
-				m = &measured{bank: at.bank, index: at.index}
-				now, err := readPCRs(t, at.bank, []uint{at.index})
-				if err != nil {
-					return nil, err
-				}
-				m.is = now[0].Value
-				of[at], all = m, append(all, m)
-			}
-			if m.keys++; bytes.Equal(p.Value, m.is) {
-				m.same++
-			} else if m.was == nil {
-				m.was = p.Value
-			}
+			all[at] = append(all[at], p.Value)
 		}
 	}
-	slices.SortFunc(all, func(x, y *measured) int {
-		return cmp.Or(strings.Compare(x.bank.String(), y.bank.String()), cmp.Compare(x.index, y.index))
-	})
 	return all, nil
+}
+
+// compare says whether a register has the value that keys were sealed to.
+func (r register) compare(t transport.TPM, sealed [][]byte) (text string, same bool) {
+	now, err := readPCRs(t, r.bank, []uint{r.index})
+	if err != nil {
+		return fmt.Sprintf("%v: %v", r, err), false
+	}
+	is := now[0].Value
+	others := slices.DeleteFunc(slices.Clone(sealed), func(was []byte) bool { return bytes.Equal(was, is) })
+	if len(others) == 0 {
+		return fmt.Sprintf("%v: as sealed, for all %d keys: %x", r, len(sealed), is), true
+	}
+	return fmt.Sprintf("%v: another value than sealed for %d of %d keys: it is %x and was %x",
+		r, len(others), len(sealed), is, others[0]), false
 }
