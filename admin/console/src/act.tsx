@@ -2,6 +2,7 @@
 import type { ComponentChildren } from "preact";
 import { useState } from "preact/hooks";
 import { Refused, call, parameters } from "./api";
+import { hex, sha256, utf8 } from "./bytes";
 import type { Proposal } from "./generated";
 import { signText } from "./passkey";
 import { link } from "./router";
@@ -57,7 +58,7 @@ async function asks(p: Proposal, m: Made) {
   }
   for (const [name, value] of Object.entries(said)) {
     // The appliance adds the digest of a content, and of what the content replaces.
-    const digest = m.content === undefined ? "" : [...new Uint8Array(await crypto.subtle.digest("SHA-256", new TextEncoder().encode(m.content)))].map((x) => x.toString(16).padStart(2, "0")).join("");
+    const digest = m.content === undefined ? "" : hex(await sha256(utf8(m.content)));
     if (name !== "replaces" && !(name === "sha256" && value === digest)) throw wrong(`It says ${name}: ${value}, which you did not propose.`);
   }
 }

@@ -1,5 +1,6 @@
 // Passkeys: WebAuthn with the forms of the admin API.
 import { Refused } from "./api";
+import { sha256, utf8 } from "./bytes";
 import type { Proof } from "./generated";
 
 /** told names what the browser's errors mean for a person. */
@@ -41,13 +42,12 @@ export async function registration(options: unknown): Promise<unknown> {
 
 /** signText has a passkey sign SHA-256 of a text: an approval. */
 export async function signText(text: string, credentials: string[]): Promise<Proof> {
-  const digest = new Uint8Array(await crypto.subtle.digest("SHA-256", new TextEncoder().encode(text)));
   return assertion({
-    challenge: base64url(digest), rpId: location.hostname, userVerification: "required",
+    challenge: base64url(await sha256(utf8(text))), rpId: location.hostname, userVerification: "required",
     allowCredentials: credentials.map((id) => ({ type: "public-key", id })),
   });
 }
 
-export function base64url(b: Uint8Array): string {
+function base64url(b: Uint8Array): string {
   return btoa(String.fromCharCode(...b)).replaceAll("+", "-").replaceAll("/", "_").replaceAll("=", "");
 }

@@ -2,9 +2,8 @@
 // inclusion and consistency proofs (RFC 9162 section 2.1), SHA-256. The browser pins the log's key
 // and the newest checkpoint of each epoch. The appliance's word is not taken for anything here.
 import { Refused, call } from "./api";
+import { type Bytes, hex, sha256, utf8 } from "./bytes";
 import type { EventProof } from "./generated";
-
-type Bytes = Uint8Array<ArrayBuffer>;
 
 /** Pin is what this browser knows of the log. It is in localStorage: it outlives sessions. */
 export type Pin = { key: string; name: string; epochs: Record<string, { size: number; root: string; note: string; at: number }> };
@@ -20,8 +19,6 @@ export function pin(): Pin | null {
 
 export const forgetPin = () => localStorage.removeItem(storage);
 
-const text = new TextEncoder();
-const hex = (b: Uint8Array) => [...b].map((x) => x.toString(16).padStart(2, "0")).join("");
 const unhex = (s: string): Bytes => {
   if (!/^([0-9a-f]{2})*$/.test(s)) throw new Failed(`"${s.slice(0, 20)}" is not hex`);
   return Uint8Array.from(s.match(/../g) ?? [], (x) => parseInt(x, 16));
@@ -33,13 +30,6 @@ class Failed extends Error {}
 
 function need(holds: boolean, why: string): asserts holds {
   if (!holds) throw new Failed(why);
-}
-
-async function sha256(...parts: Uint8Array[]): Promise<Bytes> {
-  const all = new Uint8Array(parts.reduce((n, p) => n + p.length, 0));
-  let at = 0;
-  for (const p of parts) { all.set(p, at); at += p.length; }
-  return new Uint8Array(await crypto.subtle.digest("SHA-256", all));
 }
 
 const leafHash = (leaf: Uint8Array) => sha256(Uint8Array.of(0), leaf);
@@ -97,8 +87,8 @@ export type Head = { origin: string; size: number; root: Bytes };
 export async function openCheckpoint(note: string, name: string, publicKey: Bytes): Promise<Head> {
   const at = note.indexOf("\n\n");
   need(at > 0, "the checkpoint has no signature");
-  const body = text.encode(note.slice(0, at + 1));
-  const id = (await sha256(text.encode(name + "\n"), Uint8Array.of(1), publicKey)).slice(0, 4);
+  const body = utf8(note.slice(0, at + 1));
+  const id = (await sha256(utf8(name + "\n"), Uint8Array.of(1), publicKey)).slice(0, 4);
   const key = await crypto.subtle.importKey("raw", publicKey, { name: "Ed25519" }, false, ["verify"]);
   let good = false;
   for (const line of note.slice(at + 2).split("\n").filter(Boolean)) {
@@ -152,7 +142,7 @@ async function chain(log: { base: string; key: Bytes }, proof: EventProof, head:
     }
     const top = await openCheckpoint(begin.checkpoint, `${log.base}/${epoch}`, log.key);
     need(begin.epoch === epoch && begin.index === 0 && begin.event === first && top.size >= of.size, `event ${first} does not begin epoch ${epoch}`);
-    need(equal(await includedRoot(text.encode(begin.leaf), 0, top.size, begin.path.map(unhex)), top.root), `the first event of epoch ${epoch} is not in its tree`);
+    need(equal(await includedRoot(utf8(begin.leaf), 0, top.size, begin.path.map(unhex)), top.root), `the first event of epoch ${epoch} is not in its tree`);
     const m = (JSON.parse(begin.leaf) as { type: string; metadata?: Record<string, string> });
     const last = await openCheckpoint(end.checkpoint, `${log.base}/${epoch - 1}`, log.key);
     need(m.type === "EpochBegun" && m.metadata?.previous_size === String(last.size) && equal(unbase64(m.metadata.previous_root ?? ""), last.root),
@@ -229,7 +219,7 @@ export async function checkEvent(index: number, verifier: string | undefined, sh
       return [null, `from ${seen.size} to ${head.size} events`];
     });
     await step("The event is in the log (SHA-256, from leaf to root)", async () => {
-      const root = await includedRoot(text.encode(proof.leaf), proof.index, head.size, proof.path.map(unhex));
+      const root = await includedRoot(utf8(proof.leaf), proof.index, head.size, proof.path.map(unhex));
       need(equal(root, head.root), "the event and its path do not lead to the signed root");
       return [null, `leaf ${proof.index}, ${proof.path.length} hashes`];
     });

@@ -1,6 +1,7 @@
 import { useState } from "preact/hooks";
 import { ActDialog } from "../act";
 import { Refused, call, may, mayPropose, page } from "../api";
+import { hex, sha256 } from "../bytes";
 import type { Key as KeyDoc, Line, Requested } from "../generated";
 import { assertion } from "../passkey";
 import { go, link, route, setQuery } from "../router";
@@ -129,7 +130,7 @@ function RotationSheet({ line: l }: { line: Line }) {
 /** hexOf returns the hex of base64url. */
 function hexOf(s: string): string {
   try {
-    return [...atob(s.replaceAll("-", "+").replaceAll("_", "/"))].map((c) => c.charCodeAt(0).toString(16).padStart(2, "0")).join("");
+    return hex(Uint8Array.from(atob(s.replaceAll("-", "+").replaceAll("_", "/")), (c) => c.charCodeAt(0)));
   } catch { return s; }
 }
 
@@ -143,8 +144,7 @@ function Succession({ versions, mine, act }: { versions: KeyDoc[]; mine: readonl
   useLoad(async () => {
     const out: Record<string, string> = {};
     for (const k of versions) {
-      const b = Uint8Array.from(k.public_key.match(/../g) ?? [], (x) => parseInt(x, 16));
-      out[k.version] = [...new Uint8Array(await crypto.subtle.digest("SHA-256", b))].map((x) => x.toString(16).padStart(2, "0")).join("");
+      out[k.version] = hex(await sha256(Uint8Array.from(k.public_key.match(/../g) ?? [], (x) => parseInt(x, 16))));
     }
     setDigests(out);
   }, [versions.map((k) => k.public_key).join()]);
