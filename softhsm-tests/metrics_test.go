@@ -18,16 +18,10 @@ import (
 	"countersign/internal/scantest"
 )
 
-// needPrometheus skips the test, or fails it with REQUIRE_DEVICES=1, without Prometheus.
 func needPrometheus(t *testing.T) {
 	t.Helper()
-	for _, tool := range []string{"prometheus", "promtool"} {
-		if _, err := exec.LookPath(tool); err != nil && os.Getenv("REQUIRE_DEVICES") == "1" {
-			t.Fatalf("%s is missing: scripts/deps.sh test installs it", tool)
-		} else if err != nil {
-			t.Skipf("%s is missing", tool)
-		}
-	}
+	needTool(t, "prometheus", "prometheus")
+	needTool(t, "promtool", "prometheus")
 }
 
 func get(t testing.TB, url string) (string, error) {

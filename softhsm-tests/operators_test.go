@@ -229,12 +229,7 @@ func TestTwoPeople(t *testing.T) {
 // approval. The first proof came with its base64 in one long line, as other tools write it. An
 // armor that ssh-keygen can't read is refused, and costs the proposal nothing.
 func TestApprovalByKeygenAlone(t *testing.T) {
-	if _, err := exec.LookPath("jq"); err != nil {
-		if os.Getenv("REQUIRE_DEVICES") == "1" {
-			t.Fatal("jq is missing: install jq")
-		}
-		t.Skip("jq is missing: install jq")
-	}
+	needTool(t, "jq", "jq")
 	s := newSystem(t)
 	p := s.serve()
 	proposal, err := s.admin().Propose(t.Context(), api.NewProposal{Act: "peer add", Parameters: []approval.Parameter{

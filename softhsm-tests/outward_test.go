@@ -152,16 +152,6 @@ func (n *nameServer) answer(question []byte, truncated bool) []byte {
 	return b
 }
 
-func needRoot(t testing.TB, what string) {
-	t.Helper()
-	if os.Geteuid() != 0 {
-		if os.Getenv("REQUIRE_DEVICES") == "1" {
-			t.Fatalf("%s: run this test as root", what)
-		}
-		t.Skipf("%s: needs root", what)
-	}
-}
-
 // resolving runs a command of the daemon with a folder in the place of /etc: with some files of
 // this machine, the line hosts of nsswitch.conf, a file hosts, and resolv.conf as systemd-resolved
 // has it, a link to a file that is replaced by a rename.

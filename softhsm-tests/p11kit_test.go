@@ -16,10 +16,7 @@ func p11KitProxy(t *testing.T) string {
 	t.Helper()
 	found, err := filepath.Glob("/usr/lib/*/p11-kit-proxy.so")
 	if err != nil || len(found) == 0 {
-		if os.Getenv("REQUIRE_DEVICES") == "1" {
-			t.Fatal("p11-kit-proxy.so is required and missing")
-		}
-		t.Skip("p11-kit-proxy.so is not installed (apt-get install p11-kit-modules)")
+		missing(t, "p11-kit-proxy.so: apt-get install p11-kit-modules")
 	}
 	return found[0]
 }

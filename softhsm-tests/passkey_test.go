@@ -12,7 +12,6 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"os"
-	"os/exec"
 	"slices"
 	"strings"
 	"sync/atomic"
@@ -93,13 +92,7 @@ func newBrowserWith(
 	t testing.TB, more []chromedp.ExecAllocatorOption, keys ...*x509.Certificate,
 ) *browser {
 	t.Helper()
-	path, err := exec.LookPath("chromium")
-	if err != nil {
-		if os.Getenv("REQUIRE_DEVICES") == "1" {
-			t.Fatalf("Chromium is required and missing: %v", err)
-		}
-		t.Skipf("Chromium is not installed (apt-get install chromium): %v", err)
-	}
+	path := needTool(t, "chromium", "chromium")
 	var pins []string
 	for _, c := range keys {
 		pin := sha256.Sum256(c.RawSubjectPublicKeyInfo)

@@ -70,9 +70,7 @@ func TestReportOfAPeriod(t *testing.T) {
 // formulas where a peer or an operator chooses the text. No cell begins as a formula, all rows have
 // the columns of the heading, and the cells give back the texts.
 func TestSpreadsheetRunsNothing(t *testing.T) {
-	if _, err := exec.LookPath("python3"); err != nil {
-		t.Skipf("python3 is not installed: %v", err)
-	}
+	needTool(t, "python3", "python3")
 	s := newSystem(t)
 	p := s.serve()
 	s.enrol()

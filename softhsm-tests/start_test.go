@@ -457,12 +457,7 @@ func TestDeviceComesLate(t *testing.T) {
 		}
 	})
 	t.Run("the address", func(t *testing.T) {
-		if os.Geteuid() != 0 {
-			if os.Getenv("REQUIRE_DEVICES") == "1" {
-				t.Fatal("a network namespace needs root: run this test as root")
-			}
-			t.Skip("a network namespace needs root")
-		}
+		needRoot(t, "a network namespace")
 		s := newSystem(t)
 		s.edit("countersign.toml", s.listen, "[2001:db8::7]:7700") // RFC 3849
 		p := s.begin(command(s, "unshare", "--net"))

@@ -154,13 +154,36 @@ environment = { SOFTHSM2_CONF = %q }`, module, s.path("softhsm2.conf")))
 	return s
 }
 
+// missing skips a test for which this machine lacks something, or fails it with REQUIRE_DEVICES=1.
+func missing(t testing.TB, what string) {
+	t.Helper()
+	if os.Getenv("REQUIRE_DEVICES") == "1" {
+		t.Fatal(what)
+	}
+	t.Skip(what)
+}
+
+// needTool returns the path of a program of a package of Debian.
+func needTool(t testing.TB, program, pkg string) string {
+	t.Helper()
+	path, err := exec.LookPath(program)
+	if err != nil {
+		missing(t, fmt.Sprintf("%v: apt-get install %s", err, pkg))
+	}
+	return path
+}
+
+func needRoot(t testing.TB, what string) {
+	t.Helper()
+	if os.Geteuid() != 0 {
+		missing(t, what+": run this test as root")
+	}
+}
+
 func needSoftHSM(t testing.TB) {
 	t.Helper()
 	if _, err := os.Stat(softHSM); err != nil {
-		if os.Getenv("REQUIRE_DEVICES") == "1" {
-			t.Fatalf("SoftHSM is required and missing: %v", err)
-		}
-		t.Skipf("SoftHSM is not installed (apt-get install softhsm2): %v", err)
+		missing(t, "SoftHSM: apt-get install softhsm2")
 	}
 }
 

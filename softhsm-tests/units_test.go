@@ -25,12 +25,7 @@ const unitFolder = "../packaging/systemd"
 
 func needSystemd(t testing.TB) {
 	t.Helper()
-	if _, err := exec.LookPath("systemd-analyze"); err != nil {
-		if os.Getenv("REQUIRE_DEVICES") == "1" {
-			t.Fatalf("systemd-analyze is required: apt-get install systemd: %v", err)
-		}
-		t.Skipf("systemd is not installed (apt-get install systemd): %v", err)
-	}
+	needTool(t, "systemd-analyze", "systemd")
 }
 
 // installUnits copies the units into the folder of a root, with the built daemon as ExecStart, and
@@ -93,9 +88,7 @@ func TestUnitsVerify(t *testing.T) {
 	if err != nil || len(out) > 0 {
 		t.Errorf("systemd-analyze verify: %v\n%s", err, out)
 	}
-	if os.Geteuid() != 0 {
-		t.Skip("only root can make users and folders")
-	}
+	needRoot(t, "users and folders of a package")
 	root := t.TempDir()
 	if err := os.Mkdir(filepath.Join(root, "etc"), 0o755); err != nil {
 		t.Fatal(err)

@@ -33,9 +33,7 @@ exec "$@"`
 func (s *system) separate(files ...string) twoUsers {
 	t := s.t
 	t.Helper()
-	if os.Geteuid() != 0 {
-		t.Skip("only root can start a process of another user")
-	}
+	needRoot(t, "a process of another user")
 	needSystemd(t)
 	root := t.TempDir()
 	for _, name := range []string{"passwd", "group"} {
