@@ -189,7 +189,8 @@ func TestConsoleRoles(t *testing.T) {
 }
 
 // TestConsoleRotation: a rotation with a connected peer, whose acknowledgement appears without a
-// reload. Then a key worker is killed: the page shows the loss of it, and its recovery.
+// reload; one at once, after which the version before is archived. Then a key worker is killed: the
+// page shows the loss of it, and its recovery.
 func TestConsoleRotation(t *testing.T) {
 	s, origin, p := consoleSystem(t)
 	c := newConsole(t, origin, s.serverCertificate(origin))
@@ -234,6 +235,31 @@ func TestConsoleRotation(t *testing.T) {
 	c.press("Call off")
 	c.press("Call it off")
 	c.sees("No rotation is announced")
+	c.press("Rotate")
+	c.fill("Now", true)
+	c.press("Announce the rotation")
+	c.until(`!document.querySelector("dialog[open]")`)
+	<-heard
+	c.sees("Version 2")
+	c.press("Archive…")
+	c.fill("Type payments to go on", "payments")
+	c.press("Propose")
+	c.sees("What is signed")
+	c.press("Sign with passkey")
+	c.sees("was carried out")
+	c.press("Close")
+	var states []string
+	eventually(t, "version 1 is archived and version 2 signs", func() bool {
+		keys, err := s.admin().Key(t.Context(), "payments")
+		if err != nil {
+			t.Fatal(err)
+		}
+		states = nil
+		for _, k := range keys {
+			states = append(states, k.State)
+		}
+		return slices.Contains(states, "archived") && slices.Contains(states, "active")
+	})
 
 	c.visit("/")
 	c.sees("2 of 2")

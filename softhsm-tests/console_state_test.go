@@ -3,6 +3,7 @@ package softhsmtests
 import (
 	"fmt"
 	"os"
+	"regexp"
 	"strings"
 	"syscall"
 	"testing"
@@ -16,7 +17,7 @@ import (
 
 // TestConsoleOutage: the key workers are killed while the token refuses their PIN. The overview and
 // the line on top of another page say what is wrong and what to do, and stop when it is over,
-// without a reload.
+// without a reload. When the daemon itself is away, every tab says so until it is back.
 func TestConsoleOutage(t *testing.T) {
 	s, origin, p := consoleSystem(t)
 	c := newConsole(t, origin, s.serverCertificate(origin))
@@ -65,6 +66,17 @@ func TestConsoleOutage(t *testing.T) {
 		}
 	}
 	c.until(`document.querySelector("[aria-label=Tokens] td:nth-child(2)").innerText.includes("serves")`)
+
+	const notLive = "Not live: trying to connect again."
+	p.stop()
+	for _, each := range []*tab{c, other} {
+		each.sees(notLive)
+	}
+	p = s.serve()
+	for _, each := range []*tab{c, other} {
+		each.until(`!hands.text().includes(` + quoted(notLive) + `)`)
+		each.sees("All is well")
+	}
 	c.close()
 	p.stop()
 }
@@ -324,9 +336,31 @@ func TestConsoleActs(t *testing.T) {
 		c.until(`!document.querySelector("dialog[open]")`)
 	}
 
-	// A peer: another key, without the first one, suspended, resumed, removed.
+	// A peer: another key, without the first one, suspended, resumed, removed. The key comes from a
+	// file that is dropped, and never from an identity file.
 	c.press("Add a key")
-	c.fill("Public key", strings.Repeat("ab", 31)+"0a")
+	drop := func(file string) {
+		t.Helper()
+		mustRun[any](c.browser, `(f => {
+			const d = new DataTransfer();
+			d.items.add(new File([f], "key"));
+			return hands.field("Public key").dispatchEvent(new DragEvent("drop", {bubbles: true, dataTransfer: d}));
+		})(%v)`, file)
+	}
+	key := func(public string) { c.until(`hands.field("Public key").value === ` + quoted(public)) }
+	another := strings.Repeat("ab", 31) + "0a"
+	drop(another + "\n")
+	key(another)
+	drop("rubbish")
+	c.sees("What you dropped has no public key")
+	key("")
+	public := strings.TrimSpace(s.must("keygen", s.path("kiosk.key")))
+	identity, err := os.ReadFile(s.path("kiosk.key"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	drop(string(identity))
+	key(public)
 	c.press("Propose")
 	sign()
 	c.until(`document.querySelectorAll("[aria-label='Keys of the peer'] tbody tr").length === 2`)
@@ -425,12 +459,34 @@ func TestConsoleActs(t *testing.T) {
 		t.Errorf("%d events were saved, and the log has %d", len(lines), want)
 	}
 
+	// A receipt by the id that a row copies, and figures of 90 days as a table.
+	c.visit("/receipts")
+	c.until(`document.querySelector("[aria-label=Receipts] tbody tr")`)
+	id := mustRun[string](c.browser, `(self.copied = "", navigator.clipboard.writeText = async t => { copied = t },
+		document.querySelector("[aria-label=Receipts] tbody button.copy").click(), copied)`)
+	if !regexp.MustCompile(`^[0-9a-f]{32}$`).MatchString(id) {
+		t.Errorf("a copied id of a receipt: %q", id)
+	}
+	c.fill("Receipt id", id)
+	mustRun[any](c.browser, `(hands.field("Receipt id").form.requestSubmit(), true)`)
+	c.until(`document.querySelectorAll("[aria-label=Receipts] tbody tr").length === 1`)
+	when := mustRun[string](c.browser, `document.querySelector("[aria-label=Receipts] tbody time").title`)
+	if !strings.Contains(when, "UTC") {
+		t.Errorf("the time of a receipt has the title %q", when)
+	}
+	c.visit("/figures?span=90d")
+	c.press("As a table")
+	c.until(`document.querySelector("details[open] table tbody tr")`)
+
 	c.visit("/operators")
 	c.press("Approvals needed")
 	c.fill("Approvers that must sign", "2")
 	c.press("Propose")
 	sign()
 	c.sees("only if nobody is missing")
+	mustRun[any](c.browser, `([...document.querySelectorAll("[aria-label=Sessions] tbody tr")]
+		.find(r => r.innerText.includes("this one")).querySelector("button").click(), true)`)
+	c.sees("You have signed out, in all tabs")
 	for _, each := range mustRun[[]string](c.browser, `[...self.violations, ...self.failures]`) {
 		t.Error(each)
 	}

@@ -113,7 +113,7 @@ function Frame({ me, address }: { me: Me; address: Address }) {
     </div>
     <header class="top">
       <button type="button" class="menu" aria-expanded={open} aria-controls="side" onClick={() => setOpen(!open)}>Menu</button>
-      {place?.at === "" ? <div class="line" /> : <StateLine />}
+      <StateLine told={place?.at !== ""} />
       <button type="button" onClick={() => setSearching(true)}>Search <kbd>/</kbd></button>
     </header>
     <main id="main" ref={main} tabIndex={-1}>
@@ -130,11 +130,12 @@ function Tally({ of }: { of: string }) {
   return n ? <span class="tally"><Shape tone={h!.alerts!.some((a) => a.level === "critical") ? "crit" : "warn"} /> {n}</span> : null;
 }
 
-function StateLine() {
+/** StateLine is the line on top of each page. The overview tells the state itself. */
+function StateLine({ told }: { told: boolean }) {
   const h = useStore(health), live = useStore(connected);
-  const told = h && sentence(h);
+  const s = h && sentence(h);
   return <div class="line" role="status">
-    {told ? <State tone={told.tone}>{told.text}</State> : <span class="quiet">Looking…</span>}
+    {told && (s ? <State tone={s.tone}>{s.text}</State> : <span class="quiet">Looking…</span>)}
     {h && !live && <span class="quiet"> <State tone="warn">Not live: trying to connect again.</State></span>}
   </div>;
 }

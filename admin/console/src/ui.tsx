@@ -325,6 +325,20 @@ export function Form({ submit, act, children, cancel, danger, can = true }: {
   </form>;
 }
 
+/** ActButton is a button of a row whose act needs no form: it shows the refusal beside itself. */
+export function ActButton({ act, children }: { act: () => Promise<void> } & Children) {
+  const [busy, setBusy] = useState(false);
+  const [error, setError] = useState<unknown>();
+  return <>
+    <button type="button" disabled={busy} onClick={async () => {
+      setBusy(true);
+      setError(undefined);
+      try { await act(); } catch (x) { setError(x); } finally { setBusy(false); }
+    }}>{children}</button>
+    {error !== undefined && <Problem error={error} />}
+  </>;
+}
+
 export function Field({ label, help, children }: { label: string; help?: ComponentChildren; children: (id: string, helpId: string | undefined) => ComponentChildren }) {
   const id = useId();
   return <div class="field">

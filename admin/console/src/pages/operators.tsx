@@ -4,7 +4,7 @@ import type { Made } from "../act";
 import { call, may, mayPropose, page } from "../api";
 import type { Credential, Link, MadeLink, Operator, Session } from "../generated";
 import { myRoles, session, signOut } from "../session";
-import { Command, Dialog, Empty, Facts, Form, Id, Input, Load, Page, Section, State, Table, Text, Time, useList, useLoad } from "../ui";
+import { ActButton, Command, Dialog, Empty, Facts, Form, Id, Input, Load, Page, Section, State, Table, Text, Time, useList, useLoad } from "../ui";
 import { roleMeans } from "../words";
 
 
@@ -119,7 +119,7 @@ function Links() {
       { head: "Ends", quiet: true, cell: (l) => <Time s={l.expires} ago /> },
       { head: "", cell: (l) => <div class="actions">
         {l.credential && !l.first && mayPropose(mine, l.roles.length ? "operator add" : "credential add") && <button type="button" class="primary" onClick={() => setProposing(l)}>Propose…</button>}
-        <button type="button" onClick={async () => { await call("DELETE /v1/links/{id}", { path: { id: l.id } }); list.reload(); }}>{l.used ? "Forget" : "Make worthless"}</button></div> },
+        <ActButton act={async () => { await call("DELETE /v1/links/{id}", { path: { id: l.id } }); list.reload(); }}>{l.used ? "Forget" : "Make worthless"}</ActButton></div> },
     ]} />}</Load>
     {proposing && <ActDialog title={`Enrol ${proposing.operator}`} close={() => setProposing(null)} done={list.reload} make={(): Made => {
       const credential = JSON.stringify(proposing.credential);
@@ -141,11 +141,11 @@ function Sessions() {
       { head: "Begun", cell: (x) => <Time s={x.begun} ago /> },
       { head: "Last used", cell: (x) => <Time s={x.last_used} ago /> },
       { head: "Ends", quiet: true, cell: (x) => <Time s={x.expires} ago /> },
-      { head: "", cell: (x: Session) => <button type="button" onClick={async () => {
+      { head: "", cell: (x: Session) => <ActButton act={async () => {
         if (x.current) return signOut();
         await call("DELETE /v1/sessions/{id}", { path: { id: x.id } });
         list.reload();
-      }}>End</button> },
+      }}>End</ActButton> },
     ]} />}</Load>
   </Section>;
 }

@@ -45,15 +45,18 @@ const keyOf = (text: string): string =>
 
 function KeyInput({ value, set }: { value: string; set: (v: string) => void }) {
   const [over, setOver] = useState(false);
+  const [without, setWithout] = useState(false);
   return <div onDragOver={(e) => { e.preventDefault(); setOver(true); }} onDragLeave={() => setOver(false)} onDrop={async (e) => {
     e.preventDefault();
     setOver(false);
     const file = e.dataTransfer?.files[0];
     const text = file ? await file.slice(0, 4096).text() : e.dataTransfer?.getData("text") ?? "";
     set(keyOf(text));
+    setWithout(!keyOf(text));
   }}>
-    <Input label="Public key" value={value} set={(v) => set(v.trim())} required lines={2}
+    <Input label="Public key" value={value} set={(v) => { set(v.trim()); setWithout(false); }} required lines={2}
       help={over ? "Let go to take the key." : "Paste it, or drop a file that has it: 64 hex digits, as countersign keygen prints them. Never the identity file itself: the private key stays with the peer."} />
+    {without && <State tone="warn">What you dropped has no public key.</State>}
   </div>;
 }
 
