@@ -397,7 +397,8 @@ func (p *Policy) Rules() (all []Rule) {
 		tree := (*ast.Policy)(p.rules.Get(id).AST())
 		at := tree.Position
 		rule := Rule{
-			ID: string(id), Line: at.Line, Permits: tree.Effect == ast.EffectPermit, Conditional: len(tree.Conditions) > 0,
+			ID: string(id), Line: at.Line, Permits: tree.Effect == ast.EffectPermit,
+			Conditional: len(tree.Conditions) > 0,
 		}
 		for i, c := range code(p.Text[at.Offset:]) {
 			if c == ';' { // a rule has one semicolon, at its end
