@@ -68,7 +68,7 @@ var arrows = map[string]room{
 	},
 	"internal/peers": {
 		ours: `audit internal/gate internal/ijson internal/keystore internal/ledger internal/limit
-			internal/manage internal/pubkey internal/requestid`,
+			internal/manage internal/pubkey internal/requestid wire`,
 		outside: "golang.org/x/time",
 	},
 	"internal/anchor": {

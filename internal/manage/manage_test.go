@@ -122,8 +122,8 @@ func TestFailureIsToldOnce(t *testing.T) {
 	}
 }
 
-// TestOneActAtATime: 100 callers, begun in the order of their patience, wait 0 to 99 s for a lock, and
-// each act takes 3 s. The acts do not overlap, although some callers leave during their act.
+// TestOneActAtATime: 100 callers wait 0 to 99 s for a lock, in this order, and each act takes 3 s.
+// The acts do not overlap, although some callers leave during their act.
 func TestOneActAtATime(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		l := NewLock()
