@@ -65,6 +65,7 @@ var table = []struct {
 	{keyring.ErrRotated, refused, wire.CodeKeyRotated, ""},
 	{errInvalidSignature, refused, wire.CodeInvalidSignature, ""},
 	{errReplay, refused, wire.CodeReplay, ""},
+	{ledger.ErrRestored, refused, wire.CodeRestored, ""},
 	{errNotYours, refused, wire.CodeDenied, ""},
 	{keystore.ErrForm, refused, wire.CodeDenied, ""},
 	{errNoTree, refused, wire.CodeDenied, ""},
@@ -107,6 +108,9 @@ func refuse(err error) (class, *wire.Error) {
 			answer := &wire.Error{Code: row.code, Message: message}
 			if row.code == wire.CodeBusy || row.code == wire.CodeRateLimited {
 				answer.RetryAfter = retryAfter
+			}
+			if restored := new(ledger.RestoredError); errors.As(err, &restored) {
+				answer.TimestampAfter = restored.After
 			}
 			return row.class, answer
 		}

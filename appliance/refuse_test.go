@@ -4,7 +4,9 @@ import (
 	"testing"
 	"time"
 
+	"countersign/audit"
 	"countersign/internal/keyring"
+	"countersign/internal/ledger"
 	"countersign/wire"
 )
 
@@ -57,4 +59,41 @@ func TestCodesOfKeys(t *testing.T) {
 	r.refuses(t, wire.CodeWrongSigner, err)
 	_, err = r.Sign(t.Context(), r.shop, req)
 	r.refuses(t, wire.CodeKeyNotActive, err) // a repetition of what the compromised version has signed
+}
+
+// TestRestored: after a restore, a document of before that the ledger does not know is refused, to
+// sign and to verify, and the answer says which timestamps are accepted. A known request is
+// answered as ever. The appliance signs its own documents.
+func TestRestored(t *testing.T) {
+	r := newRig(t)
+	known := message(1, "known")
+	signature := r.sign(t, r.shop, known).Signature
+	after := known.Timestamp
+	later := message(2, "of a later time")
+	later.Timestamp++
+	if err := r.ledger.Restore(t.Context(), after, audit.Daemon(), func(*ledger.Tx) error { return nil }); err != nil {
+		t.Fatal(err)
+	}
+	again := r.sign(t, r.shop, known)
+	if !again.Repeated || string(again.Signature) != string(signature) {
+		t.Errorf("%+v", again)
+	}
+	lost := message(3, "lost")
+	for _, who := range []Caller{r.shop, r.cafe} {
+		_, err := r.Sign(t.Context(), who, lost)
+		r.refuses(t, wire.CodeRestored, err)
+		if _, refusal := refuse(err); refusal.TimestampAfter != after {
+			t.Errorf("%+v", refusal)
+		}
+	}
+	signed := r.sign(t, r.shop, later)
+	_, err := r.Verify(t.Context(), r.shop, verifyOf(later, signed))
+	if err != nil {
+		t.Errorf("a document of a later time: %v", err)
+	}
+	_, err = r.Verify(t.Context(), r.shop, verifyOf(known, again))
+	r.refuses(t, wire.CodeRestored, err)
+	if _, err := r.Keys.Rotate(t.Context(), operator, "payments", time.Now()); err != nil {
+		t.Errorf("a step of the appliance's own: %v", err)
+	}
 }

@@ -39,7 +39,7 @@ func (a *Appliance) Sign(ctx context.Context, who Caller, r *wire.Sign) (*wire.S
 	// whatever happens later.
 	admitted, err := a.admit(ctx, who, d, ledger.Admission{
 		Scope: ledger.KeyScope(r.Key), Nonce: doc.Nonce, Digest: doc.Digest(),
-		KeyVersion: key.Version, ExpiresAt: doc.ExpiresAt, Monotonic: d.generation,
+		KeyVersion: key.Version, Timestamp: doc.Timestamp, ExpiresAt: doc.ExpiresAt, Monotonic: d.generation,
 		May: func() error { return a.Peers.Serves(who.Peer) },
 	})
 	if err != nil {

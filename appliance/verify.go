@@ -44,7 +44,7 @@ func (a *Appliance) Verify(ctx context.Context, who Caller, r *wire.Verify) (*wi
 	}
 	admitted, err := a.admit(ctx, who, d, ledger.Admission{
 		Scope: ledger.SignerScope(r.PublicKey[:]), Nonce: doc.Nonce, Digest: doc.Digest(),
-		ExpiresAt: doc.ExpiresAt, Once: true, May: may,
+		Timestamp: doc.Timestamp, ExpiresAt: doc.ExpiresAt, Once: true, May: may,
 	})
 	if errors.Is(err, context.DeadlineExceeded) {
 		return nil, fmt.Errorf("%w: %w", errUnknownOutcome, err)

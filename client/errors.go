@@ -67,6 +67,9 @@ var (
 	// ErrReplay: the nonce is spent. For Verify: the document was verified before. For Sign:
 	// another document, or another peer, has used the nonce.
 	ErrReplay = refusal(wire.CodeReplay)
+	// ErrRestored: the appliance was restored from a backup, and can't know whether it has admitted
+	// the document before. A new document needs a Timestamp after Error.TimestampAfter.
+	ErrRestored = refusal(wire.CodeRestored)
 	// ErrNotConfirmed: an operator must confirm that the key may sign now.
 	ErrNotConfirmed = refusal(wire.CodeNotConfirmed)
 

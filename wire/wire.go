@@ -58,6 +58,7 @@ const (
 	CodeDenied           = "denied"            // policy does not allow the request
 	CodeNotConfirmed     = "not_confirmed"     // an operator must confirm that the key may sign now
 	CodeReplay           = "replay"            // the nonce is spent
+	CodeRestored         = "restored"          // the appliance was restored, and can't know a document of before
 	CodeExpired          = "expired"           // expires_at has passed
 	CodeNotYetValid      = "not_yet_valid"     // timestamp lies in the future
 	CodeLifetimeTooLong  = "lifetime_too_long" // expires_at - timestamp is over the maximum
@@ -418,6 +419,8 @@ type Error struct {
 	// RetryAfter is set with busy and rate_limited: the same request may be sent again after so
 	// many seconds.
 	RetryAfter int `json:"retry_after,omitzero"`
+	// TimestampAfter is set with restored: a new document needs a timestamp after it, Unix seconds.
+	TimestampAfter int64 `json:"timestamp_after,omitzero"`
 	// Request is the id of the refused request, which an operator can search for. The field is set
 	// by Answer.Into, and is no part of the message.
 	Request string `json:"-"`

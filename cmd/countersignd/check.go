@@ -160,6 +160,7 @@ func (r *report) checkDeep(c Config, stderr io.Writer) {
 	switch {
 	case errors.Is(err, ledger.ErrInUse):
 		r.fault("ledger", fmt.Errorf("%s: %w: --deep needs it for itself", c.Ledger, err))
+	case errors.Is(err, ledger.ErrOlder): // checkLedger says so
 	case err != nil:
 		r.fault("ledger", fmt.Errorf("%s: %w", c.Ledger, err))
 	default:
@@ -172,8 +173,11 @@ func (r *report) checkLedger(
 	ctx context.Context, path string, c Config, tokens map[string]keystore.Store, rules *policy.Policy,
 	log *slog.Logger,
 ) {
-	l, err := openLedger(c, nil)
+	l, err := openLedger(c, nil, true)
 	switch {
+	case errors.Is(err, ledger.ErrOlder):
+		r.say("ledger", "ok, and not read: %v: serve keeps a copy, and then brings it to the present format", err)
+		return
 	case errors.Is(err, ledger.ErrInUse):
 		r.say("ledger", "in use: a daemon is running; the ledger, its keys and the listeners are not checked")
 		return

@@ -321,7 +321,7 @@ func open(ctx context.Context, c Config, log *slog.Logger) (p parts, err error) 
 	}()
 	rules, broken := policy.Load(c.Policy)
 	p.meter = meter.New(cli.Version())
-	if p.ledger, err = openLedger(c, p.meter); err != nil {
+	if p.ledger, err = openLedger(c, p.meter, false); err != nil {
 		return p, errors.Join(broken, fmt.Errorf("%s: %w", c.Ledger, err))
 	}
 	if broken != nil { // the policy approved by operators stays in force without the file
@@ -351,9 +351,11 @@ func open(ctx context.Context, c Config, log *slog.Logger) (p parts, err error) 
 }
 
 // openLedger opens the ledger with the retention time of nonces in force, which the ledger has. The
-// configuration may have another time. The meter counts the commits; nil counts nothing.
-func openLedger(c Config, m *meter.Meter) (*ledger.Ledger, error) {
+// configuration may have another time. The meter counts the commits; nil counts nothing. With asIs,
+// a ledger of an older format is an error.
+func openLedger(c Config, m *meter.Meter, asIs bool) (*ledger.Ledger, error) {
 	options := c.ledger()
+	options.AsIs = asIs
 	options.Committed = appliance.Committed(m)
 	options.MarginOf = func(v ledger.View) (time.Duration, error) {
 		kept, err := c.retention().InForce(v)

@@ -94,6 +94,7 @@ var All = []*Series{
 	byCode(wire.CodeKeyNotActive, "Requests for a key that may not sign now."),
 	byCode(wire.CodeKeyRotated, "Requests for another version than the one that signs."),
 	byCode(wire.CodeNotConfirmed, "Requests for a key that an operator must confirm."),
+	byCode(wire.CodeRestored, "Documents that may be of before the appliance was restored."),
 	byCode(wire.CodeExpired, "Documents whose time was over."),
 	byCode(wire.CodeNotYetValid, "Documents with a time in the future."),
 	byCode(wire.CodeLifetimeTooLong, "Documents with too long a lifetime."),

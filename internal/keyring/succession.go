@@ -110,7 +110,7 @@ func (r *Ring) signOwn(
 	defer cancel()
 	admission := ledger.Admission{
 		Scope: ledger.KeyScope(k.Name), Nonce: doc.Nonce, Digest: doc.Digest(), KeyVersion: k.Version,
-		ExpiresAt: doc.ExpiresAt,
+		Timestamp: doc.Timestamp, ExpiresAt: doc.ExpiresAt,
 	}
 	if doc.Generation != nil {
 		admission.Monotonic = &ledger.Monotonic{Series: GenerationSeries(doc.Type, k.Name), Value: *doc.Generation}

@@ -27,6 +27,7 @@ type Admission struct {
 	Digest     [32]byte // hash of the whole request
 	Peer       string   // name of the requesting peer; "" for the appliance itself
 	KeyVersion uint32   // version of the key; a repetition must be signed with the same version
+	Timestamp  int64    // Unix seconds; see Restore
 	ExpiresAt  int64    // Unix seconds; the nonce is kept until then and for Options.Margin after
 	Once       bool     // a repetition counts as a replay
 	Quiet      bool     // a replay or a denial writes no event
@@ -92,9 +93,9 @@ type Admitted struct {
 // event returns the bytes of the event for the verdicts Fresh, Replay and Denied, and must be pure.
 // Repeated writes no event, because the admission is on disk already.
 //
-// ErrDisk, ErrClock, ErrTooMany and the errors of May and Suspend mean that nothing was written and
-// the nonce is not spent. After any other error the verdict is unknown, and the nonce may be spent.
-// A second Admit then returns Repeated, or Replay for an admission with Once.
+// ErrDisk, ErrClock, ErrTooMany, ErrRestored and the errors of May and Suspend mean that nothing
+// was written and the nonce is not spent. After any other error the verdict is unknown, and the
+// nonce may be spent. A second Admit then returns Repeated, or Replay for an admission with Once.
 func (l *Ledger) Admit(ctx context.Context, a Admission, event func(Verdict) []byte) (Admitted, error) {
 	if err := l.suspended.Load(); err != nil {
 		return Admitted{}, *err
@@ -137,6 +138,9 @@ func (l *Ledger) Admit(ctx context.Context, a Admission, event func(Verdict) []b
 			refused = t.closed
 			return nil
 		case !found:
+			if refused = t.checkRestored(a); refused != nil {
+				return nil
+			}
 			s.hour = hourOf(a.ExpiresAt)
 			if refused = t.checkRoom(s.share, s.hour); refused != nil {
 				return nil

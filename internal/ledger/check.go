@@ -12,11 +12,12 @@ import (
 )
 
 // Check reads the whole file: all pages, every event and its hash, the trees and their roots, every
-// record of a nonce, and every receipt. The error names the first damage found. The ledger must not
-// be in use. progress, which may be nil, gets the number of checked events and the number of all
-// events.
+// record of a nonce, and every receipt. The error names the first damage found, or wraps ErrOlder
+// for an older format. The ledger must not be in use. progress, which may be nil, gets the number
+// of checked events and the number of all events.
 func Check(path string, o Options, progress func(done, all uint64)) (err error) {
 	defer wrap(&err, "check")
+	o.AsIs = true
 	l, err := Open(path, o)
 	if err != nil {
 		return err

@@ -94,3 +94,9 @@ func (l *Ledger) Totals() (n int) {
 	l.db.View(func(tx *bolt.Tx) error { n = root(tx, bucketCounters).Stats().KeyN; return nil })
 	return n
 }
+
+// Format is the present format, and Oldest the first that can be migrated.
+const (
+	Format = format
+	Oldest = oldest
+)

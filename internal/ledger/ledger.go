@@ -42,16 +42,13 @@ import (
 	bolterrors "go.etcd.io/bbolt/errors"
 )
 
-// format is the version of the file's layout. Open refuses any other version; a higher one belongs
-// to a newer program.
-const format = 6
-
 // Errors of Create and Open.
 var (
 	ErrMissing = errors.New("there is no ledger here")
 	ErrExists  = errors.New("there is a ledger here already")
 	ErrInUse   = errors.New("another process uses this ledger")
 	ErrFormat  = errors.New("written by another version of countersign")
+	ErrOlder   = fmt.Errorf("%w: it has an older format", ErrFormat)
 	ErrCorrupt = errors.New("the file is damaged or is not a ledger")
 )
 
@@ -69,6 +66,7 @@ var (
 	ErrBusy         = errors.New("ledger: a snapshot is being written")
 	ErrHeld         = errors.New("ledger: there is a legal hold of this name already")
 	ErrTooManyHolds = errors.New("ledger: an epoch has too many legal holds")
+	ErrRestored     = errors.New("ledger: a document of before the ledger was restored")
 )
 
 // Replaceable for tests, which break the disk and the mapping.
@@ -93,6 +91,9 @@ type Options struct {
 	MaxNonces      int           // nonces that have not expired. Default: 20,000,000, with some 1 GiB of memory
 	Bounds         Bounds        // of MaxNonces. Default: DefaultBounds
 	ClockTolerance time.Duration // by which the clock may be behind the ledger's time. Default: 2 min
+
+	// AsIs refuses a file of an older format with ErrOlder, in place of a migration.
+	AsIs bool
 
 	// MarginOf, if set, reads the margin from the ledger's records at opening and replaces Margin.
 	MarginOf func(View) (time.Duration, error)
@@ -168,6 +169,7 @@ type Ledger struct {
 	// The fields below belong to the writer.
 	log       logState
 	nonces    nonces
+	restored  int64 // Unix seconds: see Restore; 0 without one
 	reserve   reserve
 	backlog   []*request // outcomes that wait for the disk
 	followers []*follower
@@ -218,7 +220,7 @@ func build(path string, now time.Time) error {
 			return err
 		}
 		t := &txn{tx: tx, now: now}
-		if err := t.bucket(bucketMeta).put(keyFormat, binary.BigEndian.AppendUint32(nil, format)); err != nil {
+		if err := t.bucket(bucketMeta).put(keyFormat, binary.BigEndian.AppendUint32(nil, uint32(format))); err != nil {
 			return err
 		}
 		if err := t.beginEpoch(0, audit.Daemon(), nil, t.now); err != nil {
@@ -260,7 +262,8 @@ func syncPath(path, what string) error {
 }
 
 // Open opens the ledger at path and locks the file. Open checks a part of the file for damage: see
-// checkPages, checkLayout, loadLog and nonces.load. Check reads all of the file.
+// checkPages, checkLayout, loadLog and nonces.load. Check reads all of the file. A file of an older
+// format is migrated first: see migrate.
 func Open(path string, o Options) (l *Ledger, err error) {
 	defer wrap(&err, "open")
 	o.fill()
@@ -272,7 +275,12 @@ func Open(path string, o Options) (l *Ledger, err error) {
 		path: path, options: o, db: db, requests: make(chan *request, 4*maxBatch),
 		stopping: make(chan struct{}), done: make(chan struct{}), failed: make(chan struct{}),
 	}
-	if err := guard(l.load); err != nil {
+	if err := guard(func() error {
+		if err := migrate(path, db, o.AsIs); err != nil {
+			return err
+		}
+		return l.load()
+	}); err != nil {
 		db.Close()
 		return nil, err
 	}
@@ -302,6 +310,9 @@ func (l *Ledger) load() error {
 			}
 		}
 		l.clock.start(l.options, time.Unix(0, int64(binary.BigEndian.Uint64(v))))
+		if l.restored, err = restoredAt(root(tx, bucketMeta).Get(keyRestored)); err != nil {
+			return err
+		}
 		l.log, err = loadLog(tx)
 		return err
 	})
@@ -402,20 +413,10 @@ func rewriteMeta(f *os.File, pageSize int64) error {
 
 // checkLayout checks the format, and that each bucket exists.
 func checkLayout(tx *bolt.Tx) error {
-	meta := root(tx, bucketMeta)
-	if meta == nil {
-		return fmt.Errorf("%w: it has no format", ErrCorrupt)
-	}
-	v := meta.Get(keyFormat)
-	if len(v) != 4 {
-		return fmt.Errorf("%w: it has no format", ErrCorrupt)
-	}
-	if f := binary.BigEndian.Uint32(v); f == 0 {
-		return fmt.Errorf("%w: its format is 0", ErrCorrupt)
-	} else if f > format {
-		return fmt.Errorf("%w: its format is %d, of a newer version, and this program knows %d", ErrFormat, f, format)
-	} else if f < format {
-		return fmt.Errorf("%w: its format is %d, of an older version, and this program knows %d", ErrFormat, f, format)
+	if f, err := formatOf(tx); err != nil {
+		return err
+	} else if f != format {
+		return fmt.Errorf("%w: its format is %d, and this program knows %d", ErrFormat, f, format)
 	}
 	for number := range buckets {
 		b := root(tx, byte(number))

@@ -113,29 +113,34 @@ func (t *txn) beginEpoch(n uint32, who audit.Actor, before *audit.EpochEnd, syst
 // any more.
 func (l *Ledger) EndEpoch(ctx context.Context, who audit.Actor) (uint32, error) {
 	var next uint32
-	err := l.submit(ctx, &request{alone: true, done: make(chan error, 1), apply: func(t *txn) error {
-		if err := t.putChunk(); err != nil {
-			return err
-		}
-		e, err := getEpoch(t.tx, t.log.epoch)
-		if err != nil {
-			return err
-		}
-		root, err := t.log.tree.Root()
-		if err != nil {
-			return err
-		}
-		e.Ended, e.Size, e.Root = t.now.UnixMilli(), t.log.tree.Size, root[:]
-		if err := t.putEpoch(e); err != nil {
-			return err
-		}
-		next = e.Number + 1
-		return t.beginEpoch(next, who, &audit.EpochEnd{Size: e.Size, Root: root}, l.clock.wall())
+	err := l.submit(ctx, &request{alone: true, done: make(chan error, 1), apply: func(t *txn) (err error) {
+		next, err = t.endEpoch(who)
+		return err
 	}})
 	if err != nil {
 		return 0, err // the writer may still use the variable
 	}
 	return next, nil
+}
+
+func (t *txn) endEpoch(who audit.Actor) (next uint32, err error) {
+	if err := t.putChunk(); err != nil {
+		return 0, err
+	}
+	e, err := getEpoch(t.tx, t.log.epoch)
+	if err != nil {
+		return 0, err
+	}
+	root, err := t.log.tree.Root()
+	if err != nil {
+		return 0, err
+	}
+	e.Ended, e.Size, e.Root = t.now.UnixMilli(), t.log.tree.Size, root[:]
+	if err := t.putEpoch(e); err != nil {
+		return 0, err
+	}
+	end := &audit.EpochEnd{Size: e.Size, Root: root}
+	return e.Number + 1, t.beginEpoch(e.Number+1, who, end, t.l.clock.wall())
 }
 
 // loadLog finds the end of the log. loadLog checks the last segment of events against its hashes,

@@ -66,7 +66,7 @@ func (l *Ledger) digest(at time.Time) string {
 	h := sha256.New()
 	s := l.log
 	root, err := s.tree.Root()
-	fmt.Fprintln(h, s.next, s.epoch, s.first, s.tree.Size, root, err, s.chunks, hex.EncodeToString(s.chunk))
+	fmt.Fprintln(h, l.restored, s.next, s.epoch, s.first, s.tree.Size, root, err, s.chunks, hex.EncodeToString(s.chunk))
 	byNumber := func(x, y *hour) int { return cmp.Compare(x.number, y.number) }
 	for _, hour := range slices.SortedFunc(slices.Values(l.nonces.hours), byNumber) {
 		if l.nonces.expiredHour(hour.number, at) || len(hour.spent) == 0 {

@@ -81,7 +81,14 @@ func root(tx *bolt.Tx, number byte) *bolt.Bucket { return tx.Bucket(buckets[numb
 var (
 	keyFormat = []byte("format") // u32
 	keyTime   = []byte("time")   // i64 Unix nanoseconds
+
+	keyRestored = []byte("restored") // i64 Unix seconds: see Ledger.Restore
 )
+
+// own reports whether a key of Meta is one of the ledger's own records.
+func own(key []byte) bool {
+	return bytes.Equal(key, keyTime) || bytes.Equal(key, keyFormat) || bytes.Equal(key, keyRestored)
+}
 
 // Table is a named set of records for the management of the appliance. The package that writes a
 // record defines the bytes.
@@ -105,7 +112,7 @@ var tables = map[Table]byte{
 
 // reserved reports whether a record of Meta belongs to the ledger itself.
 func reserved(table Table, key string) bool {
-	return table == Meta && (key == string(keyFormat) || key == string(keyTime))
+	return table == Meta && own([]byte(key))
 }
 
 // View is a consistent snapshot of all records. A View is valid until the function with the View as
@@ -307,5 +314,5 @@ func (f *follower) follow(w *Writes) (err error) {
 
 // reservedWrite reports whether a write concerns a record that belongs to the ledger itself.
 func reservedWrite(w write) bool {
-	return w.path.top == bucketMeta && (bytes.Equal(w.key, keyTime) || bytes.Equal(w.key, keyFormat))
+	return w.path.top == bucketMeta && own(w.key)
 }

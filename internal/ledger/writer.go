@@ -1,6 +1,7 @@
 package ledger
 
 import (
+	"bytes"
 	"context"
 	"encoding/binary"
 	"errors"
@@ -288,6 +289,12 @@ func (l *Ledger) follow(w *Writes) error {
 	for _, each := range w.list {
 		if each.path.top == bucketNonces && each.op == opPut {
 			if err := l.nonces.follow(each.path.inner, each.key, each.value); err != nil {
+				return l.fail(err)
+			}
+		}
+		if each.path.top == bucketMeta && bytes.Equal(each.key, keyRestored) {
+			var err error
+			if l.restored, err = restoredAt(each.value); err != nil {
 				return l.fail(err)
 			}
 		}

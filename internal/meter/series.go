@@ -88,9 +88,9 @@ var (
 	}
 	codes = []string{
 		wire.CodeMalformed, wire.CodeUnsupported, wire.CodeTooLarge, wire.CodeUnknownKey, wire.CodeKeyNotActive,
-		wire.CodeKeyRotated, wire.CodeDenied, wire.CodeNotConfirmed, wire.CodeReplay, wire.CodeExpired,
-		wire.CodeNotYetValid, wire.CodeLifetimeTooLong, wire.CodeInvalidSignature, wire.CodeWrongSigner,
-		wire.CodeRateLimited, wire.CodeBusy, wire.CodeUnavailable,
+		wire.CodeKeyRotated, wire.CodeDenied, wire.CodeNotConfirmed, wire.CodeReplay, wire.CodeRestored,
+		wire.CodeExpired, wire.CodeNotYetValid, wire.CodeLifetimeTooLong, wire.CodeInvalidSignature,
+		wire.CodeWrongSigner, wire.CodeRateLimited, wire.CodeBusy, wire.CodeUnavailable,
 	}
 	stages     = []string{"decode", "policy", "ledger", "turn", "device", "verify", "answer"}
 	results    = []string{"ok", "refused", "unavailable"}

@@ -14,7 +14,7 @@ const spans: [value: string, name: string, seconds: number][] = [
 const charts: { title: string; note: string; series: string[]; /** some: only those that are not always zero */ some?: boolean }[] = [
   { title: "Signatures and verifications", note: "Answered, each second.", series: ["signatures", "verifications"] },
   { title: "Refusals", note: "All, and times that a limit was reached.", series: ["refused", "replays", "rate_limited", "unavailable"] },
-  { title: "Refusals by code", note: "The codes that occurred in this time.", some: true, series: ["replays", "denied", "expired", "invalid_signature", "wrong_signer", "unknown_key", "key_not_active", "key_rotated", "not_confirmed", "not_yet_valid", "lifetime_too_long", "malformed", "unsupported", "too_large", "busy", "unavailable"] },
+  { title: "Refusals by code", note: "The codes that occurred in this time.", some: true, series: ["replays", "denied", "restored", "expired", "invalid_signature", "wrong_signer", "unknown_key", "key_not_active", "key_rotated", "not_confirmed", "not_yet_valid", "lifetime_too_long", "malformed", "unsupported", "too_large", "busy", "unavailable"] },
   { title: "Time of a request", note: "Median and 99th percentile; a longer step has the worst one.", series: ["sign_p50", "sign_p99", "verify_p50", "verify_p99"] },
   { title: "Time by stage", note: "99th percentile.", series: ["decode_p99", "policy_p99", "ledger_p99", "turn_p99", "device_p99", "answer_p99"] },
   { title: "Handshakes", note: "Each second.", series: ["handshakes", "handshakes_failed", "handshakes_timeout"] },
