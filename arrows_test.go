@@ -24,14 +24,15 @@ type room struct{ ours, outside string }
 var arrows = map[string]room{
 	// The binaries.
 	"cmd/countersignd": {
-		ours: `admin admin/certs appliance audit hsm internal/alert internal/anchor internal/cause
-			internal/cli internal/form internal/history internal/journal internal/keyring
-			internal/keystore internal/keystore/worker internal/launcher internal/ledger
+		ours: `admin admin/certs appliance approval audit hsm internal/alert internal/anchor internal/backup
+			internal/cause internal/cli internal/durable internal/form internal/gate internal/history
+			internal/journal internal/keyring internal/keystore internal/keystore/worker internal/launcher
+			internal/ledger
 			internal/logline internal/logqueue internal/mail internal/manage internal/meter
-			internal/operators internal/resource internal/sandbox internal/scrub internal/secret internal/sink
-			internal/trace internal/webhook noise policy tpm`,
+			internal/operators internal/resource internal/sandbox internal/schedule internal/scrub
+			internal/secret internal/sink internal/trace internal/webhook noise policy tpm`,
 		outside: `github.com/coreos/go-systemd/v22 github.com/pelletier/go-toml/v2
-			github.com/spf13/cobra golang.org/x/sys`,
+			github.com/spf13/cobra golang.org/x/sys golang.org/x/term`,
 	},
 	"cmd/countersign": {
 		ours: `admin/api approval audit client internal/cli internal/durable internal/form internal/ijson
@@ -53,11 +54,11 @@ var arrows = map[string]room{
 	"admin/console": {},
 	// The walk.
 	"appliance": {
-		ours: `audit internal/alert internal/anchor internal/cause internal/eddsa internal/form
-			internal/gate internal/ijson internal/keyring internal/keystore internal/ledger
-			internal/limit internal/mail internal/manage internal/meter internal/peers
-			internal/requestid internal/resource internal/sink internal/trace internal/webhook
-			noise policy transcript wire`,
+		ours: `audit internal/alert internal/anchor internal/backup internal/cause internal/durable
+			internal/eddsa internal/form internal/gate internal/ijson internal/keyring internal/keystore
+			internal/ledger internal/limit internal/mail internal/manage internal/meter internal/peers
+			internal/requestid internal/resource internal/schedule internal/sink internal/trace
+			internal/webhook noise policy transcript wire`,
 		outside: "golang.org/x/time",
 	},
 	// Below the walk: each of these packages follows a part of the ledger.
@@ -71,6 +72,7 @@ var arrows = map[string]room{
 			internal/manage internal/pubkey internal/requestid wire`,
 		outside: "golang.org/x/time",
 	},
+	"internal/backup": {ours: "audit internal/keystore", outside: "filippo.io/age golang.org/x/crypto"},
 	"internal/anchor": {
 		ours: `audit internal/cause internal/gate internal/keystore internal/ledger internal/manage
 			internal/requestid internal/resource`,

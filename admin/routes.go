@@ -306,6 +306,17 @@ func (s *server) routes() {
 		summary: "Give the free space of the ledger's file back",
 		roles:   of(operator), refused: whileUninitialised})
 
+	route(s, s.createBackup, operation{
+		route: "POST /v1/backups", id: "create-backup", summary: "Make a backup",
+		roles: of(administrator, operator, backup), refused: whileUninitialised, status: http.StatusCreated})
+	routeRaw(s, s.listBackups, operation{
+		route: "GET /v1/backups", id: "backups", summary: "List the backups in the folder",
+		roles: of(administrator, operator, auditor, backup), refused: whileUninitialised})
+	route(s, s.pruneBackups, operation{
+		route: "POST /v1/backups/prune", id: "prune-backups",
+		summary: "Remove the backups that the configuration does not keep",
+		roles:   of(administrator, operator, backup), refused: whileUninitialised})
+
 	route(s, s.tls, operation{
 		route: "GET /v1/tls", id: "tls",
 		summary: "Show the certificate of the HTTPS listener and whom to trust for it",

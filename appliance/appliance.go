@@ -93,6 +93,7 @@ type Config struct {
 	SigningToken string // token of a new signing key without a token's name; "": the only token
 	Identity     string // name of the signing key that authorizes the Noise key; "" for none
 	Webhooks     []webhook.Target
+	Backup       BackupConfig
 	Sinks        []SinkConfig
 	SinkState    string       // folder of the sinks' positions
 	Alerts       alert.Config // the zero value is alert.Defaults
@@ -134,6 +135,7 @@ type Appliance struct {
 	signed  atomic.Int64 // time of the last checkpoint or of the start, Unix nanoseconds
 	log     *slog.Logger
 
+	backups    backups
 	policies   policies
 	groups     groups
 	locked     atomic.Pointer[Lock] // nil for an unlocked appliance
@@ -174,6 +176,7 @@ func New(
 		monitor: c.Monitor, meter: c.Meter, traces: c.Traces, log: log, policies: policies{
 			ledger: l, log: log, activating: manage.NewLock(), file: p, load: c.LoadPolicy,
 		},
+		backups:    backups{BackupConfig: c.Backup, making: manage.NewLock()},
 		groups:     groups{all: map[string]Group{}, of: map[member][]string{}},
 		handshakes: limit.NewHandshakes(limits.Handshakes),
 		places:     limit.NewConnections(limits.Connections, limits.ConnectionsPerSource, limits.Strangers),
@@ -217,6 +220,7 @@ func New(
 	a.Peers.OnRemoval(a.Keys.Unlist)
 	a.Report(a.ownCauses)
 	a.Report(a.nonceCauses)
+	a.Report(a.backupCauses)
 	a.Anchor = anchor.New(c.Anchor, l, tokens, a.gate, a.monitor, log)
 	a.Report(a.Anchor.Causes)
 	a.meter.Source(a.measure)
@@ -271,9 +275,10 @@ func (a *Appliance) Start(ctx context.Context) error {
 func (a *Appliance) Stop() error {
 	ctx, cancel := context.WithTimeout(context.Background(), a.limits.RequestTimeout)
 	defer cancel()
+	a.backups.halted.Store(true)
 	for _, stop := range []func(context.Context) error{ // later acts of management are refused
 		a.Keys.Stop, a.locking.Acquire, a.Peers.Stop, a.retaining.Acquire, a.Anchor.StopAccepting,
-		a.policies.activating.Acquire,
+		a.policies.activating.Acquire, a.backups.making.Acquire,
 	} {
 		if err := stop(ctx); err != nil {
 			a.log.Error("stopping during an act of management; the next start removes its remains", "err", err)

@@ -22,7 +22,7 @@ func TestNumbersInAnswers(t *testing.T) {
 		"Proven.index":   ofTheLog, // and the tree's size in Proven.checkpoint
 
 		"Signed.version": "of the key", "Signed.timestamp": "of the document", "Signed.expires_at": "of the document",
-		"Pong.time": "the clock", "Error.retry_after": "seconds",
+		"Pong.time": "the clock", "Error.retry_after": "seconds", "Error.timestamp_after": "the time of a restore",
 		"Key.version": "of the key", "Acknowledged.version": "of the key",
 		"Rotation.version": "of the key", "Rotation.activates_at": "of the key", "Rotation.retires_at": "of the key",
 		"Steps.active": "of the key", "Compromise.version": "of the key",

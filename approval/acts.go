@@ -35,6 +35,7 @@ const (
 	ActApprovalsNeeded  = "approvals needed"
 	ActHardwareKeys     = "approvals hardware"
 	ActScraperAdd       = "scraper add"
+	ActBackupRestore    = "backup restore"
 )
 
 // gate connects an act with its proposers, and with the event that records the act in the log.
@@ -149,6 +150,10 @@ var gates = []gate{
 	{ActHardwareKeys, administrators, audit.ApproverKeysChanged, nil, func(_ string, m map[string]string) []Parameter {
 		return []Parameter{{"required", m["required"]}}
 	}},
+	{ActBackupRestore, administrators, audit.BackupRestored, nil,
+		func(_ string, m map[string]string) []Parameter {
+			return []Parameter{{"sha256", m["sha256"]}, {"replaces", m["replaces"]}}
+		}},
 	{ActScraperAdd, administrators, audit.ScraperAdded, nil, func(resource string, m map[string]string) []Parameter {
 		return []Parameter{{"name", resource}, {"token_sha256", m["token_sha256"]}, {"expires", m["expires"]}}
 	}},

@@ -291,6 +291,8 @@ func (s *scenario) gatedActs() []gatedAct {
 		{"scraper add", []string{"name", "prometheus", "token_sha256", "ab", "expires", "2027-06-01T00:00:00Z"},
 			audit.Event{Type: audit.ScraperAdded, Resource: "prometheus",
 				Metadata: with("token_sha256", "ab", "expires", "2027-06-01T00:00:00Z")}, nil},
+		{"backup restore", []string{"sha256", "ab", "replaces", "none"},
+			audit.Event{Type: audit.BackupRestored, Metadata: with("sha256", "ab", "replaces", "none")}, nil},
 		{"approvals hardware", []string{"required", "no"},
 			audit.Event{Type: audit.ApproverKeysChanged, Metadata: with("required", "no")}, nil},
 		{"approvals needed", []string{"needed", "1"},
@@ -367,7 +369,7 @@ func TestEveryActHasACase(t *testing.T) {
 
 func TestReplay(t *testing.T) {
 	s := beginning(t)
-	for _, g := range s.gatedActs()[:15] {
+	for _, g := range s.gatedActs()[:16] {
 		s.carryOut(both, g.event, g.act, g.parameters...)
 	}
 	// Acts that do not widen a permission need no approval.

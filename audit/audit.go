@@ -92,8 +92,10 @@ const (
 	CertificateSigned   Type = "CertificateSigned"  // a certificate, or a request for one; metadata digest
 	Locked              Type = "Locked"
 	Unlocked            Type = "Unlocked"
-	BackupMade          Type = "BackupMade"
-	BackupRestored      Type = "BackupRestored"
+	BackupMade          Type = "BackupMade" // metadata sha256: of the manifest
+	BackupFailed        Type = "BackupFailed"
+	BackupsPruned       Type = "BackupsPruned"  // metadata names
+	BackupRestored      Type = "BackupRestored" // metadata sha256, made, replaces, timestamp_after
 	RetentionChanged    Type = "RetentionChanged"
 	RetentionApplied    Type = "RetentionApplied" // names the dropped epoch, or the bound before which receipts go
 	LegalHoldSet        Type = "LegalHoldSet"
@@ -147,7 +149,8 @@ var kinds = map[Type]Kind{
 	ApproverKeysChanged: Other, ApprovalsChanged: Other, ProposalMade: Other, ApprovalGiven: Other,
 	ProposalWithdrawn: Other, ProposalExpired: Other, ProposalRun: Other, ProposalDone: Other,
 	CertificateChanged: Other, CertificateSigned: Other,
-	Locked: Other, Unlocked: Other, BackupMade: Other, BackupRestored: Other,
+	Locked: Other, Unlocked: Other, BackupMade: Other, BackupFailed: Other, BackupsPruned: Other,
+	BackupRestored:   Other,
 	RetentionChanged: Other, RetentionApplied: Other, LegalHoldSet: Other, LegalHoldReleased: Other,
 	LedgerCompacted: Other, DeviceUnavailable: Other, DeviceRecovered: Other, TokenRetried: Other,
 	LogLevelChanged: Other,

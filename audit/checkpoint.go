@@ -181,11 +181,13 @@ func (l Log) Open(text []byte) (Checkpoint, error) {
 
 // Proof proves that an event is in the log (inclusion proof).
 type Proof struct {
-	Event      uint64 // number of the event through all epochs; a claim of the appliance: the tree proves Index only
-	Index      uint64 // index of the leaf in the epoch's tree, from 0 on
-	Leaf       []byte // JSON of the event, byte for byte as in the log
-	Path       []Hash // audit path from the leaf to the root (RFC 6962 section 2.1.1)
-	Checkpoint []byte // signed note of a tree that includes the leaf
+	// Event is the number of the event through all epochs: a claim of the appliance, since the tree
+	// proves Index only.
+	Event      uint64 `json:"event"`
+	Index      uint64 `json:"index"`      // of the leaf in the epoch's tree, from 0 on
+	Leaf       []byte `json:"leaf"`       // JSON of the event, byte for byte as in the log
+	Path       []Hash `json:"path"`       // audit path from the leaf to the root (RFC 6962 section 2.1.1)
+	Checkpoint []byte `json:"checkpoint"` // signed note of a tree that includes the leaf
 }
 
 // Prove returns the audit path (RFC 6962 section 2.1.1) of a leaf in the tree of size leaves.

@@ -474,6 +474,30 @@ func NewLegalHoldReleased(who Actor, epoch uint32, name, reason string) Event {
 	return newEvent(LegalHoldReleased, who, "retention", epochResource(epoch), "hold", name, "reason", reason)
 }
 
+// NewBackupMade records a backup by SHA-256 of its manifest (hexadecimal). The proof of the event
+// is the backup's signature, so the event comes before the end of the file. The size is in bytes.
+func NewBackupMade(who Actor, name, digest string, size int64, recipients int) Event {
+	return newEvent(BackupMade, who, "backup create", name, "sha256", digest, "size", decimal(size),
+		"recipients", decimal(recipients))
+}
+
+// NewBackupFailed records a backup that was not made, or that did not get its name.
+func NewBackupFailed(who Actor, name string, cause error) Event {
+	return newEvent(BackupFailed, who, "backup create", name, "cause", cause.Error()).ended("failed")
+}
+
+// NewBackupRestored records that the ledger comes from a backup (see NewBackupMade) of a time, and
+// what it replaces. Documents with a timestamp of at most after (Unix seconds) are refused.
+func NewBackupRestored(who Actor, digest string, made time.Time, replaces string, after int64) Event {
+	return newEvent(BackupRestored, who, "backup restore", "", "sha256", digest,
+		"made", made.UTC().Format(time.RFC3339), "replaces", replaces, "timestamp_after", decimal(after))
+}
+
+// NewBackupsPruned records that backups are about to be removed, by the rules of the configuration.
+func NewBackupsPruned(who Actor, names []string) Event {
+	return newEvent(BackupsPruned, who, "backup prune", "", "names", strings.Join(names, " "))
+}
+
 // NewLedgerCompacted records a compaction of the ledger's file.
 func NewLedgerCompacted(who Actor) Event {
 	return newEvent(LedgerCompacted, who, "ledger compact", "")

@@ -237,6 +237,25 @@ func (s *Store) Keys(context.Context) (refs []keystore.Ref, err error) {
 	return refs, nil
 }
 
+// Records returns the files of the keys, which only this TPM can use, and the approvals of states.
+func (s *Store) Records(context.Context) (map[string][]byte, error) {
+	files, err := os.ReadDir(string(s.dir))
+	if err != nil {
+		return nil, fmt.Errorf("tpm: %w: %w", keystore.ErrUnavailable, err)
+	}
+	all := map[string][]byte{}
+	for _, file := range files {
+		name := file.Name()
+		if !strings.HasSuffix(name, recordSuffix) && !strings.HasSuffix(name, approvalSuffix) {
+			continue
+		}
+		if all[name], err = os.ReadFile(filepath.Join(string(s.dir), name)); err != nil {
+			return nil, fmt.Errorf("tpm: %w: %w", keystore.ErrUnavailable, err)
+		}
+	}
+	return all, nil
+}
+
 func (s *Store) Generate(ctx context.Context, ref keystore.Ref, alg keystore.Algorithm, tag keystore.Tag) (
 	keystore.Key, error) {
 	info := keystore.Info{

@@ -266,6 +266,43 @@ type Compacted struct {
 	TookMS int64 `json:"took_ms"` // the ledger admitted no request for this time
 }
 
+// Backup is a backup in the folder of the configuration.
+type Backup struct {
+	Name string `json:"name"`
+	Size int64  `json:"size"` // bytes
+	Made int64  `json:"made"` // Unix seconds
+}
+
+// MadeBackup is a backup that was just made.
+type MadeBackup struct {
+	Backup
+	Epoch  uint32 `json:"epoch"`   // of the audit log
+	Events uint64 `json:"events"`  // in the log of the backup, the dropped ones too
+	Files  int    `json:"files"`   // inside, the ledger included
+	Event  uint64 `json:"event"`   // number of the event BackupMade, which proves the backup
+	TookMS int64  `json:"took_ms"` // from the reading of the ledger to the name of the file
+}
+
+// PruneBackups asks for the removal of the backups that the configuration does not keep.
+type PruneBackups struct {
+	Dry bool `json:"dry,omitempty" doc:"remove nothing"`
+}
+
+// CreateBackup makes a backup. The appliance serves meanwhile.
+func (c *Client) CreateBackup(ctx context.Context) (made MadeBackup, err error) {
+	return made, c.do(ctx, http.MethodPost, "/v1/backups", nil, &made)
+}
+
+// Backups lists the backups in the folder, the oldest first.
+func (c *Client) Backups(ctx context.Context) ([]Backup, error) {
+	return list[Backup](ctx, c, "/v1/backups")
+}
+
+// PruneBackups removes the backups that the configuration does not keep, and returns them.
+func (c *Client) PruneBackups(ctx context.Context, p PruneBackups) (removed []Backup, err error) {
+	return removed, c.do(ctx, http.MethodPost, "/v1/backups/prune", p, &removed)
+}
+
 // CreateKey creates or imports a key.
 func (c *Client) CreateKey(ctx context.Context, n NewKey) (k Key, err error) {
 	return k, c.do(ctx, http.MethodPost, "/v1/keys", n, &k)

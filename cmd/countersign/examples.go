@@ -11,6 +11,8 @@ import (
 var examples = map[string]string{
 	"admin approvals show":      "",
 	"admin audit end-epoch":     "",
+	"admin backup create":       "",
+	"admin backup list":         "",
 	"admin audit key":           ">log.vkey",
 	"admin context list":        "",
 	"admin context remove":      "old",

@@ -63,7 +63,7 @@ func (t *tool) admin() *cobra.Command {
 			return t.print(k, func(w io.Writer) { fmt.Fprintln(w, k.PublicKey) })
 		})
 	c.AddCommand(t.adminKeys(act), t.peers(act), t.groups(act), t.tokens(act), t.rollback(act), t.adminAudit(act),
-		noiseKey, t.policyVersions(act), t.retention(act), t.receipts(act), t.ledger(act),
+		noiseKey, t.policyVersions(act), t.retention(act), t.receipts(act), t.ledger(act), t.backups(act),
 		t.metrics(act), t.history(act), t.stream(act), t.alerts(act))
 	c.AddCommand(t.people(act)...)
 	return c

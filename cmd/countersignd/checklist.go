@@ -60,10 +60,9 @@ func lines() []line {
 			func(c Config) verdict {
 				return unknown("each key has its own settings, in the ledger")
 			}},
-		{"Backup and recovery documented", `countersign admin state`,
+		{"Backup and recovery documented", `countersign admin backup list`,
 			func(c Config) verdict {
-				return verdict{"partly", "a documented copy of the stopped ledger; no backup is proven, a " +
-					"token's keys have the vendor's means only"}
+				return c.backupLine()
 			}},
 		{"No keys in logs or errors", `countersignd check --config countersign.toml`,
 			func(c Config) verdict {

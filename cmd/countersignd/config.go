@@ -175,6 +175,10 @@ type Config struct {
 	// Journal has the journal of the key workers.
 	Journal Journal `toml:"journal"`
 
+	// Backup has the backups of all but the keys' private halves. countersign admin backup list
+	// shows them.
+	Backup Backup `toml:"backup"`
+
 	// Retention has the retention times of records. A longer time in the ledger prevails, because a
 	// shorter time needs approval (countersign admin retention shorten).
 	Retention Retention `toml:"retention"`
@@ -184,6 +188,7 @@ type Config struct {
 
 	// The fields below are no settings.
 
+	path       string             // of the file
 	digest     string             // SHA-256 of the file, hexadecimal
 	launcher   *launcher.Launcher // starts the key workers; nil in the launcher itself
 	daemonUser *account           // of user; nil without it
@@ -599,7 +604,7 @@ func defaults() Config {
 		LogLevel: "info", LogFormat: logline.Auto, AdminName: "localhost", UnattendedStart: true,
 		RollbackInterval: Duration(time.Hour), RollbackAdmissions: 10_000,
 		Tokens: map[string]*Token{}, Traces: Traces{OneIn: 1, RequestsPerSecond: 100},
-		Journal: Journal{FileMiB: 64, Files: 16},
+		Journal: Journal{FileMiB: 64, Files: 16}, Backup: defaultBackup(),
 		Retention: Retention{
 			Epoch: string(appliance.Month), AuditDays: 2557, ReceiptDays: 2557, DecisionDays: 35,
 			Nonces: Duration(24 * time.Hour),
@@ -649,7 +654,7 @@ func parseConfig(path string, b []byte) (Config, error) {
 		return Config{}, err
 	}
 	c.resolve(filepath.Dir(path))
-	c.digest = fmt.Sprintf("%x", sha256.Sum256(b))
+	c.path, c.digest = path, fmt.Sprintf("%x", sha256.Sum256(b))
 	if c.Limits.Strangers == 0 {
 		c.Limits.Strangers = (c.Limits.Connections + 1) / 2
 	}
@@ -671,7 +676,7 @@ func (c *Config) resolve(dir string) {
 	}
 	paths := []*string{
 		&c.AdminSocket, &c.KeysSocket, &c.Ledger, &c.Policy, &c.ImportFolder, &c.Journal.Folder, &c.Traces.HeadersFile,
-		&c.Traces.CAFile,
+		&c.Traces.CAFile, &c.Backup.Folder,
 	}
 	switch {
 	case c.History == "none":
@@ -734,6 +739,9 @@ func (c *Config) check() error {
 	}
 	if err := c.checkUsers(); err != nil {
 		return err
+	}
+	if err := c.Backup.check(); err != nil {
+		return fmt.Errorf("backup.%w", err)
 	}
 	if _, err := c.logLevel(); err != nil {
 		return fmt.Errorf("log_level: %q is none of debug, info, warn, error", c.LogLevel)
@@ -1027,7 +1035,7 @@ func (c *Config) appliance() appliance.Config {
 	return appliance.Config{
 		Limits: c.limits(), Anchor: c.anchor(), Retention: c.retention(), Attended: !c.UnattendedStart,
 		SigningToken: c.onlyKeyToken(), Identity: c.NoiseIdentity, Webhooks: c.webhooks(),
-		Sinks: c.sinks(), SinkState: c.Ledger + ".sinks",
+		Backup: c.backup(), Sinks: c.sinks(), SinkState: c.Ledger + ".sinks",
 		Alerts: c.alerts(), Mail: c.mail(), DiskLeast: uint64(c.Alerts.DiskMiB) << 20,
 	}
 }

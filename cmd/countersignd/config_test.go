@@ -349,3 +349,57 @@ func TestAlertsConfig(t *testing.T) {
 		}
 	}
 }
+
+// TestOldConfigurations: a configuration of each version can be used, and each field that a version
+// had is still a field.
+func TestOldConfigurations(t *testing.T) {
+	whole := func(path string, b []byte) error { _, err := parseConfig(path, b); return err }
+	fields := func(path string, b []byte) error { return decodeTOML(path, b, new(defaults())) }
+	for pattern, read := range map[string]func(path string, b []byte) error{
+		"testdata/configuration-*.toml": whole, "testdata/fields-*.toml": fields,
+	} {
+		files, err := filepath.Glob(pattern)
+		if err != nil || len(files) == 0 {
+			t.Fatalf("%s: %v, %v", pattern, files, err)
+		}
+		for _, path := range files {
+			b, err := os.ReadFile(path)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := read(path, b); err != nil {
+				t.Error(err)
+			}
+		}
+	}
+}
+
+const recipient = "age1ql3z7hjy54pw3hyww5ayyfg7zqgvc7w3j2elw8zmrj2kg5sfn9aqmcac8p"
+
+// TestBackupConfig checks the errors of the table of backups.
+func TestBackupConfig(t *testing.T) {
+	folder := "[backup]\nfolder = \"b\"\nrecipients = [\"" + recipient + "\"]\n"
+	for config, want := range map[string]string{
+		"[backup]\nfolder = \"b\"\n":                       "backup.recipients are missing",
+		"[backup]\nrecipients = [\"" + recipient + "\"]\n": "backup.recipients are for a folder",
+		"[backup]\nfolder = \"b\"\nrecipients = [\"x\"]\n": "backup.recipients: ",
+		folder + "schedule = \"nightly\"\n":                "backup.schedule: ",
+		folder + "schedule = \"61 * * * *\"\n":             "backup.schedule: ",
+		folder + "daily = -1\n":                            "backup.daily must be",
+		folder + "weekly = 10001\n":                        "backup.weekly must be",
+	} {
+		if _, err := parseConfig("/etc/c.toml", []byte(least+config)); err == nil ||
+			!strings.Contains(err.Error(), want) {
+			t.Errorf("%s: %v, want %q", config, err, want)
+		}
+	}
+	c, err := parseConfig("/etc/c.toml", []byte(least+"pin_file = \"pin\"\n"+folder+"schedule = \"none\"\n"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	b := c.backup()
+	if b.Folder != "/etc/b" || len(b.To) != 1 || b.Schedule != "" || b.Keep.Daily != 7 || len(b.Files) != 3 ||
+		len(b.Left) != 1 || b.Left[0].Path != "/etc/pin" {
+		t.Errorf("%+v", b)
+	}
+}

@@ -215,6 +215,7 @@ func (c *Config) rights(path string, doors []*door, given sockets) sandbox.Right
 	if c.History != "" {
 		r.Write = append(r.Write, folders(c.History)...)
 	}
+	r.Write = append(r.Write, absolute(c.Backup.Folder)...)
 	for _, s := range c.Sinks {
 		switch {
 		case s.File != "":

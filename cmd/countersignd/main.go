@@ -180,6 +180,56 @@ func run(ctx context.Context, args []string, stdout io.Writer, stderr *logqueue.
 		"have each token make, use and destroy throw-away keys, without a question: only such keys prove a token")
 	checkCmd.Flags().StringSliceVar(&retryPIN, "retry-pin", nil,
 		"TOKEN: try the PIN of this token, although it was refused before or is on its last try")
+	var identities []string
+	var scratch string
+	verifyCmd := &cobra.Command{
+		Use:     "verify FILE",
+		Short:   "Verify a backup, on any machine, without its appliance",
+		Example: "  countersignd backup verify the.backup --identity recovery.key",
+		Long: "Decrypts a backup into a temporary folder and checks the whole: each file by its hash, the\n" +
+			"manifest by the proof of the audit log, each page, event and checkpoint of the ledger. Compare\n" +
+			"the appliance's name with what you know of it: anybody can make a backup of his own appliance.",
+		Args: cobra.ExactArgs(1),
+		RunE: func(_ *cobra.Command, args []string) error {
+			return verifyBackup(args[0], identities, scratch, stdout)
+		},
+	}
+	backupCmd := &cobra.Command{Use: "backup", Short: "Verify backups", Args: cobra.NoArgs,
+		RunE: func(c *cobra.Command, _ []string) error { return c.Help() }}
+	backupCmd.AddCommand(verifyCmd)
+	var restores restoring
+	restoreCmd := &cobra.Command{
+		Use:   "restore FILE",
+		Short: "Restore an appliance from a backup, with the approvals of its own operators",
+		Example: "  countersignd restore the.backup --identity recovery.key --proposer ann --text restore.txt\n" +
+			"  ssh-keygen -Y sign -n countersign-proposal-v1 -f ann.key restore.txt\n" +
+			"  countersignd restore the.backup --identity recovery.key --proposer ann --text restore.txt \\\n" +
+			"    --approval restore.txt.sig",
+		Long: "Verifies a backup, and puts the files back that are missing here: the configuration, the policy\n" +
+			"and the records of a TPM's keys. Then says which keys are on their tokens, and what is lost, and\n" +
+			"writes a text. With the approvals of this text, as many as the backup's own operators need, the\n" +
+			"ledger gets its place. The appliance then refuses each document of before (restored).\n\n" +
+			"Make sure first that the old machine is off, and stays off: two appliances with the same keys\n" +
+			"know nothing of each other's nonces. The clock must be right.",
+		Args: cobra.ExactArgs(1),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			restores.file, restores.identities = args[0], identities
+			return restore(cmd.Context(), restores, stdout, stderr)
+		},
+	}
+	for _, c := range []*cobra.Command{verifyCmd, restoreCmd} {
+		c.Flags().StringSliceVar(&identities, "identity", nil,
+			"the file with a private key of a recipient: of age-keygen, or of SSH; can be repeated")
+		c.MarkFlagRequired("identity")
+	}
+	verifyCmd.Flags().StringVar(&scratch, "scratch", "", "the folder for the temporary folder (default: TMPDIR)")
+	restoreCmd.Flags().StringToStringVar(&restores.moved, "map", nil,
+		"OLD=NEW: the folder OLD of the backup is NEW here; can be repeated")
+	restoreCmd.Flags().StringVar(&restores.proposer, "proposer", "",
+		"the administrator of the backup who proposes the restore")
+	restoreCmd.Flags().StringVar(&restores.text, "text", "", "the file of the text that the approvers sign")
+	restoreCmd.Flags().StringSliceVar(&restores.approvals, "approval", nil,
+		"the file with a signature of the text; can be repeated")
 	workerCmd := &cobra.Command{
 		Use: workerCommand, Hidden: true, Args: cobra.ExactArgs(1), // the token's name, for lists of processes
 		RunE: func(*cobra.Command, []string) error { return keyWorker() },
@@ -219,7 +269,8 @@ func run(ctx context.Context, args []string, stdout io.Writer, stderr *logqueue.
 	approveCmd.Flags().StringToStringVar(&registers, "pcr", nil,
 		"N=HEX, a register of the bank and its value; repeat for each register that the keys are sealed to")
 	approveCmd.Flags().StringVar(&bank, "bank", "sha256", "the bank of the registers, as pcr_bank has it")
-	root.AddCommand(initCmd, serveCmd, checkCmd, configCmd, approveCmd, workerCmd, launchCmd, proveCmd)
+	root.AddCommand(initCmd, serveCmd, checkCmd, configCmd, backupCmd, restoreCmd, approveCmd, workerCmd, launchCmd,
+		proveCmd)
 	cli.Add(root, func(err error) error { return err })
 	understood := false // the command, its arguments and its flags
 	root.PersistentPreRun = func(*cobra.Command, []string) { understood = true }

@@ -486,31 +486,12 @@ func (a *Anchor) Accept(ctx context.Context, who audit.Actor, reason string) err
 		if err != nil {
 			return err
 		}
-		var value uint64
-		if a.Token != "" {
-			counter, err := a.counter()
-			if err != nil {
-				return err
-			}
-			if counter.owner == (keystore.Owner{}) { // a counter without a mark stays while it is there
-				_, err = counter.read(ctx)
-				if errors.Is(err, keystore.ErrNotFound) || errors.Is(err, keystore.ErrUnfit) {
-					counter, err = a.newCounter(ctx)
-				}
-			}
-			if err != nil {
-				return err
-			}
-			if value, err = define(ctx, counter); err != nil {
-				return err
-			}
+		rebind, value, err := a.Rebind(ctx)
+		if err != nil {
+			return err
 		}
 		if err := a.ledger.Update(ctx, func(tx *ledger.Tx) error {
-			bind := func() error { return tx.Delete(ledger.Meta, anchorKey) }
-			if a.Token != "" {
-				bind = func() error { return a.put(tx, value) }
-			}
-			if err := errors.Join(bind(), tx.Delete(ledger.Meta, rollbackKey)); err != nil {
+			if err := rebind(tx); err != nil {
 				return err
 			}
 			return tx.Append(ledger.EventOf(audit.NewRollbackAccepted(who, reason, rolled.Ledger, value)))
@@ -521,6 +502,36 @@ func (a *Anchor) Accept(ctx context.Context, who audit.Actor, reason string) err
 			"reason", reason)
 		return a.compare(ctx) // opens the gate
 	})
+}
+
+// Rebind returns the change that binds the ledger as it is to the configured counter, or to none,
+// and ends a rollback. value is the counter's.
+func (a *Anchor) Rebind(ctx context.Context) (rebind func(*ledger.Tx) error, value uint64, err error) {
+	if a.Token != "" {
+		counter, err := a.counter()
+		if err != nil {
+			return nil, 0, err
+		}
+		if counter.owner == (keystore.Owner{}) { // a counter without a mark stays while it is there
+			_, err = counter.read(ctx)
+			if errors.Is(err, keystore.ErrNotFound) || errors.Is(err, keystore.ErrUnfit) {
+				counter, err = a.newCounter(ctx)
+			}
+		}
+		if err != nil {
+			return nil, 0, err
+		}
+		if value, err = define(ctx, counter); err != nil {
+			return nil, 0, err
+		}
+	}
+	return func(tx *ledger.Tx) error {
+		bind := func() error { return tx.Delete(ledger.Meta, anchorKey) }
+		if a.Token != "" {
+			bind = func() error { return a.put(tx, value) }
+		}
+		return errors.Join(bind(), tx.Delete(ledger.Meta, rollbackKey))
+	}, value, nil
 }
 
 // StopAccepting waits for the end of an Accept under way. Later calls are refused.

@@ -135,6 +135,8 @@ var (
 		"see the other causes and the daemon's log: nothing rotates while the appliance is locked or rolled back")
 	RotationGivenUp = define("rotation-given-up", "a rotation that an operator has asked for was not done in its time",
 		"ask for it again, or dismiss it: countersign admin key rotate NAME --cancel")
+	Backup = define("backup-failing", "the last backup was not made, or none can be made",
+		"see the text; then: countersign admin backup create")
 	CounterFailing = define("counter-failing",
 		"the monotonic counter can't be incremented, so that a copy of the ledger made meanwhile is not detected",
 		"see the text, and the token of the counter: countersign admin token list")

@@ -140,6 +140,14 @@ func (g *guarded) SignBatch(ctx context.Context, batch []*keystore.Signing) {
 	}
 }
 
+// Records is the method of keystore.Recorder: no file, if the store is none.
+func (g *guarded) Records(ctx context.Context) (map[string][]byte, error) {
+	if r, ok := g.Store.(keystore.Recorder); ok {
+		return r.Records(ctx)
+	}
+	return nil, nil
+}
+
 // DefineCounter is one of the methods of keystore.Counter: those of the store, if it has a counter.
 func (g *guarded) DefineCounter(ctx context.Context, owner keystore.Owner) error {
 	c, err := g.counter()

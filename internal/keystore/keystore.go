@@ -349,6 +349,13 @@ type Key interface {
 	Exchange(ctx context.Context, peer [32]byte) ([32]byte, error)
 }
 
+// Recorder is a Store that keeps the keys of its device in files, encrypted by the device. A token
+// that keeps its keys itself has none.
+type Recorder interface {
+	// Records returns the files of the keys, by their names.
+	Records(ctx context.Context) (map[string][]byte, error)
+}
+
 // Counter is a Store with a monotonic counter in its device. No caller, and no restore of a backup,
 // can set the counter back. Each counter has an owner: two appliances never share one. In place of
 // the owner's counter, the device may have something else (ErrUnfit).

@@ -10,6 +10,8 @@ import (
 	"syscall"
 	"time"
 
+	"countersign/audit"
+
 	bolt "go.etcd.io/bbolt"
 )
 
@@ -73,10 +75,29 @@ func (l *Ledger) Load() (Load, error) {
 	return load, nil
 }
 
-// Snapshot writes a consistent copy of the ledger's file to w while admissions go on. Open accepts
-// the copy as a ledger. Compact refuses during a snapshot, and Close waits for the end of the
-// snapshot.
-func (l *Ledger) Snapshot(w io.Writer) (err error) {
+// Copy is a ledger at one moment, and can be written as a file while admissions go on.
+type Copy struct {
+	View
+	Epoch uint32     // the present one
+	First uint64     // number of the first event of the epoch
+	Tree  audit.Tree // of the epoch
+}
+
+// Size returns the number of bytes of the file.
+func (c Copy) Size() int64 { return c.tx.Size() }
+
+// WriteTo writes the file. Open accepts the file as a ledger.
+func (c Copy) WriteTo(w io.Writer) (int64, error) { return c.tx.WriteTo(w) }
+
+// Snapshot writes a consistent copy of the ledger's file to w.
+func (l *Ledger) Snapshot(w io.Writer) error {
+	return l.Copy(func(c Copy) error { _, err := c.WriteTo(w); return err })
+}
+
+// Copy calls take with the ledger as it is now. The copy is valid until take returns. Meanwhile the
+// ledger goes on, and its file grows by what is written. Compact refuses until then, and Close
+// waits.
+func (l *Ledger) Copy(take func(Copy) error) (err error) {
 	defer wrap(&err, "snapshot")
 	l.copying.RLock()
 	defer l.copying.RUnlock()
@@ -87,8 +108,11 @@ func (l *Ledger) Snapshot(w io.Writer) (err error) {
 		return ErrClosed
 	}
 	defer tx.Rollback()
-	_, err = tx.WriteTo(w)
-	return err
+	s, err := loadLog(tx)
+	if err != nil {
+		return err
+	}
+	return take(Copy{View: View{tx}, Epoch: s.epoch, First: s.first, Tree: s.tree})
 }
 
 // Compact copies the ledger into a new file without free pages and replaces the old file. All

@@ -147,7 +147,7 @@ type operatorAct struct {
 }
 
 func (r *Registry) operatorActs() map[string]Act {
-	acts := map[string]Act{approval.ActScraperAdd: r.scraperAct()}
+	acts := map[string]Act{approval.ActScraperAdd: r.scraperAct(), approval.ActBackupRestore: restoreAct()}
 	for action, own := range map[string]operatorAct{
 		approval.ActOperatorAdd:      {[]string{"name", "roles", "credential"}, r.addOperator},
 		approval.ActOperatorRoles:    {[]string{"name", "roles"}, setRoles},

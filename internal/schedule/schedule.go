@@ -48,7 +48,7 @@ func (p Plan) Check() error {
 	if p.Window == "" {
 		return nil
 	}
-	return checkWindow(p.Window)
+	return CheckWindow(p.Window)
 }
 
 // Due reports whether a version is due for rotation at now, and the reason. activated is the time
@@ -141,10 +141,10 @@ func (f field) allows(part string) bool {
 	return low >= f.low && high <= f.high && low <= high && step >= 1 && step <= f.high && (ranged || m[3] == "")
 }
 
-// checkWindow accepts the syntax common to all cron programs, where all of them agree on the
-// meaning. gronx accepts more, and does not check every number: gronx may notice a number out of
-// range only at the time of its tick.
-func checkWindow(window string) error {
+// CheckWindow checks a cron expression of five fields. CheckWindow accepts the syntax common to all
+// cron programs, where all of them agree on the meaning. gronx accepts more, and does not check
+// every number: gronx may notice a number out of range only at the time of its tick.
+func CheckWindow(window string) error {
 	parts := strings.Split(window, " ")
 	if len(parts) != len(fields) {
 		return errors.New("a window has five fields with one space between them: " +
@@ -167,6 +167,15 @@ func checkWindow(window string) error {
 		return errors.New("a window must open within five years")
 	}
 	return nil
+}
+
+// Last returns the last tick of a valid window until now, and Next the first one after now.
+func Last(window string, now time.Time) (time.Time, error) {
+	return gronx.PrevTickBefore(window, now.UTC(), true)
+}
+
+func Next(window string, now time.Time) (time.Time, error) {
+	return gronx.NextTickAfter(window, now.UTC(), false)
 }
 
 // ParseEvery parses a time between rotations: days or weeks, such as 90d and 2w, or a Go duration,

@@ -255,6 +255,12 @@ func (p *Pool) Destroy(ctx context.Context, ref keystore.Ref, tag keystore.Tag) 
 	return nil
 }
 
+// Records returns the files of the keys, which only the key workers can read.
+func (p *Pool) Records(ctx context.Context) (all map[string][]byte, err error) {
+	err = p.request(ctx, false, call{Op: opRecords}, decodeInto(&all))
+	return all, err
+}
+
 // DefineCounter is one of the methods of keystore.Counter. On a device without a monotonic counter
 // all three methods give keystore.ErrRefused.
 func (p *Pool) DefineCounter(ctx context.Context, owner keystore.Owner) error {

@@ -32,6 +32,7 @@ const (
 	opGenerate                     = "generate"
 	opImport, opDestroy, opInspect = "import", "destroy", "inspect"
 	opTry                          = "try the journal"
+	opRecords                      = "records"
 	opDefine, opRead, opIncrement  = "define counter", "read counter", "rise counter"
 )
 
@@ -262,6 +263,10 @@ func (w *server) do(ctx context.Context, c call) ([]byte, error) {
 	case opTry:
 		if store, ok := w.store.(interface{ TryJournal() error }); ok {
 			err = store.TryJournal()
+		}
+	case opRecords:
+		if store, ok := w.store.(keystore.Recorder); ok {
+			answer, err = store.Records(ctx)
 		}
 	case opDefine, opRead, opIncrement:
 		answer, err = w.counterOp(ctx, c.Op, c.Owner)

@@ -1,0 +1,436 @@
+package appliance
+
+import (
+	"bufio"
+	"context"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"maps"
+	"os"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strings"
+	"sync/atomic"
+	"time"
+
+	"countersign/audit"
+	"countersign/internal/backup"
+	"countersign/internal/cause"
+	"countersign/internal/durable"
+	"countersign/internal/keystore"
+	"countersign/internal/ledger"
+	"countersign/internal/manage"
+	"countersign/internal/requestid"
+	"countersign/internal/schedule"
+)
+
+// BackupConfig says what is backed up, where to, when, and for how long.
+type BackupConfig struct {
+	Folder   string // ""; no backups are made
+	To       []backup.Recipient
+	Schedule string        // cron expression of five fields, UTC; "": only when an operator asks
+	Keep     BackupKeep    // of the backups in Folder
+	Files    []backup.File // beside the ledger: kinds and paths
+	Left     []backup.Left // files that the configuration names and no backup has
+	States   map[string]string
+	Version  string // of the program
+}
+
+// BackupKeep is how many backups are kept: the newest of each of the last days, weeks and months
+// that have one (UTC; weeks begin on Mondays). The newest backup of all is always kept.
+type BackupKeep struct{ Daily, Weekly, Monthly int }
+
+// BackupInfo is a backup in the folder.
+type BackupInfo struct {
+	Name string
+	Size int64
+	Made time.Time
+}
+
+// BackupMade is a backup that was just made.
+type BackupMade struct {
+	BackupInfo
+	Manifest backup.Manifest
+	Event    uint64        // number of the event BackupMade
+	Took     time.Duration // from the reading of the ledger to the name of the file
+}
+
+// backups is the state of backups.
+type backups struct {
+	BackupConfig
+	making  manage.Lock
+	failure atomic.Pointer[error] // of the last backup; nil after a good one
+	halted  atomic.Bool           // the daemon stops, and must not wait for a backup
+}
+
+var errHalted = errors.New("the daemon stops")
+
+// halting is the file of a backup, which ends with an error when the daemon stops.
+type halting struct {
+	*bufio.Writer
+	halted *atomic.Bool
+}
+
+func (h halting) Write(b []byte) (int, error) {
+	if h.halted.Load() {
+		return 0, errHalted
+	}
+	return h.Writer.Write(b)
+}
+
+// backupSuffix ends the names of backups. A file that is being written has partSuffix behind it.
+const (
+	backupSuffix = ".backup"
+	partSuffix   = ".part"
+	backupTime   = "20060102T150405Z"
+)
+
+// backupName returns the name of a backup: the log's id tells backups of several appliances apart.
+func backupName(log audit.Log, made time.Time) string {
+	_, id, _ := strings.Cut(log.Name(), "/")
+	return "countersign-" + id + "-" + made.UTC().Format(backupTime) + backupSuffix
+}
+
+var backupNames = regexp.MustCompile(`^countersign-([0-9a-f]{16})-([0-9]{8}T[0-9]{6}Z)` + backupSuffix + `$`)
+
+// Backup makes a backup in the folder of the configuration. Admissions go on meanwhile. A file of
+// the final name is whole. A failure is an event, and a cause of the state until a backup is made.
+func (a *Appliance) Backup(ctx context.Context, who audit.Actor) (made BackupMade, err error) {
+	b := &a.backups
+	if b.Folder == "" {
+		return made, fmt.Errorf("%w: the configuration has no folder and recipients for backups: "+
+			"set folder and recipients of [backup]", manage.ErrConflict)
+	}
+	err = b.making.Run(ctx, a.log, "backup", func(ctx context.Context) (err error) {
+		made, err = a.makeBackup(ctx, who)
+		return err
+	})
+	return made, err
+}
+
+func (a *Appliance) makeBackup(ctx context.Context, who audit.Actor) (made BackupMade, err error) {
+	b := &a.backups
+	log, _, err := a.Log()
+	if err != nil {
+		return made, err
+	}
+	began := time.Now()
+	for { // a name has one second
+		made.Name = backupName(log, began)
+		if _, err := os.Lstat(filepath.Join(b.Folder, made.Name)); err != nil {
+			break
+		}
+		sleepUntil(ctx, began.Truncate(time.Second).Add(time.Second))
+		began = time.Now()
+	}
+	made.Made = began.UTC().Truncate(time.Second)
+	defer func() {
+		if err == nil {
+			b.failure.Store(nil)
+			a.log.Info("a backup was made", "name", made.Name, "bytes", made.Size, "took", made.Took,
+				requestid.Attr(who.Request))
+			return
+		}
+		err = fmt.Errorf("backup %s: %w", made.Name, err)
+		b.failure.Store(&err)
+		recorded := a.record(context.WithoutCancel(ctx), audit.NewBackupFailed(who, made.Name, err))
+		err = errors.Join(err, recorded)
+	}()
+	path := filepath.Join(b.Folder, made.Name)
+	part := path + partSuffix
+	if err := os.Remove(part); err != nil && !errors.Is(err, fs.ErrNotExist) { // of a daemon that was killed
+		return made, err
+	}
+	f, err := os.OpenFile(part, os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o600)
+	if err != nil {
+		return made, err
+	}
+	defer os.Remove(part) // after the rename, the name does not exist
+	defer f.Close()
+	buffered := bufio.NewWriterSize(f, 1<<20)
+	err = a.ledger.Copy(func(c ledger.Copy) error {
+		manifest, parts, err := a.backupParts(ctx, c, log, began)
+		if err != nil {
+			return err
+		}
+		prove := func(digest string) (backup.Proof, error) {
+			e := audit.NewBackupMade(who, made.Name, digest, parts[0].Size, len(b.To))
+			p, err := a.appendProven(ctx, e, c.Epoch, c.Tree.Size)
+			made.Event = p.Event
+			return p, err
+		}
+		made.Manifest, err = backup.Write(halting{buffered, &b.halted}, b.To, manifest, parts, prove)
+		return err
+	})
+	if err := errors.Join(err, buffered.Flush()); err != nil {
+		return made, err
+	}
+	if err := f.Sync(); err != nil {
+		return made, err
+	}
+	info, err := f.Stat()
+	if err != nil {
+		return made, err
+	}
+	if err := os.Rename(part, path); err != nil {
+		return made, err
+	}
+	made.Size, made.Took = info.Size(), time.Since(began)
+	return made, durable.Sync(b.Folder)
+}
+
+// appendProven writes an event, and proves it under a checkpoint that continues the tree of an
+// epoch with so many events.
+func (a *Appliance) appendProven(
+	ctx context.Context, e audit.Event, epoch uint32, size uint64,
+) (p backup.Proof, err error) {
+	index, err := a.ledger.Append(ctx, ledger.EventOf(e))
+	if err != nil {
+		return p, err
+	}
+	proven, continued, err := a.EventProof(ctx, index, size)
+	if err != nil {
+		return p, err
+	}
+	if proven.Epoch != epoch {
+		return p, fmt.Errorf("%w: epoch %d of the audit log has just ended: make the backup again",
+			manage.ErrConflict, epoch)
+	}
+	p.Proof = audit.Proof{
+		Event: index, Index: proven.Index, Leaf: proven.Leaf, Checkpoint: []byte(proven.Checkpoint),
+		Path: []audit.Hash{},
+	}
+	for _, h := range proven.Path {
+		p.Path = append(p.Path, audit.Hash(h))
+	}
+	for _, h := range continued.Path {
+		p.Consistency = append(p.Consistency, audit.Hash(h))
+	}
+	return p, nil
+}
+
+// backupParts returns the files of a backup, the ledger first, and the manifest without the files.
+func (a *Appliance) backupParts(
+	ctx context.Context, c ledger.Copy, log audit.Log, made time.Time,
+) (m backup.Manifest, parts []backup.Part, err error) {
+	b := &a.backups
+	logKey, err := a.Keys.LogKey()
+	if err != nil {
+		return m, nil, err
+	}
+	root, err := c.Tree.Root()
+	if err != nil {
+		return m, nil, err
+	}
+	m = backup.Manifest{
+		Version: b.Version, LogKey: hex.EncodeToString(logKey.Info().PublicKey), MadeMS: made.UnixMilli(),
+		Epoch: c.Epoch, First: c.First, Size: c.Tree.Size, Root: root.String(),
+		Left: slices.Concat([]backup.Left{}, b.Left), Keys: []backup.Key{},
+	}
+	for _, k := range a.Keys.All() {
+		info := k.Info()
+		m.Keys = append(m.Keys, backup.Key{
+			Ref: info.Ref, Algorithm: info.Algorithm, Custody: info.Custody, Token: k.Token, State: string(k.State),
+			PublicKey: hex.EncodeToString(info.PublicKey),
+		})
+	}
+	parts = []backup.Part{{
+		File: backup.File{Kind: backup.Ledger, Mode: 0o600}, Size: c.Size(),
+		Copy: func(w io.Writer) error { _, err := c.WriteTo(w); return err },
+	}}
+	for _, f := range b.Files {
+		if f.Kind == backup.Ledger {
+			parts[0].File.Path = f.Path
+			continue
+		}
+		content, err := os.ReadFile(f.Path)
+		if err != nil {
+			return m, nil, err
+		}
+		info, err := os.Stat(f.Path)
+		if err != nil {
+			return m, nil, err
+		}
+		f.Mode = uint32(info.Mode().Perm())
+		parts = append(parts, backup.Bytes(f, content))
+	}
+	for _, token := range slices.Sorted(maps.Keys(a.tokens)) {
+		store, ok := a.tokens[token].(keystore.Recorder)
+		if !ok || b.States[token] == "" {
+			continue
+		}
+		records, err := store.Records(ctx)
+		if err != nil {
+			return m, nil, fmt.Errorf("token %s: %w", token, err)
+		}
+		for _, name := range slices.Sorted(maps.Keys(records)) {
+			path := filepath.Join(b.States[token], name)
+			f := backup.File{Kind: backup.TokenFile, Path: path, Token: token, Mode: 0o600}
+			parts = append(parts, backup.Bytes(f, records[name]))
+		}
+	}
+	return m, parts, nil
+}
+
+// Backups lists the backups of this appliance in the folder, the newest first.
+func (a *Appliance) Backups() (all []BackupInfo, err error) {
+	log, _, err := a.Log()
+	if err != nil || a.backups.Folder == "" {
+		return nil, err
+	}
+	entries, err := os.ReadDir(a.backups.Folder)
+	if err != nil {
+		return nil, err
+	}
+	_, id, _ := strings.Cut(log.Name(), "/")
+	for _, e := range entries {
+		m := backupNames.FindStringSubmatch(e.Name())
+		if m == nil || m[1] != id {
+			continue
+		}
+		made, err := time.Parse(backupTime, m[2])
+		if err != nil {
+			continue
+		}
+		info, err := e.Info()
+		if err != nil { // removed meanwhile
+			continue
+		}
+		all = append(all, BackupInfo{e.Name(), info.Size(), made})
+	}
+	slices.SortFunc(all, func(x, y BackupInfo) int { return y.Made.Compare(x.Made) })
+	return all, nil
+}
+
+// spare returns the backups that are not to be kept. all has the newest first.
+func (k BackupKeep) spare(all []BackupInfo) (spare []BackupInfo) {
+	kept := map[string]bool{}
+	for _, rule := range []struct {
+		most   int
+		period func(time.Time) string
+	}{
+		{k.Daily, func(t time.Time) string { return t.Format("2006-01-02") }},
+		{k.Weekly, func(t time.Time) string { y, w := t.ISOWeek(); return fmt.Sprint(y, " ", w) }},
+		{k.Monthly, func(t time.Time) string { return t.Format("2006-01") }},
+	} {
+		seen := map[string]bool{}
+		for _, b := range all {
+			if p := rule.period(b.Made); !seen[p] && len(seen) < rule.most {
+				seen[p], kept[b.Name] = true, true
+			}
+		}
+	}
+	for i, b := range all {
+		if i > 0 && !kept[b.Name] {
+			spare = append(spare, b)
+		}
+	}
+	return spare
+}
+
+// PruneBackups removes the backups that are not to be kept, or with dry only names them.
+func (a *Appliance) PruneBackups(ctx context.Context, who audit.Actor, dry bool) (removed []BackupInfo, err error) {
+	all, err := a.Backups()
+	if err != nil {
+		return nil, err
+	}
+	removed = a.backups.Keep.spare(all)
+	if dry || len(removed) == 0 {
+		return removed, nil
+	}
+	names := make([]string, len(removed))
+	for i, b := range removed {
+		names[i] = b.Name
+	}
+	if err := a.record(ctx, audit.NewBackupsPruned(who, names)); err != nil {
+		return nil, err
+	}
+	for _, name := range names {
+		if err := os.Remove(filepath.Join(a.backups.Folder, name)); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return removed, err
+		}
+	}
+	return removed, durable.Sync(a.backups.Folder)
+}
+
+// backupRetry is the time after a failed backup of the schedule.
+const backupRetry = 10 * time.Minute
+
+// keepBackups makes the backups of the schedule until ctx ends. A backup that was missed while the
+// daemon was down is made at once.
+func (a *Appliance) keepBackups(ctx context.Context) {
+	b := &a.backups
+	if b.Folder == "" || b.Schedule == "" {
+		return
+	}
+	for {
+		due, err := a.nextBackup(time.Now())
+		if err == nil && !sleepUntil(ctx, due) {
+			return
+		}
+		if err == nil {
+			_, err = a.Backup(ctx, audit.Daemon())
+		}
+		if err == nil {
+			_, err = a.PruneBackups(ctx, audit.Daemon(), false)
+		}
+		if err != nil && ctx.Err() == nil {
+			a.log.Error("a backup of the schedule was not made; a retry follows", "err", err, "in", backupRetry)
+			sleepUntil(ctx, time.Now().Add(backupRetry))
+		}
+		if ctx.Err() != nil {
+			return
+		}
+	}
+}
+
+// nextBackup returns the time of the next backup: now, if none was made since the last tick.
+func (a *Appliance) nextBackup(now time.Time) (time.Time, error) {
+	all, err := a.Backups()
+	if err != nil {
+		return now, err
+	}
+	last, err := schedule.Last(a.backups.Schedule, now)
+	if err != nil {
+		return now, err
+	}
+	if len(all) == 0 || all[0].Made.Before(last) {
+		return now, nil
+	}
+	return schedule.Next(a.backups.Schedule, now)
+}
+
+// sleepUntil waits for a time by the system's clock, in steps that follow a clock that is set.
+func sleepUntil(ctx context.Context, at time.Time) bool {
+	for {
+		left := time.Until(at.Round(0))
+		if left <= 0 {
+			return ctx.Err() == nil
+		}
+		select {
+		case <-time.After(min(left, time.Minute)):
+		case <-ctx.Done():
+			return false
+		}
+	}
+}
+
+// backupCauses is the failure of the last backup, or a folder that is away.
+func (a *Appliance) backupCauses() []cause.Cause {
+	if a.backups.Folder == "" {
+		return nil
+	}
+	if info, err := os.Stat(a.backups.Folder); err != nil {
+		return []cause.Cause{cause.Backup.Of("", "the folder of backups: %v", err)}
+	} else if !info.IsDir() {
+		return []cause.Cause{cause.Backup.Of("", "%s is no folder", a.backups.Folder)}
+	}
+	if err := a.backups.failure.Load(); err != nil {
+		return []cause.Cause{cause.Backup.Of("", "%v", *err)}
+	}
+	return nil
+}

@@ -1,0 +1,65 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"time"
+
+	"countersign/admin/api"
+	"countersign/internal/cli"
+
+	"github.com/spf13/cobra"
+)
+
+// backups makes, lists and prunes backups. countersignd verifies and restores them.
+func (t *tool) backups(act maker) *cobra.Command {
+	show := func(w io.Writer, all []api.Backup) {
+		fmt.Fprintln(w, "NAME\tMADE\tSIZE")
+		for _, b := range all {
+			fmt.Fprintf(w, "%s\t%s\t%s\n", b.Name, date(b.Made), bytesText(b.Size))
+		}
+	}
+	create := act("create", "Make a backup of all but the private keys", cobra.NoArgs,
+		func(ctx context.Context, c *api.Client, _ []string) error {
+			b, err := c.CreateBackup(ctx)
+			if err != nil {
+				return err
+			}
+			return t.print(b, func(w io.Writer) {
+				fmt.Fprintf(w, "backup\t%s\n", b.Name)
+				fmt.Fprintf(w, "size\t%s, %s\n", bytesText(b.Size), cli.Count(b.Files, "file"))
+				fmt.Fprintf(w, "log\t%s, to epoch %d; event %d proves the backup\n",
+					cli.Count(b.Events, "event"), b.Epoch, b.Event)
+				fmt.Fprintf(w, "time\t%v\n", time.Duration(b.TookMS)*time.Millisecond)
+			})
+		})
+	create.Annotations = map[string]string{"long": "true"}
+	details(create, "The file goes into the folder of [backup] in the configuration, encrypted to the recipients\n"+
+		"there. The appliance signs meanwhile. Nobody can read a backup without a recipient's private\n"+
+		"key, and the role backup can't either.")
+	var dry bool
+	prune := act("prune", "Remove the backups that the configuration does not keep", cobra.NoArgs,
+		func(ctx context.Context, c *api.Client, _ []string) error {
+			removed, err := c.PruneBackups(ctx, api.PruneBackups{Dry: dry})
+			if err != nil {
+				return err
+			}
+			return t.print(removed, func(w io.Writer) { show(w, removed) })
+		})
+	details(prune, "A backup of the schedule does so by itself. daily, weekly and monthly of [backup] say how many\n"+
+		"are kept; the newest one always is.")
+	prune.Flags().BoolVar(&dry, "dry-run", false, "remove nothing, and list what would go")
+	prune.Example = "  countersign admin backup prune --dry-run"
+	return group("backup", "Make, list and prune backups",
+		create,
+		act("list", "List the backups in the folder", cobra.NoArgs,
+			func(ctx context.Context, c *api.Client, _ []string) error {
+				all, err := c.Backups(ctx)
+				if err != nil {
+					return err
+				}
+				return t.print(all, func(w io.Writer) { show(w, all) })
+			}),
+		prune)
+}

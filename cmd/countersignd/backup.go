@@ -1,0 +1,136 @@
+package main
+
+import (
+	"cmp"
+	"errors"
+	"fmt"
+	"maps"
+	"slices"
+	"strings"
+
+	"countersign/appliance"
+	"countersign/internal/backup"
+	"countersign/internal/cli"
+	"countersign/internal/schedule"
+)
+
+// Backup has the backups of the appliance: the folder, who can read them, when they are made, and
+// how many are kept.
+type Backup struct {
+	// Folder is the folder of the backups. The folder must exist. Default: none, and no backups are
+	// made. A folder on the disk of the ledger is lost with this disk: mount another disk there, or
+	// have the files, which are encrypted, carried away.
+	Folder string `toml:"folder"`
+	// Recipients are the public keys of those who can read the backups: age1... (age-keygen), or
+	// SSH public keys of the types ssh-ed25519 and ssh-rsa. Required with folder. Danger: without
+	// one of the private keys, nobody can restore. Keep two or more, apart from this machine.
+	Recipients []string `toml:"recipients"`
+	// Schedule says when a backup is made: a cron expression of five fields, in UTC. Default: 17 2
+	// *
+	// * *, each night. The value none makes backups only when an operator asks. A missed backup is
+	// made when the daemon starts.
+	Schedule string `toml:"schedule"`
+	// Daily, Weekly and Monthly are numbers of days, weeks and months, of each of which the newest
+	// backup is kept. The newest of all is always kept. Defaults: 7, 5, 12. Older ones are removed
+	// after a backup of the schedule.
+	Daily   int `toml:"daily"`
+	Weekly  int `toml:"weekly"`
+	Monthly int `toml:"monthly"`
+}
+
+func defaultBackup() Backup {
+	return Backup{Recipients: []string{}, Schedule: "17 2 * * *", Daily: 7, Weekly: 5, Monthly: 12}
+}
+
+// check checks the fields.
+func (b *Backup) check() error {
+	switch {
+	case b.Folder == "" && len(b.Recipients) > 0:
+		return errors.New("recipients are for a folder: set folder")
+	case b.Folder != "" && len(b.Recipients) == 0:
+		return errors.New("recipients are missing: nobody could read the backups (age-keygen makes a key)")
+	}
+	if b.Schedule != "none" {
+		if err := schedule.CheckWindow(b.Schedule); err != nil {
+			return fmt.Errorf("schedule: %w; or the value is none", err)
+		}
+	}
+	for _, text := range b.Recipients {
+		if _, err := backup.ParseRecipient(text); err != nil {
+			return fmt.Errorf("recipients: %w", err)
+		}
+	}
+	for _, n := range []struct {
+		field string
+		value int
+	}{{"daily", b.Daily}, {"weekly", b.Weekly}, {"monthly", b.Monthly}} {
+		if n.value < 0 || n.value > 10_000 {
+			return fmt.Errorf("%s must be 0 to 10000, and is %d", n.field, n.value)
+		}
+	}
+	return nil
+}
+
+// backup returns what is backed up: the file of this configuration and the files it names, apart
+// from secrets.
+func (c *Config) backup() appliance.BackupConfig {
+	b := appliance.BackupConfig{
+		Folder: c.Backup.Folder, Schedule: c.Backup.Schedule, Version: cli.Version(),
+		Keep:   appliance.BackupKeep{Daily: c.Backup.Daily, Weekly: c.Backup.Weekly, Monthly: c.Backup.Monthly},
+		States: map[string]string{}, Files: []backup.File{{Kind: backup.Ledger, Path: absolutePath(c.Ledger)}},
+	}
+	b.To, _ = backup.ParseRecipients(c.Backup.Recipients) // checked with the configuration
+	if b.Schedule == "none" {
+		b.Schedule = ""
+	}
+	add := func(kind, path string) {
+		f := backup.File{Kind: kind, Path: absolutePath(path)}
+		if path != "" && !slices.Contains(b.Files, f) {
+			b.Files = append(b.Files, f)
+		}
+	}
+	left := func(what, path string) {
+		if l := (backup.Left{Path: absolutePath(path), What: what}); path != "" && !slices.Contains(b.Left, l) {
+			b.Left = append(b.Left, l)
+		}
+	}
+	add(backup.Configuration, c.path)
+	add(backup.Policy, c.Policy)
+	for _, w := range c.Webhooks {
+		add(backup.Authority, w.CAFile)
+	}
+	for _, s := range c.Sinks {
+		add(backup.Authority, s.CAFile)
+	}
+	add(backup.Authority, c.Mail.CAFile)
+	add(backup.Authority, c.Traces.CAFile)
+	left("password of the mail server", c.Mail.PasswordFile)
+	left("headers for the collector of traces", c.Traces.HeadersFile)
+	for _, name := range slices.Sorted(maps.Keys(c.Tokens)) {
+		t := c.Tokens[name]
+		left("PIN of the token "+name, cmp.Or(t.pinPath(), t.PINFile))
+		add(backup.Authority, t.PolicyKey)
+		if t.TPM != "" {
+			b.States[name] = absolutePath(t.State)
+		} else {
+			left("PKCS#11 module of the token "+name, t.hsm().ModulePath())
+		}
+	}
+	return b
+}
+
+// absolutePath is absolute for one path, which may be empty.
+func absolutePath(path string) string { return strings.Join(absolute(path), "") }
+
+// backupLine is the line of the checklist about backups.
+func (c *Config) backupLine() verdict {
+	const keys = "a token's keys have the vendor's means only"
+	switch {
+	case c.Backup.Folder == "":
+		return verdict{"off", "no folder and recipients in [backup]: a lost disk is a lost ledger; " + keys}
+	case c.Backup.Schedule == "none":
+		return verdict{"partly", "a backup is made when an operator asks; " + keys}
+	}
+	return verdict{"partly", fmt.Sprintf("by %q, for %s; no drill has tried one by itself; %s", c.Backup.Schedule,
+		cli.Count(len(c.Backup.Recipients), "recipient"), keys)}
+}

@@ -1,0 +1,611 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"log/slog"
+	"maps"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"time"
+
+	"countersign/approval"
+	"countersign/audit"
+	"countersign/internal/anchor"
+	"countersign/internal/backup"
+	"countersign/internal/cli"
+	"countersign/internal/durable"
+	"countersign/internal/gate"
+	"countersign/internal/keystore"
+	"countersign/internal/ledger"
+	"countersign/internal/operators"
+	"countersign/internal/resource"
+
+	"golang.org/x/sys/unix"
+	"golang.org/x/term"
+)
+
+// openedBackup is a backup in a scratch folder, with all that can be checked without its appliance.
+type openedBackup struct {
+	backup.Contents
+	log    audit.Log
+	folder string // of the extracted files
+}
+
+// openBackup extracts a backup into a new folder inside of scratch and checks the backup: the
+// encryption, the hashes, the proof by the log's key, each page and event of the ledger, and each
+// checkpoint in it. The caller removes the folder.
+func openBackup(path string, identities []string, scratch string) (b openedBackup, err error) {
+	var keys []backup.Identity
+	for _, file := range identities {
+		more, err := backup.ReadIdentities(file, passphraseOf(file))
+		if err != nil {
+			return b, fmt.Errorf("--identity: %w", err)
+		}
+		keys = append(keys, more...)
+	}
+	f, err := os.Open(path)
+	if err != nil {
+		return b, err
+	}
+	defer f.Close()
+	if b.folder, err = os.MkdirTemp(scratch, ".restoring-"); err != nil {
+		return b, err
+	}
+	defer func() {
+		if err != nil {
+			os.RemoveAll(b.folder)
+			err = fmt.Errorf("%s: %w", path, err)
+		}
+	}()
+	if b.Contents, err = backup.Extract(f, keys, b.folder); err != nil {
+		return b, err
+	}
+	if b.log, err = b.Manifest.Log(); err != nil {
+		return b, err
+	}
+	if err := ledger.Check(b.ledger(), ledger.Options{}, nil); errors.Is(err, ledger.ErrOlder) {
+		// The migration of a copy reads it, and a second check reads all.
+		err = b.withLedger(ledger.Options{}, func(*ledger.Ledger) error { return nil })
+		if err == nil {
+			err = ledger.Check(b.ledger(), ledger.Options{}, nil)
+		}
+		if err != nil {
+			return b, err
+		}
+	} else if err != nil {
+		return b, err
+	}
+	return b, b.withLedger(ledger.Options{}, b.checkLog)
+}
+
+func passphraseOf(file string) func() ([]byte, error) {
+	return func() ([]byte, error) {
+		if !term.IsTerminal(int(os.Stdin.Fd())) {
+			return nil, errors.New("it has a passphrase, which is asked for at a terminal only")
+		}
+		fmt.Fprintf(os.Stderr, "Passphrase of %s: ", file)
+		defer fmt.Fprintln(os.Stderr)
+		return term.ReadPassword(int(os.Stdin.Fd()))
+	}
+}
+
+// ledger is the path of the extracted ledger.
+func (b openedBackup) ledger() string { return b.Contents.Files[0] }
+
+func (b openedBackup) withLedger(o ledger.Options, do func(*ledger.Ledger) error) (err error) {
+	l, err := ledger.Open(b.ledger(), o)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, l.Close()) }()
+	return do(l)
+}
+
+// checkLog compares the ledger with the manifest, and verifies the checkpoints in it.
+func (b openedBackup) checkLog(l *ledger.Ledger) error {
+	epoch, first, tree := l.Head()
+	root, err := tree.Root()
+	if err != nil {
+		return err
+	}
+	if epoch != b.Epoch || first != b.First || tree.Size != b.Size || root.String() != b.Root {
+		return fmt.Errorf("%w: its ledger has %d events of epoch %d, and the manifest says %d of epoch %d",
+			backup.ErrDamaged, tree.Size, epoch, b.Size, b.Epoch)
+	}
+	epochs, err := l.Epochs()
+	if err != nil {
+		return err
+	}
+	for _, e := range epochs {
+		if e.Checkpoint == "" {
+			continue
+		}
+		c, err := b.log.Open([]byte(e.Checkpoint))
+		if err == nil && (c.Epoch != e.Number || c.Size != e.Signed) {
+			err = errors.New("it is of another tree")
+		}
+		if err != nil {
+			return fmt.Errorf("%w: the checkpoint of epoch %d: %w", backup.ErrDamaged, e.Number, err)
+		}
+	}
+	return nil
+}
+
+// describe prints what a backup is.
+func (b openedBackup) describe(w io.Writer) {
+	line := func(name, format string, args ...any) {
+		fmt.Fprintf(w, "%-12s %s\n", name, fmt.Sprintf(format, args...))
+	}
+	line("appliance", "%s", b.log.Name())
+	line("made", "%s, %s ago, by version %s", b.Made().Format(time.RFC3339),
+		cli.FormatDuration(time.Since(b.Made()).Round(time.Second)), b.Version)
+	line("log", "%s, to epoch %d; event %d proves the backup", cli.Count(b.First+b.Size, "event"), b.Epoch, b.Event)
+	line("manifest", "sha256 %s", b.Digest)
+	for _, f := range b.Manifest.Files {
+		line("file", "%s (%s, %s)", f.Path, f.Kind, cli.Count(f.Size, "byte"))
+	}
+	for _, l := range b.Left {
+		line("not in it", "%s (%s)", l.Path, l.What)
+	}
+	for _, k := range b.Keys {
+		line("key", "%v %s %s, on the token %s: %s", k.Ref, k.State, k.Custody, k.Token, k.PublicKey)
+	}
+}
+
+// verifyBackup is countersignd backup verify.
+func verifyBackup(path string, identities []string, scratch string, stdout io.Writer) error {
+	b, err := openBackup(path, identities, scratch)
+	if err != nil {
+		return err
+	}
+	defer os.RemoveAll(b.folder)
+	b.describe(stdout)
+	fmt.Fprintln(stdout, "ok: the encryption, each file, the proof of the log, and each page, event and checkpoint "+
+		"of the ledger")
+	return nil
+}
+
+// restoring has the options of countersignd restore.
+type restoring struct {
+	file       string
+	identities []string
+	moved      map[string]string // paths of the backup, and where they are now
+	proposer   string
+	text       string   // the file of the text to approve
+	approvals  []string // files with signatures of the text
+
+	// Opened before this process becomes the daemon's user.
+	textFile   *os.File
+	signatures []string
+}
+
+// openText opens the file of the text, and reads the signatures.
+func (r *restoring) openText() (err error) {
+	if r.text == "" {
+		return nil
+	}
+	how := os.O_RDWR
+	if len(r.approvals) == 0 {
+		how |= os.O_CREATE
+	}
+	if r.textFile, err = os.OpenFile(r.text, how, 0o644); err != nil {
+		return fmt.Errorf("--text: %w", err)
+	}
+	for _, file := range r.approvals {
+		b, err := os.ReadFile(file)
+		if err != nil {
+			return fmt.Errorf("--approval: %w", err)
+		}
+		r.signatures = append(r.signatures, string(b))
+	}
+	return nil
+}
+
+// place returns the path of a file on this machine.
+func (r restoring) place(path string) string {
+	best := ""
+	for old := range r.moved {
+		if below(path, old) && len(old) > len(best) {
+			best = old
+		}
+	}
+	if best == "" {
+		return path
+	}
+	return filepath.Join(r.moved[best], strings.TrimPrefix(path, best))
+}
+
+// configuration returns the configuration of the backup with the paths of this machine. A path is a
+// quoted text that is a moved path, or is below one.
+func (r restoring) configuration(content []byte) []byte {
+	for _, old := range slices.SortedFunc(maps.Keys(r.moved), func(x, y string) int { return len(y) - len(x) }) {
+		for _, quote := range []string{`"`, `'`} {
+			for _, end := range []string{"/", quote} {
+				content = bytes.ReplaceAll(content, []byte(quote+old+end), []byte(quote+r.moved[old]+end))
+			}
+		}
+	}
+	return content
+}
+
+// restore is countersignd restore. Without approvals, restore puts the files of the backup back
+// that are missing here, says what comes back and what is lost, and writes the text to approve.
+// With the approvals of that text, restore puts the ledger in place.
+func restore(ctx context.Context, r restoring, stdout, stderr io.Writer) (err error) {
+	for old, now := range r.moved {
+		if !filepath.IsAbs(old) || !filepath.IsAbs(now) {
+			return configError{fmt.Errorf("--map %s=%s: both must be absolute paths", old, now)}
+		}
+	}
+	if err := r.openText(); err != nil {
+		return err
+	}
+	b, err := openBackup(r.file, r.identities, "")
+	if err != nil {
+		return err
+	}
+	defer func() { os.RemoveAll(b.folder) }()
+	b.describe(stdout)
+	at, err := r.putFiles(b, stdout)
+	if err != nil {
+		return err
+	}
+	return withConfig(at, func(c Config) error {
+		if err := r.giveFiles(b, c); err != nil {
+			return err
+		}
+		return withLauncher(at, "", c, func(c Config) error {
+			if err := refuseAccess(at, c); err != nil {
+				return err
+			}
+			return r.restore(ctx, b, c, stdout, stderr)
+		})
+	})
+}
+
+// putFiles writes the files beside the ledger that are missing on this machine, and returns the
+// path of the configuration. A file with another content stays.
+func (r restoring) putFiles(b openedBackup, stdout io.Writer) (configuration string, err error) {
+	for i, f := range b.Manifest.Files {
+		if f.Kind == backup.Ledger {
+			continue
+		}
+		content, err := os.ReadFile(b.Contents.Files[i])
+		if err != nil {
+			return "", err
+		}
+		path := r.place(f.Path)
+		if f.Kind == backup.Configuration {
+			configuration, content = path, r.configuration(content)
+		}
+		switch there, err := os.ReadFile(path); {
+		case err == nil && bytes.Equal(there, content):
+			fmt.Fprintf(stdout, "%-12s %s is as in the backup\n", "file", path)
+		case err == nil:
+			fmt.Fprintf(stdout, "%-12s %s DIFFERS from the backup, and stays as it is here\n", "file", path)
+		case !errors.Is(err, fs.ErrNotExist):
+			return "", err
+		default:
+			if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+				return "", err
+			}
+			if err := durable.Replace(path, content, fs.FileMode(f.Mode).Perm()); err != nil {
+				return "", err
+			}
+			fmt.Fprintf(stdout, "%-12s %s was put back\n", "file", path)
+		}
+	}
+	if configuration == "" {
+		return "", fmt.Errorf("%w: it has no configuration", backup.ErrDamaged)
+	}
+	return configuration, nil
+}
+
+// giveFiles gives the folders and files of the tokens to the user of the key workers, and the
+// folder of the ledger to the daemon's user, where there are such users and root restores.
+func (r restoring) giveFiles(b openedBackup, c Config) error {
+	if os.Geteuid() != 0 {
+		return nil
+	}
+	give := func(path string, to *account) error {
+		if to == nil {
+			return nil
+		}
+		return os.Lchown(path, int(to.uid), int(to.gid))
+	}
+	for _, f := range b.Manifest.Files {
+		if f.Kind != backup.TokenFile {
+			continue
+		}
+		path := r.place(f.Path)
+		if err := errors.Join(os.Chmod(filepath.Dir(path), 0o700), give(filepath.Dir(path), c.keysUser),
+			give(path, c.keysUser)); err != nil {
+			return err
+		}
+	}
+	if err := errors.Join(give(b.folder, c.daemonUser), give(b.ledger(), c.daemonUser)); err != nil {
+		return err
+	}
+	folder := filepath.Dir(c.Ledger)
+	if _, err := os.Stat(folder); errors.Is(err, fs.ErrNotExist) {
+		if err := os.MkdirAll(folder, 0o700); err != nil {
+			return err
+		}
+		return give(folder, c.daemonUser)
+	}
+	return nil
+}
+
+// facts are what a restore does, as of now.
+type facts struct {
+	replaces string // the ledger that is in the way, or "none"
+	there    bool
+	lost     string // known of what is lost
+	missing  []string
+	kept     []string
+}
+
+// restore continues with the configuration and the launcher of key workers.
+func (r restoring) restore(ctx context.Context, b openedBackup, c Config, stdout, stderr io.Writer) error {
+	log := slog.New(slog.NewTextHandler(stderr, &slog.HandlerOptions{Level: slog.LevelWarn}))
+	opening, cancel := context.WithTimeout(ctx, startTime)
+	defer cancel()
+	tokens, err := openTokens(opening, c, log, func(string, bool, error) {})
+	if err != nil {
+		return fmt.Errorf("%w; put back what is not in the backup, then restore again", err)
+	}
+	defer closeTokens(tokens, log)
+	found, err := r.look(ctx, b, c, tokens)
+	if err != nil {
+		return err
+	}
+	found.print(b, stdout)
+	folder, err := os.MkdirTemp(filepath.Dir(c.Ledger), ".restoring-") // of the file system of the ledger
+	if err != nil {
+		return err
+	}
+	defer os.RemoveAll(folder)
+	path := filepath.Join(folder, "ledger.db")
+	if err := copyFile(b.ledger(), path); err != nil {
+		return err
+	}
+	l, err := ledger.Open(path, c.ledger())
+	if err != nil {
+		return err
+	}
+	done, err := r.change(ctx, b, c, l, tokens, found, log, stdout)
+	if err := errors.Join(err, l.Close()); err != nil || !done {
+		return err
+	}
+	return putLedger(path, c.Ledger, found.there, stdout)
+}
+
+// look finds out what comes back and what is lost.
+func (r restoring) look(
+	ctx context.Context, b openedBackup, c Config, tokens map[string]keystore.Store,
+) (f facts, err error) {
+	f.replaces, f.lost = "none", "unknown: all since "+b.Made().Format(time.RFC3339)
+	o := c.ledger()
+	o.AsIs = true
+	switch there, err := ledger.Open(c.Ledger, o); {
+	case errors.Is(err, ledger.ErrInUse):
+		return f, fmt.Errorf("%s: %w", c.Ledger, err)
+	case errors.Is(err, ledger.ErrMissing):
+	case err != nil: // damaged, or of another version: the reason for a restore
+		f.there, f.replaces = true, "a ledger that can't be read"
+	default:
+		epoch, _, tree := there.Head()
+		root, _ := tree.Root()
+		end := there.End()
+		f.there = true
+		f.replaces = fmt.Sprintf("%d events, epoch %d with root %v", end, epoch, root)
+		if since := b.First + b.Size; end > since {
+			f.lost = cli.Count(end-since, "event") + " of the ledger that is replaced"
+		} else if end == since {
+			f.lost = "nothing of the ledger that is replaced"
+		}
+		if err := there.Close(); err != nil {
+			return f, err
+		}
+	}
+	for _, k := range b.Keys {
+		if k.State == "destroyed" {
+			continue
+		}
+		store := tokens[k.Token]
+		if store == nil {
+			f.missing = append(f.missing, k.Ref.String())
+			continue
+		}
+		key, err := store.Key(ctx, k.Ref)
+		switch {
+		case err == nil && hex.EncodeToString(key.Info().PublicKey) == k.PublicKey:
+			f.kept = append(f.kept, k.Ref.String())
+		case err == nil || errors.Is(err, keystore.ErrNotFound) || errors.Is(err, keystore.ErrSealed):
+			f.missing = append(f.missing, k.Ref.String())
+		default:
+			return f, fmt.Errorf("token %s: %v: %w", k.Token, k.Ref, err)
+		}
+	}
+	return f, nil
+}
+
+func (f facts) print(b openedBackup, w io.Writer) {
+	fmt.Fprintf(w, "%-12s %s\n", "replaces", f.replaces)
+	fmt.Fprintf(w, "%-12s %s\n", "lost", f.lost)
+	on := strings.Join(f.kept, ", ") + " are on their tokens"
+	fmt.Fprintf(w, "%-12s %s\n", "keys", either(len(f.kept) > 0, on, "none is on a token"))
+	for _, k := range f.missing {
+		fmt.Fprintf(w, "%-12s %s is NOT on its token: it signs nothing any more, and its line ends\n", "key", k)
+	}
+}
+
+func either(is bool, yes, no string) string {
+	if is {
+		return yes
+	}
+	return no
+}
+
+// parameters of the act, which the approvers sign.
+func (f facts) parameters(b openedBackup) []approval.Parameter {
+	missing := strings.Join(f.missing, ", ")
+	if len(missing) > 800 {
+		missing = cli.Count(len(f.missing), "key")
+	}
+	host, _ := os.Hostname()
+	return []approval.Parameter{
+		{Name: "sha256", Value: b.Digest},
+		{Name: "made", Value: b.Made().Format(time.RFC3339)},
+		{Name: "machine", Value: either(host != "", host, "unnamed")},
+		{Name: "replaces", Value: f.replaces},
+		{Name: "lost", Value: f.lost},
+		{Name: "missing_keys", Value: either(missing != "", missing, "none")},
+	}
+}
+
+// textLife is the time for approvals.
+const textLife = 24 * time.Hour
+
+// change writes the restore into the ledger, if it is approved. Otherwise change writes the text to
+// approve.
+func (r restoring) change(
+	ctx context.Context, b openedBackup, c Config, l *ledger.Ledger, tokens map[string]keystore.Store, f facts,
+	log *slog.Logger, stdout io.Writer,
+) (done bool, err error) {
+	var people operators.Offline
+	if err := l.View(func(v ledger.View) (err error) {
+		people, err = operators.ReadOffline(v, b.log.Name())
+		return err
+	}); err != nil {
+		return false, err
+	}
+	var p *approval.Proposal
+	var approvals []operators.Signed
+	if people.Initialised() {
+		now, err := people.Propose(approval.ActBackupRestore, r.proposer, f.parameters(b), time.Now(), textLife)
+		if err != nil {
+			return false, fmt.Errorf("--proposer: %w", err)
+		}
+		if len(r.approvals) == 0 {
+			return false, r.askFor(people, now, stdout)
+		}
+		if p, approvals, err = r.approved(people, now); err != nil {
+			return false, err
+		}
+	}
+	monitor := resource.NewMonitor(log, c.Limits.RequestTimeout.std())
+	rebind, _, err := anchor.New(c.anchor(), l, tokens, gate.New(l), monitor, log).Rebind(ctx)
+	if err != nil {
+		return false, err
+	}
+	after := ledger.RestoredAfter(time.Now(), c.Limits.ClockSkew.std())
+	who := audit.Operator(fmt.Sprintf("uid:%d", c.startedBy))
+	err = l.Restore(ctx, after, who, func(tx *ledger.Tx) error {
+		if err := rebind(tx); err != nil {
+			return err
+		}
+		record := func(who audit.Actor) error {
+			return tx.Append(ledger.EventOf(audit.NewBackupRestored(who, b.Digest, b.Made(), f.replaces, after)))
+		}
+		if p == nil {
+			return record(who)
+		}
+		return people.Write(tx, p, approvals, record)
+	})
+	if err != nil {
+		return false, err
+	}
+	for _, a := range approvals {
+		fmt.Fprintf(stdout, "%-12s %s\n", "approved by", a.Operator)
+	}
+	fmt.Fprintf(stdout, "%-12s documents with a timestamp of at most %s are refused (restored)\n", "until",
+		time.Unix(after, 0).UTC().Format(time.RFC3339))
+	return true, nil
+}
+
+// askFor writes the text to approve, and says how.
+func (r restoring) askFor(people operators.Offline, p *approval.Proposal, stdout io.Writer) error {
+	if r.textFile == nil {
+		return configError{errors.New("--text: name the file for the text that the approvers sign")}
+	}
+	if err := r.textFile.Truncate(0); err != nil {
+		return err
+	}
+	if _, err := r.textFile.WriteAt([]byte(p.Text()), 0); err != nil {
+		return err
+	}
+	if err := r.textFile.Close(); err != nil {
+		return err
+	}
+	fmt.Fprintf(stdout, "\nNothing of the ledger has been restored yet. The text is in %s:\n\n%s\n", r.text, p.Text())
+	fmt.Fprintf(stdout, "%s sign it, each with the SSH key of the appliance:\n", strings.Join(people.Approvers(), ", "))
+	fmt.Fprintf(stdout, "  ssh-keygen -Y sign -n %s -f KEY %s\n", approval.ForProposal, r.text)
+	fmt.Fprintf(stdout, "%d of them must. Then repeat the command with --approval FILE.sig for each.\n",
+		people.Needed())
+	return nil
+}
+
+// approved verifies the signatures of the text.
+func (r restoring) approved(people operators.Offline, now *approval.Proposal) (
+	p *approval.Proposal, all []operators.Signed, err error,
+) {
+	if r.textFile == nil {
+		return nil, nil, configError{errors.New("--text: name the file of the text that was signed")}
+	}
+	text, err := io.ReadAll(r.textFile)
+	if err != nil {
+		return nil, nil, fmt.Errorf("--text: %w", err)
+	}
+	if p, err = people.Same(string(text), now); err != nil {
+		return nil, nil, fmt.Errorf("%s: %w", r.text, err)
+	}
+	all, err = people.Approve(p, r.signatures)
+	return p, all, err
+}
+
+func copyFile(from, to string) error {
+	source, err := os.Open(from)
+	if err != nil {
+		return err
+	}
+	defer source.Close()
+	f, err := os.OpenFile(to, os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o600)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	if _, err := io.Copy(f, source); err != nil {
+		return err
+	}
+	return f.Sync()
+}
+
+// putLedger gives a ledger its place. The ledger in the way is kept beside it. After a crash, one
+// of the two has the place, whole.
+func putLedger(path, place string, there bool, stdout io.Writer) error {
+	if !there {
+		if err := unix.Renameat2(unix.AT_FDCWD, path, unix.AT_FDCWD, place, unix.RENAME_NOREPLACE); err != nil {
+			return err
+		}
+		fmt.Fprintf(stdout, "restored     %s\n", place)
+		return durable.Sync(filepath.Dir(place))
+	}
+	kept := place + ".replaced-" + time.Now().UTC().Format("20060102T150405Z")
+	if err := unix.Renameat2(unix.AT_FDCWD, path, unix.AT_FDCWD, place, unix.RENAME_EXCHANGE); err != nil {
+		return err
+	}
+	if err := errors.Join(os.Rename(path, kept), durable.Sync(filepath.Dir(place))); err != nil {
+		return err
+	}
+	fmt.Fprintf(stdout, "restored     %s\n%-12s %s has the ledger of before: never put it back\n", place, "kept", kept)
+	return nil
+}

@@ -1,0 +1,310 @@
+package softhsmtests
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"countersign/client"
+	"countersign/internal/scantest"
+	"countersign/tpm/tpmtest"
+
+	"filippo.io/age"
+)
+
+// backedUp gives a system a folder for backups and a recipient, whose key is in the file
+// recovery.key.
+func (s *system) backedUp() {
+	s.t.Helper()
+	id, err := age.GenerateX25519Identity()
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	scantest.Secret("the identity of a recipient of backups", []byte(id.String()))
+	s.write("recovery.key", id.String()+"\n")
+	if err := os.MkdirAll(s.path("backups"), 0o700); err != nil {
+		s.t.Fatal(err)
+	}
+	s.edit("countersign.toml", "\n[tokens.main]", fmt.Sprintf(`
+[limits]
+clock_skew = "1s"
+[backup]
+folder = "backups"
+schedule = "none"
+recipients = [%q]
+
+[tokens.main]`, id.Recipient()))
+}
+
+// newBackup makes a backup, and returns its path.
+func (s *system) newBackup() string {
+	s.t.Helper()
+	for line := range strings.Lines(s.must("admin", "backup", "create")) {
+		if name, is := strings.CutPrefix(line, "backup"); is {
+			return s.path("backups/" + strings.TrimSpace(name))
+		}
+	}
+	s.t.Fatal("no backup was made")
+	return ""
+}
+
+// signText has an operator sign the text of a restore with ssh-keygen, and returns the signature's
+// file.
+func (s *system) signText(who *operator, text string) string {
+	s.t.Helper()
+	public := s.path(who.name + ".pub")
+	if err := os.WriteFile(public, []byte(who.line+"\n"), 0o600); err != nil {
+		s.t.Fatal(err)
+	}
+	b, err := os.ReadFile(text)
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	copied := text + "." + who.name
+	if err := os.WriteFile(copied, b, 0o600); err != nil {
+		s.t.Fatal(err)
+	}
+	cmd := exec.Command("ssh-keygen", "-Y", "sign", "-n", "countersign-proposal-v1", "-f", public, copied)
+	cmd.Env = append(os.Environ(), "SSH_AUTH_SOCK="+who.socket)
+	if out, err := cmd.CombinedOutput(); err != nil {
+		s.t.Fatalf("ssh-keygen: %v\n%s", err, out)
+	}
+	return copied + ".sig"
+}
+
+// restore restores a backup, with the approval of the first administrator.
+func (s *system) restore(backup string, more ...string) string {
+	s.t.Helper()
+	text := filepath.Join(s.t.TempDir(), "restore.txt")
+	args := append([]string{
+		"restore", backup, "--identity", s.path("recovery.key"), "--proposer", "root", "--text", text,
+	}, more...)
+	asked, code := s.daemon(args...)
+	if code != 0 || !strings.Contains(asked, "Nothing of the ledger has been restored yet") {
+		s.t.Fatalf("restore: %d\n%s", code, asked)
+	}
+	out, code := s.daemon(append(args, "--approval", s.signText(s.root, text))...)
+	if code != 0 {
+		s.t.Fatalf("restore, approved: %d\n%s", code, out)
+	}
+	return out
+}
+
+// elsewhere is the same appliance in another folder, with the PIN and the configuration of SoftHSM,
+// which no backup has.
+func (s *system) elsewhere() *system {
+	s.t.Helper()
+	other := &system{t: s.t, dir: s.t.TempDir(), listen: s.listen, root: s.root, rootEnrolled: true}
+	other.api = other.client(other.root)
+	for _, name := range []string{"pin", "softhsm2.conf", "recovery.key", "demo.key"} {
+		b, err := os.ReadFile(s.path(name))
+		if err != nil {
+			s.t.Fatal(err)
+		}
+		other.write(name, string(b))
+	}
+	return other
+}
+
+// TestRestore loses a disk. The backup restores the appliance into another folder, with the token
+// that is left. A request of before the backup is answered as ever, one of after the backup is
+// refused, new documents are signed, and the log with its approvals is whole.
+func TestRestore(t *testing.T) {
+	s := newSystem(t)
+	s.backedUp()
+	p := s.serve()
+	s.enrol()
+	known, lost := message("AAAA").Fill(time.Hour), message("BBBB").Fill(time.Hour)
+	first, err := s.dial().Sign(t.Context(), "payments", known)
+	if err != nil {
+		t.Fatal(err)
+	}
+	backup := s.newBackup()
+	if out := s.must("admin", "backup", "list"); !strings.Contains(out, filepath.Base(backup)) {
+		t.Errorf("backup list: %s", out)
+	}
+	if _, err := s.dial().Sign(t.Context(), "payments", lost); err != nil {
+		t.Fatal(err)
+	}
+	p.stop()
+
+	out, code := s.daemon("backup", "verify", backup, "--identity", s.path("recovery.key"))
+	if code != 0 || !strings.Contains(out, "ok: ") || !strings.Contains(out, "payments/1 active") ||
+		!strings.Contains(out, s.path("pin")+" (PIN of the token main)") {
+		t.Errorf("backup verify: %d\n%s", code, out)
+	}
+
+	other := s.elsewhere()
+	restored := other.restore(backup, "--map", s.dir+"="+other.dir)
+	for _, want := range []string{
+		other.path("countersign.toml") + " is as in the backup", "payments/1", "are on their tokens",
+		"approved by  root", "replaces     none",
+	} {
+		if !strings.Contains(restored, want) {
+			t.Errorf("restore does not say %q:\n%s", want, restored)
+		}
+	}
+	p = other.serve()
+	c := other.dial()
+	again, err := c.Sign(t.Context(), "payments", known)
+	if err != nil || !again.Repeated || string(again.Signature) != string(first.Signature) {
+		t.Errorf("what the backup knows: %+v, %v", again, err)
+	}
+	_, err = c.Sign(t.Context(), "payments", lost)
+	refusal := new(client.Error)
+	if !errors.Is(err, client.ErrRestored) || !errors.As(err, &refusal) ||
+		refusal.TimestampAfter < time.Now().Unix()-60 {
+		t.Fatalf("what was admitted after the backup: %v", err)
+	}
+	eventually(t, "a new document is signed", func() bool {
+		_, err := c.Sign(t.Context(), "payments", message("CCCC").Fill(time.Hour))
+		if err != nil && !errors.Is(err, client.ErrRestored) {
+			t.Fatal(err)
+		}
+		return err == nil
+	})
+	if _, err := c.Sign(t.Context(), "payments", lost); !errors.Is(err, client.ErrRestored) {
+		t.Errorf("later, what was admitted after the backup: %v", err)
+	}
+	other.must("admin", "audit", "export", "log")
+	key := strings.TrimSpace(other.must("admin", "audit", "key"))
+	other.must("audit", "verify", other.path("log"), "--key", key)
+	approvals := other.must("audit", "approvals", other.path("log"), "--key", key)
+	if !strings.Contains(approvals, "backup restore") {
+		t.Errorf("audit approvals: %s", approvals)
+	}
+	found := false
+	for _, e := range other.events() {
+		found = found || string(e.Type) == "BackupRestored" && e.Metadata["replaces"] == "none"
+	}
+	if !found {
+		t.Error("the log does not say that it was restored")
+	}
+	p.stop()
+}
+
+// TestRestoreInPlace sets an appliance with a TPM's counter back to a backup. The restore says how
+// many events are lost, and keeps the ledger of before. The counter is bound anew under the same
+// approval, so the daemon finds no rollback.
+func TestRestoreInPlace(t *testing.T) {
+	e := tpmtest.New(t)
+	s := newTPMSystem(t, e, "")
+	s.backedUp()
+	p := s.serve()
+	s.enrol()
+	backup := s.newBackup()
+	lost := message("AAAA").Fill(time.Hour)
+	if _, err := s.dial().Sign(t.Context(), "payments", lost); err != nil {
+		t.Fatal(err)
+	}
+	text := s.path("restore.txt")
+	args := []string{"restore", backup, "--identity", s.path("recovery.key"), "--proposer", "root", "--text", text}
+	if out, code := s.daemon(args...); code == 0 || !strings.Contains(out, "another process uses this ledger") {
+		t.Errorf("a restore beside the daemon: %d %s", code, out)
+	}
+	p.stop()
+	before := s.copyLedger()
+	out := s.restore(backup)
+	if !strings.Contains(out, "events of the ledger that is replaced") {
+		t.Errorf("%s", out)
+	}
+	kept, err := filepath.Glob(s.path("ledger.db.replaced-*"))
+	if err != nil || len(kept) != 1 {
+		t.Fatalf("the ledger of before: %v, %v", kept, err)
+	}
+	if b, err := os.ReadFile(kept[0]); err != nil || string(b) != string(before) {
+		t.Errorf("the ledger of before was changed: %v", err)
+	}
+	p = s.serve()
+	if out := s.must("admin", "rollback", "show"); !strings.Contains(out, "no rollback") {
+		t.Errorf("rollback show: %s", out)
+	}
+	if _, err := s.dial().Sign(t.Context(), "payments", lost); !errors.Is(err, client.ErrRestored) {
+		t.Errorf("what is lost: %v", err)
+	}
+	p.stop()
+	// The ledger of before is an older copy now: the counter has risen.
+	s.restoreLedger(before)
+	p = s.serve()
+	if out := s.must("admin", "rollback", "show"); !strings.Contains(out, "an older copy") {
+		t.Errorf("the ledger of before, put back: %s", out)
+	}
+	p.stop()
+}
+
+// TestRestoreIsApproved: without the approvals of the backup's own operators, the right text, the
+// right recipient and the whole file, nothing is restored, and what is there stays.
+func TestRestoreIsApproved(t *testing.T) {
+	s := newSystem(t)
+	s.backedUp()
+	p := s.serve()
+	s.enrol()
+	backup := s.newBackup()
+	p.stop()
+	ledger := s.copyLedger()
+	text := s.path("restore.txt")
+	args := []string{"restore", backup, "--identity", s.path("recovery.key"), "--proposer", "root", "--text", text}
+	if out, code := s.daemon(args...); code != 0 {
+		t.Fatalf("%d %s", code, out)
+	}
+	approved := s.signText(s.root, text)
+	stranger := s.signText(s.newOperator("stranger"), text)
+	with := func(args []string, more ...string) []string { return append(append([]string{}, args...), more...) }
+	replaced := func(old, new string) []string {
+		all := with(args, "--approval", approved)
+		for i, arg := range all {
+			if arg == old {
+				all[i] = new
+			}
+		}
+		return all
+	}
+	whole, err := os.ReadFile(backup)
+	if err != nil {
+		t.Fatal(err)
+	}
+	s.write("cut.backup", string(whole[:len(whole)-1]))
+	other, err := age.GenerateX25519Identity()
+	if err != nil {
+		t.Fatal(err)
+	}
+	s.write("other.key", other.String()+"\n")
+	changed, err := os.ReadFile(text)
+	if err != nil {
+		t.Fatal(err)
+	}
+	s.write("changed.txt", strings.Replace(string(changed), "replaces: ", "replaces: 1", 1))
+	for name, c := range map[string]struct {
+		args []string
+		says string
+	}{
+		"a stranger's signature":  {with(args, "--approval", stranger), "no approver has the key"},
+		"the same approver twice": {with(args, "--approval", approved, "--approval", approved), "has approved already"},
+		"another text":            {replaced(text, s.path("changed.txt")), "says something else"},
+		"no such proposer":        {replaced("root", "nobody"), "the operators are root"},
+		"another recipient":       {replaced(s.path("recovery.key"), s.path("other.key")), "other recipients"},
+		"a cut file":              {replaced(backup, s.path("cut.backup")), "damaged"},
+		"no such file":            {replaced(backup, s.path("none.backup")), "no such file"},
+		"no identity":             {[]string{"restore", backup}, "identity"},
+		"a relative map":          {with(args, "--map", "a=b"), "absolute"},
+	} {
+		out, code := s.daemon(c.args...)
+		if code == 0 || !strings.Contains(out, c.says) {
+			t.Errorf("%s: %d, want %q:\n%s", name, code, c.says, tail(out, 600))
+		}
+		if string(s.copyLedger()) != string(ledger) {
+			t.Fatalf("%s: the ledger has changed", name)
+		}
+	}
+	if left, err := filepath.Glob(s.path(".restoring-*")); err != nil || len(left) != 0 {
+		t.Errorf("left behind: %v, %v", left, err)
+	}
+	if out, code := s.daemon(with(args, "--approval", approved)...); code != 0 {
+		t.Errorf("the right restore: %d %s", code, out)
+	}
+}
