@@ -258,14 +258,16 @@ func (a *Appliance) backupParts(
 		f.Mode = uint32(info.Mode().Perm())
 		parts = append(parts, backup.Bytes(f, content))
 	}
-	for _, token := range slices.Sorted(maps.Keys(a.tokens)) {
-		store, ok := a.tokens[token].(keystore.Recorder)
-		if !ok || b.States[token] == "" {
-			continue
+	for _, token := range slices.Sorted(maps.Keys(b.States)) {
+		var records map[string][]byte
+		if store, ok := a.tokens[token].(keystore.Recorder); ok {
+			if records, err = store.Records(ctx); err != nil {
+				return m, nil, fmt.Errorf("token %s: %w", token, err)
+			}
 		}
-		records, err := store.Records(ctx)
-		if err != nil {
-			return m, nil, fmt.Errorf("token %s: %w", token, err)
+		has := func(k backup.Key) bool { return k.Token == token }
+		if len(records) == 0 && slices.ContainsFunc(m.Keys, has) {
+			return m, nil, fmt.Errorf("token %s: %s has no record of its keys", token, b.States[token])
 		}
 		for _, name := range slices.Sorted(maps.Keys(records)) {
 			path := filepath.Join(b.States[token], name)

@@ -12,6 +12,9 @@ types = [\"alert\"]
 [alerts] # shorter times than the default ones, so that the demo sees the end of an alert
 replays_window = \"15s\"
 quiet = \"5s\"
+
+[limits]
+clock_skew = \"2s\" # a restored appliance refuses new documents for twice as long
 "
 . scripts/setup.sh
 
@@ -247,7 +250,45 @@ show "${admin_command[@]}" alert list >"$work/out" || fail "alert list"
 grep -q replays "$work/out" && fail "the alert fires on: $(cat "$work/out")"
 fact now "$([ -s "$work/out" ] && sed -n 's/^alert *//p' "$work/out" || echo "no alert fires")"
 
+step "Back up, lose the disk, and restore elsewhere"
+show "${admin_command[@]}" backup create >"$work/out" || fail "backup create"
+backup=$run/backups/$(sed -n 's/^backup *//p' "$work/out")
+fact backup "$(sed -n 's/^size *//p' "$work/out"), encrypted to an SSH key; $(sed -n 's/^log *//p' "$work/out")"
+show "$bin/countersignd" backup verify "$backup" --identity "$run/recovery" >"$work/out" || fail "backup verify"
+fact verified "$(sed -n 's/^ok: //p' "$work/out")"
+lost=$(od -An -N32 -tx1 /dev/urandom | tr -d ' \n')
+then=$(date +%s)
+"${sign_command[@]}" --nonce "$lost" --timestamp "$then" examples/subscription.json >"$work/lost.json" || fail "sign"
+signed=$((signed + 1))
+fact signed "a document after the backup; then the daemon stops, and its disk is lost"
 stop || fail "the daemon did not stop cleanly: $(tail -n 3 "$run/log")"
+other=$work/elsewhere
+mkdir "$other"
+for part in pin softhsm2.conf; do # not in a backup
+  [ ! -e "$run/$part" ] || cp "$run/$part" "$other/$part"
+done
+restore=("$bin/countersignd" restore "$backup" --identity "$run/recovery" --map "$here/$run=$here/$other"
+  --proposer admin --text "$work/restore.txt")
+show "${restore[@]}" >"$work/out" || fail "restore: $(cat "$work/out")"
+fact keys "$(sed -n 's/^keys *//p' "$work/out")"
+show ssh-keygen -q -Y sign -n countersign-proposal-v1 -f "$run/admin.key" "$work/restore.txt" || fail "sign the text"
+show "${restore[@]}" --approval "$work/restore.txt.sig" >"$work/out" || fail "restore: $(cat "$work/out")"
+fact approved "by $(sed -n 's/^approved by *//p' "$work/out"), an operator of the backup"
+"$bin/countersignd" serve --config "$other/countersign.toml" 2>"$other/log" &
+daemon=$!
+until "$bin/countersign" ping >/dev/null 2>&1; do
+  kill -0 "$daemon" || fail "$(tail -n 3 "$other/log")"
+  sleep 0.1
+done
+refuse restored "the document that was signed after the backup, which the ledger does not know" \
+  "${sign_command[@]}" --nonce "$lost" --timestamp "$then" examples/subscription.json
+until "${sign_command[@]}" examples/subscription.json >"$work/restored.json" 2>"$work/err"; do
+  grep -q '^countersign: error: restored: ' "$work/err" || fail "sign after the restore: $(cat "$work/err")"
+  sleep 0.5
+done
+signed=$((signed + 1))
+fact signed "a new document, by the restored appliance in $other"
+stop || fail "the restored daemon did not stop cleanly: $(tail -n 3 "$other/log")"
 echo
 echo "next: the commands openssl, audit verify and audit approvals above work again, without the daemon"
 echo "next: \"make run\" serves the same appliance for your own commands; README.md lists some"

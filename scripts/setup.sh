@@ -24,8 +24,10 @@ secret() { # secret FILE: writes 32 random hex digits, unless the file exists
   [ -s "$1" ] || { od -An -N16 -tx1 /dev/urandom | tr -d ' \n' >"$1.new" && mv "$1.new" "$1"; }
 }
 
-mkdir -p "$run/tokens"
+mkdir -p "$run/tokens" "$run/backups"
 secret "$run/pin"
+# Who can read the backups. The private half of a real appliance's recipient is on no such machine.
+[ -e "$run/recovery" ] || ssh-keygen -q -t ed25519 -N '' -C recovery -f "$run/recovery"
 swtpm='' socket=''
 if [ "$backend" = tpm ]; then
   socket=$(mktemp -d /tmp/swtpm.XXXXXX) # a socket path has at most 107 bytes
@@ -83,6 +85,10 @@ policy = "policy.cedar"
 
 [tokens.main]
 $token
+
+[backup]
+folder = "backups"
+recipients = ["$(cut -d ' ' -f 1-2 "$run/recovery.pub")"]
 ${tables:-}
 CONF
 

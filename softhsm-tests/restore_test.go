@@ -188,9 +188,10 @@ func TestRestore(t *testing.T) {
 	p.stop()
 }
 
-// TestRestoreInPlace sets an appliance with a TPM's counter back to a backup. The restore says how
-// many events are lost, and keeps the ledger of before. The counter is bound anew under the same
-// approval, so the daemon finds no rollback.
+// TestRestoreInPlace sets an appliance with a TPM back to a backup, after the loss of the folder
+// with the TPM's keys. The restore puts the keys back, says how many events are lost, and keeps the
+// ledger of before. The counter is bound anew under the same approval, so the daemon finds no
+// rollback.
 func TestRestoreInPlace(t *testing.T) {
 	e := tpmtest.New(t)
 	s := newTPMSystem(t, e, "")
@@ -209,6 +210,9 @@ func TestRestoreInPlace(t *testing.T) {
 	}
 	p.stop()
 	before := s.copyLedger()
+	if err := os.RemoveAll(s.path("keys")); err != nil {
+		t.Fatal(err)
+	}
 	out := s.restore(backup)
 	if !strings.Contains(out, "events of the ledger that is replaced") {
 		t.Errorf("%s", out)

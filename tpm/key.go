@@ -237,7 +237,8 @@ func (s *Store) Keys(context.Context) (refs []keystore.Ref, err error) {
 	return refs, nil
 }
 
-// Records returns the files of the keys, which only this TPM can use, and the approvals of states.
+// Records returns the files of the keys, which only this TPM can use, the file that names the TPM,
+// and the approvals of states.
 func (s *Store) Records(context.Context) (map[string][]byte, error) {
 	files, err := os.ReadDir(string(s.dir))
 	if err != nil {
@@ -246,7 +247,7 @@ func (s *Store) Records(context.Context) (map[string][]byte, error) {
 	all := map[string][]byte{}
 	for _, file := range files {
 		name := file.Name()
-		if !strings.HasSuffix(name, recordSuffix) && !strings.HasSuffix(name, approvalSuffix) {
+		if name != bindingFile && !strings.HasSuffix(name, recordSuffix) && !strings.HasSuffix(name, approvalSuffix) {
 			continue
 		}
 		if all[name], err = os.ReadFile(filepath.Join(string(s.dir), name)); err != nil {

@@ -182,6 +182,7 @@ type guarded interface {
 	keystore.Store
 	keystore.BatchSigner
 	keystore.Counter
+	keystore.Recorder
 	TryJournal() error
 	JournalSize() (uint64, error)
 }
