@@ -142,7 +142,7 @@ func (a *Appliance) makeBackup(ctx context.Context, who audit.Actor) (made Backu
 	}()
 	path := filepath.Join(b.Folder, made.Name)
 	part := path + partSuffix
-	if err := os.Remove(part); err != nil && !errors.Is(err, fs.ErrNotExist) { // of a daemon that was killed
+	if err := b.removeParts(log); err != nil {
 		return made, err
 	}
 	f, err := os.OpenFile(part, os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o600)
@@ -151,7 +151,7 @@ func (a *Appliance) makeBackup(ctx context.Context, who audit.Actor) (made Backu
 	}
 	defer os.Remove(part) // after the rename, the name does not exist
 	defer f.Close()
-	buffered := bufio.NewWriterSize(f, 1<<20)
+	buffered := bufio.NewWriterSize(&durable.Paced{File: f}, 256<<10) // admissions wait for the same disk
 	err = a.ledger.Copy(func(c ledger.Copy) error {
 		manifest, parts, err := a.backupParts(ctx, c, log, began)
 		if err != nil {
@@ -181,6 +181,21 @@ func (a *Appliance) makeBackup(ctx context.Context, who audit.Actor) (made Backu
 	}
 	made.Size, made.Took = info.Size(), time.Since(began)
 	return made, durable.Sync(b.Folder)
+}
+
+// removeParts removes what a daemon that was killed has left of its backups.
+func (b *backups) removeParts(log audit.Log) error {
+	_, id, _ := strings.Cut(log.Name(), "/")
+	parts, err := filepath.Glob(filepath.Join(b.Folder, "countersign-"+id+"-*"+backupSuffix+partSuffix))
+	if err != nil {
+		return err
+	}
+	for _, part := range parts {
+		if err := os.Remove(part); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return err
+		}
+	}
+	return nil
 }
 
 // appendProven writes an event, and proves it under a checkpoint that continues the tree of an

@@ -21,6 +21,7 @@ func (a *Appliance) measure(s *meter.Sample) {
 	a.measureTokens(s)
 	a.measureLedger(s)
 	a.measureMessages(s)
+	a.measureBackups(s)
 	a.Keys.Measure(s)
 	keyring.MeasureLanes(s, "processor", a.processor.Waiting())
 	open, unproven := a.places.Counts()
@@ -81,6 +82,13 @@ func (a *Appliance) measureMessages(s *meter.Sample) {
 		s.Set(meter.SinkSent, float64(sink.Sent), sink.Name)
 		s.Set(meter.SinkDropped, float64(sink.Dropped), sink.Name)
 		s.Set(meter.SinkBehind, float64(sink.Behind), sink.Name)
+	}
+}
+
+// measureBackups leaves out what is not there.
+func (a *Appliance) measureBackups(s *meter.Sample) {
+	if all, err := a.Backups(); err == nil && len(all) > 0 {
+		s.Set(meter.BackupAge, time.Since(all[0].Made).Seconds())
 	}
 }
 

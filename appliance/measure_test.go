@@ -42,6 +42,10 @@ func TestEverySeriesIsServed(t *testing.T) {
 	shop.walk = r.meter.Begin()
 	r.sign(t, shop, message(1, "x"))
 	shop.walk.End("sign", "")
+	r.backedUp(t)
+	if _, err := r.Backup(t.Context(), operator); err != nil {
+		t.Fatal(err)
+	}
 	_, body, err := r.meter.Expose("")
 	if err != nil {
 		t.Fatal(err)

@@ -101,8 +101,10 @@ func TestMetrics(t *testing.T) {
 	s.edit("countersign.toml", "admin_socket", "metrics_listen = \""+address+"\"\nadmin_socket")
 	s.write("countersign.toml", string(must(os.ReadFile(s.path("countersign.toml")))(t))+
 		"[[sinks]]\nname = \"siem\"\nfile = \"events.jsonl\"\n")
+	s.backedUp()
 	p := s.serve()
 	s.enrol()
+	s.newBackup()
 	db := s.scrapedBy(prometheus, address)
 	query := func(expr string) int { return len(db.query(expr)) }
 	// A rate needs a scrape before the requests.

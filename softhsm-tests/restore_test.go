@@ -11,10 +11,12 @@ import (
 	"time"
 
 	"countersign/client"
+	"countersign/internal/ledger"
 	"countersign/internal/scantest"
 	"countersign/tpm/tpmtest"
 
 	"filippo.io/age"
+	"golang.org/x/sys/unix"
 )
 
 // backedUp gives a system a folder for backups and a recipient, whose key is in the file
@@ -66,6 +68,7 @@ func (s *system) signText(who *operator, text string) string {
 		s.t.Fatal(err)
 	}
 	copied := text + "." + who.name
+	os.Remove(copied + ".sig") // of an earlier text; ssh-keygen would ask
 	if err := os.WriteFile(copied, b, 0o600); err != nil {
 		s.t.Fatal(err)
 	}
@@ -311,4 +314,104 @@ func TestRestoreIsApproved(t *testing.T) {
 	if out, code := s.daemon(with(args, "--approval", approved)...); code != 0 {
 		t.Errorf("the right restore: %d %s", code, out)
 	}
+}
+
+// TestKilledRestore kills a restore at many moments. The place of the ledger has the ledger of
+// before or the restored one, whole. A restore afterwards succeeds, and leaves nothing of the
+// killed ones.
+func TestKilledRestore(t *testing.T) {
+	s := newSystem(t)
+	s.backedUp()
+	p := s.serve()
+	s.enrol()
+	backup := s.newBackup()
+	p.stop()
+	before := s.copyLedger()
+	text := s.path("restore.txt")
+	args := []string{
+		"restore", backup, "--identity", s.path("recovery.key"), "--proposer", "root", "--text", text,
+		"--config", s.path("countersign.toml"),
+	}
+	ask := func() (approved []string) {
+		if out, code := s.daemon(args[:len(args)-2]...); code != 0 {
+			t.Fatalf("%d %s", code, out)
+		}
+		return append(append([]string{}, args...), "--approval", s.signText(s.root, text))
+	}
+	approved := ask()
+	killed, done := 0, 0
+	for after := time.Duration(0); done < 3 && after < 20*time.Second; after += after/8 + 10*time.Millisecond {
+		cmd := exec.Command(filepath.Join(bin, "countersignd"), approved...)
+		if err := cmd.Start(); err != nil {
+			t.Fatal(err)
+		}
+		kill := time.AfterFunc(after, func() { cmd.Process.Kill() })
+		err := cmd.Wait()
+		kill.Stop()
+		now := s.copyLedger()
+		if restored := string(now) != string(before); !restored && err == nil {
+			t.Fatal("the restore has succeeded and changed nothing")
+		} else if restored {
+			done++
+			if err := ledger.Check(s.path("ledger.db"), ledger.Options{}, nil); err != nil {
+				t.Fatalf("killed after %v: %v", after, err)
+			}
+			s.restoreLedger(before) // and once more
+		} else {
+			killed++
+		}
+	}
+	if killed < 3 || done == 0 {
+		t.Errorf("%d restores were killed before the ledger had its place, %d had it", killed, done)
+	}
+	if out, code := s.daemon(approved[:len(approved)-4]...); code != 0 { // without --config and the approval
+		t.Errorf("%d %s", code, out)
+	}
+	approved = ask()
+	if out, err := exec.Command(filepath.Join(bin, "countersignd"), approved...).CombinedOutput(); err != nil {
+		t.Fatalf("%v %s", err, out)
+	}
+	if left, err := filepath.Glob(s.path(".restoring-*")); err != nil || len(left) != 0 {
+		t.Errorf("left behind: %v, %v", left, err)
+	}
+	p = s.serve()
+	p.stop()
+}
+
+// TestBackupOnAFullDisk fills the disk of the backups. No half file has a final name, nothing is
+// left, signing goes on, and the state says so until there is room.
+func TestBackupOnAFullDisk(t *testing.T) {
+	needRoot(t, "a small disk")
+	s := newSystem(t)
+	s.backedUp()
+	if err := unix.Mount("tmpfs", s.path("backups"), "tmpfs", 0, "size=64k"); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { unix.Unmount(s.path("backups"), unix.MNT_DETACH) })
+	p := s.serve()
+	s.enrol()
+	_, errOut, code := s.cli("", "admin", "backup", "create")
+	if code == 0 || !strings.Contains(errOut, "no space left") {
+		t.Errorf("a backup on a full disk: %d %s", code, errOut)
+	}
+	if !s.hasCause("backup-failing") {
+		t.Error("the state does not say so")
+	}
+	if entries, err := os.ReadDir(s.path("backups")); err != nil || len(entries) != 0 {
+		t.Errorf("left behind: %v, %v", entries, err)
+	}
+	if _, err := s.dial().Sign(t.Context(), "payments", message("AAAA")); err != nil {
+		t.Error(err)
+	}
+	if err := unix.Mount("", s.path("backups"), "", unix.MS_REMOUNT, "size=4m"); err != nil {
+		t.Fatal(err)
+	}
+	backup := s.newBackup()
+	if s.hasCause("backup-failing") {
+		t.Error("the state goes on to say so")
+	}
+	if out, code := s.daemon("backup", "verify", backup, "--identity", s.path("recovery.key")); code != 0 {
+		t.Errorf("%d %s", code, out)
+	}
+	p.stop()
 }

@@ -56,7 +56,7 @@ func openBackup(path string, identities []string, scratch string) (b openedBacku
 		return b, err
 	}
 	defer f.Close()
-	if b.folder, err = os.MkdirTemp(scratch, ".restoring-"); err != nil {
+	if b.folder, err = os.MkdirTemp(scratch, scratchPrefix); err != nil {
 		return b, err
 	}
 	defer func() {
@@ -344,6 +344,31 @@ func (r restoring) giveFiles(b openedBackup, c Config) error {
 	return nil
 }
 
+// scratchPrefix begins the names of temporary folders.
+const scratchPrefix = ".restoring-"
+
+// lockFolder keeps another restore, and the creation of a ledger, out of the folder of the ledger,
+// and removes what a restore that was killed has left there.
+func lockFolder(folder string) (unlock func() error, err error) {
+	dir, err := os.Open(folder)
+	if err != nil {
+		return nil, err
+	}
+	if err := unix.Flock(int(dir.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+		dir.Close()
+		return nil, fmt.Errorf("%s: %w", folder, ledger.ErrInUse)
+	}
+	left, err := filepath.Glob(filepath.Join(folder, scratchPrefix+"*"))
+	for _, each := range left {
+		err = errors.Join(err, os.RemoveAll(each))
+	}
+	if err != nil {
+		dir.Close()
+		return nil, err
+	}
+	return dir.Close, nil
+}
+
 // facts are what a restore does, as of now.
 type facts struct {
 	replaces string // the ledger that is in the way, or "none"
@@ -368,7 +393,12 @@ func (r restoring) restore(ctx context.Context, b openedBackup, c Config, stdout
 		return err
 	}
 	found.print(b, stdout)
-	folder, err := os.MkdirTemp(filepath.Dir(c.Ledger), ".restoring-") // of the file system of the ledger
+	unlock, err := lockFolder(filepath.Dir(c.Ledger))
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	folder, err := os.MkdirTemp(filepath.Dir(c.Ledger), scratchPrefix) // of the file system of the ledger
 	if err != nil {
 		return err
 	}

@@ -4,7 +4,9 @@ import (
 	"context"
 	"crypto/rand"
 	"encoding/binary"
+	"errors"
 	"fmt"
+	"io"
 	"math/big"
 	"os"
 	"path/filepath"
@@ -16,6 +18,7 @@ import (
 	"testing"
 	"time"
 
+	"countersign/internal/durable"
 	"countersign/internal/ledger"
 
 	bolt "go.etcd.io/bbolt"
@@ -283,4 +286,63 @@ func p99(b *testing.B, call func() error) float64 {
 	wg.Wait()
 	slices.Sort(took)
 	return took[len(took)*99/100]
+}
+
+// BenchmarkCopy compares the latencies of admissions with and without copies of the ledger's file,
+// one after the other, written at the pace of a backup to a file of the same disk. The rate of a
+// copy without a pace is compared with that of a plain copy of the file.
+func BenchmarkCopy(b *testing.B) {
+	const n = 2_000_000
+	l, path := benchLedger(b, ledger.Options{})
+	if err := l.Fill(b.Context(), n, time.Now().Unix()+3600); err != nil {
+		b.Fatal(err)
+	}
+	info, err := os.Stat(path)
+	if err != nil {
+		b.Fatal(err)
+	}
+	admit := admitting(b.Context(), l, inAnHour)
+	copied := func(write func(w io.Writer) error) time.Duration {
+		f, err := os.Create(path + ".copy")
+		if err != nil {
+			b.Fatal(err)
+		}
+		begin := time.Now()
+		if err := errors.Join(write(f), f.Sync(), f.Close()); err != nil {
+			b.Fatal(err)
+		}
+		return time.Since(begin)
+	}
+	plain := func(w io.Writer) error {
+		f, err := os.Open(path)
+		if err != nil {
+			return err
+		}
+		defer f.Close()
+		_, err = io.Copy(w, f)
+		return err
+	}
+	var ratios, with, without, rates []float64
+	for range 7 {
+		calm := p99(b, admit)
+		stop, done := make(chan struct{}), make(chan struct{})
+		go func() {
+			defer close(done)
+			for {
+				select {
+				case <-stop:
+					return
+				default:
+					copied(func(w io.Writer) error { return l.Snapshot(&durable.Paced{File: w.(*os.File)}) })
+				}
+			}
+		}()
+		busy := p99(b, admit)
+		close(stop)
+		<-done
+		ratios, with, without = append(ratios, busy/calm), append(with, busy), append(without, calm)
+		rates = append(rates, float64(copied(plain))/float64(copied(l.Snapshot)))
+	}
+	fmt.Fprintf(os.Stdout, "copy bytes=%d p99 ratio %.2f (%.2f ms, without %.2f ms); rate %.2f of a plain copy\n",
+		info.Size(), median(ratios), median(with), median(without), median(rates))
 }

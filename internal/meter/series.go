@@ -228,6 +228,8 @@ var (
 	LogDropped = define(Counter, "log_lines_dropped_total",
 		"Lines of the daemon's log: unread, because nobody read the log; pace, above the pace of their kind.",
 		label("why", "unread", "pace"))
+	BackupAge = define(Gauge, "backup_age_seconds",
+		"Time since the newest backup in the folder. Absent without a backup.")
 	HistoryFailing = define(Gauge, "history_failing", "1 while the history can't be written. Absent without a history.")
 	Spans          = define(Counter, "trace_spans_total",
 		"Spans of traces that the collector has taken, or that were dropped.", label("result", "sent", "dropped"))
