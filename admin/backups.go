@@ -2,9 +2,16 @@ package admin
 
 import (
 	"context"
+	"io"
+	"net/http"
+	"strconv"
+	"time"
 
 	"countersign/admin/api"
 	"countersign/appliance"
+
+	"github.com/danielgtaylor/huma/v2"
+	"github.com/danielgtaylor/huma/v2/adapters/humaecho"
 )
 
 func backupDoc(b appliance.BackupInfo) api.Backup {
@@ -36,4 +43,35 @@ func (s *server) listBackups(_ context.Context, _ caller, in *pageInput) (*liste
 func (s *server) pruneBackups(ctx context.Context, who caller, in *body[api.PruneBackups]) ([]api.Backup, error) {
 	removed, err := s.Appliance.PruneBackups(ctx, who.actor(), in.Body.Dry)
 	return docs(removed, backupDoc), err
+}
+
+// getBackup answers with the file of a backup. A reader that takes none of it for streamWrite is
+// given up.
+func (s *server) getBackup(ctx context.Context, _ caller, in *named) (*huma.StreamResponse, error) {
+	f, err := s.Appliance.OpenBackup(in.Name)
+	if err != nil {
+		return nil, err
+	}
+	info, err := f.Stat()
+	if err != nil {
+		f.Close()
+		return nil, err
+	}
+	return &huma.StreamResponse{Body: func(c huma.Context) {
+		defer f.Close()
+		c.SetHeader("Content-Type", "application/octet-stream")
+		c.SetHeader("Content-Length", strconv.FormatInt(info.Size(), 10))
+		c.SetStatus(http.StatusOK)
+		if head, _ := ctx.Value(headKey{}).(bool); head {
+			return
+		}
+		w := humaecho.Unwrap(c).Response()
+		control := http.NewResponseController(w.Writer)
+		for {
+			control.SetWriteDeadline(time.Now().Add(streamWrite))
+			if n, err := io.CopyN(w, f, 1<<20); n == 0 || err != nil {
+				return // the reader compares the length
+			}
+		}
+	}}, nil
 }

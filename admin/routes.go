@@ -312,6 +312,9 @@ func (s *server) routes() {
 	routeRaw(s, s.listBackups, operation{
 		route: "GET /v1/backups", id: "backups", summary: "List the backups in the folder",
 		roles: of(administrator, operator, auditor, backup), refused: whileUninitialised})
+	routeRaw(s, s.getBackup, operation{
+		route: "GET /v1/backups/{name}", id: "backup", summary: "Get the file of a backup, encrypted as it is",
+		roles: of(administrator, operator, backup), refused: whileUninitialised, stream: "application/octet-stream"})
 	route(s, s.pruneBackups, operation{
 		route: "POST /v1/backups/prune", id: "prune-backups",
 		summary: "Remove the backups that the configuration does not keep",

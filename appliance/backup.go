@@ -21,6 +21,7 @@ import (
 	"countersign/internal/backup"
 	"countersign/internal/cause"
 	"countersign/internal/durable"
+	"countersign/internal/ijson"
 	"countersign/internal/keystore"
 	"countersign/internal/ledger"
 	"countersign/internal/manage"
@@ -321,6 +322,18 @@ func (a *Appliance) Backups() (all []BackupInfo, err error) {
 	}
 	slices.SortFunc(all, func(x, y BackupInfo) int { return y.Made.Compare(x.Made) })
 	return all, nil
+}
+
+// OpenBackup opens a backup in the folder. The caller closes the file.
+func (a *Appliance) OpenBackup(name string) (*os.File, error) {
+	all, err := a.Backups()
+	if err != nil {
+		return nil, err
+	}
+	if !slices.ContainsFunc(all, func(b BackupInfo) bool { return b.Name == name }) {
+		return nil, fmt.Errorf("backup %q: %w: countersign admin backup list", ijson.Clip(name), manage.ErrNotFound)
+	}
+	return os.Open(filepath.Join(a.backups.Folder, name))
 }
 
 // spare returns the backups that are not to be kept. all has the newest first.

@@ -55,6 +55,15 @@ func (s *system) newBackup() string {
 	return ""
 }
 
+func (s *system) read(name string) []byte {
+	s.t.Helper()
+	b, err := os.ReadFile(s.path(name))
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	return b
+}
+
 // signText has an operator sign the text of a restore with ssh-keygen, and returns the signature's
 // file.
 func (s *system) signText(who *operator, text string) string {
@@ -130,6 +139,14 @@ func TestRestore(t *testing.T) {
 	backup := s.newBackup()
 	if out := s.must("admin", "backup", "list"); !strings.Contains(out, filepath.Base(backup)) {
 		t.Errorf("backup list: %s", out)
+	}
+	s.must("admin", "backup", "get", filepath.Base(backup), s.path("copy"))
+	if whole, err := os.ReadFile(backup); err != nil || string(whole) != string(s.read("copy")) {
+		t.Errorf("backup get: another file (%v)", err)
+	}
+	if _, errOut, code := s.cli("", "admin", "backup", "get", "../countersign.toml", s.path("other")); code == 0 ||
+		!strings.Contains(errOut, "not_found") {
+		t.Errorf("backup get of something else: %d %s", code, errOut)
 	}
 	if _, err := s.dial().Sign(t.Context(), "payments", lost); err != nil {
 		t.Fatal(err)

@@ -298,6 +298,28 @@ func (c *Client) Backups(ctx context.Context) ([]Backup, error) {
 	return list[Backup](ctx, c, "/v1/backups")
 }
 
+// GetBackup writes the file of a backup, which only its recipients can read. An error means that w
+// has a part of the file.
+func (c *Client) GetBackup(ctx context.Context, name string, w io.Writer) error {
+	resp, err := c.send(ctx, http.MethodGet, "/v1/backups/"+url.PathEscape(name), nil)
+	if err != nil {
+		return err
+	}
+	defer resp.Body.Close()
+	if resp.StatusCode != http.StatusOK {
+		b, err := io.ReadAll(io.LimitReader(resp.Body, maxStreamed))
+		if err != nil {
+			return err
+		}
+		return refusal(resp, b)
+	}
+	n, err := io.Copy(w, resp.Body)
+	if err == nil && n != resp.ContentLength {
+		err = fmt.Errorf("the answer ended after %d of %d bytes", n, resp.ContentLength)
+	}
+	return err
+}
+
 // PruneBackups removes the backups that the configuration does not keep, and returns them.
 func (c *Client) PruneBackups(ctx context.Context, p PruneBackups) (removed []Backup, err error) {
 	return removed, c.do(ctx, http.MethodPost, "/v1/backups/prune", p, &removed)

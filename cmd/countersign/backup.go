@@ -2,8 +2,10 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
+	"os"
 	"time"
 
 	"countersign/admin/api"
@@ -38,6 +40,25 @@ func (t *tool) backups(act maker) *cobra.Command {
 	details(create, "The file goes into the folder of [backup] in the configuration, encrypted to the recipients\n"+
 		"there. The appliance signs meanwhile. Nobody can read a backup without a recipient's private\n"+
 		"key, and the role backup can't either.")
+	get := act("get NAME FILE", "Copy the file of a backup to here, encrypted as it is", cobra.ExactArgs(2),
+		func(ctx context.Context, c *api.Client, args []string) (err error) {
+			f, err := os.OpenFile(args[1], os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o600)
+			if err != nil {
+				return err
+			}
+			defer func() {
+				if err != nil {
+					os.Remove(args[1])
+				}
+			}()
+			if err := errors.Join(c.GetBackup(ctx, args[0], f), f.Sync(), f.Close()); err != nil {
+				return err
+			}
+			out := map[string]string{"file": args[1]}
+			return t.print(out, func(w io.Writer) { fmt.Fprintf(w, "file\t%s\n", args[1]) })
+		})
+	get.Annotations = map[string]string{"long": "true"}
+	get.Example = "  countersign admin backup get countersign-6922be318fb61a67-20261130T021700Z.backup the.backup"
 	var dry bool
 	prune := act("prune", "Remove the backups that the configuration does not keep", cobra.NoArgs,
 		func(ctx context.Context, c *api.Client, _ []string) error {
@@ -61,5 +82,5 @@ func (t *tool) backups(act maker) *cobra.Command {
 				}
 				return t.print(all, func(w io.Writer) { show(w, all) })
 			}),
-		prune)
+		get, prune)
 }
