@@ -65,6 +65,8 @@ type backups struct {
 	BackupConfig
 	making  manage.Lock
 	failure atomic.Pointer[error] // of the last backup; nil after a good one
+	away    atomic.Pointer[error] // of the last look at the folder
+	newest  atomic.Int64          // time of the newest backup, Unix seconds; 0: none is known
 	halted  atomic.Bool           // the daemon stops, and must not wait for a backup
 }
 
@@ -106,11 +108,13 @@ func (a *Appliance) Backup(ctx context.Context, who audit.Actor) (made BackupMad
 		return made, fmt.Errorf("%w: the configuration has no folder and recipients for backups: "+
 			"set folder and recipients of [backup]", manage.ErrConflict)
 	}
-	err = b.making.Run(ctx, a.log, "backup", func(ctx context.Context) (err error) {
-		made, err = a.makeBackup(ctx, who)
-		return err
-	})
-	return made, err
+	select {
+	case b.making <- struct{}{}:
+		defer b.making.Release()
+		return a.makeBackup(context.WithoutCancel(ctx), who)
+	default: // callers that have left must not stand in line with a backup each
+		return made, fmt.Errorf("%w: a backup is being made: see countersign admin backup list", manage.ErrConflict)
+	}
 }
 
 func (a *Appliance) makeBackup(ctx context.Context, who audit.Actor) (made BackupMade, err error) {
@@ -132,6 +136,7 @@ func (a *Appliance) makeBackup(ctx context.Context, who audit.Actor) (made Backu
 	defer func() {
 		if err == nil {
 			b.failure.Store(nil)
+			b.newest.Store(made.Made.Unix())
 			a.log.Info("a backup was made", "name", made.Name, "bytes", made.Size, "took", made.Took,
 				requestid.Attr(who.Request))
 			return
@@ -275,11 +280,9 @@ func (a *Appliance) backupParts(
 		parts = append(parts, backup.Bytes(f, content))
 	}
 	for _, token := range slices.Sorted(maps.Keys(b.States)) {
-		var records map[string][]byte
-		if store, ok := a.tokens[token].(keystore.Recorder); ok {
-			if records, err = store.Records(ctx); err != nil {
-				return m, nil, fmt.Errorf("token %s: %w", token, err)
-			}
+		records, err := a.records(ctx, token)
+		if err != nil {
+			return m, nil, fmt.Errorf("token %s: %w", token, err)
 		}
 		has := func(k backup.Key) bool { return k.Token == token }
 		if len(records) == 0 && slices.ContainsFunc(m.Keys, has) {
@@ -292,6 +295,23 @@ func (a *Appliance) backupParts(
 		}
 	}
 	return m, parts, nil
+}
+
+// records returns all files of a token's keys.
+func (a *Appliance) records(ctx context.Context, token string) (map[string][]byte, error) {
+	store, ok := a.tokens[token].(keystore.Recorder)
+	if !ok {
+		return nil, nil
+	}
+	all := map[string][]byte{}
+	for last := ""; ; {
+		some, err := store.Records(ctx, last)
+		if err != nil || len(some) == 0 {
+			return all, err
+		}
+		maps.Copy(all, some)
+		last = slices.Max(slices.Collect(maps.Keys(some)))
+	}
 }
 
 // Backups lists the backups of this appliance in the folder, the newest first.
@@ -449,18 +469,51 @@ func sleepUntil(ctx context.Context, at time.Time) bool {
 	}
 }
 
+// lookEvery is the time between two looks at the folder of backups.
+const lookEvery = 10 * time.Second
+
+// watchBackups looks at the folder until ctx ends. The folder can be on a disk of the network that
+// hangs, so neither the state nor a scrape looks by itself.
+func (a *Appliance) watchBackups(ctx context.Context) {
+	if a.backups.Folder == "" {
+		return
+	}
+	looked := make(chan struct{}, 1)
+	for {
+		go func() { a.lookAtBackups(); looked <- struct{}{} }()
+		select {
+		case <-looked:
+		case <-ctx.Done():
+			return
+		}
+		if !sleepUntil(ctx, time.Now().Add(lookEvery)) {
+			return
+		}
+	}
+}
+
+func (a *Appliance) lookAtBackups() {
+	b := &a.backups
+	all, err := a.Backups()
+	if err != nil {
+		err = fmt.Errorf("the folder of backups: %w", err)
+		b.away.Store(&err)
+		return
+	}
+	b.away.Store(nil)
+	if len(all) > 0 {
+		b.newest.Store(all[0].Made.Unix())
+	} else {
+		b.newest.Store(0)
+	}
+}
+
 // backupCauses is the failure of the last backup, or a folder that is away.
 func (a *Appliance) backupCauses() []cause.Cause {
-	if a.backups.Folder == "" {
-		return nil
-	}
-	if info, err := os.Stat(a.backups.Folder); err != nil {
-		return []cause.Cause{cause.Backup.Of("", "the folder of backups: %v", err)}
-	} else if !info.IsDir() {
-		return []cause.Cause{cause.Backup.Of("", "%s is no folder", a.backups.Folder)}
-	}
-	if err := a.backups.failure.Load(); err != nil {
-		return []cause.Cause{cause.Backup.Of("", "%v", *err)}
+	for _, err := range []*error{a.backups.away.Load(), a.backups.failure.Load()} {
+		if err != nil {
+			return []cause.Cause{cause.Backup.Of("", "%v", *err)}
+		}
 	}
 	return nil
 }

@@ -154,10 +154,22 @@ func TestFailedBackup(t *testing.T) {
 		t.Errorf("another in the same second: %v", err)
 	}
 	r.backups.Folder = filepath.Join(folder, "away")
+	r.lookAtBackups()
 	if causes := r.backupCauses(); len(causes) != 1 {
 		t.Errorf("a folder that is away: %v", causes)
 	}
 	r.backups.Folder = folder
+	r.lookAtBackups()
+	if causes := r.backupCauses(); len(causes) != 0 {
+		t.Errorf("the folder is back: %v", causes)
+	}
+	if err := r.backups.making.Acquire(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := r.Backup(t.Context(), operator); !errors.Is(err, manage.ErrConflict) {
+		t.Errorf("during a backup: %v", err)
+	}
+	r.backups.making.Release()
 	r.backups.halted.Store(true)
 	if _, err := r.Backup(t.Context(), operator); err == nil {
 		t.Error("a backup is made while the daemon stops")

@@ -87,8 +87,8 @@ func (a *Appliance) measureMessages(s *meter.Sample) {
 
 // measureBackups leaves out what is not there.
 func (a *Appliance) measureBackups(s *meter.Sample) {
-	if all, err := a.Backups(); err == nil && len(all) > 0 {
-		s.Set(meter.BackupAge, time.Since(all[0].Made).Seconds())
+	if newest := a.backups.newest.Load(); newest != 0 {
+		s.Set(meter.BackupAge, time.Since(time.Unix(newest, 0)).Seconds())
 	}
 }
 

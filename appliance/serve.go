@@ -84,6 +84,7 @@ func (a *Appliance) Serve(ctx context.Context, listeners ...Listener) error {
 	working.Go(func() { a.keepHooks(stop) })
 	working.Go(func() { a.keepSinks(stop) })
 	working.Go(func() { a.keepBackups(stop) })
+	working.Go(func() { a.watchBackups(stop) })
 	working.Go(func() { a.traces.Run(stop) })
 	working.Go(func() { a.Anchor.Keep(stop) })
 	var serving sync.WaitGroup

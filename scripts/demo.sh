@@ -267,7 +267,7 @@ mkdir "$other"
 for part in pin softhsm2.conf; do # not in a backup
   [ ! -e "$run/$part" ] || cp "$run/$part" "$other/$part"
 done
-restore=("$bin/countersignd" restore "$backup" --identity "$run/recovery" --map "$here/$run=$here/$other"
+restore=("$bin/countersignd" restore "$backup" --appliance "$(cut -d / -f 1-2 <<<"$vkey")" --identity "$run/recovery" --map "$here/$run=$here/$other"
   --proposer admin --text "$work/restore.txt")
 show "${restore[@]}" >"$work/out" || fail "restore: $(cat "$work/out")"
 fact keys "$(sed -n 's/^keys *//p' "$work/out")"
@@ -289,6 +289,10 @@ done
 signed=$((signed + 1))
 fact signed "a new document, by the restored appliance in $other"
 stop || fail "the restored daemon did not stop cleanly: $(tail -n 3 "$other/log")"
+# One appliance goes on with these keys: the restored one. The counter of a TPM is bound to its ledger.
+mv "$run/ledger.db" "$work/lost.db"
+cp "$other/ledger.db" "$run/ledger.db"
+fact "goes on" "$run, with the restored ledger; the lost one is $work/lost.db"
 echo
 echo "next: the commands openssl, audit verify and audit approvals above work again, without the daemon"
 echo "next: \"make run\" serves the same appliance for your own commands; README.md lists some"

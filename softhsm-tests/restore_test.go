@@ -46,6 +46,8 @@ recipients = [%q]
 // newBackup makes a backup, and returns its path.
 func (s *system) newBackup() string {
 	s.t.Helper()
+	key := strings.Split(s.must("admin", "audit", "key"), "/")
+	s.write("appliance", key[0]+"/"+key[1])
 	for line := range strings.Lines(s.must("admin", "backup", "create")) {
 		if name, is := strings.CutPrefix(line, "backup"); is {
 			return s.path("backups/" + strings.TrimSpace(name))
@@ -89,13 +91,19 @@ func (s *system) signText(who *operator, text string) string {
 	return copied + ".sig"
 }
 
+// restoring is the command line of a restore without approvals.
+func (s *system) restoring(backup, text string) []string {
+	return []string{
+		"restore", backup, "--appliance", string(s.read("appliance")), "--identity", s.path("recovery.key"),
+		"--proposer", "root", "--text", text,
+	}
+}
+
 // restore restores a backup, with the approval of the first administrator.
 func (s *system) restore(backup string, more ...string) string {
 	s.t.Helper()
 	text := filepath.Join(s.t.TempDir(), "restore.txt")
-	args := append([]string{
-		"restore", backup, "--identity", s.path("recovery.key"), "--proposer", "root", "--text", text,
-	}, more...)
+	args := append(s.restoring(backup, text), more...)
 	asked, code := s.daemon(args...)
 	if code != 0 || !strings.Contains(asked, "Nothing of the ledger has been restored yet") {
 		s.t.Fatalf("restore: %d\n%s", code, asked)
@@ -113,7 +121,7 @@ func (s *system) elsewhere() *system {
 	s.t.Helper()
 	other := &system{t: s.t, dir: s.t.TempDir(), listen: s.listen, root: s.root, rootEnrolled: true}
 	other.api = other.client(other.root)
-	for _, name := range []string{"pin", "softhsm2.conf", "recovery.key", "demo.key"} {
+	for _, name := range []string{"pin", "softhsm2.conf", "recovery.key", "demo.key", "appliance"} {
 		b, err := os.ReadFile(s.path(name))
 		if err != nil {
 			s.t.Fatal(err)
@@ -224,7 +232,7 @@ func TestRestoreInPlace(t *testing.T) {
 		t.Fatal(err)
 	}
 	text := s.path("restore.txt")
-	args := []string{"restore", backup, "--identity", s.path("recovery.key"), "--proposer", "root", "--text", text}
+	args := s.restoring(backup, text)
 	if out, code := s.daemon(args...); code == 0 || !strings.Contains(out, "another process uses this ledger") {
 		t.Errorf("a restore beside the daemon: %d %s", code, out)
 	}
@@ -272,7 +280,7 @@ func TestRestoreIsApproved(t *testing.T) {
 	p.stop()
 	ledger := s.copyLedger()
 	text := s.path("restore.txt")
-	args := []string{"restore", backup, "--identity", s.path("recovery.key"), "--proposer", "root", "--text", text}
+	args := s.restoring(backup, text)
 	if out, code := s.daemon(args...); code != 0 {
 		t.Fatalf("%d %s", code, out)
 	}
@@ -303,6 +311,7 @@ func TestRestoreIsApproved(t *testing.T) {
 		t.Fatal(err)
 	}
 	s.write("changed.txt", strings.Replace(string(changed), "replaces: ", "replaces: 1", 1))
+	another := replaced(string(s.read("appliance")), "countersign/0123456789abcdef")
 	for name, c := range map[string]struct {
 		args []string
 		says string
@@ -314,7 +323,10 @@ func TestRestoreIsApproved(t *testing.T) {
 		"another recipient":       {replaced(s.path("recovery.key"), s.path("other.key")), "other recipients"},
 		"a cut file":              {replaced(backup, s.path("cut.backup")), "damaged"},
 		"no such file":            {replaced(backup, s.path("none.backup")), "no such file"},
-		"no identity":             {[]string{"restore", backup}, "identity"},
+		"no identity":             {[]string{"restore", backup, "--appliance", "x"}, "identity"},
+		"no appliance":            {[]string{"restore", backup, "--identity", s.path("recovery.key")}, "appliance"},
+		"another appliance":       {another, "this is a backup of"},
+		"a text that is there":    {args, "has a text already"},
 		"a relative map":          {with(args, "--map", "a=b"), "absolute"},
 	} {
 		out, code := s.daemon(c.args...)
@@ -345,15 +357,13 @@ func TestKilledRestore(t *testing.T) {
 	p.stop()
 	before := s.copyLedger()
 	text := s.path("restore.txt")
-	args := []string{
-		"restore", backup, "--identity", s.path("recovery.key"), "--proposer", "root", "--text", text,
-		"--config", s.path("countersign.toml"),
-	}
 	ask := func() (approved []string) {
-		if out, code := s.daemon(args[:len(args)-2]...); code != 0 {
+		os.Remove(text)
+		args := s.restoring(backup, text)
+		if out, code := s.daemon(args...); code != 0 {
 			t.Fatalf("%d %s", code, out)
 		}
-		return append(append([]string{}, args...), "--approval", s.signText(s.root, text))
+		return append(args, "--approval", s.signText(s.root, text))
 	}
 	approved := ask()
 	killed, done := 0, 0
@@ -380,9 +390,6 @@ func TestKilledRestore(t *testing.T) {
 	}
 	if killed < 3 || done == 0 {
 		t.Errorf("%d restores were killed before the ledger had its place, %d had it", killed, done)
-	}
-	if out, code := s.daemon(approved[:len(approved)-4]...); code != 0 { // without --config and the approval
-		t.Errorf("%d %s", code, out)
 	}
 	approved = ask()
 	if out, err := exec.Command(filepath.Join(bin, "countersignd"), approved...).CombinedOutput(); err != nil {

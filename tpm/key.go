@@ -237,22 +237,29 @@ func (s *Store) Keys(context.Context) (refs []keystore.Ref, err error) {
 	return refs, nil
 }
 
-// Records returns the files of the keys, which only this TPM can use, the file that names the TPM,
-// and the approvals of states.
-func (s *Store) Records(context.Context) (map[string][]byte, error) {
+// maxRecords is the number of bytes from which on Records leaves files to the next call.
+const maxRecords = 256 << 10
+
+// Records returns files of the keys, which only this TPM can use, the file that names the TPM, and
+// the approvals of states.
+func (s *Store) Records(_ context.Context, after string) (map[string][]byte, error) {
 	files, err := os.ReadDir(string(s.dir))
 	if err != nil {
 		return nil, fmt.Errorf("tpm: %w: %w", keystore.ErrUnavailable, err)
 	}
-	all := map[string][]byte{}
-	for _, file := range files {
+	all, size := map[string][]byte{}, 0
+	for _, file := range files { // in the order of their names
 		name := file.Name()
+		if name <= after || size >= maxRecords {
+			continue
+		}
 		if name != bindingFile && !strings.HasSuffix(name, recordSuffix) && !strings.HasSuffix(name, approvalSuffix) {
 			continue
 		}
 		if all[name], err = os.ReadFile(filepath.Join(string(s.dir), name)); err != nil {
 			return nil, fmt.Errorf("tpm: %w: %w", keystore.ErrUnavailable, err)
 		}
+		size += len(all[name])
 	}
 	return all, nil
 }

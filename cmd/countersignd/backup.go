@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"maps"
+	"path/filepath"
 	"slices"
 	"strings"
 
@@ -109,7 +110,15 @@ func (c *Config) backup() appliance.BackupConfig {
 	for _, name := range slices.Sorted(maps.Keys(c.Tokens)) {
 		t := c.Tokens[name]
 		left("PIN of the token "+name, cmp.Or(t.pinPath(), t.PINFile))
-		add(backup.Authority, t.PolicyKey)
+		left("public key of the approver of states, of the token "+name, t.PolicyKey)
+		for _, path := range t.Files {
+			left("file of the module of the token "+name, path)
+		}
+		for _, variable := range slices.Sorted(maps.Keys(t.Environment)) {
+			if path := t.Environment[variable]; filepath.IsAbs(path) {
+				left(variable+" of the token "+name, path)
+			}
+		}
 		if t.TPM != "" {
 			b.States[name] = absolutePath(t.State)
 		} else {

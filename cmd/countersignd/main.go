@@ -190,8 +190,8 @@ func run(ctx context.Context, args []string, stdout io.Writer, stderr *logqueue.
 			"manifest by the proof of the audit log, each page, event and checkpoint of the ledger. Compare\n" +
 			"the appliance's name with what you know of it: anybody can make a backup of his own appliance.",
 		Args: cobra.ExactArgs(1),
-		RunE: func(_ *cobra.Command, args []string) error {
-			return verifyBackup(args[0], identities, scratch, stdout)
+		RunE: func(cmd *cobra.Command, args []string) error {
+			return verifyBackup(cmd.Context(), args[0], identities, scratch, stdout)
 		},
 	}
 	backupCmd := &cobra.Command{Use: "backup", Short: "Verify backups", Args: cobra.NoArgs,
@@ -201,10 +201,11 @@ func run(ctx context.Context, args []string, stdout io.Writer, stderr *logqueue.
 	restoreCmd := &cobra.Command{
 		Use:   "restore FILE",
 		Short: "Restore an appliance from a backup, with the approvals of its own operators",
-		Example: "  countersignd restore the.backup --identity recovery.key --proposer ann --text restore.txt\n" +
+		Example: "  countersignd restore the.backup --appliance countersign/14fc9972b63bcc40 \\\n" +
+			"    --identity recovery.key --proposer ann --text restore.txt\n" +
 			"  ssh-keygen -Y sign -n countersign-proposal-v1 -f ann.key restore.txt\n" +
-			"  countersignd restore the.backup --identity recovery.key --proposer ann --text restore.txt \\\n" +
-			"    --approval restore.txt.sig",
+			"  countersignd restore the.backup --appliance countersign/14fc9972b63bcc40 \\\n" +
+			"    --identity recovery.key --proposer ann --text restore.txt --approval restore.txt.sig",
 		Long: "Verifies a backup, and puts the files back that are missing here: the configuration, the policy\n" +
 			"and the records of a TPM's keys. Then says which keys are on their tokens, and what is lost, and\n" +
 			"writes a text. With the approvals of this text, as many as the backup's own operators need, the\n" +
@@ -213,7 +214,7 @@ func run(ctx context.Context, args []string, stdout io.Writer, stderr *logqueue.
 			"know nothing of each other's nonces. The clock must be right.",
 		Args: cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			restores.file, restores.identities = args[0], identities
+			restores.file, restores.identities, restores.scratch = args[0], identities, scratch
 			return restore(cmd.Context(), restores, stdout, stderr)
 		},
 	}
@@ -221,8 +222,11 @@ func run(ctx context.Context, args []string, stdout io.Writer, stderr *logqueue.
 		c.Flags().StringSliceVar(&identities, "identity", nil,
 			"the file with a private key of a recipient: of age-keygen, or of SSH; can be repeated")
 		c.MarkFlagRequired("identity")
+		c.Flags().StringVar(&scratch, "scratch", "", "the folder for the temporary folder (default: TMPDIR)")
 	}
-	verifyCmd.Flags().StringVar(&scratch, "scratch", "", "the folder for the temporary folder (default: TMPDIR)")
+	restoreCmd.Flags().StringVar(&restores.appliance, "appliance", "",
+		"the name of the appliance that you know, such as countersign/14fc9972b63bcc40")
+	restoreCmd.MarkFlagRequired("appliance")
 	restoreCmd.Flags().StringToStringVar(&restores.moved, "map", nil,
 		"OLD=NEW: the folder OLD of the backup is NEW here; can be repeated")
 	restoreCmd.Flags().StringVar(&restores.proposer, "proposer", "",

@@ -12,6 +12,7 @@ import (
 	"maps"
 	"os"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strings"
 	"time"
@@ -42,10 +43,12 @@ type openedBackup struct {
 // openBackup extracts a backup into a new folder inside of scratch and checks the backup: the
 // encryption, the hashes, the proof by the log's key, each page and event of the ledger, and each
 // checkpoint in it. The caller removes the folder.
-func openBackup(path string, identities []string, scratch string) (b openedBackup, err error) {
+func openBackup(
+	ctx context.Context, path string, identities []string, scratch string,
+) (b openedBackup, err error) {
 	var keys []backup.Identity
 	for _, file := range identities {
-		more, err := backup.ReadIdentities(file, passphraseOf(file))
+		more, err := backup.ReadIdentities(file, passphraseOf(ctx, file))
 		if err != nil {
 			return b, fmt.Errorf("--identity: %w", err)
 		}
@@ -56,7 +59,7 @@ func openBackup(path string, identities []string, scratch string) (b openedBacku
 		return b, err
 	}
 	defer f.Close()
-	if b.folder, err = os.MkdirTemp(scratch, scratchPrefix); err != nil {
+	if b.folder, err = os.MkdirTemp(scratch, ".backup-"); err != nil {
 		return b, err
 	}
 	defer func() {
@@ -65,7 +68,7 @@ func openBackup(path string, identities []string, scratch string) (b openedBacku
 			err = fmt.Errorf("%s: %w", path, err)
 		}
 	}()
-	if b.Contents, err = backup.Extract(f, keys, b.folder); err != nil {
+	if b.Contents, err = backup.Extract(untilEnd{ctx, f}, keys, b.folder); err != nil {
 		return b, err
 	}
 	if b.log, err = b.Manifest.Log(); err != nil {
@@ -86,14 +89,41 @@ func openBackup(path string, identities []string, scratch string) (b openedBacku
 	return b, b.withLedger(ledger.Options{}, b.checkLog)
 }
 
-func passphraseOf(file string) func() ([]byte, error) {
+// untilEnd is a file that can't be read any more when ctx ends: a signal removes what was
+// decrypted.
+type untilEnd struct {
+	ctx context.Context
+	*os.File
+}
+
+func (u untilEnd) Read(b []byte) (int, error) {
+	if err := u.ctx.Err(); err != nil {
+		return 0, err
+	}
+	return u.File.Read(b)
+}
+
+func passphraseOf(ctx context.Context, file string) func() ([]byte, error) {
 	return func() ([]byte, error) {
-		if !term.IsTerminal(int(os.Stdin.Fd())) {
+		stdin := int(os.Stdin.Fd())
+		state, err := term.GetState(stdin)
+		if err != nil {
 			return nil, errors.New("it has a passphrase, which is asked for at a terminal only")
 		}
 		fmt.Fprintf(os.Stderr, "Passphrase of %s: ", file)
 		defer fmt.Fprintln(os.Stderr)
-		return term.ReadPassword(int(os.Stdin.Fd()))
+		read := make(chan []byte, 1)
+		go func() {
+			b, _ := term.ReadPassword(stdin)
+			read <- b
+		}()
+		select {
+		case b := <-read:
+			return b, nil
+		case <-ctx.Done():
+			term.Restore(stdin, state)
+			return nil, ctx.Err()
+		}
 	}
 }
 
@@ -161,8 +191,8 @@ func (b openedBackup) describe(w io.Writer) {
 }
 
 // verifyBackup is countersignd backup verify.
-func verifyBackup(path string, identities []string, scratch string, stdout io.Writer) error {
-	b, err := openBackup(path, identities, scratch)
+func verifyBackup(ctx context.Context, path string, identities []string, scratch string, stdout io.Writer) error {
+	b, err := openBackup(ctx, path, identities, scratch)
 	if err != nil {
 		return err
 	}
@@ -177,14 +207,18 @@ func verifyBackup(path string, identities []string, scratch string, stdout io.Wr
 type restoring struct {
 	file       string
 	identities []string
+	appliance  string            // the name that the operator knows
+	scratch    string            // the folder for the temporary folder
 	moved      map[string]string // paths of the backup, and where they are now
 	proposer   string
 	text       string   // the file of the text to approve
 	approvals  []string // files with signatures of the text
 
 	// Opened before this process becomes the daemon's user.
+	ledger     *os.File // of the backup
 	textFile   *os.File
 	signatures []string
+	made       []string // folders that restore has made
 }
 
 // openText opens the file of the text, and reads the signatures.
@@ -198,6 +232,12 @@ func (r *restoring) openText() (err error) {
 	}
 	if r.textFile, err = os.OpenFile(r.text, how, 0o644); err != nil {
 		return fmt.Errorf("--text: %w", err)
+	}
+	if info, err := r.textFile.Stat(); err != nil {
+		return fmt.Errorf("--text: %w", err)
+	} else if len(r.approvals) == 0 && info.Size() > 0 {
+		return configError{fmt.Errorf("--text: %s has a text already: give its approvals with --approval, "+
+			"or name another file", r.text)}
 	}
 	for _, file := range r.approvals {
 		b, err := os.ReadFile(file)
@@ -213,7 +253,7 @@ func (r *restoring) openText() (err error) {
 func (r restoring) place(path string) string {
 	best := ""
 	for old := range r.moved {
-		if below(path, old) && len(old) > len(best) {
+		if (path == old || below(path, old)) && len(old) > len(best) {
 			best = old
 		}
 	}
@@ -224,38 +264,56 @@ func (r restoring) place(path string) string {
 }
 
 // configuration returns the configuration of the backup with the paths of this machine. A path is a
-// quoted text that is a moved path, or is below one.
+// quoted text that is absolute.
 func (r restoring) configuration(content []byte) []byte {
-	for _, old := range slices.SortedFunc(maps.Keys(r.moved), func(x, y string) int { return len(y) - len(x) }) {
-		for _, quote := range []string{`"`, `'`} {
-			for _, end := range []string{"/", quote} {
-				content = bytes.ReplaceAll(content, []byte(quote+old+end), []byte(quote+r.moved[old]+end))
-			}
-		}
-	}
-	return content
+	return quoted.ReplaceAllFunc(content, func(text []byte) []byte {
+		inside := string(text[1 : len(text)-1])
+		return slices.Concat(text[:1], []byte(r.place(inside)), text[:1])
+	})
 }
+
+var quoted = regexp.MustCompile(`"/[^"\\\n]*"|'/[^'\n]*'`)
 
 // restore is countersignd restore. Without approvals, restore puts the files of the backup back
 // that are missing here, says what comes back and what is lost, and writes the text to approve.
 // With the approvals of that text, restore puts the ledger in place.
 func restore(ctx context.Context, r restoring, stdout, stderr io.Writer) (err error) {
+	moved := map[string]string{}
 	for old, now := range r.moved {
 		if !filepath.IsAbs(old) || !filepath.IsAbs(now) {
 			return configError{fmt.Errorf("--map %s=%s: both must be absolute paths", old, now)}
 		}
+		moved[filepath.Clean(old)] = filepath.Clean(now)
 	}
+	r.moved = moved
 	if err := r.openText(); err != nil {
 		return err
 	}
-	b, err := openBackup(r.file, r.identities, "")
+	defer func() {
+		if info, err := os.Stat(r.text); err == nil && info.Size() == 0 && len(r.approvals) == 0 {
+			os.Remove(r.text)
+		}
+	}()
+	b, err := openBackup(ctx, r.file, r.identities, r.scratch)
 	if err != nil {
 		return err
 	}
 	defer func() { os.RemoveAll(b.folder) }()
 	b.describe(stdout)
+	// Anybody can make a backup of an appliance of his own, and what follows writes files.
+	if r.appliance != b.log.Name() {
+		return configError{fmt.Errorf("--appliance %q: this is a backup of %s: name the appliance by the log's "+
+			"key that you know", r.appliance, b.log.Name())}
+	}
 	at, err := r.putFiles(b, stdout)
 	if err != nil {
+		return err
+	}
+	if r.ledger, err = os.Open(b.ledger()); err != nil {
+		return err
+	}
+	defer r.ledger.Close()
+	if err := os.RemoveAll(b.folder); err != nil { // the daemon's user need not be able to do so
 		return err
 	}
 	return withConfig(at, func(c Config) error {
@@ -273,7 +331,11 @@ func restore(ctx context.Context, r restoring, stdout, stderr io.Writer) (err er
 
 // putFiles writes the files beside the ledger that are missing on this machine, and returns the
 // path of the configuration. A file with another content stays.
-func (r restoring) putFiles(b openedBackup, stdout io.Writer) (configuration string, err error) {
+func (r *restoring) putFiles(b openedBackup, stdout io.Writer) (configuration string, err error) {
+	allowed, configuration, err := r.files(b)
+	if err != nil {
+		return "", err
+	}
 	for i, f := range b.Manifest.Files {
 		if f.Kind == backup.Ledger {
 			continue
@@ -284,7 +346,9 @@ func (r restoring) putFiles(b openedBackup, stdout io.Writer) (configuration str
 		}
 		path := r.place(f.Path)
 		if f.Kind == backup.Configuration {
-			configuration, content = path, r.configuration(content)
+			content = r.configuration(content)
+		} else if !allowed(f.Kind, path) {
+			return "", fmt.Errorf("%w: its configuration does not name %s", backup.ErrDamaged, path)
 		}
 		switch there, err := os.ReadFile(path); {
 		case err == nil && bytes.Equal(there, content):
@@ -294,24 +358,65 @@ func (r restoring) putFiles(b openedBackup, stdout io.Writer) (configuration str
 		case !errors.Is(err, fs.ErrNotExist):
 			return "", err
 		default:
-			if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+			if err := r.makeFolder(filepath.Dir(path)); err != nil {
 				return "", err
 			}
-			if err := durable.Replace(path, content, fs.FileMode(f.Mode).Perm()); err != nil {
+			if err := durable.Replace(path, content, fs.FileMode(f.Mode)&0o664); err != nil {
 				return "", err
 			}
 			fmt.Fprintf(stdout, "%-12s %s was put back\n", "file", path)
 		}
 	}
-	if configuration == "" {
-		return "", fmt.Errorf("%w: it has no configuration", backup.ErrDamaged)
-	}
 	return configuration, nil
+}
+
+// makeFolder makes a folder that is missing, and those above it.
+func (r *restoring) makeFolder(path string) error {
+	if _, err := os.Stat(path); err == nil || !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	if err := r.makeFolder(filepath.Dir(path)); err != nil {
+		return err
+	}
+	r.made = append(r.made, path)
+	return os.Mkdir(path, 0o755)
+}
+
+// files returns which files the configuration of the backup names, and the path of the
+// configuration: no other file of a backup is put anywhere.
+func (r *restoring) files(b openedBackup) (allowed func(kind, path string) bool, at string, err error) {
+	var c Config
+	for i, f := range b.Manifest.Files {
+		if f.Kind != backup.Configuration {
+			continue
+		}
+		content, err := os.ReadFile(b.Contents.Files[i])
+		if err != nil {
+			return nil, "", err
+		}
+		if at != "" {
+			return nil, "", fmt.Errorf("%w: it has two configurations", backup.ErrDamaged)
+		}
+		at = r.place(f.Path)
+		if c, err = parseConfig(at, r.configuration(content)); err != nil {
+			return nil, "", err
+		}
+	}
+	if at == "" {
+		return nil, "", fmt.Errorf("%w: it has no configuration", backup.ErrDamaged)
+	}
+	named := c.backup()
+	return func(kind, path string) bool {
+		if kind == backup.TokenFile {
+			return slices.Contains(slices.Collect(maps.Values(named.States)), filepath.Dir(path))
+		}
+		return slices.ContainsFunc(named.Files, func(f backup.File) bool { return f.Kind == kind && f.Path == path })
+	}, at, nil
 }
 
 // giveFiles gives the folders and files of the tokens to the user of the key workers, and the
 // folder of the ledger to the daemon's user, where there are such users and root restores.
-func (r restoring) giveFiles(b openedBackup, c Config) error {
+func (r *restoring) giveFiles(b openedBackup, c Config) error {
 	if os.Geteuid() != 0 {
 		return nil
 	}
@@ -326,22 +431,20 @@ func (r restoring) giveFiles(b openedBackup, c Config) error {
 			continue
 		}
 		path := r.place(f.Path)
-		if err := errors.Join(os.Chmod(filepath.Dir(path), 0o700), give(filepath.Dir(path), c.keysUser),
-			give(path, c.keysUser)); err != nil {
+		if err := give(path, c.keysUser); err != nil {
 			return err
 		}
-	}
-	if err := errors.Join(give(b.folder, c.daemonUser), give(b.ledger(), c.daemonUser)); err != nil {
-		return err
+		if folder := filepath.Dir(path); slices.Contains(r.made, folder) {
+			if err := errors.Join(os.Chmod(folder, 0o700), give(folder, c.keysUser)); err != nil {
+				return err
+			}
+		}
 	}
 	folder := filepath.Dir(c.Ledger)
-	if _, err := os.Stat(folder); errors.Is(err, fs.ErrNotExist) {
-		if err := os.MkdirAll(folder, 0o700); err != nil {
-			return err
-		}
-		return give(folder, c.daemonUser)
+	if err := r.makeFolder(folder); err != nil || !slices.Contains(r.made, folder) {
+		return err
 	}
-	return nil
+	return errors.Join(os.Chmod(folder, 0o700), give(folder, c.daemonUser))
 }
 
 // scratchPrefix begins the names of temporary folders.
@@ -373,7 +476,8 @@ func lockFolder(folder string) (unlock func() error, err error) {
 type facts struct {
 	replaces string // the ledger that is in the way, or "none"
 	there    bool
-	lost     string // known of what is lost
+	hold     func() error // ends the lock of the ledger that is there
+	lost     string       // known of what is lost
 	missing  []string
 	kept     []string
 }
@@ -388,23 +492,24 @@ func (r restoring) restore(ctx context.Context, b openedBackup, c Config, stdout
 		return fmt.Errorf("%w; put back what is not in the backup, then restore again", err)
 	}
 	defer closeTokens(tokens, log)
-	found, err := r.look(ctx, b, c, tokens)
-	if err != nil {
-		return err
-	}
-	found.print(b, stdout)
 	unlock, err := lockFolder(filepath.Dir(c.Ledger))
 	if err != nil {
 		return err
 	}
 	defer unlock()
+	found, err := r.look(ctx, b, c, tokens)
+	if err != nil {
+		return err
+	}
+	defer found.hold() // until the restored ledger has its place: no daemon can begin with the one before
+	found.print(stdout)
 	folder, err := os.MkdirTemp(filepath.Dir(c.Ledger), scratchPrefix) // of the file system of the ledger
 	if err != nil {
 		return err
 	}
 	defer os.RemoveAll(folder)
 	path := filepath.Join(folder, "ledger.db")
-	if err := copyFile(b.ledger(), path); err != nil {
+	if err := copyFile(r.ledger, path); err != nil {
 		return err
 	}
 	l, err := ledger.Open(path, c.ledger())
@@ -423,15 +528,26 @@ func (r restoring) look(
 	ctx context.Context, b openedBackup, c Config, tokens map[string]keystore.Store,
 ) (f facts, err error) {
 	f.replaces, f.lost = "none", "unknown: all since "+b.Made().Format(time.RFC3339)
+	f.hold = func() error { return nil }
+	defer func() {
+		if err != nil {
+			f.hold()
+		}
+	}()
 	o := c.ledger()
 	o.AsIs = true
 	switch there, err := ledger.Open(c.Ledger, o); {
-	case errors.Is(err, ledger.ErrInUse):
-		return f, fmt.Errorf("%s: %w", c.Ledger, err)
 	case errors.Is(err, ledger.ErrMissing):
-	case err != nil: // damaged, or of another version: the reason for a restore
-		f.there, f.replaces = true, "a ledger that can't be read"
+	case errors.Is(err, ledger.ErrCorrupt):
+		f.there, f.replaces = true, "a damaged ledger"
+	case errors.Is(err, ledger.ErrOlder):
+		f.there, f.replaces = true, "a ledger of an older format, which was not read"
+	case errors.Is(err, ledger.ErrFormat):
+		f.there, f.replaces = true, "a ledger of another version, which was not read"
+	case err != nil: // in use, or it can't be opened now
+		return f, fmt.Errorf("%s: %w", c.Ledger, err)
 	default:
+		f.hold = there.Close
 		epoch, _, tree := there.Head()
 		root, _ := tree.Root()
 		end := there.End()
@@ -442,7 +558,9 @@ func (r restoring) look(
 		} else if end == since {
 			f.lost = "nothing of the ledger that is replaced"
 		}
-		if err := there.Close(); err != nil {
+	}
+	if f.there && strings.HasPrefix(f.replaces, "a ") {
+		if f.hold, err = lockFile(c.Ledger); err != nil {
 			return f, err
 		}
 	}
@@ -468,7 +586,7 @@ func (r restoring) look(
 	return f, nil
 }
 
-func (f facts) print(b openedBackup, w io.Writer) {
+func (f facts) print(w io.Writer) {
 	fmt.Fprintf(w, "%-12s %s\n", "replaces", f.replaces)
 	fmt.Fprintf(w, "%-12s %s\n", "lost", f.lost)
 	on := strings.Join(f.kept, ", ") + " are on their tokens"
@@ -537,7 +655,12 @@ func (r restoring) change(
 	if err != nil {
 		return false, err
 	}
-	after := ledger.RestoredAfter(time.Now(), c.Limits.ClockSkew.std())
+	now, skew := time.Now(), c.Limits.ClockSkew.std()
+	ledgers, _, _ := l.Clock()
+	if err := checkClock(now, skew, b.Made(), ledgers); err != nil {
+		return false, err
+	}
+	after := ledger.RestoredAfter(now, skew)
 	who := audit.Operator(fmt.Sprintf("uid:%d", c.startedBy))
 	err = l.Restore(ctx, after, who, func(tx *ledger.Tx) error {
 		if err := rebind(tx); err != nil {
@@ -560,6 +683,18 @@ func (r restoring) change(
 	fmt.Fprintf(stdout, "%-12s documents with a timestamp of at most %s are refused (restored)\n", "until",
 		time.Unix(after, 0).UTC().Format(time.RFC3339))
 	return true, nil
+}
+
+// checkClock refuses a clock that is behind what the backup knows: from the wrong time on,
+// documents of before would be taken for new ones.
+func checkClock(now time.Time, skew time.Duration, made, ledgers time.Time) error {
+	for _, known := range []time.Time{made, ledgers} {
+		if now.Before(known.Add(-skew)) {
+			return fmt.Errorf("the clock is wrong: it says %s, and the backup is of %s: set it, and restore again",
+				now.UTC().Format(time.RFC3339), known.UTC().Format(time.RFC3339))
+		}
+	}
+	return nil
 }
 
 // askFor writes the text to approve, and says how.
@@ -602,12 +737,7 @@ func (r restoring) approved(people operators.Offline, now *approval.Proposal) (
 	return p, all, err
 }
 
-func copyFile(from, to string) error {
-	source, err := os.Open(from)
-	if err != nil {
-		return err
-	}
-	defer source.Close()
+func copyFile(source io.Reader, to string) error {
 	f, err := os.OpenFile(to, os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o600)
 	if err != nil {
 		return err
@@ -619,23 +749,35 @@ func copyFile(from, to string) error {
 	return f.Sync()
 }
 
-// putLedger gives a ledger its place. The ledger in the way is kept beside it. After a crash, one
-// of the two has the place, whole.
+// putLedger gives a ledger its place. The ledger in the way gets another name first, beside the one
+// that it has. So after a crash the place has the one or the other, whole, and none is lost.
 func putLedger(path, place string, there bool, stdout io.Writer) error {
-	if !there {
-		if err := unix.Renameat2(unix.AT_FDCWD, path, unix.AT_FDCWD, place, unix.RENAME_NOREPLACE); err != nil {
+	folder := filepath.Dir(place)
+	kept := place + ".replaced-" + time.Now().UTC().Format("20060102T150405.000000Z")
+	if there {
+		if err := errors.Join(os.Link(place, kept), durable.Sync(folder)); err != nil {
 			return err
 		}
-		fmt.Fprintf(stdout, "restored     %s\n", place)
-		return durable.Sync(filepath.Dir(place))
 	}
-	kept := place + ".replaced-" + time.Now().UTC().Format("20060102T150405Z")
-	if err := unix.Renameat2(unix.AT_FDCWD, path, unix.AT_FDCWD, place, unix.RENAME_EXCHANGE); err != nil {
+	if err := errors.Join(os.Rename(path, place), durable.Sync(folder)); err != nil {
 		return err
 	}
-	if err := errors.Join(os.Rename(path, kept), durable.Sync(filepath.Dir(place))); err != nil {
-		return err
+	fmt.Fprintf(stdout, "restored     %s\n", place)
+	if there {
+		fmt.Fprintf(stdout, "%-12s %s has the ledger of before: never put it back\n", "kept", kept)
 	}
-	fmt.Fprintf(stdout, "restored     %s\n%-12s %s has the ledger of before: never put it back\n", place, "kept", kept)
 	return nil
+}
+
+// lockFile locks a file as an open ledger does.
+func lockFile(path string) (unlock func() error, err error) {
+	f, err := os.OpenFile(path, os.O_RDWR, 0)
+	if err != nil {
+		return nil, err
+	}
+	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+		f.Close()
+		return nil, fmt.Errorf("%s: %w", path, ledger.ErrInUse)
+	}
+	return f.Close, nil
 }

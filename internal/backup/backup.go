@@ -24,6 +24,7 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"slices"
 	"time"
 
 	"countersign/audit"
@@ -51,6 +52,8 @@ const (
 var (
 	// ErrRecipient: none of the identities is of a recipient.
 	ErrRecipient = errors.New("the backup is encrypted to other recipients than the identities given")
+	// ErrIdentity: an identity can't be used: a wrong passphrase, for instance.
+	ErrIdentity = errors.New("the identity can't be used")
 	// ErrDamaged: the file is not what an appliance has written.
 	ErrDamaged = errors.New("the backup is damaged, or is none")
 	// ErrNewer: a newer program has written the file.
@@ -65,6 +68,8 @@ const (
 	Authority     = "certificate authority"
 	TokenFile     = "token file" // of the folder of a TPM
 )
+
+var kinds = []string{Ledger, Configuration, Policy, Authority, TokenFile}
 
 // File is a file of a backup.
 type File struct {
@@ -161,6 +166,9 @@ func Bytes(f File, content []byte) Part {
 func Write(
 	w io.Writer, to []Recipient, m Manifest, parts []Part, prove func(digest string) (Proof, error),
 ) (Manifest, error) {
+	if len(parts) > maxFiles {
+		return m, fmt.Errorf("backup: %d files are more than %d", len(parts), maxFiles)
+	}
 	sealed, err := age.Encrypt(w, to...)
 	if err != nil {
 		return m, fmt.Errorf("backup: %w", err)
@@ -181,6 +189,9 @@ func Write(
 	encoded, err := json.Marshal(m)
 	if err != nil {
 		return m, fmt.Errorf("backup: %w", err)
+	}
+	if len(encoded) > maxDocument {
+		return m, fmt.Errorf("backup: the manifest has %d bytes, at most %d", len(encoded), maxDocument)
 	}
 	proof, err := prove(digestOf(encoded))
 	if err != nil {
@@ -240,6 +251,8 @@ func extract(r io.Reader, identities []Identity, folder string) (c Contents, err
 	opened, err := age.Decrypt(r, identities...)
 	if no := new(age.NoIdentityMatchError); errors.As(err, &no) {
 		return c, ErrRecipient
+	} else if errors.Is(err, ErrIdentity) {
+		return c, err
 	} else if err != nil {
 		return c, damaged(err)
 	}
@@ -349,6 +362,10 @@ func (c *Contents) check(manifest, proof []byte, files []read) error {
 		return damaged(errors.New("the manifest has other files than the archive"))
 	}
 	for i, f := range c.Manifest.Files {
+		if !slices.Contains(kinds, f.Kind) || (f.Kind == Ledger) != (i == 0) || !filepath.IsAbs(f.Path) ||
+			filepath.Clean(f.Path) != f.Path {
+			return damaged(fmt.Errorf("%.60q is no file of an appliance", f.Path))
+		}
 		if f.Size != files[i].size || f.SHA256 != hex.EncodeToString(files[i].sum.Sum(nil)) {
 			return damaged(fmt.Errorf("%s is not what the manifest says", f.Path))
 		}

@@ -195,7 +195,7 @@ func TestRecipients(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if _, err := extract(t, b, wrong...); err == nil || strings.Contains(err.Error(), "shut") {
+	if _, err := extract(t, b, wrong...); !errors.Is(err, backup.ErrIdentity) || strings.Contains(err.Error(), "shut") {
 		t.Errorf("a wrong passphrase: %v", err)
 	}
 }
@@ -366,6 +366,10 @@ func TestForgeries(t *testing.T) {
 		"another size":             changed(func(m *backup.Manifest) { m.Files[0].Size++ }),
 		"another hash":             changed(func(m *backup.Manifest) { m.Files[0].SHA256 = sum(nil) }),
 		"fewer files":              changed(func(m *backup.Manifest) { m.Files = m.Files[:1] }),
+		"another kind":             changed(func(m *backup.Manifest) { m.Files[1].Kind = "anything" }),
+		"two ledgers":              changed(func(m *backup.Manifest) { m.Files[1].Kind = backup.Ledger }),
+		"a relative path":          changed(func(m *backup.Manifest) { m.Files[1].Path = "p" }),
+		"a path upwards":           changed(func(m *backup.Manifest) { m.Files[1].Path = "/etc/../p" }),
 		"no ledger":                changed(func(m *backup.Manifest) { m.Files[0].Kind = backup.Policy }),
 		"format 0":                 changed(func(m *backup.Manifest) { m.Format = 0 }),
 	} {

@@ -81,5 +81,17 @@ func ReadIdentities(path string, passphrase func() ([]byte, error)) ([]Identity,
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w", path, err)
 	}
-	return []Identity{id}, nil
+	return []Identity{usable{id}}, nil
+}
+
+// usable keeps an identity that can't be used, for instance because of its passphrase, apart from a
+// damaged backup.
+type usable struct{ Identity }
+
+func (u usable) Unwrap(stanzas []*age.Stanza) ([]byte, error) {
+	key, err := u.Identity.Unwrap(stanzas)
+	if err != nil && !errors.Is(err, age.ErrIncorrectIdentity) {
+		err = fmt.Errorf("%w: %w", ErrIdentity, err)
+	}
+	return key, err
 }

@@ -141,9 +141,9 @@ func (g *guarded) SignBatch(ctx context.Context, batch []*keystore.Signing) {
 }
 
 // Records is the method of keystore.Recorder: no file, if the store is none.
-func (g *guarded) Records(ctx context.Context) (map[string][]byte, error) {
+func (g *guarded) Records(ctx context.Context, after string) (map[string][]byte, error) {
 	if r, ok := g.Store.(keystore.Recorder); ok {
-		return r.Records(ctx)
+		return r.Records(ctx, after)
 	}
 	return nil, nil
 }

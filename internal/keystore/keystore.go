@@ -352,8 +352,9 @@ type Key interface {
 // Recorder is a Store that keeps the keys of its device in files, encrypted by the device. A token
 // that keeps its keys itself has none.
 type Recorder interface {
-	// Records returns the files of the keys, by their names.
-	Records(ctx context.Context) (map[string][]byte, error)
+	// Records returns some files of the keys by their names: those after a name, in the order of
+	// the names. No file is the end.
+	Records(ctx context.Context, after string) (map[string][]byte, error)
 }
 
 // Counter is a Store with a monotonic counter in its device. No caller, and no restore of a backup,

@@ -255,9 +255,9 @@ func (p *Pool) Destroy(ctx context.Context, ref keystore.Ref, tag keystore.Tag) 
 	return nil
 }
 
-// Records returns the files of the keys, which only the key workers can read.
-func (p *Pool) Records(ctx context.Context) (all map[string][]byte, err error) {
-	err = p.request(ctx, false, call{Op: opRecords}, decodeInto(&all))
+// Records returns files of the keys, which only the key workers can read.
+func (p *Pool) Records(ctx context.Context, after string) (all map[string][]byte, err error) {
+	err = p.request(ctx, false, call{Op: opRecords, Path: after}, decodeInto(&all))
 	return all, err
 }
 

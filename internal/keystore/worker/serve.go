@@ -266,7 +266,7 @@ func (w *server) do(ctx context.Context, c call) ([]byte, error) {
 		}
 	case opRecords:
 		if store, ok := w.store.(keystore.Recorder); ok {
-			answer, err = store.Records(ctx)
+			answer, err = store.Records(ctx, c.Path)
 		}
 	case opDefine, opRead, opIncrement:
 		answer, err = w.counterOp(ctx, c.Op, c.Owner)
