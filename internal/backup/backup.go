@@ -253,8 +253,8 @@ func extract(r io.Reader, identities []Identity, folder string) (c Contents, err
 		return c, ErrRecipient
 	} else if errors.Is(err, ErrIdentity) {
 		return c, err
-	} else if err != nil {
-		return c, damaged(err)
+	} else if err != nil { // the text of age has a part of the file, which may be a PIN
+		return c, fmt.Errorf("%w: it is no file of age, or its header was changed", ErrDamaged)
 	}
 	archive := tar.NewReader(opened)
 	var files []read

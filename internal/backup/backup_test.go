@@ -414,3 +414,14 @@ func TestFailedParts(t *testing.T) {
 type failing struct{ err error }
 
 func (f failing) Write([]byte) (int, error) { return 0, f.err }
+
+// TestErrorsHaveNoContent: a file that was named by mistake is not shown.
+func TestErrorsHaveNoContent(t *testing.T) {
+	const pin = "4711081547110815"
+	for _, text := range []string{pin, "age-encryption.org/v1\n-> " + pin + "\n", "age-encryption.org/v1\n" + pin} {
+		_, err := extract(t, []byte(text), identity(t))
+		if !errors.Is(err, backup.ErrDamaged) || strings.Contains(err.Error(), pin[:6]) {
+			t.Errorf("%v", err)
+		}
+	}
+}
