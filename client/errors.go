@@ -2,6 +2,7 @@ package client
 
 import (
 	"errors"
+	"fmt"
 
 	"countersign/wire"
 )
@@ -41,7 +42,7 @@ var (
 	// The log was set back, for example by an old backup, or the appliance shows different logs to
 	// different peers. The appliance may then have signed two documents under one nonce. Only
 	// people may go on, with a new Config.LogCheckpoint. Errors that wrap ErrForkedLog also wrap
-	// ErrUnproven.
+	// ErrUnproven, and a *LostEvents where the appliance has proven that the log ended earlier.
 	ErrForkedLog = errors.New("the audit log does not continue the log that was seen before")
 	// ErrBrokenLine: a version of a key does not follow from the pinned version. Signatures of the
 	// version must not be trusted: a thief of the old key may have made the version. Only people
@@ -112,6 +113,19 @@ var (
 	ErrTooLarge = refusal(wire.CodeTooLarge)
 )
 
+// LostEvents is part of an ErrForkedLog: the epoch has ended before the last event that the client
+// has seen of it, as after a restore from a backup. The events of the epoch's tree from leaf From
+// on and before leaf To are gone; the appliance may know none of their nonces.
+type LostEvents struct {
+	Epoch    uint32
+	From, To uint64
+}
+
+func (l *LostEvents) Error() string {
+	return fmt.Sprintf("the events of epoch %d from leaf %d on, up to leaf %d, are gone: "+
+		"the appliance was restored from an older state", l.Epoch, l.From, l.To-1)
+}
+
 // Error is a refusal of the appliance. Its Code is one of the codes of package wire.
 type Error = wire.Error
 
@@ -132,4 +146,9 @@ func (l later) Is(target error) bool {
 	}
 	_, refusal := target.(*Error)
 	return !refusal && errors.Is(l.err, target)
+}
+
+func (l later) As(target any) bool {
+	lost, is := target.(**LostEvents)
+	return is && errors.As(l.err, lost)
 }

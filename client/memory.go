@@ -113,6 +113,9 @@ func (c *Client) continues(ctx context.Context, before, after audit.Checkpoint) 
 		if err != nil {
 			return forked(before, after, err)
 		}
+		if final.Size < before.Size {
+			return forked(before, after, &LostEvents{final.Epoch, final.Size, before.Size})
+		}
 		if err := c.continuesTree(ctx, before, final); err != nil {
 			return err
 		}

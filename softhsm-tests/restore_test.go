@@ -145,6 +145,13 @@ func TestRestore(t *testing.T) {
 		t.Fatal(err)
 	}
 	backup := s.newBackup()
+	config := s.clientConfig()
+	config.LogKey, config.LogCheckpoint = s.must("admin", "audit", "key"), s.path("log.checkpoint")
+	remembers, err := client.Dial(t.Context(), config)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer remembers.Close()
 	if out := s.must("admin", "backup", "list"); !strings.Contains(out, filepath.Base(backup)) {
 		t.Errorf("backup list: %s", out)
 	}
@@ -156,7 +163,7 @@ func TestRestore(t *testing.T) {
 		!strings.Contains(errOut, "not_found") {
 		t.Errorf("backup get of something else: %d %s", code, errOut)
 	}
-	if _, err := s.dial().Sign(t.Context(), "payments", lost); err != nil {
+	if _, err := remembers.Sign(t.Context(), "payments", lost); err != nil {
 		t.Fatal(err)
 	}
 	p.stop()
@@ -196,6 +203,11 @@ func TestRestore(t *testing.T) {
 		}
 		return err == nil
 	})
+	gone := new(client.LostEvents)
+	_, err = remembers.Sign(t.Context(), "payments", message("DDDD"))
+	if !errors.Is(err, client.ErrForkedLog) || !errors.As(err, &gone) || gone.Epoch != 0 || gone.From >= gone.To {
+		t.Errorf("a peer that remembers the log of before: %v", err)
+	}
 	if _, err := c.Sign(t.Context(), "payments", lost); !errors.Is(err, client.ErrRestored) {
 		t.Errorf("later, what was admitted after the backup: %v", err)
 	}
