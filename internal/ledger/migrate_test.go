@@ -11,6 +11,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -233,14 +234,14 @@ func TestPowerCutsDuringAMigration(t *testing.T) {
 	}
 	disk.Unmount()
 	want := contents(t, old)
-	copies := 0
+	var copies atomic.Int64 // disks are judged at the same time
 	r := disktest.Explore(t, disk.Record(), disktest.Options{Total: 2000, States: 60}, func(dir string, at int) error {
 		if at < begin {
 			return nil
 		}
 		kept, err := os.ReadFile(filepath.Join(dir, fmt.Sprintf("ledger.db.format-%d", ledger.Oldest)))
 		if err == nil {
-			if copies++; contents(t, kept) != want {
+			if copies.Add(1); contents(t, kept) != want {
 				return errors.New("the copy is not whole")
 			}
 		} else if !errors.Is(err, os.ErrNotExist) {
@@ -259,8 +260,8 @@ func TestPowerCutsDuringAMigration(t *testing.T) {
 		}
 		return nil
 	})
-	t.Logf("explored %d states, %d with a copy", r.States, copies)
-	if r.States < 50 || copies == 0 || copies == r.States {
-		t.Errorf("%d states, %d with a copy", r.States, copies)
+	t.Logf("explored %d states, %d with a copy", r.States, copies.Load())
+	if n := int(copies.Load()); r.States < 50 || n == 0 || n == r.States {
+		t.Errorf("%d states, %d with a copy", r.States, n)
 	}
 }
