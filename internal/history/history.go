@@ -152,8 +152,12 @@ func (h *History) Run(ctx context.Context, m *meter.Meter) {
 	}
 }
 
-// take writes the step that has ended at about now.
+// take writes the step that has ended at about now. What a start shortly before the end of a step
+// has counted goes into the next one.
 func (h *History) take(now time.Time, d *Deriver, r *meter.Reading) {
+	if !d.at.IsZero() && r.At.Sub(d.at) < time.Second {
+		return
+	}
 	values, elapsed := d.Next(r)
 	step := Rings[0].Step
 	end := (now.Unix() + step/2) / step * step

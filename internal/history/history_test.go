@@ -514,6 +514,39 @@ func TestRun(t *testing.T) {
 	})
 }
 
+// TestStartBeforeTheEndOfAStep counts acts in the moment between a start and the end of a step.
+func TestStartBeforeTheEndOfAStep(t *testing.T) {
+	for _, before := range []time.Duration{time.Millisecond, 500 * time.Millisecond, time.Second} {
+		synctest.Test(t, func(t *testing.T) {
+			time.Sleep(10*time.Second - before)
+			m := meter.New("test")
+			h := Open(tempFile(t), silent)
+			defer h.Close()
+			ctx, cancel := context.WithTimeout(t.Context(), 15*time.Second)
+			defer cancel()
+			done := make(chan struct{})
+			go func() { h.Run(ctx, m); close(done) }()
+			synctest.Wait()
+			m.Add(meter.Requests, "sign", "ok")
+			<-done
+			a, err := h.Read(time.Now(), Query{Series: []string{"signatures"}, Since: time.Now().Unix() - 60,
+				Until: time.Now().Unix(), Step: 10})
+			if err != nil {
+				t.Fatal(err)
+			}
+			signed := 0.0
+			for i, v := range a.Series[0].Values {
+				if v == v {
+					signed += float64(v) * float64(a.Measured[i])
+				}
+			}
+			if math.Abs(signed-1) > .1 {
+				t.Errorf("started %v before the end of a step: %v signatures, want 1", before, signed)
+			}
+		})
+	}
+}
+
 // TestRatesNeedTwoReadings: a first reading, a reading after a long time and a counter that begins
 // anew give no rate.
 func TestRatesNeedTwoReadings(t *testing.T) {
