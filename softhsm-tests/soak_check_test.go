@@ -585,8 +585,11 @@ func (k *soak) checkOwnAlerts() {
 	}
 	var changes []change
 	fired, last := map[string]bool{}, map[string]audit.Type{}
+	away := false
 	k.walk(k.first, func(e api.Event) {
 		switch e.Type {
+		case audit.DeviceUnavailable:
+			away = true
 		case audit.AlertFiring, audit.AlertResolved, audit.AlertRepeated:
 			code := strings.TrimPrefix(e.Resource, "alert/")
 			of := code + " " + e.Metadata["subject"]
@@ -609,6 +612,8 @@ func (k *soak) checkOwnAlerts() {
 	must, may := ownMust, ownMay
 	if k.lasts >= soakOutages {
 		must, may = slices.Concat(must, ownMustInOutage), slices.Concat(may, ownMayInOutage)
+	} else if away { // a fault of both key workers, which wait longer after each restart
+		may = slices.Concat(may, ownMustInOutage, ownMayInOutage)
 	}
 	if k.hasCause("sandbox-incomplete") { // an older kernel
 		must = append(slices.Clone(must), "sandbox-incomplete warning")
