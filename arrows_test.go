@@ -72,7 +72,10 @@ var arrows = map[string]room{
 			internal/manage internal/pubkey internal/requestid wire`,
 		outside: "golang.org/x/time",
 	},
-	"internal/backup": {ours: "audit internal/keystore", outside: "filippo.io/age golang.org/x/crypto"},
+	"internal/backup": {
+		ours:    "audit internal/durable internal/keystore",
+		outside: "filippo.io/age golang.org/x/crypto golang.org/x/sys/unix",
+	},
 	"internal/anchor": {
 		ours: `audit internal/cause internal/gate internal/keystore internal/ledger internal/manage
 			internal/requestid internal/resource`,

@@ -91,7 +91,7 @@ func TestModulePath(t *testing.T) {
 	// Names on the wire, on tokens and on the machine stay.
 	for use, text := range map[string]string{
 		"the prologue":         `"countersign-v1"`,
-		"the origin of a log":  `"countersign/" + hex.`,
+		"the origin of a log":  `"countersign/" + l.ID()`,
 		"the label of a key":   `"countersign/"` + "\n",
 		"the text of an act":   `"countersign-proposal-v1"`,
 		"the admin API's path": `"/run/countersign/admin.sock"`,

@@ -19,8 +19,7 @@ func backupDoc(b appliance.BackupInfo) api.Backup {
 }
 
 func (s *server) createBackup(ctx context.Context, who caller, _ *none) (api.MadeBackup, error) {
-	// A backup can take longer than requestTimeout. The caller waits for the result.
-	made, err := s.Appliance.Backup(context.WithoutCancel(ctx), who.actor())
+	made, err := s.Appliance.Backup(ctx, who.actor()) // also longer than requestTimeout
 	if err != nil {
 		return api.MadeBackup{}, err
 	}

@@ -2,7 +2,6 @@ package appliance
 
 import (
 	"context"
-	"strings"
 
 	"countersign/internal/alert"
 	"countersign/internal/cause"
@@ -23,8 +22,7 @@ func (a *Appliance) openAlerts(ctx context.Context, c Config) (err error) {
 		if err != nil {
 			return ""
 		}
-		_, id, _ := strings.Cut(log.Name(), "/")
-		return id
+		return log.ID()
 	}
 	var receivers []alert.Receiver
 	for _, t := range c.Webhooks {

@@ -11,9 +11,7 @@ import (
 	"maps"
 	"os"
 	"path/filepath"
-	"regexp"
 	"slices"
-	"strings"
 	"sync/atomic"
 	"time"
 
@@ -38,7 +36,8 @@ type BackupConfig struct {
 	Files    []backup.File // beside the ledger: kinds and paths
 	Left     []backup.Left // files that the configuration names and no backup has
 	States   map[string]string
-	Version  string // of the program
+	Version  string          // of the program
+	Ship     *backup.Shipper // of the ledger's lists of writes to Folder; nil: none are shipped
 }
 
 // BackupKeep is how many backups are kept: the newest of each of the last days, weeks and months
@@ -64,10 +63,11 @@ type BackupMade struct {
 type backups struct {
 	BackupConfig
 	making  manage.Lock
-	failure atomic.Pointer[error] // of the last backup; nil after a good one
-	away    atomic.Pointer[error] // of the last look at the folder
-	newest  atomic.Int64          // time of the newest backup, Unix seconds; 0: none is known
-	halted  atomic.Bool           // the daemon stops, and must not wait for a backup
+	failure atomic.Pointer[error]  // of the last backup; nil after a good one
+	away    atomic.Pointer[error]  // of the last look at the folder
+	newest  atomic.Int64           // time of the newest backup, Unix seconds; 0: none is known
+	base    atomic.Pointer[string] // name of the backup that the shipped lists follow, or nil
+	halted  atomic.Bool            // the daemon stops, and must not wait for a backup
 }
 
 var errHalted = errors.New("the daemon stops")
@@ -85,21 +85,6 @@ func (h halting) Write(b []byte) (int, error) {
 	return h.Writer.Write(b)
 }
 
-// backupSuffix ends the names of backups. A file that is being written has partSuffix behind it.
-const (
-	backupSuffix = ".backup"
-	partSuffix   = ".part"
-	backupTime   = "20060102T150405Z"
-)
-
-// backupName returns the name of a backup: the log's id tells backups of several appliances apart.
-func backupName(log audit.Log, made time.Time) string {
-	_, id, _ := strings.Cut(log.Name(), "/")
-	return "countersign-" + id + "-" + made.UTC().Format(backupTime) + backupSuffix
-}
-
-var backupNames = regexp.MustCompile(`^countersign-([0-9a-f]{16})-([0-9]{8}T[0-9]{6}Z)` + backupSuffix + `$`)
-
 // Backup makes a backup in the folder of the configuration. Admissions go on meanwhile. A file of
 // the final name is whole. A failure is an event, and a cause of the state until a backup is made.
 func (a *Appliance) Backup(ctx context.Context, who audit.Actor) (made BackupMade, err error) {
@@ -108,14 +93,18 @@ func (a *Appliance) Backup(ctx context.Context, who audit.Actor) (made BackupMad
 		return made, fmt.Errorf("%w: the configuration has no folder and recipients for backups: "+
 			"set folder and recipients of [backup]", manage.ErrConflict)
 	}
-	select {
-	case b.making <- struct{}{}:
-		defer b.making.Release()
-		return a.makeBackup(context.WithoutCancel(ctx), who)
-	default: // callers that have left must not stand in line with a backup each
+	// The backup of the daemon's start is short. Callers do not stand in line for longer.
+	waiting, cancel := context.WithTimeout(ctx, backupWait)
+	defer cancel()
+	if err := b.making.Acquire(waiting); err != nil {
 		return made, fmt.Errorf("%w: a backup is being made: see countersign admin backup list", manage.ErrConflict)
 	}
+	defer b.making.Release()
+	return a.makeBackup(context.WithoutCancel(ctx), who)
 }
+
+// backupWait is the longest wait for another backup.
+const backupWait = 3 * time.Second
 
 func (a *Appliance) makeBackup(ctx context.Context, who audit.Actor) (made BackupMade, err error) {
 	b := &a.backups
@@ -125,11 +114,11 @@ func (a *Appliance) makeBackup(ctx context.Context, who audit.Actor) (made Backu
 	}
 	began := time.Now()
 	for { // a name has one second
-		made.Name = backupName(log, began)
+		made.Name = backup.Whole.Name(log.ID(), began)
 		if _, err := os.Lstat(filepath.Join(b.Folder, made.Name)); err != nil {
 			break
 		}
-		sleepUntil(ctx, began.Truncate(time.Second).Add(time.Second))
+		sleepUntil(ctx, began.Truncate(time.Second).Add(time.Second), nil)
 		began = time.Now()
 	}
 	made.Made = began.UTC().Truncate(time.Second)
@@ -147,7 +136,7 @@ func (a *Appliance) makeBackup(ctx context.Context, who audit.Actor) (made Backu
 		err = errors.Join(err, recorded)
 	}()
 	path := filepath.Join(b.Folder, made.Name)
-	part := path + partSuffix
+	part := path + backup.PartSuffix
 	if err := b.removeParts(log); err != nil {
 		return made, err
 	}
@@ -186,18 +175,35 @@ func (a *Appliance) makeBackup(ctx context.Context, who audit.Actor) (made Backu
 		return made, err
 	}
 	made.Size, made.Took = info.Size(), time.Since(began)
-	return made, durable.Sync(b.Folder)
+	if err := durable.Sync(b.Folder); err != nil || b.Ship == nil {
+		return made, err
+	}
+	b.base.Store(&made.Name)
+	b.Ship.Base(made.Manifest.Lists)
+	return made, a.pruneLists(log)
+}
+
+// pruneLists removes the lists of writes of before the newest backup but one: if the newest can't
+// be read, the one before leads to the present, too.
+func (a *Appliance) pruneLists(log audit.Log) error {
+	all, err := a.Backups()
+	if err != nil || len(all) == 0 {
+		return err
+	}
+	return backup.PruneLists(a.backups.Folder, log.ID(), all[min(1, len(all)-1)].Made)
 }
 
 // removeParts removes what a daemon that was killed has left of its backups.
 func (b *backups) removeParts(log audit.Log) error {
-	_, id, _ := strings.Cut(log.Name(), "/")
-	parts, err := filepath.Glob(filepath.Join(b.Folder, "countersign-"+id+"-*"+backupSuffix+partSuffix))
+	entries, err := os.ReadDir(b.Folder)
 	if err != nil {
 		return err
 	}
-	for _, part := range parts {
-		if err := os.Remove(part); err != nil && !errors.Is(err, fs.ErrNotExist) {
+	for _, e := range entries {
+		if _, ok := (backup.Whole + backup.PartSuffix).Begun(e.Name(), log.ID()); !ok {
+			continue
+		}
+		if err := os.Remove(filepath.Join(b.Folder, e.Name())); err != nil && !errors.Is(err, fs.ErrNotExist) {
 			return err
 		}
 	}
@@ -249,8 +255,11 @@ func (a *Appliance) backupParts(
 	}
 	m = backup.Manifest{
 		Version: b.Version, LogKey: hex.EncodeToString(logKey.Info().PublicKey), MadeMS: made.UnixMilli(),
-		Epoch: c.Epoch, First: c.First, Size: c.Tree.Size, Root: root.String(),
+		Epoch: c.Epoch, First: c.First, Size: c.Tree.Size, Root: root.String(), Lists: c.Lists,
 		Left: slices.Concat([]backup.Left{}, b.Left), Keys: []backup.Key{},
+	}
+	if b.Ship != nil {
+		m.ListsKey = hex.EncodeToString(b.Ship.PublicKey())
 	}
 	for _, k := range a.Keys.All() {
 		info := k.Info()
@@ -324,14 +333,9 @@ func (a *Appliance) Backups() (all []BackupInfo, err error) {
 	if err != nil {
 		return nil, err
 	}
-	_, id, _ := strings.Cut(log.Name(), "/")
 	for _, e := range entries {
-		m := backupNames.FindStringSubmatch(e.Name())
-		if m == nil || m[1] != id {
-			continue
-		}
-		made, err := time.Parse(backupTime, m[2])
-		if err != nil {
+		made, ok := backup.Whole.Begun(e.Name(), log.ID())
+		if !ok {
 			continue
 		}
 		info, err := e.Info()
@@ -407,20 +411,31 @@ func (a *Appliance) PruneBackups(ctx context.Context, who audit.Actor, dry bool)
 	return removed, durable.Sync(a.backups.Folder)
 }
 
-// backupRetry is the time after a failed backup of the schedule.
-const backupRetry = 10 * time.Minute
+// Times of the backups that the daemon makes by itself.
+const (
+	backupRetry = 10 * time.Minute // after one that failed
+	baseEvery   = 2 * time.Minute  // between two for the lists of writes: a daemon may end again and again
+)
 
-// keepBackups makes the backups of the schedule until ctx ends. A backup that was missed while the
-// daemon was down is made at once.
+// keepBackups makes the backups of the schedule until ctx ends, and those that the lists of writes
+// need: each start begins a chain of lists. A backup that was missed while the daemon was down is
+// made at once.
 func (a *Appliance) keepBackups(ctx context.Context) {
 	b := &a.backups
-	if b.Folder == "" || b.Schedule == "" {
+	if b.Folder == "" || b.Schedule == "" && b.Ship == nil {
 		return
+	}
+	var broken <-chan struct{}
+	if b.Ship != nil {
+		broken = b.Ship.Broken()
 	}
 	for {
 		due, err := a.nextBackup(time.Now())
-		if err == nil && !sleepUntil(ctx, due) {
-			return
+		if err == nil && !sleepUntil(ctx, due, broken) {
+			if ctx.Err() != nil {
+				return
+			}
+			continue // the time may be another now
 		}
 		if err == nil {
 			_, err = a.Backup(ctx, audit.Daemon())
@@ -430,7 +445,7 @@ func (a *Appliance) keepBackups(ctx context.Context) {
 		}
 		if err != nil && ctx.Err() == nil {
 			a.log.Error("a backup of the schedule was not made; a retry follows", "err", err, "in", backupRetry)
-			sleepUntil(ctx, time.Now().Add(backupRetry))
+			sleepUntil(ctx, time.Now().Add(backupRetry), nil)
 		}
 		if ctx.Err() != nil {
 			return
@@ -438,11 +453,26 @@ func (a *Appliance) keepBackups(ctx context.Context) {
 	}
 }
 
+// never is a time that no daemon waits for.
+const never = 100 * 365 * 24 * time.Hour
+
 // nextBackup returns the time of the next backup: now, if none was made since the last tick.
 func (a *Appliance) nextBackup(now time.Time) (time.Time, error) {
 	all, err := a.Backups()
 	if err != nil {
 		return now, err
+	}
+	if b := &a.backups; b.Ship != nil && b.Ship.NeedsBase() {
+		if len(all) == 0 {
+			return now, nil
+		}
+		// Of a clock that was set back, the newest backup can be of a time to come.
+		if early := all[0].Made.Add(baseEvery); early.After(now) && early.Sub(now) <= baseEvery {
+			return early, nil
+		}
+		return now, nil
+	} else if b.Schedule == "" {
+		return now.Add(never), nil
 	}
 	last, err := schedule.Last(a.backups.Schedule, now)
 	if err != nil {
@@ -454,8 +484,9 @@ func (a *Appliance) nextBackup(now time.Time) (time.Time, error) {
 	return schedule.Next(a.backups.Schedule, now)
 }
 
-// sleepUntil waits for a time by the system's clock, in steps that follow a clock that is set.
-func sleepUntil(ctx context.Context, at time.Time) bool {
+// sleepUntil waits for a time by the system's clock, in steps that follow a clock that is set, or
+// until wake has a value. sleepUntil reports whether the time has come.
+func sleepUntil(ctx context.Context, at time.Time, wake <-chan struct{}) bool {
 	for {
 		left := time.Until(at.Round(0))
 		if left <= 0 {
@@ -463,6 +494,8 @@ func sleepUntil(ctx context.Context, at time.Time) bool {
 		}
 		select {
 		case <-time.After(min(left, time.Minute)):
+		case <-wake:
+			return false
 		case <-ctx.Done():
 			return false
 		}
@@ -486,7 +519,7 @@ func (a *Appliance) watchBackups(ctx context.Context) {
 		case <-ctx.Done():
 			return
 		}
-		if !sleepUntil(ctx, time.Now().Add(lookEvery)) {
+		if !sleepUntil(ctx, time.Now().Add(lookEvery), nil) {
 			return
 		}
 	}
@@ -494,6 +527,7 @@ func (a *Appliance) watchBackups(ctx context.Context) {
 
 func (a *Appliance) lookAtBackups() {
 	b := &a.backups
+	base := b.base.Load()
 	all, err := a.Backups()
 	if err != nil {
 		err = fmt.Errorf("the folder of backups: %w", err)
@@ -501,6 +535,10 @@ func (a *Appliance) lookAtBackups() {
 		return
 	}
 	b.away.Store(nil)
+	named := func(i BackupInfo) bool { return i.Name == *base }
+	if base != nil && !slices.ContainsFunc(all, named) && b.base.CompareAndSwap(base, nil) {
+		b.Ship.Lost()
+	}
 	if len(all) > 0 {
 		b.newest.Store(all[0].Made.Unix())
 	} else {
@@ -508,12 +546,44 @@ func (a *Appliance) lookAtBackups() {
 	}
 }
 
-// backupCauses is the failure of the last backup, or a folder that is away.
-func (a *Appliance) backupCauses() []cause.Cause {
-	for _, err := range []*error{a.backups.away.Load(), a.backups.failure.Load()} {
+// shipLists begins to write the lists of writes beside the backups. Their end is the end of the
+// ledger.
+func (a *Appliance) shipLists() {
+	ship := a.backups.Ship
+	if ship == nil {
+		return
+	}
+	log, _, err := a.Log()
+	if err != nil { // Behind says so later
+		a.log.Error("no lists of writes are shipped", "err", err)
+		return
+	}
+	ship.Begin(log.ID())
+}
+
+// listsLate is the age of a write without a restore that makes a cause: a daemon that starts again
+// soon after a backup waits for baseEvery.
+const listsLate = 3 * time.Minute
+
+// backupCauses is the failure of the last backup, or a folder that is away, and writes that no
+// restore would have.
+func (a *Appliance) backupCauses() (causes []cause.Cause) {
+	b := &a.backups
+	for _, err := range []*error{b.away.Load(), b.failure.Load()} {
 		if err != nil {
-			return []cause.Cause{cause.Backup.Of("", "%v", *err)}
+			causes = append(causes, cause.Backup.Of("", "%v", *err))
+			break
 		}
 	}
-	return nil
+	if b.Ship == nil {
+		return causes
+	}
+	if age, err := b.Ship.Behind(); age > listsLate {
+		why := "a backup that they follow is not there yet"
+		if err != nil {
+			why = err.Error()
+		}
+		causes = append(causes, cause.Lists.Of("", "a restore would lose the last %v: %s", age.Round(time.Second), why))
+	}
+	return causes
 }

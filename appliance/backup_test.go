@@ -113,7 +113,8 @@ func TestBackup(t *testing.T) {
 	if err != nil || len(all) != 1 || all[0].Name != made.Name || all[0].Size != made.Size {
 		t.Errorf("%+v, %v", all, err)
 	}
-	if _, err := os.Stat(filepath.Join(r.backups.Folder, made.Name+partSuffix)); !errors.Is(err, fs.ErrNotExist) {
+	part := filepath.Join(r.backups.Folder, made.Name+backup.PartSuffix)
+	if _, err := os.Stat(part); !errors.Is(err, fs.ErrNotExist) {
 		t.Errorf("a part is left: %v", err)
 	}
 	if info, err := os.Stat(filepath.Join(r.backups.Folder, made.Name)); err != nil || info.Mode() != 0o600 {
@@ -180,7 +181,7 @@ func TestFailedBackup(t *testing.T) {
 func TestSpareBackups(t *testing.T) {
 	var all []BackupInfo // three a day for 100 days, the newest first
 	for at := time.Date(2026, 11, 29, 18, 0, 0, 0, time.UTC); len(all) < 300; at = at.Add(-8 * time.Hour) {
-		all = append(all, BackupInfo{Name: at.Format(backupTime), Made: at})
+		all = append(all, BackupInfo{Name: at.Format("20060102T150405Z"), Made: at})
 	}
 	kept := func(k BackupKeep) (days []string) {
 		spare := map[string]bool{}
@@ -225,9 +226,9 @@ func TestPruneBackups(t *testing.T) {
 	now := time.Now()
 	var mine []string
 	for _, ago := range []time.Duration{0, time.Hour, 72 * time.Hour} {
-		mine = append(mine, backupName(log, now.Add(-ago)))
+		mine = append(mine, backup.Whole.Name(log.ID(), now.Add(-ago)))
 	}
-	others := []string{"countersign-0123456789abcdef-20200101T000000Z.backup", "notes.txt", mine[0] + partSuffix}
+	others := []string{"countersign-0123456789abcdef-20200101T000000Z.backup", "notes.txt", mine[0] + backup.PartSuffix}
 	for _, name := range append(slices.Clone(mine), others...) {
 		if err := os.WriteFile(filepath.Join(r.backups.Folder, name), nil, 0o600); err != nil {
 			t.Fatal(err)
@@ -279,7 +280,7 @@ func TestNextBackup(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	name := func(at time.Time) string { return filepath.Join(r.backups.Folder, backupName(log, at)) }
+	name := func(at time.Time) string { return filepath.Join(r.backups.Folder, backup.Whole.Name(log.ID(), at)) }
 	old := time.Date(2026, 11, 30, 2, 16, 59, 0, time.UTC)
 	if err := os.WriteFile(name(old), nil, 0o600); err != nil {
 		t.Fatal(err)

@@ -48,16 +48,15 @@ func (a *Appliance) hooksOf() (all []hook, err error) {
 	if err != nil {
 		return nil, err
 	}
-	_, id, _ := strings.Cut(log.Name(), "/")
 	compromises, rotations := a.Keys.News()
 	for _, n := range compromises {
 		all = append(all, hook{
-			fmt.Sprintf("compromise_%s_%s_%d", id, n.Name, n.Version),
+			fmt.Sprintf("compromise_%s_%s_%d", log.ID(), n.Name, n.Version),
 			n.Ref.String(), n.Ref, webhook.Compromises, n.Event,
 		})
 	}
 	for _, n := range rotations {
-		message := fmt.Sprintf("rotation_%s_%s_%d", id, n.Name, n.Version)
+		message := fmt.Sprintf("rotation_%s_%s_%d", log.ID(), n.Name, n.Version)
 		if n.Change > 0 { // moved or called off: a message of its own
 			message += fmt.Sprintf("_change%d", n.Change)
 		}

@@ -90,6 +90,10 @@ func (a *Appliance) measureBackups(s *meter.Sample) {
 	if newest := a.backups.newest.Load(); newest != 0 {
 		s.Set(meter.BackupAge, time.Since(time.Unix(newest, 0)).Seconds())
 	}
+	if ship := a.backups.Ship; ship != nil {
+		behind, _ := ship.Behind()
+		s.Set(meter.BackupBehind, behind.Seconds())
+	}
 }
 
 // measureLedger leaves out what can't be read: an absent series is no zero.

@@ -83,6 +83,7 @@ func (a *Appliance) Serve(ctx context.Context, listeners ...Listener) error {
 	working.Go(func() { a.Keys.Keep(stop) })
 	working.Go(func() { a.keepHooks(stop) })
 	working.Go(func() { a.keepSinks(stop) })
+	a.shipLists()
 	working.Go(func() { a.keepBackups(stop) })
 	working.Go(func() { a.watchBackups(stop) })
 	working.Go(func() { a.traces.Run(stop) })

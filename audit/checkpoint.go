@@ -64,7 +64,10 @@ func ParseVerifierKey(vkey string) (Log, error) {
 
 // Name returns countersign/ID, the prefix of the origins of all epochs. The texts that operators
 // approve name the appliance by it.
-func (l Log) Name() string { return "countersign/" + hex.EncodeToString(l.public[:8]) }
+func (l Log) Name() string { return "countersign/" + l.ID() }
+
+// ID returns the 16 digits of the name: the first 8 bytes of the key, hexadecimal.
+func (l Log) ID() string { return hex.EncodeToString(l.public[:8]) }
 
 // Origin returns the first line of an epoch's checkpoints: countersign/ID/EPOCH.
 func (l Log) Origin(epoch uint32) string {

@@ -260,16 +260,17 @@ lost=$(od -An -N32 -tx1 /dev/urandom | tr -d ' \n')
 then=$(date +%s)
 "${sign_command[@]}" --nonce "$lost" --timestamp "$then" examples/subscription.json >"$work/lost.json" || fail "sign"
 signed=$((signed + 1))
-fact signed "a document after the backup; then the daemon stops, and its disk is lost"
+fact signed "a document after the backup; then the daemon stops, and the disk of its ledger is lost"
 stop || fail "the daemon did not stop cleanly: $(tail -n 3 "$run/log")"
 other=$work/elsewhere
-mkdir "$other"
+mkdir -p "$other/backups"
 for part in pin softhsm2.conf; do # not in a backup
   [ ! -e "$run/$part" ] || cp "$run/$part" "$other/$part"
 done
 restore=("$bin/countersignd" restore "$backup" --appliance "$(cut -d / -f 1-2 <<<"$vkey")" --identity "$run/recovery" --map "$here/$run=$here/$other"
   --proposer admin --text "$work/restore.txt")
 show "${restore[@]}" >"$work/out" || fail "restore: $(cat "$work/out")"
+fact reaches "$(sed -n 's/^reaches *//p' "$work/out")"
 fact keys "$(sed -n 's/^keys *//p' "$work/out")"
 show ssh-keygen -q -Y sign -n countersign-proposal-v1 -f "$run/admin.key" "$work/restore.txt" || fail "sign the text"
 show "${restore[@]}" --approval "$work/restore.txt.sig" >"$work/out" || fail "restore: $(cat "$work/out")"
@@ -280,8 +281,12 @@ until "$bin/countersign" ping >/dev/null 2>&1; do
   kill -0 "$daemon" || fail "$(tail -n 3 "$other/log")"
   sleep 0.1
 done
-refuse restored "the document that was signed after the backup, which the ledger does not know" \
-  "${sign_command[@]}" --nonce "$lost" --timestamp "$then" examples/subscription.json
+"${sign_command[@]}" --nonce "$lost" --timestamp "$then" examples/subscription.json >"$work/again.json" || fail "sign"
+cmp -s <(sed 's/"repeated": false/"repeated": true/' "$work/lost.json") "$work/again.json" ||
+  fail "the document of after the backup has another answer"
+fact answered "that document again, with the same signature: the lists of writes have it"
+refuse restored "a document with a time of before, which the old appliance may have signed" \
+  "${sign_command[@]}" --nonce "$(od -An -N32 -tx1 /dev/urandom | tr -d ' \n')" --timestamp "$then" examples/subscription.json
 until "${sign_command[@]}" examples/subscription.json >"$work/restored.json" 2>"$work/err"; do
   grep -q '^countersign: error: restored: ' "$work/err" || fail "sign after the restore: $(cat "$work/err")"
   sleep 0.5

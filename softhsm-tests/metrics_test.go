@@ -102,6 +102,7 @@ func TestMetrics(t *testing.T) {
 	s.write("countersign.toml", string(must(os.ReadFile(s.path("countersign.toml")))(t))+
 		"[[sinks]]\nname = \"siem\"\nfile = \"events.jsonl\"\n")
 	s.backedUp()
+	s.edit("countersign.toml", "lists = false", "lists = true")
 	p := s.serve()
 	s.enrol()
 	s.newBackup()

@@ -6,10 +6,12 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
 
+	"countersign/admin/api"
 	"countersign/client"
 	"countersign/internal/ledger"
 	"countersign/internal/scantest"
@@ -20,7 +22,7 @@ import (
 )
 
 // backedUp gives a system a folder for backups and a recipient, whose key is in the file
-// recovery.key.
+// recovery.key. Backups are made when a test asks, and no lists of writes follow.
 func (s *system) backedUp() {
 	s.t.Helper()
 	id, err := age.GenerateX25519Identity()
@@ -38,6 +40,7 @@ clock_skew = "1s"
 [backup]
 folder = "backups"
 schedule = "none"
+lists = false
 recipients = [%q]
 
 [tokens.main]`, id.Recipient()))
@@ -225,6 +228,131 @@ func TestRestore(t *testing.T) {
 	if !found {
 		t.Error("the log does not say that it was restored")
 	}
+	p.stop()
+}
+
+// TestShippedLists kills a daemon whose writes are shipped, and restores the backup of its start
+// with the lists: what was signed after the backup is known, and a peer that remembers the log goes
+// on. Without the lists, the same is refused.
+func TestShippedLists(t *testing.T) {
+	s := newSystem(t)
+	s.backedUp()
+	s.edit("countersign.toml", "lists = false", "lists = true")
+	p := s.serve()
+	s.enrol()
+	s.shipped()
+	s.newBackup() // for the name of the appliance; the lists follow it from now on
+	config := s.clientConfig()
+	config.LogKey, config.LogCheckpoint = s.must("admin", "audit", "key"), s.path("log.checkpoint")
+	remembers := must(client.Dial(t.Context(), config))(t)
+	defer remembers.Close()
+	late := message("AAAA").Fill(time.Hour)
+	signed := must(remembers.Sign(t.Context(), "payments", late))(t)
+	s.must("admin", "key", "create", "treasury")
+	s.must("admin", "audit", "end-epoch")
+	later := message("BBBB").Fill(time.Hour)
+	must(remembers.Sign(t.Context(), "payments", later))(t)
+	s.shipped()
+	p.kill()
+
+	backups, err := filepath.Glob(s.path("backups/*.backup"))
+	if err != nil || len(backups) != 2 {
+		t.Fatalf("%v, %v", backups, err)
+	}
+	var reaches []string
+	for _, b := range backups {
+		out, code := s.daemon("backup", "verify", b, "--identity", s.path("recovery.key"))
+		_, reach, _ := strings.Cut(out, "\nreaches")
+		reach, after, found := strings.Cut(strings.SplitN(reach, "\n", 2)[0], " of writes (")
+		if reaches = append(reaches, reach); code != 0 || !found || strings.HasPrefix(after, "0 ") {
+			t.Errorf("verify %s: %d\n%s", b, code, out)
+		}
+	}
+	if reaches[0] != reaches[1] {
+		t.Errorf("two backups with the same lists reach %q", reaches)
+	}
+	for name, c := range map[string]struct {
+		backup string
+		more   []string
+		known  bool
+	}{
+		"the first backup": {backups[0], nil, true},
+		"the second":       {backups[1], nil, true},
+		"no lists":         {backups[1], []string{"--lists", "none"}, false},
+	} {
+		other := s.elsewhere()
+		restored := other.restore(c.backup, append(c.more, "--map", s.dir+"="+other.dir)...)
+		p := other.serve()
+		other.write("log.checkpoint", string(s.read("log.checkpoint")))
+		config.LogCheckpoint = other.path("log.checkpoint")
+		remembering := must(client.Dial(t.Context(), config))(t)
+		again, err := remembering.Sign(t.Context(), "payments", late)
+		remembering.Close()
+		if c.known && (err != nil || !again.Repeated || string(again.Signature) != string(signed.Signature)) {
+			t.Errorf("%s: what the lists know: %+v, %v\n%s", name, again, err, restored)
+		}
+		if !c.known && !errors.Is(err, client.ErrForkedLog) && !errors.Is(err, client.ErrRestored) {
+			t.Errorf("%s: %v", name, err)
+		}
+		if out := other.must("admin", "key", "list"); strings.Contains(out, "treasury") != c.known {
+			t.Errorf("%s: keys:\n%s", name, out)
+		}
+		p.stop()
+	}
+}
+
+// shipped waits until a restore would lose nothing.
+func (s *system) shipped() {
+	s.t.Helper()
+	eventually(s.t, "all writes are shipped", func() bool {
+		behind, ok := s.metrics()["countersign_backup_behind_seconds"]
+		return ok && behind == 0
+	})
+}
+
+// TestLostBackups empties the folder of backups under a daemon, which makes a backup by itself, and
+// ships what follows. A folder that is away is a cause of the state until it is back.
+func TestLostBackups(t *testing.T) {
+	s := newSystem(t)
+	s.backedUp()
+	s.edit("countersign.toml", "lists = false", "lists = true")
+	p := s.serve()
+	s.enrol()
+	s.shipped()
+	before := must(filepath.Glob(s.path("backups/*")))(t)
+	if len(before) != 2 { // the backup of the start, and its lists
+		t.Fatalf("%v", before)
+	}
+	for _, path := range before {
+		if err := os.Remove(path); err != nil {
+			t.Fatal(err)
+		}
+	}
+	c := s.dial()
+	must(c.Sign(t.Context(), "payments", message("AAAA").Fill(time.Hour)))(t)
+	var backups []string
+	eventually(t, "another backup", func() bool {
+		backups = must(filepath.Glob(s.path("backups/*.backup")))(t)
+		return len(backups) == 1
+	})
+	must(c.Sign(t.Context(), "payments", message("BBBB").Fill(time.Hour)))(t)
+	s.shipped()
+	out, code := s.daemon("backup", "verify", backups[0], "--identity", s.path("recovery.key"))
+	if code != 0 || !strings.Contains(out, "of writes (") || strings.Contains(out, "(0 lists") {
+		t.Errorf("verify: %d\n%s", code, out)
+	}
+	for _, move := range [][2]string{{"backups", "away"}, {"away", "backups"}} {
+		if err := os.Rename(s.path(move[0]), s.path(move[1])); err != nil {
+			t.Fatal(err)
+		}
+		must(c.Sign(t.Context(), "payments", message("CCCC")))(t)
+		eventually(t, "the state with the folder of backups "+move[1], func() bool {
+			causes := must(s.admin().Health(t.Context()))(t).Causes
+			failing := func(c api.Cause) bool { return c.Code == "backup-failing" }
+			return slices.ContainsFunc(causes, failing) == (move[1] == "away")
+		})
+	}
+	s.shipped()
 	p.stop()
 }
 

@@ -193,10 +193,10 @@ func (k *soak) taken(pid int) (p taken) {
 }
 
 // metrics scrapes the daemon by its admin socket.
-func (k *soak) metrics() map[string]float64 {
-	k.t.Helper()
+func (s *system) metrics() map[string]float64 {
+	s.t.Helper()
 	all := map[string]float64{}
-	for line := range strings.Lines(string(must(k.admin().Metrics(k.t.Context()))(k.t))) {
+	for line := range strings.Lines(string(must(s.admin().Metrics(s.t.Context()))(s.t))) {
 		if name, value, ok := strings.Cut(strings.TrimSpace(line), " "); ok && name != "#" {
 			all[name], _ = strconv.ParseFloat(value, 64)
 		}

@@ -335,8 +335,7 @@ func (r *reconciler) ofSink(l *line, end uint64) bool {
 }
 
 func (r *reconciler) logID() string {
-	_, id, _ := strings.Cut(r.log.Name(), "/")
-	return id
+	return r.log.ID()
 }
 
 const (

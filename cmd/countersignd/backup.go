@@ -27,10 +27,14 @@ type Backup struct {
 	// one of the private keys, nobody can restore. Keep two or more, apart from this machine.
 	Recipients []string `toml:"recipients"`
 	// Schedule says when a backup is made: a cron expression of five fields, in UTC. Default: 17 2
-	// *
-	// * *, each night. The value none makes backups only when an operator asks. A missed backup is
+	// * * *. The value none makes backups when an operator asks, and for lists. A missed backup is
 	// made when the daemon starts.
 	Schedule string `toml:"schedule"`
+	// Lists says whether each change of the ledger is written beside the backups within seconds,
+	// encrypted to the same recipients, so that a restore reaches the last seconds and not the last
+	// night. Each start of the daemon then makes a backup that the changes follow. Default: true.
+	// 256 MiB of the disk of folder stay free.
+	Lists bool `toml:"lists"`
 	// Daily, Weekly and Monthly are numbers of days, weeks and months, of each of which the newest
 	// backup is kept. The newest of all is always kept. Defaults: 7, 5, 12. Older ones are removed
 	// after a backup of the schedule.
@@ -40,7 +44,7 @@ type Backup struct {
 }
 
 func defaultBackup() Backup {
-	return Backup{Recipients: []string{}, Schedule: "17 2 * * *", Daily: 7, Weekly: 5, Monthly: 12}
+	return Backup{Recipients: []string{}, Schedule: "17 2 * * *", Lists: true, Daily: 7, Weekly: 5, Monthly: 12}
 }
 
 // check checks the fields.

@@ -173,7 +173,7 @@ func (r *report) checkLedger(
 	ctx context.Context, path string, c Config, tokens map[string]keystore.Store, rules *policy.Policy,
 	log *slog.Logger,
 ) {
-	l, err := openLedger(c, nil, true)
+	l, err := openLedger(c, nil, nil, true)
 	switch {
 	case errors.Is(err, ledger.ErrOlder):
 		r.say("ledger", "ok, and not read: %v: serve keeps a copy, and then brings it to the present format", err)

@@ -9,6 +9,7 @@ import (
 	"io"
 	"log/slog"
 	"maps"
+	"math"
 	"os"
 	"os/signal"
 	"slices"
@@ -17,6 +18,7 @@ import (
 	"time"
 
 	"countersign/appliance"
+	"countersign/internal/backup"
 	"countersign/internal/cause"
 	"countersign/internal/cli"
 	"countersign/internal/keystore"
@@ -180,18 +182,20 @@ func run(ctx context.Context, args []string, stdout io.Writer, stderr *logqueue.
 		"have each token make, use and destroy throw-away keys, without a question: only such keys prove a token")
 	checkCmd.Flags().StringSliceVar(&retryPIN, "retry-pin", nil,
 		"TOKEN: try the PIN of this token, although it was refused before or is on its last try")
-	var identities []string
-	var scratch string
+	var from opening
 	verifyCmd := &cobra.Command{
 		Use:     "verify FILE",
 		Short:   "Verify a backup, on any machine, without its appliance",
 		Example: "  countersignd backup verify the.backup --identity recovery.key",
 		Long: "Decrypts a backup into a temporary folder and checks the whole: each file by its hash, the\n" +
-			"manifest by the proof of the audit log, each page, event and checkpoint of the ledger. Compare\n" +
-			"the appliance's name with what you know of it: anybody can make a backup of his own appliance.",
+			"manifest by the proof of the audit log, each page, event and checkpoint of the ledger, and the\n" +
+			"lists of writes that follow the backup, each by its number and signature. That the last lists\n" +
+			"are missing can't be seen: compare what the backup reaches, and the appliance's name,\n" +
+			"with what you know of it: anybody can make a backup of his own appliance.",
 		Args: cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			return verifyBackup(cmd.Context(), args[0], identities, scratch, stdout)
+			from.file = args[0]
+			return verifyBackup(cmd.Context(), from, stdout)
 		},
 	}
 	backupCmd := &cobra.Command{Use: "backup", Short: "Verify backups", Args: cobra.NoArgs,
@@ -214,15 +218,19 @@ func run(ctx context.Context, args []string, stdout io.Writer, stderr *logqueue.
 			"know nothing of each other's nonces. The clock must be right.",
 		Args: cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			restores.file, restores.identities, restores.scratch = args[0], identities, scratch
+			from.file = args[0]
+			restores.opening = from
 			return restore(cmd.Context(), restores, stdout, stderr)
 		},
 	}
 	for _, c := range []*cobra.Command{verifyCmd, restoreCmd} {
-		c.Flags().StringSliceVar(&identities, "identity", nil,
+		c.Flags().StringSliceVar(&from.identities, "identity", nil,
 			"the file with a private key of a recipient: of age-keygen, or of SSH; can be repeated")
 		c.MarkFlagRequired("identity")
-		c.Flags().StringVar(&scratch, "scratch", "", "the folder for the temporary folder (default: TMPDIR)")
+		c.Flags().StringVar(&from.scratch, "scratch", "", "the folder for the temporary folder (default: TMPDIR)")
+		c.Flags().StringVar(&from.lists, "lists", "",
+			"the folder of the lists of writes that follow the backup; none leaves them out (default: that of FILE)")
+		c.Flags().Uint64Var(&from.until, "until-list", math.MaxUint64, "the last list of writes to use")
 	}
 	restoreCmd.Flags().StringVar(&restores.appliance, "appliance", "",
 		"the name of the appliance that you know, such as countersign/14fc9972b63bcc40")
@@ -359,6 +367,7 @@ type parts struct {
 	tokens map[string]keystore.Store
 	app    *appliance.Appliance
 	meter  *meter.Meter
+	ship   *backup.Shipper  // of the lists of writes; nil: none are shipped
 	doubts []policy.Warning // about the policy of the start
 }
 
@@ -376,7 +385,14 @@ func open(ctx context.Context, c Config, log *slog.Logger) (p parts, err error) 
 	}()
 	rules, broken := policy.Load(c.Policy)
 	p.meter = meter.New(cli.Version())
-	if p.ledger, err = openLedger(c, p.meter, false); err != nil {
+	config := c.appliance()
+	if c.Backup.Folder != "" && c.Backup.Lists {
+		if p.ship, err = backup.NewShipper(c.Backup.Folder, config.Backup.To, log); err != nil {
+			return p, err
+		}
+		config.Backup.Ship = p.ship
+	}
+	if p.ledger, err = openLedger(c, p.meter, p.ship, false); err != nil {
 		return p, errors.Join(broken, fmt.Errorf("%s: %w", c.Ledger, err))
 	}
 	if broken != nil { // the policy approved by operators stays in force without the file
@@ -385,7 +401,6 @@ func open(ctx context.Context, c Config, log *slog.Logger) (p parts, err error) 
 		}
 	}
 	// The monitor keeps the failures of tokens until the appliance can write the events.
-	config := c.appliance()
 	config.LoadPolicy = policy.Reader(c.Policy)
 	config.Meter = p.meter
 	if config.Traces, err = c.Traces.tracer(p.meter, log); err != nil {
@@ -406,10 +421,18 @@ func open(ctx context.Context, c Config, log *slog.Logger) (p parts, err error) 
 }
 
 // openLedger opens the ledger with the retention time of nonces in force, which the ledger has. The
-// configuration may have another time. The meter counts the commits; nil counts nothing. With asIs,
-// a ledger of an older format is an error.
-func openLedger(c Config, m *meter.Meter, asIs bool) (*ledger.Ledger, error) {
+// configuration may have another time. The meter counts the commits; nil counts nothing. The
+// shipper, if there is one, gets the lists of writes. With asIs, a ledger of an older format is an
+// error.
+func openLedger(c Config, m *meter.Meter, ship *backup.Shipper, asIs bool) (*ledger.Ledger, error) {
 	options := c.ledger()
+	if ship != nil {
+		options.Replicate = func(list []byte) {
+			if list != nil {
+				ship.Take(ledger.NumberOf(list), list)
+			}
+		}
+	}
 	options.AsIs = asIs
 	options.Committed = appliance.Committed(m)
 	options.MarginOf = func(v ledger.View) (time.Duration, error) {
@@ -426,5 +449,8 @@ func (p parts) close(log *slog.Logger) {
 		if err := p.ledger.Close(); err != nil {
 			log.Error("close the ledger", "err", err)
 		}
+	}
+	if p.ship != nil {
+		p.ship.Close()
 	}
 }

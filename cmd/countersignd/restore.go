@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/hex"
 	"errors"
@@ -33,21 +34,37 @@ import (
 	"golang.org/x/term"
 )
 
-// openedBackup is a backup in a scratch folder, with all that can be checked without its appliance.
-type openedBackup struct {
-	backup.Contents
-	log    audit.Log
-	folder string // of the extracted files
+// opening says how a backup is opened.
+type opening struct {
+	file       string
+	identities []string // files
+	scratch    string   // the folder for the temporary folder
+	lists      string   // the folder of the lists of writes; "": that of the file; noLists
+	until      uint64   // the last list to use
 }
 
-// openBackup extracts a backup into a new folder inside of scratch and checks the backup: the
-// encryption, the hashes, the proof by the log's key, each page and event of the ledger, and each
-// checkpoint in it. The caller removes the folder.
-func openBackup(
-	ctx context.Context, path string, identities []string, scratch string,
-) (b openedBackup, err error) {
+// noLists leaves the lists of writes out.
+const noLists = "none"
+
+// openedBackup is a backup in a scratch folder, with all that can be checked without its appliance.
+// The ledger has the lists of writes.
+type openedBackup struct {
+	backup.Contents
+	shipped backup.Shipped
+	end     uint64    // events in the ledger
+	reaches time.Time // time of the last event in the ledger
+	log     audit.Log
+	folder  string // of the extracted files
+}
+
+// openBackup extracts a backup into a new folder inside of scratch, applies the lists of writes
+// that follow, and checks all: the encryption, the hashes, the proof by the log's key, the
+// signatures of the lists, each page and event of the ledger, and each checkpoint in it. The caller
+// removes the folder.
+func openBackup(ctx context.Context, o opening) (b openedBackup, err error) {
+	path := o.file
 	var keys []backup.Identity
-	for _, file := range identities {
+	for _, file := range o.identities {
 		more, err := backup.ReadIdentities(file, passphraseOf(ctx, file))
 		if err != nil {
 			return b, fmt.Errorf("--identity: %w", err)
@@ -59,7 +76,7 @@ func openBackup(
 		return b, err
 	}
 	defer f.Close()
-	if b.folder, err = os.MkdirTemp(scratch, ".backup-"); err != nil {
+	if b.folder, err = os.MkdirTemp(o.scratch, ".backup-"); err != nil {
 		return b, err
 	}
 	defer func() {
@@ -74,6 +91,9 @@ func openBackup(
 	if b.log, err = b.Manifest.Log(); err != nil {
 		return b, err
 	}
+	if err := b.follow(ctx, o, keys); err != nil {
+		return b, err
+	}
 	if err := ledger.Check(b.ledger(), ledger.Options{}, nil); errors.Is(err, ledger.ErrOlder) {
 		// The migration of a copy reads it, and a second check reads all.
 		err = b.withLedger(ledger.Options{}, func(*ledger.Ledger) error { return nil })
@@ -86,7 +106,33 @@ func openBackup(
 	} else if err != nil {
 		return b, err
 	}
-	return b, b.withLedger(ledger.Options{}, b.checkLog)
+	err = b.withLedger(ledger.Options{}, b.checkLog)
+	return b, err
+}
+
+// follow applies the lists of writes to the ledger.
+func (b *openedBackup) follow(ctx context.Context, o opening, keys []backup.Identity) (err error) {
+	b.shipped.Last = b.Lists
+	if o.lists == noLists {
+		return nil
+	}
+	folder := cmp.Or(o.lists, filepath.Dir(o.file))
+	replica, err := ledger.OpenReplica(b.ledger())
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, replica.Close()) }()
+	b.shipped, err = backup.ReadLists(b.Manifest, folder, keys, o.until, func(lists [][]byte) error {
+		if err := ctx.Err(); err != nil {
+			return err
+		}
+		return replica.Apply(lists...)
+	})
+	if errors.Is(err, backup.ErrLists) {
+		err = fmt.Errorf("%w: --until-list %d goes to there, and --lists %s leaves all lists out",
+			err, b.shipped.Last, noLists)
+	}
+	return err
 }
 
 // untilEnd is a file that can't be read any more when ctx ends: a signal removes what was
@@ -139,20 +185,36 @@ func (b openedBackup) withLedger(o ledger.Options, do func(*ledger.Ledger) error
 	return do(l)
 }
 
-// checkLog compares the ledger with the manifest, and verifies the checkpoints in it.
-func (b openedBackup) checkLog(l *ledger.Ledger) error {
-	epoch, first, tree := l.Head()
-	root, err := tree.Root()
-	if err != nil {
-		return err
+// checkLog compares the ledger with the manifest, whose tree the lists of writes continue, and
+// verifies the checkpoints in it.
+func (b *openedBackup) checkLog(l *ledger.Ledger) error {
+	b.end = l.End()
+	var last audit.Event
+	var broken error
+	if err := l.Events(b.end-1, func(_ uint64, event []byte) bool {
+		last, broken = audit.Decode(event)
+		return true
+	}); err != nil || broken != nil {
+		return fmt.Errorf("%w: its last event: %w", backup.ErrDamaged, errors.Join(err, broken))
 	}
-	if epoch != b.Epoch || first != b.First || tree.Size != b.Size || root.String() != b.Root {
+	b.reaches = time.UnixMilli(last.TimeMS)
+	var root audit.Hash
+	err := l.Hashes(b.Epoch, func(r audit.Reader) error {
+		tree, err := audit.LoadTree(b.Size, r)
+		if err == nil {
+			root, err = tree.Root()
+		}
+		return err
+	})
+	epochs, all := l.Epochs()
+	if err := errors.Join(err, all); err != nil && !errors.Is(err, ledger.ErrDropped) {
+		return fmt.Errorf("%w: %w", backup.ErrDamaged, err)
+	}
+	epoch, first, tree := l.Head()
+	unlike := b.shipped.Last == b.Lists && (epoch != b.Epoch || first != b.First || tree.Size != b.Size)
+	if unlike || err == nil && root.String() != b.Root || b.end < b.First+b.Size {
 		return fmt.Errorf("%w: its ledger has %d events of epoch %d, and the manifest says %d of epoch %d",
 			backup.ErrDamaged, tree.Size, epoch, b.Size, b.Epoch)
-	}
-	epochs, err := l.Epochs()
-	if err != nil {
-		return err
 	}
 	for _, e := range epochs {
 		if e.Checkpoint == "" {
@@ -178,6 +240,13 @@ func (b openedBackup) describe(w io.Writer) {
 	line("made", "%s, %s ago, by version %s", b.Made().Format(time.RFC3339),
 		cli.FormatDuration(time.Since(b.Made()).Round(time.Second)), b.Version)
 	line("log", "%s, to epoch %d; event %d proves the backup", cli.Count(b.First+b.Size, "event"), b.Epoch, b.Event)
+	for _, name := range b.shipped.Files {
+		line("lists", "%s", name)
+	}
+	if b.shipped.Torn != "" {
+		line("lists", "%s", b.shipped.Torn)
+	}
+	line("reaches", "%s", b.reach())
 	line("manifest", "sha256 %s", b.Digest)
 	for _, f := range b.Manifest.Files {
 		line("file", "%s (%s, %s)", f.Path, f.Kind, cli.Count(f.Size, "byte"))
@@ -190,29 +259,33 @@ func (b openedBackup) describe(w io.Writer) {
 	}
 }
 
+// reach says to where the ledger goes with the lists of writes.
+func (b openedBackup) reach() string {
+	return fmt.Sprintf("%s, %s, list %d of writes (%s after the backup)", b.reaches.UTC().Format(time.RFC3339),
+		cli.Count(b.end, "event"), b.shipped.Last, cli.Count(b.shipped.Last-b.Lists, "list"))
+}
+
 // verifyBackup is countersignd backup verify.
-func verifyBackup(ctx context.Context, path string, identities []string, scratch string, stdout io.Writer) error {
-	b, err := openBackup(ctx, path, identities, scratch)
+func verifyBackup(ctx context.Context, o opening, stdout io.Writer) error {
+	b, err := openBackup(ctx, o)
 	if err != nil {
 		return err
 	}
 	defer os.RemoveAll(b.folder)
 	b.describe(stdout)
-	fmt.Fprintln(stdout, "ok: the encryption, each file, the proof of the log, and each page, event and checkpoint "+
-		"of the ledger")
+	fmt.Fprintln(stdout, "ok: the encryption, each file, the proof of the log, the lists of writes, and each page, "+
+		"event and checkpoint of the ledger")
 	return nil
 }
 
 // restoring has the options of countersignd restore.
 type restoring struct {
-	file       string
-	identities []string
-	appliance  string            // the name that the operator knows
-	scratch    string            // the folder for the temporary folder
-	moved      map[string]string // paths of the backup, and where they are now
-	proposer   string
-	text       string   // the file of the text to approve
-	approvals  []string // files with signatures of the text
+	opening
+	appliance string            // the name that the operator knows
+	moved     map[string]string // paths of the backup, and where they are now
+	proposer  string
+	text      string   // the file of the text to approve
+	approvals []string // files with signatures of the text
 
 	// Opened before this process becomes the daemon's user.
 	ledger     *os.File // of the backup
@@ -294,7 +367,7 @@ func restore(ctx context.Context, r restoring, stdout, stderr io.Writer) (err er
 			os.Remove(r.text)
 		}
 	}()
-	b, err := openBackup(ctx, r.file, r.identities, r.scratch)
+	b, err := openBackup(ctx, r.opening)
 	if err != nil {
 		return err
 	}
@@ -527,7 +600,7 @@ func (r restoring) restore(ctx context.Context, b openedBackup, c Config, stdout
 func (r restoring) look(
 	ctx context.Context, b openedBackup, c Config, tokens map[string]keystore.Store,
 ) (f facts, err error) {
-	f.replaces, f.lost = "none", "unknown: all since "+b.Made().Format(time.RFC3339)
+	f.replaces, f.lost = "none", "unknown: all since "+b.reaches.UTC().Format(time.RFC3339)
 	f.hold = func() error { return nil }
 	defer func() {
 		if err != nil {
@@ -553,9 +626,9 @@ func (r restoring) look(
 		end := there.End()
 		f.there = true
 		f.replaces = fmt.Sprintf("%d events, epoch %d with root %v", end, epoch, root)
-		if since := b.First + b.Size; end > since {
-			f.lost = cli.Count(end-since, "event") + " of the ledger that is replaced"
-		} else if end == since {
+		if end > b.end {
+			f.lost = cli.Count(end-b.end, "event") + " of the ledger that is replaced"
+		} else if end == b.end {
 			f.lost = "nothing of the ledger that is replaced"
 		}
 	}
@@ -613,6 +686,7 @@ func (f facts) parameters(b openedBackup) []approval.Parameter {
 	return []approval.Parameter{
 		{Name: "sha256", Value: b.Digest},
 		{Name: "made", Value: b.Made().Format(time.RFC3339)},
+		{Name: "reaches", Value: b.reach()},
 		{Name: "machine", Value: either(host != "", host, "unnamed")},
 		{Name: "replaces", Value: f.replaces},
 		{Name: "lost", Value: f.lost},

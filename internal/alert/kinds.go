@@ -120,6 +120,7 @@ var (
 		cause.TokenJournal: Critical, cause.Launcher: Critical,
 
 		cause.RotationOverdue: Warning, cause.Locked: Warning, cause.Backup: Warning,
+		cause.Lists:           Warning,
 		cause.TokenRedundancy: Warning, cause.TokenRestarts: Warning,
 		cause.KeyTwice: Warning, cause.CounterFailing: Warning, cause.BytesFull: Warning,
 		cause.NoncesShare: Warning, cause.NoncesFilling: Warning, cause.DiskFilling: Warning,
@@ -130,7 +131,7 @@ var (
 	atOnce = []*cause.Kind{
 		cause.RolledBack, cause.AnchorLost, cause.TokenPIN, cause.TokenLocked, cause.TokenReplaced,
 		cause.TokenSealed, cause.KeyMissing, cause.Rotation, cause.RotationGivenUp, cause.Quorum, cause.Locked,
-		cause.KeyTwice, cause.Sandbox, cause.Backup,
+		cause.KeyTwice, cause.Sandbox, cause.Backup, cause.Lists,
 	}
 	silent = []*cause.Kind{
 		cause.Starting, cause.PolicyWaits, cause.PolicyPointless, cause.RetentionWaits,

@@ -108,6 +108,11 @@ type Manifest struct {
 	First   uint64 `json:"first"`   // number of its first event
 	Size    uint64 `json:"size"`    // events of the epoch
 	Root    string `json:"root"`    // root of its tree, base64
+	Lists   uint64 `json:"lists"`   // number of the last list of writes in the ledger
+
+	// ListsKey is the public key of the lists of writes that follow, hexadecimal. Without a key,
+	// none are shipped.
+	ListsKey string `json:"lists_key,omitempty"`
 
 	Files []File `json:"files"`
 	Left  []Left `json:"left"`
@@ -248,13 +253,9 @@ func Extract(r io.Reader, identities []Identity, folder string) (Contents, error
 }
 
 func extract(r io.Reader, identities []Identity, folder string) (c Contents, err error) {
-	opened, err := age.Decrypt(r, identities...)
-	if no := new(age.NoIdentityMatchError); errors.As(err, &no) {
-		return c, ErrRecipient
-	} else if errors.Is(err, ErrIdentity) {
+	opened, err := decrypt(r, identities)
+	if err != nil {
 		return c, err
-	} else if err != nil { // the text of age has a part of the file, which may be a PIN
-		return c, fmt.Errorf("%w: it is no file of age, or its header was changed", ErrDamaged)
 	}
 	archive := tar.NewReader(opened)
 	var files []read
@@ -296,6 +297,19 @@ func extract(r io.Reader, identities []Identity, folder string) (c Contents, err
 		return c, damaged(errors.New("there is no proof inside"))
 	}
 	return c, c.check(manifest, proof, files)
+}
+
+// decrypt opens a file of age.
+func decrypt(r io.Reader, identities []Identity) (io.Reader, error) {
+	opened, err := age.Decrypt(r, identities...)
+	if no := new(age.NoIdentityMatchError); errors.As(err, &no) {
+		return nil, ErrRecipient
+	} else if errors.Is(err, ErrIdentity) {
+		return nil, err
+	} else if err != nil { // the text of age has a part of the file, which may be a PIN
+		return nil, fmt.Errorf("%w: it is no file of age, or its header was changed", ErrDamaged)
+	}
+	return opened, nil
 }
 
 // damaged is an error of class ErrDamaged. An error of the disk keeps its own class.

@@ -137,6 +137,8 @@ var (
 		"ask for it again, or dismiss it: countersign admin key rotate NAME --cancel")
 	Backup = define("backup-failing", "the last backup was not made, or none can be made",
 		"see the text; then: countersign admin backup create")
+	Lists = define("lists-late", "what was written lately is not beside a backup: a restore would lose it",
+		"see the text: the folder must take files, and countersign admin backup create must succeed")
 	CounterFailing = define("counter-failing",
 		"the monotonic counter can't be incremented, so that a copy of the ledger made meanwhile is not detected",
 		"see the text, and the token of the counter: countersign admin token list")

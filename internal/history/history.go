@@ -152,8 +152,8 @@ func (h *History) Run(ctx context.Context, m *meter.Meter) {
 	}
 }
 
-// take writes the step that has ended at about now. What a start shortly before the end of a step
-// has counted goes into the next one.
+// take writes the step that has ended at about now. A step of less than a second is joined to the
+// next one.
 func (h *History) take(now time.Time, d *Deriver, r *meter.Reading) {
 	if !d.at.IsZero() && r.At.Sub(d.at) < time.Second {
 		return

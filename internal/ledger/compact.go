@@ -81,6 +81,7 @@ type Copy struct {
 	Epoch uint32     // the present one
 	First uint64     // number of the first event of the epoch
 	Tree  audit.Tree // of the epoch
+	Lists uint64     // Writes.Number of the last list in the copy
 }
 
 // Size returns the number of bytes of the file.
@@ -112,7 +113,11 @@ func (l *Ledger) Copy(take func(Copy) error) (err error) {
 	if err != nil {
 		return err
 	}
-	return take(Copy{View: View{tx}, Epoch: s.epoch, First: s.first, Tree: s.tree})
+	lists, err := lastList(tx)
+	if err != nil {
+		return err
+	}
+	return take(Copy{View: View{tx}, Epoch: s.epoch, First: s.first, Tree: s.tree, Lists: lists})
 }
 
 // Compact copies the ledger into a new file without free pages and replaces the old file. All

@@ -5,6 +5,7 @@ import (
 	"cmp"
 	"context"
 	"crypto/sha256"
+	"encoding/binary"
 	"encoding/hex"
 	"fmt"
 	"maps"
@@ -29,16 +30,46 @@ func OpenReplica(path string) (*Replica, error) {
 	return &Replica{db}, nil
 }
 
-// Apply applies the next encoded list.
-func (r *Replica) Apply(list []byte) error {
-	w, err := DecodeWrites(list)
+// Apply applies the next encoded lists, in one transaction. A list without the number that follows
+// is refused.
+func (r *Replica) Apply(lists ...[]byte) error {
+	err := guard(func() error {
+		return r.db.Update(func(tx *bolt.Tx) error {
+			for _, list := range lists {
+				w, err := DecodeWrites(list)
+				if err != nil {
+					return err
+				}
+				last, err := lastList(tx)
+				if err != nil {
+					return err
+				}
+				if w.Number != last+1 {
+					return fmt.Errorf("list %d does not follow list %d", w.Number, last)
+				}
+				if err := w.apply(tx); err != nil {
+					return err
+				}
+			}
+			return nil
+		})
+	})
 	if err != nil {
 		return fmt.Errorf("replica: %w", err)
 	}
-	if err := r.db.Update(w.apply); err != nil {
-		return fmt.Errorf("replica: %w", err)
-	}
 	return nil
+}
+
+// lastList returns the number of the last list in a file.
+func lastList(tx *bolt.Tx) (uint64, error) {
+	switch v := root(tx, bucketMeta).Get(keyLists); len(v) {
+	case 0:
+		return 0, nil
+	case 8:
+		return binary.BigEndian.Uint64(v), nil
+	default:
+		return 0, fmt.Errorf("%w: the number of the last list has %d bytes", ErrCorrupt, len(v))
+	}
 }
 
 // Close closes the file.

@@ -11,8 +11,9 @@ import (
 	bolt "go.etcd.io/bbolt"
 )
 
-// The numbers of the buckets in the root. Encoded lists of writes have these numbers. An arrow
-// leads from key to value; integers in keys are big-endian.
+// The numbers of the buckets in the root. Encoded lists of writes have these numbers, the lists
+// beside old backups too: no number is ever given to another bucket. An arrow leads from key to
+// value; integers in keys are big-endian.
 const (
 	bucketMeta      byte = iota // format, time, and the records of the table Meta
 	bucketEvents                // a bucket for each u64 segment, with u64 event -> encoded event
@@ -83,11 +84,14 @@ var (
 	keyTime   = []byte("time")   // i64 Unix nanoseconds
 
 	keyRestored = []byte("restored") // i64 Unix seconds: see Ledger.Restore
+	keyLists    = []byte("lists")    // u64, Writes.Number of the last list; absent: 0
 )
 
 // own reports whether a key of Meta is one of the ledger's own records.
 func own(key []byte) bool {
-	return bytes.Equal(key, keyTime) || bytes.Equal(key, keyFormat) || bytes.Equal(key, keyRestored)
+	return slices.ContainsFunc([][]byte{keyTime, keyFormat, keyRestored, keyLists}, func(k []byte) bool {
+		return bytes.Equal(k, key)
+	})
 }
 
 // Table is a named set of records for the management of the appliance. The package that writes a

@@ -307,11 +307,19 @@ func (l *Ledger) follow(w *Writes) error {
 	return nil
 }
 
-// finish writes the records of every transaction: the ledger's time, and the last chunk of hashes.
+// finish writes the records of every transaction: the ledger's time, the number of the list, and
+// the last chunk of hashes.
 func (t *txn) finish() error {
-	t.writes.Time = t.now
-	now := binary.BigEndian.AppendUint64(nil, uint64(t.now.UnixNano()))
-	if err := t.bucket(bucketMeta).put(keyTime, now); err != nil {
+	last, err := lastList(t.tx)
+	if err != nil {
+		return err
+	}
+	t.writes.Time, t.writes.Number = t.now, last+1
+	meta := t.bucket(bucketMeta)
+	if err := errors.Join(
+		meta.put(keyTime, binary.BigEndian.AppendUint64(nil, uint64(t.now.UnixNano()))),
+		meta.put(keyLists, u64(t.writes.Number)),
+	); err != nil {
 		return err
 	}
 	return t.putChunk()

@@ -15,8 +15,9 @@ import (
 // A replica that applies the same lists in the same order therefore has equal buckets, byte for
 // byte.
 type Writes struct {
-	Time time.Time // the ledger's time
-	list []write
+	Time   time.Time // the ledger's time
+	Number uint64    // of the list: one more than that of the list before
+	list   []write
 }
 
 // write is one change of a bucket.
@@ -45,12 +46,15 @@ type bucketPath struct {
 }
 
 // writesVersion is the first byte of an encoded list: the version of the encoding.
-const writesVersion = 1
+const writesVersion = 2
+
+// listHead is the length of an encoded list before its writes.
+const listHead = 1 + 8 + 8
 
 // samePath marks an encoded write whose bucket is that of the write before.
 const samePath = 0x80
 
-// Encode encodes the list: u8 version || i64 Unix nanoseconds || writes. A write is
+// Encode encodes the list: u8 version || i64 Unix nanoseconds || u64 number || writes. A write is
 //
 //	u8 op, with 0x80 set if the bucket is that of the write before
 //	u8 number of the bucket in the root || text inner     unless 0x80 is set
@@ -61,8 +65,9 @@ const samePath = 0x80
 // the bucket in the root itself, because the name of an inner bucket is never empty. Integers are
 // big-endian.
 func (w *Writes) Encode() []byte {
-	b := make([]byte, 0, 9+128*len(w.list))
+	b := make([]byte, 0, listHead+128*len(w.list))
 	b = binary.BigEndian.AppendUint64(append(b, writesVersion), uint64(w.Time.UnixNano()))
+	b = binary.BigEndian.AppendUint64(b, w.Number)
 	text := func(t []byte) { b = append(binary.AppendUvarint(b, uint64(len(t))), t...) }
 	var last *bucketPath
 	for _, each := range w.list {
@@ -93,13 +98,16 @@ func bytesOf(list []write) (n int) {
 
 var errNotWrites = errors.New("ledger: not an encoded list of writes")
 
+// NumberOf returns the number of a list of Encode.
+func NumberOf(list []byte) uint64 { return binary.BigEndian.Uint64(list[9:]) }
+
 // DecodeWrites decodes a list of Encode. The list refers to b, so b must not change afterwards.
 func DecodeWrites(b []byte) (*Writes, error) {
-	if len(b) < 9 || b[0] != writesVersion {
+	if len(b) < listHead || b[0] != writesVersion {
 		return nil, errNotWrites
 	}
-	w := &Writes{Time: time.Unix(0, int64(binary.BigEndian.Uint64(b[1:])))}
-	b = b[9:]
+	w := &Writes{Time: time.Unix(0, int64(binary.BigEndian.Uint64(b[1:]))), Number: NumberOf(b)}
+	b = b[listHead:]
 	broken := false
 	text := func() []byte {
 		n, size := binary.Uvarint(b)

@@ -99,12 +99,12 @@ func TestDecodeWrites(t *testing.T) {
 		}
 	}
 	for name, list := range map[string][]byte{
-		"nothing": nil, "another version": append([]byte{2}, lists[0][1:]...), "cut": lists[0][:len(lists[0])-1],
-		"no bucket":      append(bytes.Clone(lists[0][:9]), 0x81, 1, 'k', 1, 'v'),
-		"unknown bucket": append(bytes.Clone(lists[0][:9]), 1, 200, 0, 1, 'k', 1, 'v'),
-		"a root made":    append(bytes.Clone(lists[0][:9]), 3, 1, 0),
-		"unknown write":  append(bytes.Clone(lists[0][:9]), 9, 1, 0, 1, 'k'),
-		"too long": append(bytes.Clone(lists[0][:9]), 2, 1, 0,
+		"nothing": nil, "another version": append([]byte{1}, lists[0][1:]...), "cut": lists[0][:len(lists[0])-1],
+		"no bucket":      append(bytes.Clone(lists[0][:17]), 0x81, 1, 'k', 1, 'v'),
+		"unknown bucket": append(bytes.Clone(lists[0][:17]), 1, 200, 0, 1, 'k', 1, 'v'),
+		"a root made":    append(bytes.Clone(lists[0][:17]), 3, 1, 0),
+		"unknown write":  append(bytes.Clone(lists[0][:17]), 9, 1, 0, 1, 'k'),
+		"too long": append(bytes.Clone(lists[0][:17]), 2, 1, 0,
 			0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0x7f),
 	} {
 		if _, err := ledger.DecodeWrites(list); err == nil {
@@ -241,5 +241,67 @@ func TestMarginOf(t *testing.T) {
 	_, err := ledger.Open(m.path, m.options) // without a replica: it does not open
 	if !errors.Is(err, errSpent) {
 		t.Errorf("a record that can't be read: %v", err)
+	}
+}
+
+// TestReplicaNeedsEachList: a replica takes the list that follows and no other, and all lists of a
+// call or none.
+func TestReplicaNeedsEachList(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "ledger.db")
+	if err := ledger.Create(path, ledger.Options{}); err != nil {
+		t.Fatal(err)
+	}
+	var lists [][]byte
+	keep := func(list []byte) {
+		if list != nil {
+			lists = append(lists, list)
+		}
+	}
+	l, err := ledger.Open(path, ledger.Options{Replicate: keep}) // without a replica: the test opens one
+	if err != nil {
+		t.Fatal(err)
+	}
+	furnish(t, l)
+	base := filepath.Join(t.TempDir(), "base.db")
+	if err := l.Copy(func(c ledger.Copy) error {
+		if last := ledger.NumberOf(lists[len(lists)-1]); c.Lists != last {
+			t.Errorf("the copy has the lists to %d, and the last one is %d", c.Lists, last)
+		}
+		f, err := os.Create(base)
+		if err != nil {
+			return err
+		}
+		defer f.Close()
+		_, err = c.WriteTo(f)
+		return err
+	}); err != nil {
+		t.Fatal(err)
+	}
+	lists = nil
+	for range 3 {
+		if _, err := l.Append(t.Context(), note("after the copy")); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := l.Close(); err != nil {
+		t.Fatal(err)
+	}
+	r, err := ledger.OpenReplica(base)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, wrong := range [][][]byte{{lists[1]}, {lists[0], lists[2]}, {lists[0], lists[0]}, {lists[0], nil}} {
+		if err := r.Apply(wrong...); err == nil {
+			t.Errorf("a replica takes %d lists that do not follow", len(wrong))
+		}
+	}
+	if err := r.Apply(lists...); err != nil {
+		t.Fatal(err)
+	}
+	if err := r.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if err := ledgertest.Equal(path, base); err != nil {
+		t.Error(err)
 	}
 }

@@ -1,0 +1,380 @@
+package backup_test
+
+import (
+	"bytes"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"log/slog"
+	"math"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"countersign/internal/backup"
+
+	"filippo.io/age"
+)
+
+// shipping is a Shipper with a folder.
+type shipping struct {
+	*backup.Shipper
+	t      *testing.T
+	folder string
+	log    logOf
+	id     *age.X25519Identity
+	next   uint64
+}
+
+func newShipping(t *testing.T) *shipping {
+	t.Helper()
+	s := &shipping{t: t, folder: t.TempDir(), log: newLog(t), id: identity(t), next: 101}
+	s.again()
+	return s
+}
+
+// again is another start of the daemon.
+func (s *shipping) again() {
+	s.t.Helper()
+	ship, err := backup.NewShipper(s.folder, []backup.Recipient{s.id.Recipient()}, slog.New(slog.DiscardHandler))
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	s.Shipper = ship
+	ship.Begin(s.log.log.ID())
+}
+
+func text(number uint64) []byte { return fmt.Appendf(nil, "the list %d", number) }
+
+// take gives the Shipper the next lists.
+func (s *shipping) take(n int) {
+	for range n {
+		s.Take(s.next, text(s.next))
+		s.next++
+	}
+}
+
+func (s *shipping) manifest(last uint64) backup.Manifest {
+	m := s.log.manifest()
+	m.Lists, m.ListsKey = last, hex.EncodeToString(s.PublicKey())
+	return m
+}
+
+// read reads the lists after a backup with the lists to last, and checks that each is what it was.
+func (s *shipping) read(last, until uint64, ids ...age.Identity) (backup.Shipped, error) {
+	s.t.Helper()
+	return readLists(s.t, s.manifest(last), s.folder, until, append(ids, s.id)...)
+}
+
+func readLists(
+	t *testing.T, m backup.Manifest, folder string, until uint64, ids ...age.Identity,
+) (backup.Shipped, error) {
+	t.Helper()
+	next := m.Lists + 1
+	got, err := backup.ReadLists(m, folder, ids, until, func(lists [][]byte) error {
+		for _, l := range lists {
+			if string(l) != string(text(next)) {
+				t.Errorf("list %d is %q", next, l)
+			}
+			next++
+		}
+		return nil
+	})
+	if got.Last != next-1 {
+		t.Errorf("the last list is said to be %d, and is %d", got.Last, next-1)
+	}
+	return got, err
+}
+
+func (s *shipping) files() []string {
+	s.t.Helper()
+	files, err := filepath.Glob(filepath.Join(s.folder, "*.lists"))
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	return files
+}
+
+// TestLists ships lists of several starts and files, and reads them from each backup to each list.
+func TestLists(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := newShipping(t)
+		for range 4 {
+			s.take(3)
+			time.Sleep(2 * time.Second)
+		}
+		s.Base(106)
+		s.take(5)
+		time.Sleep(2 * time.Second)
+		s.Close()
+		if n := len(s.files()); n != 2 {
+			t.Errorf("%d files, with a backup in between", n)
+		}
+		for last := uint64(100); last <= 117; last++ {
+			for _, until := range []uint64{0, last, last + 1, 112, 116, 117, 118, math.MaxUint64} {
+				got, err := s.read(last, until)
+				if want := max(last, min(until, 117)); err != nil || got.Last != want && want <= 117 {
+					t.Errorf("a backup with %d lists, until %d: %+v, %v", last, until, got, err)
+				}
+			}
+		}
+		if _, err := s.read(99, math.MaxUint64); !errors.Is(err, backup.ErrLists) {
+			t.Errorf("a backup of before the first list: %v", err)
+		}
+		_, err := readLists(t, s.manifest(100), s.folder, math.MaxUint64, identity(t))
+		if !errors.Is(err, backup.ErrRecipient) {
+			t.Errorf("another recipient: %v", err)
+		}
+		old := s.manifest(100)
+		time.Sleep(time.Second)
+		s.again()
+		s.take(2)
+		time.Sleep(2 * time.Second)
+		s.Close()
+		if got, err := readLists(t, old, s.folder, math.MaxUint64, s.id); err != nil || got.Last != 117 {
+			t.Errorf("after another start: %+v, %v", got, err)
+		}
+		if got, err := s.read(117, math.MaxUint64); err != nil || got.Last != 119 || len(got.Files) != 1 {
+			t.Errorf("of the other start: %+v, %v", got, err)
+		}
+	})
+}
+
+// TestEveryByteOfListsCounts flips each byte of a file of lists, and cuts the file at each length:
+// no list is another then, and none is left out before the last one.
+func TestEveryByteOfListsCounts(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := newShipping(t)
+		ends := []int64{}
+		for range 3 {
+			s.take(2)
+			time.Sleep(2 * time.Second)
+			info, err := os.Stat(s.files()[0])
+			if err != nil {
+				t.Fatal(err)
+			}
+			ends = append(ends, info.Size())
+		}
+		s.Close()
+		path := s.files()[0]
+		whole, err := os.ReadFile(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		write := func(b []byte) {
+			if err := os.WriteFile(path, b, 0o600); err != nil {
+				t.Fatal(err)
+			}
+		}
+		for i := range whole {
+			b := bytes.Clone(whole)
+			b[i] ^= 1 << (i % 8)
+			write(b)
+			if got, err := s.read(100, math.MaxUint64); !errors.Is(err, backup.ErrLists) {
+				t.Fatalf("byte %d is another: %+v, %v", i, got, err)
+			}
+		}
+		for n := range whole {
+			lists := 100
+			for _, end := range ends {
+				if int64(n) >= end {
+					lists += 2
+				}
+			}
+			for _, zeros := range []int{0, 1, 100} {
+				write(append(bytes.Clone(whole[:n]), make([]byte, zeros)...))
+				got, err := s.read(100, math.MaxUint64)
+				// Zeros fill up a head or a record that was begun.
+				inside := !slices.Contains(ends, int64(n)) && n != 0 && n != 53
+				if zeros > 0 && inside && errors.Is(err, backup.ErrLists) {
+					continue
+				}
+				if err != nil || got.Last != uint64(lists) {
+					t.Fatalf("cut after %d bytes, with %d zeros: %+v, %v", n, zeros, got, err)
+				}
+			}
+		}
+		first, second := whole[:ends[0]], whole[ends[0]:ends[1]]
+		third, head := whole[ends[1]:], whole[:53]
+		for name, b := range map[string][]byte{
+			"without the first": slices.Concat(head, second, third), "without the second": slices.Concat(first, third),
+			"turned round": slices.Concat(head, third, second, first[53:]),
+		} {
+			write(b)
+			if _, err := s.read(100, math.MaxUint64); !errors.Is(err, backup.ErrLists) {
+				t.Errorf("%s: %v", name, err)
+			}
+		}
+		write(slices.Concat(first, first[53:], second, second, third))
+		if got, err := s.read(100, math.MaxUint64); err != nil || got.Last != 106 {
+			t.Errorf("records twice: %+v, %v", got, err)
+		}
+	})
+}
+
+// TestForgedLists: whoever has the recipients alone can't write lists for a backup.
+func TestForgedLists(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := newShipping(t)
+		s.take(1)
+		time.Sleep(2 * time.Second)
+		s.Close()
+		m := s.manifest(100)
+		genuine, err := os.ReadFile(s.files()[0])
+		if err != nil {
+			t.Fatal(err)
+		}
+		s.again() // with another key
+		s.next = 102
+		s.take(1)
+		time.Sleep(2 * time.Second)
+		s.Close()
+		files := s.files()
+		forged, err := os.ReadFile(files[1])
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got, err := readLists(t, m, s.folder, math.MaxUint64, s.id); err != nil || got.Last != 101 {
+			t.Errorf("a list with another key: %+v, %v", got, err)
+		}
+		for name, b := range map[string][]byte{
+			"behind the genuine record": slices.Concat(genuine, forged[53:]),
+			"with the genuine head":     slices.Concat(genuine[:53], forged[53:]),
+		} {
+			if err := os.WriteFile(files[1], b, 0o600); err != nil {
+				t.Fatal(err)
+			}
+			if got, err := readLists(t, m, s.folder, math.MaxUint64, s.id); !errors.Is(err, backup.ErrLists) {
+				t.Errorf("%s: %+v, %v", name, got, err)
+			}
+		}
+	})
+}
+
+// TestBehind follows the age of what a restore would lose: without a backup, with one, with a
+// folder that takes no files, after too many lists, and after the loss of files.
+func TestBehind(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := newShipping(t)
+		expect := func(when string, age time.Duration, needs, failing bool) {
+			t.Helper()
+			got, err := s.Behind()
+			if got.Round(time.Second) != age || s.NeedsBase() != needs || (err != nil) != failing {
+				t.Errorf("%s: behind %v (%v), needs a backup: %v; want %v, %v",
+					when, got, err, s.NeedsBase(), age, needs)
+			}
+		}
+		expect("before the first list", 0, false, false)
+		s.take(1)
+		<-s.Broken()
+		time.Sleep(10 * time.Second)
+		expect("without a backup", 10*time.Second, true, false)
+		s.Base(s.next - 1)
+		expect("with a backup", 0, false, false)
+		s.take(3)
+		time.Sleep(10 * time.Second)
+		expect("later", 0, false, false)
+
+		away := s.folder + ".away"
+		rename := func(from, to string) {
+			t.Helper()
+			if err := os.Rename(from, to); err != nil {
+				t.Fatal(err)
+			}
+		}
+		rename(s.folder, away)
+		s.take(3)
+		time.Sleep(30 * time.Second)
+		expect("with the folder away", 30*time.Second, false, true)
+		rename(away, s.folder)
+		time.Sleep(10 * time.Second)
+		expect("with the folder back", 0, false, false)
+		if got, err := s.read(101, math.MaxUint64); err != nil || got.Last != 107 {
+			t.Errorf("after that: %+v, %v", got, err)
+		}
+
+		rename(s.folder, away)
+		big := make([]byte, 1<<20)
+		for range 70 {
+			s.Take(s.next, big)
+			s.next++
+		}
+		time.Sleep(time.Minute)
+		expect("after too many lists", time.Minute, false, true)
+		rename(away, s.folder)
+		time.Sleep(20 * time.Second)
+		s.take(1)
+		<-s.Broken()
+		expect("after a gap", 80*time.Second, true, false)
+		s.Base(s.next - 2)
+		expect("after a gap, with a backup", 0, false, false)
+		s.take(1)
+		time.Sleep(2 * time.Second)
+		if got, err := s.read(s.next-3, math.MaxUint64); err != nil || got.Last != s.next-1 {
+			t.Errorf("after the gap: %+v, %v; want to %d", got, err, s.next-1)
+		}
+
+		files := s.files()
+		if err := os.Remove(files[len(files)-1]); err != nil {
+			t.Fatal(err)
+		}
+		s.take(1)
+		<-s.Broken()
+		time.Sleep(5 * time.Second)
+		expect("after the loss of a file of lists", 5*time.Second, true, false)
+		s.Base(s.next - 1)
+		expect("with another backup", 0, false, false)
+		s.Lost()
+		<-s.Broken()
+		time.Sleep(3 * time.Second)
+		expect("after the loss of the backup", 3*time.Second, true, false)
+		s.Base(s.next - 1)
+		expect("with the next backup", 0, false, false)
+		s.Close()
+	})
+}
+
+// TestPruneLists keeps what a backup needs.
+func TestPruneLists(t *testing.T) {
+	folder := t.TempDir()
+	const id, other = "0123456789abcdef", "fedcba9876543210"
+	at := func(minute int) time.Time { return time.Date(2026, 11, 30, 12, minute, 0, 0, time.UTC) }
+	for _, minute := range []int{0, 10, 20, 30} {
+		for _, of := range []string{id, other} {
+			if err := os.WriteFile(filepath.Join(folder, backup.Lists.Name(of, at(minute))), nil, 0o600); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	for _, c := range []struct {
+		made time.Time
+		want string // minutes of the files that stay
+	}{
+		{at(0), "00 10 20 30"}, {at(10), "00 10 20 30"}, {at(10).Add(time.Second), "10 20 30"}, {at(15), "10 20 30"},
+		{at(30), "20 30"}, {at(59), "30"},
+	} {
+		if err := backup.PruneLists(folder, id, c.made); err != nil {
+			t.Fatal(err)
+		}
+		entries, err := os.ReadDir(folder)
+		if err != nil {
+			t.Fatal(err)
+		}
+		var mine []string
+		others := 0
+		for _, e := range entries {
+			if begun, ok := backup.Lists.Begun(e.Name(), id); ok {
+				mine = append(mine, begun.Format("04"))
+			} else {
+				others++
+			}
+		}
+		if got := strings.Join(mine, " "); got != c.want || others != 4 {
+			t.Errorf("for a backup of %s, %s stay, and %d of another appliance", c.made.Format("04:05"), got, others)
+		}
+	}
+}
