@@ -36,6 +36,7 @@ if [ "$for" = test ]; then
   need libnss3 bash -c 'compgen -G "/usr/lib/*/libsoftokn3.so"'
   need libnss3-tools command -v certutil
   need tpm2-tools command -v tpm2_pcrextend
+  need age command -v age               # reads lists of writes as docs/SPEC.md says
   need jq command -v jq                 # for the commands of docs/SPEC.md
   need prometheus command -v promtool   # for the rules of monitoring, and a scrape
   need python3 command -v python3       # reads the CSV of a report as a spreadsheet does

@@ -3,6 +3,7 @@ package backup
 import (
 	"bytes"
 	"cmp"
+	"compress/flate"
 	"crypto/ed25519"
 	"crypto/sha256"
 	"encoding/binary"
@@ -31,8 +32,8 @@ import (
 //	signature (64) || age file
 //
 // first and last are the numbers of the lists in the age file, which has, for each list, u32 length
-// || list. The signature is Ed25519 by the public key, over the head of the file || u64 first ||
-// u64 last || SHA-256 of the age file. Integers are big-endian.
+// || list, compressed by DEFLATE (RFC 1951). The signature is Ed25519 by the public key, over the
+// head of the file || u64 first || u64 last || SHA-256 of the age file. Integers are big-endian.
 //
 // Each start of the daemon makes a key pair. The manifest of a backup, which the audit log proves,
 // names the public key. So only the daemon that made a backup can write lists for the backup.
@@ -42,7 +43,7 @@ const (
 	listsMagic = "countersign-lists-v1\n"
 	listsHead  = int64(len(listsMagic) + ed25519.PublicKeySize)
 	recordHead = 4 + 8 + 8 + 4
-	maxRecord  = 64 << 20 // bytes of an age file
+	maxRecord  = 64 << 20 // bytes of an age file, and of the lists in it
 )
 
 // list is an encoded list of writes with its number.
@@ -75,7 +76,11 @@ func signed(public ed25519.PublicKey, first, last uint64, sealed []byte) []byte 
 // record encodes consecutive lists as a record.
 func (k listsKey) record(to []Recipient, lists []list) ([]byte, error) {
 	var sealed bytes.Buffer
-	w, err := age.Encrypt(&sealed, to...)
+	encrypted, err := age.Encrypt(&sealed, to...)
+	if err != nil {
+		return nil, err
+	}
+	w, err := flate.NewWriter(encrypted, flate.BestSpeed)
 	if err != nil {
 		return nil, err
 	}
@@ -87,11 +92,8 @@ func (k listsKey) record(to []Recipient, lists []list) ([]byte, error) {
 			return nil, err
 		}
 	}
-	if err := w.Close(); err != nil {
+	if err := errors.Join(w.Close(), encrypted.Close()); err != nil {
 		return nil, err
-	}
-	if sealed.Len() > maxRecord {
-		return nil, fmt.Errorf("lists of %d bytes are more than %d", sealed.Len(), maxRecord)
 	}
 	first, last := lists[0].number, lists[len(lists)-1].number
 	b := binary.BigEndian.AppendUint32(nil, uint32(sealed.Len()))
@@ -314,7 +316,7 @@ func (r listsRecord) open(identities []Identity) (lists [][]byte, err error) {
 	if err != nil {
 		return nil, err
 	}
-	plain, err := io.ReadAll(io.LimitReader(opened, maxRecord))
+	plain, err := io.ReadAll(io.LimitReader(flate.NewReader(opened), maxRecord))
 	if err != nil {
 		return nil, fmt.Errorf("%w: %w", ErrLists, err)
 	}

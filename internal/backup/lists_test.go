@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"math"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -142,6 +143,60 @@ func TestLists(t *testing.T) {
 			t.Errorf("of the other start: %+v, %v", got, err)
 		}
 	})
+}
+
+// TestForeignReader reads lists with Node and Debian's age, by the words of docs/SPEC.md.
+func TestForeignReader(t *testing.T) {
+	for _, tool := range []string{"node", "age"} {
+		if _, err := exec.LookPath(tool); err != nil {
+			if os.Getenv("REQUIRE_DEVICES") != "" {
+				t.Fatal(err)
+			}
+			t.Skip(err)
+		}
+	}
+	s := newShipping(t)
+	want := ""
+	for n := range 2 {
+		for i := range uint64(3) {
+			want += fmt.Sprintf("%d %x\n", s.next+i, text(s.next+i))
+		}
+		s.take(3)
+		eventually(t, func() bool {
+			behind, err := s.Behind()
+			if n == 0 {
+				s.Base(s.next - 1)
+			}
+			return behind == 0 && err == nil
+		})
+	}
+	s.Close()
+	identity := filepath.Join(t.TempDir(), "identity")
+	if err := os.WriteFile(identity, []byte(s.id.String()+"\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	got := ""
+	for _, file := range s.files() {
+		cmd := exec.Command("node", "testdata/lists.js", file, identity)
+		cmd.Stderr = os.Stderr
+		out, err := cmd.Output()
+		if err != nil {
+			t.Fatalf("%s: %v", file, err)
+		}
+		got += string(out)
+	}
+	if got != want {
+		t.Errorf("Node has read\n%s\nwant\n%s", got, want)
+	}
+}
+
+func eventually(t *testing.T, holds func() bool) {
+	t.Helper()
+	for began := time.Now(); !holds(); time.Sleep(20 * time.Millisecond) {
+		if time.Since(began) > 30*time.Second {
+			t.Fatal("not within 30 s")
+		}
+	}
 }
 
 // TestEveryByteOfListsCounts flips each byte of a file of lists, and cuts the file at each length:

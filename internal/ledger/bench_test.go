@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"math/big"
 	"os"
 	"path/filepath"
@@ -18,9 +19,11 @@ import (
 	"testing"
 	"time"
 
+	"countersign/internal/backup"
 	"countersign/internal/durable"
 	"countersign/internal/ledger"
 
+	"filippo.io/age"
 	bolt "go.etcd.io/bbolt"
 )
 
@@ -252,9 +255,9 @@ func BenchmarkExpiry(b *testing.B) {
 		if err := l.Fill(b.Context(), n, o.Wall().Unix()); err != nil {
 			b.Fatal(err)
 		}
-		calm := p99(b, admit)
+		calm := p99(b, 0, admit)
 		ahead.Add(int64(26 * time.Hour)) // all nonces of Fill expire
-		busy := p99(b, admit)
+		busy := p99(b, 0, admit)
 		ratios, with, without = append(ratios, busy/calm), append(with, busy), append(without, calm)
 	}
 	fmt.Fprintf(os.Stdout, "expiry nonces=%d p99 ratio %.2f (%.2f ms, without %.2f ms)\n",
@@ -262,7 +265,7 @@ func BenchmarkExpiry(b *testing.B) {
 }
 
 // p99 returns the 99th percentile of the latencies in one second, in milliseconds.
-func p99(b *testing.B, call func() error) float64 {
+func p99(b *testing.B, pause time.Duration, call func() error) float64 {
 	var mu sync.Mutex
 	var took []float64
 	var wg sync.WaitGroup
@@ -271,6 +274,7 @@ func p99(b *testing.B, call func() error) float64 {
 		wg.Go(func() {
 			var mine []float64
 			for time.Now().Before(end) {
+				time.Sleep(pause)
 				begin := time.Now()
 				if err := call(); err != nil {
 					b.Error(err)
@@ -324,7 +328,7 @@ func BenchmarkCopy(b *testing.B) {
 	}
 	var ratios, with, without, rates []float64
 	for range 7 {
-		calm := p99(b, admit)
+		calm := p99(b, 0, admit)
 		stop, done := make(chan struct{}), make(chan struct{})
 		go func() {
 			defer close(done)
@@ -337,7 +341,7 @@ func BenchmarkCopy(b *testing.B) {
 				}
 			}
 		}()
-		busy := p99(b, admit)
+		busy := p99(b, 0, admit)
 		close(stop)
 		<-done
 		ratios, with, without = append(ratios, busy/calm), append(with, busy), append(without, calm)
@@ -345,4 +349,57 @@ func BenchmarkCopy(b *testing.B) {
 	}
 	fmt.Fprintf(os.Stdout, "copy bytes=%d p99 ratio %.2f (%.2f ms, without %.2f ms); rate %.2f of a plain copy\n",
 		info.Size(), median(ratios), median(with), median(without), median(rates))
+}
+
+// BenchmarkShip compares admissions whose lists of writes are shipped to a folder of the same disk
+// with admissions whose lists are not. The rate is far beyond a token's: lists that the folder does
+// not take in time are dropped, so the line says how many bytes were shipped.
+func BenchmarkShip(b *testing.B) {
+	folder := filepath.Join(b.TempDir(), "backups")
+	if err := os.Mkdir(folder, 0o700); err != nil {
+		b.Fatal(err)
+	}
+	identity, err := age.GenerateX25519Identity()
+	if err != nil {
+		b.Fatal(err)
+	}
+	ship, err := backup.NewShipper(folder, []backup.Recipient{identity.Recipient()}, slog.New(slog.DiscardHandler))
+	if err != nil {
+		b.Fatal(err)
+	}
+	ship.Begin("0123456789abcdef")
+	defer ship.Close()
+	var bytes atomic.Int64
+	shipped, _ := benchLedger(b, ledger.Options{Replicate: func(list []byte) {
+		if list != nil {
+			bytes.Add(int64(len(list)))
+			ship.Take(ledger.NumberOf(list), list)
+		}
+	}})
+	alone, _ := benchLedger(b, ledger.Options{})
+	with, without := admitting(b.Context(), shipped, inAnHour), admitting(b.Context(), alone, inAnHour)
+	compare(b, fmt.Sprintf("ship callers=%d", callers), with, without)
+	for _, pause := range []time.Duration{0, 30 * time.Millisecond} {
+		var tails, slow, fast []float64
+		for range 7 {
+			calm, busy := p99(b, pause, without), p99(b, pause, with)
+			tails, slow, fast = append(tails, busy/calm), append(slow, busy), append(fast, calm)
+		}
+		fmt.Fprintf(os.Stdout, "ship pause=%v p99 ratio %.2f (%.2f ms, without %.2f ms)\n",
+			pause, median(tails), median(slow), median(fast))
+	}
+	var size int64
+	files, err := filepath.Glob(filepath.Join(folder, "*"))
+	for _, f := range files {
+		info, err := os.Stat(f)
+		if err != nil {
+			b.Fatal(err)
+		}
+		size += info.Size()
+	}
+	if err != nil || size == 0 {
+		b.Fatalf("nothing was shipped (%v)", err)
+	}
+	fmt.Fprintf(os.Stdout, "ship %d bytes of lists an admission, %d MiB of %d MiB shipped\n",
+		bytes.Load()/int64(shipped.Admitted()), size>>20, bytes.Load()>>20)
 }
