@@ -44,11 +44,12 @@ const (
 	Datasync                   // fdatasync of a file
 	FailedSync                 // fsync or fdatasync with an error injected by Fail
 	SyncDir                    // fsync of a directory
+	Link                       // Path becomes another name of a file
 )
 
 var kinds = [...]string{
 	"", "create", "mkdir", "rename", "unlink", "rmdir", "write", "truncate", "allocate",
-	"fsync", "fdatasync", "failed fsync", "fsync of folder",
+	"fsync", "fdatasync", "failed fsync", "fsync of folder", "link",
 }
 
 func (k Kind) String() string { return kinds[k] }
@@ -95,7 +96,7 @@ type Record struct {
 //
 // Operations run one at a time, in the order of the record, and are recorded before their system
 // call returns. A failed operation changes nothing and is not recorded, except as FailedSync. A
-// write of more than 1 MiB arrives as several operations. Links and hole punching are not
+// write of more than 1 MiB arrives as several operations. Symbolic links and hole punching are not
 // supported.
 type Disk struct {
 	t       testing.TB

@@ -325,6 +325,18 @@ func (n *node) Rename(
 	return n.s.apply(op, func(*Op) {})
 }
 
+func (n *node) Link(
+	_ context.Context, target fs.InodeEmbedder, name string, out *fuse.EntryOut,
+) (*fs.Inode, syscall.Errno) {
+	file := target.(*node)
+	op := n.nameOp(Link, name)
+	op.Node = file.id
+	if errno := n.s.apply(op, func(*Op) { file.attr(&out.Attr) }); errno != 0 {
+		return nil, errno
+	}
+	return &file.Inode, 0
+}
+
 func (n *node) Unlink(_ context.Context, name string) syscall.Errno {
 	return n.s.apply(n.nameOp(Unlink, name), func(*Op) {})
 }
