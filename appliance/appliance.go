@@ -278,7 +278,7 @@ func (a *Appliance) Stop() error {
 	a.backups.halted.Store(true)
 	for _, stop := range []func(context.Context) error{ // later acts of management are refused
 		a.Keys.Stop, a.locking.Acquire, a.Peers.Stop, a.retaining.Acquire, a.Anchor.StopAccepting,
-		a.policies.activating.Acquire, a.backups.making.Acquire,
+		a.policies.activating.Acquire, a.stopBackups,
 	} {
 		if err := stop(ctx); err != nil {
 			a.log.Error("stopping during an act of management; the next start removes its remains", "err", err)
@@ -298,6 +298,13 @@ func (a *Appliance) Stop() error {
 		a.log.Error("the last checkpoint is not signed", "err", err)
 	}
 	return a.Anchor.Stop(ctx)
+}
+
+// stopBackups waits for a backup that is being made, but not for a folder that hangs.
+func (a *Appliance) stopBackups(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, backupWait)
+	defer cancel()
+	return a.backups.making.Acquire(ctx)
 }
 
 // Alive returns when the ledger's writer has executed an empty request, for a watchdog.

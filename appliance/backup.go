@@ -41,7 +41,7 @@ type BackupConfig struct {
 }
 
 // BackupKeep is how many backups are kept: the newest of each of the last days, weeks and months
-// that have one (UTC; weeks begin on Mondays). The newest backup of all is always kept.
+// that have one (UTC; weeks begin on Mondays). The newest two backups are always kept.
 type BackupKeep struct{ Daily, Weekly, Monthly int }
 
 // BackupInfo is a backup in the folder.
@@ -63,11 +63,12 @@ type BackupMade struct {
 type backups struct {
 	BackupConfig
 	making  manage.Lock
-	failure atomic.Pointer[error]  // of the last backup; nil after a good one
-	away    atomic.Pointer[error]  // of the last look at the folder
-	newest  atomic.Int64           // time of the newest backup, Unix seconds; 0: none is known
-	base    atomic.Pointer[string] // name of the backup that the shipped lists follow, or nil
-	halted  atomic.Bool            // the daemon stops, and must not wait for a backup
+	failure atomic.Pointer[error]     // of the last backup; nil after a good one
+	away    atomic.Pointer[error]     // of the last look at the folder
+	newest  atomic.Int64              // time of the newest backup, Unix seconds; 0: none is known
+	begun   atomic.Pointer[time.Time] // of the newest attempt of this daemon, or nil
+	base    atomic.Pointer[string]    // name of the backup that the shipped lists follow, or nil
+	halted  atomic.Bool               // the daemon stops, and must not wait for a backup
 }
 
 var errHalted = errors.New("the daemon stops")
@@ -113,6 +114,7 @@ func (a *Appliance) makeBackup(ctx context.Context, who audit.Actor) (made Backu
 		return made, err
 	}
 	began := time.Now()
+	b.begun.Store(&began)
 	for { // a name has one second
 		made.Name = backup.Whole.Name(log.ID(), began)
 		if _, err := os.Lstat(filepath.Join(b.Folder, made.Name)); err != nil {
@@ -122,7 +124,13 @@ func (a *Appliance) makeBackup(ctx context.Context, who audit.Actor) (made Backu
 		began = time.Now()
 	}
 	made.Made = began.UTC().Truncate(time.Second)
+	if b.Ship != nil {
+		b.Ship.Expect()
+	}
 	defer func() {
+		if err != nil && b.Ship != nil {
+			b.Ship.NoBase()
+		}
 		if err == nil {
 			b.failure.Store(nil)
 			b.newest.Store(made.Made.Unix())
@@ -179,18 +187,21 @@ func (a *Appliance) makeBackup(ctx context.Context, who audit.Actor) (made Backu
 		return made, err
 	}
 	b.base.Store(&made.Name)
-	b.Ship.Base(made.Manifest.Lists)
-	return made, a.pruneLists(log)
+	b.Ship.Base(made.Manifest.Lists, made.Size)
+	if err := a.pruneLists(); err != nil {
+		a.log.Error("lists of writes that no backup needs are still there", "err", err)
+	}
+	return made, nil
 }
 
 // pruneLists removes the lists of writes of before the newest backup but one: if the newest can't
-// be read, the one before leads to the present, too.
-func (a *Appliance) pruneLists(log audit.Log) error {
+// be read, the one before leads on.
+func (a *Appliance) pruneLists() error {
 	all, err := a.Backups()
 	if err != nil || len(all) == 0 {
 		return err
 	}
-	return backup.PruneLists(a.backups.Folder, log.ID(), all[min(1, len(all)-1)].Made)
+	return a.backups.Ship.Prune(all[min(1, len(all)-1)].Made)
 }
 
 // removeParts removes what a daemon that was killed has left of its backups.
@@ -360,9 +371,10 @@ func (a *Appliance) OpenBackup(name string) (*os.File, error) {
 	return os.Open(filepath.Join(a.backups.Folder, name))
 }
 
-// spare returns the backups that are not to be kept. all has the newest first.
-func (k BackupKeep) spare(all []BackupInfo) (spare []BackupInfo) {
-	kept := map[string]bool{}
+// spare returns the backups that are not to be kept. all has the newest first. The newest two are
+// kept, and base: with a clock that was set back, base need not be among the newest.
+func (k BackupKeep) spare(all []BackupInfo, base string) (spare []BackupInfo) {
+	kept := map[string]bool{base: true}
 	for _, rule := range []struct {
 		most   int
 		period func(time.Time) string
@@ -379,7 +391,7 @@ func (k BackupKeep) spare(all []BackupInfo) (spare []BackupInfo) {
 		}
 	}
 	for i, b := range all {
-		if i > 0 && !kept[b.Name] {
+		if i > 1 && !kept[b.Name] {
 			spare = append(spare, b)
 		}
 	}
@@ -392,7 +404,11 @@ func (a *Appliance) PruneBackups(ctx context.Context, who audit.Actor, dry bool)
 	if err != nil {
 		return nil, err
 	}
-	removed = a.backups.Keep.spare(all)
+	base := ""
+	if name := a.backups.base.Load(); name != nil {
+		base = *name
+	}
+	removed = a.backups.Keep.spare(all, base)
 	if dry || len(removed) == 0 {
 		return removed, nil
 	}
@@ -413,9 +429,29 @@ func (a *Appliance) PruneBackups(ctx context.Context, who audit.Actor, dry bool)
 
 // Times of the backups that the daemon makes by itself.
 const (
-	backupRetry = 10 * time.Minute // after one that failed
+	backupFirst = 30 * time.Second // after one that failed; then twice as long, and so on
+	backupRetry = 10 * time.Minute // the longest of these times
 	baseEvery   = 2 * time.Minute  // between two for the lists of writes: a daemon may end again and again
 )
+
+// unless calls do, and returns without it when ctx ends: the folder can be on a disk that hangs.
+func unless[T any](ctx context.Context, do func() (T, error)) (result T, err error) {
+	type done struct {
+		result T
+		err    error
+	}
+	ended := make(chan done, 1)
+	go func() {
+		result, err := do()
+		ended <- done{result, err}
+	}()
+	select {
+	case d := <-ended:
+		return d.result, d.err
+	case <-ctx.Done():
+		return result, ctx.Err()
+	}
+}
 
 // keepBackups makes the backups of the schedule until ctx ends, and those that the lists of writes
 // need: each start begins a chain of lists. A backup that was missed while the daemon was down is
@@ -425,31 +461,34 @@ func (a *Appliance) keepBackups(ctx context.Context) {
 	if b.Folder == "" || b.Schedule == "" && b.Ship == nil {
 		return
 	}
-	var broken <-chan struct{}
+	var needed <-chan struct{}
 	if b.Ship != nil {
-		broken = b.Ship.Broken()
+		needed = b.Ship.Needed()
 	}
-	for {
-		due, err := a.nextBackup(time.Now())
-		if err == nil && !sleepUntil(ctx, due, broken) {
+	for retry := backupFirst; ; {
+		due, err := unless(ctx, func() (time.Time, error) { return a.nextBackup(time.Now()) })
+		if err == nil && !sleepUntil(ctx, due, needed) {
 			if ctx.Err() != nil {
 				return
 			}
 			continue // the time may be another now
 		}
 		if err == nil {
-			_, err = a.Backup(ctx, audit.Daemon())
+			_, err = unless(ctx, func() (BackupMade, error) { return a.Backup(ctx, audit.Daemon()) })
 		}
 		if err == nil {
-			_, err = a.PruneBackups(ctx, audit.Daemon(), false)
-		}
-		if err != nil && ctx.Err() == nil {
-			a.log.Error("a backup of the schedule was not made; a retry follows", "err", err, "in", backupRetry)
-			sleepUntil(ctx, time.Now().Add(backupRetry), nil)
+			_, err = unless(ctx, func() ([]BackupInfo, error) { return a.PruneBackups(ctx, audit.Daemon(), false) })
 		}
 		if ctx.Err() != nil {
 			return
 		}
+		if err == nil {
+			retry = backupFirst
+			continue
+		}
+		a.log.Error("a backup was not made; a retry follows", "err", err, "in", retry)
+		sleepUntil(ctx, time.Now().Add(retry), nil)
+		retry = min(2*retry, backupRetry)
 	}
 }
 
@@ -458,22 +497,16 @@ const never = 100 * 365 * 24 * time.Hour
 
 // nextBackup returns the time of the next backup: now, if none was made since the last tick.
 func (a *Appliance) nextBackup(now time.Time) (time.Time, error) {
+	if b := &a.backups; b.Ship != nil && b.Ship.NeedsBase() {
+		return a.nextBase(now)
+	} else if b.Schedule == "" {
+		return now.Add(never), nil
+	}
 	all, err := a.Backups()
 	if err != nil {
 		return now, err
 	}
-	if b := &a.backups; b.Ship != nil && b.Ship.NeedsBase() {
-		if len(all) == 0 {
-			return now, nil
-		}
-		// Of a clock that was set back, the newest backup can be of a time to come.
-		if early := all[0].Made.Add(baseEvery); early.After(now) && early.Sub(now) <= baseEvery {
-			return early, nil
-		}
-		return now, nil
-	} else if b.Schedule == "" {
-		return now.Add(never), nil
-	}
+	all = past(all, now)
 	last, err := schedule.Last(a.backups.Schedule, now)
 	if err != nil {
 		return now, err
@@ -539,11 +572,48 @@ func (a *Appliance) lookAtBackups() {
 	if base != nil && !slices.ContainsFunc(all, named) && b.base.CompareAndSwap(base, nil) {
 		b.Ship.Lost()
 	}
-	if len(all) > 0 {
+	if all = past(all, time.Now()); len(all) > 0 {
 		b.newest.Store(all[0].Made.Unix())
 	} else {
 		b.newest.Store(0)
 	}
+}
+
+// past returns the backups without those of a clock that was ahead. all has the newest first.
+func past(all []BackupInfo, now time.Time) []BackupInfo {
+	for len(all) > 0 && all[0].Made.After(now) {
+		all = all[1:]
+	}
+	return all
+}
+
+// nextBase returns the time of the next backup for the lists of writes: at most one in baseEvery,
+// also of daemons that have ended meanwhile.
+func (a *Appliance) nextBase(now time.Time) (time.Time, error) {
+	if begun := a.backups.begun.Load(); begun != nil {
+		return now.Add(max(0, baseEvery-now.Sub(*begun))), nil // of the monotonic clock
+	}
+	log, _, err := a.Log()
+	if err != nil {
+		return now, err
+	}
+	entries, err := os.ReadDir(a.backups.Folder)
+	if err != nil {
+		return now, err
+	}
+	next := now
+	for _, e := range entries {
+		_, whole := backup.Whole.Begun(e.Name(), log.ID())
+		_, part := (backup.Whole + backup.PartSuffix).Begun(e.Name(), log.ID())
+		info, err := e.Info()
+		if !whole && !part || err != nil {
+			continue
+		}
+		if since := now.Sub(info.ModTime()); since >= 0 && since < baseEvery {
+			next = now.Add(max(next.Sub(now), baseEvery-since))
+		}
+	}
+	return next, nil
 }
 
 // shipLists begins to write the lists of writes beside the backups. Their end is the end of the

@@ -3,6 +3,7 @@ package appliance
 import (
 	"errors"
 	"io/fs"
+	"log/slog"
 	"os"
 	"path/filepath"
 	"slices"
@@ -34,8 +35,14 @@ func (r *rig) backedUp(t *testing.T) *age.X25519Identity {
 	if err := os.WriteFile(config, []byte("a configuration"), 0o600); err != nil {
 		t.Fatal(err)
 	}
+	folder, to := t.TempDir(), []age.Recipient{id.Recipient()}
+	ship, err := backup.NewShipper(folder, to, slog.New(slog.DiscardHandler))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(ship.Close)
 	r.backups.BackupConfig = BackupConfig{
-		Folder: t.TempDir(), To: []age.Recipient{id.Recipient()}, Keep: BackupKeep{Daily: 7}, Files: []backup.File{
+		Folder: folder, To: to, Keep: BackupKeep{Daily: 7}, Ship: ship, Files: []backup.File{
 			{Kind: backup.Ledger, Path: r.path}, {Kind: backup.Configuration, Path: config},
 		},
 	}
@@ -185,7 +192,7 @@ func TestSpareBackups(t *testing.T) {
 	}
 	kept := func(k BackupKeep) (days []string) {
 		spare := map[string]bool{}
-		for _, b := range k.spare(all) {
+		for _, b := range k.spare(all, "") {
 			spare[b.Name] = true
 		}
 		for _, b := range all {
@@ -199,18 +206,23 @@ func TestSpareBackups(t *testing.T) {
 		keep BackupKeep
 		want string
 	}{
-		{BackupKeep{}, "11-29 18"},
-		{BackupKeep{Daily: 3}, "11-29 18 11-28 18 11-27 18"},
-		{BackupKeep{Weekly: 3}, "11-29 18 11-22 18 11-15 18"},
-		{BackupKeep{Monthly: 3}, "11-29 18 10-31 18 09-30 18"},
-		{BackupKeep{Daily: 2, Weekly: 2, Monthly: 2}, "11-29 18 11-28 18 11-22 18 10-31 18"},
+		{BackupKeep{}, "11-29 18 11-29 10"},
+		{BackupKeep{Daily: 3}, "11-29 18 11-29 10 11-28 18 11-27 18"},
+		{BackupKeep{Weekly: 3}, "11-29 18 11-29 10 11-22 18 11-15 18"},
+		{BackupKeep{Monthly: 3}, "11-29 18 11-29 10 10-31 18 09-30 18"},
+		{BackupKeep{Daily: 2, Weekly: 2, Monthly: 2}, "11-29 18 11-29 10 11-28 18 11-22 18 10-31 18"},
 	} {
 		if got := strings.Join(kept(c.keep), " "); got != c.want {
 			t.Errorf("%+v keeps %s, want %s", c.keep, got, c.want)
 		}
 	}
-	if spare := (BackupKeep{Daily: 1}).spare(nil); len(spare) != 0 {
+	if spare := (BackupKeep{Daily: 1}).spare(nil, ""); len(spare) != 0 {
 		t.Errorf("of none: %v", spare)
+	}
+	// The backup that lists follow has an older name, where the clock was set back.
+	spare := (BackupKeep{Daily: 1}).spare(all[:9], all[4].Name)
+	if slices.Contains(spare, all[4]) || len(spare) != 6 {
+		t.Errorf("beside %v, %v is spare", all[4], spare)
 	}
 }
 
@@ -225,7 +237,7 @@ func TestPruneBackups(t *testing.T) {
 	r.backups.Keep = BackupKeep{Daily: 1}
 	now := time.Now()
 	var mine []string
-	for _, ago := range []time.Duration{0, time.Hour, 72 * time.Hour} {
+	for _, ago := range []time.Duration{0, time.Hour, 2 * time.Hour, 72 * time.Hour} {
 		mine = append(mine, backup.Whole.Name(log.ID(), now.Add(-ago)))
 	}
 	others := []string{"countersign-0123456789abcdef-20200101T000000Z.backup", "notes.txt", mine[0] + backup.PartSuffix}
@@ -235,10 +247,10 @@ func TestPruneBackups(t *testing.T) {
 		}
 	}
 	dry, err := r.PruneBackups(t.Context(), operator, true)
-	if err != nil || len(dry) != 2 && len(dry) != 1 { // an hour ago can be yesterday
+	if err != nil || len(dry) != 2 {
 		t.Fatalf("%v, %v", dry, err)
 	}
-	if all, err := r.Backups(); err != nil || len(all) != 3 {
+	if all, err := r.Backups(); err != nil || len(all) != 4 {
 		t.Errorf("a dry run has removed: %v, %v", all, err)
 	}
 	removed, err := r.PruneBackups(t.Context(), operator, false)
@@ -246,7 +258,7 @@ func TestPruneBackups(t *testing.T) {
 		t.Errorf("%v, %v", removed, err)
 	}
 	all, err := r.Backups()
-	if err != nil || all[0].Name != mine[0] || len(all) != 3-len(dry) {
+	if err != nil || all[0].Name != mine[0] || all[1].Name != mine[1] || len(all) != 2 {
 		t.Errorf("%v, %v", all, err)
 	}
 	for _, name := range others {
@@ -256,6 +268,69 @@ func TestPruneBackups(t *testing.T) {
 	}
 	if !slices.Contains(r.events(t), audit.BackupsPruned) {
 		t.Error("there is no event")
+	}
+}
+
+func mustLog(t *testing.T, r *rig) audit.Log {
+	t.Helper()
+	log, _, err := r.Log()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return log
+}
+
+// TestNextBase: lists of writes get a backup at once, at most one in baseEvery, also of daemons
+// that have ended, and whatever the names say of the time.
+func TestNextBase(t *testing.T) {
+	r := newRig(t)
+	r.backedUp(t)
+	ship, log := r.backups.Ship, mustLog(t, r)
+	now := time.Now()
+	next := func(when string, want time.Duration) {
+		t.Helper()
+		at, err := r.nextBackup(now)
+		if got := at.Sub(now); err != nil || got.Round(time.Second) != want {
+			t.Errorf("%s, the next backup is in %v (%v), want %v", when, got, err, want)
+		}
+	}
+	next("without a list", never)
+	ship.Take(1, []byte("list"))
+	next("without a backup", 0)
+	file := func(name string, ago time.Duration) {
+		t.Helper()
+		path := filepath.Join(r.backups.Folder, name)
+		if err := errors.Join(os.WriteFile(path, nil, 0o600), os.Chtimes(path, now, now.Add(-ago))); err != nil {
+			t.Fatal(err)
+		}
+	}
+	file("countersign-0123456789abcdef-20200101T000000Z.backup", time.Second)
+	file(backup.Whole.Name(log.ID(), now.Add(-time.Hour)), time.Hour)
+	file(backup.Whole.Name(log.ID(), now.Add(time.Hour)), -time.Hour) // of a clock that was ahead
+	next("after an hour", 0)
+	file(backup.Whole.Name(log.ID(), now.Add(-time.Minute)), time.Minute)
+	next("after a minute", time.Minute)
+	file(backup.Whole.Name(log.ID(), now.Add(-3*time.Minute))+backup.PartSuffix, 20*time.Second)
+	next("after a backup that was cut off", 100*time.Second)
+	begun := now.Add(-30 * time.Second)
+	r.backups.begun.Store(&begun)
+	next("after an attempt of this daemon", 90*time.Second)
+	begun = now.Add(-time.Hour)
+	next("an hour after it", 0)
+	ship.Expect()
+	ship.Base(1, 1)
+	next("with a backup", never)
+
+	r.backups.Schedule = "17 2 * * *"
+	r.backups.Keep = BackupKeep{Daily: 1}
+	base := backup.Whole.Name(log.ID(), now.Add(-3*time.Minute))
+	file(base, 0)
+	r.backups.base.Store(&base)
+	if removed, err := r.PruneBackups(t.Context(), operator, false); err != nil || len(removed) == 0 {
+		t.Errorf("%v, %v", removed, err)
+	}
+	if _, err := os.Stat(filepath.Join(r.backups.Folder, base)); err != nil {
+		t.Errorf("the backup that lists follow is removed: %v", err)
 	}
 }
 
@@ -276,10 +351,14 @@ func TestNextBackup(t *testing.T) {
 	if at := next(); !at.Equal(now) {
 		t.Errorf("without a backup, the next is at %v", at)
 	}
-	log, _, err := r.Log()
-	if err != nil {
+	ahead := filepath.Join(r.backups.Folder, "countersign-"+mustLog(t, r).ID()+"-20270101T000000Z.backup")
+	if err := os.WriteFile(ahead, nil, 0o600); err != nil {
 		t.Fatal(err)
 	}
+	if at := next(); !at.Equal(now) {
+		t.Errorf("with a backup of a clock that was ahead, the next is at %v", at)
+	}
+	log := mustLog(t, r)
 	name := func(at time.Time) string { return filepath.Join(r.backups.Folder, backup.Whole.Name(log.ID(), at)) }
 	old := time.Date(2026, 11, 30, 2, 16, 59, 0, time.UTC)
 	if err := os.WriteFile(name(old), nil, 0o600); err != nil {

@@ -8,12 +8,16 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
+	"syscall"
 	"testing"
 	"time"
 
 	"countersign/admin/api"
+	"countersign/audit"
 	"countersign/client"
 	"countersign/internal/ledger"
+	"countersign/internal/ledger/disktest"
 	"countersign/internal/scantest"
 	"countersign/tpm/tpmtest"
 
@@ -354,6 +358,61 @@ func TestLostBackups(t *testing.T) {
 	}
 	s.shipped()
 	p.stop()
+}
+
+// TestHungBackups: the folder of backups is on a disk that hangs, from the start of the daemon or
+// while a backup is copied. Peers are served, and the daemon stops.
+func TestHungBackups(t *testing.T) {
+	for _, hangs := range []disktest.Kind{disktest.Create, disktest.Sync} {
+		s := newSystem(t)
+		disk := disktest.New(t)
+		s.backedUp()
+		s.edit("countersign.toml", "lists = false", "lists = true")
+		s.edit("countersign.toml", `"backups"`, `"`+disk.Dir()+`"`)
+		hung, released := make(chan struct{}), make(chan struct{})
+		release := sync.OnceFunc(func() { close(released) })
+		defer release()
+		once := sync.OnceFunc(func() { close(hung) })
+		disk.Fail(func(op disktest.Op) syscall.Errno {
+			if op.Kind == hangs && strings.HasSuffix(op.Path, ".part") {
+				once()
+				<-released
+			}
+			return 0
+		})
+		p := s.serve()
+		<-hung
+		s.enrol()
+		must(s.dial().Sign(t.Context(), "payments", message("AAAA")))(t)
+		p.cmd.Process.Signal(syscall.SIGTERM)
+		// The kernel ends no process in a call that hangs, so the rest is seen before its end.
+		lock := must(os.Open(s.path("ledger.db")))(t)
+		eventually(t, "the daemon has stopped, with "+hangs.String()+" hung", func() bool {
+			free := unix.Flock(int(lock.Fd()), unix.LOCK_SH|unix.LOCK_NB) == nil
+			return free || strings.Contains(p.stderr.String(), "the ledger is not closed")
+		})
+		lock.Close()
+		release()
+		p.stop()
+		last := s.lastEvents()
+		if !slices.Contains(last, "Stopped") {
+			t.Errorf("with %v hung, the last events are %v", hangs, last)
+		}
+	}
+}
+
+// lastEvents returns the types of the last ten events, without a daemon.
+func (s *system) lastEvents() (types []string) {
+	s.t.Helper()
+	l := must(ledger.Open(s.path("ledger.db"), ledger.Options{}))(s.t) // without a replica: nothing is written
+	defer l.Close()
+	if err := l.Events(max(10, l.End())-10, func(_ uint64, event []byte) bool {
+		types = append(types, string(must(audit.Decode(event))(s.t).Type))
+		return true
+	}); err != nil {
+		s.t.Fatal(err)
+	}
+	return types
 }
 
 // TestRestoreInPlace sets an appliance with a TPM back to a backup, after the loss of the folder

@@ -36,7 +36,7 @@ type Backup struct {
 	// 256 MiB of the disk of folder stay free.
 	Lists bool `toml:"lists"`
 	// Daily, Weekly and Monthly are numbers of days, weeks and months, of each of which the newest
-	// backup is kept. The newest of all is always kept. Defaults: 7, 5, 12. Older ones are removed
+	// backup is kept. The newest two are always kept. Defaults: 7, 5, 12. Older ones are removed
 	// after a backup of the schedule.
 	Daily   int `toml:"daily"`
 	Weekly  int `toml:"weekly"`

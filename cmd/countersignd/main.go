@@ -446,8 +446,15 @@ func openLedger(c Config, m *meter.Meter, ship *backup.Shipper, asIs bool) (*led
 func (p parts) close(log *slog.Logger) {
 	closeTokens(p.tokens, log)
 	if p.ledger != nil {
-		if err := p.ledger.Close(); err != nil {
-			log.Error("close the ledger", "err", err)
+		closed := make(chan error, 1)
+		go func() { closed <- p.ledger.Close() }()
+		select {
+		case err := <-closed:
+			if err != nil {
+				log.Error("close the ledger", "err", err)
+			}
+		case <-time.After(stopWait): // all that was answered is on disk
+			log.Error("the ledger is not closed, because a backup does not end: its folder hangs")
 		}
 	}
 	if p.ship != nil {

@@ -116,15 +116,21 @@ func (b *openedBackup) follow(ctx context.Context, o opening, keys []backup.Iden
 	if o.lists == noLists {
 		return nil
 	}
+	var replica *ledger.Replica
+	defer func() {
+		if replica != nil {
+			err = errors.Join(err, replica.Close())
+		}
+	}()
 	folder := cmp.Or(o.lists, filepath.Dir(o.file))
-	replica, err := ledger.OpenReplica(b.ledger())
-	if err != nil {
-		return err
-	}
-	defer func() { err = errors.Join(err, replica.Close()) }()
-	b.shipped, err = backup.ReadLists(b.Manifest, folder, keys, o.until, func(lists [][]byte) error {
+	b.shipped, err = backup.ReadLists(b.Manifest, folder, keys, o.until, func(lists [][]byte) (err error) {
 		if err := ctx.Err(); err != nil {
 			return err
+		}
+		if replica == nil {
+			if replica, err = ledger.OpenReplica(b.ledger()); err != nil {
+				return err
+			}
 		}
 		return replica.Apply(lists...)
 	})
@@ -243,8 +249,8 @@ func (b openedBackup) describe(w io.Writer) {
 	for _, name := range b.shipped.Files {
 		line("lists", "%s", name)
 	}
-	if b.shipped.Torn != "" {
-		line("lists", "%s", b.shipped.Torn)
+	for _, note := range b.shipped.Notes {
+		line("lists", "%s", note)
 	}
 	line("reaches", "%s", b.reach())
 	line("manifest", "sha256 %s", b.Digest)

@@ -131,7 +131,7 @@ var (
 	atOnce = []*cause.Kind{
 		cause.RolledBack, cause.AnchorLost, cause.TokenPIN, cause.TokenLocked, cause.TokenReplaced,
 		cause.TokenSealed, cause.KeyMissing, cause.Rotation, cause.RotationGivenUp, cause.Quorum, cause.Locked,
-		cause.KeyTwice, cause.Sandbox, cause.Backup, cause.Lists,
+		cause.KeyTwice, cause.Sandbox, cause.Backup,
 	}
 	silent = []*cause.Kind{
 		cause.Starting, cause.PolicyWaits, cause.PolicyPointless, cause.RetentionWaits,

@@ -12,7 +12,6 @@ import (
 	"fmt"
 	"hash/crc32"
 	"io"
-	"io/fs"
 	"os"
 	"path/filepath"
 	"slices"
@@ -20,6 +19,7 @@ import (
 	"time"
 
 	"filippo.io/age"
+	"golang.org/x/sys/unix"
 )
 
 // Lists of writes take a backup on to the last seconds. A file of lists is
@@ -111,33 +111,45 @@ var ErrLists = errors.New("the lists of writes are not whole")
 type Shipped struct {
 	Last  uint64   // number of the last list; that of the manifest without lists
 	Files []string // names of the files with the lists
-	Torn  string   // says that a file ends in the middle of a record, as after a crash
+	Notes []string // for the operator
 }
 
 // ReadLists reads the lists that follow a backup, and calls apply with the lists of each record, in
-// order, up to the list with the number until. A gap, and a record that is not what the daemon has
-// written, are of class ErrLists: apply has had all lists to s.Last.
+// order, up to the list with the number until. A gap, and a file or record that is not what the
+// daemon has written, are of class ErrLists: apply has had all lists to Last. Without an error,
+// Last may be less than until: nothing shows that the newest lists were removed. Where the first
+// lists after the backup are missing, they were removed for a newer backup, and Notes says so.
 func ReadLists(
 	m Manifest, folder string, identities []Identity, until uint64, apply func(lists [][]byte) error,
 ) (s Shipped, err error) {
 	s.Last = m.Lists
 	public, err := hex.DecodeString(m.ListsKey)
-	if err != nil || len(public) != ed25519.PublicKeySize { // the daemon shipped no lists
-		return s, nil
+	if err != nil || len(public) != ed25519.PublicKeySize || until <= m.Lists {
+		return s, nil // without a key, the daemon shipped no lists
 	}
-	files, err := listsFiles(m, folder, public)
-	defer func() {
-		for _, f := range files {
-			f.Close()
-		}
-	}()
+	files, others, broken, err := listsFiles(m, folder, public)
 	if err != nil {
 		return s, err
 	}
-	for _, f := range files {
-		if err := f.read(identities, until, &s, apply); err != nil {
-			return s, fmt.Errorf("%s: %w", f.name, err)
+	for _, each := range files {
+		f, _, err := openListsFile(folder, each.name)
+		if err == nil {
+			err = f.read(m, identities, until, &s, apply)
+			f.Close()
 		}
+		if err != nil {
+			return s, fmt.Errorf("%s: %w", each.name, err)
+		}
+		if s.Last == m.Lists && len(s.Notes) > 0 {
+			break
+		}
+	}
+	if others > 0 {
+		s.Notes = append(s.Notes, fmt.Sprintf("%d newer files of lists are of other starts of the daemon: "+
+			"only a newer backup leads there", others))
+	}
+	if s.Last < until && broken != nil {
+		return s, broken
 	}
 	return s, nil
 }
@@ -151,44 +163,58 @@ type listsFile struct {
 	first uint64 // number of the first list
 }
 
-// listsFiles opens the files with lists by a key, in the order of their lists. The caller closes
-// them. Of each other file of the appliance, the first record is verified, so that damage does not
-// make a file one of another start. A file that ends within its first record has no lists.
-func listsFiles(m Manifest, folder string, public ed25519.PublicKey) (files []listsFile, err error) {
+// listsFiles returns the files with lists by a key, closed, in the order of their lists; the number
+// of other files that are newer than the backup; and the error of the first file that is damaged.
+// Of each file, the first record is verified, so that damage does not make a file one of another
+// start. A file that ends within its first record has no lists.
+func listsFiles(m Manifest, folder string, public ed25519.PublicKey) (
+	files []listsFile, others int, broken, err error,
+) {
 	log, err := m.Log()
 	if err != nil {
-		return nil, err
+		return nil, 0, nil, err
 	}
 	entries, err := os.ReadDir(folder)
 	if err != nil {
-		return nil, err
+		return nil, 0, nil, err
 	}
 	for _, e := range entries {
-		if _, ok := Lists.Begun(e.Name(), log.ID()); !ok || !e.Type().IsRegular() {
+		begun, ok := Lists.Begun(e.Name(), log.ID())
+		if !ok || !e.Type().IsRegular() {
 			continue
 		}
 		f, found, err := openListsFile(folder, e.Name())
-		if err != nil {
-			return files, fmt.Errorf("%s: %w", e.Name(), err)
-		}
-		if found && f.key.Equal(public) {
+		switch {
+		case err != nil && broken == nil:
+			broken = fmt.Errorf("%s: %w; move the file away to go on without it", e.Name(), err)
+		case err != nil:
+		case found && f.key.Equal(public):
 			files = append(files, f)
-		} else {
+		case found && !begun.Before(m.Made()):
+			others++
+		}
+		if err == nil {
 			f.Close()
 		}
 	}
 	slices.SortFunc(files, func(x, y listsFile) int {
 		return cmp.Or(cmp.Compare(x.first, y.first), cmp.Compare(x.name, y.name))
 	})
-	return files, nil
+	return files, others, broken, nil
 }
 
 // openListsFile opens a file of lists. found is false for a file without a record.
 func openListsFile(folder, name string) (f listsFile, found bool, err error) {
-	file, err := os.Open(filepath.Join(folder, name))
+	// A name that has become a pipe or a link must not hold a restore up.
+	file, err := os.OpenFile(filepath.Join(folder, name), os.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0)
 	if err != nil {
 		return f, false, err
 	}
+	defer func() {
+		if err != nil {
+			file.Close()
+		}
+	}()
 	f = listsFile{File: file, name: name}
 	info, err := file.Stat()
 	if err != nil {
@@ -259,7 +285,9 @@ func (f listsFile) record(at int64) (r listsRecord, err error) {
 }
 
 // read reads the lists of the file that follow s.Last.
-func (f listsFile) read(identities []Identity, until uint64, s *Shipped, apply func([][]byte) error) error {
+func (f listsFile) read(
+	m Manifest, identities []Identity, until uint64, s *Shipped, apply func([][]byte) error,
+) error {
 	used := false
 	for at := int64(listsHead); at < f.size && s.Last < until; {
 		r, err := f.record(at)
@@ -267,12 +295,18 @@ func (f listsFile) read(identities []Identity, until uint64, s *Shipped, apply f
 			return fmt.Errorf("at byte %d: %w", at, err)
 		}
 		if r.torn {
-			s.Torn = fmt.Sprintf("%s ends with %d bytes of a record that was not finished", f.name, f.size-at)
+			s.Notes = append(s.Notes,
+				fmt.Sprintf("%s ends with %d bytes of a record that was not finished", f.name, f.size-at))
 			return nil
 		}
 		at += r.size
 		if r.last <= s.Last { // the backup has them
 			continue
+		}
+		if r.first > s.Last+1 && s.Last == m.Lists {
+			s.Notes = append(s.Notes, fmt.Sprintf("list %d, the first one after the backup, is not there, "+
+				"as after a newer backup: only a newer one leads to %s", s.Last+1, f.name))
+			return nil
 		}
 		if r.first > s.Last+1 {
 			return fmt.Errorf("%w: list %d is missing", ErrLists, s.Last+1)
@@ -331,27 +365,4 @@ func (r listsRecord) open(identities []Identity) (lists [][]byte, err error) {
 		return nil, fmt.Errorf("%w: a record has %d lists, and names %d", ErrLists, len(lists), n)
 	}
 	return lists, nil
-}
-
-// PruneLists removes the files of lists that no backup needs which was made at a time or later: the
-// files that were followed by another one before. id is that of the appliance's log.
-func PruneLists(folder, id string, made time.Time) error {
-	entries, err := os.ReadDir(folder)
-	if err != nil {
-		return err
-	}
-	var before string
-	for _, e := range entries { // sorted by name, which is by time
-		begun, ok := Lists.Begun(e.Name(), id)
-		if !ok {
-			continue
-		}
-		if before != "" && begun.Before(made.Truncate(time.Second)) {
-			if err := os.Remove(filepath.Join(folder, before)); err != nil && !errors.Is(err, fs.ErrNotExist) {
-				return err
-			}
-		}
-		before = e.Name()
-	}
-	return nil
 }

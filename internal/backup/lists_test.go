@@ -2,6 +2,7 @@ package backup_test
 
 import (
 	"bytes"
+	"crypto/rand"
 	"encoding/hex"
 	"errors"
 	"fmt"
@@ -47,7 +48,11 @@ func (s *shipping) again() {
 	}
 	s.Shipper = ship
 	ship.Begin(s.log.log.ID())
+	ship.Expect()
 }
+
+// base notes a backup with all lists until now.
+func (s *shipping) base() { s.Base(s.next-1, 1) }
 
 func text(number uint64) []byte { return fmt.Appendf(nil, "the list %d", number) }
 
@@ -108,7 +113,7 @@ func TestLists(t *testing.T) {
 			s.take(3)
 			time.Sleep(2 * time.Second)
 		}
-		s.Base(106)
+		s.Base(106, 1)
 		s.take(5)
 		time.Sleep(2 * time.Second)
 		s.Close()
@@ -123,8 +128,8 @@ func TestLists(t *testing.T) {
 				}
 			}
 		}
-		if _, err := s.read(99, math.MaxUint64); !errors.Is(err, backup.ErrLists) {
-			t.Errorf("a backup of before the first list: %v", err)
+		if got, err := s.read(99, math.MaxUint64); err != nil || got.Last != 99 || len(got.Notes) != 1 {
+			t.Errorf("a backup of before the first list: %+v, %v", got, err)
 		}
 		_, err := readLists(t, s.manifest(100), s.folder, math.MaxUint64, identity(t))
 		if !errors.Is(err, backup.ErrRecipient) {
@@ -136,7 +141,8 @@ func TestLists(t *testing.T) {
 		s.take(2)
 		time.Sleep(2 * time.Second)
 		s.Close()
-		if got, err := readLists(t, old, s.folder, math.MaxUint64, s.id); err != nil || got.Last != 117 {
+		got, err := readLists(t, old, s.folder, math.MaxUint64, s.id)
+		if err != nil || got.Last != 117 || len(got.Notes) != 1 {
 			t.Errorf("after another start: %+v, %v", got, err)
 		}
 		if got, err := s.read(117, math.MaxUint64); err != nil || got.Last != 119 || len(got.Files) != 1 {
@@ -165,7 +171,7 @@ func TestForeignReader(t *testing.T) {
 		eventually(t, func() bool {
 			behind, err := s.Behind()
 			if n == 0 {
-				s.Base(s.next - 1)
+				s.base()
 			}
 			return behind == 0 && err == nil
 		})
@@ -256,13 +262,17 @@ func TestEveryByteOfListsCounts(t *testing.T) {
 		first, second := whole[:ends[0]], whole[ends[0]:ends[1]]
 		third, head := whole[ends[1]:], whole[:53]
 		for name, b := range map[string][]byte{
-			"without the first": slices.Concat(head, second, third), "without the second": slices.Concat(first, third),
-			"turned round": slices.Concat(head, third, second, first[53:]),
+			"without the second": slices.Concat(first, third),
+			"turned round":       slices.Concat(first, third, second),
 		} {
 			write(b)
-			if _, err := s.read(100, math.MaxUint64); !errors.Is(err, backup.ErrLists) {
-				t.Errorf("%s: %v", name, err)
+			if got, err := s.read(100, math.MaxUint64); !errors.Is(err, backup.ErrLists) || got.Last != 102 {
+				t.Errorf("%s: %+v, %v", name, got, err)
 			}
+		}
+		write(slices.Concat(head, second, third)) // as after a newer backup
+		if got, err := s.read(100, math.MaxUint64); err != nil || got.Last != 100 || len(got.Notes) != 1 {
+			t.Errorf("without the first: %+v, %v", got, err)
 		}
 		write(slices.Concat(first, first[53:], second, second, third))
 		if got, err := s.read(100, math.MaxUint64); err != nil || got.Last != 106 {
@@ -310,93 +320,262 @@ func TestForgedLists(t *testing.T) {
 	})
 }
 
+// behindOf compares what a Shipper says.
+func (s *shipping) behindOf(when string, age time.Duration, needs, failing bool) {
+	s.t.Helper()
+	got, err := s.Behind()
+	if got.Round(time.Second) != age || s.NeedsBase() != needs || (err != nil) != failing {
+		s.t.Errorf("%s: behind %v (%v), needs a backup: %v; want %v, %v", when, got, err, s.NeedsBase(), age, needs)
+	}
+}
+
+// reads checks that the lists of the last n numbers follow.
+func (s *shipping) reads(when string, n uint64) {
+	s.t.Helper()
+	if got, err := s.read(s.next-1-n, math.MaxUint64); err != nil || got.Last != s.next-1 {
+		s.t.Errorf("%s: %+v, %v; want to %d", when, got, err, s.next-1)
+	}
+}
+
+// flood gives the Shipper more lists than it keeps.
+func (s *shipping) flood() {
+	big := make([]byte, 1<<20)
+	for range 70 {
+		s.Take(s.next, big)
+		s.next++
+	}
+}
+
+// away calls do with the folder away.
+func (s *shipping) away(do func()) {
+	s.t.Helper()
+	if err := os.Rename(s.folder, s.folder+".away"); err != nil {
+		s.t.Fatal(err)
+	}
+	do()
+	if err := os.Rename(s.folder+".away", s.folder); err != nil {
+		s.t.Fatal(err)
+	}
+}
+
 // TestBehind follows the age of what a restore would lose: without a backup, with one, with a
-// folder that takes no files, after too many lists, and after the loss of files.
+// folder that takes no files, and after too many lists.
 func TestBehind(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := newShipping(t)
-		expect := func(when string, age time.Duration, needs, failing bool) {
-			t.Helper()
-			got, err := s.Behind()
-			if got.Round(time.Second) != age || s.NeedsBase() != needs || (err != nil) != failing {
-				t.Errorf("%s: behind %v (%v), needs a backup: %v; want %v, %v",
-					when, got, err, s.NeedsBase(), age, needs)
-			}
-		}
-		expect("before the first list", 0, false, false)
+		s.NoBase()
+		s.behindOf("before the first list", 0, false, false)
 		s.take(1)
-		<-s.Broken()
+		<-s.Needed()
 		time.Sleep(10 * time.Second)
-		expect("without a backup", 10*time.Second, true, false)
-		s.Base(s.next - 1)
-		expect("with a backup", 0, false, false)
+		s.behindOf("without a backup", 10*time.Second, true, false)
+		if files := s.files(); len(files) != 0 {
+			t.Errorf("lists without a backup: %v", files)
+		}
+		s.Expect()
+		s.take(1)
+		s.NoBase()
+		s.behindOf("after a backup that failed", 10*time.Second, true, false)
+		s.Expect()
+		s.take(1)
+		s.Base(s.next-2, 1)
+		time.Sleep(2 * time.Second)
+		s.behindOf("with a backup", 0, false, false)
+		s.reads("with a backup", 1)
 		s.take(3)
 		time.Sleep(10 * time.Second)
-		expect("later", 0, false, false)
+		s.behindOf("later", 0, false, false)
 
-		away := s.folder + ".away"
-		rename := func(from, to string) {
-			t.Helper()
-			if err := os.Rename(from, to); err != nil {
-				t.Fatal(err)
-			}
-		}
-		rename(s.folder, away)
-		s.take(3)
-		time.Sleep(30 * time.Second)
-		expect("with the folder away", 30*time.Second, false, true)
-		rename(away, s.folder)
+		s.away(func() {
+			s.take(3)
+			time.Sleep(30 * time.Second)
+			s.behindOf("with the folder away", 30*time.Second, false, true)
+		})
 		time.Sleep(10 * time.Second)
-		expect("with the folder back", 0, false, false)
-		if got, err := s.read(101, math.MaxUint64); err != nil || got.Last != 107 {
-			t.Errorf("after that: %+v, %v", got, err)
-		}
+		s.behindOf("with the folder back", 0, false, false)
+		s.reads("with the folder back", 7)
 
-		rename(s.folder, away)
-		big := make([]byte, 1<<20)
-		for range 70 {
-			s.Take(s.next, big)
-			s.next++
-		}
-		time.Sleep(time.Minute)
-		expect("after too many lists", time.Minute, false, true)
-		rename(away, s.folder)
+		s.away(func() {
+			s.take(1)
+			time.Sleep(time.Minute)
+			s.flood()
+			s.behindOf("after too many lists", time.Minute, true, true)
+		})
 		time.Sleep(20 * time.Second)
-		s.take(1)
-		<-s.Broken()
-		expect("after a gap", 80*time.Second, true, false)
-		s.Base(s.next - 2)
-		expect("after a gap, with a backup", 0, false, false)
+		<-s.Needed()
+		s.behindOf("with what was dropped", 20*time.Second, true, false)
+		s.base()
+		s.behindOf("with a backup of that", 0, false, false)
 		s.take(1)
 		time.Sleep(2 * time.Second)
-		if got, err := s.read(s.next-3, math.MaxUint64); err != nil || got.Last != s.next-1 {
-			t.Errorf("after the gap: %+v, %v; want to %d", got, err, s.next-1)
-		}
+		s.reads("after the gap", 1)
 
-		files := s.files()
-		if err := os.Remove(files[len(files)-1]); err != nil {
+		s.Take(s.next, make([]byte, 33<<20)) // longer than any list that is kept
+		s.next++
+		s.behindOf("after a long list", 0, true, false)
+		s.take(2)
+		s.base()
+		s.take(1)
+		time.Sleep(2 * time.Second)
+		s.behindOf("with a backup of the long list", 0, false, false)
+		s.reads("after the long list", 1)
+		s.Close()
+	})
+}
+
+// TestFirstList: the first list of an old ledger has the number 1.
+func TestFirstList(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := newShipping(t)
+		s.NoBase()
+		s.next = 1
+		s.take(1)
+		s.behindOf("without a backup", 0, true, false)
+		s.Expect()
+		s.Base(1, 1)
+		s.take(2)
+		time.Sleep(2 * time.Second)
+		s.behindOf("with a backup", 0, false, false)
+		s.reads("after the first list", 2)
+		s.Close()
+	})
+}
+
+// TestLostLists removes and changes files under a Shipper, which says so and needs a backup, also
+// when nothing is written meanwhile.
+func TestLostLists(t *testing.T) {
+	lose := map[string]func(t *testing.T, files []string) error{
+		"the file of during the backup": func(_ *testing.T, files []string) error { return os.Remove(files[0]) },
+		"the present file":              func(_ *testing.T, files []string) error { return os.Remove(files[1]) },
+		"a part of the present file":    func(_ *testing.T, files []string) error { return os.Truncate(files[1], 60) },
+		"the file, for a copy of it": func(_ *testing.T, files []string) error {
+			b, err := os.ReadFile(files[1])
+			return errors.Join(err, os.Remove(files[1]), os.WriteFile(files[1], b, 0o600))
+		},
+	}
+	for name, lose := range lose {
+		synctest.Test(t, func(t *testing.T) {
+			s := newShipping(t)
+			s.take(2)
+			time.Sleep(2 * time.Second)
+			s.Base(s.next-2, 1)
+			s.take(1)
+			time.Sleep(2 * time.Second)
+			s.behindOf("before", 0, false, false)
+			if err := lose(t, s.files()); err != nil {
+				t.Fatal(err)
+			}
+			time.Sleep(5 * time.Second)
+			<-s.Needed()
+			if age, _ := s.Behind(); age < 4*time.Second || !s.NeedsBase() { // noticed within a second
+				t.Errorf("%s is lost: behind %v, needs a backup: %v", name, age, s.NeedsBase())
+			}
+			s.base()
+			s.take(1)
+			time.Sleep(2 * time.Second)
+			s.behindOf(name+" is lost, with another backup", 0, false, false)
+			if name != "a part of the present file" { // the damage is still there
+				s.reads(name+" is lost", 1)
+			}
+			s.Lost()
+			<-s.Needed()
+			time.Sleep(3 * time.Second)
+			s.behindOf("without the backup", 3*time.Second, true, false)
+			s.base()
+			s.behindOf("with the next backup", 0, false, false)
+			s.Close()
+		})
+	}
+}
+
+// TestManyLists: a backup is needed when many lists follow the newest one.
+func TestManyLists(t *testing.T) {
+	defer backup.SetMost(1 << 20)()
+	synctest.Test(t, func(t *testing.T) {
+		s := newShipping(t)
+		s.take(1)
+		s.base()
+		time.Sleep(2 * time.Second)
+		random := make([]byte, 64<<10)
+		rand.Read(random)
+		for range 16 {
+			s.behindOf("before", 0, false, false)
+			s.Take(s.next, random)
+			s.next++
+			time.Sleep(2 * time.Second)
+		}
+		<-s.Needed()
+		s.behindOf("after a MiB", 0, true, false)
+		s.base()
+		s.behindOf("with another backup", 0, false, false)
+		s.Close()
+	})
+}
+
+// TestDamagedFiles: a file that is no file of lists, or is damaged, does not keep the lists of the
+// others back, but is named.
+func TestDamagedFiles(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := newShipping(t)
+		s.take(2)
+		time.Sleep(2 * time.Second)
+		s.Close()
+		for name, content := range map[string]string{
+			"a byte": "x", "text": strings.Repeat("text", 100),
+			"a damaged record": "countersign-lists-v1\n" + strings.Repeat("k", 200),
+		} {
+			path := filepath.Join(s.folder, backup.Lists.Name(s.log.log.ID(), time.Now().Add(-time.Hour)))
+			if err := os.WriteFile(path, []byte(content), 0o600); err != nil {
+				t.Fatal(err)
+			}
+			got, err := s.read(100, math.MaxUint64)
+			named := err != nil && strings.Contains(err.Error(), filepath.Base(path))
+			if !errors.Is(err, backup.ErrLists) || !named || got.Last != 102 {
+				t.Errorf("%s: %+v, %v", name, got, err)
+			}
+			for _, until := range []uint64{0, 100, 101, 102} {
+				if got, err := s.read(100, until); err != nil || got.Last != max(100, until) {
+					t.Errorf("%s, until %d: %+v, %v", name, until, got, err)
+				}
+			}
+		}
+	})
+}
+
+// TestPruneKeepsNeededLists: with a clock that was set back, a file of now has a name of before
+// another one, and stays.
+func TestPruneKeepsNeededLists(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := newShipping(t)
+		for range 3 {
+			s.take(1)
+			time.Sleep(2 * time.Second)
+			s.base()
+			s.take(1)
+			time.Sleep(2 * time.Second)
+		}
+		later := time.Now().Add(time.Hour)
+		path := filepath.Join(s.folder, backup.Lists.Name(s.log.log.ID(), later))
+		if err := os.WriteFile(path, nil, 0o600); err != nil {
 			t.Fatal(err)
 		}
-		s.take(1)
-		<-s.Broken()
-		time.Sleep(5 * time.Second)
-		expect("after the loss of a file of lists", 5*time.Second, true, false)
-		s.Base(s.next - 1)
-		expect("with another backup", 0, false, false)
-		s.Lost()
-		<-s.Broken()
-		time.Sleep(3 * time.Second)
-		expect("after the loss of the backup", 3*time.Second, true, false)
-		s.Base(s.next - 1)
-		expect("with the next backup", 0, false, false)
+		before := s.files()
+		if err := s.Prune(later.Add(time.Hour)); err != nil || len(before) != 5 {
+			t.Fatalf("%v, %v", before, err)
+		}
+		if after := s.files(); !slices.Equal(after, before[1:]) {
+			t.Errorf("left are %v of %v", after, before)
+		}
 		s.Close()
 	})
 }
 
 // TestPruneLists keeps what a backup needs.
 func TestPruneLists(t *testing.T) {
-	folder := t.TempDir()
-	const id, other = "0123456789abcdef", "fedcba9876543210"
+	s := newShipping(t)
+	s.Close()
+	folder, id := s.folder, s.log.log.ID()
+	const other = "fedcba9876543210"
 	at := func(minute int) time.Time { return time.Date(2026, 11, 30, 12, minute, 0, 0, time.UTC) }
 	for _, minute := range []int{0, 10, 20, 30} {
 		for _, of := range []string{id, other} {
@@ -412,7 +591,7 @@ func TestPruneLists(t *testing.T) {
 		{at(0), "00 10 20 30"}, {at(10), "00 10 20 30"}, {at(10).Add(time.Second), "10 20 30"}, {at(15), "10 20 30"},
 		{at(30), "20 30"}, {at(59), "30"},
 	} {
-		if err := backup.PruneLists(folder, id, c.made); err != nil {
+		if err := s.Prune(c.made); err != nil {
 			t.Fatal(err)
 		}
 		entries, err := os.ReadDir(folder)

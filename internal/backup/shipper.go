@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"slices"
 	"sync"
 	"time"
 
@@ -26,53 +27,72 @@ const (
 	shipAtStop = 5 * time.Second
 )
 
+// shipMost is the most bytes of lists that follow a backup, or twice its size. Replaceable for
+// tests.
+var shipMost int64 = 1 << 30
+
 // Shipper writes the lists of a ledger's writes beside the backups, as they are committed. The
-// writer of the ledger never waits for a Shipper. Begin reading at run.
+// writer of the ledger never waits for a Shipper. Begin reading at Take, then at run.
 //
 // The invariant: while the Shipper is not behind, a backup of this daemon is in the folder, and so
 // is each list that was committed after the backup and longer than a moment ago.
 //
-// Lists that the folder does not take wait in memory. When these are too many, later lists are
-// dropped: the chain is broken until a backup has what was dropped.
+// The chain is the lists that are kept without a gap up to the present one. A backup joins the
+// chain if the list after its last one is in the chain, or is still to come. Lists before the
+// first backup of a daemon follow nothing, and are not kept. Lists that the folder does not take
+// wait in memory. When these are too many, later lists are dropped: the chain begins anew, and
+// another backup is needed.
 type Shipper struct {
 	folder string
 	to     []Recipient
 	log    *slog.Logger
 	key    listsKey
-	least  uint64 // bytes; replaceable for tests
 
 	wake    chan struct{} // of capacity 1: there is a batch
-	broken  chan struct{} // of capacity 1: see Broken
+	needed  chan struct{} // of capacity 1: see Needed
 	closing chan struct{}
 	done    chan struct{}
 	begin   sync.Once
 	end     sync.Once
 
 	mu       sync.Mutex
-	id       string    // of the appliance's log
-	queue    []list    // guarded by mu: not written, the oldest first
-	bytes    int       // guarded by mu: sum of the queue
-	dropping bool      // guarded by mu: lists are dropped until the queue is empty
-	from     uint64    // guarded by mu: the first list of the unbroken chain; 0 before the first one
-	since    time.Time // guarded by mu: of the first write after which the newest backup has a gap; zero: none
-	based    uint64    // guarded by mu: the last list in the newest backup, once there is one
-	failure  error     // guarded by mu: of the last attempt to write
-	rotate   bool      // guarded by mu: the next record begins a new file
+	id       string // guarded by mu: of the appliance's log; "" before Begin
+	queue    []list // guarded by mu: not written, the oldest first, without a gap
+	bytes    int    // guarded by mu: sum of the queue
+	idle     bool   // guarded by mu: no backup has begun that lists could follow
+	dropping bool   // guarded by mu: lists are dropped until the queue is empty
+	last     uint64 // guarded by mu: the last list that was taken or dropped
+	from     uint64 // guarded by mu: the first list of the chain; 0 before the first list
+	since    time.Time
+	hasBase  bool   // guarded by mu: a backup of this daemon is in the folder
+	based    uint64 // guarded by mu: the last list in the newest backup
+	size     int64  // guarded by mu: bytes of the newest backup
+	shipped  int64  // guarded by mu: bytes of lists after it
+	failure  error  // guarded by mu: of the last attempt to write
+	rotate   bool   // guarded by mu: the next record begins a new file
+	files    []shippedFile
+	before   []shippedFile
 
-	// The fields below belong to run.
-	file *os.File
-	size int64 // of the whole records in file
+	file *os.File // the last one of files; belongs to run
 }
 
-// NewShipper returns a Shipper for a folder. Lists wait in memory until Begin.
+// shippedFile is a file of lists of this daemon. files are those with lists after the newest
+// backup, before those with lists after the backup before it. Both are guarded by mu.
+type shippedFile struct {
+	path string
+	info fs.FileInfo // names the file itself
+	size int64       // of the whole records
+}
+
+// NewShipper returns a Shipper for a folder.
 func NewShipper(folder string, to []Recipient, log *slog.Logger) (*Shipper, error) {
 	key, err := newListsKey()
 	if err != nil {
 		return nil, err
 	}
 	return &Shipper{
-		folder: folder, to: to, log: log, key: key, least: shipLeast, wake: make(chan struct{}, 1),
-		broken: make(chan struct{}, 1), closing: make(chan struct{}), done: make(chan struct{}),
+		folder: folder, to: to, log: log, key: key, idle: true, wake: make(chan struct{}, 1),
+		needed: make(chan struct{}, 1), closing: make(chan struct{}), done: make(chan struct{}),
 	}, nil
 }
 
@@ -84,13 +104,15 @@ func (s *Shipper) Take(number uint64, bytes []byte) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	now := time.Now()
-	s.dropping = len(s.queue) > 0 && (s.dropping || s.bytes+len(bytes) > shipQueue)
-	if s.dropping || len(bytes) > shipList {
-		s.breakChain(0, now)
-		return
+	s.last = number
+	if s.from == 0 {
+		s.breakChain(1, now)
 	}
-	if s.from == 0 { // the first list, or the first one after a gap
-		s.breakChain(number, now)
+	long := len(bytes) > shipList
+	s.dropping = len(s.queue) > 0 && (s.dropping || long || s.bytes+len(bytes) > shipQueue)
+	if s.idle || s.dropping || long {
+		s.breakChain(number+1, now)
+		return
 	}
 	s.queue, s.bytes = append(s.queue, list{number, bytes, now}), s.bytes+len(bytes)
 	if s.bytes >= shipBatch {
@@ -98,17 +120,27 @@ func (s *Shipper) Take(number uint64, bytes []byte) {
 	}
 }
 
-// breakChain notes that the unbroken chain begins with a list; 0 is one to come. The caller holds
-// mu.
+// breakChain begins the chain with a later list. The caller holds mu.
 func (s *Shipper) breakChain(from uint64, now time.Time) {
-	s.from = from
+	s.from = max(s.from, from)
+	s.judge(now)
+}
+
+// judge sets since to the time of the first write after which the newest backup has a gap, or to
+// zero where the backup joins the chain. The caller holds mu.
+func (s *Shipper) judge(now time.Time) {
+	if !s.apart() {
+		s.since = time.Time{}
+		return
+	}
 	if s.since.IsZero() {
 		s.since = now
 	}
-	if from != 0 {
-		signal(s.broken)
-	}
+	signal(s.needed)
 }
+
+// apart reports that no backup joins the chain. The caller holds mu.
+func (s *Shipper) apart() bool { return s.from != 0 && (!s.hasBase || s.based+1 < s.from) }
 
 func signal(c chan struct{}) {
 	select {
@@ -117,13 +149,33 @@ func signal(c chan struct{}) {
 	}
 }
 
-// Base notes that a backup is in the folder, and the number of the last list in its ledger.
-func (s *Shipper) Base(last uint64) {
+// Expect notes that a backup begins: lists from now on are kept. Base or NoBase must follow.
+func (s *Shipper) Expect() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.based, s.rotate = last, true
-	if !s.needsBase() && s.from != 0 {
-		s.since = time.Time{}
+	s.idle = false
+}
+
+// Base notes that a backup of size bytes is in the folder, and the number of the last list in its
+// ledger.
+func (s *Shipper) Base(last uint64, size int64) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.hasBase, s.based, s.size, s.shipped, s.rotate = true, last, size, 0, true
+	s.before, s.files = s.files, s.files[max(0, len(s.files)-1):] // the last one may have later lists
+	s.judge(time.Now())
+}
+
+// NoBase notes that the backup was not made.
+func (s *Shipper) NoBase() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.hasBase {
+		return
+	}
+	s.idle, s.queue, s.bytes = true, nil, 0
+	if s.from != 0 {
+		s.breakChain(s.last+1, time.Now())
 	}
 }
 
@@ -131,35 +183,35 @@ func (s *Shipper) Base(last uint64) {
 func (s *Shipper) Lost() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.based = 0
-	if s.from != 0 {
-		s.breakChain(s.from, time.Now())
-	}
+	s.hasBase = false
+	s.judge(time.Now())
 }
 
-// needsBase reports that the chain begins after the newest backup. The caller holds mu.
-func (s *Shipper) needsBase() bool { return s.from != 0 && s.based+1 < s.from }
-
-// NeedsBase reports that only a new backup lets a restore reach the present.
+// NeedsBase reports that another backup should be made: no backup joins the chain, or so many lists
+// follow the newest one that a restore would take long.
 func (s *Shipper) NeedsBase() bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return s.needsBase()
+	return s.apart() || s.long()
 }
 
-// Broken returns a channel that has a value after NeedsBase has become true.
-func (s *Shipper) Broken() <-chan struct{} { return s.broken }
+// long reports that many lists follow the newest backup. The caller holds mu.
+func (s *Shipper) long() bool { return s.hasBase && s.shipped > max(shipMost, 2*s.size) }
 
-// Behind returns the age of the oldest write that a restore would not have, and why the folder took
+// Needed returns a channel that has a value after NeedsBase has become true.
+func (s *Shipper) Needed() <-chan struct{} { return s.needed }
+
+// Behind returns the age of the oldest write that a restore would not have, as far as this daemon
+// can know: a write of before its start has the age of its first write. err is why the folder took
 // no lists at the last attempt, or nil.
 func (s *Shipper) Behind() (age time.Duration, err error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	switch {
-	case !s.since.IsZero():
+	if !s.since.IsZero() {
 		age = time.Since(s.since)
-	case len(s.queue) > 0:
-		age = time.Since(s.queue[0].at)
+	}
+	if len(s.queue) > 0 {
+		age = max(age, time.Since(s.queue[0].at))
 	}
 	return age, s.failure
 }
@@ -167,7 +219,9 @@ func (s *Shipper) Behind() (age time.Duration, err error) {
 // Begin begins to write the lists of the appliance whose log has the id.
 func (s *Shipper) Begin(id string) {
 	s.begin.Do(func() {
+		s.mu.Lock()
 		s.id = id
+		s.mu.Unlock()
 		go s.run()
 	})
 }
@@ -198,6 +252,7 @@ func (s *Shipper) run() {
 		if !closing && time.Now().Before(retry) {
 			continue
 		}
+		s.notice()
 		for {
 			wrote, err := s.ship()
 			if err != nil {
@@ -214,6 +269,34 @@ func (s *Shipper) run() {
 	}
 }
 
+// notice breaks the chain if a file with lists after the newest backup is no longer what was
+// written. A folder that is away may come back.
+func (s *Shipper) notice() {
+	if _, err := os.Stat(s.folder); err != nil {
+		return
+	}
+	s.mu.Lock()
+	files := slices.Clone(s.files)
+	s.mu.Unlock()
+	if !slices.ContainsFunc(files, shippedFile.changed) {
+		return
+	}
+	s.closeFile()
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.files = nil
+	next := s.last + 1
+	if len(s.queue) > 0 {
+		next = s.queue[0].number
+	}
+	s.breakChain(next, time.Now())
+}
+
+func (f shippedFile) changed() bool {
+	is, err := os.Lstat(f.path)
+	return errors.Is(err, fs.ErrNotExist) || err == nil && (!os.SameFile(is, f.info) || is.Size() != f.size)
+}
+
 // ship writes a record with the oldest lists of the queue. wrote is false for an empty queue.
 func (s *Shipper) ship() (wrote bool, err error) {
 	s.mu.Lock()
@@ -224,9 +307,11 @@ func (s *Shipper) ship() (wrote bool, err error) {
 	if rotate {
 		s.closeFile()
 	}
-	if len(batch) > 0 {
-		err = s.write(batch)
+	if len(batch) == 0 {
+		return false, nil
 	}
+	last := batch[len(batch)-1].number
+	wrote, err = true, s.write(batch)
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if err != nil {
@@ -236,24 +321,27 @@ func (s *Shipper) ship() (wrote bool, err error) {
 		s.failure = err
 		return false, err
 	}
-	if len(batch) > 0 {
-		if s.failure != nil {
-			s.log.Info("lists of writes are shipped again")
-		}
-		s.failure = nil
-		s.queue, s.bytes = s.queue[len(batch):], s.bytes-size
+	if s.failure != nil {
+		s.log.Info("lists of writes are shipped again")
 	}
-	return len(batch) > 0, nil
+	s.failure = nil
+	if len(s.queue) > 0 && s.queue[0].number <= last { // otherwise NoBase has emptied the queue
+		s.queue, s.bytes = slices.Delete(s.queue, 0, len(batch)), s.bytes-size
+	}
+	if s.long() {
+		signal(s.needed)
+	}
+	return wrote, nil
 }
 
-// batch returns the lists of the next record, which stay in the queue, and their bytes. The queue
-// has no gap inside. The caller holds mu.
+// batch returns the lists of the next record, which stay in the queue, and their bytes. The caller
+// holds mu.
 func (s *Shipper) batch() (lists []list, size int) {
 	for i, l := range s.queue {
 		if i > 0 && size+len(l.bytes) > shipBatch {
 			break
 		}
-		lists, size = s.queue[:i+1], size+len(l.bytes)
+		lists, size = append(lists, l), size+len(l.bytes)
 	}
 	return lists, size
 }
@@ -268,45 +356,41 @@ func (s *Shipper) write(lists []list) error {
 	if err != nil {
 		return err
 	}
-	if free := disk.Bavail * uint64(disk.Bsize); free < s.least+uint64(len(record)) {
-		return fmt.Errorf("%s has %d MiB free: at least %d MiB stay free", s.folder, free>>20, s.least>>20)
-	}
-	if s.file != nil && s.removed() { // with the lists in it
-		s.closeFile()
-		s.mu.Lock()
-		s.breakChain(lists[0].number, time.Now())
-		s.mu.Unlock()
+	if free := disk.Bavail * uint64(disk.Bsize); free < shipLeast+uint64(len(record)) {
+		return fmt.Errorf("%s has %d MiB free: at least %d MiB stay free", s.folder, free>>20, shipLeast>>20)
 	}
 	if s.file == nil {
 		if err := s.create(); err != nil {
 			return err
 		}
 	}
-	_, err = s.file.WriteAt(record, s.size)
+	s.mu.Lock()
+	at := s.files[len(s.files)-1].size
+	s.mu.Unlock()
+	_, err = s.file.WriteAt(record, at)
 	if err = errors.Join(err, s.file.Sync()); err == nil {
-		s.size += int64(len(record))
+		s.mu.Lock()
+		s.files[len(s.files)-1].size += int64(len(record))
+		s.shipped += int64(len(record))
+		s.mu.Unlock()
 		return nil
 	}
-	if cut := errors.Join(s.file.Truncate(s.size), s.file.Sync()); cut != nil {
+	if cut := errors.Join(s.file.Truncate(at), s.file.Sync()); cut != nil {
 		s.closeFile() // and the next record is in a file of its own
 	}
 	return err
 }
 
-// removed reports that the name of the file is no longer that of the file.
-func (s *Shipper) removed() bool {
-	named, err := os.Lstat(s.file.Name())
-	mine, err2 := s.file.Stat()
-	return errors.Is(err, fs.ErrNotExist) || err == nil && err2 == nil && !os.SameFile(named, mine)
-}
-
 // create begins a file. A name has one second: within the same second, the name is of a later one.
 func (s *Shipper) create() error {
+	s.mu.Lock()
+	id := s.id
+	s.mu.Unlock()
 	var path string
 	var f *os.File
 	err := fs.ErrExist
 	for at := time.Now(); errors.Is(err, fs.ErrExist); at = at.Add(time.Second) {
-		path = filepath.Join(s.folder, Lists.Name(s.id, at))
+		path = filepath.Join(s.folder, Lists.Name(id, at))
 		f, err = os.OpenFile(path, os.O_CREATE|os.O_EXCL|os.O_RDWR, 0o600)
 	}
 	if err != nil {
@@ -314,12 +398,16 @@ func (s *Shipper) create() error {
 	}
 	head := append([]byte(listsMagic), s.key.public...)
 	_, err = f.Write(head)
-	if err = errors.Join(err, durable.Sync(s.folder)); err != nil {
+	info, failed := f.Stat()
+	if err = errors.Join(err, failed, durable.Sync(s.folder)); err != nil {
 		f.Close()
 		os.Remove(path)
 		return err
 	}
-	s.file, s.size = f, int64(len(head))
+	s.file = f
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.files = append(slices.Clone(s.files), shippedFile{path, info, int64(len(head))})
 	return nil
 }
 
@@ -328,4 +416,32 @@ func (s *Shipper) closeFile() {
 		s.file.Close()
 		s.file = nil
 	}
+}
+
+// Prune removes the files of lists that no backup needs which was made at a time or later: the
+// files that were followed by another one before. Lists after the last two backups of this daemon
+// stay, whatever the clock says.
+func (s *Shipper) Prune(made time.Time) error {
+	s.mu.Lock()
+	id, keep := s.id, map[string]bool{}
+	for _, f := range slices.Concat(s.files, s.before) {
+		keep[f.path] = true
+	}
+	s.mu.Unlock()
+	entries, err := os.ReadDir(s.folder)
+	if err != nil {
+		return err
+	}
+	var before string
+	for _, e := range entries { // sorted by name, which is by time
+		begun, ok := Lists.Begun(e.Name(), id)
+		if !ok || !e.Type().IsRegular() {
+			continue
+		}
+		if before != "" && begun.Before(made.Truncate(time.Second)) && !keep[before] {
+			err = errors.Join(err, os.Remove(before))
+		}
+		before = filepath.Join(s.folder, e.Name())
+	}
+	return err
 }

@@ -23,8 +23,8 @@ type Replica struct{ db *bolt.DB }
 // OpenReplica opens a file of Snapshot or Create as a replica.
 func OpenReplica(path string) (*Replica, error) {
 	o := &bolt.Options{Timeout: time.Second, NoSync: true, FreelistType: bolt.FreelistMapType}
-	db, err := bolt.Open(path, 0o600, o)
-	if err != nil {
+	var db *bolt.DB
+	if err := guard(func() (err error) { db, err = bolt.Open(path, 0o600, o); return err }); err != nil {
 		return nil, fmt.Errorf("replica: %w", err)
 	}
 	return &Replica{db}, nil
