@@ -66,7 +66,7 @@ type backups struct {
 	failure atomic.Pointer[error]     // of the last backup; nil after a good one
 	away    atomic.Pointer[error]     // of the last look at the folder
 	newest  atomic.Int64              // time of the newest backup, Unix seconds; 0: none is known
-	begun   atomic.Pointer[time.Time] // of the newest attempt of this daemon, or nil
+	tried   atomic.Pointer[time.Time] // begin or end of the newest attempt of this daemon, or nil
 	base    atomic.Pointer[string]    // name of the backup that the shipped lists follow, or nil
 	halted  atomic.Bool               // the daemon stops, and must not wait for a backup
 }
@@ -114,7 +114,8 @@ func (a *Appliance) makeBackup(ctx context.Context, who audit.Actor) (made Backu
 		return made, err
 	}
 	began := time.Now()
-	b.begun.Store(&began)
+	b.tried.Store(&began)
+	defer func() { b.tried.Store(new(time.Now())) }()
 	for { // a name has one second
 		made.Name = backup.Whole.Name(log.ID(), began)
 		if _, err := os.Lstat(filepath.Join(b.Folder, made.Name)); err != nil {
@@ -431,7 +432,8 @@ func (a *Appliance) PruneBackups(ctx context.Context, who audit.Actor, dry bool)
 const (
 	backupFirst = 30 * time.Second // after one that failed; then twice as long, and so on
 	backupRetry = 10 * time.Minute // the longest of these times
-	baseEvery   = 2 * time.Minute  // between two for the lists of writes: a daemon may end again and again
+	baseEvery   = 15 * time.Second // between two for the lists of writes
+	baseStart   = 2 * time.Minute  // the same at a start: a daemon may end again and again
 )
 
 // unless calls do, and returns without it when ctx ends: the folder can be on a disk that hangs.
@@ -587,11 +589,11 @@ func past(all []BackupInfo, now time.Time) []BackupInfo {
 	return all
 }
 
-// nextBase returns the time of the next backup for the lists of writes: at most one in baseEvery,
-// also of daemons that have ended meanwhile.
+// nextBase returns the time of the next backup for the lists of writes: baseEvery after the last
+// attempt, or baseStart after one of a daemon that has ended.
 func (a *Appliance) nextBase(now time.Time) (time.Time, error) {
-	if begun := a.backups.begun.Load(); begun != nil {
-		return now.Add(max(0, baseEvery-now.Sub(*begun))), nil // of the monotonic clock
+	if tried := a.backups.tried.Load(); tried != nil {
+		return now.Add(max(0, baseEvery-now.Sub(*tried))), nil // of the monotonic clock
 	}
 	log, _, err := a.Log()
 	if err != nil {
@@ -609,8 +611,8 @@ func (a *Appliance) nextBase(now time.Time) (time.Time, error) {
 		if !whole && !part || err != nil {
 			continue
 		}
-		if since := now.Sub(info.ModTime()); since >= 0 && since < baseEvery {
-			next = now.Add(max(next.Sub(now), baseEvery-since))
+		if since := now.Sub(info.ModTime()); since >= 0 && since < baseStart {
+			next = now.Add(max(next.Sub(now), baseStart-since))
 		}
 	}
 	return next, nil
@@ -632,7 +634,7 @@ func (a *Appliance) shipLists() {
 }
 
 // listsLate is the age of a write without a restore that makes a cause: a daemon that starts again
-// soon after a backup waits for baseEvery.
+// soon after a backup waits for baseStart.
 const listsLate = 3 * time.Minute
 
 // backupCauses is the failure of the last backup, or a folder that is away, and writes that no

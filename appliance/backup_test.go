@@ -280,8 +280,8 @@ func mustLog(t *testing.T, r *rig) audit.Log {
 	return log
 }
 
-// TestNextBase: lists of writes get a backup at once, at most one in baseEvery, also of daemons
-// that have ended, and whatever the names say of the time.
+// TestNextBase: lists of writes get a backup at once, and not soon after another one, also of a
+// daemon that has ended, and whatever the names say of the time.
 func TestNextBase(t *testing.T) {
 	r := newRig(t)
 	r.backedUp(t)
@@ -312,10 +312,10 @@ func TestNextBase(t *testing.T) {
 	next("after a minute", time.Minute)
 	file(backup.Whole.Name(log.ID(), now.Add(-3*time.Minute))+backup.PartSuffix, 20*time.Second)
 	next("after a backup that was cut off", 100*time.Second)
-	begun := now.Add(-30 * time.Second)
-	r.backups.begun.Store(&begun)
-	next("after an attempt of this daemon", 90*time.Second)
-	begun = now.Add(-time.Hour)
+	tried := now.Add(-5 * time.Second)
+	r.backups.tried.Store(&tried)
+	next("after an attempt of this daemon", 10*time.Second)
+	tried = now.Add(-time.Hour)
 	next("an hour after it", 0)
 	ship.Expect()
 	ship.Base(1, 1)
