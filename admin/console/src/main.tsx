@@ -2,7 +2,7 @@
 // present address.
 import { Component, render } from "preact";
 import type { ComponentChildren } from "preact";
-import { useEffect, useRef, useState } from "preact/hooks";
+import { useEffect, useLayoutEffect, useRef, useState } from "preact/hooks";
 import { may } from "./api";
 import type { Operation } from "./api";
 import type { Me } from "./generated";
@@ -91,7 +91,7 @@ function Frame({ me, address }: { me: Me; address: Address }) {
     return () => removeEventListener("keydown", keys);
   }, []);
   const first = useRef(true);
-  useEffect(() => {
+  useLayoutEffect(() => { // with the page: a key pressed at once begins at its heading
     setOpen(false);
     if (first.current) { first.current = false; return; }
     main.current?.querySelector("h1")?.focus({ preventScroll: true }); // a screen reader hears the new page
