@@ -369,6 +369,12 @@ func TestBehind(t *testing.T) {
 		<-s.Needed()
 		time.Sleep(10 * time.Second)
 		s.behindOf("without a backup", 10*time.Second, true, false)
+		s.take(1)
+		select {
+		case <-s.Needed():
+			t.Error("a backup is said to be needed at each list")
+		default:
+		}
 		if files := s.files(); len(files) != 0 {
 			t.Errorf("lists without a backup: %v", files)
 		}

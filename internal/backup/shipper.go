@@ -135,8 +135,8 @@ func (s *Shipper) judge(now time.Time) {
 	}
 	if s.since.IsZero() {
 		s.since = now
+		signal(s.needed)
 	}
-	signal(s.needed)
 }
 
 // apart reports that no backup joins the chain. The caller holds mu.
@@ -198,7 +198,7 @@ func (s *Shipper) NeedsBase() bool {
 // long reports that many lists follow the newest backup. The caller holds mu.
 func (s *Shipper) long() bool { return s.hasBase && s.shipped > max(shipMost, 2*s.size) }
 
-// Needed returns a channel that has a value after NeedsBase has become true.
+// Needed returns a channel that gets a value when NeedsBase becomes true.
 func (s *Shipper) Needed() <-chan struct{} { return s.needed }
 
 // Behind returns the age of the oldest write that a restore would not have, as far as this daemon

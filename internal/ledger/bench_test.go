@@ -369,6 +369,7 @@ func BenchmarkShip(b *testing.B) {
 	}
 	ship.Begin("0123456789abcdef")
 	defer ship.Close()
+	ship.Expect()
 	var bytes atomic.Int64
 	shipped, _ := benchLedger(b, ledger.Options{Replicate: func(list []byte) {
 		if list != nil {
