@@ -275,6 +275,27 @@ func TestShippedLists(t *testing.T) {
 	if reaches[0] != reaches[1] {
 		t.Errorf("two backups with the same lists reach %q", reaches)
 	}
+	damaged := s.path("damaged")
+	if err := os.CopyFS(damaged, os.DirFS(s.path("backups"))); err != nil {
+		t.Fatal(err)
+	}
+	lists := must(filepath.Glob(filepath.Join(damaged, "*.lists")))(t)
+	content := must(os.ReadFile(lists[len(lists)-1]))(t)
+	content[len(content)-1] ^= 1
+	if err := os.WriteFile(lists[len(lists)-1], content, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	verify := []string{"backup", "verify", backups[1], "--identity", s.path("recovery.key"), "--lists", damaged}
+	out, code := s.daemon(verify...)
+	_, last, found := strings.Cut(out, "--until-list ")
+	last, _, _ = strings.Cut(last, " ")
+	if code == 0 || !found || !strings.Contains(out, filepath.Base(lists[len(lists)-1])) {
+		t.Errorf("verify with damaged lists: %d\n%s", code, out)
+	}
+	out, code = s.daemon(append(verify, "--until-list", last)...)
+	if code != 0 || !strings.Contains(out, "list "+last+" of writes") {
+		t.Errorf("verify until list %s: %d\n%s", last, code, out)
+	}
 	for name, c := range map[string]struct {
 		backup string
 		more   []string

@@ -135,8 +135,8 @@ func (b *openedBackup) follow(ctx context.Context, o opening, keys []backup.Iden
 		return replica.Apply(lists...)
 	})
 	if errors.Is(err, backup.ErrLists) {
-		err = fmt.Errorf("%w: --until-list %d goes to there, and --lists %s leaves all lists out",
-			err, b.shipped.Last, noLists)
+		err = fmt.Errorf("%w. The lists to number %d are good: --until-list %[2]d goes to there, and --lists %s "+
+			"leaves all lists out", err, b.shipped.Last, noLists)
 	}
 	return err
 }

@@ -186,7 +186,7 @@ func listsFiles(m Manifest, folder string, public ed25519.PublicKey) (
 		f, found, err := openListsFile(folder, e.Name())
 		switch {
 		case err != nil && broken == nil:
-			broken = fmt.Errorf("%s: %w; move the file away to go on without it", e.Name(), err)
+			broken = fmt.Errorf("%s: %w (a file of something else can be moved away)", e.Name(), err)
 		case err != nil:
 		case found && f.key.Equal(public):
 			files = append(files, f)
