@@ -187,8 +187,8 @@ func (a *Appliance) makeBackup(ctx context.Context, who audit.Actor) (made Backu
 	if err := durable.Sync(b.Folder); err != nil || b.Ship == nil {
 		return made, err
 	}
-	b.base.Store(&made.Name)
 	b.Ship.Base(made.Manifest.Lists, made.Size)
+	b.base.Store(&made.Name)
 	if err := a.pruneLists(); err != nil {
 		a.log.Error("lists of writes that no backup needs are still there", "err", err)
 	}
@@ -469,11 +469,12 @@ func (a *Appliance) keepBackups(ctx context.Context) {
 	}
 	for retry := backupFirst; ; {
 		due, err := unless(ctx, func() (time.Time, error) { return a.nextBackup(time.Now()) })
-		if err == nil && !sleepUntil(ctx, due, needed) {
+		if err == nil && due.After(time.Now()) {
+			sleepUntil(ctx, due, needed)
 			if ctx.Err() != nil {
 				return
 			}
-			continue // the time may be another now
+			continue // another backup may have been made meanwhile
 		}
 		if err == nil {
 			_, err = unless(ctx, func() (BackupMade, error) { return a.Backup(ctx, audit.Daemon()) })
@@ -486,6 +487,9 @@ func (a *Appliance) keepBackups(ctx context.Context) {
 		}
 		if err == nil {
 			retry = backupFirst
+			continue
+		} else if errors.Is(err, manage.ErrConflict) { // an operator's backup
+			sleepUntil(ctx, time.Now().Add(baseEvery), nil)
 			continue
 		}
 		a.log.Error("a backup was not made; a retry follows", "err", err, "in", retry)
@@ -651,9 +655,12 @@ func (a *Appliance) backupCauses() (causes []cause.Cause) {
 		return causes
 	}
 	if age, err := b.Ship.Behind(); age > listsLate {
-		why := "a backup that they follow is not there yet"
-		if err != nil {
+		why := "the folder of backups does not answer"
+		switch {
+		case err != nil:
 			why = err.Error()
+		case b.Ship.NeedsBase():
+			why = "no backup of this start of the daemon has what was written since then"
 		}
 		causes = append(causes, cause.Lists.Of("", "a restore would lose the last %v: %s", age.Round(time.Second), why))
 	}

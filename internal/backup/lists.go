@@ -137,10 +137,12 @@ func ReadLists(
 			err = f.read(m, identities, until, &s, apply)
 			f.Close()
 		}
-		if err != nil {
+		if errors.Is(err, ErrLists) {
+			broken = cmp.Or(broken, notWhole(each.name, err))
+		} else if err != nil {
 			return s, fmt.Errorf("%s: %w", each.name, err)
 		}
-		if s.Last == m.Lists && len(s.Notes) > 0 {
+		if s.Last == m.Lists && each.first > s.Last+1 { // and so are all later files
 			break
 		}
 	}
@@ -152,6 +154,10 @@ func ReadLists(
 		return s, broken
 	}
 	return s, nil
+}
+
+func notWhole(name string, err error) error {
+	return fmt.Errorf("%s: %w (a file whose lists are not needed can be moved away)", name, err)
 }
 
 // listsFile is a file of lists of one start of the daemon.
@@ -185,9 +191,8 @@ func listsFiles(m Manifest, folder string, public ed25519.PublicKey) (
 		}
 		f, found, err := openListsFile(folder, e.Name())
 		switch {
-		case err != nil && broken == nil:
-			broken = fmt.Errorf("%s: %w (a file of something else can be moved away)", e.Name(), err)
 		case err != nil:
+			broken = cmp.Or(broken, notWhole(e.Name(), err))
 		case found && f.key.Equal(public):
 			files = append(files, f)
 		case found && !begun.Before(m.Made()):

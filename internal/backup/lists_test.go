@@ -406,10 +406,18 @@ func TestBehind(t *testing.T) {
 			time.Sleep(time.Minute)
 			s.flood()
 			s.behindOf("after too many lists", time.Minute, true, true)
+			<-s.Needed()
+			for range 3 { // the backup has its place, and the lists have none
+				s.base()
+				s.take(1)
+				time.Sleep(30 * time.Second)
+				s.behindOf("with a backup of what was dropped", 30*time.Second, false, true)
+			}
+			s.flood()
 		})
 		time.Sleep(20 * time.Second)
 		<-s.Needed()
-		s.behindOf("with what was dropped", 20*time.Second, true, false)
+		s.behindOf("with what was dropped again", 20*time.Second, true, false)
 		s.base()
 		s.behindOf("with a backup of that", 0, false, false)
 		s.take(1)
@@ -494,6 +502,32 @@ func TestLostLists(t *testing.T) {
 	}
 }
 
+// TestLostUnderLoad: lists that never stop do not hide the loss of their file, and share records.
+func TestLostUnderLoad(t *testing.T) {
+	s := newShipping(t)
+	s.base()
+	stop, done := make(chan struct{}), make(chan struct{})
+	go func() {
+		defer close(done)
+		for {
+			select {
+			case <-stop:
+				return
+			case <-time.After(100 * time.Microsecond):
+				s.take(1)
+			}
+		}
+	}()
+	eventually(t, func() bool { return len(s.files()) == 1 })
+	if err := os.Remove(s.files()[0]); err != nil {
+		t.Error(err)
+	}
+	eventually(t, s.NeedsBase)
+	close(stop)
+	<-done
+	s.Close()
+}
+
 // TestManyLists: a backup is needed when many lists follow the newest one.
 func TestManyLists(t *testing.T) {
 	defer backup.SetMost(1 << 20)()
@@ -546,6 +580,45 @@ func TestDamagedFiles(t *testing.T) {
 			}
 		}
 	})
+}
+
+// TestOldDamage: damage and a torn end among lists that the backup has keep no later lists back.
+func TestOldDamage(t *testing.T) {
+	for _, torn := range []bool{false, true} {
+		synctest.Test(t, func(t *testing.T) {
+			s := newShipping(t)
+			s.take(2)
+			time.Sleep(2 * time.Second)
+			info, err := os.Stat(s.files()[0])
+			if err != nil {
+				t.Fatal(err)
+			}
+			s.take(2)
+			time.Sleep(2 * time.Second)
+			s.base()
+			s.take(5)
+			time.Sleep(3 * time.Second)
+			s.Close()
+			b, err := os.ReadFile(s.files()[0])
+			if err != nil {
+				t.Fatal(err)
+			}
+			if b[info.Size()+3] ^= 1; torn {
+				b = b[:info.Size()+30]
+				b[info.Size()+3] ^= 1
+			}
+			if err := os.WriteFile(s.files()[0], b, 0o600); err != nil {
+				t.Fatal(err)
+			}
+			if got, err := s.read(104, math.MaxUint64); got.Last != 109 || torn != (err == nil) ||
+				!torn && !strings.Contains(err.Error(), "moved away") {
+				t.Errorf("torn %v: %+v, %v", torn, got, err)
+			}
+			if got, err := s.read(104, 109); err != nil || got.Last != 109 {
+				t.Errorf("torn %v, until 109: %+v, %v", torn, got, err)
+			}
+		})
+	}
 }
 
 // TestPruneKeepsNeededLists: with a clock that was set back, a file of now has a name of before

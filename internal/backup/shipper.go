@@ -164,16 +164,22 @@ func (s *Shipper) Base(last uint64, size int64) {
 	s.hasBase, s.based, s.size, s.shipped, s.rotate = true, last, size, 0, true
 	s.before, s.files = s.files, s.files[max(0, len(s.files)-1):] // the last one may have later lists
 	s.judge(time.Now())
+	if s.dropping && !s.apart() { // the queue is of before the gap, and later lists need the place
+		s.queue, s.bytes, s.dropping = nil, 0, false
+	}
 }
 
 // NoBase notes that the backup was not made.
 func (s *Shipper) NoBase() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.hasBase {
+	if s.hasBase && !s.apart() {
 		return
 	}
-	s.idle, s.queue, s.bytes = true, nil, 0
+	s.idle = true
+	if !s.hasBase { // otherwise the lists in the queue lead an older backup on
+		s.queue, s.bytes, s.dropping, s.failure = nil, 0, false, nil
+	}
 	if s.from != 0 {
 		s.breakChain(s.last+1, time.Now())
 	}
@@ -210,8 +216,9 @@ func (s *Shipper) Behind() (age time.Duration, err error) {
 	if !s.since.IsZero() {
 		age = time.Since(s.since)
 	}
-	if len(s.queue) > 0 {
-		age = max(age, time.Since(s.queue[0].at))
+	later := func(l list) bool { return !s.hasBase || l.number > s.based }
+	if i := slices.IndexFunc(s.queue, later); i >= 0 {
+		age = max(age, time.Since(s.queue[i].at))
 	}
 	return age, s.failure
 }
@@ -252,15 +259,13 @@ func (s *Shipper) run() {
 		if !closing && time.Now().Before(retry) {
 			continue
 		}
-		s.notice()
-		for {
-			wrote, err := s.ship()
+		for more := true; more; {
+			s.notice()
+			left, err := s.ship()
 			if err != nil {
 				retry = time.Now().Add(shipRetry)
 			}
-			if err != nil || !wrote {
-				break
-			}
+			more = err == nil && (left >= shipBatch || closing && left > 0) // otherwise a record each second
 		}
 		if closing {
 			s.closeFile()
@@ -297,8 +302,9 @@ func (f shippedFile) changed() bool {
 	return errors.Is(err, fs.ErrNotExist) || err == nil && (!os.SameFile(is, f.info) || is.Size() != f.size)
 }
 
-// ship writes a record with the oldest lists of the queue. wrote is false for an empty queue.
-func (s *Shipper) ship() (wrote bool, err error) {
+// ship writes a record with the oldest lists of the queue, and returns the bytes of lists that are
+// left in the queue.
+func (s *Shipper) ship() (left int, err error) {
 	s.mu.Lock()
 	batch, size := s.batch()
 	rotate := s.rotate
@@ -308,10 +314,10 @@ func (s *Shipper) ship() (wrote bool, err error) {
 		s.closeFile()
 	}
 	if len(batch) == 0 {
-		return false, nil
+		return 0, nil
 	}
 	last := batch[len(batch)-1].number
-	wrote, err = true, s.write(batch)
+	err = s.write(batch)
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if err != nil {
@@ -319,19 +325,19 @@ func (s *Shipper) ship() (wrote bool, err error) {
 			s.log.Warn("lists of writes are not shipped to the folder of backups", "err", err)
 		}
 		s.failure = err
-		return false, err
+		return s.bytes, err
 	}
 	if s.failure != nil {
 		s.log.Info("lists of writes are shipped again")
 	}
 	s.failure = nil
-	if len(s.queue) > 0 && s.queue[0].number <= last { // otherwise NoBase has emptied the queue
+	if len(s.queue) > 0 && s.queue[0].number <= last { // otherwise the queue was emptied meanwhile
 		s.queue, s.bytes = slices.Delete(s.queue, 0, len(batch)), s.bytes-size
 	}
 	if s.long() {
 		signal(s.needed)
 	}
-	return wrote, nil
+	return s.bytes, nil
 }
 
 // batch returns the lists of the next record, which stay in the queue, and their bytes. The caller
