@@ -4,6 +4,7 @@ import (
 	"context"
 	"io"
 	"net/http"
+	"slices"
 	"strconv"
 	"time"
 
@@ -15,7 +16,7 @@ import (
 )
 
 func backupDoc(b appliance.BackupInfo) api.Backup {
-	return api.Backup{Name: b.Name, Size: b.Size, Made: b.Made.Unix()}
+	return api.Backup{Name: b.Name, Size: b.Size, Made: b.Made.Unix(), Total: b.Total}
 }
 
 func (s *server) createBackup(ctx context.Context, who caller, _ *none) (api.MadeBackup, error) {
@@ -35,6 +36,9 @@ func (s *server) listBackups(_ context.Context, _ caller, in *pageInput) (*liste
 	all, err := s.Appliance.Backups()
 	if err != nil {
 		return nil, err
+	}
+	if now, ok := s.Appliance.Copying(); ok {
+		all = slices.Insert(all, 0, now)
 	}
 	return paged(in, all, func(b appliance.BackupInfo) string { return b.Name }, backupDoc), nil
 }

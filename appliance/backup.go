@@ -46,9 +46,10 @@ type BackupKeep struct{ Daily, Weekly, Monthly int }
 
 // BackupInfo is a backup in the folder.
 type BackupInfo struct {
-	Name string
-	Size int64
-	Made time.Time
+	Name  string
+	Size  int64
+	Made  time.Time
+	Total int64 // bytes to copy, of a backup that is being made, with the copied ones in Size; or 0
 }
 
 // BackupMade is a backup that was just made.
@@ -69,6 +70,7 @@ type backups struct {
 	tried   atomic.Pointer[time.Time] // begin or end of the newest attempt of this daemon, or nil
 	base    atomic.Pointer[string]    // name of the backup that the shipped lists follow, or nil
 	halted  atomic.Bool               // the daemon stops, and must not wait for a backup
+	copying atomic.Pointer[halting]   // the backup that is being made, or nil
 }
 
 var errHalted = errors.New("the daemon stops")
@@ -77,13 +79,27 @@ var errHalted = errors.New("the daemon stops")
 type halting struct {
 	*bufio.Writer
 	halted *atomic.Bool
+	info   BackupInfo
+	copied atomic.Int64
 }
 
-func (h halting) Write(b []byte) (int, error) {
+func (h *halting) Write(b []byte) (int, error) {
 	if h.halted.Load() {
 		return 0, errHalted
 	}
+	h.copied.Add(int64(len(b)))
 	return h.Writer.Write(b)
+}
+
+// Copying returns the backup that is being made.
+func (a *Appliance) Copying() (info BackupInfo, ok bool) {
+	h := a.backups.copying.Load()
+	if h == nil {
+		return info, false
+	}
+	info = h.info
+	info.Size = min(h.copied.Load(), info.Total)
+	return info, true
 }
 
 // Backup makes a backup in the folder of the configuration. Admissions go on meanwhile. A file of
@@ -167,7 +183,13 @@ func (a *Appliance) makeBackup(ctx context.Context, who audit.Actor) (made Backu
 			made.Event = p.Event
 			return p, err
 		}
-		made.Manifest, err = backup.Write(halting{buffered, &b.halted}, b.To, manifest, parts, prove)
+		to := &halting{Writer: buffered, halted: &b.halted, info: made.BackupInfo}
+		for _, p := range parts {
+			to.info.Total += p.Size
+		}
+		b.copying.Store(to)
+		defer b.copying.Store(nil)
+		made.Manifest, err = backup.Write(to, b.To, manifest, parts, prove)
 		return err
 	})
 	if err := errors.Join(err, buffered.Flush()); err != nil {
@@ -354,7 +376,7 @@ func (a *Appliance) Backups() (all []BackupInfo, err error) {
 		if err != nil { // removed meanwhile
 			continue
 		}
-		all = append(all, BackupInfo{e.Name(), info.Size(), made})
+		all = append(all, BackupInfo{Name: e.Name(), Size: info.Size(), Made: made})
 	}
 	slices.SortFunc(all, func(x, y BackupInfo) int { return y.Made.Compare(x.Made) })
 	return all, nil

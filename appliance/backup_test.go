@@ -184,6 +184,47 @@ func TestFailedBackup(t *testing.T) {
 	}
 }
 
+// slow is a recipient that waits before anything is encrypted to it.
+type slow struct {
+	age.Recipient
+	begun, on chan struct{}
+}
+
+func (s slow) Wrap(key []byte) ([]*age.Stanza, error) {
+	close(s.begun)
+	<-s.on
+	return s.Recipient.Wrap(key)
+}
+
+// TestCopying sees a backup while it is made, and not before and afterwards.
+func TestCopying(t *testing.T) {
+	r := newRig(t)
+	r.backedUp(t)
+	s := slow{r.backups.To[0], make(chan struct{}), make(chan struct{})}
+	r.backups.To = []backup.Recipient{s}
+	if now, ok := r.Copying(); ok {
+		t.Errorf("before: %+v", now)
+	}
+	done := make(chan BackupMade)
+	go func() {
+		made, err := r.Backup(t.Context(), operator)
+		if err != nil {
+			t.Error(err)
+		}
+		done <- made
+	}()
+	<-s.begun
+	now, ok := r.Copying()
+	close(s.on)
+	made := <-done
+	if !ok || now.Name != made.Name || now.Size != 0 || now.Total < 4096 || now.Total > made.Size {
+		t.Errorf("%v %+v, and then %+v", ok, now, made.BackupInfo)
+	}
+	if now, ok := r.Copying(); ok {
+		t.Errorf("afterwards: %+v", now)
+	}
+}
+
 // TestSpareBackups keeps the newest backup of each of the last days, weeks and months.
 func TestSpareBackups(t *testing.T) {
 	var all []BackupInfo // three a day for 100 days, the newest first

@@ -271,6 +271,10 @@ type Backup struct {
 	Name string `json:"name"`
 	Size int64  `json:"size"` // bytes
 	Made int64  `json:"made"` // Unix seconds
+
+	// Total is the number of bytes to copy, of a backup that is being made. Size has those copied.
+	// A backup that is whole has no Total.
+	Total int64 `json:"total,omitempty"`
 }
 
 // MadeBackup is a backup that was just made.

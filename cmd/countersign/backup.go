@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"sync"
 	"time"
 
 	"countersign/admin/api"
@@ -19,12 +20,24 @@ func (t *tool) backups(act maker) *cobra.Command {
 	show := func(w io.Writer, all []api.Backup) {
 		fmt.Fprintln(w, "NAME\tMADE\tSIZE")
 		for _, b := range all {
-			fmt.Fprintf(w, "%s\t%s\t%s\n", b.Name, date(b.Made), bytesText(b.Size))
+			size := bytesText(b.Size)
+			if b.Total > 0 {
+				size += " of " + bytesText(b.Total) + " copied"
+			}
+			fmt.Fprintf(w, "%s\t%s\t%s\n", b.Name, date(b.Made), size)
 		}
 	}
 	create := act("create", "Make a backup of all but the private keys", cobra.NoArgs,
 		func(ctx context.Context, c *api.Client, _ []string) error {
+			bar := t.bar("copied")
+			bar.noun = "bytes"
+			watching, done := context.WithCancel(ctx)
+			var watch sync.WaitGroup
+			watch.Go(func() { watchCopy(watching, c, bar) })
 			b, err := c.CreateBackup(ctx)
+			done()
+			watch.Wait()
+			bar.end()
 			if err != nil {
 				return err
 			}
@@ -69,7 +82,7 @@ func (t *tool) backups(act maker) *cobra.Command {
 			return t.print(removed, func(w io.Writer) { show(w, removed) })
 		})
 	details(prune, "A backup of the schedule does so by itself. daily, weekly and monthly of [backup] say how many\n"+
-		"are kept; the newest one always is.")
+		"are kept; the newest two always are.")
 	prune.Flags().BoolVar(&dry, "dry-run", false, "remove nothing, and list what would go")
 	prune.Example = "  countersign admin backup prune --dry-run"
 	return group("backup", "Make, list and prune backups",
@@ -83,4 +96,20 @@ func (t *tool) backups(act maker) *cobra.Command {
 				return t.print(all, func(w io.Writer) { show(w, all) })
 			}),
 		get, prune)
+}
+
+// watchCopy shows how much of a backup is copied, until ctx ends. The call that makes the backup
+// shows an error.
+func watchCopy(ctx context.Context, c *api.Client, b *bar) {
+	for b.to != nil {
+		select {
+		case <-ctx.Done():
+			return
+		case <-time.After(time.Second):
+		}
+		all, err := c.Backups(ctx)
+		if err == nil && len(all) > 0 && all[0].Total > 0 {
+			b.progress(uint64(all[0].Size), uint64(all[0].Total))
+		}
+	}
 }
