@@ -572,17 +572,9 @@ func (a *Appliance) watchBackups(ctx context.Context) {
 	if a.backups.Folder == "" {
 		return
 	}
-	looked := make(chan struct{}, 1)
-	for {
-		go func() { a.lookAtBackups(); looked <- struct{}{} }()
-		select {
-		case <-looked:
-		case <-ctx.Done():
-			return
-		}
-		if !sleepUntil(ctx, time.Now().Add(lookEvery), nil) {
-			return
-		}
+	for ctx.Err() == nil {
+		unless(ctx, func() (struct{}, error) { a.lookAtBackups(); return struct{}{}, nil })
+		sleepUntil(ctx, time.Now().Add(lookEvery), nil)
 	}
 }
 
