@@ -28,6 +28,7 @@ var bearers = []string{"admin", "admin/api", "internal/operators", "cmd/counters
 var plainSecrets = map[string]string{
 	"admin/api Key Token":            deviceName,
 	"admin/api NewKey Token":         deviceName,
+	"admin/api Recovery Token":       deviceName,
 	"admin/api Rollback Token":       deviceName,
 	"cmd/countersign unlogged Token": deviceName,
 	"cmd/countersign older Token":    deviceName,

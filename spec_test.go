@@ -64,6 +64,8 @@ func TestSpecExamples(t *testing.T) {
 			checkEvent(t, b.text)
 		case "line":
 			checkLine(t, b.text)
+		case "recovered":
+			checkRecovered(t, b.text)
 		case "proof":
 			checkProof(t, b.text, code)
 		case "vector":
@@ -76,7 +78,7 @@ func TestSpecExamples(t *testing.T) {
 		}
 	}
 	for kind, least := range map[string]int{
-		"request": 8, "refused": 3, "answer": 9, "event": 2, "line": 1, "proof": 1, "vector": 11,
+		"request": 8, "refused": 3, "answer": 9, "event": 2, "line": 1, "recovered": 1, "proof": 1, "vector": 12,
 		"noise": 1, "noise-pubky": 1, "approval": 4,
 	} {
 		if seen[kind] < least {
@@ -177,6 +179,45 @@ func checkLine(t *testing.T, text string) {
 	}
 	first.Next = [32]byte{} // without the commitment, the forged step is valid
 	if _, err := first.Follow(d.Forged); err != nil {
+		t.Error(err)
+	}
+}
+
+// checkRecovered follows a line to its recovery successor. The steps of a thief must fail at the
+// last one.
+func checkRecovered(t *testing.T, text string) {
+	t.Helper()
+	var d struct {
+		First  jsontext.Value    `json:"first"`
+		Steps  []wire.Succession `json:"steps"`
+		Newest jsontext.Value    `json:"newest"`
+		Forged []wire.Succession `json:"forged"`
+	}
+	if err := ijson.Decode([]byte(text), &d, "first", "steps", "newest", "forged"); err != nil {
+		t.Fatal(err)
+	}
+	first, err := client.DecodeKeyLine(d.First)
+	if err != nil {
+		t.Fatal(err)
+	}
+	newest, err := client.DecodeKeyLine(d.Newest)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if l, err := client.VerifyKeyLine(first, d.Steps); err != nil || l != newest {
+		t.Errorf("%+v, %v", l, err)
+	}
+	last := len(d.Forged) - 1
+	l, err := first.Follow(d.Forged[:last]...)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if l, err := l.Follow(d.Forged[last]); !errors.Is(err, client.ErrBrokenLine) ||
+		!strings.Contains(err.Error(), "committed") {
+		t.Errorf("the forged step leads to %+v, %v", l, err)
+	}
+	l.Recovery = l.NewRecovery // with the thief's commitment, the step is valid
+	if _, err := l.Follow(d.Forged[last]); err != nil {
 		t.Error(err)
 	}
 }

@@ -49,6 +49,8 @@ var acts = map[string]struct {
 	approval.ActKeyArchive:       {archiveKey, nil},
 	approval.ActKeyDestroy:       {destroyKey, nil},
 	approval.ActKeyCompromise:    {compromiseKey, nil},
+	approval.ActKeySafeguard:     {makeRecovery, nil},
+	approval.ActKeyRecover:       {recoverLine, nil},
 	approval.ActKeySet:           {setKey, nil},
 	approval.ActRetentionShorten: {shortenRetention, nil},
 }

@@ -13,6 +13,7 @@ import (
 	"countersign/appliance"
 	"countersign/approval"
 	"countersign/audit"
+	"countersign/internal/keystore"
 	"countersign/internal/spectest"
 )
 
@@ -95,6 +96,16 @@ var actCases = map[string]func(r *rig, root *api.Client) []string{
 	approval.ActKeyCompromise: func(r *rig, root *api.Client) []string {
 		must(root.CreateKey(r.t.Context(), api.NewKey{Name: "payments"}))(r.t)
 		return []string{"key", "payments", "version", "1", "reason", "stolen"}
+	},
+	approval.ActKeySafeguard: func(r *rig, root *api.Client) []string {
+		must(root.CreateKey(r.t.Context(), api.NewKey{Name: "payments"}))(r.t)
+		return []string{"key", "payments", "token", "safe"}
+	},
+	approval.ActKeyRecover: func(r *rig, root *api.Client) []string {
+		must(root.CreateKey(r.t.Context(), api.NewKey{Name: "payments"}))(r.t)
+		r.done(root, approval.ActKeySafeguard, "key", "payments", "token", "safe")
+		r.store.Remove(keystore.Ref{Name: "payments", Version: 1})
+		return []string{"key", "payments", "reason", "it burnt"}
 	},
 	approval.ActKeySet: func(r *rig, root *api.Client) []string {
 		must(root.CreateKey(r.t.Context(), api.NewKey{Name: "payments"}))(r.t)

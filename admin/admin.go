@@ -431,7 +431,7 @@ func (s *server) keyDoc(k *keyring.Key) api.Key {
 		PublicKey: hex.EncodeToString(info.PublicKey),
 		Origin:    info.Provenance.String(), Provenance: api.Provenance(info.Provenance),
 		Created: k.Created.Unix(), Activates: unix(k.Activates), Retires: unix(k.Retires),
-		Uses: k.Uses(), Own: k.Own(), Authorization: k.Authorization,
+		Uses: k.Uses(), Own: k.Own(), Recovery: k.Recovery, Authorization: k.Authorization,
 	}
 	if next, ok := s.Appliance.Keys.Next(k); ok {
 		doc.Next = hex.EncodeToString(next[:])

@@ -106,8 +106,10 @@ func newRigIn(t *testing.T, state string) *rig {
 	log := scantest.Log()
 	config := appliance.Config{Meter: meter.New("test"), Limits: limits, Retention: appliance.Retention{
 		Epoch: appliance.Month, Audit: long, Receipts: long, Decisions: long, Nonces: 24 * time.Hour,
-	}}
-	tokens := map[string]keystore.Store{"memory": form.Guard(store, nil)}
+	}, SigningToken: "memory"}
+	tokens := map[string]keystore.Store{
+		"memory": form.Guard(store, nil), "safe": form.Guard(keystoretest.NewMemory(), nil),
+	}
 	if r.app, err = appliance.New(t.Context(), config, l, tokens, r.rules(), log); err != nil {
 		t.Fatal(err)
 	}

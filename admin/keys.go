@@ -2,6 +2,7 @@ package admin
 
 import (
 	"context"
+	"encoding/hex"
 	"strconv"
 	"strings"
 	"time"
@@ -11,6 +12,7 @@ import (
 	"countersign/approval"
 	"countersign/audit"
 	"countersign/internal/keyring"
+	"countersign/internal/manage"
 	"countersign/internal/schedule"
 )
 
@@ -80,6 +82,14 @@ func (s *server) lineDoc(name string, l keyring.Settings) api.Line {
 	if q, ok := s.Appliance.Keys.Requested(name); ok {
 		doc.Requested = &api.Requested{
 			By: q.By.Name, Asked: unix(q.Asked), Activates: unix(q.Activates), Until: unix(q.Until), Ended: q.Ended,
+		}
+	}
+	if k := s.Appliance.Keys.Recovery(name); k != nil {
+		commitment, _ := s.Appliance.Keys.RecoveryCommitment(name)
+		_, absent := s.Appliance.Keys.Tokens.Get(k.Token)
+		doc.Recovery = &api.Recovery{
+			Version: k.Version, Token: k.Token, Absent: absent != nil, Created: unix(k.Created),
+			Commitment: hex.EncodeToString(commitment[:]),
 		}
 	}
 	if doc.Rotation != nil {
@@ -164,6 +174,32 @@ func archiveKey(a *appliance.Appliance, p parameters, _ []byte) (parameters, do,
 	return list("key", v["key"], "version", v["version"]), func(ctx context.Context, who audit.Actor) error {
 		return a.Keys.Archive(ctx, who, v["key"], version)
 	}, a.Keys.CheckState(v["key"], version, keyring.Archived)
+}
+
+// makeRecovery makes the recovery successor of a key on another token.
+func makeRecovery(a *appliance.Appliance, p parameters, _ []byte) (parameters, do, error) {
+	v, err := values(p, "key", "token")
+	if err != nil {
+		return nil, nil, err
+	}
+	return list("key", v["key"], "token", v["token"]), func(ctx context.Context, who audit.Actor) error {
+		return a.Keys.MakeRecovery(ctx, who, v["key"], v["token"])
+	}, a.Keys.CheckRecovery(v["key"], v["token"])
+}
+
+// recoverLine lets a line go on with its recovery successor.
+func recoverLine(a *appliance.Appliance, p parameters, _ []byte) (parameters, do, error) {
+	v, err := values(p, "key", "reason")
+	if err != nil {
+		return nil, nil, err
+	}
+	err = a.Keys.CheckRecover(v["key"])
+	if err == nil {
+		err = manage.CheckReason(v["reason"])
+	}
+	return list("key", v["key"], "reason", v["reason"]), func(ctx context.Context, who audit.Actor) error {
+		return a.Keys.RecoverLine(ctx, who, v["key"], v["reason"])
+	}, err
 }
 
 func destroyKey(a *appliance.Appliance, p parameters, _ []byte) (parameters, do, error) {

@@ -479,7 +479,7 @@ func TestStreamFigures(t *testing.T) {
 			t.Errorf("%s is missing", each.Name)
 		}
 	}
-	if len(tick.Figures) != main || tick.Figures["tokens_up"] == nil || *tick.Figures["tokens_up"] != 1 {
+	if len(tick.Figures) != main || tick.Figures["tokens_up"] == nil || *tick.Figures["tokens_up"] != 2 {
 		t.Errorf("%d figures, want %d", len(tick.Figures), main)
 	}
 	if err := r.app.Lock(t.Context(), asDaemon, "test"); err != nil {

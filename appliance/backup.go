@@ -299,7 +299,7 @@ func (a *Appliance) backupParts(
 		info := k.Info()
 		m.Keys = append(m.Keys, backup.Key{
 			Ref: info.Ref, Algorithm: info.Algorithm, Custody: info.Custody, Token: k.Token, State: string(k.State),
-			PublicKey: hex.EncodeToString(info.PublicKey),
+			PublicKey: hex.EncodeToString(info.PublicKey), Recovery: k.Recovery,
 		})
 	}
 	parts = []backup.Part{{

@@ -25,6 +25,8 @@ const (
 	ActKeyDestroy       = "key destroy"
 	ActKeyCompromise    = "key compromise"
 	ActKeyArchive       = "key archive"
+	ActKeySafeguard     = "key safeguard"
+	ActKeyRecover       = "key recover"
 	ActKeySet           = "key set"
 	ActRetentionShorten = "retention shorten"
 	ActOperatorAdd      = "operator add"
@@ -56,10 +58,14 @@ func is(name, value string) func(audit.Event) bool {
 }
 
 // archivedByHand matches the archiving of a version by an operator. The daemon archives without
-// approval: at the end of the grace time, or after the last acknowledgement.
+// approval: at the end of the grace time, or after the last acknowledgement. The acts on recovery
+// archive what was pending, and have events of their own.
 func archivedByHand(e audit.Event) bool {
-	return e.Metadata["to"] == "archived" && e.Actor.Kind == "operator"
+	return e.Metadata["from"] != "pending" && e.Metadata["to"] == "archived" && e.Actor.Kind == "operator"
 }
+
+// commitsToRecovery matches the commitment of a line to a recovery successor.
+func commitsToRecovery(e audit.Event) bool { return e.Metadata["recovery"] != "" }
 
 // weakened matches a change of a key's settings that needs approval. The event names the weaker
 // settings.
@@ -68,6 +74,12 @@ func weakened(e audit.Event) bool { return e.Metadata["weaker"] != "" }
 func versionOf(resource string, _ map[string]string) []Parameter {
 	key, version, _ := strings.Cut(resource, "/")
 	return []Parameter{{"key", key}, {"version", version}}
+}
+
+// keyOf returns the name of the key of a version.
+func keyOf(version string) string {
+	key, _, _ := strings.Cut(version, "/")
+	return key
 }
 
 func peerKeyOf(resource string, m map[string]string) []Parameter {
@@ -137,6 +149,13 @@ var gates = []gate{
 	{ActKeyArchive, managers, audit.KeyStateChanged, archivedByHand, versionOf},
 	{ActKeyDestroy, managers, audit.KeyStateChanged, is("to", "destroyed"), versionOf},
 	{ActKeyCompromise, managers, audit.KeyStateChanged, is("to", "compromised"), versionOf},
+	{ActKeySafeguard, managers, audit.KeyCommitted, commitsToRecovery,
+		func(resource string, m map[string]string) []Parameter {
+			return []Parameter{{"key", keyOf(resource)}, {"token", m["token"]}}
+		}},
+	{ActKeyRecover, managers, audit.KeyRecovered, nil, func(resource string, m map[string]string) []Parameter {
+		return []Parameter{{"key", keyOf(resource)}, {"reason", m["reason"]}}
+	}},
 	{ActKeySet, managers, audit.LineChanged, weakened, weakerSettings},
 	{ActRetentionShorten, administrators, audit.RetentionChanged, is("shortened", "yes"), nil},
 	{ActOperatorAdd, administrators, audit.OperatorChanged, is("change", ChangeAdded), nameOf},

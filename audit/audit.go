@@ -54,6 +54,7 @@ const (
 	KeyCreationFailed   Type = "KeyCreationFailed"
 	KeyRotated          Type = "KeyRotated"
 	KeyRotationFailed   Type = "KeyRotationFailed"
+	KeyRecovered        Type = "KeyRecovered"      // a line goes on with its recovery successor
 	KeyStateChanged     Type = "KeyStateChanged"   // metadata from and to
 	KeyCommitted        Type = "KeyCommitted"      // a successor exists; metadata next: SHA-256 of its public key
 	RotationRequested   Type = "RotationRequested" // by an operator; on disk before anything is tried
@@ -139,8 +140,9 @@ var kinds = map[Type]Kind{
 	EpochBegun: Other, Started: Other, Stopped: Other,
 	SignatureRejected: Other, ReplayRefused: Other, RateLimitTriggered: Other, HandshakeRefused: Other,
 	KeyCreated: Other, KeyImported: Other, KeyCreationFailed: Other,
-	KeyRotated: Other, KeyRotationFailed: Other, KeyStateChanged: Other,
-	KeyCommitted: Other, RotationRequested: Other, RotationAnnounced: Other, RotationCancelled: Other,
+	KeyRotated: Other, KeyRotationFailed: Other, KeyRecovered: Other,
+	KeyStateChanged: Other,
+	KeyCommitted:    Other, RotationRequested: Other, RotationAnnounced: Other, RotationCancelled: Other,
 	RotationKnown: Other, CompromiseKnown: Other, LineChanged: Other, NoiseKeyAuthorized: Other,
 	PeerAdded: Other, PeerKeyAdded: Other, PeerKeyRemoved: Other, PeerRemoved: Other, PeerSuspended: Other,
 	PeerResumed: Other, PolicyChanged: Other, GroupChanged: Other, GroupRemoved: Other,

@@ -180,6 +180,24 @@ func NewKeyCommitted(who Actor, key string, next [32]byte, k KeyFacts) Event {
 		"custody", k.Custody, "provenance", k.Provenance, "token", k.Token)
 }
 
+// NewRecoveryCommitted records the recovery successor of a line whose version key is active: the
+// number of its version, and the commitment to it.
+func NewRecoveryCommitted(who Actor, key string, version uint32, commitment [32]byte, k KeyFacts) Event {
+	return newEvent(KeyCommitted, who, "key safeguard", key, "recovery", hex.EncodeToString(commitment[:]),
+		"version", decimal(version), "custody", k.Custody, "provenance", k.Provenance, "token", k.Token)
+}
+
+// NewKeyRecovered records that a line goes on with its recovery successor: last is the version that
+// was the last to sign, and retires the latest time of its archiving, zero for none.
+func NewKeyRecovered(who Actor, key, last, reason string, publicKey []byte, retires time.Time) Event {
+	e := newEvent(KeyRecovered, who, "key recover", key, "last", last, "reason", reason,
+		"public_key", hex.EncodeToString(publicKey))
+	if !retires.IsZero() {
+		e = e.with("retires_at", decimal(retires.Unix()))
+	}
+	return e
+}
+
 // NewRotationRequested records a rotation that an operator has asked for, before anything is tried.
 // Nothing is tried any more from until on.
 func NewRotationRequested(who Actor, name string, activates, until time.Time) Event {

@@ -86,7 +86,7 @@ func TestRotationOfAnAppliance(t *testing.T) {
 	}
 	for _, k := range keys {
 		if k.Name == "payments" && k.Next != nil {
-			pin = client.KeyLine{Key: k.Name, Version: k.Version, PublicKey: k.PublicKey, Next: *k.Next}
+			pin = client.LineOf(k)
 		}
 	}
 	heard := make(told, 10)

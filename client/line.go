@@ -24,42 +24,84 @@ type KeyLine struct {
 	// appliance makes in advance. Zero means unknown. With a known commitment, a thief of this
 	// version's private key can't lead the line to a key of his own.
 	Next [32]byte
+	// Recovery is the commitment of the line to its recovery successor, which is on another device
+	// (transcript.RecoveryCommitment). Zero means none. The line goes on with it after the loss of
+	// the device.
+	Recovery [32]byte
+	// NewRecovery is the commitment that the last step has named, where that is another one. When
+	// the next step names the same, NewRecovery becomes Recovery: a thief of one private key can't
+	// put a key of his own there.
+	NewRecovery [32]byte
 	// Announced is version Version+1, which is trusted too, and was announced and not active yet.
 	// Signatures of both versions are good. Zero: none.
 	Announced Successor
 }
 
 // Successor is the version after a version in a key's line, with a commitment of its own.
-type Successor struct{ PublicKey, Next [32]byte }
+type Successor struct{ PublicKey, Next, Recovery, NewRecovery [32]byte }
+
+// LineOf is the line of a key at a version, with the commitments that the appliance shows. Whoever
+// pins the line trusts the appliance once: compare the public key with the one that its operator
+// names.
+func LineOf(k wire.Key) KeyLine {
+	l := KeyLine{Key: k.Name, Version: k.Version, PublicKey: k.PublicKey}
+	if k.Next != nil {
+		l.Next = *k.Next
+	}
+	if k.Recovery != nil {
+		l.Recovery = *k.Recovery
+	}
+	return l
+}
 
 // Newest returns the newest trusted version: the announced one, or else the line itself.
 func (l KeyLine) Newest() KeyLine {
 	if l.Announced == (Successor{}) {
 		return l
 	}
-	return KeyLine{Key: l.Key, Version: l.Version + 1, PublicKey: l.Announced.PublicKey, Next: l.Announced.Next}
+	return KeyLine{
+		Key: l.Key, Version: l.Version + 1, PublicKey: l.Announced.PublicKey, Next: l.Announced.Next,
+		Recovery: l.Announced.Recovery, NewRecovery: l.Announced.NewRecovery,
+	}
 }
 
 // with returns the line with its newest version: l's own version or the one after it.
 func (l KeyLine) with(newest KeyLine) KeyLine {
 	l.Announced = Successor{}
 	if newest.Version != l.Version {
-		l.Announced = Successor{newest.PublicKey, newest.Next}
+		l.Announced = Successor{newest.PublicKey, newest.Next, newest.Recovery, newest.NewRecovery}
 	}
 	return l
 }
 
 type keyLineDoc struct {
-	Key       string        `json:"key"`
-	Version   uint32        `json:"version"`
-	PublicKey wire.Bytes32  `json:"public_key"`
-	Next      *wire.Bytes32 `json:"next,omitempty"`
+	Key     string `json:"key"`
+	Version uint32 `json:"version"`
+	successorDoc
 	Announced *successorDoc `json:"announced,omitempty"`
 }
 
 type successorDoc struct {
-	PublicKey wire.Bytes32  `json:"public_key"`
-	Next      *wire.Bytes32 `json:"next,omitempty"`
+	PublicKey   wire.Bytes32  `json:"public_key"`
+	Next        *wire.Bytes32 `json:"next,omitempty"`
+	Recovery    *wire.Bytes32 `json:"recovery,omitempty"`
+	NewRecovery *wire.Bytes32 `json:"new_recovery,omitempty"`
+}
+
+func (s *Successor) doc() successorDoc {
+	return successorDoc{s.PublicKey, commitment(&s.Next), commitment(&s.Recovery), commitment(&s.NewRecovery)}
+}
+
+func (d *successorDoc) successor() Successor {
+	s := Successor{PublicKey: d.PublicKey}
+	for to, from := range map[*[32]byte]*wire.Bytes32{
+		&s.Next: d.Next, &s.Recovery: d.Recovery, &s.NewRecovery: d.NewRecovery,
+	} {
+		if from != nil {
+			*to = *from
+		}
+	}
+	return s
 }
 
 // commitment is the JSON form of a commitment, which may be unknown.
@@ -72,9 +114,11 @@ func commitment(next *[32]byte) *wire.Bytes32 {
 
 // Encode writes the JSON form.
 func (l KeyLine) Encode() ([]byte, error) {
-	d := keyLineDoc{Key: l.Key, Version: l.Version, PublicKey: l.PublicKey, Next: commitment(&l.Next)}
-	if a := l.Announced; a != (Successor{}) {
-		d.Announced = &successorDoc{a.PublicKey, commitment(&a.Next)}
+	own := Successor{l.PublicKey, l.Next, l.Recovery, l.NewRecovery}
+	d := keyLineDoc{Key: l.Key, Version: l.Version, successorDoc: own.doc()}
+	if l.Announced != (Successor{}) {
+		announced := l.Announced.doc()
+		d.Announced = &announced
 	}
 	return wire.Encode(d)
 }
@@ -85,15 +129,13 @@ func DecodeKeyLine(b []byte) (KeyLine, error) {
 	if err := ijson.Decode(b, &d, "key", "version", "public_key"); err != nil {
 		return KeyLine{}, err
 	}
-	l := KeyLine{Key: d.Key, Version: d.Version, PublicKey: d.PublicKey}
-	if d.Next != nil {
-		l.Next = *d.Next
+	own := d.successor()
+	l := KeyLine{
+		Key: d.Key, Version: d.Version, PublicKey: own.PublicKey, Next: own.Next,
+		Recovery: own.Recovery, NewRecovery: own.NewRecovery,
 	}
 	if a := d.Announced; a != nil {
-		l.Announced.PublicKey = a.PublicKey
-		if a.Next != nil {
-			l.Announced.Next = *a.Next
-		}
+		l.Announced = a.successor()
 		if l.Announced == (Successor{}) {
 			return KeyLine{}, errors.New("announced: it has no public_key")
 		}
@@ -171,13 +213,16 @@ func (l KeyLine) Advance(s wire.Steps) (KeyLine, error) {
 // that has no known commitment: a thief can have signed the step.
 func (l KeyLine) followEach(steps []wire.Succession, compromised func(version uint32) bool) (all []KeyLine, err error) {
 	for _, step := range steps {
-		if l.Next == [32]byte{} && compromised(l.Version) {
+		next, err := l.Follow(step)
+		if err != nil {
+			return nil, err
+		}
+		recovered := next.Version > l.Version+1 // by a commitment, which is known
+		if l.Next == [32]byte{} && compromised(l.Version) && !recovered {
 			return nil, fmt.Errorf("%w: %q: version %d is compromised, and has no known commitment: "+
 				"a thief can have made its step", ErrBrokenLine, ijson.Clip(l.Key), l.Version)
 		}
-		if l, err = l.Follow(step); err != nil {
-			return nil, err
-		}
+		l = next
 		all = append(all, l)
 	}
 	return all, nil
@@ -186,8 +231,9 @@ func (l KeyLine) followEach(steps []wire.Succession, compromised func(version ui
 // Follow checks consecutive steps from the version of l, and returns the line at the last step. A
 // valid step is for the same key and for the next version number. The step is from the public key
 // of the version before, with a signature of that key, and leads to the committed key, where the
-// commitment is known. The times of a step are the times of its signing; an old step stays valid.
-// Errors wrap ErrBrokenLine.
+// commitment is known. Or the step recovers the line: it leads to a later version, to the recovery
+// successor to which the line has committed, which has signed the step. The times of a step are the
+// times of its signing; an old step stays valid. Errors wrap ErrBrokenLine.
 func (l KeyLine) Follow(steps ...wire.Succession) (KeyLine, error) {
 	for _, step := range steps {
 		next, err := l.step(step)
@@ -208,6 +254,8 @@ func (l KeyLine) step(s wire.Succession) (KeyLine, error) {
 	switch p := doc.Succession; {
 	case p.Key != l.Key:
 		return KeyLine{}, fmt.Errorf("the step is of key %q", p.Key)
+	case p.Recovered:
+		return l.recovered(doc, s.Signature)
 	case uint64(p.Version) != uint64(l.Version)+1:
 		return KeyLine{}, fmt.Errorf("the step is to version %d", p.Version)
 	case p.Old != l.PublicKey:
@@ -219,7 +267,35 @@ func (l KeyLine) step(s wire.Succession) (KeyLine, error) {
 	if err := eddsa.Verify(l.PublicKey[:], doc.Message, s.Signature); err != nil {
 		return KeyLine{}, err
 	}
-	return after(doc.Succession), nil
+	next := after(doc.Succession)
+	switch named := next.NewRecovery; named {
+	case l.Recovery, [32]byte{}:
+		next.Recovery, next.NewRecovery = l.Recovery, [32]byte{}
+	case l.NewRecovery: // two steps in a row have named it
+		next.Recovery, next.NewRecovery = named, [32]byte{}
+	default:
+		next.Recovery = l.Recovery
+	}
+	return next, nil
+}
+
+// recovered follows a step to the recovery successor. Which version was the last before it does not
+// matter, since the commitment names the key and its successor.
+func (l KeyLine) recovered(doc *transcript.Document, signature []byte) (KeyLine, error) {
+	p := doc.Succession
+	switch {
+	case p.Version <= l.Version:
+		return KeyLine{}, fmt.Errorf("the step is to version %d", p.Version)
+	case l.Recovery == [32]byte{}:
+		return KeyLine{}, fmt.Errorf("the step is to a recovery successor, version %d, and this line knows of none: "+
+			"ask the operators for the public key of the new version, and pin that", p.Version)
+	case transcript.RecoveryCommitment(p.New, *p.Next) != l.Recovery:
+		return KeyLine{}, errors.New("the new public key is not the recovery successor that the line has committed to")
+	}
+	if err := eddsa.Verify(p.New[:], doc.Message, signature); err != nil {
+		return KeyLine{}, err
+	}
+	return after(p), nil
 }
 
 func parseStep(s wire.Succession) (*transcript.Document, error) {
@@ -234,6 +310,9 @@ func after(s *transcript.Succession) KeyLine {
 	l := KeyLine{Key: s.Key, Version: s.Version, PublicKey: s.New}
 	if s.Next != nil {
 		l.Next = *s.Next
+	}
+	if s.Recovery != nil {
+		l.NewRecovery = *s.Recovery
 	}
 	return l
 }
@@ -257,7 +336,7 @@ const maxSteps = 1 << 16
 // Line gets the steps of a key's line after version from, to version from+1 and later ones, with
 // the active version and all compromised ones. Line does not check the steps; KeyLine.Advance does.
 func (c *Client) Line(ctx context.Context, key string, from uint32) (all wire.Steps, err error) {
-	for first := from; ; {
+	for {
 		page, err := c.steps(ctx, key, from)
 		if err != nil {
 			return wire.Steps{}, err
@@ -269,7 +348,11 @@ func (c *Client) Line(ctx context.Context, key string, from uint32) (all wire.St
 		if !page.More {
 			return all, nil
 		}
-		from = first + uint32(len(all.Steps))
+		last, err := parseStep(all.Steps[len(all.Steps)-1])
+		if err != nil || last.Succession.Version <= from {
+			return wire.Steps{}, fmt.Errorf("%w: a page of the line leads to no later version", ErrWrongAnswer)
+		}
+		from = last.Succession.Version
 	}
 }
 

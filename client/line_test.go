@@ -1,11 +1,13 @@
 package client_test
 
 import (
+	"bytes"
 	"crypto"
 	"crypto/ed25519"
 	"crypto/sha256"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"strings"
 	"testing"
 	"time"
@@ -281,5 +283,143 @@ func TestSignerAfterARotation(t *testing.T) {
 	}
 	if err := sign(signer); err != nil {
 		t.Errorf("a new Signer: %v", err)
+	}
+}
+
+// recovery is a recovery successor with its own successor.
+type recovery struct{ key, next ed25519.PrivateKey }
+
+func newRecovery(name string) recovery {
+	l := clienttest.NewKeyLine(name, 1)
+	return recovery{l.Private[0], l.Private[1]}
+}
+
+func (r recovery) nextDigest() wire.Bytes32 {
+	return sha256.Sum256(r.next.Public().(ed25519.PublicKey))
+}
+
+func (r recovery) public() wire.Bytes32 { return wire.Bytes32(r.key.Public().(ed25519.PublicKey)) }
+
+func (r recovery) commitment() wire.Bytes32 {
+	return transcript.RecoveryCommitment(r.public(), r.nextDigest())
+}
+
+// with adds members to the payload of a step, and signs the step anew.
+func with(signer ed25519.PrivateKey, s wire.Succession, members string) wire.Succession {
+	s.Payload = append(bytes.TrimSuffix(bytes.Clone(s.Payload), []byte("}")), ","+members+"}"...)
+	return clienttest.Sign(signer, s)
+}
+
+// naming is the step of a line to a version, with a commitment to a recovery successor.
+func naming(l *clienttest.KeyLine, version uint32, commitment wire.Bytes32) wire.Succession {
+	text, _ := commitment.MarshalText()
+	return with(l.Private[version-2], l.Step(version), fmt.Sprintf(`"recovery":%q`, text))
+}
+
+// to is the step of a line to the recovery successor, as a version.
+func (r recovery) to(l *clienttest.KeyLine, version uint32) wire.Succession {
+	next := r.nextDigest()
+	return with(r.key, clienttest.Step(l.Private[0], l.Key, version, r.public(), &next), `"recovered":true`)
+}
+
+// TestRecoveredLine: a line goes on with the recovery successor that it has committed to, whatever
+// the last version before was.
+func TestRecoveredLine(t *testing.T) {
+	l, safe := clienttest.NewKeyLine("payments", 4), newRecovery("safe")
+	pin := lineAt(l, 1)
+	pin.Recovery = safe.commitment()
+	want := client.KeyLine{Key: "payments", Version: 1000, PublicKey: safe.public(), Next: safe.nextDigest()}
+	for name, steps := range map[string][]wire.Succession{
+		"at once":     {safe.to(l, 1000)},
+		"after steps": {l.Step(2), naming(l, 3, safe.commitment()), safe.to(l, 1000)},
+	} {
+		if got, err := pin.Follow(steps...); err != nil || got != want {
+			t.Errorf("%s: %+v, %v", name, got, err)
+		}
+		shown := wire.Steps{Steps: steps, Active: 1000, Compromised: []uint32{1, 2, 3}}
+		if got, err := pin.Advance(shown); err != nil || got != want {
+			t.Errorf("%s, compromised: %+v, %v", name, got, err)
+		}
+	}
+	pin.Next = [32]byte{}
+	shown := wire.Steps{Steps: []wire.Succession{safe.to(l, 1000)}, Active: 1000, Compromised: []uint32{1}}
+	if got, err := pin.Advance(shown); err != nil || got != want {
+		t.Errorf("from a compromised version of which only the recovery successor is known: %+v, %v", got, err)
+	}
+	for _, l := range []client.KeyLine{pin, want, {
+		Key: "payments", Version: 1, PublicKey: pin.PublicKey, NewRecovery: safe.commitment(),
+		Announced: client.Successor{PublicKey: l.Public(2), NewRecovery: pin.PublicKey, Recovery: safe.commitment()},
+	}} {
+		b, err := l.Encode()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got, err := client.DecodeKeyLine(b); err != nil || got != l {
+			t.Errorf("%s is read as %+v, %v", b, got, err)
+		}
+	}
+}
+
+// TestStolenKeyNamesNoRecovery: a thief of the active version's private key names a recovery
+// successor of the thief's own. No peer follows the thief, and the line goes on.
+func TestStolenKeyNamesNoRecovery(t *testing.T) {
+	l, safe, thief := clienttest.NewKeyLine("payments", 4), newRecovery("safe"), newRecovery("thief")
+	pin := lineAt(l, 1)
+	bare := pin
+	pin.Recovery = safe.commitment()
+	halfway := bare
+	halfway.NewRecovery = safe.commitment()
+	for name, from := range map[string]client.KeyLine{
+		"with a recovery successor": pin, "without": bare, "named once": halfway,
+	} {
+		by := func(r recovery, version uint32) wire.Succession { return naming(l, version, r.commitment()) }
+		away := thief.to(l, 1000)
+		for what, steps := range map[string][]wire.Succession{
+			"at once":                 {away},
+			"after a step that names": {by(thief, 2), away},
+			"after two that differ":   {by(thief, 2), by(safe, 3), away},
+			"the other way round":     {by(safe, 2), by(thief, 3), away},
+			"with a step between":     {by(thief, 2), l.Step(3), by(thief, 4), away},
+		} {
+			if got, err := from.Follow(steps...); !errors.Is(err, client.ErrBrokenLine) || got != (client.KeyLine{}) {
+				t.Errorf("%s, %s: %+v, %v", name, what, got, err)
+			}
+		}
+		got, err := from.Follow(by(thief, 2), by(safe, 3), by(safe, 4), safe.to(l, 1000))
+		if err != nil || got.PublicKey != safe.public() {
+			t.Errorf("%s: the line goes on to %+v, %v", name, got, err)
+		}
+	}
+	if got, err := pin.Follow(l.Step(2), l.Step(3), l.Step(4)); err != nil || got.Recovery != pin.Recovery {
+		t.Errorf("steps without a commitment have taken it away: %+v, %v", got, err)
+	}
+}
+
+// TestForgedRecovery: a step to the right recovery successor that is not exactly its own.
+func TestForgedRecovery(t *testing.T) {
+	l, safe, thief := clienttest.NewKeyLine("payments", 2), newRecovery("safe"), newRecovery("thief")
+	pin := lineAt(l, 1)
+	pin.Recovery = safe.commitment()
+	good := safe.to(l, 1000)
+	other := recovery{safe.key, thief.key} // the recovery key alone is stolen
+	broken := good
+	broken.Signature = bytes.Clone(good.Signature)
+	broken.Signature[3]++
+	for name, bad := range map[string]wire.Succession{
+		"signed by the old version": clienttest.Sign(l.Private[0], good),
+		"another successor":         other.to(l, 1000),
+		"a broken signature":        broken,
+		"another key":               safe.to(clienttest.NewKeyLine("others", 1), 1000),
+	} {
+		if got, err := pin.Follow(bad); !errors.Is(err, client.ErrBrokenLine) {
+			t.Errorf("%s: %+v, %v", name, got, err)
+		}
+	}
+	if _, err := pin.Follow(good); err != nil {
+		t.Error(err)
+	}
+	pin.Version = 1000
+	if got, err := pin.Follow(good); !errors.Is(err, client.ErrBrokenLine) {
+		t.Errorf("to the version where the line is: %+v, %v", got, err)
 	}
 }

@@ -81,6 +81,9 @@ func (p *pin) follow(steps ...wire.Succession) error {
 	defer p.mu.Unlock()
 	lines, err := p.newest.followEach(steps, func(version uint32) bool { return p.compromised[version] })
 	for _, l := range lines {
+		if l.Version > p.newest.Version+1 { // a recovery successor signs at once
+			p.active = l.Version
+		}
 		if p.newest = l; !p.compromised[l.Version] {
 			p.trusted[l.Version] = l
 		}
@@ -133,6 +136,18 @@ func (p *pin) at(version uint32) KeyLine {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	return p.trusted[version]
+}
+
+// before returns the newest trusted version below a version, or the zero line.
+func (p *pin) before(version uint32) (l KeyLine) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for v, other := range p.trusted {
+		if v < version && v > l.Version {
+			l = other
+		}
+	}
+	return l
 }
 
 func (p *pin) version() uint32 {

@@ -159,7 +159,7 @@ func (a *testAppliance) pin(name string) (file string) {
 	defer c.Close()
 	k := must(c.Key(context.Background(), name))
 	file = filepath.Join(a.dir, name+".line")
-	l := client.KeyLine{Key: name, Version: k.Version, PublicKey: k.PublicKey, Next: *k.Next}
+	l := client.LineOf(k)
 	must(0, client.WriteKeyLine(file, l))
 	return file
 }

@@ -277,7 +277,7 @@ func (c *Client) replaceVersion(r *Rotation) (configured bool, err error) {
 		r.Old, _ = c.Pinned(e.Key)
 		return false, err
 	}
-	r.Old, r.New = p.at(e.Version-1), p.at(e.Version)
+	r.Old, r.New = p.before(e.Version), p.at(e.Version)
 	return false, nil
 }
 
@@ -297,10 +297,13 @@ func checkUnpinned(r *Rotation) error {
 	if step.Key != e.Key || step.Version != e.Version || step.New != e.PublicKey {
 		return broken(errors.New("the step is to another version or key than the event says"))
 	}
-	if err := eddsa.Verify(step.Old[:], doc.Message, e.Succession.Signature); err != nil {
+	if err := eddsa.Verify(doc.Signers[0], doc.Message, e.Succession.Signature); err != nil {
 		return broken(fmt.Errorf("the step to version %d: %w", e.Version, err))
 	}
-	r.Old, r.New = KeyLine{Key: e.Key, Version: e.Version - 1, PublicKey: step.Old}, after(step)
+	r.New = after(step)
+	if !step.Recovered { // which names no version before
+		r.Old = KeyLine{Key: e.Key, Version: e.Version - 1, PublicKey: step.Old}
+	}
 	return nil
 }
 

@@ -28,7 +28,7 @@ func (s *system) pinnedLine(key string) client.KeyLine {
 	}
 	for _, k := range keys {
 		if k.Name == key && k.Version == 1 && k.Next != nil {
-			return client.KeyLine{Key: key, Version: 1, PublicKey: k.PublicKey, Next: *k.Next}
+			return client.LineOf(k)
 		}
 	}
 	s.t.Fatalf("%q has no first version that commits to a second one", key)

@@ -1,28 +1,43 @@
 package transcript
 
+import "crypto/sha256"
+
 const keySuccessionDomain = "countersign-key-succession-v1"
 
 var keySuccessionType = Type{
 	"key-succession-v1",
-	"the old version of a key endorses the new version; made by the appliance only, at a rotation",
+	"a step from a version of a key to a later one; made by the appliance only, at a rotation or a recovery",
 	[]Field{
 		{"key", true, "the name of the key: 1 to 64 of a-z 0-9 -, not beginning with -"},
 		{"version", true, "of the new public key, 2 to 4294967295"},
-		{"old_public_key", true, formKey + "; the signer"},
+		{"old_public_key", true, formKey + "; the signer, unless the step recovers the line"},
 		{"new_public_key", true, formKey + "; differs from old_public_key"},
 		{"time", true, formTime},
 		{"next", false, "32 bytes, base64url: SHA-256 of the public key of the version after the new one"},
+		{"recovery", false, "32 bytes, base64url: the commitment to the recovery successor of the line"},
+		{"recovered", false, "true: the new public key is the recovery successor, and the signer; needs next"},
 	},
 	keySuccession,
 	readJSON(keySuccessionDomain),
 }
 
-// Succession is a step from one version of a key to the next: New is the public key of Version.
+// Succession is a step from one version of a key to a later one: New is the public key of Version.
 type Succession struct {
 	Key      string
 	Version  uint32
 	Old, New [32]byte
 	Next     *[32]byte // SHA-256 of the public key of the version after New; nil if not committed to
+	Recovery *[32]byte // the RecoveryCommitment of the line's recovery successor; nil if there is none
+	// Recovered is a step to the recovery successor, after the loss of the old key's device. New
+	// has signed the step, which is good where the line has committed to New and Next.
+	Recovered bool
+}
+
+// RecoveryCommitment is the commitment of a line to its recovery successor: SHA-256 of 64 bytes,
+// the successor's public key and next, the SHA-256 of the public key after it. With next in it, a
+// thief of the recovery key alone can't name another one.
+func RecoveryCommitment(publicKey, next [32]byte) [32]byte {
+	return sha256.Sum256(append(publicKey[:], next[:]...))
 }
 
 // keySuccession builds a key-succession-v1: see bindJSON for the bytes.
@@ -34,6 +49,8 @@ func keySuccession(d *Document) error {
 		NewPublicKey publicKey `json:"new_public_key"`
 		Time         int64     `json:"time"`
 		Next         *string   `json:"next"`
+		Recovery     *string   `json:"recovery"`
+		Recovered    *bool     `json:"recovered"`
 	}
 	if err := d.decode(&p); err != nil {
 		return err
@@ -64,7 +81,24 @@ func keySuccession(d *Document) error {
 		}
 		step.Next = (*[32]byte)(next)
 	}
+	if p.Recovery != nil {
+		recovery, err := decodeBytes("payload.recovery", *p.Recovery, 32)
+		if err != nil {
+			return err
+		}
+		step.Recovery = (*[32]byte)(recovery)
+	}
 	d.Signers = [][]byte{p.OldPublicKey[:]}
+	if p.Recovered != nil {
+		switch {
+		case !*p.Recovered:
+			return malformed("payload.recovered", "must be true, or absent")
+		case p.Next == nil:
+			return malformed("payload.next", "must be there, since the line is recovered")
+		}
+		step.Recovered = true
+		d.Signers = [][]byte{p.NewPublicKey[:]}
+	}
 	d.Reserved = true
 	d.Succession = step
 	return d.bindJSON(keySuccessionDomain)

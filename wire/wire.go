@@ -254,9 +254,10 @@ type Acknowledged struct {
 	Version uint32 `json:"version"`
 }
 
-// Succession is one step from a version of a key to the next: a key-succession-v1 document and
-// its signature by the old version. A step stays valid for ever: Timestamp and ExpiresAt are
-// those of the signing, and ExpiresAt does not end the step.
+// Succession is one step from a version of a key to a later one: a key-succession-v1 document and
+// its signature by the old version, or by the new one if that is the recovery successor. A step
+// stays valid for ever: Timestamp and ExpiresAt are those of the signing, and ExpiresAt does not
+// end the step.
 type Succession struct {
 	Payload   json.RawMessage `json:"payload"`
 	Nonce     Bytes32         `json:"nonce"`
@@ -346,6 +347,9 @@ type Key struct {
 	// Next is the SHA-256 of the public key of the next version, which exists already. A peer needs
 	// Next to check the succession step from this version to the next.
 	Next *Bytes32 `json:"next,omitempty"`
+	// Recovery is the commitment of the line to its recovery successor, which is on another device
+	// (transcript.RecoveryCommitment). Only the active version and an announced one have it.
+	Recovery *Bytes32 `json:"recovery,omitempty"`
 }
 
 // Signed answers Sign.

@@ -41,6 +41,8 @@ type Key struct {
 	Next string `json:"next,omitempty"`
 	// Own marks a key of the appliance, with which no peer can have anything signed.
 	Own bool `json:"own" doc:"the appliance's: no peer can have anything signed with it"`
+	// Recovery marks a recovery successor and the version after it, until the line is recovered.
+	Recovery bool `json:"recovery,omitempty" doc:"of the recovery successor, which is for the loss of the token"`
 	// Authorization is the identity key's signature for a Noise key.
 	Authorization *wire.Authorization `json:"authorization,omitempty"`
 }

@@ -24,7 +24,9 @@ type Line struct {
 	Compromises    []Compromise   `json:"compromises"`
 	// Requested is what an operator has asked for, and what could not be announced yet.
 	Requested *Requested `json:"requested,omitempty"`
-	Confirmed int64      `json:"confirmed" doc:"until when an operator's confirmation lets it sign"`
+	// Recovery is the recovery successor, with which the line goes on after the loss of its token.
+	Recovery  *Recovery `json:"recovery,omitempty"`
+	Confirmed int64     `json:"confirmed" doc:"until when an operator's confirmation lets it sign"`
 }
 
 // Requested is a rotation that an operator has asked for. Times are Unix seconds.
@@ -35,6 +37,15 @@ type Requested struct {
 	Until     int64  `json:"until"` // tried until then
 	// Ended is the reason why the appliance has given the rotation up; empty: it is tried again.
 	Ended string `json:"ended,omitempty"`
+}
+
+// Recovery is the recovery successor of a line.
+type Recovery struct {
+	Version    uint32 `json:"version"`
+	Token      string `json:"token"`
+	Absent     bool   `json:"absent" doc:"the configuration does not have the token: it may lie in a safe"`
+	Created    int64  `json:"created"` // Unix seconds
+	Commitment string `json:"commitment" doc:"of the line, for peers to pin (hex)"`
 }
 
 // Compromise is a compromised version, with the peers that have not acknowledged the compromise.

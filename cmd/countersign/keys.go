@@ -21,7 +21,7 @@ import (
 func (t *tool) keyLife(act maker) []*cobra.Command {
 	return []*cobra.Command{
 		t.rotate(act), t.setRotation(act), t.archive(act), t.destroy(act), t.compromise(act), t.confirm(act),
-		t.authorizeNoise(act),
+		t.safeguard(act), t.recover(act), t.authorizeNoise(act),
 	}
 }
 
@@ -286,6 +286,35 @@ func (t *tool) compromise(act maker) *cobra.Command {
 	return c
 }
 
+func (t *tool) safeguard(act maker) *cobra.Command {
+	var token string
+	c := act("safeguard NAME", "Make a recovery successor of a key on another token, under approval",
+		cobra.ExactArgs(1), func(ctx context.Context, c *api.Client, args []string) error {
+			return t.propose(ctx, c, "key safeguard", "", "key", args[0], "token", token)
+		})
+	details(c, "The line of the key commits to the recovery successor, and goes on with it after the loss of the\n"+
+		"token that has the key: see admin key recover. Peers who pin the line from now on know of it; all\n"+
+		"others after two rotations. Afterwards the token can lie in a safe: take its section out of the\n"+
+		"configuration. A second call replaces the recovery successor.")
+	c.Example = "  countersign admin key safeguard payments --token safe"
+	c.Flags().StringVar(&token, "token", "", "the other token")
+	c.MarkFlagRequired("token")
+	return c
+}
+
+func (t *tool) recover(act maker) *cobra.Command {
+	var reason string
+	c := act("recover NAME", "Let a key go on with its recovery successor after the loss of its token, under approval",
+		cobra.ExactArgs(1), func(ctx context.Context, c *api.Client, args []string) error {
+			return t.propose(ctx, c, "key recover", "", "key", args[0], "reason", reason)
+		})
+	details(c, "The recovery successor becomes the active version at once, and peers follow by themselves. A key\n"+
+		"whose token still answers is not recovered: rotate it.")
+	c.Example = "  countersign admin key recover payments --reason \"the HSM has burnt\""
+	reasonFlag(c, &reason)
+	return c
+}
+
 func (t *tool) confirm(act maker) *cobra.Command {
 	do := func(ctx context.Context, c *api.Client, args []string) error {
 		me, err := c.Me(ctx)
@@ -399,6 +428,10 @@ func showRotation(w io.Writer, l api.Line) {
 			fmt.Fprintf(w, "acknowledged\tby %s\n", strings.Join(l.Acknowledged, ", "))
 		}
 		fmt.Fprintf(w, "not acknowledged\tby %s\n", late(l.Unacknowledged))
+	}
+	if r := l.Recovery; r != nil {
+		fmt.Fprintf(w, "recovery\tversion %d, made at %s on token %s%s\n", r.Version, date(r.Created), r.Token,
+			either(r.Absent, ", which the configuration does not have", ""))
 	}
 	for _, c := range l.Compromises {
 		fmt.Fprintf(w, "version %d\tCOMPROMISED; not acknowledged by %s\n", c.Version, late(c.Unacknowledged))

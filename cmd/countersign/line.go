@@ -29,11 +29,7 @@ func (t *tool) pin() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			l := client.KeyLine{Key: k.Name, Version: k.Version, PublicKey: k.PublicKey}
-			if k.Next != nil {
-				l.Next = *k.Next
-			}
-			doc, err := l.Encode()
+			doc, err := client.LineOf(k).Encode()
 			if err != nil {
 				return err
 			}

@@ -378,6 +378,8 @@ func showKey(w io.Writer, k api.Key) {
 	fmt.Fprintf(w, "custody\t%s, on token %s\norigin\t%s: %s\n", k.Custody, k.Token, k.Origin, made)
 	fmt.Fprintf(w, "created\t%s\npublic key\t%s\n", date(k.Created), k.PublicKey)
 	switch {
+	case k.Recovery:
+		fmt.Fprintf(w, "active\tafter the loss of the token, by admin key recover\n")
 	case k.State == "pending" && k.Activates == 0:
 		fmt.Fprintf(w, "active\twhen the key is rotated\n")
 	case k.Activates != 0:

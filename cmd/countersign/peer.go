@@ -202,13 +202,17 @@ func (t *tool) keys() *cobra.Command {
 				// Compromised stays set for ever, also when the version is destroyed.
 				Compromised bool   `json:"compromised,omitempty"`
 				Next        string `json:"next,omitempty"`
+				Recovery    string `json:"recovery,omitempty"`
 			}
 			docs := []doc{}
 			for _, k := range keys {
 				d := doc{k.Name, k.Version, k.Algorithm, k.State, k.Custody, hex.EncodeToString(k.PublicKey[:]),
-					k.Compromised, ""}
+					k.Compromised, "", ""}
 				if k.Next != nil {
 					d.Next = hex.EncodeToString(k.Next[:])
+				}
+				if k.Recovery != nil {
+					d.Recovery = hex.EncodeToString(k.Recovery[:])
 				}
 				docs = append(docs, d)
 			}

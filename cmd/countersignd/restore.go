@@ -557,8 +557,10 @@ type facts struct {
 	there    bool
 	hold     func() error // ends the lock of the ledger that is there
 	lost     string       // known of what is lost
-	missing  []string
+	missing  []keystore.Ref
 	kept     []string
+	safe     []backup.Key    // recovery successors whose token the configuration does not have
+	goesOn   map[string]bool // the names of keys that have a recovery successor still
 }
 
 // restore continues with the configuration and the launcher of key workers.
@@ -607,7 +609,7 @@ func (r restoring) look(
 	ctx context.Context, b openedBackup, c Config, tokens map[string]keystore.Store,
 ) (f facts, err error) {
 	f.replaces, f.lost = "none", "unknown: all since "+b.reaches.UTC().Format(time.RFC3339)
-	f.hold = func() error { return nil }
+	f.hold, f.goesOn = func() error { return nil }, map[string]bool{}
 	defer func() {
 		if err != nil {
 			f.hold()
@@ -648,16 +650,22 @@ func (r restoring) look(
 			continue
 		}
 		store := tokens[k.Token]
-		if store == nil {
-			f.missing = append(f.missing, k.Ref.String())
+		switch {
+		case store == nil && k.Recovery:
+			f.safe = append(f.safe, k)
+			f.goesOn[k.Ref.Name] = true
+			continue
+		case store == nil:
+			f.missing = append(f.missing, k.Ref)
 			continue
 		}
 		key, err := store.Key(ctx, k.Ref)
 		switch {
 		case err == nil && hex.EncodeToString(key.Info().PublicKey) == k.PublicKey:
 			f.kept = append(f.kept, k.Ref.String())
+			f.goesOn[k.Ref.Name] = f.goesOn[k.Ref.Name] || k.Recovery
 		case err == nil || errors.Is(err, keystore.ErrNotFound) || errors.Is(err, keystore.ErrSealed):
-			f.missing = append(f.missing, k.Ref.String())
+			f.missing = append(f.missing, k.Ref)
 		default:
 			return f, fmt.Errorf("token %s: %v: %w", k.Token, k.Ref, err)
 		}
@@ -671,7 +679,12 @@ func (f facts) print(w io.Writer) {
 	on := strings.Join(f.kept, ", ") + " are on their tokens"
 	fmt.Fprintf(w, "%-12s %s\n", "keys", either(len(f.kept) > 0, on, "none is on a token"))
 	for _, k := range f.missing {
-		fmt.Fprintf(w, "%-12s %s is NOT on its token: it signs nothing any more, and its line ends\n", "key", k)
+		line := either(f.goesOn[k.Name], "can go on (countersign admin key recover)", "ends")
+		fmt.Fprintf(w, "%-12s %v is NOT on its token: it signs nothing any more, and its line %s\n", "key", k, line)
+	}
+	for _, k := range f.safe {
+		fmt.Fprintf(w, "%-12s %v, for the recovery of the line, is on the token %s, "+
+			"which the configuration does not have\n", "key", k.Ref, k.Token)
 	}
 }
 
@@ -684,7 +697,11 @@ func either(is bool, yes, no string) string {
 
 // parameters of the act, which the approvers sign.
 func (f facts) parameters(b openedBackup) []approval.Parameter {
-	missing := strings.Join(f.missing, ", ")
+	var refs []string
+	for _, ref := range f.missing {
+		refs = append(refs, ref.String())
+	}
+	missing := strings.Join(refs, ", ")
 	if len(missing) > 800 {
 		missing = cli.Count(len(f.missing), "key")
 	}

@@ -95,6 +95,8 @@ type Key struct {
 	Token     string             `json:"token"`
 	State     string             `json:"state"`
 	PublicKey string             `json:"public_key"` // hexadecimal
+	// Recovery marks a recovery successor, whose token may lie in a safe.
+	Recovery bool `json:"recovery,omitempty"`
 }
 
 // Manifest says what a backup has. The ledger's file is of the same moment as Epoch, First and

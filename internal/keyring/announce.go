@@ -111,7 +111,7 @@ func (r *Ring) rotationOf(k *Key) wire.Rotation {
 	if k.Version == 1 {
 		doc.RetiresAt = doc.ActivatesAt // there is no version before
 	}
-	if old := r.keys[keystore.Ref{Name: k.Name, Version: k.Version - 1}]; old != nil {
+	if old := r.before(k); old != nil {
 		if !old.Retires.IsZero() {
 			doc.RetiresAt = old.Retires.Unix()
 		}
@@ -245,6 +245,9 @@ func (r *Ring) Listed() wire.KeyList {
 		}
 		if digest, ok := r.Next(k); ok {
 			doc.Next = (*wire.Bytes32)(&digest)
+		}
+		if recovery, ok := r.RecoveryCommitment(k.Name); ok && (k.State == Active || k.State == Pending) {
+			doc.Recovery = (*wire.Bytes32)(&recovery)
 		}
 		list.Keys = append(list.Keys, doc)
 	}

@@ -11,21 +11,34 @@ import (
 	"time"
 
 	"countersign/audit"
+	"countersign/internal/form"
 	"countersign/internal/keyring"
 	"countersign/internal/keystore"
 	"countersign/internal/ledger"
 	"countersign/internal/ledger/disktest"
 )
 
-// cuttable are the acts that change keys, each with the rig on which the act can be done. The
-// versions of the key may be as in may right after the act was cut off, and as in ends once the
-// appliance has done what is due of the key.
-var cuttable = map[string]struct {
+// cut is an act that changes keys.
+type cut struct {
 	key       string
+	rig       func(*rig)
 	ready     func(*testing.T, *rig)
 	act       func(*testing.T, *rig) error
 	may, ends []string
-}{
+}
+
+// changes are those of the act's rig.
+func (c cut) changes() []func(*rig) {
+	if c.rig == nil {
+		return nil
+	}
+	return []func(*rig){c.rig}
+}
+
+// cuttable are the acts that change keys, each with the rig on which the act can be done. The
+// versions of the key may be as in may right after the act was cut off, and as in ends once the
+// appliance has done what is due of the key.
+var cuttable = map[string]cut{
 	"create": {
 		key: "other",
 		act: func(t *testing.T, r *rig) error {
@@ -120,6 +133,40 @@ var cuttable = map[string]struct {
 		may:  []string{"active pending pending", "compromised pending pending", "compromised active pending"},
 		ends: []string{"active pending pending", "compromised active pending"},
 	},
+	"make a recovery successor": {
+		key: "payments",
+		rig: withSafe,
+		act: func(t *testing.T, r *rig) error {
+			return r.Keys.MakeRecovery(t.Context(), approved, "payments", "safe")
+		},
+		may:  []string{"active pending", "active pending pending pending"},
+		ends: []string{"active pending", "active pending pending pending"},
+	},
+	"replace a recovery successor": {
+		key:   "payments",
+		rig:   withSafe,
+		ready: func(t *testing.T, r *rig) { r.makeRecovery(t, "safe") },
+		act: func(t *testing.T, r *rig) error {
+			return r.Keys.MakeRecovery(t.Context(), approved, "payments", "safe")
+		},
+		may: []string{"active pending pending pending", "active pending archived archived pending pending"},
+		ends: []string{
+			"active pending pending pending", "active pending archived archived pending pending",
+		},
+	},
+	"recover": {
+		key: "payments",
+		rig: withSafe,
+		ready: func(t *testing.T, r *rig) {
+			r.makeRecovery(t, "safe")
+			r.lose(1, 2)
+		},
+		act: func(t *testing.T, r *rig) error {
+			return r.Keys.RecoverLine(t.Context(), approved, "payments", "it burnt")
+		},
+		may:  []string{"active pending pending pending", "verify-only archived active pending"},
+		ends: []string{"active pending pending pending", "verify-only archived active pending"},
+	},
 	"destroy": {
 		key: "payments",
 		ready: func(t *testing.T, r *rig) {
@@ -152,6 +199,9 @@ var cuttable = map[string]struct {
 	},
 }
 
+// withSafe makes the rig's store a second token, too, so that the cuts are in its operations.
+func withSafe(r *rig) { r.more = map[string]keystore.Store{"safe": form.Guard(r.store, nil)} }
+
 // holds checks the promises that hold of a key at any moment, lets the appliance go on with the
 // key, and checks them again.
 func (r *rig) holds(t *testing.T, key string, may, ends []string) {
@@ -182,6 +232,9 @@ func (r *rig) holds(t *testing.T, key string, may, ends []string) {
 	}
 	if k, err := r.Keys.Active(key); err != nil {
 		t.Error(err)
+	} else if slices.Contains(r.lost, k.Ref()) {
+		r.recover(t)
+		check()
 	} else if next := r.Keys.Version(key, k.Version+1); next == nil || !next.Announced() {
 		r.rotate(t, key, time.Now())
 		check()
@@ -216,7 +269,7 @@ func (r *rig) matches(t *testing.T) {
 	}
 	for _, k := range r.Keys.All() {
 		gone := k.State == keyring.Destroyed || k.State == keyring.Archived
-		if _, err := r.store.Key(t.Context(), k.Ref()); err != nil && !gone {
+		if _, err := r.store.Key(t.Context(), k.Ref()); err != nil && !gone && !slices.Contains(r.lost, k.Ref()) {
 			t.Errorf("the ledger has %v, and the token has not", k.Ref())
 		}
 	}
@@ -229,7 +282,7 @@ func TestPowerCutInTheDevice(t *testing.T) {
 		for _, cut := range []bool{true, false} {
 			for at, happened := 1, true; happened && !t.Failed(); at++ {
 				t.Run(fmt.Sprintf("%s, cut %v, at %d", name, cut, at), func(t *testing.T) {
-					r := newRig(t)
+					r := newRig(t, c.changes()...)
 					if c.ready != nil {
 						c.ready(t, r)
 					}
@@ -274,7 +327,7 @@ func TestDiskFailsInAnAct(t *testing.T) {
 		for at, happened := int32(1), true; happened && !t.Failed(); at++ {
 			t.Run(fmt.Sprintf("%s, at %d", name, at), func(t *testing.T) {
 				n++
-				r := newRigAt(t, filepath.Join(disk.Dir(), fmt.Sprintf("%d.db", n)))
+				r := newRigAt(t, filepath.Join(disk.Dir(), fmt.Sprintf("%d.db", n)), c.changes()...)
 				if c.ready != nil {
 					c.ready(t, r)
 				}

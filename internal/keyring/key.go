@@ -52,6 +52,7 @@ type Key struct {
 	By         *audit.Actor
 	CalledOff  time.Time
 	UsesBefore uint64
+	Recovery   bool // of the record
 
 	Compromised   bool // set for ever by a compromise; the state may be destroyed by now
 	Succession    *wire.Succession
@@ -79,7 +80,12 @@ func (k *Key) Ref() keystore.Ref { return keystore.Ref{Name: k.Name, Version: k.
 func (k *Key) Uses() uint64 { return k.usage.count.Load() }
 
 // Announced reports that peers may know of the version.
-func (k *Key) Announced() bool { return k.State != Pending || !k.Activates.IsZero() }
+func (k *Key) Announced() bool { return k.State != Pending && !k.neverUsed() || !k.Activates.IsZero() }
+
+// neverUsed reports that a version went out of use before it was announced.
+func (k *Key) neverUsed() bool {
+	return (k.State == Archived || k.State == Destroyed) && k.Activates.IsZero()
+}
 
 // due returns the plan's answer for an active version. After a rotation was called off, the plan
 // counts from then on: otherwise the same rotation would be announced again at once.

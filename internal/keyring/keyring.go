@@ -137,8 +137,9 @@ func Open(ctx context.Context, c Config) (*Ring, error) {
 		if active, _ := r.Active(k.Name); k.State == Active && active != k {
 			return nil, fmt.Errorf("the ledger has two active versions of key %q: restore it from a backup", k.Name)
 		}
-		// The token of a key that is out of use may be gone with the key.
-		if _, err := r.Tokens.Get(k.Token); err != nil && !k.State.outOfUse() {
+		// The token of a key that is out of use may be gone with the key, and that of a recovery
+		// successor lie in a safe.
+		if _, err := r.Tokens.Get(k.Token); err != nil && !k.State.outOfUse() && !k.forRecovery() {
 			return nil, fmt.Errorf("key %v: %w", k.Ref(), err)
 		}
 	}
@@ -167,7 +168,7 @@ func (r *Ring) takeKey(name string, value []byte) error {
 	k := &Key{
 		Name: ref.Name, Version: ref.Version, Token: rec.Token, State: rec.State, Created: time.Unix(rec.Created, 0),
 		Compromised: rec.Compromised, Succession: rec.Succession, Authorization: rec.Authorization,
-		Change: rec.Change, By: rec.By, UsesBefore: rec.UsesBefore,
+		Change: rec.Change, By: rec.By, UsesBefore: rec.UsesBefore, Recovery: rec.Recovery,
 		device: gone{info}, turns: r.turns[rec.Token], usage: new(usage),
 	}
 	if store := r.Tokens[rec.Token]; store != nil {
@@ -258,6 +259,10 @@ func (r *Ring) change(ctx context.Context, who audit.Actor, edits []edit, events
 }
 
 func (r *Ring) changeIn(tx *ledger.Tx, who audit.Actor, edits []edit, events ...audit.Event) error {
+	var types []audit.Type
+	for _, e := range events {
+		types = append(types, e.Type)
+	}
 	for _, e := range edits {
 		name := e.ref.String()
 		var rec record // of an absent version
@@ -273,12 +278,7 @@ func (r *Ring) changeIn(tx *ledger.Tx, who audit.Actor, edits []edit, events ...
 			if err := r.Gate.Err(); err != nil && (rec.State == Pending || rec.State == Active) {
 				return fmt.Errorf("key %v: %w", e.ref, err)
 			}
-			t, err := transition(from, rec.State, who)
-			if err == nil && !t.writtenBy(events) {
-				err = fmt.Errorf("%w: from %s to %s without its event",
-					manage.ErrInvalid, from.name(), rec.State.name())
-			}
-			if err != nil {
+			if err := transition(from, rec.State, who, types...); err != nil {
 				return fmt.Errorf("key %v: %w", e.ref, err)
 			}
 		}

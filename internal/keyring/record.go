@@ -40,6 +40,8 @@ type record struct {
 	// off, and UsesBefore the uses until then: the schedule counts from there.
 	CalledOff  int64  `json:"called_off,omitempty"`
 	UsesBefore uint64 `json:"uses_before,omitempty"`
+	// Recovery marks a recovery successor, and the version after it, until the line is recovered.
+	Recovery bool `json:"recovery,omitempty"`
 	// Succession is the step from the version before to this version. Authorization lets a Noise
 	// key speak for the identity.
 	Succession    *wire.Succession    `json:"succession,omitempty"`

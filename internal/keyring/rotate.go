@@ -345,7 +345,10 @@ func (r *Ring) mayBecome(name string, version uint32, to State, who audit.Actor)
 	if k == nil {
 		return nil, fmt.Errorf("key %q, version %d: %w", ijson.Clip(name), version, manage.ErrNotFound)
 	}
-	if _, err := transition(k.State, to, who); err != nil {
+	if k.State == Pending { // a pending version goes out of use by the acts on recovery only
+		return nil, fmt.Errorf("key %v: %w: it is pending: its turn has not come", k.Ref(), manage.ErrConflict)
+	}
+	if err := transition(k.State, to, who, audit.KeyStateChanged); err != nil {
 		return nil, fmt.Errorf("key %v: %w", k.Ref(), err)
 	}
 	next := r.Version(k.Name, k.Version+1)
@@ -374,7 +377,7 @@ func stateChanged(who audit.Actor, k *Key, to State, reason string) audit.Event 
 // the ledger. After a crash in between, the ledger still has the version, and an operator destroys
 // the version once more. The ledger never calls a private key destroyed that still exists.
 func (r *Ring) Destroy(ctx context.Context, who audit.Actor, name string, version uint32) error {
-	if err := approved(Destroyed, who); err != nil {
+	if err := approved(Destroyed, who, audit.KeyStateChanged); err != nil {
 		return fmt.Errorf("key %q: %w", ijson.Clip(name), err)
 	}
 	return r.run(ctx, who, fmt.Sprintf("destroying key %q", ijson.Clip(name)), func(ctx context.Context) error {
@@ -403,7 +406,7 @@ func (r *Ring) Destroy(ctx context.Context, who audit.Actor, name string, versio
 // ledger of before this was refused, signs nothing either, and is a cause in the state. The version
 // itself becomes compromised, and gets its successor, by a proposal of its own.
 func (r *Ring) Compromise(ctx context.Context, who audit.Actor, name string, version uint32, reason string) error {
-	if err := approved(Compromised, who); err != nil {
+	if err := approved(Compromised, who, audit.KeyStateChanged); err != nil {
 		return fmt.Errorf("key %q: %w", ijson.Clip(name), err)
 	}
 	if err := manage.CheckReason(reason); err != nil {

@@ -204,7 +204,7 @@ func withoutSuccessor(versions []*Key) (last *Key) {
 		if k.State == Active {
 			return nil
 		}
-		if k.State != Pending {
+		if k.State != Pending && !k.neverUsed() {
 			last = k
 		}
 	}

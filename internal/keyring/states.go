@@ -69,7 +69,11 @@ var Transitions = []Transition{
 	{making, Pending, either, []audit.Type{audit.KeyCommitted, audit.RotationAnnounced}, ""},
 	{making, Active, either, []audit.Type{audit.KeyCreated, audit.KeyImported}, ""},
 	{Pending, Active, either, []audit.Type{audit.KeyRotated}, ""},
+	{Pending, Active, "operator", []audit.Type{audit.KeyRecovered}, approval.ActKeyRecover},
+	{Pending, Archived, "operator", []audit.Type{audit.KeyRecovered}, approval.ActKeyRecover},
+	{Pending, Archived, "operator", []audit.Type{audit.KeyCommitted}, approval.ActKeySafeguard},
 	{Active, VerifyOnly, either, []audit.Type{audit.KeyRotated}, ""},
+	{Active, VerifyOnly, "operator", []audit.Type{audit.KeyRecovered}, approval.ActKeyRecover},
 	{VerifyOnly, Archived, either, []audit.Type{audit.KeyStateChanged}, approval.ActKeyArchive},
 	{Active, Compromised, "operator", []audit.Type{audit.KeyStateChanged}, approval.ActKeyCompromise},
 	{VerifyOnly, Compromised, "operator", []audit.Type{audit.KeyStateChanged}, approval.ActKeyCompromise},
@@ -78,34 +82,41 @@ var Transitions = []Transition{
 	{Compromised, Destroyed, "operator", []audit.Type{audit.KeyStateChanged}, approval.ActKeyDestroy},
 }
 
-// approved refuses a step without an approved proposal, if the steps to the state need one. The
-// daemon has no proposals: the steps that it may cause follow from settings and time.
-func approved(to State, who audit.Actor) error {
-	needs := slices.ContainsFunc(Transitions, func(t Transition) bool { return t.To == to && t.Act != "" })
+// approved refuses a step without an approved proposal, if the steps to the state with one of these
+// events need one. The daemon has no proposals: the steps that it may cause follow from settings
+// and time.
+func approved(to State, who audit.Actor, with ...audit.Type) error {
+	needs := slices.ContainsFunc(Transitions, func(t Transition) bool {
+		return t.To == to && t.Act != "" && t.writtenBy(with)
+	})
 	if needs && who.Proposal == 0 && who.Kind != "daemon" {
 		return manage.ErrNotApproved
 	}
 	return nil
 }
 
-// transition finds a step in the table, and checks the actor.
-func transition(from, to State, who audit.Actor) (t Transition, err error) {
-	if err := approved(to, who); err != nil {
-		return t, err
+// transition returns nil if the table has a step with one of these events for the actor.
+func transition(from, to State, who audit.Actor, with ...audit.Type) error {
+	if err := approved(to, who, with...); err != nil {
+		return err
 	}
-	i := slices.IndexFunc(Transitions, func(t Transition) bool { return t.From == from && t.To == to })
+	listed := func(t Transition) bool { return t.From == from && t.To == to }
+	if !slices.ContainsFunc(Transitions, listed) {
+		return fmt.Errorf("%w: it is %s, and must be %s", manage.ErrConflict, from.name(), before(to))
+	}
+	i := slices.IndexFunc(Transitions, func(t Transition) bool { return listed(t) && t.writtenBy(with) })
 	if i < 0 {
-		return t, fmt.Errorf("%w: it is %s, and must be %s", manage.ErrConflict, from.name(), before(to))
+		return fmt.Errorf("%w: from %s to %s without its event", manage.ErrInvalid, from.name(), to.name())
 	}
-	if t = Transitions[i]; !strings.Contains(t.By, who.Kind) {
-		return t, fmt.Errorf("%w: to become %s is for the %s to cause", manage.ErrConflict, to.name(), t.By)
+	if t := Transitions[i]; !strings.Contains(t.By, who.Kind) {
+		return fmt.Errorf("%w: to become %s is for the %s to cause", manage.ErrConflict, to.name(), t.By)
 	}
-	return t, nil
+	return nil
 }
 
 // writtenBy reports that events has one of the step's events.
-func (t Transition) writtenBy(events []audit.Event) bool {
-	isOwn := func(e audit.Event) bool { return slices.Contains(t.Events, e.Type) }
+func (t Transition) writtenBy(events []audit.Type) bool {
+	isOwn := func(e audit.Type) bool { return slices.Contains(t.Events, e) }
 	return len(t.Events) == 0 || slices.ContainsFunc(events, isOwn)
 }
 
@@ -113,7 +124,7 @@ func (t Transition) writtenBy(events []audit.Event) bool {
 func before(to State) string {
 	var from []string
 	for _, t := range Transitions {
-		if t.To == to {
+		if t.To == to && !slices.Contains(from, t.From.name()) {
 			from = append(from, t.From.name())
 		}
 	}

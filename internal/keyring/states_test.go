@@ -27,17 +27,20 @@ var allStates = []keyring.State{
 	keyring.Compromised, keyring.Destroyed,
 }
 
-// row returns the transition between two states; nil: the table has none.
-func row(from, to keyring.State) *keyring.Transition {
+// row returns the transition between two states, the one with one of these events where there is
+// more than one; nil: the table has none.
+func row(from, to keyring.State, with ...audit.Type) (found *keyring.Transition) {
 	for i, t := range keyring.Transitions {
-		if t.From == from && t.To == to {
-			return &keyring.Transitions[i]
+		own := func(e audit.Type) bool { return slices.Contains(t.Events, e) }
+		if t.From == from && t.To == to && (found == nil || slices.ContainsFunc(with, own)) {
+			found = &keyring.Transitions[i]
 		}
 	}
-	return nil
+	return found
 }
 
-// TestTransitions: the table names each step once, and leads from absent to every state.
+// TestTransitions: the table names each step with an event once, and leads from absent to every
+// state.
 func TestTransitions(t *testing.T) {
 	reached := map[keyring.State]bool{keyring.Absent: true}
 	for range keyring.Transitions { // the longest way has no more steps
@@ -50,11 +53,13 @@ func TestTransitions(t *testing.T) {
 			t.Errorf("no way leads to %s", s.Title())
 		}
 	}
-	seen := map[[2]keyring.State]bool{}
+	seen := map[string]bool{}
 	for _, s := range keyring.Transitions {
-		if step := [2]keyring.State{s.From, s.To}; s.From == s.To || seen[step] {
-			t.Errorf("the table has %s to %s twice, or it is no step", s.From.Title(), s.To.Title())
-		} else {
+		for _, e := range append(slices.Clone(s.Events), "") {
+			step := fmt.Sprint(stepName(s.From, s.To), e)
+			if s.From == s.To || seen[step] && e != "" {
+				t.Errorf("the table has %s to %s twice, or it is no step", s.From.Title(), s.To.Title())
+			}
 			seen[step] = true
 		}
 		if !slices.Contains(allStates, s.From) || !slices.Contains(allStates, s.To) {
@@ -129,10 +134,10 @@ func (w *witness) take(name string, value []byte) error {
 }
 
 // newWitness makes a rig whose ledger is watched.
-func newWitness(t *testing.T) (*rig, *witness) {
+func newWitness(t *testing.T, change ...func(*rig)) (*rig, *witness) {
 	t.Helper()
 	w := &witness{states: map[string]keyring.State{}}
-	r := newRig(t, func(r *rig) { r.options = ledger.Options{Wall: w.now} })
+	r := newRig(t, append(change, func(r *rig) { r.options = ledger.Options{Wall: w.now} })...)
 	w.ledger.Store(r.ledger)
 	if err := r.ledger.Follow(t.Context(), w, ledger.Followed{Table: ledger.Keys, Take: w.take}); err != nil {
 		t.Fatal(err)
@@ -146,12 +151,13 @@ func newWitness(t *testing.T) (*rig, *witness) {
 // record.
 func TestStepsAreTaken(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		r, w := newWitness(t)
+		r, w := newWitness(t, withSafe)
 		seed := filepath.Join(t.TempDir(), "seed")
 		if err := os.WriteFile(seed, []byte(strings.Repeat("07", 32)), 0o600); err != nil {
 			t.Fatal(err)
 		}
 		create := func(n keyring.NewKey) {
+			n.Token = "memory"
 			if _, err := r.Keys.Create(t.Context(), operator, n); err != nil {
 				t.Fatal(err)
 			}
@@ -181,7 +187,7 @@ func TestStepsAreTaken(t *testing.T) {
 					}
 					return nil
 				}
-				_, err := r.Keys.Create(t.Context(), operator, keyring.NewKey{Name: "c"})
+				_, err := r.Keys.Create(t.Context(), operator, keyring.NewKey{Name: "c", Token: "memory"})
 				refused(t, keystore.ErrUnavailable, err)
 				r.store.BeforeGenerate = nil
 			}, []string{
@@ -250,6 +256,31 @@ func TestStepsAreTaken(t *testing.T) {
 			{"destroy a compromised version", func() { r.destroy(t, "a", 2) }, []string{
 				"a/2 compromised>destroyed KeyStateChanged a/2 by operator",
 			}},
+			{"make a recovery successor", func() { r.makeRecovery(t, "safe") }, []string{
+				"payments/1000000 absent>making",
+				"payments/1000001 absent>making",
+				"payments/1000000 making>pending KeyCommitted payments/1 by operator, " +
+					"KeyCommitted payments/1000000 by operator",
+				"payments/1000001 making>pending KeyCommitted payments/1 by operator, " +
+					"KeyCommitted payments/1000000 by operator",
+			}},
+			{"replace a recovery successor", func() { r.makeRecovery(t, "safe") }, []string{
+				"payments/2000000 absent>making",
+				"payments/2000001 absent>making",
+				"payments/1000000 pending>archived KeyCommitted payments/1 by operator, " +
+					"KeyCommitted payments/2000000 by operator",
+				"payments/1000001 pending>archived KeyCommitted payments/1 by operator, " +
+					"KeyCommitted payments/2000000 by operator",
+				"payments/2000000 making>pending KeyCommitted payments/1 by operator, " +
+					"KeyCommitted payments/2000000 by operator",
+				"payments/2000001 making>pending KeyCommitted payments/1 by operator, " +
+					"KeyCommitted payments/2000000 by operator",
+			}},
+			{"recover", func() { r.lose(1, 2); r.recover(t) }, []string{
+				"payments/1 active>verify-only KeyRecovered payments/2000000 by operator",
+				"payments/2 pending>archived KeyRecovered payments/2000000 by operator",
+				"payments/2000000 pending>active KeyRecovered payments/2000000 by operator",
+			}},
 		} {
 			w.steps = nil
 			act.do()
@@ -287,13 +318,20 @@ func (r *rig) judge(t *testing.T, s step, seen map[string]bool) string {
 	t.Helper()
 	name := stepName(s.from, s.to)
 	text := fmt.Sprint(s.ref, " ", name)
-	in := row(s.from, s.to)
+	var with []audit.Type
+	for i, e := range r.log(t, s.first) {
+		if s.first+uint64(i) < s.next {
+			with = append(with, e.Type)
+		}
+	}
+	in := row(s.from, s.to, with...)
 	if in == nil {
 		t.Errorf("%s is not in the table", text)
 		return text
 	}
 	seen[name+" "] = true
 	var events []string
+	approved := in.Act == ""
 	for i, e := range r.log(t, s.first) {
 		if s.first+uint64(i) == s.next {
 			break
@@ -310,9 +348,13 @@ func (r *rig) judge(t *testing.T, s step, seen map[string]bool) string {
 		if e.Actor.Kind == "daemon" {
 			needed = "" // approved settings and time are the cause
 		}
-		if act := approval.NeedsApproval(e); act != needed || act != "" && e.Actor.Proposal == 0 {
-			t.Errorf("%s: the event is the act %q of proposal %d, want %q", text, act, e.Actor.Proposal, needed)
+		act := approval.NeedsApproval(e)
+		if approved = approved || act == needed; act != "" && e.Actor.Proposal == 0 {
+			t.Errorf("%s: the event is the act %q without a proposal", text, act)
 		}
+	}
+	if !approved && len(events) > 0 {
+		t.Errorf("%s: none of the events is the act %q", text, in.Act)
 	}
 	return text + strings.Join(events, ",")
 }
@@ -365,24 +407,27 @@ func (r *rig) written(t *testing.T) map[string]string {
 func TestOtherStepsAreRefused(t *testing.T) {
 	r := newRig(t)
 	versions := r.inEveryState(t)
-	var events []audit.Event // of all types that the table has
+	types := map[audit.Type]bool{"": true} // types of the table; "": no event
+	needsApproval := map[string]bool{}     // "archived KeyRecovered"
 	for _, each := range keyring.Transitions {
 		for _, e := range each.Events {
-			events = append(events, audit.Event{Type: e, Actor: operator, Action: "test", Outcome: "ok"})
+			types[e] = true
+			to := string(each.To) + " " + string(e)
+			needsApproval[to] = needsApproval[to] || each.Act != ""
 		}
-	}
-	needsApproval := map[keyring.State]bool{}
-	for _, each := range keyring.Transitions {
-		needsApproval[each.To] = needsApproval[each.To] || each.Act != ""
 	}
 	if err := r.ledger.Alive(t.Context()); err != nil {
 		t.Fatal(err)
 	}
 	before, memory := r.written(t), r.Keys.Memory()
 	tried := 0
-	refuse := func(who audit.Actor, from, to keyring.State, reason error, events ...audit.Event) {
+	refuse := func(who audit.Actor, from, to keyring.State, reason error, with audit.Type) {
 		t.Helper()
 		tried++
+		var events []audit.Event
+		if with != "" {
+			events = []audit.Event{{Type: with, Actor: operator, Action: "test", Outcome: "ok"}}
+		}
 		err := r.Keys.Change(t.Context(), who, versions[from], to, events...)
 		refused(t, reason, err)
 		if !maps.Equal(r.written(t), before) || !maps.Equal(r.Keys.Memory(), memory) {
@@ -393,22 +438,24 @@ func TestOtherStepsAreRefused(t *testing.T) {
 	for _, from := range allStates {
 		for _, to := range append([]keyring.State{"nonsense"}, allStates...) {
 			for _, who := range []audit.Actor{operator, approved, audit.Daemon(), peer} {
-				in := row(from, to)
-				switch {
-				case from == to:
-				case needsApproval[to] && who.Proposal == 0 && who.Kind != "daemon":
-					refuse(who, from, to, manage.ErrNotApproved, events...)
-				case in == nil || !strings.Contains(in.By, who.Kind):
-					refuse(who, from, to, manage.ErrConflict, events...)
-				case len(in.Events) > 0:
-					refuse(who, from, to, manage.ErrInvalid)
-					own := func(e audit.Event) bool { return slices.Contains(in.Events, e.Type) }
-					refuse(who, from, to, manage.ErrInvalid, slices.DeleteFunc(slices.Clone(events), own)...)
+				for e := range types {
+					in := row(from, to, e)
+					switch {
+					case from == to:
+					case needsApproval[string(to)+" "+string(e)] && who.Proposal == 0 && who.Kind != "daemon":
+						refuse(who, from, to, manage.ErrNotApproved, e)
+					case in == nil:
+						refuse(who, from, to, manage.ErrConflict, e)
+					case len(in.Events) > 0 && !slices.Contains(in.Events, e):
+						refuse(who, from, to, manage.ErrInvalid, e)
+					case !strings.Contains(in.By, who.Kind):
+						refuse(who, from, to, manage.ErrConflict, e)
+					}
 				}
 			}
 		}
 	}
-	if tried < 200 {
+	if tried < 1000 {
 		t.Errorf("only %d steps are tried", tried)
 	}
 }
@@ -420,7 +467,11 @@ func TestTransitionsThatNeedApproval(t *testing.T) {
 		if of == audit.KeyStateChanged {
 			return audit.NewKeyStateChanged(operator, "payments/1", string(from), string(to), "")
 		}
-		return audit.Event{Type: of, Actor: operator, Resource: "payments/1"}
+		e := audit.Event{Type: of, Actor: operator, Resource: "payments/1"}
+		if from == keyring.Pending && of == audit.KeyCommitted {
+			e = audit.NewRecoveryCommitted(operator, "payments/1", 1, [32]byte{}, audit.KeyFacts{})
+		}
+		return e
 	}
 	acts := map[string]bool{"": true}
 	for _, s := range keyring.Transitions {

@@ -27,18 +27,25 @@ func (n newVersion) digest() [32]byte { return sha256.Sum256(n.info.PublicKey) }
 func base64url(b []byte) string { return base64.RawURLEncoding.EncodeToString(b) }
 
 // endorse has a version sign the step to the next version. The step names the digest of the version
-// after the next.
+// after the next. A recovery successor signs the step to itself.
 func (r *Ring) endorse(
 	ctx context.Context, who audit.Actor, old, next *Key, after [32]byte, at time.Time,
 ) (*wire.Succession, error) {
-	payload, err := json.Marshal(map[string]any{
+	fields := map[string]any{
 		"key": old.Name, "version": next.Version, "time": at.Unix(), "next": base64url(after[:]),
 		"old_public_key": base64url(old.Info().PublicKey), "new_public_key": base64url(next.Info().PublicKey),
-	})
+	}
+	signer := old
+	if next.Recovery {
+		signer, fields["recovered"] = next, true
+	} else if recovery, ok := r.RecoveryCommitment(old.Name); ok {
+		fields["recovery"] = base64url(recovery[:])
+	}
+	payload, err := json.Marshal(fields)
 	if err != nil {
 		return nil, err
 	}
-	doc, signature, err := r.signOwn(ctx, who, old, successionType, payload)
+	doc, signature, err := r.signOwn(ctx, who, signer, successionType, payload)
 	if err != nil {
 		return nil, err
 	}

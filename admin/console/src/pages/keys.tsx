@@ -81,6 +81,7 @@ export function Key({ name }: { name: string }) {
     <Section title="Line of succession" note="Each version endorses the next, and commits to its public key before the rotation.">
       <Load of={of}>{(all) => <Succession versions={all} mine={mine} act={(act, k) => setAct({ act, k })} />}</Load>
     </Section>
+    <Load of={of}>{(all) => all.some(safeguarded) ? <Load of={line}>{(l) => <RecoverySheet name={name} line={l} versions={all} done={reload} />}</Load> : null}</Load>
     <Load of={line}>{(l) => <Section title="Rules of the line">
       <Facts of={[
         ["Rotated", l.every ? "every " + span(l.every) : l.window ? "by its window" : "by hand"],
@@ -101,6 +102,42 @@ export function Key({ name }: { name: string }) {
     </Dialog>}
     {act && <VersionAct {...act} close={() => setAct(null)} done={reload} />}
   </Page>;
+}
+
+/** safeguarded reports that a line of such a version can have a recovery successor. */
+const safeguarded = (k: KeyDoc) => !k.own && k.algorithm === "ed25519" && ["active", "compromised"].includes(k.state);
+
+function RecoverySheet({ name, line: l, versions, done }: { name: string; line: Line; versions: KeyDoc[]; done: () => void }) {
+  const mine = myRoles();
+  const [asking, setAsking] = useState<"" | "safeguard" | "recover">("");
+  const [token, setToken] = useState("");
+  const [reason, setReason] = useState("");
+  const tokens = useLoad((signal) => call("GET /v1/tokens", { signal }), []);
+  const others = (tokens.data ?? []).map((t) => t.name).filter((t) => !versions.some((k) => k.token === t && ["active", "pending"].includes(k.state) && !k.recovery));
+  const close = () => setAsking("");
+  const r = l.recovery;
+  return <Section title="Recovery successor" note="After the loss of the token, the line goes on with a version on another token.">
+    {r ? <Facts of={[
+      ["Version", String(r.version)],
+      ["Token", <><Text>{r.token}</Text>{r.absent && <span class="quiet"> · the configuration does not have it: it may lie in a safe</span>}</>],
+      ["Created", <Time s={r.created} />],
+      ["Commitment", <Id of="commitment">{r.commitment}</Id>],
+    ]} /> : <p class="quiet">None. The line ends with its token.</p>}
+    <div class="actions">
+      {mayPropose(mine, "key safeguard") && others.length > 0 && <button type="button" onClick={() => setAsking("safeguard")}>{r ? "Replace…" : "Make one…"}</button>}
+      {r && mayPropose(mine, "key recover") && <button type="button" class="danger" onClick={() => setAsking("recover")}>Go on with it…</button>}
+    </div>
+    {asking === "safeguard" && <ActDialog title={`Recovery successor of ${name}`} close={close} done={done} can={!!token}
+      make={() => ({ act: "key safeguard", parameters: { key: name, token } })}>
+      <Select label="Token" value={token} set={setToken} options={[["", "Choose one"], ...others.map((t) => [t, t] as [string, string])]} />
+      <p class="help">Peers who pin the line from then on know of it; all others after two rotations. Then the token can lie in a safe.</p>
+    </ActDialog>}
+    {asking === "recover" && <ActDialog title={`Recover ${name}`} name={name} close={close} done={done} can={!!reason}
+      loss="The versions on the lost token never sign again. Peers who do not know of the recovery successor must pin the line again."
+      make={() => ({ act: "key recover", parameters: { key: name, reason } })}>
+      <Input label="Reason" value={reason} set={setReason} required maxLength={500} help="It goes into the audit log." />
+    </ActDialog>}
+  </Section>;
 }
 
 function RotationSheet({ line: l }: { line: Line }) {
@@ -160,7 +197,7 @@ function Succession({ versions, mine, act }: { versions: KeyDoc[]; mine: readonl
       <Shape tone={k.compromised ? "crit" : keyTone[k.state] ?? "off"} />
       <div>
         <h3>Version {k.version} · <span class={"state " + (k.compromised ? "crit" : keyTone[k.state] ?? "off")}>{k.state}</span></h3>
-        <p class="quiet">{keyMeans[k.state]}</p>
+        <p class="quiet">{k.recovery ? "of the recovery successor: it signs when the line has lost its token" : keyMeans[k.state]}</p>
         <Facts of={[
           ["Public key", <Id of={"public key of version " + k.version}>{k.public_key}</Id>],
           ["Custody", <>{custodyOf(k)[0]} <span class="quiet">in <Text>{k.token}</Text>: {custodyOf(k)[1]}</span></>],
