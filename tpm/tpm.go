@@ -288,7 +288,9 @@ func (s *Store) unseal(ctx context.Context, r record) error {
 	})
 }
 
-// addToVault copies the content of a seal into the vault, if the content belongs to the record.
+// addToVault copies the content of a seal into the vault, if the content belongs to the record, and
+// if the record is still there: Destroy removes the record first, and takes mu afterwards, so a key
+// that was destroyed meanwhile does not stay in the vault.
 func (s *Store) addToVault(r record, data []byte) error {
 	seed, err := r.openSeal(data)
 	if err != nil {
@@ -301,6 +303,11 @@ func (s *Store) addToVault(r record, data []byte) error {
 	}
 	if s.seeds[r.Info.Tag] != nil {
 		return nil
+	}
+	if now, err := s.dir.read(r.Info.Ref); err != nil {
+		return err
+	} else if now.Info.Tag != r.Info.Tag {
+		return fmt.Errorf("%v: %w: the folder has another key under this name now", r.Info.Ref, keystore.ErrUnfit)
 	}
 	memory := s.vault.slot()
 	for tag := range s.seeds { // with all slots in use, any other key gives its slot up

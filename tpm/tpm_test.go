@@ -557,3 +557,40 @@ func TestSickTPM(t *testing.T) {
 		t.Errorf("%d handles are left in the TPM", n)
 	}
 }
+
+// TestDestroyedWhileItIsUnsealed has another key worker destroy a key, and then this one, after the
+// key's record was read and before its seed is in the vault: the key signs neither then nor later.
+func TestDestroyedWhileItIsUnsealed(t *testing.T) {
+	e := tpmtest.New(t)
+	c := withPIN(t, config(t, e), "a-pin-of-the-test")
+	s := open(t, c)
+	made := generate(t, s, payments, keystore.Ed25519)
+	s.Close()
+	other, err := tpm.Open(t.Context(), c)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer other.Close()
+	destroy := func() {}
+	c.LogIn = func(_ context.Context, logIn func(bool) error) error {
+		destroy()
+		return logIn(false)
+	}
+	if s, err = tpm.Open(t.Context(), c); err != nil {
+		t.Fatal(err)
+	}
+	defer s.Close()
+	destroy = func() {
+		destroy = func() {}
+		for _, each := range []*tpm.Store{other, s} {
+			if err := each.Destroy(t.Context(), payments, made.Info().Tag); err != nil {
+				t.Error(err)
+			}
+		}
+	}
+	for range 2 {
+		if _, err := s.Bind(made.Info()).Sign(t.Context(), []byte("a message"), nil); !errors.Is(err, keystore.ErrNotFound) {
+			t.Errorf("a destroyed key signs: %v", err)
+		}
+	}
+}

@@ -240,6 +240,7 @@ func (p *Pool) Destroy(ctx context.Context, ref keystore.Ref, tag keystore.Tag) 
 		}
 	}
 	p.mu.Lock()
+	p.destroyed++ // a worker that starts at this moment is none of all
 	var all []*process
 	for _, s := range p.slots {
 		if s.process != nil {

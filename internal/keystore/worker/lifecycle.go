@@ -39,9 +39,12 @@ func (p *Pool) runSlot(s *slot, first chan<- error) {
 			first <- err
 			first = nil
 		}
+		if err == nil && !p.fillSlot(s, proc) {
+			proc.fail(errDestroyed)
+			err, s.failures = errDestroyed, -1 // 0 after the increment below: no backoff
+		}
 		if err == nil {
 			started := time.Now()
-			p.fillSlot(s, proc)
 			p.monitor(proc)
 			select {
 			case <-proc.dead:
@@ -109,12 +112,20 @@ func (p *Pool) runSlot(s *slot, first chan<- error) {
 	}
 }
 
-// fillSlot puts a new worker into use.
-func (p *Pool) fillSlot(s *slot, proc *process) {
+var errDestroyed = errors.New("a key was destroyed while the key worker started, which may have a copy")
+
+// fillSlot puts a new worker into use, and reports whether that was right: a worker whose health
+// check has used a key that was destroyed meanwhile may have a copy, and Destroy has not asked the
+// worker to give the copy up.
+func (p *Pool) fillSlot(s *slot, proc *process) bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()
+	if proc.destroyed != p.destroyed {
+		return false
+	}
 	s.process, s.starting = proc, false
 	p.slotsChanged()
+	return true
 }
 
 // startWorker starts a worker, waits until its device is open, and checks its health. The caller
@@ -122,7 +133,7 @@ func (p *Pool) fillSlot(s *slot, proc *process) {
 // seedFile is the file of an import, or "".
 func (p *Pool) startWorker(ctx context.Context, number int, seedFile string) (*process, error) {
 	p.mu.Lock()
-	retries := p.retries
+	retries, destroyed := p.retries, p.destroyed
 	p.mu.Unlock()
 	name := fmt.Sprintf("%s/%d", p.config.Name, number+1)
 	proc, err := startProcess(func(socket, stderr *os.File) (Process, error) {
@@ -131,7 +142,7 @@ func (p *Pool) startWorker(ctx context.Context, number int, seedFile string) (*p
 	if err != nil {
 		return nil, err
 	}
-	proc.retries = retries
+	proc.retries, proc.destroyed = retries, destroyed
 	ctx, cancel := p.withTimeout(ctx, slowFactor*p.config.Deadline)
 	defer cancel()
 	_, err = proc.roundTrip(ctx, slowFactor*p.config.Deadline, ignoreDone, hello)

@@ -42,6 +42,7 @@ type Pool struct {
 	changed        chan struct{}          // capacity 1: changes is not empty
 	sealed         map[keystore.Ref]error // keys that the device refuses in the machine's present state
 	sealedCount    atomic.Int64
+	destroyed      uint64 // keys that were destroyed, see fillSlot
 
 	journalErr      atomic.Pointer[error] // the journal can't be written; nil: it can
 	journalFailures atomic.Uint64         // signatures that were held back

@@ -26,6 +26,7 @@ type process struct {
 	gate      loginGate
 	journaled func(size uint64) // gets the size of the journal in bytes
 	retries   int               // Pool.retries at the time of the start
+	destroyed uint64            // Pool.destroyed at the time of the start
 
 	inFlight int  // under the pool's mu: reserved calls
 	retiring bool // under the pool's mu: no new calls

@@ -1619,3 +1619,30 @@ func TestCountsOutliveWorkers(t *testing.T) {
 		}
 	}
 }
+
+// TestDestroyedDuringAStart destroys a key while a worker starts. The worker's health check may have
+// used the key, so another worker starts in its place, at once.
+func TestDestroyedDuringAStart(t *testing.T) {
+	var h *harness
+	var starts atomic.Int32 // of the second slot
+	begin := make(chan struct{})
+	h = openPool(t, func(c *Config) {
+		start := c.Start
+		c.Start = func(number int, seed string, socket, stderr *os.File) (Process, error) {
+			if number == 1 && starts.Add(1) == 2 {
+				<-begin
+				if err := h.Destroy(context.Background(), payments.Ref, keystore.Tag{9}); err != nil {
+					t.Error(err)
+				}
+			}
+			return start(number, seed, socket, stderr)
+		}
+	})
+	close(begin)
+	syscall.Kill(h.pids()[1], syscall.SIGKILL)
+	h.eventually("a third start", func() bool { return starts.Load() == 3 })
+	h.eventually("all workers are there", func() bool { return !slices.Contains(h.pids(), 0) })
+	if n := starts.Load(); n != 3 {
+		t.Errorf("%d starts", n)
+	}
+}
