@@ -1620,8 +1620,8 @@ func TestCountsOutliveWorkers(t *testing.T) {
 	}
 }
 
-// TestDestroyedDuringAStart destroys a key while a worker starts. The worker's health check may have
-// used the key, so another worker starts in its place, at once.
+// TestDestroyedDuringAStart destroys a key while a worker starts. The worker's health check may
+// have used the key, so another worker starts in its place, at once.
 func TestDestroyedDuringAStart(t *testing.T) {
 	var h *harness
 	var starts atomic.Int32 // of the second slot
