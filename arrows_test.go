@@ -24,7 +24,7 @@ type room struct{ ours, outside string }
 var arrows = map[string]room{
 	// The binaries.
 	"cmd/countersignd": {
-		ours: `admin admin/certs appliance approval audit hsm internal/alert internal/anchor internal/backup
+		ours: `admin admin/api admin/certs appliance approval audit hsm internal/alert internal/anchor internal/backup
 			internal/cause internal/cli internal/durable internal/form internal/gate internal/history
 			internal/journal internal/keyring internal/keystore internal/keystore/worker internal/launcher
 			internal/ledger

@@ -4,12 +4,14 @@ import (
 	"context"
 	"io"
 	"net/http"
+	"os"
 	"slices"
 	"strconv"
 	"time"
 
 	"countersign/admin/api"
 	"countersign/appliance"
+	"countersign/internal/operators"
 
 	"github.com/danielgtaylor/huma/v2"
 	"github.com/danielgtaylor/huma/v2/adapters/humaecho"
@@ -46,6 +48,36 @@ func (s *server) listBackups(_ context.Context, _ caller, in *pageInput) (*liste
 func (s *server) pruneBackups(ctx context.Context, who caller, in *body[api.PruneBackups]) ([]api.Backup, error) {
 	removed, err := s.Appliance.PruneBackups(ctx, who.actor(), in.Body.Dry)
 	return docs(removed, backupDoc), err
+}
+
+func (s *server) lastDrill(context.Context, caller, *none) (api.Drills, error) {
+	last, at, proven := s.Appliance.LastDrill()
+	doc := api.Drills{At: unix(at), Proven: unix(proven)}
+	if last != nil {
+		doc.Last = new(drillDoc(*last))
+	}
+	return doc, nil
+}
+
+func drillDoc(d appliance.Drill) api.Drill {
+	return api.Drill{
+		Backup: d.Backup, SHA256: d.Digest, Epoch: d.Epoch, Size: d.Size, Root: d.Root, Reached: d.Reached,
+		Proven: append([]string{}, d.Proven...), Unproven: append([]string{}, d.Unproven...), Failure: d.Failure,
+	}
+}
+
+// drilled takes the report of a drill from this machine. A drill is no operator: it runs at night,
+// and has the private key of a recipient, which this daemon must not have.
+func (s *server) drilled(ctx context.Context, who caller, in *body[api.Drill]) (api.Drill, error) {
+	if who.Kind != operators.Unix || who.UID != 0 && int(who.UID) != os.Geteuid() {
+		return api.Drill{}, notAllowed.errorf("a drill is reported by root on the Unix socket: countersignd drill")
+	}
+	d := in.Body
+	result, err := s.Appliance.Drilled(ctx, who.actor(), appliance.Drill{
+		Backup: d.Backup, Digest: d.SHA256, Epoch: d.Epoch, Size: d.Size, Root: d.Root, Reached: d.Reached,
+		Proven: d.Proven, Unproven: d.Unproven, Failure: d.Failure,
+	})
+	return drillDoc(result), err
 }
 
 // getBackup answers with the file of a backup. A reader that takes none of it for streamWrite is

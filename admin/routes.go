@@ -319,6 +319,13 @@ func (s *server) routes() {
 		route: "POST /v1/backups/prune", id: "prune-backups",
 		summary: "Remove the backups that the configuration does not keep",
 		roles:   of(administrator, operator, backup), refused: whileUninitialised})
+	route(s, s.lastDrill, operation{
+		route: "GET /v1/drills", id: "drills", summary: "Show the last drill, which has restored a backup",
+		roles: of(administrator, operator, auditor, backup), refused: whileUninitialised})
+	route(s, s.drilled, operation{
+		route: "POST /v1/drills", id: "drilled",
+		summary: "Report a drill: for root, or the daemon's user, on the Unix socket",
+		roles:   public, refused: inNoState, status: http.StatusCreated})
 
 	route(s, s.tls, operation{
 		route: "GET /v1/tls", id: "tls",

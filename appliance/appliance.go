@@ -267,6 +267,9 @@ func (a *Appliance) Start(ctx context.Context) error {
 	if err := a.startRetention(ctx); err != nil {
 		return err
 	}
+	if err := a.startDrills(ctx); err != nil {
+		return err
+	}
 	a.monitor.Start(ctx, a.record, a.Keys.RetryNow)
 	return a.recordInTime(audit.NewStarted(), a.Alerts.Begin)
 }
@@ -336,6 +339,8 @@ func (a *Appliance) takeMeta(name string, value []byte) error {
 		return a.takeLock(value)
 	case retentionKey:
 		return a.takeRetention(value)
+	case drillKey:
+		return a.takeDrill(value)
 	}
 	return nil
 }

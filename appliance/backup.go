@@ -38,6 +38,9 @@ type BackupConfig struct {
 	States   map[string]string
 	Version  string          // of the program
 	Ship     *backup.Shipper // of the ledger's lists of writes to Folder; nil: none are shipped
+
+	// ProvenWithin is the longest time between two good drills without a cause; 0: none is wanted.
+	ProvenWithin time.Duration
 }
 
 // BackupKeep is how many backups are kept: the newest of each of the last days, weeks and months
@@ -71,6 +74,8 @@ type backups struct {
 	base    atomic.Pointer[string]    // name of the backup that the shipped lists follow, or nil
 	halted  atomic.Bool               // the daemon stops, and must not wait for a backup
 	copying atomic.Pointer[halting]   // the backup that is being made, or nil
+
+	drill atomic.Pointer[drillRecord] // as in the ledger; nil: no drill was ever wanted
 }
 
 var errHalted = errors.New("the daemon stops")
@@ -665,6 +670,7 @@ func (a *Appliance) backupCauses() (causes []cause.Cause) {
 			break
 		}
 	}
+	causes = append(causes, a.drillCauses(time.Now())...)
 	if b.Ship == nil {
 		return causes
 	}

@@ -90,6 +90,9 @@ func (a *Appliance) measureBackups(s *meter.Sample) {
 	if newest := a.backups.newest.Load(); newest != 0 {
 		s.Set(meter.BackupAge, time.Since(time.Unix(newest, 0)).Seconds())
 	}
+	if _, _, proven := a.LastDrill(); !proven.IsZero() {
+		s.Set(meter.BackupProven, time.Since(proven).Seconds())
+	}
 	if ship := a.backups.Ship; ship != nil {
 		behind, _ := ship.Behind()
 		s.Set(meter.BackupBehind, behind.Seconds())

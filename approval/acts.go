@@ -58,10 +58,9 @@ func is(name, value string) func(audit.Event) bool {
 }
 
 // archivedByHand matches the archiving of a version by an operator. The daemon archives without
-// approval: at the end of the grace time, or after the last acknowledgement. The acts on recovery
-// archive what was pending, and have events of their own.
+// approval: at the end of the grace time, or after the last acknowledgement.
 func archivedByHand(e audit.Event) bool {
-	return e.Metadata["from"] != "pending" && e.Metadata["to"] == "archived" && e.Actor.Kind == "operator"
+	return e.Metadata["to"] == "archived" && e.Actor.Kind == "operator"
 }
 
 // commitsToRecovery matches the commitment of a line to a recovery successor.

@@ -283,9 +283,9 @@ func (s *scenario) gatedActs() []gatedAct {
 		{"key compromise", []string{"key", "payments", "version", "2", "reason", "lost"}, compromised, nil},
 		{"key archive", []string{"key", "payments", "version", "1"}, archived, nil},
 		{"key safeguard", []string{"key", "payments", "token", "safe"}, audit.NewRecoveryCommitted(
-			audit.Actor{}, "payments/1", 1000000, [32]byte{}, audit.KeyFacts{Token: "safe"}), nil},
+			audit.Actor{}, "payments/1", 1000000, "", [32]byte{}, audit.KeyFacts{Token: "safe"}), nil},
 		{"key recover", []string{"key", "payments", "reason", "it burnt"}, audit.NewKeyRecovered(
-			audit.Actor{}, "payments/1000000", "payments/1", "it burnt", nil, time.Time{}), nil},
+			audit.Actor{}, "payments/1000000", "payments/1", "payments/2", "it burnt", nil, time.Time{}), nil},
 		{"key set", []string{"key", "payments", "grace", "1", "presence", "0", "acknowledge", "all"}, weaker, nil},
 		{"retention shorten", []string{"audit", "30d"}, shortened, nil},
 		{"hold release", []string{"epoch", "3", "name", "court", "reason", "court said so"}, released, nil},

@@ -95,6 +95,8 @@ const (
 	Unlocked            Type = "Unlocked"
 	BackupMade          Type = "BackupMade" // metadata sha256: of the manifest
 	BackupFailed        Type = "BackupFailed"
+	BackupProven        Type = "BackupProven" // a drill has restored a backup
+	DrillFailed         Type = "DrillFailed"
 	BackupsPruned       Type = "BackupsPruned"  // metadata names
 	BackupRestored      Type = "BackupRestored" // metadata sha256, made, replaces, timestamp_after
 	RetentionChanged    Type = "RetentionChanged"
@@ -151,7 +153,8 @@ var kinds = map[Type]Kind{
 	ApproverKeysChanged: Other, ApprovalsChanged: Other, ProposalMade: Other, ApprovalGiven: Other,
 	ProposalWithdrawn: Other, ProposalExpired: Other, ProposalRun: Other, ProposalDone: Other,
 	CertificateChanged: Other, CertificateSigned: Other,
-	Locked: Other, Unlocked: Other, BackupMade: Other, BackupFailed: Other, BackupsPruned: Other,
+	Locked: Other, Unlocked: Other, BackupMade: Other, BackupFailed: Other, BackupsPruned: Other, BackupProven: Other,
+	DrillFailed:      Other,
 	BackupRestored:   Other,
 	RetentionChanged: Other, RetentionApplied: Other, LegalHoldSet: Other, LegalHoldReleased: Other,
 	LedgerCompacted: Other, DeviceUnavailable: Other, DeviceRecovered: Other, TokenRetried: Other,

@@ -181,17 +181,28 @@ func NewKeyCommitted(who Actor, key string, next [32]byte, k KeyFacts) Event {
 }
 
 // NewRecoveryCommitted records the recovery successor of a line whose version key is active: the
-// number of its version, and the commitment to it.
-func NewRecoveryCommitted(who Actor, key string, version uint32, commitment [32]byte, k KeyFacts) Event {
-	return newEvent(KeyCommitted, who, "key safeguard", key, "recovery", hex.EncodeToString(commitment[:]),
+// number of its version, and the commitment to it. replaced is the recovery successor that is
+// archived with its own successor, or "".
+func NewRecoveryCommitted(
+	who Actor, key string, version uint32, replaced string, commitment [32]byte, k KeyFacts,
+) Event {
+	e := newEvent(KeyCommitted, who, "key safeguard", key, "recovery", hex.EncodeToString(commitment[:]),
 		"version", decimal(version), "custody", k.Custody, "provenance", k.Provenance, "token", k.Token)
+	if replaced != "" {
+		e = e.with("replaces", replaced)
+	}
+	return e
 }
 
 // NewKeyRecovered records that a line goes on with its recovery successor: last is the version that
-// was the last to sign, and retires the latest time of its archiving, zero for none.
-func NewKeyRecovered(who Actor, key, last, reason string, publicKey []byte, retires time.Time) Event {
+// was the last to sign, and retires the latest time of its archiving, zero for none. archived is
+// the version that was to follow, or "": it is archived with all after it.
+func NewKeyRecovered(who Actor, key, last, archived, reason string, publicKey []byte, retires time.Time) Event {
 	e := newEvent(KeyRecovered, who, "key recover", key, "last", last, "reason", reason,
 		"public_key", hex.EncodeToString(publicKey))
+	if archived != "" {
+		e = e.with("archived", archived)
+	}
 	if !retires.IsZero() {
 		e = e.with("retires_at", decimal(retires.Unix()))
 	}
@@ -509,6 +520,22 @@ func NewBackupFailed(who Actor, name string, cause error) Event {
 func NewBackupRestored(who Actor, digest string, made time.Time, replaces string, after int64) Event {
 	return newEvent(BackupRestored, who, "backup restore", "", "sha256", digest,
 		"made", made.UTC().Format(time.RFC3339), "replaces", replaces, "timestamp_after", decimal(after))
+}
+
+// NewBackupProven records a drill, which has restored a backup (see NewBackupMade) where nobody can
+// reach the result: the events in the tree of the backup, the time that the ledger with its lists
+// of writes reaches, and what was proven and what could not be.
+func NewBackupProven(
+	who Actor, name, digest string, events uint64, reached time.Time, proven, unproven []string,
+) Event {
+	return newEvent(BackupProven, who, "backup drill", name, "sha256", digest, "events", decimal(events),
+		"reached", reached.UTC().Format(time.RFC3339), "proven", strings.Join(proven, "; "),
+		"unproven", strings.Join(unproven, "; "))
+}
+
+// NewDrillFailed records a drill that found a backup not to be good, or found none.
+func NewDrillFailed(who Actor, name string, cause error) Event {
+	return newEvent(DrillFailed, who, "backup drill", name, "cause", cause.Error()).ended("failed")
 }
 
 // NewBackupsPruned records that backups are about to be removed, by the rules of the configuration.

@@ -203,7 +203,7 @@ func (l KeyLine) Advance(s wire.Steps) (KeyLine, error) {
 	if len(all) == 0 {
 		at = l.Newest()
 	}
-	if before.Version == s.Active {
+	if before.Version == s.Active && at.Version == before.Version+1 { // a recovered line is not announced
 		return before.with(at), nil
 	}
 	return at, nil
@@ -289,7 +289,7 @@ func (l KeyLine) recovered(doc *transcript.Document, signature []byte) (KeyLine,
 	case l.Recovery == [32]byte{}:
 		return KeyLine{}, fmt.Errorf("the step is to a recovery successor, version %d, and this line knows of none: "+
 			"ask the operators for the public key of the new version, and pin that", p.Version)
-	case transcript.RecoveryCommitment(p.New, *p.Next) != l.Recovery:
+	case transcript.RecoveryCommitment(p.Version, p.New, *p.Next) != l.Recovery:
 		return KeyLine{}, errors.New("the new public key is not the recovery successor that the line has committed to")
 	}
 	if err := eddsa.Verify(p.New[:], doc.Message, signature); err != nil {

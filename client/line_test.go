@@ -286,6 +286,9 @@ func TestSignerAfterARotation(t *testing.T) {
 	}
 }
 
+// recovered is the number of a recovery successor.
+const recovered = 1_000_000
+
 // recovery is a recovery successor with its own successor.
 type recovery struct{ key, next ed25519.PrivateKey }
 
@@ -301,7 +304,7 @@ func (r recovery) nextDigest() wire.Bytes32 {
 func (r recovery) public() wire.Bytes32 { return wire.Bytes32(r.key.Public().(ed25519.PublicKey)) }
 
 func (r recovery) commitment() wire.Bytes32 {
-	return transcript.RecoveryCommitment(r.public(), r.nextDigest())
+	return transcript.RecoveryCommitment(recovered, r.public(), r.nextDigest())
 }
 
 // with adds members to the payload of a step, and signs the step anew.
@@ -328,21 +331,21 @@ func TestRecoveredLine(t *testing.T) {
 	l, safe := clienttest.NewKeyLine("payments", 4), newRecovery("safe")
 	pin := lineAt(l, 1)
 	pin.Recovery = safe.commitment()
-	want := client.KeyLine{Key: "payments", Version: 1000, PublicKey: safe.public(), Next: safe.nextDigest()}
+	want := client.KeyLine{Key: "payments", Version: recovered, PublicKey: safe.public(), Next: safe.nextDigest()}
 	for name, steps := range map[string][]wire.Succession{
-		"at once":     {safe.to(l, 1000)},
-		"after steps": {l.Step(2), naming(l, 3, safe.commitment()), safe.to(l, 1000)},
+		"at once":     {safe.to(l, recovered)},
+		"after steps": {l.Step(2), naming(l, 3, safe.commitment()), safe.to(l, recovered)},
 	} {
 		if got, err := pin.Follow(steps...); err != nil || got != want {
 			t.Errorf("%s: %+v, %v", name, got, err)
 		}
-		shown := wire.Steps{Steps: steps, Active: 1000, Compromised: []uint32{1, 2, 3}}
+		shown := wire.Steps{Steps: steps, Active: recovered, Compromised: []uint32{1, 2, 3}}
 		if got, err := pin.Advance(shown); err != nil || got != want {
 			t.Errorf("%s, compromised: %+v, %v", name, got, err)
 		}
 	}
 	pin.Next = [32]byte{}
-	shown := wire.Steps{Steps: []wire.Succession{safe.to(l, 1000)}, Active: 1000, Compromised: []uint32{1}}
+	shown := wire.Steps{Steps: []wire.Succession{safe.to(l, recovered)}, Active: recovered, Compromised: []uint32{1}}
 	if got, err := pin.Advance(shown); err != nil || got != want {
 		t.Errorf("from a compromised version of which only the recovery successor is known: %+v, %v", got, err)
 	}
@@ -373,7 +376,7 @@ func TestStolenKeyNamesNoRecovery(t *testing.T) {
 		"with a recovery successor": pin, "without": bare, "named once": halfway,
 	} {
 		by := func(r recovery, version uint32) wire.Succession { return naming(l, version, r.commitment()) }
-		away := thief.to(l, 1000)
+		away := thief.to(l, recovered)
 		for what, steps := range map[string][]wire.Succession{
 			"at once":                 {away},
 			"after a step that names": {by(thief, 2), away},
@@ -385,7 +388,7 @@ func TestStolenKeyNamesNoRecovery(t *testing.T) {
 				t.Errorf("%s, %s: %+v, %v", name, what, got, err)
 			}
 		}
-		got, err := from.Follow(by(thief, 2), by(safe, 3), by(safe, 4), safe.to(l, 1000))
+		got, err := from.Follow(by(thief, 2), by(safe, 3), by(safe, 4), safe.to(l, recovered))
 		if err != nil || got.PublicKey != safe.public() {
 			t.Errorf("%s: the line goes on to %+v, %v", name, got, err)
 		}
@@ -400,16 +403,16 @@ func TestForgedRecovery(t *testing.T) {
 	l, safe, thief := clienttest.NewKeyLine("payments", 2), newRecovery("safe"), newRecovery("thief")
 	pin := lineAt(l, 1)
 	pin.Recovery = safe.commitment()
-	good := safe.to(l, 1000)
+	good := safe.to(l, recovered)
 	other := recovery{safe.key, thief.key} // the recovery key alone is stolen
 	broken := good
 	broken.Signature = bytes.Clone(good.Signature)
 	broken.Signature[3]++
 	for name, bad := range map[string]wire.Succession{
 		"signed by the old version": clienttest.Sign(l.Private[0], good),
-		"another successor":         other.to(l, 1000),
+		"another successor":         other.to(l, recovered),
 		"a broken signature":        broken,
-		"another key":               safe.to(clienttest.NewKeyLine("others", 1), 1000),
+		"another key":               safe.to(clienttest.NewKeyLine("others", 1), recovered),
 	} {
 		if got, err := pin.Follow(bad); !errors.Is(err, client.ErrBrokenLine) {
 			t.Errorf("%s: %+v, %v", name, got, err)
@@ -418,8 +421,51 @@ func TestForgedRecovery(t *testing.T) {
 	if _, err := pin.Follow(good); err != nil {
 		t.Error(err)
 	}
-	pin.Version = 1000
+	pin.Version = recovered
 	if got, err := pin.Follow(good); !errors.Is(err, client.ErrBrokenLine) {
 		t.Errorf("to the version where the line is: %+v, %v", got, err)
+	}
+}
+
+// TestThiefOfARecoveredVersion: a thief of the recovered version's private key signs two steps in a
+// row: the step to the version, and the step to its successor, whose public key is announced. A
+// peer that comes late is led to no recovery successor of the thief's.
+func TestThiefOfARecoveredVersion(t *testing.T) {
+	l, safe, thief := clienttest.NewKeyLine("payments", 2), newRecovery("safe"), newRecovery("thief")
+	pin := lineAt(l, 1)
+	pin.Recovery = safe.commitment()
+	public, next := wire.Bytes32(safe.next.Public().(ed25519.PublicKey)), l.Next(1)
+	text, _ := thief.commitment().MarshalText()
+	names := fmt.Sprintf(`"recovery":%q`, text)
+	after := with(safe.key, clienttest.Step(safe.key, "payments", recovered+1, public, &next), names)
+	got, err := pin.Follow(safe.to(l, recovered), after)
+	if err != nil || got.Recovery != [32]byte{} {
+		t.Fatalf("%+v, %v", got, err)
+	}
+	if got, err := got.Follow(thief.to(l, 2*recovered)); !errors.Is(err, client.ErrBrokenLine) {
+		t.Errorf("%+v, %v", got, err)
+	}
+	both := safe.to(l, recovered)
+	both.Payload = append(bytes.TrimSuffix(both.Payload, []byte("}")), ","+names+"}"...)
+	if got, err := pin.Follow(both); !errors.Is(err, client.ErrBrokenLine) ||
+		!strings.Contains(err.Error(), "payload.recovery") {
+		t.Errorf("a recovered step names a recovery successor: %+v, %v", got, err)
+	}
+}
+
+// TestRecoveredNumber: the commitment is to a number, too. A compromised recovery successor gets no
+// other number, and an answer that calls an earlier version active gives it none.
+func TestRecoveredNumber(t *testing.T) {
+	l, safe := clienttest.NewKeyLine("payments", 2), newRecovery("safe")
+	pin := lineAt(l, 1)
+	pin.Recovery = safe.commitment()
+	for _, version := range []uint32{2, recovered - 1, recovered + 1, recovered + 2, 1<<32 - 1} {
+		if got, err := pin.Follow(safe.to(l, version)); !errors.Is(err, client.ErrBrokenLine) {
+			t.Errorf("as version %d: %+v, %v", version, got, err)
+		}
+	}
+	got, err := pin.Advance(wire.Steps{Steps: []wire.Succession{safe.to(l, recovered)}, Active: 1})
+	if err != nil || got.Version != recovered || got.Announced != (client.Successor{}) {
+		t.Errorf("%+v, %v", got, err)
 	}
 }

@@ -256,6 +256,9 @@ backup=$run/backups/$(sed -n 's/^backup *//p' "$work/out")
 fact backup "$(sed -n 's/^size *//p' "$work/out"), encrypted to an SSH key; $(sed -n 's/^log *//p' "$work/out")"
 show "$bin/countersignd" backup verify "$backup" --identity "$run/recovery" >"$work/out" || fail "backup verify"
 fact verified "$(sed -n 's/^ok: //p' "$work/out")"
+show "$bin/countersignd" drill --config "$run/countersign.toml" --identity "$run/recovery" --scratch "$work" >"$work/out" ||
+  fail "drill: $(cat "$work/out")"
+fact drilled "$(sed -n 's/^proven *//p' "$work/out" | tail -n 4 | paste -sd ';' | sed 's/;/; /g')"
 lost=$(od -An -N32 -tx1 /dev/urandom | tr -d ' \n')
 then=$(date +%s)
 "${sign_command[@]}" --nonce "$lost" --timestamp "$then" examples/subscription.json >"$work/lost.json" || fail "sign"

@@ -34,7 +34,7 @@ func installUnits(t *testing.T, dropIns ...string) (folder string) {
 	t.Helper()
 	folder = filepath.Join(t.TempDir(), "etc/systemd/system")
 	must(0, os.MkdirAll(folder, 0o755))(t)
-	files := append(must(filepath.Glob(unitFolder+"/*.s*"))(t), dropIns...)
+	files := append(must(filepath.Glob(unitFolder+"/*.[st]*"))(t), dropIns...)
 	for _, file := range files {
 		if st := must(os.Stat(file))(t); st.IsDir() {
 			must(0, os.MkdirAll(filepath.Join(folder, filepath.Base(file)), 0o755))(t)
@@ -58,7 +58,9 @@ func TestUnitsExposure(t *testing.T) {
 	dropIns := must(filepath.Glob(unitFolder + "/*.service.d/*.conf"))(t)
 	for n := range len(dropIns) + 1 {
 		folder := installUnits(t, dropIns[:n]...)
-		for _, name := range []string{"countersignd.service", "countersignd-keys@1.service"} {
+		for _, name := range []string{
+			"countersignd.service", "countersignd-keys@1.service", "countersignd-drill.service",
+		} {
 			exposure(t, filepath.Join(folder, name), most)
 		}
 	}
@@ -83,7 +85,8 @@ func TestUnitsVerify(t *testing.T) {
 	needSystemd(t)
 	folder := installUnits(t, must(filepath.Glob(unitFolder+"/*.service.d/*.conf"))(t)...)
 	units := must(filepath.Glob(folder + "/countersign*.s*t"))(t)
-	units = append(units, folder+"/countersignd.service", folder+"/countersignd-keys@1.service")
+	units = append(units, folder+"/countersignd.service", folder+"/countersignd-keys@1.service",
+		folder+"/countersignd-drill.service", folder+"/countersignd-drill.timer")
 	out, err := exec.Command("systemd-analyze", append([]string{"verify", "--man=no"}, units...)...).CombinedOutput()
 	if err != nil || len(out) > 0 {
 		t.Errorf("systemd-analyze verify: %v\n%s", err, out)

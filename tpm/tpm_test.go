@@ -589,7 +589,8 @@ func TestDestroyedWhileItIsUnsealed(t *testing.T) {
 		}
 	}
 	for range 2 {
-		if _, err := s.Bind(made.Info()).Sign(t.Context(), []byte("a message"), nil); !errors.Is(err, keystore.ErrNotFound) {
+		_, err := s.Bind(made.Info()).Sign(t.Context(), []byte("a message"), nil)
+		if !errors.Is(err, keystore.ErrNotFound) {
 			t.Errorf("a destroyed key signs: %v", err)
 		}
 	}

@@ -1,6 +1,9 @@
 package transcript
 
-import "crypto/sha256"
+import (
+	"crypto/sha256"
+	"encoding/binary"
+)
 
 const keySuccessionDomain = "countersign-key-succession-v1"
 
@@ -15,7 +18,7 @@ var keySuccessionType = Type{
 		{"time", true, formTime},
 		{"next", false, "32 bytes, base64url: SHA-256 of the public key of the version after the new one"},
 		{"recovery", false, "32 bytes, base64url: the commitment to the recovery successor of the line"},
-		{"recovered", false, "true: the new public key is the recovery successor, and the signer; needs next"},
+		{"recovered", false, "true: the new key is the recovery successor, and signs; needs next, no recovery"},
 	},
 	keySuccession,
 	readJSON(keySuccessionDomain),
@@ -33,11 +36,13 @@ type Succession struct {
 	Recovered bool
 }
 
-// RecoveryCommitment is the commitment of a line to its recovery successor: SHA-256 of 64 bytes,
-// the successor's public key and next, the SHA-256 of the public key after it. With next in it, a
-// thief of the recovery key alone can't name another one.
-func RecoveryCommitment(publicKey, next [32]byte) [32]byte {
-	return sha256.Sum256(append(publicKey[:], next[:]...))
+// RecoveryCommitment is the commitment of a line to its recovery successor: SHA-256 of 68 bytes,
+// the successor's version (big-endian), its public key, and next, the SHA-256 of the public key
+// after it. So a thief of the recovery key alone can't name another next key, nor pass the key off
+// under another number after the compromise of the version is known.
+func RecoveryCommitment(version uint32, publicKey, next [32]byte) [32]byte {
+	b := binary.BigEndian.AppendUint32(nil, version)
+	return sha256.Sum256(append(append(b, publicKey[:]...), next[:]...))
 }
 
 // keySuccession builds a key-succession-v1: see bindJSON for the bytes.
@@ -95,6 +100,8 @@ func keySuccession(d *Document) error {
 			return malformed("payload.recovered", "must be true, or absent")
 		case p.Next == nil:
 			return malformed("payload.next", "must be there, since the line is recovered")
+		case p.Recovery != nil: // by a thief of the new key, who signs the next step too
+			return malformed("payload.recovery", "must be absent, since the line is recovered")
 		}
 		step.Recovered = true
 		d.Signers = [][]byte{p.NewPublicKey[:]}

@@ -304,6 +304,38 @@ func (c *Client) Backups(ctx context.Context) ([]Backup, error) {
 	return list[Backup](ctx, c, "/v1/backups")
 }
 
+// Drill is the report of a drill, which has restored a backup where nobody can reach the result.
+type Drill struct {
+	Backup   string   `json:"backup" maxLength:"200" doc:"the file; empty: none could be found"`
+	SHA256   string   `json:"sha256" maxLength:"64" doc:"of the backup's manifest (hex)"`
+	Epoch    uint32   `json:"epoch" doc:"of the tree that the drill has verified, as the manifest names it"`
+	Size     uint64   `json:"size" doc:"of that tree"`
+	Root     string   `json:"root" maxLength:"64" doc:"of that tree (base64)"`
+	Reached  int64    `json:"reached" doc:"what the ledger reaches with the lists of writes, Unix seconds"`
+	Proven   []string `json:"proven" maxItems:"30" doc:"what the drill has shown"`
+	Unproven []string `json:"unproven" maxItems:"30" doc:"what it could not show, and why"`
+	Failure  string   `json:"failure,omitempty" maxLength:"500" doc:"why the backup is not good"`
+}
+
+// Drills is the last drill, with its time and that of the last good one. Times are Unix seconds; 0:
+// none.
+type Drills struct {
+	Last   *Drill `json:"last,omitempty"`
+	At     int64  `json:"at"`
+	Proven int64  `json:"proven"`
+}
+
+// LastDrill returns the last drill.
+func (c *Client) LastDrill(ctx context.Context) (d Drills, err error) {
+	return d, c.do(ctx, http.MethodGet, "/v1/drills", nil, &d)
+}
+
+// Drilled reports a drill: for root, or the daemon's user, on the Unix socket. The answer has a
+// Failure where the log of today does not continue the log of the backup.
+func (c *Client) Drilled(ctx context.Context, d Drill) (result Drill, err error) {
+	return result, c.do(ctx, http.MethodPost, "/v1/drills", d, &result)
+}
+
 // GetBackup writes the file of a backup, which only its recipients can read. An error means that w
 // has a part of the file.
 func (c *Client) GetBackup(ctx context.Context, name string, w io.Writer) error {

@@ -85,6 +85,16 @@ func (t *tool) backups(act maker) *cobra.Command {
 		"are kept; the newest two always are.")
 	prune.Flags().BoolVar(&dry, "dry-run", false, "remove nothing, and list what would go")
 	prune.Example = "  countersign admin backup prune --dry-run"
+	drill := act("drill", "Show the last drill, which has restored a backup", cobra.NoArgs,
+		func(ctx context.Context, c *api.Client, _ []string) error {
+			d, err := c.LastDrill(ctx)
+			if err != nil {
+				return err
+			}
+			return t.print(d, func(w io.Writer) { showDrill(w, d) })
+		})
+	details(drill, "A drill restores the newest backup where nobody can reach the result, and says what that has\n"+
+		"proven. Root has it run each night: countersignd drill.")
 	return group("backup", "Make, list and prune backups",
 		create,
 		act("list", "List the backups in the folder", cobra.NoArgs,
@@ -95,7 +105,29 @@ func (t *tool) backups(act maker) *cobra.Command {
 				}
 				return t.print(all, func(w io.Writer) { show(w, all) })
 			}),
-		get, prune)
+		get, prune, drill)
+}
+
+func showDrill(w io.Writer, d api.Drills) {
+	if d.Last == nil {
+		fmt.Fprintln(w, "drill\tnone yet: countersignd drill")
+		return
+	}
+	result := either(d.Last.Failure == "", "good", "FAILED: "+d.Last.Failure)
+	fmt.Fprintf(w, "drill\t%s, %s\n", date(d.At), result)
+	fmt.Fprintf(w, "last proven\t%s\n", either(d.Proven == 0, "never", date(d.Proven)))
+	if d.Last.Backup != "" {
+		fmt.Fprintf(w, "backup\t%s\n", d.Last.Backup)
+	}
+	if d.Last.Reached != 0 {
+		fmt.Fprintf(w, "reaches\t%s\n", date(d.Last.Reached))
+	}
+	for _, text := range d.Last.Proven {
+		fmt.Fprintf(w, "proven\t%s\n", text)
+	}
+	for _, text := range d.Last.Unproven {
+		fmt.Fprintf(w, "not proven\t%s\n", text)
+	}
 }
 
 // watchCopy shows how much of a backup is copied, until ctx ends. The call that makes the backup

@@ -13,6 +13,7 @@ var examples = map[string]string{
 	"admin audit end-epoch":     "",
 	"admin backup create":       "",
 	"admin backup list":         "",
+	"admin backup drill":        "",
 	"admin audit key":           ">log.vkey",
 	"admin context list":        "",
 	"admin context remove":      "old",

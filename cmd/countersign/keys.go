@@ -294,8 +294,8 @@ func (t *tool) safeguard(act maker) *cobra.Command {
 		})
 	details(c, "The line of the key commits to the recovery successor, and goes on with it after the loss of the\n"+
 		"token that has the key: see admin key recover. Peers who pin the line from now on know of it; all\n"+
-		"others after two rotations. Afterwards the token can lie in a safe: take its section out of the\n"+
-		"configuration. A second call replaces the recovery successor.")
+		"others after two rotations that are announced from now on. Afterwards the token can lie in a\n"+
+		"safe: take its section out of the configuration. A second call replaces the recovery successor.")
 	c.Example = "  countersign admin key safeguard payments --token safe"
 	c.Flags().StringVar(&token, "token", "", "the other token")
 	c.MarkFlagRequired("token")

@@ -93,9 +93,10 @@ func (t *tool) follow() *cobra.Command {
 		cobra.ExactArgs(1), do)
 	details(c, "FILE is from countersign line pin.\n\n"+
 		"A valid step has the signature of the version before, and leads to the key that this version has\n"+
-		"committed to. The file gets the active version and, where there is one, the announced version:\n"+
-		"signatures of both are good. With an invalid step, the file stays as it is, and the error code is\n"+
-		"broken_line.\n\n"+
+		"committed to. After the loss of a device, a step leads to the recovery successor that the line\n"+
+		"has committed to, with the signature of that key. The file gets the active version and, where\n"+
+		"there is one, the announced version: signatures of both are good. With an invalid step, the file\n"+
+		"stays as it is, and the error code is broken_line.\n\n"+
 		"Compromised versions of the key are named: believe none of their signatures, also of earlier\n"+
 		"documents. With --write, the appliance is told that you know.")
 	c.Example = "  countersign line follow payments.line --write"

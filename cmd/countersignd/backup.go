@@ -8,6 +8,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"time"
 
 	"countersign/appliance"
 	"countersign/internal/backup"
@@ -41,10 +42,14 @@ type Backup struct {
 	Daily   int `toml:"daily"`
 	Weekly  int `toml:"weekly"`
 	Monthly int `toml:"monthly"`
+	// ProvenWithin is the longest time between two drills (countersignd drill) that prove a backup.
+	// Beyond that the state has a cause, and an alert goes out. Default: 7d. 0s wants no drills.
+	ProvenWithin Duration `toml:"proven_within"`
 }
 
 func defaultBackup() Backup {
-	return Backup{Recipients: []string{}, Schedule: "17 2 * * *", Lists: true, Daily: 7, Weekly: 5, Monthly: 12}
+	return Backup{Recipients: []string{}, Schedule: "17 2 * * *", Lists: true, Daily: 7, Weekly: 5, Monthly: 12,
+		ProvenWithin: Duration(7 * 24 * time.Hour)}
 }
 
 // check checks the fields.
@@ -81,8 +86,9 @@ func (b *Backup) check() error {
 func (c *Config) backup() appliance.BackupConfig {
 	b := appliance.BackupConfig{
 		Folder: c.Backup.Folder, Schedule: c.Backup.Schedule, Version: cli.Version(),
-		Keep:   appliance.BackupKeep{Daily: c.Backup.Daily, Weekly: c.Backup.Weekly, Monthly: c.Backup.Monthly},
-		States: map[string]string{}, Files: []backup.File{{Kind: backup.Ledger, Path: absolutePath(c.Ledger)}},
+		Keep:         appliance.BackupKeep{Daily: c.Backup.Daily, Weekly: c.Backup.Weekly, Monthly: c.Backup.Monthly},
+		ProvenWithin: c.Backup.ProvenWithin.std(),
+		States:       map[string]string{}, Files: []backup.File{{Kind: backup.Ledger, Path: absolutePath(c.Ledger)}},
 	}
 	b.To, _ = backup.ParseRecipients(c.Backup.Recipients) // checked with the configuration
 	if b.Schedule == "none" {
@@ -144,6 +150,10 @@ func (c *Config) backupLine() verdict {
 	case c.Backup.Schedule == "none":
 		return verdict{"partly", "a backup is made when an operator asks; " + keys}
 	}
-	return verdict{"partly", fmt.Sprintf("by %q, for %s; no drill has tried one by itself; %s", c.Backup.Schedule,
-		cli.Count(len(c.Backup.Recipients), "recipient"), keys)}
+	drills := "no drill is wanted (proven_within)"
+	if within := c.Backup.ProvenWithin.std(); within > 0 {
+		drills = "a drill must prove one within " + cli.FormatDuration(within) + " (countersign admin backup drill)"
+	}
+	return verdict{"partly", fmt.Sprintf("by %q, for %s; %s; %s", c.Backup.Schedule,
+		cli.Count(len(c.Backup.Recipients), "recipient"), drills, keys)}
 }

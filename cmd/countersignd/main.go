@@ -9,7 +9,6 @@ import (
 	"io"
 	"log/slog"
 	"maps"
-	"math"
 	"os"
 	"os/signal"
 	"slices"
@@ -230,7 +229,7 @@ func run(ctx context.Context, args []string, stdout io.Writer, stderr *logqueue.
 		c.Flags().StringVar(&from.scratch, "scratch", "", "the folder for the temporary folder (default: TMPDIR)")
 		c.Flags().StringVar(&from.lists, "lists", "",
 			"the folder of the lists of writes that follow the backup; none leaves them out (default: that of FILE)")
-		c.Flags().Uint64Var(&from.until, "until-list", math.MaxUint64, "the last list of writes to use")
+		c.Flags().Uint64Var(&from.until, "until-list", lastList, "the last list of writes to use")
 	}
 	restoreCmd.Flags().StringVar(&restores.appliance, "appliance", "",
 		"the name of the appliance that you know, such as countersign/14fc9972b63bcc40")
@@ -242,6 +241,34 @@ func run(ctx context.Context, args []string, stdout io.Writer, stderr *logqueue.
 	restoreCmd.Flags().StringVar(&restores.text, "text", "", "the file of the text that the approvers sign")
 	restoreCmd.Flags().StringSliceVar(&restores.approvals, "approval", nil,
 		"the file with a signature of the text; can be repeated")
+	var drills drilling
+	drillCmd := &cobra.Command{
+		Use:     "drill",
+		Short:   "Restore the newest backup where nobody can reach the result, and tell the daemon what that proves",
+		Example: "  countersignd drill --identity recovery.key",
+		Long: "Restores the newest backup of the folder of [backup] into a scratch folder, with the lists of\n" +
+			"writes that follow. Checks all that backup verify checks. Starts an appliance on scratch tokens\n" +
+			"(SoftHSM), without a listener: it must have the policy, the peers and the public keys of the\n" +
+			"manifest, refuse a document of before, admit a later one once, and sign with a new key. Then\n" +
+			"overwrites and removes the scratch folder.\n\n" +
+			"The running daemon compares its log with that of the backup, and has an event, a metric and an\n" +
+			"alert of the result: BackupProven, or DrillFailed. Run it as root, each night, on the machine of\n" +
+			"the appliance, with a private key that the daemon's user can't read.",
+		Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			return withConfig(configPath, func(c Config) error {
+				return drill(cmd.Context(), configPath, c, drills, stdout)
+			})
+		},
+	}
+	drillCmd.Flags().StringSliceVar(&drills.identities, "identity", nil,
+		"the file with a private key of a recipient: of age-keygen, or of SSH; can be repeated")
+	drillCmd.MarkFlagRequired("identity")
+	drillCmd.Flags().StringVar(&drills.file, "backup", "", "the backup (default: the newest one in the folder)")
+	drillCmd.Flags().StringVar(&drills.scratch, "scratch", "",
+		"the folder for the scratch folder, with room for the ledger three times (default: TMPDIR)")
+	drillCmd.Flags().StringVar(&drills.module, "module", scratchModule, "the PKCS#11 module of the scratch tokens")
+	drillCmd.Flags().BoolVar(&drills.silent, "silent", false, "do not tell the daemon")
 	workerCmd := &cobra.Command{
 		Use: workerCommand, Hidden: true, Args: cobra.ExactArgs(1), // the token's name, for lists of processes
 		RunE: func(*cobra.Command, []string) error { return keyWorker() },
@@ -281,8 +308,8 @@ func run(ctx context.Context, args []string, stdout io.Writer, stderr *logqueue.
 	approveCmd.Flags().StringToStringVar(&registers, "pcr", nil,
 		"N=HEX, a register of the bank and its value; repeat for each register that the keys are sealed to")
 	approveCmd.Flags().StringVar(&bank, "bank", "sha256", "the bank of the registers, as pcr_bank has it")
-	root.AddCommand(initCmd, serveCmd, checkCmd, configCmd, backupCmd, restoreCmd, approveCmd, workerCmd, launchCmd,
-		proveCmd)
+	root.AddCommand(initCmd, serveCmd, checkCmd, configCmd, backupCmd, restoreCmd, drillCmd, approveCmd)
+	root.AddCommand(workerCmd, launchCmd, proveCmd)
 	cli.Add(root, func(err error) error { return err })
 	understood := false // the command, its arguments and its flags
 	root.PersistentPreRun = func(*cobra.Command, []string) { understood = true }

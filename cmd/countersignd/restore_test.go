@@ -1,14 +1,19 @@
 package main
 
 import (
+	"bytes"
 	"errors"
 	"io"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 	"time"
 
 	"countersign/internal/backup"
+	"countersign/internal/form"
+	"countersign/internal/keystore"
+	"countersign/internal/keystore/keystoretest"
 )
 
 // TestMovedPaths: each path of a configuration is moved once, by the longest folder that it is in,
@@ -101,6 +106,64 @@ func TestRestoreWithAWrongClock(t *testing.T) {
 	} {
 		if err := checkClock(c.now, 30*time.Second, made, c.ledgers); (err == nil) != c.good {
 			t.Errorf("now %v, ledger %v: %v", c.now, c.ledgers, err)
+		}
+	}
+}
+
+// TestRestoreNamesRecovery: the facts of a restore say of a recovery successor what is true.
+func TestRestoreNamesRecovery(t *testing.T) {
+	key := func(version uint32, token, state string, recovery bool) backup.Key {
+		return backup.Key{Ref: keystore.Ref{Name: "payments", Version: version}, Token: token, State: state,
+			Algorithm: keystore.Ed25519, PublicKey: "00", Recovery: recovery}
+	}
+	lost := key(1, "main", "active", false)
+	const goesOn, ends, another = "can go on", "its line ends", "make another one"
+	for name, c := range map[string]struct {
+		keys         []backup.Key
+		says, hushes []string
+	}{
+		"replaced, then used": {
+			[]backup.Key{key(1, "main", "archived", false), key(1_000_000, "safe", "archived", false),
+				key(1_000_001, "safe", "archived", false), key(2_000_000, "bank", "active", false)},
+			[]string{ends}, []string{goesOn, "for the recovery"},
+		},
+		"in a safe": {
+			[]backup.Key{lost, key(1_000_000, "safe", "pending", true), key(1_000_001, "safe", "pending", true)},
+			[]string{goesOn, "for the recovery"}, []string{ends},
+		},
+		"half of it": {
+			[]backup.Key{lost, key(1_000_000, "bank", "pending", true), key(1_000_001, "safe", "pending", true)},
+			[]string{ends, another}, []string{goesOn},
+		},
+		"another device in its place": {
+			[]backup.Key{key(1_000_000, "bank", "pending", true), key(1_000_001, "bank", "pending", true)},
+			[]string{another}, []string{goesOn, ends},
+		},
+	} {
+		var b openedBackup
+		b.Manifest.Keys = c.keys
+		text := []byte(least + "module = \"m\"\npin_file = \"pin\"\n")
+		conf, err := parseConfig(filepath.Join(t.TempDir(), "c.toml"), text)
+		if err != nil {
+			t.Fatal(err)
+		}
+		conf.Ledger = filepath.Join(t.TempDir(), "ledger.db")
+		store := form.Guard(keystoretest.NewMemory(), nil)
+		f, err := restoring{}.look(t.Context(), b, conf, map[string]keystore.Store{"main": store, "bank": store})
+		if err != nil {
+			t.Fatal(err)
+		}
+		var out bytes.Buffer
+		f.print(&out)
+		for _, text := range c.says {
+			if !strings.Contains(out.String(), text) {
+				t.Errorf("%s: no %q in\n%s", name, text, out.String())
+			}
+		}
+		for _, text := range c.hushes {
+			if strings.Contains(out.String(), text) {
+				t.Errorf("%s: %q in\n%s", name, text, out.String())
+			}
 		}
 	}
 }

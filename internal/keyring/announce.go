@@ -160,7 +160,7 @@ func (r *Ring) StillAnnounced(tx *ledger.Tx, name string, version, change uint32
 	if err != nil {
 		return err
 	}
-	if rec.Change != change || rec.State == Pending && rec.Activates == 0 {
+	if rec.Change != change || (rec.State == Pending || rec.State.outOfUse()) && rec.Activates == 0 {
 		return notAnnounced(name, version, change)
 	}
 	return nil

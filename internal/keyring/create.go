@@ -215,6 +215,9 @@ func (r *Ring) make(ctx context.Context, who audit.Actor, ref keystore.Ref, n Ne
 			return newVersion{}, fmt.Errorf("key %q: %w", ref.Name, err)
 		}
 	}
+	if k := r.Version(ref.Name, ref.Version); k != nil {
+		return newVersion{}, fmt.Errorf("key %v: %w: it is %s", ref, manage.ErrExists, k.State)
+	}
 	if _, err := store.Key(ctx, ref); err == nil {
 		return newVersion{}, fmt.Errorf("key %v: %w on the token, but not in the ledger: does the token belong "+
 			"to another appliance, or is the ledger an older copy? Take it from the token, or use that ledger",

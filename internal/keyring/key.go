@@ -82,10 +82,10 @@ func (k *Key) Uses() uint64 { return k.usage.count.Load() }
 // Announced reports that peers may know of the version.
 func (k *Key) Announced() bool { return k.State != Pending && !k.neverUsed() || !k.Activates.IsZero() }
 
-// neverUsed reports that a version went out of use before it was announced.
-func (k *Key) neverUsed() bool {
-	return (k.State == Archived || k.State == Destroyed) && k.Activates.IsZero()
-}
+// neverUsed reports that a version went out of use before it was active: by a recovery, or as a
+// recovery successor that was replaced. Such a version is no part of the line, whatever becomes of
+// its key later.
+func (k *Key) neverUsed() bool { return k.State.outOfUse() && k.Activates.IsZero() }
 
 // due returns the plan's answer for an active version. After a rotation was called off, the plan
 // counts from then on: otherwise the same rotation would be announced again at once.

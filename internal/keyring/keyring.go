@@ -190,6 +190,9 @@ func (r *Ring) takeKey(name string, value []byte) error {
 	}
 	if before := r.keys[ref]; before != nil {
 		k.usage = before.usage
+		if k.State != before.State && k.State != Active && k.State != Pending {
+			delete(r.lost, ref) // nobody asks for signatures of the version any more
+		}
 	} else {
 		r.byPublic[string(info.PublicKey)] = append(r.byPublic[string(info.PublicKey)], ref)
 	}

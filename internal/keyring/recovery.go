@@ -2,12 +2,12 @@ package keyring
 
 import (
 	"context"
-	"crypto/sha256"
 	"errors"
 	"fmt"
 	"time"
 
 	"countersign/audit"
+	"countersign/internal/form"
 	"countersign/internal/ijson"
 	"countersign/internal/keystore"
 	"countersign/internal/manage"
@@ -58,7 +58,7 @@ func (r *Ring) RecoveryCommitment(name string) (commitment [32]byte, ok bool) {
 		return commitment, false
 	}
 	next, ok := r.Next(k)
-	return transcript.RecoveryCommitment([32]byte(k.Info().PublicKey), next), ok
+	return transcript.RecoveryCommitment(k.Version, [32]byte(k.Info().PublicKey), next), ok
 }
 
 // CheckRecovery returns the error that MakeRecovery would return now: the device is not asked.
@@ -87,6 +87,9 @@ func (r *Ring) MakeRecovery(ctx context.Context, who audit.Actor, name, token st
 	if who.Proposal == 0 {
 		return fmt.Errorf("key %q: %w", ijson.Clip(name), manage.ErrNotApproved)
 	}
+	if err := r.Gate.Err(); err != nil {
+		return fmt.Errorf("key %q: %w", ijson.Clip(name), err)
+	}
 	what := fmt.Sprintf("a recovery successor of key %q", ijson.Clip(name))
 	return r.run(ctx, who, what, func(ctx context.Context) error { return r.makeRecovery(ctx, who, name, token) })
 }
@@ -99,19 +102,31 @@ func (r *Ring) makeRecovery(ctx context.Context, who audit.Actor, name, token st
 	if err != nil {
 		return err
 	}
-	var edits []edit
-	var events []audit.Event
 	versions, err := r.Versions(name)
 	if err != nil {
 		return err
 	}
+	var edits []edit
+	var replaced string
+	last := versions[len(versions)-1].Version
 	for _, k := range versions {
 		if k.forRecovery() {
-			edits = append(edits, edit{k.Ref(), func(rec *record) { rec.State = Archived }})
-			events = append(events, stateChanged(who, k, Archived, "another recovery successor takes its place"))
+			if replaced == "" {
+				replaced = k.Ref().String()
+			}
+			edits = append(edits, edit{k.Ref(), func(rec *record) { rec.State, rec.Recovery = Archived, false }})
 		}
 	}
-	number := (versions[len(versions)-1].Version/recoveryBlock + 1) * recoveryBlock
+	unfinished, err := r.unfinished()
+	if err != nil {
+		return err
+	}
+	for ref := range unfinished { // on a token that may never answer again
+		if ref.Name == name {
+			last = max(last, ref.Version)
+		}
+	}
+	number := (last/recoveryBlock + 1) * recoveryBlock
 	ref := keystore.Ref{Name: name, Version: number}
 	first, err := r.make(ctx, who, ref, NewKey{Name: name, Algorithm: keystore.Ed25519, Token: token})
 	if err != nil {
@@ -131,7 +146,7 @@ func (r *Ring) makeRecovery(ctx context.Context, who audit.Actor, name, token st
 		return clear(fmt.Errorf("key %v: %w: it has the public key of %v: the token's generator repeats itself",
 			next.info.Ref, keystore.ErrWrong, ref), next, first)
 	}
-	commitment := transcript.RecoveryCommitment([32]byte(first.info.PublicKey), sha256.Sum256(next.info.PublicKey))
+	commitment := transcript.RecoveryCommitment(number, [32]byte(first.info.PublicKey), next.digest())
 	for _, n := range []newVersion{first, next} {
 		pending := n.as(Pending)
 		edits = append(edits, edit{pending.ref, func(rec *record) {
@@ -139,10 +154,8 @@ func (r *Ring) makeRecovery(ctx context.Context, who audit.Actor, name, token st
 			rec.Recovery = true
 		}})
 	}
-	events = append(events,
-		audit.NewRecoveryCommitted(who, active.Ref().String(), number, commitment, first.facts()),
-		next.commitment(who))
-	return r.change(ctx, who, edits, events...)
+	e := audit.NewRecoveryCommitted(who, active.Ref().String(), number, replaced, commitment, first.facts())
+	return r.change(ctx, who, edits, e, next.commitment(who))
 }
 
 // CheckRecover returns the error that Recover would return now: the devices are not asked.
@@ -190,6 +203,9 @@ func (r *Ring) RecoverLine(ctx context.Context, who audit.Actor, name, reason st
 	if err := manage.CheckReason(reason); err != nil {
 		return fmt.Errorf("key %q: %w", ijson.Clip(name), err)
 	}
+	if err := r.Gate.Err(); err != nil {
+		return fmt.Errorf("key %q: %w", ijson.Clip(name), err)
+	}
 	return r.run(ctx, who, fmt.Sprintf("recovering key %q", ijson.Clip(name)), func(ctx context.Context) error {
 		return r.recoverLine(ctx, who, name, reason)
 	})
@@ -220,23 +236,32 @@ func (r *Ring) recoverLine(ctx context.Context, who audit.Actor, name, reason st
 	}
 	change, again, retires := last.Change, uint32(0), time.Time{}
 	edits := []edit{{after.Ref(), func(rec *record) { rec.Recovery = false }}}
-	var events []audit.Event
+	var ended string
 	if last.State == Active {
 		retires = now.Add(r.grace(r.settingsOf(name)))
-		ended := func(rec *record) { rec.State, rec.Retires = VerifyOnly, retires.Unix() }
-		edits = append(edits, edit{last.Ref(), ended})
+		replaced := func(rec *record) { rec.State, rec.Retires = VerifyOnly, retires.Unix() }
+		edits = append(edits, edit{last.Ref(), replaced})
 	}
-	if next := r.Version(name, last.Version+1); next != nil && next.State == Pending {
-		change, again = max(change, next.Change), next.Version
-		edits = append(edits, edit{next.Ref(), func(rec *record) { rec.State = Archived }})
-		events = append(events, stateChanged(who, next, Archived, "its token is lost"))
+	// The versions that were to follow go out of use. An announcement is void, so that no late
+	// acknowledgement counts.
+	void := func(rec *record) { rec.State, rec.Activates, rec.By = Archived, 0, nil }
+	for version := last.Version + 1; ; version++ {
+		next := r.Version(name, version)
+		if next == nil || next.State != Pending || next.Recovery {
+			break
+		}
+		if ended == "" {
+			again, ended = next.Version, next.Ref().String()
+		}
+		change = max(change, next.Change)
+		edits = append(edits, edit{next.Ref(), void})
 	}
 	edits = append(edits, edit{successor.Ref(), func(rec *record) {
 		rec.State, rec.Activates, rec.Change, rec.Succession, rec.Recovery = Active, now.Unix(), change, step, false
 	}})
-	e := audit.NewKeyRecovered(who, successor.Ref().String(), last.Ref().String(), reason,
+	e := audit.NewKeyRecovered(who, successor.Ref().String(), last.Ref().String(), ended, reason,
 		successor.Info().PublicKey, retires)
-	if err := r.changeLine(ctx, who, name, edits, again, append(events, e)...); err != nil {
+	if err := r.changeLine(ctx, who, name, edits, again, e); err != nil {
 		return err
 	}
 	r.Log.Warn("a key goes on with its recovery successor", "key", name, "version", successor.Version,
@@ -250,7 +275,18 @@ func (r *Ring) recoverLine(ctx context.Context, who audit.Actor, name, reason st
 // goesOn reports that a version can still sign the step to its successor, which answers too.
 func (r *Ring) goesOn(ctx context.Context, last *Key) bool {
 	next := r.Version(last.Name, last.Version+1)
-	return next != nil && r.Prove(ctx, last) == nil && r.Prove(ctx, next) == nil
+	return next != nil && r.signs(ctx, last) && r.signs(ctx, next)
+}
+
+// signs reports that the private key of a version signs, in whatever state the version is: also a
+// compromised version signs the step to its successor.
+func (r *Ring) signs(ctx context.Context, k *Key) bool {
+	ctx, cancel := context.WithTimeout(ctx, r.RequestTimeout)
+	defer cancel()
+	message := form.NewCanary()
+	verifies := func(signature []byte) bool { return k.Info().Verify(message, signature) }
+	_, err := k.sign(ctx, Own, nil, message, verifies, func() error { return nil })
+	return err == nil
 }
 
 // before returns the version that a version follows in its line, or nil. The caller holds mu.
@@ -259,7 +295,7 @@ func (r *Ring) before(k *Key) (last *Key) {
 		return r.keys[keystore.Ref{Name: k.Name, Version: k.Version - 1}]
 	}
 	for ref, other := range r.keys {
-		signed := other.Compromised || !other.Retires.IsZero()
+		signed := other.Compromised && !other.neverUsed() || !other.Retires.IsZero()
 		if ref.Name == k.Name && ref.Version < k.Version && signed && (last == nil || ref.Version > last.Version) {
 			last = other
 		}

@@ -1,6 +1,7 @@
 package keyring_test
 
 import (
+	"context"
 	"errors"
 	"strings"
 	"testing"
@@ -10,6 +11,7 @@ import (
 	"countersign/audit"
 	"countersign/client"
 	"countersign/internal/form"
+	"countersign/internal/gate"
 	"countersign/internal/keyring"
 	"countersign/internal/keystore"
 	"countersign/internal/keystore/keystoretest"
@@ -110,7 +112,7 @@ func TestRecovery(t *testing.T) {
 		t.Error(err)
 	}
 	r.recover(t)
-	r.wantStates(t, "payments", "verify-only verify-only verify-only archived pending active pending")
+	r.wantStates(t, "payments", "verify-only verify-only verify-only archived archived active pending")
 	for name, from := range map[string]client.KeyLine{"version 1": knows, "version 2": twice} {
 		at, err := r.follows(t, from)
 		if err != nil || at.Version != recovered || at.Recovery != [32]byte{} || at.Next == [32]byte{} {
@@ -267,4 +269,173 @@ func TestRecoveryByItself(t *testing.T) {
 		}
 		r.checkKey(t, "payments")
 	})
+}
+
+// TestRecoveryAfterATheft: the HSM was stolen. The operators recover the line, then mark the
+// version that was to follow: peers get past it, and are told the right times.
+func TestRecoveryAfterATheft(t *testing.T) {
+	r := newRig(t, withTokens("safe"))
+	r.makeRecovery(t, "safe")
+	pin := r.pinned(t, 1)
+	r.lose(1, 2)
+	r.recover(t)
+	if at, err := r.follows(t, pin); err != nil || at.Version != recovered {
+		t.Fatalf("before: %+v, %v", at, err)
+	}
+	retires := r.Keys.Rotation("payments").RetiresAt
+	r.compromise(t, "payments", 2) // archived, on the stolen HSM
+	if at, err := r.follows(t, pin); err != nil || at.Version != recovered {
+		t.Errorf("a peer that comes later is stuck at version %d, %v", at.Version, err)
+	}
+	if now := r.Keys.Rotation("payments").RetiresAt; now != retires {
+		t.Errorf("peers are told that version 1 ends at %d, and it ends at %d", now, retires)
+	}
+}
+
+// TestStolenRecoverySuccessor: the device in the safe was stolen. The recovery successor is
+// replaced, then marked, and the line goes on.
+func TestStolenRecoverySuccessor(t *testing.T) {
+	r := newRig(t, withTokens("safe", "bank"))
+	r.makeRecovery(t, "safe")
+	r.makeRecovery(t, "bank")
+	r.compromise(t, "payments", recovered)
+	pin := r.pinned(t, 1)
+	r.rotate(t, "payments", time.Now())
+	if _, news := r.Keys.News(); len(news) == 0 {
+		t.Error("peers are not told of the rotation")
+	}
+	if r.Keys.Rotation("payments") == nil {
+		t.Error("there is no rotation to show")
+	}
+	r.lose(2, 3)
+	r.recover(t)
+	if at, err := r.follows(t, pin); err != nil || at.Version != 2*recovered {
+		t.Errorf("a peer is stuck at version %d, %v", at.Version, err)
+	}
+}
+
+// TestStolenSuccessorIsNoSuccessor: as before, and the active version is compromised while its
+// token does not answer for a moment.
+func TestStolenSuccessorIsNoSuccessor(t *testing.T) {
+	r := newRig(t, withTokens("safe", "bank"))
+	r.makeRecovery(t, "safe")
+	r.makeRecovery(t, "bank")
+	r.compromise(t, "payments", recovered)
+	r.store.BeforeSign = func(keystore.Ref, []byte) error { return keystore.ErrUnavailable }
+	r.compromise(t, "payments", 1)
+	r.store.BeforeSign = nil // the token answers again
+	r.Keys.RetryNow()
+	r.keep(t, "payments")
+	if k, err := r.Keys.Active("payments"); err != nil || k.Version != 2 {
+		t.Errorf("%v, %s; causes %v", err, r.states(t, "payments"), r.Keys.Causes())
+	}
+}
+
+// TestLostAnnouncementIsVoid: a peer acknowledges the announcement of before the loss, after the
+// recovery.
+func TestLostAnnouncementIsVoid(t *testing.T) {
+	r := newRig(t, withTokens("safe"))
+	r.set(t, "payments", func(s *keyring.Settings) { s.Acknowledge = []string{"shop"} })
+	r.makeRecovery(t, "safe")
+	r.rotate(t, "payments", time.Now().Add(time.Hour))
+	r.lose(1, 2, 3)
+	r.recover(t)
+	if err := r.ack(t, r.shop, "payments", 2); err == nil {
+		t.Error("the acknowledgement of a version that will never be active counts")
+	}
+	r.keep(t, "payments")
+	r.wantStates(t, "payments", "verify-only archived archived active pending")
+}
+
+// TestRecoveryOfWhatGoesOn: the token of a compromised version answers, and so does its successor.
+func TestRecoveryOfWhatGoesOn(t *testing.T) {
+	r := newRig(t, withTokens("safe"))
+	r.makeRecovery(t, "safe")
+	r.store.BeforeSign = func(keystore.Ref, []byte) error { return keystore.ErrUnavailable }
+	r.compromise(t, "payments", 1)
+	r.store.BeforeSign = nil
+	refused(t, manage.ErrConflict, r.Keys.RecoverLine(t.Context(), approved, "payments", "its token answers"))
+	r.wantStates(t, "payments", "compromised pending pending pending")
+}
+
+// TestCausesAfterARecovery: the lost versions are no cause any more.
+func TestCausesAfterARecovery(t *testing.T) {
+	r := newRig(t, withTokens("safe"))
+	r.makeRecovery(t, "safe")
+	r.lose(1, 2)
+	r.reopen(t)
+	r.recover(t)
+	r.keep(t, "payments")
+	for _, c := range r.Keys.Causes() {
+		t.Errorf("%s %s: %s", c.Kind.Code, c.Subject, c.Text)
+	}
+}
+
+// TestReplacedSuccessorIsNone: a replaced recovery successor is not marked as one.
+func TestReplacedSuccessorIsNone(t *testing.T) {
+	r := newRig(t, withTokens("safe", "bank"))
+	r.makeRecovery(t, "safe")
+	r.makeRecovery(t, "bank")
+	r.destroy(t, "payments", recovered)
+	for _, version := range []uint32{recovered, recovered + 1} {
+		if k := r.Keys.Version("payments", version); k.Recovery {
+			t.Errorf("version %d is %s, and marked as recovery successor", version, k.State)
+		}
+	}
+}
+
+// dying is a token that breaks at its second key.
+type dying struct {
+	keystore.Store
+	dead bool
+	n    int
+}
+
+func (d *dying) Generate(
+	ctx context.Context, ref keystore.Ref, a keystore.Algorithm, tag keystore.Tag,
+) (keystore.Key, error) {
+	if d.n++; d.n > 1 {
+		d.dead = true
+	}
+	if d.dead {
+		return nil, keystore.ErrUnavailable
+	}
+	return d.Store.Generate(ctx, ref, a, tag)
+}
+
+func (d *dying) Destroy(ctx context.Context, ref keystore.Ref, tag keystore.Tag) error {
+	if d.dead {
+		return keystore.ErrUnavailable
+	}
+	return d.Store.Destroy(ctx, ref, tag)
+}
+
+// TestSafeguardAfterAFailure: the second HSM breaks while it makes the recovery successor. Another
+// one takes its place.
+func TestSafeguardAfterAFailure(t *testing.T) {
+	r := newRig(t, withTokens("safe", "bank"), func(r *rig) { r.more["safe"] = &dying{Store: r.more["safe"]} })
+	if err := r.Keys.MakeRecovery(t.Context(), approved, "payments", "safe"); err == nil {
+		t.Fatal("made")
+	}
+	if err := r.Keys.MakeRecovery(t.Context(), approved, "payments", "bank"); err != nil {
+		t.Error(err)
+	}
+	delete(r.more, "safe")
+	r.reopen(t)
+	if err := r.Keys.MakeRecovery(t.Context(), approved, "payments", "bank"); err != nil {
+		t.Error("without the token in the configuration: ", err)
+	}
+}
+
+// TestSafeguardAtAGate: nothing is made on a token while the gate is blocked.
+func TestSafeguardAtAGate(t *testing.T) {
+	r := newRig(t, withTokens("safe"))
+	r.Keys.Gate.Block(gate.Rollback, errors.New("rolled back"))
+	err := r.Keys.MakeRecovery(t.Context(), approved, "payments", "safe")
+	keys, _ := r.more["safe"].(interface {
+		Keys(context.Context) ([]keystore.Ref, error)
+	}).Keys(t.Context())
+	if err == nil || len(keys) > 0 {
+		t.Errorf("%v; the token has %v", err, keys)
+	}
 }

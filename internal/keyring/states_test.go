@@ -469,7 +469,7 @@ func TestTransitionsThatNeedApproval(t *testing.T) {
 		}
 		e := audit.Event{Type: of, Actor: operator, Resource: "payments/1"}
 		if from == keyring.Pending && of == audit.KeyCommitted {
-			e = audit.NewRecoveryCommitted(operator, "payments/1", 1, [32]byte{}, audit.KeyFacts{})
+			e = audit.NewRecoveryCommitted(operator, "payments/1", 1, "", [32]byte{}, audit.KeyFacts{})
 		}
 		return e
 	}

@@ -75,6 +75,9 @@ func (r Rights) calls() (allow, fail string) {
 		allow, fail = permitted+launching, without(refused, launching)
 	case Daemon:
 		allow = serving
+	case Drill: // listens nowhere, and may be confined before Go has made its epoll
+		const listening = "bind listen accept4"
+		allow, fail = without(serving, listening)+" epoll_create1 eventfd2", listening
 	default:
 		allow, fail = permitted+own, refused
 	}
@@ -138,7 +141,7 @@ func (r Rights) filters() ([]seccomp.Filter, error) {
 	switch r.Kind {
 	case Launcher:
 		when(seccomp.ActionKillProcess, "clone", list(0, seccomp.BitsSet, namespaces))
-	case Daemon:
+	case Daemon, Drill:
 		none = seccomp.ActionKillProcess
 		// A datagram socket can be connected anew, to another socket of this machine.
 		when(seccomp.ActionKillProcess, "socketpair", list(1, seccomp.BitsSet, notStream))

@@ -45,6 +45,7 @@ const (
 	Worker   Kind = ""         // loads a foreign module, and serves one socket
 	Launcher Kind = "launcher" // starts key workers, which are confined further
 	Daemon   Kind = "daemon"   // serves peers and operators
+	Drill    Kind = "drill"    // restores a backup, and tells the daemon by its Unix socket
 )
 
 // unixSockets reports that the process may make Unix sockets of each type and connect them. A

@@ -226,6 +226,7 @@ func TestEnterRefuses(t *testing.T) {
 	ours, theirs := listen(), listen()
 	files := Rights{Read: []string{filepath.Join(dir, "read")}, Write: []string{filepath.Join(dir, "write")}}
 	network := Rights{Connect: []uint16{uint16(ours)}}
+	drill := Rights{Kind: Drill, Read: files.Read, Write: files.Write, Sockets: []string{dir}}
 	path := func(name string) string { return filepath.Join(dir, name) }
 	self := os.Getpid()
 	for _, c := range []struct {
@@ -263,6 +264,13 @@ func TestEnterRefuses(t *testing.T) {
 		{network, act{Do: "SCTP"}, "", "EPERM"},
 		{Rights{Sockets: []string{dir}}, act{Do: "Unix"}, "ok", "ok"},
 		{Rights{Sockets: []string{dir}}, act{Do: "TCP"}, "ok", "EPERM"},
+		{drill, act{Do: "read", Path: path("read/file")}, "ok", "ok"},
+		{drill, act{Do: "append", Path: path("read/file")}, "ok", "EACCES"},
+		{drill, act{Do: "make", Path: path("write/new")}, "ok", "ok"},
+		{drill, act{Do: "read", Path: path("foreign/file")}, "ok", "EACCES"},
+		{drill, act{Do: "Unix"}, "ok", "ok"},
+		{drill, act{Do: "TCP"}, "ok", "EPERM"},
+		{drill, act{Do: "UDP"}, "ok", "EPERM"},
 	} {
 		for enter, want := range map[bool]string{false: c.free, true: c.confined} {
 			if want == "" {

@@ -130,7 +130,7 @@ function RecoverySheet({ name, line: l, versions, done }: { name: string; line: 
     {asking === "safeguard" && <ActDialog title={`Recovery successor of ${name}`} close={close} done={done} can={!!token}
       make={() => ({ act: "key safeguard", parameters: { key: name, token } })}>
       <Select label="Token" value={token} set={setToken} options={[["", "Choose one"], ...others.map((t) => [t, t] as [string, string])]} />
-      <p class="help">Peers who pin the line from then on know of it; all others after two rotations. Then the token can lie in a safe.</p>
+      <p class="help">Peers who pin the line from then on know of it; all others after two rotations that are announced from then on. Then the token can lie in a safe.</p>
     </ActDialog>}
     {asking === "recover" && <ActDialog title={`Recover ${name}`} name={name} close={close} done={done} can={!!reason}
       loss="The versions on the lost token never sign again. Peers who do not know of the recovery successor must pin the line again."

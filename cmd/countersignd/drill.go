@@ -1,0 +1,437 @@
+package main
+
+import (
+	"context"
+	"crypto/rand"
+	"encoding/base32"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"log/slog"
+	"maps"
+	"os"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strings"
+	"syscall"
+	"time"
+
+	"countersign/admin/api"
+	"countersign/audit"
+	"countersign/internal/anchor"
+	"countersign/internal/backup"
+	"countersign/internal/cause"
+	"countersign/internal/cli"
+	"countersign/internal/gate"
+	"countersign/internal/keyring"
+	"countersign/internal/ledger"
+	"countersign/internal/resource"
+	"countersign/internal/sandbox"
+	"countersign/internal/scrub"
+
+	"golang.org/x/sys/unix"
+)
+
+// A drill restores the newest backup into a scratch folder, and starts an appliance there, with
+// scratch tokens and without a listener. The drill is a program of its own: it has the private key
+// of a recipient, which the daemon must not have. In its sandbox it can read the backups, write the
+// scratch folder and reach the daemon's socket, and nothing else.
+
+// drilling has the options of countersignd drill.
+type drilling struct {
+	identities []string // files
+	file       string   // the backup; "": the newest one in the folder of the configuration
+	scratch    string   // the folder for the scratch folder
+	module     string   // PKCS#11 module of the scratch tokens
+	silent     bool     // the daemon is not told
+
+	keys   []backup.Identity
+	folder string // the scratch folder, scratchFolder in scratch
+}
+
+const (
+	scratchFolder = "countersign-drill"
+	scratchModule = "/usr/lib/softhsm/libsofthsm2.so"
+)
+
+// drill is countersignd drill.
+func drill(ctx context.Context, path string, c Config, d drilling, stdout io.Writer) (err error) {
+	if c.Backup.Folder == "" {
+		return configError{errors.New("the configuration has no backups: set folder and recipients of [backup]")}
+	}
+	for _, file := range d.identities { // before the sandbox closes them
+		more, err := backup.ReadIdentities(file, passphraseOf(ctx, file))
+		if err != nil {
+			return fmt.Errorf("--identity: %w", err)
+		}
+		d.keys = append(d.keys, more...)
+	}
+	done, err := d.makeScratch()
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, done()) }()
+	scratch := filepath.Join(d.folder, "countersign.toml")
+	startable := d.writeScratch(c, scratch)
+	run := func(s Config) error {
+		if err := d.rights(path, c).Enter(); err != nil {
+			return err
+		}
+		return d.run(ctx, c, s, startable, stdout)
+	}
+	if startable != nil {
+		return run(c)
+	}
+	return withConfig(scratch, func(s Config) error {
+		return withLauncher(scratch, filepath.Join(d.folder, "so-pin"), s, run)
+	})
+}
+
+// makeScratch makes the scratch folder, or takes that of a drill that was killed. The folder itself
+// stays, empty: the sandbox has no right to remove it.
+func (d *drilling) makeScratch() (done func() error, err error) {
+	above := d.scratch
+	if above == "" {
+		above = os.TempDir()
+	}
+	if above, err = filepath.Abs(above); err != nil {
+		return nil, err
+	}
+	d.folder = filepath.Join(above, scratchFolder)
+	if err := os.Mkdir(d.folder, 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
+		return nil, fmt.Errorf("--scratch: %w", err)
+	}
+	dir, err := os.OpenFile(d.folder, os.O_RDONLY|unix.O_NOFOLLOW|unix.O_DIRECTORY, 0)
+	if err != nil {
+		return nil, fmt.Errorf("--scratch: %w", err)
+	}
+	if info, err := dir.Stat(); err != nil || info.Mode().Perm() != 0o700 ||
+		int(info.Sys().(*syscall.Stat_t).Uid) != os.Geteuid() {
+		return nil, errors.Join(fmt.Errorf("--scratch: %s must have the mode 0700 and belong to this user: remove it",
+			d.folder), err, dir.Close())
+	}
+	if err := unix.Flock(int(dir.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+		return nil, errors.Join(fmt.Errorf("%s: another drill is running", d.folder), dir.Close())
+	}
+	if err := wipe(d.folder); err != nil {
+		return nil, errors.Join(err, dir.Close())
+	}
+	return func() error { return errors.Join(wipe(d.folder), dir.Close()) }, nil
+}
+
+// wipe overwrites the files in a scratch folder once, and removes them: what a drill has decrypted
+// is not to be found on a disk that writes in place.
+func wipe(folder string) error {
+	zero := make([]byte, 1<<20)
+	err := filepath.WalkDir(folder, func(path string, e fs.DirEntry, err error) error {
+		if err != nil || !e.Type().IsRegular() {
+			return err
+		}
+		f, err := os.OpenFile(path, os.O_WRONLY|unix.O_NOFOLLOW, 0)
+		if err != nil {
+			return err
+		}
+		defer f.Close()
+		info, err := f.Stat()
+		if err != nil {
+			return err
+		}
+		for left := info.Size(); left > 0; left -= int64(len(zero)) {
+			if _, err := f.Write(zero[:min(left, int64(len(zero)))]); err != nil {
+				return err
+			}
+		}
+		return f.Sync()
+	})
+	entries, listed := os.ReadDir(folder)
+	err = errors.Join(err, listed)
+	for _, e := range entries {
+		err = errors.Join(err, os.RemoveAll(filepath.Join(folder, e.Name())))
+	}
+	return err
+}
+
+// writeScratch writes the configuration of the scratch appliance: the tokens of the configuration,
+// each a new one of the module, and its limits. The error says why there can be no such appliance.
+func (d drilling) writeScratch(c Config, path string) error {
+	if _, err := os.Stat(d.module); err != nil {
+		return fmt.Errorf("there is no PKCS#11 module for scratch tokens (--module): %w", err)
+	}
+	at := func(name string) string { return filepath.Join(d.folder, name) }
+	secret := func() []byte {
+		b := make([]byte, 20)
+		rand.Read(b)
+		return []byte(base32.StdEncoding.EncodeToString(b) + "\n")
+	}
+	var text strings.Builder
+	fmt.Fprintf(&text, "listen = \"127.0.0.1:1\"\nadmin_socket = %q\nledger = %q\npolicy = %q\nhistory = \"none\"\n"+
+		"noise_token = %q\nlog_token = %q\nrollback_token = \"none\"\nunattended_start = true\n",
+		at("admin.sock"), at("ledger.db"), at("policy.cedar"), c.NoiseToken, c.LogToken)
+	fmt.Fprintf(&text, "[limits]\nnonces = %d\nmax_lifetime = %q\nclock_skew = %q\n[retention]\nnonces = %q\n",
+		c.Limits.Nonces, c.Limits.MaxLifetime.std(), c.Limits.ClockSkew.std(), c.Retention.Nonces.std())
+	for _, name := range slices.Sorted(maps.Keys(c.Tokens)) {
+		fmt.Fprintf(&text, "[tokens.%s]\nuri = \"pkcs11:token=drill-%s\"\nmodule = %q\npin_file = %q\nworkers = 1\n"+
+			"environment = { SOFTHSM2_CONF = %q }\n", name, name, d.module, at("pin"), at("softhsm2.conf"))
+	}
+	err := os.Mkdir(at("tokens"), 0o700)
+	for name, content := range map[string][]byte{
+		"countersign.toml": []byte(text.String()), "pin": secret(), "so-pin": secret(),
+		"softhsm2.conf": fmt.Appendf(nil, "directories.tokendir = %s\nlog.level = ERROR\n", at("tokens")),
+	} {
+		err = errors.Join(err, os.WriteFile(at(name), content, 0o600))
+	}
+	return err
+}
+
+// rights are those of the drill. Only root can read the backups of the daemon's user, and reach its
+// socket, by two capabilities that Landlock confines to these. With a socket of the service
+// manager, which is root's, the first one is enough.
+func (d drilling) rights(path string, c Config) sandbox.Rights {
+	r := sandbox.Rights{
+		Kind:    sandbox.Drill,
+		Read:    append(slices.Clone(systemFiles), absolute(c.Backup.Folder, path)...),
+		Write:   append(absolute(d.folder), "/dev/null"),
+		Sockets: absolute(filepath.Dir(c.AdminSocket)),
+	}
+	r.Read = append(r.Read, absolute(d.file)...)
+	if os.Geteuid() == 0 {
+		r.Keep = []uint{unix.CAP_DAC_READ_SEARCH, unix.CAP_DAC_OVERRIDE}
+	}
+	return r
+}
+
+// run makes the drill, prints its report, and tells the daemon.
+func (d drilling) run(ctx context.Context, c, s Config, startable error, stdout io.Writer) error {
+	began := time.Now()
+	report, failed := d.report(ctx, c, s, startable)
+	if failed != nil {
+		if ctx.Err() != nil {
+			return ctx.Err()
+		}
+		report.Failure = oneText(failed.Error())
+	}
+	var told error
+	if !d.silent {
+		var result api.Drill
+		if result, told = api.NewClient(c.AdminSocket).Drilled(ctx, report); told == nil {
+			report = result
+		}
+	}
+	line := func(name, text string) { fmt.Fprintf(stdout, "%-12s %s\n", name, text) }
+	if report.Backup != "" {
+		line("backup", report.Backup)
+	}
+	if report.Reached != 0 {
+		line("reaches", time.Unix(report.Reached, 0).UTC().Format(time.RFC3339))
+	}
+	for _, text := range report.Proven {
+		line("proven", text)
+	}
+	for _, text := range report.Unproven {
+		line("not proven", text)
+	}
+	line("time", time.Since(began).Round(time.Millisecond).String())
+	switch {
+	case told != nil:
+		told = fmt.Errorf("the daemon was not told: %w", told)
+	case !d.silent:
+		line("told", "the daemon, which has an event of it")
+	}
+	if report.Failure != "" {
+		return errors.Join(fmt.Errorf("the drill has failed: %s", report.Failure), told)
+	}
+	return told
+}
+
+// oneText is a text that the audit log takes: one line of at most 500 bytes.
+func oneText(text string) string {
+	text = cause.Line(new(scrub.Scrubber).Text(text))
+	if len(text) > 500 {
+		text = strings.ToValidUTF8(text[:497], "") + "…"
+	}
+	return text
+}
+
+var backupName = regexp.MustCompile(`^countersign-([0-9a-z]+)-.*\.backup$`)
+
+// newest returns the newest backup in the folder, apart from those of a clock that was ahead.
+func (d drilling) newest(folder string) (path string, err error) {
+	if d.file != "" {
+		return filepath.Abs(d.file)
+	}
+	entries, err := os.ReadDir(folder)
+	if err != nil {
+		return "", err
+	}
+	var last time.Time
+	ids := map[string]bool{}
+	for _, e := range entries {
+		m := backupName.FindStringSubmatch(e.Name())
+		if m == nil {
+			continue
+		}
+		made, ok := backup.Whole.Begun(e.Name(), m[1])
+		if !ok || made.After(time.Now()) {
+			continue
+		}
+		if ids[m[1]] = true; !made.Before(last) {
+			last, path = made, filepath.Join(folder, e.Name())
+		}
+	}
+	switch {
+	case path == "":
+		return "", fmt.Errorf("%s has no backup", folder)
+	case len(ids) > 1:
+		return "", fmt.Errorf("%s has backups of several appliances: name one with --backup", folder)
+	}
+	return path, nil
+}
+
+// report does all that is to be proven.
+func (d drilling) report(ctx context.Context, c, s Config, startable error) (r api.Drill, err error) {
+	r.Proven, r.Unproven = []string{}, []string{}
+	path, err := d.newest(c.Backup.Folder)
+	if err != nil {
+		return r, err
+	}
+	r.Backup = filepath.Base(path)
+	b, err := openBackup(ctx, opening{file: path, keys: d.keys, scratch: d.folder, until: lastList})
+	if err != nil {
+		return r, err
+	}
+	r.SHA256, r.Epoch, r.Size, r.Root, r.Reached = b.Digest, b.Epoch, b.Size, b.Root, b.reaches.Unix()
+	r.Proven = append(r.Proven, fmt.Sprintf("the encryption, %s, and the proof by the audit log",
+		cli.Count(len(b.Manifest.Files), "file")))
+	r.Proven = append(r.Proven, fmt.Sprintf("each page, event and checkpoint of the ledger, with %s of writes "+
+		"after the backup", cli.Count(b.shipped.Last-b.Lists, "list")))
+	if len(b.Left) > 0 {
+		r.Unproven = append(r.Unproven, cli.Count(len(b.Left), "file")+" that no backup has: "+
+			"countersignd backup verify lists them")
+	}
+	r.Unproven = append(r.Unproven, fmt.Sprintf("the private keys of %s, which are in their tokens only",
+		cli.Count(len(b.Keys), "version")))
+	if startable != nil {
+		r.Unproven = append(r.Unproven, oneText("an appliance on scratch tokens: "+startable.Error()))
+		return r, nil
+	}
+	// The scratch appliance logs that its tokens lack all keys. An error says what else is wrong.
+	proven, err := d.start(ctx, b, s, slog.New(slog.DiscardHandler))
+	r.Proven = append(r.Proven, proven...)
+	return r, err
+}
+
+// start starts an appliance with the restored ledger on scratch tokens, and has it do what an
+// appliance is for.
+func (d drilling) start(ctx context.Context, b openedBackup, s Config, log *slog.Logger) (proven []string, err error) {
+	for i, f := range b.Manifest.Files {
+		to := map[string]string{backup.Ledger: s.Ledger, backup.Policy: s.Policy}[f.Kind]
+		if to == "" {
+			continue
+		}
+		if err := moveFile(b.Contents.Files[i], to); err != nil {
+			return nil, err
+		}
+	}
+	options := initOptions{newToken: true, soPINFile: filepath.Join(d.folder, "so-pin")}
+	for _, name := range slices.Sorted(maps.Keys(s.Tokens)) {
+		if err := makeToken(ctx, s, name, options, log, io.Discard); err != nil {
+			return nil, fmt.Errorf("a scratch token: %w", err)
+		}
+	}
+	who := audit.Operator("drill")
+	after, err := restoreScratch(ctx, s, who, log)
+	if err != nil {
+		return nil, err
+	}
+	p, err := open(ctx, s, log)
+	if err != nil {
+		return nil, fmt.Errorf("the restored appliance: %w", err)
+	}
+	defer p.close(log)
+	keys := map[string]string{} // public keys by reference
+	for _, k := range p.app.Keys.All() {
+		keys[k.Ref().String()] = hex.EncodeToString(k.Info().PublicKey)
+	}
+	for _, k := range b.Keys {
+		if keys[k.Ref.String()] != k.PublicKey {
+			return nil, fmt.Errorf("the manifest has key %v with the public key %s, and the restored appliance has %q",
+				k.Ref, k.PublicKey, keys[k.Ref.String()])
+		}
+	}
+	proven = append(proven, fmt.Sprintf("an appliance on scratch tokens has the policy, %s and all public keys of "+
+		"the manifest", cli.Count(len(p.app.Peers.All()), "peer")))
+	if err := refusesOld(ctx, p.ledger, after); err != nil {
+		return proven, err
+	}
+	proven = append(proven, "it refuses a document of before, and admits a later one once")
+	if p.app.Health().Lock != nil {
+		if err := p.app.Unlock(ctx, who); err != nil {
+			return proven, err
+		}
+	}
+	name := make([]byte, 5)
+	rand.Read(name)
+	k, err := p.app.Keys.Create(ctx, who, keyring.NewKey{Name: "drill-" + hex.EncodeToString(name), Token: s.LogToken})
+	if err == nil {
+		err = p.app.Keys.Prove(ctx, k)
+	}
+	if err != nil {
+		return proven, fmt.Errorf("a new key in the restored appliance: %w", err)
+	}
+	return append(proven, "it makes a key, which signs"), nil
+}
+
+// moveFile copies a file and removes it: the sandbox lets nothing be moved between folders.
+func moveFile(path, to string) error {
+	f, err := os.Open(path)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	return errors.Join(copyFile(f, to), os.Remove(path))
+}
+
+// restoreScratch marks the scratch ledger as restored, without an approval: nobody can reach it.
+func restoreScratch(ctx context.Context, s Config, who audit.Actor, log *slog.Logger) (after int64, err error) {
+	l, err := ledger.Open(s.Ledger, s.ledger())
+	if err != nil {
+		return 0, err
+	}
+	defer func() { err = errors.Join(err, l.Close()) }()
+	monitor := resource.NewMonitor(log, s.Limits.RequestTimeout.std())
+	rebind, _, err := anchor.New(s.anchor(), l, nil, gate.New(l), monitor, log).Rebind(ctx)
+	if err != nil {
+		return 0, err
+	}
+	after = ledger.RestoredAfter(time.Now(), s.Limits.ClockSkew.std())
+	return after, l.Restore(ctx, after, who, rebind)
+}
+
+// refusesOld shows that a restored ledger admits no document that may be of before, and a later one
+// once.
+func refusesOld(ctx context.Context, l *ledger.Ledger, after int64) error {
+	admit := func(nonce [32]byte, timestamp int64) (ledger.Verdict, error) {
+		got, err := l.Admit(ctx, ledger.Admission{
+			Scope: ledger.KeyScope("drill"), Nonce: nonce, Digest: nonce, Peer: "drill", Timestamp: timestamp,
+			ExpiresAt: timestamp + 60, Once: true,
+		}, func(ledger.Verdict) []byte {
+			return audit.NewBackupProven(audit.Operator("drill"), "", "", 0, time.Time{}, nil, nil).Encode(time.Now())
+		})
+		return got.Verdict, err
+	}
+	var old, later [32]byte
+	rand.Read(old[:])
+	rand.Read(later[:])
+	if _, err := admit(old, after); !errors.Is(err, ledger.ErrRestored) {
+		return fmt.Errorf("the restored ledger does not refuse a document of before: %w", err)
+	}
+	for _, want := range []ledger.Verdict{ledger.Fresh, ledger.Replay} {
+		if got, err := admit(later, after+1); err != nil || got != want {
+			return fmt.Errorf("the restored ledger admits a later document as %v, not %v: %w", got, want, err)
+		}
+	}
+	return nil
+}
