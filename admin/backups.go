@@ -61,7 +61,8 @@ func (s *server) lastDrill(context.Context, caller, *none) (api.Drills, error) {
 
 func drillDoc(d appliance.Drill) api.Drill {
 	return api.Drill{
-		Backup: d.Backup, SHA256: d.Digest, Epoch: d.Epoch, Size: d.Size, Root: d.Root, Reached: d.Reached,
+		Backup: d.Backup, SHA256: d.Digest, Event: d.Event, Epoch: d.Epoch, Size: d.Size, Root: d.Root,
+		Began: d.Began, End: d.End, Reached: d.Reached,
 		Proven: append([]string{}, d.Proven...), Unproven: append([]string{}, d.Unproven...), Failure: d.Failure,
 	}
 }
@@ -74,7 +75,8 @@ func (s *server) drilled(ctx context.Context, who caller, in *body[api.Drill]) (
 	}
 	d := in.Body
 	result, err := s.Appliance.Drilled(ctx, who.actor(), appliance.Drill{
-		Backup: d.Backup, Digest: d.SHA256, Epoch: d.Epoch, Size: d.Size, Root: d.Root, Reached: d.Reached,
+		Backup: d.Backup, Digest: d.SHA256, Event: d.Event, Epoch: d.Epoch, Size: d.Size, Root: d.Root,
+		Began: d.Began, End: d.End, Reached: d.Reached,
 		Proven: d.Proven, Unproven: d.Unproven, Failure: d.Failure,
 	})
 	return drillDoc(result), err

@@ -16,19 +16,22 @@ import (
 
 // A drill restores a backup where nobody can reach the result, and says what it has proven. The
 // drill is a program of its own with a recipient's private key, which this daemon must not have, so
-// the daemon takes the drill's word. One thing the daemon proves itself: that its log continues the
-// log of the backup.
+// the daemon takes the drill's word. Three things the daemon proves itself: that its log names this
+// backup by the file's name and the manifest, that its log continues the log of the backup, and
+// that the lists of writes reach the begin of the drill.
 
 // Drill is the report of a drill.
 type Drill struct {
 	Backup string // name of the file, or "" where none could be found
 	Digest string // SHA-256 of the manifest, hexadecimal
+	Event  uint64 // number of the event BackupMade
 	Epoch  uint32 // of the tree that the drill has verified, as the manifest has it
 	Size   uint64 // of that tree
 	Root   string // of that tree, base64
 
-	// Reached is the time up to which the ledger goes with the lists of writes, Unix seconds.
-	Reached int64
+	Began   int64  // when the drill began, Unix seconds
+	End     uint64 // events in the ledger with the lists of writes
+	Reached int64  // time of the last one, Unix seconds
 	// Proven and Unproven have what the drill has shown and what it could not show, as texts.
 	Proven, Unproven []string
 	// Failure is the reason why the backup is not good; "" for a good one.
@@ -118,21 +121,20 @@ func (a *Appliance) Drilled(ctx context.Context, who audit.Actor, d Drill) (Dril
 	if err != nil {
 		return d, err
 	}
-	if d.Backup != "" || d.Failure == "" {
-		if _, ours := backup.Whole.Begun(d.Backup, log.ID()); !ours {
-			return d, fmt.Errorf("%w: the file is no backup of this appliance by its name", manage.ErrInvalid)
-		}
+	if _, ours := backup.Whole.Begun(d.Backup, log.ID()); !ours && d.Failure == "" {
+		return d, fmt.Errorf("%w: the file is no backup of this appliance by its name", manage.ErrInvalid)
+	} else if !ours {
+		d.Backup = ""
 	}
 	if d.Failure == "" {
-		switch err := a.continues(d); {
-		case errors.Is(err, ledger.ErrDropped):
-			d.Unproven = append(d.Unproven, "that the log of today continues it: retention has dropped its epoch")
-		case errors.Is(err, errForked):
+		err := a.proves(d, time.Now())
+		switch {
+		case errors.Is(err, errDrill):
 			d.Failure = err.Error()
 		case err != nil:
 			return d, err
 		default:
-			d.Proven = append(d.Proven, "the log of today continues the log of the backup")
+			d.Proven = append(d.Proven, "the log of today names the backup, and continues its log")
 		}
 	}
 	e := audit.NewBackupProven(who, d.Backup, d.Digest, d.Size, time.Unix(d.Reached, 0), d.Proven, d.Unproven)
@@ -160,26 +162,85 @@ func (a *Appliance) Drilled(ctx context.Context, who audit.Actor, d Drill) (Dril
 	})
 }
 
-var errForked = errors.New("the log of the backup is not the beginning of today's log")
+// errDrill is the class of what makes a drill fail in the eyes of the daemon.
+var errDrill = errors.New("by the log of today")
 
-// continues reports whether the log continues the tree of a drill. The error is errForked if the
-// log does not.
+// proves compares the report of a good drill with the log. The error wraps errDrill if the backup
+// is not good.
+func (a *Appliance) proves(d Drill, now time.Time) error {
+	fails := func(format string, args ...any) error {
+		return fmt.Errorf("%w, %s", errDrill, fmt.Sprintf(format, args...))
+	}
+	made, err := a.eventAt(d.Event)
+	switch {
+	case errors.Is(err, ledger.ErrNotFound), err == nil && made.Type != audit.BackupMade:
+		return fails("event %d did not make a backup: it is another appliance's", d.Event)
+	case errors.Is(err, ledger.ErrDropped):
+		return fails("the backup is older than the log is kept")
+	case err != nil:
+		return err
+	case made.Metadata["sha256"] != d.Digest:
+		return fails("event %d made another backup", d.Event)
+	case made.Resource != d.Backup:
+		return fails("this backup is the file %s, under another name", made.Resource)
+	}
+	age, within := now.Sub(time.UnixMilli(made.TimeMS)), a.backups.ProvenWithin
+	if within > 0 && age > within {
+		return fails("the backup is of %s, and a drill is wanted of one of the last %v",
+			time.UnixMilli(made.TimeMS).UTC().Format(time.RFC3339), within)
+	}
+	if err := a.continues(d); errors.Is(err, ledger.ErrDropped) {
+		return fails("the backup is older than the log is kept")
+	} else if err != nil {
+		return err
+	}
+	if a.backups.Ship == nil {
+		return nil
+	}
+	// The first event that a restore would not have must be younger than what lists may be late.
+	lost, err := a.eventAt(d.End)
+	if err != nil {
+		if errors.Is(err, ledger.ErrNotFound) {
+			err = nil
+		}
+		return err
+	}
+	if late := time.Unix(d.Began, 0).Sub(time.UnixMilli(lost.TimeMS)); late > listsLate {
+		return fails("a restore would lose all from event %d on, of %v before the drill: lists of writes are missing",
+			d.End, late.Round(time.Second))
+	}
+	return nil
+}
+
+// eventAt returns an event by its number, or an error that wraps ledger.ErrNotFound or ErrDropped.
+func (a *Appliance) eventAt(number uint64) (e audit.Event, err error) {
+	err = fmt.Errorf("event %d: %w", number, ledger.ErrNotFound)
+	if failed := a.ledger.Events(number, func(index uint64, b []byte) bool {
+		if e, err = audit.Decode(b); index > number {
+			err = fmt.Errorf("event %d: %w", number, ledger.ErrDropped)
+		}
+		return false
+	}); failed != nil {
+		return e, failed
+	}
+	return e, err
+}
+
+// continues reports whether the log continues the tree of a drill.
 func (a *Appliance) continues(d Drill) error {
+	forked := fmt.Errorf("%w, the log of the backup is not its beginning", errDrill)
 	root := ""
 	err := a.ledger.Hashes(d.Epoch, func(r audit.Reader) error {
 		tree, err := audit.LoadTree(d.Size, r)
 		if err != nil {
-			return fmt.Errorf("%w: %w", errForked, err)
+			return fmt.Errorf("%w: %w", forked, err)
 		}
 		hash, err := tree.Root()
 		root = hash.String()
 		return err
 	})
-	if err == nil && root != d.Root {
-		return errForked
-	}
-	if errors.Is(err, ledger.ErrNotFound) {
-		return fmt.Errorf("%w: it has no epoch %d", errForked, d.Epoch)
+	if err == nil && (root != d.Root || d.Size == 0) || errors.Is(err, ledger.ErrNotFound) {
+		return forked
 	}
 	return err
 }

@@ -8,6 +8,7 @@ import (
 
 	"countersign/audit"
 	"countersign/internal/backup"
+	"countersign/internal/ledger"
 	"countersign/internal/manage"
 )
 
@@ -32,9 +33,14 @@ func (r *rig) goodDrill(t *testing.T) Drill {
 	if err != nil {
 		t.Fatal(err)
 	}
+	name := backup.Whole.Name(log.ID(), time.Now())
+	made, err := r.ledger.Append(t.Context(), ledger.EventOf(audit.NewBackupMade(operator, name, "ab", 1, 1)))
+	if err != nil {
+		t.Fatal(err)
+	}
 	return Drill{
-		Backup: backup.Whole.Name(log.ID(), time.Now()), Digest: "ab", Epoch: epoch, Size: tree.Size,
-		Root: root.String(), Proven: []string{"all"},
+		Backup: name, Digest: "ab", Event: made, Epoch: epoch, Size: tree.Size, Root: root.String(),
+		Began: time.Now().Unix(), End: made + 1, Proven: []string{"all"},
 	}
 }
 
@@ -90,30 +96,54 @@ func TestDrillsAreWanted(t *testing.T) {
 	expect("where none are wanted", 30*day, "")
 }
 
-// TestDrillOfAnotherLog: a backup whose log is not the beginning of today's is not proven, and
-// reports that make no sense are refused.
-func TestDrillOfAnotherLog(t *testing.T) {
+// TestDrillIsCompared: a backup that the log does not name, whose log is not the beginning of
+// today's, that is old, or whose lists of writes are missing is not proven. Reports that make no
+// sense are refused.
+func TestDrillIsCompared(t *testing.T) {
 	r := newRig(t)
 	r.backedUp(t)
 	r.wantDrills(t)
 	good := r.goodDrill(t)
-	for what, change := range map[string]func(*Drill){
-		"another root":         func(d *Drill) { d.Root = "AAAA" },
-		"a tree of the future": func(d *Drill) { d.Size += 1000 },
-		"an epoch to come":     func(d *Drill) { d.Epoch += 7 },
+	other := backup.Whole.Name(strings.Split(good.Backup, "-")[1], time.Now().Add(time.Hour))
+	empty, err := (&audit.Tree{}).Root()
+	if err != nil {
+		t.Fatal(err)
+	}
+	faults := 0
+	for what, c := range map[string]struct {
+		change func(*Drill)
+		says   string
+	}{
+		"another root":         {func(d *Drill) { d.Root = "AAAA" }, "is not its beginning"},
+		"a tree of nothing":    {func(d *Drill) { d.Size, d.Root = 0, empty.String() }, "is not its beginning"},
+		"a tree of the future": {func(d *Drill) { d.Size += 1000 }, "is not its beginning"},
+		"an epoch to come":     {func(d *Drill) { d.Epoch += 7 }, "is not its beginning"},
+		"another event":        {func(d *Drill) { d.Event = 0 }, "did not make a backup"},
+		"an event to come":     {func(d *Drill) { d.Event += 1000 }, "did not make a backup"},
+		"another manifest":     {func(d *Drill) { d.Digest = "cd" }, "made another backup"},
+		"another name":         {func(d *Drill) { d.Backup = other }, "under another name"},
+		"lists are missing": {func(d *Drill) {
+			d.End, d.Began = good.Event, time.Now().Add(4*time.Minute).Unix()
+		}, "lists of writes are missing"},
 	} {
 		d := good
-		change(&d)
+		c.change(&d)
 		got, err := r.Drilled(t.Context(), operator, d)
-		if err != nil || !strings.Contains(got.Failure, "is not the beginning of today's log") {
+		if faults++; err != nil || !strings.Contains(got.Failure, c.says) {
 			t.Errorf("%s: %+v, %v", what, got, err)
 		}
 	}
+	r.backups.ProvenWithin = time.Nanosecond
+	got, err := r.Drilled(t.Context(), operator, good)
+	if faults++; err != nil || !strings.Contains(got.Failure, "and a drill is wanted of") {
+		t.Errorf("an old one: %+v, %v", got, err)
+	}
+	r.backups.ProvenWithin = time.Hour
 	if n := countOf(logOf(t, r.Appliance, 0), audit.BackupProven); n != 0 {
 		t.Errorf("%d events BackupProven", n)
 	}
-	if n := countOf(logOf(t, r.Appliance, 0), audit.DrillFailed); n != 3 {
-		t.Errorf("%d events DrillFailed", n)
+	if n := countOf(logOf(t, r.Appliance, 0), audit.DrillFailed); n != faults {
+		t.Errorf("%d events DrillFailed, want %d", n, faults)
 	}
 	for what, change := range map[string]func(*Drill){
 		"another appliance's": func(d *Drill) { d.Backup = "countersign-0000000000000000-20261130T021700Z.backup" },

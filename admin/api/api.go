@@ -308,9 +308,12 @@ func (c *Client) Backups(ctx context.Context) ([]Backup, error) {
 type Drill struct {
 	Backup   string   `json:"backup" maxLength:"200" doc:"the file; empty: none could be found"`
 	SHA256   string   `json:"sha256" maxLength:"64" doc:"of the backup's manifest (hex)"`
+	Event    uint64   `json:"event" doc:"the number of the event BackupMade, by the proof in the backup"`
 	Epoch    uint32   `json:"epoch" doc:"of the tree that the drill has verified, as the manifest names it"`
 	Size     uint64   `json:"size" doc:"of that tree"`
 	Root     string   `json:"root" maxLength:"64" doc:"of that tree (base64)"`
+	Began    int64    `json:"began" doc:"when the drill began, Unix seconds"`
+	End      uint64   `json:"end" doc:"events in the ledger with the lists of writes, the dropped ones too"`
 	Reached  int64    `json:"reached" doc:"what the ledger reaches with the lists of writes, Unix seconds"`
 	Proven   []string `json:"proven" maxItems:"30" doc:"what the drill has shown"`
 	Unproven []string `json:"unproven" maxItems:"30" doc:"what it could not show, and why"`

@@ -44,8 +44,10 @@ import (
 type drilling struct {
 	identities []string // files
 	file       string   // the backup; "": the newest one in the folder of the configuration
+	appliance  string   // its name; "": the folder has backups of one appliance only
 	scratch    string   // the folder for the scratch folder
 	module     string   // PKCS#11 module of the scratch tokens
+	filesOnly  bool     // no appliance is started
 	silent     bool     // the daemon is not told
 
 	keys   []backup.Identity
@@ -53,6 +55,9 @@ type drilling struct {
 }
 
 const (
+	tellingTime   = 10 * time.Second
+	spareNonces   = 1000      // for what the scratch appliance does itself
+	spareRoom     = 256 << 20 // bytes that stay free on the disk of the scratch folder
 	scratchFolder = "countersign-drill"
 	scratchModule = "/usr/lib/softhsm/libsofthsm2.so"
 )
@@ -62,6 +67,22 @@ func drill(ctx context.Context, path string, c Config, d drilling, stdout io.Wri
 	if c.Backup.Folder == "" {
 		return configError{errors.New("the configuration has no backups: set folder and recipients of [backup]")}
 	}
+	if err := noCoreFiles(); err != nil {
+		return err
+	}
+	began, report := time.Now(), api.Drill{Began: time.Now().Unix(), Proven: []string{}, Unproven: []string{}}
+	failed := d.make(ctx, path, c, &report)
+	if failed != nil && ctx.Err() != nil {
+		failed = errors.New("it was interrupted")
+	}
+	if failed != nil {
+		report.Failure = oneText(failed.Error())
+	}
+	return d.tell(ctx, c, report, time.Since(began), stdout)
+}
+
+// make makes the drill. The scratch folder is empty afterwards.
+func (d drilling) make(ctx context.Context, path string, c Config, r *api.Drill) (err error) {
 	for _, file := range d.identities { // before the sandbox closes them
 		more, err := backup.ReadIdentities(file, passphraseOf(ctx, file))
 		if err != nil {
@@ -74,16 +95,18 @@ func drill(ctx context.Context, path string, c Config, d drilling, stdout io.Wri
 		return err
 	}
 	defer func() { err = errors.Join(err, done()) }()
-	scratch := filepath.Join(d.folder, "countersign.toml")
-	startable := d.writeScratch(c, scratch)
 	run := func(s Config) error {
 		if err := d.rights(path, c).Enter(); err != nil {
 			return err
 		}
-		return d.run(ctx, c, s, startable, stdout)
+		return d.run(ctx, c, s, r)
 	}
-	if startable != nil {
+	if d.filesOnly {
 		return run(c)
+	}
+	scratch := filepath.Join(d.folder, "countersign.toml")
+	if err := d.writeScratch(c, scratch); err != nil {
+		return err
 	}
 	return withConfig(scratch, func(s Config) error {
 		return withLauncher(scratch, filepath.Join(d.folder, "so-pin"), s, run)
@@ -125,40 +148,48 @@ func (d *drilling) makeScratch() (done func() error, err error) {
 // wipe overwrites the files in a scratch folder once, and removes them: what a drill has decrypted
 // is not to be found on a disk that writes in place.
 func wipe(folder string) error {
-	zero := make([]byte, 1<<20)
+	var all error // one file must not save the others
 	err := filepath.WalkDir(folder, func(path string, e fs.DirEntry, err error) error {
-		if err != nil || !e.Type().IsRegular() {
-			return err
+		if err == nil && e.Type().IsRegular() {
+			err = overwrite(path)
 		}
-		f, err := os.OpenFile(path, os.O_WRONLY|unix.O_NOFOLLOW, 0)
-		if err != nil {
-			return err
-		}
-		defer f.Close()
-		info, err := f.Stat()
-		if err != nil {
-			return err
-		}
-		for left := info.Size(); left > 0; left -= int64(len(zero)) {
-			if _, err := f.Write(zero[:min(left, int64(len(zero)))]); err != nil {
-				return err
-			}
-		}
-		return f.Sync()
+		all = errors.Join(all, err)
+		return nil
 	})
 	entries, listed := os.ReadDir(folder)
-	err = errors.Join(err, listed)
+	err = errors.Join(all, err, listed)
 	for _, e := range entries {
 		err = errors.Join(err, os.RemoveAll(filepath.Join(folder, e.Name())))
 	}
 	return err
 }
 
+// overwrite writes zeros over a file.
+func overwrite(path string) error {
+	f, err := os.OpenFile(path, os.O_WRONLY|unix.O_NOFOLLOW, 0)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	info, err := f.Stat()
+	if err != nil {
+		return err
+	}
+	zero := make([]byte, 1<<20)
+	for left := info.Size(); left > 0; left -= int64(len(zero)) {
+		if _, err := f.Write(zero[:min(left, int64(len(zero)))]); err != nil {
+			return err
+		}
+	}
+	return f.Sync()
+}
+
 // writeScratch writes the configuration of the scratch appliance: the tokens of the configuration,
-// each a new one of the module, and its limits. The error says why there can be no such appliance.
+// each a new one of the module, and its limits.
 func (d drilling) writeScratch(c Config, path string) error {
 	if _, err := os.Stat(d.module); err != nil {
-		return fmt.Errorf("there is no PKCS#11 module for scratch tokens (--module): %w", err)
+		return fmt.Errorf("there is no PKCS#11 module for scratch tokens: %w; install SoftHSM, name another one "+
+			"(--module), or start no appliance (--files-only)", err)
 	}
 	at := func(name string) string { return filepath.Join(d.folder, name) }
 	secret := func() []byte {
@@ -171,10 +202,10 @@ func (d drilling) writeScratch(c Config, path string) error {
 		"noise_token = %q\nlog_token = %q\nrollback_token = \"none\"\nunattended_start = true\n",
 		at("admin.sock"), at("ledger.db"), at("policy.cedar"), c.NoiseToken, c.LogToken)
 	fmt.Fprintf(&text, "[limits]\nnonces = %d\nmax_lifetime = %q\nclock_skew = %q\n[retention]\nnonces = %q\n",
-		c.Limits.Nonces, c.Limits.MaxLifetime.std(), c.Limits.ClockSkew.std(), c.Retention.Nonces.std())
-	for _, name := range slices.Sorted(maps.Keys(c.Tokens)) {
-		fmt.Fprintf(&text, "[tokens.%s]\nuri = \"pkcs11:token=drill-%s\"\nmodule = %q\npin_file = %q\nworkers = 1\n"+
-			"environment = { SOFTHSM2_CONF = %q }\n", name, name, d.module, at("pin"), at("softhsm2.conf"))
+		c.Limits.Nonces+spareNonces, c.Limits.MaxLifetime.std(), c.Limits.ClockSkew.std(), c.Retention.Nonces.std())
+	for i, name := range slices.Sorted(maps.Keys(c.Tokens)) {
+		fmt.Fprintf(&text, "[tokens.%s]\nuri = \"pkcs11:token=drill-%d\"\nmodule = %q\npin_file = %q\nworkers = 1\n"+
+			"environment = { SOFTHSM2_CONF = %q }\n", name, i, d.module, at("pin"), at("softhsm2.conf"))
 	}
 	err := os.Mkdir(at("tokens"), 0o700)
 	for name, content := range map[string][]byte{
@@ -196,52 +227,49 @@ func (d drilling) rights(path string, c Config) sandbox.Rights {
 		Write:   append(absolute(d.folder), "/dev/null"),
 		Sockets: absolute(filepath.Dir(c.AdminSocket)),
 	}
-	r.Read = append(r.Read, absolute(d.file)...)
+	if d.file != "" {
+		r.Read = append(r.Read, absolute(filepath.Dir(d.file))...) // with its lists of writes
+	}
 	if os.Geteuid() == 0 {
 		r.Keep = []uint{unix.CAP_DAC_READ_SEARCH, unix.CAP_DAC_OVERRIDE}
 	}
 	return r
 }
 
-// run makes the drill, prints its report, and tells the daemon.
-func (d drilling) run(ctx context.Context, c, s Config, startable error, stdout io.Writer) error {
-	began := time.Now()
-	report, failed := d.report(ctx, c, s, startable)
-	if failed != nil {
-		if ctx.Err() != nil {
-			return ctx.Err()
-		}
-		report.Failure = oneText(failed.Error())
-	}
-	var told error
+// tell prints the report of a drill, and tells the daemon.
+func (d drilling) tell(
+	ctx context.Context, c Config, r api.Drill, took time.Duration, stdout io.Writer,
+) (told error) {
 	if !d.silent {
+		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), tellingTime)
+		defer cancel()
 		var result api.Drill
-		if result, told = api.NewClient(c.AdminSocket).Drilled(ctx, report); told == nil {
-			report = result
+		if result, told = api.NewClient(c.AdminSocket).Drilled(ctx, r); told == nil {
+			r = result
 		}
 	}
 	line := func(name, text string) { fmt.Fprintf(stdout, "%-12s %s\n", name, text) }
-	if report.Backup != "" {
-		line("backup", report.Backup)
+	if r.Backup != "" {
+		line("backup", r.Backup)
 	}
-	if report.Reached != 0 {
-		line("reaches", time.Unix(report.Reached, 0).UTC().Format(time.RFC3339))
+	if r.Reached != 0 {
+		line("reaches", time.Unix(r.Reached, 0).UTC().Format(time.RFC3339))
 	}
-	for _, text := range report.Proven {
+	for _, text := range r.Proven {
 		line("proven", text)
 	}
-	for _, text := range report.Unproven {
+	for _, text := range r.Unproven {
 		line("not proven", text)
 	}
-	line("time", time.Since(began).Round(time.Millisecond).String())
+	line("time", took.Round(time.Millisecond).String())
 	switch {
 	case told != nil:
 		told = fmt.Errorf("the daemon was not told: %w", told)
 	case !d.silent:
 		line("told", "the daemon, which has an event of it")
 	}
-	if report.Failure != "" {
-		return errors.Join(fmt.Errorf("the drill has failed: %s", report.Failure), told)
+	if r.Failure != "" {
+		return errors.Join(fmt.Errorf("the drill has failed: %s", r.Failure), told)
 	}
 	return told
 }
@@ -270,7 +298,7 @@ func (d drilling) newest(folder string) (path string, err error) {
 	ids := map[string]bool{}
 	for _, e := range entries {
 		m := backupName.FindStringSubmatch(e.Name())
-		if m == nil {
+		if m == nil || !e.Type().IsRegular() || d.appliance != "" && d.appliance != "countersign/"+m[1] {
 			continue
 		}
 		made, ok := backup.Whole.Begun(e.Name(), m[1])
@@ -285,54 +313,87 @@ func (d drilling) newest(folder string) (path string, err error) {
 	case path == "":
 		return "", fmt.Errorf("%s has no backup", folder)
 	case len(ids) > 1:
-		return "", fmt.Errorf("%s has backups of several appliances: name one with --backup", folder)
+		return "", fmt.Errorf("%s has backups of several appliances: name yours with --appliance", folder)
 	}
 	return path, nil
 }
 
-// report does all that is to be proven.
-func (d drilling) report(ctx context.Context, c, s Config, startable error) (r api.Drill, err error) {
-	r.Proven, r.Unproven = []string{}, []string{}
+// run does all that is to be proven.
+func (d drilling) run(ctx context.Context, c, s Config, r *api.Drill) error {
 	path, err := d.newest(c.Backup.Folder)
 	if err != nil {
-		return r, err
+		return err
 	}
 	r.Backup = filepath.Base(path)
-	b, err := openBackup(ctx, opening{file: path, keys: d.keys, scratch: d.folder, until: lastList})
-	if err != nil {
-		return r, err
+	if err := d.checkRoom(path); err != nil {
+		return err
 	}
-	r.SHA256, r.Epoch, r.Size, r.Root, r.Reached = b.Digest, b.Epoch, b.Size, b.Root, b.reaches.Unix()
+	b, err := openBackup(ctx, opening{file: path, keys: d.keys, scratch: d.folder, until: lastList, keep: true})
+	if err != nil {
+		return err
+	}
+	if d.appliance != "" && d.appliance != b.log.Name() {
+		return fmt.Errorf("it is a backup of %s, not of %s", b.log.Name(), d.appliance)
+	}
+	r.SHA256, r.Event, r.Epoch, r.Size, r.Root = b.Digest, b.Event, b.Epoch, b.Size, b.Root
+	r.End, r.Reached = b.end, b.reaches.Unix()
 	r.Proven = append(r.Proven, fmt.Sprintf("the encryption, %s, and the proof by the audit log",
 		cli.Count(len(b.Manifest.Files), "file")))
 	r.Proven = append(r.Proven, fmt.Sprintf("each page, event and checkpoint of the ledger, with %s of writes "+
 		"after the backup", cli.Count(b.shipped.Last-b.Lists, "list")))
+	for _, note := range b.shipped.Notes {
+		r.Unproven = append(r.Unproven, oneText("lists of writes: "+note))
+	}
+	allowed, _, err := new(restoring).files(b)
+	if err != nil {
+		return fmt.Errorf("its configuration: %w", err)
+	}
+	for _, f := range b.Manifest.Files {
+		if f.Kind != backup.Ledger && f.Kind != backup.Configuration && !allowed(f.Kind, f.Path) {
+			return fmt.Errorf("its configuration does not name its file %s", f.Path)
+		}
+	}
+	r.Proven = append(r.Proven, "its configuration is one of this version, and names its files")
 	if len(b.Left) > 0 {
 		r.Unproven = append(r.Unproven, cli.Count(len(b.Left), "file")+" that no backup has: "+
 			"countersignd backup verify lists them")
 	}
 	r.Unproven = append(r.Unproven, fmt.Sprintf("the private keys of %s, which are in their tokens only",
 		cli.Count(len(b.Keys), "version")))
-	if startable != nil {
-		r.Unproven = append(r.Unproven, oneText("an appliance on scratch tokens: "+startable.Error()))
-		return r, nil
+	if d.filesOnly {
+		r.Unproven = append(r.Unproven, "an appliance on scratch tokens: none was started (--files-only)")
+		return nil
 	}
 	// The scratch appliance logs that its tokens lack all keys. An error says what else is wrong.
 	proven, err := d.start(ctx, b, s, slog.New(slog.DiscardHandler))
 	r.Proven = append(r.Proven, proven...)
-	return r, err
+	return err
+}
+
+// checkRoom refuses a scratch folder on a disk that the drill could fill: it may be the ledger's.
+func (d drilling) checkRoom(path string) error {
+	info, err := os.Stat(path)
+	if err != nil {
+		return err
+	}
+	var disk unix.Statfs_t
+	if err := unix.Statfs(d.folder, &disk); err != nil {
+		return fmt.Errorf("--scratch: %w", err)
+	}
+	free, needed := disk.Bavail*uint64(disk.Bsize), 3*uint64(info.Size())+spareRoom
+	if free < needed {
+		return fmt.Errorf("--scratch: %s has %d MiB free, and the drill needs %d MiB", d.folder, free>>20, needed>>20)
+	}
+	return nil
 }
 
 // start starts an appliance with the restored ledger on scratch tokens, and has it do what an
 // appliance is for.
 func (d drilling) start(ctx context.Context, b openedBackup, s Config, log *slog.Logger) (proven []string, err error) {
+	s.Ledger = b.ledger() // where it is: a copy would have to be overwritten, too
 	for i, f := range b.Manifest.Files {
-		to := map[string]string{backup.Ledger: s.Ledger, backup.Policy: s.Policy}[f.Kind]
-		if to == "" {
-			continue
-		}
-		if err := moveFile(b.Contents.Files[i], to); err != nil {
-			return nil, err
+		if f.Kind == backup.Policy {
+			s.Policy = b.Contents.Files[i]
 		}
 	}
 	options := initOptions{newToken: true, soPINFile: filepath.Join(d.folder, "so-pin")}
@@ -363,15 +424,15 @@ func (d drilling) start(ctx context.Context, b openedBackup, s Config, log *slog
 	}
 	proven = append(proven, fmt.Sprintf("an appliance on scratch tokens has the policy, %s and all public keys of "+
 		"the manifest", cli.Count(len(p.app.Peers.All()), "peer")))
-	if err := refusesOld(ctx, p.ledger, after); err != nil {
-		return proven, err
-	}
-	proven = append(proven, "it refuses a document of before, and admits a later one once")
 	if p.app.Health().Lock != nil {
 		if err := p.app.Unlock(ctx, who); err != nil {
 			return proven, err
 		}
 	}
+	if err := refusesOld(ctx, p.ledger, after); err != nil {
+		return proven, err
+	}
+	proven = append(proven, "it refuses a document of before, and admits a later one once")
 	name := make([]byte, 5)
 	rand.Read(name)
 	k, err := p.app.Keys.Create(ctx, who, keyring.NewKey{Name: "drill-" + hex.EncodeToString(name), Token: s.LogToken})
@@ -382,16 +443,6 @@ func (d drilling) start(ctx context.Context, b openedBackup, s Config, log *slog
 		return proven, fmt.Errorf("a new key in the restored appliance: %w", err)
 	}
 	return append(proven, "it makes a key, which signs"), nil
-}
-
-// moveFile copies a file and removes it: the sandbox lets nothing be moved between folders.
-func moveFile(path, to string) error {
-	f, err := os.Open(path)
-	if err != nil {
-		return err
-	}
-	defer f.Close()
-	return errors.Join(copyFile(f, to), os.Remove(path))
 }
 
 // restoreScratch marks the scratch ledger as restored, without an approval: nobody can reach it.

@@ -44,6 +44,7 @@ type opening struct {
 	lists      string            // the folder of the lists of writes; "": that of the file; noLists
 	until      uint64            // the last list to use
 	keys       []backup.Identity // private keys that were read before
+	keep       bool              // the folder stays after an error: the caller overwrites it
 }
 
 // lastList is the number of no list: all lists are used.
@@ -77,7 +78,7 @@ func openBackup(ctx context.Context, o opening) (b openedBackup, err error) {
 		}
 		keys = append(keys, more...)
 	}
-	f, err := os.Open(path)
+	f, err := openRegular(path)
 	if err != nil {
 		return b, err
 	}
@@ -87,7 +88,9 @@ func openBackup(ctx context.Context, o opening) (b openedBackup, err error) {
 	}
 	defer func() {
 		if err != nil {
-			os.RemoveAll(b.folder)
+			if !o.keep {
+				os.RemoveAll(b.folder)
+			}
 			err = fmt.Errorf("%s: %w", path, err)
 		}
 	}()
@@ -114,6 +117,18 @@ func openBackup(ctx context.Context, o opening) (b openedBackup, err error) {
 	}
 	err = b.withLedger(ledger.Options{}, b.checkLog)
 	return b, err
+}
+
+// openRegular opens a file, and nothing that would make the caller wait, such as a FIFO.
+func openRegular(path string) (*os.File, error) {
+	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_NONBLOCK, 0)
+	if err != nil {
+		return nil, err
+	}
+	if info, err := f.Stat(); err != nil || !info.Mode().IsRegular() {
+		return nil, errors.Join(fmt.Errorf("%s is no regular file", path), err, f.Close())
+	}
+	return f, nil
 }
 
 // follow applies the lists of writes to the ledger.
@@ -859,8 +874,7 @@ func copyFile(source io.Reader, to string) error {
 		return err
 	}
 	defer f.Close()
-	// The wrapper keeps io.Copy from copy_file_range, which the sandbox of a drill forbids.
-	if _, err := io.Copy(struct{ io.Writer }{f}, source); err != nil {
+	if _, err := io.Copy(f, source); err != nil {
 		return err
 	}
 	return f.Sync()
