@@ -106,6 +106,9 @@ func TestMetrics(t *testing.T) {
 	p := s.serve()
 	s.enrol()
 	s.newBackup()
+	if out, exit := s.drilled(); exit != 0 {
+		t.Fatalf("drill: %d\n%s", exit, out)
+	}
 	db := s.scrapedBy(prometheus, address)
 	query := func(expr string) int { return len(db.query(expr)) }
 	// A rate needs a scrape before the requests.
