@@ -54,17 +54,9 @@ func (s *server) lastDrill(context.Context, caller, *none) (api.Drills, error) {
 	last, at, proven := s.Appliance.LastDrill()
 	doc := api.Drills{At: unix(at), Proven: unix(proven)}
 	if last != nil {
-		doc.Last = new(drillDoc(*last))
+		doc.Last = new(api.Drill(*last))
 	}
 	return doc, nil
-}
-
-func drillDoc(d appliance.Drill) api.Drill {
-	return api.Drill{
-		Backup: d.Backup, SHA256: d.Digest, Event: d.Event, Epoch: d.Epoch, Size: d.Size, Root: d.Root,
-		Began: d.Began, End: d.End, Reached: d.Reached,
-		Proven: append([]string{}, d.Proven...), Unproven: append([]string{}, d.Unproven...), Failure: d.Failure,
-	}
 }
 
 // drilled takes the report of a drill from this machine. A drill is no operator: it runs at night,
@@ -73,13 +65,8 @@ func (s *server) drilled(ctx context.Context, who caller, in *body[api.Drill]) (
 	if who.Kind != operators.Unix || who.UID != 0 && int(who.UID) != os.Geteuid() {
 		return api.Drill{}, notAllowed.errorf("a drill is reported by root on the Unix socket: countersignd drill")
 	}
-	d := in.Body
-	result, err := s.Appliance.Drilled(ctx, who.actor(), appliance.Drill{
-		Backup: d.Backup, Digest: d.SHA256, Event: d.Event, Epoch: d.Epoch, Size: d.Size, Root: d.Root,
-		Began: d.Began, End: d.End, Reached: d.Reached,
-		Proven: d.Proven, Unproven: d.Unproven, Failure: d.Failure,
-	})
-	return drillDoc(result), err
+	result, err := s.Appliance.Drilled(ctx, who.actor(), appliance.Drill(in.Body))
+	return api.Drill(result), err
 }
 
 // getBackup answers with the file of a backup. A reader that takes none of it for streamWrite is

@@ -21,21 +21,19 @@ import (
 // that the lists of writes reach the begin of the drill.
 
 // Drill is the report of a drill.
-type Drill struct {
-	Backup string // name of the file, or "" where none could be found
-	Digest string // SHA-256 of the manifest, hexadecimal
-	Event  uint64 // number of the event BackupMade
-	Epoch  uint32 // of the tree that the drill has verified, as the manifest has it
-	Size   uint64 // of that tree
-	Root   string // of that tree, base64
-
-	Began   int64  // when the drill began, Unix seconds
-	End     uint64 // events in the ledger with the lists of writes
-	Reached int64  // time of the last one, Unix seconds
-	// Proven and Unproven have what the drill has shown and what it could not show, as texts.
-	Proven, Unproven []string
-	// Failure is the reason why the backup is not good; "" for a good one.
-	Failure string
+type Drill struct { // has the fields of api.Drill
+	Backup   string   `json:"backup"`  // name of the file, or "" where none could be found
+	SHA256   string   `json:"sha256"`  // of the manifest, hexadecimal
+	Event    uint64   `json:"event"`   // number of the event BackupMade
+	Epoch    uint32   `json:"epoch"`   // of the tree that the drill has verified, as the manifest has it
+	Size     uint64   `json:"size"`    // of that tree
+	Root     string   `json:"root"`    // of that tree, base64
+	Began    int64    `json:"began"`   // when the drill began, Unix seconds
+	End      uint64   `json:"end"`     // events in the ledger with the lists of writes
+	Reached  int64    `json:"reached"` // time of the last one, Unix seconds
+	Proven   []string `json:"proven"`
+	Unproven []string `json:"unproven"` // texts of things not shown, and why
+	Failure  string   `json:"failure,omitempty"`
 }
 
 // drillRecord is the record of drills, in the table Meta under drillKey.
@@ -117,6 +115,7 @@ func (a *Appliance) Drilled(ctx context.Context, who audit.Actor, d Drill) (Dril
 	if err := d.check(); err != nil {
 		return d, err
 	}
+	d.Proven, d.Unproven = append([]string{}, d.Proven...), append([]string{}, d.Unproven...) // never null
 	log, _, err := a.Log()
 	if err != nil {
 		return d, err
@@ -137,7 +136,7 @@ func (a *Appliance) Drilled(ctx context.Context, who audit.Actor, d Drill) (Dril
 			d.Proven = append(d.Proven, "the log of today names the backup, and continues its log")
 		}
 	}
-	e := audit.NewBackupProven(who, d.Backup, d.Digest, d.Size, time.Unix(d.Reached, 0), d.Proven, d.Unproven)
+	e := audit.NewBackupProven(who, d.Backup, d.SHA256, d.Size, time.Unix(d.Reached, 0), d.Proven, d.Unproven)
 	if d.Failure != "" {
 		e = audit.NewDrillFailed(who, d.Backup, errors.New(d.Failure))
 	}
@@ -179,7 +178,7 @@ func (a *Appliance) proves(d Drill, now time.Time) error {
 		return fails("the backup is older than the log is kept")
 	case err != nil:
 		return err
-	case made.Metadata["sha256"] != d.Digest:
+	case made.Metadata["sha256"] != d.SHA256:
 		return fails("event %d made another backup", d.Event)
 	case made.Resource != d.Backup:
 		return fails("this backup is the file %s, under another name", made.Resource)

@@ -39,7 +39,7 @@ func (r *rig) goodDrill(t *testing.T) Drill {
 		t.Fatal(err)
 	}
 	return Drill{
-		Backup: name, Digest: "ab", Event: made, Epoch: epoch, Size: tree.Size, Root: root.String(),
+		Backup: name, SHA256: "ab", Event: made, Epoch: epoch, Size: tree.Size, Root: root.String(),
 		Began: time.Now().Unix(), End: made + 1, Proven: []string{"all"},
 	}
 }
@@ -120,7 +120,7 @@ func TestDrillIsCompared(t *testing.T) {
 		"an epoch to come":     {func(d *Drill) { d.Epoch += 7 }, "is not its beginning"},
 		"another event":        {func(d *Drill) { d.Event = 0 }, "did not make a backup"},
 		"an event to come":     {func(d *Drill) { d.Event += 1000 }, "did not make a backup"},
-		"another manifest":     {func(d *Drill) { d.Digest = "cd" }, "made another backup"},
+		"another manifest":     {func(d *Drill) { d.SHA256 = "cd" }, "made another backup"},
 		"another name":         {func(d *Drill) { d.Backup = other }, "under another name"},
 		"lists are missing": {func(d *Drill) {
 			d.End, d.Began = good.Event, time.Now().Add(4*time.Minute).Unix()

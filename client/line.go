@@ -44,14 +44,9 @@ type Successor struct{ PublicKey, Next, Recovery, NewRecovery [32]byte }
 // pins the line trusts the appliance once: compare the public key with the one that its operator
 // names.
 func LineOf(k wire.Key) KeyLine {
-	l := KeyLine{Key: k.Name, Version: k.Version, PublicKey: k.PublicKey}
-	if k.Next != nil {
-		l.Next = *k.Next
+	return KeyLine{
+		Key: k.Name, Version: k.Version, PublicKey: k.PublicKey, Next: known(k.Next), Recovery: known(k.Recovery),
 	}
-	if k.Recovery != nil {
-		l.Recovery = *k.Recovery
-	}
-	return l
 }
 
 // Newest returns the newest trusted version: the announced one, or else the line itself.
@@ -59,20 +54,31 @@ func (l KeyLine) Newest() KeyLine {
 	if l.Announced == (Successor{}) {
 		return l
 	}
-	return KeyLine{
-		Key: l.Key, Version: l.Version + 1, PublicKey: l.Announced.PublicKey, Next: l.Announced.Next,
-		Recovery: l.Announced.Recovery, NewRecovery: l.Announced.NewRecovery,
-	}
+	return l.at(l.Version+1, l.Announced)
 }
 
 // with returns the line with its newest version: l's own version or the one after it.
 func (l KeyLine) with(newest KeyLine) KeyLine {
 	l.Announced = Successor{}
 	if newest.Version != l.Version {
-		l.Announced = Successor{newest.PublicKey, newest.Next, newest.Recovery, newest.NewRecovery}
+		l.Announced = newest.own()
 	}
 	return l
 }
+
+// own is what the line knows of its version, apart from the number.
+func (l KeyLine) own() Successor { return Successor{l.PublicKey, l.Next, l.Recovery, l.NewRecovery} }
+
+// at is a line of the same key at a version.
+func (l KeyLine) at(version uint32, s Successor) KeyLine {
+	return KeyLine{
+		Key: l.Key, Version: version, PublicKey: s.PublicKey, Next: s.Next,
+		Recovery: s.Recovery, NewRecovery: s.NewRecovery,
+	}
+}
+
+// skips reports that l comes after another version than the one before: the line was recovered.
+func (l KeyLine) skips(before KeyLine) bool { return l.Version > before.Version+1 }
 
 type keyLineDoc struct {
 	Key     string `json:"key"`
@@ -88,20 +94,20 @@ type successorDoc struct {
 	NewRecovery *wire.Bytes32 `json:"new_recovery,omitempty"`
 }
 
-func (s *Successor) doc() successorDoc {
+func (s Successor) doc() successorDoc {
 	return successorDoc{s.PublicKey, commitment(&s.Next), commitment(&s.Recovery), commitment(&s.NewRecovery)}
 }
 
-func (d *successorDoc) successor() Successor {
-	s := Successor{PublicKey: d.PublicKey}
-	for to, from := range map[*[32]byte]*wire.Bytes32{
-		&s.Next: d.Next, &s.Recovery: d.Recovery, &s.NewRecovery: d.NewRecovery,
-	} {
-		if from != nil {
-			*to = *from
-		}
+func (d successorDoc) successor() Successor {
+	return Successor{d.PublicKey, known(d.Next), known(d.Recovery), known(d.NewRecovery)}
+}
+
+// known is the commitment of a JSON form, or zero.
+func known(b *wire.Bytes32) (commitment [32]byte) {
+	if b != nil {
+		commitment = *b
 	}
-	return s
+	return commitment
 }
 
 // commitment is the JSON form of a commitment, which may be unknown.
@@ -114,8 +120,7 @@ func commitment(next *[32]byte) *wire.Bytes32 {
 
 // Encode writes the JSON form.
 func (l KeyLine) Encode() ([]byte, error) {
-	own := Successor{l.PublicKey, l.Next, l.Recovery, l.NewRecovery}
-	d := keyLineDoc{Key: l.Key, Version: l.Version, successorDoc: own.doc()}
+	d := keyLineDoc{Key: l.Key, Version: l.Version, successorDoc: l.own().doc()}
 	if l.Announced != (Successor{}) {
 		announced := l.Announced.doc()
 		d.Announced = &announced
@@ -129,11 +134,7 @@ func DecodeKeyLine(b []byte) (KeyLine, error) {
 	if err := ijson.Decode(b, &d, "key", "version", "public_key"); err != nil {
 		return KeyLine{}, err
 	}
-	own := d.successor()
-	l := KeyLine{
-		Key: d.Key, Version: d.Version, PublicKey: own.PublicKey, Next: own.Next,
-		Recovery: own.Recovery, NewRecovery: own.NewRecovery,
-	}
+	l := KeyLine{Key: d.Key}.at(d.Version, d.successor())
 	if a := d.Announced; a != nil {
 		l.Announced = a.successor()
 		if l.Announced == (Successor{}) {
@@ -203,7 +204,7 @@ func (l KeyLine) Advance(s wire.Steps) (KeyLine, error) {
 	if len(all) == 0 {
 		at = l.Newest()
 	}
-	if before.Version == s.Active && at.Version == before.Version+1 { // a recovered line is not announced
+	if before.Version == s.Active && !at.skips(before) { // a recovered line is not announced
 		return before.with(at), nil
 	}
 	return at, nil
@@ -217,8 +218,7 @@ func (l KeyLine) followEach(steps []wire.Succession, compromised func(version ui
 		if err != nil {
 			return nil, err
 		}
-		recovered := next.Version > l.Version+1 // by a commitment, which is known
-		if l.Next == [32]byte{} && compromised(l.Version) && !recovered {
+		if l.Next == [32]byte{} && compromised(l.Version) && !next.skips(l) { // a recovery is committed to
 			return nil, fmt.Errorf("%w: %q: version %d is compromised, and has no known commitment: "+
 				"a thief can have made its step", ErrBrokenLine, ijson.Clip(l.Key), l.Version)
 		}

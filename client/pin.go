@@ -81,7 +81,7 @@ func (p *pin) follow(steps ...wire.Succession) error {
 	defer p.mu.Unlock()
 	lines, err := p.newest.followEach(steps, func(version uint32) bool { return p.compromised[version] })
 	for _, l := range lines {
-		if l.Version > p.newest.Version+1 { // a recovery successor signs at once
+		if l.skips(p.newest) { // a recovery successor signs at once
 			p.active = l.Version
 		}
 		if p.newest = l; !p.compromised[l.Version] {

@@ -93,6 +93,9 @@ func TestDrill(t *testing.T) {
 	if exit != 1 || !strings.Contains(out, "--files-only") {
 		t.Errorf("without a module: %d\n%s", exit, out)
 	}
+	if out, exit := s.daemon("drill"); exit != 2 || !strings.Contains(out, `"identity"`) {
+		t.Errorf("without an identity: %d\n%s", exit, out)
+	}
 	if out, exit := s.drilled("--silent", "--files-only"); exit != 0 ||
 		!strings.Contains(out, "not proven   an appliance on scratch tokens") {
 		t.Errorf("without an appliance: %d\n%s", exit, out)

@@ -83,12 +83,8 @@ func drill(ctx context.Context, path string, c Config, d drilling, stdout io.Wri
 
 // make makes the drill. The scratch folder is empty afterwards.
 func (d drilling) make(ctx context.Context, path string, c Config, r *api.Drill) (err error) {
-	for _, file := range d.identities { // before the sandbox closes them
-		more, err := backup.ReadIdentities(file, passphraseOf(ctx, file))
-		if err != nil {
-			return fmt.Errorf("--identity: %w", err)
-		}
-		d.keys = append(d.keys, more...)
+	if d.keys, err = readIdentities(ctx, d.identities); err != nil { // before the sandbox closes them
+		return err
 	}
 	done, err := d.makeScratch()
 	if err != nil {
@@ -268,8 +264,11 @@ func (d drilling) tell(
 	case !d.silent:
 		line("told", "the daemon, which has an event of it")
 	}
-	if r.Failure != "" {
-		return errors.Join(fmt.Errorf("the drill has failed: %s", r.Failure), told)
+	switch {
+	case r.Failure != "" && told != nil:
+		return fmt.Errorf("the drill has failed: %s; %w", r.Failure, told)
+	case r.Failure != "":
+		return fmt.Errorf("the drill has failed: %s", r.Failure)
 	}
 	return told
 }
@@ -469,7 +468,8 @@ func refusesOld(ctx context.Context, l *ledger.Ledger, after int64) error {
 			Scope: ledger.KeyScope("drill"), Nonce: nonce, Digest: nonce, Peer: "drill", Timestamp: timestamp,
 			ExpiresAt: timestamp + 60, Once: true,
 		}, func(ledger.Verdict) []byte {
-			return audit.NewBackupProven(audit.Operator("drill"), "", "", 0, time.Time{}, nil, nil).Encode(time.Now())
+			e := audit.NewAdmission(audit.Operator("drill"), "drill/1", audit.Document{Nonce: nonce})
+			return e.Encode(time.Now())
 		})
 		return got.Verdict, err
 	}

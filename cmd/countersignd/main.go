@@ -250,7 +250,7 @@ func run(ctx context.Context, args []string, stdout io.Writer, stderr *logqueue.
 			"writes that follow. Checks all that backup verify checks. Starts an appliance on scratch tokens\n" +
 			"(SoftHSM), without a listener: it must have the policy, the peers and the public keys of the\n" +
 			"manifest, refuse a document of before, admit a later one once, and sign with a new key. Then\n" +
-			"overwrites and removes the scratch folder.\n\n" +
+			"overwrites and empties the scratch folder.\n\n" +
 			"The running daemon compares its log with that of the backup, and has an event, a metric and an\n" +
 			"alert of the result: BackupProven, or DrillFailed. Run it as root, each night, on the machine of\n" +
 			"the appliance, with a private key that the daemon's user can't read.",
@@ -266,7 +266,7 @@ func run(ctx context.Context, args []string, stdout io.Writer, stderr *logqueue.
 	drillCmd.MarkFlagRequired("identity")
 	drillCmd.Flags().StringVar(&drills.file, "backup", "", "the backup (default: the newest one in the folder)")
 	drillCmd.Flags().StringVar(&drills.scratch, "scratch", "",
-		"the folder for the scratch folder, with room for the ledger three times (default: TMPDIR)")
+		"the folder for the scratch folder, with room for the backup three times (default: TMPDIR)")
 	drillCmd.Flags().StringVar(&drills.module, "module", scratchModule, "the PKCS#11 module of the scratch tokens")
 	drillCmd.Flags().StringVar(&drills.appliance, "appliance", "",
 		"the name of the appliance, such as countersign/14fc9972b63bcc40, where the folder has backups of several")
@@ -315,7 +315,11 @@ func run(ctx context.Context, args []string, stdout io.Writer, stderr *logqueue.
 	root.AddCommand(workerCmd, launchCmd, proveCmd)
 	cli.Add(root, func(err error) error { return err })
 	understood := false // the command, its arguments and its flags
-	root.PersistentPreRun = func(*cobra.Command, []string) { understood = true }
+	root.PersistentPreRunE = func(c *cobra.Command, _ []string) error {
+		err := c.ValidateRequiredFlags() // cobra does so later
+		understood = err == nil
+		return err
+	}
 	if err := root.ExecuteContext(ctx); err != nil {
 		if !understood {
 			err = configError{err}

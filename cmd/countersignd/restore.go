@@ -71,12 +71,10 @@ type openedBackup struct {
 func openBackup(ctx context.Context, o opening) (b openedBackup, err error) {
 	path := o.file
 	keys := o.keys
-	for _, file := range o.identities {
-		more, err := backup.ReadIdentities(file, passphraseOf(ctx, file))
-		if err != nil {
-			return b, fmt.Errorf("--identity: %w", err)
+	if keys == nil {
+		if keys, err = readIdentities(ctx, o.identities); err != nil {
+			return b, err
 		}
-		keys = append(keys, more...)
 	}
 	f, err := openRegular(path)
 	if err != nil {
@@ -117,6 +115,18 @@ func openBackup(ctx context.Context, o opening) (b openedBackup, err error) {
 	}
 	err = b.withLedger(ledger.Options{}, b.checkLog)
 	return b, err
+}
+
+// readIdentities reads the private keys of recipients.
+func readIdentities(ctx context.Context, files []string) (keys []backup.Identity, err error) {
+	for _, file := range files {
+		more, err := backup.ReadIdentities(file, passphraseOf(ctx, file))
+		if err != nil {
+			return nil, fmt.Errorf("--identity: %w", err)
+		}
+		keys = append(keys, more...)
+	}
+	return keys, nil
 }
 
 // openRegular opens a file, and nothing that would make the caller wait, such as a FIFO.

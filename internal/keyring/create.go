@@ -141,25 +141,41 @@ func (r *Ring) create(ctx context.Context, who audit.Actor, ref keystore.Ref, n 
 	if versions, _ := r.Versions(n.Name); len(versions) > 0 {
 		return fmt.Errorf("key %q: %w", n.Name, manage.ErrExists)
 	}
-	first, err := r.make(ctx, who, ref, n)
+	created := func(first newVersion) audit.Event {
+		return audit.NewKeyCreated(who, ref.String(), first.facts(), n.Seed != "")
+	}
+	if !signs(n.Name, n.Algorithm) {
+		first, err := r.make(ctx, who, ref, n)
+		if err != nil {
+			return err
+		}
+		return r.change(ctx, who, []edit{first.as(Active)}, created(first))
+	}
+	first, next, err := r.makePair(ctx, who, ref, n)
 	if err != nil {
 		return err
 	}
-	made := audit.NewKeyCreated(who, ref.String(), first.facts(), n.Seed != "")
-	if !signs(n.Name, n.Algorithm) {
-		return r.change(ctx, who, []edit{first.as(Active)}, made)
+	// An error here may come after the commit. So nothing is cleared away before the next start or
+	// creation has read the ledger again.
+	return r.change(ctx, who, []edit{first.as(Active), next.as(Pending)}, created(first), next.commitment(who))
+}
+
+// makePair makes a version of a signing key and its successor. After an error neither is there.
+func (r *Ring) makePair(
+	ctx context.Context, who audit.Actor, ref keystore.Ref, n NewKey,
+) (first, next newVersion, err error) {
+	if first, err = r.make(ctx, who, ref, n); err != nil {
+		return first, next, err
 	}
-	next, err := r.makeNext(ctx, who, ref, n.Token)
+	next, err = r.makeNext(ctx, who, ref, n.Token)
 	if err == nil && next.digest() == first.digest() { // neither is in the ledger's memory yet
 		err = errors.Join(fmt.Errorf("key %v: %w: it has the public key of %v: the token's generator repeats itself",
 			next.info.Ref, keystore.ErrWrong, ref), r.clearAway(ctx, next.info.Ref, next.record, "failed"))
 	}
 	if err != nil {
-		return errors.Join(err, r.clearAway(ctx, ref, first.record, "failed"))
+		err = errors.Join(err, r.clearAway(ctx, ref, first.record, "failed"))
 	}
-	// An error here may come after the commit. So nothing is cleared away before the next start or
-	// creation has read the ledger again.
-	return r.change(ctx, who, []edit{first.as(Active), next.as(Pending)}, made, next.commitment(who))
+	return first, next, err
 }
 
 // newVersion is a version that the device has made and proven. No transaction has brought the

@@ -231,9 +231,7 @@ func (r *Ring) Prove(ctx context.Context, k *Key) (err error) {
 	if k.Info().Algorithm == keystore.X25519 {
 		err = proveExchange(ctx, k)
 	} else {
-		message := form.NewCanary()
-		verifies := func(signature []byte) bool { return k.Info().Verify(message, signature) }
-		_, err = k.sign(ctx, Own, nil, message, verifies, k.inUse)
+		err = k.signCanary(ctx, k.inUse)
 	}
 	if err != nil {
 		return fmt.Errorf("prove key %v: %w", k.Ref(), err)
@@ -242,6 +240,14 @@ func (r *Ring) Prove(ctx context.Context, k *Key) (err error) {
 	defer r.mu.Unlock()
 	delete(r.lost, k.Ref())
 	return nil
+}
+
+// signCanary has the device sign a random message, and checks the signature.
+func (k *Key) signCanary(ctx context.Context, may func() error) error {
+	message := form.NewCanary()
+	verifies := func(signature []byte) bool { return k.Info().Verify(message, signature) }
+	_, err := k.sign(ctx, Own, nil, message, verifies, may)
+	return err
 }
 
 func proveExchange(ctx context.Context, k *Key) error {

@@ -2,12 +2,10 @@ package keyring
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"time"
 
 	"countersign/audit"
-	"countersign/internal/form"
 	"countersign/internal/ijson"
 	"countersign/internal/keystore"
 	"countersign/internal/manage"
@@ -128,23 +126,9 @@ func (r *Ring) makeRecovery(ctx context.Context, who audit.Actor, name, token st
 	}
 	number := (last/recoveryBlock + 1) * recoveryBlock
 	ref := keystore.Ref{Name: name, Version: number}
-	first, err := r.make(ctx, who, ref, NewKey{Name: name, Algorithm: keystore.Ed25519, Token: token})
+	first, next, err := r.makePair(ctx, who, ref, NewKey{Name: name, Algorithm: keystore.Ed25519, Token: token})
 	if err != nil {
 		return err
-	}
-	clear := func(err error, made ...newVersion) error {
-		for _, n := range made {
-			err = errors.Join(err, r.clearAway(ctx, n.info.Ref, n.record, "failed"))
-		}
-		return err
-	}
-	next, err := r.makeNext(ctx, who, ref, token)
-	if err != nil {
-		return clear(err, first)
-	}
-	if next.digest() == first.digest() { // neither is in the ledger's memory yet
-		return clear(fmt.Errorf("key %v: %w: it has the public key of %v: the token's generator repeats itself",
-			next.info.Ref, keystore.ErrWrong, ref), next, first)
 	}
 	commitment := transcript.RecoveryCommitment(number, [32]byte(first.info.PublicKey), next.digest())
 	for _, n := range []newVersion{first, next} {
@@ -158,7 +142,7 @@ func (r *Ring) makeRecovery(ctx context.Context, who audit.Actor, name, token st
 	return r.change(ctx, who, edits, e, next.commitment(who))
 }
 
-// CheckRecover returns the error that Recover would return now: the devices are not asked.
+// CheckRecover returns the error that RecoverLine would return now: the devices are not asked.
 func (r *Ring) CheckRecover(name string) error {
 	_, _, err := r.mayRecover(name)
 	return err
@@ -272,21 +256,17 @@ func (r *Ring) recoverLine(ctx context.Context, who audit.Actor, name, reason st
 	return nil
 }
 
-// goesOn reports that a version can still sign the step to its successor, which answers too.
+// goesOn reports that a version can still sign the step to its successor, which answers too. The
+// states do not matter: also a compromised version signs this step.
 func (r *Ring) goesOn(ctx context.Context, last *Key) bool {
 	next := r.Version(last.Name, last.Version+1)
-	return next != nil && r.signs(ctx, last) && r.signs(ctx, next)
-}
-
-// signs reports that the private key of a version signs, in whatever state the version is: also a
-// compromised version signs the step to its successor.
-func (r *Ring) signs(ctx context.Context, k *Key) bool {
+	if next == nil {
+		return false
+	}
 	ctx, cancel := context.WithTimeout(ctx, r.RequestTimeout)
 	defer cancel()
-	message := form.NewCanary()
-	verifies := func(signature []byte) bool { return k.Info().Verify(message, signature) }
-	_, err := k.sign(ctx, Own, nil, message, verifies, func() error { return nil })
-	return err == nil
+	always := func() error { return nil }
+	return last.signCanary(ctx, always) == nil && next.signCanary(ctx, always) == nil
 }
 
 // before returns the version that a version follows in its line, or nil. The caller holds mu.
