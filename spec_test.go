@@ -149,49 +149,15 @@ func checkEvent(t *testing.T, text string) {
 	}
 }
 
-// checkLine follows a line of versions from the first to the newest. A forged step, signed by a
-// stolen key, must fail.
-func checkLine(t *testing.T, text string) {
+// followLine follows the line of a block from the first version to the newest, and returns
+// the first version, the steps and the forged part.
+func followLine[F any](t *testing.T, text string) (first client.KeyLine, steps []wire.Succession, forged F) {
 	t.Helper()
 	var d struct {
 		First  jsontext.Value    `json:"first"`
 		Steps  []wire.Succession `json:"steps"`
 		Newest jsontext.Value    `json:"newest"`
-		Forged wire.Succession   `json:"forged"`
-	}
-	if err := ijson.Decode([]byte(text), &d, "first", "steps", "newest", "forged"); err != nil {
-		t.Fatal(err)
-	}
-	first, err := client.DecodeKeyLine(d.First)
-	if err != nil {
-		t.Fatal(err)
-	}
-	newest, err := client.DecodeKeyLine(d.Newest)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if l, err := client.VerifyKeyLine(first, d.Steps); err != nil || l != newest || len(d.Steps) < 2 {
-		t.Errorf("%+v, %v", l, err)
-	}
-	l, err := first.Follow(d.Forged)
-	if !errors.Is(err, client.ErrBrokenLine) || !strings.Contains(err.Error(), "committed") {
-		t.Errorf("a forged step leads to %+v, %v", l, err)
-	}
-	first.Next = [32]byte{} // without the commitment, the forged step is valid
-	if _, err := first.Follow(d.Forged); err != nil {
-		t.Error(err)
-	}
-}
-
-// checkRecovered follows a line to its recovery successor. The steps of a thief must fail at the
-// last one.
-func checkRecovered(t *testing.T, text string) {
-	t.Helper()
-	var d struct {
-		First  jsontext.Value    `json:"first"`
-		Steps  []wire.Succession `json:"steps"`
-		Newest jsontext.Value    `json:"newest"`
-		Forged []wire.Succession `json:"forged"`
+		Forged F                 `json:"forged"`
 	}
 	if err := ijson.Decode([]byte(text), &d, "first", "steps", "newest", "forged"); err != nil {
 		t.Fatal(err)
@@ -207,17 +173,46 @@ func checkRecovered(t *testing.T, text string) {
 	if l, err := client.VerifyKeyLine(first, d.Steps); err != nil || l != newest {
 		t.Errorf("%+v, %v", l, err)
 	}
-	last := len(d.Forged) - 1
-	l, err := first.Follow(d.Forged[:last]...)
+	return first, d.Steps, d.Forged
+}
+
+// refusesStep fails unless the commitment of the line refuses the forged step.
+func refusesStep(t *testing.T, l client.KeyLine, forged wire.Succession) {
+	t.Helper()
+	next, err := l.Follow(forged)
+	if !errors.Is(err, client.ErrBrokenLine) || !strings.Contains(err.Error(), "committed") {
+		t.Errorf("the forged step leads to %+v, %v", next, err)
+	}
+}
+
+// checkLine follows a line of versions from the first to the newest. A forged step, signed by a
+// stolen key, must fail.
+func checkLine(t *testing.T, text string) {
+	t.Helper()
+	first, steps, forged := followLine[wire.Succession](t, text)
+	if len(steps) < 2 {
+		t.Errorf("%d steps", len(steps))
+	}
+	refusesStep(t, first, forged)
+	first.Next = [32]byte{} // without the commitment, the forged step is valid
+	if _, err := first.Follow(forged); err != nil {
+		t.Error(err)
+	}
+}
+
+// checkRecovered follows a line to its recovery successor. The steps of a thief must fail at the
+// last one.
+func checkRecovered(t *testing.T, text string) {
+	t.Helper()
+	first, _, forged := followLine[[]wire.Succession](t, text)
+	last := len(forged) - 1
+	l, err := first.Follow(forged[:last]...)
 	if err != nil {
 		t.Fatal(err)
 	}
-	if l, err := l.Follow(d.Forged[last]); !errors.Is(err, client.ErrBrokenLine) ||
-		!strings.Contains(err.Error(), "committed") {
-		t.Errorf("the forged step leads to %+v, %v", l, err)
-	}
+	refusesStep(t, l, forged[last])
 	l.Recovery = l.NewRecovery // with the thief's commitment, the step is valid
-	if _, err := l.Follow(d.Forged[last]); err != nil {
+	if _, err := l.Follow(forged[last]); err != nil {
 		t.Error(err)
 	}
 }
